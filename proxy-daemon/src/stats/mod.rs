@@ -1,0 +1,122 @@
+//! Counters, gauges and histograms under Envoy's names. docs/stats.md has the picture.
+//!
+//! A name becomes a slot when configuration is applied ([`counter`], [`gauge`], [`histogram`], or a [`Scope`]'s methods,
+//! which lock the registry); on the request path a handle is a slot number, and counting is a load and a store in the
+//! thread's own slab. The control side sums the slabs when it is asked.
+
+mod histogram;
+mod prometheus;
+mod registry;
+mod response_codes;
+mod scope;
+mod slab;
+mod tags;
+mod text;
+
+pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
+pub use prometheus::write_prometheus;
+pub use registry::{Kind, Metric, Value, flush_intervals, register_worker, remove_scope, reset_counters, snapshot};
+pub use response_codes::ResponseCodes;
+pub use scope::Scope;
+pub use text::{HistogramBuckets, Query, write_json, write_text};
+
+/// A number that only grows. A handle: copying it is free, and the same name always gives the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Counter(u32);
+
+impl Counter {
+    /// Adds one.
+    #[inline]
+    pub fn inc(self) {
+        slab::add(self.0, 1);
+    }
+
+    /// Adds `n`.
+    #[inline]
+    pub fn add(self, n: u64) {
+        slab::add(self.0, n);
+    }
+
+    /// The sum over all threads.
+    pub fn value(self) -> u64 {
+        slab::sum(self.0)
+    }
+}
+
+/// A number that goes up and down. Every thread holds its own share, and any thread may take down what another put up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Gauge(u32);
+
+impl Gauge {
+    /// Adds one.
+    #[inline]
+    pub fn inc(self) {
+        slab::add(self.0, 1);
+    }
+
+    /// Takes one away.
+    #[inline]
+    pub fn dec(self) {
+        slab::add(self.0, 1u64.wrapping_neg());
+    }
+
+    /// Adds `n`.
+    #[inline]
+    pub fn add(self, n: u64) {
+        slab::add(self.0, n);
+    }
+
+    /// Takes `n` away.
+    #[inline]
+    pub fn sub(self, n: u64) {
+        slab::add(self.0, n.wrapping_neg());
+    }
+
+    /// Makes the value `n`. For gauges that the control side alone writes: what workers add meanwhile may be lost.
+    pub fn set(self, n: u64) {
+        registry::set_gauge(self, n);
+    }
+
+    /// The sum over all threads: one load for each worker, cheap enough for a circuit breaker. A read that meets a
+    /// decrement before the increment it belongs to sees 0, never less.
+    #[inline]
+    pub fn value(self) -> u64 {
+        u64::try_from(slab::sum(self.0).cast_signed()).unwrap_or(0)
+    }
+}
+
+/// A distribution of whole numbers: milliseconds or bytes, as Envoy's histogram of that name has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Histogram(u32);
+
+impl Histogram {
+    /// Records one value.
+    #[inline]
+    pub fn record(self, value: u64) {
+        slab::record(self.0, value);
+    }
+
+    /// Everything that was recorded since the process began.
+    pub fn summary(self) -> Summary {
+        registry::summary(self)
+    }
+}
+
+/// The counter of this name; its Prometheus labels are found in the name as Envoy finds them. Where a part of the name
+/// comes from configuration (a cluster, a prefix), use a [`Scope`]: it knows where that part ends.
+pub fn counter(name: &str) -> Counter {
+    registry::counter(tags::from_name(name))
+}
+
+/// The gauge of this name; see [`counter`].
+pub fn gauge(name: &str) -> Gauge {
+    registry::gauge(tags::from_name(name))
+}
+
+/// The histogram of this name; see [`counter`].
+pub fn histogram(name: &str) -> Histogram {
+    registry::histogram(tags::from_name(name))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+};
+
+use super::*;
+
+/// The registry is the process's own, and some of what is tested changes all of it: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The statistics under `prefix`.
+fn under(prefix: &str) -> Vec<Metric> {
+    snapshot().into_iter().filter(|metric| metric.name().starts_with(prefix)).collect()
+}
+
+fn text(prefix: &str) -> String {
+    let mut text = String::new();
+    write_text(&mut text, &under(prefix), HistogramBuckets::Summary).unwrap();
+    text
+}
+
+fn prometheus(prefix: &str) -> String {
+    let mut text = String::new();
+    write_prometheus(&mut text, &under(prefix)).unwrap();
+    text
+}
+
+#[test]
+fn one_name_is_one_counter_whichever_thread_counts() {
+    let _alone = alone();
+    let total = counter("t1.total");
+    assert_eq!(total, counter("t1.total"));
+    let workers: Vec<_> = (0..8)
+        .map(|index| {
+            thread::spawn(move || {
+                if index % 2 == 0 {
+                    register_worker(index);
+                }
+                // As a filter that is configured later: its slot did not exist when the thread registered.
+                let late = counter("t1.late");
+                for _ in 0..10_000 {
+                    total.inc();
+                    late.add(2);
+                }
+            })
+        })
+        .collect();
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    assert_eq!(total.value(), 80_000);
+    assert_eq!(counter("t1.late").value(), 160_000);
+}
+
+#[test]
+fn a_worker_finds_slots_that_were_made_after_it_registered() {
+    let _alone = alone();
+    let (to_worker, slots) = mpsc::channel::<Counter>();
+    let worker = thread::spawn(move || {
+        register_worker(0);
+        slots.into_iter().for_each(Counter::inc);
+    });
+    // More than one chunk.
+    let counters: Vec<_> = (0..5000).map(|index| counter(&format!("t2.{index}"))).collect();
+    counters.iter().for_each(|counter| to_worker.send(*counter).unwrap());
+    drop(to_worker);
+    worker.join().unwrap();
+    assert!(counters.iter().all(|counter| counter.value() == 1));
+}
+
+#[test]
+fn a_gauge_is_the_sum_of_its_shares() {
+    let _alone = alone();
+    let active = gauge("t3.active");
+    active.add(5);
+    let worker = thread::spawn(move || {
+        register_worker(0);
+        active.inc();
+        active.sub(4);
+    });
+    worker.join().unwrap();
+    assert_eq!(active.value(), 2);
+    active.set(7);
+    assert_eq!(active.value(), 7);
+    active.sub(9);
+    assert_eq!(active.value(), 0, "never below zero");
+}
+
+#[test]
+fn counters_are_reset_and_go_on() {
+    let _alone = alone();
+    let (total, open) = (counter("t4.total"), gauge("t4.open"));
+    total.add(9);
+    open.add(3);
+    reset_counters();
+    assert_eq!((total.value(), open.value()), (0, 3));
+    total.inc();
+    assert_eq!(total.value(), 1);
+}
+
+#[test]
+fn a_removed_scope_disappears_and_begins_anew() {
+    let _alone = alone();
+    let (short, long) =
+        (Scope::new("t5").tagged("envoy_cluster_name", "a"), Scope::new("t5").tagged("envoy_cluster_name", "a.b"));
+    let (total, open) = (short.counter("total"), short.gauge("open"));
+    total.add(3);
+    open.inc();
+    long.counter("total").inc();
+    remove_scope(&short);
+    assert_eq!(text("t5."), "t5.a.b.total: 1\n");
+    open.dec();
+    assert_eq!(short.counter("total"), total);
+    assert_eq!(text("t5."), "t5.a.b.total: 1\nt5.a.total: 0\n");
+    assert_eq!(short.gauge("open").value(), 0, "what was still open has been closed");
+}
+
+#[test]
+fn text_is_envoys() {
+    let _alone = alone();
+    counter("t6.cx_total").add(3);
+    gauge("t6.cx_active").set(2);
+    histogram("t6.never_ms");
+    let length = histogram("t6.length_ms");
+    assert_eq!(text("t6.l"), "t6.length_ms: No recorded values\n");
+    length.record(1);
+    let quantiles = "P0(nan,1) P25(nan,1) P50(nan,1) P75(nan,1) P90(nan,1) P95(nan,1) P99(nan,1) P99.5(nan,1) \
+                     P99.9(nan,1) P100(nan,1)";
+    assert_eq!(
+        text("t6."),
+        format!("t6.cx_active: 2\nt6.cx_total: 3\nt6.length_ms: {quantiles}\nt6.never_ms: No recorded values\n")
+    );
+    flush_intervals();
+    assert_eq!(text("t6.l"), format!("t6.length_ms: {}\n", quantiles.replace("nan", "1")));
+    flush_intervals();
+    assert_eq!(text("t6.l"), format!("t6.length_ms: {quantiles}\n"), "nothing was recorded in the last interval");
+
+    let mut cumulative = String::new();
+    write_text(&mut cumulative, &under("t6.l"), HistogramBuckets::Cumulative).unwrap();
+    assert!(cumulative.starts_with("t6.length_ms: B0.5(0,0) B1(0,1) B5(0,1) "), "{cumulative}");
+    let mut disjoint = String::new();
+    write_text(&mut disjoint, &under("t6.l"), HistogramBuckets::Disjoint).unwrap();
+    assert!(disjoint.starts_with("t6.length_ms: B0.5(0,0) B1(0,1) B5(0,0) "), "{disjoint}");
+}
+
+#[test]
+fn json_is_envoys() {
+    let _alone = alone();
+    counter("t7.total").add(3);
+    histogram("t7.ms").record(4);
+    let json = write_json(&under("t7."), HistogramBuckets::Summary);
+    assert_eq!(json["stats"][0], serde_json::json!({ "name": "t7.total", "value": 3 }));
+    let histograms = &json["stats"][1]["histograms"];
+    assert_eq!(histograms["supported_quantiles"].to_string(), "[0.0,25.0,50.0,75.0,90.0,95.0,99.0,99.5,99.9,100.0]");
+    assert_eq!(histograms["computed_quantiles"][0]["name"], "t7.ms");
+    assert_eq!(
+        histograms["computed_quantiles"][0]["values"][9],
+        serde_json::json!({ "cumulative": 4.0, "interval": null })
+    );
+}
+
+#[test]
+fn prometheus_has_labels_and_buckets() {
+    let _alone = alone();
+    let scope = Scope::new("t8").tagged("envoy_cluster_name", "users.default:80");
+    scope.counter("upstream_rq_200").add(3);
+    scope.counter("upstream_rq_2xx").add(3);
+    Scope::new("t8").tagged("envoy_cluster_name", "od\"d\\").counter("upstream_rq_200").inc();
+    scope.clone().child("circuit_breakers.default").gauge("cx-open").set(1);
+    counter("t8.plain").inc();
+    let ms = scope.histogram("rq_ms");
+    [1, 7, 7].into_iter().for_each(|value| ms.record(value));
+    let expected = r#"# TYPE envoy_t8_plain counter
+envoy_t8_plain{} 1
+
+# TYPE envoy_t8_upstream_rq counter
+envoy_t8_upstream_rq{envoy_response_code="200",envoy_cluster_name="od\"d\\"} 1
+envoy_t8_upstream_rq{envoy_response_code="200",envoy_cluster_name="users.default_80"} 3
+
+# TYPE envoy_t8_upstream_rq_xx counter
+envoy_t8_upstream_rq_xx{envoy_response_code_class="2",envoy_cluster_name="users.default_80"} 3
+
+# TYPE envoy_t8_circuit_breakers_default_cx_open gauge
+envoy_t8_circuit_breakers_default_cx_open{envoy_cluster_name="users.default_80"} 1
+
+# TYPE envoy_t8_rq_ms histogram
+envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="0.5"} 0
+envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="1"} 1
+envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="5"} 1
+envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="10"} 3
+"#;
+    let text = prometheus("t8.");
+    assert_eq!(&text[..expected.len().min(text.len())], expected);
+    let end = r#"envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="3600000"} 3
+envoy_t8_rq_ms_bucket{envoy_cluster_name="users.default_80",le="+Inf"} 3
+envoy_t8_rq_ms_sum{envoy_cluster_name="users.default_80"} 15
+envoy_t8_rq_ms_count{envoy_cluster_name="users.default_80"} 3
+
+"#;
+    assert!(text.ends_with(end), "{text}");
+}
+
+#[test]
+fn scopes_make_envoys_names() {
+    let _alone = alone();
+    let names = [
+        Scope::cluster("a.b:80"),
+        Scope::listener("0.0.0.0:80").worker(1),
+        Scope::listener_http("[::1]:80", "in"),
+        Scope::tcp("x"),
+    ]
+    .map(|scope| scope.name().to_owned());
+    assert_eq!(names, ["cluster.a.b_80", "listener.0.0.0.0_80.worker_1", "listener.[__1]_80.http.in", "tcp.x"]);
+}
+
+#[test]
+fn response_codes_are_counted_by_code_and_class() {
+    let _alone = alone();
+    let scope = Scope::new("t9");
+    let codes = ResponseCodes::new(&scope.clone().child("cluster"), "upstream_rq");
+    [200, 200, 204, 503, 7, 999].into_iter().for_each(|code| codes.inc(code));
+    assert_eq!(
+        text("t9.cluster"),
+        "t9.cluster.upstream_rq_200: 2\nt9.cluster.upstream_rq_204: 1\nt9.cluster.upstream_rq_2xx: 3\n\
+         t9.cluster.upstream_rq_503: 1\nt9.cluster.upstream_rq_5xx: 1\nt9.cluster.upstream_rq_completed: 6\n"
+    );
+    ResponseCodes::classes_only(&scope.child("http"), "downstream_rq").inc(404);
+    assert_eq!(
+        text("t9.http"),
+        "t9.http.downstream_rq_1xx: 0\nt9.http.downstream_rq_2xx: 0\nt9.http.downstream_rq_3xx: 0\n\
+         t9.http.downstream_rq_4xx: 1\nt9.http.downstream_rq_5xx: 0\nt9.http.downstream_rq_completed: 1\n"
+    );
+}
+
+#[test]
+fn a_query_chooses() {
+    let _alone = alone();
+    counter("t10.used").inc();
+    counter("t10.unused");
+    gauge("t10.level").set(1);
+    let chosen = |parameters: &[(&str, &str)]| {
+        let query = Query::parse(parameters.iter().copied()).unwrap();
+        let chosen = under("t10.").into_iter().filter(|metric| query.wants(metric));
+        chosen.map(|metric| metric.name()[4..].to_owned()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(chosen(&[]), "level unused used");
+    assert_eq!(chosen(&[("usedonly", "")]), "level used");
+    assert_eq!(chosen(&[("type", "Counters")]), "unused used");
+    assert_eq!(chosen(&[("filter", "use")]), "unused used");
+    assert_eq!(chosen(&[("filter", r"\.use"), ("invert_filter", "")]), "level unused");
+    for (name, value) in [("filter", "("), ("type", "Bogus"), ("histogram_buckets", "bogus")] {
+        let error = Query::parse([(name, value)]).unwrap_err();
+        assert!(error.trim_end().lines().count() == 1 && error.contains(name), "{error}");
+    }
+}
