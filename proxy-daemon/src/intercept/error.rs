@@ -1,0 +1,125 @@
+//! What can go wrong with interception, told so that an operator knows what to do next.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why interception could not start, change or stop.
+#[derive(Debug, thiserror::Error)]
+pub enum InterceptError {
+    /// The process may not load kernel programs or change routing.
+    #[error(
+        "interception needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_RESOURCE) to {action}: run culvertd \
+         as root, or remove the bootstrap extension culvert.bootstrap.interception"
+    )]
+    Permission {
+        /// What was refused.
+        action: &'static str,
+    },
+    /// The kernel refused the programs or maps.
+    #[error("the kernel refused interception's program or map {name}: {reason}; docs/kernel.md lists what it needs")]
+    Load {
+        /// The program or map.
+        name: String,
+        /// The kernel's or the loader's words.
+        reason: String,
+    },
+    /// A program could not be attached to a network interface.
+    #[error("cannot attach {program} to interface {interface}: {reason}")]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The interface.
+        interface: String,
+        /// The kernel's or the loader's words.
+        reason: String,
+    },
+    /// A routing rule, a route or the list of interfaces could not be had by netlink.
+    #[error("cannot {action}: {source}")]
+    Netlink {
+        /// What was tried.
+        action: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The pin path is no directory on a BPF file system.
+    #[error("pin_path {path}: {reason}")]
+    PinPath {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The directory for the short cut is no cgroup v2 directory.
+    #[error("shortcut_cgroup {path}: {reason}")]
+    Cgroup {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A listening socket cannot receive redirected connections.
+    #[error("worker {worker}'s listener cannot receive redirected connections: {reason}")]
+    Listener {
+        /// The worker's number.
+        worker: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Something that interception made could not be removed.
+    #[error("cannot remove what interception made: {0}")]
+    Remove(String),
+}
+
+impl InterceptError {
+    /// A failed netlink request: permission errors get their own text.
+    pub(super) fn netlink(action: impl Into<String>, source: io::Error) -> Self {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            Self::Permission { action: "change routing" }
+        } else {
+            Self::Netlink { action: action.into(), source }
+        }
+    }
+
+    /// A failed load: permission errors get their own text.
+    pub(super) fn load(name: &str, error: &(dyn std::error::Error + 'static)) -> Self {
+        if caused_by_permission(error) {
+            Self::Permission { action: "load kernel programs" }
+        } else {
+            Self::Load { name: name.to_owned(), reason: chain(error) }
+        }
+    }
+}
+
+/// An error and what caused it, in one line.
+pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let words = error.to_string();
+        // Wrappers often repeat what they wrap.
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        cause = error.source();
+    }
+    // A verifier's log has hundreds of lines: the last ones say why.
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    match lines.as_slice() {
+        [first, middle @ .., last] if middle.len() > 2 => format!("{first} … {last}"),
+        lines => lines.join(" "),
+    }
+}
+
+fn caused_by_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && io.raw_os_error() == Some(nix::libc::EPERM)
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}

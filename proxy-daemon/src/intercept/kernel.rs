@@ -1,0 +1,194 @@
+//! Loads the kernel programs, fills their maps, and reads their counters.
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
+
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
+use aya::programs::links::CgroupAttachMode;
+use aya::programs::{ProgramError, SkMsg, SockOps};
+use aya::{Ebpf, EbpfLoader};
+use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SocketKey, listener_slot, v4_mapped};
+
+use super::attach::{Direction, classifier};
+use super::config::{FailurePolicy, InterceptionConfig};
+use super::error::{InterceptError, chain};
+use super::probe;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert.bpf.o"));
+
+/// The form in which the kernel programs hold an address.
+pub(super) const fn address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(address) => v4_mapped(address.octets()),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
+
+/// Loads the packet programs, with their constants set and their policy maps filled. Nothing is attached.
+pub(super) fn load(config: &InterceptionConfig, workers: u32, netns_cookie: u64) -> Result<Ebpf, InterceptError> {
+    raise_memlock_limit();
+    let mut ebpf = EbpfLoader::new()
+        .override_global("MARK", &config.mark, true)
+        .override_global("WORKERS", &workers, true)
+        .override_global("NODE_NETNS", &netns_cookie, true)
+        .load(OBJECT)
+        .map_err(|error| InterceptError::load("maps", &error))?;
+    fill_policy(&mut ebpf, config)?;
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
+    }
+    Ok(ebpf)
+}
+
+fn fill_policy(ebpf: &mut Ebpf, config: &InterceptionConfig) -> Result<(), InterceptError> {
+    let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
+    for pod in &config.pods {
+        let policy = PodPolicy { fail_closed: u32::from(pod.failure_policy == FailurePolicy::Closed) };
+        pods.insert(address(pod.address), policy, 0).map_err(|error| InterceptError::load("PODS", &error))?;
+    }
+    let mut ports: HashMap<_, u16, u8> = map(ebpf, "EXCLUDED_PORTS")?;
+    for port in &config.excluded_ports {
+        ports.insert(port, 1, 0).map_err(|error| InterceptError::load("EXCLUDED_PORTS", &error))?;
+    }
+    let mut ranges: LpmTrie<_, Address, u8> = map(ebpf, "EXCLUDED_RANGES")?;
+    for range in &config.excluded_ranges {
+        let mapped_bits = if range.address.is_ipv4() { 96 } else { 0 };
+        let key = Key::new(u32::from(range.length) + mapped_bits, address(range.address));
+        ranges.insert(&key, 1, 0).map_err(|error| InterceptError::load("EXCLUDED_RANGES", &error))?;
+    }
+    Ok(())
+}
+
+/// Replaces what the kernel programs hold for the node's own addresses.
+pub(super) fn set_local_addresses(ebpf: &mut Ebpf, addresses: &[IpAddr]) -> Result<(), InterceptError> {
+    const NAME: &str = "LOCAL_ADDRESSES";
+    let mut local: HashMap<_, Address, u8> = map(ebpf, NAME)?;
+    let wanted: std::collections::HashSet<Address> = addresses.iter().copied().map(address).collect();
+    // Added first: an address that stays is never missing.
+    for address in &wanted {
+        local.insert(address, 1, 0).map_err(|error| InterceptError::load(NAME, &error))?;
+    }
+    let gone: Vec<Address> = local.keys().filter_map(Result::ok).filter(|address| !wanted.contains(address)).collect();
+    for address in gone {
+        local.remove(&address).map_err(|error| InterceptError::load(NAME, &error))?;
+    }
+    Ok(())
+}
+
+/// Attaches the short cut to a cgroup, or says why it is left out. It lives as long as the daemon: its map is empty then
+/// anyway.
+pub(super) fn attach_shortcut(ebpf: &mut Ebpf, cgroup: &Path) -> Result<Result<(), String>, InterceptError> {
+    let cgroup = probe::open_cgroup(cgroup)?;
+    let sound = probe::KernelVersion::running().map_err(|error| error.to_string());
+    if let Err(reason) = sound.and_then(probe::KernelVersion::has_sound_sockmap) {
+        return Ok(Err(reason));
+    }
+    Ok(try_attach_shortcut(ebpf, cgroup))
+}
+
+fn try_attach_shortcut(ebpf: &mut Ebpf, cgroup: std::os::fd::OwnedFd) -> Result<(), String> {
+    let sockets: SockHash<_, [u8; size_of::<SocketKey>()]> = map(ebpf, "SOCKETS").map_err(|error| error.to_string())?;
+    let sockets = sockets.fd().try_clone().map_err(|error| error.to_string())?;
+    let find = |name: &str| format!("{name} is not in the kernel object");
+    let program: &mut SkMsg = ebpf
+        .program_mut("shortcut")
+        .ok_or_else(|| find("shortcut"))?
+        .try_into()
+        .map_err(|error: ProgramError| chain(&error))?;
+    // Before sockets enter the map: a socket takes over the map's program when it enters.
+    program.load().and_then(|()| program.attach(&sockets)).map_err(|error| format!("shortcut: {}", chain(&error)))?;
+    let program: &mut SockOps = ebpf
+        .program_mut("register_socket")
+        .ok_or_else(|| find("register_socket"))?
+        .try_into()
+        .map_err(|error: ProgramError| chain(&error))?;
+    program
+        .load()
+        .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
+        .map_err(|error| format!("register_socket: {}", chain(&error)))?;
+    Ok(())
+}
+
+/// Puts a listening socket into a worker's slot of each family that it accepts.
+pub(super) fn set_listener(ebpf: &mut Ebpf, worker: usize, socket: BorrowedFd<'_>) -> Result<(), InterceptError> {
+    let error = |reason: String| InterceptError::Listener { worker, reason };
+    let slot_worker = u32::try_from(worker)
+        .ok()
+        .filter(|worker| *worker < MAX_WORKERS)
+        .ok_or_else(|| error(format!("the kernel programs know {MAX_WORKERS} workers at most")))?;
+    let io_error = |source: std::io::Error| error(source.to_string());
+    let sock = socket2::SockRef::from(&socket);
+    let local = sock.local_addr().map_err(io_error)?;
+    if !sock.is_listener().map_err(io_error)? {
+        return Err(error("the socket does not listen".to_owned()));
+    }
+    // One bit for both families; each option reads it.
+    let transparent = if local.is_ipv4() { sock.ip_transparent_v4() } else { sock.ip_transparent_v6() };
+    if !transparent.map_err(io_error)? {
+        return Err(error("the listener must be `transparent: true`, to answer in the destination's name".to_owned()));
+    }
+    let (v4, v6) = match local.as_socket() {
+        Some(address) if address.is_ipv4() => (true, false),
+        Some(_) => (!sock.only_v6().map_err(io_error)?, true),
+        None => return Err(error("the socket is neither IPv4 nor IPv6".to_owned())),
+    };
+    let mut listeners: SockMap<_> = map(ebpf, "LISTENERS")?;
+    for (accepts, is_ipv6) in [(v4, false), (v6, true)] {
+        if accepts {
+            listeners.set(listener_slot(slot_worker, is_ipv6), &socket, 0).map_err(|source| error(chain(&source)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Every counter, summed over CPUs.
+pub(super) fn counters(ebpf: &Ebpf) -> Vec<(&'static str, u64)> {
+    let Some(Ok(counters)) = ebpf.map("COUNTERS").map(PerCpuArray::<_, u64>::try_from) else {
+        return Vec::new();
+    };
+    Reason::ALL
+        .iter()
+        .map(|reason| {
+            let value = counters.get(&(*reason as u32), 0).map(|per_cpu| per_cpu.iter().sum()).unwrap_or(0);
+            (reason.name(), value)
+        })
+        .collect()
+}
+
+/// Pins every map in a directory, in place of those of an earlier daemon. For people with bpftool: nothing reads them.
+pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptError> {
+    let error = |path: &Path, reason: String| InterceptError::PinPath { path: path.to_owned(), reason };
+    for (name, map) in ebpf.maps() {
+        // The object's read-only data is a map too, whose name (.rodata) the BPF file system does not take.
+        let path = directory.join(name.trim_start_matches('.'));
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error(&path, source.to_string()));
+            }
+            _ => {}
+        }
+        map.pin(&path).map_err(|source| error(&path, chain(&source)))?;
+    }
+    Ok(())
+}
+
+/// A map by its name, in the type that the caller asks for.
+fn map<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T, InterceptError>
+where
+    T: TryFrom<&'a mut aya::maps::Map, Error = aya::maps::MapError>,
+{
+    let missing = || InterceptError::Load { name: name.to_owned(), reason: "not in the kernel object".to_owned() };
+    let map = ebpf.map_mut(name).ok_or_else(missing)?;
+    T::try_from(map).map_err(|error| InterceptError::load(name, &error))
+}
+
+/// Kernels before 5.11 count maps against this limit. Best effort: a load that then fails says so.
+fn raise_memlock_limit() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!(%error, "cannot raise the limit of locked memory");
+    }
+}

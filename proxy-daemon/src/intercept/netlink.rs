@@ -1,0 +1,278 @@
+//! The little rtnetlink that interception needs: list and watch interfaces and addresses, add and remove one rule and
+//! one route.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+/// Multicast groups of rtnetlink (linux/rtnetlink.h).
+const RTNLGRP_LINK: u32 = 1;
+const RTNLGRP_IPV4_IFADDR: u32 = 5;
+const RTNLGRP_IPV6_IFADDR: u32 = 9;
+
+/// Where the rule stands: after the kernel's own `local` (0) and before what network plugins usually add.
+const RULE_PRIORITY: u32 = 100;
+
+/// Space for events while the reader is busy; an overflow costs a full listing.
+const EVENT_BUFFER: usize = 1 << 20;
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    /// Its index, unique in the network namespace while it exists.
+    pub(super) index: u32,
+    /// Its name, which may change.
+    pub(super) name: String,
+}
+
+/// What happened to interfaces or addresses.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Event {
+    /// An interface appeared or changed.
+    Link(Link),
+    /// The interface of this index disappeared, or moved to another network namespace.
+    LinkGone(u32),
+    /// The host got an address.
+    Address(IpAddr),
+    /// The host lost an address.
+    AddressGone(IpAddr),
+    /// Events were lost: list everything anew.
+    Lost,
+}
+
+/// A request socket.
+pub(super) struct Netlink {
+    socket: Socket,
+}
+
+impl Netlink {
+    /// Opens a socket in the calling thread's network namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Self { socket })
+    }
+
+    /// Every interface.
+    pub(super) fn links(&mut self) -> io::Result<Vec<Link>> {
+        let answers = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match event_of(answer) {
+                Some(Event::Link(link)) => Some(link),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Every address of the host.
+    pub(super) fn addresses(&mut self) -> io::Result<Vec<IpAddr>> {
+        let answers = self.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match event_of(answer) {
+                Some(Event::Address(address)) => Some(address),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Adds `fwmark <mark> lookup <table>`. An equal rule, left by a daemon that died, is adopted.
+    pub(super) fn add_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<()> {
+        let message = RouteNetlinkMessage::NewRule(rule(is_ipv6, mark, table));
+        accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
+    }
+
+    /// Removes what [`Self::add_rule`] added.
+    pub(super) fn delete_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<()> {
+        accept_missing(self.request(RouteNetlinkMessage::DelRule(rule(is_ipv6, mark, table)), 0))
+    }
+
+    /// Adds `local default dev <loopback> table <table>`. An equal route, left by a daemon that died, is adopted.
+    pub(super) fn add_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<()> {
+        let message = RouteNetlinkMessage::NewRoute(local_route(is_ipv6, table, loopback));
+        accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
+    }
+
+    /// Removes what [`Self::add_local_route`] added.
+    pub(super) fn delete_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<()> {
+        accept_missing(self.request(RouteNetlinkMessage::DelRoute(local_route(is_ipv6, table, loopback)), 0))
+    }
+
+    /// Sends a request and waits for its acknowledgement.
+    fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.send(message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        loop {
+            for answer in receive(&self.socket)? {
+                if let NetlinkPayload::Error(error) = answer {
+                    return if error.code.is_none() { Ok(()) } else { Err(error.to_io()) };
+                }
+            }
+        }
+    }
+
+    /// Sends a request for a listing and collects it.
+    fn dump(&mut self, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
+        let mut answers = Vec::new();
+        loop {
+            for answer in receive(&self.socket)? {
+                match answer {
+                    NetlinkPayload::InnerMessage(message) => answers.push(message),
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn send(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        message.finalize();
+        let mut buffer = vec![0; message.buffer_len()];
+        message.serialize(&mut buffer);
+        self.socket.send(&buffer, 0).map(drop)
+    }
+}
+
+/// A socket that reports changes of interfaces and addresses.
+pub(super) struct Monitor {
+    socket: Socket,
+}
+
+impl Monitor {
+    /// Opens a non-blocking socket in the calling thread's network namespace.
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.set_rx_buf_sz(EVENT_BUFFER as nix::libc::c_int)?;
+        for group in [RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR] {
+            socket.add_membership(group)?;
+        }
+        socket.set_non_blocking(true)?;
+        Ok(Self { socket })
+    }
+
+    /// What happened since the last call.
+    pub(super) fn events(&self) -> io::Result<Vec<Event>> {
+        let mut events = Vec::new();
+        loop {
+            match receive(&self.socket) {
+                Ok(messages) => events.extend(messages.into_iter().filter_map(|message| match message {
+                    NetlinkPayload::InnerMessage(message) => event_of(message),
+                    NetlinkPayload::Overrun(_) => Some(Event::Lost),
+                    _ => None,
+                })),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(events),
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => events.push(Event::Lost),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl AsFd for Monitor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the socket owns the descriptor and lives as long as the borrow.
+        unsafe { BorrowedFd::borrow_raw(self.socket.as_raw_fd()) }
+    }
+}
+
+/// Reads one datagram and splits it into messages. A message that this version of the library cannot read is left out.
+fn receive(socket: &Socket) -> io::Result<Vec<NetlinkPayload<RouteNetlinkMessage>>> {
+    let (datagram, _) = socket.recv_from_full()?;
+    let mut payloads = Vec::new();
+    let mut rest = datagram.as_slice();
+    while let Some(length) = rest.first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes) as usize) {
+        if length < 16 || length > rest.len() {
+            break;
+        }
+        if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&rest[..length]) {
+            payloads.push(message.payload);
+        }
+        rest = &rest[length.next_multiple_of(4).min(rest.len())..];
+    }
+    Ok(payloads)
+}
+
+fn event_of(message: RouteNetlinkMessage) -> Option<Event> {
+    match message {
+        RouteNetlinkMessage::NewLink(link) => {
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            })?;
+            Some(Event::Link(Link { index: link.header.index, name }))
+        }
+        // A bridge tells of a port that leaves it by the same message, under its own family.
+        RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
+            Some(Event::LinkGone(link.header.index))
+        }
+        RouteNetlinkMessage::NewAddress(address) => own_address(&address).map(Event::Address),
+        RouteNetlinkMessage::DelAddress(address) => own_address(&address).map(Event::AddressGone),
+        _ => None,
+    }
+}
+
+/// The host's own address: on point-to-point interfaces `Address` is the other end's.
+fn own_address(message: &AddressMessage) -> Option<IpAddr> {
+    let mut own = None;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => return Some(*address),
+            AddressAttribute::Address(address) => own = Some(*address),
+            _ => {}
+        }
+    }
+    own
+}
+
+const fn family(is_ipv6: bool) -> AddressFamily {
+    if is_ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet }
+}
+
+fn rule(is_ipv6: bool, mark: u32, table: u32) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family(is_ipv6);
+    message.header.action = RuleAction::ToTable;
+    message.attributes =
+        vec![RuleAttribute::Table(table), RuleAttribute::FwMark(mark), RuleAttribute::Priority(RULE_PRIORITY)];
+    message
+}
+
+fn local_route(is_ipv6: bool, table: u32, loopback: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(is_ipv6);
+    message.header.kind = RouteType::Local;
+    message.header.scope = RouteScope::Host;
+    message.header.protocol = RouteProtocol::Static;
+    message.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(loopback)];
+    message
+}
+
+fn accept_existing(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })
+}
+
+/// No such rule (ENOENT), route (ESRCH) or interface (ENODEV): nothing is left to remove.
+fn accept_missing(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| match error.raw_os_error() {
+        Some(nix::libc::ENOENT | nix::libc::ESRCH | nix::libc::ENODEV) => Ok(()),
+        _ => Err(error),
+    })
+}

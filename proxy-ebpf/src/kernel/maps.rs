@@ -1,0 +1,111 @@
+//! The maps, the constants that the daemon sets at load time, and the counters.
+
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage, SockHash, SockMap};
+use aya_ebpf::macros::btf_map;
+use culvert_proxy_ebpf::{
+    Address, Hop, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SHORTCUT_SOCKETS,
+    MAX_WORKERS, PodPolicy, Reason, SocketKey,
+};
+
+/// Enrolled pods.
+#[btf_map]
+pub static PODS: HashMap<Address, PodPolicy, MAX_PODS> = HashMap::new();
+
+/// Destination ports (host byte order) that are never redirected.
+#[btf_map]
+static EXCLUDED_PORTS: HashMap<u16, u8, MAX_EXCLUDED_PORTS, NO_PREALLOC> = HashMap::new();
+
+/// Destination ranges that are never redirected.
+#[btf_map]
+static EXCLUDED_RANGES: LpmTrie<Address, u8, MAX_EXCLUDED_RANGES> = LpmTrie::new();
+
+/// The node's own addresses.
+#[btf_map]
+static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new();
+
+/// Workers' listening sockets by `listener_slot`. The kernel empties a slot when its socket closes, so that a dead
+/// daemon leaves no slot filled.
+#[btf_map]
+pub static LISTENERS: SockMap<{ MAX_WORKERS as usize * 2 }> = SockMap::new();
+
+/// Sockets that may take the short cut.
+#[btf_map]
+pub static SOCKETS: SockHash<SocketKey, MAX_SHORTCUT_SOCKETS> = SockHash::new();
+
+/// What is remembered of each socket in `SOCKETS`.
+#[btf_map]
+pub static HOPS: SkStorage<Hop> = SkStorage::new();
+
+/// One slot a [`Reason`].
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
+
+/// Memory for an entry is taken when it is made, not for the whole map at once.
+const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
+
+/// Constants of this load; the daemon writes them into the object's read-only data.
+#[unsafe(no_mangle)]
+static MARK: u32 = 0;
+#[unsafe(no_mangle)]
+static WORKERS: u32 = 0;
+#[unsafe(no_mangle)]
+static NODE_NETNS: u64 = 0;
+
+/// The packet mark that the routing rule delivers to this host.
+#[inline(always)]
+pub fn mark() -> u32 {
+    // SAFETY: a static of this object; volatile because the loader changes it after compilation.
+    unsafe { core::ptr::read_volatile(&raw const MARK) }
+}
+
+/// How many workers the daemon has.
+#[inline(always)]
+pub fn workers() -> u32 {
+    // SAFETY: as in `mark`.
+    unsafe { core::ptr::read_volatile(&raw const WORKERS) }
+}
+
+/// The cookie of the node's network namespace.
+#[inline(always)]
+pub fn node_netns() -> u64 {
+    // SAFETY: as in `mark`.
+    unsafe { core::ptr::read_volatile(&raw const NODE_NETNS) }
+}
+
+/// Adds to a counter of this CPU.
+#[inline(always)]
+pub fn count_by(reason: Reason, amount: u64) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+        // SAFETY: this CPU's slot of a map that outlives the program run. Not atomic: a program interrupted between the
+        // read and the write may lose a count, which statistics can bear and packets should not pay for.
+        unsafe { *counter += amount }
+    }
+}
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub fn count(reason: Reason) {
+    count_by(reason, 1);
+}
+
+/// Whether a pod has this address.
+#[inline(always)]
+pub fn is_enrolled(address: &Address) -> bool {
+    PODS.get_ptr(address).is_some()
+}
+
+/// Why an enrolled pod's connection to this destination is not redirected, if it is not.
+#[inline(always)]
+pub fn exclusion(destination: &Address, port: u16) -> Option<Reason> {
+    if EXCLUDED_PORTS.get_ptr(port).is_some() {
+        return Some(Reason::PassedExcludedPort);
+    }
+    if LOCAL_ADDRESSES.get_ptr(destination).is_some() {
+        return Some(Reason::PassedLocal);
+    }
+    if EXCLUDED_RANGES.get(&Key::new(128, *destination)).is_some() {
+        return Some(Reason::PassedExcludedRange);
+    }
+    None
+}

@@ -1,0 +1,160 @@
+//! Map keys, values and counter numbers shared by the kernel programs and the daemon.
+//!
+//! Everything here is read by both sides as plain memory, so layouts are `repr(C)`, free of padding, and asserted.
+#![no_std]
+
+mod reason;
+
+pub use reason::Reason;
+
+/// An IPv6 address, or an IPv4 address in its IPv4-mapped form (`::ffff:a.b.c.d`), in network byte order.
+///
+/// One form for both families keeps one map per purpose, and makes the addresses that dual-stack sockets report equal
+/// to those that packets carry.
+pub type Address = [u8; 16];
+
+/// The IPv4-mapped form of an IPv4 address in network byte order.
+#[inline(always)]
+pub const fn v4_mapped(address: [u8; 4]) -> Address {
+    let [a, b, c, d] = address;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// How many workers the listener map has room for.
+pub const MAX_WORKERS: u32 = 128;
+/// How many pods of one node can be enrolled.
+pub const MAX_PODS: usize = 16_384;
+/// How many of the node's own addresses are known to the kernel programs.
+pub const MAX_LOCAL_ADDRESSES: usize = 4_096;
+/// How many destination ranges can be excluded.
+pub const MAX_EXCLUDED_RANGES: usize = 4_096;
+/// How many destination ports can be excluded.
+pub const MAX_EXCLUDED_PORTS: usize = 65_536;
+/// How many sockets can take the short cut at a time; later ones use TCP.
+pub const MAX_SHORTCUT_SOCKETS: usize = 262_144;
+
+/// The slot of a worker's listening socket in the map `LISTENERS`.
+#[inline(always)]
+pub const fn listener_slot(worker: u32, is_ipv6: bool) -> u32 {
+    worker * 2 + is_ipv6 as u32
+}
+
+/// What is done with an enrolled pod's connections.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodPolicy {
+    /// 1: new connections are dropped while no worker listens. 0: they pass untouched.
+    pub fail_closed: u32,
+}
+
+/// The key of a socket in the map `SOCKETS`: which end of which connection it is.
+///
+/// The two initial sequence numbers make the key one connection's own: sockets in other network namespaces that happen
+/// to use the same addresses and ports never match, nor does a later connection that reuses them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketKey {
+    /// The socket's own address.
+    pub local: Address,
+    /// Its peer's address.
+    pub remote: Address,
+    /// The socket's own port, in host byte order.
+    pub local_port: u16,
+    /// Its peer's port, in host byte order.
+    pub remote_port: u16,
+    /// Which end it is, see [`Side`].
+    pub side: u32,
+    /// The sequence number of the first byte that it sends.
+    pub first_sent: u32,
+    /// The sequence number of the first byte that it receives.
+    pub first_received: u32,
+}
+
+impl SocketKey {
+    /// The key of the other end of the same connection.
+    #[inline(always)]
+    pub const fn peer(&self) -> Self {
+        Self {
+            local: self.remote,
+            remote: self.local,
+            local_port: self.remote_port,
+            remote_port: self.local_port,
+            side: 1 - self.side,
+            first_sent: self.first_received,
+            first_received: self.first_sent,
+        }
+    }
+}
+
+/// The end of a same-node hop that a socket is, as stored in [`SocketKey::side`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// In the node's network namespace: the daemon's end.
+    Node = 0,
+    /// In a pod's network namespace.
+    Pod = 1,
+}
+
+/// How a socket's outgoing bytes travel. Settled by the first byte, because a receiver reads what came by the short cut
+/// before what came by TCP: bytes that change lanes from TCP to the short cut would overtake others.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// Nothing was sent yet.
+    Unsettled = 0,
+    /// All so far went straight into the peer's receive queue. May change to `Tcp`, which keeps the order.
+    Shortcut = 1,
+    /// By TCP, for good.
+    Tcp = 2,
+}
+
+/// What the kernel remembers of a registered socket, in its socket storage `HOPS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// The key of the socket at the other end.
+    pub peer: SocketKey,
+    /// See [`Lane`].
+    pub lane: u32,
+}
+
+const _: () = assert!(size_of::<PodPolicy>() == 4);
+const _: () = assert!(size_of::<SocketKey>() == 48);
+const _: () = assert!(size_of::<Hop>() == 52);
+
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)` and one u32, so every byte pattern is a valid value and there is no padding.
+unsafe impl aya::Pod for PodPolicy {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peer_of_the_peer_is_the_socket_itself() {
+        let key = SocketKey {
+            local: v4_mapped([10, 0, 0, 1]),
+            remote: v4_mapped([10, 0, 0, 2]),
+            local_port: 40_000,
+            remote_port: 80,
+            side: Side::Pod as u32,
+            first_sent: 7,
+            first_received: 9,
+        };
+        let peer = key.peer();
+        assert_eq!(peer.side, Side::Node as u32);
+        assert_eq!((peer.local, peer.local_port, peer.first_sent), (key.remote, 80, 9));
+        assert_eq!(peer.peer(), key);
+    }
+
+    #[test]
+    fn reasons_are_numbered_by_their_place_in_the_list() {
+        for (number, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, number, "{}", reason.name());
+        }
+        let mut names: [&str; Reason::COUNT] = Reason::ALL.map(Reason::name);
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "two reasons have one name");
+    }
+}
