@@ -1,0 +1,364 @@
+//! Envoy's format strings: compiled once, then written without looking at the text again.
+
+use std::{io::Write as _, net::SocketAddr, str::FromStr as _};
+
+use http::{HeaderMap, HeaderName};
+
+use super::{
+    Record,
+    time::{self, TimeFormat},
+};
+
+/// What a log without a format of its own writes.
+const ENVOY_DEFAULT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" \
+    %RESPONSE_CODE% %RESPONSE_FLAGS% %BYTES_RECEIVED% %BYTES_SENT% %DURATION% \
+    %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% \"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \
+    \"%REQ(:AUTHORITY)%\" \"%UPSTREAM_HOST%\"\n";
+
+/// A compiled format.
+#[derive(Debug)]
+pub(super) struct Format(Vec<Op>);
+
+/// Why a format string is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum FormatError {
+    #[error("{text:?}: no valid operator begins at position {position}; a percent sign is written %%")]
+    Syntax { text: String, position: usize },
+    #[error("%{name}% is not an operator that culvert knows; docs/stats.md lists those it does")]
+    UnknownOperator { name: String },
+    #[error("%{name}% needs a header's name in brackets, as in %{name}(USER-AGENT)%")]
+    NeedsHeader { name: &'static str },
+    #[error("%{name}%: {header:?} is not a header's name")]
+    BadHeader { name: &'static str, header: String },
+    #[error("%{name}% takes at most one alternative: %{name}(FIRST?SECOND)%")]
+    Alternatives { name: &'static str },
+    #[error("%{name}% takes neither brackets nor a length")]
+    TakesNothing { name: String },
+    #[error("%START_TIME%: {0}")]
+    Time(String),
+}
+
+#[derive(Debug)]
+enum Op {
+    Text(Box<str>),
+    StartTime,
+    StartTimeAs(TimeFormat),
+    Request(HeaderChoice),
+    Response(HeaderChoice),
+    Field(Field),
+}
+
+/// `X?Y` and `:N`.
+#[derive(Debug)]
+struct HeaderChoice {
+    first: Header,
+    second: Option<Header>,
+    max_len: usize,
+}
+
+#[derive(Debug)]
+enum Header {
+    Name(HeaderName),
+    Method,
+    Path,
+    Authority,
+    Scheme,
+    Status,
+}
+
+/// An operator without arguments.
+#[derive(Debug, Clone, Copy)]
+enum Field {
+    Protocol,
+    ResponseCode,
+    ResponseFlags,
+    ResponseCodeDetails,
+    BytesReceived,
+    BytesSent,
+    Duration,
+    UpstreamHost,
+    UpstreamCluster,
+    UpstreamLocalAddress,
+    RouteName,
+    DownstreamRemoteAddress,
+    DownstreamRemoteAddressWithoutPort,
+    DownstreamRemotePort,
+    DownstreamDirectRemoteAddress,
+    DownstreamDirectRemoteAddressWithoutPort,
+    DownstreamLocalAddress,
+    DownstreamLocalAddressWithoutPort,
+    DownstreamLocalPort,
+    ConnectionId,
+}
+
+const FIELDS: &[(&str, Field)] = &[
+    ("PROTOCOL", Field::Protocol),
+    ("RESPONSE_CODE", Field::ResponseCode),
+    ("RESPONSE_FLAGS", Field::ResponseFlags),
+    ("RESPONSE_CODE_DETAILS", Field::ResponseCodeDetails),
+    ("BYTES_RECEIVED", Field::BytesReceived),
+    ("BYTES_SENT", Field::BytesSent),
+    ("DURATION", Field::Duration),
+    ("UPSTREAM_HOST", Field::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS", Field::UpstreamHost),
+    ("UPSTREAM_CLUSTER", Field::UpstreamCluster),
+    ("UPSTREAM_LOCAL_ADDRESS", Field::UpstreamLocalAddress),
+    ("ROUTE_NAME", Field::RouteName),
+    ("DOWNSTREAM_REMOTE_ADDRESS", Field::DownstreamRemoteAddress),
+    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Field::DownstreamRemoteAddressWithoutPort),
+    ("DOWNSTREAM_REMOTE_PORT", Field::DownstreamRemotePort),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", Field::DownstreamDirectRemoteAddress),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Field::DownstreamDirectRemoteAddressWithoutPort),
+    ("DOWNSTREAM_LOCAL_ADDRESS", Field::DownstreamLocalAddress),
+    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Field::DownstreamLocalAddressWithoutPort),
+    ("DOWNSTREAM_LOCAL_PORT", Field::DownstreamLocalPort),
+    ("CONNECTION_ID", Field::ConnectionId),
+];
+
+impl Format {
+    /// Envoy's default format.
+    pub(super) fn envoy_default() -> Format {
+        // Its own test parses it: only then could it be refused.
+        Format::parse(ENVOY_DEFAULT).unwrap_or(Format(Vec::new()))
+    }
+
+    /// Compiles `text`.
+    pub(super) fn parse(text: &str) -> Result<Format, FormatError> {
+        let mut ops = Vec::new();
+        let mut plain = String::new();
+        let mut rest = text;
+        while let Some(at) = rest.find('%') {
+            plain.push_str(&rest[..at]);
+            rest = &rest[at..];
+            if let Some(after) = rest.strip_prefix("%%") {
+                plain.push('%');
+                rest = after;
+                continue;
+            }
+            let position = text.len() - rest.len();
+            let syntax = || FormatError::Syntax { text: text.to_owned(), position };
+            let (operator, after) = Operator::split(rest).ok_or_else(syntax)?;
+            if !plain.is_empty() {
+                ops.push(Op::Text(std::mem::take(&mut plain).into()));
+            }
+            ops.push(operator.compile()?);
+            rest = after;
+        }
+        plain.push_str(rest);
+        if !plain.is_empty() {
+            ops.push(Op::Text(plain.into()));
+        }
+        Ok(Format(ops))
+    }
+
+    /// Appends the line.
+    pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
+        for op in &self.0 {
+            match op {
+                Op::Text(text) => out.extend_from_slice(text.as_bytes()),
+                Op::StartTime => time::write_default(out, record.start),
+                Op::StartTimeAs(format) => format.write(out, record.start),
+                Op::Request(choice) => choice.write(out, record, record.request_headers),
+                Op::Response(choice) => choice.write(out, record, record.response_headers),
+                Op::Field(field) => field.write(out, record),
+            }
+        }
+    }
+}
+
+/// `%NAME(arguments):length%`, taken apart.
+struct Operator<'a> {
+    name: &'a str,
+    arguments: Option<&'a str>,
+    length: Option<usize>,
+}
+
+impl<'a> Operator<'a> {
+    /// The operator that `text` begins with, and what follows it.
+    fn split(text: &'a str) -> Option<(Operator<'a>, &'a str)> {
+        let text = text.strip_prefix('%')?;
+        let end = text.find(|c: char| !c.is_ascii_uppercase() && !c.is_ascii_digit() && c != '_')?;
+        let (name, mut rest) = text.split_at(end);
+        if name.is_empty() {
+            return None;
+        }
+        let mut arguments = None;
+        if let Some(inner) = rest.strip_prefix('(') {
+            // Up to the first bracket that ends the operator: a time format may hold percent signs.
+            let close = inner.match_indices(')').map(|(at, _)| at).find(|at| {
+                let after = inner[at + 1..].trim_start_matches(|c: char| c == ':' || c.is_ascii_digit());
+                after.starts_with('%')
+            })?;
+            arguments = Some(&inner[..close]);
+            rest = &inner[close + 1..];
+        }
+        let mut length = None;
+        if let Some(digits) = rest.strip_prefix(':') {
+            let end = digits.find('%')?;
+            length = Some(digits[..end].parse().ok()?);
+            rest = &digits[end..];
+        }
+        Some((Operator { name, arguments, length }, rest.strip_prefix('%')?))
+    }
+
+    fn compile(self) -> Result<Op, FormatError> {
+        match self.name {
+            "REQ" => HeaderChoice::parse("REQ", self).map(Op::Request),
+            "RESP" => HeaderChoice::parse("RESP", self).map(Op::Response),
+            "START_TIME" => match (self.arguments, self.length) {
+                (None | Some(""), None) => Ok(Op::StartTime),
+                (Some(format), None) => TimeFormat::parse(format).map(Op::StartTimeAs).map_err(FormatError::Time),
+                (_, Some(_)) => Err(FormatError::Time("takes no length".into())),
+            },
+            name => match FIELDS.iter().find(|(known, _)| *known == name) {
+                Some((_, field)) if self.arguments.is_none() && self.length.is_none() => Ok(Op::Field(*field)),
+                Some(_) => Err(FormatError::TakesNothing { name: name.to_owned() }),
+                None => Err(FormatError::UnknownOperator { name: name.to_owned() }),
+            },
+        }
+    }
+}
+
+impl HeaderChoice {
+    fn parse(name: &'static str, operator: Operator<'_>) -> Result<HeaderChoice, FormatError> {
+        let mut names = operator.arguments.unwrap_or("").split('?');
+        let first = match names.next() {
+            None | Some("") => return Err(FormatError::NeedsHeader { name }),
+            Some(first) => Header::parse(name, first)?,
+        };
+        let second = names.next().map(|second| Header::parse(name, second)).transpose()?;
+        if names.next().is_some() {
+            return Err(FormatError::Alternatives { name });
+        }
+        Ok(HeaderChoice { first, second, max_len: operator.length.unwrap_or(usize::MAX) })
+    }
+
+    fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, headers: Option<&HeaderMap>) {
+        if let Header::Status = self.first {
+            return Field::ResponseCode.write(out, record);
+        }
+        let value = self.first.value(record, headers);
+        let value = value.or_else(|| self.second.as_ref().and_then(|second| second.value(record, headers)));
+        match value {
+            Some(value) => out.extend_from_slice(&value[..value.len().min(self.max_len)]),
+            None => out.push(b'-'),
+        }
+    }
+}
+
+impl Header {
+    fn parse(operator: &'static str, name: &str) -> Result<Header, FormatError> {
+        Ok(match (operator, name.to_ascii_lowercase().as_str()) {
+            ("REQ", ":method") => Header::Method,
+            ("REQ", ":path") => Header::Path,
+            ("REQ", ":authority" | "host") => Header::Authority,
+            ("REQ", ":scheme") => Header::Scheme,
+            ("RESP", ":status") => Header::Status,
+            (_, lower) => Header::Name(
+                HeaderName::from_str(lower)
+                    .map_err(|_| FormatError::BadHeader { name: operator, header: name.to_owned() })?,
+            ),
+        })
+    }
+
+    fn value<'a>(&self, record: &Record<'a>, headers: Option<&'a HeaderMap>) -> Option<&'a [u8]> {
+        match self {
+            // Of several values the first, as in Envoy.
+            Header::Name(name) => headers?.get(name).map(|value| value.as_bytes()),
+            Header::Method => record.method.map(str::as_bytes),
+            Header::Path => record.path.map(str::as_bytes),
+            Header::Authority => record.authority.map(str::as_bytes),
+            Header::Scheme => record.scheme.map(str::as_bytes),
+            Header::Status => None,
+        }
+    }
+}
+
+impl Field {
+    fn write(self, out: &mut Vec<u8>, record: &Record<'_>) {
+        match self {
+            Field::Protocol => text(out, record.protocol),
+            Field::ResponseCode => number(out, record.response_code.into()),
+            Field::ResponseFlags => {
+                let before = out.len();
+                for name in record.response_flags.names() {
+                    if out.len() > before {
+                        out.push(b',');
+                    }
+                    out.extend_from_slice(name.as_bytes());
+                }
+                if out.len() == before {
+                    out.push(b'-');
+                }
+            }
+            Field::ResponseCodeDetails => {
+                let before = out.len();
+                text(out, Some(record.response_code_details).filter(|details| !details.is_empty()));
+                // One word, so that a line can be split at its spaces.
+                out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
+            }
+            Field::BytesReceived => number(out, record.bytes_received),
+            Field::BytesSent => number(out, record.bytes_sent),
+            Field::Duration => number(out, u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX)),
+            Field::UpstreamHost => text(out, record.upstream_host),
+            Field::UpstreamCluster => text(out, record.upstream_cluster),
+            Field::UpstreamLocalAddress => address(out, record.upstream_local_address),
+            Field::RouteName => text(out, record.route_name),
+            Field::DownstreamRemoteAddress => address(out, record.downstream_remote_address),
+            Field::DownstreamRemoteAddressWithoutPort => ip(out, record.downstream_remote_address),
+            Field::DownstreamRemotePort => port(out, record.downstream_remote_address),
+            Field::DownstreamDirectRemoteAddress => address(out, record.downstream_direct_remote_address),
+            Field::DownstreamDirectRemoteAddressWithoutPort => ip(out, record.downstream_direct_remote_address),
+            Field::DownstreamLocalAddress => address(out, record.downstream_local_address),
+            Field::DownstreamLocalAddressWithoutPort => ip(out, record.downstream_local_address),
+            Field::DownstreamLocalPort => port(out, record.downstream_local_address),
+            Field::ConnectionId => number(out, record.connection_id),
+        }
+    }
+}
+
+fn text(out: &mut Vec<u8>, text: Option<&str>) {
+    out.extend_from_slice(text.unwrap_or("-").as_bytes());
+}
+
+/// `write!` goes through the formatting machinery; most fields of a line are short numbers.
+fn number(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
+}
+
+fn address(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+    // Writing to a Vec cannot fail.
+    let _ = match address {
+        Some(address) => write!(out, "{}", SocketAddr::new(address.ip().to_canonical(), address.port())),
+        None => write!(out, "-"),
+    };
+}
+
+fn ip(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+    // Writing to a Vec cannot fail.
+    let _ = match address {
+        Some(address) => write!(out, "{}", address.ip().to_canonical()),
+        None => write!(out, "-"),
+    };
+}
+
+fn port(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+    match address {
+        Some(address) => number(out, address.port().into()),
+        None => out.push(b'-'),
+    }
+}
+
+#[cfg(test)]
+#[path = "format_tests.rs"]
+mod tests;

@@ -1,0 +1,157 @@
+use std::time::{Duration, SystemTime};
+
+use http::HeaderValue;
+
+use super::*;
+use crate::access_log::ResponseFlags;
+
+fn line(format: &str, record: &Record<'_>) -> String {
+    let mut out = Vec::new();
+    Format::parse(format).unwrap().write(&mut out, record);
+    String::from_utf8(out).unwrap()
+}
+
+fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+    fields.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+}
+
+fn start() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_237_485_380)
+}
+
+#[test]
+fn the_default_line_of_a_request_is_envoys() {
+    let request = headers(&[("user-agent", "curl/7.88.1"), ("x-request-id", "cffa9756-4e35-45bd-874f-c6d10a741fcf")]);
+    let response = headers(&[("x-envoy-upstream-service-time", "1")]);
+    let record = Record {
+        start: start(),
+        duration: Duration::from_micros(2999),
+        protocol: Some("HTTP/1.1"),
+        method: Some("GET"),
+        path: Some("/"),
+        authority: Some("127.0.0.1:19080"),
+        request_headers: Some(&request),
+        response_headers: Some(&response),
+        response_code: 200,
+        bytes_sent: 392,
+        upstream_host: Some("127.0.0.1:19090"),
+        ..Record::default()
+    };
+    // A line of the real Envoy.
+    assert_eq!(
+        line(ENVOY_DEFAULT, &record),
+        "[2026-11-21T05:04:45.380Z] \"GET / HTTP/1.1\" 200 - 0 392 2 1 \"-\" \"curl/7.88.1\" \
+         \"cffa9756-4e35-45bd-874f-c6d10a741fcf\" \"127.0.0.1:19080\" \"127.0.0.1:19090\"\n"
+    );
+}
+
+#[test]
+fn the_default_line_of_a_connection_is_envoys() {
+    let record = Record {
+        start: start(),
+        duration: Duration::from_millis(2),
+        bytes_received: 79,
+        bytes_sent: 3656,
+        upstream_host: Some("127.0.0.1:19090"),
+        ..Record::default()
+    };
+    // A line of the real Envoy's TCP proxy.
+    assert_eq!(
+        line(ENVOY_DEFAULT, &record),
+        "[2026-11-21T05:04:45.380Z] \"- - -\" 0 - 79 3656 2 - \"-\" \"-\" \"-\" \"-\" \"127.0.0.1:19090\"\n"
+    );
+}
+
+#[test]
+fn every_operator_is_written() {
+    let request = headers(&[("user-agent", "curl"), ("x-m", "a"), ("x-m", "b"), ("x-envoy-original-path", "/old")]);
+    let response = headers(&[("server", "envoy")]);
+    let record = Record {
+        start: start(),
+        duration: Duration::from_millis(1500),
+        protocol: Some("HTTP/2"),
+        method: Some("POST"),
+        path: Some("/new"),
+        authority: Some("users"),
+        scheme: Some("http"),
+        request_headers: Some(&request),
+        response_headers: Some(&response),
+        response_code: 503,
+        response_flags: ResponseFlags::URX | ResponseFlags::UF,
+        response_code_details: "upstream_reset{remote connection failure}",
+        bytes_received: u64::MAX,
+        bytes_sent: 10,
+        upstream_host: Some("10.0.0.1:80"),
+        upstream_cluster: Some("users"),
+        route_name: Some("main"),
+        downstream_remote_address: Some("[::ffff:10.1.2.3]:1234".parse().unwrap()),
+        downstream_direct_remote_address: Some("10.9.9.9:55".parse().unwrap()),
+        downstream_local_address: Some("[fd00::1]:80".parse().unwrap()),
+        upstream_local_address: Some("10.0.0.9:40000".parse().unwrap()),
+        connection_id: 7,
+    };
+    for (format, expected) in [
+        ("%START_TIME%", "2026-11-21T05:04:45.380Z"),
+        ("%START_TIME(%H:%M:%S (%3f))%", "05:04:45 (380)"),
+        ("%START_TIME(%s)%.", "1795237485."),
+        ("%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)% %REQ(:scheme)% %REQ(host)%", "POST /new users http users"),
+        ("%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "/old"),
+        ("%REQ(X-NOT-THERE?:PATH)%", "/new"),
+        ("%REQ(X-NOT-THERE?X-NEITHER)%", "-"),
+        ("%REQ(User-Agent):3%|%REQ(x-m)%|%REQ(user-agent):99%|%REQ(user-agent):0%", "cur|a|curl|"),
+        ("%RESP(SERVER)% %RESP(:STATUS)% %RESP(X)%", "envoy 503 -"),
+        ("%PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS%", "HTTP/2 503 UF,URX"),
+        ("%RESPONSE_CODE_DETAILS%", "upstream_reset{remote_connection_failure}"),
+        ("%BYTES_RECEIVED% %BYTES_SENT% %DURATION%", "18446744073709551615 10 1500"),
+        ("%UPSTREAM_HOST% %UPSTREAM_REMOTE_ADDRESS% %UPSTREAM_CLUSTER%", "10.0.0.1:80 10.0.0.1:80 users"),
+        ("%UPSTREAM_LOCAL_ADDRESS% %ROUTE_NAME% %CONNECTION_ID%", "10.0.0.9:40000 main 7"),
+        (
+            "%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%",
+            "10.1.2.3:1234 10.1.2.3 1234",
+        ),
+        ("%DOWNSTREAM_DIRECT_REMOTE_ADDRESS% %DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT%", "10.9.9.9:55 10.9.9.9"),
+        (
+            "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%",
+            "[fd00::1]:80 fd00::1 80",
+        ),
+        ("100%% of it%%", "100% of it%"),
+        ("", ""),
+    ] {
+        assert_eq!(line(format, &record), expected, "{format}");
+    }
+    let all: String = FIELDS.iter().map(|(name, _)| format!("%{name}%|")).collect();
+    let missing = line(&all, &Record::default());
+    assert_eq!(missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|", "what is missing");
+}
+
+#[test]
+fn a_bad_format_is_refused_with_what_is_wrong() {
+    // Those that Envoy refuses too, and a time letter that it would print as it stands.
+    for (format, expected) in [
+        ("%BOGUS%", "%BOGUS% is not an operator"),
+        ("%REQ(x%", "position 0"),
+        ("%REQ%", "needs a header's name"),
+        ("%REQ()%", "needs a header's name"),
+        ("%RESP(a b)%", "\"a b\" is not a header's name"),
+        ("%REQ(a?b?c)%", "at most one alternative"),
+        ("%REQ(X):x%", "position 0"),
+        ("%req(x)%", "position 0"),
+        ("a % b", "position 2"),
+        ("ends in %", "position 8"),
+        ("%PROTOCOL(a)%", "%PROTOCOL% takes neither"),
+        ("%PROTOCOL:3%", "%PROTOCOL% takes neither"),
+        ("%START_TIME(%Q)%", "%START_TIME%: %Q is not"),
+        ("ä%é%", "position 2"),
+    ] {
+        let error = Format::parse(format).unwrap_err().to_string();
+        assert!(error.contains(expected), "{format}: {error}");
+    }
+}
+
+#[test]
+fn flags_are_written_in_envoys_order() {
+    let flags = ResponseFlags::DC | ResponseFlags::UO | ResponseFlags::NR;
+    assert_eq!(flags.names().collect::<Vec<_>>(), ["UO", "NR", "DC"]);
+    assert!(flags.contains(ResponseFlags::UO) && !flags.contains(ResponseFlags::UH | ResponseFlags::UO));
+    assert!(ResponseFlags::default().is_empty());
+}

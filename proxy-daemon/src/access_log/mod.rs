@@ -1,0 +1,49 @@
+//! Access logs: one line a request or connection, in Envoy's format language.
+//!
+//! A format is compiled when configuration is applied. A worker formats straight into its own buffer of the log's sink
+//! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between.
+
+mod flags;
+mod format;
+mod record;
+mod sink;
+mod time;
+
+use std::sync::Arc;
+
+pub use flags::ResponseFlags;
+pub use record::Record;
+pub use sink::{flush_thread, reopen_all};
+
+use self::{format::Format, sink::Sink};
+use crate::config::{FieldError, model::AccessLogConfig};
+
+/// One configured log. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct AccessLog {
+    format: Arc<Format>,
+    sink: Arc<Sink>,
+}
+
+impl AccessLog {
+    /// Compiles the format and opens the file. The error's path is relative to the log's own configuration.
+    pub fn new(config: &AccessLogConfig) -> Result<AccessLog, FieldError> {
+        let format = match &config.format {
+            Some(format) => Format::parse(format)
+                .map_err(|e| FieldError::new("log_format.text_format_source.inline_string", e.to_string()))?,
+            None => Format::envoy_default(),
+        };
+        let sink = Sink::open(&config.sink).map_err(|e| FieldError::new("path", e))?;
+        Ok(AccessLog { format: Arc::new(format), sink })
+    }
+
+    /// Adds a line to this thread's buffer; it is written when the buffer is full or [`flush_thread`] is called.
+    pub fn write(&self, record: &Record<'_>) {
+        sink::append(&self.sink, |line| self.format.write(line, record));
+    }
+}
+
+/// Why `format` is not a format that Culvert can write; `Ok` where it is one.
+pub fn check_format(format: &str) -> Result<(), FieldError> {
+    Format::parse(format).map(drop).map_err(|e| FieldError::new("", e.to_string()))
+}

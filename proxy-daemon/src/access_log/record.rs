@@ -1,0 +1,86 @@
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
+
+use http::HeaderMap;
+
+use super::ResponseFlags;
+
+/// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
+#[derive(Debug, Clone, Copy)]
+pub struct Record<'a> {
+    /// When it began.
+    pub start: SystemTime,
+    /// From the beginning to the end of the response.
+    pub duration: Duration,
+    /// `HTTP/1.1`, `HTTP/2`.
+    pub protocol: Option<&'a str>,
+    /// The request's method.
+    pub method: Option<&'a str>,
+    /// The request's path with its query, as the upstream saw it.
+    pub path: Option<&'a str>,
+    /// The request's host.
+    pub authority: Option<&'a str>,
+    /// `http` or `https`.
+    pub scheme: Option<&'a str>,
+    /// The request's headers.
+    pub request_headers: Option<&'a HeaderMap>,
+    /// The response's headers.
+    pub response_headers: Option<&'a HeaderMap>,
+    /// The response's status; 0 where there was none.
+    pub response_code: u16,
+    /// Why it was not an ordinary response.
+    pub response_flags: ResponseFlags,
+    /// Where the status came from; empty: not known.
+    pub response_code_details: &'a str,
+    /// Body bytes from the client.
+    pub bytes_received: u64,
+    /// Body bytes to the client.
+    pub bytes_sent: u64,
+    /// The chosen host's address.
+    pub upstream_host: Option<&'a str>,
+    /// The chosen cluster's name.
+    pub upstream_cluster: Option<&'a str>,
+    /// The chosen route's name.
+    pub route_name: Option<&'a str>,
+    /// The client's address, after `x-forwarded-for` or the PROXY protocol was looked at.
+    pub downstream_remote_address: Option<SocketAddr>,
+    /// The address that the connection came from.
+    pub downstream_direct_remote_address: Option<SocketAddr>,
+    /// The address that the connection was made to.
+    pub downstream_local_address: Option<SocketAddr>,
+    /// Our side of the upstream connection.
+    pub upstream_local_address: Option<SocketAddr>,
+    /// The downstream connection's number.
+    pub connection_id: u64,
+}
+
+impl Default for Record<'_> {
+    fn default() -> Self {
+        Record {
+            start: SystemTime::UNIX_EPOCH,
+            duration: Duration::ZERO,
+            protocol: None,
+            method: None,
+            path: None,
+            authority: None,
+            scheme: None,
+            request_headers: None,
+            response_headers: None,
+            response_code: 0,
+            response_flags: ResponseFlags::default(),
+            response_code_details: "",
+            bytes_received: 0,
+            bytes_sent: 0,
+            upstream_host: None,
+            upstream_cluster: None,
+            route_name: None,
+            downstream_remote_address: None,
+            downstream_direct_remote_address: None,
+            downstream_local_address: None,
+            upstream_local_address: None,
+            connection_id: 0,
+        }
+    }
+}
