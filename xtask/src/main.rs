@@ -3,8 +3,10 @@
 mod bench;
 mod build_ebpf;
 mod demo;
+mod progress;
 mod setup;
 mod test;
+mod toolchain;
 
 use std::process::ExitCode;
 
