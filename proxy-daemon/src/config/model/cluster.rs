@@ -1,0 +1,209 @@
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use http::HeaderName;
+
+use super::Http2Options;
+
+/// A checked `envoy.config.cluster.v3.Cluster`.
+#[derive(Debug, Clone)]
+pub struct ClusterConfig {
+    /// Its name, unique in the process.
+    pub name: Arc<str>,
+    /// `cluster.<this>.` in stats names: `alt_stat_name`, else the name, with `:` as `_`.
+    pub stat_name: String,
+    /// How its hosts are found.
+    pub discovery: Discovery,
+    /// How a host is chosen.
+    pub lb_policy: LbPolicy,
+    /// Limit of one connect. Default 5 s.
+    pub connect_timeout: Duration,
+    /// What is spoken to its hosts.
+    pub protocol: UpstreamProtocol,
+    /// `max_requests_per_connection`; 0: no limit.
+    pub max_requests_per_connection: u32,
+    /// An idle pooled connection is closed after this; `None`: never. Default 1 h.
+    pub idle_timeout: Option<Duration>,
+    /// Limits of the default and of the high priority.
+    pub circuit_breakers: [Thresholds; 2],
+    /// Soft limit in bytes of what is buffered for one connection.
+    pub per_connection_buffer_limit_bytes: u32,
+    /// `upstream_connection_options.tcp_keepalive`.
+    pub tcp_keepalive: Option<TcpKeepalive>,
+    /// The hosts of STATIC and STRICT_DNS clusters.
+    pub endpoints: Vec<LocalityEndpoints>,
+}
+
+/// `Cluster.type`, with what belongs to each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Discovery {
+    /// Written into the cluster.
+    Static,
+    /// Names are resolved, and every address is a host.
+    StrictDns {
+        /// Time between two look-ups. Default 5 s.
+        refresh_rate: Duration,
+        /// Which families are asked for.
+        family: DnsLookupFamily,
+    },
+    /// The endpoint discovery service.
+    Eds {
+        /// The resource's name: `service_name`, else the cluster's name.
+        service_name: Arc<str>,
+    },
+    /// The connection's own destination, or what a header or filter names.
+    OriginalDst {
+        /// `http_header_name` where `use_http_header` is set.
+        http_header: Option<HeaderName>,
+        /// Replaces the destination's port.
+        port_override: Option<u16>,
+        /// A host without use is forgotten after this. Default 5 s.
+        cleanup_interval: Duration,
+    },
+}
+
+/// `Cluster.DnsLookupFamily`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DnsLookupFamily {
+    /// IPv6 addresses where there are any, else IPv4.
+    Auto,
+    /// IPv4 only.
+    V4Only,
+    /// IPv6 only.
+    V6Only,
+    /// IPv4 addresses where there are any, else IPv6.
+    V4Preferred,
+    /// Both.
+    All,
+}
+
+/// `Cluster.lb_policy`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LbPolicy {
+    /// Weighted.
+    RoundRobin,
+    /// The least busy of `choice_count` random hosts.
+    LeastRequest {
+        /// At least 2.
+        choice_count: u32,
+    },
+    /// Any host.
+    Random,
+    /// The destination that the connection or request names: ORIGINAL_DST clusters only.
+    ClusterProvided,
+}
+
+/// What is spoken to a cluster's hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpstreamProtocol {
+    /// HTTP/1.1
+    Http1,
+    /// HTTP/2 with prior knowledge.
+    Http2(Http2Options),
+    /// What the client speaks.
+    Downstream(Http2Options),
+}
+
+/// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thresholds {
+    /// Connections to all hosts.
+    pub max_connections: u32,
+    /// Requests that wait for a connection.
+    pub max_pending_requests: u32,
+    /// Requests at a time.
+    pub max_requests: u32,
+    /// Retries at a time.
+    pub max_retries: u32,
+}
+
+impl Default for Thresholds {
+    fn default() -> Thresholds {
+        Thresholds { max_connections: 1024, max_pending_requests: 1024, max_requests: 1024, max_retries: 3 }
+    }
+}
+
+/// `TcpKeepalive`: `None` leaves the system's setting.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TcpKeepalive {
+    /// Probes without an answer before the connection is dead.
+    pub probes: Option<u32>,
+    /// Idle time before the first probe.
+    pub time: Option<Duration>,
+    /// Time between probes.
+    pub interval: Option<Duration>,
+}
+
+/// The endpoints of one locality at one priority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalityEndpoints {
+    /// Where they are.
+    pub locality: Locality,
+    /// 0 is used first.
+    pub priority: u32,
+    /// In the order of the configuration.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// `envoy.config.core.v3.Locality`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Locality {
+    /// For example a cloud's region.
+    pub region: String,
+    /// A zone of the region.
+    pub zone: String,
+    /// A part of the zone.
+    pub sub_zone: String,
+}
+
+/// `LbEndpoint`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where it listens.
+    pub address: EndpointAddress,
+    /// Its share of the load; at least 1.
+    pub weight: u32,
+    /// What discovery says of it.
+    pub health: HealthStatus,
+    /// For `auto_host_rewrite`; may be empty.
+    pub hostname: String,
+}
+
+/// Where an endpoint listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum EndpointAddress {
+    /// A literal address.
+    Ip(SocketAddr),
+    /// A name to look up: STRICT_DNS only.
+    Dns {
+        /// The name.
+        host: String,
+        /// The port.
+        port: u16,
+    },
+    /// A Unix socket.
+    Pipe(PathBuf),
+}
+
+/// `envoy.config.core.v3.HealthStatus`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HealthStatus {
+    /// Treated as healthy.
+    Unknown,
+    /// May be used.
+    Healthy,
+    /// Not used.
+    Unhealthy,
+    /// Finishes what it has and gets nothing new.
+    Draining,
+    /// Treated as unhealthy.
+    Timeout,
+    /// Used where no healthy host is left.
+    Degraded,
+}
+
+impl HealthStatus {
+    /// Whether new requests may go there.
+    pub fn is_usable(self) -> bool {
+        matches!(self, HealthStatus::Unknown | HealthStatus::Healthy | HealthStatus::Degraded)
+    }
+}

@@ -1,0 +1,131 @@
+use std::{sync::Arc, time::Duration};
+
+use http::HeaderValue;
+
+use super::{AccessLogConfig, Cidr, RouteConfig};
+use crate::http::filters::HttpFilterFactory;
+
+/// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
+#[derive(Debug)]
+pub struct HttpConnectionManagerConfig {
+    /// `http.<stat_prefix>.` in stats names.
+    pub stat_prefix: String,
+    /// Which protocols a client may speak.
+    pub codec_type: CodecType,
+    /// Where the routes come from.
+    pub routes: RouteSource,
+    /// In the order in which a request meets them; the last is the router.
+    pub http_filters: Vec<HttpFilterEntry>,
+    /// The `server` response header. Default `envoy`.
+    pub server_name: HeaderValue,
+    /// What becomes of an upstream's `server` header.
+    pub server_header: ServerHeaderTransformation,
+    /// The peer's address is the client's address, and is appended to `x-forwarded-for`.
+    pub use_remote_address: bool,
+    /// How many proxies in front are trusted to have written `x-forwarded-for`.
+    pub xff_num_trusted_hops: u32,
+    /// `x-forwarded-for` is left as it came.
+    pub skip_xff_append: bool,
+    /// Client addresses that count as internal; empty: none.
+    pub internal_ranges: Vec<Cidr>,
+    /// A request without `x-request-id` gets one.
+    pub generate_request_id: bool,
+    /// An edge request keeps the `x-request-id` it came with.
+    pub preserve_external_request_id: bool,
+    /// Responses carry the request's `x-request-id`.
+    pub always_set_request_id_in_response: bool,
+    /// `via` is appended with this in both directions.
+    pub via: Option<HeaderValue>,
+    /// A connection without a stream is closed after this. Default 1 h.
+    pub idle_timeout: Option<Duration>,
+    /// A stream without progress is reset after this. Default 5 min.
+    pub stream_idle_timeout: Option<Duration>,
+    /// The whole request must have arrived within this.
+    pub request_timeout: Option<Duration>,
+    /// The request's headers must have arrived within this.
+    pub request_headers_timeout: Option<Duration>,
+    /// A connection is drained after this.
+    pub max_connection_duration: Option<Duration>,
+    /// A connection is drained after so many requests; 0: never.
+    pub max_requests_per_connection: u32,
+    /// How long a draining HTTP/2 connection waits between its two GOAWAYs. Default 5 s.
+    pub drain_timeout: Duration,
+    /// How long a closed connection's socket waits for the client to close. Default 1 s.
+    pub delayed_close_timeout: Option<Duration>,
+    /// Limit of a request's header bytes, in KiB. Default 60.
+    pub max_request_headers_kb: u32,
+    /// Limit of a request's header count. Default 100.
+    pub max_headers_count: u32,
+    /// `/a/../b` becomes `/b` before the route is chosen.
+    pub normalize_path: bool,
+    /// `//` becomes `/`.
+    pub merge_slashes: bool,
+    /// HTTP/2 limits.
+    pub http2: Http2Options,
+    /// One line a request.
+    pub access_logs: Vec<AccessLogConfig>,
+}
+
+/// A configured HTTP filter.
+#[derive(Debug, Clone)]
+pub struct HttpFilterEntry {
+    /// The name in the configuration: per-route configuration is found by it.
+    pub name: Arc<str>,
+    /// Makes one filter a stream.
+    pub factory: Arc<dyn HttpFilterFactory>,
+}
+
+/// `HttpConnectionManager.CodecType`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CodecType {
+    /// HTTP/2 where the connection begins with its preface, else HTTP/1.
+    Auto,
+    /// HTTP/1.1 only.
+    Http1,
+    /// HTTP/2 only.
+    Http2,
+}
+
+/// Where a connection manager's routes come from.
+#[derive(Debug, Clone)]
+pub enum RouteSource {
+    /// Written into the listener.
+    Static(Arc<RouteConfig>),
+    /// The route discovery service, by this name.
+    Rds(Arc<str>),
+}
+
+/// `HttpConnectionManager.ServerHeaderTransformation`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerHeaderTransformation {
+    /// Ours replaces the upstream's.
+    Overwrite,
+    /// Ours is set where the upstream sent none.
+    AppendIfAbsent,
+    /// The upstream's passes, and none is added.
+    PassThrough,
+}
+
+/// `Http2ProtocolOptions`, for both sides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Http2Options {
+    /// Streams at a time on one connection. Envoy's default is 1024 (since 1.36).
+    pub max_concurrent_streams: u32,
+    /// Bytes of a stream's flow-control window. Default 16 MiB.
+    pub initial_stream_window_size: u32,
+    /// Bytes of the connection's flow-control window. Default 24 MiB.
+    pub initial_connection_window_size: u32,
+    /// RFC 8441: WebSocket by extended CONNECT.
+    pub allow_connect: bool,
+}
+
+impl Default for Http2Options {
+    fn default() -> Http2Options {
+        Http2Options {
+            max_concurrent_streams: 1024,
+            initial_stream_window_size: 16 << 20,
+            initial_connection_window_size: 24 << 20,
+            allow_connect: false,
+        }
+    }
+}

@@ -1,0 +1,115 @@
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig};
+
+/// A checked `envoy.config.listener.v3.Listener`.
+#[derive(Debug)]
+pub struct Listener {
+    /// Its name, unique in the process.
+    pub name: Arc<str>,
+    /// Addresses to listen on: `address`, then `additional_addresses`.
+    pub addresses: Vec<ListenAddress>,
+    /// What stands for the address in stats names; empty: the address itself with `:` as `_`.
+    pub stat_prefix: String,
+    /// Sockets accept connections to addresses that are not this host's (IP_TRANSPARENT).
+    pub transparent: bool,
+    /// Sockets may bind addresses that do not exist yet (IP_FREEBIND).
+    pub freebind: bool,
+    /// The accept queue's length.
+    pub backlog: u32,
+    /// `envoy.filters.listener.original_dst`: the connection's own destination takes part in the chain match and in
+    /// ORIGINAL_DST clusters.
+    pub use_original_dst: bool,
+    /// `envoy.filters.listener.original_src`: upstream connections keep the client's address.
+    pub original_src: Option<OriginalSrc>,
+    /// In the order of the configuration.
+    pub filter_chains: Vec<Arc<FilterChain>>,
+    /// What serves a connection that no chain matches; without it the connection is closed.
+    pub default_filter_chain: Option<Arc<FilterChain>>,
+    /// Soft limit in bytes of what is buffered for one connection.
+    pub per_connection_buffer_limit_bytes: u32,
+    /// Logs of connections, one line each.
+    pub access_logs: Vec<AccessLogConfig>,
+}
+
+/// A listening address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenAddress {
+    /// Port 0 lets the kernel choose.
+    pub address: SocketAddr,
+    /// An IPv6 socket that takes IPv4 connections as well.
+    pub ipv4_compat: bool,
+}
+
+/// Upstream connections keep the downstream connection's source address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OriginalSrc {
+    /// SO_MARK of the upstream sockets; 0 sets none.
+    pub mark: u32,
+}
+
+/// One filter chain. The last filter is terminal, so there is exactly one for as long as only terminal filters exist.
+#[derive(Debug)]
+pub struct FilterChain {
+    /// May be empty.
+    pub name: Arc<str>,
+    /// Which connections it serves.
+    pub chain_match: FilterChainMatch,
+    /// In the order in which a connection meets them; never empty.
+    pub filters: Vec<NetworkFilterConfig>,
+}
+
+/// `FilterChainMatch`: an empty list or `None` matches everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FilterChainMatch {
+    /// The connection's (original) destination port.
+    pub destination_port: Option<u16>,
+    /// The connection's (original) destination address: the longest prefix wins.
+    pub prefix_ranges: Vec<Cidr>,
+    /// The address that the connection came from.
+    pub direct_source_prefix_ranges: Vec<Cidr>,
+    /// Local or external clients only.
+    pub source_type: SourceType,
+    /// The client's address.
+    pub source_prefix_ranges: Vec<Cidr>,
+    /// The client's port.
+    pub source_ports: Vec<u16>,
+}
+
+/// `FilterChainMatch.ConnectionSourceType`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum SourceType {
+    /// Any client.
+    #[default]
+    Any,
+    /// A client on this host: its address is loopback or equals the destination.
+    SameIpOrLoopback,
+    /// Any other client.
+    External,
+}
+
+/// A configured L4 filter.
+#[derive(Debug, Clone)]
+pub enum NetworkFilterConfig {
+    /// `envoy.filters.network.tcp_proxy`
+    TcpProxy(Arc<TcpProxyConfig>),
+    /// `envoy.filters.network.http_connection_manager`
+    HttpConnectionManager(Arc<HttpConnectionManagerConfig>),
+}
+
+/// A checked `TcpProxy`.
+#[derive(Debug)]
+pub struct TcpProxyConfig {
+    /// `tcp.<stat_prefix>.` in stats names.
+    pub stat_prefix: String,
+    /// Where connections go. Never `ClusterChoice::Header`.
+    pub cluster: ClusterChoice,
+    /// Without a byte in either direction for this long, the connection is closed; `None`: never. Default 1 h.
+    pub idle_timeout: Option<Duration>,
+    /// How many hosts are tried before the connection is given up; at least 1.
+    pub max_connect_attempts: u32,
+    /// The connection is closed after this long whatever it does.
+    pub max_downstream_connection_duration: Option<Duration>,
+    /// One line a connection.
+    pub access_logs: Vec<AccessLogConfig>,
+}

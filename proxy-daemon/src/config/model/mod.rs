@@ -1,0 +1,15 @@
+//! What the data plane reads: plain, checked, shared by `Arc`, and free of protobuf.
+
+mod access_log;
+mod cidr;
+mod cluster;
+mod hcm;
+mod listener;
+mod route;
+
+pub use access_log::*;
+pub use cidr::*;
+pub use cluster::*;
+pub use hcm::*;
+pub use listener::*;
+pub use route::*;

@@ -1,0 +1,366 @@
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+use regex::Regex;
+
+/// A checked `RouteConfiguration`. `http::route_match` builds the index over it.
+#[derive(Debug, Default)]
+pub struct RouteConfig {
+    /// Its name: what RDS subscribes to.
+    pub name: String,
+    /// In the order of the configuration.
+    pub virtual_hosts: Vec<VirtualHost>,
+    /// Applied last, after the route's and the virtual host's.
+    pub headers: HeaderMutations,
+    /// The host's port takes no part in choosing the virtual host.
+    pub ignore_port_in_host_matching: bool,
+}
+
+/// A checked `VirtualHost`.
+#[derive(Debug, Default)]
+pub struct VirtualHost {
+    /// `vhost.<name>.` in stats names.
+    pub name: String,
+    /// Lower case: exact names, `*.suffix`, `prefix.*`, or `*`.
+    pub domains: Vec<String>,
+    /// The first that matches is taken.
+    pub routes: Vec<Arc<Route>>,
+    /// Applied after the route's.
+    pub headers: HeaderMutations,
+    /// Used by routes that have none of their own.
+    pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// Upstream requests carry `x-envoy-attempt-count`.
+    pub include_request_attempt_count: bool,
+    /// Responses carry `x-envoy-attempt-count`.
+    pub include_attempt_count_in_response: bool,
+}
+
+/// A checked `Route`.
+#[derive(Debug)]
+pub struct Route {
+    /// Appears as `%ROUTE_NAME%`.
+    pub name: String,
+    /// Which requests it serves.
+    pub route_match: RouteMatch,
+    /// What becomes of them.
+    pub action: RouteAction,
+    /// Applied first.
+    pub headers: HeaderMutations,
+}
+
+/// `RouteMatch`: all must hold.
+#[derive(Debug)]
+pub struct RouteMatch {
+    /// The path, without the query.
+    pub path: PathMatch,
+    /// Whether the path is compared as it is, or without regard to ASCII case.
+    pub case_sensitive: bool,
+    /// All must match.
+    pub headers: Vec<HeaderMatcher>,
+    /// All must match.
+    pub query_parameters: Vec<QueryParameterMatcher>,
+    /// Only requests whose content type is gRPC's.
+    pub grpc: bool,
+}
+
+/// `RouteMatch.path_specifier`.
+#[derive(Debug)]
+pub enum PathMatch {
+    /// The path begins so.
+    Prefix(Box<str>),
+    /// The path is this.
+    Path(Box<str>),
+    /// The whole path matches (the expression is anchored).
+    Regex(Regex),
+    /// The path is this, or this and `/` and more.
+    PathSeparatedPrefix(Box<str>),
+}
+
+/// One `HeaderMatcher`.
+#[derive(Debug)]
+pub struct HeaderMatcher {
+    /// The header; `:method`, `:path`, `:authority` and `:scheme` are matched as Envoy does.
+    pub name: MatchedHeader,
+    /// What its value must be; several values are joined by `,`.
+    pub value: HeaderValueMatch,
+    /// The verdict is turned round.
+    pub invert_match: bool,
+    /// A missing header is matched as an empty one.
+    pub treat_missing_header_as_empty: bool,
+}
+
+/// What a `HeaderMatcher` looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MatchedHeader {
+    /// A header field.
+    Name(HeaderName),
+    /// `:method`
+    Method,
+    /// `:path`, with the query.
+    Path,
+    /// `:authority`
+    Authority,
+    /// `:scheme`
+    Scheme,
+}
+
+/// `HeaderMatcher.header_match_specifier`.
+#[derive(Debug)]
+pub enum HeaderValueMatch {
+    /// Whether the header is there at all.
+    Present(bool),
+    /// Its text.
+    String(StringMatcher),
+    /// A whole number from `start` up to, not including, `end`.
+    Range {
+        /// First number that matches.
+        start: i64,
+        /// First number above that does not.
+        end: i64,
+    },
+}
+
+/// `QueryParameterMatcher`.
+#[derive(Debug)]
+pub struct QueryParameterMatcher {
+    /// The parameter's name, as it stands in the query.
+    pub name: String,
+    /// `None`: it need only be there.
+    pub value: Option<StringMatcher>,
+}
+
+/// `envoy.type.matcher.v3.StringMatcher`.
+#[derive(Debug)]
+pub struct StringMatcher {
+    /// How the text is compared.
+    pub pattern: StringPattern,
+    /// Without regard to ASCII case; has no effect on a regex.
+    pub ignore_case: bool,
+}
+
+/// `StringMatcher.match_pattern`.
+#[derive(Debug)]
+pub enum StringPattern {
+    /// The whole text.
+    Exact(Box<str>),
+    /// Its beginning.
+    Prefix(Box<str>),
+    /// Its end.
+    Suffix(Box<str>),
+    /// Any part of it.
+    Contains(Box<str>),
+    /// The whole text (the expression is anchored).
+    Regex(Regex),
+}
+
+impl StringMatcher {
+    /// Whether `text` matches.
+    pub fn matches(&self, text: &str) -> bool {
+        let (t, folded);
+        t = if self.ignore_case && !matches!(self.pattern, StringPattern::Regex(_)) {
+            folded = text.to_ascii_lowercase();
+            folded.as_str()
+        } else {
+            text
+        };
+        match &self.pattern {
+            StringPattern::Exact(p) => t == &**p,
+            StringPattern::Prefix(p) => t.starts_with(&**p),
+            StringPattern::Suffix(p) => t.ends_with(&**p),
+            StringPattern::Contains(p) => t.contains(&**p),
+            StringPattern::Regex(r) => r.is_match(t),
+        }
+    }
+}
+
+/// What a route does with a request.
+#[derive(Debug)]
+pub enum RouteAction {
+    /// Sends it to a cluster.
+    Forward(Box<ForwardAction>),
+    /// Answers it with a redirect.
+    Redirect(Box<RedirectAction>),
+    /// Answers it.
+    DirectResponse {
+        /// The status.
+        status: StatusCode,
+        /// The body; may be empty.
+        body: bytes::Bytes,
+    },
+}
+
+/// Envoy's message `RouteAction`.
+#[derive(Debug)]
+pub struct ForwardAction {
+    /// Where to.
+    pub cluster: ClusterChoice,
+    /// The answer to a request whose cluster does not exist. Default 503.
+    pub cluster_not_found_status: StatusCode,
+    /// From the end of the request to the end of the response; `None`: no limit. Default 15 s.
+    pub timeout: Option<Duration>,
+    /// Overrides the connection manager's `stream_idle_timeout`; `Some(None)` disables it.
+    pub idle_timeout: Option<Option<Duration>>,
+    /// Which failures are tried again.
+    pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// Replaces what the path match consumed.
+    pub prefix_rewrite: Option<Box<str>>,
+    /// Replaces the request's host.
+    pub host_rewrite: HostRewrite,
+    /// Circuit breakers of the high priority count this request.
+    pub high_priority: bool,
+}
+
+/// Which host name the upstream sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostRewrite {
+    /// The client's.
+    None,
+    /// This one.
+    Literal(HeaderValue),
+    /// The chosen endpoint's `hostname`, where it has one.
+    Auto,
+}
+
+/// Where a request or connection goes.
+#[derive(Debug, Clone)]
+pub enum ClusterChoice {
+    /// Always there.
+    Cluster(Arc<str>),
+    /// One of several, by weight.
+    Weighted(WeightedClusters),
+    /// The cluster that this request header names.
+    Header(HeaderName),
+}
+
+/// Clusters with weights.
+#[derive(Debug, Clone)]
+pub struct WeightedClusters {
+    /// Each with the sum of all weights up to and including its own, so that a pick is a binary search.
+    pub cumulative: Vec<(u32, Arc<str>)>,
+}
+
+impl WeightedClusters {
+    /// The sum of all weights; never 0.
+    pub fn total(&self) -> u32 {
+        self.cumulative.last().map_or(1, |(sum, _)| *sum)
+    }
+
+    /// The cluster at `point`, which is below [`total`](Self::total).
+    pub fn at(&self, point: u32) -> &Arc<str> {
+        let index = self.cumulative.partition_point(|(sum, _)| *sum <= point);
+        &self.cumulative[index.min(self.cumulative.len() - 1)].1
+    }
+}
+
+/// `RedirectAction`.
+#[derive(Debug)]
+pub struct RedirectAction {
+    /// 301, 302, 303, 307 or 308.
+    pub status: StatusCode,
+    /// `https_redirect` or `scheme_redirect`.
+    pub scheme: Option<Box<str>>,
+    /// Replaces the host.
+    pub host: Option<Box<str>>,
+    /// Replaces the port.
+    pub port: Option<u16>,
+    /// Replaces the path.
+    pub path: RedirectPath,
+    /// The query is not carried over.
+    pub strip_query: bool,
+}
+
+/// `RedirectAction.path_rewrite_specifier`.
+#[derive(Debug)]
+pub enum RedirectPath {
+    /// The request's own.
+    Keep,
+    /// This one; where it holds a `?`, the request's query is dropped.
+    Replace(Box<str>),
+    /// Replaces what the path match consumed.
+    PrefixRewrite(Box<str>),
+}
+
+/// `RetryPolicy`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// What is tried again.
+    pub retry_on: RetryOn,
+    /// How often, beyond the first attempt. Default 1.
+    pub num_retries: u32,
+    /// Limit of one attempt.
+    pub per_try_timeout: Option<Duration>,
+    /// `retry_back_off`: 25 ms by default.
+    pub base_interval: Duration,
+    /// Ten times the base by default.
+    pub max_interval: Duration,
+    /// For `retriable-status-codes`.
+    pub retriable_status_codes: Vec<StatusCode>,
+}
+
+/// The kinds of failure of `retry_on`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RetryOn {
+    /// `5xx`: any 5xx, or no response at all.
+    pub server_error: bool,
+    /// `gateway-error`: 502, 503, 504.
+    pub gateway_error: bool,
+    /// `reset`: no response at all.
+    pub reset: bool,
+    /// `reset-before-request`: no response, and the request's headers had not been sent.
+    pub reset_before_request: bool,
+    /// `connect-failure`
+    pub connect_failure: bool,
+    /// `refused-stream`
+    pub refused_stream: bool,
+    /// `retriable-4xx`: 409.
+    pub retriable_4xx: bool,
+    /// `retriable-status-codes`
+    pub retriable_status_codes: bool,
+}
+
+/// `request_headers_to_add` and its kin, in the order in which they are applied: removals first.
+#[derive(Debug, Default)]
+pub struct HeaderMutations {
+    /// `request_headers_to_remove`
+    pub request_remove: Vec<HeaderName>,
+    /// `request_headers_to_add`
+    pub request_add: Vec<HeaderAdd>,
+    /// `response_headers_to_remove`
+    pub response_remove: Vec<HeaderName>,
+    /// `response_headers_to_add`
+    pub response_add: Vec<HeaderAdd>,
+}
+
+impl HeaderMutations {
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.request_remove.is_empty()
+            && self.request_add.is_empty()
+            && self.response_remove.is_empty()
+            && self.response_add.is_empty()
+    }
+}
+
+/// One `HeaderValueOption`. Values are literal: format strings (`%...%`) are refused when the configuration is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeaderAdd {
+    /// The header.
+    pub name: HeaderName,
+    /// Its value, with `%%` turned into `%`.
+    pub value: HeaderValue,
+    /// What happens where the header is there already.
+    pub action: HeaderAppendAction,
+}
+
+/// `HeaderValueOption.HeaderAppendAction`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeaderAppendAction {
+    /// A further value.
+    AppendIfExistsOrAdd,
+    /// Only where there is none.
+    AddIfAbsent,
+    /// In place of what is there.
+    OverwriteIfExistsOrAdd,
+    /// In place of what is there, and nothing where there is none.
+    OverwriteIfExists,
+}

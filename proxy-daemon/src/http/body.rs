@@ -1,0 +1,111 @@
+//! The one body type of requests and responses, in both directions.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+
+/// Boxed, because it passes through hyper, which wants one for both sides.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Looks at what passes: how much, that it ended, that it failed.
+pub trait Observer: Unpin {
+    /// A data frame of so many bytes passed.
+    fn data(&mut self, bytes: usize);
+    /// Polled while no frame is there; an error ends the body (a time limit).
+    fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError>;
+    /// The last frame passed.
+    fn end(&mut self, trailers: Option<&http::HeaderMap>);
+    /// The body broke off.
+    fn error(&mut self, error: &BodyError);
+}
+
+/// A request's or response's body.
+#[derive(Default)]
+pub enum Body {
+    /// None, or all of it has been taken.
+    #[default]
+    Empty,
+    /// In memory.
+    Full(Bytes),
+    /// As it comes.
+    Streaming(Incoming),
+    /// Streaming, and watched.
+    Observed(Incoming, Box<dyn Observer>),
+}
+
+impl Body {
+    /// A body that `observer` watches. An empty one is told of its end here, since nobody may poll it.
+    pub fn observed(incoming: Incoming, mut observer: Box<dyn Observer>) -> Body {
+        if incoming.is_end_stream() {
+            observer.end(None);
+            return Body::Empty;
+        }
+        Body::Observed(incoming, observer)
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let body = self.get_mut();
+        match body {
+            Body::Empty => Poll::Ready(None),
+            Body::Full(bytes) => {
+                let bytes = std::mem::take(bytes);
+                *body = Body::Empty;
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
+            }
+            Body::Streaming(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Into::into),
+            Body::Observed(incoming, observer) => match Pin::new(&mut *incoming).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    if let Some(data) = frame.data_ref() {
+                        observer.data(data.len());
+                        // hyper does not poll again once the declared length has passed.
+                        if incoming.is_end_stream() {
+                            observer.end(None);
+                        }
+                    } else {
+                        observer.end(frame.trailers_ref());
+                    }
+                    Poll::Ready(Some(Ok(frame)))
+                }
+                Poll::Ready(None) => {
+                    observer.end(None);
+                    Poll::Ready(None)
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    let error = error.into();
+                    observer.error(&error);
+                    Poll::Ready(Some(Err(error)))
+                }
+                Poll::Pending => observer.idle(cx).map(|error| {
+                    observer.error(&error);
+                    Some(Err(error))
+                }),
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Body::Empty => true,
+            Body::Full(bytes) => bytes.is_empty(),
+            Body::Streaming(incoming) | Body::Observed(incoming, _) => incoming.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Body::Empty => SizeHint::with_exact(0),
+            Body::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Body::Streaming(incoming) | Body::Observed(incoming, _) => incoming.size_hint(),
+        }
+    }
+}

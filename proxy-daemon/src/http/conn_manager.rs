@@ -1,0 +1,442 @@
+//! One downstream connection: its codec, its streams, its end.
+
+use std::{
+    borrow::Cow,
+    cell::Cell,
+    convert::Infallible,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use http::{
+    HeaderValue, Request, Response, StatusCode,
+    header::{CONTENT_TYPE, SERVER},
+};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::TokioTimer;
+use tokio::{net::TcpStream, sync::Notify};
+
+use super::{
+    LocalExecutor, RouteSlot,
+    body::Body,
+    filters::{Flow, HttpFilter},
+    forward::forward,
+    headers::{self, names::*},
+    io::DownstreamIo,
+    observe::{RequestObserver, ResponseObserver, StreamEnd},
+    redirect::redirect,
+    route_match::RouteCache,
+    stats::HcmStats,
+    stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
+};
+use crate::{
+    access_log::{AccessLog, ResponseFlags},
+    config::model::{ClusterChoice, CodecType, HttpConnectionManagerConfig, RouteAction},
+    listener::{ConnectionInfo, DrainSignal},
+    runtime::Worker,
+    stats::Counter,
+    upstream::WorkerCluster,
+};
+
+/// A configured connection manager, shared by all workers.
+#[derive(Debug)]
+pub struct ConnectionManager {
+    /// As configured.
+    pub config: Arc<HttpConnectionManagerConfig>,
+    pub(super) routes: Arc<RouteSlot>,
+    pub(super) stats: HcmStats,
+    pub(super) access_logs: Vec<AccessLog>,
+    pub(super) suppress_envoy_headers: bool,
+}
+
+impl ConnectionManager {
+    /// Takes its slots in the statistics and opens its access logs.
+    pub fn new(
+        config: Arc<HttpConnectionManagerConfig>,
+        routes: Arc<RouteSlot>,
+    ) -> Result<ConnectionManager, crate::config::FieldError> {
+        let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
+        let stats = HcmStats::new(&config.stat_prefix);
+        let suppress = config.http_filters.iter().any(|filter| filter.factory.suppresses_envoy_headers());
+        Ok(ConnectionManager { config, routes, stats, access_logs, suppress_envoy_headers: suppress })
+    }
+}
+
+/// What the streams of one connection share.
+pub(super) struct ConnState {
+    pub(super) manager: Arc<ConnectionManager>,
+    pub(super) connection: Rc<ConnectionInfo>,
+    worker: Rc<Worker>,
+    routes: RouteCache,
+    active: Cell<u32>,
+    requests: Cell<u32>,
+    idle_since: Cell<Instant>,
+    /// Told when the connection has served its last request.
+    worn_out: Notify,
+}
+
+impl ConnState {
+    pub(super) fn stream_begins(&self) {
+        self.active.set(self.active.get() + 1);
+        self.requests.set(self.requests.get().saturating_add(1));
+        let limit = self.manager.config.max_requests_per_connection;
+        if limit != 0 && self.requests.get() == limit {
+            self.manager.stats.downstream_cx_max_requests_reached.inc();
+            self.worn_out.notify_one();
+        }
+    }
+
+    pub(super) fn stream_ends(&self) {
+        self.active.set(self.active.get() - 1);
+        self.idle_since.set(Instant::now());
+    }
+}
+
+/// Serves a downstream connection to its end.
+pub async fn serve(
+    stream: TcpStream,
+    manager: Arc<ConnectionManager>,
+    connection: Rc<ConnectionInfo>,
+    worker: Rc<Worker>,
+    drain: DrainSignal,
+) {
+    let stats = &manager.stats;
+    stats.downstream_cx_total.inc();
+    let _open = [crate::upstream::Decrement::after_inc(stats.downstream_cx_active)];
+    let started = Instant::now();
+    let mut io = DownstreamIo::new(stream);
+    let http2 = match manager.config.codec_type {
+        CodecType::Http1 => false,
+        CodecType::Http2 => true,
+        CodecType::Auto => {
+            let limit = manager.config.idle_timeout.unwrap_or(Duration::MAX / 4);
+            match tokio::time::timeout(limit, io.sniff_http2()).await {
+                Ok(Ok(http2)) => http2,
+                _ => false,
+            }
+        }
+    };
+    let state = Rc::new(ConnState {
+        routes: RouteCache::new(Arc::clone(&manager.routes)),
+        manager: Arc::clone(&manager),
+        connection,
+        worker,
+        active: Cell::new(0),
+        requests: Cell::new(0),
+        idle_since: Cell::new(Instant::now()),
+        worn_out: Notify::new(),
+    });
+    if http2 {
+        stats.downstream_cx_http2_total.inc();
+        let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http2_active);
+        drive_http2(io, state, drain).await;
+    } else {
+        stats.downstream_cx_http1_total.inc();
+        let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http1_active);
+        drive_http1(io, state, drain).await;
+    }
+    stats.downstream_cx_destroy.inc();
+    stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
+}
+
+macro_rules! drive {
+    ($connection:expr, $state:expr, $drain:expr) => {{
+        let (state, mut drain) = ($state, $drain);
+        let mut connection = std::pin::pin!($connection);
+        let mut closing = false;
+        loop {
+            tokio::select! {
+                biased;
+                result = connection.as_mut() => {
+                    if let Err(error) = result {
+                        protocol_error(&state, &error);
+                    }
+                    break;
+                }
+                reason = end_of_life(&state, &mut drain), if !closing => {
+                    reason.inc();
+                    closing = true;
+                    connection.as_mut().graceful_shutdown();
+                }
+            }
+        }
+    }};
+}
+
+async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
+    let config = &state.manager.config;
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .half_close(false)
+        .max_buf_size((config.max_request_headers_kb as usize * 1024).max(8192))
+        .header_read_timeout(config.request_headers_timeout);
+    // hyper keeps 100 header slots on the stack, and any other number on the heap.
+    if config.max_headers_count != 100 {
+        builder.max_headers(config.max_headers_count as usize);
+    }
+    let service = {
+        let state = Rc::clone(&state);
+        service_fn(move |request| handle(Rc::clone(&state), request))
+    };
+    drive!(builder.serve_connection(io, service), state, drain);
+}
+
+async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
+    let config = &state.manager.config;
+    let mut builder = http2::Builder::new(LocalExecutor);
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(config.http2.max_concurrent_streams)
+        .initial_stream_window_size(config.http2.initial_stream_window_size)
+        .initial_connection_window_size(config.http2.initial_connection_window_size)
+        .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024));
+    let service = {
+        let state = Rc::clone(&state);
+        service_fn(move |request| handle(Rc::clone(&state), request))
+    };
+    drive!(builder.serve_connection(io, service), state, drain);
+}
+
+/// Ends when the connection shall take no further request; the counter says why.
+async fn end_of_life(state: &ConnState, drain: &mut DrainSignal) -> Counter {
+    let (config, stats) = (&state.manager.config, &state.manager.stats);
+    let since = state.idle_since.get();
+    let too_old = async {
+        match config.max_connection_duration {
+            Some(limit) => tokio::time::sleep(limit.saturating_sub(since.elapsed())).await,
+            None => std::future::pending().await,
+        }
+    };
+    let idle = async {
+        let Some(limit) = config.idle_timeout else { return std::future::pending().await };
+        loop {
+            let busy = state.active.get() > 0;
+            let left = if busy { limit } else { limit.saturating_sub(state.idle_since.get().elapsed()) };
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left).await;
+        }
+    };
+    tokio::select! {
+        () = drain.triggered() => stats.downstream_cx_drain_close,
+        () = too_old => stats.downstream_cx_max_duration_reached,
+        () = idle => stats.downstream_cx_idle_timeout,
+        () = state.worn_out.notified() => stats.downstream_cx_drain_close,
+    }
+}
+
+fn protocol_error(state: &ConnState, error: &hyper::Error) {
+    if error.is_parse() || error.is_parse_too_large() {
+        state.manager.stats.downstream_cx_protocol_error.inc();
+    }
+    tracing::debug!(connection = state.connection.id, peer = %state.connection.remote, %error, "connection ended");
+}
+
+/// One request, from its head to its response's head.
+async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let started = Instant::now();
+    let (mut head, incoming) = request.into_parts();
+    let stats = &state.manager.stats;
+    if head.version == http::Version::HTTP_2 {
+        stats.downstream_rq_http2_total.inc();
+    } else {
+        stats.downstream_rq_http1_total.inc();
+    }
+    let no_body = http_body::Body::is_end_stream(&incoming);
+    let progress = Progress::new(started, no_body);
+    let mut end = StreamEnd::new(Rc::clone(&state), Rc::clone(&progress), started);
+    let grpc = headers::is_grpc(&head.headers);
+    let is_head = head.method == http::Method::HEAD;
+
+    if let Err(reply) = headers::check_request(&head) {
+        end.keep_request(&head);
+        return Ok(answer(end, reply, grpc, is_head, None, &mut []));
+    }
+    let (config, connection) = (&state.manager.config, &state.connection);
+    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip(connection));
+    let mut cx = StreamCx {
+        worker: Rc::clone(&state.worker),
+        connection: Rc::clone(connection),
+        remote: trusted.remote,
+        internal: trusted.internal,
+        route: state.routes.route(&head),
+        cluster: None,
+        override_dst: None,
+        started,
+        progress: Rc::clone(&progress),
+    };
+    cx.cluster = choose_cluster(&cx, &head);
+    let body = if no_body {
+        Body::Empty
+    } else {
+        Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
+    };
+
+    let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
+    for entry in &config.http_filters {
+        let Some(mut filter) = entry.factory.stream() else { continue };
+        let flow = filter.request(&mut head, &mut cx);
+        filters.push(filter);
+        if let Flow::Respond(reply) = flow {
+            end.keep_request(&head);
+            end.keep_route(&cx);
+            return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters));
+        }
+    }
+    end.keep_request(&head);
+    end.keep_route(&cx);
+
+    let request_id =
+        config.always_set_request_id_in_response.then(|| head.headers.get(X_REQUEST_ID).cloned()).flatten();
+    let route = cx.route.clone();
+    let result = match route.as_ref().map(|route| &route.action) {
+        None => {
+            stats.no_route.inc();
+            Err(LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"))
+        }
+        Some(RouteAction::DirectResponse { status, body }) => {
+            stats.rq_direct_response.inc();
+            Err(LocalReply::new(*status, body.clone(), ResponseFlags::default(), "direct_response"))
+        }
+        Some(RouteAction::Redirect(action)) => {
+            stats.rq_redirect.inc();
+            let rule = route.as_ref().map(|route| &route.route_match);
+            Err(rule.map_or_else(
+                || LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"),
+                |rule| redirect(&head, rule, action),
+            ))
+        }
+        Some(RouteAction::Forward(action)) => {
+            stats.rq_total.inc();
+            forward(&cx, &mut end, action, head, body).await
+        }
+    };
+    let answered = match result {
+        Ok(answered) => answered,
+        Err(reply) => return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters)),
+    };
+
+    let (mut response, incoming) = answered.response.into_parts();
+    finish_response(&mut response, &cx, &end, answered.attempts, request_id);
+    for filter in filters.iter_mut().rev() {
+        if let Flow::Respond(reply) = filter.response(&mut response, &mut cx) {
+            return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut []));
+        }
+    }
+    end.keep_response(response.status, &response.headers);
+    end.details = Cow::Borrowed("via_upstream");
+    let observer = ResponseObserver::new(end, answered.timers, answered.connection);
+    Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))))
+}
+
+fn choose_cluster(cx: &StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
+    let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
+    match &action.cluster {
+        ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),
+        ClusterChoice::Weighted(weighted) => cx.worker.clusters.get(weighted.at(fastrand::u32(..weighted.total()))),
+        ClusterChoice::Header(header) => cx.worker.clusters.get(head.headers.get(header)?.to_str().ok()?),
+    }
+}
+
+/// What the router and the connection manager do to an upstream's response.
+fn finish_response(
+    response: &mut ResponseHead,
+    cx: &StreamCx,
+    end: &StreamEnd,
+    attempts: u32,
+    request_id: Option<HeaderValue>,
+) {
+    let manager = &end.state.manager;
+    if !manager.suppress_envoy_headers {
+        let milliseconds = cx.started.elapsed().as_millis() as u64;
+        response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
+    }
+    if let Some(route) = &cx.route {
+        if route.virtual_host().include_attempt_count_in_response {
+            response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
+        }
+        for mutations in [&route.headers, &route.virtual_host().headers, &route.config().headers] {
+            headers::mutate_response(&mut response.headers, mutations);
+        }
+    }
+    headers::prepare_response(response, &manager.config);
+    if let Some(id) = request_id {
+        response.headers.insert(X_REQUEST_ID, id);
+    }
+}
+
+/// Turns a local reply into a response and settles the stream.
+fn answer(
+    mut end: StreamEnd,
+    reply: LocalReply,
+    grpc: bool,
+    is_head: bool,
+    cx: Option<&mut StreamCx>,
+    filters: &mut [Box<dyn HttpFilter>],
+) -> Response<Body> {
+    end.flags |= reply.flags;
+    if end.details.is_empty() {
+        end.details = Cow::Borrowed(reply.details);
+    }
+    let mut response = Response::new(Body::Empty);
+    *response.status_mut() = reply.status;
+    let (mut head, _) = response.into_parts();
+    head.headers.extend(reply.headers);
+    let mut body = reply.body;
+    if grpc && !reply.status.is_success() {
+        head.status = StatusCode::OK;
+        head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        head.headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status(reply.status)));
+        if let (false, Ok(message)) = (body.is_empty(), HeaderValue::from_bytes(&body)) {
+            head.headers.insert(GRPC_MESSAGE, message);
+        }
+        body = bytes::Bytes::new();
+    } else if !body.is_empty() {
+        head.headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
+    }
+    if is_head {
+        // Tells the length that a GET would have had.
+        head.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        body = bytes::Bytes::new();
+    }
+    if let Some(cx) = cx {
+        if let Some(route) = cx.route.clone() {
+            for mutations in [&route.headers, &route.virtual_host().headers, &route.config().headers] {
+                headers::mutate_response(&mut head.headers, mutations);
+            }
+        }
+        for filter in filters.iter_mut().rev() {
+            // A filter cannot replace an answer that was made here.
+            let _ = filter.response(&mut head, cx);
+        }
+    }
+    head.headers.insert(SERVER, end.state.manager.config.server_name.clone());
+    end.progress.sent.set(body.len() as u64);
+    end.keep_response(head.status, &head.headers);
+    end.complete = true;
+    Response::from_parts(head, Body::Full(body))
+}
+
+/// Envoy's mapping of HTTP statuses to gRPC's.
+fn grpc_status(status: StatusCode) -> u16 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
+
+fn local_ip(connection: &ConnectionInfo) -> IpAddr {
+    connection.node_ip.unwrap_or_else(|| connection.local.ip())
+}

@@ -1,0 +1,104 @@
+//! HTTP filters, one file each, found by their Envoy name.
+//!
+//! A filter is added by writing its file and one line in [`REGISTRY`].
+
+mod r#override;
+mod router;
+
+use std::{fmt::Debug, sync::Arc};
+
+use envoy_types::pb::google::protobuf::Any;
+
+pub use r#override::OffloadedTable;
+pub use router::RouterFilter;
+
+use super::stream::{LocalReply, RequestHead, ResponseHead, StreamCx};
+use crate::config::FieldError;
+
+/// What a filter says after it has seen a request's or response's head.
+pub enum Flow {
+    /// The next filter's turn.
+    Continue,
+    /// Answers the request here; filters that come later never see it.
+    Respond(LocalReply),
+}
+
+/// One instance a stream. Synchronous, so that a filter that need not wait costs a call and not a future.
+pub trait HttpFilter {
+    /// The request's head, on its way up. The route is chosen already: `cx.route`.
+    fn request(&mut self, _head: &mut RequestHead, _cx: &mut StreamCx) -> Flow {
+        Flow::Continue
+    }
+
+    /// The response's head, on its way down, in the reverse order of the filters.
+    fn response(&mut self, _head: &mut ResponseHead, _cx: &mut StreamCx) -> Flow {
+        Flow::Continue
+    }
+}
+
+/// A configured filter: makes an instance for each stream.
+pub trait HttpFilterFactory: Debug + Send + Sync {
+    /// `None` where this stream has no need of the filter.
+    fn stream(&self) -> Option<Box<dyn HttpFilter>>;
+
+    /// Whether this is the router, which ends a filter chain.
+    fn is_terminal(&self) -> bool {
+        false
+    }
+
+    /// Whether the filter looks at the offloaded services that discovery lists, which are then subscribed to.
+    fn needs_offloaded_services(&self) -> bool {
+        false
+    }
+
+    /// `suppress_envoy_headers` of the router.
+    fn suppresses_envoy_headers(&self) -> bool {
+        false
+    }
+}
+
+/// What a filter's parser may use.
+pub struct FilterCx<'a> {
+    /// The path of `typed_config`, for errors.
+    pub path: &'a str,
+    /// The connection manager's `stat_prefix`, for stats names.
+    pub stat_prefix: &'a str,
+}
+
+/// One filter that Culvert knows.
+pub struct Registered {
+    /// Envoy's canonical name, for example `envoy.filters.http.router`.
+    pub name: &'static str,
+    /// The full name of its configuration message.
+    pub type_name: &'static str,
+    /// Reads its configuration.
+    pub parse: fn(&Any, &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError>,
+}
+
+/// Every HTTP filter, by name.
+pub const REGISTRY: &[Registered] = &[
+    Registered {
+        name: "culvert.filters.http.override",
+        type_name: "culvert.extensions.filters.http.overrides.v1.Override",
+        parse: r#override::parse,
+    },
+    Registered {
+        name: "envoy.filters.http.router",
+        type_name: "envoy.extensions.filters.http.router.v3.Router",
+        parse: router::parse,
+    },
+];
+
+/// The filter whose configuration `typed_config` is: found by its type URL, as Envoy does.
+pub fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    let type_name = typed_config.type_url.rsplit('/').next().unwrap_or_default();
+    let known = REGISTRY.iter().find(|filter| filter.type_name == type_name);
+    let filter = known.ok_or_else(|| {
+        let names: Vec<_> = REGISTRY.iter().map(|filter| filter.name).collect();
+        FieldError::new(
+            cx.path,
+            format!("HTTP filter type {type_name} is not supported by culvert yet; it has {}", names.join(", ")),
+        )
+    })?;
+    (filter.parse)(typed_config, cx)
+}

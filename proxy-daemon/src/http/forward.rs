@@ -1,0 +1,463 @@
+//! Sends a request to its cluster, as often as the retry policy allows, and answers for the upstream where it fails.
+
+use std::{borrow::Cow, rc::Rc, time::Duration};
+
+use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST};
+use hyper::body::Incoming;
+
+use super::{
+    body::Body,
+    headers::{self, names::*},
+    observe::StreamEnd,
+    redirect::rewrite_prefix,
+    retry::{self, Failure},
+    route_match::authority,
+    stream::{LocalReply, RequestHead, StreamCx},
+    timers::{Expired, Timers},
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::model::{ForwardAction, HostRewrite, Http2Options, RetryPolicy, UpstreamProtocol},
+    upstream::{ConnectError, Connection, HostCounter, PickCx, PoolError, WorkerCluster, WorkerHost},
+};
+
+/// An upstream's answer.
+pub(super) struct Answer {
+    pub(super) response: Response<Incoming>,
+    pub(super) connection: Connection,
+    pub(super) timers: Timers,
+    /// How many attempts it took.
+    pub(super) attempts: u32,
+}
+
+/// Sends the request that `head` and `body` are.
+pub(super) async fn forward(
+    cx: &StreamCx,
+    end: &mut StreamEnd,
+    action: &ForwardAction,
+    mut head: RequestHead,
+    body: Body,
+) -> Result<Answer, LocalReply> {
+    let config = &end.state.manager.config;
+    let Some(cluster) = cx.cluster.as_ref().map(Rc::clone) else {
+        end.state.manager.stats.no_cluster.inc();
+        return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
+    };
+    let suppress = end.state.manager.suppress_envoy_headers;
+    let timeout = route_timeout(cx, action, &head);
+    finish_request(cx, action, &mut head, timeout, suppress);
+    let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
+    let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeout, idle, config.request_timeout);
+
+    let policy =
+        action.retry_policy.as_ref().or(cx.route.as_ref().and_then(|r| r.virtual_host().retry_policy.as_ref()));
+    let mut attempts =
+        Attempts { cx, cluster: &cluster, action, policy: policy.map(|policy| &**policy), count: 0, retrying: None };
+    let result = tokio::select! {
+        biased;
+        result = attempts.run(end, head, body) => result,
+        expired = timers.expired() => Err(expire(end, &cluster, expired)),
+    };
+    let count = attempts.count;
+    drop(attempts);
+    let (response, connection) = result?;
+    Ok(Answer { response, connection, timers, attempts: count })
+}
+
+/// The time that the whole exchange may take: the route's, or an internal client's.
+fn route_timeout(cx: &StreamCx, action: &ForwardAction, head: &RequestHead) -> Option<Duration> {
+    let asked = head.headers.get(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS).filter(|_| cx.internal);
+    match asked.and_then(|value| value.to_str().ok()?.parse().ok()) {
+        Some(0) => None,
+        Some(milliseconds) => Some(Duration::from_millis(milliseconds)),
+        None => action.timeout,
+    }
+}
+
+/// What the router does to a request's head, once for all attempts.
+fn finish_request(
+    cx: &StreamCx,
+    action: &ForwardAction,
+    head: &mut RequestHead,
+    timeout: Option<Duration>,
+    suppress: bool,
+) {
+    head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
+    if let Some(route) = &cx.route {
+        let levels = [&route.headers, &route.virtual_host().headers, &route.config().headers];
+        for mutations in levels {
+            headers::mutate_request(&mut head.headers, mutations);
+        }
+        if let Some(prefix) = &action.prefix_rewrite {
+            let mut path = rewrite_prefix(head.uri.path(), &route.route_match.path, prefix);
+            if let Some(query) = head.uri.query() {
+                path = format!("{path}?{query}");
+            }
+            let before = head.uri.path_and_query().and_then(|path| HeaderValue::from_str(path.as_str()).ok());
+            if let Some(before) = before.filter(|_| !suppress) {
+                head.headers.insert(X_ENVOY_ORIGINAL_PATH, before);
+            }
+            headers::set_path(head, &path);
+        }
+    }
+    if let (Some(timeout), false) = (timeout, suppress) {
+        let mut digits = itoa::Buffer::new();
+        if let Ok(value) = HeaderValue::from_str(digits.format(timeout.as_millis() as u64)) {
+            head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
+        }
+    }
+}
+
+fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> LocalReply {
+    match expired {
+        Expired::Route => {
+            cluster.cluster.stats.upstream_rq_timeout.inc();
+            if let Some((_, host)) = &end.host {
+                host.count(HostCounter::RqTimeout, 1);
+            }
+            let text = "upstream request timeout";
+            LocalReply::new(StatusCode::GATEWAY_TIMEOUT, text, ResponseFlags::UT, "response_timeout")
+        }
+        Expired::Idle => {
+            end.state.manager.stats.downstream_rq_idle_timeout.inc();
+            let complete = end.progress.request_complete.get().is_some();
+            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+            LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout")
+        }
+        Expired::Request => {
+            end.state.manager.stats.downstream_rq_timeout.inc();
+            let (status, text) = (StatusCode::REQUEST_TIMEOUT, "request timeout");
+            LocalReply::new(status, text, ResponseFlags::default(), "request_overall_timeout")
+        }
+    }
+}
+
+struct Attempts<'a> {
+    cx: &'a StreamCx,
+    cluster: &'a Rc<WorkerCluster>,
+    action: &'a ForwardAction,
+    policy: Option<&'a RetryPolicy>,
+    count: u32,
+    /// Counts this request as a retry from its second attempt on.
+    retrying: Option<RetrySlot>,
+}
+
+/// How one attempt failed.
+struct Failed {
+    failure: Failure,
+    /// As Envoy words it.
+    reason: Cow<'static, str>,
+    status: StatusCode,
+    flags: ResponseFlags,
+    /// The request, where it can be sent again.
+    request: Option<(RequestHead, Body)>,
+    /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
+    stale: bool,
+}
+
+impl Attempts<'_> {
+    async fn run(
+        &mut self,
+        end: &mut StreamEnd,
+        mut head: RequestHead,
+        mut body: Body,
+    ) -> Result<(Response<Incoming>, Connection), LocalReply> {
+        let stats = &self.cluster.cluster.stats;
+        loop {
+            self.count += 1;
+            let host = self.choose(end, &head)?;
+            let kept = self.copy_for_retry(&head, &body);
+            match self.attempt(end, &host, head, body).await {
+                Ok((response, connection)) => {
+                    let status = response.status();
+                    stats.upstream_rq.inc(status.as_u16());
+                    let wanted = self.policy.is_some_and(|policy| retry::wants_status(policy, status));
+                    match kept.filter(|_| wanted) {
+                        Some(copy) if self.may_retry(end).await => (head, body) = (copy, Body::Empty),
+                        _ => return Ok((response, connection)),
+                    }
+                }
+                Err(mut failed) => {
+                    let request = failed.request.take().or_else(|| kept.map(|copy| (copy, Body::Empty)));
+                    let Some(again) = request else { return Err(self.give_up(failed)) };
+                    if failed.stale {
+                        self.count -= 1;
+                    } else if !self.wants(&failed) || !self.may_retry(end).await {
+                        return Err(self.give_up(failed));
+                    }
+                    (head, body) = again;
+                }
+            }
+        }
+    }
+
+    fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
+        let stats = &self.cluster.cluster.stats;
+        let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
+        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests) {
+            stats.upstream_rq_pending_overflow.inc();
+            return Err(overloaded());
+        }
+        let pick = PickCx {
+            override_dst: self.cx.override_dst,
+            headers: Some(&head.headers),
+            original_dst: self.cx.connection.original_dst,
+        };
+        let Some(host) = self.cluster.pick(&pick) else {
+            stats.upstream_cx_none_healthy.inc();
+            let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream");
+            return Err(LocalReply::new(status, text, ResponseFlags::UH, "no_healthy_upstream"));
+        };
+        stats.upstream_rq_total.inc();
+        end.set_host(self.cluster, &host);
+        Ok(host)
+    }
+
+    /// A copy of the head, where a failure after it was sent may be tried again. A body that streams cannot be.
+    fn copy_for_retry(&self, head: &RequestHead, body: &Body) -> Option<RequestHead> {
+        let policy = self.policy?;
+        let left = self.count <= policy.num_retries;
+        let wanted = retry::may_want_status(policy) || policy.retry_on.refused_stream && self.http2(head).is_some();
+        (left && wanted && matches!(body, Body::Empty)).then(|| head.clone())
+    }
+
+    fn http2(&self, head: &RequestHead) -> Option<&Http2Options> {
+        match &self.cluster.cluster.config.protocol {
+            UpstreamProtocol::Http1 => None,
+            UpstreamProtocol::Http2(options) => Some(options),
+            UpstreamProtocol::Downstream(options) => (head.version == Version::HTTP_2).then_some(options),
+        }
+    }
+
+    async fn attempt(
+        &self,
+        end: &StreamEnd,
+        host: &Rc<WorkerHost>,
+        head: RequestHead,
+        body: Body,
+    ) -> Result<(Response<Incoming>, Connection), Failed> {
+        let limit = self.policy.and_then(|policy| policy.per_try_timeout);
+        let attempt = self.send(end, host, head, body);
+        let Some(limit) = limit else { return attempt.await };
+        tokio::time::timeout(limit, attempt).await.unwrap_or_else(|_elapsed| {
+            self.cluster.cluster.stats.upstream_rq_per_try_timeout.inc();
+            Err(Failed {
+                failure: Failure::PerTryTimeout,
+                reason: "upstream request timeout".into(),
+                status: StatusCode::GATEWAY_TIMEOUT,
+                flags: ResponseFlags::UT,
+                request: None,
+                stale: false,
+            })
+        })
+    }
+
+    async fn send(
+        &self,
+        _end: &StreamEnd,
+        host: &Rc<WorkerHost>,
+        head: RequestHead,
+        body: Body,
+    ) -> Result<(Response<Incoming>, Connection), Failed> {
+        let (source, high) = (self.cx.connection.source, self.action.high_priority);
+        let http2 = self.http2(&head);
+        let connection = match host.acquire(self.cluster, http2, source, high).await {
+            Ok(connection) => connection,
+            Err(error) => return Err(connect_failed(error, head, body)),
+        };
+        let request = self.upstream_request(host, head, body, http2.is_some());
+        match connection.send(request).await {
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
+                failure: Failure::AfterRequest,
+                reason: "protocol error".into(),
+                status: StatusCode::BAD_GATEWAY,
+                flags: ResponseFlags::UPE,
+                request: None,
+                stale: false,
+            }),
+            Ok(response) => Ok((response, connection)),
+            Err(mut error) => {
+                let request = error.take_message().map(|request| {
+                    let (head, body) = request.into_parts();
+                    (head, body)
+                });
+                Err(reset(error.error(), request, connection.reused))
+            }
+        }
+    }
+
+    /// The request as this host shall see it.
+    fn upstream_request(&self, host: &WorkerHost, mut head: RequestHead, body: Body, http2: bool) -> Request<Body> {
+        let rewritten = match &self.action.host_rewrite {
+            HostRewrite::None => None,
+            HostRewrite::Literal(host) => Some(host.clone()),
+            HostRewrite::Auto => Some(&host.host.hostname)
+                .filter(|name| !name.is_empty())
+                .and_then(|name| HeaderValue::from_str(name).ok()),
+        };
+        if let Some(rewritten) = rewritten {
+            head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
+            head.headers.insert(HOST, rewritten);
+        }
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(self.count));
+        }
+        if http2 {
+            to_http2(&mut head);
+        } else {
+            to_http1(&mut head);
+        }
+        Request::from_parts(head, body)
+    }
+
+    fn wants(&self, failed: &Failed) -> bool {
+        self.policy.is_some_and(|policy| retry::wants_failure(policy, failed.failure))
+    }
+
+    /// Whether one more attempt is allowed; if so, waits for its turn.
+    async fn may_retry(&mut self, end: &mut StreamEnd) -> bool {
+        let Some(policy) = self.policy else { return false };
+        let stats = &self.cluster.cluster.stats;
+        if self.count > policy.num_retries {
+            stats.upstream_rq_retry_limit_exceeded.inc();
+            end.flags |= ResponseFlags::URX;
+            return false;
+        }
+        if self.retrying.is_none() {
+            let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
+            self.retrying = RetrySlot::take(self.cluster, limits.max_retries);
+            if self.retrying.is_none() {
+                stats.upstream_rq_retry_overflow.inc();
+                return false;
+            }
+        }
+        stats.upstream_rq_retry.inc();
+        tokio::time::sleep(retry::back_off(policy, self.count)).await;
+        true
+    }
+
+    fn give_up(&self, failed: Failed) -> LocalReply {
+        let stats = &self.cluster.cluster.stats;
+        stats.upstream_rq.inc(failed.status.as_u16());
+        if failed.reason == "overflow" {
+            return overloaded();
+        }
+        if failed.failure == Failure::PerTryTimeout {
+            return LocalReply::new(failed.status, "upstream request timeout", failed.flags, "response_timeout");
+        }
+        if matches!(failed.failure, Failure::AfterRequest | Failure::Refused) {
+            stats.upstream_rq_rx_reset.inc();
+        }
+        let (retried, reason) = (self.count > 1, &failed.reason);
+        let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
+        let text = format!("upstream connect error or disconnect/reset before headers. {reset}: {reason}");
+        LocalReply::new(failed.status, text, failed.flags, "upstream_reset_before_response_started")
+    }
+}
+
+/// One of the cluster's retries at a time, of this worker.
+struct RetrySlot(Rc<WorkerCluster>);
+
+impl RetrySlot {
+    fn take(cluster: &Rc<WorkerCluster>, limit: u32) -> Option<RetrySlot> {
+        let active = cluster.active_retries.get();
+        (active < limit).then(|| {
+            cluster.active_retries.set(active + 1);
+            RetrySlot(Rc::clone(cluster))
+        })
+    }
+}
+
+impl Drop for RetrySlot {
+    fn drop(&mut self) {
+        self.0.active_retries.set(self.0.active_retries.get() - 1);
+    }
+}
+
+fn overloaded() -> LocalReply {
+    let text = "upstream connect error or disconnect/reset before headers. reset reason: overflow";
+    let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, "overflow");
+    reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
+    reply
+}
+
+fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
+    let (reason, status, flags): (Cow<'static, str>, _, _) = match error {
+        PoolError::Overflow => ("overflow".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
+        PoolError::Connect(ConnectError::Timeout) => {
+            ("connection timeout".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        }
+        PoolError::Connect(ConnectError::Io(error)) => {
+            let text = system_text(&error);
+            let reason = format!("remote connection failure, transport failure reason: delayed connect error: {text}");
+            (reason.into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        }
+        PoolError::Handshake(_) => {
+            ("connection termination".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC)
+        }
+    };
+    Failed { failure: Failure::Connect, reason, status, flags, request: Some((head, body)), stale: false }
+}
+
+/// The system's own words, without Rust's `(os error 111)`.
+fn system_text(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
+fn reset(error: &hyper::Error, request: Option<(RequestHead, Body)>, reused: bool) -> Failed {
+    let unsent = request.is_some();
+    let refused = h2_reason(error) == Some(h2::Reason::REFUSED_STREAM);
+    let protocol = error.is_parse() || h2_reason(error) == Some(h2::Reason::PROTOCOL_ERROR);
+    let failure = match (unsent, refused) {
+        (true, _) => Failure::BeforeRequest,
+        (false, true) => Failure::Refused,
+        (false, false) => Failure::AfterRequest,
+    };
+    let (reason, status, flags) = match (protocol, h2_reason(error)) {
+        (true, _) => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
+        (false, Some(_)) => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
+        (false, None) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
+    };
+    Failed { failure, reason: reason.into(), status, flags, request, stale: unsent && reused }
+}
+
+fn h2_reason(error: &hyper::Error) -> Option<h2::Reason> {
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return error.reason();
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// Origin form and a `host` header.
+fn to_http1(head: &mut RequestHead) {
+    if head.uri.authority().is_some() {
+        if let Ok(host) = HeaderValue::from_str(authority(head)) {
+            head.headers.insert(HOST, host);
+        }
+        head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
+    }
+    head.version = Version::HTTP_11;
+}
+
+/// A whole URI and no `host` header (RFC 9113, section 8.3.1).
+fn to_http2(head: &mut RequestHead) {
+    if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
+        let mut parts = std::mem::take(&mut head.uri).into_parts();
+        parts.scheme = Some(http::uri::Scheme::HTTP);
+        parts.authority = http::uri::Authority::try_from(host.as_bytes()).ok();
+        if parts.path_and_query.is_none() {
+            parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+        }
+        if parts.authority.is_none() {
+            parts.scheme = None;
+        }
+        // A scheme only with an authority, and always a path: always valid.
+        head.uri = Uri::from_parts(parts).unwrap_or_default();
+    }
+    head.version = Version::HTTP_2;
+}

@@ -1,0 +1,336 @@
+//! What the connection manager does to headers, by the rules of facts such as trust and hop-by-hop (RFC 9110, 7.6.1).
+
+use std::net::{IpAddr, SocketAddr};
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
+    uri::PathAndQuery,
+};
+
+use super::{
+    request_id,
+    stream::{LocalReply, RequestHead, ResponseHead},
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::model::{
+        HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig, ServerHeaderTransformation,
+    },
+};
+
+/// Header names that have no constant in `http`.
+pub(super) mod names {
+    use http::HeaderName;
+
+    macro_rules! names {
+        ($($ident:ident = $text:literal)*) => { $(pub(crate) const $ident: HeaderName = HeaderName::from_static($text);)* };
+    }
+    names! {
+        KEEP_ALIVE = "keep-alive"
+        PROXY_CONNECTION = "proxy-connection"
+        X_FORWARDED_FOR = "x-forwarded-for"
+        X_FORWARDED_PROTO = "x-forwarded-proto"
+        X_REQUEST_ID = "x-request-id"
+        X_ENVOY_INTERNAL = "x-envoy-internal"
+        X_ENVOY_EXTERNAL_ADDRESS = "x-envoy-external-address"
+        X_ENVOY_EXPECTED_RQ_TIMEOUT_MS = "x-envoy-expected-rq-timeout-ms"
+        X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS = "x-envoy-upstream-rq-timeout-ms"
+        X_ENVOY_UPSTREAM_SERVICE_TIME = "x-envoy-upstream-service-time"
+        X_ENVOY_ORIGINAL_PATH = "x-envoy-original-path"
+        X_ENVOY_ATTEMPT_COUNT = "x-envoy-attempt-count"
+        X_ENVOY_OVERLOADED = "x-envoy-overloaded"
+        X_ENVOY_ORIGINAL_DST_HOST = "x-envoy-original-dst-host"
+        GRPC_STATUS = "grpc-status"
+        GRPC_MESSAGE = "grpc-message"
+    }
+}
+use names::*;
+
+/// Obeyed from internal clients only, and removed from all others.
+const INTERNAL_ONLY: [&str; 14] = [
+    "x-envoy-retriable-status-codes",
+    "x-envoy-retriable-header-names",
+    "x-envoy-retry-on",
+    "x-envoy-retry-grpc-on",
+    "x-envoy-max-retries",
+    "x-envoy-upstream-alt-stat-name",
+    "x-envoy-upstream-rq-timeout-ms",
+    "x-envoy-upstream-rq-per-try-timeout-ms",
+    "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-expected-rq-timeout-ms",
+    "x-envoy-force-trace",
+    "x-envoy-ip-tags",
+    "x-envoy-original-url",
+    "x-envoy-hedge-on-per-try-timeout",
+];
+
+/// Removed from requests that enter the mesh.
+const EDGE_ONLY: [&str; 3] =
+    ["x-envoy-decorator-operation", "x-envoy-downstream-service-cluster", "x-envoy-downstream-service-node"];
+
+/// Whether a message carries gRPC.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(CONTENT_TYPE) else { return false };
+    let rest = value.as_bytes().strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'+' || rest[0] == b';')
+}
+
+/// Refuses what two parsers could read differently, and what this proxy does not do.
+pub(super) fn check_request(head: &RequestHead) -> Result<(), LocalReply> {
+    let refuse = |status, details| Err(LocalReply::new(status, "", ResponseFlags::DPE, details));
+    if head.version < Version::HTTP_11 {
+        return Err(LocalReply::new(StatusCode::UPGRADE_REQUIRED, "", ResponseFlags::default(), "low_version"));
+    }
+    if head.version == Version::HTTP_11 {
+        let headers = &head.headers;
+        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+            return refuse(StatusCode::BAD_REQUEST, "http1.content_length_and_chunked_not_allowed");
+        }
+        let mut hosts = headers.get_all(HOST).iter();
+        match (hosts.next(), hosts.next()) {
+            (Some(_), None) => {}
+            (None, _) if head.uri.authority().is_some() => {}
+            (None, _) => {
+                return Err(LocalReply::new(
+                    StatusCode::BAD_REQUEST,
+                    "",
+                    ResponseFlags::default(),
+                    "missing_host_header",
+                ));
+            }
+            (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "http1.duplicate_host"),
+        }
+        if headers.contains_key(UPGRADE) && connection_nominates(headers, "upgrade") {
+            return Err(LocalReply::new(StatusCode::FORBIDDEN, "", ResponseFlags::default(), "upgrade_failed"));
+        }
+    }
+    if head.method == Method::CONNECT {
+        return Err(LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"));
+    }
+    Ok(())
+}
+
+fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {
+    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|nominated| nominated.trim().eq_ignore_ascii_case(token))
+}
+
+/// What trust made of a request.
+pub(super) struct Trusted {
+    pub(super) remote: SocketAddr,
+    pub(super) internal: bool,
+}
+
+/// Makes a client's request fit to be routed: hop-by-hop headers, trust, request id, path.
+pub(super) fn prepare_request(
+    head: &mut RequestHead,
+    config: &HttpConnectionManagerConfig,
+    peer: SocketAddr,
+    local_ip: IpAddr,
+) -> Trusted {
+    strip_hop_by_hop(&mut head.headers);
+    let trusted = resolve_client(head, config, peer, local_ip);
+    let headers = &mut head.headers;
+    let scheme = HeaderValue::from_static("http");
+    if config.use_remote_address && config.xff_num_trusted_hops == 0 {
+        headers.insert(X_FORWARDED_PROTO, scheme);
+    } else {
+        headers.entry(X_FORWARDED_PROTO).or_insert(scheme);
+    }
+    headers.remove(X_ENVOY_INTERNAL);
+    let edge = config.use_remote_address && !trusted.internal;
+    if trusted.internal {
+        headers.insert(X_ENVOY_INTERNAL, HeaderValue::from_static("true"));
+    } else {
+        INTERNAL_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
+    }
+    if edge {
+        EDGE_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
+        if let Ok(value) = HeaderValue::from_str(&trusted.remote.ip().to_string()) {
+            headers.insert(X_ENVOY_EXTERNAL_ADDRESS, value);
+        }
+        if !config.preserve_external_request_id {
+            headers.remove(X_REQUEST_ID);
+        }
+    }
+    if config.generate_request_id && !headers.contains_key(X_REQUEST_ID) {
+        headers.insert(X_REQUEST_ID, request_id::generate());
+    }
+    if let Some(via) = &config.via {
+        append(headers, VIA, via, ", ");
+    }
+    if config.normalize_path || config.merge_slashes {
+        normalize(head, config);
+    }
+    trusted
+}
+
+/// Finds the client's address and whether it is internal, and appends to `x-forwarded-for`.
+fn resolve_client(
+    head: &mut RequestHead,
+    config: &HttpConnectionManagerConfig,
+    peer: SocketAddr,
+    local_ip: IpAddr,
+) -> Trusted {
+    let hops = config.xff_num_trusted_hops as usize;
+    let mut remote = peer;
+    if config.use_remote_address {
+        if hops > 0 {
+            remote = forwarded_for(&head.headers, hops - 1).unwrap_or(peer);
+        }
+        if !config.skip_xff_append {
+            // Envoy writes a loopback client as the node's own address.
+            let ip = if peer.ip().is_loopback() { local_ip } else { peer.ip() };
+            if let Ok(value) = HeaderValue::from_str(&ip.to_string()) {
+                append(&mut head.headers, X_FORWARDED_FOR, &value, ",");
+            }
+        }
+    } else if let Some(address) = forwarded_for(&head.headers, hops) {
+        remote = address;
+    }
+    let internal = !config.internal_ranges.is_empty()
+        && single_forwarded_for(&head.headers)
+            .is_some_and(|ip| config.internal_ranges.iter().any(|range| range.contains(ip)));
+    Trusted { remote, internal }
+}
+
+/// The `x-forwarded-for` address that stands `skip` places from the right.
+fn forwarded_for(headers: &HeaderMap, skip: usize) -> Option<SocketAddr> {
+    let value = headers.get_all(X_FORWARDED_FOR).iter().next_back()?.to_str().ok()?;
+    let ip: IpAddr = value.rsplit(',').nth(skip)?.trim().parse().ok()?;
+    Some(SocketAddr::new(ip, 0))
+}
+
+fn single_forwarded_for(headers: &HeaderMap) -> Option<IpAddr> {
+    let mut values = headers.get_all(X_FORWARDED_FOR).iter();
+    let only = values.next()?;
+    if values.next().is_some() { None } else { only.to_str().ok()?.trim().parse().ok() }
+}
+
+fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
+    let joined = headers.get(&name).map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
+    let value = match joined {
+        // Two valid values and a separator make a valid value.
+        Some(bytes) => HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| value.clone()),
+        None => value.clone(),
+    };
+    headers.insert(name, value);
+}
+
+/// Removes what concerns one connection only, including what `connection` nominates.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if let Some(connection) = headers.remove(CONNECTION) {
+        for nominated in connection.to_str().unwrap_or_default().split(',').map(str::trim) {
+            // A client must not be able to remove the headers that routing and trust rest on.
+            let plain = !matches!(nominated, "" | "close" | "keep-alive" | "te");
+            if plain && !nominated.starts_with("x-forwarded") && !nominated.starts_with("x-envoy") {
+                headers.remove(nominated);
+            }
+        }
+    }
+    headers.remove(KEEP_ALIVE);
+    headers.remove(PROXY_CONNECTION);
+    headers.remove(TRANSFER_ENCODING);
+    headers.remove(UPGRADE);
+    if headers.get(TE).is_some_and(|te| te != "trailers") {
+        headers.remove(TE);
+    }
+}
+
+/// Resolves dot segments (RFC 3986, 5.2.4) and joins slashes, as configured.
+fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
+    let path = head.uri.path();
+    if !path.starts_with('/') {
+        return;
+    }
+    let mut segments: Vec<&str> = Vec::new();
+    let mut parts = path[1..].split('/').peekable();
+    while let Some(segment) = parts.next() {
+        let last = parts.peek().is_none();
+        let dots = match segment.to_ascii_lowercase().as_str() {
+            "." | "%2e" => 1,
+            ".." | ".%2e" | "%2e." | "%2e%2e" => 2,
+            _ => 0,
+        };
+        match dots {
+            1 if config.normalize_path => {
+                if last {
+                    segments.push("");
+                }
+            }
+            2 if config.normalize_path => {
+                segments.pop();
+                if last {
+                    segments.push("");
+                }
+            }
+            _ if config.merge_slashes && segment.is_empty() && !last => {}
+            _ => segments.push(segment),
+        }
+    }
+    let mut path = format!("/{}", segments.join("/"));
+    if path == head.uri.path() {
+        return;
+    }
+    if let Some(query) = head.uri.query() {
+        path.push('?');
+        path.push_str(query);
+    }
+    set_path(head, &path);
+}
+
+/// Replaces the path and the query; an impossible path leaves them as they are.
+pub(super) fn set_path(head: &mut RequestHead, path_and_query: &str) {
+    let Ok(path) = PathAndQuery::try_from(path_and_query) else { return };
+    let mut parts = std::mem::take(&mut head.uri).into_parts();
+    parts.path_and_query = Some(path);
+    if parts.scheme.is_none() {
+        parts.authority = None;
+    }
+    // A path with the scheme and authority of a valid URI is a valid URI.
+    head.uri = Uri::from_parts(parts).unwrap_or_default();
+}
+
+/// Makes an upstream's response fit for the client.
+pub(super) fn prepare_response(head: &mut ResponseHead, config: &HttpConnectionManagerConfig) {
+    strip_hop_by_hop(&mut head.headers);
+    match config.server_header {
+        ServerHeaderTransformation::Overwrite => {
+            head.headers.insert(SERVER, config.server_name.clone());
+        }
+        ServerHeaderTransformation::AppendIfAbsent => {
+            head.headers.entry(SERVER).or_insert_with(|| config.server_name.clone());
+        }
+        ServerHeaderTransformation::PassThrough => {}
+    }
+    if let Some(via) = &config.via {
+        append(&mut head.headers, VIA, via, ", ");
+    }
+}
+
+/// Applies `request_headers_to_remove` and `request_headers_to_add`.
+pub(super) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutations) {
+    mutate(headers, &mutations.request_remove, &mutations.request_add);
+}
+
+/// Applies `response_headers_to_remove` and `response_headers_to_add`.
+pub(super) fn mutate_response(headers: &mut HeaderMap, mutations: &HeaderMutations) {
+    mutate(headers, &mutations.response_remove, &mutations.response_add);
+}
+
+fn mutate(headers: &mut HeaderMap, remove: &[HeaderName], add: &[HeaderAdd]) {
+    remove.iter().for_each(|name| drop(headers.remove(name)));
+    for HeaderAdd { name, value, action } in add {
+        match action {
+            HeaderAppendAction::AppendIfExistsOrAdd => drop(headers.append(name, value.clone())),
+            HeaderAppendAction::AddIfAbsent if headers.contains_key(name) => {}
+            HeaderAppendAction::OverwriteIfExists if !headers.contains_key(name) => {}
+            _ => drop(headers.insert(name, value.clone())),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "headers_tests.rs"]
+mod tests;

@@ -1,0 +1,192 @@
+use std::time::Duration;
+
+use http::Request;
+
+use super::*;
+use crate::config::model::{CodecType, Http2Options, RouteConfig, RouteSource};
+
+fn config() -> HttpConnectionManagerConfig {
+    HttpConnectionManagerConfig {
+        stat_prefix: "test".to_owned(),
+        codec_type: CodecType::Auto,
+        routes: RouteSource::Static(RouteConfig::default().into()),
+        http_filters: Vec::new(),
+        server_name: HeaderValue::from_static("envoy"),
+        server_header: ServerHeaderTransformation::Overwrite,
+        use_remote_address: false,
+        xff_num_trusted_hops: 0,
+        skip_xff_append: false,
+        internal_ranges: Vec::new(),
+        generate_request_id: true,
+        preserve_external_request_id: false,
+        always_set_request_id_in_response: false,
+        via: None,
+        idle_timeout: None,
+        stream_idle_timeout: None,
+        request_timeout: None,
+        request_headers_timeout: None,
+        max_connection_duration: None,
+        max_requests_per_connection: 0,
+        drain_timeout: Duration::ZERO,
+        delayed_close_timeout: None,
+        max_request_headers_kb: 60,
+        max_headers_count: 100,
+        normalize_path: false,
+        merge_slashes: false,
+        http2: Http2Options::default(),
+        access_logs: Vec::new(),
+    }
+}
+
+fn request(uri: &str, headers: &[(&str, &str)]) -> RequestHead {
+    let mut builder = Request::builder().uri(uri);
+    for (name, value) in headers {
+        builder = builder.header(*name, *value);
+    }
+    builder.body(()).unwrap().into_parts().0
+}
+
+fn prepare(head: &mut RequestHead, config: &HttpConnectionManagerConfig, peer: &str) -> Trusted {
+    prepare_request(head, config, peer.parse().unwrap(), "10.9.9.9".parse().unwrap())
+}
+
+#[test]
+fn an_edge_request_is_sanitised() {
+    let config = HttpConnectionManagerConfig { use_remote_address: true, ..config() };
+    let mut head = request(
+        "/",
+        &[
+            ("host", "a"),
+            ("x-forwarded-for", "1.2.3.4"),
+            ("x-request-id", "theirs"),
+            ("x-envoy-retry-on", "5xx"),
+            ("x-envoy-internal", "true"),
+            ("x-envoy-downstream-service-cluster", "forged"),
+        ],
+    );
+    let trusted = prepare(&mut head, &config, "192.0.2.7:5000");
+    assert!(!trusted.internal);
+    assert_eq!(head.headers["x-forwarded-for"], "1.2.3.4,192.0.2.7");
+    assert_eq!(head.headers["x-envoy-external-address"], "192.0.2.7");
+    assert_eq!(head.headers["x-forwarded-proto"], "http");
+    assert_ne!(head.headers["x-request-id"], "theirs");
+    for gone in ["x-envoy-retry-on", "x-envoy-internal", "x-envoy-downstream-service-cluster"] {
+        assert!(!head.headers.contains_key(gone), "{gone}");
+    }
+}
+
+#[test]
+fn a_loopback_client_is_written_as_the_node() {
+    let config = HttpConnectionManagerConfig { use_remote_address: true, ..config() };
+    let mut head = request("/", &[("host", "a")]);
+    prepare(&mut head, &config, "127.0.0.1:5000");
+    assert_eq!(head.headers["x-forwarded-for"], "10.9.9.9");
+}
+
+#[test]
+fn without_remote_address_the_header_is_trusted_and_left_alone() {
+    let mut head = request("/", &[("host", "a"), ("x-forwarded-for", "1.2.3.4, 5.6.7.8"), ("x-request-id", "theirs")]);
+    let trusted = prepare(&mut head, &config(), "192.0.2.7:5000");
+    assert_eq!(trusted.remote.ip(), "5.6.7.8".parse::<IpAddr>().unwrap());
+    assert_eq!(head.headers["x-forwarded-for"], "1.2.3.4, 5.6.7.8");
+    assert_eq!(head.headers["x-request-id"], "theirs");
+}
+
+#[test]
+fn internal_is_one_address_in_a_configured_range() {
+    let config = HttpConnectionManagerConfig {
+        use_remote_address: true,
+        internal_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+        ..config()
+    };
+    let mut head = request("/", &[("host", "a"), ("x-envoy-retry-on", "5xx")]);
+    assert!(prepare(&mut head, &config, "10.1.2.3:1").internal);
+    assert_eq!(head.headers["x-envoy-internal"], "true");
+    assert_eq!(head.headers["x-envoy-retry-on"], "5xx");
+    let mut head = request("/", &[("host", "a"), ("x-forwarded-for", "10.1.1.1")]);
+    assert!(!prepare(&mut head, &config, "10.1.2.3:1").internal, "two addresses");
+}
+
+#[test]
+fn hop_by_hop_headers_go_and_trust_headers_cannot_be_nominated() {
+    let mut head = request(
+        "/",
+        &[
+            ("connection", "close, x-drop-me, x-forwarded-for"),
+            ("x-drop-me", "1"),
+            ("x-forwarded-for", "1.2.3.4"),
+            ("keep-alive", "1"),
+            ("te", "gzip"),
+            ("upgrade", "h2c"),
+        ],
+    );
+    strip_hop_by_hop(&mut head.headers);
+    let left: Vec<_> = head.headers.keys().map(HeaderName::as_str).collect();
+    assert_eq!(left, ["x-forwarded-for"]);
+    let mut head = request("/", &[("te", "trailers")]);
+    strip_hop_by_hop(&mut head.headers);
+    assert!(head.headers.contains_key("te"), "gRPC needs it");
+}
+
+#[test]
+fn paths_are_normalised_as_configured() {
+    let config = HttpConnectionManagerConfig { normalize_path: true, merge_slashes: true, ..config() };
+    for (path, expected) in [
+        ("/a/../b", "/b"),
+        ("/a/./b/", "/a/b/"),
+        ("/../../etc", "/etc"),
+        ("/a/%2E%2e/b?x=/../y", "/b?x=/../y"),
+        ("//a///b", "/a/b"),
+        ("/a/..", "/"),
+        ("/a/b", "/a/b"),
+    ] {
+        let mut head = request(path, &[("host", "a")]);
+        normalize(&mut head, &config);
+        assert_eq!(head.uri.to_string(), expected, "{path}");
+    }
+}
+
+#[test]
+fn ambiguous_requests_are_refused() {
+    let status = |head: &RequestHead| check_request(head).map_err(|reply| reply.status.as_u16());
+    assert_eq!(status(&request("/", &[("host", "a")])), Ok(()));
+    assert_eq!(status(&request("/", &[])), Err(400));
+    assert_eq!(status(&request("/", &[("host", "a"), ("host", "b")])), Err(400));
+    let both = [("host", "a"), ("content-length", "3"), ("transfer-encoding", "chunked")];
+    assert_eq!(status(&request("/", &both)), Err(400));
+    let upgrade = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "websocket")];
+    assert_eq!(status(&request("/", &upgrade)), Err(403));
+    let mut old = request("/", &[("host", "a")]);
+    old.version = Version::HTTP_10;
+    assert_eq!(status(&old), Err(426));
+}
+
+#[test]
+fn header_values_are_added_as_their_action_says() {
+    let add = |action| HeaderAdd { name: HeaderName::from_static("x"), value: HeaderValue::from_static("new"), action };
+    let run = |before: &[(&str, &str)], action| {
+        let mut head = request("/", before);
+        let mutations = HeaderMutations { request_add: vec![add(action)], ..HeaderMutations::default() };
+        mutate_request(&mut head.headers, &mutations);
+        head.headers.get_all("x").iter().map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    use HeaderAppendAction::*;
+    assert_eq!(run(&[("x", "old")], AppendIfExistsOrAdd), ["old", "new"]);
+    assert_eq!(run(&[("x", "old")], AddIfAbsent), ["old"]);
+    assert_eq!(run(&[], AddIfAbsent), ["new"]);
+    assert_eq!(run(&[("x", "old")], OverwriteIfExistsOrAdd), ["new"]);
+    assert_eq!(run(&[], OverwriteIfExists), Vec::<String>::new());
+}
+
+#[test]
+fn grpc_is_told_by_its_content_type() {
+    for (value, expected) in [
+        ("application/grpc", true),
+        ("application/grpc+proto", true),
+        ("application/grpc; charset=utf-8", true),
+        ("application/grpc-web", false),
+        ("application/json", false),
+    ] {
+        assert_eq!(is_grpc(&request("/", &[("content-type", value)]).headers), expected, "{value}");
+    }
+}

@@ -1,0 +1,42 @@
+//! The HTTP connection manager: from a downstream connection to filters, router and back.
+
+pub mod body;
+mod conn_manager;
+pub mod filters;
+mod forward;
+mod headers;
+mod io;
+mod observe;
+mod redirect;
+mod request_id;
+mod retry;
+mod route_match;
+mod stats;
+pub mod stream;
+mod timers;
+
+pub use conn_manager::{ConnectionManager, serve};
+pub use route_match::{RouteRef, RouteSlot, RouteTable};
+
+/// Runs hyper's tasks on the worker's own thread.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalExecutor;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor
+where
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}
+
+/// How access logs name a protocol.
+pub(crate) fn protocol_name(version: http::Version) -> &'static str {
+    match version {
+        http::Version::HTTP_09 | http::Version::HTTP_10 => "HTTP/1.0",
+        http::Version::HTTP_2 => "HTTP/2",
+        http::Version::HTTP_3 => "HTTP/3",
+        _ => "HTTP/1.1",
+    }
+}

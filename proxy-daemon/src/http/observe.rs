@@ -1,0 +1,252 @@
+//! Watches the two bodies of a stream, and settles its accounts when it ends, however it ends.
+
+use std::{
+    borrow::Cow,
+    rc::Rc,
+    task::{Context, Poll},
+    time::{Instant, SystemTime},
+};
+
+use http::{HeaderMap, StatusCode};
+
+use super::{
+    body::{BodyError, Observer},
+    conn_manager::ConnState,
+    stream::{Progress, RequestHead},
+    timers::{Expired, Timers},
+};
+use crate::{
+    access_log::{Record, ResponseFlags},
+    upstream::{Connection, HostCounter, WorkerCluster, WorkerHost},
+};
+
+/// Counts a request's body while it passes.
+pub(super) struct RequestObserver {
+    progress: Rc<Progress>,
+}
+
+impl RequestObserver {
+    pub(super) fn new(progress: Rc<Progress>) -> RequestObserver {
+        RequestObserver { progress }
+    }
+}
+
+impl Observer for RequestObserver {
+    fn data(&mut self, bytes: usize) {
+        self.progress.received.set(self.progress.received.get() + bytes as u64);
+        self.progress.last_activity.set(Instant::now());
+    }
+
+    fn idle(&mut self, _cx: &mut Context<'_>) -> Poll<BodyError> {
+        Poll::Pending
+    }
+
+    fn end(&mut self, _trailers: Option<&HeaderMap>) {
+        self.progress.complete();
+    }
+
+    fn error(&mut self, _error: &BodyError) {}
+}
+
+/// Watches a response's body: limits, byte count, and what becomes of the upstream connection.
+pub(super) struct ResponseObserver {
+    end: StreamEnd,
+    timers: Timers,
+    connection: Option<Connection>,
+}
+
+impl ResponseObserver {
+    pub(super) fn new(end: StreamEnd, timers: Timers, connection: Connection) -> ResponseObserver {
+        ResponseObserver { end, timers, connection: Some(connection) }
+    }
+}
+
+impl Observer for ResponseObserver {
+    fn data(&mut self, bytes: usize) {
+        let progress = &self.end.progress;
+        progress.sent.set(progress.sent.get() + bytes as u64);
+        progress.last_activity.set(Instant::now());
+    }
+
+    fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        self.timers.poll(cx).map(|expired| {
+            let (flag, text) = match expired {
+                Expired::Route => (ResponseFlags::UT, "upstream response timeout"),
+                Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
+                Expired::Request => (ResponseFlags::default(), "request timeout"),
+            };
+            self.end.flags |= flag;
+            text.into()
+        })
+    }
+
+    fn end(&mut self, _trailers: Option<&HeaderMap>) {
+        self.end.complete = true;
+        if let Some(connection) = self.connection.take() {
+            connection.release();
+        }
+    }
+
+    fn error(&mut self, _error: &BodyError) {
+        self.connection = None;
+        self.end.complete = true;
+        if self.end.flags.is_empty() {
+            self.end.flags |= ResponseFlags::UC;
+            self.end.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
+        }
+        self.end.state.manager.stats.rq_reset_after_downstream_response_started.inc();
+    }
+}
+
+/// The accounts of one stream: settled when this is dropped.
+pub(super) struct StreamEnd {
+    pub(super) state: Rc<ConnState>,
+    pub(super) progress: Rc<Progress>,
+    started: Instant,
+    /// Only kept where an access log wants it.
+    log: Option<Box<LogParts>>,
+    pub(super) status: Option<StatusCode>,
+    pub(super) flags: ResponseFlags,
+    pub(super) details: Cow<'static, str>,
+    pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
+    pub(super) complete: bool,
+}
+
+struct LogParts {
+    started: SystemTime,
+    request: RequestHead,
+    response: HeaderMap,
+    route: String,
+    cluster: String,
+    remote: Option<std::net::SocketAddr>,
+}
+
+impl StreamEnd {
+    pub(super) fn new(state: Rc<ConnState>, progress: Rc<Progress>, started: Instant) -> StreamEnd {
+        let stats = &state.manager.stats;
+        stats.downstream_rq_total.inc();
+        stats.downstream_rq_active.inc();
+        state.stream_begins();
+        StreamEnd {
+            state,
+            progress,
+            started,
+            log: None,
+            status: None,
+            flags: ResponseFlags::default(),
+            details: Cow::Borrowed(""),
+            host: None,
+            complete: false,
+        }
+    }
+
+    /// Whether an access log wants to know more.
+    pub(super) fn is_logged(&self) -> bool {
+        !self.state.manager.access_logs.is_empty()
+    }
+
+    /// Keeps the request's head for the access log.
+    pub(super) fn keep_request(&mut self, head: &RequestHead) {
+        if self.is_logged() {
+            self.log = Some(Box::new(LogParts {
+                started: SystemTime::now(),
+                request: head.clone(),
+                response: HeaderMap::new(),
+                route: String::new(),
+                cluster: String::new(),
+                remote: None,
+            }));
+        }
+    }
+
+    /// Keeps what routing found out.
+    pub(super) fn keep_route(&mut self, cx: &super::stream::StreamCx) {
+        if let Some(log) = &mut self.log {
+            log.route = cx.route.as_ref().map(|route| route.name.clone()).unwrap_or_default();
+            log.cluster =
+                cx.cluster.as_ref().map(|cluster| cluster.cluster.config.name.to_string()).unwrap_or_default();
+            log.remote = Some(cx.remote);
+        }
+    }
+
+    /// The host of the next attempt; the one before it is done with.
+    pub(super) fn set_host(&mut self, cluster: &Rc<WorkerCluster>, host: &Rc<WorkerHost>) {
+        if let Some((cluster, before)) = self.host.take() {
+            cluster.cluster.stats.upstream_rq_active.dec();
+            before.count(HostCounter::RqError, 1);
+            before.end_request();
+        }
+        cluster.cluster.stats.upstream_rq_active.inc();
+        host.begin_request();
+        self.host = Some((Rc::clone(cluster), Rc::clone(host)));
+    }
+
+    /// Keeps the response's headers.
+    pub(super) fn keep_response(&mut self, status: StatusCode, headers: &HeaderMap) {
+        self.status = Some(status);
+        if let Some(log) = &mut self.log {
+            log.response = headers.clone();
+        }
+    }
+
+    fn write_logs(&self, log: &LogParts) {
+        let connection = &self.state.connection;
+        let host = self.host.as_ref().map(|(_, host)| host.host.display());
+        let record = Record {
+            start: log.started,
+            duration: self.started.elapsed(),
+            protocol: Some(crate::http::protocol_name(log.request.version)),
+            method: Some(log.request.method.as_str()),
+            path: log.request.uri.path_and_query().map(|path| path.as_str()),
+            authority: Some(super::route_match::authority(&log.request)),
+            request_headers: Some(&log.request.headers),
+            response_headers: Some(&log.response),
+            response_code: self.status.map_or(0, |status| status.as_u16()),
+            response_flags: self.flags,
+            response_code_details: &self.details,
+            bytes_received: self.progress.received.get(),
+            bytes_sent: self.progress.sent.get(),
+            upstream_host: host.as_deref(),
+            upstream_cluster: (!log.cluster.is_empty()).then_some(log.cluster.as_str()),
+            route_name: (!log.route.is_empty()).then_some(log.route.as_str()),
+            downstream_remote_address: log.remote.or(Some(connection.remote)),
+            downstream_direct_remote_address: Some(connection.remote),
+            downstream_local_address: Some(connection.local),
+            connection_id: connection.id,
+            ..Record::default()
+        };
+        for access_log in &self.state.manager.access_logs {
+            access_log.write(&record);
+        }
+    }
+}
+
+impl Drop for StreamEnd {
+    fn drop(&mut self) {
+        let stats = &self.state.manager.stats;
+        stats.downstream_rq_active.dec();
+        let elapsed = self.started.elapsed().as_millis() as u64;
+        stats.downstream_rq_time.record(elapsed);
+        if !self.complete {
+            stats.downstream_rq_rx_reset.inc();
+            self.flags |= ResponseFlags::DC;
+            if self.details.is_empty() {
+                self.details = Cow::Borrowed("downstream_remote_disconnect");
+            }
+        }
+        if let Some(status) = self.status {
+            stats.downstream_rq.inc(status.as_u16());
+        }
+        if let Some((cluster, host)) = &self.host {
+            cluster.cluster.stats.upstream_rq_time.record(elapsed);
+            cluster.cluster.stats.upstream_rq_active.dec();
+            let failed = self.status.is_none_or(|status| status.is_server_error());
+            host.count(if failed { HostCounter::RqError } else { HostCounter::RqSuccess }, 1);
+            host.end_request();
+        }
+        if let Some(log) = self.log.take() {
+            self.write_logs(&log);
+        }
+        self.state.stream_ends();
+    }
+}

@@ -1,0 +1,65 @@
+//! Answers a request with a redirect.
+
+use http::{HeaderValue, header::LOCATION};
+
+use super::{
+    route_match::authority,
+    stream::{LocalReply, RequestHead},
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::model::{PathMatch, RedirectAction, RedirectPath, RouteMatch},
+};
+
+/// The answer to `request`.
+pub(super) fn redirect(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> LocalReply {
+    let mut reply = LocalReply::new(action.status, "", ResponseFlags::default(), "direct_response");
+    if let Ok(location) = HeaderValue::from_str(&location(request, rule, action)) {
+        reply.headers.push((LOCATION, location));
+    }
+    reply
+}
+
+fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> String {
+    let scheme = action.scheme.as_deref().unwrap_or("http");
+    let (host, port) = split_port(authority(request));
+    let host = action.host.as_deref().unwrap_or(host);
+    let mut location = format!("{scheme}://{host}");
+    // The request's port is kept unless the scheme changes and it was the old scheme's default.
+    let kept = port.filter(|port| !(action.scheme.is_some() && matches!(*port, 80 | 443)) && action.host.is_none());
+    if let Some(port) = action.port.or(kept) {
+        location.push_str(&format!(":{port}"));
+    }
+    let path = request.uri.path();
+    match &action.path {
+        RedirectPath::Keep => location.push_str(path),
+        RedirectPath::Replace(replacement) => {
+            location.push_str(replacement);
+            if replacement.contains('?') {
+                return location;
+            }
+        }
+        RedirectPath::PrefixRewrite(prefix) => location.push_str(&rewrite_prefix(path, &rule.path, prefix)),
+    }
+    if let (Some(query), false) = (request.uri.query(), action.strip_query) {
+        location.push('?');
+        location.push_str(query);
+    }
+    location
+}
+
+/// Replaces what the path match consumed: the prefix, or the whole path.
+pub(super) fn rewrite_prefix(path: &str, matched: &PathMatch, prefix: &str) -> String {
+    let consumed = match matched {
+        PathMatch::Prefix(text) | PathMatch::PathSeparatedPrefix(text) => text.len(),
+        PathMatch::Path(_) | PathMatch::Regex(_) => path.len(),
+    };
+    format!("{prefix}{}", path.get(consumed..).unwrap_or_default())
+}
+
+fn split_port(authority: &str) -> (&str, Option<u16>) {
+    match authority.rsplit_once(':') {
+        Some((host, port)) => port.parse().map_or((authority, None), |port| (host, Some(port))),
+        None => (authority, None),
+    }
+}

@@ -1,0 +1,40 @@
+use crate::stats::{Counter, Gauge, Histogram, ResponseCodes, Scope};
+
+macro_rules! hcm_stats {
+    (counters { $($counter:ident)* } gauges { $($gauge:ident)* } histograms { $($histogram:ident)* }) => {
+        /// The slots of a connection manager's statistics: `http.<stat_prefix>.<field>`, as Envoy names them.
+        #[derive(Debug)]
+        pub(super) struct HcmStats {
+            $(pub(super) $counter: Counter,)*
+            $(pub(super) $gauge: Gauge,)*
+            $(pub(super) $histogram: Histogram,)*
+            pub(super) downstream_rq: ResponseCodes,
+        }
+
+        impl HcmStats {
+            pub(super) fn new(stat_prefix: &str) -> HcmStats {
+                let scope = Scope::http(stat_prefix);
+                HcmStats {
+                    $($counter: scope.counter(stringify!($counter)),)*
+                    $($gauge: scope.gauge(stringify!($gauge)),)*
+                    $($histogram: scope.histogram(stringify!($histogram)),)*
+                    downstream_rq: ResponseCodes::classes_only(&scope, "downstream_rq"),
+                }
+            }
+        }
+    };
+}
+
+hcm_stats! {
+    counters {
+        downstream_cx_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
+        downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
+        downstream_cx_max_requests_reached downstream_cx_drain_close
+        downstream_rq_total downstream_rq_http1_total downstream_rq_http2_total
+        downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
+        no_route no_cluster rq_direct_response rq_redirect rq_total
+        rq_reset_after_downstream_response_started
+    }
+    gauges { downstream_cx_active downstream_cx_http1_active downstream_cx_http2_active downstream_rq_active }
+    histograms { downstream_cx_length_ms downstream_rq_time }
+}

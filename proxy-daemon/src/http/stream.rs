@@ -1,0 +1,102 @@
+//! What one request carries on its way through filters and router.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    rc::Rc,
+    time::Instant,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, StatusCode};
+
+use super::RouteRef;
+use crate::{access_log::ResponseFlags, listener::ConnectionInfo, runtime::Worker, upstream::WorkerCluster};
+
+/// A request without its body.
+pub type RequestHead = http::request::Parts;
+/// A response without its body.
+pub type ResponseHead = http::response::Parts;
+
+/// An answer that does not come from an upstream.
+#[derive(Debug)]
+pub struct LocalReply {
+    /// The status; a gRPC request gets 200 and the `grpc-status` that corresponds.
+    pub status: StatusCode,
+    /// Plain text; may be empty.
+    pub body: Bytes,
+    /// Why, for the access log.
+    pub flags: ResponseFlags,
+    /// `%RESPONSE_CODE_DETAILS%`
+    pub details: &'static str,
+    /// Further headers.
+    pub headers: Vec<(http::HeaderName, HeaderValue)>,
+}
+
+impl LocalReply {
+    /// An answer with a body of plain text.
+    pub fn new(status: StatusCode, body: impl Into<Bytes>, flags: ResponseFlags, details: &'static str) -> LocalReply {
+        LocalReply { status, body: body.into(), flags, details, headers: Vec::new() }
+    }
+}
+
+/// What filters and router know and decide about a stream.
+pub struct StreamCx {
+    /// The worker that serves the stream.
+    pub worker: Rc<Worker>,
+    /// The downstream connection.
+    pub connection: Rc<ConnectionInfo>,
+    /// Client address after `x-forwarded-for` was looked at.
+    pub remote: SocketAddr,
+    /// The request is internal: its `x-envoy-*` headers are obeyed.
+    pub internal: bool,
+    /// The chosen route; `None` only where none matched.
+    pub route: Option<RouteRef>,
+    /// The cluster that the route chose, where it exists.
+    pub cluster: Option<Rc<WorkerCluster>>,
+    /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
+    pub override_dst: Option<SocketAddr>,
+    /// When the first byte of the request's head was seen, at the latest.
+    pub started: Instant,
+    /// What can be told about the request's body while it passes.
+    pub progress: Rc<Progress>,
+}
+
+/// How far the two bodies have come.
+#[derive(Debug)]
+pub struct Progress {
+    /// Body bytes from the client.
+    pub received: Cell<u64>,
+    /// Body bytes to the client.
+    pub sent: Cell<u64>,
+    /// When the request was complete.
+    pub request_complete: Cell<Option<Instant>>,
+    /// When anything last passed in either direction.
+    pub last_activity: Cell<Instant>,
+    /// Woken when the request is complete.
+    pub waker: RefCell<Option<std::task::Waker>>,
+}
+
+impl Progress {
+    /// For a request that began at `started`.
+    pub fn new(started: Instant, complete: bool) -> Rc<Progress> {
+        Rc::new(Progress {
+            received: Cell::new(0),
+            sent: Cell::new(0),
+            request_complete: Cell::new(complete.then_some(started)),
+            last_activity: Cell::new(started),
+            waker: RefCell::new(None),
+        })
+    }
+
+    /// The request has passed whole.
+    pub fn complete(&self) {
+        let now = Instant::now();
+        self.last_activity.set(now);
+        if self.request_complete.replace(Some(now)).is_none()
+            && let Some(waker) = self.waker.take()
+        {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! The time limits of one stream, kept in one timer.
+
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use tokio::time::Sleep;
+
+use super::stream::Progress;
+
+/// Which limit passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Expired {
+    /// The route's timeout: the response took too long after the request was complete.
+    Route,
+    /// Nothing passed in either direction for too long.
+    Idle,
+    /// The request took too long to arrive.
+    Request,
+}
+
+/// The limits, and the one timer that is set to the first of them.
+pub(super) struct Timers {
+    progress: Rc<Progress>,
+    started: Instant,
+    route: Option<Duration>,
+    idle: Option<Duration>,
+    request: Option<Duration>,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Timers {
+    pub(super) fn new(
+        progress: Rc<Progress>,
+        started: Instant,
+        route: Option<Duration>,
+        idle: Option<Duration>,
+        request: Option<Duration>,
+    ) -> Timers {
+        Timers { progress, started, route, idle, request, sleep: None }
+    }
+
+    /// The limit that passes next.
+    fn next(&self) -> Option<(Instant, Expired)> {
+        let complete = self.progress.request_complete.get();
+        let route = complete.zip(self.route).map(|(since, limit)| (since + limit, Expired::Route));
+        let request = self.request.filter(|_| complete.is_none());
+        let request = request.map(|limit| (self.started + limit, Expired::Request));
+        let idle = self.idle.map(|limit| (self.progress.last_activity.get() + limit, Expired::Idle));
+        [route, request, idle].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    /// Ready when a limit has passed.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
+        if self.progress.request_complete.get().is_none() {
+            self.progress.waker.replace(Some(cx.waker().clone()));
+        }
+        loop {
+            let Some((at, kind)) = self.next() else { return Poll::Pending };
+            let at: tokio::time::Instant = at.into();
+            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            // A timer that is early is left alone: moving it with every byte would cost more than one wake-up.
+            if sleep.deadline() > at {
+                sleep.as_mut().reset(at);
+            }
+            match sleep.as_mut().poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(()) if sleep.deadline() >= at => return Poll::Ready(kind),
+                Poll::Ready(()) => sleep.as_mut().reset(at),
+            }
+        }
+    }
+
+    /// Ends when a limit has passed.
+    pub(super) async fn expired(&mut self) -> Expired {
+        std::future::poll_fn(|cx| self.poll(cx)).await
+    }
+}

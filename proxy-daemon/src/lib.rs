@@ -1,0 +1,14 @@
+//! culvertd: the node proxy's data plane. One folder a concern, in the order in which a request meets them;
+//! docs/architecture.md has the picture.
+
+pub mod access_log;
+pub mod admin;
+pub mod bootstrap;
+pub mod config;
+pub mod http;
+pub mod intercept;
+pub mod listener;
+pub mod network;
+pub mod runtime;
+pub mod stats;
+pub mod upstream;

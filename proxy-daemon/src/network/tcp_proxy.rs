@@ -1,0 +1,372 @@
+//! `envoy.filters.network.tcp_proxy`: carries bytes between a client and a host of a cluster.
+
+use std::{
+    cell::Cell,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::{
+    access_log::{AccessLog, Record, ResponseFlags},
+    config::{
+        FieldError,
+        model::{ClusterChoice, TcpProxyConfig},
+    },
+    listener::{ConnectionInfo, DrainSignal},
+    runtime::Worker,
+    stats::{Counter, Gauge, Scope},
+    upstream::{ConnectError, Decrement, HostCounter, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect},
+};
+
+/// Bytes read at a time in each direction.
+const BUFFER: usize = 32 * 1024;
+
+/// A configured TCP proxy, shared by all workers.
+#[derive(Debug)]
+pub struct TcpProxy {
+    config: Arc<TcpProxyConfig>,
+    access_logs: Vec<AccessLog>,
+    stats: TcpStats,
+}
+
+#[derive(Debug)]
+struct TcpStats {
+    downstream_cx_total: Counter,
+    downstream_cx_no_route: Counter,
+    downstream_cx_rx_bytes_total: Counter,
+    downstream_cx_tx_bytes_total: Counter,
+    idle_timeout: Counter,
+    max_downstream_connection_duration: Counter,
+    downstream_cx_active: Gauge,
+}
+
+impl TcpProxy {
+    /// Takes its slots in the statistics and opens its access logs.
+    pub fn new(config: Arc<TcpProxyConfig>) -> Result<TcpProxy, FieldError> {
+        let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
+        let scope = Scope::tcp(&config.stat_prefix);
+        let stats = TcpStats {
+            downstream_cx_total: scope.counter("downstream_cx_total"),
+            downstream_cx_no_route: scope.counter("downstream_cx_no_route"),
+            downstream_cx_rx_bytes_total: scope.counter("downstream_cx_rx_bytes_total"),
+            downstream_cx_tx_bytes_total: scope.counter("downstream_cx_tx_bytes_total"),
+            idle_timeout: scope.counter("idle_timeout"),
+            max_downstream_connection_duration: scope.counter("max_downstream_connection_duration"),
+            downstream_cx_active: scope.gauge("downstream_cx_active"),
+        };
+        Ok(TcpProxy { config, access_logs, stats })
+    }
+
+    fn choose(&self) -> Option<&Arc<str>> {
+        match &self.config.cluster {
+            ClusterChoice::Cluster(name) => Some(name),
+            ClusterChoice::Weighted(weighted) => Some(weighted.at(fastrand::u32(..weighted.total()))),
+            ClusterChoice::Header(_) => None,
+        }
+    }
+}
+
+/// What a connection came to.
+#[derive(Default)]
+struct Outcome {
+    flags: ResponseFlags,
+    host: Option<String>,
+    received: u64,
+    sent: u64,
+}
+
+/// Serves a downstream connection to its end.
+pub async fn serve(
+    downstream: TcpStream,
+    proxy: Arc<TcpProxy>,
+    info: Rc<ConnectionInfo>,
+    worker: Rc<Worker>,
+    drain: DrainSignal,
+) {
+    let (started, start) = (Instant::now(), SystemTime::now());
+    proxy.stats.downstream_cx_total.inc();
+    let _active = Decrement::after_inc(proxy.stats.downstream_cx_active);
+    let outcome = carry(downstream, &proxy, &info, &worker, drain).await;
+    proxy.stats.downstream_cx_rx_bytes_total.add(outcome.received);
+    proxy.stats.downstream_cx_tx_bytes_total.add(outcome.sent);
+    if proxy.access_logs.is_empty() {
+        return;
+    }
+    let record = Record {
+        start,
+        duration: started.elapsed(),
+        response_flags: outcome.flags,
+        bytes_received: outcome.received,
+        bytes_sent: outcome.sent,
+        upstream_host: outcome.host.as_deref(),
+        upstream_cluster: proxy.choose().map(|name| &**name),
+        downstream_remote_address: Some(info.remote),
+        downstream_direct_remote_address: Some(info.remote),
+        downstream_local_address: Some(info.local),
+        connection_id: info.id,
+        ..Record::default()
+    };
+    proxy.access_logs.iter().for_each(|log| log.write(&record));
+}
+
+async fn carry(
+    mut downstream: TcpStream,
+    proxy: &TcpProxy,
+    info: &ConnectionInfo,
+    worker: &Worker,
+    _drain: DrainSignal,
+) -> Outcome {
+    let mut outcome = Outcome::default();
+    let Some(cluster) = proxy.choose().and_then(|name| worker.clusters.get(name)) else {
+        proxy.stats.downstream_cx_no_route.inc();
+        outcome.flags |= ResponseFlags::NC;
+        return outcome;
+    };
+    let mut upstream = match dial(proxy, &cluster, info, &mut outcome).await {
+        Some(upstream) => upstream,
+        None => return outcome,
+    };
+    let limit = proxy.config.max_downstream_connection_duration;
+    let mut relay = Relay::new(proxy.config.idle_timeout);
+    let ended = {
+        let expired = async {
+            match limit {
+                Some(limit) => tokio::time::sleep(limit).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
+            () = expired => Ended::TooOld,
+        }
+    };
+    match ended {
+        Ended::Whole => {}
+        Ended::Idle => proxy.stats.idle_timeout.inc(),
+        Ended::TooOld => proxy.stats.max_downstream_connection_duration.inc(),
+        Ended::Downstream => outcome.flags |= ResponseFlags::DC,
+        Ended::Upstream => outcome.flags |= ResponseFlags::UC,
+    }
+    (outcome.received, outcome.sent) = (relay.up.bytes, relay.down.bytes);
+    let stats = &cluster.cluster.stats;
+    stats.upstream_cx_tx_bytes_total.add(outcome.received);
+    stats.upstream_cx_rx_bytes_total.add(outcome.sent);
+    outcome
+}
+
+/// A connection to a host, counted for as long as it lives.
+struct Dialed {
+    stream: UpstreamStream,
+    cluster: Rc<WorkerCluster>,
+    host: Rc<WorkerHost>,
+    since: Instant,
+}
+
+impl Drop for Dialed {
+    fn drop(&mut self) {
+        let stats = &self.cluster.cluster.stats;
+        stats.upstream_cx_active.dec();
+        stats.upstream_cx_destroy.inc();
+        stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
+        self.host.count(HostCounter::CxActive, -1);
+        self.host.end_request();
+    }
+}
+
+/// Connects to a host, and to another one where that fails, as often as is configured.
+async fn dial(
+    proxy: &TcpProxy,
+    cluster: &Rc<WorkerCluster>,
+    info: &ConnectionInfo,
+    outcome: &mut Outcome,
+) -> Option<Dialed> {
+    let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
+    for attempt in 0..proxy.config.max_connect_attempts {
+        if stats.upstream_cx_active.value() >= u64::from(config.circuit_breakers[0].max_connections) {
+            stats.upstream_cx_overflow.inc();
+            outcome.flags |= ResponseFlags::UO;
+            return None;
+        }
+        let pick = PickCx { original_dst: info.original_dst, ..PickCx::default() };
+        let Some(host) = cluster.pick(&pick) else {
+            stats.upstream_cx_none_healthy.inc();
+            outcome.flags |= ResponseFlags::UH;
+            return None;
+        };
+        outcome.host = Some(host.host.display());
+        stats.upstream_cx_total.inc();
+        let since = Instant::now();
+        let keepalive = config.tcp_keepalive.as_ref();
+        match connect(&host.host.address, info.source, keepalive, config.connect_timeout).await {
+            Ok(stream) => {
+                stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
+                stats.upstream_cx_active.inc();
+                host.count(HostCounter::CxTotal, 1);
+                host.count(HostCounter::CxActive, 1);
+                host.begin_request();
+                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since });
+            }
+            Err(error) => {
+                stats.upstream_cx_connect_fail.inc();
+                host.count(HostCounter::CxConnectFail, 1);
+                if matches!(error, ConnectError::Timeout) {
+                    stats.upstream_cx_connect_timeout.inc();
+                }
+                outcome.flags |= ResponseFlags::UF;
+                tracing::debug!(connection = info.id, host = %host.host.display(), attempt, %error, "connect failed");
+            }
+        }
+    }
+    stats.upstream_cx_connect_attempts_exceeded.inc();
+    outcome.flags |= ResponseFlags::URX;
+    None
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// Both sides closed after all had been delivered.
+    Whole,
+    /// No byte passed for `idle_timeout`.
+    Idle,
+    /// `max_downstream_connection_duration` passed.
+    TooOld,
+    /// The client's side broke.
+    Downstream,
+    /// The host's side broke.
+    Upstream,
+}
+
+/// Both directions of a connection, each with its half-close.
+struct Relay {
+    up: Pipe,
+    down: Pipe,
+    idle: Option<Duration>,
+    last_activity: Cell<Instant>,
+    sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl Relay {
+    fn new(idle: Option<Duration>) -> Relay {
+        Relay {
+            up: Pipe::default(),
+            down: Pipe::default(),
+            idle,
+            last_activity: Cell::new(Instant::now()),
+            sleep: None,
+        }
+    }
+
+    fn poll<D, U>(&mut self, cx: &mut Context<'_>, downstream: &mut D, upstream: &mut U) -> Poll<Ended>
+    where
+        D: AsyncRead + AsyncWrite + Unpin,
+        U: AsyncRead + AsyncWrite + Unpin,
+    {
+        let before = self.up.bytes + self.down.bytes;
+        let up = self.up.poll(cx, downstream, upstream);
+        let down = self.down.poll(cx, upstream, downstream);
+        if before != self.up.bytes + self.down.bytes {
+            self.last_activity.set(Instant::now());
+        }
+        match (up, down) {
+            (Poll::Ready(Err(Broken::Reading)), _) | (_, Poll::Ready(Err(Broken::Writing))) => {
+                return Poll::Ready(Ended::Downstream);
+            }
+            (Poll::Ready(Err(Broken::Writing)), _) | (_, Poll::Ready(Err(Broken::Reading))) => {
+                return Poll::Ready(Ended::Upstream);
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(Ended::Whole),
+            _ => {}
+        }
+        self.poll_idle(cx)
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let Some(limit) = self.idle else { return Poll::Pending };
+        loop {
+            let at: tokio::time::Instant = (self.last_activity.get() + limit).into();
+            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            match sleep.as_mut().poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(()) if sleep.deadline() >= at => return Poll::Ready(Ended::Idle),
+                Poll::Ready(()) => sleep.as_mut().reset(at),
+            }
+        }
+    }
+}
+
+/// Which side of a pipe broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Broken {
+    Reading,
+    Writing,
+}
+
+/// One direction: a buffer that is filled from one side and emptied into the other.
+#[derive(Default)]
+struct Pipe {
+    /// Allocated with the first byte, so that idle directions cost nothing.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    eof: bool,
+    shut: bool,
+    bytes: u64,
+}
+
+impl Pipe {
+    /// Ready when the reading side has ended, all has been written, and the writing side has been shut down.
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<Result<(), Broken>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            while self.start < self.end {
+                let chunk = &self.buffer[self.start..self.end];
+                match Pin::new(&mut *to).poll_write(cx, chunk) {
+                    Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
+                    Poll::Ready(Ok(written)) => {
+                        self.start += written;
+                        self.bytes += written as u64;
+                    }
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            if self.eof {
+                if !self.shut {
+                    match Pin::new(&mut *to).poll_shutdown(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        // A peer that is gone already needs no half-close.
+                        Poll::Ready(_) => self.shut = true,
+                    }
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if self.buffer.is_empty() {
+                self.buffer.resize(BUFFER, 0);
+            }
+            let mut space = ReadBuf::new(&mut self.buffer);
+            match Pin::new(&mut *from).poll_read(cx, &mut space) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Reading)),
+                Poll::Ready(Ok(())) => {
+                    (self.start, self.end) = (0, space.filled().len());
+                    self.eof = self.end == 0;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tcp_proxy_tests.rs"]
+mod tests;

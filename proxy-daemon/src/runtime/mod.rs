@@ -1,0 +1,7 @@
+//! Workers, and the handle by which the control thread gives them their configuration. See LIFECYCLE.md.
+
+mod data_plane;
+mod worker;
+
+pub use data_plane::{DataPlane, ListenerStatus, Options};
+pub use worker::Worker;

@@ -1,0 +1,143 @@
+//! One thread that serves connections: its own runtime, sockets, pools and counters.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use arc_swap::{ArcSwap, Cache};
+use tokio::{
+    runtime::{Builder, LocalOptions},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+
+use crate::{
+    access_log,
+    http::filters::OffloadedTable,
+    listener::{SharedListener, accept_forever},
+    stats::{self, Gauge},
+    upstream::{Clusters, WorkerClusters},
+};
+
+/// What a worker's connections and streams share. Lives on the worker's thread.
+pub struct Worker {
+    /// 0 up to the number of workers.
+    pub index: usize,
+    /// Clusters, balancers and pools.
+    pub clusters: WorkerClusters,
+    /// This node's own address, for `x-forwarded-for` of loopback clients.
+    pub node_ip: Option<IpAddr>,
+    /// `server.total_connections`
+    pub(crate) total_connections: Gauge,
+    offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
+    next_connection: Cell<u64>,
+}
+
+impl Worker {
+    /// An id that no other connection of the process has.
+    pub fn next_connection_id(&self) -> u64 {
+        let id = self.next_connection.get();
+        self.next_connection.set(id + 1);
+        // Workers count in ranges of their own, so that they need not share a counter.
+        ((self.index as u64) << 48) | id
+    }
+
+    /// Looks something up in the offloaded endpoints that discovery lists.
+    pub fn with_offloaded<T>(&self, look_up: impl FnOnce(&OffloadedTable) -> T) -> T {
+        look_up(self.offloaded.borrow_mut().load())
+    }
+}
+
+/// What the control thread tells a worker.
+pub(super) enum Command {
+    /// Accept connections on these sockets.
+    Listen { listener: Arc<SharedListener>, sockets: Vec<std::net::TcpListener>, done: oneshot::Sender<()> },
+    /// Close the sockets of a listener.
+    Close { name: Arc<str>, done: oneshot::Sender<()> },
+}
+
+/// What a worker is started with.
+pub(super) struct Start {
+    pub(super) index: usize,
+    pub(super) clusters: Arc<Clusters>,
+    pub(super) offloaded: Arc<ArcSwap<OffloadedTable>>,
+    pub(super) node_ip: Option<IpAddr>,
+    /// Pins the thread to this processor.
+    pub(super) cpu: Option<usize>,
+    pub(super) commands: mpsc::UnboundedReceiver<Command>,
+}
+
+/// Starts the thread. It ends when the sender of `commands` is dropped.
+pub(super) fn spawn(start: Start) -> std::io::Result<thread::JoinHandle<()>> {
+    let runtime = || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+    thread::Builder::new().name(format!("wrk:worker_{}", start.index)).spawn(move || {
+        if let Some(cpu) = start.cpu {
+            pin(cpu);
+        }
+        stats::register_worker(start.index);
+        match runtime() {
+            Ok(runtime) => runtime.block_on(run(start)),
+            Err(error) => tracing::error!(worker = start.index, %error, "cannot start a worker"),
+        }
+        access_log::flush_thread();
+    })
+}
+
+async fn run(mut start: Start) {
+    let worker = Rc::new(Worker {
+        index: start.index,
+        clusters: WorkerClusters::new(start.clusters, start.index),
+        node_ip: start.node_ip,
+        total_connections: stats::gauge("server.total_connections"),
+        offloaded: RefCell::new(Cache::new(start.offloaded)),
+        next_connection: Cell::new(1),
+    });
+    tokio::task::spawn_local(async {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tick.tick().await;
+            access_log::flush_thread();
+        }
+    });
+    let mut accepting: HashMap<Arc<str>, Vec<JoinHandle<()>>> = HashMap::new();
+    while let Some(command) = start.commands.recv().await {
+        match command {
+            Command::Listen { listener, sockets, done } => {
+                for socket in sockets {
+                    match tokio::net::TcpListener::from_std(socket) {
+                        Ok(socket) => {
+                            let task = accept_forever(socket, Arc::clone(&listener), Rc::clone(&worker));
+                            let task = tokio::task::spawn_local(task);
+                            accepting.entry(Arc::clone(&listener.name)).or_default().push(task);
+                        }
+                        Err(error) => tracing::error!(listener = %listener.name, %error, "cannot use a socket"),
+                    }
+                }
+                let _ = done.send(());
+            }
+            Command::Close { name, done } => {
+                for task in accepting.remove(&name).unwrap_or_default() {
+                    task.abort();
+                    // The socket is closed when the task is gone, not before.
+                    let _ = task.await;
+                }
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+/// Keeps the thread on one processor: its caches and its sockets' softirqs stay there.
+fn pin(cpu: usize) {
+    let mut set = nix::sched::CpuSet::new();
+    let pinned = set.set(cpu).and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        tracing::debug!(cpu, %error, "worker is not pinned");
+    }
+}

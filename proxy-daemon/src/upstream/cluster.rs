@@ -1,0 +1,146 @@
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+
+use super::{
+    ClusterStats,
+    host::{Host, HostCounters, HostSet},
+};
+use crate::config::model::{ClusterConfig, EndpointAddress, LocalityEndpoints};
+
+/// A cluster as all workers share it.
+#[derive(Debug)]
+pub struct Cluster {
+    /// As configured.
+    pub config: ClusterConfig,
+    /// Slots of its counters.
+    pub stats: ClusterStats,
+    hosts: ArcSwap<HostSet>,
+    hosts_version: AtomicU64,
+}
+
+impl Cluster {
+    fn new(config: ClusterConfig, hosts: Arc<HostSet>) -> Cluster {
+        let stats = ClusterStats::new(&config);
+        stats.publish_hosts(&hosts);
+        Cluster { config, stats, hosts: ArcSwap::new(hosts), hosts_version: AtomicU64::new(1) }
+    }
+
+    /// The hosts now.
+    pub fn hosts(&self) -> Arc<HostSet> {
+        self.hosts.load_full()
+    }
+
+    /// Grows with every change of the hosts, so that a worker need only compare it.
+    pub fn hosts_version(&self) -> u64 {
+        self.hosts_version.load(Ordering::Acquire)
+    }
+
+    /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
+    pub(crate) fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize) {
+        let next = Arc::new(build(endpoints, &self.hosts.load(), workers));
+        self.stats.publish_hosts(&next);
+        self.hosts.store(next);
+        self.hosts_version.fetch_add(1, Ordering::Release);
+    }
+}
+
+fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> HostSet {
+    let known: HashMap<&EndpointAddress, &Arc<HostCounters>> =
+        before.hosts.iter().map(|host| (&host.address, &host.counters)).collect();
+    let mut seen = std::collections::HashSet::new();
+    let mut hosts = Vec::new();
+    for group in endpoints {
+        let locality = Arc::new(group.locality.clone());
+        for endpoint in &group.endpoints {
+            // An address that is listed twice is one host, as in Envoy.
+            if matches!(endpoint.address, EndpointAddress::Dns { .. }) || !seen.insert(&endpoint.address) {
+                continue;
+            }
+            let counters = known.get(&endpoint.address).map(|counters| Arc::clone(counters));
+            hosts.push(Arc::new(Host {
+                address: endpoint.address.clone(),
+                weight: endpoint.weight.max(1),
+                health: endpoint.health,
+                hostname: endpoint.hostname.clone(),
+                locality: Arc::clone(&locality),
+                priority: group.priority,
+                counters: counters.unwrap_or_else(|| Arc::new(HostCounters::new(workers))),
+            }));
+        }
+    }
+    HostSet { hosts }
+}
+
+/// Every cluster, by name.
+pub type ClusterMap = HashMap<Arc<str>, Arc<Cluster>>;
+
+/// The registry of clusters: written by the control thread, read by workers through a version number.
+#[derive(Debug)]
+pub struct Clusters {
+    map: ArcSwap<ClusterMap>,
+    version: AtomicU64,
+    workers: usize,
+    writer: Mutex<()>,
+}
+
+impl Clusters {
+    /// None yet.
+    pub fn new(workers: usize) -> Clusters {
+        Clusters { map: ArcSwap::default(), version: AtomicU64::new(1), workers, writer: Mutex::new(()) }
+    }
+
+    /// All clusters now.
+    pub fn load(&self) -> Arc<ClusterMap> {
+        self.map.load_full()
+    }
+
+    /// Grows with every cluster that is added, replaced or removed.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Adds a cluster, or replaces the one of the same name. A replaced EDS or DNS cluster keeps its hosts.
+    pub fn upsert(&self, config: ClusterConfig) {
+        use crate::config::model::Discovery;
+        self.change(|map| {
+            let before = map.get(&config.name).map(|old| old.hosts()).unwrap_or_default();
+            let hosts = match config.discovery {
+                Discovery::Static => Arc::new(build(&config.endpoints, &before, self.workers)),
+                Discovery::StrictDns { .. } | Discovery::Eds { .. } => before,
+                Discovery::OriginalDst { .. } => Arc::default(),
+            };
+            map.insert(Arc::clone(&config.name), Arc::new(Cluster::new(config, hosts)));
+        });
+    }
+
+    /// Forgets a cluster; requests in flight finish.
+    pub fn remove(&self, name: &str) {
+        self.change(|map| {
+            map.remove(name);
+        });
+    }
+
+    /// Replaces a cluster's hosts; `false` where there is no such cluster.
+    pub fn set_endpoints(&self, name: &str, endpoints: &[LocalityEndpoints]) -> bool {
+        let cluster = self.map.load().get(name).map(Arc::clone);
+        if let Some(cluster) = &cluster {
+            cluster.set_endpoints(endpoints, self.workers);
+        }
+        cluster.is_some()
+    }
+
+    fn change(&self, edit: impl FnOnce(&mut ClusterMap)) {
+        let _one_at_a_time = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut next = ClusterMap::clone(&self.map.load());
+        edit(&mut next);
+        self.map.store(Arc::new(next));
+        self.version.fetch_add(1, Ordering::Release);
+    }
+}

@@ -1,0 +1,174 @@
+//! Opens connections to hosts.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsRawFd,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpSocket, TcpStream, UnixStream},
+};
+
+use crate::config::model::{EndpointAddress, OriginalSrc, TcpKeepalive};
+
+/// A connection to a host.
+#[derive(Debug)]
+pub enum UpstreamStream {
+    /// Over TCP.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+/// Why a connection could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// `connect_timeout` passed.
+    #[error("connection timeout")]
+    Timeout,
+    /// The system refused.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// The source address that an upstream connection keeps, where the listener asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// The client's address.
+    pub address: IpAddr,
+    /// SO_MARK; 0 sets none.
+    pub mark: u32,
+}
+
+impl Source {
+    /// For a connection from `client` through a listener with `original_src`.
+    pub fn new(original_src: OriginalSrc, client: IpAddr) -> Source {
+        Source { address: client.to_canonical(), mark: original_src.mark }
+    }
+}
+
+/// Connects within `limit`.
+pub async fn connect(
+    address: &EndpointAddress,
+    source: Option<Source>,
+    keepalive: Option<&TcpKeepalive>,
+    limit: Duration,
+) -> Result<UpstreamStream, ConnectError> {
+    let attempt = async {
+        match address {
+            EndpointAddress::Ip(address) => {
+                let stream = tcp_socket(*address, source, keepalive)?.connect(*address).await?;
+                Ok(UpstreamStream::Tcp(stream))
+            }
+            EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
+            EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
+        }
+    };
+    match tokio::time::timeout(limit, attempt).await {
+        Ok(result) => result.map_err(ConnectError::Io),
+        Err(_elapsed) => Err(ConnectError::Timeout),
+    }
+}
+
+fn tcp_socket(to: SocketAddr, source: Option<Source>, keepalive: Option<&TcpKeepalive>) -> io::Result<TcpSocket> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if let Some(keepalive) = keepalive {
+        let mut settings = socket2::TcpKeepalive::new();
+        if let Some(time) = keepalive.time {
+            settings = settings.with_time(time);
+        }
+        if let Some(interval) = keepalive.interval {
+            settings = settings.with_interval(interval);
+        }
+        if let Some(probes) = keepalive.probes {
+            settings = settings.with_retries(probes);
+        }
+        socket.set_tcp_keepalive(&settings)?;
+    }
+    // A client of the other family cannot lend its address: the node's own is used.
+    if let Some(source) = source.filter(|source| source.address.is_ipv4() == to.is_ipv4()) {
+        bind_to_source(&socket, source)?;
+    }
+    Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// Binds to the client's address and leaves the port to connect(), when the kernel knows the whole four-tuple: ports
+/// are then only used up per destination.
+fn bind_to_source(socket: &Socket, source: Source) -> io::Result<()> {
+    if source.address.is_ipv4() {
+        socket.set_ip_transparent_v4(true)?;
+    } else {
+        set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
+    }
+    set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    if source.mark != 0 {
+        socket.set_mark(source.mark)?;
+    }
+    socket.bind(&SockAddr::from(SocketAddr::new(source.address, 0)))
+}
+
+/// Sets an integer option that socket2 has no name for.
+pub(crate) fn set_int(socket: &impl AsRawFd, level: i32, option: i32, value: libc::c_int) -> io::Result<()> {
+    let length = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `value`, which outlives the call; the descriptor is open.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+impl UpstreamStream {
+    /// Our own end's address.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match self {
+            UpstreamStream::Tcp(stream) => stream.local_addr().ok(),
+            UpstreamStream::Unix(_) => None,
+        }
+    }
+}
+
+macro_rules! forward {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match $self.get_mut() {
+            UpstreamStream::Tcp($stream) => $call,
+            UpstreamStream::Unix($stream) => $call,
+        }
+    };
+}
+
+impl AsyncRead for UpstreamStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for UpstreamStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        forward!(self, stream => Pin::new(stream).poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        forward!(self, stream => Pin::new(stream).poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        forward!(self, stream => Pin::new(stream).poll_shutdown(cx))
+    }
+}

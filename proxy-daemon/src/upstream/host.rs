@@ -1,0 +1,105 @@
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use crate::config::model::{EndpointAddress, HealthStatus, Locality};
+
+/// One endpoint of a cluster.
+#[derive(Debug)]
+pub struct Host {
+    /// Where it listens. Never a name: those are looked up first.
+    pub address: EndpointAddress,
+    /// Its share of the load; at least 1.
+    pub weight: u32,
+    /// What discovery says of it.
+    pub health: HealthStatus,
+    /// For `auto_host_rewrite`; may be empty.
+    pub hostname: String,
+    /// Where it is.
+    pub locality: Arc<Locality>,
+    /// 0 is used first.
+    pub priority: u32,
+    /// Shared with the same host's earlier and later versions.
+    pub counters: Arc<HostCounters>,
+}
+
+impl Host {
+    /// The address as logs and `/clusters` print it.
+    pub fn display(&self) -> String {
+        match &self.address {
+            EndpointAddress::Ip(address) => address.to_string(),
+            EndpointAddress::Dns { host, port } => format!("{host}:{port}"),
+            EndpointAddress::Pipe(path) => path.display().to_string(),
+        }
+    }
+}
+
+/// The counters of a host, as `/clusters` shows them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum HostCounter {
+    /// Open connections.
+    CxActive,
+    /// Connections that failed to open.
+    CxConnectFail,
+    /// Connections opened.
+    CxTotal,
+    /// Requests in flight.
+    RqActive,
+    /// Requests that ended in a 5xx or without a response.
+    RqError,
+    /// Requests with any other response.
+    RqSuccess,
+    /// Requests that timed out.
+    RqTimeout,
+    /// All requests.
+    RqTotal,
+}
+
+impl HostCounter {
+    /// In the order in which Envoy prints them.
+    pub const ALL: [(HostCounter, &'static str); 8] = [
+        (HostCounter::CxActive, "cx_active"),
+        (HostCounter::CxConnectFail, "cx_connect_fail"),
+        (HostCounter::CxTotal, "cx_total"),
+        (HostCounter::RqActive, "rq_active"),
+        (HostCounter::RqError, "rq_error"),
+        (HostCounter::RqSuccess, "rq_success"),
+        (HostCounter::RqTimeout, "rq_timeout"),
+        (HostCounter::RqTotal, "rq_total"),
+    ];
+}
+
+/// A host's counters: one cache line a worker, which no other worker writes.
+#[derive(Debug)]
+pub struct HostCounters(Box<[Line]>);
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Line([AtomicU64; 8]);
+
+impl HostCounters {
+    /// All zero.
+    pub fn new(workers: usize) -> HostCounters {
+        HostCounters((0..workers).map(|_| Line::default()).collect())
+    }
+
+    /// Adds to a counter of `worker`, which must be the calling worker.
+    pub fn add(&self, worker: usize, counter: HostCounter, delta: i64) {
+        let slot = &self.0[worker].0[counter as usize];
+        slot.store(slot.load(Relaxed).wrapping_add_signed(delta), Relaxed);
+    }
+
+    /// The sum over all workers.
+    pub fn sum(&self, counter: HostCounter) -> u64 {
+        self.0.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
+    }
+}
+
+/// A cluster's hosts at one moment.
+#[derive(Debug, Default)]
+pub struct HostSet {
+    /// In the order of the configuration.
+    pub hosts: Vec<Arc<Host>>,
+}

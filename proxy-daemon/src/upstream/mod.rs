@@ -1,0 +1,23 @@
+//! Clusters and their hosts: how a host is chosen, reached and pooled.
+//!
+//! What all workers share ([`Cluster`], [`HostSet`], [`Host`]) is an immutable snapshot behind a version number; what a
+//! worker needs to choose and to reach a host ([`WorkerClusters`]) is its own and is never locked.
+
+mod cluster;
+mod connect;
+pub mod dns;
+mod host;
+mod lb;
+mod original_dst;
+mod pool;
+mod stats;
+mod worker;
+
+pub use cluster::{Cluster, ClusterMap, Clusters};
+pub(crate) use connect::set_int;
+pub use connect::{ConnectError, Source, UpstreamStream, connect};
+pub use host::{Host, HostCounter, HostSet};
+pub(crate) use pool::Decrement;
+pub use pool::{Connection, PoolError};
+pub use stats::ClusterStats;
+pub use worker::{PickCx, WorkerCluster, WorkerClusters, WorkerHost};

@@ -1,0 +1,449 @@
+//! A worker's connections to one host. See LIFECYCLE.md.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::{Mutex, Notify};
+
+use super::{
+    Cluster, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
+    connect::{Source, connect},
+};
+use crate::{
+    config::model::Http2Options,
+    http::{LocalExecutor, body::Body},
+};
+
+/// Why no connection could be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// The host could not be connected to.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The HTTP/2 preface or the first settings failed.
+    #[error("protocol error: {0}")]
+    Handshake(hyper::Error),
+    /// A circuit breaker is open.
+    #[error("overflow")]
+    Overflow,
+}
+
+/// This worker's connections to one host, by the source address that they keep.
+#[derive(Default)]
+pub struct Pool {
+    direct: Rc<SourcePool>,
+    by_source: RefCell<HashMap<Source, Rc<SourcePool>>>,
+    retired: Cell<bool>,
+}
+
+#[derive(Default)]
+struct SourcePool {
+    /// The last one used is used first, so that the others can grow old.
+    idle: RefCell<Vec<Rc<Http1Connection>>>,
+    http2: RefCell<Option<Rc<Http2Connection>>>,
+    /// One connect at a time where one connection serves all.
+    http2_connect: Mutex<()>,
+    open: Cell<u32>,
+    /// Told when a connection comes back or goes, for those that wait at a circuit breaker.
+    released: Notify,
+}
+
+struct Http1Connection {
+    sender: RefCell<http1::SendRequest<Body>>,
+    requests: Cell<u32>,
+    idle_since: Cell<Option<Instant>>,
+    /// Told when the pool wants it closed. The driving task holds this, not the connection, which must die with its
+    /// last borrower.
+    close: Rc<Notify>,
+}
+
+struct Http2Connection {
+    sender: http2::SendRequest<Body>,
+    requests: Cell<u32>,
+    /// Streams in flight, and since when there are none.
+    active: Cell<u32>,
+    idle_since: Cell<Option<Instant>>,
+}
+
+/// A connection that is lent out for one request. Dropped without [`release`](Self::release), an HTTP/1 connection
+/// is closed: nobody knows what is still to come on it.
+pub struct Connection {
+    sender: Sender,
+    home: Weak<SourcePool>,
+    pool: Weak<Pool>,
+    max_requests: u32,
+    /// It has carried requests before: the host may have closed it in the meantime.
+    pub reused: bool,
+}
+
+/// What a request is sent with.
+pub enum Sender {
+    /// HTTP/1.1
+    #[expect(private_interfaces, reason = "only named so that callers can tell the protocol")]
+    Http1(Rc<Http1Connection>),
+    /// HTTP/2
+    #[expect(private_interfaces, reason = "only named so that callers can tell the protocol")]
+    Http2(Rc<Http2Connection>),
+}
+
+impl Pool {
+    fn source(&self, source: Option<Source>) -> Rc<SourcePool> {
+        match source {
+            None => Rc::clone(&self.direct),
+            Some(source) => Rc::clone(self.by_source.borrow_mut().entry(source).or_default()),
+        }
+    }
+
+    /// Nothing idle is kept from now on.
+    pub(super) fn retire(&self) {
+        self.retired.set(true);
+        let by_source = self.by_source.borrow();
+        for pool in by_source.values().chain([&self.direct]) {
+            pool.idle.borrow_mut().drain(..).for_each(|connection| connection.close.notify_one());
+            // Its streams finish: the last one lets go of it.
+            pool.http2.borrow_mut().take();
+        }
+    }
+}
+
+impl WorkerHost {
+    /// A connection for one request: an idle one, or a new one within the cluster's limits.
+    pub async fn acquire(
+        &self,
+        cluster: &WorkerCluster,
+        http2: Option<&Http2Options>,
+        source: Option<Source>,
+        high_priority: bool,
+    ) -> Result<Connection, PoolError> {
+        let pool = self.pool.source(source);
+        let lend = |sender, reused| Connection {
+            sender,
+            home: Rc::downgrade(&pool),
+            pool: Rc::downgrade(&self.pool),
+            max_requests: cluster.cluster.config.max_requests_per_connection,
+            reused,
+        };
+        let Some(options) = http2 else {
+            loop {
+                if let Some(idle) = pool.take_idle() {
+                    return Ok(lend(Sender::Http1(idle), true));
+                }
+                if self.may_open(cluster, &pool, high_priority).await? {
+                    return Ok(lend(Sender::Http1(self.open_http1(cluster, &pool, source).await?), false));
+                }
+            }
+        };
+        if let Some(shared) = pool.shared_http2() {
+            return Ok(lend(Sender::Http2(shared), true));
+        }
+        let _one_at_a_time = pool.http2_connect.lock().await;
+        if let Some(shared) = pool.shared_http2() {
+            return Ok(lend(Sender::Http2(shared), true));
+        }
+        Ok(lend(Sender::Http2(self.open_http2(cluster, &pool, source, options).await?), false))
+    }
+
+    /// Whether a connection may be opened. Where the limit is reached, waits for one to be released and says no; a
+    /// pool without any connection may always open one, as in Envoy.
+    async fn may_open(&self, cluster: &WorkerCluster, pool: &SourcePool, high: bool) -> Result<bool, PoolError> {
+        let (limits, stats) = (&cluster.cluster.config.circuit_breakers[usize::from(high)], &cluster.cluster.stats);
+        if pool.open.get() == 0 || stats.upstream_cx_active.value() < u64::from(limits.max_connections) {
+            return Ok(true);
+        }
+        stats.upstream_cx_overflow.inc();
+        if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests) {
+            stats.upstream_rq_pending_overflow.inc();
+            return Err(PoolError::Overflow);
+        }
+        stats.upstream_rq_pending_total.inc();
+        let _pending = Decrement::after_inc(stats.upstream_rq_pending_active);
+        pool.released.notified().await;
+        Ok(false)
+    }
+
+    /// Opens the socket and counts how that went.
+    async fn dial(
+        &self,
+        cluster: &WorkerCluster,
+        pool: &Rc<SourcePool>,
+        source: Option<Source>,
+    ) -> Result<(super::UpstreamStream, OpenConnection), PoolError> {
+        let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
+        let open = OpenConnection::new(cluster, self, pool);
+        let result = connect(&self.host.address, source, config.tcp_keepalive.as_ref(), config.connect_timeout).await;
+        match result {
+            Ok(stream) => {
+                stats.upstream_cx_connect_ms.record(open.since.elapsed().as_millis() as u64);
+                Ok((stream, open))
+            }
+            Err(error) => {
+                stats.upstream_cx_connect_fail.inc();
+                self.count(HostCounter::CxConnectFail, 1);
+                if matches!(error, ConnectError::Timeout) {
+                    stats.upstream_cx_connect_timeout.inc();
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn open_http1(
+        &self,
+        cluster: &WorkerCluster,
+        pool: &Rc<SourcePool>,
+        source: Option<Source>,
+    ) -> Result<Rc<Http1Connection>, PoolError> {
+        let (stream, open) = self.dial(cluster, pool, source).await?;
+        let handshake = http1::Builder::new().handshake(TokioIo::new(stream)).await;
+        let (sender, driver) = handshake.map_err(PoolError::Handshake)?;
+        cluster.cluster.stats.upstream_cx_http1_total.inc();
+        let connection = Rc::new(Http1Connection {
+            sender: RefCell::new(sender),
+            requests: Cell::new(0),
+            idle_since: Cell::new(None),
+            close: Rc::default(),
+        });
+        let (watched, close) = (Rc::downgrade(&connection), Rc::clone(&connection.close));
+        let limit = cluster.cluster.config.idle_timeout;
+        let home = Rc::downgrade(pool);
+        tokio::task::spawn_local(async move {
+            let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
+            tokio::select! {
+                result = driver => log_end(result),
+                () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
+                () = close.notified() => {}
+            }
+            if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
+                home.idle.borrow_mut().retain(|idle| !Rc::ptr_eq(idle, &connection));
+            }
+            drop(open);
+        });
+        Ok(connection)
+    }
+
+    async fn open_http2(
+        &self,
+        cluster: &WorkerCluster,
+        pool: &Rc<SourcePool>,
+        source: Option<Source>,
+        options: &Http2Options,
+    ) -> Result<Rc<Http2Connection>, PoolError> {
+        let (stream, open) = self.dial(cluster, pool, source).await?;
+        let handshake = http2::Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(options.initial_stream_window_size)
+            .initial_connection_window_size(options.initial_connection_window_size)
+            .handshake(TokioIo::new(stream))
+            .await;
+        let (sender, driver) = handshake.map_err(PoolError::Handshake)?;
+        cluster.cluster.stats.upstream_cx_http2_total.inc();
+        let connection = Rc::new(Http2Connection {
+            sender,
+            requests: Cell::new(0),
+            active: Cell::new(0),
+            idle_since: Cell::new(Some(Instant::now())),
+        });
+        pool.http2.replace(Some(Rc::clone(&connection)));
+        let (watched, home) = (Rc::downgrade(&connection), Rc::downgrade(pool));
+        let limit = cluster.cluster.config.idle_timeout;
+        tokio::task::spawn_local(async move {
+            let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
+            tokio::select! {
+                result = driver => log_end(result),
+                () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
+            }
+            if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
+                home.forget_http2(&connection);
+            }
+            drop(open);
+        });
+        Ok(connection)
+    }
+}
+
+impl SourcePool {
+    fn take_idle(&self) -> Option<Rc<Http1Connection>> {
+        let mut idle = self.idle.borrow_mut();
+        while let Some(connection) = idle.pop() {
+            if connection.sender.borrow().is_ready() {
+                connection.idle_since.set(None);
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    fn shared_http2(&self) -> Option<Rc<Http2Connection>> {
+        let mut slot = self.http2.borrow_mut();
+        if slot.as_ref().is_some_and(|connection| connection.sender.is_closed()) {
+            *slot = None;
+        }
+        slot.as_ref().map(Rc::clone)
+    }
+
+    fn forget_http2(&self, connection: &Rc<Http2Connection>) {
+        let mut slot = self.http2.borrow_mut();
+        if slot.as_ref().is_some_and(|current| Rc::ptr_eq(current, connection)) {
+            *slot = None;
+        }
+    }
+}
+
+impl Connection {
+    /// Whether it speaks HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        matches!(self.sender, Sender::Http2(_))
+    }
+
+    /// Sends the request and waits for the response's head. A request that was not sent comes back in the error.
+    pub async fn send(
+        &self,
+        request: http::Request<Body>,
+    ) -> Result<http::Response<hyper::body::Incoming>, TrySendError<http::Request<Body>>> {
+        match &self.sender {
+            Sender::Http1(connection) => {
+                connection.requests.set(connection.requests.get() + 1);
+                let response = connection.sender.borrow_mut().try_send_request(request);
+                response.await
+            }
+            Sender::Http2(connection) => {
+                connection.requests.set(connection.requests.get() + 1);
+                connection.active.set(connection.active.get() + 1);
+                connection.idle_since.set(None);
+                let response = connection.sender.clone().try_send_request(request);
+                response.await
+            }
+        }
+    }
+
+    /// The response has passed whole: the connection may be used again.
+    pub fn release(self) {
+        let Some(home) = self.home.upgrade() else { return };
+        let retired = self.pool.upgrade().is_none_or(|pool| pool.retired.get());
+        if let Sender::Http1(connection) = &self.sender {
+            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
+            if retired || worn_out || connection.sender.borrow().is_closed() {
+                connection.close.notify_one();
+            } else if connection.sender.borrow().is_ready() {
+                put_back(&home, connection);
+            } else {
+                // The request is still on its way up: the connection comes back when that is done.
+                let (connection, home) = (Rc::clone(connection), Rc::downgrade(&home));
+                tokio::task::spawn_local(async move {
+                    let ready = std::future::poll_fn(|cx| connection.sender.borrow_mut().poll_ready(cx)).await;
+                    if let (Ok(()), Some(home)) = (ready, home.upgrade()) {
+                        put_back(&home, &connection);
+                    }
+                });
+            }
+        } else if let Sender::Http2(connection) = &self.sender {
+            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
+            if retired || worn_out {
+                home.forget_http2(connection);
+            }
+        }
+        home.released.notify_one();
+    }
+}
+
+fn put_back(home: &SourcePool, connection: &Rc<Http1Connection>) {
+    connection.idle_since.set(Some(Instant::now()));
+    home.idle.borrow_mut().push(Rc::clone(connection));
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Sender::Http2(connection) = &self.sender {
+            let active = connection.active.get().saturating_sub(1);
+            connection.active.set(active);
+            if active == 0 {
+                connection.idle_since.set(Some(Instant::now()));
+            }
+        }
+    }
+}
+
+/// Ends when the connection has been idle for `limit`. `idle_since` is `None` once the connection is gone, and its
+/// value is `None` while it is in use.
+async fn idle_watch(limit: Option<Duration>, idle_since: impl Fn() -> Option<Option<Instant>>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    loop {
+        let Some(since) = idle_since() else { return std::future::pending().await };
+        let left = since.map_or(limit, |since| limit.saturating_sub(since.elapsed()));
+        if left.is_zero() {
+            return;
+        }
+        tokio::time::sleep(left).await;
+    }
+}
+
+fn log_end(result: Result<(), hyper::Error>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "upstream connection ended");
+    }
+}
+
+/// Counts an open connection for as long as it lives.
+pub(super) struct OpenConnection {
+    cluster: Arc<Cluster>,
+    host: Arc<Host>,
+    worker: usize,
+    pool: Weak<SourcePool>,
+    since: Instant,
+}
+
+impl OpenConnection {
+    fn new(cluster: &WorkerCluster, host: &WorkerHost, pool: &Rc<SourcePool>) -> OpenConnection {
+        let stats = &cluster.cluster.stats;
+        stats.upstream_cx_total.inc();
+        stats.upstream_cx_active.inc();
+        host.count(HostCounter::CxTotal, 1);
+        host.count(HostCounter::CxActive, 1);
+        pool.open.set(pool.open.get() + 1);
+        OpenConnection {
+            cluster: Arc::clone(&cluster.cluster),
+            host: Arc::clone(&host.host),
+            worker: cluster.worker(),
+            pool: Rc::downgrade(pool),
+            since: Instant::now(),
+        }
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        let stats = &self.cluster.stats;
+        stats.upstream_cx_active.dec();
+        stats.upstream_cx_destroy.inc();
+        stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
+        self.host.counters.add(self.worker, HostCounter::CxActive, -1);
+        if let Some(pool) = self.pool.upgrade() {
+            pool.open.set(pool.open.get() - 1);
+            pool.released.notify_one();
+        }
+    }
+}
+
+/// A gauge that is one higher for as long as this lives.
+pub(crate) struct Decrement(crate::stats::Gauge);
+
+impl Decrement {
+    /// Adds one now, and takes it away when dropped.
+    pub(crate) fn after_inc(gauge: crate::stats::Gauge) -> Decrement {
+        gauge.inc();
+        Decrement(gauge)
+    }
+}
+
+impl Drop for Decrement {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}

@@ -1,0 +1,73 @@
+use super::HostSet;
+use crate::{
+    config::model::ClusterConfig,
+    stats::{Counter, Gauge, Histogram, ResponseCodes, Scope},
+};
+
+macro_rules! cluster_stats {
+    (counters { $($counter:ident)* } gauges { $($gauge:ident)* } histograms { $($histogram:ident)* }) => {
+        /// The slots of a cluster's statistics: `cluster.<name>.<field>`, as Envoy names them.
+        #[derive(Debug, Clone)]
+        #[expect(missing_docs, reason = "each field is the Envoy statistic of the same name, which Envoy documents")]
+        pub struct ClusterStats {
+            $(pub $counter: Counter,)*
+            $(pub $gauge: Gauge,)*
+            $(pub $histogram: Histogram,)*
+            /// `upstream_rq_completed`, `upstream_rq_2xx`, `upstream_rq_200` and so on.
+            pub upstream_rq: ResponseCodes,
+            scope: Scope,
+        }
+
+        impl ClusterStats {
+            /// Takes the slots of a cluster; the same name gets the same slots again.
+            pub fn new(config: &ClusterConfig) -> ClusterStats {
+                let scope = Scope::cluster(&config.stat_name);
+                ClusterStats {
+                    $($counter: scope.counter(stringify!($counter)),)*
+                    $($gauge: scope.gauge(stringify!($gauge)),)*
+                    $($histogram: scope.histogram(stringify!($histogram)),)*
+                    upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
+                    scope,
+                }
+            }
+        }
+    };
+}
+
+cluster_stats! {
+    counters {
+        upstream_cx_total upstream_cx_http1_total upstream_cx_http2_total upstream_cx_connect_fail
+        upstream_cx_connect_timeout upstream_cx_overflow upstream_cx_destroy upstream_cx_idle_timeout
+        upstream_cx_max_requests upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
+        upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
+        upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
+        upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_pending_failure_eject
+        upstream_rq_retry upstream_rq_retry_success upstream_rq_retry_limit_exceeded upstream_rq_retry_overflow
+        upstream_rq_rx_reset upstream_rq_tx_reset upstream_rq_maintenance_mode
+        original_dst_host_invalid
+        membership_change update_attempt update_success update_failure update_empty update_no_rebuild
+        lb_healthy_panic lb_subsets_created
+    }
+    gauges { upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
+        membership_degraded membership_excluded }
+    histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_time }
+}
+
+impl ClusterStats {
+    /// The scope that the statistics live in.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Shows the hosts in the membership gauges.
+    pub(super) fn publish_hosts(&self, hosts: &HostSet) {
+        use crate::config::model::HealthStatus::{Degraded, Healthy, Unknown};
+        let count = |wanted: fn(&crate::config::model::HealthStatus) -> bool| {
+            hosts.hosts.iter().filter(|host| wanted(&host.health)).count() as u64
+        };
+        self.membership_change.inc();
+        self.membership_total.set(hosts.hosts.len() as u64);
+        self.membership_healthy.set(count(|health| matches!(health, Healthy | Unknown)));
+        self.membership_degraded.set(count(|health| matches!(health, Degraded)));
+    }
+}

@@ -1,0 +1,249 @@
+//! A worker's own view of the clusters: balancers, pools, and hosts that it alone touches.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+};
+
+use super::{
+    Cluster, Clusters, Host, HostCounter,
+    lb::{self, LoadBalancer},
+    original_dst::OriginalDstHosts,
+    pool::Pool,
+};
+use crate::config::model::{Discovery, EndpointAddress, HealthStatus};
+
+/// All clusters as one worker sees them.
+pub struct WorkerClusters {
+    shared: Arc<Clusters>,
+    worker: usize,
+    version: Cell<u64>,
+    by_name: RefCell<HashMap<Arc<str>, Rc<WorkerCluster>>>,
+}
+
+impl WorkerClusters {
+    /// For the worker with this index.
+    pub fn new(shared: Arc<Clusters>, worker: usize) -> WorkerClusters {
+        WorkerClusters { shared, worker, version: Cell::new(0), by_name: RefCell::default() }
+    }
+
+    /// The cluster of this name now.
+    pub fn get(&self, name: &str) -> Option<Rc<WorkerCluster>> {
+        let version = self.shared.version();
+        if version != self.version.get() {
+            self.refresh(version);
+        }
+        self.by_name.borrow().get(name).map(Rc::clone)
+    }
+
+    /// Adopts the registry's clusters; those that did not change keep their state.
+    fn refresh(&self, version: u64) {
+        self.version.set(version);
+        let map = self.shared.load();
+        let mut mine = self.by_name.borrow_mut();
+        mine.retain(|name, cluster| {
+            let keep = map.contains_key(name);
+            if !keep {
+                cluster.retire();
+            }
+            keep
+        });
+        for (name, shared) in map.iter() {
+            match mine.get(name) {
+                Some(known) if Arc::ptr_eq(&known.cluster, shared) => {}
+                Some(replaced) => {
+                    let next = WorkerCluster::replacing(replaced, Arc::clone(shared));
+                    mine.insert(Arc::clone(name), Rc::new(next));
+                }
+                None => {
+                    mine.insert(Arc::clone(name), Rc::new(WorkerCluster::new(Arc::clone(shared), self.worker)));
+                }
+            }
+        }
+    }
+}
+
+/// What a pick may depend on.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PickCx<'a> {
+    /// Set by a filter: wins over all others in an ORIGINAL_DST cluster.
+    pub override_dst: Option<SocketAddr>,
+    /// The request's headers, where there is a request.
+    pub headers: Option<&'a http::HeaderMap>,
+    /// The connection's own destination, where the listener restores it.
+    pub original_dst: Option<SocketAddr>,
+}
+
+/// A cluster as one worker sees it.
+pub struct WorkerCluster {
+    /// What all workers share.
+    pub cluster: Arc<Cluster>,
+    worker: usize,
+    hosts_version: Cell<u64>,
+    all: RefCell<HashMap<EndpointAddress, Rc<WorkerHost>>>,
+    usable: RefCell<Vec<Rc<WorkerHost>>>,
+    balancer: RefCell<Box<dyn LoadBalancer>>,
+    original_dst: OriginalDstHosts,
+    /// Requests of this worker that are past their first attempt.
+    pub(crate) active_retries: Cell<u32>,
+}
+
+impl WorkerCluster {
+    fn new(cluster: Arc<Cluster>, worker: usize) -> WorkerCluster {
+        let balancer = RefCell::new(lb::build(&cluster.config.lb_policy, &[]));
+        WorkerCluster {
+            cluster,
+            worker,
+            hosts_version: Cell::new(0),
+            all: RefCell::default(),
+            usable: RefCell::default(),
+            balancer,
+            original_dst: OriginalDstHosts::default(),
+            active_retries: Cell::new(0),
+        }
+    }
+
+    /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.
+    fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>) -> WorkerCluster {
+        let next = WorkerCluster::new(cluster, before.worker);
+        let (old, new) = (&before.cluster.config, &next.cluster.config);
+        if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive {
+            next.all.replace(before.all.take());
+        } else {
+            before.retire();
+        }
+        next
+    }
+
+    fn retire(&self) {
+        self.all.borrow().values().for_each(|host| host.retire());
+    }
+
+    /// The worker's index.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+
+    /// Chooses a host; `None` where no host may be used.
+    pub fn pick(&self, cx: &PickCx<'_>) -> Option<Rc<WorkerHost>> {
+        if let Discovery::OriginalDst { http_header, port_override, cleanup_interval } = &self.cluster.config.discovery
+        {
+            let mut destination = self.destination(cx, http_header.as_ref())?;
+            if let Some(port) = port_override {
+                destination.set_port(*port);
+            }
+            return Some(self.original_dst.host(destination, self.worker, *cleanup_interval));
+        }
+        let version = self.cluster.hosts_version();
+        if version != self.hosts_version.get() {
+            self.refresh(version);
+        }
+        let usable = self.usable.borrow();
+        let index = self.balancer.borrow_mut().pick(&usable)?;
+        Some(Rc::clone(&usable[index]))
+    }
+
+    /// The destination of an ORIGINAL_DST pick, by Envoy's precedence: filter, header, connection.
+    fn destination(&self, cx: &PickCx<'_>, header: Option<&http::HeaderName>) -> Option<SocketAddr> {
+        if cx.override_dst.is_some() {
+            return cx.override_dst;
+        }
+        if let Some(value) = header.and_then(|name| cx.headers?.get(name)) {
+            match value.to_str().ok().and_then(|text| text.parse().ok()) {
+                Some(destination) => return Some(destination),
+                None => self.cluster.stats.original_dst_host_invalid.inc(),
+            }
+        }
+        cx.original_dst
+    }
+
+    /// Adopts the cluster's hosts: those that stay keep their connections.
+    fn refresh(&self, version: u64) {
+        self.hosts_version.set(version);
+        let set = self.cluster.hosts();
+        let mut before = self.all.take();
+        let mut all = HashMap::with_capacity(set.hosts.len());
+        for host in &set.hosts {
+            let mine = match before.remove(&host.address) {
+                Some(known) if Arc::ptr_eq(&known.host, host) => known,
+                Some(known) => known.with(Arc::clone(host)),
+                None => WorkerHost::new(Arc::clone(host), self.worker),
+            };
+            all.insert(host.address.clone(), mine);
+        }
+        before.values().for_each(|gone| gone.retire());
+        let usable = usable(set.hosts.iter().filter_map(|host| all.get(&host.address)));
+        self.balancer.replace(lb::build(&self.cluster.config.lb_policy, &usable));
+        self.usable.replace(usable);
+        self.all.replace(all);
+    }
+}
+
+/// The healthy hosts of the first priority that has any; degraded ones where no priority has a healthy host.
+fn usable<'a>(hosts: impl Iterator<Item = &'a Rc<WorkerHost>> + Clone) -> Vec<Rc<WorkerHost>> {
+    for degraded in [false, true] {
+        let fits = |host: &&Rc<WorkerHost>| {
+            host.host.health.is_usable() && (host.host.health == HealthStatus::Degraded) == degraded
+        };
+        if let Some(priority) = hosts.clone().filter(fits).map(|host| host.host.priority).min() {
+            return hosts.filter(fits).filter(|host| host.host.priority == priority).cloned().collect();
+        }
+    }
+    Vec::new()
+}
+
+/// A host as one worker sees it.
+pub struct WorkerHost {
+    /// What all workers share.
+    pub host: Arc<Host>,
+    /// This worker's connections to it.
+    pub pool: Rc<Pool>,
+    worker: usize,
+    active: Rc<Cell<u32>>,
+    retired: Cell<bool>,
+}
+
+impl WorkerHost {
+    pub(super) fn new(host: Arc<Host>, worker: usize) -> Rc<WorkerHost> {
+        let (pool, active) = (Rc::default(), Rc::default());
+        Rc::new(WorkerHost { host, pool, worker, active, retired: Cell::new(false) })
+    }
+
+    /// The same host with other attributes (weight, health): connections and load are kept.
+    fn with(&self, host: Arc<Host>) -> Rc<WorkerHost> {
+        let (pool, active) = (Rc::clone(&self.pool), Rc::clone(&self.active));
+        Rc::new(WorkerHost { host, pool, worker: self.worker, active, retired: Cell::new(false) })
+    }
+
+    /// Requests and connections of this worker that are using the host.
+    pub fn active(&self) -> u32 {
+        self.active.get()
+    }
+
+    /// The host is gone: what is in flight finishes, nothing idle is kept.
+    pub(super) fn retire(&self) {
+        self.retired.set(true);
+        self.pool.retire();
+    }
+
+    /// Adds to one of the host's counters.
+    pub fn count(&self, counter: HostCounter, delta: i64) {
+        self.host.counters.add(self.worker, counter, delta);
+    }
+
+    /// One more request is in flight to the host; [`end_request`](Self::end_request) must follow.
+    pub fn begin_request(&self) {
+        self.active.set(self.active.get() + 1);
+        self.count(HostCounter::RqActive, 1);
+        self.count(HostCounter::RqTotal, 1);
+    }
+
+    /// A request that began has ended.
+    pub fn end_request(&self) {
+        self.active.set(self.active.get() - 1);
+        self.count(HostCounter::RqActive, -1);
+    }
+}
