@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
 };
 
-use super::{Counter, Gauge, Histogram, Scope, Summary, slab, tags::TaggedName};
+use super::{
+    Counter, Gauge, Histogram, Scope, Summary, slab,
+    tags::{self, TaggedName},
+};
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,6 +39,12 @@ pub struct Metric {
 }
 
 impl Metric {
+    /// A counter that somebody else keeps, for example the kernel's side.
+    pub fn external(name: &str, value: u64) -> Metric {
+        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::Counter, slot: 0 });
+        Metric { entry, value: Value::Counter(value) }
+    }
+
     /// Its full name, as `/stats` prints it.
     pub fn name(&self) -> &str {
         &self.entry.name.full
@@ -227,7 +236,14 @@ pub fn flush_intervals() {
 
 /// Makes all counters zero, as `POST /reset_counters` does.
 pub fn reset_counters() {
-    lock().shown.values().filter(|entry| entry.kind == Kind::Counter).for_each(|entry| reset(entry.slot));
+    reset_counters_where(|_| true);
+}
+
+/// Makes the counters of these names zero.
+pub(super) fn reset_counters_where(wanted: impl Fn(&str) -> bool) {
+    let registry = lock();
+    let counters = registry.shown.values().filter(|entry| entry.kind == Kind::Counter);
+    counters.filter(|entry| wanted(&entry.name.full)).for_each(|entry| reset(entry.slot));
 }
 
 /// Takes everything under `scope` out of what is shown, for example when its cluster is removed. Handles stay valid; a

@@ -1,0 +1,152 @@
+//! `/clusters`: every cluster with its limits and hosts.
+
+use std::{fmt::Write as _, sync::Arc};
+
+use regex::Regex;
+use serde_json::{Value as Json, json};
+
+use crate::{
+    config::model::{EndpointAddress, HealthStatus},
+    upstream::{Cluster, ClusterMap, Host, HostCounter},
+};
+
+/// Those whose names match, in the order of their names.
+pub(super) fn choose(clusters: &ClusterMap, filter: Option<&Regex>) -> Vec<Arc<Cluster>> {
+    let mut chosen: Vec<_> =
+        clusters.values().filter(|c| filter.is_none_or(|f| f.is_match(&c.config.name))).cloned().collect();
+    chosen.sort_by(|a, b| a.config.name.cmp(&b.config.name));
+    chosen
+}
+
+/// Lines of `cluster::what::value` and `cluster::host::what::value`.
+pub(super) fn text(clusters: &[Arc<Cluster>]) -> String {
+    let mut out = String::new();
+    for cluster in clusters {
+        // Writing to a String cannot fail.
+        let _ = write_cluster(&mut out, cluster);
+    }
+    out
+}
+
+fn write_cluster(out: &mut String, cluster: &Cluster) -> std::fmt::Result {
+    let name = &cluster.config.name;
+    writeln!(out, "{name}::observability_name::{}", observability_name(cluster))?;
+    for (priority, limits) in ["default", "high"].iter().zip(&cluster.config.circuit_breakers) {
+        writeln!(out, "{name}::{priority}_priority::max_connections::{}", limits.max_connections)?;
+        writeln!(out, "{name}::{priority}_priority::max_pending_requests::{}", limits.max_pending_requests)?;
+        writeln!(out, "{name}::{priority}_priority::max_requests::{}", limits.max_requests)?;
+        writeln!(out, "{name}::{priority}_priority::max_retries::{}", limits.max_retries)?;
+    }
+    for host in &cluster.hosts().hosts {
+        let address = host.display();
+        for (counter, stat) in HostCounter::ALL {
+            writeln!(out, "{name}::{address}::{stat}::{}", host.counters.sum(counter))?;
+        }
+        writeln!(out, "{name}::{address}::hostname::{}", host.hostname)?;
+        writeln!(out, "{name}::{address}::health_flags::{}", health_flags(host.health))?;
+        writeln!(out, "{name}::{address}::weight::{}", host.weight)?;
+        writeln!(out, "{name}::{address}::region::{}", host.locality.region)?;
+        writeln!(out, "{name}::{address}::zone::{}", host.locality.zone)?;
+        writeln!(out, "{name}::{address}::sub_zone::{}", host.locality.sub_zone)?;
+        writeln!(out, "{name}::{address}::canary::false")?;
+        writeln!(out, "{name}::{address}::priority::{}", host.priority)?;
+        // What Envoy prints where outlier detection has nothing to say.
+        writeln!(out, "{name}::{address}::success_rate::-1")?;
+        writeln!(out, "{name}::{address}::local_origin_success_rate::-1")?;
+    }
+    Ok(())
+}
+
+/// `alt_stat_name` where it is set, else the name.
+fn observability_name(cluster: &Cluster) -> &str {
+    let config = &cluster.config;
+    if config.stat_name == config.name.replace(':', "_") { &config.name } else { &config.stat_name }
+}
+
+fn health_flags(health: HealthStatus) -> &'static str {
+    match health {
+        HealthStatus::Unknown | HealthStatus::Healthy => "healthy",
+        HealthStatus::Unhealthy | HealthStatus::Timeout => "/failed_eds_health",
+        HealthStatus::Degraded => "/degraded_eds_health",
+        HealthStatus::Draining => "/eds_status_draining",
+    }
+}
+
+/// An Envoy `Clusters` message.
+pub(super) fn json(clusters: &[Arc<Cluster>]) -> Json {
+    let statuses: Vec<_> = clusters.iter().map(|cluster| cluster_status(cluster)).collect();
+    json!({ "cluster_statuses": statuses })
+}
+
+fn cluster_status(cluster: &Cluster) -> Json {
+    let thresholds = cluster.config.circuit_breakers.iter().zip([None, Some("HIGH")]).map(|(limits, priority)| {
+        let mut json = json!({
+            "max_connections": limits.max_connections,
+            "max_pending_requests": limits.max_pending_requests,
+            "max_requests": limits.max_requests,
+            "max_retries": limits.max_retries,
+        });
+        if let Some(priority) = priority {
+            json["priority"] = priority.into();
+        }
+        json
+    });
+    json!({
+        "name": &*cluster.config.name,
+        "observability_name": observability_name(cluster),
+        "circuit_breakers": { "thresholds": thresholds.collect::<Vec<_>>() },
+        "host_statuses": cluster.hosts().hosts.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
+    })
+}
+
+fn host_status(host: &Host) -> Json {
+    let stats = HostCounter::ALL.iter().map(|(counter, name)| {
+        let mut json = json!({ "name": name });
+        // As proto3 JSON: a 64-bit number is text, and what has its default is left out.
+        match host.counters.sum(*counter) {
+            0 => {}
+            value => json["value"] = value.to_string().into(),
+        }
+        if matches!(counter, HostCounter::CxActive | HostCounter::RqActive) {
+            json["type"] = "GAUGE".into();
+        }
+        json
+    });
+    let health = match host.health {
+        HealthStatus::Unknown | HealthStatus::Healthy => "HEALTHY",
+        HealthStatus::Unhealthy => "UNHEALTHY",
+        HealthStatus::Draining => "DRAINING",
+        HealthStatus::Timeout => "TIMEOUT",
+        HealthStatus::Degraded => "DEGRADED",
+    };
+    let mut locality = json!({});
+    for (field, value) in
+        [("region", &host.locality.region), ("zone", &host.locality.zone), ("sub_zone", &host.locality.sub_zone)]
+    {
+        if !value.is_empty() {
+            locality[field] = value.as_str().into();
+        }
+    }
+    let mut status = json!({
+        "address": address(&host.address),
+        "stats": stats.collect::<Vec<_>>(),
+        "health_status": { "eds_health_status": health },
+        "weight": host.weight,
+        "locality": locality,
+    });
+    if !host.hostname.is_empty() {
+        status["hostname"] = host.hostname.as_str().into();
+    }
+    if host.priority > 0 {
+        status["priority"] = host.priority.into();
+    }
+    status
+}
+
+fn address(address: &EndpointAddress) -> Json {
+    match address {
+        EndpointAddress::Ip(ip) => super::endpoints::socket_address(&ip.ip().to_string(), ip.port()),
+        EndpointAddress::Dns { host, port } => super::endpoints::socket_address(host, *port),
+        EndpointAddress::Pipe(path) => json!({ "pipe": { "path": path.display().to_string() } }),
+    }
+}

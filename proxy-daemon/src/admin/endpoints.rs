@@ -1,0 +1,341 @@
+//! Which endpoints there are, and what each does.
+
+use std::{fmt::Write as _, time::Instant};
+
+use http::{Method, StatusCode};
+use regex::Regex;
+use serde_json::{Value as Json, json};
+use tracing::level_filters::LevelFilter;
+
+use super::{
+    AdminState, ServerState, clusters, config_dump,
+    request::{Parameters, Reply},
+    stats, version,
+};
+use crate::access_log;
+
+/// One path.
+struct Endpoint {
+    path: &'static str,
+    help: &'static str,
+    /// Names of its parameters, and what each means.
+    parameters: &'static [(&'static str, &'static str)],
+    /// Whether it changes something, and so wants a POST.
+    mutates: bool,
+    run: fn(&AdminState, &Parameters) -> Reply,
+}
+
+const USED_ONLY: (&str, &str) = ("usedonly", "Only include stats that have been written by system since restart");
+const FILTER: (&str, &str) = ("filter", "Regular expression for filtering stats");
+const INVERT_FILTER: (&str, &str) = ("invert_filter", "Invert the filter regex");
+const FORMAT: (&str, &str) = ("format", "File format to use; One of (text, json)");
+
+const ENDPOINTS: &[Endpoint] = &[
+    Endpoint { path: "/", help: "Admin home page", parameters: &[], mutates: false, run: |_, _| home() },
+    Endpoint {
+        path: "/certs",
+        help: "print certs on machine",
+        parameters: &[],
+        mutates: false,
+        run: |_, _| Reply::json(&json!({ "certificates": [] })),
+    },
+    Endpoint {
+        path: "/clusters",
+        help: "upstream cluster status",
+        parameters: &[("filter", "Regular expression for filtering clusters by name"), FORMAT],
+        mutates: false,
+        run: show_clusters,
+    },
+    Endpoint {
+        path: "/config_dump",
+        help: "dump current Envoy configs",
+        parameters: &[
+            ("resource", "The resource to dump"),
+            ("name_regex", "Dump only the currently loaded configurations whose names match the specified regex."),
+            ("include_eds", "Dump currently loaded configuration including EDS."),
+        ],
+        mutates: false,
+        run: |state, parameters| config_dump::reply((state.config_dump)(), parameters),
+    },
+    Endpoint {
+        path: DRAIN_LISTENERS,
+        help: "drain listeners",
+        parameters: &[("graceful", "Leave the listeners open for the drain time, then drain them")],
+        mutates: true,
+        // The server does it: it has to wait.
+        run: |_, _| Reply::ok(),
+    },
+    Endpoint {
+        path: "/healthcheck/fail",
+        help: "cause the server to fail health checks",
+        parameters: &[],
+        mutates: true,
+        run: |state, _| {
+            state.state.set(ServerState::Draining);
+            Reply::ok()
+        },
+    },
+    Endpoint {
+        path: "/healthcheck/ok",
+        help: "cause the server to pass health checks",
+        parameters: &[],
+        mutates: true,
+        run: |state, _| {
+            // Only what `/healthcheck/fail` did is undone: a server that is still starting is not ready.
+            if state.state.get() == ServerState::Draining {
+                state.state.set(ServerState::Live);
+            }
+            Reply::ok()
+        },
+    },
+    Endpoint {
+        path: "/help",
+        help: "print out list of admin commands",
+        parameters: &[],
+        mutates: false,
+        run: |_, _| Reply::text(help()),
+    },
+    Endpoint {
+        path: "/listeners",
+        help: "print listener info",
+        parameters: &[FORMAT],
+        mutates: false,
+        run: show_listeners,
+    },
+    Endpoint {
+        path: "/logging",
+        help: "query/change logging levels",
+        parameters: &[(
+            "level",
+            "desired logging level, this will change all loggers's level; One of (, trace, debug, info, warning, error, \
+             critical, off)",
+        )],
+        mutates: true,
+        run: logging,
+    },
+    Endpoint {
+        path: "/memory",
+        help: "print current allocation/heap usage",
+        parameters: &[],
+        mutates: false,
+        run: |_, _| stats::memory(),
+    },
+    Endpoint {
+        path: "/quitquitquit",
+        help: "exit the server",
+        parameters: &[],
+        mutates: true,
+        run: |state, _| {
+            state.shutdown.notify_one();
+            Reply::ok()
+        },
+    },
+    Endpoint {
+        path: "/ready",
+        help: "print server state, return 200 if LIVE, otherwise return 503",
+        parameters: &[],
+        mutates: false,
+        run: |state, _| match state.state.get() {
+            ServerState::Live => Reply::text("LIVE\n"),
+            other => Reply::error(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", other.name())),
+        },
+    },
+    Endpoint {
+        path: "/reopen_logs",
+        help: "reopen access logs",
+        parameters: &[],
+        mutates: true,
+        run: |_, _| {
+            let errors = access_log::reopen_all();
+            if errors.is_empty() {
+                return Reply::ok();
+            }
+            Reply::error(StatusCode::INTERNAL_SERVER_ERROR, errors.join("\n") + "\n")
+        },
+    },
+    Endpoint {
+        path: "/reset_counters",
+        help: "reset all counters to zero",
+        parameters: &[],
+        mutates: true,
+        run: |_, _| {
+            crate::stats::reset_counters();
+            Reply::ok()
+        },
+    },
+    Endpoint {
+        path: "/server_info",
+        help: "print server version/status information",
+        parameters: &[],
+        mutates: false,
+        run: server_info,
+    },
+    Endpoint {
+        path: "/stats",
+        help: "print server stats",
+        parameters: &[
+            USED_ONLY,
+            FILTER,
+            INVERT_FILTER,
+            ("format", "Format to use; One of (text, json, prometheus)"),
+            ("type", "Stat types to include.; One of (All, Counters, Histograms, Gauges)"),
+            ("histogram_buckets", "Histogram bucket display mode; One of (cumulative, disjoint, summary)"),
+        ],
+        mutates: false,
+        run: stats::stats,
+    },
+    Endpoint {
+        path: "/stats/prometheus",
+        help: "print server stats in prometheus format",
+        parameters: &[USED_ONLY, FILTER, INVERT_FILTER],
+        mutates: false,
+        run: stats::prometheus,
+    },
+];
+
+/// The one endpoint that waits for the workers: the server does it.
+pub(super) const DRAIN_LISTENERS: &str = "/drain_listeners";
+
+/// Answers a request, but for what `/drain_listeners` does. Looks many numbers up: not for a thread that must not wait.
+pub(super) fn handle(state: &AdminState, method: &Method, path: &str, parameters: &Parameters) -> Reply {
+    let Some(endpoint) = ENDPOINTS.iter().find(|endpoint| endpoint.path == path) else {
+        return Reply::error(StatusCode::NOT_FOUND, format!("invalid path. {}", help()));
+    };
+    if endpoint.mutates && *method != Method::POST {
+        let text = format!("Method {method} not allowed, POST required.");
+        return Reply::error(StatusCode::METHOD_NOT_ALLOWED, text);
+    }
+    if endpoint.path == DRAIN_LISTENERS
+        && let Some((name, _)) = parameters.iter().find(|(name, _)| *name != "graceful")
+    {
+        return Reply::bad_request(format!("{name} is not supported by culvert yet: only graceful is\n"));
+    }
+    (endpoint.run)(state, parameters)
+}
+
+/// As Envoy's `/help`.
+fn help() -> String {
+    let mut text = String::from("admin commands are:\n");
+    for endpoint in ENDPOINTS {
+        let post = if endpoint.mutates { " (POST)" } else { "" };
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {}{post}: {}", endpoint.path, endpoint.help);
+        for (name, meaning) in endpoint.parameters {
+            let _ = writeln!(text, "      {name}: {meaning}");
+        }
+    }
+    text
+}
+
+fn home() -> Reply {
+    let mut page = String::from(
+        "<!DOCTYPE html>\n<html lang='en'>\n<head><title>Culvert Admin</title></head>\n<body>\n<table>\n\
+         <tr><th align='left'>Command</th><th align='left'>Description</th></tr>\n",
+    );
+    for Endpoint { path, help, mutates, .. } in ENDPOINTS {
+        // Links are relative, so that they work behind a proxy that adds a prefix.
+        let link = path.trim_start_matches('/');
+        // Writing to a String cannot fail.
+        let _ = match mutates {
+            true => writeln!(
+                page,
+                "<tr><td><form action='{link}' method='post'><button>{link}</button></form></td><td>{help}</td></tr>"
+            ),
+            false if link.is_empty() => Ok(()),
+            false => writeln!(page, "<tr><td><a href='{link}'>{link}</a></td><td>{help}</td></tr>"),
+        };
+    }
+    page.push_str("</table>\n</body>\n</html>\n");
+    Reply::html(page)
+}
+
+fn show_clusters(state: &AdminState, parameters: &Parameters) -> Reply {
+    let filter = match parameters.get("filter").map(Regex::new) {
+        Some(Err(_)) => return Reply::bad_request("filter is not a regular expression\n"),
+        Some(Ok(filter)) => Some(filter),
+        None => None,
+    };
+    let clusters = clusters::choose(&state.data_plane.clusters(), filter.as_ref());
+    match parameters.get("format") {
+        Some("json") => Reply::json(&clusters::json(&clusters)),
+        _ => Reply::text(clusters::text(&clusters)),
+    }
+}
+
+fn show_listeners(state: &AdminState, parameters: &Parameters) -> Reply {
+    let listeners = state.data_plane.listeners();
+    if parameters.get("format") == Some("json") {
+        let statuses = listeners.iter().map(|listener| {
+            let mut addresses =
+                listener.addresses.iter().map(|address| socket_address(&address.ip().to_string(), address.port()));
+            let mut status = json!({ "name": &*listener.name, "local_address": addresses.next() });
+            let additional: Vec<_> = addresses.collect();
+            if !additional.is_empty() {
+                status["additional_local_addresses"] = additional.into();
+            }
+            status
+        });
+        return Reply::json(&json!({ "listener_statuses": statuses.collect::<Vec<_>>() }));
+    }
+    let mut text = String::new();
+    for listener in &listeners {
+        for address in &listener.addresses {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{}::{address}", listener.name);
+        }
+    }
+    Reply::text(text)
+}
+
+/// An Envoy `Address` message.
+pub(super) fn socket_address(address: &str, port: u16) -> Json {
+    json!({ "socket_address": { "address": address, "port_value": port } })
+}
+
+fn server_info(state: &AdminState, _: &Parameters) -> Reply {
+    let uptime = format!("{}s", Instant::now().duration_since(state.started).as_secs());
+    Reply::json(&json!({
+        "version": version(),
+        "state": state.state.get().name(),
+        "uptime_current_epoch": uptime,
+        "uptime_all_epochs": uptime,
+        "hot_restart_version": "disabled",
+        "command_line_options": state.options,
+        "node": state.node,
+    }))
+}
+
+fn logging(state: &AdminState, parameters: &Parameters) -> Reply {
+    let wanted = match parameters.iter().next() {
+        None | Some(("level", "")) => None,
+        Some(("level", level)) => match level_filter(level) {
+            Some(level) => Some(level),
+            None => return Reply::bad_request(logging_usage("error: unknown logger level")),
+        },
+        Some(_) => return Reply::bad_request(logging_usage("error: there is one logger only")),
+    };
+    let level = match (state.log_level)(wanted) {
+        LevelFilter::WARN => "warning".to_owned(),
+        other => other.to_string(),
+    };
+    Reply::text(format!("active loggers:\n  culvert: {level}\n"))
+}
+
+fn logging_usage(error: &str) -> String {
+    format!(
+        "{error}\n\nusage: /logging?level=<level> (change all levels)\nlevels: trace debug info warning error critical off\n"
+    )
+}
+
+/// A level under Envoy's name. `critical` is what Envoy logs before it dies: nothing below our errors.
+fn level_filter(name: &str) -> Option<LevelFilter> {
+    Some(match name {
+        "trace" => LevelFilter::TRACE,
+        "debug" => LevelFilter::DEBUG,
+        "info" => LevelFilter::INFO,
+        "warning" | "warn" => LevelFilter::WARN,
+        "error" | "critical" => LevelFilter::ERROR,
+        "off" => LevelFilter::OFF,
+        _ => return None,
+    })
+}
