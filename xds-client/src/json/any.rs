@@ -1,0 +1,67 @@
+//! Messages inside `Any`: typed extension configs and xDS resources.
+
+use prost::{Message, Name};
+use prost_reflect::DynamicMessage;
+
+use super::path::Path;
+use super::tree::Node;
+use super::{ConfigError, encode, from_node, pool};
+use crate::Any;
+
+/// Both names of the message that carries a config as a JSON-like struct; the second is its older one.
+const TYPED_STRUCTS: [&str; 2] = ["xds.type.v3.TypedStruct", "udpa.type.v1.TypedStruct"];
+
+/// The message in `any`, which sits in the field `path`. A `TypedStruct` that names `T` is read as JSON is.
+///
+/// Fails, naming both types, where `any` holds another message.
+pub fn unpack<T: Message + Name + Default>(any: &Any, path: &str) -> Result<T, ConfigError> {
+    let path = Path::below(path);
+    let found = message_name(&any.type_url);
+    if found == T::full_name() {
+        return T::decode(any.value.as_slice()).map_err(|error| path.error(format!("cannot decode {found}: {error}")));
+    }
+    let (type_url, value) = match typed_struct(any) {
+        Some(Ok(inner)) => inner,
+        Some(Err(message)) => return Err(path.error(message)),
+        None => return Err(wrong_type::<T>(&any.type_url, &path)),
+    };
+    if message_name(&type_url) != T::full_name() {
+        return Err(wrong_type::<T>(&type_url, &path));
+    }
+    from_node(&Node::from(value), &path.field("value"))
+}
+
+/// Puts a message into an `Any`, under its `type.googleapis.com/` URL.
+pub fn pack<T: Message + Name>(message: &T) -> Any {
+    Any { type_url: format!("type.googleapis.com/{}", T::full_name()), value: message.encode_to_vec() }
+}
+
+/// An `Any` as [`to_json`](super::to_json) shows one.
+pub fn any_to_json(any: &Any) -> serde_json::Value {
+    super::to_json(any)
+}
+
+/// What follows the last slash of a type URL.
+pub(super) fn message_name(type_url: &str) -> &str {
+    type_url.rsplit('/').next().unwrap_or(type_url)
+}
+
+/// The type URL and the value of a `TypedStruct`; `None` where `any` holds something else.
+fn typed_struct(any: &Any) -> Option<Result<(String, serde_json::Value), String>> {
+    let name = message_name(&any.type_url);
+    let desc = TYPED_STRUCTS.contains(&name).then(|| pool().get_message_by_name(name))??;
+    let message = match DynamicMessage::decode(desc, any.value.as_slice()) {
+        Ok(message) => message,
+        Err(error) => return Some(Err(format!("cannot decode {name}: {error}"))),
+    };
+    let type_url = message.get_field_by_name("type_url")?.as_str()?.to_owned();
+    let value = message.get_field_by_name("value")?.as_message().map(encode::message)?;
+    Some(Ok((type_url, value)))
+}
+
+fn wrong_type<T: Name>(found: &str, path: &Path<'_>) -> ConfigError {
+    if found.is_empty() {
+        return path.error(format!("a {} is expected, and nothing is set", T::full_name()));
+    }
+    path.error(format!("expected type.googleapis.com/{}, found {found}", T::full_name()))
+}

@@ -1,0 +1,137 @@
+//! Envoy's messages as JSON and YAML, the way Envoy itself reads and prints them.
+//!
+//! A message goes through three steps, each of which names the field it stumbles over:
+//! text -> [`tree::Node`] (with positions) -> [`DynamicMessage`] by descriptor, strictly -> the typed prost struct.
+//! [`validate()`] then checks the rules that the protos carry as `validate.rules` options.
+//!
+//! Reading is as strict as Envoy's: unknown fields, unknown enum values, unknown `@type`s, wrong types and duplicate
+//! keys are errors. Like Envoy it takes booleans and numbers given as strings, and enum values in any case.
+
+mod any;
+mod decode;
+mod encode;
+mod path;
+mod rules;
+mod scalar;
+mod tree;
+mod validate;
+mod yaml;
+
+use std::fmt;
+use std::sync::LazyLock;
+
+use prost::{Message, Name};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
+
+pub use self::any::{any_to_json, pack, unpack};
+pub use self::validate::{validate, validate_any};
+use self::path::Path;
+use self::tree::Node;
+
+/// A configuration that cannot be used: which field, where in the text, and why.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigError {
+    /// The field, as `static_resources.listeners[0].name`; map entries as `typed_per_filter_config["name"]`. Empty
+    /// when the text as a whole is meant.
+    pub path: String,
+    /// Line and column in the text, both from 1; `None` where the message did not come from text.
+    pub position: Option<(u64, u64)>,
+    /// What is wrong, without the path.
+    pub message: String,
+}
+
+impl ConfigError {
+    /// An error of the field at `path`, without a position.
+    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        ConfigError { path: path.into(), position: None, message: message.into() }
+    }
+
+    /// Fills in the position of the error's path in the YAML `text` that the message was read from. The nearest
+    /// enclosing field counts where the field itself is not in the text (a missing one, for example).
+    pub fn locate(mut self, text: &str) -> Self {
+        if self.position.is_none()
+            && let Ok(root) = yaml::parse(text)
+        {
+            self.position = root.locate(&self.path);
+        }
+        self
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.message)?;
+        match self.position {
+            Some((line, column)) => write!(f, " (line {line}, column {column})"),
+            None => Ok(()),
+        }
+    }
+}
+
+static POOL: LazyLock<DescriptorPool> = LazyLock::new(|| {
+    const ENVOY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/envoy.fds"));
+    const CULVERT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/culvert.fds"));
+    let mut pool = DescriptorPool::decode(ENVOY).expect("the build script copied a valid descriptor set");
+    pool.decode_file_descriptor_set(CULVERT).expect("the build script compiled these descriptors");
+    pool
+});
+
+/// The descriptors of every message that may occur in a configuration: Envoy's API and Culvert's own.
+///
+/// Decoded on first use, which takes some tens of milliseconds.
+pub fn pool() -> &'static DescriptorPool {
+    &POOL
+}
+
+/// Reads a message from YAML. YAML is a superset of JSON, so this reads JSON files too.
+pub fn from_yaml<T: Message + Name + Default>(text: &str) -> Result<T, ConfigError> {
+    from_node(&yaml::parse(text)?, &Path::ROOT)
+}
+
+/// Reads a message from a JSON value; errors have no position.
+pub fn from_json<T: Message + Name + Default>(value: serde_json::Value) -> Result<T, ConfigError> {
+    from_node(&Node::from(value), &Path::ROOT)
+}
+
+/// Merges the message in `overlay` (YAML or JSON) over `base`, as Envoy's `--config-yaml` over `--config-path`:
+/// messages merge field by field, lists append, maps merge by key, anything else is replaced.
+pub fn merge_yaml<T: Message + Name + Default>(mut base: T, overlay: &str) -> Result<T, ConfigError> {
+    let overlay: T = from_yaml(overlay)?;
+    // Protobuf defines decoding into an existing message as just this merge.
+    base.merge(overlay.encode_to_vec().as_slice()).map_err(|error| ConfigError::new("", error.to_string()))?;
+    Ok(base)
+}
+
+/// A message as Envoy's `/config_dump` shows it: proto field names, fields with their default value left out, `Any`
+/// expanded beside its `@type`, 64-bit integers as strings. An `Any` of an unknown type keeps its `@type` and has its
+/// bytes as base64 under `value`.
+pub fn to_json<T: Message + Name>(message: &T) -> serde_json::Value {
+    match dynamic(message) {
+        Ok(message) => encode::message(&message),
+        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    }
+}
+
+fn from_node<T: Message + Name + Default>(node: &Node, path: &Path<'_>) -> Result<T, ConfigError> {
+    let message = decode::message(node, &descriptor::<T>(path)?, path)?;
+    message.transcode_to::<T>().map_err(|error| path.error(error.to_string()))
+}
+
+fn descriptor<T: Name>(path: &Path<'_>) -> Result<MessageDescriptor, ConfigError> {
+    let name = T::full_name();
+    pool().get_message_by_name(&name).ok_or_else(|| path.error(format!("the message type {name} is not known")))
+}
+
+/// The message behind its descriptor, for walking over its fields.
+fn dynamic<T: Message + Name>(message: &T) -> Result<DynamicMessage, ConfigError> {
+    let mut dynamic = DynamicMessage::new(descriptor::<T>(&Path::ROOT)?);
+    dynamic.transcode_from(message).map_err(|error| ConfigError::new("", error.to_string()))?;
+    Ok(dynamic)
+}
+
+
+#[cfg(test)]
+mod tests;

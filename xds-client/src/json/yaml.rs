@@ -1,0 +1,216 @@
+//! YAML to [`Node`]s. Plain scalars get their type by the rules of yaml-cpp as Envoy applies them: booleans in all
+//! their YAML 1.1 spellings, integers in decimal, octal (`010`) and hexadecimal, and everything else a string, which
+//! becomes a floating point number only where a field is one.
+
+use std::collections::{HashMap, HashSet};
+
+use granit_parser::{Event, Marker, Parser, ScalarStyle, ScanError, StrInput};
+
+use super::ConfigError;
+use super::tree::{Content, Entry, Node};
+
+/// The deepest nesting taken, as in protobuf's own JSON parser.
+const MAX_DEPTH: usize = 100;
+/// How many values aliases may add to those written out. Bounds documents made to explode ("billion laughs").
+const MAX_ALIASED_NODES: usize = 1_000_000;
+
+/// Parses one YAML document.
+pub(super) fn parse(text: &str) -> Result<Node, ConfigError> {
+    let mut builder = Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), aliased: 0 };
+    builder.document()
+}
+
+struct Builder<'input> {
+    parser: Parser<'input, StrInput<'input>>,
+    /// Values with an anchor, and how many nodes each holds.
+    anchors: HashMap<usize, (Node, usize)>,
+    aliased: usize,
+}
+
+impl<'input> Builder<'input> {
+    fn document(&mut self) -> Result<Node, ConfigError> {
+        let mut root = None;
+        while let Some((event, at)) = self.next()? {
+            match event {
+                Event::DocumentStart(..) if root.is_some() => {
+                    return Err(error(at, "only one YAML document is expected"));
+                }
+                Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd | Event::StreamEnd => {}
+                event => root = Some(self.node(event, at, 0)?),
+            }
+        }
+        root.ok_or_else(|| ConfigError::new("", "the document is empty"))
+    }
+
+    /// The next event that is not a comment.
+    fn next(&mut self) -> Result<Option<(Event<'input>, Marker)>, ConfigError> {
+        loop {
+            match self.parser.next_event() {
+                None => return Ok(None),
+                Some(Err(scan)) => return Err(scan_error(&scan)),
+                Some(Ok((Event::Comment(..), _))) => {}
+                Some(Ok((event, span))) => return Ok(Some((event, span.start))),
+            }
+        }
+    }
+
+    fn next_inside(&mut self, at: Marker) -> Result<(Event<'input>, Marker), ConfigError> {
+        self.next()?.ok_or_else(|| error(at, "the document ends inside this value"))
+    }
+
+    fn node(&mut self, event: Event<'input>, at: Marker, depth: usize) -> Result<Node, ConfigError> {
+        if depth > MAX_DEPTH {
+            return Err(error(at, format!("nested deeper than {MAX_DEPTH} levels")));
+        }
+        let (anchor, content) = match event {
+            Event::Alias(id) => return self.alias(id, at, depth),
+            Event::Scalar(text, style, anchor, tag) => {
+                let quoted = style != ScalarStyle::Plain || tag.is_some_and(|tag| tag.is_yaml_core_schema_tag("str"));
+                (anchor, if quoted { Content::String(text.into_owned()) } else { plain(&text) })
+            }
+            Event::SequenceStart(_, anchor, _) => {
+                let mut items = Vec::new();
+                loop {
+                    match self.next_inside(at)? {
+                        (Event::SequenceEnd, _) => break,
+                        (event, at) => {
+                            let item = self.node(event, at, depth + 1);
+                            let index = items.len();
+                            items.push(item.map_err(|error| error.inside(&format!("[{index}]")))?);
+                        }
+                    }
+                }
+                (anchor, Content::List(items))
+            }
+            Event::MappingStart(_, anchor, _) => (anchor, Content::Map(self.map(at, depth)?)),
+            _ => return Err(error(at, "a value is expected here")),
+        };
+        let node = Node { position: Some(position(at)), content };
+        if anchor != 0 {
+            let nodes = count(&node);
+            self.anchors.insert(anchor, (node.clone(), nodes));
+        }
+        Ok(node)
+    }
+
+    fn map(&mut self, at: Marker, depth: usize) -> Result<Vec<Entry>, ConfigError> {
+        let mut entries = Vec::new();
+        let mut keys = HashSet::new();
+        loop {
+            let (key, key_at) = match self.next_inside(at)? {
+                (Event::MappingEnd, _) => return Ok(entries),
+                (Event::Scalar(text, ..), at) => (text.into_owned(), at),
+                (_, at) => return Err(error(at, "a key must be a plain value")),
+            };
+            if !keys.insert(key.clone()) {
+                return Err(error(key_at, "the key occurs twice").inside(&key));
+            }
+            let (event, value_at) = self.next_inside(key_at)?;
+            let value = self.node(event, value_at, depth + 1).map_err(|error| error.inside(&key))?;
+            entries.push(Entry { position: Some(position(key_at)), key, value });
+        }
+    }
+
+    fn alias(&mut self, id: usize, at: Marker, depth: usize) -> Result<Node, ConfigError> {
+        // The parser refuses aliases of anchors it has not seen; one of a value that is still open has no value yet.
+        let Some((node, nodes)) = self.anchors.get(&id) else {
+            return Err(error(at, "the alias names a value that contains it"));
+        };
+        self.aliased += nodes;
+        if self.aliased > MAX_ALIASED_NODES {
+            return Err(error(at, format!("aliases expand to more than {MAX_ALIASED_NODES} values")));
+        }
+        if depth + height(node) > MAX_DEPTH {
+            return Err(error(at, format!("nested deeper than {MAX_DEPTH} levels")));
+        }
+        Ok(node.clone())
+    }
+}
+
+/// The type of a plain (unquoted) scalar.
+fn plain(text: &str) -> Content {
+    if matches!(text, "" | "~" | "null" | "Null" | "NULL") {
+        return Content::Null;
+    }
+    if let Some(value) = boolean(text) {
+        return Content::Bool(value);
+    }
+    match integer(text) {
+        // Beyond 32 bits a JSON number may lose digits: Envoy carries such integers as strings too.
+        Some(value) => match i32::try_from(value) {
+            Ok(value) => Content::Number(value.into()),
+            Err(_) => Content::String(value.to_string()),
+        },
+        None => Content::String(text.to_owned()),
+    }
+}
+
+/// YAML 1.1 booleans in lower, UPPER and Capitalised form.
+fn boolean(text: &str) -> Option<bool> {
+    let lower = text.to_ascii_lowercase();
+    let capitalised = text.chars().next().is_some_and(|c| c.is_ascii_uppercase()) && text[1..] == lower[1..];
+    if text != lower && text != text.to_ascii_uppercase() && !capitalised {
+        return None;
+    }
+    match lower.as_str() {
+        "y" | "yes" | "true" | "on" => Some(true),
+        "n" | "no" | "false" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+/// C's integer notation: an optional sign, then decimal, `0x` hexadecimal or `0` octal digits.
+fn integer(text: &str) -> Option<i64> {
+    let (negative, digits) = match text.as_bytes().first()? {
+        b'-' => (true, &text[1..]),
+        b'+' => (false, &text[1..]),
+        _ => (false, text),
+    };
+    let (radix, digits) = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
+        Some(hex) => (16, hex),
+        None if digits.len() > 1 && digits.starts_with('0') => (8, &digits[1..]),
+        None => (10, digits),
+    };
+    if !digits.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        return None;
+    }
+    let value = i128::from(u64::from_str_radix(digits, radix).ok()?);
+    i64::try_from(if negative { -value } else { value }).ok()
+}
+
+impl ConfigError {
+    /// Puts a step before the path: errors of the YAML itself collect theirs on the way out.
+    fn inside(mut self, step: &str) -> Self {
+        let separator = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
+        self.path = format!("{step}{separator}{}", self.path);
+        self
+    }
+}
+
+fn count(node: &Node) -> usize {
+    1 + match &node.content {
+        Content::List(items) => items.iter().map(count).sum(),
+        Content::Map(entries) => entries.iter().map(|entry| count(&entry.value)).sum(),
+        _ => 0,
+    }
+}
+
+fn height(node: &Node) -> usize {
+    1 + match &node.content {
+        Content::List(items) => items.iter().map(height).max().unwrap_or(0),
+        Content::Map(entries) => entries.iter().map(|entry| height(&entry.value)).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+fn position(at: Marker) -> (u64, u64) {
+    (at.line() as u64, at.col() as u64 + 1)
+}
+
+fn error(at: Marker, message: impl Into<String>) -> ConfigError {
+    ConfigError { path: String::new(), position: Some(position(at)), message: message.into() }
+}
+
+fn scan_error(scan: &ScanError) -> ConfigError {
+    error(*scan.marker(), format!("not valid YAML: {}", scan.kind()))
+}

@@ -1,0 +1,18 @@
+//! Everything Culvert speaks of Envoy's configuration API.
+//!
+//! - [`json`]: Envoy's JSON and YAML form of its messages: strict parsing, validation rules, `/config_dump` output.
+//! - [`ads`]: the xDS client as a state machine without I/O, state of the world and delta.
+//! - [`grpc`]: drives [`ads`] over a gRPC stream.
+//! - [`api`]: Culvert's own messages, generated from `proto/`.
+//! - [`overrides`]: how a request carries staging overrides.
+
+pub mod json;
+pub mod overrides;
+
+/// Culvert's own messages, generated from `proto/`.
+#[allow(missing_docs, clippy::all, reason = "generated code; the protos hold the documentation")]
+pub mod api {
+    include!(concat!(env!("OUT_DIR"), "/api.rs"));
+}
+
+pub use envoy_types::pb::google::protobuf::Any;
