@@ -96,36 +96,69 @@ pub enum Side {
     Pod = 1,
 }
 
-/// How a socket's outgoing bytes travel. Settled by the first byte, because a receiver reads what came by the short cut
-/// before what came by TCP: bytes that change lanes from TCP to the short cut would overtake others.
+/// How a socket's outgoing bytes travel now.
+///
+/// A receiver reads what came by the short cut before what came by TCP. So bytes may change from the short cut to TCP at
+/// any time, but back only when the receiver has read all that was sent by TCP.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// Nothing was sent yet.
+    /// Nothing was sent by a lane that the programs chose.
     Unsettled = 0,
-    /// All so far went straight into the peer's receive queue. May change to `Tcp`, which keeps the order.
+    /// Straight into the peer's receive queue.
     Shortcut = 1,
-    /// By TCP, for good.
+    /// By TCP, until the receiver has read everything. For the daemon as receiver.
     Tcp = 2,
+    /// By TCP, for good. For pods as receivers: a program that waits inside the kernel for a number of bytes
+    /// (`MSG_WAITALL`), some of which came by TCP, would not see the rest come by the short cut.
+    TcpForGood = 3,
 }
 
 /// What the kernel remembers of a registered socket, in its socket storage `HOPS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hop {
+    /// The socket's own key.
+    pub own: SocketKey,
     /// The key of the socket at the other end.
     pub peer: SocketKey,
+    /// Where the socket is in the kernel's memory.
+    pub own_sock: u64,
+    /// Where the socket at the other end is in the kernel's memory; 0 as long as that is not known.
+    pub peer_sock: u64,
     /// See [`Lane`].
     pub lane: u32,
+    /// Zero.
+    pub padding: u32,
 }
+
+/// Where the fields that the short cut reads are in the kernel's `struct sock` and `struct tcp_sock`, in bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SockLayout {
+    /// `sk_backlog.rmem_alloc`: bytes in the receive queue.
+    pub rmem_alloc: u32,
+    /// `copied_seq`: the sequence number of the first byte that the program has not read.
+    pub copied_seq: u32,
+    /// `write_seq`: the sequence number of the next byte to send.
+    pub write_seq: u32,
+}
+
+/// How many unread bytes the short cut puts into one socket's receive queue. The kernel itself sets no bound there: a
+/// receiver that is this far behind gets the rest by TCP, which makes its sender wait.
+pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
 const _: () = assert!(size_of::<PodPolicy>() == 4);
 const _: () = assert!(size_of::<SocketKey>() == 48);
-const _: () = assert!(size_of::<Hop>() == 52);
+const _: () = assert!(size_of::<Hop>() == 120);
+const _: () = assert!(size_of::<SockLayout>() == 12);
 
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)` and one u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodPolicy {}
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)` and three u32, so every byte pattern is a valid value and there is no padding.
+unsafe impl aya::Pod for SockLayout {}
 
 #[cfg(test)]
 mod tests {

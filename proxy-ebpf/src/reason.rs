@@ -44,11 +44,13 @@ reasons! {
     11 AssignFailed "assign_failed" "Packets that the kernel refused to give to the chosen socket.";
     12 ListenerMissing "listener_missing" "New connections whose first choice of worker does not listen.";
     13 SocketRegistered "shortcut.sockets" "Sockets registered for the short cut.";
-    14 SocketNotRegistered "shortcut.sockets_refused" "Sockets that the kernel refused to register.";
+    14 SocketNotRegistered "shortcut.sockets_refused" "Sockets that could not be registered: a map is full, or another sockmap user was first.";
     15 ShortcutMessages "shortcut.messages" "Messages that took the short cut.";
     16 ShortcutBytes "shortcut.bytes" "Bytes that took the short cut.";
-    17 ShortcutTcpBytes "shortcut.tcp_bytes" "Bytes that registered sockets sent by TCP.";
-    18 ShortcutPeerMissing "shortcut.peer_missing" "Directions settled on TCP: the peer was not registered at the first byte.";
-    19 ShortcutSentEarly "shortcut.sent_early" "Directions settled on TCP: bytes were sent before the socket was registered.";
-    20 ShortcutPeerGone "shortcut.peer_gone" "Directions that fell back to TCP: the peer is no longer registered.";
+    17 ShortcutTcpMessages "shortcut.tcp_messages" "Messages that registered sockets sent by TCP.";
+    18 ShortcutTcpBytes "shortcut.tcp_bytes" "Bytes that registered sockets sent by TCP.";
+    19 ShortcutPeerMissing "shortcut.peer_missing" "Messages sent by TCP because the peer was not registered, or no longer.";
+    20 ShortcutTcpUnread "shortcut.tcp_unread" "Directions that began or went on by TCP because bytes sent by TCP were unread.";
+    21 ShortcutReceiverBehind "shortcut.receiver_behind" "Changes to TCP because the receiver had a full window to read.";
+    22 ShortcutResumed "shortcut.resumed" "Changes from TCP to the short cut, after the receiver had read everything.";
 }

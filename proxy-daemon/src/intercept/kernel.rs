@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -10,9 +10,10 @@ use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
 use aya::programs::{ProgramError, SkMsg, SockOps};
 use aya::{Ebpf, EbpfLoader};
-use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SocketKey, listener_slot, v4_mapped};
+use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped};
 
 use super::attach::{Direction, classifier};
+use super::btf::Btf;
 use super::config::{FailurePolicy, InterceptionConfig};
 use super::error::{InterceptError, chain};
 use super::probe;
@@ -28,12 +29,18 @@ pub(super) const fn address(address: IpAddr) -> Address {
 }
 
 /// Loads the packet programs, with their constants set and their policy maps filled. Nothing is attached.
-pub(super) fn load(config: &InterceptionConfig, workers: u32, netns_cookie: u64) -> Result<Ebpf, InterceptError> {
+pub(super) fn load(
+    config: &InterceptionConfig,
+    workers: u32,
+    netns_cookie: u64,
+    sock_layout: &SockLayout,
+) -> Result<Ebpf, InterceptError> {
     raise_memlock_limit();
     let mut ebpf = EbpfLoader::new()
         .override_global("MARK", &config.mark, true)
         .override_global("WORKERS", &workers, true)
         .override_global("NODE_NETNS", &netns_cookie, true)
+        .override_global("SOCK_LAYOUT", sock_layout, true)
         .load(OBJECT)
         .map_err(|error| InterceptError::load("maps", &error))?;
     fill_policy(&mut ebpf, config)?;
@@ -78,18 +85,20 @@ pub(super) fn set_local_addresses(ebpf: &mut Ebpf, addresses: &[IpAddr]) -> Resu
     Ok(())
 }
 
-/// Attaches the short cut to a cgroup, or says why it is left out. It lives as long as the daemon: its map is empty then
-/// anyway.
-pub(super) fn attach_shortcut(ebpf: &mut Ebpf, cgroup: &Path) -> Result<Result<(), String>, InterceptError> {
-    let cgroup = probe::open_cgroup(cgroup)?;
-    let sound = probe::KernelVersion::running().map_err(|error| error.to_string());
-    if let Err(reason) = sound.and_then(probe::KernelVersion::has_sound_sockmap) {
-        return Ok(Err(reason));
-    }
-    Ok(try_attach_shortcut(ebpf, cgroup))
+/// Where the running kernel keeps what the short cut reads of sockets; or why it takes no short cut.
+pub(super) fn sock_layout() -> Result<SockLayout, String> {
+    probe::KernelVersion::running().map_err(|error| error.to_string())?.has_sound_sockmap()?;
+    let types = Btf::of_kernel()?;
+    Ok(SockLayout {
+        rmem_alloc: types.offset_of("sock", &["sk_backlog", "rmem_alloc"])?,
+        copied_seq: types.offset_of("tcp_sock", &["copied_seq"])?,
+        write_seq: types.offset_of("tcp_sock", &["write_seq"])?,
+    })
 }
 
-fn try_attach_shortcut(ebpf: &mut Ebpf, cgroup: std::os::fd::OwnedFd) -> Result<(), String> {
+/// Attaches the short cut to a cgroup, or says why the kernel does not take it. It lives as long as the daemon: its maps
+/// are empty then anyway.
+pub(super) fn attach_shortcut(ebpf: &mut Ebpf, cgroup: OwnedFd) -> Result<(), String> {
     let sockets: SockHash<_, [u8; size_of::<SocketKey>()]> = map(ebpf, "SOCKETS").map_err(|error| error.to_string())?;
     let sockets = sockets.fd().try_clone().map_err(|error| error.to_string())?;
     let find = |name: &str| format!("{name} is not in the kernel object");

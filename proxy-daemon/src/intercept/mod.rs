@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! config   what the operator asked for, checked
+//! btf      where the running kernel keeps the fields of its structures
 //! probe    what the kernel and the node's set-up can do
 //! kernel   loads the programs, fills the maps, reads the counters
 //! attach   puts programs on interfaces, pinned, so that they outlive the daemon
@@ -11,6 +12,7 @@
 //! ```
 
 mod attach;
+mod btf;
 mod config;
 mod error;
 mod kernel;
@@ -25,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
 
 use aya::Ebpf;
+use culvert_proxy_ebpf::SockLayout;
 
 pub use config::{
     DEFAULT_MARK, DEFAULT_OUTBOUND_LISTENER, DEFAULT_PIN_PATH, DEFAULT_ROUTE_TABLE, FailurePolicy, InterceptionConfig,
@@ -105,6 +108,8 @@ struct State {
     loopback: u32,
     /// The address families that have our rule and route; true: IPv6.
     routed: Vec<bool>,
+    /// What the short cut needs to know of the running kernel, or why there is none.
+    sock_layout: Result<SockLayout, String>,
     /// By interface index.
     attachments: HashMap<u32, Attachment>,
 }
@@ -114,7 +119,12 @@ impl State {
         let cookie = probe::netns_cookie().map_err(|source| {
             InterceptError::netlink("read the network namespace's cookie (needs Linux 5.14)", source)
         })?;
-        let ebpf = kernel::load(&config, workers, cookie)?;
+        let sock_layout = match &config.shortcut_cgroup {
+            Some(_) => kernel::sock_layout(),
+            None => Err("not configured".to_owned()),
+        };
+        let unused = SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0 };
+        let ebpf = kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
         probe::prepare_pin_path(&config.pin_path)?;
         let tcx =
             !config.force_clsact && probe::KernelVersion::running().is_ok_and(|running| running >= probe::TCX_FLOOR);
@@ -122,7 +132,16 @@ impl State {
         let netlink = Netlink::open().map_err(|source| InterceptError::netlink("open a netlink socket", source))?;
         let loopback = nix::net::if_::if_nametoindex("lo")
             .map_err(|errno| InterceptError::netlink("find the interface lo", errno.into()))?;
-        Ok(Self { config, ebpf, method, netlink, loopback, routed: Vec::new(), attachments: HashMap::new() })
+        Ok(Self {
+            config,
+            ebpf,
+            method,
+            netlink,
+            loopback,
+            sock_layout,
+            routed: Vec::new(),
+            attachments: HashMap::new(),
+        })
     }
 
     fn install(&mut self) -> Result<(), InterceptError> {
@@ -134,9 +153,11 @@ impl State {
             })?;
         }
         kernel::pin_maps(&self.ebpf, &self.config.pin_path.join("maps"))?;
-        if let Some(cgroup) = self.config.shortcut_cgroup.clone() {
-            match kernel::attach_shortcut(&mut self.ebpf, &cgroup)? {
-                Ok(()) => tracing::info!(cgroup = %cgroup.display(), "hops that stay on the node take the short cut"),
+        if let Some(path) = &self.config.shortcut_cgroup {
+            let cgroup = probe::open_cgroup(path)?;
+            let attached = self.sock_layout.clone().and_then(|_| kernel::attach_shortcut(&mut self.ebpf, cgroup));
+            match attached {
+                Ok(()) => tracing::info!(cgroup = %path.display(), "hops that stay on the node take the short cut"),
                 Err(reason) => tracing::warn!(reason, "no short cut for hops that stay on the node: they use TCP"),
             }
         }

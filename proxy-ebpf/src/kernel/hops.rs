@@ -1,31 +1,35 @@
 //! The short cut: payload of hops that stay on the node moves from socket to socket, past TCP and IP.
 //!
-//! Each registered socket settles, with its first byte, on one lane (see `Lane`): only so do bytes keep their order.
+//! Two things the kernel does not do, and these programs therefore must: keep the order of bytes that take different
+//! lanes (see `Lane`), and bound what waits in a receive queue (see `SHORTCUT_WINDOW`). Both follow from what the sender's
+//! program reads of the receiver's socket.
 
 use core::ffi::c_void;
 use core::ptr::read_volatile;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_F_INGRESS, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB,
-    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, bpf_sock, sk_action::SK_PASS,
+    BPF_F_INGRESS, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock,
+    sk_action::SK_PASS,
 };
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_sk_storage_get};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_get};
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
-use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, Side, SocketKey, v4_mapped};
+use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, v4_mapped};
 
-use crate::maps::{HOPS, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns};
+use crate::maps::{HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns, sock_layout};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
+const TCP_CLOSE: u32 = 7;
 
-/// A socket of the node's cgroup was established, or is about to send a segment.
+/// Something happened to a socket of the node's cgroup.
 #[inline(always)]
 pub fn socket_event(ctx: &SockOpsContext) {
     match ctx.op() {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => register(ctx, true),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => register(ctx, false),
-        BPF_SOCK_OPS_HDR_OPT_LEN_CB => before_segment(ctx),
+        BPF_SOCK_OPS_STATE_CB => state_changed(ctx),
         _ => {}
     }
 }
@@ -52,55 +56,43 @@ fn register(ctx: &SockOpsContext, active: bool) {
         return;
     }
     // SAFETY: fields of the context that the kernel passed in.
-    let (first_sent, first_received, sent, sock) = unsafe {
+    let (first_sent, first_received, sock) = unsafe {
         let ops = &*ctx.ops;
-        (ops.snd_nxt, ops.rcv_nxt, ops.data_segs_out, ops.__bindgen_anon_2.sk)
+        (ops.snd_nxt, ops.rcv_nxt, ops.__bindgen_anon_2.sk)
     };
-    // Data went out with the SYN (TCP fast open): the order could not be kept.
-    if sent != 0 || sock.is_null() {
-        count(Reason::ShortcutSentEarly);
-        return;
-    }
-    let key = SocketKey { local, remote, local_port, remote_port, side: side as u32, first_sent, first_received };
-    let mut hop = Hop { peer: key.peer(), lane: Lane::Unsettled as u32 };
-    if hop_of(sock, Some(&mut hop)).is_null() {
-        count(Reason::SocketNotRegistered);
-        return;
-    }
-    // SAFETY: the context that the kernel passed in, borrowed by nobody else during the call.
-    if SOCKETS.update(key, unsafe { &mut *ctx.ops }, 0).is_err() {
-        count(Reason::SocketNotRegistered);
-        return;
-    }
-    count(Reason::SocketRegistered);
-    // A thread that was already inside send(2) when the connection was established goes on by TCP, unseen by
-    // `message`: watch the segments until the lane is settled.
-    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) as i32);
-}
-
-/// A registered socket is about to send a segment: if it holds data before a lane was chosen, that lane is TCP.
-#[inline(always)]
-fn before_segment(ctx: &SockOpsContext) {
-    // SAFETY: fields of the context that the kernel passed in.
-    let (sock, length) = unsafe { ((*ctx.ops).__bindgen_anon_2.sk, (*ctx.ops).skb_len) };
     if sock.is_null() {
         return;
     }
-    let hop = hop_of(sock, None);
-    if hop.is_null() {
+    let own = SocketKey { local, remote, local_port, remote_port, side: side as u32, first_sent, first_received };
+    let own_sock = sock as u64;
+    let mut hop = Hop { own, peer: own.peer(), own_sock, peer_sock: 0, lane: Lane::Unsettled as u32, padding: 0 };
+    // SAFETY: the context that the kernel passed in, borrowed by nobody else during the call.
+    let registered = !hop_of(sock, Some(&mut hop)).is_null()
+        && SOCK_ADDRESSES.insert(own, own_sock, 0).is_ok()
+        && SOCKETS.update(own, unsafe { &mut *ctx.ops }, 0).is_ok();
+    if !registered {
+        count(Reason::SocketNotRegistered);
+        let _ = SOCK_ADDRESSES.remove(own);
         return;
     }
-    // SAFETY: not null: the socket's own storage, which lives as long as the socket. The socket is locked.
-    unsafe {
-        if (*hop).lane == Lane::Unsettled as u32 {
-            if length == 0 {
-                return;
-            }
-            (*hop).lane = Lane::Tcp as u32;
-            count(Reason::ShortcutSentEarly);
-        }
+    count(Reason::SocketRegistered);
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// A registered socket changed its state: one that closes is forgotten. (The kernel itself takes it out of `SOCKETS` and
+/// `HOPS`.)
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    // SAFETY: a field of the context that the kernel passed in.
+    let sock = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    if sock.is_null() || ctx.arg(1) != TCP_CLOSE {
+        return;
     }
-    let _ = ctx.set_cb_flags((ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG) as i32);
+    let hop = hop_of(sock, None);
+    if !hop.is_null() {
+        // SAFETY: not null: the socket's own storage, which lives as long as the socket.
+        let _ = SOCK_ADDRESSES.remove(unsafe { (*hop).own });
+    }
 }
 
 /// A registered socket sends a message.
@@ -111,23 +103,56 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
     if hop.is_null() {
         return SK_PASS;
     }
-    let size = u64::from(ctx.size());
     // SAFETY: not null: the socket's own storage, which lives as long as the socket. The socket is locked.
-    unsafe {
-        if (*hop).lane != Lane::Tcp as u32 {
-            if SOCKETS.redirect_msg(ctx, (*hop).peer, u64::from(BPF_F_INGRESS)) as u32 == SK_PASS {
-                (*hop).lane = Lane::Shortcut as u32;
+    let hop = unsafe { &mut *hop };
+    let size = ctx.size();
+    if hop.lane != Lane::TcpForGood as u32 {
+        match check(hop, size) {
+            Ok(()) if SOCKETS.redirect_msg(ctx, hop.peer, u64::from(BPF_F_INGRESS)) as u32 == SK_PASS => {
+                if hop.lane == Lane::Tcp as u32 {
+                    count(Reason::ShortcutResumed);
+                }
+                hop.lane = Lane::Shortcut as u32;
                 count(Reason::ShortcutMessages);
-                count_by(Reason::ShortcutBytes, size);
+                count_by(Reason::ShortcutBytes, u64::from(size));
                 return SK_PASS;
             }
-            let settled = (*hop).lane == Lane::Shortcut as u32;
-            count(if settled { Reason::ShortcutPeerGone } else { Reason::ShortcutPeerMissing });
-            (*hop).lane = Lane::Tcp as u32;
+            Ok(()) => count(Reason::ShortcutPeerMissing),
+            Err(reason) => count(reason),
         }
+        let to_daemon = hop.peer.side == Side::Node as u32;
+        hop.lane = if to_daemon { Lane::Tcp } else { Lane::TcpForGood } as u32;
     }
-    count_by(Reason::ShortcutTcpBytes, size);
+    count(Reason::ShortcutTcpMessages);
+    count_by(Reason::ShortcutTcpBytes, u64::from(size));
     SK_PASS
+}
+
+/// Whether the next bytes keep their order, and the receiver its bounds, on the short cut; else why not.
+#[inline(always)]
+fn check(hop: &mut Hop, size: u32) -> Result<(), Reason> {
+    if hop.peer_sock == 0 {
+        let address = SOCK_ADDRESSES.get_ptr(hop.peer).ok_or(Reason::ShortcutPeerMissing)?;
+        // SAFETY: a value of the map SOCK_ADDRESSES, which lives until the end of the program run.
+        hop.peer_sock = unsafe { *address };
+    }
+    let layout = sock_layout();
+    // What is read of a peer that closed meanwhile may be anything: the redirect then finds no peer, and fails.
+    if hop.lane == Lane::Shortcut as u32 {
+        let unread = field(hop.peer_sock, layout.rmem_alloc)?;
+        // A message larger than the window passes when nothing waits.
+        let fits = unread == 0 || unread.saturating_add(size) <= SHORTCUT_WINDOW;
+        return if fits { Ok(()) } else { Err(Reason::ShortcutReceiverBehind) };
+    }
+    let all_read = field(hop.peer_sock, layout.copied_seq)? == field(hop.own_sock, layout.write_seq)?;
+    if all_read { Ok(()) } else { Err(Reason::ShortcutTcpUnread) }
+}
+
+/// A 32-bit field of a socket in the kernel's memory.
+#[inline(always)]
+fn field(sock: u64, offset: u32) -> Result<u32, Reason> {
+    // SAFETY: the helper reads any address, or fails.
+    unsafe { bpf_probe_read_kernel((sock + u64::from(offset)) as *const u32) }.map_err(|_| Reason::ShortcutPeerMissing)
 }
 
 /// What is remembered of a socket; made from `initial` if that is given. Null if there is nothing, or no memory.

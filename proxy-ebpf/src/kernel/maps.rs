@@ -5,7 +5,7 @@ use aya_ebpf::btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage, SockHash, Soc
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
     Address, Hop, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SHORTCUT_SOCKETS,
-    MAX_WORKERS, PodPolicy, Reason, SocketKey,
+    MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey,
 };
 
 /// Enrolled pods.
@@ -37,6 +37,10 @@ pub static SOCKETS: SockHash<SocketKey, MAX_SHORTCUT_SOCKETS> = SockHash::new();
 #[btf_map]
 pub static HOPS: SkStorage<Hop> = SkStorage::new();
 
+/// Where each registered socket is in the kernel's memory, by its key.
+#[btf_map]
+pub static SOCK_ADDRESSES: HashMap<SocketKey, u64, MAX_SHORTCUT_SOCKETS, NO_PREALLOC> = HashMap::new();
+
 /// One slot a [`Reason`].
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
@@ -51,6 +55,8 @@ static MARK: u32 = 0;
 static WORKERS: u32 = 0;
 #[unsafe(no_mangle)]
 static NODE_NETNS: u64 = 0;
+#[unsafe(no_mangle)]
+static SOCK_LAYOUT: SockLayout = SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0 };
 
 /// The packet mark that the routing rule delivers to this host.
 #[inline(always)]
@@ -71,6 +77,13 @@ pub fn workers() -> u32 {
 pub fn node_netns() -> u64 {
     // SAFETY: as in `mark`.
     unsafe { core::ptr::read_volatile(&raw const NODE_NETNS) }
+}
+
+/// Where fields are in the running kernel's sockets.
+#[inline(always)]
+pub fn sock_layout() -> SockLayout {
+    // SAFETY: as in `mark`.
+    unsafe { core::ptr::read_volatile(&raw const SOCK_LAYOUT) }
 }
 
 /// Adds to a counter of this CPU.
