@@ -1,0 +1,219 @@
+//! culvertd, or the real Envoy, on this machine's loopback with a given bootstrap: for tests that need no lab.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::binaries::binary;
+use crate::http1::{Request, Response};
+use crate::stats::{Stats, admin_get};
+use crate::wait_until;
+
+/// How long a proxy may take to become ready.
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// How long any response may take.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Which proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// culvertd, as this workspace builds it.
+    Culvert,
+    /// The real Envoy: `$ENVOY`, else `envoy` in PATH.
+    Envoy,
+}
+
+/// A running proxy. Dropping it kills it.
+pub struct Daemon {
+    child: Child,
+    dir: PathBuf,
+    admin: String,
+}
+
+impl Kind {
+    fn command(self) -> Result<Command> {
+        match self {
+            Self::Culvert => Ok(Command::new(binary("culvertd")?)),
+            Self::Envoy => Ok(Command::new(std::env::var_os("ENVOY").unwrap_or_else(|| OsString::from("envoy")))),
+        }
+    }
+}
+
+impl Daemon {
+    /// Starts a proxy on the bootstrap `yaml` (without `admin`, which is added on a port of its own) with one worker, and
+    /// waits until it is ready.
+    pub fn start(kind: Kind, yaml: &str) -> Result<Self> {
+        Self::start_with(kind, yaml, &[])
+    }
+
+    /// Like [`Self::start`] with further flags.
+    pub fn start_with(kind: Kind, yaml: &str, flags: &[&str]) -> Result<Self> {
+        let dir = scratch_dir()?;
+        let admin_port = free_port()?;
+        let config = dir.join("bootstrap.yaml");
+        let admin =
+            format!("admin:\n  address: {{socket_address: {{address: 127.0.0.1, port_value: {admin_port}}}}}\n{yaml}");
+        fs::write(&config, admin).with_context(|| format!("writing {}", config.display()))?;
+        let mut command = kind.command()?;
+        if kind == Kind::Envoy {
+            // Envoys that share an id share a shared-memory segment; several run at a time here.
+            command.arg("--disable-hot-restart");
+        }
+        command.arg("-c").arg(&config).args(["--concurrency", "1", "-l", "warning"]).args(flags);
+        command.stdin(Stdio::null());
+        command.stdout(fs::File::create(dir.join("out"))?).stderr(fs::File::create(dir.join("err"))?);
+        let child = command.spawn().with_context(|| format!("starting {kind:?}: is it installed?"))?;
+        let mut daemon = Self { child, dir, admin: format!("127.0.0.1:{admin_port}") };
+        wait_until(START_DEADLINE, &format!("{kind:?} to be ready"), || {
+            if let Some(status) = daemon.child.try_wait()? {
+                bail!("it ended ({status}): {}", daemon.stderr());
+            }
+            admin_get(&daemon.admin, "/ready")
+        })?;
+        Ok(daemon)
+    }
+
+    /// A file name in this daemon's own directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What it has printed as errors and log lines.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.dir.join("err")).unwrap_or_default()
+    }
+
+    /// What it has printed.
+    pub fn stdout(&self) -> String {
+        fs::read_to_string(self.dir.join("out")).unwrap_or_default()
+    }
+
+    /// GET from the admin interface.
+    pub fn admin(&self, path: &str) -> Result<String> {
+        admin_get(&self.admin, path)
+    }
+
+    /// The admin interface's `host:port`.
+    pub fn admin_address(&self) -> &str {
+        &self.admin
+    }
+
+    /// Its counters and gauges.
+    pub fn stats(&self) -> Result<Stats> {
+        Stats::read(&self.admin)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).context("signalling the daemon")
+    }
+
+    /// Waits for it to end.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        wait_until(deadline, "the daemon to end", || self.child.try_wait()?.context("it is still running"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only if it has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if !std::thread::panicking() {
+            // A failed test leaves the directory to look at.
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// What a program that ends by itself printed.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code; none if it was killed.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// Runs culvertd with `arguments` and, if given, `yaml` as its `-c` file; kills it and fails after `deadline`.
+pub fn culvertd_to_end(yaml: Option<&str>, arguments: &[&str], deadline: Duration) -> Result<Ended> {
+    let dir = scratch_dir()?;
+    let mut command = Command::new(binary("culvertd")?);
+    if let Some(yaml) = yaml {
+        let config = dir.join("bootstrap.yaml");
+        fs::write(&config, yaml)?;
+        command.arg("-c").arg(config);
+    }
+    let (out, err) = (dir.join("out"), dir.join("err"));
+    let mut child = command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&out)?)
+        .stderr(fs::File::create(&err)?)
+        .spawn()?;
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if start.elapsed() > deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("culvertd {arguments:?} was still running after {deadline:?}: {}", fs::read_to_string(&err)?);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let ended = Ended { code: status.code(), stdout: fs::read_to_string(out)?, stderr: fs::read_to_string(err)? };
+    fs::remove_dir_all(dir)?;
+    Ok(ended)
+}
+
+/// Sends one request to 127.0.0.1:`port` on a connection of its own.
+pub fn fetch(port: u16, mut request: Request) -> Result<Response> {
+    if request.headers.get("host").is_none() {
+        request = request.header("host", "test.example");
+    }
+    let stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("connecting to port {port}"))?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
+    let mut stream = std::io::BufReader::new(stream);
+    request.write(stream.get_mut())?;
+    Response::read(&mut stream, &request.method)
+}
+
+/// Writes `bytes` to 127.0.0.1:`port`, closes the sending half, and returns all that comes back.
+pub fn exchange(port: u16, bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("connecting to port {port}"))?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
+    stream.write_all(bytes)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// A port of 127.0.0.1 that was free a moment ago.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A new directory below the system's directory for temporary files.
+pub fn scratch_dir() -> Result<PathBuf> {
+    static SERIAL: AtomicU32 = AtomicU32::new(0);
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("culvert-test-{}-{serial}", std::process::id()));
+    ensure!(!dir.exists() || fs::remove_dir_all(&dir).is_ok(), "cannot replace {}", dir.display());
+    fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    Ok(dir)
+}

@@ -1,0 +1,26 @@
+//! Ctrl-C in a program that has built a lab.
+
+use std::process;
+use std::thread;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{SigSet, Signal};
+
+use super::Lab;
+
+/// Tears down the lab `name` and ends the program when it is told to end. The signals are blocked in this thread and in
+/// those it starts from now on; child processes start with none blocked (std::process resets the mask).
+pub(super) fn on_termination(name: String) -> Result<()> {
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block().context("blocking the termination signals")?;
+    thread::Builder::new().name("lab-signals".to_owned()).spawn(move || {
+        if let Ok(signal) = signals.wait() {
+            eprintln!("\n{signal}: tearing down the lab {name}");
+            if let Err(error) = Lab::cleanup(&name) {
+                eprintln!("{error:#}");
+            }
+            process::exit(130);
+        }
+    })?;
+    Ok(())
+}
