@@ -24,7 +24,7 @@ pub(super) struct Format(Vec<Op>);
 pub(super) enum FormatError {
     #[error("{text:?}: no valid operator begins at position {position}; a percent sign is written %%")]
     Syntax { text: String, position: usize },
-    #[error("%{name}% is not an operator that culvert knows; docs/stats.md lists those it does")]
+    #[error("%{name}% is not an operator that culvert knows; docs/stats.md lists them")]
     UnknownOperator { name: String },
     #[error("%{name}% needs a header's name in brackets, as in %{name}(USER-AGENT)%")]
     NeedsHeader { name: &'static str },

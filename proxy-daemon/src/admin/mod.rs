@@ -81,6 +81,9 @@ impl Default for SharedState {
     }
 }
 
+/// Reads counters that are kept elsewhere: full names and values.
+pub type ExtraStats = Box<dyn Fn() -> Vec<(String, u64)> + Send + Sync>;
+
 /// What the admin interface shows and changes.
 pub struct AdminState {
     /// The data plane.
@@ -103,8 +106,8 @@ pub struct AdminState {
     pub shutdown: Arc<Notify>,
     /// How long `/drain_listeners?graceful` leaves the listeners open (`--drain-time-s`).
     pub drain_time: Duration,
-    /// Counters that are kept elsewhere, for example by the kernel's side: full names and values.
-    pub extra_stats: Vec<Box<dyn Fn() -> Vec<(String, u64)> + Send + Sync>>,
+    /// For example the counters of the kernel's side.
+    pub extra_stats: Vec<ExtraStats>,
 }
 
 /// The version as `/server_info` and `--version` print it, in Envoy's order: revision, version, state of the tree, kind of

@@ -133,7 +133,10 @@ fn lock() -> MutexGuard<'static, Registry> {
 impl Registry {
     fn slot(&mut self, name: TaggedName, kind: Kind) -> u32 {
         let key = (Arc::clone(&name.full), kind);
-        if let Some(entry) = self.shown.get(&key) {
+        if let Some(entry) = self.shown.get_mut(&key) {
+            if name.exact && !entry.name.exact {
+                *entry = Arc::new(Entry { name, kind, slot: entry.slot });
+            }
             return entry.slot;
         }
         let entry = match self.removed.remove(&key) {

@@ -112,6 +112,7 @@ impl Scope {
             full: format!("{}.{leaf}", self.name).into(),
             base: format!("{}.{}", self.base, leaf_base.as_deref().unwrap_or(leaf)).into(),
             labels: labels.into(),
+            exact: true,
         }
     }
 }

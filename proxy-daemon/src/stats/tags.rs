@@ -14,6 +14,8 @@ pub(super) struct TaggedName {
     pub(super) base: Arc<str>,
     /// In the order in which they stand in the name, after those for response codes.
     pub(super) labels: Arc<[Label]>,
+    /// Whether a scope said what the labels are; else they are a guess.
+    pub(super) exact: bool,
 }
 
 /// Takes `_200` or the `2` of `_2xx` off the end of a name that counts responses, as a label; returns what is left.
@@ -92,7 +94,7 @@ pub(super) fn from_name(name: &str) -> TaggedName {
         labels.extend(worker_id(tokens[at]).map(|id| ("envoy_worker_id", id.into())));
         tokens[at] = "worker";
     }
-    TaggedName { full: name.into(), base: tokens.join(".").into(), labels: labels.into() }
+    TaggedName { full: name.into(), base: tokens.join(".").into(), labels: labels.into(), exact: false }
 }
 
 /// `0` of `worker_0`.

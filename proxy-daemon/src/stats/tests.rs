@@ -215,6 +215,18 @@ fn scopes_make_envoys_names() {
 }
 
 #[test]
+fn a_scope_knows_better_than_the_name() {
+    let _alone = alone();
+    let guessed = counter("cluster.t11.b.total");
+    let labels = |metrics: Vec<Metric>| metrics[0].labels()[0].1.to_string();
+    assert_eq!(labels(under("cluster.t11.")), "t11");
+    assert_eq!(Scope::cluster("t11.b").counter("total"), guessed);
+    assert_eq!(labels(under("cluster.t11.")), "t11.b");
+    assert_eq!(counter("cluster.t11.b.total"), guessed);
+    assert_eq!(labels(under("cluster.t11.")), "t11.b");
+}
+
+#[test]
 fn response_codes_are_counted_by_code_and_class() {
     let _alone = alone();
     let scope = Scope::new("t9");
