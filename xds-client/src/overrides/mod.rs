@@ -101,7 +101,9 @@ pub enum ContextError {
         service: String,
     },
     /// A revision that is empty, too long or has characters that a label value cannot have.
-    #[error("overrides[{index}].revision `{revision}` is not a label value (1 to {MAX_REVISION_BYTES} of A-Za-z0-9-_.)")]
+    #[error(
+        "overrides[{index}].revision `{revision}` is not a label value (1 to {MAX_REVISION_BYTES} of A-Za-z0-9-_.)"
+    )]
     BadRevision {
         /// Position of the entry.
         index: usize,

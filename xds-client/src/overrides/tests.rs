@@ -80,7 +80,10 @@ fn overrides_outside_the_limits_are_refused() {
         (vec![("a.b.c".into(), "r".into())], "overrides[0].service `a.b.c`"),
         (vec![("users".into(), String::new())], "overrides[0].revision ``"),
         (vec![("users".into(), long)], "overrides[0].revision `aaaa"),
-        (vec![("users".into(), "1".into()), ("users.default".into(), "2".into())], "`users.default` is overridden twice"),
+        (
+            vec![("users".into(), "1".into()), ("users.default".into(), "2".into())],
+            "`users.default` is overridden twice",
+        ),
         ((0..65).map(|i| (format!("s{i}"), "r".into())).collect(), "65 overrides, at most 64"),
     ];
     for (entries, expected) in cases {
@@ -147,7 +150,8 @@ fn baggage_of_several_headers_counts_together() {
 #[test]
 fn baggage_follows_the_specification() {
     // The examples of https://www.w3.org/TR/baggage/ with properties and optional white space.
-    let parsed = parse_baggage(b"key1=value1;property1;property2, key2 = value2, key3=value3; propertyKey=propertyValue");
+    let parsed =
+        parse_baggage(b"key1=value1;property1;property2, key2 = value2, key3=value3; propertyKey=propertyValue");
     let members = [("key1", "value1"), ("key2", "value2"), ("key3", "value3")];
     assert_eq!(parsed.unwrap().members, members.map(|(k, v)| (k.to_owned(), v.to_owned())));
     let parsed = parse_baggage(b"userId=Am%C3%A9lie,serverNode=DF%2028,eq=a=b==,broken=%f,n o=x").unwrap();

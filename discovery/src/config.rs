@@ -1,0 +1,188 @@
+//! What discovery is told: the command line and the configuration file.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use serde::Deserialize;
+
+use crate::registry::ClusterInfo;
+use crate::resources::Options;
+
+/// A cluster and where its objects are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClusterConfig {
+    /// Name, region and zone.
+    pub info: ClusterInfo,
+    /// The directory of its manifests.
+    pub manifests: PathBuf,
+}
+
+/// Everything that is configured.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where xDS is served, over gRPC without TLS.
+    pub listen: SocketAddr,
+    /// Where the status pages are served.
+    pub http: SocketAddr,
+    /// The clusters; in a conflict the first one counts.
+    pub clusters: Vec<ClusterConfig>,
+    /// What goes into the resources.
+    pub options: Options,
+}
+
+/// The configuration file. A flag of the same name takes precedence; clusters of both are joined.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFile {
+    /// Where xDS is served.
+    pub listen: Option<SocketAddr>,
+    /// Where the status pages are served.
+    pub http: Option<SocketAddr>,
+    /// The port of the proxies' outbound listener.
+    pub outbound_port: Option<u16>,
+    /// The address of the proxies' outbound listener.
+    pub outbound_address: Option<std::net::IpAddr>,
+    /// The proxies' access log file.
+    pub access_log: Option<String>,
+    /// The clusters.
+    #[serde(default)]
+    pub clusters: Vec<ConfigFileCluster>,
+}
+
+/// A cluster in the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFileCluster {
+    name: String,
+    manifests: PathBuf,
+    #[serde(default)]
+    region: String,
+    #[serde(default)]
+    zone: String,
+}
+
+impl From<ConfigFileCluster> for ClusterConfig {
+    fn from(ConfigFileCluster { name, manifests, region, zone }: ConfigFileCluster) -> Self {
+        Self { info: ClusterInfo { name, region, zone }, manifests }
+    }
+}
+
+impl ConfigFile {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// When it cannot be read, is not YAML, or has a field that is unknown or of the wrong kind.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let options = serde_saphyr::options! { with_snippet: false };
+        let file: Option<Self> = serde_saphyr::from_str_with_options(&text, options)
+            .map_err(|error| anyhow::anyhow!("{}: {}", path.display(), error.to_string().replace('\n', " ")))?;
+        Ok(file.unwrap_or_default())
+    }
+}
+
+/// Reads `name=DIR[,region=R][,zone=Z]`.
+///
+/// # Errors
+/// With what is missing or unknown.
+pub fn parse_cluster(text: &str) -> anyhow::Result<ClusterConfig> {
+    const FORM: &str = "expected name=DIR[,region=REGION][,zone=ZONE], for example east=/etc/culvert/east,zone=east-1a";
+    let (name, rest) = text.split_once('=').context(FORM)?;
+    let mut parts = rest.split(',');
+    let manifests = PathBuf::from(parts.next().unwrap_or_default());
+    ensure!(!manifests.as_os_str().is_empty(), "the directory of cluster `{name}` is missing; {FORM}");
+    let mut info = ClusterInfo { name: name.to_owned(), region: String::new(), zone: String::new() };
+    for part in parts {
+        match part.split_once('=') {
+            Some(("region", value)) => value.clone_into(&mut info.region),
+            Some(("zone", value)) => value.clone_into(&mut info.zone),
+            _ => bail!("`{part}` is not understood; {FORM} (a directory with a comma goes into the config file)"),
+        }
+    }
+    Ok(ClusterConfig { info, manifests })
+}
+
+/// Checks what must hold before anything starts.
+///
+/// # Errors
+/// For no cluster, an empty or repeated name, a directory that is not there, or port 0 for proxies.
+pub fn check(config: &Config) -> anyhow::Result<()> {
+    ensure!(
+        !config.clusters.is_empty(),
+        "no cluster is configured; name at least one with --cluster name=DIR or in the config file's `clusters`"
+    );
+    let mut names = BTreeSet::new();
+    for ClusterConfig { info, manifests } in &config.clusters {
+        ensure!(!info.name.is_empty(), "the cluster that reads {} has no name", manifests.display());
+        ensure!(names.insert(&info.name), "two clusters are called `{}`; rename one of them", info.name);
+        let metadata = std::fs::metadata(manifests)
+            .with_context(|| format!("cluster `{}`: cannot read {}", info.name, manifests.display()))?;
+        ensure!(metadata.is_dir(), "cluster `{}`: {} is not a directory", info.name, manifests.display());
+    }
+    ensure!(config.options.outbound_port != 0, "the outbound port of proxies cannot be 0");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clusters_on_the_command_line() {
+        let cluster = parse_cluster("east=/m/east,region=eu,zone=eu-1").unwrap();
+        let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into() };
+        assert_eq!(cluster, ClusterConfig { info, manifests: "/m/east".into() });
+        for (text, expected) in [
+            ("east", "expected name=DIR"),
+            ("east=", "the directory of cluster `east` is missing"),
+            ("east=/m,rgion=x", "`rgion=x` is not understood"),
+        ] {
+            let error = parse_cluster(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+
+    #[test]
+    fn config_files_are_strict() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("discovery.yaml");
+        std::fs::write(&path, "listen: 127.0.0.1:1\nclusters:\n- {name: a, manifests: /m, zone: z}\n").unwrap();
+        let file = ConfigFile::read(&path).unwrap();
+        assert_eq!((file.listen.map(|a| a.port()), file.clusters.len()), (Some(1), 1));
+        std::fs::write(&path, "clusters:\n- {name: a, manifest: /m}\n").unwrap();
+        let error = ConfigFile::read(&path).unwrap_err().to_string();
+        assert!(error.contains("discovery.yaml") && error.contains("`manifest`"), "{error}");
+        assert!(!error.contains('\n'), "{error}");
+        std::fs::write(&path, "# nothing\n").unwrap();
+        assert!(ConfigFile::read(&path).unwrap().clusters.is_empty());
+    }
+
+    #[test]
+    fn configurations_that_cannot_work_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let cluster = |name: &str, path: &Path| ClusterConfig {
+            info: ClusterInfo { name: name.into(), region: String::new(), zone: String::new() },
+            manifests: path.into(),
+        };
+        let config = |clusters| Config {
+            listen: ([127, 0, 0, 1], 0).into(),
+            http: ([127, 0, 0, 1], 0).into(),
+            clusters,
+            options: Options::default(),
+        };
+        let good = directory.path();
+        let missing = directory.path().join("missing");
+        assert!(check(&config(vec![cluster("a", good)])).is_ok());
+        for (clusters, expected) in [
+            (vec![], "no cluster is configured"),
+            (vec![cluster("a", good), cluster("a", good)], "two clusters are called `a`"),
+            (vec![cluster("", good)], "has no name"),
+            (vec![cluster("a", &missing)], "cluster `a`: cannot read"),
+        ] {
+            let error = check(&config(clusters)).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Joins many Kubernetes clusters into one mesh and serves it to proxies by Envoy's xDS.
+//!
+//! ```text
+//! source (a cluster) --+
+//! source (a cluster) --+-> registry -> mesh -> resources (a snapshot) -> one session a client stream
+//! ```
+//! Each arrow is a `watch` channel: whoever is behind sees the newest state next, never a queue of older ones.
+
+pub mod config;
+pub mod http;
+pub mod kubernetes;
+pub mod mesh;
+pub mod registry;
+pub mod resources;
+pub mod server;
+pub mod source;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+use crate::config::Config;
+use crate::http::StatusPages;
+use crate::registry::Registry;
+use crate::resources::{Options, Snapshot};
+use crate::server::Ads;
+use crate::server::clients::Clients;
+use crate::source::Source as _;
+use crate::source::directory::Directory;
+
+/// A running discovery service.
+#[derive(Debug)]
+pub struct Discovery {
+    /// Where xDS is served.
+    pub listen: SocketAddr,
+    /// What the status pages show.
+    pub pages: StatusPages,
+    /// Where the status pages are served.
+    pub http: SocketAddr,
+    shutdown: watch::Sender<bool>,
+    tasks: JoinSet<anyhow::Result<()>>,
+}
+
+impl Discovery {
+    /// Reads all clusters once, then starts serving.
+    ///
+    /// Nobody is served before every source has reported: a proxy must not be told to forget services that were
+    /// merely not read yet.
+    ///
+    /// # Errors
+    /// When a port cannot be listened on or a source cannot start.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        config::check(&config)?;
+        let http = bind(config.http, "--http").await?;
+        let listen = bind(config.listen, "--listen").await?;
+        let (http_address, listen_address) = (http.local_addr()?, listen.local_addr()?);
+        let mut tasks = JoinSet::new();
+        let (handles, registry) = registry::start(config.clusters.iter().map(|c| c.info.clone()).collect());
+        for (cluster, handle) in config.clusters.into_iter().zip(handles) {
+            let name = cluster.info.name;
+            let source = Directory::new(cluster.manifests);
+            tasks.spawn(async move { source.run(handle).await.with_context(|| format!("cluster `{name}`")) });
+        }
+        let (shutdown, asked) = watch::channel(false);
+        let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
+        let clients = Clients::default();
+        let pages = StatusPages { registry: registry.clone(), snapshots: snapshots.clone(), clients: clients.clone() };
+        let serving_pages = pages.clone().serve(http, asked.clone());
+        tasks.spawn(async move {
+            serving_pages.await;
+            Ok(())
+        });
+        let mut ready = registry.clone();
+        tokio::select! {
+            ready = ready.wait_for(|registry| registry.is_ready()) => { ready.context("the registry ended")?; }
+            Some(ended) = tasks.join_next() => ended??,
+        }
+        publish.send_replace(Arc::new(build(&registry.borrow(), &config.options, None)));
+        tasks.spawn(build_snapshots(registry, config.options, publish));
+        let ads = Ads::new(snapshots, asked, clients);
+        tasks.spawn(async move { ads.serve(listen).await.context("serving xDS") });
+        info!("serving xDS on {listen_address}, status on http://{http_address}/status");
+        Ok(Self { listen: listen_address, http: http_address, pages, shutdown, tasks })
+    }
+
+    /// Runs until `until` is done, then closes all streams and ends.
+    ///
+    /// # Errors
+    /// When a part of the service failed before that.
+    pub async fn run(mut self, until: impl Future<Output = ()>) -> anyhow::Result<()> {
+        tokio::pin!(until);
+        let outcome = tokio::select! {
+            () = until => Ok(()),
+            Some(ended) = self.tasks.join_next() => match ended {
+                Ok(Ok(())) => Err(anyhow::anyhow!("a part of the service ended by itself")),
+                Ok(Err(error)) => Err(error),
+                Err(error) => Err(error.into()),
+            },
+        };
+        // Nobody listening is as good as everybody having heard.
+        let _ = self.shutdown.send(true);
+        if let Err(error) = &outcome {
+            error!("shutting down: {error:#}");
+        }
+        tokio::time::timeout(std::time::Duration::from_secs(1), async {
+            // Let streams end with a proper close; the sources never end by themselves.
+            while self.pages.clients.list().iter().any(|_| true) {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .ok();
+        self.tasks.shutdown().await;
+        outcome
+    }
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}; is another process there? {flag} sets the address"))
+}
+
+/// Turns each new state of the registry into a snapshot.
+async fn build_snapshots(
+    mut registry: watch::Receiver<Arc<Registry>>,
+    options: Options,
+    publish: watch::Sender<Arc<Snapshot>>,
+) -> anyhow::Result<()> {
+    while registry.changed().await.is_ok() {
+        let state = registry.borrow_and_update().clone();
+        let before = publish.borrow().clone();
+        let snapshot = tokio::task::block_in_place(|| build(&state, &options, Some(&before)));
+        publish.send_replace(Arc::new(snapshot));
+    }
+    Ok(())
+}
+
+fn build(registry: &Registry, options: &Options, before: Option<&Snapshot>) -> Snapshot {
+    let mesh = mesh::join(registry);
+    for warning in &mesh.warnings {
+        if before.is_none_or(|before| !before.mesh.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+    }
+    Snapshot::build(Arc::new(mesh), options)
+}

@@ -1,0 +1,125 @@
+//! `culvert-discovery`: flags and start-up.
+
+use std::io::IsTerminal as _;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+use culvert_discovery::Discovery;
+use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, parse_cluster};
+use culvert_discovery::resources::Options;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Joins Kubernetes clusters into one mesh and serves it to proxies by Envoy's xDS (CDS, EDS, LDS and RDS over ADS).
+///
+/// Each cluster is a directory of manifests (Service, EndpointSlice and Pod; *.yaml, *.yml or *.json), which is watched:
+/// an edited file takes effect at once. Services of the same name and namespace are one service, wherever they run.
+///
+/// Pods labelled culvert.dev/offloaded: "true" get no traffic but that of requests which name their label
+/// culvert.dev/revision: see `culvert override --help`.
+#[derive(Debug, Parser)]
+#[command(name = "culvert-discovery", version, after_long_help = AFTER_HELP)]
+struct Flags {
+    /// A cluster, as name=DIR[,region=REGION][,zone=ZONE]. May be repeated; in a conflict the first one counts.
+    #[arg(long = "cluster", value_name = "NAME=DIR", value_parser = parse_cluster)]
+    clusters: Vec<ClusterConfig>,
+
+    /// Where proxies connect to (gRPC without TLS) [default: 127.0.0.1:18000]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+
+    /// Where /healthcheck, /ready and /status are served [default: 127.0.0.1:18001]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    http: Option<SocketAddr>,
+
+    /// A configuration file. Flags take precedence over it, clusters of both are joined.
+    #[arg(short = 'c', long = "config", value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// The port of the proxies' outbound listener [default: 15001]
+    #[arg(long, value_name = "PORT")]
+    outbound_port: Option<u16>,
+
+    /// The address of the proxies' outbound listener; `::` takes IPv4 too [default: ::]
+    #[arg(long, value_name = "ADDRESS")]
+    outbound_address: Option<IpAddr>,
+
+    /// Have proxies write an HTTP access log to this file, in Envoy's default format
+    #[arg(long, value_name = "PATH")]
+    access_log: Option<String>,
+
+    /// What is logged: error, warn, info, debug or trace; or a filter such as info,culvert_discovery::server=debug
+    #[arg(short = 'l', long = "log-level", value_name = "LEVEL", default_value = "info")]
+    log_level: String,
+}
+
+const AFTER_HELP: &str = "\
+Example:
+  culvert-discovery --cluster east=./east,region=eu,zone=eu-1 --cluster west=./west,region=us,zone=us-1
+  curl http://127.0.0.1:18001/status      # or: culvert status
+
+A configuration file with every field:
+  listen: 127.0.0.1:18000
+  http: 127.0.0.1:18001
+  outbound_port: 15001
+  outbound_address: '::'
+  access_log: /var/log/culvert/access.log
+  clusters:
+  - {name: east, manifests: /etc/culvert/east, region: eu, zone: eu-1}
+
+A proxy's bootstrap needs `ads_config` with a gRPC cluster that leads to --listen, and `ads: {}` for LDS and CDS.
+docs/discovery.md describes the manifests, the names and the status page.";
+
+fn main() -> ExitCode {
+    match run(Flags::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("culvert-discovery: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: Flags) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&flags.log_level)
+        .with_context(|| format!("--log-level: `{}` is not a level or filter", flags.log_level))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    let config = configuration(flags)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start threads")?;
+    runtime.block_on(async {
+        // Before anything else, so that no signal is missed.
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let asked = async move {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: closing"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: closing"),
+            }
+        };
+        Discovery::start(config).await?.run(asked).await
+    })
+}
+
+fn configuration(flags: Flags) -> anyhow::Result<Config> {
+    let file = flags.config.as_deref().map(ConfigFile::read).transpose()?.unwrap_or_default();
+    let defaults = Options::default();
+    let mut clusters: Vec<ClusterConfig> = file.clusters.into_iter().map(Into::into).collect();
+    clusters.extend(flags.clusters);
+    Ok(Config {
+        listen: flags.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18000))),
+        http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18001))),
+        clusters,
+        options: Options {
+            outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
+            outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),
+            access_log: flags.access_log.or(file.access_log),
+        },
+    })
+}

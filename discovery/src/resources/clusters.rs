@@ -1,0 +1,147 @@
+//! CDS and EDS: a cluster per service port, and its endpoints by locality.
+
+use std::collections::{BTreeMap, HashMap};
+
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use envoy_types::pb::envoy::config::cluster::v3::cluster::{
+    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbConfig, LbPolicy, OriginalDstLbConfig,
+};
+use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
+use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
+use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
+use envoy_types::pb::envoy::config::core::v3::{
+    Address, AggregatedConfigSource, ApiVersion, ConfigSource, HealthStatus, Http1ProtocolOptions,
+    Http2ProtocolOptions, Locality, SocketAddress,
+};
+use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
+use envoy_types::pb::envoy::config::endpoint::v3::{ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints};
+use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
+use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::explicit_http_config::ProtocolConfig;
+use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::{
+    ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
+};
+use envoy_types::pb::google::protobuf::{Any, Duration};
+
+use super::{ORIGINAL_DST_CLUSTER, ProxyKind, pack};
+use crate::mesh::{Health, Mesh, Protocol, cluster_name};
+
+const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+const CONNECT_TIMEOUT: Duration = Duration { seconds: 1, nanos: 0 };
+
+/// "Ask for it on the stream that this came from."
+pub(super) fn over_ads() -> ConfigSource {
+    ConfigSource {
+        resource_api_version: ApiVersion::V3.into(),
+        config_source_specifier: Some(ConfigSourceSpecifier::Ads(AggregatedConfigSource {})),
+        ..Default::default()
+    }
+}
+
+pub(super) fn socket_address(address: std::net::IpAddr, port: u16, ipv4_compat: bool) -> Address {
+    Address {
+        address: Some(AddressKind::SocketAddress(SocketAddress {
+            address: address.to_string(),
+            ipv4_compat,
+            port_specifier: Some(PortSpecifier::PortValue(port.into())),
+            ..Default::default()
+        })),
+    }
+}
+
+pub(super) fn clusters(mesh: &Mesh, kind: ProxyKind) -> Vec<(String, Cluster)> {
+    let mut clusters = vec![(ORIGINAL_DST_CLUSTER.to_owned(), original_dst(kind))];
+    for (key, service) in &mesh.services {
+        for (port, described) in &service.ports {
+            let name = cluster_name(key, *port);
+            let cluster = Cluster {
+                name: name.clone(),
+                cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
+                eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(over_ads()), ..Default::default() }),
+                connect_timeout: Some(CONNECT_TIMEOUT),
+                lb_policy: LbPolicy::RoundRobin.into(),
+                typed_extension_protocol_options: protocol_options(described.protocol),
+                ..Default::default()
+            };
+            clusters.push((name, cluster));
+        }
+    }
+    clusters
+}
+
+/// Connects to the destination that the client chose. Only a Culvert proxy may be told another one by header: its
+/// override filter removes that header from what comes in, Envoy passes it on.
+fn original_dst(kind: ProxyKind) -> Cluster {
+    let by_header = OriginalDstLbConfig { use_http_header: true, ..Default::default() };
+    Cluster {
+        name: ORIGINAL_DST_CLUSTER.to_owned(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
+        connect_timeout: Some(CONNECT_TIMEOUT),
+        lb_policy: LbPolicy::ClusterProvided.into(),
+        lb_config: (kind == ProxyKind::Culvert).then_some(LbConfig::OriginalDstLbConfig(by_header)),
+        // A destination that nothing is known about speaks what its client speaks.
+        typed_extension_protocol_options: http_options(UpstreamProtocolOptions::UseDownstreamProtocolConfig(
+            UseDownstreamHttpConfig {
+                http_protocol_options: Some(Http1ProtocolOptions::default()),
+                http2_protocol_options: Some(Http2ProtocolOptions::default()),
+                ..Default::default()
+            },
+        )),
+        ..Default::default()
+    }
+}
+
+fn protocol_options(protocol: Protocol) -> HashMap<String, Any> {
+    let protocol_config = match protocol {
+        Protocol::Tcp => return HashMap::new(),
+        Protocol::Http1 => ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default()),
+        Protocol::Http2 | Protocol::Grpc => ProtocolConfig::Http2ProtocolOptions(Http2ProtocolOptions::default()),
+    };
+    http_options(UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+        protocol_config: Some(protocol_config),
+    }))
+}
+
+fn http_options(options: UpstreamProtocolOptions) -> HashMap<String, Any> {
+    let options = HttpProtocolOptions { upstream_protocol_options: Some(options), ..Default::default() };
+    HashMap::from([(HTTP_PROTOCOL_OPTIONS.to_owned(), pack(&options))])
+}
+
+pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignment)> {
+    let mut assignments = Vec::new();
+    for (key, service) in &mesh.services {
+        for (port, described) in &service.ports {
+            let mut localities: BTreeMap<_, Vec<LbEndpoint>> = BTreeMap::new();
+            for endpoint in &described.endpoints {
+                let health = match endpoint.health {
+                    Health::Healthy => HealthStatus::Healthy,
+                    Health::Draining => HealthStatus::Draining,
+                };
+                let address = socket_address(endpoint.address.ip(), endpoint.address.port(), false);
+                localities.entry(&endpoint.locality).or_default().push(LbEndpoint {
+                    host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
+                        address: Some(address),
+                        ..Default::default()
+                    })),
+                    health_status: health.into(),
+                    ..Default::default()
+                });
+            }
+            let name = cluster_name(key, *port);
+            let endpoints = localities
+                .into_iter()
+                .map(|(locality, lb_endpoints)| LocalityLbEndpoints {
+                    locality: Some(Locality {
+                        region: locality.region.clone(),
+                        zone: locality.zone.clone(),
+                        sub_zone: String::new(),
+                    }),
+                    lb_endpoints,
+                    ..Default::default()
+                })
+                .collect();
+            let assignment = ClusterLoadAssignment { cluster_name: name.clone(), endpoints, ..Default::default() };
+            assignments.push((name, assignment));
+        }
+    }
+    assignments
+}

@@ -1,0 +1,153 @@
+//! LDS: the one listener that takes the pods' redirected outbound connections.
+//!
+//! ```text
+//! TCP service   virtual address + port -> tcp_proxy to the service's cluster
+//! HTTP port     port alone             -> HTTP connection manager, routes of that port by Host (and address)
+//! anything else                        -> tcp_proxy to where the client wanted to go
+//! ```
+//! HTTP chains match the port alone, so that a service is found by name even when its address is not known, which is
+//! the case for headless services.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
+use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
+use envoy_types::pb::envoy::config::accesslog::v3::access_log::ConfigType as AccessLogConfig;
+use envoy_types::pb::envoy::config::core::v3::CidrRange;
+use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as FilterConfig;
+use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType as ListenerFilterConfig;
+use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter};
+use envoy_types::pb::envoy::extensions::access_loggers::file::v3::FileAccessLog;
+use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
+use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
+use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
+    CodecType, RouteSpecifier,
+};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType as HttpFilterConfig;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
+    HttpConnectionManager, HttpFilter, Rds,
+};
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::TcpProxy;
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::tcp_proxy::ClusterSpecifier;
+use envoy_types::pb::google::protobuf::{Any, BoolValue, UInt32Value};
+
+use super::clusters::{over_ads, socket_address};
+use super::routes::route_configuration_name;
+use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, pack};
+use crate::mesh::{Mesh, cluster_name};
+
+pub(super) fn listeners(mesh: &Mesh, options: &Options, kind: ProxyKind) -> Vec<(String, Listener)> {
+    let mut filter_chains = Vec::new();
+    let mut http_ports = BTreeSet::new();
+    for (key, service) in &mesh.services {
+        for (port, described) in &service.ports {
+            if described.protocol.is_http() {
+                http_ports.insert(*port);
+            } else if !described.vips.is_empty() {
+                filter_chains.push(tcp_chain(&cluster_name(key, *port), &described.vips, *port));
+            }
+        }
+    }
+    filter_chains.extend(http_ports.into_iter().map(|port| http_chain(port, options, kind)));
+    let passthrough = FilterChain {
+        name: "passthrough".to_owned(),
+        filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER)],
+        ..Default::default()
+    };
+    let dual_stack = options.outbound_address.is_unspecified() && options.outbound_address.is_ipv6();
+    let listener = Listener {
+        name: OUTBOUND_LISTENER.to_owned(),
+        address: Some(socket_address(options.outbound_address, options.outbound_port, dual_stack)),
+        transparent: Some(BoolValue { value: true }),
+        listener_filters: vec![
+            listener_filter("envoy.filters.listener.original_dst", pack(&OriginalDst::default())),
+            listener_filter("envoy.filters.listener.original_src", pack(&OriginalSrc::default())),
+        ],
+        filter_chains,
+        default_filter_chain: Some(passthrough),
+        ..Default::default()
+    };
+    vec![(OUTBOUND_LISTENER.to_owned(), listener)]
+}
+
+fn listener_filter(name: &str, config: Any) -> ListenerFilter {
+    let config_type = Some(ListenerFilterConfig::TypedConfig(config));
+    ListenerFilter { name: name.to_owned(), config_type, ..Default::default() }
+}
+
+fn network_filter(name: &str, config: Any) -> Filter {
+    Filter { name: name.to_owned(), config_type: Some(FilterConfig::TypedConfig(config)) }
+}
+
+fn http_filter(name: &str, config: Any) -> HttpFilter {
+    let config_type = Some(HttpFilterConfig::TypedConfig(config));
+    HttpFilter { name: name.to_owned(), config_type, ..Default::default() }
+}
+
+fn tcp_proxy(stat_prefix: &str, cluster: &str) -> Filter {
+    let config = TcpProxy {
+        stat_prefix: stat_prefix.to_owned(),
+        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
+        ..Default::default()
+    };
+    network_filter("envoy.filters.network.tcp_proxy", pack(&config))
+}
+
+fn matching_port(port: u16, prefix_ranges: Vec<CidrRange>) -> Option<FilterChainMatch> {
+    let destination_port = Some(UInt32Value { value: port.into() });
+    Some(FilterChainMatch { destination_port, prefix_ranges, ..Default::default() })
+}
+
+fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16) -> FilterChain {
+    let ranges = vips.iter().map(|vip| CidrRange {
+        address_prefix: vip.to_string(),
+        prefix_len: Some(UInt32Value { value: if vip.is_ipv4() { 32 } else { 128 } }),
+    });
+    FilterChain {
+        name: cluster.to_owned(),
+        filter_chain_match: matching_port(port, ranges.collect()),
+        filters: vec![tcp_proxy(cluster, cluster)],
+        ..Default::default()
+    }
+}
+
+fn http_chain(port: u16, options: &Options, kind: ProxyKind) -> FilterChain {
+    let mut http_filters = Vec::new();
+    if kind == ProxyKind::Culvert {
+        let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned() };
+        let config = Any {
+            type_url: "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override".to_owned(),
+            value: prost::Message::encode_to_vec(&config),
+        };
+        http_filters.push(http_filter("culvert.filters.http.override", config));
+    }
+    http_filters.push(http_filter("envoy.filters.http.router", pack(&Router::default())));
+    let access_log = options.access_log.iter().map(|path| AccessLog {
+        name: "envoy.access_loggers.file".to_owned(),
+        config_type: Some(AccessLogConfig::TypedConfig(pack(&FileAccessLog {
+            path: path.clone(),
+            access_log_format: None,
+        }))),
+        ..Default::default()
+    });
+    let name = route_configuration_name(port);
+    let manager = HttpConnectionManager {
+        codec_type: CodecType::Auto.into(),
+        stat_prefix: name.clone(),
+        route_specifier: Some(RouteSpecifier::Rds(Rds {
+            config_source: Some(over_ads()),
+            route_config_name: name.clone(),
+        })),
+        http_filters,
+        access_log: access_log.collect(),
+        ..Default::default()
+    };
+    FilterChain {
+        name,
+        filter_chain_match: matching_port(port, Vec::new()),
+        filters: vec![network_filter("envoy.filters.network.http_connection_manager", pack(&manager))],
+        ..Default::default()
+    }
+}

@@ -1,0 +1,175 @@
+//! Envoy's view of the mesh: the xDS resources that discovery serves, as immutable snapshots.
+
+mod clusters;
+mod listeners;
+mod overrides;
+mod routes;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use envoy_types::pb::google::protobuf::Any;
+use prost::Message;
+
+use crate::mesh::Mesh;
+
+/// The name of the cluster that connects to whatever address the client, or an override, chose.
+pub const ORIGINAL_DST_CLUSTER: &str = "original_dst";
+/// The name of the listener that serves redirected outbound connections.
+pub const OUTBOUND_LISTENER: &str = "outbound";
+
+/// Type URLs of the resources that are served.
+pub mod type_url {
+    /// Clusters.
+    pub const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+    /// Endpoints.
+    pub const ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+    /// Listeners.
+    pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
+    /// Routes.
+    pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
+    /// Endpoints that only overrides reach.
+    pub const OFFLOADED_SERVICE: &str = "type.googleapis.com/culvert.overrides.v1.OffloadedService";
+}
+
+/// The order in which changes are pushed, so that nothing refers to what is not there yet. Other types come after.
+pub const PUSH_ORDER: [&str; 5] =
+    [type_url::CLUSTER, type_url::ENDPOINT, type_url::LISTENER, type_url::ROUTE, type_url::OFFLOADED_SERVICE];
+
+/// What is the same for all services and comes from the command line.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where the outbound listener listens. The unspecified IPv6 address takes IPv4 connections too.
+    pub outbound_address: IpAddr,
+    /// The port of the outbound listener.
+    pub outbound_port: u16,
+    /// The file into which proxies write their HTTP access log, if any.
+    pub access_log: Option<String>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { outbound_address: std::net::Ipv6Addr::UNSPECIFIED.into(), outbound_port: 15001, access_log: None }
+    }
+}
+
+/// Who a resource is for. Envoy itself does not know Culvert's filters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyKind {
+    /// A node whose `user_agent_name` is `culvert`.
+    Culvert,
+    /// Any other.
+    Foreign,
+}
+
+/// One resource, encoded once for all clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resource {
+    /// Its name.
+    pub name: String,
+    /// A hash of its content, the same in every replica.
+    pub version: String,
+    /// The message.
+    pub body: Any,
+}
+
+/// All resources of one type.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TypeResources {
+    /// A hash over the names and versions of all of them.
+    pub version: String,
+    /// The resources by name.
+    pub resources: BTreeMap<String, Arc<Resource>>,
+}
+
+impl TypeResources {
+    fn new<M: Message>(type_url: &str, messages: impl IntoIterator<Item = (String, M)>) -> Self {
+        let mut resources = BTreeMap::new();
+        for (name, message) in messages {
+            let value = message.encode_to_vec();
+            let version = hex_version(&[&value]);
+            let body = Any { type_url: type_url.to_owned(), value };
+            resources.insert(name.clone(), Arc::new(Resource { name, version, body }));
+        }
+        let parts: Vec<&[u8]> = resources.values().flat_map(|r| [r.name.as_bytes(), r.version.as_bytes()]).collect();
+        let version = hex_version(&parts);
+        Self { version, resources }
+    }
+}
+
+/// Everything that one kind of proxy can subscribe to, by type URL.
+#[derive(Debug, Clone, Default)]
+pub struct ResourceSet {
+    types: BTreeMap<&'static str, Arc<TypeResources>>,
+}
+
+impl ResourceSet {
+    /// The resources of a type, `None` for a type that is not served.
+    #[must_use]
+    pub fn of_type(&self, type_url: &str) -> Option<&Arc<TypeResources>> {
+        self.types.get(type_url)
+    }
+}
+
+/// All resources at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// The mesh that the resources describe.
+    pub mesh: Arc<Mesh>,
+    culvert: ResourceSet,
+    foreign: ResourceSet,
+}
+
+impl Snapshot {
+    /// Builds all resources of a mesh.
+    #[must_use]
+    pub fn build(mesh: Arc<Mesh>, options: &Options) -> Self {
+        let set = |kind| {
+            let cluster = TypeResources::new(type_url::CLUSTER, clusters::clusters(&mesh, kind));
+            let listener = TypeResources::new(type_url::LISTENER, listeners::listeners(&mesh, options, kind));
+            [(type_url::CLUSTER, Arc::new(cluster)), (type_url::LISTENER, Arc::new(listener))]
+        };
+        let shared = [
+            (type_url::ENDPOINT, Arc::new(TypeResources::new(type_url::ENDPOINT, clusters::load_assignments(&mesh)))),
+            (type_url::ROUTE, Arc::new(TypeResources::new(type_url::ROUTE, routes::route_configurations(&mesh)))),
+            (
+                type_url::OFFLOADED_SERVICE,
+                Arc::new(TypeResources::new(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh))),
+            ),
+        ];
+        let [culvert, foreign] = [ProxyKind::Culvert, ProxyKind::Foreign]
+            .map(|kind| ResourceSet { types: set(kind).into_iter().chain(shared.clone()).collect() });
+        Self { mesh, culvert, foreign }
+    }
+
+    /// The resources for one kind of proxy.
+    #[must_use]
+    pub fn resources(&self, kind: ProxyKind) -> &ResourceSet {
+        match kind {
+            ProxyKind::Culvert => &self.culvert,
+            ProxyKind::Foreign => &self.foreign,
+        }
+    }
+}
+
+/// FNV-1a over the parts and their lengths: not secret, but the same in every build and replica.
+fn hex_version(parts: &[&[u8]]) -> String {
+    const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let mut hash = OFFSET;
+    for part in parts {
+        for byte in part.len().to_le_bytes().iter().chain(*part) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(PRIME);
+        }
+    }
+    format!("{hash:016x}")
+}
+
+/// An extension's configuration, packed.
+fn pack<M: Message + prost::Name>(message: &M) -> Any {
+    Any { type_url: format!("type.googleapis.com/{}", M::full_name()), value: message.encode_to_vec() }
+}
+
+#[cfg(test)]
+mod tests;

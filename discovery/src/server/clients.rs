@@ -1,0 +1,148 @@
+//! The connected clients, for the status endpoint.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use serde::Serialize;
+use tracing::warn;
+
+/// The longest rejection that is kept and logged, in characters.
+const MAX_REASON: usize = 1000;
+
+/// What is known of one client's stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct ClientStatus {
+    /// The address it connected from.
+    pub peer: String,
+    /// `sotw` or `delta`.
+    pub variant: &'static str,
+    /// The id of its node.
+    pub node: String,
+    /// The cluster of its node.
+    pub cluster: String,
+    /// What it says it is, `envoy` or `culvert` for example.
+    pub user_agent: String,
+    /// Its subscriptions by type URL.
+    pub types: BTreeMap<String, TypeStatus>,
+}
+
+/// What a client has of one type.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct TypeStatus {
+    /// The version that was sent last.
+    pub sent: Option<String>,
+    /// The version that it acknowledged last.
+    pub acked: Option<String>,
+    /// The last version that it rejected.
+    pub nack: Option<Nack>,
+}
+
+/// A rejection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Nack {
+    /// The version that was rejected.
+    pub version: String,
+    /// Why, in the client's words.
+    pub reason: String,
+}
+
+impl ClientStatus {
+    /// A client that speaks this variant of the protocol.
+    #[must_use]
+    pub fn new(variant: &'static str) -> Self {
+        Self { variant, ..Self::default() }
+    }
+
+    /// Takes in who the client is. Only the first request of a stream need say so.
+    pub(super) fn identify(&mut self, node: Option<&Node>) {
+        if let Some(node) = node {
+            self.node.clone_from(&node.id);
+            self.cluster.clone_from(&node.cluster);
+            self.user_agent.clone_from(&node.user_agent_name);
+        }
+    }
+
+    pub(super) fn sent(&mut self, type_url: &str, version: &str) {
+        self.types.entry(type_url.to_owned()).or_default().sent = Some(version.to_owned());
+    }
+
+    /// Takes in the answer to what was sent last.
+    pub(super) fn answered(&mut self, type_url: &str, rejection: Option<&str>) {
+        let node = &self.node;
+        let status = self.types.entry(type_url.to_owned()).or_default();
+        match rejection {
+            None => status.acked.clone_from(&status.sent),
+            Some(reason) => {
+                let version = status.sent.clone().unwrap_or_default();
+                let reason: String = reason.chars().map(|c| if c == '\n' { ' ' } else { c }).take(MAX_REASON).collect();
+                let short = type_url.rsplit('.').next().unwrap_or(type_url);
+                warn!("client {node}: rejected {short} version {version}: {reason}");
+                status.nack = Some(Nack { version, reason });
+            }
+        }
+    }
+}
+
+/// All connected clients.
+#[derive(Debug, Clone, Default)]
+pub struct Clients {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    next_id: AtomicU64,
+    connected: Mutex<BTreeMap<u64, ClientStatus>>,
+}
+
+impl Inner {
+    fn connected(&self) -> MutexGuard<'_, BTreeMap<u64, ClientStatus>> {
+        // The map is whole after every operation on it, so a panic elsewhere does not spoil it.
+        self.connected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clients {
+    /// The clients that are connected now, in the order in which they came.
+    #[must_use]
+    pub fn list(&self) -> Vec<ClientStatus> {
+        self.inner.connected().values().cloned().collect()
+    }
+
+    /// Adds a client until the handle is dropped.
+    pub(super) fn connect(&self, peer: String) -> ClientHandle {
+        let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
+        self.inner.connected().insert(id, ClientStatus { peer: peer.clone(), ..ClientStatus::default() });
+        ClientHandle { id, peer, inner: Arc::clone(&self.inner) }
+    }
+}
+
+/// One entry of the list of clients.
+#[derive(Debug)]
+pub(super) struct ClientHandle {
+    id: u64,
+    peer: String,
+    inner: Arc<Inner>,
+}
+
+impl ClientHandle {
+    pub(super) fn update(&self, status: &ClientStatus) {
+        let status = ClientStatus { peer: self.peer.clone(), ..status.clone() };
+        self.inner.connected().insert(self.id, status);
+    }
+}
+
+impl Drop for ClientHandle {
+    fn drop(&mut self) {
+        self.inner.connected().remove(&self.id);
+    }
+}
+
+impl fmt::Display for ClientHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "client {}", self.peer)
+    }
+}
