@@ -87,7 +87,7 @@ fn object_path(root: &Path) -> PathBuf {
     root.join("target/bpf/culvert.bpf.o")
 }
 
-fn workspace_root() -> PathBuf {
+pub fn workspace_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").components().collect::<PathBuf>().canonicalize().unwrap_or_else(
         |_| PathBuf::from("."), // not reached while the sources that this was built from exist
     )

