@@ -128,13 +128,13 @@ pub struct Hop {
     pub peer_sock: u64,
     /// See [`Lane`].
     pub lane: u32,
-    /// Zero.
-    pub padding: u32,
+    /// 1: the other end is not registered, so this one is only watched, to count its bytes when it closes.
+    pub only_counted: u32,
 }
 
 /// Where the fields that the short cut reads are in the kernel's `struct sock` and `struct tcp_sock`, in bytes.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SockLayout {
     /// `sk_backlog.rmem_alloc`: bytes in the receive queue.
     pub rmem_alloc: u32,
@@ -142,6 +142,12 @@ pub struct SockLayout {
     pub copied_seq: u32,
     /// `write_seq`: the sequence number of the next byte to send.
     pub write_seq: u32,
+    /// `sk_socket`: the `struct socket` of a socket that a program holds.
+    pub socket: u32,
+    /// `file`, in `struct socket`: its `struct file`.
+    pub file: u32,
+    /// `f_flags`, in `struct file`: `O_NONBLOCK` and others.
+    pub file_flags: u32,
 }
 
 /// How many unread bytes the short cut puts into one socket's receive queue. The kernel itself sets no bound there: a
@@ -151,13 +157,13 @@ pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 const _: () = assert!(size_of::<PodPolicy>() == 4);
 const _: () = assert!(size_of::<SocketKey>() == 48);
 const _: () = assert!(size_of::<Hop>() == 120);
-const _: () = assert!(size_of::<SockLayout>() == 12);
+const _: () = assert!(size_of::<SockLayout>() == 24);
 
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)` and one u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodPolicy {}
 #[cfg(feature = "user")]
-// SAFETY: `repr(C)` and three u32, so every byte pattern is a valid value and there is no padding.
+// SAFETY: `repr(C)` and six u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for SockLayout {}
 
 #[cfg(test)]

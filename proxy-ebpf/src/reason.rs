@@ -48,9 +48,10 @@ reasons! {
     15 ShortcutMessages "shortcut.messages" "Messages that took the short cut.";
     16 ShortcutBytes "shortcut.bytes" "Bytes that took the short cut.";
     17 ShortcutTcpMessages "shortcut.tcp_messages" "Messages that registered sockets sent by TCP.";
-    18 ShortcutTcpBytes "shortcut.tcp_bytes" "Bytes that registered sockets sent by TCP.";
+    18 ShortcutTcpBytes "shortcut.tcp_bytes" "Bytes of same-node hops that went by TCP; of hops that could not be registered, counted when they close.";
     19 ShortcutPeerMissing "shortcut.peer_missing" "Messages sent by TCP because the peer was not registered, or no longer.";
-    20 ShortcutTcpUnread "shortcut.tcp_unread" "Directions that began or went on by TCP because bytes sent by TCP were unread.";
+    20 ShortcutTcpUnread "shortcut.tcp_unread" "Messages sent by TCP because bytes sent by TCP before were unread.";
     21 ShortcutReceiverBehind "shortcut.receiver_behind" "Changes to TCP because the receiver had a full window to read.";
     22 ShortcutResumed "shortcut.resumed" "Changes from TCP to the short cut, after the receiver had read everything.";
+    23 ShortcutBlocking "shortcut.blocking" "Pods' connections not registered because the program's reads wait inside the kernel.";
 }

@@ -93,6 +93,9 @@ pub(super) fn sock_layout() -> Result<SockLayout, String> {
         rmem_alloc: types.offset_of("sock", &["sk_backlog", "rmem_alloc"])?,
         copied_seq: types.offset_of("tcp_sock", &["copied_seq"])?,
         write_seq: types.offset_of("tcp_sock", &["write_seq"])?,
+        socket: types.offset_of("sock", &["sk_socket"])?,
+        file: types.offset_of("socket", &["file"])?,
+        file_flags: types.offset_of("file", &["f_flags"])?,
     })
 }
 

@@ -123,7 +123,7 @@ impl State {
             Some(_) => kernel::sock_layout(),
             None => Err("not configured".to_owned()),
         };
-        let unused = SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0 };
+        let unused = SockLayout::default();
         let ebpf = kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
         probe::prepare_pin_path(&config.pin_path)?;
         let tcx =

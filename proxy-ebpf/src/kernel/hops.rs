@@ -13,7 +13,7 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock,
     sk_action::SK_PASS,
 };
-use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_get};
+use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
 use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, v4_mapped};
 
@@ -22,6 +22,7 @@ use crate::maps::{HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 const TCP_CLOSE: u32 = 7;
+const O_NONBLOCK: u32 = 0o4000;
 
 /// Something happened to a socket of the node's cgroup.
 #[inline(always)]
@@ -65,18 +66,48 @@ fn register(ctx: &SockOpsContext, active: bool) {
     }
     let own = SocketKey { local, remote, local_port, remote_port, side: side as u32, first_sent, first_received };
     let own_sock = sock as u64;
-    let mut hop = Hop { own, peer: own.peer(), own_sock, peer_sock: 0, lane: Lane::Unsettled as u32, padding: 0 };
+    let mut hop = Hop { own, peer: own.peer(), own_sock, peer_sock: 0, lane: Lane::Unsettled as u32, only_counted: 0 };
+    // The end that opened a connection was registered before the end that accepted it.
+    if matches!((side, active), (Side::Node, false)) && SOCK_ADDRESSES.get_ptr(hop.peer).is_none() {
+        hop.only_counted = 1;
+    }
+    let stored = hop_of(sock, Some(&mut hop));
+    if stored.is_null() {
+        count(Reason::SocketNotRegistered);
+        return;
+    }
+    // SAFETY: not null: the socket's own storage. Read back from there because the verifier lets nobody compute with
+    // the pointer to a socket, but with a number that a map holds.
+    let address = unsafe { read_volatile(&raw const (*stored).own_sock) };
+    if matches!((side, active), (Side::Pod, true)) && !is_nonblocking(address) {
+        count(Reason::ShortcutBlocking);
+        forget_hop_of(sock);
+        return;
+    }
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+    if hop.only_counted != 0 {
+        return;
+    }
     // SAFETY: the context that the kernel passed in, borrowed by nobody else during the call.
-    let registered = !hop_of(sock, Some(&mut hop)).is_null()
-        && SOCK_ADDRESSES.insert(own, own_sock, 0).is_ok()
-        && SOCKETS.update(own, unsafe { &mut *ctx.ops }, 0).is_ok();
-    if !registered {
+    if SOCK_ADDRESSES.insert(own, own_sock, 0).is_err() || SOCKETS.update(own, unsafe { &mut *ctx.ops }, 0).is_err() {
         count(Reason::SocketNotRegistered);
         let _ = SOCK_ADDRESSES.remove(own);
         return;
     }
     count(Reason::SocketRegistered);
-    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+}
+
+/// Whether a program reads its socket without waiting inside the kernel.
+///
+/// A read that waits on a socket in a sockmap is given up with `EAGAIN` when anything wakes it up, be it no more than
+/// the acknowledgement of a half close: programs that let the kernel wait do not expect that.
+#[inline(always)]
+fn is_nonblocking(sock: u64) -> bool {
+    let layout = sock_layout();
+    let flags = pointer(sock, layout.socket)
+        .and_then(|socket| pointer(socket, layout.file))
+        .and_then(|file| field(file, layout.file_flags));
+    flags.is_ok_and(|flags| flags & O_NONBLOCK != 0)
 }
 
 /// A registered socket changed its state: one that closes is forgotten. (The kernel itself takes it out of `SOCKETS` and
@@ -89,9 +120,15 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     }
     let hop = hop_of(sock, None);
-    if !hop.is_null() {
-        // SAFETY: not null: the socket's own storage, which lives as long as the socket.
-        let _ = SOCK_ADDRESSES.remove(unsafe { (*hop).own });
+    if hop.is_null() {
+        return;
+    }
+    // SAFETY: not null: the socket's own storage, which lives as long as the socket; and fields of the context.
+    let (hop, received, acknowledged) = unsafe { (&*hop, (*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
+    if hop.only_counted != 0 {
+        count_by(Reason::ShortcutTcpBytes, received + acknowledged);
+    } else {
+        let _ = SOCK_ADDRESSES.remove(hop.own);
     }
 }
 
@@ -148,11 +185,27 @@ fn check(hop: &mut Hop, size: u32) -> Result<(), Reason> {
     if all_read { Ok(()) } else { Err(Reason::ShortcutTcpUnread) }
 }
 
-/// A 32-bit field of a socket in the kernel's memory.
+/// Drops what is remembered of a socket.
 #[inline(always)]
-fn field(sock: u64, offset: u32) -> Result<u32, Reason> {
+fn forget_hop_of(sock: *mut bpf_sock) {
+    // SAFETY: a socket storage map and a socket from the context.
+    let _ = unsafe { bpf_sk_storage_delete((&raw const HOPS).cast_mut().cast(), sock.cast()) };
+}
+
+/// A 32-bit field of a structure in the kernel's memory.
+#[inline(always)]
+fn field(structure: u64, offset: u32) -> Result<u32, Reason> {
     // SAFETY: the helper reads any address, or fails.
-    unsafe { bpf_probe_read_kernel((sock + u64::from(offset)) as *const u32) }.map_err(|_| Reason::ShortcutPeerMissing)
+    unsafe { bpf_probe_read_kernel((structure + u64::from(offset)) as *const u32) }
+        .map_err(|_| Reason::ShortcutPeerMissing)
+}
+
+/// A field of a structure in the kernel's memory that points to another structure.
+#[inline(always)]
+fn pointer(structure: u64, offset: u32) -> Result<u64, Reason> {
+    // SAFETY: the helper reads any address, or fails.
+    unsafe { bpf_probe_read_kernel((structure + u64::from(offset)) as *const u64) }
+        .map_err(|_| Reason::ShortcutPeerMissing)
 }
 
 /// What is remembered of a socket; made from `initial` if that is given. Null if there is nothing, or no memory.

@@ -56,7 +56,8 @@ static WORKERS: u32 = 0;
 #[unsafe(no_mangle)]
 static NODE_NETNS: u64 = 0;
 #[unsafe(no_mangle)]
-static SOCK_LAYOUT: SockLayout = SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0 };
+static SOCK_LAYOUT: SockLayout =
+    SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0, socket: 0, file: 0, file_flags: 0 };
 
 /// The packet mark that the routing rule delivers to this host.
 #[inline(always)]

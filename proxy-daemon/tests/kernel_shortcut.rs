@@ -1,0 +1,390 @@
+//! The short cut, attached, on the running kernel: nothing lost, nothing reordered, nothing unbounded.
+
+mod kernel_lab;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::time::Duration;
+
+use culvert_proxy_daemon::intercept::Interception;
+use kernel_lab::*;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+const MIB: u64 = 1 << 20;
+
+/// A node with the short cut on, and its worker's listener.
+fn start(lab: &mut Lab) -> (Interception, TcpListener) {
+    let mut config = lab.config();
+    config.shortcut_cgroup = Some(lab.cgroup());
+    config.excluded_ports = vec![9090];
+    let interception = lab.start(config, 1);
+    let worker = lab.node.listen_transparent("[::]:15001");
+    interception.set_listener(0, worker.as_fd()).expect("listener");
+    (interception, worker)
+}
+
+/// How many bytes a socket sent by TCP.
+fn tcp_bytes_sent(stream: &Stream) -> u64 {
+    let mut info = [0_u8; 256];
+    let mut length = info.len() as nix::libc::socklen_t;
+    // SAFETY: `length` tells the size of `info`.
+    let result = unsafe {
+        nix::libc::getsockopt(
+            stream.0.as_raw_fd(),
+            nix::libc::IPPROTO_TCP,
+            nix::libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(result, 0, "TCP_INFO");
+    // tcpi_bytes_sent (Linux 4.19).
+    u64::from_ne_bytes(info[200..208].try_into().unwrap())
+}
+
+/// Lets a listener's connections be established when their first bytes come.
+fn defer_accept(listener: &TcpListener) {
+    let seconds: nix::libc::c_int = 1;
+    // SAFETY: the option's value is an int.
+    let result = unsafe {
+        nix::libc::setsockopt(
+            listener.as_raw_fd(),
+            nix::libc::IPPROTO_TCP,
+            nix::libc::TCP_DEFER_ACCEPT,
+            (&raw const seconds).cast(),
+            size_of_val(&seconds) as nix::libc::socklen_t,
+        )
+    };
+    assert_eq!(result, 0, "TCP_DEFER_ACCEPT");
+}
+
+/// The byte at a place of a stream: neighbours, and places a power of two apart, differ.
+fn byte_at(seed: u64, place: u64) -> u8 {
+    ((place ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+/// Numbers that look random, and are the same in each run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % below
+    }
+}
+
+/// Sends a stream in pieces of all sizes.
+fn send(stream: &mut Stream, seed: u64, length: u64) {
+    let mut dice = Dice(seed);
+    let mut at = 0;
+    while at < length {
+        let most = [1, 100, 4_096, 70_000, 300_000][dice.roll(5) as usize];
+        let size = (1 + dice.roll(most)).min(length - at);
+        let piece: Vec<u8> = (at..at + size).map(|place| byte_at(seed, place)).collect();
+        stream.write_all(&piece).unwrap_or_else(|error| panic!("write at {at}: {error}"));
+        at += size;
+    }
+}
+
+/// Receives a stream and compares each byte; pauses now and then if asked.
+fn receive(stream: &mut Stream, seed: u64, length: u64, pauses: bool) {
+    let mut dice = Dice(seed ^ 77);
+    let mut buffer = vec![0; 128 * 1024];
+    let mut at = 0;
+    while at < length {
+        let size = 1 + dice.roll(buffer.len() as u64) as usize;
+        let got = stream.read(&mut buffer[..size]).unwrap_or_else(|error| panic!("read at {at}: {error}"));
+        assert_ne!(got, 0, "the stream ended at {at} of {length}");
+        for byte in &buffer[..got] {
+            assert_eq!(*byte, byte_at(seed, at), "at {at} of {length}");
+            at += 1;
+        }
+        if pauses && dice.roll(64) == 0 {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Expects the end of the stream, and nothing before it.
+fn receive_end(stream: &mut Stream) {
+    let mut byte = [0];
+    assert_eq!(stream.read(&mut byte).expect("end of stream"), 0, "one byte too many");
+}
+
+/// Copies until the end, and passes the end on. (Not `std::io::copy`: splice(2) does not see what came by the short cut.)
+fn relay(mut from: Stream, mut to: Stream) {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(got) => to.write_all(&buffer[..got]).expect("relay writes"),
+            Err(error) => panic!("relay reads: {error}"),
+        }
+    }
+    to.shutdown(Shutdown::Write).expect("relay ends");
+}
+
+#[test]
+fn both_hops_of_a_proxied_connection_carry_every_byte_in_order() {
+    const LENGTH: u64 = 8 * MIB;
+    for (seed, destination, server, from) in
+        [(1, "10.96.0.10:80", SERVER, CLIENT), (2, "[fd00:96::10]:80", "[fd00:201:2::2]", "[fd00:201:1::2]")]
+    {
+        let mut lab = Lab::new();
+        let (interception, worker) = start(&mut lab);
+        let app = lab.server.listen(&format!("{server}:8080"));
+        let mut client = lab.client.connect(destination).expect("connects");
+        let (down, _) = accept(&worker);
+        let up = lab.node.run(|| connect_as(&format!("{from}:0"), &format!("{server}:8080"))).expect("upstream");
+        let (mut served, peer) = accept(&app);
+        assert_eq!(peer.ip(), client.local_addr().unwrap().ip(), "the server sees the client's address");
+
+        std::thread::scope(|scope| {
+            scope.spawn(|| relay(down.try_clone().unwrap(), up.try_clone().unwrap()));
+            scope.spawn(|| relay(up.try_clone().unwrap(), down.try_clone().unwrap()));
+            let mut client_reads = client.try_clone().unwrap();
+            let mut served_reads = served.try_clone().unwrap();
+            scope.spawn(move || {
+                receive(&mut client_reads, seed ^ 1000, LENGTH, false);
+                receive_end(&mut client_reads);
+            });
+            // Half close: the request ends, and only then the answer begins to end.
+            scope.spawn(|| {
+                send(&mut client, seed, LENGTH);
+                client.shutdown(Shutdown::Write).unwrap();
+            });
+            scope.spawn(move || {
+                receive(&mut served_reads, seed, LENGTH, false);
+                receive_end(&mut served_reads);
+            });
+            scope.spawn(|| {
+                send(&mut served, seed ^ 1000, LENGTH);
+                served.shutdown(Shutdown::Write).unwrap();
+            });
+        });
+
+        // Two hops, two directions. TCP itself tells what it carried: the short cut had the rest.
+        let by_tcp: u64 = [&client, &down, &up, &served].into_iter().map(tcp_bytes_sent).sum();
+        let (short, tcp) = (counter(&interception, "shortcut.bytes"), counter(&interception, "shortcut.tcp_bytes"));
+        assert_eq!(short + tcp, 4 * LENGTH, "{:?}", interception.counters());
+        assert_eq!(by_tcp, tcp, "the counter and the kernel's TCP disagree");
+        println!("by the short cut: {:.1} %", 100.0 * short as f64 / (4 * LENGTH) as f64);
+        assert_ne!(short, 0);
+        assert_eq!(counter(&interception, "shortcut.sockets"), 4);
+        lab.node.run(|| interception.shutdown()).expect("shuts down");
+    }
+}
+
+#[test]
+fn requests_and_answers_bypass_tcp() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    for round in 0..1000 {
+        send(&mut client, round, 300);
+        receive(&mut down, round, 300, false);
+        send(&mut down, round ^ 99, 2000);
+        receive(&mut client, round ^ 99, 2000, false);
+    }
+    // The first message may come before the daemon's end is registered.
+    assert!(tcp_bytes_sent(&client) <= 300, "{}", tcp_bytes_sent(&client));
+    assert_eq!(tcp_bytes_sent(&down), 0);
+    assert!(counter(&interception, "shortcut.bytes") >= 2300 * 1000 - 300);
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn bytes_sent_before_the_peer_is_registered_are_not_overtaken() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    // The daemon's end is not established, and so not registered, before the first bytes have come: by TCP.
+    defer_accept(&worker);
+    for seed in 0..50 {
+        let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                send(&mut client, seed, 200_000);
+                client.shutdown(Shutdown::Write).unwrap();
+            });
+            let (mut down, _) = accept(&worker);
+            receive(&mut down, seed, 200_000, seed % 2 == 0);
+            receive_end(&mut down);
+        });
+    }
+    assert!(counter(&interception, "shortcut.peer_missing") >= 50, "{:?}", interception.counters());
+    assert_ne!(counter(&interception, "shortcut.resumed"), 0, "{:?}", interception.counters());
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn a_receiver_that_does_not_read_stops_its_sender() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    let mut sent = 0;
+    let piece: Vec<u8> = vec![0; 50_000];
+    loop {
+        let bytes: Vec<u8> = (sent..sent + piece.len() as u64).map(|place| byte_at(5, place)).collect();
+        match (&*client).write(&bytes) {
+            Ok(wrote) => sent += wrote as u64,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => panic!("after {sent} bytes: {error}"),
+        }
+        assert!(sent < 64 * MIB, "nothing stops the sender");
+    }
+    assert_eq!(counter(&interception, "shortcut.receiver_behind"), 1);
+    // All of it is there, in order, by whichever lane it came; and then the short cut is taken again. (Not at once: the
+    // kernel lets the verdict on a message that it could not send stand for the next one.)
+    receive(&mut down, 5, sent, false);
+    for seed in 0..3 {
+        send(&mut client, seed, 10);
+        receive(&mut down, seed, 10, false);
+    }
+    assert_eq!(counter(&interception, "shortcut.resumed"), 1, "{:?}", interception.counters());
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn a_pod_that_fell_behind_gets_the_rest_by_tcp() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    std::thread::scope(|scope| {
+        scope.spawn(|| send(&mut down, 9, 16 * MIB));
+        receive(&mut client, 9, 16 * MIB, true);
+    });
+    if counter(&interception, "shortcut.receiver_behind") > 0 {
+        let before = counter(&interception, "shortcut.bytes");
+        send(&mut down, 10, 1000);
+        receive(&mut client, 10, 1000, false);
+        assert_eq!(counter(&interception, "shortcut.bytes"), before, "a pod's program may wait inside TCP");
+    }
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// Linux 6.12.79 lost these wake-ups on sockmap sockets.
+#[test]
+fn an_edge_triggered_writer_is_woken_up() {
+    const LENGTH: u64 = 8 * MIB;
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (down, _) = accept(&worker);
+    let epoll = Epoll::new(EpollCreateFlags::empty()).unwrap();
+    epoll.add(&down.0, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, 1)).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| receive(&mut client, 3, LENGTH, true));
+        let mut at = 0;
+        while at < LENGTH {
+            let piece: Vec<u8> = (at..(at + 200_000).min(LENGTH)).map(|place| byte_at(3, place)).collect();
+            match (&*down).write(&piece) {
+                Ok(wrote) => at += wrote as u64,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let mut events = [EpollEvent::empty()];
+                    let woken = epoll.wait(&mut events, EpollTimeout::from(10_000_u16)).unwrap();
+                    assert_eq!(woken, 1, "no EPOLLOUT at {at} of {LENGTH}");
+                }
+                Err(error) => panic!("write at {at}: {error}"),
+            }
+        }
+    });
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn many_short_connections_lose_nothing() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    std::thread::scope(|scope| {
+        for lane in 0..4_u64 {
+            let lab = &lab;
+            scope.spawn(move || {
+                for round in 0..100 {
+                    let seed = lane << 32 | round;
+                    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+                    client.write_all(&seed.to_be_bytes()).unwrap();
+                    client.shutdown(Shutdown::Write).unwrap();
+                    receive(&mut client, seed, 30_000, false);
+                    receive_end(&mut client);
+                }
+            });
+        }
+        for _ in 0..400 {
+            let (mut down, _) = accept(&worker);
+            scope.spawn(move || {
+                let mut seed = [0; 8];
+                down.read_exact(&mut seed).unwrap();
+                receive_end(&mut down);
+                send(&mut down, u64::from_be_bytes(seed), 30_000);
+            });
+        }
+    });
+    let (short, tcp) = (counter(&interception, "shortcut.bytes"), counter(&interception, "shortcut.tcp_bytes"));
+    println!("by the short cut: {:.1} %: {:?}", 100.0 * short as f64 / (short + tcp) as f64, interception.counters());
+    assert_eq!(short + tcp, 400 * 30_008);
+    assert!(short > tcp, "{short} by the short cut, {tcp} by TCP");
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn only_hops_through_the_daemon_are_registered() {
+    let mut lab = Lab::new();
+    let (interception, _worker) = start(&mut lab);
+    // From pod to pod past the daemon, inside a pod, and from the node itself.
+    let direct = lab.server.listen("0.0.0.0:9090");
+    let inside = lab.client.listen("0.0.0.0:9091");
+    for (from, to, listener) in [
+        (&lab.client, "10.201.2.2:9090", &direct),
+        (&lab.client, "10.201.1.2:9091", &inside),
+        (&lab.client, "127.0.0.1:9091", &inside),
+        (&lab.node, "10.201.2.2:9090", &direct),
+        (&lab.neighbour, "10.201.2.2:9090", &direct),
+    ] {
+        let mut stream = from.connect(to).unwrap_or_else(|error| panic!("{to}: {error}"));
+        let (mut accepted, _) = accept(listener);
+        send(&mut stream, 1, 10_000);
+        receive(&mut accepted, 1, 10_000, false);
+        send(&mut accepted, 2, 10_000);
+        receive(&mut stream, 2, 10_000, false);
+        assert!(tcp_bytes_sent(&stream) >= 10_000);
+    }
+    // The passive end in a pod cannot tell another pod's connection from the daemon's in that pod's name.
+    assert!(counter(&interception, "shortcut.sockets") <= 1, "{:?}", interception.counters());
+    assert_eq!(counter(&interception, "shortcut.bytes"), 0);
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn a_program_that_waits_inside_the_kernel_is_left_to_tcp() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start(&mut lab);
+    for _ in 0..20 {
+        let client = lab.client.connect_blocking("10.96.0.10:80").expect("connects");
+        let (mut down, _) = accept(&worker);
+        std::thread::scope(|scope| {
+            let mut reader = client.try_clone().unwrap();
+            let answer = scope.spawn(move || {
+                let mut answer = Vec::new();
+                reader.read_to_end(&mut answer).map(|_| answer)
+            });
+            (&client).write_all(b"question").unwrap();
+            // On a socket in a sockmap, this would end the read in the other thread with EAGAIN.
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut question = Vec::new();
+            down.read_to_end(&mut question).unwrap();
+            assert_eq!(question, b"question");
+            down.write_all(b"answer").unwrap();
+            drop(down);
+            assert_eq!(answer.join().unwrap().expect("reads"), b"answer");
+        });
+    }
+    assert_eq!(counter(&interception, "shortcut.blocking"), 20);
+    assert_eq!(counter(&interception, "shortcut.sockets"), 0);
+    // Their bytes are known when they close: question and answer, SYN and FIN.
+    eventually("the bytes are counted", || (20 * 14..20 * 18).contains(&counter(&interception, "shortcut.tcp_bytes")));
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
