@@ -43,6 +43,13 @@ impl AccessLog {
     }
 }
 
+/// A moment as the default time format prints it: RFC 3339 in UTC, with milliseconds.
+pub fn rfc3339(at: std::time::SystemTime) -> String {
+    let mut text = Vec::new();
+    time::write_default(&mut text, at);
+    String::from_utf8(text).unwrap_or_default()
+}
+
 /// Why `format` is not a format that Culvert can write; `Ok` where it is one.
 pub fn check_format(format: &str) -> Result<(), FieldError> {
     Format::parse(format).map(drop).map_err(|e| FieldError::new("", e.to_string()))

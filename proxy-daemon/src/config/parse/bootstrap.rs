@@ -1,0 +1,233 @@
+use std::{net::SocketAddr, time::Duration};
+
+use culvert_xds_client::{api::culvert::extensions::bootstrap::interception::v1::Interception, json::unpack};
+use envoy_types::pb::envoy::config::{
+    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
+    core::v3::{ApiConfigSource, Node, api_config_source::ApiType, grpc_service::TargetSpecifier},
+};
+use prost::Name;
+
+use super::{
+    cluster,
+    common::{Result, from_ads, ip, required, socket_address},
+    interception::interception,
+    listener,
+    support::{self, join},
+};
+use crate::{
+    config::{
+        FieldError,
+        model::{
+            ClusterChoice, ClusterConfig, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteAction,
+            RouteSource,
+        },
+    },
+    intercept::InterceptionConfig,
+};
+
+/// A checked bootstrap.
+#[derive(Debug)]
+pub struct Bootstrap {
+    /// Who this daemon is, for the control plane.
+    pub node: Node,
+    /// Where the admin interface listens; `None`: nowhere.
+    pub admin: Option<SocketAddr>,
+    /// Clusters of the bootstrap.
+    pub clusters: Vec<ClusterConfig>,
+    /// Listeners of the bootstrap.
+    pub listeners: Vec<Listener>,
+    /// The aggregated discovery service, where there is one.
+    pub ads: Option<AdsServer>,
+    /// Clusters come from the control plane.
+    pub cds: bool,
+    /// Listeners come from the control plane.
+    pub lds: bool,
+    /// The extension `culvert.bootstrap.interception`.
+    pub interception: Option<InterceptionConfig>,
+}
+
+/// How the control plane is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdsServer {
+    /// `host:port`, tried in turn.
+    pub endpoints: Vec<String>,
+    /// `:authority` of the calls.
+    pub authority: String,
+    /// Incremental xDS, else the state of the world.
+    pub delta: bool,
+    /// Limit of one connect.
+    pub connect_timeout: Duration,
+}
+
+/// A checked bootstrap.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
+    support::check(message, "")?;
+    let resources = message.static_resources.clone().unwrap_or_default();
+    let clusters = resources.clusters.iter().enumerate();
+    let clusters = clusters.map(|(index, item)| cluster(item, &format!("static_resources.clusters[{index}]")));
+    let clusters: Vec<_> = clusters.collect::<Result<_>>()?;
+    let listeners = resources.listeners.iter().enumerate();
+    let listeners = listeners.map(|(index, item)| listener(item, &format!("static_resources.listeners[{index}]")));
+    let listeners: Vec<_> = listeners.collect::<Result<_>>()?;
+    unique("clusters", clusters.iter().map(|cluster| &*cluster.name))?;
+    unique("listeners", listeners.iter().map(|listener| &*listener.name))?;
+
+    let dynamic = message.dynamic_resources.clone().unwrap_or_default();
+    let (ads, cds, lds) = dynamic_resources(&dynamic, &clusters)?;
+    if !cds {
+        known_clusters(&listeners, &clusters)?;
+    }
+    let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
+        Some(address) => {
+            let (socket, port) = socket_address(address, "admin.address")?;
+            Some((ip(socket, "admin.address")?, port).into())
+        }
+        None => None,
+    };
+    #[expect(deprecated, reason = "still the usual way to write it")]
+    let log_path = message.admin.as_ref().map(|admin| admin.access_log_path.clone()).unwrap_or_default();
+    if !matches!(log_path.as_str(), "" | "/dev/null") {
+        return Err(FieldError::unsupported("admin.access_log_path"));
+    }
+    Ok(Bootstrap {
+        node: message.node.clone().unwrap_or_default(),
+        admin,
+        clusters,
+        listeners,
+        ads,
+        cds,
+        lds,
+        interception: extensions(message)?,
+    })
+}
+
+fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut seen = std::collections::HashSet::new();
+    for (index, name) in names.enumerate() {
+        if !seen.insert(name) {
+            let path = format!("static_resources.{kind}[{index}].name");
+            return Err(FieldError::new(path, format!("duplicate name '{name}'")));
+        }
+    }
+    Ok(())
+}
+
+fn dynamic_resources(
+    dynamic: &DynamicResources,
+    clusters: &[ClusterConfig],
+) -> Result<(Option<AdsServer>, bool, bool)> {
+    const PATH: &str = "dynamic_resources";
+    let ads = dynamic.ads_config.as_ref().map(|config| ads_server(config, clusters)).transpose()?;
+    let mut wanted = [false; 2];
+    for (wanted, (field, source)) in
+        wanted.iter_mut().zip([("cds_config", &dynamic.cds_config), ("lds_config", &dynamic.lds_config)])
+    {
+        if source.is_some() {
+            from_ads(source.as_ref(), &join(PATH, field))?;
+            if ads.is_none() {
+                return Err(FieldError::new(join(PATH, field), "names ADS, but ads_config is not set"));
+            }
+            *wanted = true;
+        }
+    }
+    Ok((ads, wanted[0], wanted[1]))
+}
+
+fn ads_server(config: &ApiConfigSource, clusters: &[ClusterConfig]) -> Result<AdsServer> {
+    const PATH: &str = "dynamic_resources.ads_config";
+    let delta = match ApiType::try_from(config.api_type) {
+        Ok(ApiType::Grpc) => false,
+        Ok(ApiType::DeltaGrpc) => true,
+        _ => return Err(FieldError::unsupported(join(PATH, "api_type"))),
+    };
+    let path = format!("{PATH}.grpc_services[0]");
+    let [service] = config.grpc_services.as_slice() else {
+        return Err(FieldError::new(join(PATH, "grpc_services"), "exactly one service is needed"));
+    };
+    match &service.target_specifier {
+        Some(TargetSpecifier::GoogleGrpc(google)) => Ok(AdsServer {
+            endpoints: vec![google.target_uri.trim_start_matches("dns:///").to_owned()],
+            authority: google.target_uri.clone(),
+            delta,
+            connect_timeout: Duration::from_secs(5),
+        }),
+        Some(TargetSpecifier::EnvoyGrpc(envoy)) => {
+            let path = join(&path, "envoy_grpc.cluster_name");
+            let name = &envoy.cluster_name;
+            let cluster = clusters
+                .iter()
+                .find(|cluster| *cluster.name == **name)
+                .ok_or_else(|| FieldError::new(&path, format!("no static cluster is named '{name}'")))?;
+            let endpoints: Vec<_> = cluster
+                .endpoints
+                .iter()
+                .flat_map(|group| &group.endpoints)
+                .filter_map(|endpoint| match &endpoint.address {
+                    EndpointAddress::Ip(address) => Some(address.to_string()),
+                    EndpointAddress::Dns { host, port } => Some(format!("{host}:{port}")),
+                    EndpointAddress::Pipe(_) => None,
+                })
+                .collect();
+            let found = matches!(cluster.discovery, Discovery::Static | Discovery::StrictDns { .. });
+            if !found || endpoints.is_empty() {
+                let text = format!("cluster '{name}' must be STATIC or STRICT_DNS and have an endpoint");
+                return Err(FieldError::new(path, text));
+            }
+            let authority = if envoy.authority.is_empty() { name } else { &envoy.authority };
+            Ok(AdsServer { endpoints, authority: authority.clone(), delta, connect_timeout: cluster.connect_timeout })
+        }
+        _ => Err(required(&path, "envoy_grpc")),
+    }
+}
+
+/// Refuses static listeners that name a cluster which nobody will ever deliver.
+fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
+    let known = |choice: &ClusterChoice, path: &str, what: &str| {
+        let names: Vec<_> = match choice {
+            ClusterChoice::Cluster(name) => vec![name],
+            ClusterChoice::Weighted(weighted) => weighted.cumulative.iter().map(|(_, name)| name).collect(),
+            ClusterChoice::Header(_) => Vec::new(),
+        };
+        match names.into_iter().find(|name| clusters.iter().all(|cluster| cluster.name != **name)) {
+            Some(name) => Err(FieldError::new(path, format!("{what}: unknown cluster '{name}'"))),
+            None => Ok(()),
+        }
+    };
+    for (index, listener) in listeners.iter().enumerate() {
+        let path = format!("static_resources.listeners[{index}]");
+        let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
+        for filter in chains.flat_map(|chain| &chain.filters) {
+            match filter {
+                NetworkFilterConfig::TcpProxy(proxy) => known(&proxy.cluster, &path, "tcp_proxy")?,
+                NetworkFilterConfig::HttpConnectionManager(manager) => {
+                    let RouteSource::Static(config) = &manager.routes else { continue };
+                    for route in config.virtual_hosts.iter().flat_map(|host| &host.routes) {
+                        if let RouteAction::Forward(action) = &route.action {
+                            known(&action.cluster, &path, "route")?;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
+    let mut found = None;
+    for (index, extension) in message.bootstrap_extensions.iter().enumerate() {
+        let path = format!("bootstrap_extensions[{index}].typed_config");
+        let config = extension.typed_config.as_ref().ok_or_else(|| FieldError::new(&path, "value is required"))?;
+        if !config.type_url.ends_with(&Interception::full_name()) {
+            return Err(FieldError::unsupported(path));
+        }
+        if found.is_some() {
+            return Err(FieldError::new(path, "there is one interception extension already"));
+        }
+        found = Some(interception(&unpack(config, &path)?, &path)?);
+    }
+    Ok(found)
+}

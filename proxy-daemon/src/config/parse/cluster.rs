@@ -1,0 +1,201 @@
+use std::{sync::Arc, time::Duration};
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::envoy::{
+    config::{
+        cluster::v3::{
+            CircuitBreakers, Cluster,
+            cluster::{
+                ClusterDiscoveryType, DiscoveryType, DnsLookupFamily as ProtoFamily, LbConfig, LbPolicy as ProtoPolicy,
+            },
+        },
+        core::v3::RoutingPriority,
+    },
+    extensions::upstreams::http::v3::{
+        HttpProtocolOptions,
+        http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+    },
+};
+
+use super::{
+    common::{Result, duration, header_name, http2, limit, number, plain_socket, port, required},
+    endpoint::assigned,
+    support::{self, join},
+};
+use crate::config::{
+    FieldError,
+    model::{ClusterConfig, Discovery, DnsLookupFamily, LbPolicy, TcpKeepalive, Thresholds, UpstreamProtocol},
+};
+
+const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
+/// A checked cluster.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
+    support::check(cluster, path)?;
+    plain_socket(cluster.transport_socket.as_ref(), path)?;
+    let lb_policy = lb_policy(cluster, path)?;
+    let discovery = discovery(cluster, &lb_policy, path)?;
+    let assignment_path = join(path, "load_assignment");
+    let names = matches!(discovery, Discovery::StrictDns { .. });
+    let endpoints = match &cluster.load_assignment {
+        Some(assignment) => assigned(assignment, names, &assignment_path)?,
+        None => Vec::new(),
+    };
+    let http = http_options(cluster, path)?;
+    let hour = Some(Duration::from_secs(3600));
+    let common = http.as_ref().and_then(|options| options.common_http_protocol_options.clone()).unwrap_or_default();
+    #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
+    let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
+    Ok(ClusterConfig {
+        name: cluster.name.as_str().into(),
+        stat_name: if cluster.alt_stat_name.is_empty() { &cluster.name } else { &cluster.alt_stat_name }
+            .replace(':', "_"),
+        discovery,
+        lb_policy,
+        connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
+        protocol: protocol(cluster, http.as_ref(), path)?,
+        max_requests_per_connection: number(max_requests, 0),
+        idle_timeout: limit(common.idle_timeout, hour, path, "common_http_protocol_options.idle_timeout")?,
+        circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref()),
+        per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
+        tcp_keepalive: keepalive(cluster),
+        endpoints,
+    })
+}
+
+fn lb_policy(cluster: &Cluster, path: &str) -> Result<LbPolicy> {
+    match ProtoPolicy::try_from(cluster.lb_policy) {
+        Ok(ProtoPolicy::RoundRobin) => Ok(LbPolicy::RoundRobin),
+        Ok(ProtoPolicy::LeastRequest) => {
+            let choices = match &cluster.lb_config {
+                Some(LbConfig::LeastRequestLbConfig(config)) => number(config.choice_count, 2),
+                _ => 2,
+            };
+            Ok(LbPolicy::LeastRequest { choice_count: choices.max(2) })
+        }
+        Ok(ProtoPolicy::Random) => Ok(LbPolicy::Random),
+        Ok(ProtoPolicy::ClusterProvided) => Ok(LbPolicy::ClusterProvided),
+        _ => Err(FieldError::unsupported(join(path, "lb_policy"))),
+    }
+}
+
+fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Discovery> {
+    let kind = match &cluster.cluster_discovery_type {
+        Some(ClusterDiscoveryType::Type(kind)) => DiscoveryType::try_from(*kind).unwrap_or(DiscoveryType::Static),
+        Some(ClusterDiscoveryType::ClusterType(_)) => return Err(FieldError::unsupported(join(path, "cluster_type"))),
+        None => DiscoveryType::Static,
+    };
+    let provided = *lb_policy == LbPolicy::ClusterProvided;
+    if provided != (kind == DiscoveryType::OriginalDst) {
+        let text = "CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither";
+        return Err(FieldError::new(join(path, "lb_policy"), text));
+    }
+    match kind {
+        DiscoveryType::Static => Ok(Discovery::Static),
+        DiscoveryType::StrictDns => {
+            #[expect(deprecated, reason = "the field that DnsCluster replaced, which Envoy still takes")]
+            let refresh = duration(cluster.dns_refresh_rate, path, "dns_refresh_rate")?;
+            let family = match ProtoFamily::try_from(cluster.dns_lookup_family) {
+                Ok(ProtoFamily::V4Only) => DnsLookupFamily::V4Only,
+                Ok(ProtoFamily::V6Only) => DnsLookupFamily::V6Only,
+                Ok(ProtoFamily::V4Preferred) => DnsLookupFamily::V4Preferred,
+                Ok(ProtoFamily::All) => DnsLookupFamily::All,
+                Ok(ProtoFamily::Auto) | Err(_) => DnsLookupFamily::Auto,
+            };
+            Ok(Discovery::StrictDns { refresh_rate: refresh.unwrap_or(Duration::from_secs(5)), family })
+        }
+        DiscoveryType::Eds => {
+            let config = cluster.eds_cluster_config.as_ref().ok_or_else(|| required(path, "eds_cluster_config"))?;
+            let eds_path = join(path, "eds_cluster_config.eds_config");
+            super::common::from_ads(config.eds_config.as_ref(), &eds_path)?;
+            let name = if config.service_name.is_empty() { &cluster.name } else { &config.service_name };
+            Ok(Discovery::Eds { service_name: Arc::from(name.as_str()) })
+        }
+        DiscoveryType::OriginalDst => original_dst(cluster, path),
+        DiscoveryType::LogicalDns => Err(FieldError::unsupported(join(path, "type"))),
+    }
+}
+
+fn original_dst(cluster: &Cluster, path: &str) -> Result<Discovery> {
+    if cluster.load_assignment.is_some() {
+        let text = "an ORIGINAL_DST cluster finds its hosts by itself: load_assignment must not be set";
+        return Err(FieldError::new(join(path, "load_assignment"), text));
+    }
+    let (mut http_header, mut port_override) = (None, None);
+    if let Some(LbConfig::OriginalDstLbConfig(config)) = &cluster.lb_config {
+        let path = join(path, "original_dst_lb_config");
+        if !config.use_http_header && !config.http_header_name.is_empty() {
+            let text = "has no effect without use_http_header";
+            return Err(FieldError::new(join(&path, "http_header_name"), text));
+        }
+        if config.use_http_header {
+            let name = Some(config.http_header_name.as_str()).filter(|name| !name.is_empty());
+            let name = name.unwrap_or("x-envoy-original-dst-host");
+            http_header = Some(header_name(name, &join(&path, "http_header_name"))?);
+        }
+        port_override = config
+            .upstream_port_override
+            .map(|value| port(value.value, &path, "upstream_port_override"))
+            .transpose()?;
+    }
+    let cleanup_interval =
+        duration(cluster.cleanup_interval, path, "cleanup_interval")?.unwrap_or(Duration::from_secs(5));
+    Ok(Discovery::OriginalDst { http_header, port_override, cleanup_interval })
+}
+
+fn http_options(cluster: &Cluster, path: &str) -> Result<Option<HttpProtocolOptions>> {
+    let path = join(path, "typed_extension_protocol_options");
+    if let Some(name) = cluster.typed_extension_protocol_options.keys().find(|name| *name != HTTP_OPTIONS) {
+        return Err(FieldError::unsupported(format!("{path}[\"{name}\"]")));
+    }
+    let any = cluster.typed_extension_protocol_options.get(HTTP_OPTIONS);
+    any.map(|any| Ok(unpack(any, &format!("{path}[\"{HTTP_OPTIONS}\"]"))?)).transpose()
+}
+
+fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, path: &str) -> Result<UpstreamProtocol> {
+    #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
+    let old = cluster.http2_protocol_options.as_ref();
+    let Some(options) = http else {
+        return Ok(old.map_or(UpstreamProtocol::Http1, |options| UpstreamProtocol::Http2(http2(Some(options)))));
+    };
+    let path = format!("{}[\"{HTTP_OPTIONS}\"]", join(path, "typed_extension_protocol_options"));
+    match &options.upstream_protocol_options {
+        Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
+            Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
+            Some(ProtocolConfig::Http2ProtocolOptions(options)) => Ok(UpstreamProtocol::Http2(http2(Some(options)))),
+            _ => Err(FieldError::unsupported(join(&path, "explicit_http_config"))),
+        },
+        Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
+            Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
+        }
+        _ => Err(FieldError::unsupported(join(&path, "auto_config"))),
+    }
+}
+
+fn circuit_breakers(breakers: Option<&CircuitBreakers>) -> [Thresholds; 2] {
+    let mut limits: [Thresholds; 2] = Default::default();
+    for thresholds in breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default() {
+        let default = Thresholds::default();
+        let high = thresholds.priority == RoutingPriority::High as i32;
+        limits[usize::from(high)] = Thresholds {
+            max_connections: number(thresholds.max_connections, default.max_connections),
+            max_pending_requests: number(thresholds.max_pending_requests, default.max_pending_requests),
+            max_requests: number(thresholds.max_requests, default.max_requests),
+            max_retries: number(thresholds.max_retries, default.max_retries),
+        };
+    }
+    limits
+}
+
+fn keepalive(cluster: &Cluster) -> Option<TcpKeepalive> {
+    let keepalive = cluster.upstream_connection_options.as_ref()?.tcp_keepalive.as_ref()?;
+    let seconds = |value: u32| Duration::from_secs(u64::from(value));
+    Some(TcpKeepalive {
+        probes: keepalive.keepalive_probes.map(|value| value.value),
+        time: keepalive.keepalive_time.map(|value| seconds(value.value)),
+        interval: keepalive.keepalive_interval.map(|value| seconds(value.value)),
+    })
+}

@@ -1,0 +1,201 @@
+use std::{net::IpAddr, time::Duration};
+
+use envoy_types::pb::{
+    envoy::config::core::v3::{
+        Address, CidrRange, ConfigSource, DataSource, HeaderValueOption, Http2ProtocolOptions, SocketAddress,
+        TransportSocket, address, config_source::ConfigSourceSpecifier, data_source::Specifier,
+        header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
+        transport_socket::ConfigType,
+    },
+    google::protobuf::{Duration as ProtoDuration, UInt32Value},
+};
+use http::{HeaderName, HeaderValue};
+
+use super::support::join;
+use crate::config::{
+    FieldError,
+    model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+};
+
+pub(super) type Result<T> = std::result::Result<T, FieldError>;
+
+/// An error for a field that must be set.
+pub(super) fn required(path: &str, field: &str) -> FieldError {
+    FieldError::new(join(path, field), "value is required")
+}
+
+/// A duration that is not negative; `None` where it is not set.
+pub(super) fn duration(value: Option<ProtoDuration>, path: &str, field: &str) -> Result<Option<Duration>> {
+    let Some(value) = value else { return Ok(None) };
+    let negative = || FieldError::new(join(path, field), "must not be negative");
+    let seconds = u64::try_from(value.seconds).map_err(|_| negative())?;
+    let nanos = u32::try_from(value.nanos).map_err(|_| negative())?;
+    Ok(Some(Duration::new(seconds, nanos.min(999_999_999))))
+}
+
+/// A time limit: unset takes the default, and 0 switches it off.
+pub(super) fn limit(
+    value: Option<ProtoDuration>,
+    default: Option<Duration>,
+    path: &str,
+    field: &str,
+) -> Result<Option<Duration>> {
+    match duration(value, path, field)? {
+        None => Ok(default),
+        Some(limit) => Ok(Some(limit).filter(|limit| !limit.is_zero())),
+    }
+}
+
+/// A wrapped number, or its default.
+pub(super) fn number(value: Option<UInt32Value>, default: u32) -> u32 {
+    value.map_or(default, |value| value.value)
+}
+
+/// A TCP port.
+pub(super) fn port(value: u32, path: &str, field: &str) -> Result<u16> {
+    u16::try_from(value).map_err(|_| FieldError::new(join(path, field), format!("{value} is not a TCP port")))
+}
+
+/// A socket address, with its host as text.
+pub(super) fn socket_address<'a>(address: &'a Address, path: &str) -> Result<(&'a SocketAddress, u16)> {
+    let Some(address::Address::SocketAddress(socket)) = &address.address else {
+        return Err(required(path, "socket_address"));
+    };
+    let path = join(path, "socket_address");
+    if socket.protocol != 0 {
+        return Err(FieldError::unsupported(join(&path, "protocol")));
+    }
+    let number = match &socket.port_specifier {
+        Some(PortSpecifier::PortValue(number)) => port(*number, &path, "port_value")?,
+        _ => return Err(required(&path, "port_value")),
+    };
+    Ok((socket, number))
+}
+
+/// A literal address.
+pub(super) fn ip(socket: &SocketAddress, path: &str) -> Result<IpAddr> {
+    socket.address.parse().map_err(|_| {
+        let text = format!(
+            "malformed IP address: {}. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or \
+             'LOGICAL_DNS'",
+            socket.address
+        );
+        FieldError::new(join(path, "socket_address.address"), text)
+    })
+}
+
+/// An endpoint's address; a name is only taken where `names` says so.
+pub(super) fn endpoint_address(address: &Address, names: bool, path: &str) -> Result<EndpointAddress> {
+    if let Some(address::Address::Pipe(pipe)) = &address.address {
+        return Ok(EndpointAddress::Pipe(pipe.path.clone().into()));
+    }
+    let (socket, port) = socket_address(address, path)?;
+    match ip(socket, path) {
+        Ok(ip) => Ok(EndpointAddress::Ip((ip, port).into())),
+        Err(_) if names => Ok(EndpointAddress::Dns { host: socket.address.clone(), port }),
+        Err(error) => Err(error),
+    }
+}
+
+/// Address ranges.
+pub(super) fn cidrs(ranges: &[CidrRange], path: &str, field: &str) -> Result<Vec<Cidr>> {
+    let parse = |(index, range): (usize, &CidrRange)| {
+        let path = format!("{}[{index}]", join(path, field));
+        let bad = || {
+            let length = number(range.prefix_len, 0);
+            FieldError::new(&path, format!("{}/{length} is not an address range", range.address_prefix))
+        };
+        let address = range.address_prefix.parse().map_err(|_| bad())?;
+        let length = u8::try_from(number(range.prefix_len, 0)).map_err(|_| bad())?;
+        Cidr::new(address, length).ok_or_else(bad)
+    };
+    ranges.iter().enumerate().map(parse).collect()
+}
+
+/// Header names.
+pub(super) fn header_names(names: &[String], path: &str, field: &str) -> Result<Vec<HeaderName>> {
+    let parse = |(index, name): (usize, &String)| header_name(name, &format!("{}[{index}]", join(path, field)));
+    names.iter().enumerate().map(parse).collect()
+}
+
+/// One header name.
+pub(super) fn header_name(name: &str, path: &str) -> Result<HeaderName> {
+    HeaderName::try_from(name).map_err(|_| FieldError::new(path, format!("{name:?} is not a header name")))
+}
+
+/// A header value.
+pub(super) fn header_value(value: &str, path: &str) -> Result<HeaderValue> {
+    HeaderValue::try_from(value).map_err(|_| FieldError::new(path, format!("{value:?} is not a header value")))
+}
+
+/// Headers to add. Only literal values are honoured: `%...%` is refused, `%%` is a percent sign.
+pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &str) -> Result<Vec<HeaderAdd>> {
+    let parse = |(index, option): (usize, &HeaderValueOption)| {
+        let path = format!("{}[{index}]", join(path, field));
+        let header = option.header.as_ref().ok_or_else(|| required(&path, "header"))?;
+        let name = header_name(&header.key, &join(&path, "header.key"))?;
+        if header.value.replace("%%", "").contains('%') {
+            let text = "format strings (%...%) in header values are not supported by culvert yet";
+            return Err(FieldError::new(join(&path, "header.value"), text));
+        }
+        let value = header_value(&header.value.replace("%%", "%"), &join(&path, "header.value"))?;
+        #[expect(deprecated, reason = "the field that append_action replaced, which Envoy still takes")]
+        let append = option.append;
+        let action = match (append, ProtoAction::try_from(option.append_action)) {
+            (Some(append), _) if !append.value => HeaderAppendAction::OverwriteIfExistsOrAdd,
+            (Some(_), _) | (None, Ok(ProtoAction::AppendIfExistsOrAdd)) => HeaderAppendAction::AppendIfExistsOrAdd,
+            (None, Ok(ProtoAction::AddIfAbsent)) => HeaderAppendAction::AddIfAbsent,
+            (None, Ok(ProtoAction::OverwriteIfExistsOrAdd)) => HeaderAppendAction::OverwriteIfExistsOrAdd,
+            (None, Ok(ProtoAction::OverwriteIfExists)) => HeaderAppendAction::OverwriteIfExists,
+            (None, Err(_)) => return Err(FieldError::unsupported(join(&path, "append_action"))),
+        };
+        Ok((name, value, action))
+    };
+    // An empty value is not added, as in Envoy.
+    let parsed: Vec<_> = options.iter().enumerate().map(parse).collect::<Result<_>>()?;
+    let kept = parsed.into_iter().filter(|(_, value, _)| !value.is_empty());
+    Ok(kept.map(|(name, value, action)| HeaderAdd { name, value, action }).collect())
+}
+
+/// Text that is written into the configuration.
+pub(super) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
+    match &source.specifier {
+        Some(Specifier::InlineString(text)) => Ok(text.clone().into_bytes()),
+        Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone().into()),
+        _ => Err(required(path, "inline_string")),
+    }
+}
+
+/// HTTP/2 limits.
+pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
+    let default = Http2Options::default();
+    let Some(options) = options else { return default };
+    Http2Options {
+        max_concurrent_streams: number(options.max_concurrent_streams, default.max_concurrent_streams),
+        initial_stream_window_size: number(options.initial_stream_window_size, default.initial_stream_window_size),
+        initial_connection_window_size: number(
+            options.initial_connection_window_size,
+            default.initial_connection_window_size,
+        ),
+        allow_connect: false,
+    }
+}
+
+/// Resources come from the aggregated stream: nothing else is honoured yet.
+pub(super) fn from_ads(source: Option<&ConfigSource>, path: &str) -> Result<()> {
+    match source.and_then(|source| source.config_source_specifier.as_ref()) {
+        Some(ConfigSourceSpecifier::Ads(_)) => Ok(()),
+        _ => Err(required(path, "ads")),
+    }
+}
+
+/// Only plain sockets are honoured yet.
+pub(super) fn plain_socket(socket: Option<&TransportSocket>, path: &str) -> Result<()> {
+    let Some(TransportSocket { config_type: Some(ConfigType::TypedConfig(config)), .. }) = socket else {
+        return Ok(());
+    };
+    if config.type_url.ends_with(".RawBuffer") {
+        return Ok(());
+    }
+    Err(FieldError::unsupported(join(path, "transport_socket")))
+}

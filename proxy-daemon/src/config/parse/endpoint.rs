@@ -1,0 +1,57 @@
+use envoy_types::pb::envoy::config::{
+    core::v3::HealthStatus as ProtoHealth,
+    endpoint::v3::{ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier},
+};
+
+use super::{
+    common::{Result, endpoint_address, number, required},
+    support::{self, join},
+};
+use crate::config::model::{Endpoint, HealthStatus, Locality, LocalityEndpoints};
+
+/// The endpoints of an EDS resource. Names are not looked up there.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn endpoints(assignment: &ClusterLoadAssignment, path: &str) -> Result<Vec<LocalityEndpoints>> {
+    support::check(assignment, path)?;
+    assigned(assignment, false, path)
+}
+
+/// The endpoints of an assignment that has been checked; `names` are taken for STRICT_DNS.
+pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
+    let parse = |(index, group): (usize, &LocalityLbEndpoints)| {
+        let path = format!("{}[{index}]", join(path, "endpoints"));
+        let parse = |(index, endpoint): (usize, &LbEndpoint)| {
+            lb_endpoint(endpoint, names, &format!("{}[{index}]", join(&path, "lb_endpoints")))
+        };
+        let locality = group.locality.clone().unwrap_or_default();
+        Ok(LocalityEndpoints {
+            locality: Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone },
+            priority: group.priority,
+            endpoints: group.lb_endpoints.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        })
+    };
+    assignment.endpoints.iter().enumerate().map(parse).collect()
+}
+
+fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
+    let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+        return Err(required(path, "endpoint"));
+    };
+    let address = host.address.as_ref().ok_or_else(|| required(path, "endpoint.address"))?;
+    let health = match ProtoHealth::try_from(endpoint.health_status).unwrap_or(ProtoHealth::Unknown) {
+        ProtoHealth::Unknown => HealthStatus::Unknown,
+        ProtoHealth::Healthy => HealthStatus::Healthy,
+        ProtoHealth::Unhealthy => HealthStatus::Unhealthy,
+        ProtoHealth::Draining => HealthStatus::Draining,
+        ProtoHealth::Timeout => HealthStatus::Timeout,
+        ProtoHealth::Degraded => HealthStatus::Degraded,
+    };
+    Ok(Endpoint {
+        address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
+        weight: number(endpoint.load_balancing_weight, 1).max(1),
+        health,
+        hostname: host.hostname.clone(),
+    })
+}

@@ -1,0 +1,125 @@
+use std::{sync::Arc, time::Duration};
+
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
+    HttpConnectionManager, HttpFilter,
+    http_connection_manager::{
+        CodecType as ProtoCodec, RouteSpecifier, ServerHeaderTransformation as ProtoServerHeader,
+    },
+    http_filter::ConfigType,
+};
+use http::HeaderValue;
+
+use super::{
+    access_log::access_logs,
+    common::{Result, cidrs, duration, from_ads, header_value, http2, limit, number, required},
+    route::routes,
+    support::join,
+};
+use crate::{
+    config::{
+        FieldError,
+        model::{CodecType, HttpConnectionManagerConfig, HttpFilterEntry, RouteSource, ServerHeaderTransformation},
+    },
+    http::filters::{self, FilterCx},
+};
+
+pub(super) fn http_connection_manager(
+    manager: &HttpConnectionManager,
+    path: &str,
+) -> Result<HttpConnectionManagerConfig> {
+    let codec_type = match ProtoCodec::try_from(manager.codec_type) {
+        Ok(ProtoCodec::Auto) => CodecType::Auto,
+        Ok(ProtoCodec::Http1) => CodecType::Http1,
+        Ok(ProtoCodec::Http2) => CodecType::Http2,
+        _ => return Err(FieldError::unsupported(join(path, "codec_type"))),
+    };
+    let server_header = match ProtoServerHeader::try_from(manager.server_header_transformation) {
+        Ok(ProtoServerHeader::AppendIfAbsent) => ServerHeaderTransformation::AppendIfAbsent,
+        Ok(ProtoServerHeader::PassThrough) => ServerHeaderTransformation::PassThrough,
+        _ => ServerHeaderTransformation::Overwrite,
+    };
+    let common = manager.common_http_protocol_options.clone().unwrap_or_default();
+    let common_path = join(path, "common_http_protocol_options");
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    let set = |value: &str, field: &str| -> Result<Option<HeaderValue>> {
+        if value.is_empty() { Ok(None) } else { header_value(value, &join(path, field)).map(Some) }
+    };
+    let internal = manager.internal_address_config.as_ref();
+    let internal = internal.map(|config| config.cidr_ranges.as_slice()).unwrap_or_default();
+    let is_set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
+    let old = common.max_connection_duration;
+    Ok(HttpConnectionManagerConfig {
+        stat_prefix: manager.stat_prefix.clone(),
+        codec_type,
+        routes: route_source(manager, path)?,
+        http_filters: http_filters(manager, path)?,
+        server_name: set(&manager.server_name, "server_name")?.unwrap_or(HeaderValue::from_static("envoy")),
+        server_header,
+        use_remote_address: is_set(manager.use_remote_address),
+        xff_num_trusted_hops: manager.xff_num_trusted_hops,
+        skip_xff_append: manager.skip_xff_append,
+        internal_ranges: cidrs(internal, path, "internal_address_config.cidr_ranges")?,
+        generate_request_id: manager.generate_request_id.is_none_or(|value| value.value),
+        preserve_external_request_id: manager.preserve_external_request_id,
+        always_set_request_id_in_response: manager.always_set_request_id_in_response,
+        via: set(&manager.via, "via")?,
+        idle_timeout: limit(common.idle_timeout, seconds(3600), &common_path, "idle_timeout")?,
+        stream_idle_timeout: limit(manager.stream_idle_timeout, seconds(300), path, "stream_idle_timeout")?,
+        request_timeout: limit(manager.request_timeout, None, path, "request_timeout")?,
+        request_headers_timeout: limit(manager.request_headers_timeout, None, path, "request_headers_timeout")?,
+        max_connection_duration: limit(old, None, &common_path, "max_connection_duration")?,
+        max_requests_per_connection: number(common.max_requests_per_connection, 0),
+        drain_timeout: duration(manager.drain_timeout, path, "drain_timeout")?.unwrap_or(Duration::from_secs(5)),
+        delayed_close_timeout: seconds(1),
+        max_request_headers_kb: number(manager.max_request_headers_kb, 60),
+        max_headers_count: number(common.max_headers_count, 100),
+        normalize_path: is_set(manager.normalize_path),
+        merge_slashes: manager.merge_slashes,
+        http2: http2(manager.http2_protocol_options.as_ref()),
+        access_logs: access_logs(&manager.access_log, &join(path, "access_log"))?,
+    })
+}
+
+fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSource> {
+    match &manager.route_specifier {
+        Some(RouteSpecifier::RouteConfig(config)) => {
+            Ok(RouteSource::Static(Arc::new(routes(config, &join(path, "route_config"))?)))
+        }
+        Some(RouteSpecifier::Rds(rds)) => {
+            from_ads(rds.config_source.as_ref(), &join(path, "rds.config_source"))?;
+            if rds.route_config_name.is_empty() {
+                return Err(required(path, "rds.route_config_name"));
+            }
+            Ok(RouteSource::Rds(Arc::from(rds.route_config_name.as_str())))
+        }
+        Some(RouteSpecifier::ScopedRoutes(_)) => Err(FieldError::unsupported(join(path, "scoped_routes"))),
+        None => Err(required(path, "route_config")),
+    }
+}
+
+fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpFilterEntry>> {
+    let count = manager.http_filters.len();
+    let parse = |(index, filter): (usize, &HttpFilter)| {
+        let path = format!("{}[{index}]", join(path, "http_filters"));
+        let Some(ConfigType::TypedConfig(config)) = &filter.config_type else {
+            return Err(required(&path, "typed_config"));
+        };
+        let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix: &manager.stat_prefix };
+        let factory = filters::parse(config, &cx)?;
+        let last = index + 1 == count;
+        if factory.is_terminal() != last {
+            let text = if last {
+                format!("the last HTTP filter must be terminal: {} is not; add envoy.filters.http.router", filter.name)
+            } else {
+                format!("{} is terminal and must be the last HTTP filter", filter.name)
+            };
+            return Err(FieldError::new(path, text));
+        }
+        Ok(HttpFilterEntry { name: filter.name.as_str().into(), factory })
+    };
+    if count == 0 {
+        let text = "at least one HTTP filter is needed: add envoy.filters.http.router";
+        return Err(FieldError::new(join(path, "http_filters"), text));
+    }
+    manager.http_filters.iter().enumerate().map(parse).collect()
+}

@@ -1,0 +1,148 @@
+use std::sync::Arc;
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::envoy::{
+    config::{
+        core::v3::Address,
+        listener::v3::{
+            Filter, FilterChain as ProtoChain, FilterChainMatch as ProtoMatch, Listener as ProtoListener,
+            filter::ConfigType, filter_chain_match::ConnectionSourceType, listener_filter,
+        },
+    },
+    extensions::filters::listener::original_src::v3::OriginalSrc as ProtoSrc,
+};
+
+use super::{
+    access_log::access_logs,
+    common::{Result, cidrs, ip, number, plain_socket, port, required, socket_address},
+    http_connection_manager::http_connection_manager,
+    support::{self, join},
+    tcp_proxy::tcp_proxy,
+};
+use crate::config::{
+    FieldError,
+    model::{FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc, SourceType},
+};
+
+/// A checked listener.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
+    support::check(listener, path)?;
+    let address = listener.address.as_ref().ok_or_else(|| required(path, "address"))?;
+    let mut addresses = vec![listen_address(address, &join(path, "address"))?];
+    for (index, additional) in listener.additional_addresses.iter().enumerate() {
+        let path = format!("{}[{index}].address", join(path, "additional_addresses"));
+        let address = additional.address.as_ref().ok_or_else(|| FieldError::new(&path, "value is required"))?;
+        addresses.push(listen_address(address, &path)?);
+    }
+    let name = match listener.name.as_str() {
+        "" => addresses[0].address.to_string(),
+        name => name.to_owned(),
+    };
+    let chain = |chain: &ProtoChain, path: String| Ok(Arc::new(filter_chain(chain, &path)?));
+    let chains = listener.filter_chains.iter().enumerate();
+    let chains = chains.map(|(index, item)| chain(item, format!("{}[{index}]", join(path, "filter_chains"))));
+    let filter_chains: Vec<_> = chains.collect::<Result<_>>()?;
+    let default = listener.default_filter_chain.as_ref();
+    let default_filter_chain = default.map(|item| chain(item, join(path, "default_filter_chain"))).transpose()?;
+    if filter_chains.is_empty() && default_filter_chain.is_none() {
+        return Err(FieldError::new(join(path, "filter_chains"), "no filter chains specified"));
+    }
+    let (use_original_dst, original_src) = listener_filters(listener, path)?;
+    Ok(Listener {
+        name: name.into(),
+        addresses,
+        stat_prefix: listener.stat_prefix.clone(),
+        transparent: listener.transparent.is_some_and(|value| value.value),
+        freebind: listener.freebind.is_some_and(|value| value.value),
+        backlog: number(listener.tcp_backlog_size, 4096),
+        use_original_dst,
+        original_src,
+        filter_chains,
+        default_filter_chain,
+        per_connection_buffer_limit_bytes: number(listener.per_connection_buffer_limit_bytes, 1 << 20),
+        access_logs: access_logs(&listener.access_log, &join(path, "access_log"))?,
+    })
+}
+
+fn listen_address(address: &Address, path: &str) -> Result<ListenAddress> {
+    let (socket, port) = socket_address(address, path)?;
+    let ip = ip(socket, path)?;
+    Ok(ListenAddress { address: (ip, port).into(), ipv4_compat: socket.ipv4_compat && ip.is_ipv6() })
+}
+
+fn listener_filters(listener: &ProtoListener, path: &str) -> Result<(bool, Option<OriginalSrc>)> {
+    let (mut original_dst, mut original_src) = (false, None);
+    for (index, filter) in listener.listener_filters.iter().enumerate() {
+        let path = format!("{}[{index}].typed_config", join(path, "listener_filters"));
+        let Some(listener_filter::ConfigType::TypedConfig(config)) = &filter.config_type else {
+            return Err(FieldError::new(path, "value is required"));
+        };
+        match config.type_url.rsplit('.').next() {
+            Some("OriginalDst") => original_dst = true,
+            Some("OriginalSrc") => {
+                let ProtoSrc { mark, .. } = unpack(config, &path)?;
+                original_src = Some(OriginalSrc { mark });
+            }
+            _ => return Err(FieldError::unsupported(path)),
+        }
+    }
+    Ok((original_dst, original_src))
+}
+
+fn filter_chain(chain: &ProtoChain, path: &str) -> Result<FilterChain> {
+    plain_socket(chain.transport_socket.as_ref(), path)?;
+    let parse = |(index, filter): (usize, &Filter)| {
+        network_filter(filter, &format!("{}[{index}].typed_config", join(path, "filters")))
+    };
+    let filters: Vec<_> = chain.filters.iter().enumerate().map(parse).collect::<Result<_>>()?;
+    if filters.len() != 1 {
+        // Both filters that exist are terminal.
+        let text = match filters.len() {
+            0 => "a filter chain needs a network filter: tcp_proxy or http_connection_manager",
+            _ => "a terminal filter must be the last of its chain",
+        };
+        return Err(FieldError::new(join(path, "filters"), text));
+    }
+    let chain_match = match &chain.filter_chain_match {
+        Some(chain_match) => filter_chain_match(chain_match, &join(path, "filter_chain_match"))?,
+        None => FilterChainMatch::default(),
+    };
+    Ok(FilterChain { name: chain.name.as_str().into(), chain_match, filters })
+}
+
+fn network_filter(filter: &Filter, path: &str) -> Result<NetworkFilterConfig> {
+    let Some(ConfigType::TypedConfig(config)) = &filter.config_type else {
+        return Err(FieldError::new(path, "value is required"));
+    };
+    match config.type_url.rsplit('.').next() {
+        Some("TcpProxy") => Ok(NetworkFilterConfig::TcpProxy(Arc::new(tcp_proxy(&unpack(config, path)?, path)?))),
+        Some("HttpConnectionManager") => Ok(NetworkFilterConfig::HttpConnectionManager(Arc::new(
+            http_connection_manager(&unpack(config, path)?, path)?,
+        ))),
+        _ => Err(FieldError::unsupported(path)),
+    }
+}
+
+fn filter_chain_match(chain: &ProtoMatch, path: &str) -> Result<FilterChainMatch> {
+    if !matches!(chain.transport_protocol.as_str(), "" | "raw_buffer") {
+        return Err(FieldError::unsupported(join(path, "transport_protocol")));
+    }
+    let destination = chain.destination_port.as_ref().map(|value| port(value.value, path, "destination_port"));
+    let source_type = match ConnectionSourceType::try_from(chain.source_type) {
+        Ok(ConnectionSourceType::SameIpOrLoopback) => SourceType::SameIpOrLoopback,
+        Ok(ConnectionSourceType::External) => SourceType::External,
+        _ => SourceType::Any,
+    };
+    let direct = "direct_source_prefix_ranges";
+    Ok(FilterChainMatch {
+        destination_port: destination.transpose()?,
+        prefix_ranges: cidrs(&chain.prefix_ranges, path, "prefix_ranges")?,
+        direct_source_prefix_ranges: cidrs(&chain.direct_source_prefix_ranges, path, direct)?,
+        source_type,
+        source_prefix_ranges: cidrs(&chain.source_prefix_ranges, path, "source_prefix_ranges")?,
+        source_ports: chain.source_ports.iter().map(|n| port(*n, path, "source_ports")).collect::<Result<_>>()?,
+    })
+}

@@ -1,0 +1,117 @@
+use envoy_types::pb::envoy::{
+    config::route::v3::{
+        HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RouteMatch as ProtoMatch,
+        header_matcher::HeaderMatchSpecifier, query_parameter_matcher::QueryParameterMatchSpecifier,
+        route_match::PathSpecifier,
+    },
+    r#type::matcher::v3::{RegexMatcher, StringMatcher as ProtoString, string_matcher::MatchPattern},
+};
+use regex::Regex;
+
+use super::{
+    common::{Result, header_name, required},
+    support::join,
+};
+use crate::config::{
+    FieldError,
+    model::{
+        HeaderMatcher, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, RouteMatch, StringMatcher,
+        StringPattern,
+    },
+};
+
+/// The largest compiled expression, in bytes: one that needs more is refused.
+const REGEX_LIMIT: usize = 1 << 20;
+
+pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
+    let path_match = match &rule.path_specifier {
+        Some(PathSpecifier::Prefix(text)) => PathMatch::Prefix(text.as_str().into()),
+        Some(PathSpecifier::Path(text)) => PathMatch::Path(text.as_str().into()),
+        Some(PathSpecifier::SafeRegex(matcher)) => PathMatch::Regex(regex(matcher, &join(path, "safe_regex"))?),
+        Some(PathSpecifier::PathSeparatedPrefix(text)) => PathMatch::PathSeparatedPrefix(text.as_str().into()),
+        Some(_) => return Err(FieldError::unsupported(join(path, "path_specifier"))),
+        None => return Err(required(path, "prefix")),
+    };
+    let headers = rule.headers.iter().enumerate();
+    let headers = headers.map(|(index, item)| header(item, &format!("{}[{index}]", join(path, "headers"))));
+    let query = rule.query_parameters.iter().enumerate();
+    let query = query.map(|(index, item)| parameter(item, &format!("{}[{index}]", join(path, "query_parameters"))));
+    Ok(RouteMatch {
+        path: path_match,
+        case_sensitive: rule.case_sensitive.is_none_or(|value| value.value),
+        headers: headers.collect::<Result<_>>()?,
+        query_parameters: query.collect::<Result<_>>()?,
+        grpc: rule.grpc.is_some(),
+    })
+}
+
+#[expect(deprecated, reason = "the fields that string_match replaced, which Envoy still takes")]
+fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
+    use HeaderMatchSpecifier::{
+        ContainsMatch, ExactMatch, PrefixMatch, PresentMatch, RangeMatch, SafeRegexMatch, StringMatch, SuffixMatch,
+    };
+    let name = match matcher.name.as_str() {
+        ":method" => MatchedHeader::Method,
+        ":path" => MatchedHeader::Path,
+        ":authority" => MatchedHeader::Authority,
+        ":scheme" => MatchedHeader::Scheme,
+        name => MatchedHeader::Name(header_name(name, &join(path, "name"))?),
+    };
+    let plain = |pattern: StringPattern| HeaderValueMatch::String(StringMatcher { pattern, ignore_case: false });
+    let value = match &matcher.header_match_specifier {
+        None => HeaderValueMatch::Present(true),
+        Some(PresentMatch(present)) => HeaderValueMatch::Present(*present),
+        Some(RangeMatch(range)) => HeaderValueMatch::Range { start: range.start, end: range.end },
+        Some(StringMatch(matcher)) => HeaderValueMatch::String(string(matcher, &join(path, "string_match"))?),
+        Some(ExactMatch(text)) => plain(StringPattern::Exact(text.as_str().into())),
+        Some(PrefixMatch(text)) => plain(StringPattern::Prefix(text.as_str().into())),
+        Some(SuffixMatch(text)) => plain(StringPattern::Suffix(text.as_str().into())),
+        Some(ContainsMatch(text)) => plain(StringPattern::Contains(text.as_str().into())),
+        Some(SafeRegexMatch(matcher)) => plain(StringPattern::Regex(regex(matcher, &join(path, "safe_regex_match"))?)),
+    };
+    Ok(HeaderMatcher {
+        name,
+        value,
+        invert_match: matcher.invert_match,
+        treat_missing_header_as_empty: matcher.treat_missing_header_as_empty,
+    })
+}
+
+fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> {
+    let value = match &matcher.query_parameter_match_specifier {
+        Some(QueryParameterMatchSpecifier::StringMatch(matcher)) => Some(string(matcher, &join(path, "string_match"))?),
+        Some(QueryParameterMatchSpecifier::PresentMatch(true)) | None => None,
+        Some(QueryParameterMatchSpecifier::PresentMatch(false)) => {
+            return Err(FieldError::unsupported(join(path, "present_match")));
+        }
+    };
+    Ok(QueryParameterMatcher { name: matcher.name.clone(), value })
+}
+
+fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher> {
+    let ignore_case = matcher.ignore_case;
+    // The text is compared in lower case then.
+    let text = |text: &String| if ignore_case { text.to_ascii_lowercase() } else { text.clone() }.into_boxed_str();
+    let pattern = match &matcher.match_pattern {
+        Some(MatchPattern::Exact(exact)) => StringPattern::Exact(text(exact)),
+        Some(MatchPattern::Prefix(prefix)) => StringPattern::Prefix(text(prefix)),
+        Some(MatchPattern::Suffix(suffix)) => StringPattern::Suffix(text(suffix)),
+        Some(MatchPattern::Contains(part)) => StringPattern::Contains(text(part)),
+        Some(MatchPattern::SafeRegex(matcher)) => StringPattern::Regex(regex(matcher, &join(path, "safe_regex"))?),
+        Some(MatchPattern::Custom(_)) => return Err(FieldError::unsupported(join(path, "custom"))),
+        None => return Err(required(path, "exact")),
+    };
+    Ok(StringMatcher { pattern, ignore_case })
+}
+
+/// An expression that must match the whole text. Matching takes time linear in the text's length.
+fn regex(matcher: &RegexMatcher, path: &str) -> Result<Regex> {
+    let anchored = format!("^(?:{})$", matcher.regex);
+    let built = regex::RegexBuilder::new(&anchored).size_limit(REGEX_LIMIT).build();
+    built.map_err(|error| {
+        let text = error.to_string();
+        // The crate draws the expression over several lines: the last one says what is wrong.
+        let reason = text.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
+        FieldError::new(join(path, "regex"), format!("{:?}: {reason}", matcher.regex))
+    })
+}

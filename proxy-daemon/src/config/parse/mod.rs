@@ -1,0 +1,28 @@
+//! Envoy's messages -> [`model`](super::model).
+//!
+//! Two steps. [`support::check`] walks a message by its descriptor and refuses, with its full path, every field that is set and
+//! that the table of honoured fields does not list: what is not listed can never be accepted and ignored. The functions here
+//! then read the honoured fields.
+
+mod access_log;
+mod bootstrap;
+mod cluster;
+mod common;
+mod endpoint;
+mod http_connection_manager;
+mod interception;
+mod listener;
+mod matcher;
+mod retry;
+mod route;
+pub mod support;
+mod tcp_proxy;
+
+pub use bootstrap::{AdsServer, Bootstrap, bootstrap};
+pub use cluster::cluster;
+pub use endpoint::endpoints;
+pub use listener::listener;
+pub use route::route_config;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,234 @@
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use envoy_types::pb::envoy::config::{
+    core::v3::{HeaderValueOption, RoutingPriority},
+    route::v3::{
+        DirectResponseAction, RedirectAction as ProtoRedirect, Route as ProtoRoute, RouteAction as ProtoAction,
+        RouteConfiguration, VirtualHost as ProtoHost,
+        redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
+        route::Action,
+        route_action::{ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier},
+    },
+};
+use http::StatusCode;
+
+use super::{
+    common::{
+        Result, header_name, header_names, header_value, headers_to_add, inline_text, limit, number, port, required,
+    },
+    matcher::route_match,
+    retry::retry_policy,
+    support::{self, join},
+};
+use crate::config::{
+    FieldError,
+    model::{
+        ClusterChoice, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath, Route, RouteAction,
+        RouteConfig, VirtualHost, WeightedClusters,
+    },
+};
+
+/// A checked route configuration.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn route_config(config: &RouteConfiguration, path: &str) -> Result<RouteConfig> {
+    support::check(config, path)?;
+    routes(config, path)
+}
+
+/// The routes of a message that has been checked.
+pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteConfig> {
+    let mut domains = HashSet::new();
+    let parse = |(index, host): (usize, &ProtoHost)| {
+        virtual_host(host, &mut domains, &format!("{}[{index}]", join(path, "virtual_hosts")))
+    };
+    Ok(RouteConfig {
+        name: config.name.clone(),
+        virtual_hosts: config.virtual_hosts.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        headers: mutations(
+            (&config.request_headers_to_add, &config.request_headers_to_remove),
+            (&config.response_headers_to_add, &config.response_headers_to_remove),
+            path,
+        )?,
+        ignore_port_in_host_matching: config.ignore_port_in_host_matching,
+    })
+}
+
+type Edits<'a> = (&'a [HeaderValueOption], &'a [String]);
+
+fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<HeaderMutations> {
+    Ok(HeaderMutations {
+        request_remove: header_names(request.1, path, "request_headers_to_remove")?,
+        request_add: headers_to_add(request.0, path, "request_headers_to_add")?,
+        response_remove: header_names(response.1, path, "response_headers_to_remove")?,
+        response_add: headers_to_add(response.0, path, "response_headers_to_add")?,
+    })
+}
+
+fn virtual_host(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
+    let mut domains = Vec::with_capacity(host.domains.len());
+    for domain in &host.domains {
+        let domain = domain.to_ascii_lowercase();
+        if !seen.insert(domain.clone()) {
+            let text = if domain == "*" {
+                "Only a single wildcard domain is permitted".to_owned()
+            } else {
+                format!("Only unique values for domains are permitted. Duplicate entry of domain {domain}")
+            };
+            return Err(FieldError::new(join(path, "domains"), text));
+        }
+        domains.push(domain);
+    }
+    let parse =
+        |(index, item): (usize, &ProtoRoute)| Ok(Arc::new(route(item, &format!("{}[{index}]", join(path, "routes")))?));
+    let retry = host.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
+    Ok(VirtualHost {
+        name: host.name.clone(),
+        domains,
+        routes: host.routes.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        headers: mutations(
+            (&host.request_headers_to_add, &host.request_headers_to_remove),
+            (&host.response_headers_to_add, &host.response_headers_to_remove),
+            path,
+        )?,
+        retry_policy: retry.transpose()?.map(Arc::new),
+        include_request_attempt_count: host.include_request_attempt_count,
+        include_attempt_count_in_response: host.include_attempt_count_in_response,
+    })
+}
+
+fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
+    let rule = route.r#match.as_ref().ok_or_else(|| required(path, "match"))?;
+    let action = match &route.action {
+        Some(Action::Route(action)) => RouteAction::Forward(Box::new(forward(action, &join(path, "route"))?)),
+        Some(Action::Redirect(action)) => RouteAction::Redirect(Box::new(redirect(action, &join(path, "redirect"))?)),
+        Some(Action::DirectResponse(action)) => direct_response(action, &join(path, "direct_response"))?,
+        Some(_) => return Err(FieldError::unsupported(join(path, "action"))),
+        None => return Err(required(path, "route")),
+    };
+    Ok(Route {
+        name: route.name.clone(),
+        route_match: route_match(rule, &join(path, "match"))?,
+        action,
+        headers: mutations(
+            (&route.request_headers_to_add, &route.request_headers_to_remove),
+            (&route.response_headers_to_add, &route.response_headers_to_remove),
+            path,
+        )?,
+    })
+}
+
+fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
+    let cluster = match &action.cluster_specifier {
+        Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
+        Some(ClusterSpecifier::ClusterHeader(name)) => {
+            ClusterChoice::Header(header_name(name, &join(path, "cluster_header"))?)
+        }
+        Some(ClusterSpecifier::WeightedClusters(clusters)) => {
+            let path = join(path, "weighted_clusters");
+            let weights = clusters.clusters.iter().map(|cluster| (cluster.name.as_str(), number(cluster.weight, 0)));
+            let weighted = weighted(weights, &path)?;
+            #[expect(deprecated, reason = "where it is set, it must be the sum")]
+            let total = clusters.total_weight.map(|total| total.value);
+            if total.is_some_and(|total| total != weighted.total()) {
+                return Err(FieldError::new(join(&path, "total_weight"), "must be the sum of the weights"));
+            }
+            ClusterChoice::Weighted(weighted)
+        }
+        Some(_) => return Err(FieldError::unsupported(join(path, "cluster_specifier"))),
+        None => return Err(required(path, "cluster")),
+    };
+    let host_rewrite = match &action.host_rewrite_specifier {
+        Some(HostRewriteSpecifier::HostRewriteLiteral(host)) => {
+            HostRewrite::Literal(header_value(host, &join(path, "host_rewrite_literal"))?)
+        }
+        Some(HostRewriteSpecifier::AutoHostRewrite(auto)) if auto.value => HostRewrite::Auto,
+        _ => HostRewrite::None,
+    };
+    let status = match ClusterNotFoundResponseCode::try_from(action.cluster_not_found_response_code) {
+        Ok(ClusterNotFoundResponseCode::NotFound) => StatusCode::NOT_FOUND,
+        Ok(ClusterNotFoundResponseCode::InternalServerError) => StatusCode::INTERNAL_SERVER_ERROR,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let retry = action.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
+    let prefix_rewrite = Some(action.prefix_rewrite.as_str()).filter(|prefix| !prefix.is_empty());
+    Ok(ForwardAction {
+        cluster,
+        cluster_not_found_status: status,
+        timeout: limit(action.timeout, Some(Duration::from_secs(15)), path, "timeout")?,
+        idle_timeout: match action.idle_timeout {
+            None => None,
+            some => Some(limit(some, None, path, "idle_timeout")?),
+        },
+        retry_policy: retry.transpose()?.map(Arc::new),
+        prefix_rewrite: prefix_rewrite.map(Into::into),
+        host_rewrite,
+        high_priority: action.priority == RoutingPriority::High as i32,
+    })
+}
+
+/// Clusters by weight; those without any are never chosen.
+pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: &str) -> Result<WeightedClusters> {
+    let mut sum = 0_u32;
+    let mut cumulative = Vec::new();
+    for (name, weight) in weights.filter(|(_, weight)| *weight > 0) {
+        if name.is_empty() {
+            return Err(FieldError::new(join(path, "clusters"), "each cluster needs a name"));
+        }
+        sum = sum
+            .checked_add(weight)
+            .ok_or_else(|| FieldError::new(path, "the sum of weights must be below 4294967296"))?;
+        cumulative.push((sum, Arc::from(name)));
+    }
+    if cumulative.is_empty() {
+        return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
+    }
+    Ok(WeightedClusters { cumulative })
+}
+
+fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
+    let status = match RedirectResponseCode::try_from(action.response_code) {
+        Ok(RedirectResponseCode::Found) => StatusCode::FOUND,
+        Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,
+        Ok(RedirectResponseCode::TemporaryRedirect) => StatusCode::TEMPORARY_REDIRECT,
+        Ok(RedirectResponseCode::PermanentRedirect) => StatusCode::PERMANENT_REDIRECT,
+        _ => StatusCode::MOVED_PERMANENTLY,
+    };
+    let scheme = match &action.scheme_rewrite_specifier {
+        Some(SchemeRewriteSpecifier::HttpsRedirect(true)) => Some("https".into()),
+        Some(SchemeRewriteSpecifier::SchemeRedirect(scheme)) => Some(scheme.as_str().into()),
+        _ => None,
+    };
+    let rewrite = match &action.path_rewrite_specifier {
+        Some(PathRewriteSpecifier::PathRedirect(path)) => RedirectPath::Replace(path.as_str().into()),
+        Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => RedirectPath::PrefixRewrite(prefix.as_str().into()),
+        Some(_) => return Err(FieldError::unsupported(join(path, "path_rewrite_specifier"))),
+        None => RedirectPath::Keep,
+    };
+    let to_port = (action.port_redirect != 0).then(|| port(action.port_redirect, path, "port_redirect"));
+    Ok(RedirectAction {
+        status,
+        scheme,
+        host: Some(action.host_redirect.as_str()).filter(|host| !host.is_empty()).map(Into::into),
+        port: to_port.transpose()?,
+        path: rewrite,
+        strip_query: action.strip_query,
+    })
+}
+
+fn direct_response(action: &DirectResponseAction, path: &str) -> Result<RouteAction> {
+    let status = u16::try_from(action.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+    let status = status.filter(|status| (200..600).contains(&status.as_u16())).ok_or_else(|| {
+        FieldError::new(join(path, "status"), format!("{} is not a status from 200 to 599", action.status))
+    })?;
+    let body = match &action.body {
+        Some(source) => inline_text(source, &join(path, "body"))?,
+        None => Vec::new(),
+    };
+    if body.len() > 4096 {
+        let text = format!("response body size is {} bytes; maximum is 4096", body.len());
+        return Err(FieldError::new(join(path, "body"), text));
+    }
+    Ok(RouteAction::DirectResponse { status, body: body.into() })
+}

@@ -1,0 +1,417 @@
+//! Which fields of Envoy's API are honoured. docs/support.md is printed from this table.
+
+use culvert_xds_client::json;
+use prost::{Message, Name};
+use prost_reflect::{DynamicMessage, ReflectMessage, Value};
+
+use crate::{config::FieldError, http::filters};
+
+/// All fields of the message are honoured.
+const ALL: &[&str] = &["*"];
+
+/// Messages and their honoured fields. A message that is not here is refused wherever it is set.
+///
+/// Some listed fields have no effect of their own, here as in Envoy: names, metadata, `traffic_direction`.
+pub const HONOURED: &[(&str, &[&str])] = &[
+    // Bootstrap
+    (
+        "envoy.config.bootstrap.v3.Bootstrap",
+        &["node", "static_resources", "dynamic_resources", "admin", "bootstrap_extensions"],
+    ),
+    ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters"]),
+    ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", &["lds_config", "cds_config", "ads_config"]),
+    ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
+    ("envoy.config.core.v3.Node", &["id", "cluster", "metadata", "locality", "user_agent_name", "user_agent_version"]),
+    ("envoy.config.core.v3.TypedExtensionConfig", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.Pod", ALL),
+    // xDS
+    ("envoy.config.core.v3.ConfigSource", &["ads", "resource_api_version"]),
+    ("envoy.config.core.v3.AggregatedConfigSource", ALL),
+    (
+        "envoy.config.core.v3.ApiConfigSource",
+        &["api_type", "transport_api_version", "grpc_services", "set_node_on_first_message_only"],
+    ),
+    ("envoy.config.core.v3.GrpcService", &["envoy_grpc", "google_grpc", "timeout"]),
+    ("envoy.config.core.v3.GrpcService.EnvoyGrpc", &["cluster_name", "authority"]),
+    ("envoy.config.core.v3.GrpcService.GoogleGrpc", &["target_uri", "stat_prefix"]),
+    // Listeners
+    (
+        "envoy.config.listener.v3.Listener",
+        &[
+            "name",
+            "address",
+            "additional_addresses",
+            "stat_prefix",
+            "filter_chains",
+            "default_filter_chain",
+            "per_connection_buffer_limit_bytes",
+            "metadata",
+            "listener_filters",
+            "transparent",
+            "freebind",
+            "traffic_direction",
+            "access_log",
+            "tcp_backlog_size",
+        ],
+    ),
+    ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
+    ("envoy.config.listener.v3.ListenerFilter", &["name", "typed_config"]),
+    ("envoy.extensions.filters.listener.original_dst.v3.OriginalDst", ALL),
+    ("envoy.extensions.filters.listener.original_src.v3.OriginalSrc", &["mark"]),
+    (
+        "envoy.config.listener.v3.FilterChain",
+        &["name", "filter_chain_match", "filters", "metadata", "transport_socket"],
+    ),
+    (
+        "envoy.config.listener.v3.FilterChainMatch",
+        &[
+            "destination_port",
+            "prefix_ranges",
+            "direct_source_prefix_ranges",
+            "source_type",
+            "source_prefix_ranges",
+            "source_ports",
+            "transport_protocol",
+        ],
+    ),
+    ("envoy.config.listener.v3.Filter", &["name", "typed_config"]),
+    ("envoy.config.core.v3.TransportSocket", &["name", "typed_config"]),
+    ("envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer", ALL),
+    ("envoy.config.core.v3.Address", &["socket_address", "pipe"]),
+    ("envoy.config.core.v3.SocketAddress", &["protocol", "address", "port_value", "ipv4_compat"]),
+    ("envoy.config.core.v3.Pipe", &["path"]),
+    ("envoy.config.core.v3.CidrRange", ALL),
+    ("envoy.config.core.v3.Metadata", ALL),
+    ("envoy.config.core.v3.Locality", ALL),
+    // Network filters
+    (
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+        &[
+            "stat_prefix",
+            "cluster",
+            "weighted_clusters",
+            "idle_timeout",
+            "access_log",
+            "max_connect_attempts",
+            "max_downstream_connection_duration",
+        ],
+    ),
+    ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster", ALL),
+    ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight", &["name", "weight"]),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        &[
+            "codec_type",
+            "stat_prefix",
+            "rds",
+            "route_config",
+            "http_filters",
+            "common_http_protocol_options",
+            "http2_protocol_options",
+            "server_name",
+            "server_header_transformation",
+            "max_request_headers_kb",
+            "stream_idle_timeout",
+            "request_timeout",
+            "request_headers_timeout",
+            "drain_timeout",
+            "access_log",
+            "use_remote_address",
+            "xff_num_trusted_hops",
+            "internal_address_config",
+            "skip_xff_append",
+            "via",
+            "generate_request_id",
+            "preserve_external_request_id",
+            "always_set_request_id_in_response",
+            "normalize_path",
+            "merge_slashes",
+        ],
+    ),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.Rds", ALL),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter", &["name", "typed_config"]),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig",
+        &["cidr_ranges"],
+    ),
+    (
+        "envoy.config.core.v3.HttpProtocolOptions",
+        &["idle_timeout", "max_connection_duration", "max_headers_count", "max_requests_per_connection"],
+    ),
+    ("envoy.config.core.v3.Http1ProtocolOptions", &[]),
+    (
+        "envoy.config.core.v3.Http2ProtocolOptions",
+        &["max_concurrent_streams", "initial_stream_window_size", "initial_connection_window_size"],
+    ),
+    // Access logs
+    ("envoy.config.accesslog.v3.AccessLog", &["name", "typed_config"]),
+    ("envoy.extensions.access_loggers.file.v3.FileAccessLog", &["path", "format", "log_format"]),
+    ("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", &["log_format"]),
+    ("envoy.extensions.access_loggers.stream.v3.StderrAccessLog", &["log_format"]),
+    ("envoy.config.core.v3.SubstitutionFormatString", &["text_format", "text_format_source"]),
+    ("envoy.config.core.v3.DataSource", &["inline_string", "inline_bytes"]),
+    // Routes
+    (
+        "envoy.config.route.v3.RouteConfiguration",
+        &[
+            "name",
+            "virtual_hosts",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "validate_clusters",
+            "ignore_port_in_host_matching",
+            "metadata",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.VirtualHost",
+        &[
+            "name",
+            "domains",
+            "routes",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+            "include_request_attempt_count",
+            "include_attempt_count_in_response",
+            "retry_policy",
+            "metadata",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.Route",
+        &[
+            "name",
+            "match",
+            "route",
+            "redirect",
+            "direct_response",
+            "metadata",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+        ],
+    ),
+    (
+        "envoy.config.route.v3.RouteMatch",
+        &[
+            "prefix",
+            "path",
+            "safe_regex",
+            "path_separated_prefix",
+            "case_sensitive",
+            "headers",
+            "query_parameters",
+            "grpc",
+        ],
+    ),
+    ("envoy.config.route.v3.RouteMatch.GrpcRouteMatchOptions", ALL),
+    ("envoy.config.route.v3.HeaderMatcher", ALL),
+    ("envoy.config.route.v3.QueryParameterMatcher", ALL),
+    ("envoy.type.matcher.v3.StringMatcher", &["exact", "prefix", "suffix", "contains", "safe_regex", "ignore_case"]),
+    ("envoy.type.matcher.v3.RegexMatcher", &["regex", "google_re2"]),
+    ("envoy.type.matcher.v3.RegexMatcher.GoogleRE2", &[]),
+    ("envoy.type.v3.Int64Range", ALL),
+    (
+        "envoy.config.route.v3.RouteAction",
+        &[
+            "cluster",
+            "cluster_header",
+            "weighted_clusters",
+            "cluster_not_found_response_code",
+            "prefix_rewrite",
+            "host_rewrite_literal",
+            "auto_host_rewrite",
+            "timeout",
+            "idle_timeout",
+            "retry_policy",
+            "priority",
+        ],
+    ),
+    ("envoy.config.route.v3.WeightedCluster", &["clusters", "total_weight"]),
+    ("envoy.config.route.v3.WeightedCluster.ClusterWeight", &["name", "weight"]),
+    (
+        "envoy.config.route.v3.RedirectAction",
+        &[
+            "https_redirect",
+            "scheme_redirect",
+            "host_redirect",
+            "port_redirect",
+            "path_redirect",
+            "prefix_rewrite",
+            "response_code",
+            "strip_query",
+        ],
+    ),
+    ("envoy.config.route.v3.DirectResponseAction", &["status", "body"]),
+    (
+        "envoy.config.route.v3.RetryPolicy",
+        &["retry_on", "num_retries", "per_try_timeout", "retriable_status_codes", "retry_back_off"],
+    ),
+    ("envoy.config.route.v3.RetryPolicy.RetryBackOff", ALL),
+    ("envoy.config.core.v3.HeaderValueOption", &["header", "append", "append_action"]),
+    ("envoy.config.core.v3.HeaderValue", &["key", "value"]),
+    // Clusters
+    (
+        "envoy.config.cluster.v3.Cluster",
+        &[
+            "name",
+            "alt_stat_name",
+            "type",
+            "eds_cluster_config",
+            "connect_timeout",
+            "per_connection_buffer_limit_bytes",
+            "lb_policy",
+            "load_assignment",
+            "max_requests_per_connection",
+            "circuit_breakers",
+            "http2_protocol_options",
+            "typed_extension_protocol_options",
+            "dns_refresh_rate",
+            "dns_lookup_family",
+            "cleanup_interval",
+            "transport_socket",
+            "metadata",
+            "upstream_connection_options",
+            "least_request_lb_config",
+            "original_dst_lb_config",
+        ],
+    ),
+    ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),
+    ("envoy.config.cluster.v3.Cluster.LeastRequestLbConfig", &["choice_count"]),
+    (
+        "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig",
+        &["use_http_header", "http_header_name", "upstream_port_override"],
+    ),
+    ("envoy.config.cluster.v3.CircuitBreakers", &["thresholds"]),
+    (
+        "envoy.config.cluster.v3.CircuitBreakers.Thresholds",
+        &["priority", "max_connections", "max_pending_requests", "max_requests", "max_retries"],
+    ),
+    ("envoy.config.cluster.v3.UpstreamConnectionOptions", &["tcp_keepalive"]),
+    ("envoy.config.core.v3.TcpKeepalive", ALL),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        &["common_http_protocol_options", "explicit_http_config", "use_downstream_protocol_config"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",
+        &["http_protocol_options", "http2_protocol_options"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.UseDownstreamHttpConfig",
+        &["http_protocol_options", "http2_protocol_options"],
+    ),
+    // Endpoints
+    ("envoy.config.endpoint.v3.ClusterLoadAssignment", &["cluster_name", "endpoints"]),
+    (
+        "envoy.config.endpoint.v3.LocalityLbEndpoints",
+        &["locality", "metadata", "lb_endpoints", "load_balancing_weight", "priority"],
+    ),
+    ("envoy.config.endpoint.v3.LbEndpoint", &["endpoint", "health_status", "metadata", "load_balancing_weight"]),
+    ("envoy.config.endpoint.v3.Endpoint", &["address", "hostname"]),
+];
+
+/// The honoured fields of a message, by its full name; `None` where it is not honoured at all.
+fn honoured(message: &str) -> Option<&'static [&'static str]> {
+    HONOURED.iter().find(|(name, _)| *name == message).map(|(_, fields)| *fields)
+}
+
+/// Refuses the first field that is set and not honoured.
+///
+/// # Errors
+/// The field's full path, below `path`.
+pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldError> {
+    let descriptor = json::pool()
+        .get_message_by_name(&M::full_name())
+        .ok_or_else(|| FieldError::new(path, format!("{} has no descriptor", M::full_name())))?;
+    let mut dynamic = DynamicMessage::new(descriptor);
+    dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
+    walk(&dynamic, path)
+}
+
+fn walk(message: &DynamicMessage, path: &str) -> Result<(), FieldError> {
+    let descriptor = message.descriptor();
+    let name = descriptor.full_name();
+    if name == "google.protobuf.Any" {
+        return walk_any(message, path);
+    }
+    if name.starts_with("google.protobuf.") {
+        return Ok(());
+    }
+    let Some(fields) = honoured(name) else { return Err(FieldError::unsupported(path)) };
+    for (field, value) in message.fields() {
+        let path = join(path, field.name());
+        if fields != ALL && !fields.contains(&field.name()) {
+            return Err(FieldError::unsupported(path));
+        }
+        match value {
+            Value::Message(inner) => walk(inner, &path)?,
+            Value::List(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    if let Value::Message(inner) = item {
+                        walk(inner, &format!("{path}[{index}]"))?;
+                    }
+                }
+            }
+            Value::Map(entries) => {
+                for (key, item) in entries {
+                    if let Value::Message(inner) = item {
+                        let key = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
+                        walk(inner, &format!("{path}[\"{key}\"]"))?;
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn walk_any(any: &DynamicMessage, path: &str) -> Result<(), FieldError> {
+    let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
+    let type_url = text("type_url").unwrap_or_default();
+    let name = type_url.rsplit('/').next().unwrap_or_default();
+    // An HTTP filter's own parser knows its fields.
+    if filters::REGISTRY.iter().any(|filter| filter.type_name == name) {
+        return Ok(());
+    }
+    let Some(descriptor) = json::pool().get_message_by_name(name).filter(|_| honoured(name).is_some()) else {
+        return Err(FieldError::new(path, format!("type {name} is not supported by culvert yet")));
+    };
+    let value = any.get_field_by_name("value");
+    let bytes = value.as_ref().and_then(|value| value.as_bytes()).cloned().unwrap_or_default();
+    let inner = DynamicMessage::decode(descriptor, bytes).map_err(|error| FieldError::new(path, error.to_string()))?;
+    walk(&inner, path)
+}
+
+/// `path.field`, or `field` at the top.
+pub(super) fn join(path: &str, field: &str) -> String {
+    if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_listed_message_and_field_exists() {
+        for (name, fields) in HONOURED {
+            let message = json::pool().get_message_by_name(name).unwrap_or_else(|| panic!("no message {name}"));
+            for field in fields.iter().filter(|field| **field != "*") {
+                assert!(message.get_field_by_name(field).is_some(), "{name} has no field {field}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_message_is_listed_twice() {
+        let names: std::collections::BTreeSet<_> = HONOURED.iter().map(|(name, _)| name).collect();
+        assert_eq!(names.len(), HONOURED.len());
+    }
+}

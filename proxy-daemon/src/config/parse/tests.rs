@@ -1,0 +1,1 @@
+//! Configuration in, model or error out.

@@ -1,0 +1,259 @@
+//! `culvertd`: flags, start-up, signals. What it does is in the library.
+
+use std::{
+    process::ExitCode,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use culvert_proxy_daemon::{
+    admin::{self, AdminState, ServerState, SharedState},
+    bootstrap::{
+        Flags,
+        flags::{LogLevel, Mode},
+        load,
+    },
+    config::{
+        parse::Bootstrap,
+        store::{Applier, ConfigStore},
+    },
+    intercept::Interception,
+    runtime::{DataPlane, Options},
+    stats,
+};
+use culvert_xds_client::{
+    ads::Variant,
+    grpc::{self, AdsConfig},
+    json,
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::Notify,
+};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    if flags.version {
+        println!("culvertd  version: {}", admin::version());
+        return ExitCode::SUCCESS;
+    }
+    match start(&flags) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("culvertd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type LogControl = Box<dyn Fn(Option<LevelFilter>) -> LevelFilter + Send + Sync>;
+
+fn start(flags: &Flags) -> Result<()> {
+    let log_level = start_logging(flags)?;
+    let (message, bootstrap) = load(flags)?;
+    if flags.mode == Mode::Validate {
+        println!("configuration OK");
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("cannot start the control thread")?;
+    runtime.block_on(serve(flags, json::to_json(&message), bootstrap, log_level))
+}
+
+fn start_logging(flags: &Flags) -> Result<LogControl> {
+    let (filter, handle) = reload::Layer::new(flags.log_level.filter());
+    let registry = tracing_subscriber::registry().with(filter);
+    match &flags.log_path {
+        Some(path) => {
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            let file = file.with_context(|| format!("--log-path {}", path.display()))?;
+            registry.with(tracing_subscriber::fmt::layer().with_ansi(false).with_writer(Mutex::new(file))).init();
+        }
+        None => {
+            let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            registry.with(tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(std::io::stderr)).init();
+        }
+    }
+    Ok(Box::new(move |level| {
+        if let Some(level) = level {
+            // Fails only when the subscriber is gone, and then nothing is logged anyway.
+            let _ = handle.modify(|filter| *filter = level);
+        }
+        handle.with_current(|filter| *filter).unwrap_or(LogLevel::Off.filter())
+    }))
+}
+
+async fn serve(
+    flags: &Flags,
+    bootstrap_json: serde_json::Value,
+    mut bootstrap: Bootstrap,
+    log_level: LogControl,
+) -> Result<()> {
+    let (started, started_at) = (Instant::now(), SystemTime::now());
+    let mut signals = Signals::new()?;
+    let workers = flags.workers();
+    let interception = match bootstrap.interception.take() {
+        Some(config) => {
+            let listener = config.outbound_listener.clone();
+            Some((Interception::start(config, workers).context("interception")?, listener))
+        }
+        None => None,
+    };
+    let plane = DataPlane::start(Options { workers, interception }).context("cannot start the workers")?;
+    let result = run(flags, &bootstrap_json, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
+    drain(flags, &plane, &mut signals).await;
+    // Joins threads: not on a thread that must not block.
+    let stopping = plane.clone();
+    tokio::task::spawn_blocking(move || stopping.stop()).await.context("cannot stop the workers")?;
+    result
+}
+
+async fn run(
+    flags: &Flags,
+    bootstrap_json: &serde_json::Value,
+    bootstrap: Bootstrap,
+    log_level: LogControl,
+    plane: &DataPlane,
+    signals: &mut Signals,
+    (started, started_at): (Instant, SystemTime),
+) -> Result<()> {
+    let state = SharedState::new();
+    let shutdown = Arc::new(Notify::new());
+    let store = ConfigStore::new(Applier::new(plane.clone()));
+
+    if let Some(address) = bootstrap.admin {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.with_context(|| format!("admin.address: cannot bind {address}"))?;
+        let bound = listener.local_addr().context("admin.address")?;
+        if let Some(path) = &flags.admin_address_path {
+            std::fs::write(path, bound.to_string())
+                .with_context(|| format!("--admin-address-path {}", path.display()))?;
+        }
+        tracing::info!(address = %bound, "admin interface listens");
+        let (dump, kernel) = (store.clone(), plane.clone());
+        let bootstrap_json = bootstrap_json.clone();
+        let node = bootstrap_json["node"].clone();
+        let admin = AdminState {
+            data_plane: plane.clone(),
+            started,
+            concurrency: flags.workers(),
+            state: state.clone(),
+            options: flags.to_json(),
+            node,
+            config_dump: Box::new(move || dump.config_dump(&bootstrap_json, started_at)),
+            log_level,
+            shutdown: Arc::clone(&shutdown),
+            drain_time: Duration::from_secs(u64::from(flags.drain_time_s)),
+            extra_stats: vec![Box::new(move || {
+                kernel.kernel_counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+            })],
+        };
+        tokio::spawn(admin::run(admin, listener));
+    }
+
+    for cluster in bootstrap.clusters {
+        plane.upsert_cluster(cluster);
+    }
+    for listener in bootstrap.listeners {
+        let name = Arc::clone(&listener.name);
+        if let Err(error) = plane.upsert_listener(Arc::new(listener)).await {
+            bail!("listener {name:?}: {error}");
+        }
+    }
+    if let Some(server) = bootstrap.ads {
+        let interests =
+            [(bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (bootstrap.lds, "envoy.config.listener.v3.Listener")];
+        let config = AdsConfig {
+            endpoints: server.endpoints,
+            authority: server.authority,
+            variant: if server.delta { Variant::Delta } else { Variant::Sotw },
+            node: bootstrap.node,
+            connect_timeout: server.connect_timeout,
+            wildcards: interests
+                .into_iter()
+                .filter(|(wanted, _)| *wanted)
+                .map(|(_, name)| format!("type.googleapis.com/{name}"))
+                .collect(),
+        };
+        state.set(ServerState::Initializing);
+        tokio::spawn(store.clone().end_warming());
+        tokio::spawn(grpc::run(config, store.clone()));
+        tokio::select! {
+            () = initialized(&store) => {}
+            () = signals.stop() => return Ok(()),
+            () = shutdown.notified() => return Ok(()),
+        }
+    }
+    state.set(ServerState::Live);
+    stats::gauge("server.live").set(1);
+    tracing::info!(workers = flags.workers(), "all configuration is in force: serving");
+    if flags.mode == Mode::InitOnly {
+        return Ok(());
+    }
+    tokio::select! {
+        () = signals.stop() => {}
+        () = shutdown.notified() => {}
+    }
+    state.set(ServerState::Draining);
+    stats::gauge("server.live").set(0);
+    Ok(())
+}
+
+/// Waits for the control plane's first answers.
+async fn initialized(store: &ConfigStore) {
+    let mut tick = tokio::time::interval(Duration::from_millis(5));
+    while !store.is_initialized() {
+        tick.tick().await;
+    }
+}
+
+/// Lets connections finish, for at most `--drain-time-s`, or until a second signal.
+async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
+    plane.drain_listeners().await;
+    let limit = Duration::from_secs(u64::from(flags.drain_time_s));
+    let finished = async {
+        let mut tick = tokio::time::interval(Duration::from_millis(10));
+        while plane.connections() > 0 {
+            tick.tick().await;
+        }
+    };
+    if plane.connections() > 0 {
+        tracing::info!(connections = plane.connections(), limit = ?limit, "draining; a second signal ends it");
+    }
+    tokio::select! {
+        () = finished => {}
+        () = tokio::time::sleep(limit) => tracing::warn!(connections = plane.connections(), "drain time is over"),
+        () = signals.stop() => tracing::warn!(connections = plane.connections(), "told twice: not waiting any longer"),
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Signals> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
