@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{
-    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbConfig, LbPolicy, OriginalDstLbConfig,
+    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy,
 };
 use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
 use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
@@ -22,7 +22,7 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 };
 use envoy_types::pb::google::protobuf::{Any, Duration};
 
-use super::{ORIGINAL_DST_CLUSTER, ProxyKind, pack};
+use super::{ORIGINAL_DST_CLUSTER, pack};
 use crate::mesh::{Health, Mesh, Protocol, cluster_name};
 
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -48,8 +48,8 @@ pub(super) fn socket_address(address: std::net::IpAddr, port: u16, ipv4_compat: 
     }
 }
 
-pub(super) fn clusters(mesh: &Mesh, kind: ProxyKind) -> Vec<(String, Cluster)> {
-    let mut clusters = vec![(ORIGINAL_DST_CLUSTER.to_owned(), original_dst(kind))];
+pub(super) fn clusters(mesh: &Mesh) -> Vec<(String, Cluster)> {
+    let mut clusters = vec![(ORIGINAL_DST_CLUSTER.to_owned(), original_dst())];
     for (key, service) in &mesh.services {
         for (port, described) in &service.ports {
             let name = cluster_name(key, *port);
@@ -68,16 +68,14 @@ pub(super) fn clusters(mesh: &Mesh, kind: ProxyKind) -> Vec<(String, Cluster)> {
     clusters
 }
 
-/// Connects to the destination that the client chose. Only a Culvert proxy may be told another one by header: its
-/// override filter removes that header from what comes in, Envoy passes it on.
-fn original_dst(kind: ProxyKind) -> Cluster {
-    let by_header = OriginalDstLbConfig { use_http_header: true, ..Default::default() };
+/// Connects to the destination that the client chose, or that an override names. Never by header: whoever could set
+/// one would reach anything.
+fn original_dst() -> Cluster {
     Cluster {
         name: ORIGINAL_DST_CLUSTER.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
         connect_timeout: Some(CONNECT_TIMEOUT),
         lb_policy: LbPolicy::ClusterProvided.into(),
-        lb_config: (kind == ProxyKind::Culvert).then_some(LbConfig::OriginalDstLbConfig(by_header)),
         // A destination that nothing is known about speaks what its client speaks.
         typed_extension_protocol_options: http_options(UpstreamProtocolOptions::UseDownstreamProtocolConfig(
             UseDownstreamHttpConfig {

@@ -125,21 +125,22 @@ impl Snapshot {
     /// Builds all resources of a mesh.
     #[must_use]
     pub fn build(mesh: Arc<Mesh>, options: &Options) -> Self {
-        let set = |kind| {
-            let cluster = TypeResources::new(type_url::CLUSTER, clusters::clusters(&mesh, kind));
-            let listener = TypeResources::new(type_url::LISTENER, listeners::listeners(&mesh, options, kind));
-            [(type_url::CLUSTER, Arc::new(cluster)), (type_url::LISTENER, Arc::new(listener))]
-        };
+        fn of_type<M: Message>(
+            type_url: &'static str,
+            messages: Vec<(String, M)>,
+        ) -> (&'static str, Arc<TypeResources>) {
+            (type_url, Arc::new(TypeResources::new(type_url, messages)))
+        }
         let shared = [
-            (type_url::ENDPOINT, Arc::new(TypeResources::new(type_url::ENDPOINT, clusters::load_assignments(&mesh)))),
-            (type_url::ROUTE, Arc::new(TypeResources::new(type_url::ROUTE, routes::route_configurations(&mesh)))),
-            (
-                type_url::OFFLOADED_SERVICE,
-                Arc::new(TypeResources::new(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh))),
-            ),
+            of_type(type_url::CLUSTER, clusters::clusters(&mesh)),
+            of_type(type_url::ENDPOINT, clusters::load_assignments(&mesh)),
+            of_type(type_url::ROUTE, routes::route_configurations(&mesh)),
+            of_type(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh)),
         ];
-        let [culvert, foreign] = [ProxyKind::Culvert, ProxyKind::Foreign]
-            .map(|kind| ResourceSet { types: set(kind).into_iter().chain(shared.clone()).collect() });
+        let [culvert, foreign] = [ProxyKind::Culvert, ProxyKind::Foreign].map(|kind| {
+            let listeners = of_type(type_url::LISTENER, listeners::listeners(&mesh, options, kind));
+            ResourceSet { types: shared.iter().cloned().chain([listeners]).collect() }
+        });
         Self { mesh, culvert, foreign }
     }
 

@@ -1,0 +1,68 @@
+//! A GET over plain HTTP: all that the status pages need.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+
+/// How long connecting, and any one read or write, may take.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// The largest response that is read, in bytes.
+const MAX_RESPONSE: u64 = 256 * 1024 * 1024;
+
+/// Fetches `path` from the server at `base`, for example `http://127.0.0.1:18001`.
+///
+/// # Errors
+/// When the server cannot be reached or does not answer with 200.
+pub fn get(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+    let authority = match base.split_once("://") {
+        Some(("http", rest)) => rest,
+        Some((scheme, _)) => bail!("`{scheme}` URLs are not supported, only http"),
+        None => base,
+    };
+    let authority = authority.trim_end_matches('/');
+    ensure!(!authority.is_empty() && !authority.contains('/'), "`{base}` is not of the form http://HOST:PORT");
+    let port = if has_port(authority) { String::new() } else { ":80".to_owned() };
+    let mut last = None;
+    for address in
+        format!("{authority}{port}").to_socket_addrs().with_context(|| format!("cannot resolve {authority}"))?
+    {
+        match TcpStream::connect_timeout(&address, TIMEOUT) {
+            Ok(connection) => return exchange(connection, authority, path),
+            Err(error) => last = Some(error),
+        }
+    }
+    match last {
+        Some(error) => Err(error).with_context(|| format!("cannot connect to {authority}")),
+        None => bail!("{authority} has no address"),
+    }
+}
+
+fn has_port(authority: &str) -> bool {
+    // In an IPv6 address without a port, the last colon is inside of the brackets.
+    authority.rsplit_once(':').is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))
+}
+
+fn exchange(mut connection: TcpStream, authority: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+    connection.set_read_timeout(Some(TIMEOUT))?;
+    connection.set_write_timeout(Some(TIMEOUT))?;
+    // HTTP/1.0: the body ends with the connection, without chunks.
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\nAccept: */*\r\n\r\n");
+    connection.write_all(request.as_bytes()).with_context(|| format!("writing to {authority}"))?;
+    let mut response = Vec::new();
+    connection.take(MAX_RESPONSE).read_to_end(&mut response).with_context(|| format!("reading from {authority}"))?;
+    let end = response.windows(4).position(|window| window == b"\r\n\r\n");
+    let end = end.with_context(|| format!("{authority} does not speak HTTP"))?;
+    let head = String::from_utf8_lossy(&response[..end]).into_owned();
+    let body = response.split_off(end + 4);
+    let status = head.split_whitespace().nth(1).unwrap_or_default();
+    let text = String::from_utf8_lossy(&body[..body.len().min(200)]).trim().to_owned();
+    ensure!(status == "200", "{authority} answered {path} with {status}: {text}");
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
+    });
+    ensure!(length.is_none_or(|length| length == body.len()), "{authority} ended its answer to {path} too early");
+    Ok(body)
+}

@@ -1,0 +1,208 @@
+//! `culvert status`: what discovery knows, as tables.
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use serde_json::Value;
+
+use crate::http;
+
+/// Flags of `culvert status`.
+#[derive(Debug, Args)]
+pub struct Flags {
+    /// The status address of culvert-discovery (its --http)
+    #[arg(long, value_name = "URL", env = "CULVERT_DISCOVERY", default_value = "http://127.0.0.1:18001")]
+    discovery: String,
+
+    /// How to print it
+    #[arg(long, default_value = "text")]
+    output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// Tables
+    #[value(alias = "plain")]
+    Text,
+    /// The status document as it is
+    Json,
+}
+
+/// Fetches and formats the status.
+///
+/// # Errors
+/// When discovery cannot be asked.
+pub fn run(flags: &Flags) -> anyhow::Result<String> {
+    let body = http::get(&flags.discovery, "/status").with_context(|| {
+        format!("no status from {}; is culvert-discovery running with --http at that address?", flags.discovery)
+    })?;
+    let status: Value = serde_json::from_slice(&body)
+        .with_context(|| format!("{} is not the status page of culvert-discovery", flags.discovery))?;
+    Ok(match flags.output {
+        Output::Json => format!("{status:#}\n"),
+        Output::Text => tables(&status),
+    })
+}
+
+fn tables(status: &Value) -> String {
+    let mut text = String::new();
+    section(
+        &mut text,
+        "CLUSTERS",
+        clusters(status),
+        &["NAME", "REGION", "ZONE", "SERVICES", "PODS", "SOURCE", "STATE"],
+    );
+    section(
+        &mut text,
+        "SERVICES",
+        services(status),
+        &["ENVOY CLUSTER", "PROTOCOL", "ADDRESSES", "ENDPOINTS", "CLUSTERS"],
+    );
+    section(&mut text, "OFFLOADED", offloaded(status), &["SERVICE", "REVISION", "ADDRESS", "POD", "CLUSTER"]);
+    section(&mut text, "PROXIES", proxies(status), &["NODE", "PEER", "AGENT", "VARIANT", "STATE"]);
+    let problems = problems(status);
+    if !problems.is_empty() {
+        text.push_str("\nPROBLEMS\n");
+        for problem in problems {
+            text.push_str(&format!("  {problem}\n"));
+        }
+    }
+    text
+}
+
+fn clusters(status: &Value) -> Vec<Vec<String>> {
+    let row = |cluster: &Value| {
+        let source = &cluster["source"];
+        let state = if source["stale"] == true {
+            "stale".to_owned()
+        } else {
+            match list(&source["file_errors"]).len() {
+                0 => "ok".to_owned(),
+                1 => "1 bad file".to_owned(),
+                bad => format!("{bad} bad files"),
+            }
+        };
+        let mut row: Vec<_> = ["name", "region", "zone", "services", "pods"].map(|key| cell(&cluster[key])).into();
+        row.extend([cell(&source["location"]), state]);
+        row
+    };
+    list(&status["clusters"]).iter().map(row).collect()
+}
+
+fn services(status: &Value) -> Vec<Vec<String>> {
+    let row = |service: &Value| {
+        let endpoints = list(&service["endpoints"]);
+        let draining = endpoints.iter().filter(|endpoint| endpoint["health"] == "draining").count();
+        let count = match draining {
+            0 => endpoints.len().to_string(),
+            _ => format!("{} (+{draining} draining)", endpoints.len() - draining),
+        };
+        let [name, protocol] = ["envoy_cluster", "protocol"].map(|key| cell(&service[key]));
+        vec![name, protocol, joined(&service["vips"]), count, joined(&service["clusters"])]
+    };
+    list(&status["services"]).iter().map(row).collect()
+}
+
+fn offloaded(status: &Value) -> Vec<Vec<String>> {
+    let rows = |service: &Value| {
+        let name = cell(&service["envoy_cluster"]);
+        let row = move |endpoint: &Value| {
+            let mut row = vec![name.clone()];
+            row.extend(["revision", "address", "pod", "cluster"].map(|key| cell(&endpoint[key])));
+            row
+        };
+        list(&service["offloaded"]).iter().map(row).collect::<Vec<_>>()
+    };
+    list(&status["services"]).iter().flat_map(rows).collect()
+}
+
+fn proxies(status: &Value) -> Vec<Vec<String>> {
+    let row = |client: &Value| {
+        let types: Vec<&Value> = client["types"].as_object().map(|types| types.values().collect()).unwrap_or_default();
+        // A rejection that a later version has made up for is history.
+        let rejected = |status: &&&Value| status["nack"]["version"] == status["sent"] && !status["nack"].is_null();
+        let state = if types.iter().any(|status| rejected(&status)) {
+            "rejected the newest configuration"
+        } else if types.iter().all(|status| status["sent"] == status["acked"]) {
+            "in sync"
+        } else {
+            "has not answered yet"
+        };
+        let mut row: Vec<_> = ["node", "peer", "user_agent", "variant"].map(|key| cell(&client[key])).into();
+        row.push(state.to_owned());
+        row
+    };
+    list(&status["clients"]).iter().map(row).collect()
+}
+
+fn problems(status: &Value) -> Vec<String> {
+    let mut problems = Vec::new();
+    for cluster in list(&status["clusters"]) {
+        let (name, source) = (cell(&cluster["name"]), &cluster["source"]);
+        if let Some(error) = source["error"].as_str() {
+            problems.push(format!("cluster {name}: {error}; its last objects stay in force"));
+        }
+        for file in list(&source["file_errors"]) {
+            let kept = if file["last_good_in_force"] == true {
+                "the last good version stays in force"
+            } else {
+                "not in force"
+            };
+            problems.push(format!("{}: {} ({kept})", cell(&file["file"]), cell(&file["error"])));
+        }
+        problems.extend(list(&source["warnings"]).iter().map(cell));
+    }
+    problems.extend(list(&status["warnings"]).iter().map(cell));
+    for client in list(&status["clients"]) {
+        for (type_url, state) in client["types"].as_object().into_iter().flatten() {
+            if !state["nack"].is_null() {
+                let kind = type_url.rsplit('.').next().unwrap_or(type_url);
+                let (version, reason) = (cell(&state["nack"]["version"]), cell(&state["nack"]["reason"]));
+                problems.push(format!("{} rejected {kind} version {version}: {reason}", cell(&client["node"])));
+            }
+        }
+    }
+    problems
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map(Vec::as_slice).unwrap_or_default()
+}
+
+/// A value as the text of a cell; what is empty or missing is a dash.
+fn cell(value: &Value) -> String {
+    match value {
+        Value::String(text) if !text.is_empty() => text.clone(),
+        Value::Number(number) => number.to_string(),
+        _ => "-".to_owned(),
+    }
+}
+
+fn joined(value: &Value) -> String {
+    let parts: Vec<_> = list(value).iter().map(cell).collect();
+    if parts.is_empty() { "-".to_owned() } else { parts.join(",") }
+}
+
+fn section(text: &mut String, title: &str, rows: Vec<Vec<String>>, columns: &[&str]) {
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    text.push_str(title);
+    if rows.is_empty() {
+        text.push_str(": none\n");
+        return;
+    }
+    text.push('\n');
+    let mut rows = rows;
+    rows.insert(0, columns.iter().map(|column| (*column).to_owned()).collect());
+    let width =
+        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..columns.len()).map(width).collect();
+    for row in rows {
+        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text.push_str(&format!("  {}\n", cells.join("  ").trim_end()));
+    }
+}
+
+#[cfg(test)]
+#[path = "status_tests.rs"]
+mod tests;
