@@ -1,7 +1,13 @@
 //! The checked configuration of interception.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
+
+use culvert_proxy_ebpf::{MAX_EXCLUDED_RANGES, MAX_PODS};
+use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::{
+    Interception as Message, interception as message,
+};
 
 /// What happens to an enrolled pod's new connections while no daemon serves them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -83,6 +89,150 @@ impl Default for InterceptionConfig {
             force_clsact: false,
         }
     }
+}
+
+/// A field's path within the message, and what is wrong with it.
+type FieldError = (String, String);
+
+impl InterceptionConfig {
+    /// Checks the bootstrap extension's message. The error is a field's path within the message and what is wrong with it.
+    pub fn from_proto(proto: &Message) -> Result<Self, FieldError> {
+        // Every field is named, so that a new one cannot be forgotten here.
+        let Message {
+            interfaces,
+            uplinks,
+            pods,
+            excluded_ports,
+            excluded_ranges,
+            failure_policy,
+            outbound_listener,
+            shortcut_cgroup,
+            mark,
+            route_table,
+            pin_path,
+        } = proto;
+        let default = Self::default();
+        if interfaces.is_empty() {
+            return Err(("interfaces".to_owned(), "at least one name or glob is needed, such as `veth*`".to_owned()));
+        }
+        let failure_policy = policy(*failure_policy, "failure_policy")?;
+        Ok(Self {
+            interfaces: patterns(interfaces, "interfaces")?,
+            uplinks: patterns(uplinks, "uplinks")?,
+            pods: enrolled(pods, failure_policy)?,
+            excluded_ports: excluded_ports
+                .iter()
+                .enumerate()
+                .map(|(index, port)| {
+                    let port = u16::try_from(*port).ok().filter(|port| *port != 0);
+                    port.ok_or_else(|| at("excluded_ports", index, "a TCP port is a number from 1 to 65535"))
+                })
+                .collect::<Result<_, _>>()?,
+            excluded_ranges: ranges(excluded_ranges)?,
+            outbound_listener: non_empty(outbound_listener).unwrap_or(default.outbound_listener),
+            shortcut_cgroup: non_empty(shortcut_cgroup)
+                .map(|path| absolute(&path).map_err(|reason| ("shortcut_cgroup".to_owned(), reason)))
+                .transpose()?,
+            mark: if *mark == 0 { default.mark } else { *mark },
+            route_table: match *route_table {
+                0 => default.route_table,
+                // default, main, local
+                253..=255 => {
+                    let reason = format!("{route_table} is one of the kernel's own tables; choose another");
+                    return Err(("route_table".to_owned(), reason));
+                }
+                table => table,
+            },
+            pin_path: match non_empty(pin_path) {
+                Some(path) => pinnable(&path).map_err(|reason| ("pin_path".to_owned(), reason))?,
+                None => default.pin_path,
+            },
+            force_clsact: false,
+        })
+    }
+}
+
+fn at(field: &str, index: usize, reason: impl Into<String>) -> FieldError {
+    (format!("{field}[{index}]"), reason.into())
+}
+
+fn non_empty(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+fn policy(value: i32, path: &str) -> Result<FailurePolicy, FieldError> {
+    match message::FailurePolicy::try_from(value) {
+        Ok(message::FailurePolicy::FailOpen) => Ok(FailurePolicy::Open),
+        Ok(message::FailurePolicy::FailClosed) => Ok(FailurePolicy::Closed),
+        Err(_) => Err((path.to_owned(), format!("{value} is neither FAIL_OPEN (0) nor FAIL_CLOSED (1)"))),
+    }
+}
+
+fn patterns(globs: &[String], field: &str) -> Result<Vec<String>, FieldError> {
+    /// `IFNAMSIZ`, without the byte that ends the name.
+    const LONGEST_NAME: usize = 15;
+    for (index, glob) in globs.iter().enumerate() {
+        let literal = glob.bytes().filter(|byte| *byte != b'*').count();
+        if glob.is_empty() || literal > LONGEST_NAME || glob.contains(['/', ' ']) {
+            let reason =
+                format!("`{glob}` cannot match: an interface's name has 1 to {LONGEST_NAME} characters, no `/`");
+            return Err(at(field, index, reason));
+        }
+    }
+    Ok(globs.to_vec())
+}
+
+fn enrolled(pods: &[message::Pod], default_policy: FailurePolicy) -> Result<Vec<Pod>, FieldError> {
+    if pods.len() > MAX_PODS {
+        return Err(("pods".to_owned(), format!("{} pods; a node can have {MAX_PODS} at most", pods.len())));
+    }
+    let mut seen = HashSet::new();
+    let mut enrolled = Vec::with_capacity(pods.len());
+    for (index, message::Pod { address, failure_policy }) in pods.iter().enumerate() {
+        let path = format!("pods[{index}].address");
+        let parsed: Option<IpAddr> = address.parse().ok().map(|address: IpAddr| address.to_canonical());
+        let usable = parsed.filter(|address| !address.is_unspecified() && !address.is_loopback());
+        let Some(address) = usable.filter(|address| !address.is_multicast()) else {
+            return Err((path, format!("`{address}` is not the IPv4 or IPv6 address of a pod")));
+        };
+        if !seen.insert(address) {
+            return Err((path, format!("{address} is listed twice")));
+        }
+        let failure_policy = match failure_policy {
+            Some(value) => policy(*value, &format!("pods[{index}].failure_policy"))?,
+            None => default_policy,
+        };
+        enrolled.push(Pod { address, failure_policy });
+    }
+    Ok(enrolled)
+}
+
+fn ranges(texts: &[String]) -> Result<Vec<Range>, FieldError> {
+    if texts.len() > MAX_EXCLUDED_RANGES {
+        let reason = format!("{} ranges; there can be {MAX_EXCLUDED_RANGES} at most", texts.len());
+        return Err(("excluded_ranges".to_owned(), reason));
+    }
+    let parse =
+        |(index, text): (usize, &String)| Range::parse(text).map_err(|reason| at("excluded_ranges", index, reason));
+    texts.iter().enumerate().map(parse).collect()
+}
+
+fn absolute(path: &str) -> Result<PathBuf, String> {
+    if path.starts_with('/') { Ok(PathBuf::from(path)) } else { Err(format!("`{path}` is not an absolute path")) }
+}
+
+/// A path for pins: below some directory, and free of dots, which names on a BPF file system cannot have.
+fn pinnable(path: &str) -> Result<PathBuf, String> {
+    let path = absolute(path)?;
+    let names = |component: Component<'_>| matches!(component, Component::Normal(_));
+    if !path.components().any(names) || path.components().any(|component| component == Component::ParentDir) {
+        return Err(format!("`{}` is not a directory of its own", path.display()));
+    }
+    let last = path.file_name().map(Path::new).unwrap_or(&path);
+    if last.to_string_lossy().contains('.') {
+        return Err(format!("`{}`: names on a BPF file system have no dots", path.display()));
+    }
+    Ok(path)
 }
 
 /// Whether a name matches a shell glob of literal characters, `*` (any run) and `?` (any one character).

@@ -43,3 +43,96 @@ fn bad_ranges_are_refused_in_words() {
         assert!(error.contains(words), "{text}: {error}");
     }
 }
+
+/// A message that is right, for tests to spoil.
+fn good() -> Message {
+    Message {
+        interfaces: vec!["veth*".to_owned()],
+        pods: vec![message::Pod { address: "10.0.0.1".to_owned(), failure_policy: None }],
+        ..Message::default()
+    }
+}
+
+#[test]
+fn what_is_left_out_has_its_default() {
+    let config = InterceptionConfig::from_proto(&good()).expect("a good message");
+    assert_eq!(
+        config,
+        InterceptionConfig {
+            interfaces: vec!["veth*".to_owned()],
+            pods: vec![Pod { address: "10.0.0.1".parse().unwrap(), failure_policy: FailurePolicy::Open }],
+            ..InterceptionConfig::default()
+        }
+    );
+    assert_eq!((config.mark, config.route_table), (0xC17, 3095));
+    assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/culvert"));
+}
+
+#[test]
+fn every_field_is_taken() {
+    let config = InterceptionConfig::from_proto(&Message {
+        interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
+        uplinks: vec!["eth0".to_owned()],
+        pods: vec![
+            message::Pod { address: "::ffff:10.0.0.1".to_owned(), failure_policy: Some(0) },
+            message::Pod { address: "fd00::1".to_owned(), failure_policy: None },
+        ],
+        excluded_ports: vec![22, 65_535],
+        excluded_ranges: vec!["169.254.0.0/16".to_owned()],
+        failure_policy: 1,
+        outbound_listener: "egress".to_owned(),
+        shortcut_cgroup: "/sys/fs/cgroup".to_owned(),
+        mark: 7,
+        route_table: 8,
+        pin_path: "/sys/fs/bpf/node-a".to_owned(),
+    });
+    let expected = InterceptionConfig {
+        interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
+        uplinks: vec!["eth0".to_owned()],
+        pods: vec![
+            Pod { address: "10.0.0.1".parse().unwrap(), failure_policy: FailurePolicy::Open },
+            Pod { address: "fd00::1".parse().unwrap(), failure_policy: FailurePolicy::Closed },
+        ],
+        excluded_ports: vec![22, 65_535],
+        excluded_ranges: vec![Range { address: "169.254.0.0".parse().unwrap(), length: 16 }],
+        outbound_listener: "egress".to_owned(),
+        shortcut_cgroup: Some(PathBuf::from("/sys/fs/cgroup")),
+        mark: 7,
+        route_table: 8,
+        pin_path: PathBuf::from("/sys/fs/bpf/node-a"),
+        force_clsact: false,
+    };
+    assert_eq!(config, Ok(expected));
+}
+
+#[test]
+fn what_is_wrong_is_named_with_its_path() {
+    let pod = |address: &str| message::Pod { address: address.to_owned(), failure_policy: None };
+    let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+    for (spoiled, path, words) in [
+        (Message { interfaces: Vec::new(), ..good() }, "interfaces", "at least one"),
+        (Message { interfaces: texts(&["eth0", ""]), ..good() }, "interfaces[1]", "cannot match"),
+        (Message { uplinks: texts(&["a-name-longer-than-any"]), ..good() }, "uplinks[0]", "15 characters"),
+        (Message { pods: vec![pod("10.0.0")], ..good() }, "pods[0].address", "`10.0.0` is not"),
+        (Message { pods: vec![pod("127.0.0.1")], ..good() }, "pods[0].address", "address of a pod"),
+        (Message { pods: vec![pod("10.0.0.1"), pod("10.0.0.1")], ..good() }, "pods[1].address", "twice"),
+        (
+            Message { pods: vec![message::Pod { failure_policy: Some(9), ..pod("10.0.0.1") }], ..good() },
+            "pods[0].failure_policy",
+            "FAIL_CLOSED",
+        ),
+        (Message { excluded_ports: vec![80, 65_536], ..good() }, "excluded_ports[1]", "1 to 65535"),
+        (Message { excluded_ports: vec![0], ..good() }, "excluded_ports[0]", "1 to 65535"),
+        (Message { excluded_ranges: texts(&["10.0.0.0/40"]), ..good() }, "excluded_ranges[0]", "0 to 32"),
+        (Message { failure_policy: 2, ..good() }, "failure_policy", "FAIL_OPEN"),
+        (Message { shortcut_cgroup: "pods".to_owned(), ..good() }, "shortcut_cgroup", "absolute"),
+        (Message { route_table: 254, ..good() }, "route_table", "kernel's own"),
+        (Message { pin_path: "bpf".to_owned(), ..good() }, "pin_path", "absolute"),
+        (Message { pin_path: "/sys/fs/bpf/v1.0".to_owned(), ..good() }, "pin_path", "no dots"),
+        (Message { pin_path: "/".to_owned(), ..good() }, "pin_path", "directory of its own"),
+    ] {
+        let (found_path, found_words) = InterceptionConfig::from_proto(&spoiled).expect_err(path);
+        assert_eq!(found_path, path);
+        assert!(found_words.contains(words), "{path}: {found_words}");
+    }
+}
