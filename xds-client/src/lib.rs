@@ -6,6 +6,8 @@
 //! - [`api`]: Culvert's own messages, generated from `proto/`.
 //! - [`overrides`]: how a request carries staging overrides.
 
+pub mod ads;
+pub mod grpc;
 pub mod json;
 pub mod overrides;
 

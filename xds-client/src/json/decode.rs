@@ -25,9 +25,9 @@ pub(super) fn message(node: &Node, desc: &MessageDescriptor, path: &Path<'_>) ->
         }
         Some("Timestamp") => {
             let text = text(node, path)?;
-            let time: prost_types::Timestamp = text
-                .parse()
-                .map_err(|_| path.error_at(node, format!("{text:?} is not a time, such as \"2026-01-02T03:04:05Z\"")))?;
+            let time: prost_types::Timestamp = text.parse().map_err(|_| {
+                path.error_at(node, format!("{text:?} is not a time, such as \"2026-01-02T03:04:05Z\""))
+            })?;
             Ok(with(desc, [("seconds", Value::I64(time.seconds)), ("nanos", Value::I32(time.nanos))]))
         }
         Some("FieldMask") => {
@@ -62,8 +62,8 @@ fn fields<'a>(
         if !seen.insert(field.number()) {
             return Err(error(format!("the field is set twice, as {:?} and {:?}", field.name(), field.json_name())));
         }
-        let null_is_a_value =
-            matches!(field.kind(), Kind::Message(kind) if kind.full_name() == "google.protobuf.Value") && !field.is_list();
+        let null_is_a_value = matches!(field.kind(), Kind::Message(kind) if kind.full_name() == "google.protobuf.Value")
+            && !field.is_list();
         if entry.value.content == Content::Null && !null_is_a_value {
             continue;
         }
@@ -109,21 +109,19 @@ fn single(node: &Node, kind: &Kind, path: &Path<'_>) -> Result<Value> {
     };
     let out_of_range = |name: &str| path.error_at(node, format!("the number does not fit {name}"));
     Ok(match kind {
-        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => Value::I32(
-            integer("an integer")?.try_into().map_err(|_| out_of_range("a signed 32-bit integer"))?,
-        ),
-        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => Value::I64(
-            integer("an integer")?.try_into().map_err(|_| out_of_range("a signed 64-bit integer"))?,
-        ),
-        Kind::Uint32 | Kind::Fixed32 => Value::U32(
-            integer("an integer")?.try_into().map_err(|_| out_of_range("an unsigned 32-bit integer"))?,
-        ),
-        Kind::Uint64 | Kind::Fixed64 => Value::U64(
-            integer("an integer")?.try_into().map_err(|_| out_of_range("an unsigned 64-bit integer"))?,
-        ),
-        Kind::Double => {
-            Value::F64(scalar::float(&node.content).ok_or_else(|| expected(node, "a number", path))?)
+        Kind::Int32 | Kind::Sint32 | Kind::Sfixed32 => {
+            Value::I32(integer("an integer")?.try_into().map_err(|_| out_of_range("a signed 32-bit integer"))?)
         }
+        Kind::Int64 | Kind::Sint64 | Kind::Sfixed64 => {
+            Value::I64(integer("an integer")?.try_into().map_err(|_| out_of_range("a signed 64-bit integer"))?)
+        }
+        Kind::Uint32 | Kind::Fixed32 => {
+            Value::U32(integer("an integer")?.try_into().map_err(|_| out_of_range("an unsigned 32-bit integer"))?)
+        }
+        Kind::Uint64 | Kind::Fixed64 => {
+            Value::U64(integer("an integer")?.try_into().map_err(|_| out_of_range("an unsigned 64-bit integer"))?)
+        }
+        Kind::Double => Value::F64(scalar::float(&node.content).ok_or_else(|| expected(node, "a number", path))?),
         Kind::Float => {
             let value = scalar::float(&node.content).ok_or_else(|| expected(node, "a number", path))?;
             if value.is_finite() && value.abs() > f64::from(f32::MAX) {

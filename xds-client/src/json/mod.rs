@@ -24,9 +24,9 @@ use prost::{Message, Name};
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
 
 pub use self::any::{any_to_json, pack, unpack};
-pub use self::validate::{validate, validate_any};
 use self::path::Path;
 use self::tree::Node;
+pub use self::validate::{validate, validate_any};
 
 /// A configuration that cannot be used: which field, where in the text, and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -131,7 +131,6 @@ fn dynamic<T: Message + Name>(message: &T) -> Result<DynamicMessage, ConfigError
     dynamic.transcode_from(message).map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(dynamic)
 }
-
 
 #[cfg(test)]
 mod tests;

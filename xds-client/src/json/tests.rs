@@ -9,8 +9,11 @@ fn x() {
             Err(e) => println!("{n}: {e}"),
             Ok(b) => match validate(&b) {
                 Err(e) => println!("{n}: PGV {}", e.locate(&t)),
-                Ok(()) => { let again: Bootstrap = from_json(to_json(&b)).unwrap(); println!("{n}: ok {}", again == b); }
-            }
+                Ok(()) => {
+                    let again: Bootstrap = from_json(to_json(&b)).unwrap();
+                    println!("{n}: ok {}", again == b);
+                }
+            },
         }
     }
 }

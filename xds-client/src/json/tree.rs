@@ -48,7 +48,9 @@ impl Node {
         let mut position = self.position;
         for step in steps(path) {
             let next = match &node.content {
-                Content::List(items) => step.parse().ok().and_then(|index: usize| items.get(index)).map(|n| (n, n.position)),
+                Content::List(items) => {
+                    step.parse().ok().and_then(|index: usize| items.get(index)).map(|n| (n, n.position))
+                }
                 Content::Map(entries) => entries
                     .iter()
                     .find(|entry| entry.key == step || snake_case(&entry.key) == step)

@@ -327,7 +327,7 @@ fn broken_text(rule: &TextRule, bytes: &[u8], text: Option<&str>) -> Option<Stri
 /// Map entries in the order of their keys, so that which error is reported does not depend on hashing.
 fn sorted(map: &std::collections::HashMap<MapKey, Value>) -> Vec<(&MapKey, &Value)> {
     let mut entries: Vec<_> = map.iter().collect();
-    entries.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    entries.sort_unstable_by_key(|(key, _)| *key);
     entries
 }
 

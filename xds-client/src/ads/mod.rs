@@ -1,0 +1,163 @@
+//! The xDS client as a state machine without I/O: both variants of the aggregated discovery service (ADS).
+//!
+//! Whoever owns the stream calls [`Core::connected`], sends what [`Core::outgoing`] returns, passes each response to
+//! [`Core::handle`], applies the [`Update`] that may come of it, and reports back with [`Core::finish`]; only that
+//! makes the core acknowledge the response. [`crate::grpc`] is such an owner.
+//!
+//! What survives a lost stream is what has been accepted: the versions of the resources in force.
+
+mod core;
+mod delta;
+mod resource;
+mod sotw;
+
+use std::collections::BTreeSet;
+
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
+};
+
+pub use self::core::Core;
+use crate::Any;
+
+/// Type URLs of the resource types that the protocol itself treats specially.
+pub mod type_url {
+    /// RTDS.
+    pub const RUNTIME: &str = "type.googleapis.com/envoy.service.runtime.v3.Runtime";
+    /// CDS.
+    pub const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
+    /// EDS.
+    pub const ENDPOINT: &str = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment";
+    /// LDS.
+    pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
+    /// RDS.
+    pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
+}
+
+/// The two forms of the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// State of the world: a response holds all resources of its type.
+    Sotw,
+    /// Incremental: a response holds what changed.
+    Delta,
+}
+
+/// Which resources of a type are wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Interest {
+    /// None.
+    #[default]
+    None,
+    /// All that the server has for this node.
+    Wildcard,
+    /// Those with these names.
+    Names(BTreeSet<String>),
+}
+
+/// A resource as the server sent it, its body not yet decoded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resource {
+    /// What the resource is subscribed to by.
+    pub name: String,
+    /// The server's version of it: its own where it has one, else that of the response.
+    pub version: String,
+    /// The resource itself.
+    pub body: Any,
+}
+
+/// What a response asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Update {
+    /// The type of all resources in here.
+    pub type_url: String,
+    /// New, changed and possibly unchanged resources, in the server's order; only wanted ones, no name twice.
+    pub added: Vec<Resource>,
+    /// Resources in force that are gone from the server. Filled in for both variants, and only where absence means
+    /// removal: see [`Core`].
+    pub removed: Vec<String>,
+    /// `added` is all there is: whatever is in force and was not sent is in `removed`.
+    pub complete: bool,
+}
+
+/// A resource that is not taken; its last accepted version stays in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// The resource's name.
+    pub name: String,
+    /// Why, with the path of the field at fault. Goes to the server.
+    pub message: String,
+}
+
+/// What became of an [`Update`].
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Outcome {
+    /// Resources of the update that were not taken. All others are in force.
+    pub rejected: Vec<Rejection>,
+    /// What is wanted from now on, by type URL; types that are not listed stay as they are.
+    pub subscriptions: Vec<(String, Interest)>,
+}
+
+/// Applies updates.
+pub trait Sink {
+    /// Brings the update into force. The response is acknowledged when this returns.
+    fn update(&mut self, update: Update) -> Outcome;
+
+    /// The stream to the server came up, or was lost.
+    fn state(&mut self, connected: bool) {
+        let _ = connected;
+    }
+}
+
+/// A message to the server.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Request {
+    /// Of the state-of-the-world variant.
+    Sotw(DiscoveryRequest),
+    /// Of the incremental variant.
+    Delta(DeltaDiscoveryRequest),
+}
+
+/// A message from the server.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Response {
+    /// Of the state-of-the-world variant.
+    Sotw(DiscoveryResponse),
+    /// Of the incremental variant.
+    Delta(DeltaDiscoveryResponse),
+}
+
+/// What [`Core::handle`] makes of a response.
+#[derive(Debug, PartialEq)]
+pub enum Handled {
+    /// To be applied, and then reported to [`Core::finish`] with the token.
+    Update(Token, Update),
+    /// Not to be answered.
+    Ignored(Ignored),
+}
+
+/// Why a response is not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Ignored {
+    /// There is no stream that it could have come from.
+    #[error("there is no stream")]
+    NotConnected,
+    /// It is of the variant that is not spoken.
+    #[error("it is of the other protocol variant")]
+    WrongVariant,
+    /// Nothing of its type was asked for on this stream.
+    #[error("nothing of its type was asked for")]
+    UnknownType,
+    /// Its nonce is that of a response that was handled before.
+    #[error("it was handled before")]
+    StaleNonce,
+}
+
+/// Names the response that an [`Outcome`] is about.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Token(u64);
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
