@@ -82,7 +82,9 @@ fn finish_request(
     timeout: Option<Duration>,
     suppress: bool,
 ) {
-    head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
+    if cx.internal {
+        head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
+    }
     if let Some(route) = &cx.route {
         let levels = [&route.headers, &route.virtual_host().headers, &route.config().headers];
         for mutations in levels {

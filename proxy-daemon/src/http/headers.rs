@@ -48,7 +48,8 @@ pub(super) mod names {
 use names::*;
 
 /// Obeyed from internal clients only, and removed from all others.
-const INTERNAL_ONLY: [&str; 14] = [
+const INTERNAL_ONLY: [&str; 15] = [
+    "x-envoy-internal",
     "x-envoy-retriable-status-codes",
     "x-envoy-retriable-header-names",
     "x-envoy-retry-on",
@@ -138,15 +139,17 @@ pub(super) fn prepare_request(
     } else {
         headers.entry(X_FORWARDED_PROTO).or_insert(scheme);
     }
-    headers.remove(X_ENVOY_INTERNAL);
     let edge = config.use_remote_address && !trusted.internal;
+    if !trusted.internal && headers.keys().any(is_envoys) {
+        INTERNAL_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
+        if edge {
+            EDGE_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
+        }
+    }
     if trusted.internal {
         headers.insert(X_ENVOY_INTERNAL, HeaderValue::from_static("true"));
-    } else {
-        INTERNAL_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
     }
     if edge {
-        EDGE_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
         if let Ok(value) = HeaderValue::from_str(&trusted.remote.ip().to_string()) {
             headers.insert(X_ENVOY_EXTERNAL_ADDRESS, value);
         }
@@ -218,8 +221,23 @@ fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separa
     headers.insert(name, value);
 }
 
+/// One look at the few names that there are is cheaper than a look-up of each name that might be there.
+fn is_envoys(name: &HeaderName) -> bool {
+    name.as_str().starts_with("x-envoy-")
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "te"
+    )
+}
+
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if !headers.keys().any(is_hop_by_hop) {
+        return;
+    }
     if let Some(connection) = headers.remove(CONNECTION) {
         for nominated in connection.to_str().unwrap_or_default().split(',').map(str::trim) {
             // A client must not be able to remove the headers that routing and trust rest on.

@@ -10,7 +10,6 @@ use prost::Name;
 use super::{
     cluster,
     common::{Result, from_ads, ip, required, socket_address},
-    interception::interception,
     listener,
     support::{self, join},
 };
@@ -227,7 +226,9 @@ fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
         if found.is_some() {
             return Err(FieldError::new(path, "there is one interception extension already"));
         }
-        found = Some(interception(&unpack(config, &path)?, &path)?);
+        let message = unpack(config, &path)?;
+        let checked = InterceptionConfig::from_proto(&message);
+        found = Some(checked.map_err(|(field, message)| FieldError::new(join(&path, &field), message))?);
     }
     Ok(found)
 }

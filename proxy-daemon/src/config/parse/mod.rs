@@ -10,7 +10,6 @@ mod cluster;
 mod common;
 mod endpoint;
 mod http_connection_manager;
-mod interception;
 mod listener;
 mod matcher;
 mod retry;

@@ -1,1 +1,233 @@
-//! Configuration in, model or error out.
+//! Configuration in, model or one exact error out.
+
+use culvert_xds_client::json;
+use envoy_types::pb::envoy::config::{bootstrap::v3::Bootstrap as Message, cluster::v3::Cluster};
+
+use super::*;
+use crate::config::model::{Discovery, LbPolicy, NetworkFilterConfig, RouteSource, UpstreamProtocol};
+
+fn load(yaml: &str) -> Result<Bootstrap, String> {
+    let message: Message = json::from_yaml(yaml).map_err(|error| error.to_string())?;
+    json::validate(&message).map_err(|error| error.to_string())?;
+    bootstrap(&message).map_err(|error| error.to_string())
+}
+
+fn one_cluster(yaml: &str) -> Result<crate::config::model::ClusterConfig, String> {
+    let message: Cluster = json::from_yaml(yaml).map_err(|error| error.to_string())?;
+    json::validate(&message).map_err(|error| error.to_string())?;
+    cluster(&message, "").map_err(|error| error.to_string())
+}
+
+/// A listener with one HTTP connection manager; `manager` is added to it, and `routes` are its virtual host's.
+fn http(manager: &str, routes: &str) -> String {
+    format!(
+        r#"
+static_resources:
+  clusters: [{{ name: up, type: STATIC }}]
+  listeners:
+  - name: l
+    address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }}
+    filter_chains:
+    - filters:
+      - name: hcm
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: s
+          route_config: {{ virtual_hosts: [{{ name: v, domains: ["*"], routes: [{routes}] }}] }}
+          http_filters:
+          - name: router
+            typed_config: {{ "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }}
+{manager}
+"#
+    )
+}
+
+const HCM: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
+const ROUTE: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0]";
+const TO_UP: &str = "{ match: { prefix: / }, route: { cluster: up } }";
+
+#[test]
+fn a_whole_bootstrap_is_read() {
+    let yaml = http("          use_remote_address: true\n          server_name: culvert", TO_UP);
+    let bootstrap = load(&yaml).unwrap();
+    assert_eq!(bootstrap.clusters.len(), 1);
+    let listener = &bootstrap.listeners[0];
+    let NetworkFilterConfig::HttpConnectionManager(manager) = &listener.filter_chains[0].filters[0] else { panic!() };
+    assert!(manager.use_remote_address && manager.generate_request_id);
+    assert_eq!(manager.server_name, "culvert");
+    assert_eq!(manager.idle_timeout, Some(std::time::Duration::from_secs(3600)));
+    assert!(matches!(&manager.routes, RouteSource::Static(routes) if routes.virtual_hosts[0].domains == ["*"]));
+}
+
+#[test]
+fn routes_that_cannot_be_honoured_are_named() {
+    let cases = [
+        ("{ match: { prefix: / }, route: { cluster: nobody } }", "static_resources.listeners[0]: route: unknown cluster 'nobody'"),
+        (
+            "{ match: { prefix: / }, route: { cluster: up, hash_policy: [{ header: { header_name: x } }] } }",
+            "@route.hash_policy: not supported by culvert yet",
+        ),
+        (
+            "{ match: { prefix: /, cookies: [{ name: c, string_match: { exact: x } }] }, route: { cluster: up } }",
+            "@match.cookies: not supported by culvert yet",
+        ),
+        (
+            "{ match: { safe_regex: { regex: 'a(' } }, route: { cluster: up } }",
+            "@match.safe_regex.regex: \"a(\": unclosed group",
+        ),
+        (
+            "{ match: { prefix: / }, direct_response: { status: 99999 } }",
+            "@direct_response.status: the value must be less than 600",
+        ),
+        (
+            "{ match: { prefix: / }, route: { cluster: up }, request_headers_to_add: [{ header: { key: a, value: '%PROTOCOL%' } }] }",
+            "@request_headers_to_add[0].header.value: format strings (%...%) in header values are not supported by culvert yet",
+        ),
+        (
+            "{ match: { prefix: / }, route: { cluster: up, retry_policy: { retry_on: 'connect-failure,unavailable' } } }",
+            "@route.retry_policy.retry_on: unavailable is not supported by culvert yet",
+        ),
+        (
+            "{ match: { prefix: / }, route: { weighted_clusters: { clusters: [{ name: up, weight: 0 }] } } }",
+            "@route.weighted_clusters: the sum of weights must be greater than 0",
+        ),
+        (
+            "{ match: { prefix: / }, route: { cluster: up, timeout: -1s } }",
+            "@route.timeout: must not be negative",
+        ),
+        (
+            "{ match: { prefix: / }, redirect: { regex_rewrite: { pattern: { regex: a }, substitution: b } } }",
+            "@redirect.regex_rewrite: not supported by culvert yet",
+        ),
+    ];
+    for (route, expected) in cases {
+        let expected = expected.replace('@', &format!("{ROUTE}."));
+        let error = load(&http("", route)).unwrap_err();
+        assert!(error.starts_with(&expected), "{route}\n got: {error}\nwant: {expected}");
+    }
+}
+
+#[test]
+fn what_a_connection_manager_cannot_do_is_named() {
+    let cases = [
+        ("          codec_type: HTTP3", "@codec_type: not supported by culvert yet"),
+        ("          tracing: {}", "@tracing: not supported by culvert yet"),
+        ("          stat_prefx: x", "@stat_prefx: "),
+        ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
+        ("          delayed_close_timeout: 0s", "@delayed_close_timeout: not supported by culvert yet"),
+        ("          upgrade_configs: [{ upgrade_type: websocket }]", "@upgrade_configs: not supported by culvert yet"),
+        ("          access_log: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: /dev/null, log_format: { text_format: '%NOPE%' } } }]", "@access_log[0].typed_config: "),
+    ];
+    for (field, expected) in cases {
+        let expected = expected.replace('@', &format!("{HCM}."));
+        let error = load(&http(field, TO_UP)).unwrap_err();
+        assert!(error.starts_with(&expected), "{field}\n got: {error}\nwant: {expected}");
+    }
+}
+
+#[test]
+fn filter_chains_end_in_one_terminal_filter() {
+    let yaml = http("", TO_UP).replace("extensions.filters.http.router.v3.Router", "extensions.filters.http.cors.v3.Cors");
+    let error = load(&yaml).unwrap_err();
+    assert!(error.contains("typed_config") && error.contains("Cors"), "{error}");
+    let twice = http(
+        "          - name: again\n            typed_config: { '@type': type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }",
+        TO_UP,
+    );
+    let error = load(&twice).unwrap_err();
+    assert_eq!(error, format!("{HCM}.http_filters[0]: router is terminal and must be the last HTTP filter"));
+}
+
+#[test]
+fn duplicate_domains_are_refused_as_by_envoy() {
+    let yaml = http("", TO_UP).replace(r#"domains: ["*"]"#, r#"domains: ["a", "A"]"#);
+    let error = load(&yaml).unwrap_err();
+    assert!(error.ends_with("Only unique values for domains are permitted. Duplicate entry of domain a"), "{error}");
+}
+
+#[test]
+fn clusters_are_read() {
+    let config = one_cluster("{ name: 'a.b:80', type: STRICT_DNS, lb_policy: LEAST_REQUEST, load_assignment: { cluster_name: a, endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: example, port_value: 80 } } } }] }] } }").unwrap();
+    assert_eq!((&*config.name, config.stat_name.as_str()), ("a.b:80", "a.b_80"));
+    assert!(matches!(config.discovery, Discovery::StrictDns { .. }));
+    assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 2 });
+    let config = one_cluster("{ name: a, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap();
+    assert!(matches!(config.discovery, Discovery::Eds { service_name } if &*service_name == "a"));
+    let config = one_cluster("{ name: a, typed_extension_protocol_options: { envoy.extensions.upstreams.http.v3.HttpProtocolOptions: { '@type': type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: { http2_protocol_options: { max_concurrent_streams: 7 } } } } }").unwrap();
+    assert!(matches!(config.protocol, UpstreamProtocol::Http2(options) if options.max_concurrent_streams == 7));
+    let config = one_cluster("{ name: a, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { use_http_header: true } }").unwrap();
+    let Discovery::OriginalDst { http_header, .. } = config.discovery else { panic!() };
+    assert_eq!(http_header.unwrap(), "x-envoy-original-dst-host");
+}
+
+#[test]
+fn clusters_that_cannot_be_honoured_are_named() {
+    let at = |address: &str| format!("load_assignment: {{ cluster_name: a, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {address} }} }} }}] }}] }}");
+    let cases = [
+        ("lb_policy: MAGLEV".to_owned(), "lb_policy: not supported by culvert yet"),
+        ("type: LOGICAL_DNS".to_owned(), "type: not supported by culvert yet"),
+        ("outlier_detection: {}".to_owned(), "outlier_detection: not supported by culvert yet"),
+        (at("{ address: example, port_value: 80 }"), "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address: malformed IP address: example. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or 'LOGICAL_DNS'"),
+        (at("{ address: 10.0.0.1, port_value: 80, protocol: UDP }"), "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.protocol: not supported by culvert yet"),
+        ("type: EDS".to_owned(), "eds_cluster_config: value is required"),
+        ("lb_policy: CLUSTER_PROVIDED".to_owned(), "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither"),
+        ("type: ORIGINAL_DST".to_owned(), "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither"),
+        (
+            "type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { http_header_name: x }".to_owned(),
+            "original_dst_lb_config.http_header_name: has no effect without use_http_header",
+        ),
+        (format!("type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, {}", at("{ address: 10.0.0.1, port_value: 80 }")), "load_assignment: an ORIGINAL_DST cluster finds its hosts by itself: load_assignment must not be set"),
+    ];
+    for (fields, expected) in cases {
+        let error = one_cluster(&format!("{{ name: a, {fields} }}")).unwrap_err();
+        assert_eq!(error, expected, "{fields}");
+    }
+}
+
+#[test]
+fn control_planes_are_found_through_static_clusters() {
+    let yaml = |cluster: &str| format!("{{ node: {{ id: node-a }}, dynamic_resources: {{ cds_config: {{ ads: {{}} }}, ads_config: {{ api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{ envoy_grpc: {{ cluster_name: {cluster} }} }}] }} }}, static_resources: {{ clusters: [{{ name: xds, type: STATIC, load_assignment: {{ cluster_name: xds, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 10.0.0.1, port_value: 18000 }} }} }} }}] }}] }} }}] }} }}");
+    let bootstrap = load(&yaml("xds")).unwrap();
+    let server = bootstrap.ads.unwrap();
+    assert_eq!((server.endpoints, server.delta), (vec!["10.0.0.1:18000".to_owned()], true));
+    assert!(bootstrap.cds && !bootstrap.lds);
+    let error = load(&yaml("nobody")).unwrap_err();
+    assert_eq!(error, "dynamic_resources.ads_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'");
+}
+
+#[test]
+fn bootstraps_that_cannot_be_honoured_are_named() {
+    let cases = [
+        ("stats_sinks: [{ name: x }]", "stats_sinks: not supported by culvert yet"),
+        ("dynamic_resources: { cds_config: { ads: {} } }", "dynamic_resources.cds_config: names ADS, but ads_config is not set"),
+        ("dynamic_resources: { cds_config: { path: /x } }", "dynamic_resources.cds_config.path: not supported by culvert yet"),
+        (
+            "bootstrap_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.config.core.v3.Node } }]",
+            "bootstrap_extensions[0].typed_config: not supported by culvert yet",
+        ),
+        ("static_resources: { clusters: [{ name: a }, { name: a }] }", "static_resources.clusters[1].name: duplicate name 'a'"),
+    ];
+    for (yaml, expected) in cases {
+        let error = load(yaml).unwrap_err();
+        assert_eq!(error, expected, "{yaml}");
+    }
+}
+
+#[test]
+fn interception_is_checked() {
+    let yaml = |fields: &str| format!("bootstrap_extensions: [{{ name: culvert.bootstrap.interception, typed_config: {{ '@type': type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception, {fields} }} }}]");
+    let config = load(&yaml("interfaces: ['veth*'], pods: [{ address: 10.1.0.2, failure_policy: FAIL_CLOSED }]")).unwrap();
+    let config = config.interception.unwrap();
+    assert_eq!(config.outbound_listener, "outbound");
+    assert_eq!(config.pods[0].failure_policy, crate::intercept::FailurePolicy::Closed);
+    let at = "bootstrap_extensions[0].typed_config";
+    for (fields, expected) in [
+        ("pods: []", "interfaces: "),
+        ("interfaces: [a], pods: [{ address: x }]", "pods[0].address: "),
+        ("interfaces: [a], excluded_ports: [70000]", "excluded_ports[0]: "),
+        ("interfaces: [a], excluded_ranges: ['10.0.0.0/99']", "excluded_ranges[0]: "),
+    ] {
+        let error = load(&yaml(fields)).unwrap_err();
+        assert!(error.starts_with(&format!("{at}.{expected}")), "{error}");
+    }
+}
