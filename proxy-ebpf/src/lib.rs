@@ -20,6 +20,15 @@ pub const fn v4_mapped(address: [u8; 4]) -> Address {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
 
+/// An address as the kernel's contexts hold it: four words in network byte order.
+#[inline(always)]
+pub const fn from_words(words: [u32; 4]) -> Address {
+    let [first, second, third, fourth] = words;
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    let ([i, j, k, l], [m, n, o, p]) = (third.to_ne_bytes(), fourth.to_ne_bytes());
+    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
+}
+
 /// How many workers the listener map has room for.
 pub const MAX_WORKERS: u32 = 128;
 /// How many pods of one node can be enrolled.
@@ -126,6 +135,8 @@ pub struct Hop {
     pub own_sock: u64,
     /// Where the socket at the other end is in the kernel's memory; 0 as long as that is not known.
     pub peer_sock: u64,
+    /// How many of the bytes that it sent by TCP are counted.
+    pub tcp_counted: u64,
     /// See [`Lane`].
     pub lane: u32,
     /// 1: the other end is not registered, so this one is only watched, to count its bytes when it closes.
@@ -156,7 +167,7 @@ pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
 const _: () = assert!(size_of::<PodPolicy>() == 4);
 const _: () = assert!(size_of::<SocketKey>() == 48);
-const _: () = assert!(size_of::<Hop>() == 120);
+const _: () = assert!(size_of::<Hop>() == 128);
 const _: () = assert!(size_of::<SockLayout>() == 24);
 
 #[cfg(feature = "user")]

@@ -54,4 +54,5 @@ reasons! {
     21 ShortcutReceiverBehind "shortcut.receiver_behind" "Changes to TCP because the receiver had a full window to read.";
     22 ShortcutResumed "shortcut.resumed" "Changes from TCP to the short cut, after the receiver had read everything.";
     23 ShortcutBlocking "shortcut.blocking" "Pods' connections not registered because the program's reads wait inside the kernel.";
+    24 Reopened "reopened" "New connections with the addresses and ports of one that the daemon closed a short time ago.";
 }

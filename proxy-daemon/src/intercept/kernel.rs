@@ -8,7 +8,7 @@ use std::path::Path;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
-use aya::programs::{ProgramError, SkMsg, SockOps};
+use aya::programs::{ProgramError, SkLookup, SkMsg, SockOps};
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped};
 
@@ -83,6 +83,22 @@ pub(super) fn set_local_addresses(ebpf: &mut Ebpf, addresses: &[IpAddr]) -> Resu
         local.remove(&address).map_err(|error| InterceptError::load(NAME, &error))?;
     }
     Ok(())
+}
+
+/// Attaches the program that lets connections be reopened to the calling thread's network namespace, or says why the
+/// kernel does not take it. It lives as long as the daemon: without listeners there is nothing to choose.
+pub(super) fn attach_reopen(ebpf: &mut Ebpf) -> Result<(), String> {
+    let program: &mut SkLookup = ebpf
+        .program_mut("reopen")
+        .ok_or("reopen is not in the kernel object")?
+        .try_into()
+        .map_err(|error: ProgramError| chain(&error))?;
+    let namespace = fs::File::open("/proc/thread-self/ns/net").map_err(|error| error.to_string())?;
+    program
+        .load()
+        .and_then(|()| program.attach(namespace))
+        .map(drop)
+        .map_err(|error| format!("reopen: {}", chain(&error)))
 }
 
 /// Where the running kernel keeps what the short cut reads of sockets; or why it takes no short cut.

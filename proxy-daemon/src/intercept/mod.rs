@@ -153,6 +153,9 @@ impl State {
             })?;
         }
         kernel::pin_maps(&self.ebpf, &self.config.pin_path.join("maps"))?;
+        if let Err(reason) = kernel::attach_reopen(&mut self.ebpf) {
+            tracing::warn!(reason, "a pod that uses a port again soon after the daemon closed it waits a second");
+        }
         if let Some(path) = &self.config.shortcut_cgroup {
             let cgroup = probe::open_cgroup(path)?;
             let attached = self.sock_layout.clone().and_then(|_| kernel::attach_shortcut(&mut self.ebpf, cgroup));

@@ -55,6 +55,9 @@ impl Namespace {
     fn new(name: String) -> Self {
         ip(&format!("netns add {name}"));
         let namespace = Self { name };
+        // Addresses work at once, without looking for duplicates first.
+        namespace.sysctl("net/ipv6/conf/all/accept_dad", "0");
+        namespace.sysctl("net/ipv6/conf/default/accept_dad", "0");
         namespace.ip("link set lo up");
         namespace
     }
@@ -271,6 +274,26 @@ pub fn command(program: &str, arguments: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// A configuration that enrols both pods, whose connections fail open.
+pub fn open_config() -> InterceptionConfig {
+    config_with(FailurePolicy::Open)
+}
+
+/// A configuration that enrols both pods, whose connections fail closed.
+pub fn closed_config() -> InterceptionConfig {
+    config_with(FailurePolicy::Closed)
+}
+
+fn config_with(failure_policy: FailurePolicy) -> InterceptionConfig {
+    let pod = |address: &str| Pod { address: address.parse::<IpAddr>().expect("an address"), failure_policy };
+    InterceptionConfig {
+        interfaces: vec!["pod*".to_owned()],
+        uplinks: vec!["up?".to_owned()],
+        pods: [CLIENT, CLIENT_V6, SERVER, SERVER_V6].map(pod).to_vec(),
+        ..InterceptionConfig::default()
+    }
+}
+
 /// The node, its pods, and its neighbour.
 pub struct Lab {
     /// The node.
@@ -325,26 +348,7 @@ impl Lab {
 
     /// A configuration that enrols both pods.
     pub fn config(&self) -> InterceptionConfig {
-        let pod = |address: &str| Pod {
-            address: address.parse::<IpAddr>().expect("an address"),
-            failure_policy: FailurePolicy::Open,
-        };
-        InterceptionConfig {
-            interfaces: vec!["pod*".to_owned()],
-            uplinks: vec!["up?".to_owned()],
-            pods: [CLIENT, CLIENT_V6, SERVER, SERVER_V6].map(pod).to_vec(),
-            pin_path: self.pin_path.clone(),
-            ..InterceptionConfig::default()
-        }
-    }
-
-    /// A configuration that enrols both pods, whose connections fail closed.
-    pub fn closed_config(&self) -> InterceptionConfig {
-        let mut config = self.config();
-        for pod in &mut config.pods {
-            pod.failure_policy = FailurePolicy::Closed;
-        }
-        config
+        InterceptionConfig { pin_path: self.pin_path.clone(), ..open_config() }
     }
 
     /// Starts interception on the node.

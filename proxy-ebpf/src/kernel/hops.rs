@@ -15,7 +15,7 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
-use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, v4_mapped};
+use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, from_words, v4_mapped};
 
 use crate::maps::{HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns, sock_layout};
 
@@ -66,7 +66,15 @@ fn register(ctx: &SockOpsContext, active: bool) {
     }
     let own = SocketKey { local, remote, local_port, remote_port, side: side as u32, first_sent, first_received };
     let own_sock = sock as u64;
-    let mut hop = Hop { own, peer: own.peer(), own_sock, peer_sock: 0, lane: Lane::Unsettled as u32, only_counted: 0 };
+    let mut hop = Hop {
+        own,
+        peer: own.peer(),
+        own_sock,
+        peer_sock: 0,
+        tcp_counted: 0,
+        lane: Lane::Unsettled as u32,
+        only_counted: 0,
+    };
     // The end that opened a connection was registered before the end that accepted it.
     if matches!((side, active), (Side::Node, false)) && SOCK_ADDRESSES.get_ptr(hop.peer).is_none() {
         hop.only_counted = 1;
@@ -127,9 +135,12 @@ fn state_changed(ctx: &SockOpsContext) {
     let (hop, received, acknowledged) = unsafe { (&*hop, (*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
     if hop.only_counted != 0 {
         count_by(Reason::ShortcutTcpBytes, received + acknowledged);
-    } else {
-        let _ = SOCK_ADDRESSES.remove(hop.own);
+        return;
     }
+    // Messages that `message` did not see: the kernel lets the verdict on one that it could not send at once stand for
+    // the next one. SYN and FIN count as a byte each.
+    count_by(Reason::ShortcutTcpBytes, acknowledged.saturating_sub(hop.tcp_counted + 2));
+    let _ = SOCK_ADDRESSES.remove(hop.own);
 }
 
 /// A registered socket sends a message.
@@ -160,6 +171,7 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
         let to_daemon = hop.peer.side == Side::Node as u32;
         hop.lane = if to_daemon { Lane::Tcp } else { Lane::TcpForGood } as u32;
     }
+    hop.tcp_counted += u64::from(size);
     count(Reason::ShortcutTcpMessages);
     count_by(Reason::ShortcutTcpBytes, u64::from(size));
     SK_PASS
@@ -238,13 +250,7 @@ fn addresses(ctx: &SockOpsContext) -> Option<(Address, Address)> {
     };
     match ctx.family() {
         AF_INET => Some((v4_mapped(local_v4.to_ne_bytes()), v4_mapped(remote_v4.to_ne_bytes()))),
-        AF_INET6 => Some((bytes(local_v6), bytes(remote_v6))),
+        AF_INET6 => Some((from_words(local_v6), from_words(remote_v6))),
         _ => None,
     }
-}
-
-#[inline(always)]
-fn bytes(words: [u32; 4]) -> Address {
-    let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = words.map(u32::to_ne_bytes);
-    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
 }

@@ -9,8 +9,8 @@ mod maps;
 mod packet;
 mod redirect;
 
-use aya_ebpf::macros::{classifier, sk_msg, sock_ops};
-use aya_ebpf::programs::{SkMsgContext, SockOpsContext, TcContext};
+use aya_ebpf::macros::{classifier, sk_lookup, sk_msg, sock_ops};
+use aya_ebpf::programs::{SkLookupContext, SkMsgContext, SockOpsContext, TcContext};
 
 /// TC ingress of a pod's host-side interface.
 #[classifier]
@@ -22,6 +22,12 @@ pub fn redirect_outbound(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn redirect_inbound(ctx: TcContext) -> i32 {
     redirect::inbound(&ctx)
+}
+
+/// Lookups of listeners in the node's network namespace.
+#[sk_lookup]
+pub fn reopen(ctx: SkLookupContext) -> u32 {
+    redirect::reopen(&ctx)
 }
 
 /// Socket events of the node's cgroup: enters both ends of same-node hops into `SOCKETS`.

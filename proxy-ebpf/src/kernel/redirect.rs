@@ -1,19 +1,24 @@
 //! Steers packets into the daemon's sockets.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_CURRENT_NETNS, TC_ACT_OK, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock, bpf_sock_tuple,
     bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Ipv4Tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Ipv6Tuple,
+    sk_action::SK_PASS,
 };
 use aya_ebpf::helpers::{bpf_get_hash_recalc, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp};
-use aya_ebpf::programs::TcContext;
-use culvert_proxy_ebpf::{Address, MAX_WORKERS, Reason, listener_slot};
+use aya_ebpf::programs::{SkLookupContext, TcContext};
+use culvert_proxy_ebpf::{Address, MAX_WORKERS, Reason, from_words, listener_slot, v4_mapped};
 
 use crate::maps::{LISTENERS, PODS, count, exclusion, is_enrolled, mark, workers};
 use crate::packet::{NotOurs, Segment, parse};
 
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
+const AF_INET6: u32 = 10;
+const IPPROTO_TCP: u32 = 6;
 
 /// Lets programs attached after this one, and then the stack, see the packet.
 const UNTOUCHED: i32 = TC_ACT_UNSPEC;
@@ -68,6 +73,53 @@ pub fn inbound(ctx: &TcContext) -> i32 {
     }
 }
 
+/// The stack looks for a listener itself. It does so for a packet that opens a connection whose predecessor, with the
+/// same addresses and ports, the daemon closed a short time ago: the kernel forgets the predecessor when, and only when,
+/// it finds a listener for the successor. No listener has the destination's address and port: a worker's stands in.
+#[inline(always)]
+pub fn reopen(ctx: &SkLookupContext) -> u32 {
+    let lookup = ctx.lookup;
+    // SAFETY: fields of the context that the kernel passed in. Volatile, and all read, so that no offset into it is
+    // computed, which the verifier refuses.
+    let (family, protocol, remote_v4, local_v4, remote_v6, local_v6, remote_port, local_port) = unsafe {
+        (
+            read_volatile(&raw const (*lookup).family),
+            read_volatile(&raw const (*lookup).protocol),
+            read_volatile(&raw const (*lookup).remote_ip4),
+            read_volatile(&raw const (*lookup).local_ip4),
+            [0, 1, 2, 3].map(|word| read_volatile(&raw const (*lookup).remote_ip6[word])),
+            [0, 1, 2, 3].map(|word| read_volatile(&raw const (*lookup).local_ip6[word])),
+            read_volatile(&raw const (*lookup).remote_port),
+            read_volatile(&raw const (*lookup).local_port),
+        )
+    };
+    let is_ipv6 = family == AF_INET6;
+    let (source, destination) = if is_ipv6 {
+        (from_words(remote_v6), from_words(local_v6))
+    } else {
+        (v4_mapped(remote_v4.to_ne_bytes()), v4_mapped(local_v4.to_ne_bytes()))
+    };
+    let workers = workers();
+    if protocol != IPPROTO_TCP
+        || workers == 0
+        || !is_enrolled(&source)
+        || exclusion(&destination, local_port as u16).is_some()
+    {
+        return SK_PASS;
+    }
+    let first = u32::from(remote_port) % workers;
+    for step in 0..MAX_WORKERS {
+        if step >= workers {
+            break;
+        }
+        let slot = listener_slot((first + step) % workers, is_ipv6);
+        if LISTENERS.redirect_sk_lookup(ctx, slot, 0).is_ok() {
+            break;
+        }
+    }
+    SK_PASS
+}
+
 #[inline(always)]
 fn not_ours(why: NotOurs) -> i32 {
     if let NotOurs::Counted(reason) = why {
@@ -99,10 +151,12 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
     }
     // SAFETY: not null, and held until it is released.
     let state = unsafe { (*sock).state };
-    // A listener is found by its port alone: policy decides about new connections. And a pod may reuse a port whose
-    // last connection the daemon still remembers: that is a new connection.
-    let stale = segment.opens && state == TCP_TIME_WAIT;
-    if state == TCP_LISTEN || stale {
+    if segment.opens && state == TCP_TIME_WAIT {
+        // Goes to its predecessor all the same: see `reopen`.
+        count(Reason::Reopened);
+    }
+    // A listener is found by its port alone: policy decides about new connections.
+    if state == TCP_LISTEN {
         // SAFETY: found above, released once.
         unsafe { bpf_sk_release(sock.cast()) };
         return false;
