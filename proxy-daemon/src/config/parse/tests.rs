@@ -43,7 +43,8 @@ static_resources:
 }
 
 const HCM: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config";
-const ROUTE: &str = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0]";
+const ROUTE: &str =
+    "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0]";
 const TO_UP: &str = "{ match: { prefix: / }, route: { cluster: up } }";
 
 #[test]
@@ -62,7 +63,10 @@ fn a_whole_bootstrap_is_read() {
 #[test]
 fn routes_that_cannot_be_honoured_are_named() {
     let cases = [
-        ("{ match: { prefix: / }, route: { cluster: nobody } }", "static_resources.listeners[0]: route: unknown cluster 'nobody'"),
+        (
+            "{ match: { prefix: / }, route: { cluster: nobody } }",
+            "static_resources.listeners[0]: route: unknown cluster 'nobody'",
+        ),
         (
             "{ match: { prefix: / }, route: { cluster: up, hash_policy: [{ header: { header_name: x } }] } }",
             "@route.hash_policy: not supported by culvert yet",
@@ -91,10 +95,7 @@ fn routes_that_cannot_be_honoured_are_named() {
             "{ match: { prefix: / }, route: { weighted_clusters: { clusters: [{ name: up, weight: 0 }] } } }",
             "@route.weighted_clusters: the sum of weights must be greater than 0",
         ),
-        (
-            "{ match: { prefix: / }, route: { cluster: up, timeout: -1s } }",
-            "@route.timeout: must not be negative",
-        ),
+        ("{ match: { prefix: / }, route: { cluster: up, timeout: -1s } }", "@route.timeout: must not be negative"),
         (
             "{ match: { prefix: / }, redirect: { regex_rewrite: { pattern: { regex: a }, substitution: b } } }",
             "@redirect.regex_rewrite: not supported by culvert yet",
@@ -116,7 +117,10 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
         ("          delayed_close_timeout: 0s", "@delayed_close_timeout: not supported by culvert yet"),
         ("          upgrade_configs: [{ upgrade_type: websocket }]", "@upgrade_configs: not supported by culvert yet"),
-        ("          access_log: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: /dev/null, log_format: { text_format: '%NOPE%' } } }]", "@access_log[0].typed_config: "),
+        (
+            "          access_log: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: /dev/null, log_format: { text_format: '%NOPE%' } } }]",
+            "@access_log[0].typed_config: ",
+        ),
     ];
     for (field, expected) in cases {
         let expected = expected.replace('@', &format!("{HCM}."));
@@ -127,7 +131,8 @@ fn what_a_connection_manager_cannot_do_is_named() {
 
 #[test]
 fn filter_chains_end_in_one_terminal_filter() {
-    let yaml = http("", TO_UP).replace("extensions.filters.http.router.v3.Router", "extensions.filters.http.cors.v3.Cors");
+    let yaml =
+        http("", TO_UP).replace("extensions.filters.http.router.v3.Router", "extensions.filters.http.cors.v3.Cors");
     let error = load(&yaml).unwrap_err();
     assert!(error.contains("typed_config") && error.contains("Cors"), "{error}");
     let twice = http(
@@ -162,21 +167,41 @@ fn clusters_are_read() {
 
 #[test]
 fn clusters_that_cannot_be_honoured_are_named() {
-    let at = |address: &str| format!("load_assignment: {{ cluster_name: a, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {address} }} }} }}] }}] }}");
+    let at = |address: &str| {
+        format!(
+            "load_assignment: {{ cluster_name: a, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {address} }} }} }}] }}] }}"
+        )
+    };
     let cases = [
         ("lb_policy: MAGLEV".to_owned(), "lb_policy: not supported by culvert yet"),
         ("type: LOGICAL_DNS".to_owned(), "type: not supported by culvert yet"),
         ("outlier_detection: {}".to_owned(), "outlier_detection: not supported by culvert yet"),
-        (at("{ address: example, port_value: 80 }"), "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address: malformed IP address: example. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or 'LOGICAL_DNS'"),
-        (at("{ address: 10.0.0.1, port_value: 80, protocol: UDP }"), "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.protocol: not supported by culvert yet"),
-        ("type: EDS".to_owned(), "eds_cluster_config: value is required"),
-        ("lb_policy: CLUSTER_PROVIDED".to_owned(), "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither"),
-        ("type: ORIGINAL_DST".to_owned(), "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither"),
         (
-            "type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { http_header_name: x }".to_owned(),
+            at("{ address: example, port_value: 80 }"),
+            "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address: malformed IP address: example. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or 'LOGICAL_DNS'",
+        ),
+        (
+            at("{ address: 10.0.0.1, port_value: 80, protocol: UDP }"),
+            "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.protocol: not supported by culvert yet",
+        ),
+        ("type: EDS".to_owned(), "eds_cluster_config: value is required"),
+        (
+            "lb_policy: CLUSTER_PROVIDED".to_owned(),
+            "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither",
+        ),
+        (
+            "type: ORIGINAL_DST".to_owned(),
+            "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither",
+        ),
+        (
+            "type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { http_header_name: x }"
+                .to_owned(),
             "original_dst_lb_config.http_header_name: has no effect without use_http_header",
         ),
-        (format!("type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, {}", at("{ address: 10.0.0.1, port_value: 80 }")), "load_assignment: an ORIGINAL_DST cluster finds its hosts by itself: load_assignment must not be set"),
+        (
+            format!("type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, {}", at("{ address: 10.0.0.1, port_value: 80 }")),
+            "load_assignment: an ORIGINAL_DST cluster finds its hosts by itself: load_assignment must not be set",
+        ),
     ];
     for (fields, expected) in cases {
         let error = one_cluster(&format!("{{ name: a, {fields} }}")).unwrap_err();
@@ -186,26 +211,42 @@ fn clusters_that_cannot_be_honoured_are_named() {
 
 #[test]
 fn control_planes_are_found_through_static_clusters() {
-    let yaml = |cluster: &str| format!("{{ node: {{ id: node-a }}, dynamic_resources: {{ cds_config: {{ ads: {{}} }}, ads_config: {{ api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{ envoy_grpc: {{ cluster_name: {cluster} }} }}] }} }}, static_resources: {{ clusters: [{{ name: xds, type: STATIC, load_assignment: {{ cluster_name: xds, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 10.0.0.1, port_value: 18000 }} }} }} }}] }}] }} }}] }} }}");
+    let yaml = |cluster: &str| {
+        format!(
+            "{{ node: {{ id: node-a }}, dynamic_resources: {{ cds_config: {{ ads: {{}} }}, ads_config: {{ api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{ envoy_grpc: {{ cluster_name: {cluster} }} }}] }} }}, static_resources: {{ clusters: [{{ name: xds, type: STATIC, load_assignment: {{ cluster_name: xds, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 10.0.0.1, port_value: 18000 }} }} }} }}] }}] }} }}] }} }}"
+        )
+    };
     let bootstrap = load(&yaml("xds")).unwrap();
     let server = bootstrap.ads.unwrap();
     assert_eq!((server.endpoints, server.delta), (vec!["10.0.0.1:18000".to_owned()], true));
     assert!(bootstrap.cds && !bootstrap.lds);
     let error = load(&yaml("nobody")).unwrap_err();
-    assert_eq!(error, "dynamic_resources.ads_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'");
+    assert_eq!(
+        error,
+        "dynamic_resources.ads_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'"
+    );
 }
 
 #[test]
 fn bootstraps_that_cannot_be_honoured_are_named() {
     let cases = [
         ("stats_sinks: [{ name: x }]", "stats_sinks: not supported by culvert yet"),
-        ("dynamic_resources: { cds_config: { ads: {} } }", "dynamic_resources.cds_config: names ADS, but ads_config is not set"),
-        ("dynamic_resources: { cds_config: { path: /x } }", "dynamic_resources.cds_config.path: not supported by culvert yet"),
+        (
+            "dynamic_resources: { cds_config: { ads: {} } }",
+            "dynamic_resources.cds_config: names ADS, but ads_config is not set",
+        ),
+        (
+            "dynamic_resources: { cds_config: { path: /x } }",
+            "dynamic_resources.cds_config.path: not supported by culvert yet",
+        ),
         (
             "bootstrap_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.config.core.v3.Node } }]",
             "bootstrap_extensions[0].typed_config: not supported by culvert yet",
         ),
-        ("static_resources: { clusters: [{ name: a }, { name: a }] }", "static_resources.clusters[1].name: duplicate name 'a'"),
+        (
+            "static_resources: { clusters: [{ name: a }, { name: a }] }",
+            "static_resources.clusters[1].name: duplicate name 'a'",
+        ),
     ];
     for (yaml, expected) in cases {
         let error = load(yaml).unwrap_err();
@@ -215,8 +256,13 @@ fn bootstraps_that_cannot_be_honoured_are_named() {
 
 #[test]
 fn interception_is_checked() {
-    let yaml = |fields: &str| format!("bootstrap_extensions: [{{ name: culvert.bootstrap.interception, typed_config: {{ '@type': type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception, {fields} }} }}]");
-    let config = load(&yaml("interfaces: ['veth*'], pods: [{ address: 10.1.0.2, failure_policy: FAIL_CLOSED }]")).unwrap();
+    let yaml = |fields: &str| {
+        format!(
+            "bootstrap_extensions: [{{ name: culvert.bootstrap.interception, typed_config: {{ '@type': type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception, {fields} }} }}]"
+        )
+    };
+    let config =
+        load(&yaml("interfaces: ['veth*'], pods: [{ address: 10.1.0.2, failure_policy: FAIL_CLOSED }]")).unwrap();
     let config = config.interception.unwrap();
     assert_eq!(config.outbound_listener, "outbound");
     assert_eq!(config.pods[0].failure_policy, crate::intercept::FailurePolicy::Closed);
