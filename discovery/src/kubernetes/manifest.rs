@@ -55,6 +55,8 @@ pub enum ManifestError {
 pub fn parse(text: &str) -> Result<Objects, ManifestError> {
     let options = serde_saphyr::options! {
         with_snippet: false,
+        // A pod may be called `y` or `no`: only `true` and `false` are booleans.
+        strict_booleans: true,
         // The defaults are for configuration files; `kubectl get -o yaml` of a big cluster is larger. Time and
         // memory stay bounded by MAX_MANIFEST_BYTES and by the limits on aliases, which keep their defaults.
         budget: serde_saphyr::budget! { max_documents: 100_000, max_nodes: 8_000_000, max_events: 20_000_000 },

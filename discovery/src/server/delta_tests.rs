@@ -1,1 +1,254 @@
+use std::collections::HashMap;
 
+use envoy_types::pb::google::rpc;
+
+use super::*;
+use crate::server::test_support::{snapshot, snapshot_with};
+
+const CDS: &str = type_url::CLUSTER;
+const EDS: &str = type_url::ENDPOINT;
+const LDS: &str = type_url::LISTENER;
+const RDS: &str = type_url::ROUTE;
+
+#[derive(Default)]
+struct Client {
+    session: DeltaSession,
+}
+
+impl Client {
+    fn subscribe(&mut self, type_url: &str, names: &[&str]) {
+        self.send(DeltaDiscoveryRequest { resource_names_subscribe: owned(names), ..request(type_url) });
+    }
+
+    fn unsubscribe(&mut self, type_url: &str, names: &[&str]) {
+        self.send(DeltaDiscoveryRequest { resource_names_unsubscribe: owned(names), ..request(type_url) });
+    }
+
+    fn ack(&mut self, response: &DeltaDiscoveryResponse) {
+        self.send(DeltaDiscoveryRequest { response_nonce: response.nonce.clone(), ..request(&response.type_url) });
+    }
+
+    fn send(&mut self, request: DeltaDiscoveryRequest) {
+        self.session.handle(request).unwrap();
+    }
+
+    /// Takes and acknowledges all that there is, each as `TypeName +added -removed`.
+    fn take_all(&mut self, snapshot: &Snapshot) -> Vec<String> {
+        let mut taken = Vec::new();
+        while let Some(response) = self.session.poll(snapshot) {
+            taken.push(in_short(&response));
+            self.ack(&response);
+        }
+        taken
+    }
+
+    fn in_sync(snapshot: &Snapshot, endpoints: &[&str], routes: &[&str]) -> Self {
+        let mut client = Self::default();
+        client.subscribe(CDS, &[]);
+        client.subscribe(LDS, &[]);
+        client.subscribe(EDS, endpoints);
+        client.subscribe(RDS, routes);
+        client.take_all(snapshot);
+        client
+    }
+}
+
+fn request(type_url: &str) -> DeltaDiscoveryRequest {
+    DeltaDiscoveryRequest { type_url: type_url.to_owned(), ..Default::default() }
+}
+
+fn owned(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+fn in_short(response: &DeltaDiscoveryResponse) -> String {
+    let mut text = response.type_url.rsplit('.').next().unwrap().to_owned();
+    for resource in &response.resources {
+        text.push_str(&format!(" +{}", resource.name));
+    }
+    for name in &response.removed_resources {
+        text.push_str(&format!(" -{name}"));
+    }
+    text
+}
+
+#[test]
+fn everything_comes_in_order_and_then_only_changes() {
+    let before = snapshot(&[("users", "http", 80)]);
+    let mut client = Client::default();
+    client.subscribe(RDS, &["outbound_http_80"]);
+    client.subscribe(LDS, &[]);
+    client.subscribe(EDS, &["users.default:80"]);
+    client.subscribe(CDS, &["*"]);
+    assert_eq!(
+        client.take_all(&before),
+        [
+            "Cluster +original_dst +users.default:80",
+            "ClusterLoadAssignment +users.default:80",
+            "Listener +outbound",
+            "RouteConfiguration +outbound_http_80",
+        ]
+    );
+    let after = snapshot_with(&[("users", "http", 80)], &["10.1.0.1", "10.1.0.2"]);
+    assert_eq!(client.take_all(&after), ["ClusterLoadAssignment +users.default:80"]);
+    let more = snapshot_with(&[("users", "http", 80), ("orders", "http", 81)], &["10.1.0.1", "10.1.0.2"]);
+    assert_eq!(client.take_all(&more), ["Cluster +orders.default:81", "Listener +outbound"]);
+}
+
+#[test]
+fn what_does_not_exist_is_said_to_be_removed_and_sent_when_it_appears() {
+    let mut client = Client::default();
+    client.subscribe(EDS, &["users.default:80"]);
+    assert_eq!(client.take_all(&snapshot(&[])), ["ClusterLoadAssignment -users.default:80"]);
+    let appeared = snapshot(&[("users", "http", 80)]);
+    assert_eq!(client.take_all(&appeared), ["ClusterLoadAssignment +users.default:80"]);
+}
+
+#[test]
+fn a_wildcard_with_nothing_is_answered_once() {
+    let mut client = Client::default();
+    client.subscribe(type_url::OFFLOADED_SERVICE, &[]);
+    assert_eq!(client.take_all(&snapshot(&[])), ["OffloadedService"]);
+}
+
+#[test]
+fn removals_wait_for_routes_additions_do_not() {
+    let before = snapshot(&[("orders", "http", 80)]);
+    let after = snapshot(&[("users", "http", 80)]);
+    let mut client = Client::in_sync(&before, &["orders.default:80"], &["outbound_http_80"]);
+    let added = client.session.poll(&after).unwrap();
+    assert_eq!(in_short(&added), "Cluster +users.default:80");
+    let routes = client.session.poll(&after).unwrap();
+    assert_eq!(in_short(&routes), "RouteConfiguration +outbound_http_80");
+    client.ack(&added);
+    assert_eq!(client.session.poll(&after), None, "the routes are not in force yet");
+    client.ack(&routes);
+    assert_eq!(client.take_all(&after), ["Cluster -orders.default:80", "ClusterLoadAssignment -orders.default:80"]);
+}
+
+#[test]
+fn routes_go_only_after_the_listener_that_used_them() {
+    let before = snapshot(&[("users", "http", 80)]);
+    let mut client = Client::in_sync(&before, &["other.default:80"], &["outbound_http_80"]);
+    let after = snapshot(&[]);
+    let listener = client.session.poll(&after).unwrap();
+    assert_eq!(in_short(&listener), "Listener +outbound");
+    assert_eq!(client.session.poll(&after), None);
+    client.ack(&listener);
+    assert_eq!(client.take_all(&after), ["RouteConfiguration -outbound_http_80", "Cluster -users.default:80"]);
+}
+
+#[test]
+fn a_stale_nonce_acknowledges_nothing_but_its_subscriptions_count() {
+    let snapshot = snapshot(&[("users", "http", 80), ("orders", "http", 80)]);
+    let mut client = Client::default();
+    client.subscribe(EDS, &["users.default:80"]);
+    let first = client.session.poll(&snapshot).unwrap();
+    client.send(DeltaDiscoveryRequest {
+        response_nonce: "stale".into(),
+        resource_names_subscribe: owned(&["orders.default:80"]),
+        ..request(EDS)
+    });
+    assert_eq!(client.session.poll(&snapshot), None, "the first response is still unanswered");
+    client.ack(&first);
+    assert_eq!(client.take_all(&snapshot), ["ClusterLoadAssignment +orders.default:80"]);
+}
+
+#[test]
+fn a_reconnecting_client_gets_only_what_changed() {
+    let before = snapshot(&[("users", "http", 80), ("orders", "http", 81)]);
+    let all = before.resources(ProxyKind::Foreign).of_type(CDS).unwrap();
+    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.clone(), r.version.clone())).collect();
+    let reconnect = |snapshot: &Snapshot| {
+        let mut client = Client::default();
+        client.send(DeltaDiscoveryRequest { initial_resource_versions: versions.clone(), ..request(CDS) });
+        client.take_all(snapshot)
+    };
+    assert_eq!(reconnect(&before), [] as [&str; 0]);
+    let after = snapshot(&[("users", "grpc", 80), ("new", "http", 82)]);
+    assert_eq!(reconnect(&after), ["Cluster +new.default:82 +users.default:80 -orders.default:81"]);
+}
+
+#[test]
+fn a_reconnecting_client_with_names_gets_only_what_changed() {
+    let before = snapshot(&[("users", "http", 80), ("orders", "http", 81)]);
+    let all = before.resources(ProxyKind::Foreign).of_type(EDS).unwrap();
+    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.clone(), r.version.clone())).collect();
+    let mut client = Client::default();
+    client.send(DeltaDiscoveryRequest {
+        initial_resource_versions: versions,
+        resource_names_subscribe: owned(&["users.default:80", "orders.default:81", "new.default:82"]),
+        ..request(EDS)
+    });
+    let after = snapshot(&[("users", "http", 80), ("new", "http", 82)]);
+    assert_eq!(
+        client.take_all(&after),
+        ["ClusterLoadAssignment +new.default:82 -orders.default:81"],
+        "users is known and unchanged"
+    );
+}
+
+#[test]
+fn subscribing_again_sends_again() {
+    let snapshot = snapshot(&[("users", "http", 80)]);
+    let mut client = Client::in_sync(&snapshot, &["users.default:80"], &[]);
+    client.subscribe(EDS, &["users.default:80"]);
+    assert_eq!(client.take_all(&snapshot), ["ClusterLoadAssignment +users.default:80"]);
+    client.unsubscribe(EDS, &["users.default:80"]);
+    let after = snapshot_with(&[("users", "http", 80)], &["10.1.0.9"]);
+    assert_eq!(client.take_all(&after), [] as [&str; 0]);
+    client.subscribe(EDS, &["users.default:80"]);
+    assert_eq!(client.take_all(&after), ["ClusterLoadAssignment +users.default:80"]);
+}
+
+#[test]
+fn a_service_that_comes_back_is_sent_again() {
+    let (with, without) = (snapshot(&[("users", "http", 80)]), snapshot(&[]));
+    let mut client = Client::in_sync(&with, &["users.default:80"], &["outbound_http_80"]);
+    client.take_all(&without);
+    assert_eq!(
+        client.take_all(&with),
+        [
+            "Cluster +users.default:80",
+            "ClusterLoadAssignment +users.default:80",
+            "Listener +outbound",
+            "RouteConfiguration +outbound_http_80",
+        ]
+    );
+}
+
+#[test]
+fn a_rejected_resource_is_not_sent_again_until_it_changes() {
+    let bad = snapshot(&[("users", "http", 80)]);
+    let mut client = Client::default();
+    client.subscribe(CDS, &[]);
+    let response = client.session.poll(&bad).unwrap();
+    client.send(DeltaDiscoveryRequest {
+        response_nonce: response.nonce.clone(),
+        error_detail: Some(rpc::Status { message: "no".into(), ..Default::default() }),
+        ..request(CDS)
+    });
+    assert_eq!(client.session.poll(&bad), None);
+    assert_eq!(client.session.status().types[CDS].nack.as_ref().map(|nack| &*nack.reason), Some("no"));
+    assert_eq!(client.take_all(&snapshot(&[("users", "grpc", 80)])), ["Cluster +users.default:80"]);
+}
+
+#[test]
+fn a_large_change_goes_in_several_responses() {
+    let names: Vec<String> = (0..20_000).map(|i| format!("service-{i:05}")).collect();
+    let services: Vec<_> = names.iter().map(|name| (name.as_str(), "http", 80)).collect();
+    let snapshot = snapshot(&services);
+    let mut client = Client::default();
+    client.subscribe(CDS, &[]);
+    let (mut responses, mut resources) = (0, 0);
+    while let Some(response) = client.session.poll(&snapshot) {
+        let bytes: usize =
+            response.resources.iter().filter_map(|r| r.resource.as_ref()).map(|any| any.value.len()).sum();
+        assert!(bytes <= RESPONSE_BYTES, "{bytes} bytes in one response");
+        responses += 1;
+        resources += response.resources.len();
+        client.ack(&response);
+    }
+    assert_eq!(resources, 20_001);
+    assert!(responses > 1, "all in one response");
+}

@@ -7,6 +7,8 @@
 pub mod clients;
 pub mod delta;
 pub mod sotw;
+#[cfg(test)]
+mod test_support;
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
