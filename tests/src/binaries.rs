@@ -28,3 +28,25 @@ pub fn binary(name: &str) -> Result<PathBuf> {
 pub fn binary_arg(name: &str) -> Result<String> {
     binary(name)?.into_os_string().into_string().map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))
 }
+
+/// The real Envoy: `$ENVOY`, else what `cargo xtask test` installed beside the directory of [`binary`].
+pub fn envoy() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("ENVOY") {
+        return Ok(PathBuf::from(path));
+    }
+    let culvertd = binary("culvertd")?;
+    let target = culvert_target(&culvertd)?;
+    let path = target.join("envoy/envoy/_bin/envoy");
+    if !path.exists() {
+        bail!(
+            "{} does not exist: run `cargo xtask test`, which installs Envoy, or set ENVOY to a binary",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// `target` of `target/debug/culvertd`.
+fn culvert_target(culvertd: &std::path::Path) -> Result<&std::path::Path> {
+    culvertd.ancestors().nth(2).with_context(|| format!("{} is not in a target directory", culvertd.display()))
+}

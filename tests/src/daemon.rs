@@ -1,6 +1,5 @@
 //! culvertd, or the real Envoy, on this machine's loopback with a given bootstrap: for tests that need no lab.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -13,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::binaries::binary;
+use crate::binaries::{binary, envoy};
 use crate::http1::{Request, Response};
 use crate::stats::{Stats, admin_get};
 use crate::wait_until;
@@ -29,7 +28,7 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(15);
 pub enum Kind {
     /// culvertd, as this workspace builds it.
     Culvert,
-    /// The real Envoy: `$ENVOY`, else `envoy` in PATH.
+    /// The real Envoy: `$ENVOY`, else the one that `cargo xtask test` put into target/envoy.
     Envoy,
 }
 
@@ -44,7 +43,7 @@ impl Kind {
     fn command(self) -> Result<Command> {
         match self {
             Self::Culvert => Ok(Command::new(binary("culvertd")?)),
-            Self::Envoy => Ok(Command::new(std::env::var_os("ENVOY").unwrap_or_else(|| OsString::from("envoy")))),
+            Self::Envoy => Ok(Command::new(envoy()?)),
         }
     }
 }
@@ -192,15 +191,24 @@ pub fn fetch(port: u16, mut request: Request) -> Result<Response> {
     Response::read(&mut stream, &request.method)
 }
 
-/// Writes `bytes` to 127.0.0.1:`port`, closes the sending half, and returns all that comes back.
-pub fn exchange(port: u16, bytes: &[u8]) -> Result<Vec<u8>> {
+/// Writes `bytes` to 127.0.0.1:`port` and returns all that comes back until the other side closes, or until 3 s pass without
+/// more (some answers keep the connection).
+pub fn exchange_open(port: u16, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("connecting to port {port}"))?;
-    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
-    stream.write_all(bytes)?;
-    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    // The other side may refuse, and close, before it has read all.
+    let _ = stream.write_all(bytes);
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    Ok(answer)
+    let mut buffer = [0; 16 * 1024];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(answer),
+            Ok(count) => answer.extend_from_slice(&buffer[..count]),
+            // A time-out, or a reset after the answer.
+            Err(_) if !answer.is_empty() => return Ok(answer),
+            Err(error) => return Err(error).context("reading the answer"),
+        }
+    }
 }
 
 /// A port of 127.0.0.1 that was free a moment ago.

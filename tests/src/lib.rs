@@ -3,6 +3,7 @@
 
 pub mod app;
 pub mod binaries;
+pub mod bootstrap;
 pub mod daemon;
 pub mod http1;
 pub mod lab;

@@ -19,12 +19,12 @@ mod node;
 mod process;
 mod signals;
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 
 use cgroup::Cgroup;
@@ -48,6 +48,8 @@ struct Shared {
     underlay: NetNs,
     nodes: AtomicU8,
     keep: Arc<AtomicBool>,
+    /// Held while a program works with the lab, so that no other takes it for a leftover.
+    _lock: File,
     /// The lines `address name...` that every pod sees as /etc/hosts.
     hosts: Mutex<String>,
 }
@@ -58,7 +60,8 @@ impl Lab {
     pub fn new(name: &str) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "a lab creates network namespaces and cgroups: run this as root");
         check_name(name)?;
-        Self::cleanup(name)?;
+        let lock = lock(name)?;
+        remove(name)?;
         let run_dir = Path::new(RUN_DIR).join(name);
         fs::create_dir_all(&run_dir).with_context(|| format!("creating {}", run_dir.display()))?;
         let cgroup = Cgroup::create_root(name)?;
@@ -71,6 +74,7 @@ impl Lab {
             underlay,
             nodes: AtomicU8::new(0),
             keep: Arc::new(AtomicBool::new(false)),
+            _lock: lock,
             hosts: Mutex::new("127.0.0.1 localhost\n::1 localhost\n".to_owned()),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -108,17 +112,12 @@ impl Lab {
         signals::on_termination(self.shared.name.clone())
     }
 
-    /// Removes what a lab of this name left: processes, mounts, network namespaces, cgroups and files.
+    /// Removes what a lab of this name left: processes, mounts, network namespaces, cgroups and files. Fails if a running
+    /// program still works with it.
     pub fn cleanup(name: &str) -> Result<()> {
         check_name(name)?;
-        Cgroup::remove_root(name)?;
-        let run_dir = Path::new(RUN_DIR).join(name);
-        unmount_below(&run_dir)?;
-        netns::delete_all(&netns_name(name, ""))?;
-        if run_dir.exists() {
-            fs::remove_dir_all(&run_dir).with_context(|| format!("removing {}", run_dir.display()))?;
-        }
-        Ok(())
+        let _lock = lock(name)?;
+        remove(name)
     }
 }
 
@@ -127,7 +126,7 @@ impl Drop for Lab {
         if self.shared.keep.load(Ordering::Relaxed) {
             return;
         }
-        if let Err(error) = Self::cleanup(&self.shared.name) {
+        if let Err(error) = remove(&self.shared.name) {
             eprintln!("lab {}: {error:#}; the next lab of this name tries again", self.shared.name);
         }
     }
@@ -155,6 +154,30 @@ fn check_name(name: &str) -> Result<()> {
         !name.is_empty() && name.bytes().all(allowed),
         "`{name}` cannot name a lab, node or pod: use lower-case letters, digits and dashes"
     );
+    Ok(())
+}
+
+/// Takes the lab's lock; it goes with the file or with the process.
+fn lock(name: &str) -> Result<File> {
+    fs::create_dir_all(RUN_DIR).with_context(|| format!("creating {RUN_DIR}"))?;
+    let path = Path::new(RUN_DIR).join(format!("{name}.lock"));
+    let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!("the lab `{name}` is in use by another program: wait for it, or end it"),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// See [`Lab::cleanup`]; the caller holds the lock.
+fn remove(name: &str) -> Result<()> {
+    Cgroup::remove_root(name)?;
+    let run_dir = Path::new(RUN_DIR).join(name);
+    unmount_below(&run_dir)?;
+    netns::delete_all(&netns_name(name, ""))?;
+    if run_dir.exists() {
+        fs::remove_dir_all(&run_dir).with_context(|| format!("removing {}", run_dir.display()))?;
+    }
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::thread;
 use anyhow::{Context, Result};
 use nix::sys::signal::{SigSet, Signal};
 
-use super::Lab;
+use super::remove;
 
 /// Tears down the lab `name` and ends the program when it is told to end. The signals are blocked in this thread and in
 /// those it starts from now on; child processes start with none blocked (std::process resets the mask).
@@ -16,7 +16,7 @@ pub(super) fn on_termination(name: String) -> Result<()> {
     thread::Builder::new().name("lab-signals".to_owned()).spawn(move || {
         if let Ok(signal) = signals.wait() {
             eprintln!("\n{signal}: tearing down the lab {name}");
-            if let Err(error) = Lab::cleanup(&name) {
+            if let Err(error) = remove(&name) {
                 eprintln!("{error:#}");
             }
             process::exit(130);

@@ -1,7 +1,7 @@
 //! The eight steps of the demo.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -14,6 +14,9 @@ use crate::wait_until;
 
 /// How long a changed endpoint may take to show everywhere.
 const CONVERGENCE: Duration = Duration::from_secs(5);
+
+/// How long the daemons may take to find discovery again: their pauses between attempts grow, as Envoy's do.
+const RECONNECT: Duration = Duration::from_secs(30);
 
 /// How long the load of steps 6 and 7 runs.
 const LOAD: Duration = Duration::from_secs(6);
@@ -114,7 +117,7 @@ fn override_hop(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
     let Scenario { client, users_fx, .. } = &*scenario;
     let fx = users_fx.name();
     for format in OVERRIDE_FORMATS {
-        let headers = override_header("users=feature-x", format)?;
+        let headers = override_header(log, "users=feature-x", format)?;
         let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
         let answer = get(client, log, "http://front/", &headers)?;
         log.expect(answer["pod"] == "front", "the first hop is the usual front");
@@ -123,7 +126,7 @@ fn override_hop(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
         let plain = get(client, log, "http://front/", &[])?;
         log.expect(plain["upstream"]["pod"] != fx, "the next request, without the header, does not");
     }
-    let headers = override_header("users=feature-x", OVERRIDE_FORMATS[0])?;
+    let headers = override_header(log, "users=feature-x", OVERRIDE_FORMATS[0])?;
     let report = requests(client, log, "http://front/", 50, &headers)?;
     log.expect(report.answers(fx) == 50, format!("all of 50 requests with the header reach {fx}"));
     Ok(())
@@ -135,7 +138,7 @@ fn forged_target(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
     let Scenario { client, users_fx, echo, .. } = &*scenario;
     let ordinary = ["users-a", "users-b"];
 
-    let headers = override_header("users=no-such-revision", OVERRIDE_FORMATS[0])?;
+    let headers = override_header(log, "users=no-such-revision", OVERRIDE_FORMATS[0])?;
     let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
     let answer = get(client, log, "http://users/", &headers)?;
     let pod = answer["pod"].as_str().unwrap_or_default();
@@ -196,7 +199,7 @@ fn endpoint_removed(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
     log.expect(report.answers("users-a") > 0, "users-a answers all along");
 
     scenario.set_users_b(&[&scenario.users_b])?;
-    wait_for_answer(&scenario.client, "users-b", true)?;
+    wait_for_answer(&scenario.client, "users-b", true, CONVERGENCE)?;
     log.sent("cluster b: users-b added again");
     log.got("users-b answers again");
     Ok(())
@@ -214,11 +217,12 @@ fn discovery_killed(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
     let report = finish_load(load, log)?;
     log.expect(report.failed() == 0, format!("no request fails ({:?} {:?})", report.failures, report.examples));
 
+    let restarted = Instant::now();
     scenario.set_users_b(&[])?;
-    wait_for_answer(&scenario.client, "users-b", false).context("the restarted discovery's changes take effect")?;
+    wait_for_answer(&scenario.client, "users-b", false, RECONNECT).context("after the restart")?;
+    log.got(format!("a change made after the restart shows {:.1} s later", restarted.elapsed().as_secs_f32()));
     scenario.set_users_b(&[&scenario.users_b])?;
-    wait_for_answer(&scenario.client, "users-b", true).context("the restarted discovery's changes take effect")?;
-    log.got("changes made after the restart take effect");
+    wait_for_answer(&scenario.client, "users-b", true, CONVERGENCE).context("after the restart")?;
     Ok(())
 }
 
@@ -241,14 +245,16 @@ fn shortcut_share(scenario: &mut Scenario, log: &mut Log) -> Result<()> {
 const OVERRIDE_FORMATS: [&str; 2] = ["x-ot-span-context", "baggage"];
 
 /// The lines `name: value` that `culvert override header` makes.
-fn override_header(set: &str, format: &str) -> Result<Vec<String>> {
+fn override_header(log: &mut Log, set: &str, format: &str) -> Result<Vec<String>> {
     let culvert = binary_arg("culvert")?;
-    let output = std::process::Command::new(&culvert)
-        .args(["override", "header", "--set", set, "--format", format, "--output", "text"])
-        .output()
-        .with_context(|| format!("running {culvert}"))?;
+    let arguments = ["override", "header", "--set", set, "--format", format, "--output", "text"];
+    log.sent(format!("culvert {}", arguments.join(" ")));
+    let output =
+        std::process::Command::new(&culvert).args(arguments).output().with_context(|| format!("running {culvert}"))?;
     ensure!(output.status.success(), "culvert override header: {}", String::from_utf8_lossy(&output.stderr).trim());
-    Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
+    let headers: Vec<String> = String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect();
+    headers.iter().for_each(|header| log.got(header));
+    Ok(headers)
 }
 
 /// One request by curl; the answer of the lab's service.
@@ -310,9 +316,9 @@ fn describe(report: &Report) -> String {
 }
 
 /// Waits until `pod` answers, or no longer answers, calls of `users`.
-fn wait_for_answer(client: &Pod, pod: &str, answers: bool) -> Result<()> {
+fn wait_for_answer(client: &Pod, pod: &str, answers: bool, deadline: Duration) -> Result<()> {
     let lab_load = binary_arg("lab-load")?;
-    wait_until(CONVERGENCE, &format!("{pod} to {}", if answers { "answer" } else { "be left out" }), || {
+    wait_until(deadline, &format!("{pod} to {}", if answers { "answer" } else { "be left out" }), || {
         let output = client.run(&[&lab_load, "http://users/", "-n", "40", "-c", "4"])?.success()?;
         let report: Report = serde_json::from_str(&output)?;
         ensure!((report.answers(pod) > 0) == answers, "{}", describe(&report));

@@ -1,0 +1,97 @@
+//! Static Envoy bootstraps for tests, put together from pieces of YAML.
+
+/// A bootstrap without `admin`; see [`Bootstrap::yaml`].
+#[derive(Debug, Clone, Default)]
+pub struct Bootstrap {
+    listeners: String,
+    clusters: String,
+}
+
+impl Bootstrap {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an HTTP listener on 127.0.0.1:`port`. `virtual_hosts` is the YAML of that list in one line or as a block whose
+    /// indentation does not matter; `manager` are further lines `field: value` of the HTTP connection manager.
+    #[must_use]
+    pub fn http(mut self, port: u16, virtual_hosts: &str, manager: &[&str]) -> Self {
+        let manager: String = manager.iter().map(|line| format!("          {line}\n")).collect();
+        let virtual_hosts = indent(virtual_hosts, 12);
+        self.listeners += &format!(
+            r#"  - name: http_{port}
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: ingress
+{manager}          route_config:
+            name: local
+            virtual_hosts:
+{virtual_hosts}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+"#
+        );
+        self
+    }
+
+    /// Adds a TCP proxy on 127.0.0.1:`port`.
+    #[must_use]
+    pub fn tcp(mut self, port: u16, cluster: &str) -> Self {
+        self.listeners += &format!(
+            r#"  - name: tcp_{port}
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.tcp_proxy
+        typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: tcp, cluster: {cluster}}}
+"#
+        );
+        self
+    }
+
+    /// Adds a STATIC cluster of endpoints on 127.0.0.1. `fields` are further lines `field: value`.
+    #[must_use]
+    pub fn cluster(mut self, name: &str, ports: &[u16], fields: &[&str]) -> Self {
+        let endpoints: String = ports
+            .iter()
+            .map(|port| {
+                format!(
+                    "        - {{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}\n"
+                )
+            })
+            .collect();
+        let endpoints = match ports {
+            [] => "      endpoints: []\n".to_owned(),
+            _ => format!("      endpoints:\n      - lb_endpoints:\n{endpoints}"),
+        };
+        let fields: String = fields.iter().map(|line| format!("    {line}\n")).collect();
+        self.clusters += &format!(
+            "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n{fields}    load_assignment:\n      \
+             cluster_name: {name}\n{endpoints}"
+        );
+        self
+    }
+
+    /// The YAML.
+    pub fn yaml(&self) -> String {
+        let section = |name: &str, content: &str| match content {
+            "" => String::new(),
+            content => format!("  {name}:\n{content}"),
+        };
+        format!("static_resources:\n{}{}", section("listeners", &self.listeners), section("clusters", &self.clusters))
+    }
+}
+
+/// Puts a block below a key: removes the indentation of its first line from every line and adds `width` blanks.
+fn indent(block: &str, width: usize) -> String {
+    let block = block.trim_start_matches('\n').trim_end();
+    let own = block.len() - block.trim_start().len();
+    let lines = block.lines().map(|line| format!("{:width$}{}", "", line.get(own..).unwrap_or_default()));
+    lines.collect::<Vec<_>>().join("\n")
+}
