@@ -152,7 +152,7 @@ struct Failed {
     status: StatusCode,
     flags: ResponseFlags,
     /// The request, where it can be sent again.
-    request: Option<(RequestHead, Body)>,
+    request: Option<Box<(RequestHead, Body)>>,
     /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
     stale: bool,
 }
@@ -180,14 +180,14 @@ impl Attempts<'_> {
                     }
                 }
                 Err(mut failed) => {
-                    let request = failed.request.take().or_else(|| kept.map(|copy| (copy, Body::Empty)));
+                    let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
                     let Some(again) = request else { return Err(self.give_up(failed)) };
                     if failed.stale {
                         self.count -= 1;
                     } else if !self.wants(&failed) || !self.may_retry(end).await {
                         return Err(self.give_up(failed));
                     }
-                    (head, body) = again;
+                    (head, body) = *again;
                 }
             }
         }
@@ -279,10 +279,7 @@ impl Attempts<'_> {
             }),
             Ok(response) => Ok((response, connection)),
             Err(mut error) => {
-                let request = error.take_message().map(|request| {
-                    let (head, body) = request.into_parts();
-                    (head, body)
-                });
+                let request = error.take_message().map(|request| Box::new(request.into_parts()));
                 Err(reset(error.error(), request, connection.reused))
             }
         }
@@ -398,7 +395,7 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
             ("connection termination".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC)
         }
     };
-    Failed { failure: Failure::Connect, reason, status, flags, request: Some((head, body)), stale: false }
+    Failed { failure: Failure::Connect, reason, status, flags, request: Some(Box::new((head, body))), stale: false }
 }
 
 /// The system's own words, without Rust's `(os error 111)`.
@@ -407,7 +404,7 @@ fn system_text(error: &std::io::Error) -> String {
     text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
-fn reset(error: &hyper::Error, request: Option<(RequestHead, Body)>, reused: bool) -> Failed {
+fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused: bool) -> Failed {
     let unsent = request.is_some();
     let refused = h2_reason(error) == Some(h2::Reason::REFUSED_STREAM);
     let protocol = error.is_parse() || h2_reason(error) == Some(h2::Reason::PROTOCOL_ERROR);

@@ -187,13 +187,16 @@ impl RouteSlot {
     }
 }
 
+/// Counted by the worker alone: cloning the `Arc` for each request would make all workers write one cache line.
+type LocalTable = Rc<Arc<RouteTable>>;
+
 /// A connection's view of a [`RouteSlot`]: it re-checks a version number, and streams hold on to what they began with
 /// without touching a count that other workers write.
 #[derive(Debug)]
 pub(super) struct RouteCache {
     slot: Arc<RouteSlot>,
     version: Cell<u64>,
-    table: RefCell<Option<Rc<Arc<RouteTable>>>>,
+    table: RefCell<Option<LocalTable>>,
 }
 
 impl RouteCache {
@@ -218,7 +221,7 @@ impl RouteCache {
 /// A chosen route; keeps its table alive.
 #[derive(Debug, Clone)]
 pub struct RouteRef {
-    table: Rc<Arc<RouteTable>>,
+    table: LocalTable,
     host: usize,
     route: usize,
 }

@@ -17,10 +17,12 @@ pub(super) struct ChainIndex<C = ActiveChain> {
     default: Option<Arc<C>>,
 }
 
+type ByNetwork<C> = HashMap<IpAddr, Vec<Candidate<C>>>;
+
 #[derive(Debug)]
 struct ByAddress<C> {
     /// Longest prefix first; within a length, by network.
-    prefixes: Vec<(u8, HashMap<IpAddr, Vec<Candidate<C>>>)>,
+    prefixes: Vec<(u8, ByNetwork<C>)>,
     any: Vec<Candidate<C>>,
 }
 

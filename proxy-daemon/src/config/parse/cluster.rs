@@ -46,7 +46,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     };
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
-    let common = http.as_ref().and_then(|options| options.common_http_protocol_options.clone()).unwrap_or_default();
+    let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
     Ok(ClusterConfig {

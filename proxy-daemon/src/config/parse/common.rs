@@ -161,7 +161,7 @@ pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
 pub(super) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
     match &source.specifier {
         Some(Specifier::InlineString(text)) => Ok(text.clone().into_bytes()),
-        Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone().into()),
+        Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone()),
         _ => Err(required(path, "inline_string")),
     }
 }

@@ -38,7 +38,7 @@ pub(super) fn http_connection_manager(
         Ok(ProtoServerHeader::PassThrough) => ServerHeaderTransformation::PassThrough,
         _ => ServerHeaderTransformation::Overwrite,
     };
-    let common = manager.common_http_protocol_options.clone().unwrap_or_default();
+    let common = manager.common_http_protocol_options.unwrap_or_default();
     let common_path = join(path, "common_http_protocol_options");
     let seconds = |seconds| Some(Duration::from_secs(seconds));
     let set = |value: &str, field: &str| -> Result<Option<HeaderValue>> {

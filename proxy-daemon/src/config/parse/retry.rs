@@ -13,7 +13,7 @@ use crate::config::{
 };
 
 pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPolicy> {
-    let back_off = policy.retry_back_off.clone().unwrap_or_default();
+    let back_off = policy.retry_back_off.unwrap_or_default();
     let back_off_path = join(path, "retry_back_off");
     let base = duration(back_off.base_interval, &back_off_path, "base_interval")?.unwrap_or(Duration::from_millis(25));
     let max = duration(back_off.max_interval, &back_off_path, "max_interval")?.unwrap_or(base * 10);

@@ -65,6 +65,9 @@ pub struct FilterCx<'a> {
     pub stat_prefix: &'a str,
 }
 
+/// Reads a filter's configuration.
+pub type Parse = fn(&Any, &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError>;
+
 /// One filter that Culvert knows.
 pub struct Registered {
     /// Envoy's canonical name, for example `envoy.filters.http.router`.
@@ -72,7 +75,7 @@ pub struct Registered {
     /// The full name of its configuration message.
     pub type_name: &'static str,
     /// Reads its configuration.
-    pub parse: fn(&Any, &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError>,
+    pub parse: Parse,
 }
 
 /// Every HTTP filter, by name.
