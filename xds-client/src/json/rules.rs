@@ -258,7 +258,7 @@ fn text(rules: validate::StringRules) -> Result<TextRule, String> {
             (Ok(KnownRegex::HttpHeaderName), true) => {
                 Some(("an HTTP header name", r"^:?[0-9a-zA-Z!#$%&'*+\-.^_|~`]+$"))
             }
-            (Ok(KnownRegex::HttpHeaderName), false) => Some(("an HTTP header name", r"^[^\x00\x0A\x0D]+$")),
+            (Ok(KnownRegex::HttpHeaderName), false) => Some(("an HTTP header name", r"^[^\x00\x0A\x0D]*$")),
             (Ok(KnownRegex::HttpHeaderValue), true) => Some(("an HTTP header value", r"^[^\x00-\x08\x0A-\x1F\x7F]*$")),
             (Ok(KnownRegex::HttpHeaderValue), false) => Some(("an HTTP header value", r"^[^\x00\x0A\x0D]*$")),
             (_, _) => return Err(format!("well-known regex {known} is not implemented")),
