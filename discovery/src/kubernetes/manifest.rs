@@ -57,9 +57,10 @@ pub fn parse(text: &str) -> Result<Objects, ManifestError> {
         with_snippet: false,
         // A pod may be called `y` or `no`: only `true` and `false` are booleans.
         strict_booleans: true,
-        // The defaults are for configuration files; `kubectl get -o yaml` of a big cluster is larger. Time and
-        // memory stay bounded by MAX_MANIFEST_BYTES and by the limits on aliases, which keep their defaults.
+        // The defaults are for configuration files; `kubectl get -o yaml` of a big cluster is larger, but has no
+        // aliases: what they expand to is kept small.
         budget: serde_saphyr::budget! { max_documents: 100_000, max_nodes: 8_000_000, max_events: 20_000_000 },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
     };
     let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
         // The library also tells programmers which of its options to set.

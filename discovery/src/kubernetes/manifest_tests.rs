@@ -166,15 +166,15 @@ fn mistakes_are_named_with_object_and_field() {
 
 #[test]
 fn hostile_yaml_is_bounded() {
+    let started = std::time::Instant::now();
     // Ten levels of ten aliases each would be ten billion nodes.
     let mut bomb = "a0: &a0 [x, x]\n".to_owned();
     for level in 1..11 {
         let aliases = vec![format!("*a{}", level - 1); 10].join(", ");
         bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
     }
-    let started = std::time::Instant::now();
     assert!(parse(&bomb).is_err());
     assert!(parse(&"[".repeat(100_000)).is_err());
     assert!(parse(&format!("{}{}", "{apiVersion: v1, kind: List, items: [".repeat(20), "]}".repeat(20))).is_ok());
-    assert!(started.elapsed() < std::time::Duration::from_secs(20));
+    assert!(started.elapsed() < std::time::Duration::from_secs(5));
 }

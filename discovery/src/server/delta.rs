@@ -32,11 +32,18 @@ pub struct DeltaSession {
     next_nonce: u64,
     types: BTreeMap<String, TypeState>,
     status: ClientStatus,
+    response_bytes: usize,
 }
 
 impl Default for DeltaSession {
     fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, next_nonce: 1, types: BTreeMap::new(), status: ClientStatus::new("delta") }
+        Self {
+            kind: ProxyKind::Foreign,
+            next_nonce: 1,
+            types: BTreeMap::new(),
+            status: ClientStatus::new("delta"),
+            response_bytes: RESPONSE_BYTES,
+        }
     }
 }
 
@@ -68,7 +75,7 @@ impl TypeState {
     }
 
     /// Names and versions of what is to be sent now, and whether that is all.
-    fn news(&self, available: &TypeResources) -> (Vec<String>, bool) {
+    fn news(&self, available: &TypeResources, response_bytes: usize) -> (Vec<String>, bool) {
         let changed = |name: &String| {
             available
                 .resources
@@ -81,7 +88,7 @@ impl TypeState {
         let mut names = Vec::new();
         for name in candidates.filter(|name| changed(name)) {
             let size = available.resources.get(name).map_or(0, |resource| resource.body.value.len());
-            if !names.is_empty() && bytes + size > RESPONSE_BYTES {
+            if !names.is_empty() && bytes + size > response_bytes {
                 return (names, false);
             }
             bytes += size;
@@ -174,7 +181,7 @@ impl DeltaSession {
         if state.awaiting.is_some() || state.settled_version.as_ref() == Some(&available.version) {
             return None;
         }
-        let (names, complete) = state.news(available);
+        let (names, complete) = state.news(available, self.response_bytes);
         // Additions first: what takes the place of a removed resource must be there before it goes.
         let removed = if complete { state.gone(available, hold_back) } else { Vec::new() };
         let held = complete && hold_back && state.sent.keys().any(|name| !available.resources.contains_key(name));
