@@ -1,7 +1,7 @@
 //! culvertd, or the real Envoy, on this machine's loopback with a given bootstrap: for tests that need no lab.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -191,24 +191,13 @@ pub fn fetch(port: u16, mut request: Request) -> Result<Response> {
     Response::read(&mut stream, &request.method)
 }
 
-/// Writes `bytes` to 127.0.0.1:`port` and returns all that comes back until the other side closes, or until 3 s pass without
-/// more (some answers keep the connection).
-pub fn exchange_open(port: u16, bytes: &[u8]) -> Result<Vec<u8>> {
+/// Sends `bytes` as they are to 127.0.0.1:`port` and reads the response to them; `method` says whether it has a body.
+pub fn fetch_raw(port: u16, bytes: &[u8], method: &str) -> Result<Response> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).with_context(|| format!("connecting to port {port}"))?;
-    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-    // The other side may refuse, and close, before it has read all.
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
+    // The other side may refuse, and close, before it has read all; its response tells.
     let _ = stream.write_all(bytes);
-    let mut answer = Vec::new();
-    let mut buffer = [0; 16 * 1024];
-    loop {
-        match stream.read(&mut buffer) {
-            Ok(0) => return Ok(answer),
-            Ok(count) => answer.extend_from_slice(&buffer[..count]),
-            // A time-out, or a reset after the answer.
-            Err(_) if !answer.is_empty() => return Ok(answer),
-            Err(error) => return Err(error).context("reading the answer"),
-        }
-    }
+    Response::read(&mut std::io::BufReader::new(stream), method)
 }
 
 /// A port of 127.0.0.1 that was free a moment ago.
