@@ -76,8 +76,7 @@ fn failures_have_envoys_words() {
         assert_eq!(response.status, 503);
         assert_eq!(
             response.body,
-            "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure, \
-             transport failure reason: delayed connect error: Connection refused"
+            "upstream connect error or disconnect/reset before headers. reset reason: remote connection failure"
         );
         let address =
             http_listener(&plane, "two", "silent", |action| action.timeout = Some(Duration::from_millis(50))).await;

@@ -138,7 +138,7 @@ fn a_grpc_request_gets_a_grpc_error() {
         let response = client.send_request(request.body(Full::default()).unwrap()).await.unwrap();
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["grpc-status"], "14");
-        assert!(response.headers()["grpc-message"].to_str().unwrap().contains("Connection refused"));
+        assert!(response.headers()["grpc-message"].to_str().unwrap().contains("remote connection failure"));
         plane.stop();
     });
 }

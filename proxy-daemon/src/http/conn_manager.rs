@@ -12,7 +12,7 @@ use std::{
 
 use http::{
     HeaderValue, Request, Response, StatusCode,
-    header::{CONTENT_TYPE, SERVER},
+    header::{CONTENT_TYPE, LOCATION, SERVER},
 };
 use hyper::{
     body::Incoming,
@@ -30,7 +30,7 @@ use super::{
     headers::{self, names::*},
     io::DownstreamIo,
     observe::{RequestObserver, ResponseObserver, StreamEnd},
-    redirect::redirect,
+    redirect::{own_url, redirect},
     route_match::RouteCache,
     stats::HcmStats,
     stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
@@ -304,7 +304,11 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         }
         Some(RouteAction::DirectResponse { status, body }) => {
             stats.rq_direct_response.inc();
-            Err(LocalReply::new(*status, body.clone(), ResponseFlags::default(), "direct_response"))
+            let mut reply = LocalReply::new(*status, body.clone(), ResponseFlags::default(), "direct_response");
+            if *status == StatusCode::CREATED {
+                reply.headers.extend(own_url(&head).map(|url| (LOCATION, url)));
+            }
+            Err(reply)
         }
         Some(RouteAction::Redirect(action)) => {
             stats.rq_redirect.inc();

@@ -1,6 +1,6 @@
 //! Sends a request to its cluster, as often as the retry policy allows, and answers for the upstream where it fails.
 
-use std::{borrow::Cow, rc::Rc, time::Duration};
+use std::{rc::Rc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST};
 use hyper::body::Incoming;
@@ -114,6 +114,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> Loc
     match expired {
         Expired::Route => {
             cluster.cluster.stats.upstream_rq_timeout.inc();
+            cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);
             }
@@ -148,7 +149,7 @@ struct Attempts<'a> {
 struct Failed {
     failure: Failure,
     /// As Envoy words it.
-    reason: Cow<'static, str>,
+    reason: &'static str,
     status: StatusCode,
     flags: ResponseFlags,
     /// The request, where it can be sent again.
@@ -245,7 +246,7 @@ impl Attempts<'_> {
             self.cluster.cluster.stats.upstream_rq_per_try_timeout.inc();
             Err(Failed {
                 failure: Failure::PerTryTimeout,
-                reason: "upstream request timeout".into(),
+                reason: "upstream request timeout",
                 status: StatusCode::GATEWAY_TIMEOUT,
                 flags: ResponseFlags::UT,
                 request: None,
@@ -271,7 +272,7 @@ impl Attempts<'_> {
         match connection.send(request).await {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
                 failure: Failure::AfterRequest,
-                reason: "protocol error".into(),
+                reason: "protocol error",
                 status: StatusCode::BAD_GATEWAY,
                 flags: ResponseFlags::UPE,
                 request: None,
@@ -347,7 +348,7 @@ impl Attempts<'_> {
         if matches!(failed.failure, Failure::AfterRequest | Failure::Refused) {
             stats.upstream_rq_rx_reset.inc();
         }
-        let (retried, reason) = (self.count > 1, &failed.reason);
+        let (retried, reason) = (self.count > 1, failed.reason);
         let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
         let text = format!("upstream connect error or disconnect/reset before headers. {reset}: {reason}");
         LocalReply::new(failed.status, text, failed.flags, "upstream_reset_before_response_started")
@@ -381,27 +382,17 @@ fn overloaded() -> LocalReply {
 }
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
-    let (reason, status, flags): (Cow<'static, str>, _, _) = match error {
-        PoolError::Overflow => ("overflow".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
+    let (reason, status, flags): (&'static str, _, _) = match error {
+        PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
         PoolError::Connect(ConnectError::Timeout) => {
-            ("connection timeout".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+            ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
-        PoolError::Connect(ConnectError::Io(error)) => {
-            let text = system_text(&error);
-            let reason = format!("remote connection failure, transport failure reason: delayed connect error: {text}");
-            (reason.into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        PoolError::Connect(ConnectError::Io(_)) => {
+            ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
-        PoolError::Handshake(_) => {
-            ("connection termination".into(), StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC)
-        }
+        PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     Failed { failure: Failure::Connect, reason, status, flags, request: Some(Box::new((head, body))), stale: false }
-}
-
-/// The system's own words, without Rust's `(os error 111)`.
-fn system_text(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused: bool) -> Failed {
@@ -418,7 +409,7 @@ fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused
         (false, Some(_)) => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
         (false, None) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
-    Failed { failure, reason: reason.into(), status, flags, request, stale: unsent && reused }
+    Failed { failure, reason, status, flags, request, stale: unsent && reused }
 }
 
 fn h2_reason(error: &hyper::Error) -> Option<h2::Reason> {

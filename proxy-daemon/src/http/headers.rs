@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
+    header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
     uri::PathAndQuery,
 };
 
@@ -81,13 +81,12 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 pub(super) fn check_request(head: &RequestHead) -> Result<(), LocalReply> {
     let refuse = |status, details| Err(LocalReply::new(status, "", ResponseFlags::DPE, details));
     if head.version < Version::HTTP_11 {
-        return Err(LocalReply::new(StatusCode::UPGRADE_REQUIRED, "", ResponseFlags::default(), "low_version"));
+        let (status, text) = (StatusCode::UPGRADE_REQUIRED, "Upgrade Required");
+        return Err(LocalReply::new(status, text, ResponseFlags::default(), "low_version"));
     }
     if head.version == Version::HTTP_11 {
         let headers = &head.headers;
-        if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
-            return refuse(StatusCode::BAD_REQUEST, "http1.content_length_and_chunked_not_allowed");
-        }
+        // A length beside a transfer coding has been dropped by the codec (RFC 9112, 6.1), so that only one reading is left.
         let mut hosts = headers.get_all(HOST).iter();
         match (hosts.next(), hosts.next()) {
             (Some(_), None) => {}

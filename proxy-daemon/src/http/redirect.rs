@@ -1,8 +1,9 @@
-//! Answers a request with a redirect.
+//! Answers a request with a redirect, or tells where it has created something.
 
 use http::{HeaderValue, header::LOCATION};
 
 use super::{
+    headers::names::X_FORWARDED_PROTO,
     route_match::authority,
     stream::{LocalReply, RequestHead},
 };
@@ -20,8 +21,22 @@ pub(super) fn redirect(request: &RequestHead, rule: &RouteMatch, action: &Redire
     reply
 }
 
+/// The request's own URL, which a direct response of 201 names in `location`.
+pub(super) fn own_url(request: &RequestHead) -> Option<HeaderValue> {
+    let path = request.uri.path_and_query().map_or("/", |path| path.as_str());
+    HeaderValue::from_str(&format!("{}://{}{path}", scheme(request), authority(request))).ok()
+}
+
+/// The scheme that the client used: `x-forwarded-proto` has been set or checked by now.
+fn scheme(request: &RequestHead) -> &'static str {
+    match request.headers.get(X_FORWARDED_PROTO) {
+        Some(value) if value == "https" => "https",
+        _ => "http",
+    }
+}
+
 fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> String {
-    let scheme = action.scheme.as_deref().unwrap_or("http");
+    let scheme = action.scheme.as_deref().unwrap_or(scheme(request));
     let (host, port) = split_port(authority(request));
     let host = action.host.as_deref().unwrap_or(host);
     let mut location = format!("{scheme}://{host}");
