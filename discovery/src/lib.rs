@@ -109,7 +109,7 @@ impl Discovery {
         }
         tokio::time::timeout(std::time::Duration::from_secs(1), async {
             // Let streams end with a proper close; the sources never end by themselves.
-            while self.pages.clients.list().iter().any(|_| true) {
+            while !self.pages.clients.list().is_empty() {
                 tokio::time::sleep(std::time::Duration::from_millis(5)).await;
             }
         })

@@ -149,35 +149,55 @@ async fn a_directory_that_goes_away_leaves_its_objects_and_is_found_again() {
     watched.until_services(&["b", "c"]).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
+fn event(kind: EventKind, path: &str) -> notify::Event {
+    notify::Event::new(kind).add_path(path.into())
+}
+
+const DATA: EventKind = EventKind::Modify(ModifyKind::Data(notify::event::DataChange::Any));
+const CLOSED: EventKind = EventKind::Access(AccessKind::Close(AccessMode::Write));
+const OPENED: EventKind = EventKind::Access(AccessKind::Open(AccessMode::Any));
+
+/// How long until the directory is read, when these events come at these times.
+async fn read_after(events: &[(u64, EventKind)]) -> Duration {
+    let (sender, mut inbox) = mpsc::channel(16);
+    let events: Vec<_> =
+        events.iter().map(|(at, kind)| (Duration::from_millis(*at), event(*kind, "/m/a.yaml"))).collect();
+    let started = Instant::now();
+    tokio::spawn(async move {
+        for (at, event) in events {
+            sleep_until(started + at).await;
+            sender.send(Ok(event)).await.unwrap();
+        }
+        std::future::pending::<()>().await;
+    });
+    assert_eq!(wait_for_change(&mut inbox, RESCAN).await, Wake::Read);
+    started.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
 async fn half_a_write_is_not_an_edit() {
-    use std::io::Write as _;
-    let mut watched = Watched::start(&[("a.yaml", &service("a", 80)), ("b.yaml", &service("b", 80))]).await;
-    let text = service("a", 81);
-    let (first, second) = text.split_at(text.len() / 2);
-    let mut file = fs::File::create(watched.path("a.yaml")).unwrap();
-    file.write_all(first.as_bytes()).unwrap();
-    file.flush().unwrap();
-    // Longer than the debounce, shorter than the patience with writers.
-    tokio::time::sleep(DEBOUNCE * 5).await;
-    file.write_all(second.as_bytes()).unwrap();
-    drop(file);
-    let before = watched.registry.borrow().version;
-    watched.until("the edit", |cluster| first_port(cluster, "a") == Some(81)).await;
-    assert_eq!(watched.registry.borrow().version, before + 1, "an intermediate state was reported");
+    let ms = Duration::from_millis;
+    // The clock has a resolution of a millisecond.
+    let about = |found: Duration, expected: Duration| found >= expected && found <= expected + ms(2);
+    assert!(about(read_after(&[(0, CLOSED)]).await, DEBOUNCE));
+    assert!(about(read_after(&[(0, DATA), (5, CLOSED)]).await, ms(5) + DEBOUNCE));
+    assert!(about(read_after(&[(0, DATA), (400, DATA), (700, CLOSED)]).await, ms(700) + DEBOUNCE));
+    // A writer that never closes its file does not hold up the others for ever.
+    assert!(about(read_after(&[(0, DATA), (400, DATA)]).await, WRITER_PATIENCE));
+    // Nor does one that never stops.
+    let stream: Vec<_> = (0..200).flat_map(|i| [(i * 10, DATA), (i * 10 + 1, CLOSED)]).collect();
+    assert!(read_after(&stream).await <= WRITER_PATIENCE + ms(2));
+    // Reading causes events too, which are no reason to read.
+    assert!(about(read_after(&[(0, OPENED)]).await, RESCAN));
 }
 
 #[test]
 fn bursts_of_a_file_that_is_written_wait_for_it_to_be_closed() {
-    let event = |kind, path: &str| notify::Event::new(kind).add_path(path.into());
-    let data = EventKind::Modify(ModifyKind::Data(notify::event::DataChange::Any));
-    let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
-    let opened = EventKind::Access(AccessKind::Open(AccessMode::Any));
     let mut writing = BTreeSet::new();
     let mut wake = Wake::Read;
-    assert!(!note_event(&event(opened, "/m/a.yaml"), &mut writing, &mut wake));
-    assert!(note_event(&event(data, "/m/a.yaml"), &mut writing, &mut wake));
+    assert!(!note_event(&event(OPENED, "/m/a.yaml"), &mut writing, &mut wake));
+    assert!(note_event(&event(DATA, "/m/a.yaml"), &mut writing, &mut wake));
     assert_eq!(writing.len(), 1);
-    assert!(note_event(&event(closed, "/m/a.yaml"), &mut writing, &mut wake));
+    assert!(note_event(&event(CLOSED, "/m/a.yaml"), &mut writing, &mut wake));
     assert_eq!((writing.len(), wake), (0, Wake::Read));
 }
