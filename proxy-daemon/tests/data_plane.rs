@@ -113,9 +113,12 @@ fn a_dead_pooled_connection_costs_no_request() {
         let plane = start(1);
         plane.upsert_cluster(cluster("a", [upstream.address], LbPolicy::RoundRobin));
         let address = http_listener(&plane, "l", "a", |_| {}).await;
+        let open = plane.clusters()["a"].stats.upstream_cx_active;
         for _ in 0..50 {
             assert_eq!(get(address, "/", &[]).status, 200);
+            wait_until("the close has been noticed", || open.value() == 0);
         }
+        assert_eq!(upstream.connections(), 50);
         plane.stop();
     });
 }
