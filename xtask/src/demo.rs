@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use anyhow::{Result, bail};
+use culvert_tests::lab::Lab;
 use culvert_tests::scenario::{FailurePolicy, STEPS, Scenario, addresses};
 
 use crate::setup::{self, Needs};
@@ -31,7 +32,7 @@ pub struct Args {
 /// Runs the task.
 pub fn run(args: Args) -> Result<()> {
     if args.cleanup {
-        return culvert_tests::lab::Lab::cleanup(LAB);
+        return Lab::cleanup(LAB);
     }
     setup::ensure(args.yes, Needs::DEMO)?;
     build_ebpf::ensure()?;
@@ -39,6 +40,7 @@ pub fn run(args: Args) -> Result<()> {
     cargo.args(["build", "-p", "culvert-proxy-daemon", "-p", "culvert-discovery", "-p", "culvert-cli", "-p"]);
     progress::run("building culvertd, culvert-discovery, culvert and the lab's programs", cargo.arg("culvert-tests"))?;
 
+    Lab::remove_on_signal(LAB)?;
     let policy = FailurePolicy::Open;
     let mut scenario = Scenario::start(LAB, policy, |what| println!("{what} ..."))?;
     println!("{}\n", addresses());

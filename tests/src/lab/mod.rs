@@ -106,10 +106,11 @@ impl Lab {
         self.shared.keep.store(true, Ordering::Relaxed);
     }
 
-    /// From now on SIGINT, SIGTERM and SIGHUP tear this lab down and end the program with status 130. Call it before
-    /// other threads are started.
-    pub fn teardown_on_signal(&self) -> Result<()> {
-        signals::on_termination(self.shared.name.clone())
+    /// From now on SIGINT, SIGTERM and SIGHUP remove the lab `name`, which this program has built or is about to build, and
+    /// end the program with status 130. Call it before other threads are started.
+    pub fn remove_on_signal(name: &str) -> Result<()> {
+        check_name(name)?;
+        signals::remove_on_signal(name.to_owned())
     }
 
     /// Removes what a lab of this name left: processes, mounts, network namespaces, cgroups and files. Fails if a running

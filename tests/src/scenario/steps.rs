@@ -312,7 +312,8 @@ fn finish_load(load: Process, log: &mut Log) -> Result<Report> {
 
 fn describe(report: &Report) -> String {
     let pods: Vec<String> = report.pods.iter().map(|(pod, answers)| format!("{pod} {}", answers.count)).collect();
-    format!("{} requests, {} failed; answers: {}", report.requests, report.failed(), pods.join(", "))
+    let counts = format!("{} requests, {} failed", report.requests, report.failed());
+    if pods.is_empty() { counts } else { format!("{counts}; answers: {}", pods.join(", ")) }
 }
 
 /// Waits until `pod` answers, or no longer answers, calls of `users`.
