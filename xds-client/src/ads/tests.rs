@@ -165,7 +165,9 @@ fn sotw_acknowledges_only_what_was_finished() {
 
 #[test]
 fn sotw_removes_absent_clusters_and_listeners_and_keeps_endpoints_and_routes() {
-    for (type_url, removed) in [(CLUSTER, vec!["a", "b"]), (LISTENER, vec!["a", "b"]), (ENDPOINT, vec![]), (ROUTE, vec![])] {
+    for (type_url, removed) in
+        [(CLUSTER, vec!["a", "b"]), (LISTENER, vec!["a", "b"]), (ENDPOINT, vec![]), (ROUTE, vec![])]
+    {
         for interest in [names(&["a", "b", "c"]), Interest::Wildcard] {
             let wildcard = interest == Interest::Wildcard;
             let mut core = core(Variant::Sotw);
@@ -263,7 +265,11 @@ fn what_needs_no_answer_is_ignored() {
     core.set_interest(CLUSTER, Interest::Wildcard);
     assert_eq!(core.handle(sotw(CLUSTER, "1", "n", &[])), Handled::Ignored(Ignored::NotConnected));
     core.connected();
-    assert_eq!(core.handle(sotw(CLUSTER, "1", "n", &[])), Handled::Ignored(Ignored::UnknownType), "nothing was asked yet");
+    assert_eq!(
+        core.handle(sotw(CLUSTER, "1", "n", &[])),
+        Handled::Ignored(Ignored::UnknownType),
+        "nothing was asked yet"
+    );
     core.outgoing();
     assert_eq!(core.handle(sotw("no.such/Type", "1", "n", &[])), Handled::Ignored(Ignored::UnknownType));
     assert_eq!(core.handle(delta(CLUSTER, "n", &[], &[])), Handled::Ignored(Ignored::WrongVariant));
@@ -328,7 +334,7 @@ fn delta_reconnect_sends_what_is_in_force() {
     core.connected();
     core.outgoing();
     update!(core, delta(CLUSTER, "n1", &["a@1", "b@1", "c@1"], &[]), added ["a", "b", "c"], removed [], rejects ["c"]);
-    update!(core, delta(CLUSTER, "n2", &["a@2"], &["b"]), added ["a"], removed ["b"]);
+    update!(core, delta(CLUSTER, "n2", &["a@2"], &["b"]), added["a"], removed["b"]);
     update!(core, delta(ENDPOINT, "n3", &["a@1", "b@1"], &[]), added ["a", "b"], removed []);
     sends!(
         core,
@@ -381,11 +387,7 @@ fn what_is_wanted_again_is_asked_for_again() {
     core.set_interest(ENDPOINT, names(&["a"]));
     core.set_interest(ENDPOINT, names(&["a", "b"]));
     core.set_interest(OTHER, Interest::None);
-    sends!(
-        core,
-        "ClusterLoadAssignment v=1 names=a nonce=n1",
-        "ClusterLoadAssignment v=1 names=a,b nonce=n1",
-    );
+    sends!(core, "ClusterLoadAssignment v=1 names=a nonce=n1", "ClusterLoadAssignment v=1 names=a,b nonce=n1",);
     // Without the version, for the server has to send everything again.
     core.set_interest(OTHER, Interest::Wildcard);
     sends!(core, "OffloadedService v= names= nonce=n2");

@@ -1,1 +1,324 @@
+//! The driver against a real gRPC server in this process, whose side of the stream the test plays.
 
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
+    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+};
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse, Resource as Wrapper,
+};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::AbortHandle;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tonic::{Status, Streaming};
+
+use super::*;
+use crate::ads::type_url::{CLUSTER, ENDPOINT};
+use crate::ads::{Outcome, Rejection, Update};
+use crate::json::pack;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// One stream, as the server sees it.
+struct Session<Q, A> {
+    requests: Streaming<Q>,
+    answers: UnboundedSender<Result<A, Status>>,
+    authority: Option<String>,
+}
+
+impl<Q, A> Session<Q, A> {
+    async fn request(&mut self) -> Q {
+        let next = tokio::time::timeout(PATIENCE, self.requests.message()).await;
+        next.expect("a request within the time").expect("no error").expect("the stream is open")
+    }
+
+    fn send(&self, answer: A) {
+        self.answers.send(Ok(answer)).expect("the client is there");
+    }
+}
+
+struct Service {
+    sotw: UnboundedSender<Session<DiscoveryRequest, DiscoveryResponse>>,
+    delta: UnboundedSender<Session<DeltaDiscoveryRequest, DeltaDiscoveryResponse>>,
+}
+
+fn session<Q, A: Send + 'static>(
+    request: tonic::Request<Streaming<Q>>,
+    sessions: &UnboundedSender<Session<Q, A>>,
+) -> Result<tonic::Response<Answers<A>>, Status> {
+    let (answers, receiver) = unbounded_channel();
+    let authority = request.extensions().get::<Authority>().map(|authority| authority.0.clone());
+    let session = Session { requests: request.into_inner(), answers, authority };
+    sessions.send(session).map_err(|_| Status::unavailable("the test is over"))?;
+    Ok(tonic::Response::new(Box::pin(UnboundedReceiverStream::new(receiver))))
+}
+
+#[derive(Clone)]
+struct Authority(String);
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Service {
+    type StreamAggregatedResourcesStream = Answers<DiscoveryResponse>;
+    type DeltaAggregatedResourcesStream = Answers<DeltaDiscoveryResponse>;
+
+    async fn stream_aggregated_resources(
+        &self,
+        request: tonic::Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<tonic::Response<Self::StreamAggregatedResourcesStream>, Status> {
+        session(request, &self.sotw)
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: tonic::Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<tonic::Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        session(request, &self.delta)
+    }
+}
+
+struct Server {
+    address: SocketAddr,
+    sotw: UnboundedReceiver<Session<DiscoveryRequest, DiscoveryResponse>>,
+    delta: UnboundedReceiver<Session<DeltaDiscoveryRequest, DeltaDiscoveryResponse>>,
+    task: AbortHandle,
+}
+
+impl Server {
+    async fn start(address: &str) -> Server {
+        // A port that was just in use may take a moment to be free again.
+        let started = Instant::now();
+        let listener = loop {
+            match TcpListener::bind(address).await {
+                Ok(listener) => break listener,
+                Err(error) => assert!(started.elapsed() < PATIENCE, "cannot listen on {address}: {error}"),
+            }
+            tokio::task::yield_now().await;
+        };
+        let address = listener.local_addr().unwrap();
+        let (sotw_sender, sotw) = unbounded_channel();
+        let (delta_sender, delta) = unbounded_channel();
+        let service = AggregatedDiscoveryServiceServer::new(Service { sotw: sotw_sender, delta: delta_sender });
+        let note_authority = |mut request: tonic::codegen::http::Request<tonic::body::Body>| {
+            let authority = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+            request.extensions_mut().insert(Authority(authority));
+            request
+        };
+        let server = tonic::transport::Server::builder()
+            .layer(tower::util::MapRequestLayer::new(note_authority))
+            .add_service(service)
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        let task = tokio::spawn(server).abort_handle();
+        Server { address, sotw, delta, task }
+    }
+
+    async fn sotw(&mut self) -> Session<DiscoveryRequest, DiscoveryResponse> {
+        tokio::time::timeout(PATIENCE, self.sotw.recv()).await.expect("a stream within the time").expect("a server")
+    }
+
+    async fn delta(&mut self) -> Session<DeltaDiscoveryRequest, DeltaDiscoveryResponse> {
+        tokio::time::timeout(PATIENCE, self.delta.recv()).await.expect("a stream within the time").expect("a server")
+    }
+}
+
+/// Rejects resources called "bad", follows clusters with endpoints, and keeps notes.
+#[derive(Clone, Default)]
+struct Notes {
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Notes {
+    async fn wait_for(&self, line: &str) {
+        let started = Instant::now();
+        while !self.log.lock().unwrap().iter().any(|entry| entry == line) {
+            assert!(started.elapsed() < PATIENCE, "{line:?} is not in {:?}", self.log.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+impl Sink for Notes {
+    fn update(&mut self, update: Update) -> Outcome {
+        let names: Vec<String> = update.added.iter().map(|resource| resource.name.clone()).collect();
+        let kind = update.type_url.rsplit('.').next().unwrap();
+        self.log.lock().unwrap().push(format!("{kind} +{} -{}", names.join(","), update.removed.join(",")));
+        let (bad, good): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name == "bad");
+        let message = "connect_timeout: no".to_owned();
+        let rejected = bad.into_iter().map(|name| Rejection { name, message: message.clone() }).collect();
+        let subscriptions = match update.type_url == CLUSTER {
+            true => vec![(ENDPOINT.to_owned(), Interest::Names(good.into_iter().collect()))],
+            false => Vec::new(),
+        };
+        Outcome { rejected, subscriptions }
+    }
+
+    fn state(&mut self, connected: bool) {
+        self.log.lock().unwrap().push(format!("connected {connected}"));
+    }
+}
+
+fn config(variant: Variant, endpoints: &[SocketAddr]) -> AdsConfig {
+    AdsConfig {
+        endpoints: endpoints.iter().map(ToString::to_string).collect(),
+        authority: "xds_cluster".to_owned(),
+        variant,
+        node: Node { id: "node-1".to_owned(), ..Default::default() },
+        connect_timeout: Duration::from_secs(1),
+        wildcards: vec![CLUSTER.to_owned()],
+    }
+}
+
+fn clusters(version: &str, nonce: &str, names: &[&str]) -> DiscoveryResponse {
+    let resource = |name: &&str| pack(&Cluster { name: (*name).to_owned(), ..Default::default() });
+    DiscoveryResponse {
+        version_info: version.to_owned(),
+        type_url: CLUSTER.to_owned(),
+        nonce: nonce.to_owned(),
+        resources: names.iter().map(resource).collect(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn sotw_over_grpc() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let notes = Notes::default();
+    let client = Client::new(config(Variant::Sotw, &[server.address]), notes.clone());
+    let stats = client.stats();
+    let client = tokio::spawn(client.run());
+
+    let mut session = server.sotw().await;
+    assert_eq!(session.authority.as_deref(), Some("xds_cluster"));
+    let first = session.request().await;
+    assert_eq!((first.type_url.as_str(), first.node.unwrap().id.as_str()), (CLUSTER, "node-1"));
+    session.send(clusters("1", "a", &["x"]));
+    let ack = session.request().await;
+    assert_eq!((ack.version_info.as_str(), ack.response_nonce.as_str(), ack.error_detail), ("1", "a", None));
+    let endpoints = session.request().await;
+    assert_eq!((endpoints.type_url.as_str(), endpoints.resource_names), (ENDPOINT, vec!["x".to_owned()]));
+    session.send(clusters("2", "b", &["x", "bad"]));
+    let nack = session.request().await;
+    assert_eq!((nack.version_info.as_str(), nack.response_nonce.as_str()), ("1", "b"));
+    assert_eq!(nack.error_detail.unwrap().message, "bad: connect_timeout: no");
+
+    assert!(stats.connected());
+    let cds = stats.of(CLUSTER);
+    let counts = [&cds.update_attempt, &cds.update_success, &cds.update_rejected, &cds.update_failure];
+    assert_eq!(counts.map(|counter| counter.load(Relaxed)), [2, 1, 1, 0]);
+    client.abort();
+}
+
+#[tokio::test]
+async fn delta_over_grpc() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let notes = Notes::default();
+    let client = Client::new(config(Variant::Delta, &[server.address]), notes.clone());
+    let interests = client.interests();
+    let client = tokio::spawn(client.run());
+
+    let mut session = server.delta().await;
+    assert_eq!(session.request().await.type_url, CLUSTER);
+    let cluster = Cluster { name: "x".to_owned(), ..Default::default() };
+    session.send(DeltaDiscoveryResponse {
+        type_url: CLUSTER.to_owned(),
+        nonce: "a".to_owned(),
+        resources: vec![Wrapper {
+            name: "x".to_owned(),
+            version: "7".to_owned(),
+            resource: Some(pack(&cluster)),
+            ..Default::default()
+        }],
+        ..Default::default()
+    });
+    assert_eq!(session.request().await.response_nonce, "a");
+    assert_eq!(session.request().await.resource_names_subscribe, ["x"]);
+    interests.send(("type.googleapis.com/x.Y".to_owned(), Interest::Names(["z".to_owned()].into()))).unwrap();
+    let other = session.request().await;
+    assert_eq!(
+        (other.type_url.as_str(), other.resource_names_subscribe),
+        ("type.googleapis.com/x.Y", vec!["z".to_owned()])
+    );
+    notes.wait_for("Cluster +x -").await;
+    drop(session);
+    let mut session = server.delta().await;
+    assert_eq!(session.request().await.initial_resource_versions, [("x".to_owned(), "7".to_owned())].into());
+    client.abort();
+}
+
+#[tokio::test]
+async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let notes = Notes::default();
+    let client = Client::new(config(Variant::Sotw, &[server.address]), notes.clone());
+    let stats = client.stats();
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    session.request().await;
+    session.send(clusters("1", "a", &["x"]));
+    session.request().await;
+    let address = server.address.to_string();
+    drop(session);
+    server.task.abort();
+    drop(server);
+    notes.wait_for("connected false").await;
+    assert!(!stats.connected());
+
+    let mut server = Server::start(&address).await;
+    let started = Instant::now();
+    let mut session = server.sotw().await;
+    assert!(started.elapsed() < Duration::from_secs(5), "found only after {:?}", started.elapsed());
+    let first = session.request().await;
+    assert_eq!((first.version_info.as_str(), first.response_nonce.as_str()), ("1", ""));
+    assert!(first.node.is_some(), "a new stream does not know the node");
+    assert!(stats.of(CLUSTER).update_failure.load(Relaxed) >= 1);
+    client.abort();
+}
+
+#[tokio::test]
+async fn the_next_address_is_tried_when_one_does_not_answer() {
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mut server = Server::start("127.0.0.1:0").await;
+    let client = tokio::spawn(run(config(Variant::Sotw, &[gone, server.address]), Notes::default()));
+    assert_eq!(server.sotw().await.request().await.type_url, CLUSTER);
+    client.abort();
+}
+
+#[tokio::test]
+async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let notes = Notes::default();
+    let client = tokio::spawn(run(config(Variant::Sotw, &[server.address]), notes.clone()));
+    let mut session = server.sotw().await;
+    session.request().await;
+    session.send(clusters("1", "a", &["x"]));
+    session.request().await;
+    let name = "y".repeat(MAX_RESPONSE_BYTES);
+    session.send(clusters("2", "b", &[&name]));
+    let mut session = server.sotw().await;
+    assert_eq!(session.request().await.version_info, "1");
+    let updates = notes.log.lock().unwrap().iter().filter(|entry| entry.starts_with("Cluster")).count();
+    assert_eq!(updates, 1);
+    client.abort();
+}
+
+#[tokio::test]
+async fn requests_of_a_client_without_interests_wait_for_one() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let client =
+        Client::new(AdsConfig { wildcards: Vec::new(), ..config(Variant::Sotw, &[server.address]) }, Notes::default());
+    let interests = client.interests();
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    interests.send((CLUSTER.to_owned(), Interest::Wildcard)).unwrap();
+    assert_eq!(session.request().await.type_url, CLUSTER);
+    client.abort();
+}

@@ -147,7 +147,9 @@ fn enum_number(node: &Node, desc: &EnumDescriptor, path: &Path<'_>) -> Result<i3
     let (shown, found) = match &node.content {
         Content::String(name) => (
             format!("{name:?}"),
-            desc.get_value_by_name(name).or_else(|| desc.values().find(|v| v.name().eq_ignore_ascii_case(name))),
+            desc.get_value_by_name(name)
+                .or_else(|| desc.values().find(|value| value.name().eq_ignore_ascii_case(name)))
+                .or_else(|| desc.get_value(name.parse().ok()?)),
         ),
         Content::Number(number) => {
             let value = number.as_i64().and_then(|number| i32::try_from(number).ok());

@@ -1,7 +1,7 @@
 //! Envoy's messages as JSON and YAML, the way Envoy itself reads and prints them.
 //!
 //! A message goes through three steps, each of which names the field it stumbles over:
-//! text -> [`tree::Node`] (with positions) -> [`DynamicMessage`] by descriptor, strictly -> the typed prost struct.
+//! text -> tree of values with positions -> [`DynamicMessage`] by descriptor, strictly -> the typed prost struct.
 //! [`validate()`] then checks the rules that the protos carry as `validate.rules` options.
 //!
 //! Reading is as strict as Envoy's: unknown fields, unknown enum values, unknown `@type`s, wrong types and duplicate

@@ -16,9 +16,9 @@ pub(super) fn integer(content: &Content) -> Option<i128> {
             Some(value) => return Some(value),
             None => number.as_f64()?,
         },
-        Content::String(text) => match text.parse::<i128>() {
-            Ok(value) if !text.starts_with('+') => return Some(value),
-            _ => number(text)?,
+        Content::String(text) => match text.parse::<i128>().ok().or_else(|| hexadecimal(text)) {
+            Some(value) => return Some(value),
+            None => number(text)?,
         },
         _ => return None,
     };
@@ -45,12 +45,23 @@ fn number(text: &str) -> Option<f64> {
     serde_json::from_str::<serde_json::Number>(text).ok()?.as_f64().filter(|value| value.is_finite())
 }
 
-/// A boolean, or one given as a string.
+/// `0x50`, which protobuf takes in strings as a floating point number.
+fn hexadecimal(text: &str) -> Option<i128> {
+    let (negative, digits) = text.strip_prefix('-').map_or((false, text), |digits| (true, digits));
+    let digits = digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X"))?;
+    let value = i128::from(u64::from_str_radix(digits, 16).ok()?);
+    Some(if negative { -value } else { value })
+}
+
+/// A boolean, or one given as a string: the spellings of Abseil's `SimpleAtob`, which Envoy's parser uses.
 pub(super) fn boolean(content: &Content) -> Option<bool> {
     match content {
         Content::Bool(value) => Some(*value),
-        Content::String(text) if text == "true" => Some(true),
-        Content::String(text) if text == "false" => Some(false),
+        Content::String(text) => match text.to_ascii_lowercase().as_str() {
+            "true" | "t" | "yes" | "y" | "1" => Some(true),
+            "false" | "f" | "no" | "n" | "0" => Some(false),
+            _ => None,
+        },
         _ => None,
     }
 }

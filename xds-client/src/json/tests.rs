@@ -94,7 +94,10 @@ fn prints_like_config_dump() {
     assert_eq!(manager["codec_type"], "HTTP2");
     assert_eq!(manager["stream_idle_timeout"], "1.500s");
     let route = &manager["route_config"]["virtual_hosts"][0]["routes"][0];
-    assert_eq!(route, &json!({"match": {"prefix": "/", "case_sensitive": false}, "route": {"cluster": "up", "timeout": "0.250s"}}));
+    assert_eq!(
+        route,
+        &json!({"match": {"prefix": "/", "case_sensitive": false}, "route": {"cluster": "up", "timeout": "0.250s"}})
+    );
     assert_eq!(json["static_resources"]["clusters"][0]["ring_hash_lb_config"], json!({"minimum_ring_size": "1024"}));
     assert_eq!(
         json["node"]["metadata"],
@@ -157,6 +160,22 @@ errors! {
         "static_resources.listeners[0].address: expected an object, found a list (line 8, column 14)";
     object_for_a_list: "domains: [\"*\"]" => "domains: {}", format!(
         "{MANAGER}.route_config.virtual_hosts[0].domains: expected a list, found an object (line 20, column 24)");
+    separators_in_a_number: "0x2710" => "1_0",
+        "static_resources.listeners[0].address.socket_address.port_value: \"1_0\" is not an integer (line 8, column 59)";
+    yaml_infinity: "0x2710" => ".inf",
+        "static_resources.listeners[0].address.socket_address.port_value: \".inf\" is not an integer (line 8, column 59)";
+    number_for_a_boolean: "\"false\"" => "1", format!(
+        "{MANAGER}.route_config.virtual_hosts[0].routes[0].match.case_sensitive: expected a boolean, found a number \
+         (line 22, column 55)");
+    yaml_boolean_in_quotes: "\"false\"" => "\"off\"", format!(
+        "{MANAGER}.route_config.virtual_hosts[0].routes[0].match.case_sensitive: expected a boolean, found a string \
+         (line 22, column 55)");
+    tagged_number: "id: one" => "id: !!str 5",
+        "node.id: expected a string, found a number (put it in quotes) (line 4, column 19)";
+    letter_that_is_a_boolean: "id: one" => "id: n",
+        "node.id: expected a string, found a boolean (put it in quotes) (line 4, column 13)";
+    type_without_a_slash: "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router" => "x.Router", format!(
+        "{MANAGER}.http_filters[0].typed_config.@type: unknown type \"x.Router\" (line 26, column 38)");
     duration_without_unit: "0.250s" => "0.25", format!(
         "{MANAGER}.route_config.virtual_hosts[0].routes[0].route.timeout: \
          \"0.25\" is not a duration, such as \"1.5s\" (line 23, column 48)");
@@ -189,6 +208,17 @@ fn what_yaml_cpp_and_protobuf_take_is_taken() {
         ("0x2710", "\"8080\""),
         ("0x2710", "1e3"),
         ("0x2710", "8080.0"),
+        ("0x2710", "08"),
+        ("0x2710", "+80"),
+        ("0x2710", "\"0x50\""),
+        ("0x2710", "\"080\""),
+        ("0x2710", "1.5e3"),
+        ("\"false\"", "\"fAlse\""),
+        ("\"false\"", "\"1\""),
+        ("id: one", "id: 1.5"),
+        ("id: one", "id: 99999999999"),
+        ("id: one", "id: yEs"),
+        ("http2", "\"1\""),
         ("\"false\"", "off"),
         ("\"false\"", "No"),
         ("http2", "2"),
@@ -246,7 +276,8 @@ fn alias_bombs_are_refused() {
 
 #[test]
 fn merges_over_a_base() {
-    let base: Bootstrap = from_yaml("node: { id: a, cluster: b }\nstatic_resources: { clusters: [{ name: one }] }").unwrap();
+    let base: Bootstrap =
+        from_yaml("node: { id: a, cluster: b }\nstatic_resources: { clusters: [{ name: one }] }").unwrap();
     let merged = merge_yaml(base, "node: { id: c }\nstatic_resources: { clusters: [{ name: two }] }").unwrap();
     assert_eq!(
         to_json(&merged),

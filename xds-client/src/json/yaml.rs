@@ -64,8 +64,9 @@ impl<'input> Builder<'input> {
         }
         let (anchor, content) = match event {
             Event::Alias(id) => return self.alias(id, at, depth),
-            Event::Scalar(text, style, anchor, tag) => {
-                let quoted = style != ScalarStyle::Plain || tag.is_some_and(|tag| tag.is_yaml_core_schema_tag("str"));
+            // Tags say nothing: Envoy looks at the quotes only.
+            Event::Scalar(text, style, anchor, _) => {
+                let quoted = style != ScalarStyle::Plain;
                 (anchor, if quoted { Content::String(text.into_owned()) } else { plain(&text) })
             }
             Event::SequenceStart(_, anchor, _) => {

@@ -3,9 +3,9 @@
 //! The message travels in the baggage item [`BAGGAGE_ITEM`], as standard padded base64 of its bytes. Baggage rides in
 //! one of three headers, in this order of precedence:
 //!
-//! 1. `x-ot-span-context` ([`ot_span_context`]),
+//! 1. `x-ot-span-context` (see [`SpanContext`]),
 //! 2. `ot-baggage-overrides`, the item's own header of the text form of the same propagation format,
-//! 3. `baggage` ([`w3c_baggage`]).
+//! 3. `baggage` (see [`Baggage`]).
 //!
 //! All of it comes from outside: every function here bounds what it reads and none panics on any input.
 
