@@ -25,7 +25,7 @@ use culvert_proxy_daemon::{
 };
 use culvert_xds_client::{
     ads::Variant,
-    grpc::{self, AdsConfig},
+    grpc::{AdsConfig, Client},
     json,
 };
 use tokio::{
@@ -131,7 +131,11 @@ async fn run(
 ) -> Result<()> {
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
-    let store = ConfigStore::new(Applier::new(plane.clone()));
+    let wanted =
+        [(bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (bootstrap.lds, "envoy.config.listener.v3.Listener")];
+    let wildcards = wanted.into_iter().filter(|(wanted, _)| *wanted);
+    let wildcards: Vec<_> = wildcards.map(|(_, name)| format!("type.googleapis.com/{name}")).collect();
+    let store = ConfigStore::new(Applier::new(plane.clone()), wildcards.clone());
 
     if let Some(address) = bootstrap.admin {
         let listener = TcpListener::bind(address).await;
@@ -163,33 +167,29 @@ async fn run(
         tokio::spawn(admin::run(admin, listener));
     }
 
-    for cluster in bootstrap.clusters {
-        plane.upsert_cluster(cluster);
-    }
-    for listener in bootstrap.listeners {
+    for listener in store.add_static(bootstrap.clusters, bootstrap.listeners) {
         let name = Arc::clone(&listener.name);
-        if let Err(error) = plane.upsert_listener(Arc::new(listener)).await {
+        if let Err(error) = plane.upsert_listener(listener).await {
             bail!("listener {name:?}: {error}");
         }
     }
     if let Some(server) = bootstrap.ads {
-        let interests =
-            [(bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (bootstrap.lds, "envoy.config.listener.v3.Listener")];
         let config = AdsConfig {
             endpoints: server.endpoints,
             authority: server.authority,
             variant: if server.delta { Variant::Delta } else { Variant::Sotw },
             node: bootstrap.node,
             connect_timeout: server.connect_timeout,
-            wildcards: interests
-                .into_iter()
-                .filter(|(wanted, _)| *wanted)
-                .map(|(_, name)| format!("type.googleapis.com/{name}"))
-                .collect(),
+            wildcards,
         };
+        let client = Client::new(config, store.clone());
+        for interest in store.interests() {
+            // Received by the client, which is here.
+            let _ = client.interests().send(interest);
+        }
         state.set(ServerState::Initializing);
         tokio::spawn(store.clone().end_warming());
-        tokio::spawn(grpc::run(config, store.clone()));
+        tokio::spawn(client.run());
         tokio::select! {
             () = initialized(&store) => {}
             () = signals.stop() => return Ok(()),

@@ -1,4 +1,4 @@
-use std::{fmt, fs, path::PathBuf};
+use std::{fmt, fs::File, io::Read, path::Path};
 
 use culvert_xds_client::json::{self, ConfigError};
 use envoy_types::pb::envoy::config::{
@@ -7,10 +7,10 @@ use envoy_types::pb::envoy::config::{
 };
 
 use super::Flags;
-use crate::config::{
-    FieldError,
-    parse::{self, Bootstrap},
-};
+use crate::config::parse::{self, Bootstrap};
+
+/// What stands for a file's name where the text comes from the command line.
+const FROM_FLAG: &str = "--config-yaml";
 
 /// The largest bootstrap file, in bytes.
 const MAX_BYTES: u64 = 64 << 20;
@@ -35,53 +35,64 @@ impl std::error::Error for LoadError {}
 /// Reads and checks the bootstrap that the flags name. Returns the message as well, for `/config_dump`.
 ///
 /// # Errors
-/// The file and the field that is wrong.
+/// The file and the field that is wrong, with its line where it stands in one text only.
 pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
-    let from_flag = "--config-yaml".to_owned();
-    let (source, mut message) = match (&flags.config_path, &flags.config_yaml) {
-        (Some(path), overlay) => {
+    let file = match &flags.config_path {
+        Some(path) => {
             let source = path.display().to_string();
             let text = read(path).map_err(|message| LoadError { source: source.clone(), message })?;
-            let base: Message = json::from_yaml(&text).map_err(|error| syntax(&source, &error))?;
-            let merged = match overlay {
-                Some(overlay) => json::merge_yaml(base, overlay).map_err(|error| syntax(&from_flag, &error))?,
-                None => base,
-            };
-            (source, merged)
+            Some((source, text))
         }
-        (None, Some(text)) => (from_flag.clone(), json::from_yaml(text).map_err(|error| syntax(&from_flag, &error))?),
+        None => None,
+    };
+    let (source, text, mut message): (_, _, Message) = match (file, &flags.config_yaml) {
+        (Some((source, text)), None) => {
+            let message = json::from_yaml(&text).map_err(|error| refused(&source, &error))?;
+            (source, Some(text), message)
+        }
+        (Some((source, text)), Some(overlay)) => {
+            let base: Message = json::from_yaml(&text).map_err(|error| refused(&source, &error))?;
+            let merged = json::merge_yaml(base, overlay).map_err(|error| refused(FROM_FLAG, &error))?;
+            (format!("{source} with {FROM_FLAG}"), None, merged)
+        }
+        (None, Some(text)) => {
+            let message = json::from_yaml(text).map_err(|error| refused(FROM_FLAG, &error))?;
+            (FROM_FLAG.to_owned(), Some(text.clone()), message)
+        }
         (None, None) => {
             let message = "no bootstrap: name a file with -c, or write it with --config-yaml".to_owned();
             return Err(LoadError { source: "culvertd".to_owned(), message });
         }
     };
     identify(&mut message, flags);
-    json::validate(&message).map_err(|error| syntax(&source, &error))?;
-    let checked = parse::bootstrap(&message).map_err(|error| field(&source, &error))?;
-    if (checked.cds || checked.lds) && checked.node.id.is_empty() {
+    let locate = |error: ConfigError| match &text {
+        Some(text) => refused(&source, &error.locate(text)),
+        None => refused(&source, &error),
+    };
+    json::validate(&message).map_err(locate)?;
+    let checked = parse::bootstrap(&message).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
+    if checked.ads.is_some() && checked.node.id.is_empty() {
         let message = "node.id: a control plane needs to know this node: set node.id or --service-node".to_owned();
         return Err(LoadError { source, message });
     }
     Ok((message, checked))
 }
 
-fn read(path: &PathBuf) -> Result<String, String> {
-    let described = |error: std::io::Error| format!("cannot be read: {error}");
-    let size = fs::metadata(path).map_err(described)?.len();
-    if size > MAX_BYTES {
-        return Err(format!("is {size} bytes long; at most {MAX_BYTES} are read"));
-    }
+fn read(path: &Path) -> Result<String, String> {
     if path.extension().is_some_and(|extension| extension == "pb" || extension == "pb_text") {
         return Err("protobuf bootstraps are not supported by culvert yet; use YAML or JSON".to_owned());
     }
-    fs::read_to_string(path).map_err(described)
+    let described = |error: std::io::Error| format!("cannot be read: {error}");
+    let mut text = String::new();
+    // The file's own length says nothing where it is a pipe.
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
+    if read.map_err(described)? as u64 > MAX_BYTES {
+        return Err(format!("is longer than {MAX_BYTES} bytes, which is all that is read"));
+    }
+    Ok(text)
 }
 
-fn syntax(source: &str, error: &ConfigError) -> LoadError {
-    LoadError { source: source.to_owned(), message: error.to_string() }
-}
-
-fn field(source: &str, error: &FieldError) -> LoadError {
+fn refused(source: &str, error: &ConfigError) -> LoadError {
     LoadError { source: source.to_owned(), message: error.to_string() }
 }
 
@@ -100,3 +111,7 @@ fn identify(message: &mut Message, flags: &Flags) {
     node.user_agent_name = "culvert".to_owned();
     node.user_agent_version_type = Some(UserAgentVersionType::UserAgentVersion(env!("CARGO_PKG_VERSION").to_owned()));
 }
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

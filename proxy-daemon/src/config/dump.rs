@@ -1,11 +1,11 @@
 //! `/config_dump`: the configuration in force, as Envoy's `ConfigDump` prints it.
 
-use std::{collections::BTreeMap, time::SystemTime};
+use std::{collections::BTreeSet, time::SystemTime};
 
 use culvert_xds_client::json;
 use serde_json::{Value, json};
 
-use super::store::{Apply, ConfigStore, Stored};
+use super::store::{Apply, ConfigStore, Refused, Resources, State, Stored};
 
 const PREFIX: &str = "type.googleapis.com/envoy.admin.v3.";
 
@@ -18,61 +18,78 @@ impl<A: Apply> ConfigStore<A> {
             let resources = bootstrap["static_resources"][kind].as_array().cloned().unwrap_or_default();
             resources.into_iter().map(|item| json!({ field: item, "last_updated": updated })).collect()
         };
-        let routes = dynamic(&state.routes, "route_config");
+        let typed = |name: &str| format!("{PREFIX}{name}");
         json!({ "configs": [
-            { "@type": format!("{PREFIX}BootstrapConfigDump"), "bootstrap": bootstrap, "last_updated": updated },
+            { "@type": typed("BootstrapConfigDump"), "bootstrap": bootstrap, "last_updated": updated },
             {
-                "@type": format!("{PREFIX}ClustersConfigDump"),
+                "@type": typed("ClustersConfigDump"),
                 "static_clusters": fixed("clusters", "cluster"),
                 "dynamic_active_clusters": dynamic(&state.clusters, "cluster"),
             },
-            { "@type": format!("{PREFIX}EndpointsConfigDump"), "dynamic_endpoint_configs": dynamic(&state.endpoints, "endpoint_config") },
             {
-                "@type": format!("{PREFIX}ListenersConfigDump"),
-                "static_listeners": fixed("listeners", "listener"),
-                "dynamic_listeners": listeners(&state.listeners),
+                "@type": typed("EndpointsConfigDump"),
+                "dynamic_endpoint_configs": dynamic(&state.endpoints, "endpoint_config"),
             },
-            { "@type": format!("{PREFIX}RoutesConfigDump"), "dynamic_route_configs": routes },
+            {
+                "@type": typed("ListenersConfigDump"),
+                "static_listeners": fixed("listeners", "listener"),
+                "dynamic_listeners": listeners(&state),
+            },
+            { "@type": typed("RoutesConfigDump"), "dynamic_route_configs": dynamic(&state.routes, "route_config") },
         ]})
     }
 }
 
-fn dynamic(resources: &BTreeMap<String, Stored>, field: &str) -> Vec<Value> {
-    let entry = |stored: &Stored| {
-        let mut entry = json!({
-            "version_info": stored.version,
-            field: json::any_to_json(&stored.body),
-            "last_updated": timestamp(stored.updated),
-        });
-        if let Some(error) = error_state(stored) {
-            entry["error_state"] = error;
+/// The resources of one type: those in force, and those of which no version was ever taken.
+fn dynamic(resources: &Resources, field: &str) -> Vec<Value> {
+    let names: BTreeSet<&String> = resources.accepted.keys().chain(resources.refused.keys()).collect();
+    let entry = |name: &String| {
+        let mut entry = resources.accepted.get(name).map_or_else(|| json!({}), |stored| state(stored, field));
+        if let Some(refused) = resources.refused.get(name) {
+            entry["error_state"] = error_state(refused);
         }
         entry
     };
-    resources.values().map(entry).collect()
+    names.into_iter().map(entry).collect()
 }
 
-fn listeners(resources: &BTreeMap<String, Stored>) -> Vec<Value> {
-    let entry = |(name, stored): (&String, &Stored)| {
-        let mut entry = json!({
-            "name": name,
-            "active_state": {
-                "version_info": stored.version,
-                "listener": json::any_to_json(&stored.body),
-                "last_updated": timestamp(stored.updated),
-            },
-        });
-        if let Some(error) = error_state(stored) {
-            entry["error_state"] = error;
+fn listeners(all: &State) -> Vec<Value> {
+    let resources = &all.listeners;
+    let names: BTreeSet<&String> = resources.accepted.keys().chain(resources.refused.keys()).collect();
+    let entry = |name: &String| {
+        let mut entry = json!({ "name": name });
+        if let Some(stored) = all.live.get(name) {
+            entry["active_state"] = state(stored, "listener");
+        }
+        if all.warming.contains_key(name)
+            && let Some(stored) = resources.accepted.get(name)
+        {
+            entry["warming_state"] = state(stored, "listener");
+        }
+        if let Some(refused) = resources.refused.get(name) {
+            entry["error_state"] = error_state(refused);
         }
         entry
     };
-    resources.iter().map(entry).collect()
+    names.into_iter().map(entry).collect()
 }
 
-fn error_state(stored: &Stored) -> Option<Value> {
-    let (details, at) = stored.error.as_ref()?;
-    Some(json!({ "last_update_attempt": timestamp(*at), "details": details }))
+fn state(stored: &Stored, field: &str) -> Value {
+    json!({
+        "version_info": stored.version,
+        field: json::any_to_json(&stored.body),
+        "last_updated": timestamp(stored.updated),
+    })
+}
+
+/// `UpdateFailureState`
+fn error_state(refused: &Refused) -> Value {
+    json!({
+        "failed_configuration": json::any_to_json(&refused.stored.body),
+        "last_update_attempt": timestamp(refused.stored.updated),
+        "details": refused.details,
+        "version_info": refused.stored.version,
+    })
 }
 
 /// RFC 3339, in UTC, with milliseconds.

@@ -1,6 +1,6 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig};
+use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig, RouteSource};
 
 /// A checked `envoy.config.listener.v3.Listener`.
 #[derive(Debug)]
@@ -32,6 +32,25 @@ pub struct Listener {
     pub access_logs: Vec<AccessLogConfig>,
 }
 
+impl Listener {
+    /// The connection managers of all chains.
+    pub fn connection_managers(&self) -> impl Iterator<Item = &Arc<HttpConnectionManagerConfig>> {
+        let chains = self.filter_chains.iter().chain(&self.default_filter_chain);
+        chains.flat_map(|chain| &chain.filters).filter_map(|filter| match filter {
+            NetworkFilterConfig::HttpConnectionManager(config) => Some(config),
+            NetworkFilterConfig::TcpProxy(_) => None,
+        })
+    }
+
+    /// The names of the route configurations that RDS is to deliver for it.
+    pub fn rds_names(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.connection_managers().filter_map(|manager| match &manager.routes {
+            RouteSource::Rds(name) => Some(name),
+            RouteSource::Static(_) => None,
+        })
+    }
+}
+
 /// A listening address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListenAddress {
@@ -60,7 +79,7 @@ pub struct FilterChain {
 }
 
 /// `FilterChainMatch`: an empty list or `None` matches everything.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct FilterChainMatch {
     /// The connection's (original) destination port.
     pub destination_port: Option<u16>,

@@ -12,8 +12,23 @@ pub struct RouteConfig {
     pub virtual_hosts: Vec<VirtualHost>,
     /// Applied last, after the route's and the virtual host's.
     pub headers: HeaderMutations,
+    /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into the
+    /// bootstrap's listeners, no for others.
+    pub validate_clusters: Option<bool>,
     /// The host's port takes no part in choosing the virtual host.
     pub ignore_port_in_host_matching: bool,
+}
+
+impl RouteConfig {
+    /// The first cluster that a route names by name and that is not `known`.
+    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<&str> {
+        let routes = self.virtual_hosts.iter().flat_map(|host| &host.routes);
+        let mut names = routes.flat_map(|route| match &route.action {
+            RouteAction::Forward(action) => action.cluster.names(),
+            RouteAction::Redirect(_) | RouteAction::DirectResponse { .. } => Vec::new(),
+        });
+        names.find(|name| !known(name))
+    }
 }
 
 /// A checked `VirtualHost`.
@@ -230,6 +245,17 @@ pub enum ClusterChoice {
     Weighted(WeightedClusters),
     /// The cluster that this request header names.
     Header(HeaderName),
+}
+
+impl ClusterChoice {
+    /// The clusters that it names; none where a header does.
+    pub fn names(&self) -> Vec<&str> {
+        match self {
+            ClusterChoice::Cluster(name) => vec![name],
+            ClusterChoice::Weighted(weighted) => weighted.cumulative.iter().map(|(_, name)| &**name).collect(),
+            ClusterChoice::Header(_) => Vec::new(),
+        }
+    }
 }
 
 /// Clusters with weights.

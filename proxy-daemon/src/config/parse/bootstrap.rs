@@ -1,8 +1,8 @@
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use culvert_xds_client::{api::culvert::extensions::bootstrap::interception::v1::Interception, json::unpack};
 use envoy_types::pb::envoy::config::{
-    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
+    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources, runtime_layer::LayerSpecifier},
     core::v3::{ApiConfigSource, Node, api_config_source::ApiType, grpc_service::TargetSpecifier},
 };
 use prost::Name;
@@ -16,10 +16,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{
-            ClusterChoice, ClusterConfig, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteAction,
-            RouteSource,
-        },
+        model::{ClusterConfig, Discovery, EndpointAddress, Listener, RouteSource},
     },
     intercept::InterceptionConfig,
 };
@@ -76,9 +73,11 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
 
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
     let (ads, cds, lds) = dynamic_resources(&dynamic, &clusters)?;
-    if !cds {
-        known_clusters(&listeners, &clusters)?;
+    if ads.is_none() {
+        needs_no_ads(&listeners, &clusters)?;
     }
+    known_clusters(&listeners, &clusters)?;
+    layered_runtime(message)?;
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
         Some(address) => {
             let (socket, port) = socket_address(address, "admin.address")?;
@@ -182,34 +181,47 @@ fn ads_server(config: &ApiConfigSource, clusters: &[ClusterConfig]) -> Result<Ad
     }
 }
 
-/// Refuses static listeners that name a cluster which nobody will ever deliver.
+/// Refuses static routes to clusters that are not in the bootstrap, as Envoy does, unless they say `validate_clusters:
+/// false`. Clusters of a TCP proxy may be delivered later.
 fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
-    let known = |choice: &ClusterChoice, path: &str, what: &str| {
-        let names: Vec<_> = match choice {
-            ClusterChoice::Cluster(name) => vec![name],
-            ClusterChoice::Weighted(weighted) => weighted.cumulative.iter().map(|(_, name)| name).collect(),
-            ClusterChoice::Header(_) => Vec::new(),
-        };
-        match names.into_iter().find(|name| clusters.iter().all(|cluster| cluster.name != **name)) {
-            Some(name) => Err(FieldError::new(path, format!("{what}: unknown cluster '{name}'"))),
-            None => Ok(()),
-        }
-    };
+    let known: HashSet<&str> = clusters.iter().map(|cluster| &*cluster.name).collect();
     for (index, listener) in listeners.iter().enumerate() {
-        let path = format!("static_resources.listeners[{index}]");
-        let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
-        for filter in chains.flat_map(|chain| &chain.filters) {
-            match filter {
-                NetworkFilterConfig::TcpProxy(proxy) => known(&proxy.cluster, &path, "tcp_proxy")?,
-                NetworkFilterConfig::HttpConnectionManager(manager) => {
-                    let RouteSource::Static(config) = &manager.routes else { continue };
-                    for route in config.virtual_hosts.iter().flat_map(|host| &host.routes) {
-                        if let RouteAction::Forward(action) = &route.action {
-                            known(&action.cluster, &path, "route")?;
-                        }
-                    }
-                }
+        for manager in listener.connection_managers() {
+            let RouteSource::Static(routes) = &manager.routes else { continue };
+            if routes.validate_clusters == Some(false) {
+                continue;
             }
+            if let Some(name) = routes.unknown_cluster(|name| known.contains(name)) {
+                let path = format!("static_resources.listeners[{index}]");
+                return Err(FieldError::new(path, format!("route: unknown cluster '{name}'")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses static resources that wait for a control plane where there is none.
+fn needs_no_ads(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
+    const TEXT: &str = "names ADS, but dynamic_resources.ads_config is not set";
+    let eds = clusters.iter().position(|cluster| matches!(cluster.discovery, Discovery::Eds { .. }));
+    if let Some(index) = eds {
+        let path = format!("static_resources.clusters[{index}].eds_cluster_config.eds_config");
+        return Err(FieldError::new(path, TEXT));
+    }
+    match listeners.iter().position(|listener| listener.rds_names().next().is_some()) {
+        Some(index) => Err(FieldError::new(format!("static_resources.listeners[{index}]"), format!("rds {TEXT}"))),
+        None => Ok(()),
+    }
+}
+
+/// Runtime values are not read: only layers without any may stand in the file.
+fn layered_runtime(message: &ProtoBootstrap) -> Result<()> {
+    let layers = message.layered_runtime.as_ref().map(|runtime| runtime.layers.as_slice()).unwrap_or_default();
+    for (index, layer) in layers.iter().enumerate() {
+        if let Some(LayerSpecifier::StaticLayer(values)) = &layer.layer_specifier
+            && let Some(key) = values.fields.keys().min()
+        {
+            return Err(FieldError::unsupported(format!("layered_runtime.layers[{index}].static_layer.{key}")));
         }
     }
     Ok(())

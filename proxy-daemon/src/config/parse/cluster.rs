@@ -47,6 +47,17 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
+    let common_path =
+        join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"].common_http_protocol_options"));
+    // Honoured in a connection manager, which has the same message.
+    for (set, field) in [
+        (common.max_connection_duration.is_some(), "max_connection_duration"),
+        (common.max_headers_count.is_some(), "max_headers_count"),
+    ] {
+        if set {
+            return Err(FieldError::unsupported(join(&common_path, field)));
+        }
+    }
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
     Ok(ClusterConfig {
@@ -58,7 +69,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
         protocol: protocol(cluster, http.as_ref(), path)?,
         max_requests_per_connection: number(max_requests, 0),
-        idle_timeout: limit(common.idle_timeout, hour, path, "common_http_protocol_options.idle_timeout")?,
+        idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref()),
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
@@ -88,6 +99,9 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
         Some(ClusterDiscoveryType::ClusterType(_)) => return Err(FieldError::unsupported(join(path, "cluster_type"))),
         None => DiscoveryType::Static,
     };
+    if cluster.eds_cluster_config.is_some() && kind != DiscoveryType::Eds {
+        return Err(FieldError::new(join(path, "eds_cluster_config"), "eds_cluster_config set in a non-EDS cluster"));
+    }
     let provided = *lb_policy == LbPolicy::ClusterProvided;
     if provided != (kind == DiscoveryType::OriginalDst) {
         let text = "CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither";

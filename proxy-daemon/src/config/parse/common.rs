@@ -58,8 +58,10 @@ pub(super) fn port(value: u32, path: &str, field: &str) -> Result<u16> {
 
 /// A socket address, with its host as text.
 pub(super) fn socket_address<'a>(address: &'a Address, path: &str) -> Result<(&'a SocketAddress, u16)> {
-    let Some(address::Address::SocketAddress(socket)) = &address.address else {
-        return Err(required(path, "socket_address"));
+    let socket = match &address.address {
+        Some(address::Address::SocketAddress(socket)) => socket,
+        Some(address::Address::Pipe(_)) => return Err(FieldError::unsupported(join(path, "pipe"))),
+        _ => return Err(required(path, "socket_address")),
     };
     let path = join(path, "socket_address");
     if socket.protocol != 0 {
@@ -112,10 +114,21 @@ pub(super) fn cidrs(ranges: &[CidrRange], path: &str, field: &str) -> Result<Vec
     ranges.iter().enumerate().map(parse).collect()
 }
 
-/// Header names.
-pub(super) fn header_names(names: &[String], path: &str, field: &str) -> Result<Vec<HeaderName>> {
-    let parse = |(index, name): (usize, &String)| header_name(name, &format!("{}[{index}]", join(path, field)));
+/// Headers to remove.
+pub(super) fn headers_to_remove(names: &[String], path: &str, field: &str) -> Result<Vec<HeaderName>> {
+    let parse = |(index, name): (usize, &String)| {
+        let path = format!("{}[{index}]", join(path, field));
+        if is_fixed(name) {
+            return Err(FieldError::new(path, ":-prefixed or host headers may not be removed"));
+        }
+        header_name(name, &path)
+    };
     names.iter().enumerate().map(parse).collect()
+}
+
+/// Whether a header is part of what routing and framing rest on, so that no mutation may touch it.
+fn is_fixed(name: &str) -> bool {
+    name.starts_with(':') || name.eq_ignore_ascii_case("host")
 }
 
 /// One header name.
@@ -133,6 +146,10 @@ pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
     let parse = |(index, option): (usize, &HeaderValueOption)| {
         let path = format!("{}[{index}]", join(path, field));
         let header = option.header.as_ref().ok_or_else(|| required(&path, "header"))?;
+        if is_fixed(&header.key) {
+            let text = ":-prefixed or host headers may not be modified";
+            return Err(FieldError::new(join(&path, "header.key"), text));
+        }
         let name = header_name(&header.key, &join(&path, "header.key"))?;
         if header.value.replace("%%", "").contains('%') {
             let text = "format strings (%...%) in header values are not supported by culvert yet";
@@ -141,6 +158,9 @@ pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
         let value = header_value(&header.value.replace("%%", "%"), &join(&path, "header.value"))?;
         #[expect(deprecated, reason = "the field that append_action replaced, which Envoy still takes")]
         let append = option.append;
+        if append.is_some() && option.append_action != 0 {
+            return Err(FieldError::new(path, "Both append and append_action are set and it's not allowed"));
+        }
         let action = match (append, ProtoAction::try_from(option.append_action)) {
             (Some(append), _) if !append.value => HeaderAppendAction::OverwriteIfExistsOrAdd,
             (Some(_), _) | (None, Ok(ProtoAction::AppendIfExistsOrAdd)) => HeaderAppendAction::AppendIfExistsOrAdd,

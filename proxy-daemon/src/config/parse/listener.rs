@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
@@ -30,6 +30,13 @@ use crate::config::{
 /// The field that is wrong or not honoured.
 pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
     support::check(listener, path)?;
+    // Every worker has a socket of its own, and every listener is bound: both can be said, and neither unsaid.
+    for (value, field) in [(&listener.enable_reuse_port, "enable_reuse_port"), (&listener.bind_to_port, "bind_to_port")]
+    {
+        if value.is_some_and(|value| !value.value) {
+            return Err(FieldError::new(join(path, field), "false is not supported by culvert yet"));
+        }
+    }
     let address = listener.address.as_ref().ok_or_else(|| required(path, "address"))?;
     let mut addresses = vec![listen_address(address, &join(path, "address"))?];
     for (index, additional) in listener.additional_addresses.iter().enumerate() {
@@ -45,6 +52,7 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
     let chains = listener.filter_chains.iter().enumerate();
     let chains = chains.map(|(index, item)| chain(item, format!("{}[{index}]", join(path, "filter_chains"))));
     let filter_chains: Vec<_> = chains.collect::<Result<_>>()?;
+    distinct(&filter_chains, path)?;
     let default = listener.default_filter_chain.as_ref();
     let default_filter_chain = default.map(|item| chain(item, join(path, "default_filter_chain"))).transpose()?;
     if filter_chains.is_empty() && default_filter_chain.is_none() {
@@ -65,6 +73,18 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
         per_connection_buffer_limit_bytes: number(listener.per_connection_buffer_limit_bytes, 1 << 20),
         access_logs: access_logs(&listener.access_log, &join(path, "access_log"))?,
     })
+}
+
+/// Refuses two chains that match the same connections.
+fn distinct(chains: &[Arc<FilterChain>], path: &str) -> Result<()> {
+    let mut seen = HashMap::new();
+    for (index, chain) in chains.iter().enumerate() {
+        if let Some(first) = seen.insert(&chain.chain_match, index) {
+            let path = format!("{}[{index}].filter_chain_match", join(path, "filter_chains"));
+            return Err(FieldError::new(path, format!("has the same matching rules as filter_chains[{first}]")));
+        }
+    }
+    Ok(())
 }
 
 fn listen_address(address: &Address, path: &str) -> Result<ListenAddress> {

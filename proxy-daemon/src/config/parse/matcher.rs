@@ -53,7 +53,8 @@ fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
     let name = match matcher.name.as_str() {
         ":method" => MatchedHeader::Method,
         ":path" => MatchedHeader::Path,
-        ":authority" => MatchedHeader::Authority,
+        // Envoy keeps the host in `:authority`, whatever the protocol, and finds it under both names.
+        ":authority" | "host" => MatchedHeader::Authority,
         ":scheme" => MatchedHeader::Scheme,
         name => MatchedHeader::Name(header_name(name, &join(path, "name"))?),
     };

@@ -17,6 +17,10 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
     let back_off_path = join(path, "retry_back_off");
     let base = duration(back_off.base_interval, &back_off_path, "base_interval")?.unwrap_or(Duration::from_millis(25));
     let max = duration(back_off.max_interval, &back_off_path, "max_interval")?.unwrap_or(base * 10);
+    if max < base {
+        let text = "max_interval must be greater than or equal to the base_interval";
+        return Err(FieldError::new(join(&back_off_path, "max_interval"), text));
+    }
     let status = |code: &u32| {
         let status = u16::try_from(*code).ok().and_then(|code| StatusCode::from_u16(code).ok());
         status.ok_or_else(|| FieldError::new(join(path, "retriable_status_codes"), format!("{code} is not a status")))

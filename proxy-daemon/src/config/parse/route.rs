@@ -14,7 +14,8 @@ use http::StatusCode;
 
 use super::{
     common::{
-        Result, header_name, header_names, header_value, headers_to_add, inline_text, limit, number, port, required,
+        Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, limit, number, port,
+        required,
     },
     matcher::route_match,
     retry::retry_policy,
@@ -51,6 +52,7 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
             (&config.response_headers_to_add, &config.response_headers_to_remove),
             path,
         )?,
+        validate_clusters: config.validate_clusters.map(|value| value.value),
         ignore_port_in_host_matching: config.ignore_port_in_host_matching,
     })
 }
@@ -59,9 +61,9 @@ type Edits<'a> = (&'a [HeaderValueOption], &'a [String]);
 
 fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<HeaderMutations> {
     Ok(HeaderMutations {
-        request_remove: header_names(request.1, path, "request_headers_to_remove")?,
+        request_remove: headers_to_remove(request.1, path, "request_headers_to_remove")?,
         request_add: headers_to_add(request.0, path, "request_headers_to_add")?,
-        response_remove: header_names(response.1, path, "response_headers_to_remove")?,
+        response_remove: headers_to_remove(response.1, path, "response_headers_to_remove")?,
         response_add: headers_to_add(response.0, path, "response_headers_to_add")?,
     })
 }

@@ -16,11 +16,13 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     // Bootstrap
     (
         "envoy.config.bootstrap.v3.Bootstrap",
-        &["node", "static_resources", "dynamic_resources", "admin", "bootstrap_extensions"],
+        &["node", "static_resources", "dynamic_resources", "admin", "bootstrap_extensions", "layered_runtime"],
     ),
     ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters"]),
     ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", &["lds_config", "cds_config", "ads_config"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
+    ("envoy.config.bootstrap.v3.LayeredRuntime", ALL),
+    ("envoy.config.bootstrap.v3.RuntimeLayer", &["name", "static_layer"]),
     ("envoy.config.core.v3.Node", &["id", "cluster", "metadata", "locality", "user_agent_name", "user_agent_version"]),
     ("envoy.config.core.v3.TypedExtensionConfig", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception", ALL),
@@ -51,6 +53,8 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "transparent",
             "freebind",
             "traffic_direction",
+            "enable_reuse_port",
+            "bind_to_port",
             "access_log",
             "tcp_backlog_size",
         ],
