@@ -151,6 +151,17 @@ impl Format {
         Ok(Format(ops))
     }
 
+    /// The request headers (or those of the response) that the format looks at.
+    pub(super) fn headers(&self, of_response: bool) -> impl Iterator<Item = &HeaderName> {
+        let choices = self.0.iter().filter_map(move |op| match op {
+            Op::Request(choice) if !of_response => Some(choice),
+            Op::Response(choice) if of_response => Some(choice),
+            _ => None,
+        });
+        let headers = choices.flat_map(|choice| [Some(&choice.first), choice.second.as_ref()]).flatten();
+        headers.filter_map(|header| if let Header::Name(name) = header { Some(name) } else { None })
+    }
+
     /// Appends the line.
     pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
         for op in &self.0 {

@@ -37,6 +37,16 @@ impl AccessLog {
         Ok(AccessLog { format: Arc::new(format), sink })
     }
 
+    /// The request headers that its lines show: the only ones that have to be kept for it.
+    pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
+        self.format.headers(false)
+    }
+
+    /// The response headers that its lines show.
+    pub fn response_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
+        self.format.headers(true)
+    }
+
     /// Adds a line to this thread's buffer; it is written when the buffer is full or [`flush_thread`] is called.
     pub fn write(&self, record: &Record<'_>) {
         sink::append(&self.sink, |line| self.format.write(line, record));

@@ -29,7 +29,7 @@ use super::{
     forward::forward,
     headers::{self, names::*},
     io::DownstreamIo,
-    observe::{RequestObserver, ResponseObserver, StreamEnd},
+    observe::{LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
     route_match::RouteCache,
     stats::HcmStats,
@@ -52,6 +52,7 @@ pub struct ConnectionManager {
     pub(super) routes: Arc<RouteSlot>,
     pub(super) stats: HcmStats,
     pub(super) access_logs: Vec<AccessLog>,
+    pub(super) logged: LoggedHeaders,
     pub(super) suppress_envoy_headers: bool,
 }
 
@@ -61,10 +62,11 @@ impl ConnectionManager {
         config: Arc<HttpConnectionManagerConfig>,
         routes: Arc<RouteSlot>,
     ) -> Result<ConnectionManager, crate::config::FieldError> {
-        let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
+        let access_logs: Vec<_> = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
+        let logged = LoggedHeaders::new(&access_logs);
         let stats = HcmStats::new(&config.stat_prefix);
         let suppress = config.http_filters.iter().any(|filter| filter.factory.suppresses_envoy_headers());
-        Ok(ConnectionManager { config, routes, stats, access_logs, suppress_envoy_headers: suppress })
+        Ok(ConnectionManager { config, routes, stats, access_logs, logged, suppress_envoy_headers: suppress })
     }
 }
 

@@ -2,21 +2,24 @@
 
 use std::{
     borrow::Cow,
+    collections::BTreeSet,
+    net::SocketAddr,
     rc::Rc,
     task::{Context, Poll},
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header::HOST};
 
 use super::{
+    RouteRef,
     body::{BodyError, Observer},
     conn_manager::ConnState,
     stream::{Progress, RequestHead},
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{AccessLog, Record, ResponseFlags},
     upstream::{Connection, HostCounter, WorkerCluster, WorkerHost},
 };
 
@@ -114,11 +117,38 @@ pub(super) struct StreamEnd {
 
 struct LogParts {
     started: SystemTime,
-    request: RequestHead,
+    method: Method,
+    uri: Uri,
+    version: Version,
+    host: Option<HeaderValue>,
+    request: HeaderMap,
     response: HeaderMap,
-    route: String,
-    cluster: String,
-    remote: Option<std::net::SocketAddr>,
+    route: Option<RouteRef>,
+    cluster: Option<Rc<WorkerCluster>>,
+    remote: Option<SocketAddr>,
+}
+
+/// The headers that a connection manager's access logs show.
+#[derive(Debug)]
+pub(super) struct LoggedHeaders {
+    request: Vec<HeaderName>,
+    response: Vec<HeaderName>,
+}
+
+impl LoggedHeaders {
+    pub(super) fn new(logs: &[AccessLog]) -> LoggedHeaders {
+        let unique = |names: BTreeSet<&str>| names.into_iter().filter_map(|name| name.parse().ok()).collect();
+        LoggedHeaders {
+            request: unique(logs.iter().flat_map(AccessLog::request_headers).map(HeaderName::as_str).collect()),
+            response: unique(logs.iter().flat_map(AccessLog::response_headers).map(HeaderName::as_str).collect()),
+        }
+    }
+}
+
+/// A map of only these headers; of several values the first, which is the one that logs show.
+fn only(headers: &HeaderMap, names: &[HeaderName]) -> HeaderMap {
+    let present = names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone())));
+    present.collect()
 }
 
 impl StreamEnd {
@@ -150,10 +180,14 @@ impl StreamEnd {
         if self.is_logged() {
             self.log = Some(Box::new(LogParts {
                 started: SystemTime::now(),
-                request: head.clone(),
+                method: head.method.clone(),
+                uri: head.uri.clone(),
+                version: head.version,
+                host: head.headers.get(HOST).cloned(),
+                request: only(&head.headers, &self.state.manager.logged.request),
                 response: HeaderMap::new(),
-                route: String::new(),
-                cluster: String::new(),
+                route: None,
+                cluster: None,
                 remote: None,
             }));
         }
@@ -162,9 +196,8 @@ impl StreamEnd {
     /// Keeps what routing found out.
     pub(super) fn keep_route(&mut self, cx: &super::stream::StreamCx) {
         if let Some(log) = &mut self.log {
-            log.route = cx.route.as_ref().map(|route| route.name.clone()).unwrap_or_default();
-            log.cluster =
-                cx.cluster.as_ref().map(|cluster| cluster.cluster.config.name.to_string()).unwrap_or_default();
+            log.route.clone_from(&cx.route);
+            log.cluster.clone_from(&cx.cluster);
             log.remote = Some(cx.remote);
         }
     }
@@ -185,30 +218,31 @@ impl StreamEnd {
     pub(super) fn keep_response(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
         if let Some(log) = &mut self.log {
-            log.response = headers.clone();
+            log.response = only(headers, &self.state.manager.logged.response);
         }
     }
 
     fn write_logs(&self, log: &LogParts) {
         let connection = &self.state.connection;
-        let host = self.host.as_ref().map(|(_, host)| host.host.display());
+        let host = log.host.as_ref().and_then(|host| host.to_str().ok());
+        let route = log.route.as_ref().map(|route| route.name.as_str());
         let record = Record {
             start: log.started,
             duration: self.started.elapsed(),
-            protocol: Some(crate::http::protocol_name(log.request.version)),
-            method: Some(log.request.method.as_str()),
-            path: log.request.uri.path_and_query().map(|path| path.as_str()),
-            authority: Some(super::route_match::authority(&log.request)),
-            request_headers: Some(&log.request.headers),
+            protocol: Some(crate::http::protocol_name(log.version)),
+            method: Some(log.method.as_str()),
+            path: log.uri.path_and_query().map(|path| path.as_str()),
+            authority: log.uri.authority().map(|authority| authority.as_str()).or(host),
+            request_headers: Some(&log.request),
             response_headers: Some(&log.response),
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
             response_code_details: &self.details,
             bytes_received: self.progress.received.get(),
             bytes_sent: self.progress.sent.get(),
-            upstream_host: host.as_deref(),
-            upstream_cluster: (!log.cluster.is_empty()).then_some(log.cluster.as_str()),
-            route_name: (!log.route.is_empty()).then_some(log.route.as_str()),
+            upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
+            upstream_cluster: log.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
+            route_name: route.filter(|name| !name.is_empty()),
             downstream_remote_address: log.remote.or(Some(connection.remote)),
             downstream_direct_remote_address: Some(connection.remote),
             downstream_local_address: Some(connection.local),

@@ -201,7 +201,7 @@ async fn dial(
             outcome.flags |= ResponseFlags::UH;
             return None;
         };
-        outcome.host = Some(host.host.display());
+        outcome.host = Some(host.host.display().to_owned());
         stats.upstream_cx_total.inc();
         let since = Instant::now();
         let keepalive = config.tcp_keepalive.as_ref();

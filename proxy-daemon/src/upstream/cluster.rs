@@ -65,6 +65,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> H
             }
             let counters = known.get(&endpoint.address).map(|counters| Arc::clone(counters));
             hosts.push(Arc::new(Host {
+                text: Host::text_of(&endpoint.address),
                 address: endpoint.address.clone(),
                 weight: endpoint.weight.max(1),
                 health: endpoint.health,

@@ -10,6 +10,8 @@ use crate::config::model::{EndpointAddress, HealthStatus, Locality};
 pub struct Host {
     /// Where it listens. Never a name: those are looked up first.
     pub address: EndpointAddress,
+    /// The address as logs and `/clusters` print it.
+    pub text: Box<str>,
     /// Its share of the load; at least 1.
     pub weight: u32,
     /// What discovery says of it.
@@ -26,11 +28,16 @@ pub struct Host {
 
 impl Host {
     /// The address as logs and `/clusters` print it.
-    pub fn display(&self) -> String {
-        match &self.address {
-            EndpointAddress::Ip(address) => address.to_string(),
-            EndpointAddress::Dns { host, port } => format!("{host}:{port}"),
-            EndpointAddress::Pipe(path) => path.display().to_string(),
+    pub fn display(&self) -> &str {
+        &self.text
+    }
+
+    /// What [`display`](Self::display) shows of an address.
+    pub(super) fn text_of(address: &EndpointAddress) -> Box<str> {
+        match address {
+            EndpointAddress::Ip(address) => address.to_string().into(),
+            EndpointAddress::Dns { host, port } => format!("{host}:{port}").into(),
+            EndpointAddress::Pipe(path) => path.display().to_string().into(),
         }
     }
 }

@@ -41,6 +41,7 @@ impl OriginalDstHosts {
         }
         let host = WorkerHost::new(
             Arc::new(Host {
+                text: Host::text_of(&EndpointAddress::Ip(destination)),
                 address: EndpointAddress::Ip(destination),
                 weight: 1,
                 health: HealthStatus::Healthy,
