@@ -1,5 +1,9 @@
 //! Configuration in, model or one exact error out.
 
+mod clusters;
+mod listeners;
+mod routes;
+
 use culvert_xds_client::json;
 use envoy_types::pb::envoy::config::{bootstrap::v3::Bootstrap as Message, cluster::v3::Cluster};
 

@@ -1,0 +1,156 @@
+//! Clusters and endpoints: each field to its place in the model.
+
+use std::time::Duration;
+
+use super::*;
+use crate::config::model::{DnsLookupFamily, EndpointAddress, HealthStatus, TcpKeepalive, Thresholds};
+
+const HTTP: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+
+fn with_http(options: &str) -> String {
+    format!(
+        "{{ name: a, typed_extension_protocol_options: {{ {HTTP}: {{ '@type': type.googleapis.com/{HTTP}, {options} }} }} }}"
+    )
+}
+
+#[test]
+fn defaults_are_envoys() {
+    let config = one_cluster("{ name: a }").unwrap();
+    assert!(matches!(config.discovery, Discovery::Static));
+    assert_eq!((config.lb_policy, config.connect_timeout), (LbPolicy::RoundRobin, Duration::from_secs(5)));
+    assert_eq!((config.protocol, config.max_requests_per_connection), (UpstreamProtocol::Http1, 0));
+    assert_eq!(config.idle_timeout, Some(Duration::from_secs(3600)));
+    assert_eq!(config.circuit_breakers, [Thresholds::default(), Thresholds::default()]);
+    assert_eq!((config.per_connection_buffer_limit_bytes, config.tcp_keepalive), (1 << 20, None));
+    assert!(config.endpoints.is_empty());
+}
+
+#[test]
+fn limits_and_timeouts() {
+    let config = one_cluster(
+        "{ name: a, alt_stat_name: 's:1', connect_timeout: 0.25s, per_connection_buffer_limit_bytes: 5, circuit_breakers: { \
+         thresholds: [{ max_connections: 1, max_pending_requests: 2 }, { priority: HIGH, max_requests: 3, max_retries: 4 }] \
+         }, upstream_connection_options: { tcp_keepalive: { keepalive_probes: 2, keepalive_time: 30 } } }",
+    )
+    .unwrap();
+    assert_eq!((config.stat_name.as_str(), config.connect_timeout), ("s_1", Duration::from_millis(250)));
+    assert_eq!(config.per_connection_buffer_limit_bytes, 5);
+    let default = Thresholds { max_connections: 1, max_pending_requests: 2, ..Thresholds::default() };
+    let high = Thresholds { max_requests: 3, max_retries: 4, ..Thresholds::default() };
+    assert_eq!(config.circuit_breakers, [default, high]);
+    let keepalive = TcpKeepalive { probes: Some(2), time: Some(Duration::from_secs(30)), interval: None };
+    assert_eq!(config.tcp_keepalive, Some(keepalive));
+}
+
+#[test]
+fn what_is_spoken() {
+    let config = one_cluster(&with_http(
+        "explicit_http_config: { http_protocol_options: {} }, common_http_protocol_options: { idle_timeout: 0s, \
+         max_requests_per_connection: 9 }",
+    ))
+    .unwrap();
+    assert_eq!(
+        (config.protocol, config.idle_timeout, config.max_requests_per_connection),
+        (UpstreamProtocol::Http1, None, 9)
+    );
+    let config = one_cluster(&with_http(
+        "use_downstream_protocol_config: { http2_protocol_options: { max_concurrent_streams: 3 } }",
+    ));
+    assert!(
+        matches!(config.unwrap().protocol, UpstreamProtocol::Downstream(options) if options.max_concurrent_streams == 3)
+    );
+    let config = one_cluster("{ name: a, http2_protocol_options: {} }").unwrap();
+    assert!(matches!(config.protocol, UpstreamProtocol::Http2(options) if options.max_concurrent_streams == 1024));
+}
+
+#[test]
+fn discovery_and_balancing() {
+    let config = one_cluster(
+        "{ name: a, type: STRICT_DNS, dns_refresh_rate: 9s, dns_lookup_family: V4_ONLY, lb_policy: RANDOM }",
+    );
+    let config = config.unwrap();
+    let expected = Discovery::StrictDns { refresh_rate: Duration::from_secs(9), family: DnsLookupFamily::V4Only };
+    assert_eq!((config.discovery, config.lb_policy), (expected, LbPolicy::Random));
+    let config =
+        one_cluster("{ name: a, lb_policy: LEAST_REQUEST, least_request_lb_config: { choice_count: 5 } }").unwrap();
+    assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 5 });
+    let config =
+        one_cluster("{ name: a, type: EDS, eds_cluster_config: { service_name: s, eds_config: { ads: {} } } }");
+    assert_eq!(config.unwrap().discovery, Discovery::Eds { service_name: "s".into() });
+    let config = one_cluster(
+        "{ name: a, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, cleanup_interval: 1s, original_dst_lb_config: { \
+         use_http_header: true, http_header_name: X-To, upstream_port_override: 8080 } }",
+    );
+    let Discovery::OriginalDst { http_header, port_override, cleanup_interval } = config.unwrap().discovery else {
+        panic!()
+    };
+    assert_eq!(http_header.unwrap(), "x-to");
+    assert_eq!((port_override, cleanup_interval), (Some(8080), Duration::from_secs(1)));
+}
+
+#[test]
+fn endpoints_are_read() {
+    let host =
+        |address: &str, fields: &str| format!("{{ endpoint: {{ address: {{ {address} }}, hostname: h }}, {fields} }}");
+    let first = host(
+        "socket_address: { address: 10.0.0.1, port_value: 80 }",
+        "load_balancing_weight: 7, health_status: DRAINING",
+    );
+    let second = host("socket_address: { address: 'fd00::1', port_value: 81 }", "health_status: DEGRADED");
+    let third = host("pipe: { path: /run/x.sock }", "");
+    let yaml = format!(
+        "{{ name: a, load_assignment: {{ cluster_name: a, endpoints: [{{ locality: {{ region: r, zone: z }}, priority: 1, \
+         lb_endpoints: [{first}, {second}, {third}] }}] }} }}"
+    );
+    let groups = one_cluster(&yaml).unwrap().endpoints;
+    let [group] = groups.as_slice() else { panic!() };
+    assert_eq!((group.locality.region.as_str(), group.locality.zone.as_str(), group.priority), ("r", "z", 1));
+    let [a, b, c] = group.endpoints.as_slice() else { panic!() };
+    assert_eq!(a.address, EndpointAddress::Ip("10.0.0.1:80".parse().unwrap()));
+    assert_eq!((a.weight, a.health, a.hostname.as_str()), (7, HealthStatus::Draining, "h"));
+    assert_eq!(b.address, EndpointAddress::Ip("[fd00::1]:81".parse().unwrap()));
+    assert_eq!((b.weight, b.health), (1, HealthStatus::Degraded));
+    assert_eq!((&c.address, c.health), (&EndpointAddress::Pipe("/run/x.sock".into()), HealthStatus::Unknown));
+}
+
+#[test]
+fn what_is_honoured_elsewhere_only_is_refused_here() {
+    let at = format!("typed_extension_protocol_options[\"{HTTP}\"].common_http_protocol_options");
+    for (field, value) in [("max_connection_duration", "1s"), ("max_headers_count", "5")] {
+        let options = format!(
+            "explicit_http_config: {{ http_protocol_options: {{}} }}, common_http_protocol_options: {{ {field}: {value} }}"
+        );
+        assert_eq!(
+            one_cluster(&with_http(&options)).unwrap_err(),
+            format!("{at}.{field}: not supported by culvert yet")
+        );
+    }
+    let error = one_cluster("{ name: a, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap_err();
+    assert_eq!(error, "eds_cluster_config: eds_cluster_config set in a non-EDS cluster");
+    let error = one_cluster(
+        "{ name: a, health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }] }",
+    );
+    assert_eq!(error.unwrap_err(), "health_checks: not supported by culvert yet");
+    let error = one_cluster("{ name: a, cluster_type: { name: x } }").unwrap_err();
+    assert_eq!(error, "cluster_type: not supported by culvert yet");
+}
+
+#[test]
+fn runtime_layers_without_values_are_taken() {
+    assert!(load("layered_runtime: { layers: [{ name: a, static_layer: {} }] }").is_ok());
+    let error = load("layered_runtime: { layers: [{ name: a, static_layer: { b.c: 1 } }] }").unwrap_err();
+    assert_eq!(error, "layered_runtime.layers[0].static_layer.b.c: not supported by culvert yet");
+    let error = load("layered_runtime: { layers: [{ name: a, admin_layer: {} }] }").unwrap_err();
+    assert_eq!(error, "layered_runtime.layers[0].admin_layer: not supported by culvert yet");
+}
+
+#[test]
+fn static_resources_that_wait_need_a_control_plane() {
+    let error = load(
+        "static_resources: { clusters: [{ name: a, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }] }",
+    );
+    assert_eq!(
+        error.unwrap_err(),
+        "static_resources.clusters[0].eds_cluster_config.eds_config: names ADS, but dynamic_resources.ads_config is not set"
+    );
+}
