@@ -111,7 +111,8 @@ async fn serve(
         }
         None => None,
     };
-    let plane = DataPlane::start(Options { workers, interception }).context("cannot start the workers")?;
+    let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
+        .context("cannot start the workers")?;
     let result = run(flags, &bootstrap_json, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
     drain(flags, &plane, &mut signals).await;
     // Joins threads: not on a thread that must not block.
@@ -159,7 +160,7 @@ async fn run(
             config_dump: Box::new(move || dump.config_dump(&bootstrap_json, started_at)),
             log_level,
             shutdown: Arc::clone(&shutdown),
-            drain_time: Duration::from_secs(u64::from(flags.drain_time_s)),
+            drain_time: drain_time(flags),
             extra_stats: vec![Box::new(move || {
                 kernel.kernel_counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
             })],
@@ -221,8 +222,8 @@ async fn initialized(store: &ConfigStore) {
 
 /// Lets connections finish, for at most `--drain-time-s`, or until a second signal.
 async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
-    plane.drain_listeners().await;
-    let limit = Duration::from_secs(u64::from(flags.drain_time_s));
+    plane.shut().await;
+    let limit = drain_time(flags);
     let finished = async {
         let mut tick = tokio::time::interval(Duration::from_millis(10));
         while plane.connections() > 0 {
@@ -237,6 +238,10 @@ async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
         () = tokio::time::sleep(limit) => tracing::warn!(connections = plane.connections(), "drain time is over"),
         () = signals.stop() => tracing::warn!(connections = plane.connections(), "told twice: not waiting any longer"),
     }
+}
+
+fn drain_time(flags: &Flags) -> Duration {
+    Duration::from_secs(u64::from(flags.drain_time_s))
 }
 
 struct Signals {

@@ -14,7 +14,7 @@ use culvert_proxy_daemon::{
 };
 
 fn start(workers: usize) -> DataPlane {
-    DataPlane::start(Options { workers, interception: None }).unwrap()
+    DataPlane::start(Options { workers, drain_time: Duration::from_secs(5), interception: None }).unwrap()
 }
 
 #[test]

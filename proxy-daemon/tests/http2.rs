@@ -23,7 +23,7 @@ fn run(test: impl Future<Output = ()>) {
 }
 
 fn start() -> DataPlane {
-    DataPlane::start(Options { workers: 1, interception: None }).unwrap()
+    DataPlane::start(Options { workers: 1, drain_time: std::time::Duration::from_secs(5), interception: None }).unwrap()
 }
 
 /// An HTTP/2 server that sends back what it gets, then trailers.

@@ -43,7 +43,9 @@ impl Answer {
 
 impl Admin {
     async fn start() -> Admin {
-        let data_plane = DataPlane::start(Options { workers: 1, interception: None }).unwrap();
+        let data_plane =
+            DataPlane::start(Options { workers: 1, drain_time: std::time::Duration::from_secs(5), interception: None })
+                .unwrap();
         let (state, shutdown) = (SharedState::new(), Arc::new(Notify::new()));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -79,6 +79,10 @@ pub(super) struct ConnState {
     active: Cell<u32>,
     requests: Cell<u32>,
     idle_since: Cell<Instant>,
+    /// When anything last passed to the client.
+    pub(super) last_progress: Cell<Instant>,
+    /// How long nothing may pass to the client while a stream is open: the longest idle timeout of its streams.
+    stall_limit: Cell<Option<Duration>>,
     /// Told when the connection has served its last request.
     worn_out: Notify,
 }
@@ -86,11 +90,34 @@ pub(super) struct ConnState {
 impl ConnState {
     pub(super) fn stream_begins(&self) {
         self.active.set(self.active.get() + 1);
+        self.last_progress.set(Instant::now());
         self.requests.set(self.requests.get().saturating_add(1));
         let limit = self.manager.config.max_requests_per_connection;
         if limit != 0 && self.requests.get() == limit {
             self.manager.stats.downstream_cx_max_requests_reached.inc();
             self.worn_out.notify_one();
+        }
+    }
+
+    /// A stream may be idle for so long; `None`: for ever.
+    pub(super) fn allow_stall(&self, idle: Option<Duration>) {
+        self.stall_limit.set(self.stall_limit.get().zip(idle).map(|(known, new)| known.max(new)));
+    }
+
+    /// Ends when a client has not taken anything for too long. A body's own timer cannot tell: nobody polls a body while
+    /// its client does not read.
+    async fn stalled(&self) {
+        loop {
+            let Some(limit) = self.stall_limit.get().filter(|limit| !limit.is_zero()) else {
+                return std::future::pending().await;
+            };
+            // The body's timer comes first where it can.
+            let limit = limit + Duration::from_secs(1);
+            let left = limit.saturating_sub(self.last_progress.get().elapsed());
+            if left.is_zero() && self.active.get() > 0 {
+                return;
+            }
+            tokio::time::sleep(if left.is_zero() { limit } else { left }).await;
         }
     }
 
@@ -106,7 +133,7 @@ pub async fn serve(
     manager: Arc<ConnectionManager>,
     connection: Rc<ConnectionInfo>,
     worker: Rc<Worker>,
-    drain: DrainSignal,
+    mut drain: DrainSignal,
 ) {
     let stats = &manager.stats;
     stats.downstream_cx_total.inc();
@@ -118,9 +145,17 @@ pub async fn serve(
         CodecType::Http2 => true,
         CodecType::Auto => {
             let limit = manager.config.idle_timeout.unwrap_or(Duration::MAX / 4);
-            match tokio::time::timeout(limit, io.sniff_http2()).await {
-                Ok(Ok(http2)) => http2,
-                _ => false,
+            // A connection that has said nothing yet loses nothing when it is closed.
+            let sniffed = tokio::select! {
+                sniffed = tokio::time::timeout(limit, io.sniff_http2()) => sniffed.ok().and_then(Result::ok),
+                () = drain.triggered() => None,
+            };
+            match sniffed {
+                Some(http2) => http2,
+                None => {
+                    stats.downstream_cx_destroy.inc();
+                    return;
+                }
             }
         }
     };
@@ -132,6 +167,8 @@ pub async fn serve(
         active: Cell::new(0),
         requests: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
+        last_progress: Cell::new(Instant::now()),
+        stall_limit: Cell::new(manager.config.stream_idle_timeout),
         worn_out: Notify::new(),
     });
     if http2 {
@@ -165,6 +202,11 @@ macro_rules! drive {
                     reason.inc();
                     closing = true;
                     connection.as_mut().graceful_shutdown();
+                }
+                () = tokio::time::sleep(state.worker.drain_time), if closing => break,
+                () = state.stalled() => {
+                    state.manager.stats.downstream_rq_idle_timeout.inc();
+                    break;
                 }
             }
         }

@@ -47,6 +47,7 @@ pub(super) async fn forward(
     let timeout = route_timeout(cx, action, &head);
     finish_request(cx, action, &mut head, timeout, suppress);
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
+    end.state.allow_stall(idle);
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeout, idle, config.request_timeout);
 
     let policy =
@@ -195,6 +196,7 @@ impl Attempts<'_> {
     }
 
     fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
+        end.leave_host();
         let stats = &self.cluster.cluster.stats;
         let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
         if stats.upstream_rq_active.value() >= u64::from(limits.max_requests) {

@@ -50,6 +50,9 @@ impl hyper::rt::Read for DownstreamIo {
         let length = buf.remaining().min(io.read_ahead.len());
         buf.put_slice(&io.read_ahead[..length]);
         io.read_ahead.advance(length);
+        if io.read_ahead.is_empty() {
+            io.read_ahead = Bytes::new(); // gives the memory back
+        }
         Poll::Ready(Ok(()))
     }
 }

@@ -68,7 +68,9 @@ impl Observer for ResponseObserver {
     fn data(&mut self, bytes: usize) {
         let progress = &self.end.progress;
         progress.sent.set(progress.sent.get() + bytes as u64);
-        progress.last_activity.set(Instant::now());
+        let now = Instant::now();
+        progress.last_activity.set(now);
+        self.end.state.last_progress.set(now);
     }
 
     fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
@@ -202,13 +204,18 @@ impl StreamEnd {
         }
     }
 
-    /// The host of the next attempt; the one before it is done with.
-    pub(super) fn set_host(&mut self, cluster: &Rc<WorkerCluster>, host: &Rc<WorkerHost>) {
+    /// The attempt before has failed: its host and its place at the circuit breaker are free again.
+    pub(super) fn leave_host(&mut self) {
         if let Some((cluster, before)) = self.host.take() {
             cluster.cluster.stats.upstream_rq_active.dec();
             before.count(HostCounter::RqError, 1);
             before.end_request();
         }
+    }
+
+    /// The host of the next attempt; the one before it is done with.
+    pub(super) fn set_host(&mut self, cluster: &Rc<WorkerCluster>, host: &Rc<WorkerHost>) {
+        self.leave_host();
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));

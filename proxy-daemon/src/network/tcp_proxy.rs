@@ -79,6 +79,7 @@ impl TcpProxy {
 struct Outcome {
     flags: ResponseFlags,
     host: Option<String>,
+    cluster: Option<Arc<str>>,
     received: u64,
     sent: u64,
 }
@@ -107,7 +108,7 @@ pub async fn serve(
         bytes_received: outcome.received,
         bytes_sent: outcome.sent,
         upstream_host: outcome.host.as_deref(),
-        upstream_cluster: proxy.choose().map(|name| &**name),
+        upstream_cluster: outcome.cluster.as_deref(),
         downstream_remote_address: Some(info.remote),
         downstream_direct_remote_address: Some(info.remote),
         downstream_local_address: Some(info.local),
@@ -122,10 +123,12 @@ async fn carry(
     proxy: &TcpProxy,
     info: &ConnectionInfo,
     worker: &Worker,
-    _drain: DrainSignal,
+    mut drain: DrainSignal,
 ) -> Outcome {
     let mut outcome = Outcome::default();
-    let Some(cluster) = proxy.choose().and_then(|name| worker.clusters.get(name)) else {
+    let name = proxy.choose();
+    outcome.cluster = name.map(Arc::clone);
+    let Some(cluster) = name.and_then(|name| worker.clusters.get(name)) else {
         proxy.stats.downstream_cx_no_route.inc();
         outcome.flags |= ResponseFlags::NC;
         return outcome;
@@ -143,13 +146,18 @@ async fn carry(
                 None => std::future::pending().await,
             }
         };
+        let drained = async {
+            drain.triggered().await;
+            tokio::time::sleep(worker.drain_time).await;
+        };
         tokio::select! {
             ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
             () = expired => Ended::TooOld,
+            () = drained => Ended::Drained,
         }
     };
     match ended {
-        Ended::Whole => {}
+        Ended::Whole | Ended::Drained => {}
         Ended::Idle => proxy.stats.idle_timeout.inc(),
         Ended::TooOld => proxy.stats.max_downstream_connection_duration.inc(),
         Ended::Downstream => outcome.flags |= ResponseFlags::DC,
@@ -168,12 +176,12 @@ struct Dialed {
     cluster: Rc<WorkerCluster>,
     host: Rc<WorkerHost>,
     since: Instant,
+    _open: Decrement,
 }
 
 impl Drop for Dialed {
     fn drop(&mut self) {
         let stats = &self.cluster.cluster.stats;
-        stats.upstream_cx_active.dec();
         stats.upstream_cx_destroy.inc();
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
         self.host.count(HostCounter::CxActive, -1);
@@ -203,16 +211,17 @@ async fn dial(
         };
         outcome.host = Some(host.host.display().to_owned());
         stats.upstream_cx_total.inc();
+        // Counted from the first SYN: connects that hang use up the limit as well.
+        let open = Decrement::after_inc(stats.upstream_cx_active);
         let since = Instant::now();
         let keepalive = config.tcp_keepalive.as_ref();
         match connect(&host.host.address, info.source, keepalive, config.connect_timeout).await {
             Ok(stream) => {
                 stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
-                stats.upstream_cx_active.inc();
                 host.count(HostCounter::CxTotal, 1);
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
-                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since });
+                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
@@ -239,6 +248,8 @@ enum Ended {
     Idle,
     /// `max_downstream_connection_duration` passed.
     TooOld,
+    /// The listener is gone, and the drain time is over.
+    Drained,
     /// The client's side broke.
     Downstream,
     /// The host's side broke.

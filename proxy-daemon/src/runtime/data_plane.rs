@@ -4,8 +4,12 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -25,6 +29,8 @@ use crate::{
 pub struct Options {
     /// Number of worker threads; at least 1.
     pub workers: usize,
+    /// How long connections of a listener that is gone may go on.
+    pub drain_time: Duration,
     /// The kernel's part, with the name of the listener that it feeds.
     pub interception: Option<(Interception, String)>,
 }
@@ -52,6 +58,8 @@ struct Inner {
     interception: Mutex<Option<(Interception, String)>>,
     total_connections: stats::Gauge,
     worker_count: usize,
+    /// No listener is added any more.
+    draining: AtomicBool,
     control: tokio::runtime::Handle,
 }
 
@@ -84,6 +92,7 @@ impl DataPlane {
                 clusters: Arc::clone(&clusters),
                 offloaded: Arc::clone(&offloaded),
                 node_ip,
+                drain_time: options.drain_time,
                 // With fewer workers than processors the scheduler finds them better places than we do.
                 cpu: (options.workers >= cpus.len()).then(|| cpus.get(index % cpus.len().max(1)).copied()).flatten(),
                 commands,
@@ -99,6 +108,7 @@ impl DataPlane {
             interception: Mutex::new(options.interception),
             total_connections: stats::gauge("server.total_connections"),
             worker_count: options.workers,
+            draining: AtomicBool::new(false),
             control: tokio::runtime::Handle::current(),
         })))
     }
@@ -150,9 +160,12 @@ impl DataPlane {
     /// is refused, and those of the version before are told to finish.
     ///
     /// # Errors
-    /// One line that says which address could not be bound, or which log could not be opened, and why. Nothing has
-    /// changed then.
+    /// One line that says which address could not be bound, or which log could not be opened, and why. The version before,
+    /// if there is one, serves on then.
     pub async fn upsert_listener(&self, config: Arc<Listener>) -> Result<(), String> {
+        if self.0.draining.load(Ordering::Acquire) {
+            return Err("the daemon is draining: no listener is added any more".to_owned());
+        }
         let active = ActiveListener::new(Arc::clone(&config), |name| self.route_slot(name));
         let active = Arc::new(active.map_err(|error| error.to_string())?);
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
@@ -163,9 +176,32 @@ impl DataPlane {
                 old.start_drain();
                 return Ok(());
             }
-            // Addresses that both have could not be bound twice.
+            // Addresses that both have could not be bound twice: the old version makes room, and comes back where the new
+            // one cannot be had.
             self.remove_listener(&config.name).await;
+            let installed = self.install(config, active).await;
+            if installed.is_err() {
+                self.reinstall(Arc::clone(&old.config)).await;
+            }
+            return installed;
         }
+        self.install(config, active).await
+    }
+
+    async fn reinstall(&self, config: Arc<Listener>) {
+        let active = ActiveListener::new(Arc::clone(&config), |name| self.route_slot(name));
+        let name = Arc::clone(&config.name);
+        let result = match active {
+            Ok(active) => self.install(config, Arc::new(active)).await,
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = result {
+            tracing::error!(listener = %name, %error, "the version before cannot be restored");
+        }
+    }
+
+    /// Binds a listener that is not running and has the workers accept on it.
+    async fn install(&self, config: Arc<Listener>, active: Arc<ActiveListener>) -> Result<(), String> {
         let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *config.name);
         let bound = bind(&config, self.0.worker_count, intercepted)?;
         let shared = Arc::new(SharedListener { name: Arc::clone(&config.name), active: ArcSwap::new(active) });
@@ -197,6 +233,12 @@ impl DataPlane {
     async fn close(&self, running: Running) {
         self.tell_workers(|done| Command::Close { name: Arc::clone(&running.shared.name), done }).await;
         running.shared.active.load().start_drain();
+    }
+
+    /// Closes all listeners for good: none is added from now on, whatever the control plane still says.
+    pub async fn shut(&self) {
+        self.0.draining.store(true, Ordering::Release);
+        self.drain_listeners().await;
     }
 
     /// Closes all listeners and tells all connections to finish.

@@ -33,6 +33,8 @@ pub struct Worker {
     pub clusters: WorkerClusters,
     /// This node's own address, for `x-forwarded-for` of loopback clients.
     pub node_ip: Option<IpAddr>,
+    /// How long connections of a listener that is gone may go on.
+    pub drain_time: Duration,
     /// `server.total_connections`
     pub(crate) total_connections: Gauge,
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
@@ -68,6 +70,7 @@ pub(super) struct Start {
     pub(super) clusters: Arc<Clusters>,
     pub(super) offloaded: Arc<ArcSwap<OffloadedTable>>,
     pub(super) node_ip: Option<IpAddr>,
+    pub(super) drain_time: Duration,
     /// Pins the thread to this processor.
     pub(super) cpu: Option<usize>,
     pub(super) commands: mpsc::UnboundedReceiver<Command>,
@@ -94,15 +97,18 @@ async fn run(mut start: Start) {
         index: start.index,
         clusters: WorkerClusters::new(start.clusters, start.index),
         node_ip: start.node_ip,
+        drain_time: start.drain_time,
         total_connections: stats::gauge("server.total_connections"),
         offloaded: RefCell::new(Cache::new(start.offloaded)),
         next_connection: Cell::new(1),
     });
-    tokio::task::spawn_local(async {
+    let ticking = Rc::clone(&worker);
+    tokio::task::spawn_local(async move {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         loop {
             tick.tick().await;
             access_log::flush_thread();
+            ticking.clusters.tick();
         }
     });
     let mut accepting: HashMap<Arc<str>, Vec<JoinHandle<()>>> = HashMap::new();

@@ -8,14 +8,19 @@ use crate::config::model::{ClusterConfig, Discovery, DnsLookupFamily, Endpoint, 
 /// Resolves the cluster until it is replaced or removed. A failed look-up keeps the last addresses.
 pub async fn resolve_forever(clusters: Arc<Clusters>, config: ClusterConfig) {
     let Discovery::StrictDns { refresh_rate, family } = config.discovery else { return };
+    let Some(mine) = clusters.load().get(&config.name).map(Arc::clone) else { return };
+    let mut last = Vec::new();
     loop {
-        let still_there = clusters.load().get(&config.name).map(Arc::clone);
-        let Some(cluster) = still_there.filter(|cluster| cluster.config.endpoints == config.endpoints) else { return };
+        let now = clusters.load().get(&config.name).map(Arc::clone);
+        let Some(cluster) = now.filter(|now| Arc::ptr_eq(now, &mine)) else { return };
         cluster.stats.update_attempt.inc();
         match resolve(&config.endpoints, family).await {
             Ok(endpoints) => {
                 cluster.stats.update_success.inc();
-                clusters.set_endpoints(&config.name, &endpoints);
+                if endpoints != last {
+                    clusters.set_endpoints(&config.name, &endpoints);
+                    last = endpoints;
+                }
             }
             Err(error) => {
                 cluster.stats.update_failure.inc();

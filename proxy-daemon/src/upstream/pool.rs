@@ -97,7 +97,14 @@ impl Pool {
     fn source(&self, source: Option<Source>) -> Rc<SourcePool> {
         match source {
             None => Rc::clone(&self.direct),
-            Some(source) => Rc::clone(self.by_source.borrow_mut().entry(source).or_default()),
+            Some(source) => {
+                let mut by_source = self.by_source.borrow_mut();
+                // Sources come and go, as pods do: whenever the map would grow, those without a connection leave it.
+                if by_source.len() == by_source.capacity() {
+                    by_source.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
+                }
+                Rc::clone(by_source.entry(source).or_default())
+            }
         }
     }
 
@@ -332,14 +339,14 @@ impl Connection {
             if retired || worn_out || connection.sender.borrow().is_closed() {
                 connection.close.notify_one();
             } else if connection.sender.borrow().is_ready() {
-                put_back(&home, connection);
+                put_back(&home, connection, retired);
             } else {
                 // The request is still on its way up: the connection comes back when that is done.
-                let (connection, home) = (Rc::clone(connection), Rc::downgrade(&home));
+                let (connection, home, pool) = (Rc::clone(connection), Rc::downgrade(&home), self.pool.clone());
                 tokio::task::spawn_local(async move {
                     let ready = std::future::poll_fn(|cx| connection.sender.borrow_mut().poll_ready(cx)).await;
                     if let (Ok(()), Some(home)) = (ready, home.upgrade()) {
-                        put_back(&home, &connection);
+                        put_back(&home, &connection, pool.upgrade().is_none_or(|pool| pool.retired.get()));
                     }
                 });
             }
@@ -353,9 +360,14 @@ impl Connection {
     }
 }
 
-fn put_back(home: &SourcePool, connection: &Rc<Http1Connection>) {
-    connection.idle_since.set(Some(Instant::now()));
-    home.idle.borrow_mut().push(Rc::clone(connection));
+fn put_back(home: &SourcePool, connection: &Rc<Http1Connection>, retired: bool) {
+    if retired {
+        connection.close.notify_one();
+    } else {
+        connection.idle_since.set(Some(Instant::now()));
+        home.idle.borrow_mut().push(Rc::clone(connection));
+    }
+    home.released.notify_one();
 }
 
 impl Drop for Connection {

@@ -30,6 +30,21 @@ impl WorkerClusters {
         WorkerClusters { shared, worker, version: Cell::new(0), by_name: RefCell::default() }
     }
 
+    /// Adopts what changed, so that connections to hosts that are gone do not wait for the next request to be closed.
+    pub fn tick(&self) {
+        let version = self.shared.version();
+        if version != self.version.get() {
+            self.refresh(version);
+        }
+        for cluster in self.by_name.borrow().values() {
+            let version = cluster.cluster.hosts_version();
+            // A cluster that was never used has nothing to close.
+            if cluster.hosts_version.get() != 0 && version != cluster.hosts_version.get() {
+                cluster.refresh(version);
+            }
+        }
+    }
+
     /// The cluster of this name now.
     pub fn get(&self, name: &str) -> Option<Rc<WorkerCluster>> {
         let version = self.shared.version();
@@ -203,19 +218,18 @@ pub struct WorkerHost {
     pub pool: Rc<Pool>,
     worker: usize,
     active: Rc<Cell<u32>>,
-    retired: Cell<bool>,
 }
 
 impl WorkerHost {
     pub(super) fn new(host: Arc<Host>, worker: usize) -> Rc<WorkerHost> {
         let (pool, active) = (Rc::default(), Rc::default());
-        Rc::new(WorkerHost { host, pool, worker, active, retired: Cell::new(false) })
+        Rc::new(WorkerHost { host, pool, worker, active })
     }
 
     /// The same host with other attributes (weight, health): connections and load are kept.
     fn with(&self, host: Arc<Host>) -> Rc<WorkerHost> {
         let (pool, active) = (Rc::clone(&self.pool), Rc::clone(&self.active));
-        Rc::new(WorkerHost { host, pool, worker: self.worker, active, retired: Cell::new(false) })
+        Rc::new(WorkerHost { host, pool, worker: self.worker, active })
     }
 
     /// Requests and connections of this worker that are using the host.
@@ -225,7 +239,6 @@ impl WorkerHost {
 
     /// The host is gone: what is in flight finishes, nothing idle is kept.
     pub(super) fn retire(&self) {
-        self.retired.set(true);
         self.pool.retire();
     }
 
