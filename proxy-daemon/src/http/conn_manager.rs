@@ -300,7 +300,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     let grpc = headers::is_grpc(&head.headers);
     let is_head = head.method == http::Method::HEAD;
 
-    if let Err(reply) = headers::check_request(&head) {
+    if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count) {
         end.keep_request(&head);
         return Ok(answer(end, reply, grpc, is_head, None, &mut []));
     }

@@ -78,11 +78,15 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// Refuses what two parsers could read differently, and what this proxy does not do.
-pub(super) fn check_request(head: &RequestHead) -> Result<(), LocalReply> {
+pub(super) fn check_request(head: &RequestHead, max_headers: u32) -> Result<(), LocalReply> {
     let refuse = |status, details| Err(LocalReply::new(status, "", ResponseFlags::DPE, details));
     if head.version < Version::HTTP_11 {
         let (status, text) = (StatusCode::UPGRADE_REQUIRED, "Upgrade Required");
         return Err(LocalReply::new(status, text, ResponseFlags::default(), "low_version"));
+    }
+    if head.headers.len() > max_headers as usize {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        return refuse(status, "too_many_headers");
     }
     if head.version == Version::HTTP_11 {
         let headers = &head.headers;

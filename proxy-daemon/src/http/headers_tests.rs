@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use http::Request;
 
 use super::*;
@@ -27,8 +25,6 @@ fn config() -> HttpConnectionManagerConfig {
         request_headers_timeout: None,
         max_connection_duration: None,
         max_requests_per_connection: 0,
-        drain_timeout: Duration::ZERO,
-        delayed_close_timeout: None,
         max_request_headers_kb: 60,
         max_headers_count: 100,
         normalize_path: false,
@@ -148,12 +144,14 @@ fn paths_are_normalised_as_configured() {
 
 #[test]
 fn ambiguous_requests_are_refused() {
-    let status = |head: &RequestHead| check_request(head).map_err(|reply| reply.status.as_u16());
+    let status = |head: &RequestHead| check_request(head, 3).map_err(|reply| reply.status.as_u16());
     assert_eq!(status(&request("/", &[("host", "a")])), Ok(()));
     assert_eq!(status(&request("/", &[])), Err(400));
     assert_eq!(status(&request("/", &[("host", "a"), ("host", "b")])), Err(400));
     let upgrade = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "websocket")];
     assert_eq!(status(&request("/", &upgrade)), Err(403));
+    let many = [("host", "a"), ("a", "1"), ("b", "2"), ("c", "3")];
+    assert_eq!(status(&request("/", &many)), Err(431));
     let mut old = request("/", &[("host", "a")]);
     old.version = Version::HTTP_10;
     assert_eq!(status(&old), Err(426));

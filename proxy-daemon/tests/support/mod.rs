@@ -329,8 +329,6 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         request_headers_timeout: None,
         max_connection_duration: None,
         max_requests_per_connection: 0,
-        drain_timeout: Duration::from_secs(5),
-        delayed_close_timeout: Some(Duration::from_secs(1)),
         max_request_headers_kb: 60,
         max_headers_count: 100,
         normalize_path: false,

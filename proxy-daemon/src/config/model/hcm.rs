@@ -48,10 +48,6 @@ pub struct HttpConnectionManagerConfig {
     pub max_connection_duration: Option<Duration>,
     /// A connection is drained after so many requests; 0: never.
     pub max_requests_per_connection: u32,
-    /// How long a draining HTTP/2 connection waits between its two GOAWAYs. Default 5 s.
-    pub drain_timeout: Duration,
-    /// How long a closed connection's socket waits for the client to close. Default 1 s.
-    pub delayed_close_timeout: Option<Duration>,
     /// Limit of a request's header bytes, in KiB. Default 60.
     pub max_request_headers_kb: u32,
     /// Limit of a request's header count. Default 100.
@@ -115,8 +111,6 @@ pub struct Http2Options {
     pub initial_stream_window_size: u32,
     /// Bytes of the connection's flow-control window. Default 24 MiB.
     pub initial_connection_window_size: u32,
-    /// RFC 8441: WebSocket by extended CONNECT.
-    pub allow_connect: bool,
 }
 
 impl Default for Http2Options {
@@ -125,7 +119,6 @@ impl Default for Http2Options {
             max_concurrent_streams: 1024,
             initial_stream_window_size: 16 << 20,
             initial_connection_window_size: 24 << 20,
-            allow_connect: false,
         }
     }
 }

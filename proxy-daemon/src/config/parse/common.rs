@@ -197,7 +197,6 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             options.initial_connection_window_size,
             default.initial_connection_window_size,
         ),
-        allow_connect: false,
     }
 }
 

@@ -11,7 +11,7 @@ use http::HeaderValue;
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, duration, from_ads, header_value, http2, limit, number, required},
+    common::{Result, cidrs, from_ads, header_value, http2, limit, number, required},
     route::routes,
     support::join,
 };
@@ -69,8 +69,6 @@ pub(super) fn http_connection_manager(
         request_headers_timeout: limit(manager.request_headers_timeout, None, path, "request_headers_timeout")?,
         max_connection_duration: limit(old, None, &common_path, "max_connection_duration")?,
         max_requests_per_connection: number(common.max_requests_per_connection, 0),
-        drain_timeout: duration(manager.drain_timeout, path, "drain_timeout")?.unwrap_or(Duration::from_secs(5)),
-        delayed_close_timeout: seconds(1),
         max_request_headers_kb: number(manager.max_request_headers_kb, 60),
         max_headers_count: number(common.max_headers_count, 100),
         normalize_path: is_set(manager.normalize_path),

@@ -119,7 +119,6 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "stream_idle_timeout",
             "request_timeout",
             "request_headers_timeout",
-            "drain_timeout",
             "access_log",
             "use_remote_address",
             "xff_num_trusted_hops",
