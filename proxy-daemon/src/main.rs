@@ -199,7 +199,13 @@ async fn run(
     }
     state.set(ServerState::Live);
     stats::gauge("server.live").set(1);
-    tracing::info!(workers = flags.workers(), "all configuration is in force: serving");
+    if store.is_answered() {
+        tracing::info!(workers = flags.workers(), "all configuration is in force: serving");
+    } else if flags.mode == Mode::InitOnly {
+        bail!("the control plane has not answered: is it running, and reachable from here?");
+    } else {
+        tracing::warn!(workers = flags.workers(), "serving without the control plane, which has not answered yet");
+    }
     if flags.mode == Mode::InitOnly {
         return Ok(());
     }

@@ -33,7 +33,7 @@ impl<A: Apply> ConfigStore<A> {
             {
                 "@type": typed("ListenersConfigDump"),
                 "static_listeners": fixed("listeners", "listener"),
-                "dynamic_listeners": listeners(&state),
+                "dynamic_listeners": listeners(&state, |name| self.listener_failure(name)),
             },
             { "@type": typed("RoutesConfigDump"), "dynamic_route_configs": dynamic(&state.routes, "route_config") },
         ]})
@@ -53,7 +53,7 @@ fn dynamic(resources: &Resources, field: &str) -> Vec<Value> {
     names.into_iter().map(entry).collect()
 }
 
-fn listeners(all: &State) -> Vec<Value> {
+fn listeners(all: &State, failure: impl Fn(&str) -> Option<String>) -> Vec<Value> {
     let resources = &all.listeners;
     let names: BTreeSet<&String> = resources.accepted.keys().chain(resources.refused.keys()).collect();
     let entry = |name: &String| {
@@ -68,6 +68,8 @@ fn listeners(all: &State) -> Vec<Value> {
         }
         if let Some(refused) = resources.refused.get(name) {
             entry["error_state"] = error_state(refused);
+        } else if let Some(details) = failure(name) {
+            entry["error_state"] = json!({ "details": details });
         }
         entry
     };

@@ -1,4 +1,8 @@
-use std::sync::Arc;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
 
 use tokio::sync::mpsc;
 
@@ -25,12 +29,32 @@ pub trait Apply: Send + Sync + 'static {
     fn upsert_listener(&self, listener: Arc<Listener>);
     /// See [`DataPlane::remove_listener`]. Happens later, in order.
     fn remove_listener(&self, name: &str);
+    /// Why the last version of a listener is not serving; `None` where it is, or is still to be tried.
+    fn listener_failure(&self, _name: &str) -> Option<String> {
+        None
+    }
 }
+
+/// How long until a listener that could not be bound is tried again: whoever has its port may go.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Applies to the data plane; listener changes, which have to wait for the workers, are carried out one after another.
 pub struct Applier {
     plane: DataPlane,
     listeners: mpsc::UnboundedSender<ListenerChange>,
+    failures: Failures,
+}
+
+/// Listeners that could not be bound, by name, with the reason.
+#[derive(Clone, Default)]
+struct Failures(Arc<Mutex<ByName>>);
+
+type ByName = BTreeMap<Arc<str>, (Arc<Listener>, String)>;
+
+impl Failures {
+    fn lock(&self) -> MutexGuard<'_, ByName> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
 }
 
 enum ListenerChange {
@@ -41,28 +65,56 @@ enum ListenerChange {
 impl Applier {
     /// Must be called within the control runtime.
     pub fn new(plane: DataPlane) -> Applier {
-        let (listeners, mut changes) = mpsc::unbounded_channel();
-        let worker = plane.clone();
-        let failures = stats::counter("listener_manager.listener_create_failure");
-        let successes = stats::counter("listener_manager.listener_create_success");
-        tokio::spawn(async move {
-            while let Some(change) = changes.recv().await {
-                match change {
-                    ListenerChange::Remove(name) => worker.remove_listener(&name).await,
-                    ListenerChange::Upsert(listener) => {
-                        let name = Arc::clone(&listener.name);
-                        match worker.upsert_listener(listener).await {
-                            Ok(()) => successes.inc(),
-                            Err(error) => {
-                                failures.inc();
-                                tracing::error!(listener = %name, %error, "listener is not serving");
-                            }
-                        }
-                    }
+        let (listeners, changes) = mpsc::unbounded_channel();
+        let failures = Failures::default();
+        tokio::spawn(carry_out(plane.clone(), changes, failures.clone()));
+        Applier { plane, listeners, failures }
+    }
+}
+
+/// Carries changes out in their order, and tries again what could not be bound.
+async fn carry_out(plane: DataPlane, mut changes: mpsc::UnboundedReceiver<ListenerChange>, failures: Failures) {
+    loop {
+        let waiting = !failures.lock().is_empty();
+        tokio::select! {
+            change = changes.recv() => match change {
+                None => return,
+                Some(ListenerChange::Remove(name)) => {
+                    failures.lock().remove(name.as_str());
+                    plane.remove_listener(&name).await;
+                }
+                Some(ListenerChange::Upsert(listener)) => {
+                    failures.lock().remove(&listener.name);
+                    bind(&plane, listener, &failures, false).await;
+                }
+            },
+            () = tokio::time::sleep(RETRY), if waiting => {
+                let again: Vec<_> = failures.lock().values().map(|(listener, _)| Arc::clone(listener)).collect();
+                for listener in again {
+                    bind(&plane, listener, &failures, true).await;
                 }
             }
-        });
-        Applier { plane, listeners }
+        }
+    }
+}
+
+async fn bind(plane: &DataPlane, listener: Arc<Listener>, failures: &Failures, again: bool) {
+    let name = Arc::clone(&listener.name);
+    match plane.upsert_listener(Arc::clone(&listener)).await {
+        Ok(()) => {
+            stats::counter("listener_manager.listener_create_success").inc();
+            if failures.lock().remove(&name).is_some() {
+                tracing::info!(listener = %name, "listener is serving after all");
+            }
+        }
+        Err(error) => {
+            // Counted and logged once: the attempts that follow say nothing new.
+            if !again {
+                stats::counter("listener_manager.listener_create_failure").inc();
+                tracing::error!(listener = %name, %error, "listener is not serving; trying again every second");
+            }
+            failures.lock().insert(name, (listener, error));
+        }
     }
 }
 
@@ -94,5 +146,9 @@ impl Apply for Applier {
 
     fn remove_listener(&self, name: &str) {
         let _ = self.listeners.send(ListenerChange::Remove(name.to_owned()));
+    }
+
+    fn listener_failure(&self, name: &str) -> Option<String> {
+        self.failures.lock().get(name).map(|(_, error)| error.clone())
     }
 }

@@ -147,6 +147,17 @@ impl<A: Apply> ConfigStore<A> {
         self.lock().interests()
     }
 
+    /// Why the last version of a listener is not serving.
+    pub(super) fn listener_failure(&self, name: &str) -> Option<String> {
+        self.0.apply.listener_failure(name)
+    }
+
+    /// Whether the control plane has answered all that it is asked for from the start.
+    pub fn is_answered(&self) -> bool {
+        let state = self.lock();
+        state.expected.is_subset(&state.answered)
+    }
+
     /// Whether the control plane has answered what it is asked for from the start, and every listener is live.
     pub fn is_initialized(&self) -> bool {
         let state = self.lock();
