@@ -32,8 +32,6 @@ pub enum Body {
     Empty,
     /// In memory.
     Full(Bytes),
-    /// As it comes.
-    Streaming(Incoming),
     /// Streaming, and watched.
     Observed(Incoming, Box<dyn Observer>),
 }
@@ -62,7 +60,6 @@ impl http_body::Body for Body {
                 *body = Body::Empty;
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
-            Body::Streaming(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Into::into),
             Body::Observed(incoming, observer) => match Pin::new(&mut *incoming).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
@@ -97,7 +94,7 @@ impl http_body::Body for Body {
         match self {
             Body::Empty => true,
             Body::Full(bytes) => bytes.is_empty(),
-            Body::Streaming(incoming) | Body::Observed(incoming, _) => incoming.is_end_stream(),
+            Body::Observed(incoming, _) => incoming.is_end_stream(),
         }
     }
 
@@ -105,7 +102,7 @@ impl http_body::Body for Body {
         match self {
             Body::Empty => SizeHint::with_exact(0),
             Body::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
-            Body::Streaming(incoming) | Body::Observed(incoming, _) => incoming.size_hint(),
+            Body::Observed(incoming, _) => incoming.size_hint(),
         }
     }
 }

@@ -137,7 +137,7 @@ pub async fn serve(
 ) {
     let stats = &manager.stats;
     stats.downstream_cx_total.inc();
-    let _open = [crate::upstream::Decrement::after_inc(stats.downstream_cx_active)];
+    let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_active);
     let started = Instant::now();
     let mut io = DownstreamIo::new(stream);
     let http2 = match manager.config.codec_type {
@@ -411,7 +411,7 @@ fn finish_response(
         if route.virtual_host().include_attempt_count_in_response {
             response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
         }
-        for mutations in [&route.headers, &route.virtual_host().headers, &route.config().headers] {
+        for mutations in route.header_mutations() {
             headers::mutate_response(&mut response.headers, mutations);
         }
     }
@@ -457,7 +457,7 @@ fn answer(
     }
     if let Some(cx) = cx {
         if let Some(route) = cx.route.clone() {
-            for mutations in [&route.headers, &route.virtual_host().headers, &route.config().headers] {
+            for mutations in route.header_mutations() {
                 headers::mutate_response(&mut head.headers, mutations);
             }
         }

@@ -87,8 +87,7 @@ fn finish_request(
         head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
     }
     if let Some(route) = &cx.route {
-        let levels = [&route.headers, &route.virtual_host().headers, &route.config().headers];
-        for mutations in levels {
+        for mutations in route.header_mutations() {
             headers::mutate_request(&mut head.headers, mutations);
         }
         if let Some(prefix) = &action.prefix_rewrite {
@@ -171,7 +170,7 @@ impl Attempts<'_> {
             self.count += 1;
             let host = self.choose(end, &head)?;
             let kept = self.copy_for_retry(&head, &body);
-            match self.attempt(end, &host, head, body).await {
+            match self.attempt(&host, head, body).await {
                 Ok((response, connection)) => {
                     let status = response.status();
                     stats.upstream_rq.inc(status.as_u16());
@@ -236,13 +235,12 @@ impl Attempts<'_> {
 
     async fn attempt(
         &self,
-        end: &StreamEnd,
         host: &Rc<WorkerHost>,
         head: RequestHead,
         body: Body,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let limit = self.policy.and_then(|policy| policy.per_try_timeout);
-        let attempt = self.send(end, host, head, body);
+        let attempt = self.send(host, head, body);
         let Some(limit) = limit else { return attempt.await };
         tokio::time::timeout(limit, attempt).await.unwrap_or_else(|_elapsed| {
             self.cluster.cluster.stats.upstream_rq_per_try_timeout.inc();
@@ -259,7 +257,6 @@ impl Attempts<'_> {
 
     async fn send(
         &self,
-        _end: &StreamEnd,
         host: &Rc<WorkerHost>,
         head: RequestHead,
         body: Body,

@@ -15,8 +15,8 @@ use arc_swap::ArcSwapOption;
 use http::request::Parts;
 
 use crate::config::model::{
-    HeaderMatcher, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, Route, RouteConfig, RouteMatch,
-    VirtualHost,
+    HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, Route,
+    RouteConfig, RouteMatch, VirtualHost,
 };
 
 /// A route configuration with the index of its virtual hosts.
@@ -232,9 +232,9 @@ impl RouteRef {
         &self.table.config.virtual_hosts[self.host]
     }
 
-    /// The configuration that the virtual host belongs to.
-    pub fn config(&self) -> &RouteConfig {
-        &self.table.config
+    /// The header mutations that apply, in their order: the route's, the virtual host's, the configuration's.
+    pub(super) fn header_mutations(&self) -> [&HeaderMutations; 3] {
+        [&self.headers, &self.virtual_host().headers, &self.table.config.headers]
     }
 }
 
