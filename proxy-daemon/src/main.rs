@@ -60,7 +60,9 @@ fn start(flags: &Flags) -> Result<()> {
     let log_level = start_logging(flags)?;
     let (message, bootstrap) = load(flags)?;
     if flags.mode == Mode::Validate {
-        println!("configuration OK");
+        // Envoy's words; it leaves the name out where the text came by --config-yaml alone.
+        let file = flags.config_path.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+        println!("configuration '{file}' OK");
         return Ok(());
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
