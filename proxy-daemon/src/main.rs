@@ -24,9 +24,8 @@ use culvert_proxy_daemon::{
     stats,
 };
 use culvert_xds_client::{
-    ads::Variant,
-    grpc::{AdsConfig, Client},
     json,
+    sources::{self, Subscriptions},
 };
 use tokio::{
     net::TcpListener,
@@ -138,7 +137,8 @@ async fn run(
         [(bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (bootstrap.lds, "envoy.config.listener.v3.Listener")];
     let wildcards = wanted.into_iter().filter(|(wanted, _)| *wanted);
     let wildcards: Vec<_> = wildcards.map(|(_, name)| format!("type.googleapis.com/{name}")).collect();
-    let store = ConfigStore::new(Applier::new(plane.clone()), wildcards.clone());
+    let (subscriptions, wanted) = Subscriptions::channel();
+    let store = ConfigStore::new(Applier::new(plane.clone()), wildcards, subscriptions);
 
     if let Some(address) = bootstrap.admin {
         let listener = TcpListener::bind(address).await;
@@ -176,23 +176,11 @@ async fn run(
             bail!("listener {name:?}: {error}");
         }
     }
-    if let Some(server) = bootstrap.ads {
-        let config = AdsConfig {
-            endpoints: server.endpoints,
-            authority: server.authority,
-            variant: if server.delta { Variant::Delta } else { Variant::Sotw },
-            node: bootstrap.node,
-            connect_timeout: server.connect_timeout,
-            wildcards,
-        };
-        let client = Client::new(config, store.clone());
-        for interest in store.interests() {
-            // Received by the client, which is here.
-            let _ = client.interests().send(interest);
-        }
+    if bootstrap.ads.is_some() {
+        let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
         state.set(ServerState::Initializing);
         tokio::spawn(store.clone().end_warming());
-        tokio::spawn(client.run());
+        tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, |_, _| {}));
         tokio::select! {
             () = initialized(&store) => {}
             () = signals.stop() => return Ok(()),

@@ -2,6 +2,7 @@
 //!
 //! - [`json`]: Envoy's JSON and YAML form of its messages: strict parsing, validation rules, `/config_dump` output.
 //! - [`ads`]: the xDS client as a state machine without I/O, state of the world and delta.
+//! - [`sources`]: all sources of resources, each with a client of its own; [`source`] says what they are.
 //! - [`grpc`]: drives [`ads`] over a gRPC stream.
 //! - [`api`]: Culvert's own messages, generated from `proto/`.
 //! - [`overrides`]: how a request carries staging overrides.
@@ -10,6 +11,8 @@ pub mod ads;
 pub mod grpc;
 pub mod json;
 pub mod overrides;
+pub mod source;
+pub mod sources;
 
 /// Culvert's own messages, generated from `proto/`.
 #[allow(missing_docs, clippy::all, reason = "generated code; the protos hold the documentation")]

@@ -109,8 +109,9 @@ dynamic_resources:
     assert_eq!(text, "--config-yaml: node.id: a control plane needs to know this node: set node.id or --service-node");
     let (_, bootstrap) = with(&["--config-yaml", ads, "--service-node", "n"]).unwrap();
     let server = bootstrap.ads.unwrap();
-    assert_eq!(server.endpoints, ["127.0.0.1:1"]);
-    assert!(!server.delta && bootstrap.cds && !bootstrap.lds);
+    assert_eq!(bootstrap.servers["xds"].endpoints, ["127.0.0.1:1"]);
+    assert_eq!(server.variant, culvert_xds_client::ads::Variant::Sotw);
+    assert!(bootstrap.cds && !bootstrap.lds);
 }
 
 #[test]

@@ -235,9 +235,6 @@ impl Core {
                 subscription.on_stream.answers.push_back(Answer { nonce, error: nack(&rejected) });
             }
         }
-        for (type_url, interest) in outcome.subscriptions {
-            self.set_interest(&type_url, interest);
-        }
         rejected
     }
 

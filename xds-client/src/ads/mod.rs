@@ -18,7 +18,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 
 pub use self::core::Core;
-use crate::Any;
+use crate::{Any, source::Source};
 
 /// Type URLs of the resource types that the protocol itself treats specially.
 pub mod type_url {
@@ -35,7 +35,7 @@ pub mod type_url {
 }
 
 /// The two forms of the protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Variant {
     /// State of the world: a response holds all resources of its type.
     Sotw,
@@ -94,18 +94,32 @@ pub struct Rejection {
 pub struct Outcome {
     /// Resources of the update that were not taken. All others are in force.
     pub rejected: Vec<Rejection>,
-    /// What is wanted from now on, by type URL; types that are not listed stay as they are.
-    pub subscriptions: Vec<(String, Interest)>,
 }
 
 /// Applies updates.
-pub trait Sink {
-    /// Brings the update into force. The response is acknowledged when this returns.
-    fn update(&mut self, update: Update) -> Outcome;
+pub trait Sink: Send + Sync + 'static {
+    /// Brings the update into force, now or later, and says so with `done`: only then is the response answered. Other
+    /// types' updates may come in between, and the next of the same type as well.
+    fn update(&self, source: &Source, update: Update, done: Done);
 
-    /// The stream to the server came up, or was lost.
-    fn state(&mut self, connected: bool) {
-        let _ = connected;
+    /// A stream to the source came up, or was lost.
+    fn state(&self, source: &Source, connected: bool) {
+        let _ = (source, connected);
+    }
+}
+
+/// To be told what became of an update. Dropped without that, the response counts as never received.
+pub struct Done(Box<dyn FnOnce(Outcome) + Send>);
+
+impl Done {
+    /// Calls `then` with the outcome.
+    pub fn new(then: impl FnOnce(Outcome) + Send + 'static) -> Done {
+        Done(Box::new(then))
+    }
+
+    /// The update has been applied, but for what was rejected.
+    pub fn finish(self, outcome: Outcome) {
+        (self.0)(outcome);
     }
 }
 

@@ -216,7 +216,8 @@ struct InForce {
 }
 
 impl InForce {
-    fn apply(&mut self, update: Update, world: &World) -> Outcome {
+    /// Returns the outcome, and what is wanted of EDS from now on where that has changed.
+    fn apply(&mut self, update: Update, world: &World) -> (Outcome, Option<Interest>) {
         let mut outcome = Outcome::default();
         let is_cds = update.type_url == CLUSTER;
         let store = if is_cds { &mut self.clusters } else { &mut self.endpoints };
@@ -237,10 +238,9 @@ impl InForce {
         }
         if is_cds {
             self.endpoints.retain(|name, _| self.clusters.contains_key(name));
-            let names = self.clusters.keys().cloned().collect();
-            outcome.subscriptions.push((ENDPOINT.to_owned(), Interest::Names(names)));
+            return (outcome, Some(Interest::Names(self.clusters.keys().cloned().collect())));
         }
-        outcome
+        (outcome, None)
     }
 }
 
@@ -312,7 +312,10 @@ impl Simulation {
         if let Some(response) = self.to_client.pop_front() {
             moved = true;
             if let Handled::Update(token, update) = self.core.handle(response) {
-                let outcome = self.in_force.apply(update, &self.world);
+                let (outcome, endpoints) = self.in_force.apply(update, &self.world);
+                if let Some(endpoints) = endpoints {
+                    self.core.set_interest(ENDPOINT, endpoints);
+                }
                 self.applying = Some((token, outcome));
             }
         }

@@ -158,8 +158,8 @@ fn sotw_acknowledges_only_what_was_finished() {
     let Handled::Update(token, update) = core.handle(sotw(CLUSTER, "1", "n1", &["a"])) else { panic!("ignored") };
     assert!(update.complete);
     sends!(core,);
-    let subscriptions = vec![(ENDPOINT.to_owned(), names(&["a"]))];
-    core.finish(token, Outcome { subscriptions, ..Default::default() });
+    core.set_interest(ENDPOINT, names(&["a"]));
+    core.finish(token, Outcome::default());
     sends!(core, "Cluster v=1 names= nonce=n1", "ClusterLoadAssignment v= names=a nonce=");
 }
 
@@ -411,7 +411,7 @@ fn a_nack_stays_readable() {
     core.outgoing();
     let Handled::Update(token, _) = core.handle(delta(CLUSTER, "n1", &[], &[])) else { panic!("ignored") };
     let rejection = |i| Rejection { name: format!("cluster-{i}"), message: "x".repeat(100) };
-    core.finish(token, Outcome { rejected: (0..10_000).map(rejection).collect(), ..Default::default() });
+    core.finish(token, Outcome { rejected: (0..10_000).map(rejection).collect() });
     let Some(Request::Delta(request)) = core.outgoing().pop() else { panic!("no request") };
     let message = request.error_detail.unwrap().message;
     assert!(message.len() < 17 * 1024 && message.ends_with(" more"), "{} bytes", message.len());

@@ -16,52 +16,62 @@ use self::backoff::Backoff;
 pub use self::stats::{AdsStats, TypeStats};
 pub use self::stream::MAX_RESPONSE_BYTES;
 use self::stream::{Lost, Requests};
-use crate::ads::{Core, Handled, Interest, Response, Sink, Variant};
+use crate::ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token};
+use crate::source::{GrpcSource, Server, Source};
 
-/// Where the control plane is, and what to ask it first.
+/// The longest that one attempt to connect may take where nothing else says so.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where the control plane is, and how to talk to it.
 #[derive(Debug, Clone)]
-pub struct AdsConfig {
-    /// Its addresses as host:port, tried in this order. A host name is looked up on each attempt.
-    pub endpoints: Vec<String>,
-    /// `:authority` of the calls.
-    pub authority: String,
-    /// The protocol variant.
-    pub variant: Variant,
+pub struct ClientConfig {
+    /// What the sink is told that updates come from.
+    pub source: Source,
+    /// The server.
+    pub server: Server,
+    /// How it is spoken to.
+    pub grpc: GrpcSource,
     /// Who is asking.
     pub node: Node,
-    /// The longest that one attempt to connect may take.
-    pub connect_timeout: Duration,
-    /// Type URLs of which everything is wanted from the start.
-    pub wildcards: Vec<String>,
-}
-
-/// Runs a client that needs no more than its configuration and a sink. Never returns; drop the future to stop it.
-pub async fn run<S: Sink>(config: AdsConfig, sink: S) -> Infallible {
-    Client::new(config, sink).run().await
 }
 
 /// A client that is ready to run.
 pub struct Client<S> {
-    config: AdsConfig,
+    config: ClientConfig,
     core: Core,
-    sink: S,
+    sink: Arc<S>,
     stats: Arc<AdsStats>,
-    interests: mpsc::UnboundedReceiver<(String, Interest)>,
-    /// Keeps the channel open when nobody else does.
-    sender: mpsc::UnboundedSender<(String, Interest)>,
+    /// One queue for both, so that what is wanted because of an update is asked for before the update is answered.
+    events: mpsc::UnboundedReceiver<Event>,
+    sender: mpsc::UnboundedSender<Event>,
+}
+
+enum Event {
+    /// What is wanted of a type.
+    Want(String, Interest),
+    /// An update of which the sink has said what became.
+    Applied { token: Token, type_url: String, outcome: Outcome },
+}
+
+/// Changes what a client wants.
+#[derive(Clone)]
+pub struct Interests(mpsc::UnboundedSender<Event>);
+
+impl Interests {
+    /// Sets what is wanted of a type.
+    pub fn set(&self, type_url: impl Into<String>, interest: Interest) {
+        // A client that is gone wants nothing.
+        let _ = self.0.send(Event::Want(type_url.into(), interest));
+    }
 }
 
 impl<S: Sink> Client<S> {
-    /// A client that is not connected yet.
-    pub fn new(config: AdsConfig, sink: S) -> Self {
-        let mut core = Core::new(config.node.clone(), config.variant);
+    /// A client that is not connected yet, and wants nothing.
+    pub fn new(config: ClientConfig, sink: Arc<S>) -> Self {
+        let core = Core::new(config.node.clone(), config.grpc.variant);
+        let (sender, events) = mpsc::unbounded_channel();
         let stats = Arc::new(AdsStats::default());
-        for type_url in &config.wildcards {
-            core.set_interest(type_url, Interest::Wildcard);
-            stats.of(type_url);
-        }
-        let (sender, interests) = mpsc::unbounded_channel();
-        Client { config, core, sink, stats, interests, sender }
+        Client { config, core, sink, stats, events, sender }
     }
 
     /// Its counters, which stay up to date.
@@ -69,9 +79,9 @@ impl<S: Sink> Client<S> {
         Arc::clone(&self.stats)
     }
 
-    /// Changes what is wanted (type URL, interest) while the client runs.
-    pub fn interests(&self) -> mpsc::UnboundedSender<(String, Interest)> {
-        self.sender.clone()
+    /// Changes what is wanted, before the client runs and while it does.
+    pub fn interests(&self) -> Interests {
+        Interests(self.sender.clone())
     }
 
     /// Keeps a stream to the control plane, for ever.
@@ -82,7 +92,7 @@ impl<S: Sink> Client<S> {
         let mut backoff = Backoff::default();
         let mut next = 0;
         loop {
-            let Some(address) = self.config.endpoints.get(next).cloned() else {
+            let Some(address) = self.config.server.endpoints.get(next).cloned() else {
                 tracing::error!("the control plane has no address: configuration stays as it is");
                 return std::future::pending().await;
             };
@@ -92,12 +102,12 @@ impl<S: Sink> Client<S> {
             self.stats.failed();
             if self.stats.connected() {
                 self.stats.set_connected(false);
-                self.sink.state(false);
+                self.sink.state(&self.config.source, false);
             }
             if answered {
                 backoff.reset();
             } else {
-                next = (next + 1) % self.config.endpoints.len();
+                next = (next + 1) % self.config.server.endpoints.len();
             }
             let wait = if answered || next == 0 { backoff.next() } else { Duration::ZERO };
             tracing::warn!(%address, retry_in = ?wait, "{lost}; configuration in force stays");
@@ -107,7 +117,8 @@ impl<S: Sink> Client<S> {
 
     /// Runs one stream until it is lost; `answered` is set once a response has been taken.
     async fn stream(&mut self, address: &str, answered: &mut bool) -> Result<Infallible, Lost> {
-        let channel = stream::connect(address, &self.config.authority, self.config.connect_timeout).await?;
+        let channel =
+            stream::connect(address, &self.config.grpc.service.authority, self.config.server.connect_timeout).await?;
         let (requests, responses) = stream::call(channel, self.core.variant());
         self.core.connected();
         self.send(&requests);
@@ -116,22 +127,22 @@ impl<S: Sink> Client<S> {
         let mut responses = loop {
             tokio::select! {
                 responses = &mut responses => break responses?,
-                Some((type_url, interest)) = self.interests.recv() => self.want(&type_url, interest, &requests),
+                Some(event) = self.events.recv() => self.event(event, &requests),
             }
         };
         tracing::info!(%address, "connected to the control plane");
         self.stats.set_connected(true);
-        self.sink.state(true);
+        self.sink.state(&self.config.source, true);
         loop {
             tokio::select! {
-                response = responses.next() => *answered |= self.take(response?, &requests),
-                Some((type_url, interest)) = self.interests.recv() => self.want(&type_url, interest, &requests),
+                response = responses.next() => *answered |= self.take(response?),
+                Some(event) = self.events.recv() => self.event(event, &requests),
             }
         }
     }
 
-    /// Applies a response and answers it; whether it was one to apply.
-    fn take(&mut self, response: Response, requests: &Requests) -> bool {
+    /// Hands a response to the sink; whether it was one to apply.
+    fn take(&mut self, response: Response) -> bool {
         let type_url = match &response {
             Response::Sotw(response) => response.type_url.clone(),
             Response::Delta(response) => response.type_url.clone(),
@@ -144,23 +155,29 @@ impl<S: Sink> Client<S> {
             }
         };
         tracing::debug!(%type_url, added = update.added.len(), removed = update.removed.len(), "update");
-        let outcome = self.sink.update(update);
-        for (type_url, interest) in &outcome.subscriptions {
-            if *interest != Interest::None {
-                self.stats.of(type_url);
-            }
-        }
-        let rejected = self.core.finish(token, outcome);
-        self.stats.answered(&type_url, rejected.is_empty());
-        for rejection in &rejected {
-            tracing::warn!(%type_url, name = %rejection.name, "resource rejected: {}", rejection.message);
-        }
-        self.send(requests);
+        let sender = self.sender.clone();
+        // A client that is gone has nobody left to answer.
+        let done = Done::new(move |outcome| drop(sender.send(Event::Applied { token, type_url, outcome })));
+        self.sink.update(&self.config.source, update, done);
         true
     }
 
-    fn want(&mut self, type_url: &str, interest: Interest, requests: &Requests) {
-        self.core.set_interest(type_url, interest);
+    fn event(&mut self, event: Event, requests: &Requests) {
+        match event {
+            Event::Want(type_url, interest) => {
+                if interest != Interest::None {
+                    self.stats.of(&type_url);
+                }
+                self.core.set_interest(&type_url, interest);
+            }
+            Event::Applied { token, type_url, outcome } => {
+                let rejected = self.core.finish(token, outcome);
+                self.stats.answered(&type_url, rejected.is_empty());
+                for rejection in &rejected {
+                    tracing::warn!(%type_url, name = %rejection.name, "resource rejected: {}", rejection.message);
+                }
+            }
+        }
         self.send(requests);
     }
 

@@ -22,8 +22,9 @@ use tonic::{Status, Streaming};
 
 use super::*;
 use crate::ads::type_url::{CLUSTER, ENDPOINT};
-use crate::ads::{Outcome, Rejection, Update};
+use crate::ads::{Outcome, Rejection, Update, Variant};
 use crate::json::pack;
+use crate::source::{GrpcService, Target};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -134,6 +135,8 @@ impl Server {
 #[derive(Clone, Default)]
 struct Notes {
     log: Arc<Mutex<Vec<String>>>,
+    /// Where the client is told what is wanted.
+    interests: Arc<Mutex<Option<Interests>>>,
 }
 
 impl Notes {
@@ -147,34 +150,52 @@ impl Notes {
 }
 
 impl Sink for Notes {
-    fn update(&mut self, update: Update) -> Outcome {
+    fn update(&self, _: &Source, update: Update, done: Done) {
         let names: Vec<String> = update.added.iter().map(|resource| resource.name.clone()).collect();
         let kind = update.type_url.rsplit('.').next().unwrap();
         self.log.lock().unwrap().push(format!("{kind} +{} -{}", names.join(","), update.removed.join(",")));
         let (bad, good): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| name == "bad");
+        if update.type_url == CLUSTER
+            && let Some(interests) = self.interests.lock().unwrap().as_ref()
+        {
+            interests.set(ENDPOINT, Interest::Names(good.into_iter().collect()));
+        }
         let message = "connect_timeout: no".to_owned();
         let rejected = bad.into_iter().map(|name| Rejection { name, message: message.clone() }).collect();
-        let subscriptions = match update.type_url == CLUSTER {
-            true => vec![(ENDPOINT.to_owned(), Interest::Names(good.into_iter().collect()))],
-            false => Vec::new(),
-        };
-        Outcome { rejected, subscriptions }
+        done.finish(Outcome { rejected });
     }
 
-    fn state(&mut self, connected: bool) {
+    fn state(&self, _: &Source, connected: bool) {
         self.log.lock().unwrap().push(format!("connected {connected}"));
     }
 }
 
-fn config(variant: Variant, endpoints: &[SocketAddr]) -> AdsConfig {
-    AdsConfig {
-        endpoints: endpoints.iter().map(ToString::to_string).collect(),
-        authority: "xds_cluster".to_owned(),
-        variant,
+fn config(variant: Variant, endpoints: &[SocketAddr]) -> ClientConfig {
+    ClientConfig {
+        source: Source::Ads,
+        server: crate::source::Server {
+            endpoints: endpoints.iter().map(ToString::to_string).collect(),
+            connect_timeout: Duration::from_secs(1),
+        },
+        grpc: GrpcSource {
+            service: GrpcService {
+                target: Target::Cluster("xds".to_owned()),
+                authority: "xds_cluster".to_owned(),
+                initial_metadata: Vec::new(),
+            },
+            variant,
+            set_node_on_first_message_only: true,
+        },
         node: Node { id: "node-1".to_owned(), ..Default::default() },
-        connect_timeout: Duration::from_secs(1),
-        wildcards: vec![CLUSTER.to_owned()],
     }
+}
+
+/// A client that wants all clusters, and the endpoints of all good ones.
+fn client(variant: Variant, endpoints: &[SocketAddr], notes: &Notes) -> Client<Notes> {
+    let client = Client::new(config(variant, endpoints), Arc::new(notes.clone()));
+    client.interests().set(CLUSTER, Interest::Wildcard);
+    *notes.interests.lock().unwrap() = Some(client.interests());
+    client
 }
 
 fn clusters(version: &str, nonce: &str, names: &[&str]) -> DiscoveryResponse {
@@ -192,7 +213,7 @@ fn clusters(version: &str, nonce: &str, names: &[&str]) -> DiscoveryResponse {
 async fn sotw_over_grpc() {
     let mut server = Server::start("127.0.0.1:0").await;
     let notes = Notes::default();
-    let client = Client::new(config(Variant::Sotw, &[server.address]), notes.clone());
+    let client = client(Variant::Sotw, &[server.address], &notes);
     let stats = client.stats();
     let client = tokio::spawn(client.run());
 
@@ -201,10 +222,10 @@ async fn sotw_over_grpc() {
     let first = session.request().await;
     assert_eq!((first.type_url.as_str(), first.node.unwrap().id.as_str()), (CLUSTER, "node-1"));
     session.send(clusters("1", "a", &["x"]));
-    let ack = session.request().await;
-    assert_eq!((ack.version_info.as_str(), ack.response_nonce.as_str(), ack.error_detail), ("1", "a", None));
     let endpoints = session.request().await;
     assert_eq!((endpoints.type_url.as_str(), endpoints.resource_names), (ENDPOINT, vec!["x".to_owned()]));
+    let ack = session.request().await;
+    assert_eq!((ack.version_info.as_str(), ack.response_nonce.as_str(), ack.error_detail), ("1", "a", None));
     session.send(clusters("2", "b", &["x", "bad"]));
     let nack = session.request().await;
     assert_eq!((nack.version_info.as_str(), nack.response_nonce.as_str()), ("1", "b"));
@@ -221,7 +242,7 @@ async fn sotw_over_grpc() {
 async fn delta_over_grpc() {
     let mut server = Server::start("127.0.0.1:0").await;
     let notes = Notes::default();
-    let client = Client::new(config(Variant::Delta, &[server.address]), notes.clone());
+    let client = client(Variant::Delta, &[server.address], &notes);
     let interests = client.interests();
     let client = tokio::spawn(client.run());
 
@@ -239,9 +260,9 @@ async fn delta_over_grpc() {
         }],
         ..Default::default()
     });
-    assert_eq!(session.request().await.response_nonce, "a");
     assert_eq!(session.request().await.resource_names_subscribe, ["x"]);
-    interests.send(("type.googleapis.com/x.Y".to_owned(), Interest::Names(["z".to_owned()].into()))).unwrap();
+    assert_eq!(session.request().await.response_nonce, "a");
+    interests.set("type.googleapis.com/x.Y", Interest::Names(["z".to_owned()].into()));
     let other = session.request().await;
     assert_eq!(
         (other.type_url.as_str(), other.resource_names_subscribe),
@@ -258,7 +279,7 @@ async fn delta_over_grpc() {
 async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
     let mut server = Server::start("127.0.0.1:0").await;
     let notes = Notes::default();
-    let client = Client::new(config(Variant::Sotw, &[server.address]), notes.clone());
+    let client = client(Variant::Sotw, &[server.address], &notes);
     let stats = client.stats();
     let client = tokio::spawn(client.run());
     let mut session = server.sotw().await;
@@ -287,7 +308,7 @@ async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
 async fn the_next_address_is_tried_when_one_does_not_answer() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let mut server = Server::start("127.0.0.1:0").await;
-    let client = tokio::spawn(run(config(Variant::Sotw, &[gone, server.address]), Notes::default()));
+    let client = tokio::spawn(client(Variant::Sotw, &[gone, server.address], &Notes::default()).run());
     assert_eq!(server.sotw().await.request().await.type_url, CLUSTER);
     client.abort();
 }
@@ -296,7 +317,7 @@ async fn the_next_address_is_tried_when_one_does_not_answer() {
 async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
     let mut server = Server::start("127.0.0.1:0").await;
     let notes = Notes::default();
-    let client = tokio::spawn(run(config(Variant::Sotw, &[server.address]), notes.clone()));
+    let client = tokio::spawn(client(Variant::Sotw, &[server.address], &notes).run());
     let mut session = server.sotw().await;
     session.request().await;
     session.send(clusters("1", "a", &["x"]));
@@ -313,12 +334,11 @@ async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
 #[tokio::test]
 async fn requests_of_a_client_without_interests_wait_for_one() {
     let mut server = Server::start("127.0.0.1:0").await;
-    let client =
-        Client::new(AdsConfig { wildcards: Vec::new(), ..config(Variant::Sotw, &[server.address]) }, Notes::default());
+    let client = Client::new(config(Variant::Sotw, &[server.address]), Arc::new(Notes::default()));
     let interests = client.interests();
     let client = tokio::spawn(client.run());
     let mut session = server.sotw().await;
-    interests.send((CLUSTER.to_owned(), Interest::Wildcard)).unwrap();
+    interests.set(CLUSTER, Interest::Wildcard);
     assert_eq!(session.request().await.type_url, CLUSTER);
     client.abort();
 }

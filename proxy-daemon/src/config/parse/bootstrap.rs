@@ -1,6 +1,14 @@
-use std::{collections::HashSet, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::SocketAddr,
+};
 
-use culvert_xds_client::{api::culvert::extensions::bootstrap::interception::v1::Interception, json::unpack};
+use culvert_xds_client::{
+    ads::Variant,
+    api::culvert::extensions::bootstrap::interception::v1::Interception,
+    json::unpack,
+    source::{GrpcService, GrpcSource, Server, Target},
+};
 use envoy_types::pb::envoy::config::{
     bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources, runtime_layer::LayerSpecifier},
     core::v3::{ApiConfigSource, Node, api_config_source::ApiType, grpc_service::TargetSpecifier},
@@ -33,26 +41,15 @@ pub struct Bootstrap {
     /// Listeners of the bootstrap.
     pub listeners: Vec<Listener>,
     /// The aggregated discovery service, where there is one.
-    pub ads: Option<AdsServer>,
+    pub ads: Option<GrpcSource>,
+    /// Servers that a config source may name, by cluster.
+    pub servers: BTreeMap<String, Server>,
     /// Clusters come from the control plane.
     pub cds: bool,
     /// Listeners come from the control plane.
     pub lds: bool,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
-}
-
-/// How the control plane is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdsServer {
-    /// `host:port`, tried in turn.
-    pub endpoints: Vec<String>,
-    /// `:authority` of the calls.
-    pub authority: String,
-    /// Incremental xDS, else the state of the world.
-    pub delta: bool,
-    /// Limit of one connect.
-    pub connect_timeout: Duration,
 }
 
 /// A checked bootstrap.
@@ -72,7 +69,8 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     unique("listeners", listeners.iter().map(|listener| &*listener.name))?;
 
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
-    let (ads, cds, lds) = dynamic_resources(&dynamic, &clusters)?;
+    let servers = servers(&clusters);
+    let (ads, cds, lds) = dynamic_resources(&dynamic, &clusters, &servers)?;
     if ads.is_none() {
         needs_no_ads(&listeners, &clusters)?;
     }
@@ -96,6 +94,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         clusters,
         listeners,
         ads,
+        servers,
         cds,
         lds,
         interception: extensions(message)?,
@@ -116,9 +115,10 @@ fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
 fn dynamic_resources(
     dynamic: &DynamicResources,
     clusters: &[ClusterConfig],
-) -> Result<(Option<AdsServer>, bool, bool)> {
+    servers: &BTreeMap<String, Server>,
+) -> Result<(Option<GrpcSource>, bool, bool)> {
     const PATH: &str = "dynamic_resources";
-    let ads = dynamic.ads_config.as_ref().map(|config| ads_server(config, clusters)).transpose()?;
+    let ads = dynamic.ads_config.as_ref().map(|config| ads_source(config, clusters, servers)).transpose()?;
     let mut wanted = [false; 2];
     for (wanted, (field, source)) in
         wanted.iter_mut().zip([("cds_config", &dynamic.cds_config), ("lds_config", &dynamic.lds_config)])
@@ -134,51 +134,65 @@ fn dynamic_resources(
     Ok((ads, wanted[0], wanted[1]))
 }
 
-fn ads_server(config: &ApiConfigSource, clusters: &[ClusterConfig]) -> Result<AdsServer> {
+/// The clusters that can be reached before anything else is known.
+fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
+    let known = clusters.iter().filter(|it| matches!(it.discovery, Discovery::Static | Discovery::StrictDns { .. }));
+    let server = |cluster: &ClusterConfig| {
+        let endpoints = cluster.endpoints.iter().flat_map(|group| &group.endpoints);
+        let address = |address: &EndpointAddress| match address {
+            EndpointAddress::Ip(address) => Some(address.to_string()),
+            EndpointAddress::Dns { host, port } => Some(format!("{host}:{port}")),
+            EndpointAddress::Pipe(_) => None,
+        };
+        Server {
+            endpoints: endpoints.filter_map(|endpoint| address(&endpoint.address)).collect(),
+            connect_timeout: cluster.connect_timeout,
+        }
+    };
+    let servers = known.map(|cluster| (cluster.name.to_string(), server(cluster)));
+    servers.filter(|(_, server)| !server.endpoints.is_empty()).collect()
+}
+
+fn ads_source(
+    config: &ApiConfigSource,
+    clusters: &[ClusterConfig],
+    servers: &BTreeMap<String, Server>,
+) -> Result<GrpcSource> {
     const PATH: &str = "dynamic_resources.ads_config";
-    let delta = match ApiType::try_from(config.api_type) {
-        Ok(ApiType::Grpc) => false,
-        Ok(ApiType::DeltaGrpc) => true,
+    let variant = match ApiType::try_from(config.api_type) {
+        Ok(ApiType::Grpc) => Variant::Sotw,
+        Ok(ApiType::DeltaGrpc) => Variant::Delta,
         _ => return Err(FieldError::unsupported(join(PATH, "api_type"))),
     };
     let path = format!("{PATH}.grpc_services[0]");
     let [service] = config.grpc_services.as_slice() else {
         return Err(FieldError::new(join(PATH, "grpc_services"), "exactly one service is needed"));
     };
-    match &service.target_specifier {
-        Some(TargetSpecifier::GoogleGrpc(google)) => Ok(AdsServer {
-            endpoints: vec![google.target_uri.trim_start_matches("dns:///").to_owned()],
-            authority: google.target_uri.clone(),
-            delta,
-            connect_timeout: Duration::from_secs(5),
-        }),
+    let (target, authority) = match &service.target_specifier {
+        Some(TargetSpecifier::GoogleGrpc(google)) => {
+            let uri = &google.target_uri;
+            (Target::Address(uri.trim_start_matches("dns:///").to_owned()), uri.clone())
+        }
         Some(TargetSpecifier::EnvoyGrpc(envoy)) => {
             let path = join(&path, "envoy_grpc.cluster_name");
             let name = &envoy.cluster_name;
-            let cluster = clusters
-                .iter()
-                .find(|cluster| *cluster.name == **name)
-                .ok_or_else(|| FieldError::new(&path, format!("no static cluster is named '{name}'")))?;
-            let endpoints: Vec<_> = cluster
-                .endpoints
-                .iter()
-                .flat_map(|group| &group.endpoints)
-                .filter_map(|endpoint| match &endpoint.address {
-                    EndpointAddress::Ip(address) => Some(address.to_string()),
-                    EndpointAddress::Dns { host, port } => Some(format!("{host}:{port}")),
-                    EndpointAddress::Pipe(_) => None,
-                })
-                .collect();
-            let found = matches!(cluster.discovery, Discovery::Static | Discovery::StrictDns { .. });
-            if !found || endpoints.is_empty() {
+            if !clusters.iter().any(|cluster| *cluster.name == **name) {
+                return Err(FieldError::new(&path, format!("no static cluster is named '{name}'")));
+            }
+            if !servers.contains_key(name) {
                 let text = format!("cluster '{name}' must be STATIC or STRICT_DNS and have an endpoint");
                 return Err(FieldError::new(path, text));
             }
             let authority = if envoy.authority.is_empty() { name } else { &envoy.authority };
-            Ok(AdsServer { endpoints, authority: authority.clone(), delta, connect_timeout: cluster.connect_timeout })
+            (Target::Cluster(name.clone()), authority.clone())
         }
-        _ => Err(required(&path, "envoy_grpc")),
-    }
+        _ => return Err(required(&path, "envoy_grpc")),
+    };
+    Ok(GrpcSource {
+        service: GrpcService { target, authority, initial_metadata: Vec::new() },
+        variant,
+        set_node_on_first_message_only: config.set_node_on_first_message_only,
+    })
 }
 
 /// Refuses static routes to clusters that are not in the bootstrap, as Envoy does, unless they say `validate_clusters:

@@ -17,7 +17,7 @@ mod route;
 pub mod support;
 mod tcp_proxy;
 
-pub use bootstrap::{AdsServer, Bootstrap, bootstrap};
+pub use bootstrap::{Bootstrap, bootstrap};
 pub use cluster::cluster;
 pub use endpoint::endpoints;
 pub use listener::listener;

@@ -15,9 +15,11 @@ use std::{
 };
 
 use culvert_xds_client::{
-    ads::{Interest, Outcome, Rejection, Sink, Update},
+    ads::{Done, Interest, Outcome, Rejection, Sink, Update},
     api::culvert::overrides::v1::OffloadedService,
     json,
+    source::Source,
+    sources::Subscriptions,
 };
 use envoy_types::pb::envoy::config::{
     cluster::v3::Cluster, endpoint::v3::ClusterLoadAssignment, listener::v3::Listener, route::v3::RouteConfiguration,
@@ -73,6 +75,7 @@ struct Shared<A> {
     apply: A,
     stats: StoreStats,
     changed: Notify,
+    subscriptions: Subscriptions,
 }
 
 /// The sink of the xDS client. Cheap to clone: `/config_dump` holds one as well.
@@ -85,8 +88,8 @@ impl<A> Clone for ConfigStore<A> {
 }
 
 impl<A: Apply> ConfigStore<A> {
-    /// Empty. `expected` are the type URLs that the control plane is asked for from the start.
-    pub fn new(apply: A, expected: impl IntoIterator<Item = String>) -> ConfigStore<A> {
+    /// Empty. `expected` are the type URLs of which everything is asked for from the start.
+    pub fn new(apply: A, expected: impl IntoIterator<Item = String>, subscriptions: Subscriptions) -> ConfigStore<A> {
         let state = State {
             clusters: Resources::default(),
             endpoints: Resources::default(),
@@ -106,7 +109,10 @@ impl<A: Apply> ConfigStore<A> {
             patience: Instant::now() + WARMING_LIMIT,
         };
         let (stats, changed) = (StoreStats::new(), Notify::new());
-        ConfigStore(Arc::new(Shared { state: Mutex::new(state), apply, stats, changed }))
+        for type_url in &state.expected {
+            subscriptions.set(Source::Ads, type_url, Interest::Wildcard);
+        }
+        ConfigStore(Arc::new(Shared { state: Mutex::new(state), apply, stats, changed, subscriptions }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -138,13 +144,16 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         self.publish(&state);
+        self.subscribe(&state);
         self.0.changed.notify_one();
         ready
     }
 
-    /// What is wanted of the control plane beyond what it is asked for from the start.
-    pub fn interests(&self) -> Vec<(String, Interest)> {
-        self.lock().interests()
+    /// Says what is wanted of the control plane beyond what it is asked for from the start.
+    fn subscribe(&self, state: &State) {
+        for (type_url, interest) in state.interests() {
+            self.0.subscriptions.set(Source::Ads, type_url, interest);
+        }
     }
 
     /// Why the last version of a listener is not serving.
@@ -343,7 +352,7 @@ impl<A: Apply> ConfigStore<A> {
 }
 
 impl<A: Apply> Sink for ConfigStore<A> {
-    fn update(&mut self, update: Update) -> Outcome {
+    fn update(&self, _: &Source, update: Update, done: Done) {
         let mut state = self.lock();
         let type_url = update.type_url.clone();
         let kind = |url: String| type_url == url;
@@ -371,7 +380,8 @@ impl<A: Apply> Sink for ConfigStore<A> {
         state.answered.insert(type_url);
         self.release(&mut state, Instant::now());
         self.0.changed.notify_one();
-        Outcome { rejected, subscriptions: state.interests() }
+        self.subscribe(&state);
+        done.finish(Outcome { rejected });
     }
 }
 
