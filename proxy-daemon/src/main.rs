@@ -16,6 +16,7 @@ use culvert_proxy_daemon::{
         load,
     },
     config::{
+        dump::Configuration,
         parse::Bootstrap,
         store::{Applier, ConfigStore},
     },
@@ -27,6 +28,7 @@ use culvert_xds_client::{
     json,
     sources::{self, Subscriptions},
 };
+use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap as BootstrapMessage;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -70,7 +72,7 @@ fn start(flags: &Flags) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the control thread")?;
-    runtime.block_on(serve(flags, json::to_json(&message), bootstrap, log_level))
+    runtime.block_on(serve(flags, message, bootstrap, log_level))
 }
 
 fn start_logging(flags: &Flags) -> Result<LogControl> {
@@ -98,7 +100,7 @@ fn start_logging(flags: &Flags) -> Result<LogControl> {
 
 async fn serve(
     flags: &Flags,
-    bootstrap_json: serde_json::Value,
+    message: BootstrapMessage,
     mut bootstrap: Bootstrap,
     log_level: LogControl,
 ) -> Result<()> {
@@ -114,7 +116,7 @@ async fn serve(
     };
     let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
         .context("cannot start the workers")?;
-    let result = run(flags, &bootstrap_json, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
+    let result = run(flags, message, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
     drain(flags, &plane, &mut signals).await;
     // Joins threads: not on a thread that must not block.
     let stopping = plane.clone();
@@ -124,7 +126,7 @@ async fn serve(
 
 async fn run(
     flags: &Flags,
-    bootstrap_json: &serde_json::Value,
+    message: BootstrapMessage,
     bootstrap: Bootstrap,
     log_level: LogControl,
     plane: &DataPlane,
@@ -150,8 +152,7 @@ async fn run(
         }
         tracing::info!(address = %bound, "admin interface listens");
         let (dump, kernel) = (store.clone(), plane.clone());
-        let bootstrap_json = bootstrap_json.clone();
-        let node = bootstrap_json["node"].clone();
+        let node = message.node.as_ref().map(json::to_json).unwrap_or_default();
         let admin = AdminState {
             data_plane: plane.clone(),
             started,
@@ -159,7 +160,7 @@ async fn run(
             state: state.clone(),
             options: flags.to_json(),
             node,
-            config_dump: Box::new(move || dump.config_dump(&bootstrap_json, started_at)),
+            config: Configuration::new(&message, started_at, move || dump.snapshot()),
             log_level,
             shutdown: Arc::clone(&shutdown),
             drain_time: drain_time(flags),
@@ -170,6 +171,8 @@ async fn run(
         tokio::spawn(admin::run(admin, listener));
     }
 
+    // The admin interface keeps it, encoded.
+    drop(message);
     for listener in store.add_static(bootstrap.clusters, bootstrap.listeners) {
         let name = Arc::clone(&listener.name);
         if let Err(error) = plane.upsert_listener(listener).await {

@@ -1,79 +1,312 @@
 //! `/config_dump`: the whole, or what is asked for.
 
+use std::{sync::Arc, time::SystemTime};
+
+use envoy_types::pb::{
+    envoy::{
+        admin::v3::{
+            BootstrapConfigDump,
+            endpoints_config_dump::{DynamicEndpointConfig, StaticEndpointConfig},
+        },
+        config::{
+            core::v3::{Address, Locality, Pipe, SocketAddress, address, socket_address::PortSpecifier},
+            endpoint::v3::{
+                ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, cluster_load_assignment::Policy,
+                endpoint::HealthCheckConfig, lb_endpoint::HostIdentifier,
+            },
+        },
+    },
+    google::protobuf::UInt32Value,
+};
 use http::StatusCode;
+use prost_reflect::{DynamicMessage, MessageDescriptor, ReflectMessage as _, Value};
 use regex::Regex;
-use serde_json::{Value as Json, json};
 
-use super::request::{Parameters, Reply};
+use culvert_xds_client::json;
 
-/// The fields that `resource` may name, and the message that each of their elements is.
-const RESOURCES: &[(&str, &str)] = &[
-    ("static_listeners", "ListenersConfigDump.StaticListener"),
-    ("dynamic_listeners", "ListenersConfigDump.DynamicListener"),
-    ("static_clusters", "ClustersConfigDump.StaticCluster"),
-    ("dynamic_active_clusters", "ClustersConfigDump.DynamicCluster"),
-    ("dynamic_warming_clusters", "ClustersConfigDump.DynamicCluster"),
-    ("static_route_configs", "RoutesConfigDump.StaticRouteConfig"),
-    ("dynamic_route_configs", "RoutesConfigDump.DynamicRouteConfig"),
-    ("static_endpoint_configs", "EndpointsConfigDump.StaticEndpointConfig"),
-    ("dynamic_endpoint_configs", "EndpointsConfigDump.DynamicEndpointConfig"),
-];
+use super::{
+    AdminState,
+    mask::{self, Mask},
+    pretty,
+    request::{Parameters, Reply},
+};
+use crate::{
+    config::{
+        dump::{self, Element, Head, List, Section},
+        model::{Discovery, EndpointAddress, HealthStatus},
+    },
+    upstream::{Cluster, Host},
+};
 
-/// Applies the parameters of a request to a whole dump.
-pub(super) fn reply(mut dump: Json, parameters: &Parameters) -> Reply {
-    if parameters.get("mask").is_some() {
-        return Reply::bad_request("mask is not supported by culvert yet: use resource or name_regex\n");
-    }
-    if parameters.get("include_eds").is_none()
-        && !parameters.get("resource").is_some_and(|resource| resource.contains("endpoint"))
-        && let Some(configs) = dump["configs"].as_array_mut()
-    {
-        configs.retain(|config| !config["@type"].as_str().is_some_and(|name| name.ends_with("EndpointsConfigDump")));
-    }
-    if let Some(text) = parameters.get("name_regex").filter(|text| !text.is_empty()) {
-        let Ok(regex) = Regex::new(&format!("^(?:{text})$")) else {
-            return Reply::bad_request(format!("Error while parsing name_regex: {text} is not a regular expression\n"));
-        };
-        for config in dump["configs"].as_array_mut().into_iter().flatten() {
-            for elements in config.as_object_mut().into_iter().flatten().filter_map(|(_, field)| field.as_array_mut()) {
-                elements.retain(|element| names(element).any(|name| regex.is_match(name)));
-            }
+const ANY_PREFIX: &str = "type.googleapis.com/";
+
+/// Answers a request. Takes as long as it takes to print all that is asked for: not for a thread that must not wait.
+pub(super) fn reply(state: &AdminState, parameters: &Parameters) -> Reply {
+    let text = |name| parameters.get(name).filter(|text| !text.is_empty());
+    let name_regex = match text("name_regex").map(|text| (text, Regex::new(&format!("^(?:{text})$")))) {
+        None => None,
+        Some((_, Ok(regex))) => Some(regex),
+        Some((text, Err(error))) => {
+            let why = error.to_string();
+            let why = why.lines().last().unwrap_or_default().trim_start_matches("error: ");
+            let body = format!("INVALID_ARGUMENT: Error while parsing name_regex from {text}: {why}");
+            return Reply::plain_error(StatusCode::BAD_REQUEST, body);
+        }
+    };
+    let endpoints = parameters.get("include_eds").and_then(|_| endpoints(state));
+    let mut sections = state.config.sections(endpoints);
+    if let Some(regex) = name_regex {
+        for list in sections.iter_mut().flat_map(|section| &mut section.lists) {
+            list.elements.retain(|element| regex.is_match(&element.name));
         }
     }
-    match parameters.get("resource").filter(|resource| !resource.is_empty()) {
-        None => Reply::json(&dump),
-        Some(resource) => match elements_of(&dump, resource) {
-            Some(configs) => Reply::json(&json!({ "configs": configs })),
-            None => Reply::error(StatusCode::NOT_FOUND, format!("{resource} not found in config dump")),
-        },
+    let paths = text("mask").map(|mask| (mask, mask::paths(mask)));
+    let outcome = match text("resource") {
+        Some(resource) => one_list(sections, resource, paths.map(|(_, paths)| paths).as_deref()),
+        None => everything(sections, paths),
+    };
+    match outcome {
+        Ok(body) => Reply::json_bytes(body),
+        Err((status, text)) => Reply::plain_error(status, text),
     }
 }
 
-/// The elements of a repeated field of any part of the dump, each with its type.
-fn elements_of(dump: &Json, resource: &str) -> Option<Vec<Json>> {
-    let (_, message) = RESOURCES.iter().find(|(name, _)| *name == resource)?;
-    let found = dump["configs"].as_array()?.iter().filter_map(|config| config.get(resource)?.as_array()).flatten();
-    let typed = found.map(|element| {
-        let mut element = element.clone();
-        element["@type"] = format!("type.googleapis.com/envoy.admin.v3.{message}").into();
-        element
-    });
-    Some(typed.collect())
+type Outcome = Result<Vec<u8>, (StatusCode, String)>;
+
+fn everything(sections: Vec<Section>, asked: Option<(&str, Vec<&str>)>) -> Outcome {
+    let mut body = Configs::default();
+    for section in sections {
+        let Some(descriptor) = json::pool().get_message_by_name(&section.message) else { continue };
+        let paths = asked.as_ref().map(|(_, paths)| &paths[..]).unwrap_or_default();
+        if !paths.iter().all(|path| mask::is_valid(&descriptor, path)) {
+            continue;
+        }
+        let mask = Mask::new(paths.iter().copied());
+        body.section(section, &descriptor, &mask);
+    }
+    match asked {
+        Some((text, _)) if body.is_empty() => Err((
+            StatusCode::BAD_REQUEST,
+            format!("FieldMask {text} could not be successfully applied to any configs."),
+        )),
+        _ => Ok(body.finish()),
+    }
 }
 
-/// The names under which an element of a dump is known: its own, or that of the resource in it.
-fn names(element: &Json) -> impl Iterator<Item = &str> {
-    const WITHIN: [&str; 7] = [
-        "",
-        "/listener",
-        "/cluster",
-        "/route_config",
-        "/endpoint_config",
-        "/active_state/listener",
-        "/warming_state/listener",
-    ];
-    WITHIN.into_iter().flat_map(move |path| {
-        let resource = element.pointer(path);
-        ["name", "cluster_name"].into_iter().filter_map(move |field| resource?.get(field)?.as_str())
+/// The elements of the list that is called `resource`, each trimmed.
+fn one_list(sections: Vec<Section>, resource: &str, paths: Option<&[&str]>) -> Outcome {
+    for section in sections {
+        let descriptor = json::pool().get_message_by_name(&section.message);
+        let Some(field) = descriptor.and_then(|descriptor| descriptor.get_field_by_name(resource)) else { continue };
+        if !field.is_list() {
+            let text = format!("{resource} is not a repeated field. Use ?mask={resource} to get only this field");
+            return Err((StatusCode::BAD_REQUEST, text));
+        }
+        let mut body = Configs::default();
+        for element in section.lists.into_iter().filter(|list| list.field == resource).flat_map(|list| list.elements) {
+            let mut message = (element.make)();
+            if let Some(paths) = paths
+                && !mask::trim_element(&mut message, paths)
+            {
+                let paths: String = paths.iter().map(|path| format!("paths: {path:?}\n")).collect();
+                return Err((StatusCode::BAD_REQUEST, format!("FieldMask {paths} could not be successfully used.")));
+            }
+            body.message(&message);
+        }
+        return Ok(body.finish());
+    }
+    Err((StatusCode::NOT_FOUND, format!("{resource} not found in config dump")))
+}
+
+/// The JSON of a `ConfigDump` while it is written.
+#[derive(Default)]
+struct Configs(Vec<u8>);
+
+impl Configs {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn open(&mut self, message: &str) {
+        self.0.extend_from_slice(if self.0.is_empty() { b"{\n \"configs\": [" } else { b"," });
+        pretty::line(&mut self.0, 2);
+        self.0.push(b'{');
+        pretty::line(&mut self.0, 3);
+        pretty::key(&mut self.0, "@type");
+        pretty::write(&mut self.0, &format!("{ANY_PREFIX}{message}").into(), 3);
+    }
+
+    fn fields(&mut self, message: &DynamicMessage) {
+        for (name, value) in json::dynamic_to_json(message).as_object().into_iter().flatten() {
+            self.field(name);
+            pretty::write(&mut self.0, value, 3);
+        }
+    }
+
+    fn field(&mut self, name: &str) {
+        self.0.push(b',');
+        pretty::line(&mut self.0, 3);
+        pretty::key(&mut self.0, name);
+    }
+
+    fn close(&mut self) {
+        pretty::line(&mut self.0, 2);
+        self.0.push(b'}');
+    }
+
+    fn message(&mut self, message: &DynamicMessage) {
+        self.open(message.descriptor().full_name());
+        self.fields(message);
+        self.close();
+    }
+
+    fn section(&mut self, section: Section, descriptor: &MessageDescriptor, mask: &Mask) {
+        self.open(&section.message);
+        let mut message = head(descriptor, section.head);
+        mask.trim(&mut message);
+        self.fields(&message);
+        for List { field, elements } in section.lists {
+            if elements.is_empty() || !mask.keeps(field) {
+                continue;
+            }
+            self.field(field);
+            self.0.push(b'[');
+            for (index, element) in elements.into_iter().enumerate() {
+                if index > 0 {
+                    self.0.push(b',');
+                }
+                pretty::line(&mut self.0, 4);
+                pretty::write(&mut self.0, &json::dynamic_to_json(&(element.make)()), 4);
+            }
+            pretty::line(&mut self.0, 3);
+            self.0.push(b']');
+        }
+        self.close();
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.0.extend_from_slice(if self.0.is_empty() { b"{}\n" } else { b"\n ]\n}\n" });
+        self.0
+    }
+}
+
+/// What a section has besides its lists.
+fn head(descriptor: &MessageDescriptor, fields: Vec<(&'static str, Head)>) -> DynamicMessage {
+    let mut message = DynamicMessage::new(descriptor.clone());
+    for (name, value) in fields {
+        let value = match value {
+            Head::Text(text) => Value::String(text),
+            Head::Time(at) => last_updated(at),
+            Head::Bootstrap(bootstrap) => Value::Message(json::to_dynamic(&*bootstrap)),
+        };
+        message.set_field_by_name(name, value);
+    }
+    message
+}
+
+/// A time as the value of a field.
+fn last_updated(at: SystemTime) -> Value {
+    let dump = BootstrapConfigDump { last_updated: Some(dump::timestamp(at)), ..Default::default() };
+    let dump = json::to_dynamic(&dump);
+    dump.get_field_by_name("last_updated").map(std::borrow::Cow::into_owned).unwrap_or(Value::Bool(false))
+}
+
+/// The endpoints of all clusters, as the data plane has them; `None` without clusters, as in Envoy.
+fn endpoints(state: &AdminState) -> Option<Section> {
+    let clusters = super::clusters::choose(&state.data_plane.clusters(), None);
+    if clusters.is_empty() {
+        return None;
+    }
+    let bootstrap = state.config.bootstrap().static_resources.unwrap_or_default();
+    let fixed: std::collections::HashSet<_> = bootstrap.clusters.into_iter().map(|cluster| cluster.name).collect();
+    let (fixed, dynamic): (Vec<_>, Vec<_>) = clusters.into_iter().partition(|it| fixed.contains(&*it.config.name));
+    let fixed = fixed.into_iter().map(|cluster| {
+        let name = assigned_name(&cluster);
+        Element::new(name, move || StaticEndpointConfig {
+            endpoint_config: Some(assignment(&cluster)),
+            ..Default::default()
+        })
+    });
+    let dynamic = dynamic.into_iter().map(|cluster| {
+        let name = assigned_name(&cluster);
+        Element::new(name, move || DynamicEndpointConfig {
+            endpoint_config: Some(assignment(&cluster)),
+            ..Default::default()
+        })
+    });
+    Some(dump::endpoints_section(fixed.collect(), dynamic.collect()))
+}
+
+/// The name by which EDS knows a cluster's endpoints.
+fn assigned_name(cluster: &Cluster) -> String {
+    match &cluster.config.discovery {
+        Discovery::Eds { service_name, .. } if !service_name.is_empty() => service_name.to_string(),
+        _ => cluster.config.name.to_string(),
+    }
+}
+
+/// The hosts of a cluster as an assignment, grouped by priority and locality.
+fn assignment(cluster: &Cluster) -> culvert_xds_client::Any {
+    let hosts = cluster.hosts();
+    let mut groups: Vec<(u32, Locality, Vec<&Arc<Host>>)> = Vec::new();
+    for host in &hosts.hosts {
+        let locality = locality(host);
+        match groups.iter_mut().find(|(priority, known, _)| *priority == host.priority && *known == locality) {
+            Some((_, _, members)) => members.push(host),
+            None => groups.push((host.priority, locality, vec![host])),
+        }
+    }
+    groups.sort_by_key(|(priority, ..)| *priority);
+    let endpoints = groups.into_iter().map(|(priority, locality, members)| LocalityLbEndpoints {
+        locality: Some(locality),
+        priority,
+        // What Envoy shows where localities are not weighed.
+        load_balancing_weight: Some(UInt32Value { value: 0 }),
+        lb_endpoints: members.into_iter().map(|host| lb_endpoint(host)).collect(),
+        ..Default::default()
+    });
+    let policy = Policy { overprovisioning_factor: Some(UInt32Value { value: 140 }), ..Default::default() };
+    dump::pack(&ClusterLoadAssignment {
+        cluster_name: assigned_name(cluster),
+        endpoints: endpoints.collect(),
+        policy: Some(policy),
+        ..Default::default()
     })
+}
+
+fn locality(host: &Host) -> Locality {
+    let known = &host.locality;
+    Locality { region: known.region.clone(), zone: known.zone.clone(), sub_zone: known.sub_zone.clone() }
+}
+
+fn lb_endpoint(host: &Host) -> LbEndpoint {
+    use envoy_types::pb::envoy::config::core::v3::HealthStatus as Shown;
+
+    let socket = |address: String, port: u16| {
+        let port_specifier = Some(PortSpecifier::PortValue(port.into()));
+        address::Address::SocketAddress(SocketAddress { address, port_specifier, ..Default::default() })
+    };
+    let address = match &host.address {
+        EndpointAddress::Ip(ip) => socket(ip.ip().to_string(), ip.port()),
+        EndpointAddress::Dns { host, port } => socket(host.clone(), *port),
+        EndpointAddress::Pipe(path) => {
+            address::Address::Pipe(Pipe { path: path.display().to_string(), ..Default::default() })
+        }
+    };
+    let health = match host.health {
+        HealthStatus::Unknown | HealthStatus::Healthy => Shown::Healthy,
+        HealthStatus::Degraded => Shown::Degraded,
+        HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => Shown::Unhealthy,
+    };
+    LbEndpoint {
+        host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
+            address: Some(Address { address: Some(address) }),
+            health_check_config: Some(HealthCheckConfig::default()),
+            hostname: host.hostname.clone(),
+            ..Default::default()
+        })),
+        health_status: health.into(),
+        load_balancing_weight: Some(UInt32Value { value: host.weight }),
+        ..Default::default()
+    }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 use tracing::level_filters::LevelFilter;
 
 use super::{
-    AdminState, ServerState, clusters, config_dump,
+    AdminState, ServerState, clusters, config_dump, init_dump,
     request::{Parameters, Reply},
     stats, version,
 };
@@ -51,11 +51,24 @@ const ENDPOINTS: &[Endpoint] = &[
         help: "dump current Envoy configs",
         parameters: &[
             ("resource", "The resource to dump"),
-            ("name_regex", "Dump only the currently loaded configurations whose names match the specified regex."),
-            ("include_eds", "Dump currently loaded configuration including EDS."),
+            (
+                "mask",
+                "The mask to apply. When both resource and mask are specified, the mask is applied to every element in the \
+                 desired repeated field so that only a subset of fields are returned. The mask is parsed as a \
+                 Protobuf::FieldMask",
+            ),
+            (
+                "name_regex",
+                "Dump only the currently loaded configurations whose names match the specified regex. Can be used with \
+                 both resource and mask query parameters.",
+            ),
+            (
+                "include_eds",
+                "Dump currently loaded configuration including EDS. See the response definition for more information",
+            ),
         ],
         mutates: false,
-        run: |state, parameters| config_dump::reply((state.config_dump)(), parameters),
+        run: config_dump::reply,
     },
     Endpoint {
         path: DRAIN_LISTENERS,
@@ -94,6 +107,25 @@ const ENDPOINTS: &[Endpoint] = &[
         parameters: &[],
         mutates: false,
         run: |_, _| Reply::text(help()),
+    },
+    Endpoint {
+        path: "/hot_restart_version",
+        help: "print the hot restart compatibility version",
+        parameters: &[],
+        mutates: false,
+        // What Envoy says where it cannot be restarted while it serves.
+        run: |_, _| Reply::text("disabled"),
+    },
+    Endpoint {
+        path: "/init_dump",
+        help: "dump current Envoy init manager information (experimental)",
+        parameters: &[(
+            "mask",
+            "The desired component to dump unready targets. The mask is parsed as a Protobuf::FieldMask. For example, get \
+             the unready targets of all listeners with /init_dump?mask=listener`",
+        )],
+        mutates: false,
+        run: init_dump::reply,
     },
     Endpoint {
         path: "/listeners",

@@ -3,6 +3,9 @@
 mod clusters;
 mod config_dump;
 mod endpoints;
+mod init_dump;
+mod mask;
+mod pretty;
 mod request;
 mod server;
 mod stats;
@@ -19,7 +22,7 @@ use serde_json::Value as Json;
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 
-use crate::runtime::DataPlane;
+use crate::{config::dump::Configuration, runtime::DataPlane};
 
 pub use server::run;
 
@@ -98,8 +101,8 @@ pub struct AdminState {
     pub options: Json,
     /// `node` of `/server_info`.
     pub node: Json,
-    /// `/config_dump`: an Envoy `ConfigDump` in JSON, endpoints included.
-    pub config_dump: Box<dyn Fn() -> Json + Send + Sync>,
+    /// What is configured.
+    pub config: Configuration,
     /// Sets the log level where one is given, and says which one is in force.
     pub log_level: Box<dyn Fn(Option<LevelFilter>) -> LevelFilter + Send + Sync>,
     /// Woken by `/quitquitquit`.

@@ -1,6 +1,8 @@
+use bytes::Bytes;
 use http::StatusCode;
-use serde::Serialize as _;
-use serde_json::{Value as Json, ser::PrettyFormatter};
+use serde_json::Value as Json;
+
+use super::pretty;
 
 /// The parameters of a request, decoded, in their order.
 #[derive(Debug, Default)]
@@ -51,13 +53,13 @@ fn percent_decode(text: &str) -> String {
 pub(super) struct Reply {
     pub(super) status: StatusCode,
     pub(super) content_type: &'static str,
-    pub(super) body: String,
+    pub(super) body: Bytes,
 }
 
 impl Reply {
     /// 200 with plain text.
     pub(super) fn text(body: impl Into<String>) -> Reply {
-        Reply { status: StatusCode::OK, content_type: "text/plain; charset=UTF-8", body: body.into() }
+        Reply { status: StatusCode::OK, content_type: "text/plain; charset=UTF-8", body: body.into().into() }
     }
 
     /// What Envoy says when it has done something.
@@ -78,17 +80,24 @@ impl Reply {
     /// 200 with JSON, laid out as Envoy does.
     pub(super) fn json(value: &Json) -> Reply {
         let mut body = Vec::new();
-        let mut serializer = serde_json::Serializer::with_formatter(&mut body, PrettyFormatter::with_indent(b" "));
-        // Writing a JSON value to memory cannot fail, and JSON is UTF-8.
-        let _ = value.serialize(&mut serializer);
+        pretty::write(&mut body, value, 0);
         body.push(b'\n');
-        let body = String::from_utf8(body).unwrap_or_default();
-        Reply { status: StatusCode::OK, content_type: "application/json", body }
+        Reply::json_bytes(body)
+    }
+
+    /// 200 with JSON that is written already.
+    pub(super) fn json_bytes(body: Vec<u8>) -> Reply {
+        Reply { status: StatusCode::OK, content_type: "application/json", body: body.into() }
+    }
+
+    /// As [`error`](Self::error), with the content type that Envoy gives errors of its dumps.
+    pub(super) fn plain_error(status: StatusCode, body: String) -> Reply {
+        Reply { status, content_type: "text/plain", body: body.into() }
     }
 
     /// 200 with a web page.
     pub(super) fn html(body: String) -> Reply {
-        Reply { status: StatusCode::OK, content_type: "text/html; charset=UTF-8", body }
+        Reply { status: StatusCode::OK, content_type: "text/html; charset=UTF-8", body: body.into() }
     }
 }
 

@@ -9,6 +9,9 @@ use tokio::{
 };
 
 use super::*;
+
+#[path = "dump_tests.rs"]
+mod dumps;
 use crate::{
     config::model::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbPolicy, ListenAddress, Listener, Locality,
@@ -57,7 +60,7 @@ impl Admin {
             state: state.clone(),
             options: json!({ "concurrency": 1, "mode": "Serve" }),
             node: json!({ "id": "n1" }),
-            config_dump: Box::new(dump),
+            config: dumps::configuration(),
             log_level: Box::new(move |wanted| {
                 let mut level = level.lock().unwrap();
                 *level = wanted.unwrap_or(*level);
@@ -112,20 +115,6 @@ impl Admin {
         let data_plane = self.data_plane;
         tokio::task::spawn_blocking(move || data_plane.stop()).await.unwrap();
     }
-}
-
-fn dump() -> Json {
-    json!({ "configs": [
-        { "@type": "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump", "bootstrap": {} },
-        {
-            "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump",
-            "static_clusters": [{ "cluster": { "name": "users" } }, { "cluster": { "name": "front" } }],
-        },
-        {
-            "@type": "type.googleapis.com/envoy.admin.v3.EndpointsConfigDump",
-            "dynamic_endpoint_configs": [{ "endpoint_config": { "cluster_name": "users" } }],
-        },
-    ]})
 }
 
 fn cluster(name: &str) -> ClusterConfig {
@@ -344,29 +333,6 @@ async fn listeners_are_listed_and_drained() {
         }
     };
     timeout(Duration::from_secs(10), drained).await.expect("drained after the drain time");
-    admin.stop().await;
-}
-
-#[tokio::test]
-async fn config_dump_and_its_parameters() {
-    let admin = Admin::start().await;
-    let whole = admin.get("/config_dump").await.json();
-    assert_eq!(whole["configs"].as_array().unwrap().len(), 2, "endpoints only when asked for");
-    assert_eq!(admin.get("/config_dump?include_eds").await.json(), dump());
-    let one = admin.get("/config_dump?resource=static_clusters&name_regex=us.*").await.json();
-    assert_eq!(
-        one,
-        json!({ "configs": [{
-            "@type": "type.googleapis.com/envoy.admin.v3.ClustersConfigDump.StaticCluster",
-            "cluster": { "name": "users" },
-        }] })
-    );
-    let endpoints = admin.get("/config_dump?resource=dynamic_endpoint_configs").await.json();
-    assert_eq!(endpoints["configs"][0]["endpoint_config"]["cluster_name"], "users");
-    let missing = admin.get("/config_dump?resource=bogus").await;
-    assert_eq!((missing.status, missing.body.as_str()), (404, "bogus not found in config dump"));
-    assert_eq!(admin.get("/config_dump?mask=x").await.status, 400);
-    assert_eq!(admin.get("/config_dump?name_regex=(").await.status, 400);
     admin.stop().await;
 }
 

@@ -6,6 +6,7 @@ use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessag
 use serde_json::{Map, Number, Value as Json};
 
 use super::decode::has_special_form;
+use super::redact;
 use super::scalar::format_duration;
 
 /// A message as JSON.
@@ -33,7 +34,15 @@ pub(super) fn message(message: &DynamicMessage) -> Json {
         }
         _ => {}
     }
-    Json::Object(message.fields().map(|(field, value)| (field.name().to_owned(), field_value(value, &field))).collect())
+    let shown = message.fields().filter_map(|(field, value)| {
+        let json = if redact::is_sensitive(&field) {
+            field_value(&redact::value(value)?, &field)
+        } else {
+            field_value(value, &field)
+        };
+        Some((field.name().to_owned(), json))
+    });
+    Json::Object(shown.collect())
 }
 
 /// An `Any` of type `type_url` with the message `value` decoded from its bytes; `None` where the type is unknown.

@@ -11,6 +11,7 @@ mod any;
 mod decode;
 mod encode;
 mod path;
+mod redact;
 mod rules;
 mod scalar;
 mod tree;
@@ -21,7 +22,7 @@ use std::fmt;
 use std::sync::LazyLock;
 
 use prost::{Message, Name};
-use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor};
+use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _};
 
 pub use self::any::{any_to_json, pack, unpack};
 use self::path::Path;
@@ -107,12 +108,24 @@ pub fn merge_yaml<T: Message + Name + Default>(mut base: T, overlay: &str) -> Re
 
 /// A message as Envoy's `/config_dump` shows it: proto field names, fields with their default value left out, `Any`
 /// expanded beside its `@type`, 64-bit integers as strings. An `Any` of an unknown type keeps its `@type` and has its
-/// bytes as base64 under `value`.
+/// bytes as base64 under `value`. What the protos mark as sensitive (private keys, passwords) reads `[redacted]`.
 pub fn to_json<T: Message + Name>(message: &T) -> serde_json::Value {
     match dynamic(message) {
         Ok(message) => encode::message(&message),
         Err(error) => serde_json::json!({ "error": error.to_string() }),
     }
+}
+
+/// A message behind its descriptor, for those who pick fields by name.
+///
+/// Empty where the type is not in the [`pool()`], which those of Envoy's API and of Culvert's are.
+pub fn to_dynamic<T: Message + Name>(message: &T) -> DynamicMessage {
+    dynamic(message).unwrap_or_else(|_| DynamicMessage::new(prost_types::Any::default().descriptor()))
+}
+
+/// As [`to_json`], of a message that is behind its descriptor already.
+pub fn dynamic_to_json(message: &DynamicMessage) -> serde_json::Value {
+    encode::message(message)
 }
 
 fn from_node<T: Message + Name + Default>(node: &Node, path: &Path<'_>) -> Result<T, ConfigError> {

@@ -6,6 +6,7 @@
 mod apply;
 mod counts;
 mod resources;
+mod snapshot;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,11 +30,12 @@ use tokio::{sync::Notify, time::Instant};
 
 pub use self::apply::{Applier, Apply};
 use self::counts::StoreStats;
-pub(super) use self::resources::{Refused, Resources, Stored};
+pub(super) use self::resources::Resources;
 use super::{
     FieldError,
     model::{self, ClusterConfig, Discovery, LocalityEndpoints, NetworkFilterConfig, RouteConfig, RouteSource},
     parse,
+    status::Version,
 };
 use crate::http::filters::OffloadedTable;
 
@@ -47,7 +49,7 @@ pub(in crate::config) struct State {
     pub(super) listeners: Resources,
     pub(super) routes: Resources,
     /// What serves now: a listener's newer version may be waiting in `warming`.
-    pub(super) live: BTreeMap<String, Stored>,
+    pub(super) live: BTreeMap<String, Arc<Version>>,
     /// Listeners that wait for routes or endpoints, and until when at most.
     pub(super) warming: BTreeMap<String, Instant>,
     /// Clusters and listeners of the bootstrap, which xDS does not replace.
@@ -154,11 +156,6 @@ impl<A: Apply> ConfigStore<A> {
         for (type_url, interest) in state.interests() {
             self.0.subscriptions.set(Source::Ads, type_url, interest);
         }
-    }
-
-    /// Why the last version of a listener is not serving.
-    pub(super) fn listener_failure(&self, name: &str) -> Option<String> {
-        self.0.apply.listener_failure(name)
     }
 
     /// Whether the control plane has answered all that it is asked for from the start.

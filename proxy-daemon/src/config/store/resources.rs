@@ -2,45 +2,28 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::SystemTime,
 };
 
 use culvert_xds_client::{
-    Any,
     ads::{Rejection, Resource},
     json,
 };
 use prost::Name;
 
-use crate::config::FieldError;
-
-/// A version of a resource.
-#[derive(Debug, Clone)]
-pub(in crate::config) struct Stored {
-    /// The control plane's name of the version.
-    pub(in crate::config) version: String,
-    /// As it came.
-    pub(in crate::config) body: Any,
-    /// When it was taken, or refused.
-    pub(in crate::config) updated: SystemTime,
-}
-
-/// A version that was not taken.
-#[derive(Debug, Clone)]
-pub(in crate::config) struct Refused {
-    /// The version.
-    pub(in crate::config) stored: Stored,
-    /// Why.
-    pub(in crate::config) details: String,
-}
+use crate::config::{
+    FieldError,
+    status::{Failure, Version},
+};
 
 /// All resources of one type.
 #[derive(Debug, Default)]
 pub(in crate::config) struct Resources {
     /// The last good version of each.
-    pub(in crate::config) accepted: BTreeMap<String, Stored>,
+    pub(in crate::config) accepted: BTreeMap<String, Arc<Version>>,
     /// Where the newest version of one was refused: that.
-    pub(in crate::config) refused: BTreeMap<String, Refused>,
+    pub(in crate::config) refused: BTreeMap<String, Arc<Failure>>,
 }
 
 /// How a batch of resources went.
@@ -66,13 +49,16 @@ impl Resources {
         }
         for resource in resources {
             if let Some(before) = self.accepted.get_mut(&resource.name).filter(|before| before.body == resource.body) {
-                before.version = resource.version;
                 self.refused.remove(&resource.name);
+                if before.version != resource.version {
+                    let Resource { version, body, .. } = resource;
+                    *before = Arc::new(Version { version, body, updated: before.updated });
+                }
                 continue;
             }
             let taken = take(&resource);
             let Resource { name, version, body, .. } = resource;
-            let stored = Stored { version, body, updated: SystemTime::now() };
+            let stored = Arc::new(Version { version, body, updated: SystemTime::now() });
             match taken {
                 Ok(()) => {
                     self.refused.remove(&name);
@@ -83,7 +69,8 @@ impl Resources {
                 }
                 Err(error) => {
                     let details = error.to_string();
-                    self.refused.insert(name.clone(), Refused { stored, details: details.clone() });
+                    let failure = Failure { attempt: stored, details: details.clone() };
+                    self.refused.insert(name.clone(), Arc::new(failure));
                     outcome.errors.push(Rejection { name, message: details });
                 }
             }

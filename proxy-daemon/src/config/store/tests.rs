@@ -1,13 +1,11 @@
 //! Updates in, calls to the data plane and answers to the control plane out.
 
-use std::time::SystemTime;
-
 use culvert_xds_client::{ads::Resource, sources::Subscription};
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap as BootstrapMessage;
-use serde_json::json;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::*;
+use crate::config::status::Missing;
 
 /// Writes down what it is told, one line a call.
 #[derive(Clone, Default)]
@@ -215,14 +213,20 @@ fn a_listener_serves_on_while_its_next_version_waits() {
 
     store.update(update(Listener::type_url(), vec![listener("in", "two")]));
     assert_eq!(calls.take(), [""; 0]);
-    let dump = store.config_dump(&json!({}), SystemTime::now());
-    let entry = &dump["configs"][3]["dynamic_listeners"][0];
-    let route_name = |state: &str| {
-        let manager = &entry[state]["listener"]["filter_chains"][0]["filters"][0]["typed_config"];
+    let snapshot = store.snapshot();
+    let entry = &snapshot.of(&Listener::type_url())[0];
+    let route_name = |version: &Option<Arc<Version>>| {
+        let listener = json::any_to_json(&version.as_ref()?.body);
+        let manager = &listener["filter_chains"][0]["filters"][0]["typed_config"];
         manager["rds"]["route_config_name"].as_str().map(str::to_owned)
     };
-    assert_eq!(route_name("active_state").as_deref(), Some("one"));
-    assert_eq!(route_name("warming_state").as_deref(), Some("two"));
+    assert_eq!(route_name(&entry.active).as_deref(), Some("one"));
+    assert_eq!(route_name(&entry.warming).as_deref(), Some("two"));
+    let unready = &snapshot.unready[0];
+    assert_eq!((unready.listener.as_str(), unready.is_static), ("in", false));
+    assert_eq!(unready.targets, ["shared target RdsRouteConfigSubscription RDS init two"]);
+    let known = snapshot.of(&RouteConfiguration::type_url());
+    assert_eq!((known[0].name.as_str(), known[0].missing), ("two", Some(Missing::Requested)));
 
     store.update(update(RouteConfiguration::type_url(), vec![routes("two", "users")]));
     assert_eq!(calls.take(), ["routes two", "listener in"]);
@@ -244,17 +248,16 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     assert_eq!(calls.take(), ["cluster b"]);
     assert_eq!(names(&outcome, ClusterLoadAssignment::type_url()), ["a", "b"], "the last good version stays");
 
-    let dump = store.config_dump(&json!({}), SystemTime::now());
-    let clusters = &dump["configs"][1]["dynamic_active_clusters"];
-    assert_eq!(clusters[0]["cluster"]["type"], "EDS");
-    assert_eq!(clusters[0]["error_state"]["details"], "lb_subset_config: not supported by culvert yet");
-    assert!(clusters[1].get("error_state").is_none());
-    assert!(clusters[2].get("cluster").is_none(), "no version of it was ever taken");
-    assert_eq!(clusters[2]["error_state"]["failed_configuration"]["name"], "c");
+    let snapshot = store.snapshot();
+    let clusters = snapshot.of(&Cluster::type_url());
+    assert!(clusters[0].active.is_some());
+    assert_eq!(clusters[0].failure.as_ref().unwrap().details, "lb_subset_config: not supported by culvert yet");
+    assert!(clusters[1].failure.is_none());
+    assert!(clusters[2].active.is_none(), "no version of it was ever taken");
+    assert_eq!(json::any_to_json(&clusters[2].failure.as_ref().unwrap().attempt.body)["name"], "c");
 
     store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
-    let dump = store.config_dump(&json!({}), SystemTime::now());
-    assert!(dump["configs"][1]["dynamic_active_clusters"][0].get("error_state").is_none());
+    assert!(store.snapshot().of(&Cluster::type_url())[0].failure.is_none());
 }
 
 #[test]

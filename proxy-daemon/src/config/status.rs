@@ -1,0 +1,100 @@
+//! What operators are shown of the resources: the seam between the store, which takes a [`Snapshot`], and `/config_dump`,
+//! `/init_dump` and the client status service, which print it.
+//!
+//! A snapshot is taken under the store's lock and read without it, so it holds references, not copies: ten thousand
+//! resources are some megabytes of pointers and names.
+
+use std::{sync::Arc, time::SystemTime};
+
+use culvert_xds_client::Any;
+
+/// One version of a resource, as it came. The store keeps these behind an [`Arc`], for itself and for every snapshot.
+#[derive(Debug)]
+pub struct Version {
+    /// The control plane's name of the version: the resource's own where it has one, else that of its response.
+    pub version: String,
+    /// The resource.
+    pub body: Any,
+    /// When it was taken, or refused.
+    pub updated: SystemTime,
+}
+
+/// The newest attempt to change a resource, where it failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// What was refused.
+    pub attempt: Arc<Version>,
+    /// Why, with the path of the field at fault.
+    pub details: String,
+}
+
+/// A resource that was asked for by name and is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// The control plane has not said anything of it yet, and is waited for.
+    Requested,
+    /// The control plane has removed it, or has not sent it within the time that it is waited for.
+    DoesNotExist,
+}
+
+/// All that is known of one resource. At least one of the versions, `failure` or `missing` is there.
+#[derive(Debug, Clone, Default)]
+pub struct Resource {
+    /// The name that it is subscribed to by.
+    pub name: String,
+    /// What traffic obeys now.
+    pub active: Option<Arc<Version>>,
+    /// Accepted, and waiting for what it needs; `active` serves until then. The same version is never in both.
+    pub warming: Option<Arc<Version>>,
+    /// Removed or replaced, with connections that have not ended yet.
+    pub draining: Option<Arc<Version>>,
+    /// The newest version was refused, or is accepted and does not serve (a listener that cannot be bound, for example).
+    /// Gone with the next version that is taken.
+    pub failure: Option<Arc<Failure>>,
+    /// Neither was it ever accepted, nor refused.
+    pub missing: Option<Missing>,
+}
+
+/// The resources of one type.
+#[derive(Debug, Clone, Default)]
+pub struct Type {
+    /// For example `type.googleapis.com/envoy.config.cluster.v3.Cluster`.
+    pub type_url: String,
+    /// The version of the last response that was accepted as a whole; empty in incremental xDS, and where there is none.
+    pub version: String,
+    /// In the order of their names.
+    pub resources: Vec<Resource>,
+}
+
+/// A listener that is not serving because something is not there yet.
+#[derive(Debug, Clone)]
+pub struct Unready {
+    /// The listener's name.
+    pub listener: String,
+    /// Whether it is one of the bootstrap, which is in no [`Type`].
+    pub is_static: bool,
+    /// What it waits for, each in the words of Envoy's init targets: `RdsRouteConfigSubscription RDS routes init`.
+    pub targets: Vec<String>,
+}
+
+/// What the store knew at one moment of everything that came from the control plane or from files. What stands in the
+/// bootstrap is not in here.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    /// Every type that is asked for, or of which there is something.
+    pub types: Vec<Type>,
+    /// Listeners that wait, static ones as well.
+    pub unready: Vec<Unready>,
+}
+
+impl Snapshot {
+    /// The resources of a type; none where nobody asks for that type.
+    pub fn of(&self, type_url: &str) -> &[Resource] {
+        self.types.iter().find(|known| known.type_url == type_url).map(|known| &*known.resources).unwrap_or_default()
+    }
+
+    /// See [`Type::version`].
+    pub fn version_of(&self, type_url: &str) -> &str {
+        self.types.iter().find(|known| known.type_url == type_url).map(|known| &*known.version).unwrap_or_default()
+    }
+}
