@@ -59,7 +59,8 @@ fn any(any: &DynamicMessage) -> DynamicMessage {
     use prost::Message as _;
 
     let mut shown = DynamicMessage::new(any.descriptor());
-    let type_url = any.get_field_by_name("type_url").and_then(|url| url.as_str().map(str::to_owned)).unwrap_or_default();
+    let type_url =
+        any.get_field_by_name("type_url").and_then(|url| url.as_str().map(str::to_owned)).unwrap_or_default();
     let bytes = any.get_field_by_name("value").and_then(|bytes| bytes.as_bytes().cloned()).unwrap_or_default();
     let inner = pool().get_message_by_name(super::any::message_name(&type_url));
     if let Some(inner) = inner.and_then(|desc| DynamicMessage::decode(desc, bytes).ok()) {
