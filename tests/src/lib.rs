@@ -1,9 +1,12 @@
 //! What Culvert's end-to-end tests and its demo are made of: the [`lab`] (nodes and pods out of network namespaces), the
-//! programs that run in it ([`app`], [`load`]), the [`scenario`] that both show, and a daemon without a lab ([`daemon`]).
+//! programs that run in it ([`app`], [`load`]), the [`scenario`] that both show, a daemon without a lab
+//! ([`daemon`]), and a control plane that the test plays ([`control_plane`]).
 
 pub mod app;
 pub mod binaries;
 pub mod bootstrap;
+#[cfg(feature = "control-plane")]
+pub mod control_plane;
 pub mod daemon;
 pub mod http1;
 pub mod lab;

@@ -1,8 +1,10 @@
-//! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn. docs/performance.md has the method.
+//! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn; `cargo xtask bench xds`: what xDS
+//! updates cost culvertd and Envoy. docs/performance.md has the method.
 
 mod proxies;
 mod report;
 mod workloads;
+mod xds;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,7 +21,24 @@ use workloads::WORKLOADS;
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    /// What is compared; without it, CPU per request.
+    #[command(subcommand)]
+    suite: Option<Suite>,
+    #[command(flatten)]
+    requests: Requests,
+}
+
+#[derive(clap::Subcommand)]
+enum Suite {
+    /// CPU, memory and delay of xDS updates: culvertd and Envoy on the same pushes.
+    Xds(xds::Args),
+}
+
+/// Flags of the comparison of CPU per request.
+#[derive(clap::Args)]
+struct Requests {
     /// One short round: a look, not a measurement.
     #[arg(long)]
     quick: bool,
@@ -51,19 +70,30 @@ enum Output {
 
 /// Runs the task.
 pub fn run(args: Args) -> Result<()> {
+    match args.suite {
+        Some(Suite::Xds(args)) => xds::run(args),
+        None => requests(args.requests),
+    }
+}
+
+/// The culvertd that is named, or else one that is built now.
+fn culvertd(named: Option<PathBuf>) -> Result<PathBuf> {
+    if let Some(path) = named {
+        return path.canonicalize().with_context(|| format!("no such program: {}", path.display()));
+    }
+    build_ebpf::ensure()?;
+    let root = workspace_root();
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--release", "-p", "culvert-proxy-daemon"]).current_dir(&root);
+    progress::run("building culvertd in release mode", &mut cargo)?;
+    Ok(root.join("target/release/culvertd"))
+}
+
+fn requests(args: Requests) -> Result<()> {
     setup::ensure(args.yes, Needs::BENCH)?;
     let root = workspace_root();
     let envoy = envoy::ensure(&root)?;
-    let culvertd = match args.culvertd {
-        Some(path) => path.canonicalize().with_context(|| format!("no such program: {}", path.display()))?,
-        None => {
-            build_ebpf::ensure()?;
-            let mut cargo = Command::new("cargo");
-            cargo.args(["build", "--release", "-p", "culvert-proxy-daemon"]).current_dir(&root);
-            progress::run("building culvertd in release mode", &mut cargo)?;
-            root.join("target/release/culvertd")
-        }
-    };
+    let culvertd = culvertd(args.culvertd)?;
     let (rounds, seconds) = if args.quick { (1, 2) } else { (args.rounds, args.seconds) };
     let duration = Duration::from_secs(seconds);
     let workloads: Vec<_> = WORKLOADS
