@@ -160,7 +160,7 @@ async fn run(
             state: state.clone(),
             options: flags.to_json(),
             node,
-            config: Configuration::new(&message, started_at, move || dump.snapshot()),
+            config: Arc::new(Configuration::new(&message, started_at, move || dump.snapshot())),
             log_level,
             shutdown: Arc::clone(&shutdown),
             drain_time: drain_time(flags),

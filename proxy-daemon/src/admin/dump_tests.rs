@@ -97,7 +97,7 @@ fn snapshot() -> Snapshot {
     }
 }
 
-pub(super) fn configuration() -> Configuration {
+pub(in crate::admin) fn configuration() -> Configuration {
     let bootstrap: Bootstrap = proto_json::from_yaml(BOOTSTRAP).unwrap();
     Configuration::new(&bootstrap, SystemTime::UNIX_EPOCH, snapshot)
 }

@@ -2,6 +2,7 @@
 
 mod clusters;
 mod config_dump;
+mod csds;
 mod endpoints;
 mod init_dump;
 mod mask;
@@ -102,7 +103,7 @@ pub struct AdminState {
     /// `node` of `/server_info`.
     pub node: Json,
     /// What is configured.
-    pub config: Configuration,
+    pub config: Arc<Configuration>,
     /// Sets the log level where one is given, and says which one is in force.
     pub log_level: Box<dyn Fn(Option<LevelFilter>) -> LevelFilter + Send + Sync>,
     /// Woken by `/quitquitquit`.

@@ -2,20 +2,24 @@
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task,
-    time::Instant,
+    time::{Instant, timeout},
 };
+use tonic::{body::Body, codegen::Service as _};
 
 use super::{
-    AdminState,
+    AdminState, csds,
     endpoints::{self, DRAIN_LISTENERS},
     request::{Parameters, Reply},
 };
@@ -35,12 +39,14 @@ struct Server {
     rq_total: Counter,
     rq_active: Gauge,
     rq: ResponseCodes,
+    csds: csds::Server,
 }
 
 /// Serves the admin interface until the future is dropped. Must be called within the control runtime.
 pub async fn run(state: AdminState, listener: TcpListener) {
     let scope = Scope::http("admin");
     let server = Arc::new(Server {
+        csds: csds::server(Arc::clone(&state.config)),
         state,
         cx_total: scope.counter("downstream_cx_total"),
         cx_active: scope.gauge("downstream_cx_active"),
@@ -99,11 +105,26 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted)
 }
 
+/// How an HTTP/2 connection begins; no method of HTTP/1 does.
+const HTTP2: &[u8] = b"PRI ";
+/// Requests at a time on an HTTP/2 connection.
+const MAX_STREAMS: u32 = 32;
+
 async fn serve(server: Arc<Server>, stream: TcpStream) -> hyper::Result<()> {
+    let mut first = [0; HTTP2.len()];
+    // A client that does not say anything is not waited for; what the others say is seen again below.
+    let Ok(Ok(seen)) = timeout(HEADER_TIMEOUT, stream.peek(&mut first)).await else { return Ok(()) };
     let service = service_fn(move |request| {
         let server = Arc::clone(&server);
         async move { Ok::<_, Infallible>(respond(server, request).await) }
     });
+    if first[..seen] == *HTTP2 {
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2.timer(TokioTimer::new()).max_concurrent_streams(MAX_STREAMS);
+        // Finds out that a client is gone, which otherwise would keep its place.
+        http2.keep_alive_interval(HEADER_TIMEOUT);
+        return http2.serve_connection(TokioIo::new(stream), service).await;
+    }
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
@@ -111,9 +132,16 @@ async fn serve(server: Arc<Server>, stream: TcpStream) -> hyper::Result<()> {
         .await
 }
 
-async fn respond(server: Arc<Server>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+async fn respond(server: Arc<Server>, request: Request<Incoming>) -> Response<Body> {
     server.rq_total.inc();
     server.rq_active.inc();
+    if request.uri().path().starts_with(csds::PATH) {
+        let mut service = server.csds.clone();
+        let Ok(response) = service.call(request).await;
+        server.rq.inc(response.status().as_u16());
+        server.rq_active.dec();
+        return response;
+    }
     let parameters = Parameters::parse(request.uri().query().unwrap_or(""));
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let drain = path == DRAIN_LISTENERS && method == Method::POST;
@@ -147,8 +175,8 @@ async fn drain_listeners(server: &Arc<Server>, graceful: bool) {
     });
 }
 
-fn response(reply: Reply) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(reply.body));
+fn response(reply: Reply) -> Response<Body> {
+    let mut response = Response::new(Body::new(Full::new(reply.body)));
     *response.status_mut() = reply.status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(reply.content_type));

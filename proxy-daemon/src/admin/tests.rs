@@ -11,7 +11,7 @@ use tokio::{
 use super::*;
 
 #[path = "dump_tests.rs"]
-mod dumps;
+pub(super) mod dumps;
 use crate::{
     config::model::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbPolicy, ListenAddress, Listener, Locality,
@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// An admin interface on a port of its own, over a data plane with one worker.
-struct Admin {
-    address: SocketAddr,
+pub(super) struct Admin {
+    pub(super) address: SocketAddr,
     data_plane: DataPlane,
     state: SharedState,
     shutdown: Arc<Notify>,
@@ -31,8 +31,8 @@ struct Admin {
 }
 
 /// What it answered.
-struct Answer {
-    status: u16,
+pub(super) struct Answer {
+    pub(super) status: u16,
     head: String,
     body: String,
 }
@@ -45,7 +45,7 @@ impl Answer {
 }
 
 impl Admin {
-    async fn start() -> Admin {
+    pub(super) async fn start() -> Admin {
         let data_plane =
             DataPlane::start(Options { workers: 1, drain_time: std::time::Duration::from_secs(5), interception: None })
                 .unwrap();
@@ -60,7 +60,7 @@ impl Admin {
             state: state.clone(),
             options: json!({ "concurrency": 1, "mode": "Serve" }),
             node: json!({ "id": "n1" }),
-            config: dumps::configuration(),
+            config: Arc::new(dumps::configuration()),
             log_level: Box::new(move |wanted| {
                 let mut level = level.lock().unwrap();
                 *level = wanted.unwrap_or(*level);
@@ -84,7 +84,7 @@ impl Admin {
         Answer { status, head: head.to_owned(), body: body.to_owned() }
     }
 
-    async fn get(&self, target: &str) -> Answer {
+    pub(super) async fn get(&self, target: &str) -> Answer {
         self.request("GET", target).await
     }
 
@@ -110,7 +110,7 @@ impl Admin {
         self.data_plane.upsert_listener(Arc::new(listener)).await.unwrap();
     }
 
-    async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.server.abort();
         let data_plane = self.data_plane;
         tokio::task::spawn_blocking(move || data_plane.stop()).await.unwrap();

@@ -89,7 +89,8 @@ fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> 
     Ok(QueryParameterMatcher { name: matcher.name.clone(), value })
 }
 
-fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher> {
+/// A `StringMatcher`, checked.
+pub(crate) fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher> {
     let ignore_case = matcher.ignore_case;
     // The text is compared in lower case then.
     let text = |text: &String| if ignore_case { text.to_ascii_lowercase() } else { text.clone() }.into_boxed_str();

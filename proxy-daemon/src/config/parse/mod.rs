@@ -11,7 +11,7 @@ mod common;
 mod endpoint;
 mod http_connection_manager;
 mod listener;
-mod matcher;
+pub(crate) mod matcher;
 mod retry;
 mod route;
 pub mod support;

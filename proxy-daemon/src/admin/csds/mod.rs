@@ -1,0 +1,208 @@
+//! The client status discovery service: what the daemon has of each resource, for control planes and for people.
+
+mod node_match;
+
+use std::{pin::Pin, sync::Arc};
+
+use envoy_types::pb::{
+    envoy::{
+        admin::v3::{
+            ClientResourceStatus, ClustersConfigDump, ListenersConfigDump,
+            clusters_config_dump::DynamicCluster,
+            listeners_config_dump::{DynamicListener, DynamicListenerState},
+        },
+        config::{cluster::v3::Cluster, listener::v3::Listener},
+        service::status::v3::{
+            ClientConfig, ClientStatusRequest, ClientStatusResponse, PerXdsConfig,
+            client_config::GenericXdsConfig,
+            client_status_discovery_service_server::{
+                ClientStatusDiscoveryService, ClientStatusDiscoveryServiceServer,
+            },
+            per_xds_config::PerXdsConfig as Dump,
+        },
+    },
+    google::protobuf::Any,
+};
+use futures_util::{Stream, StreamExt as _, stream};
+use prost::Name;
+use tokio::task;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::config::{
+    dump::{self, Configuration},
+    status::{Missing, Resource, Snapshot, Type, Version},
+};
+
+/// The largest request that is taken, in bytes.
+const MAX_REQUEST: usize = 1 << 20;
+/// Where its methods are.
+pub(super) const PATH: &str = "/envoy.service.status.v3.ClientStatusDiscoveryService/";
+
+/// Serves the status of one configuration.
+#[derive(Clone)]
+pub(super) struct Csds(Arc<Configuration>);
+
+/// The service behind gRPC.
+pub(super) type Server = ClientStatusDiscoveryServiceServer<Csds>;
+
+/// A service for the admin server.
+pub(super) fn server(config: Arc<Configuration>) -> Server {
+    // A response holds every resource: it may be large.
+    ClientStatusDiscoveryServiceServer::new(Csds(config))
+        .max_decoding_message_size(MAX_REQUEST)
+        .max_encoding_message_size(usize::MAX)
+}
+
+impl Csds {
+    async fn status(&self, request: ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
+        let config = Arc::clone(&self.0);
+        // Copying thousands of resources takes longer than the control thread should be kept waiting.
+        let status = task::spawn_blocking(move || respond(&config, &request));
+        status.await.map_err(|error| {
+            tracing::error!(%error, "the client status cannot be told; please report this");
+            Status::internal("see the log of culvertd")
+        })?
+    }
+}
+
+#[tonic::async_trait]
+impl ClientStatusDiscoveryService for Csds {
+    type StreamClientStatusStream = Pin<Box<dyn Stream<Item = Result<ClientStatusResponse, Status>> + Send>>;
+
+    async fn stream_client_status(
+        &self,
+        request: Request<Streaming<ClientStatusRequest>>,
+    ) -> Result<Response<Self::StreamClientStatusStream>, Status> {
+        // One answer for each request, in turn: a client that does not read is not read from either.
+        let service = self.clone();
+        let answers = stream::unfold(Some(request.into_inner()), move |requests| {
+            let service = service.clone();
+            async move {
+                let mut requests = requests?;
+                match requests.next().await? {
+                    Ok(request) => match service.status(request).await {
+                        Ok(answer) => Some((Ok(answer), Some(requests))),
+                        Err(status) => Some((Err(status), None)),
+                    },
+                    Err(status) => Some((Err(status), None)),
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn fetch_client_status(
+        &self,
+        request: Request<ClientStatusRequest>,
+    ) -> Result<Response<ClientStatusResponse>, Status> {
+        Ok(Response::new(self.status(request.into_inner()).await?))
+    }
+}
+
+/// The answer to a request. Without matchers it is about this node; with some, where one of them matches it.
+fn respond(config: &Configuration, request: &ClientStatusRequest) -> Result<ClientStatusResponse, Status> {
+    let bootstrap = config.bootstrap();
+    let node = bootstrap.node.unwrap_or_default();
+    if !node_match::matches(&request.node_matchers, &node)
+        .map_err(|error| Status::invalid_argument(error.to_string()))?
+    {
+        return Ok(ClientStatusResponse::default());
+    }
+    let with_content = !request.exclude_resource_contents;
+    let resources = bootstrap.static_resources.unwrap_or_default();
+    let started = Some(dump::timestamp(config.started()));
+    let fixed = |type_url: String, name: &str, content: Any| GenericXdsConfig {
+        type_url,
+        name: name.to_owned(),
+        xds_config: with_content.then_some(content),
+        last_updated: started,
+        is_static_resource: true,
+        ..Default::default()
+    };
+    let mut generic = Vec::new();
+    generic.extend(resources.clusters.iter().map(|it| fixed(Cluster::type_url(), &it.name, dump::pack(it))));
+    generic.extend(resources.listeners.iter().map(|it| fixed(Listener::type_url(), &it.name, dump::pack(it))));
+    let snapshot = config.snapshot();
+    for of_type in &snapshot.types {
+        generic.extend(of_type.resources.iter().map(|resource| generic_config(of_type, resource, with_content)));
+    }
+    #[expect(deprecated, reason = "the only place in the API where a resource can be shown to be warming")]
+    let config = ClientConfig {
+        node: Some(node),
+        xds_config: warming(&snapshot),
+        generic_xds_configs: generic,
+        ..Default::default()
+    };
+    Ok(ClientStatusResponse { config: vec![config] })
+}
+
+fn generic_config(of_type: &Type, resource: &Resource, with_content: bool) -> GenericXdsConfig {
+    // What serves; where nothing does yet, what is about to.
+    let accepted = resource.active.as_ref().or(resource.warming.as_ref());
+    let status = match (&resource.failure, resource.missing) {
+        (Some(_), _) => ClientResourceStatus::Nacked,
+        (None, Some(Missing::Requested)) => ClientResourceStatus::Requested,
+        (None, Some(Missing::DoesNotExist)) => ClientResourceStatus::DoesNotExist,
+        (None, None) => ClientResourceStatus::Acked,
+    };
+    let error_state = resource.failure.as_deref().map(|failure| {
+        let mut state = dump::error_state(failure);
+        if !with_content {
+            state.failed_configuration = None;
+        }
+        state
+    });
+    GenericXdsConfig {
+        type_url: of_type.type_url.clone(),
+        name: resource.name.clone(),
+        version_info: accepted.map(|version| version.version.clone()).unwrap_or_default(),
+        xds_config: accepted.filter(|_| with_content).map(|version| version.body.clone()),
+        last_updated: accepted.map(|version| dump::timestamp(version.updated)),
+        client_status: status.into(),
+        error_state,
+        ..Default::default()
+    }
+}
+
+/// Clusters and listeners that are accepted and wait for what they need, without their content.
+fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
+    let of = |type_url: String| {
+        let resources = snapshot.of(&type_url).iter();
+        resources.filter_map(|it| Some((it.name.clone(), it.warming.clone()?))).collect::<Vec<_>>()
+    };
+    let updated = |version: &Version| Some(dump::timestamp(version.updated));
+    let clusters = of(Cluster::type_url()).into_iter().map(|(name, version)| DynamicCluster {
+        version_info: version.version.clone(),
+        cluster: Some(dump::pack(&Cluster { name, ..Default::default() })),
+        last_updated: updated(&version),
+        ..Default::default()
+    });
+    let clusters: Vec<_> = clusters.collect();
+    let listeners = of(Listener::type_url()).into_iter().map(|(name, version)| DynamicListener {
+        name,
+        warming_state: Some(DynamicListenerState {
+            version_info: version.version.clone(),
+            last_updated: updated(&version),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let fixed = snapshot.unready.iter().filter(|it| it.is_static).map(|it| DynamicListener {
+        name: it.listener.clone(),
+        warming_state: Some(DynamicListenerState::default()),
+        ..Default::default()
+    });
+    let listeners: Vec<_> = listeners.chain(fixed).collect();
+    let mut dumps = Vec::new();
+    if !clusters.is_empty() {
+        dumps
+            .push(Dump::ClusterConfig(ClustersConfigDump { dynamic_warming_clusters: clusters, ..Default::default() }));
+    }
+    if !listeners.is_empty() {
+        dumps.push(Dump::ListenerConfig(ListenersConfigDump { dynamic_listeners: listeners, ..Default::default() }));
+    }
+    dumps.into_iter().map(|dump| PerXdsConfig { per_xds_config: Some(dump), ..Default::default() }).collect()
+}
+
+#[cfg(test)]
+mod tests;
