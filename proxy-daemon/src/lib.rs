@@ -9,6 +9,7 @@ pub mod http;
 pub mod intercept;
 pub mod listener;
 pub mod network;
+pub mod report;
 pub mod runtime;
 pub mod stats;
 pub mod upstream;

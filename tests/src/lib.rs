@@ -11,6 +11,8 @@ pub mod daemon;
 pub mod http1;
 pub mod lab;
 pub mod load;
+#[cfg(feature = "control-plane")]
+pub mod report_server;
 pub mod scenario;
 pub mod stats;
 

@@ -298,6 +298,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     let progress = Progress::new(started, no_body);
     let mut end = StreamEnd::new(Rc::clone(&state), Rc::clone(&progress), started);
     let grpc = headers::is_grpc(&head.headers);
+    end.grpc = grpc;
     let is_head = head.method == http::Method::HEAD;
 
     if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count) {

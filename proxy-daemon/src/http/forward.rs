@@ -115,6 +115,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> Loc
         Expired::Route => {
             cluster.cluster.stats.upstream_rq_timeout.inc();
             cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
+            end.judge(true);
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);
             }
@@ -177,16 +178,21 @@ impl Attempts<'_> {
                     let wanted = self.policy.is_some_and(|policy| retry::wants_status(policy, status));
                     match kept.filter(|_| wanted) {
                         Some(copy) if self.may_retry(end).await => (head, body) = (copy, Body::Empty),
-                        _ => return Ok((response, connection)),
+                        _ => {
+                            let (head, body) = response.into_parts();
+                            end.judge_response(&head, http_body::Body::is_end_stream(&body));
+                            return Ok((Response::from_parts(head, body), connection));
+                        }
                     }
                 }
                 Err(mut failed) => {
                     let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
-                    let Some(again) = request else { return Err(self.give_up(failed)) };
+                    let Some(again) = request else { return Err(self.give_up(end, failed)) };
                     if failed.stale {
                         self.count -= 1;
+                        end.excuse_host();
                     } else if !self.wants(&failed) || !self.may_retry(end).await {
-                        return Err(self.give_up(failed));
+                        return Err(self.give_up(end, failed));
                     }
                     (head, body) = *again;
                 }
@@ -200,6 +206,7 @@ impl Attempts<'_> {
         let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
         if stats.upstream_rq_active.value() >= u64::from(limits.max_requests) {
             stats.upstream_rq_pending_overflow.inc();
+            self.cluster.cluster.dropped.inc();
             return Err(overloaded());
         }
         let pick = PickCx {
@@ -335,12 +342,15 @@ impl Attempts<'_> {
         true
     }
 
-    fn give_up(&self, failed: Failed) -> LocalReply {
+    fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
         let stats = &self.cluster.cluster.stats;
         stats.upstream_rq.inc(failed.status.as_u16());
         if failed.reason == "overflow" {
+            end.excuse_host();
+            self.cluster.cluster.dropped.inc();
             return overloaded();
         }
+        end.judge(true);
         if failed.failure == Failure::PerTryTimeout {
             return LocalReply::new(failed.status, "upstream request timeout", failed.flags, "response_timeout");
         }

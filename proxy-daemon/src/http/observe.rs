@@ -15,7 +15,8 @@ use super::{
     RouteRef,
     body::{BodyError, Observer},
     conn_manager::ConnState,
-    stream::{Progress, RequestHead},
+    headers::names::GRPC_STATUS,
+    stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
 };
 use crate::{
@@ -85,8 +86,11 @@ impl Observer for ResponseObserver {
         })
     }
 
-    fn end(&mut self, _trailers: Option<&HeaderMap>) {
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
         self.end.complete = true;
+        if self.end.grpc {
+            self.end.judge(grpc_failed(trailers.and_then(|trailers| trailers.get(GRPC_STATUS))));
+        }
         if let Some(connection) = self.connection.take() {
             connection.release();
         }
@@ -95,6 +99,7 @@ impl Observer for ResponseObserver {
     fn error(&mut self, _error: &BodyError) {
         self.connection = None;
         self.end.complete = true;
+        self.end.judge(true);
         if self.end.flags.is_empty() {
             self.end.flags |= ResponseFlags::UC;
             self.end.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
@@ -114,6 +119,10 @@ pub(super) struct StreamEnd {
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
+    /// The host's part in the current attempt is settled: a success, an error, or neither.
+    judged: bool,
+    /// The client speaks gRPC.
+    pub(super) grpc: bool,
     pub(super) complete: bool,
 }
 
@@ -153,6 +162,15 @@ fn only(headers: &HeaderMap, names: &[HeaderName]) -> HeaderMap {
     present.collect()
 }
 
+/// Whether a gRPC status (none: the host broke off) is one that Envoy takes for the host's error: those that it maps to a
+/// 5xx.
+fn grpc_failed(status: Option<&HeaderValue>) -> bool {
+    const UNKNOWN: u8 = 2;
+    let code = status.and_then(|status| status.to_str().ok()?.parse().ok()).unwrap_or(UNKNOWN);
+    // Unknown, DeadlineExceeded, Unimplemented, Internal, Unavailable, DataLoss, and what is no status.
+    matches!(code, UNKNOWN | 4 | 12..=15 | 17..)
+}
+
 impl StreamEnd {
     pub(super) fn new(state: Rc<ConnState>, progress: Rc<Progress>, started: Instant) -> StreamEnd {
         let stats = &state.manager.stats;
@@ -168,6 +186,8 @@ impl StreamEnd {
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
             host: None,
+            judged: false,
+            grpc: false,
             complete: false,
         }
     }
@@ -206,10 +226,34 @@ impl StreamEnd {
 
     /// The attempt before has failed: its host and its place at the circuit breaker are free again.
     pub(super) fn leave_host(&mut self) {
+        self.judge(true);
         if let Some((cluster, before)) = self.host.take() {
             cluster.cluster.stats.upstream_rq_active.dec();
-            before.count(HostCounter::RqError, 1);
             before.end_request();
+        }
+    }
+
+    /// Counts the attempt as the host's success or error, unless that is settled.
+    pub(super) fn judge(&mut self, failed: bool) {
+        if let Some((_, host)) = self.host.as_ref().filter(|_| !self.judged) {
+            host.count(if failed { HostCounter::RqError } else { HostCounter::RqSuccess }, 1);
+            self.judged = true;
+        }
+    }
+
+    /// The attempt counts neither way: the host never had it.
+    pub(super) fn excuse_host(&mut self) {
+        self.judged = true;
+    }
+
+    /// Judges by a response's head, as Envoy does: what comes after it no longer counts, but for gRPC, whose status
+    /// may come last.
+    pub(super) fn judge_response(&mut self, head: &ResponseHead, ended: bool) {
+        let failed = head.status.is_server_error();
+        if failed || !self.grpc {
+            self.judge(failed);
+        } else if ended {
+            self.judge(grpc_failed(head.headers.get(GRPC_STATUS)));
         }
     }
 
@@ -219,6 +263,7 @@ impl StreamEnd {
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
+        self.judged = false;
     }
 
     /// Keeps the response's headers.
@@ -281,8 +326,6 @@ impl Drop for StreamEnd {
         if let Some((cluster, host)) = &self.host {
             cluster.cluster.stats.upstream_rq_time.record(elapsed);
             cluster.cluster.stats.upstream_rq_active.dec();
-            let failed = self.status.is_none_or(|status| status.is_server_error());
-            host.count(if failed { HostCounter::RqError } else { HostCounter::RqSuccess }, 1);
             host.end_request();
         }
         if let Some(log) = self.log.take() {

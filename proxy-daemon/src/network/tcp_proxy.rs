@@ -23,7 +23,7 @@ use crate::{
     listener::{ConnectionInfo, DrainSignal},
     runtime::Worker,
     stats::{Counter, Gauge, Scope},
-    upstream::{ConnectError, Decrement, HostCounter, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect},
+    upstream::{ConnectError, Decrement, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect},
 };
 
 /// Bytes read at a time in each direction.
@@ -177,6 +177,7 @@ struct Dialed {
     host: Rc<WorkerHost>,
     since: Instant,
     _open: Decrement,
+    _issued: Issued,
 }
 
 impl Drop for Dialed {
@@ -221,7 +222,15 @@ async fn dial(
                 host.count(HostCounter::CxTotal, 1);
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
-                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open });
+                let issued = Issued::to(&host);
+                return Some(Dialed {
+                    stream,
+                    cluster: Rc::clone(cluster),
+                    host,
+                    since,
+                    _open: open,
+                    _issued: issued,
+                });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();

@@ -108,6 +108,11 @@ pub fn counter(name: &str) -> Counter {
     registry::counter(tags::from_name(name))
 }
 
+/// A counter that nothing shows: what only load reports tell. The same key gets the same one.
+pub fn hidden_counter(key: &str) -> Counter {
+    registry::hidden_counter(key)
+}
+
 /// The gauge of this name; see [`counter`].
 pub fn gauge(name: &str) -> Gauge {
     registry::gauge(tags::from_name(name))

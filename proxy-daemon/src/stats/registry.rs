@@ -108,6 +108,8 @@ struct Registry {
     shown: BTreeMap<(Arc<str>, Kind), Arc<Entry>>,
     /// Those whose scope is gone: they keep their slots, because handles to them may still be about.
     removed: HashMap<(Arc<str>, Kind), Arc<Entry>>,
+    /// Slots of counters that are never shown.
+    hidden: HashMap<Box<str>, u32>,
     /// Slots handed out. Slot 0 is never given a name: it is what names share when there are too many.
     values: usize,
     histograms: usize,
@@ -119,6 +121,7 @@ static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
     Mutex::new(Registry {
         shown: BTreeMap::new(),
         removed: HashMap::new(),
+        hidden: HashMap::new(),
         values: 1,
         histograms: 1,
         intervals: HashMap::new(),
@@ -148,20 +151,26 @@ impl Registry {
                 Arc::new(Entry { name, kind, slot: old.slot })
             }
             None => {
-                let next = if kind == Kind::Histogram { &mut self.histograms } else { &mut self.values };
-                if *next == slab::MAX_SLOTS {
-                    return 0;
-                }
-                let slot = *next as u32;
-                *next += 1;
-                // Before the slot is handed out, so that whoever has it finds its chunk.
-                slab::grow(self.values, self.histograms);
+                let Some(slot) = self.new_slot(kind) else { return 0 };
                 Arc::new(Entry { name, kind, slot })
             }
         };
         let slot = entry.slot;
         self.shown.insert(key, entry);
         slot
+    }
+
+    /// A slot that nobody has; `None` where there is none left.
+    fn new_slot(&mut self, kind: Kind) -> Option<u32> {
+        let next = if kind == Kind::Histogram { &mut self.histograms } else { &mut self.values };
+        if *next == slab::MAX_SLOTS {
+            return None;
+        }
+        let slot = *next as u32;
+        *next += 1;
+        // Before the slot is handed out, so that whoever has it finds its chunk.
+        slab::grow(self.values, self.histograms);
+        Some(slot)
     }
 }
 
@@ -171,6 +180,16 @@ fn reset(slot: u32) {
 
 pub(super) fn counter(name: TaggedName) -> Counter {
     Counter(lock().slot(name, Kind::Counter))
+}
+
+pub(super) fn hidden_counter(key: &str) -> Counter {
+    let mut registry = lock();
+    if let Some(slot) = registry.hidden.get(key) {
+        return Counter(*slot);
+    }
+    let Some(slot) = registry.new_slot(Kind::Counter) else { return Counter(0) };
+    registry.hidden.insert(key.into(), slot);
+    Counter(slot)
 }
 
 pub(super) fn gauge(name: TaggedName) -> Gauge {

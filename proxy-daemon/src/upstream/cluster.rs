@@ -12,7 +12,10 @@ use super::{
     ClusterStats,
     host::{Host, HostCounters, HostSet},
 };
-use crate::config::model::{ClusterConfig, EndpointAddress, LocalityEndpoints};
+use crate::{
+    config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
+    stats::{self, Counter},
+};
 
 /// A cluster as all workers share it.
 #[derive(Debug)]
@@ -21,20 +24,41 @@ pub struct Cluster {
     pub config: ClusterConfig,
     /// Slots of its counters.
     pub stats: ClusterStats,
+    /// Requests and connections refused at a circuit breaker, for load reports.
+    pub(crate) dropped: Counter,
+    latched_dropped: AtomicU64,
+    /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
+    pub(crate) original_dst: Option<Arc<HostCounters>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
 
 impl Cluster {
-    fn new(config: ClusterConfig, hosts: Arc<HostSet>) -> Cluster {
+    fn new(config: ClusterConfig, hosts: Arc<HostSet>, workers: usize) -> Cluster {
         let stats = ClusterStats::new(&config);
         stats.publish_hosts(&hosts);
-        Cluster { config, stats, hosts: ArcSwap::new(hosts), hosts_version: AtomicU64::new(1) }
+        let dropped = stats::hidden_counter(&format!("cluster.{}.upstream_rq_dropped", config.name));
+        let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
+        Cluster {
+            config,
+            stats,
+            dropped,
+            latched_dropped: AtomicU64::new(dropped.value()),
+            original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
+            hosts: ArcSwap::new(hosts),
+            hosts_version: AtomicU64::new(1),
+        }
     }
 
     /// The hosts now.
     pub fn hosts(&self) -> Arc<HostSet> {
         self.hosts.load_full()
+    }
+
+    /// How many requests were refused since the last call. For load reports: there is one reporter.
+    pub(crate) fn latch_dropped(&self) -> u64 {
+        let sum = self.dropped.value();
+        sum.wrapping_sub(self.latched_dropped.swap(sum, Ordering::Relaxed))
     }
 
     /// Grows with every change of the hosts, so that a worker need only compare it.
@@ -109,7 +133,6 @@ impl Clusters {
 
     /// Adds a cluster, or replaces the one of the same name. A replaced EDS or DNS cluster keeps its hosts.
     pub fn upsert(&self, config: ClusterConfig) {
-        use crate::config::model::Discovery;
         self.change(|map| {
             let before = map.get(&config.name).map(|old| old.hosts()).unwrap_or_default();
             let hosts = match config.discovery {
@@ -117,7 +140,7 @@ impl Clusters {
                 Discovery::StrictDns { .. } | Discovery::Eds { .. } => before,
                 Discovery::OriginalDst { .. } => Arc::default(),
             };
-            map.insert(Arc::clone(&config.name), Arc::new(Cluster::new(config, hosts)));
+            map.insert(Arc::clone(&config.name), Arc::new(Cluster::new(config, hosts, self.workers)));
         });
     }
 

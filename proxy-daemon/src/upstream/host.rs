@@ -54,13 +54,13 @@ pub enum HostCounter {
     CxTotal,
     /// Requests in flight.
     RqActive,
-    /// Requests that ended in a 5xx or without a response.
+    /// Requests that ended in a 5xx or a gRPC status like it, that timed out, or that the host left unanswered.
     RqError,
-    /// Requests with any other response.
+    /// Requests with any other response. Those that the client gave up count as neither.
     RqSuccess,
     /// Requests that timed out.
     RqTimeout,
-    /// All requests.
+    /// Requests that got a connection.
     RqTotal,
 }
 
@@ -80,7 +80,11 @@ impl HostCounter {
 
 /// A host's counters: one cache line a worker, which no other worker writes.
 #[derive(Debug)]
-pub struct HostCounters(Box<[Line]>);
+pub struct HostCounters {
+    lines: Box<[Line]>,
+    /// What [`latch`](Self::latch) has told already, by counter. Workers never touch it.
+    latched: [AtomicU64; 8],
+}
 
 #[derive(Debug, Default)]
 #[repr(align(64))]
@@ -89,18 +93,24 @@ struct Line([AtomicU64; 8]);
 impl HostCounters {
     /// All zero.
     pub fn new(workers: usize) -> HostCounters {
-        HostCounters((0..workers).map(|_| Line::default()).collect())
+        HostCounters { lines: (0..workers).map(|_| Line::default()).collect(), latched: Default::default() }
     }
 
     /// Adds to a counter of `worker`, which must be the calling worker.
     pub fn add(&self, worker: usize, counter: HostCounter, delta: i64) {
-        let slot = &self.0[worker].0[counter as usize];
+        let slot = &self.lines[worker].0[counter as usize];
         slot.store(slot.load(Relaxed).wrapping_add_signed(delta), Relaxed);
     }
 
     /// The sum over all workers.
     pub fn sum(&self, counter: HostCounter) -> u64 {
-        self.0.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
+        self.lines.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
+    }
+
+    /// What was counted since the last call for this counter. For load reports: there is one reporter.
+    pub fn latch(&self, counter: HostCounter) -> u64 {
+        let sum = self.sum(counter);
+        sum.wrapping_sub(self.latched[counter as usize].swap(sum, Relaxed))
     }
 }
 

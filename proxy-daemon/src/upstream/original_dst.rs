@@ -31,7 +31,15 @@ struct Entry {
 
 impl OriginalDstHosts {
     /// The host at `destination`. Hosts without use for `cleanup_interval` go at the same time.
-    pub(super) fn host(&self, destination: SocketAddr, worker: usize, cleanup_interval: Duration) -> Rc<WorkerHost> {
+    ///
+    /// What is counted for it goes to `counters`, which all hosts of the cluster share.
+    pub(super) fn host(
+        &self,
+        destination: SocketAddr,
+        worker: usize,
+        cleanup_interval: Duration,
+        counters: &Arc<HostCounters>,
+    ) -> Rc<WorkerHost> {
         let now = Instant::now();
         self.sweep(now, cleanup_interval);
         let mut hosts = self.hosts.borrow_mut();
@@ -48,7 +56,7 @@ impl OriginalDstHosts {
                 hostname: String::new(),
                 locality: Arc::new(Locality::default()),
                 priority: 0,
-                counters: Arc::new(HostCounters::new(worker + 1)),
+                counters: Arc::clone(counters),
             }),
             worker,
         );

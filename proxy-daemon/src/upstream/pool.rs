@@ -13,7 +13,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Mutex, Notify};
 
 use super::{
-    Cluster, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
+    Cluster, ConnectError, Host, HostCounter, Issued, WorkerCluster, WorkerHost,
     connect::{Source, connect},
 };
 use crate::{
@@ -78,6 +78,7 @@ pub struct Connection {
     sender: Sender,
     home: Weak<SourcePool>,
     pool: Weak<Pool>,
+    _issued: Issued,
     max_requests: u32,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
@@ -123,7 +124,7 @@ impl Pool {
 impl WorkerHost {
     /// A connection for one request: an idle one, or a new one within the cluster's limits.
     pub async fn acquire(
-        &self,
+        self: &Rc<Self>,
         cluster: &WorkerCluster,
         http2: Option<&Http2Options>,
         source: Option<Source>,
@@ -134,6 +135,7 @@ impl WorkerHost {
             sender,
             home: Rc::downgrade(&pool),
             pool: Rc::downgrade(&self.pool),
+            _issued: Issued::to(self),
             max_requests: cluster.cluster.config.max_requests_per_connection,
             reused,
         };

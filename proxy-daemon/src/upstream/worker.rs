@@ -150,7 +150,8 @@ impl WorkerCluster {
             if let Some(port) = port_override {
                 destination.set_port(*port);
             }
-            return Some(self.original_dst.host(destination, self.worker, *cleanup_interval));
+            let counters = self.cluster.original_dst.as_ref()?;
+            return Some(self.original_dst.host(destination, self.worker, *cleanup_interval, counters));
         }
         let version = self.cluster.hosts_version();
         if version != self.hosts_version.get() {
@@ -247,16 +248,31 @@ impl WorkerHost {
         self.host.counters.add(self.worker, counter, delta);
     }
 
-    /// One more request is in flight to the host; [`end_request`](Self::end_request) must follow.
+    /// One more request is on its way to the host; [`end_request`](Self::end_request) must follow.
     pub fn begin_request(&self) {
         self.active.set(self.active.get() + 1);
-        self.count(HostCounter::RqActive, 1);
-        self.count(HostCounter::RqTotal, 1);
     }
 
     /// A request that began has ended.
     pub fn end_request(&self) {
         self.active.set(self.active.get() - 1);
-        self.count(HostCounter::RqActive, -1);
+    }
+}
+
+/// A request, or a TCP proxy's connection, that a host has: from when it got a connection until it ends.
+pub(crate) struct Issued(Rc<WorkerHost>);
+
+impl Issued {
+    /// Counts it as issued and, until this is dropped, as in progress.
+    pub(crate) fn to(host: &Rc<WorkerHost>) -> Issued {
+        host.count(HostCounter::RqTotal, 1);
+        host.count(HostCounter::RqActive, 1);
+        Issued(Rc::clone(host))
+    }
+}
+
+impl Drop for Issued {
+    fn drop(&mut self) {
+        self.0.count(HostCounter::RqActive, -1);
     }
 }

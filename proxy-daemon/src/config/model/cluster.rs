@@ -145,7 +145,7 @@ pub struct LocalityEndpoints {
 }
 
 /// `envoy.config.core.v3.Locality`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Locality {
     /// For example a cloud's region.
     pub region: String,
