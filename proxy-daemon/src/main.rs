@@ -21,10 +21,12 @@ use culvert_proxy_daemon::{
         store::{Applier, ConfigStore},
     },
     intercept::Interception,
+    report,
     runtime::{DataPlane, Options},
     stats,
 };
 use culvert_xds_client::{
+    grpc::Dialer,
     json,
     sources::{self, Subscriptions},
 };
@@ -178,6 +180,12 @@ async fn run(
         if let Err(error) = plane.upsert_listener(listener).await {
             bail!("listener {name:?}: {error}");
         }
+    }
+    if let Some(service) = bootstrap.load_stats {
+        // Checked with the bootstrap.
+        let server = service.target.server(&bootstrap.servers).context("cluster_manager.load_stats_config")?;
+        let dialer = Dialer::new(server, service);
+        tokio::spawn(report::report_load(dialer, bootstrap.node.clone(), plane.clone()));
     }
     if bootstrap.ads.is_some() {
         let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };

@@ -1,6 +1,6 @@
 //! Where resources come from: Envoy's `ConfigSource`, checked.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use crate::ads::Variant;
 
@@ -48,6 +48,18 @@ pub enum Target {
     Cluster(String),
     /// `host:port`.
     Address(String),
+}
+
+impl Target {
+    /// How it is reached; `None` where `servers` does not have its cluster.
+    pub fn server(&self, servers: &BTreeMap<String, Server>) -> Option<Server> {
+        match self {
+            Target::Cluster(name) => servers.get(name).cloned(),
+            Target::Address(address) => {
+                Some(Server { endpoints: vec![address.clone()], connect_timeout: crate::grpc::CONNECT_TIMEOUT })
+            }
+        }
+    }
 }
 
 /// A control plane that is polled over HTTP (`ApiConfigSource` with `api_type` REST).

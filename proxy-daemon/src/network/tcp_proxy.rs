@@ -23,7 +23,9 @@ use crate::{
     listener::{ConnectionInfo, DrainSignal},
     runtime::Worker,
     stats::{Counter, Gauge, Scope},
-    upstream::{ConnectError, Decrement, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect},
+    upstream::{
+        ConnectError, Decrement, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect,
+    },
 };
 
 /// Bytes read at a time in each direction.
@@ -223,14 +225,7 @@ async fn dial(
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 let issued = Issued::to(&host);
-                return Some(Dialed {
-                    stream,
-                    cluster: Rc::clone(cluster),
-                    host,
-                    since,
-                    _open: open,
-                    _issued: issued,
-                });
+                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open, _issued: issued });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();

@@ -52,7 +52,11 @@ fn request(counters: &HostCounters, worker: usize, end: HostCounter) {
 
 fn all(interval_ms: i32) -> LoadStatsResponse {
     let interval = ProtoDuration { seconds: 0, nanos: interval_ms * 1_000_000 };
-    LoadStatsResponse { send_all_clusters: true, load_reporting_interval: Some(interval), ..LoadStatsResponse::default() }
+    LoadStatsResponse {
+        send_all_clusters: true,
+        load_reporting_interval: Some(interval),
+        ..LoadStatsResponse::default()
+    }
 }
 
 /// Locality's zone and priority, issued, successful, errors, in progress.
@@ -185,7 +189,9 @@ fn an_original_dst_cluster_is_one_locality() {
 fn the_service_name_of_an_eds_cluster_is_told() {
     let clusters = Clusters::new(WORKERS);
     for (name, service) in [("own", "other"), ("same", "")] {
-        let yaml = format!("{{name: {name}, type: EDS, eds_cluster_config: {{eds_config: {{ads: {{}}}}, service_name: '{service}'}}}}");
+        let yaml = format!(
+            "{{name: {name}, type: EDS, eds_cluster_config: {{eds_config: {{ads: {{}}}}, service_name: '{service}'}}}}"
+        );
         clusters.upsert(parse::cluster(&message::<ProtoCluster>(&yaml), "").unwrap());
     }
     let assignment = message::<ClusterLoadAssignment>("{cluster_name: other}");

@@ -1,6 +1,7 @@
 //! Drives the xDS client over gRPC: connects, reconnects, and passes messages between the server and [`Core`].
 
 mod backoff;
+mod dial;
 mod stats;
 mod stream;
 
@@ -13,6 +14,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use tokio::sync::mpsc;
 
 use self::backoff::Backoff;
+pub use self::dial::{DialError, Dialer};
 pub use self::stats::{AdsStats, TypeStats};
 pub use self::stream::MAX_RESPONSE_BYTES;
 use self::stream::{Lost, Requests};

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use crate::{
     ads::{Interest, Sink},
     grpc::{AdsStats, Client, ClientConfig, Interests},
-    source::{GrpcSource, Server, Source, Target},
+    source::{GrpcSource, Server, Source},
 };
 
 /// What all clients share.
@@ -92,12 +92,7 @@ fn client<S: Sink>(config: &Config, source: &Source, sink: Arc<S>) -> Option<Cli
         Source::Ads => config.ads.as_ref()?,
         _ => return None,
     };
-    let server = match &grpc.service.target {
-        Target::Cluster(name) => config.servers.get(name)?.clone(),
-        Target::Address(address) => {
-            Server { endpoints: vec![address.clone()], connect_timeout: crate::grpc::CONNECT_TIMEOUT }
-        }
-    };
+    let server = grpc.service.target.server(&config.servers)?;
     let config = ClientConfig { source: source.clone(), server, grpc: grpc.clone(), node: config.node.clone() };
     Some(Client::new(config, sink))
 }

@@ -44,6 +44,8 @@ pub struct Bootstrap {
     pub ads: Option<GrpcSource>,
     /// Servers that a config source may name, by cluster.
     pub servers: BTreeMap<String, Server>,
+    /// Where load reports go.
+    pub load_stats: Option<GrpcService>,
     /// Clusters come from the control plane.
     pub cds: bool,
     /// Listeners come from the control plane.
@@ -74,6 +76,11 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     if ads.is_none() {
         needs_no_ads(&listeners, &clusters)?;
     }
+    let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
+    let load_stats = load_stats
+        .map(|config| grpc_source(config, &clusters, &servers, "cluster_manager.load_stats_config"))
+        .transpose()?
+        .map(|source| source.service);
     known_clusters(&listeners, &clusters)?;
     layered_runtime(message)?;
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
@@ -95,6 +102,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         listeners,
         ads,
         servers,
+        load_stats,
         cds,
         lds,
         interception: extensions(message)?,
@@ -118,7 +126,8 @@ fn dynamic_resources(
     servers: &BTreeMap<String, Server>,
 ) -> Result<(Option<GrpcSource>, bool, bool)> {
     const PATH: &str = "dynamic_resources";
-    let ads = dynamic.ads_config.as_ref().map(|config| ads_source(config, clusters, servers)).transpose()?;
+    let ads = dynamic.ads_config.as_ref();
+    let ads = ads.map(|config| grpc_source(config, clusters, servers, "dynamic_resources.ads_config")).transpose()?;
     let mut wanted = [false; 2];
     for (wanted, (field, source)) in
         wanted.iter_mut().zip([("cds_config", &dynamic.cds_config), ("lds_config", &dynamic.lds_config)])
@@ -153,21 +162,21 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
     servers.filter(|(_, server)| !server.endpoints.is_empty()).collect()
 }
 
-fn ads_source(
+fn grpc_source(
     config: &ApiConfigSource,
     clusters: &[ClusterConfig],
     servers: &BTreeMap<String, Server>,
+    path: &str,
 ) -> Result<GrpcSource> {
-    const PATH: &str = "dynamic_resources.ads_config";
     let variant = match ApiType::try_from(config.api_type) {
         Ok(ApiType::Grpc) => Variant::Sotw,
         Ok(ApiType::DeltaGrpc) => Variant::Delta,
-        _ => return Err(FieldError::unsupported(join(PATH, "api_type"))),
+        _ => return Err(FieldError::unsupported(join(path, "api_type"))),
     };
-    let path = format!("{PATH}.grpc_services[0]");
     let [service] = config.grpc_services.as_slice() else {
-        return Err(FieldError::new(join(PATH, "grpc_services"), "exactly one service is needed"));
+        return Err(FieldError::new(join(path, "grpc_services"), "exactly one service is needed"));
     };
+    let path = join(path, "grpc_services[0]");
     let (target, authority) = match &service.target_specifier {
         Some(TargetSpecifier::GoogleGrpc(google)) => {
             let uri = &google.target_uri;

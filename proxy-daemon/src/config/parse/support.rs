@@ -16,10 +16,19 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     // Bootstrap
     (
         "envoy.config.bootstrap.v3.Bootstrap",
-        &["node", "static_resources", "dynamic_resources", "admin", "bootstrap_extensions", "layered_runtime"],
+        &[
+            "node",
+            "static_resources",
+            "dynamic_resources",
+            "cluster_manager",
+            "admin",
+            "bootstrap_extensions",
+            "layered_runtime",
+        ],
     ),
     ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters"]),
     ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", &["lds_config", "cds_config", "ads_config"]),
+    ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
     ("envoy.config.bootstrap.v3.LayeredRuntime", ALL),
     ("envoy.config.bootstrap.v3.RuntimeLayer", &["name", "static_layer"]),
