@@ -282,3 +282,23 @@ fn interception_is_checked() {
         assert!(error.starts_with(&format!("{at}.{expected}")), "{error}");
     }
 }
+
+#[test]
+fn load_reports_need_a_server() {
+    let yaml = |service: &str| {
+        format!(
+            "static_resources: {{ clusters: [{{ name: lrs, type: STATIC, load_assignment: {{ cluster_name: lrs, endpoints: [{{ lb_endpoints: \
+             [{{ endpoint: {{ address: {{ socket_address: {{ address: 10.0.0.1, port_value: 1 }} }} }} }}] }}] }} }}] }}\n\
+             cluster_manager: {{ load_stats_config: {{ api_type: GRPC, grpc_services: [{service}] }} }}"
+        )
+    };
+    let service = load(&yaml("{ envoy_grpc: { cluster_name: lrs } }")).unwrap().load_stats.unwrap();
+    assert_eq!(service.target, culvert_xds_client::source::Target::Cluster("lrs".to_owned()));
+    assert_eq!(
+        load(&yaml("{ envoy_grpc: { cluster_name: nobody } }")).unwrap_err(),
+        "cluster_manager.load_stats_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'"
+    );
+    let error = load("cluster_manager: { local_cluster_name: x }").unwrap_err();
+    assert_eq!(error, "cluster_manager.local_cluster_name: not supported by culvert yet");
+    assert_eq!(load("{}").unwrap().load_stats, None);
+}
