@@ -1,6 +1,7 @@
 //! What Culvert's end-to-end tests and its demo are made of: the [`lab`] (nodes and pods out of network namespaces), the
 //! programs that run in it ([`app`], [`load`]), the [`scenario`] that both show, a daemon without a lab
-//! ([`daemon`]), and a control plane that the test plays ([`control_plane`]).
+//! ([`daemon`]),
+//! a control plane that the test plays ([`control_plane`]), and a server that proxies report to ([`report_server`]).
 
 pub mod app;
 pub mod binaries;
