@@ -1,32 +1,30 @@
-//! The state that both variants share: subscriptions, what is in force, and what is to be acknowledged.
+//! The state machine: takes events in, and says what is to be applied and what is to be sent.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::BTreeMap;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
-use envoy_types::pb::google::rpc::Status;
 
-use super::delta;
-use super::resource::Incoming;
+use super::entries::Offered;
+use super::nack;
+use super::resource::Intake;
+use super::subscription::{OnStream, Pending, Subscription};
 use super::{Handled, Ignored, Interest, Outcome, Rejection, Request, Response, Token, Update, Variant, type_url};
-
-/// gRPC's code INTERNAL, which Envoy puts into its NACKs.
-const NACK_CODE: i32 = 13;
-/// The longest text of a NACK, in bytes: some servers log every one.
-const MAX_NACK_BYTES: usize = 16 * 1024;
 
 /// The client's side of ADS.
 ///
 /// Absence means removal where the server decides what there is: in every type that is subscribed to by wildcard, and
 /// in LDS and CDS even by name. A resource of any other type that is subscribed to by name stays in force until
 /// nobody is interested in it any more, whatever the server says, as in Envoy.
+///
+/// Any number of updates may be under way, of one type as well. They may be finished in any order: for each resource,
+/// what a newer update has settled stays. Every incremental response is answered. Of state-of-the-world responses, one
+/// that is finished after a newer one of its type is not: servers pass over such answers as stale.
 pub struct Core {
     variant: Variant,
     node: Node,
     /// In the order of requests.
     subscriptions: BTreeMap<(u8, String), Subscription>,
     stream: Option<Stream>,
-    /// The update that is being applied.
-    pending: Option<Pending>,
     next_token: u64,
 }
 
@@ -35,65 +33,10 @@ struct Stream {
     node_sent: bool,
 }
 
-/// One resource type.
-#[derive(Default)]
-pub(super) struct Subscription {
-    pub(super) interest: Interest,
-    /// The version of the last response that was accepted as a whole (state of the world only).
-    pub(super) version: String,
-    /// Resources in force, with their versions.
-    pub(super) held: BTreeMap<String, String>,
-    pub(super) on_stream: OnStream,
-}
-
-/// What is forgotten when the stream is lost.
-#[derive(Default)]
-pub(super) struct OnStream {
-    /// What was last asked for. `None`: nothing was, ever.
-    pub(super) asked: Option<Asked>,
-    /// Names have been given.
-    pub(super) named: bool,
-    /// What interest was lost in since `asked` was sent: the server must hear of it even if it is wanted again now,
-    /// or it would not send it again.
-    dropped: Asked,
-    /// The nonce of the last response that was finished.
-    pub(super) nonce: String,
-    /// The nonce of the last response that was handled.
-    seen: Option<String>,
-    /// Answers to be sent.
-    answers: VecDeque<Answer>,
-}
-
-/// What a request asked for.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Asked {
-    pub(super) wildcard: bool,
-    pub(super) names: BTreeSet<String>,
-}
-
-/// An ACK, or with an error a NACK.
-pub(super) struct Answer {
-    pub(super) nonce: String,
-    pub(super) error: Option<Status>,
-}
-
-struct Pending {
-    token: u64,
-    key: (u8, String),
-    nonce: String,
-    version: String,
-    /// Names and versions handed out to be applied.
-    added: Vec<(String, String)>,
-    removed: Vec<String>,
-    rejected: Vec<Rejection>,
-    /// The stream that the response came from is still there.
-    answerable: bool,
-}
-
 impl Core {
     /// A client that is interested in nothing yet.
     pub fn new(node: Node, variant: Variant) -> Self {
-        Core { variant, node, subscriptions: BTreeMap::new(), stream: None, pending: None, next_token: 0 }
+        Core { variant, node, subscriptions: BTreeMap::new(), stream: None, next_token: 0 }
     }
 
     /// The variant spoken.
@@ -112,30 +55,19 @@ impl Core {
         self.stream = None;
         for subscription in self.subscriptions.values_mut() {
             subscription.on_stream = OnStream::default();
-        }
-        if let Some(pending) = &mut self.pending {
-            pending.answerable = false;
+            for pending in subscription.pending.values_mut() {
+                pending.answerable = false;
+            }
         }
     }
 
     /// Sets what is wanted of a type. Resources that are not wanted any more are forgotten.
     pub fn set_interest(&mut self, type_url: &str, interest: Interest) {
-        let key = key(type_url);
+        let (key, interest) = (key(type_url), interest.normal());
         if interest == Interest::None && !self.subscriptions.contains_key(&key) {
             return;
         }
-        let subscription = self.subscriptions.entry(key).or_default();
-        let (before, now) = (subscription.interest.asks(), interest.asks());
-        if before == now {
-            return;
-        }
-        subscription.on_stream.dropped.wildcard |= before.wildcard && !now.wildcard;
-        subscription.on_stream.dropped.names.extend(before.names.difference(&now.names).cloned());
-        subscription.held.retain(|name, _| interest.includes(name));
-        if now.is_nothing() {
-            subscription.version.clear();
-        }
-        subscription.interest = interest;
+        self.subscriptions.entry(key).or_default().set_interest(interest, self.next_token);
     }
 
     /// What is wanted of a type.
@@ -143,99 +75,89 @@ impl Core {
         self.subscriptions.get(&key(type_url)).map_or(&Interest::None, |subscription| &subscription.interest)
     }
 
-    /// Takes a response in. An update must be reported to [`Core::finish`] before the next response is handled: an
-    /// update that is not counts as never received.
+    /// Takes a response in. What became of the update is told to [`Core::finish`], or [`Core::abandon`], at any time.
     pub fn handle(&mut self, response: Response) -> Handled {
         if self.stream.is_none() {
             return Handled::Ignored(Ignored::NotConnected);
         }
-        let (type_url, nonce) = match (&response, self.variant) {
-            (Response::Sotw(response), Variant::Sotw) => (response.type_url.clone(), response.nonce.clone()),
-            (Response::Delta(response), Variant::Delta) => (response.type_url.clone(), response.nonce.clone()),
+        let (type_url, nonce, version) = match (&response, self.variant) {
+            (Response::Sotw(it), Variant::Sotw) => (it.type_url.clone(), it.nonce.clone(), it.version_info.clone()),
+            (Response::Delta(it), Variant::Delta) => {
+                (it.type_url.clone(), it.nonce.clone(), it.system_version_info.clone())
+            }
             _ => return Handled::Ignored(Ignored::WrongVariant),
         };
         let key = key(&type_url);
-        let Some(subscription) = self.subscriptions.get_mut(&key).filter(|s| s.on_stream.asked.is_some()) else {
+        let Some(subscription) = self.subscriptions.get_mut(&key).filter(|it| it.on_stream.asked) else {
             return Handled::Ignored(Ignored::UnknownType);
         };
-        if !nonce.is_empty() && subscription.on_stream.seen.as_ref() == Some(&nonce) {
-            return Handled::Ignored(Ignored::StaleNonce);
-        }
-        subscription.on_stream.seen = Some(nonce.clone());
-
+        self.next_token += 1;
+        let token = self.next_token;
+        subscription.on_stream.newest = token;
         let server_owned = subscription.interest.is_server_owned(&type_url);
-        let mut incoming = Incoming::default();
-        let (version, complete, removed) = match response {
+        let mut intake = Intake {
+            type_url: &type_url,
+            version: version.as_str().into(),
+            token,
+            interest: &subscription.interest,
+            entries: &mut subscription.entries,
+            added: Vec::new(),
+            offered: Offered::default(),
+            rejected: Vec::new(),
+        };
+        let mut complete = false;
+        match response {
             Response::Sotw(response) => {
+                complete = server_owned;
                 for body in response.resources {
-                    incoming.add(&type_url, &response.version_info, body);
+                    intake.add(body);
                 }
-                let absent = |name: &&String| server_owned && !incoming.names.contains(*name);
-                let removed = subscription.held.keys().filter(absent).cloned().collect();
-                (response.version_info, server_owned, removed)
+                if complete {
+                    intake.entries.offer_removal_of_unseen(token, &mut intake.offered);
+                }
             }
             Response::Delta(response) => {
                 for wrapper in response.resources {
-                    incoming.add_wrapped(&type_url, &response.system_version_info, wrapper);
+                    intake.add_wrapped(wrapper);
                 }
-                let mut removed = Vec::new();
                 for name in response.removed_resources {
-                    if incoming.names.contains(&name) {
-                        incoming.resources.retain(|resource| resource.name != name);
-                        let message = "name: both sent and removed in one response".to_owned();
-                        incoming.rejected.push(Rejection { name, message });
-                    } else if !server_owned {
-                        // Stays in force, and yet a new stream must not claim to have it.
-                        subscription.held.remove(&name);
-                    } else if subscription.held.contains_key(&name) {
-                        removed.push(name);
-                    }
+                    intake.remove(name, server_owned);
                 }
-                (response.system_version_info, false, removed)
             }
-        };
-        // Nobody asked for these (or no longer): they are acknowledged all the same, as in Envoy.
-        incoming.resources.retain(|resource| subscription.interest.includes(&resource.name));
-
-        self.next_token += 1;
-        let token = self.next_token;
-        self.pending = Some(Pending {
-            token,
-            key,
-            nonce,
-            version,
-            added: incoming.resources.iter().map(|r| (r.name.clone(), r.version.clone())).collect(),
-            removed: removed.clone(),
-            rejected: incoming.rejected,
-            answerable: true,
-        });
-        Handled::Update(Token(token), Update { type_url, added: incoming.resources, removed, complete })
+        }
+        let Intake { added, offered, rejected, .. } = intake;
+        let removed = offered.removed.iter().map(|name| name.to_string()).collect();
+        subscription.pending.insert(token, Pending { nonce, version, offered, rejected, answerable: true });
+        Handled::Update(Token { key, token }, Update { type_url, added, removed, complete })
     }
 
     /// The update has been applied: whatever the outcome does not reject is in force. Returns all rejections, with
     /// those of resources that were never handed out.
     pub fn finish(&mut self, token: Token, outcome: Outcome) -> Vec<Rejection> {
-        let Some(pending) = self.pending.take_if(|pending| pending.token == token.0) else { return Vec::new() };
-        let Pending { key, nonce, version, added, removed, mut rejected, answerable, .. } = pending;
+        let Token { key, token } = token;
+        let Some(subscription) = self.subscriptions.get_mut(&key) else { return outcome.rejected };
+        let Some(pending) = subscription.pending.remove(&token) else { return outcome.rejected };
+        let Pending { nonce, version, offered, mut rejected, answerable } = pending;
+        subscription.entries.finish(token, offered, &outcome);
         rejected.extend(outcome.rejected);
-        if let Some(subscription) = self.subscriptions.get_mut(&key) {
-            for name in removed {
-                subscription.held.remove(&name);
-            }
-            for (name, version) in added {
-                if subscription.interest.includes(&name) && !rejected.iter().any(|rejection| rejection.name == name) {
-                    subscription.held.insert(name, version);
-                }
-            }
-            if rejected.is_empty() {
-                subscription.version = version;
-            }
-            if answerable {
-                subscription.on_stream.nonce.clone_from(&nonce);
-                subscription.on_stream.answers.push_back(Answer { nonce, error: nack(&rejected) });
-            }
+        if rejected.is_empty() && token > subscription.version_of {
+            (subscription.version, subscription.version_of) = (version, token);
+        }
+        if answerable {
+            subscription.answer(token, nonce, nack::detail(&rejected), self.variant == Variant::Sotw);
         }
         rejected
+    }
+
+    /// The update will never be applied: its response counts as never received, and is not answered.
+    pub fn abandon(&mut self, token: Token) {
+        let Token { key, token } = token;
+        let Some(subscription) = self.subscriptions.get_mut(&key) else { return };
+        let Some(pending) = subscription.pending.remove(&token) else { return };
+        subscription.entries.abandon(token, pending.offered);
+        if pending.answerable {
+            subscription.give_up_answer(token);
+        }
     }
 
     /// What is to be sent now, in order: RTDS, CDS, EDS, LDS, RDS, then other types.
@@ -259,76 +181,14 @@ impl Core {
     }
 }
 
-impl Subscription {
-    /// What to ask for, one after the other: what was lost interest in has to be left out once.
-    fn steps(&mut self) -> [Asked; 2] {
-        let last = self.interest.asks();
-        let dropped = std::mem::take(&mut self.on_stream.dropped);
-        let between = Asked {
-            wildcard: last.wildcard && !dropped.wildcard,
-            names: last.names.difference(&dropped.names).cloned().collect(),
-        };
-        // Without a first request there is nothing that the server has to forget.
-        if self.on_stream.asked.is_none() { [Asked::default(), last] } else { [between, last] }
-    }
-
-    fn sotw_requests(&mut self, type_url: &str, requests: &mut Vec<Request>) {
-        let steps = self.steps();
-        while let Some(answer) = self.on_stream.answers.pop_front() {
-            // An answer names everything that is asked for, so it makes the first change as well.
-            self.on_stream.asked = Some(steps[0].clone());
-            requests.push(Request::Sotw(self.sotw_answer(type_url, &steps[0], answer)));
-        }
-        for asks in &steps {
-            if !(asks.is_nothing() && self.on_stream.asked.is_none()) {
-                requests.extend(self.sotw_change(type_url, asks).map(Request::Sotw));
-            }
-        }
-    }
-
-    fn delta_requests(&mut self, type_url: &str, requests: &mut Vec<Request>) {
-        while let Some(answer) = self.on_stream.answers.pop_front() {
-            requests.push(Request::Delta(delta::answer(type_url, answer)));
-        }
-        for asks in &self.steps() {
-            if !(asks.is_nothing() && self.on_stream.asked.is_none()) {
-                requests.extend(self.delta_change(type_url, asks).map(Request::Delta));
-            }
-        }
-    }
-}
-
 impl Interest {
     /// Whether absence from a response, or a word of the server, removes a resource.
     fn is_server_owned(&self, type_url: &str) -> bool {
         match self {
             Interest::None => false,
-            Interest::Wildcard => true,
+            Interest::Wildcard | Interest::WildcardAnd(_) => true,
             Interest::Names(_) => matches!(type_url, type_url::CLUSTER | type_url::LISTENER),
         }
-    }
-
-    /// Whether the resource of this name is wanted.
-    pub fn includes(&self, name: &str) -> bool {
-        match self {
-            Interest::None => false,
-            Interest::Wildcard => true,
-            Interest::Names(names) => names.contains(name),
-        }
-    }
-
-    pub(super) fn asks(&self) -> Asked {
-        match self {
-            Interest::None => Asked::default(),
-            Interest::Wildcard => Asked { wildcard: true, names: BTreeSet::new() },
-            Interest::Names(names) => Asked { wildcard: false, names: names.clone() },
-        }
-    }
-}
-
-impl Asked {
-    pub(super) fn is_nothing(&self) -> bool {
-        !self.wildcard && self.names.is_empty()
     }
 }
 
@@ -343,24 +203,4 @@ fn key(type_url: &str) -> (u8, String) {
         _ => 5,
     };
     (rank, type_url.to_owned())
-}
-
-/// The NACK's detail, naming every rejected resource as far as there is room.
-fn nack(rejected: &[Rejection]) -> Option<Status> {
-    if rejected.is_empty() {
-        return None;
-    }
-    let mut message = String::new();
-    for (index, Rejection { name, message: why }) in rejected.iter().enumerate() {
-        let line = if name.is_empty() { why.clone() } else { format!("{name}: {why}") };
-        if !message.is_empty() && message.len() + line.len() > MAX_NACK_BYTES {
-            message.push_str(&format!("\nand {} more", rejected.len() - index));
-            break;
-        }
-        if !message.is_empty() {
-            message.push('\n');
-        }
-        message.push_str(&line);
-    }
-    Some(Status { code: NACK_CODE, message, details: Vec::new() })
 }

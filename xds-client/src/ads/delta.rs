@@ -2,50 +2,57 @@
 
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 
-use super::core::{Answer, Asked, Subscription};
+use super::Request;
+use super::subscription::{Change, Subscription, WILDCARD};
 
 impl Subscription {
-    /// The request that changes what is asked for into `asks`; `None` where there is nothing to change.
-    pub(super) fn delta_change(&mut self, type_url: &str, asks: &Asked) -> Option<DeltaDiscoveryRequest> {
-        let first = self.on_stream.asked.is_none();
-        let asked = self.on_stream.asked.clone().unwrap_or_default();
-        if asked == *asks {
-            return None;
+    /// What is to be sent now.
+    pub(super) fn delta_requests(&mut self, type_url: &str, requests: &mut Vec<Request>) {
+        while let Some(answer) = self.on_stream.answers.pop_front() {
+            requests.push(Request::Delta(DeltaDiscoveryRequest {
+                type_url: type_url.to_owned(),
+                response_nonce: answer.nonce,
+                error_detail: answer.error,
+                ..Default::default()
+            }));
         }
-        let wildcard = |wanted: bool| wanted.then(|| "*".to_owned());
-        // A stream's first request asks for everything by naming nothing, which older servers understand as well.
-        let subscribe_all = asks.wildcard && !asked.wildcard && !first;
-        let request = DeltaDiscoveryRequest {
-            type_url: type_url.to_owned(),
-            resource_names_subscribe: asks
-                .names
-                .difference(&asked.names)
-                .cloned()
-                .chain(wildcard(subscribe_all))
-                .collect(),
-            resource_names_unsubscribe: asked
-                .names
-                .difference(&asks.names)
-                .cloned()
-                .chain(wildcard(asked.wildcard && !asks.wildcard))
-                .collect(),
-            initial_resource_versions: match first {
-                true => self.held.iter().map(|(name, version)| (name.clone(), version.clone())).collect(),
-                false => Default::default(),
-            },
-            ..Default::default()
+        if self.is_silent() || !self.is_changed() {
+            return;
+        }
+        if !self.on_stream.asked {
+            requests.push(self.first_delta_request(type_url));
+            return;
+        }
+        let Change { unsubscribe, subscribe, again } = self.change();
+        let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| {
+            Request::Delta(DeltaDiscoveryRequest {
+                type_url: type_url.to_owned(),
+                resource_names_subscribe: subscribe,
+                resource_names_unsubscribe: unsubscribe,
+                ..Default::default()
+            })
         };
-        self.on_stream.asked = Some(asks.clone());
-        Some(request)
+        if !subscribe.is_empty() || !unsubscribe.is_empty() {
+            requests.push(request(subscribe, unsubscribe));
+        }
+        if !again.is_empty() {
+            requests.push(request(again, Vec::new()));
+        }
     }
-}
 
-/// An ACK or NACK.
-pub(super) fn answer(type_url: &str, answer: Answer) -> DeltaDiscoveryRequest {
-    DeltaDiscoveryRequest {
-        type_url: type_url.to_owned(),
-        response_nonce: answer.nonce,
-        error_detail: answer.error,
-        ..Default::default()
+    fn first_delta_request(&mut self, type_url: &str) -> Request {
+        self.change();
+        let mut names: Vec<String> = self.interest.names().into_iter().flatten().cloned().collect();
+        // A request that names nothing asks for everything, which older servers understand as well.
+        if self.interest.is_wildcard() && !names.is_empty() {
+            names.push(WILDCARD.to_owned());
+        }
+        let claims = self.entries.claims().map(|(name, state)| (name.to_string(), state.version.to_string()));
+        Request::Delta(DeltaDiscoveryRequest {
+            type_url: type_url.to_owned(),
+            resource_names_subscribe: names,
+            initial_resource_versions: claims.collect(),
+            ..Default::default()
+        })
     }
 }

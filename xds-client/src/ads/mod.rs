@@ -8,8 +8,11 @@
 
 mod core;
 mod delta;
+mod entries;
+mod nack;
 mod resource;
 mod sotw;
+mod subscription;
 
 use std::collections::BTreeSet;
 
@@ -53,6 +56,8 @@ pub enum Interest {
     Wildcard,
     /// Those with these names.
     Names(BTreeSet<String>),
+    /// All, and those with these names even where the server would not have sent them by itself (on demand).
+    WildcardAnd(BTreeSet<String>),
 }
 
 /// A resource as the server sent it, its body not yet decoded.
@@ -109,17 +114,27 @@ pub trait Sink: Send + Sync + 'static {
 }
 
 /// To be told what became of an update. Dropped without that, the response counts as never received.
-pub struct Done(Box<dyn FnOnce(Outcome) + Send>);
+pub struct Done(Option<Box<dyn FnOnce(Option<Outcome>) + Send>>);
 
 impl Done {
-    /// Calls `then` with the outcome.
-    pub fn new(then: impl FnOnce(Outcome) + Send + 'static) -> Done {
-        Done(Box::new(then))
+    /// Calls `then` with the outcome, or without one when it is dropped.
+    pub fn new(then: impl FnOnce(Option<Outcome>) + Send + 'static) -> Done {
+        Done(Some(Box::new(then)))
     }
 
     /// The update has been applied, but for what was rejected.
-    pub fn finish(self, outcome: Outcome) {
-        (self.0)(outcome);
+    pub fn finish(mut self, outcome: Outcome) {
+        if let Some(then) = self.0.take() {
+            then(Some(outcome));
+        }
+    }
+}
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        if let Some(then) = self.0.take() {
+            then(None);
+        }
     }
 }
 
@@ -162,15 +177,18 @@ pub enum Ignored {
     /// Nothing of its type was asked for on this stream.
     #[error("nothing of its type was asked for")]
     UnknownType,
-    /// Its nonce is that of a response that was handled before.
-    #[error("it was handled before")]
-    StaleNonce,
 }
 
 /// Names the response that an [`Outcome`] is about.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Token(u64);
+pub struct Token {
+    /// The type.
+    key: (u8, String),
+    token: u64,
+}
 
+#[cfg(test)]
+mod concurrency_tests;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

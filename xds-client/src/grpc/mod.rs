@@ -51,8 +51,8 @@ pub struct Client<S> {
 enum Event {
     /// What is wanted of a type.
     Want(String, Interest),
-    /// An update of which the sink has said what became.
-    Applied { token: Token, type_url: String, outcome: Outcome },
+    /// An update of which the sink has said what became, or that it will never be applied.
+    Applied { token: Token, type_url: String, outcome: Option<Outcome> },
 }
 
 /// Changes what a client wants.
@@ -172,7 +172,8 @@ impl<S: Sink> Client<S> {
                 }
                 self.core.set_interest(&type_url, interest);
             }
-            Event::Applied { token, type_url, outcome } => {
+            Event::Applied { token, outcome: None, .. } => self.core.abandon(token),
+            Event::Applied { token, type_url, outcome: Some(outcome) } => {
                 let rejected = self.core.finish(token, outcome);
                 self.stats.answered(&type_url, rejected.is_empty());
                 for rejection in &rejected {

@@ -70,7 +70,7 @@ struct Told {
 impl Fixture {
     fn update(&self, update: Update) -> Told {
         let (sender, outcome) = std::sync::mpsc::channel();
-        self.store.update(&Source::Ads, update, Done::new(move |outcome| sender.send(outcome).unwrap()));
+        self.store.update(&Source::Ads, update, Done::new(move |outcome| sender.send(outcome.unwrap()).unwrap()));
         let rejected = outcome.try_recv().expect("the update is finished").rejected;
         Told { rejected, wanted: self.wanted() }
     }
