@@ -153,6 +153,7 @@ fn names(told: &Told, type_url: String) -> Vec<&str> {
         Some(Interest::Names(names)) => names.iter().map(String::as_str).collect(),
         Some(Interest::Wildcard) => vec!["*"],
         Some(Interest::None) | None => Vec::new(),
+        other => panic!("{type_url} is asked for as {other:?}"),
     }
 }
 
