@@ -7,6 +7,7 @@ pub mod bootstrap;
 pub mod config;
 pub mod http;
 pub mod intercept;
+pub mod layered_runtime;
 pub mod listener;
 pub mod network;
 pub mod report;

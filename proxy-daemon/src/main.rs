@@ -21,6 +21,7 @@ use culvert_proxy_daemon::{
         store::{Applier, ConfigStore},
     },
     intercept::Interception,
+    layered_runtime::Runtime,
     report,
     runtime::{DataPlane, Options},
     stats,
@@ -135,6 +136,8 @@ async fn run(
     signals: &mut Signals,
     (started, started_at): (Instant, SystemTime),
 ) -> Result<()> {
+    // First of all: what follows may refer to its values.
+    let runtime = Runtime::start(bootstrap.runtime.clone()).map_err(anyhow::Error::msg).context("layered_runtime")?;
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let wanted =
@@ -164,6 +167,7 @@ async fn run(
             node,
             config: Arc::new(Configuration::new(&message, started_at, move || dump.snapshot())),
             log_level,
+            runtime,
             shutdown: Arc::clone(&shutdown),
             drain_time: drain_time(flags),
             extra_stats: vec![Box::new(move || {

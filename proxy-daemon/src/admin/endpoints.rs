@@ -196,6 +196,22 @@ const ENDPOINTS: &[Endpoint] = &[
         },
     },
     Endpoint {
+        path: "/runtime",
+        help: "print runtime values",
+        parameters: &[],
+        mutates: false,
+        run: |state, _| Reply::json(&state.runtime.to_json()),
+    },
+    Endpoint {
+        path: RUNTIME_MODIFY,
+        help: "Adds or modifies runtime values as passed in query parameters. To delete a previously added key, use an \
+               empty string as the value. Note that deletion only applies to overrides added via this endpoint; values \
+               loaded from disk can be modified via override but not deleted. E.g. ?key1=value1&key2=value2...",
+        parameters: &[],
+        mutates: true,
+        run: runtime_modify,
+    },
+    Endpoint {
         path: "/server_info",
         help: "print server version/status information",
         parameters: &[],
@@ -224,6 +240,9 @@ const ENDPOINTS: &[Endpoint] = &[
         run: stats::prometheus,
     },
 ];
+
+/// The one endpoint whose parameters may come as a form.
+pub(super) const RUNTIME_MODIFY: &str = "/runtime_modify";
 
 /// The one endpoint that waits for the workers: the server does it.
 pub(super) const DRAIN_LISTENERS: &str = "/drain_listeners";
@@ -351,6 +370,19 @@ fn logging(state: &AdminState, parameters: &Parameters) -> Reply {
         other => other.to_string(),
     };
     Reply::text(format!("active loggers:\n  culvert: {level}\n"))
+}
+
+fn runtime_modify(state: &AdminState, parameters: &Parameters) -> Reply {
+    if parameters.iter().next().is_none() {
+        return Reply::bad_request(
+            "usage: /runtime_modify?key1=value1&key2=value2&keyN=valueN\n       or send the parameters as form values\nuse \
+             an empty value to remove a previously added override",
+        );
+    }
+    match state.runtime.modify(parameters.iter()) {
+        Ok(()) => Reply::ok(),
+        Err(error) => Reply::error(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+    }
 }
 
 fn logging_usage(error: &str) -> String {

@@ -23,7 +23,7 @@ use serde_json::Value as Json;
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 
-use crate::{config::dump::Configuration, runtime::DataPlane};
+use crate::{config::dump::Configuration, layered_runtime::Runtime, runtime::DataPlane};
 
 pub use server::run;
 
@@ -106,6 +106,8 @@ pub struct AdminState {
     pub config: Arc<Configuration>,
     /// Sets the log level where one is given, and says which one is in force.
     pub log_level: Box<dyn Fn(Option<LevelFilter>) -> LevelFilter + Send + Sync>,
+    /// What `/runtime` shows and `/runtime_modify` changes.
+    pub runtime: Runtime,
     /// Woken by `/quitquitquit`.
     pub shutdown: Arc<Notify>,
     /// How long `/drain_listeners?graceful` leaves the listeners open (`--drain-time-s`).

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
@@ -20,13 +20,15 @@ use tonic::{body::Body, codegen::Service as _};
 
 use super::{
     AdminState, csds,
-    endpoints::{self, DRAIN_LISTENERS},
+    endpoints::{self, DRAIN_LISTENERS, RUNTIME_MODIFY},
     request::{Parameters, Reply},
 };
 use crate::stats::{self, Counter, Gauge, ResponseCodes, Scope};
 
 /// A request's head must be there within this.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of a form.
+const MAX_FORM: usize = 1 << 20;
 /// Connections at a time: an idle client must not use up the daemon's file descriptors.
 const MAX_CONNECTIONS: usize = 256;
 /// Envoy's `stats_flush_interval`: what `/stats` shows as a histogram's interval.
@@ -132,7 +134,7 @@ async fn serve(server: Arc<Server>, stream: TcpStream) -> hyper::Result<()> {
         .await
 }
 
-async fn respond(server: Arc<Server>, request: Request<Incoming>) -> Response<Body> {
+async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Response<Body> {
     server.rq_total.inc();
     server.rq_active.inc();
     if request.uri().path().starts_with(csds::PATH) {
@@ -142,7 +144,7 @@ async fn respond(server: Arc<Server>, request: Request<Incoming>) -> Response<Bo
         server.rq_active.dec();
         return response;
     }
-    let parameters = Parameters::parse(request.uri().query().unwrap_or(""));
+    let parameters = parameters(&mut request).await;
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let drain = path == DRAIN_LISTENERS && method == Method::POST;
     let graceful = parameters.get("graceful").is_some();
@@ -161,6 +163,24 @@ async fn respond(server: Arc<Server>, request: Request<Incoming>) -> Response<Bo
     server.rq.inc(reply.status.as_u16());
     server.rq_active.dec();
     response(reply)
+}
+
+/// The parameters of the request's target; of `/runtime_modify`, where there are none, those of its form.
+async fn parameters(request: &mut Request<Incoming>) -> Parameters {
+    let parameters = Parameters::parse(request.uri().query().unwrap_or(""));
+    let form = HeaderValue::from_static("application/x-www-form-urlencoded");
+    if request.uri().path() != RUNTIME_MODIFY
+        || parameters.iter().next().is_some()
+        || request.headers().get(header::CONTENT_TYPE) != Some(&form)
+    {
+        return parameters;
+    }
+    let body = Limited::new(request.body_mut(), MAX_FORM).collect();
+    match timeout(HEADER_TIMEOUT, body).await {
+        Ok(Ok(body)) => Parameters::parse(&String::from_utf8_lossy(&body.to_bytes())),
+        // Too long, too slow, or broken: as if there were none.
+        _ => parameters,
+    }
 }
 
 async fn drain_listeners(server: &Arc<Server>, graceful: bool) {

@@ -17,6 +17,7 @@ use crate::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbPolicy, ListenAddress, Listener, Locality,
         LocalityEndpoints, Thresholds, UpstreamProtocol,
     },
+    layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
     stats,
 };
@@ -53,6 +54,12 @@ impl Admin {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let level = std::sync::Mutex::new(LevelFilter::INFO);
+        let values = [("a.b".to_owned(), Entry::from_text("1").unwrap())];
+        let layers = vec![
+            Layer { name: "base".to_owned(), source: LayerSource::Static(values.into()) },
+            Layer { name: "admin".to_owned(), source: LayerSource::Admin },
+        ];
+        let runtime = Runtime::start(layers).unwrap();
         let admin_state = AdminState {
             data_plane: data_plane.clone(),
             started: Instant::now(),
@@ -66,6 +73,7 @@ impl Admin {
                 *level = wanted.unwrap_or(*level);
                 *level
             }),
+            runtime,
             shutdown: Arc::clone(&shutdown),
             drain_time: Duration::from_millis(1),
             extra_stats: vec![Box::new(|| vec![("culvert.kernel.redirected".into(), 17)])],
@@ -74,14 +82,24 @@ impl Admin {
     }
 
     async fn request(&self, method: &str, target: &str) -> Answer {
+        self.exchange(&format!("{method} {target} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n")).await
+    }
+
+    async fn exchange(&self, request: &str) -> Answer {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
-        let request = format!("{method} {target} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut text = String::new();
         timeout(Duration::from_secs(10), stream.read_to_string(&mut text)).await.expect("an answer").unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         Answer { status, head: head.to_owned(), body: body.to_owned() }
+    }
+
+    /// A POST of a form.
+    async fn form(&self, target: &str, content_type: &str, body: &str) -> Answer {
+        let fields = format!("content-type: {content_type}\r\ncontent-length: {}\r\n", body.len());
+        self.exchange(&format!("POST {target} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n{fields}\r\n{body}"))
+            .await
     }
 
     pub(super) async fn get(&self, target: &str) -> Answer {
@@ -355,4 +373,38 @@ async fn server_info_logging_and_the_rest() {
         assert!(answer.status == 400 && answer.body.contains("usage: /logging"), "{}", answer.body);
     }
     admin.stop().await;
+}
+
+/// The texts are the real Envoy's.
+#[tokio::test]
+async fn runtime_values_are_shown_and_modified() {
+    let admin = Admin::start().await;
+    let entry = |answer: &Answer, key: &str| answer.json()["entries"][key].clone();
+    let before = admin.get("/runtime").await;
+    assert_eq!(before.json()["layers"], json!(["base", "admin"]));
+    assert_eq!(entry(&before, "a.b"), json!({ "final_value": "1", "layer_values": ["1", ""] }));
+
+    let done = admin.post("/runtime_modify?a.b=%35&c=x+y&a.b=6").await;
+    assert_eq!((done.status, done.body.as_str()), (200, "OK\n"));
+    let form = "application/x-www-form-urlencoded";
+    assert_eq!(admin.form("/runtime_modify", form, "d=4&e=5").await.status, 200);
+    let after = admin.get("/runtime").await;
+    assert_eq!(entry(&after, "a.b"), json!({ "final_value": "5", "layer_values": ["1", "5"] }));
+    assert_eq!(entry(&after, "c")["final_value"], "x+y");
+    assert_eq!(entry(&after, "e")["final_value"], "5");
+
+    assert_eq!(admin.post("/runtime_modify?a.b=&c").await.status, 200);
+    let after = admin.get("/runtime").await;
+    assert_eq!(entry(&after, "a.b")["final_value"], "1");
+    assert_eq!(entry(&after, "c"), Json::Null);
+
+    let refused = admin.get("/runtime_modify?a=1").await;
+    assert_eq!((refused.status, refused.body.as_str()), (405, "Method GET not allowed, POST required."));
+    for answer in [admin.post("/runtime_modify").await, admin.form("/runtime_modify", "text/plain", "a=1").await] {
+        assert_eq!(answer.status, 400);
+        let usage = "usage: /runtime_modify?key1=value1&key2=value2&keyN=valueN\n       or send the parameters as form \
+                     values\nuse an empty value to remove a previously added override";
+        assert_eq!(answer.body, usage);
+    }
+    assert_eq!(admin.post("/runtime_modify?a=x:%20%5B").await.status, 503);
 }

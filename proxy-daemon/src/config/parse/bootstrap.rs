@@ -10,7 +10,7 @@ use culvert_xds_client::{
     source::{GrpcService, GrpcSource, Server, Target},
 };
 use envoy_types::pb::envoy::config::{
-    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources, runtime_layer::LayerSpecifier},
+    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
     core::v3::{ApiConfigSource, Node, api_config_source::ApiType, grpc_service::TargetSpecifier},
 };
 use prost::Name;
@@ -18,6 +18,7 @@ use prost::Name;
 use super::{
     cluster,
     common::{Result, from_ads, ip, required, socket_address},
+    layered_runtime::layered_runtime,
     listener,
     support::{self, join},
 };
@@ -27,6 +28,7 @@ use crate::{
         model::{ClusterConfig, Discovery, EndpointAddress, Listener, RouteSource},
     },
     intercept::InterceptionConfig,
+    layered_runtime::Layer,
 };
 
 /// A checked bootstrap.
@@ -50,6 +52,8 @@ pub struct Bootstrap {
     pub cds: bool,
     /// Listeners come from the control plane.
     pub lds: bool,
+    /// The layers of runtime values, of which the later win.
+    pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
 }
@@ -82,7 +86,6 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         .transpose()?
         .map(|source| source.service);
     known_clusters(&listeners, &clusters)?;
-    layered_runtime(message)?;
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
         Some(address) => {
             let (socket, port) = socket_address(address, "admin.address")?;
@@ -105,6 +108,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         load_stats,
         cds,
         lds,
+        runtime: layered_runtime(message)?,
         interception: extensions(message)?,
     })
 }
@@ -235,19 +239,6 @@ fn needs_no_ads(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()
         Some(index) => Err(FieldError::new(format!("static_resources.listeners[{index}]"), format!("rds {TEXT}"))),
         None => Ok(()),
     }
-}
-
-/// Runtime values are not read: only layers without any may stand in the file.
-fn layered_runtime(message: &ProtoBootstrap) -> Result<()> {
-    let layers = message.layered_runtime.as_ref().map(|runtime| runtime.layers.as_slice()).unwrap_or_default();
-    for (index, layer) in layers.iter().enumerate() {
-        if let Some(LayerSpecifier::StaticLayer(values)) = &layer.layer_specifier
-            && let Some(key) = values.fields.keys().min()
-        {
-            return Err(FieldError::unsupported(format!("layered_runtime.layers[{index}].static_layer.{key}")));
-        }
-    }
-    Ok(())
 }
 
 fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {

@@ -10,6 +10,7 @@ mod cluster;
 mod common;
 mod endpoint;
 mod http_connection_manager;
+mod layered_runtime;
 mod listener;
 pub(crate) mod matcher;
 mod retry;

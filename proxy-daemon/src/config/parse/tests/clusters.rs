@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use super::*;
-use crate::config::model::{DnsLookupFamily, EndpointAddress, HealthStatus, TcpKeepalive, Thresholds};
+use crate::{
+    config::model::{DnsLookupFamily, EndpointAddress, HealthStatus, TcpKeepalive, Thresholds},
+    layered_runtime::{DiskLayer, LayerSource},
+};
 
 const HTTP: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 
@@ -135,13 +138,38 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
     assert_eq!(error, "cluster_type: not supported by culvert yet");
 }
 
+/// Envoy's own texts, seen on the real one.
 #[test]
-fn runtime_layers_without_values_are_taken() {
-    assert!(load("layered_runtime: { layers: [{ name: a, static_layer: {} }] }").is_ok());
-    let error = load("layered_runtime: { layers: [{ name: a, static_layer: { b.c: 1 } }] }").unwrap_err();
-    assert_eq!(error, "layered_runtime.layers[0].static_layer.b.c: not supported by culvert yet");
-    let error = load("layered_runtime: { layers: [{ name: a, admin_layer: {} }] }").unwrap_err();
-    assert_eq!(error, "layered_runtime.layers[0].admin_layer: not supported by culvert yet");
+fn runtime_layers_are_checked() {
+    let layers =
+        |layers: &str| load(&format!("{{ node: {{ cluster: blue }}, layered_runtime: {{ layers: [{layers}] }} }}"));
+    let error = |text: &str| layers(text).unwrap_err();
+    let parsed = layers(
+        "{ name: a, static_layer: { b.c: 1 } },
+         { name: d, disk_layer: { symlink_root: /run/r, subdirectory: /s, append_service_cluster: true } },
+         { name: z, admin_layer: {} }",
+    );
+    let parsed = parsed.unwrap().runtime;
+    assert_eq!(parsed.iter().map(|layer| layer.name.as_str()).collect::<Vec<_>>(), ["a", "d", "z"]);
+    let disk = DiskLayer { symlink_root: "/run/r".into(), subdirectory: "s/blue".into() };
+    assert_eq!(parsed[1].source, LayerSource::Disk(disk));
+    assert_eq!(
+        error("{ name: a, static_layer: { b: { c: [1] } } }"),
+        "layered_runtime.layers[0].static_layer.b.c: Invalid runtime entry value for b.c"
+    );
+    assert_eq!(
+        error("{ name: a, static_layer: {} }, { name: a, admin_layer: {} }"),
+        "layered_runtime.layers[1].name: Duplicate layer name: a"
+    );
+    assert_eq!(
+        error("{ name: a, admin_layer: {} }, { name: b, admin_layer: {} }"),
+        "layered_runtime.layers[1].admin_layer: Too many admin layers specified in LayeredRuntime, at most one may be \
+         specified"
+    );
+    assert_eq!(
+        error("{ name: a, disk_layer: { symlink_root: r } }"),
+        "layered_runtime.layers[0].disk_layer.symlink_root: invalid file path r"
+    );
 }
 
 #[test]

@@ -1,0 +1,173 @@
+//! Keys that the configuration refers to, and the values that they have now.
+//!
+//! A key becomes a slot when configuration is read; on the request path a handle is a pointer to the slot, and reading is
+//! a load. A key that nobody refers to has no slot.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use super::{Denominator, Entry, Fraction};
+
+/// Stands for "no such value".
+const NONE: u64 = u64::MAX;
+
+/// What a key is now, for each type that it may be asked for.
+struct Slot {
+    name: Box<str>,
+    integer: AtomicU64,
+    /// The numerator, and above its 32 bits the denominator's number.
+    fraction: AtomicU64,
+}
+
+impl Slot {
+    fn set(&self, entry: Option<&Entry>) {
+        let integer = entry.and_then(|entry| entry.integer);
+        self.integer.store(integer.map_or(NONE, |value| value.min(NONE - 1)), Ordering::Relaxed);
+        // A whole number is a percentage.
+        let whole = integer.map(|value| Fraction::percent(u32::try_from(value).unwrap_or(u32::MAX)));
+        let fraction = entry.and_then(|entry| entry.fraction).or(whole);
+        self.fraction.store(fraction.map_or(NONE, pack), Ordering::Relaxed);
+    }
+}
+
+fn pack(fraction: Fraction) -> u64 {
+    u64::from(fraction.numerator) | (fraction.denominator as u64) << 32
+}
+
+fn unpack(packed: u64) -> Fraction {
+    let denominator = match packed >> 32 {
+        0 => Denominator::Hundred,
+        1 => Denominator::TenThousand,
+        _ => Denominator::Million,
+    };
+    // The lower half.
+    Fraction { numerator: packed as u32, denominator }
+}
+
+/// A key that configuration refers to. Cheap to clone.
+#[derive(Clone)]
+pub struct Key(Arc<Slot>);
+
+impl Key {
+    /// The key of this name, with the value that it has now and whatever it will have.
+    pub fn new(name: &str) -> Key {
+        let mut state = lock();
+        if let Some(slot) = state.slots.get(name).and_then(Weak::upgrade) {
+            return Key(slot);
+        }
+        if state.slots.len() >= state.sweep_at {
+            state.slots.retain(|_, slot| slot.strong_count() > 0);
+            state.sweep_at = (state.slots.len() * 2).max(1024);
+        }
+        let slot = Slot { name: name.into(), integer: AtomicU64::new(NONE), fraction: AtomicU64::new(NONE) };
+        slot.set(state.values.get(name));
+        let slot = Arc::new(slot);
+        state.slots.insert(name.into(), Arc::downgrade(&slot));
+        Key(slot)
+    }
+
+    /// `None` for the empty name, which stands for no key.
+    pub fn optional(name: &str) -> Option<Key> {
+        (!name.is_empty()).then(|| Key::new(name))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// Its value where it is a whole number.
+    #[inline]
+    pub fn integer(&self) -> Option<u64> {
+        Some(self.0.integer.load(Ordering::Relaxed)).filter(|value| *value != NONE)
+    }
+
+    /// Its value where it is a share: a `FractionalPercent`, or a whole number of percent.
+    #[inline]
+    pub fn fraction(&self) -> Option<Fraction> {
+        Some(self.0.fraction.load(Ordering::Relaxed)).filter(|value| *value != NONE).map(unpack)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Key").field(&self.0.name).finish()
+    }
+}
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Key) -> bool {
+        self.0.name == other.0.name
+    }
+}
+
+impl Eq for Key {}
+
+/// `RuntimeFractionalPercent`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeFraction {
+    /// Where the key has no value.
+    pub default: Fraction,
+    /// `runtime_key`
+    pub key: Option<Key>,
+}
+
+impl RuntimeFraction {
+    /// Whether this random number is among the chosen ones now.
+    #[inline]
+    pub fn includes(&self, random: u64) -> bool {
+        self.key.as_ref().and_then(Key::fraction).unwrap_or(self.default).includes(random)
+    }
+}
+
+/// `RuntimeUInt32`, or another whole number that a key may replace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeInteger {
+    /// Where the key has no value.
+    pub default: u64,
+    /// `runtime_key`
+    pub key: Option<Key>,
+}
+
+impl RuntimeInteger {
+    /// Its value now.
+    #[inline]
+    pub fn get(&self) -> u64 {
+        self.key.as_ref().and_then(Key::integer).unwrap_or(self.default)
+    }
+}
+
+/// All values that are in force.
+pub(super) type Values = HashMap<String, Entry>;
+
+struct State {
+    values: Values,
+    slots: HashMap<Box<str>, Weak<Slot>>,
+    /// How many slots there may be before those that nobody uses are looked for.
+    sweep_at: usize,
+}
+
+static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
+    let state = State { values: Values::new(), slots: HashMap::new(), sweep_at: 1024 };
+    Mutex::new(state)
+});
+
+fn lock() -> MutexGuard<'static, State> {
+    // A panic leaves slots that have the value before: the next change sets them.
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Puts values in force. When this returns, every reader sees them.
+pub(super) fn publish(values: Values) {
+    let mut state = lock();
+    for slot in state.slots.values().filter_map(Weak::upgrade) {
+        slot.set(values.get(&*slot.name));
+    }
+    state.values = values;
+}
