@@ -3,12 +3,13 @@
 mod http;
 mod overrides;
 mod status;
+mod xds;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Works with a Culvert mesh: makes and reads override headers, shows what discovery knows.
+/// Works with a Culvert mesh: makes and reads override headers, shows what discovery knows and what a proxy has.
 #[derive(Debug, Parser)]
 #[command(name = "culvert", version)]
 struct Flags {
@@ -23,19 +24,38 @@ enum Command {
     Override(overrides::Command),
     /// Show what culvert-discovery knows: clusters, services, endpoints, connected proxies
     Status(status::Flags),
+    /// Show what a proxy has of its control plane
+    #[command(subcommand)]
+    Xds(xds::Command),
+}
+
+/// What a command leaves behind.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What is printed.
+    text: String,
+    /// What the program exits with.
+    code: u8,
+}
+
+impl From<String> for Outcome {
+    fn from(text: String) -> Outcome {
+        Outcome { text, code: 0 }
+    }
 }
 
 fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
-        Command::Override(command) => overrides::run(command),
-        Command::Status(flags) => status::run(&flags),
+        Command::Override(command) => overrides::run(command).map(Outcome::from),
+        Command::Status(flags) => status::run(&flags).map(Outcome::from),
+        Command::Xds(command) => xds::run(&command),
     };
     match outcome {
-        Ok(text) => {
+        Ok(Outcome { text, code }) => {
             use std::io::Write as _;
             // Whoever closed the pipe, such as `head`, has seen enough.
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
+            ExitCode::from(code)
         }
         Err(error) => {
             eprintln!("culvert: {error:#}");

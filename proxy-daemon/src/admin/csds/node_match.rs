@@ -97,9 +97,10 @@ mod tests {
     use super::*;
 
     fn holds(matcher: &str) -> bool {
-        let node: Node =
-            from_yaml("{ id: node-1, metadata: { zone: { name: a, size: 3 }, flag: true, none: null, tags: [x, y] } }")
-                .unwrap();
+        let node: Node = from_yaml(
+            "{ id: node-1, metadata: { zone: { name: a, size: 3 }, flag: true, none: null, tags: [one, two] } }",
+        )
+        .unwrap();
         matches(&[from_yaml(matcher).unwrap()], &node).unwrap()
     }
 
@@ -126,7 +127,7 @@ mod tests {
         assert!(metadata(&["flag"], "{ bool_match: true }") && !metadata(&["flag"], "{ bool_match: false }"));
         assert!(metadata(&["none"], "{ null_match: {} }") && !metadata(&["flag"], "{ null_match: {} }"));
         assert!(metadata(&["flag"], "{ present_match: true }") && metadata(&["nothing"], "{ present_match: false }"));
-        assert!(metadata(&["tags"], "{ list_match: { one_of: { string_match: { exact: y } } } }"));
+        assert!(metadata(&["tags"], "{ list_match: { one_of: { string_match: { exact: two } } } }"));
         assert!(!metadata(&["tags"], "{ list_match: { one_of: { string_match: { exact: z } } } }"));
         assert!(metadata(&["flag"], "{ or_match: { value_matchers: [{ null_match: {} }, { bool_match: true }] } }"));
     }

@@ -1,0 +1,139 @@
+//! `culvert xds status`: what a proxy has of each resource, from its client status service.
+
+mod rows;
+mod table;
+
+use std::{io::IsTerminal as _, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use envoy_types::pb::envoy::service::status::v3::{
+    ClientStatusRequest, ClientStatusResponse,
+    client_status_discovery_service_client::ClientStatusDiscoveryServiceClient,
+};
+
+use self::rows::{Row, State};
+use crate::Outcome;
+
+/// How long the proxy may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// What `--check` exits with where something is rejected: an error of this program is 1, of its flags 2.
+const REJECTED: u8 = 3;
+
+const STATUS_HELP: &str = "\
+States:
+  serving    traffic obeys this version
+  warming    accepted, and waiting for what it needs (endpoints, routes, secrets); nothing serves until then
+  updating   a version serves, and its successor is warming
+  rejected   the newest version was refused; the version shown, if there is one, still serves
+  requested  asked for by name, and the control plane has not sent it yet
+  missing    asked for by name, and the control plane does not have it
+  static     from the bootstrap
+
+Examples:
+  culvert xds status                                what 127.0.0.1:9901 has
+  culvert xds status --state rejected --wide        what was refused, with the whole reason
+  culvert xds status --type cds --name 'users*'     some clusters
+  culvert xds status --check || page-somebody       exits with 3 when anything is rejected
+  culvert xds status --output json | jq '.[] | select(.state == \"requested\").name'";
+
+/// The subcommands of `culvert xds`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show every resource that a proxy has of its control plane, and what became of it
+    #[command(after_help = STATUS_HELP)]
+    Status(Flags),
+}
+
+/// Flags of `culvert xds status`.
+#[derive(Debug, Args)]
+pub struct Flags {
+    /// The admin address of culvertd
+    #[arg(long, value_name = "URL", env = "CULVERT_ADMIN", default_value = "http://127.0.0.1:9901")]
+    admin: String,
+
+    /// Only this type: cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: Option<String>,
+
+    /// Only resources of this name; `*` stands for any text
+    #[arg(long, value_name = "PATTERN")]
+    name: Option<String>,
+
+    /// Only resources in this state
+    #[arg(long)]
+    state: Option<State>,
+
+    /// How to print it
+    #[arg(long, default_value = "text")]
+    output: Output,
+
+    /// Do not cut lines to the width of the terminal
+    #[arg(long)]
+    wide: bool,
+
+    /// Exit with 3 when any of the resources shown is rejected
+    #[arg(long)]
+    check: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// A table
+    #[value(alias = "plain")]
+    Text,
+    /// An array with an object for each resource
+    Json,
+}
+
+/// Runs a subcommand.
+///
+/// # Errors
+/// When the proxy cannot be asked.
+pub fn run(command: &Command) -> anyhow::Result<Outcome> {
+    let Command::Status(flags) = command;
+    let rows = rows::of(&fetch(&flags.admin)?);
+    let rows: Vec<_> = rows.into_iter().filter(|row| is_wanted(flags, row)).collect();
+    let text = match flags.output {
+        Output::Json => rows::json(&rows),
+        Output::Text => {
+            let terminal = std::io::stdout().is_terminal();
+            let width = if flags.wide || !terminal { None } else { table::terminal_width() };
+            let colours = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+            table::text(&rows, std::time::SystemTime::now(), width, colours)
+        }
+    };
+    let rejected = flags.check && rows.iter().any(|row| row.state == State::Rejected);
+    Ok(Outcome { text, code: if rejected { REJECTED } else { 0 } })
+}
+
+fn is_wanted(flags: &Flags, row: &Row) -> bool {
+    flags.kind.as_deref().is_none_or(|kind| rows::is_of_type(&row.type_url, kind))
+        && flags.name.as_deref().is_none_or(|pattern| rows::matches(pattern, &row.name))
+        && flags.state.is_none_or(|state| row.state == state)
+}
+
+fn fetch(admin: &str) -> anyhow::Result<ClientStatusResponse> {
+    let url = if admin.contains("://") { admin.to_owned() } else { format!("http://{admin}") };
+    if !url.starts_with("http://") {
+        bail!("`{admin}` is not of the form http://HOST:PORT");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
+    let answer = async {
+        let client = ClientStatusDiscoveryServiceClient::connect(url).await;
+        let client = client.with_context(|| format!("cannot connect to {admin}; is that culvertd's admin address?"))?;
+        // Without their content, ten thousand resources are some megabytes.
+        let request = ClientStatusRequest { exclude_resource_contents: true, ..Default::default() };
+        let answer = client.max_decoding_message_size(usize::MAX).fetch_client_status(request).await;
+        let answer = answer.map_err(|status| {
+            let (code, message) = (status.code(), status.message());
+            anyhow::anyhow!("{admin} does not say what it has; is it culvertd's admin address? ({code:?}: {message})")
+        });
+        Ok(answer?.into_inner())
+    };
+    let answer = runtime.block_on(async { tokio::time::timeout(TIMEOUT, answer).await });
+    answer.unwrap_or_else(|_| bail!("{admin} has not answered within {TIMEOUT:?}"))
+}
+
+#[cfg(test)]
+mod tests;

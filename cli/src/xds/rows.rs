@@ -1,0 +1,210 @@
+//! A client's status as rows: one for each resource.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
+
+use clap::ValueEnum;
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{
+        admin::v3::ClientResourceStatus,
+        config::{cluster::v3::Cluster, listener::v3::Listener},
+        service::status::v3::{
+            ClientConfig, ClientStatusResponse, client_config::GenericXdsConfig, per_xds_config::PerXdsConfig,
+        },
+    },
+    google::protobuf::Timestamp,
+};
+use serde_json::{Value, json};
+
+/// The discovery services in the order in which they are shown, with the messages that they deliver.
+const SERVICES: [(&str, &str); 9] = [
+    ("CDS", "Cluster"),
+    ("EDS", "ClusterLoadAssignment"),
+    ("LDS", "Listener"),
+    ("RDS", "RouteConfiguration"),
+    ("SRDS", "ScopedRouteConfiguration"),
+    ("VHDS", "VirtualHost"),
+    ("SDS", "Secret"),
+    ("RTDS", "Runtime"),
+    ("ECDS", "TypedExtensionConfig"),
+];
+
+/// What became of a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum State {
+    /// Traffic obeys it
+    Serving,
+    /// A version serves, and its successor is warming
+    Updating,
+    /// Accepted, and waiting for what it needs
+    Warming,
+    /// The newest version was refused
+    Rejected,
+    /// Asked for, and not sent yet
+    Requested,
+    /// Asked for, and the control plane does not have it
+    Missing,
+    /// From the bootstrap
+    Static,
+    /// The proxy does not say
+    Unknown,
+}
+
+impl State {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Serving => "serving",
+            State::Updating => "updating",
+            State::Warming => "warming",
+            State::Rejected => "rejected",
+            State::Requested => "requested",
+            State::Missing => "missing",
+            State::Static => "static",
+            State::Unknown => "unknown",
+        }
+    }
+}
+
+/// One resource.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    pub type_url: String,
+    pub name: String,
+    /// The version in force; may be empty.
+    pub version: String,
+    pub state: State,
+    /// When `version` was taken, or where there is none, when the rejected one was refused.
+    pub since: Option<SystemTime>,
+    /// Why the newest version was rejected, and which one that is.
+    pub rejected: Option<(String, String)>,
+}
+
+/// The rows of all resources, by service and name.
+pub fn of(response: &ClientStatusResponse) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for config in &response.config {
+        let warming = warming(config);
+        rows.extend(config.generic_xds_configs.iter().map(|it| row(it, &warming)));
+    }
+    rows.sort_by(|a, b| (rank(&a.type_url), &a.name).cmp(&(rank(&b.type_url), &b.name)));
+    rows
+}
+
+/// Type and name of what is warming, with its version and when that came.
+type Warming = HashMap<(String, String), (String, Option<Timestamp>)>;
+
+fn warming(config: &ClientConfig) -> Warming {
+    let mut warming = Warming::new();
+    #[expect(deprecated, reason = "the only place in the API where a resource is shown to be warming")]
+    let dumps = config.xds_config.iter().filter_map(|dump| dump.per_xds_config.as_ref());
+    for dump in dumps {
+        match dump {
+            PerXdsConfig::ClusterConfig(dump) => {
+                for cluster in &dump.dynamic_warming_clusters {
+                    let message = cluster.cluster.as_ref().and_then(|any| unpack::<Cluster>(any, "").ok());
+                    let name = message.unwrap_or_default().name;
+                    let version = (cluster.version_info.clone(), cluster.last_updated);
+                    warming.insert((<Cluster as prost::Name>::type_url(), name), version);
+                }
+            }
+            PerXdsConfig::ListenerConfig(dump) => {
+                for listener in &dump.dynamic_listeners {
+                    if let Some(state) = &listener.warming_state {
+                        let version = (state.version_info.clone(), state.last_updated);
+                        warming.insert((<Listener as prost::Name>::type_url(), listener.name.clone()), version);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    warming
+}
+
+fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
+    let next = warming.get(&(config.type_url.clone(), config.name.clone()));
+    let state = match (config.client_status(), next) {
+        (ClientResourceStatus::Nacked, _) => State::Rejected,
+        (ClientResourceStatus::Requested, _) => State::Requested,
+        (ClientResourceStatus::DoesNotExist | ClientResourceStatus::Timeout, _) => State::Missing,
+        (_, Some(_)) if config.is_static_resource => State::Warming,
+        (_, Some((version, at))) if (version, at) == (&config.version_info, &config.last_updated) => State::Warming,
+        (_, Some(_)) => State::Updating,
+        _ if config.is_static_resource => State::Static,
+        (ClientResourceStatus::Acked | ClientResourceStatus::ReceivedError, _) => State::Serving,
+        (ClientResourceStatus::Unknown, _) => State::Unknown,
+    };
+    let attempted = config.error_state.as_ref().and_then(|state| state.last_update_attempt.as_ref());
+    Row {
+        type_url: config.type_url.clone(),
+        name: config.name.clone(),
+        version: config.version_info.clone(),
+        state,
+        since: config.last_updated.as_ref().or(attempted).and_then(time),
+        rejected: config.error_state.as_ref().map(|state| (state.version_info.clone(), state.details.clone())),
+    }
+}
+
+fn time(at: &Timestamp) -> Option<SystemTime> {
+    let since = Duration::new(u64::try_from(at.seconds).ok()?, u32::try_from(at.nanos).ok()?);
+    SystemTime::UNIX_EPOCH.checked_add(since)
+}
+
+/// The last part of a type URL.
+fn message(type_url: &str) -> &str {
+    type_url.rsplit(['.', '/']).next().unwrap_or(type_url)
+}
+
+/// The service that delivers a type; the name of the message where it is none of Envoy's.
+pub fn service(type_url: &str) -> &str {
+    let known = SERVICES.iter().find(|(_, name)| *name == message(type_url));
+    known.map_or(message(type_url), |(service, _)| service)
+}
+
+fn rank(type_url: &str) -> (usize, &str) {
+    let known = SERVICES.iter().position(|(_, name)| *name == message(type_url));
+    (known.unwrap_or(SERVICES.len()), type_url)
+}
+
+/// Whether a type is what `--type` asks for: a service, a message's name or a whole type URL, in any case.
+pub fn is_of_type(type_url: &str, wanted: &str) -> bool {
+    [service(type_url), message(type_url), type_url].iter().any(|name| name.eq_ignore_ascii_case(wanted))
+}
+
+/// Whether `text` is what `pattern` asks for: `*` stands for any text.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let first = parts.next().unwrap_or_default();
+    let Some(mut rest) = text.strip_prefix(first) else { return false };
+    let Some(last) = parts.next_back() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+/// The rows for programs.
+pub fn json(rows: &[Row]) -> String {
+    let row = |row: &Row| {
+        let mut json = json!({
+            "type": service(&row.type_url),
+            "type_url": row.type_url,
+            "name": row.name,
+            "version": row.version,
+            "state": row.state.name(),
+            "since": row.since.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| at.as_secs()),
+        });
+        if let Some((version, reason)) = &row.rejected {
+            json["rejected"] = json!({ "version": version, "reason": reason });
+        }
+        json
+    };
+    format!("{:#}\n", Value::Array(rows.iter().map(row).collect()))
+}

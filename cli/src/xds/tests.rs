@@ -1,0 +1,170 @@
+use std::time::{Duration, SystemTime};
+
+use culvert_xds_client::json::from_yaml;
+use serde_json::Value;
+
+use super::*;
+
+const RESPONSE: &str = r#"
+config:
+- node: { id: n1 }
+  xds_config:
+  - cluster_config:
+      dynamic_warming_clusters:
+      - { version_info: "8", cluster: { "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster, name: cold },
+          last_updated: "2023-11-14T22:13:20Z" }
+  - listener_config:
+      dynamic_listeners:
+      - { name: in, warming_state: { version_info: "9", last_updated: "2023-11-14T22:13:25Z" } }
+      - { name: fixed, warming_state: {} }
+  generic_xds_configs:
+  - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: later, client_status: REQUESTED }
+  - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: gone, client_status: DOES_NOT_EXIST }
+  - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: in, version_info: "7", client_status: ACKED,
+      last_updated: "2023-11-14T22:13:20Z" }
+  - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: fixed, is_static_resource: true,
+      last_updated: "2023-11-14T22:13:20Z" }
+  - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: users, version_info: "7", client_status: ACKED,
+      last_updated: "2023-11-14T22:13:20Z" }
+  - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: cold, version_info: "8", client_status: ACKED,
+      last_updated: "2023-11-14T22:13:20Z" }
+  - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: xds, is_static_resource: true }
+  - type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster
+    name: bad
+    version_info: "6"
+    client_status: NACKED
+    last_updated: "2023-11-14T21:13:20Z"
+    error_state:
+      version_info: "8"
+      details: "lb_policy: not supported\n\e[31m by culvert yet, and a very long explanation of why that is so"
+  - { type_url: type.googleapis.com/culvert.overrides.v1.OffloadedService, name: o, version_info: a, client_status: ACKED }
+"#;
+
+fn some_rows() -> Vec<Row> {
+    rows::of(&from_yaml(RESPONSE).unwrap())
+}
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_090)
+}
+
+#[test]
+fn every_state_in_the_order_of_services() {
+    let rows = some_rows();
+    let shown: Vec<_> = rows
+        .iter()
+        .map(|row| (rows::service(&row.type_url), row.name.as_str(), row.version.as_str(), row.state))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            ("CDS", "bad", "6", State::Rejected),
+            ("CDS", "cold", "8", State::Warming),
+            ("CDS", "users", "7", State::Serving),
+            ("CDS", "xds", "", State::Static),
+            ("LDS", "fixed", "", State::Warming),
+            ("LDS", "in", "7", State::Updating),
+            ("RDS", "gone", "", State::Missing),
+            ("RDS", "later", "", State::Requested),
+            ("OffloadedService", "o", "a", State::Serving),
+        ]
+    );
+}
+
+#[test]
+fn the_whole_table() {
+    let text = table::text(&some_rows(), now(), None, false);
+    assert_eq!(
+        text,
+        "\
+TYPE              NAME   VERSION  STATE      AGE  REASON
+CDS               bad    6        rejected   1h   8: lb_policy: not supported  [31m by culvert yet, and a very long explanation of why that is so
+CDS               cold   8        warming    1m
+CDS               users  7        serving    1m
+CDS               xds    -        static     -
+LDS               fixed  -        warming    1m
+LDS               in     7        updating   1m
+RDS               gone   -        missing    -
+RDS               later  -        requested  -
+OffloadedService  o      a        serving    -
+
+9 resources: 2 serving, 1 updating, 2 warming, 1 rejected, 1 requested, 1 missing, 1 static
+"
+    );
+}
+
+#[test]
+fn lines_fit_the_terminal() {
+    let mut rows = some_rows();
+    rows[2].name = "a-name-that-is-longer-than-all-that-there-is-room-for.default.svc.cluster.local".to_owned();
+    rows[2].version = "4f2c9a0d3b7e41558f60c3a1".to_owned();
+    for width in [20, 40, 60, 80, 100, 120, 200] {
+        let text = table::text(&rows, now(), Some(width), false);
+        let table = text.split("\n\n").next().unwrap();
+        let longest = table.lines().map(|line| line.chars().count()).max().unwrap();
+        assert!(longest <= width, "{longest} > {width}:\n{text}");
+        assert_eq!(table.lines().count(), 10);
+    }
+    let text = table::text(&some_rows(), now(), Some(80), false);
+    assert!(text.lines().nth(1).unwrap().ends_with("…"), "{text}");
+    assert!(text.contains("8: lb_policy: not supported"), "{text}");
+}
+
+#[test]
+fn colours_only_when_asked_for_and_reset() {
+    assert!(!table::text(&some_rows(), now(), None, false).contains('\x1b'));
+    let text = table::text(&some_rows(), now(), Some(100), true);
+    assert!(text.contains("\x1b[31mrejected\x1b[0m") && text.starts_with("\x1b[1mTYPE"), "{text}");
+    assert!(text.contains("serving") && !text.contains("mserving"), "what is well has no colour");
+}
+
+#[test]
+fn nothing_to_show() {
+    assert_eq!(table::text(&[], now(), None, true), "no resources\n");
+    let serving: Vec<_> = some_rows().into_iter().filter(|row| row.rejected.is_none()).collect();
+    assert!(!table::text(&serving, now(), None, false).contains("REASON"));
+}
+
+#[test]
+fn filters() {
+    for (wanted, count) in
+        [("cds", 4), ("Cluster", 4), ("LDS", 2), ("type.googleapis.com/envoy.config.listener.v3.Listener", 2), ("x", 0)]
+    {
+        assert_eq!(some_rows().iter().filter(|row| rows::is_of_type(&row.type_url, wanted)).count(), count, "{wanted}");
+    }
+    for (pattern, text, fits) in [
+        ("users", "users", true),
+        ("users", "users2", false),
+        ("users*", "users.default", true),
+        ("*default*", "users.default:80", true),
+        ("u*s*t", "users.default", true),
+        ("u*x*t", "users.default", false),
+        ("*", "", true),
+        ("a*a", "a", false),
+        ("", "a", false),
+    ] {
+        assert_eq!(rows::matches(pattern, text), fits, "{pattern} {text}");
+    }
+}
+
+#[test]
+fn json_for_programs() {
+    let json: Value = serde_json::from_str(&rows::json(&some_rows())).unwrap();
+    assert_eq!(json[0]["state"], "rejected");
+    assert_eq!(json[0]["rejected"]["version"], "8");
+    assert_eq!(
+        json[2],
+        serde_json::json!({
+            "type": "CDS", "type_url": "type.googleapis.com/envoy.config.cluster.v3.Cluster", "name": "users",
+            "version": "7", "state": "serving", "since": 1_700_000_000,
+        })
+    );
+}
+
+#[test]
+fn what_cannot_be_asked_is_said() {
+    let refused = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let error = format!("{:#}", fetch(&refused.to_string()).unwrap_err());
+    assert!(error.contains("is that culvertd's admin address?"), "{error}");
+    assert!(format!("{:#}", fetch("ftp://x").unwrap_err()).contains("http://HOST:PORT"));
+}
