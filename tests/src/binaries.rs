@@ -46,6 +46,22 @@ pub fn envoy() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The directory with the Python packages of peers: `$CULVERT_PEERS`, else what `cargo xtask test` installed.
+pub fn peers() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("CULVERT_PEERS") {
+        return Ok(PathBuf::from(path));
+    }
+    let culvertd = binary("culvertd")?;
+    let path = culvert_target(&culvertd)?.join("peers");
+    if !path.join(".complete").exists() {
+        bail!(
+            "{} is not there or not complete: run `cargo xtask test`, which installs the peers, or set CULVERT_PEERS",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
 /// `target` of `target/debug/culvertd`.
 fn culvert_target(culvertd: &std::path::Path) -> Result<&std::path::Path> {
     culvertd.ancestors().nth(2).with_context(|| format!("{} is not in a target directory", culvertd.display()))

@@ -4,6 +4,7 @@ mod bench;
 mod build_ebpf;
 mod demo;
 mod envoy;
+mod peers;
 mod progress;
 mod setup;
 mod test;

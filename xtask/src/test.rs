@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 
 use crate::build_ebpf::{self, workspace_root};
-use crate::envoy;
 use crate::setup::{self, Needs};
+use crate::{envoy, peers};
 
 /// Flags of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -27,6 +27,7 @@ pub fn run(args: Args) -> Result<()> {
     setup::ensure(args.yes, Needs::TEST)?;
     build_ebpf::ensure()?;
     let envoy = envoy::ensure(&workspace_root())?;
+    let peers = peers::ensure(&workspace_root())?;
     if !args.no_lint {
         step("formatting", cargo(&["fmt", "--all", "--check"]))?;
         step("clippy", cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
@@ -35,7 +36,7 @@ pub fn run(args: Args) -> Result<()> {
     // The end-to-end tests run the programs, which nextest alone does not build.
     step("build", cargo(&["build", "--workspace"]))?;
     let mut nextest = cargo(&["nextest", "run", "--workspace"]);
-    nextest.args(&args.nextest).env("ENVOY", envoy);
+    nextest.args(&args.nextest).env("ENVOY", envoy).env("CULVERT_PEERS", peers);
     step("tests", nextest)
 }
 
