@@ -1,11 +1,13 @@
 //! Updates that are finished late, and not in the order in which they were handed out.
 
+use std::time::Instant;
+
 use super::tests::{core, delta, names, reject, show, sotw};
 use super::type_url::{CLUSTER, ENDPOINT};
 use super::*;
 
 fn take(core: &mut Core, response: Response) -> (Token, Vec<String>, Vec<String>) {
-    let Handled::Update(token, update) = core.handle(response) else { panic!("ignored") };
+    let Handled::Update(token, update) = core.handle(response, Instant::now()) else { panic!("ignored") };
     (token, update.added.into_iter().map(|resource| resource.name).collect(), update.removed)
 }
 

@@ -1,24 +1,28 @@
 //! The state machine: takes events in, and says what is to be applied and what is to be sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
+use std::time::Instant;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
 
 use super::entries::Offered;
 use super::nack;
-use super::resource::Intake;
+use super::resource::{Intake, Intook};
 use super::subscription::{OnStream, Pending, Subscription};
 use super::{Handled, Ignored, Interest, Outcome, Rejection, Request, Response, Token, Update, Variant, type_url};
 
 /// The client's side of ADS.
 ///
 /// Absence means removal where the server decides what there is: in every type that is subscribed to by wildcard, and
-/// in LDS and CDS even by name. A resource of any other type that is subscribed to by name stays in force until
-/// nobody is interested in it any more, whatever the server says, as in Envoy.
+/// in LDS and CDS even by name. A resource of any other type that is subscribed to by name stays in force however often
+/// state of the world leaves it out. Where an incremental server says that it removes one, that is obeyed, but in EDS,
+/// RDS and SDS, where Envoy does not. A resource whose time to live has run out is removed whatever its type.
 ///
 /// Any number of updates may be under way, of one type as well. They may be finished in any order: for each resource,
 /// what a newer update has settled stays. Every incremental response is answered. Of state-of-the-world responses, one
 /// that is finished after a newer one of its type is not: servers pass over such answers as stale.
+///
+/// The core has no clock: whoever owns it says what time it is, and calls [`Core::expire`] at [`Core::next_expiry`].
 pub struct Core {
     variant: Variant,
     node: Node,
@@ -67,7 +71,27 @@ impl Core {
         if interest == Interest::None && !self.subscriptions.contains_key(&key) {
             return;
         }
-        self.subscriptions.entry(key).or_default().set_interest(interest, self.next_token);
+        let now = self.next_token;
+        self.subscription(key).set_interest(interest, now);
+    }
+
+    /// Wants one more resource of a type, or one less, by name: costs less than [`Core::set_interest`] with all names.
+    pub fn set_wanted(&mut self, type_url: &str, name: &str, wanted: bool) {
+        let key = key(type_url);
+        if wanted || self.subscriptions.contains_key(&key) {
+            let now = self.next_token;
+            self.subscription(key).set_wanted(name, wanted, now);
+        }
+    }
+
+    fn subscription(&mut self, key: (u8, String)) -> &mut Subscription {
+        match self.subscriptions.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let subscription = Subscription::new(&entry.key().1);
+                entry.insert(subscription)
+            }
+        }
     }
 
     /// What is wanted of a type.
@@ -76,59 +100,81 @@ impl Core {
     }
 
     /// Takes a response in. What became of the update is told to [`Core::finish`], or [`Core::abandon`], at any time.
-    pub fn handle(&mut self, response: Response) -> Handled {
+    pub fn handle(&mut self, response: Response, now: Instant) -> Handled {
         if self.stream.is_none() {
             return Handled::Ignored(Ignored::NotConnected);
         }
-        let (type_url, nonce, version) = match (&response, self.variant) {
-            (Response::Sotw(it), Variant::Sotw) => (it.type_url.clone(), it.nonce.clone(), it.version_info.clone()),
+        let (key, nonce, version) = match (&response, self.variant) {
+            (Response::Sotw(it), Variant::Sotw) => (key(&it.type_url), it.nonce.clone(), it.version_info.clone()),
             (Response::Delta(it), Variant::Delta) => {
-                (it.type_url.clone(), it.nonce.clone(), it.system_version_info.clone())
+                (key(&it.type_url), it.nonce.clone(), it.system_version_info.clone())
             }
             _ => return Handled::Ignored(Ignored::WrongVariant),
         };
-        let key = key(&type_url);
         let Some(subscription) = self.subscriptions.get_mut(&key).filter(|it| it.on_stream.asked) else {
             return Handled::Ignored(Ignored::UnknownType);
         };
         self.next_token += 1;
-        let token = self.next_token;
+        let (token, type_url) = (self.next_token, &*key.1);
         subscription.on_stream.newest = token;
-        let server_owned = subscription.interest.is_server_owned(&type_url);
         let mut intake = Intake {
-            type_url: &type_url,
+            type_url,
             version: version.as_str().into(),
             token,
+            now,
             interest: &subscription.interest,
             entries: &mut subscription.entries,
-            added: Vec::new(),
-            offered: Offered::default(),
-            rejected: Vec::new(),
+            taken: Intook::default(),
         };
         let mut complete = false;
         match response {
             Response::Sotw(response) => {
-                complete = server_owned;
-                for body in response.resources {
-                    intake.add(body);
-                }
+                response.resources.into_iter().for_each(|body| intake.add(body));
+                // What only says that something is still good does not say what else there is.
+                let only_heartbeats = intake.taken.heartbeats > 0 && intake.taken.bodies == 0;
+                complete = subscription.interest.absence_removes(type_url) && !only_heartbeats;
                 if complete {
-                    intake.entries.offer_removal_of_unseen(token, &mut intake.offered);
+                    intake.entries.remove_unseen(token, &mut intake.taken.offered);
                 }
             }
             Response::Delta(response) => {
-                for wrapper in response.resources {
-                    intake.add_wrapped(wrapper);
-                }
+                response.resources.into_iter().for_each(|wrapper| intake.add_wrapped(wrapper));
                 for name in response.removed_resources {
-                    intake.remove(name, server_owned);
+                    intake.remove(&name, subscription.interest.removal_removes(type_url, &name));
                 }
             }
         }
-        let Intake { added, offered, rejected, .. } = intake;
+        let Intook { added, unchanged, absent, offered, rejected, .. } = intake.finish();
         let removed = offered.removed.iter().map(|name| name.to_string()).collect();
-        subscription.pending.insert(token, Pending { nonce, version, offered, rejected, answerable: true });
-        Handled::Update(Token { key, token }, Update { type_url, added, removed, complete })
+        let (type_url, response) = (key.1.clone(), Some((nonce, version.clone())));
+        subscription.pending.insert(token, Pending { response, offered, rejected, answerable: true });
+        let update = Update { type_url, version, added, unchanged, removed, absent, complete };
+        Handled::Update(Token { key, token }, update)
+    }
+
+    /// The resources whose time to live has run out: removals, to be applied and finished as any update.
+    pub fn expire(&mut self, now: Instant) -> Vec<(Token, Update)> {
+        let mut updates = Vec::new();
+        for (key, subscription) in &mut self.subscriptions {
+            if subscription.entries.next_expiry().is_none_or(|at| at > now) {
+                continue;
+            }
+            self.next_token += 1;
+            let (token, mut offered) = (self.next_token, Offered::default());
+            subscription.entries.remove_expired(now, token, &mut offered);
+            subscription.expired = Some(token);
+            let removed = offered.removed.iter().map(|name| name.to_string()).collect();
+            let rejected = Vec::new();
+            subscription.pending.insert(token, Pending { response: None, offered, rejected, answerable: false });
+            let update = Update { type_url: key.1.clone(), removed, ..Update::default() };
+            updates.push((Token { key: key.clone(), token }, update));
+        }
+        updates
+    }
+
+    /// When [`Core::expire`] is to be called next.
+    pub fn next_expiry(&self) -> Option<Instant> {
+        self.subscriptions.values().filter_map(|subscription| subscription.entries.next_expiry()).min()
     }
 
     /// The update has been applied: whatever the outcome does not reject is in force. Returns all rejections, with
@@ -137,11 +183,13 @@ impl Core {
         let Token { key, token } = token;
         let Some(subscription) = self.subscriptions.get_mut(&key) else { return outcome.rejected };
         let Some(pending) = subscription.pending.remove(&token) else { return outcome.rejected };
-        let Pending { nonce, version, offered, mut rejected, answerable } = pending;
+        let Pending { response, offered, mut rejected, answerable } = pending;
         subscription.entries.finish(token, offered, &outcome);
         rejected.extend(outcome.rejected);
+        let Some((nonce, version)) = response else { return rejected };
         if rejected.is_empty() && token > subscription.version_of {
             (subscription.version, subscription.version_of) = (version, token);
+            subscription.expired.take_if(|expired| *expired < token);
         }
         if answerable {
             subscription.answer(token, nonce, nack::detail(&rejected), self.variant == Variant::Sotw);
@@ -182,12 +230,23 @@ impl Core {
 }
 
 impl Interest {
-    /// Whether absence from a response, or a word of the server, removes a resource.
-    fn is_server_owned(&self, type_url: &str) -> bool {
+    /// Whether a resource that a state-of-the-world response leaves out is gone.
+    fn absence_removes(&self, type_url: &str) -> bool {
         match self {
             Interest::None => false,
             Interest::Wildcard | Interest::WildcardAnd(_) => true,
             Interest::Names(_) => matches!(type_url, type_url::CLUSTER | type_url::LISTENER),
+        }
+    }
+
+    /// Whether a resource that an incremental response removes is gone.
+    fn removal_removes(&self, type_url: &str, name: &str) -> bool {
+        match self {
+            Interest::None => false,
+            Interest::Wildcard | Interest::WildcardAnd(_) => true,
+            Interest::Names(names) => {
+                !matches!(type_url, type_url::ENDPOINT | type_url::ROUTE | type_url::SECRET) || !names.contains(name)
+            }
         }
     }
 }

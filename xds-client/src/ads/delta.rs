@@ -47,7 +47,7 @@ impl Subscription {
         if self.interest.is_wildcard() && !names.is_empty() {
             names.push(WILDCARD.to_owned());
         }
-        let claims = self.entries.claims().map(|(name, state)| (name.to_string(), state.version.to_string()));
+        let claims = self.entries.claims().map(|(name, version)| (name.to_string(), version.to_string()));
         Request::Delta(DeltaDiscoveryRequest {
             type_url: type_url.to_owned(),
             resource_names_subscribe: names,

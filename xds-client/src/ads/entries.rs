@@ -1,23 +1,31 @@
-//! The resources of one type: which are in force, and which are being brought into force.
+//! The resources of one type: which are in force, which are being brought into force, and until when they are good.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{DefaultHasher, Hasher as _},
+    ops::Bound,
     sync::Arc,
+    time::Instant,
 };
 
 use super::{Outcome, Rejection};
+use crate::Any;
 
-/// One version of a resource, and whether the server may be told that it is here.
+/// One version of a resource.
 #[derive(Debug, Clone)]
 pub(super) struct State {
-    pub(super) version: Arc<str>,
+    version: Arc<str>,
+    /// What tells one content from another: bodies are not kept.
+    digest: u64,
     /// A new stream says that this version is here. Not so for one that the server has dropped and that stays.
     claimed: bool,
 }
 
 impl State {
-    pub(super) fn new(version: Arc<str>) -> State {
-        State { version, claimed: true }
+    pub(super) fn new(version: Arc<str>, body: &Any) -> State {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&body.value);
+        State { version, digest: hasher.finish(), claimed: true }
     }
 }
 
@@ -31,6 +39,8 @@ struct Entry {
     offers: Vec<(u64, Option<State>)>,
     /// The response that last held it.
     seen: u64,
+    /// When it is removed unless the server says before that it is still good.
+    expires: Option<Instant>,
 }
 
 impl Entry {
@@ -42,6 +52,14 @@ impl Entry {
         }
     }
 
+    /// The version that is in force once all updates that are under way are.
+    fn latest(&mut self) -> Option<&mut State> {
+        match self.offers.last_mut() {
+            Some((_, offer)) => offer.as_mut(),
+            None => self.in_force.as_mut(),
+        }
+    }
+
     fn is_void(&self) -> bool {
         self.in_force.is_none() && !self.refused && self.offers.is_empty()
     }
@@ -49,7 +67,11 @@ impl Entry {
 
 /// All resources of a type.
 #[derive(Debug, Default)]
-pub(super) struct Entries(BTreeMap<Arc<str>, Entry>);
+pub(super) struct Entries {
+    by_name: BTreeMap<Arc<str>, Entry>,
+    /// What is in `expires`, in order.
+    timers: BTreeSet<(Instant, Arc<str>)>,
+}
 
 /// What an update touches.
 #[derive(Debug, Default)]
@@ -58,58 +80,106 @@ pub(super) struct Offered {
     pub(super) removed: Vec<Arc<str>>,
 }
 
+/// What a response's resource is.
+#[derive(Debug, PartialEq)]
+pub(super) enum Taken {
+    /// New or changed: to be handed out.
+    Offered,
+    /// What is in force.
+    Unchanged(Arc<str>),
+    /// One of that name was in the response before.
+    Duplicate,
+}
+
 impl Entries {
-    /// Notes that a response has something under this name; whether it is the first time that it does.
-    pub(super) fn see(&mut self, name: &str, token: u64) -> bool {
-        match self.0.get_mut(name) {
-            Some(entry) => std::mem::replace(&mut entry.seen, token) != token,
-            None => {
-                self.0.insert(name.into(), Entry { seen: token, ..Entry::default() });
-                true
-            }
+    fn get(&mut self, name: &str) -> Option<(&Arc<str>, &mut Entry)> {
+        self.by_name.range_mut::<str, _>((Bound::Included(name), Bound::Included(name))).next()
+    }
+
+    /// A response has this version of a resource, good until `expires`.
+    pub(super) fn take(
+        &mut self,
+        name: &str,
+        token: u64,
+        state: State,
+        expires: Option<Instant>,
+        offered: &mut Offered,
+    ) -> Taken {
+        let Some((name, entry)) = self.get(name) else {
+            let name: Arc<str> = name.into();
+            offered.added.push(Arc::clone(&name));
+            let entry = Entry { seen: token, offers: vec![(token, Some(state))], ..Entry::default() };
+            self.by_name.insert(Arc::clone(&name), entry);
+            self.set_timer(&name, expires);
+            return Taken::Offered;
+        };
+        if std::mem::replace(&mut entry.seen, token) == token {
+            return Taken::Duplicate;
+        }
+        let (name, had_timer) = (Arc::clone(name), entry.expires.is_some());
+        let same = entry.offers.is_empty() && entry.in_force.as_ref().is_some_and(|it| it.digest == state.digest);
+        let taken = if same {
+            (entry.in_force, entry.refused) = (Some(state), false);
+            Taken::Unchanged(Arc::clone(&name))
+        } else {
+            entry.offers.push((token, Some(state)));
+            offered.added.push(Arc::clone(&name));
+            Taken::Offered
+        };
+        if had_timer || expires.is_some() {
+            self.set_timer(&name, expires);
+        }
+        taken
+    }
+
+    /// The server says that a version is still good, until `expires`; whether it is the one that is here.
+    pub(super) fn heartbeat(&mut self, name: &str, token: u64, version: &str, expires: Option<Instant>) -> bool {
+        let Some((name, entry)) = self.get(name) else { return false };
+        if entry.latest().is_none_or(|state| *state.version != *version) {
+            return false;
+        }
+        entry.seen = token;
+        let name = Arc::clone(name);
+        self.set_timer(&name, expires);
+        true
+    }
+
+    /// Notes that a response has something under this name.
+    pub(super) fn see(&mut self, name: &str, token: u64) {
+        if let Some((_, entry)) = self.get(name) {
+            entry.seen = token;
         }
     }
 
     /// Whether a response has something under this name.
     pub(super) fn was_seen(&self, name: &str, token: u64) -> bool {
-        self.0.get(name).is_some_and(|entry| entry.seen == token)
+        self.by_name.get(name).is_some_and(|entry| entry.seen == token)
     }
 
-    /// A version is handed out with an update.
-    pub(super) fn offer(&mut self, name: &str, token: u64, state: State, offered: &mut Offered) {
-        if let Some((name, _)) = self.0.get_key_value(name) {
-            offered.added.push(Arc::clone(name));
-        }
-        if let Some(entry) = self.0.get_mut(name) {
-            entry.offers.push((token, Some(state)));
-        }
-    }
-
-    /// A version that was handed out with this update is taken back.
+    /// What was handed out with this update is taken back.
     pub(super) fn withdraw(&mut self, name: &str, token: u64) {
-        if let Some(entry) = self.0.get_mut(name) {
+        if let Some((_, entry)) = self.get(name) {
             entry.offers.retain(|(of, _)| *of != token);
+            if entry.is_void() {
+                self.forget(name);
+            }
         }
-        self.forget_void(name);
     }
 
     /// The removal of a resource is handed out with an update; whether there is something to remove.
-    pub(super) fn offer_removal(&mut self, name: &str, token: u64, offered: &mut Offered) -> bool {
-        let Some((name, entry)) = self.0.get_key_value(name) else { return false };
+    pub(super) fn remove(&mut self, name: &str, token: u64, offered: &mut Offered) -> bool {
+        let Some((name, entry)) = self.get(name) else { return false };
         if !entry.is_there() {
             return false;
         }
-        let name = Arc::clone(name);
-        if let Some(entry) = self.0.get_mut(&name) {
-            entry.offers.push((token, None));
-        }
-        offered.removed.push(name);
+        entry.offers.push((token, None));
+        offered.removed.push(Arc::clone(name));
         true
     }
 
     /// The removal of all that a response did not hold is handed out with it.
-    pub(super) fn offer_removal_of_unseen(&mut self, token: u64, offered: &mut Offered) {
-        for (name, entry) in &mut self.0 {
+    pub(super) fn remove_unseen(&mut self, token: u64, offered: &mut Offered) {
+        for (name, entry) in &mut self.by_name {
             if entry.seen != token && entry.is_there() {
                 entry.offers.push((token, None));
                 offered.removed.push(Arc::clone(name));
@@ -117,11 +187,26 @@ impl Entries {
         }
     }
 
+    /// The removal of all that is not good any longer is handed out with an update.
+    pub(super) fn remove_expired(&mut self, now: Instant, token: u64, offered: &mut Offered) {
+        while self.timers.first().is_some_and(|(at, _)| *at <= now) {
+            let Some((_, name)) = self.timers.pop_first() else { return };
+            self.disclaim(&name);
+            if let Some((_, entry)) = self.get(&name) {
+                entry.expires = None;
+            }
+            self.remove(&name, token, offered);
+        }
+    }
+
+    /// When the next resource ceases to be good.
+    pub(super) fn next_expiry(&self) -> Option<Instant> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
     /// The server has dropped a resource that stays in force: a new stream must not claim to have it.
     pub(super) fn disclaim(&mut self, name: &str) {
-        if let Some(entry) = self.0.get_mut(name)
-            && let Some(state) = entry.offers.last_mut().map_or(entry.in_force.as_mut(), |(_, offer)| offer.as_mut())
-        {
+        if let Some(state) = self.get(name).and_then(|(_, entry)| entry.latest()) {
             state.claimed = false;
         }
     }
@@ -131,17 +216,18 @@ impl Entries {
     pub(super) fn finish(&mut self, token: u64, offered: Offered, outcome: &Outcome) {
         let rejected: BTreeSet<&str> = outcome.rejected.iter().map(|Rejection { name, .. }| name.as_str()).collect();
         for name in offered.added.iter().chain(&offered.removed) {
-            let Some(entry) = self.0.get_mut(name) else { continue };
+            let Some((_, entry)) = self.get(name) else { continue };
             let Some(at) = entry.offers.iter().position(|(of, _)| *of == token) else { continue };
             let (_, state) = entry.offers.remove(at);
             if state.is_some() && rejected.contains(&**name) {
                 entry.refused = true;
             } else {
                 entry.offers.drain(..at);
-                entry.refused = false;
-                entry.in_force = state;
+                (entry.in_force, entry.refused) = (state, false);
             }
-            self.forget_void(name);
+            if entry.is_void() {
+                self.forget(name);
+            }
         }
     }
 
@@ -152,28 +238,37 @@ impl Entries {
         }
     }
 
-    /// Forgets a name of which nothing is known.
-    pub(super) fn forget_void(&mut self, name: &str) {
-        if self.0.get(name).is_some_and(Entry::is_void) {
-            self.0.remove(name);
+    /// Forgets all that is not wanted any more.
+    pub(super) fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
+        self.by_name.retain(|name, _| wanted(name));
+        self.timers.retain(|(_, name)| wanted(name));
+    }
+
+    /// Forgets a name.
+    pub(super) fn forget(&mut self, name: &str) {
+        if let Some((name, Entry { expires: Some(at), .. })) = self.by_name.remove_entry(name) {
+            self.timers.remove(&(at, name));
         }
     }
 
-    /// Forgets all that is not wanted any more.
-    pub(super) fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
-        self.0.retain(|name, _| wanted(name));
-    }
-
-    pub(super) fn forget(&mut self, name: &str) {
-        self.0.remove(name);
-    }
-
     pub(super) fn is_in_force(&self, name: &str) -> bool {
-        self.0.get(name).is_some_and(|entry| entry.in_force.is_some())
+        self.by_name.get(name).is_some_and(|entry| entry.in_force.is_some())
     }
 
     /// What a new stream claims to have: names and versions.
-    pub(super) fn claims(&self) -> impl Iterator<Item = (&Arc<str>, &State)> {
-        self.0.iter().filter_map(|(name, entry)| Some((name, entry.in_force.as_ref().filter(|it| it.claimed)?)))
+    pub(super) fn claims(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
+        self.by_name
+            .iter()
+            .filter_map(|(name, entry)| Some((name, &entry.in_force.as_ref().filter(|state| state.claimed)?.version)))
+    }
+
+    fn set_timer(&mut self, name: &Arc<str>, expires: Option<Instant>) {
+        let Some((_, entry)) = self.get(name) else { return };
+        if let Some(at) = std::mem::replace(&mut entry.expires, expires) {
+            self.timers.remove(&(at, Arc::clone(name)));
+        }
+        if let Some(at) = expires {
+            self.timers.insert((at, Arc::clone(name)));
+        }
     }
 }

@@ -13,8 +13,10 @@ mod nack;
 mod resource;
 mod sotw;
 mod subscription;
+pub mod xdstp;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
@@ -35,6 +37,10 @@ pub mod type_url {
     pub const LISTENER: &str = "type.googleapis.com/envoy.config.listener.v3.Listener";
     /// RDS.
     pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
+    /// VHDS.
+    pub const VIRTUAL_HOST: &str = "type.googleapis.com/envoy.config.route.v3.VirtualHost";
+    /// SDS.
+    pub const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
 }
 
 /// The two forms of the protocol.
@@ -61,27 +67,39 @@ pub enum Interest {
 }
 
 /// A resource as the server sent it, its body not yet decoded.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Resource {
-    /// What the resource is subscribed to by.
+    /// What the resource is subscribed to by, in the one form that [`xdstp`] names have.
     pub name: String,
+    /// Other names that it can be subscribed to by (VHDS).
+    pub aliases: Vec<String>,
     /// The server's version of it: its own where it has one, else that of the response.
     pub version: String,
     /// The resource itself.
     pub body: Any,
+    /// It is not to be kept where it would outlive this client (`cache_control`).
+    pub do_not_cache: bool,
 }
 
-/// What a response asks for.
-#[derive(Debug, Clone, PartialEq)]
+/// What a response asks for, or the end of resources whose time to live has run out.
+///
+/// That there is one is the server's first answer for the type; of a name, that it is in any of the lists.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Update {
     /// The type of all resources in here.
     pub type_url: String,
+    /// The response's version. Empty where an incremental server names none, and when a time to live has run out.
+    pub version: String,
     /// New, changed and possibly unchanged resources, in the server's order; only wanted ones, no name twice.
     pub added: Vec<Resource>,
-    /// Resources in force that are gone from the server. Filled in for both variants, and only where absence means
-    /// removal: see [`Core`].
+    /// Resources in the response that are byte for byte what is in force. A newer version that was refused is void.
+    pub unchanged: Vec<Arc<str>>,
+    /// Resources that were handed out and are gone: removed by the server where that is obeyed (see [`Core`]), in both
+    /// variants, or past their time to live. Also those of which no version was ever taken.
     pub removed: Vec<String>,
-    /// `added` is all there is: whatever is in force and was not sent is in `removed`.
+    /// Names asked for, and aliases, that an incremental server has nothing under. What is in force stays.
+    pub absent: Vec<String>,
+    /// `added` and `unchanged` are all there is: whatever was handed out before and was not sent is in `removed`.
     pub complete: bool,
 }
 
@@ -193,3 +211,5 @@ mod concurrency_tests;
 mod simulation;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod ttl_tests;

@@ -1,14 +1,18 @@
 //! Resources as they arrive: finding their names without decoding them.
 
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::service::discovery::v3::Resource as Wrapper;
+use envoy_types::pb::google::protobuf::Duration as ProtoDuration;
 use prost::bytes::Buf as _;
 use prost::encoding::{self, DecodeContext, WireType};
 use prost::{Message as _, Name as _};
 
-use super::entries::{Entries, Offered, State};
-use super::{Interest, Rejection, Resource};
+use super::entries::{Entries, Offered, State, Taken};
+use super::{Interest, Rejection, Resource, xdstp};
 use crate::Any;
 
 /// Sorts out the resources of one response.
@@ -17,21 +21,34 @@ pub(super) struct Intake<'a> {
     /// The response's version.
     pub(super) version: Arc<str>,
     pub(super) token: u64,
+    pub(super) now: Instant,
     pub(super) interest: &'a Interest,
     pub(super) entries: &'a mut Entries,
+    pub(super) taken: Intook,
+}
+
+/// What a response comes to.
+#[derive(Debug, Default)]
+pub(super) struct Intook {
     /// What is handed out.
     pub(super) added: Vec<Resource>,
+    pub(super) unchanged: Vec<Arc<str>>,
+    pub(super) absent: Vec<String>,
     pub(super) offered: Offered,
     /// Resources that cannot be taken for what they are, before anyone looks at their fields.
     pub(super) rejected: Vec<Rejection>,
+    /// How many resources had a body, and how many only said that one is still good.
+    pub(super) bodies: usize,
+    pub(super) heartbeats: usize,
+    /// Names of `added` that were also removed.
+    contradicted: BTreeSet<String>,
 }
 
 impl Intake<'_> {
     /// Adds a resource of a state-of-the-world response. Its name is in its body, or on the wrapper around it.
     pub(super) fn add(&mut self, body: Any) {
         if body.type_url != Wrapper::type_url() {
-            let name = name_in(&body.value).unwrap_or_default();
-            return self.push(name, Arc::clone(&self.version), body);
+            return self.push(Wrapper { resource: Some(body), ..Default::default() });
         }
         match Wrapper::decode(body.value.as_slice()) {
             Ok(wrapper) => self.add_wrapped(wrapper),
@@ -41,58 +58,116 @@ impl Intake<'_> {
 
     /// Adds a resource with its name and version around it.
     pub(super) fn add_wrapped(&mut self, wrapper: Wrapper) {
-        let version = if wrapper.version.is_empty() { Arc::clone(&self.version) } else { wrapper.version.into() };
-        // A heartbeat: it has no body and prolongs the resource's life.
-        let Some(body) = wrapper.resource else { return };
-        let name = if wrapper.name.is_empty() { name_in(&body.value).unwrap_or_default() } else { wrapper.name };
-        if wrapper.ttl.is_some() {
-            self.entries.see(&name, self.token);
-            return self.reject(name, "ttl: not supported by culvert yet".to_owned());
+        if wrapper.resource.is_some() {
+            return self.push(wrapper);
         }
-        self.push(name, version, body);
+        let name = xdstp::normalise(&wrapper.name);
+        let expires = match self.expiry(wrapper.ttl) {
+            Ok(expires) => expires,
+            Err(message) => return self.reject(name.into_owned(), message),
+        };
+        let version = if wrapper.version.is_empty() { &*self.version } else { wrapper.version.as_str() };
+        if self.entries.heartbeat(&name, self.token, version, expires) {
+            self.taken.heartbeats += 1;
+        } else if !wrapper.aliases.is_empty() {
+            // What was asked for by an alias resolves to nothing.
+            self.taken.absent.extend(wrapper.aliases.iter().filter(|alias| **alias != *name).cloned());
+            self.taken.absent.push(name.into_owned());
+        } else if self.interest.includes(self.type_url, &name) {
+            let message = format!("resource: there is none, and version {version:?} is not the one in force");
+            self.reject(name.into_owned(), message);
+        }
     }
 
-    /// Adds a removal of an incremental response.
-    pub(super) fn remove(&mut self, name: String, server_owned: bool) {
+    /// Adds a removal of an incremental response. `obey`: it is up to the server.
+    pub(super) fn remove(&mut self, name: &str, obey: bool) {
+        let name = xdstp::normalise(name);
         if self.entries.was_seen(&name, self.token) {
             self.entries.withdraw(&name, self.token);
-            self.added.retain(|resource| resource.name != name);
-            self.reject(name, "name: both sent and removed in one response".to_owned());
-        } else if server_owned {
-            self.entries.offer_removal(&name, self.token, &mut self.offered);
-        } else {
+            self.taken.contradicted.insert(name.clone().into_owned());
+            self.reject(name.into_owned(), "name: both sent and removed in one response".to_owned());
+        } else if !(obey && self.entries.remove(&name, self.token, &mut self.taken.offered)) {
             // Stays in force, and yet a new stream must not claim to have it.
             self.entries.disclaim(&name);
+            if self.interest.names().is_some_and(|names| names.contains(&*name)) {
+                self.taken.absent.push(name.into_owned());
+            }
         }
     }
 
-    fn push(&mut self, name: String, version: Arc<str>, body: Any) {
+    pub(super) fn finish(mut self) -> Intook {
+        let contradicted = std::mem::take(&mut self.taken.contradicted);
+        if !contradicted.is_empty() {
+            self.taken.added.retain(|resource| !contradicted.contains(&resource.name));
+        }
+        self.taken
+    }
+
+    /// Adds what has a body.
+    fn push(&mut self, wrapper: Wrapper) {
+        self.taken.bodies += 1;
+        let Wrapper { name, aliases, version, resource, ttl, cache_control, .. } = wrapper;
+        let body = resource.unwrap_or_default();
+        let name = match name.is_empty() {
+            true => xdstp::normalise(name_in(&body.value).unwrap_or_default()),
+            false => match xdstp::normalise(&name) {
+                Cow::Borrowed(_) => Cow::Owned(name),
+                Cow::Owned(name) => Cow::Owned(name),
+            },
+        };
         if name.is_empty() {
-            return self.reject(name, "name: the resource has none".to_owned());
+            return self.reject(String::new(), "name: the resource has none".to_owned());
         }
         // Nobody asked for it (or no longer): acknowledged all the same, as in Envoy.
-        if !self.interest.includes(&name) {
+        if !self.interest.includes(self.type_url, &name)
+            && !aliases.iter().any(|alias| self.interest.includes(self.type_url, alias))
+        {
             return;
-        }
-        if !self.entries.see(&name, self.token) {
-            return self.reject(name, "name: occurs twice in one response".to_owned());
         }
         if body.type_url != self.type_url {
             let message = format!("a {} in a response of type {}", body.type_url, self.type_url);
-            return self.reject(name, message);
+            self.entries.see(&name, self.token);
+            return self.reject(name.into_owned(), message);
         }
-        self.entries.offer(&name, self.token, State::new(Arc::clone(&version)), &mut self.offered);
-        self.added.push(Resource { name, version: version.to_string(), body });
+        let expires = match self.expiry(ttl) {
+            Ok(expires) => expires,
+            Err(message) => {
+                self.entries.see(&name, self.token);
+                return self.reject(name.into_owned(), message);
+            }
+        };
+        let version = if version.is_empty() { Arc::clone(&self.version) } else { version.into() };
+        let state = State::new(Arc::clone(&version), &body);
+        match self.entries.take(&name, self.token, state, expires, &mut self.taken.offered) {
+            Taken::Unchanged(name) => self.taken.unchanged.push(name),
+            Taken::Duplicate => self.reject(name.into_owned(), "name: occurs twice in one response".to_owned()),
+            Taken::Offered => {
+                let (name, version) = (name.into_owned(), version.to_string());
+                let do_not_cache = cache_control.is_some_and(|it| it.do_not_cache);
+                self.taken.added.push(Resource { name, aliases, version, body, do_not_cache });
+            }
+        }
+    }
+
+    /// Until when a resource is good.
+    fn expiry(&self, ttl: Option<ProtoDuration>) -> Result<Option<Instant>, String> {
+        let Some(ttl) = ttl else { return Ok(None) };
+        let parts = (u64::try_from(ttl.seconds), u32::try_from(ttl.nanos));
+        let (Ok(seconds), Ok(nanos @ 0..1_000_000_000)) = parts else {
+            return Err("ttl: is negative, or no duration".to_owned());
+        };
+        let ttl = Duration::new(seconds, nanos);
+        // One that is beyond the clock's range never ends.
+        Ok(self.now.checked_add(ttl))
     }
 
     fn reject(&mut self, name: String, message: String) {
-        self.entries.forget_void(&name);
-        self.rejected.push(Rejection { name, message });
+        self.taken.rejected.push(Rejection { name, message });
     }
 }
 
 /// The resource's name: in every resource type of xDS it is the string in field 1.
-fn name_in(mut body: &[u8]) -> Option<String> {
+fn name_in(mut body: &[u8]) -> Option<&str> {
     const NAME: u32 = 1;
     let mut name = None;
     while body.has_remaining() {
@@ -101,7 +176,7 @@ fn name_in(mut body: &[u8]) -> Option<String> {
             let length = usize::try_from(encoding::decode_varint(&mut body).ok()?).ok()?;
             let (value, rest) = body.split_at_checked(length)?;
             // Of a field that occurs more than once, the last counts.
-            name = Some(std::str::from_utf8(value).ok()?.to_owned());
+            name = Some(std::str::from_utf8(value).ok()?);
             body = rest;
         } else {
             encoding::skip_field(wire_type, tag, &mut body, DecodeContext::default()).ok()?;

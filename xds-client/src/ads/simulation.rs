@@ -3,6 +3,7 @@
 //! remove. Checked at the end: client and server agree.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -312,7 +313,7 @@ impl Simulation {
         }
         if let Some(response) = self.to_client.pop_front() {
             moved = true;
-            if let Handled::Update(token, update) = self.core.handle(response) {
+            if let Handled::Update(token, update) = self.core.handle(response, Instant::now()) {
                 let (outcome, endpoints) = self.in_force.apply(update, &self.world);
                 if let Some(endpoints) = endpoints {
                     self.core.set_interest(ENDPOINT, endpoints);

@@ -20,10 +20,8 @@ impl Subscription {
         // On a new stream the version tells the server that this client has all of that version. Then it must not be
         // sent when something is missing, or it might never come.
         let missing = |name: &String| !self.entries.is_in_force(name);
-        let version = match first && self.interest.names().is_some_and(|names| names.iter().any(missing)) {
-            true => String::new(),
-            false => self.version.clone(),
-        };
+        let lacks = || self.expired.is_some() || self.interest.names().into_iter().flatten().any(missing);
+        let version = if first && lacks() { String::new() } else { self.version.clone() };
         let mut changed = self.is_changed();
         let mut again = BTreeSet::new();
         while let Some(answer) = self.on_stream.answers.pop_front() {

@@ -5,16 +5,19 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use envoy_types::pb::google::rpc::Status;
 
 use super::entries::{Entries, Offered};
-use super::{Interest, Rejection};
+use super::{Interest, Rejection, type_url, xdstp};
 
 /// One resource type.
-#[derive(Default)]
 pub(super) struct Subscription {
+    pub(super) type_url: String,
     pub(super) interest: Interest,
     /// The version of the last response that was accepted as a whole (state of the world only).
     pub(super) version: String,
     /// The update that `version` came with.
     pub(super) version_of: u64,
+    /// The last update of what had expired: until a response has been accepted after it, `version` does not say what is
+    /// here.
+    pub(super) expired: Option<u64>,
     pub(super) entries: Entries,
     /// Updates that are being applied, by token.
     pub(super) pending: BTreeMap<u64, Pending>,
@@ -23,8 +26,8 @@ pub(super) struct Subscription {
 
 /// An update that is being applied.
 pub(super) struct Pending {
-    pub(super) nonce: String,
-    pub(super) version: String,
+    /// The nonce and the version of the response that it came with.
+    pub(super) response: Option<(String, String)>,
     pub(super) offered: Offered,
     /// What was wrong with the response itself.
     pub(super) rejected: Vec<Rejection>,
@@ -76,31 +79,70 @@ pub(super) struct Change {
 pub(super) const WILDCARD: &str = "*";
 
 impl Subscription {
+    /// Nothing is wanted yet.
+    pub(super) fn new(type_url: &str) -> Subscription {
+        Subscription {
+            type_url: type_url.to_owned(),
+            interest: Interest::None,
+            version: String::new(),
+            version_of: 0,
+            expired: None,
+            entries: Entries::default(),
+            pending: BTreeMap::new(),
+            on_stream: OnStream::default(),
+        }
+    }
+
     /// Sets what is wanted, as of the update `now`.
     pub(super) fn set_interest(&mut self, interest: Interest, now: u64) {
         static NOTHING: BTreeSet<String> = BTreeSet::new();
         let before = std::mem::replace(&mut self.interest, interest);
         let (old, new) = (before.names().unwrap_or(&NOTHING), self.interest.names().unwrap_or(&NOTHING));
-        let on_stream = &mut self.on_stream;
-        for name in old.difference(new) {
-            if on_stream.asked && !on_stream.fresh.remove(name) {
-                on_stream.gone.insert(name.clone());
-            }
-        }
-        for name in new.difference(old).filter(|_| on_stream.asked) {
-            on_stream.fresh.insert(name.clone());
-        }
+        old.difference(new).for_each(|name| self.on_stream.unwanted(name));
+        new.difference(old).for_each(|name| self.on_stream.wanted(name));
         if before.is_wildcard() && !self.interest.is_wildcard() {
-            on_stream.wildcard_gone |= on_stream.wildcard;
-            let interest = &self.interest;
-            self.entries.retain(|name| interest.includes(name));
+            self.on_stream.wildcard_gone |= self.on_stream.wildcard;
+        }
+        // One name more or less can be many resources more or less, where it is a collection.
+        let type_url = &*self.type_url;
+        let is_collection = |name: &String| type_url == type_url::VIRTUAL_HOST || xdstp::has_scheme(name);
+        if before.is_wildcard() && !self.interest.is_wildcard() || old.difference(new).any(is_collection) {
+            self.entries.retain(|name| self.interest.includes(type_url, name));
         } else if !self.interest.is_wildcard() {
-            for name in old.difference(new) {
-                self.entries.forget(name);
-            }
+            old.difference(new).for_each(|name| self.entries.forget(name));
         }
         if before == Interest::None || self.interest == Interest::None {
             // Nothing is left of what came with it, nor will be of updates that are being applied.
+            (self.version, self.version_of) = (String::new(), now);
+        }
+    }
+
+    /// Wants one name more, or one less.
+    pub(super) fn set_wanted(&mut self, name: &str, wanted: bool, now: u64) {
+        let name = xdstp::normalise(name);
+        let is_collection = self.type_url == type_url::VIRTUAL_HOST || xdstp::has_scheme(&name);
+        let wildcard = self.interest.is_wildcard();
+        let mut names = match std::mem::take(&mut self.interest) {
+            Interest::None | Interest::Wildcard => BTreeSet::new(),
+            Interest::Names(names) | Interest::WildcardAnd(names) => names,
+        };
+        let was_nothing = !wildcard && names.is_empty();
+        let changed = if wanted { names.insert(name.clone().into_owned()) } else { names.remove(&*name) };
+        let is_nothing = !wildcard && names.is_empty();
+        self.interest = Interest::of(wildcard, names);
+        if !changed {
+            return;
+        }
+        match wanted {
+            true => self.on_stream.wanted(&name),
+            false => self.on_stream.unwanted(&name),
+        }
+        if !wanted && is_collection {
+            self.entries.retain(|name| self.interest.includes(&self.type_url, name));
+        } else if !wanted && !wildcard {
+            self.entries.forget(&name);
+        }
+        if was_nothing || is_nothing {
             (self.version, self.version_of) = (String::new(), now);
         }
     }
@@ -180,17 +222,55 @@ impl Interest {
         matches!(self, Interest::Wildcard | Interest::WildcardAnd(_))
     }
 
-    /// Whether the resource of this name is wanted.
-    pub fn includes(&self, name: &str) -> bool {
-        self.is_wildcard() || self.names().is_some_and(|names| names.contains(name))
+    /// Whether the resource of this name is wanted: by its name, as one of a collection, or as any.
+    pub fn includes(&self, type_url: &str, name: &str) -> bool {
+        if self.is_wildcard() {
+            return true;
+        }
+        let Some(names) = self.names() else { return false };
+        let collection = || match type_url {
+            // Of a route configuration: its name, a slash, and that of the virtual host.
+            type_url::VIRTUAL_HOST => name.rsplit_once('/').is_some_and(|(routes, _)| names.contains(routes)),
+            _ => xdstp::collection_of(name).is_some_and(|collection| names.contains(&collection)),
+        };
+        names.contains(name) || collection()
     }
 
     /// The same, in the one form that it has.
     pub(super) fn normal(self) -> Interest {
+        let wildcard = self.is_wildcard();
         match self {
-            Interest::Names(names) if names.is_empty() => Interest::None,
-            Interest::WildcardAnd(names) if names.is_empty() => Interest::Wildcard,
-            other => other,
+            Interest::None | Interest::Wildcard => self,
+            Interest::Names(names) | Interest::WildcardAnd(names) => {
+                if names.iter().any(|name| xdstp::has_scheme(name)) {
+                    let names = names.iter().map(|name| xdstp::normalise(name).into_owned());
+                    return Interest::of(wildcard, names.collect());
+                }
+                Interest::of(wildcard, names)
+            }
+        }
+    }
+
+    fn of(wildcard: bool, names: BTreeSet<String>) -> Interest {
+        match (wildcard, names.is_empty()) {
+            (false, true) => Interest::None,
+            (true, true) => Interest::Wildcard,
+            (false, false) => Interest::Names(names),
+            (true, false) => Interest::WildcardAnd(names),
+        }
+    }
+}
+
+impl OnStream {
+    fn wanted(&mut self, name: &str) {
+        if self.asked {
+            self.fresh.insert(name.to_owned());
+        }
+    }
+
+    fn unwanted(&mut self, name: &str) {
+        if self.asked && !self.fresh.remove(name) {
+            self.gone.insert(name.to_owned());
         }
     }
 }

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::time::Instant;
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -19,9 +20,10 @@ pub(super) fn names(names: &[&str]) -> Interest {
     Interest::Names(names.iter().map(|name| (*name).to_owned()).collect())
 }
 
-/// A resource of any type: field 1 is the name in all of them.
-fn body(type_url: &str, name: &str) -> Any {
-    let bytes = Cluster { name: name.to_owned(), ..Default::default() }.encode_to_vec();
+/// A resource of any type: field 1 is the name in all of them. Differs from version to version.
+pub(super) fn body(type_url: &str, name: &str, version: &str) -> Any {
+    let bytes =
+        Cluster { name: name.to_owned(), alt_stat_name: version.to_owned(), ..Default::default() }.encode_to_vec();
     Any { type_url: type_url.to_owned(), value: bytes }
 }
 
@@ -30,7 +32,7 @@ pub(super) fn sotw(type_url: &str, version: &str, nonce: &str, names: &[&str]) -
         version_info: version.to_owned(),
         type_url: type_url.to_owned(),
         nonce: nonce.to_owned(),
-        resources: names.iter().map(|name| body(type_url, name)).collect(),
+        resources: names.iter().map(|name| body(type_url, name, version)).collect(),
         ..Default::default()
     })
 }
@@ -42,7 +44,7 @@ pub(super) fn delta(type_url: &str, nonce: &str, added: &[&str], removed: &[&str
         Wrapper {
             name: name.to_owned(),
             version: version.to_owned(),
-            resource: Some(body(type_url, name)),
+            resource: Some(body(type_url, name, version)),
             ..Default::default()
         }
     };
@@ -94,7 +96,7 @@ macro_rules! sends {
 /// Handles a response, asserts what is handed out as added and removed names, and finishes it with the rejections.
 macro_rules! update {
     ($core:expr, $response:expr, added $added:expr, removed $removed:expr $(, rejects $rejected:expr)?) => {{
-        let Handled::Update(token, update) = $core.handle($response) else { panic!("ignored") };
+        let Handled::Update(token, update) = $core.handle($response, Instant::now()) else { panic!("ignored") };
         let added: Vec<&str> = update.added.iter().map(|resource| resource.name.as_str()).collect();
         let expected: [&str; _] = $added;
         assert_eq!(added, expected, "added");
@@ -155,7 +157,9 @@ fn sotw_acknowledges_only_what_was_finished() {
     core.set_interest(CLUSTER, Interest::Wildcard);
     core.connected();
     core.outgoing();
-    let Handled::Update(token, update) = core.handle(sotw(CLUSTER, "1", "n1", &["a"])) else { panic!("ignored") };
+    let Handled::Update(token, update) = core.handle(sotw(CLUSTER, "1", "n1", &["a"]), Instant::now()) else {
+        panic!("ignored")
+    };
     assert!(update.complete);
     sends!(core,);
     core.set_interest(ENDPOINT, names(&["a"]));
@@ -175,7 +179,9 @@ fn sotw_removes_absent_clusters_and_listeners_and_keeps_endpoints_and_routes() {
             core.connected();
             core.outgoing();
             update!(core, sotw(type_url, "1", "1", &["a", "b"]), added ["a", "b"], removed []);
-            let Handled::Update(_, update) = core.handle(sotw(type_url, "2", "2", &[])) else { panic!("ignored") };
+            let Handled::Update(_, update) = core.handle(sotw(type_url, "2", "2", &[]), Instant::now()) else {
+                panic!("ignored")
+            };
             let expected = if wildcard { vec!["a", "b"] } else { removed.clone() };
             assert_eq!(update.removed, expected, "{type_url}");
             assert_eq!(update.complete, !expected.is_empty());
@@ -237,12 +243,17 @@ fn resources_that_are_no_resources_are_rejected() {
         type_url: CLUSTER.to_owned(),
         nonce: "n".to_owned(),
         resources: vec![
-            body(CLUSTER, ""),
-            body(LISTENER, "l"),
+            body(CLUSTER, "", "1"),
+            body(LISTENER, "l", "1"),
             Any { type_url: CLUSTER.to_owned(), value: vec![0xff] },
-            wrapped(Wrapper { name: "t".to_owned(), ttl, resource: Some(body(CLUSTER, "t")), ..Default::default() }),
-            wrapped(Wrapper { name: "w".to_owned(), resource: Some(body(CLUSTER, "w")), ..Default::default() }),
-            wrapped(Wrapper { name: "heartbeat".to_owned(), ttl, ..Default::default() }),
+            wrapped(Wrapper {
+                name: "t".to_owned(),
+                ttl: Some(Duration { seconds: -1, nanos: 0 }),
+                resource: Some(body(CLUSTER, "t", "1")),
+                ..Default::default()
+            }),
+            wrapped(Wrapper { name: "w".to_owned(), resource: Some(body(CLUSTER, "w", "1")), ..Default::default() }),
+            wrapped(Wrapper { name: "u".to_owned(), ttl, ..Default::default() }),
         ],
         ..Default::default()
     };
@@ -254,7 +265,8 @@ fn resources_that_are_no_resources_are_rejected() {
             ": name: the resource has none",
             "l: a type.googleapis.com/envoy.config.listener.v3.Listener in a response of type type.googleapis.com/envoy.config.cluster.v3.Cluster",
             ": name: the resource has none",
-            "t: ttl: not supported by culvert yet",
+            "t: ttl: is negative, or no duration",
+            "u: resource: there is none, and version \"1\" is not the one in force",
         ]
     );
 }
@@ -263,16 +275,19 @@ fn resources_that_are_no_resources_are_rejected() {
 fn what_needs_no_answer_is_ignored() {
     let mut core = core(Variant::Sotw);
     core.set_interest(CLUSTER, Interest::Wildcard);
-    assert_eq!(core.handle(sotw(CLUSTER, "1", "n", &[])), Handled::Ignored(Ignored::NotConnected));
+    assert_eq!(core.handle(sotw(CLUSTER, "1", "n", &[]), Instant::now()), Handled::Ignored(Ignored::NotConnected));
     core.connected();
     assert_eq!(
-        core.handle(sotw(CLUSTER, "1", "n", &[])),
+        core.handle(sotw(CLUSTER, "1", "n", &[]), Instant::now()),
         Handled::Ignored(Ignored::UnknownType),
         "nothing was asked yet"
     );
     core.outgoing();
-    assert_eq!(core.handle(sotw("no.such/Type", "1", "n", &[])), Handled::Ignored(Ignored::UnknownType));
-    assert_eq!(core.handle(delta(CLUSTER, "n", &[], &[])), Handled::Ignored(Ignored::WrongVariant));
+    assert_eq!(
+        core.handle(sotw("no.such/Type", "1", "n", &[]), Instant::now()),
+        Handled::Ignored(Ignored::UnknownType)
+    );
+    assert_eq!(core.handle(delta(CLUSTER, "n", &[], &[]), Instant::now()), Handled::Ignored(Ignored::WrongVariant));
 }
 
 #[test]
@@ -282,10 +297,12 @@ fn a_nonce_that_comes_again_is_answered_again() {
         core.set_interest(CLUSTER, Interest::Wildcard);
         core.connected();
         core.outgoing();
-        for _ in 0..2 {
+        for version in ["1", "2"] {
             match variant {
-                Variant::Sotw => update!(core, sotw(CLUSTER, "1", "n", &["a"]), added ["a"], removed []),
-                Variant::Delta => update!(core, delta(CLUSTER, "n", &["a@1"], &[]), added ["a"], removed []),
+                Variant::Sotw => update!(core, sotw(CLUSTER, version, "n", &["a"]), added ["a"], removed []),
+                Variant::Delta => {
+                    update!(core, delta(CLUSTER, "n", &[&format!("a@{version}")], &[]), added ["a"], removed [])
+                }
             };
             let sent = core.outgoing();
             assert_eq!(sent.len(), 1);
@@ -322,7 +339,7 @@ fn sotw_reconnect_sends_the_last_version_and_no_nonce() {
     core.connected();
     // b never came: the version would tell the server that it did.
     sends!(core, "Cluster node v=c1 names= nonce=", "ClusterLoadAssignment v= names=a,b nonce=");
-    update!(core, sotw(ENDPOINT, "e1", "n1", &["a", "b"]), added ["a", "b"], removed []);
+    update!(core, sotw(ENDPOINT, "e1", "n1", &["a", "b"]), added ["b"], removed []);
     core.disconnected();
     core.connected();
     sends!(core, "Cluster node v=c1 names= nonce=", "ClusterLoadAssignment v=e1 names=a,b nonce=");
@@ -334,7 +351,9 @@ fn an_update_finished_after_its_stream_counts_but_is_not_answered() {
     core.set_interest(CLUSTER, Interest::Wildcard);
     core.connected();
     core.outgoing();
-    let Handled::Update(token, _) = core.handle(sotw(CLUSTER, "1", "n1", &["a"])) else { panic!("ignored") };
+    let Handled::Update(token, _) = core.handle(sotw(CLUSTER, "1", "n1", &["a"]), Instant::now()) else {
+        panic!("ignored")
+    };
     core.disconnected();
     core.finish(token, Outcome::default());
     core.connected();
@@ -424,7 +443,9 @@ fn a_nack_stays_readable() {
     core.set_interest(CLUSTER, Interest::Wildcard);
     core.connected();
     core.outgoing();
-    let Handled::Update(token, _) = core.handle(delta(CLUSTER, "n1", &[], &[])) else { panic!("ignored") };
+    let Handled::Update(token, _) = core.handle(delta(CLUSTER, "n1", &[], &[]), Instant::now()) else {
+        panic!("ignored")
+    };
     let rejection = |i| Rejection { name: format!("cluster-{i}"), message: "x".repeat(100) };
     core.finish(token, Outcome { rejected: (0..10_000).map(rejection).collect() });
     let Some(Request::Delta(request)) = core.outgoing().pop() else { panic!("no request") };

@@ -8,7 +8,7 @@ mod stream;
 use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
 use tokio::sync::mpsc;
@@ -18,7 +18,7 @@ pub use self::dial::{DialError, Dialer};
 pub use self::stats::{AdsStats, TypeStats};
 pub use self::stream::MAX_RESPONSE_BYTES;
 use self::stream::{Lost, Requests};
-use crate::ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token};
+use crate::ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token, Update};
 use crate::source::{GrpcSource, Server, Source};
 
 /// The longest that one attempt to connect may take where nothing else says so.
@@ -113,7 +113,14 @@ impl<S: Sink> Client<S> {
             }
             let wait = if answered || next == 0 { backoff.next() } else { Duration::ZERO };
             tracing::warn!(%address, retry_in = ?wait, "{lost}; configuration in force stays");
-            tokio::time::sleep(wait).await;
+            let mut wait = std::pin::pin!(tokio::time::sleep(wait));
+            // What is good for some time only ends without a stream as well.
+            loop {
+                tokio::select! {
+                    () = &mut wait => break,
+                    () = expiry(self.core.next_expiry()) => self.expire(),
+                }
+            }
         }
     }
 
@@ -130,6 +137,7 @@ impl<S: Sink> Client<S> {
             tokio::select! {
                 responses = &mut responses => break responses?,
                 Some(event) = self.events.recv() => self.event(event, &requests),
+                () = expiry(self.core.next_expiry()) => self.expire(),
             }
         };
         tracing::info!(%address, "connected to the control plane");
@@ -139,6 +147,7 @@ impl<S: Sink> Client<S> {
             tokio::select! {
                 response = responses.next() => *answered |= self.take(response?),
                 Some(event) = self.events.recv() => self.event(event, &requests),
+                () = expiry(self.core.next_expiry()) => self.expire(),
             }
         }
     }
@@ -149,19 +158,33 @@ impl<S: Sink> Client<S> {
             Response::Sotw(response) => response.type_url.clone(),
             Response::Delta(response) => response.type_url.clone(),
         };
-        let (token, update) = match self.core.handle(response) {
+        let (token, update) = match self.core.handle(response, Instant::now()) {
             Handled::Update(token, update) => (token, update),
             Handled::Ignored(why) => {
                 tracing::warn!(%type_url, "response of the control plane ignored: {why}");
                 return false;
             }
         };
-        tracing::debug!(%type_url, added = update.added.len(), removed = update.removed.len(), "update");
-        let sender = self.sender.clone();
+        self.hand_out(token, update);
+        true
+    }
+
+    /// Removes what has outlived its time to live.
+    fn expire(&mut self) {
+        for (token, update) in self.core.expire(Instant::now()) {
+            tracing::warn!(type_url = %update.type_url, names = ?update.removed, "time to live has run out");
+            self.hand_out(token, update);
+        }
+    }
+
+    fn hand_out(&self, token: Token, update: Update) {
+        let Update { type_url, added, unchanged, removed, .. } = &update;
+        let (added, unchanged, removed) = (added.len(), unchanged.len(), removed.len());
+        tracing::debug!(%type_url, added, unchanged, removed, "update");
+        let (sender, type_url) = (self.sender.clone(), type_url.clone());
         // A client that is gone has nobody left to answer.
         let done = Done::new(move |outcome| drop(sender.send(Event::Applied { token, type_url, outcome })));
         self.sink.update(&self.config.source, update, done);
-        true
     }
 
     fn event(&mut self, event: Event, requests: &Requests) {
@@ -188,6 +211,14 @@ impl<S: Sink> Client<S> {
         for request in self.core.outgoing() {
             requests.send(request);
         }
+    }
+}
+
+/// Waits for a point in time, if there is one.
+async fn expiry(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

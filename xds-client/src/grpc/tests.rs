@@ -199,7 +199,10 @@ fn client(variant: Variant, endpoints: &[SocketAddr], notes: &Notes) -> Client<N
 }
 
 fn clusters(version: &str, nonce: &str, names: &[&str]) -> DiscoveryResponse {
-    let resource = |name: &&str| pack(&Cluster { name: (*name).to_owned(), ..Default::default() });
+    let resource = |name: &&str| {
+        let (name, alt_stat_name) = ((*name).to_owned(), version.to_owned());
+        pack(&Cluster { name, alt_stat_name, ..Default::default() })
+    };
     DiscoveryResponse {
         version_info: version.to_owned(),
         type_url: CLUSTER.to_owned(),

@@ -92,15 +92,15 @@ fn store(expected: &[String]) -> (Fixture, Recorder) {
 /// A resource from YAML.
 fn resource<M: prost::Message + Name + Default>(name: &str, yaml: &str) -> Resource {
     let message: M = json::from_yaml(yaml).unwrap_or_else(|error| panic!("{error}: {yaml}"));
-    Resource { name: name.to_owned(), version: "1".to_owned(), body: json::pack(&message) }
+    Resource { name: name.to_owned(), version: "1".to_owned(), body: json::pack(&message), ..Default::default() }
 }
 
 fn update(type_url: String, added: Vec<Resource>) -> Update {
-    Update { type_url, added, removed: Vec::new(), complete: false }
+    Update { type_url, added, ..Default::default() }
 }
 
 fn removal(type_url: String, name: &str) -> Update {
-    Update { type_url, added: Vec::new(), removed: vec![name.to_owned()], complete: false }
+    Update { type_url, removed: vec![name.to_owned()], ..Default::default() }
 }
 
 const ADS: &str = "{ resource_api_version: V3, ads: {} }";
