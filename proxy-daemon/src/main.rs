@@ -18,7 +18,7 @@ use culvert_proxy_daemon::{
     config::{
         dump::Configuration,
         parse::Bootstrap,
-        store::{Applier, ConfigStore},
+        store::{self, Applier, ConfigStore},
     },
     intercept::Interception,
     layered_runtime::Runtime,
@@ -62,6 +62,7 @@ type LogControl = Box<dyn Fn(Option<LevelFilter>) -> LevelFilter + Send + Sync>;
 
 fn start(flags: &Flags) -> Result<()> {
     let log_level = start_logging(flags)?;
+    store::set_unknown_fields(flags.unknown_dynamic_fields());
     let (message, bootstrap) = load(flags)?;
     if flags.mode == Mode::Validate {
         // Envoy's words; it leaves the name out where the text came by --config-yaml alone.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use culvert_xds_client::json::UnknownFields;
 
 /// The Culvert node proxy.
 #[derive(Debug, Parser)]
@@ -55,6 +56,15 @@ pub struct Flags {
     /// Accepted for Envoy's sake: there is no hot restart to disable.
     #[arg(long)]
     pub disable_hot_restart: bool,
+    /// Fields of the bootstrap that are not in the API are passed over with a warning, instead of ending the start.
+    #[arg(long, alias = "allow-unknown-fields")]
+    pub allow_unknown_static_fields: bool,
+    /// xDS resources with fields that are not in the API are rejected, instead of the fields being passed over.
+    #[arg(long)]
+    pub reject_unknown_dynamic_fields: bool,
+    /// Accepted for Envoy's sake: unknown fields of xDS resources are passed over without a warning anyway.
+    #[arg(long)]
+    pub ignore_unknown_dynamic_fields: bool,
     /// Print the version and exit.
     #[arg(long)]
     pub version: bool,
@@ -114,6 +124,16 @@ impl Flags {
     pub fn workers(&self) -> usize {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         self.concurrency.map_or(processors.min(16), usize::from)
+    }
+
+    /// What becomes of unknown fields in the bootstrap.
+    pub fn unknown_static_fields(&self) -> UnknownFields {
+        if self.allow_unknown_static_fields { UnknownFields::Ignore } else { UnknownFields::Reject }
+    }
+
+    /// What becomes of unknown fields in what xDS delivers.
+    pub fn unknown_dynamic_fields(&self) -> UnknownFields {
+        if self.reject_unknown_dynamic_fields { UnknownFields::Reject } else { UnknownFields::Ignore }
     }
 
     /// As `/server_info` shows them, by Envoy's names.

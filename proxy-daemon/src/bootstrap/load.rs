@@ -1,6 +1,6 @@
 use std::{fmt, fs::File, io::Read, path::Path};
 
-use culvert_xds_client::json::{self, ConfigError};
+use culvert_xds_client::json::{self, ConfigError, Format};
 use envoy_types::pb::envoy::config::{
     bootstrap::v3::Bootstrap as Message,
     core::v3::{Locality, node::UserAgentVersionType},
@@ -45,18 +45,20 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
         }
         None => None,
     };
+    let format = flags.config_path.as_deref().map_or(Format::Yaml, Format::of_file);
+    let unknown = flags.unknown_static_fields();
     let (source, text, mut message): (_, _, Message) = match (file, &flags.config_yaml) {
         (Some((source, text)), None) => {
-            let message = json::from_yaml(&text).map_err(|error| refused(&source, &error))?;
+            let message = json::read(&text, format, unknown).map_err(|error| refused(&source, &error))?;
             (source, Some(text), message)
         }
         (Some((source, text)), Some(overlay)) => {
-            let base: Message = json::from_yaml(&text).map_err(|error| refused(&source, &error))?;
-            let merged = json::merge_yaml(base, overlay).map_err(|error| refused(FROM_FLAG, &error))?;
+            let base: Message = json::read(&text, format, unknown).map_err(|error| refused(&source, &error))?;
+            let merged = json::merge_yaml(base, overlay, unknown).map_err(|error| refused(FROM_FLAG, &error))?;
             (format!("{source} with {FROM_FLAG}"), None, merged)
         }
         (None, Some(text)) => {
-            let message = json::from_yaml(text).map_err(|error| refused(FROM_FLAG, &error))?;
+            let message = json::read(text, Format::Yaml, unknown).map_err(|error| refused(FROM_FLAG, &error))?;
             (FROM_FLAG.to_owned(), Some(text.clone()), message)
         }
         (None, None) => {
@@ -69,8 +71,9 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
         Some(text) => refused(&source, &error.locate(text)),
         None => refused(&source, &error),
     };
-    json::validate(&message).map_err(locate)?;
-    let checked = parse::bootstrap(&message).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
+    let resolved = json::resolve_typed_structs(&message).map_err(locate)?;
+    json::validate(&*resolved).map_err(locate)?;
+    let checked = parse::bootstrap(&resolved).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
     if checked.ads.is_some() && checked.node.id.is_empty() {
         let message = "node.id: a control plane needs to know this node: set node.id or --service-node".to_owned();
         return Err(LoadError { source, message });

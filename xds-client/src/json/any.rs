@@ -1,11 +1,14 @@
 //! Messages inside `Any`: typed extension configs and xDS resources.
 
-use prost::{Message, Name};
-use prost_reflect::DynamicMessage;
+use std::borrow::Cow;
 
+use prost::{Message, Name};
+use prost_reflect::{DynamicMessage, ReflectMessage as _, Value};
+
+use super::decode::Decoder;
 use super::path::Path;
 use super::tree::Node;
-use super::{ConfigError, encode, from_node, pool};
+use super::{ConfigError, UnknownFields, dynamic, encode, from_node, pool};
 use crate::Any;
 
 /// Both names of the message that carries a config as a JSON-like struct; the second is its older one.
@@ -28,7 +31,76 @@ pub fn unpack<T: Message + Name + Default>(any: &Any, path: &str) -> Result<T, C
     if message_name(&type_url) != T::full_name() {
         return Err(wrong_type::<T>(&type_url, &path));
     }
-    from_node(&Node::from(value), &path.field("value"))
+    from_node(&Node::from(value), &path.field("value"), UnknownFields::Reject)
+}
+
+/// The message with every `TypedStruct` in it replaced by the message that it stands for, so that whoever reads it need
+/// not know of them. One that names an unknown type stays as it is.
+///
+/// # Errors
+/// The field of the value that does not fit the type.
+pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(message: &T) -> Result<Cow<'_, T>, ConfigError> {
+    const NAME: &[u8] = b".TypedStruct";
+    let encoded = message.encode_to_vec();
+    if !encoded.windows(NAME.len()).any(|window| window == NAME) {
+        return Ok(Cow::Borrowed(message));
+    }
+    let mut dynamic = dynamic(message)?;
+    resolve(&mut dynamic, &Path::ROOT)?;
+    let resolved = dynamic.transcode_to().map_err(|error| ConfigError::new("", error.to_string()))?;
+    Ok(Cow::Owned(resolved))
+}
+
+fn resolve(message: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigError> {
+    match message.descriptor().full_name() {
+        "google.protobuf.Any" => return resolve_any(message, path),
+        name if name.starts_with("google.protobuf.") => return Ok(()),
+        _ => {}
+    }
+    for (field, value) in message.fields_mut() {
+        let path = path.field(field.name());
+        match value {
+            Value::Message(inner) => resolve(inner, &path)?,
+            Value::List(items) => {
+                for (index, item) in items.iter_mut().enumerate() {
+                    let Value::Message(inner) = item else { break };
+                    resolve(inner, &path.index(index))?;
+                }
+            }
+            Value::Map(entries) => {
+                for (key, value) in entries {
+                    let Value::Message(inner) = value else { break };
+                    resolve(inner, &path.key(&super::validate::key_text(key)))?;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigError> {
+    let packed: Any = any.transcode_to().map_err(|error| path.error(error.to_string()))?;
+    let (name, mut inner) = match typed_struct(&packed) {
+        Some(Ok((type_url, value))) => {
+            let Some(desc) = pool().get_message_by_name(message_name(&type_url)) else { return Ok(()) };
+            let decoder = Decoder { unknown: UnknownFields::Reject };
+            let inner = decoder.message(&Node::from(value), &desc, path)?;
+            (desc.full_name().to_owned(), inner)
+        }
+        Some(Err(message)) => return Err(path.error(message)),
+        None => {
+            let name = message_name(&packed.type_url);
+            let Some(desc) = pool().get_message_by_name(name) else { return Ok(()) };
+            // One that cannot be decoded is for its reader to refuse.
+            let Ok(inner) = DynamicMessage::decode(desc, packed.value.as_slice()) else { return Ok(()) };
+            (name.to_owned(), inner)
+        }
+    };
+    resolve(&mut inner, path)?;
+    any.set_field_by_name("type_url", Value::String(format!("type.googleapis.com/{name}")));
+    any.set_field_by_name("value", Value::Bytes(inner.encode_to_vec().into()));
+    Ok(())
 }
 
 /// Puts a message into an `Any`, under its `type.googleapis.com/` URL.

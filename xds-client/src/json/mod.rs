@@ -4,12 +4,13 @@
 //! text -> tree of values with positions -> [`DynamicMessage`] by descriptor, strictly -> the typed prost struct.
 //! [`validate()`] then checks the rules that the protos carry as `validate.rules` options.
 //!
-//! Reading is as strict as Envoy's: unknown fields, unknown enum values, unknown `@type`s, wrong types and duplicate
-//! keys are errors. Like Envoy it takes booleans and numbers given as strings, and enum values in any case.
+//! Reading is as strict as Envoy's, and no stricter: unknown fields, unknown enum values, unknown `@type`s and wrong types
+//! are errors; booleans and numbers given as strings and enum values in any case are not.
 
 mod any;
 mod decode;
 mod encode;
+mod lexer;
 mod path;
 mod redact;
 mod rules;
@@ -24,7 +25,8 @@ use std::sync::LazyLock;
 use prost::{Message, Name};
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _};
 
-pub use self::any::{any_to_json, pack, unpack};
+pub use self::any::{any_to_json, pack, resolve_typed_structs, unpack};
+use self::decode::Decoder;
 use self::path::Path;
 use self::tree::Node;
 pub use self::validate::{validate, validate_any};
@@ -51,7 +53,7 @@ impl ConfigError {
     /// enclosing field counts where the field itself is not in the text (a missing one, for example).
     pub fn locate(mut self, text: &str) -> Self {
         if self.position.is_none()
-            && let Ok(root) = yaml::parse(text)
+            && let Ok(root) = yaml::parse(text).or_else(|_| lexer::parse(text))
         {
             self.position = root.locate(&self.path);
         }
@@ -87,20 +89,61 @@ pub fn pool() -> &'static DescriptorPool {
     &POOL
 }
 
-/// Reads a message from YAML. YAML is a superset of JSON, so this reads JSON files too.
+/// In which notation a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// YAML, of which JSON is a part.
+    Yaml,
+    /// JSON, as protobuf's parser takes it.
+    Json,
+}
+
+impl Format {
+    /// The format of a file by Envoy's rule: YAML where the name says so, and JSON otherwise.
+    pub fn of_file(path: &std::path::Path) -> Format {
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        let yaml = extension.eq_ignore_ascii_case("yaml") || extension.eq_ignore_ascii_case("yml");
+        if yaml { Format::Yaml } else { Format::Json }
+    }
+}
+
+/// What becomes of fields that a message does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UnknownFields {
+    /// They are errors: Envoy's default for configuration files.
+    #[default]
+    Reject,
+    /// They are passed over, with a warning in the log: Envoy's default for what xDS delivers.
+    Ignore,
+}
+
+/// Reads a message.
+pub fn read<T: Message + Name + Default>(text: &str, format: Format, unknown: UnknownFields) -> Result<T, ConfigError> {
+    let root = match format {
+        Format::Yaml => yaml::parse(text)?,
+        Format::Json => lexer::parse(text)?,
+    };
+    from_node(&root, &Path::ROOT, unknown)
+}
+
+/// Reads a message from YAML, strictly. YAML is a superset of JSON, so this reads JSON too.
 pub fn from_yaml<T: Message + Name + Default>(text: &str) -> Result<T, ConfigError> {
-    from_node(&yaml::parse(text)?, &Path::ROOT)
+    read(text, Format::Yaml, UnknownFields::Reject)
 }
 
 /// Reads a message from a JSON value; errors have no position.
 pub fn from_json<T: Message + Name + Default>(value: serde_json::Value) -> Result<T, ConfigError> {
-    from_node(&Node::from(value), &Path::ROOT)
+    from_node(&Node::from(value), &Path::ROOT, UnknownFields::Reject)
 }
 
 /// Merges the message in `overlay` (YAML or JSON) over `base`, as Envoy's `--config-yaml` over `--config-path`:
 /// messages merge field by field, lists append, maps merge by key, anything else is replaced.
-pub fn merge_yaml<T: Message + Name + Default>(mut base: T, overlay: &str) -> Result<T, ConfigError> {
-    let overlay: T = from_yaml(overlay)?;
+pub fn merge_yaml<T: Message + Name + Default>(
+    mut base: T,
+    overlay: &str,
+    unknown: UnknownFields,
+) -> Result<T, ConfigError> {
+    let overlay: T = read(overlay, Format::Yaml, unknown)?;
     // Protobuf defines decoding into an existing message as just this merge.
     base.merge(overlay.encode_to_vec().as_slice()).map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(base)
@@ -128,9 +171,18 @@ pub fn dynamic_to_json(message: &DynamicMessage) -> serde_json::Value {
     encode::message(message)
 }
 
-fn from_node<T: Message + Name + Default>(node: &Node, path: &Path<'_>) -> Result<T, ConfigError> {
-    let message = decode::message(node, &descriptor::<T>(path)?, path)?;
-    message.transcode_to::<T>().map_err(|error| path.error(error.to_string()))
+fn from_node<T: Message + Name + Default>(
+    node: &Node,
+    path: &Path<'_>,
+    unknown: UnknownFields,
+) -> Result<T, ConfigError> {
+    let message = Decoder { unknown }.message(node, &descriptor::<T>(path)?, path)?;
+    message.transcode_to::<T>().map_err(|error| {
+        let text = error.to_string();
+        // The error has a step for each of the levels.
+        let deep = text.contains("recursion limit");
+        path.error(if deep { "messages are nested deeper than 100 levels".to_owned() } else { text })
+    })
 }
 
 fn descriptor<T: Name>(path: &Path<'_>) -> Result<MessageDescriptor, ConfigError> {

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, RwLock};
 
-use envoy_types::pb::google::protobuf::{Duration, Timestamp};
-use envoy_types::pb::validate::{self, KnownRegex, field_rules::Type, string_rules::WellKnown};
-use prost_reflect::{ExtensionDescriptor, FieldDescriptor, MessageDescriptor, OneofDescriptor};
+use envoy_types::pb::validate::{self, KnownRegex, string_rules::WellKnown};
+use prost::Message;
+use prost_reflect::{DynamicMessage, ExtensionDescriptor, FieldDescriptor, MessageDescriptor, OneofDescriptor, Value};
 use regex::Regex;
 
 use super::pool;
@@ -134,9 +134,8 @@ fn compile(desc: &MessageDescriptor) -> Result<MessageRules, String> {
             return Ok((field, None));
         };
         let rules = options.get_extension(extension);
-        let rules: validate::FieldRules =
-            rules.as_message().ok_or("not a message")?.transcode_to().map_err(|error| error.to_string())?;
-        let rule = Rule::compile(rules).map_err(|error| format!("{}: {error}", field.full_name()))?;
+        let rule = Rule::compile(rules.as_message().ok_or("not a message")?)
+            .map_err(|error| format!("{}: {error}", field.full_name()))?;
         Ok((field, Some(rule)))
     });
     Ok(MessageRules {
@@ -146,109 +145,95 @@ fn compile(desc: &MessageDescriptor) -> Result<MessageRules, String> {
 }
 
 impl Rule {
-    fn compile(rules: validate::FieldRules) -> Result<Rule, String> {
+    /// Compiles a `validate.FieldRules`. Its kinds have the same fields under the same names, so they are read by name.
+    fn compile(rules: &DynamicMessage) -> Result<Rule, String> {
         let mut rule = Rule::default();
-        if let Some(message) = rules.message {
-            rule.required = message.required();
-            rule.skip = message.skip();
-        }
-        macro_rules! numbers {
-            ($rules:expr) => {{
-                let rules = $rules;
-                let ignore_empty = rules.ignore_empty();
-                Check::Number(Bounds {
-                    equal: rules.r#const.map(Num::from),
-                    lt: rules.lt.map(Num::from),
-                    lte: rules.lte.map(Num::from),
-                    gt: rules.gt.map(Num::from),
-                    gte: rules.gte.map(Num::from),
-                    one_of: rules.r#in.into_iter().map(Num::from).collect(),
-                    none_of: rules.not_in.into_iter().map(Num::from).collect(),
-                    ignore_empty,
-                    time: false,
-                })
-            }};
-        }
-        rule.check = match rules.r#type {
-            None => Check::Nothing,
-            Some(Type::Float(rules)) => numbers!(rules),
-            Some(Type::Double(rules)) => numbers!(rules),
-            Some(Type::Int32(rules)) => numbers!(rules),
-            Some(Type::Int64(rules)) => numbers!(rules),
-            Some(Type::Uint32(rules)) => numbers!(rules),
-            Some(Type::Uint64(rules)) => numbers!(rules),
-            Some(Type::Sint32(rules)) => numbers!(rules),
-            Some(Type::Sint64(rules)) => numbers!(rules),
-            Some(Type::Fixed32(rules)) => numbers!(rules),
-            Some(Type::Fixed64(rules)) => numbers!(rules),
-            Some(Type::Sfixed32(rules)) => numbers!(rules),
-            Some(Type::Sfixed64(rules)) => numbers!(rules),
-            Some(Type::Bool(rules)) => Check::Bool(rules.r#const),
-            Some(Type::String(rules)) => Check::Text(Box::new(text(rules)?)),
-            Some(Type::Bytes(rules)) => Check::Text(Box::new(bytes(rules)?)),
-            Some(Type::Enum(rules)) => Check::Enum {
-                defined_only: rules.defined_only(),
-                bounds: Bounds {
-                    equal: rules.r#const.map(Num::from),
-                    one_of: rules.r#in.into_iter().map(Num::from).collect(),
-                    none_of: rules.not_in.into_iter().map(Num::from).collect(),
-                    ..Bounds::default()
+        for (field, value) in rules.fields() {
+            let rules = value.as_message().ok_or("not a message")?;
+            rule.required |= flag(rules, "required");
+            rule.check = match field.name() {
+                "message" => {
+                    rule.skip = flag(rules, "skip");
+                    continue;
+                }
+                "bool" => Check::Bool(set(rules, "const").and_then(|value| value.as_bool())),
+                "string" => Check::Text(Box::new(text(typed(rules)?)?)),
+                "bytes" => Check::Text(Box::new(bytes(typed(rules)?)?)),
+                "enum" => Check::Enum { defined_only: flag(rules, "defined_only"), bounds: Bounds::read(rules) },
+                "repeated" => Check::List {
+                    min: count(rules, "min_items"),
+                    max: count(rules, "max_items"),
+                    unique: flag(rules, "unique"),
+                    ignore_empty: flag(rules, "ignore_empty"),
+                    items: nested(rules, "items")?,
                 },
-            },
-            Some(Type::Repeated(rules)) => Check::List {
-                min: rules.min_items,
-                max: rules.max_items,
-                unique: rules.unique(),
-                ignore_empty: rules.ignore_empty(),
-                items: nested(rules.items)?,
-            },
-            Some(Type::Map(rules)) => Check::Map {
-                min: rules.min_pairs,
-                max: rules.max_pairs,
-                ignore_empty: rules.ignore_empty(),
-                keys: nested(rules.keys)?,
-                values: nested(rules.values)?,
-            },
-            Some(Type::Any(rules)) => {
-                rule.required |= rules.required();
-                Check::Any { one_of: rules.r#in, none_of: rules.not_in }
-            }
-            Some(Type::Duration(rules)) => {
-                rule.required |= rules.required();
-                Check::Number(Bounds {
-                    equal: rules.r#const.map(Num::from),
-                    lt: rules.lt.map(Num::from),
-                    lte: rules.lte.map(Num::from),
-                    gt: rules.gt.map(Num::from),
-                    gte: rules.gte.map(Num::from),
-                    one_of: rules.r#in.into_iter().map(Num::from).collect(),
-                    none_of: rules.not_in.into_iter().map(Num::from).collect(),
-                    ignore_empty: false,
-                    time: true,
-                })
-            }
-            Some(Type::Timestamp(rules)) => {
-                if rules.lt_now.is_some() || rules.gt_now.is_some() || rules.within.is_some() {
+                "map" => Check::Map {
+                    min: count(rules, "min_pairs"),
+                    max: count(rules, "max_pairs"),
+                    ignore_empty: flag(rules, "ignore_empty"),
+                    keys: nested(rules, "keys")?,
+                    values: nested(rules, "values")?,
+                },
+                "any" => {
+                    let rules: validate::AnyRules = typed(rules)?;
+                    Check::Any { one_of: rules.r#in, none_of: rules.not_in }
+                }
+                "timestamp" if ["lt_now", "gt_now", "within"].iter().any(|name| rules.has_field_by_name(name)) => {
                     return Err("rules about the present time are not implemented".to_owned());
                 }
-                rule.required |= rules.required();
-                Check::Number(Bounds {
-                    equal: rules.r#const.map(Num::from),
-                    lt: rules.lt.map(Num::from),
-                    lte: rules.lte.map(Num::from),
-                    gt: rules.gt.map(Num::from),
-                    gte: rules.gte.map(Num::from),
-                    time: true,
-                    ..Bounds::default()
-                })
-            }
-        };
+                "duration" | "timestamp" => Check::Number(Bounds { time: true, ..Bounds::read(rules) }),
+                _ => Check::Number(Bounds::read(rules)),
+            };
+        }
         Ok(rule)
     }
 }
 
-fn nested(rules: Option<Box<validate::FieldRules>>) -> Result<Option<Box<Rule>>, String> {
-    rules.map(|rules| Rule::compile(*rules).map(Box::new)).transpose()
+impl Bounds {
+    /// The bounds of any kind of number, of enums and of times.
+    fn read(rules: &DynamicMessage) -> Bounds {
+        let one = |name: &str| set(rules, name).as_ref().and_then(Num::of);
+        let list = |name: &str| match set(rules, name) {
+            Some(Value::List(items)) => items.iter().filter_map(Num::of).collect(),
+            _ => Vec::new(),
+        };
+        Bounds {
+            equal: one("const"),
+            lt: one("lt"),
+            lte: one("lte"),
+            gt: one("gt"),
+            gte: one("gte"),
+            one_of: list("in"),
+            none_of: list("not_in"),
+            ignore_empty: flag(rules, "ignore_empty"),
+            time: false,
+        }
+    }
+}
+
+/// The value of a field that is set.
+fn set(rules: &DynamicMessage, field: &str) -> Option<Value> {
+    let set = rules.has_field_by_name(field);
+    rules.get_field_by_name(field).filter(|_| set).map(|value| value.into_owned())
+}
+
+fn flag(rules: &DynamicMessage, field: &str) -> bool {
+    set(rules, field).and_then(|value| value.as_bool()).unwrap_or(false)
+}
+
+fn count(rules: &DynamicMessage, field: &str) -> Option<u64> {
+    set(rules, field).and_then(|value| value.as_u64())
+}
+
+fn typed<T: Message + Default>(rules: &DynamicMessage) -> Result<T, String> {
+    rules.transcode_to().map_err(|error| error.to_string())
+}
+
+fn nested(rules: &DynamicMessage, field: &str) -> Result<Option<Box<Rule>>, String> {
+    match set(rules, field) {
+        Some(Value::Message(rules)) => Rule::compile(&rules).map(|rule| Some(Box::new(rule))),
+        _ => Ok(None),
+    }
 }
 
 fn text(rules: validate::StringRules) -> Result<TextRule, String> {
@@ -308,44 +293,22 @@ fn bytes(rules: validate::BytesRules) -> Result<TextRule, String> {
     })
 }
 
-macro_rules! integers {
-    ($($type:ty),*) => {$(
-        impl From<$type> for Num {
-            fn from(value: $type) -> Self {
-                Num::Integer(value.into())
-            }
-        }
-    )*};
-}
-integers!(i32, i64, u32, u64);
-
-impl From<f32> for Num {
-    fn from(value: f32) -> Self {
-        Num::Float(value.into())
-    }
-}
-
-impl From<f64> for Num {
-    fn from(value: f64) -> Self {
-        Num::Float(value)
-    }
-}
-
-impl From<Duration> for Num {
-    fn from(value: Duration) -> Self {
-        Num::time(value.seconds, value.nanos)
-    }
-}
-
-impl From<Timestamp> for Num {
-    fn from(value: Timestamp) -> Self {
-        Num::time(value.seconds, value.nanos)
-    }
-}
-
 impl Num {
-    /// Seconds and nanoseconds as one number.
-    pub(super) fn time(seconds: i64, nanos: i32) -> Self {
-        Num::Integer(i128::from(seconds) * 1_000_000_000 + i128::from(nanos))
+    /// A number, an enum value, a duration or a timestamp; `None` for anything else.
+    pub(super) fn of(value: &Value) -> Option<Self> {
+        Some(match value {
+            Value::I32(value) | Value::EnumNumber(value) => Num::Integer((*value).into()),
+            Value::I64(value) => Num::Integer((*value).into()),
+            Value::U32(value) => Num::Integer((*value).into()),
+            Value::U64(value) => Num::Integer((*value).into()),
+            Value::F32(value) => Num::Float((*value).into()),
+            Value::F64(value) => Num::Float(*value),
+            Value::Message(message) => {
+                let seconds = message.get_field_by_name("seconds")?.as_i64()?;
+                let nanos = message.get_field_by_name("nanos")?.as_i32()?;
+                Num::Integer(i128::from(seconds) * 1_000_000_000 + i128::from(nanos))
+            }
+            _ => return None,
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! The JSON forms of protobuf's scalars and of the well-known types that are written as one scalar.
 
 use base64::Engine as _;
-use base64::alphabet::{STANDARD, URL_SAFE};
+use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
 use super::tree::Content;
@@ -16,6 +16,7 @@ pub(super) fn integer(content: &Content) -> Option<i128> {
             Some(value) => return Some(value),
             None => number.as_f64()?,
         },
+        Content::String(text) if text.contains(|c: char| c.is_ascii_whitespace()) => return None,
         Content::String(text) => match text.parse::<i128>().ok().or_else(|| hexadecimal(text)) {
             Some(value) => return Some(value),
             None => number(text)?,
@@ -66,11 +67,12 @@ pub(super) fn boolean(content: &Content) -> Option<bool> {
     }
 }
 
-/// Base64, standard or URL-safe, with or without padding.
+/// Base64 in either alphabet (or both at once), with or without padding.
 pub(super) fn bytes(text: &str) -> Option<Vec<u8>> {
-    let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let alphabet = if text.contains(['-', '_']) { &URL_SAFE } else { &STANDARD };
-    GeneralPurpose::new(alphabet, config).decode(text).ok()
+    let config = GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true);
+    GeneralPurpose::new(&STANDARD, config).decode(text.replace('-', "+").replace('_', "/")).ok()
 }
 
 /// `1.5s` as (seconds, nanoseconds), both with the sign of the duration.

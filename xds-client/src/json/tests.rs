@@ -130,18 +130,12 @@ errors! {
          has no such field; did you mean \"stat_prefix\"? (line 14, column 11)");
     unknown_enum_value: "http2" => "AUTOO", format!(
         "{MANAGER}.codec_type: \"AUTOO\" is not one of AUTO, HTTP1, HTTP2, HTTP3 (line 15, column 23)");
-    unknown_enum_number: "http2" => "77", format!(
-        "{MANAGER}.codec_type: 77 is not one of AUTO, HTTP1, HTTP2, HTTP3 (line 15, column 23)");
     unknown_type: "router.v3.Router }" => "router.v3.Ruter }", format!(
         "{MANAGER}.http_filters[0].typed_config.@type: unknown type \
          \"type.googleapis.com/envoy.extensions.filters.http.router.v3.Ruter\" (line 26, column 38)");
     missing_type: "{ \"@type\": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }" => "{ dynamic_stats: true }", format!(
         "{MANAGER}.http_filters[0].typed_config: \"@type\" is missing: it must name the message type of this object \
          (line 26, column 27)");
-    duplicate_key: "type: STATIC" => "name: up",
-        "static_resources.clusters[0].name: the key occurs twice (line 30, column 5)";
-    field_in_both_spellings: "http2" => "AUTO\n          statPrefix: x", format!(
-        "{MANAGER}.statPrefix: the field is set twice, as \"stat_prefix\" and \"statPrefix\" (line 16, column 11)");
     two_of_a_oneof: "type: STATIC" => "type: STATIC\n    cluster_type: { name: x }",
         "static_resources.clusters[0].cluster_type: \"type\" is set already: \
          only one of cluster_discovery_type may be (line 31, column 5)";
@@ -158,8 +152,6 @@ errors! {
          the number does not fit an unsigned 32-bit integer (line 8, column 59)";
     list_for_an_object: "address: { socketAddress: { address: \"::\", portValue: 0x2710 } }" => "address: []",
         "static_resources.listeners[0].address: expected an object, found a list (line 8, column 14)";
-    object_for_a_list: "domains: [\"*\"]" => "domains: {}", format!(
-        "{MANAGER}.route_config.virtual_hosts[0].domains: expected a list, found an object (line 20, column 24)");
     separators_in_a_number: "0x2710" => "1_0",
         "static_resources.listeners[0].address.socket_address.port_value: \"1_0\" is not an integer (line 8, column 59)";
     yaml_infinity: "0x2710" => ".inf",
@@ -183,8 +175,10 @@ errors! {
         "static_resources.clusters[0].connect_timeout: \"1.0000000001s\" has more than nine fractional digits (line 29, column 22)";
     merge_keys_are_not_merged: "connect_timeout: 1s" => "<<: { connect_timeout: 1s }",
         "static_resources.clusters[0].<<: envoy.config.cluster.v3.Cluster has no such field (line 29, column 5)";
-    two_documents: "type: STATIC" => "type: STATIC\n---\na: b", "only one YAML document is expected (line 31, column 1)";
 
+    rule_enum_defined_only: "http2" => "77", format!(
+        "{MANAGER}.codec_type: 77 is not a value of \
+         envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.CodecType (line 15, column 11)");
     rule_number_too_large: "9901" => "99901",
         "admin.address.socket_address.port_value: the value must be at most 65535 (line 3, column 52)";
     rule_empty_string: "stat_prefix: ingress" => "stat_prefix: ''", format!(
@@ -227,6 +221,15 @@ fn what_yaml_cpp_and_protobuf_take_is_taken() {
         ("stat_prefix: ingress", "stat_prefix: \"123\""),
         ("stat_prefix: ingress", "stat_prefix: |\n            text"),
         ("connect_timeout: 1s", "connect_timeout: &a 1s\n    cleanup_interval: *a"),
+        ("connect_timeout: 1s", "connect_timeout: { seconds: 1 }"),
+        ("connect_timeout: 1s", "connect_timeout: soon\n    connect_timeout: 1s"),
+        ("connect_timeout: 1s", "connect_timeout: 1s\n    connectTimeout: 2s"),
+        ("connect_timeout: 1s", "!ignore any: {}\n    connect_timeout: 1s"),
+        ("domains: [\"*\"]", "domains: \"*\""),
+        ("domains: [\"*\"]", "domains: [[a, [b]], c]"),
+        ("\"false\"", "{ value: false }"),
+        ("id: one", "id: ! 5"),
+        ("type: STATIC", "type: STATIC\n---\n[broken"),
     ] {
         let read = from_yaml::<Bootstrap>(&bootstrap_with(from, to)).and_then(|bootstrap| validate(&bootstrap));
         assert_eq!(read, Ok(()), "{to}");
@@ -237,13 +240,87 @@ fn what_yaml_cpp_and_protobuf_take_is_taken() {
 }
 
 #[test]
+fn of_two_spellings_the_last_counts_and_messages_merge() {
+    let text = "node: { id: a, id: b, userAgentName: one, user_agent_name: two, locality: { zone: z } }";
+    let bootstrap: Bootstrap = from_yaml(text).unwrap();
+    let node = bootstrap.node.unwrap();
+    assert_eq!((node.id.as_str(), node.user_agent_name.as_str()), ("b", "two"));
+    let text = r#"{"static_resources": {"clusters": {"name": "a"}}, "staticResources": {"clusters": [{"name": "b"}]}}"#;
+    let bootstrap: Bootstrap = read(text, Format::Json, UnknownFields::Reject).unwrap();
+    let names: Vec<_> = bootstrap.static_resources.unwrap().clusters.into_iter().map(|cluster| cluster.name).collect();
+    assert_eq!(names, ["a", "b"]);
+}
+
+#[test]
+fn json_is_read_as_protobuf_reads_it() {
+    let read = |text: &str| read::<Bootstrap>(text, Format::Json, UnknownFields::Reject);
+    for text in ["{}", " {'node': {id: \"a\",},} ", r#"{"node": {"id": "\u0061\ud83d\ude00"}}"#, "{\"node\": null}"] {
+        assert!(read(text).is_ok(), "{text}: {:?}", read(text));
+    }
+    for (text, expected) in [
+        ("", "not valid JSON: expected a value, and the text ends (line 1, column 1)"),
+        ("node: {}", "not valid JSON: expected a value, found 'n' (line 1, column 1)"),
+        ("{} {}", "not valid JSON: '{' follows the end of the value (line 1, column 4)"),
+        ("{\n  // no\n}", "not valid JSON: expected a key, found '/' (line 2, column 3)"),
+        (r#"{"node": {"id": "a}}"#, "not valid JSON: the string has no end (line 1, column 17)"),
+        (r#"{"node": {"id": "\ud83d"}}"#, "not valid JSON: there is no such escape in a string (line 1, column 19)"),
+        (r#"{"node": {"metadata": {"a": 010}}}"#, "not valid JSON: expected a number, found '0' (line 1, column 29)"),
+        (
+            r#"{"node": {"metadata": {"a": 1, "a": 2}}}"#,
+            "node.metadata[\"a\"]: the key occurs twice (line 1, column 32)",
+        ),
+        (r#"{"node": {"id": 5}}"#, "node.id: expected a string, found a number (put it in quotes) (line 1, column 17)"),
+    ] {
+        assert_eq!(read(text).unwrap_err().to_string(), expected, "{text}");
+    }
+    let deep = format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000));
+    assert!(read(&deep).unwrap_err().message.contains("nested deeper"));
+}
+
+#[test]
+fn unknown_fields_are_passed_over_where_that_is_asked_for() {
+    let text = "node: { id: a, nobody: { x: 1 } }\nno_such_field: 1";
+    let bootstrap: Bootstrap = read(text, Format::Yaml, UnknownFields::Ignore).unwrap();
+    assert_eq!(bootstrap.node.unwrap().id, "a");
+    assert!(read::<Bootstrap>("node: { id: [1] }", Format::Yaml, UnknownFields::Ignore).is_err());
+}
+
+#[test]
+fn typed_structs_become_what_they_stand_for() {
+    const ROUTER: &str = "{ \"@type\": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }";
+    let text = |value: &str| {
+        bootstrap_with(
+            ROUTER,
+            &format!(
+                "\n              \"@type\": type.googleapis.com/xds.type.v3.TypedStruct\n              \
+             type_url: type.googleapis.com/envoy.extensions.filters.http.router.v3.Router\n              value: {value}"
+            ),
+        )
+    };
+    let plain: Bootstrap = from_yaml(&bootstrap_with(".Router }", ".Router, suppress_envoy_headers: true }")).unwrap();
+    let typed: Bootstrap = from_yaml(&text("{ suppressEnvoyHeaders: true }")).unwrap();
+    assert!(matches!(resolve_typed_structs(&plain), Ok(std::borrow::Cow::Borrowed(_))));
+    assert_eq!(*resolve_typed_structs(&typed).unwrap(), plain);
+    let text = text("{ supress_envoy_headers: true }");
+    let error = resolve_typed_structs(&from_yaml::<Bootstrap>(&text).unwrap()).unwrap_err().locate(&text).to_string();
+    assert_eq!(
+        error,
+        format!(
+            "{MANAGER}.http_filters[0].typed_config.supress_envoy_headers: envoy.extensions.filters.http.router.v3.Router has \
+         no such field; did you mean \"suppress_envoy_headers\"? (line 29, column 24)"
+        )
+    );
+}
+
+#[test]
 fn broken_yaml_is_refused_with_its_position() {
     for (text, expected) in [
         ("", "the document is empty"),
         ("node: {", "(line"),
+        ("node:\n  id: [a\n", "(line"),
         ("node:\n\tid: x", "(line 2"),
         ("node: *nothing", "(line 1"),
-        ("a: &x [*x]", "a"),
+        ("a: &x [*x]", "the alias names a value that contains it (line 1, column 8)"),
         ("? [a]\n: b", "a key must be a plain value (line 1, column 3)"),
     ] {
         let error = from_yaml::<Bootstrap>(text).unwrap_err().to_string();
@@ -278,7 +355,9 @@ fn alias_bombs_are_refused() {
 fn merges_over_a_base() {
     let base: Bootstrap =
         from_yaml("node: { id: a, cluster: b }\nstatic_resources: { clusters: [{ name: one }] }").unwrap();
-    let merged = merge_yaml(base, "node: { id: c }\nstatic_resources: { clusters: [{ name: two }] }").unwrap();
+    let merged =
+        merge_yaml(base, "node: { id: c }\nstatic_resources: { clusters: [{ name: two }] }", UnknownFields::Reject)
+            .unwrap();
     assert_eq!(
         to_json(&merged),
         json!({"node": {"id": "c", "cluster": "b"}, "static_resources": {"clusters": [{"name": "one"}, {"name": "two"}]}})
@@ -372,10 +451,10 @@ fn rules_of_header_names_maps_and_lists() {
 #[test]
 fn resources_with_fields_unknown_here_are_refused() {
     let mut any = pack(&RouteConfiguration { name: "r".to_owned(), ..Default::default() });
-    assert_eq!(validate_any(&any, "r"), Ok(()));
+    assert_eq!(validate_any(&any, "r", UnknownFields::Reject), Ok(()));
     // Field 9999, varint 1.
     any.value.extend([0xf8, 0xf0, 0x04, 0x01]);
-    let error = validate_any(&any, "resource").unwrap_err().to_string();
+    let error = validate_any(&any, "resource", UnknownFields::Reject).unwrap_err().to_string();
     assert_eq!(error, "resource: envoy.config.route.v3.RouteConfiguration has no field number 9999");
 }
 
@@ -413,6 +492,6 @@ proptest::proptest! {
     fn no_bytes_make_the_printer_panic(value: Vec<u8>) {
         let any = Any { type_url: Listener::type_url(), value };
         let _ = any_to_json(&any);
-        let _ = validate_any(&any, "");
+        let _ = validate_any(&any, "", UnknownFields::Reject);
     }
 }

@@ -19,7 +19,7 @@ pub(super) enum Content {
     Map(Vec<Entry>),
 }
 
-/// One entry of a map, in the order of the text. Keys are unique.
+/// One entry of a map, in the order of the text. Keys may occur twice in JSON.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Entry {
     pub(super) position: Option<(u64, u64)>,
@@ -51,10 +51,15 @@ impl Node {
                 Content::List(items) => {
                     step.parse().ok().and_then(|index: usize| items.get(index)).map(|n| (n, n.position))
                 }
-                Content::Map(entries) => entries
-                    .iter()
-                    .find(|entry| entry.key == step || snake_case(&entry.key) == step)
-                    .map(|entry| (&entry.value, entry.position)),
+                Content::Map(entries) => entry(entries, &step).or_else(|| {
+                    // A TypedStruct stands for the message whose fields are in its value.
+                    let typed = entries.iter().find(|entry| entry.key == "@type")?;
+                    let Content::String(type_url) = &typed.value.content else { return None };
+                    match &entry(entries, "value").filter(|_| type_url.ends_with(".TypedStruct"))?.0.content {
+                        Content::Map(inner) => entry(inner, &step),
+                        _ => None,
+                    }
+                }),
                 _ => None,
             };
             let Some((found, at)) = next else { break };
@@ -63,6 +68,12 @@ impl Node {
         }
         position
     }
+}
+
+/// The value of `name`, in either spelling, and where its key stands. The last one counts where there are several.
+fn entry<'a>(entries: &'a [Entry], name: &str) -> Option<(&'a Node, Option<(u64, u64)>)> {
+    let found = entries.iter().rfind(|entry| entry.key == name || snake_case(&entry.key) == name);
+    found.map(|entry| (&entry.value, entry.position))
 }
 
 /// The steps of a path as [`super::path::Path`] writes it: names, indices and keys, without their punctuation.

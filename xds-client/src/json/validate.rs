@@ -9,100 +9,111 @@ use super::any::message_name;
 use super::path::Path;
 use super::rules::{self, Bounds, Check, Num, Rule, TextRule};
 use super::scalar::format_duration;
-use super::{ConfigError, dynamic, pool};
+use super::{ConfigError, UnknownFields, dynamic, pool};
 use crate::Any;
 
 type Result = std::result::Result<(), ConfigError>;
 
 /// Checks a message against the `validate.rules` and `validate.required` options of its proto and of those of all
 /// messages in it. The error is that of the first field, in the order of field numbers, that breaks one.
+///
+/// Field numbers that a message in an `Any` does not have are passed over, as in Envoy; [`validate_any`] can refuse them.
 pub fn validate<T: Message + Name>(value: &T) -> Result {
-    message(&dynamic(value)?, &Path::ROOT)
+    Validator { unknown: UnknownFields::Ignore }.message(&dynamic(value)?, &Path::ROOT)
 }
 
 /// Checks the message in `any`, such as an xDS resource; `path` starts the paths of errors.
 ///
-/// Besides the rules this refuses what decoding into a struct would lose: fields that the message type does not have.
-/// An `Any` of an unknown type passes: refusing it is up to whoever is to use it.
-pub fn validate_any(any: &Any, path: &str) -> Result {
-    any_message(&any.type_url, &any.value, &Path::below(path))
+/// Besides the rules this can refuse what decoding into a struct would lose: fields that the message type does not have
+/// (`--reject-unknown-dynamic-fields`). An `Any` of an unknown type passes: refusing it is up to whoever is to use it.
+pub fn validate_any(any: &Any, path: &str, unknown: UnknownFields) -> Result {
+    Validator { unknown }.any(&any.type_url, &any.value, &Path::below(path))
 }
 
-fn any_message(type_url: &str, bytes: &[u8], path: &Path<'_>) -> Result {
-    match pool().get_message_by_name(message_name(type_url)) {
-        Some(desc) => match DynamicMessage::decode(desc, bytes) {
-            Ok(inner) => message(&inner, path),
-            Err(error) => Err(path.error(format!("cannot decode {type_url}: {error}"))),
-        },
-        None => Ok(()),
-    }
+#[derive(Clone, Copy)]
+struct Validator {
+    unknown: UnknownFields,
 }
 
-fn message(message: &DynamicMessage, path: &Path<'_>) -> Result {
-    let desc = message.descriptor();
-    match desc.full_name() {
-        "google.protobuf.Any" => {
-            let (type_url, bytes) = (message.get_field_by_name("type_url"), message.get_field_by_name("value"));
-            let type_url = type_url.as_deref().and_then(Value::as_str).unwrap_or_default();
-            let bytes = bytes.as_deref().and_then(Value::as_bytes).map(|bytes| &bytes[..]).unwrap_or_default();
-            return any_message(type_url, bytes, path);
-        }
-        "google.protobuf.Struct" => return Ok(()),
-        _ => {}
-    }
-    if let Some(unknown) = message.unknown_fields().next() {
-        return Err(path.error(format!("{} has no field number {}", desc.full_name(), unknown.number())));
-    }
-    let rules = rules::of(&desc).map_err(|error| path.error(error))?;
-    for oneof in &rules.required_oneofs {
-        if !oneof.fields().any(|field| message.has_field(&field)) {
-            let names: Vec<_> = oneof.fields().map(|field| field.name().to_owned()).collect();
-            return Err(path.error(format!("one of {} must be set", names.join(", "))));
+impl Validator {
+    fn any(self, type_url: &str, bytes: &[u8], path: &Path<'_>) -> Result {
+        match pool().get_message_by_name(message_name(type_url)) {
+            Some(desc) => match DynamicMessage::decode(desc, bytes) {
+                Ok(inner) => self.message(&inner, path),
+                Err(error) => Err(path.error(format!("cannot decode {type_url}: {error}"))),
+            },
+            None => Ok(()),
         }
     }
-    for (desc, rule) in &rules.fields {
-        field(message, desc, rule.as_ref(), &path.field(desc.name()))?;
-    }
-    Ok(())
-}
 
-fn field(message: &DynamicMessage, desc: &FieldDescriptor, rule: Option<&Rule>, path: &Path<'_>) -> Result {
-    let set = message.has_field(desc);
-    if let Some(rule) = rule {
-        // Members of a oneof are required to be set only where they are the member that is set.
-        if rule.required && !set && desc.containing_oneof().is_none() {
-            return Err(path.error("a value is required"));
-        }
-        // Fields that know whether they are set are checked when they are; the others always, with their default.
-        if set || !desc.supports_presence() {
-            check(rule, &message.get_field(desc), &desc.kind(), path)?;
-        }
-    }
-    if set && !rule.is_some_and(|rule| rule.skip) {
-        descend(&message.get_field(desc), path)?;
-    }
-    Ok(())
-}
-
-/// Validates the messages in a field.
-fn descend(value: &Value, path: &Path<'_>) -> Result {
-    match value {
-        Value::Message(inner) => message(inner, path),
-        Value::List(items) => {
-            for (index, item) in items.iter().enumerate() {
-                let Value::Message(inner) = item else { break };
-                message(inner, &path.index(index))?;
+    fn message(self, message: &DynamicMessage, path: &Path<'_>) -> Result {
+        let desc = message.descriptor();
+        match desc.full_name() {
+            "google.protobuf.Any" => {
+                let (type_url, bytes) = (message.get_field_by_name("type_url"), message.get_field_by_name("value"));
+                let type_url = type_url.as_deref().and_then(Value::as_str).unwrap_or_default();
+                let bytes = bytes.as_deref().and_then(Value::as_bytes).map(|bytes| &bytes[..]).unwrap_or_default();
+                return self.any(type_url, bytes, path);
             }
-            Ok(())
+            "google.protobuf.Struct" => return Ok(()),
+            _ => {}
         }
-        Value::Map(map) => {
-            for (key, value) in sorted(map) {
-                let Value::Message(inner) = value else { break };
-                message(inner, &path.key(&key_text(key)))?;
+        if self.unknown == UnknownFields::Reject
+            && let Some(unknown) = message.unknown_fields().next()
+        {
+            return Err(path.error(format!("{} has no field number {}", desc.full_name(), unknown.number())));
+        }
+        let rules = rules::of(&desc).map_err(|error| path.error(error))?;
+        for oneof in &rules.required_oneofs {
+            if !oneof.fields().any(|field| message.has_field(&field)) {
+                let names: Vec<_> = oneof.fields().map(|field| field.name().to_owned()).collect();
+                return Err(path.error(format!("one of {} must be set", names.join(", "))));
             }
-            Ok(())
         }
-        _ => Ok(()),
+        for (desc, rule) in &rules.fields {
+            self.field(message, desc, rule.as_ref(), &path.field(desc.name()))?;
+        }
+        Ok(())
+    }
+
+    fn field(self, message: &DynamicMessage, desc: &FieldDescriptor, rule: Option<&Rule>, path: &Path<'_>) -> Result {
+        let set = message.has_field(desc);
+        if let Some(rule) = rule {
+            // Members of a oneof are required to be set only where they are the member that is set.
+            if rule.required && !set && desc.containing_oneof().is_none() {
+                return Err(path.error("a value is required"));
+            }
+            // Fields that know whether they are set are checked when they are; the others always, with their default.
+            if set || !desc.supports_presence() {
+                check(rule, &message.get_field(desc), &desc.kind(), path)?;
+            }
+        }
+        if set && !rule.is_some_and(|rule| rule.skip) {
+            self.descend(&message.get_field(desc), path)?;
+        }
+        Ok(())
+    }
+
+    /// Validates the messages in a field.
+    fn descend(self, value: &Value, path: &Path<'_>) -> Result {
+        match value {
+            Value::Message(inner) => self.message(inner, path),
+            Value::List(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    let Value::Message(inner) = item else { break };
+                    self.message(inner, &path.index(index))?;
+                }
+                Ok(())
+            }
+            Value::Map(map) => {
+                for (key, value) in sorted(map) {
+                    let Value::Message(inner) = value else { break };
+                    self.message(inner, &path.key(&key_text(key)))?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -119,7 +130,7 @@ fn check(rule: &Rule, value: &Value, kind: &Kind, path: &Path<'_>) -> Result {
     let failed = |message: String| Err(path.error(message));
     match &rule.check {
         Check::Nothing => Ok(()),
-        Check::Number(bounds) => match number(value).and_then(|number| broken_bound(bounds, number)) {
+        Check::Number(bounds) => match Num::of(value).and_then(|number| broken_bound(bounds, number)) {
             Some(message) => failed(message),
             None => Ok(()),
         },
@@ -142,7 +153,7 @@ fn check(rule: &Rule, value: &Value, kind: &Kind, path: &Path<'_>) -> Result {
             {
                 return failed(format!("{number} is not a value of {}", desc.full_name()));
             }
-            match (broken_bound(bounds, number.into()), kind.as_enum()) {
+            match (broken_bound(bounds, Num::Integer(number.into())), kind.as_enum()) {
                 (Some(_), Some(desc)) => failed(format!("the value must not be {}", enum_name(desc, number))),
                 _ => Ok(()),
             }
@@ -212,23 +223,6 @@ fn count(found: usize, min: Option<u64>, max: Option<u64>, what: &str, path: &Pa
         (_, Some(max)) if found > max => Err(path.error(format!("must have at most {max} {}", what(max)))),
         _ => Ok(()),
     }
-}
-
-fn number(value: &Value) -> Option<Num> {
-    Some(match value {
-        Value::I32(value) => (*value).into(),
-        Value::I64(value) => (*value).into(),
-        Value::U32(value) => (*value).into(),
-        Value::U64(value) => (*value).into(),
-        Value::F32(value) => (*value).into(),
-        Value::F64(value) => (*value).into(),
-        Value::EnumNumber(value) => (*value).into(),
-        Value::Message(message) => {
-            let seconds = message.get_field_by_name("seconds")?.as_i64()?;
-            Num::time(seconds, message.get_field_by_name("nanos")?.as_i32()?)
-        }
-        _ => return None,
-    })
 }
 
 /// What the value must be and is not.
@@ -331,7 +325,7 @@ fn sorted(map: &std::collections::HashMap<MapKey, Value>) -> Vec<(&MapKey, &Valu
     entries
 }
 
-fn key_text(key: &MapKey) -> String {
+pub(super) fn key_text(key: &MapKey) -> String {
     match key {
         MapKey::String(key) => key.clone(),
         MapKey::Bool(key) => key.to_string(),

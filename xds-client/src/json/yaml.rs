@@ -2,9 +2,9 @@
 //! their YAML 1.1 spellings, integers in decimal, octal (`010`) and hexadecimal, and everything else a string, which
 //! becomes a floating point number only where a field is one.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use granit_parser::{Event, Marker, Parser, ScalarStyle, ScanError, StrInput};
+use granit_parser::{Event, Marker, Parser, ScalarStyle, ScanError, StrInput, Tag};
 
 use super::ConfigError;
 use super::tree::{Content, Entry, Node};
@@ -28,14 +28,18 @@ struct Builder<'input> {
 }
 
 impl<'input> Builder<'input> {
+    /// The first document. As in Envoy, what follows it is not read.
     fn document(&mut self) -> Result<Node, ConfigError> {
         let mut root = None;
         while let Some((event, at)) = self.next()? {
             match event {
-                Event::DocumentStart(..) if root.is_some() => {
-                    return Err(error(at, "only one YAML document is expected"));
+                Event::StreamStart | Event::DocumentStart(..) | Event::StreamEnd => {}
+                Event::DocumentEnd => {
+                    if let Ok(Some((Event::DocumentStart(..), at))) = self.next() {
+                        tracing::warn!(line = at.line(), "only the first YAML document is read: others follow it here");
+                    }
+                    break;
                 }
-                Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd | Event::StreamEnd => {}
                 event => root = Some(self.node(event, at, 0)?),
             }
         }
@@ -59,26 +63,19 @@ impl<'input> Builder<'input> {
     }
 
     fn node(&mut self, event: Event<'input>, at: Marker, depth: usize) -> Result<Node, ConfigError> {
-        if depth > MAX_DEPTH {
+        let container = matches!(event, Event::SequenceStart(..) | Event::MappingStart(..));
+        if container && depth >= MAX_DEPTH {
             return Err(error(at, format!("nested deeper than {MAX_DEPTH} levels")));
         }
         let (anchor, content) = match event {
             Event::Alias(id) => return self.alias(id, at, depth),
-            // Tags say nothing: Envoy looks at the quotes only.
-            Event::Scalar(text, style, anchor, _) => {
-                let quoted = style != ScalarStyle::Plain;
-                (anchor, if quoted { Content::String(text.into_owned()) } else { plain(&text) })
-            }
+            Event::Scalar(text, style, anchor, tag) => (anchor, scalar(&text, style, tag.as_deref())),
             Event::SequenceStart(_, anchor, _) => {
                 let mut items = Vec::new();
                 loop {
                     match self.next_inside(at)? {
                         (Event::SequenceEnd, _) => break,
-                        (event, at) => {
-                            let item = self.node(event, at, depth + 1);
-                            let index = items.len();
-                            items.push(item.map_err(|error| error.inside(&format!("[{index}]")))?);
-                        }
+                        (event, at) => items.push(self.node(event, at, depth + 1)?),
                     }
                 }
                 (anchor, Content::List(items))
@@ -95,20 +92,45 @@ impl<'input> Builder<'input> {
     }
 
     fn map(&mut self, at: Marker, depth: usize) -> Result<Vec<Entry>, ConfigError> {
-        let mut entries = Vec::new();
-        let mut keys = HashSet::new();
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut keys: HashMap<String, usize> = HashMap::new();
         loop {
-            let (key, key_at) = match self.next_inside(at)? {
+            let (key, key_at, ignored) = match self.next_inside(at)? {
                 (Event::MappingEnd, _) => return Ok(entries),
-                (Event::Scalar(text, ..), at) => (text.into_owned(), at),
+                (Event::Scalar(text, style, anchor, tag), at) => {
+                    if anchor != 0 {
+                        let content = scalar(&text, style, tag.as_deref());
+                        self.anchors.insert(anchor, (Node { position: Some(position(at)), content }, 1));
+                    }
+                    (text.into_owned(), at, tag.is_some_and(|tag| tag.handle() == "!" && tag.suffix() == "ignore"))
+                }
+                (Event::Alias(id), at) => match self.alias(id, at, depth)?.content {
+                    Content::String(text) => (text, at, false),
+                    Content::Number(number) => (number.to_string(), at, false),
+                    Content::Bool(value) => (value.to_string(), at, false),
+                    _ => return Err(error(at, "a key must be a plain value")),
+                },
                 (_, at) => return Err(error(at, "a key must be a plain value")),
             };
-            if !keys.insert(key.clone()) {
-                return Err(error(key_at, "the key occurs twice").inside(&key));
-            }
             let (event, value_at) = self.next_inside(key_at)?;
-            let value = self.node(event, value_at, depth + 1).map_err(|error| error.inside(&key))?;
-            entries.push(Entry { position: Some(position(key_at)), key, value });
+            let value = self.node(event, value_at, depth + 1)?;
+            // Envoy's own tag, for what is only there to be anchored.
+            if ignored {
+                continue;
+            }
+            let entry = Entry { position: Some(position(key_at)), key, value };
+            match keys.get(&entry.key).and_then(|index| entries.get_mut(*index)) {
+                // As in Envoy the last one counts.
+                Some(first) => {
+                    let (key, (line, column)) = (&entry.key, position(key_at));
+                    tracing::warn!(%key, line, column, "the key occurs twice: the last one counts");
+                    *first = entry;
+                }
+                None => {
+                    keys.insert(entry.key.clone(), entries.len());
+                    entries.push(entry);
+                }
+            }
         }
     }
 
@@ -125,6 +147,22 @@ impl<'input> Builder<'input> {
             return Err(error(at, format!("nested deeper than {MAX_DEPTH} levels")));
         }
         Ok(node.clone())
+    }
+}
+
+/// A scalar with the type that yaml-cpp and Envoy give it: quoted text without a tag is a string, and anything else is
+/// looked at; tags say no more than that (`!!int "3"` is three, `!!str 3` too).
+fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>) -> Content {
+    let quoted = style != ScalarStyle::Plain;
+    match tag {
+        None if quoted => Content::String(text.to_owned()),
+        None => plain(text),
+        Some(tag) if format!("{}{}", tag.handle(), tag.suffix()) == "!" => Content::String(text.to_owned()),
+        // Only an untagged scalar is null.
+        Some(_) => match plain(text) {
+            Content::Null => Content::String(text.to_owned()),
+            content => content,
+        },
     }
 }
 
@@ -179,15 +217,6 @@ fn integer(text: &str) -> Option<i64> {
     i64::try_from(if negative { -value } else { value }).ok()
 }
 
-impl ConfigError {
-    /// Puts a step before the path: errors of the YAML itself collect theirs on the way out.
-    fn inside(mut self, step: &str) -> Self {
-        let separator = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
-        self.path = format!("{step}{separator}{}", self.path);
-        self
-    }
-}
-
 fn count(node: &Node) -> usize {
     1 + match &node.content {
         Content::List(items) => items.iter().map(count).sum(),
@@ -196,10 +225,11 @@ fn count(node: &Node) -> usize {
     }
 }
 
+/// How many objects and lists are in each other.
 fn height(node: &Node) -> usize {
-    1 + match &node.content {
-        Content::List(items) => items.iter().map(height).max().unwrap_or(0),
-        Content::Map(entries) => entries.iter().map(|entry| height(&entry.value)).max().unwrap_or(0),
+    match &node.content {
+        Content::List(items) => 1 + items.iter().map(height).max().unwrap_or(0),
+        Content::Map(entries) => 1 + entries.iter().map(|entry| height(&entry.value)).max().unwrap_or(0),
         _ => 0,
     }
 }

@@ -11,14 +11,17 @@ mod snapshot;
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::pending,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use culvert_xds_client::{
     ads::{Done, Interest, Outcome, Rejection, Sink, Update},
     api::culvert::overrides::v1::OffloadedService,
-    json,
+    json::{self, UnknownFields},
     source::Source,
     sources::Subscriptions,
 };
@@ -41,6 +44,19 @@ use crate::http::filters::OffloadedTable;
 
 /// How long a listener waits for what it needs before it goes live without (`initial_fetch_timeout`'s default).
 pub const WARMING_LIMIT: Duration = Duration::from_secs(15);
+
+/// Whether resources with unknown fields are rejected: a property of the process, as the flag is that sets it.
+static REJECT_UNKNOWN_FIELDS: AtomicBool = AtomicBool::new(false);
+
+/// Sets what becomes of fields of xDS resources that the API does not have; Envoy's default, and ours, is to ignore them.
+pub fn set_unknown_fields(unknown: UnknownFields) {
+    REJECT_UNKNOWN_FIELDS.store(unknown == UnknownFields::Reject, Ordering::Relaxed);
+}
+
+/// What becomes of unknown fields in xDS resources.
+pub fn unknown_fields() -> UnknownFields {
+    if REJECT_UNKNOWN_FIELDS.load(Ordering::Relaxed) { UnknownFields::Reject } else { UnknownFields::Ignore }
+}
 
 /// All resources.
 pub(in crate::config) struct State {

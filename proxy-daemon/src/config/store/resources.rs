@@ -8,7 +8,7 @@ use std::{
 
 use culvert_xds_client::{
     ads::{Rejection, Resource},
-    json,
+    json::{self, UnknownFields},
 };
 use prost::Name;
 
@@ -98,10 +98,14 @@ pub(super) fn parse<M, T>(
     parse: impl Fn(&M, &str) -> Result<T, FieldError>,
 ) -> Result<T, FieldError>
 where
-    M: prost::Message + Name + Default,
+    M: prost::Message + Name + Default + Clone,
 {
+    if super::unknown_fields() == UnknownFields::Reject {
+        json::validate_any(&resource.body, "", UnknownFields::Reject)?;
+    }
     let message: M = json::unpack(&resource.body, "")?;
-    json::validate(&message)?;
+    let message = json::resolve_typed_structs(&message)?;
+    json::validate(&*message)?;
     if name(&message) != resource.name {
         let text = format!("the resource is named {:?}, and its content {:?}", resource.name, name(&message));
         return Err(FieldError::new("name", text));
