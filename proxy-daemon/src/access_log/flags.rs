@@ -58,6 +58,16 @@ impl ResponseFlags {
         self.0 & other.0 == other.0
     }
 
+    /// Whether any flag of `other` is set.
+    pub fn intersects(self, other: ResponseFlags) -> bool {
+        self.0 & other.0 != 0
+    }
+
+    /// The flag of a short name.
+    pub fn from_name(name: &str) -> Option<ResponseFlags> {
+        NAMES.iter().find(|(_, known)| *known == name).map(|(flag, _)| *flag)
+    }
+
     /// The short names of the set flags.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         NAMES.iter().filter(move |(flag, _)| self.contains(*flag)).map(|(_, name)| *name)

@@ -3,6 +3,7 @@
 //! A format is compiled when configuration is applied. A worker formats straight into its own buffer of the log's sink
 //! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between.
 
+mod filter;
 mod flags;
 mod format;
 mod record;
@@ -11,18 +12,23 @@ mod time;
 
 use std::sync::Arc;
 
+pub use filter::response_flags;
 pub use flags::ResponseFlags;
 pub use record::Record;
 pub use sink::{flush_thread, reopen_all};
 
 use self::{format::Format, sink::Sink};
-use crate::config::{FieldError, model::AccessLogConfig};
+use crate::config::{
+    FieldError,
+    model::{AccessLogConfig, AccessLogFilter},
+};
 
 /// One configured log. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AccessLog {
     format: Arc<Format>,
     sink: Arc<Sink>,
+    filter: Arc<AccessLogFilter>,
 }
 
 impl AccessLog {
@@ -34,12 +40,13 @@ impl AccessLog {
             None => Format::envoy_default(),
         };
         let sink = Sink::open(&config.sink).map_err(|e| FieldError::new("path", e))?;
-        Ok(AccessLog { format: Arc::new(format), sink })
+        Ok(AccessLog { format: Arc::new(format), sink, filter: Arc::new(config.filter.clone()) })
     }
 
-    /// The request headers that its lines show: the only ones that have to be kept for it.
+    /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
     pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(false)
+        let filter: Vec<&http::HeaderName> = self.filter.request_headers().collect();
+        self.format.headers(false).chain(filter)
     }
 
     /// The response headers that its lines show.
@@ -47,8 +54,11 @@ impl AccessLog {
         self.format.headers(true)
     }
 
-    /// Adds a line to this thread's buffer; it is written when the buffer is full or [`flush_thread`] is called.
+    /// Adds a line to this thread's buffer, where the log's filter lets it; it is written when the buffer is full or [`flush_thread`] is called.
     pub fn write(&self, record: &Record<'_>) {
+        if !self.filter.admits(record) {
+            return;
+        }
         sink::append(&self.sink, |line| self.format.write(line, record));
     }
 }

@@ -12,7 +12,7 @@ use std::{
 use super::*;
 use crate::{
     access_log::{AccessLog, Record},
-    config::model::AccessLogConfig,
+    config::model::{AccessLogConfig, AccessLogFilter},
 };
 
 /// A directory of one test, removed at its end.
@@ -29,7 +29,11 @@ impl Dir {
 
     fn log(&self, format: &str) -> (AccessLog, PathBuf) {
         let path = self.0.join("access.log");
-        let config = AccessLogConfig { sink: AccessLogSink::File(path.clone()), format: Some(format.into()) };
+        let config = AccessLogConfig {
+            sink: AccessLogSink::File(path.clone()),
+            format: Some(format.into()),
+            filter: AccessLogFilter::Always,
+        };
         (AccessLog::new(&config).unwrap(), path)
     }
 }
@@ -130,10 +134,15 @@ fn a_rotated_file_is_opened_anew() {
 
 #[test]
 fn a_path_that_cannot_be_opened_is_named() {
-    let config = AccessLogConfig { sink: AccessLogSink::File("/proc/no/such/dir/access.log".into()), format: None };
+    let config = AccessLogConfig {
+        sink: AccessLogSink::File("/proc/no/such/dir/access.log".into()),
+        format: None,
+        filter: AccessLogFilter::Always,
+    };
     let error = AccessLog::new(&config).unwrap_err().to_string();
     assert!(error.starts_with("path: cannot open the access log /proc/no/such/dir/access.log"), "{error}");
-    let bad = AccessLogConfig { sink: AccessLogSink::Stdout, format: Some("%NOPE%".into()) };
+    let bad =
+        AccessLogConfig { sink: AccessLogSink::Stdout, format: Some("%NOPE%".into()), filter: AccessLogFilter::Always };
     let error = AccessLog::new(&bad).unwrap_err().to_string();
     assert!(error.starts_with("log_format.text_format_source.inline_string: %NOPE%"), "{error}");
 }

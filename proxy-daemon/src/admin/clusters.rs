@@ -31,11 +31,12 @@ pub(super) fn text(clusters: &[Arc<Cluster>]) -> String {
 fn write_cluster(out: &mut String, cluster: &Cluster) -> std::fmt::Result {
     let name = &cluster.config.name;
     writeln!(out, "{name}::observability_name::{}", observability_name(cluster))?;
-    for (priority, limits) in ["default", "high"].iter().zip(&cluster.config.circuit_breakers) {
-        writeln!(out, "{name}::{priority}_priority::max_connections::{}", limits.max_connections)?;
-        writeln!(out, "{name}::{priority}_priority::max_pending_requests::{}", limits.max_pending_requests)?;
-        writeln!(out, "{name}::{priority}_priority::max_requests::{}", limits.max_requests)?;
-        writeln!(out, "{name}::{priority}_priority::max_retries::{}", limits.max_retries)?;
+    for (priority, high) in [("default", false), ("high", true)] {
+        let limits = cluster.limits(high);
+        writeln!(out, "{name}::{priority}_priority::max_connections::{}", limits.max_connections())?;
+        writeln!(out, "{name}::{priority}_priority::max_pending_requests::{}", limits.max_pending_requests())?;
+        writeln!(out, "{name}::{priority}_priority::max_requests::{}", limits.max_requests())?;
+        writeln!(out, "{name}::{priority}_priority::max_retries::{}", limits.max_retries())?;
     }
     for host in &cluster.hosts().hosts {
         let address = host.display();
@@ -79,12 +80,13 @@ pub(super) fn json(clusters: &[Arc<Cluster>]) -> Json {
 }
 
 fn cluster_status(cluster: &Cluster) -> Json {
-    let thresholds = cluster.config.circuit_breakers.iter().zip([None, Some("HIGH")]).map(|(limits, priority)| {
+    let thresholds = [(false, None), (true, Some("HIGH"))].map(|(high, priority)| {
+        let limits = cluster.limits(high);
         let mut json = json!({
-            "max_connections": limits.max_connections,
-            "max_pending_requests": limits.max_pending_requests,
-            "max_requests": limits.max_requests,
-            "max_retries": limits.max_retries,
+            "max_connections": limits.max_connections(),
+            "max_pending_requests": limits.max_pending_requests(),
+            "max_requests": limits.max_requests(),
+            "max_retries": limits.max_retries(),
         });
         if let Some(priority) = priority {
             json["priority"] = priority.into();
@@ -94,7 +96,7 @@ fn cluster_status(cluster: &Cluster) -> Json {
     json!({
         "name": &*cluster.config.name,
         "observability_name": observability_name(cluster),
-        "circuit_breakers": { "thresholds": thresholds.collect::<Vec<_>>() },
+        "circuit_breakers": { "thresholds": thresholds },
         "host_statuses": cluster.hosts().hosts.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
     })
 }

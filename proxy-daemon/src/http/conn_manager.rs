@@ -306,13 +306,15 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         return Ok(answer(end, reply, grpc, is_head, None, &mut []));
     }
     let (config, connection) = (&state.manager.config, &state.connection);
+    let random = fastrand::u64(..);
     let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip(connection));
     let mut cx = StreamCx {
         worker: Rc::clone(&state.worker),
         connection: Rc::clone(connection),
         remote: trusted.remote,
         internal: trusted.internal,
-        route: state.routes.route(&head),
+        route: state.routes.route(&head, random),
+        random,
         cluster: None,
         override_dst: None,
         started,
@@ -390,7 +392,7 @@ fn choose_cluster(cx: &StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     match &action.cluster {
         ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),
-        ClusterChoice::Weighted(weighted) => cx.worker.clusters.get(weighted.at(fastrand::u32(..weighted.total()))),
+        ClusterChoice::Weighted(weighted) => cx.worker.clusters.get(weighted.choose(cx.random)?),
         ClusterChoice::Header(header) => cx.worker.clusters.get(head.headers.get(header)?.to_str().ok()?),
     }
 }

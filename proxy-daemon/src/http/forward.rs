@@ -43,6 +43,9 @@ pub(super) async fn forward(
         end.state.manager.stats.no_cluster.inc();
         return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
     };
+    if cluster.cluster.refuses_for_maintenance() {
+        return Err(maintenance(&cluster));
+    }
     let suppress = end.state.manager.suppress_envoy_headers;
     let timeout = route_timeout(cx, action, &head);
     finish_request(cx, action, &mut head, timeout, suppress);
@@ -63,6 +66,17 @@ pub(super) async fn forward(
     drop(attempts);
     let (response, connection) = result?;
     Ok(Answer { response, connection, timers, attempts: count })
+}
+
+/// The answer to a request that `upstream.maintenance_mode.<cluster>` refuses.
+fn maintenance(cluster: &WorkerCluster) -> LocalReply {
+    let stats = &cluster.cluster.stats;
+    stats.upstream_rq_maintenance_mode.inc();
+    stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    let mut reply = LocalReply::new(status, "maintenance mode", ResponseFlags::UO, "maintenance_mode");
+    reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
+    reply
 }
 
 /// The time that the whole exchange may take: the route's, or an internal client's.
@@ -203,8 +217,8 @@ impl Attempts<'_> {
     fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
         end.leave_host();
         let stats = &self.cluster.cluster.stats;
-        let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
-        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests) {
+        let limits = self.cluster.cluster.limits(self.action.high_priority);
+        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
             stats.upstream_rq_pending_overflow.inc();
             self.cluster.cluster.dropped.inc();
             return Err(overloaded());
@@ -330,12 +344,15 @@ impl Attempts<'_> {
             return false;
         }
         if self.retrying.is_none() {
-            let limits = &self.cluster.cluster.config.circuit_breakers[usize::from(self.action.high_priority)];
-            self.retrying = RetrySlot::take(self.cluster, limits.max_retries);
+            let limits = self.cluster.cluster.limits(self.action.high_priority);
+            self.retrying = RetrySlot::take(self.cluster, limits.max_retries());
             if self.retrying.is_none() {
                 stats.upstream_rq_retry_overflow.inc();
                 return false;
             }
+        }
+        if !retry::is_enabled() {
+            return false;
         }
         stats.upstream_rq_retry.inc();
         tokio::time::sleep(retry::back_off(policy, self.count)).await;

@@ -1,10 +1,19 @@
 //! Which failures are tried again (facts of `retry_on`), and after how long.
 
-use std::time::Duration;
+use std::{sync::LazyLock, time::Duration};
 
 use http::StatusCode;
 
-use crate::config::model::RetryPolicy;
+use crate::{
+    config::model::{DEFAULT_BASE_INTERVAL, RetryPolicy},
+    layered_runtime::{Key, RuntimeInteger},
+};
+
+/// Milliseconds, where the policy has no base of its own.
+static BASE_BACK_OFF: LazyLock<Key> = LazyLock::new(|| Key::new("upstream.base_retry_backoff_ms"));
+/// The percentage of retries that are made at all.
+static USE_RETRY: LazyLock<RuntimeInteger> =
+    LazyLock::new(|| RuntimeInteger { default: 100, key: Key::optional("upstream.use_retry") });
 
 /// How an attempt failed without a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,10 +58,20 @@ pub(super) fn may_want_status(policy: &RetryPolicy) -> bool {
     on.server_error || on.gateway_error || on.retriable_4xx || on.retriable_status_codes || on.reset
 }
 
+/// Whether this retry is made, as far as `upstream.use_retry` goes.
+pub(super) fn is_enabled() -> bool {
+    match USE_RETRY.get() {
+        100.. => true,
+        share => fastrand::u64(..100) < share,
+    }
+}
+
 /// The pause before retry number `retry` (from 1): random in [0, (2^retry - 1) * base], at most `max_interval`.
 pub(super) fn back_off(policy: &RetryPolicy, retry: u32) -> Duration {
     let steps = 2_u32.saturating_pow(retry).saturating_sub(1);
-    let ceiling = policy.base_interval.saturating_mul(steps).min(policy.max_interval);
+    let base = policy.base_interval.or_else(|| BASE_BACK_OFF.integer().map(Duration::from_millis));
+    let base = base.unwrap_or(DEFAULT_BASE_INTERVAL);
+    let ceiling = base.saturating_mul(steps).min(policy.max_interval.unwrap_or(base.saturating_mul(10)));
     ceiling.mul_f64(fastrand::f64())
 }
 
@@ -62,7 +81,7 @@ mod tests {
     use crate::config::model::RetryOn;
 
     fn policy(retry_on: RetryOn) -> RetryPolicy {
-        let (base_interval, max_interval) = (Duration::from_millis(25), Duration::from_millis(250));
+        let (base_interval, max_interval) = (None, None);
         RetryPolicy {
             retry_on,
             num_retries: 1,

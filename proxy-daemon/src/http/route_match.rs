@@ -76,10 +76,10 @@ impl RouteTable {
         by_suffix.next().or_else(|| by_prefix.next()).copied().or(self.any)
     }
 
-    fn find(&self, request: &Parts) -> Option<(usize, usize)> {
+    fn find(&self, request: &Parts, random: u64) -> Option<(usize, usize)> {
         let host = self.virtual_host(authority(request))?;
         let routes = &self.config.virtual_hosts[host].routes;
-        let route = routes.iter().position(|route| matches(&route.route_match, request))?;
+        let route = routes.iter().position(|route| matches(&route.route_match, request, random))?;
         Some((host, route))
     }
 }
@@ -104,11 +104,12 @@ fn without_port(authority: &str) -> &str {
     }
 }
 
-fn matches(rule: &RouteMatch, request: &Parts) -> bool {
+fn matches(rule: &RouteMatch, request: &Parts, random: u64) -> bool {
     path_matches(&rule.path, rule.case_sensitive, request.uri.path())
         && rule.headers.iter().all(|matcher| header_matches(matcher, request))
         && (rule.query_parameters.is_empty()
             || rule.query_parameters.iter().all(|matcher| query_matches(matcher, request.uri.query())))
+        && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(random))
         && (!rule.grpc || super::headers::is_grpc(&request.headers))
 }
 
@@ -204,8 +205,8 @@ impl RouteCache {
         RouteCache { slot, version: Cell::new(0), table: RefCell::default() }
     }
 
-    /// The route of a request; `None` where no virtual host or route matches.
-    pub(super) fn route(&self, request: &Parts) -> Option<RouteRef> {
+    /// The route of a request; `None` where no virtual host or route matches. `random` is the stream's number.
+    pub(super) fn route(&self, request: &Parts, random: u64) -> Option<RouteRef> {
         let version = self.slot.version.load(Ordering::Acquire);
         if version != self.version.get() {
             self.version.set(version);
@@ -213,7 +214,7 @@ impl RouteCache {
         }
         let table = self.table.borrow();
         let table = table.as_ref()?;
-        let (host, route) = table.find(request)?;
+        let (host, route) = table.find(request, random)?;
         Some(RouteRef { table: Rc::clone(table), host, route })
     }
 }

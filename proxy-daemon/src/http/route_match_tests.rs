@@ -1,7 +1,10 @@
 use http::Request;
 
 use super::*;
-use crate::config::model::{HeaderMutations, RouteAction, StringMatcher, StringPattern};
+use crate::{
+    config::model::{HeaderMutations, RouteAction, StringMatcher, StringPattern, WeightedClusters},
+    layered_runtime::{Fraction, Key, Layer, LayerSource, Runtime, RuntimeFraction, RuntimeInteger},
+};
 
 fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
     let route = |route_match| {
@@ -17,7 +20,14 @@ fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
 }
 
 fn path(path: PathMatch) -> RouteMatch {
-    RouteMatch { path, case_sensitive: true, headers: Vec::new(), query_parameters: Vec::new(), grpc: false }
+    RouteMatch {
+        path,
+        case_sensitive: true,
+        headers: Vec::new(),
+        query_parameters: Vec::new(),
+        grpc: false,
+        runtime_fraction: None,
+    }
 }
 
 fn table(virtual_hosts: Vec<VirtualHost>) -> RouteTable {
@@ -59,7 +69,7 @@ fn the_first_route_that_matches_is_taken() {
         path(PathMatch::Prefix("/".into())),
     ];
     let table = table(vec![host("any", &["*"], routes)]);
-    let find = |uri: &str| table.find(&request(uri, &[("host", "a")])).map(|(_, route)| route);
+    let find = |uri: &str| table.find(&request(uri, &[("host", "a")]), 0).map(|(_, route)| route);
     assert_eq!(find("/exact?q=1"), Some(0), "the query takes no part");
     assert_eq!(find("/api"), Some(1));
     assert_eq!(find("/api/v1"), Some(1));
@@ -70,9 +80,9 @@ fn the_first_route_that_matches_is_taken() {
 #[test]
 fn no_host_or_no_route_is_no_match() {
     let table = table(vec![host("a", &["a"], vec![path(PathMatch::Prefix("/x".into()))])]);
-    assert_eq!(table.find(&request("/x", &[("host", "b")])), None);
-    assert_eq!(table.find(&request("/y", &[("host", "a")])), None);
-    assert_eq!(table.find(&request("/x", &[("host", "a")])), Some((0, 0)));
+    assert_eq!(table.find(&request("/x", &[("host", "b")]), 0), None);
+    assert_eq!(table.find(&request("/y", &[("host", "a")]), 0), None);
+    assert_eq!(table.find(&request("/x", &[("host", "a")]), 0), Some((0, 0)));
 }
 
 fn header(value: HeaderValueMatch, invert_match: bool, treat_missing_header_as_empty: bool) -> HeaderMatcher {
@@ -123,14 +133,48 @@ fn a_cache_sees_new_routes_and_streams_keep_the_old() {
     let slot = Arc::new(RouteSlot::default());
     let cache = RouteCache::new(Arc::clone(&slot));
     let request = request("/x", &[("host", "a")]);
-    assert!(cache.route(&request).is_none(), "no routes yet");
+    assert!(cache.route(&request, 0).is_none(), "no routes yet");
     let routes = |name: &str| {
         let virtual_hosts = vec![host(name, &["*"], vec![path(PathMatch::Prefix("/".into()))])];
         Arc::new(RouteConfig { virtual_hosts, ..RouteConfig::default() })
     };
     slot.set(routes("one"));
-    let first = cache.route(&request).unwrap();
+    let first = cache.route(&request, 0).unwrap();
     slot.set(routes("two"));
     assert_eq!(first.virtual_host().name, "one");
-    assert_eq!(cache.route(&request).unwrap().virtual_host().name, "two");
+    assert_eq!(cache.route(&request, 0).unwrap().virtual_host().name, "two");
+}
+
+#[test]
+fn a_share_of_the_requests_by_the_streams_number() {
+    let share = |numerator| RouteMatch {
+        runtime_fraction: Some(RuntimeFraction { default: Fraction::percent(numerator), key: None }),
+        ..path(PathMatch::Prefix("/".into()))
+    };
+    let table = table(vec![host("a", &["*"], vec![share(0), share(30), path(PathMatch::Prefix("/".into()))])]);
+    let find = |random| table.find(&request("/", &[]), random).map(|(_, route)| route);
+    assert_eq!([find(0), find(129), find(30), find(99)], [Some(1), Some(1), Some(2), Some(2)]);
+}
+
+#[test]
+fn weights_follow_runtime_values() {
+    let cluster = |name: &str, default| {
+        (RuntimeInteger { default, key: Key::optional(&format!("w.{name}")) }, Arc::<str>::from(name))
+    };
+    let cumulative = vec![(1, "a".into()), (4, "b".into())];
+    let mut weighted = WeightedClusters { cumulative, runtime: None };
+    let picks = |weighted: &WeightedClusters| -> Vec<String> {
+        (0..4).filter_map(|random| weighted.choose(random).map(ToString::to_string)).collect()
+    };
+    assert_eq!(picks(&weighted), ["a", "b", "b", "b"]);
+    weighted.runtime = Some(vec![cluster("a", 1), cluster("b", 3), cluster("c", 0)]);
+    assert_eq!(picks(&weighted), ["a", "b", "b", "b"]);
+    let layers = vec![Layer { name: "a".to_owned(), source: LayerSource::Admin }];
+    let runtime = Runtime::start(layers).unwrap();
+    runtime.modify([("w.a", "2"), ("w.b", "0"), ("w.c", "2")]).unwrap();
+    assert_eq!(picks(&weighted), ["a", "a", "c", "c"]);
+    runtime.modify([("w.a", "0"), ("w.c", "0")]).unwrap();
+    assert_eq!(weighted.choose(0), None, "no weight is left");
+    runtime.modify([("w.a", "4294967296")]).unwrap();
+    assert_eq!(weighted.choose(0), None, "as Envoy: the sum has 32 bits");
 }

@@ -56,6 +56,8 @@ pub struct StreamCx {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// The stream's random number: routes and weighted clusters are chosen by it.
+    pub random: u64,
     /// When the first byte of the request's head was seen, at the latest.
     pub started: Instant,
     /// What can be told about the request's body while it passes.

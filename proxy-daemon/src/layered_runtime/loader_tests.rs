@@ -7,7 +7,7 @@ use std::{
 use envoy_types::pb::google::protobuf::Struct;
 
 use super::{
-    super::{Fraction, Key, RuntimeFraction, RuntimeInteger},
+    super::{Fraction, Key, RuntimeFraction, RuntimeInteger, observe},
     *,
 };
 
@@ -72,6 +72,23 @@ fn lists_and_nulls_are_no_values() {
     let bad = |yaml: &str| check_values(&culvert_xds_client::json::from_yaml(yaml).unwrap()).unwrap_err();
     assert_eq!(bad("{a: {b: [1]}}"), "a.b");
     assert_eq!(bad("{a: null}"), "a");
+}
+
+#[test]
+fn observers_see_both_sides_until_they_have_enough() {
+    let (sender, seen) = std::sync::mpsc::channel();
+    observe(move |before, after| {
+        let show = |values: &Values| values.get("o").map(|entry| entry.raw.clone());
+        sender.send((show(before), show(after))).unwrap();
+        after.get("o").is_none_or(|entry| entry.raw != "2")
+    });
+    let runtime = Runtime::start(vec![layer("admin", LayerSource::Admin)]).unwrap();
+    for value in ["1", "2", "3"] {
+        runtime.modify([("o", value)]).unwrap();
+    }
+    let seen: Vec<_> = seen.try_iter().collect();
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(seen, [(None, None), (None, None), (None, some("1")), (some("1"), some("2"))]);
 }
 
 #[test]

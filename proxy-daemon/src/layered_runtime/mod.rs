@@ -12,3 +12,4 @@ pub use disk::DiskLayer;
 pub use entry::{Denominator, Entry, Fraction};
 pub use loader::{Layer, LayerSource, ModifyError, Runtime, check_values};
 pub use slots::{Key, RuntimeFraction, RuntimeInteger};
+pub(crate) use slots::{Values, observe, with_values};

@@ -144,17 +144,21 @@ impl RuntimeInteger {
 }
 
 /// All values that are in force.
-pub(super) type Values = HashMap<String, Entry>;
+pub(crate) type Values = HashMap<String, Entry>;
+
+/// Told of the values before and after a change. `false`: not to be told again.
+type Observer = Box<dyn Fn(&Values, &Values) -> bool + Send>;
 
 struct State {
-    values: Values,
+    values: Arc<Values>,
     slots: HashMap<Box<str>, Weak<Slot>>,
     /// How many slots there may be before those that nobody uses are looked for.
     sweep_at: usize,
+    observers: Vec<Observer>,
 }
 
 static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| {
-    let state = State { values: Values::new(), slots: HashMap::new(), sweep_at: 1024 };
+    let state = State { values: Arc::default(), slots: HashMap::new(), sweep_at: 1024, observers: Vec::new() };
     Mutex::new(state)
 });
 
@@ -166,8 +170,25 @@ fn lock() -> MutexGuard<'static, State> {
 /// Puts values in force. When this returns, every reader sees them.
 pub(super) fn publish(values: Values) {
     let mut state = lock();
+    let values = Arc::new(values);
+    let before = std::mem::replace(&mut state.values, Arc::clone(&values));
     for slot in state.slots.values().filter_map(Weak::upgrade) {
         slot.set(values.get(&*slot.name));
     }
-    state.values = values;
+    let mut observers = std::mem::take(&mut state.observers);
+    // They may look values up.
+    drop(state);
+    observers.retain(|observer| observer(&before, &values));
+    lock().observers.append(&mut observers);
+}
+
+/// Gives `read` all values: for keys that are too many to have a slot each.
+pub(crate) fn with_values<T>(read: impl FnOnce(&Values) -> T) -> T {
+    let values = Arc::clone(&lock().values);
+    read(&values)
+}
+
+/// Calls `observer` with the values before and after each change, as long as it returns `true`.
+pub(crate) fn observe(observer: impl Fn(&Values, &Values) -> bool + Send + 'static) {
+    lock().observers.push(Box::new(observer));
 }

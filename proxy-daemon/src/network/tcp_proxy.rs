@@ -70,7 +70,7 @@ impl TcpProxy {
     fn choose(&self) -> Option<&Arc<str>> {
         match &self.config.cluster {
             ClusterChoice::Cluster(name) => Some(name),
-            ClusterChoice::Weighted(weighted) => Some(weighted.at(fastrand::u32(..weighted.total()))),
+            ClusterChoice::Weighted(weighted) => weighted.choose(fastrand::u64(..)),
             ClusterChoice::Header(_) => None,
         }
     }
@@ -201,7 +201,7 @@ async fn dial(
 ) -> Option<Dialed> {
     let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
     for attempt in 0..proxy.config.max_connect_attempts {
-        if stats.upstream_cx_active.value() >= u64::from(config.circuit_breakers[0].max_connections) {
+        if stats.upstream_cx_active.value() >= u64::from(cluster.cluster.limits(false).max_connections()) {
             stats.upstream_cx_overflow.inc();
             outcome.flags |= ResponseFlags::UO;
             return None;

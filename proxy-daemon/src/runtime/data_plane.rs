@@ -80,6 +80,7 @@ impl DataPlane {
     /// A thread could not be started.
     pub fn start(options: Options) -> std::io::Result<DataPlane> {
         let clusters = Arc::new(Clusters::new(options.workers));
+        clusters.follow_runtime();
         let offloaded = Arc::new(ArcSwap::from_pointee(OffloadedTable::default()));
         let (mut senders, mut threads) = (Vec::new(), Vec::new());
         let cpus = processors();

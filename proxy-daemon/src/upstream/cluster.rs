@@ -1,5 +1,5 @@
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -11,9 +11,11 @@ use arc_swap::ArcSwap;
 use super::{
     ClusterStats,
     host::{Host, HostCounters, HostSet},
+    limits::{Limits, RuntimeLimits, cluster_of},
 };
 use crate::{
     config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
+    layered_runtime::{observe, with_values},
     stats::{self, Counter},
 };
 
@@ -29,6 +31,7 @@ pub struct Cluster {
     latched_dropped: AtomicU64,
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
+    limits: RuntimeLimits,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
@@ -38,16 +41,28 @@ impl Cluster {
         let stats = ClusterStats::new(&config);
         stats.publish_hosts(&hosts);
         let dropped = stats::hidden_counter(&format!("cluster.{}.upstream_rq_dropped", config.name));
+        let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
         Cluster {
             config,
             stats,
+            limits,
             dropped,
             latched_dropped: AtomicU64::new(dropped.value()),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
         }
+    }
+
+    /// The circuit breakers of the default or the high priority.
+    pub fn limits(&self, high: bool) -> &Limits {
+        &self.limits.breakers[usize::from(high)]
+    }
+
+    /// Whether this request is among those that `upstream.maintenance_mode.<cluster>` refuses.
+    pub fn refuses_for_maintenance(&self) -> bool {
+        self.limits.refuses()
     }
 
     /// The hosts now.
@@ -78,7 +93,7 @@ impl Cluster {
 fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> HostSet {
     let known: HashMap<&EndpointAddress, &Arc<HostCounters>> =
         before.hosts.iter().map(|host| (&host.address, &host.counters)).collect();
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     let mut hosts = Vec::new();
     for group in endpoints {
         let locality = Arc::new(group.locality.clone());
@@ -160,11 +175,86 @@ impl Clusters {
         cluster.is_some()
     }
 
+    /// Keeps the clusters' limits in step with the runtime values, for as long as the registry lives.
+    pub fn follow_runtime(self: &Arc<Clusters>) {
+        let clusters = Arc::downgrade(self);
+        observe(move |before, after| {
+            let Some(clusters) = clusters.upgrade() else { return false };
+            let named: HashSet<&str> = before.keys().chain(after.keys()).filter_map(|key| cluster_of(key)).collect();
+            if !named.is_empty() {
+                // A cluster that is being added has read the values before this, or is in the map after this.
+                let _one_at_a_time = clusters.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let map = clusters.map.load();
+                named.into_iter().filter_map(|name| map.get(name)).for_each(|it| it.limits.set(&it.config, after));
+            }
+            true
+        });
+    }
+
     fn change(&self, edit: impl FnOnce(&mut ClusterMap)) {
         let _one_at_a_time = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut next = ClusterMap::clone(&self.map.load());
         edit(&mut next);
         self.map.store(Arc::new(next));
         self.version.fetch_add(1, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::model::{Discovery, LbPolicy, Thresholds, UpstreamProtocol},
+        layered_runtime::{Layer, LayerSource, Runtime},
+    };
+
+    fn cluster(name: &str) -> ClusterConfig {
+        ClusterConfig {
+            name: name.into(),
+            stat_name: name.to_owned(),
+            discovery: Discovery::Static,
+            lb_policy: LbPolicy::RoundRobin,
+            connect_timeout: std::time::Duration::from_secs(1),
+            protocol: UpstreamProtocol::Http1,
+            max_requests_per_connection: 0,
+            idle_timeout: None,
+            circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
+            per_connection_buffer_limit_bytes: 0,
+            tcp_keepalive: None,
+            endpoints: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn limits_follow_runtime_values() {
+        let runtime = Runtime::start(vec![Layer { name: "a".to_owned(), source: LayerSource::Admin }]).unwrap();
+        let clusters = Arc::new(Clusters::new(1));
+        clusters.follow_runtime();
+        clusters.upsert(cluster("a.b"));
+        let limits = |name: &str| {
+            let cluster = clusters.load()[name].clone();
+            (
+                cluster.limits(false).max_requests(),
+                cluster.limits(true).max_retries(),
+                cluster.refuses_for_maintenance(),
+            )
+        };
+        assert_eq!(limits("a.b"), (7, 3, false));
+        let set = |values: &[(&str, &str)]| runtime.modify(values.iter().copied()).unwrap();
+        set(&[
+            ("circuit_breakers.a.b.default.max_requests", "1"),
+            ("circuit_breakers.a.b.high.max_retries", "99999999999"),
+            ("circuit_breakers.later.default.max_requests", "2"),
+            ("upstream.maintenance_mode.a.b", "100"),
+        ]);
+        assert_eq!(limits("a.b"), (1, u32::MAX, true));
+        clusters.upsert(cluster("later"));
+        assert_eq!(limits("later"), (2, 3, false), "a cluster that comes later");
+        set(&[
+            ("circuit_breakers.a.b.default.max_requests", "many"),
+            ("circuit_breakers.a.b.high.max_retries", ""),
+            ("upstream.maintenance_mode.a.b", ""),
+        ]);
+        assert_eq!(limits("a.b"), (7, 3, false));
     }
 }

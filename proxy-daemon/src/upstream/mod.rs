@@ -8,6 +8,7 @@ mod connect;
 pub mod dns;
 mod host;
 mod lb;
+mod limits;
 mod original_dst;
 mod pool;
 mod stats;

@@ -162,12 +162,12 @@ impl WorkerHost {
     /// Whether a connection may be opened. Where the limit is reached, waits for one to be released and says no; a
     /// pool without any connection may always open one, as in Envoy.
     async fn may_open(&self, cluster: &WorkerCluster, pool: &SourcePool, high: bool) -> Result<bool, PoolError> {
-        let (limits, stats) = (&cluster.cluster.config.circuit_breakers[usize::from(high)], &cluster.cluster.stats);
-        if pool.open.get() == 0 || stats.upstream_cx_active.value() < u64::from(limits.max_connections) {
+        let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
+        if pool.open.get() == 0 || stats.upstream_cx_active.value() < u64::from(limits.max_connections()) {
             return Ok(true);
         }
         stats.upstream_cx_overflow.inc();
-        if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests) {
+        if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests()) {
             stats.upstream_rq_pending_overflow.inc();
             return Err(PoolError::Overflow);
         }

@@ -219,8 +219,8 @@ pub fn retry(retry_on: RetryOn, num_retries: u32) -> RetryPolicy {
         retry_on,
         num_retries,
         per_try_timeout: None,
-        base_interval: Duration::from_millis(1),
-        max_interval: Duration::from_millis(10),
+        base_interval: Some(Duration::from_millis(1)),
+        max_interval: Some(Duration::from_millis(10)),
         retriable_status_codes: Vec::new(),
     }
 }
@@ -297,6 +297,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
             headers: Vec::new(),
             query_parameters: Vec::new(),
             grpc: false,
+            runtime_fraction: None,
         },
         action: RouteAction::Forward(Box::new(action)),
         headers: HeaderMutations::default(),

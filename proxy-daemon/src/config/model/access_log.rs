@@ -1,5 +1,10 @@
 use std::path::PathBuf;
 
+use crate::{
+    access_log::ResponseFlags,
+    layered_runtime::{Denominator, RuntimeInteger},
+};
+
 /// One `access_log` entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessLogConfig {
@@ -7,6 +12,8 @@ pub struct AccessLogConfig {
     pub sink: AccessLogSink,
     /// Envoy's format string (`%REQ(:METHOD)% ...`); `None` is Envoy's default format.
     pub format: Option<String>,
+    /// Which requests and connections get a line.
+    pub filter: AccessLogFilter,
 }
 
 /// Where an access log's lines go.
@@ -18,4 +25,53 @@ pub enum AccessLogSink {
     Stdout,
     /// The daemon's standard error.
     Stderr,
+}
+
+/// `AccessLogFilter`
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum AccessLogFilter {
+    /// No filter.
+    #[default]
+    Always,
+    /// `status_code_filter`; 0 where there was no response.
+    StatusCode(Comparison),
+    /// `duration_filter`, in milliseconds.
+    Duration(Comparison),
+    /// `runtime_filter`: a share of all.
+    Runtime {
+        /// Of `denominator`.
+        numerator: RuntimeInteger,
+        /// `percent_sampled.denominator`
+        denominator: Denominator,
+        /// By a number of its own, and not by the request's id.
+        independent: bool,
+    },
+    /// `response_flag_filter`: one of these, or any at all.
+    ResponseFlags(Option<ResponseFlags>),
+    /// `and_filter`
+    And(Vec<AccessLogFilter>),
+    /// `or_filter`
+    Or(Vec<AccessLogFilter>),
+}
+
+/// `ComparisonFilter`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Comparison {
+    /// How the number is compared.
+    pub op: ComparisonOp,
+    /// With what.
+    pub value: RuntimeInteger,
+}
+
+/// `ComparisonFilter.Op`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComparisonOp {
+    /// `EQ`
+    Equal,
+    /// `GE`
+    GreaterOrEqual,
+    /// `LE`
+    LessOrEqual,
+    /// `NE`
+    NotEqual,
 }

@@ -3,6 +3,8 @@ use std::{sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
+use crate::layered_runtime::{RuntimeFraction, RuntimeInteger};
+
 /// A checked `RouteConfiguration`. `http::route_match` builds the index over it.
 #[derive(Debug, Default)]
 pub struct RouteConfig {
@@ -76,6 +78,8 @@ pub struct RouteMatch {
     pub query_parameters: Vec<QueryParameterMatcher>,
     /// Only requests whose content type is gRPC's.
     pub grpc: bool,
+    /// Only this share of the requests, by the stream's random number.
+    pub runtime_fraction: Option<RuntimeFraction>,
 }
 
 /// `RouteMatch.path_specifier`.
@@ -252,7 +256,10 @@ impl ClusterChoice {
     pub fn names(&self) -> Vec<&str> {
         match self {
             ClusterChoice::Cluster(name) => vec![name],
-            ClusterChoice::Weighted(weighted) => weighted.cumulative.iter().map(|(_, name)| &**name).collect(),
+            ClusterChoice::Weighted(weighted) => match &weighted.runtime {
+                Some(clusters) => clusters.iter().map(|(_, name)| &**name).collect(),
+                None => weighted.cumulative.iter().map(|(_, name)| &**name).collect(),
+            },
             ClusterChoice::Header(_) => Vec::new(),
         }
     }
@@ -263,12 +270,33 @@ impl ClusterChoice {
 pub struct WeightedClusters {
     /// Each with the sum of all weights up to and including its own, so that a pick is a binary search.
     pub cumulative: Vec<(u32, Arc<str>)>,
+    /// With a `runtime_key_prefix`: every cluster with its weight now; `cumulative` is what is configured.
+    pub runtime: Option<Vec<(RuntimeInteger, Arc<str>)>>,
 }
 
 impl WeightedClusters {
     /// The sum of all weights; never 0.
     pub fn total(&self) -> u32 {
         self.cumulative.last().map_or(1, |(sum, _)| *sum)
+    }
+
+    /// The cluster for a random number; `None` where runtime values leave no weight at all, or too much.
+    pub fn choose(&self, random: u64) -> Option<&Arc<str>> {
+        let Some(clusters) = &self.runtime else { return Some(self.at((random % u64::from(self.total())) as u32)) };
+        let total = clusters.iter().try_fold(0_u64, |sum, (weight, _)| sum.checked_add(weight.get()))?;
+        if total == 0 || total > u64::from(u32::MAX) {
+            return None;
+        }
+        let mut point = random % total;
+        // The weights may change in between: the last one takes what is over.
+        let chosen = clusters.iter().find(|(weight, _)| match point.checked_sub(weight.get()) {
+            Some(rest) => {
+                point = rest;
+                false
+            }
+            None => true,
+        });
+        chosen.or(clusters.last()).map(|(_, name)| name)
     }
 
     /// The cluster at `point`, which is below [`total`](Self::total).
@@ -306,6 +334,9 @@ pub enum RedirectPath {
     PrefixRewrite(Box<str>),
 }
 
+/// The base of a retry's pause where nothing else is configured.
+pub const DEFAULT_BASE_INTERVAL: Duration = Duration::from_millis(25);
+
 /// `RetryPolicy`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RetryPolicy {
@@ -315,10 +346,10 @@ pub struct RetryPolicy {
     pub num_retries: u32,
     /// Limit of one attempt.
     pub per_try_timeout: Option<Duration>,
-    /// `retry_back_off`: 25 ms by default.
-    pub base_interval: Duration,
+    /// `retry_back_off`: `upstream.base_retry_backoff_ms` by default, and without that 25 ms.
+    pub base_interval: Option<Duration>,
     /// Ten times the base by default.
-    pub max_interval: Duration,
+    pub max_interval: Option<Duration>,
     /// For `retriable-status-codes`.
     pub retriable_status_codes: Vec<StatusCode>,
 }

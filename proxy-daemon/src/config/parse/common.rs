@@ -2,19 +2,23 @@ use std::{net::IpAddr, time::Duration};
 
 use envoy_types::pb::{
     envoy::config::core::v3::{
-        Address, CidrRange, ConfigSource, DataSource, HeaderValueOption, Http2ProtocolOptions, SocketAddress,
-        TransportSocket, address, config_source::ConfigSourceSpecifier, data_source::Specifier,
-        header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
+        Address, CidrRange, ConfigSource, DataSource, HeaderValueOption, Http2ProtocolOptions,
+        RuntimeFractionalPercent, SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
+        data_source::Specifier, header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
         transport_socket::ConfigType,
     },
+    envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
     google::protobuf::{Duration as ProtoDuration, UInt32Value},
 };
 use http::{HeaderName, HeaderValue};
 
 use super::support::join;
-use crate::config::{
-    FieldError,
-    model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+use crate::{
+    config::{
+        FieldError,
+        model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+    },
+    layered_runtime::{Denominator, Fraction, Key, RuntimeFraction},
 };
 
 pub(super) type Result<T> = std::result::Result<T, FieldError>;
@@ -217,4 +221,20 @@ pub(super) fn plain_socket(socket: Option<&TransportSocket>, path: &str) -> Resu
         return Ok(());
     }
     Err(FieldError::unsupported(join(path, "transport_socket")))
+}
+
+/// A share of the requests, which a runtime value may replace. Without a default: none.
+pub(super) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFraction {
+    let default = fraction(share.default_value.unwrap_or_default());
+    RuntimeFraction { default, key: Key::optional(&share.runtime_key) }
+}
+
+/// A share.
+pub(super) fn fraction(share: FractionalPercent) -> Fraction {
+    let denominator = match DenominatorType::try_from(share.denominator) {
+        Ok(DenominatorType::TenThousand) => Denominator::TenThousand,
+        Ok(DenominatorType::Million) => Denominator::Million,
+        Ok(DenominatorType::Hundred) | Err(_) => Denominator::Hundred,
+    };
+    Fraction { numerator: share.numerator, denominator }
 }

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::{
 use regex::Regex;
 
 use super::{
-    common::{Result, header_name, required},
+    common::{Result, header_name, required, runtime_fraction},
     support::join,
 };
 use crate::config::{
@@ -42,6 +42,7 @@ pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         headers: headers.collect::<Result<_>>()?,
         query_parameters: query.collect::<Result<_>>()?,
         grpc: rule.grpc.is_some(),
+        runtime_fraction: rule.runtime_fraction.as_ref().map(runtime_fraction),
     })
 }
 

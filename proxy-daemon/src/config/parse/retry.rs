@@ -1,5 +1,3 @@
-use std::time::Duration;
-
 use envoy_types::pb::envoy::config::route::v3::RetryPolicy as ProtoPolicy;
 use http::StatusCode;
 
@@ -9,15 +7,15 @@ use super::{
 };
 use crate::config::{
     FieldError,
-    model::{RetryOn, RetryPolicy},
+    model::{DEFAULT_BASE_INTERVAL, RetryOn, RetryPolicy},
 };
 
 pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPolicy> {
     let back_off = policy.retry_back_off.unwrap_or_default();
     let back_off_path = join(path, "retry_back_off");
-    let base = duration(back_off.base_interval, &back_off_path, "base_interval")?.unwrap_or(Duration::from_millis(25));
-    let max = duration(back_off.max_interval, &back_off_path, "max_interval")?.unwrap_or(base * 10);
-    if max < base {
+    let base = duration(back_off.base_interval, &back_off_path, "base_interval")?;
+    let max = duration(back_off.max_interval, &back_off_path, "max_interval")?;
+    if max.is_some_and(|max| max < base.unwrap_or(DEFAULT_BASE_INTERVAL)) {
         let text = "max_interval must be greater than or equal to the base_interval";
         return Err(FieldError::new(join(&back_off_path, "max_interval"), text));
     }

@@ -21,12 +21,15 @@ use super::{
     retry::retry_policy,
     support::{self, join},
 };
-use crate::config::{
-    FieldError,
-    model::{
-        ClusterChoice, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath, Route, RouteAction,
-        RouteConfig, VirtualHost, WeightedClusters,
+use crate::{
+    config::{
+        FieldError,
+        model::{
+            ClusterChoice, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath, Route,
+            RouteAction, RouteConfig, VirtualHost, WeightedClusters,
+        },
     },
+    layered_runtime::{Key, RuntimeInteger},
 };
 
 /// A checked route configuration.
@@ -130,7 +133,14 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
         Some(ClusterSpecifier::WeightedClusters(clusters)) => {
             let path = join(path, "weighted_clusters");
             let weights = clusters.clusters.iter().map(|cluster| (cluster.name.as_str(), number(cluster.weight, 0)));
-            let weighted = weighted(weights, &path)?;
+            let mut weighted = weighted(weights.clone(), &path)?;
+            let prefix = &clusters.runtime_key_prefix;
+            weighted.runtime = (!prefix.is_empty()).then(|| {
+                let key = |name: &str| Key::optional(&format!("{prefix}.{name}"));
+                let weight =
+                    |(name, weight)| (RuntimeInteger { default: u64::from(weight), key: key(name) }, name.into());
+                weights.map(weight).collect()
+            });
             #[expect(deprecated, reason = "where it is set, it must be the sum")]
             let total = clusters.total_weight.map(|total| total.value);
             if total.is_some_and(|total| total != weighted.total()) {
@@ -186,7 +196,7 @@ pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: 
     if cumulative.is_empty() {
         return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
     }
-    Ok(WeightedClusters { cumulative })
+    Ok(WeightedClusters { cumulative, runtime: None })
 }
 
 fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {

@@ -5,9 +5,13 @@ use std::time::Duration;
 use envoy_types::pb::envoy::config::listener::v3::Listener as Proto;
 
 use super::*;
-use crate::config::model::{
-    AccessLogSink, ClusterChoice, CodecType, Listener, OriginalSrc, ServerHeaderTransformation, SourceType,
-    TcpProxyConfig,
+use crate::{
+    access_log::ResponseFlags,
+    config::model::{
+        AccessLogFilter, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp, Listener, OriginalSrc,
+        ServerHeaderTransformation, SourceType, TcpProxyConfig,
+    },
+    layered_runtime::{Denominator, Key, RuntimeInteger},
 };
 
 fn read(yaml: &str) -> Result<Listener, String> {
@@ -160,6 +164,58 @@ fn a_connection_manager() {
     assert!(full.normalize_path && full.merge_slashes);
     assert_eq!(full.via.as_ref().unwrap(), "here");
     assert_eq!(full.internal_ranges, ["10.0.0.0/8".parse().unwrap()]);
+}
+
+#[test]
+fn filters_of_access_logs() {
+    let filter = |filter: &str| -> Result<AccessLogFilter, String> {
+        let log = "'@type': type.googleapis.com/envoy.extensions.access_loggers.stream.v3.StdoutAccessLog";
+        let logs = format!("          access_log: [{{ name: a, filter: {filter}, typed_config: {{ {log} }} }}]");
+        let bootstrap = load(&http(&logs, TO_UP))?;
+        match &bootstrap.listeners[0].filter_chains[0].filters[0] {
+            NetworkFilterConfig::HttpConnectionManager(manager) => Ok(manager.access_logs[0].filter.clone()),
+            NetworkFilterConfig::TcpProxy(_) => panic!(),
+        }
+    };
+    let integer = |default, key: &str| RuntimeInteger { default, key: Key::optional(key) };
+    let comparison = |op, default| Comparison { op, value: integer(default, "k") };
+    let value = |default| format!("value: {{ default_value: {default}, runtime_key: k }}");
+    assert_eq!(
+        filter(&format!("{{ status_code_filter: {{ comparison: {{ op: NE, {} }} }} }}", value(200))).unwrap(),
+        AccessLogFilter::StatusCode(comparison(ComparisonOp::NotEqual, 200))
+    );
+    assert_eq!(
+        filter(&format!(
+            "{{ and_filter: {{ filters: [{{ not_health_check_filter: {{}} }}, {{ duration_filter: {{ comparison: {{ op: GE, {} \
+             }} }} }}] }} }}",
+            value(5)
+        ))
+        .unwrap(),
+        AccessLogFilter::And(vec![
+            AccessLogFilter::Always,
+            AccessLogFilter::Duration(comparison(ComparisonOp::GreaterOrEqual, 5))
+        ])
+    );
+    assert_eq!(
+        filter("{ runtime_filter: { runtime_key: s, percent_sampled: { numerator: 3, denominator: TEN_THOUSAND } } }")
+            .unwrap(),
+        AccessLogFilter::Runtime {
+            numerator: integer(3, "s"),
+            denominator: Denominator::TenThousand,
+            independent: false
+        }
+    );
+    let flags = ResponseFlags::NR | ResponseFlags::UF;
+    assert_eq!(
+        filter("{ response_flag_filter: { flags: [NR, UF] } }").unwrap(),
+        AccessLogFilter::ResponseFlags(Some(flags))
+    );
+    assert_eq!(filter("{ response_flag_filter: {} }").unwrap(), AccessLogFilter::ResponseFlags(None));
+    let path = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.access_log[0].filter";
+    assert_eq!(
+        filter("{ header_filter: { header: { name: a, present_match: true } } }").unwrap_err(),
+        format!("{path}.header_filter: not supported by culvert yet")
+    );
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crate::config::model::{
     ClusterChoice, ForwardAction, HeaderAppendAction, HeaderValueMatch, HostRewrite, MatchedHeader, PathMatch,
     RedirectPath, RetryOn, Route, RouteAction, RouteConfig, StringPattern,
 };
+use crate::layered_runtime::{Denominator, Fraction, Key, RuntimeFraction};
 
 fn config(yaml: &str) -> Result<RouteConfig, String> {
     let message = json::from_yaml(yaml).map_err(|error| error.to_string())?;
@@ -120,6 +121,25 @@ fn weights_add_up() {
 }
 
 #[test]
+fn runtime_keys_of_a_route() {
+    let share = |fraction: &str| matched(&format!("{{ prefix: /, runtime_fraction: {fraction} }}")).route_match;
+    let rule = share("{ default_value: { numerator: 5, denominator: MILLION }, runtime_key: k }");
+    let million = Fraction { numerator: 5, denominator: Denominator::Million };
+    assert_eq!(rule.runtime_fraction, Some(RuntimeFraction { default: million, key: Key::optional("k") }));
+    let rule = share("{ default_value: {} }");
+    assert_eq!(rule.runtime_fraction, Some(RuntimeFraction { default: Fraction::percent(0), key: None }));
+    let clusters = "weighted_clusters: { clusters: [{ name: a, weight: 1 }, { name: b, weight: 0 }]";
+    let action = forwarded(&format!("{{ {clusters}, runtime_key_prefix: p }} }}"));
+    let ClusterChoice::Weighted(weighted) = action.cluster else { panic!() };
+    let runtime = weighted.runtime.unwrap();
+    let keys: Vec<_> =
+        runtime.iter().map(|(weight, _)| (weight.default, weight.key.as_ref().unwrap().name())).collect();
+    assert_eq!(keys, [(1, "p.a"), (0, "p.b")]);
+    let ClusterChoice::Weighted(weighted) = forwarded(&format!("{{ {clusters} }} }}")).cluster else { panic!() };
+    assert!(weighted.runtime.is_none());
+}
+
+#[test]
 fn retries() {
     let policy = forwarded(
         "{ cluster: up, retry_policy: { retry_on: '5xx, retriable-status-codes,unheard-of', retriable_status_codes: \
@@ -129,11 +149,10 @@ fn retries() {
     let on = RetryOn { server_error: true, retriable_status_codes: true, ..RetryOn::default() };
     assert_eq!((policy.retry_on, policy.num_retries), (on, 4));
     assert_eq!(policy.per_try_timeout, Some(Duration::from_millis(250)));
-    assert_eq!((policy.base_interval, policy.max_interval), (Duration::from_millis(100), Duration::from_secs(1)));
+    assert_eq!((policy.base_interval, policy.max_interval), (Some(Duration::from_millis(100)), None));
     assert_eq!(policy.retriable_status_codes, [StatusCode::NOT_FOUND, StatusCode::CONFLICT]);
     let policy = forwarded("{ cluster: up, retry_policy: { retry_on: connect-failure } }").retry_policy.unwrap();
-    assert_eq!((policy.num_retries, policy.base_interval), (1, Duration::from_millis(25)));
-    assert_eq!(policy.max_interval, Duration::from_millis(250));
+    assert_eq!((policy.num_retries, policy.base_interval, policy.max_interval), (1, None, None));
 }
 
 #[test]

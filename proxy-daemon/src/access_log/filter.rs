@@ -1,0 +1,144 @@
+//! Which requests and connections a log has a line for.
+
+use http::HeaderName;
+
+use super::{Record, ResponseFlags};
+use crate::config::model::{AccessLogFilter, Comparison, ComparisonOp};
+
+static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+impl AccessLogFilter {
+    /// Whether this one gets a line.
+    pub(super) fn admits(&self, record: &Record<'_>) -> bool {
+        match self {
+            AccessLogFilter::Always => true,
+            AccessLogFilter::StatusCode(comparison) => comparison.holds(u64::from(record.response_code)),
+            AccessLogFilter::Duration(comparison) => comparison.holds(record.duration.as_millis() as u64),
+            AccessLogFilter::Runtime { numerator, denominator, independent } => {
+                let id = if *independent { None } else { request_number(record) };
+                let random = id.unwrap_or_else(|| fastrand::u64(..));
+                random % denominator.value() < numerator.get()
+            }
+            AccessLogFilter::ResponseFlags(None) => !record.response_flags.is_empty(),
+            AccessLogFilter::ResponseFlags(Some(flags)) => record.response_flags.intersects(*flags),
+            AccessLogFilter::And(filters) => filters.iter().all(|filter| filter.admits(record)),
+            AccessLogFilter::Or(filters) => filters.iter().any(|filter| filter.admits(record)),
+        }
+    }
+
+    /// Whether it looks at the request's id.
+    fn wants_request_id(&self) -> bool {
+        match self {
+            AccessLogFilter::Runtime { independent, .. } => !independent,
+            AccessLogFilter::And(filters) | AccessLogFilter::Or(filters) => {
+                filters.iter().any(AccessLogFilter::wants_request_id)
+            }
+            _ => false,
+        }
+    }
+
+    /// The request headers that it looks at.
+    pub(super) fn request_headers(&self) -> impl Iterator<Item = &'static HeaderName> {
+        self.wants_request_id().then_some(&X_REQUEST_ID).into_iter()
+    }
+}
+
+impl Comparison {
+    fn holds(&self, number: u64) -> bool {
+        let value = self.value.get();
+        match self.op {
+            ComparisonOp::Equal => number == value,
+            ComparisonOp::GreaterOrEqual => number >= value,
+            ComparisonOp::LessOrEqual => number <= value,
+            ComparisonOp::NotEqual => number != value,
+        }
+    }
+}
+
+/// The first eight digits of `x-request-id`: all proxies on a request's way choose alike.
+fn request_number(record: &Record<'_>) -> Option<u64> {
+    let id = record.request_headers?.get(&X_REQUEST_ID)?.to_str().ok()?;
+    u64::from_str_radix(id.get(..8)?, 16).ok()
+}
+
+/// The flags of these names.
+///
+/// # Errors
+/// The name that is none.
+pub fn response_flags<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<ResponseFlags, &'a str> {
+    names.into_iter().try_fold(ResponseFlags::default(), |flags, name| {
+        ResponseFlags::from_name(name).map(|flag| flags | flag).ok_or(name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http::HeaderMap;
+
+    use super::*;
+    use crate::layered_runtime::{Denominator, Key, Layer, LayerSource, Runtime, RuntimeInteger};
+
+    fn integer(default: u64, key: &str) -> RuntimeInteger {
+        RuntimeInteger { default, key: Key::optional(key) }
+    }
+
+    fn status(op: ComparisonOp, value: u64) -> AccessLogFilter {
+        AccessLogFilter::StatusCode(Comparison { op, value: integer(value, "least") })
+    }
+
+    #[test]
+    fn numbers_are_compared_with_runtime_values() {
+        let record = Record { response_code: 404, duration: Duration::from_millis(20), ..Record::default() };
+        for (op, holds) in [
+            (ComparisonOp::Equal, [false, true, false]),
+            (ComparisonOp::NotEqual, [true, false, true]),
+            (ComparisonOp::GreaterOrEqual, [true, true, false]),
+            (ComparisonOp::LessOrEqual, [false, true, true]),
+        ] {
+            assert_eq!([403, 404, 405].map(|value| status(op, value).admits(&record)), holds, "{op:?}");
+        }
+        let slow = AccessLogFilter::Duration(Comparison { op: ComparisonOp::GreaterOrEqual, value: integer(20, "") });
+        assert!(slow.admits(&record));
+        assert!(!AccessLogFilter::And(vec![slow.clone(), status(ComparisonOp::Equal, 200)]).admits(&record));
+        let either = AccessLogFilter::Or(vec![slow, status(ComparisonOp::Equal, 200)]);
+        assert!(either.admits(&record));
+        let layers = vec![Layer { name: "a".to_owned(), source: LayerSource::Admin }];
+        let runtime = Runtime::start(layers).unwrap();
+        runtime.modify([("least", "500")]).unwrap();
+        assert!(!status(ComparisonOp::GreaterOrEqual, 400).admits(&record));
+    }
+
+    #[test]
+    fn flags_are_looked_for() {
+        let (none, some) = (Record::default(), Record { response_flags: ResponseFlags::UF, ..Record::default() });
+        let any = AccessLogFilter::ResponseFlags(None);
+        assert!(!any.admits(&none) && any.admits(&some));
+        let listed =
+            |names: &[&str]| AccessLogFilter::ResponseFlags(Some(response_flags(names.iter().copied()).unwrap()));
+        assert!(listed(&["NR", "UF"]).admits(&some) && !listed(&["NR"]).admits(&some));
+        assert_eq!(response_flags(["UF", "XX"]), Err("XX"));
+    }
+
+    #[test]
+    fn requests_are_sampled_by_their_id() {
+        let sample = |independent| AccessLogFilter::Runtime {
+            numerator: integer(10, "sampled"),
+            denominator: Denominator::Hundred,
+            independent,
+        };
+        let admits = |filter: &AccessLogFilter, id: &str| {
+            let headers = HeaderMap::from_iter([(X_REQUEST_ID.clone(), id.parse().unwrap())]);
+            filter.admits(&Record { request_headers: Some(&headers), ..Record::default() })
+        };
+        // 0x00000009 is 9, 0x0000000a is 10.
+        assert!(admits(&sample(false), "00000009-1111-4111-8111-111111111111"));
+        assert!(!admits(&sample(false), "0000000a-1111-4111-8111-111111111111"));
+        let often = |filter: &AccessLogFilter, id: &str| (0..10_000).filter(|_| admits(filter, id)).count();
+        assert!((500..1_500).contains(&often(&sample(true), "0000000a-1111")), "by its own number");
+        assert!((500..1_500).contains(&often(&sample(false), "no number")), "nothing to go by");
+        assert_eq!(sample(true).request_headers().count(), 0);
+        assert_eq!(AccessLogFilter::Or(vec![sample(true), sample(false)]).request_headers().count(), 1);
+    }
+}
