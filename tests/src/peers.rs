@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::binaries::peers;
 use crate::daemon::{free_port, scratch_dir};
@@ -34,9 +34,49 @@ impl Peer {
     pub fn grpc(resources: &Value) -> Result<Peer> {
         let dir = scratch_dir()?;
         fs::write(dir.join("resources.json"), resources.to_string())?;
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/control_plane.py");
-        let mut command = python()?;
-        command.arg(script).arg(&dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut command = script("control_plane.py")?;
+        command.arg(&dir);
+        Peer::reporting(command, dir)?.with_port()
+    }
+
+    /// A gRPC service that answers every call with `name`, on all addresses.
+    pub fn grpc_service(name: &str) -> Result<Peer> {
+        let mut command = script("xds_client.py")?;
+        command.args(["serve", name]);
+        Peer::reporting(command, scratch_dir()?)?.with_port()
+    }
+
+    /// A caller that finds `target` by gRPC's own xDS client, at the control plane on that port of 127.0.0.1; see
+    /// [`Peer::call`].
+    pub fn grpc_caller(target: &str, control_plane: u16) -> Result<Peer> {
+        let bootstrap = json!({
+            "node": { "id": "grpc-1", "cluster": "callers" },
+            "xds_servers": [{
+                "server_uri": format!("127.0.0.1:{control_plane}"),
+                "channel_creds": [{ "type": "insecure" }],
+                "server_features": ["xds_v3"],
+            }],
+        });
+        let mut command = script("xds_client.py")?;
+        command.args(["call", target]).env("GRPC_XDS_BOOTSTRAP_CONFIG", bootstrap.to_string());
+        Peer::reporting(command, scratch_dir()?)
+    }
+
+    /// One call of a [`Peer::grpc_caller`]: the answer.
+    pub fn call(&mut self) -> Result<String> {
+        let before = self.events().len();
+        self.tell("call")?;
+        let event = wait_until(START_DEADLINE, "the call to end", || {
+            self.events().get(before).cloned().context("no answer yet")
+        })?;
+        let answer =
+            event["answer"].as_str().with_context(|| format!("the call failed: {event}: {}", self.stderr()))?;
+        Ok(answer.to_owned())
+    }
+
+    /// A program that reports events on its standard output, and is told what to do on its standard input.
+    fn reporting(mut command: Command, dir: PathBuf) -> Result<Peer> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut peer = Peer::spawn(command, dir, 0)?;
         let events = Arc::clone(&peer.events);
         let output = peer.child.stdout.take().context("no standard output")?;
@@ -47,16 +87,25 @@ impl Peer {
                 }
             }
         });
-        let port = peer.event(|event| event["port"].as_u64().is_some())?["port"].as_u64();
-        peer.port = port.and_then(|port| u16::try_from(port).ok()).context("it printed no port")?;
         Ok(peer)
+    }
+
+    /// Takes the port from its first report.
+    fn with_port(mut self) -> Result<Peer> {
+        let port = self.event(|event| event["port"].as_u64().is_some())?["port"].as_u64();
+        self.port = port.and_then(|port| u16::try_from(port).ok()).context("it printed no port")?;
+        Ok(self)
+    }
+
+    fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().context("it takes no commands")?;
+        writeln!(stdin, "{line}").context("telling it what to do")
     }
 
     /// Serves these resources from now on.
     pub fn serve(&mut self, resources: &Value) -> Result<()> {
         fs::write(self.dir.join("resources.json"), resources.to_string())?;
-        let stdin = self.stdin.as_mut().context("it takes no commands")?;
-        writeln!(stdin, "read").context("telling it to read again")
+        self.tell("read")
     }
 
     /// sovereign, with `files` (name and content) in its directory, which the files call `@DIR@`. One of them is
@@ -130,6 +179,13 @@ impl Drop for Peer {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
+}
+
+/// A script of ours on gRPC's Python packages.
+fn script(name: &str) -> Result<Command> {
+    let mut command = python()?;
+    command.arg(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("peers").join(name));
+    Ok(command)
 }
 
 fn python() -> Result<Command> {

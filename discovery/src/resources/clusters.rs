@@ -20,7 +20,7 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::{
     ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
 };
-use envoy_types::pb::google::protobuf::{Any, Duration};
+use envoy_types::pb::google::protobuf::{Any, Duration, UInt32Value};
 
 use super::{ORIGINAL_DST_CLUSTER, pack};
 use crate::mesh::{Health, Mesh, Protocol, cluster_name};
@@ -133,6 +133,8 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
                         zone: locality.zone.clone(),
                         sub_zone: String::new(),
                     }),
+                    // Proxies pass this over unless told to weigh localities; gRPC ignores a locality without it.
+                    load_balancing_weight: u32::try_from(lb_endpoints.len()).ok().map(|value| UInt32Value { value }),
                     lb_endpoints,
                     ..Default::default()
                 })

@@ -81,7 +81,7 @@ fn network_filter(name: &str, config: Any) -> Filter {
     Filter { name: name.to_owned(), config_type: Some(FilterConfig::TypedConfig(config)) }
 }
 
-fn http_filter(name: &str, config: Any) -> HttpFilter {
+pub(super) fn http_filter(name: &str, config: Any) -> HttpFilter {
     let config_type = Some(HttpFilterConfig::TypedConfig(config));
     HttpFilter { name: name.to_owned(), config_type, ..Default::default() }
 }

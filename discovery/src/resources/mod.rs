@@ -1,6 +1,7 @@
 //! Envoy's view of the mesh: the xDS resources that discovery serves, as immutable snapshots.
 
 mod clusters;
+mod grpc;
 mod listeners;
 mod overrides;
 mod routes;
@@ -59,6 +60,8 @@ impl Default for Options {
 pub enum ProxyKind {
     /// A node whose `user_agent_name` is `culvert`.
     Culvert,
+    /// A service that calls others by gRPC's own xDS client (`xds:///users.default:80`).
+    Grpc,
     /// Any other.
     Foreign,
 }
@@ -118,6 +121,7 @@ pub struct Snapshot {
     /// The mesh that the resources describe.
     pub mesh: Arc<Mesh>,
     culvert: ResourceSet,
+    grpc: ResourceSet,
     foreign: ResourceSet,
 }
 
@@ -137,11 +141,15 @@ impl Snapshot {
             of_type(type_url::ROUTE, routes::route_configurations(&mesh)),
             of_type(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh)),
         ];
-        let [culvert, foreign] = [ProxyKind::Culvert, ProxyKind::Foreign].map(|kind| {
-            let listeners = of_type(type_url::LISTENER, listeners::listeners(&mesh, options, kind));
+        let [culvert, grpc, foreign] = [ProxyKind::Culvert, ProxyKind::Grpc, ProxyKind::Foreign].map(|kind| {
+            let listeners = match kind {
+                ProxyKind::Grpc => grpc::listeners(&mesh),
+                ProxyKind::Culvert | ProxyKind::Foreign => listeners::listeners(&mesh, options, kind),
+            };
+            let listeners = of_type(type_url::LISTENER, listeners);
             ResourceSet { types: shared.iter().cloned().chain([listeners]).collect() }
         });
-        Self { mesh, culvert, foreign }
+        Self { mesh, culvert, grpc, foreign }
     }
 
     /// The resources for one kind of proxy.
@@ -149,6 +157,7 @@ impl Snapshot {
     pub fn resources(&self, kind: ProxyKind) -> &ResourceSet {
         match kind {
             ProxyKind::Culvert => &self.culvert,
+            ProxyKind::Grpc => &self.grpc,
             ProxyKind::Foreign => &self.foreign,
         }
     }

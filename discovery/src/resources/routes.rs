@@ -76,7 +76,7 @@ fn domains(key: &ObjectKey, port: u16, vips: &[IpAddr]) -> Vec<String> {
     hosts.into_iter().flat_map(|host| [host.clone(), format!("{host}:{port}")]).collect()
 }
 
-fn to_service(cluster: &str, protocol: Protocol) -> Route {
+pub(super) fn to_service(cluster: &str, protocol: Protocol) -> Route {
     everything(RouteAction {
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
         timeout: Some(if protocol == Protocol::Grpc { NO_TIMEOUT } else { TIMEOUT }),

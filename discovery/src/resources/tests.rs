@@ -9,6 +9,7 @@ use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::listener::v3::{FilterChain, Listener};
 use envoy_types::pb::envoy::config::route::v3::RouteConfiguration;
 use envoy_types::pb::envoy::config::route::v3::route::Action;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 
 use super::*;
 use crate::kubernetes::manifest::parse;
@@ -112,6 +113,8 @@ fn endpoints_by_locality_with_health_and_without_offloaded_ones() {
     let assignment: ClusterLoadAssignment = get(&snapshot, ProxyKind::Foreign, type_url::ENDPOINT, "users.default:80");
     let mut found = Vec::new();
     for locality in &assignment.endpoints {
+        let weight = locality.load_balancing_weight.map(|weight| weight.value as usize);
+        assert_eq!(weight, Some(locality.lb_endpoints.len()), "gRPC ignores localities without a weight");
         let place = locality.locality.as_ref().unwrap();
         for endpoint in &locality.lb_endpoints {
             let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else { panic!("no endpoint") };
@@ -181,6 +184,26 @@ fn one_listener_for_tcp_by_address_http_by_port_and_the_rest() {
     let v4 = Options { outbound_address: Ipv4Addr::LOCALHOST.into(), ..Options::default() };
     let listener: Listener = get(&build(&v4), ProxyKind::Foreign, type_url::LISTENER, OUTBOUND_LISTENER);
     assert!(format!("{:?}", listener.address).contains("ipv4_compat: false"));
+}
+
+#[test]
+fn grpc_clients_get_an_api_listener_for_each_name_of_an_http_port() {
+    let snapshot = build(&Options::default());
+    let resources = snapshot.resources(ProxyKind::Grpc).of_type(type_url::LISTENER).unwrap();
+    let names: Vec<_> = resources.resources.keys().map(String::as_str).collect();
+    let expected = [
+        "headless.shop.svc.cluster.local:80",
+        "headless.shop:80",
+        "users.default.svc.cluster.local:80",
+        "users.default:80",
+    ];
+    assert_eq!(names, expected);
+    let listener: Listener = get(&snapshot, ProxyKind::Grpc, type_url::LISTENER, expected[2]);
+    let manager = listener.api_listener.unwrap().api_listener.unwrap();
+    let manager = HttpConnectionManager::decode(&*manager.value).unwrap();
+    let text = format!("{:?}", manager.route_specifier);
+    assert!(text.contains(r#"Cluster("users.default:80")"#) && text.contains("RouteConfig"), "{text}");
+    assert_eq!(manager.http_filters.last().unwrap().name, "envoy.filters.http.router");
 }
 
 #[test]

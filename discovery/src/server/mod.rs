@@ -196,7 +196,12 @@ impl AggregatedDiscoveryService for Ads {
 
 /// Who the client is, by what its node says.
 fn proxy_kind(user_agent_name: &str) -> ProxyKind {
-    if user_agent_name == "culvert" { ProxyKind::Culvert } else { ProxyKind::Foreign }
+    match user_agent_name {
+        "culvert" => ProxyKind::Culvert,
+        // "gRPC C-core linux", "gRPC Go", "gRPC Java".
+        name if name.starts_with("gRPC ") => ProxyKind::Grpc,
+        _ => ProxyKind::Foreign,
+    }
 }
 
 /// The state of `type_url`, made if it is new.
