@@ -6,7 +6,10 @@ use regex::Regex;
 use serde_json::{Value as Json, json};
 
 use crate::{
-    config::model::{EndpointAddress, HealthStatus},
+    config::{
+        dump::Configuration,
+        model::{Discovery, EndpointAddress, HealthStatus},
+    },
     upstream::{Cluster, ClusterMap, Host, HostCounter},
 };
 
@@ -19,16 +22,16 @@ pub(super) fn choose(clusters: &ClusterMap, filter: Option<&Regex>) -> Vec<Arc<C
 }
 
 /// Lines of `cluster::what::value` and `cluster::host::what::value`.
-pub(super) fn text(clusters: &[Arc<Cluster>]) -> String {
+pub(super) fn text(clusters: &[Arc<Cluster>], config: &Configuration) -> String {
     let mut out = String::new();
     for cluster in clusters {
         // Writing to a String cannot fail.
-        let _ = write_cluster(&mut out, cluster);
+        let _ = write_cluster(&mut out, cluster, !config.is_static_cluster(&cluster.config.name));
     }
     out
 }
 
-fn write_cluster(out: &mut String, cluster: &Cluster) -> std::fmt::Result {
+fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> std::fmt::Result {
     let name = &cluster.config.name;
     writeln!(out, "{name}::observability_name::{}", observability_name(cluster))?;
     for (priority, high) in [("default", false), ("high", true)] {
@@ -37,6 +40,10 @@ fn write_cluster(out: &mut String, cluster: &Cluster) -> std::fmt::Result {
         writeln!(out, "{name}::{priority}_priority::max_pending_requests::{}", limits.max_pending_requests())?;
         writeln!(out, "{name}::{priority}_priority::max_requests::{}", limits.max_requests())?;
         writeln!(out, "{name}::{priority}_priority::max_retries::{}", limits.max_retries())?;
+    }
+    writeln!(out, "{name}::added_via_api::{added_via_api}")?;
+    if let Some(service) = eds_service_name(cluster) {
+        writeln!(out, "{name}::eds_service_name::{service}")?;
     }
     for host in &cluster.hosts().hosts {
         let address = host.display();
@@ -74,12 +81,13 @@ fn health_flags(health: HealthStatus) -> &'static str {
 }
 
 /// An Envoy `Clusters` message.
-pub(super) fn json(clusters: &[Arc<Cluster>]) -> Json {
-    let statuses: Vec<_> = clusters.iter().map(|cluster| cluster_status(cluster)).collect();
+pub(super) fn json(clusters: &[Arc<Cluster>], config: &Configuration) -> Json {
+    let status = |cluster: &Arc<Cluster>| cluster_status(cluster, !config.is_static_cluster(&cluster.config.name));
+    let statuses: Vec<_> = clusters.iter().map(status).collect();
     json!({ "cluster_statuses": statuses })
 }
 
-fn cluster_status(cluster: &Cluster) -> Json {
+fn cluster_status(cluster: &Cluster, added_via_api: bool) -> Json {
     let thresholds = [(false, None), (true, Some("HIGH"))].map(|(high, priority)| {
         let limits = cluster.limits(high);
         let mut json = json!({
@@ -93,12 +101,27 @@ fn cluster_status(cluster: &Cluster) -> Json {
         }
         json
     });
-    json!({
+    let mut status = json!({
         "name": &*cluster.config.name,
         "observability_name": observability_name(cluster),
         "circuit_breakers": { "thresholds": thresholds },
         "host_statuses": cluster.hosts().hosts.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
-    })
+    });
+    if added_via_api {
+        status["added_via_api"] = true.into();
+    }
+    if let Some(service) = eds_service_name(cluster) {
+        status["eds_service_name"] = service.into();
+    }
+    status
+}
+
+/// The name by which EDS knows the endpoints, where it is not the cluster's own.
+fn eds_service_name(cluster: &Cluster) -> Option<&str> {
+    match &cluster.config.discovery {
+        Discovery::Eds { service_name, .. } if **service_name != *cluster.config.name => Some(service_name),
+        _ => None,
+    }
 }
 
 fn host_status(host: &Host) -> Json {

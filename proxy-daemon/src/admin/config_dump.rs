@@ -217,9 +217,8 @@ fn endpoints(state: &AdminState) -> Option<Section> {
     if clusters.is_empty() {
         return None;
     }
-    let bootstrap = state.config.bootstrap().static_resources.unwrap_or_default();
-    let fixed: std::collections::HashSet<_> = bootstrap.clusters.into_iter().map(|cluster| cluster.name).collect();
-    let (fixed, dynamic): (Vec<_>, Vec<_>) = clusters.into_iter().partition(|it| fixed.contains(&*it.config.name));
+    let (fixed, dynamic): (Vec<_>, Vec<_>) =
+        clusters.into_iter().partition(|it| state.config.is_static_cluster(&it.config.name));
     let fixed = fixed.into_iter().map(|cluster| {
         let name = assigned_name(&cluster);
         Element::new(name, move || StaticEndpointConfig {

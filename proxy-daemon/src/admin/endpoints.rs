@@ -226,7 +226,7 @@ const ENDPOINTS: &[Endpoint] = &[
             FILTER,
             INVERT_FILTER,
             ("format", "Format to use; One of (text, json, prometheus)"),
-            ("type", "Stat types to include.; One of (All, Counters, Histograms, Gauges)"),
+            ("type", "Stat types to include.; One of (All, Counters, Histograms, Gauges, TextReadouts)"),
             ("histogram_buckets", "Histogram bucket display mode; One of (cumulative, disjoint, summary)"),
         ],
         mutates: false,
@@ -235,7 +235,12 @@ const ENDPOINTS: &[Endpoint] = &[
     Endpoint {
         path: "/stats/prometheus",
         help: "print server stats in prometheus format",
-        parameters: &[USED_ONLY, FILTER, INVERT_FILTER],
+        parameters: &[
+            USED_ONLY,
+            ("text_readouts", "Render text_readouts as new gaugues with value 0 (increases Prometheus data size)"),
+            FILTER,
+            INVERT_FILTER,
+        ],
         mutates: false,
         run: stats::prometheus,
     },
@@ -302,14 +307,14 @@ fn home() -> Reply {
 
 fn show_clusters(state: &AdminState, parameters: &Parameters) -> Reply {
     let filter = match parameters.get("filter").map(Regex::new) {
-        Some(Err(_)) => return Reply::bad_request("filter is not a regular expression\n"),
+        Some(Err(_)) => return Reply::bad_request("Invalid re2 regex"),
         Some(Ok(filter)) => Some(filter),
         None => None,
     };
     let clusters = clusters::choose(&state.data_plane.clusters(), filter.as_ref());
     match parameters.get("format") {
-        Some("json") => Reply::json(&clusters::json(&clusters)),
-        _ => Reply::text(clusters::text(&clusters)),
+        Some("json") => Reply::json(&clusters::json(&clusters, &state.config)),
+        _ => Reply::text(clusters::text(&clusters, &state.config)),
     }
 }
 
@@ -357,6 +362,9 @@ fn server_info(state: &AdminState, _: &Parameters) -> Reply {
 }
 
 fn logging(state: &AdminState, parameters: &Parameters) -> Reply {
+    if parameters.iter().count() > 1 {
+        return Reply::bad_request(logging_usage("error: invalid number of parameters"));
+    }
     let wanted = match parameters.iter().next() {
         None | Some(("level", "")) => None,
         Some(("level", level)) => match level_filter(level) {

@@ -47,6 +47,8 @@ struct Server {
 /// Serves the admin interface until the future is dropped. Must be called within the control runtime.
 pub async fn run(state: AdminState, listener: TcpListener) {
     let scope = Scope::http("admin");
+    // Listeners may use the same prefix, and go.
+    let _lease = scope.lease();
     let server = Arc::new(Server {
         csds: csds::server(Arc::clone(&state.config)),
         state,

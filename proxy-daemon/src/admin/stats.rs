@@ -8,7 +8,7 @@ use super::{
     AdminState, ServerState,
     request::{Parameters, Reply},
 };
-use crate::stats::{self, HistogramBuckets, Metric, Query};
+use crate::stats::{self, HistogramBuckets, Kind, Metric, Query};
 
 /// `/stats`
 pub(super) fn stats(state: &AdminState, parameters: &Parameters) -> Reply {
@@ -43,9 +43,13 @@ pub(super) fn prometheus(state: &AdminState, parameters: &Parameters) -> Reply {
     if query.histogram_buckets == HistogramBuckets::Disjoint {
         return Reply::bad_request("usage: /stats/prometheus?histogram_buckets=cumulative\n");
     }
+    let mut metrics = collect(state, &query);
+    if parameters.get("text_readouts").is_none() {
+        metrics.retain(|metric| metric.kind() != Kind::TextReadout);
+    }
     let mut body = String::new();
     // Writing to a String cannot fail.
-    let _ = stats::write_prometheus(&mut body, &collect(state, &query));
+    let _ = stats::write_prometheus(&mut body, &metrics);
     Reply::text(body)
 }
 
@@ -102,6 +106,10 @@ pub(super) fn memory() -> Reply {
     Reply::json(&json!({
         "allocated": memory.anonymous.to_string(),
         "heap_size": memory.anonymous.to_string(),
+        // Of Envoy's allocator; ours has no such numbers.
+        "pageheap_unmapped": "0",
+        "pageheap_free": "0",
+        "total_thread_cache": "0",
         "total_physical_bytes": memory.resident.to_string(),
     }))
 }

@@ -2,7 +2,7 @@
 //!
 //! A dump is a list of [`Section`]s whose long lists are made one element at a time: ten thousand clusters never exist twice.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{collections::HashSet, sync::Arc, time::SystemTime};
 
 use culvert_xds_client::{Any, json};
 use envoy_types::pb::{
@@ -37,6 +37,7 @@ use super::status::{Failure, Resource, Snapshot, Version};
 pub struct Configuration {
     /// Encoded: a tenth of what it takes as a message, and looked at only when it is asked for.
     bootstrap: Vec<u8>,
+    static_clusters: HashSet<Box<str>>,
     started: SystemTime,
     snapshot: Box<dyn Fn() -> Snapshot + Send + Sync>,
 }
@@ -91,12 +92,23 @@ impl Configuration {
         started: SystemTime,
         snapshot: impl Fn() -> Snapshot + Send + Sync + 'static,
     ) -> Configuration {
-        Configuration { bootstrap: bootstrap.encode_to_vec(), started, snapshot: Box::new(snapshot) }
+        let clusters = bootstrap.static_resources.iter().flat_map(|resources| &resources.clusters);
+        Configuration {
+            bootstrap: bootstrap.encode_to_vec(),
+            static_clusters: clusters.map(|cluster| cluster.name.as_str().into()).collect(),
+            started,
+            snapshot: Box::new(snapshot),
+        }
     }
 
     /// What the store knows now.
     pub fn snapshot(&self) -> Snapshot {
         (self.snapshot)()
+    }
+
+    /// Whether a cluster of this name is in the bootstrap: all others came from the control plane.
+    pub fn is_static_cluster(&self, name: &str) -> bool {
+        self.static_clusters.contains(name)
     }
 
     /// When the bootstrap was read.

@@ -1,4 +1,4 @@
-use crate::stats::{Counter, Gauge, Histogram, ResponseCodes, Scope};
+use crate::stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope};
 
 macro_rules! hcm_stats {
     (counters { $($counter:ident)* } gauges { $($gauge:ident)* } histograms { $($histogram:ident)* }) => {
@@ -9,16 +9,19 @@ macro_rules! hcm_stats {
             $(pub(super) $gauge: Gauge,)*
             $(pub(super) $histogram: Histogram,)*
             pub(super) downstream_rq: ResponseCodes,
+            _lease: Lease,
         }
 
         impl HcmStats {
             pub(super) fn new(stat_prefix: &str) -> HcmStats {
                 let scope = Scope::http(stat_prefix);
+                let lease = scope.lease();
                 HcmStats {
                     $($counter: scope.counter(stringify!($counter)),)*
                     $($gauge: scope.gauge(stringify!($gauge)),)*
                     $($histogram: scope.histogram(stringify!($histogram)),)*
                     downstream_rq: ResponseCodes::classes_only(&scope, "downstream_rq"),
+                    _lease: lease,
                 }
             }
         }

@@ -24,7 +24,7 @@ use crate::{
     http::{ConnectionManager, RouteSlot},
     network::TcpProxy,
     runtime::Worker,
-    stats::{Counter, Gauge, Histogram, Scope},
+    stats::{Counter, Gauge, Histogram, Lease, Scope},
     upstream::Source,
 };
 
@@ -74,6 +74,7 @@ pub struct ListenerStats {
     downstream_cx_active: Gauge,
     downstream_cx_length_ms: Histogram,
     no_filter_chain_match: Counter,
+    _lease: Lease,
 }
 
 /// One version of a listener's configuration, shared by all workers.
@@ -107,12 +108,14 @@ impl ActiveListener {
             config.stat_prefix.clone()
         };
         let scope = Scope::listener(&prefix);
+        let lease = scope.lease();
         let stats = ListenerStats {
             downstream_cx_total: scope.counter("downstream_cx_total"),
             downstream_cx_destroy: scope.counter("downstream_cx_destroy"),
             downstream_cx_active: scope.gauge("downstream_cx_active"),
             downstream_cx_length_ms: scope.histogram("downstream_cx_length_ms"),
             no_filter_chain_match: scope.counter("no_filter_chain_match"),
+            _lease: lease,
         };
         let (drain, _) = watch::channel(false);
         Ok(ActiveListener { chains: ChainIndex::new(chains, default), config, stats, access_logs, drain })

@@ -22,7 +22,7 @@ use crate::{
     },
     listener::{ConnectionInfo, DrainSignal},
     runtime::Worker,
-    stats::{Counter, Gauge, Scope},
+    stats::{Counter, Gauge, Lease, Scope},
     upstream::{
         ConnectError, Decrement, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect,
     },
@@ -48,6 +48,7 @@ struct TcpStats {
     idle_timeout: Counter,
     max_downstream_connection_duration: Counter,
     downstream_cx_active: Gauge,
+    _lease: Lease,
 }
 
 impl TcpProxy {
@@ -55,6 +56,7 @@ impl TcpProxy {
     pub fn new(config: Arc<TcpProxyConfig>) -> Result<TcpProxy, FieldError> {
         let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let scope = Scope::tcp(&config.stat_prefix);
+        let lease = scope.lease();
         let stats = TcpStats {
             downstream_cx_total: scope.counter("downstream_cx_total"),
             downstream_cx_no_route: scope.counter("downstream_cx_no_route"),
@@ -63,6 +65,7 @@ impl TcpProxy {
             idle_timeout: scope.counter("idle_timeout"),
             max_downstream_connection_duration: scope.counter("max_downstream_connection_duration"),
             downstream_cx_active: scope.gauge("downstream_cx_active"),
+            _lease: lease,
         };
         Ok(TcpProxy { config, access_logs, stats })
     }

@@ -96,6 +96,14 @@ impl Buckets {
         self.sum.fetch_add(value, Ordering::Relaxed);
     }
 
+    /// Forgets everything. Nobody may be recording.
+    pub(super) fn clear(&self) {
+        for octave in (0..OCTAVES).filter_map(|index| self.octave(index)) {
+            octave.iter().for_each(|bucket| bucket.store(0, Ordering::Relaxed));
+        }
+        self.sum.store(0, Ordering::Relaxed);
+    }
+
     /// Adds what was recorded to `total`.
     pub(super) fn merge_into(&self, total: &mut Summary) {
         for index in 0..OCTAVES {

@@ -15,7 +15,7 @@ mod text;
 
 pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
 pub use prometheus::write_prometheus;
-pub use registry::{Kind, Metric, Value, flush_intervals, register_worker, remove_scope, reset_counters, snapshot};
+pub use registry::{Kind, Lease, Metric, Value, flush_intervals, register_worker, reset_counters, snapshot};
 pub use response_codes::ResponseCodes;
 pub use scope::Scope;
 pub use text::{HistogramBuckets, Query, write_json, write_text};
@@ -121,6 +121,11 @@ pub fn gauge(name: &str) -> Gauge {
 /// The histogram of this name; see [`counter`].
 pub fn histogram(name: &str) -> Histogram {
     registry::histogram(tags::from_name(name))
+}
+
+/// Sets the text readout of this name; see [`counter`].
+pub fn set_text(name: &str, text: &str) {
+    registry::set_text(tags::from_name(name), text);
 }
 
 #[cfg(test)]

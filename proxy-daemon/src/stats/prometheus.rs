@@ -16,7 +16,8 @@ pub fn write_prometheus(out: &mut impl Write, metrics: &[Metric]) -> fmt::Result
     for ((kind, name), members) in families {
         let kind = match kind {
             Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
+            // A text is a label of a gauge that says nothing.
+            Kind::Gauge | Kind::TextReadout => "gauge",
             Kind::Histogram => "histogram",
         };
         writeln!(out, "# TYPE {name} {kind}")?;
@@ -24,6 +25,10 @@ pub fn write_prometheus(out: &mut impl Write, metrics: &[Metric]) -> fmt::Result
             let labels = labels(metric);
             match &metric.value {
                 Value::Counter(value) | Value::Gauge { value, .. } => writeln!(out, "{name}{{{labels}}} {value}")?,
+                Value::Text(text) => {
+                    let comma = if labels.is_empty() { "" } else { "," };
+                    writeln!(out, "{name}{{{labels}{comma}text_value=\"{}\"}} 0", escaped(text))?;
+                }
                 Value::Histogram { cumulative, .. } => write_histogram(out, &name, &labels, cumulative)?,
             }
         }
@@ -56,15 +61,22 @@ fn labels(metric: &Metric) -> String {
         text.push_str(if index > 0 { "," } else { "" });
         text.push_str(label);
         text.push_str("=\"");
-        for c in value.chars() {
-            match c {
-                '\\' => text.push_str("\\\\"),
-                '"' => text.push_str("\\\""),
-                '\n' => text.push_str("\\n"),
-                c => text.push(c),
-            }
-        }
+        text.push_str(&escaped(value));
         text.push('"');
+    }
+    text
+}
+
+/// A label's value between its quotes.
+fn escaped(value: &str) -> String {
+    let mut text = String::with_capacity(value.len());
+    for c in value.chars() {
+        match c {
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            c => text.push(c),
+        }
     }
     text
 }

@@ -2,12 +2,14 @@
 //! path.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
 use super::{
-    Counter, Gauge, Histogram, Scope, Summary, slab,
+    Counter, Gauge, Histogram, Scope, Summary,
+    histogram::Buckets,
+    slab,
     tags::{self, TaggedName},
 };
 
@@ -20,6 +22,8 @@ pub enum Kind {
     Gauge,
     /// A distribution.
     Histogram,
+    /// A text, such as a version.
+    TextReadout,
 }
 
 /// One name in the registry.
@@ -71,6 +75,7 @@ impl Metric {
             Value::Counter(value) => *value != 0,
             Value::Gauge { used, .. } => *used,
             Value::Histogram { cumulative, .. } => cumulative.count() != 0,
+            Value::Text(text) => !text.is_empty(),
         }
     }
 }
@@ -94,6 +99,8 @@ pub enum Value {
         /// What was recorded since the process began.
         cumulative: Summary,
     },
+    /// A text readout's.
+    Text(Arc<str>),
 }
 
 /// The last flush of a histogram.
@@ -107,24 +114,57 @@ struct Registry {
     /// Those that are shown, in the order of their names.
     shown: BTreeMap<(Arc<str>, Kind), Arc<Entry>>,
     /// Those whose scope is gone: they keep their slots, because handles to them may still be about.
-    removed: HashMap<(Arc<str>, Kind), Arc<Entry>>,
+    removed: HashMap<(Arc<str>, Kind), Removed>,
+    /// How many hold each scope, by its name.
+    leases: HashMap<Arc<str>, usize>,
+    /// Texts, by their names.
+    texts: BTreeMap<Arc<str>, (Arc<Entry>, Arc<str>)>,
     /// Slots of counters that are never shown.
     hidden: HashMap<Box<str>, u32>,
     /// Slots handed out. Slot 0 is never given a name: it is what names share when there are too many.
     values: usize,
     histograms: usize,
+    /// Slots handed out once, and free again.
+    free_values: Vec<u32>,
+    free_histograms: Vec<u32>,
     intervals: HashMap<u32, Interval>,
+    /// Gauges that are set: nobody will take them down.
+    set: HashSet<u32>,
+    /// How many may be removed before the slots of those that nobody holds are looked for.
+    crowded: usize,
 }
+
+/// A statistic that is not shown any more.
+struct Removed {
+    entry: Arc<Entry>,
+    /// The name of the scope with which it went.
+    scope: Arc<str>,
+}
+
+/// Fewer removed statistics than this wait for the next flush.
+const CROWDED: usize = 4096;
+
+/// Scopes that were let go of: a worker that ends the last stream of a removed cluster should not wait for the registry.
+static RELEASED: Mutex<Vec<Scope>> = Mutex::new(Vec::new());
+
+/// Held for reading by those who read values without the registry: slots are not given to other names meanwhile.
+static READING: RwLock<()> = RwLock::new(());
 
 static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
     slab::grow(1, 1);
     Mutex::new(Registry {
         shown: BTreeMap::new(),
         removed: HashMap::new(),
+        leases: HashMap::new(),
+        texts: BTreeMap::new(),
         hidden: HashMap::new(),
         values: 1,
         histograms: 1,
+        free_values: Vec::new(),
+        free_histograms: Vec::new(),
         intervals: HashMap::new(),
+        set: HashSet::new(),
+        crowded: CROWDED,
     })
 });
 
@@ -143,7 +183,7 @@ impl Registry {
             return entry.slot;
         }
         let entry = match self.removed.remove(&key) {
-            Some(old) => {
+            Some(Removed { entry: old, .. }) => {
                 // As in Envoy, what is created anew begins at zero. A gauge is what is still open: it stays.
                 if kind == Kind::Counter {
                     reset(old.slot);
@@ -162,7 +202,14 @@ impl Registry {
 
     /// A slot that nobody has; `None` where there is none left.
     fn new_slot(&mut self, kind: Kind) -> Option<u32> {
-        let next = if kind == Kind::Histogram { &mut self.histograms } else { &mut self.values };
+        let (next, free) = if kind == Kind::Histogram {
+            (&mut self.histograms, &mut self.free_histograms)
+        } else {
+            (&mut self.values, &mut self.free_values)
+        };
+        if let Some(slot) = free.pop() {
+            return Some(slot);
+        }
         if *next == slab::MAX_SLOTS {
             return None;
         }
@@ -171,6 +218,111 @@ impl Registry {
         // Before the slot is handed out, so that whoever has it finds its chunk.
         slab::grow(self.values, self.histograms);
         Some(slot)
+    }
+}
+
+impl Registry {
+    /// Takes away the scopes that nobody holds any more.
+    fn settle(&mut self) {
+        let released = std::mem::take(&mut *RELEASED.lock().unwrap_or_else(PoisonError::into_inner));
+        for scope in released {
+            if let Some(holders) = self.leases.get_mut(scope.name()) {
+                *holders -= 1;
+                if *holders == 0 {
+                    self.leases.remove(scope.name());
+                    self.remove(&scope);
+                }
+            }
+        }
+    }
+
+    fn remove(&mut self, scope: &Scope) {
+        let prefix = format!("{}.", scope.name());
+        let start: Arc<str> = prefix.as_str().into();
+        // `cluster.a` is not the owner of `cluster.a.b.upstream_cx_total` where `a.b` is a cluster too.
+        let keys: Vec<_> = self
+            .shown
+            .range((Arc::clone(&start), Kind::Counter)..)
+            .take_while(|((name, _), _)| name.starts_with(&prefix))
+            .filter(|(_, entry)| scope.owns(&entry.name.labels))
+            .map(|(key, _)| key.clone())
+            .collect();
+        let of: Arc<str> = scope.name().into();
+        for key in keys {
+            if let Some(entry) = self.shown.remove(&key) {
+                self.removed.insert(key, Removed { entry, scope: Arc::clone(&of) });
+            }
+        }
+        let texts = self.texts.range(start..).take_while(|(name, _)| name.starts_with(&prefix));
+        let texts: Vec<_> =
+            texts.filter(|(_, (entry, _))| scope.owns(&entry.name.labels)).map(|it| it.0.clone()).collect();
+        texts.iter().for_each(|name| drop(self.texts.remove(name)));
+    }
+
+    /// Makes the slots of removed statistics free that nobody can write any more: their scope is held by nobody, and all its
+    /// gauges are at zero. A guard that takes a gauge down when it is dropped may outlive what holds the scope.
+    fn reclaim(&mut self) {
+        let Ok(_nobody_reads) = READING.try_write() else { return };
+        let is_up =
+            |entry: &Entry| entry.kind == Kind::Gauge && !self.set.contains(&entry.slot) && slab::sum(entry.slot) != 0;
+        let busy = self.removed.values().filter(|it| is_up(&it.entry) || self.leases.contains_key(&it.scope));
+        let busy: HashSet<_> = busy.map(|it| Arc::clone(&it.scope)).collect();
+        let Registry { removed, free_values, free_histograms, intervals, set, .. } = self;
+        removed.retain(|_, Removed { entry, scope }| {
+            if busy.contains(scope) {
+                return true;
+            }
+            if entry.kind == Kind::Histogram {
+                slab::all().filter_map(|slab| slab.buckets(entry.slot)).for_each(Buckets::clear);
+                intervals.remove(&entry.slot);
+                free_histograms.push(entry.slot);
+            } else {
+                slab::clear(entry.slot);
+                set.remove(&entry.slot);
+                free_values.push(entry.slot);
+            }
+            false
+        });
+        self.crowded = CROWDED.max(self.removed.len() * 2);
+    }
+}
+
+/// A hold on a scope. When the last hold on it is dropped, its statistics are no longer shown, and their slots are given to
+/// others once every gauge in it is back at zero.
+///
+/// Whatever keeps handles of a scope that can go away (a cluster's, a listener's, a prefix') keeps one of these beside them.
+#[derive(Debug)]
+pub struct Lease(Scope);
+
+impl Lease {
+    pub(super) fn new(scope: &Scope) -> Lease {
+        let mut registry = lock();
+        // First: what was let go of before begins anew, as in Envoy.
+        registry.settle();
+        *registry.leases.entry(scope.name().into()).or_default() += 1;
+        if registry.removed.len() > registry.crowded {
+            registry.reclaim();
+        }
+        Lease(scope.clone())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        RELEASED.lock().unwrap_or_else(PoisonError::into_inner).push(self.0.clone());
+    }
+}
+
+/// Sets a text.
+pub(super) fn set_text(name: TaggedName, text: &str) {
+    let mut registry = lock();
+    match registry.texts.get_mut(&name.full) {
+        Some((_, known)) if **known == *text => {}
+        Some((_, known)) => *known = text.into(),
+        None => {
+            let entry = Arc::new(Entry { name, kind: Kind::TextReadout, slot: 0 });
+            registry.texts.insert(Arc::clone(&entry.name.full), (entry, text.into()));
+        }
     }
 }
 
@@ -201,7 +353,8 @@ pub(super) fn histogram(name: TaggedName) -> Histogram {
 }
 
 pub(super) fn set_gauge(gauge: Gauge, value: u64) {
-    let _one_at_a_time = lock();
+    let mut registry = lock();
+    registry.set.insert(gauge.0);
     slab::add_shared(gauge.0, value.wrapping_sub(slab::sum(gauge.0)));
 }
 
@@ -222,7 +375,10 @@ pub fn register_worker(index: usize) {
 
 /// Every statistic with its value, in the order of the names.
 pub fn snapshot() -> Vec<Metric> {
-    let registry = lock();
+    let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
+    let mut registry = lock();
+    registry.settle();
+    let texts: Vec<_> = registry.texts.values().cloned().collect();
     let entries: Vec<_> = registry.shown.values().cloned().collect();
     let intervals: HashMap<u32, Summary> =
         registry.intervals.iter().map(|(slot, interval)| (*slot, interval.recorded.clone())).collect();
@@ -236,12 +392,23 @@ pub fn snapshot() -> Vec<Metric> {
             interval: intervals.get(&entry.slot).cloned().unwrap_or_default(),
             cumulative: summary(Histogram(entry.slot)),
         },
+        // Kept elsewhere.
+        Kind::TextReadout => Value::Text(Arc::default()),
     };
-    entries.into_iter().map(|entry| Metric { value: value(&entry), entry }).collect()
+    let texts = texts.into_iter().map(|(entry, text)| Metric { entry, value: Value::Text(text) });
+    entries.into_iter().map(|entry| Metric { value: value(&entry), entry }).chain(texts).collect()
 }
 
 /// Ends the histograms' interval and begins the next: `/stats` shows the one that ended. Envoy's flush interval is 5 s.
+///
+/// Slots that nobody uses any more become free here.
 pub fn flush_intervals() {
+    {
+        let mut registry = lock();
+        registry.settle();
+        registry.reclaim();
+    }
+    let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
     let slots: Vec<u32> =
         lock().shown.values().filter(|entry| entry.kind == Kind::Histogram).map(|entry| entry.slot).collect();
     let totals: Vec<_> = slots.into_iter().map(|slot| (slot, summary(Histogram(slot)))).collect();
@@ -268,23 +435,15 @@ pub(super) fn reset_counters_where(wanted: impl Fn(&str) -> bool) {
     counters.filter(|entry| wanted(&entry.name.full)).for_each(|entry| reset(entry.slot));
 }
 
-/// Takes everything under `scope` out of what is shown, for example when its cluster is removed. Handles stay valid; a
-/// name that is asked for again is shown again, its counter from zero.
-pub fn remove_scope(scope: &Scope) {
-    let prefix = format!("{}.", scope.name());
-    let mut registry = lock();
-    let start = (Arc::from(prefix.as_str()), Kind::Counter);
-    // `cluster.a` is not the owner of `cluster.a.b.upstream_cx_total` where `a.b` is a cluster too.
-    let keys: Vec<_> = registry
-        .shown
-        .range(start..)
-        .take_while(|((name, _), _)| name.starts_with(&prefix))
-        .filter(|(_, entry)| scope.owns(&entry.name.labels))
-        .map(|(key, _)| key.clone())
-        .collect();
-    for key in keys {
-        if let Some(entry) = registry.shown.remove(&key) {
-            registry.removed.insert(key, entry);
-        }
-    }
+/// Takes everything under `scope` out of what is shown. Handles stay valid; a name that is asked for again is shown again,
+/// its counter from zero. See [`Lease`] for who does it.
+#[cfg(test)]
+pub(super) fn remove_scope(scope: &Scope) {
+    lock().remove(scope);
+}
+
+/// How many slots were ever made.
+#[cfg(test)]
+pub(super) fn slots() -> usize {
+    lock().values
 }

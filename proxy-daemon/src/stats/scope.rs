@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::{
-    Counter, Gauge, Histogram, registry,
+    Counter, Gauge, Histogram, Lease, registry,
     tags::{self, TaggedName},
 };
 
@@ -102,6 +102,16 @@ impl Scope {
     /// The histogram `<scope>.<leaf>`.
     pub fn histogram(&self, leaf: &str) -> Histogram {
         registry::histogram(self.full(leaf))
+    }
+
+    /// Sets the text readout `<scope>.<leaf>`.
+    pub fn set_text(&self, leaf: &str, text: &str) {
+        registry::set_text(self.full(leaf), text);
+    }
+
+    /// A hold on the scope: what is in it stays until the last hold is dropped.
+    pub fn lease(&self) -> Lease {
+        Lease::new(self)
     }
 
     fn full(&self, leaf: &str) -> TaggedName {

@@ -201,6 +201,11 @@ pub(super) fn add_shared(slot: u32, delta: u64) {
     }
 }
 
+/// Makes every thread's share zero. Nobody may be writing the slot.
+pub(super) fn clear(slot: u32) {
+    all().filter_map(|slab| slab.values.get(slot)).for_each(|value| value.store(0, Ordering::Relaxed));
+}
+
 /// The sum of all threads' shares.
 #[inline]
 pub(super) fn sum(slot: u32) -> u64 {

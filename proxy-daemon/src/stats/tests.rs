@@ -108,7 +108,7 @@ fn a_removed_scope_disappears_and_begins_anew() {
     total.add(3);
     open.inc();
     long.counter("total").inc();
-    remove_scope(&short);
+    registry::remove_scope(&short);
     assert_eq!(text("t5."), "t5.a.b.total: 1\n");
     open.dec();
     assert_eq!(short.counter("total"), total);
@@ -261,8 +261,66 @@ fn a_query_chooses() {
     assert_eq!(chosen(&[("type", "Counters")]), "unused used");
     assert_eq!(chosen(&[("filter", "use")]), "unused used");
     assert_eq!(chosen(&[("filter", r"\.use"), ("invert_filter", "")]), "level unused");
-    for (name, value) in [("filter", "("), ("type", "Bogus"), ("histogram_buckets", "bogus")] {
-        let error = Query::parse([(name, value)]).unwrap_err();
-        assert!(error.trim_end().lines().count() == 1 && error.contains(name), "{error}");
+    for (name, value, text) in [
+        ("filter", "(", "Invalid re2 regex: unclosed group\n"),
+        ("type", "Bogus", "invalid &type= param\n"),
+        ("histogram_buckets", "bogus", "usage: /stats?histogram_buckets=(cumulative|disjoint|summary)\n"),
+    ] {
+        assert_eq!(Query::parse([(name, value)]).unwrap_err(), text);
     }
+}
+
+#[test]
+fn a_scope_goes_with_its_last_holder_and_its_slots_are_used_again() {
+    let _alone = alone();
+    flush_intervals();
+    let scope = Scope::cluster("t9");
+    let (first, second) = (scope.lease(), scope.lease());
+    let (total, open, length) = (scope.counter("total"), scope.gauge("open"), scope.histogram("length_ms"));
+    scope.set_text("version_text", "one");
+    total.add(3);
+    open.inc();
+    length.record(7);
+    drop(first);
+    assert!(
+        text("cluster.t9.").starts_with("cluster.t9.version_text: \"one\"\ncluster.t9.open: 1\n"),
+        "{}",
+        text("cluster.t9.")
+    );
+    drop(second);
+    assert_eq!(text("cluster.t9."), "");
+    flush_intervals();
+    let other = Scope::cluster("t9-other");
+    assert!(other.counter("total") != total && other.gauge("open") != open, "a stream is open: its slots are its own");
+
+    open.dec();
+    flush_intervals();
+    let slots = registry::slots();
+    let another = Scope::cluster("t9-another");
+    let (a, b, c) = (another.counter("a"), another.gauge("b"), another.histogram("c"));
+    assert_eq!(registry::slots(), slots, "slots are used again");
+    assert_eq!((a.value(), b.value(), c.summary().count()), (0, 0, 0));
+    assert!(!under("cluster.t9-another.b")[0].is_used());
+}
+
+#[test]
+fn what_comes_back_before_its_slots_are_free_keeps_them() {
+    let _alone = alone();
+    let scope = Scope::cluster("t10");
+    let lease = scope.lease();
+    let (total, open) = (scope.counter("total"), scope.gauge("open"));
+    total.inc();
+    open.inc();
+    let code = scope.counter("code_200");
+    drop(lease);
+    assert_eq!(text("cluster.t10."), "");
+    let lease = scope.lease();
+    assert_eq!((scope.counter("total"), scope.gauge("open")), (total, open));
+    assert_eq!((total.value(), open.value()), (0, 1));
+    // A stream of before counts in what the new one has not asked for yet.
+    open.dec();
+    flush_intervals();
+    code.inc();
+    assert_eq!(scope.counter("code_200"), code, "the scope is held: nothing in it is given away");
+    drop(lease);
 }

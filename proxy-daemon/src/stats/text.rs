@@ -45,7 +45,7 @@ impl Query {
                 "invert_filter" => query.invert_filter = true,
                 "filter" => {
                     query.filter =
-                        Some(Regex::new(value).map_err(|e| format!("Invalid regex in filter: {}\n", last_line(&e)))?);
+                        Some(Regex::new(value).map_err(|e| format!("Invalid re2 regex: {}\n", last_line(&e)))?);
                 }
                 "type" => {
                     query.kind = match value.to_ascii_lowercase().as_str() {
@@ -53,7 +53,8 @@ impl Query {
                         "counters" => Some(Kind::Counter),
                         "gauges" => Some(Kind::Gauge),
                         "histograms" => Some(Kind::Histogram),
-                        _ => return Err("invalid &type= param: use All, Counters, Gauges or Histograms\n".into()),
+                        "textreadouts" => Some(Kind::TextReadout),
+                        _ => return Err("invalid &type= param\n".into()),
                     }
                 }
                 "histogram_buckets" => {
@@ -84,8 +85,13 @@ fn last_line(error: &regex::Error) -> String {
     text.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned()
 }
 
-/// Writes `name: value` lines: counters and gauges by name, then histograms by name.
+/// Writes `name: value` lines: texts by name, then counters and gauges, then histograms.
 pub fn write_text(out: &mut impl Write, metrics: &[Metric], buckets: HistogramBuckets) -> fmt::Result {
+    for metric in metrics {
+        if let Value::Text(text) = &metric.value {
+            writeln!(out, "{}: {text:?}", metric.name())?;
+        }
+    }
     for metric in metrics {
         if let Value::Counter(value) | Value::Gauge { value, .. } = &metric.value {
             writeln!(out, "{}: {value}", metric.name())?;
@@ -119,7 +125,13 @@ pub fn write_json(metrics: &[Metric], buckets: HistogramBuckets) -> Json {
     let mut stats = Vec::new();
     let mut histograms = Vec::new();
     for metric in metrics {
+        if let Value::Text(text) = &metric.value {
+            stats.push(json!({ "name": metric.name(), "value": &**text }));
+        }
+    }
+    for metric in metrics {
         match &metric.value {
+            Value::Text(_) => {}
             Value::Counter(value) | Value::Gauge { value, .. } => {
                 stats.push(json!({ "name": metric.name(), "value": value }));
             }

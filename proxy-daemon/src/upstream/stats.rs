@@ -1,7 +1,9 @@
+use std::sync::Arc;
+
 use super::HostSet;
 use crate::{
     config::model::ClusterConfig,
-    stats::{Counter, Gauge, Histogram, ResponseCodes, Scope},
+    stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
 };
 
 macro_rules! cluster_stats {
@@ -16,18 +18,22 @@ macro_rules! cluster_stats {
             /// `upstream_rq_completed`, `upstream_rq_2xx`, `upstream_rq_200` and so on.
             pub upstream_rq: ResponseCodes,
             scope: Scope,
+            _lease: Arc<Lease>,
         }
 
         impl ClusterStats {
             /// Takes the slots of a cluster; the same name gets the same slots again.
             pub fn new(config: &ClusterConfig) -> ClusterStats {
                 let scope = Scope::cluster(&config.stat_name);
+                // Before the handles, so that they are of this life of the scope.
+                let lease = Arc::new(scope.lease());
                 ClusterStats {
                     $($counter: scope.counter(stringify!($counter)),)*
                     $($gauge: scope.gauge(stringify!($gauge)),)*
                     $($histogram: scope.histogram(stringify!($histogram)),)*
                     upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
                     scope,
+                    _lease: lease,
                 }
             }
         }

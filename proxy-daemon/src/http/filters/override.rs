@@ -20,7 +20,7 @@ use crate::{
         headers::names::X_ENVOY_ORIGINAL_DST_HOST,
         stream::{RequestHead, StreamCx},
     },
-    stats::{Counter, Scope},
+    stats::{Counter, Lease, Scope},
 };
 
 /// Every offloaded endpoint that discovery lists: by cluster, then by revision.
@@ -87,6 +87,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         return Err(FieldError::new(format!("{}.original_dst_cluster", cx.path), "must name an ORIGINAL_DST cluster"));
     }
     let scope = Scope::http(cx.stat_prefix);
+    let lease = scope.lease();
     let counter = |name: &str| scope.counter(&format!("override.{name}"));
     let stats = Stats {
         applied: counter("applied"),
@@ -94,15 +95,19 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         undecodable: counter("undecodable"),
         header_removed: counter("header_removed"),
     };
-    Ok(Arc::new(OverrideFactory(OverrideFilter { original_dst_cluster: original_dst_cluster.into(), stats })))
+    let filter = OverrideFilter { original_dst_cluster: original_dst_cluster.into(), stats };
+    Ok(Arc::new(OverrideFactory { filter, _lease: lease }))
 }
 
 #[derive(Debug)]
-struct OverrideFactory(OverrideFilter);
+struct OverrideFactory {
+    filter: OverrideFilter,
+    _lease: Lease,
+}
 
 impl HttpFilterFactory for OverrideFactory {
     fn stream(&self) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(self.0.clone()))
+        Some(Box::new(self.filter.clone()))
     }
 
     fn needs_offloaded_services(&self) -> bool {
