@@ -142,9 +142,12 @@ async fn run(
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let wanted =
-        [(bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (bootstrap.lds, "envoy.config.listener.v3.Listener")];
-    let wildcards = wanted.into_iter().filter(|(wanted, _)| *wanted);
-    let wildcards: Vec<_> = wildcards.map(|(_, name)| format!("type.googleapis.com/{name}")).collect();
+        [(&bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (&bootstrap.lds, "envoy.config.listener.v3.Listener")];
+    let wanted = wanted.into_iter().filter_map(|(source, name)| {
+        source.as_ref().map(|it| (format!("type.googleapis.com/{name}"), it.source.clone()))
+    });
+    let wildcards: Vec<_> = wanted.collect();
+    let dynamic = bootstrap.ads.is_some() || !wildcards.is_empty();
     let (subscriptions, wanted) = Subscriptions::channel();
     let store = ConfigStore::new(Applier::new(plane.clone()), wildcards, subscriptions);
 
@@ -192,11 +195,11 @@ async fn run(
         let dialer = Dialer::new(server, service);
         tokio::spawn(report::report_load(dialer, bootstrap.node.clone(), plane.clone()));
     }
-    if bootstrap.ads.is_some() {
+    if dynamic {
         let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
         state.set(ServerState::Initializing);
         tokio::spawn(store.clone().end_warming());
-        tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, |_, _| {}));
+        tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, Arc::default()));
         tokio::select! {
             () = initialized(&store) => {}
             () = signals.stop() => return Ok(()),

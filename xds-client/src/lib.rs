@@ -4,15 +4,20 @@
 //! - [`ads`]: the xDS client as a state machine without I/O, state of the world and delta.
 //! - [`sources`]: all sources of resources, each with a client of its own; [`source`] says what they are.
 //! - [`grpc`]: drives [`ads`] over a gRPC stream.
+//! - [`resource_type`]: the services of each resource type; [`stats`]: what all clients count.
 //! - [`api`]: Culvert's own messages, generated from `proto/`.
 //! - [`overrides`]: how a request carries staging overrides.
 
 pub mod ads;
+mod connect;
+mod driver;
 pub mod grpc;
 pub mod json;
 pub mod overrides;
+pub mod resource_type;
 pub mod source;
 pub mod sources;
+pub mod stats;
 
 /// Culvert's own messages, generated from `proto/`.
 #[allow(missing_docs, clippy::all, reason = "generated code; the protos hold the documentation")]

@@ -1,8 +1,19 @@
 //! Where resources come from: Envoy's `ConfigSource`, checked.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use rustls::{ClientConfig, pki_types::ServerName};
 
 use crate::ads::Variant;
+
+/// The longest that one attempt to connect may take where nothing else says so.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where resources come from. Equal sources share their subscriptions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,16 +29,38 @@ pub enum Source {
     File(FileSource),
 }
 
+impl Source {
+    /// The cluster of the bootstrap that has to be there for this source.
+    pub fn cluster(&self) -> Option<&str> {
+        match self {
+            Source::Grpc(grpc) => grpc.service.target.cluster(),
+            Source::Rest(rest) => Some(&rest.cluster),
+            Source::Ads | Source::File(_) => None,
+        }
+    }
+}
+
 /// A control plane that is spoken to over gRPC (`ApiConfigSource` with `api_type` GRPC, DELTA_GRPC and their aggregated
 /// forms).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GrpcSource {
-    /// The servers, the first of which is preferred.
+    /// The server.
     pub service: GrpcService,
     /// The protocol variant.
     pub variant: Variant,
     /// Only the first request of a stream carries the node.
     pub set_node_on_first_message_only: bool,
+    /// How often requests may be sent; `None`: as often as there is something to say.
+    pub rate_limit: Option<RateLimit>,
+}
+
+/// A token bucket for requests (`RateLimitSettings`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RateLimit {
+    /// Requests that may be sent at once.
+    pub max_tokens: u32,
+    /// The time in which one more may be sent.
+    pub fill_interval: Duration,
 }
 
 /// A gRPC service (`GrpcService`).
@@ -39,6 +72,19 @@ pub struct GrpcService {
     pub authority: String,
     /// Headers of the calls.
     pub initial_metadata: Vec<(String, String)>,
+    /// The longest message that is taken, in bytes; `None`: the client's own limit.
+    pub max_receive_message_length: Option<usize>,
+    /// The waits between attempts; `None`: Envoy's for xDS, from 500 ms to 30 s.
+    pub backoff: Option<BackoffLimits>,
+}
+
+/// Jittered exponential waits (`BackoffStrategy`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackoffLimits {
+    /// The upper end of the first wait.
+    pub base: Duration,
+    /// The upper end of all waits.
+    pub max: Duration,
 }
 
 /// A server's address.
@@ -46,18 +92,24 @@ pub struct GrpcService {
 pub enum Target {
     /// A cluster of the bootstrap: a key of [`crate::sources::Config::servers`].
     Cluster(String),
-    /// `host:port`.
+    /// `host:port`, or `unix:` and a path.
     Address(String),
 }
 
 impl Target {
+    /// The cluster of the bootstrap that it is.
+    pub fn cluster(&self) -> Option<&str> {
+        match self {
+            Target::Cluster(name) => Some(name),
+            Target::Address(_) => None,
+        }
+    }
+
     /// How it is reached; `None` where `servers` does not have its cluster.
     pub fn server(&self, servers: &BTreeMap<String, Server>) -> Option<Server> {
         match self {
             Target::Cluster(name) => servers.get(name).cloned(),
-            Target::Address(address) => {
-                Some(Server { endpoints: vec![address.clone()], connect_timeout: crate::grpc::CONNECT_TIMEOUT })
-            }
+            Target::Address(address) => Some(Server::plain(vec![address.clone()])),
         }
     }
 }
@@ -76,7 +128,7 @@ pub struct RestSource {
 /// Resources in a file (`PathConfigSource`).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileSource {
-    /// The file: a `DiscoveryResponse` in YAML, JSON, or binary protobuf by its extension.
+    /// The file: a `DiscoveryResponse` in YAML, JSON, or protobuf (text or binary), by its extension.
     pub path: PathBuf,
     /// Where moves are watched for instead of at the file itself.
     pub watched_directory: Option<PathBuf>,
@@ -85,8 +137,33 @@ pub struct FileSource {
 /// How a server of the bootstrap is reached.
 #[derive(Debug, Clone)]
 pub struct Server {
-    /// Its addresses as host:port, tried in this order. A host name is looked up on each attempt.
+    /// Its addresses, tried in this order: host:port, or `unix:` and a path. A host name is looked up on each attempt.
     pub endpoints: Vec<String>,
     /// The longest that one attempt to connect may take.
     pub connect_timeout: Duration,
+    /// How connections are encrypted; `None`: not.
+    pub tls: Option<Tls>,
+}
+
+impl Server {
+    /// A server that is spoken to in plain text.
+    pub fn plain(endpoints: Vec<String>) -> Server {
+        Server { endpoints, connect_timeout: CONNECT_TIMEOUT, tls: None }
+    }
+}
+
+/// How connections to a server are encrypted.
+#[derive(Clone)]
+pub struct Tls {
+    /// Called for each connection, so that certificates may change. `None`: they have not arrived yet, and no connection
+    /// is possible. The protocols to offer (ALPN) are set by the transport where the configuration has none.
+    pub config: Arc<dyn Fn() -> Option<Arc<ClientConfig>> + Send + Sync>,
+    /// The name that the server is asked for; `None`: none is sent, and the server's address is its name.
+    pub server_name: Option<ServerName<'static>>,
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tls").field("server_name", &self.server_name).finish_non_exhaustive()
+    }
 }

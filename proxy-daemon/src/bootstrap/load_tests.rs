@@ -111,7 +111,7 @@ dynamic_resources:
     let server = bootstrap.ads.unwrap();
     assert_eq!(bootstrap.servers["xds"].endpoints, ["127.0.0.1:1"]);
     assert_eq!(server.variant, culvert_xds_client::ads::Variant::Sotw);
-    assert!(bootstrap.cds && !bootstrap.lds);
+    assert!(bootstrap.cds.is_some() && bootstrap.lds.is_none());
 }
 
 #[test]

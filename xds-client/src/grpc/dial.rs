@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use tonic::metadata::{MetadataKey, MetadataValue};
 use tonic::transport::Channel;
 
 use super::backoff::Backoff;
@@ -24,9 +23,10 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// A dialer that has not dialed yet.
+    /// A dialer that has not dialed yet. `server` is the service's ([`Target::server`](crate::source::Target::server)).
     pub fn new(server: Server, service: GrpcService) -> Dialer {
-        Dialer { server, service, next: 0, backoff: Backoff::default() }
+        let backoff = Backoff::new(service.backoff);
+        Dialer { server, service, next: 0, backoff }
     }
 
     /// The address that is next in turn; empty where the server has none.
@@ -39,18 +39,13 @@ impl Dialer {
     /// # Errors
     /// The address is wrong, or nobody is there.
     pub async fn connect(&self) -> Result<Channel, DialError> {
-        Ok(stream::connect(self.address(), &self.service.authority, self.server.connect_timeout).await?)
+        Ok(stream::connect(&self.server, self.address(), &self.service.authority).await?)
     }
 
     /// The request of a call, with the metadata that is configured.
     pub fn request<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = tonic::Request::new(message);
-        for (name, value) in &self.service.initial_metadata {
-            let name = MetadataKey::from_bytes(name.as_bytes());
-            if let (Ok(name), Ok(value)) = (name, MetadataValue::try_from(value)) {
-                request.metadata_mut().append(name, value);
-            }
-        }
+        *request.metadata_mut() = stream::metadata(&self.service);
         request
     }
 

@@ -1,23 +1,28 @@
-//! One ADS stream: a connection, the call on it, and messages in both directions.
+//! One stream: a connection, the call on it, and messages in both directions.
 
 use std::time::Duration;
 
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
-    aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::Streaming;
+use tonic::client::Grpc;
 use tonic::codegen::http::Uri;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::metadata::{MetadataKey, MetadataMap, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Status, Streaming};
+use tonic_prost::ProstCodec;
 
 use crate::ads::{Request, Response, Variant};
+use crate::connect;
+use crate::source::{GrpcService, Server};
 
 /// The largest response taken, in bytes.
 pub const MAX_RESPONSE_BYTES: usize = 64 * 1024 * 1024;
-/// TCP keepalive finds out that the server's host or the way to it is gone: after 10 s idle, 5 probes 2 s apart.
-const TCP_KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(2), 5);
 /// HTTP/2 pings find out that the server's process is stuck. gRPC servers hang up on clients that ping more often than
 /// every five minutes, unless they are configured to take it.
 const PING_INTERVAL: Duration = Duration::from_secs(305);
@@ -28,43 +33,54 @@ const WINDOW_BYTES: u32 = 1024 * 1024;
 /// Why there is no stream, or no longer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Lost {
-    #[error("the address {0:?} of the control plane is not host:port")]
-    Address(String),
     #[error("cannot connect to the control plane: {}", chain(.0))]
     Connect(tonic::transport::Error),
-    #[error("the control plane ended the stream: {:?}: {}", .0.code(), .0.message())]
-    Status(Box<tonic::Status>),
+    #[error("the control plane ended the stream: {:?}: {}", .0.code(), chain(&**.0))]
+    Status(Box<Status>),
     #[error("the control plane closed the stream")]
     Closed,
 }
 
-impl From<tonic::Status> for Lost {
-    fn from(status: tonic::Status) -> Self {
+impl From<Status> for Lost {
+    fn from(status: Status) -> Self {
         Lost::Status(Box::new(status))
     }
 }
 
-/// Connects to `address` (host:port).
-pub(super) async fn connect(address: &str, authority: &str, timeout: Duration) -> Result<Channel, Lost> {
-    let uri = |authority: &str| Uri::builder().scheme("http").authority(authority).path_and_query("/").build();
-    let server = uri(address).map_err(|_| Lost::Address(address.to_owned()))?;
-    let (idle, interval, retries) = TCP_KEEPALIVE;
-    let mut endpoint = Endpoint::from(server)
-        .connect_timeout(timeout)
-        .tcp_nodelay(true)
-        .tcp_keepalive(Some(idle))
-        .tcp_keepalive_interval(Some(interval))
-        .tcp_keepalive_retries(Some(retries))
+/// Connects to `address`, one of the server's.
+pub(super) async fn connect(server: &Server, address: &str, authority: &str) -> Result<Channel, Lost> {
+    let scheme = if server.tls.is_some() { "https" } else { "http" };
+    let uri = |authority: &str| Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build();
+    // A Unix domain socket has no name that could be an authority.
+    let address_uri = uri(address).or_else(|_| uri("localhost"));
+    let mut endpoint = Endpoint::from(address_uri.unwrap_or_default())
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES);
-    // Names that are no authority (a gRPC target such as "dns:///...") leave the server's address in place.
+    // Names that are no authority (a gRPC target such as "unix:/a/path") leave the server's address in place.
     if let Ok(origin) = uri(authority) {
         endpoint = endpoint.origin(origin);
     }
-    endpoint.connect().await.map_err(Lost::Connect)
+    let (server, address) = (server.clone(), address.to_owned());
+    let connector = tower::service_fn(move |_| {
+        let (server, address) = (server.clone(), address.clone());
+        async move { connect::connect(&server, &address, "h2").await.map(TokioIo::new) }
+    });
+    endpoint.connect_with_connector(connector).await.map_err(Lost::Connect)
+}
+
+/// The service's own headers for a call.
+pub(super) fn metadata(service: &GrpcService) -> MetadataMap {
+    let mut metadata = MetadataMap::new();
+    for (name, value) in &service.initial_metadata {
+        // Checked when the configuration was read.
+        if let (Ok(name), Ok(value)) = (MetadataKey::from_bytes(name.as_bytes()), MetadataValue::try_from(value)) {
+            metadata.append(name, value);
+        }
+    }
+    metadata
 }
 
 /// The sending half.
@@ -102,31 +118,46 @@ impl Responses {
     }
 }
 
-/// Starts the call. The sending half works at once; servers may wait for its first request before they answer.
+/// Starts the call `method`. The sending half works at once; servers may wait for its first request before they answer.
 pub(super) fn call(
     channel: Channel,
+    service: &GrpcService,
     variant: Variant,
-) -> (Requests, impl Future<Output = Result<Responses, Lost>> + Send) {
-    let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_RESPONSE_BYTES);
+    method: &'static str,
+) -> (Requests, impl Future<Output = Result<Responses, Lost>> + Send + use<>) {
+    let limit = service.max_receive_message_length.unwrap_or(MAX_RESPONSE_BYTES);
+    let client = Grpc::new(channel).max_decoding_message_size(limit);
     let (sotw_sender, sotw) = unbounded_channel();
     let (delta_sender, delta) = unbounded_channel();
     let requests = match variant {
         Variant::Sotw => Requests::Sotw(sotw_sender),
         Variant::Delta => Requests::Delta(delta_sender),
     };
+    let metadata = metadata(service);
     let responses = async move {
         Ok(match variant {
-            Variant::Sotw => {
-                let stream = client.stream_aggregated_resources(UnboundedReceiverStream::new(sotw)).await?;
-                Responses::Sotw(stream.into_inner())
-            }
-            Variant::Delta => {
-                let stream = client.delta_aggregated_resources(UnboundedReceiverStream::new(delta)).await?;
-                Responses::Delta(stream.into_inner())
-            }
+            Variant::Sotw => Responses::Sotw(streaming(client, metadata, method, sotw).await?),
+            Variant::Delta => Responses::Delta(streaming(client, metadata, method, delta).await?),
         })
     };
     (requests, responses)
+}
+
+async fn streaming<Q, A>(
+    mut client: Grpc<Channel>,
+    metadata: MetadataMap,
+    method: &'static str,
+    requests: UnboundedReceiver<Q>,
+) -> Result<Streaming<A>, Status>
+where
+    Q: Message + Send + Sync + 'static,
+    A: Message + Default + Send + Sync + 'static,
+{
+    client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
+    let mut request = tonic::Request::new(UnboundedReceiverStream::new(requests));
+    *request.metadata_mut() = metadata;
+    let codec = ProstCodec::<Q, A>::default();
+    Ok(client.streaming(request, PathAndQuery::from_static(method), codec).await?.into_inner())
 }
 
 /// An error with its causes: tonic's own says only "transport error".

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
@@ -22,7 +22,7 @@ use tonic::{Status, Streaming};
 
 use super::*;
 use crate::ads::type_url::{CLUSTER, ENDPOINT};
-use crate::ads::{Outcome, Rejection, Update, Variant};
+use crate::ads::{Done, Interest, Outcome, Rejection, Update, Variant};
 use crate::json::pack;
 use crate::source::{GrpcService, Target};
 
@@ -174,19 +174,23 @@ fn config(variant: Variant, endpoints: &[SocketAddr]) -> ClientConfig {
     ClientConfig {
         source: Source::Ads,
         server: crate::source::Server {
-            endpoints: endpoints.iter().map(ToString::to_string).collect(),
             connect_timeout: Duration::from_secs(1),
+            ..crate::source::Server::plain(endpoints.iter().map(ToString::to_string).collect())
         },
         grpc: GrpcSource {
             service: GrpcService {
                 target: Target::Cluster("xds".to_owned()),
                 authority: "xds_cluster".to_owned(),
                 initial_metadata: Vec::new(),
+                max_receive_message_length: None,
+                backoff: None,
             },
             variant,
             set_node_on_first_message_only: true,
+            rate_limit: None,
         },
         node: Node { id: "node-1".to_owned(), ..Default::default() },
+        only: None,
     }
 }
 

@@ -1,4 +1,8 @@
-//! All sources of resources, each with a client of its own, started when something is wanted of it.
+//! All sources of resources, each with clients of its own, started when something is wanted of it.
+//!
+//! The aggregated stream has one client for all types. Any other source has one for each type that is wanted of it,
+//! shared by all who want that type of that source (Envoy opens one for each cluster or listener). It ends when nothing
+//! is wanted any more.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -7,12 +11,18 @@ use std::{
 };
 
 use envoy_types::pb::envoy::config::core::v3::Node;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+};
 
 use crate::{
     ads::{Interest, Sink},
-    grpc::{AdsStats, Client, ClientConfig, Interests},
+    driver::Interests,
+    grpc::{Client, ClientConfig},
+    resource_type::ResourceType,
     source::{GrpcSource, Server, Source},
+    stats::SourceStats,
 };
 
 /// What all clients share.
@@ -24,6 +34,35 @@ pub struct Config {
     pub servers: BTreeMap<String, Server>,
     /// Where the aggregated stream comes from.
     pub ads: Option<GrpcSource>,
+}
+
+impl Config {
+    /// Whether resources of this type can be had from the source.
+    ///
+    /// # Errors
+    /// Why not, for whoever wrote the configuration.
+    pub fn check(&self, source: &Source, type_url: &str) -> Result<(), String> {
+        if let Some(name) = source.cluster()
+            && !self.servers.contains_key(name)
+        {
+            return Err(format!(
+                "must have a statically defined non-EDS cluster: '{name}' does not exist, was added via api, or is an EDS \
+                 cluster"
+            ));
+        }
+        match source {
+            Source::Ads => match self.ads {
+                Some(_) => Ok(()),
+                None => Err("names ADS, but dynamic_resources.ads_config is not set".to_owned()),
+            },
+            Source::Grpc(grpc) => {
+                let only = ResourceType::of(type_url);
+                let known = only.is_some_and(|only| grpc.variant == crate::ads::Variant::Delta || only.sotw.is_some());
+                if known { Ok(()) } else { Err(format!("there is no gRPC service for {type_url}")) }
+            }
+            Source::Rest(_) | Source::File(_) => Err("not supported by culvert yet".to_owned()),
+        }
+    }
 }
 
 /// What is wanted of a type from a source, from now on.
@@ -55,44 +94,76 @@ impl Subscriptions {
     }
 }
 
-/// Runs the clients of all sources. Never returns; drop the future to stop them.
-///
-/// `stats` is called with the counters of each client that is started.
+/// A client that runs.
+struct Running {
+    interests: Interests,
+    task: AbortHandle,
+}
+
+/// Runs the clients of all sources. Never returns; drop the future to stop them. What they count is in `stats`.
 pub async fn run<S: Sink>(
     config: Config,
     sink: Arc<S>,
     mut wanted: mpsc::UnboundedReceiver<Subscription>,
-    mut stats: impl FnMut(&Source, Arc<AdsStats>) + Send,
+    stats: Arc<SourceStats>,
 ) -> Infallible {
-    let mut clients: HashMap<Source, Interests> = HashMap::new();
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut clients: HashMap<(Source, Option<String>), Running> = HashMap::new();
+    let mut tasks = JoinSet::new();
     while let Some(Subscription { source, type_url, interest }) = wanted.recv().await {
-        if !clients.contains_key(&source) {
+        // Those that were stopped.
+        while tasks.try_join_next().is_some() {}
+        let only = (source != Source::Ads).then(|| type_url.clone());
+        let key = (source, only);
+        if interest == Interest::None && key.1.is_some() {
+            if let Some(running) = clients.remove(&key) {
+                running.task.abort();
+                stats.remove(&key.0, key.1.as_deref());
+            }
+            continue;
+        }
+        if !clients.contains_key(&key) {
             if interest == Interest::None {
                 continue;
             }
-            let Some(client) = client(&config, &source, Arc::clone(&sink)) else {
-                tracing::error!(?source, "nothing can be had from this source");
+            if let Err(error) = config.check(&key.0, &type_url) {
+                tracing::error!(source = ?key.0, %type_url, "nothing can be had from this source: {error}");
                 continue;
-            };
-            stats(&source, client.stats());
-            clients.insert(source.clone(), client.interests());
-            tasks.spawn(client.run());
+            }
+            let Some(running) = start(&config, &key.0, key.1.as_deref(), &sink, &stats, &mut tasks) else { continue };
+            clients.insert(key.clone(), running);
         }
-        if let Some(client) = clients.get(&source) {
-            client.set(type_url, interest);
+        if let Some(running) = clients.get(&key) {
+            running.interests.set(type_url, interest);
         }
     }
     // Nobody is left who could want anything: what is wanted already goes on.
     std::future::pending().await
 }
 
-fn client<S: Sink>(config: &Config, source: &Source, sink: Arc<S>) -> Option<Client<S>> {
+/// Starts a client; `None` where the source cannot be reached, which [`Config::check`] has said before.
+fn start<S: Sink>(
+    config: &Config,
+    source: &Source,
+    only: Option<&str>,
+    sink: &Arc<S>,
+    stats: &SourceStats,
+    tasks: &mut JoinSet<Infallible>,
+) -> Option<Running> {
     let grpc = match source {
         Source::Ads => config.ads.as_ref()?,
-        _ => return None,
+        Source::Grpc(grpc) => grpc,
+        Source::Rest(_) | Source::File(_) => return None,
     };
-    let server = grpc.service.target.server(&config.servers)?;
-    let config = ClientConfig { source: source.clone(), server, grpc: grpc.clone(), node: config.node.clone() };
-    Some(Client::new(config, sink))
+    let client = Client::new(
+        ClientConfig {
+            source: source.clone(),
+            server: grpc.service.target.server(&config.servers)?,
+            grpc: grpc.clone(),
+            node: config.node.clone(),
+            only: only.and_then(ResourceType::of),
+        },
+        Arc::clone(sink),
+    );
+    stats.insert(source, only, client.stats());
+    Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) })
 }

@@ -6,6 +6,7 @@ mod cluster;
 mod hcm;
 mod listener;
 mod route;
+mod source;
 
 pub use access_log::*;
 pub use cidr::*;
@@ -13,3 +14,4 @@ pub use cluster::*;
 pub use hcm::*;
 pub use listener::*;
 pub use route::*;
+pub use source::*;

@@ -4,20 +4,23 @@ use std::{
 };
 
 use culvert_xds_client::{
-    ads::Variant,
     api::culvert::extensions::bootstrap::interception::v1::Interception,
     json::unpack,
-    source::{GrpcService, GrpcSource, Server, Target},
+    source::{GrpcService, GrpcSource, Server},
+    sources::Config as SourcesConfig,
 };
 use envoy_types::pb::envoy::config::{
     bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
-    core::v3::{ApiConfigSource, Node, api_config_source::ApiType, grpc_service::TargetSpecifier},
+    cluster::v3::Cluster,
+    core::v3::{ApiConfigSource, Node},
+    listener::v3::Listener as ProtoListener,
 };
 use prost::Name;
 
 use super::{
     cluster,
-    common::{Result, from_ads, ip, required, socket_address},
+    common::{Result, ip, socket_address},
+    config_source::{ads_source, config_source},
     layered_runtime::layered_runtime,
     listener,
     support::{self, join},
@@ -25,7 +28,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{ClusterConfig, Discovery, EndpointAddress, Listener, RouteSource},
+        model::{ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, RouteSource},
     },
     intercept::InterceptionConfig,
     layered_runtime::Layer,
@@ -48,10 +51,10 @@ pub struct Bootstrap {
     pub servers: BTreeMap<String, Server>,
     /// Where load reports go.
     pub load_stats: Option<GrpcService>,
-    /// Clusters come from the control plane.
-    pub cds: bool,
-    /// Listeners come from the control plane.
-    pub lds: bool,
+    /// Where clusters come from besides.
+    pub cds: Option<ConfigSource>,
+    /// Where listeners come from besides.
+    pub lds: Option<ConfigSource>,
     /// The layers of runtime values, of which the later win.
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
@@ -76,13 +79,14 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
 
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
     let servers = servers(&clusters);
-    let (ads, cds, lds) = dynamic_resources(&dynamic, &clusters, &servers)?;
+    let mut sources = SourcesConfig { node: message.node.clone().unwrap_or_default(), servers, ads: None };
+    let (ads, cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
     if ads.is_none() {
         needs_no_ads(&listeners, &clusters)?;
     }
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
     let load_stats = load_stats
-        .map(|config| grpc_source(config, &clusters, &servers, "cluster_manager.load_stats_config"))
+        .map(|config| grpc_client(config, &sources.servers, "cluster_manager.load_stats_config"))
         .transpose()?
         .map(|source| source.service);
     known_clusters(&listeners, &clusters)?;
@@ -99,12 +103,12 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         return Err(FieldError::unsupported("admin.access_log_path"));
     }
     Ok(Bootstrap {
-        node: message.node.clone().unwrap_or_default(),
+        node: sources.node,
         admin,
         clusters,
         listeners,
         ads,
-        servers,
+        servers: sources.servers,
         load_stats,
         cds,
         lds,
@@ -124,27 +128,36 @@ fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
     Ok(())
 }
 
-fn dynamic_resources(
-    dynamic: &DynamicResources,
-    clusters: &[ClusterConfig],
-    servers: &BTreeMap<String, Server>,
-) -> Result<(Option<GrpcSource>, bool, bool)> {
-    const PATH: &str = "dynamic_resources";
-    let ads = dynamic.ads_config.as_ref();
-    let ads = ads.map(|config| grpc_source(config, clusters, servers, "dynamic_resources.ads_config")).transpose()?;
-    let mut wanted = [false; 2];
-    for (wanted, (field, source)) in
-        wanted.iter_mut().zip([("cds_config", &dynamic.cds_config), ("lds_config", &dynamic.lds_config)])
-    {
-        if source.is_some() {
-            from_ads(source.as_ref(), &join(PATH, field))?;
-            if ads.is_none() {
-                return Err(FieldError::new(join(PATH, field), "names ADS, but ads_config is not set"));
-            }
-            *wanted = true;
+/// A gRPC client that is there from the start: its cluster must be.
+fn grpc_client(config: &ApiConfigSource, servers: &BTreeMap<String, Server>, path: &str) -> Result<GrpcSource> {
+    let source = ads_source(config, path)?;
+    match source.service.target.cluster().filter(|name| !servers.contains_key(*name)) {
+        Some(name) => {
+            let path = join(path, "grpc_services[0].envoy_grpc.cluster_name");
+            Err(FieldError::new(path, format!("Unknown gRPC client cluster '{name}'")))
         }
+        None => Ok(source),
     }
-    Ok((ads, wanted[0], wanted[1]))
+}
+
+/// What `dynamic_resources` says: the aggregated stream, and where clusters and listeners come from.
+type Dynamic = (Option<GrpcSource>, Option<ConfigSource>, Option<ConfigSource>);
+
+fn dynamic_resources(dynamic: &DynamicResources, sources: &mut SourcesConfig) -> Result<Dynamic> {
+    const PATH: &str = "dynamic_resources";
+    if let Some(config) = &dynamic.ads_config {
+        sources.ads = Some(grpc_client(config, &sources.servers, &join(PATH, "ads_config"))?);
+    }
+    let source = |config: Option<&_>, field: &str, type_url: String| -> Result<_> {
+        let Some(config) = config else { return Ok(None) };
+        let path = join(PATH, field);
+        let source = config_source(Some(config), &path)?;
+        sources.check(&source.source, &type_url).map_err(|text| FieldError::new(&path, text))?;
+        Ok(Some(source))
+    };
+    let cds = source(dynamic.cds_config.as_ref(), "cds_config", Cluster::type_url())?;
+    let lds = source(dynamic.lds_config.as_ref(), "lds_config", ProtoListener::type_url())?;
+    Ok((sources.ads.clone(), cds, lds))
 }
 
 /// The clusters that can be reached before anything else is known.
@@ -155,57 +168,15 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
         let address = |address: &EndpointAddress| match address {
             EndpointAddress::Ip(address) => Some(address.to_string()),
             EndpointAddress::Dns { host, port } => Some(format!("{host}:{port}")),
-            EndpointAddress::Pipe(_) => None,
+            EndpointAddress::Pipe(path) => Some(format!("unix:{}", path.display())),
         };
         Server {
             endpoints: endpoints.filter_map(|endpoint| address(&endpoint.address)).collect(),
             connect_timeout: cluster.connect_timeout,
+            tls: None,
         }
     };
-    let servers = known.map(|cluster| (cluster.name.to_string(), server(cluster)));
-    servers.filter(|(_, server)| !server.endpoints.is_empty()).collect()
-}
-
-fn grpc_source(
-    config: &ApiConfigSource,
-    clusters: &[ClusterConfig],
-    servers: &BTreeMap<String, Server>,
-    path: &str,
-) -> Result<GrpcSource> {
-    let variant = match ApiType::try_from(config.api_type) {
-        Ok(ApiType::Grpc) => Variant::Sotw,
-        Ok(ApiType::DeltaGrpc) => Variant::Delta,
-        _ => return Err(FieldError::unsupported(join(path, "api_type"))),
-    };
-    let [service] = config.grpc_services.as_slice() else {
-        return Err(FieldError::new(join(path, "grpc_services"), "exactly one service is needed"));
-    };
-    let path = join(path, "grpc_services[0]");
-    let (target, authority) = match &service.target_specifier {
-        Some(TargetSpecifier::GoogleGrpc(google)) => {
-            let uri = &google.target_uri;
-            (Target::Address(uri.trim_start_matches("dns:///").to_owned()), uri.clone())
-        }
-        Some(TargetSpecifier::EnvoyGrpc(envoy)) => {
-            let path = join(&path, "envoy_grpc.cluster_name");
-            let name = &envoy.cluster_name;
-            if !clusters.iter().any(|cluster| *cluster.name == **name) {
-                return Err(FieldError::new(&path, format!("no static cluster is named '{name}'")));
-            }
-            if !servers.contains_key(name) {
-                let text = format!("cluster '{name}' must be STATIC or STRICT_DNS and have an endpoint");
-                return Err(FieldError::new(path, text));
-            }
-            let authority = if envoy.authority.is_empty() { name } else { &envoy.authority };
-            (Target::Cluster(name.clone()), authority.clone())
-        }
-        _ => return Err(required(&path, "envoy_grpc")),
-    };
-    Ok(GrpcSource {
-        service: GrpcService { target, authority, initial_metadata: Vec::new() },
-        variant,
-        set_node_on_first_message_only: config.set_node_on_first_message_only,
-    })
+    known.map(|cluster| (cluster.name.to_string(), server(cluster))).collect()
 }
 
 /// Refuses static routes to clusters that are not in the bootstrap, as Envoy does, unless they say `validate_clusters:

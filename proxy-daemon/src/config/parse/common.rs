@@ -1,10 +1,11 @@
 use std::{net::IpAddr, time::Duration};
 
+use culvert_xds_client::source::Source;
 use envoy_types::pb::{
     envoy::config::core::v3::{
         Address, CidrRange, ConfigSource, DataSource, HeaderValueOption, Http2ProtocolOptions,
-        RuntimeFractionalPercent, SocketAddress, TransportSocket, address, config_source::ConfigSourceSpecifier,
-        data_source::Specifier, header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
+        RuntimeFractionalPercent, SocketAddress, TransportSocket, address, data_source::Specifier,
+        header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
         transport_socket::ConfigType,
     },
     envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
@@ -12,11 +13,11 @@ use envoy_types::pb::{
 };
 use http::{HeaderName, HeaderValue};
 
-use super::support::join;
+use super::{config_source::config_source, support::join};
 use crate::{
     config::{
         FieldError,
-        model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+        model::{self, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
     },
     layered_runtime::{Denominator, Fraction, Key, RuntimeFraction},
 };
@@ -204,11 +205,13 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
     }
 }
 
-/// Resources come from the aggregated stream: nothing else is honoured yet.
+/// Resources come from the aggregated stream: nothing else is honoured here yet.
 pub(super) fn from_ads(source: Option<&ConfigSource>, path: &str) -> Result<()> {
-    match source.and_then(|source| source.config_source_specifier.as_ref()) {
-        Some(ConfigSourceSpecifier::Ads(_)) => Ok(()),
-        _ => Err(required(path, "ads")),
+    let ads = config_source(source, path)?;
+    match ads.source {
+        Source::Ads if ads == model::ConfigSource::default() => Ok(()),
+        Source::Ads => Err(FieldError::unsupported(join(path, "initial_fetch_timeout"))),
+        _ => Err(FieldError::unsupported(path)),
     }
 }
 

@@ -8,6 +8,7 @@ mod access_log;
 mod bootstrap;
 mod cluster;
 mod common;
+mod config_source;
 mod endpoint;
 mod http_connection_manager;
 mod layered_runtime;
@@ -20,6 +21,7 @@ mod tcp_proxy;
 
 pub use bootstrap::{Bootstrap, bootstrap};
 pub use cluster::cluster;
+pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
 pub use listener::listener;
 pub use route::route_config;

@@ -39,14 +39,33 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("culvert.extensions.bootstrap.interception.v1.Interception", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Pod", ALL),
     // xDS
-    ("envoy.config.core.v3.ConfigSource", &["ads", "resource_api_version"]),
+    (
+        "envoy.config.core.v3.ConfigSource",
+        &["ads", "api_config_source", "self", "resource_api_version", "initial_fetch_timeout"],
+    ),
+    ("envoy.config.core.v3.SelfConfigSource", ALL),
     ("envoy.config.core.v3.AggregatedConfigSource", ALL),
     (
         "envoy.config.core.v3.ApiConfigSource",
-        &["api_type", "transport_api_version", "grpc_services", "set_node_on_first_message_only"],
+        &[
+            "api_type",
+            "transport_api_version",
+            "cluster_names",
+            "grpc_services",
+            "refresh_delay",
+            "request_timeout",
+            "set_node_on_first_message_only",
+            "rate_limit_settings",
+        ],
     ),
-    ("envoy.config.core.v3.GrpcService", &["envoy_grpc", "google_grpc", "timeout"]),
-    ("envoy.config.core.v3.GrpcService.EnvoyGrpc", &["cluster_name", "authority"]),
+    ("envoy.config.core.v3.RateLimitSettings", ALL),
+    ("envoy.config.core.v3.GrpcService", &["envoy_grpc", "google_grpc", "timeout", "initial_metadata"]),
+    (
+        "envoy.config.core.v3.GrpcService.EnvoyGrpc",
+        &["cluster_name", "authority", "max_receive_message_length", "retry_policy", "skip_envoy_headers"],
+    ),
+    ("envoy.config.core.v3.RetryPolicy", &["retry_back_off"]),
+    ("envoy.config.core.v3.BackoffStrategy", ALL),
     ("envoy.config.core.v3.GrpcService.GoogleGrpc", &["target_uri", "stat_prefix"]),
     // Listeners
     (

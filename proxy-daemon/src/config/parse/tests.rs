@@ -224,11 +224,11 @@ fn control_planes_are_found_through_static_clusters() {
     let server = bootstrap.ads.unwrap();
     assert_eq!(server.variant, culvert_xds_client::ads::Variant::Delta);
     assert_eq!(bootstrap.servers["xds"].endpoints, ["10.0.0.1:18000"]);
-    assert!(bootstrap.cds && !bootstrap.lds);
+    assert!(bootstrap.cds.is_some() && bootstrap.lds.is_none());
     let error = load(&yaml("nobody")).unwrap_err();
     assert_eq!(
         error,
-        "dynamic_resources.ads_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'"
+        "dynamic_resources.ads_config.grpc_services[0].envoy_grpc.cluster_name: Unknown gRPC client cluster 'nobody'"
     );
 }
 
@@ -296,7 +296,7 @@ fn load_reports_need_a_server() {
     assert_eq!(service.target, culvert_xds_client::source::Target::Cluster("lrs".to_owned()));
     assert_eq!(
         load(&yaml("{ envoy_grpc: { cluster_name: nobody } }")).unwrap_err(),
-        "cluster_manager.load_stats_config.grpc_services[0].envoy_grpc.cluster_name: no static cluster is named 'nobody'"
+        "cluster_manager.load_stats_config.grpc_services[0].envoy_grpc.cluster_name: Unknown gRPC client cluster 'nobody'"
     );
     let error = load("cluster_manager: { local_cluster_name: x }").unwrap_err();
     assert_eq!(error, "cluster_manager.local_cluster_name: not supported by culvert yet");

@@ -106,8 +106,13 @@ impl<A> Clone for ConfigStore<A> {
 }
 
 impl<A: Apply> ConfigStore<A> {
-    /// Empty. `expected` are the type URLs of which everything is asked for from the start.
-    pub fn new(apply: A, expected: impl IntoIterator<Item = String>, subscriptions: Subscriptions) -> ConfigStore<A> {
+    /// Empty. `expected` are the type URLs of which everything is asked for from the start, and where it comes from.
+    pub fn new(
+        apply: A,
+        expected: impl IntoIterator<Item = (String, Source)>,
+        subscriptions: Subscriptions,
+    ) -> ConfigStore<A> {
+        let expected: BTreeMap<String, Source> = expected.into_iter().collect();
         let state = State {
             clusters: Resources::default(),
             endpoints: Resources::default(),
@@ -122,13 +127,13 @@ impl<A: Apply> ConfigStore<A> {
             parsed_listeners: BTreeMap::new(),
             parsed_routes: BTreeMap::new(),
             offloaded: BTreeMap::new(),
-            expected: expected.into_iter().collect(),
+            expected: expected.keys().cloned().collect(),
             answered: BTreeSet::new(),
             patience: Instant::now() + WARMING_LIMIT,
         };
         let (stats, changed) = (StoreStats::new(), Notify::new());
-        for type_url in &state.expected {
-            subscriptions.set(Source::Ads, type_url, Interest::Wildcard);
+        for (type_url, source) in expected {
+            subscriptions.set(source, type_url, Interest::Wildcard);
         }
         ConfigStore(Arc::new(Shared { state: Mutex::new(state), apply, stats, changed, subscriptions }))
     }

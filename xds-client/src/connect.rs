@@ -1,0 +1,124 @@
+//! Connections to servers: TCP or a Unix domain socket, plain or with TLS.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use rustls::{ClientConfig, pki_types::ServerName};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+};
+use tokio_rustls::TlsConnector;
+
+use crate::source::{Server, Tls};
+
+/// TCP keepalive finds out that the server's host or the way to it is gone: after 10 s idle, 5 probes 2 s apart.
+const TCP_KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(2), 5);
+
+/// A connection.
+pub(crate) struct Connection(Box<dyn Stream>);
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectError {
+    #[error("it took longer than connect_timeout ({0:?})")]
+    Timeout(Duration),
+    #[error("{0}")]
+    Connect(io::Error),
+    #[error("the TLS handshake failed: {0}")]
+    Handshake(io::Error),
+    #[error("its certificates have not arrived yet")]
+    NoCertificates,
+    #[error("it agreed on the protocol {0:?} instead of {1:?}")]
+    Protocol(String, &'static str),
+}
+
+/// Connects to `address`, one of the server's: host:port, or `unix:` and a path. `protocol` is what is going to be spoken,
+/// in ALPN's spelling.
+pub(crate) async fn connect(
+    server: &Server,
+    address: &str,
+    protocol: &'static str,
+) -> Result<Connection, ConnectError> {
+    let limit = server.connect_timeout;
+    let connection = tokio::time::timeout(limit, open(server.tls.as_ref(), address, protocol)).await;
+    connection.map_err(|_| ConnectError::Timeout(limit))?
+}
+
+async fn open(tls: Option<&Tls>, address: &str, protocol: &'static str) -> Result<Connection, ConnectError> {
+    if let Some(path) = address.strip_prefix("unix:") {
+        let stream = UnixStream::connect(path).await.map_err(ConnectError::Connect)?;
+        // Without an address of its own: any will do, none is sent.
+        return secure(tls, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
+    }
+    let stream = TcpStream::connect(address).await.map_err(ConnectError::Connect)?;
+    let peer = stream.peer_addr().map_err(ConnectError::Connect)?.ip();
+    stream.set_nodelay(true).map_err(ConnectError::Connect)?;
+    let (idle, interval, retries) = TCP_KEEPALIVE;
+    let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(retries);
+    SockRef::from(&stream).set_tcp_keepalive(&keepalive).map_err(ConnectError::Connect)?;
+    secure(tls, peer, stream, protocol).await
+}
+
+async fn secure<T: Stream + 'static>(
+    tls: Option<&Tls>,
+    peer: std::net::IpAddr,
+    stream: T,
+    protocol: &'static str,
+) -> Result<Connection, ConnectError> {
+    let Some(tls) = tls else { return Ok(Connection(Box::new(stream))) };
+    let mut config = (tls.config)().ok_or(ConnectError::NoCertificates)?;
+    if config.alpn_protocols.is_empty() {
+        let config: &mut ClientConfig = Arc::make_mut(&mut config);
+        config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+    }
+    let name = tls.server_name.clone().unwrap_or_else(|| ServerName::IpAddress(peer.into()));
+    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Handshake)?;
+    match stream.get_ref().1.alpn_protocol() {
+        Some(agreed) if agreed != protocol.as_bytes() => {
+            Err(ConnectError::Protocol(String::from_utf8_lossy(agreed).into_owned(), protocol))
+        }
+        _ => Ok(Connection(Box::new(stream))),
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+}

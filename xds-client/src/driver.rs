@@ -1,0 +1,152 @@
+//! What all transports share: the state machine, and its way to the sink and back.
+
+use std::{sync::Arc, time::Instant};
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use tokio::sync::mpsc;
+
+use crate::{
+    ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token, Update, Variant},
+    source::Source,
+    stats::ClientStats,
+};
+
+/// The state machine of one client, with its sink and its queue.
+pub(crate) struct Driver<S> {
+    pub(crate) source: Source,
+    pub(crate) core: Core,
+    pub(crate) sink: Arc<S>,
+    pub(crate) stats: Arc<ClientStats>,
+    /// One queue for both, so that what is wanted because of an update is asked for before the update is answered.
+    events: mpsc::UnboundedReceiver<Event>,
+    sender: mpsc::UnboundedSender<Event>,
+}
+
+/// What a client is told from outside.
+pub(crate) enum Event {
+    /// What is wanted of a type.
+    Want(String, Interest),
+    /// An update of which the sink has said what became, or that it will never be applied. `version`: of the response that
+    /// it came of, if it did.
+    Applied { token: Token, type_url: String, version: Option<String>, outcome: Option<Outcome> },
+    /// Something has outlived its time to live.
+    Expired,
+}
+
+/// What came of an [`Event`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Came {
+    /// Something else is wanted than before.
+    Wanted,
+    /// A response is done with; whether all of it is in force.
+    Finished(bool),
+    /// Resources are removed whose time to live is over.
+    Expired,
+}
+
+/// Changes what a client wants.
+#[derive(Clone)]
+pub struct Interests(mpsc::UnboundedSender<Event>);
+
+impl Interests {
+    /// Sets what is wanted of a type.
+    pub fn set(&self, type_url: impl Into<String>, interest: Interest) {
+        // A client that is gone wants nothing.
+        let _ = self.0.send(Event::Want(type_url.into(), interest));
+    }
+}
+
+impl<S: Sink> Driver<S> {
+    pub(crate) fn new(source: Source, node: Node, variant: Variant, sink: Arc<S>) -> Self {
+        let (sender, events) = mpsc::unbounded_channel();
+        let stats = Arc::new(ClientStats::default());
+        Driver { source, core: Core::new(node, variant), sink, stats, events, sender }
+    }
+
+    pub(crate) fn interests(&self) -> Interests {
+        Interests(self.sender.clone())
+    }
+
+    /// The next event. Cancelling this loses nothing.
+    pub(crate) async fn next(&mut self) -> Event {
+        let expiry = self.core.next_expiry();
+        let expired = async {
+            match expiry {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            // This client holds a sender itself: the queue does not end.
+            Some(event) = self.events.recv() => event,
+            () = expired => Event::Expired,
+        }
+    }
+
+    /// Hands a response to the sink; whether it was one to apply.
+    pub(crate) fn take(&mut self, response: Response) -> bool {
+        let (type_url, version, control_plane) = match &response {
+            Response::Sotw(response) => (&response.type_url, &response.version_info, &response.control_plane),
+            Response::Delta(response) => (&response.type_url, &response.system_version_info, &response.control_plane),
+        };
+        let (type_url, version) = (type_url.clone(), version.clone());
+        if let Some(control_plane) = control_plane {
+            self.stats.set_identifier(&control_plane.identifier);
+        }
+        let (token, update) = match self.core.handle(response, Instant::now()) {
+            Handled::Update(token, update) => (token, update),
+            Handled::Ignored(why) => {
+                tracing::warn!(%type_url, "response of the control plane ignored: {why}");
+                return false;
+            }
+        };
+        self.hand_out(token, Some(version), update);
+        true
+    }
+
+    fn hand_out(&self, token: Token, version: Option<String>, update: Update) {
+        let Update { type_url, added, unchanged, removed, .. } = &update;
+        let (added, unchanged, removed) = (added.len(), unchanged.len(), removed.len());
+        tracing::debug!(%type_url, added, unchanged, removed, "update");
+        let (sender, type_url) = (self.sender.clone(), type_url.clone());
+        // A client that is gone has nobody left to answer.
+        let done = Done::new(move |outcome| drop(sender.send(Event::Applied { token, type_url, version, outcome })));
+        self.sink.update(&self.source, update, done);
+    }
+
+    pub(crate) fn event(&mut self, event: Event) -> Came {
+        match event {
+            Event::Want(type_url, interest) => {
+                if interest != Interest::None {
+                    self.stats.of(&type_url);
+                }
+                self.core.set_interest(&type_url, interest);
+                Came::Wanted
+            }
+            Event::Expired => {
+                for (token, update) in self.core.expire(Instant::now()) {
+                    tracing::warn!(type_url = %update.type_url, names = ?update.removed, "time to live has run out");
+                    self.hand_out(token, None, update);
+                }
+                Came::Expired
+            }
+            Event::Applied { token, outcome: None, .. } => {
+                self.core.abandon(token);
+                Came::Finished(false)
+            }
+            Event::Applied { token, type_url, version, outcome: Some(outcome) } => {
+                let rejected = self.core.finish(token, outcome);
+                let stats = self.stats.of(&type_url);
+                match version {
+                    Some(version) if rejected.is_empty() => stats.accepted(&version),
+                    Some(_) => stats.rejected(),
+                    None => {}
+                }
+                for rejection in &rejected {
+                    tracing::warn!(%type_url, name = %rejection.name, "resource rejected: {}", rejection.message);
+                }
+                Came::Finished(rejected.is_empty())
+            }
+        }
+    }
+}

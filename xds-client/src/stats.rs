@@ -1,0 +1,149 @@
+//! What the clients count, under the names of Envoy's statistics.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use crate::source::Source;
+
+/// The statistics of all clients that run. Shared: anyone may read.
+#[derive(Debug, Default)]
+pub struct SourceStats(RwLock<BTreeMap<(Source, Option<String>), Arc<ClientStats>>>);
+
+impl SourceStats {
+    /// One entry for each client: its source, and the type that it is for (`None`: the aggregated stream, which is for
+    /// all).
+    pub fn clients(&self) -> Vec<(Source, Option<String>, Arc<ClientStats>)> {
+        let clients = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        clients.iter().map(|((source, only), stats)| (source.clone(), only.clone(), Arc::clone(stats))).collect()
+    }
+
+    /// The counters of a type from a source; `None` where nothing is wanted of it.
+    pub fn of(&self, source: &Source, type_url: &str) -> Option<Arc<TypeStats>> {
+        let clients = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let key = |only: Option<&str>| (source.clone(), only.map(str::to_owned));
+        let client = clients.get(&key(Some(type_url))).or_else(|| clients.get(&key(None)))?;
+        client.existing(type_url)
+    }
+
+    pub(crate) fn insert(&self, source: &Source, only: Option<&str>, stats: Arc<ClientStats>) {
+        let mut clients = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        clients.insert((source.clone(), only.map(str::to_owned)), stats);
+    }
+
+    pub(crate) fn remove(&self, source: &Source, only: Option<&str>) {
+        let mut clients = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        clients.remove(&(source.clone(), only.map(str::to_owned)));
+    }
+}
+
+/// Counters of one client: `control_plane.*`, and those of its types. The client writes them, anyone may read.
+#[derive(Debug, Default)]
+pub struct ClientStats {
+    connected: AtomicBool,
+    /// Requests that wait for the rate limit.
+    pub pending_requests: AtomicU64,
+    /// Requests that had to wait for the rate limit.
+    pub rate_limit_enforced: AtomicU64,
+    identifier: RwLock<String>,
+    types: RwLock<BTreeMap<String, Arc<TypeStats>>>,
+}
+
+/// Counters of one resource type.
+#[derive(Debug, Default)]
+pub struct TypeStats {
+    /// Responses that came, and attempts that failed.
+    pub update_attempt: AtomicU64,
+    /// Responses that were accepted.
+    pub update_success: AtomicU64,
+    /// Streams that were lost or did not come about, polls that failed, files that could not be read.
+    pub update_failure: AtomicU64,
+    /// Responses of which a resource was rejected.
+    pub update_rejected: AtomicU64,
+    /// When a response was last accepted, in milliseconds since 1970; 0: never.
+    pub update_time: AtomicU64,
+    /// Initial fetches that took longer than `initial_fetch_timeout`. Counted by whoever waits.
+    pub init_fetch_timeout: AtomicU64,
+    version: RwLock<String>,
+}
+
+impl TypeStats {
+    /// The version of the last response that was accepted.
+    pub fn version(&self) -> String {
+        self.version.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A response was accepted as a whole.
+    pub(crate) fn accepted(&self, version: &str) {
+        self.update_attempt.fetch_add(1, Relaxed);
+        self.update_success.fetch_add(1, Relaxed);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.update_time.store(u64::try_from(now.as_millis()).unwrap_or(u64::MAX), Relaxed);
+        version.clone_into(&mut self.version.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// A response was not accepted as a whole.
+    pub(crate) fn rejected(&self) {
+        self.update_attempt.fetch_add(1, Relaxed);
+        self.update_rejected.fetch_add(1, Relaxed);
+    }
+
+    /// There was no response.
+    pub(crate) fn failed(&self) {
+        self.update_attempt.fetch_add(1, Relaxed);
+        self.update_failure.fetch_add(1, Relaxed);
+    }
+}
+
+impl ClientStats {
+    /// `control_plane.connected_state`: whether there is a stream to the server.
+    pub fn connected(&self) -> bool {
+        self.connected.load(Relaxed)
+    }
+
+    /// `control_plane.identifier`: what the server calls itself, in its last response that said so.
+    pub fn identifier(&self) -> String {
+        self.identifier.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The counters of every type that was ever asked for, by type URL.
+    pub fn types(&self) -> Vec<(String, Arc<TypeStats>)> {
+        let types = self.types.read().unwrap_or_else(PoisonError::into_inner);
+        types.iter().map(|(type_url, stats)| (type_url.clone(), Arc::clone(stats))).collect()
+    }
+
+    /// The counters of one type, which is listed from now on.
+    pub fn of(&self, type_url: &str) -> Arc<TypeStats> {
+        if let Some(stats) = self.existing(type_url) {
+            return stats;
+        }
+        let mut types = self.types.write().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(types.entry(type_url.to_owned()).or_default())
+    }
+
+    fn existing(&self, type_url: &str) -> Option<Arc<TypeStats>> {
+        self.types.read().unwrap_or_else(PoisonError::into_inner).get(type_url).map(Arc::clone)
+    }
+
+    pub(crate) fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Relaxed);
+    }
+
+    pub(crate) fn set_identifier(&self, identifier: &str) {
+        if *self.identifier.read().unwrap_or_else(PoisonError::into_inner) != identifier {
+            identifier.clone_into(&mut self.identifier.write().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+
+    /// A stream was lost: each type has failed to update.
+    pub(crate) fn failed(&self) {
+        for (_, stats) in self.types() {
+            stats.failed();
+        }
+    }
+}
