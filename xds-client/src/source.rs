@@ -1,12 +1,6 @@
 //! Where resources come from: Envoy's `ConfigSource`, checked.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use rustls::{ClientConfig, pki_types::ServerName};
 

@@ -5,8 +5,7 @@ use std::time::Duration;
 use crate::source::BackoffLimits;
 
 /// Envoy's limits for xDS.
-const DEFAULT: BackoffLimits =
-    BackoffLimits { base: Duration::from_millis(500), max: Duration::from_secs(30) };
+const DEFAULT: BackoffLimits = BackoffLimits { base: Duration::from_millis(500), max: Duration::from_secs(30) };
 
 /// Envoy's jittered exponential backoff: the n-th wait is evenly distributed up to `base` x 2^n, at most `max`.
 #[derive(Debug)]

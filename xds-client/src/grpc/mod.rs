@@ -131,12 +131,7 @@ impl<S: Sink> Client<S> {
     }
 
     /// Runs one stream until it is lost; `answered` is set once a response has been taken.
-    async fn stream(
-        &mut self,
-        address: &str,
-        method: &'static str,
-        answered: &mut bool,
-    ) -> Result<Infallible, Lost> {
+    async fn stream(&mut self, address: &str, method: &'static str, answered: &mut bool) -> Result<Infallible, Lost> {
         let service = &self.config.grpc.service;
         let channel = stream::connect(&self.config.server, address, &service.authority).await?;
         let (requests, responses) = stream::call(channel, service, self.config.grpc.variant, method);

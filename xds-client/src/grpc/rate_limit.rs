@@ -43,8 +43,7 @@ impl Bucket {
         if filled == 0 {
             return;
         }
-        self.tokens =
-            u32::try_from(filled).unwrap_or(u32::MAX).saturating_add(self.tokens).min(self.limit.max_tokens);
+        self.tokens = u32::try_from(filled).unwrap_or(u32::MAX).saturating_add(self.tokens).min(self.limit.max_tokens);
         // What is left of an interval counts for the next token.
         let rest = u64::try_from(self.since.elapsed().as_nanos() % interval).unwrap_or_default();
         self.since = Instant::now() - Duration::from_nanos(rest);

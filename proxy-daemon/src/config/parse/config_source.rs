@@ -8,8 +8,8 @@ use culvert_xds_client::{
     source::{BackoffLimits, GrpcService, GrpcSource, RateLimit, Source, Target},
 };
 use envoy_types::pb::envoy::config::core::v3::{
-    ApiConfigSource, ApiVersion, ConfigSource as ProtoSource, GrpcService as ProtoService, HeaderValue, RateLimitSettings,
-    RetryPolicy,
+    ApiConfigSource, ApiVersion, ConfigSource as ProtoSource, GrpcService as ProtoService, HeaderValue,
+    RateLimitSettings, RetryPolicy,
     api_config_source::ApiType,
     config_source::ConfigSourceSpecifier,
     grpc_service::{EnvoyGrpc, GoogleGrpc, TargetSpecifier},
@@ -83,7 +83,8 @@ fn api_source(config: &ApiConfigSource, path: &str) -> Result<Source> {
 fn grpc_source(config: &ApiConfigSource, variant: Variant, path: &str) -> Result<GrpcSource> {
     transport_version(config, path)?;
     if !config.cluster_names.is_empty() {
-        let text = "envoy.config.core.v3.ApiConfigSource::(AGGREGATED_)(DELTA_)GRPC must not have a cluster name specified";
+        let text =
+            "envoy.config.core.v3.ApiConfigSource::(AGGREGATED_)(DELTA_)GRPC must not have a cluster name specified";
         return Err(FieldError::new(join(path, "cluster_names"), text));
     }
     let service = match config.grpc_services.as_slice() {
@@ -141,7 +142,8 @@ fn google_grpc(google: &GoogleGrpc, initial_metadata: Vec<(String, String)>, pat
         None => {
             let port = plain.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
             if !matches!(port, Some(Ok(_))) {
-                let text = format!("{uri:?}: targets other than host:port and unix:path are not supported by culvert yet");
+                let text =
+                    format!("{uri:?}: targets other than host:port and unix:path are not supported by culvert yet");
                 return Err(FieldError::new(join(path, "target_uri"), text));
             }
             plain.to_owned()
@@ -174,7 +176,9 @@ fn metadata(headers: &[HeaderValue], path: &str) -> Result<Vec<(String, String)>
         let name = HeaderName::try_from(&header.key);
         // gRPC keeps the first three for itself, and wants values of the last as bytes.
         let fixed = |name: &HeaderName| {
-            name.as_str().starts_with("grpc-") || ["te", "content-type"].contains(&name.as_str()) || name.as_str().ends_with("-bin")
+            name.as_str().starts_with("grpc-")
+                || ["te", "content-type"].contains(&name.as_str())
+                || name.as_str().ends_with("-bin")
         };
         let Some(name) = name.ok().filter(|name| !fixed(name)) else {
             let text = format!("{:?} cannot be sent with a gRPC call", header.key);

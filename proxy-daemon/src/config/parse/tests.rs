@@ -238,7 +238,7 @@ fn bootstraps_that_cannot_be_honoured_are_named() {
         ("stats_sinks: [{ name: x }]", "stats_sinks: not supported by culvert yet"),
         (
             "dynamic_resources: { cds_config: { ads: {} } }",
-            "dynamic_resources.cds_config: names ADS, but ads_config is not set",
+            "dynamic_resources.cds_config: names ADS, but dynamic_resources.ads_config is not set",
         ),
         (
             "dynamic_resources: { cds_config: { path: /x } }",

@@ -85,7 +85,8 @@ impl Fixture {
 fn store(expected: &[String]) -> (Fixture, Recorder) {
     let recorder = Recorder::default();
     let (subscriptions, wanted) = Subscriptions::channel();
-    let store = ConfigStore::new(recorder.clone(), expected.iter().map(|url| (url.clone(), Source::Ads)), subscriptions);
+    let store =
+        ConfigStore::new(recorder.clone(), expected.iter().map(|url| (url.clone(), Source::Ads)), subscriptions);
     (Fixture { store, wanted: Mutex::new(wanted) }, recorder)
 }
 
