@@ -13,7 +13,10 @@ use crate::source::Source;
 
 /// The statistics of all clients that run. Shared: anyone may read.
 #[derive(Debug, Default)]
-pub struct SourceStats(RwLock<BTreeMap<(Source, Option<String>), Arc<ClientStats>>>);
+pub struct SourceStats(RwLock<BTreeMap<ClientKey, Arc<ClientStats>>>);
+
+/// The source, and the type where the client is for one only.
+type ClientKey = (Source, Option<String>);
 
 impl SourceStats {
     /// One entry for each client: its source, and the type that it is for (`None`: the aggregated stream, which is for
