@@ -120,6 +120,7 @@ impl Core {
         let mut intake = Intake {
             type_url,
             version: version.as_str().into(),
+            by_version: self.variant == Variant::Delta,
             token,
             now,
             interest: &subscription.interest,

@@ -132,10 +132,16 @@ impl Entries {
         taken
     }
 
-    /// The server says that a version is still good, until `expires`; whether it is the one that is here.
-    pub(super) fn heartbeat(&mut self, name: &str, token: u64, version: &str, expires: Option<Instant>) -> bool {
+    /// The server says that a version, or whatever is here, is still good, until `expires`; whether it is the one that is here.
+    pub(super) fn heartbeat(
+        &mut self,
+        name: &str,
+        token: u64,
+        version: Option<&str>,
+        expires: Option<Instant>,
+    ) -> bool {
         let Some((name, entry)) = self.get(name) else { return false };
-        if entry.latest().is_none_or(|state| *state.version != *version) {
+        if entry.latest().is_none_or(|state| version.is_some_and(|version| *state.version != *version)) {
             return false;
         }
         entry.seen = token;
@@ -255,11 +261,17 @@ impl Entries {
         self.by_name.get(name).is_some_and(|entry| entry.in_force.is_some())
     }
 
-    /// What a new stream claims to have: names and versions.
-    pub(super) fn claims(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
-        self.by_name
-            .iter()
-            .filter_map(|(name, entry)| Some((name, &entry.in_force.as_ref().filter(|state| state.claimed)?.version)))
+    /// What a new stream claims to have: names and versions. Where an update is under way it is not known yet what will
+    /// be here, and no version is named: the server sends its own, or says that there is none.
+    pub(super) fn claims(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.by_name.iter().filter_map(|(name, entry)| {
+            let in_force = entry.in_force.as_ref().filter(|state| state.claimed);
+            let offered = |(_, offer): &(u64, Option<State>)| offer.as_ref().is_some_and(|state| state.claimed);
+            match in_force {
+                Some(state) if entry.offers.is_empty() => Some((&**name, &*state.version)),
+                _ => (in_force.is_some() || entry.offers.iter().any(offered)).then_some((&**name, "")),
+            }
+        })
     }
 
     fn set_timer(&mut self, name: &Arc<str>, expires: Option<Instant>) {

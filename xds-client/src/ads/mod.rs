@@ -208,8 +208,12 @@ pub struct Token {
 #[cfg(test)]
 mod concurrency_tests;
 #[cfg(test)]
+mod server_tests;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod ttl_tests;
+#[cfg(test)]
+mod wildcard_tests;

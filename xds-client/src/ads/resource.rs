@@ -15,11 +15,17 @@ use super::entries::{Entries, Offered, State, Taken};
 use super::{Interest, Rejection, Resource, xdstp};
 use crate::Any;
 
+/// How many faults of one response are told.
+const MAX_REJECTED: usize = 1000;
+const LAST_REJECTED: usize = MAX_REJECTED - 1;
+
 /// Sorts out the resources of one response.
 pub(super) struct Intake<'a> {
     pub(super) type_url: &'a str,
     /// The response's version.
     pub(super) version: Arc<str>,
+    /// Each resource has a version of its own.
+    pub(super) by_version: bool,
     pub(super) token: u64,
     pub(super) now: Instant,
     pub(super) interest: &'a Interest,
@@ -37,7 +43,7 @@ pub(super) struct Intook {
     pub(super) offered: Offered,
     /// Resources that cannot be taken for what they are, before anyone looks at their fields.
     pub(super) rejected: Vec<Rejection>,
-    /// How many resources had a body, and how many only said that one is still good.
+    /// How many resources had a body, and how many had none.
     pub(super) bodies: usize,
     pub(super) heartbeats: usize,
     /// Names of `added` that were also removed.
@@ -61,19 +67,23 @@ impl Intake<'_> {
         if wrapper.resource.is_some() {
             return self.push(wrapper);
         }
+        self.taken.heartbeats += 1;
         let name = xdstp::normalise(&wrapper.name);
         let expires = match self.expiry(wrapper.ttl) {
             Ok(expires) => expires,
             Err(message) => return self.reject(name.into_owned(), message),
         };
-        let version = if wrapper.version.is_empty() { &*self.version } else { wrapper.version.as_str() };
+        // A state-of-the-world version is that of all resources, and the last one that was sent is meant.
+        let version = self.by_version.then_some(wrapper.version.as_str());
         if self.entries.heartbeat(&name, self.token, version, expires) {
-            self.taken.heartbeats += 1;
-        } else if !wrapper.aliases.is_empty() {
+            return;
+        }
+        if !wrapper.aliases.is_empty() {
             // What was asked for by an alias resolves to nothing.
             self.taken.absent.extend(wrapper.aliases.iter().filter(|alias| **alias != *name).cloned());
             self.taken.absent.push(name.into_owned());
         } else if self.interest.includes(self.type_url, &name) {
+            let version = wrapper.version;
             let message = format!("resource: there is none, and version {version:?} is not the one in force");
             self.reject(name.into_owned(), message);
         }
@@ -119,9 +129,7 @@ impl Intake<'_> {
             return self.reject(String::new(), "name: the resource has none".to_owned());
         }
         // Nobody asked for it (or no longer): acknowledged all the same, as in Envoy.
-        if !self.interest.includes(self.type_url, &name)
-            && !aliases.iter().any(|alias| self.interest.includes(self.type_url, alias))
-        {
+        if !self.interest.includes(self.type_url, &name) {
             return;
         }
         if body.type_url != self.type_url {
@@ -162,12 +170,19 @@ impl Intake<'_> {
     }
 
     fn reject(&mut self, name: String, message: String) {
-        self.taken.rejected.push(Rejection { name, message });
+        match self.taken.rejected.len() {
+            MAX_REJECTED.. => {}
+            LAST_REJECTED => {
+                let message = "and others are at fault as well".to_owned();
+                self.taken.rejected.push(Rejection { name: String::new(), message });
+            }
+            _ => self.taken.rejected.push(Rejection { name, message }),
+        }
     }
 }
 
 /// The resource's name: in every resource type of xDS it is the string in field 1.
-fn name_in(mut body: &[u8]) -> Option<&str> {
+pub(super) fn name_in(mut body: &[u8]) -> Option<&str> {
     const NAME: u32 = 1;
     let mut name = None;
     while body.has_remaining() {

@@ -18,9 +18,10 @@ impl Subscription {
         }
         let first = !self.on_stream.asked;
         // On a new stream the version tells the server that this client has all of that version. Then it must not be
-        // sent when something is missing, or it might never come.
+        // sent when something is missing, or may be once all updates are finished, or it might never come.
         let missing = |name: &String| !self.entries.is_in_force(name);
-        let lacks = || self.expired.is_some() || self.interest.names().into_iter().flatten().any(missing);
+        let unsure = self.expired.is_some() || !self.pending.is_empty();
+        let lacks = || unsure || self.interest.names().into_iter().flatten().any(missing);
         let version = if first && lacks() { String::new() } else { self.version.clone() };
         let mut changed = self.is_changed();
         let mut again = BTreeSet::new();

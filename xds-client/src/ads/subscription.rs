@@ -119,6 +119,10 @@ impl Subscription {
 
     /// Wants one name more, or one less.
     pub(super) fn set_wanted(&mut self, name: &str, wanted: bool, now: u64) {
+        if name == WILDCARD {
+            let names = self.interest.names().cloned().unwrap_or_default();
+            return self.set_interest(Interest::of(wanted, names), now);
+        }
         let name = xdstp::normalise(name);
         let is_collection = self.type_url == type_url::VIRTUAL_HOST || xdstp::has_scheme(&name);
         let wildcard = self.interest.is_wildcard();
@@ -241,7 +245,8 @@ impl Interest {
         let wildcard = self.is_wildcard();
         match self {
             Interest::None | Interest::Wildcard => self,
-            Interest::Names(names) | Interest::WildcardAnd(names) => {
+            Interest::Names(mut names) | Interest::WildcardAnd(mut names) => {
+                let wildcard = names.remove(WILDCARD) || wildcard;
                 if names.iter().any(|name| xdstp::has_scheme(name)) {
                     let names = names.iter().map(|name| xdstp::normalise(name).into_owned());
                     return Interest::of(wildcard, names.collect());

@@ -266,7 +266,7 @@ fn resources_that_are_no_resources_are_rejected() {
             "l: a type.googleapis.com/envoy.config.listener.v3.Listener in a response of type type.googleapis.com/envoy.config.cluster.v3.Cluster",
             ": name: the resource has none",
             "t: ttl: is negative, or no duration",
-            "u: resource: there is none, and version \"1\" is not the one in force",
+            "u: resource: there is none, and version \"\" is not the one in force",
         ]
     );
 }

@@ -147,7 +147,7 @@ fn a_heartbeat_of_what_is_not_here_is_rejected() {
     for variant in [Variant::Sotw, Variant::Delta] {
         let mut client = Client::new(variant, ENDPOINT, names(&["a", "b"]));
         client.take(ENDPOINT, "1", &[("a", Some("1"), 10)]);
-        for (version, name, rejected) in [("1", "b", true), ("2", "a", true), ("1", "c", false)] {
+        for (version, name, rejected) in [("1", "b", true), ("2", "a", variant == Variant::Delta), ("1", "c", false)] {
             let response = response(variant, ENDPOINT, version, &[(name, None, 10)]);
             let Handled::Update(token, _) = client.core.handle(response, client.now) else { panic!("ignored") };
             let rejections = client.core.finish(token, Outcome::default());
