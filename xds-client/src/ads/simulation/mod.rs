@@ -101,7 +101,7 @@ impl Simulation {
     }
 
     /// The server takes a request, and checks that it answers nothing that is not finished.
-    fn to_server(&mut self) -> bool {
+    fn deliver_request(&mut self) -> bool {
         let outgoing = self.core.outgoing();
         let moved = !outgoing.is_empty();
         self.to_server.extend(outgoing);
@@ -112,7 +112,7 @@ impl Simulation {
     }
 
     /// The server sends a response, or says of something that it is still good.
-    fn from_server(&mut self, heartbeat: bool) -> bool {
+    fn respond(&mut self, heartbeat: bool) -> bool {
         let Some(session) = &mut self.session else { return false };
         let response = match heartbeat {
             true => session.heartbeat(&self.world, self.variant, &mut self.rng),
@@ -129,7 +129,7 @@ impl Simulation {
     }
 
     /// The client takes a response: the first of some type.
-    fn to_client(&mut self) -> bool {
+    fn deliver_response(&mut self) -> bool {
         let types: Vec<&str> = self.to_client.iter().map(type_of).collect();
         let Some(first) = self.rng.choice(&types) else { return false };
         let at = types.iter().position(|it| it == first).expect("it was chosen from these");
@@ -252,10 +252,10 @@ impl Simulation {
             2..=6 => self.world.change(&mut self.rng),
             7 => self.demand(),
             8..=9 => self.wait(),
-            10 => drop(self.from_server(true)),
-            11..=15 => drop(self.from_server(false)),
-            16..=21 => drop(self.to_client()),
-            22..=26 => drop(self.to_server()),
+            10 => drop(self.respond(true)),
+            11..=15 => drop(self.respond(false)),
+            16..=21 => drop(self.deliver_response()),
+            22..=26 => drop(self.deliver_request()),
             _ => drop(self.finish()),
         }
     }
@@ -267,7 +267,7 @@ impl Simulation {
         }
         let mut moves = 0;
         loop {
-            let moved = self.to_server() | self.from_server(false) | self.to_client() | self.finish();
+            let moved = self.deliver_request() | self.respond(false) | self.deliver_response() | self.finish();
             if self.session.is_none() {
                 self.connect();
             } else if !moved {
@@ -313,7 +313,9 @@ fn known(type_url: &str) -> &'static str {
 }
 
 fn simulate(variant: Variant) {
-    for seed in 0..SEEDS {
+    // More of them, by hand.
+    let seeds = std::env::var("SIMULATION_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(SEEDS);
+    for seed in 0..seeds {
         let outcome = std::panic::catch_unwind(|| {
             let mut simulation = Simulation::new(seed, variant);
             for round in 0..3 {
