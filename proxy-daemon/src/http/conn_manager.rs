@@ -320,7 +320,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         started,
         progress: Rc::clone(&progress),
     };
-    cx.cluster = choose_cluster(&cx, &head);
+    cx.cluster = choose_cluster(&mut cx, &head);
     let body = if no_body {
         Body::Empty
     } else {
@@ -388,11 +388,18 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))))
 }
 
-fn choose_cluster(cx: &StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
+fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     match &action.cluster {
         ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),
-        ClusterChoice::Weighted(weighted) => cx.worker.clusters.get(weighted.choose(cx.random)?),
+        ClusterChoice::Weighted(weighted) => match weighted.choose(cx.random) {
+            Some(name) => cx.worker.clusters.get(name),
+            // Runtime values leave it no cluster: as in Envoy, it is no route then.
+            None => {
+                cx.route = None;
+                None
+            }
+        },
         ClusterChoice::Header(header) => cx.worker.clusters.get(head.headers.get(header)?.to_str().ok()?),
     }
 }
