@@ -18,7 +18,7 @@ use culvert_proxy_daemon::{
     config::{
         dump::Configuration,
         parse::Bootstrap,
-        store::{self, Applier, ConfigStore},
+        store::{self, Applier, ConfigStore, StartUp},
     },
     intercept::Interception,
     layered_runtime::Runtime,
@@ -141,15 +141,9 @@ async fn run(
     let runtime = Runtime::start(bootstrap.runtime.clone()).map_err(anyhow::Error::msg).context("layered_runtime")?;
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
-    let wanted =
-        [(&bootstrap.cds, "envoy.config.cluster.v3.Cluster"), (&bootstrap.lds, "envoy.config.listener.v3.Listener")];
-    let wanted = wanted.into_iter().filter_map(|(source, name)| {
-        source.as_ref().map(|it| (format!("type.googleapis.com/{name}"), it.source.clone()))
-    });
-    let wildcards: Vec<_> = wanted.collect();
-    let dynamic = bootstrap.ads.is_some() || !wildcards.is_empty();
     let (subscriptions, wanted) = Subscriptions::channel();
-    let store = ConfigStore::new(Applier::new(plane.clone()), wildcards, subscriptions);
+    let start_up = StartUp { cds: bootstrap.cds, lds: bootstrap.lds, ..StartUp::default() };
+    let store = ConfigStore::new(Applier::new(plane.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
         let listener = TcpListener::bind(address).await;
@@ -183,28 +177,21 @@ async fn run(
 
     // The admin interface keeps it, encoded.
     drop(message);
-    for listener in store.add_static(bootstrap.clusters, bootstrap.listeners) {
-        let name = Arc::clone(&listener.name);
-        if let Err(error) = plane.upsert_listener(listener).await {
-            bail!("listener {name:?}: {error}");
-        }
-    }
     if let Some(service) = bootstrap.load_stats {
         // Checked with the bootstrap.
         let server = service.target.server(&bootstrap.servers).context("cluster_manager.load_stats_config")?;
         let dialer = Dialer::new(server, service);
         tokio::spawn(report::report_load(dialer, bootstrap.node.clone(), plane.clone()));
     }
-    if dynamic {
-        let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
-        state.set(ServerState::Initializing);
-        tokio::spawn(store.clone().end_warming());
-        tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, Arc::default()));
-        tokio::select! {
-            () = initialized(&store) => {}
-            () = signals.stop() => return Ok(()),
-            () = shutdown.notified() => return Ok(()),
-        }
+    let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
+    state.set(ServerState::Initializing);
+    tokio::spawn(store.clone().keep_time());
+    tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, Arc::default()));
+    store.start(bootstrap.clusters, bootstrap.listeners);
+    tokio::select! {
+        started = store.initialized() => started.map_err(anyhow::Error::msg)?,
+        () = signals.stop() => return Ok(()),
+        () = shutdown.notified() => return Ok(()),
     }
     state.set(ServerState::Live);
     stats::gauge("server.live").set(1);
@@ -225,14 +212,6 @@ async fn run(
     state.set(ServerState::Draining);
     stats::gauge("server.live").set(0);
     Ok(())
-}
-
-/// Waits for the control plane's first answers.
-async fn initialized(store: &ConfigStore) {
-    let mut tick = tokio::time::interval(Duration::from_millis(5));
-    while !store.is_initialized() {
-        tick.tick().await;
-    }
 }
 
 /// Lets connections finish, for at most `--drain-time-s`, or until a second signal.

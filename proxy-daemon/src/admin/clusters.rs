@@ -119,7 +119,7 @@ fn cluster_status(cluster: &Cluster, added_via_api: bool) -> Json {
 /// The name by which EDS knows the endpoints, where it is not the cluster's own.
 fn eds_service_name(cluster: &Cluster) -> Option<&str> {
     match &cluster.config.discovery {
-        Discovery::Eds { service_name, .. } if **service_name != *cluster.config.name => Some(service_name),
+        Discovery::Eds { endpoints } if endpoints.name != cluster.config.name => Some(&endpoints.name),
         _ => None,
     }
 }

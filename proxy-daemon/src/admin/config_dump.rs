@@ -239,7 +239,7 @@ fn endpoints(state: &AdminState) -> Option<Section> {
 /// The name by which EDS knows a cluster's endpoints.
 fn assigned_name(cluster: &Cluster) -> String {
     match &cluster.config.discovery {
-        Discovery::Eds { service_name, .. } if !service_name.is_empty() => service_name.to_string(),
+        Discovery::Eds { endpoints } => endpoints.name.to_string(),
         _ => cluster.config.name.to_string(),
     }
 }

@@ -1,6 +1,7 @@
 //! Listeners: sockets, the connection's own destination, and the choice of a filter chain.
 
 mod chain_match;
+mod prints;
 mod sockets;
 
 use std::{
@@ -12,14 +13,15 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::{net::TcpStream, sync::watch};
 
-pub use sockets::{BoundListener, bind};
+pub use prints::Prints;
+pub use sockets::{BoundAddress, bind};
 
 use self::chain_match::ChainIndex;
 use crate::{
     access_log::AccessLog,
     config::{
         FieldError,
-        model::{FilterChain, Listener, NetworkFilterConfig, RouteSource},
+        model::{FilterChain, Listener, NetworkFilterConfig, ResourceRef, RouteSource},
     },
     http::{ConnectionManager, RouteSlot},
     network::TcpProxy,
@@ -66,6 +68,13 @@ pub enum ActiveChain {
     Http(Arc<ConnectionManager>),
 }
 
+/// A filter chain with what its own connections are told.
+#[derive(Debug)]
+struct Chain {
+    active: ActiveChain,
+    drain: watch::Sender<bool>,
+}
+
 /// `listener.<address>.` statistics.
 #[derive(Debug)]
 pub struct ListenerStats {
@@ -82,25 +91,45 @@ pub struct ListenerStats {
 pub struct ActiveListener {
     /// As configured.
     pub config: Arc<Listener>,
-    chains: ChainIndex,
+    chains: ChainIndex<Chain>,
+    /// The chains in the order of the configuration, the default one last, with what they are made of.
+    built: Vec<(Option<u64>, Arc<Chain>)>,
+    prints: Option<Prints>,
     stats: ListenerStats,
     access_logs: Vec<AccessLog>,
-    drain: watch::Sender<bool>,
 }
 
 impl ActiveListener {
-    /// Builds the chains; `routes` gives the slot of an RDS name.
+    /// Builds the chains; `routes` gives the slot of what RDS delivers.
+    ///
+    /// Where nothing but filter chains changed since `before`, those that stay are taken over with their connections.
+    ///
+    /// # Errors
+    /// What cannot be had, for example a log file.
     pub fn new(
         config: Arc<Listener>,
-        mut routes: impl FnMut(&str) -> Arc<RouteSlot>,
+        prints: Option<Prints>,
+        before: Option<&ActiveListener>,
+        mut routes: impl FnMut(&ResourceRef) -> Arc<RouteSlot>,
     ) -> Result<ActiveListener, FieldError> {
-        let mut build = |chain: &FilterChain| activate(chain, &mut routes);
-        let chains: Vec<_> = config
-            .filter_chains
-            .iter()
-            .map(|chain| Ok((chain.chain_match.clone(), Arc::new(build(chain)?))))
-            .collect::<Result<_, FieldError>>()?;
-        let default = config.default_filter_chain.as_ref().map(|chain| build(chain).map(Arc::new)).transpose()?;
+        let before = before.filter(|before| match (&before.prints, &prints) {
+            (Some(old), Some(new)) => old.rest == new.rest,
+            _ => false,
+        });
+        let mut built: Vec<(Option<u64>, Arc<Chain>)> = Vec::new();
+        for (index, chain) in config.filter_chains.iter().chain(&config.default_filter_chain).enumerate() {
+            let print = prints.as_ref().and_then(|prints| prints.chain(index, config.filter_chains.len()));
+            let same = |(known, _): &&(Option<u64>, Arc<Chain>)| print.is_some() && *known == print;
+            let kept = before.and_then(|before| before.built.iter().find(same)).map(|(_, chain)| Arc::clone(chain));
+            let chain = match kept {
+                Some(chain) => chain,
+                None => Arc::new(Chain { active: activate(chain, &mut routes)?, drain: watch::channel(false).0 }),
+            };
+            built.push((print, chain));
+        }
+        let matches = config.filter_chains.iter().map(|chain| chain.chain_match.clone());
+        let chains = matches.zip(built.iter().map(|(_, chain)| Arc::clone(chain))).collect();
+        let default = config.default_filter_chain.as_ref().and(built.last()).map(|(_, chain)| Arc::clone(chain));
         let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let prefix = if config.stat_prefix.is_empty() {
             config.addresses.first().map(|first| first.address.to_string()).unwrap_or_default()
@@ -117,17 +146,30 @@ impl ActiveListener {
             no_filter_chain_match: scope.counter("no_filter_chain_match"),
             _lease: lease,
         };
-        let (drain, _) = watch::channel(false);
-        Ok(ActiveListener { chains: ChainIndex::new(chains, default), config, stats, access_logs, drain })
+        Ok(ActiveListener { chains: ChainIndex::new(chains, default), built, prints, config, stats, access_logs })
     }
 
-    /// Tells this version's connections to finish.
-    pub fn start_drain(&self) {
-        self.drain.send_replace(true);
+    /// Tells this version's connections to finish, but for those of chains that `next` has taken over.
+    pub fn start_drain(&self, next: Option<&ActiveListener>) {
+        for (_, chain) in &self.built {
+            let kept = |next: &ActiveListener| next.built.iter().any(|(_, other)| Arc::ptr_eq(chain, other));
+            if !next.is_some_and(kept) {
+                chain.drain.send_replace(true);
+            }
+        }
+    }
+
+    /// How many of its chains `next` has not taken over.
+    pub fn dropped_chains(&self, next: &ActiveListener) -> usize {
+        let gone = |chain: &Arc<Chain>| !next.built.iter().any(|(_, other)| Arc::ptr_eq(chain, other));
+        self.built.iter().filter(|(_, chain)| gone(chain)).count()
     }
 }
 
-fn activate(chain: &FilterChain, routes: &mut impl FnMut(&str) -> Arc<RouteSlot>) -> Result<ActiveChain, FieldError> {
+fn activate(
+    chain: &FilterChain,
+    routes: &mut impl FnMut(&ResourceRef) -> Arc<RouteSlot>,
+) -> Result<ActiveChain, FieldError> {
     let terminal = chain.filters.last().ok_or_else(|| FieldError::new("filters", "a filter chain needs a filter"))?;
     match terminal {
         NetworkFilterConfig::TcpProxy(config) => Ok(ActiveChain::Tcp(Arc::new(TcpProxy::new(Arc::clone(config))?))),
@@ -138,7 +180,7 @@ fn activate(chain: &FilterChain, routes: &mut impl FnMut(&str) -> Arc<RouteSlot>
                     slot.set(Arc::clone(table));
                     slot
                 }
-                RouteSource::Rds(name) => routes(name),
+                RouteSource::Rds(wanted) => routes(wanted),
             };
             Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), slot)?)))
         }
@@ -204,8 +246,8 @@ async fn serve(
             tracing::debug!(listener = %active.config.name, %local, %remote, "no filter chain matches; closed");
         }
         Some(chain) => {
-            let drain = DrainSignal(active.drain.subscribe());
-            match &*chain {
+            let drain = DrainSignal(chain.drain.subscribe());
+            match &chain.active {
                 ActiveChain::Tcp(proxy) => {
                     crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(&info), worker, drain).await;
                 }

@@ -12,48 +12,71 @@ use crate::{
     upstream::set_int,
 };
 
-/// A listener's sockets.
+/// The sockets of one address of a listener, bound and not listening: the kernel refuses connections until
+/// [`listen`](BoundAddress::listen).
 #[derive(Debug)]
-pub struct BoundListener {
-    /// By worker; each worker has one socket an address.
-    pub per_worker: Vec<Vec<TcpListener>>,
-    /// What they are bound to, with the ports that the kernel chose.
-    pub addresses: Vec<SocketAddr>,
+pub struct BoundAddress {
+    /// As configured.
+    pub wanted: ListenAddress,
+    /// What they are bound to, with the port that the kernel chose.
+    pub address: SocketAddr,
+    /// One for each worker.
+    sockets: Vec<Socket>,
+    backlog: i32,
 }
 
-/// Binds the listener's addresses for `workers` workers.
+impl BoundAddress {
+    /// Opens the address; the sockets are in the order of the workers.
+    ///
+    /// # Errors
+    /// One line that names the address and the reason.
+    pub fn listen(self) -> Result<Vec<TcpListener>, String> {
+        let listen = |socket: Socket| socket.listen(self.backlog).map(|()| socket.into());
+        let sockets: io::Result<_> = self.sockets.into_iter().map(listen).collect();
+        sockets.map_err(|error| format!("cannot listen on {}: {}", self.address, explain(&error)))
+    }
+}
+
+/// Binds one address of the listener for `workers` workers.
 ///
 /// Connections are spread over the workers by SO_REUSEPORT. An `intercepted` listener gets its connections from the
 /// kernel programs, which choose the socket: there the first worker has the configured port and the others any port,
-/// since `bpf_sk_assign` refuses SO_REUSEPORT sockets before Linux 6.6.
+/// since `bpf_sk_assign` refuses SO_REUSEPORT sockets before Linux 6.6. `shared`: the version before has the address.
 ///
 /// # Errors
 /// One line that names the address and the reason.
-pub fn bind(listener: &Listener, workers: usize, intercepted: bool) -> Result<BoundListener, String> {
-    let mut bound = BoundListener { per_worker: (0..workers).map(|_| Vec::new()).collect(), addresses: Vec::new() };
-    for wanted in &listener.addresses {
-        let named = |error: io::Error| format!("cannot bind {}: {}", wanted.address, explain(&error));
-        if wanted.address.port() != 0 {
-            // With SO_REUSEPORT a second daemon would take half of the connections unnoticed.
-            drop(open(listener, wanted, wanted.address, false).map_err(named)?);
-        }
-        let mut address = wanted.address;
-        for (worker, sockets) in bound.per_worker.iter_mut().enumerate() {
-            if intercepted && worker > 0 {
-                address.set_port(0);
-            }
-            let socket = open(listener, wanted, address, !intercepted).map_err(named)?;
-            if worker == 0 {
-                address = socket.local_addr().map_err(named)?;
-                bound.addresses.push(address);
-            }
-            sockets.push(socket);
-        }
+pub fn bind(
+    listener: &Listener,
+    wanted: &ListenAddress,
+    workers: usize,
+    intercepted: bool,
+    shared: bool,
+) -> Result<BoundAddress, String> {
+    let named = |error: io::Error| format!("cannot bind {}: {}", wanted.address, explain(&error));
+    if wanted.address.port() != 0 && !shared {
+        // With SO_REUSEPORT a second daemon would take half of the connections unnoticed.
+        let probe = open(listener, wanted, wanted.address, false).map_err(named)?;
+        probe.listen(1).map_err(named)?;
     }
-    Ok(bound)
+    let mut address = wanted.address;
+    let mut sockets = Vec::with_capacity(workers);
+    for worker in 0..workers {
+        if intercepted && worker > 0 {
+            address.set_port(0);
+        }
+        let socket = open(listener, wanted, address, !intercepted).map_err(named)?;
+        if worker == 0 {
+            let bound = socket.local_addr().map_err(named)?;
+            address = bound.as_socket().unwrap_or(address);
+        }
+        sockets.push(socket);
+    }
+    let address = sockets.first().and_then(|first| first.local_addr().ok()?.as_socket()).unwrap_or(address);
+    let backlog = i32::try_from(listener.backlog).unwrap_or(i32::MAX);
+    Ok(BoundAddress { wanted: wanted.clone(), address, sockets, backlog })
 }
 
-fn open(listener: &Listener, wanted: &ListenAddress, address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
+fn open(listener: &Listener, wanted: &ListenAddress, address: SocketAddr, reuse_port: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(reuse_port)?;
@@ -72,8 +95,7 @@ fn open(listener: &Listener, wanted: &ListenAddress, address: SocketAddr, reuse_
         socket.set_freebind_v4(true)?;
     }
     socket.bind(&SockAddr::from(address))?;
-    socket.listen(i32::try_from(listener.backlog).unwrap_or(i32::MAX))?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 fn explain(error: &io::Error) -> String {

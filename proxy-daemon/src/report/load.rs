@@ -131,7 +131,7 @@ impl Load {
 /// All but the interval.
 fn report_cluster(cluster: &Cluster, endpoints: bool) -> ClusterStats {
     let service = match &cluster.config.discovery {
-        Discovery::Eds { service_name } if *service_name != cluster.config.name => service_name.to_string(),
+        Discovery::Eds { endpoints } if endpoints.name != cluster.config.name => endpoints.name.to_string(),
         _ => String::new(),
     };
     let hosts = cluster.hosts();

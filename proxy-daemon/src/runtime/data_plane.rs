@@ -6,23 +6,24 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use culvert_xds_client::source::Source;
 use tokio::sync::{mpsc, oneshot};
 
 use super::worker::{self, Command};
 use crate::{
-    config::model::{ClusterConfig, Discovery, Listener, LocalityEndpoints, RouteConfig},
+    config::model::{ClusterConfig, Discovery, ListenAddress, Listener, LocalityEndpoints, ResourceRef, RouteConfig},
     http::{RouteSlot, filters::OffloadedTable},
     intercept::Interception,
-    listener::{ActiveListener, SharedListener, bind},
+    listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     stats,
-    upstream::{ClusterMap, Clusters, dns},
+    upstream::{ClusterChange, ClusterMap, Clusters, dns},
 };
 
 /// How the data plane is started.
@@ -50,7 +51,7 @@ pub struct DataPlane(Arc<Inner>);
 
 struct Inner {
     clusters: Arc<Clusters>,
-    routes: Mutex<HashMap<String, Arc<RouteSlot>>>,
+    routes: Mutex<HashMap<(Arc<Source>, Arc<str>), Arc<RouteSlot>>>,
     offloaded: Arc<ArcSwap<OffloadedTable>>,
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -58,6 +59,7 @@ struct Inner {
     interception: Mutex<Option<(Interception, String)>>,
     total_connections: stats::Gauge,
     worker_count: usize,
+    next_socket: AtomicU64,
     /// No listener is added any more.
     draining: AtomicBool,
     control: tokio::runtime::Handle,
@@ -65,7 +67,33 @@ struct Inner {
 
 struct Running {
     shared: Arc<SharedListener>,
-    addresses: Vec<SocketAddr>,
+    addresses: Vec<OpenAddress>,
+}
+
+/// An address that the workers accept connections on.
+#[derive(Clone)]
+struct OpenAddress {
+    /// As configured.
+    wanted: ListenAddress,
+    /// As bound.
+    actual: SocketAddr,
+    /// What the workers know its sockets by.
+    id: u64,
+}
+
+/// A listener that is ready to be started. Dropped, it gives its addresses back.
+#[derive(Debug)]
+pub struct PreparedListener {
+    active: Arc<ActiveListener>,
+    /// The addresses that the version before does not have.
+    bound: Vec<BoundAddress>,
+}
+
+impl PreparedListener {
+    /// The listener's name.
+    pub fn name(&self) -> &Arc<str> {
+        &self.active.config.name
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -109,6 +137,7 @@ impl DataPlane {
             interception: Mutex::new(options.interception),
             total_connections: stats::gauge("server.total_connections"),
             worker_count: options.workers,
+            next_socket: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             control: tokio::runtime::Handle::current(),
         })))
@@ -116,16 +145,27 @@ impl DataPlane {
 
     /// Adds a cluster, or replaces the one of the same name.
     pub fn upsert_cluster(&self, config: ClusterConfig) {
-        let resolve = matches!(config.discovery, Discovery::StrictDns { .. }).then(|| config.clone());
-        self.0.clusters.upsert(config);
-        if let Some(config) = resolve {
+        self.change_clusters(vec![ClusterChange::Upsert(Box::new(config), None)]);
+    }
+
+    /// Carries out all of these at once: workers see none of them or all.
+    pub fn change_clusters(&self, changes: Vec<ClusterChange>) {
+        let resolved = changes.iter().filter_map(|change| match change {
+            ClusterChange::Upsert(config, _) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
+                Some(ClusterConfig::clone(config))
+            }
+            _ => None,
+        });
+        let resolved: Vec<_> = resolved.collect();
+        self.0.clusters.change(changes);
+        for config in resolved {
             self.0.control.spawn(dns::resolve_forever(Arc::clone(&self.0.clusters), config));
         }
     }
 
     /// Forgets a cluster; requests in flight finish.
     pub fn remove_cluster(&self, name: &str) {
-        self.0.clusters.remove(name);
+        self.change_clusters(vec![ClusterChange::Remove(name.into())]);
     }
 
     /// Replaces a cluster's endpoints, as EDS says them.
@@ -138,18 +178,18 @@ impl DataPlane {
         self.0.clusters.load()
     }
 
-    /// Replaces the routes of a name that RDS serves.
-    pub fn set_routes(&self, name: &str, routes: Arc<RouteConfig>) {
-        self.route_slot(name).set(routes);
+    /// Replaces the routes that RDS serves by this name from this source.
+    pub fn set_routes(&self, source: &Arc<Source>, name: &Arc<str>, routes: Arc<RouteConfig>) {
+        self.route_slot(source, name).set(routes);
     }
 
-    /// Whether routes of this name have arrived.
-    pub fn has_routes(&self, name: &str) -> bool {
-        self.route_slot(name).is_ready()
+    /// Forgets routes that no listener names any more; connections that use them keep them.
+    pub fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>) {
+        lock(&self.0.routes).remove(&(Arc::clone(source), Arc::clone(name)));
     }
 
-    fn route_slot(&self, name: &str) -> Arc<RouteSlot> {
-        Arc::clone(lock(&self.0.routes).entry(name.to_owned()).or_default())
+    fn route_slot(&self, source: &Arc<Source>, name: &Arc<str>) -> Arc<RouteSlot> {
+        Arc::clone(lock(&self.0.routes).entry((Arc::clone(source), Arc::clone(name))).or_default())
     }
 
     /// Replaces the offloaded endpoints.
@@ -157,71 +197,103 @@ impl DataPlane {
         self.0.offloaded.store(Arc::new(table));
     }
 
-    /// Adds a listener, or replaces the one of the same name. Where the addresses stay, so do the sockets: no connection
-    /// is refused, and those of the version before are told to finish.
+    /// Adds a listener, or replaces the one of the same name: [`prepare_listener`](Self::prepare_listener) and
+    /// [`start_listener`](Self::start_listener) in one.
     ///
     /// # Errors
     /// One line that says which address could not be bound, or which log could not be opened, and why. The version before,
     /// if there is one, serves on then.
     pub async fn upsert_listener(&self, config: Arc<Listener>) -> Result<(), String> {
+        let prepared = self.prepare_listener(config, None)?;
+        self.start_listener(prepared).await
+    }
+
+    /// Makes everything ready that a listener needs of this machine: its addresses are bound, and refuse connections.
+    /// `prints`: of its message, for what need not be made anew.
+    ///
+    /// # Errors
+    /// One line that says which address could not be bound, or which log could not be opened, and why.
+    pub fn prepare_listener(&self, config: Arc<Listener>, prints: Option<Prints>) -> Result<PreparedListener, String> {
         if self.0.draining.load(Ordering::Acquire) {
             return Err("the daemon is draining: no listener is added any more".to_owned());
         }
-        let active = ActiveListener::new(Arc::clone(&config), |name| self.route_slot(name));
-        let active = Arc::new(active.map_err(|error| error.to_string())?);
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
-        if let Some(before) = before {
-            let old = before.active.load_full();
-            if same_sockets(&old.config, &config) {
-                before.active.store(active);
-                old.start_drain();
-                return Ok(());
-            }
-            // Addresses that both have could not be bound twice: the old version makes room, and comes back where the new
-            // one cannot be had.
-            self.remove_listener(&config.name).await;
-            let installed = self.install(config, active).await;
-            if installed.is_err() {
-                self.reinstall(Arc::clone(&old.config)).await;
-            }
-            return installed;
-        }
-        self.install(config, active).await
-    }
-
-    async fn reinstall(&self, config: Arc<Listener>) {
-        let active = ActiveListener::new(Arc::clone(&config), |name| self.route_slot(name));
-        let name = Arc::clone(&config.name);
-        let result = match active {
-            Ok(active) => self.install(config, Arc::new(active)).await,
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(error) = result {
-            tracing::error!(listener = %name, %error, "the version before cannot be restored");
-        }
-    }
-
-    /// Binds a listener that is not running and has the workers accept on it.
-    async fn install(&self, config: Arc<Listener>, active: Arc<ActiveListener>) -> Result<(), String> {
+        let before = before.map(|before| before.active.load_full());
+        let routes = |wanted: &ResourceRef| self.route_slot(&wanted.from.source, &wanted.name);
+        let active = ActiveListener::new(Arc::clone(&config), prints, before.as_deref(), routes);
+        let active = Arc::new(active.map_err(|error| error.to_string())?);
         let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *config.name);
-        let bound = bind(&config, self.0.worker_count, intercepted)?;
-        let shared = Arc::new(SharedListener { name: Arc::clone(&config.name), active: ArcSwap::new(active) });
+        let has = |wanted: &ListenAddress| before.as_ref().is_some_and(|old| old.config.addresses.contains(wanted));
+        let same = before.as_ref().is_some_and(|old| same_options(&old.config, &config));
+        let new = config.addresses.iter().filter(|wanted| !(same && has(wanted)));
+        let bound = new.map(|wanted| bind(&config, wanted, self.0.worker_count, intercepted, has(wanted)));
+        Ok(PreparedListener { active, bound: bound.collect::<Result<_, _>>()? })
+    }
+
+    /// Has the workers serve a listener. The addresses that the version before has as well stay open all the time; its
+    /// other addresses are closed, and its connections are told to finish, but for those of filter chains that stay.
+    ///
+    /// # Errors
+    /// One line that says which address cannot be listened on, and why. The version before, if there is one, serves on then.
+    pub async fn start_listener(&self, prepared: PreparedListener) -> Result<(), String> {
+        let PreparedListener { active, bound } = prepared;
+        if self.0.draining.load(Ordering::Acquire) {
+            return Err("the daemon is draining: no listener is added any more".to_owned());
+        }
+        let config = Arc::clone(&active.config);
+        let name = Arc::clone(&config.name);
+        let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *name);
+        let mut opened = Vec::new();
+        for address in bound {
+            let id = self.0.next_socket.fetch_add(1, Ordering::Relaxed);
+            let open = OpenAddress { wanted: address.wanted.clone(), actual: address.address, id };
+            opened.push((open, address.listen()?));
+        }
         if let Some((interception, _)) = lock(&self.0.interception).as_ref().filter(|_| intercepted) {
-            for (worker, sockets) in bound.per_worker.iter().enumerate() {
-                for socket in sockets {
+            for (_, sockets) in &opened {
+                for (worker, socket) in sockets.iter().enumerate() {
                     interception.set_listener(worker, socket.as_fd()).map_err(|error| error.to_string())?;
                 }
             }
         }
-        let running = Running { shared: Arc::clone(&shared), addresses: bound.addresses };
-        lock(&self.0.listeners).insert(Arc::clone(&config.name), running);
-        let mut sockets = bound.per_worker.into_iter();
-        self.tell_workers(|done| Command::Listen {
-            listener: Arc::clone(&shared),
-            sockets: sockets.next().unwrap_or_default(),
-            done,
-        })
-        .await;
+        let (shared, gone, old) = {
+            let mut listeners = lock(&self.0.listeners);
+            let running = listeners.entry(Arc::clone(&name)).or_insert_with(|| Running {
+                shared: Arc::new(SharedListener { name: Arc::clone(&name), active: ArcSwap::new(Arc::clone(&active)) }),
+                addresses: Vec::new(),
+            });
+            let old = running.shared.active.swap(Arc::clone(&active));
+            let old = (!Arc::ptr_eq(&old, &active)).then_some(old);
+            let stays = |wanted: &ListenAddress| {
+                config.addresses.contains(wanted) && !opened.iter().any(|(open, _)| open.wanted == *wanted)
+            };
+            let gone: Vec<_> =
+                running.addresses.extract_if(.., |open| !stays(&open.wanted)).map(|open| open.id).collect();
+            running.addresses.extend(opened.iter().map(|(open, _)| open.clone()));
+            running.addresses.sort_by_key(|open| config.addresses.iter().position(|other| *other == open.wanted));
+            (Arc::clone(&running.shared), gone, old)
+        };
+        let mut per_worker: Vec<Vec<_>> = (0..self.0.worker_count).map(|_| Vec::new()).collect();
+        for (open, sockets) in opened {
+            for (mine, socket) in per_worker.iter_mut().zip(sockets) {
+                mine.push((open.id, socket));
+            }
+        }
+        if per_worker.iter().any(|sockets| !sockets.is_empty()) {
+            let mut sockets = per_worker.into_iter();
+            self.tell_workers(|done| Command::Listen {
+                listener: Arc::clone(&shared),
+                sockets: sockets.next().unwrap_or_default(),
+                done,
+            })
+            .await;
+        }
+        if !gone.is_empty() {
+            self.tell_workers(|done| Command::Close { name: Arc::clone(&name), only: Some(gone.clone()), done }).await;
+        }
+        if let Some(old) = old {
+            old.start_drain(Some(&active));
+        }
         Ok(())
     }
 
@@ -232,8 +304,8 @@ impl DataPlane {
     }
 
     async fn close(&self, running: Running) {
-        self.tell_workers(|done| Command::Close { name: Arc::clone(&running.shared.name), done }).await;
-        running.shared.active.load().start_drain();
+        self.tell_workers(|done| Command::Close { name: Arc::clone(&running.shared.name), only: None, done }).await;
+        running.shared.active.load().start_drain(None);
     }
 
     /// Closes all listeners for good: none is added from now on, whatever the control plane still says.
@@ -268,7 +340,7 @@ impl DataPlane {
         let listeners = lock(&self.0.listeners);
         let status = |(name, running): (&Arc<str>, &Running)| ListenerStatus {
             name: Arc::clone(name),
-            addresses: running.addresses.clone(),
+            addresses: running.addresses.iter().map(|open| open.actual).collect(),
         };
         listeners.iter().map(status).collect()
     }
@@ -297,9 +369,9 @@ impl DataPlane {
     }
 }
 
-fn same_sockets(old: &Listener, new: &Listener) -> bool {
-    old.addresses == new.addresses
-        && (old.transparent, old.freebind, old.backlog) == (new.transparent, new.freebind, new.backlog)
+/// Whether sockets of the one serve for the other.
+fn same_options(old: &Listener, new: &Listener) -> bool {
+    (old.transparent, old.freebind, old.backlog) == (new.transparent, new.freebind, new.backlog)
 }
 
 /// The processors that this process may use.

@@ -3,5 +3,5 @@
 mod data_plane;
 mod worker;
 
-pub use data_plane::{DataPlane, ListenerStatus, Options};
+pub use data_plane::{DataPlane, ListenerStatus, Options, PreparedListener};
 pub use worker::Worker;

@@ -59,9 +59,14 @@ impl Worker {
 /// What the control thread tells a worker.
 pub(super) enum Command {
     /// Accept connections on these sockets.
-    Listen { listener: Arc<SharedListener>, sockets: Vec<std::net::TcpListener>, done: oneshot::Sender<()> },
-    /// Close the sockets of a listener.
-    Close { name: Arc<str>, done: oneshot::Sender<()> },
+    Listen {
+        listener: Arc<SharedListener>,
+        /// With what they are closed by.
+        sockets: Vec<(u64, std::net::TcpListener)>,
+        done: oneshot::Sender<()>,
+    },
+    /// Close the sockets of a listener: all, or these.
+    Close { name: Arc<str>, only: Option<Vec<u64>>, done: oneshot::Sender<()> },
 }
 
 /// What a worker is started with.
@@ -111,24 +116,30 @@ async fn run(mut start: Start) {
             ticking.clusters.tick();
         }
     });
-    let mut accepting: HashMap<Arc<str>, Vec<JoinHandle<()>>> = HashMap::new();
+    let mut accepting: HashMap<Arc<str>, Vec<(u64, JoinHandle<()>)>> = HashMap::new();
     while let Some(command) = start.commands.recv().await {
         match command {
             Command::Listen { listener, sockets, done } => {
-                for socket in sockets {
+                for (id, socket) in sockets {
                     match tokio::net::TcpListener::from_std(socket) {
                         Ok(socket) => {
                             let task = accept_forever(socket, Arc::clone(&listener), Rc::clone(&worker));
                             let task = tokio::task::spawn_local(task);
-                            accepting.entry(Arc::clone(&listener.name)).or_default().push(task);
+                            accepting.entry(Arc::clone(&listener.name)).or_default().push((id, task));
                         }
                         Err(error) => tracing::error!(listener = %listener.name, %error, "cannot use a socket"),
                     }
                 }
                 let _ = done.send(());
             }
-            Command::Close { name, done } => {
-                for task in accepting.remove(&name).unwrap_or_default() {
+            Command::Close { name, only, done } => {
+                let tasks = accepting.entry(Arc::clone(&name)).or_default();
+                let gone = |id: &u64| only.as_ref().is_none_or(|only| only.contains(id));
+                let closed: Vec<_> = tasks.extract_if(.., |(id, _)| gone(id)).collect();
+                if tasks.is_empty() {
+                    accepting.remove(&name);
+                }
+                for (_, task) in closed {
                     task.abort();
                     // The socket is closed when the task is gone, not before.
                     let _ = task.await;

@@ -121,6 +121,16 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> H
 /// Every cluster, by name.
 pub type ClusterMap = HashMap<Arc<str>, Arc<Cluster>>;
 
+/// A change of the registry.
+#[derive(Debug)]
+pub enum ClusterChange {
+    /// Adds a cluster, or replaces the one of the same name. With the endpoints that EDS says it has; without, a replaced EDS
+    /// or DNS cluster keeps its hosts.
+    Upsert(Box<ClusterConfig>, Option<Vec<LocalityEndpoints>>),
+    /// Forgets a cluster; requests in flight finish.
+    Remove(Arc<str>),
+}
+
 /// The registry of clusters: written by the control thread, read by workers through a version number.
 #[derive(Debug)]
 pub struct Clusters {
@@ -148,22 +158,50 @@ impl Clusters {
 
     /// Adds a cluster, or replaces the one of the same name. A replaced EDS or DNS cluster keeps its hosts.
     pub fn upsert(&self, config: ClusterConfig) {
-        self.change(|map| {
-            let before = map.get(&config.name).map(|old| old.hosts()).unwrap_or_default();
-            let hosts = match config.discovery {
-                Discovery::Static => Arc::new(build(&config.endpoints, &before, self.workers)),
-                Discovery::StrictDns { .. } | Discovery::Eds { .. } => before,
-                Discovery::OriginalDst { .. } => Arc::default(),
-            };
-            map.insert(Arc::clone(&config.name), Arc::new(Cluster::new(config, hosts, self.workers)));
-        });
+        self.change(vec![ClusterChange::Upsert(Box::new(config), None)]);
     }
 
     /// Forgets a cluster; requests in flight finish.
     pub fn remove(&self, name: &str) {
-        self.change(|map| {
-            map.remove(name);
-        });
+        self.change(vec![ClusterChange::Remove(name.into())]);
+    }
+
+    /// Carries out all of these at once.
+    pub fn change(&self, changes: Vec<ClusterChange>) {
+        if changes.is_empty() {
+            return;
+        }
+        let _one_at_a_time = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut next = ClusterMap::clone(&self.map.load());
+        for change in changes {
+            match change {
+                ClusterChange::Upsert(config, endpoints) => {
+                    let name = Arc::clone(&config.name);
+                    let cluster = self.build(*config, endpoints.as_deref(), next.get(&name));
+                    next.insert(name, cluster);
+                }
+                ClusterChange::Remove(name) => drop(next.remove(&name)),
+            }
+        }
+        self.map.store(Arc::new(next));
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// A cluster that replaces `before`. Hosts whose addresses stay keep their counters.
+    fn build(
+        &self,
+        config: ClusterConfig,
+        endpoints: Option<&[LocalityEndpoints]>,
+        before: Option<&Arc<Cluster>>,
+    ) -> Arc<Cluster> {
+        let before = before.map(|old| old.hosts()).unwrap_or_default();
+        let hosts = match (&config.discovery, endpoints) {
+            (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, self.workers)),
+            (Discovery::Eds { .. }, Some(endpoints)) => Arc::new(build(endpoints, &before, self.workers)),
+            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, _) => before,
+            (Discovery::OriginalDst { .. }, _) => Arc::default(),
+        };
+        Arc::new(Cluster::new(config, hosts, self.workers))
     }
 
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
@@ -189,14 +227,6 @@ impl Clusters {
             }
             true
         });
-    }
-
-    fn change(&self, edit: impl FnOnce(&mut ClusterMap)) {
-        let _one_at_a_time = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut next = ClusterMap::clone(&self.map.load());
-        edit(&mut next);
-        self.map.store(Arc::new(next));
-        self.version.fetch_add(1, Ordering::Release);
     }
 }
 

@@ -14,7 +14,7 @@ mod pool;
 mod stats;
 mod worker;
 
-pub use cluster::{Cluster, ClusterMap, Clusters};
+pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
 pub use connect::{ConnectError, Source, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};

@@ -2,7 +2,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::Http2Options;
+use super::{Http2Options, ResourceRef};
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -47,8 +47,8 @@ pub enum Discovery {
     },
     /// The endpoint discovery service.
     Eds {
-        /// The resource's name: `service_name`, else the cluster's name.
-        service_name: Arc<str>,
+        /// `service_name`, else the cluster's name, and where it comes from.
+        endpoints: ResourceRef,
     },
     /// The connection's own destination, or what a header or filter names.
     OriginalDst {

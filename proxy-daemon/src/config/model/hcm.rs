@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
-use super::{AccessLogConfig, Cidr, RouteConfig};
+use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig};
 use crate::http::filters::HttpFilterFactory;
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
@@ -62,6 +62,16 @@ pub struct HttpConnectionManagerConfig {
     pub access_logs: Vec<AccessLogConfig>,
 }
 
+impl HttpConnectionManagerConfig {
+    /// The route configuration that RDS delivers for it.
+    pub fn rds(&self) -> Option<&ResourceRef> {
+        match &self.routes {
+            RouteSource::Rds(wanted) => Some(wanted),
+            RouteSource::Static(_) => None,
+        }
+    }
+}
+
 /// A configured HTTP filter.
 #[derive(Debug, Clone)]
 pub struct HttpFilterEntry {
@@ -87,8 +97,8 @@ pub enum CodecType {
 pub enum RouteSource {
     /// Written into the listener.
     Static(Arc<RouteConfig>),
-    /// The route discovery service, by this name.
-    Rds(Arc<str>),
+    /// The route discovery service.
+    Rds(ResourceRef),
 }
 
 /// `HttpConnectionManager.ServerHeaderTransformation`.

@@ -1,6 +1,6 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig, RouteSource};
+use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig, ResourceRef};
 
 /// A checked `envoy.config.listener.v3.Listener`.
 #[derive(Debug)]
@@ -42,12 +42,9 @@ impl Listener {
         })
     }
 
-    /// The names of the route configurations that RDS is to deliver for it.
-    pub fn rds_names(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.connection_managers().filter_map(|manager| match &manager.routes {
-            RouteSource::Rds(name) => Some(name),
-            RouteSource::Static(_) => None,
-        })
+    /// The route configurations that RDS is to deliver for it.
+    pub fn rds(&self) -> impl Iterator<Item = &ResourceRef> {
+        self.connection_managers().filter_map(|manager| manager.rds())
     }
 }
 

@@ -1,19 +1,31 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use culvert_xds_client::source::Source;
 
-/// Where resources come from, and how long they are waited for (`ConfigSource`).
+/// How long a resource is waited for where the configuration does not say (`initial_fetch_timeout`).
+pub const INITIAL_FETCH_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A checked `ConfigSource`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigSource {
-    /// Where they come from.
-    pub source: Source,
-    /// How long whoever needs the first resources waits for them before it goes on without; `None`: for as long as it
-    /// takes.
+    /// Where the resources come from.
+    pub source: Arc<Source>,
+    /// How long what waits for them waits; `None`: until they come.
     pub initial_fetch_timeout: Option<Duration>,
 }
 
 impl Default for ConfigSource {
+    /// The aggregated stream, with Envoy's time.
     fn default() -> ConfigSource {
-        ConfigSource { source: Source::Ads, initial_fetch_timeout: Some(Duration::from_secs(15)) }
+        ConfigSource { source: Arc::default(), initial_fetch_timeout: Some(INITIAL_FETCH_TIMEOUT) }
     }
+}
+
+/// A resource that is to be had from a source by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResourceRef {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where it comes from.
+    pub from: ConfigSource,
 }

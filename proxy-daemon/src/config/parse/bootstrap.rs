@@ -4,6 +4,7 @@ use std::{
 };
 
 use culvert_xds_client::{
+    ads::type_url,
     api::culvert::extensions::bootstrap::interception::v1::Interception,
     json::unpack,
     source::{GrpcService, GrpcSource, Server},
@@ -51,9 +52,9 @@ pub struct Bootstrap {
     pub servers: BTreeMap<String, Server>,
     /// Where load reports go.
     pub load_stats: Option<GrpcService>,
-    /// Where clusters come from besides.
+    /// Where clusters come from, besides the bootstrap.
     pub cds: Option<ConfigSource>,
-    /// Where listeners come from besides.
+    /// Where listeners come from, besides the bootstrap.
     pub lds: Option<ConfigSource>,
     /// The layers of runtime values, of which the later win.
     pub runtime: Vec<Layer>,
@@ -81,9 +82,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let servers = servers(&clusters);
     let mut sources = SourcesConfig { node: message.node.clone().unwrap_or_default(), servers, ads: None };
     let (ads, cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
-    if ads.is_none() {
-        needs_no_ads(&listeners, &clusters)?;
-    }
+    static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
     let load_stats = load_stats
         .map(|config| grpc_client(config, &sources.servers, "cluster_manager.load_stats_config"))
@@ -198,18 +197,23 @@ fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<
     Ok(())
 }
 
-/// Refuses static resources that wait for a control plane where there is none.
-fn needs_no_ads(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
-    const TEXT: &str = "names ADS, but dynamic_resources.ads_config is not set";
-    let eds = clusters.iter().position(|cluster| matches!(cluster.discovery, Discovery::Eds { .. }));
-    if let Some(index) = eds {
-        let path = format!("static_resources.clusters[{index}].eds_cluster_config.eds_config");
-        return Err(FieldError::new(path, TEXT));
+/// Refuses static resources whose endpoints or routes cannot be had from where they say.
+fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &SourcesConfig) -> Result<()> {
+    for (index, cluster) in clusters.iter().enumerate() {
+        if let Discovery::Eds { endpoints } = &cluster.discovery {
+            let path = format!("static_resources.clusters[{index}].eds_cluster_config.eds_config");
+            let checked = sources.check(&endpoints.from.source, type_url::ENDPOINT);
+            checked.map_err(|text| FieldError::new(path, text))?;
+        }
     }
-    match listeners.iter().position(|listener| listener.rds_names().next().is_some()) {
-        Some(index) => Err(FieldError::new(format!("static_resources.listeners[{index}]"), format!("rds {TEXT}"))),
-        None => Ok(()),
+    for (index, listener) in listeners.iter().enumerate() {
+        for routes in listener.rds() {
+            let path = format!("static_resources.listeners[{index}]");
+            let checked = sources.check(&routes.from.source, type_url::ROUTE);
+            checked.map_err(|text| FieldError::new(path, format!("rds {text}")))?;
+        }
     }
+    Ok(())
 }
 
 fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {

@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
@@ -19,12 +19,15 @@ use envoy_types::pb::envoy::{
 
 use super::{
     common::{Result, duration, header_name, http2, limit, number, plain_socket, port, required},
+    config_source::config_source,
     endpoint::assigned,
     support::{self, join},
 };
 use crate::config::{
     FieldError,
-    model::{ClusterConfig, Discovery, DnsLookupFamily, LbPolicy, TcpKeepalive, Thresholds, UpstreamProtocol},
+    model::{
+        ClusterConfig, Discovery, DnsLookupFamily, LbPolicy, ResourceRef, TcpKeepalive, Thresholds, UpstreamProtocol,
+    },
 };
 
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
@@ -124,9 +127,9 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
         DiscoveryType::Eds => {
             let config = cluster.eds_cluster_config.as_ref().ok_or_else(|| required(path, "eds_cluster_config"))?;
             let eds_path = join(path, "eds_cluster_config.eds_config");
-            super::common::from_ads(config.eds_config.as_ref(), &eds_path)?;
+            let from = config_source(config.eds_config.as_ref(), &eds_path)?;
             let name = if config.service_name.is_empty() { &cluster.name } else { &config.service_name };
-            Ok(Discovery::Eds { service_name: Arc::from(name.as_str()) })
+            Ok(Discovery::Eds { endpoints: ResourceRef { name: name.as_str().into(), from } })
         }
         DiscoveryType::OriginalDst => original_dst(cluster, path),
         DiscoveryType::LogicalDns => Err(FieldError::unsupported(join(path, "type"))),

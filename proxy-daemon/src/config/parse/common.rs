@@ -1,10 +1,9 @@
 use std::{net::IpAddr, time::Duration};
 
-use culvert_xds_client::source::Source;
 use envoy_types::pb::{
     envoy::config::core::v3::{
-        Address, CidrRange, ConfigSource, DataSource, HeaderValueOption, Http2ProtocolOptions,
-        RuntimeFractionalPercent, SocketAddress, TransportSocket, address, data_source::Specifier,
+        Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFractionalPercent,
+        SocketAddress, TransportSocket, address, data_source::Specifier,
         header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
         transport_socket::ConfigType,
     },
@@ -13,11 +12,11 @@ use envoy_types::pb::{
 };
 use http::{HeaderName, HeaderValue};
 
-use super::{config_source::config_source, support::join};
+use super::support::join;
 use crate::{
     config::{
         FieldError,
-        model::{self, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+        model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
     },
     layered_runtime::{Denominator, Fraction, Key, RuntimeFraction},
 };
@@ -202,16 +201,6 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             options.initial_connection_window_size,
             default.initial_connection_window_size,
         ),
-    }
-}
-
-/// Resources come from the aggregated stream: nothing else is honoured here yet.
-pub(super) fn from_ads(source: Option<&ConfigSource>, path: &str) -> Result<()> {
-    let ads = config_source(source, path)?;
-    match ads.source {
-        Source::Ads if ads == model::ConfigSource::default() => Ok(()),
-        Source::Ads => Err(FieldError::unsupported(join(path, "initial_fetch_timeout"))),
-        _ => Err(FieldError::unsupported(path)),
     }
 }
 

@@ -20,10 +20,10 @@ use super::{
     common::{Result, duration, limit, number, required},
     support::join,
 };
-use crate::config::{FieldError, model::ConfigSource};
-
-/// How long the first answer is waited for where nothing else says so.
-const INITIAL_FETCH_TIMEOUT: Duration = Duration::from_secs(15);
+use crate::config::{
+    FieldError,
+    model::{ConfigSource, INITIAL_FETCH_TIMEOUT},
+};
 
 /// Where resources come from.
 ///
@@ -47,7 +47,7 @@ pub fn config_source(source: Option<&ProtoSource>, path: &str) -> Result<ConfigS
             return Err(FieldError::new(path, text));
         }
     };
-    Ok(ConfigSource { source: from, initial_fetch_timeout })
+    Ok(ConfigSource { source: from.into(), initial_fetch_timeout })
 }
 
 /// The source of the aggregated stream, `dynamic_resources.ads_config`.

@@ -11,14 +11,18 @@ use http::HeaderValue;
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, from_ads, header_value, http2, limit, number, required},
+    common::{Result, cidrs, header_value, http2, limit, number, required},
+    config_source::config_source,
     route::routes,
     support::join,
 };
 use crate::{
     config::{
         FieldError,
-        model::{CodecType, HttpConnectionManagerConfig, HttpFilterEntry, RouteSource, ServerHeaderTransformation},
+        model::{
+            CodecType, HttpConnectionManagerConfig, HttpFilterEntry, ResourceRef, RouteSource,
+            ServerHeaderTransformation,
+        },
     },
     http::filters::{self, FilterCx},
 };
@@ -84,11 +88,11 @@ fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSour
             Ok(RouteSource::Static(Arc::new(routes(config, &join(path, "route_config"))?)))
         }
         Some(RouteSpecifier::Rds(rds)) => {
-            from_ads(rds.config_source.as_ref(), &join(path, "rds.config_source"))?;
+            let from = config_source(rds.config_source.as_ref(), &join(path, "rds.config_source"))?;
             if rds.route_config_name.is_empty() {
                 return Err(required(path, "rds.route_config_name"));
             }
-            Ok(RouteSource::Rds(Arc::from(rds.route_config_name.as_str())))
+            Ok(RouteSource::Rds(ResourceRef { name: rds.route_config_name.as_str().into(), from }))
         }
         Some(RouteSpecifier::ScopedRoutes(_)) => Err(FieldError::unsupported(join(path, "scoped_routes"))),
         None => Err(required(path, "route_config")),

@@ -161,7 +161,7 @@ fn clusters_are_read() {
     assert!(matches!(config.discovery, Discovery::StrictDns { .. }));
     assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 2 });
     let config = one_cluster("{ name: a, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap();
-    assert!(matches!(config.discovery, Discovery::Eds { service_name } if &*service_name == "a"));
+    assert!(matches!(config.discovery, Discovery::Eds { endpoints } if &*endpoints.name == "a"));
     let config = one_cluster("{ name: a, typed_extension_protocol_options: { envoy.extensions.upstreams.http.v3.HttpProtocolOptions: { '@type': type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: { http2_protocol_options: { max_concurrent_streams: 7 } } } } }").unwrap();
     assert!(matches!(config.protocol, UpstreamProtocol::Http2(options) if options.max_concurrent_streams == 7));
     let config = one_cluster("{ name: a, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { use_http_header: true } }").unwrap();

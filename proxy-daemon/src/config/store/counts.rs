@@ -1,4 +1,3 @@
-use super::resources::Accepted;
 use crate::stats::{Counter, Gauge, Scope};
 
 /// Counters of the cluster and the listener manager, by Envoy's names.
@@ -22,35 +21,41 @@ impl StoreStats {
 }
 
 pub(super) struct KindStats {
-    added: Counter,
-    modified: Counter,
+    pub(super) added: Counter,
+    pub(super) modified: Counter,
     pub(super) removed: Counter,
     pub(super) active: Gauge,
     pub(super) warming: Gauge,
+    /// `listener_create_success` and `listener_create_failure`.
+    pub(super) succeeded: Counter,
+    pub(super) failed: Counter,
     update_success: Counter,
     update_rejected: Counter,
+    pub(super) init_fetch_timeout: Counter,
 }
 
 impl KindStats {
     fn new(manager: &str, noun: &str, [active, warming]: [&str; 2], discovery: &str) -> KindStats {
         let scope = Scope::new(manager);
         let api = Scope::new(manager).child(discovery);
+        let listeners = Scope::new("listener_manager");
         KindStats {
             added: scope.counter(&format!("{noun}_added")),
             modified: scope.counter(&format!("{noun}_modified")),
             removed: scope.counter(&format!("{noun}_removed")),
             active: scope.gauge(active),
             warming: scope.gauge(warming),
+            succeeded: listeners.counter("listener_create_success"),
+            failed: listeners.counter("listener_create_failure"),
             update_success: api.counter("update_success"),
             update_rejected: api.counter("update_rejected"),
+            init_fetch_timeout: api.counter("init_fetch_timeout"),
         }
     }
 
-    /// Counts one update.
-    pub(super) fn count(&self, outcome: &Accepted) {
-        self.added.add(outcome.added);
-        self.modified.add(outcome.modified);
-        if outcome.errors.is_empty() { self.update_success.inc() } else { self.update_rejected.inc() }
+    /// Counts one update, as a whole accepted or not.
+    pub(super) fn answered(&self, accepted: bool) {
+        if accepted { self.update_success.inc() } else { self.update_rejected.inc() }
     }
 }
 
@@ -64,4 +69,15 @@ pub(super) fn cluster_update(stat_name: &str, accepted: bool) {
 pub(super) fn route_update(stat_prefix: &str, name: &str, accepted: bool) {
     let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
     scope.counter(if accepted { "update_success" } else { "update_rejected" }).inc();
+}
+
+/// Counts `cluster.<name>.init_fetch_timeout`, of EDS.
+pub(super) fn cluster_timeout(stat_name: &str) {
+    Scope::cluster(stat_name).counter("init_fetch_timeout").inc();
+}
+
+/// Counts `http.<prefix>.rds.<name>.init_fetch_timeout`.
+pub(super) fn route_timeout(stat_prefix: &str, name: &str) {
+    let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
+    scope.counter("init_fetch_timeout").inc();
 }

@@ -1,49 +1,73 @@
-//! What the bootstrap holds and xDS delivers: parsed, kept for `/config_dump`, and handed to the data plane.
+//! What the bootstrap holds and xDS delivers: checked, handed to the data plane, kept for `/config_dump`.
 //!
-//! Each resource is accepted or refused by itself; a refused one leaves its last good version in force. A listener goes
-//! live when its routes and the endpoints of its clusters have arrived, or when it has waited for [`WARMING_LIMIT`].
+//! `LIFECYCLE.md` has the states of a cluster, a listener and an update. In short:
+//!
+//! - Each resource is accepted or refused by itself; a refused one leaves its last good version in force.
+//! - A version of a cluster or listener has *needs*: resources that are asked for by name from a source of its own
+//!   ([`kinds`]). It warms until each of them has arrived, was refused, or was waited for as long as its `ConfigSource`
+//!   says. The version before serves on meanwhile.
+//! - An update is answered when all of it has taken effect ([`updates`]).
+//! - The start has phases ([`state::Phase`]): what comes before everything (RTDS), then clusters, then listeners.
+//!
+//! # A new type of resources that are asked for by name (SDS, ECDS, ...)
+//!
+//! 1. `kinds.rs`: a variant of [`Kind`](kinds::Kind) and of `Value`, and their arms: the type URL, what the log calls it, how
+//!    it is parsed.
+//! 2. `kinds.rs`: `cluster_needs` or `listener_needs` says where a configuration names one (a
+//!    [`ResourceRef`](super::model::ResourceRef)). Subscribing, warming, timeouts, NACKs and answers follow from that.
+//! 3. `apply.rs`: how the data plane gets it, and forgets it; called from `deliver` and `release` in `named.rs`.
+//! 4. `named.rs`: what is counted for it.
+//!
+//! A type that the process itself waits for at its start is put into [`StartUp::first`].
 
 mod apply;
+mod clusters;
 mod counts;
+mod kinds;
+mod listeners;
+mod named;
 mod resources;
 mod snapshot;
+mod state;
+mod updates;
+mod watched;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
     future::pending,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use culvert_xds_client::{
-    ads::{Done, Interest, Outcome, Rejection, Sink, Update},
+    ads::{Done, Interest, Sink, Update, type_url},
     api::culvert::overrides::v1::OffloadedService,
     json::{self, UnknownFields},
     source::Source,
     sources::Subscriptions,
 };
-use envoy_types::pb::envoy::config::{
-    cluster::v3::Cluster, endpoint::v3::ClusterLoadAssignment, listener::v3::Listener, route::v3::RouteConfiguration,
-};
 use prost::Name;
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
-pub use self::apply::{Applier, Apply};
-use self::counts::StoreStats;
-pub(super) use self::resources::Resources;
+pub use self::{
+    apply::{Applier, Apply, Told},
+    kinds::{Kind, Need},
+};
+use self::{
+    counts::StoreStats,
+    state::{Due, Phase, State},
+    updates::UpdateId,
+    watched::{Owner, VersionId},
+};
 use super::{
     FieldError,
-    model::{self, ClusterConfig, Discovery, LocalityEndpoints, NetworkFilterConfig, RouteConfig, RouteSource},
-    parse,
-    status::Version,
+    model::{self, ClusterConfig, ConfigSource},
 };
 use crate::http::filters::OffloadedTable;
-
-/// How long a listener waits for what it needs before it goes live without (`initial_fetch_timeout`'s default).
-pub const WARMING_LIMIT: Duration = Duration::from_secs(15);
 
 /// Whether resources with unknown fields are rejected: a property of the process, as the flag is that sets it.
 static REJECT_UNKNOWN_FIELDS: AtomicBool = AtomicBool::new(false);
@@ -58,45 +82,36 @@ pub fn unknown_fields() -> UnknownFields {
     if REJECT_UNKNOWN_FIELDS.load(Ordering::Relaxed) { UnknownFields::Reject } else { UnknownFields::Ignore }
 }
 
-/// All resources.
-pub(in crate::config) struct State {
-    pub(super) clusters: Resources,
-    pub(super) endpoints: Resources,
-    pub(super) listeners: Resources,
-    pub(super) routes: Resources,
-    /// What serves now: a listener's newer version may be waiting in `warming`.
-    pub(super) live: BTreeMap<String, Arc<Version>>,
-    /// Listeners that wait for routes or endpoints, and until when at most.
-    pub(super) warming: BTreeMap<String, Instant>,
-    /// Clusters and listeners of the bootstrap, which xDS does not replace.
-    static_clusters: BTreeSet<String>,
-    static_listeners: BTreeSet<String>,
-    eds: BTreeMap<String, EdsCluster>,
-    assignments: BTreeMap<String, Vec<LocalityEndpoints>>,
-    parsed_listeners: BTreeMap<String, Arc<model::Listener>>,
-    parsed_routes: BTreeMap<String, Arc<RouteConfig>>,
-    offloaded: BTreeMap<String, OffloadedService>,
-    /// Types that the control plane is asked for from the start, and those that it has answered.
-    expected: BTreeSet<String>,
-    answered: BTreeSet<String>,
-    /// When the first answers are waited for no longer.
-    patience: Instant,
+/// What is asked for from the start.
+#[derive(Debug, Default)]
+pub struct StartUp {
+    /// What comes before everything else.
+    pub first: Vec<Need>,
+    /// Where clusters come from, besides the bootstrap.
+    pub cds: Option<ConfigSource>,
+    /// Where listeners come from, besides the bootstrap.
+    pub lds: Option<ConfigSource>,
 }
 
-struct EdsCluster {
-    service_name: Arc<str>,
-    stat_name: String,
+/// How far the start has come.
+#[derive(Debug, Clone, Default)]
+struct Progress {
+    initialized: bool,
+    /// Why the process cannot start.
+    fatal: Option<String>,
 }
 
 struct Shared<A> {
     state: Mutex<State>,
+    first: Vec<Need>,
     apply: A,
     stats: StoreStats,
     changed: Notify,
+    progress: watch::Sender<Progress>,
     subscriptions: Subscriptions,
 }
 
-/// The sink of the xDS client. Cheap to clone: `/config_dump` holds one as well.
+/// The sink of the xDS clients. Cheap to clone: `/config_dump` holds one as well.
 pub struct ConfigStore<A = Applier>(Arc<Shared<A>>);
 
 impl<A> Clone for ConfigStore<A> {
@@ -106,36 +121,17 @@ impl<A> Clone for ConfigStore<A> {
 }
 
 impl<A: Apply> ConfigStore<A> {
-    /// Empty. `expected` are the type URLs of which everything is asked for from the start, and where it comes from.
-    pub fn new(
-        apply: A,
-        expected: impl IntoIterator<Item = (String, Source)>,
-        subscriptions: Subscriptions,
-    ) -> ConfigStore<A> {
-        let expected: BTreeMap<String, Source> = expected.into_iter().collect();
-        let state = State {
-            clusters: Resources::default(),
-            endpoints: Resources::default(),
-            listeners: Resources::default(),
-            routes: Resources::default(),
-            live: BTreeMap::new(),
-            warming: BTreeMap::new(),
-            static_clusters: BTreeSet::new(),
-            static_listeners: BTreeSet::new(),
-            eds: BTreeMap::new(),
-            assignments: BTreeMap::new(),
-            parsed_listeners: BTreeMap::new(),
-            parsed_routes: BTreeMap::new(),
-            offloaded: BTreeMap::new(),
-            expected: expected.keys().cloned().collect(),
-            answered: BTreeSet::new(),
-            patience: Instant::now() + WARMING_LIMIT,
-        };
-        let (stats, changed) = (StoreStats::new(), Notify::new());
-        for (type_url, source) in expected {
-            subscriptions.set(source, type_url, Interest::Wildcard);
-        }
-        ConfigStore(Arc::new(Shared { state: Mutex::new(state), apply, stats, changed, subscriptions }))
+    /// Empty, and asking for nothing until [`start`](Self::start).
+    pub fn new(apply: A, start: StartUp, subscriptions: Subscriptions) -> ConfigStore<A> {
+        ConfigStore(Arc::new(Shared {
+            state: Mutex::new(State::new(&start)),
+            first: start.first,
+            apply,
+            stats: StoreStats::new(),
+            changed: Notify::new(),
+            progress: watch::channel(Progress::default()).0,
+            subscriptions,
+        }))
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -143,58 +139,41 @@ impl<A: Apply> ConfigStore<A> {
         self.0.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Takes the bootstrap's resources in. Its clusters are in force at once; returned are the listeners that need
-    /// nothing from the control plane, for the caller to start. The others go live when they have what they need.
-    pub fn add_static(
-        &self,
-        clusters: Vec<ClusterConfig>,
-        listeners: Vec<model::Listener>,
-    ) -> Vec<Arc<model::Listener>> {
-        let mut state = self.lock();
-        for cluster in clusters {
-            state.static_clusters.insert(cluster.name.to_string());
-            remember_eds(&mut state.eds, &cluster);
-            self.0.apply.upsert_cluster(cluster);
-        }
-        let mut ready = Vec::new();
-        for listener in listeners {
-            let (name, listener) = (listener.name.to_string(), Arc::new(listener));
-            state.static_listeners.insert(name.clone());
-            state.parsed_listeners.insert(name.clone(), Arc::clone(&listener));
-            match state.lack(&listener) {
-                None => ready.push(listener),
-                Some(_) => drop(state.warming.insert(name, Instant::now() + WARMING_LIMIT)),
+    /// Takes the bootstrap's resources in, and asks for what is wanted besides. Listeners are bound at once; they accept
+    /// connections when the clusters are warm and they have what they need.
+    pub fn start(&self, clusters: Vec<ClusterConfig>, listeners: Vec<model::Listener>) {
+        self.changed(|state| {
+            let now = Instant::now();
+            state.phase = Phase::First;
+            state.first_waiting = state.acquire(&self.0.first, &Owner::Process, VersionId(0), now);
+            state.static_clusters = clusters;
+            for listener in listeners {
+                self.add_listener(state, listener, None, None);
             }
-        }
-        self.publish(&state);
-        self.subscribe(&state);
-        self.0.changed.notify_one();
-        ready
+        });
     }
 
-    /// Says what is wanted of the control plane beyond what it is asked for from the start.
-    fn subscribe(&self, state: &State) {
-        for (type_url, interest) in state.interests() {
-            self.0.subscriptions.set(Source::Ads, type_url, interest);
-        }
+    /// Waits until everything that is asked for from the start is there, or was waited for long enough.
+    ///
+    /// # Errors
+    /// Why the process cannot start: a listener of the bootstrap that cannot be bound.
+    pub async fn initialized(&self) -> Result<(), String> {
+        let mut progress = self.0.progress.subscribe();
+        // The sender lives as long as `self`.
+        let done = progress.wait_for(|progress| progress.initialized || progress.fatal.is_some()).await;
+        done.ok().and_then(|progress| progress.fatal.clone()).map_or(Ok(()), Err)
     }
 
     /// Whether the control plane has answered all that it is asked for from the start.
     pub fn is_answered(&self) -> bool {
         let state = self.lock();
-        state.expected.is_subset(&state.answered)
+        [&state.cds, &state.lds].into_iter().all(|wanted| wanted.from.is_none() || wanted.answered)
     }
 
-    /// Whether the control plane has answered what it is asked for from the start, and every listener is live.
-    pub fn is_initialized(&self) -> bool {
-        let state = self.lock();
-        (state.expected.is_subset(&state.answered) || Instant::now() >= state.patience) && state.warming.is_empty()
-    }
-
-    /// Lets listeners that have waited too long go live without. Runs as long as the process.
-    pub async fn end_warming(self) {
+    /// Ends waits that have lasted for long enough. Runs as long as the process.
+    pub async fn keep_time(self) {
         loop {
-            let next = self.lock().warming.values().min().copied();
+            let next = self.lock().next_due();
             let due = async {
                 match next {
                     Some(at) => tokio::time::sleep_until(at).await,
@@ -202,124 +181,116 @@ impl<A: Apply> ConfigStore<A> {
                 }
             };
             tokio::select! {
-                () = due => self.release(&mut self.lock(), Instant::now()),
+                () = due => self.expire(Instant::now()),
                 () = self.0.changed.notified() => {}
             }
         }
     }
 
-    fn clusters(&self, state: &mut State, update: Update) -> Vec<Rejection> {
-        let State { clusters, eds, assignments, static_clusters, .. } = &mut *state;
-        let outcome = clusters.accept(update.added, update.complete, |resource| {
-            if static_clusters.contains(&resource.name) {
-                return Err(FieldError::new("name", "is the name of a cluster of the bootstrap, which stays"));
-            }
-            let config = resources::parse(resource, |message: &Cluster| &message.name, parse::cluster)?;
-            remember_eds(eds, &config);
-            self.0.apply.upsert_cluster(config);
-            if let Some(endpoints) = eds.get(&resource.name).and_then(|eds| assignments.get(&*eds.service_name)) {
-                self.0.apply.set_endpoints(&resource.name, endpoints);
-            }
-            Ok(())
-        });
-        self.0.stats.clusters.count(&outcome);
-        for name in update.removed {
-            if state.clusters.remove(&name) {
-                state.eds.remove(&name);
-                self.0.apply.remove_cluster(&name);
-                self.0.stats.clusters.removed.inc();
-            }
-        }
-        let wanted: BTreeSet<&str> = state.eds.values().map(|eds| &*eds.service_name).collect();
-        state.assignments.retain(|name, _| wanted.contains(name.as_str()));
-        state.endpoints.keep(&wanted);
-        outcome.errors
-    }
-
-    fn endpoints(&self, state: &mut State, update: Update) -> Vec<Rejection> {
-        let State { endpoints, eds, assignments, .. } = state;
-        let outcome = endpoints.accept(update.added, update.complete, |resource| {
-            let users = || eds.iter().filter(|(_, eds)| *eds.service_name == *resource.name);
-            let name: fn(&ClusterLoadAssignment) -> &str = |message| &message.cluster_name;
-            let parsed = resources::parse(resource, name, parse::endpoints);
-            for (_, eds) in users() {
-                counts::cluster_update(&eds.stat_name, parsed.is_ok());
-            }
-            let parsed = parsed?;
-            for (cluster, _) in users() {
-                self.0.apply.set_endpoints(cluster, &parsed);
-            }
-            // Nobody asked for it: accepted and forgotten, as in Envoy.
-            if users().next().is_some() {
-                assignments.insert(resource.name.clone(), parsed);
-            }
-            Ok(())
-        });
-        outcome.errors
-    }
-
-    fn listeners(&self, state: &mut State, update: Update) -> Vec<Rejection> {
-        let State { listeners, parsed_listeners, warming, static_listeners, .. } = &mut *state;
-        let outcome = listeners.accept(update.added, update.complete, |resource| {
-            if static_listeners.contains(&resource.name) {
-                return Err(FieldError::new("name", "is the name of a listener of the bootstrap, which stays"));
-            }
-            let listener = resources::parse(resource, |message: &Listener| &message.name, parse::listener)?;
-            parsed_listeners.insert(resource.name.clone(), Arc::new(listener));
-            warming.insert(resource.name.clone(), Instant::now() + WARMING_LIMIT);
-            Ok(())
-        });
-        self.0.stats.listeners.count(&outcome);
-        for name in update.removed {
-            if state.listeners.remove(&name) {
-                state.parsed_listeners.remove(&name);
-                state.warming.remove(&name);
-                if state.live.remove(&name).is_some() {
-                    self.0.apply.remove_listener(&name);
-                }
-                self.0.stats.listeners.removed.inc();
-            }
-        }
-        let wanted: BTreeSet<&str> =
-            state.parsed_listeners.values().flat_map(|it| it.rds_names()).map(|it| &**it).collect();
-        state.routes.keep(&wanted);
-        state.parsed_routes.retain(|name, _| wanted.contains(name.as_str()));
-        outcome.errors
-    }
-
-    fn routes(&self, state: &mut State, update: Update) -> Vec<Rejection> {
-        let State { routes, parsed_routes, parsed_listeners, clusters, static_clusters, .. } = state;
-        let outcome = routes.accept(update.added, update.complete, |resource| {
-            let name: fn(&RouteConfiguration) -> &str = |message| &message.name;
-            let parsed = resources::parse(resource, name, parse::route_config).and_then(|routes| {
-                let known = |name: &str| clusters.accepted.contains_key(name) || static_clusters.contains(name);
-                match routes.unknown_cluster(known) {
-                    Some(name) if routes.validate_clusters == Some(true) => {
-                        Err(FieldError::new("virtual_hosts", format!("route: unknown cluster '{name}'")))
+    /// Does what is due by now.
+    fn expire(&self, now: Instant) {
+        self.changed(|state| {
+            for due in state.take_due(now) {
+                match due {
+                    Due::Resource(kind, source, name) => {
+                        let entry = state.watched[kind as usize].get(&source, &name);
+                        if entry.and_then(|entry| entry.deadline).is_some_and(|deadline| deadline <= now) {
+                            self.give_up(state, kind, &source, &name);
+                        }
                     }
-                    _ => Ok(Arc::new(routes)),
+                    Due::Cds if !state.cds.settled => {
+                        tracing::warn!("the first clusters did not come in time: going on without");
+                        self.0.stats.clusters.init_fetch_timeout.inc();
+                        state.cds.settled = true;
+                    }
+                    Due::Lds if !state.lds.settled => {
+                        tracing::warn!("the first listeners did not come in time: going on without");
+                        self.0.stats.listeners.init_fetch_timeout.inc();
+                        state.lds.settled = true;
+                    }
+                    Due::Cds | Due::Lds => {}
+                    Due::Listener(name, id) => self.retry_listener(state, &name, id),
                 }
-            });
-            let managers = parsed_listeners.values().flat_map(|listener| listener.connection_managers());
-            let users = managers.filter(|it| matches!(&it.routes, RouteSource::Rds(name) if **name == *resource.name));
-            for prefix in users.map(|manager| &*manager.stat_prefix).collect::<BTreeSet<_>>() {
-                counts::route_update(prefix, &resource.name, parsed.is_ok());
             }
-            let parsed = parsed?;
-            self.0.apply.set_routes(&resource.name, Arc::clone(&parsed));
-            parsed_routes.insert(resource.name.clone(), parsed);
-            Ok(())
         });
-        outcome.errors
     }
 
-    fn offloaded(&self, state: &mut State, update: Update) -> Vec<Rejection> {
-        let mut errors = Vec::new();
+    /// Makes a change, does what follows from it, and answers what is to be answered now.
+    fn changed(&self, change: impl FnOnce(&mut State)) {
+        let finished = {
+            let mut state = self.lock();
+            change(&mut state);
+            self.follow_up(&mut state);
+            state.updates.finished()
+        };
+        self.0.changed.notify_one();
+        for (done, outcome) in finished {
+            done.finish(outcome);
+        }
+    }
+
+    /// Changes clusters all at once, goes on with the start, and tells the sources what is wanted.
+    fn follow_up(&self, state: &mut State) {
+        loop {
+            let changes = std::mem::take(&mut state.changes);
+            if !changes.is_empty() {
+                self.0.apply.change_clusters(changes);
+            }
+            if !self.advance(state) {
+                break;
+            }
+        }
+        for watched in &mut state.watched {
+            watched.subscribe(&self.0.subscriptions);
+        }
+        let overriding = state.overriding > 0;
+        if std::mem::replace(&mut state.asks_for_overrides, overriding) != overriding {
+            let interest = if overriding { Interest::Wildcard } else { Interest::None };
+            self.0.subscriptions.set(Source::Ads, OffloadedService::type_url(), interest);
+        }
+        self.publish(state);
+    }
+
+    /// The next phase of the start, where the one before is over.
+    fn advance(&self, state: &mut State) -> bool {
+        let now = Instant::now();
+        match state.phase {
+            Phase::First if state.first_waiting == 0 => {
+                state.phase = Phase::Clusters;
+                if let Some(from) = state.cds.from.clone() {
+                    self.0.subscriptions.set(Source::clone(&from.source), type_url::CLUSTER, Interest::Wildcard);
+                    from.initial_fetch_timeout.into_iter().for_each(|timeout| state.at(now + timeout, Due::Cds));
+                }
+                for cluster in std::mem::take(&mut state.static_clusters) {
+                    self.add_cluster(state, cluster, None, None);
+                }
+            }
+            Phase::Clusters if state.cds.settled && state.clusters.warming == 0 => {
+                state.phase = Phase::Listeners;
+                if let Some(from) = state.lds.from.clone() {
+                    self.0.subscriptions.set(Source::clone(&from.source), type_url::LISTENER, Interest::Wildcard);
+                    from.initial_fetch_timeout.into_iter().for_each(|timeout| state.at(now + timeout, Due::Lds));
+                }
+                let names: Vec<_> = state.listeners.by_name.keys().cloned().collect();
+                names.iter().for_each(|name| self.ask_for_needs(state, name));
+            }
+            Phase::Listeners
+                if state.lds.settled && !state.listeners.by_name.values().any(|listener| listener.is_pending()) =>
+            {
+                state.phase = Phase::Running;
+                self.0.progress.send_modify(|progress| progress.initialized = true);
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    fn offloaded(&self, state: &mut State, update: Update, id: UpdateId) {
         for resource in update.added {
             let parsed = json::unpack::<OffloadedService>(&resource.body, "").map_err(FieldError::from);
             match parsed.and_then(|service| OffloadedTable::from_resources([&service]).map(|_| service)) {
                 Ok(service) => drop(state.offloaded.insert(resource.name, service)),
-                Err(error) => errors.push(Rejection { name: resource.name, message: error.to_string() }),
+                Err(error) => state.updates.reject(id, &resource.name, error.to_string()),
             }
         }
         for name in update.removed {
@@ -330,137 +301,36 @@ impl<A: Apply> ConfigStore<A> {
             // Each was checked by itself above.
             Err(error) => tracing::error!(%error, "offloaded services are inconsistent"),
         }
-        errors
-    }
-
-    /// Lets every listener go live that has what it needs, or has waited for long enough.
-    fn release(&self, state: &mut State, now: Instant) {
-        let mut ready = Vec::new();
-        for (name, until) in &state.warming {
-            let Some(listener) = state.parsed_listeners.get(name) else { continue };
-            let lack = state.lack(listener);
-            if let Some(lack) = &lack
-                && now >= *until
-            {
-                tracing::warn!(listener = %name, waited = ?WARMING_LIMIT, "listener goes live without {lack}");
-            }
-            if lack.is_none() || now >= *until {
-                ready.push(Arc::clone(listener));
-            }
-        }
-        for listener in ready {
-            state.warming.remove(&*listener.name);
-            if let Some(stored) = state.listeners.accepted.get(&*listener.name) {
-                state.live.insert(listener.name.to_string(), stored.clone());
-            }
-            self.0.apply.upsert_listener(listener);
-        }
-        self.publish(state);
     }
 
     fn publish(&self, state: &State) {
-        let clusters = state.clusters.accepted.len() + state.static_clusters.len();
-        let empty = state.eds.values().filter(|eds| !state.assignments.contains_key(&*eds.service_name)).count();
-        self.0.stats.clusters.active.set((clusters - empty) as u64);
-        self.0.stats.clusters.warming.set(empty as u64);
-        let waiting = state.static_listeners.iter().filter(|name| state.warming.contains_key(*name)).count();
-        self.0.stats.listeners.active.set((state.live.len() + state.static_listeners.len() - waiting) as u64);
-        self.0.stats.listeners.warming.set(state.warming.len() as u64);
+        let (clusters, listeners) = (&self.0.stats.clusters, &self.0.stats.listeners);
+        clusters.active.set(state.clusters.active as u64);
+        clusters.warming.set(state.clusters.warming as u64);
+        let all = || state.listeners.by_name.values();
+        listeners.active.set(all().filter(|listener| listener.active.is_some()).count() as u64);
+        listeners.warming.set(all().filter(|listener| listener.warming.is_some()).count() as u64);
     }
 }
 
 impl<A: Apply> Sink for ConfigStore<A> {
-    fn update(&self, _: &Source, update: Update, done: Done) {
-        let mut state = self.lock();
-        let type_url = update.type_url.clone();
-        let kind = |url: String| type_url == url;
-        let rejected = if kind(Cluster::type_url()) {
-            self.clusters(&mut state, update)
-        } else if kind(ClusterLoadAssignment::type_url()) {
-            self.endpoints(&mut state, update)
-        } else if kind(Listener::type_url()) {
-            self.listeners(&mut state, update)
-        } else if kind(RouteConfiguration::type_url()) {
-            self.routes(&mut state, update)
-        } else if kind(OffloadedService::type_url()) {
-            self.offloaded(&mut state, update)
-        } else {
-            Vec::new()
-        };
-        for rejection in &rejected {
-            tracing::warn!(
-                %type_url,
-                name = %rejection.name,
-                error = %rejection.message,
-                "resource refused; its last good version stays in force",
-            );
-        }
-        state.answered.insert(type_url);
-        self.release(&mut state, Instant::now());
-        self.0.changed.notify_one();
-        self.subscribe(&state);
-        done.finish(Outcome { rejected });
-    }
-}
-
-fn remember_eds(known: &mut BTreeMap<String, EdsCluster>, config: &ClusterConfig) {
-    match &config.discovery {
-        Discovery::Eds { service_name } => {
-            let eds = EdsCluster { service_name: Arc::clone(service_name), stat_name: config.stat_name.clone() };
-            known.insert(config.name.to_string(), eds);
-        }
-        _ => drop(known.remove(&*config.name)),
-    }
-}
-
-impl State {
-    /// What a listener still waits for.
-    fn lack(&self, listener: &model::Listener) -> Option<String> {
-        let clusters = Cluster::type_url();
-        if self.expected.contains(&clusters) && !self.answered.contains(&clusters) {
-            return Some("the clusters".to_owned());
-        }
-        if let Some(name) = listener.rds_names().find(|name| !self.parsed_routes.contains_key(&***name)) {
-            return Some(format!("the route configuration {name:?}"));
-        }
-        let has_endpoints =
-            |name: &str| self.eds.get(name).is_none_or(|eds| self.assignments.contains_key(&*eds.service_name));
-        let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
-        for filter in chains.flat_map(|chain| &chain.filters) {
-            let empty = match filter {
-                NetworkFilterConfig::TcpProxy(proxy) => {
-                    proxy.cluster.names().into_iter().find(|name| !has_endpoints(name)).map(str::to_owned)
-                }
-                NetworkFilterConfig::HttpConnectionManager(manager) => match &manager.routes {
-                    RouteSource::Static(routes) => routes.unknown_cluster(has_endpoints).map(str::to_owned),
-                    RouteSource::Rds(name) => {
-                        let routes = self.parsed_routes.get(&**name);
-                        routes.and_then(|routes| routes.unknown_cluster(has_endpoints).map(str::to_owned))
-                    }
-                },
-            };
-            if let Some(name) = empty {
-                return Some(format!("the endpoints of cluster {name:?}"));
+    fn update(&self, source: &Source, update: Update, done: Done) {
+        self.changed(|state| {
+            let id = state.updates.begin(done);
+            let type_url = update.type_url.clone();
+            if type_url == type_url::CLUSTER && state.cds.is(source) {
+                (state.cds.answered, state.cds.settled) = (true, true);
+                self.take_clusters(state, update, id);
+            } else if type_url == type_url::LISTENER && state.lds.is(source) {
+                (state.lds.answered, state.lds.settled) = (true, true);
+                self.take_listeners(state, update, id);
+            } else if let Some(kind) = Kind::of(&type_url) {
+                self.take_named(state, kind, source, update, id);
+            } else if type_url == OffloadedService::type_url() {
+                self.offloaded(state, update, id);
             }
-        }
-        None
-    }
-
-    /// What follows from the resources in force.
-    fn interests(&self) -> Vec<(String, Interest)> {
-        let names = |names: BTreeSet<String>| if names.is_empty() { Interest::None } else { Interest::Names(names) };
-        let listeners = || self.parsed_listeners.values();
-        let routes = listeners().flat_map(|listener| listener.rds_names()).map(ToString::to_string).collect();
-        let mut filters = listeners().flat_map(|it| it.connection_managers()).flat_map(|manager| &manager.http_filters);
-        let overrides = filters.any(|filter| filter.factory.needs_offloaded_services());
-        vec![
-            (
-                ClusterLoadAssignment::type_url(),
-                names(self.eds.values().map(|it| it.service_name.to_string()).collect()),
-            ),
-            (RouteConfiguration::type_url(), names(routes)),
-            (OffloadedService::type_url(), if overrides { Interest::Wildcard } else { Interest::None }),
-        ]
+            state.updates.part_done(id);
+        });
     }
 }
 

@@ -1,91 +1,103 @@
 //! What `/config_dump` and its like are given: see [`Snapshot`].
 
-use std::{collections::BTreeSet, sync::Arc};
-
-use culvert_xds_client::ads::Interest;
-use envoy_types::pb::envoy::config::{
-    cluster::v3::Cluster, endpoint::v3::ClusterLoadAssignment, listener::v3::Listener, route::v3::RouteConfiguration,
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
 };
-use prost::Name;
 
-use super::{Apply, ConfigStore, Resources, State};
-use crate::config::{
-    model::RouteSource,
-    status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version},
-};
+use culvert_xds_client::ads::type_url;
+
+use super::{Apply, ConfigStore, kinds::Kind, state::State};
+use crate::config::status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version};
 
 impl<A: Apply> ConfigStore<A> {
     /// All that is known of the resources now.
     pub fn snapshot(&self) -> Snapshot {
         let state = self.lock();
-        let mut types = vec![
-            of_type(Cluster::type_url(), &state.clusters, &BTreeSet::new()),
-            state.listeners_now(|name| self.0.apply.listener_failure(name)),
-        ];
-        for (type_url, interest) in state.interests() {
-            let asked = if let Interest::Names(names) = interest { names } else { BTreeSet::new() };
-            if type_url == ClusterLoadAssignment::type_url() {
-                types.push(of_type(type_url, &state.endpoints, &asked));
-            } else if type_url == RouteConfiguration::type_url() {
-                types.push(of_type(type_url, &state.routes, &asked));
-            }
-        }
-        let unready = state.warming.keys().filter_map(|name| state.unready(name)).collect();
+        let mut types = vec![state.clusters_now(), state.listeners_now()];
+        types.extend(Kind::ALL.into_iter().map(|kind| state.named_now(kind)));
+        let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
+        let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
         Snapshot { types, unready }
     }
 }
 
-/// `asked`: the names that are subscribed to.
-fn of_type(type_url: String, known: &Resources, asked: &BTreeSet<String>) -> Type {
-    let names: BTreeSet<&String> = known.accepted.keys().chain(known.refused.keys()).chain(asked).collect();
-    let resource = |name: &String| {
-        let (active, failure) = (known.accepted.get(name).cloned(), known.refused.get(name).cloned());
-        let missing = (active.is_none() && failure.is_none()).then_some(Missing::Requested);
-        Resource { name: name.clone(), active, failure, missing, ..Resource::default() }
-    };
-    Type { type_url, version: version_of(known), resources: names.into_iter().map(resource).collect() }
-}
-
-/// The one version that all resources have; empty where they differ.
-fn version_of(known: &Resources) -> String {
-    let mut versions = known.accepted.values().map(|version| &version.version);
-    let first = versions.next().cloned().unwrap_or_default();
-    if versions.all(|version| *version == first) { first } else { String::new() }
-}
-
 impl State {
-    fn listeners_now(&self, unbound: impl Fn(&str) -> Option<String>) -> Type {
-        let known = &self.listeners;
-        let names: BTreeSet<&String> = known.accepted.keys().chain(known.refused.keys()).collect();
-        let resource = |name: &String| {
-            let accepted = known.accepted.get(name);
-            let unbound = |attempt: &Arc<Version>| {
-                Some(Arc::new(Failure { details: unbound(name)?, attempt: Arc::clone(attempt) }))
-            };
+    fn clusters_now(&self) -> Type {
+        let clusters = self.clusters.by_name.iter().filter(|(_, entry)| !entry.is_static);
+        let known = clusters.map(|(name, entry)| Resource {
+            name: name.to_string(),
+            active: entry.active.as_ref().and_then(|it| it.stored.clone()),
+            warming: entry.warming.as_ref().and_then(|it| it.version.stored.clone()),
+            ..Resource::default()
+        });
+        of_type(type_url::CLUSTER, known, &self.clusters.refused)
+    }
+
+    fn listeners_now(&self) -> Type {
+        let listeners = self.listeners.by_name.iter().filter(|(_, entry)| !entry.is_static);
+        let known = listeners.map(|(name, entry)| {
+            let active = entry.active.as_ref().and_then(|it| it.stored.clone());
+            let warming = entry.newest().and_then(|it| it.stored.clone());
+            let failure = entry.failure.clone().zip(warming.clone());
             Resource {
-                name: name.clone(),
-                active: self.live.get(name).cloned(),
-                warming: accepted.filter(|_| self.warming.contains_key(name)).cloned(),
-                failure: known.refused.get(name).cloned().or_else(|| accepted.and_then(unbound)),
+                name: name.to_string(),
+                active,
+                warming,
+                failure: failure.map(|(details, attempt)| Arc::new(Failure { details, attempt })),
                 ..Resource::default()
             }
-        };
-        let resources = names.into_iter().map(resource).collect();
-        Type { type_url: Listener::type_url(), version: version_of(known), resources }
+        });
+        of_type(type_url::LISTENER, known, &self.listeners.refused)
     }
 
-    fn unready(&self, name: &String) -> Option<Unready> {
-        let listener = self.parsed_listeners.get(name)?;
-        let routes = listener.connection_managers().filter_map(|manager| match &manager.routes {
-            RouteSource::Rds(name) if !self.parsed_routes.contains_key(&**name) => Some(name),
-            _ => None,
+    fn named_now(&self, kind: Kind) -> Type {
+        let known = self.watched(kind).entries().map(|(_, name, entry)| {
+            let missing = if entry.settled { Missing::DoesNotExist } else { Missing::Requested };
+            Resource {
+                name: name.to_string(),
+                active: entry.stored.clone(),
+                failure: entry.refused.clone(),
+                missing: (entry.stored.is_none() && entry.refused.is_none()).then_some(missing),
+                ..Resource::default()
+            }
         });
-        let mut targets: Vec<_> =
-            routes.map(|name| format!("shared target RdsRouteConfigSubscription RDS init {name}")).collect();
-        targets.dedup();
-        if targets.is_empty() {
-            targets.extend(self.lack(listener));
-        }
-        Some(Unready { listener: name.clone(), is_static: self.static_listeners.contains(name), targets })
+        of_type(kind.type_url(), known, &BTreeMap::new())
     }
+
+    fn unready(&self, name: &Arc<str>) -> Option<Unready> {
+        let entry = self.listeners.by_name.get(name)?;
+        let needs = entry.warming.iter().flat_map(|warming| &warming.needs);
+        let missing = needs.filter(|need| {
+            let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
+            known.is_some_and(|known| !known.settled)
+        });
+        let mut targets: Vec<_> = missing.map(|need| need.kind.target(&need.wanted.name)).collect();
+        if targets.is_empty() {
+            targets.push("the clusters".to_owned());
+        }
+        Some(Unready { listener: name.to_string(), is_static: entry.is_static, targets })
+    }
+}
+
+/// `refused`: by name; some of them may have no other version.
+fn of_type(type_url: &str, known: impl Iterator<Item = Resource>, refused: &BTreeMap<String, Arc<Failure>>) -> Type {
+    let mut resources: BTreeMap<String, Resource> = known.map(|resource| (resource.name.clone(), resource)).collect();
+    for (name, failure) in refused {
+        let resource = resources.entry(name.clone()).or_default();
+        resource.name.clone_from(name);
+        resource.failure = Some(Arc::clone(failure));
+    }
+    let versions: BTreeSet<&str> = resources.values().filter_map(newest).map(|it| it.version.as_str()).collect();
+    // The one version that all resources have; empty where they differ.
+    let version = versions.first().filter(|_| versions.len() == 1).map(|version| (*version).to_owned());
+    Type {
+        type_url: type_url.to_owned(),
+        version: version.unwrap_or_default(),
+        resources: resources.into_values().collect(),
+    }
+}
+
+fn newest(resource: &Resource) -> Option<&Arc<Version>> {
+    resource.warming.as_ref().or(resource.active.as_ref())
 }

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::*;
 use crate::{
-    config::model::{DnsLookupFamily, EndpointAddress, HealthStatus, TcpKeepalive, Thresholds},
+    config::model::{
+        ConfigSource, DnsLookupFamily, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive, Thresholds,
+    },
     layered_runtime::{DiskLayer, LayerSource},
 };
 
@@ -79,7 +81,10 @@ fn discovery_and_balancing() {
     assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 5 });
     let config =
         one_cluster("{ name: a, type: EDS, eds_cluster_config: { service_name: s, eds_config: { ads: {} } } }");
-    assert_eq!(config.unwrap().discovery, Discovery::Eds { service_name: "s".into() });
+    assert_eq!(
+        config.unwrap().discovery,
+        Discovery::Eds { endpoints: ResourceRef { name: "s".into(), from: ConfigSource::default() } }
+    );
     let config = one_cluster(
         "{ name: a, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, cleanup_interval: 1s, original_dst_lb_config: { \
          use_http_header: true, http_header_name: X-To, upstream_port_override: 8080 } }",

@@ -1,0 +1,241 @@
+//! Clusters: of the bootstrap, and of CDS.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use culvert_xds_client::ads::{Resource, Update};
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use tokio::time::Instant;
+
+use super::{
+    Apply, ConfigStore,
+    kinds::{Kind, Need, Value, cluster_needs},
+    resources,
+    state::State,
+    updates::UpdateId,
+    watched::{Owner, VersionId},
+};
+use crate::{
+    config::{
+        FieldError,
+        model::{ClusterConfig, Discovery, LocalityEndpoints},
+        parse,
+        status::{Failure, Version},
+    },
+    upstream::ClusterChange,
+};
+
+/// All clusters.
+#[derive(Default)]
+pub(in crate::config) struct Clusters {
+    pub(in crate::config) by_name: BTreeMap<Arc<str>, Entry>,
+    /// Where the newest version of one was refused: that.
+    pub(in crate::config) refused: BTreeMap<String, Arc<Failure>>,
+    /// How many are warming.
+    pub(super) warming: usize,
+    /// How many serve.
+    pub(super) active: usize,
+}
+
+/// One cluster; at least one of its versions is there.
+#[derive(Default)]
+pub(in crate::config) struct Entry {
+    /// Of the bootstrap: CDS neither replaces nor removes it.
+    pub(in crate::config) is_static: bool,
+    pub(in crate::config) active: Option<ClusterVersion>,
+    pub(in crate::config) warming: Option<Box<Warming>>,
+}
+
+/// One version of a cluster.
+pub(in crate::config) struct ClusterVersion {
+    id: VersionId,
+    /// `None`: of the bootstrap.
+    pub(in crate::config) stored: Option<Arc<Version>>,
+    needs: Box<[Need]>,
+    /// `cluster.<this>` in stats names.
+    stat_name: Arc<str>,
+}
+
+/// A version that is not used yet.
+pub(in crate::config) struct Warming {
+    pub(in crate::config) version: ClusterVersion,
+    config: Box<ClusterConfig>,
+    /// How many of its needs are not there.
+    waiting: usize,
+    /// What is answered once it is used.
+    update: Option<UpdateId>,
+}
+
+impl<A: Apply> ConfigStore<A> {
+    /// Takes an update of CDS.
+    pub(super) fn take_clusters(&self, state: &mut State, update: Update, id: UpdateId) {
+        if update.complete {
+            let names: std::collections::BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
+            state.clusters.refused.retain(|name, _| names.contains(name.as_str()));
+        }
+        let mut rejected = false;
+        for resource in update.added {
+            if let Err((resource, error)) = self.take_cluster(state, resource, id) {
+                rejected = true;
+                state.updates.reject(id, &resource.name, error.to_string());
+                let name = resource.name.clone();
+                state.clusters.refused.insert(name, resources::failure(resource, error.to_string()));
+            }
+        }
+        for name in update.removed {
+            self.remove_cluster(state, &name);
+        }
+        self.0.stats.clusters.answered(!rejected);
+    }
+
+    fn take_cluster(&self, state: &mut State, resource: Resource, id: UpdateId) -> Result<(), (Resource, FieldError)> {
+        let name = resource.name.as_str();
+        let known = state.clusters.by_name.get_mut(name);
+        if known.as_ref().is_some_and(|known| known.is_static) {
+            // As in Envoy: accepted, and without effect.
+            tracing::info!(cluster = name, "CDS names a cluster of the bootstrap, which stays as it is");
+            return Ok(());
+        }
+        if let Some(known) = known {
+            if let Some(active) = &mut known.active
+                && resources::is_unchanged(&mut active.stored, &resource)
+            {
+                state.clusters.refused.remove(name);
+                // What was to replace it is not wanted any more.
+                if let Some(warming) = known.warming.take() {
+                    state.clusters.warming -= 1;
+                    self.drop_warming_cluster(state, *warming);
+                }
+                return Ok(());
+            }
+            if let Some(warming) = &mut known.warming
+                && resources::is_unchanged(&mut warming.version.stored, &resource)
+            {
+                state.clusters.refused.remove(name);
+                // This update is in force no sooner than the one before.
+                let before = warming.update.replace(id);
+                state.updates.wait(id);
+                before.into_iter().for_each(|before| state.updates.part_done(before));
+                return Ok(());
+            }
+        }
+        let config = match resources::parse(name, &resource.body, |message: &Cluster| &message.name, parse::cluster) {
+            Ok(config) => config,
+            Err(error) => return Err((resource, error)),
+        };
+        state.clusters.refused.remove(name);
+        self.add_cluster(state, config, Some(resources::version(resource)), Some(id));
+        Ok(())
+    }
+
+    /// A new cluster, or a new version of one: in use when it has what it needs.
+    pub(super) fn add_cluster(
+        &self,
+        state: &mut State,
+        config: ClusterConfig,
+        stored: Option<Arc<Version>>,
+        update: Option<UpdateId>,
+    ) {
+        let name = Arc::clone(&config.name);
+        let id = state.new_version();
+        let needs: Box<[Need]> = cluster_needs(&config).into();
+        let waiting = state.acquire(&needs, &Owner::Cluster(Arc::clone(&name)), id, Instant::now());
+        if let Some(update) = update {
+            state.updates.wait(update);
+        }
+        let stat_name = if config.stat_name == *name { Arc::clone(&name) } else { config.stat_name.as_str().into() };
+        let version = ClusterVersion { id, needs, stat_name, stored };
+        let entry = state.clusters.by_name.entry(Arc::clone(&name)).or_default();
+        entry.is_static = version.stored.is_none();
+        match (&entry.active, &entry.warming) {
+            (None, None) => self.0.stats.clusters.added.inc(),
+            _ => self.0.stats.clusters.modified.inc(),
+        }
+        let warming = Box::new(Warming { version, config: Box::new(config), waiting, update });
+        match entry.warming.replace(warming) {
+            Some(replaced) => self.drop_warming_cluster(state, *replaced),
+            None => state.clusters.warming += 1,
+        }
+        if waiting == 0 {
+            self.activate_cluster(state, &name);
+        }
+    }
+
+    fn drop_warming_cluster(&self, state: &mut State, warming: Warming) {
+        self.release(state, &warming.version.needs, warming.version.id);
+        warming.update.into_iter().for_each(|update| state.updates.part_done(update));
+    }
+
+    /// A need of a cluster's version is there, or not waited for any more.
+    pub(super) fn cluster_settled(&self, state: &mut State, name: &Arc<str>, id: VersionId) {
+        let warming = state.clusters.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
+        let Some(warming) = warming.filter(|warming| warming.version.id == id) else { return };
+        warming.waiting -= 1;
+        if warming.waiting == 0 {
+            self.activate_cluster(state, name);
+        }
+    }
+
+    /// The warming version is used from now on.
+    fn activate_cluster(&self, state: &mut State, name: &Arc<str>) {
+        let Some(entry) = state.clusters.by_name.get_mut(name) else { return };
+        let Some(warming) = entry.warming.take() else { return };
+        let Warming { version, config, update, .. } = *warming;
+        state.clusters.warming -= 1;
+        let before = entry.active.replace(version);
+        let endpoints = state.endpoints_of(&config);
+        state.changes.push(ClusterChange::Upsert(config, endpoints));
+        match before {
+            Some(before) => self.release(state, &before.needs, before.id),
+            None => state.clusters.active += 1,
+        }
+        update.into_iter().for_each(|update| state.updates.part_done(update));
+    }
+
+    fn remove_cluster(&self, state: &mut State, name: &str) {
+        state.clusters.refused.remove(name);
+        if state.clusters.by_name.get(name).is_none_or(|entry| entry.is_static) {
+            return;
+        }
+        let Some((name, entry)) = state.clusters.by_name.remove_entry(name) else { return };
+        if let Some(warming) = entry.warming {
+            state.clusters.warming -= 1;
+            self.drop_warming_cluster(state, *warming);
+        }
+        if let Some(active) = entry.active {
+            state.clusters.active -= 1;
+            self.release(state, &active.needs, active.id);
+            state.changes.push(ClusterChange::Remove(name));
+        }
+        self.0.stats.clusters.removed.inc();
+    }
+}
+
+impl State {
+    /// The endpoints of a cluster, where EDS has sent them.
+    fn endpoints_of(&self, config: &ClusterConfig) -> Option<Vec<LocalityEndpoints>> {
+        let Discovery::Eds { endpoints } = &config.discovery else { return None };
+        let entry = self.watched(Kind::Endpoints).get(&endpoints.from.source, &endpoints.name)?;
+        if let Some(Value::Endpoints(fresh)) = &entry.value {
+            return Some(fresh.clone());
+        }
+        let stored = entry.stored.as_ref()?;
+        match Kind::Endpoints.parse(&endpoints.name, &stored.body) {
+            Ok(Value::Endpoints(parsed)) => Some(parsed),
+            // It was taken as it is.
+            _ => None,
+        }
+    }
+
+    /// Which of `users` are clusters in use.
+    pub(super) fn is_active_cluster(&self, name: &str, version: VersionId) -> bool {
+        let active = self.clusters.by_name.get(name).and_then(|entry| entry.active.as_ref());
+        active.is_some_and(|active| active.id == version)
+    }
+
+    /// The `cluster.<name>` of a cluster's statistics.
+    pub(super) fn cluster_stat_name(&self, name: &str, version: VersionId) -> Option<Arc<str>> {
+        let entry = self.clusters.by_name.get(name)?;
+        let versions = entry.active.iter().chain(entry.warming.iter().map(|warming| &warming.version));
+        versions.into_iter().find(|it| it.id == version).map(|it| Arc::clone(&it.stat_name))
+    }
+}

@@ -1,0 +1,178 @@
+//! Resources that are asked for by name: taken, handed to who needs them, given up.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use culvert_xds_client::{
+    ads::{Resource, Update},
+    source::Source,
+};
+
+use super::{
+    Apply, ConfigStore, counts,
+    kinds::{Kind, Need, Value},
+    resources,
+    state::State,
+    updates::UpdateId,
+    watched::{Owner, User, VersionId},
+};
+use crate::config::FieldError;
+
+impl<A: Apply> ConfigStore<A> {
+    /// Takes an update of resources that are asked for by name.
+    pub(super) fn take_named(&self, state: &mut State, kind: Kind, source: &Source, update: Update, id: UpdateId) {
+        for resource in update.added {
+            let name = resource.name.clone();
+            if let Err(error) = self.take_one(state, kind, source, resource) {
+                state.updates.reject(id, &name, error.to_string());
+            }
+        }
+    }
+
+    fn take_one(&self, state: &mut State, kind: Kind, source: &Source, resource: Resource) -> Result<(), FieldError> {
+        let name = resource.name.clone();
+        // Nobody asked for it: accepted and forgotten, as in Envoy.
+        let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
+        if resources::is_unchanged(&mut entry.stored, &resource) {
+            entry.refused = None;
+            let users = entry.users.clone();
+            self.count(state, kind, &name, &users, true);
+            return Ok(());
+        }
+        let parsed = kind.parse(&name, &resource.body).and_then(|value| state.check(&value).map(|()| value));
+        let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
+        let users = entry.users.clone();
+        let result = match parsed {
+            Ok(value) => {
+                entry.stored = Some(resources::version(resource));
+                entry.refused = None;
+                entry.value = Some(value.clone());
+                self.deliver(state, source, &name, &users, &value);
+                Ok(())
+            }
+            Err(error) => {
+                entry.refused = Some(resources::failure(resource, error.to_string()));
+                Err(error)
+            }
+        };
+        self.count(state, kind, &name, &users, result.is_ok());
+        // A resource that is refused is not waited for any longer, as in Envoy.
+        self.settle(state, kind, source, &name);
+        if kind == Kind::Endpoints
+            && let Some(entry) = state.watched[kind as usize].get_mut(source, &name)
+        {
+            entry.value = None;
+        }
+        result
+    }
+
+    /// Hands a resource to those who use it already. Who warms finds it when it is done with that.
+    fn deliver(&self, state: &State, source: &Source, name: &str, users: &[User], value: &Value) {
+        match value {
+            Value::Endpoints(endpoints) => {
+                for user in users {
+                    if let Owner::Cluster(cluster) = &user.owner
+                        && state.is_active_cluster(cluster, user.version)
+                    {
+                        self.0.apply.set_endpoints(cluster, endpoints);
+                    }
+                }
+            }
+            Value::Routes(routes) => {
+                self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), Arc::clone(routes));
+            }
+        }
+    }
+
+    fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
+        match kind {
+            Kind::Endpoints => {
+                for user in users {
+                    if let Owner::Cluster(cluster) = &user.owner
+                        && let Some(stat_name) = state.cluster_stat_name(cluster, user.version)
+                    {
+                        counts::cluster_update(&stat_name, accepted);
+                    }
+                }
+            }
+            Kind::Routes => {
+                for prefix in state.rds_prefixes(name, users) {
+                    counts::route_update(&prefix, name, accepted);
+                }
+            }
+        }
+    }
+
+    /// A resource is there, or was refused, or is waited for no longer.
+    pub(super) fn settle(&self, state: &mut State, kind: Kind, source: &Source, name: &str) {
+        let Some(entry) = state.watched[kind as usize].get_mut(source, name) else { return };
+        for (owner, version) in entry.settle() {
+            match owner {
+                Owner::Cluster(name) => self.cluster_settled(state, &name, version),
+                Owner::Listener(name) => self.listener_settled(state, &name, version),
+                Owner::Process => state.first_waiting -= 1,
+            }
+        }
+    }
+
+    /// A resource was waited for long enough.
+    pub(super) fn give_up(&self, state: &mut State, kind: Kind, source: &Source, name: &str) {
+        let Some(entry) = state.watched[kind as usize].get_mut(source, name) else { return };
+        if entry.settled {
+            return;
+        }
+        let users = entry.users.clone();
+        for user in &users {
+            match &user.owner {
+                Owner::Cluster(cluster) => {
+                    tracing::warn!(%cluster, "{} {name:?} did not come in time: going on without", kind.noun());
+                    if let Some(stat_name) = state.cluster_stat_name(cluster, user.version) {
+                        counts::cluster_timeout(&stat_name);
+                    }
+                }
+                Owner::Listener(listener) => {
+                    tracing::warn!(%listener, "{} {name:?} did not come in time: going on without", kind.noun());
+                }
+                Owner::Process => tracing::warn!("{} {name:?} did not come in time: going on without", kind.noun()),
+            }
+        }
+        if kind == Kind::Routes {
+            for prefix in state.rds_prefixes(name, &users) {
+                counts::route_timeout(&prefix, name);
+            }
+        }
+        self.settle(state, kind, source, name);
+    }
+
+    /// A version does not need these any more.
+    pub(super) fn release(&self, state: &mut State, needs: &[Need], version: VersionId) {
+        for Need { kind, wanted } in state.release(needs, version) {
+            if *kind == Kind::Routes {
+                self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
+            }
+        }
+    }
+}
+
+impl State {
+    /// What a resource is held to besides its own fields.
+    fn check(&self, value: &Value) -> Result<(), FieldError> {
+        let Value::Routes(routes) = value else { return Ok(()) };
+        match routes.unknown_cluster(|name| self.clusters.by_name.contains_key(name)) {
+            Some(name) if routes.validate_clusters == Some(true) => {
+                Err(FieldError::new("virtual_hosts", format!("route: unknown cluster '{name}'")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The `http.<prefix>` of the connection managers that use a route configuration.
+    fn rds_prefixes(&self, name: &str, users: &[User]) -> BTreeSet<String> {
+        let listeners = users.iter().filter_map(|user| match &user.owner {
+            Owner::Listener(listener) => self.listeners.by_name.get(listener)?.version(user.version),
+            _ => None,
+        });
+        let managers = listeners.flat_map(|listener| listener.connection_managers());
+        let uses = managers.filter(|manager| manager.rds().is_some_and(|rds| *rds.name == *name));
+        uses.map(|manager| manager.stat_prefix.clone()).collect()
+    }
+}

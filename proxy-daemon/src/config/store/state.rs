@@ -1,0 +1,166 @@
+//! All that the store knows, and the waits.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use culvert_xds_client::{api::culvert::overrides::v1::OffloadedService, source::Source};
+use tokio::time::Instant;
+
+use super::{
+    StartUp,
+    clusters::Clusters,
+    kinds::{Kind, Need},
+    listeners::Listeners,
+    updates::Updates,
+    watched::{Asked, Owner, VersionId, Watched},
+};
+use crate::{
+    config::model::{ClusterConfig, ConfigSource},
+    upstream::ClusterChange,
+};
+
+/// How far the start has come. Each phase waits for the one before it to be over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Phase {
+    /// Not begun.
+    Idle,
+    /// What comes before everything else ([`StartUp::first`]) arrives.
+    First,
+    /// The clusters of the bootstrap and of the first answer of CDS become warm.
+    Clusters,
+    /// The listeners of the bootstrap and of the first answer of LDS become ready.
+    Listeners,
+    /// Everything was there once.
+    Running,
+}
+
+/// Everything of a type that a source has: CDS, LDS.
+#[derive(Debug, Default)]
+pub(super) struct Collection {
+    /// `None`: there is none besides the bootstrap.
+    pub(super) from: Option<ConfigSource>,
+    /// It has answered.
+    pub(super) answered: bool,
+    /// It has answered, or is not waited for any more.
+    pub(super) settled: bool,
+}
+
+impl Collection {
+    pub(super) fn is(&self, source: &Source) -> bool {
+        self.from.as_ref().is_some_and(|from| *from.source == *source)
+    }
+}
+
+/// What is due at some time.
+#[derive(Debug, Clone)]
+pub(super) enum Due {
+    /// A resource is waited for no longer.
+    Resource(Kind, Arc<Source>, Arc<str>),
+    /// The first answer of CDS, or of LDS, is waited for no longer.
+    Cds,
+    Lds,
+    /// A listener that could not be bound is tried again.
+    Listener(Arc<str>, VersionId),
+}
+
+/// All resources.
+pub(in crate::config) struct State {
+    pub(super) phase: Phase,
+    /// Clusters of the bootstrap, until their phase comes.
+    pub(super) static_clusters: Vec<ClusterConfig>,
+    /// How many of [`StartUp::first`] are not there.
+    pub(super) first_waiting: usize,
+    pub(super) cds: Collection,
+    pub(super) lds: Collection,
+    pub(in crate::config) clusters: Clusters,
+    pub(in crate::config) listeners: Listeners,
+    /// Those that are asked for by name, in the order of [`Kind::ALL`].
+    pub(in crate::config) watched: [Watched; Kind::ALL.len()],
+    pub(super) offloaded: BTreeMap<String, OffloadedService>,
+    /// Versions of listeners that need the offloaded services.
+    pub(super) overriding: usize,
+    pub(super) asks_for_overrides: bool,
+    pub(super) updates: Updates,
+    /// Clusters to be changed when the update has been taken.
+    pub(super) changes: Vec<ClusterChange>,
+    due: BTreeMap<Instant, Vec<Due>>,
+    next_version: u64,
+}
+
+impl State {
+    pub(super) fn new(start: &StartUp) -> State {
+        let collection =
+            |from: &Option<ConfigSource>| Collection { settled: from.is_none(), from: from.clone(), answered: false };
+        State {
+            phase: Phase::Idle,
+            cds: collection(&start.cds),
+            lds: collection(&start.lds),
+            static_clusters: Vec::new(),
+            first_waiting: 0,
+            clusters: Clusters::default(),
+            listeners: Listeners::default(),
+            watched: Kind::ALL.map(Watched::new),
+            offloaded: BTreeMap::new(),
+            overriding: 0,
+            asks_for_overrides: false,
+            updates: Updates::default(),
+            changes: Vec::new(),
+            due: BTreeMap::new(),
+            next_version: 0,
+        }
+    }
+
+    pub(in crate::config) fn watched(&self, kind: Kind) -> &Watched {
+        &self.watched[kind as usize]
+    }
+
+    pub(super) fn new_version(&mut self) -> VersionId {
+        self.next_version += 1;
+        VersionId(self.next_version)
+    }
+
+    /// A version needs these from now on; how many of them are not there yet.
+    pub(super) fn acquire(&mut self, needs: &[Need], owner: &Owner, version: VersionId, now: Instant) -> usize {
+        let mut waiting = 0;
+        for Need { kind, wanted } in needs {
+            match self.watched[*kind as usize].acquire(wanted, owner.clone(), version, now) {
+                Asked::Settled => continue,
+                Asked::Waiting => {}
+                Asked::New(Some(at)) => {
+                    let due = Due::Resource(*kind, Arc::clone(&wanted.from.source), Arc::clone(&wanted.name));
+                    self.at(at, due);
+                }
+                Asked::New(None) => {}
+            }
+            waiting += 1;
+        }
+        waiting
+    }
+
+    /// A version does not need these any more; those that nobody needs now are forgotten, and returned.
+    pub(super) fn release<'a>(&mut self, needs: &'a [Need], version: VersionId) -> Vec<&'a Need> {
+        let gone = |need: &&Need| self.watched[need.kind as usize].release(&need.wanted, version);
+        needs.iter().filter(gone).collect()
+    }
+
+    /// Something has to be done then.
+    pub(super) fn at(&mut self, at: Instant, due: Due) {
+        self.due.entry(at).or_default().push(due);
+    }
+
+    /// When something has to be done next.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.due.keys().next().copied()
+    }
+
+    /// What has to be done by now.
+    pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
+        let mut all = Vec::new();
+        while let Some(first) = self.due.first_entry().filter(|first| *first.key() <= now) {
+            all.extend(first.remove());
+        }
+        all
+    }
+}
+
+/// How long until a listener that could not be bound is tried again: whoever has its port may go.
+pub(super) const RETRY: Duration = Duration::from_secs(1);

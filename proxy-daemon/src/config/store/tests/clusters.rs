@@ -1,0 +1,204 @@
+//! Clusters: taken, refused, warming, removed.
+
+use super::*;
+
+#[test]
+fn one_bad_resource_does_not_hold_up_the_others() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    calls.take();
+    let bad = resource::<Cluster>("a", "{ name: a, lb_subset_config: { list_as_any: true } }");
+    let worse = resource::<Cluster>("c", "{ name: c, type: STATIC, lb_policy: MAGLEV }");
+    let outcome = store.update(update(Cluster::type_url(), vec![bad, eds_cluster("b"), worse]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("b", &[80])]));
+    let rejected = outcome.rejected();
+    let rejected: Vec<_> = rejected.iter().map(|it| (it.name.as_str(), it.message.as_str())).collect();
+    assert_eq!(
+        rejected,
+        [("a", "lb_subset_config: not supported by culvert yet"), ("c", "lb_policy: not supported by culvert yet")]
+    );
+    assert_eq!(calls.take(), ["cluster b with 1"]);
+    assert_eq!(names(&outcome, ClusterLoadAssignment::type_url()), ["a", "b"], "the last good version stays");
+
+    let snapshot = store.snapshot();
+    let clusters = snapshot.of(&Cluster::type_url());
+    assert!(clusters[0].active.is_some());
+    assert_eq!(clusters[0].failure.as_ref().unwrap().details, "lb_subset_config: not supported by culvert yet");
+    assert!(clusters[1].failure.is_none());
+    assert!(clusters[2].active.is_none(), "no version of it was ever taken");
+    assert_eq!(json::any_to_json(&clusters[2].failure.as_ref().unwrap().attempt.body)["name"], "c");
+
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    assert!(store.snapshot().of(&Cluster::type_url())[0].failure.is_none());
+}
+
+#[test]
+fn content_of_another_type_or_name_is_refused() {
+    let (store, calls) = running();
+    let mut renamed = eds_cluster("a");
+    renamed.name = "b".to_owned();
+    let other = Resource { name: "c".to_owned(), ..routes("c", "x") };
+    let outcome = store.update(update(Cluster::type_url(), vec![renamed, other]));
+    let rejected = outcome.rejected();
+    assert_eq!(rejected[0].message, "name: the resource is named \"b\", and its content \"a\"");
+    assert!(rejected[1].message.contains("RouteConfiguration"), "{:?}", rejected[1]);
+    assert_eq!(calls.take(), [""; 0]);
+}
+
+#[test]
+fn what_did_not_change_is_left_alone() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    calls.take();
+    let again = Resource { version: "2".to_owned(), ..eds_cluster("a") };
+    store.update(update(Cluster::type_url(), vec![again]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    assert_eq!(calls.take(), [""; 0]);
+    assert_eq!(store.snapshot().of(&Cluster::type_url())[0].active.as_ref().unwrap().version, "2");
+}
+
+#[test]
+fn updates_are_counted_by_envoys_names() {
+    let (store, _) = running();
+    let count = |name: &str| crate::stats::counter(name).value();
+    let before = ["cluster_manager.cluster_added", "cluster_manager.cds.update_success"].map(count);
+    store.update(update(Cluster::type_url(), vec![eds_cluster("counted:80")]));
+    store.update(update(Listener::type_url(), vec![listener("counted", "web")]));
+    store.update(update(RouteConfiguration::type_url(), vec![routes("web", "counted:80")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("counted:80", &[80])]));
+    let after = ["cluster_manager.cluster_added", "cluster_manager.cds.update_success"].map(count);
+    assert!(after[0] > before[0] && after[1] > before[1], "{before:?} {after:?}");
+    assert_eq!(count("cluster.counted_80.update_success"), 1);
+    assert_eq!(count("http.store_counted.rds.web.update_success"), 1);
+}
+
+#[test]
+fn a_new_cluster_is_used_when_its_endpoints_are_there_and_only_then_answered_for() {
+    let (store, calls) = running();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("a"), eds_cluster("b")]));
+    assert_eq!(names(&cds, ClusterLoadAssignment::type_url()), ["a", "b"]);
+    assert!(cds.is_open());
+    assert_eq!(calls.take(), [""; 0]);
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    assert_eq!(calls.take(), ["cluster a with 1"], "one does not wait for the other");
+    assert!(cds.is_open());
+    let eds = store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("b", &[80, 81])]));
+    assert_eq!(calls.take(), ["cluster b with 2"]);
+    assert_eq!(eds.rejected(), []);
+    assert_eq!(cds.rejected(), []);
+}
+
+#[test]
+fn endpoints_that_do_not_come_are_given_up() {
+    let (store, calls) = running();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("late")]));
+    store.later(Duration::from_secs(14));
+    assert!(cds.is_open());
+    store.later(Duration::from_secs(16));
+    assert_eq!(calls.take(), ["cluster late"]);
+    assert_eq!(cds.rejected(), []);
+    assert_eq!(crate::stats::counter("cluster.late.init_fetch_timeout").value(), 1);
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("late", &[80])]));
+    assert_eq!(calls.take(), ["late has 1"], "they are taken all the same");
+}
+
+#[test]
+fn endpoints_that_are_refused_are_not_waited_for() {
+    let (store, calls) = running();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    let yaml = "{ cluster_name: a, endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: \
+                users.local, port_value: 80 } } } }] }] }";
+    let bad = resource::<ClusterLoadAssignment>("a", yaml);
+    assert_eq!(store.update(update(ClusterLoadAssignment::type_url(), vec![bad])).rejected().len(), 1);
+    assert_eq!(calls.take(), ["cluster a"]);
+    assert_eq!(cds.rejected(), []);
+}
+
+#[test]
+fn a_changed_cluster_serves_its_old_version_until_the_new_one_is_warm() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    calls.take();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "other")]));
+    assert_eq!(names(&cds, ClusterLoadAssignment::type_url()), ["a", "other"]);
+    assert!(cds.is_open());
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80, 81])]));
+    assert_eq!(calls.take(), ["a has 2"], "the old version is kept up to date");
+    let snapshot = store.snapshot();
+    let known = &snapshot.of(&Cluster::type_url())[0];
+    assert!(known.active.is_some() && known.warming.is_some());
+    let eds = store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("other", &[90])]));
+    assert_eq!(calls.take(), ["cluster a with 1"]);
+    assert_eq!(names(&eds, ClusterLoadAssignment::type_url()), ["other"]);
+    assert_eq!(cds.rejected(), []);
+}
+
+#[test]
+fn a_changed_cluster_with_the_same_endpoints_need_not_wait() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    calls.take();
+    let yaml = format!("{{ name: a, type: EDS, eds_cluster_config: {{ eds_config: {ADS} }}, connect_timeout: 1s }}");
+    let cds = store.update(update(Cluster::type_url(), vec![resource::<Cluster>("a", &yaml)]));
+    assert_eq!(calls.take(), ["cluster a with 1"]);
+    assert_eq!(cds.rejected(), []);
+}
+
+#[test]
+fn a_warming_cluster_may_be_replaced_reverted_and_removed() {
+    let (store, calls) = running();
+    let first = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "one")]));
+    let second = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "two")]));
+    assert_eq!(first.rejected(), [], "what it asked for is not wanted any more");
+    assert_eq!(names(&second, ClusterLoadAssignment::type_url()), ["two"]);
+    assert!(second.is_open());
+    // The same again: both wait for the same.
+    let third = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "two")]));
+    assert!(third.is_open());
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("two", &[80])]));
+    assert_eq!(third.rejected(), []);
+    assert_eq!(calls.take(), ["cluster a with 1"]);
+
+    let change = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "three")]));
+    assert!(change.is_open());
+    let back = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "two")]));
+    assert_eq!((change.rejected(), back.rejected()), (vec![], vec![]));
+    assert_eq!(calls.take(), [""; 0], "what is in force stays");
+
+    let change = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", "four")]));
+    let removed = store.update(removal(Cluster::type_url(), "a"));
+    assert_eq!(names(&removed, ClusterLoadAssignment::type_url()), [""; 0]);
+    assert_eq!((change.rejected(), removed.rejected()), (vec![], vec![]));
+    assert_eq!(calls.take(), ["no cluster a"]);
+    store.later(Duration::from_secs(60));
+    assert_eq!(calls.take(), [""; 0], "nothing of it is left");
+}
+
+#[test]
+fn a_removed_cluster_forgets_its_endpoints() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    store.update(removal(Cluster::type_url(), "a"));
+    calls.take();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    assert!(cds.is_open());
+    assert_eq!(calls.take(), [""; 0], "old endpoints do not come back");
+}
+
+#[test]
+fn all_clusters_of_an_update_change_at_once() {
+    let (store, calls) = running();
+    let fixed = |name: &str| resource::<Cluster>(name, &format!("{{ name: {name}, type: STATIC }}"));
+    store.update(update(Cluster::type_url(), vec![fixed("a"), fixed("b")]));
+    calls.take();
+    let mut change = update(Cluster::type_url(), vec![fixed("c"), fixed("d")]);
+    change.removed = vec!["a".to_owned()];
+    assert_eq!(store.update(change).rejected(), []);
+    assert_eq!(calls.take(), ["cluster c", "cluster d", "no cluster a"], "added before removed");
+    assert_eq!(calls.batches(), 2);
+}

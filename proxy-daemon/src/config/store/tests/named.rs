@@ -1,0 +1,91 @@
+//! Resources that are asked for by name.
+
+use super::*;
+
+#[test]
+fn one_assignment_serves_every_cluster_of_its_name() {
+    let (store, calls) = running();
+    let shared = |name: &str| {
+        let config = format!("{{ service_name: shared, eds_config: {ADS} }}");
+        resource::<Cluster>(name, &format!("{{ name: {name}, type: EDS, eds_cluster_config: {config} }}"))
+    };
+    let outcome = store.update(update(Cluster::type_url(), vec![shared("a"), shared("b")]));
+    assert_eq!(names(&outcome, ClusterLoadAssignment::type_url()), ["shared"]);
+    calls.take();
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("shared", &[80])]));
+    assert_eq!(calls.take(), ["cluster a with 1", "cluster b with 1"]);
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("shared", &[80, 81])]));
+    assert_eq!(calls.take(), ["a has 2", "b has 2"]);
+}
+
+#[test]
+fn endpoints_need_literal_addresses() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    calls.take();
+    let yaml = "{ cluster_name: a, endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: \
+                users.local, port_value: 80 } } } }] }] }";
+    let bad = resource::<ClusterLoadAssignment>("a", yaml);
+    let rejected = store.update(update(ClusterLoadAssignment::type_url(), vec![bad])).rejected();
+    assert!(
+        rejected[0].message.starts_with(
+            "endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address: malformed IP address: users.local."
+        ),
+        "{rejected:?}"
+    );
+    assert_eq!(calls.take(), ["cluster a"], "not waited for any longer");
+}
+
+#[test]
+fn routes_are_held_to_their_own_validate_clusters() {
+    let (store, calls) = running();
+    store.update(update(Listener::type_url(), vec![listener("in", "web")]));
+    let route = "{ match: { prefix: / }, route: { cluster: nobody } }";
+    let yaml = |extra: &str| {
+        format!("{{ name: web, {extra} virtual_hosts: [{{ name: v, domains: ['*'], routes: [{route}] }}] }}")
+    };
+    let strict = resource::<RouteConfiguration>("web", &yaml("validate_clusters: true,"));
+    let outcome = store.update(update(RouteConfiguration::type_url(), vec![strict]));
+    assert_eq!(outcome.rejected()[0].message, "virtual_hosts: route: unknown cluster 'nobody'");
+    assert_eq!(calls.take(), ["listener in"], "not waited for any longer");
+    let lenient = resource::<RouteConfiguration>("web", &yaml(""));
+    assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![lenient])).rejected(), []);
+    assert_eq!(calls.take(), ["routes web"]);
+}
+
+#[test]
+fn what_nobody_asked_for_is_accepted_and_forgotten() {
+    let (store, calls) = running();
+    let answer = store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("nobody", &[80])]));
+    assert_eq!(answer.rejected(), []);
+    assert_eq!(calls.take(), [""; 0]);
+    assert!(store.snapshot().of(&ClusterLoadAssignment::type_url()).is_empty());
+}
+
+#[test]
+fn sources_are_kept_apart() {
+    use culvert_xds_client::source::FileSource;
+    let (store, calls) = running();
+    let file = |path: &str| Source::File(FileSource { path: path.into(), watched_directory: None });
+    let named = |cluster: &str, path: &str| {
+        let from = ConfigSource { source: Arc::new(file(path)), initial_fetch_timeout: None };
+        let mut config = parse::cluster(&json::unpack(&eds_cluster(cluster).body, "").unwrap(), "").unwrap();
+        config.discovery = model::Discovery::Eds { endpoints: model::ResourceRef { name: "shared".into(), from } };
+        config
+    };
+    store.store.changed(|state| {
+        let stored = |name: &str| Some(resources::version(eds_cluster(name)));
+        store.store.add_cluster(state, named("a", "/one"), stored("a"), None);
+        store.store.add_cluster(state, named("b", "/two"), stored("b"), None);
+    });
+    let type_url = ClusterLoadAssignment::type_url;
+    assert_eq!(names(&store.update_from(&Source::Ads, update(type_url(), vec![])), type_url()), ["shared"]);
+    store.update_from(&Source::Ads, update(type_url(), vec![assignment("shared", &[1])]));
+    assert_eq!(calls.take(), [""; 0], "nobody wants it from there");
+    store.update_from(&file("/two"), update(type_url(), vec![assignment("shared", &[1, 2])]));
+    assert_eq!(calls.take(), ["cluster b with 2"]);
+    store.update_from(&file("/one"), update(type_url(), vec![assignment("shared", &[1])]));
+    assert_eq!(calls.take(), ["cluster a with 1"]);
+    store.later(Duration::from_secs(3600));
+    assert_eq!(calls.take(), [""; 0]);
+}

@@ -1,0 +1,152 @@
+//! Resources of one type that are asked for by name, from any number of sources.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use culvert_xds_client::{ads::Interest, source::Source, sources::Subscriptions};
+use tokio::time::Instant;
+
+use super::kinds::{Kind, Value};
+use crate::config::{
+    model::ResourceRef,
+    status::{Failure, Version},
+};
+
+/// Who needs something.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Owner {
+    Cluster(Arc<str>),
+    Listener(Arc<str>),
+    /// The process itself: see [`super::StartUp::first`].
+    Process,
+}
+
+/// Names one version of one cluster or listener: never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct VersionId(pub(super) u64);
+
+/// Who needs a resource.
+#[derive(Debug, Clone)]
+pub(super) struct User {
+    pub(super) owner: Owner,
+    pub(super) version: VersionId,
+    /// It does not go on until the resource is there, or not waited for any more.
+    waits: bool,
+}
+
+/// One resource that somebody needs.
+#[derive(Debug)]
+pub(in crate::config) struct Entry {
+    /// The version in force.
+    pub(in crate::config) stored: Option<Arc<Version>>,
+    /// Where the newest version was refused: that.
+    pub(in crate::config) refused: Option<Arc<Failure>>,
+    pub(super) value: Option<Value>,
+    /// It has arrived, or was refused, or is not waited for any more.
+    pub(super) settled: bool,
+    /// Until when it is waited for.
+    pub(super) deadline: Option<Instant>,
+    pub(super) users: Vec<User>,
+}
+
+type Names = BTreeMap<Arc<str>, Entry>;
+
+/// All resources of one type that somebody needs.
+#[derive(Debug)]
+pub(in crate::config) struct Watched {
+    kind: Kind,
+    sources: BTreeMap<Arc<Source>, Names>,
+    /// Sources of which the names that are asked for have changed.
+    changed: BTreeSet<Arc<Source>>,
+}
+
+/// What came of asking for a resource.
+pub(super) enum Asked {
+    /// Nothing to wait for.
+    Settled,
+    /// It has to arrive.
+    Waiting,
+    /// It has to arrive, and nobody asked for it before: until then, where there is a limit.
+    New(Option<Instant>),
+}
+
+impl Watched {
+    pub(super) fn new(kind: Kind) -> Watched {
+        Watched { kind, sources: BTreeMap::new(), changed: BTreeSet::new() }
+    }
+
+    pub(super) fn get(&self, source: &Source, name: &str) -> Option<&Entry> {
+        self.sources.get(source)?.get(name)
+    }
+
+    pub(super) fn get_mut(&mut self, source: &Source, name: &str) -> Option<&mut Entry> {
+        self.sources.get_mut(source)?.get_mut(name)
+    }
+
+    /// Everything, for people.
+    pub(in crate::config) fn entries(&self) -> impl Iterator<Item = (&Arc<Source>, &Arc<str>, &Entry)> {
+        self.sources.iter().flat_map(|(source, names)| names.iter().map(move |(name, entry)| (source, name, entry)))
+    }
+
+    /// A version of a cluster or listener needs the resource from now on.
+    pub(super) fn acquire(&mut self, wanted: &ResourceRef, owner: Owner, version: VersionId, now: Instant) -> Asked {
+        let source = &wanted.from.source;
+        let names = match self.sources.get_mut(source) {
+            Some(names) => names,
+            None => self.sources.entry(Arc::clone(source)).or_default(),
+        };
+        let mut asked = Asked::Waiting;
+        let entry = names.entry(Arc::clone(&wanted.name)).or_insert_with(|| {
+            let deadline = wanted.from.initial_fetch_timeout.map(|timeout| now + timeout);
+            asked = Asked::New(deadline);
+            self.changed.insert(Arc::clone(source));
+            Entry { stored: None, refused: None, value: None, settled: false, deadline, users: Vec::new() }
+        });
+        if entry.settled {
+            asked = Asked::Settled;
+        }
+        entry.users.push(User { owner, version, waits: !entry.settled });
+        asked
+    }
+
+    /// A version does not need the resource any more; `true` where nobody does.
+    pub(super) fn release(&mut self, wanted: &ResourceRef, version: VersionId) -> bool {
+        let source = &wanted.from.source;
+        let Some(names) = self.sources.get_mut(source) else { return false };
+        let Some(entry) = names.get_mut(&wanted.name) else { return false };
+        entry.users.retain(|user| user.version != version);
+        if !entry.users.is_empty() {
+            return false;
+        }
+        names.remove(&wanted.name);
+        self.changed.insert(Arc::clone(source));
+        true
+    }
+
+    /// Tells the sources what is asked of them, where that has changed.
+    pub(super) fn subscribe(&mut self, subscriptions: &Subscriptions) {
+        while let Some(source) = self.changed.pop_first() {
+            let names = self.sources.get(&source);
+            let interest = match names.filter(|names| !names.is_empty()) {
+                Some(names) => Interest::Names(names.keys().map(|name| name.as_ref().to_owned()).collect()),
+                None => {
+                    self.sources.remove(&source);
+                    Interest::None
+                }
+            };
+            subscriptions.set(Source::clone(&source), self.kind.type_url(), interest);
+        }
+    }
+}
+
+impl Entry {
+    /// The resource is not waited for any more: who waited for it until now.
+    pub(super) fn settle(&mut self) -> Vec<(Owner, VersionId)> {
+        self.settled = true;
+        self.deadline = None;
+        let waiting = |user: &mut User| std::mem::take(&mut user.waits).then(|| (user.owner.clone(), user.version));
+        self.users.iter_mut().filter_map(waiting).collect()
+    }
+}
