@@ -18,7 +18,7 @@ use culvert_proxy_daemon::{
     config::{
         dump::Configuration,
         parse::Bootstrap,
-        store::{self, Applier, ConfigStore, StartUp},
+        store::{self, Applier, ConfigStore, Kind, Need, StartUp},
     },
     intercept::Interception,
     layered_runtime::Runtime,
@@ -142,8 +142,9 @@ async fn run(
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();
-    let start_up = StartUp { cds: bootstrap.cds, lds: bootstrap.lds, ..StartUp::default() };
-    let store = ConfigStore::new(Applier::new(plane.clone()), start_up, subscriptions);
+    let first = runtime.rtds().map(|wanted| Need { kind: Kind::Runtime, wanted: wanted.clone() }).collect();
+    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds };
+    let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
         let listener = TcpListener::bind(address).await;

@@ -4,6 +4,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
+use culvert_xds_client::source::Source;
 use envoy_types::pb::google::protobuf::{Struct, value::Kind};
 use notify::{
     EventKind, RecommendedWatcher, RecursiveMode, Watcher,
@@ -16,7 +17,10 @@ use super::{
     disk::DiskLayer,
     slots::{self, Values},
 };
-use crate::stats::{self, Counter, Gauge};
+use crate::{
+    config::model::ResourceRef,
+    stats::{self, Counter, Gauge},
+};
 
 /// Keys that `/runtime_modify` may set: an endless client must not use up the memory.
 const MAX_ADMIN_KEYS: usize = 100_000;
@@ -39,6 +43,8 @@ pub enum LayerSource {
     Disk(DiskLayer),
     /// `/runtime_modify`
     Admin,
+    /// The control plane: the values of the resource of this name.
+    Rtds(ResourceRef),
 }
 
 /// The values of a static layer or of an RTDS resource, by full key.
@@ -99,6 +105,8 @@ struct Inner {
 #[derive(Default)]
 struct State {
     admin: Values,
+    /// By the resource's source and name.
+    rtds: HashMap<(Source, String), Values>,
     /// The layers of the last load: those that are there, in their order.
     loaded: Vec<(String, Arc<Values>)>,
 }
@@ -208,6 +216,22 @@ impl Runtime {
         Ok(())
     }
 
+    /// The control plane's values for the layers of an RTDS resource; none: it has removed it. When this returns, the values
+    /// are in force.
+    pub fn set_rtds(&self, source: &Source, resource: &str, values: HashMap<String, Entry>) {
+        let mut state = lock(&self.0.state);
+        state.rtds.insert((source.clone(), resource.to_owned()), values);
+        self.0.reload(&mut state);
+    }
+
+    /// The RTDS resources that the layers come from.
+    pub fn rtds(&self) -> impl Iterator<Item = &ResourceRef> {
+        self.0.layers.iter().filter_map(|layer| match &layer.source {
+            LayerSource::Rtds(wanted) => Some(wanted),
+            _ => None,
+        })
+    }
+
     /// `/runtime`: the layers' names, and for each key its value in each layer and what comes of them.
     pub fn to_json(&self) -> Json {
         let state = lock(&self.0.state);
@@ -231,7 +255,7 @@ impl Layer {
     fn link(&self) -> Option<&Path> {
         match &self.source {
             LayerSource::Disk(disk) => Some(&disk.symlink_root),
-            LayerSource::Static(_) | LayerSource::Admin => None,
+            LayerSource::Static(_) | LayerSource::Admin | LayerSource::Rtds(_) => None,
         }
     }
 }
@@ -248,6 +272,10 @@ impl Inner {
             let values = match &layer.source {
                 LayerSource::Static(values) => values.clone(),
                 LayerSource::Admin => state.admin.clone(),
+                LayerSource::Rtds(ResourceRef { name, from }) => {
+                    let key = (Source::clone(&from.source), name.to_string());
+                    state.rtds.get(&key).cloned().unwrap_or_default()
+                }
                 LayerSource::Disk(disk) => match disk.read() {
                     Ok(Some(values)) => {
                         directories += 1;

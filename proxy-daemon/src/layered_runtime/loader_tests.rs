@@ -68,6 +68,25 @@ fn without_an_admin_layer_nothing_is_modified() {
 }
 
 #[test]
+fn the_control_planes_values_are_a_layer_of_their_own() {
+    let wanted = |name: &str| ResourceRef { name: name.into(), from: Default::default() };
+    let layers = vec![
+        layer("base", values("{k: 1}")),
+        layer("rtds", LayerSource::Rtds(wanted("r"))),
+        layer("other", LayerSource::Rtds(wanted("o"))),
+    ];
+    let runtime = Runtime::start(layers).unwrap();
+    assert_eq!(runtime.rtds().map(|wanted| &*wanted.name).collect::<Vec<_>>(), ["r", "o"]);
+    let limit = Key::new("k");
+    let given = |yaml: &str| check_values(&culvert_xds_client::json::from_yaml(yaml).unwrap()).unwrap();
+    runtime.set_rtds(&Source::Ads, "r", given("{k: 2}"));
+    assert_eq!(limit.integer(), Some(2));
+    assert_eq!(entry(&runtime, "k")["layer_values"], json!(["1", "2", ""]));
+    runtime.set_rtds(&Source::Ads, "r", HashMap::new());
+    assert_eq!(limit.integer(), Some(1));
+}
+
+#[test]
 fn lists_and_nulls_are_no_values() {
     let bad = |yaml: &str| check_values(&culvert_xds_client::json::from_yaml(yaml).unwrap()).unwrap_err();
     assert_eq!(bad("{a: {b: [1]}}"), "a.b");

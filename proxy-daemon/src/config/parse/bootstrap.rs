@@ -101,6 +101,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     if !matches!(log_path.as_str(), "" | "/dev/null") {
         return Err(FieldError::unsupported("admin.access_log_path"));
     }
+    let runtime = layered_runtime(message, &sources)?;
     Ok(Bootstrap {
         node: sources.node,
         admin,
@@ -111,7 +112,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         load_stats,
         cds,
         lds,
-        runtime: layered_runtime(message)?,
+        runtime,
         interception: extensions(message)?,
     })
 }

@@ -1,21 +1,32 @@
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
-use envoy_types::pb::envoy::config::bootstrap::v3::{
-    Bootstrap,
-    runtime_layer::{DiskLayer as ProtoDisk, LayerSpecifier},
+use culvert_xds_client::{ads::type_url, sources::Config as Sources};
+use envoy_types::pb::{
+    envoy::{
+        config::bootstrap::v3::{
+            Bootstrap,
+            runtime_layer::{DiskLayer as ProtoDisk, LayerSpecifier},
+        },
+        service::runtime::v3::Runtime,
+    },
+    google::protobuf::Struct,
 };
 
 use super::{
     common::{Result, required},
-    support::join,
+    config_source::config_source,
+    support::{self, join},
 };
 use crate::{
-    config::FieldError,
-    layered_runtime::{DiskLayer, Layer, LayerSource, check_values},
+    config::{FieldError, model::ResourceRef},
+    layered_runtime::{DiskLayer, Entry, Layer, LayerSource, check_values},
 };
 
 /// The layers of a bootstrap. The texts of errors are Envoy's.
-pub(super) fn layered_runtime(bootstrap: &Bootstrap) -> Result<Vec<Layer>> {
+pub(super) fn layered_runtime(bootstrap: &Bootstrap, sources: &Sources) -> Result<Vec<Layer>> {
     let cluster = bootstrap.node.as_ref().map(|node| node.cluster.as_str()).unwrap_or_default();
     let layers = bootstrap.layered_runtime.as_ref().map(|runtime| runtime.layers.as_slice()).unwrap_or_default();
     let (mut names, mut admin) = (HashSet::new(), false);
@@ -26,10 +37,9 @@ pub(super) fn layered_runtime(bootstrap: &Bootstrap) -> Result<Vec<Layer>> {
             return Err(FieldError::new(join(&path, "name"), format!("Duplicate layer name: {}", layer.name)));
         }
         let source = match &layer.layer_specifier {
-            Some(LayerSpecifier::StaticLayer(values)) => LayerSource::Static(check_values(values).map_err(|key| {
-                let text = format!("Invalid runtime entry value for {key}");
-                FieldError::new(format!("{path}.static_layer.{key}"), text)
-            })?),
+            Some(LayerSpecifier::StaticLayer(layer)) => {
+                LayerSource::Static(values(layer, &join(&path, "static_layer"))?)
+            }
             Some(LayerSpecifier::DiskLayer(layer)) => {
                 LayerSource::Disk(disk(layer, cluster, &join(&path, "disk_layer"))?)
             }
@@ -40,12 +50,35 @@ pub(super) fn layered_runtime(bootstrap: &Bootstrap) -> Result<Vec<Layer>> {
                 }
                 LayerSource::Admin
             }
-            Some(LayerSpecifier::RtdsLayer(_)) => return Err(FieldError::unsupported(join(&path, "rtds_layer"))),
+            Some(LayerSpecifier::RtdsLayer(layer)) => {
+                let path = join(&path, "rtds_layer");
+                if layer.name.is_empty() {
+                    return Err(required(&path, "name"));
+                }
+                let from = config_source(layer.rtds_config.as_ref(), &join(&path, "rtds_config"))?;
+                let checked = sources.check(&from.source, type_url::RUNTIME);
+                checked.map_err(|text| FieldError::new(join(&path, "rtds_config"), text))?;
+                LayerSource::Rtds(ResourceRef { name: layer.name.as_str().into(), from })
+            }
             None => return Err(required(&path, "layer_specifier")),
         };
         parsed.push(Layer { name: layer.name.clone(), source });
     }
     Ok(parsed)
+}
+
+/// The values of an RTDS resource.
+///
+/// # Errors
+/// The key of a value that is none.
+pub fn runtime_values(resource: &Runtime, path: &str) -> Result<HashMap<String, Entry>> {
+    support::check(resource, path)?;
+    resource.layer.as_ref().map_or_else(|| Ok(HashMap::new()), |layer| values(layer, &join(path, "layer")))
+}
+
+fn values(layer: &Struct, path: &str) -> Result<HashMap<String, Entry>> {
+    check_values(layer)
+        .map_err(|key| FieldError::new(join(path, &key), format!("Invalid runtime entry value for {key}")))
 }
 
 fn disk(layer: &ProtoDisk, cluster: &str, path: &str) -> Result<DiskLayer> {

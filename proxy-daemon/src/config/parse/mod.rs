@@ -23,6 +23,7 @@ pub use bootstrap::{Bootstrap, bootstrap};
 pub use cluster::cluster;
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
+pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub use route::route_config;
 

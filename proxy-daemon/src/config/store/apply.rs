@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 use crate::{
     config::model::{Listener, LocalityEndpoints, RouteConfig},
     http::filters::OffloadedTable,
+    layered_runtime::{Entry, Runtime},
     listener::Prints,
     runtime::{DataPlane, PreparedListener},
     upstream::ClusterChange,
@@ -24,6 +25,8 @@ pub trait Apply: Send + Sync + 'static {
     fn set_routes(&self, source: &Arc<Source>, name: &Arc<str>, routes: Arc<RouteConfig>);
     /// See [`DataPlane::remove_routes`].
     fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>);
+    /// See [`Runtime::set_rtds`].
+    fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>);
     /// See [`DataPlane::set_offloaded`].
     fn set_offloaded(&self, table: OffloadedTable);
     /// Makes a listener ready to be started; one of the same name that was prepared before and not started is given up.
@@ -38,6 +41,7 @@ pub trait Apply: Send + Sync + 'static {
 /// Applies to the data plane; listener changes, which have to wait for the workers, are carried out one after another.
 pub struct Applier {
     plane: DataPlane,
+    runtime: Runtime,
     listeners: mpsc::UnboundedSender<ListenerChange>,
 }
 
@@ -49,10 +53,10 @@ enum ListenerChange {
 
 impl Applier {
     /// Must be called within the control runtime.
-    pub fn new(plane: DataPlane) -> Applier {
+    pub fn new(plane: DataPlane, runtime: Runtime) -> Applier {
         let (listeners, changes) = mpsc::unbounded_channel();
         tokio::spawn(carry_out(plane.clone(), changes));
-        Applier { plane, listeners }
+        Applier { plane, runtime, listeners }
     }
 
     fn later(&self, change: ListenerChange) {
@@ -102,6 +106,10 @@ impl Apply for Applier {
 
     fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>) {
         self.plane.remove_routes(source, name);
+    }
+
+    fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>) {
+        self.runtime.set_rtds(source, name, values);
     }
 
     fn set_offloaded(&self, table: OffloadedTable) {

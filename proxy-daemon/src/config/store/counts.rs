@@ -81,3 +81,13 @@ pub(super) fn route_timeout(stat_prefix: &str, name: &str) {
     let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
     scope.counter("init_fetch_timeout").inc();
 }
+
+/// Counts `runtime.update_success` or `update_rejected`, of RTDS.
+pub(super) fn runtime_update(accepted: bool) {
+    Scope::new("runtime").counter(if accepted { "update_success" } else { "update_rejected" }).inc();
+}
+
+/// Counts `runtime.init_fetch_timeout`, of RTDS.
+pub(super) fn runtime_timeout() {
+    Scope::new("runtime").counter("init_fetch_timeout").inc();
+}

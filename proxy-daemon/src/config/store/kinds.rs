@@ -1,15 +1,21 @@
 //! The types of resources that are asked for by name, and what names them.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use culvert_xds_client::{Any, ads::type_url};
-use envoy_types::pb::envoy::config::{endpoint::v3::ClusterLoadAssignment, route::v3::RouteConfiguration};
+use envoy_types::pb::envoy::{
+    config::{endpoint::v3::ClusterLoadAssignment, route::v3::RouteConfiguration},
+    service::runtime::v3::Runtime,
+};
 
 use super::resources::parse;
-use crate::config::{
-    FieldError,
-    model::{ClusterConfig, Discovery, Listener, LocalityEndpoints, ResourceRef, RouteConfig},
-    parse,
+use crate::{
+    config::{
+        FieldError,
+        model::{ClusterConfig, Discovery, Listener, LocalityEndpoints, ResourceRef, RouteConfig},
+        parse,
+    },
+    layered_runtime::Entry,
 };
 
 /// A type of resources that clusters or listeners ask for by name, from the source that they say. See the module's
@@ -20,6 +26,8 @@ pub enum Kind {
     Endpoints,
     /// RDS
     Routes,
+    /// RTDS
+    Runtime,
 }
 
 /// A resource that was taken.
@@ -28,6 +36,7 @@ pub(super) enum Value {
     /// Not kept: what was received is parsed again for a cluster that comes later.
     Endpoints(Vec<LocalityEndpoints>),
     Routes(Arc<RouteConfig>),
+    Runtime(Arc<HashMap<String, Entry>>),
 }
 
 /// A resource that a cluster, a listener or the process itself cannot do without.
@@ -40,7 +49,7 @@ pub struct Need {
 }
 
 impl Kind {
-    pub(in crate::config) const ALL: [Kind; 2] = [Kind::Endpoints, Kind::Routes];
+    pub(in crate::config) const ALL: [Kind; 3] = [Kind::Endpoints, Kind::Routes, Kind::Runtime];
 
     /// The type that this type URL names.
     pub(super) fn of(type_url: &str) -> Option<Kind> {
@@ -51,6 +60,7 @@ impl Kind {
         match self {
             Kind::Endpoints => type_url::ENDPOINT,
             Kind::Routes => type_url::ROUTE,
+            Kind::Runtime => type_url::RUNTIME,
         }
     }
 
@@ -59,6 +69,7 @@ impl Kind {
         match self {
             Kind::Endpoints => "the endpoints",
             Kind::Routes => "the route configuration",
+            Kind::Runtime => "the runtime layer",
         }
     }
 
@@ -67,6 +78,7 @@ impl Kind {
         match self {
             Kind::Endpoints => format!("shared target EdsClusterImpl init {name}"),
             Kind::Routes => format!("shared target RdsRouteConfigSubscription RDS init {name}"),
+            Kind::Runtime => format!("target RTDS {name}"),
         }
     }
 
@@ -80,6 +92,10 @@ impl Kind {
             Kind::Routes => {
                 let named: fn(&RouteConfiguration) -> &str = |message| &message.name;
                 parse(name, body, named, parse::route_config).map(|routes| Value::Routes(Arc::new(routes)))
+            }
+            Kind::Runtime => {
+                let named: fn(&Runtime) -> &str = |message| &message.name;
+                parse(name, body, named, parse::runtime_values).map(|values| Value::Runtime(Arc::new(values)))
             }
         }
     }

@@ -1,6 +1,9 @@
 //! Resources that are asked for by name: taken, handed to who needs them, given up.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use culvert_xds_client::{
     ads::{Resource, Update},
@@ -26,6 +29,20 @@ impl<A: Apply> ConfigStore<A> {
                 state.updates.reject(id, &name, error.to_string());
             }
         }
+        if kind == Kind::Runtime {
+            // Endpoints and routes in use stay, as in Envoy; the values of a runtime layer do not.
+            for name in update.removed {
+                self.remove_runtime(state, source, &name);
+            }
+        }
+    }
+
+    fn remove_runtime(&self, state: &mut State, source: &Source, name: &str) {
+        let Some(entry) = state.watched[Kind::Runtime as usize].get_mut(source, name) else { return };
+        (entry.stored, entry.refused, entry.value) = (None, None, None);
+        counts::runtime_update(true);
+        self.0.apply.set_runtime(source, name, HashMap::new());
+        self.settle(state, Kind::Runtime, source, name);
     }
 
     fn take_one(&self, state: &mut State, kind: Kind, source: &Source, resource: Resource) -> Result<(), FieldError> {
@@ -80,6 +97,7 @@ impl<A: Apply> ConfigStore<A> {
             Value::Routes(routes) => {
                 self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), Arc::clone(routes));
             }
+            Value::Runtime(values) => self.0.apply.set_runtime(source, name, HashMap::clone(values)),
         }
     }
 
@@ -99,6 +117,7 @@ impl<A: Apply> ConfigStore<A> {
                     counts::route_update(&prefix, name, accepted);
                 }
             }
+            Kind::Runtime => counts::runtime_update(accepted),
         }
     }
 
@@ -139,6 +158,9 @@ impl<A: Apply> ConfigStore<A> {
             for prefix in state.rds_prefixes(name, &users) {
                 counts::route_timeout(&prefix, name);
             }
+        }
+        if kind == Kind::Runtime {
+            counts::runtime_timeout();
         }
         self.settle(state, kind, source, name);
     }

@@ -1,6 +1,10 @@
 //! Updates in, calls to the data plane and answers to the control plane out.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use culvert_xds_client::{
     ads::{Outcome, Rejection, Resource},
@@ -19,6 +23,7 @@ use crate::{
         parse,
         status::{Missing, Version},
     },
+    layered_runtime::Entry,
     listener::Prints,
     upstream::ClusterChange,
 };
@@ -74,6 +79,9 @@ impl Apply for Recorder {
     }
     fn remove_routes(&self, _: &Arc<Source>, name: &Arc<str>) {
         self.note(format!("no routes {name}"));
+    }
+    fn set_runtime(&self, _: &Source, name: &str, values: HashMap<String, Entry>) {
+        self.note(format!("runtime {name} has {}", values.len()));
     }
     fn set_offloaded(&self, table: OffloadedTable) {
         self.note(format!("offloaded {}", table != OffloadedTable::default()));
@@ -182,6 +190,10 @@ fn store_with(
 ) -> (Fixture, Recorder) {
     let from = |type_url: String| expected.contains(&type_url).then(ConfigSource::default);
     let start = StartUp { first: Vec::new(), cds: from(Cluster::type_url()), lds: from(Listener::type_url()) };
+    start_up(start, clusters, listeners)
+}
+
+fn start_up(start: StartUp, clusters: Vec<ClusterConfig>, listeners: Vec<model::Listener>) -> (Fixture, Recorder) {
     let calls = Recorder::default();
     let (subscriptions, wanted) = Subscriptions::channel();
     let store = ConfigStore::new(calls.clone(), start, subscriptions);
@@ -303,4 +315,5 @@ dynamic_resources:
 mod clusters;
 mod listeners;
 mod named;
+mod runtime;
 mod start;

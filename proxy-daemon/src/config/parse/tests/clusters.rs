@@ -172,6 +172,15 @@ fn runtime_layers_are_checked() {
          specified"
     );
     assert_eq!(
+        error("{ name: a, rtds_layer: { rtds_config: { ads: {} } } }"),
+        "layered_runtime.layers[0].rtds_layer.name: value is required"
+    );
+    assert!(
+        error("{ name: a, rtds_layer: { name: r, rtds_config: { ads: {} } } }")
+            .starts_with("layered_runtime.layers[0].rtds_layer.rtds_config: "),
+        "there is no ADS"
+    );
+    assert_eq!(
         error("{ name: a, disk_layer: { symlink_root: r } }"),
         "layered_runtime.layers[0].disk_layer.symlink_root: invalid file path r"
     );
