@@ -164,3 +164,27 @@ fn an_update_that_outlives_its_stream_counts_against_the_next_ones() {
     finish(&mut core, new, &[]);
     assert_eq!(sent(&mut core), ["Cluster v=2 names= nonce=c1"]);
 }
+
+#[test]
+fn sotw_what_was_asked_for_again_with_a_stale_nonce_is_asked_for_once_more() {
+    let mut core = asked(Variant::Sotw);
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    core.outgoing();
+    let (first, ..) = take(&mut core, sotw(ENDPOINT, "1", "e1", &["a", "b"]));
+    finish(&mut core, first, &[]);
+    core.outgoing();
+    core.set_interest(ENDPOINT, names(&["a"]));
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    let again = |nonce, v| {
+        [("a", v), ("a,b", v)].map(|(names, v)| format!("ClusterLoadAssignment v={v} names={names} nonce={nonce}"))
+    };
+    assert_eq!(sent(&mut core), again("e1", "1"));
+    // The server was sending this meanwhile, of what had changed only, and passes over both.
+    let (second, ..) = take(&mut core, sotw(ENDPOINT, "2", "e2", &["a"]));
+    finish(&mut core, second, &[]);
+    assert_eq!(sent(&mut core), again("e2", "2"));
+    let (third, added, _) = take(&mut core, sotw(ENDPOINT, "2", "e3", &["b"]));
+    assert_eq!(added, ["b"]);
+    finish(&mut core, third, &[]);
+    assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=2 names=a,b nonce=e3"]);
+}

@@ -146,6 +146,7 @@ impl Core {
             }
         }
         let Intook { added, unchanged, absent, offered, rejected, .. } = intake.finish();
+        subscription.confirm();
         let removed = offered.removed.iter().map(|name| name.to_string()).collect();
         let (type_url, response) = (key.1.clone(), Some((nonce, version.clone())));
         subscription.pending.insert(token, Pending { response, offered, rejected, answerable: true });

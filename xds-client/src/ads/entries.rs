@@ -257,6 +257,11 @@ impl Entries {
         }
     }
 
+    /// In force, or on its way in.
+    pub(super) fn is_known(&self, name: &str) -> bool {
+        self.by_name.contains_key(name)
+    }
+
     pub(super) fn is_in_force(&self, name: &str) -> bool {
         self.by_name.get(name).is_some_and(|entry| entry.in_force.is_some())
     }

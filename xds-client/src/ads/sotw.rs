@@ -45,6 +45,7 @@ impl Subscription {
                 requests.push(self.sotw_request(type_url, &again, version.clone(), ask(nonce.clone())));
             }
         }
+        self.on_stream.unconfirmed.extend(again);
         let nothing = BTreeSet::new();
         if self.can_ask_for(&nothing) {
             requests.push(self.sotw_request(type_url, &nothing, version, ask(nonce)));

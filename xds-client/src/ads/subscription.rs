@@ -50,6 +50,9 @@ pub(super) struct OnStream {
     /// again by now (and are in `fresh` as well), or it would not send them again.
     gone: BTreeSet<String>,
     wildcard_gone: bool,
+    /// State of the world: names that were left out and asked for again with requests that the server may have passed
+    /// over, if it was sending a response meanwhile.
+    pub(super) unconfirmed: BTreeSet<String>,
     /// The nonce of the newest response that was answered, and its update.
     pub(super) nonce: String,
     answered: u64,
@@ -167,6 +170,18 @@ impl Subscription {
     pub(super) fn give_up_answer(&mut self, token: u64) {
         if self.on_stream.newest == token {
             self.on_stream.newest = self.pending.keys().next_back().copied().unwrap_or(0).max(self.on_stream.answered);
+        }
+    }
+
+    /// A response has come after requests that left names out and asked for them again. What it does not bring may be
+    /// what the server holds back because it passed over those requests: once more, with the answer.
+    pub(super) fn confirm(&mut self) {
+        for name in std::mem::take(&mut self.on_stream.unconfirmed) {
+            let wanted = self.interest.names().is_some_and(|names| names.contains(&name));
+            if wanted && !self.entries.is_known(&name) {
+                self.on_stream.fresh.insert(name.clone());
+                self.on_stream.gone.insert(name);
+            }
         }
     }
 
