@@ -11,13 +11,17 @@
 pub mod ads;
 mod connect;
 mod driver;
+mod file;
 pub mod grpc;
 pub mod json;
 pub mod overrides;
 pub mod resource_type;
+mod rest;
 pub mod source;
 pub mod sources;
 pub mod stats;
+#[cfg(test)]
+mod test_sink;
 
 /// Culvert's own messages, generated from `proto/`.
 #[allow(missing_docs, clippy::all, reason = "generated code; the protos hold the documentation")]

@@ -122,7 +122,7 @@ pub struct RestSource {
 /// Resources in a file (`PathConfigSource`).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileSource {
-    /// The file: a `DiscoveryResponse` in YAML, JSON, or protobuf (text or binary), by its extension.
+    /// The file: a `DiscoveryResponse`, in binary where the extension is `pb`, else in YAML or JSON.
     pub path: PathBuf,
     /// Where moves are watched for instead of at the file itself.
     pub watched_directory: Option<PathBuf>,
@@ -137,12 +137,14 @@ pub struct Server {
     pub connect_timeout: Duration,
     /// How connections are encrypted; `None`: not.
     pub tls: Option<Tls>,
+    /// It is polled over HTTP/2 instead of HTTP/1.1. gRPC is always over HTTP/2.
+    pub http2: bool,
 }
 
 impl Server {
     /// A server that is spoken to in plain text.
     pub fn plain(endpoints: Vec<String>) -> Server {
-        Server { endpoints, connect_timeout: CONNECT_TIMEOUT, tls: None }
+        Server { endpoints, connect_timeout: CONNECT_TIMEOUT, tls: None, http2: false }
     }
 }
 

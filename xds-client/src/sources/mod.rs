@@ -19,8 +19,10 @@ use tokio::{
 use crate::{
     ads::{Interest, Sink},
     driver::Interests,
+    file::{FileClient, Watches},
     grpc::{Client, ClientConfig},
     resource_type::ResourceType,
+    rest::RestClient,
     source::{GrpcSource, Server, Source},
     stats::SourceStats,
 };
@@ -60,7 +62,11 @@ impl Config {
                 let known = only.is_some_and(|only| grpc.variant == crate::ads::Variant::Delta || only.sotw.is_some());
                 if known { Ok(()) } else { Err(format!("there is no gRPC service for {type_url}")) }
             }
-            Source::Rest(_) | Source::File(_) => Err("not supported by culvert yet".to_owned()),
+            Source::Rest(_) => match ResourceType::of(type_url).and_then(|only| only.rest) {
+                Some(_) => Ok(()),
+                None => Err(format!("there is no REST service for {type_url}")),
+            },
+            Source::File(_) => Ok(()),
         }
     }
 }
@@ -94,6 +100,12 @@ impl Subscriptions {
     }
 }
 
+/// What all clients have besides.
+struct Shared {
+    stats: Arc<SourceStats>,
+    watches: Arc<Watches>,
+}
+
 /// A client that runs.
 struct Running {
     interests: Interests,
@@ -107,6 +119,7 @@ pub async fn run<S: Sink>(
     mut wanted: mpsc::UnboundedReceiver<Subscription>,
     stats: Arc<SourceStats>,
 ) -> Infallible {
+    let shared = Shared { stats, watches: Arc::default() };
     let mut clients: HashMap<(Source, Option<String>), Running> = HashMap::new();
     let mut tasks = JoinSet::new();
     while let Some(Subscription { source, type_url, interest }) = wanted.recv().await {
@@ -117,7 +130,7 @@ pub async fn run<S: Sink>(
         if interest == Interest::None && key.1.is_some() {
             if let Some(running) = clients.remove(&key) {
                 running.task.abort();
-                stats.remove(&key.0, key.1.as_deref());
+                shared.stats.remove(&key.0, key.1.as_deref());
             }
             continue;
         }
@@ -129,7 +142,7 @@ pub async fn run<S: Sink>(
                 tracing::error!(source = ?key.0, %type_url, "nothing can be had from this source: {error}");
                 continue;
             }
-            let Some(running) = start(&config, &key.0, key.1.as_deref(), &sink, &stats, &mut tasks) else { continue };
+            let Some(running) = start(&config, &key.0, key.1.as_deref(), &sink, &shared, &mut tasks) else { continue };
             clients.insert(key.clone(), running);
         }
         if let Some(running) = clients.get(&key) {
@@ -146,24 +159,29 @@ fn start<S: Sink>(
     source: &Source,
     only: Option<&str>,
     sink: &Arc<S>,
-    stats: &SourceStats,
+    shared: &Shared,
     tasks: &mut JoinSet<Infallible>,
 ) -> Option<Running> {
+    let (sink, node) = (Arc::clone(sink), config.node.clone());
     let grpc = match source {
         Source::Ads => config.ads.as_ref()?,
         Source::Grpc(grpc) => grpc,
-        Source::Rest(_) | Source::File(_) => return None,
+        Source::Rest(rest) => {
+            let server = config.servers.get(&rest.cluster)?.clone();
+            let client = RestClient::new(rest.clone(), server, ResourceType::of(only?)?, node, sink)?;
+            shared.stats.insert(source, only, client.stats());
+            return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
+        }
+        Source::File(file) => {
+            let client = FileClient::new(file.clone(), only?, node, sink, Arc::clone(&shared.watches));
+            shared.stats.insert(source, only, client.stats());
+            return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
+        }
     };
-    let client = Client::new(
-        ClientConfig {
-            source: source.clone(),
-            server: grpc.service.target.server(&config.servers)?,
-            grpc: grpc.clone(),
-            node: config.node.clone(),
-            only: only.and_then(ResourceType::of),
-        },
-        Arc::clone(sink),
-    );
-    stats.insert(source, only, client.stats());
+    let server = grpc.service.target.server(&config.servers)?;
+    let only_type = only.and_then(ResourceType::of);
+    let client_config = ClientConfig { source: source.clone(), server, grpc: grpc.clone(), node, only: only_type };
+    let client = Client::new(client_config, sink);
+    shared.stats.insert(source, only, client.stats());
     Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) })
 }

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, RouteSource},
+        model::{ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, RouteSource, UpstreamProtocol},
     },
     intercept::InterceptionConfig,
     layered_runtime::Layer,
@@ -174,6 +174,7 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
             endpoints: endpoints.filter_map(|endpoint| address(&endpoint.address)).collect(),
             connect_timeout: cluster.connect_timeout,
             tls: None,
+            http2: matches!(cluster.protocol, UpstreamProtocol::Http2(_)),
         }
     };
     known.map(|cluster| (cluster.name.to_string(), server(cluster))).collect()

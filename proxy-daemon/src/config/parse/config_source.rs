@@ -1,11 +1,14 @@
 //! `ConfigSource` and the messages in it. Which clusters exist is checked by whoever knows: for the bootstrap's own
 //! resources [`bootstrap`](super::bootstrap()), for those of xDS the store.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use culvert_xds_client::{
     ads::Variant,
-    source::{BackoffLimits, GrpcService, GrpcSource, RateLimit, Source, Target},
+    source::{BackoffLimits, FileSource, GrpcService, GrpcSource, RateLimit, RestSource, Source, Target},
 };
 use envoy_types::pb::envoy::config::core::v3::{
     ApiConfigSource, ApiVersion, ConfigSource as ProtoSource, GrpcService as ProtoService, HeaderValue,
@@ -37,9 +40,18 @@ pub fn config_source(source: Option<&ProtoSource>, path: &str) -> Result<ConfigS
         Some(ConfigSourceSpecifier::Ads(_)) => Source::Ads,
         Some(ConfigSourceSpecifier::ApiConfigSource(api)) => api_source(api, &join(path, "api_config_source"))?,
         #[expect(deprecated, reason = "the field that path_config_source replaced, which Envoy still takes")]
-        Some(ConfigSourceSpecifier::Path(_)) => return Err(FieldError::unsupported(join(path, "path"))),
-        Some(ConfigSourceSpecifier::PathConfigSource(_)) => {
-            return Err(FieldError::unsupported(join(path, "path_config_source")));
+        Some(ConfigSourceSpecifier::Path(file)) => {
+            Source::File(FileSource { path: existing(file, &join(path, "path"))?, watched_directory: None })
+        }
+        Some(ConfigSourceSpecifier::PathConfigSource(files)) => {
+            let path = join(path, "path_config_source");
+            let directory = files.watched_directory.as_ref();
+            let directory =
+                directory.map(|it| existing(&it.path, &join(&path, "watched_directory.path"))).transpose()?;
+            Source::File(FileSource {
+                path: existing(&files.path, &join(&path, "path"))?,
+                watched_directory: directory,
+            })
         }
         // Envoy's answer as well.
         Some(ConfigSourceSpecifier::Self_(_)) | None => {
@@ -76,8 +88,58 @@ fn api_source(config: &ApiConfigSource, path: &str) -> Result<Source> {
         Ok(ApiType::AggregatedDeltaGrpc) => {
             Err(FieldError::new(join(path, "api_type"), "Unsupported config source AGGREGATED_DELTA_GRPC"))
         }
+        Ok(ApiType::Rest) => Ok(Source::Rest(rest_source(config, path)?)),
         _ => Err(FieldError::unsupported(join(path, "api_type"))),
     }
+}
+
+fn rest_source(config: &ApiConfigSource, path: &str) -> Result<RestSource> {
+    transport_version(config, path)?;
+    if !config.grpc_services.is_empty() {
+        let text = "envoy.config.core.v3.ApiConfigSource, if not a gRPC type, must not have a gRPC service specified";
+        return Err(FieldError::new(join(path, "grpc_services"), text));
+    }
+    let cluster = match config.cluster_names.as_slice() {
+        [cluster] => cluster.clone(),
+        [] => {
+            let text = "API configs must have either a gRPC service or a cluster name defined";
+            return Err(FieldError::new(join(path, "cluster_names"), text));
+        }
+        _ => {
+            let text = "envoy.config.core.v3.ApiConfigSource must have a singleton cluster name specified";
+            return Err(FieldError::new(join(path, "cluster_names"), text));
+        }
+    };
+    if config.rate_limit_settings.is_some() {
+        return Err(FieldError::new(
+            join(path, "rate_limit_settings"),
+            "has no effect with REST: refresh_delay is the rate",
+        ));
+    }
+    let Some(refresh_delay) = duration(config.refresh_delay, path, "refresh_delay")? else {
+        let text = "refresh_delay is required for REST API configuration sources";
+        return Err(FieldError::new(join(path, "refresh_delay"), text));
+    };
+    let request_timeout = duration(config.request_timeout, path, "request_timeout")?;
+    Ok(RestSource { cluster, refresh_delay, request_timeout: request_timeout.unwrap_or(Duration::from_secs(1)) })
+}
+
+/// A path that is there now, as Envoy wants it. Text protobuf cannot be read yet.
+fn existing(file: &str, path: &str) -> Result<PathBuf> {
+    if !Path::new(file).exists() {
+        let text = format!("paths must refer to an existing path in the system: '{file}' does not exist");
+        return Err(FieldError::new(path, text));
+    }
+    if !file.contains('/') {
+        return Err(FieldError::new(path, format!("invalid file path {file}")));
+    }
+    if [".pb_text", ".pb_length_delimited"].iter().any(|extension| file.ends_with(extension)) {
+        return Err(FieldError::new(
+            path,
+            "files in protobuf's text or length-delimited form are not supported by culvert yet",
+        ));
+    }
+    Ok(PathBuf::from(file))
 }
 
 fn grpc_source(config: &ApiConfigSource, variant: Variant, path: &str) -> Result<GrpcSource> {

@@ -43,8 +43,18 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     // xDS
     (
         "envoy.config.core.v3.ConfigSource",
-        &["ads", "api_config_source", "self", "resource_api_version", "initial_fetch_timeout"],
+        &[
+            "ads",
+            "api_config_source",
+            "path",
+            "path_config_source",
+            "self",
+            "resource_api_version",
+            "initial_fetch_timeout",
+        ],
     ),
+    ("envoy.config.core.v3.PathConfigSource", ALL),
+    ("envoy.config.core.v3.WatchedDirectory", ALL),
     ("envoy.config.core.v3.SelfConfigSource", ALL),
     ("envoy.config.core.v3.AggregatedConfigSource", ALL),
     (

@@ -242,7 +242,7 @@ fn bootstraps_that_cannot_be_honoured_are_named() {
         ),
         (
             "dynamic_resources: { cds_config: { path: /x } }",
-            "dynamic_resources.cds_config.path: not supported by culvert yet",
+            "dynamic_resources.cds_config.path: paths must refer to an existing path in the system: '/x' does not exist",
         ),
         (
             "bootstrap_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.config.core.v3.Node } }]",

@@ -1,0 +1,142 @@
+//! The poller against a real HTTP server in this process.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, atomic::Ordering::Relaxed},
+};
+
+use hyper::{body::Incoming, service::service_fn};
+use serde_json::Value;
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::{
+    ads::{Interest, type_url::CLUSTER},
+    test_sink::{Notes, clusters, wait},
+};
+
+/// What the server answers, one after the other; the last for ever. A status of 0: not at all.
+type Script = Arc<Mutex<VecDeque<(u16, String)>>>;
+
+/// The path, the host and the body of a request.
+type Requests = Arc<Mutex<Vec<(String, String, Value)>>>;
+
+/// A server that plays a script, over HTTP/1.1.
+async fn server(script: &[(u16, String)]) -> (String, Requests) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let script: Script = Arc::new(Mutex::new(script.iter().cloned().collect()));
+    let requests = Requests::default();
+    let seen = Arc::clone(&requests);
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
+            let service = service_fn(move |request: http::Request<Incoming>| {
+                let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
+                async move {
+                    let path = request.uri().path().to_owned();
+                    let host = request.headers()[header::HOST].to_str().unwrap().to_owned();
+                    let body = request.into_body().collect().await?.to_bytes();
+                    seen.lock().unwrap().push((path, host, serde_json::from_slice(&body).unwrap()));
+                    let (status, body) = {
+                        let mut script = script.lock().unwrap();
+                        if script.len() > 1 { script.pop_front().unwrap() } else { script[0].clone() }
+                    };
+                    if status == 0 {
+                        std::future::pending::<()>().await;
+                    }
+                    let response = http::Response::builder().status(status);
+                    Ok::<_, hyper::Error>(response.body(Full::new(Bytes::from(body))).unwrap())
+                }
+            });
+            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    (address, requests)
+}
+
+struct Running {
+    notes: Arc<Notes>,
+    stats: Arc<ClientStats>,
+    task: tokio::task::AbortHandle,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn start(addresses: &[&str]) -> Running {
+    let notes = Arc::new(Notes::default());
+    let rest = RestSource {
+        cluster: "xds".to_owned(),
+        refresh_delay: Duration::from_millis(10),
+        request_timeout: Duration::from_millis(500),
+    };
+    let server = Server::plain(addresses.iter().map(ToString::to_string).collect());
+    let node = Node { id: "node-1".to_owned(), ..Default::default() };
+    let only = ResourceType::of(CLUSTER).unwrap();
+    let client = RestClient::new(rest, server, only, node, Arc::clone(&notes)).unwrap();
+    let stats = client.stats();
+    client.interests().set(CLUSTER, Interest::Wildcard);
+    Running { notes, stats, task: tokio::spawn(client.run()).abort_handle() }
+}
+
+#[tokio::test]
+async fn a_poll_says_who_asks_and_what_is_in_force() {
+    let (address, requests) = server(&[(200, clusters("1", &["a"])), (200, clusters("2", &["b"]))]).await;
+    let running = start(&[&address]);
+    running.notes.expect(&["connected true", "+a -", "+b -a"]).await;
+    wait(|| requests.lock().unwrap().len() >= 3).await;
+    let requests = requests.lock().unwrap();
+    let (path, host, first) = &requests[0];
+    assert_eq!((path.as_str(), host.as_str()), ("/v3/discovery:clusters", "xds"));
+    assert_eq!((first["node"]["id"].as_str(), first["type_url"].as_str()), (Some("node-1"), Some(CLUSTER)));
+    assert_eq!(first["version_info"], Value::Null);
+    assert_eq!(requests[1].2["version_info"], "1");
+    assert_eq!(requests[2].2["version_info"], "2");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_as_before_is_counted_and_not_applied_again() {
+    let (address, _) = server(&[(200, clusters("1", &["a"]))]).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_success.load(Relaxed) >= 3).await;
+    running.notes.expect(&["connected true", "+a -"]).await;
+    assert_eq!(counts.version(), "1");
+}
+
+#[tokio::test]
+async fn a_server_that_fails_is_asked_again_and_changes_nothing() {
+    let good = || (200, clusters("1", &["a"]));
+    let (address, _) =
+        server(&[good(), (503, String::new()), (200, "{".to_owned()), (0, String::new()), (304, String::new())]).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_failure.load(Relaxed) == 3).await;
+    wait(|| running.notes.all().len() == 4).await;
+    running.notes.expect(&["connected true", "+a -", "connected false", "connected true"]).await;
+    assert_eq!((counts.update_success.load(Relaxed), counts.update_rejected.load(Relaxed)), (1, 0));
+}
+
+#[tokio::test]
+async fn a_rejected_answer_is_counted_each_time() {
+    let (address, requests) = server(&[(200, clusters("1", &["bad", "a"]))]).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_rejected.load(Relaxed) >= 2).await;
+    assert_eq!(counts.update_success.load(Relaxed), 0);
+    assert_eq!(running.notes.all(), ["connected true", "+bad,a -"]);
+    assert_eq!(requests.lock().unwrap().last().unwrap().2["version_info"], Value::Null, "it is not in force");
+}
+
+#[tokio::test]
+async fn the_next_address_is_polled_when_one_does_not_answer() {
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    let (address, _) = server(&[(200, clusters("1", &["a"]))]).await;
+    let running = start(&[&gone, &address]);
+    running.notes.expect(&["connected true", "+a -"]).await;
+}
