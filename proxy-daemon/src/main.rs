@@ -184,6 +184,10 @@ async fn run(
         let dialer = Dialer::new(server, service);
         tokio::spawn(report::report_load(dialer, bootstrap.node.clone(), plane.clone()));
     }
+    if let Some(service) = bootstrap.health_discovery {
+        let server = service.target.server(&bootstrap.servers).context("hds_config")?;
+        tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.node.clone()));
+    }
     let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Header names that have no constant in `http`.
-pub(super) mod names {
+pub(crate) mod names {
     use http::HeaderName;
 
     macro_rules! names {
@@ -328,7 +328,7 @@ pub(super) fn prepare_response(head: &mut ResponseHead, config: &HttpConnectionM
 }
 
 /// Applies `request_headers_to_remove` and `request_headers_to_add`.
-pub(super) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutations) {
+pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutations) {
     mutate(headers, &mutations.request_remove, &mutations.request_add);
 }
 

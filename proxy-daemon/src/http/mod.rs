@@ -4,7 +4,7 @@ pub mod body;
 mod conn_manager;
 pub mod filters;
 mod forward;
-mod headers;
+pub(crate) mod headers;
 mod io;
 mod observe;
 mod redirect;

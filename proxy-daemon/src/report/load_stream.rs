@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, pin::pin, time::Instant};
 
-use culvert_xds_client::grpc::{DialError, Dialer};
+use culvert_xds_client::grpc::Dialer;
 use envoy_types::pb::envoy::{
     config::core::v3::Node,
     service::load_stats::v3::{
@@ -13,7 +13,7 @@ use futures_util::{TryFutureExt, TryStreamExt};
 use tokio::{sync::mpsc, time::sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::LoadReporter;
+use super::{Ended, LoadReporter};
 use crate::{
     runtime::DataPlane,
     stats::{self, Counter},
@@ -26,23 +26,6 @@ struct LoadStats {
     responses: Counter,
     errors: Counter,
     retries: Counter,
-}
-
-/// Why a stream ended.
-#[derive(Debug, thiserror::Error)]
-enum Ended {
-    #[error(transparent)]
-    Dial(#[from] DialError),
-    #[error("the load reporting server ended the stream: {:?}: {}", .0.code(), .0.message())]
-    Status(Box<tonic::Status>),
-    #[error("the load reporting server closed the stream")]
-    Closed,
-}
-
-impl From<tonic::Status> for Ended {
-    fn from(status: tonic::Status) -> Self {
-        Ended::Status(Box::new(status))
-    }
 }
 
 /// Reports the load of `plane`'s clusters to the server, for ever: `cluster_manager.load_stats_config`.
@@ -64,7 +47,7 @@ pub async fn report_load(mut dialer: Dialer, mut node: Node, plane: DataPlane) -
         }
         let address = dialer.address().to_owned();
         let wait = dialer.lost(answered);
-        tracing::warn!(%address, retry_in = ?wait, "{ended}; load is counted on and reported later");
+        tracing::warn!(%address, retry_in = ?wait, "load reports: {ended}; load is counted on and told later");
         tokio::time::sleep(wait).await;
         stats.retries.inc();
     }

@@ -6,6 +6,7 @@
 mod cluster;
 mod connect;
 pub mod dns;
+pub mod health_check;
 mod host;
 mod lb;
 mod limits;

@@ -52,6 +52,8 @@ pub struct Bootstrap {
     pub servers: BTreeMap<String, Server>,
     /// Where load reports go.
     pub load_stats: Option<GrpcService>,
+    /// Who says what to check, and is told how it is.
+    pub health_discovery: Option<GrpcService>,
     /// Where clusters come from, besides the bootstrap.
     pub cds: Option<ConfigSource>,
     /// Where listeners come from, besides the bootstrap.
@@ -84,10 +86,12 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let (ads, cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
     static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
-    let load_stats = load_stats
-        .map(|config| grpc_client(config, &sources.servers, "cluster_manager.load_stats_config"))
-        .transpose()?
-        .map(|source| source.service);
+    let service = |config: Option<&ApiConfigSource>, path: &str| {
+        let source = config.map(|config| grpc_client(config, &sources.servers, path)).transpose()?;
+        Ok::<_, FieldError>(source.map(|source| source.service))
+    };
+    let load_stats = service(load_stats, "cluster_manager.load_stats_config")?;
+    let health_discovery = service(message.hds_config.as_ref(), "hds_config")?;
     known_clusters(&listeners, &clusters)?;
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
         Some(address) => {
@@ -110,6 +114,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         ads,
         servers: sources.servers,
         load_stats,
+        health_discovery,
         cds,
         lds,
         runtime,

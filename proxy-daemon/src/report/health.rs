@@ -1,0 +1,155 @@
+//! What is checked for a management server, and what a report says of it.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use envoy_types::pb::{
+    envoy::{
+        config::{
+            core::v3::{HealthCheck, HealthStatus, Locality as ProtoLocality},
+            endpoint::v3::Endpoint,
+        },
+        service::health::v3::{
+            ClusterEndpointsHealth, EndpointHealth, EndpointHealthResponse, HealthCheckSpecifier,
+            LocalityEndpointsHealth,
+        },
+    },
+    google::protobuf::{Struct, Value, value::Kind},
+};
+
+use super::load::proto_address;
+use crate::{
+    config::{
+        FieldError,
+        model::{EndpointAddress, Locality},
+        parse::{self, HealthChecks},
+    },
+    stats::{self, Scope},
+    upstream::health_check::{Health, HealthCheckStats, HealthChecker},
+};
+
+/// The checks that a management server has asked for. They go on when its stream is lost.
+#[derive(Debug, Default)]
+pub struct HealthReporter {
+    clusters: Vec<Cluster>,
+}
+
+#[derive(Debug)]
+struct Cluster {
+    name: String,
+    localities: Vec<(Locality, Vec<Target>)>,
+}
+
+#[derive(Debug)]
+struct Target {
+    address: EndpointAddress,
+    /// Each with the message that it was made from.
+    checkers: Vec<(HealthCheck, HealthChecker)>,
+}
+
+impl Target {
+    /// Healthy where all checks pass; else what the first says that does not. Without a check: not healthy, as in Envoy.
+    fn health(&self) -> Health {
+        let healths = || self.checkers.iter().map(|(_, checker)| checker.health());
+        healths().find(|health| !health.healthy).or_else(|| healths().last()).unwrap_or_default()
+    }
+}
+
+impl HealthReporter {
+    /// Checks what the server wants from now on, and says how often it wants to be told. What was checked in the same way
+    /// before is not disturbed. Must be called within the control runtime.
+    ///
+    /// # Errors
+    /// The field that is wrong or not honoured: everything stays as it was.
+    pub fn assign(&mut self, specifier: &HealthCheckSpecifier) -> Result<Duration, FieldError> {
+        let (interval, wanted) = parse::health_check_specifier(specifier)?;
+        let mut before: HashMap<(String, EndpointAddress), Target> = HashMap::new();
+        let mut gone = Vec::new();
+        for cluster in self.clusters.drain(..) {
+            // Those without a name are made anew, as in Envoy: nothing tells one from another.
+            if !cluster.name.is_empty() {
+                let targets = cluster.localities.into_iter().flat_map(|(_, targets)| targets);
+                before.extend(targets.map(|target| ((cluster.name.clone(), target.address.clone()), target)));
+            }
+            gone.push(cluster.name);
+        }
+        gone.retain(|name| !wanted.iter().any(|cluster| cluster.cluster == *name));
+        self.clusters = wanted.into_iter().map(|cluster| Cluster::new(cluster, &mut before)).collect();
+        drop(before);
+        for name in gone {
+            stats::remove_scope(&Scope::cluster(&name).child("health_check"));
+        }
+        Ok(interval)
+    }
+
+    /// The health of everything that is checked.
+    pub fn report(&self) -> EndpointHealthResponse {
+        let cluster_endpoints_health: Vec<_> = self.clusters.iter().map(Cluster::report).collect();
+        let localities = cluster_endpoints_health.iter().flat_map(|cluster| &cluster.locality_endpoints_health);
+        let endpoints_health = localities.flat_map(|locality| &locality.endpoints_health).cloned().collect();
+        #[expect(deprecated, reason = "Envoy fills both")]
+        let response = EndpointHealthResponse { endpoints_health, cluster_endpoints_health };
+        response
+    }
+}
+
+impl Cluster {
+    fn new(wanted: HealthChecks, before: &mut HashMap<(String, EndpointAddress), Target>) -> Cluster {
+        let stats = HealthCheckStats::new(Scope::cluster(&wanted.cluster));
+        let target = |address: EndpointAddress, before: &mut HashMap<_, Target>| {
+            let old = before.remove(&(wanted.cluster.clone(), address.clone()));
+            let health = old.as_ref().map(Target::health).unwrap_or_default();
+            let mut old = old.map(|old| old.checkers).unwrap_or_default();
+            let checker = |(message, config): &(HealthCheck, Arc<_>)| {
+                let same = old.iter().position(|(other, _)| other == message);
+                same.map(|index| old.swap_remove(index)).unwrap_or_else(|| {
+                    // Nobody sends traffic to what is only checked: the intervals are those without traffic, as in Envoy.
+                    let traffic = Arc::new(|| false);
+                    let (config, address) = (Arc::clone(config), address.clone());
+                    (message.clone(), HealthChecker::start(config, address, health, stats, traffic))
+                })
+            };
+            let checkers = wanted.checks.iter().map(checker).collect();
+            Target { address, checkers }
+        };
+        let localities = wanted.localities.into_iter().map(|(locality, addresses)| {
+            (locality, addresses.into_iter().map(|address| target(address, before)).collect())
+        });
+        Cluster { localities: localities.collect(), name: wanted.cluster.clone() }
+    }
+
+    fn report(&self) -> ClusterEndpointsHealth {
+        let locality = |(locality, targets): &(Locality, Vec<Target>)| {
+            let Locality { region, zone, sub_zone } = locality.clone();
+            LocalityEndpointsHealth {
+                locality: Some(ProtoLocality { region, zone, sub_zone }),
+                endpoints_health: targets.iter().map(endpoint_health).collect(),
+            }
+        };
+        ClusterEndpointsHealth {
+            cluster_name: self.name.clone(),
+            locality_endpoints_health: self.localities.iter().map(locality).collect(),
+        }
+    }
+}
+
+fn endpoint_health(target: &Target) -> EndpointHealth {
+    let health = target.health();
+    let status = match health {
+        Health { healthy: true, .. } => HealthStatus::Healthy,
+        Health { timed_out: true, .. } => HealthStatus::Timeout,
+        _ => HealthStatus::Unhealthy,
+    };
+    let code = health.http_status.map(|code| {
+        let value = Value { kind: Some(Kind::NumberValue(f64::from(code))) };
+        Struct { fields: [("http_status_code".to_owned(), value)].into() }
+    });
+    EndpointHealth {
+        endpoint: Some(Endpoint { address: Some(proto_address(&target.address)), ..Endpoint::default() }),
+        health_status: status.into(),
+        health_metadata: code,
+    }
+}
+
+#[cfg(test)]
+#[path = "health_tests.rs"]
+mod tests;
