@@ -23,7 +23,7 @@ use crate::{
         model::{EndpointAddress, Locality},
         parse::{self, HealthChecks},
     },
-    stats::{self, Scope},
+    stats::Scope,
     upstream::health_check::{Health, HealthCheckStats, HealthChecker},
 };
 
@@ -63,21 +63,12 @@ impl HealthReporter {
     pub fn assign(&mut self, specifier: &HealthCheckSpecifier) -> Result<Duration, FieldError> {
         let (interval, wanted) = parse::health_check_specifier(specifier)?;
         let mut before: HashMap<(String, EndpointAddress), Target> = HashMap::new();
-        let mut gone = Vec::new();
-        for cluster in self.clusters.drain(..) {
-            // Those without a name are made anew, as in Envoy: nothing tells one from another.
-            if !cluster.name.is_empty() {
-                let targets = cluster.localities.into_iter().flat_map(|(_, targets)| targets);
-                before.extend(targets.map(|target| ((cluster.name.clone(), target.address.clone()), target)));
-            }
-            gone.push(cluster.name);
+        // Those without a name are made anew, as in Envoy: nothing tells one from another.
+        for cluster in self.clusters.drain(..).filter(|cluster| !cluster.name.is_empty()) {
+            let targets = cluster.localities.into_iter().flat_map(|(_, targets)| targets);
+            before.extend(targets.map(|target| ((cluster.name.clone(), target.address.clone()), target)));
         }
-        gone.retain(|name| !wanted.iter().any(|cluster| cluster.cluster == *name));
         self.clusters = wanted.into_iter().map(|cluster| Cluster::new(cluster, &mut before)).collect();
-        drop(before);
-        for name in gone {
-            stats::remove_scope(&Scope::cluster(&name).child("health_check"));
-        }
         Ok(interval)
     }
 
@@ -105,7 +96,7 @@ impl Cluster {
                     // Nobody sends traffic to what is only checked: the intervals are those without traffic, as in Envoy.
                     let traffic = Arc::new(|| false);
                     let (config, address) = (Arc::clone(config), address.clone());
-                    (message.clone(), HealthChecker::start(config, address, health, stats, traffic))
+                    (message.clone(), HealthChecker::start(config, address, health, stats.clone(), traffic))
                 })
             };
             let checkers = wanted.checks.iter().map(checker).collect();
@@ -135,8 +126,9 @@ impl Cluster {
 fn endpoint_health(target: &Target) -> EndpointHealth {
     let health = target.health();
     let status = match health {
-        Health { healthy: true, .. } => HealthStatus::Healthy,
+        Health { healthy: true, degraded: false, .. } => HealthStatus::Healthy,
         Health { timed_out: true, .. } => HealthStatus::Timeout,
+        // Degraded ones too: that is what Envoy makes of them here.
         _ => HealthStatus::Unhealthy,
     };
     let code = health.http_status.map(|code| {

@@ -14,7 +14,7 @@ use envoy_types::pb::{
     },
     google::protobuf::UInt32Value,
 };
-use http::{HeaderValue, Method};
+use http::{Method, uri::Authority};
 
 use super::{
     common::{Result, duration, endpoint_address, header_value, headers_to_add, headers_to_remove, required},
@@ -139,18 +139,14 @@ fn http_check(check: &HttpHealthCheck, cluster: &str, path: &str) -> Result<Http
         Ok(CodecClientType::Http2) => true,
         _ => return Err(FieldError::unsupported(join(path, "codec_client_type"))),
     };
-    let (host, host_path) = match check.host.as_str() {
-        "" => (cluster, "cluster_name".to_owned()),
-        host => (host, join(path, "host")),
-    };
-    let host: HeaderValue = header_value(host, &host_path)?;
-    if http2 && http::uri::Authority::try_from(host.as_bytes()).is_err() {
-        return Err(FieldError::new(host_path, format!("{host:?} is not an authority, which HTTP/2 needs")));
+    let host = if check.host.is_empty() { cluster } else { &check.host };
+    if http2 {
+        authority(host, &join(path, "host"))?;
     }
     let expected = ranges(&check.expected_statuses, path, "expected_statuses")?;
     let matcher = check.service_name_matcher.as_ref();
     Ok(HttpCheck {
-        host,
+        host: header_value(host, &join(path, "host"))?,
         path: check.path.parse().map_err(|_| {
             FieldError::new(join(path, "path"), format!("{:?} is not the path of a request", check.path))
         })?,
@@ -215,20 +211,21 @@ fn tcp_check(check: &TcpHealthCheck, path: &str) -> Result<TcpCheck> {
 }
 
 fn grpc_check(check: &GrpcHealthCheck, cluster: &str, path: &str) -> Result<GrpcCheck> {
-    let (authority, authority_path) = match check.authority.as_str() {
-        "" => (cluster, "cluster_name".to_owned()),
-        authority => (authority, join(path, "authority")),
-    };
+    let name = if check.authority.is_empty() { cluster } else { &check.authority };
     Ok(GrpcCheck {
         service_name: check.service_name.clone(),
-        authority: authority
-            .parse()
-            .map_err(|_| FieldError::new(authority_path, format!("{authority:?} is not an authority")))?,
+        authority: authority(name, &join(path, "authority"))?,
         headers: HeaderMutations {
             request_add: headers_to_add(&check.initial_metadata, path, "initial_metadata")?,
             ..HeaderMutations::default()
         },
     })
+}
+
+/// What HTTP/2 needs for a host; the cluster's name stands for one that is not set.
+fn authority(name: &str, path: &str) -> Result<Authority> {
+    let text = || format!("{name:?} is not an authority (the cluster's name stands for one that is not set)");
+    name.parse().map_err(|_| FieldError::new(path, text()))
 }
 
 fn payloads(payloads: &[Payload], path: &str) -> Result<Vec<Vec<u8>>> {

@@ -302,3 +302,60 @@ fn load_reports_need_a_server() {
     assert_eq!(error, "cluster_manager.local_cluster_name: not supported by culvert yet");
     assert_eq!(load("{}").unwrap().load_stats, None);
 }
+
+#[test]
+fn health_check_specifiers_are_checked() {
+    use crate::config::model::Check;
+    let specifier = |check: &str| {
+        let yaml = format!(
+            "cluster_health_checks: [{{ cluster_name: a.example, health_checks: [{{ timeout: 1s, interval: 2s, unhealthy_threshold: 1, \
+             healthy_threshold: 1, {check} }}], locality_endpoints: [{{ endpoints: [{{ address: {{ socket_address: {{ address: \
+             10.0.0.1, port_value: 1 }} }} }}] }}] }}]"
+        );
+        let message = json::from_yaml(&yaml).map_err(|error| error.to_string())?;
+        health_check_specifier(&message).map_err(|error| error.to_string())
+    };
+    let (interval, clusters) = specifier("http_health_check: { path: /x }, interval_jitter: 1s").unwrap();
+    assert_eq!(interval.as_secs(), 1);
+    let config = &clusters[0].checks[0].1;
+    assert_eq!((config.unhealthy_edge_interval.as_secs(), config.no_traffic_healthy_interval.as_secs()), (2, 60));
+    let Check::Http(http) = &config.check else { panic!("{config:?}") };
+    assert_eq!(
+        (&http.host, http.path.as_str(), http.response_buffer_size),
+        (&"a.example".parse().unwrap(), "/x", 1024)
+    );
+    assert_eq!(http.expected_statuses, [(200, 201)]);
+    let (_, clusters) = specifier("tcp_health_check: { send: { text: '01fF' }, receive: [{ binary: AQI= }] }").unwrap();
+    let Check::Tcp(tcp) = &clusters[0].checks[0].1.check else { panic!("{clusters:?}") };
+    assert_eq!((&tcp.send, &tcp.receive), (&vec![1, 255], &vec![vec![1, 2]]));
+
+    let at = "cluster_health_checks[0].health_checks[0]";
+    for (check, expected) in [
+        ("http_health_check: { path: /, send: { text: '01' } }", "http_health_check.send: a GET request has no body"),
+        ("http_health_check: { path: 'a b' }", "http_health_check.path: "),
+        ("http_health_check: { path: /, host: 'a b', codec_client_type: HTTP2 }", "http_health_check.host: "),
+        (
+            "http_health_check: { path: /, codec_client_type: HTTP3 }",
+            "http_health_check.codec_client_type: not supported",
+        ),
+        (
+            "http_health_check: { path: /, expected_statuses: [{ start: 99, end: 200 }] }",
+            "http_health_check.expected_statuses[0]: ",
+        ),
+        (
+            "http_health_check: { path: /, retriable_statuses: [{ start: 9, end: 9 }] }",
+            "http_health_check.retriable_statuses[0]: ",
+        ),
+        ("tcp_health_check: { send: { text: '0' } }", "tcp_health_check.send.text: invalid hex string '0'"),
+        ("tcp_health_check: { receive: [{ text: '0g' }] }", "tcp_health_check.receive[0].text: "),
+        ("tcp_health_check: { proxy_protocol_config: {} }", "tcp_health_check.proxy_protocol_config: not supported"),
+        ("grpc_health_check: { authority: 'a/b' }", "grpc_health_check.authority: "),
+        ("custom_health_check: { name: redis }", "custom_health_check: not supported"),
+        ("tcp_health_check: {}, event_log_path: /x", "event_log_path: not supported"),
+        ("tcp_health_check: {}, tls_options: {}", "tls_options: not supported"),
+        ("tcp_health_check: {}, no_traffic_interval: 0s", "no_traffic_interval: "),
+    ] {
+        let error = specifier(check).unwrap_err();
+        assert!(error.starts_with(&format!("{at}.{expected}")), "{check}: {error}");
+    }
+}

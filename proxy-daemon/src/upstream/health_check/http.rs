@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderValue, Request, Uri, Version,
-    header::{HOST, USER_AGENT},
+    HeaderMap, HeaderValue, Method, Request, Uri, Version,
+    header::{CONTENT_LENGTH, HOST, USER_AGENT},
     response::Parts,
     uri::Scheme,
 };
@@ -171,6 +171,9 @@ fn request(check: &HttpCheck) -> Request<Full<Bytes>> {
         headers.insert(HOST, check.host.clone());
     }
     headers.insert(USER_AGENT, HEALTH_CHECKER);
+    if matches!(check.method, Method::POST | Method::PUT | Method::PATCH | Method::OPTIONS) {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(check.send.len()));
+    }
     mutate_request(&mut headers, &check.headers);
     // A path alone, or all three: the authority was checked with the configuration.
     *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();

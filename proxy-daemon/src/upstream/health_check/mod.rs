@@ -18,14 +18,14 @@ use self::{
 };
 use crate::{
     config::model::{Check, EndpointAddress, HealthCheckConfig},
-    stats::{Counter, Gauge, Scope},
+    stats::{Counter, Gauge, Lease, Scope},
 };
 
 /// No host is checked more often than this, whatever is configured.
 const MIN_WAIT: Duration = Duration::from_millis(1);
 
 /// `cluster.<name>.health_check.*`, as Envoy names them.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct HealthCheckStats {
     attempt: Counter,
     success: Counter,
@@ -34,12 +34,15 @@ pub struct HealthCheckStats {
     verify_cluster: Counter,
     degraded: Gauge,
     healthy: Gauge,
+    /// Every check holds it, so that the slots stay its own until it has ended.
+    _lease: Arc<Lease>,
 }
 
 impl HealthCheckStats {
     /// Those of a cluster, whose scope `cluster` is.
     pub fn new(cluster: Scope) -> HealthCheckStats {
         let scope = cluster.child("health_check");
+        let lease = Arc::new(scope.lease());
         // There are no passive checks yet; Envoy shows it all the same.
         scope.counter("passive_failure");
         HealthCheckStats {
@@ -50,6 +53,7 @@ impl HealthCheckStats {
             verify_cluster: scope.counter("verify_cluster"),
             degraded: scope.gauge("degraded"),
             healthy: scope.gauge("healthy"),
+            _lease: lease,
         }
     }
 }
@@ -102,7 +106,7 @@ enum Probe {
 }
 
 impl Probe {
-    fn new(check: &Check, reuse: bool, address: EndpointAddress, stats: HealthCheckStats) -> Probe {
+    fn new(check: &Check, reuse: bool, address: EndpointAddress, stats: &HealthCheckStats) -> Probe {
         match check {
             Check::Http(_) => Probe::Http(HttpProbe::new(address, reuse, stats.verify_cluster)),
             Check::Tcp(_) => Probe::Tcp(TcpProbe::new(address, reuse)),
@@ -158,9 +162,9 @@ async fn run(
     sender: watch::Sender<Health>,
 ) {
     let mut session = Session::new(*sender.borrow());
-    let mut shown = Shown { stats, healthy: false, degraded: false };
+    let mut shown = Shown { stats: stats.clone(), healthy: false, degraded: false };
     shown.show(session.health.healthy, session.health.degraded);
-    let mut probe = Probe::new(&config.check, config.reuse_connection, address, stats);
+    let mut probe = Probe::new(&config.check, config.reuse_connection, address, &stats);
     tokio::time::sleep(part(config.initial_jitter)).await;
     loop {
         stats.attempt.inc();

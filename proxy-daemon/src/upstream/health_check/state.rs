@@ -126,7 +126,13 @@ impl Session {
     }
 
     /// Time until the next check, after one that changed this. `traffic`: the cluster has had any.
-    pub(super) fn wait(&self, config: &HealthCheckConfig, transition: Transition, passed: bool, traffic: bool) -> Duration {
+    pub(super) fn wait(
+        &self,
+        config: &HealthCheckConfig,
+        transition: Transition,
+        passed: bool,
+        traffic: bool,
+    ) -> Duration {
         let pending = transition == Transition::Pending;
         let base = match (traffic, passed, pending) {
             (false, true, false) => config.no_traffic_healthy_interval,
