@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Cluster, Clusters, Host, HostCounter,
+    Cluster, ClusterMap, Clusters, Host, HostCounter,
     lb::{self, LoadBalancer},
     original_dst::OriginalDstHosts,
     pool::Pool,
@@ -21,13 +21,16 @@ pub struct WorkerClusters {
     shared: Arc<Clusters>,
     worker: usize,
     version: Cell<u64>,
-    by_name: RefCell<HashMap<Arc<str>, Rc<WorkerCluster>>>,
+    /// All there are, of that version.
+    map: RefCell<Arc<ClusterMap>>,
+    /// Those that this worker has used: most workers use few of thousands.
+    used: RefCell<HashMap<Arc<str>, Rc<WorkerCluster>>>,
 }
 
 impl WorkerClusters {
     /// For the worker with this index.
     pub fn new(shared: Arc<Clusters>, worker: usize) -> WorkerClusters {
-        WorkerClusters { shared, worker, version: Cell::new(0), by_name: RefCell::default() }
+        WorkerClusters { shared, worker, version: Cell::new(0), map: RefCell::default(), used: RefCell::default() }
     }
 
     /// Adopts what changed, so that connections to hosts that are gone do not wait for the next request to be closed.
@@ -36,7 +39,7 @@ impl WorkerClusters {
         if version != self.version.get() {
             self.refresh(version);
         }
-        for cluster in self.by_name.borrow().values() {
+        for cluster in self.used.borrow().values() {
             let version = cluster.cluster.hosts_version();
             // A cluster that was never used has nothing to close.
             if cluster.hosts_version.get() != 0 && version != cluster.hosts_version.get() {
@@ -51,33 +54,38 @@ impl WorkerClusters {
         if version != self.version.get() {
             self.refresh(version);
         }
-        self.by_name.borrow().get(name).map(Rc::clone)
+        if let Some(known) = self.used.borrow().get(name) {
+            return Some(Rc::clone(known));
+        }
+        self.first_use(name)
+    }
+
+    #[cold]
+    fn first_use(&self, name: &str) -> Option<Rc<WorkerCluster>> {
+        let map = self.map.borrow();
+        let (name, shared) = map.get_key_value(name)?;
+        let cluster = Rc::new(WorkerCluster::new(Arc::clone(shared), self.worker));
+        self.used.borrow_mut().insert(Arc::clone(name), Rc::clone(&cluster));
+        Some(cluster)
     }
 
     /// Adopts the registry's clusters; those that did not change keep their state.
     fn refresh(&self, version: u64) {
         self.version.set(version);
         let map = self.shared.load();
-        let mut mine = self.by_name.borrow_mut();
-        mine.retain(|name, cluster| {
-            let keep = map.contains_key(name);
-            if !keep {
+        self.used.borrow_mut().retain(|name, cluster| match map.get(name) {
+            Some(shared) => {
+                if !Arc::ptr_eq(&cluster.cluster, shared) {
+                    *cluster = Rc::new(WorkerCluster::replacing(cluster, Arc::clone(shared)));
+                }
+                true
+            }
+            None => {
                 cluster.retire();
+                false
             }
-            keep
         });
-        for (name, shared) in map.iter() {
-            match mine.get(name) {
-                Some(known) if Arc::ptr_eq(&known.cluster, shared) => {}
-                Some(replaced) => {
-                    let next = WorkerCluster::replacing(replaced, Arc::clone(shared));
-                    mine.insert(Arc::clone(name), Rc::new(next));
-                }
-                None => {
-                    mine.insert(Arc::clone(name), Rc::new(WorkerCluster::new(Arc::clone(shared), self.worker)));
-                }
-            }
-        }
+        self.map.replace(map);
     }
 }
 

@@ -22,14 +22,32 @@ pub struct RouteConfig {
 }
 
 impl RouteConfig {
-    /// The first cluster that a route names by name and that is not `known`.
-    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<&str> {
+    /// The clusters that routes name by name; one may occur more than once.
+    pub fn cluster_names(&self) -> impl Iterator<Item = &str> {
         let routes = self.virtual_hosts.iter().flat_map(|host| &host.routes);
-        let mut names = routes.flat_map(|route| match &route.action {
+        routes.flat_map(|route| route.cluster_names())
+    }
+
+    /// The first cluster that a route names by name and that is not `known`, with the path of the route's action.
+    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<(String, &str)> {
+        for (host_index, host) in self.virtual_hosts.iter().enumerate() {
+            for (index, route) in host.routes.iter().enumerate() {
+                if let Some(name) = route.cluster_names().into_iter().find(|name| !known(name)) {
+                    return Some((format!("virtual_hosts[{host_index}].routes[{index}].route"), name));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Route {
+    /// The clusters that it names by name.
+    pub fn cluster_names(&self) -> Vec<&str> {
+        match &self.action {
             RouteAction::Forward(action) => action.cluster.names(),
             RouteAction::Redirect(_) | RouteAction::DirectResponse { .. } => Vec::new(),
-        });
-        names.find(|name| !known(name))
+        }
     }
 }
 

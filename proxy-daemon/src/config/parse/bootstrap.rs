@@ -195,9 +195,9 @@ fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<
             if routes.validate_clusters == Some(false) {
                 continue;
             }
-            if let Some(name) = routes.unknown_cluster(|name| known.contains(name)) {
+            if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
                 let path = format!("static_resources.listeners[{index}]");
-                return Err(FieldError::new(path, format!("route: unknown cluster '{name}'")));
+                return Err(FieldError::new(path, format!("route: unknown cluster '{name}' ({route})")));
             }
         }
     }

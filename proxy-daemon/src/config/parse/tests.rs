@@ -69,7 +69,7 @@ fn routes_that_cannot_be_honoured_are_named() {
     let cases = [
         (
             "{ match: { prefix: / }, route: { cluster: nobody } }",
-            "static_resources.listeners[0]: route: unknown cluster 'nobody'",
+            "static_resources.listeners[0]: route: unknown cluster 'nobody' (virtual_hosts[0].routes[0].route)",
         ),
         (
             "{ match: { prefix: / }, route: { cluster: up, hash_policy: [{ header: { header_name: x } }] } }",

@@ -1,6 +1,9 @@
 //! Clusters: of the bootstrap, and of CDS.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use culvert_xds_client::ads::{Resource, Update};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
@@ -69,8 +72,11 @@ impl<A: Apply> ConfigStore<A> {
     /// Takes an update of CDS.
     pub(super) fn take_clusters(&self, state: &mut State, update: Update, id: UpdateId) {
         if update.complete {
-            let names: std::collections::BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
+            let names: BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
             state.clusters.refused.retain(|name, _| names.contains(name.as_str()));
+        }
+        for name in &update.unchanged {
+            state.clusters.refused.remove(&**name);
         }
         let mut rejected = false;
         for resource in update.added {

@@ -1,6 +1,9 @@
 //! Listeners: of the bootstrap, and of LDS.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use culvert_xds_client::ads::{Resource, Update};
 use envoy_types::pb::envoy::config::listener::v3::Listener as Message;
@@ -90,8 +93,11 @@ impl<A: Apply> ConfigStore<A> {
     /// Takes an update of LDS. Removed ones go first, so that others may have their addresses, as in Envoy.
     pub(super) fn take_listeners(&self, state: &mut State, update: Update, id: UpdateId) {
         if update.complete {
-            let names: std::collections::BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
+            let names: BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
             state.listeners.refused.retain(|name, _| names.contains(name.as_str()));
+        }
+        for name in &update.unchanged {
+            state.listeners.refused.remove(&**name);
         }
         for name in update.removed {
             self.remove_listener(state, &name);

@@ -23,6 +23,7 @@
 mod apply;
 mod clusters;
 mod counts;
+mod held;
 mod kinds;
 mod listeners;
 mod named;
@@ -236,6 +237,7 @@ impl<A: Apply> ConfigStore<A> {
             if !changes.is_empty() {
                 self.0.apply.change_clusters(changes);
             }
+            self.let_go(state);
             if !self.advance(state) {
                 break;
             }

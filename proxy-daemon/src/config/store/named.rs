@@ -22,10 +22,23 @@ use crate::config::FieldError;
 
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of resources that are asked for by name.
+    ///
+    /// What the server removes stays in force for as long as somebody needs it, as in Envoy.
     pub(super) fn take_named(&self, state: &mut State, kind: Kind, source: &Source, update: Update, id: UpdateId) {
+        for name in &update.unchanged {
+            if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
+                entry.refused = None;
+                let users = entry.users.clone();
+                self.count(state, kind, name, &users, true);
+            }
+        }
+        // What does not exist is not waited for.
+        for name in &update.absent {
+            self.settle(state, kind, source, name);
+        }
         for resource in update.added {
             let name = resource.name.clone();
-            if let Err(error) = self.take_one(state, kind, source, resource) {
+            if let Err(error) = self.take_one(state, kind, source, resource, id) {
                 state.updates.reject(id, &name, error.to_string());
             }
         }
@@ -45,19 +58,34 @@ impl<A: Apply> ConfigStore<A> {
         self.settle(state, Kind::Runtime, source, name);
     }
 
-    fn take_one(&self, state: &mut State, kind: Kind, source: &Source, resource: Resource) -> Result<(), FieldError> {
+    fn take_one(
+        &self,
+        state: &mut State,
+        kind: Kind,
+        source: &Source,
+        resource: Resource,
+        id: UpdateId,
+    ) -> Result<(), FieldError> {
         let name = resource.name.clone();
         // Nobody asked for it: accepted and forgotten, as in Envoy.
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         if resources::is_unchanged(&mut entry.stored, &resource) {
             entry.refused = None;
             let users = entry.users.clone();
+            self.drop_held(state, source, &name);
             self.count(state, kind, &name, &users, true);
             return Ok(());
         }
         let parsed = kind.parse(&name, &resource.body).and_then(|value| state.check(&value).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let users = entry.users.clone();
+        self.drop_held(state, source, &name);
+        if let Ok(Value::Routes(routes)) = &parsed
+            && self.hold(state, source, &resource, routes, id)
+        {
+            return Ok(());
+        }
+        let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let result = match parsed {
             Ok(value) => {
                 entry.stored = Some(resources::version(resource));
@@ -101,7 +129,7 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
+    pub(super) fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
         match kind {
             Kind::Endpoints => {
                 for user in users {
@@ -169,6 +197,7 @@ impl<A: Apply> ConfigStore<A> {
     pub(super) fn release(&self, state: &mut State, needs: &[Need], version: VersionId) {
         for Need { kind, wanted } in state.release(needs, version) {
             if *kind == Kind::Routes {
+                self.drop_held(state, &wanted.from.source, &wanted.name);
                 self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
             }
         }
@@ -179,11 +208,12 @@ impl State {
     /// What a resource is held to besides its own fields.
     fn check(&self, value: &Value) -> Result<(), FieldError> {
         let Value::Routes(routes) = value else { return Ok(()) };
+        if routes.validate_clusters != Some(true) {
+            return Ok(());
+        }
         match routes.unknown_cluster(|name| self.clusters.by_name.contains_key(name)) {
-            Some(name) if routes.validate_clusters == Some(true) => {
-                Err(FieldError::new("virtual_hosts", format!("route: unknown cluster '{name}'")))
-            }
-            _ => Ok(()),
+            Some((path, name)) => Err(FieldError::new(path, format!("route: unknown cluster '{name}'"))),
+            None => Ok(()),
         }
     }
 

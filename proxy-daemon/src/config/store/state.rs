@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::{
     StartUp,
     clusters::Clusters,
+    held::HeldRoutes,
     kinds::{Kind, Need},
     listeners::Listeners,
     updates::Updates,
@@ -80,6 +81,7 @@ pub(in crate::config) struct State {
     pub(super) overriding: usize,
     pub(super) asks_for_overrides: bool,
     pub(super) updates: Updates,
+    pub(super) held: Vec<HeldRoutes>,
     /// Clusters to be changed when the update has been taken.
     pub(super) changes: Vec<ClusterChange>,
     due: BTreeMap<Instant, Vec<Due>>,
@@ -103,6 +105,7 @@ impl State {
             overriding: 0,
             asks_for_overrides: false,
             updates: Updates::default(),
+            held: Vec::new(),
             changes: Vec::new(),
             due: BTreeMap::new(),
             next_version: 0,

@@ -46,7 +46,7 @@ fn routes_are_held_to_their_own_validate_clusters() {
     };
     let strict = resource::<RouteConfiguration>("web", &yaml("validate_clusters: true,"));
     let outcome = store.update(update(RouteConfiguration::type_url(), vec![strict]));
-    assert_eq!(outcome.rejected()[0].message, "virtual_hosts: route: unknown cluster 'nobody'");
+    assert_eq!(outcome.rejected()[0].message, "virtual_hosts[0].routes[0].route: route: unknown cluster 'nobody'");
     assert_eq!(calls.take(), ["listener in"], "not waited for any longer");
     let lenient = resource::<RouteConfiguration>("web", &yaml(""));
     assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![lenient])).rejected(), []);
@@ -88,4 +88,48 @@ fn sources_are_kept_apart() {
     assert_eq!(calls.take(), ["cluster a with 1"]);
     store.later(Duration::from_secs(3600));
     assert_eq!(calls.take(), [""; 0]);
+}
+
+#[test]
+fn routes_in_use_wait_for_the_new_clusters_that_they_name() {
+    let (store, calls) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("old")]));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("old", &[80])]));
+    store.update(update(Listener::type_url(), vec![listener("in", "web")]));
+    store.update(update(RouteConfiguration::type_url(), vec![routes("web", "old")]));
+    calls.take();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("old"), eds_cluster("new")]));
+    let rds = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "new")]));
+    assert!(cds.is_open() && rds.is_open());
+    assert_eq!(calls.take(), [""; 0], "the old routes serve on");
+    // Newer routes replace those that wait, and so do the old ones again.
+    let again = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "new")]));
+    assert_eq!(rds.rejected(), []);
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("new", &[80])]));
+    assert_eq!(calls.take(), ["cluster new with 1", "routes web"], "the cluster comes first");
+    assert_eq!((cds.rejected(), again.rejected()), (vec![], vec![]));
+
+    store.update(update(Cluster::type_url(), vec![eds_cluster("later")]));
+    let held = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "later")]));
+    let back = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "new")]));
+    assert_eq!((held.rejected(), back.rejected()), (vec![], vec![]));
+    let held = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "later")]));
+    assert!(held.is_open());
+    store.later(Duration::from_secs(16));
+    assert_eq!(held.rejected(), [], "not for ever");
+    assert_eq!(calls.take(), ["cluster later", "routes web"]);
+    let gone = store.update(update(Cluster::type_url(), vec![eds_cluster("gone")]));
+    let held = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "gone")]));
+    store.update(removal(Cluster::type_url(), "gone"));
+    assert_eq!((gone.rejected(), held.rejected()), (vec![], vec![]), "nothing is waited for that is gone");
+}
+
+#[test]
+fn what_does_not_exist_is_not_waited_for() {
+    let (store, calls) = running();
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    let absent = Update { absent: vec!["a".to_owned()], ..update(ClusterLoadAssignment::type_url(), Vec::new()) };
+    assert_eq!(store.update(absent).rejected(), []);
+    assert_eq!(calls.take(), ["cluster a"]);
+    assert_eq!(cds.rejected(), []);
 }
