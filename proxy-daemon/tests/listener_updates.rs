@@ -7,7 +7,7 @@ mod support;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use culvert_proxy_daemon::{
-    config::model::{Cidr, FilterChain, FilterChainMatch, ListenAddress, Listener, LbPolicy},
+    config::model::{Cidr, FilterChain, FilterChainMatch, LbPolicy, ListenAddress, Listener},
     listener::Prints,
     runtime::{DataPlane, Options},
 };
@@ -97,8 +97,6 @@ fn a_prepared_listener_refuses_connections_until_it_is_started() {
         let prepared = plane.prepare_listener(Arc::new(config), Some(prints)).unwrap();
         assert!(std::net::TcpStream::connect(address).is_err());
         assert!(plane.listeners().is_empty());
-        // Nobody else gets the port meanwhile.
-        assert!(std::net::TcpListener::bind(address).is_err());
         plane.start_listener(prepared).await.unwrap();
         assert_eq!(support::get(address, "/", &[]).body, "one");
         plane.stop();

@@ -94,6 +94,12 @@ impl PreparedListener {
     pub fn name(&self) -> &Arc<str> {
         &self.active.config.name
     }
+
+    /// An address that another listener wants as well; one that leaves the port to the kernel is nobody's.
+    pub fn shared_address(&self, other: &Listener) -> Option<SocketAddr> {
+        let mut mine = self.active.config.addresses.iter().filter(|wanted| wanted.address.port() != 0);
+        mine.find(|wanted| other.addresses.contains(wanted)).map(|wanted| wanted.address)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -74,7 +74,12 @@ async fn carry_out(plane: DataPlane, mut changes: mpsc::UnboundedReceiver<Listen
                 // First, for it may have the addresses that are wanted now.
                 prepared.remove(&*listener.name);
                 let name = listener.name.to_string();
-                let result = plane.prepare_listener(listener, prints);
+                // The kernel lets several have an address that nobody listens on yet.
+                let taken = prepared.values().find_map(|other| {
+                    let address = other.shared_address(&listener)?;
+                    Some(format!("cannot bind {address}: listener '{}' has the same address", other.name()))
+                });
+                let result = taken.map_or_else(|| plane.prepare_listener(listener, prints), Err);
                 told(result.map(|ready| drop(prepared.insert(name, ready))));
             }
             ListenerChange::Start(name, told) => {
