@@ -24,12 +24,13 @@ use culvert_proxy_daemon::{
     layered_runtime::Runtime,
     report,
     runtime::{DataPlane, Options},
-    stats,
+    stats::{self, Metric},
 };
 use culvert_xds_client::{
     grpc::Dialer,
     json,
     sources::{self, Subscriptions},
+    stats::SourceStats,
 };
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap as BootstrapMessage;
 use tokio::{
@@ -142,6 +143,7 @@ async fn run(
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();
+    let source_stats = Arc::new(SourceStats::default());
     let first = runtime.rtds().map(|wanted| Need { kind: Kind::Runtime, wanted: wanted.clone() }).collect();
     let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
@@ -169,9 +171,16 @@ async fn run(
             runtime,
             shutdown: Arc::clone(&shutdown),
             drain_time: drain_time(flags),
-            extra_stats: vec![Box::new(move || {
-                kernel.kernel_counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-            })],
+            extra_stats: vec![
+                Box::new(move || {
+                    let counters = kernel.kernel_counters().into_iter();
+                    counters.map(|(name, value)| Metric::external(name, value)).collect()
+                }),
+                Box::new({
+                    let sources = Arc::clone(&source_stats);
+                    move || admin::xds_stats(&sources)
+                }),
+            ],
         };
         tokio::spawn(admin::run(admin, listener));
     }
@@ -191,7 +200,7 @@ async fn run(
     let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
-    tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, Arc::default()));
+    tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, source_stats));
     store.start(bootstrap.clusters, bootstrap.listeners);
     tokio::select! {
         started = store.initialized() => started.map_err(anyhow::Error::msg)?,

@@ -10,6 +10,7 @@ mod pretty;
 mod request;
 mod server;
 mod stats;
+mod xds_stats;
 
 use std::{
     sync::{
@@ -23,9 +24,10 @@ use serde_json::Value as Json;
 use tokio::sync::Notify;
 use tracing::level_filters::LevelFilter;
 
-use crate::{config::dump::Configuration, layered_runtime::Runtime, runtime::DataPlane};
+use crate::{config::dump::Configuration, layered_runtime::Runtime, runtime::DataPlane, stats::Metric};
 
 pub use server::run;
+pub use xds_stats::xds_stats;
 
 /// `ServerInfo.State`, as `/ready` and `server.state` show it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,8 +87,8 @@ impl Default for SharedState {
     }
 }
 
-/// Reads counters that are kept elsewhere: full names and values.
-pub type ExtraStats = Box<dyn Fn() -> Vec<(String, u64)> + Send + Sync>;
+/// Reads statistics that are kept elsewhere. One that the registry has as well is shown as this says.
+pub type ExtraStats = Box<dyn Fn() -> Vec<Metric> + Send + Sync>;
 
 /// What the admin interface shows and changes.
 pub struct AdminState {

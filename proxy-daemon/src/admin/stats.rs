@@ -1,6 +1,6 @@
 //! `/stats`, `/stats/prometheus` and `/memory`.
 
-use std::fs;
+use std::{collections::HashSet, fs};
 
 use serde_json::json;
 
@@ -56,8 +56,10 @@ pub(super) fn prometheus(state: &AdminState, parameters: &Parameters) -> Reply {
 fn collect(state: &AdminState, query: &Query) -> Vec<Metric> {
     refresh(state);
     let mut metrics = stats::snapshot();
-    let extra = state.extra_stats.iter().flat_map(|source| source());
-    metrics.extend(extra.map(|(name, value)| Metric::external(&name, value)));
+    let extra: Vec<_> = state.extra_stats.iter().flat_map(|source| source()).collect();
+    let names: HashSet<_> = extra.iter().map(|metric| metric.name().to_owned()).collect();
+    metrics.retain(|metric| !names.contains(metric.name()));
+    metrics.extend(extra);
     metrics.sort_by(|a, b| a.name().cmp(b.name()));
     metrics.retain(|metric| query.wants(metric));
     metrics

@@ -76,7 +76,7 @@ impl Admin {
             runtime,
             shutdown: Arc::clone(&shutdown),
             drain_time: Duration::from_millis(1),
-            extra_stats: vec![Box::new(|| vec![("culvert.kernel.redirected".into(), 17)])],
+            extra_stats: vec![Box::new(|| vec![stats::Metric::external("culvert.kernel.redirected", 17)])],
         };
         Admin { address, data_plane, state, shutdown, server: tokio::spawn(run(admin_state, listener)) }
     }
@@ -278,6 +278,7 @@ users.default:80::high_priority::max_connections::1024
 users.default:80::high_priority::max_pending_requests::1024
 users.default:80::high_priority::max_requests::1024
 users.default:80::high_priority::max_retries::9
+users.default:80::added_via_api::true
 users.default:80::127.0.0.1:19090::cx_active::0
 users.default:80::127.0.0.1:19090::cx_connect_fail::0
 users.default:80::127.0.0.1:19090::cx_total::0

@@ -49,6 +49,18 @@ impl Metric {
         Metric { entry, value: Value::Counter(value) }
     }
 
+    /// A gauge that somebody else keeps.
+    pub fn external_gauge(name: &str, value: u64) -> Metric {
+        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::Gauge, slot: 0 });
+        Metric { entry, value: Value::Gauge { value, used: true } }
+    }
+
+    /// A text that somebody else keeps.
+    pub fn external_text(name: &str, text: &str) -> Metric {
+        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::TextReadout, slot: 0 });
+        Metric { entry, value: Value::Text(text.into()) }
+    }
+
     /// Its full name, as `/stats` prints it.
     pub fn name(&self) -> &str {
         &self.entry.name.full
