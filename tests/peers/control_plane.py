@@ -23,6 +23,7 @@ from envoy.config.route.v3 import route_pb2
 from envoy.extensions.filters.http.router.v3 import router_pb2  # noqa: F401: known to the JSON parser
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2  # noqa: F401
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
+from envoy.service.runtime.v3 import rtds_pb2
 from google.protobuf import any_pb2, json_format
 
 NAMES = {
@@ -30,6 +31,7 @@ NAMES = {
     endpoint_pb2.ClusterLoadAssignment: "cluster_name",
     listener_pb2.Listener: "name",
     route_pb2.RouteConfiguration: "name",
+    rtds_pb2.Runtime: "name",
 }
 
 

@@ -11,8 +11,9 @@ use culvert_tests::app::{App, Client};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port, scratch_dir};
 use culvert_tests::http1::{Request, Response};
+use culvert_tests::peers::Peer;
 use culvert_tests::wait_until;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Envoy writes its logs out every ten seconds.
@@ -169,4 +170,84 @@ fn envoy_and_culvertd_show_and_obey_the_same_values() -> Result<()> {
         assert_eq!(shown["entries"]["version"]["final_value"], "v2");
     }
     fs::remove_dir_all(&root).context("removing the scratch directory")
+}
+
+/// The layer `mesh`, and a cluster, so that there is something else to ask for.
+fn resources(values: &Value) -> Value {
+    json!([
+        { "@type": "type.googleapis.com/envoy.service.runtime.v3.Runtime", "name": "mesh", "layer": values },
+        { "@type": "type.googleapis.com/envoy.config.cluster.v3.Cluster", "name": "later", "type": "STATIC" },
+    ])
+}
+
+/// One control plane's layer: it comes before all else, changes, is refused, and goes.
+fn layer_of_a_control_plane(kind: Kind, api_type: &str) -> Result<()> {
+    let mut peer = Peer::grpc(&resources(&json!({ "share": 100, "nest": { "x": "y" } })))?;
+    let port = free_port()?;
+    let http2 = r#"typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {"@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: {http2_protocol_options: {}}}}"#;
+    let resources_of_file = Bootstrap::new()
+        .http(port, ROUTES, &[])
+        .cluster("app", &[], &[])
+        .cluster("none", &[], &[])
+        .cluster("xds", &[peer.port], &[http2])
+        .yaml();
+    let yaml = format!(
+        "node: {{id: node-1, cluster: peers}}
+layered_runtime:
+  layers:
+  - {{name: base, static_layer: {{share: 0}}}}
+  - {{name: mesh, rtds_layer: {{name: mesh, rtds_config: {{resource_api_version: V3, ads: {{}}}}}}}}
+dynamic_resources:
+  ads_config: {{api_type: {api_type}, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: xds}}}}]}}
+  cds_config: {{resource_api_version: V3, ads: {{}}}}
+{resources_of_file}"
+    );
+    let daemon = Daemon::start(kind, &yaml)?;
+    ensure!(fetch(port, Request::get("/share"))?.status == 201, "the layer is there before the listener serves");
+    let shown: Value = serde_json::from_str(&daemon.admin("/runtime")?)?;
+    assert_eq!(shown["layers"], json!(["base", "mesh"]));
+    assert_eq!(shown["entries"]["nest.x"], json!({ "final_value": "y", "layer_values": ["", "y"] }));
+    peer.event(|event| event["ack"].as_str().is_some_and(|url| url.ends_with("cluster.v3.Cluster")))?;
+    let events = peer.events();
+    let position = |key: &str, kind: &str| {
+        events.iter().position(|event| event[key].as_str().is_some_and(|url| url.ends_with(kind)))
+    };
+    // Envoy's answer to RTDS comes after its request for clusters, ours before it.
+    let order = [position("subscribe", "Runtime"), position("subscribe", "cluster.v3.Cluster")];
+    ensure!(order[0].is_some() && order[0] < order[1], "RTDS before CDS: {events:?}");
+
+    let becomes = |status: u16| {
+        wait_until(DEADLINE, &format!("status {status}"), || {
+            let now = fetch(port, Request::get("/share"))?.status;
+            ensure!(now == status, "status {now}");
+            Ok(())
+        })
+    };
+    peer.serve(&resources(&json!({ "share": 0 })))?;
+    becomes(404)?;
+    peer.serve(&resources(&json!({ "share": 100 })))?;
+    becomes(201)?;
+    peer.serve(&resources(&json!({ "share": [1] })))?;
+    let nack = peer.event(|event| event["nack"].as_str().is_some_and(|url| url.ends_with("Runtime")))?;
+    let error = nack["error"].as_str().unwrap_or_default();
+    ensure!(error.contains("Invalid runtime entry value for share"), "{nack}");
+    becomes(201)?;
+    if api_type == "DELTA_GRPC" {
+        peer.serve(&json!([resources(&json!({}))[1]]))?;
+        becomes(404)?;
+    }
+    assert_eq!(daemon.stats()?.get("runtime.update_rejected"), 1);
+    Ok(())
+}
+
+#[test]
+fn culvertd_takes_layers_from_a_control_plane() -> Result<()> {
+    layer_of_a_control_plane(Kind::Culvert, "GRPC")?;
+    layer_of_a_control_plane(Kind::Culvert, "DELTA_GRPC")
+}
+
+#[test]
+fn envoy_takes_layers_as_the_tests_expect() -> Result<()> {
+    layer_of_a_control_plane(Kind::Envoy, "GRPC")?;
+    layer_of_a_control_plane(Kind::Envoy, "DELTA_GRPC")
 }
