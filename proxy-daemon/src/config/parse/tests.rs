@@ -3,6 +3,7 @@
 mod clusters;
 mod listeners;
 mod routes;
+mod sources;
 
 use culvert_xds_client::json;
 use envoy_types::pb::envoy::config::{bootstrap::v3::Bootstrap as Message, cluster::v3::Cluster};
