@@ -266,6 +266,11 @@ static_resources:
 }
 
 #[test]
+fn culvertd_polls_sovereign() -> Result<()> {
+    rest_control_plane(Kind::Culvert)
+}
+
+#[test]
 fn envoy_polls_sovereign_as_the_tests_expect() -> Result<()> {
     rest_control_plane(Kind::Envoy)
 }
