@@ -1,5 +1,5 @@
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU32, Ordering},
 };
 
@@ -22,8 +22,9 @@ struct Codes {
     completed: Counter,
     /// Slots of `1xx` to `5xx`; 0: not created yet.
     classes: [AtomicU32; 5],
-    /// Slots of 100 to 599; empty where classes only are counted.
-    codes: Box<[AtomicU32]>,
+    /// Slots of 100 to 599, made with the first response: most of thousands of clusters never see one. `None` where classes
+    /// only are counted.
+    codes: Option<OnceLock<Box<[AtomicU32]>>>,
 }
 
 impl ResponseCodes {
@@ -34,7 +35,7 @@ impl ResponseCodes {
             prefix,
             completed: scope.counter(&format!("{prefix}_completed")),
             classes: Default::default(),
-            codes: (FIRST..END).map(|_| AtomicU32::new(0)).collect(),
+            codes: Some(OnceLock::new()),
         }))
     }
 
@@ -45,7 +46,7 @@ impl ResponseCodes {
             prefix,
             completed: scope.counter(&format!("{prefix}_completed")),
             classes: [1, 2, 3, 4, 5].map(|class| AtomicU32::new(scope.counter(&format!("{prefix}_{class}xx")).0)),
-            codes: Box::default(),
+            codes: None,
         }))
     }
 
@@ -59,8 +60,9 @@ impl ResponseCodes {
         }
         let class = code / 100;
         self.0.count(&self.0.classes[usize::from(class) - 1], || format!("{class}xx"));
-        if let Some(cell) = self.0.codes.get(usize::from(code - FIRST)) {
-            self.0.count(cell, || code.to_string());
+        if let Some(codes) = &self.0.codes {
+            let codes = codes.get_or_init(|| (FIRST..END).map(|_| AtomicU32::new(0)).collect());
+            self.0.count(&codes[usize::from(code - FIRST)], || code.to_string());
         }
     }
 }
