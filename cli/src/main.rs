@@ -3,6 +3,7 @@
 mod http;
 mod overrides;
 mod status;
+mod validate;
 mod xds;
 
 use std::process::ExitCode;
@@ -24,6 +25,9 @@ enum Command {
     Override(overrides::Command),
     /// Show what culvert-discovery knows: clusters, services, endpoints, connected proxies
     Status(status::Flags),
+    /// Check bootstrap files, as `culvertd --mode validate` does
+    #[command(after_help = validate::HELP)]
+    Validate(validate::Flags),
     /// Show what a proxy has of its control plane
     #[command(subcommand)]
     Xds(xds::Command),
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
         Command::Override(command) => overrides::run(command).map(Outcome::from),
         Command::Status(flags) => status::run(&flags).map(Outcome::from),
+        Command::Validate(flags) => validate::run(&flags),
         Command::Xds(command) => xds::run(&command),
     };
     match outcome {

@@ -13,13 +13,116 @@ use culvert_tests::binaries::{binary, envoy};
 
 /// Files that Envoy takes and that use a feature which Culvert lacks, each with the field that culvertd must name. A file
 /// that is taken by now must leave the list.
-const NOT_SUPPORTED: &[(&str, &str)] = &[];
+const NOT_SUPPORTED: &[(&str, &str)] = &[
+    (
+        "valid/deprecated/allow_chunked.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_protocol_options",
+    ),
+    ("valid/deprecated/common_http.yaml", "static_resources.clusters[0].common_http_protocol_options"),
+    ("valid/deprecated/hash_balance_on_requests.yaml", "static_resources.clusters[0].http_protocol_options"),
+    ("valid/deprecated/upstream_http.yaml", "static_resources.clusters[0].upstream_http_protocol_options"),
+    (
+        "valid/endpoints/health_status_number_unknown.yaml",
+        "static_resources.clusters[0].load_assignment.endpoints[0].lb_endpoints[0].health_status",
+    ),
+    ("valid/enums/no_rule_undefined_number.yaml", "static_resources.listeners[0].traffic_direction"),
+    (
+        "valid/hcm/no_filters.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters",
+    ),
+    (
+        "valid/hcm/router_optional.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].is_optional",
+    ),
+    (
+        "valid/headers/add_keep_empty.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].keep_empty_value",
+    ),
+    (
+        "valid/headers/add_raw_value.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].header.raw_value",
+    ),
+    ("valid/json/bool_as_string.json", "static_resources.clusters[0].respect_dns_ttl"),
+    ("valid/listeners/address_v6_scope.yaml", "static_resources.listeners[0].address.socket_address.address"),
+    ("valid/listeners/use_original_dst_false.yaml", "static_resources.listeners[0].use_original_dst"),
+    ("valid/network_filters/empty_chain.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
+    ("valid/network_filters/none.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
+    (
+        "valid/not_supported/access_log_filter.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.access_log[0].filter",
+    ),
+    ("valid/not_supported/bootstrap_header_prefix.yaml", "header_prefix"),
+    ("valid/not_supported/bootstrap_stats_sinks.yaml", "stats_sinks"),
+    ("valid/not_supported/cluster_logical_dns.yaml", "static_resources.clusters[0].type"),
+    ("valid/not_supported/cluster_maglev.yaml", "static_resources.clusters[0].lb_policy"),
+    (
+        "valid/not_supported/cluster_retry_budget.yaml",
+        "static_resources.clusters[0].circuit_breakers.thresholds[0].retry_budget",
+    ),
+    ("valid/not_supported/endpoint_policy.yaml", "static_resources.clusters[0].load_assignment.policy"),
+    (
+        "valid/not_supported/hcm_upgrade.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.upgrade_configs",
+    ),
+    (
+        "valid/not_supported/http_filter_lua.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].typed_config",
+    ),
+    ("valid/not_supported/listener_socket_options.yaml", "static_resources.listeners[0].socket_options"),
+    (
+        "valid/not_supported/network_filter_redis.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config",
+    ),
+    (
+        "valid/not_supported/route_format_string.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].header.value",
+    ),
+    (
+        "valid/not_supported/route_hash_policy.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].route.hash_policy",
+    ),
+    (
+        "valid/not_supported/route_non_forwarding.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].non_forwarding_action",
+    ),
+    (
+        "valid/not_supported/route_regex_rewrite.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].route.regex_rewrite",
+    ),
+    ("valid/unknown_fields/listener_config_v1.yaml", "static_resources.listeners[0].use_original_dst"),
+];
 
 /// Files on which the verdicts differ on purpose, and why.
-const DIFFERENT: &[(&str, &str)] = &[];
+const DIFFERENT: &[(&str, &str)] = &[
+    ("broken/access_log/unwritable.yaml", "log files are opened when the daemon starts, not when a file is checked"),
+    (
+        "broken/routes/regex_repeat_1000.yaml",
+        "Envoy refuses what RE2 compiles to more than 100 instructions; here 1 MiB is the limit, and matching takes linear time anyway",
+    ),
+    ("valid/clusters/original_dst_header_bad.yaml", "no header can have this name"),
+    ("valid/headers/add_name_bad.yaml", "no header can have this name"),
+    ("valid/headers/add_value_control.yaml", "a header's value cannot hold this"),
+    ("valid/headers/remove_bad.yaml", "no header can have this name"),
+    (
+        "valid/limits/nested_objects_60.yaml",
+        "messages are nested at most 100 deep, as where Envoy reads them from the wire; each level of a Struct is three",
+    ),
+    ("valid/listeners/name_twice.yaml", "the second listener would silently replace the first"),
+    ("valid/retry/status_code_odd.yaml", "there is no such status"),
+    ("valid/routes/cluster_header_bad.yaml", "no header can have this name: the route could never work"),
+    ("valid/routes/header_name_bad.yaml", "no header can have this name: the match could never be"),
+    ("valid/routes/redirect_port_70000.yaml", "there is no such port"),
+    ("valid/routes/regex_any_byte.yaml", "\\C matches half of a character"),
+    ("valid/yaml/not_utf8.yaml", "text that is not UTF-8 cannot be a protobuf string"),
+    ("valid/yaml/nul_byte.yaml", "YAML has no NUL"),
+    ("valid/yaml/unclosed_quote.yaml", "a file that ends inside a quoted text was cut off"),
+];
 
 /// Files that the real Envoy does not survive: culvertd must refuse them, in bounded time and memory.
-const NOT_FOR_ENVOY: &[(&str, &str)] = &[];
+const NOT_FOR_ENVOY: &[(&str, &str)] = &[
+    ("broken/limits/alias_bomb.yaml", "Envoy needs gigabytes"),
+    ("broken/limits/alias_of_itself.yaml", "Envoy crashes"),
+];
 
 const REFUSAL: &str = "not supported by culvert yet";
 

@@ -118,6 +118,13 @@ impl LogLevel {
     }
 }
 
+impl Default for Flags {
+    /// As without any flag.
+    fn default() -> Flags {
+        Flags::parse_from(["culvertd"])
+    }
+}
+
 impl Flags {
     /// The number of workers: as asked for, else one a processor, at most 16. A node proxy shares its host: on a big one
     /// a worker a processor would cost more memory and wake-ups than it brings.

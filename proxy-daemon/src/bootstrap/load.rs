@@ -20,13 +20,13 @@ const MAX_BYTES: u64 = 64 << 20;
 pub struct LoadError {
     /// The file, or `--config-yaml`.
     pub source: String,
-    /// What is wrong with it, beginning with the field where there is one.
-    pub message: String,
+    /// What is wrong with it, and where in it.
+    pub error: ConfigError,
 }
 
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.source, self.message)
+        write!(f, "{}: {}", self.source, self.error)
     }
 }
 
@@ -40,7 +40,7 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     let file = match &flags.config_path {
         Some(path) => {
             let source = path.display().to_string();
-            let text = read(path).map_err(|message| LoadError { source: source.clone(), message })?;
+            let text = read(path).map_err(|message| refused(&source, ConfigError::new("", message)))?;
             Some((source, text))
         }
         None => None,
@@ -49,34 +49,40 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     let unknown = flags.unknown_static_fields();
     let (source, text, mut message): (_, _, Message) = match (file, &flags.config_yaml) {
         (Some((source, text)), None) => {
-            let message = json::read(&text, format, unknown).map_err(|error| refused(&source, &error))?;
+            let message = json::read(&text, format, unknown).map_err(|error| refused(&source, error))?;
             (source, Some(text), message)
         }
         (Some((source, text)), Some(overlay)) => {
-            let base: Message = json::read(&text, format, unknown).map_err(|error| refused(&source, &error))?;
-            let merged = json::merge_yaml(base, overlay, unknown).map_err(|error| refused(FROM_FLAG, &error))?;
+            let base: Message = json::read(&text, format, unknown).map_err(|error| refused(&source, error))?;
+            let merged = json::merge_yaml(base, overlay, unknown).map_err(|error| refused(FROM_FLAG, error))?;
             (format!("{source} with {FROM_FLAG}"), None, merged)
         }
         (None, Some(text)) => {
-            let message = json::read(text, Format::Yaml, unknown).map_err(|error| refused(FROM_FLAG, &error))?;
+            let message = json::read(text, Format::Yaml, unknown).map_err(|error| refused(FROM_FLAG, error))?;
             (FROM_FLAG.to_owned(), Some(text.clone()), message)
         }
         (None, None) => {
             let message = "no bootstrap: name a file with -c, or write it with --config-yaml".to_owned();
-            return Err(LoadError { source: "culvertd".to_owned(), message });
+            return Err(refused("culvertd", ConfigError::new("", message)));
         }
     };
     identify(&mut message, flags);
     let locate = |error: ConfigError| match &text {
-        Some(text) => refused(&source, &error.locate(text)),
-        None => refused(&source, &error),
+        Some(text) => refused(&source, error.locate(text)),
+        None => refused(&source, error),
     };
     let resolved = json::resolve_typed_structs(&message).map_err(locate)?;
     json::validate(&*resolved).map_err(locate)?;
     let checked = parse::bootstrap(&resolved).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
-    if checked.ads.is_some() && checked.node.id.is_empty() {
-        let message = "node.id: a control plane needs to know this node: set node.id or --service-node".to_owned();
-        return Err(LoadError { source, message });
+    if checked.ads.is_some() {
+        for (value, field, flag) in
+            [(&checked.node.id, "id", "--service-node"), (&checked.node.cluster, "cluster", "--service-cluster")]
+        {
+            if value.is_empty() {
+                let text = format!("a control plane needs to know this node: set node.{field} or {flag}");
+                return Err(locate(ConfigError::new(format!("node.{field}"), text)));
+            }
+        }
     }
     Ok((message, checked))
 }
@@ -95,8 +101,17 @@ fn read(path: &Path) -> Result<String, String> {
     Ok(text)
 }
 
-fn refused(source: &str, error: &ConfigError) -> LoadError {
-    LoadError { source: source.to_owned(), message: error.to_string() }
+fn refused(source: &str, error: ConfigError) -> LoadError {
+    LoadError { source: source.to_owned(), error }
+}
+
+/// The verdict of `culvertd --mode validate -c path`.
+///
+/// # Errors
+/// As [`load`].
+pub fn validate(path: &Path) -> Result<(), LoadError> {
+    let flags = Flags { config_path: Some(path.to_owned()), ..Flags::default() };
+    load(&flags).map(|_| ())
 }
 
 /// Puts into `node` what the flags and the program say of it.

@@ -106,8 +106,11 @@ dynamic_resources:
   cds_config: { resource_api_version: V3, ads: {} }
 ";
     let text = error(&["--config-yaml", ads]);
-    assert_eq!(text, "--config-yaml: node.id: a control plane needs to know this node: set node.id or --service-node");
-    let (_, bootstrap) = with(&["--config-yaml", ads, "--service-node", "n"]).unwrap();
+    let needed = "a control plane needs to know this node: set node.";
+    assert_eq!(text, format!("--config-yaml: node.id: {needed}id or --service-node (line 2, column 1)"));
+    let text = error(&["--config-yaml", ads, "--service-node", "n"]);
+    assert_eq!(text, format!("--config-yaml: node.cluster: {needed}cluster or --service-cluster (line 2, column 1)"));
+    let (_, bootstrap) = with(&["--config-yaml", ads, "--service-node", "n", "--service-cluster", "c"]).unwrap();
     let server = bootstrap.ads.unwrap();
     assert_eq!(bootstrap.servers["xds"].endpoints, ["127.0.0.1:1"]);
     assert_eq!(server.variant, culvert_xds_client::ads::Variant::Sotw);
@@ -154,6 +157,6 @@ fn static_routes_name_clusters_of_the_bootstrap() {
         )
     };
     let text = error(&["--config-yaml", &yaml("")]);
-    assert!(text.contains("static_resources.listeners[0]: route: unknown cluster 'nobody'"), "{text}");
+    assert!(text.contains("route_config.virtual_hosts[0].routes[0].route: unknown cluster 'nobody'"), "{text}");
     assert!(with(&["--config-yaml", &yaml("validate_clusters: false,")]).is_ok());
 }

@@ -4,4 +4,4 @@ pub mod flags;
 mod load;
 
 pub use flags::Flags;
-pub use load::{LoadError, load};
+pub use load::{LoadError, load, validate};

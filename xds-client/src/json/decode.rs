@@ -1,6 +1,6 @@
 //! [`Node`] to message, by descriptor: protobuf's JSON mapping as Envoy's parser has it, which takes some forms besides:
 //! one item for a list of one, lists in lists as one list, messages such as `Duration` and the wrappers as objects of
-//! their fields, and a field that is set twice (the last value counts, messages merge, lists append).
+//! their fields, and a field that is set twice (the last value counts, lists append).
 
 use std::collections::{HashMap, HashSet};
 
@@ -132,16 +132,8 @@ impl Decoder {
             return Ok(());
         }
         let value = self.single(node, &field.kind(), path)?;
-        match (message.has_field(field).then(|| message.get_field_mut(field)), value) {
-            (Some(Value::Message(before)), Value::Message(value)) => {
-                let merged = before.merge(value.encode_to_vec().as_slice());
-                merged.map_err(|error| path.error_at(node, error.to_string()))
-            }
-            (_, value) => {
-                message.set_field(field, value);
-                Ok(())
-            }
-        }
+        message.set_field(field, value);
+        Ok(())
     }
 
     /// Reads the items of a list: of lists in it as well, and one that stands without a list.

@@ -88,7 +88,9 @@ impl Validator {
                 check(rule, &message.get_field(desc), &desc.kind(), path)?;
             }
         }
-        if set && !rule.is_some_and(|rule| rule.skip) {
+        // Messages in metadata are for whoever reads them.
+        let opaque = desc.full_name() == "envoy.config.core.v3.Metadata.typed_filter_metadata";
+        if set && !opaque && !rule.is_some_and(|rule| rule.skip) {
             self.descend(&message.get_field(desc), path)?;
         }
         Ok(())

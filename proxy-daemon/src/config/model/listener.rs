@@ -1,4 +1,4 @@
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig, ResourceRef};
 
@@ -90,6 +90,35 @@ pub struct FilterChainMatch {
     pub source_prefix_ranges: Vec<Cidr>,
     /// The client's port.
     pub source_ports: Vec<u16>,
+}
+
+impl FilterChainMatch {
+    /// Whether both have a rule in common, when each combination of a port and a range counts as a rule.
+    pub fn overlaps(&self, other: &FilterChainMatch) -> bool {
+        self.destination_port == other.destination_port
+            && self.source_type == other.source_type
+            && share(&self.prefix_ranges, &other.prefix_ranges)
+            && share(&self.direct_source_prefix_ranges, &other.direct_source_prefix_ranges)
+            && share(&self.source_prefix_ranges, &other.source_prefix_ranges)
+            && share(&self.source_ports, &other.source_ports)
+    }
+
+    /// Whether a list of it names something twice.
+    pub fn repeats_itself(&self) -> bool {
+        let ranges = [&self.prefix_ranges, &self.direct_source_prefix_ranges, &self.source_prefix_ranges];
+        ranges.into_iter().any(|ranges| repeats(ranges)) || repeats(&self.source_ports)
+    }
+}
+
+/// Whether two lists have an item in common; an empty one stands for "any", which is an item of its own.
+fn share<T: Eq + std::hash::Hash>(one: &[T], other: &[T]) -> bool {
+    let set: HashSet<&T> = one.iter().collect();
+    if set.is_empty() { other.is_empty() } else { other.iter().any(|item| set.contains(item)) }
+}
+
+fn repeats<T: Eq + std::hash::Hash>(items: &[T]) -> bool {
+    let mut seen = HashSet::new();
+    !items.iter().all(|item| seen.insert(item))
 }
 
 /// `FilterChainMatch.ConnectionSourceType`.

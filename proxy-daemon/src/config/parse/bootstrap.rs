@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
 };
 
@@ -29,7 +29,10 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, RouteSource, UpstreamProtocol},
+        model::{
+            ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteSource,
+            UpstreamProtocol,
+        },
     },
     intercept::InterceptionConfig,
     layered_runtime::Layer,
@@ -79,6 +82,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let listeners: Vec<_> = listeners.collect::<Result<_>>()?;
     unique("clusters", clusters.iter().map(|cluster| &*cluster.name))?;
     unique("listeners", listeners.iter().map(|listener| &*listener.name))?;
+    distinct_addresses(&listeners)?;
 
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
     let servers = servers(&clusters);
@@ -185,19 +189,41 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
     known.map(|cluster| (cluster.name.to_string(), server(cluster))).collect()
 }
 
+/// Refuses two listeners on one address. Port 0 is another port each time.
+fn distinct_addresses(listeners: &[Listener]) -> Result<()> {
+    let mut seen = HashMap::new();
+    for (index, listener) in listeners.iter().enumerate() {
+        for address in listener.addresses.iter().map(|address| address.address).filter(|address| address.port() != 0) {
+            // One that a listener itself names twice is bound once, as in Envoy.
+            if seen.insert(address, index).is_some_and(|other| other != index) {
+                let path = format!("static_resources.listeners[{index}].address");
+                return Err(FieldError::new(path, format!("'{}' has duplicate address '{address}'", listener.name)));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Refuses static routes to clusters that are not in the bootstrap, as Envoy does, unless they say `validate_clusters:
 /// false`. Clusters of a TCP proxy may be delivered later.
 fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
     let known: HashSet<&str> = clusters.iter().map(|cluster| &*cluster.name).collect();
     for (index, listener) in listeners.iter().enumerate() {
-        for manager in listener.connection_managers() {
-            let RouteSource::Static(routes) = &manager.routes else { continue };
-            if routes.validate_clusters == Some(false) {
-                continue;
-            }
-            if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
-                let path = format!("static_resources.listeners[{index}]");
-                return Err(FieldError::new(path, format!("route: unknown cluster '{name}' ({route})")));
+        let path = format!("static_resources.listeners[{index}]");
+        let chains = listener.filter_chains.iter().enumerate();
+        let chains = chains.map(|(index, chain)| (chain, format!("{path}.filter_chains[{index}]")));
+        let default = listener.default_filter_chain.iter().map(|chain| (chain, format!("{path}.default_filter_chain")));
+        for (chain, path) in chains.chain(default) {
+            for (index, filter) in chain.filters.iter().enumerate() {
+                let NetworkFilterConfig::HttpConnectionManager(manager) = filter else { continue };
+                let RouteSource::Static(routes) = &manager.routes else { continue };
+                if routes.validate_clusters == Some(false) {
+                    continue;
+                }
+                if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
+                    let path = format!("{path}.filters[{index}].typed_config.route_config.{route}");
+                    return Err(FieldError::new(path, format!("unknown cluster '{name}'")));
+                }
             }
         }
     }

@@ -1,4 +1,7 @@
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    time::Duration,
+};
 
 use envoy_types::pb::{
     envoy::config::core::v3::{
@@ -28,13 +31,19 @@ pub(super) fn required(path: &str, field: &str) -> FieldError {
     FieldError::new(join(path, field), "value is required")
 }
 
-/// A duration that is not negative; `None` where it is not set.
+/// The first number of seconds that Envoy does not take: its nanoseconds hardly fit 63 bits.
+const DURATION_LIMIT: u64 = 9_223_372_036;
+
+/// A duration that is not negative, and at most some 292 years; `None` where it is not set.
 pub(super) fn duration(value: Option<ProtoDuration>, path: &str, field: &str) -> Result<Option<Duration>> {
     let Some(value) = value else { return Ok(None) };
     let negative = || FieldError::new(join(path, field), "must not be negative");
     let seconds = u64::try_from(value.seconds).map_err(|_| negative())?;
     let nanos = u32::try_from(value.nanos).map_err(|_| negative())?;
-    Ok(Some(Duration::new(seconds, nanos.min(999_999_999))))
+    if seconds >= DURATION_LIMIT || nanos > 999_999_999 {
+        return Err(FieldError::new(join(path, field), "the duration is out of range"));
+    }
+    Ok(Some(Duration::new(seconds, nanos)))
 }
 
 /// A time limit: unset takes the default, and 0 switches it off.
@@ -80,13 +89,19 @@ pub(super) fn socket_address<'a>(address: &'a Address, path: &str) -> Result<(&'
 
 /// A literal address.
 pub(super) fn ip(socket: &SocketAddress, path: &str) -> Result<IpAddr> {
+    let field = || join(path, "socket_address.address");
+    if let Some((address, _)) = socket.address.split_once('%')
+        && address.parse::<Ipv6Addr>().is_ok()
+    {
+        return Err(FieldError::new(field(), "an address with a scope is not supported by culvert yet"));
+    }
     socket.address.parse().map_err(|_| {
         let text = format!(
             "malformed IP address: {}. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or \
              'LOGICAL_DNS'",
             socket.address
         );
-        FieldError::new(join(path, "socket_address.address"), text)
+        FieldError::new(field(), text)
     })
 }
 
@@ -112,8 +127,11 @@ pub(super) fn cidrs(ranges: &[CidrRange], path: &str, field: &str) -> Result<Vec
             FieldError::new(&path, format!("{}/{length} is not an address range", range.address_prefix))
         };
         let address = range.address_prefix.parse().map_err(|_| bad())?;
+        let address: IpAddr = address;
         let length = u8::try_from(number(range.prefix_len, 0)).map_err(|_| bad())?;
-        Cidr::new(address, length).ok_or_else(bad)
+        // As in Envoy: more bits than an address has are all of its bits.
+        let bits = if address.to_canonical().is_ipv4() { 32 } else { 128 };
+        Cidr::new(address, length.min(bits)).ok_or_else(bad)
     };
     ranges.iter().enumerate().map(parse).collect()
 }
@@ -206,8 +224,9 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
 
 /// Only plain sockets are honoured yet.
 pub(super) fn plain_socket(socket: Option<&TransportSocket>, path: &str) -> Result<()> {
-    let Some(TransportSocket { config_type: Some(ConfigType::TypedConfig(config)), .. }) = socket else {
-        return Ok(());
+    let Some(socket) = socket else { return Ok(()) };
+    let Some(ConfigType::TypedConfig(config)) = &socket.config_type else {
+        return Err(required(path, "transport_socket.typed_config"));
     };
     if config.type_url.ends_with(".RawBuffer") {
         return Ok(());

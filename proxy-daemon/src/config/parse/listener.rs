@@ -1,4 +1,4 @@
-use std::{collections::HashMap, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
@@ -75,13 +75,17 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
     })
 }
 
-/// Refuses two chains that match the same connections.
+/// Refuses chains of which two have the same rule for some connections, as Envoy does. A chain with several ports or ranges
+/// stands for a rule for each; a wider range beside a narrower one is another rule.
 fn distinct(chains: &[Arc<FilterChain>], path: &str) -> Result<()> {
-    let mut seen = HashMap::new();
     for (index, chain) in chains.iter().enumerate() {
-        if let Some(first) = seen.insert(&chain.chain_match, index) {
-            let path = format!("{}[{index}].filter_chain_match", join(path, "filter_chains"));
-            return Err(FieldError::new(path, format!("has the same matching rules as filter_chains[{first}]")));
+        let here = || format!("{}[{index}].filter_chain_match", join(path, "filter_chains"));
+        if chain.chain_match.repeats_itself() {
+            return Err(FieldError::new(here(), "names a port or an address range twice"));
+        }
+        if let Some(first) = chains[..index].iter().position(|other| other.chain_match.overlaps(&chain.chain_match)) {
+            let text = format!("has a matching rule in common with filter_chains[{first}]");
+            return Err(FieldError::new(here(), text));
         }
     }
     Ok(())
@@ -90,6 +94,14 @@ fn distinct(chains: &[Arc<FilterChain>], path: &str) -> Result<()> {
 fn listen_address(address: &Address, path: &str) -> Result<ListenAddress> {
     let (socket, port) = socket_address(address, path)?;
     let ip = ip(socket, path)?;
+    let may_be_both = match ip {
+        IpAddr::V6(v6) => v6.is_unspecified() || v6.to_ipv4_mapped().is_some(),
+        IpAddr::V4(_) => false,
+    };
+    if socket.ipv4_compat && !may_be_both {
+        let text = "only the address '::' and IPv4-mapped ones can set ipv4_compat";
+        return Err(FieldError::new(join(path, "socket_address.ipv4_compat"), text));
+    }
     Ok(ListenAddress { address: (ip, port).into(), ipv4_compat: socket.ipv4_compat && ip.is_ipv6() })
 }
 
@@ -121,7 +133,7 @@ fn filter_chain(chain: &ProtoChain, path: &str) -> Result<FilterChain> {
     if filters.len() != 1 {
         // Both filters that exist are terminal.
         let text = match filters.len() {
-            0 => "a filter chain needs a network filter: tcp_proxy or http_connection_manager",
+            0 => "a chain without a network filter is not supported by culvert yet",
             _ => "a terminal filter must be the last of its chain",
         };
         return Err(FieldError::new(join(path, "filters"), text));

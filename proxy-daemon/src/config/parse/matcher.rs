@@ -100,6 +100,9 @@ pub(crate) fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher>
         Some(MatchPattern::Prefix(prefix)) => StringPattern::Prefix(text(prefix)),
         Some(MatchPattern::Suffix(suffix)) => StringPattern::Suffix(text(suffix)),
         Some(MatchPattern::Contains(part)) => StringPattern::Contains(text(part)),
+        Some(MatchPattern::SafeRegex(_)) if ignore_case => {
+            return Err(FieldError::new(join(path, "ignore_case"), "has no effect for safe_regex"));
+        }
         Some(MatchPattern::SafeRegex(matcher)) => StringPattern::Regex(regex(matcher, &join(path, "safe_regex"))?),
         Some(MatchPattern::Custom(_)) => return Err(FieldError::unsupported(join(path, "custom"))),
         None => return Err(required(path, "exact")),

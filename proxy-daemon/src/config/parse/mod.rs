@@ -9,6 +9,7 @@ mod bootstrap;
 mod cluster;
 mod common;
 mod config_source;
+mod deprecated;
 mod endpoint;
 mod health_check;
 mod http_connection_manager;
@@ -18,6 +19,8 @@ pub(crate) mod matcher;
 mod retry;
 mod route;
 pub mod support;
+#[cfg(test)]
+mod support_doc;
 mod tcp_proxy;
 
 pub use bootstrap::{Bootstrap, bootstrap};

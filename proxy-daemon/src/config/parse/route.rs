@@ -141,11 +141,7 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
                     |(name, weight)| (RuntimeInteger { default: u64::from(weight), key: key(name) }, name.into());
                 weights.map(weight).collect()
             });
-            #[expect(deprecated, reason = "where it is set, it must be the sum")]
-            let total = clusters.total_weight.map(|total| total.value);
-            if total.is_some_and(|total| total != weighted.total()) {
-                return Err(FieldError::new(join(&path, "total_weight"), "must be the sum of the weights"));
-            }
+            // `total_weight` is deprecated and says nothing, as in Envoy.
             ClusterChoice::Weighted(weighted)
         }
         Some(_) => return Err(FieldError::unsupported(join(path, "cluster_specifier"))),
@@ -180,11 +176,11 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
     })
 }
 
-/// Clusters by weight; those without any are never chosen.
+/// Clusters by weight; those without any are never chosen, but are named.
 pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: &str) -> Result<WeightedClusters> {
     let mut sum = 0_u32;
     let mut cumulative = Vec::new();
-    for (name, weight) in weights.filter(|(_, weight)| *weight > 0) {
+    for (name, weight) in weights {
         if name.is_empty() {
             return Err(FieldError::new(join(path, "clusters"), "each cluster needs a name"));
         }
@@ -193,7 +189,7 @@ pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: 
             .ok_or_else(|| FieldError::new(path, "the sum of weights must be below 4294967296"))?;
         cumulative.push((sum, Arc::from(name)));
     }
-    if cumulative.is_empty() {
+    if sum == 0 {
         return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
     }
     Ok(WeightedClusters { cumulative, runtime: None })

@@ -2,12 +2,13 @@
 
 use culvert_xds_client::json;
 use prost::{Message, Name};
-use prost_reflect::{DynamicMessage, ReflectMessage, Value};
+use prost_reflect::{DynamicMessage, FieldDescriptor, ReflectMessage, Value};
 
+use super::deprecated::Deprecated;
 use crate::{config::FieldError, http::filters};
 
 /// All fields of the message are honoured.
-const ALL: &[&str] = &["*"];
+pub(super) const ALL: &[&str] = &["*"];
 
 /// Messages and their honoured fields. A message that is not here is refused wherever it is set.
 ///
@@ -447,7 +448,7 @@ pub fn table() -> String {
 }
 
 /// The honoured fields of a message, by its full name; `None` where it is not honoured at all.
-fn honoured(message: &str) -> Option<&'static [&'static str]> {
+pub(super) fn honoured(message: &str) -> Option<&'static [&'static str]> {
     HONOURED.iter().find(|(name, _)| *name == message).map(|(_, fields)| *fields)
 }
 
@@ -461,14 +462,20 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
         .ok_or_else(|| FieldError::new(path, format!("{} has no descriptor", M::full_name())))?;
     let mut dynamic = DynamicMessage::new(descriptor);
     dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
-    walk(&dynamic, path)
+    let mut deprecated = Deprecated::default();
+    walk(&dynamic, path, &mut deprecated)?;
+    // A message inside another one has been looked at with that.
+    if path.is_empty() {
+        deprecated.warn();
+    }
+    Ok(())
 }
 
-fn walk(message: &DynamicMessage, path: &str) -> Result<(), FieldError> {
+fn walk(message: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Result<(), FieldError> {
     let descriptor = message.descriptor();
     let name = descriptor.full_name();
     if name == "google.protobuf.Any" {
-        return walk_any(message, path);
+        return walk_any(message, path, deprecated);
     }
     if name.starts_with("google.protobuf.") {
         return Ok(());
@@ -479,12 +486,16 @@ fn walk(message: &DynamicMessage, path: &str) -> Result<(), FieldError> {
         if fields != ALL && !fields.contains(&field.name()) {
             return Err(FieldError::unsupported(path));
         }
+        deprecated.field(&field, value, &path)?;
         match value {
-            Value::Message(inner) => walk(inner, &path)?,
+            Value::EnumNumber(number) if undefined(&field, *number) => {
+                return Err(FieldError::new(path, format!("the value {number} is not supported by culvert yet")));
+            }
+            Value::Message(inner) => walk(inner, &path, deprecated)?,
             Value::List(items) => {
                 for (index, item) in items.iter().enumerate() {
                     if let Value::Message(inner) = item {
-                        walk(inner, &format!("{path}[{index}]"))?;
+                        walk(inner, &format!("{path}[{index}]"), deprecated)?;
                     }
                 }
             }
@@ -492,7 +503,7 @@ fn walk(message: &DynamicMessage, path: &str) -> Result<(), FieldError> {
                 for (key, item) in entries {
                     if let Value::Message(inner) = item {
                         let key = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
-                        walk(inner, &format!("{path}[\"{key}\"]"))?;
+                        walk(inner, &format!("{path}[\"{key}\"]"), deprecated)?;
                     }
                 }
             }
@@ -502,7 +513,12 @@ fn walk(message: &DynamicMessage, path: &str) -> Result<(), FieldError> {
     Ok(())
 }
 
-fn walk_any(any: &DynamicMessage, path: &str) -> Result<(), FieldError> {
+/// Whether an enum does not have this value. Envoy passes such numbers over where no rule is against them.
+fn undefined(field: &FieldDescriptor, number: i32) -> bool {
+    field.kind().as_enum().is_some_and(|desc| desc.get_value(number).is_none())
+}
+
+fn walk_any(any: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Result<(), FieldError> {
     let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
     let type_url = text("type_url").unwrap_or_default();
     let name = type_url.rsplit('/').next().unwrap_or_default();
@@ -516,7 +532,7 @@ fn walk_any(any: &DynamicMessage, path: &str) -> Result<(), FieldError> {
     let value = any.get_field_by_name("value");
     let bytes = value.as_ref().and_then(|value| value.as_bytes()).cloned().unwrap_or_default();
     let inner = DynamicMessage::decode(descriptor, bytes).map_err(|error| FieldError::new(path, error.to_string()))?;
-    walk(&inner, path)
+    walk(&inner, path, deprecated)
 }
 
 /// `path.field`, or `field` at the top.

@@ -246,8 +246,8 @@ fn what_a_listener_cannot_do_is_named() {
         ),
         (
             "",
-            "filter_chain_match: { prefix_ranges: [{ address_prefix: 10.0.0.0, prefix_len: 33 }] },",
-            "filter_chains[0].filter_chain_match.prefix_ranges[0]: 10.0.0.0/33 is not an address range",
+            "filter_chain_match: { prefix_ranges: [{ address_prefix: 10.0.0.300, prefix_len: 8 }] },",
+            "filter_chains[0].filter_chain_match.prefix_ranges[0]: 10.0.0.300/8 is not an address range",
         ),
         (
             "",
@@ -260,7 +260,7 @@ fn what_a_listener_cannot_do_is_named() {
     }
     let twice = format!("filter_chain_match: {{ destination_port: 80 }}, {}", tcp("cluster: up"));
     let error = read(&format!("{{ name: l, {ADDRESS}, filter_chains: [{{ {twice} }}, {{ {twice} }}] }}")).unwrap_err();
-    assert_eq!(error, "filter_chains[1].filter_chain_match: has the same matching rules as filter_chains[0]");
+    assert_eq!(error, "filter_chains[1].filter_chain_match: has a matching rule in common with filter_chains[0]");
     let error = read(&format!("{{ name: l, {ADDRESS} }}")).unwrap_err();
     assert_eq!(error, "filter_chains: no filter chains specified");
     let error = read(&format!(
