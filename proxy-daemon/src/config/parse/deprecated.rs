@@ -61,7 +61,7 @@ impl Deprecated {
         let Some(value) = kind.as_enum().and_then(|desc| desc.get_value(*number)) else { return Ok(()) };
         let deprecated =
             value.enum_value_descriptor_proto().options.as_ref().is_some_and(|options| options.deprecated());
-        if value.parent_enum().full_name() == "envoy.config.core.v3.ApiVersion" && value.name() == "V2" {
+        if field.name() == "transport_api_version" && value.name() == "V2" {
             return Err(FieldError::new(path, "version 2 of xDS has been removed, as in Envoy"));
         }
         if deprecated && is_set(&value.options(), DISALLOWED_VALUE.as_ref()) {
