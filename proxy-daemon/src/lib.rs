@@ -13,4 +13,5 @@ pub mod network;
 pub mod report;
 pub mod runtime;
 pub mod stats;
+pub mod tls;
 pub mod upstream;

@@ -187,6 +187,9 @@ async fn run(
 
     // The admin interface keeps it, encoded.
     drop(message);
+    for (name, secret) in bootstrap.secrets {
+        plane.secrets().set(name, secret);
+    }
     if let Some(service) = bootstrap.load_stats {
         // Checked with the bootstrap.
         let server = service.target.server(&bootstrap.servers).context("cluster_manager.load_stats_config")?;

@@ -8,6 +8,7 @@ use super::{
     Record,
     time::{self, TimeFormat},
 };
+use crate::tls::PeerText;
 
 /// What a log without a format of its own writes.
 const ENVOY_DEFAULT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" \
@@ -89,6 +90,17 @@ enum Field {
     DownstreamLocalAddressWithoutPort,
     DownstreamLocalPort,
     ConnectionId,
+    RequestedServerName,
+    DownstreamTlsVersion,
+    DownstreamTlsCipher,
+    DownstreamPeerSubject,
+    DownstreamPeerIssuer,
+    DownstreamPeerSerial,
+    DownstreamPeerUriSan,
+    DownstreamPeerDnsSan,
+    DownstreamPeerFingerprint256,
+    DownstreamPeerCertVStart,
+    DownstreamPeerCertVEnd,
 }
 
 const FIELDS: &[(&str, Field)] = &[
@@ -113,6 +125,17 @@ const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Field::DownstreamLocalAddressWithoutPort),
     ("DOWNSTREAM_LOCAL_PORT", Field::DownstreamLocalPort),
     ("CONNECTION_ID", Field::ConnectionId),
+    ("REQUESTED_SERVER_NAME", Field::RequestedServerName),
+    ("DOWNSTREAM_TLS_VERSION", Field::DownstreamTlsVersion),
+    ("DOWNSTREAM_TLS_CIPHER", Field::DownstreamTlsCipher),
+    ("DOWNSTREAM_PEER_SUBJECT", Field::DownstreamPeerSubject),
+    ("DOWNSTREAM_PEER_ISSUER", Field::DownstreamPeerIssuer),
+    ("DOWNSTREAM_PEER_SERIAL", Field::DownstreamPeerSerial),
+    ("DOWNSTREAM_PEER_URI_SAN", Field::DownstreamPeerUriSan),
+    ("DOWNSTREAM_PEER_DNS_SAN", Field::DownstreamPeerDnsSan),
+    ("DOWNSTREAM_PEER_FINGERPRINT_256", Field::DownstreamPeerFingerprint256),
+    ("DOWNSTREAM_PEER_CERT_V_START", Field::DownstreamPeerCertVStart),
+    ("DOWNSTREAM_PEER_CERT_V_END", Field::DownstreamPeerCertVEnd),
 ];
 
 impl Format {
@@ -324,8 +347,24 @@ impl Field {
             Field::DownstreamLocalAddressWithoutPort => ip(out, record.downstream_local_address),
             Field::DownstreamLocalPort => port(out, record.downstream_local_address),
             Field::ConnectionId => number(out, record.connection_id),
+            Field::RequestedServerName => text(out, record.requested_server_name),
+            Field::DownstreamTlsVersion => text(out, record.tls.map(|tls| tls.version)),
+            Field::DownstreamTlsCipher => text(out, record.tls.map(|tls| tls.cipher)),
+            Field::DownstreamPeerSubject => peer(out, record, |peer| &peer.subject),
+            Field::DownstreamPeerIssuer => peer(out, record, |peer| &peer.issuer),
+            Field::DownstreamPeerSerial => peer(out, record, |peer| &peer.serial),
+            Field::DownstreamPeerUriSan => peer(out, record, |peer| &peer.uri_sans),
+            Field::DownstreamPeerDnsSan => peer(out, record, |peer| &peer.dns_sans),
+            Field::DownstreamPeerFingerprint256 => peer(out, record, |peer| &peer.fingerprint_256),
+            Field::DownstreamPeerCertVStart => peer(out, record, |peer| &peer.valid_from),
+            Field::DownstreamPeerCertVEnd => peer(out, record, |peer| &peer.valid_until),
         }
     }
+}
+
+/// Something of the client's certificate.
+fn peer(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
+    text(out, record.tls.and_then(|tls| tls.peer()).map(|peer| part(peer).as_str()).filter(|text| !text.is_empty()));
 }
 
 fn text(out: &mut Vec<u8>, text: Option<&str>) {

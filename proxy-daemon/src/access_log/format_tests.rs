@@ -89,6 +89,8 @@ fn every_operator_is_written() {
         downstream_local_address: Some("[fd00::1]:80".parse().unwrap()),
         upstream_local_address: Some("10.0.0.9:40000".parse().unwrap()),
         connection_id: 7,
+        requested_server_name: Some("users.test"),
+        tls: None,
     };
     for (format, expected) in [
         ("%START_TIME%", "2026-11-21T05:04:45.380Z"),
@@ -105,6 +107,7 @@ fn every_operator_is_written() {
         ("%BYTES_RECEIVED% %BYTES_SENT% %DURATION%", "18446744073709551615 10 1500"),
         ("%UPSTREAM_HOST% %UPSTREAM_REMOTE_ADDRESS% %UPSTREAM_CLUSTER%", "10.0.0.1:80 10.0.0.1:80 users"),
         ("%UPSTREAM_LOCAL_ADDRESS% %ROUTE_NAME% %CONNECTION_ID%", "10.0.0.9:40000 main 7"),
+        ("%REQUESTED_SERVER_NAME% %DOWNSTREAM_TLS_VERSION%", "users.test -"),
         (
             "%DOWNSTREAM_REMOTE_ADDRESS% %DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_REMOTE_PORT%",
             "10.1.2.3:1234 10.1.2.3 1234",
@@ -121,7 +124,7 @@ fn every_operator_is_written() {
     }
     let all: String = FIELDS.iter().map(|(name, _)| format!("%{name}%|")).collect();
     let missing = line(&all, &Record::default());
-    assert_eq!(missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|", "what is missing");
+    assert_eq!(missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|-|-|-|-|-|-|-|-|-|-|-|", "what is missing");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::{
 use http::HeaderMap;
 
 use super::ResponseFlags;
+use crate::tls::TlsInfo;
 
 /// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +55,10 @@ pub struct Record<'a> {
     pub upstream_local_address: Option<SocketAddr>,
     /// The downstream connection's number.
     pub connection_id: u64,
+    /// The server that a TLS client asked for.
+    pub requested_server_name: Option<&'a str>,
+    /// What the downstream connection's TLS handshake came to.
+    pub tls: Option<&'a TlsInfo>,
 }
 
 impl Default for Record<'_> {
@@ -81,6 +86,8 @@ impl Default for Record<'_> {
             downstream_local_address: None,
             upstream_local_address: None,
             connection_id: 0,
+            requested_server_name: None,
+            tls: None,
         }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value as Json, json};
 use tracing::level_filters::LevelFilter;
 
 use super::{
-    AdminState, ServerState, clusters, config_dump, init_dump,
+    AdminState, ServerState, certs, clusters, config_dump, init_dump,
     request::{Parameters, Reply},
     stats, version,
 };
@@ -37,7 +37,7 @@ const ENDPOINTS: &[Endpoint] = &[
         help: "print certs on machine",
         parameters: &[],
         mutates: false,
-        run: |_, _| Reply::json(&json!({ "certificates": [] })),
+        run: |state, _| Reply::json(&certs::json(&state.data_plane.certificates())),
     },
     Endpoint {
         path: "/clusters",

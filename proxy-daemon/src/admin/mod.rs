@@ -1,5 +1,6 @@
 //! The admin interface: Envoy's endpoints, texts and status codes, on the control runtime.
 
+mod certs;
 mod clusters;
 mod config_dump;
 mod csds;

@@ -120,6 +120,9 @@ impl Admin {
             backlog: 16,
             use_original_dst: false,
             original_src: None,
+            tls_inspector: None,
+            listener_filters_timeout: None,
+            continue_on_listener_filters_timeout: false,
             filter_chains: Vec::new(),
             default_filter_chain: None,
             per_connection_buffer_limit_bytes: 1 << 20,
@@ -154,6 +157,7 @@ fn cluster(name: &str) -> ClusterConfig {
         circuit_breakers: [Thresholds::default(), Thresholds { max_retries: 9, ..Thresholds::default() }],
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
+        tls: None,
         endpoints: vec![LocalityEndpoints {
             locality: Locality { region: "eu".into(), zone: "eu-1".into(), sub_zone: String::new() },
             priority: 0,

@@ -20,7 +20,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioTimer;
-use tokio::{net::TcpStream, sync::Notify};
+use tokio::sync::Notify;
 
 use super::{
     LocalExecutor, RouteSlot,
@@ -38,7 +38,7 @@ use super::{
 use crate::{
     access_log::{AccessLog, ResponseFlags},
     config::model::{ClusterChoice, CodecType, HttpConnectionManagerConfig, RouteAction},
-    listener::{ConnectionInfo, DrainSignal},
+    listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
     stats::Counter,
     upstream::WorkerCluster,
@@ -67,6 +67,13 @@ impl ConnectionManager {
         let stats = HcmStats::new(&config.stat_prefix);
         let suppress = config.http_filters.iter().any(|filter| filter.factory.suppresses_envoy_headers());
         Ok(ConnectionManager { config, routes, stats, access_logs, logged, suppress_envoy_headers: suppress })
+    }
+
+    /// A connection that got no further than its TLS handshake.
+    pub(crate) fn count_failed_handshake(&self) {
+        self.stats.downstream_cx_total.inc();
+        self.stats.downstream_cx_ssl_total.inc();
+        self.stats.downstream_cx_destroy.inc();
     }
 }
 
@@ -129,7 +136,7 @@ impl ConnState {
 
 /// Serves a downstream connection to its end.
 pub async fn serve(
-    stream: TcpStream,
+    stream: DownstreamStream,
     manager: Arc<ConnectionManager>,
     connection: Rc<ConnectionInfo>,
     worker: Rc<Worker>,
@@ -138,12 +145,18 @@ pub async fn serve(
     let stats = &manager.stats;
     stats.downstream_cx_total.inc();
     let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_active);
+    let _encrypted = connection.tls.is_some().then(|| {
+        stats.downstream_cx_ssl_total.inc();
+        crate::upstream::Decrement::after_inc(stats.downstream_cx_ssl_active)
+    });
     let started = Instant::now();
+    let chosen = stream.alpn().map(|protocol| protocol == b"h2");
     let mut io = DownstreamIo::new(stream);
-    let http2 = match manager.config.codec_type {
-        CodecType::Http1 => false,
-        CodecType::Http2 => true,
-        CodecType::Auto => {
+    let http2 = match (manager.config.codec_type, chosen) {
+        (CodecType::Http1, _) => false,
+        (CodecType::Http2, _) => true,
+        (CodecType::Auto, Some(http2)) => http2,
+        (CodecType::Auto, None) => {
             let limit = manager.config.idle_timeout.unwrap_or(Duration::MAX / 4);
             // A connection that has said nothing yet loses nothing when it is closed.
             let sniffed = tokio::select! {
@@ -307,7 +320,8 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     let random = fastrand::u64(..);
-    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip(connection));
+    let scheme = if connection.tls.is_some() { "https" } else { "http" };
+    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip(connection), scheme);
     let mut cx = StreamCx {
         worker: Rc::clone(&state.worker),
         connection: Rc::clone(connection),

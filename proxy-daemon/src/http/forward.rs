@@ -17,8 +17,8 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ForwardAction, HostRewrite, Http2Options, RetryPolicy, UpstreamProtocol},
-    upstream::{ConnectError, Connection, HostCounter, PickCx, PoolError, WorkerCluster, WorkerHost},
+    config::model::{ForwardAction, HostRewrite, RetryPolicy, UpstreamProtocol},
+    upstream::{ConnectError, Connection, HostCounter, PickCx, PoolError, Wanted, WorkerCluster, WorkerHost},
 };
 
 /// An upstream's answer.
@@ -242,15 +242,18 @@ impl Attempts<'_> {
     fn copy_for_retry(&self, head: &RequestHead, body: &Body) -> Option<RequestHead> {
         let policy = self.policy?;
         let left = self.count <= policy.num_retries;
-        let wanted = retry::may_want_status(policy) || policy.retry_on.refused_stream && self.http2(head).is_some();
+        let wanted = retry::may_want_status(policy)
+            || policy.retry_on.refused_stream && !matches!(self.protocol(head), Wanted::Http1);
         (left && wanted && matches!(body, Body::Empty)).then(|| head.clone())
     }
 
-    fn http2(&self, head: &RequestHead) -> Option<&Http2Options> {
+    fn protocol(&self, head: &RequestHead) -> Wanted<'_> {
         match &self.cluster.cluster.config.protocol {
-            UpstreamProtocol::Http1 => None,
-            UpstreamProtocol::Http2(options) => Some(options),
-            UpstreamProtocol::Downstream(options) => (head.version == Version::HTTP_2).then_some(options),
+            UpstreamProtocol::Http1 => Wanted::Http1,
+            UpstreamProtocol::Http2(options) => Wanted::Http2(options),
+            UpstreamProtocol::Downstream(options) if head.version == Version::HTTP_2 => Wanted::Http2(options),
+            UpstreamProtocol::Downstream(_) => Wanted::Http1,
+            UpstreamProtocol::Auto(options) => Wanted::Auto(options),
         }
     }
 
@@ -283,12 +286,12 @@ impl Attempts<'_> {
         body: Body,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let (source, high) = (self.cx.connection.source, self.action.high_priority);
-        let http2 = self.http2(&head);
-        let connection = match host.acquire(self.cluster, http2, source, high).await {
+        let wanted = self.protocol(&head);
+        let connection = match host.acquire(self.cluster, wanted, source, high).await {
             Ok(connection) => connection,
             Err(error) => return Err(connect_failed(error, head, body)),
         };
-        let request = self.upstream_request(host, head, body, http2.is_some());
+        let request = self.upstream_request(host, head, body, connection.is_http2());
         match connection.send(request).await {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
                 failure: Failure::AfterRequest,
@@ -413,7 +416,7 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
         PoolError::Connect(ConnectError::Timeout) => {
             ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
-        PoolError::Connect(ConnectError::Io(_)) => {
+        PoolError::Connect(ConnectError::Io(_) | ConnectError::Tls(_)) => {
             ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
@@ -463,8 +466,9 @@ fn to_http1(head: &mut RequestHead) {
 /// A whole URI and no `host` header (RFC 9113, section 8.3.1).
 fn to_http2(head: &mut RequestHead) {
     if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
+        let https = super::redirect::scheme(head) == "https";
         let mut parts = std::mem::take(&mut head.uri).into_parts();
-        parts.scheme = Some(http::uri::Scheme::HTTP);
+        parts.scheme = Some(if https { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
         parts.authority = http::uri::Authority::try_from(host.as_bytes()).ok();
         if parts.path_and_query.is_none() {
             parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));

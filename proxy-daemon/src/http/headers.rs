@@ -30,6 +30,7 @@ pub(crate) mod names {
         KEEP_ALIVE = "keep-alive"
         PROXY_CONNECTION = "proxy-connection"
         X_FORWARDED_FOR = "x-forwarded-for"
+        X_FORWARDED_CLIENT_CERT = "x-forwarded-client-cert"
         X_FORWARDED_PROTO = "x-forwarded-proto"
         X_REQUEST_ID = "x-request-id"
         X_ENVOY_INTERNAL = "x-envoy-internal"
@@ -132,11 +133,14 @@ pub(super) fn prepare_request(
     config: &HttpConnectionManagerConfig,
     peer: SocketAddr,
     local_ip: IpAddr,
+    scheme: &'static str,
 ) -> Trusted {
     strip_hop_by_hop(&mut head.headers);
     let trusted = resolve_client(head, config, peer, local_ip);
     let headers = &mut head.headers;
-    let scheme = HeaderValue::from_static("http");
+    let scheme = HeaderValue::from_static(scheme);
+    // `forward_client_cert_details: SANITIZE`: what a client says of its certificate is no proof of one.
+    headers.remove(X_FORWARDED_CLIENT_CERT);
     if config.use_remote_address && config.xff_num_trusted_hops == 0 {
         headers.insert(X_FORWARDED_PROTO, scheme);
     } else {

@@ -43,7 +43,7 @@ fn request(uri: &str, headers: &[(&str, &str)]) -> RequestHead {
 }
 
 fn prepare(head: &mut RequestHead, config: &HttpConnectionManagerConfig, peer: &str) -> Trusted {
-    prepare_request(head, config, peer.parse().unwrap(), "10.9.9.9".parse().unwrap())
+    prepare_request(head, config, peer.parse().unwrap(), "10.9.9.9".parse().unwrap(), "http")
 }
 
 #[test]

@@ -9,17 +9,19 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use hyper::rt::ReadBufCursor;
 use hyper_util::rt::TokioIo;
-use tokio::{io::AsyncReadExt, net::TcpStream};
+use tokio::io::AsyncReadExt;
+
+use crate::listener::DownstreamStream;
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 pub(super) struct DownstreamIo {
-    stream: TokioIo<TcpStream>,
+    stream: TokioIo<DownstreamStream>,
     read_ahead: Bytes,
 }
 
 impl DownstreamIo {
-    pub(super) fn new(stream: TcpStream) -> DownstreamIo {
+    pub(super) fn new(stream: DownstreamStream) -> DownstreamIo {
         DownstreamIo { stream: TokioIo::new(stream), read_ahead: Bytes::new() }
     }
 

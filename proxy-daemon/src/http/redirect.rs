@@ -28,7 +28,7 @@ pub(super) fn own_url(request: &RequestHead) -> Option<HeaderValue> {
 }
 
 /// The scheme that the client used: `x-forwarded-proto` has been set or checked by now.
-fn scheme(request: &RequestHead) -> &'static str {
+pub(super) fn scheme(request: &RequestHead) -> &'static str {
     match request.headers.get(X_FORWARDED_PROTO) {
         Some(value) if value == "https" => "https",
         _ => "http",

@@ -132,7 +132,7 @@ fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
         MatchedHeader::Method => Some(request.method.as_str()),
         MatchedHeader::Path => request.uri.path_and_query().map(|path| path.as_str()),
         MatchedHeader::Authority => Some(authority(request)),
-        MatchedHeader::Scheme => Some(request.uri.scheme_str().unwrap_or("http")),
+        MatchedHeader::Scheme => Some(request.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(request))),
         MatchedHeader::Name(name) => {
             let mut values = request.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
             match (values.next(), values.next()) {

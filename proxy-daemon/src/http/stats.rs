@@ -30,7 +30,7 @@ macro_rules! hcm_stats {
 
 hcm_stats! {
     counters {
-        downstream_cx_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
+        downstream_cx_total downstream_cx_ssl_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
         downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
         downstream_cx_max_requests_reached downstream_cx_drain_close
         downstream_rq_total downstream_rq_http1_total downstream_rq_http2_total
@@ -38,6 +38,7 @@ hcm_stats! {
         no_route no_cluster rq_direct_response rq_redirect rq_total
         rq_reset_after_downstream_response_started
     }
-    gauges { downstream_cx_active downstream_cx_http1_active downstream_cx_http2_active downstream_rq_active }
+    gauges { downstream_cx_active downstream_cx_ssl_active downstream_cx_http1_active downstream_cx_http2_active
+        downstream_rq_active }
     histograms { downstream_cx_length_ms downstream_rq_time }
 }

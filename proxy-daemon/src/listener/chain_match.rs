@@ -1,5 +1,5 @@
-//! Chooses a filter chain by Envoy's rules: destination port, then the longest destination prefix, then the source; each
-//! step takes the most specific and never goes back.
+//! Chooses a filter chain by Envoy's rules: destination port, then the longest destination prefix, then what a TLS client
+//! asks for, then the source; each step takes the most specific and never goes back.
 
 use std::{
     collections::HashMap,
@@ -7,29 +7,56 @@ use std::{
     sync::Arc,
 };
 
-use super::ActiveChain;
-use crate::config::model::{Cidr, FilterChainMatch, SourceType};
+use super::tls_inspector::Hello;
+use crate::config::model::{Cidr, FilterChainMatch, SourceType, TransportProtocol};
 
 /// All chains of a listener, indexed. `C` is what is found.
 #[derive(Debug)]
-pub(super) struct ChainIndex<C = ActiveChain> {
+pub(super) struct ChainIndex<C> {
     by_port: HashMap<Option<u16>, ByAddress<C>>,
     default: Option<Arc<C>>,
 }
 
-type ByNetwork<C> = HashMap<IpAddr, Vec<Candidate<C>>>;
+type ByNetwork<C> = HashMap<IpAddr, ByServer<C>>;
 
 #[derive(Debug)]
 struct ByAddress<C> {
     /// Longest prefix first; within a length, by network.
     prefixes: Vec<(u8, ByNetwork<C>)>,
+    any: ByServer<C>,
+}
+
+#[derive(Debug)]
+struct ByServer<C> {
+    /// Names, and the domains of wildcards with a dot in front.
+    names: HashMap<Box<str>, Vec<Candidate<C>>>,
     any: Vec<Candidate<C>>,
 }
 
 #[derive(Debug)]
 struct Candidate<C> {
-    rule: FilterChainMatch,
+    rule: Arc<FilterChainMatch>,
     chain: Arc<C>,
+}
+
+impl<C> Clone for Candidate<C> {
+    fn clone(&self) -> Candidate<C> {
+        Candidate { rule: Arc::clone(&self.rule), chain: Arc::clone(&self.chain) }
+    }
+}
+
+impl<C> Default for ByServer<C> {
+    fn default() -> ByServer<C> {
+        ByServer { names: HashMap::new(), any: Vec::new() }
+    }
+}
+
+/// What is known of a connection when its chain is chosen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Facts<'a> {
+    pub(super) local: SocketAddr,
+    pub(super) remote: SocketAddr,
+    pub(super) hello: &'a Hello,
 }
 
 impl<C> ChainIndex<C> {
@@ -38,45 +65,40 @@ impl<C> ChainIndex<C> {
         for (rule, chain) in chains {
             let entry = by_port
                 .entry(rule.destination_port)
-                .or_insert_with(|| ByAddress { prefixes: Vec::new(), any: Vec::new() });
-            entry.insert(rule, chain);
+                .or_insert_with(|| ByAddress { prefixes: Vec::new(), any: ByServer::default() });
+            entry.insert(Candidate { rule: Arc::new(rule), chain });
         }
         by_port.values_mut().for_each(|entry| entry.prefixes.sort_by_key(|(length, _)| std::cmp::Reverse(*length)));
         ChainIndex { by_port, default }
     }
 
-    /// The chain for a connection to `local` from `remote`.
-    pub(super) fn find(&self, local: SocketAddr, remote: SocketAddr) -> Option<Arc<C>> {
-        let by_address = self.by_port.get(&Some(local.port())).or_else(|| self.by_port.get(&None));
-        let candidates = by_address.map(|entry| entry.candidates(local.ip()));
-        let best = candidates.and_then(|candidates| {
-            let fitting =
-                candidates.iter().filter_map(|candidate| Some((rank(&candidate.rule, local, remote)?, candidate)));
-            fitting.max_by_key(|(rank, _)| *rank).map(|(_, candidate)| &candidate.chain)
-        });
+    /// The chain for a connection.
+    pub(super) fn find(&self, facts: Facts<'_>) -> Option<Arc<C>> {
+        let by_address = self.by_port.get(&Some(facts.local.port())).or_else(|| self.by_port.get(&None));
+        let candidates = by_address.map(|entry| entry.by_server(facts.local.ip()).candidates(facts.hello));
+        let best = candidates.and_then(|candidates| most_specific(candidates, facts));
         best.or(self.default.as_ref()).map(Arc::clone)
     }
 }
 
 impl<C> ByAddress<C> {
-    fn insert(&mut self, rule: FilterChainMatch, chain: Arc<C>) {
-        if rule.prefix_ranges.is_empty() {
-            self.any.push(Candidate { rule, chain });
+    fn insert(&mut self, candidate: Candidate<C>) {
+        if candidate.rule.prefix_ranges.is_empty() {
+            self.any.insert(candidate);
             return;
         }
-        for range in rule.prefix_ranges.clone() {
+        for range in &candidate.rule.prefix_ranges {
             // An IPv4 range is as specific as the IPv6 range of its mapped addresses.
-            let length = bits(range);
+            let length = bits(*range);
             let at = self.prefixes.iter().position(|(known, _)| *known == length).unwrap_or_else(|| {
                 self.prefixes.push((length, HashMap::new()));
                 self.prefixes.len() - 1
             });
-            let candidate = Candidate { rule: rule.clone(), chain: Arc::clone(&chain) };
-            self.prefixes[at].1.entry(range.network).or_default().push(candidate);
+            self.prefixes[at].1.entry(range.network).or_default().insert(candidate.clone());
         }
     }
 
-    fn candidates(&self, ip: IpAddr) -> &[Candidate<C>] {
+    fn by_server(&self, ip: IpAddr) -> &ByServer<C> {
         for (length, networks) in &self.prefixes {
             let own = if ip.is_ipv4() { length.checked_sub(96) } else { Some(*length) };
             let network = own.and_then(|own| Cidr::new(ip, own)).map(|range| range.network);
@@ -88,28 +110,97 @@ impl<C> ByAddress<C> {
     }
 }
 
+impl<C> ByServer<C> {
+    fn insert(&mut self, candidate: Candidate<C>) {
+        // As in Envoy, an empty name is no condition.
+        let names = candidate.rule.server_names.iter().filter(|name| !name.is_empty());
+        let mut any = true;
+        for name in names {
+            any = false;
+            let key = name.strip_prefix('*').unwrap_or(name);
+            self.names.entry(key.into()).or_default().push(candidate.clone());
+        }
+        if any {
+            self.any.push(candidate);
+        }
+    }
+
+    /// Those for the server's very name, else for its closest domain, else those without a condition.
+    fn candidates(&self, hello: &Hello) -> &[Candidate<C>] {
+        let Some(name) = hello.server_name.as_deref().filter(|_| !self.names.is_empty()) else { return &self.any };
+        let domains = name.match_indices('.').filter(|(at, _)| *at > 0).map(|(at, _)| &name[at..]);
+        [name].into_iter().chain(domains).find_map(|key| self.names.get(key)).unwrap_or(&self.any)
+    }
+}
+
 fn bits(range: Cidr) -> u8 {
     if range.network.is_ipv4() { range.prefix_len + 96 } else { range.prefix_len }
 }
 
-/// How specific a rule's source part is, in Envoy's order; `None` where it does not match.
-fn rank(rule: &FilterChainMatch, local: SocketAddr, remote: SocketAddr) -> Option<(u8, u8, u8, bool)> {
-    let longest = |ranges: &[Cidr]| match ranges {
-        [] => Some(0),
-        ranges => ranges.iter().filter(|range| range.contains(remote.ip())).map(|range| bits(*range) + 1).max(),
-    };
-    let same_host = remote.ip().is_loopback() || remote.ip() == local.ip();
-    let by_type = match rule.source_type {
-        SourceType::Any => 0,
-        SourceType::SameIpOrLoopback if same_host => 1,
-        SourceType::External if !same_host => 1,
-        _ => return None,
-    };
-    let by_port = !rule.source_ports.is_empty();
-    if by_port && !rule.source_ports.contains(&remote.port()) {
-        return None;
+/// The steps after the server's name, in Envoy's order: how specifically a rule matches; `None` where it does not.
+const STEPS: [fn(&FilterChainMatch, Facts<'_>) -> Option<u16>; 6] =
+    [transport_protocol, application_protocol, direct_source, source_type, source, source_port];
+
+fn most_specific<'a, C>(candidates: &'a [Candidate<C>], facts: Facts<'_>) -> Option<&'a Arc<C>> {
+    let mut best = [0; STEPS.len()];
+    // Each step looks only at those that were best in all steps before.
+    for (at, step) in STEPS.iter().enumerate() {
+        let left = candidates.iter().filter(|it| survives(&it.rule, facts, &best[..at]));
+        best[at] = left.filter_map(|it| step(&it.rule, facts)).max()?;
     }
-    Some((longest(&rule.direct_source_prefix_ranges)?, by_type, longest(&rule.source_prefix_ranges)?, by_port))
+    candidates.iter().find(|it| survives(&it.rule, facts, &best)).map(|it| &it.chain)
+}
+
+fn survives(rule: &FilterChainMatch, facts: Facts<'_>, best: &[u16]) -> bool {
+    STEPS.iter().zip(best).all(|(step, best)| step(rule, facts) == Some(*best))
+}
+
+fn transport_protocol(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    match rule.transport_protocol {
+        None => Some(0),
+        Some(wanted) => (facts.hello.tls == (wanted == TransportProtocol::Tls)).then_some(1),
+    }
+}
+
+/// The client's first choice is the most specific.
+fn application_protocol(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    if rule.application_protocols.is_empty() {
+        return Some(0);
+    }
+    let offered = |name: &Vec<u8>| rule.application_protocols.iter().any(|wanted| wanted.as_bytes() == name);
+    let at = facts.hello.alpn.iter().position(offered)?;
+    Some(u16::MAX - u16::try_from(at).unwrap_or(u16::MAX - 1))
+}
+
+fn longest(ranges: &[Cidr], ip: IpAddr) -> Option<u16> {
+    match ranges {
+        [] => Some(0),
+        ranges => ranges.iter().filter(|range| range.contains(ip)).map(|range| u16::from(bits(*range)) + 1).max(),
+    }
+}
+
+fn direct_source(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    longest(&rule.direct_source_prefix_ranges, facts.remote.ip())
+}
+
+fn source_type(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    let same_host = || facts.remote.ip().is_loopback() || facts.remote.ip() == facts.local.ip();
+    match rule.source_type {
+        SourceType::Any => Some(0),
+        SourceType::SameIpOrLoopback => same_host().then_some(1),
+        SourceType::External => (!same_host()).then_some(1),
+    }
+}
+
+fn source(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    longest(&rule.source_prefix_ranges, facts.remote.ip())
+}
+
+fn source_port(rule: &FilterChainMatch, facts: Facts<'_>) -> Option<u16> {
+    match rule.source_ports.as_slice() {
+        [] => Some(0),
+        ports => ports.contains(&facts.remote.port()).then_some(1),
+    }
 }
 
 #[cfg(test)]
@@ -127,7 +218,12 @@ mod tests {
     }
 
     fn find(index: &ChainIndex<&'static str>, local: &str, remote: &str) -> Option<&'static str> {
-        index.find(local.parse().unwrap(), remote.parse().unwrap()).map(|chain| *chain)
+        find_tls(index, local, remote, &Hello::default())
+    }
+
+    fn find_tls(index: &ChainIndex<&'static str>, local: &str, remote: &str, hello: &Hello) -> Option<&'static str> {
+        let facts = Facts { local: local.parse().unwrap(), remote: remote.parse().unwrap(), hello };
+        index.find(facts).map(|chain| *chain)
     }
 
     #[test]
@@ -162,5 +258,63 @@ mod tests {
         assert_eq!(find(&index, "127.0.0.1:80", "127.0.0.1:9"), Some("local"));
         assert_eq!(find(&index, "10.0.0.1:80", "10.0.0.1:9"), Some("local"));
         assert_eq!(find(&index, "10.0.0.1:80", "10.0.0.2:9"), Some("external"));
+    }
+
+    #[test]
+    fn a_step_never_goes_back() {
+        let from_ten = rule(None, &[], &[]);
+        let from_ten = FilterChainMatch {
+            direct_source_prefix_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+            source_ports: vec![1],
+            ..from_ten
+        };
+        let index = ChainIndex::new(vec![(from_ten, Arc::new("ten")), (rule(None, &[], &[]), Arc::new("any"))], None);
+        assert_eq!(find(&index, "192.0.2.1:80", "10.0.0.1:1"), Some("ten"));
+        assert_eq!(find(&index, "192.0.2.1:80", "11.0.0.1:2"), Some("any"));
+        assert_eq!(find(&index, "192.0.2.1:80", "10.0.0.1:2"), None, "the network was chosen before the port");
+    }
+
+    fn tls_rule(names: &[&str], protocol: Option<TransportProtocol>, alpn: &[&str]) -> FilterChainMatch {
+        let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect();
+        FilterChainMatch {
+            server_names: texts(names),
+            transport_protocol: protocol,
+            application_protocols: texts(alpn),
+            ..FilterChainMatch::default()
+        }
+    }
+
+    fn hello(name: &str, alpn: &[&str]) -> Hello {
+        Hello {
+            tls: true,
+            server_name: Some(name.to_owned()).filter(|name| !name.is_empty()),
+            alpn: alpn.iter().map(|name| name.as_bytes().to_vec()).collect(),
+        }
+    }
+
+    #[test]
+    fn tls_clients_are_told_apart() {
+        let tls = Some(TransportProtocol::Tls);
+        let chains = [
+            (tls_rule(&["a.test", "c.test"], tls, &[]), "a"),
+            (tls_rule(&["*.test"], tls, &[]), "wild"),
+            (tls_rule(&["*.b.test"], tls, &["h2"]), "h2 below b"),
+            (tls_rule(&["*.b.test"], tls, &["http/1.1"]), "h1 below b"),
+            (tls_rule(&[], tls, &[]), "tls"),
+            (tls_rule(&[], Some(TransportProtocol::RawBuffer), &[]), "plain"),
+        ];
+        let index = ChainIndex::new(chains.map(|(rule, name)| (rule, Arc::new(name))).to_vec(), None);
+        let find = |name: &str, alpn: &[&str]| find_tls(&index, "10.0.0.1:80", "10.0.0.2:1", &hello(name, alpn));
+        assert_eq!(find("a.test", &[]), Some("a"));
+        assert_eq!(find("c.test", &["h2"]), Some("a"));
+        assert_eq!(find("x.a.test", &[]), Some("wild"));
+        assert_eq!(find("test", &[]), Some("tls"), "a wildcard needs a label");
+        assert_eq!(find("x.b.test", &["h2", "http/1.1"]), Some("h2 below b"));
+        assert_eq!(find("x.b.test", &["http/1.1", "h2"]), Some("h1 below b"), "the client's order counts");
+        assert_eq!(find("x.b.test", &[]), None, "the closest domain was chosen before the protocol");
+        assert_eq!(find("other", &[]), Some("tls"));
+        assert_eq!(find("", &[]), Some("tls"));
+        let plain = find_tls(&index, "10.0.0.1:80", "10.0.0.2:1", &Hello::default());
+        assert_eq!(plain, Some("plain"));
     }
 }

@@ -3,30 +3,41 @@
 mod chain_match;
 mod prints;
 mod sockets;
+mod stream;
+mod tls_inspector;
 
 use std::{
+    cell::OnceCell,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use tokio::{net::TcpStream, sync::watch};
+use tokio_rustls::server::TlsStream;
 
 pub use prints::Prints;
 pub use sockets::{BoundAddress, bind};
+pub use stream::DownstreamStream;
+pub(crate) use stream::eof;
 
-use self::chain_match::ChainIndex;
+use self::{
+    chain_match::{ChainIndex, Facts},
+    tls_inspector::Hello,
+};
 use crate::{
     access_log::AccessLog,
     config::{
         FieldError,
-        model::{FilterChain, Listener, NetworkFilterConfig, ResourceRef, RouteSource},
+        model::{DownstreamTlsContext, FilterChain, Listener, NetworkFilterConfig, ResourceRef, RouteSource},
     },
     http::{ConnectionManager, RouteSlot},
     network::TcpProxy,
     runtime::Worker,
     stats::{Counter, Gauge, Histogram, Lease, Scope},
+    tls::{Secrets, ServerTls, SslStats, TlsInfo, TlsInspectorStats},
     upstream::Source,
 };
 
@@ -45,6 +56,10 @@ pub struct ConnectionInfo {
     pub source: Option<Source>,
     /// This node's own address, for `x-forwarded-for` of loopback clients.
     pub node_ip: Option<IpAddr>,
+    /// The server that a TLS client asked for, where `tls_inspector` looks at that.
+    pub requested_server_name: Option<String>,
+    /// What the TLS handshake came to; `None`: the connection is plain.
+    pub tls: Option<TlsInfo>,
 }
 
 /// Tells connections that their listener is going away.
@@ -61,6 +76,15 @@ impl DrainSignal {
 
 /// A filter chain, ready to serve.
 #[derive(Debug)]
+pub struct ActiveFilterChain {
+    /// How its connections are decrypted.
+    pub tls: Option<Arc<ServerTls>>,
+    handshake_limit: Option<Duration>,
+    filter: ActiveChain,
+}
+
+/// The terminal filter of a chain.
+#[derive(Debug)]
 pub enum ActiveChain {
     /// `envoy.filters.network.tcp_proxy`
     Tcp(Arc<TcpProxy>),
@@ -71,7 +95,7 @@ pub enum ActiveChain {
 /// A filter chain with what its own connections are told.
 #[derive(Debug)]
 struct Chain {
-    active: ActiveChain,
+    active: ActiveFilterChain,
     drain: watch::Sender<bool>,
 }
 
@@ -84,6 +108,9 @@ pub struct ListenerStats {
     downstream_cx_length_ms: Histogram,
     no_filter_chain_match: Counter,
     _lease: Lease,
+    downstream_pre_cx_timeout: Counter,
+    downstream_pre_cx_active: Gauge,
+    downstream_cx_transport_socket_connect_timeout: Counter,
 }
 
 /// One version of a listener's configuration, shared by all workers.
@@ -96,6 +123,7 @@ pub struct ActiveListener {
     built: Vec<(Option<u64>, Arc<Chain>)>,
     prints: Option<Prints>,
     stats: ListenerStats,
+    inspector_stats: Option<TlsInspectorStats>,
     access_logs: Vec<AccessLog>,
 }
 
@@ -111,26 +139,12 @@ impl ActiveListener {
         prints: Option<Prints>,
         before: Option<&ActiveListener>,
         mut routes: impl FnMut(&ResourceRef) -> Arc<RouteSlot>,
+        secrets: &Arc<Secrets>,
     ) -> Result<ActiveListener, FieldError> {
         let before = before.filter(|before| match (&before.prints, &prints) {
             (Some(old), Some(new)) => old.rest == new.rest,
             _ => false,
         });
-        let mut built: Vec<(Option<u64>, Arc<Chain>)> = Vec::new();
-        for (index, chain) in config.filter_chains.iter().chain(&config.default_filter_chain).enumerate() {
-            let print = prints.as_ref().and_then(|prints| prints.chain(index, config.filter_chains.len()));
-            let same = |(known, _): &&(Option<u64>, Arc<Chain>)| print.is_some() && *known == print;
-            let kept = before.and_then(|before| before.built.iter().find(same)).map(|(_, chain)| Arc::clone(chain));
-            let chain = match kept {
-                Some(chain) => chain,
-                None => Arc::new(Chain { active: activate(chain, &mut routes)?, drain: watch::channel(false).0 }),
-            };
-            built.push((print, chain));
-        }
-        let matches = config.filter_chains.iter().map(|chain| chain.chain_match.clone());
-        let chains = matches.zip(built.iter().map(|(_, chain)| Arc::clone(chain))).collect();
-        let default = config.default_filter_chain.as_ref().and(built.last()).map(|(_, chain)| Arc::clone(chain));
-        let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let prefix = if config.stat_prefix.is_empty() {
             config.addresses.first().map(|first| first.address.to_string()).unwrap_or_default()
         } else {
@@ -138,6 +152,34 @@ impl ActiveListener {
         };
         let scope = Scope::listener(&prefix);
         let lease = scope.lease();
+        let ssl_stats = OnceCell::new();
+        let mut build = |chain: &FilterChain| {
+            let socket = |context: &Arc<DownstreamTlsContext>| {
+                let stats = ssl_stats.get_or_init(|| Arc::new(SslStats::new(&scope, "server_ssl_socket_factory")));
+                ServerTls::new(Arc::clone(context), Arc::clone(stats), secrets)
+                    .map_err(|error| FieldError::new("transport_socket", error))
+            };
+            Ok::<_, FieldError>(ActiveFilterChain {
+                tls: chain.tls.as_ref().map(socket).transpose()?,
+                handshake_limit: chain.transport_socket_connect_timeout,
+                filter: activate(chain, &mut routes)?,
+            })
+        };
+        let mut built: Vec<(Option<u64>, Arc<Chain>)> = Vec::new();
+        for (index, chain) in config.filter_chains.iter().chain(&config.default_filter_chain).enumerate() {
+            let print = prints.as_ref().and_then(|prints| prints.chain(index, config.filter_chains.len()));
+            let same = |(known, _): &&(Option<u64>, Arc<Chain>)| print.is_some() && *known == print;
+            let kept = before.and_then(|before| before.built.iter().find(same)).map(|(_, chain)| Arc::clone(chain));
+            let chain = match kept {
+                Some(chain) => chain,
+                None => Arc::new(Chain { active: build(chain)?, drain: watch::channel(false).0 }),
+            };
+            built.push((print, chain));
+        }
+        let matches = config.filter_chains.iter().map(|chain| chain.chain_match.clone());
+        let chains = matches.zip(built.iter().map(|(_, chain)| Arc::clone(chain))).collect();
+        let default = config.default_filter_chain.as_ref().and(built.last()).map(|(_, chain)| Arc::clone(chain));
+        let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let stats = ListenerStats {
             downstream_cx_total: scope.counter("downstream_cx_total"),
             downstream_cx_destroy: scope.counter("downstream_cx_destroy"),
@@ -145,8 +187,19 @@ impl ActiveListener {
             downstream_cx_length_ms: scope.histogram("downstream_cx_length_ms"),
             no_filter_chain_match: scope.counter("no_filter_chain_match"),
             _lease: lease,
+            downstream_pre_cx_timeout: scope.counter("downstream_pre_cx_timeout"),
+            downstream_pre_cx_active: scope.gauge("downstream_pre_cx_active"),
+            downstream_cx_transport_socket_connect_timeout: scope
+                .counter("downstream_cx_transport_socket_connect_timeout"),
         };
-        Ok(ActiveListener { chains: ChainIndex::new(chains, default), built, prints, config, stats, access_logs })
+        let inspector_stats = config.tls_inspector.map(|_| TlsInspectorStats::new());
+        let chains = ChainIndex::new(chains, default);
+        Ok(ActiveListener { chains, built, prints, config, stats, inspector_stats, access_logs })
+    }
+
+    /// The transport sockets of its chains.
+    pub fn transport_sockets(&self) -> impl Iterator<Item = &Arc<ServerTls>> {
+        self.built.iter().filter_map(|(_, chain)| chain.active.tls.as_ref())
     }
 
     /// Tells this version's connections to finish, but for those of chains that `next` has taken over.
@@ -231,32 +284,21 @@ async fn serve(
     let remote = canonical(remote);
     let local = stream.local_addr().map(canonical).unwrap_or(remote);
     let original_dst = active.config.use_original_dst.then(|| original_destination(&stream, local, bound)).flatten();
-    let local = original_dst.unwrap_or(local);
-    let info = Rc::new(ConnectionInfo {
+    let mut info = ConnectionInfo {
         id: worker.next_connection_id(),
         remote,
-        local,
+        local: original_dst.unwrap_or(local),
         original_dst,
         source: active.config.original_src.map(|original_src| Source::new(original_src, remote.ip())),
         node_ip: worker.node_ip,
-    });
-    match active.chains.find(local, remote) {
-        None => {
-            stats.no_filter_chain_match.inc();
-            tracing::debug!(listener = %active.config.name, %local, %remote, "no filter chain matches; closed");
-        }
-        Some(chain) => {
-            let drain = DrainSignal(chain.drain.subscribe());
-            match &chain.active {
-                ActiveChain::Tcp(proxy) => {
-                    crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(&info), worker, drain).await;
-                }
-                ActiveChain::Http(manager) => {
-                    crate::http::serve(stream, Arc::clone(manager), Rc::clone(&info), worker, drain).await;
-                }
-            }
-        }
-    }
+        requested_server_name: None,
+        tls: None,
+    };
+    let chain = find_chain(&stream, &active, &mut info).await;
+    let info = match chain {
+        Some(chain) => serve_chain(stream, &chain, info, &active, worker).await,
+        None => Rc::new(info),
+    };
     stats.downstream_cx_destroy.inc();
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
     if !active.access_logs.is_empty() {
@@ -265,11 +307,121 @@ async fn serve(
             duration: started.elapsed(),
             downstream_remote_address: Some(remote),
             downstream_direct_remote_address: Some(remote),
-            downstream_local_address: Some(local),
+            downstream_local_address: Some(info.local),
             connection_id: info.id,
+            requested_server_name: info.requested_server_name.as_deref(),
+            tls: info.tls.as_ref(),
             ..Default::default()
         };
         active.access_logs.iter().for_each(|log| log.write(&record));
+    }
+}
+
+/// The listener filters, and the choice of a chain; `None`: the connection is to be closed.
+async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &mut ConnectionInfo) -> Option<Arc<Chain>> {
+    let mut hello = Hello::default();
+    if let (Some(max), Some(stats)) = (active.config.tls_inspector, &active.inspector_stats) {
+        let _inspected = crate::upstream::Decrement::after_inc(active.stats.downstream_pre_cx_active);
+        match tls_inspector::inspect(stream, max, active.config.listener_filters_timeout, stats).await {
+            Ok(seen) => hello = seen,
+            Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                active.stats.downstream_pre_cx_timeout.inc();
+                if !active.config.continue_on_listener_filters_timeout {
+                    return None;
+                }
+            }
+            Err(error) => {
+                tracing::debug!(listener = %active.config.name, remote = %info.remote, %error, "closed unseen");
+                return None;
+            }
+        }
+    }
+    let chain = active.chains.find(Facts { local: info.local, remote: info.remote, hello: &hello });
+    if chain.is_none() {
+        active.stats.no_filter_chain_match.inc();
+        let (listener, local, remote) = (&active.config.name, info.local, info.remote);
+        tracing::debug!(%listener, %local, %remote, "no filter chain matches; closed");
+    }
+    info.requested_server_name = hello.server_name;
+    chain
+}
+
+/// The handshake where there is one, then the chain's filter to the end.
+async fn serve_chain(
+    stream: TcpStream,
+    chain: &Chain,
+    mut info: ConnectionInfo,
+    active: &ActiveListener,
+    worker: Rc<Worker>,
+) -> Rc<ConnectionInfo> {
+    let mut drain = DrainSignal(chain.drain.subscribe());
+    let chain = &chain.active;
+    let stream = match &chain.tls {
+        None => DownstreamStream::Plain(stream),
+        Some(tls) => match shake_hands(tls, stream, chain, active, &mut drain, worker.drain_time).await {
+            Some(stream) => {
+                info.tls = Some(TlsInfo::new(stream.get_ref().1));
+                DownstreamStream::Tls(Box::new(stream))
+            }
+            None => {
+                chain.filter.count_failed_handshake();
+                return Rc::new(info);
+            }
+        },
+    };
+    let info = Rc::new(info);
+    match &chain.filter {
+        ActiveChain::Tcp(proxy) => {
+            crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(&info), worker, drain).await;
+        }
+        ActiveChain::Http(manager) => {
+            crate::http::serve(stream, Arc::clone(manager), Rc::clone(&info), worker, drain).await;
+        }
+    }
+    info
+}
+
+async fn shake_hands(
+    tls: &ServerTls,
+    stream: TcpStream,
+    chain: &ActiveFilterChain,
+    active: &ActiveListener,
+    drain: &mut DrainSignal,
+    drain_time: Duration,
+) -> Option<TlsStream<TcpStream>> {
+    let expired = async {
+        match chain.handshake_limit {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    let drained = async {
+        drain.triggered().await;
+        tokio::time::sleep(drain_time).await;
+    };
+    tokio::select! {
+        result = tls.accept(stream) => match result {
+            Ok(stream) => Some(stream),
+            Err(error) => {
+                tracing::debug!(listener = %active.config.name, %error, "TLS handshake failed");
+                None
+            }
+        },
+        () = expired => {
+            active.stats.downstream_cx_transport_socket_connect_timeout.inc();
+            None
+        }
+        () = drained => None,
+    }
+}
+
+impl ActiveChain {
+    /// Envoy's filters count a connection before its handshake.
+    fn count_failed_handshake(&self) {
+        match self {
+            ActiveChain::Tcp(proxy) => proxy.count_failed_handshake(),
+            ActiveChain::Http(manager) => manager.count_failed_handshake(),
+        }
     }
 }
 

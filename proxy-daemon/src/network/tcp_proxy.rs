@@ -9,10 +9,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
     access_log::{AccessLog, Record, ResponseFlags},
@@ -20,11 +17,12 @@ use crate::{
         FieldError,
         model::{ClusterChoice, TcpProxyConfig},
     },
-    listener::{ConnectionInfo, DrainSignal},
+    listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
     stats::{Counter, Gauge, Lease, Scope},
+    tls::AlpnFallback,
     upstream::{
-        ConnectError, Decrement, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect,
+        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect,
     },
 };
 
@@ -70,6 +68,11 @@ impl TcpProxy {
         Ok(TcpProxy { config, access_logs, stats })
     }
 
+    /// A connection that got no further than its TLS handshake.
+    pub(crate) fn count_failed_handshake(&self) {
+        self.stats.downstream_cx_total.inc();
+    }
+
     fn choose(&self) -> Option<&Arc<str>> {
         match &self.config.cluster {
             ClusterChoice::Cluster(name) => Some(name),
@@ -91,7 +94,7 @@ struct Outcome {
 
 /// Serves a downstream connection to its end.
 pub async fn serve(
-    downstream: TcpStream,
+    downstream: DownstreamStream,
     proxy: Arc<TcpProxy>,
     info: Rc<ConnectionInfo>,
     worker: Rc<Worker>,
@@ -118,13 +121,15 @@ pub async fn serve(
         downstream_direct_remote_address: Some(info.remote),
         downstream_local_address: Some(info.local),
         connection_id: info.id,
+        requested_server_name: info.requested_server_name.as_deref(),
+        tls: info.tls.as_ref(),
         ..Record::default()
     };
     proxy.access_logs.iter().for_each(|log| log.write(&record));
 }
 
 async fn carry(
-    mut downstream: TcpStream,
+    mut downstream: DownstreamStream,
     proxy: &TcpProxy,
     info: &ConnectionInfo,
     worker: &Worker,
@@ -220,8 +225,14 @@ async fn dial(
         // Counted from the first SYN: connects that hang use up the limit as well.
         let open = Decrement::after_inc(stats.upstream_cx_active);
         let since = Instant::now();
-        let keepalive = config.tcp_keepalive.as_ref();
-        match connect(&host.host.address, info.source, keepalive, config.connect_timeout).await {
+        let how = Dial {
+            source: info.source,
+            keepalive: config.tcp_keepalive.as_ref(),
+            limit: config.connect_timeout,
+            tls: cluster.cluster.tls.as_deref(),
+            alpn: AlpnFallback::None,
+        };
+        match connect(&host.host, how).await {
             Ok(stream) => {
                 stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
                 host.count(HostCounter::CxTotal, 1);
@@ -337,6 +348,8 @@ struct Pipe {
     end: usize,
     eof: bool,
     shut: bool,
+    /// The writing side may hold bytes back.
+    unflushed: bool,
     bytes: u64,
 }
 
@@ -355,7 +368,16 @@ impl Pipe {
                     Poll::Ready(Ok(written)) => {
                         self.start += written;
                         self.bytes += written as u64;
+                        self.unflushed = true;
                     }
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            // TLS takes bytes before it can send them. What comes next is read meanwhile only into an empty buffer.
+            if self.unflushed {
+                match Pin::new(&mut *to).poll_flush(cx) {
+                    Poll::Ready(Ok(())) => self.unflushed = false,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
                     Poll::Pending => return Poll::Pending,
                 }
             }

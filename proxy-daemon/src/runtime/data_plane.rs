@@ -23,6 +23,7 @@ use crate::{
     intercept::Interception,
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     stats,
+    tls::{Secrets, SocketCertificates},
     upstream::{ClusterChange, ClusterMap, Clusters, dns},
 };
 
@@ -184,6 +185,21 @@ impl DataPlane {
         self.0.clusters.load()
     }
 
+    /// The secrets that listeners and clusters find theirs in.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        self.0.clusters.secrets()
+    }
+
+    /// Every transport socket's trusted issuers and certificates, those of listeners first.
+    pub fn certificates(&self) -> Vec<SocketCertificates> {
+        let listeners: Vec<_> =
+            lock(&self.0.listeners).values().map(|running| running.shared.active.load_full()).collect();
+        let downstream = listeners.iter().flat_map(|it| it.transport_sockets()).filter_map(|tls| tls.certificates());
+        let clusters = self.clusters();
+        let upstream = clusters.values().filter_map(|cluster| cluster.tls.as_ref()?.certificates());
+        downstream.chain(upstream).collect()
+    }
+
     /// Replaces the routes that RDS serves by this name from this source.
     pub fn set_routes(&self, source: &Arc<Source>, name: &Arc<str>, routes: Arc<RouteConfig>) {
         self.route_slot(source, name).set(routes);
@@ -226,7 +242,7 @@ impl DataPlane {
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
         let before = before.map(|before| before.active.load_full());
         let routes = |wanted: &ResourceRef| self.route_slot(&wanted.from.source, &wanted.name);
-        let active = ActiveListener::new(Arc::clone(&config), prints, before.as_deref(), routes);
+        let active = ActiveListener::new(Arc::clone(&config), prints, before.as_deref(), routes, self.secrets());
         let active = Arc::new(active.map_err(|error| error.to_string())?);
         let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *config.name);
         let has = |wanted: &ListenAddress| before.as_ref().is_some_and(|old| old.config.addresses.contains(wanted));

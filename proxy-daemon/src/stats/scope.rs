@@ -109,6 +109,12 @@ impl Scope {
         registry::set_text(self.full(leaf), text);
     }
 
+    /// The counter `<scope>.<value>`, where the value is a label and no part of the metric's name.
+    pub fn tagged_counter(&self, label: &'static str, value: &str) -> Counter {
+        let Scope { name, base, labels } = self.clone().tagged(label, value);
+        registry::counter(TaggedName { full: name.into(), base: base.into(), labels: labels.into(), exact: true })
+    }
+
     /// A hold on the scope: what is in it stays until the last hold is dropped.
     pub fn lease(&self) -> Lease {
         Lease::new(self)

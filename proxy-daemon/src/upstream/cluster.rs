@@ -17,6 +17,7 @@ use crate::{
     config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
     layered_runtime::{observe, with_values},
     stats::{self, Counter},
+    tls::{ClientTls, Secrets},
 };
 
 /// A cluster as all workers share it.
@@ -32,17 +33,20 @@ pub struct Cluster {
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
     limits: RuntimeLimits,
+    /// How its connections are encrypted; `None`: they are plain.
+    pub tls: Option<Arc<ClientTls>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
 
 impl Cluster {
-    fn new(config: ClusterConfig, hosts: Arc<HostSet>, workers: usize) -> Cluster {
+    fn new(config: ClusterConfig, hosts: Arc<HostSet>, workers: usize, secrets: &Arc<Secrets>) -> Cluster {
         let stats = ClusterStats::new(&config);
         stats.publish_hosts(&hosts);
         let dropped = stats::hidden_counter(&format!("cluster.{}.upstream_rq_dropped", config.name));
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
+        let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
         Cluster {
             config,
             stats,
@@ -50,6 +54,7 @@ impl Cluster {
             dropped,
             latched_dropped: AtomicU64::new(dropped.value()),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
+            tls,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
         }
@@ -137,13 +142,20 @@ pub struct Clusters {
     map: ArcSwap<ClusterMap>,
     version: AtomicU64,
     workers: usize,
+    secrets: Arc<Secrets>,
     writer: Mutex<()>,
 }
 
 impl Clusters {
     /// None yet.
     pub fn new(workers: usize) -> Clusters {
-        Clusters { map: ArcSwap::default(), version: AtomicU64::new(1), workers, writer: Mutex::new(()) }
+        let secrets = Arc::default();
+        Clusters { map: ArcSwap::default(), version: AtomicU64::new(1), workers, secrets, writer: Mutex::new(()) }
+    }
+
+    /// The secrets that clusters find theirs in.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        &self.secrets
     }
 
     /// All clusters now.
@@ -201,7 +213,7 @@ impl Clusters {
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, _) => before,
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
-        Arc::new(Cluster::new(config, hosts, self.workers))
+        Arc::new(Cluster::new(config, hosts, self.workers, &self.secrets))
     }
 
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
@@ -251,6 +263,7 @@ mod tests {
             circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
             per_connection_buffer_limit_bytes: 0,
             tcp_keepalive: None,
+            tls: None,
             endpoints: Vec::new(),
         }
     }

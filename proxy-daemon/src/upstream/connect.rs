@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::AsRawFd,
     pin::Pin,
     task::{Context, Poll},
@@ -14,8 +14,13 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpSocket, TcpStream, UnixStream},
 };
+use tokio_rustls::client::TlsStream;
 
-use crate::config::model::{EndpointAddress, OriginalSrc, TcpKeepalive};
+use super::Host;
+use crate::{
+    config::model::{EndpointAddress, OriginalSrc, TcpKeepalive},
+    tls::{AlpnFallback, ClientTls},
+};
 
 /// A connection to a host.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub enum UpstreamStream {
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
+    /// Through TLS, over one of the others.
+    Tls(Box<TlsStream<UpstreamStream>>),
 }
 
 /// Why a connection could not be opened.
@@ -35,6 +42,24 @@ pub enum ConnectError {
     /// The system refused.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// The TLS handshake failed, or cannot begin yet.
+    #[error("TLS: {0}")]
+    Tls(io::Error),
+}
+
+/// How a connection is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Dial<'a> {
+    /// The source address that it keeps.
+    pub source: Option<Source>,
+    /// As the cluster has it.
+    pub keepalive: Option<&'a TcpKeepalive>,
+    /// Limit of all of it, the TLS handshake included.
+    pub limit: Duration,
+    /// The cluster's transport socket; `None`: plain.
+    pub tls: Option<&'a ClientTls>,
+    /// What is offered in the handshake.
+    pub alpn: AlpnFallback,
 }
 
 /// The source address that an upstream connection keeps, where the listener asks for it.
@@ -53,27 +78,55 @@ impl Source {
     }
 }
 
-/// Connects within `limit`.
-pub async fn connect(
+/// Connects to a host.
+///
+/// # Errors
+/// Why there is no connection.
+pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, ConnectError> {
+    let attempt = async {
+        let stream = connect_plain(&host.address, dial.source, dial.keepalive).await?;
+        match dial.tls {
+            None => Ok(stream),
+            Some(tls) => secure(tls, stream, host, dial.alpn).await,
+        }
+    };
+    match tokio::time::timeout(dial.limit, attempt).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(ConnectError::Timeout),
+    }
+}
+
+/// Connects without TLS and without a limit.
+///
+/// # Errors
+/// What the system says.
+pub(super) async fn connect_plain(
     address: &EndpointAddress,
     source: Option<Source>,
     keepalive: Option<&TcpKeepalive>,
-    limit: Duration,
-) -> Result<UpstreamStream, ConnectError> {
-    let attempt = async {
-        match address {
-            EndpointAddress::Ip(address) => {
-                let stream = tcp_socket(*address, source, keepalive)?.connect(*address).await?;
-                Ok(UpstreamStream::Tcp(stream))
-            }
-            EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
-            EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
+) -> io::Result<UpstreamStream> {
+    match address {
+        EndpointAddress::Ip(address) => {
+            Ok(UpstreamStream::Tcp(tcp_socket(*address, source, keepalive)?.connect(*address).await?))
         }
-    };
-    match tokio::time::timeout(limit, attempt).await {
-        Ok(result) => result.map_err(ConnectError::Io),
-        Err(_elapsed) => Err(ConnectError::Timeout),
+        EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
+        EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
     }
+}
+
+async fn secure(
+    tls: &ClientTls,
+    stream: UpstreamStream,
+    host: &Host,
+    alpn: AlpnFallback,
+) -> Result<UpstreamStream, ConnectError> {
+    let address = match &host.address {
+        EndpointAddress::Ip(address) => address.ip(),
+        // No name is made of it: rustls only wants one to remember sessions by.
+        EndpointAddress::Dns { .. } | EndpointAddress::Pipe(_) => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let stream = tls.connect(stream, &host.hostname, address, alpn).await.map_err(ConnectError::Tls)?;
+    Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 
 fn tcp_socket(to: SocketAddr, source: Option<Source>, keepalive: Option<&TcpKeepalive>) -> io::Result<TcpSocket> {
@@ -128,6 +181,15 @@ impl UpstreamStream {
         match self {
             UpstreamStream::Tcp(stream) => stream.local_addr().ok(),
             UpstreamStream::Unix(_) => None,
+            UpstreamStream::Tls(stream) => stream.get_ref().0.local_addr(),
+        }
+    }
+
+    /// The protocol that the TLS handshake chose.
+    pub fn alpn(&self) -> Option<&[u8]> {
+        match self {
+            UpstreamStream::Tls(stream) => stream.get_ref().1.alpn_protocol(),
+            UpstreamStream::Tcp(_) | UpstreamStream::Unix(_) => None,
         }
     }
 }
@@ -137,13 +199,18 @@ macro_rules! forward {
         match $self.get_mut() {
             UpstreamStream::Tcp($stream) => $call,
             UpstreamStream::Unix($stream) => $call,
+            UpstreamStream::Tls($stream) => $call,
         }
     };
 }
 
 impl AsyncRead for UpstreamStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        forward!(self, stream => Pin::new(stream).poll_read(cx, buf))
+        match self.get_mut() {
+            UpstreamStream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            UpstreamStream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            UpstreamStream::Tls(stream) => Pin::new(stream).poll_read(cx, buf).map(crate::listener::eof),
+        }
     }
 }
 

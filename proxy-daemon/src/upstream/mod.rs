@@ -17,10 +17,10 @@ mod worker;
 
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
-pub use connect::{ConnectError, Source, UpstreamStream, connect};
+pub use connect::{ConnectError, Dial, Source, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub(crate) use pool::Decrement;
-pub use pool::{Connection, PoolError};
+pub use pool::{Connection, PoolError, Wanted};
 pub use stats::ClusterStats;
 pub(crate) use worker::Issued;
 pub use worker::{PickCx, WorkerCluster, WorkerClusters, WorkerHost};

@@ -14,11 +14,12 @@ use tokio::sync::{Mutex, Notify};
 
 use super::{
     Cluster, ConnectError, Host, HostCounter, Issued, WorkerCluster, WorkerHost,
-    connect::{Source, connect},
+    connect::{Dial, Source, UpstreamStream, connect},
 };
 use crate::{
     config::model::Http2Options,
     http::{LocalExecutor, body::Body},
+    tls::AlpnFallback,
 };
 
 /// Why no connection could be had.
@@ -33,6 +34,17 @@ pub enum PoolError {
     /// A circuit breaker is open.
     #[error("overflow")]
     Overflow,
+}
+
+/// What a request may be sent with.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// HTTP/1.1
+    Http1,
+    /// HTTP/2
+    Http2(&'a Http2Options),
+    /// What the host chooses in the TLS handshake.
+    Auto(&'a Http2Options),
 }
 
 /// This worker's connections to one host, by the source address that they keep.
@@ -50,6 +62,8 @@ struct SourcePool {
     http2: RefCell<Option<Rc<Http2Connection>>>,
     /// One connect at a time where one connection serves all.
     http2_connect: Mutex<()>,
+    /// The host has chosen HTTP/1.1 where it had the choice.
+    chose_http1: Cell<bool>,
     open: Cell<u32>,
     /// Told when a connection comes back or goes, for those that wait at a circuit breaker.
     released: Notify,
@@ -126,7 +140,7 @@ impl WorkerHost {
     pub async fn acquire(
         self: &Rc<Self>,
         cluster: &WorkerCluster,
-        http2: Option<&Http2Options>,
+        wanted: Wanted<'_>,
         source: Option<Source>,
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
@@ -139,24 +153,63 @@ impl WorkerHost {
             max_requests: cluster.cluster.config.max_requests_per_connection,
             reused,
         };
-        let Some(options) = http2 else {
-            loop {
+        let opened = loop {
+            let http1 = match wanted {
+                Wanted::Http1 => true,
+                Wanted::Http2(_) => false,
+                Wanted::Auto(_) => pool.chose_http1.get(),
+            };
+            if http1 {
                 if let Some(idle) = pool.take_idle() {
                     return Ok(lend(Sender::Http1(idle), true));
                 }
                 if self.may_open(cluster, &pool, high_priority).await? {
-                    return Ok(lend(Sender::Http1(self.open_http1(cluster, &pool, source).await?), false));
+                    break self.open(cluster, &pool, source, wanted).await?;
                 }
+                continue;
+            }
+            if let Some(shared) = pool.shared_http2() {
+                return Ok(lend(Sender::Http2(shared), true));
+            }
+            let _one_at_a_time = pool.http2_connect.lock().await;
+            if let Some(shared) = pool.shared_http2() {
+                return Ok(lend(Sender::Http2(shared), true));
+            }
+            if matches!(wanted, Wanted::Auto(_)) && pool.chose_http1.get() {
+                continue;
+            }
+            break self.open(cluster, &pool, source, wanted).await?;
+        };
+        Ok(lend(opened, false))
+    }
+
+    async fn open(
+        &self,
+        cluster: &WorkerCluster,
+        pool: &Rc<SourcePool>,
+        source: Option<Source>,
+        wanted: Wanted<'_>,
+    ) -> Result<Sender, PoolError> {
+        let alpn = match wanted {
+            Wanted::Http1 => AlpnFallback::Http1,
+            Wanted::Http2(_) => AlpnFallback::Http2,
+            Wanted::Auto(_) => AlpnFallback::Auto,
+        };
+        let (stream, open) = self.dial(cluster, pool, source, alpn).await?;
+        let http2 = match wanted {
+            Wanted::Http1 => None,
+            Wanted::Http2(options) => Some(options),
+            Wanted::Auto(options) => {
+                let options = Some(options).filter(|_| stream.alpn() == Some(b"h2"));
+                // The host may choose otherwise the next time.
+                pool.chose_http1.set(options.is_none());
+                options
             }
         };
-        if let Some(shared) = pool.shared_http2() {
-            return Ok(lend(Sender::Http2(shared), true));
+        match http2 {
+            Some(options) => self.start_http2(cluster, pool, stream, open, options).await.map(Sender::Http2),
+            None => self.start_http1(cluster, pool, stream, open).await.map(Sender::Http1),
         }
-        let _one_at_a_time = pool.http2_connect.lock().await;
-        if let Some(shared) = pool.shared_http2() {
-            return Ok(lend(Sender::Http2(shared), true));
-        }
-        Ok(lend(Sender::Http2(self.open_http2(cluster, &pool, source, options).await?), false))
     }
 
     /// Whether a connection may be opened. Where the limit is reached, waits for one to be released and says no; a
@@ -183,11 +236,18 @@ impl WorkerHost {
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
         source: Option<Source>,
-    ) -> Result<(super::UpstreamStream, OpenConnection), PoolError> {
+        alpn: AlpnFallback,
+    ) -> Result<(UpstreamStream, OpenConnection), PoolError> {
         let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
         let open = OpenConnection::new(cluster, self, pool);
-        let result = connect(&self.host.address, source, config.tcp_keepalive.as_ref(), config.connect_timeout).await;
-        match result {
+        let dial = Dial {
+            source,
+            keepalive: config.tcp_keepalive.as_ref(),
+            limit: config.connect_timeout,
+            tls: cluster.cluster.tls.as_deref(),
+            alpn,
+        };
+        match connect(&self.host, dial).await {
             Ok(stream) => {
                 stats.upstream_cx_connect_ms.record(open.since.elapsed().as_millis() as u64);
                 Ok((stream, open))
@@ -203,13 +263,13 @@ impl WorkerHost {
         }
     }
 
-    async fn open_http1(
+    async fn start_http1(
         &self,
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
-        source: Option<Source>,
+        stream: UpstreamStream,
+        open: OpenConnection,
     ) -> Result<Rc<Http1Connection>, PoolError> {
-        let (stream, open) = self.dial(cluster, pool, source).await?;
         let handshake = http1::Builder::new().handshake(TokioIo::new(stream)).await;
         let (sender, driver) = handshake.map_err(PoolError::Handshake)?;
         cluster.cluster.stats.upstream_cx_http1_total.inc();
@@ -237,14 +297,14 @@ impl WorkerHost {
         Ok(connection)
     }
 
-    async fn open_http2(
+    async fn start_http2(
         &self,
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
-        source: Option<Source>,
+        stream: UpstreamStream,
+        open: OpenConnection,
         options: &Http2Options,
     ) -> Result<Rc<Http2Connection>, PoolError> {
-        let (stream, open) = self.dial(cluster, pool, source).await?;
         let handshake = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(options.initial_stream_window_size)

@@ -133,7 +133,7 @@ impl WorkerCluster {
     fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>) -> WorkerCluster {
         let next = WorkerCluster::new(cluster, before.worker);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
-        if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive {
+        if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
             next.all.replace(before.all.take());
         } else {
             before.retire();

@@ -206,6 +206,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         circuit_breakers: Default::default(),
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
+        tls: None,
         endpoints: vec![LocalityEndpoints {
             locality: Locality::default(),
             priority: 0,
@@ -235,9 +236,14 @@ pub fn listener(name: &str, address: SocketAddr, filter: NetworkFilterConfig) ->
         backlog: 128,
         use_original_dst: false,
         original_src: None,
+        tls_inspector: None,
+        listener_filters_timeout: None,
+        continue_on_listener_filters_timeout: false,
         filter_chains: vec![Arc::new(FilterChain {
             name: "".into(),
             chain_match: FilterChainMatch::default(),
+            tls: None,
+            transport_socket_connect_timeout: None,
             filters: vec![filter],
         })],
         default_filter_chain: None,

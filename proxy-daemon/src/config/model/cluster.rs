@@ -2,7 +2,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::{Http2Options, ResourceRef};
+use super::{Http2Options, ResourceRef, SecretName, UpstreamTlsContext};
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -29,8 +29,17 @@ pub struct ClusterConfig {
     pub per_connection_buffer_limit_bytes: u32,
     /// `upstream_connection_options.tcp_keepalive`.
     pub tcp_keepalive: Option<TcpKeepalive>,
+    /// How its connections are encrypted; `None`: they are plain.
+    pub tls: Option<Arc<UpstreamTlsContext>>,
     /// The hosts of STATIC and STRICT_DNS clusters.
     pub endpoints: Vec<LocalityEndpoints>,
+}
+
+impl ClusterConfig {
+    /// The secrets that its connections need.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+        self.tls.iter().flat_map(|tls| tls.common.secrets())
+    }
 }
 
 /// `Cluster.type`, with what belongs to each.
@@ -101,6 +110,8 @@ pub enum UpstreamProtocol {
     Http2(Http2Options),
     /// What the client speaks.
     Downstream(Http2Options),
+    /// What the host chooses in the TLS handshake.
+    Auto(Http2Options),
 }
 
 /// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries.

@@ -1,6 +1,8 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
-use super::{AccessLogConfig, Cidr, ClusterChoice, HttpConnectionManagerConfig, ResourceRef};
+use super::{
+    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, SecretName,
+};
 
 /// A checked `envoy.config.listener.v3.Listener`.
 #[derive(Debug)]
@@ -22,6 +24,13 @@ pub struct Listener {
     pub use_original_dst: bool,
     /// `envoy.filters.listener.original_src`: upstream connections keep the client's address.
     pub original_src: Option<OriginalSrc>,
+    /// `envoy.filters.listener.tls_inspector`: how much of a client's first message may be looked at, in bytes; `None`: it is
+    /// not looked at.
+    pub tls_inspector: Option<usize>,
+    /// A connection whose listener filters have not finished after this is closed; `None`: never. Default 15 s.
+    pub listener_filters_timeout: Option<Duration>,
+    /// Such a connection is served with what is known of it.
+    pub continue_on_listener_filters_timeout: bool,
     /// In the order of the configuration.
     pub filter_chains: Vec<Arc<FilterChain>>,
     /// What serves a connection that no chain matches; without it the connection is closed.
@@ -40,6 +49,16 @@ impl Listener {
             NetworkFilterConfig::HttpConnectionManager(config) => Some(config),
             NetworkFilterConfig::TcpProxy(_) => None,
         })
+    }
+
+    /// All filter chains.
+    pub fn chains(&self) -> impl Iterator<Item = &Arc<FilterChain>> {
+        self.filter_chains.iter().chain(&self.default_filter_chain)
+    }
+
+    /// The secrets that its connections need.
+    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+        self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.common.secrets())
     }
 
     /// The route configurations that RDS is to deliver for it.
@@ -71,6 +90,10 @@ pub struct FilterChain {
     pub name: Arc<str>,
     /// Which connections it serves.
     pub chain_match: FilterChainMatch,
+    /// How its connections are decrypted; `None`: they are plain.
+    pub tls: Option<Arc<DownstreamTlsContext>>,
+    /// A handshake that takes longer is given up; `None`: any time.
+    pub transport_socket_connect_timeout: Option<Duration>,
     /// In the order in which a connection meets them; never empty.
     pub filters: Vec<NetworkFilterConfig>,
 }
@@ -82,6 +105,12 @@ pub struct FilterChainMatch {
     pub destination_port: Option<u16>,
     /// The connection's (original) destination address: the longest prefix wins.
     pub prefix_ranges: Vec<Cidr>,
+    /// The server that a TLS client asks for, in lower case: a name, or `*.` and a domain.
+    pub server_names: Vec<String>,
+    /// What the connection begins with.
+    pub transport_protocol: Option<TransportProtocol>,
+    /// One of the protocols that a TLS client offers.
+    pub application_protocols: Vec<String>,
     /// The address that the connection came from.
     pub direct_source_prefix_ranges: Vec<Cidr>,
     /// Local or external clients only.
@@ -98,6 +127,9 @@ impl FilterChainMatch {
         self.destination_port == other.destination_port
             && self.source_type == other.source_type
             && share(&self.prefix_ranges, &other.prefix_ranges)
+            && share(&self.server_names, &other.server_names)
+            && self.transport_protocol == other.transport_protocol
+            && share(&self.application_protocols, &other.application_protocols)
             && share(&self.direct_source_prefix_ranges, &other.direct_source_prefix_ranges)
             && share(&self.source_prefix_ranges, &other.source_prefix_ranges)
             && share(&self.source_ports, &other.source_ports)
@@ -106,7 +138,10 @@ impl FilterChainMatch {
     /// Whether a list of it names something twice.
     pub fn repeats_itself(&self) -> bool {
         let ranges = [&self.prefix_ranges, &self.direct_source_prefix_ranges, &self.source_prefix_ranges];
-        ranges.into_iter().any(|ranges| repeats(ranges)) || repeats(&self.source_ports)
+        ranges.into_iter().any(|ranges| repeats(ranges))
+            || repeats(&self.source_ports)
+            || repeats(&self.server_names)
+            || repeats(&self.application_protocols)
     }
 }
 
@@ -119,6 +154,15 @@ fn share<T: Eq + std::hash::Hash>(one: &[T], other: &[T]) -> bool {
 fn repeats<T: Eq + std::hash::Hash>(items: &[T]) -> bool {
     let mut seen = HashSet::new();
     !items.iter().all(|item| seen.insert(item))
+}
+
+/// `FilterChainMatch.transport_protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TransportProtocol {
+    /// `tls`
+    Tls,
+    /// `raw_buffer`: anything else.
+    RawBuffer,
 }
 
 /// `FilterChainMatch.ConnectionSourceType`.

@@ -8,6 +8,7 @@ mod health_check;
 mod listener;
 mod route;
 mod source;
+mod tls;
 
 pub use access_log::*;
 pub use cidr::*;
@@ -17,3 +18,4 @@ pub use health_check::*;
 pub use listener::*;
 pub use route::*;
 pub use source::*;
+pub use tls::*;

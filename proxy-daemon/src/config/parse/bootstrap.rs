@@ -10,11 +10,14 @@ use culvert_xds_client::{
     source::{GrpcService, GrpcSource, Server},
     sources::Config as SourcesConfig,
 };
-use envoy_types::pb::envoy::config::{
-    bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
-    cluster::v3::Cluster,
-    core::v3::{ApiConfigSource, Node},
-    listener::v3::Listener as ProtoListener,
+use envoy_types::pb::envoy::{
+    config::{
+        bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
+        cluster::v3::Cluster,
+        core::v3::{ApiConfigSource, Node},
+        listener::v3::Listener as ProtoListener,
+    },
+    extensions::transport_sockets::tls::v3::Secret as ProtoSecret,
 };
 use prost::Name;
 
@@ -23,7 +26,7 @@ use super::{
     common::{Result, ip, socket_address},
     config_source::{ads_source, config_source},
     layered_runtime::layered_runtime,
-    listener,
+    listener, secret,
     support::{self, join},
 };
 use crate::{
@@ -31,7 +34,7 @@ use crate::{
         FieldError,
         model::{
             ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteSource,
-            UpstreamProtocol,
+            Secret, SecretName, UpstreamProtocol,
         },
     },
     intercept::InterceptionConfig,
@@ -47,6 +50,8 @@ pub struct Bootstrap {
     pub admin: Option<SocketAddr>,
     /// Clusters of the bootstrap.
     pub clusters: Vec<ClusterConfig>,
+    /// Secrets of the bootstrap, by name.
+    pub secrets: Vec<(SecretName, Secret)>,
     /// Listeners of the bootstrap.
     pub listeners: Vec<Listener>,
     /// The aggregated discovery service, where there is one.
@@ -74,6 +79,7 @@ pub struct Bootstrap {
 pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     support::check(message, "")?;
     let resources = message.static_resources.clone().unwrap_or_default();
+    let secrets = static_secrets(&resources.secrets)?;
     let clusters = resources.clusters.iter().enumerate();
     let clusters = clusters.map(|(index, item)| cluster(item, &format!("static_resources.clusters[{index}]")));
     let clusters: Vec<_> = clusters.collect::<Result<_>>()?;
@@ -97,6 +103,12 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let load_stats = service(load_stats, "cluster_manager.load_stats_config")?;
     let health_discovery = service(message.hds_config.as_ref(), "hds_config")?;
     known_clusters(&listeners, &clusters)?;
+    for (index, listener) in listeners.iter().enumerate() {
+        known_secrets(listener.secrets(), &secrets, &format!("static_resources.listeners[{index}]"))?;
+    }
+    for (index, cluster) in clusters.iter().enumerate() {
+        known_secrets(cluster.secrets(), &secrets, &format!("static_resources.clusters[{index}]"))?;
+    }
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
         Some(address) => {
             let (socket, port) = socket_address(address, "admin.address")?;
@@ -114,6 +126,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         node: sources.node,
         admin,
         clusters,
+        secrets,
         listeners,
         ads,
         servers: sources.servers,
@@ -124,6 +137,30 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         runtime,
         interception: extensions(message)?,
     })
+}
+
+fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<(SecretName, Secret)>> {
+    let mut secrets: Vec<(SecretName, Secret)> = Vec::with_capacity(messages.len());
+    for (index, message) in messages.iter().enumerate() {
+        let path = format!("static_resources.secrets[{index}]");
+        let secret = secret(message, &path)?;
+        let name = SecretName { discovered: false, name: message.name.as_str().into() };
+        if secrets.iter().any(|(known, _)| *known == name) {
+            return Err(FieldError::new(join(&path, "name"), format!("duplicate name '{}'", message.name)));
+        }
+        secrets.push((name, secret));
+    }
+    Ok(secrets)
+}
+
+/// Refuses what names a secret of the bootstrap that is not there.
+fn known_secrets<'a>(
+    mut names: impl Iterator<Item = &'a SecretName>,
+    secrets: &[(SecretName, Secret)],
+    path: &str,
+) -> Result<()> {
+    let missing = names.find(|name| !name.discovered && !secrets.iter().any(|(known, _)| known == *name));
+    missing.map_or(Ok(()), |name| Err(FieldError::new(path, format!("Unknown static secret: {}", name.name))))
 }
 
 fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {

@@ -18,10 +18,11 @@ use envoy_types::pb::envoy::{
 };
 
 use super::{
-    common::{Result, duration, header_name, http2, limit, number, plain_socket, port, required},
+    common::{Result, duration, header_name, http2, limit, number, port, required},
     config_source::config_source,
     endpoint::assigned,
     support::{self, join},
+    tls::upstream_socket,
 };
 use crate::config::{
     FieldError,
@@ -38,7 +39,7 @@ const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptio
 /// The field that is wrong or not honoured.
 pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     support::check(cluster, path)?;
-    plain_socket(cluster.transport_socket.as_ref(), path)?;
+    let tls = upstream_socket(cluster.transport_socket.as_ref(), path)?;
     let lb_policy = lb_policy(cluster, path)?;
     let discovery = discovery(cluster, &lb_policy, path)?;
     let assignment_path = join(path, "load_assignment");
@@ -70,12 +71,13 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         discovery,
         lb_policy,
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
-        protocol: protocol(cluster, http.as_ref(), path)?,
+        protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref()),
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
+        tls,
         endpoints,
     })
 }
@@ -172,7 +174,7 @@ fn http_options(cluster: &Cluster, path: &str) -> Result<Option<HttpProtocolOpti
     any.map(|any| Ok(unpack(any, &format!("{path}[\"{HTTP_OPTIONS}\"]"))?)).transpose()
 }
 
-fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, path: &str) -> Result<UpstreamProtocol> {
+fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, path: &str) -> Result<UpstreamProtocol> {
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let old = cluster.http2_protocol_options.as_ref();
     let Some(options) = http else {
@@ -188,7 +190,14 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, path: &str) -
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
-        _ => Err(FieldError::unsupported(join(&path, "auto_config"))),
+        Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
+            let text = "lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket";
+            Err(FieldError::new(join(&path, "auto_config"), text))
+        }
+        Some(UpstreamProtocolOptions::AutoConfig(options)) => {
+            Ok(UpstreamProtocol::Auto(http2(options.http2_protocol_options.as_ref())))
+        }
+        None => Err(required(&path, "upstream_protocol_options")),
     }
 }
 

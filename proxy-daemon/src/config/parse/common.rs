@@ -6,9 +6,8 @@ use std::{
 use envoy_types::pb::{
     envoy::config::core::v3::{
         Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFractionalPercent,
-        SocketAddress, TransportSocket, address, data_source::Specifier,
-        header_value_option::HeaderAppendAction as ProtoAction, socket_address::PortSpecifier,
-        transport_socket::ConfigType,
+        SocketAddress, address, data_source::Specifier, header_value_option::HeaderAppendAction as ProtoAction,
+        socket_address::PortSpecifier,
     },
     envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
     google::protobuf::{Duration as ProtoDuration, UInt32Value},
@@ -204,7 +203,10 @@ pub(super) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
     match &source.specifier {
         Some(Specifier::InlineString(text)) => Ok(text.clone().into_bytes()),
         Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone()),
-        _ => Err(required(path, "inline_string")),
+        // Honoured for certificates and keys, which have the same message.
+        Some(Specifier::Filename(_)) => Err(FieldError::unsupported(join(path, "filename"))),
+        Some(Specifier::EnvironmentVariable(_)) => Err(FieldError::unsupported(join(path, "environment_variable"))),
+        None => Err(required(path, "inline_string")),
     }
 }
 
@@ -220,18 +222,6 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             default.initial_connection_window_size,
         ),
     }
-}
-
-/// Only plain sockets are honoured yet.
-pub(super) fn plain_socket(socket: Option<&TransportSocket>, path: &str) -> Result<()> {
-    let Some(socket) = socket else { return Ok(()) };
-    let Some(ConfigType::TypedConfig(config)) = &socket.config_type else {
-        return Err(required(path, "transport_socket.typed_config"));
-    };
-    if config.type_url.ends_with(".RawBuffer") {
-        return Ok(());
-    }
-    Err(FieldError::unsupported(join(path, "transport_socket")))
 }
 
 /// A share of the requests, which a runtime value may replace. Without a default: none.

@@ -1,4 +1,4 @@
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
@@ -9,19 +9,23 @@ use envoy_types::pb::envoy::{
             filter::ConfigType, filter_chain_match::ConnectionSourceType, listener_filter,
         },
     },
-    extensions::filters::listener::original_src::v3::OriginalSrc as ProtoSrc,
+    extensions::filters::listener::{original_src::v3::OriginalSrc as ProtoSrc, tls_inspector::v3::TlsInspector},
 };
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, ip, number, plain_socket, port, required, socket_address},
+    common::{Result, cidrs, duration, ip, limit, number, port, required, socket_address},
     http_connection_manager::http_connection_manager,
     support::{self, join},
     tcp_proxy::tcp_proxy,
+    tls::downstream_socket,
 };
 use crate::config::{
     FieldError,
-    model::{FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc, SourceType},
+    model::{
+        FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc, SourceType,
+        TransportProtocol,
+    },
 };
 
 /// A checked listener.
@@ -58,7 +62,14 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
     if filter_chains.is_empty() && default_filter_chain.is_none() {
         return Err(FieldError::new(join(path, "filter_chains"), "no filter chains specified"));
     }
-    let (use_original_dst, original_src) = listener_filters(listener, path)?;
+    let mut filters = listener_filters(listener, path)?;
+    if filters.tls_inspector.is_none() && filter_chains.iter().any(|chain| needs_tls_inspector(&chain.chain_match)) {
+        tracing::warn!(
+            listener = %name,
+            "filter chain match rules require envoy.filters.listener.tls_inspector, which isn't configured: it is added"
+        );
+        filters.tls_inspector = Some(MAX_CLIENT_HELLO);
+    }
     Ok(Listener {
         name: name.into(),
         addresses,
@@ -66,8 +77,16 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
         transparent: listener.transparent.is_some_and(|value| value.value),
         freebind: listener.freebind.is_some_and(|value| value.value),
         backlog: number(listener.tcp_backlog_size, 4096),
-        use_original_dst,
-        original_src,
+        use_original_dst: filters.original_dst,
+        original_src: filters.original_src,
+        tls_inspector: filters.tls_inspector,
+        listener_filters_timeout: limit(
+            listener.listener_filters_timeout,
+            Some(Duration::from_secs(15)),
+            path,
+            "listener_filters_timeout",
+        )?,
+        continue_on_listener_filters_timeout: listener.continue_on_listener_filters_timeout,
         filter_chains,
         default_filter_chain,
         per_connection_buffer_limit_bytes: number(listener.per_connection_buffer_limit_bytes, 1 << 20),
@@ -105,27 +124,53 @@ fn listen_address(address: &Address, path: &str) -> Result<ListenAddress> {
     Ok(ListenAddress { address: (ip, port).into(), ipv4_compat: socket.ipv4_compat && ip.is_ipv6() })
 }
 
-fn listener_filters(listener: &ProtoListener, path: &str) -> Result<(bool, Option<OriginalSrc>)> {
-    let (mut original_dst, mut original_src) = (false, None);
+/// How much of a client's first message is looked at where nothing else is said, in bytes.
+const MAX_CLIENT_HELLO: usize = 16 * 1024;
+
+#[derive(Default)]
+struct ListenerFilters {
+    original_dst: bool,
+    original_src: Option<OriginalSrc>,
+    tls_inspector: Option<usize>,
+}
+
+fn listener_filters(listener: &ProtoListener, path: &str) -> Result<ListenerFilters> {
+    let mut filters = ListenerFilters::default();
     for (index, filter) in listener.listener_filters.iter().enumerate() {
         let path = format!("{}[{index}].typed_config", join(path, "listener_filters"));
         let Some(listener_filter::ConfigType::TypedConfig(config)) = &filter.config_type else {
             return Err(FieldError::new(path, "value is required"));
         };
         match config.type_url.rsplit('.').next() {
-            Some("OriginalDst") => original_dst = true,
+            Some("OriginalDst") => filters.original_dst = true,
             Some("OriginalSrc") => {
                 let ProtoSrc { mark, .. } = unpack(config, &path)?;
-                original_src = Some(OriginalSrc { mark });
+                filters.original_src = Some(OriginalSrc { mark });
+            }
+            Some("TlsInspector") => {
+                let inspector: TlsInspector = unpack(config, &path)?;
+                let most = inspector.max_client_hello_size.map_or(MAX_CLIENT_HELLO, |size| size.value as usize);
+                filters.tls_inspector = Some(most.min(MAX_CLIENT_HELLO));
             }
             _ => return Err(FieldError::unsupported(path)),
         }
     }
-    Ok((original_dst, original_src))
+    Ok(filters)
+}
+
+/// Whether the rule looks at what only a TLS client's first message tells.
+fn needs_tls_inspector(rule: &FilterChainMatch) -> bool {
+    match rule.transport_protocol {
+        Some(TransportProtocol::Tls) => true,
+        Some(TransportProtocol::RawBuffer) => false,
+        None => !rule.server_names.is_empty() || !rule.application_protocols.is_empty(),
+    }
 }
 
 fn filter_chain(chain: &ProtoChain, path: &str) -> Result<FilterChain> {
-    plain_socket(chain.transport_socket.as_ref(), path)?;
+    let tls = downstream_socket(chain.transport_socket.as_ref(), path)?;
+    let timeout = "transport_socket_connect_timeout";
+    let timeout = duration(chain.transport_socket_connect_timeout, path, timeout)?.filter(|limit| !limit.is_zero());
     let parse = |(index, filter): (usize, &Filter)| {
         network_filter(filter, &format!("{}[{index}].typed_config", join(path, "filters")))
     };
@@ -142,7 +187,8 @@ fn filter_chain(chain: &ProtoChain, path: &str) -> Result<FilterChain> {
         Some(chain_match) => filter_chain_match(chain_match, &join(path, "filter_chain_match"))?,
         None => FilterChainMatch::default(),
     };
-    Ok(FilterChain { name: chain.name.as_str().into(), chain_match, filters })
+    let name = chain.name.as_str().into();
+    Ok(FilterChain { name, chain_match, tls, transport_socket_connect_timeout: timeout, filters })
 }
 
 fn network_filter(filter: &Filter, path: &str) -> Result<NetworkFilterConfig> {
@@ -159,9 +205,19 @@ fn network_filter(filter: &Filter, path: &str) -> Result<NetworkFilterConfig> {
 }
 
 fn filter_chain_match(chain: &ProtoMatch, path: &str) -> Result<FilterChainMatch> {
-    if !matches!(chain.transport_protocol.as_str(), "" | "raw_buffer") {
-        return Err(FieldError::unsupported(join(path, "transport_protocol")));
-    }
+    let transport_protocol = match chain.transport_protocol.as_str() {
+        "" => None,
+        "tls" => Some(TransportProtocol::Tls),
+        "raw_buffer" => Some(TransportProtocol::RawBuffer),
+        _ => return Err(FieldError::unsupported(join(path, "transport_protocol"))),
+    };
+    let server_names = chain.server_names.iter().enumerate().map(|(index, name)| {
+        if name.strip_prefix("*.").unwrap_or(name).contains('*') {
+            let path = format!("{}[{index}]", join(path, "server_names"));
+            return Err(FieldError::new(path, "partial wildcards are not supported in \"server_names\""));
+        }
+        Ok(name.to_ascii_lowercase())
+    });
     let destination = chain.destination_port.as_ref().map(|value| port(value.value, path, "destination_port"));
     let source_type = match ConnectionSourceType::try_from(chain.source_type) {
         Ok(ConnectionSourceType::SameIpOrLoopback) => SourceType::SameIpOrLoopback,
@@ -172,6 +228,9 @@ fn filter_chain_match(chain: &ProtoMatch, path: &str) -> Result<FilterChainMatch
     Ok(FilterChainMatch {
         destination_port: destination.transpose()?,
         prefix_ranges: cidrs(&chain.prefix_ranges, path, "prefix_ranges")?,
+        server_names: server_names.collect::<Result<_>>()?,
+        transport_protocol,
+        application_protocols: chain.application_protocols.clone(),
         direct_source_prefix_ranges: cidrs(&chain.direct_source_prefix_ranges, path, direct)?,
         source_type,
         source_prefix_ranges: cidrs(&chain.source_prefix_ranges, path, "source_prefix_ranges")?,

@@ -22,6 +22,7 @@ pub mod support;
 #[cfg(test)]
 mod support_doc;
 mod tcp_proxy;
+mod tls;
 
 pub use bootstrap::{Bootstrap, bootstrap};
 pub use cluster::cluster;
@@ -31,6 +32,7 @@ pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
 pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub use route::route_config;
+pub use tls::secret;
 
 #[cfg(test)]
 mod tests;

@@ -28,7 +28,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "layered_runtime",
         ],
     ),
-    ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters"]),
+    ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters", "secrets"]),
     ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", &["lds_config", "cds_config", "ads_config"]),
     ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
@@ -146,6 +146,8 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "bind_to_port",
             "access_log",
             "tcp_backlog_size",
+            "listener_filters_timeout",
+            "continue_on_listener_filters_timeout",
         ],
     ),
     ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
@@ -153,8 +155,12 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.filters.listener.original_dst.v3.OriginalDst", ALL),
     ("envoy.extensions.filters.listener.original_src.v3.OriginalSrc", &["mark"]),
     (
+        "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+        &["initial_read_buffer_size", "max_client_hello_size"],
+    ),
+    (
         "envoy.config.listener.v3.FilterChain",
-        &["name", "filter_chain_match", "filters", "metadata", "transport_socket"],
+        &["name", "filter_chain_match", "filters", "metadata", "transport_socket", "transport_socket_connect_timeout"],
     ),
     (
         "envoy.config.listener.v3.FilterChainMatch",
@@ -165,12 +171,64 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "source_type",
             "source_prefix_ranges",
             "source_ports",
+            "server_names",
             "transport_protocol",
+            "application_protocols",
         ],
     ),
     ("envoy.config.listener.v3.Filter", &["name", "typed_config"]),
     ("envoy.config.core.v3.TransportSocket", &["name", "typed_config"]),
     ("envoy.extensions.transport_sockets.raw_buffer.v3.RawBuffer", ALL),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+        &[
+            "common_tls_context",
+            "require_client_certificate",
+            "require_sni",
+            "disable_stateless_session_resumption",
+            "disable_stateful_session_resumption",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+        &["common_tls_context", "sni", "auto_host_sni", "auto_sni_san_validation", "max_session_keys"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext",
+        &[
+            "tls_params",
+            "tls_certificates",
+            "tls_certificate_sds_secret_configs",
+            "validation_context",
+            "validation_context_sds_secret_config",
+            "combined_validation_context",
+            "alpn_protocols",
+        ],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CommonTlsContext.CombinedCertificateValidationContext",
+        &["default_validation_context", "validation_context_sds_secret_config"],
+    ),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.TlsParameters",
+        &["tls_minimum_protocol_version", "tls_maximum_protocol_version", "cipher_suites", "ecdh_curves"],
+    ),
+    ("envoy.extensions.transport_sockets.tls.v3.TlsCertificate", &["certificate_chain", "private_key"]),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext",
+        &[
+            "trusted_ca",
+            "match_typed_subject_alt_names",
+            "match_subject_alt_names",
+            "verify_certificate_hash",
+            "verify_certificate_spki",
+            "trust_chain_verification",
+            "suppress_client_ca_list",
+        ],
+    ),
+    ("envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher", &["san_type", "matcher"]),
+    ("envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig", ALL),
+    ("envoy.extensions.transport_sockets.tls.v3.Secret", &["name", "tls_certificate", "validation_context"]),
     ("envoy.config.core.v3.Address", &["socket_address", "pipe"]),
     ("envoy.config.core.v3.SocketAddress", &["protocol", "address", "port_value", "ipv4_compat"]),
     ("envoy.config.core.v3.Pipe", &["path"]),
@@ -263,7 +321,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", &["log_format"]),
     ("envoy.extensions.access_loggers.stream.v3.StderrAccessLog", &["log_format"]),
     ("envoy.config.core.v3.SubstitutionFormatString", &["text_format", "text_format_source"]),
-    ("envoy.config.core.v3.DataSource", &["inline_string", "inline_bytes"]),
+    ("envoy.config.core.v3.DataSource", &["filename", "inline_bytes", "inline_string", "environment_variable"]),
     // Routes
     (
         "envoy.config.route.v3.RouteConfiguration",
@@ -413,7 +471,11 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.config.core.v3.TcpKeepalive", ALL),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
-        &["common_http_protocol_options", "explicit_http_config", "use_downstream_protocol_config"],
+        &["common_http_protocol_options", "explicit_http_config", "use_downstream_protocol_config", "auto_config"],
+    ),
+    (
+        "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.AutoHttpConfig",
+        &["http_protocol_options", "http2_protocol_options"],
     ),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions.ExplicitHttpConfig",

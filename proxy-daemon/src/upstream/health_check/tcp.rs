@@ -5,7 +5,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::{Failure, Outcome, Passed, contains};
 use crate::{
     config::model::{EndpointAddress, TcpCheck},
-    upstream::{UpstreamStream, connect},
+    upstream::{UpstreamStream, connect::connect_plain},
 };
 
 /// The most that a host may send before what is waited for has come.
@@ -55,7 +55,7 @@ impl TcpProbe {
 
 /// Connects; the limit is that of the whole check.
 pub(super) async fn open(address: &EndpointAddress) -> Result<UpstreamStream, Failure> {
-    connect(address, None, None, std::time::Duration::MAX).await.map_err(|_| Failure::Network)
+    connect_plain(address, None, None).await.map_err(|_| Failure::Network)
 }
 
 /// Whether the host has neither closed the connection since the last check nor sent what nobody waits for.
@@ -64,6 +64,8 @@ fn is_open(connection: &UpstreamStream) -> bool {
     let read = match connection {
         UpstreamStream::Tcp(stream) => stream.try_read(&mut byte),
         UpstreamStream::Unix(stream) => stream.try_read(&mut byte),
+        // Checks are not encrypted.
+        UpstreamStream::Tls(_) => return false,
     };
     read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
 }

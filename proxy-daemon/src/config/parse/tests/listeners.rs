@@ -230,18 +230,18 @@ fn what_a_listener_cannot_do_is_named() {
         ),
         ("use_original_dst: true,", "", "use_original_dst: not supported by culvert yet"),
         (
-            "listener_filters: [{ name: i, typed_config: { '@type': type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector } }],",
+            "listener_filters: [{ name: i, typed_config: { '@type': type.googleapis.com/envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol } }],",
             "",
-            "listener_filters[0].typed_config: type envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector is not supported by culvert yet",
+            "listener_filters[0].typed_config: type envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol is not supported by culvert yet",
         ),
         (
             "",
-            "filter_chain_match: { server_names: [a] },",
-            "filter_chains[0].filter_chain_match.server_names: not supported by culvert yet",
+            "filter_chain_match: { server_names: [a, '*a'] },",
+            "filter_chains[0].filter_chain_match.server_names[1]: partial wildcards are not supported in \"server_names\"",
         ),
         (
             "",
-            "filter_chain_match: { transport_protocol: tls },",
+            "filter_chain_match: { transport_protocol: quic },",
             "filter_chains[0].filter_chain_match.transport_protocol: not supported by culvert yet",
         ),
         (
@@ -251,8 +251,8 @@ fn what_a_listener_cannot_do_is_named() {
         ),
         (
             "",
-            "transport_socket: { name: tls, typed_config: { '@type': type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext } },",
-            "filter_chains[0].transport_socket.typed_config: type envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext is not supported by culvert yet",
+            "transport_socket: { name: tls, typed_config: { '@type': type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext } },",
+            "filter_chains[0].transport_socket.typed_config: this socket takes a DownstreamTlsContext or a RawBuffer",
         ),
     ];
     for (fields, chain, expected) in cases {

@@ -1,0 +1,426 @@
+//! Transport sockets: `envoy.transport_sockets.tls` and `envoy.transport_sockets.raw_buffer`.
+
+use std::{path::Path, sync::Arc};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::envoy::{
+    config::core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
+    extensions::transport_sockets::tls::v3::{
+        CertificateValidationContext as ProtoValidation, CommonTlsContext as ProtoCommon,
+        DownstreamTlsContext as ProtoDownstream, SdsSecretConfig, Secret as ProtoSecret,
+        SubjectAltNameMatcher as ProtoMatcher, TlsCertificate as ProtoCertificate, TlsParameters as ProtoParameters,
+        UpstreamTlsContext as ProtoUpstream,
+        certificate_validation_context::TrustChainVerification,
+        common_tls_context::{CombinedCertificateValidationContext, ValidationContextType},
+        downstream_tls_context::SessionTicketKeysType,
+        secret, subject_alt_name_matcher,
+        tls_parameters::TlsProtocol,
+    },
+};
+use prost::Message;
+use rustls::{CipherSuite, NamedGroup, pki_types::ServerName};
+
+use super::{
+    common::{Result, required},
+    matcher,
+    support::{self, join},
+};
+use crate::{
+    config::{
+        FieldError,
+        model::{
+            CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, SanType, Secret,
+            SecretName, SubjectAltNameMatcher, TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
+        },
+    },
+    tls::{self, Material},
+};
+
+/// The largest file that is read, in bytes.
+const MAX_FILE: u64 = 16 << 20;
+
+/// A filter chain's transport socket; `None`: plain.
+pub(super) fn downstream_socket(
+    socket: Option<&TransportSocket>,
+    path: &str,
+) -> Result<Option<Arc<DownstreamTlsContext>>> {
+    let Some((config, path)) = tls_config(socket, "DownstreamTlsContext", path)? else { return Ok(None) };
+    let message: ProtoDownstream = unpack(config, &path)?;
+    let common_path = join(&path, "common_tls_context");
+    let common = common_tls_context(message.common_tls_context.as_ref(), TlsProtocol::TlSv13, &common_path)?;
+    match &common.certificates {
+        Certificates::Inline(certificates) if certificates.is_empty() => {
+            return Err(FieldError::new(common_path, "No TLS certificates found for server context"));
+        }
+        _ => {}
+    }
+    let session_tickets = match &message.session_ticket_keys_type {
+        Some(SessionTicketKeysType::DisableStatelessSessionResumption(disabled)) => !disabled,
+        _ => true,
+    };
+    Ok(Some(Arc::new(DownstreamTlsContext {
+        common,
+        require_client_certificate: message.require_client_certificate.is_some_and(|value| value.value),
+        require_sni: message.require_sni.is_some_and(|value| value.value),
+        session_tickets,
+        session_ids: !message.disable_stateful_session_resumption,
+    })))
+}
+
+/// A cluster's transport socket; `None`: plain.
+pub(super) fn upstream_socket(socket: Option<&TransportSocket>, path: &str) -> Result<Option<Arc<UpstreamTlsContext>>> {
+    let Some((config, path)) = tls_config(socket, "UpstreamTlsContext", path)? else { return Ok(None) };
+    let message: ProtoUpstream = unpack(config, &path)?;
+    let common_path = join(&path, "common_tls_context");
+    // Envoy's clients stop at 1.2 where nothing else is said.
+    let common = common_tls_context(message.common_tls_context.as_ref(), TlsProtocol::TlSv12, &common_path)?;
+    let several = match &common.certificates {
+        Certificates::Inline(certificates) => certificates.len() > 1,
+        Certificates::Secrets(names) => names.len() > 1,
+    };
+    if several {
+        return Err(FieldError::new(common_path, "Multiple TLS certificates are not supported for client contexts"));
+    }
+    if message.auto_sni_san_validation && matches!(common.validation, Validation::None) {
+        let text = "'auto_sni_san_validation' was configured without a validation context";
+        return Err(FieldError::new(join(&path, "auto_sni_san_validation"), text));
+    }
+    let sni = match message.sni.as_str() {
+        "" => None,
+        name => match ServerName::try_from(name.to_owned()) {
+            Ok(name @ ServerName::DnsName(_)) => Some(name),
+            _ => return Err(FieldError::new(join(&path, "sni"), format!("{name:?} is not a DNS name"))),
+        },
+    };
+    let kept = message.max_session_keys.map_or(1, |value| value.value);
+    Ok(Some(Arc::new(UpstreamTlsContext {
+        digest: digest(&message, &common),
+        common,
+        sni,
+        auto_host_sni: message.auto_host_sni,
+        auto_sni_san_validation: message.auto_sni_san_validation,
+        max_session_keys: kept.min(10_000) as usize,
+    })))
+}
+
+/// The typed configuration of a TLS socket, with its path.
+fn tls_config<'a>(
+    socket: Option<&'a TransportSocket>,
+    wanted: &str,
+    path: &str,
+) -> Result<Option<(&'a envoy_types::pb::google::protobuf::Any, String)>> {
+    let Some(socket) = socket else { return Ok(None) };
+    let Some(ConfigType::TypedConfig(config)) = &socket.config_type else {
+        return Err(required(path, "transport_socket.typed_config"));
+    };
+    let path = join(path, "transport_socket.typed_config");
+    match config.type_url.rsplit('.').next() {
+        Some("RawBuffer") => Ok(None),
+        Some(name) if name == wanted => Ok(Some((config, path))),
+        _ => Err(FieldError::new(path, format!("this socket takes a {wanted} or a RawBuffer"))),
+    }
+}
+
+fn digest(message: &ProtoUpstream, common: &CommonTlsContext) -> [u8; 32] {
+    let mut bytes = message.encode_to_vec();
+    if let Certificates::Inline(certificates) = &common.certificates {
+        certificates.iter().flat_map(|it| &it.key.cert).for_each(|der| bytes.extend_from_slice(der));
+    }
+    if let Validation::Inline(context) | Validation::Combined(context, _) = &common.validation {
+        let certificates = context.trusted_ca.iter().flat_map(|ca| &ca.certificates);
+        certificates.for_each(|der| bytes.extend_from_slice(der));
+    }
+    tls::sha256(&bytes)
+}
+
+fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: &str) -> Result<CommonTlsContext> {
+    let default = ProtoCommon::default();
+    let message = message.unwrap_or(&default);
+    let inline = message.tls_certificates.iter().enumerate();
+    let inline = inline.map(|(index, item)| {
+        tls_certificate(item, "", &format!("{}[{index}]", join(path, "tls_certificates"))).map(Arc::new)
+    });
+    let inline: Vec<_> = inline.collect::<Result<_>>()?;
+    let secrets_path = join(path, "tls_certificate_sds_secret_configs");
+    let secrets = message.tls_certificate_sds_secret_configs.iter().enumerate();
+    let secrets = secrets.map(|(index, item)| secret_name(item, &format!("{secrets_path}[{index}]")));
+    let secrets: Vec<_> = secrets.collect::<Result<_>>()?;
+    let certificates = match (inline.is_empty(), secrets.is_empty()) {
+        (false, false) => {
+            let text = "SDS and non-SDS TLS certificates may not be mixed in server contexts";
+            return Err(FieldError::new(secrets_path, text));
+        }
+        (true, false) => Certificates::Secrets(secrets),
+        (_, true) => Certificates::Inline(inline),
+    };
+    let validation = match &message.validation_context_type {
+        None => Validation::None,
+        Some(ValidationContextType::ValidationContext(context)) => {
+            let path = join(path, "validation_context");
+            let context = validation_context(context, "", &path)?;
+            names_need_an_issuer(&context, &path)?;
+            Validation::Inline(Arc::new(context))
+        }
+        Some(ValidationContextType::ValidationContextSdsSecretConfig(config)) => {
+            Validation::Secret(secret_name(config, &join(path, "validation_context_sds_secret_config"))?)
+        }
+        Some(ValidationContextType::CombinedValidationContext(combined)) => {
+            combined_validation(combined, &join(path, "combined_validation_context"))?
+        }
+        Some(_) => return Err(FieldError::unsupported(join(path, "validation_context_type"))),
+    };
+    let alpn = message.alpn_protocols.iter().enumerate().map(|(index, name)| match name.len() {
+        1..=255 => Ok(name.as_bytes().to_vec()),
+        _ => Err(FieldError::new(
+            format!("{}[{index}]", join(path, "alpn_protocols")),
+            "a protocol's name has 1 to 255 bytes",
+        )),
+    });
+    Ok(CommonTlsContext {
+        params: tls_parameters(message.tls_params.as_ref(), newest, &join(path, "tls_params"))?,
+        certificates,
+        validation,
+        alpn_protocols: alpn.collect::<Result<_>>()?,
+    })
+}
+
+fn combined_validation(combined: &CombinedCertificateValidationContext, path: &str) -> Result<Validation> {
+    let default = combined.default_validation_context.as_ref();
+    let default = default.ok_or_else(|| required(path, "default_validation_context"))?;
+    let default = validation_context(default, "", &join(path, "default_validation_context"))?;
+    let secret = combined.validation_context_sds_secret_config.as_ref();
+    let secret = secret.ok_or_else(|| required(path, "validation_context_sds_secret_config"))?;
+    let secret = secret_name(secret, &join(path, "validation_context_sds_secret_config"))?;
+    Ok(Validation::Combined(Arc::new(default), secret))
+}
+
+fn secret_name(config: &SdsSecretConfig, path: &str) -> Result<SecretName> {
+    if config.name.is_empty() {
+        return Err(required(path, "name"));
+    }
+    if config.sds_config.is_some() {
+        return Err(FieldError::unsupported(join(path, "sds_config")));
+    }
+    Ok(SecretName { discovered: false, name: config.name.as_str().into() })
+}
+
+/// A checked secret.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn secret(message: &ProtoSecret, path: &str) -> Result<Secret> {
+    support::check(message, path)?;
+    match &message.r#type {
+        Some(secret::Type::TlsCertificate(certificate)) => {
+            let path = join(path, "tls_certificate");
+            Ok(Secret::TlsCertificate(Arc::new(tls_certificate(certificate, &message.name, &path)?)))
+        }
+        Some(secret::Type::ValidationContext(context)) => {
+            let path = join(path, "validation_context");
+            Ok(Secret::ValidationContext(Arc::new(validation_context(context, &message.name, &path)?)))
+        }
+        Some(secret::Type::SessionTicketKeys(_)) => Err(FieldError::unsupported(join(path, "session_ticket_keys"))),
+        Some(secret::Type::GenericSecret(_)) => Err(FieldError::unsupported(join(path, "generic_secret"))),
+        None => Err(required(path, "tls_certificate")),
+    }
+}
+
+fn tls_certificate(certificate: &ProtoCertificate, name: &str, path: &str) -> Result<TlsCertificate> {
+    let read = |source: &Option<DataSource>, field: &str| match source {
+        Some(source) => material(source, &join(path, field)),
+        None => Err(required(path, field)),
+    };
+    let chain = read(&certificate.certificate_chain, "certificate_chain")?;
+    let key = read(&certificate.private_key, "private_key")?;
+    tls::tls_certificate(name, &chain, &key, tls::provider())
+        .map_err(|(field, message)| FieldError::new(join(path, field), message))
+}
+
+fn validation_context(context: &ProtoValidation, name: &str, path: &str) -> Result<CertificateValidationContext> {
+    let trusted_ca = match &context.trusted_ca {
+        Some(source) => {
+            let path = join(path, "trusted_ca");
+            let ca = tls::trusted_ca(&material(source, &path)?).map_err(|error| FieldError::new(path, error))?;
+            Some(Arc::new(ca))
+        }
+        None => None,
+    };
+    let typed = context.match_typed_subject_alt_names.iter().enumerate();
+    let mut matchers: Vec<_> = typed
+        .map(|(index, item)| alt_name(item, &format!("{}[{index}]", join(path, "match_typed_subject_alt_names"))))
+        .collect::<Result<_>>()?;
+    #[expect(deprecated, reason = "the field that match_typed_subject_alt_names replaced, which Envoy still takes")]
+    for (index, item) in context.match_subject_alt_names.iter().enumerate() {
+        let path = format!("{}[{index}]", join(path, "match_subject_alt_names"));
+        let matcher = matcher::string(item, &path)?;
+        matchers.push(Arc::new(SubjectAltNameMatcher { san_type: None, matcher }));
+    }
+    let pins = |list: &[String], field: &str, parse: fn(&str) -> Option<[u8; 32]>, kind: &str| {
+        let parse = |(index, text): (usize, &String)| {
+            let path = format!("{}[{index}]", join(path, field));
+            parse(text).ok_or_else(|| FieldError::new(path, format!("Invalid {kind}-encoded SHA-256 {text}")))
+        };
+        list.iter().enumerate().map(parse).collect::<Result<Vec<_>>>()
+    };
+    let untrusted = TrustChainVerification::AcceptUntrusted as i32;
+    Ok(CertificateValidationContext {
+        name: name.to_owned(),
+        trusted_ca,
+        match_typed_subject_alt_names: matchers,
+        verify_certificate_hash: pins(&context.verify_certificate_hash, "verify_certificate_hash", hash, "hex")?,
+        verify_certificate_spki: pins(&context.verify_certificate_spki, "verify_certificate_spki", spki, "base64")?,
+        accept_untrusted: context.trust_chain_verification == untrusted,
+        suppress_client_ca_list: context.suppress_client_ca_list,
+    })
+}
+
+/// Anybody can make a certificate with any name.
+fn names_need_an_issuer(context: &CertificateValidationContext, path: &str) -> Result<()> {
+    if context.trusted_ca.is_some() || context.match_typed_subject_alt_names.is_empty() {
+        return Ok(());
+    }
+    let text = "SAN-based verification of peer certificates without trusted CA is insecure and not allowed";
+    Err(FieldError::new(path, text))
+}
+
+fn alt_name(message: &ProtoMatcher, path: &str) -> Result<Arc<SubjectAltNameMatcher>> {
+    use subject_alt_name_matcher::SanType as Proto;
+    let san_type = match Proto::try_from(message.san_type) {
+        Ok(Proto::Email) => SanType::Email,
+        Ok(Proto::Dns) => SanType::Dns,
+        Ok(Proto::Uri) => SanType::Uri,
+        Ok(Proto::IpAddress) => SanType::IpAddress,
+        _ => return Err(FieldError::unsupported(join(path, "san_type"))),
+    };
+    let text = message.matcher.as_ref().ok_or_else(|| required(path, "matcher"))?;
+    let matcher = matcher::string(text, &join(path, "matcher"))?;
+    Ok(Arc::new(SubjectAltNameMatcher { san_type: Some(san_type), matcher }))
+}
+
+/// 64 hexadecimal digits, with or without colons between the bytes.
+fn hash(text: &str) -> Option<[u8; 32]> {
+    let digits: Vec<u8> = match text.len() {
+        64 => text.bytes().collect(),
+        95 if text.bytes().skip(2).step_by(3).all(|byte| byte == b':') => {
+            text.bytes().enumerate().filter(|(index, _)| index % 3 != 2).map(|(_, byte)| byte).collect()
+        }
+        _ => return None,
+    };
+    let mut pin = [0; 32];
+    for (byte, pair) in pin.iter_mut().zip(digits.chunks_exact(2)) {
+        let value = |digit: u8| char::from(digit).to_digit(16);
+        *byte = u8::try_from(value(pair[0])? * 16 + value(pair[1])?).ok()?;
+    }
+    Some(pin)
+}
+
+fn spki(text: &str) -> Option<[u8; 32]> {
+    STANDARD.decode(text).ok()?.try_into().ok()
+}
+
+fn tls_parameters(message: Option<&ProtoParameters>, newest: TlsProtocol, path: &str) -> Result<TlsParameters> {
+    let default = ProtoParameters::default();
+    let message = message.unwrap_or(&default);
+    let version = |value: i32, auto: TlsProtocol, field: &str| match TlsProtocol::try_from(value) {
+        Ok(TlsProtocol::TlsAuto) => Ok(auto),
+        Ok(version @ (TlsProtocol::TlSv12 | TlsProtocol::TlSv13)) => Ok(version),
+        _ => {
+            let text = "versions before TLSv1_2 are not supported by culvert yet";
+            Err(FieldError::new(join(path, field), text))
+        }
+    };
+    let minimum = "tls_minimum_protocol_version";
+    let maximum = "tls_maximum_protocol_version";
+    let from = version(message.tls_minimum_protocol_version, TlsProtocol::TlSv12, minimum)?;
+    // A minimum of 1.3 alone means 1.3, whatever the default of the maximum.
+    let to = version(message.tls_maximum_protocol_version, newest.max(from), maximum)?;
+    if from > to {
+        return Err(FieldError::new(join(path, maximum), "is below the minimum: no version is left"));
+    }
+    let groups = message.cipher_suites.iter().enumerate().flat_map(|(index, text)| {
+        let names = text.trim_start_matches('[').trim_end_matches(']').split(['|', ':']);
+        names.map(move |name| (index, name))
+    });
+    let suites = groups.map(|(index, name)| {
+        let path = format!("{}[{index}]", join(path, "cipher_suites"));
+        let unknown = || FieldError::new(path, format!("the cipher suite {name:?} is not supported by culvert yet"));
+        cipher_suite(name).ok_or_else(unknown)
+    });
+    let curves =
+        message.ecdh_curves.iter().enumerate().flat_map(|(index, text)| text.split(':').map(move |name| (index, name)));
+    let curves = curves.map(|(index, name)| {
+        let path = format!("{}[{index}]", join(path, "ecdh_curves"));
+        let unknown = || FieldError::new(path, format!("the curve {name:?} is not supported by culvert yet"));
+        curve(name).ok_or_else(unknown)
+    });
+    Ok(TlsParameters {
+        tls12: from == TlsProtocol::TlSv12,
+        tls13: to == TlsProtocol::TlSv13,
+        cipher_suites: suites.collect::<Result<_>>()?,
+        ecdh_curves: curves.collect::<Result<_>>()?,
+    })
+}
+
+fn cipher_suite(name: &str) -> Option<CipherSuite> {
+    Some(match name {
+        "ECDHE-ECDSA-AES128-GCM-SHA256" => CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+        "ECDHE-ECDSA-AES256-GCM-SHA384" => CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        "ECDHE-ECDSA-CHACHA20-POLY1305" => CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256,
+        "ECDHE-RSA-AES128-GCM-SHA256" => CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+        "ECDHE-RSA-AES256-GCM-SHA384" => CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+        "ECDHE-RSA-CHACHA20-POLY1305" => CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+        _ => return None,
+    })
+}
+
+fn curve(name: &str) -> Option<NamedGroup> {
+    Some(match name {
+        "X25519" => NamedGroup::X25519,
+        "P-256" => NamedGroup::secp256r1,
+        "P-384" => NamedGroup::secp384r1,
+        "P-521" => NamedGroup::secp521r1,
+        "X25519MLKEM768" => NamedGroup::X25519MLKEM768,
+        _ => return None,
+    })
+}
+
+/// Reads a `DataSource`.
+pub(super) fn material(source: &DataSource, path: &str) -> Result<Material> {
+    let inline = |bytes: Vec<u8>| Ok(Material { bytes, origin: "<inline>".to_owned() });
+    match &source.specifier {
+        Some(Specifier::InlineString(text)) => inline(text.clone().into_bytes()),
+        Some(Specifier::InlineBytes(bytes)) => inline(bytes.clone()),
+        Some(Specifier::Filename(name)) => match read(Path::new(name)) {
+            Ok(bytes) => Ok(Material { bytes, origin: name.clone() }),
+            Err(error) => Err(FieldError::new(join(path, "filename"), format!("cannot read {name}: {error}"))),
+        },
+        Some(Specifier::EnvironmentVariable(name)) => match std::env::var(name) {
+            Ok(text) => inline(text.into_bytes()),
+            Err(_) => {
+                let text = format!("Environment variable doesn't exist: {name}");
+                Err(FieldError::new(join(path, "environment_variable"), text))
+            }
+        },
+        None => Err(required(path, "filename")),
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::{Error, Read};
+    let file = std::fs::File::open(path)?;
+    // A pipe or a device might never end.
+    if !file.metadata()?.is_file() {
+        return Err(Error::other("it is not a file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(Error::other(format!("it is larger than {} MiB", MAX_FILE >> 20)));
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+#[path = "tls_tests.rs"]
+mod tests;

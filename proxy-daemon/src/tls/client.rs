@@ -1,0 +1,211 @@
+//! Upstream contexts.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Weak},
+};
+
+use arc_swap::ArcSwapOption;
+use rustls::{
+    ClientConfig,
+    client::Resumption,
+    pki_types::ServerName,
+    sign::{CertifiedKey, SingleCertAndKey},
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{
+    certificate::{self, SocketCertificates},
+    secrets::{Needed, SecretUser, Secrets},
+    stats::SslStats,
+    verify::{Peer, PeerVerifier},
+};
+use crate::{config::model::UpstreamTlsContext, stats::Scope};
+
+/// The protocols that a connection offers where its context does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AlpnFallback {
+    /// None: what passes is not ours to name.
+    None,
+    /// `http/1.1`
+    Http1,
+    /// `h2`
+    Http2,
+    /// `h2`, else `http/1.1`: the host chooses.
+    Auto,
+}
+
+impl AlpnFallback {
+    const ALL: [AlpnFallback; 4] = [AlpnFallback::None, AlpnFallback::Http1, AlpnFallback::Http2, AlpnFallback::Auto];
+
+    fn protocols(self) -> &'static [&'static str] {
+        match self {
+            AlpnFallback::None => &[],
+            AlpnFallback::Http1 => &["http/1.1"],
+            AlpnFallback::Http2 => &["h2"],
+            AlpnFallback::Auto => &["h2", "http/1.1"],
+        }
+    }
+}
+
+/// A cluster's transport socket, shared by all workers.
+pub struct ClientTls {
+    config: Arc<UpstreamTlsContext>,
+    secrets: Arc<Secrets>,
+    stats: Arc<SslStats>,
+    /// Empty for as long as a secret is missing.
+    current: ArcSwapOption<Context>,
+}
+
+struct Context {
+    /// By [`AlpnFallback`].
+    configs: [Arc<ClientConfig>; AlpnFallback::ALL.len()],
+    shown: SocketCertificates,
+}
+
+impl std::fmt::Debug for ClientTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClientTls").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl ClientTls {
+    /// Builds the context, now or when its secrets arrive. `owner` is the scope of the cluster's statistics. A context that
+    /// the library does not take makes no connections.
+    pub fn new(config: Arc<UpstreamTlsContext>, owner: &Scope, secrets: &Arc<Secrets>) -> Arc<ClientTls> {
+        let stats = Arc::new(SslStats::new(owner, "client_ssl_socket_factory"));
+        let tls = Arc::new(ClientTls { config, secrets: Arc::clone(secrets), stats, current: ArcSwapOption::empty() });
+        let user: Weak<dyn SecretUser> = Arc::downgrade(&tls) as Weak<dyn SecretUser>;
+        secrets.subscribe(tls.config.common.secrets(), &user);
+        if let Err(error) = tls.build() {
+            tracing::error!(owner = owner.name(), %error, "the TLS context cannot be used");
+        }
+        tls
+    }
+
+    fn build(&self) -> Result<bool, String> {
+        let Some(needed) = self.secrets.resolve(&self.config.common) else { return Ok(false) };
+        let context = build(&self.config, needed, &self.stats)?;
+        self.current.store(Some(Arc::new(context)));
+        Ok(true)
+    }
+
+    /// rustls' configuration for one connection; `None` for as long as a secret is missing.
+    pub fn config(&self, alpn: AlpnFallback) -> Option<Arc<ClientConfig>> {
+        self.current.load().as_ref().map(|context| Arc::clone(&context.configs[alpn as usize]))
+    }
+
+    /// The name that a host is asked for. `hostname` is the endpoint's own, and may be empty. Where no name is to be sent,
+    /// this is an address, which rustls keeps to itself.
+    pub fn server_name(&self, hostname: &str, address: IpAddr) -> ServerName<'static> {
+        let of_host = || ServerName::try_from(hostname.to_owned()).ok();
+        let own = self.config.auto_host_sni.then(of_host).flatten().or_else(|| self.config.sni.clone());
+        own.unwrap_or_else(|| ServerName::IpAddress(address.into()))
+    }
+
+    /// Shakes hands with a host.
+    ///
+    /// # Errors
+    /// Counted: a secret is missing, or the handshake failed.
+    pub async fn connect<S>(
+        &self,
+        stream: S,
+        hostname: &str,
+        address: IpAddr,
+        alpn: AlpnFallback,
+    ) -> std::io::Result<TlsStream<S>>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let Some(config) = self.config(alpn) else {
+            self.stats.upstream_context_secrets_not_ready.inc();
+            return Err(std::io::Error::other("the certificates have not arrived yet"));
+        };
+        match TlsConnector::from(config).connect(self.server_name(hostname, address), stream).await {
+            Ok(stream) => {
+                self.stats.complete(stream.get_ref().1);
+                Ok(stream)
+            }
+            Err(error) => {
+                self.stats.failed(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// What `/certs` shows: the trusted issuers and our own certificates, where the secrets are there.
+    pub fn certificates(&self) -> Option<SocketCertificates> {
+        self.current.load().as_ref().map(|context| context.shown.clone())
+    }
+}
+
+impl SecretUser for ClientTls {
+    fn secret_changed(&self) {
+        match self.build() {
+            Ok(true) => self.stats.ssl_context_update_by_sds.inc(),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "a changed secret cannot be used; the context before stays"),
+        }
+    }
+}
+
+/// rustls' configuration for a connection that is not a cluster's, such as the control plane's: it offers `h2`, or what the
+/// context says. `None` where a secret is missing.
+///
+/// # Errors
+/// What the library does not take.
+pub fn client_config(
+    config: &UpstreamTlsContext,
+    owner: &Scope,
+    secrets: &Secrets,
+) -> Result<Option<Arc<ClientConfig>>, String> {
+    let Some(needed) = secrets.resolve(&config.common) else { return Ok(None) };
+    let stats = Arc::new(SslStats::new(owner, "client_ssl_socket_factory"));
+    let context = build(config, needed, &stats)?;
+    Ok(Some(Arc::clone(&context.configs[AlpnFallback::Http2 as usize])))
+}
+
+fn build(config: &UpstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> Result<Context, String> {
+    let common = &config.common;
+    let provider = super::restricted(&common.params);
+    let peer = Peer::Server { by_name: config.auto_sni_san_validation };
+    let verifier = PeerVerifier::new(peer, needed.validation.clone(), Arc::clone(&provider), Arc::clone(stats))?;
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&super::versions(&common.params))
+        .map_err(|error| error.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut base = match needed.certificates.first() {
+        Some(certificate) => {
+            builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(CertifiedKey::clone(&certificate.key))))
+        }
+        None => builder.with_no_client_auth(),
+    };
+    base.resumption = match config.max_session_keys {
+        0 => Resumption::disabled(),
+        kept => Resumption::in_memory_sessions(kept),
+    };
+    base.alpn_protocols.clone_from(&common.alpn_protocols);
+    let base = Arc::new(base);
+    let configs = AlpnFallback::ALL.map(|fallback| {
+        if !base.alpn_protocols.is_empty() || fallback == AlpnFallback::None {
+            return Arc::clone(&base);
+        }
+        let mut config = ClientConfig::clone(&base);
+        config.alpn_protocols = fallback.protocols().iter().map(|name| name.as_bytes().to_vec()).collect();
+        Arc::new(config)
+    });
+    if let Some(certificate) = needed.certificates.first()
+        && let Some(at) = certificate::expiration(&certificate.key.cert)
+    {
+        stats.expires(&certificate.name, "unnamed_cert_e3b0c442", at);
+    }
+    if let Some(validation) = &needed.validation
+        && let Some(at) = validation.trusted_ca.as_ref().and_then(|ca| certificate::expiration(&ca.certificates))
+    {
+        stats.expires(&validation.name, "unnamed_ca_cert_e3b0c442", at);
+    }
+    let ca = needed.validation.and_then(|validation| validation.trusted_ca.clone());
+    Ok(Context { configs, shown: SocketCertificates { ca, certificates: needed.certificates } })
+}

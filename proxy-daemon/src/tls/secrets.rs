@@ -1,0 +1,109 @@
+//! Secrets by name, and who uses them.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, Weak},
+};
+
+use crate::config::model::{
+    CertificateValidationContext, Certificates, CommonTlsContext, Secret, SecretName, TlsCertificate, Validation,
+};
+
+/// Uses secrets, and wants to be told when one changes.
+pub trait SecretUser: Send + Sync {
+    /// A secret that it subscribed to was set. Called on the control thread.
+    fn secret_changed(&self);
+}
+
+/// The secrets of the process: those of the bootstrap, and those that have been discovered. Changed by the control
+/// thread alone; what workers read are the contexts that are built of them.
+#[derive(Default)]
+pub struct Secrets(Mutex<HashMap<SecretName, Entry>>);
+
+#[derive(Default)]
+struct Entry {
+    secret: Option<Secret>,
+    users: Vec<Weak<dyn SecretUser>>,
+}
+
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.lock().keys()).finish()
+    }
+}
+
+/// What a context needs of the secrets, where all of it is there.
+pub(super) struct Needed {
+    pub(super) certificates: Vec<Arc<TlsCertificate>>,
+    pub(super) validation: Option<Arc<CertificateValidationContext>>,
+}
+
+impl Secrets {
+    fn lock(&self) -> MutexGuard<'_, HashMap<SecretName, Entry>> {
+        // Every change is a single insertion: a panic leaves nothing half done.
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Sets a secret: handshakes that begin from now on use it.
+    pub fn set(&self, name: SecretName, secret: Secret) {
+        let users = {
+            let mut entries = self.lock();
+            let entry = entries.entry(name).or_default();
+            entry.secret = Some(secret);
+            entry.users.retain(|user| user.strong_count() > 0);
+            entry.users.clone()
+        };
+        users.iter().filter_map(Weak::upgrade).for_each(|user| user.secret_changed());
+    }
+
+    /// Forgets a secret. Contexts that were built of it stay as they are.
+    pub fn remove(&self, name: &SecretName) {
+        let mut entries = self.lock();
+        if let Some(entry) = entries.get_mut(name) {
+            entry.secret = None;
+            entry.users.retain(|user| user.strong_count() > 0);
+            if entry.users.is_empty() {
+                entries.remove(name);
+            }
+        }
+    }
+
+    /// The secret of this name, where it has arrived.
+    pub fn get(&self, name: &SecretName) -> Option<Secret> {
+        self.lock().get(name).and_then(|entry| entry.secret.clone())
+    }
+
+    /// Has `user` told of changes of these secrets for as long as it lives.
+    pub(super) fn subscribe<'a>(&self, names: impl Iterator<Item = &'a SecretName>, user: &Weak<dyn SecretUser>) {
+        let mut entries = self.lock();
+        for name in names {
+            let entry = entries.entry(name.clone()).or_default();
+            entry.users.retain(|user| user.strong_count() > 0);
+            entry.users.push(Weak::clone(user));
+        }
+    }
+
+    /// What the context is to be built of; `None` where a secret is missing, or is not of the kind that is wanted.
+    pub(super) fn resolve(&self, common: &CommonTlsContext) -> Option<Needed> {
+        let certificate = |name: &SecretName| match self.get(name)? {
+            Secret::TlsCertificate(certificate) => Some(certificate),
+            Secret::ValidationContext(_) => None,
+        };
+        let validation = |name: &SecretName| match self.get(name)? {
+            Secret::ValidationContext(context) => Some(context),
+            Secret::TlsCertificate(_) => None,
+        };
+        Some(Needed {
+            certificates: match &common.certificates {
+                Certificates::Inline(certificates) => certificates.clone(),
+                Certificates::Secrets(names) => names.iter().map(certificate).collect::<Option<_>>()?,
+            },
+            validation: match &common.validation {
+                Validation::None => None,
+                Validation::Inline(context) => Some(Arc::clone(context)),
+                Validation::Secret(name) => Some(validation(name)?),
+                Validation::Combined(default, name) => Some(Arc::new(default.merged(&*validation(name)?))),
+            },
+        })
+    }
+}

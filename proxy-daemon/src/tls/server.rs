@@ -1,0 +1,183 @@
+//! Downstream contexts.
+
+use std::{
+    io,
+    sync::{Arc, Weak},
+};
+
+use arc_swap::ArcSwapOption;
+use rustls::{
+    ServerConfig,
+    crypto::aws_lc_rs::Ticketer,
+    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    sign::CertifiedKey,
+};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use super::{
+    certificate::{self, SocketCertificates},
+    secrets::{Needed, SecretUser, Secrets},
+    stats::SslStats,
+    verify::{Peer, PeerVerifier, covers},
+};
+use crate::config::model::{DownstreamTlsContext, TlsCertificate};
+
+/// A filter chain's transport socket, shared by all workers.
+pub struct ServerTls {
+    config: Arc<DownstreamTlsContext>,
+    secrets: Arc<Secrets>,
+    stats: Arc<SslStats>,
+    /// Empty for as long as a secret is missing.
+    current: ArcSwapOption<Context>,
+}
+
+struct Context {
+    config: Arc<ServerConfig>,
+    shown: SocketCertificates,
+}
+
+impl std::fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerTls").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl ServerTls {
+    /// Builds the context, now or when its secrets arrive.
+    ///
+    /// # Errors
+    /// What the library does not take.
+    pub fn new(
+        config: Arc<DownstreamTlsContext>,
+        stats: Arc<SslStats>,
+        secrets: &Arc<Secrets>,
+    ) -> Result<Arc<ServerTls>, String> {
+        let tls = Arc::new(ServerTls { config, secrets: Arc::clone(secrets), stats, current: ArcSwapOption::empty() });
+        let user: Weak<dyn SecretUser> = Arc::downgrade(&tls) as Weak<dyn SecretUser>;
+        secrets.subscribe(tls.config.common.secrets(), &user);
+        tls.build()?;
+        Ok(tls)
+    }
+
+    fn build(&self) -> Result<bool, String> {
+        let Some(needed) = self.secrets.resolve(&self.config.common) else { return Ok(false) };
+        let context = build(&self.config, needed, &self.stats)?;
+        self.current.store(Some(Arc::new(context)));
+        Ok(true)
+    }
+
+    /// Shakes hands with a client.
+    ///
+    /// # Errors
+    /// Counted: a secret is missing, or the handshake failed.
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+        let Some(config) = self.current.load().as_ref().map(|context| Arc::clone(&context.config)) else {
+            self.stats.downstream_context_secrets_not_ready.inc();
+            return Err(io::Error::other("the certificates have not arrived yet"));
+        };
+        match TlsAcceptor::from(config).accept(stream).await {
+            Ok(stream) => {
+                self.stats.complete(stream.get_ref().1);
+                Ok(stream)
+            }
+            Err(error) => {
+                self.stats.failed(&error);
+                Err(error)
+            }
+        }
+    }
+
+    /// What `/certs` shows: the trusted issuers and our own certificates, where the secrets are there.
+    pub fn certificates(&self) -> Option<SocketCertificates> {
+        self.current.load().as_ref().map(|context| context.shown.clone())
+    }
+}
+
+impl SecretUser for ServerTls {
+    fn secret_changed(&self) {
+        match self.build() {
+            Ok(true) => self.stats.ssl_context_update_by_sds.inc(),
+            Ok(false) => {}
+            Err(error) => tracing::error!(%error, "a changed secret cannot be used; the context before stays"),
+        }
+    }
+}
+
+fn build(config: &DownstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> Result<Context, String> {
+    let common = &config.common;
+    let provider = super::restricted(&common.params);
+    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&super::versions(&common.params))
+        .map_err(|error| error.to_string())?;
+    let required = config.require_client_certificate;
+    let verifier = if required || needed.validation.is_some() {
+        let peer = Peer::Client { required };
+        Arc::new(PeerVerifier::new(peer, needed.validation.clone(), provider, Arc::clone(stats))?)
+    } else {
+        WebPkiClientVerifier::no_client_auth()
+    };
+    let resolver = Resolver { certificates: needed.certificates.clone(), require_sni: config.require_sni };
+    let mut server = builder.with_client_cert_verifier(verifier).with_cert_resolver(Arc::new(resolver));
+    server.alpn_protocols.clone_from(&common.alpn_protocols);
+    server.ignore_client_order = !common.params.cipher_suites.is_empty();
+    if config.session_tickets {
+        server.ticketer = Ticketer::new().map_err(|error| error.to_string())?;
+    } else {
+        server.send_tls13_tickets = 0;
+    }
+    if !config.session_ids {
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+    }
+    for certificate in &needed.certificates {
+        if let Some(at) = certificate::expiration(&certificate.key.cert) {
+            stats.expires(&certificate.name, "unnamed_cert_e3b0c442", at);
+        }
+    }
+    let ca = needed.validation.and_then(|validation| validation.trusted_ca.clone().map(|ca| (ca, validation)));
+    if let Some((ca, validation)) = &ca
+        && let Some(at) = certificate::expiration(&ca.certificates)
+    {
+        stats.expires(&validation.name, "unnamed_ca_cert_e3b0c442", at);
+    }
+    Ok(Context {
+        config: Arc::new(server),
+        shown: SocketCertificates { ca: ca.map(|(ca, _)| ca), certificates: needed.certificates },
+    })
+}
+
+/// Chooses a certificate by the name that the client asks for: one for that very name, else a wildcard, else the first;
+/// among those, the first that the client can verify, elliptic curves before RSA.
+#[derive(Debug)]
+struct Resolver {
+    certificates: Vec<Arc<TlsCertificate>>,
+    require_sni: bool,
+}
+
+impl ResolvesServerCert for Resolver {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let name = hello.server_name();
+        if self.require_sni && name.is_none() {
+            return None;
+        }
+        let fitness = |certificate: &TlsCertificate| {
+            let by_name = name.map_or(0, |name| {
+                let exact = certificate.dns_names.iter().any(|known| known.eq_ignore_ascii_case(name));
+                let covered = || certificate.dns_names.iter().any(|known| covers(known, name));
+                if exact { 2 } else { u8::from(covered()) }
+            });
+            let usable = certificate.key.key.choose_scheme(hello.signature_schemes()).is_some();
+            let elliptic = certificate.key.key.algorithm() != rustls::SignatureAlgorithm::RSA;
+            usable.then_some((by_name, elliptic))
+        };
+        let mut best: Option<((u8, bool), &TlsCertificate)> = None;
+        for certificate in &self.certificates {
+            if let Some(fit) = fitness(certificate)
+                && best.is_none_or(|(before, _)| fit > before)
+            {
+                best = Some((fit, certificate));
+            }
+        }
+        best.map(|(_, certificate)| Arc::clone(&certificate.key))
+    }
+}

@@ -1,0 +1,344 @@
+//! Judges a peer's certificate as Envoy does: the chain, then the names, then the pins.
+
+use std::sync::Arc;
+
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use webpki::{EndEntityCert, KeyUsage};
+use x509_parser::{
+    extensions::ParsedExtension,
+    prelude::{FromDer, X509Certificate},
+};
+
+use super::{peer, stats::SslStats};
+use crate::config::model::{
+    CertificateValidationContext, SanType, StringMatcher, StringPattern, SubjectAltNameMatcher,
+};
+
+/// Whose certificates are judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    /// A downstream connection's.
+    Client {
+        /// One without a certificate is refused.
+        required: bool,
+    },
+    /// An upstream connection's.
+    Server {
+        /// Its certificate must be for the name that it was asked for.
+        by_name: bool,
+    },
+}
+
+/// Verifies the certificates of one context's peers, and counts what fails.
+#[derive(Debug)]
+pub(super) struct PeerVerifier {
+    peer: Peer,
+    context: Option<Arc<CertificateValidationContext>>,
+    anchors: Vec<TrustAnchor<'static>>,
+    subjects: Vec<DistinguishedName>,
+    provider: Arc<CryptoProvider>,
+    stats: Arc<SslStats>,
+}
+
+/// What does not hold; the text of an alert's cause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Mismatch {
+    #[error("verify cert failed: SAN matcher")]
+    San,
+    #[error("verify cert failed: hash list mismatch")]
+    Hash,
+    #[error("verify cert failed: nothing to verify it by")]
+    NotValidated,
+}
+
+impl Mismatch {
+    fn error(self) -> Error {
+        Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(self))))
+    }
+}
+
+impl PeerVerifier {
+    /// # Errors
+    /// A trusted certificate that cannot be one.
+    pub(super) fn new(
+        peer: Peer,
+        context: Option<Arc<CertificateValidationContext>>,
+        provider: Arc<CryptoProvider>,
+        stats: Arc<SslStats>,
+    ) -> Result<PeerVerifier, String> {
+        let mut anchors = Vec::new();
+        let mut subjects = Vec::new();
+        let ca = context.as_ref().and_then(|context| context.trusted_ca.as_ref());
+        for certificate in ca.iter().flat_map(|ca| &ca.certificates) {
+            let anchor = webpki::anchor_from_trusted_cert(certificate)
+                .map_err(|error| format!("Failed to load trusted CA certificates: {error}"))?;
+            subjects.push(DistinguishedName::in_sequence(&anchor.subject));
+            anchors.push(anchor.to_owned());
+        }
+        if matches!(peer, Peer::Server { .. }) || context.as_ref().is_some_and(|it| it.suppress_client_ca_list) {
+            subjects.clear();
+        }
+        Ok(PeerVerifier { peer, context, anchors, subjects, provider, stats })
+    }
+
+    fn judge(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        asked_for: Option<&str>,
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let Some(context) = &self.context else {
+            // A client's certificate that is demanded must be good for something.
+            return match self.peer {
+                Peer::Client { .. } => Err(Mismatch::NotValidated.error()),
+                Peer::Server { .. } => Ok(()),
+            };
+        };
+        let mut validated = false;
+        if context.trusted_ca.is_some() {
+            self.chain(context, end_entity, intermediates, now).inspect_err(|_| self.stats.fail_verify_error.inc())?;
+            validated = true;
+        }
+        let matchers = &context.match_typed_subject_alt_names;
+        if asked_for.is_some() || !matchers.is_empty() {
+            let names = names(end_entity).inspect_err(|_| self.stats.fail_verify_san.inc())?;
+            // The name that was sent takes the place of the configured ones.
+            let fits = match asked_for {
+                Some(name) => names.iter().any(|(kind, known)| *kind == SanType::Dns && covers(known, name)),
+                None => matchers.iter().any(|matcher| matches(matcher, &names)),
+            };
+            if !fits {
+                self.stats.fail_verify_san.inc();
+                return Err(Mismatch::San.error());
+            }
+            validated = true;
+        }
+        if !context.verify_certificate_hash.is_empty() || !context.verify_certificate_spki.is_empty() {
+            if !pinned(context, end_entity) {
+                self.stats.fail_verify_cert_hash.inc();
+                return Err(Mismatch::Hash.error());
+            }
+            validated = true;
+        }
+        if validated || matches!(self.peer, Peer::Server { .. }) { Ok(()) } else { Err(Mismatch::NotValidated.error()) }
+    }
+
+    fn verify(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        asked_for: Option<&str>,
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let verdict = self.judge(end_entity, intermediates, asked_for, now);
+        if self.context.as_ref().is_some_and(|context| context.accept_untrusted) { Ok(()) } else { verdict }
+    }
+
+    /// A path from the certificate to a trusted one; that may be the certificate itself.
+    fn chain(
+        &self,
+        context: &CertificateValidationContext,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let trusted = context.trusted_ca.iter().flat_map(|ca| &ca.certificates);
+        if trusted.clone().any(|certificate| certificate == end_entity) {
+            return self.trusted_itself(end_entity, now);
+        }
+        let usage = match self.peer {
+            Peer::Client { .. } => KeyUsage::client_auth(),
+            Peer::Server { .. } => KeyUsage::server_auth(),
+        };
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
+        leaf.verify_for_usage(algorithms, &self.anchors, intermediates, now, usage, None, None)
+            .map(drop)
+            .map_err(chain_error)
+    }
+
+    /// What is left to check of a certificate that is trusted by itself: its time, and what it is for.
+    fn trusted_itself(&self, certificate: &CertificateDer<'_>, now: UnixTime) -> Result<(), Error> {
+        let bad = Error::InvalidCertificate;
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| bad(CertificateError::BadEncoding))?;
+        let (validity, now) = (parsed.validity(), i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
+        if now < validity.not_before.timestamp() {
+            return Err(bad(CertificateError::NotValidYet));
+        }
+        if now > validity.not_after.timestamp() {
+            return Err(bad(CertificateError::Expired));
+        }
+        let fits = parsed.extensions().iter().all(|extension| match extension.parsed_extension() {
+            ParsedExtension::ExtendedKeyUsage(usage) => {
+                usage.any
+                    || match self.peer {
+                        Peer::Client { .. } => usage.client_auth,
+                        Peer::Server { .. } => usage.server_auth,
+                    }
+            }
+            _ => true,
+        });
+        if fits { Ok(()) } else { Err(bad(CertificateError::InvalidPurpose)) }
+    }
+
+    fn count_signature(&self, signature: &DigitallySignedStruct) {
+        self.stats.sigalg(signature.scheme);
+    }
+}
+
+fn chain_error(error: webpki::Error) -> Error {
+    use webpki::Error as Chain;
+    let kind = match error {
+        Chain::BadDer | Chain::BadDerTime | Chain::TrailingData(_) => CertificateError::BadEncoding,
+        Chain::CertExpired { .. } => CertificateError::Expired,
+        Chain::CertNotValidYet { .. } => CertificateError::NotValidYet,
+        Chain::CertRevoked => CertificateError::Revoked,
+        Chain::UnknownIssuer => CertificateError::UnknownIssuer,
+        Chain::InvalidSignatureForPublicKey => CertificateError::BadSignature,
+        Chain::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,
+        other => CertificateError::Other(OtherError(Arc::new(other))),
+    };
+    Error::InvalidCertificate(kind)
+}
+
+type Names = Vec<(SanType, String)>;
+
+fn names(certificate: &CertificateDer<'_>) -> Result<Names, Error> {
+    let parsed = X509Certificate::from_der(certificate);
+    let (_, parsed) = parsed.map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+    Ok(peer::alternative_names(&parsed))
+}
+
+/// Whether one of the names matches.
+fn matches(matcher: &SubjectAltNameMatcher, names: &Names) -> bool {
+    names.iter().any(|(kind, name)| {
+        if matcher.san_type.is_some_and(|wanted| wanted != *kind) {
+            return false;
+        }
+        match (&matcher.matcher, kind) {
+            // The certificate's name may hold a wildcard.
+            (StringMatcher { pattern: StringPattern::Exact(wanted), .. }, SanType::Dns) => covers(name, wanted),
+            (matcher, _) => matcher.matches(name),
+        }
+    })
+}
+
+/// Whether a DNS name of a certificate is for `wanted`; `*` stands for one label at the front.
+pub(super) fn covers(presented: &str, wanted: &str) -> bool {
+    if presented.eq_ignore_ascii_case(wanted) {
+        return true;
+    }
+    let Some(suffix) = presented.strip_prefix('*').filter(|suffix| suffix.starts_with('.')) else { return false };
+    wanted
+        .split_once('.')
+        .is_some_and(|(label, _)| !label.is_empty() && wanted[label.len()..].eq_ignore_ascii_case(suffix))
+}
+
+fn pinned(context: &CertificateValidationContext, certificate: &CertificateDer<'_>) -> bool {
+    let is_in = |list: &[[u8; 32]], bytes: &[u8]| list.iter().any(|pin| *pin == sha256(bytes));
+    if !context.verify_certificate_hash.is_empty() && is_in(&context.verify_certificate_hash, certificate) {
+        return true;
+    }
+    !context.verify_certificate_spki.is_empty()
+        && X509Certificate::from_der(certificate)
+            .is_ok_and(|(_, parsed)| is_in(&context.verify_certificate_spki, parsed.public_key().raw))
+}
+
+/// SHA-256.
+pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut digest = [0; 32];
+    if let Some(suite) = rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13() {
+        // The suite is one of TLS 1.3, and its hash has 32 bytes.
+        digest.copy_from_slice(suite.common.hash_provider.hash(bytes).as_ref());
+    }
+    digest
+}
+
+macro_rules! signatures {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            self.count_signature(dss);
+            verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            self.count_signature(dss);
+            verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.provider.signature_verification_algorithms.supported_schemes()
+        }
+    };
+}
+
+impl ServerCertVerifier for PeerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        // An address stands for no name: nothing was sent then.
+        let name = match server_name {
+            ServerName::DnsName(name) if self.peer == Peer::Server { by_name: true } => Some(name.as_ref()),
+            _ => None,
+        };
+        self.verify(end_entity, intermediates, name, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    signatures!();
+}
+
+impl ClientCertVerifier for PeerVerifier {
+    fn offer_client_auth(&self) -> bool {
+        let wanted = self.context.as_ref().is_some_and(|it| {
+            it.trusted_ca.is_some() || !it.verify_certificate_hash.is_empty() || !it.verify_certificate_spki.is_empty()
+        });
+        wanted || self.client_auth_mandatory()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.peer == Peer::Client { required: true }
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.subjects
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.verify(end_entity, intermediates, None, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    signatures!();
+}
+
+#[cfg(test)]
+#[path = "verify_tests.rs"]
+mod tests;
