@@ -28,7 +28,7 @@ fn chain(name: &str, to: &str, cluster: &str) -> Arc<FilterChain> {
     };
     let base = support::listener("x", "127.0.0.1:0".parse().unwrap(), support::tcp_chain(cluster));
     let filters = base.filter_chains[0].filters.clone();
-    Arc::new(FilterChain { name: name.into(), chain_match, filters })
+    Arc::new(FilterChain { name: name.into(), chain_match, filters, tls: None, transport_socket_connect_timeout: None })
 }
 
 fn listener(name: &str, address: SocketAddr, chains: Vec<Arc<FilterChain>>, stat_prefix: &str) -> (Listener, Prints) {
