@@ -47,10 +47,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
     ("valid/listeners/use_original_dst_false.yaml", "static_resources.listeners[0].use_original_dst"),
     ("valid/network_filters/empty_chain.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
     ("valid/network_filters/none.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
-    (
-        "valid/not_supported/access_log_filter.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.access_log[0].filter",
-    ),
     ("valid/not_supported/bootstrap_header_prefix.yaml", "header_prefix"),
     ("valid/not_supported/bootstrap_stats_sinks.yaml", "stats_sinks"),
     ("valid/not_supported/cluster_logical_dns.yaml", "static_resources.clusters[0].type"),
