@@ -4,6 +4,7 @@
 //! Every field of a message that is set and not honoured is refused with its path: see [`FieldError`].
 
 pub mod dump;
+pub mod fuzz;
 pub mod model;
 pub mod parse;
 pub mod status;

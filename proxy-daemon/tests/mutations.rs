@@ -1,0 +1,151 @@
+//! The fuzz targets on the corpus of configuration files and on seeded mutations of it: no panic, and bounded time.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use culvert_proxy_daemon::config::fuzz;
+use culvert_xds_client::json::{self, Format, UnknownFields};
+use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap;
+use prost::Message as _;
+
+/// How many mutations each target gets.
+const MUTATIONS: u32 = 1_000;
+
+/// The longest that one input may take, unoptimised and on a busy machine.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Pieces that mean something to a parser.
+const WORDS: [&[u8]; 24] = [
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b",",
+    b"\"",
+    b"'",
+    b"\n",
+    b"- ",
+    b"*a",
+    b"&a ",
+    b"!!str ",
+    b"!ignore ",
+    b"<<: ",
+    b"null",
+    b"\"@type\"",
+    b"1e400",
+    b"-0",
+    b"\\ud800",
+    b"0x",
+    b"9223372037s",
+    b"\xff\xfe",
+    b"\0",
+];
+
+fn corpus(dir: &Path, found: &mut Vec<Vec<u8>>) {
+    let mut entries: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    entries.sort();
+    for path in entries {
+        if path.is_dir() {
+            corpus(&path, found);
+        } else {
+            found.push(fs::read(&path).unwrap());
+        }
+    }
+}
+
+fn inputs() -> Vec<Vec<u8>> {
+    let mut found = Vec::new();
+    corpus(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/corpus"), &mut found);
+    assert!(found.len() >= 150, "the corpus has {} files", found.len());
+    // Long files say nothing new here.
+    found.retain(|text| text.len() < 8_000);
+    found
+}
+
+fn mutate(random: &mut fastrand::Rng, inputs: &[Vec<u8>]) -> Vec<u8> {
+    let mut text = random.choice(inputs).unwrap().clone();
+    for _ in 0..random.usize(1..4) {
+        let at = random.usize(..=text.len());
+        match random.u8(..5) {
+            0 => drop(text.splice(at..at, random.choice(WORDS).unwrap().iter().copied())),
+            1 => drop(text.drain(at..(at + random.usize(..20)).min(text.len()))),
+            2 => {
+                let other = random.choice(inputs).unwrap();
+                let from = random.usize(..=other.len());
+                let piece = &other[from..(from + random.usize(..200)).min(other.len())];
+                drop(text.splice(at..at, piece.iter().copied()));
+            }
+            3 => text.truncate(at),
+            _ => {
+                if let Some(byte) = text.get_mut(at) {
+                    *byte ^= 1 << random.u8(..8);
+                }
+            }
+        }
+    }
+    text
+}
+
+fn run(target: fn(&[u8]), input: &[u8]) {
+    let started = Instant::now();
+    target(input);
+    let took = started.elapsed();
+    assert!(took < LIMIT, "{took:?} for {:?}", String::from_utf8_lossy(input));
+}
+
+fn with_mutations(seed: u64, inputs: &[Vec<u8>], target: fn(&[u8])) {
+    for input in inputs {
+        run(target, input);
+    }
+    let mut random = fastrand::Rng::with_seed(seed);
+    for _ in 0..MUTATIONS {
+        run(target, &mutate(&mut random, inputs));
+    }
+}
+
+#[test]
+fn yaml() {
+    with_mutations(1, &inputs(), fuzz::yaml);
+}
+
+#[test]
+fn json_texts() {
+    let mut inputs = inputs();
+    // Most of the corpus is YAML: the same in JSON.
+    let printed = inputs.iter().filter_map(|text| json::from_yaml::<Bootstrap>(std::str::from_utf8(text).ok()?).ok());
+    let printed: Vec<_> = printed.map(|message| json::to_json(&message).to_string().into_bytes()).collect();
+    inputs.extend(printed);
+    with_mutations(2, &inputs, fuzz::json);
+}
+
+#[test]
+fn anys() {
+    let bootstraps = inputs();
+    let messages =
+        bootstraps.iter().filter_map(|text| json::from_yaml::<Bootstrap>(std::str::from_utf8(text).ok()?).ok());
+    let mut inputs = vec![b"\x02{\"stat_prefix\": \"a\", \"route_config\": {\"virtual_hosts\": []}}".to_vec()];
+    for message in messages {
+        let listeners = message.static_resources.into_iter().flat_map(|resources| resources.listeners);
+        for filter in listeners.flat_map(|listener| listener.filter_chains).flat_map(|chain| chain.filters) {
+            use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
+            let Some(ConfigType::TypedConfig(config)) = filter.config_type else { continue };
+            let kind = u8::from(config.type_url.ends_with("TypedStruct"));
+            inputs.push([&[kind], config.value.as_slice()].concat());
+        }
+    }
+    assert!(inputs.len() > 50);
+    with_mutations(3, &inputs, fuzz::any);
+}
+
+#[test]
+fn rules() {
+    let read = |text: &Vec<u8>| {
+        json::read::<Bootstrap>(std::str::from_utf8(text).ok()?, Format::Yaml, UnknownFields::Ignore).ok()
+    };
+    let inputs: Vec<_> = inputs().iter().filter_map(read).map(|message| message.encode_to_vec()).collect();
+    with_mutations(4, &inputs, fuzz::rules);
+}
