@@ -144,7 +144,8 @@ async fn run(
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();
     let source_stats = Arc::new(SourceStats::default());
-    let first = runtime.rtds().map(|wanted| Need { kind: Kind::Runtime, wanted: wanted.clone() }).collect();
+    let first =
+        runtime.rtds().map(|wanted| Need { kind: Kind::Runtime, wanted: wanted.clone(), optional: false }).collect();
     let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 

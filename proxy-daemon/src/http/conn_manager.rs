@@ -53,7 +53,6 @@ pub struct ConnectionManager {
     pub(super) stats: HcmStats,
     pub(super) access_logs: Vec<AccessLog>,
     pub(super) logged: LoggedHeaders,
-    pub(super) suppress_envoy_headers: bool,
 }
 
 impl ConnectionManager {
@@ -65,8 +64,7 @@ impl ConnectionManager {
         let access_logs: Vec<_> = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let logged = LoggedHeaders::new(&access_logs);
         let stats = HcmStats::new(&config.stat_prefix);
-        let suppress = config.http_filters.iter().any(|filter| filter.factory.suppresses_envoy_headers());
-        Ok(ConnectionManager { config, routes, stats, access_logs, logged, suppress_envoy_headers: suppress })
+        Ok(ConnectionManager { config, routes, stats, access_logs, logged })
     }
 
     /// A connection that got no further than its TLS handshake.
@@ -331,6 +329,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         random,
         cluster: None,
         override_dst: None,
+        suppress_envoy_headers: false,
         started,
         progress: Rc::clone(&progress),
     };
@@ -343,9 +342,20 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
     for entry in &config.http_filters {
-        let Some(mut filter) = entry.factory.stream() else { continue };
-        let flow = filter.request(&mut head, &mut cx);
-        filters.push(filter);
+        let made = entry.source.with(|factory| {
+            cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
+            factory.stream()
+        });
+        let flow = match made {
+            Some(None) => continue,
+            Some(Some(mut filter)) => {
+                let flow = filter.request(&mut head, &mut cx);
+                filters.push(filter);
+                flow
+            }
+            // ECDS has not delivered it in time, and there is no default.
+            None => Flow::Respond(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::NFCF, "")),
+        };
         if let Flow::Respond(reply) = flow {
             end.keep_request(&head);
             end.keep_route(&cx);
@@ -427,7 +437,7 @@ fn finish_response(
     request_id: Option<HeaderValue>,
 ) {
     let manager = &end.state.manager;
-    if !manager.suppress_envoy_headers {
+    if !cx.suppress_envoy_headers {
         let milliseconds = cx.started.elapsed().as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }

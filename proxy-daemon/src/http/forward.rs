@@ -46,7 +46,7 @@ pub(super) async fn forward(
     if cluster.cluster.refuses_for_maintenance() {
         return Err(maintenance(&cluster));
     }
-    let suppress = end.state.manager.suppress_envoy_headers;
+    let suppress = cx.suppress_envoy_headers;
     let timeout = route_timeout(cx, action, &head);
     finish_request(cx, action, &mut head, timeout, suppress);
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);

@@ -56,6 +56,8 @@ pub struct StreamCx {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// `suppress_envoy_headers` of the stream's router.
+    pub suppress_envoy_headers: bool,
     /// The stream's random number: routes and weighted clusters are chosen by it.
     pub random: u64,
     /// When the first byte of the request's head was seen, at the latest.

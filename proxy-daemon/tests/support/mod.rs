@@ -15,7 +15,7 @@ use std::{
 
 use culvert_proxy_daemon::{
     config::model::*,
-    http::filters::{FilterCx, HttpFilterFactory},
+    http::filters::{FilterCx, FilterSource, HttpFilterFactory},
     runtime::DataPlane,
 };
 use http::HeaderValue;
@@ -319,7 +319,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         stat_prefix: stat_prefix.to_owned(),
         codec_type: CodecType::Auto,
         routes: RouteSource::Static(Arc::new(routes)),
-        http_filters: vec![HttpFilterEntry { name: "router".into(), factory: router() }],
+        http_filters: vec![HttpFilterEntry { name: "router".into(), source: FilterSource::Fixed(router()) }],
         server_name: HeaderValue::from_static("envoy"),
         server_header: ServerHeaderTransformation::Overwrite,
         use_remote_address: false,

@@ -3,7 +3,7 @@ use std::{sync::Arc, time::Duration};
 use http::HeaderValue;
 
 use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig};
-use crate::http::filters::HttpFilterFactory;
+use crate::http::filters::{DiscoveredFilter, FilterSource};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
 #[derive(Debug)]
@@ -70,6 +70,11 @@ impl HttpConnectionManagerConfig {
             RouteSource::Static(_) => None,
         }
     }
+
+    /// The filters that ECDS configures.
+    pub fn discovered_filters(&self) -> impl Iterator<Item = &Arc<DiscoveredFilter>> {
+        self.http_filters.iter().filter_map(|entry| entry.source.discovered())
+    }
 }
 
 /// A configured HTTP filter.
@@ -77,8 +82,8 @@ impl HttpConnectionManagerConfig {
 pub struct HttpFilterEntry {
     /// The name in the configuration: per-route configuration is found by it.
     pub name: Arc<str>,
-    /// Makes one filter a stream.
-    pub factory: Arc<dyn HttpFilterFactory>,
+    /// Where its configuration is had from.
+    pub source: FilterSource,
 }
 
 /// `HttpConnectionManager.CodecType`.

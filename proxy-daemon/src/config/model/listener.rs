@@ -3,6 +3,7 @@ use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 use super::{
     AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, SecretName,
 };
+use crate::http::filters::DiscoveredFilter;
 
 /// A checked `envoy.config.listener.v3.Listener`.
 #[derive(Debug)]
@@ -59,6 +60,11 @@ impl Listener {
     /// The secrets that its connections need.
     pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
         self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.common.secrets())
+    }
+
+    /// The HTTP filters that ECDS configures.
+    pub fn discovered_filters(&self) -> impl Iterator<Item = &Arc<DiscoveredFilter>> {
+        self.connection_managers().flat_map(|manager| manager.discovered_filters())
     }
 
     /// The route configurations that RDS is to deliver for it.

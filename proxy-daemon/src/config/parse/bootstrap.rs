@@ -282,6 +282,11 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
             let checked = sources.check(&routes.from.source, type_url::ROUTE);
             checked.map_err(|text| FieldError::new(path, format!("rds {text}")))?;
         }
+        for filter in listener.discovered_filters() {
+            let path = format!("static_resources.listeners[{index}]");
+            let checked = sources.check(&filter.wanted.from.source, type_url::EXTENSION_CONFIG);
+            checked.map_err(|text| FieldError::new(path, format!("config_discovery {text}")))?;
+        }
     }
     Ok(())
 }

@@ -1,11 +1,17 @@
 use std::{sync::Arc, time::Duration};
 
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
-    HttpConnectionManager, HttpFilter,
-    http_connection_manager::{
-        CodecType as ProtoCodec, RouteSpecifier, ServerHeaderTransformation as ProtoServerHeader,
+use envoy_types::pb::{
+    envoy::{
+        config::core::v3::{ExtensionConfigSource, TypedExtensionConfig},
+        extensions::filters::network::http_connection_manager::v3::{
+            HttpConnectionManager, HttpFilter,
+            http_connection_manager::{
+                CodecType as ProtoCodec, RouteSpecifier, ServerHeaderTransformation as ProtoServerHeader,
+            },
+            http_filter::ConfigType,
+        },
     },
-    http_filter::ConfigType,
+    google::protobuf::Any,
 };
 use http::HeaderValue;
 
@@ -14,7 +20,7 @@ use super::{
     common::{Result, cidrs, header_value, http2, limit, number, required},
     config_source::config_source,
     route::routes,
-    support::join,
+    support::{self, join},
 };
 use crate::{
     config::{
@@ -24,7 +30,7 @@ use crate::{
             ServerHeaderTransformation,
         },
     },
-    http::filters::{self, FilterCx},
+    http::filters::{self, DiscoveredFilter, FilterCx, FilterSource},
 };
 
 pub(super) fn http_connection_manager(
@@ -103,25 +109,77 @@ fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpF
     let count = manager.http_filters.len();
     let parse = |(index, filter): (usize, &HttpFilter)| {
         let path = format!("{}[{index}]", join(path, "http_filters"));
-        let Some(ConfigType::TypedConfig(config)) = &filter.config_type else {
-            return Err(required(&path, "typed_config"));
-        };
-        let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix: &manager.stat_prefix };
-        let factory = filters::parse(config, &cx)?;
         let last = index + 1 == count;
-        if factory.is_terminal() != last {
-            let text = if last {
-                format!("the last HTTP filter must be terminal: {} is not; add envoy.filters.http.router", filter.name)
-            } else {
-                format!("{} is terminal and must be the last HTTP filter", filter.name)
-            };
-            return Err(FieldError::new(path, text));
-        }
-        Ok(HttpFilterEntry { name: filter.name.as_str().into(), factory })
+        let source = match &filter.config_type {
+            Some(ConfigType::TypedConfig(config)) => {
+                let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix: &manager.stat_prefix };
+                let factory = filters::parse(config, &cx)?;
+                if factory.is_terminal() != last {
+                    let name = &filter.name;
+                    let text = if last {
+                        format!("the last HTTP filter must be terminal: {name} is not; add envoy.filters.http.router")
+                    } else {
+                        format!("{name} is terminal and must be the last HTTP filter")
+                    };
+                    return Err(FieldError::new(path, text));
+                }
+                FilterSource::Fixed(factory)
+            }
+            Some(ConfigType::ConfigDiscovery(discovery)) => {
+                let path = join(&path, "config_discovery");
+                FilterSource::Discovered(discovered(&filter.name, discovery, &manager.stat_prefix, last, &path)?)
+            }
+            None => return Err(required(&path, "typed_config")),
+        };
+        Ok(HttpFilterEntry { name: filter.name.as_str().into(), source })
     };
     if count == 0 {
-        let text = "a list without a filter is not supported by culvert yet: add envoy.filters.http.router";
+        let text = "at least one HTTP filter is needed: add envoy.filters.http.router";
         return Err(FieldError::new(join(path, "http_filters"), text));
     }
     manager.http_filters.iter().enumerate().map(parse).collect()
+}
+
+/// A filter that ECDS configures. The texts of errors are Envoy's.
+fn discovered(
+    name: &str,
+    discovery: &ExtensionConfigSource,
+    stat_prefix: &str,
+    last: bool,
+    path: &str,
+) -> Result<Arc<DiscoveredFilter>> {
+    if discovery.apply_default_config_without_warming && discovery.default_config.is_none() {
+        let text = format!("Error: filter config {name} applied without warming but has no default config.");
+        return Err(FieldError::new(join(path, "default_config"), text));
+    }
+    let type_name = |(index, url): (usize, &String)| {
+        let type_name = url.rsplit('/').next().unwrap_or_default();
+        if filters::REGISTRY.iter().any(|known| known.type_name == type_name) {
+            return Ok(type_name.to_owned());
+        }
+        let text = format!("Error: no factory found for a required type URL {type_name}.");
+        Err(FieldError::new(format!("{}[{index}]", join(path, "type_urls")), text))
+    };
+    let type_names: Box<[String]> = discovery.type_urls.iter().enumerate().map(type_name).collect::<Result<_>>()?;
+    if type_names.is_empty() {
+        return Err(FieldError::new(join(path, "type_urls"), "value must contain at least 1 item(s)"));
+    }
+    let from = config_source(discovery.config_source.as_ref(), &join(path, "config_source"))?;
+    let wanted = ResourceRef { name: name.into(), from };
+    let without_warming = discovery.apply_default_config_without_warming;
+    let mut filter = DiscoveredFilter::new(wanted, without_warming, type_names, last, stat_prefix);
+    if let Some(default) = &discovery.default_config {
+        let default = filter.parse(default, &join(path, "default_config"))?;
+        filter = filter.with_default(default);
+    }
+    Ok(Arc::new(filter))
+}
+
+/// A filter's configuration as ECDS delivers it. What it is for is checked by the filters that want it.
+///
+/// # Errors
+/// A field that is not honoured.
+pub fn extension_config(config: &TypedExtensionConfig, path: &str) -> Result<Any> {
+    support::check(config, path)?;
+    config.typed_config.clone().ok_or_else(|| required(path, "typed_config"))
 }

@@ -29,6 +29,7 @@ pub use cluster::cluster;
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
 pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
+pub use http_connection_manager::extension_config;
 pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub use route::route_config;

@@ -280,7 +280,11 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         ],
     ),
     ("envoy.extensions.filters.network.http_connection_manager.v3.Rds", ALL),
-    ("envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter", &["name", "typed_config"]),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter",
+        &["name", "typed_config", "config_discovery"],
+    ),
+    ("envoy.config.core.v3.ExtensionConfigSource", ALL),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig",
         &["cidr_ranges"],

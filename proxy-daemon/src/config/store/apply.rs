@@ -5,7 +5,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     config::model::{Listener, LocalityEndpoints, RouteConfig},
-    http::filters::OffloadedTable,
+    http::filters::{DiscoveredFilter, Factory, OffloadedTable},
     layered_runtime::{Entry, Runtime},
     listener::Prints,
     runtime::{DataPlane, PreparedListener},
@@ -27,6 +27,8 @@ pub trait Apply: Send + Sync + 'static {
     fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>);
     /// See [`Runtime::set_rtds`].
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>);
+    /// See [`DiscoveredFilter::set`].
+    fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>);
     /// See [`DataPlane::set_offloaded`].
     fn set_offloaded(&self, table: OffloadedTable);
     /// Makes a listener ready to be started; one of the same name that was prepared before and not started is given up.
@@ -115,6 +117,10 @@ impl Apply for Applier {
 
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>) {
         self.runtime.set_rtds(source, name, values);
+    }
+
+    fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>) {
+        place.set(delivered);
     }
 
     fn set_offloaded(&self, table: OffloadedTable) {

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use culvert_xds_client::{Any, ads::type_url};
 use envoy_types::pb::envoy::{
-    config::{endpoint::v3::ClusterLoadAssignment, route::v3::RouteConfiguration},
+    config::{core::v3::TypedExtensionConfig, endpoint::v3::ClusterLoadAssignment, route::v3::RouteConfiguration},
     service::runtime::v3::Runtime,
 };
 
@@ -28,6 +28,8 @@ pub enum Kind {
     Routes,
     /// RTDS
     Runtime,
+    /// ECDS
+    ExtensionConfigs,
 }
 
 /// A resource that was taken.
@@ -37,6 +39,8 @@ pub(super) enum Value {
     Endpoints(Vec<LocalityEndpoints>),
     Routes(Arc<RouteConfig>),
     Runtime(Arc<HashMap<String, Entry>>),
+    /// Each place that it is for reads it anew.
+    ExtensionConfig(Arc<Any>),
 }
 
 /// A resource that a cluster, a listener or the process itself cannot do without.
@@ -46,10 +50,12 @@ pub struct Need {
     pub kind: Kind,
     /// Which, and from where.
     pub wanted: ResourceRef,
+    /// It can do without until it comes: it is asked for, and not waited for.
+    pub optional: bool,
 }
 
 impl Kind {
-    pub(in crate::config) const ALL: [Kind; 3] = [Kind::Endpoints, Kind::Routes, Kind::Runtime];
+    pub(in crate::config) const ALL: [Kind; 4] = [Kind::Endpoints, Kind::Routes, Kind::Runtime, Kind::ExtensionConfigs];
 
     /// The type that this type URL names.
     pub(super) fn of(type_url: &str) -> Option<Kind> {
@@ -61,6 +67,7 @@ impl Kind {
             Kind::Endpoints => type_url::ENDPOINT,
             Kind::Routes => type_url::ROUTE,
             Kind::Runtime => type_url::RUNTIME,
+            Kind::ExtensionConfigs => type_url::EXTENSION_CONFIG,
         }
     }
 
@@ -70,6 +77,7 @@ impl Kind {
             Kind::Endpoints => "the endpoints",
             Kind::Routes => "the route configuration",
             Kind::Runtime => "the runtime layer",
+            Kind::ExtensionConfigs => "the filter configuration",
         }
     }
 
@@ -79,6 +87,7 @@ impl Kind {
             Kind::Endpoints => format!("shared target EdsClusterImpl init {name}"),
             Kind::Routes => format!("shared target RdsRouteConfigSubscription RDS init {name}"),
             Kind::Runtime => format!("target RTDS {name}"),
+            Kind::ExtensionConfigs => format!("shared target FilterConfigSubscription init {name}"),
         }
     }
 
@@ -97,6 +106,11 @@ impl Kind {
                 let named: fn(&Runtime) -> &str = |message| &message.name;
                 parse(name, body, named, parse::runtime_values).map(|values| Value::Runtime(Arc::new(values)))
             }
+            Kind::ExtensionConfigs => {
+                let named: fn(&TypedExtensionConfig) -> &str = |message| &message.name;
+                let config = parse(name, body, named, parse::extension_config)?;
+                Ok(Value::ExtensionConfig(Arc::new(config)))
+            }
         }
     }
 }
@@ -104,7 +118,9 @@ impl Kind {
 /// What a cluster needs before it may be used.
 pub(super) fn cluster_needs(config: &ClusterConfig) -> Vec<Need> {
     match &config.discovery {
-        Discovery::Eds { endpoints } => vec![Need { kind: Kind::Endpoints, wanted: endpoints.clone() }],
+        Discovery::Eds { endpoints } => {
+            vec![Need { kind: Kind::Endpoints, wanted: endpoints.clone(), optional: false }]
+        }
         _ => Vec::new(),
     }
 }
@@ -112,14 +128,20 @@ pub(super) fn cluster_needs(config: &ClusterConfig) -> Vec<Need> {
 /// What a listener needs before it may accept connections; each once.
 pub(super) fn listener_needs(listener: &Listener) -> Vec<Need> {
     let mut needs: Vec<Need> = Vec::new();
-    let routes = listener.rds().map(|wanted| Need { kind: Kind::Routes, wanted: wanted.clone() });
-    for need in routes {
-        let same = |known: &Need| {
+    let routes = listener.rds().map(|wanted| Need { kind: Kind::Routes, wanted: wanted.clone(), optional: false });
+    let filters = listener.discovered_filters().map(|filter| Need {
+        kind: Kind::ExtensionConfigs,
+        wanted: filter.wanted.clone(),
+        optional: filter.without_warming,
+    });
+    for need in routes.chain(filters) {
+        let same = |known: &&mut Need| {
             (known.kind, &known.wanted.name, &known.wanted.from.source)
                 == (need.kind, &need.wanted.name, &need.wanted.from.source)
         };
-        if !needs.iter().any(same) {
-            needs.push(need);
+        match needs.iter_mut().find(same) {
+            Some(known) => known.optional &= need.optional,
+            None => needs.push(need),
         }
     }
     needs

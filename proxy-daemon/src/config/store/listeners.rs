@@ -189,8 +189,9 @@ impl<A: Apply> ConfigStore<A> {
     /// The clusters are there: what else the listener needs is asked for.
     pub(super) fn ask_for_needs(&self, state: &mut State, name: &Arc<str>) {
         let Some(warming) = state.listeners.by_name.get(name).and_then(|entry| entry.warming.as_ref()) else { return };
-        let (id, needs) = (warming.id, listener_needs(&warming.config));
+        let (id, config, needs) = (warming.id, Arc::clone(&warming.config), listener_needs(&warming.config));
         let waiting = state.acquire(&needs, &Owner::Listener(Arc::clone(name)), id, Instant::now());
+        self.fill_places(state, &config);
         let warming = state.listeners.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
         let Some(warming) = warming else { return };
         (warming.needs, warming.waiting) = (needs.into(), waiting);
@@ -326,5 +327,5 @@ impl<A: Apply> ConfigStore<A> {
 /// Whether the listener needs the offloaded services.
 fn overrides(listener: &Listener) -> bool {
     let mut filters = listener.connection_managers().flat_map(|manager| &manager.http_filters);
-    filters.any(|filter| filter.factory.needs_offloaded_services())
+    filters.any(|filter| filter.source.needs_offloaded_services())
 }

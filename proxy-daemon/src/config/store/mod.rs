@@ -9,7 +9,7 @@
 //! - An update is answered when all of it has taken effect ([`updates`]).
 //! - The start has phases ([`state::Phase`]): what comes before everything (RTDS), then clusters, then listeners.
 //!
-//! # A new type of resources that are asked for by name (SDS, ECDS, ...)
+//! # A new type of resources that are asked for by name (SDS, ...)
 //!
 //! 1. `kinds.rs`: a variant of [`Kind`](kinds::Kind) and of `Value`, and their arms: the type URL, what the log calls it, how
 //!    it is parsed.
@@ -23,6 +23,7 @@
 mod apply;
 mod clusters;
 mod counts;
+mod extensions;
 mod held;
 mod kinds;
 mod listeners;

@@ -29,7 +29,7 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
                 entry.refused = None;
                 let users = entry.users.clone();
-                self.count(state, kind, name, &users, true);
+                self.count(state, kind, (source, name), &users, true);
             }
         }
         // What does not exist is not waited for.
@@ -42,10 +42,12 @@ impl<A: Apply> ConfigStore<A> {
                 state.updates.reject(id, &name, error.to_string());
             }
         }
-        if kind == Kind::Runtime {
-            // Endpoints and routes in use stay, as in Envoy; the values of a runtime layer do not.
-            for name in update.removed {
-                self.remove_runtime(state, source, &name);
+        for name in update.removed {
+            match kind {
+                // In use, they stay, as in Envoy.
+                Kind::Endpoints | Kind::Routes => {}
+                Kind::Runtime => self.remove_runtime(state, source, &name),
+                Kind::ExtensionConfigs => self.remove_extension_config(state, source, &name),
             }
         }
     }
@@ -73,24 +75,29 @@ impl<A: Apply> ConfigStore<A> {
             entry.refused = None;
             let users = entry.users.clone();
             self.drop_held(state, source, &name);
-            self.count(state, kind, &name, &users, true);
+            self.count(state, kind, (source, &name), &users, true);
             return Ok(());
         }
         let parsed = kind.parse(&name, &resource.body).and_then(|value| state.check(&value).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
+        let parsed = parsed.and_then(|value| entry.places.parse(&value).map(|filters| (value, filters)));
         let users = entry.users.clone();
         self.drop_held(state, source, &name);
-        if let Ok(Value::Routes(routes)) = &parsed
+        if let Ok((Value::Routes(routes), _)) = &parsed
             && self.hold(state, source, &resource, routes, id)
         {
             return Ok(());
         }
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let result = match parsed {
-            Ok(value) => {
+            Ok((value, filters)) => {
                 entry.stored = Some(resources::version(resource));
                 entry.refused = None;
                 entry.value = Some(value.clone());
+                if kind == Kind::ExtensionConfigs {
+                    entry.places.reloaded();
+                }
+                filters.into_iter().for_each(|(place, factory)| self.0.apply.set_filter(&place, Some(factory)));
                 self.deliver(state, source, &name, &users, &value);
                 Ok(())
             }
@@ -99,7 +106,7 @@ impl<A: Apply> ConfigStore<A> {
                 Err(error)
             }
         };
-        self.count(state, kind, &name, &users, result.is_ok());
+        self.count(state, kind, (source, &name), &users, result.is_ok());
         // A resource that is refused is not waited for any longer, as in Envoy.
         self.settle(state, kind, source, &name);
         if kind == Kind::Endpoints
@@ -126,10 +133,19 @@ impl<A: Apply> ConfigStore<A> {
                 self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), Arc::clone(routes));
             }
             Value::Runtime(values) => self.0.apply.set_runtime(source, name, HashMap::clone(values)),
+            // Each place has what was read for it.
+            Value::ExtensionConfig(_) => {}
         }
     }
 
-    pub(super) fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
+    pub(super) fn count(
+        &self,
+        state: &State,
+        kind: Kind,
+        (source, name): (&Source, &str),
+        users: &[User],
+        accepted: bool,
+    ) {
         match kind {
             Kind::Endpoints => {
                 for user in users {
@@ -146,6 +162,12 @@ impl<A: Apply> ConfigStore<A> {
                 }
             }
             Kind::Runtime => counts::runtime_update(accepted),
+            Kind::ExtensionConfigs => {
+                if let Some(entry) = state.watched(kind).get(source, name) {
+                    let version = entry.stored.as_ref().map(|stored| stored.version.as_str());
+                    entry.places.answered(version, accepted);
+                }
+            }
         }
     }
 
@@ -190,12 +212,15 @@ impl<A: Apply> ConfigStore<A> {
         if kind == Kind::Runtime {
             counts::runtime_timeout();
         }
+        if let Some(entry) = state.watched(kind).get(source, name) {
+            entry.places.timed_out();
+        }
         self.settle(state, kind, source, name);
     }
 
     /// A version does not need these any more.
     pub(super) fn release(&self, state: &mut State, needs: &[Need], version: VersionId) {
-        for Need { kind, wanted } in state.release(needs, version) {
+        for Need { kind, wanted, .. } in state.release(needs, version) {
             if *kind == Kind::Routes {
                 self.drop_held(state, &wanted.from.source, &wanted.name);
                 self.0.apply.remove_routes(&wanted.from.source, &wanted.name);

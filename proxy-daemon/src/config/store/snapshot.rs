@@ -70,7 +70,7 @@ impl State {
         let needs = entry.warming.iter().flat_map(|warming| &warming.needs);
         let missing = needs.filter(|need| {
             let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
-            known.is_some_and(|known| !known.settled)
+            !need.optional && known.is_some_and(|known| !known.settled)
         });
         let mut targets: Vec<_> = missing.map(|need| need.kind.target(&need.wanted.name)).collect();
         if targets.is_empty() {

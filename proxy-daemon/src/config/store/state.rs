@@ -124,8 +124,9 @@ impl State {
     /// A version needs these from now on; how many of them are not there yet.
     pub(super) fn acquire(&mut self, needs: &[Need], owner: &Owner, version: VersionId, now: Instant) -> usize {
         let mut waiting = 0;
-        for Need { kind, wanted } in needs {
-            match self.watched[*kind as usize].acquire(wanted, owner.clone(), version, now) {
+        for need in needs {
+            let Need { kind, wanted, optional } = need;
+            match self.watched[*kind as usize].acquire(need, owner.clone(), version, now) {
                 Asked::Settled => continue,
                 Asked::Waiting => {}
                 Asked::New(Some(at)) => {
@@ -134,7 +135,7 @@ impl State {
                 }
                 Asked::New(None) => {}
             }
-            waiting += 1;
+            waiting += usize::from(!optional);
         }
         waiting
     }

@@ -23,6 +23,7 @@ use crate::{
         parse,
         status::{Missing, Version},
     },
+    http::filters::{DiscoveredFilter, Factory},
     layered_runtime::Entry,
     listener::Prints,
     upstream::ClusterChange,
@@ -82,6 +83,11 @@ impl Apply for Recorder {
     }
     fn set_runtime(&self, _: &Source, name: &str, values: HashMap<String, Entry>) {
         self.note(format!("runtime {name} has {}", values.len()));
+    }
+    fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>) {
+        let what = delivered.as_ref().map(|factory| format!("{factory:?}"));
+        self.note(format!("filter {} {}", place.wanted.name, what.as_deref().unwrap_or("as by default")));
+        place.set(delivered);
     }
     fn set_offloaded(&self, table: OffloadedTable) {
         self.note(format!("offloaded {}", table != OffloadedTable::default()));
@@ -313,6 +319,7 @@ dynamic_resources:
 }
 
 mod clusters;
+mod extensions;
 mod listeners;
 mod named;
 mod runtime;

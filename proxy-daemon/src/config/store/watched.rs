@@ -8,7 +8,10 @@ use std::{
 use culvert_xds_client::{ads::Interest, source::Source, sources::Subscriptions};
 use tokio::time::Instant;
 
-use super::kinds::{Kind, Value};
+use super::{
+    extensions::Places,
+    kinds::{Kind, Need, Value},
+};
 use crate::config::{
     model::ResourceRef,
     status::{Failure, Version},
@@ -49,6 +52,8 @@ pub(in crate::config) struct Entry {
     /// Until when it is waited for.
     pub(super) deadline: Option<Instant>,
     pub(super) users: Vec<User>,
+    /// ECDS: what it is for.
+    pub(super) places: Places,
 }
 
 type Names = BTreeMap<Arc<str>, Entry>;
@@ -91,7 +96,8 @@ impl Watched {
     }
 
     /// A version of a cluster or listener needs the resource from now on.
-    pub(super) fn acquire(&mut self, wanted: &ResourceRef, owner: Owner, version: VersionId, now: Instant) -> Asked {
+    pub(super) fn acquire(&mut self, need: &Need, owner: Owner, version: VersionId, now: Instant) -> Asked {
+        let Need { wanted, optional, .. } = need;
         let source = &wanted.from.source;
         let names = match self.sources.get_mut(source) {
             Some(names) => names,
@@ -102,12 +108,13 @@ impl Watched {
             let deadline = wanted.from.initial_fetch_timeout.map(|timeout| now + timeout);
             asked = Asked::New(deadline);
             self.changed.insert(Arc::clone(source));
-            Entry { stored: None, refused: None, value: None, settled: false, deadline, users: Vec::new() }
+            let (users, places) = (Vec::new(), Places::default());
+            Entry { stored: None, refused: None, value: None, settled: false, deadline, users, places }
         });
         if entry.settled {
             asked = Asked::Settled;
         }
-        entry.users.push(User { owner, version, waits: !entry.settled });
+        entry.users.push(User { owner, version, waits: !entry.settled && !optional });
         asked
     }
 

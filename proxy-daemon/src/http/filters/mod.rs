@@ -2,6 +2,7 @@
 //!
 //! A filter is added by writing its file and one line in [`REGISTRY`].
 
+mod discovered;
 mod r#override;
 mod router;
 
@@ -9,6 +10,7 @@ use std::{fmt::Debug, sync::Arc};
 
 use envoy_types::pb::google::protobuf::Any;
 
+pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
 
@@ -36,7 +38,7 @@ pub trait HttpFilter {
     }
 }
 
-/// A configured filter: makes an instance for each stream.
+/// A configured filter: makes an instance for each stream, which may outlive it: ECDS replaces filters while they serve.
 pub trait HttpFilterFactory: Debug + Send + Sync {
     /// `None` where this stream has no need of the filter.
     fn stream(&self) -> Option<Box<dyn HttpFilter>>;
@@ -80,11 +82,7 @@ pub struct Registered {
 
 /// Every HTTP filter, by name.
 pub const REGISTRY: &[Registered] = &[
-    Registered {
-        name: "culvert.filters.http.override",
-        type_name: "culvert.extensions.filters.http.overrides.v1.Override",
-        parse: r#override::parse,
-    },
+    Registered { name: "culvert.filters.http.override", type_name: r#override::TYPE_NAME, parse: r#override::parse },
     Registered {
         name: "envoy.filters.http.router",
         type_name: "envoy.extensions.filters.http.router.v3.Router",
@@ -92,16 +90,28 @@ pub const REGISTRY: &[Registered] = &[
     },
 ];
 
+/// The full name of the message that `typed_config` holds.
+fn type_name(typed_config: &Any) -> &str {
+    typed_config.type_url.rsplit('/').next().unwrap_or_default()
+}
+
 /// The filter whose configuration `typed_config` is: found by its type URL, as Envoy does.
-pub fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    let type_name = typed_config.type_url.rsplit('/').next().unwrap_or_default();
+fn find(typed_config: &Any, path: &str) -> Result<&'static Registered, FieldError> {
+    let type_name = type_name(typed_config);
     let known = REGISTRY.iter().find(|filter| filter.type_name == type_name);
-    let filter = known.ok_or_else(|| {
+    known.ok_or_else(|| {
         let names: Vec<_> = REGISTRY.iter().map(|filter| filter.name).collect();
         FieldError::new(
-            cx.path,
+            path,
             format!("HTTP filter type {type_name} is not supported by culvert yet; it has {}", names.join(", ")),
         )
-    })?;
-    (filter.parse)(typed_config, cx)
+    })
+}
+
+/// Reads the configuration of whatever filter `typed_config` is for.
+///
+/// # Errors
+/// There is no such filter, or the field that is wrong or not honoured.
+pub fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Factory, FieldError> {
+    (find(typed_config, cx.path)?.parse)(typed_config, cx)
 }

@@ -62,12 +62,20 @@ impl OffloadedTable {
     }
 }
 
-/// The configured filter.
-#[derive(Debug, Clone)]
-struct OverrideFilter {
-    original_dst_cluster: Arc<str>,
+/// The full name of its configuration message.
+pub(super) const TYPE_NAME: &str = "culvert.extensions.filters.http.overrides.v1.Override";
+
+/// What is configured. Streams hold on to it: what they count in must last.
+#[derive(Debug)]
+struct Configured {
+    original_dst_cluster: Box<str>,
     stats: Stats,
+    _lease: Lease,
 }
+
+/// One stream's filter.
+#[derive(Debug)]
+struct OverrideFilter(Arc<Configured>);
 
 #[derive(Debug, Clone, Copy)]
 struct Stats {
@@ -95,19 +103,16 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         undecodable: counter("undecodable"),
         header_removed: counter("header_removed"),
     };
-    let filter = OverrideFilter { original_dst_cluster: original_dst_cluster.into(), stats };
-    Ok(Arc::new(OverrideFactory { filter, _lease: lease }))
+    let configured = Configured { original_dst_cluster: original_dst_cluster.into(), stats, _lease: lease };
+    Ok(Arc::new(OverrideFactory(Arc::new(configured))))
 }
 
 #[derive(Debug)]
-struct OverrideFactory {
-    filter: OverrideFilter,
-    _lease: Lease,
-}
+struct OverrideFactory(Arc<Configured>);
 
 impl HttpFilterFactory for OverrideFactory {
     fn stream(&self) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(self.filter.clone()))
+        Some(Box::new(OverrideFilter(Arc::clone(&self.0))))
     }
 
     fn needs_offloaded_services(&self) -> bool {
@@ -119,14 +124,14 @@ impl HttpFilter for OverrideFilter {
     fn request(&mut self, head: &mut RequestHead, cx: &mut StreamCx) -> Flow {
         // Envoy obeys this header in any ORIGINAL_DST cluster and strips it nowhere: whoever can set it reaches anything.
         if head.headers.remove(X_ENVOY_ORIGINAL_DST_HOST).is_some() {
-            self.stats.header_removed.inc();
+            self.0.stats.header_removed.inc();
         }
         match overrides_from_headers(&head.headers) {
             None => {}
             Some(Ok(overrides)) => self.apply(&overrides, cx),
             Some(Err(error)) => {
                 tracing::debug!(%error, "overrides ignored");
-                self.stats.undecodable.inc();
+                self.0.stats.undecodable.inc();
             }
         }
         Flow::Continue
@@ -139,13 +144,13 @@ impl OverrideFilter {
         let name = &*cluster.cluster.config.name;
         let Some(wanted) = overrides.overrides.iter().find(|entry| names(&entry.service, name)) else { return };
         let target = cx.worker.with_offloaded(|table| table.find(name, &wanted.revision));
-        match (target, cx.worker.clusters.get(&self.original_dst_cluster)) {
+        match (target, cx.worker.clusters.get(&self.0.original_dst_cluster)) {
             (Some(target), Some(original_dst)) => {
-                self.stats.applied.inc();
+                self.0.stats.applied.inc();
                 cx.override_dst = Some(target);
                 cx.cluster = Some(original_dst);
             }
-            _ => self.stats.rejected.inc(),
+            _ => self.0.stats.rejected.inc(),
         }
     }
 }

@@ -14,6 +14,7 @@ fn asking() -> (Fixture, Recorder) {
     let need = |name: &str| Need {
         kind: Kind::Runtime,
         wanted: ResourceRef { name: name.into(), from: ConfigSource::default() },
+        optional: false,
     };
     let first = vec![need("a"), need("b")];
     let (clusters, _) = static_resources();
