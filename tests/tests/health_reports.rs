@@ -292,8 +292,11 @@ fn work(host: u16) -> Result<Vec<ClusterHealthCheck>> {
     Ok(cases.into_iter().map(|(name, port, checker)| cluster(&name, port, checker)).collect())
 }
 
+/// The states that were reported of each host, and the requests that each saw.
+type Observed = (BTreeMap<String, Vec<State>>, BTreeMap<String, Vec<String>>);
+
 /// The states that each host goes through, and the requests that it sees.
-fn observe(kind: Kind) -> Result<(BTreeMap<String, Vec<State>>, BTreeMap<String, Vec<String>>)> {
+fn observe(kind: Kind) -> Result<Observed> {
     let server = ReportServer::start()?;
     let host = Host::default();
     let port = host.start()?;

@@ -50,7 +50,7 @@ impl Target {
     /// Healthy where all checks pass; else what the first says that does not. Without a check: not healthy, as in Envoy.
     fn health(&self) -> Health {
         let healths = || self.checkers.iter().map(|(_, checker)| checker.health());
-        healths().find(|health| !health.healthy).or_else(|| healths().last()).unwrap_or_default()
+        healths().find(|health| !health.healthy).or_else(|| healths().next_back()).unwrap_or_default()
     }
 }
 

@@ -50,9 +50,12 @@ pub struct ListenerStatus {
 #[derive(Clone)]
 pub struct DataPlane(Arc<Inner>);
 
+/// By the source and the name of the route configuration.
+type RouteSlots = HashMap<(Arc<Source>, Arc<str>), Arc<RouteSlot>>;
+
 struct Inner {
     clusters: Arc<Clusters>,
-    routes: Mutex<HashMap<(Arc<Source>, Arc<str>), Arc<RouteSlot>>>,
+    routes: Mutex<RouteSlots>,
     offloaded: Arc<ArcSwap<OffloadedTable>>,
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,

@@ -44,7 +44,7 @@ pub struct HealthCheckConfig {
 #[derive(Debug)]
 pub enum Check {
     /// A request.
-    Http(HttpCheck),
+    Http(Box<HttpCheck>),
     /// Bytes, or only a connection.
     Tcp(TcpCheck),
     /// `grpc.health.v1.Health`.

@@ -113,7 +113,7 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
         healthy_edge_interval: or(check.healthy_edge_interval, "healthy_edge_interval", interval)?,
         check: match &check.health_checker {
             Some(HealthChecker::HttpHealthCheck(http)) => {
-                Check::Http(http_check(http, cluster, &join(path, "http_health_check"))?)
+                Check::Http(Box::new(http_check(http, cluster, &join(path, "http_health_check"))?))
             }
             Some(HealthChecker::TcpHealthCheck(tcp)) => Check::Tcp(tcp_check(tcp, &join(path, "tcp_health_check"))?),
             Some(HealthChecker::GrpcHealthCheck(grpc)) => {

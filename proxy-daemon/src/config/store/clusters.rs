@@ -80,7 +80,8 @@ impl<A: Apply> ConfigStore<A> {
         }
         let mut rejected = false;
         for resource in update.added {
-            if let Err((resource, error)) = self.take_cluster(state, resource, id) {
+            if let Err(refused) = self.take_cluster(state, resource, id) {
+                let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
                 let name = resource.name.clone();
@@ -93,7 +94,12 @@ impl<A: Apply> ConfigStore<A> {
         self.0.stats.clusters.answered(!rejected);
     }
 
-    fn take_cluster(&self, state: &mut State, resource: Resource, id: UpdateId) -> Result<(), (Resource, FieldError)> {
+    fn take_cluster(
+        &self,
+        state: &mut State,
+        resource: Resource,
+        id: UpdateId,
+    ) -> Result<(), Box<(Resource, FieldError)>> {
         let name = resource.name.as_str();
         let known = state.clusters.by_name.get_mut(name);
         if known.as_ref().is_some_and(|known| known.is_static) {
@@ -126,7 +132,7 @@ impl<A: Apply> ConfigStore<A> {
         }
         let config = match resources::parse(name, &resource.body, |message: &Cluster| &message.name, parse::cluster) {
             Ok(config) => config,
-            Err(error) => return Err((resource, error)),
+            Err(error) => return Err(Box::new((resource, error))),
         };
         state.clusters.refused.remove(name);
         self.add_cluster(state, config, Some(resources::version(resource)), Some(id));

@@ -104,7 +104,8 @@ impl<A: Apply> ConfigStore<A> {
         }
         let mut rejected = false;
         for resource in update.added {
-            if let Err((resource, error)) = self.take_listener(state, resource, id) {
+            if let Err(refused) = self.take_listener(state, resource, id) {
+                let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
                 let name = resource.name.clone();
@@ -114,7 +115,12 @@ impl<A: Apply> ConfigStore<A> {
         self.0.stats.listeners.answered(!rejected);
     }
 
-    fn take_listener(&self, state: &mut State, resource: Resource, id: UpdateId) -> Result<(), (Resource, FieldError)> {
+    fn take_listener(
+        &self,
+        state: &mut State,
+        resource: Resource,
+        id: UpdateId,
+    ) -> Result<(), Box<(Resource, FieldError)>> {
         let name = resource.name.as_str();
         let known = state.listeners.by_name.get_mut(name);
         if known.as_ref().is_some_and(|known| known.is_static) {
@@ -143,7 +149,7 @@ impl<A: Apply> ConfigStore<A> {
         let listener = match resources::parse(name, &resource.body, |message: &Message| &message.name, parse::listener)
         {
             Ok(listener) => listener,
-            Err(error) => return Err((resource, error)),
+            Err(error) => return Err(Box::new((resource, error))),
         };
         state.listeners.refused.remove(name);
         self.add_listener(state, listener, Some(resources::version(resource)), Some(id));

@@ -106,7 +106,7 @@ fn a_listener_that_cannot_be_bound_is_rejected_and_tried_again() {
     calls.unbindable.lock().unwrap().insert("in".to_owned(), "cannot bind".to_owned());
     let lds = store.update(update(Listener::type_url(), vec![listener("in", "web"), listener("other", "web")]));
     let rejection = Rejection { name: "in".to_owned(), message: "cannot bind".to_owned() };
-    assert_eq!(lds.rejected(), [rejection.clone()]);
+    assert_eq!(lds.rejected(), std::slice::from_ref(&rejection));
     store.update(update(RouteConfiguration::type_url(), vec![routes("web", "users")]));
     assert_eq!(calls.take(), ["routes web", "listener other"]);
     let failed = store.snapshot().of(&Listener::type_url())[0].failure.clone().unwrap();
