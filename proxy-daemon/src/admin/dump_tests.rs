@@ -16,7 +16,7 @@ use envoy_types::pb::envoy::{
 use prost::{Message, Name};
 
 use super::*;
-use crate::config::status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version};
+use crate::config::status::{Failure, Missing, Resource, Scoped, Snapshot, Type, Unready, Version};
 
 const HTTP: &str =
     "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
@@ -86,13 +86,16 @@ fn snapshot() -> Snapshot {
             of_type::<ListenerMessage>(listeners),
             of_type::<RouteConfiguration>(routes),
             of_type::<Secret>(secrets),
-            of_type::<ScopedRouteConfiguration>(vec![active::<ScopedRouteConfiguration>("s", "{ name: s, key: {} }")]),
             of_type::<TypedExtensionConfig>(vec![active::<TypedExtensionConfig>("f", &filter)]),
         ],
         unready: vec![Unready {
             listener: "web".into(),
             is_static: false,
             targets: vec!["shared target RdsRouteConfigSubscription RDS init later".into()],
+        }],
+        scoped: vec![Scoped {
+            name: "s".into(),
+            scopes: vec![version::<ScopedRouteConfiguration>("9", "{ name: a, key: {} }")],
         }],
     }
 }

@@ -17,11 +17,11 @@ use envoy_types::pb::{
             cluster::v3::Cluster,
             core::v3::TypedExtensionConfig,
             listener::v3::{Listener, filter::ConfigType},
-            route::v3::{RouteConfiguration, ScopedRouteConfiguration},
+            route::v3::RouteConfiguration,
         },
         extensions::{
             filters::network::http_connection_manager::v3::{
-                HttpConnectionManager, http_connection_manager::RouteSpecifier,
+                HttpConnectionManager, http_connection_manager::RouteSpecifier, scoped_routes::ConfigSpecifier,
             },
             transport_sockets::tls::v3::Secret,
         },
@@ -31,7 +31,7 @@ use envoy_types::pb::{
 use prost::{Message, Name};
 use prost_reflect::DynamicMessage;
 
-use super::status::{Failure, Resource, Snapshot, Version};
+use super::status::{Failure, Resource, Scoped, Snapshot, Version};
 
 /// What is configured, for those who show it.
 pub struct Configuration {
@@ -228,6 +228,7 @@ impl Configuration {
         if managers.is_empty() {
             return Vec::new();
         }
+        let scoped = scoped_routes(snapshot, &managers);
         let inline = managers.into_iter().filter_map(|(manager, at)| match manager.route_specifier {
             Some(RouteSpecifier::RouteConfig(routes)) => Some(Element::new(routes.name.clone(), move || {
                 StaticRouteConfig { route_config: Some(pack(&routes)), last_updated: Some(timestamp(at)) }
@@ -246,7 +247,7 @@ impl Configuration {
         };
         let known = snapshot.of(&RouteConfiguration::type_url()).iter().filter(|it| it.missing.is_none());
         vec![
-            scoped_routes(snapshot),
+            scoped,
             section::<RoutesConfigDump>(
                 "",
                 vec![
@@ -293,22 +294,35 @@ impl Configuration {
     }
 }
 
-/// Scoped routes: those that SRDS delivered.
-fn scoped_routes(snapshot: &Snapshot) -> Section {
-    use scoped_routes_config_dump::DynamicScopedRouteConfigs;
-    let known = snapshot.of(&ScopedRouteConfiguration::type_url()).iter();
-    let dynamic = known.filter_map(|resource| {
-        let version = Arc::clone(resource.active.as_ref()?);
-        let name = resource.name.clone();
-        Some(Element::new(resource.name.clone(), move || DynamicScopedRouteConfigs {
+/// Scoped routes: those of listeners, and those that SRDS delivered.
+fn scoped_routes(snapshot: &Snapshot, managers: &[(HttpConnectionManager, SystemTime)]) -> Section {
+    use scoped_routes_config_dump::{DynamicScopedRouteConfigs, InlineScopedRouteConfigs};
+    let inline = managers.iter().filter_map(|(manager, at)| {
+        let Some(RouteSpecifier::ScopedRoutes(scoped)) = &manager.route_specifier else { return None };
+        let Some(ConfigSpecifier::ScopedRouteConfigurationsList(list)) = &scoped.config_specifier else { return None };
+        let (name, list, last_updated) = (scoped.name.clone(), list.clone(), Some(timestamp(*at)));
+        Some(Element::new(scoped.name.clone(), move || InlineScopedRouteConfigs {
             name,
-            version_info: version.version.clone(),
-            scoped_route_configs: vec![version.body.clone()],
-            last_updated: Some(timestamp(version.updated)),
-            ..Default::default()
+            scoped_route_configs: list.scoped_route_configurations.iter().map(pack).collect(),
+            last_updated,
         }))
     });
-    section::<ScopedRoutesConfigDump>("", vec![("dynamic_scoped_route_configs", dynamic.collect())])
+    let dynamic = snapshot.scoped.iter().cloned().map(|Scoped { name, scopes }| {
+        Element::new(name.to_string(), move || {
+            let newest = scopes.iter().max_by_key(|version| version.updated);
+            DynamicScopedRouteConfigs {
+                name: name.to_string(),
+                version_info: newest.map(|version| version.version.clone()).unwrap_or_default(),
+                last_updated: newest.map(|version| timestamp(version.updated)),
+                scoped_route_configs: scopes.iter().map(|version| version.body.clone()).collect(),
+                ..Default::default()
+            }
+        })
+    });
+    section::<ScopedRoutesConfigDump>(
+        "",
+        vec![("inline_scoped_route_configs", inline.collect()), ("dynamic_scoped_route_configs", dynamic.collect())],
+    )
 }
 
 /// The filters' configurations that ECDS delivered; no section where there are none, as in Envoy.

@@ -85,6 +85,17 @@ pub struct Snapshot {
     pub types: Vec<Type>,
     /// Listeners that wait, static ones as well.
     pub unready: Vec<Unready>,
+    /// What SRDS delivered, once for each name of `ScopedRoutes`.
+    pub scoped: Vec<Scoped>,
+}
+
+/// The scopes that connection managers have by one name.
+#[derive(Debug, Clone)]
+pub struct Scoped {
+    /// `ScopedRoutes.name`
+    pub name: Arc<str>,
+    /// The scopes in force, by their names.
+    pub scopes: Vec<Arc<Version>>,
 }
 
 impl Snapshot {

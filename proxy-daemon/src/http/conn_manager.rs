@@ -23,7 +23,7 @@ use hyper_util::rt::TokioTimer;
 use tokio::sync::Notify;
 
 use super::{
-    LocalExecutor, RouteSlot,
+    LocalExecutor, Routes,
     body::Body,
     filters::{Flow, HttpFilter},
     forward::forward,
@@ -31,7 +31,7 @@ use super::{
     io::DownstreamIo,
     observe::{LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
-    route_match::RouteCache,
+    scopes::RouteFinder,
     stats::HcmStats,
     stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
 };
@@ -49,7 +49,7 @@ use crate::{
 pub struct ConnectionManager {
     /// As configured.
     pub config: Arc<HttpConnectionManagerConfig>,
-    pub(super) routes: Arc<RouteSlot>,
+    pub(super) routes: Routes,
     pub(super) stats: HcmStats,
     pub(super) access_logs: Vec<AccessLog>,
     pub(super) logged: LoggedHeaders,
@@ -59,7 +59,7 @@ impl ConnectionManager {
     /// Takes its slots in the statistics and opens its access logs.
     pub fn new(
         config: Arc<HttpConnectionManagerConfig>,
-        routes: Arc<RouteSlot>,
+        routes: Routes,
     ) -> Result<ConnectionManager, crate::config::FieldError> {
         let access_logs: Vec<_> = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let logged = LoggedHeaders::new(&access_logs);
@@ -80,7 +80,7 @@ pub(super) struct ConnState {
     pub(super) manager: Arc<ConnectionManager>,
     pub(super) connection: Rc<ConnectionInfo>,
     worker: Rc<Worker>,
-    routes: RouteCache,
+    routes: RouteFinder,
     active: Cell<u32>,
     requests: Cell<u32>,
     idle_since: Cell<Instant>,
@@ -171,7 +171,7 @@ pub async fn serve(
         }
     };
     let state = Rc::new(ConnState {
-        routes: RouteCache::new(Arc::clone(&manager.routes)),
+        routes: RouteFinder::new(&manager.routes),
         manager: Arc::clone(&manager),
         connection,
         worker,

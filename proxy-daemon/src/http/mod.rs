@@ -11,12 +11,14 @@ mod redirect;
 mod request_id;
 mod retry;
 mod route_match;
+mod scopes;
 mod stats;
 pub mod stream;
 mod timers;
 
 pub use conn_manager::{ConnectionManager, serve};
 pub use route_match::{RouteRef, RouteSlot, RouteTable};
+pub use scopes::{Routes, ScopeSlot, ScopeTable};
 
 /// Runs hyper's tasks on the worker's own thread.
 #[derive(Debug, Clone, Copy)]

@@ -31,9 +31,9 @@ use crate::{
     access_log::AccessLog,
     config::{
         FieldError,
-        model::{DownstreamTlsContext, FilterChain, Listener, NetworkFilterConfig, ResourceRef, RouteSource},
+        model::{DownstreamTlsContext, FilterChain, Listener, NetworkFilterConfig, RouteSource},
     },
-    http::{ConnectionManager, RouteSlot},
+    http::{ConnectionManager, Routes},
     network::TcpProxy,
     runtime::Worker,
     stats::{Counter, Gauge, Histogram, Lease, Scope},
@@ -128,7 +128,7 @@ pub struct ActiveListener {
 }
 
 impl ActiveListener {
-    /// Builds the chains; `routes` gives the slot of what RDS delivers.
+    /// Builds the chains; `routes` gives what RDS and SRDS deliver.
     ///
     /// Where nothing but filter chains changed since `before`, those that stay are taken over with their connections.
     ///
@@ -138,7 +138,7 @@ impl ActiveListener {
         config: Arc<Listener>,
         prints: Option<Prints>,
         before: Option<&ActiveListener>,
-        mut routes: impl FnMut(&ResourceRef) -> Arc<RouteSlot>,
+        mut routes: impl FnMut(&RouteSource) -> Routes,
         secrets: &Arc<Secrets>,
     ) -> Result<ActiveListener, FieldError> {
         let before = before.filter(|before| match (&before.prints, &prints) {
@@ -219,23 +219,13 @@ impl ActiveListener {
     }
 }
 
-fn activate(
-    chain: &FilterChain,
-    routes: &mut impl FnMut(&ResourceRef) -> Arc<RouteSlot>,
-) -> Result<ActiveChain, FieldError> {
+fn activate(chain: &FilterChain, routes: &mut impl FnMut(&RouteSource) -> Routes) -> Result<ActiveChain, FieldError> {
     let terminal = chain.filters.last().ok_or_else(|| FieldError::new("filters", "a filter chain needs a filter"))?;
     match terminal {
         NetworkFilterConfig::TcpProxy(config) => Ok(ActiveChain::Tcp(Arc::new(TcpProxy::new(Arc::clone(config))?))),
         NetworkFilterConfig::HttpConnectionManager(config) => {
-            let slot = match &config.routes {
-                RouteSource::Static(table) => {
-                    let slot = Arc::<RouteSlot>::default();
-                    slot.set(Arc::clone(table));
-                    slot
-                }
-                RouteSource::Rds(wanted) => routes(wanted),
-            };
-            Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), slot)?)))
+            let routes = routes(&config.routes);
+            Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), routes)?)))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The control thread's handle on the workers.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     sync::{
@@ -16,10 +16,15 @@ use arc_swap::ArcSwap;
 use culvert_xds_client::source::Source;
 use tokio::sync::{mpsc, oneshot};
 
-use super::worker::{self, Command};
+use super::{
+    routes::RouteSlots,
+    worker::{self, Command},
+};
 use crate::{
-    config::model::{ClusterConfig, Discovery, ListenAddress, Listener, LocalityEndpoints, ResourceRef, RouteConfig},
-    http::{RouteSlot, filters::OffloadedTable},
+    config::model::{
+        ClusterConfig, Discovery, ListenAddress, Listener, LocalityEndpoints, RouteConfig, RouteSource, Scope,
+    },
+    http::filters::OffloadedTable,
     intercept::Interception,
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     stats,
@@ -50,12 +55,9 @@ pub struct ListenerStatus {
 #[derive(Clone)]
 pub struct DataPlane(Arc<Inner>);
 
-/// By the source and the name of the route configuration.
-type RouteSlots = HashMap<(Arc<Source>, Arc<str>), Arc<RouteSlot>>;
-
 struct Inner {
     clusters: Arc<Clusters>,
-    routes: Mutex<RouteSlots>,
+    routes: RouteSlots,
     offloaded: Arc<ArcSwap<OffloadedTable>>,
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -139,7 +141,7 @@ impl DataPlane {
         }
         Ok(DataPlane(Arc::new(Inner {
             clusters,
-            routes: Mutex::default(),
+            routes: RouteSlots::default(),
             offloaded,
             workers: Mutex::new(senders),
             threads: Mutex::new(threads),
@@ -205,16 +207,22 @@ impl DataPlane {
 
     /// Replaces the routes that RDS serves by this name from this source.
     pub fn set_routes(&self, source: &Arc<Source>, name: &Arc<str>, routes: Arc<RouteConfig>) {
-        self.route_slot(source, name).set(routes);
+        self.0.routes.set_routes(source, name, routes);
     }
 
     /// Forgets routes that no listener names any more; connections that use them keep them.
     pub fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>) {
-        lock(&self.0.routes).remove(&(Arc::clone(source), Arc::clone(name)));
+        self.0.routes.remove_routes(source, name);
     }
 
-    fn route_slot(&self, source: &Arc<Source>, name: &Arc<str>) -> Arc<RouteSlot> {
-        Arc::clone(lock(&self.0.routes).entry((Arc::clone(source), Arc::clone(name))).or_default())
+    /// Replaces the scopes that SRDS serves from this source.
+    pub fn set_scopes(&self, source: &Arc<Source>, scopes: Arc<[Arc<Scope>]>) {
+        self.0.routes.set_scopes(source, scopes);
+    }
+
+    /// Forgets scopes that no listener uses any more; connections that use them keep them.
+    pub fn remove_scopes(&self, source: &Arc<Source>) {
+        self.0.routes.remove_scopes(source);
     }
 
     /// Replaces the offloaded endpoints.
@@ -244,7 +252,7 @@ impl DataPlane {
         }
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
         let before = before.map(|before| before.active.load_full());
-        let routes = |wanted: &ResourceRef| self.route_slot(&wanted.from.source, &wanted.name);
+        let routes = |source: &RouteSource| self.0.routes.of(source);
         let active = ActiveListener::new(Arc::clone(&config), prints, before.as_deref(), routes, self.secrets());
         let active = Arc::new(active.map_err(|error| error.to_string())?);
         let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *config.name);

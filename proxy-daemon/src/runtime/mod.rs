@@ -1,6 +1,7 @@
 //! Workers, and the handle by which the control thread gives them their configuration. See LIFECYCLE.md.
 
 mod data_plane;
+mod routes;
 mod worker;
 
 pub use data_plane::{DataPlane, ListenerStatus, Options, PreparedListener};

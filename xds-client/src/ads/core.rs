@@ -260,8 +260,9 @@ fn key(type_url: &str) -> (u8, String) {
         type_url::CLUSTER => 1,
         type_url::ENDPOINT => 2,
         type_url::LISTENER => 3,
-        type_url::ROUTE => 4,
-        _ => 5,
+        type_url::SCOPED_ROUTES => 4,
+        type_url::ROUTE => 5,
+        _ => 6,
     };
     (rank, type_url.to_owned())
 }

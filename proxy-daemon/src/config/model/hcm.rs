@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
-use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig};
+use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig, ScopedRoutes};
 use crate::http::filters::{DiscoveredFilter, FilterSource};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
@@ -67,7 +67,15 @@ impl HttpConnectionManagerConfig {
     pub fn rds(&self) -> Option<&ResourceRef> {
         match &self.routes {
             RouteSource::Rds(wanted) => Some(wanted),
-            RouteSource::Static(_) => None,
+            RouteSource::Static(_) | RouteSource::Scoped(_) => None,
+        }
+    }
+
+    /// Its scopes, where it has any.
+    pub fn scoped(&self) -> Option<&ScopedRoutes> {
+        match &self.routes {
+            RouteSource::Scoped(scoped) => Some(scoped),
+            RouteSource::Static(_) | RouteSource::Rds(_) => None,
         }
     }
 
@@ -104,6 +112,8 @@ pub enum RouteSource {
     Static(Arc<RouteConfig>),
     /// The route discovery service.
     Rds(ResourceRef),
+    /// One of many route configurations, chosen by what the request says.
+    Scoped(Arc<ScopedRoutes>),
 }
 
 /// `HttpConnectionManager.ServerHeaderTransformation`.

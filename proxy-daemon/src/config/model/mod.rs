@@ -7,6 +7,7 @@ mod hcm;
 mod health_check;
 mod listener;
 mod route;
+mod scoped;
 mod source;
 mod tls;
 
@@ -17,5 +18,6 @@ pub use hcm::*;
 pub use health_check::*;
 pub use listener::*;
 pub use route::*;
+pub use scoped::*;
 pub use source::*;
 pub use tls::*;

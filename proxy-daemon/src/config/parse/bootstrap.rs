@@ -34,7 +34,7 @@ use crate::{
         FieldError,
         model::{
             ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteSource,
-            Secret, SecretName, UpstreamProtocol,
+            ScopeSource, Secret, SecretName, UpstreamProtocol,
         },
     },
     intercept::InterceptionConfig,
@@ -286,6 +286,14 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
             let path = format!("static_resources.listeners[{index}]");
             let checked = sources.check(&filter.wanted.from.source, type_url::EXTENSION_CONFIG);
             checked.map_err(|text| FieldError::new(path, format!("config_discovery {text}")))?;
+        }
+        for scoped in listener.connection_managers().filter_map(|manager| manager.scoped()) {
+            let ScopeSource::Srds { scopes, routes } = &scoped.scopes else { continue };
+            for (from, type_url) in [(scopes, type_url::SCOPED_ROUTES), (routes, type_url::ROUTE)] {
+                let path = format!("static_resources.listeners[{index}]");
+                let checked = sources.check(&from.source, type_url);
+                checked.map_err(|text| FieldError::new(path, format!("scoped_routes {text}")))?;
+            }
         }
     }
     Ok(())

@@ -20,6 +20,7 @@ use super::{
     common::{Result, cidrs, header_value, http2, limit, number, required},
     config_source::config_source,
     route::routes,
+    scoped_routes::scoped_routes,
     support::{self, join},
 };
 use crate::{
@@ -100,7 +101,9 @@ fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSour
             }
             Ok(RouteSource::Rds(ResourceRef { name: rds.route_config_name.as_str().into(), from }))
         }
-        Some(RouteSpecifier::ScopedRoutes(_)) => Err(FieldError::unsupported(join(path, "scoped_routes"))),
+        Some(RouteSpecifier::ScopedRoutes(scoped)) => {
+            Ok(RouteSource::Scoped(Arc::new(scoped_routes(scoped, &join(path, "scoped_routes"))?)))
+        }
         None => Err(required(path, "route_config")),
     }
 }

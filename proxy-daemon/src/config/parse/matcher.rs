@@ -51,14 +51,7 @@ fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
     use HeaderMatchSpecifier::{
         ContainsMatch, ExactMatch, PrefixMatch, PresentMatch, RangeMatch, SafeRegexMatch, StringMatch, SuffixMatch,
     };
-    let name = match matcher.name.as_str() {
-        ":method" => MatchedHeader::Method,
-        ":path" => MatchedHeader::Path,
-        // Envoy keeps the host in `:authority`, whatever the protocol, and finds it under both names.
-        ":authority" | "host" => MatchedHeader::Authority,
-        ":scheme" => MatchedHeader::Scheme,
-        name => MatchedHeader::Name(header_name(name, &join(path, "name"))?),
-    };
+    let name = matched_header(&matcher.name, &join(path, "name"))?;
     let plain = |pattern: StringPattern| HeaderValueMatch::String(StringMatcher { pattern, ignore_case: false });
     let value = match &matcher.header_match_specifier {
         None => HeaderValueMatch::Present(true),
@@ -76,6 +69,18 @@ fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
         value,
         invert_match: matcher.invert_match,
         treat_missing_header_as_empty: matcher.treat_missing_header_as_empty,
+    })
+}
+
+/// The header of this name.
+pub(super) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
+    Ok(match name {
+        ":method" => MatchedHeader::Method,
+        ":path" => MatchedHeader::Path,
+        // Envoy keeps the host in `:authority`, whatever the protocol, and finds it under both names.
+        ":authority" | "host" => MatchedHeader::Authority,
+        ":scheme" => MatchedHeader::Scheme,
+        name => MatchedHeader::Name(header_name(name, path)?),
     })
 }
 

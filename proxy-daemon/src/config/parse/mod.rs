@@ -18,6 +18,7 @@ mod listener;
 pub(crate) mod matcher;
 mod retry;
 mod route;
+mod scoped_routes;
 pub mod support;
 #[cfg(test)]
 mod support_doc;
@@ -33,6 +34,7 @@ pub use http_connection_manager::extension_config;
 pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub use route::route_config;
+pub use scoped_routes::scoped_route;
 pub use tls::secret;
 
 #[cfg(test)]

@@ -257,6 +257,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "stat_prefix",
             "rds",
             "route_config",
+            "scoped_routes",
             "http_filters",
             "common_http_protocol_options",
             "http2_protocol_options",
@@ -280,6 +281,21 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         ],
     ),
     ("envoy.extensions.filters.network.http_connection_manager.v3.Rds", ALL),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRoutes", ALL),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRoutes.ScopeKeyBuilder", ALL),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder", ALL),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder.\
+         HeaderValueExtractor",
+        ALL,
+    ),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder.\
+         HeaderValueExtractor.KvElement",
+        ALL,
+    ),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRouteConfigurationsList", ALL),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRds", &["scoped_rds_config_source"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter",
         &["name", "typed_config", "config_discovery"],
@@ -341,6 +357,12 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "metadata",
         ],
     ),
+    (
+        "envoy.config.route.v3.ScopedRouteConfiguration",
+        &["name", "route_configuration_name", "route_configuration", "key"],
+    ),
+    ("envoy.config.route.v3.ScopedRouteConfiguration.Key", ALL),
+    ("envoy.config.route.v3.ScopedRouteConfiguration.Key.Fragment", ALL),
     (
         "envoy.config.route.v3.VirtualHost",
         &[

@@ -4,7 +4,7 @@ use culvert_xds_client::source::Source;
 use tokio::sync::mpsc;
 
 use crate::{
-    config::model::{Listener, LocalityEndpoints, RouteConfig},
+    config::model::{Listener, LocalityEndpoints, RouteConfig, Scope},
     http::filters::{DiscoveredFilter, Factory, OffloadedTable},
     layered_runtime::{Entry, Runtime},
     listener::Prints,
@@ -25,6 +25,10 @@ pub trait Apply: Send + Sync + 'static {
     fn set_routes(&self, source: &Arc<Source>, name: &Arc<str>, routes: Arc<RouteConfig>);
     /// See [`DataPlane::remove_routes`].
     fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>);
+    /// See [`DataPlane::set_scopes`].
+    fn set_scopes(&self, source: &Arc<Source>, scopes: Arc<[Arc<Scope>]>);
+    /// See [`DataPlane::remove_scopes`].
+    fn remove_scopes(&self, source: &Arc<Source>);
     /// See [`Runtime::set_rtds`].
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>);
     /// See [`DiscoveredFilter::set`].
@@ -113,6 +117,14 @@ impl Apply for Applier {
 
     fn remove_routes(&self, source: &Arc<Source>, name: &Arc<str>) {
         self.plane.remove_routes(source, name);
+    }
+
+    fn set_scopes(&self, source: &Arc<Source>, scopes: Arc<[Arc<Scope>]>) {
+        self.plane.set_scopes(source, scopes);
+    }
+
+    fn remove_scopes(&self, source: &Arc<Source>) {
+        self.plane.remove_scopes(source);
     }
 
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>) {

@@ -1,3 +1,5 @@
+use std::time::SystemTime;
+
 use crate::stats::{Counter, Gauge, Scope};
 
 /// Counters of the cluster and the listener manager, by Envoy's names.
@@ -80,6 +82,38 @@ pub(super) fn cluster_timeout(stat_name: &str) {
 pub(super) fn route_timeout(stat_prefix: &str, name: &str) {
     let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
     scope.counter("init_fetch_timeout").inc();
+}
+
+/// What is counted for a connection manager whose scopes come by SRDS.
+pub(super) struct ScopedCounts(Scope);
+
+impl ScopedCounts {
+    pub(super) fn new(stat_prefix: &str, name: &str) -> ScopedCounts {
+        ScopedCounts(Scope::http(stat_prefix).child("scoped_rds").tagged("envoy_scoped_rds_config", name))
+    }
+
+    /// An update came; `changed`: something of it is in force now.
+    pub(super) fn updated(&self, accepted: bool, changed: bool) {
+        self.0.counter(if accepted { "update_success" } else { "update_rejected" }).inc();
+        let reloads = self.0.counter("config_reload");
+        if changed {
+            reloads.inc();
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            self.0.gauge("config_reload_time_ms").set(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+        }
+    }
+
+    pub(super) fn timeout(&self) {
+        self.0.counter("init_fetch_timeout").inc();
+    }
+
+    /// How many scopes there are, and how many of them have their routes.
+    pub(super) fn scopes(&self, all: usize, active: usize) {
+        self.0.gauge("all_scopes").set(all as u64);
+        self.0.gauge("active_scopes").set(active as u64);
+        // Scopes on demand are refused.
+        self.0.gauge("on_demand_scopes").set(0);
+    }
 }
 
 /// Counts `runtime.update_success` or `update_rejected`, of RTDS.

@@ -8,11 +8,14 @@ use envoy_types::pb::envoy::{
     service::runtime::v3::Runtime,
 };
 
-use super::resources::parse;
+use super::{resources::parse, scopes::AllScopes};
 use crate::{
     config::{
         FieldError,
-        model::{ClusterConfig, Discovery, Listener, LocalityEndpoints, ResourceRef, RouteConfig},
+        model::{
+            ALL_SCOPES, ClusterConfig, ConfigSource, Discovery, Listener, LocalityEndpoints, ResourceRef, RouteConfig,
+            ScopeSource,
+        },
         parse,
     },
     layered_runtime::Entry,
@@ -24,6 +27,8 @@ use crate::{
 pub enum Kind {
     /// EDS
     Endpoints,
+    /// SRDS: all scopes of a source are one need. See [`super::scopes`].
+    Scopes,
     /// RDS
     Routes,
     /// RTDS
@@ -55,7 +60,8 @@ pub struct Need {
 }
 
 impl Kind {
-    pub(in crate::config) const ALL: [Kind; 4] = [Kind::Endpoints, Kind::Routes, Kind::Runtime, Kind::ExtensionConfigs];
+    pub(in crate::config) const ALL: [Kind; 5] =
+        [Kind::Endpoints, Kind::Scopes, Kind::Routes, Kind::Runtime, Kind::ExtensionConfigs];
 
     /// The type that this type URL names.
     pub(super) fn of(type_url: &str) -> Option<Kind> {
@@ -65,6 +71,7 @@ impl Kind {
     pub(in crate::config) fn type_url(self) -> &'static str {
         match self {
             Kind::Endpoints => type_url::ENDPOINT,
+            Kind::Scopes => type_url::SCOPED_ROUTES,
             Kind::Routes => type_url::ROUTE,
             Kind::Runtime => type_url::RUNTIME,
             Kind::ExtensionConfigs => type_url::EXTENSION_CONFIG,
@@ -75,6 +82,7 @@ impl Kind {
     pub(super) fn noun(self) -> &'static str {
         match self {
             Kind::Endpoints => "the endpoints",
+            Kind::Scopes => "the scopes",
             Kind::Routes => "the route configuration",
             Kind::Runtime => "the runtime layer",
             Kind::ExtensionConfigs => "the filter configuration",
@@ -85,6 +93,7 @@ impl Kind {
     pub(super) fn target(self, name: &str) -> String {
         match self {
             Kind::Endpoints => format!("shared target EdsClusterImpl init {name}"),
+            Kind::Scopes => "shared target SRDS".to_owned(),
             Kind::Routes => format!("shared target RdsRouteConfigSubscription RDS init {name}"),
             Kind::Runtime => format!("target RTDS {name}"),
             Kind::ExtensionConfigs => format!("shared target FilterConfigSubscription init {name}"),
@@ -98,6 +107,8 @@ impl Kind {
                 let named: fn(&ClusterLoadAssignment) -> &str = |message| &message.cluster_name;
                 parse(name, body, named, parse::endpoints).map(Value::Endpoints)
             }
+            // Taken all together: see `super::scopes`.
+            Kind::Scopes => Err(FieldError::unsupported("")),
             Kind::Routes => {
                 let named: fn(&RouteConfiguration) -> &str = |message| &message.name;
                 parse(name, body, named, parse::route_config).map(|routes| Value::Routes(Arc::new(routes)))
@@ -125,23 +136,30 @@ pub(super) fn cluster_needs(config: &ClusterConfig) -> Vec<Need> {
     }
 }
 
-/// What a listener needs before it may accept connections; each once.
-pub(super) fn listener_needs(listener: &Listener) -> Vec<Need> {
+/// What a listener needs before it may accept connections; each once. `scopes`: what SRDS has delivered.
+pub(super) fn listener_needs(listener: &Listener, scopes: &AllScopes) -> Vec<Need> {
     let mut needs: Vec<Need> = Vec::new();
-    let routes = listener.rds().map(|wanted| Need { kind: Kind::Routes, wanted: wanted.clone(), optional: false });
-    let filters = listener.discovered_filters().map(|filter| Need {
-        kind: Kind::ExtensionConfigs,
-        wanted: filter.wanted.clone(),
-        optional: filter.without_warming,
-    });
-    for need in routes.chain(filters) {
-        let same = |known: &&mut Need| {
-            (known.kind, &known.wanted.name, &known.wanted.from.source)
-                == (need.kind, &need.wanted.name, &need.wanted.from.source)
-        };
-        match needs.iter_mut().find(same) {
-            Some(known) => known.optional &= need.optional,
-            None => needs.push(need),
+    let mut known = HashMap::new();
+    let mut add = |kind: Kind, name: &Arc<str>, from: &ConfigSource, optional: bool| {
+        let index = known.entry((kind, Arc::clone(name), Arc::clone(&from.source))).or_insert_with(|| {
+            let wanted = ResourceRef { name: Arc::clone(name), from: from.clone() };
+            needs.push(Need { kind, wanted, optional });
+            needs.len() - 1
+        });
+        needs[*index].optional &= optional;
+    };
+    for filter in listener.discovered_filters() {
+        let wanted = &filter.wanted;
+        add(Kind::ExtensionConfigs, &wanted.name, &wanted.from, filter.without_warming);
+    }
+    for manager in listener.connection_managers() {
+        if let Some(wanted) = manager.rds() {
+            add(Kind::Routes, &wanted.name, &wanted.from, false);
+        }
+        if let Some(ScopeSource::Srds { scopes: from, routes }) = manager.scoped().map(|scoped| &scoped.scopes) {
+            add(Kind::Scopes, &ALL_SCOPES.into(), from, false);
+            let named = scopes.get(&from.source).into_iter().flat_map(|set| set.named_routes());
+            named.for_each(|name| add(Kind::Routes, name, routes, false));
         }
     }
     needs

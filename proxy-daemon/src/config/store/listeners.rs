@@ -1,7 +1,7 @@
 //! Listeners: of the bootstrap, and of LDS.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -74,8 +74,17 @@ enum Binding {
 impl Entry {
     /// The configuration of one of its versions.
     pub(super) fn version(&self, id: VersionId) -> Option<&Arc<Listener>> {
-        let all = self.active.iter().chain(&self.starting).chain(&self.warming);
-        all.into_iter().find(|version| version.id == id).map(|version| &version.config)
+        self.version_of(id).map(|version| &version.config)
+    }
+
+    fn version_of(&self, id: VersionId) -> Option<&ListenerVersion> {
+        let mut all = self.active.iter().chain(&self.starting).chain(&self.warming);
+        all.find(|version| version.id == id)
+    }
+
+    fn version_of_mut(&mut self, id: VersionId) -> Option<&mut ListenerVersion> {
+        let mut all = self.active.iter_mut().chain(&mut self.starting).chain(&mut self.warming);
+        all.find(|version| version.id == id)
     }
 
     /// What is to serve next.
@@ -195,13 +204,36 @@ impl<A: Apply> ConfigStore<A> {
     /// The clusters are there: what else the listener needs is asked for.
     pub(super) fn ask_for_needs(&self, state: &mut State, name: &Arc<str>) {
         let Some(warming) = state.listeners.by_name.get(name).and_then(|entry| entry.warming.as_ref()) else { return };
-        let (id, config, needs) = (warming.id, Arc::clone(&warming.config), listener_needs(&warming.config));
+        let (id, config) = (warming.id, Arc::clone(&warming.config));
+        let needs = listener_needs(&config, &state.scopes);
         let waiting = state.acquire(&needs, &Owner::Listener(Arc::clone(name)), id, Instant::now());
         self.fill_places(state, &config);
         let warming = state.listeners.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
         let Some(warming) = warming else { return };
         (warming.needs, warming.waiting) = (needs.into(), waiting);
         self.start_if_ready(state, name);
+    }
+
+    /// The scopes of a source have changed: its users need other route configurations from now on.
+    pub(super) fn change_needs(&self, state: &mut State, owner: &Arc<str>, id: VersionId) {
+        let version = |state: &State| {
+            let version = state.listeners.by_name.get(owner)?.version_of(id)?;
+            Some((Arc::clone(&version.config), version.needs.clone()))
+        };
+        let Some((config, before)) = version(state) else { return };
+        let needs = listener_needs(&config, &state.scopes);
+        let key = |need: &Need| (need.kind, Arc::clone(&need.wanted.name), Arc::clone(&need.wanted.from.source));
+        let known: HashSet<_> = before.iter().map(key).collect();
+        let wanted: HashSet<_> = needs.iter().map(key).collect();
+        let new: Vec<_> = needs.iter().filter(|need| !known.contains(&key(need))).cloned().collect();
+        let gone: Vec<_> = before.into_iter().filter(|need| !wanted.contains(&key(need))).collect();
+        let waiting = state.acquire(&new, &Owner::Listener(Arc::clone(owner)), id, Instant::now());
+        let entry = state.listeners.by_name.get_mut(owner);
+        if let Some(version) = entry.and_then(|entry| entry.version_of_mut(id)) {
+            version.needs = needs.into();
+            version.waiting += waiting;
+        }
+        self.release(state, &gone, id);
     }
 
     fn prepare(&self, state: &State, name: &Arc<str>) {

@@ -18,6 +18,9 @@
 //! 3. `apply.rs`: how the data plane gets it, and forgets it; called from `deliver` and `release` in `named.rs`.
 //! 4. `named.rs`: what is counted for it.
 //!
+//! Scopes, of SRDS, are one need for all of a source ([`scopes`]): they name route configurations, which are needs of the
+//! listeners that use them from then on.
+//!
 //! A type that the process itself waits for at its start is put into [`StartUp::first`].
 
 mod apply;
@@ -29,6 +32,7 @@ mod kinds;
 mod listeners;
 mod named;
 mod resources;
+mod scopes;
 mod snapshot;
 mod state;
 mod updates;
@@ -250,6 +254,9 @@ impl<A: Apply> ConfigStore<A> {
         if std::mem::replace(&mut state.asks_for_overrides, overriding) != overriding {
             let interest = if overriding { Interest::Wildcard } else { Interest::None };
             self.0.subscriptions.set(Source::Ads, OffloadedService::type_url(), interest);
+        }
+        if std::mem::take(&mut state.scopes_changed) {
+            state.count_scopes();
         }
         self.publish(state);
     }

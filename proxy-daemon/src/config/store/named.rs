@@ -18,13 +18,19 @@ use super::{
     updates::UpdateId,
     watched::{Owner, User, VersionId},
 };
-use crate::config::FieldError;
+use crate::config::{
+    FieldError,
+    model::{RouteConfig, RouteSource, ScopeSource},
+};
 
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of resources that are asked for by name.
     ///
     /// What the server removes stays in force for as long as somebody needs it, as in Envoy.
     pub(super) fn take_named(&self, state: &mut State, kind: Kind, source: &Source, update: Update, id: UpdateId) {
+        if kind == Kind::Scopes {
+            return self.take_scopes(state, source, update, id);
+        }
         for name in &update.unchanged {
             if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
                 entry.refused = None;
@@ -45,7 +51,7 @@ impl<A: Apply> ConfigStore<A> {
         for name in update.removed {
             match kind {
                 // In use, they stay, as in Envoy.
-                Kind::Endpoints | Kind::Routes => {}
+                Kind::Endpoints | Kind::Routes | Kind::Scopes => {}
                 Kind::Runtime => self.remove_runtime(state, source, &name),
                 Kind::ExtensionConfigs => self.remove_extension_config(state, source, &name),
             }
@@ -99,6 +105,7 @@ impl<A: Apply> ConfigStore<A> {
                 }
                 filters.into_iter().for_each(|(place, factory)| self.0.apply.set_filter(&place, Some(factory)));
                 self.deliver(state, source, &name, &users, &value);
+                state.scopes_changed |= kind == Kind::Routes;
                 Ok(())
             }
             Err(error) => {
@@ -168,6 +175,8 @@ impl<A: Apply> ConfigStore<A> {
                     entry.places.answered(version, accepted);
                 }
             }
+            // Counted where they are taken.
+            Kind::Scopes => {}
         }
     }
 
@@ -215,15 +224,27 @@ impl<A: Apply> ConfigStore<A> {
         if let Some(entry) = state.watched(kind).get(source, name) {
             entry.places.timed_out();
         }
+        if kind == Kind::Scopes {
+            for counts in state.scoped_managers(source) {
+                counts.timeout();
+            }
+        }
         self.settle(state, kind, source, name);
     }
 
     /// A version does not need these any more.
     pub(super) fn release(&self, state: &mut State, needs: &[Need], version: VersionId) {
         for Need { kind, wanted, .. } in state.release(needs, version) {
-            if *kind == Kind::Routes {
-                self.drop_held(state, &wanted.from.source, &wanted.name);
-                self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
+            match kind {
+                Kind::Routes => {
+                    self.drop_held(state, &wanted.from.source, &wanted.name);
+                    self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
+                }
+                Kind::Scopes => {
+                    state.scopes.remove(&wanted.from.source);
+                    self.0.apply.remove_scopes(&wanted.from.source);
+                }
+                Kind::Endpoints | Kind::Runtime | Kind::ExtensionConfigs => {}
             }
         }
     }
@@ -233,6 +254,10 @@ impl State {
     /// What a resource is held to besides its own fields.
     fn check(&self, value: &Value) -> Result<(), FieldError> {
         let Value::Routes(routes) = value else { return Ok(()) };
+        self.check_routes(routes)
+    }
+
+    pub(super) fn check_routes(&self, routes: &RouteConfig) -> Result<(), FieldError> {
         if routes.validate_clusters != Some(true) {
             return Ok(());
         }
@@ -249,7 +274,16 @@ impl State {
             _ => None,
         });
         let managers = listeners.flat_map(|listener| listener.connection_managers());
-        let uses = managers.filter(|manager| manager.rds().is_some_and(|rds| *rds.name == *name));
+        let uses = managers.filter(|manager| match &manager.routes {
+            RouteSource::Rds(rds) => *rds.name == *name,
+            RouteSource::Scoped(scoped) => match &scoped.scopes {
+                ScopeSource::Srds { scopes: from, .. } => {
+                    self.scopes.get(&from.source).is_some_and(|set| set.names_routes(name))
+                }
+                ScopeSource::Inline(_) => false,
+            },
+            RouteSource::Static(_) => false,
+        });
         uses.map(|manager| manager.stat_prefix.clone()).collect()
     }
 }

@@ -18,7 +18,7 @@ impl<A: Apply> ConfigStore<A> {
         types.extend(Kind::ALL.into_iter().map(|kind| state.named_now(kind)));
         let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
         let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
-        Snapshot { types, unready }
+        Snapshot { types, unready, scoped: state.scoped_now() }
     }
 }
 
@@ -51,7 +51,23 @@ impl State {
         of_type(type_url::LISTENER, known, &self.listeners.refused)
     }
 
+    fn scopes_now(&self) -> Type {
+        let (mut known, mut refused) = (Vec::new(), BTreeMap::new());
+        for set in self.scopes.values() {
+            refused.extend(set.refused.clone());
+            known.extend(set.by_name.iter().map(|(name, entry)| Resource {
+                name: name.clone(),
+                active: entry.stored.clone(),
+                ..Resource::default()
+            }));
+        }
+        of_type(type_url::SCOPED_ROUTES, known.into_iter(), &refused)
+    }
+
     fn named_now(&self, kind: Kind) -> Type {
+        if kind == Kind::Scopes {
+            return self.scopes_now();
+        }
         let known = self.watched(kind).entries().map(|(_, name, entry)| {
             let missing = if entry.settled { Missing::DoesNotExist } else { Missing::Requested };
             Resource {

@@ -11,6 +11,7 @@ use super::{
     held::HeldRoutes,
     kinds::{Kind, Need},
     listeners::Listeners,
+    scopes::AllScopes,
     updates::Updates,
     watched::{Asked, Owner, VersionId, Watched},
 };
@@ -76,6 +77,10 @@ pub(in crate::config) struct State {
     pub(in crate::config) listeners: Listeners,
     /// Those that are asked for by name, in the order of [`Kind::ALL`].
     pub(in crate::config) watched: [Watched; Kind::ALL.len()],
+    /// What SRDS has delivered, by where from.
+    pub(in crate::config) scopes: AllScopes,
+    /// Scopes, or the routes of some, have changed since they were counted.
+    pub(super) scopes_changed: bool,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
@@ -101,6 +106,8 @@ impl State {
             clusters: Clusters::default(),
             listeners: Listeners::default(),
             watched: Kind::ALL.map(Watched::new),
+            scopes: AllScopes::new(),
+            scopes_changed: false,
             offloaded: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,

@@ -81,6 +81,13 @@ impl Apply for Recorder {
     fn remove_routes(&self, _: &Arc<Source>, name: &Arc<str>) {
         self.note(format!("no routes {name}"));
     }
+    fn set_scopes(&self, _: &Arc<Source>, scopes: Arc<[Arc<model::Scope>]>) {
+        let names: Vec<_> = scopes.iter().map(|scope| &*scope.name).collect();
+        self.note(format!("scopes {}", names.join(" ")));
+    }
+    fn remove_scopes(&self, _: &Arc<Source>) {
+        self.note("no scopes".to_owned());
+    }
     fn set_runtime(&self, _: &Source, name: &str, values: HashMap<String, Entry>) {
         self.note(format!("runtime {name} has {}", values.len()));
     }
@@ -323,4 +330,5 @@ mod extensions;
 mod listeners;
 mod named;
 mod runtime;
+mod scopes;
 mod start;

@@ -137,6 +137,7 @@ impl Watched {
         while let Some(source) = self.changed.pop_first() {
             let names = self.sources.get(&source);
             let interest = match names.filter(|names| !names.is_empty()) {
+                Some(_) if self.kind == Kind::Scopes => Interest::Wildcard,
                 Some(names) => Interest::Names(names.keys().map(|name| name.as_ref().to_owned()).collect()),
                 None => {
                     self.sources.remove(&source);
