@@ -188,3 +188,44 @@ fn sotw_what_was_asked_for_again_with_a_stale_nonce_is_asked_for_once_more() {
     finish(&mut core, third, &[]);
     assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=2 names=a,b nonce=e3"]);
 }
+
+/// The server was sending `e2` when it got what was asked for with `e1`, and passed over all of that.
+#[test]
+fn a_name_that_was_dropped_and_wanted_again_behind_the_servers_back_is_asked_for_again() {
+    let mut core = core(Variant::Sotw);
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    core.connected();
+    core.outgoing();
+    let (token, ..) = take(&mut core, sotw(ENDPOINT, "1", "e1", &["a", "b"]));
+    finish(&mut core, token, &[]);
+    core.set_interest(ENDPOINT, names(&["b"]));
+    assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=1 names=b nonce=e1"], "the answer says it");
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=1 names=a,b nonce=e1"]);
+    let (token, ..) = take(&mut core, sotw(ENDPOINT, "2", "e2", &["b"]));
+    finish(&mut core, token, &[]);
+    // To the server nothing but this is a change.
+    let again = ["ClusterLoadAssignment v=2 names=b nonce=e2", "ClusterLoadAssignment v=2 names=a,b nonce=e2"];
+    assert_eq!(sent(&mut core), again);
+    let (token, ..) = take(&mut core, sotw(ENDPOINT, "2", "e3", &["a", "b"]));
+    finish(&mut core, token, &[]);
+    assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=2 names=a,b nonce=e3"], "it has come");
+}
+
+#[test]
+fn a_server_that_answers_without_a_name_each_time_is_not_asked_for_ever() {
+    let mut core = core(Variant::Sotw);
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    core.connected();
+    core.outgoing();
+    core.set_interest(ENDPOINT, names(&["b"]));
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    assert_eq!(sent(&mut core).len(), 2);
+    let mut requests = Vec::new();
+    for nonce in 0..20 {
+        let (token, ..) = take(&mut core, sotw(ENDPOINT, "1", &nonce.to_string(), &["b"]));
+        finish(&mut core, token, &[]);
+        requests.push(sent(&mut core).len());
+    }
+    assert_eq!((requests[0], requests.last()), (2, Some(&1)), "{requests:?}");
+}

@@ -154,6 +154,13 @@ impl Core {
         Handled::Update(Token { key, token }, update)
     }
 
+    /// The names that a response's update rejects whatever becomes of it.
+    #[cfg(test)]
+    pub(super) fn rejected(&self, token: &Token) -> Vec<&str> {
+        let pending = self.subscriptions.get(&token.key).and_then(|it| it.pending.get(&token.token));
+        pending.into_iter().flat_map(|it| &it.rejected).map(|it| it.name.as_str()).collect()
+    }
+
     /// The resources whose time to live has run out: removals, to be applied and finished as any update.
     pub fn expire(&mut self, now: Instant) -> Vec<(Token, Update)> {
         let mut updates = Vec::new();

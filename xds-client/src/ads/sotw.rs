@@ -28,7 +28,7 @@ impl Subscription {
         while let Some(answer) = self.on_stream.answers.pop_front() {
             // Servers take no notice of what else an answer to an older response says.
             if answer.token == self.on_stream.newest && changed {
-                again = self.change().again.into_iter().collect();
+                again = self.sotw_change();
                 changed = false;
             }
             requests.push(self.sotw_request(type_url, &again, self.version.clone(), answer));
@@ -39,17 +39,23 @@ impl Subscription {
         let nonce = self.on_stream.nonce.clone();
         let ask = |nonce| Answer { nonce, error: None, token: 0 };
         if changed {
-            again = self.change().again.into_iter().collect();
+            again = self.sotw_change();
             let left_out = !again.is_empty();
             if left_out && self.can_ask_for(&again) {
                 requests.push(self.sotw_request(type_url, &again, version.clone(), ask(nonce.clone())));
             }
         }
-        self.on_stream.unconfirmed.extend(again);
         let nothing = BTreeSet::new();
         if self.can_ask_for(&nothing) {
             requests.push(self.sotw_request(type_url, &nothing, version, ask(nonce)));
         }
+    }
+
+    /// What is to be left out once, to be asked for again.
+    fn sotw_change(&mut self) -> BTreeSet<String> {
+        let change = self.change();
+        self.on_stream.doubt(&change);
+        change.again.into_iter().collect()
     }
 
     /// Without names a request would ask for everything, unless there were some before. There is no way back from that

@@ -50,9 +50,14 @@ pub(super) struct OnStream {
     /// again by now (and are in `fresh` as well), or it would not send them again.
     gone: BTreeSet<String>,
     wildcard_gone: bool,
-    /// State of the world: names that were left out and asked for again with requests that the server may have passed
-    /// over, if it was sending a response meanwhile.
-    pub(super) unconfirmed: BTreeSet<String>,
+    /// How many responses have come.
+    pub(super) responses: u64,
+    /// State of the world: names that are left out with requests that the server may have passed over, if it was sending
+    /// a response meanwhile; by how many responses had come.
+    pub(super) dropped: BTreeMap<String, u64>,
+    /// State of the world: names that were left out and are asked for again, likewise. To a server that passed over both
+    /// nothing has changed.
+    pub(super) unconfirmed: BTreeMap<String, u64>,
     /// The nonce of the newest response that was answered, and its update.
     pub(super) nonce: String,
     answered: u64,
@@ -77,6 +82,11 @@ pub(super) struct Change {
     /// What is subscribed to again, with a request of its own.
     pub(super) again: Vec<String>,
 }
+
+/// How many responses of a type a server is taken to have under way to the client at most. go-control-plane has one.
+const MAX_UNDER_WAY: u64 = 8;
+/// How many names that were lost interest in are remembered.
+const MAX_DROPPED: usize = 10_000;
 
 /// The name of everything.
 pub(super) const WILDCARD: &str = "*";
@@ -174,15 +184,19 @@ impl Subscription {
     }
 
     /// A response has come after requests that left names out and asked for them again. What it does not bring may be
-    /// what the server holds back because it passed over those requests: once more, with the answer.
+    /// what the server holds back because it passed over those requests: once more, with the answer. Not without end,
+    /// for it may as well be that the server does not have it, and says so each time.
     pub(super) fn confirm(&mut self) {
-        for name in std::mem::take(&mut self.on_stream.unconfirmed) {
-            let wanted = self.interest.names().is_some_and(|names| names.contains(&name));
-            if wanted && !self.entries.is_known(&name) {
-                self.on_stream.fresh.insert(name.clone());
-                self.on_stream.gone.insert(name);
-            }
-        }
+        let it = &mut self.on_stream;
+        it.responses += 1;
+        let may_be_unheard = |since: u64| it.responses - since <= MAX_UNDER_WAY;
+        it.dropped.retain(|_, since| may_be_unheard(*since));
+        it.unconfirmed.retain(|name, since| {
+            let wanted = self.interest.names().is_some_and(|names| names.contains(name));
+            wanted && !self.entries.is_known(name) && may_be_unheard(*since)
+        });
+        it.fresh.extend(it.unconfirmed.keys().cloned());
+        it.gone.extend(it.unconfirmed.keys().cloned());
     }
 
     /// The newest response has not been answered yet.
@@ -282,8 +296,24 @@ impl Interest {
 }
 
 impl OnStream {
+    /// State of the world: `change` is asked for with requests that the server may pass over.
+    pub(super) fn doubt(&mut self, change: &Change) {
+        for name in &change.unsubscribe {
+            if self.dropped.len() >= MAX_DROPPED {
+                self.dropped.pop_first();
+            }
+            self.dropped.entry(name.clone()).or_insert(self.responses);
+        }
+        for name in change.subscribe.iter().chain(&change.again) {
+            if self.dropped.remove(name).is_some() {
+                self.unconfirmed.entry(name.clone()).or_insert(self.responses);
+            }
+        }
+    }
+
     fn wanted(&mut self, name: &str) {
         if self.asked {
+            self.unconfirmed.remove(name);
             self.fresh.insert(name.to_owned());
         }
     }

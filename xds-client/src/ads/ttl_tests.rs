@@ -157,6 +157,21 @@ fn a_heartbeat_of_what_is_not_here_is_rejected() {
     }
 }
 
+/// As in Envoy: the server does not know yet that this version was refused, and it is not in force.
+#[test]
+fn a_heartbeat_of_what_was_refused_is_rejected_and_prolongs_nothing() {
+    let mut client = Client::new(Variant::Delta, CLUSTER, Interest::Wildcard);
+    client.take(CLUSTER, "1", &[("a", Some("1"), 14)]);
+    let refused = response(Variant::Delta, CLUSTER, "2", &[("a", Some("2"), 4)]);
+    let Handled::Update(token, _) = client.core.handle(refused, client.now) else { panic!("ignored") };
+    client.core.finish(token, Outcome { rejected: reject(&["a"]) });
+    client.wait(3);
+    let heartbeat = response(Variant::Delta, CLUSTER, "2", &[("a", None, 4)]);
+    let Handled::Update(token, _) = client.core.handle(heartbeat, client.now) else { panic!("ignored") };
+    assert_eq!(client.core.finish(token, Outcome::default()).len(), 1);
+    assert_eq!(client.left(), Some(1));
+}
+
 #[test]
 fn what_expires_while_it_is_being_applied_is_removed_after_it() {
     let mut client = Client::new(Variant::Delta, CLUSTER, Interest::Wildcard);
