@@ -6,7 +6,6 @@ use std::{
 };
 
 use culvert_xds_client::source::Source;
-use twox_hash::XxHash64;
 
 use super::{
     Apply, ConfigStore,
@@ -41,7 +40,6 @@ struct Stats {
     update_success: Counter,
     update_rejected: Counter,
     init_fetch_timeout: Counter,
-    version: Gauge,
     update_time: Gauge,
     _lease: Lease,
 }
@@ -52,15 +50,17 @@ impl Stats {
         let lease = scope.lease();
         scope.counter("update_failure");
         scope.set_text("version_text", "");
+        let update_attempt = scope.counter("update_attempt");
+        // Envoy counts the first request, and each answer to it.
+        update_attempt.inc();
         Stats {
             config_reload: scope.counter("config_reload"),
             config_fail: scope.counter("config_fail"),
             config_conflict: scope.counter("config_conflict"),
-            update_attempt: scope.counter("update_attempt"),
+            update_attempt,
             update_success: scope.counter("update_success"),
             update_rejected: scope.counter("update_rejected"),
             init_fetch_timeout: scope.counter("init_fetch_timeout"),
-            version: scope.gauge("version"),
             update_time: scope.gauge("update_time"),
             scope,
             _lease: lease,
@@ -86,8 +86,8 @@ impl Places {
         }
     }
 
-    /// An update was taken, under this version, or refused.
-    pub(super) fn answered(&self, version: Option<&str>, accepted: bool) {
+    /// An update of this version was taken, or refused.
+    pub(super) fn answered(&self, version: &str, accepted: bool) {
         let Some(stats) = &self.stats else { return };
         stats.update_attempt.inc();
         if !accepted {
@@ -98,8 +98,7 @@ impl Places {
         stats.update_success.inc();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         stats.update_time.set(now.as_millis() as u64);
-        if let Some(version) = version {
-            stats.version.set(XxHash64::oneshot(0, version.as_bytes()));
+        if !version.is_empty() {
             stats.scope.set_text("version_text", version);
         }
     }
@@ -146,6 +145,5 @@ impl<A: Apply> ConfigStore<A> {
         }
         entry.places.live().for_each(|place| self.0.apply.set_filter(&place, None));
         entry.places.reloaded();
-        entry.places.answered(None, true);
     }
 }

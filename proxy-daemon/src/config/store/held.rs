@@ -80,7 +80,7 @@ impl<A: Apply> ConfigStore<A> {
         (entry.stored, entry.refused) = (Some(stored), None);
         let users = entry.users.clone();
         self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), routes);
-        self.count(state, Kind::Routes, (source, name), &users, true);
+        self.count(state, Kind::Routes, name, &users, true);
     }
 }
 

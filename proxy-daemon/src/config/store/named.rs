@@ -35,7 +35,8 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
                 entry.refused = None;
                 let users = entry.users.clone();
-                self.count(state, kind, (source, name), &users, true);
+                self.count(state, kind, name, &users, true);
+                self.answered(state, kind, (source, name), &update.version, true);
             }
         }
         // What does not exist is not waited for.
@@ -44,7 +45,9 @@ impl<A: Apply> ConfigStore<A> {
         }
         for resource in update.added {
             let name = resource.name.clone();
-            if let Err(error) = self.take_one(state, kind, source, resource, id) {
+            let result = self.take_one(state, kind, source, resource, id);
+            self.answered(state, kind, (source, &name), &update.version, result.is_ok());
+            if let Err(error) = result {
                 state.updates.reject(id, &name, error.to_string());
             }
         }
@@ -53,7 +56,10 @@ impl<A: Apply> ConfigStore<A> {
                 // In use, they stay, as in Envoy.
                 Kind::Endpoints | Kind::Routes | Kind::Scopes => {}
                 Kind::Runtime => self.remove_runtime(state, source, &name),
-                Kind::ExtensionConfigs => self.remove_extension_config(state, source, &name),
+                Kind::ExtensionConfigs => {
+                    self.remove_extension_config(state, source, &name);
+                    self.answered(state, kind, (source, &name), &update.version, true);
+                }
             }
         }
     }
@@ -81,7 +87,7 @@ impl<A: Apply> ConfigStore<A> {
             entry.refused = None;
             let users = entry.users.clone();
             self.drop_held(state, source, &name);
-            self.count(state, kind, (source, &name), &users, true);
+            self.count(state, kind, &name, &users, true);
             return Ok(());
         }
         let parsed = kind.parse(&name, &resource.body).and_then(|value| state.check(&value).map(|()| value));
@@ -113,7 +119,7 @@ impl<A: Apply> ConfigStore<A> {
                 Err(error)
             }
         };
-        self.count(state, kind, (source, &name), &users, result.is_ok());
+        self.count(state, kind, &name, &users, result.is_ok());
         // A resource that is refused is not waited for any longer, as in Envoy.
         self.settle(state, kind, source, &name);
         if kind == Kind::Endpoints
@@ -145,14 +151,7 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    pub(super) fn count(
-        &self,
-        state: &State,
-        kind: Kind,
-        (source, name): (&Source, &str),
-        users: &[User],
-        accepted: bool,
-    ) {
+    pub(super) fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
         match kind {
             Kind::Endpoints => {
                 for user in users {
@@ -169,14 +168,15 @@ impl<A: Apply> ConfigStore<A> {
                 }
             }
             Kind::Runtime => counts::runtime_update(accepted),
-            Kind::ExtensionConfigs => {
-                if let Some(entry) = state.watched(kind).get(source, name) {
-                    let version = entry.stored.as_ref().map(|stored| stored.version.as_str());
-                    entry.places.answered(version, accepted);
-                }
-            }
             // Counted where they are taken.
-            Kind::Scopes => {}
+            Kind::ExtensionConfigs | Kind::Scopes => {}
+        }
+    }
+
+    /// Counts the answer to one resource of an update for ECDS.
+    fn answered(&self, state: &State, kind: Kind, (source, name): (&Source, &str), version: &str, accepted: bool) {
+        if let Some(entry) = state.watched(kind).get(source, name) {
+            entry.places.answered(version, accepted);
         }
     }
 
