@@ -277,3 +277,38 @@ fn what_a_listener_cannot_do_is_named() {
         "filter_chains[0].filters[0].typed_config.tunneling_config: not supported by culvert yet"
     );
 }
+
+#[test]
+fn a_discovered_filter_is_checked_before_it_is_asked_for() {
+    const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
+    const OVERRIDE: &str = "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override";
+    let load = |discovery: &str| {
+        let fixed = format!("typed_config: {{ \"@type\": {ROUTER} }}");
+        let source = "config_source: { path_config_source: { path: /proc/self/status } }";
+        let yaml = http("", TO_UP).replace(&fixed, &format!("config_discovery: {{ {source}, {discovery} }}"));
+        super::load(&yaml).map(|_| ())
+    };
+    let error = |discovery: &str| {
+        let error = load(discovery).unwrap_err();
+        let own = error.strip_prefix(&format!("{HCM}.http_filters[0].config_discovery."));
+        own.unwrap_or_else(|| panic!("{error}")).to_owned()
+    };
+    // Which of its types may end a chain is known when the configuration comes, as in Envoy.
+    assert_eq!(load(&format!("type_urls: [{OVERRIDE}]")), Ok(()));
+    assert_eq!(load(&format!("type_urls: [{ROUTER}], default_config: {{ '@type': {ROUTER} }}")), Ok(()));
+    assert_eq!(error("type_urls: [a/b.Nope]"), "type_urls[0]: Error: no factory found for a required type URL b.Nope.");
+    assert_eq!(
+        error(&format!("type_urls: [{ROUTER}], apply_default_config_without_warming: true")),
+        "default_config: Error: filter config router applied without warming but has no default config."
+    );
+    assert_eq!(
+        error(&format!("type_urls: [{OVERRIDE}], default_config: {{ '@type': {ROUTER} }}")),
+        "default_config: Error: filter config has type URL envoy.extensions.filters.http.router.v3.Router but expect \
+         culvert.extensions.filters.http.overrides.v1.Override."
+    );
+    assert_eq!(
+        error(&format!("type_urls: [{OVERRIDE}], default_config: {{ '@type': {OVERRIDE}, original_dst_cluster: o }}")),
+        "default_config: Error: non-terminal filter named router of type culvert.filters.http.override is the last \
+         filter in a http filter chain."
+    );
+}
