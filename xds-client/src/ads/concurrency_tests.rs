@@ -212,6 +212,25 @@ fn a_name_that_was_dropped_and_wanted_again_behind_the_servers_back_is_asked_for
     assert_eq!(sent(&mut core), ["ClusterLoadAssignment v=2 names=a,b nonce=e3"], "it has come");
 }
 
+/// The same, and `e2` came while the name was not wanted: the answer to it is the last chance.
+#[test]
+fn a_name_that_came_while_it_was_not_wanted_is_left_out_before_it_is_asked_for() {
+    let mut core = core(Variant::Sotw);
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    core.connected();
+    core.outgoing();
+    let (token, ..) = take(&mut core, sotw(ENDPOINT, "1", "e1", &["a", "b"]));
+    finish(&mut core, token, &[]);
+    core.set_interest(ENDPOINT, names(&["b"]));
+    core.outgoing();
+    let (token, added, _) = take(&mut core, sotw(ENDPOINT, "2", "e2", &["a", "b"]));
+    assert_eq!(added, ["b"]);
+    core.set_interest(ENDPOINT, names(&["a", "b"]));
+    finish(&mut core, token, &[]);
+    let again = ["ClusterLoadAssignment v=2 names=b nonce=e2", "ClusterLoadAssignment v=2 names=a,b nonce=e2"];
+    assert_eq!(sent(&mut core), again);
+}
+
 #[test]
 fn a_server_that_answers_without_a_name_each_time_is_not_asked_for_ever() {
     let mut core = core(Variant::Sotw);

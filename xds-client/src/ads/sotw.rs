@@ -53,6 +53,7 @@ impl Subscription {
 
     /// What is to be left out once, to be asked for again.
     fn sotw_change(&mut self) -> BTreeSet<String> {
+        self.on_stream.leave_out_unheard();
         let change = self.change();
         self.on_stream.doubt(&change);
         change.again.into_iter().collect()

@@ -296,6 +296,14 @@ impl Interest {
 }
 
 impl OnStream {
+    /// State of the world: what is wanted again, and of which the server may have passed over that it was not, because it
+    /// sent a response that has come since, is left out once more.
+    pub(super) fn leave_out_unheard(&mut self) {
+        let unheard = |name: &&String| self.dropped.get(*name).is_some_and(|since| *since < self.responses);
+        let unheard: Vec<String> = self.fresh.iter().filter(unheard).cloned().collect();
+        self.gone.extend(unheard);
+    }
+
     /// State of the world: `change` is asked for with requests that the server may pass over.
     pub(super) fn doubt(&mut self, change: &Change) {
         for name in &change.unsubscribe {
