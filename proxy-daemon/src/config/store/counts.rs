@@ -107,7 +107,7 @@ impl ScopedCounts {
         self.0.counter("init_fetch_timeout").inc();
     }
 
-    /// How many scopes there are, and how many of them have their routes.
+    /// How many scopes there are, and how many of them name a route configuration.
     pub(super) fn scopes(&self, all: usize, active: usize) {
         self.0.gauge("all_scopes").set(all as u64);
         self.0.gauge("active_scopes").set(active as u64);

@@ -111,7 +111,6 @@ impl<A: Apply> ConfigStore<A> {
                 }
                 filters.into_iter().for_each(|(place, factory)| self.0.apply.set_filter(&place, Some(factory)));
                 self.deliver(state, source, &name, &users, &value);
-                state.scopes_changed |= kind == Kind::Routes;
                 Ok(())
             }
             Err(error) => {

@@ -216,14 +216,8 @@ impl State {
         for (source, set) in &self.scopes {
             for manager in self.users_of_scopes(source) {
                 let Some(scoped) = manager.scoped() else { continue };
-                let ScopeSource::Srds { routes: from, .. } = &scoped.scopes else { continue };
-                let active = set.by_name.values().filter(|entry| match &entry.scope.routes {
-                    ScopeRoutes::Inline(_) => true,
-                    ScopeRoutes::Named(name) => {
-                        let routes = self.watched(Kind::Routes).get(&from.source, name);
-                        routes.is_some_and(|routes| routes.stored.is_some())
-                    }
-                });
+                // As in Envoy: those that name their routes, be they there or not.
+                let active = set.by_name.values().filter(|it| matches!(it.scope.routes, ScopeRoutes::Named(_)));
                 ScopedCounts::new(&manager.stat_prefix, &scoped.name).scopes(set.by_name.len(), active.count());
             }
         }

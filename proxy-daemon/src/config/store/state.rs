@@ -79,7 +79,7 @@ pub(in crate::config) struct State {
     pub(in crate::config) watched: [Watched; Kind::ALL.len()],
     /// What SRDS has delivered, by where from.
     pub(in crate::config) scopes: AllScopes,
-    /// Scopes, or the routes of some, have changed since they were counted.
+    /// Scopes have changed since they were counted.
     pub(super) scopes_changed: bool,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
     /// Versions of listeners that need the offloaded services.
