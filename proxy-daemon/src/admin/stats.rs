@@ -57,10 +57,10 @@ fn collect(state: &AdminState, query: &Query) -> Vec<Metric> {
     refresh(state);
     let mut metrics = stats::snapshot();
     let extra: Vec<_> = state.extra_stats.iter().flat_map(|source| source()).collect();
-    let names: HashSet<_> = extra.iter().map(|metric| metric.name().to_owned()).collect();
-    metrics.retain(|metric| !names.contains(metric.name()));
+    let names: HashSet<_> = extra.iter().map(|metric| metric.name().into_owned()).collect();
+    metrics.retain(|metric| !names.contains(&*metric.name()));
     metrics.extend(extra);
-    metrics.sort_by(|a, b| a.name().cmp(b.name()));
+    metrics.sort_by(Metric::order);
     metrics.retain(|metric| query.wants(metric));
     metrics
 }

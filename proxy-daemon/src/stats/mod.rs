@@ -4,7 +4,9 @@
 //! which lock the registry); on the request path a handle is a slot number, and counting is a load and a store in the
 //! thread's own slab. The control side sums the slabs when it is asked.
 
+mod group;
 mod histogram;
+mod metric;
 mod prometheus;
 mod registry;
 mod response_codes;
@@ -14,8 +16,9 @@ mod tags;
 mod text;
 
 pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
+pub use metric::{Metric, Value};
 pub use prometheus::write_prometheus;
-pub use registry::{Kind, Lease, Metric, Value, flush_intervals, register_worker, reset_counters, snapshot};
+pub use registry::{Kind, Lease, flush_intervals, register_worker, reset_counters, snapshot};
 pub use response_codes::ResponseCodes;
 pub use scope::Scope;
 pub use text::{HistogramBuckets, Query, write_json, write_text};

@@ -11,7 +11,7 @@ use super::{Kind, Metric, PROMETHEUS_BOUNDS, Summary, Value};
 pub fn write_prometheus(out: &mut impl Write, metrics: &[Metric]) -> fmt::Result {
     let mut families: BTreeMap<(Kind, String), Vec<&Metric>> = BTreeMap::new();
     for metric in metrics {
-        families.entry((metric.kind(), family_name(metric.base_name()))).or_default().push(metric);
+        families.entry((metric.kind(), family_name(&metric.base_name()))).or_default().push(metric);
     }
     for ((kind, name), members) in families {
         let kind = match kind {
@@ -57,7 +57,7 @@ fn family_name(base: &str) -> String {
 
 fn labels(metric: &Metric) -> String {
     let mut text = String::new();
-    for (index, (label, value)) in metric.labels().iter().enumerate() {
+    for (index, (label, value)) in metric.labels().enumerate() {
         text.push_str(if index > 0 { "," } else { "" });
         text.push_str(label);
         text.push_str("=\"");

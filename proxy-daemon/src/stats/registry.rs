@@ -7,10 +7,12 @@ use std::{
 };
 
 use super::{
-    Counter, Gauge, Histogram, Scope, Summary,
+    Counter, Gauge, Histogram, Metric, Scope, Summary, Value,
+    group::{Group, Leaves, Root},
     histogram::Buckets,
+    metric::Name,
     slab,
-    tags::{self, TaggedName},
+    tags::TaggedName,
 };
 
 /// What a name stands for.
@@ -26,93 +28,10 @@ pub enum Kind {
     TextReadout,
 }
 
-/// One name in the registry.
-#[derive(Debug)]
+/// One name in the registry that is not in a group.
 struct Entry {
-    name: TaggedName,
-    kind: Kind,
+    name: Arc<TaggedName>,
     slot: u32,
-}
-
-/// One statistic with its value at the time of the snapshot.
-#[derive(Debug, Clone)]
-pub struct Metric {
-    entry: Arc<Entry>,
-    /// Its value.
-    pub value: Value,
-}
-
-impl Metric {
-    /// A counter that somebody else keeps, for example the kernel's side.
-    pub fn external(name: &str, value: u64) -> Metric {
-        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::Counter, slot: 0 });
-        Metric { entry, value: Value::Counter(value) }
-    }
-
-    /// A gauge that somebody else keeps.
-    pub fn external_gauge(name: &str, value: u64) -> Metric {
-        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::Gauge, slot: 0 });
-        Metric { entry, value: Value::Gauge { value, used: true } }
-    }
-
-    /// A text that somebody else keeps.
-    pub fn external_text(name: &str, text: &str) -> Metric {
-        let entry = Arc::new(Entry { name: tags::from_name(name), kind: Kind::TextReadout, slot: 0 });
-        Metric { entry, value: Value::Text(text.into()) }
-    }
-
-    /// Its full name, as `/stats` prints it.
-    pub fn name(&self) -> &str {
-        &self.entry.name.full
-    }
-
-    /// What it is.
-    pub fn kind(&self) -> Kind {
-        self.entry.kind
-    }
-
-    /// Its name without the parts that are labels.
-    pub fn base_name(&self) -> &str {
-        &self.entry.name.base
-    }
-
-    /// Label names and values, in the order in which they stand in the name.
-    pub fn labels(&self) -> &[(&'static str, Arc<str>)] {
-        &self.entry.name.labels
-    }
-
-    /// Whether it ever counted anything: `usedonly`.
-    pub fn is_used(&self) -> bool {
-        match &self.value {
-            Value::Counter(value) => *value != 0,
-            Value::Gauge { used, .. } => *used,
-            Value::Histogram { cumulative, .. } => cumulative.count() != 0,
-            Value::Text(text) => !text.is_empty(),
-        }
-    }
-}
-
-/// A statistic's value.
-#[derive(Debug, Clone)]
-pub enum Value {
-    /// A counter's.
-    Counter(u64),
-    /// A gauge's.
-    Gauge {
-        /// The sum over all threads.
-        value: u64,
-        /// Whether any thread has a share other than 0.
-        used: bool,
-    },
-    /// A histogram's.
-    Histogram {
-        /// What was recorded between the last two flushes.
-        interval: Summary,
-        /// What was recorded since the process began.
-        cumulative: Summary,
-    },
-    /// A text readout's.
-    Text(Arc<str>),
 }
 
 /// The last flush of a histogram.
@@ -123,22 +42,23 @@ struct Interval {
 }
 
 struct Registry {
-    /// Those that are shown, in the order of their names.
-    shown: BTreeMap<(Arc<str>, Kind), Arc<Entry>>,
+    /// The groups of the scopes that have labels, by the names of their roots, which end with a dot.
+    groups: BTreeMap<Arc<str>, Group>,
+    /// What comes after the roots.
+    leaves: Leaves,
+    /// The groups in which something is removed.
+    with_removed: HashSet<Arc<str>>,
+    /// The other names that are shown.
+    shown: BTreeMap<(Arc<str>, Kind), Entry>,
     /// Those whose scope is gone: they keep their slots, because handles to them may still be about.
     removed: HashMap<(Arc<str>, Kind), Removed>,
     /// How many hold each scope, by its name.
-    leases: HashMap<Arc<str>, usize>,
-    /// Texts, by their names.
-    texts: BTreeMap<Arc<str>, (Arc<Entry>, Arc<str>)>,
+    leases: HashMap<String, usize>,
+    /// Texts that are in no group, by their names.
+    texts: BTreeMap<Arc<str>, (Arc<TaggedName>, Arc<str>)>,
     /// Slots of counters that are never shown.
     hidden: HashMap<Box<str>, u32>,
-    /// Slots handed out. Slot 0 is never given a name: it is what names share when there are too many.
-    values: usize,
-    histograms: usize,
-    /// Slots handed out once, and free again.
-    free_values: Vec<u32>,
-    free_histograms: Vec<u32>,
+    slots: Slots,
     intervals: HashMap<u32, Interval>,
     /// Gauges that are set: nobody will take them down.
     set: HashSet<u32>,
@@ -146,9 +66,19 @@ struct Registry {
     crowded: usize,
 }
 
+/// Which slots are handed out.
+struct Slots {
+    /// Slots handed out. Slot 0 is never given a name: it is what names share when there are too many.
+    values: usize,
+    histograms: usize,
+    /// Slots handed out once, and free again.
+    free_values: Vec<u32>,
+    free_histograms: Vec<u32>,
+}
+
 /// A statistic that is not shown any more.
 struct Removed {
-    entry: Arc<Entry>,
+    entry: Entry,
     /// The name of the scope with which it went.
     scope: Arc<str>,
 }
@@ -165,15 +95,15 @@ static READING: RwLock<()> = RwLock::new(());
 static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
     slab::grow(1, 1);
     Mutex::new(Registry {
+        groups: BTreeMap::new(),
+        leaves: Leaves::default(),
+        with_removed: HashSet::new(),
         shown: BTreeMap::new(),
         removed: HashMap::new(),
         leases: HashMap::new(),
         texts: BTreeMap::new(),
         hidden: HashMap::new(),
-        values: 1,
-        histograms: 1,
-        free_values: Vec::new(),
-        free_histograms: Vec::new(),
+        slots: Slots { values: 1, histograms: 1, free_values: Vec::new(), free_histograms: Vec::new() },
         intervals: HashMap::new(),
         set: HashSet::new(),
         crowded: CROWDED,
@@ -185,35 +115,9 @@ fn lock() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Registry {
-    fn slot(&mut self, name: TaggedName, kind: Kind) -> u32 {
-        let key = (Arc::clone(&name.full), kind);
-        if let Some(entry) = self.shown.get_mut(&key) {
-            if name.exact && !entry.name.exact {
-                *entry = Arc::new(Entry { name, kind, slot: entry.slot });
-            }
-            return entry.slot;
-        }
-        let entry = match self.removed.remove(&key) {
-            Some(Removed { entry: old, .. }) => {
-                // As in Envoy, what is created anew begins at zero. A gauge is what is still open: it stays.
-                if kind == Kind::Counter {
-                    reset(old.slot);
-                }
-                Arc::new(Entry { name, kind, slot: old.slot })
-            }
-            None => {
-                let Some(slot) = self.new_slot(kind) else { return 0 };
-                Arc::new(Entry { name, kind, slot })
-            }
-        };
-        let slot = entry.slot;
-        self.shown.insert(key, entry);
-        slot
-    }
-
+impl Slots {
     /// A slot that nobody has; `None` where there is none left.
-    fn new_slot(&mut self, kind: Kind) -> Option<u32> {
+    fn take(&mut self, kind: Kind) -> Option<u32> {
         let (next, free) = if kind == Kind::Histogram {
             (&mut self.histograms, &mut self.free_histograms)
         } else {
@@ -231,6 +135,96 @@ impl Registry {
         slab::grow(self.values, self.histograms);
         Some(slot)
     }
+
+    /// Makes a slot free that nobody can write any more.
+    fn give_back(&mut self, kind: Kind, slot: u32) {
+        if kind == Kind::Histogram {
+            slab::all().filter_map(|slab| slab.buckets(slot)).for_each(Buckets::clear);
+            self.free_histograms.push(slot);
+        } else {
+            slab::clear(slot);
+            self.free_values.push(slot);
+        }
+    }
+}
+
+impl Registry {
+    /// The slot of a name of which nobody said where a label ends, or that has none.
+    fn slot(&mut self, name: TaggedName, kind: Kind) -> u32 {
+        let key = (Arc::clone(&name.full), kind);
+        if let Some(entry) = self.shown.get_mut(&key) {
+            if name.exact && !entry.name.exact {
+                entry.name = Arc::new(name);
+            }
+            return entry.slot;
+        }
+        if !name.exact
+            && let Some((root, leaf)) = self.group_of(&name.full)
+        {
+            return self.slot_in(&root, leaf, kind);
+        }
+        let slot = match self.removed.remove(&key) {
+            Some(Removed { entry: old, .. }) => {
+                // As in Envoy, what is created anew begins at zero. A gauge is what is still open: it stays.
+                if kind == Kind::Counter {
+                    reset(old.slot);
+                }
+                old.slot
+            }
+            None => match self.slots.take(kind) {
+                Some(slot) => slot,
+                None => return 0,
+            },
+        };
+        self.shown.insert(key, Entry { name: Arc::new(name), slot });
+        slot
+    }
+
+    /// The group with the longest root that a name begins with, and the rest of the name.
+    fn group_of<'a>(&self, name: &'a str) -> Option<(Arc<Root>, &'a str)> {
+        let dots = name.rmatch_indices('.').map(|(at, _)| name.split_at(at + 1));
+        let mut found = dots.filter_map(|(root, leaf)| Some((Arc::clone(&self.groups.get(root)?.root), leaf)));
+        found.next()
+    }
+
+    /// The slot of a name in a group.
+    fn slot_in(&mut self, root: &Arc<Root>, leaf: &str, kind: Kind) -> u32 {
+        self.group(root);
+        let Registry { groups, leaves, slots, .. } = self;
+        let Some(group) = groups.get_mut(&root.name) else { return 0 };
+        let known = leaves.find(leaf, kind);
+        if let Some(slot) = known.and_then(|leaf| group.slot(leaf)) {
+            return slot;
+        }
+        if let Some((leaf, slot)) = known.and_then(|leaf| Some((leaf, group.take_removed(leaf)?))) {
+            // As in Envoy, what is created anew begins at zero. A gauge is what is still open: it stays.
+            if kind == Kind::Counter {
+                reset(slot);
+            }
+            group.show(leaf, slot);
+            return slot;
+        }
+        let Some(slot) = slots.take(kind) else { return 0 };
+        group.show(leaves.hold(leaf, kind), slot);
+        slot
+    }
+
+    /// The group of a root. If it is new, it takes in the names that were guessed to be something else.
+    fn group(&mut self, root: &Arc<Root>) -> &mut Group {
+        let Registry { groups, leaves, shown, .. } = self;
+        groups.entry(Arc::clone(&root.name)).or_insert_with(|| {
+            let mut group = Group::new(root);
+            let start = (Arc::clone(&root.name), Kind::Counter);
+            let under = shown.range(start..).take_while(|((name, _), _)| name.starts_with(&*root.name));
+            let guessed: Vec<_> = under.filter(|(_, entry)| !entry.name.exact).map(|(key, _)| key.clone()).collect();
+            for key in guessed {
+                if let Some(entry) = shown.remove(&key) {
+                    group.show(leaves.hold(&key.0[root.name.len()..], key.1), entry.slot);
+                }
+            }
+            group
+        })
+    }
 }
 
 impl Registry {
@@ -238,10 +232,11 @@ impl Registry {
     fn settle(&mut self) {
         let released = std::mem::take(&mut *RELEASED.lock().unwrap_or_else(PoisonError::into_inner));
         for scope in released {
-            if let Some(holders) = self.leases.get_mut(scope.name()) {
+            let name = scope.name();
+            if let Some(holders) = self.leases.get_mut(&name) {
                 *holders -= 1;
                 if *holders == 0 {
-                    self.leases.remove(scope.name());
+                    self.leases.remove(&name);
                     self.remove(&scope);
                 }
             }
@@ -249,9 +244,27 @@ impl Registry {
     }
 
     fn remove(&mut self, scope: &Scope) {
-        let prefix = format!("{}.", scope.name());
+        let of = scope.name();
+        let prefix = format!("{of}.");
         let start: Arc<str> = prefix.as_str().into();
+        let Registry { groups, leaves, with_removed, .. } = self;
         // `cluster.a` is not the owner of `cluster.a.b.upstream_cx_total` where `a.b` is a cluster too.
+        let mut remove = |group: &mut Group, is_in: &dyn Fn(&str) -> bool| {
+            let removed = group.shown.extract_if(.., |(leaf, _)| is_in(&leaves.get(*leaf).name));
+            group.removed.extend(removed);
+            group.removed_with.clone_from(&of);
+            let texts: Vec<_> = group.texts.extract_if(.., |(leaf, _)| is_in(&leaves.get(*leaf).name)).collect();
+            texts.into_iter().for_each(|(leaf, _)| leaves.release(leaf));
+            with_removed.insert(Arc::clone(&group.root.name));
+        };
+        let under = groups.range_mut(Arc::clone(&start)..).take_while(|(root, _)| root.starts_with(&prefix));
+        under.filter(|(_, group)| scope.owns(&group.root.labels)).for_each(|(_, group)| remove(group, &|_| true));
+        let within = scope.leaf("");
+        if !within.is_empty()
+            && let Some(group) = groups.get_mut(&scope.root().name)
+        {
+            remove(group, &|leaf| leaf.starts_with(&*within));
+        }
         let keys: Vec<_> = self
             .shown
             .range((Arc::clone(&start), Kind::Counter)..)
@@ -259,43 +272,67 @@ impl Registry {
             .filter(|(_, entry)| scope.owns(&entry.name.labels))
             .map(|(key, _)| key.clone())
             .collect();
-        let of: Arc<str> = scope.name().into();
+        let of: Arc<str> = of.into();
         for key in keys {
             if let Some(entry) = self.shown.remove(&key) {
                 self.removed.insert(key, Removed { entry, scope: Arc::clone(&of) });
             }
         }
         let texts = self.texts.range(start..).take_while(|(name, _)| name.starts_with(&prefix));
-        let texts: Vec<_> =
-            texts.filter(|(_, (entry, _))| scope.owns(&entry.name.labels)).map(|it| it.0.clone()).collect();
+        let texts: Vec<_> = texts.filter(|(_, (name, _))| scope.owns(&name.labels)).map(|it| it.0.clone()).collect();
         texts.iter().for_each(|name| drop(self.texts.remove(name)));
+    }
+
+    /// How many are removed and still have their slots.
+    fn removed(&self) -> usize {
+        let groups = self.with_removed.iter().filter_map(|root| self.groups.get(root));
+        self.removed.len() + groups.map(|group| group.removed.len()).sum::<usize>()
     }
 
     /// Makes the slots of removed statistics free that nobody can write any more: their scope is held by nobody, and all its
     /// gauges are at zero. A guard that takes a gauge down when it is dropped may outlive what holds the scope.
     fn reclaim(&mut self) {
         let Ok(_nobody_reads) = READING.try_write() else { return };
-        let is_up =
-            |entry: &Entry| entry.kind == Kind::Gauge && !self.set.contains(&entry.slot) && slab::sum(entry.slot) != 0;
-        let busy = self.removed.values().filter(|it| is_up(&it.entry) || self.leases.contains_key(&it.scope));
-        let busy: HashSet<_> = busy.map(|it| Arc::clone(&it.scope)).collect();
-        let Registry { removed, free_values, free_histograms, intervals, set, .. } = self;
-        removed.retain(|_, Removed { entry, scope }| {
-            if busy.contains(scope) {
+        let Registry { groups, leaves, with_removed, removed, leases, slots, intervals, set, .. } = self;
+        let is_up = |kind, slot| kind == Kind::Gauge && !set.contains(&slot) && slab::sum(slot) != 0;
+        let whole = removed.iter().filter(|((_, kind), it)| is_up(*kind, it.entry.slot)).map(|(_, it)| &*it.scope);
+        let in_groups = with_removed
+            .iter()
+            .filter_map(|root| groups.get(root))
+            .filter(|group| group.removed.iter().any(|(leaf, slot)| is_up(leaves.get(*leaf).kind, *slot)));
+        let busy = whole.chain(in_groups.map(|group| &*group.removed_with)).map(str::to_owned);
+        let busy: HashSet<String> = busy.collect();
+        let is_busy = |scope: &str| busy.contains(scope) || leases.contains_key(scope);
+        let mut give_back = |kind, slot| {
+            slots.give_back(kind, slot);
+            if kind == Kind::Histogram {
+                intervals.remove(&slot);
+            } else {
+                set.remove(&slot);
+            }
+        };
+        removed.retain(|(_, kind), Removed { entry, scope }| {
+            let stays = is_busy(scope);
+            if !stays {
+                give_back(*kind, entry.slot);
+            }
+            stays
+        });
+        with_removed.retain(|root| {
+            let Some(group) = groups.get_mut(root) else { return false };
+            if is_busy(&group.removed_with) {
                 return true;
             }
-            if entry.kind == Kind::Histogram {
-                slab::all().filter_map(|slab| slab.buckets(entry.slot)).for_each(Buckets::clear);
-                intervals.remove(&entry.slot);
-                free_histograms.push(entry.slot);
-            } else {
-                slab::clear(entry.slot);
-                set.remove(&entry.slot);
-                free_values.push(entry.slot);
+            for (leaf, slot) in std::mem::take(&mut group.removed) {
+                give_back(leaves.get(leaf).kind, slot);
+                leaves.release(leaf);
+            }
+            if group.is_empty() {
+                groups.remove(root);
             }
             false
         });
-        self.crowded = CROWDED.max(self.removed.len() * 2);
+        self.crowded = CROWDED.max(self.removed() * 2);
     }
 }
 
@@ -311,8 +348,8 @@ impl Lease {
         let mut registry = lock();
         // First: what was let go of before begins anew, as in Envoy.
         registry.settle();
-        *registry.leases.entry(scope.name().into()).or_default() += 1;
-        if registry.removed.len() > registry.crowded {
+        *registry.leases.entry(scope.name()).or_default() += 1;
+        if registry.removed() > registry.crowded {
             registry.reclaim();
         }
         Lease(scope.clone())
@@ -331,10 +368,35 @@ pub(super) fn set_text(name: TaggedName, text: &str) {
     match registry.texts.get_mut(&name.full) {
         Some((_, known)) if **known == *text => {}
         Some((_, known)) => *known = text.into(),
-        None => {
-            let entry = Arc::new(Entry { name, kind: Kind::TextReadout, slot: 0 });
-            registry.texts.insert(Arc::clone(&entry.name.full), (entry, text.into()));
-        }
+        None => drop(registry.texts.insert(Arc::clone(&name.full), (Arc::new(name), text.into()))),
+    }
+}
+
+/// Sets a text in a scope.
+pub(super) fn set_text_in(scope: &Scope, leaf: &str, text: &str) {
+    if scope.root().labels.is_empty() {
+        return set_text(scope.full(leaf), text);
+    }
+    let mut registry = lock();
+    registry.group(scope.root());
+    let Registry { groups, leaves, .. } = &mut *registry;
+    let Some(group) = groups.get_mut(&scope.root().name) else { return };
+    let leaf = scope.leaf(leaf);
+    let known = leaves.find(&leaf, Kind::TextReadout);
+    match group.texts.iter_mut().find(|(leaf, _)| Some(*leaf) == known) {
+        Some((_, known)) if **known == *text => {}
+        Some((_, known)) => *known = text.into(),
+        None => group.texts.push((leaves.hold(&leaf, Kind::TextReadout), text.into())),
+    }
+}
+
+/// The slot of a name in a scope.
+pub(super) fn slot(scope: &Scope, leaf: &str, kind: Kind) -> u32 {
+    let mut registry = lock();
+    if scope.root().labels.is_empty() {
+        registry.slot(scope.full(leaf), kind)
+    } else {
+        registry.slot_in(scope.root(), &scope.leaf(leaf), kind)
     }
 }
 
@@ -351,7 +413,7 @@ pub(super) fn hidden_counter(key: &str) -> Counter {
     if let Some(slot) = registry.hidden.get(key) {
         return Counter(*slot);
     }
-    let Some(slot) = registry.new_slot(Kind::Counter) else { return Counter(0) };
+    let Some(slot) = registry.slots.take(Kind::Counter) else { return Counter(0) };
     registry.hidden.insert(key.into(), slot);
     Counter(slot)
 }
@@ -380,50 +442,64 @@ pub(super) fn summary(histogram: Histogram) -> Summary {
 /// thread ends, and what they counted stays counted. `index` is the worker's number, for the log.
 pub fn register_worker(index: usize) {
     let registry = lock();
-    if !slab::lease(registry.values, registry.histograms) {
+    if !slab::lease(registry.slots.values, registry.slots.histograms) {
         tracing::warn!(worker = index, "too many worker threads for counters of their own: this one shares");
     }
 }
 
-/// Every statistic with its value, in the order of the names.
+/// Every statistic with its value, in the order of the names; texts after the others.
 pub fn snapshot() -> Vec<Metric> {
     let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
     let mut registry = lock();
     registry.settle();
-    let texts: Vec<_> = registry.texts.values().cloned().collect();
-    let entries: Vec<_> = registry.shown.values().cloned().collect();
+    let (mut found, mut texts) = (Vec::new(), Vec::new());
+    for group in registry.groups.values() {
+        let name = |leaf: u32| Name::Parts(Arc::clone(&group.root), Arc::clone(registry.leaves.get(leaf)));
+        let from = found.len();
+        found.extend(group.shown.iter().map(|(leaf, slot)| (name(*leaf), registry.leaves.get(*leaf).kind, *slot)));
+        found[from..].sort_by(|a, b| a.0.leaf().cmp(b.0.leaf()));
+        texts.extend(group.texts.iter().map(|(leaf, text)| (name(*leaf), Arc::clone(text))));
+    }
+    let shown = registry.shown.iter();
+    found.extend(shown.map(|((_, kind), entry)| (Name::Whole(Arc::clone(&entry.name)), *kind, entry.slot)));
+    texts.extend(registry.texts.values().map(|(name, text)| (Name::Whole(Arc::clone(name)), Arc::clone(text))));
     let intervals: HashMap<u32, Summary> =
         registry.intervals.iter().map(|(slot, interval)| (*slot, interval.recorded.clone())).collect();
     drop(registry);
-    let value = |entry: &Entry| match entry.kind {
-        Kind::Counter => Value::Counter(slab::sum(entry.slot)),
-        Kind::Gauge => {
-            Value::Gauge { value: Gauge(entry.slot).value(), used: slab::all().any(|slab| slab.value(entry.slot) != 0) }
-        }
+    let value = |kind: Kind, slot: u32| match kind {
+        Kind::Counter => Value::Counter(slab::sum(slot)),
+        Kind::Gauge => Value::Gauge { value: Gauge(slot).value(), used: slab::all().any(|slab| slab.value(slot) != 0) },
         Kind::Histogram => Value::Histogram {
-            interval: intervals.get(&entry.slot).cloned().unwrap_or_default(),
-            cumulative: summary(Histogram(entry.slot)),
+            interval: intervals.get(&slot).cloned().unwrap_or_default(),
+            cumulative: summary(Histogram(slot)),
         },
         // Kept elsewhere.
         Kind::TextReadout => Value::Text(Arc::default()),
     };
-    let texts = texts.into_iter().map(|(entry, text)| Metric { entry, value: Value::Text(text) });
-    entries.into_iter().map(|entry| Metric { value: value(&entry), entry }).chain(texts).collect()
+    let mut metrics: Vec<_> =
+        found.into_iter().map(|(name, kind, slot)| Metric { name, kind, value: value(kind, slot) }).collect();
+    metrics.sort_by(Metric::order);
+    let from = metrics.len();
+    let text = |(name, text)| Metric { name, kind: Kind::TextReadout, value: Value::Text(text) };
+    metrics.extend(texts.into_iter().map(text));
+    metrics[from..].sort_by(Metric::order);
+    metrics
 }
 
 /// Ends the histograms' interval and begins the next: `/stats` shows the one that ended. Envoy's flush interval is 5 s.
 ///
 /// Slots that nobody uses any more become free here.
 pub fn flush_intervals() {
-    {
+    let histograms = {
         let mut registry = lock();
         registry.settle();
         registry.reclaim();
-    }
+        registry.slots.histograms as u32
+    };
     let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
-    let slots: Vec<u32> =
-        lock().shown.values().filter(|entry| entry.kind == Kind::Histogram).map(|entry| entry.slot).collect();
-    let totals: Vec<_> = slots.into_iter().map(|slot| (slot, summary(Histogram(slot)))).collect();
+    // Most of a large configuration's histograms never saw a value.
+    let used = (1..histograms).filter(|slot| slab::all().any(|slab| slab.buckets(*slot).is_some()));
+    let totals: Vec<_> = used.map(|slot| (slot, summary(Histogram(slot)))).collect();
     let mut registry = lock();
     for (slot, total) in totals {
         if total.count() == 0 {
@@ -443,8 +519,22 @@ pub fn reset_counters() {
 /// Makes the counters of these names zero.
 pub(super) fn reset_counters_where(wanted: impl Fn(&str) -> bool) {
     let registry = lock();
-    let counters = registry.shown.values().filter(|entry| entry.kind == Kind::Counter);
-    counters.filter(|entry| wanted(&entry.name.full)).for_each(|entry| reset(entry.slot));
+    for ((name, kind), entry) in &registry.shown {
+        if *kind == Kind::Counter && wanted(name) {
+            reset(entry.slot);
+        }
+    }
+    let mut name = String::new();
+    for group in registry.groups.values() {
+        for (leaf, slot) in &group.shown {
+            let leaf = registry.leaves.get(*leaf);
+            name.clear();
+            name.extend([&*group.root.name, &*leaf.name]);
+            if leaf.kind == Kind::Counter && wanted(&name) {
+                reset(*slot);
+            }
+        }
+    }
 }
 
 /// Takes everything under `scope` out of what is shown. Handles stay valid; a name that is asked for again is shown again,
@@ -457,5 +547,5 @@ pub(super) fn remove_scope(scope: &Scope) {
 /// How many slots were ever made.
 #[cfg(test)]
 pub(super) fn slots() -> usize {
-    lock().values
+    lock().slots.values
 }

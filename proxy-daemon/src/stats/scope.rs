@@ -1,7 +1,9 @@
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use super::{
-    Counter, Gauge, Histogram, Lease, registry,
+    Counter, Gauge, Histogram, Kind, Lease,
+    group::Root,
+    registry,
     tags::{self, TaggedName},
 };
 
@@ -9,17 +11,21 @@ use super::{
 ///
 /// Envoy finds labels by looking at the finished name, so a cluster called `users.default` becomes the label `users` and a
 /// metric called `cluster_default_...`. A scope is told which part is the label's value, and does not guess.
+///
+/// Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope {
-    name: String,
-    base: String,
-    labels: Vec<tags::Label>,
+    /// Up to the last label.
+    root: Arc<Root>,
+    /// What comes after it, without dots at its ends.
+    tail: Cow<'static, str>,
 }
 
 impl Scope {
     /// A scope without labels, for example `cluster_manager`.
     pub fn new(name: &str) -> Scope {
-        Scope { name: name.to_owned(), base: name.to_owned(), labels: Vec::new() }
+        let root = Arc::new(Root { name: "".into(), base: "".into(), labels: Box::new([]) });
+        Scope { root, tail: name.to_owned().into() }
     }
 
     /// `cluster.<stat_name>`, with the label `envoy_cluster_name`.
@@ -53,66 +59,83 @@ impl Scope {
     }
 
     /// The scope `<this>.<part>`.
-    pub fn child(mut self, part: &str) -> Scope {
-        for text in [&mut self.name, &mut self.base] {
-            text.push('.');
-            text.push_str(part);
-        }
-        self
+    pub fn child(self, part: &str) -> Scope {
+        let tail = if self.tail.is_empty() { part.to_owned() } else { format!("{}.{part}", self.tail) };
+        Scope { root: self.root, tail: tail.into() }
     }
 
     /// The scope `<this>.<value>`, where the value is a label and no part of the metric's name. As in Envoy, `:` in a
     /// value becomes `_`.
-    pub fn tagged(mut self, label: &'static str, value: &str) -> Scope {
-        let value: Arc<str> = value.replace(':', "_").into();
-        self.name.push('.');
-        self.name.push_str(&value);
-        self.labels.push((label, value));
-        self
+    pub fn tagged(self, label: &'static str, value: &str) -> Scope {
+        let value = value.replace(':', "_");
+        self.labelled(&value, None, (label, value.as_str().into()))
     }
 
     /// The scope `<this>.worker_<index>`, with the label `envoy_worker_id`.
-    pub fn worker(mut self, index: usize) -> Scope {
-        self.name.push_str(&format!(".worker_{index}"));
-        self.base.push_str(".worker");
-        self.labels.push(("envoy_worker_id", index.to_string().into()));
-        self
+    pub fn worker(self, index: usize) -> Scope {
+        self.labelled(&format!("worker_{index}"), Some("worker"), ("envoy_worker_id", index.to_string().into()))
+    }
+
+    /// The scope `<this>.<part>`, which is `<base>` in the metric's name.
+    fn labelled(self, part: &str, base: Option<&str>, label: tags::Label) -> Scope {
+        let dotted = |front: &str, parts: &[&str]| {
+            let parts = parts.iter().filter(|part| !part.is_empty());
+            parts.fold(front.to_owned(), |text, part| text + part + ".")
+        };
+        let name = format!("{}{part}.", dotted(&self.root.name, &[&self.tail]));
+        let base = dotted(&self.root.base, &[&self.tail, base.unwrap_or_default()]);
+        let labels = self.root.labels.iter().cloned().chain([label]).collect();
+        Scope { root: Arc::new(Root { name: name.into(), base: base.into(), labels }), tail: "".into() }
     }
 
     /// Whether something with these labels belongs to the scope, given that its name begins with the scope's.
     pub(super) fn owns(&self, labels: &[tags::Label]) -> bool {
-        self.labels.iter().all(|label| labels.contains(label))
+        self.root.labels.iter().all(|label| labels.contains(label))
     }
 
     /// The scope's own name, without a dot at its end.
-    pub fn name(&self) -> &str {
-        &self.name
+    pub fn name(&self) -> String {
+        let name = format!("{}{}", self.root.name, self.tail);
+        name.trim_end_matches('.').to_owned()
+    }
+
+    /// Up to the last label.
+    pub(super) fn root(&self) -> &Arc<Root> {
+        &self.root
+    }
+
+    /// A name in the scope without the root in front.
+    pub(super) fn leaf<'a>(&self, leaf: &'a str) -> Cow<'a, str> {
+        if self.tail.is_empty() { leaf.into() } else { format!("{}.{leaf}", self.tail).into() }
     }
 
     /// The counter `<scope>.<leaf>`.
     pub fn counter(&self, leaf: &str) -> Counter {
-        registry::counter(self.full(leaf))
+        Counter(registry::slot(self, leaf, Kind::Counter))
     }
 
     /// The gauge `<scope>.<leaf>`.
     pub fn gauge(&self, leaf: &str) -> Gauge {
-        registry::gauge(self.full(leaf))
+        Gauge(registry::slot(self, leaf, Kind::Gauge))
     }
 
     /// The histogram `<scope>.<leaf>`.
     pub fn histogram(&self, leaf: &str) -> Histogram {
-        registry::histogram(self.full(leaf))
+        Histogram(registry::slot(self, leaf, Kind::Histogram))
     }
 
     /// Sets the text readout `<scope>.<leaf>`.
     pub fn set_text(&self, leaf: &str, text: &str) {
-        registry::set_text(self.full(leaf), text);
+        registry::set_text_in(self, leaf, text);
     }
 
     /// The counter `<scope>.<value>`, where the value is a label and no part of the metric's name.
     pub fn tagged_counter(&self, label: &'static str, value: &str) -> Counter {
-        let Scope { name, base, labels } = self.clone().tagged(label, value);
-        registry::counter(TaggedName { full: name.into(), base: base.into(), labels: labels.into(), exact: true })
+        let scope = self.clone().tagged(label, value);
+        let without_dot = |name: &str| name.strip_suffix('.').unwrap_or(name).into();
+        let Root { name, base, labels } = &*scope.root;
+        let (full, base) = (without_dot(name), without_dot(base));
+        registry::counter(TaggedName { full, base, labels: labels.iter().cloned().collect(), exact: true })
     }
 
     /// A hold on the scope: what is in it stays until the last hold is dropped.
@@ -120,13 +143,14 @@ impl Scope {
         Lease::new(self)
     }
 
-    fn full(&self, leaf: &str) -> TaggedName {
+    /// The whole name, for scopes without labels.
+    pub(super) fn full(&self, leaf: &str) -> TaggedName {
         let mut labels = Vec::new();
-        let leaf_base = tags::response_code(leaf, &mut labels);
-        labels.extend_from_slice(&self.labels);
+        let full = self.leaf(leaf);
+        let base = tags::response_code(&full, &mut labels);
         TaggedName {
-            full: format!("{}.{leaf}", self.name).into(),
-            base: format!("{}.{}", self.base, leaf_base.as_deref().unwrap_or(leaf)).into(),
+            base: base.as_deref().unwrap_or(&full).into(),
+            full: full.into(),
             labels: labels.into(),
             exact: true,
         }

@@ -210,7 +210,7 @@ fn scopes_make_envoys_names() {
         Scope::listener_http("[::1]:80", "in"),
         Scope::tcp("x"),
     ]
-    .map(|scope| scope.name().to_owned());
+    .map(|scope| scope.name());
     assert_eq!(names, ["cluster.a.b_80", "listener.0.0.0.0_80.worker_1", "listener.[__1]_80.http.in", "tcp.x"]);
 }
 
@@ -218,7 +218,7 @@ fn scopes_make_envoys_names() {
 fn a_scope_knows_better_than_the_name() {
     let _alone = alone();
     let guessed = counter("cluster.t11.b.total");
-    let labels = |metrics: Vec<Metric>| metrics[0].labels()[0].1.to_string();
+    let labels = |metrics: Vec<Metric>| metrics[0].labels().next().unwrap().1.to_owned();
     assert_eq!(labels(under("cluster.t11.")), "t11");
     assert_eq!(Scope::cluster("t11.b").counter("total"), guessed);
     assert_eq!(labels(under("cluster.t11.")), "t11.b");

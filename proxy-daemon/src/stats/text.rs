@@ -75,7 +75,7 @@ impl Query {
     pub fn wants(&self, metric: &Metric) -> bool {
         self.kind.is_none_or(|kind| kind == metric.kind())
             && (!self.used_only || metric.is_used())
-            && self.filter.as_ref().is_none_or(|filter| filter.is_match(metric.name()) != self.invert_filter)
+            && self.filter.as_ref().is_none_or(|filter| filter.is_match(&metric.name()) != self.invert_filter)
     }
 }
 
