@@ -1,7 +1,7 @@
 //! Where values live: one slab a thread, so that counting never writes a cache line that another worker writes.
 
 use std::{
-    array,
+    alloc::{self, Layout},
     cell::{Cell, RefCell},
     ptr,
     sync::{
@@ -26,10 +26,36 @@ pub(super) const MAX_SLOTS: usize = CHUNK_SLOTS * MAX_CHUNKS;
 #[repr(align(128))]
 struct Chunk<T>([T; CHUNK_SLOTS]);
 
-/// Slots that never move, in chunks that are allocated as they are needed and never freed.
-struct Table<T: Default + 'static>(Box<[AtomicPtr<Chunk<T>>]>);
+/// What is valid, and at zero, where all its bytes are zero.
+///
+/// # Safety
+///
+/// All-zero memory must be a valid value of the type.
+unsafe trait Zero {}
 
-impl<T: Default> Table<T> {
+// SAFETY: an atomic integer has the representation of the integer, for which any bytes are valid.
+unsafe impl Zero for AtomicU64 {}
+// SAFETY: an atomic pointer has the representation of the pointer; all zeros is the null pointer.
+unsafe impl<T> Zero for AtomicPtr<T> {}
+
+impl<T: Zero> Chunk<T> {
+    /// A chunk that is never freed. Its pages are the kernel's zeros until they are written: a worker that never serves a
+    /// cluster needs no memory for its statistics.
+    fn leaked() -> *mut Chunk<T> {
+        let layout = Layout::new::<Chunk<T>>();
+        // SAFETY: the layout is not of size zero.
+        let memory = unsafe { alloc::alloc_zeroed(layout) };
+        if memory.is_null() {
+            alloc::handle_alloc_error(layout);
+        }
+        memory.cast()
+    }
+}
+
+/// Slots that never move, in chunks that are allocated as they are needed and never freed.
+struct Table<T: Zero + 'static>(Box<[AtomicPtr<Chunk<T>>]>);
+
+impl<T: Zero> Table<T> {
     fn new() -> Table<T> {
         Table((0..MAX_CHUNKS).map(|_| AtomicPtr::new(ptr::null_mut())).collect())
     }
@@ -39,18 +65,17 @@ impl<T: Default> Table<T> {
     fn get(&self, slot: u32) -> Option<&'static T> {
         let slot = slot as usize;
         let chunk = self.0.get(slot / CHUNK_SLOTS)?.load(Ordering::Acquire);
-        // SAFETY: the pointer is null or came from `Box::leak` in `grow`, so it is valid for the program's life; the
+        // SAFETY: the pointer is null or came from `Chunk::leaked` in `grow`, so it is valid for the program's life; the
         // Acquire load pairs with the Release store there, so the chunk is seen initialised.
         unsafe { chunk.as_ref() }.map(|chunk| &chunk.0[slot % CHUNK_SLOTS])
     }
 
     /// Makes the chunks that hold the first `slots` slots. Called with the registry locked: one caller at a time.
     fn grow(&self, slots: usize) {
-        for chunk in &self.0[..slots.div_ceil(CHUNK_SLOTS).min(MAX_CHUNKS)] {
-            if chunk.load(Ordering::Relaxed).is_null() {
-                let new = Box::leak(Box::new(Chunk(array::from_fn(|_| T::default()))));
-                chunk.store(new, Ordering::Release);
-            }
+        // From the end: they are made in order, and mostly none is missing.
+        let missing = self.0[..slots.div_ceil(CHUNK_SLOTS).min(MAX_CHUNKS)].iter().rev();
+        for chunk in missing.take_while(|chunk| chunk.load(Ordering::Relaxed).is_null()) {
+            chunk.store(Chunk::leaked(), Ordering::Release);
         }
     }
 }

@@ -96,10 +96,9 @@ impl Cluster {
 }
 
 fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> HostSet {
-    let known: HashMap<&EndpointAddress, &Arc<HostCounters>> =
-        before.hosts.iter().map(|host| (&host.address, &host.counters)).collect();
+    let known: HashMap<&EndpointAddress, &Arc<Host>> = before.hosts.iter().map(|host| (&host.address, host)).collect();
     let mut seen = HashSet::new();
-    let mut hosts = Vec::new();
+    let mut hosts = Vec::with_capacity(endpoints.iter().map(|group| group.endpoints.len()).sum());
     for group in endpoints {
         let locality = Arc::new(group.locality.clone());
         for endpoint in &group.endpoints {
@@ -107,7 +106,20 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> H
             if matches!(endpoint.address, EndpointAddress::Dns { .. }) || !seen.insert(&endpoint.address) {
                 continue;
             }
-            let counters = known.get(&endpoint.address).map(|counters| Arc::clone(counters));
+            let known = known.get(&endpoint.address);
+            // One that is as it was is kept as it is.
+            let unchanged = known.filter(|host| {
+                host.weight == endpoint.weight.max(1)
+                    && host.health == endpoint.health
+                    && host.hostname == endpoint.hostname
+                    && host.priority == group.priority
+                    && *host.locality == group.locality
+            });
+            if let Some(host) = unchanged {
+                hosts.push(Arc::clone(host));
+                continue;
+            }
+            let counters = known.map(|host| Arc::clone(&host.counters));
             hosts.push(Arc::new(Host {
                 text: Host::text_of(&endpoint.address),
                 address: endpoint.address.clone(),

@@ -1,5 +1,5 @@
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
@@ -78,11 +78,18 @@ impl HostCounter {
     ];
 }
 
-/// A host's counters: one cache line a worker, which no other worker writes.
+/// A host's counters: one cache line a worker, which no other worker writes. They take memory from the first count on: most
+/// hosts of thousands of clusters never see a request.
 #[derive(Debug)]
 pub struct HostCounters {
+    used: OnceLock<Box<Used>>,
+    workers: u32,
+}
+
+#[derive(Debug)]
+struct Used {
     lines: Box<[Line]>,
-    /// What [`latch`](Self::latch) has told already, by counter. Workers never touch it.
+    /// What [`HostCounters::latch`] has told already, by counter. Workers never touch it.
     latched: [AtomicU64; 8],
 }
 
@@ -93,24 +100,34 @@ struct Line([AtomicU64; 8]);
 impl HostCounters {
     /// All zero.
     pub fn new(workers: usize) -> HostCounters {
-        HostCounters { lines: (0..workers).map(|_| Line::default()).collect(), latched: Default::default() }
+        // There are never more workers than fit.
+        HostCounters { used: OnceLock::new(), workers: workers as u32 }
+    }
+
+    fn used(&self) -> &Used {
+        self.used.get_or_init(|| {
+            let lines = (0..self.workers).map(|_| Line::default()).collect();
+            Box::new(Used { lines, latched: Default::default() })
+        })
     }
 
     /// Adds to a counter of `worker`, which must be the calling worker.
     pub fn add(&self, worker: usize, counter: HostCounter, delta: i64) {
-        let slot = &self.lines[worker].0[counter as usize];
+        let slot = &self.used().lines[worker].0[counter as usize];
         slot.store(slot.load(Relaxed).wrapping_add_signed(delta), Relaxed);
     }
 
     /// The sum over all workers.
     pub fn sum(&self, counter: HostCounter) -> u64 {
-        self.lines.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
+        let lines = self.used.get().map(|used| &*used.lines).unwrap_or_default();
+        lines.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
     }
 
     /// What was counted since the last call for this counter. For load reports: there is one reporter.
     pub fn latch(&self, counter: HostCounter) -> u64 {
+        let Some(used) = self.used.get() else { return 0 };
         let sum = self.sum(counter);
-        sum.wrapping_sub(self.latched[counter as usize].swap(sum, Relaxed))
+        sum.wrapping_sub(used.latched[counter as usize].swap(sum, Relaxed))
     }
 }
 
