@@ -1,5 +1,7 @@
 //! Which fields of Envoy's API are honoured. docs/support.md holds this table, and a test holds it to that.
 
+use std::{collections::HashMap, sync::LazyLock};
+
 use culvert_xds_client::json;
 use prost::{Message, Name};
 use prost_reflect::{DynamicMessage, FieldDescriptor, ReflectMessage, Value};
@@ -537,7 +539,9 @@ pub fn table() -> String {
 
 /// The honoured fields of a message, by its full name; `None` where it is not honoured at all.
 pub(super) fn honoured(message: &str) -> Option<&'static [&'static str]> {
-    HONOURED.iter().find(|(name, _)| *name == message).map(|(_, fields)| *fields)
+    // Every message of every resource is looked up.
+    static BY_NAME: LazyLock<HashMap<&str, &[&str]>> = LazyLock::new(|| HONOURED.iter().copied().collect());
+    BY_NAME.get(message).copied()
 }
 
 /// Refuses the first field that is set and not honoured.
@@ -551,7 +555,7 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
     let mut dynamic = DynamicMessage::new(descriptor);
     dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
     let mut deprecated = Deprecated::default();
-    walk(&dynamic, path, &mut deprecated)?;
+    walk(&dynamic, &mut path.to_owned(), &mut deprecated)?;
     // A message inside another one has been looked at with that.
     if path.is_empty() {
         deprecated.warn();
@@ -559,7 +563,8 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
     Ok(())
 }
 
-fn walk(message: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Result<(), FieldError> {
+/// `path` is where the message stands, and is left as it was unless there is an error.
+fn walk(message: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated) -> Result<(), FieldError> {
     let descriptor = message.descriptor();
     let name = descriptor.full_name();
     if name == "google.protobuf.Any" {
@@ -568,35 +573,44 @@ fn walk(message: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Re
     if name.starts_with("google.protobuf.") {
         return Ok(());
     }
-    let Some(fields) = honoured(name) else { return Err(FieldError::unsupported(path)) };
+    let Some(fields) = honoured(name) else { return Err(FieldError::unsupported(path.as_str())) };
+    let here = path.len();
     for (field, value) in message.fields() {
-        let path = join(path, field.name());
-        if fields != ALL && !fields.contains(&field.name()) {
-            return Err(FieldError::unsupported(path));
+        if here > 0 {
+            path.push('.');
         }
-        deprecated.field(&field, value, &path)?;
+        path.push_str(field.name());
+        if fields != ALL && !fields.contains(&field.name()) {
+            return Err(FieldError::unsupported(path.as_str()));
+        }
+        deprecated.field(&field, value, path)?;
+        let at = path.len();
         match value {
             Value::EnumNumber(number) if undefined(&field, *number) => {
-                return Err(FieldError::new(path, format!("the value {number} is not supported by culvert yet")));
+                let text = format!("the value {number} is not supported by culvert yet");
+                return Err(FieldError::new(path.as_str(), text));
             }
-            Value::Message(inner) => walk(inner, &path, deprecated)?,
+            Value::Message(inner) => walk(inner, path, deprecated)?,
             Value::List(items) => {
                 for (index, item) in items.iter().enumerate() {
-                    if let Value::Message(inner) = item {
-                        walk(inner, &format!("{path}[{index}]"), deprecated)?;
-                    }
+                    let Value::Message(inner) = item else { break };
+                    path.push_str(&format!("[{index}]"));
+                    walk(inner, path, deprecated)?;
+                    path.truncate(at);
                 }
             }
             Value::Map(entries) => {
                 for (key, item) in entries {
-                    if let Value::Message(inner) = item {
-                        let key = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
-                        walk(inner, &format!("{path}[\"{key}\"]"), deprecated)?;
-                    }
+                    let Value::Message(inner) = item else { break };
+                    let key = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
+                    path.push_str(&format!("[\"{key}\"]"));
+                    walk(inner, path, deprecated)?;
+                    path.truncate(at);
                 }
             }
             _ => {}
         }
+        path.truncate(here);
     }
     Ok(())
 }
@@ -606,7 +620,7 @@ fn undefined(field: &FieldDescriptor, number: i32) -> bool {
     field.kind().as_enum().is_some_and(|desc| desc.get_value(number).is_none())
 }
 
-fn walk_any(any: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Result<(), FieldError> {
+fn walk_any(any: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated) -> Result<(), FieldError> {
     let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
     let type_url = text("type_url").unwrap_or_default();
     let name = type_url.rsplit('/').next().unwrap_or_default();
@@ -615,11 +629,12 @@ fn walk_any(any: &DynamicMessage, path: &str, deprecated: &mut Deprecated) -> Re
         return Ok(());
     }
     let Some(descriptor) = json::pool().get_message_by_name(name).filter(|_| honoured(name).is_some()) else {
-        return Err(FieldError::new(path, format!("type {name} is not supported by culvert yet")));
+        return Err(FieldError::new(path.as_str(), format!("type {name} is not supported by culvert yet")));
     };
     let value = any.get_field_by_name("value");
     let bytes = value.as_ref().and_then(|value| value.as_bytes()).cloned().unwrap_or_default();
-    let inner = DynamicMessage::decode(descriptor, bytes).map_err(|error| FieldError::new(path, error.to_string()))?;
+    let inner =
+        DynamicMessage::decode(descriptor, bytes).map_err(|error| FieldError::new(path.as_str(), error.to_string()))?;
     walk(&inner, path, deprecated)
 }
 

@@ -1,6 +1,6 @@
 //! Resources as they come: unpacked, validated, parsed.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{borrow::Cow, sync::Arc, time::SystemTime};
 
 use culvert_xds_client::{
     Any,
@@ -44,12 +44,20 @@ pub(super) fn parse<M, T>(
 where
     M: prost::Message + Name + Default + Clone,
 {
-    if super::unknown_fields() == UnknownFields::Reject {
-        json::validate_any(body, "", UnknownFields::Reject)?;
+    let unknown = super::unknown_fields();
+    if unknown == UnknownFields::Reject {
+        json::validate_any(body, "", unknown)?;
     }
     let message: M = json::unpack(body, "")?;
     let message = json::resolve_typed_structs(&message)?;
-    json::validate(&*message)?;
+    // As it came, where nothing was resolved in it: it need not be encoded again to be looked at.
+    match &message {
+        Cow::Borrowed(_) if body.type_url.ends_with(&M::full_name()) => match unknown {
+            UnknownFields::Reject => {}
+            UnknownFields::Ignore => json::validate_any(body, "", unknown)?,
+        },
+        message => json::validate(&**message)?,
+    }
     if named(&message) != name {
         let text = format!("the resource is named {name:?}, and its content {:?}", named(&message));
         return Err(FieldError::new("name", text));
