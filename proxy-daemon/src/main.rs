@@ -144,9 +144,9 @@ async fn run(
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();
     let source_stats = Arc::new(SourceStats::default());
-    let first =
-        runtime.rtds().map(|wanted| Need { kind: Kind::Runtime, wanted: wanted.clone(), optional: false }).collect();
-    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds };
+    let first = runtime.rtds().map(|wanted| Need::new(Kind::Runtime, wanted.clone())).collect();
+    let secrets = bootstrap.secrets.iter().map(|(name, _)| Arc::clone(&name.name)).collect();
+    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {

@@ -506,7 +506,7 @@ fn a_changed_secret_is_used_by_the_next_handshake() {
         let (plane, addresses) = start(&first).await;
         let mut before = connect(addresses[0], "a.test", client_config(&old, None, &[])).await.unwrap();
         assert!(connect(addresses[0], "a.test", client_config(&new, None, &[])).await.is_err());
-        let name = culvert_proxy_daemon::config::model::SecretName { discovered: false, name: "s".into() };
+        let name = culvert_proxy_daemon::config::model::SecretName { source: None, name: "s".into() };
         plane.secrets().set(name.clone(), secret(&named(&new)));
         let mut after = connect(addresses[0], "a.test", client_config(&new, None, &[])).await.unwrap();
         assert!(connect(addresses[0], "a.test", client_config(&old, None, &[])).await.is_err());

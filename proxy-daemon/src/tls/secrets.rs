@@ -6,7 +6,8 @@ use std::{
 };
 
 use crate::config::model::{
-    CertificateValidationContext, Certificates, CommonTlsContext, Secret, SecretName, TlsCertificate, Validation,
+    CertificateValidationContext, Certificates, CommonTlsContext, Secret, SecretName, SecretRef, SecretType,
+    TlsCertificate, Validation,
 };
 
 /// Uses secrets, and wants to be told when one changes.
@@ -74,10 +75,14 @@ impl Secrets {
     }
 
     /// Has `user` told of changes of these secrets for as long as it lives.
-    pub(super) fn subscribe<'a>(&self, names: impl Iterator<Item = &'a SecretName>, user: &Weak<dyn SecretUser>) {
+    pub(super) fn subscribe<'a>(
+        &self,
+        secrets: impl Iterator<Item = (SecretType, &'a SecretRef)>,
+        user: &Weak<dyn SecretUser>,
+    ) {
         let mut entries = self.lock();
-        for name in names {
-            let entry = entries.entry(name.clone()).or_default();
+        for (_, secret) in secrets {
+            let entry = entries.entry(secret.name()).or_default();
             entry.users.retain(|user| user.strong_count() > 0);
             entry.users.push(Weak::clone(user));
         }
@@ -85,24 +90,24 @@ impl Secrets {
 
     /// What the context is to be built of; `None` where a secret is missing, or is not of the kind that is wanted.
     pub(super) fn resolve(&self, common: &CommonTlsContext) -> Option<Needed> {
-        let certificate = |name: &SecretName| match self.get(name)? {
+        let certificate = |secret: &SecretRef| match self.get(&secret.name())? {
             Secret::TlsCertificate(certificate) => Some(certificate),
             Secret::ValidationContext(_) => None,
         };
-        let validation = |name: &SecretName| match self.get(name)? {
+        let validation = |secret: &SecretRef| match self.get(&secret.name())? {
             Secret::ValidationContext(context) => Some(context),
             Secret::TlsCertificate(_) => None,
         };
         Some(Needed {
             certificates: match &common.certificates {
                 Certificates::Inline(certificates) => certificates.clone(),
-                Certificates::Secrets(names) => names.iter().map(certificate).collect::<Option<_>>()?,
+                Certificates::Secrets(secrets) => secrets.iter().map(certificate).collect::<Option<_>>()?,
             },
             validation: match &common.validation {
                 Validation::None => None,
                 Validation::Inline(context) => Some(Arc::clone(context)),
-                Validation::Secret(name) => Some(validation(name)?),
-                Validation::Combined(default, name) => Some(Arc::new(default.merged(&*validation(name)?))),
+                Validation::Secret(secret) => Some(validation(secret)?),
+                Validation::Combined(default, secret) => Some(Arc::new(default.merged(&*validation(secret)?))),
             },
         })
     }

@@ -2,7 +2,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::{Http2Options, ResourceRef, SecretName, UpstreamTlsContext};
+use super::{Http2Options, ResourceRef, SecretRef, SecretType, UpstreamTlsContext};
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -36,8 +36,8 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
-    /// The secrets that its connections need.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+    /// The secrets that its connections need, with what each has to be.
+    pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
         self.tls.iter().flat_map(|tls| tls.common.secrets())
     }
 }

@@ -1,7 +1,8 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
-    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, SecretName,
+    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, SecretRef,
+    SecretType,
 };
 use crate::http::filters::DiscoveredFilter;
 
@@ -57,8 +58,8 @@ impl Listener {
         self.filter_chains.iter().chain(&self.default_filter_chain)
     }
 
-    /// The secrets that its connections need.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+    /// The secrets that its connections need, with what each has to be.
+    pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
         self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.common.secrets())
     }
 

@@ -1,11 +1,12 @@
 use std::sync::Arc;
 
+use culvert_xds_client::source::Source;
 use rustls::{
     pki_types::{CertificateDer, ServerName},
     sign::CertifiedKey,
 };
 
-use super::StringMatcher;
+use super::{ResourceRef, StringMatcher};
 
 /// A checked `DownstreamTlsContext`: how a filter chain's connections are decrypted.
 #[derive(Debug)]
@@ -59,17 +60,18 @@ pub struct CommonTlsContext {
 }
 
 impl CommonTlsContext {
-    /// The secrets that it needs.
-    pub fn secrets(&self) -> impl Iterator<Item = &SecretName> {
+    /// The secrets that it needs, with what each has to be.
+    pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
         let certificates = match &self.certificates {
             Certificates::Inline(_) => [].as_slice(),
-            Certificates::Secrets(names) => names,
+            Certificates::Secrets(secrets) => secrets,
         };
         let validation = match &self.validation {
-            Validation::Secret(name) | Validation::Combined(_, name) => Some(name),
+            Validation::Secret(secret) | Validation::Combined(_, secret) => Some(secret),
             Validation::None | Validation::Inline(_) => None,
         };
-        certificates.iter().chain(validation)
+        let certificates = certificates.iter().map(|secret| (SecretType::TlsCertificate, secret));
+        certificates.chain(validation.map(|secret| (SecretType::ValidationContext, secret)))
     }
 }
 
@@ -92,7 +94,7 @@ pub enum Certificates {
     /// Written into the context, or into files that it names. Empty: none.
     Inline(Vec<Arc<TlsCertificate>>),
     /// Secrets.
-    Secrets(Vec<SecretName>),
+    Secrets(Vec<SecretRef>),
 }
 
 /// Where a validation context comes from.
@@ -103,18 +105,68 @@ pub enum Validation {
     /// Written into the context.
     Inline(Arc<CertificateValidationContext>),
     /// A secret.
-    Secret(SecretName),
+    Secret(SecretRef),
     /// A secret, merged over what is written into the context.
-    Combined(Arc<CertificateValidationContext>, SecretName),
+    Combined(Arc<CertificateValidationContext>, SecretRef),
+}
+
+/// A checked `SdsSecretConfig`: a secret that is somewhere else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SecretRef {
+    /// `static_resources.secrets` of the bootstrap holds it, by this name.
+    Static(Arc<str>),
+    /// The secret discovery service delivers it.
+    Discovered(ResourceRef),
+}
+
+impl SecretRef {
+    /// What the secret is known by.
+    pub fn name(&self) -> SecretName {
+        match self {
+            SecretRef::Static(name) => SecretName { source: None, name: Arc::clone(name) },
+            SecretRef::Discovered(ResourceRef { name, from }) => {
+                SecretName { source: Some(Arc::clone(&from.source)), name: Arc::clone(name) }
+            }
+        }
+    }
 }
 
 /// The name of a secret, with where it comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SecretName {
-    /// The secret discovery service delivers it, else `static_resources.secrets` of the bootstrap holds it.
-    pub discovered: bool,
+    /// Where the secret discovery service has it from; `None`: `static_resources.secrets` of the bootstrap holds it.
+    pub source: Option<Arc<Source>>,
     /// Its name.
     pub name: Arc<str>,
+}
+
+/// What a secret is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SecretType {
+    /// `tls_certificate`
+    TlsCertificate,
+    /// `validation_context`
+    ValidationContext,
+}
+
+impl SecretType {
+    /// The field of `Secret` that holds it.
+    pub fn field(self) -> &'static str {
+        match self {
+            SecretType::TlsCertificate => "tls_certificate",
+            SecretType::ValidationContext => "validation_context",
+        }
+    }
+}
+
+impl Secret {
+    /// What it is.
+    pub fn secret_type(&self) -> SecretType {
+        match self {
+            Secret::TlsCertificate(_) => SecretType::TlsCertificate,
+            Secret::ValidationContext(_) => SecretType::ValidationContext,
+        }
+    }
 }
 
 /// A checked `Secret`.

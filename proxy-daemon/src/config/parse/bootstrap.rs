@@ -33,8 +33,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, RouteSource,
-            ScopeSource, Secret, SecretName, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, ResourceRef,
+            RouteSource, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     intercept::InterceptionConfig,
@@ -104,10 +104,10 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let health_discovery = service(message.hds_config.as_ref(), "hds_config")?;
     known_clusters(&listeners, &clusters)?;
     for (index, listener) in listeners.iter().enumerate() {
-        known_secrets(listener.secrets(), &secrets, &format!("static_resources.listeners[{index}]"))?;
+        known_secrets(listener.secrets(), &secrets, &sources, &format!("static_resources.listeners[{index}]"))?;
     }
     for (index, cluster) in clusters.iter().enumerate() {
-        known_secrets(cluster.secrets(), &secrets, &format!("static_resources.clusters[{index}]"))?;
+        known_secrets(cluster.secrets(), &secrets, &sources, &format!("static_resources.clusters[{index}]"))?;
     }
     let admin = match message.admin.as_ref().and_then(|admin| admin.address.as_ref()) {
         Some(address) => {
@@ -144,7 +144,7 @@ fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<(SecretName, Secret)>>
     for (index, message) in messages.iter().enumerate() {
         let path = format!("static_resources.secrets[{index}]");
         let secret = secret(message, &path)?;
-        let name = SecretName { discovered: false, name: message.name.as_str().into() };
+        let name = SecretName { source: None, name: message.name.as_str().into() };
         if secrets.iter().any(|(known, _)| *known == name) {
             return Err(FieldError::new(join(&path, "name"), format!("duplicate name '{}'", message.name)));
         }
@@ -153,14 +153,23 @@ fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<(SecretName, Secret)>>
     Ok(secrets)
 }
 
-/// Refuses what names a secret of the bootstrap that is not there.
+/// Refuses what names a secret of the bootstrap that is not there, or one that cannot be had from where it says.
 fn known_secrets<'a>(
-    mut names: impl Iterator<Item = &'a SecretName>,
+    mut wanted: impl Iterator<Item = (SecretType, &'a SecretRef)>,
     secrets: &[(SecretName, Secret)],
+    sources: &SourcesConfig,
     path: &str,
 ) -> Result<()> {
-    let missing = names.find(|name| !name.discovered && !secrets.iter().any(|(known, _)| known == *name));
-    missing.map_or(Ok(()), |name| Err(FieldError::new(path, format!("Unknown static secret: {}", name.name))))
+    wanted.try_for_each(|(_, secret)| match secret {
+        SecretRef::Static(name) if !secrets.iter().any(|(known, _)| known.name == *name) => {
+            Err(FieldError::new(path, format!("Unknown static secret: {name}")))
+        }
+        SecretRef::Static(_) => Ok(()),
+        SecretRef::Discovered(ResourceRef { name, from }) => {
+            let checked = sources.check(&from.source, type_url::SECRET);
+            checked.map_err(|text| FieldError::new(path, format!("secret {name}: {text}")))
+        }
+    })
 }
 
 fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {

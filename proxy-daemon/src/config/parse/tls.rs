@@ -23,6 +23,7 @@ use rustls::{CipherSuite, NamedGroup, pki_types::ServerName};
 
 use super::{
     common::{Result, required},
+    config_source::config_source,
     matcher,
     support::{self, join},
 };
@@ -30,8 +31,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, SanType, Secret,
-            SecretName, SubjectAltNameMatcher, TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
+            CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, ResourceRef, SanType,
+            Secret, SecretRef, SubjectAltNameMatcher, TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
         },
     },
     tls::{self, Material},
@@ -144,7 +145,7 @@ fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: 
     let inline: Vec<_> = inline.collect::<Result<_>>()?;
     let secrets_path = join(path, "tls_certificate_sds_secret_configs");
     let secrets = message.tls_certificate_sds_secret_configs.iter().enumerate();
-    let secrets = secrets.map(|(index, item)| secret_name(item, &format!("{secrets_path}[{index}]")));
+    let secrets = secrets.map(|(index, item)| secret_ref(item, &format!("{secrets_path}[{index}]")));
     let secrets: Vec<_> = secrets.collect::<Result<_>>()?;
     let certificates = match (inline.is_empty(), secrets.is_empty()) {
         (false, false) => {
@@ -163,7 +164,7 @@ fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: 
             Validation::Inline(Arc::new(context))
         }
         Some(ValidationContextType::ValidationContextSdsSecretConfig(config)) => {
-            Validation::Secret(secret_name(config, &join(path, "validation_context_sds_secret_config"))?)
+            Validation::Secret(secret_ref(config, &join(path, "validation_context_sds_secret_config"))?)
         }
         Some(ValidationContextType::CombinedValidationContext(combined)) => {
             combined_validation(combined, &join(path, "combined_validation_context"))?
@@ -191,18 +192,21 @@ fn combined_validation(combined: &CombinedCertificateValidationContext, path: &s
     let default = validation_context(default, "", &join(path, "default_validation_context"))?;
     let secret = combined.validation_context_sds_secret_config.as_ref();
     let secret = secret.ok_or_else(|| required(path, "validation_context_sds_secret_config"))?;
-    let secret = secret_name(secret, &join(path, "validation_context_sds_secret_config"))?;
+    let secret = secret_ref(secret, &join(path, "validation_context_sds_secret_config"))?;
     Ok(Validation::Combined(Arc::new(default), secret))
 }
 
-fn secret_name(config: &SdsSecretConfig, path: &str) -> Result<SecretName> {
+fn secret_ref(config: &SdsSecretConfig, path: &str) -> Result<SecretRef> {
     if config.name.is_empty() {
         return Err(required(path, "name"));
     }
-    if config.sds_config.is_some() {
-        return Err(FieldError::unsupported(join(path, "sds_config")));
-    }
-    Ok(SecretName { discovered: false, name: config.name.as_str().into() })
+    let name = config.name.as_str().into();
+    Ok(match &config.sds_config {
+        Some(source) => {
+            SecretRef::Discovered(ResourceRef { name, from: config_source(Some(source), &join(path, "sds_config"))? })
+        }
+        None => SecretRef::Static(name),
+    })
 }
 
 /// A checked secret.

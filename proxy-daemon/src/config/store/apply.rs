@@ -4,7 +4,7 @@ use culvert_xds_client::source::Source;
 use tokio::sync::mpsc;
 
 use crate::{
-    config::model::{Listener, LocalityEndpoints, RouteConfig, Scope},
+    config::model::{Listener, LocalityEndpoints, RouteConfig, Scope, Secret, SecretName},
     http::filters::{DiscoveredFilter, Factory, OffloadedTable},
     layered_runtime::{Entry, Runtime},
     listener::Prints,
@@ -33,6 +33,10 @@ pub trait Apply: Send + Sync + 'static {
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>);
     /// See [`DiscoveredFilter::set`].
     fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>);
+    /// See [`Secrets::set`](crate::tls::Secrets::set).
+    fn set_secret(&self, name: SecretName, secret: Secret);
+    /// See [`Secrets::remove`](crate::tls::Secrets::remove).
+    fn remove_secret(&self, name: &SecretName);
     /// See [`DataPlane::set_offloaded`].
     fn set_offloaded(&self, table: OffloadedTable);
     /// Makes a listener ready to be started; one of the same name that was prepared before and not started is given up.
@@ -133,6 +137,14 @@ impl Apply for Applier {
 
     fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>) {
         place.set(delivered);
+    }
+
+    fn set_secret(&self, name: SecretName, secret: Secret) {
+        self.plane.secrets().set(name, secret);
+    }
+
+    fn remove_secret(&self, name: &SecretName) {
+        self.plane.secrets().remove(name);
     }
 
     fn set_offloaded(&self, table: OffloadedTable) {

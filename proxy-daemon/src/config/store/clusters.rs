@@ -48,6 +48,14 @@ pub(in crate::config) struct Entry {
     pub(in crate::config) warming: Option<Box<Warming>>,
 }
 
+impl Entry {
+    /// What one of its versions needs.
+    pub(super) fn needs_of(&self, id: VersionId) -> Option<&[Need]> {
+        let all = self.active.iter().chain(self.warming.iter().map(|warming| &warming.version));
+        all.into_iter().find(|version| version.id == id).map(|version| &*version.needs)
+    }
+}
+
 /// One version of a cluster.
 pub(in crate::config) struct ClusterVersion {
     id: VersionId,
@@ -130,7 +138,8 @@ impl<A: Apply> ConfigStore<A> {
                 return Ok(());
             }
         }
-        let config = match resources::parse(name, &resource.body, |message: &Cluster| &message.name, parse::cluster) {
+        let parsed = resources::parse(name, &resource.body, |message: &Cluster| &message.name, parse::cluster);
+        let config = match parsed.and_then(|config| state.check_cluster(&config).map(|()| config)) {
             Ok(config) => config,
             Err(error) => return Err(Box::new((resource, error))),
         };

@@ -121,6 +121,20 @@ pub(super) fn runtime_update(accepted: bool) {
     Scope::new("runtime").counter(if accepted { "update_success" } else { "update_rejected" }).inc();
 }
 
+/// Counts `sds.<name>.update_success` or `update_rejected`.
+pub(super) fn secret_update(name: &str, accepted: bool) {
+    secret_scope(name).counter(if accepted { "update_success" } else { "update_rejected" }).inc();
+}
+
+/// Counts `sds.<name>.init_fetch_timeout`.
+pub(super) fn secret_timeout(name: &str) {
+    secret_scope(name).counter("init_fetch_timeout").inc();
+}
+
+fn secret_scope(name: &str) -> Scope {
+    Scope::new("sds").child(name)
+}
+
 /// Counts `runtime.init_fetch_timeout`, of RTDS.
 pub(super) fn runtime_timeout() {
     Scope::new("runtime").counter("init_fetch_timeout").inc();

@@ -1,10 +1,14 @@
 //! The types of resources that are asked for by name, and what names them.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, hash_map::Entry as Slot},
+    sync::Arc,
+};
 
 use culvert_xds_client::{Any, ads::type_url};
 use envoy_types::pb::envoy::{
     config::{core::v3::TypedExtensionConfig, endpoint::v3::ClusterLoadAssignment, route::v3::RouteConfiguration},
+    extensions::transport_sockets::tls::v3::Secret as ProtoSecret,
     service::runtime::v3::Runtime,
 };
 
@@ -14,7 +18,7 @@ use crate::{
         FieldError,
         model::{
             ALL_SCOPES, ClusterConfig, ConfigSource, Discovery, Listener, LocalityEndpoints, ResourceRef, RouteConfig,
-            ScopeSource,
+            ScopeSource, Secret, SecretRef, SecretType,
         },
         parse,
     },
@@ -35,6 +39,8 @@ pub enum Kind {
     Runtime,
     /// ECDS
     ExtensionConfigs,
+    /// SDS
+    Secrets,
 }
 
 /// A resource that was taken.
@@ -46,6 +52,8 @@ pub(super) enum Value {
     Runtime(Arc<HashMap<String, Entry>>),
     /// Each place that it is for reads it anew.
     ExtensionConfig(Arc<Any>),
+    /// Not kept: the data plane has it.
+    Secret(Secret),
 }
 
 /// A resource that a cluster, a listener or the process itself cannot do without.
@@ -57,11 +65,25 @@ pub struct Need {
     pub wanted: ResourceRef,
     /// It can do without until it comes: it is asked for, and not waited for.
     pub optional: bool,
+    /// Of a secret: what it has to be.
+    pub secret_type: Option<SecretType>,
+}
+
+impl Need {
+    /// A resource that is no secret, and is waited for.
+    pub fn new(kind: Kind, wanted: ResourceRef) -> Need {
+        Need { kind, wanted, optional: false, secret_type: None }
+    }
+
+    fn secret((secret_type, secret): (SecretType, &SecretRef)) -> Option<Need> {
+        let SecretRef::Discovered(wanted) = secret else { return None };
+        Some(Need { secret_type: Some(secret_type), ..Need::new(Kind::Secrets, wanted.clone()) })
+    }
 }
 
 impl Kind {
-    pub(in crate::config) const ALL: [Kind; 5] =
-        [Kind::Endpoints, Kind::Scopes, Kind::Routes, Kind::Runtime, Kind::ExtensionConfigs];
+    pub(in crate::config) const ALL: [Kind; 6] =
+        [Kind::Endpoints, Kind::Scopes, Kind::Routes, Kind::Runtime, Kind::ExtensionConfigs, Kind::Secrets];
 
     /// The type that this type URL names.
     pub(super) fn of(type_url: &str) -> Option<Kind> {
@@ -75,6 +97,7 @@ impl Kind {
             Kind::Routes => type_url::ROUTE,
             Kind::Runtime => type_url::RUNTIME,
             Kind::ExtensionConfigs => type_url::EXTENSION_CONFIG,
+            Kind::Secrets => type_url::SECRET,
         }
     }
 
@@ -86,6 +109,7 @@ impl Kind {
             Kind::Routes => "the route configuration",
             Kind::Runtime => "the runtime layer",
             Kind::ExtensionConfigs => "the filter configuration",
+            Kind::Secrets => "the secret",
         }
     }
 
@@ -97,6 +121,7 @@ impl Kind {
             Kind::Routes => format!("shared target RdsRouteConfigSubscription RDS init {name}"),
             Kind::Runtime => format!("target RTDS {name}"),
             Kind::ExtensionConfigs => format!("shared target FilterConfigSubscription init {name}"),
+            Kind::Secrets => format!("shared target SdsApi {name}"),
         }
     }
 
@@ -122,44 +147,56 @@ impl Kind {
                 let config = parse(name, body, named, parse::extension_config)?;
                 Ok(Value::ExtensionConfig(Arc::new(config)))
             }
+            Kind::Secrets => {
+                let named: fn(&ProtoSecret) -> &str = |message| &message.name;
+                parse(name, body, named, parse::secret).map(Value::Secret)
+            }
         }
     }
 }
 
 /// What a cluster needs before it may be used.
 pub(super) fn cluster_needs(config: &ClusterConfig) -> Vec<Need> {
-    match &config.discovery {
-        Discovery::Eds { endpoints } => {
-            vec![Need { kind: Kind::Endpoints, wanted: endpoints.clone(), optional: false }]
-        }
-        _ => Vec::new(),
-    }
+    let endpoints = match &config.discovery {
+        Discovery::Eds { endpoints } => Some(Need::new(Kind::Endpoints, endpoints.clone())),
+        _ => None,
+    };
+    distinct(endpoints.into_iter().chain(config.secrets().filter_map(Need::secret)))
 }
 
-/// What a listener needs before it may accept connections; each once. `scopes`: what SRDS has delivered.
+/// What a listener needs before it may accept connections. `scopes`: what SRDS has delivered.
 pub(super) fn listener_needs(listener: &Listener, scopes: &AllScopes) -> Vec<Need> {
-    let mut needs: Vec<Need> = Vec::new();
-    let mut known = HashMap::new();
-    let mut add = |kind: Kind, name: &Arc<str>, from: &ConfigSource, optional: bool| {
-        let index = known.entry((kind, Arc::clone(name), Arc::clone(&from.source))).or_insert_with(|| {
-            let wanted = ResourceRef { name: Arc::clone(name), from: from.clone() };
-            needs.push(Need { kind, wanted, optional });
-            needs.len() - 1
-        });
-        needs[*index].optional &= optional;
-    };
-    for filter in listener.discovered_filters() {
-        let wanted = &filter.wanted;
-        add(Kind::ExtensionConfigs, &wanted.name, &wanted.from, filter.without_warming);
-    }
+    let filters = listener.discovered_filters().map(|filter| Need {
+        optional: filter.without_warming,
+        ..Need::new(Kind::ExtensionConfigs, filter.wanted.clone())
+    });
+    let mut needs: Vec<Need> = filters.collect();
     for manager in listener.connection_managers() {
-        if let Some(wanted) = manager.rds() {
-            add(Kind::Routes, &wanted.name, &wanted.from, false);
-        }
+        needs.extend(manager.rds().map(|wanted| Need::new(Kind::Routes, wanted.clone())));
         if let Some(ScopeSource::Srds { scopes: from, routes }) = manager.scoped().map(|scoped| &scoped.scopes) {
-            add(Kind::Scopes, &ALL_SCOPES.into(), from, false);
+            let need = |kind: Kind, name: Arc<str>, from: &ConfigSource| {
+                Need::new(kind, ResourceRef { name, from: from.clone() })
+            };
+            needs.push(need(Kind::Scopes, ALL_SCOPES.into(), from));
             let named = scopes.get(&from.source).into_iter().flat_map(|set| set.named_routes());
-            named.for_each(|name| add(Kind::Routes, name, routes, false));
+            needs.extend(named.map(|name| need(Kind::Routes, Arc::clone(name), routes)));
+        }
+    }
+    distinct(needs.into_iter().chain(listener.secrets().filter_map(Need::secret)))
+}
+
+/// Each once, whatever is said of the wait.
+fn distinct(all: impl Iterator<Item = Need>) -> Vec<Need> {
+    let mut needs: Vec<Need> = Vec::new();
+    let mut known: HashMap<_, usize> = HashMap::new();
+    for need in all {
+        let (name, source) = (Arc::clone(&need.wanted.name), Arc::clone(&need.wanted.from.source));
+        match known.entry((need.kind, need.secret_type, name, source)) {
+            Slot::Occupied(index) => needs[*index.get()].optional &= need.optional,
+            Slot::Vacant(index) => {
+                index.insert(needs.len());
+                needs.push(need);
+            }
         }
     }
     needs

@@ -87,6 +87,12 @@ impl Entry {
         all.find(|version| version.id == id)
     }
 
+    /// What one of its versions has asked for.
+    pub(super) fn needs_of(&self, id: VersionId) -> Option<&[Need]> {
+        let all = self.active.iter().chain(&self.starting).chain(&self.warming);
+        all.into_iter().find(|version| version.id == id).map(|version| &*version.needs)
+    }
+
     /// What is to serve next.
     pub(super) fn newest(&self) -> Option<&ListenerVersion> {
         self.warming.as_ref().or(self.starting.last())
@@ -155,8 +161,8 @@ impl<A: Apply> ConfigStore<A> {
                 return Ok(());
             }
         }
-        let listener = match resources::parse(name, &resource.body, |message: &Message| &message.name, parse::listener)
-        {
+        let parsed = resources::parse(name, &resource.body, |message: &Message| &message.name, parse::listener);
+        let listener = match parsed.and_then(|listener| state.check_listener(&listener).map(|()| listener)) {
             Ok(listener) => listener,
             Err(error) => return Err(Box::new((resource, error))),
         };

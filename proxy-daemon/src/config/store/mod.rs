@@ -9,7 +9,7 @@
 //! - An update is answered when all of it has taken effect ([`updates`]).
 //! - The start has phases ([`state::Phase`]): what comes before everything (RTDS), then clusters, then listeners.
 //!
-//! # A new type of resources that are asked for by name (SDS, ...)
+//! # A new type of resources that are asked for by name
 //!
 //! 1. `kinds.rs`: a variant of [`Kind`](kinds::Kind) and of `Value`, and their arms: the type URL, what the log calls it, how
 //!    it is parsed.
@@ -33,12 +33,14 @@ mod listeners;
 mod named;
 mod resources;
 mod scopes;
+mod secrets;
 mod snapshot;
 mod state;
 mod updates;
 mod watched;
 
 use std::{
+    collections::BTreeSet,
     future::pending,
     sync::{
         Arc, Mutex, MutexGuard,
@@ -97,6 +99,8 @@ pub struct StartUp {
     pub cds: Option<ConfigSource>,
     /// Where listeners come from, besides the bootstrap.
     pub lds: Option<ConfigSource>,
+    /// The names of the bootstrap's secrets.
+    pub secrets: BTreeSet<Arc<str>>,
 }
 
 /// How far the start has come.

@@ -13,7 +13,7 @@ use culvert_xds_client::{
 use super::{
     Apply, ConfigStore, counts,
     kinds::{Kind, Need, Value},
-    resources,
+    resources, secrets,
     state::State,
     updates::UpdateId,
     watched::{Owner, User, VersionId},
@@ -54,7 +54,7 @@ impl<A: Apply> ConfigStore<A> {
         for name in update.removed {
             match kind {
                 // In use, they stay, as in Envoy.
-                Kind::Endpoints | Kind::Routes | Kind::Scopes => {}
+                Kind::Endpoints | Kind::Routes | Kind::Scopes | Kind::Secrets => {}
                 Kind::Runtime => self.remove_runtime(state, source, &name),
                 Kind::ExtensionConfigs => {
                     self.remove_extension_config(state, source, &name);
@@ -90,10 +90,11 @@ impl<A: Apply> ConfigStore<A> {
             self.count(state, kind, &name, &users, true);
             return Ok(());
         }
-        let parsed = kind.parse(&name, &resource.body).and_then(|value| state.check(&value).map(|()| value));
+        let users = entry.users.clone();
+        let parsed = kind.parse(&name, &resource.body);
+        let parsed = parsed.and_then(|value| state.check(&value, (source, &name), &users).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let parsed = parsed.and_then(|value| entry.places.parse(&value).map(|filters| (value, filters)));
-        let users = entry.users.clone();
         self.drop_held(state, source, &name);
         if let Ok((Value::Routes(routes), _)) = &parsed
             && self.hold(state, source, &resource, routes, id)
@@ -121,7 +122,7 @@ impl<A: Apply> ConfigStore<A> {
         self.count(state, kind, &name, &users, result.is_ok());
         // A resource that is refused is not waited for any longer, as in Envoy.
         self.settle(state, kind, source, &name);
-        if kind == Kind::Endpoints
+        if matches!(kind, Kind::Endpoints | Kind::Secrets)
             && let Some(entry) = state.watched[kind as usize].get_mut(source, &name)
         {
             entry.value = None;
@@ -147,6 +148,7 @@ impl<A: Apply> ConfigStore<A> {
             Value::Runtime(values) => self.0.apply.set_runtime(source, name, HashMap::clone(values)),
             // Each place has what was read for it.
             Value::ExtensionConfig(_) => {}
+            Value::Secret(secret) => self.0.apply.set_secret(secrets::name(source, name), secret.clone()),
         }
     }
 
@@ -169,6 +171,7 @@ impl<A: Apply> ConfigStore<A> {
             Kind::Runtime => counts::runtime_update(accepted),
             // Counted where they are taken.
             Kind::ExtensionConfigs | Kind::Scopes => {}
+            Kind::Secrets => counts::secret_update(name, accepted),
         }
     }
 
@@ -217,8 +220,10 @@ impl<A: Apply> ConfigStore<A> {
                 counts::route_timeout(&prefix, name);
             }
         }
-        if kind == Kind::Runtime {
-            counts::runtime_timeout();
+        match kind {
+            Kind::Runtime => counts::runtime_timeout(),
+            Kind::Secrets => counts::secret_timeout(name),
+            Kind::Endpoints | Kind::Scopes | Kind::Routes | Kind::ExtensionConfigs => {}
         }
         if let Some(entry) = state.watched(kind).get(source, name) {
             entry.places.timed_out();
@@ -243,6 +248,7 @@ impl<A: Apply> ConfigStore<A> {
                     state.scopes.remove(&wanted.from.source);
                     self.0.apply.remove_scopes(&wanted.from.source);
                 }
+                Kind::Secrets => self.0.apply.remove_secret(&secrets::name(&wanted.from.source, &wanted.name)),
                 Kind::Endpoints | Kind::Runtime | Kind::ExtensionConfigs => {}
             }
         }
@@ -251,9 +257,12 @@ impl<A: Apply> ConfigStore<A> {
 
 impl State {
     /// What a resource is held to besides its own fields.
-    fn check(&self, value: &Value) -> Result<(), FieldError> {
-        let Value::Routes(routes) = value else { return Ok(()) };
-        self.check_routes(routes)
+    fn check(&self, value: &Value, named: (&Source, &str), users: &[User]) -> Result<(), FieldError> {
+        match value {
+            Value::Routes(routes) => self.check_routes(routes),
+            Value::Secret(secret) => self.check_secret(secret, named, users),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn check_routes(&self, routes: &RouteConfig) -> Result<(), FieldError> {

@@ -1,6 +1,10 @@
 //! All that the store knows, and the waits.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use culvert_xds_client::{api::culvert::overrides::v1::OffloadedService, source::Source};
 use tokio::time::Instant;
@@ -81,6 +85,8 @@ pub(in crate::config) struct State {
     pub(in crate::config) scopes: AllScopes,
     /// Scopes have changed since they were counted.
     pub(super) scopes_changed: bool,
+    /// The names of the bootstrap's.
+    pub(super) static_secrets: BTreeSet<Arc<str>>,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
@@ -108,6 +114,7 @@ impl State {
             watched: Kind::ALL.map(Watched::new),
             scopes: AllScopes::new(),
             scopes_changed: false,
+            static_secrets: start.secrets.clone(),
             offloaded: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,
@@ -132,7 +139,7 @@ impl State {
     pub(super) fn acquire(&mut self, needs: &[Need], owner: &Owner, version: VersionId, now: Instant) -> usize {
         let mut waiting = 0;
         for need in needs {
-            let Need { kind, wanted, optional } = need;
+            let Need { kind, wanted, optional, .. } = need;
             match self.watched[*kind as usize].acquire(need, owner.clone(), version, now) {
                 Asked::Settled => continue,
                 Asked::Waiting => {}

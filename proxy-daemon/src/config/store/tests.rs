@@ -19,7 +19,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use super::*;
 use crate::{
     config::{
-        model::{LocalityEndpoints, RouteConfig},
+        model::{LocalityEndpoints, RouteConfig, Secret, SecretName},
         parse,
         status::{Missing, Version},
     },
@@ -95,6 +95,12 @@ impl Apply for Recorder {
         let what = delivered.as_ref().map(|factory| format!("{factory:?}"));
         self.note(format!("filter {} {}", place.wanted.name, what.as_deref().unwrap_or("as by default")));
         place.set(delivered);
+    }
+    fn set_secret(&self, name: SecretName, secret: Secret) {
+        self.note(format!("secret {}: {}", name.name, secret.secret_type().field()));
+    }
+    fn remove_secret(&self, name: &SecretName) {
+        self.note(format!("no secret {}", name.name));
     }
     fn set_offloaded(&self, table: OffloadedTable) {
         self.note(format!("offloaded {}", table != OffloadedTable::default()));
@@ -202,7 +208,12 @@ fn store_with(
     listeners: Vec<model::Listener>,
 ) -> (Fixture, Recorder) {
     let from = |type_url: String| expected.contains(&type_url).then(ConfigSource::default);
-    let start = StartUp { first: Vec::new(), cds: from(Cluster::type_url()), lds: from(Listener::type_url()) };
+    let start = StartUp {
+        first: Vec::new(),
+        cds: from(Cluster::type_url()),
+        lds: from(Listener::type_url()),
+        ..StartUp::default()
+    };
     start_up(start, clusters, listeners)
 }
 
@@ -331,4 +342,5 @@ mod listeners;
 mod named;
 mod runtime;
 mod scopes;
+mod secrets;
 mod start;

@@ -11,15 +11,15 @@ fn layer(name: &str, values: &str) -> Resource {
 
 /// A store that has asked for the layers `a` and `b`, and has a static cluster and CDS to come.
 fn asking() -> (Fixture, Recorder) {
-    let need = |name: &str| Need {
-        kind: Kind::Runtime,
-        wanted: ResourceRef { name: name.into(), from: ConfigSource::default() },
-        optional: false,
-    };
+    let wanted = |name: &str| ResourceRef { name: name.into(), from: ConfigSource::default() };
+    let need = |name: &str| Need::new(Kind::Runtime, wanted(name));
     let first = vec![need("a"), need("b")];
     let (clusters, _) = static_resources();
-    let (store, calls) =
-        start_up(StartUp { first, cds: Some(ConfigSource::default()), lds: None }, clusters, Vec::new());
+    let (store, calls) = start_up(
+        StartUp { first, cds: Some(ConfigSource::default()), lds: None, ..StartUp::default() },
+        clusters,
+        Vec::new(),
+    );
     let wanted = Interest::Names(["a".to_owned(), "b".to_owned()].into());
     assert_eq!(store.wanted(), BTreeMap::from([(Runtime::type_url(), wanted)]), "nothing else is asked for");
     assert_eq!(calls.take(), Vec::<String>::new());
