@@ -25,6 +25,7 @@ use culvert_proxy_daemon::{
     report,
     runtime::{DataPlane, Options},
     stats::{self, Metric},
+    tls,
 };
 use culvert_xds_client::{
     grpc::Dialer,
@@ -132,7 +133,7 @@ async fn serve(
 async fn run(
     flags: &Flags,
     message: BootstrapMessage,
-    bootstrap: Bootstrap,
+    mut bootstrap: Bootstrap,
     log_level: LogControl,
     plane: &DataPlane,
     signals: &mut Signals,
@@ -191,6 +192,7 @@ async fn run(
     for (name, secret) in bootstrap.secrets {
         plane.secrets().set(name, secret);
     }
+    tls::secure_servers(&mut bootstrap.servers, &bootstrap.clusters, plane.secrets());
     if let Some(service) = bootstrap.load_stats {
         // Checked with the bootstrap.
         let server = service.target.server(&bootstrap.servers).context("cluster_manager.load_stats_config")?;

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::ClientConfig;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -50,15 +50,15 @@ pub(crate) async fn connect(
     protocol: &'static str,
 ) -> Result<Connection, ConnectError> {
     let limit = server.connect_timeout;
-    let connection = tokio::time::timeout(limit, open(server.tls.as_ref(), address, protocol)).await;
+    let connection = tokio::time::timeout(limit, open(server.tls.as_deref(), address, protocol)).await;
     connection.map_err(|_| ConnectError::Timeout(limit))?
 }
 
-async fn open(tls: Option<&Tls>, address: &str, protocol: &'static str) -> Result<Connection, ConnectError> {
+async fn open(tls: Option<&dyn Tls>, address: &str, protocol: &'static str) -> Result<Connection, ConnectError> {
     if let Some(path) = address.strip_prefix("unix:") {
         let stream = UnixStream::connect(path).await.map_err(ConnectError::Connect)?;
         // Without an address of its own: any will do, none is sent.
-        return secure(tls, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
+        return secure(tls, address, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
     }
     let stream = TcpStream::connect(address).await.map_err(ConnectError::Connect)?;
     let peer = stream.peer_addr().map_err(ConnectError::Connect)?.ip();
@@ -66,23 +66,26 @@ async fn open(tls: Option<&Tls>, address: &str, protocol: &'static str) -> Resul
     let (idle, interval, retries) = TCP_KEEPALIVE;
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(retries);
     SockRef::from(&stream).set_tcp_keepalive(&keepalive).map_err(ConnectError::Connect)?;
-    secure(tls, peer, stream, protocol).await
+    secure(tls, address, peer, stream, protocol).await
 }
 
 async fn secure<T: Stream + 'static>(
-    tls: Option<&Tls>,
+    tls: Option<&dyn Tls>,
+    address: &str,
     peer: std::net::IpAddr,
     stream: T,
     protocol: &'static str,
 ) -> Result<Connection, ConnectError> {
     let Some(tls) = tls else { return Ok(Connection(Box::new(stream))) };
-    let mut config = (tls.config)().ok_or(ConnectError::NoCertificates)?;
+    let mut config = tls.config().ok_or(ConnectError::NoCertificates)?;
     if config.alpn_protocols.is_empty() {
         let config: &mut ClientConfig = Arc::make_mut(&mut config);
         config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
     }
-    let name = tls.server_name.clone().unwrap_or_else(|| ServerName::IpAddress(peer.into()));
-    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Handshake)?;
+    let name = tls.server_name(address, peer);
+    let stream = TlsConnector::from(config).connect(name, stream).await;
+    tls.done(stream.as_ref().map(|stream| stream.get_ref().1));
+    let stream = stream.map_err(ConnectError::Handshake)?;
     match stream.get_ref().1.alpn_protocol() {
         Some(agreed) if agreed != protocol.as_bytes() => {
             Err(ConnectError::Protocol(String::from_utf8_lossy(agreed).into_owned(), protocol))

@@ -1,8 +1,8 @@
 //! Where resources come from: Envoy's `ConfigSource`, checked.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use rustls::{ClientConfig, pki_types::ServerName};
+use rustls::{ClientConfig, ClientConnection, pki_types::ServerName};
 
 use crate::ads::Variant;
 
@@ -136,7 +136,7 @@ pub struct Server {
     /// The longest that one attempt to connect may take.
     pub connect_timeout: Duration,
     /// How connections are encrypted; `None`: not.
-    pub tls: Option<Tls>,
+    pub tls: Option<Arc<dyn Tls>>,
     /// It is polled over HTTP/2 instead of HTTP/1.1. gRPC is always over HTTP/2.
     pub http2: bool,
 }
@@ -149,17 +149,15 @@ impl Server {
 }
 
 /// How connections to a server are encrypted.
-#[derive(Clone)]
-pub struct Tls {
-    /// Called for each connection, so that certificates may change. `None`: they have not arrived yet, and no connection
-    /// is possible. The protocols to offer (ALPN) are set by the transport where the configuration has none.
-    pub config: Arc<dyn Fn() -> Option<Arc<ClientConfig>> + Send + Sync>,
-    /// The name that the server is asked for; `None`: none is sent, and the server's address is its name.
-    pub server_name: Option<ServerName<'static>>,
-}
+pub trait Tls: fmt::Debug + Send + Sync {
+    /// Asked for each connection, so that certificates may change. `None`: they have not arrived yet, and no connection is
+    /// possible. The protocols to offer (ALPN) are set by the transport where the configuration has none.
+    fn config(&self) -> Option<Arc<ClientConfig>>;
 
-impl fmt::Debug for Tls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tls").field("server_name", &self.server_name).finish_non_exhaustive()
-    }
+    /// The name that the server is asked for: `endpoint` is its address as in [`Server::endpoints`], `peer` where it was
+    /// found. An IP address is not sent.
+    fn server_name(&self, endpoint: &str, peer: IpAddr) -> ServerName<'static>;
+
+    /// Told of each handshake.
+    fn done(&self, handshake: Result<&ClientConnection, &io::Error>);
 }

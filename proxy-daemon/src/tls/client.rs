@@ -7,7 +7,7 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use rustls::{
-    ClientConfig,
+    ClientConfig, CommonState,
     client::Resumption,
     pki_types::ServerName,
     sign::{CertifiedKey, SingleCertAndKey},
@@ -104,6 +104,19 @@ impl ClientTls {
         own.unwrap_or_else(|| ServerName::IpAddress(address.into()))
     }
 
+    /// Counts a handshake of somebody else's with this context.
+    pub(super) fn count(&self, handshake: Result<&CommonState, &std::io::Error>) {
+        match handshake {
+            Ok(connection) => self.stats.complete(connection),
+            Err(error) => self.stats.failed(error),
+        }
+    }
+
+    /// Counts a connection that was not made for want of a secret.
+    pub(super) fn not_ready(&self) {
+        self.stats.upstream_context_secrets_not_ready.inc();
+    }
+
     /// Shakes hands with a host.
     ///
     /// # Errors
@@ -119,19 +132,12 @@ impl ClientTls {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Some(config) = self.config(alpn) else {
-            self.stats.upstream_context_secrets_not_ready.inc();
+            self.not_ready();
             return Err(std::io::Error::other("the certificates have not arrived yet"));
         };
-        match TlsConnector::from(config).connect(self.server_name(hostname, address), stream).await {
-            Ok(stream) => {
-                self.stats.complete(stream.get_ref().1);
-                Ok(stream)
-            }
-            Err(error) => {
-                self.stats.failed(&error);
-                Err(error)
-            }
-        }
+        let stream = TlsConnector::from(config).connect(self.server_name(hostname, address), stream).await;
+        self.count(stream.as_ref().map(|stream| -> &CommonState { stream.get_ref().1 }));
+        stream
     }
 
     /// What `/certs` shows: the trusted issuers and our own certificates, where the secrets are there.
@@ -148,22 +154,6 @@ impl SecretUser for ClientTls {
             Err(error) => tracing::error!(%error, "a changed secret cannot be used; the context before stays"),
         }
     }
-}
-
-/// rustls' configuration for a connection that is not a cluster's, such as the control plane's: it offers `h2`, or what the
-/// context says. `None` where a secret is missing.
-///
-/// # Errors
-/// What the library does not take.
-pub fn client_config(
-    config: &UpstreamTlsContext,
-    owner: &Scope,
-    secrets: &Secrets,
-) -> Result<Option<Arc<ClientConfig>>, String> {
-    let Some(needed) = secrets.resolve(&config.common) else { return Ok(None) };
-    let stats = Arc::new(SslStats::new(owner, "client_ssl_socket_factory"));
-    let context = build(config, needed, &stats)?;
-    Ok(Some(Arc::clone(&context.configs[AlpnFallback::Http2 as usize])))
 }
 
 fn build(config: &UpstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> Result<Context, String> {

@@ -6,6 +6,7 @@
 
 mod certificate;
 mod client;
+mod control_plane;
 mod peer;
 mod secrets;
 mod server;
@@ -20,7 +21,8 @@ use rustls::{SupportedProtocolVersion, crypto::CryptoProvider};
 
 pub use self::{
     certificate::{Material, SocketCertificates, certificate_json, tls_certificate, trusted_ca},
-    client::{AlpnFallback, ClientTls, client_config},
+    client::{AlpnFallback, ClientTls},
+    control_plane::{not_ready, secure_servers},
     peer::{PeerText, TlsInfo},
     secrets::{SecretUser, Secrets},
     server::ServerTls,

@@ -195,6 +195,17 @@ pub enum EndpointAddress {
     Pipe(PathBuf),
 }
 
+impl EndpointAddress {
+    /// As the transports of xDS want it (`Server::endpoints`).
+    pub fn dial(&self) -> String {
+        match self {
+            EndpointAddress::Ip(address) => address.to_string(),
+            EndpointAddress::Dns { host, port } => format!("{host}:{port}"),
+            EndpointAddress::Pipe(path) => format!("unix:{}", path.display()),
+        }
+    }
+}
+
 /// `envoy.config.core.v3.HealthStatus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum HealthStatus {

@@ -33,12 +33,13 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, EndpointAddress, Listener, NetworkFilterConfig, ResourceRef,
-            RouteSource, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, Listener, NetworkFilterConfig, ResourceRef, RouteSource,
+            ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     intercept::InterceptionConfig,
     layered_runtime::Layer,
+    tls,
 };
 
 /// A checked bootstrap.
@@ -56,7 +57,8 @@ pub struct Bootstrap {
     pub listeners: Vec<Listener>,
     /// The aggregated discovery service, where there is one.
     pub ads: Option<GrpcSource>,
-    /// Servers that a config source may name, by cluster.
+    /// Servers that a config source may name, by cluster. Those with TLS cannot be reached before
+    /// [`tls::secure_servers`].
     pub servers: BTreeMap<String, Server>,
     /// Where load reports go.
     pub load_stats: Option<GrpcService>,
@@ -220,15 +222,11 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
     let known = clusters.iter().filter(|it| matches!(it.discovery, Discovery::Static | Discovery::StrictDns { .. }));
     let server = |cluster: &ClusterConfig| {
         let endpoints = cluster.endpoints.iter().flat_map(|group| &group.endpoints);
-        let address = |address: &EndpointAddress| match address {
-            EndpointAddress::Ip(address) => Some(address.to_string()),
-            EndpointAddress::Dns { host, port } => Some(format!("{host}:{port}")),
-            EndpointAddress::Pipe(path) => Some(format!("unix:{}", path.display())),
-        };
         Server {
-            endpoints: endpoints.filter_map(|endpoint| address(&endpoint.address)).collect(),
+            endpoints: endpoints.map(|endpoint| endpoint.address.dial()).collect(),
             connect_timeout: cluster.connect_timeout,
-            tls: None,
+            // Its secrets are not at hand here: until they are, it cannot be reached.
+            tls: cluster.tls.as_ref().map(|_| tls::not_ready()),
             http2: matches!(cluster.protocol, UpstreamProtocol::Http2(_)),
         }
     };

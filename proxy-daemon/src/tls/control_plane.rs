@@ -1,0 +1,86 @@
+//! TLS to control planes: clusters of the bootstrap that a config source, load reports or health discovery name.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use culvert_xds_client::source::{Server, Tls};
+use rustls::{ClientConfig, ClientConnection, CommonState, pki_types::ServerName};
+
+use super::{
+    client::{AlpnFallback, ClientTls},
+    secrets::Secrets,
+};
+use crate::{
+    config::model::{ClusterConfig, EndpointAddress},
+    stats::Scope,
+};
+
+/// The context of a server whose secrets nobody has been asked for yet: there are no connections to it.
+#[derive(Debug)]
+struct NotReady;
+
+/// What stands for a server's TLS until [`secure_servers`]: it lets nothing through.
+pub fn not_ready() -> Arc<dyn Tls> {
+    Arc::new(NotReady)
+}
+
+impl Tls for NotReady {
+    fn config(&self) -> Option<Arc<ClientConfig>> {
+        None
+    }
+
+    fn server_name(&self, _: &str, peer: IpAddr) -> ServerName<'static> {
+        ServerName::IpAddress(peer.into())
+    }
+
+    fn done(&self, _: Result<&ClientConnection, &io::Error>) {}
+}
+
+/// A cluster's context, for connections that are not its workers'. It counts where theirs does.
+#[derive(Debug)]
+struct ServerTls {
+    tls: Arc<ClientTls>,
+    /// Names of endpoints, by address.
+    hostnames: HashMap<String, String>,
+}
+
+impl Tls for ServerTls {
+    fn config(&self) -> Option<Arc<ClientConfig>> {
+        let config = self.tls.config(AlpnFallback::None);
+        if config.is_none() {
+            self.tls.not_ready();
+        }
+        config
+    }
+
+    fn server_name(&self, endpoint: &str, peer: IpAddr) -> ServerName<'static> {
+        self.tls.server_name(self.hostnames.get(endpoint).map_or("", String::as_str), peer)
+    }
+
+    fn done(&self, handshake: Result<&ClientConnection, &io::Error>) {
+        self.tls.count(handshake.map(|connection| -> &CommonState { connection }));
+    }
+}
+
+/// Gives each server the TLS context of its cluster, whose secrets come from `secrets`, now or later.
+pub fn secure_servers(servers: &mut BTreeMap<String, Server>, clusters: &[ClusterConfig], secrets: &Arc<Secrets>) {
+    for cluster in clusters {
+        let (Some(server), Some(config)) = (servers.get_mut(&*cluster.name), &cluster.tls) else { continue };
+        let endpoints = cluster.endpoints.iter().flat_map(|group| &group.endpoints);
+        let hostnames = endpoints.filter_map(|endpoint| {
+            let name = match &endpoint.address {
+                _ if !endpoint.hostname.is_empty() => &endpoint.hostname,
+                EndpointAddress::Dns { host, .. } => host,
+                _ => return None,
+            };
+            Some((endpoint.address.dial(), name.clone()))
+        });
+        let hostnames = hostnames.collect();
+        let tls = ClientTls::new(Arc::clone(config), &Scope::cluster(&cluster.stat_name), secrets);
+        server.tls = Some(Arc::new(ServerTls { tls, hostnames }));
+    }
+}
