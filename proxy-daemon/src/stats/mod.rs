@@ -12,15 +12,17 @@ mod registry;
 mod response_codes;
 mod scope;
 mod slab;
+mod snapshot;
 mod tags;
 mod text;
 
 pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
 pub use metric::{Metric, Value};
 pub use prometheus::write_prometheus;
-pub use registry::{Kind, Lease, flush_intervals, register_worker, reset_counters, snapshot};
+pub use registry::{Kind, Lease, register_worker, reset_counters};
 pub use response_codes::ResponseCodes;
 pub use scope::Scope;
+pub use snapshot::{flush_intervals, snapshot};
 pub use text::{HistogramBuckets, Query, write_json, write_text};
 
 /// A number that only grows. A handle: copying it is free, and the same name always gives the same one.

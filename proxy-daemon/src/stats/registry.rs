@@ -7,10 +7,9 @@ use std::{
 };
 
 use super::{
-    Counter, Gauge, Histogram, Metric, Scope, Summary, Value,
+    Counter, Gauge, Histogram, Scope, Summary,
     group::{Group, Leaves, Root},
     histogram::Buckets,
-    metric::Name,
     slab,
     tags::TaggedName,
 };
@@ -29,37 +28,37 @@ pub enum Kind {
 }
 
 /// One name in the registry that is not in a group.
-struct Entry {
-    name: Arc<TaggedName>,
-    slot: u32,
+pub(super) struct Entry {
+    pub(super) name: Arc<TaggedName>,
+    pub(super) slot: u32,
 }
 
 /// The last flush of a histogram.
 #[derive(Default)]
-struct Interval {
-    total: Summary,
-    recorded: Summary,
+pub(super) struct Interval {
+    pub(super) total: Summary,
+    pub(super) recorded: Summary,
 }
 
-struct Registry {
+pub(super) struct Registry {
     /// The groups of the scopes that have labels, by the names of their roots, which end with a dot.
-    groups: BTreeMap<Arc<str>, Group>,
+    pub(super) groups: BTreeMap<Arc<str>, Group>,
     /// What comes after the roots.
-    leaves: Leaves,
+    pub(super) leaves: Leaves,
     /// The groups in which something is removed.
     with_removed: HashSet<Arc<str>>,
     /// The other names that are shown.
-    shown: BTreeMap<(Arc<str>, Kind), Entry>,
+    pub(super) shown: BTreeMap<(Arc<str>, Kind), Entry>,
     /// Those whose scope is gone: they keep their slots, because handles to them may still be about.
     removed: HashMap<(Arc<str>, Kind), Removed>,
     /// How many hold each scope, by its name.
     leases: HashMap<String, usize>,
     /// Texts that are in no group, by their names.
-    texts: BTreeMap<Arc<str>, (Arc<TaggedName>, Arc<str>)>,
+    pub(super) texts: BTreeMap<Arc<str>, (Arc<TaggedName>, Arc<str>)>,
     /// Slots of counters that are never shown.
     hidden: HashMap<Box<str>, u32>,
-    slots: Slots,
-    intervals: HashMap<u32, Interval>,
+    pub(super) slots: Slots,
+    pub(super) intervals: HashMap<u32, Interval>,
     /// Gauges that are set: nobody will take them down.
     set: HashSet<u32>,
     /// How many may be removed before the slots of those that nobody holds are looked for.
@@ -67,10 +66,10 @@ struct Registry {
 }
 
 /// Which slots are handed out.
-struct Slots {
+pub(super) struct Slots {
     /// Slots handed out. Slot 0 is never given a name: it is what names share when there are too many.
     values: usize,
-    histograms: usize,
+    pub(super) histograms: usize,
     /// Slots handed out once, and free again.
     free_values: Vec<u32>,
     free_histograms: Vec<u32>,
@@ -90,7 +89,7 @@ const CROWDED: usize = 4096;
 static RELEASED: Mutex<Vec<Scope>> = Mutex::new(Vec::new());
 
 /// Held for reading by those who read values without the registry: slots are not given to other names meanwhile.
-static READING: RwLock<()> = RwLock::new(());
+pub(super) static READING: RwLock<()> = RwLock::new(());
 
 static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
     slab::grow(1, 1);
@@ -110,7 +109,7 @@ static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
     })
 });
 
-fn lock() -> MutexGuard<'static, Registry> {
+pub(super) fn lock() -> MutexGuard<'static, Registry> {
     // Nothing in here leaves the maps half-changed, so a panic elsewhere while locked does not matter.
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -229,7 +228,7 @@ impl Registry {
 
 impl Registry {
     /// Takes away the scopes that nobody holds any more.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let released = std::mem::take(&mut *RELEASED.lock().unwrap_or_else(PoisonError::into_inner));
         for scope in released {
             let name = scope.name();
@@ -291,7 +290,7 @@ impl Registry {
 
     /// Makes the slots of removed statistics free that nobody can write any more: their scope is held by nobody, and all its
     /// gauges are at zero. A guard that takes a gauge down when it is dropped may outlive what holds the scope.
-    fn reclaim(&mut self) {
+    pub(super) fn reclaim(&mut self) {
         let Ok(_nobody_reads) = READING.try_write() else { return };
         let Registry { groups, leaves, with_removed, removed, leases, slots, intervals, set, .. } = self;
         let is_up = |kind, slot| kind == Kind::Gauge && !set.contains(&slot) && slab::sum(slot) != 0;
@@ -444,70 +443,6 @@ pub fn register_worker(index: usize) {
     let registry = lock();
     if !slab::lease(registry.slots.values, registry.slots.histograms) {
         tracing::warn!(worker = index, "too many worker threads for counters of their own: this one shares");
-    }
-}
-
-/// Every statistic with its value, in the order of the names; texts after the others.
-pub fn snapshot() -> Vec<Metric> {
-    let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
-    let mut registry = lock();
-    registry.settle();
-    let (mut found, mut texts) = (Vec::new(), Vec::new());
-    for group in registry.groups.values() {
-        let name = |leaf: u32| Name::Parts(Arc::clone(&group.root), Arc::clone(registry.leaves.get(leaf)));
-        let from = found.len();
-        found.extend(group.shown.iter().map(|(leaf, slot)| (name(*leaf), registry.leaves.get(*leaf).kind, *slot)));
-        found[from..].sort_by(|a, b| a.0.leaf().cmp(b.0.leaf()));
-        texts.extend(group.texts.iter().map(|(leaf, text)| (name(*leaf), Arc::clone(text))));
-    }
-    let shown = registry.shown.iter();
-    found.extend(shown.map(|((_, kind), entry)| (Name::Whole(Arc::clone(&entry.name)), *kind, entry.slot)));
-    texts.extend(registry.texts.values().map(|(name, text)| (Name::Whole(Arc::clone(name)), Arc::clone(text))));
-    let intervals: HashMap<u32, Summary> =
-        registry.intervals.iter().map(|(slot, interval)| (*slot, interval.recorded.clone())).collect();
-    drop(registry);
-    let value = |kind: Kind, slot: u32| match kind {
-        Kind::Counter => Value::Counter(slab::sum(slot)),
-        Kind::Gauge => Value::Gauge { value: Gauge(slot).value(), used: slab::all().any(|slab| slab.value(slot) != 0) },
-        Kind::Histogram => Value::Histogram {
-            interval: intervals.get(&slot).cloned().unwrap_or_default(),
-            cumulative: summary(Histogram(slot)),
-        },
-        // Kept elsewhere.
-        Kind::TextReadout => Value::Text(Arc::default()),
-    };
-    let mut metrics: Vec<_> =
-        found.into_iter().map(|(name, kind, slot)| Metric { name, kind, value: value(kind, slot) }).collect();
-    metrics.sort_by(Metric::order);
-    let from = metrics.len();
-    let text = |(name, text)| Metric { name, kind: Kind::TextReadout, value: Value::Text(text) };
-    metrics.extend(texts.into_iter().map(text));
-    metrics[from..].sort_by(Metric::order);
-    metrics
-}
-
-/// Ends the histograms' interval and begins the next: `/stats` shows the one that ended. Envoy's flush interval is 5 s.
-///
-/// Slots that nobody uses any more become free here.
-pub fn flush_intervals() {
-    let histograms = {
-        let mut registry = lock();
-        registry.settle();
-        registry.reclaim();
-        registry.slots.histograms as u32
-    };
-    let _slots_stay = READING.read().unwrap_or_else(PoisonError::into_inner);
-    // Most of a large configuration's histograms never saw a value.
-    let used = (1..histograms).filter(|slot| slab::all().any(|slab| slab.buckets(*slot).is_some()));
-    let totals: Vec<_> = used.map(|slot| (slot, summary(Histogram(slot)))).collect();
-    let mut registry = lock();
-    for (slot, total) in totals {
-        if total.count() == 0 {
-            continue;
-        }
-        let interval = registry.intervals.entry(slot).or_default();
-        interval.recorded = total.since(&interval.total);
-        interval.total = total;
     }
 }
 

@@ -324,3 +324,26 @@ fn what_comes_back_before_its_slots_are_free_keeps_them() {
     assert_eq!(scope.counter("code_200"), code, "the scope is held: nothing in it is given away");
     drop(lease);
 }
+
+#[test]
+fn names_are_in_order_whatever_group_they_are_in() {
+    let _alone = alone();
+    let scope = |name: &str| Scope::new("t20").tagged("envoy_cluster_name", name);
+    let leases = [scope("a"), scope("a.b"), scope("a-b")].map(|scope| scope.lease());
+    for name in ["a-b", "a.b", "a"] {
+        ["z", "c.d", "b"].into_iter().for_each(|leaf| scope(name).counter(leaf).add(0));
+    }
+    counter("t20.a0").inc();
+    let guessed = counter("t20.a.guessed");
+    assert_eq!(scope("a").counter("guessed"), guessed, "a name is looked for in the groups");
+    let names: Vec<_> = under("t20.").iter().map(|metric| metric.name().into_owned()).collect();
+    let mut sorted = names.clone();
+    sorted.sort();
+    assert_eq!((names.len(), &names), (11, &sorted));
+    drop(leases);
+    assert_eq!(text("t20."), "t20.a0: 1\n", "with their scopes all go");
+    flush_intervals();
+    let (slots, again) = (registry::slots(), scope("c"));
+    ["z", "c.d", "b"].into_iter().for_each(|leaf| again.counter(leaf).add(0));
+    assert_eq!(registry::slots(), slots, "slots are used again");
+}
