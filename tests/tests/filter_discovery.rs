@@ -48,18 +48,18 @@ fn listener(port: u16, filter: &str, timeout: &str, more: &str) -> String {
 
 fn router(suppress_envoy_headers: bool) -> Any {
     let message = Router { suppress_envoy_headers, ..Default::default() };
-    Any { type_url: Router::type_url(), value: message.encode_to_vec().into() }
+    Any { type_url: Router::type_url(), value: message.encode_to_vec() }
 }
 
 fn buffer() -> Any {
     let message = Buffer { max_request_bytes: Some(UInt32Value { value: 1 }) };
-    Any { type_url: Buffer::type_url(), value: message.encode_to_vec().into() }
+    Any { type_url: Buffer::type_url(), value: message.encode_to_vec() }
 }
 
 /// A configuration to be delivered.
 fn named(name: &str, version: &str, config: Any) -> Resource {
     let message = TypedExtensionConfig { name: name.to_owned(), typed_config: Some(config) };
-    let body = Any { type_url: TypedExtensionConfig::type_url(), value: message.encode_to_vec().into() };
+    let body = Any { type_url: TypedExtensionConfig::type_url(), value: message.encode_to_vec() };
     Resource { name: name.to_owned(), version: version.to_owned(), body }
 }
 

@@ -137,7 +137,7 @@ fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpF
         Ok(HttpFilterEntry { name: filter.name.as_str().into(), source })
     };
     if count == 0 {
-        let text = "at least one HTTP filter is needed: add envoy.filters.http.router";
+        let text = "a list without filters is not supported by culvert yet: add envoy.filters.http.router";
         return Err(FieldError::new(join(path, "http_filters"), text));
     }
     manager.http_filters.iter().enumerate().map(parse).collect()
