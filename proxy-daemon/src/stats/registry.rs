@@ -60,7 +60,7 @@ pub(super) struct Registry {
     pub(super) slots: Slots,
     pub(super) intervals: HashMap<u32, Interval>,
     /// Gauges that are set: nobody will take them down.
-    set: HashSet<u32>,
+    pub(super) set: HashSet<u32>,
     /// How many may be removed before the slots of those that nobody holds are looked for.
     crowded: usize,
 }

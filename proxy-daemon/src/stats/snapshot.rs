@@ -1,7 +1,7 @@
 //! What the registry's slots hold, read without holding the registry.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError},
 };
 
@@ -30,10 +30,16 @@ pub fn snapshot() -> Vec<Metric> {
     texts.extend(registry.texts.values().map(|(name, text)| (Name::Whole(Arc::clone(name)), Arc::clone(text))));
     let intervals: HashMap<u32, Summary> =
         registry.intervals.iter().map(|(slot, interval)| (*slot, interval.recorded.clone())).collect();
+    // Those that count up and down may be below zero for a moment; those that are set may hold any number.
+    let gauges = found.iter().filter(|(_, kind, slot)| *kind == Kind::Gauge && registry.set.contains(slot));
+    let set: HashSet<u32> = gauges.map(|(_, _, slot)| *slot).collect();
     drop(registry);
     let value = |kind: Kind, slot: u32| match kind {
         Kind::Counter => Value::Counter(slab::sum(slot)),
-        Kind::Gauge => Value::Gauge { value: Gauge(slot).value(), used: slab::all().any(|slab| slab.value(slot) != 0) },
+        Kind::Gauge => Value::Gauge {
+            value: if set.contains(&slot) { slab::sum(slot) } else { Gauge(slot).value() },
+            used: slab::all().any(|slab| slab.value(slot) != 0),
+        },
         Kind::Histogram => Value::Histogram {
             interval: intervals.get(&slot).cloned().unwrap_or_default(),
             cumulative: summary(Histogram(slot)),

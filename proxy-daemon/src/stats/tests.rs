@@ -246,6 +246,16 @@ fn response_codes_are_counted_by_code_and_class() {
 }
 
 #[test]
+fn a_gauge_that_is_set_holds_any_number() {
+    let _alone = alone();
+    // As the hash of a version often is.
+    gauge("t14.version").set(u64::MAX - 1);
+    assert_eq!(text("t14."), format!("t14.version: {}\n", u64::MAX - 1));
+    gauge("t14.open").dec();
+    assert_eq!(text("t14.open"), "t14.open: 0\n", "closed before it was opened, as another worker sees it");
+}
+
+#[test]
 fn a_query_chooses() {
     let _alone = alone();
     counter("t10.used").inc();
