@@ -15,6 +15,7 @@ mod file;
 pub mod grpc;
 pub mod json;
 pub mod overrides;
+pub mod regular_file;
 pub mod resource_type;
 mod rest;
 pub mod source;

@@ -70,7 +70,7 @@ fn walk(directory: &Path, prefix: &str, depth: u32, values: &mut Values) -> Resu
 
 fn read(path: &Path) -> Result<String, String> {
     let mut bytes = Vec::new();
-    let file = fs::File::open(path).map_err(|error| error.to_string())?;
+    let file = culvert_xds_client::regular_file::open(path).map_err(|error| error.to_string())?;
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(format!("larger than {MAX_FILE} bytes"));

@@ -133,7 +133,9 @@ impl Core {
                 response.resources.into_iter().for_each(|body| intake.add(body));
                 // What only says that something is still good does not say what else there is.
                 let only_heartbeats = intake.taken.heartbeats > 0 && intake.taken.bodies == 0;
-                complete = subscription.interest.absence_removes(type_url) && !only_heartbeats;
+                // Nor does a response of which a part cannot be told apart: the missing resource may be that part.
+                let tells_all = !only_heartbeats && !intake.taken.unidentified;
+                complete = subscription.interest.absence_removes(type_url) && tells_all;
                 if complete {
                     intake.entries.remove_unseen(token, &mut intake.taken.offered);
                 }

@@ -46,6 +46,8 @@ pub(super) struct Intook {
     /// How many resources had a body, and how many had none.
     pub(super) bodies: usize,
     pub(super) heartbeats: usize,
+    /// Something was in there of which nobody can tell what it was meant to be.
+    pub(super) unidentified: bool,
     /// Names of `added` that were also removed.
     contradicted: BTreeSet<String>,
 }
@@ -58,7 +60,10 @@ impl Intake<'_> {
         }
         match Wrapper::decode(body.value.as_slice()) {
             Ok(wrapper) => self.add_wrapped(wrapper),
-            Err(error) => self.reject(String::new(), format!("cannot decode the resource: {error}")),
+            Err(error) => {
+                self.taken.unidentified = true;
+                self.reject(String::new(), format!("cannot decode the resource: {error}"));
+            }
         }
     }
 
@@ -126,6 +131,7 @@ impl Intake<'_> {
             },
         };
         if name.is_empty() {
+            self.taken.unidentified = true;
             return self.reject(String::new(), "name: the resource has none".to_owned());
         }
         // Nobody asked for it (or no longer): acknowledged all the same, as in Envoy.
@@ -135,6 +141,7 @@ impl Intake<'_> {
         if body.type_url != self.type_url {
             let message = format!("a {} in a response of type {}", body.type_url, self.type_url);
             self.entries.see(&name, self.token);
+            self.taken.unidentified = true;
             return self.reject(name.into_owned(), message);
         }
         let expires = match self.expiry(ttl) {

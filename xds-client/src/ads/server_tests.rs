@@ -31,6 +31,21 @@ fn sotw_of(type_url: &str, resources: Vec<Any>) -> Response {
 }
 
 #[test]
+fn what_cannot_be_told_apart_removes_nothing() {
+    let unnamed = body(CLUSTER, "", "1");
+    let undecodable =
+        Any { type_url: "type.googleapis.com/envoy.service.discovery.v3.Resource".to_owned(), value: vec![0xff] };
+    for odd in [unnamed, undecodable, body(LISTENER, "c", "1")] {
+        let mut core = asked(Variant::Sotw, CLUSTER, Interest::Wildcard);
+        take(&mut core, sotw(CLUSTER, "1", "1", &["a", "b"]));
+        let (update, _) = take(&mut core, sotw_of(CLUSTER, vec![odd.clone(), body(CLUSTER, "a", "1")]));
+        assert!(update.removed.is_empty() && !update.complete, "{odd:?} may have been b: {update:?}");
+        let (update, _) = take(&mut core, sotw(CLUSTER, "3", "3", &["a"]));
+        assert_eq!(update.removed, ["b"]);
+    }
+}
+
+#[test]
 fn empty_sotw_clusters_and_listeners_remove_all_and_anything_else_that_is_empty_keeps() {
     for (variant, type_url, removes) in [
         (Variant::Sotw, CLUSTER, true),

@@ -412,11 +412,7 @@ pub(super) fn material(source: &DataSource, path: &str) -> Result<Material> {
 
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     use std::io::{Error, Read};
-    let file = std::fs::File::open(path)?;
-    // A pipe or a device might never end.
-    if !file.metadata()?.is_file() {
-        return Err(Error::other("it is not a file"));
-    }
+    let file = culvert_xds_client::regular_file::open(path)?;
     let mut bytes = Vec::new();
     file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_FILE {
