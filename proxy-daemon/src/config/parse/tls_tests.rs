@@ -133,7 +133,7 @@ fn what_a_downstream_context_cannot_do_is_named() {
         (
             certificate("{ certificate_chain: { filename: /dev/zero }, private_key: { inline_string: $KEY } }"),
             ".tls_certificates[0].certificate_chain.filename",
-            "cannot read /dev/zero: it is not a file",
+            "cannot read /dev/zero: it is not a regular file",
         ),
         (
             certificate(
