@@ -1,6 +1,9 @@
 //! culvertd: the node proxy's data plane. One folder a concern, in the order in which a request meets them;
 //! docs/architecture.md has the picture.
 
+#[macro_use]
+mod write_to_held;
+
 pub mod access_log;
 pub mod admin;
 pub mod bootstrap;

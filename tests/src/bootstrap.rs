@@ -88,6 +88,35 @@ impl Bootstrap {
     }
 }
 
+/// A bootstrap whose clusters and listeners come over ADS (`api_type`: GRPC or DELTA_GRPC) from a control plane at a port of
+/// 127.0.0.1.
+pub fn ads_bootstrap(port: u16, api_type: &str) -> String {
+    format!(
+        r#"
+node: {{ id: node-1, cluster: test }}
+dynamic_resources:
+  ads_config:
+    api_type: {api_type}
+    transport_api_version: V3
+    grpc_services: [{{ envoy_grpc: {{ cluster_name: xds }} }}]
+  cds_config: {{ resource_api_version: V3, ads: {{}} }}
+  lds_config: {{ resource_api_version: V3, ads: {{}} }}
+static_resources:
+  clusters:
+  - name: xds
+    type: STATIC
+    connect_timeout: 1s
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {{ http2_protocol_options: {{}} }}
+    load_assignment:
+      cluster_name: xds
+      endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }} }} }}] }}]
+"#
+    )
+}
+
 /// Puts a block below a key: removes the indentation of its first line from every line and adds `width` blanks.
 fn indent(block: &str, width: usize) -> String {
     let block = block.trim_start_matches('\n').trim_end();

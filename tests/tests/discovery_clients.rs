@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::binaries::binary;
+use culvert_tests::bootstrap::ads_bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, free_port, scratch_dir};
 use culvert_tests::peers::Peer;
 use culvert_tests::stats::admin_get;
@@ -94,31 +95,7 @@ fn envoy_takes_everything() -> Result<()> {
     write_service(&manifests, 1)?;
     let discovery = Discovery::start(&manifests)?;
     for api_type in ["GRPC", "DELTA_GRPC"] {
-        let yaml = format!(
-            r#"
-node: {{ id: envoy-1, cluster: edge }}
-dynamic_resources:
-  ads_config:
-    api_type: {api_type}
-    transport_api_version: V3
-    grpc_services: [{{ envoy_grpc: {{ cluster_name: xds }} }}]
-  cds_config: {{ resource_api_version: V3, ads: {{}} }}
-  lds_config: {{ resource_api_version: V3, ads: {{}} }}
-static_resources:
-  clusters:
-  - name: xds
-    type: STATIC
-    connect_timeout: 1s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{ http2_protocol_options: {{}} }}
-    load_assignment:
-      cluster_name: xds
-      endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {} }} }} }} }}] }}]
-"#,
-            discovery.xds
-        );
+        let yaml = ads_bootstrap(discovery.xds, api_type);
         let envoy = Daemon::start(Kind::Envoy, &yaml)?;
         wait_until(DEADLINE, "Envoy to have the service", || {
             let stats = envoy.stats()?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::app::App;
+use culvert_tests::bootstrap::ads_bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::peers::Peer;
@@ -67,34 +68,6 @@ fn routes(cluster: &str) -> Value {
     })
 }
 
-/// A bootstrap for ADS at a port of 127.0.0.1.
-fn bootstrap(port: u16, api_type: &str) -> String {
-    format!(
-        r#"
-node: {{ id: node-1, cluster: peers }}
-dynamic_resources:
-  ads_config:
-    api_type: {api_type}
-    transport_api_version: V3
-    grpc_services: [{{ envoy_grpc: {{ cluster_name: xds }} }}]
-  cds_config: {{ resource_api_version: V3, ads: {{}} }}
-  lds_config: {{ resource_api_version: V3, ads: {{}} }}
-static_resources:
-  clusters:
-  - name: xds
-    type: STATIC
-    connect_timeout: 1s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{ http2_protocol_options: {{}} }}
-    load_assignment:
-      cluster_name: xds
-      endpoints: [{{ lb_endpoints: [{{ endpoint: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: {port} }} }} }} }}] }}]
-"#
-    )
-}
-
 /// Waits until the listener answers in the name of `pod`.
 fn served_by(port: u16, pod: &str) -> Result<()> {
     wait_until(DEADLINE, &format!("an answer of {pod}"), || {
@@ -113,7 +86,7 @@ fn grpc_control_plane(kind: Kind, api_type: &str) -> Result<()> {
         json!([cluster("a"), endpoints("a", at), cluster("b"), endpoints("b", two), listener(port), routes(route)])
     };
     let mut peer = Peer::grpc(&all(one, "a"))?;
-    let daemon = Daemon::start(kind, &bootstrap(peer.port, api_type))?;
+    let daemon = Daemon::start(kind, &ads_bootstrap(peer.port, api_type))?;
     served_by(port, "one")?;
     for what in
         ["cluster.v3.Cluster", "endpoint.v3.ClusterLoadAssignment", "listener.v3.Listener", "RouteConfiguration"]
