@@ -295,22 +295,24 @@ impl Inner {
         for (_, values) in &loaded {
             merged.extend(values.iter().map(|(key, entry)| (key.clone(), entry.clone())));
         }
+        let (layers, keys) = (loaded.len() as u64, merged.len() as u64);
+        state.loaded = loaded;
+        slots::publish(merged);
+        // Last: what is counted has happened.
         let stats = &self.stats;
-        stats.num_layers.set(loaded.len() as u64);
-        stats.num_keys.set(merged.len() as u64);
-        if errors == 0 {
-            stats.load_success.inc()
-        } else {
-            stats.load_error.inc()
-        }
+        stats.num_layers.set(layers);
+        stats.num_keys.set(keys);
         // More than one, not one: as in Envoy.
         if directories > 1 {
             stats.override_dir_exists.inc()
         } else {
             stats.override_dir_not_exists.inc()
         }
-        state.loaded = loaded;
-        slots::publish(merged);
+        if errors == 0 {
+            stats.load_success.inc()
+        } else {
+            stats.load_error.inc()
+        }
     }
 }
 

@@ -150,11 +150,11 @@ fn a_swapped_link_is_read_again_and_files_below_are_not_watched() {
     fs::write(at("v1/app/a/limit"), "7").unwrap();
     fs::rename(at("v1/app/text"), at("text")).unwrap();
     swap("v2");
-    wait(&|| limit.integer() == Some(2));
-    assert_eq!(loads(), 3);
+    wait(&|| loads() >= 3);
+    assert_eq!((loads(), limit.integer()), (3, Some(2)));
     // A file that is no value takes its layer out.
     swap("v3");
-    wait(&|| loads() == 4);
+    wait(&|| loads() >= 4);
     assert_eq!(limit.integer(), None);
     assert_eq!(stats::counter("runtime.load_error").value(), 1);
     assert_eq!(runtime.to_json()["layers"], json!([]));
