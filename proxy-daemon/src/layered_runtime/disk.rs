@@ -2,9 +2,10 @@
 
 use std::{
     fs,
-    io::Read as _,
     path::{Path, PathBuf},
 };
+
+use culvert_xds_client::regular_file;
 
 use super::{Entry, slots::Values};
 
@@ -69,12 +70,7 @@ fn walk(directory: &Path, prefix: &str, depth: u32, values: &mut Values) -> Resu
 }
 
 fn read(path: &Path) -> Result<String, String> {
-    let mut bytes = Vec::new();
-    let file = culvert_xds_client::regular_file::open(path).map_err(|error| error.to_string())?;
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(format!("larger than {MAX_FILE} bytes"));
-    }
+    let bytes = regular_file::read(path, MAX_FILE).map_err(|error| error.to_string())?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 

@@ -308,11 +308,7 @@ impl Inner {
         } else {
             stats.override_dir_not_exists.inc()
         }
-        if errors == 0 {
-            stats.load_success.inc()
-        } else {
-            stats.load_error.inc()
-        }
+        if errors == 0 { stats.load_success.inc() } else { stats.load_error.inc() }
     }
 }
 

@@ -6,13 +6,12 @@ use std::{convert::Infallible, path::Path, sync::Arc};
 
 use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryResponse};
 use prost::Message;
-use tokio::io::AsyncReadExt;
 
 pub(crate) use self::watch::Watches;
 use crate::{
     ads::{Response, Sink, Variant},
     driver::{Came, Driver, Interests},
-    json,
+    json, regular_file,
     source::{FileSource, Source},
     stats::ClientStats,
 };
@@ -25,8 +24,6 @@ const MAX_FILE_BYTES: u64 = crate::grpc::MAX_RESPONSE_BYTES as u64;
 enum Unusable {
     #[error("cannot read it: {0}")]
     Read(#[from] std::io::Error),
-    #[error("it is larger than {MAX_FILE_BYTES} bytes")]
-    TooLarge,
     #[error("it is not UTF-8: {0}")]
     Text(#[from] std::string::FromUtf8Error),
     #[error("{0}")]
@@ -108,13 +105,8 @@ impl<S: Sink> FileClient<S> {
 
 /// A `DiscoveryResponse` in the form that the extension says, as in Envoy: `.pb` is binary, anything else YAML or JSON.
 async fn read(path: &Path) -> Result<DiscoveryResponse, Unusable> {
-    let mut bytes = Vec::new();
     // Opening does not wait: see there.
-    let file = tokio::fs::File::from_std(crate::regular_file::open(path)?);
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).await?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(Unusable::TooLarge);
-    }
+    let bytes = regular_file::read(path, MAX_FILE_BYTES)?;
     match path.extension().and_then(|it| it.to_str()) {
         Some("pb") => Ok(DiscoveryResponse::decode(bytes.as_slice())?),
         _ => Ok(json::from_yaml(&String::from_utf8(bytes)?)?),

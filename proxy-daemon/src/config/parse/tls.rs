@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use culvert_xds_client::json::unpack;
+use culvert_xds_client::{json::unpack, regular_file};
 use envoy_types::pb::envoy::{
     config::core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
     extensions::transport_sockets::tls::v3::{
@@ -395,7 +395,7 @@ pub(super) fn material(source: &DataSource, path: &str) -> Result<Material> {
     match &source.specifier {
         Some(Specifier::InlineString(text)) => inline(text.clone().into_bytes()),
         Some(Specifier::InlineBytes(bytes)) => inline(bytes.clone()),
-        Some(Specifier::Filename(name)) => match read(Path::new(name)) {
+        Some(Specifier::Filename(name)) => match regular_file::read(Path::new(name), MAX_FILE) {
             Ok(bytes) => Ok(Material { bytes, origin: name.clone() }),
             Err(error) => Err(FieldError::new(join(path, "filename"), format!("cannot read {name}: {error}"))),
         },
@@ -408,17 +408,6 @@ pub(super) fn material(source: &DataSource, path: &str) -> Result<Material> {
         },
         None => Err(required(path, "filename")),
     }
-}
-
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    use std::io::{Error, Read};
-    let file = culvert_xds_client::regular_file::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > MAX_FILE {
-        return Err(Error::other(format!("it is larger than {} MiB", MAX_FILE >> 20)));
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]
