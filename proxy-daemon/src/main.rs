@@ -17,7 +17,7 @@ use culvert_proxy_daemon::{
     },
     config::{
         dump::Configuration,
-        parse::Bootstrap,
+        parse::{Bootstrap, StaticSecret},
         store::{self, Applier, ConfigStore, Kind, Need, StartUp},
     },
     intercept::Interception,
@@ -146,8 +146,13 @@ async fn run(
     let (subscriptions, wanted) = Subscriptions::channel();
     let source_stats = Arc::new(SourceStats::default());
     let first = runtime.rtds().map(|wanted| Need::new(Kind::Runtime, wanted.clone())).collect();
-    let secrets = bootstrap.secrets.iter().map(|(name, _)| Arc::clone(&name.name)).collect();
-    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets };
+    let secrets = bootstrap.secrets.iter().map(|secret| Arc::clone(&secret.name.name)).collect();
+    let followed = bootstrap.secrets.iter_mut().filter_map(|StaticSecret { name, followed, .. }| {
+        followed.take().map(|(message, directory)| (name.clone(), message, directory))
+    });
+    let followed = followed.collect();
+    let watches = Arc::clone(&bootstrap.watches);
+    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets, followed, watches };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
@@ -189,7 +194,7 @@ async fn run(
 
     // The admin interface keeps it, encoded.
     drop(message);
-    for (name, secret) in bootstrap.secrets {
+    for StaticSecret { name, secret, .. } in bootstrap.secrets {
         plane.secrets().set(name, secret);
     }
     tls::secure_servers(&mut bootstrap.servers, &bootstrap.clusters, plane.secrets());
@@ -203,9 +208,15 @@ async fn run(
         let server = service.target.server(&bootstrap.servers).context("hds_config")?;
         tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.node.clone()));
     }
-    let config = sources::Config { node: bootstrap.node, servers: bootstrap.servers, ads: bootstrap.ads };
+    let config = sources::Config {
+        node: bootstrap.node,
+        servers: bootstrap.servers,
+        ads: bootstrap.ads,
+        watches: bootstrap.watches,
+    };
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
+    tokio::spawn(store.clone().follow_files());
     tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, source_stats));
     store.start(bootstrap.clusters, bootstrap.listeners);
     tokio::select! {

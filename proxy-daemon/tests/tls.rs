@@ -55,8 +55,8 @@ async fn start(text: &str) -> (DataPlane, Vec<SocketAddr>) {
     let bootstrap = parse::bootstrap(&message).unwrap();
     let options = Options { workers: 1, drain_time: Duration::from_secs(5), interception: None };
     let plane = DataPlane::start(options).unwrap();
-    for (name, secret) in bootstrap.secrets {
-        plane.secrets().set(name, secret);
+    for it in bootstrap.secrets {
+        plane.secrets().set(it.name, it.secret);
     }
     bootstrap.clusters.into_iter().for_each(|cluster| plane.upsert_cluster(cluster));
     let mut addresses = Vec::new();

@@ -6,6 +6,7 @@
 //! - [`grpc`]: drives [`ads`] over a gRPC stream.
 //! - [`resource_type`]: the services of each resource type; [`stats`]: what all clients count.
 //! - [`api`]: Culvert's own messages, generated from `proto/`.
+//! - [`watches`]: files that are replaced.
 //! - [`overrides`]: how a request carries staging overrides.
 
 pub mod ads;
@@ -23,6 +24,7 @@ pub mod sources;
 pub mod stats;
 #[cfg(test)]
 mod test_sink;
+pub mod watches;
 
 /// Culvert's own messages, generated from `proto/`.
 #[allow(missing_docs, clippy::all, reason = "generated code; the protos hold the documentation")]

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::SystemTime};
 use culvert_xds_client::Any;
 
 /// One version of a resource, as it came. The store keeps these behind an [`Arc`], for itself and for every snapshot.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Version {
     /// The control plane's name of the version: the resource's own where it has one, else that of its response.
     pub version: String,

@@ -1,19 +1,17 @@
 //! Resources in files (`path_config_source`): read at the start, and again when something is moved to their place.
 
-mod watch;
-
 use std::{convert::Infallible, path::Path, sync::Arc};
 
 use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryResponse};
 use prost::Message;
 
-pub(crate) use self::watch::Watches;
 use crate::{
     ads::{Response, Sink, Variant},
     driver::{Came, Driver, Interests},
     json, regular_file,
     source::{FileSource, Source},
     stats::ClientStats,
+    watches::{Watch, Watches},
 };
 
 /// The largest file taken, in bytes.
@@ -58,7 +56,10 @@ impl<S: Sink> FileClient<S> {
     pub(crate) async fn run(mut self) -> Infallible {
         let FileSource { path, watched_directory } = self.file.clone();
         let watch = match &watched_directory {
-            Some(directory) => self.watches.directory(directory),
+            Some(directory) => {
+                let watch = Watch::new(Arc::default());
+                self.watches.directory(directory, &watch).map(|()| watch)
+            }
             None => self.watches.file(&path),
         };
         let changed = match watch {
@@ -72,7 +73,7 @@ impl<S: Sink> FileClient<S> {
         loop {
             let moved = async {
                 match &changed {
-                    Some(changed) => changed.notified().await,
+                    Some(changed) => changed.moved().await,
                     None => std::future::pending().await,
                 }
             };

@@ -19,12 +19,13 @@ use tokio::{
 use crate::{
     ads::{Interest, Sink},
     driver::Interests,
-    file::{FileClient, Watches},
+    file::FileClient,
     grpc::{Client, ClientConfig},
     resource_type::ResourceType,
     rest::RestClient,
     source::{GrpcSource, Server, Source},
     stats::SourceStats,
+    watches::Watches,
 };
 
 /// What all clients share.
@@ -36,6 +37,8 @@ pub struct Config {
     pub servers: BTreeMap<String, Server>,
     /// Where the aggregated stream comes from.
     pub ads: Option<GrpcSource>,
+    /// Notices files that are replaced.
+    pub watches: Arc<Watches>,
 }
 
 impl Config {
@@ -119,7 +122,7 @@ pub async fn run<S: Sink>(
     mut wanted: mpsc::UnboundedReceiver<Subscription>,
     stats: Arc<SourceStats>,
 ) -> Infallible {
-    let shared = Shared { stats, watches: Arc::default() };
+    let shared = Shared { stats, watches: Arc::clone(&config.watches) };
     let mut clients: HashMap<(Source, Option<String>), Running> = HashMap::new();
     let mut tasks = JoinSet::new();
     while let Some(Subscription { source, type_url, interest }) = wanted.recv().await {

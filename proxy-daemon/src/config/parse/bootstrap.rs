@@ -1,6 +1,8 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::SocketAddr,
+    path::PathBuf,
+    sync::Arc,
 };
 
 use culvert_xds_client::{
@@ -9,6 +11,7 @@ use culvert_xds_client::{
     json::unpack,
     source::{GrpcService, GrpcSource, Server},
     sources::Config as SourcesConfig,
+    watches::Watches,
 };
 use envoy_types::pb::envoy::{
     config::{
@@ -26,7 +29,7 @@ use super::{
     common::{Result, ip, socket_address},
     config_source::{ads_source, config_source},
     layered_runtime::layered_runtime,
-    listener, secret,
+    listener, secret, secret_files,
     support::{self, join},
 };
 use crate::{
@@ -51,10 +54,12 @@ pub struct Bootstrap {
     pub admin: Option<SocketAddr>,
     /// Clusters of the bootstrap.
     pub clusters: Vec<ClusterConfig>,
-    /// Secrets of the bootstrap, by name.
-    pub secrets: Vec<(SecretName, Secret)>,
+    /// Secrets of the bootstrap.
+    pub secrets: Vec<StaticSecret>,
     /// Listeners of the bootstrap.
     pub listeners: Vec<Listener>,
+    /// Notices files that are replaced.
+    pub watches: Arc<Watches>,
     /// The aggregated discovery service, where there is one.
     pub ads: Option<GrpcSource>,
     /// Servers that a config source may name, by cluster. Those with TLS cannot be reached before
@@ -72,6 +77,17 @@ pub struct Bootstrap {
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
+}
+
+/// A secret of the bootstrap.
+#[derive(Debug)]
+pub struct StaticSecret {
+    /// Its name.
+    pub name: SecretName,
+    /// What it is now.
+    pub secret: Secret,
+    /// Where its files are read again when something is moved into a directory: how, and which directory.
+    pub followed: Option<(ProtoSecret, PathBuf)>,
 }
 
 /// A checked bootstrap.
@@ -94,7 +110,8 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
 
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
     let servers = servers(&clusters);
-    let mut sources = SourcesConfig { node: message.node.clone().unwrap_or_default(), servers, ads: None };
+    let node = message.node.clone().unwrap_or_default();
+    let mut sources = SourcesConfig { node, servers, ads: None, watches: Arc::default() };
     let (ads, cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
     static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
@@ -131,6 +148,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         secrets,
         listeners,
         ads,
+        watches: sources.watches,
         servers: sources.servers,
         load_stats,
         health_discovery,
@@ -141,16 +159,17 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     })
 }
 
-fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<(SecretName, Secret)>> {
-    let mut secrets: Vec<(SecretName, Secret)> = Vec::with_capacity(messages.len());
+fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<StaticSecret>> {
+    let mut secrets: Vec<StaticSecret> = Vec::with_capacity(messages.len());
     for (index, message) in messages.iter().enumerate() {
         let path = format!("static_resources.secrets[{index}]");
         let secret = secret(message, &path)?;
         let name = SecretName { source: None, name: message.name.as_str().into() };
-        if secrets.iter().any(|(known, _)| *known == name) {
+        if secrets.iter().any(|known| known.name == name) {
             return Err(FieldError::new(join(&path, "name"), format!("duplicate name '{}'", message.name)));
         }
-        secrets.push((name, secret));
+        let followed = secret_files::watched_directory(message).map(|directory| (message.clone(), directory));
+        secrets.push(StaticSecret { name, secret, followed });
     }
     Ok(secrets)
 }
@@ -158,12 +177,12 @@ fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<(SecretName, Secret)>>
 /// Refuses what names a secret of the bootstrap that is not there, or one that cannot be had from where it says.
 fn known_secrets<'a>(
     mut wanted: impl Iterator<Item = (SecretType, &'a SecretRef)>,
-    secrets: &[(SecretName, Secret)],
+    secrets: &[StaticSecret],
     sources: &SourcesConfig,
     path: &str,
 ) -> Result<()> {
     wanted.try_for_each(|(_, secret)| match secret {
-        SecretRef::Static(name) if !secrets.iter().any(|(known, _)| known.name == *name) => {
+        SecretRef::Static(name) if !secrets.iter().any(|known| known.name.name == *name) => {
             Err(FieldError::new(path, format!("Unknown static secret: {name}")))
         }
         SecretRef::Static(_) => Ok(()),

@@ -19,13 +19,14 @@ pub(crate) mod matcher;
 mod retry;
 mod route;
 mod scoped_routes;
+mod secret_files;
 pub mod support;
 #[cfg(test)]
 mod support_doc;
 mod tcp_proxy;
 mod tls;
 
-pub use bootstrap::{Bootstrap, bootstrap};
+pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
@@ -35,6 +36,7 @@ pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub use route::route_config;
 pub use scoped_routes::scoped_route;
+pub use secret_files::{SecretWithFiles, discovered_secret, watched_directories, with_origins};
 pub use tls::secret;
 
 #[cfg(test)]

@@ -215,7 +215,10 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         "envoy.extensions.transport_sockets.tls.v3.TlsParameters",
         &["tls_minimum_protocol_version", "tls_maximum_protocol_version", "cipher_suites", "ecdh_curves"],
     ),
-    ("envoy.extensions.transport_sockets.tls.v3.TlsCertificate", &["certificate_chain", "private_key"]),
+    (
+        "envoy.extensions.transport_sockets.tls.v3.TlsCertificate",
+        &["certificate_chain", "private_key", "watched_directory"],
+    ),
     (
         "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext",
         &[
@@ -226,6 +229,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "verify_certificate_spki",
             "trust_chain_verification",
             "suppress_client_ca_list",
+            "watched_directory",
         ],
     ),
     ("envoy.extensions.transport_sockets.tls.v3.SubjectAltNameMatcher", &["san_type", "matcher"]),

@@ -25,6 +25,7 @@ use super::{
     common::{Result, required},
     config_source::config_source,
     matcher,
+    secret_files::not_watched,
     support::{self, join},
 };
 use crate::{
@@ -140,7 +141,9 @@ fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: 
     let message = message.unwrap_or(&default);
     let inline = message.tls_certificates.iter().enumerate();
     let inline = inline.map(|(index, item)| {
-        tls_certificate(item, "", &format!("{}[{index}]", join(path, "tls_certificates"))).map(Arc::new)
+        let path = format!("{}[{index}]", join(path, "tls_certificates"));
+        not_watched(item.watched_directory.as_ref(), &path)?;
+        tls_certificate(item, "", &path).map(Arc::new)
     });
     let inline: Vec<_> = inline.collect::<Result<_>>()?;
     let secrets_path = join(path, "tls_certificate_sds_secret_configs");
@@ -159,6 +162,7 @@ fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: 
         None => Validation::None,
         Some(ValidationContextType::ValidationContext(context)) => {
             let path = join(path, "validation_context");
+            not_watched(context.watched_directory.as_ref(), &path)?;
             let context = validation_context(context, "", &path)?;
             names_need_an_issuer(&context, &path)?;
             Validation::Inline(Arc::new(context))
@@ -189,7 +193,9 @@ fn common_tls_context(message: Option<&ProtoCommon>, newest: TlsProtocol, path: 
 fn combined_validation(combined: &CombinedCertificateValidationContext, path: &str) -> Result<Validation> {
     let default = combined.default_validation_context.as_ref();
     let default = default.ok_or_else(|| required(path, "default_validation_context"))?;
-    let default = validation_context(default, "", &join(path, "default_validation_context"))?;
+    let default_path = join(path, "default_validation_context");
+    not_watched(default.watched_directory.as_ref(), &default_path)?;
+    let default = validation_context(default, "", &default_path)?;
     let secret = combined.validation_context_sds_secret_config.as_ref();
     let secret = secret.ok_or_else(|| required(path, "validation_context_sds_secret_config"))?;
     let secret = secret_ref(secret, &join(path, "validation_context_sds_secret_config"))?;

@@ -131,6 +131,11 @@ pub(super) fn secret_timeout(name: &str) {
     secret_scope(name).counter("init_fetch_timeout").inc();
 }
 
+/// Counts `sds.<name>.key_rotation_failed`: files that were replaced and cannot be used.
+pub(super) fn rotation_failed(name: &str) {
+    secret_scope(name).counter("key_rotation_failed").inc();
+}
+
 fn secret_scope(name: &str) -> Scope {
     Scope::new("sds").child(name)
 }

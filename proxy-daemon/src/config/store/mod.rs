@@ -32,6 +32,7 @@ mod kinds;
 mod listeners;
 mod named;
 mod resources;
+mod rotation;
 mod scopes;
 mod secrets;
 mod snapshot;
@@ -42,6 +43,7 @@ mod watched;
 use std::{
     collections::BTreeSet,
     future::pending,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
@@ -54,7 +56,9 @@ use culvert_xds_client::{
     json::{self, UnknownFields},
     source::Source,
     sources::Subscriptions,
+    watches::Watches,
 };
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret as ProtoSecret;
 use prost::Name;
 use tokio::{
     sync::{Notify, watch},
@@ -67,13 +71,14 @@ pub use self::{
 };
 use self::{
     counts::StoreStats,
+    rotation::Follower,
     state::{Due, Phase, State},
     updates::UpdateId,
     watched::{Owner, VersionId},
 };
 use super::{
     FieldError,
-    model::{self, ClusterConfig, ConfigSource},
+    model::{self, ClusterConfig, ConfigSource, SecretName},
 };
 use crate::http::filters::OffloadedTable;
 
@@ -101,6 +106,10 @@ pub struct StartUp {
     pub lds: Option<ConfigSource>,
     /// The names of the bootstrap's secrets.
     pub secrets: BTreeSet<Arc<str>>,
+    /// Those of them whose files are read again when something is moved into a directory: how, and which.
+    pub followed: Vec<(SecretName, ProtoSecret, PathBuf)>,
+    /// Notices such moves.
+    pub watches: Arc<Watches>,
 }
 
 /// How far the start has come.
@@ -117,6 +126,7 @@ struct Shared<A> {
     apply: A,
     stats: StoreStats,
     changed: Notify,
+    follower: Follower,
     progress: watch::Sender<Progress>,
     subscriptions: Subscriptions,
 }
@@ -133,8 +143,12 @@ impl<A> Clone for ConfigStore<A> {
 impl<A: Apply> ConfigStore<A> {
     /// Empty, and asking for nothing until [`start`](Self::start).
     pub fn new(apply: A, start: StartUp, subscriptions: Subscriptions) -> ConfigStore<A> {
+        let follower = Follower::new(Arc::clone(&start.watches));
+        let mut state = State::new(&start);
+        state.static_files = rotation::static_files(&follower, &start.followed);
         ConfigStore(Arc::new(Shared {
-            state: Mutex::new(State::new(&start)),
+            state: Mutex::new(state),
+            follower,
             first: start.first,
             apply,
             stats: StoreStats::new(),

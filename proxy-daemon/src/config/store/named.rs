@@ -83,7 +83,7 @@ impl<A: Apply> ConfigStore<A> {
         let name = resource.name.clone();
         // Nobody asked for it: accepted and forgotten, as in Envoy.
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
-        if resources::is_unchanged(&mut entry.stored, &resource) {
+        if entry.is_unchanged(&resource) {
             entry.refused = None;
             let users = entry.users.clone();
             self.drop_held(state, source, &name);
@@ -102,9 +102,17 @@ impl<A: Apply> ConfigStore<A> {
             return Ok(());
         }
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
+        let followed = match &parsed {
+            Ok((Value::Secret(read), _)) => self.follow_secret(&resource, read).map(Some),
+            _ => Ok(None),
+        };
+        let parsed = followed.and_then(|followed| parsed.map(|(value, filters)| (value, filters, followed)));
         let result = match parsed {
-            Ok((value, filters)) => {
-                entry.stored = Some(resources::version(resource));
+            Ok((value, filters, followed)) => {
+                (entry.stored, entry.files) = match followed {
+                    Some((stored, files)) => (Some(stored), files),
+                    None => (Some(resources::version(resource)), None),
+                };
                 entry.refused = None;
                 entry.value = Some(value.clone());
                 if kind == Kind::ExtensionConfigs {
@@ -115,6 +123,9 @@ impl<A: Apply> ConfigStore<A> {
                 Ok(())
             }
             Err(error) => {
+                if kind == Kind::Secrets && entry.stored.is_none() {
+                    entry.files = self.follow_refused(&resource);
+                }
                 entry.refused = Some(resources::failure(resource, error.to_string()));
                 Err(error)
             }
@@ -148,7 +159,7 @@ impl<A: Apply> ConfigStore<A> {
             Value::Runtime(values) => self.0.apply.set_runtime(source, name, HashMap::clone(values)),
             // Each place has what was read for it.
             Value::ExtensionConfig(_) => {}
-            Value::Secret(secret) => self.0.apply.set_secret(secrets::name(source, name), secret.clone()),
+            Value::Secret(read) => self.0.apply.set_secret(secrets::name(source, name), read.secret.clone()),
         }
     }
 
@@ -257,10 +268,10 @@ impl<A: Apply> ConfigStore<A> {
 
 impl State {
     /// What a resource is held to besides its own fields.
-    fn check(&self, value: &Value, named: (&Source, &str), users: &[User]) -> Result<(), FieldError> {
+    pub(super) fn check(&self, value: &Value, named: (&Source, &str), users: &[User]) -> Result<(), FieldError> {
         match value {
             Value::Routes(routes) => self.check_routes(routes),
-            Value::Secret(secret) => self.check_secret(secret, named, users),
+            Value::Secret(read) => self.check_secret(&read.secret, named, users),
             _ => Ok(()),
         }
     }

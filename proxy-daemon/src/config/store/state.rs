@@ -15,6 +15,7 @@ use super::{
     held::HeldRoutes,
     kinds::{Kind, Need},
     listeners::Listeners,
+    rotation::StaticFiles,
     scopes::AllScopes,
     updates::Updates,
     watched::{Asked, Owner, VersionId, Watched},
@@ -87,6 +88,8 @@ pub(in crate::config) struct State {
     pub(super) scopes_changed: bool,
     /// The names of the bootstrap's.
     pub(super) static_secrets: BTreeSet<Arc<str>>,
+    /// Those of the bootstrap's that are made of files which are followed.
+    pub(super) static_files: Vec<StaticFiles>,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
@@ -115,6 +118,7 @@ impl State {
             scopes: AllScopes::new(),
             scopes_changed: false,
             static_secrets: start.secrets.clone(),
+            static_files: Vec::new(),
             offloaded: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,

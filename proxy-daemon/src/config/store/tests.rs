@@ -340,6 +340,7 @@ mod clusters;
 mod extensions;
 mod listeners;
 mod named;
+mod rotation;
 mod runtime;
 mod scopes;
 mod secrets;

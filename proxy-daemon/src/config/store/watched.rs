@@ -5,12 +5,18 @@ use std::{
     sync::Arc,
 };
 
-use culvert_xds_client::{ads::Interest, source::Source, sources::Subscriptions};
+use culvert_xds_client::{
+    ads::{Interest, Resource},
+    source::Source,
+    sources::Subscriptions,
+};
 use tokio::time::Instant;
 
 use super::{
     extensions::Places,
     kinds::{Kind, Need, Value},
+    resources,
+    rotation::Files,
 };
 use crate::config::{
     model::ResourceRef,
@@ -54,6 +60,8 @@ pub(in crate::config) struct Entry {
     pub(super) users: Vec<User>,
     /// ECDS: what it is for.
     pub(super) places: Places,
+    /// SDS: the files that it is made of.
+    pub(super) files: Option<Files>,
 }
 
 type Names = BTreeMap<Arc<str>, Entry>;
@@ -90,6 +98,12 @@ impl Watched {
         self.sources.get_mut(source)?.get_mut(name)
     }
 
+    /// The same for changes.
+    pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = (&Arc<Source>, &Arc<str>, &mut Entry)> {
+        let sources = self.sources.iter_mut();
+        sources.flat_map(|(source, names)| names.iter_mut().map(move |(name, entry)| (source, name, entry)))
+    }
+
     /// Everything, for people.
     pub(in crate::config) fn entries(&self) -> impl Iterator<Item = (&Arc<Source>, &Arc<str>, &Entry)> {
         self.sources.iter().flat_map(|(source, names)| names.iter().map(move |(name, entry)| (source, name, entry)))
@@ -109,7 +123,7 @@ impl Watched {
             asked = Asked::New(deadline);
             self.changed.insert(Arc::clone(source));
             let (users, places) = (Vec::new(), Places::default());
-            Entry { stored: None, refused: None, value: None, settled: false, deadline, users, places }
+            Entry { stored: None, refused: None, value: None, settled: false, deadline, users, places, files: None }
         });
         if entry.settled {
             asked = Asked::Settled;
@@ -150,6 +164,19 @@ impl Watched {
 }
 
 impl Entry {
+    /// Whether the resource is what is known already, under whatever version. Then only the version is taken over.
+    pub(super) fn is_unchanged(&mut self, resource: &Resource) -> bool {
+        let Some(files) = &mut self.files else { return resources::is_unchanged(&mut self.stored, resource) };
+        match &mut self.stored {
+            // What is kept is what the files hold.
+            Some(stored) if files.is_unchanged(resource) => {
+                Arc::make_mut(stored).version.clone_from(&resource.version);
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// The resource is not waited for any more: who waited for it until now.
     pub(super) fn settle(&mut self) -> Vec<(Owner, VersionId)> {
         self.settled = true;

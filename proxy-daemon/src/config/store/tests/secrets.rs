@@ -10,27 +10,27 @@ use crate::{
 
 const TLS: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3";
 
-fn secret_url() -> String {
+pub(super) fn secret_url() -> String {
     ProtoSecret::type_url()
 }
 
-fn certificate(name: &str, Issued { chain, key }: &Issued) -> Resource {
+pub(super) fn certificate(name: &str, Issued { chain, key }: &Issued) -> Resource {
     let (chain, key) = (yaml(chain), yaml(key));
     let fields = format!("certificate_chain: {{ inline_string: {chain} }}, private_key: {{ inline_string: {key} }}");
     resource::<ProtoSecret>(name, &format!("{{ name: {name}, tls_certificate: {{ {fields} }} }}"))
 }
 
-fn issuers(name: &str, pem: &str) -> Resource {
+pub(super) fn issuers(name: &str, pem: &str) -> Resource {
     let context = format!("{{ trusted_ca: {{ inline_string: {} }} }}", yaml(pem));
     resource::<ProtoSecret>(name, &format!("{{ name: {name}, validation_context: {context} }}"))
 }
 
 /// An `SdsSecretConfig`.
-fn sds(name: &str) -> String {
+pub(super) fn sds(name: &str) -> String {
     format!("{{ name: {name}, sds_config: {ADS} }}")
 }
 
-fn tcp_listener(name: &str, certificate: &str, more: &str) -> Resource {
+pub(super) fn tcp_listener(name: &str, certificate: &str, more: &str) -> Resource {
     let tcp = "{ name: t, typed_config: { '@type': type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.\
                TcpProxy, stat_prefix: t, cluster: up } }";
     resource::<Listener>(
@@ -43,7 +43,7 @@ fn tcp_listener(name: &str, certificate: &str, more: &str) -> Resource {
     )
 }
 
-fn cluster(name: &str, common: &str) -> Resource {
+pub(super) fn cluster(name: &str, common: &str) -> Resource {
     resource::<Cluster>(
         name,
         &format!(

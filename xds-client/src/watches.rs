@@ -5,7 +5,10 @@ use std::{
     ffi::OsString,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use notify::{
@@ -14,31 +17,69 @@ use notify::{
 };
 use tokio::sync::Notify;
 
+/// Somebody who wants to know of moves.
+#[derive(Debug)]
+pub struct Watch {
+    moved: AtomicBool,
+    notify: Arc<Notify>,
+}
+
+impl Watch {
+    /// With `notify` told of each move: one that several watches share says that any of them has [`moved`](Self::take).
+    pub fn new(notify: Arc<Notify>) -> Arc<Watch> {
+        Arc::new(Watch { moved: AtomicBool::new(false), notify })
+    }
+
+    /// As if something had been moved.
+    pub fn tell(&self) {
+        self.moved.store(true, Ordering::Release);
+        self.notify.notify_one();
+    }
+
+    /// Whether something was moved since the last call.
+    pub fn take(&self) -> bool {
+        self.moved.swap(false, Ordering::AcqRel)
+    }
+
+    /// Waits for a move.
+    pub(crate) async fn moved(&self) {
+        self.notify.notified().await;
+    }
+}
+
 /// Who is told, and of which file; `None`: of any.
-type Listeners = Vec<(Option<OsString>, Weak<Notify>)>;
+type Listeners = Vec<(Option<OsString>, Weak<Watch>)>;
 
 /// All watched directories.
 #[derive(Debug, Default)]
-pub(crate) struct Watches {
+pub struct Watches {
     watcher: Mutex<Option<RecommendedWatcher>>,
     directories: Arc<Mutex<HashMap<PathBuf, Listeners>>>,
 }
 
+/// The directory that a file is in.
+pub fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 impl Watches {
-    /// Is notified of each move to `path`, for as long as it is held.
-    pub(crate) fn file(&self, path: &Path) -> io::Result<Arc<Notify>> {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.watch(parent, path.file_name().map(ToOwned::to_owned))
+    /// Is told of each move to `path`, for as long as it is held.
+    pub(crate) fn file(&self, path: &Path) -> io::Result<Arc<Watch>> {
+        let watch = Watch::new(Arc::default());
+        self.watch(directory_of(path), path.file_name().map(ToOwned::to_owned), &watch)?;
+        Ok(watch)
     }
 
-    /// Is notified of each move into `directory`, for as long as it is held.
-    pub(crate) fn directory(&self, directory: &Path) -> io::Result<Arc<Notify>> {
-        self.watch(directory, None)
+    /// Has `watch` told of each move into `directory`, for as long as it is held.
+    ///
+    /// # Errors
+    /// The directory cannot be watched: it does not exist, for example.
+    pub fn directory(&self, directory: &Path, watch: &Arc<Watch>) -> io::Result<()> {
+        self.watch(directory, None, watch)
     }
 
-    fn watch(&self, directory: &Path, file: Option<OsString>) -> io::Result<Arc<Notify>> {
+    fn watch(&self, directory: &Path, file: Option<OsString>, watch: &Arc<Watch>) -> io::Result<()> {
         let directory = std::path::absolute(directory)?;
-        let notify = Arc::new(Notify::new());
         let mut watcher = lock(&self.watcher);
         let watcher = match &mut *watcher {
             Some(watcher) => watcher,
@@ -62,13 +103,12 @@ impl Watches {
             // Gone already, if the directory is.
             let _ = watcher.unwatch(&path);
         }
-        let known = lock(&self.directories).contains_key(&directory);
-        lock(&self.directories).entry(directory.clone()).or_default().push((file, Arc::downgrade(&notify)));
-        if !known && let Err(error) = watcher.watch(&directory, RecursiveMode::NonRecursive) {
-            lock(&self.directories).remove(&directory);
+        // Again where it is watched already: it may be another directory by now.
+        if let Err(error) = watcher.watch(&directory, RecursiveMode::NonRecursive) {
             return Err(io::Error::other(error));
         }
-        Ok(notify)
+        lock(&self.directories).entry(directory).or_default().push((file, Arc::downgrade(watch)));
+        Ok(())
     }
 }
 
@@ -81,7 +121,7 @@ fn tell(directories: &Mutex<HashMap<PathBuf, Listeners>>, event: notify::Result<
     // Events were lost: anything may have happened.
     if event.need_rescan() {
         let all = directories.values().flatten();
-        return all.filter_map(|(_, listener)| listener.upgrade()).for_each(|listener| listener.notify_one());
+        return all.filter_map(|(_, listener)| listener.upgrade()).for_each(|listener| listener.tell());
     }
     if event.kind != EventKind::Modify(ModifyKind::Name(RenameMode::To)) {
         return;
@@ -92,7 +132,7 @@ fn tell(directories: &Mutex<HashMap<PathBuf, Listeners>>, event: notify::Result<
             if (file.is_none() || file.as_deref() == path.file_name())
                 && let Some(listener) = listener.upgrade()
             {
-                listener.notify_one();
+                listener.tell();
             }
         }
     }
