@@ -1,9 +1,6 @@
 //! Clusters: of the bootstrap, and of CDS.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use culvert_xds_client::ads::{Resource, Update};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
@@ -12,6 +9,7 @@ use tokio::time::Instant;
 use super::{
     Apply, ConfigStore,
     kinds::{Kind, Need, Value, cluster_needs},
+    refused::Refused,
     resources,
     state::State,
     updates::UpdateId,
@@ -22,7 +20,7 @@ use crate::{
         FieldError,
         model::{ClusterConfig, Discovery, LocalityEndpoints},
         parse,
-        status::{Failure, Version},
+        status::Version,
     },
     upstream::ClusterChange,
 };
@@ -32,7 +30,7 @@ use crate::{
 pub(in crate::config) struct Clusters {
     pub(in crate::config) by_name: BTreeMap<Arc<str>, Entry>,
     /// Where the newest version of one was refused: that.
-    pub(in crate::config) refused: BTreeMap<String, Arc<Failure>>,
+    pub(in crate::config) refused: Refused,
     /// How many are warming.
     pub(super) warming: usize,
     /// How many serve.
@@ -79,21 +77,14 @@ pub(in crate::config) struct Warming {
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of CDS.
     pub(super) fn take_clusters(&self, state: &mut State, update: Update, id: UpdateId) {
-        if update.complete {
-            let names: BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
-            state.clusters.refused.retain(|name, _| names.contains(name.as_str()));
-        }
-        for name in &update.unchanged {
-            state.clusters.refused.remove(&**name);
-        }
+        state.clusters.refused.begin(&update);
         let mut rejected = false;
         for resource in update.added {
             if let Err(refused) = self.take_cluster(state, resource, id) {
                 let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
-                let name = resource.name.clone();
-                state.clusters.refused.insert(name, resources::failure(resource, error.to_string()));
+                state.clusters.refused.refuse(resource, error.to_string());
             }
         }
         for name in update.removed {
@@ -119,7 +110,7 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(active) = &mut known.active
                 && resources::is_unchanged(&mut active.stored, &resource)
             {
-                state.clusters.refused.remove(name);
+                state.clusters.refused.accept(name);
                 // What was to replace it is not wanted any more.
                 if let Some(warming) = known.warming.take() {
                     state.clusters.warming -= 1;
@@ -130,7 +121,7 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(warming) = &mut known.warming
                 && resources::is_unchanged(&mut warming.version.stored, &resource)
             {
-                state.clusters.refused.remove(name);
+                state.clusters.refused.accept(name);
                 // This update is in force no sooner than the one before.
                 let before = warming.update.replace(id);
                 state.updates.wait(id);
@@ -143,7 +134,7 @@ impl<A: Apply> ConfigStore<A> {
             Ok(config) => config,
             Err(error) => return Err(Box::new((resource, error))),
         };
-        state.clusters.refused.remove(name);
+        state.clusters.refused.accept(name);
         self.add_cluster(state, config, Some(resources::version(resource)), Some(id));
         Ok(())
     }
@@ -213,7 +204,6 @@ impl<A: Apply> ConfigStore<A> {
     }
 
     fn remove_cluster(&self, state: &mut State, name: &str) {
-        state.clusters.refused.remove(name);
         if state.clusters.by_name.get(name).is_none_or(|entry| entry.is_static) {
             return;
         }

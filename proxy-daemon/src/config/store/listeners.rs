@@ -1,7 +1,7 @@
 //! Listeners: of the bootstrap, and of LDS.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, HashSet},
     sync::Arc,
 };
 
@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{
     Apply, ConfigStore,
     kinds::{Need, listener_needs},
+    refused::Refused,
     resources,
     state::{Due, Phase, RETRY, State},
     updates::UpdateId,
@@ -22,7 +23,7 @@ use crate::{
         FieldError,
         model::Listener,
         parse,
-        status::{Failure, Version},
+        status::Version,
     },
     listener::Prints,
 };
@@ -32,7 +33,7 @@ use crate::{
 pub(in crate::config) struct Listeners {
     pub(in crate::config) by_name: BTreeMap<Arc<str>, Entry>,
     /// Where the newest version of one was refused: that.
-    pub(in crate::config) refused: BTreeMap<String, Arc<Failure>>,
+    pub(in crate::config) refused: Refused,
 }
 
 /// One listener; at least one of its versions is there.
@@ -107,13 +108,7 @@ impl Entry {
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of LDS. Removed ones go first, so that others may have their addresses, as in Envoy.
     pub(super) fn take_listeners(&self, state: &mut State, update: Update, id: UpdateId) {
-        if update.complete {
-            let names: BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
-            state.listeners.refused.retain(|name, _| names.contains(name.as_str()));
-        }
-        for name in &update.unchanged {
-            state.listeners.refused.remove(&**name);
-        }
+        state.listeners.refused.begin(&update);
         for name in update.removed {
             self.remove_listener(state, &name);
         }
@@ -123,8 +118,7 @@ impl<A: Apply> ConfigStore<A> {
                 let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
-                let name = resource.name.clone();
-                state.listeners.refused.insert(name, resources::failure(resource, error.to_string()));
+                state.listeners.refused.refuse(resource, error.to_string());
             }
         }
         self.0.stats.listeners.answered(!rejected);
@@ -148,7 +142,7 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(newest) = newest
                 && resources::is_unchanged(&mut newest.stored, &resource)
             {
-                state.listeners.refused.remove(name);
+                state.listeners.refused.accept(name);
                 // One that could not be bound is not in force, and is said so again.
                 if let (Some(failure), Binding::Failed) = (&known.failure, newest.bound) {
                     state.updates.reject(id, &resource.name, failure.clone());
@@ -166,7 +160,7 @@ impl<A: Apply> ConfigStore<A> {
             Ok(listener) => listener,
             Err(error) => return Err(Box::new((resource, error))),
         };
-        state.listeners.refused.remove(name);
+        state.listeners.refused.accept(name);
         self.add_listener(state, listener, Some(resources::version(resource)), Some(id));
         Ok(())
     }
@@ -355,7 +349,6 @@ impl<A: Apply> ConfigStore<A> {
     }
 
     fn remove_listener(&self, state: &mut State, name: &str) {
-        state.listeners.refused.remove(name);
         if state.listeners.by_name.get(name).is_none_or(|entry| entry.is_static) {
             return;
         }

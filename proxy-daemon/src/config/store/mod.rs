@@ -31,6 +31,7 @@ mod held;
 mod kinds;
 mod listeners;
 mod named;
+mod refused;
 mod resources;
 mod rotation;
 mod scopes;

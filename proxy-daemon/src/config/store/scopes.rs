@@ -12,7 +12,7 @@ use culvert_xds_client::{
 use envoy_types::pb::envoy::config::route::v3::ScopedRouteConfiguration;
 
 use super::{
-    Apply, ConfigStore, counts::ScopedCounts, kinds::Kind, resources, state::State, updates::UpdateId, watched::Owner,
+    Apply, ConfigStore, counts::ScopedCounts, kinds::Kind, refused::Refused, resources, state::State, updates::UpdateId, watched::Owner,
 };
 use crate::config::{
     model::{ALL_SCOPES, HttpConnectionManagerConfig, Scope, ScopeRoutes, ScopeSource},
@@ -28,7 +28,7 @@ pub(in crate::config) type AllScopes = BTreeMap<Arc<Source>, ScopeSet>;
 pub(in crate::config) struct ScopeSet {
     pub(in crate::config) by_name: BTreeMap<String, Entry>,
     /// Where the newest version of one was refused: that.
-    pub(in crate::config) refused: BTreeMap<String, Arc<Failure>>,
+    pub(in crate::config) refused: Refused,
     /// The route configurations that they name.
     named_routes: BTreeSet<Arc<str>>,
 }
@@ -100,16 +100,9 @@ impl<A: Apply> ConfigStore<A> {
         let users = entry.users.clone();
         let source = Arc::new(source.clone());
         let mut set = state.scopes.remove(&source).unwrap_or_default();
-        if update.complete {
-            let names: BTreeSet<&str> = update.added.iter().map(|it| it.name.as_str()).collect();
-            set.refused.retain(|name, _| names.contains(name.as_str()));
-        }
-        for name in &update.unchanged {
-            set.refused.remove(&**name);
-        }
+        set.refused.begin(&update);
         let mut changed = false;
         for name in &update.removed {
-            set.refused.remove(name);
             changed |= set.by_name.remove(name).is_some();
         }
         let (mut new, mut accepted) = (Vec::new(), true);
@@ -122,7 +115,7 @@ impl<A: Apply> ConfigStore<A> {
             let name = resource.name.clone();
             let known = set.by_name.get_mut(&name);
             if known.is_some_and(|known| resources::is_unchanged(&mut known.stored, &resource)) {
-                set.refused.remove(&name);
+                set.refused.accept(&name);
                 continue;
             }
             let parsed = parse_scope(state, &resource);
@@ -133,7 +126,7 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         let count = new.len();
-        new.iter().for_each(|(name, _)| drop(set.refused.remove(name)));
+        new.iter().for_each(|(name, _)| set.refused.accept(name));
         let conflicts = set.replace(new);
         changed |= conflicts.len() < count;
         for (name, entry, details) in conflicts {

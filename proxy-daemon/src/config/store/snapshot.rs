@@ -31,7 +31,7 @@ impl State {
             warming: entry.warming.as_ref().and_then(|it| it.version.stored.clone()),
             ..Resource::default()
         });
-        of_type(type_url::CLUSTER, known, &self.clusters.refused)
+        of_type(type_url::CLUSTER, known, self.clusters.refused.by_name())
     }
 
     fn listeners_now(&self) -> Type {
@@ -48,13 +48,13 @@ impl State {
                 ..Resource::default()
             }
         });
-        of_type(type_url::LISTENER, known, &self.listeners.refused)
+        of_type(type_url::LISTENER, known, self.listeners.refused.by_name())
     }
 
     fn scopes_now(&self) -> Type {
         let (mut known, mut refused) = (Vec::new(), BTreeMap::new());
         for set in self.scopes.values() {
-            refused.extend(set.refused.clone());
+            refused.extend(set.refused.by_name().clone());
             known.extend(set.by_name.iter().map(|(name, entry)| Resource {
                 name: name.clone(),
                 active: entry.stored.clone(),
