@@ -151,8 +151,9 @@ async fn run(
         followed.take().map(|(message, directory)| (name.clone(), message, directory))
     });
     let followed = followed.collect();
-    let watches = Arc::clone(&bootstrap.watches);
-    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets, followed, watches };
+    let sources = bootstrap.sources.clone();
+    let watches = Arc::clone(&sources.watches);
+    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets, followed, watches, sources };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
@@ -197,23 +198,18 @@ async fn run(
     for StaticSecret { name, secret, .. } in bootstrap.secrets {
         plane.secrets().set(name, secret);
     }
-    tls::secure_servers(&mut bootstrap.servers, &bootstrap.clusters, plane.secrets());
+    tls::secure_servers(&mut bootstrap.sources.servers, &bootstrap.clusters, plane.secrets());
     if let Some(service) = bootstrap.load_stats {
         // Checked with the bootstrap.
-        let server = service.target.server(&bootstrap.servers).context("cluster_manager.load_stats_config")?;
+        let server = service.target.server(&bootstrap.sources.servers).context("cluster_manager.load_stats_config")?;
         let dialer = Dialer::new(server, service);
-        tokio::spawn(report::report_load(dialer, bootstrap.node.clone(), plane.clone()));
+        tokio::spawn(report::report_load(dialer, bootstrap.sources.node.clone(), plane.clone()));
     }
     if let Some(service) = bootstrap.health_discovery {
-        let server = service.target.server(&bootstrap.servers).context("hds_config")?;
-        tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.node.clone()));
+        let server = service.target.server(&bootstrap.sources.servers).context("hds_config")?;
+        tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.sources.node.clone()));
     }
-    let config = sources::Config {
-        node: bootstrap.node,
-        servers: bootstrap.servers,
-        ads: bootstrap.ads,
-        watches: bootstrap.watches,
-    };
+    let config = bootstrap.sources;
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
     tokio::spawn(store.clone().follow_files());

@@ -34,6 +34,8 @@ pub(crate) enum ConnectError {
     Timeout(Duration),
     #[error("{0}")]
     Connect(io::Error),
+    #[error("the connection is lost")]
+    Lost,
     #[error("the TLS handshake failed: {0}")]
     Handshake(io::Error),
     #[error("its certificates have not arrived yet")]

@@ -74,10 +74,11 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     let resolved = json::resolve_typed_structs(&message).map_err(locate)?;
     json::validate(&*resolved).map_err(locate)?;
     let checked = parse::bootstrap(&resolved).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
-    if checked.ads.is_some() {
-        for (value, field, flag) in
-            [(&checked.node.id, "id", "--service-node"), (&checked.node.cluster, "cluster", "--service-cluster")]
-        {
+    if checked.sources.ads.is_some() {
+        for (value, field, flag) in [
+            (&checked.sources.node.id, "id", "--service-node"),
+            (&checked.sources.node.cluster, "cluster", "--service-cluster"),
+        ] {
             if value.is_empty() {
                 let text = format!("a control plane needs to know this node: set node.{field} or {flag}");
                 return Err(locate(ConfigError::new(format!("node.{field}"), text)));

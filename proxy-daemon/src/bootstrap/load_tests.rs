@@ -86,7 +86,7 @@ fn text_of_the_command_line_is_merged_over_the_file() {
 fn flags_say_who_the_node_is() {
     let arguments =
         ["--config-yaml", "node: { id: a }", "--service-node", "n", "--service-cluster", "c", "--service-zone", "z"];
-    let node = with(&arguments).unwrap().1.node;
+    let node = with(&arguments).unwrap().1.sources.node;
     assert_eq!((node.id.as_str(), node.cluster.as_str()), ("n", "c"));
     assert_eq!(node.locality.unwrap().zone, "z");
     assert_eq!(node.user_agent_name, "culvert");
@@ -111,8 +111,8 @@ dynamic_resources:
     let text = error(&["--config-yaml", ads, "--service-node", "n"]);
     assert_eq!(text, format!("--config-yaml: node.cluster: {needed}cluster or --service-cluster (line 2, column 1)"));
     let (_, bootstrap) = with(&["--config-yaml", ads, "--service-node", "n", "--service-cluster", "c"]).unwrap();
-    let server = bootstrap.ads.unwrap();
-    assert_eq!(bootstrap.servers["xds"].endpoints, ["127.0.0.1:1"]);
+    let server = bootstrap.sources.ads.unwrap();
+    assert_eq!(bootstrap.sources.servers["xds"].endpoints, ["127.0.0.1:1"]);
     assert_eq!(server.variant, culvert_xds_client::ads::Variant::Sotw);
     assert!(bootstrap.cds.is_some() && bootstrap.lds.is_none());
 }

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    sync::Arc,
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -42,6 +43,7 @@ impl BoundAddress {
 /// Connections are spread over the workers by SO_REUSEPORT. An `intercepted` listener gets its connections from the
 /// kernel programs, which choose the socket: there the first worker has the configured port and the others any port,
 /// since `bpf_sk_assign` refuses SO_REUSEPORT sockets before Linux 6.6. `shared`: the version before has the address.
+/// `holder`: which other listener of ours has an address.
 ///
 /// # Errors
 /// One line that names the address and the reason.
@@ -51,8 +53,12 @@ pub fn bind(
     workers: usize,
     intercepted: bool,
     shared: bool,
+    holder: impl Fn(SocketAddr) -> Option<Arc<str>>,
 ) -> Result<BoundAddress, String> {
-    let named = |error: io::Error| format!("cannot bind {}: {}", wanted.address, explain(&error));
+    let named = |error: io::Error| match holder(wanted.address).filter(|_| error.kind() == io::ErrorKind::AddrInUse) {
+        Some(holder) => format!("cannot bind {}: the address is in use by listener '{holder}'", wanted.address),
+        None => format!("cannot bind {}: {}", wanted.address, explain(&error)),
+    };
     if wanted.address.port() != 0 && !shared {
         // With SO_REUSEPORT a second daemon would take half of the connections unnoticed.
         let probe = open(listener, wanted, wanted.address, false).map_err(named)?;

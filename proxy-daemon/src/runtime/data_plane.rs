@@ -259,8 +259,24 @@ impl DataPlane {
         let has = |wanted: &ListenAddress| before.as_ref().is_some_and(|old| old.config.addresses.contains(wanted));
         let same = before.as_ref().is_some_and(|old| same_options(&old.config, &config));
         let new = config.addresses.iter().filter(|wanted| !(same && has(wanted)));
-        let bound = new.map(|wanted| bind(&config, wanted, self.0.worker_count, intercepted, has(wanted)));
+        let bound = new.map(|wanted| {
+            bind(&config, wanted, self.0.worker_count, intercepted, has(wanted), |address| {
+                self.holder(&config.name, address)
+            })
+        });
         Ok(PreparedListener { active, bound: bound.collect::<Result<_, _>>()? })
+    }
+
+    /// Which other listener has an address, or one that shuts it out.
+    fn holder(&self, name: &str, address: SocketAddr) -> Option<Arc<str>> {
+        let overlaps = |other: SocketAddr| {
+            let anywhere = other.ip().is_unspecified() || address.ip().is_unspecified();
+            other.port() == address.port() && (other.ip() == address.ip() || anywhere)
+        };
+        let listeners = lock(&self.0.listeners);
+        let mut others = listeners.iter().filter(|(other, _)| ***other != *name);
+        let holder = others.find(|(_, running)| running.addresses.iter().any(|open| overlaps(open.actual)));
+        holder.map(|(name, _)| Arc::clone(name))
     }
 
     /// Has the workers serve a listener. The addresses that the version before has as well stay open all the time; its

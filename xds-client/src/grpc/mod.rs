@@ -133,7 +133,17 @@ impl<S: Sink> Client<S> {
     /// Runs one stream until it is lost; `answered` is set once a response has been taken.
     async fn stream(&mut self, address: &str, method: &'static str, answered: &mut bool) -> Result<Infallible, Lost> {
         let service = &self.config.grpc.service;
-        let channel = stream::connect(&self.config.server, address, &service.authority).await?;
+        let channel = {
+            let mut connecting = pin!(stream::connect(&self.config.server, address, &service.authority));
+            // What is wanted is known by then, and what is good for some time only does not outlive it.
+            loop {
+                tokio::select! {
+                    biased;
+                    event = self.driver.next() => drop(self.driver.event(event)),
+                    channel = &mut connecting => break channel?,
+                }
+            }
+        };
         let (requests, responses) = stream::call(channel, service, self.config.grpc.variant, method);
         self.driver.core.connected();
         self.send(&requests);

@@ -1,5 +1,6 @@
 //! One stream: a connection, the call on it, and messages in both directions.
 
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use envoy_types::pb::envoy::service::discovery::v3::{
@@ -18,7 +19,7 @@ use tonic::{Status, Streaming};
 use tonic_prost::ProstCodec;
 
 use crate::ads::{Request, Response, Variant};
-use crate::connect;
+use crate::connect::{self, ConnectError};
 use crate::source::{GrpcService, Server};
 
 /// The largest response taken, in bytes.
@@ -64,9 +65,16 @@ pub(super) async fn connect(server: &Server, address: &str, authority: &str) -> 
         endpoint = endpoint.origin(origin);
     }
     let (server, address) = (server.clone(), address.to_owned());
+    // Tonic would connect again by itself, without waiting.
+    let used = AtomicBool::new(false);
     let connector = tower::service_fn(move |_| {
-        let (server, address) = (server.clone(), address.clone());
-        async move { connect::connect(&server, &address, "h2").await.map(TokioIo::new) }
+        let (server, address, again) = (server.clone(), address.clone(), used.swap(true, Relaxed));
+        async move {
+            if again {
+                return Err(ConnectError::Lost);
+            }
+            connect::connect(&server, &address, "h2").await.map(TokioIo::new)
+        }
     });
     endpoint.connect_with_connector(connector).await.map_err(Lost::Connect)
 }

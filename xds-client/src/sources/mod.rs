@@ -5,7 +5,7 @@
 //! is wanted any more.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     convert::Infallible,
     sync::Arc,
 };
@@ -29,19 +29,44 @@ use crate::{
 };
 
 /// What all clients share.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Config {
     /// Who is asking.
     pub node: Node,
     /// The servers that a source may name, by the name of their cluster.
     pub servers: BTreeMap<String, Server>,
+    /// Clusters that a source may name by Envoy's rules, and that control planes are not reached by yet.
+    pub unsupported: BTreeSet<String>,
     /// Where the aggregated stream comes from.
     pub ads: Option<GrpcSource>,
     /// Notices files that are replaced.
     pub watches: Arc<Watches>,
 }
 
+/// Why nothing can be had of the aggregated stream where there is none, in Envoy's words.
+const NO_ADS: &str = "ADS must be configured to support an ADS config source";
+
+/// Why a cluster cannot be a control plane's.
+pub fn unsupported(cluster: &str) -> String {
+    format!("control planes behind '{cluster}', an ORIGINAL_DST or EDS cluster, are not supported by culvert yet")
+}
+
 impl Config {
+    /// Like [`check`](Self::check), for what the bootstrap itself names: without `ads_config` a source may be ADS all the
+    /// same, as in Envoy. Nothing ever comes of it, which the log says.
+    ///
+    /// # Errors
+    /// Why resources cannot be had, for whoever wrote the configuration.
+    pub fn check_static(&self, source: &Source, type_url: &str) -> Result<(), String> {
+        match (source, &self.ads) {
+            (Source::Ads, None) => {
+                tracing::warn!(%type_url, "{NO_ADS}: nothing will come of it");
+                Ok(())
+            }
+            _ => self.check(source, type_url),
+        }
+    }
+
     /// Whether resources of this type can be had from the source.
     ///
     /// # Errors
@@ -50,6 +75,9 @@ impl Config {
         if let Some(name) = source.cluster()
             && !self.servers.contains_key(name)
         {
+            if self.unsupported.contains(name) {
+                return Err(unsupported(name));
+            }
             return Err(format!(
                 "must have a statically defined non-EDS cluster: '{name}' does not exist, was added via api, or is an EDS \
                  cluster"
@@ -58,7 +86,7 @@ impl Config {
         match source {
             Source::Ads => match self.ads {
                 Some(_) => Ok(()),
-                None => Err("names ADS, but dynamic_resources.ads_config is not set".to_owned()),
+                None => Err(NO_ADS.to_owned()),
             },
             Source::Grpc(grpc) => {
                 let only = ResourceType::of(type_url);

@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
     sync::Arc,
@@ -9,15 +9,14 @@ use culvert_xds_client::{
     ads::type_url,
     api::culvert::extensions::bootstrap::interception::v1::Interception,
     json::unpack,
-    source::{GrpcService, GrpcSource, Server},
-    sources::Config as SourcesConfig,
-    watches::Watches,
+    source::{GrpcService, GrpcSource, Server, Source},
+    sources::{Config as SourcesConfig, unsupported},
 };
 use envoy_types::pb::envoy::{
     config::{
         bootstrap::v3::{Bootstrap as ProtoBootstrap, bootstrap::DynamicResources},
         cluster::v3::Cluster,
-        core::v3::{ApiConfigSource, Node},
+        core::v3::ApiConfigSource,
         listener::v3::Listener as ProtoListener,
     },
     extensions::transport_sockets::tls::v3::Secret as ProtoSecret,
@@ -48,8 +47,9 @@ use crate::{
 /// A checked bootstrap.
 #[derive(Debug)]
 pub struct Bootstrap {
-    /// Who this daemon is, for the control plane.
-    pub node: Node,
+    /// Who this daemon is, for the control plane; the aggregated discovery service, where there is one; and the servers
+    /// that a config source may name, by cluster. Those with TLS cannot be reached before [`tls::secure_servers`].
+    pub sources: SourcesConfig,
     /// Where the admin interface listens; `None`: nowhere.
     pub admin: Option<SocketAddr>,
     /// Clusters of the bootstrap.
@@ -58,13 +58,6 @@ pub struct Bootstrap {
     pub secrets: Vec<StaticSecret>,
     /// Listeners of the bootstrap.
     pub listeners: Vec<Listener>,
-    /// Notices files that are replaced.
-    pub watches: Arc<Watches>,
-    /// The aggregated discovery service, where there is one.
-    pub ads: Option<GrpcSource>,
-    /// Servers that a config source may name, by cluster. Those with TLS cannot be reached before
-    /// [`tls::secure_servers`].
-    pub servers: BTreeMap<String, Server>,
     /// Where load reports go.
     pub load_stats: Option<GrpcService>,
     /// Who says what to check, and is told how it is.
@@ -111,12 +104,13 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let dynamic = message.dynamic_resources.clone().unwrap_or_default();
     let servers = servers(&clusters);
     let node = message.node.clone().unwrap_or_default();
-    let mut sources = SourcesConfig { node, servers, ads: None, watches: Arc::default() };
-    let (ads, cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
+    let unsupported = out_of_reach(&clusters);
+    let mut sources = SourcesConfig { node, servers, unsupported, ads: None, watches: Arc::default() };
+    let (cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
     static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
     let service = |config: Option<&ApiConfigSource>, path: &str| {
-        let source = config.map(|config| grpc_client(config, &sources.servers, path)).transpose()?;
+        let source = config.map(|config| grpc_client(config, &sources, path)).transpose()?;
         Ok::<_, FieldError>(source.map(|source| source.service))
     };
     let load_stats = service(load_stats, "cluster_manager.load_stats_config")?;
@@ -142,14 +136,11 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     }
     let runtime = layered_runtime(message, &sources)?;
     Ok(Bootstrap {
-        node: sources.node,
+        sources,
         admin,
         clusters,
         secrets,
         listeners,
-        ads,
-        watches: sources.watches,
-        servers: sources.servers,
         load_stats,
         health_discovery,
         cds,
@@ -187,7 +178,7 @@ fn known_secrets<'a>(
         }
         SecretRef::Static(_) => Ok(()),
         SecretRef::Discovered(ResourceRef { name, from }) => {
-            let checked = sources.check(&from.source, type_url::SECRET);
+            let checked = sources.check_static(&from.source, type_url::SECRET);
             checked.map_err(|text| FieldError::new(path, format!("secret {name}: {text}")))
         }
     })
@@ -205,35 +196,37 @@ fn unique<'a>(kind: &str, names: impl Iterator<Item = &'a str>) -> Result<()> {
 }
 
 /// A gRPC client that is there from the start: its cluster must be.
-fn grpc_client(config: &ApiConfigSource, servers: &BTreeMap<String, Server>, path: &str) -> Result<GrpcSource> {
+fn grpc_client(config: &ApiConfigSource, sources: &SourcesConfig, path: &str) -> Result<GrpcSource> {
     let source = ads_source(config, path)?;
-    match source.service.target.cluster().filter(|name| !servers.contains_key(*name)) {
+    match source.service.target.cluster().filter(|name| !sources.servers.contains_key(*name)) {
         Some(name) => {
             let path = join(path, "grpc_services[0].envoy_grpc.cluster_name");
-            Err(FieldError::new(path, format!("Unknown gRPC client cluster '{name}'")))
+            let unknown = || format!("Unknown gRPC client cluster '{name}'");
+            let text = if sources.unsupported.contains(name) { unsupported(name) } else { unknown() };
+            Err(FieldError::new(path, text))
         }
         None => Ok(source),
     }
 }
 
-/// What `dynamic_resources` says: the aggregated stream, and where clusters and listeners come from.
-type Dynamic = (Option<GrpcSource>, Option<ConfigSource>, Option<ConfigSource>);
+/// Where clusters and listeners come from besides.
+type Dynamic = (Option<ConfigSource>, Option<ConfigSource>);
 
 fn dynamic_resources(dynamic: &DynamicResources, sources: &mut SourcesConfig) -> Result<Dynamic> {
     const PATH: &str = "dynamic_resources";
     if let Some(config) = &dynamic.ads_config {
-        sources.ads = Some(grpc_client(config, &sources.servers, &join(PATH, "ads_config"))?);
+        sources.ads = Some(grpc_client(config, sources, &join(PATH, "ads_config"))?);
     }
     let source = |config: Option<&_>, field: &str, type_url: String| -> Result<_> {
         let Some(config) = config else { return Ok(None) };
         let path = join(PATH, field);
         let source = config_source(Some(config), &path)?;
-        sources.check(&source.source, &type_url).map_err(|text| FieldError::new(&path, text))?;
+        sources.check_static(&source.source, &type_url).map_err(|text| FieldError::new(&path, text))?;
         Ok(Some(source))
     };
     let cds = source(dynamic.cds_config.as_ref(), "cds_config", Cluster::type_url())?;
     let lds = source(dynamic.lds_config.as_ref(), "lds_config", ProtoListener::type_url())?;
-    Ok((sources.ads.clone(), cds, lds))
+    Ok((cds, lds))
 }
 
 /// The clusters that can be reached before anything else is known.
@@ -250,6 +243,17 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
         }
     };
     known.map(|cluster| (cluster.name.to_string(), server(cluster))).collect()
+}
+
+/// Clusters behind which Envoy finds a control plane, and we do not yet. (It has no EDS clusters there either, but for those
+/// whose endpoints are in a file.)
+fn out_of_reach(clusters: &[ClusterConfig]) -> BTreeSet<String> {
+    let unsupported = clusters.iter().filter(|cluster| match &cluster.discovery {
+        Discovery::OriginalDst { .. } => true,
+        Discovery::Eds { endpoints } => matches!(*endpoints.from.source, Source::File(_)),
+        Discovery::Static | Discovery::StrictDns { .. } => false,
+    });
+    unsupported.map(|cluster| cluster.name.to_string()).collect()
 }
 
 /// Refuses two listeners on one address. Port 0 is another port each time.
@@ -298,26 +302,26 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
     for (index, cluster) in clusters.iter().enumerate() {
         if let Discovery::Eds { endpoints } = &cluster.discovery {
             let path = format!("static_resources.clusters[{index}].eds_cluster_config.eds_config");
-            let checked = sources.check(&endpoints.from.source, type_url::ENDPOINT);
+            let checked = sources.check_static(&endpoints.from.source, type_url::ENDPOINT);
             checked.map_err(|text| FieldError::new(path, text))?;
         }
     }
     for (index, listener) in listeners.iter().enumerate() {
         for routes in listener.rds() {
             let path = format!("static_resources.listeners[{index}]");
-            let checked = sources.check(&routes.from.source, type_url::ROUTE);
+            let checked = sources.check_static(&routes.from.source, type_url::ROUTE);
             checked.map_err(|text| FieldError::new(path, format!("rds {text}")))?;
         }
         for filter in listener.discovered_filters() {
             let path = format!("static_resources.listeners[{index}]");
-            let checked = sources.check(&filter.wanted.from.source, type_url::EXTENSION_CONFIG);
+            let checked = sources.check_static(&filter.wanted.from.source, type_url::EXTENSION_CONFIG);
             checked.map_err(|text| FieldError::new(path, format!("config_discovery {text}")))?;
         }
         for scoped in listener.connection_managers().filter_map(|manager| manager.scoped()) {
             let ScopeSource::Srds { scopes, routes } = &scoped.scopes else { continue };
             for (from, type_url) in [(scopes, type_url::SCOPED_ROUTES), (routes, type_url::ROUTE)] {
                 let path = format!("static_resources.listeners[{index}]");
-                let checked = sources.check(&from.source, type_url);
+                let checked = sources.check_static(&from.source, type_url);
                 checked.map_err(|text| FieldError::new(path, format!("scoped_routes {text}")))?;
             }
         }

@@ -56,7 +56,7 @@ pub(super) fn layered_runtime(bootstrap: &Bootstrap, sources: &Sources) -> Resul
                     return Err(required(&path, "name"));
                 }
                 let from = config_source(layer.rtds_config.as_ref(), &join(&path, "rtds_config"))?;
-                let checked = sources.check(&from.source, type_url::RUNTIME);
+                let checked = sources.check_static(&from.source, type_url::RUNTIME);
                 checked.map_err(|text| FieldError::new(join(&path, "rtds_config"), text))?;
                 LayerSource::Rtds(ResourceRef { name: layer.name.as_str().into(), from })
             }

@@ -219,9 +219,9 @@ fn control_planes_are_found_through_static_clusters() {
         )
     };
     let bootstrap = load(&yaml("xds")).unwrap();
-    let server = bootstrap.ads.unwrap();
+    let server = bootstrap.sources.ads.unwrap();
     assert_eq!(server.variant, culvert_xds_client::ads::Variant::Delta);
-    assert_eq!(bootstrap.servers["xds"].endpoints, ["10.0.0.1:18000"]);
+    assert_eq!(bootstrap.sources.servers["xds"].endpoints, ["10.0.0.1:18000"]);
     assert!(bootstrap.cds.is_some() && bootstrap.lds.is_none());
     let error = load(&yaml("nobody")).unwrap_err();
     assert_eq!(
@@ -234,10 +234,6 @@ fn control_planes_are_found_through_static_clusters() {
 fn bootstraps_that_cannot_be_honoured_are_named() {
     let cases = [
         ("stats_sinks: [{ name: x }]", "stats_sinks: not supported by culvert yet"),
-        (
-            "dynamic_resources: { cds_config: { ads: {} } }",
-            "dynamic_resources.cds_config: names ADS, but dynamic_resources.ads_config is not set",
-        ),
         (
             "dynamic_resources: { cds_config: { path: /x } }",
             "dynamic_resources.cds_config.path: paths must refer to an existing path in the system: '/x' does not exist",

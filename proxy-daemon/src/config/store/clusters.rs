@@ -130,7 +130,12 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         let parsed = resources::parse(name, &resource.body, |message: &Cluster| &message.name, parse::cluster);
-        let config = match parsed.and_then(|config| state.check_cluster(&config).map(|()| config)) {
+        let checked = parsed.and_then(|config| {
+            state.check_cluster(&config)?;
+            state.check_needs(&cluster_needs(&config), &resource.body)?;
+            Ok(config)
+        });
+        let config = match checked {
             Ok(config) => config,
             Err(error) => return Err(Box::new((resource, error))),
         };

@@ -19,12 +19,7 @@ use super::{
     watched::{Owner, VersionId},
 };
 use crate::{
-    config::{
-        FieldError,
-        model::Listener,
-        parse,
-        status::Version,
-    },
+    config::{FieldError, model::Listener, parse, status::Version},
     listener::Prints,
 };
 
@@ -94,6 +89,11 @@ impl Entry {
         all.into_iter().find(|version| version.id == id).map(|version| &*version.needs)
     }
 
+    /// The configurations of all its versions.
+    pub(super) fn configs(&self) -> impl Iterator<Item = &Arc<Listener>> {
+        self.active.iter().chain(&self.starting).chain(&self.warming).map(|version| &version.config)
+    }
+
     /// What is to serve next.
     pub(super) fn newest(&self) -> Option<&ListenerVersion> {
         self.warming.as_ref().or(self.starting.last())
@@ -156,7 +156,13 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         let parsed = resources::parse(name, &resource.body, |message: &Message| &message.name, parse::listener);
-        let listener = match parsed.and_then(|listener| state.check_listener(&listener).map(|()| listener)) {
+        let checked = parsed.and_then(|listener| {
+            state.check_listener(&listener)?;
+            state.check_listener_needs(&listener, &resource.body)?;
+            state.check_addresses(&listener)?;
+            Ok(listener)
+        });
+        let listener = match checked {
             Ok(listener) => listener,
             Err(error) => return Err(Box::new((resource, error))),
         };

@@ -37,6 +37,8 @@ mod rotation;
 mod scopes;
 mod secrets;
 mod snapshot;
+
+mod sourced;
 mod state;
 mod updates;
 mod watched;
@@ -56,7 +58,7 @@ use culvert_xds_client::{
     api::culvert::overrides::v1::OffloadedService,
     json::{self, UnknownFields},
     source::Source,
-    sources::Subscriptions,
+    sources::{self, Subscriptions},
     watches::Watches,
 };
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret as ProtoSecret;
@@ -111,6 +113,8 @@ pub struct StartUp {
     pub followed: Vec<(SecretName, ProtoSecret, PathBuf)>,
     /// Notices such moves.
     pub watches: Arc<Watches>,
+    /// The sources that there are.
+    pub sources: sources::Config,
 }
 
 /// How far the start has come.

@@ -12,7 +12,8 @@ use culvert_xds_client::{
 use envoy_types::pb::envoy::config::route::v3::ScopedRouteConfiguration;
 
 use super::{
-    Apply, ConfigStore, counts::ScopedCounts, kinds::Kind, refused::Refused, resources, state::State, updates::UpdateId, watched::Owner,
+    Apply, ConfigStore, counts::ScopedCounts, kinds::Kind, refused::Refused, resources, state::State,
+    updates::UpdateId, watched::Owner,
 };
 use crate::config::{
     model::{ALL_SCOPES, HttpConnectionManagerConfig, Scope, ScopeRoutes, ScopeSource},

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use culvert_xds_client::{api::culvert::overrides::v1::OffloadedService, source::Source};
+use culvert_xds_client::{api::culvert::overrides::v1::OffloadedService, source::Source, sources};
 use tokio::time::Instant;
 
 use super::{
@@ -90,6 +90,8 @@ pub(in crate::config) struct State {
     pub(super) static_secrets: BTreeSet<Arc<str>>,
     /// Those of the bootstrap's that are made of files which are followed.
     pub(super) static_files: Vec<StaticFiles>,
+    /// The sources that there are.
+    pub(super) sources: sources::Config,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
@@ -119,6 +121,7 @@ impl State {
             scopes_changed: false,
             static_secrets: start.secrets.clone(),
             static_files: Vec::new(),
+            sources: start.sources.clone(),
             offloaded: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,

@@ -8,11 +8,12 @@ use std::{
 
 use culvert_xds_client::{
     ads::{Outcome, Rejection, Resource},
+    source::Server,
     sources::Subscription,
 };
 use envoy_types::pb::envoy::config::{
-    bootstrap::v3::Bootstrap as BootstrapMessage, cluster::v3::Cluster, endpoint::v3::ClusterLoadAssignment,
-    listener::v3::Listener, route::v3::RouteConfiguration,
+    bootstrap::v3::Bootstrap as BootstrapMessage, cluster::v3::Cluster, core::v3::ConfigSource as ConfigSourceMessage,
+    endpoint::v3::ClusterLoadAssignment, listener::v3::Listener, route::v3::RouteConfiguration,
 };
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -217,7 +218,15 @@ fn store_with(
     start_up(start, clusters, listeners)
 }
 
-fn start_up(start: StartUp, clusters: Vec<ClusterConfig>, listeners: Vec<model::Listener>) -> (Fixture, Recorder) {
+/// With an aggregated stream, and a control plane behind the cluster `xds`.
+fn start_up(mut start: StartUp, clusters: Vec<ClusterConfig>, listeners: Vec<model::Listener>) -> (Fixture, Recorder) {
+    let api = "{ api_type: GRPC, transport_api_version: V3, grpc_services: [{ envoy_grpc: { cluster_name: xds } }] }";
+    let source: ConfigSourceMessage = json::from_yaml(&format!("{{ api_config_source: {api} }}")).unwrap();
+    if let Source::Grpc(grpc) = Source::clone(&parse::config_source(Some(&source), "").unwrap().source) {
+        start.sources.ads = Some(grpc);
+    }
+    start.sources.servers.insert("xds".to_owned(), Server::plain(Vec::new()));
+    start.sources.unsupported.insert("behind".to_owned());
     let calls = Recorder::default();
     let (subscriptions, wanted) = Subscriptions::channel();
     let store = ConfigStore::new(calls.clone(), start, subscriptions);
@@ -344,4 +353,5 @@ mod rotation;
 mod runtime;
 mod scopes;
 mod secrets;
+mod sourced;
 mod start;

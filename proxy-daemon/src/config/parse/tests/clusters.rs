@@ -175,10 +175,11 @@ fn runtime_layers_are_checked() {
         error("{ name: a, rtds_layer: { rtds_config: { ads: {} } } }"),
         "layered_runtime.layers[0].rtds_layer.name: value is required"
     );
+    let grpc = "{ api_type: GRPC, transport_api_version: V3, grpc_services: [{ envoy_grpc: { cluster_name: x } }] }";
     assert!(
-        error("{ name: a, rtds_layer: { name: r, rtds_config: { ads: {} } } }")
-            .starts_with("layered_runtime.layers[0].rtds_layer.rtds_config: "),
-        "there is no ADS"
+        error(&format!("{{ name: a, rtds_layer: {{ name: r, rtds_config: {{ api_config_source: {grpc} }} }} }}"))
+            .starts_with("layered_runtime.layers[0].rtds_layer.rtds_config: must have a statically defined"),
+        "there is no such cluster"
     );
     assert_eq!(
         error("{ name: a, disk_layer: { symlink_root: r } }"),
@@ -188,11 +189,23 @@ fn runtime_layers_are_checked() {
 
 #[test]
 fn static_resources_that_wait_need_a_control_plane() {
-    let error = load(
-        "static_resources: { clusters: [{ name: a, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }] }",
+    let eds = |source: &str, more: &str| {
+        let waits = format!("{{ name: a, type: EDS, eds_cluster_config: {{ eds_config: {{ {source} }} }} }}");
+        load(&format!("static_resources: {{ clusters: [{waits}, {more}] }}"))
+    };
+    let plain = "{ name: x }";
+    // As in Envoy, which never hears of them.
+    assert!(eds("ads: {}", plain).is_ok());
+    let grpc = "api_config_source: { api_type: GRPC, transport_api_version: V3, \
+                grpc_services: [{ envoy_grpc: { cluster_name: x } }] }";
+    assert!(eds(grpc, plain).is_ok());
+    let error = |more: &str| eds(grpc, more).unwrap_err();
+    let at = "static_resources.clusters[0].eds_cluster_config.eds_config: ";
+    let unknown = format!(
+        "{at}must have a statically defined non-EDS cluster: 'x' does not exist, was added via api, or is an EDS cluster"
     );
-    assert_eq!(
-        error.unwrap_err(),
-        "static_resources.clusters[0].eds_cluster_config.eds_config: names ADS, but dynamic_resources.ads_config is not set"
-    );
+    assert_eq!(error("{ name: z }"), unknown);
+    assert_eq!(error("{ name: x, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }"), unknown);
+    let text = error("{ name: x, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED }");
+    assert!(text.starts_with(at) && text.ends_with("not supported by culvert yet"), "{text}");
 }

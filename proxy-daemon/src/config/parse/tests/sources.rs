@@ -34,7 +34,7 @@ fn a_grpc_source_is_read_whole() {
     assert_eq!((limit.max_tokens, limit.fill_interval.as_millis()), (3, 250));
     assert_eq!(source.initial_fetch_timeout.map(|it| it.as_secs()), Some(15));
     let bootstrap = load(CLUSTERS).unwrap();
-    assert_eq!(bootstrap.servers["xds"].endpoints, ["unix:/run/xds"]);
+    assert_eq!(bootstrap.sources.servers["xds"].endpoints, ["unix:/run/xds"]);
 }
 
 #[test]
