@@ -18,6 +18,7 @@ use culvert_proxy_daemon::{
     config::{
         dump::Configuration,
         parse::{Bootstrap, StaticSecret},
+        status::{Snapshot, source_faults},
         store::{self, Applier, ConfigStore, Kind, Need, StartUp},
     },
     intercept::Interception,
@@ -166,6 +167,8 @@ async fn run(
         }
         tracing::info!(address = %bound, "admin interface listens");
         let (dump, kernel) = (store.clone(), plane.clone());
+        let sources = Arc::clone(&source_stats);
+        let snapshot = move || Snapshot { faults: source_faults(&sources), ..dump.snapshot() };
         let node = message.node.as_ref().map(json::to_json).unwrap_or_default();
         let admin = AdminState {
             data_plane: plane.clone(),
@@ -174,7 +177,7 @@ async fn run(
             state: state.clone(),
             options: flags.to_json(),
             node,
-            config: Arc::new(Configuration::new(&message, started_at, move || dump.snapshot())),
+            config: Arc::new(Configuration::new(&message, started_at, snapshot)),
             log_level,
             runtime,
             shutdown: Arc::clone(&shutdown),
@@ -209,7 +212,7 @@ async fn run(
         let server = service.target.server(&bootstrap.sources.servers).context("hds_config")?;
         tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.sources.node.clone()));
     }
-    let config = bootstrap.sources;
+    let config = sources::Config { unknown_fields: flags.unknown_dynamic_fields(), ..bootstrap.sources };
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
     tokio::spawn(store.clone().follow_files());

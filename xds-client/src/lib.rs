@@ -11,6 +11,7 @@
 
 pub mod ads;
 mod connect;
+mod document;
 mod driver;
 mod file;
 pub mod grpc;

@@ -73,12 +73,32 @@ pub struct TypeStats {
     /// Initial fetches that took longer than `initial_fetch_timeout`. Counted by whoever waits.
     pub init_fetch_timeout: AtomicU64,
     version: RwLock<String>,
+    fault: RwLock<Option<Fault>>,
+}
+
+/// Why nothing could be taken of a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// In words.
+    pub details: String,
+    /// Since when.
+    pub since: SystemTime,
 }
 
 impl TypeStats {
     /// The version of the last response that was accepted.
     pub fn version(&self) -> String {
         self.version.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is wrong with the newest file, or with the newest answer to a poll, as a whole.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_fault(&self, details: Option<String>) {
+        let fault = details.map(|details| Fault { details, since: SystemTime::now() });
+        *self.fault.write().unwrap_or_else(PoisonError::into_inner) = fault;
     }
 
     /// A response was accepted as a whole.

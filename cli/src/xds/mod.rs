@@ -25,7 +25,8 @@ States:
   serving    traffic obeys this version
   warming    accepted, and waiting for what it needs (endpoints, routes, secrets); nothing serves until then
   updating   a version serves, and its successor is warming
-  rejected   the newest version was refused; the version shown, if there is one, still serves
+  rejected   the newest version was refused; the version shown, if there is one, still serves. A file or a polled
+             server of which nothing could be taken is shown by its path or its cluster
   requested  asked for by name, and the control plane has not sent it yet
   missing    asked for by name, and the control plane does not have it
   static     from the bootstrap
@@ -34,6 +35,7 @@ Examples:
   culvert xds status                                what 127.0.0.1:9901 has
   culvert xds status --state rejected --wide        what was refused, with the whole reason
   culvert xds status --type cds --name 'users*'     some clusters
+  culvert xds status --type lds --type rds          listeners and their routes
   culvert xds status --check || page-somebody       exits with 3 when anything is rejected
   culvert xds status --output json | jq '.[] | select(.state == \"requested\").name'";
 
@@ -52,9 +54,10 @@ pub struct Flags {
     #[arg(long, value_name = "URL", env = "CULVERT_ADMIN", default_value = "http://127.0.0.1:9901")]
     admin: String,
 
-    /// Only this type: cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster
+    /// Only this type: cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster; may be given
+    /// several times
     #[arg(long = "type", value_name = "TYPE")]
-    kind: Option<String>,
+    kinds: Vec<String>,
 
     /// Only resources of this name; `*` stands for any text
     #[arg(long, value_name = "PATTERN")]
@@ -108,7 +111,7 @@ pub fn run(command: &Command) -> anyhow::Result<Outcome> {
 }
 
 fn is_wanted(flags: &Flags, row: &Row) -> bool {
-    flags.kind.as_deref().is_none_or(|kind| rows::is_of_type(&row.type_url, kind))
+    (flags.kinds.is_empty() || flags.kinds.iter().any(|kind| rows::is_of_type(&row.type_url, kind)))
         && flags.name.as_deref().is_none_or(|pattern| rows::matches(pattern, &row.name))
         && flags.state.is_none_or(|state| row.state == state)
 }

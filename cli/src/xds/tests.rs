@@ -126,6 +126,23 @@ fn nothing_to_show() {
 }
 
 #[test]
+fn several_types_can_be_asked_for() {
+    use clap::Parser;
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        flags: Flags,
+    }
+    let count = |arguments: &[&str]| {
+        let Command { flags } = Command::parse_from([&["status"], arguments].concat());
+        some_rows().iter().filter(|row| is_wanted(&flags, row)).count()
+    };
+    assert_eq!(count(&[]), 9);
+    assert_eq!(count(&["--type", "cds", "--type", "LDS"]), 6);
+    assert_eq!(count(&["--type", "cds", "--type", "LDS", "--name", "users"]), 1);
+}
+
+#[test]
 fn filters() {
     for (wanted, count) in
         [("cds", 4), ("Cluster", 4), ("LDS", 2), ("type.googleapis.com/envoy.config.listener.v3.Listener", 2), ("x", 0)]

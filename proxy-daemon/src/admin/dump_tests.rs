@@ -16,7 +16,8 @@ use envoy_types::pb::envoy::{
 use prost::{Message, Name};
 
 use super::*;
-use crate::config::status::{Failure, Missing, Resource, Scoped, Snapshot, Type, Unready, Version};
+use crate::config::status::{Failure, Missing, Resource, Scoped, Snapshot, SourceFault, Type, Unready, Version};
+use culvert_xds_client::stats::Fault;
 
 const HTTP: &str =
     "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
@@ -92,6 +93,11 @@ fn snapshot() -> Snapshot {
             listener: "web".into(),
             is_static: false,
             targets: vec!["shared target RdsRouteConfigSubscription RDS init later".into()],
+        }],
+        faults: vec![SourceFault {
+            type_url: ClusterMessage::type_url(),
+            place: "/etc/cds.yaml".into(),
+            fault: Fault { details: "resources[0].nme: no such field".into(), since: SystemTime::UNIX_EPOCH },
         }],
         scoped: vec![Scoped {
             name: "s".into(),

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use culvert_xds_client::{
     ads::type_url,
+    json,
     source::Source,
     stats::{ClientStats, SourceStats, TypeStats},
 };
@@ -18,7 +19,10 @@ const SCOPES: [(&str, &str); 2] =
 
 /// The statistics of all clients now.
 pub fn xds_stats(sources: &SourceStats) -> Vec<Metric> {
-    let mut metrics = Vec::new();
+    let mut metrics = vec![
+        Metric::external("server.dynamic_unknown_fields", json::DYNAMIC_FIELDS.count()),
+        Metric::external("server.static_unknown_fields", json::STATIC_FIELDS.count()),
+    ];
     for (source, _, client) in sources.clients() {
         if source == Source::Ads {
             control_plane(&client, &mut metrics);

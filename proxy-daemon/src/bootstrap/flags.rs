@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use culvert_xds_client::json::UnknownFields;
+use culvert_xds_client::json::{self, UnknownFields};
 
 /// The Culvert node proxy.
 #[derive(Debug, Parser)]
@@ -59,10 +59,11 @@ pub struct Flags {
     /// Fields of the bootstrap that are not in the API are passed over with a warning, instead of ending the start.
     #[arg(long, alias = "allow-unknown-fields")]
     pub allow_unknown_static_fields: bool,
-    /// xDS resources with fields that are not in the API are rejected, instead of the fields being passed over.
+    /// xDS resources with fields that are not in the API are rejected, instead of the fields being passed over with a
+    /// warning.
     #[arg(long)]
     pub reject_unknown_dynamic_fields: bool,
-    /// Accepted for Envoy's sake: unknown fields of xDS resources are passed over without a warning anyway.
+    /// Fields of xDS resources that are not in the API are passed over without a warning, and not counted.
     #[arg(long)]
     pub ignore_unknown_dynamic_fields: bool,
     /// Print the version and exit.
@@ -135,12 +136,16 @@ impl Flags {
 
     /// What becomes of unknown fields in the bootstrap.
     pub fn unknown_static_fields(&self) -> UnknownFields {
-        if self.allow_unknown_static_fields { UnknownFields::Ignore } else { UnknownFields::Reject }
+        if self.allow_unknown_static_fields { UnknownFields::Warn(&json::STATIC_FIELDS) } else { UnknownFields::Reject }
     }
 
     /// What becomes of unknown fields in what xDS delivers.
     pub fn unknown_dynamic_fields(&self) -> UnknownFields {
-        if self.reject_unknown_dynamic_fields { UnknownFields::Reject } else { UnknownFields::Ignore }
+        match (self.reject_unknown_dynamic_fields, self.ignore_unknown_dynamic_fields) {
+            (true, _) => UnknownFields::Reject,
+            (false, false) => UnknownFields::Warn(&json::DYNAMIC_FIELDS),
+            (false, true) => UnknownFields::Ignore,
+        }
     }
 
     /// As `/server_info` shows them, by Envoy's names.

@@ -71,7 +71,7 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
         Some(text) => refused(&source, error.locate(text)),
         None => refused(&source, error),
     };
-    let resolved = json::resolve_typed_structs(&message).map_err(locate)?;
+    let resolved = json::resolve_typed_structs(&message, unknown).map_err(locate)?;
     json::validate(&*resolved).map_err(locate)?;
     let checked = parse::bootstrap(&resolved).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
     if checked.sources.ads.is_some() {

@@ -36,7 +36,7 @@ fn text(bytes: &[u8], format: Format) {
 }
 
 fn check(message: &Bootstrap, text: &str) {
-    let checked = json::resolve_typed_structs(message).and_then(|message| {
+    let checked = json::resolve_typed_structs(message, UnknownFields::Reject).and_then(|message| {
         json::validate(&*message)?;
         let refused = |error: super::FieldError| json::ConfigError::new(error.path, error.message);
         parse::bootstrap(&message).map(|_| ()).map_err(refused)
@@ -67,7 +67,7 @@ pub fn any(bytes: &[u8]) {
         let _ = json::validate_any(&any, "resource", unknown);
     }
     if let Ok(manager) = json::unpack::<HttpConnectionManager>(&any, "resource")
-        && let Ok(manager) = json::resolve_typed_structs(&manager)
+        && let Ok(manager) = json::resolve_typed_structs(&manager, UnknownFields::Ignore)
     {
         let _ = json::validate(&*manager);
     }

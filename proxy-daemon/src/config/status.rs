@@ -6,7 +6,11 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use culvert_xds_client::Any;
+use culvert_xds_client::{
+    Any,
+    source::Source,
+    stats::{Fault, SourceStats, TypeStats},
+};
 
 /// One version of a resource, as it came. The store keeps these behind an [`Arc`], for itself and for every snapshot.
 #[derive(Debug, Clone)]
@@ -85,8 +89,39 @@ pub struct Snapshot {
     pub types: Vec<Type>,
     /// Listeners that wait, static ones as well.
     pub unready: Vec<Unready>,
+    /// Files and polled servers of which nothing could be taken the last time.
+    pub faults: Vec<SourceFault>,
     /// What SRDS delivered, once for each name of `ScopedRoutes`.
     pub scoped: Vec<Scoped>,
+}
+
+/// A file, or the answer of a server that is polled, that cannot be used as a whole.
+#[derive(Debug, Clone)]
+pub struct SourceFault {
+    /// What it was to bring.
+    pub type_url: String,
+    /// The file's path, or the server's cluster.
+    pub place: String,
+    /// Why not.
+    pub fault: Fault,
+}
+
+/// The faults of all sources.
+pub fn source_faults(sources: &SourceStats) -> Vec<SourceFault> {
+    let clients = sources.clients().into_iter();
+    let faults = clients.flat_map(|(source, _, client)| {
+        let place = match source {
+            Source::File(file) => file.path.display().to_string(),
+            Source::Rest(rest) => format!("cluster {}", rest.cluster),
+            // Streams bring resources one by one.
+            Source::Ads | Source::Grpc(_) => return Vec::new(),
+        };
+        let of_type = |(type_url, stats): (String, Arc<TypeStats>)| {
+            Some(SourceFault { type_url, place: place.clone(), fault: stats.fault()? })
+        };
+        client.types().into_iter().filter_map(of_type).collect()
+    });
+    faults.collect()
 }
 
 /// The scopes that connection managers have by one name.

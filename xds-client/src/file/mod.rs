@@ -1,14 +1,15 @@
 //! Resources in files (`path_config_source`): read at the start, and again when something is moved to their place.
 
-use std::{convert::Infallible, path::Path, sync::Arc};
+use std::{convert::Infallible, sync::Arc};
 
-use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryResponse};
-use prost::Message;
+use envoy_types::pb::envoy::config::core::v3::Node;
 
 use crate::{
-    ads::{Response, Sink, Variant},
+    ads::{Sink, Variant},
+    document::{Documents, Encoding, Judged},
     driver::{Came, Driver, Interests},
-    json, regular_file,
+    json::UnknownFields,
+    regular_file,
     source::{FileSource, Source},
     stats::ClientStats,
     watches::{Watch, Watches},
@@ -17,31 +18,25 @@ use crate::{
 /// The largest file taken, in bytes.
 const MAX_FILE_BYTES: u64 = crate::grpc::MAX_RESPONSE_BYTES as u64;
 
-/// Why a file is not used.
-#[derive(Debug, thiserror::Error)]
-enum Unusable {
-    #[error("cannot read it: {0}")]
-    Read(#[from] std::io::Error),
-    #[error("it is not UTF-8: {0}")]
-    Text(#[from] std::string::FromUtf8Error),
-    #[error("{0}")]
-    Parse(#[from] json::ConfigError),
-    #[error("it is not a DiscoveryResponse: {0}")]
-    Decode(#[from] prost::DecodeError),
-}
-
 /// Reads one type of resources from one file.
 pub(crate) struct FileClient<S> {
     file: FileSource,
-    type_url: String,
+    documents: Documents,
     driver: Driver<S>,
     watches: Arc<Watches>,
 }
 
 impl<S: Sink> FileClient<S> {
-    pub(crate) fn new(file: FileSource, type_url: &str, node: Node, sink: Arc<S>, watches: Arc<Watches>) -> Self {
+    pub(crate) fn new(
+        file: FileSource,
+        type_url: &str,
+        (node, unknown): (Node, UnknownFields),
+        sink: Arc<S>,
+        watches: Arc<Watches>,
+    ) -> Self {
+        let documents = Documents::new(type_url, file.path.display().to_string(), unknown);
         let driver = Driver::new(Source::File(file.clone()), node, Variant::Sotw, sink);
-        FileClient { file, type_url: type_url.to_owned(), driver, watches }
+        FileClient { file, documents, driver, watches }
     }
 
     pub(crate) fn stats(&self) -> Arc<ClientStats> {
@@ -78,39 +73,35 @@ impl<S: Sink> FileClient<S> {
                 }
             };
             tokio::select! {
-                event = self.driver.next() => {
-                    if self.driver.event(event) == Came::Wanted {
-                        self.load(&path).await;
+                event = self.driver.next() => match self.driver.event(event) {
+                    Came::Wanted => {
+                        self.documents.wanted();
+                        self.load().await;
                     }
-                }
-                () = moved => self.load(&path).await,
+                    Came::Finished(accepted) => self.documents.finished(accepted),
+                    Came::Expired => self.documents.wanted(),
+                },
+                () = moved => self.load().await,
             }
         }
     }
 
-    async fn load(&mut self, path: &Path) {
+    async fn load(&mut self) {
         // Nobody is there to be asked or answered.
         self.driver.core.outgoing();
-        match read(path).await {
-            Ok(response) => {
-                let response = DiscoveryResponse { type_url: self.type_url.clone(), nonce: String::new(), ..response };
-                self.driver.take(Response::Sotw(response));
+        let path = self.file.path.clone();
+        // As in Envoy, the extension says how it is written.
+        let binary = path.extension().is_some_and(|extension| extension == "pb");
+        let encoding = if binary { Encoding::Binary } else { Encoding::Text };
+        let read = tokio::task::spawn_blocking(move || regular_file::read(&path, MAX_FILE_BYTES)).await;
+        match read.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(bytes) => {
+                if let Judged::New(response) = self.documents.came(&bytes, encoding, &self.driver.stats) {
+                    self.driver.take(response);
+                }
             }
-            Err(error) => {
-                tracing::warn!(path = %path.display(), "file not used, configuration in force stays: {error}");
-                self.driver.stats.of(&self.type_url).failed();
-            }
+            Err(error) => self.documents.failed(format!("cannot read it: {error}"), &self.driver.stats),
         }
-    }
-}
-
-/// A `DiscoveryResponse` in the form that the extension says, as in Envoy: `.pb` is binary, anything else YAML or JSON.
-async fn read(path: &Path) -> Result<DiscoveryResponse, Unusable> {
-    // Opening does not wait: see there.
-    let bytes = regular_file::read(path, MAX_FILE_BYTES)?;
-    match path.extension().and_then(|it| it.to_str()) {
-        Some("pb") => Ok(DiscoveryResponse::decode(bytes.as_slice())?),
-        _ => Ok(json::from_yaml(&String::from_utf8(bytes)?)?),
     }
 }
 

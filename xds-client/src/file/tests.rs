@@ -1,10 +1,19 @@
-use std::{fs, os::unix::fs::symlink, path::PathBuf, sync::atomic::Ordering::Relaxed};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    sync::atomic::Ordering::Relaxed,
+};
+
+use envoy_types::pb::envoy::service::discovery::v3::DiscoveryResponse;
+use prost::Message as _;
 
 use tempfile::TempDir;
 
 use super::*;
 use crate::{
     ads::{Interest, type_url::CLUSTER},
+    json,
     test_sink::{Notes, clusters, wait},
 };
 
@@ -23,9 +32,13 @@ impl Drop for Running {
 
 /// A client of all clusters in a file.
 fn start(path: PathBuf, watched_directory: Option<PathBuf>) -> Running {
+    start_with(path, watched_directory, UnknownFields::Ignore)
+}
+
+fn start_with(path: PathBuf, watched_directory: Option<PathBuf>, unknown: UnknownFields) -> Running {
     let notes = Arc::new(Notes::default());
     let file = FileSource { path, watched_directory };
-    let client = FileClient::new(file, CLUSTER, Node::default(), Arc::clone(&notes), Arc::default());
+    let client = FileClient::new(file, CLUSTER, (Node::default(), unknown), Arc::clone(&notes), Arc::default());
     let (stats, interests) = (client.stats(), client.interests());
     interests.set(CLUSTER, Interest::Wildcard);
     Running { notes, stats, interests, task: tokio::spawn(client.run()).abort_handle() }
@@ -68,19 +81,6 @@ async fn a_bad_file_is_counted_and_changes_nothing() {
     wait(|| counts.update_rejected.load(Relaxed) == 1).await;
     assert_eq!((counts.update_success.load(Relaxed), counts.update_attempt.load(Relaxed)), (1, 3));
     assert_eq!(counts.version(), "1");
-}
-
-#[tokio::test]
-async fn what_is_wrong_with_a_file_has_a_line() {
-    let directory = TempDir::new().unwrap();
-    let path = directory.path().join("cds.yaml");
-    fs::write(
-        &path,
-        "version_info: '1'\nresources:\n- '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster\n  nme: a\n",
-    )
-    .unwrap();
-    let error = read(&path).await.unwrap_err().to_string();
-    assert!(error.contains("resources[0]") && error.contains("line 4, column 3"), "{error}");
 }
 
 #[tokio::test]
@@ -134,4 +134,70 @@ async fn names_that_are_wanted_later_are_found_in_the_same_file() {
     running.notes.expect(&["+a,b -"]).await;
     running.interests.set(CLUSTER, Interest::Names(["a".to_owned()].into()));
     wait(|| running.notes.all().len() > 1).await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_file_has_a_line_until_it_is_mended() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("cds.yaml");
+    let unknown = "version_info: '1'\nresources:\n- '@type': type.googleapis.com/envoy.config.cluster.v3.Cluster\n  \
+                   name: a\n  nme: a\n";
+    fs::write(&path, unknown).unwrap();
+    let running = start_with(path.clone(), Some(directory.path().to_owned()), UnknownFields::Reject);
+    let counts = running.stats.of(CLUSTER);
+    // As Envoy counts it: the file is in order but for a field that nobody knows.
+    wait(|| counts.update_rejected.load(Relaxed) == 1).await;
+    let fault = counts.fault().unwrap();
+    assert!(fault.details.contains("resources[0]") && fault.details.contains("line 5, column 3"), "{fault:?}");
+    // Something else is moved: the same fault, which counts and is no news.
+    replace(&directory.path().join("other.yaml"), "");
+    wait(|| counts.update_rejected.load(Relaxed) == 2).await;
+    assert_eq!(counts.fault(), Some(fault.clone()));
+    replace(&path, "resources: [");
+    wait(|| counts.update_failure.load(Relaxed) == 1).await;
+    assert_ne!(counts.fault().unwrap().details, fault.details);
+    replace(&path, clusters("2", &["a"]));
+    running.notes.expect(&["+a -"]).await;
+    assert_eq!(counts.fault(), None);
+}
+
+#[tokio::test]
+async fn fields_that_nobody_knows_are_passed_over() {
+    static LOG: json::Unknown = json::Unknown::new();
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("cds.yaml");
+    fs::write(&path, clusters("1", &["a"]).replacen("\"name\"", "\"no_such\": 1, \"name\"", 1)).unwrap();
+    let running = start_with(path.clone(), None, UnknownFields::Warn(&LOG));
+    running.notes.expect(&["+a -"]).await;
+    assert_eq!(LOG.count(), 1);
+    // The same again is the same.
+    replace(&path, clusters("2", &["a"]).replacen("\"name\"", "\"no_such\": 1, \"name\"", 1));
+    wait(|| running.stats.of(CLUSTER).update_success.load(Relaxed) == 2).await;
+    assert_eq!(LOG.count(), 1);
+}
+
+#[tokio::test]
+async fn a_file_that_is_as_before_is_counted_and_not_applied_again() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("cds.yaml");
+    fs::write(&path, clusters("1", &["a", "bad"])).unwrap();
+    let running = start(path, Some(directory.path().to_owned()));
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_rejected.load(Relaxed) == 1).await;
+    replace(&directory.path().join("other.yaml"), "");
+    wait(|| counts.update_rejected.load(Relaxed) == 2).await;
+    assert_eq!(running.notes.all().len(), 1);
+}
+
+#[tokio::test]
+async fn a_file_that_is_not_there_yet_is_a_fault_until_it_comes() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("cds.yaml");
+    let running = start(path.clone(), None);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_failure.load(Relaxed) == 1).await;
+    assert!(counts.fault().unwrap().details.starts_with("cannot read it: "));
+    replace(&path, clusters("1", &["a"]));
+    running.notes.expect(&["+a -"]).await;
+    assert_eq!(counts.fault(), None);
 }

@@ -39,38 +39,41 @@ pub fn unpack<T: Message + Name + Default>(any: &Any, path: &str) -> Result<T, C
 ///
 /// # Errors
 /// The field of the value that does not fit the type.
-pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(message: &T) -> Result<Cow<'_, T>, ConfigError> {
+pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(
+    message: &T,
+    unknown: UnknownFields,
+) -> Result<Cow<'_, T>, ConfigError> {
     const NAME: &[u8] = b".TypedStruct";
     let encoded = message.encode_to_vec();
     if !encoded.windows(NAME.len()).any(|window| window == NAME) {
         return Ok(Cow::Borrowed(message));
     }
     let mut dynamic = dynamic(message)?;
-    resolve(&mut dynamic, &Path::ROOT)?;
+    resolve(&mut dynamic, &Path::ROOT, unknown)?;
     let resolved = dynamic.transcode_to().map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(Cow::Owned(resolved))
 }
 
-fn resolve(message: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigError> {
+fn resolve(message: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields) -> Result<(), ConfigError> {
     match message.descriptor().full_name() {
-        "google.protobuf.Any" => return resolve_any(message, path),
+        "google.protobuf.Any" => return resolve_any(message, path, unknown),
         name if name.starts_with("google.protobuf.") => return Ok(()),
         _ => {}
     }
     for (field, value) in message.fields_mut() {
         let path = path.field(field.name());
         match value {
-            Value::Message(inner) => resolve(inner, &path)?,
+            Value::Message(inner) => resolve(inner, &path, unknown)?,
             Value::List(items) => {
                 for (index, item) in items.iter_mut().enumerate() {
                     let Value::Message(inner) = item else { break };
-                    resolve(inner, &path.index(index))?;
+                    resolve(inner, &path.index(index), unknown)?;
                 }
             }
             Value::Map(entries) => {
                 for (key, value) in entries {
                     let Value::Message(inner) = value else { break };
-                    resolve(inner, &path.key(&super::validate::key_text(key)))?;
+                    resolve(inner, &path.key(&super::validate::key_text(key)), unknown)?;
                 }
             }
             _ => {}
@@ -79,13 +82,12 @@ fn resolve(message: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigEr
     Ok(())
 }
 
-fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigError> {
+fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields) -> Result<(), ConfigError> {
     let packed: Any = any.transcode_to().map_err(|error| path.error(error.to_string()))?;
     let (name, mut inner) = match typed_struct(&packed) {
         Some(Ok((type_url, value))) => {
             let Some(desc) = pool().get_message_by_name(message_name(&type_url)) else { return Ok(()) };
-            let decoder = Decoder { unknown: UnknownFields::Reject };
-            let inner = decoder.message(&Node::from(value), &desc, path)?;
+            let inner = Decoder { unknown }.message(&Node::from(value), &desc, path)?;
             (desc.full_name().to_owned(), inner)
         }
         Some(Err(message)) => return Err(path.error(message)),
@@ -97,7 +99,7 @@ fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>) -> Result<(), ConfigEr
             (name.to_owned(), inner)
         }
     };
-    resolve(&mut inner, path)?;
+    resolve(&mut inner, path, unknown)?;
     any.set_field_by_name("type_url", Value::String(format!("type.googleapis.com/{name}")));
     any.set_field_by_name("value", Value::Bytes(inner.encode_to_vec().into()));
     Ok(())

@@ -87,11 +87,10 @@ impl Decoder {
                 let unknown = error(unknown_field(&entry.key, &desc));
                 match self.unknown {
                     UnknownFields::Reject => return Err(unknown),
-                    UnknownFields::Ignore => {
-                        tracing::warn!("{unknown}; it is ignored");
-                        continue;
-                    }
+                    UnknownFields::Warn(log) => log.tell(unknown),
+                    UnknownFields::Ignore => {}
                 }
+                continue;
             };
             let here = path.field(field.name());
             let null_is_a_value = matches!(field.kind(), Kind::Message(kind) if kind.full_name() == "google.protobuf.Value")

@@ -16,6 +16,7 @@ mod redact;
 mod rules;
 mod scalar;
 mod tree;
+mod unknown;
 mod validate;
 mod yaml;
 
@@ -29,6 +30,7 @@ pub use self::any::{any_to_json, pack, resolve_typed_structs, unpack};
 use self::decode::Decoder;
 use self::path::Path;
 use self::tree::Node;
+pub use self::unknown::{DYNAMIC_FIELDS, STATIC_FIELDS, Unknown, UnknownFields};
 pub use self::validate::{validate, validate_any};
 
 /// A configuration that cannot be used: which field, where in the text, and why.
@@ -105,16 +107,6 @@ impl Format {
         let yaml = extension.eq_ignore_ascii_case("yaml") || extension.eq_ignore_ascii_case("yml");
         if yaml { Format::Yaml } else { Format::Json }
     }
-}
-
-/// What becomes of fields that a message does not have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum UnknownFields {
-    /// They are errors: Envoy's default for configuration files.
-    #[default]
-    Reject,
-    /// They are passed over, with a warning in the log: Envoy's default for what xDS delivers.
-    Ignore,
 }
 
 /// Reads a message.

@@ -299,10 +299,13 @@ fn typed_structs_become_what_they_stand_for() {
     };
     let plain: Bootstrap = from_yaml(&bootstrap_with(".Router }", ".Router, suppress_envoy_headers: true }")).unwrap();
     let typed: Bootstrap = from_yaml(&text("{ suppressEnvoyHeaders: true }")).unwrap();
-    assert!(matches!(resolve_typed_structs(&plain), Ok(std::borrow::Cow::Borrowed(_))));
-    assert_eq!(*resolve_typed_structs(&typed).unwrap(), plain);
+    assert!(matches!(resolve_typed_structs(&plain, UnknownFields::Reject), Ok(std::borrow::Cow::Borrowed(_))));
+    assert_eq!(*resolve_typed_structs(&typed, UnknownFields::Reject).unwrap(), plain);
     let text = text("{ supress_envoy_headers: true }");
-    let error = resolve_typed_structs(&from_yaml::<Bootstrap>(&text).unwrap()).unwrap_err().locate(&text).to_string();
+    let error = resolve_typed_structs(&from_yaml::<Bootstrap>(&text).unwrap(), UnknownFields::Reject)
+        .unwrap_err()
+        .locate(&text)
+        .to_string();
     assert_eq!(
         error,
         format!(

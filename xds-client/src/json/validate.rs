@@ -58,10 +58,15 @@ impl Validator {
             "google.protobuf.Struct" => return Ok(()),
             _ => {}
         }
-        if self.unknown == UnknownFields::Reject
+        if !matches!(self.unknown, UnknownFields::Ignore)
             && let Some(unknown) = message.unknown_fields().next()
         {
-            return Err(path.error(format!("{} has no field number {}", desc.full_name(), unknown.number())));
+            let unknown = path.error(format!("{} has no field number {}", desc.full_name(), unknown.number()));
+            match self.unknown {
+                UnknownFields::Reject => return Err(unknown),
+                UnknownFields::Warn(log) => log.tell(unknown),
+                UnknownFields::Ignore => {}
+            }
         }
         let rules = rules::of(&desc).map_err(|error| path.error(error))?;
         for oneof in &rules.required_oneofs {

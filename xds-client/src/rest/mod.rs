@@ -1,28 +1,21 @@
 //! Resources that are polled over HTTP (`api_type: REST`).
 
-use std::{
-    convert::Infallible,
-    hash::{DefaultHasher, Hash, Hasher},
-    sync::Arc,
-    time::Duration,
-};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use envoy_types::pb::envoy::{
-    config::core::v3::Node,
-    service::discovery::v3::{DiscoveryRequest, DiscoveryResponse},
-};
+use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryRequest};
 use http::{StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use crate::{
-    ads::{Request, Response, Sink, Variant},
+    ads::{Request, Sink, Variant},
     connect::{self, ConnectError},
+    document::{Documents, Encoding, Judged},
     driver::{Came, Driver, Interests},
     grpc::MAX_RESPONSE_BYTES,
-    json,
+    json::{self, UnknownFields},
     resource_type::ResourceType,
     source::{RestSource, Server, Source},
     stats::ClientStats,
@@ -42,8 +35,6 @@ enum Failed {
     Status(StatusCode),
     #[error("the control plane's answer is cut off or larger than {MAX_RESPONSE_BYTES} bytes: {0}")]
     Body(Box<dyn std::error::Error + Send + Sync>),
-    #[error("the control plane's answer is no DiscoveryResponse: {0}")]
-    Parse(json::ConfigError),
     #[error("the control plane did not answer within {0:?}")]
     Timeout(Duration),
     #[error("the request cannot be sent: {0}")]
@@ -52,22 +43,13 @@ enum Failed {
     NoAddress,
 }
 
-/// The last answer that was handed to the sink.
-struct Last {
-    hash: u64,
-    version: String,
-    /// Whether all of it was accepted; `None`: that is not known yet.
-    accepted: Option<bool>,
-}
-
 /// Polls one type of resources from one server.
 pub(crate) struct RestClient<S> {
     rest: RestSource,
     server: Server,
-    only: &'static ResourceType,
     path: &'static str,
+    documents: Documents,
     driver: Driver<S>,
-    last: Option<Last>,
     next_address: usize,
     well: bool,
 }
@@ -78,12 +60,13 @@ impl<S: Sink> RestClient<S> {
         rest: RestSource,
         server: Server,
         only: &'static ResourceType,
-        node: Node,
+        (node, unknown): (Node, UnknownFields),
         sink: Arc<S>,
     ) -> Option<Self> {
         let path = only.rest?;
+        let documents = Documents::new(only.type_url, format!("cluster {}, {path}", rest.cluster), unknown);
         let driver = Driver::new(Source::Rest(rest.clone()), node, Variant::Sotw, sink);
-        Some(RestClient { rest, server, only, path, driver, last: None, next_address: 0, well: false })
+        Some(RestClient { rest, server, path, documents, driver, next_address: 0, well: false })
     }
 
     pub(crate) fn stats(&self) -> Arc<ClientStats> {
@@ -104,16 +87,11 @@ impl<S: Sink> RestClient<S> {
                 biased;
                 event = self.driver.next() => match self.driver.event(event) {
                     Came::Wanted => {
-                        // What was passed over then may be wanted now.
-                        self.last = None;
+                        self.documents.wanted();
                         wanted = true;
                         due = tokio::time::Instant::now();
                     }
-                    Came::Finished(accepted) => {
-                        if let Some(last) = &mut self.last {
-                            last.accepted = Some(accepted);
-                        }
-                    }
+                    Came::Finished(accepted) => self.documents.finished(accepted),
                     Came::Expired => {}
                 },
                 () = tokio::time::sleep_until(due), if wanted => {
@@ -133,35 +111,26 @@ impl<S: Sink> RestClient<S> {
         let fetched = tokio::time::timeout(limit, self.fetch(request)).await;
         match fetched.unwrap_or(Err(Failed::Timeout(limit))) {
             Ok(body) => self.answered(body),
-            Err(error) => self.failed(&error),
+            Err(error) => {
+                self.is_unwell();
+                self.documents.failed(error.to_string(), &self.driver.stats);
+            }
         }
     }
 
     fn answered(&mut self, body: Option<Bytes>) {
         // 304: nothing has changed.
-        let Some(body) = body else { return self.is_well() };
-        let mut hasher = DefaultHasher::new();
-        body.hash(&mut hasher);
-        let hash = hasher.finish();
-        if let Some(last) = self.last.as_ref().filter(|last| last.hash == hash) {
-            let stats = self.driver.stats.of(self.only.type_url);
-            match last.accepted {
-                Some(true) => stats.accepted(&last.version),
-                Some(false) => stats.rejected(),
-                None => {}
-            }
+        let Some(body) = body else {
+            self.documents.unchanged(&self.driver.stats);
             return self.is_well();
-        }
-        let text = String::from_utf8_lossy(&body);
-        match json::from_yaml::<DiscoveryResponse>(&text) {
-            Ok(response) => {
+        };
+        match self.documents.came(&body, Encoding::Text, &self.driver.stats) {
+            Judged::New(response) => {
                 self.is_well();
-                self.last = Some(Last { hash, version: response.version_info.clone(), accepted: None });
-                let type_url = self.only.type_url.to_owned();
-                let response = DiscoveryResponse { type_url, nonce: String::new(), ..response };
-                self.driver.take(Response::Sotw(response));
+                self.driver.take(response);
             }
-            Err(error) => self.failed(&Failed::Parse(error)),
+            Judged::Same => self.is_well(),
+            Judged::Unusable => self.is_unwell(),
         }
     }
 
@@ -171,13 +140,11 @@ impl<S: Sink> RestClient<S> {
         }
     }
 
-    fn failed(&mut self, error: &Failed) {
+    fn is_unwell(&mut self) {
         self.next_address = (self.next_address + 1) % self.server.endpoints.len().max(1);
         if std::mem::replace(&mut self.well, false) {
             self.driver.sink.state(&self.driver.source, false);
         }
-        tracing::warn!(cluster = %self.rest.cluster, path = self.path, "{error}; configuration in force stays");
-        self.driver.stats.of(self.only.type_url).failed();
     }
 
     /// One request; `None`: nothing has changed.

@@ -78,7 +78,7 @@ fn start(addresses: &[&str]) -> Running {
     let server = Server::plain(addresses.iter().map(ToString::to_string).collect());
     let node = Node { id: "node-1".to_owned(), ..Default::default() };
     let only = ResourceType::of(CLUSTER).unwrap();
-    let client = RestClient::new(rest, server, only, node, Arc::clone(&notes)).unwrap();
+    let client = RestClient::new(rest, server, only, (node, UnknownFields::Ignore), Arc::clone(&notes)).unwrap();
     let stats = client.stats();
     client.interests().set(CLUSTER, Interest::Wildcard);
     Running { notes, stats, task: tokio::spawn(client.run()).abort_handle() }
@@ -139,4 +139,16 @@ async fn the_next_address_is_polled_when_one_does_not_answer() {
     let (address, _) = server(&[(200, clusters("1", &["a"]))]).await;
     let running = start(&[&gone, &address]);
     running.notes.expect(&["connected true", "+a -"]).await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_an_answer_is_told_until_it_is_right() {
+    let bad = (200, "resources: [".to_owned());
+    let (address, requests) = server(&[bad.clone(), bad, (200, clusters("1", &["a"]))]).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.fault().is_some()).await;
+    running.notes.expect(&["connected true", "+a -"]).await;
+    assert_eq!((counts.fault(), counts.update_failure.load(Relaxed)), (None, 2));
+    drop(requests);
 }

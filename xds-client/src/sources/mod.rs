@@ -21,6 +21,7 @@ use crate::{
     driver::Interests,
     file::FileClient,
     grpc::{Client, ClientConfig},
+    json::UnknownFields,
     resource_type::ResourceType,
     rest::RestClient,
     source::{GrpcSource, Server, Source},
@@ -41,6 +42,8 @@ pub struct Config {
     pub ads: Option<GrpcSource>,
     /// Notices files that are replaced.
     pub watches: Arc<Watches>,
+    /// What becomes of unknown fields in what comes as text: files, and answers to polls.
+    pub unknown_fields: UnknownFields,
 }
 
 /// Why nothing can be had of the aggregated stream where there is none, in Envoy's words.
@@ -194,17 +197,18 @@ fn start<S: Sink>(
     tasks: &mut JoinSet<Infallible>,
 ) -> Option<Running> {
     let (sink, node) = (Arc::clone(sink), config.node.clone());
+    let unknown = config.unknown_fields;
     let grpc = match source {
         Source::Ads => config.ads.as_ref()?,
         Source::Grpc(grpc) => grpc,
         Source::Rest(rest) => {
             let server = config.servers.get(&rest.cluster)?.clone();
-            let client = RestClient::new(rest.clone(), server, ResourceType::of(only?)?, node, sink)?;
+            let client = RestClient::new(rest.clone(), server, ResourceType::of(only?)?, (node, unknown), sink)?;
             shared.stats.insert(source, only, client.stats());
             return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
         }
         Source::File(file) => {
-            let client = FileClient::new(file.clone(), only?, node, sink, Arc::clone(&shared.watches));
+            let client = FileClient::new(file.clone(), only?, (node, unknown), sink, Arc::clone(&shared.watches));
             shared.stats.insert(source, only, client.stats());
             return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
         }

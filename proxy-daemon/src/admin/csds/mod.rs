@@ -7,7 +7,7 @@ use std::{pin::Pin, sync::Arc};
 use envoy_types::pb::{
     envoy::{
         admin::v3::{
-            ClientResourceStatus, ClustersConfigDump, ListenersConfigDump,
+            ClientResourceStatus, ClustersConfigDump, ListenersConfigDump, UpdateFailureState,
             clusters_config_dump::DynamicCluster,
             listeners_config_dump::{DynamicListener, DynamicListenerState},
         },
@@ -30,7 +30,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::{
     dump::{self, Configuration},
-    status::{Missing, Resource, Snapshot, Type, Version},
+    status::{Missing, Resource, Snapshot, SourceFault, Type, Version},
 };
 
 /// The largest request that is taken, in bytes.
@@ -126,6 +126,7 @@ fn respond(config: &Configuration, request: &ClientStatusRequest) -> Result<Clie
     for of_type in &snapshot.types {
         generic.extend(of_type.resources.iter().map(|resource| generic_config(of_type, resource, with_content)));
     }
+    generic.extend(snapshot.faults.iter().map(unusable));
     #[expect(deprecated, reason = "the only place in the API where a resource can be shown to be warming")]
     let config = ClientConfig {
         node: Some(node),
@@ -160,6 +161,22 @@ fn generic_config(of_type: &Type, resource: &Resource, with_content: bool) -> Ge
         last_updated: accepted.map(|version| dump::timestamp(version.updated)),
         client_status: status.into(),
         error_state,
+        ..Default::default()
+    }
+}
+
+/// A source of which nothing could be taken, as if it were a resource of the type that it is for: the API has no other
+/// place for it.
+fn unusable(source: &SourceFault) -> GenericXdsConfig {
+    GenericXdsConfig {
+        type_url: source.type_url.clone(),
+        name: source.place.clone(),
+        client_status: ClientResourceStatus::Nacked.into(),
+        error_state: Some(UpdateFailureState {
+            last_update_attempt: Some(dump::timestamp(source.fault.since)),
+            details: source.fault.details.clone(),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

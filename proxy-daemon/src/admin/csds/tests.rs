@@ -36,6 +36,9 @@ fn every_resource_with_its_status() {
     assert_eq!(shown(".Cluster", "users"), ("UNKNOWN", "", true));
     assert!(entry(&response, ".Cluster", "users").is_static_resource);
 
+    let file = entry(&response, ".Cluster", "/etc/cds.yaml");
+    assert_eq!(file.client_status(), ClientResourceStatus::Nacked);
+    assert_eq!(file.error_state.as_ref().unwrap().details, "resources[0].nme: no such field");
     let nacked = entry(&response, ".Cluster", "a");
     assert_eq!(nacked.last_updated.as_ref().unwrap().seconds, 1_700_000_000);
     let error = nacked.error_state.as_ref().unwrap();

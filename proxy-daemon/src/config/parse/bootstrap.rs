@@ -2,7 +2,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
-    sync::Arc,
 };
 
 use culvert_xds_client::{
@@ -105,7 +104,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let servers = servers(&clusters);
     let node = message.node.clone().unwrap_or_default();
     let unsupported = out_of_reach(&clusters);
-    let mut sources = SourcesConfig { node, servers, unsupported, ads: None, watches: Arc::default() };
+    let mut sources = SourcesConfig { node, servers, unsupported, ..SourcesConfig::default() };
     let (cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
     static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());

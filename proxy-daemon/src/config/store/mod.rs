@@ -47,10 +47,7 @@ use std::{
     collections::BTreeSet,
     future::pending,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
 use culvert_xds_client::{
@@ -85,17 +82,18 @@ use super::{
 };
 use crate::http::filters::OffloadedTable;
 
-/// Whether resources with unknown fields are rejected: a property of the process, as the flag is that sets it.
-static REJECT_UNKNOWN_FIELDS: AtomicBool = AtomicBool::new(false);
+/// What becomes of unknown fields of xDS resources: a property of the process, as the flags are that say it.
+static UNKNOWN_FIELDS: OnceLock<UnknownFields> = OnceLock::new();
 
-/// Sets what becomes of fields of xDS resources that the API does not have; Envoy's default, and ours, is to ignore them.
+/// Sets what becomes of fields of xDS resources that the API does not have, once, before the first resource.
 pub fn set_unknown_fields(unknown: UnknownFields) {
-    REJECT_UNKNOWN_FIELDS.store(unknown == UnknownFields::Reject, Ordering::Relaxed);
+    // Who comes second has been started in the same process, with the same flags.
+    let _ = UNKNOWN_FIELDS.set(unknown);
 }
 
-/// What becomes of unknown fields in xDS resources.
+/// What becomes of unknown fields in xDS resources. Envoy's default, and ours, is to warn of them.
 pub fn unknown_fields() -> UnknownFields {
-    if REJECT_UNKNOWN_FIELDS.load(Ordering::Relaxed) { UnknownFields::Reject } else { UnknownFields::Ignore }
+    UNKNOWN_FIELDS.get().copied().unwrap_or(UnknownFields::Warn(&json::DYNAMIC_FIELDS))
 }
 
 /// What is asked for from the start.

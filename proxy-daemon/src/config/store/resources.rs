@@ -45,18 +45,15 @@ where
     M: prost::Message + Name + Default + Clone,
 {
     let unknown = super::unknown_fields();
-    if unknown == UnknownFields::Reject {
+    let message: M = json::unpack(body, "")?;
+    let message = json::resolve_typed_structs(&message, unknown)?;
+    // As it came: fields that are not known are seen there only, and it need not be encoded again to be looked at.
+    let resolved = matches!(message, Cow::Owned(_)) || !body.type_url.ends_with(&M::full_name());
+    if !resolved || !matches!(unknown, UnknownFields::Ignore) {
         json::validate_any(body, "", unknown)?;
     }
-    let message: M = json::unpack(body, "")?;
-    let message = json::resolve_typed_structs(&message)?;
-    // As it came, where nothing was resolved in it: it need not be encoded again to be looked at.
-    match &message {
-        Cow::Borrowed(_) if body.type_url.ends_with(&M::full_name()) => match unknown {
-            UnknownFields::Reject => {}
-            UnknownFields::Ignore => json::validate_any(body, "", unknown)?,
-        },
-        message => json::validate(&**message)?,
+    if resolved {
+        json::validate(&*message)?;
     }
     if named(&message) != name {
         let text = format!("the resource is named {name:?}, and its content {:?}", named(&message));

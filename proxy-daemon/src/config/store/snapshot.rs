@@ -18,7 +18,7 @@ impl<A: Apply> ConfigStore<A> {
         types.extend(Kind::ALL.into_iter().map(|kind| state.named_now(kind)));
         let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
         let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
-        Snapshot { types, unready, scoped: state.scoped_now() }
+        Snapshot { types, unready, faults: Vec::new(), scoped: state.scoped_now() }
     }
 }
 

@@ -1,0 +1,161 @@
+//! Documents: what the transports without a stream bring. Each is all there is of a type, and mostly what was there before.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use envoy_types::pb::envoy::service::discovery::v3::DiscoveryResponse;
+use prost::Message as _;
+
+use crate::{
+    ads::Response,
+    json::{self, ConfigError, Format, UnknownFields},
+    stats::ClientStats,
+};
+
+/// What a resource with a time to live is wrapped in.
+const WRAPPER: &str = "envoy.service.discovery.v3.Resource";
+
+/// Why a document is not used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unusable {
+    #[error("it is not UTF-8: {0}")]
+    Text(#[from] std::str::Utf8Error),
+    #[error("{0}")]
+    Parse(ConfigError),
+    /// It would be used if fields that are not known were passed over.
+    #[error("{0}")]
+    UnknownField(ConfigError),
+    #[error("it is not a DiscoveryResponse: {0}")]
+    Decode(#[from] prost::DecodeError),
+}
+
+/// How a document is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    /// YAML, of which JSON is a part.
+    Text,
+    /// Protobuf's own.
+    Binary,
+}
+
+/// Reads a document.
+pub(crate) fn read(bytes: &[u8], encoding: Encoding, unknown: UnknownFields) -> Result<DiscoveryResponse, Unusable> {
+    if encoding == Encoding::Binary {
+        return Ok(DiscoveryResponse::decode(bytes)?);
+    }
+    let text = std::str::from_utf8(bytes)?;
+    json::read(text, Format::Yaml, unknown).map_err(|error| {
+        match json::read::<DiscoveryResponse>(text, Format::Yaml, UnknownFields::Ignore) {
+            Ok(_) => Unusable::UnknownField(error),
+            Err(_) => Unusable::Parse(error),
+        }
+    })
+}
+
+/// What became of a document.
+enum State {
+    /// It could not be used; as Envoy counts it: rejected, or failed.
+    Unusable { rejected: bool },
+    /// It was handed to the sink. `accepted`: all of it; `None`: that is not known yet.
+    Taken { version: String, accepted: Option<bool> },
+}
+
+/// What is to be done with a document.
+pub(crate) enum Judged {
+    /// To be handed to the sink.
+    New(Response),
+    /// Nothing: it has been handed to the sink already.
+    Same,
+    /// Nothing: it cannot be used.
+    Unusable,
+}
+
+/// The documents of one type from one place.
+pub(crate) struct Documents {
+    type_url: String,
+    /// The place, for the log.
+    place: String,
+    unknown: UnknownFields,
+    /// The last one, by its hash.
+    last: Option<(u64, State)>,
+    /// Why there was none the last time.
+    missing: Option<String>,
+}
+
+impl Documents {
+    pub(crate) fn new(type_url: &str, place: String, unknown: UnknownFields) -> Documents {
+        Documents { type_url: type_url.to_owned(), place, unknown, last: None, missing: None }
+    }
+
+    /// What was passed over in the last one may be wanted now.
+    pub(crate) fn wanted(&mut self) {
+        self.last.take_if(|(_, state)| matches!(state, State::Taken { .. }));
+    }
+
+    /// The sink has said of the last one whether all of it is in force.
+    pub(crate) fn finished(&mut self, all: bool) {
+        if let Some((_, State::Taken { accepted, .. })) = &mut self.last {
+            *accepted = Some(all);
+        }
+    }
+
+    /// Reads a document, unless it is what the last one was: then it only counts.
+    pub(crate) fn came(&mut self, bytes: &[u8], encoding: Encoding, stats: &ClientStats) -> Judged {
+        let stats = stats.of(&self.type_url);
+        self.missing = None;
+        let mut hasher = DefaultHasher::new();
+        bytes.hash(&mut hasher);
+        let hash = hasher.finish();
+        if let Some((_, state)) = self.last.as_ref().filter(|(last, _)| *last == hash) {
+            match state {
+                State::Unusable { rejected: true } | State::Taken { accepted: Some(false), .. } => stats.rejected(),
+                State::Unusable { rejected: false } => stats.failed(),
+                State::Taken { version, accepted: Some(true) } => stats.accepted(version),
+                State::Taken { accepted: None, .. } => {}
+            }
+            return if matches!(state, State::Taken { .. }) { Judged::Same } else { Judged::Unusable };
+        }
+        match read(bytes, encoding, self.unknown) {
+            Ok(response) => {
+                stats.set_fault(None);
+                let version = response.version_info.clone();
+                // One with times to live is a heartbeat as well: those count from each answer.
+                let lasting = response.resources.iter().all(|it| it.type_url.rsplit('/').next() != Some(WRAPPER));
+                self.last = lasting.then_some((hash, State::Taken { version, accepted: None }));
+                let response = DiscoveryResponse { type_url: self.type_url.clone(), nonce: String::new(), ..response };
+                Judged::New(Response::Sotw(response))
+            }
+            Err(error) => {
+                let rejected = matches!(error, Unusable::UnknownField(_));
+                if rejected {
+                    stats.rejected()
+                } else {
+                    stats.failed()
+                }
+                self.last = Some((hash, State::Unusable { rejected }));
+                tracing::warn!(place = %self.place, "not used, configuration in force stays: {error}");
+                stats.set_fault(Some(error.to_string()));
+                Judged::Unusable
+            }
+        }
+    }
+
+    /// There was no document. The same reason is logged once.
+    pub(crate) fn failed(&mut self, why: String, stats: &ClientStats) {
+        let stats = stats.of(&self.type_url);
+        stats.failed();
+        if self.missing.as_ref() != Some(&why) {
+            tracing::warn!(place = %self.place, "configuration in force stays: {why}");
+            stats.set_fault(Some(why.clone()));
+            // When it is back, what is wrong with it is news.
+            self.last.take_if(|(_, state)| matches!(state, State::Unusable { .. }));
+            self.missing = Some(why);
+        }
+    }
+
+    /// Nothing has changed: what was wrong with the connection is over.
+    pub(crate) fn unchanged(&mut self, stats: &ClientStats) {
+        if self.missing.take().is_some() {
+            stats.of(&self.type_url).set_fault(None);
+        }
+    }
+}
