@@ -13,6 +13,7 @@ pub mod intercept;
 pub mod layered_runtime;
 pub mod listener;
 pub mod network;
+pub mod on_demand;
 pub mod report;
 pub mod runtime;
 pub mod stats;

@@ -216,6 +216,9 @@ async fn run(
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
     tokio::spawn(store.clone().follow_files());
+    if let Some(messages) = plane.on_demand() {
+        tokio::spawn(store.clone().serve_on_demand(messages));
+    }
     tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, source_stats));
     store.start(bootstrap.clusters, bootstrap.listeners);
     tokio::select! {

@@ -133,6 +133,13 @@ impl Stream {
         }
     }
 
+    /// Sends an incremental response whose resources have whatever is around them: aliases, no body.
+    pub fn push_delta(&self, response: DeltaDiscoveryResponse) {
+        if let Responses::Delta(sender) = &self.responses {
+            let _ = sender.send(Ok(response));
+        }
+    }
+
     /// Sends a response. Nothing tells whether it arrives.
     pub fn push(&self, push: Push) {
         let Push { type_url, version, nonce, resources, removed } = push;

@@ -39,10 +39,14 @@ use crate::{
     access_log::{AccessLog, ResponseFlags},
     config::model::{ClusterChoice, CodecType, HttpConnectionManagerConfig, RouteAction},
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
+    on_demand::Wanted,
     runtime::Worker,
     stats::Counter,
     upstream::WorkerCluster,
 };
+
+/// How often one request may wait for what it lacks.
+const MAX_PAUSES: u8 = 8;
 
 /// A configured connection manager, shared by all workers.
 #[derive(Debug)]
@@ -341,7 +345,9 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     };
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
-    for entry in &config.http_filters {
+    let mut entries = config.http_filters.iter();
+    let mut pauses = 0;
+    while let Some(entry) = entries.next() {
         let made = entry.source.with(|factory| {
             cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
             factory.stream()
@@ -356,11 +362,28 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
             // ECDS has not delivered it in time, and there is no default.
             None => Flow::Respond(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::NFCF, "")),
         };
-        if let Flow::Respond(reply) = flow {
-            end.keep_request(&head);
-            end.keep_route(&cx);
-            return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters));
-        }
+        let reply = match flow {
+            Flow::Continue => continue,
+            Flow::Respond(reply) => reply,
+            // What was there once may be gone again by the next time.
+            _ if pauses == MAX_PAUSES => continue,
+            missing => {
+                pauses += 1;
+                match Box::pin(wait_for(missing, &state, &mut cx, &head)).await {
+                    Ok(true) => {
+                        // As a stream that begins anew, which is what Envoy makes of it.
+                        filters.clear();
+                        entries = config.http_filters.iter();
+                        continue;
+                    }
+                    Ok(false) => continue,
+                    Err(reply) => reply,
+                }
+            }
+        };
+        end.keep_request(&head);
+        end.keep_route(&cx);
+        return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters));
     }
     end.keep_request(&head);
     end.keep_route(&cx);
@@ -426,6 +449,41 @@ fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerClus
         },
         ClusterChoice::Header(header) => cx.worker.clusters.get(head.headers.get(header)?.to_str().ok()?),
     }
+}
+
+/// The cluster that the route names.
+fn cluster_name<'a>(cx: &'a StreamCx, head: &'a RequestHead) -> Option<&'a str> {
+    let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
+    let name = match &action.cluster {
+        ClusterChoice::Cluster(name) => name,
+        ClusterChoice::Weighted(weighted) => weighted.choose(cx.random)?,
+        ClusterChoice::Header(header) => head.headers.get(header)?.to_str().ok()?,
+    };
+    Some(name).filter(|name| !name.is_empty())
+}
+
+/// Has asked for what the request lacks, and waits. Whether it is there now.
+async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &RequestHead) -> Result<bool, LocalReply> {
+    let (wanted, limit) = match &missing {
+        Flow::NeedsCluster(clusters) => match cluster_name(cx, head) {
+            Some(name) => {
+                let source = Arc::clone(&clusters.from.source);
+                (Some(Wanted::Cluster { source, name: name.into() }), clusters.timeout)
+            }
+            None => return Ok(false),
+        },
+        _ => return Ok(false),
+    };
+    let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
+    let idle = state.manager.config.stream_idle_timeout;
+    let over = tokio::time::timeout(idle.map_or(limit, |idle| idle.min(limit)), wait.over()).await;
+    if over.is_err() && idle.is_some_and(|idle| idle < limit) {
+        state.manager.stats.downstream_rq_idle_timeout.inc();
+        let status = StatusCode::REQUEST_TIMEOUT;
+        return Err(LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout"));
+    }
+    cx.cluster = choose_cluster(cx, head);
+    Ok(cx.cluster.is_some())
 }
 
 /// What the router and the connection manager do to an upstream's response.

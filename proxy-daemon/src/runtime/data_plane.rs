@@ -27,7 +27,7 @@ use crate::{
     http::filters::OffloadedTable,
     intercept::Interception,
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
-    stats,
+    on_demand, stats,
     tls::{Secrets, SocketCertificates},
     upstream::{ClusterChange, ClusterMap, Clusters, dns},
 };
@@ -59,6 +59,8 @@ struct Inner {
     clusters: Arc<Clusters>,
     routes: RouteSlots,
     offloaded: Arc<ArcSwap<OffloadedTable>>,
+    /// What requests need, until somebody takes it.
+    on_demand: Mutex<Option<on_demand::Messages>>,
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     listeners: Mutex<BTreeMap<Arc<str>, Running>>,
@@ -122,6 +124,7 @@ impl DataPlane {
         let clusters = Arc::new(Clusters::new(options.workers));
         clusters.follow_runtime();
         let offloaded = Arc::new(ArcSwap::from_pointee(OffloadedTable::default()));
+        let (asking, messages) = on_demand::channel();
         let (mut senders, mut threads) = (Vec::new(), Vec::new());
         let cpus = processors();
         let node_ip = node_ip();
@@ -132,6 +135,7 @@ impl DataPlane {
                 index,
                 clusters: Arc::clone(&clusters),
                 offloaded: Arc::clone(&offloaded),
+                on_demand: asking.clone(),
                 node_ip,
                 drain_time: options.drain_time,
                 // With fewer workers than processors the scheduler finds them better places than we do.
@@ -143,6 +147,7 @@ impl DataPlane {
             clusters,
             routes: RouteSlots::default(),
             offloaded,
+            on_demand: Mutex::new(Some(messages)),
             workers: Mutex::new(senders),
             threads: Mutex::new(threads),
             listeners: Mutex::default(),
@@ -223,6 +228,11 @@ impl DataPlane {
     /// Forgets scopes that no listener uses any more; connections that use them keep them.
     pub fn remove_scopes(&self, source: &Arc<Source>) {
         self.0.routes.remove_scopes(source);
+    }
+
+    /// What requests need that is had on demand. There is one taker.
+    pub fn on_demand(&self) -> Option<on_demand::Messages> {
+        lock(&self.0.on_demand).take()
     }
 
     /// Replaces the offloaded endpoints.

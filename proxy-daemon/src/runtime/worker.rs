@@ -21,6 +21,7 @@ use crate::{
     access_log,
     http::filters::OffloadedTable,
     listener::{SharedListener, accept_forever},
+    on_demand::OnDemand,
     stats::{self, Gauge},
     upstream::{Clusters, WorkerClusters},
 };
@@ -31,6 +32,8 @@ pub struct Worker {
     pub index: usize,
     /// Clusters, balancers and pools.
     pub clusters: WorkerClusters,
+    /// Asks the control thread for what requests need.
+    pub on_demand: OnDemand,
     /// This node's own address, for `x-forwarded-for` of loopback clients.
     pub node_ip: Option<IpAddr>,
     /// How long connections of a listener that is gone may go on.
@@ -74,6 +77,7 @@ pub(super) struct Start {
     pub(super) index: usize,
     pub(super) clusters: Arc<Clusters>,
     pub(super) offloaded: Arc<ArcSwap<OffloadedTable>>,
+    pub(super) on_demand: OnDemand,
     pub(super) node_ip: Option<IpAddr>,
     pub(super) drain_time: Duration,
     /// Pins the thread to this processor.
@@ -101,6 +105,7 @@ async fn run(mut start: Start) {
     let worker = Rc::new(Worker {
         index: start.index,
         clusters: WorkerClusters::new(start.clusters, start.index),
+        on_demand: start.on_demand,
         node_ip: start.node_ip,
         drain_time: start.drain_time,
         total_connections: stats::gauge("server.total_connections"),

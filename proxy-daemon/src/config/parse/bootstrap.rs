@@ -38,6 +38,7 @@ use crate::{
             ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
+    http::filters::HttpFilterFactory,
     intercept::InterceptionConfig,
     layered_runtime::Layer,
     tls,
@@ -315,6 +316,15 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
             let path = format!("static_resources.listeners[{index}]");
             let checked = sources.check_static(&filter.wanted.from.source, type_url::EXTENSION_CONFIG);
             checked.map_err(|text| FieldError::new(path, format!("config_discovery {text}")))?;
+        }
+        for filter in listener.connection_managers().flat_map(|manager| &manager.http_filters) {
+            let path = format!("static_resources.listeners[{index}]");
+            let check = |filter: &dyn HttpFilterFactory| match filter.source() {
+                Some((from, type_url)) => sources.check(&from.source, type_url),
+                None => Ok(()),
+            };
+            let checked = filter.source.with(check).unwrap_or(Ok(()));
+            checked.map_err(|text| FieldError::new(path, format!("{} {text}", filter.name)))?;
         }
         for scoped in listener.connection_managers().filter_map(|manager| manager.scoped()) {
             let ScopeSource::Srds { scopes, routes } = &scoped.scopes else { continue };

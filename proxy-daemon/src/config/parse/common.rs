@@ -34,7 +34,7 @@ pub(super) fn required(path: &str, field: &str) -> FieldError {
 const DURATION_LIMIT: u64 = 9_223_372_036;
 
 /// A duration that is not negative, and at most some 292 years; `None` where it is not set.
-pub(super) fn duration(value: Option<ProtoDuration>, path: &str, field: &str) -> Result<Option<Duration>> {
+pub(crate) fn duration(value: Option<ProtoDuration>, path: &str, field: &str) -> Result<Option<Duration>> {
     let Some(value) = value else { return Ok(None) };
     let negative = || FieldError::new(join(path, field), "must not be negative");
     let seconds = u64::try_from(value.seconds).map_err(|_| negative())?;

@@ -28,6 +28,7 @@ mod tls;
 
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
+pub(crate) use common::duration;
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
 pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};

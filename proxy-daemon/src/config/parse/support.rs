@@ -307,6 +307,8 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         &["name", "typed_config", "config_discovery"],
     ),
     ("envoy.config.core.v3.ExtensionConfigSource", ALL),
+    ("envoy.extensions.filters.http.on_demand.v3.OnDemand", ALL),
+    ("envoy.extensions.filters.http.on_demand.v3.OnDemandCds", &["source", "timeout"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig",
         &["cidr_ranges"],

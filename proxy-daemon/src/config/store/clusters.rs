@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use culvert_xds_client::ads::{Resource, Update};
+use culvert_xds_client::{
+    ads::{Resource, Update},
+    source::Source,
+};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use tokio::time::Instant;
 
@@ -76,7 +79,8 @@ pub(in crate::config) struct Warming {
 
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of CDS.
-    pub(super) fn take_clusters(&self, state: &mut State, update: Update, id: UpdateId) {
+    pub(super) fn take_clusters(&self, state: &mut State, source: &Source, update: Update, id: UpdateId) {
+        let on_demand = state.demanded.is_in(source, &update);
         state.clusters.refused.begin(&update);
         let mut rejected = false;
         for resource in update.added {
@@ -84,13 +88,23 @@ impl<A: Apply> ConfigStore<A> {
                 let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
+                if !state.clusters.by_name.contains_key(resource.name.as_str()) {
+                    state.cluster_is_decided(&resource.name.as_str().into());
+                }
                 state.clusters.refused.refuse(resource, error.to_string());
             }
         }
         for name in update.removed {
             self.remove_cluster(state, &name);
+            state.cluster_is_absent(&name);
         }
-        self.0.stats.clusters.answered(!rejected);
+        update.absent.iter().for_each(|name| state.cluster_is_absent(name));
+        if on_demand {
+            state.demanded.answered(!rejected);
+        }
+        if state.cds.is(source) {
+            self.0.stats.clusters.answered(!rejected);
+        }
     }
 
     fn take_cluster(
@@ -203,7 +217,10 @@ impl<A: Apply> ConfigStore<A> {
         state.changes.push(ClusterChange::Upsert(config, endpoints));
         match before {
             Some(before) => self.release(state, &before.needs, before.id),
-            None => state.clusters.active += 1,
+            None => {
+                state.clusters.active += 1;
+                state.cluster_is_decided(name);
+            }
         }
         update.into_iter().for_each(|update| state.updates.part_done(update));
     }

@@ -26,6 +26,7 @@
 mod apply;
 mod clusters;
 mod counts;
+mod demanded;
 mod extensions;
 mod held;
 mod kinds;
@@ -80,7 +81,7 @@ use super::{
     FieldError,
     model::{self, ClusterConfig, ConfigSource, SecretName},
 };
-use crate::http::filters::OffloadedTable;
+use crate::{http::filters::OffloadedTable, on_demand::Waiter};
 
 /// What becomes of unknown fields of xDS resources: a property of the process, as the flags are that say it.
 static UNKNOWN_FIELDS: OnceLock<UnknownFields> = OnceLock::new();
@@ -236,6 +237,7 @@ impl<A: Apply> ConfigStore<A> {
                         state.lds.settled = true;
                     }
                     Due::Cds | Due::Lds => {}
+                    Due::OnDemand => state.forget_idle(now),
                     Due::Listener(name, id) => self.retry_listener(state, &name, id),
                 }
             }
@@ -244,16 +246,17 @@ impl<A: Apply> ConfigStore<A> {
 
     /// Makes a change, does what follows from it, and answers what is to be answered now.
     fn changed(&self, change: impl FnOnce(&mut State)) {
-        let finished = {
+        let (finished, over) = {
             let mut state = self.lock();
             change(&mut state);
             self.follow_up(&mut state);
-            state.updates.finished()
+            (state.updates.finished(), state.demanded.over())
         };
         self.0.changed.notify_one();
         for (done, outcome) in finished {
             done.finish(outcome);
         }
+        over.into_iter().for_each(Waiter::go_on);
     }
 
     /// Changes clusters all at once, goes on with the start, and tells the sources what is wanted.
@@ -268,6 +271,7 @@ impl<A: Apply> ConfigStore<A> {
                 break;
             }
         }
+        self.subscribe_clusters(state);
         for watched in &mut state.watched {
             watched.subscribe(&self.0.subscriptions);
         }
@@ -289,7 +293,8 @@ impl<A: Apply> ConfigStore<A> {
             Phase::First if state.first_waiting == 0 => {
                 state.phase = Phase::Clusters;
                 if let Some(from) = state.cds.from.clone() {
-                    self.0.subscriptions.set(Source::clone(&from.source), type_url::CLUSTER, Interest::Wildcard);
+                    let interest = state.cluster_interest(&from.source);
+                    self.0.subscriptions.set(Source::clone(&from.source), type_url::CLUSTER, interest);
                     from.initial_fetch_timeout.into_iter().for_each(|timeout| state.at(now + timeout, Due::Cds));
                 }
                 for cluster in std::mem::take(&mut state.static_clusters) {
@@ -349,9 +354,11 @@ impl<A: Apply> Sink for ConfigStore<A> {
         self.changed(|state| {
             let id = state.updates.begin(done);
             let type_url = update.type_url.clone();
-            if type_url == type_url::CLUSTER && state.cds.is(source) {
-                (state.cds.answered, state.cds.settled) = (true, true);
-                self.take_clusters(state, update, id);
+            let is_cds = state.cds.is(source);
+            if type_url == type_url::CLUSTER && (is_cds || state.demanded.is_source(source)) {
+                state.cds.answered |= is_cds;
+                state.cds.settled |= is_cds;
+                self.take_clusters(state, source, update, id);
             } else if type_url == type_url::LISTENER && state.lds.is(source) {
                 (state.lds.answered, state.lds.settled) = (true, true);
                 self.take_listeners(state, update, id);

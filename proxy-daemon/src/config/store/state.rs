@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{
     StartUp,
     clusters::Clusters,
+    demanded::Demanded,
     held::HeldRoutes,
     kinds::{Kind, Need},
     listeners::Listeners,
@@ -65,6 +66,8 @@ pub(super) enum Due {
     /// The first answer of CDS, or of LDS, is waited for no longer.
     Cds,
     Lds,
+    /// Names that nobody waits for are forgotten.
+    OnDemand,
     /// A listener that could not be bound is tried again.
     Listener(Arc<str>, VersionId),
 }
@@ -96,6 +99,7 @@ pub(in crate::config) struct State {
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
     pub(super) asks_for_overrides: bool,
+    pub(in crate::config) demanded: Demanded,
     pub(super) updates: Updates,
     pub(super) held: Vec<HeldRoutes>,
     /// Clusters to be changed when the update has been taken.
@@ -125,6 +129,7 @@ impl State {
             offloaded: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,
+            demanded: Demanded::default(),
             updates: Updates::default(),
             held: Vec::new(),
             changes: Vec::new(),

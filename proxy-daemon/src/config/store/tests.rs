@@ -346,6 +346,7 @@ dynamic_resources:
 }
 
 mod clusters;
+mod demanded;
 mod extensions;
 mod listeners;
 mod named;

@@ -3,6 +3,7 @@
 //! A filter is added by writing its file and one line in [`REGISTRY`].
 
 mod discovered;
+mod on_demand;
 mod r#override;
 mod router;
 
@@ -11,11 +12,12 @@ use std::{fmt::Debug, sync::Arc};
 use envoy_types::pb::google::protobuf::Any;
 
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
+pub use on_demand::ClustersOnDemand;
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
 
 use super::stream::{LocalReply, RequestHead, ResponseHead, StreamCx};
-use crate::config::FieldError;
+use crate::config::{FieldError, model::ConfigSource};
 
 /// What a filter says after it has seen a request's or response's head.
 pub enum Flow {
@@ -23,6 +25,11 @@ pub enum Flow {
     Continue,
     /// Answers the request here; filters that come later never see it.
     Respond(LocalReply),
+    /// The request waits until the routes that it has none of have been asked for, where that can be; then it meets all
+    /// filters anew.
+    NeedsRoute,
+    /// The same for the cluster that its route names.
+    NeedsCluster(Arc<ClustersOnDemand>),
 }
 
 /// One instance a stream. Synchronous, so that a filter that need not wait costs a call and not a future.
@@ -51,6 +58,11 @@ pub trait HttpFilterFactory: Debug + Send + Sync {
     /// Whether the filter looks at the offloaded services that discovery lists, which are then subscribed to.
     fn needs_offloaded_services(&self) -> bool {
         false
+    }
+
+    /// Where the filter has resources asked for when requests need them, and of which type.
+    fn source(&self) -> Option<(&ConfigSource, &'static str)> {
+        None
     }
 
     /// `suppress_envoy_headers` of the router.
@@ -83,6 +95,11 @@ pub struct Registered {
 /// Every HTTP filter, by name.
 pub const REGISTRY: &[Registered] = &[
     Registered { name: "culvert.filters.http.override", type_name: r#override::TYPE_NAME, parse: r#override::parse },
+    Registered {
+        name: "envoy.filters.http.on_demand",
+        type_name: "envoy.extensions.filters.http.on_demand.v3.OnDemand",
+        parse: on_demand::parse,
+    },
     Registered {
         name: "envoy.filters.http.router",
         type_name: "envoy.extensions.filters.http.router.v3.Router",

@@ -1,0 +1,247 @@
+//! What requests need: names that are asked for because of them, and those who wait.
+//!
+//! A name is asked for from the first request that needs it on. It stays asked for while it exists or somebody waits for it,
+//! and for [`KEPT`] after that: a server that takes longer than a request waits is heard for the next one. Of more than
+//! [`MAX_NAMES`] those go first that nobody has waited for the longest; where all are needed, nothing more is asked for.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use culvert_xds_client::{
+    ads::{Interest, Update, type_url},
+    source::Source,
+};
+use tokio::time::Instant;
+
+use super::{
+    Apply, ConfigStore,
+    state::{Due, Phase, State},
+};
+use crate::{
+    on_demand::{Message, Messages, Waiter, Waiting, Wanted},
+    stats::{Counter, Scope},
+};
+
+/// How many names may be asked for on demand.
+pub(super) const MAX_NAMES: usize = 10_000;
+/// How long a name is asked for that nobody waits for and that does not exist.
+pub(super) const KEPT: Duration = Duration::from_secs(60);
+
+/// Names on demand, and who waits for them.
+#[derive(Default)]
+pub(in crate::config) struct Demanded {
+    waiting: Waiting,
+    /// What is asked for, by where from.
+    names: BTreeMap<Arc<Source>, BTreeSet<Arc<str>>>,
+    count: usize,
+    /// Names that do not exist and that nobody waits for, by since when.
+    idle: BTreeSet<(Instant, Arc<Source>, Arc<str>)>,
+    idle_since: BTreeMap<(Arc<Source>, Arc<str>), Instant>,
+    /// It is known when [`Due::OnDemand`] comes next.
+    scheduled: bool,
+    /// Sources of which other names are asked for than they know.
+    changed: BTreeSet<Arc<Source>>,
+    stats: Option<Stats>,
+    /// Whoever may go on as soon as the data plane has what they waited for.
+    over: Vec<Waiter>,
+}
+
+/// `cluster_manager.odcds.`, from the first name on.
+struct Stats {
+    update_attempt: Counter,
+    update_success: Counter,
+    update_rejected: Counter,
+}
+
+impl Stats {
+    fn new() -> Stats {
+        let scope = Scope::new("cluster_manager").child("odcds");
+        scope.counter("update_failure");
+        scope.counter("init_fetch_timeout");
+        Stats {
+            update_attempt: scope.counter("update_attempt"),
+            update_success: scope.counter("update_success"),
+            update_rejected: scope.counter("update_rejected"),
+        }
+    }
+}
+
+impl Demanded {
+    /// Whether an update of clusters has something that was asked for on demand.
+    pub(super) fn is_in(&self, source: &Source, update: &Update) -> bool {
+        let Some(names) = self.names.get(source) else { return false };
+        let sent = update.added.iter().map(|resource| &resource.name).chain(&update.removed).chain(&update.absent);
+        sent.map(String::as_str).chain(update.unchanged.iter().map(|name| &**name)).any(|name| names.contains(name))
+    }
+
+    /// An update with something that was asked for on demand was taken, or refused.
+    pub(super) fn answered(&self, accepted: bool) {
+        let Some(stats) = &self.stats else { return };
+        // Envoy counts each answer as an attempt as well.
+        stats.update_attempt.inc();
+        if accepted { stats.update_success.inc() } else { stats.update_rejected.inc() }
+    }
+
+    /// Whether clusters are had from there on demand.
+    pub(super) fn is_source(&self, source: &Source) -> bool {
+        self.names.contains_key(source)
+    }
+
+    /// Whoever may go on now.
+    pub(super) fn over(&mut self) -> Vec<Waiter> {
+        std::mem::take(&mut self.over)
+    }
+
+    /// Asks for a name; `false` where there is no room.
+    fn want(&mut self, source: &Arc<Source>, name: &Arc<str>) -> bool {
+        self.is_needed(source, name);
+        if self.names.get(source).is_some_and(|names| names.contains(name)) {
+            return true;
+        }
+        if self.count >= MAX_NAMES {
+            let Some((_, source, name)) = self.idle.first().cloned() else { return false };
+            self.forget(&source, &name);
+        }
+        self.names.entry(Arc::clone(source)).or_default().insert(Arc::clone(name));
+        self.count += 1;
+        self.stats.get_or_insert_with(Stats::new).update_attempt.inc();
+        self.changed.insert(Arc::clone(source));
+        true
+    }
+
+    fn forget(&mut self, source: &Arc<Source>, name: &Arc<str>) {
+        self.is_needed(source, name);
+        let Some(names) = self.names.get_mut(source) else { return };
+        if names.remove(name) {
+            self.count -= 1;
+            self.changed.insert(Arc::clone(source));
+        }
+        if names.is_empty() {
+            self.names.remove(source);
+        }
+    }
+
+    fn is_needed(&mut self, source: &Arc<Source>, name: &Arc<str>) {
+        let key = (Arc::clone(source), Arc::clone(name));
+        if let Some(since) = self.idle_since.remove(&key) {
+            self.idle.remove(&(since, key.0, key.1));
+        }
+    }
+
+    fn is_idle(&mut self, source: &Arc<Source>, name: &Arc<str>, now: Instant) {
+        self.is_needed(source, name);
+        self.idle.insert((now, Arc::clone(source), Arc::clone(name)));
+        self.idle_since.insert((Arc::clone(source), Arc::clone(name)), now);
+    }
+
+    /// Whoever waits for this goes on.
+    fn end(&mut self, wanted: &Wanted) {
+        let waiters = self.waiting.end(wanted);
+        self.over.extend(waiters);
+    }
+
+    /// The sources that are asked for this name.
+    fn sources_of(&self, name: &str) -> Vec<Arc<Source>> {
+        let asked = self.names.iter().filter(|(_, names)| names.contains(name));
+        asked.map(|(source, _)| Arc::clone(source)).collect()
+    }
+}
+
+impl<A: Apply> ConfigStore<A> {
+    /// Asks for what requests need, and has them go on. Runs as long as the workers.
+    pub async fn serve_on_demand(self, mut messages: Messages) {
+        while let Some(messages) = messages.next().await {
+            self.heed(messages);
+        }
+    }
+
+    /// Hears what requests say.
+    pub(super) fn heed(&self, messages: Vec<Message>) {
+        self.changed(|state| {
+            let now = Instant::now();
+            for message in messages {
+                match message {
+                    Message::Asked(wanted, waiter) => state.ask(wanted, waiter),
+                    Message::TakenBack(id) => {
+                        if let Some(Wanted::Cluster { source, name }) = state.demanded.waiting.take_back(id) {
+                            state.nobody_waits(&source, &name, now);
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+impl State {
+    fn ask(&mut self, wanted: Wanted, waiter: Waiter) {
+        let Wanted::Cluster { source, name } = &wanted;
+        let is_there = self.clusters.by_name.get(name).is_some_and(|entry| entry.active.is_some());
+        if is_there || !self.demanded.want(source, name) {
+            self.demanded.over.push(waiter);
+        } else {
+            self.demanded.waiting.add(wanted, waiter);
+        }
+    }
+
+    fn nobody_waits(&mut self, source: &Arc<Source>, name: &Arc<str>, now: Instant) {
+        if !self.clusters.by_name.contains_key(name) {
+            self.demanded.is_idle(source, name, now);
+            if !std::mem::replace(&mut self.demanded.scheduled, true) {
+                self.at(now + KEPT, Due::OnDemand);
+            }
+        }
+    }
+
+    /// A cluster can be used, or its first version was refused.
+    pub(super) fn cluster_is_decided(&mut self, name: &Arc<str>) {
+        for source in self.demanded.sources_of(name) {
+            self.demanded.end(&Wanted::Cluster { source: Arc::clone(&source), name: Arc::clone(name) });
+            self.nobody_waits(&source, name, Instant::now());
+        }
+    }
+
+    /// There is no cluster of this name.
+    pub(super) fn cluster_is_absent(&mut self, name: &str) {
+        for source in self.demanded.sources_of(name) {
+            let name = Arc::from(name);
+            self.demanded.end(&Wanted::Cluster { source: Arc::clone(&source), name: Arc::clone(&name) });
+            self.demanded.forget(&source, &name);
+        }
+    }
+
+    /// Forgets what nobody has waited for for long enough.
+    pub(super) fn forget_idle(&mut self, now: Instant) {
+        while let Some((_, source, name)) = self.demanded.idle.first().filter(|idle| idle.0 + KEPT <= now).cloned() {
+            self.demanded.forget(&source, &name);
+        }
+        let next = self.demanded.idle.first().map(|idle| idle.0 + KEPT);
+        self.demanded.scheduled = next.is_some();
+        next.into_iter().for_each(|next| self.at(next, Due::OnDemand));
+    }
+
+    /// What is wanted of the clusters of a source.
+    pub(super) fn cluster_interest(&self, source: &Source) -> Interest {
+        let names = self.demanded.names.get(source).into_iter().flatten().map(|name| name.to_string());
+        let names: BTreeSet<String> = names.collect();
+        match (self.cds.is(source) && self.phase >= Phase::Clusters, names.is_empty()) {
+            (true, true) => Interest::Wildcard,
+            (true, false) => Interest::WildcardAnd(names),
+            (false, true) => Interest::None,
+            (false, false) => Interest::Names(names),
+        }
+    }
+}
+
+impl<A: Apply> ConfigStore<A> {
+    /// Tells the sources which clusters are wanted, where that has changed.
+    pub(super) fn subscribe_clusters(&self, state: &mut State) {
+        while let Some(source) = state.demanded.changed.pop_first() {
+            let interest = state.cluster_interest(&source);
+            self.0.subscriptions.set(Source::clone(&source), type_url::CLUSTER, interest);
+        }
+    }
+}

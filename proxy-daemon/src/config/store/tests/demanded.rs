@@ -1,0 +1,97 @@
+//! Names that requests need.
+
+use super::*;
+use crate::{
+    config::store::demanded::{KEPT, MAX_NAMES},
+    on_demand::{self, Messages, OnDemand, Wait, Wanted},
+};
+
+impl Fixture {
+    /// A request asks.
+    fn ask(&self, (asking, messages): &mut (OnDemand, Messages), name: &str) -> Wait {
+        let wait = asking.ask(Wanted::Cluster { source: Arc::default(), name: name.into() }).expect("there is room");
+        self.heed(messages);
+        wait
+    }
+
+    /// What requests have said is heard.
+    fn heed(&self, messages: &mut Messages) {
+        self.store.heed(messages.now());
+    }
+}
+
+fn is_over(wait: &mut Wait) -> bool {
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    std::pin::pin!(wait.over()).poll(&mut cx).is_ready()
+}
+
+fn cluster(name: &str) -> Resource {
+    resource::<Cluster>(name, &format!("{{ name: '{name}' }}"))
+}
+
+fn interest(names: &[&str]) -> Interest {
+    Interest::WildcardAnd(names.iter().map(|&name| name.to_owned()).collect())
+}
+
+#[tokio::test]
+async fn requests_wait_for_a_cluster_until_it_can_be_used() {
+    let (store, calls) = running();
+    let mut requests = on_demand::channel();
+    store.wanted();
+    let (mut one, mut two) = (store.ask(&mut requests, "a"), store.ask(&mut requests, "a"));
+    let mut other = store.ask(&mut requests, "b");
+    assert_eq!(store.wanted().remove(&Cluster::type_url()), Some(interest(&["a", "b"])));
+    assert!(!is_over(&mut one) && !is_over(&mut two));
+
+    // It warms first.
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    assert!(!is_over(&mut one));
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[1])]));
+    assert!(calls.take().iter().any(|line| line == "cluster a with 1"));
+    assert!(is_over(&mut one) && is_over(&mut two) && !is_over(&mut other));
+    assert!(is_over(&mut store.ask(&mut requests, "a")), "it is there");
+
+    // What the server does not have is not asked for any longer, and what it removes may be asked for again.
+    let absent = Update { absent: vec!["b".to_owned()], ..update(Cluster::type_url(), Vec::new()) };
+    let told = store.update(absent);
+    assert!(is_over(&mut other));
+    assert_eq!(told.wanted.get(&Cluster::type_url()), Some(&interest(&["a"])));
+    let told = store.update(removal(Cluster::type_url(), "a"));
+    assert_eq!(told.wanted.get(&Cluster::type_url()), Some(&Interest::Wildcard));
+    let mut again = store.ask(&mut requests, "a");
+    assert!(!is_over(&mut again));
+    store.update(update(Cluster::type_url(), vec![resource::<Cluster>("a", "{ name: a, connect_timeout: 0s }")]));
+    assert!(is_over(&mut again), "it was refused");
+}
+
+#[tokio::test]
+async fn names_that_nobody_waits_for_are_forgotten() {
+    let (store, _) = running();
+    let mut requests = on_demand::channel();
+    let kept = store.ask(&mut requests, "kept");
+    let had = store.ask(&mut requests, "had");
+    store.update(update(Cluster::type_url(), vec![cluster("had")]));
+    drop(had);
+    for index in 0..MAX_NAMES {
+        let name = format!("name-{index}").into();
+        drop(requests.0.ask(Wanted::Cluster { source: Arc::default(), name }));
+        // All at once, for the sake of time, but not more than there is room for.
+        if index % 1000 == 0 {
+            store.heed(&mut requests.1);
+        }
+    }
+    store.heed(&mut requests.1);
+    let names = |store: &Fixture| match store.wanted().remove(&Cluster::type_url()) {
+        Some(Interest::WildcardAnd(names)) => names,
+        other => panic!("{other:?}"),
+    };
+    let wanted = names(&store);
+    assert_eq!(wanted.len(), MAX_NAMES);
+    assert!(["kept", "had", "name-2"].iter().all(|name| wanted.contains(*name)), "the oldest have gone");
+    store.later(KEPT);
+    assert_eq!(names(&store), ["had", "kept"].map(str::to_owned).into());
+    drop(kept);
+    store.heed(&mut requests.1);
+    store.later(KEPT * 2);
+    assert_eq!(names(&store), ["had".to_owned()].into());
+}
