@@ -171,6 +171,10 @@ dynamic_resources:
     answers(early, "200 with a body and headers")?;
     answers(late, "500 with nothing")?;
     ensure!(TcpStream::connect(("127.0.0.1", waits)).is_err(), "nothing has arrived for it");
+    let dump: Value = serde_json::from_str(&daemon.admin("/init_dump")?)?;
+    let unready = dump["unready_targets_dumps"].as_array().context("nothing is waited for")?;
+    let mut seen: Vec<String> =
+        unready.iter().flat_map(|it| it["target_names"].as_array()).flatten().map(Value::to_string).collect();
     ensure!(push(&stream, "1", vec![named("waits", "1", router(true))], &[])?.is_none());
     answers(waits, "200 with a body")?;
     let Some(reason) = push(&stream, "2", vec![named("waits", "2", buffer())], &[])? else { bail!("no NACK") };
@@ -187,7 +191,7 @@ dynamic_resources:
         push(&stream, "4", vec![named("early", "4", router(true))], &[])?.is_none(),
         "the same under another version"
     );
-    let mut seen = look(&daemon)?;
+    seen.extend(look(&daemon)?);
     if delta {
         ensure!(push(&stream, "5", Vec::new(), &["early", "late"])?.is_none());
         answers(early, "200 with a body and headers")?;

@@ -36,7 +36,7 @@ pub(crate) enum ConnectError {
     Connect(io::Error),
     #[error("the connection is lost")]
     Lost,
-    #[error("the TLS handshake failed: {0}")]
+    #[error("the TLS handshake failed: {}", crate::tls_error::describe(.0))]
     Handshake(io::Error),
     #[error("its certificates have not arrived yet")]
     NoCertificates,

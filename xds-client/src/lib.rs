@@ -25,6 +25,7 @@ pub mod sources;
 pub mod stats;
 #[cfg(test)]
 mod test_sink;
+pub mod tls_error;
 pub mod watches;
 
 /// Culvert's own messages, generated from `proto/`.

@@ -74,7 +74,7 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     let resolved = json::resolve_typed_structs(&message, unknown).map_err(locate)?;
     json::validate(&*resolved).map_err(locate)?;
     let checked = parse::bootstrap(&resolved).map_err(|error| locate(ConfigError::new(error.path, error.message)))?;
-    if checked.sources.ads.is_some() {
+    if checked.has_sources() {
         for (value, field, flag) in [
             (&checked.sources.node.id, "id", "--service-node"),
             (&checked.sources.node.cluster, "cluster", "--service-cluster"),

@@ -118,6 +118,29 @@ dynamic_resources:
 }
 
 #[test]
+fn every_source_needs_a_node_id() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let source = format!("{{ path_config_source: {{ path: {} }} }}", file.path().display());
+    let tls = format!(
+        "transport_socket: {{ name: t, typed_config: {{ '@type': type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.\
+         UpstreamTlsContext, common_tls_context: {{ validation_context_sds_secret_config: {{ name: s, sds_config: {source} }} }} }} }}"
+    );
+    for yaml in [
+        format!("dynamic_resources: {{ cds_config: {source} }}"),
+        format!("dynamic_resources: {{ lds_config: {source} }}"),
+        format!(
+            "static_resources: {{ clusters: [{{ name: c, type: EDS, eds_cluster_config: {{ eds_config: {source} }} }}] }}"
+        ),
+        format!("static_resources: {{ clusters: [{{ name: c, {tls} }}] }}"),
+        format!("layered_runtime: {{ layers: [{{ name: l, rtds_layer: {{ name: r, rtds_config: {source} }} }}] }}"),
+    ] {
+        let text = error(&["--config-yaml", &yaml]);
+        assert!(text.contains("node.id: a control plane needs to know this node"), "{text}");
+        with(&["--config-yaml", &yaml, "--service-node", "n", "--service-cluster", "c"]).unwrap();
+    }
+}
+
+#[test]
 fn files_that_cannot_be_used_are_named() {
     assert!(error(&["-c", "/nowhere/x.yaml"]).starts_with("/nowhere/x.yaml: cannot be read: No such file"));
     assert!(error(&["-c", "/nowhere/x.pb"]).contains("use YAML or JSON"));

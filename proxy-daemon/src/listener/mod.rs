@@ -393,6 +393,7 @@ async fn shake_hands(
         result = tls.accept(stream) => match result {
             Ok(stream) => Some(stream),
             Err(error) => {
+                let error = culvert_xds_client::tls_error::describe(&error);
                 tracing::debug!(listener = %active.config.name, %error, "TLS handshake failed");
                 None
             }

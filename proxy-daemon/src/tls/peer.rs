@@ -132,11 +132,16 @@ pub(super) fn alternative_names(certificate: &X509Certificate<'_>) -> Vec<(SanTy
     extension.value.general_names.iter().filter_map(name).collect()
 }
 
-/// The serial number as Envoy shows it: hexadecimal digits without leading zeros.
+/// The serial number as Envoy shows it: two hexadecimal digits a byte, from the first byte that is not zero.
 pub(super) fn serial(certificate: &X509Certificate<'_>) -> String {
-    let digits = hex(certificate.raw_serial());
-    let trimmed = digits.trim_start_matches('0');
-    if trimmed.is_empty() { "0".to_owned() } else { trimmed.to_owned() }
+    serial_text(certificate.raw_serial())
+}
+
+fn serial_text(bytes: &[u8]) -> String {
+    match bytes.iter().position(|byte| *byte != 0) {
+        Some(first) => hex(&bytes[first..]),
+        None => "0".to_owned(),
+    }
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {
@@ -209,4 +214,14 @@ fn escaped(text: &str) -> String {
 /// Whether a session was taken up again.
 pub(super) fn is_resumed(connection: &CommonState) -> bool {
     connection.handshake_kind() == Some(HandshakeKind::Resumed)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn serial_numbers_have_whole_bytes() {
+        for (bytes, text) in [(&[0, 5, 0x3e][..], "053e"), (&[0xab, 1], "ab01"), (&[0, 0], "0"), (&[], "0")] {
+            assert_eq!(super::serial_text(bytes), text);
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Judges a peer's certificate as Envoy does: the chain, then the names, then the pins.
 
-use std::sync::Arc;
+use std::{fmt::Write as _, sync::Arc};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
@@ -47,10 +47,10 @@ pub(super) struct PeerVerifier {
 }
 
 /// What does not hold; the text of an alert's cause.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Mismatch {
-    #[error("verify cert failed: SAN matcher")]
-    San,
+    #[error("verify cert failed: SAN matcher: {0}")]
+    San(String),
     #[error("verify cert failed: hash list mismatch")]
     Hash,
     #[error("verify cert failed: nothing to verify it by")]
@@ -116,7 +116,7 @@ impl PeerVerifier {
             };
             if !fits {
                 self.stats.fail_verify_san.inc();
-                return Err(Mismatch::San.error());
+                return Err(Mismatch::San(other_names(asked_for, &names)).error());
             }
             validated = true;
         }
@@ -214,6 +214,35 @@ fn names(certificate: &CertificateDer<'_>) -> Result<Names, Error> {
     let parsed = X509Certificate::from_der(certificate);
     let (_, parsed) = parsed.map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
     Ok(peer::alternative_names(&parsed))
+}
+
+/// What a certificate is for instead, for the log: as much of it as anybody would read.
+fn other_names(asked_for: Option<&str>, names: &Names) -> String {
+    const NAMES: usize = 5;
+    const CHARACTERS: usize = 100;
+    let shown = names.iter().take(NAMES).map(|(kind, name)| {
+        let kind = match kind {
+            SanType::Email => "email",
+            SanType::Dns => "DNS",
+            SanType::Uri => "URI",
+            SanType::IpAddress => "IP",
+        };
+        let cut: String = name.chars().take(CHARACTERS).flat_map(char::escape_debug).collect();
+        let more = if name.chars().nth(CHARACTERS).is_some() { "..." } else { "" };
+        format!("{kind}:{cut}{more}")
+    });
+    let shown: Vec<String> = shown.collect();
+    let mut text = match shown.is_empty() {
+        true => "the certificate has no alternative names".to_owned(),
+        false => format!("the certificate is for {}", shown.join(", ")),
+    };
+    if names.len() > NAMES {
+        let _ = write!(text, " and {} more", names.len() - NAMES);
+    }
+    match asked_for {
+        Some(name) => text + &format!(", not for {:?}", name.chars().take(CHARACTERS).collect::<String>()),
+        None => text,
+    }
 }
 
 /// Whether one of the names matches.

@@ -160,3 +160,27 @@ fn a_host_is_asked_for_by_name() {
     assert!(!ask("b.test") && !ask("wild.test"));
     assert!(!ask("10.0.0.1"), "no name was sent: the matchers count");
 }
+
+#[test]
+fn a_wrong_name_is_told_in_words_and_within_bounds() {
+    let authority = Authority::new("ca");
+    let long = "x".repeat(500);
+    let issued = authority.issue(&["a.test", "b.test"], &["spiffe://td/\u{7f}", &format!("spiffe://{long}")]);
+    let certificate = der(&issued);
+    let known = names(&certificate).unwrap();
+    let text = Mismatch::San(other_names(Some("c.test"), &known)).to_string();
+    let expected = format!(
+        "verify cert failed: SAN matcher: the certificate is for DNS:a.test, DNS:b.test, URI:spiffe://td/\\u{{7f}}, URI:spiffe://{}..., \
+         not for \"c.test\"",
+        "x".repeat(91)
+    );
+    assert_eq!(text, expected);
+    let many: Names = (0..100).map(|n| (SanType::Dns, format!("{n}.test"))).collect();
+    let text = other_names(None, &many);
+    assert!(text.ends_with("DNS:4.test and 95 more") && text.len() < 120, "{text}");
+    assert_eq!(other_names(None, &Names::new()), "the certificate has no alternative names");
+    // As it is logged.
+    let error = std::io::Error::other(Mismatch::San("it is another".to_owned()).error());
+    let described = culvert_xds_client::tls_error::describe(&error);
+    assert_eq!(described, "invalid peer certificate: verify cert failed: SAN matcher: it is another");
+}

@@ -43,7 +43,7 @@ pub enum ConnectError {
     #[error("{0}")]
     Io(#[from] io::Error),
     /// The TLS handshake failed, or cannot begin yet.
-    #[error("TLS: {0}")]
+    #[error("TLS: {}", culvert_xds_client::tls_error::describe(.0))]
     Tls(io::Error),
 }
 

@@ -34,13 +34,13 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, Listener, NetworkFilterConfig, ResourceRef, RouteSource,
-            ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, NetworkFilterConfig,
+            ResourceRef, RouteSource, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     http::filters::HttpFilterFactory,
     intercept::InterceptionConfig,
-    layered_runtime::Layer,
+    layered_runtime::{Layer, LayerSource},
     tls,
 };
 
@@ -70,6 +70,31 @@ pub struct Bootstrap {
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
+}
+
+impl Bootstrap {
+    /// Whether anything comes from somewhere else. As in Envoy the node must have a name then, even where the source is a file.
+    pub fn has_sources(&self) -> bool {
+        let is_discovered = |(_, secret): (SecretType, &SecretRef)| matches!(secret, SecretRef::Discovered(_));
+        let of_cluster = |cluster: &ClusterConfig| {
+            matches!(cluster.discovery, Discovery::Eds { .. }) || cluster.secrets().any(is_discovered)
+        };
+        let is_srds = |manager: &HttpConnectionManagerConfig| {
+            manager.scoped().is_some_and(|scoped| matches!(scoped.scopes, ScopeSource::Srds { .. }))
+        };
+        let of_listener = |listener: &Listener| {
+            listener.rds().next().is_some()
+                || listener.discovered_filters().next().is_some()
+                || listener.secrets().any(is_discovered)
+                || listener.connection_managers().any(|manager| is_srds(manager))
+        };
+        self.sources.ads.is_some()
+            || self.cds.is_some()
+            || self.lds.is_some()
+            || self.runtime.iter().any(|layer| matches!(layer.source, LayerSource::Rtds(_)))
+            || self.clusters.iter().any(of_cluster)
+            || self.listeners.iter().any(of_listener)
+    }
 }
 
 /// A secret of the bootstrap.

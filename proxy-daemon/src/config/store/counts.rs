@@ -136,6 +136,14 @@ pub(super) fn rotation_failed(name: &str) {
     secret_scope(name).counter("key_rotation_failed").inc();
 }
 
+/// Shows what is counted for a secret of SDS from when it is asked for, as Envoy does.
+pub(super) fn secret_wanted(name: &str) {
+    let scope = secret_scope(name);
+    for counter in ["update_success", "update_rejected", "init_fetch_timeout", "key_rotation_failed"] {
+        scope.counter(counter);
+    }
+}
+
 fn secret_scope(name: &str) -> Scope {
     Scope::new("sds").child(name)
 }

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::{
     StartUp,
     clusters::Clusters,
+    counts,
     demanded::Demanded,
     held::HeldRoutes,
     kinds::{Kind, Need},
@@ -152,7 +153,11 @@ impl State {
         let mut waiting = 0;
         for need in needs {
             let Need { kind, wanted, optional, .. } = need;
-            match self.watched[*kind as usize].acquire(need, owner.clone(), version, now) {
+            let asked = self.watched[*kind as usize].acquire(need, owner.clone(), version, now);
+            if let (Kind::Secrets, Asked::New(_)) = (kind, &asked) {
+                counts::secret_wanted(&wanted.name);
+            }
+            match asked {
                 Asked::Settled => continue,
                 Asked::Waiting => {}
                 Asked::New(Some(at)) => {
