@@ -191,6 +191,10 @@ async fn run(
                     let sources = Arc::clone(&source_stats);
                     move || admin::xds_stats(&sources)
                 }),
+                Box::new({
+                    let store = store.clone();
+                    move || store.metrics()
+                }),
             ],
         };
         tokio::spawn(admin::run(admin, listener));

@@ -86,6 +86,11 @@ impl Documents {
         Documents { type_url: type_url.to_owned(), place, unknown, last: None, missing: None }
     }
 
+    /// What they are of.
+    pub(crate) fn type_url(&self) -> &str {
+        &self.type_url
+    }
+
     /// What was passed over in the last one may be wanted now.
     pub(crate) fn wanted(&mut self) {
         self.last.take_if(|(_, state)| matches!(state, State::Taken { .. }));

@@ -129,6 +129,12 @@ pub trait Sink: Send + Sync + 'static {
     /// types' updates may come in between, and the next of the same type as well.
     fn update(&self, source: &Source, update: Update, done: Done);
 
+    /// An attempt to get resources has failed: a stream is lost or did not come about, a poll failed, a file cannot be read.
+    /// `type_url`: those that were asked for; `None`: all types of the source.
+    fn failed(&self, source: &Source, type_url: Option<&str>) {
+        let _ = (source, type_url);
+    }
+
     /// A stream to the source came up, or was lost.
     fn state(&self, source: &Source, connected: bool) {
         let _ = (source, connected);

@@ -95,13 +95,20 @@ impl<S: Sink> FileClient<S> {
         let encoding = if binary { Encoding::Binary } else { Encoding::Text };
         let read = tokio::task::spawn_blocking(move || regular_file::read(&path, MAX_FILE_BYTES)).await;
         match read.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
-            Ok(bytes) => {
-                if let Judged::New(response) = self.documents.came(&bytes, encoding, &self.driver.stats) {
-                    self.driver.take(response);
-                }
+            Ok(bytes) => match self.documents.came(&bytes, encoding, &self.driver.stats) {
+                Judged::New(response) => drop(self.driver.take(response)),
+                Judged::Same => {}
+                Judged::Unusable => self.failed(),
+            },
+            Err(error) => {
+                self.documents.failed(format!("cannot read it: {error}"), &self.driver.stats);
+                self.failed();
             }
-            Err(error) => self.documents.failed(format!("cannot read it: {error}"), &self.driver.stats),
         }
+    }
+
+    fn failed(&self) {
+        self.driver.sink.failed(&self.driver.source, Some(self.documents.type_url()));
     }
 }
 

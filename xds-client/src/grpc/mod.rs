@@ -108,6 +108,7 @@ impl<S: Sink> Client<S> {
             self.queue.clear();
             self.driver.stats.pending_requests.store(0, Relaxed);
             self.driver.stats.failed();
+            self.driver.sink.failed(&self.config.source, self.config.only.map(|only| only.type_url));
             if self.driver.stats.connected() {
                 self.driver.stats.set_connected(false);
                 self.driver.sink.state(&self.config.source, false);

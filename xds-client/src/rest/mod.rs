@@ -141,6 +141,7 @@ impl<S: Sink> RestClient<S> {
     }
 
     fn is_unwell(&mut self) {
+        self.driver.sink.failed(&self.driver.source, Some(self.documents.type_url()));
         self.next_address = (self.next_address + 1) % self.server.endpoints.len().max(1);
         if std::mem::replace(&mut self.well, false) {
             self.driver.sink.state(&self.driver.source, false);

@@ -61,29 +61,6 @@ impl KindStats {
     }
 }
 
-/// Counts `cluster.<name>.update_success` or `update_rejected`, of EDS.
-pub(super) fn cluster_update(stat_name: &str, accepted: bool) {
-    let scope = Scope::cluster(stat_name);
-    scope.counter(if accepted { "update_success" } else { "update_rejected" }).inc();
-}
-
-/// Counts `http.<prefix>.rds.<name>.update_success` or `update_rejected`.
-pub(super) fn route_update(stat_prefix: &str, name: &str, accepted: bool) {
-    let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
-    scope.counter(if accepted { "update_success" } else { "update_rejected" }).inc();
-}
-
-/// Counts `cluster.<name>.init_fetch_timeout`, of EDS.
-pub(super) fn cluster_timeout(stat_name: &str) {
-    Scope::cluster(stat_name).counter("init_fetch_timeout").inc();
-}
-
-/// Counts `http.<prefix>.rds.<name>.init_fetch_timeout`.
-pub(super) fn route_timeout(stat_prefix: &str, name: &str) {
-    let scope = Scope::http(stat_prefix).child("rds").tagged("envoy_rds_route_config", name);
-    scope.counter("init_fetch_timeout").inc();
-}
-
 /// What is counted for a connection manager whose scopes come by SRDS.
 pub(super) struct ScopedCounts(Scope);
 
@@ -93,18 +70,13 @@ impl ScopedCounts {
     }
 
     /// An update came; `changed`: something of it is in force now.
-    pub(super) fn updated(&self, accepted: bool, changed: bool) {
-        self.0.counter(if accepted { "update_success" } else { "update_rejected" }).inc();
+    pub(super) fn updated(&self, changed: bool) {
         let reloads = self.0.counter("config_reload");
         if changed {
             reloads.inc();
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
             self.0.gauge("config_reload_time_ms").set(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
         }
-    }
-
-    pub(super) fn timeout(&self) {
-        self.0.counter("init_fetch_timeout").inc();
     }
 
     /// How many scopes there are, and how many of them name a route configuration.
@@ -114,21 +86,6 @@ impl ScopedCounts {
         // Scopes on demand are refused.
         self.0.gauge("on_demand_scopes").set(0);
     }
-}
-
-/// Counts `runtime.update_success` or `update_rejected`, of RTDS.
-pub(super) fn runtime_update(accepted: bool) {
-    Scope::new("runtime").counter(if accepted { "update_success" } else { "update_rejected" }).inc();
-}
-
-/// Counts `sds.<name>.update_success` or `update_rejected`.
-pub(super) fn secret_update(name: &str, accepted: bool) {
-    secret_scope(name).counter(if accepted { "update_success" } else { "update_rejected" }).inc();
-}
-
-/// Counts `sds.<name>.init_fetch_timeout`.
-pub(super) fn secret_timeout(name: &str) {
-    secret_scope(name).counter("init_fetch_timeout").inc();
 }
 
 /// Counts `sds.<name>.key_rotation_failed`: files that were replaced and cannot be used.
@@ -146,9 +103,4 @@ pub(super) fn secret_wanted(name: &str) {
 
 fn secret_scope(name: &str) -> Scope {
     Scope::new("sds").child(name)
-}
-
-/// Counts `runtime.init_fetch_timeout`, of RTDS.
-pub(super) fn runtime_timeout() {
-    Scope::new("runtime").counter("init_fetch_timeout").inc();
 }

@@ -11,6 +11,7 @@ use super::{
     Apply, ConfigStore,
     kinds::{Kind, Value},
     state::State,
+    subscribed::hash,
 };
 use crate::{
     config::{FieldError, model::Listener},
@@ -39,6 +40,7 @@ struct Stats {
     update_attempt: Counter,
     update_success: Counter,
     update_rejected: Counter,
+    update_failure: Counter,
     init_fetch_timeout: Counter,
     update_time: Gauge,
     _lease: Lease,
@@ -48,7 +50,7 @@ impl Stats {
     fn new(name: &str) -> Stats {
         let scope = Scope::new("extension_config_discovery").child("http_filter").child(name);
         let lease = scope.lease();
-        scope.counter("update_failure");
+        scope.gauge("version").set(0);
         scope.set_text("version_text", "");
         let update_attempt = scope.counter("update_attempt");
         // Envoy counts the first request, and each answer to it.
@@ -60,6 +62,7 @@ impl Stats {
             update_attempt,
             update_success: scope.counter("update_success"),
             update_rejected: scope.counter("update_rejected"),
+            update_failure: scope.counter("update_failure"),
             init_fetch_timeout: scope.counter("init_fetch_timeout"),
             update_time: scope.gauge("update_time"),
             scope,
@@ -100,6 +103,15 @@ impl Places {
         stats.update_time.set(now.as_millis() as u64);
         if !version.is_empty() {
             stats.scope.set_text("version_text", version);
+            stats.scope.gauge("version").set(hash(version));
+        }
+    }
+
+    /// There was no answer.
+    pub(super) fn failed(&self) {
+        if let Some(stats) = &self.stats {
+            stats.update_attempt.inc();
+            stats.update_failure.inc();
         }
     }
 

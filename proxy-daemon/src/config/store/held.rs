@@ -78,9 +78,7 @@ impl<A: Apply> ConfigStore<A> {
     fn swap_in(&self, state: &mut State, source: &Source, name: &str, stored: Arc<Version>, routes: Arc<RouteConfig>) {
         let Some(entry) = state.watched[Kind::Routes as usize].get_mut(source, name) else { return };
         (entry.stored, entry.refused) = (Some(stored), None);
-        let users = entry.users.clone();
         self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), routes);
-        self.count(state, Kind::Routes, name, &users, true);
     }
 }
 

@@ -41,6 +41,7 @@ mod snapshot;
 
 mod sourced;
 mod state;
+mod subscribed;
 mod updates;
 mod watched;
 
@@ -350,6 +351,10 @@ impl<A: Apply> ConfigStore<A> {
 }
 
 impl<A: Apply> Sink for ConfigStore<A> {
+    fn failed(&self, source: &Source, type_url: Option<&str>) {
+        self.count_failure(source, type_url);
+    }
+
     fn update(&self, source: &Source, update: Update, done: Done) {
         self.changed(|state| {
             let id = state.updates.begin(done);

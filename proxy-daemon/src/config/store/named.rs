@@ -11,7 +11,7 @@ use culvert_xds_client::{
 };
 
 use super::{
-    Apply, ConfigStore, counts,
+    Apply, ConfigStore,
     kinds::{Kind, Need, Value},
     resources, secrets,
     state::State,
@@ -31,12 +31,15 @@ impl<A: Apply> ConfigStore<A> {
         if kind == Kind::Scopes {
             return self.take_scopes(state, source, update, id);
         }
+        let version: Arc<str> = update.version.as_str().into();
+        if matches!(source, Source::File(_) | Source::Rest(_)) && update.added.is_empty() && update.unchanged.is_empty()
+        {
+            state.watched[kind as usize].of_mut(source).for_each(|entry| entry.subscribed.was_empty());
+        }
         for name in &update.unchanged {
             if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
                 entry.refused = None;
-                let users = entry.users.clone();
-                self.count(state, kind, name, &users, true);
-                self.answered(state, kind, (source, name), &update.version, true);
+                self.answered(state, kind, (source, name), &version, true);
             }
         }
         // What does not exist is not waited for.
@@ -46,7 +49,7 @@ impl<A: Apply> ConfigStore<A> {
         for resource in update.added {
             let name = resource.name.clone();
             let result = self.take_one(state, kind, source, resource, id);
-            self.answered(state, kind, (source, &name), &update.version, result.is_ok());
+            self.answered(state, kind, (source, &name), &version, result.is_ok());
             if let Err(error) = result {
                 state.updates.reject(id, &name, error.to_string());
             }
@@ -55,10 +58,13 @@ impl<A: Apply> ConfigStore<A> {
             match kind {
                 // In use, they stay, as in Envoy.
                 Kind::Endpoints | Kind::Routes | Kind::Scopes | Kind::Secrets => {}
-                Kind::Runtime => self.remove_runtime(state, source, &name),
+                Kind::Runtime => {
+                    self.remove_runtime(state, source, &name);
+                    self.answered(state, kind, (source, &name), &version, true);
+                }
                 Kind::ExtensionConfigs => {
                     self.remove_extension_config(state, source, &name);
-                    self.answered(state, kind, (source, &name), &update.version, true);
+                    self.answered(state, kind, (source, &name), &version, true);
                 }
             }
         }
@@ -67,7 +73,6 @@ impl<A: Apply> ConfigStore<A> {
     fn remove_runtime(&self, state: &mut State, source: &Source, name: &str) {
         let Some(entry) = state.watched[Kind::Runtime as usize].get_mut(source, name) else { return };
         (entry.stored, entry.refused, entry.value) = (None, None, None);
-        counts::runtime_update(true);
         self.0.apply.set_runtime(source, name, HashMap::new());
         self.settle(state, Kind::Runtime, source, name);
     }
@@ -85,9 +90,7 @@ impl<A: Apply> ConfigStore<A> {
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         if entry.is_unchanged(&resource) {
             entry.refused = None;
-            let users = entry.users.clone();
             self.drop_held(state, source, &name);
-            self.count(state, kind, &name, &users, true);
             return Ok(());
         }
         let users = entry.users.clone();
@@ -130,7 +133,6 @@ impl<A: Apply> ConfigStore<A> {
                 Err(error)
             }
         };
-        self.count(state, kind, &name, &users, result.is_ok());
         // A resource that is refused is not waited for any longer, as in Envoy.
         self.settle(state, kind, source, &name);
         if matches!(kind, Kind::Endpoints | Kind::Secrets)
@@ -163,32 +165,17 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    pub(super) fn count(&self, state: &State, kind: Kind, name: &str, users: &[User], accepted: bool) {
-        match kind {
-            Kind::Endpoints => {
-                for user in users {
-                    if let Owner::Cluster(cluster) = &user.owner
-                        && let Some(stat_name) = state.cluster_stat_name(cluster, user.version)
-                    {
-                        counts::cluster_update(&stat_name, accepted);
-                    }
-                }
-            }
-            Kind::Routes => {
-                for prefix in state.rds_prefixes(name, users) {
-                    counts::route_update(&prefix, name, accepted);
-                }
-            }
-            Kind::Runtime => counts::runtime_update(accepted),
-            // Counted where they are taken.
-            Kind::ExtensionConfigs | Kind::Scopes => {}
-            Kind::Secrets => counts::secret_update(name, accepted),
-        }
-    }
-
-    /// Counts the answer to one resource of an update for ECDS.
-    fn answered(&self, state: &State, kind: Kind, (source, name): (&Source, &str), version: &str, accepted: bool) {
-        if let Some(entry) = state.watched(kind).get(source, name) {
+    /// Counts the answer to one resource of an update.
+    pub(super) fn answered(
+        &self,
+        state: &mut State,
+        kind: Kind,
+        (source, name): (&Source, &str),
+        version: &Arc<str>,
+        accepted: bool,
+    ) {
+        if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
+            entry.subscribed.answered(version, accepted);
             entry.places.answered(version, accepted);
         }
     }
@@ -216,9 +203,6 @@ impl<A: Apply> ConfigStore<A> {
             match &user.owner {
                 Owner::Cluster(cluster) => {
                     tracing::warn!(%cluster, "{} {name:?} did not come in time: going on without", kind.noun());
-                    if let Some(stat_name) = state.cluster_stat_name(cluster, user.version) {
-                        counts::cluster_timeout(&stat_name);
-                    }
                 }
                 Owner::Listener(listener) => {
                     tracing::warn!(%listener, "{} {name:?} did not come in time: going on without", kind.noun());
@@ -226,23 +210,9 @@ impl<A: Apply> ConfigStore<A> {
                 Owner::Process => tracing::warn!("{} {name:?} did not come in time: going on without", kind.noun()),
             }
         }
-        if kind == Kind::Routes {
-            for prefix in state.rds_prefixes(name, &users) {
-                counts::route_timeout(&prefix, name);
-            }
-        }
-        match kind {
-            Kind::Runtime => counts::runtime_timeout(),
-            Kind::Secrets => counts::secret_timeout(name),
-            Kind::Endpoints | Kind::Scopes | Kind::Routes | Kind::ExtensionConfigs => {}
-        }
-        if let Some(entry) = state.watched(kind).get(source, name) {
+        if let Some(entry) = state.watched[kind as usize].get_mut(source, name) {
+            entry.subscribed.timed_out();
             entry.places.timed_out();
-        }
-        if kind == Kind::Scopes {
-            for counts in state.scoped_managers(source) {
-                counts.timeout();
-            }
         }
         self.settle(state, kind, source, name);
     }
@@ -287,7 +257,7 @@ impl State {
     }
 
     /// The `http.<prefix>` of the connection managers that use a route configuration.
-    fn rds_prefixes(&self, name: &str, users: &[User]) -> BTreeSet<String> {
+    pub(super) fn rds_prefixes(&self, name: &str, users: &[User]) -> BTreeSet<String> {
         let listeners = users.iter().filter_map(|user| match &user.owner {
             Owner::Listener(listener) => self.listeners.by_name.get(listener)?.version(user.version),
             _ => None,

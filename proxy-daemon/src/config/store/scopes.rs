@@ -106,6 +106,7 @@ impl<A: Apply> ConfigStore<A> {
         for name in &update.removed {
             changed |= set.by_name.remove(name).is_some();
         }
+        let version: Arc<str> = update.version.as_str().into();
         let (mut new, mut accepted) = (Vec::new(), true);
         let mut refuse = |set: &mut ScopeSet, state: &mut State, name: &str, attempt: Arc<Version>, details: String| {
             accepted = false;
@@ -144,8 +145,9 @@ impl<A: Apply> ConfigStore<A> {
         state.scopes.insert(Arc::clone(&source), set);
         state.scopes_changed = true;
         for counts in state.scoped_managers(&source) {
-            counts.updated(accepted, changed);
+            counts.updated(changed);
         }
+        self.answered(state, Kind::Scopes, (&source, ALL_SCOPES), &version, accepted);
         if changed {
             self.0.apply.set_scopes(&source, scopes);
             for user in users {
@@ -185,12 +187,14 @@ impl State {
 
     /// What is counted for them, each once.
     pub(super) fn scoped_managers(&self, source: &Source) -> Vec<ScopedCounts> {
+        self.scoped_names(source).into_iter().map(|(prefix, name)| ScopedCounts::new(&prefix, &name)).collect()
+    }
+
+    /// Their `stat_prefix`, and the name of their scopes.
+    pub(super) fn scoped_names(&self, source: &Source) -> BTreeSet<(String, Arc<str>)> {
         let managers = self.users_of_scopes(source);
-        let names: BTreeSet<_> = managers
-            .iter()
-            .filter_map(|manager| Some((manager.stat_prefix.as_str(), &*manager.scoped()?.name)))
-            .collect();
-        names.into_iter().map(|(prefix, name)| ScopedCounts::new(prefix, name)).collect()
+        let names = managers.iter().filter_map(|it| Some((it.stat_prefix.clone(), it.scoped()?.name.clone())));
+        names.collect()
     }
 
     /// For `/config_dump`: nothing of a source that has not answered, as in Envoy.

@@ -27,6 +27,7 @@ use crate::{
     http::filters::{DiscoveredFilter, Factory},
     layered_runtime::Entry,
     listener::Prints,
+    stats::{HistogramBuckets, write_text},
     upstream::ClusterChange,
 };
 
@@ -191,6 +192,15 @@ impl Fixture {
     fn wanted(&self) -> BTreeMap<String, Interest> {
         let mut wanted = self.wanted.lock().unwrap();
         std::iter::from_fn(|| wanted.try_recv().ok()).map(|it| (it.type_url, it.interest)).collect()
+    }
+
+    /// What is counted under a name, where there is such a number.
+    fn metric(&self, name: &str) -> Option<u64> {
+        let metrics = self.store.metrics();
+        let metric = metrics.iter().find(|metric| metric.name() == name)?;
+        let mut text = String::new();
+        write_text(&mut text, std::slice::from_ref(metric), HistogramBuckets::Summary).unwrap();
+        text.trim().rsplit(' ').next()?.parse().ok()
     }
 
     fn is_initialized(&self) -> bool {

@@ -17,6 +17,7 @@ use super::{
     kinds::{Kind, Need, Value},
     resources,
     rotation::Files,
+    subscribed::Subscribed,
 };
 use crate::config::{
     model::ResourceRef,
@@ -60,6 +61,7 @@ pub(in crate::config) struct Entry {
     pub(super) users: Vec<User>,
     /// ECDS: what it is for.
     pub(super) places: Places,
+    pub(super) subscribed: Subscribed,
     /// SDS: the files that it is made of.
     pub(super) files: Option<Files>,
 }
@@ -98,6 +100,11 @@ impl Watched {
         self.sources.get_mut(source)?.get_mut(name)
     }
 
+    /// All of a source.
+    pub(super) fn of_mut(&mut self, source: &Source) -> impl Iterator<Item = &mut Entry> {
+        self.sources.get_mut(source).into_iter().flat_map(|names| names.values_mut())
+    }
+
     /// The same for changes.
     pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = (&Arc<Source>, &Arc<str>, &mut Entry)> {
         let sources = self.sources.iter_mut();
@@ -123,7 +130,9 @@ impl Watched {
             asked = Asked::New(deadline);
             self.changed.insert(Arc::clone(source));
             let (users, places) = (Vec::new(), Places::default());
-            Entry { stored: None, refused: None, value: None, settled: false, deadline, users, places, files: None }
+            let subscribed = Subscribed::new(source);
+            let (stored, refused, value, files) = (None, None, None, None);
+            Entry { stored, refused, value, settled: false, deadline, users, places, subscribed, files }
         });
         if entry.settled {
             asked = Asked::Settled;

@@ -70,8 +70,20 @@ fn updates_are_counted_by_envoys_names() {
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("counted:80", &[80])]));
     let after = ["cluster_manager.cluster_added", "cluster_manager.cds.update_success"].map(count);
     assert!(after[0] > before[0] && after[1] > before[1], "{before:?} {after:?}");
-    assert_eq!(count("cluster.counted_80.update_success"), 1);
-    assert_eq!(count("http.store_counted.rds.web.update_success"), 1);
+    assert_eq!(store.metric("cluster.counted_80.update_success"), Some(1));
+    assert_eq!(store.metric("http.store_counted.rds.web.update_success"), Some(1));
+    // The first request, and its answer.
+    assert_eq!(store.metric("cluster.counted_80.update_attempt"), Some(2));
+    store.failed(&Source::Ads, None);
+    assert_eq!(store.metric("cluster.counted_80.update_failure"), Some(1));
+    let mut second = update(ClusterLoadAssignment::type_url(), vec![assignment("counted:80", &[81])]);
+    second.version = "c1".to_owned();
+    store.update(second);
+    // What Envoy 1.40 shows for it.
+    assert_eq!(store.metric("cluster.counted_80.version"), Some(814_672_407_442_807_801));
+    assert!(store.metric("cluster.counted_80.update_time").is_some_and(|at| at > 1_700_000_000_000));
+    store.update(removal(Cluster::type_url(), "counted:80"));
+    assert_eq!(store.metric("cluster.counted_80.update_success"), None, "it goes with the cluster");
 }
 
 #[test]
@@ -99,7 +111,7 @@ fn endpoints_that_do_not_come_are_given_up() {
     store.later(Duration::from_secs(16));
     assert_eq!(calls.take(), ["cluster late"]);
     assert_eq!(cds.rejected(), []);
-    assert_eq!(crate::stats::counter("cluster.late.init_fetch_timeout").value(), 1);
+    assert_eq!(store.metric("cluster.late.init_fetch_timeout"), Some(1));
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("late", &[80])]));
     assert_eq!(calls.take(), ["late has 1"], "they are taken all the same");
 }

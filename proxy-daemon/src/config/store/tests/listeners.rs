@@ -88,7 +88,7 @@ fn routes_that_do_not_come_are_given_up() {
     assert_eq!(calls.take(), [""; 0]);
     store.later(Duration::from_secs(16));
     assert_eq!(calls.take(), ["listener in"]);
-    assert_eq!(crate::stats::counter("http.store_in.rds.late.init_fetch_timeout").value(), 1);
+    assert_eq!(store.metric("http.store_in.rds.late.init_fetch_timeout"), Some(1));
 }
 
 #[test]

@@ -1,0 +1,179 @@
+//! What is counted for each resource that is asked for by name, under the names of Envoy's subscriptions. It is kept with the
+//! resource and written out when somebody looks, so that it goes with it.
+
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+
+use culvert_xds_client::source::Source;
+use twox_hash::XxHash64;
+
+use super::{
+    Apply, ConfigStore,
+    kinds::Kind,
+    state::State,
+    watched::{Entry, Owner},
+};
+use crate::stats::Metric;
+
+/// The counters of one subscription.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Subscribed {
+    attempts: u32,
+    successes: u32,
+    failures: u32,
+    rejected: u32,
+    timeouts: u32,
+    empty: u32,
+    /// When an update was last accepted, in milliseconds since 1970; 0: never.
+    updated: u64,
+    /// The version that was accepted last.
+    version: Option<Arc<str>>,
+}
+
+impl Subscribed {
+    /// Envoy counts the first request of a stream as an attempt, and then each answer.
+    pub(super) fn new(source: &Source) -> Subscribed {
+        let attempts = u32::from(matches!(source, Source::Ads | Source::Grpc(_)));
+        Subscribed { attempts, ..Subscribed::default() }
+    }
+
+    /// An update of this version was taken, or refused.
+    pub(super) fn answered(&mut self, version: &Arc<str>, accepted: bool) {
+        self.attempts += 1;
+        if !accepted {
+            self.rejected += 1;
+            return;
+        }
+        self.successes += 1;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.updated = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        if !version.is_empty() {
+            self.version = Some(Arc::clone(version));
+        }
+    }
+
+    /// There was no answer.
+    pub(super) fn failed(&mut self) {
+        self.attempts += 1;
+        self.failures += 1;
+    }
+
+    /// It was waited for long enough.
+    pub(super) fn timed_out(&mut self) {
+        self.attempts += 1;
+        self.timeouts += 1;
+    }
+
+    /// An answer had none of what is asked for.
+    pub(super) fn was_empty(&mut self) {
+        self.empty += 1;
+    }
+
+    /// Several subscriptions that share a name.
+    fn add(&mut self, other: &Subscribed) {
+        self.attempts += other.attempts;
+        self.successes += other.successes;
+        self.failures += other.failures;
+        self.rejected += other.rejected;
+        self.timeouts += other.timeouts;
+        self.empty += other.empty;
+        if other.updated >= self.updated {
+            (self.updated, self.version) = (other.updated, other.version.clone());
+        }
+    }
+
+    fn metrics(&self, scope: &str, has_empty: bool, metrics: &mut Vec<Metric>) {
+        let counter = |name: &str, value: u32| Metric::external(&format!("{scope}.{name}"), value.into());
+        let version = self.version.as_deref().unwrap_or_default();
+        metrics.extend([
+            counter("update_attempt", self.attempts),
+            counter("update_success", self.successes),
+            counter("update_failure", self.failures),
+            counter("update_rejected", self.rejected),
+            counter("init_fetch_timeout", self.timeouts),
+            Metric::external_gauge(&format!("{scope}.update_time"), self.updated),
+            Metric::external_gauge(&format!("{scope}.version"), hash(version)),
+            Metric::external_text(&format!("{scope}.version_text"), version),
+        ]);
+        if has_empty {
+            metrics.push(counter("update_empty", self.empty));
+        }
+    }
+}
+
+/// Envoy's number for a version; 0 before the first.
+pub(super) fn hash(version: &str) -> u64 {
+    if version.is_empty() { 0 } else { XxHash64::oneshot(0, version.as_bytes()) }
+}
+
+impl<A: Apply> ConfigStore<A> {
+    /// What is counted for the resources that are asked for by name.
+    pub fn metrics(&self) -> Vec<Metric> {
+        self.lock().subscriptions_now()
+    }
+
+    /// An attempt to get resources from a source has failed: those of a type, or of all.
+    pub(super) fn count_failure(&self, source: &Source, type_url: Option<&str>) {
+        let mut state = self.lock();
+        for kind in Kind::ALL.into_iter().filter(|kind| type_url.is_none_or(|type_url| kind.type_url() == type_url)) {
+            state.watched[kind as usize].of_mut(source).for_each(|entry| {
+                entry.subscribed.failed();
+                entry.places.failed();
+            });
+        }
+    }
+}
+
+impl State {
+    fn subscriptions_now(&self) -> Vec<Metric> {
+        // What a cluster that stays the same cluster had of an earlier source is not added up.
+        let mut metrics = Vec::new();
+        for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::ExtensionConfigs) {
+            let mut all: BTreeMap<String, Subscribed> = BTreeMap::new();
+            for (source, name, entry) in self.watched(kind).entries() {
+                for scope in self.scopes_of(kind, source, name, entry) {
+                    all.entry(scope).or_default().add(&entry.subscribed);
+                }
+            }
+            let has_empty = matches!(kind, Kind::Endpoints | Kind::Routes | Kind::Scopes);
+            for (scope, subscribed) in all {
+                subscribed.metrics(&scope, has_empty, &mut metrics);
+                if kind == Kind::Endpoints {
+                    // `endpoint_stale_after` is refused, and endpoints are not cached: these do not happen.
+                    let never = ["assignment_stale", "assignment_timeout_received", "assignment_use_cached"];
+                    metrics.extend(never.map(|name| Metric::external(&format!("{scope}.{name}"), 0)));
+                }
+            }
+        }
+        metrics
+    }
+
+    /// The scopes that a subscription is counted in, as Envoy names them.
+    fn scopes_of(&self, kind: Kind, source: &Source, name: &str, entry: &Entry) -> Vec<String> {
+        // As in all labels of Envoy's.
+        let label = |text: &str| text.replace(':', "_");
+        match kind {
+            Kind::Endpoints => {
+                let clusters = entry.users.iter().filter_map(|user| match &user.owner {
+                    Owner::Cluster(cluster) => self.cluster_stat_name(cluster, user.version),
+                    _ => None,
+                });
+                let mut scopes: Vec<_> = clusters.map(|cluster| format!("cluster.{}", label(&cluster))).collect();
+                // Both versions of a cluster that is being replaced.
+                scopes.sort_unstable();
+                scopes.dedup();
+                scopes
+            }
+            Kind::Routes => {
+                let prefixes = self.rds_prefixes(name, &entry.users).into_iter();
+                prefixes.map(|prefix| format!("http.{}.rds.{}", label(&prefix), label(name))).collect()
+            }
+            Kind::Scopes => {
+                let names = self.scoped_names(source).into_iter();
+                names.map(|(prefix, name)| format!("http.{}.scoped_rds.{}", label(&prefix), label(&name))).collect()
+            }
+            Kind::Runtime => vec!["runtime".to_owned()],
+            Kind::Secrets => vec![format!("sds.{}", label(name))],
+            Kind::ExtensionConfigs => Vec::new(),
+        }
+    }
+}
