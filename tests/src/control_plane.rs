@@ -17,7 +17,8 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 use envoy_types::pb::google::protobuf::Any;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Status, Streaming};
 
 /// The server; dropping it closes its port and its streams.
@@ -102,7 +103,9 @@ impl ControlPlane {
         let address = listener.local_addr()?;
         let (sender, streams) = channel();
         let _guard = runtime.enter();
-        let incoming = TcpListenerStream::new(tokio::net::TcpListener::from_std(listener)?);
+        // Else a response may wait for the acknowledgement of what was sent before: up to 40 ms.
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let limit = usize::MAX;
         let service = AggregatedDiscoveryServiceServer::new(Service { streams: sender })
             .max_decoding_message_size(limit)
