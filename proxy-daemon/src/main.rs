@@ -46,6 +46,11 @@ use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+unsafe extern "C" {
+    /// Gives the kernel what the calling thread has freed, and with `force` at once: part of [`ALLOCATOR`]'s C library.
+    safe fn mi_collect(force: bool);
+}
+
 fn main() -> ExitCode {
     let flags = Flags::parse();
     if flags.version {
@@ -219,6 +224,7 @@ async fn run(
     let config = sources::Config { unknown_fields: flags.unknown_dynamic_fields(), ..bootstrap.sources };
     state.set(ServerState::Initializing);
     tokio::spawn(store.clone().keep_time());
+    tokio::spawn(store.clone().tidy_up(|| mi_collect(true)));
     tokio::spawn(store.clone().follow_files());
     if let Some(messages) = plane.on_demand() {
         tokio::spawn(store.clone().serve_on_demand(messages));

@@ -173,7 +173,7 @@ fn endpoints_without_an_address_are_not_hosts() {
     runtime().block_on(async {
         let plane = start(1);
         let mut config = cluster("a", [support::closed_port()], LbPolicy::Random);
-        config.endpoints[0].endpoints[0].address = EndpointAddress::Dns { host: "x".to_owned(), port: 1 };
+        config.endpoints[0].endpoints[0].address = EndpointAddress::Dns { host: "x".into(), port: 1 };
         plane.upsert_cluster(config);
         assert!(plane.clusters()["a"].hosts().hosts.is_empty());
         plane.stop();

@@ -160,7 +160,7 @@ fn host_status(host: &Host) -> Json {
         "locality": locality,
     });
     if !host.hostname.is_empty() {
-        status["hostname"] = host.hostname.as_str().into();
+        status["hostname"] = (*host.hostname).into();
     }
     if host.priority > 0 {
         status["priority"] = host.priority.into();

@@ -287,7 +287,7 @@ fn lb_endpoint(host: &Host) -> LbEndpoint {
     };
     let address = match &host.address {
         EndpointAddress::Ip(ip) => socket(ip.ip().to_string(), ip.port()),
-        EndpointAddress::Dns { host, port } => socket(host.clone(), *port),
+        EndpointAddress::Dns { host, port } => socket(host.to_string(), *port),
         EndpointAddress::Pipe(path) => {
             address::Address::Pipe(Pipe { path: path.display().to_string(), ..Default::default() })
         }
@@ -301,7 +301,7 @@ fn lb_endpoint(host: &Host) -> LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
             address: Some(Address { address: Some(address) }),
             health_check_config: Some(HealthCheckConfig::default()),
-            hostname: host.hostname.clone(),
+            hostname: host.hostname.to_string(),
             ..Default::default()
         })),
         health_status: health.into(),

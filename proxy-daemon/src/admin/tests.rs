@@ -143,7 +143,7 @@ fn cluster(name: &str) -> ClusterConfig {
         address: EndpointAddress::Ip(address.parse().unwrap()),
         weight: 1,
         health,
-        hostname: String::new(),
+        hostname: Box::default(),
     };
     ClusterConfig {
         name: name.into(),

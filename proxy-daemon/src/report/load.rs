@@ -207,7 +207,7 @@ pub(super) fn proto_address(address: &EndpointAddress) -> Address {
     };
     let address = match address {
         EndpointAddress::Ip(address) => socket(address.ip().to_string(), address.port()),
-        EndpointAddress::Dns { host, port } => socket(host.clone(), *port),
+        EndpointAddress::Dns { host, port } => socket(host.to_string(), *port),
         EndpointAddress::Pipe(path) => {
             address::Address::Pipe(Pipe { path: path.display().to_string(), ..Pipe::default() })
         }

@@ -123,7 +123,7 @@ impl Group {
     pub(super) fn show(&mut self, leaf: u32, slot: u32) {
         if self.shown.len() == self.shown.capacity() {
             // There are thousands of groups, which grow only at their beginning: little room to spare.
-            self.shown.reserve_exact(8 + self.shown.len() / 4);
+            self.shown.reserve_exact(8 + self.shown.len() / 16);
         }
         let at = self.shown.partition_point(|it| it.0 < leaf);
         self.shown.insert(at, (leaf, slot));

@@ -361,6 +361,14 @@ impl Drop for Lease {
     }
 }
 
+/// The scope, with the root that the registry has by that name, if it does: one copy of the name for all that hold it.
+pub(super) fn shared(scope: Scope) -> Scope {
+    match lock().groups.get(&scope.root().name) {
+        Some(group) if *group.root == **scope.root() => scope.with_root(Arc::clone(&group.root)),
+        _ => scope,
+    }
+}
+
 /// Sets a text.
 pub(super) fn set_text(name: TaggedName, text: &str) {
     let mut registry = lock();

@@ -138,6 +138,17 @@ impl Scope {
         registry::counter(TaggedName { full, base, labels: labels.iter().cloned().collect(), exact: true })
     }
 
+    /// The same scope, which shares its name with what the registry has of it: for scopes that are kept, one for each of
+    /// thousands of clusters.
+    pub fn shared(self) -> Scope {
+        registry::shared(self)
+    }
+
+    /// The same scope with an equal root.
+    pub(super) fn with_root(self, root: Arc<Root>) -> Scope {
+        Scope { root, tail: self.tail }
+    }
+
     /// A hold on the scope: what is in it stays until the last hold is dropped.
     pub fn lease(&self) -> Lease {
         Lease::new(self)

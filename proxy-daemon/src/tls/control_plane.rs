@@ -77,7 +77,7 @@ pub fn secure_servers(servers: &mut BTreeMap<String, Server>, clusters: &[Cluste
                 EndpointAddress::Dns { host, .. } => host,
                 _ => return None,
             };
-            Some((endpoint.address.dial(), name.clone()))
+            Some((endpoint.address.dial(), name.to_string()))
         });
         let hostnames = hostnames.collect();
         let tls = ClientTls::new(Arc::clone(config), &Scope::cluster(&cluster.stat_name), secrets);

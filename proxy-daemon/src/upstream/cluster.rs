@@ -143,7 +143,7 @@ pub type ClusterMap = HashMap<Arc<str>, Arc<Cluster>>;
 pub enum ClusterChange {
     /// Adds a cluster, or replaces the one of the same name. With the endpoints that EDS says it has; without, a replaced EDS
     /// or DNS cluster keeps its hosts.
-    Upsert(Box<ClusterConfig>, Option<Vec<LocalityEndpoints>>),
+    Upsert(Box<ClusterConfig>, Option<Arc<[LocalityEndpoints]>>),
     /// Forgets a cluster; requests in flight finish.
     Remove(Arc<str>),
 }

@@ -41,7 +41,7 @@ async fn resolve(groups: &[LocalityEndpoints], family: DnsLookupFamily) -> std::
                 endpoints.push(endpoint.clone());
                 continue;
             };
-            let found: BTreeSet<SocketAddr> = tokio::net::lookup_host((host.as_str(), *port)).await?.collect();
+            let found: BTreeSet<SocketAddr> = tokio::net::lookup_host((&**host, *port)).await?.collect();
             endpoints.extend(choose(found, family).into_iter().map(|address| Endpoint {
                 address: EndpointAddress::Ip(address),
                 hostname: if endpoint.hostname.is_empty() { host.clone() } else { endpoint.hostname.clone() },

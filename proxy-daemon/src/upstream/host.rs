@@ -17,7 +17,7 @@ pub struct Host {
     /// What discovery says of it.
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
-    pub hostname: String,
+    pub hostname: Box<str>,
     /// Where it is.
     pub locality: Arc<Locality>,
     /// 0 is used first.

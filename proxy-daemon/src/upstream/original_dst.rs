@@ -53,7 +53,7 @@ impl OriginalDstHosts {
                 address: EndpointAddress::Ip(destination),
                 weight: 1,
                 health: HealthStatus::Healthy,
-                hostname: String::new(),
+                hostname: Box::default(),
                 locality: Arc::new(Locality::default()),
                 priority: 0,
                 counters: Arc::clone(counters),

@@ -24,7 +24,7 @@ macro_rules! cluster_stats {
         impl ClusterStats {
             /// Takes the slots of a cluster; the same name gets the same slots again.
             pub fn new(config: &ClusterConfig) -> ClusterStats {
-                let scope = Scope::cluster(&config.stat_name);
+                let scope = Scope::cluster(&config.stat_name).shared();
                 // Before the handles, so that they are of this life of the scope.
                 let lease = Arc::new(scope.lease());
                 ClusterStats {

@@ -192,7 +192,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         address: EndpointAddress::Ip(address),
         weight: 1,
         health: HealthStatus::Healthy,
-        hostname: String::new(),
+        hostname: Box::default(),
     };
     ClusterConfig {
         name: name.into(),

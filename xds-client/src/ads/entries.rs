@@ -231,6 +231,10 @@ impl Entries {
                 entry.offers.drain(..at);
                 (entry.in_force, entry.refused) = (state, false);
             }
+            if entry.offers.is_empty() {
+                // There are thousands of these, and seldom an offer.
+                entry.offers = Vec::new();
+            }
             if entry.is_void() {
                 self.forget(name);
             }

@@ -176,7 +176,7 @@ pub struct Endpoint {
     /// What discovery says of it.
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
-    pub hostname: String,
+    pub hostname: Box<str>,
 }
 
 /// Where an endpoint listens.
@@ -187,7 +187,7 @@ pub enum EndpointAddress {
     /// A name to look up: STRICT_DNS only.
     Dns {
         /// The name.
-        host: String,
+        host: Box<str>,
         /// The port.
         port: u16,
     },

@@ -112,7 +112,7 @@ pub(super) fn endpoint_address(address: &Address, names: bool, path: &str) -> Re
     let (socket, port) = socket_address(address, path)?;
     match ip(socket, path) {
         Ok(ip) => Ok(EndpointAddress::Ip((ip, port).into())),
-        Err(_) if names => Ok(EndpointAddress::Dns { host: socket.address.clone(), port }),
+        Err(_) if names => Ok(EndpointAddress::Dns { host: socket.address.as_str().into(), port }),
         Err(error) => Err(error),
     }
 }

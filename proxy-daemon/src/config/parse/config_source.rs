@@ -3,6 +3,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
@@ -33,6 +34,8 @@ use crate::config::{
 /// # Errors
 /// The field that is wrong or not honoured.
 pub fn config_source(source: Option<&ProtoSource>, path: &str) -> Result<ConfigSource> {
+    /// One for all: thousands of clusters name it.
+    static ADS: LazyLock<Arc<Source>> = LazyLock::new(|| Arc::new(Source::Ads));
     let Some(source) = source else { return Err(FieldError::new(path, "value is required")) };
     let initial_fetch_timeout =
         limit(source.initial_fetch_timeout, Some(INITIAL_FETCH_TIMEOUT), path, "initial_fetch_timeout")?;
@@ -59,7 +62,8 @@ pub fn config_source(source: Option<&ProtoSource>, path: &str) -> Result<ConfigS
             return Err(FieldError::new(path, text));
         }
     };
-    Ok(ConfigSource { source: from.into(), initial_fetch_timeout })
+    let source = if from == Source::Ads { Arc::clone(&ADS) } else { from.into() };
+    Ok(ConfigSource { source, initial_fetch_timeout })
 }
 
 /// The source of the aggregated stream, `dynamic_resources.ads_config`.

@@ -52,6 +52,6 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
         weight: number(endpoint.load_balancing_weight, 1).max(1),
         health,
-        hostname: host.hostname.clone(),
+        hostname: host.hostname.as_str().into(),
     })
 }

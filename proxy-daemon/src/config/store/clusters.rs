@@ -245,11 +245,11 @@ impl<A: Apply> ConfigStore<A> {
 
 impl State {
     /// The endpoints of a cluster, where EDS has sent them.
-    fn endpoints_of(&self, config: &ClusterConfig) -> Option<Vec<LocalityEndpoints>> {
+    fn endpoints_of(&self, config: &ClusterConfig) -> Option<Arc<[LocalityEndpoints]>> {
         let Discovery::Eds { endpoints } = &config.discovery else { return None };
         let entry = self.watched(Kind::Endpoints).get(&endpoints.from.source, &endpoints.name)?;
         if let Some(Value::Endpoints(fresh)) = &entry.value {
-            return Some(fresh.clone());
+            return Some(Arc::clone(fresh));
         }
         let stored = entry.stored.as_ref()?;
         match Kind::Endpoints.parse(&endpoints.name, &stored.body) {

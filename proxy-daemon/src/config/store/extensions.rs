@@ -27,7 +27,7 @@ const PATH: &str = "typed_config";
 pub(super) struct Places {
     /// Those of all listeners that want it, of those that drain as well.
     filters: Vec<Weak<DiscoveredFilter>>,
-    stats: Option<Stats>,
+    stats: Option<Box<Stats>>,
 }
 
 /// `extension_config_discovery.http_filter.<name>.`
@@ -134,7 +134,7 @@ impl<A: Apply> ConfigStore<A> {
             let Some(entry) = watched.get_mut(&wanted.from.source, &wanted.name) else { continue };
             entry.places.filters.retain(|known| known.strong_count() > 0);
             entry.places.filters.push(Arc::downgrade(place));
-            let stats = entry.places.stats.get_or_insert_with(|| Stats::new(&wanted.name));
+            let stats = entry.places.stats.get_or_insert_with(|| Box::new(Stats::new(&wanted.name)));
             let Some(Value::ExtensionConfig(config)) = &entry.value else { continue };
             match place.parse(config, PATH) {
                 Ok(factory) => self.0.apply.set_filter(place, Some(factory)),

@@ -47,7 +47,7 @@ pub enum Kind {
 #[derive(Debug, Clone)]
 pub(super) enum Value {
     /// Not kept: what was received is parsed again for a cluster that comes later.
-    Endpoints(Vec<LocalityEndpoints>),
+    Endpoints(Arc<[LocalityEndpoints]>),
     Routes(Arc<RouteConfig>),
     Runtime(Arc<HashMap<String, Entry>>),
     /// Each place that it is for reads it anew.
@@ -130,7 +130,7 @@ impl Kind {
         match self {
             Kind::Endpoints => {
                 let named: fn(&ClusterLoadAssignment) -> &str = |message| &message.cluster_name;
-                parse(name, body, named, parse::endpoints).map(Value::Endpoints)
+                parse(name, body, named, parse::endpoints).map(|endpoints| Value::Endpoints(endpoints.into()))
             }
             // Taken all together: see `super::scopes`.
             Kind::Scopes => Err(FieldError::unsupported("")),

@@ -50,6 +50,7 @@ use std::{
     future::pending,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock},
+    time::Duration,
 };
 
 use culvert_xds_client::{
@@ -83,6 +84,10 @@ use super::{
     model::{self, ClusterConfig, ConfigSource, SecretName},
 };
 use crate::{http::filters::OffloadedTable, on_demand::Waiter};
+
+/// An update of so many resources or more is followed by [`ConfigStore::tidy_up`], after so long.
+const LARGE: usize = 500;
+const TIDY_AFTER: Duration = Duration::from_millis(100);
 
 /// What becomes of unknown fields of xDS resources: a property of the process, as the flags are that say it.
 static UNKNOWN_FIELDS: OnceLock<UnknownFields> = OnceLock::new();
@@ -131,6 +136,8 @@ struct Shared<A> {
     apply: A,
     stats: StoreStats,
     changed: Notify,
+    /// A large update has been taken.
+    large: Notify,
     follower: Follower,
     progress: watch::Sender<Progress>,
     subscriptions: Subscriptions,
@@ -158,6 +165,7 @@ impl<A: Apply> ConfigStore<A> {
             apply,
             stats: StoreStats::new(),
             changed: Notify::new(),
+            large: Notify::new(),
             progress: watch::channel(Progress::default()).0,
             subscriptions,
         }))
@@ -213,6 +221,17 @@ impl<A: Apply> ConfigStore<A> {
                 () = due => self.expire(Instant::now()),
                 () = self.0.changed.notified() => {}
             }
+        }
+    }
+
+    /// Has memory given back after each large update, when what it took has been freed: `give_back` is called on the thread
+    /// that took it. Runs as long as the process.
+    pub async fn tidy_up(self, give_back: impl Fn()) {
+        loop {
+            self.0.large.notified().await;
+            // Answering it takes some more, and another update may follow.
+            tokio::time::sleep(TIDY_AFTER).await;
+            give_back();
         }
     }
 
@@ -356,6 +375,9 @@ impl<A: Apply> Sink for ConfigStore<A> {
     }
 
     fn update(&self, source: &Source, update: Update, done: Done) {
+        if update.added.len() >= LARGE {
+            self.0.large.notify_one();
+        }
         self.changed(|state| {
             let id = state.updates.begin(done);
             let type_url = update.type_url.clone();

@@ -14,7 +14,7 @@ use super::{
     Apply, ConfigStore,
     kinds::{Kind, Need, Value},
     resources, secrets,
-    state::State,
+    state::{Due, State},
     updates::UpdateId,
     watched::{Owner, User, VersionId},
 };
@@ -183,7 +183,12 @@ impl<A: Apply> ConfigStore<A> {
     /// A resource is there, or was refused, or is waited for no longer.
     pub(super) fn settle(&self, state: &mut State, kind: Kind, source: &Source, name: &str) {
         let Some(entry) = state.watched[kind as usize].get_mut(source, name) else { return };
-        for (owner, version) in entry.settle() {
+        let deadline = entry.deadline;
+        let waited = entry.settle();
+        if let Some(at) = deadline {
+            state.not_due(at, Due::Resource(kind, Arc::new(source.clone()), name.into()));
+        }
+        for (owner, version) in waited {
             match owner {
                 Owner::Cluster(name) => self.cluster_settled(state, &name, version),
                 Owner::Listener(name) => self.listener_settled(state, &name, version),

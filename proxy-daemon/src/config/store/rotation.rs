@@ -186,7 +186,7 @@ impl<A: Apply> ConfigStore<A> {
         &self,
         resource: &Resource,
         read: &SecretWithFiles,
-    ) -> Result<(Arc<Version>, Option<Files>), FieldError> {
+    ) -> Result<(Arc<Version>, Option<Box<Files>>), FieldError> {
         let Resource { version, .. } = resource;
         let stored = Version { version: version.clone(), body: shown(read, resource), updated: SystemTime::now() };
         let files = match read.directories.is_empty() {
@@ -194,14 +194,14 @@ impl<A: Apply> ConfigStore<A> {
             false => {
                 let files = Files::follow(&self.0.follower, resource.clone(), &read.directories);
                 let path = format!("{}.watched_directory", read.secret.secret_type().field());
-                Some(files.map_err(|text| FieldError::new(path, text))?)
+                Some(Box::new(files.map_err(|text| FieldError::new(path, text))?))
             }
         };
         Ok((Arc::new(stored), files))
     }
 
     /// Follows the files of a secret that was refused, where none is in force: they may be what was wrong with it.
-    pub(super) fn follow_refused(&self, resource: &Resource) -> Option<Files> {
+    pub(super) fn follow_refused(&self, resource: &Resource) -> Option<Box<Files>> {
         let message: ProtoSecret = json::unpack(&resource.body, "").ok()?;
         let directories = parse::watched_directories(&message);
         if directories.is_empty() {
@@ -210,7 +210,7 @@ impl<A: Apply> ConfigStore<A> {
         let files = Files::follow(&self.0.follower, resource.clone(), &directories).ok()?;
         // It has just been read.
         files.watch.take();
-        Some(files)
+        Some(Box::new(files))
     }
 }
 

@@ -60,7 +60,7 @@ impl Collection {
 }
 
 /// What is due at some time.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Due {
     /// A resource is waited for no longer.
     Resource(Kind, Arc<Source>, Arc<str>),
@@ -105,7 +105,7 @@ pub(in crate::config) struct State {
     pub(super) held: Vec<HeldRoutes>,
     /// Clusters to be changed when the update has been taken.
     pub(super) changes: Vec<ClusterChange>,
-    due: BTreeMap<Instant, Vec<Due>>,
+    due: BTreeSet<(Instant, Due)>,
     next_version: u64,
 }
 
@@ -134,7 +134,7 @@ impl State {
             updates: Updates::default(),
             held: Vec::new(),
             changes: Vec::new(),
-            due: BTreeMap::new(),
+            due: BTreeSet::new(),
             next_version: 0,
         }
     }
@@ -179,19 +179,24 @@ impl State {
 
     /// Something has to be done then.
     pub(super) fn at(&mut self, at: Instant, due: Due) {
-        self.due.entry(at).or_default().push(due);
+        self.due.insert((at, due));
+    }
+
+    /// It need not be done any more.
+    pub(super) fn not_due(&mut self, at: Instant, due: Due) {
+        self.due.remove(&(at, due));
     }
 
     /// When something has to be done next.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.due.keys().next().copied()
+        self.due.first().map(|(at, _)| *at)
     }
 
     /// What has to be done by now.
     pub(super) fn take_due(&mut self, now: Instant) -> Vec<Due> {
         let mut all = Vec::new();
-        while let Some(first) = self.due.first_entry().filter(|first| *first.key() <= now) {
-            all.extend(first.remove());
+        while self.due.first().is_some_and(|(at, _)| *at <= now) {
+            all.extend(self.due.pop_first().map(|(_, due)| due));
         }
         all
     }

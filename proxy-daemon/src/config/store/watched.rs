@@ -63,7 +63,7 @@ pub(in crate::config) struct Entry {
     pub(super) places: Places,
     pub(super) subscribed: Subscribed,
     /// SDS: the files that it is made of.
-    pub(super) files: Option<Files>,
+    pub(super) files: Option<Box<Files>>,
 }
 
 type Names = BTreeMap<Arc<str>, Entry>;
@@ -137,6 +137,8 @@ impl Watched {
         if entry.settled {
             asked = Asked::Settled;
         }
+        // Mostly there is one.
+        entry.users.reserve_exact(1);
         entry.users.push(User { owner, version, waits: !entry.settled && !optional });
         asked
     }

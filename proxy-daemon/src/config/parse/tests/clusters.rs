@@ -115,7 +115,7 @@ fn endpoints_are_read() {
     assert_eq!((group.locality.region.as_str(), group.locality.zone.as_str(), group.priority), ("r", "z", 1));
     let [a, b, c] = group.endpoints.as_slice() else { panic!() };
     assert_eq!(a.address, EndpointAddress::Ip("10.0.0.1:80".parse().unwrap()));
-    assert_eq!((a.weight, a.health, a.hostname.as_str()), (7, HealthStatus::Draining, "h"));
+    assert_eq!((a.weight, a.health, &*a.hostname), (7, HealthStatus::Draining, "h"));
     assert_eq!(b.address, EndpointAddress::Ip("[fd00::1]:81".parse().unwrap()));
     assert_eq!((b.weight, b.health), (1, HealthStatus::Degraded));
     assert_eq!((&c.address, c.health), (&EndpointAddress::Pipe("/run/x.sock".into()), HealthStatus::Unknown));
