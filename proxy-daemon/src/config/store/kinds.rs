@@ -53,7 +53,7 @@ pub(super) enum Value {
     /// Each place that it is for reads it anew.
     ExtensionConfig(Arc<Any>),
     /// Not kept: the data plane has it.
-    Secret(SecretWithFiles),
+    Secret(Box<SecretWithFiles>),
 }
 
 /// A resource that a cluster, a listener or the process itself cannot do without.
@@ -149,7 +149,7 @@ impl Kind {
             }
             Kind::Secrets => {
                 let named: fn(&ProtoSecret) -> &str = |message| &message.name;
-                parse(name, body, named, parse::discovered_secret).map(Value::Secret)
+                parse(name, body, named, parse::discovered_secret).map(|read| Value::Secret(Box::new(read)))
             }
         }
     }
