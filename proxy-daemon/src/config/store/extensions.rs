@@ -47,14 +47,16 @@ struct Stats {
 }
 
 impl Stats {
-    fn new(name: &str) -> Stats {
+    fn new(source: &Source, name: &str) -> Stats {
         let scope = Scope::new("extension_config_discovery").child("http_filter").child(name);
         let lease = scope.lease();
         scope.gauge("version").set(0);
         scope.set_text("version_text", "");
         let update_attempt = scope.counter("update_attempt");
         // Envoy counts the first request, and each answer to it.
-        update_attempt.inc();
+        if matches!(source, Source::Ads | Source::Grpc(_)) {
+            update_attempt.inc();
+        }
         Stats {
             config_reload: scope.counter("config_reload"),
             config_fail: scope.counter("config_fail"),
@@ -134,7 +136,8 @@ impl<A: Apply> ConfigStore<A> {
             let Some(entry) = watched.get_mut(&wanted.from.source, &wanted.name) else { continue };
             entry.places.filters.retain(|known| known.strong_count() > 0);
             entry.places.filters.push(Arc::downgrade(place));
-            let stats = entry.places.stats.get_or_insert_with(|| Box::new(Stats::new(&wanted.name)));
+            let new = || Box::new(Stats::new(&wanted.from.source, &wanted.name));
+            let stats = entry.places.stats.get_or_insert_with(new);
             let Some(Value::ExtensionConfig(config)) = &entry.value else { continue };
             match place.parse(config, PATH) {
                 Ok(factory) => self.0.apply.set_filter(place, Some(factory)),
