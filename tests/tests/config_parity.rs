@@ -86,6 +86,19 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].route.regex_rewrite",
     ),
     ("valid/unknown_fields/listener_config_v1.yaml", "static_resources.listeners[0].use_original_dst"),
+    ("valid/sources/authorities_in_source.yaml", "dynamic_resources.cds_config.authorities"),
+    ("valid/sources/by_cluster_logical_dns_grpc.yaml", "static_resources.clusters[0].type"),
+    ("valid/sources/by_cluster_logical_dns_rest.yaml", "static_resources.clusters[0].type"),
+    ("valid/sources/config_sources.yaml", "config_sources"),
+    ("valid/sources/default_config_source.yaml", "default_config_source"),
+    (
+        "valid/sources/google_grpc_credentials.yaml",
+        "dynamic_resources.cds_config.api_config_source.grpc_services[0].google_grpc.channel_credentials",
+    ),
+    ("valid/sources/node_context_params.yaml", "node_context_params"),
+    ("valid/sources/xdstp_cds_locator.yaml", "dynamic_resources.cds_resources_locator"),
+    ("valid/sources/xdstp_lds_locator.yaml", "dynamic_resources.lds_resources_locator"),
+    ("valid/sources/xdstp_lds_locator_bad.yaml", "dynamic_resources.lds_resources_locator"),
 ];
 
 /// Files on which the verdicts differ on purpose, and why.
@@ -112,6 +125,13 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("valid/yaml/not_utf8.yaml", "text that is not UTF-8 cannot be a protobuf string"),
     ("valid/yaml/nul_byte.yaml", "YAML has no NUL"),
     ("valid/yaml/unclosed_quote.yaml", "a file that ends inside a quoted text was cut off"),
+    ("valid/sources/hds_rest.yaml", "Envoy looks at this when it starts, not when a file is checked"),
+    ("valid/sources/lds_path_missing.yaml", "Envoy looks at this when it starts, not when a file is checked"),
+    ("valid/sources/lds_self.yaml", "Envoy looks at this when it starts, not when a file is checked"),
+    ("valid/sources/lrs_rest.yaml", "Envoy looks at this when it starts, not when a file is checked"),
+    ("valid/sources/rds_no_name.yaml", "nothing can be asked for by an empty name"),
+    ("valid/sources/rtds_no_name.yaml", "nothing can be asked for by an empty name"),
+    ("valid/sources/srds_no_rds_source.yaml", "the routes that a scope names could not be had"),
 ];
 
 /// Files that the real Envoy does not survive: culvertd must refuse them, in bounded time and memory.

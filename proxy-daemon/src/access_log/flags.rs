@@ -1,19 +1,28 @@
 use std::ops::{BitOr, BitOrAssign};
 
-/// `%RESPONSE_FLAGS%`: why a response or connection was not an ordinary one. A set; the constants have Envoy's short names.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct ResponseFlags(u32);
+/// Flags whose order is remembered: more than a stream ever has.
+const ORDERED: usize = 8;
+
+/// `%RESPONSE_FLAGS%`: why a response or connection was not an ordinary one. A set, which is printed in the order in which
+/// its flags were set, as in Envoy; the constants have Envoy's short names.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ResponseFlags {
+    bits: u32,
+    /// The bits' numbers in the order in which they were set.
+    order: [u8; ORDERED],
+}
 
 macro_rules! flags {
     ($($bit:literal $name:ident $doc:literal,)*) => {
         impl ResponseFlags {
-            $(#[doc = $doc] pub const $name: ResponseFlags = ResponseFlags(1 << $bit);)*
+            $(#[doc = $doc] pub const $name: ResponseFlags = ResponseFlags::only($bit);)*
         }
-        const NAMES: &[(ResponseFlags, &str)] = &[$((ResponseFlags::$name, stringify!($name)),)*];
+        /// By the bit's number.
+        const NAMES: &[&str] = &[$(stringify!($name),)*];
     };
 }
 
-// In Envoy's order, in which they are printed.
+// In Envoy's order.
 flags! {
     0 LH "The local service failed its health check.",
     1 UH "No healthy upstream host in the cluster.",
@@ -48,42 +57,70 @@ flags! {
 }
 
 impl ResponseFlags {
+    const fn only(bit: u8) -> ResponseFlags {
+        let mut order = [0; ORDERED];
+        order[0] = bit;
+        ResponseFlags { bits: 1 << bit, order }
+    }
+
     /// Whether no flag is set.
     pub fn is_empty(self) -> bool {
-        self.0 == 0
+        self.bits == 0
     }
 
     /// Whether every flag of `other` is set.
     pub fn contains(self, other: ResponseFlags) -> bool {
-        self.0 & other.0 == other.0
+        self.bits & other.bits == other.bits
     }
 
     /// Whether any flag of `other` is set.
     pub fn intersects(self, other: ResponseFlags) -> bool {
-        self.0 & other.0 != 0
+        self.bits & other.bits != 0
     }
 
     /// The flag of a short name.
     pub fn from_name(name: &str) -> Option<ResponseFlags> {
-        NAMES.iter().find(|(_, known)| *known == name).map(|(flag, _)| *flag)
+        let bit = NAMES.iter().position(|known| *known == name)?;
+        Some(ResponseFlags::only(u8::try_from(bit).ok()?))
     }
 
     /// The short names of the set flags.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
-        NAMES.iter().filter(move |(flag, _)| self.contains(*flag)).map(|(_, name)| *name)
+        self.numbers().filter_map(|bit| NAMES.get(usize::from(bit)).copied())
+    }
+
+    /// The numbers of the bits that are set, in the order in which they were.
+    fn numbers(self) -> impl Iterator<Item = u8> {
+        self.order.into_iter().take(self.bits.count_ones() as usize)
     }
 }
+
+impl PartialEq for ResponseFlags {
+    fn eq(&self, other: &ResponseFlags) -> bool {
+        self.bits == other.bits
+    }
+}
+
+impl Eq for ResponseFlags {}
 
 impl BitOr for ResponseFlags {
     type Output = ResponseFlags;
 
-    fn bitor(self, other: ResponseFlags) -> ResponseFlags {
-        ResponseFlags(self.0 | other.0)
+    fn bitor(mut self, other: ResponseFlags) -> ResponseFlags {
+        self |= other;
+        self
     }
 }
 
 impl BitOrAssign for ResponseFlags {
     fn bitor_assign(&mut self, other: ResponseFlags) {
-        self.0 |= other.0;
+        for bit in other.numbers().filter(|bit| other.bits >> bit & 1 != 0) {
+            if self.bits >> bit & 1 == 0 {
+                if let Some(place) = self.order.get_mut(self.bits.count_ones() as usize) {
+                    *place = bit;
+                }
+                self.bits |= 1 << bit;
+            }
+        }
     }
 }

@@ -102,7 +102,7 @@ fn every_operator_is_written() {
         ("%REQ(X-NOT-THERE?X-NEITHER)%", "-"),
         ("%REQ(User-Agent):3%|%REQ(x-m)%|%REQ(user-agent):99%|%REQ(user-agent):0%", "cur|a|curl|"),
         ("%RESP(SERVER)% %RESP(:STATUS)% %RESP(X)%", "envoy 503 -"),
-        ("%PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS%", "HTTP/2 503 UF,URX"),
+        ("%PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS%", "HTTP/2 503 URX,UF"),
         ("%RESPONSE_CODE_DETAILS%", "upstream_reset{remote_connection_failure}"),
         ("%BYTES_RECEIVED% %BYTES_SENT% %DURATION%", "18446744073709551615 10 1500"),
         ("%UPSTREAM_HOST% %UPSTREAM_REMOTE_ADDRESS% %UPSTREAM_CLUSTER%", "10.0.0.1:80 10.0.0.1:80 users"),

@@ -524,7 +524,7 @@ fn answer(
 ) -> Response<Body> {
     end.flags |= reply.flags;
     if end.details.is_empty() {
-        end.details = Cow::Borrowed(reply.details);
+        end.details = reply.details;
     }
     let mut response = Response::new(Body::Empty);
     *response.status_mut() = reply.status;

@@ -165,6 +165,8 @@ struct Failed {
     failure: Failure,
     /// As Envoy words it.
     reason: &'static str,
+    /// What the transport said of it, where that is known.
+    transport: Option<String>,
     status: StatusCode,
     flags: ResponseFlags,
     /// The request, where it can be sent again.
@@ -190,8 +192,9 @@ impl Attempts<'_> {
                     let status = response.status();
                     stats.upstream_rq.inc(status.as_u16());
                     let wanted = self.policy.is_some_and(|policy| retry::wants_status(policy, status));
-                    match kept.filter(|_| wanted) {
-                        Some(copy) if self.may_retry(end).await => (head, body) = (copy, Body::Empty),
+                    let again = wanted && !self.is_exhausted(end);
+                    match kept.filter(|_| again) {
+                        Some(copy) if self.may_retry().await => (head, body) = (copy, Body::Empty),
                         _ => {
                             let (head, body) = response.into_parts();
                             end.judge_response(&head, http_body::Body::is_end_stream(&body));
@@ -201,11 +204,15 @@ impl Attempts<'_> {
                 }
                 Err(mut failed) => {
                     let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
+                    let free = failed.stale && request.is_some();
+                    if !free && (!self.wants(&failed) || self.is_exhausted(end)) {
+                        return Err(self.give_up(end, failed));
+                    }
                     let Some(again) = request else { return Err(self.give_up(end, failed)) };
-                    if failed.stale {
+                    if free {
                         self.count -= 1;
                         end.excuse_host();
-                    } else if !self.wants(&failed) || !self.may_retry(end).await {
+                    } else if !self.may_retry().await {
                         return Err(self.give_up(end, failed));
                     }
                     (head, body) = *again;
@@ -271,6 +278,7 @@ impl Attempts<'_> {
             Err(Failed {
                 failure: Failure::PerTryTimeout,
                 reason: "upstream request timeout",
+                transport: None,
                 status: StatusCode::GATEWAY_TIMEOUT,
                 flags: ResponseFlags::UT,
                 request: None,
@@ -296,6 +304,7 @@ impl Attempts<'_> {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
                 failure: Failure::AfterRequest,
                 reason: "protocol error",
+                transport: None,
                 status: StatusCode::BAD_GATEWAY,
                 flags: ResponseFlags::UPE,
                 request: None,
@@ -337,15 +346,20 @@ impl Attempts<'_> {
         self.policy.is_some_and(|policy| retry::wants_failure(policy, failed.failure))
     }
 
+    /// Whether there were as many retries as there may be, of those that are wanted.
+    fn is_exhausted(&self, end: &mut StreamEnd) -> bool {
+        let exhausted = self.policy.is_some_and(|policy| self.count > policy.num_retries);
+        if exhausted {
+            self.cluster.cluster.stats.upstream_rq_retry_limit_exceeded.inc();
+            end.flags |= ResponseFlags::URX;
+        }
+        exhausted
+    }
+
     /// Whether one more attempt is allowed; if so, waits for its turn.
-    async fn may_retry(&mut self, end: &mut StreamEnd) -> bool {
+    async fn may_retry(&mut self) -> bool {
         let Some(policy) = self.policy else { return false };
         let stats = &self.cluster.cluster.stats;
-        if self.count > policy.num_retries {
-            stats.upstream_rq_retry_limit_exceeded.inc();
-            end.flags |= ResponseFlags::URX;
-            return false;
-        }
         if self.retrying.is_none() {
             let limits = self.cluster.cluster.limits(self.action.high_priority);
             self.retrying = RetrySlot::take(self.cluster, limits.max_retries());
@@ -372,7 +386,12 @@ impl Attempts<'_> {
         }
         end.judge(true);
         if failed.failure == Failure::PerTryTimeout {
-            return LocalReply::new(failed.status, "upstream request timeout", failed.flags, "response_timeout");
+            return LocalReply::new(
+                failed.status,
+                "upstream request timeout",
+                failed.flags,
+                "upstream_per_try_timeout",
+            );
         }
         if matches!(failed.failure, Failure::AfterRequest | Failure::Refused) {
             stats.upstream_rq_rx_reset.inc();
@@ -380,7 +399,13 @@ impl Attempts<'_> {
         let (retried, reason) = (self.count > 1, failed.reason);
         let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
         let text = format!("upstream connect error or disconnect/reset before headers. {reset}: {reason}");
-        LocalReply::new(failed.status, text, failed.flags, "upstream_reset_before_response_started")
+        let mut details = format!("upstream_reset_before_response_started{{{reason}");
+        if let Some(cause) = failed.transport {
+            details = format!("{details}|{cause}");
+        }
+        // Details are one word, for the logs.
+        let details = format!("{details}}}").replace(' ', "_");
+        LocalReply::new(failed.status, text, failed.flags, details)
     }
 }
 
@@ -405,12 +430,21 @@ impl Drop for RetrySlot {
 
 fn overloaded() -> LocalReply {
     let text = "upstream connect error or disconnect/reset before headers. reset reason: overflow";
-    let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, "overflow");
+    let details = "upstream_reset_before_response_started{overflow}";
+    let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, details);
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
     reply
 }
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
+    let transport = match &error {
+        // As the system words it, without the number.
+        PoolError::Connect(ConnectError::Io(error)) => {
+            let text = error.to_string();
+            Some(format!("delayed connect error: {}", text.split(" (os error").next().unwrap_or_default()))
+        }
+        _ => None,
+    };
     let (reason, status, flags): (&'static str, _, _) = match error {
         PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
         PoolError::Connect(ConnectError::Timeout) => {
@@ -421,13 +455,14 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
         }
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
-    Failed { failure: Failure::Connect, reason, status, flags, request: Some(Box::new((head, body))), stale: false }
+    let request = Some(Box::new((head, body)));
+    Failed { failure: Failure::Connect, reason, transport, status, flags, request, stale: false }
 }
 
 fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused: bool) -> Failed {
     let unsent = request.is_some();
     let refused = h2_reason(error) == Some(h2::Reason::REFUSED_STREAM);
-    let protocol = error.is_parse() || h2_reason(error) == Some(h2::Reason::PROTOCOL_ERROR);
+    let protocol = error.is_parse() || h2_error(error).is_some_and(is_protocol_error);
     let failure = match (unsent, refused) {
         (true, _) => Failure::BeforeRequest,
         (false, true) => Failure::Refused,
@@ -438,18 +473,28 @@ fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused
         (false, Some(_)) => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
         (false, None) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
-    Failed { failure, reason, status, flags, request, stale: unsent && reused }
+    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused }
 }
 
 fn h2_reason(error: &hyper::Error) -> Option<h2::Reason> {
-    let mut source = std::error::Error::source(error);
+    h2_error(error)?.reason()
+}
+
+/// What is wrong with the HTTP/2 stream or connection that an error came of.
+pub(super) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a h2::Error> {
+    let mut source = Some(error);
     while let Some(error) = source {
         if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return error.reason();
+            return Some(error);
         }
         source = error.source();
     }
     None
+}
+
+/// Whether the other side broke the protocol: either side may have noticed.
+fn is_protocol_error(error: &h2::Error) -> bool {
+    error.is_library() && error.reason().is_some() || error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
 }
 
 /// Origin form and a `host` header.

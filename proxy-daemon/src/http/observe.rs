@@ -15,6 +15,7 @@ use super::{
     RouteRef,
     body::{BodyError, Observer},
     conn_manager::ConnState,
+    forward::h2_error,
     headers::names::GRPC_STATUS,
     stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
@@ -96,13 +97,23 @@ impl Observer for ResponseObserver {
         }
     }
 
-    fn error(&mut self, _error: &BodyError) {
+    fn error(&mut self, error: &BodyError) {
         self.connection = None;
         self.end.complete = true;
         self.end.judge(true);
         if self.end.flags.is_empty() {
-            self.end.flags |= ResponseFlags::UC;
-            self.end.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
+            // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
+            let (flag, details) = match h2_error(&**error) {
+                Some(error) if error.is_remote() && error.reason().is_some() => {
+                    (ResponseFlags::UR, "upstream_reset_after_response_started{remote_reset}")
+                }
+                Some(error) if error.is_io() => {
+                    (ResponseFlags::UC, "upstream_reset_after_response_started{connection_termination}")
+                }
+                _ => (ResponseFlags::UPE, "upstream_reset_after_response_started{protocol_error}"),
+            };
+            self.end.flags |= flag;
+            self.end.details = Cow::Borrowed(details);
         }
         self.end.state.manager.stats.rq_reset_after_downstream_response_started.inc();
     }

@@ -1,6 +1,7 @@
 //! What one request carries on its way through filters and router.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
@@ -28,15 +29,20 @@ pub struct LocalReply {
     /// Why, for the access log.
     pub flags: ResponseFlags,
     /// `%RESPONSE_CODE_DETAILS%`
-    pub details: &'static str,
+    pub details: Cow<'static, str>,
     /// Further headers.
     pub headers: Vec<(http::HeaderName, HeaderValue)>,
 }
 
 impl LocalReply {
     /// An answer with a body of plain text.
-    pub fn new(status: StatusCode, body: impl Into<Bytes>, flags: ResponseFlags, details: &'static str) -> LocalReply {
-        LocalReply { status, body: body.into(), flags, details, headers: Vec::new() }
+    pub fn new(
+        status: StatusCode,
+        body: impl Into<Bytes>,
+        flags: ResponseFlags,
+        details: impl Into<Cow<'static, str>>,
+    ) -> LocalReply {
+        LocalReply { status, body: body.into(), flags, details: details.into(), headers: Vec::new() }
     }
 }
 

@@ -120,6 +120,14 @@ pub(super) fn message_name(type_url: &str) -> &str {
     type_url.rsplit('/').next().unwrap_or(type_url)
 }
 
+/// The name of the message that `any` holds; of a `TypedStruct` the one that it stands for.
+pub fn type_name(any: &Any) -> String {
+    match typed_struct(any) {
+        Some(Ok((type_url, _))) => message_name(&type_url).to_owned(),
+        Some(Err(_)) | None => message_name(&any.type_url).to_owned(),
+    }
+}
+
 /// The type URL and the value of a `TypedStruct`; `None` where `any` holds something else.
 fn typed_struct(any: &Any) -> Option<Result<(String, serde_json::Value), String>> {
     let name = message_name(&any.type_url);

@@ -115,10 +115,7 @@ fn rest_source(config: &ApiConfigSource, path: &str) -> Result<RestSource> {
         }
     };
     if config.rate_limit_settings.is_some() {
-        return Err(FieldError::new(
-            join(path, "rate_limit_settings"),
-            "has no effect with REST: refresh_delay is the rate",
-        ));
+        tracing::warn!(field = %join(path, "rate_limit_settings"), "has no effect with REST: refresh_delay is the rate");
     }
     let Some(refresh_delay) = duration(config.refresh_delay, path, "refresh_delay")? else {
         let text = "refresh_delay is required for REST API configuration sources";
@@ -178,6 +175,7 @@ fn grpc_source(config: &ApiConfigSource, variant: Variant, path: &str) -> Result
 /// # Errors
 /// The field that is wrong or not honoured.
 pub fn grpc_service(service: &ProtoService, path: &str) -> Result<GrpcService> {
+    duration(service.timeout, path, "timeout")?;
     let initial_metadata = metadata(&service.initial_metadata, path)?;
     match &service.target_specifier {
         Some(TargetSpecifier::EnvoyGrpc(envoy)) => envoy_grpc(envoy, initial_metadata, &join(path, "envoy_grpc")),

@@ -635,6 +635,8 @@ fn walk_any(any: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated
         return Ok(());
     }
     let Some(descriptor) = json::pool().get_message_by_name(name).filter(|_| honoured(name).is_some()) else {
+        // A TypedStruct whose type is known has been resolved by now: it is the type that is not.
+        let name = any.transcode_to().map_or_else(|_| name.to_owned(), |any| json::type_name(&any));
         return Err(FieldError::new(path.as_str(), format!("type {name} is not supported by culvert yet")));
     };
     let value = any.get_field_by_name("value");
