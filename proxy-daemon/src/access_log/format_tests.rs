@@ -152,9 +152,9 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
 }
 
 #[test]
-fn flags_are_written_in_envoys_order() {
+fn flags_are_written_in_the_order_in_which_they_came() {
     let flags = ResponseFlags::DC | ResponseFlags::UO | ResponseFlags::NR;
-    assert_eq!(flags.names().collect::<Vec<_>>(), ["UO", "NR", "DC"]);
+    assert_eq!(flags.names().collect::<Vec<_>>(), ["DC", "UO", "NR"]);
     assert!(flags.contains(ResponseFlags::UO) && !flags.contains(ResponseFlags::UH | ResponseFlags::UO));
     assert!(ResponseFlags::default().is_empty());
 }
