@@ -61,13 +61,6 @@ impl Config {
     /// # Errors
     /// Why resources cannot be had, for whoever wrote the configuration.
     pub fn check_static(&self, source: &Source, type_url: &str) -> Result<(), String> {
-        if self.node.id.is_empty() || self.node.cluster.is_empty() {
-            return Err(
-                "node 'id' and 'cluster' are required. Set it either in 'node' config or via --service-node and \
-                        --service-cluster options."
-                    .to_owned(),
-            );
-        }
         match (source, &self.ads) {
             (Source::Ads, None) => {
                 tracing::warn!(%type_url, "{NO_ADS}: nothing will come of it");
