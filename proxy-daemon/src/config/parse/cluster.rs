@@ -107,6 +107,9 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
     if cluster.eds_cluster_config.is_some() && kind != DiscoveryType::Eds {
         return Err(FieldError::new(join(path, "eds_cluster_config"), "eds_cluster_config set in a non-EDS cluster"));
     }
+    if cluster.load_assignment.is_some() && kind == DiscoveryType::Eds {
+        return Err(FieldError::new(join(path, "load_assignment"), "load_assignment set in an EDS cluster"));
+    }
     let provided = *lb_policy == LbPolicy::ClusterProvided;
     if provided != (kind == DiscoveryType::OriginalDst) {
         let text = "CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither";
