@@ -28,6 +28,21 @@ pub enum Wanted {
         /// Its name.
         name: Arc<str>,
     },
+    /// A virtual host.
+    VirtualHost {
+        /// Where it is had from.
+        source: Arc<Source>,
+        /// `<route configuration>/<host>`
+        name: Arc<str>,
+    },
+}
+
+impl Wanted {
+    /// Where it is had from, and by what name.
+    pub fn parts(&self) -> (&Arc<Source>, &Arc<str>) {
+        let (Wanted::Cluster { source, name } | Wanted::VirtualHost { source, name }) = self;
+        (source, name)
+    }
 }
 
 /// Names a request that waits.
@@ -168,6 +183,12 @@ impl Waiting {
             self.wanted_of.remove(&waiter.id);
         }
         waiters
+    }
+
+    /// The names that are waited for from there.
+    pub fn names(&self, from: &Source) -> Vec<Arc<str>> {
+        let all = self.by_wanted.keys().map(Wanted::parts);
+        all.filter(|(source, _)| ***source == *from).map(|(_, name)| Arc::clone(name)).collect()
     }
 
     /// Whether anybody waits for this.

@@ -13,9 +13,16 @@ use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
-use envoy_types::pb::envoy::config::core::v3::{Address, SocketAddress, address, socket_address};
+use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
+use envoy_types::pb::envoy::config::core::v3::{
+    Address, AggregatedConfigSource, ApiVersion, ConfigSource, SocketAddress, address, socket_address,
+};
 use envoy_types::pb::envoy::config::endpoint::v3::{
     ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
+};
+use envoy_types::pb::envoy::config::route::v3::{
+    DirectResponseAction, Route, RouteConfiguration, RouteMatch, Vhds, VirtualHost, route::Action,
+    route_match::PathSpecifier,
 };
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use envoy_types::pb::google::protobuf::Any;
@@ -199,5 +206,108 @@ fn clusters_on_demand_are_had_as_by_envoy() -> Result<()> {
     ensure!(ours.iter().any(|line| line == left_out), "{ours:#?}");
     ours.retain(|line| line != left_out);
     assert_eq!(ours, clusters(Kind::Envoy)?);
+    Ok(())
+}
+
+const VIA_RDS: &str = "rds: {route_config_name: web, config_source: {resource_api_version: V3, ads: {}}}";
+
+/// A virtual host that answers for `domain`, as what was asked for under `alias`.
+fn virtual_host(name: &str, domain: &str, status: u32, aliases: &[String]) -> Resource {
+    let host = own_host(name, domain, status);
+    Resource { aliases: aliases.to_vec(), ..resource(&format!("web/{name}"), &host) }
+}
+
+/// What a proxy asks for and answers where virtual hosts are had on demand.
+fn virtual_hosts(kind: Kind) -> Result<Vec<String>> {
+    let port = free_port()?;
+    let server = ControlPlane::start()?;
+    let control_plane = server.address.port();
+    let mut first = true;
+    let asked = serve(server, move |of, names| match of {
+        "RouteConfiguration" => {
+            let ads = ConfigSource {
+                resource_api_version: ApiVersion::V3.into(),
+                config_source_specifier: Some(ConfigSourceSpecifier::Ads(AggregatedConfigSource::default())),
+                ..Default::default()
+            };
+            let routes = RouteConfiguration {
+                name: "web".to_owned(),
+                virtual_hosts: vec![own_host("own", "own.test", 201)],
+                vhds: Some(Vhds { config_source: Some(ads) }),
+                ..Default::default()
+            };
+            Some(DeltaDiscoveryResponse { resources: vec![resource("web", &routes)], ..Default::default() })
+        }
+        "VirtualHost" if std::mem::take(&mut first) => {
+            let resources = vec![virtual_host("pushed", "pushed.test", 202, &[])];
+            Some(DeltaDiscoveryResponse { resources, ..Default::default() })
+        }
+        "VirtualHost" if names.is_empty() || names.iter().any(|name| name.contains("never")) => None,
+        "VirtualHost" => {
+            let answer = |alias: &String| {
+                let domain = alias.strip_prefix("web/").unwrap_or_default();
+                let aliases = std::slice::from_ref(alias);
+                match domain {
+                    "late.test" | "upper.test" | "body.test" | "port.test:81" => {
+                        virtual_host(&format!("vh-{}", domain.replace(':', "-")), domain, 203, aliases)
+                    }
+                    // There is none.
+                    _ => Resource {
+                        name: alias.clone(),
+                        version: "1".to_owned(),
+                        aliases: aliases.to_vec(),
+                        ..Default::default()
+                    },
+                }
+            };
+            Some(DeltaDiscoveryResponse { resources: names.iter().map(answer).collect(), ..Default::default() })
+        }
+        _ => Some(DeltaDiscoveryResponse::default()),
+    });
+    let daemon = Daemon::start(
+        kind,
+        &bootstrap(control_plane, port, "", &format!("{VIA_RDS}\n          stream_idle_timeout: 2s")),
+    )?;
+    let mut seen = Vec::new();
+    for (id, host, body) in [
+        ("own", "own.test", &b""[..]),
+        ("pushed", "pushed.test", b""),
+        ("late", "late.test", b""),
+        ("again", "late.test", b""),
+        ("upper", "UPPER.test", b""),
+        ("port", "port.test:81", b""),
+        ("body", "body.test", b"some body"),
+        ("none", "none.test", b""),
+        ("never", "never.test", b""),
+    ] {
+        seen.push(format!("{id}: {}", get(port, id, &[("host", host)], body)?));
+    }
+    seen.extend(log(&daemon, 9)?);
+    seen.extend(asked.all());
+    let stats = daemon.stats()?;
+    for leaf in ["update_attempt", "update_success", "update_rejected", "config_reload"] {
+        seen.push(format!("vhds.{leaf}: {}", stats.get(&format!("http.ingress.rds.vhds.web.{leaf}"))));
+    }
+    for leaf in ["downstream_rq_total", "downstream_rq_4xx", "downstream_rq_idle_timeout", "no_route"] {
+        seen.push(format!("{leaf}: {}", stats.get(&format!("http.ingress.{leaf}"))));
+    }
+    Ok(seen)
+}
+
+fn own_host(name: &str, domain: &str, status: u32) -> VirtualHost {
+    let action = DirectResponseAction { status, ..Default::default() };
+    let rule = RouteMatch { path_specifier: Some(PathSpecifier::Prefix("/".to_owned())), ..Default::default() };
+    let route = Route { r#match: Some(rule), action: Some(Action::DirectResponse(action)), ..Default::default() };
+    VirtualHost { name: name.to_owned(), domains: vec![domain.to_owned()], routes: vec![route], ..Default::default() }
+}
+
+#[test]
+fn virtual_hosts_on_demand_are_had_as_by_envoy() -> Result<()> {
+    let mut ours = virtual_hosts(Kind::Culvert)?;
+    // Envoy goes on asking for what does not exist.
+    let left_out = r#"VirtualHost +[] -["web/none.test"]"#;
+    ensure!(ours.iter().any(|line| line == left_out), "{ours:#?}");
+    ours.retain(|line| line != left_out);
+    assert_eq!(ours, virtual_hosts(Kind::Envoy)?);
     Ok(())
 }

@@ -464,26 +464,30 @@ fn cluster_name<'a>(cx: &'a StreamCx, head: &'a RequestHead) -> Option<&'a str> 
 
 /// Has asked for what the request lacks, and waits. Whether it is there now.
 async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &RequestHead) -> Result<bool, LocalReply> {
+    let idle = state.manager.config.stream_idle_timeout;
     let (wanted, limit) = match &missing {
-        Flow::NeedsCluster(clusters) => match cluster_name(cx, head) {
-            Some(name) => {
-                let source = Arc::clone(&clusters.from.source);
-                (Some(Wanted::Cluster { source, name: name.into() }), clusters.timeout)
-            }
-            None => return Ok(false),
-        },
-        _ => return Ok(false),
+        Flow::NeedsRoute => (state.routes.virtual_host_on_demand(head), None),
+        Flow::NeedsCluster(clusters) => {
+            let wanted = cluster_name(cx, head)
+                .map(|name| Wanted::Cluster { source: Arc::clone(&clusters.from.source), name: name.into() });
+            (wanted, Some(clusters.timeout))
+        }
+        Flow::Continue | Flow::Respond(_) => (None, None),
     };
     let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
-    let idle = state.manager.config.stream_idle_timeout;
-    let over = tokio::time::timeout(idle.map_or(limit, |idle| idle.min(limit)), wait.over()).await;
-    if over.is_err() && idle.is_some_and(|idle| idle < limit) {
+    let earlier = limit.into_iter().chain(idle).min().unwrap_or(Duration::MAX / 4);
+    let over = tokio::time::timeout(earlier, wait.over()).await;
+    if over.is_err() && limit != Some(earlier) {
         state.manager.stats.downstream_rq_idle_timeout.inc();
-        let status = StatusCode::REQUEST_TIMEOUT;
+        let complete = cx.progress.request_complete.get().is_some();
+        let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
         return Err(LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout"));
     }
+    if let Flow::NeedsRoute = missing {
+        cx.route = state.routes.route(head, cx.random);
+    }
     cx.cluster = choose_cluster(cx, head);
-    Ok(cx.cluster.is_some())
+    Ok(if let Flow::NeedsRoute = missing { cx.route.is_some() } else { cx.cluster.is_some() })
 }
 
 /// What the router and the connection manager do to an upstream's response.

@@ -18,6 +18,7 @@ use crate::config::model::{
     HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, Route,
     RouteConfig, RouteMatch, VirtualHost,
 };
+use crate::on_demand::Wanted;
 
 /// A route configuration with the index of its virtual hosts.
 #[derive(Debug)]
@@ -216,6 +217,16 @@ impl RouteCache {
         let table = table.as_ref()?;
         let (host, route) = table.find(request, random)?;
         Some(RouteRef { table: Rc::clone(table), host, route })
+    }
+
+    /// What is to be asked for where a request has no virtual host.
+    pub(super) fn virtual_host_on_demand(&self, request: &Parts) -> Option<Wanted> {
+        let table = self.table.borrow();
+        let config = &table.as_ref()?.config;
+        let source = Arc::clone(&config.vhds.as_ref()?.source);
+        let host = authority(request).to_ascii_lowercase();
+        let name = format!("{}/{host}", config.name).into();
+        (!host.is_empty()).then_some(Wanted::VirtualHost { source, name })
     }
 }
 

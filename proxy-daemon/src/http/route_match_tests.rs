@@ -31,6 +31,7 @@ fn path(path: PathMatch) -> RouteMatch {
 }
 
 fn table(virtual_hosts: Vec<VirtualHost>) -> RouteTable {
+    let virtual_hosts = virtual_hosts.into_iter().map(Arc::new).collect();
     RouteTable::new(Arc::new(RouteConfig { virtual_hosts, ..RouteConfig::default() }))
 }
 
@@ -136,6 +137,7 @@ fn a_cache_sees_new_routes_and_streams_keep_the_old() {
     assert!(cache.route(&request, 0).is_none(), "no routes yet");
     let routes = |name: &str| {
         let virtual_hosts = vec![host(name, &["*"], vec![path(PathMatch::Prefix("/".into()))])];
+        let virtual_hosts = virtual_hosts.into_iter().map(Arc::new).collect();
         Arc::new(RouteConfig { virtual_hosts, ..RouteConfig::default() })
     };
     slot.set(routes("one"));

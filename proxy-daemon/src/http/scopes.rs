@@ -20,6 +20,7 @@ use super::{
     route_match::{RouteCache, authority},
 };
 use crate::config::model::{FragmentBuilder, FragmentPick, MatchedHeader, Scope, ScopedRoutes};
+use crate::on_demand::Wanted;
 
 /// Scopes by their keys.
 #[derive(Debug)]
@@ -153,6 +154,16 @@ impl RouteFinder {
         match self {
             RouteFinder::Single(routes) => routes.route(request, random),
             RouteFinder::Scoped(scopes) => scopes.routes(request)?.route(request, random),
+        }
+    }
+}
+
+impl RouteFinder {
+    /// What is to be asked for where a request has no virtual host.
+    pub(super) fn virtual_host_on_demand(&self, request: &Parts) -> Option<Wanted> {
+        match self {
+            RouteFinder::Single(routes) => routes.virtual_host_on_demand(request),
+            RouteFinder::Scoped(scopes) => scopes.routes(request)?.virtual_host_on_demand(request),
         }
     }
 }

@@ -314,7 +314,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         routes: vec![Arc::new(route)],
         ..VirtualHost::default()
     };
-    let routes = RouteConfig { virtual_hosts: vec![host], ..RouteConfig::default() };
+    let routes = RouteConfig { virtual_hosts: vec![host.into()], ..RouteConfig::default() };
     HttpConnectionManagerConfig {
         stat_prefix: stat_prefix.to_owned(),
         codec_type: CodecType::Auto,

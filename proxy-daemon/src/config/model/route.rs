@@ -3,15 +3,18 @@ use std::{sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
+use super::ConfigSource;
 use crate::layered_runtime::{RuntimeFraction, RuntimeInteger};
 
 /// A checked `RouteConfiguration`. `http::route_match` builds the index over it.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct RouteConfig {
     /// Its name: what RDS subscribes to.
     pub name: String,
     /// In the order of the configuration.
-    pub virtual_hosts: Vec<VirtualHost>,
+    pub virtual_hosts: Vec<Arc<VirtualHost>>,
+    /// Where further virtual hosts come from.
+    pub vhds: Option<ConfigSource>,
     /// Applied last, after the route's and the virtual host's.
     pub headers: HeaderMutations,
     /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into the
@@ -394,7 +397,7 @@ pub struct RetryOn {
 }
 
 /// `request_headers_to_add` and its kin, in the order in which they are applied: removals first.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct HeaderMutations {
     /// `request_headers_to_remove`
     pub request_remove: Vec<HeaderName>,

@@ -19,7 +19,7 @@ use super::{
     access_log::access_logs,
     common::{Result, cidrs, header_value, http2, limit, number, required},
     config_source::config_source,
-    route::routes,
+    route::{routes, without_vhds},
     scoped_routes::scoped_routes,
     support::join,
 };
@@ -92,7 +92,8 @@ pub(super) fn http_connection_manager(
 fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSource> {
     match &manager.route_specifier {
         Some(RouteSpecifier::RouteConfig(config)) => {
-            Ok(RouteSource::Static(Arc::new(routes(config, &join(path, "route_config"))?)))
+            let path = join(path, "route_config");
+            Ok(RouteSource::Static(Arc::new(without_vhds(routes(config, &path)?, &path)?)))
         }
         Some(RouteSpecifier::Rds(rds)) => {
             let from = config_source(rds.config_source.as_ref(), &join(path, "rds.config_source"))?;

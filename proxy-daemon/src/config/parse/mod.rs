@@ -35,7 +35,7 @@ pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
 pub use http_connection_manager::extension_config;
 pub use layered_runtime::runtime_values;
 pub use listener::listener;
-pub use route::route_config;
+pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;
 pub use secret_files::{SecretWithFiles, discovered_secret, watched_directories, with_origins};
 pub use tls::secret;

@@ -1,10 +1,11 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use culvert_xds_client::{ads::Variant, source::Source};
 use envoy_types::pb::envoy::config::{
     core::v3::{HeaderValueOption, RoutingPriority},
     route::v3::{
         DirectResponseAction, RedirectAction as ProtoRedirect, Route as ProtoRoute, RouteAction as ProtoAction,
-        RouteConfiguration, VirtualHost as ProtoHost,
+        RouteConfiguration, Vhds, VirtualHost as ProtoHost,
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
         route_action::{ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier},
@@ -17,6 +18,7 @@ use super::{
         Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, limit, number, port,
         required,
     },
+    config_source::config_source,
     matcher::route_match,
     retry::retry_policy,
     support::{self, join},
@@ -25,8 +27,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterChoice, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath, Route,
-            RouteAction, RouteConfig, VirtualHost, WeightedClusters,
+            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath,
+            Route, RouteAction, RouteConfig, VirtualHost, WeightedClusters,
         },
     },
     layered_runtime::{Key, RuntimeInteger},
@@ -45,11 +47,12 @@ pub fn route_config(config: &RouteConfiguration, path: &str) -> Result<RouteConf
 pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteConfig> {
     let mut domains = HashSet::new();
     let parse = |(index, host): (usize, &ProtoHost)| {
-        virtual_host(host, &mut domains, &format!("{}[{index}]", join(path, "virtual_hosts")))
+        host_of(host, &mut domains, &format!("{}[{index}]", join(path, "virtual_hosts"))).map(Arc::new)
     };
     Ok(RouteConfig {
         name: config.name.clone(),
         virtual_hosts: config.virtual_hosts.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        vhds: config.vhds.as_ref().map(|vhds| vhds_source(vhds, &join(path, "vhds"))).transpose()?,
         headers: mutations(
             (&config.request_headers_to_add, &config.request_headers_to_remove),
             (&config.response_headers_to_add, &config.response_headers_to_remove),
@@ -58,6 +61,33 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
         validate_clusters: config.validate_clusters.map(|value| value.value),
         ignore_port_in_host_matching: config.ignore_port_in_host_matching,
     })
+}
+
+/// A checked virtual host, of VHDS.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn virtual_host(host: &ProtoHost, path: &str) -> Result<VirtualHost> {
+    support::check(host, path)?;
+    host_of(host, &mut HashSet::new(), path)
+}
+
+fn vhds_source(vhds: &Vhds, path: &str) -> Result<ConfigSource> {
+    let from = config_source(vhds.config_source.as_ref(), &join(path, "config_source"))?;
+    match &*from.source {
+        Source::Ads => Ok(from),
+        Source::Grpc(grpc) if grpc.variant == Variant::Delta => Ok(from),
+        // Envoy's words.
+        _ => Err(FieldError::new(path, "vhds: only 'DELTA_GRPC' is supported as an api_type.")),
+    }
+}
+
+/// Virtual hosts are discovered for route configurations of RDS alone.
+pub(super) fn without_vhds(routes: RouteConfig, path: &str) -> Result<RouteConfig> {
+    match &routes.vhds {
+        Some(_) => Err(FieldError::unsupported(join(path, "vhds"))),
+        None => Ok(routes),
+    }
 }
 
 type Edits<'a> = (&'a [HeaderValueOption], &'a [String]);
@@ -71,7 +101,7 @@ fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<Head
     })
 }
 
-fn virtual_host(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
+fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
     let mut domains = Vec::with_capacity(host.domains.len());
     for domain in &host.domains {
         let domain = domain.to_ascii_lowercase();

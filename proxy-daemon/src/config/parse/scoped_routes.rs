@@ -21,7 +21,7 @@ use super::{
     common::{Result, required},
     config_source::config_source,
     matcher::matched_header,
-    route::routes,
+    route::{routes, without_vhds},
     support::{self, join},
 };
 use crate::config::{
@@ -57,7 +57,8 @@ pub fn scoped_route(scope: &ScopedRouteConfiguration, path: &str) -> Result<Scop
 fn inline_scope(scope: &ScopedRouteConfiguration, path: &str) -> Result<Scope> {
     let field = "route_configuration";
     let config = scope.route_configuration.as_ref().ok_or_else(|| required(path, field))?;
-    let routes = ScopeRoutes::Inline(Arc::new(routes(config, &join(path, field))?));
+    let field = join(path, field);
+    let routes = ScopeRoutes::Inline(Arc::new(without_vhds(routes(config, &field)?, &field)?));
     Ok(Scope { name: scope.name.as_str().into(), key: key(scope, path)?, routes })
 }
 

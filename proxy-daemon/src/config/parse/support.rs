@@ -356,6 +356,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         &[
             "name",
             "virtual_hosts",
+            "vhds",
             "response_headers_to_add",
             "response_headers_to_remove",
             "request_headers_to_add",
@@ -365,6 +366,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "metadata",
         ],
     ),
+    ("envoy.config.route.v3.Vhds", ALL),
     (
         "envoy.config.route.v3.ScopedRouteConfiguration",
         &["name", "route_configuration_name", "route_configuration", "key"],

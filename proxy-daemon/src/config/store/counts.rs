@@ -104,3 +104,31 @@ pub(super) fn secret_wanted(name: &str) {
 fn secret_scope(name: &str) -> Scope {
     Scope::new("sds").child(name)
 }
+
+/// `http.<prefix>.rds.vhds.<route configuration>.`
+pub(super) struct VhdsCounts(Scope);
+
+impl VhdsCounts {
+    pub(super) fn new(prefix: &str, routes: &str) -> VhdsCounts {
+        VhdsCounts(Scope::http(prefix).child("rds").child("vhds").child(routes))
+    }
+
+    /// A name was asked for, or everything was for the first time.
+    pub(super) fn asked(&self) {
+        self.0.counter("update_attempt").inc();
+    }
+
+    /// Counts an update.
+    pub(super) fn answered(&self, accepted: bool) {
+        // Envoy counts each answer as an attempt as well.
+        self.asked();
+        let (success, rejected) = (self.0.counter("update_success"), self.0.counter("update_rejected"));
+        let reload = self.0.counter("config_reload");
+        if accepted {
+            success.inc();
+            reload.inc();
+        } else {
+            rejected.inc();
+        }
+    }
+}

@@ -95,21 +95,59 @@ impl Demanded {
         std::mem::take(&mut self.over)
     }
 
-    /// Asks for a name; `false` where there is no room.
-    fn want(&mut self, source: &Arc<Source>, name: &Arc<str>) -> bool {
+    /// Asks for a name; whether it is new, and `None` where there is no room.
+    fn want(&mut self, source: &Arc<Source>, name: &Arc<str>) -> Option<bool> {
         self.is_needed(source, name);
         if self.names.get(source).is_some_and(|names| names.contains(name)) {
-            return true;
+            return Some(false);
         }
         if self.count >= MAX_NAMES {
-            let Some((_, source, name)) = self.idle.first().cloned() else { return false };
+            let (_, source, name) = self.idle.first().cloned()?;
             self.forget(&source, &name);
         }
         self.names.entry(Arc::clone(source)).or_default().insert(Arc::clone(name));
         self.count += 1;
-        self.stats.get_or_insert_with(Stats::new).update_attempt.inc();
         self.changed.insert(Arc::clone(source));
-        true
+        Some(true)
+    }
+
+    /// What is waited for from there.
+    pub(super) fn waiting(&self, source: &Source) -> Vec<Arc<str>> {
+        self.waiting.names(source)
+    }
+
+    /// What is asked for from there.
+    pub(super) fn names_of(&self, source: &Source) -> BTreeSet<String> {
+        self.names.get(source).into_iter().flatten().map(|name| name.to_string()).collect()
+    }
+
+    /// Sources of which other names are asked for than they know.
+    pub(super) fn take_changed(&mut self) -> BTreeSet<Arc<Source>> {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// What was asked for does not exist, or not any more: it is not asked for until the next request needs it.
+    pub(super) fn lost(&mut self, wanted: &Wanted) {
+        self.end(wanted);
+        let (source, name) = wanted.parts();
+        self.forget(source, name);
+    }
+
+    /// Nobody waits for something that does not exist. Whether [`State::forget_idle`] is to be called then.
+    fn nobody_waits(&mut self, wanted: &Wanted, now: Instant) -> bool {
+        let (source, name) = wanted.parts();
+        self.is_idle(source, name, now);
+        !std::mem::replace(&mut self.scheduled, true)
+    }
+
+    /// Forgets what nobody has waited for for long enough; when to come back.
+    fn forget_idle(&mut self, now: Instant) -> Option<Instant> {
+        while let Some((_, source, name)) = self.idle.first().filter(|idle| idle.0 + KEPT <= now).cloned() {
+            self.forget(&source, &name);
+        }
+        let next = self.idle.first().map(|idle| idle.0 + KEPT);
+        self.scheduled = next.is_some();
+        next
     }
 
     fn forget(&mut self, source: &Arc<Source>, name: &Arc<str>) {
@@ -138,7 +176,7 @@ impl Demanded {
     }
 
     /// Whoever waits for this goes on.
-    fn end(&mut self, wanted: &Wanted) {
+    pub(super) fn end(&mut self, wanted: &Wanted) {
         let waiters = self.waiting.end(wanted);
         self.over.extend(waiters);
     }
@@ -166,8 +204,10 @@ impl<A: Apply> ConfigStore<A> {
                 match message {
                     Message::Asked(wanted, waiter) => state.ask(wanted, waiter),
                     Message::TakenBack(id) => {
-                        if let Some(Wanted::Cluster { source, name }) = state.demanded.waiting.take_back(id) {
-                            state.nobody_waits(&source, &name, now);
+                        let all = [&mut state.demanded, &mut state.vhds.demanded];
+                        let wanted = all.into_iter().find_map(|some| some.waiting.take_back(id));
+                        if let Some(wanted) = wanted {
+                            state.nobody_waits(&wanted, now);
                         }
                     }
                 }
@@ -178,49 +218,63 @@ impl<A: Apply> ConfigStore<A> {
 
 impl State {
     fn ask(&mut self, wanted: Wanted, waiter: Waiter) {
-        let Wanted::Cluster { source, name } = &wanted;
-        let is_there = self.clusters.by_name.get(name).is_some_and(|entry| entry.active.is_some());
-        if is_there || !self.demanded.want(source, name) {
-            self.demanded.over.push(waiter);
-        } else {
-            self.demanded.waiting.add(wanted, waiter);
+        let (source, name) = wanted.parts();
+        let is_there = match &wanted {
+            Wanted::Cluster { .. } => self.clusters.by_name.get(name).is_some_and(|entry| entry.active.is_some()),
+            Wanted::VirtualHost { .. } => self.is_host_there(source, name),
+        };
+        let demanded = match &wanted {
+            Wanted::Cluster { .. } => &mut self.demanded,
+            Wanted::VirtualHost { .. } => &mut self.vhds.demanded,
+        };
+        let asked = if is_there { None } else { demanded.want(source, name) };
+        let Some(is_new) = asked else { return demanded.over.push(waiter) };
+        match &wanted {
+            Wanted::Cluster { .. } if is_new => {
+                demanded.stats.get_or_insert_with(Stats::new).update_attempt.inc();
+            }
+            Wanted::VirtualHost { source, name } if is_new => self.count_host(source, name),
+            _ => {}
+        }
+        match &wanted {
+            Wanted::Cluster { .. } => self.demanded.waiting.add(wanted, waiter),
+            Wanted::VirtualHost { .. } => self.vhds.demanded.waiting.add(wanted, waiter),
         }
     }
 
-    fn nobody_waits(&mut self, source: &Arc<Source>, name: &Arc<str>, now: Instant) {
-        if !self.clusters.by_name.contains_key(name) {
-            self.demanded.is_idle(source, name, now);
-            if !std::mem::replace(&mut self.demanded.scheduled, true) {
-                self.at(now + KEPT, Due::OnDemand);
+    fn nobody_waits(&mut self, wanted: &Wanted, now: Instant) {
+        let due = match wanted {
+            Wanted::Cluster { name, .. } => {
+                !self.clusters.by_name.contains_key(name) && self.demanded.nobody_waits(wanted, now)
             }
+            // One that is there has no request that waits.
+            Wanted::VirtualHost { .. } => self.vhds.demanded.nobody_waits(wanted, now),
+        };
+        if due {
+            self.at(now + KEPT, Due::OnDemand);
         }
     }
 
     /// A cluster can be used, or its first version was refused.
     pub(super) fn cluster_is_decided(&mut self, name: &Arc<str>) {
         for source in self.demanded.sources_of(name) {
-            self.demanded.end(&Wanted::Cluster { source: Arc::clone(&source), name: Arc::clone(name) });
-            self.nobody_waits(&source, name, Instant::now());
+            let wanted = Wanted::Cluster { source, name: Arc::clone(name) };
+            self.demanded.end(&wanted);
+            self.nobody_waits(&wanted, Instant::now());
         }
     }
 
     /// There is no cluster of this name.
     pub(super) fn cluster_is_absent(&mut self, name: &str) {
         for source in self.demanded.sources_of(name) {
-            let name = Arc::from(name);
-            self.demanded.end(&Wanted::Cluster { source: Arc::clone(&source), name: Arc::clone(&name) });
-            self.demanded.forget(&source, &name);
+            self.demanded.lost(&Wanted::Cluster { source, name: name.into() });
         }
     }
 
     /// Forgets what nobody has waited for for long enough.
     pub(super) fn forget_idle(&mut self, now: Instant) {
-        while let Some((_, source, name)) = self.demanded.idle.first().filter(|idle| idle.0 + KEPT <= now).cloned() {
-            self.demanded.forget(&source, &name);
-        }
-        let next = self.demanded.idle.first().map(|idle| idle.0 + KEPT);
-        self.demanded.scheduled = next.is_some();
-        next.into_iter().for_each(|next| self.at(next, Due::OnDemand));
+        let next = [self.demanded.forget_idle(now), self.vhds.demanded.forget_idle(now)];
+        next.into_iter().flatten().for_each(|next| self.at(next, Due::OnDemand));
     }
 
     /// What is wanted of the clusters of a source.

@@ -78,7 +78,7 @@ impl<A: Apply> ConfigStore<A> {
     fn swap_in(&self, state: &mut State, source: &Source, name: &str, stored: Arc<Version>, routes: Arc<RouteConfig>) {
         let Some(entry) = state.watched[Kind::Routes as usize].get_mut(source, name) else { return };
         (entry.stored, entry.refused) = (Some(stored), None);
-        self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), routes);
+        self.put_routes(state, source, name, &routes);
     }
 }
 

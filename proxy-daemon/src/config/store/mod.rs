@@ -43,6 +43,7 @@ mod sourced;
 mod state;
 mod subscribed;
 mod updates;
+mod vhds;
 mod watched;
 
 use std::{
@@ -270,7 +271,9 @@ impl<A: Apply> ConfigStore<A> {
             let mut state = self.lock();
             change(&mut state);
             self.follow_up(&mut state);
-            (state.updates.finished(), state.demanded.over())
+            let mut over = state.demanded.over();
+            over.extend(state.vhds.demanded.over());
+            (state.updates.finished(), over)
         };
         self.0.changed.notify_one();
         for (done, outcome) in finished {
@@ -292,6 +295,7 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         self.subscribe_clusters(state);
+        self.subscribe_hosts(state);
         for watched in &mut state.watched {
             watched.subscribe(&self.0.subscriptions);
         }
@@ -389,6 +393,8 @@ impl<A: Apply> Sink for ConfigStore<A> {
             } else if type_url == type_url::LISTENER && state.lds.is(source) {
                 (state.lds.answered, state.lds.settled) = (true, true);
                 self.take_listeners(state, update, id);
+            } else if type_url == type_url::VIRTUAL_HOST {
+                self.take_hosts(state, source, update, id);
             } else if let Some(kind) = Kind::of(&type_url) {
                 self.take_named(state, kind, source, update, id);
             } else if type_url == OffloadedService::type_url() {

@@ -134,7 +134,10 @@ impl<A: Apply> ConfigStore<A> {
             }
         };
         // A resource that is refused is not waited for any longer, as in Envoy.
-        self.settle(state, kind, source, &name);
+        // Routes with VHDS are there when the first virtual hosts are.
+        if kind != Kind::Routes || !state.vhds.is_awaited(source, &name) {
+            self.settle(state, kind, source, &name);
+        }
         if matches!(kind, Kind::Endpoints | Kind::Secrets)
             && let Some(entry) = state.watched[kind as usize].get_mut(source, &name)
         {
@@ -144,7 +147,7 @@ impl<A: Apply> ConfigStore<A> {
     }
 
     /// Hands a resource to those who use it already. Who warms finds it when it is done with that.
-    fn deliver(&self, state: &State, source: &Source, name: &str, users: &[User], value: &Value) {
+    fn deliver(&self, state: &mut State, source: &Source, name: &str, users: &[User], value: &Value) {
         match value {
             Value::Endpoints(endpoints) => {
                 for user in users {
@@ -156,7 +159,7 @@ impl<A: Apply> ConfigStore<A> {
                 }
             }
             Value::Routes(routes) => {
-                self.0.apply.set_routes(&Arc::new(source.clone()), &Arc::from(name), Arc::clone(routes));
+                self.put_routes(state, source, name, routes);
             }
             Value::Runtime(values) => self.0.apply.set_runtime(source, name, HashMap::clone(values)),
             // Each place has what was read for it.
@@ -228,6 +231,7 @@ impl<A: Apply> ConfigStore<A> {
             match kind {
                 Kind::Routes => {
                     self.drop_held(state, &wanted.from.source, &wanted.name);
+                    self.drop_hosts(state, &wanted.from.source, &wanted.name);
                     self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
                 }
                 Kind::Scopes => {

@@ -44,6 +44,20 @@ pub(super) fn parse<M, T>(
 where
     M: prost::Message + Name + Default + Clone,
 {
+    parse_any(body, |message: &M, path| {
+        if named(message) != name {
+            let text = format!("the resource is named {name:?}, and its content {:?}", named(message));
+            return Err(FieldError::new("name", text));
+        }
+        parse(message, path)
+    })
+}
+
+/// The same of a resource whose name is not in itself.
+pub(super) fn parse_any<M, T>(body: &Any, parse: impl Fn(&M, &str) -> Result<T, FieldError>) -> Result<T, FieldError>
+where
+    M: prost::Message + Name + Default + Clone,
+{
     let unknown = super::unknown_fields();
     let message: M = json::unpack(body, "")?;
     let message = json::resolve_typed_structs(&message, unknown)?;
@@ -54,10 +68,6 @@ where
     }
     if resolved {
         json::validate(&*message)?;
-    }
-    if named(&message) != name {
-        let text = format!("the resource is named {name:?}, and its content {:?}", named(&message));
-        return Err(FieldError::new("name", text));
     }
     parse(&message, "")
 }

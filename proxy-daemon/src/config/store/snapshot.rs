@@ -16,6 +16,7 @@ impl<A: Apply> ConfigStore<A> {
         let state = self.lock();
         let mut types = vec![state.clusters_now(), state.listeners_now()];
         types.extend(Kind::ALL.into_iter().map(|kind| state.named_now(kind)));
+        types.push(state.hosts_now());
         let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
         let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
         Snapshot { types, unready, faults: Vec::new(), scoped: state.scoped_now() }
@@ -62,6 +63,15 @@ impl State {
             }));
         }
         of_type(type_url::SCOPED_ROUTES, known.into_iter(), &refused)
+    }
+
+    fn hosts_now(&self) -> Type {
+        let known = self.vhds.entries().map(|(name, stored)| Resource {
+            name: name.clone(),
+            active: Some(Arc::clone(stored)),
+            ..Resource::default()
+        });
+        of_type(type_url::VIRTUAL_HOST, known, self.vhds.refused.by_name())
     }
 
     fn named_now(&self, kind: Kind) -> Type {

@@ -20,6 +20,7 @@ use super::{
     rotation::StaticFiles,
     scopes::AllScopes,
     updates::Updates,
+    vhds::AllHosts,
     watched::{Asked, Owner, VersionId, Watched},
 };
 use crate::{
@@ -101,6 +102,8 @@ pub(in crate::config) struct State {
     pub(super) overriding: usize,
     pub(super) asks_for_overrides: bool,
     pub(in crate::config) demanded: Demanded,
+    /// What VHDS has delivered.
+    pub(in crate::config) vhds: AllHosts,
     pub(super) updates: Updates,
     pub(super) held: Vec<HeldRoutes>,
     /// Clusters to be changed when the update has been taken.
@@ -131,6 +134,7 @@ impl State {
             overriding: 0,
             asks_for_overrides: false,
             demanded: Demanded::default(),
+            vhds: AllHosts::default(),
             updates: Updates::default(),
             held: Vec::new(),
             changes: Vec::new(),

@@ -366,3 +366,4 @@ mod scopes;
 mod secrets;
 mod sourced;
 mod start;
+mod vhds;

@@ -18,9 +18,9 @@ fn config(yaml: &str) -> Result<RouteConfig, String> {
 }
 
 fn one(route: &str) -> Result<Route, String> {
-    let mut config =
-        config(&format!("{{ name: r, virtual_hosts: [{{ name: v, domains: ['*'], routes: [{route}] }}] }}"))?;
-    let route = config.virtual_hosts.remove(0).routes.remove(0);
+    let config = config(&format!("{{ name: r, virtual_hosts: [{{ name: v, domains: ['*'], routes: [{route}] }}] }}"))?;
+    let host = config.virtual_hosts.into_iter().next().unwrap();
+    let route = std::sync::Arc::into_inner(host).unwrap().routes.remove(0);
     Ok(std::sync::Arc::into_inner(route).unwrap())
 }
 
@@ -252,8 +252,8 @@ fn what_envoy_refuses_is_refused() {
     );
     let error = config("{ virtual_hosts: [{ name: a, domains: ['*'] }, { name: b, domains: ['*'] }] }").unwrap_err();
     assert_eq!(error, "virtual_hosts[1].domains: Only a single wildcard domain is permitted");
-    let error = config("{ vhds: { config_source: { ads: {} } } }").unwrap_err();
-    assert_eq!(error, "vhds: not supported by culvert yet");
+    let error = config("{ vhds: { config_source: { path_config_source: { path: /etc/hostname } } } }").unwrap_err();
+    assert_eq!(error, "vhds: vhds: only 'DELTA_GRPC' is supported as an api_type.");
 }
 
 #[test]

@@ -1,0 +1,102 @@
+//! Virtual hosts of VHDS.
+
+use envoy_types::pb::envoy::config::route::v3::VirtualHost;
+
+use super::*;
+use crate::on_demand::{self, Messages, OnDemand, Wait, Wanted};
+
+fn routes_with_vhds(domain: &str) -> Resource {
+    let host = format!("{{ name: own, domains: ['{domain}'] }}");
+    let yaml = format!("{{ name: web, virtual_hosts: [{host}], vhds: {{ config_source: {ADS} }} }}");
+    resource::<RouteConfiguration>("web", &yaml)
+}
+
+fn host(name: &str, domain: &str) -> Resource {
+    resource::<VirtualHost>(&format!("web/{name}"), &format!("{{ name: {name}, domains: ['{domain}'] }}"))
+}
+
+fn hosts(added: Vec<Resource>) -> Update {
+    update(VirtualHost::type_url(), added)
+}
+
+fn ask(store: &Fixture, (asking, messages): &mut (OnDemand, Messages), name: &str) -> Wait {
+    let wanted = Wanted::VirtualHost { source: Arc::default(), name: name.into() };
+    let wait = asking.ask(wanted).expect("there is room");
+    store.heed(messages.now());
+    wait
+}
+
+fn is_over(wait: &mut Wait) -> bool {
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    std::pin::pin!(wait.over()).poll(&mut cx).is_ready()
+}
+
+/// A store whose listener has its routes, and waits for their virtual hosts.
+fn with_routes() -> (Fixture, Recorder) {
+    let (store, calls) = running();
+    store.update(update(Listener::type_url(), vec![listener("in", "web")]));
+    let told = store.update(update(RouteConfiguration::type_url(), vec![routes_with_vhds("own.test")]));
+    assert_eq!(told.wanted.get(&VirtualHost::type_url()), Some(&Interest::Wildcard));
+    assert!(!calls.take().iter().any(|line| line == "listener in"), "it waits for the virtual hosts");
+    (store, calls)
+}
+
+#[test]
+fn a_listener_waits_for_the_first_virtual_hosts() {
+    let (store, calls) = with_routes();
+    assert!(store.update(hosts(vec![host("a", "a.test")])).rejected().is_empty());
+    assert_eq!(calls.take(), ["routes web", "listener in"]);
+    // Those of no route configuration are passed over.
+    let mut other = host("b", "b.test");
+    other.name = "other/b".to_owned();
+    assert!(store.update(hosts(vec![other])).rejected().is_empty());
+    assert!(calls.take().is_empty());
+    store.update(removal(VirtualHost::type_url(), "web/a"));
+    assert_eq!(calls.take(), ["routes web"]);
+
+    let told = store.update(removal(Listener::type_url(), "in"));
+    assert_eq!(told.wanted.get(&VirtualHost::type_url()), Some(&Interest::None));
+}
+
+#[test]
+fn a_listener_does_not_wait_for_ever() {
+    let (store, calls) = with_routes();
+    store.later(Duration::from_secs(15));
+    assert!(calls.take().iter().any(|line| line == "listener in"));
+}
+
+#[test]
+fn a_domain_belongs_to_one_virtual_host() {
+    let (store, _) = with_routes();
+    let rejected =
+        store.update(hosts(vec![host("a", "own.test"), host("b", "b.test"), host("c", "b.test")])).rejected();
+    let names: Vec<_> = rejected.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(names, ["web/a", "web/c"]);
+    assert!(rejected[0].message.contains("Duplicate entry of domain own.test"), "{rejected:?}");
+    // A newer version of its own is no duplicate.
+    let newer = host("b", "b.test, x.test");
+    assert!(store.update(hosts(vec![newer])).rejected().is_empty());
+}
+
+#[tokio::test]
+async fn requests_wait_for_their_host() {
+    let (store, _) = with_routes();
+    store.update(hosts(Vec::new()));
+    let mut requests = on_demand::channel();
+    let (mut late, mut none) = (ask(&store, &mut requests, "web/late.test"), ask(&store, &mut requests, "web/no.test"));
+    let interest = |names: &[&str]| Interest::WildcardAnd(names.iter().map(|&name| name.to_owned()).collect());
+    assert_eq!(store.wanted().remove(&VirtualHost::type_url()), Some(interest(&["web/late.test", "web/no.test"])));
+    store.update(hosts(vec![host("x", "late.test")]));
+    assert!(is_over(&mut late) && !is_over(&mut none));
+    let told = store.update(Update { absent: vec!["web/no.test".to_owned()], ..hosts(Vec::new()) });
+    assert!(is_over(&mut none));
+    assert_eq!(told.wanted.get(&VirtualHost::type_url()), Some(&interest(&["web/late.test"])));
+    assert!(is_over(&mut ask(&store, &mut requests, "web/late.test")), "it is there");
+
+    // What is gone is asked for again.
+    let told = store.update(removal(VirtualHost::type_url(), "web/x"));
+    assert_eq!(told.wanted.get(&VirtualHost::type_url()), Some(&Interest::Wildcard));
+    let mut again = ask(&store, &mut requests, "web/late.test");
+    assert!(!is_over(&mut again));
+    assert_eq!(store.wanted().remove(&VirtualHost::type_url()), Some(interest(&["web/late.test"])));
+}
