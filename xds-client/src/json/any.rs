@@ -43,15 +43,19 @@ pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(
     message: &T,
     unknown: UnknownFields,
 ) -> Result<Cow<'_, T>, ConfigError> {
-    const NAME: &[u8] = b".TypedStruct";
-    let encoded = message.encode_to_vec();
-    if !encoded.windows(NAME.len()).any(|window| window == NAME) {
+    if !may_hold_typed_structs(&message.encode_to_vec()) {
         return Ok(Cow::Borrowed(message));
     }
     let mut dynamic = dynamic(message)?;
     resolve(&mut dynamic, &Path::ROOT, unknown)?;
     let resolved = dynamic.transcode_to().map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(Cow::Owned(resolved))
+}
+
+/// Whether there may be a `TypedStruct` in a message, which is given as it is encoded. Without one,
+/// [`resolve_typed_structs`] has nothing to do.
+pub fn may_hold_typed_structs(encoded: &[u8]) -> bool {
+    memchr::memmem::find(encoded, b".TypedStruct").is_some()
 }
 
 fn resolve(message: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields) -> Result<(), ConfigError> {

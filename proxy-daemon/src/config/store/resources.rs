@@ -60,7 +60,11 @@ where
 {
     let unknown = super::unknown_fields();
     let message: M = json::unpack(body, "")?;
-    let message = json::resolve_typed_structs(&message, unknown)?;
+    // Seldom, and what came is there to be looked at.
+    let message = match json::may_hold_typed_structs(&body.value) {
+        true => json::resolve_typed_structs(&message, unknown)?,
+        false => Cow::Borrowed(&message),
+    };
     // As it came: fields that are not known are seen there only, and it need not be encoded again to be looked at.
     let resolved = matches!(message, Cow::Owned(_)) || !body.type_url.ends_with(&M::full_name());
     if !resolved || !matches!(unknown, UnknownFields::Ignore) {
