@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     cell::Cell,
     convert::Infallible,
+    fmt::Write as _,
     net::IpAddr,
     rc::Rc,
     sync::Arc,
@@ -329,7 +330,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         connection: Rc::clone(connection),
         remote: trusted.remote,
         internal: trusted.internal,
-        route: state.routes.route(&head, random),
+        route: None,
         random,
         cluster: None,
         override_dst: None,
@@ -337,6 +338,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         started,
         progress: Rc::clone(&progress),
     };
+    cx.route = state.routes.route(&head, &cx.match_cx());
     cx.cluster = choose_cluster(&mut cx, &head);
     let body = if no_body {
         Body::Empty
@@ -399,7 +401,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         Some(RouteAction::DirectResponse { status, body }) => {
             stats.rq_direct_response.inc();
             let mut reply = LocalReply::new(*status, body.clone(), ResponseFlags::default(), "direct_response");
-            if *status == StatusCode::CREATED {
+            if *status == StatusCode::CREATED || status.is_redirection() {
                 reply.headers.extend(own_url(&head).map(|url| (LOCATION, url)));
             }
             Err(reply)
@@ -484,7 +486,7 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
         return Err(LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout"));
     }
     if let Flow::NeedsRoute = missing {
-        cx.route = state.routes.route(head, cx.random);
+        cx.route = state.routes.route(head, &cx.match_cx());
     }
     cx.cluster = choose_cluster(cx, head);
     Ok(if let Flow::NeedsRoute = missing { cx.route.is_some() } else { cx.cluster.is_some() })
@@ -535,18 +537,18 @@ fn answer(
     let (mut head, _) = response.into_parts();
     head.headers.extend(reply.headers);
     let mut body = reply.body;
-    if grpc && !reply.status.is_success() {
+    if grpc {
         head.status = StatusCode::OK;
         head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         head.headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status(reply.status)));
-        if let (false, Ok(message)) = (body.is_empty(), HeaderValue::from_bytes(&body)) {
+        if let (false, Ok(message)) = (body.is_empty(), HeaderValue::from_str(&grpc_message(&body))) {
             head.headers.insert(GRPC_MESSAGE, message);
         }
         body = bytes::Bytes::new();
     } else if !body.is_empty() {
         head.headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    if is_head {
+    if is_head && !body.is_empty() {
         // Tells the length that a GET would have had.
         head.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
         body = bytes::Bytes::new();
@@ -567,6 +569,18 @@ fn answer(
     end.keep_response(head.status, &head.headers);
     end.complete = true;
     Response::from_parts(head, Body::Full(body))
+}
+
+/// A message as gRPC writes it into a header: what is not printable, and `%`, as `%` and two digits.
+fn grpc_message(text: &[u8]) -> String {
+    text.iter().fold(String::with_capacity(text.len()), |mut message, byte| {
+        match byte {
+            b' '..=b'~' if *byte != b'%' => message.push(char::from(*byte)),
+            // Writing to a String cannot fail.
+            other => drop(write!(message, "%{other:02X}")),
+        }
+        message
+    })
 }
 
 /// Envoy's mapping of HTTP statuses to gRPC's.

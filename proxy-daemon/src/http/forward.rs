@@ -9,7 +9,7 @@ use super::{
     body::Body,
     headers::{self, names::*},
     observe::StreamEnd,
-    redirect::rewrite_prefix,
+    redirect::rewrite_path,
     retry::{self, Failure},
     route_match::authority,
     stream::{LocalReply, RequestHead, StreamCx},
@@ -104,8 +104,19 @@ fn finish_request(
         for mutations in route.header_mutations() {
             headers::mutate_request(&mut head.headers, mutations);
         }
-        if let Some(prefix) = &action.prefix_rewrite {
-            let mut path = rewrite_prefix(head.uri.path(), &route.route_match.path, prefix);
+        // Before the path is rewritten: it may be made of that.
+        let host = match &action.host_rewrite {
+            HostRewrite::Literal(host) => Some(host.clone()),
+            HostRewrite::Header(name) => head.headers.get(name).filter(|host| !host.is_empty()).cloned(),
+            HostRewrite::PathRegex(rewrite) => HeaderValue::from_str(&rewrite.apply(head.uri.path())).ok(),
+            HostRewrite::Auto | HostRewrite::None => None,
+        };
+        if let Some(host) = host {
+            set_host(head, host, action.append_x_forwarded_host, suppress);
+        }
+        let path = rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite);
+        // What is no path cannot be sent.
+        if let Some(mut path) = path.filter(|path| path.starts_with('/')) {
             if let Some(query) = head.uri.query() {
                 path = format!("{path}?{query}");
             }
@@ -122,6 +133,23 @@ fn finish_request(
             head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
         }
     }
+}
+
+/// Replaces the request's host; the one before it is told in further headers.
+fn set_host(head: &mut RequestHead, host: HeaderValue, append_forwarded: bool, suppress: bool) {
+    let before = HeaderValue::from_str(authority(head)).ok().filter(|before| !before.is_empty());
+    if let Some(before) = before {
+        if append_forwarded {
+            headers::append(&mut head.headers, X_FORWARDED_HOST, &before, ",");
+        }
+        if !suppress && before != host {
+            head.headers.insert(X_ENVOY_ORIGINAL_HOST, before);
+        }
+    }
+    if head.uri.authority().is_some() {
+        head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
+    }
+    head.headers.insert(HOST, host);
 }
 
 fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> LocalReply {
@@ -320,16 +348,12 @@ impl Attempts<'_> {
 
     /// The request as this host shall see it.
     fn upstream_request(&self, host: &WorkerHost, mut head: RequestHead, body: Body, http2: bool) -> Request<Body> {
-        let rewritten = match &self.action.host_rewrite {
-            HostRewrite::None => None,
-            HostRewrite::Literal(host) => Some(host.clone()),
-            HostRewrite::Auto => Some(&host.host.hostname)
-                .filter(|name| !name.is_empty())
-                .and_then(|name| HeaderValue::from_str(name).ok()),
-        };
-        if let Some(rewritten) = rewritten {
-            head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
-            head.headers.insert(HOST, rewritten);
+        let name = Some(&host.host.hostname).filter(|name| !name.is_empty());
+        if let (HostRewrite::Auto, Some(name)) = (&self.action.host_rewrite, name)
+            && let Ok(name) = HeaderValue::from_str(name)
+        {
+            let suppress = self.cx.suppress_envoy_headers;
+            set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
         }
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
             head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(self.count));

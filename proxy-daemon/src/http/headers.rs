@@ -31,6 +31,7 @@ pub(crate) mod names {
         PROXY_CONNECTION = "proxy-connection"
         X_FORWARDED_FOR = "x-forwarded-for"
         X_FORWARDED_CLIENT_CERT = "x-forwarded-client-cert"
+        X_FORWARDED_HOST = "x-forwarded-host"
         X_FORWARDED_PROTO = "x-forwarded-proto"
         X_REQUEST_ID = "x-request-id"
         X_ENVOY_INTERNAL = "x-envoy-internal"
@@ -38,6 +39,7 @@ pub(crate) mod names {
         X_ENVOY_EXPECTED_RQ_TIMEOUT_MS = "x-envoy-expected-rq-timeout-ms"
         X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS = "x-envoy-upstream-rq-timeout-ms"
         X_ENVOY_UPSTREAM_SERVICE_TIME = "x-envoy-upstream-service-time"
+        X_ENVOY_ORIGINAL_HOST = "x-envoy-original-host"
         X_ENVOY_ORIGINAL_PATH = "x-envoy-original-path"
         X_ENVOY_ATTEMPT_COUNT = "x-envoy-attempt-count"
         X_ENVOY_OVERLOADED = "x-envoy-overloaded"
@@ -75,7 +77,7 @@ const EDGE_ONLY: [&str; 3] =
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     let Some(value) = headers.get(CONTENT_TYPE) else { return false };
     let rest = value.as_bytes().strip_prefix(b"application/grpc");
-    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'+' || rest[0] == b';')
+    rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'+')
 }
 
 /// Refuses what two parsers could read differently, and what this proxy does not do.
@@ -184,8 +186,10 @@ fn resolve_client(
     local_ip: IpAddr,
 ) -> Trusted {
     let hops = config.xff_num_trusted_hops as usize;
-    let mut remote = peer;
+    let (mut remote, single);
     if config.use_remote_address {
+        single = !head.headers.contains_key(X_FORWARDED_FOR);
+        remote = peer;
         if hops > 0 {
             remote = forwarded_for(&head.headers, hops - 1).unwrap_or(peer);
         }
@@ -196,12 +200,12 @@ fn resolve_client(
                 append(&mut head.headers, X_FORWARDED_FOR, &value, ",");
             }
         }
-    } else if let Some(address) = forwarded_for(&head.headers, hops) {
-        remote = address;
+    } else {
+        single = has_single_forwarded_for(&head.headers);
+        remote = forwarded_for(&head.headers, hops).unwrap_or(peer);
     }
-    let internal = !config.internal_ranges.is_empty()
-        && single_forwarded_for(&head.headers)
-            .is_some_and(|ip| config.internal_ranges.iter().any(|range| range.contains(ip)));
+    let ip = remote.ip().to_canonical();
+    let internal = single && config.internal_ranges.iter().any(|range| range.contains(ip));
     Trusted { remote, internal }
 }
 
@@ -212,13 +216,12 @@ fn forwarded_for(headers: &HeaderMap, skip: usize) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, 0))
 }
 
-fn single_forwarded_for(headers: &HeaderMap) -> Option<IpAddr> {
+fn has_single_forwarded_for(headers: &HeaderMap) -> bool {
     let mut values = headers.get_all(X_FORWARDED_FOR).iter();
-    let only = values.next()?;
-    if values.next().is_some() { None } else { only.to_str().ok()?.trim().parse().ok() }
+    matches!((values.next(), values.next()), (Some(only), None) if !only.as_bytes().contains(&b','))
 }
 
-fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
+pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
     let joined = headers.get(&name).map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
     let value = match joined {
         // Two valid values and a separator make a valid value.

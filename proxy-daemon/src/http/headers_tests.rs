@@ -179,7 +179,7 @@ fn grpc_is_told_by_its_content_type() {
     for (value, expected) in [
         ("application/grpc", true),
         ("application/grpc+proto", true),
-        ("application/grpc; charset=utf-8", true),
+        ("application/grpc; charset=utf-8", false),
         ("application/grpc-web", false),
         ("application/json", false),
     ] {

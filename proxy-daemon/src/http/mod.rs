@@ -10,6 +10,7 @@ mod observe;
 mod redirect;
 mod request_id;
 mod retry;
+mod route_index;
 mod route_match;
 mod scopes;
 mod stats;
@@ -17,7 +18,7 @@ pub mod stream;
 mod timers;
 
 pub use conn_manager::{ConnectionManager, serve};
-pub use route_match::{RouteRef, RouteSlot, RouteTable};
+pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
 
 /// Runs hyper's tasks on the worker's own thread.

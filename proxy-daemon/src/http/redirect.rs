@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{PathMatch, RedirectAction, RedirectPath, RouteMatch},
+    config::model::{PathMatch, PathRewrite, RedirectAction, RedirectPath, RouteMatch, TemplatePiece},
 };
 
 /// The answer to `request`.
@@ -36,12 +36,14 @@ pub(super) fn scheme(request: &RequestHead) -> &'static str {
 }
 
 fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> String {
-    let scheme = action.scheme.as_deref().unwrap_or(scheme(request));
+    let before = scheme(request);
+    let scheme = action.scheme.as_deref().unwrap_or(before);
     let (host, port) = split_port(authority(request));
     let host = action.host.as_deref().unwrap_or(host);
     let mut location = format!("{scheme}://{host}");
-    // The request's port is kept unless the scheme changes and it was the old scheme's default.
-    let kept = port.filter(|port| !(action.scheme.is_some() && matches!(*port, 80 | 443)) && action.host.is_none());
+    // The request's port is kept, unless the scheme changes and it was the old scheme's default.
+    let default = if before == "https" { 443 } else { 80 };
+    let kept = port.filter(|port| action.host.is_none() && (scheme == before || *port != default));
     if let Some(port) = action.port.or(kept) {
         location.push_str(&format!(":{port}"));
     }
@@ -55,6 +57,7 @@ fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -
             }
         }
         RedirectPath::PrefixRewrite(prefix) => location.push_str(&rewrite_prefix(path, &rule.path, prefix)),
+        RedirectPath::RegexRewrite(rewrite) => location.push_str(&rewrite.apply(path)),
     }
     if let (Some(query), false) = (request.uri.query(), action.strip_query) {
         location.push('?');
@@ -63,11 +66,29 @@ fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -
     location
 }
 
+/// The path, without its query, that a route rewrites `path` to; `None`: it stays.
+pub(super) fn rewrite_path(path: &str, matched: &PathMatch, rewrite: &PathRewrite) -> Option<String> {
+    match rewrite {
+        PathRewrite::None => None,
+        PathRewrite::Prefix(prefix) => Some(rewrite_prefix(path, matched, prefix)),
+        PathRewrite::Regex(rewrite) => Some(rewrite.apply(path)),
+        PathRewrite::Template(pieces) => {
+            let PathMatch::Template(template) = matched else { return None };
+            let captures = template.captures(path)?;
+            let text = |piece| match piece {
+                &TemplatePiece::Literal(ref text) => &**text,
+                TemplatePiece::Variable(name) => captures.name(name).map_or("", |group| group.as_str()),
+            };
+            Some(pieces.iter().map(text).collect())
+        }
+    }
+}
+
 /// Replaces what the path match consumed: the prefix, or the whole path.
 pub(super) fn rewrite_prefix(path: &str, matched: &PathMatch, prefix: &str) -> String {
     let consumed = match matched {
         PathMatch::Prefix(text) | PathMatch::PathSeparatedPrefix(text) => text.len(),
-        PathMatch::Path(_) | PathMatch::Regex(_) => path.len(),
+        PathMatch::Path(_) | PathMatch::Regex(_) | PathMatch::Template(_) => path.len(),
     };
     format!("{prefix}{}", path.get(consumed..).unwrap_or_default())
 }

@@ -1,24 +1,51 @@
 //! Chooses the virtual host by name and the route by its first match.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
     collections::HashMap,
     ops::Deref,
     rc::Rc,
     sync::{
-        Arc,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use arc_swap::ArcSwapOption;
-use http::request::Parts;
+use http::{HeaderMap, HeaderName, request::Parts};
 
+use super::{headers::names::*, route_index::RouteIndex};
 use crate::config::model::{
-    HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, Route,
-    RouteConfig, RouteMatch, VirtualHost,
+    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatch,
+    QueryParameterMatcher, RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement,
+    VirtualHost,
 };
 use crate::on_demand::Wanted;
+
+/// What routes are chosen by, besides the request's head.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MatchCx {
+    /// The stream's random number.
+    pub random: u64,
+    /// The client has shown a certificate.
+    pub certificate_presented: bool,
+}
+
+/// The route of requests that `require_tls` sends to https.
+static TO_HTTPS: LazyLock<Route> = LazyLock::new(|| Route {
+    name: String::new(),
+    route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
+    action: RouteAction::Redirect(Box::new(RedirectAction {
+        status: http::StatusCode::MOVED_PERMANENTLY,
+        scheme: Some("https".into()),
+        host: None,
+        port: None,
+        path: RedirectPath::Keep,
+        strip_query: false,
+    })),
+    headers: HeaderMutations::default(),
+});
 
 /// A route configuration with the index of its virtual hosts.
 #[derive(Debug)]
@@ -32,6 +59,8 @@ pub struct RouteTable {
     prefix: HashMap<String, usize>,
     prefix_lengths: Vec<usize>,
     any: Option<usize>,
+    /// One a virtual host.
+    indexes: Vec<RouteIndex>,
 }
 
 impl RouteTable {
@@ -52,7 +81,8 @@ impl RouteTable {
             }
         }
         let (suffix_lengths, prefix_lengths) = (lengths(&suffix), lengths(&prefix));
-        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any }
+        let indexes = config.virtual_hosts.iter().map(|host| RouteIndex::new(&host.routes)).collect();
+        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes }
     }
 
     /// The virtual host of a host name, by Envoy's order: exact, longest suffix, longest prefix, `*`.
@@ -77,12 +107,38 @@ impl RouteTable {
         by_suffix.next().or_else(|| by_prefix.next()).copied().or(self.any)
     }
 
-    fn find(&self, request: &Parts, random: u64) -> Option<(usize, usize)> {
-        let host = self.virtual_host(authority(request))?;
-        let routes = &self.config.virtual_hosts[host].routes;
-        let route = routes.iter().position(|route| matches(&route.route_match, request, random))?;
-        Some((host, route))
+    /// The virtual host and what becomes of the request there.
+    fn find(&self, request: &Parts, cx: &MatchCx) -> Option<(usize, Chosen)> {
+        let name = match &self.config.vhost_header {
+            None => authority(request),
+            Some(header) => request.headers.get(header)?.to_str().ok()?,
+        };
+        let index = self.virtual_host(name)?;
+        let host = &self.config.virtual_hosts[index];
+        if host.require_tls != TlsRequirement::None && !came_by_tls(request, host.require_tls) {
+            return Some((index, Chosen::ToHttps));
+        }
+        let path = match self.config.ignore_path_parameters_in_path_matching {
+            true => without_parameters(request.uri.path()),
+            false => Cow::Borrowed(request.uri.path()),
+        };
+        let route = self.indexes[index].find(&path, |at| matches(&host.routes[at].route_match, &path, request, cx))?;
+        Some((index, Chosen::Route(route)))
     }
+}
+
+/// What becomes of a request at its virtual host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Chosen {
+    /// This route.
+    Route(usize),
+    /// `require_tls` redirects it.
+    ToHttps,
+}
+
+fn came_by_tls(request: &Parts, required: TlsRequirement) -> bool {
+    request.headers.get(X_FORWARDED_PROTO).is_some_and(|scheme| scheme == "https")
+        || required == TlsRequirement::ExternalOnly && request.headers.contains_key(X_ENVOY_INTERNAL)
 }
 
 fn lengths(map: &HashMap<String, usize>) -> Vec<usize> {
@@ -98,63 +154,84 @@ pub fn authority(request: &Parts) -> &str {
     }
 }
 
+/// As in Envoy whatever stands behind the last colon is a port, unless that colon is part of an IPv6 address.
 fn without_port(authority: &str) -> &str {
-    match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) && !host.ends_with(':') => host,
-        _ => authority,
-    }
+    authority.rsplit_once(':').filter(|(_, port)| !port.contains(']')).map_or(authority, |(host, _)| host)
 }
 
-fn matches(rule: &RouteMatch, request: &Parts, random: u64) -> bool {
-    path_matches(&rule.path, rule.case_sensitive, request.uri.path())
+/// `/a;b=c/d` without what follows semicolons: `/a/d`.
+fn without_parameters(path: &str) -> Cow<'_, str> {
+    if !path.contains(';') {
+        return Cow::Borrowed(path);
+    }
+    let segments = path.split('/').map(|segment| segment.split(';').next().unwrap_or_default());
+    Cow::Owned(segments.collect::<Vec<_>>().join("/"))
+}
+
+fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx) -> bool {
+    path_matches(&rule.path, rule.case_sensitive, path)
         && rule.headers.iter().all(|matcher| header_matches(matcher, request))
         && (rule.query_parameters.is_empty()
             || rule.query_parameters.iter().all(|matcher| query_matches(matcher, request.uri.query())))
-        && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(random))
+        && rule.cookies.iter().all(|matcher| cookie_matches(matcher, request))
+        && rule.certificate_presented.is_none_or(|wanted| wanted == cx.certificate_presented)
+        && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(cx.random))
         && (!rule.grpc || super::headers::is_grpc(&request.headers))
 }
 
-fn path_matches(rule: &PathMatch, case_sensitive: bool, path: &str) -> bool {
+pub(super) fn path_matches(rule: &PathMatch, case_sensitive: bool, path: &str) -> bool {
     let same = |a: &str, b: &str| if case_sensitive { a == b } else { a.eq_ignore_ascii_case(b) };
     let begins = |prefix: &str| path.get(..prefix.len()).is_some_and(|start| same(start, prefix));
     match rule {
         PathMatch::Prefix(prefix) => begins(prefix),
         PathMatch::Path(whole) => same(path, whole),
-        PathMatch::Regex(regex) => regex.is_match(path),
+        PathMatch::Regex(regex) | PathMatch::Template(regex) => regex.is_match(path),
         PathMatch::PathSeparatedPrefix(prefix) => {
             begins(prefix) && (path.len() == prefix.len() || path.as_bytes()[prefix.len()] == b'/')
         }
     }
 }
 
-fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
+/// Whether a header is as the matcher wants it; of several values one will do, as in Envoy.
+pub(super) fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
     let joined;
-    let value = match &matcher.name {
+    let single = match &matcher.name {
         MatchedHeader::Method => Some(request.method.as_str()),
         MatchedHeader::Path => request.uri.path_and_query().map(|path| path.as_str()),
         MatchedHeader::Authority => Some(authority(request)),
         MatchedHeader::Scheme => Some(request.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(request))),
-        MatchedHeader::Name(name) => {
-            let mut values = request.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-            match (values.next(), values.next()) {
-                (first, None) => first,
-                (Some(first), Some(second)) => {
-                    joined = [first, second].into_iter().chain(values).collect::<Vec<_>>().join(",");
-                    Some(joined.as_str())
-                }
-                (None, Some(_)) => None,
-            }
+        MatchedHeader::Name(name) if *name == http::header::COOKIE && request.version == http::Version::HTTP_2 => {
+            // Cookies that came in several fields are one value there (RFC 9113, 8.2.3).
+            let fields = request.headers.get_all(name).iter().filter_map(|field| field.to_str().ok());
+            joined = fields.collect::<Vec<_>>().join("; ");
+            Some(joined.as_str()).filter(|joined| !joined.is_empty())
         }
+        MatchedHeader::Name(name) => return values_match(matcher, name, &request.headers),
     };
-    let value = value.or(matcher.treat_missing_header_as_empty.then_some(""));
-    let verdict = match (&matcher.value, value) {
-        (HeaderValueMatch::Present(wanted), value) => value.is_some() == *wanted,
-        // A header that is missing does not match, inverted or not, as in Envoy.
-        (_, None) => return false,
-        (HeaderValueMatch::String(matcher), Some(value)) => matcher.matches(value),
-        (HeaderValueMatch::Range { start, end }, Some(value)) => {
+    judge(matcher, single.into_iter())
+}
+
+/// Whether the header `name` of a message is as the matcher wants it.
+pub(super) fn values_match(matcher: &HeaderMatcher, name: &HeaderName, headers: &HeaderMap) -> bool {
+    judge(matcher, headers.get_all(name).iter().filter_map(|value| value.to_str().ok()))
+}
+
+fn judge<'a>(matcher: &HeaderMatcher, values: impl Iterator<Item = &'a str>) -> bool {
+    let mut values = values.peekable();
+    let missing = values.peek().is_none();
+    let one = |value: &str| match &matcher.value {
+        HeaderValueMatch::Present(wanted) => *wanted,
+        HeaderValueMatch::String(matcher) => matcher.matches(value),
+        HeaderValueMatch::Range { start, end } => {
             value.parse::<i64>().is_ok_and(|number| (*start..*end).contains(&number))
         }
+    };
+    let verdict = match (&matcher.value, missing) {
+        (_, true) if matcher.treat_missing_header_as_empty => one(""),
+        (HeaderValueMatch::Present(wanted), true) => !wanted,
+        // A header that is missing does not match, inverted or not, as in Envoy.
+        (_, true) => return false,
+        (_, false) => values.any(one),
     };
     verdict != matcher.invert_match
 }
@@ -163,10 +240,22 @@ fn query_matches(matcher: &QueryParameterMatcher, query: Option<&str>) -> bool {
     let pairs = query.unwrap_or_default().split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let mut values = pairs.filter(|(name, _)| *name == matcher.name).map(|(_, value)| value);
     match (&matcher.value, values.next()) {
-        (_, None) => false,
-        (None, Some(_)) => true,
-        (Some(wanted), Some(value)) => wanted.matches(value),
+        (QueryParameterMatch::Present(wanted), value) => value.is_some() == *wanted,
+        (QueryParameterMatch::String(wanted), value) => value.is_some_and(|value| wanted.matches(value)),
     }
+}
+
+fn cookie_matches(matcher: &CookieMatcher, request: &Parts) -> bool {
+    let lines = request.headers.get_all(http::header::COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    let mut values = pairs.filter(|(name, _)| *name == matcher.name).map(|(_, value)| value);
+    let verdict = values.next().is_some_and(|value| matcher.value.matches(unquoted(value)));
+    verdict != matcher.invert_match
+}
+
+/// A cookie's value without the quotes around it.
+pub(super) fn unquoted(value: &str) -> &str {
+    value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value)
 }
 
 /// Where a connection manager finds its routes: filled once from the listener, or again and again by RDS.
@@ -206,8 +295,8 @@ impl RouteCache {
         RouteCache { slot, version: Cell::new(0), table: RefCell::default() }
     }
 
-    /// The route of a request; `None` where no virtual host or route matches. `random` is the stream's number.
-    pub(super) fn route(&self, request: &Parts, random: u64) -> Option<RouteRef> {
+    /// The route of a request; `None` where no virtual host or route matches.
+    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
         let version = self.slot.version.load(Ordering::Acquire);
         if version != self.version.get() {
             self.version.set(version);
@@ -215,7 +304,7 @@ impl RouteCache {
         }
         let table = self.table.borrow();
         let table = table.as_ref()?;
-        let (host, route) = table.find(request, random)?;
+        let (host, route) = table.find(request, cx)?;
         Some(RouteRef { table: Rc::clone(table), host, route })
     }
 
@@ -235,7 +324,7 @@ impl RouteCache {
 pub struct RouteRef {
     table: LocalTable,
     host: usize,
-    route: usize,
+    route: Chosen,
 }
 
 impl RouteRef {
@@ -244,9 +333,11 @@ impl RouteRef {
         &self.table.config.virtual_hosts[self.host]
     }
 
-    /// The header mutations that apply, in their order: the route's, the virtual host's, the configuration's.
-    pub(super) fn header_mutations(&self) -> [&HeaderMutations; 3] {
-        [&self.headers, &self.virtual_host().headers, &self.table.config.headers]
+    /// The header mutations that apply, in their order: the route's, the virtual host's, the configuration's. A redirect
+    /// to https has none.
+    pub(super) fn header_mutations(&self) -> impl Iterator<Item = &HeaderMutations> {
+        let all = [&self.headers, &self.virtual_host().headers, &self.table.config.headers];
+        all.into_iter().filter(|_| self.route != Chosen::ToHttps)
     }
 }
 
@@ -254,7 +345,10 @@ impl Deref for RouteRef {
     type Target = Route;
 
     fn deref(&self) -> &Route {
-        &self.virtual_host().routes[self.route]
+        match self.route {
+            Chosen::Route(route) => &self.virtual_host().routes[route],
+            Chosen::ToHttps => &TO_HTTPS,
+        }
     }
 }
 

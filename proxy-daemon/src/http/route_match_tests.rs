@@ -20,19 +20,19 @@ fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
 }
 
 fn path(path: PathMatch) -> RouteMatch {
-    RouteMatch {
-        path,
-        case_sensitive: true,
-        headers: Vec::new(),
-        query_parameters: Vec::new(),
-        grpc: false,
-        runtime_fraction: None,
-    }
+    RouteMatch::new(path)
 }
 
 fn table(virtual_hosts: Vec<VirtualHost>) -> RouteTable {
     let virtual_hosts = virtual_hosts.into_iter().map(Arc::new).collect();
     RouteTable::new(Arc::new(RouteConfig { virtual_hosts, ..RouteConfig::default() }))
+}
+
+/// The number of the host, and of the route there.
+fn found(table: &RouteTable, request: &Parts, random: u64) -> Option<(usize, usize)> {
+    let (host, chosen) = table.find(request, &MatchCx { random, ..MatchCx::default() })?;
+    let Chosen::Route(route) = chosen else { panic!("{chosen:?}") };
+    Some((host, route))
 }
 
 fn request(uri: &str, headers: &[(&str, &str)]) -> Parts {
@@ -70,7 +70,7 @@ fn the_first_route_that_matches_is_taken() {
         path(PathMatch::Prefix("/".into())),
     ];
     let table = table(vec![host("any", &["*"], routes)]);
-    let find = |uri: &str| table.find(&request(uri, &[("host", "a")]), 0).map(|(_, route)| route);
+    let find = |uri: &str| found(&table, &request(uri, &[("host", "a")]), 0).map(|(_, route)| route);
     assert_eq!(find("/exact?q=1"), Some(0), "the query takes no part");
     assert_eq!(find("/api"), Some(1));
     assert_eq!(find("/api/v1"), Some(1));
@@ -81,9 +81,9 @@ fn the_first_route_that_matches_is_taken() {
 #[test]
 fn no_host_or_no_route_is_no_match() {
     let table = table(vec![host("a", &["a"], vec![path(PathMatch::Prefix("/x".into()))])]);
-    assert_eq!(table.find(&request("/x", &[("host", "b")]), 0), None);
-    assert_eq!(table.find(&request("/y", &[("host", "a")]), 0), None);
-    assert_eq!(table.find(&request("/x", &[("host", "a")]), 0), Some((0, 0)));
+    assert_eq!(found(&table, &request("/x", &[("host", "b")]), 0), None);
+    assert_eq!(found(&table, &request("/y", &[("host", "a")]), 0), None);
+    assert_eq!(found(&table, &request("/x", &[("host", "a")]), 0), Some((0, 0)));
 }
 
 fn header(value: HeaderValueMatch, invert_match: bool, treat_missing_header_as_empty: bool) -> HeaderMatcher {
@@ -104,7 +104,9 @@ fn header_matchers_follow_envoy() {
         (exact(true, false), vec![("x", "2")], true),
         (exact(true, false), vec![], false),
         (exact(true, true), vec![], true),
-        (header(text(StringPattern::Exact("1,2".into())), false, false), vec![("x", "1"), ("x", "2")], true),
+        (header(text(StringPattern::Exact("1,2".into())), false, false), vec![("x", "1"), ("x", "2")], false),
+        (exact(false, false), vec![("x", "2"), ("x", "1")], true),
+        (exact(true, false), vec![("x", "2"), ("x", "1")], false),
         (header(HeaderValueMatch::Present(true), false, false), vec![("x", "")], true),
         (header(HeaderValueMatch::Present(true), true, false), vec![], true),
         (header(HeaderValueMatch::Present(false), false, false), vec![], true),
@@ -121,7 +123,12 @@ fn header_matchers_follow_envoy() {
 fn query_parameters() {
     let matcher = |value: Option<&str>| QueryParameterMatcher {
         name: "debug".to_owned(),
-        value: value.map(|value| StringMatcher { pattern: StringPattern::Exact(value.into()), ignore_case: false }),
+        value: value.map_or(QueryParameterMatch::Present(true), |value| {
+            QueryParameterMatch::String(StringMatcher {
+                pattern: StringPattern::Exact(value.into()),
+                ignore_case: false,
+            })
+        }),
     };
     assert!(query_matches(&matcher(None), Some("a=1&debug")));
     assert!(query_matches(&matcher(Some("1")), Some("debug=1")));
@@ -134,17 +141,17 @@ fn a_cache_sees_new_routes_and_streams_keep_the_old() {
     let slot = Arc::new(RouteSlot::default());
     let cache = RouteCache::new(Arc::clone(&slot));
     let request = request("/x", &[("host", "a")]);
-    assert!(cache.route(&request, 0).is_none(), "no routes yet");
+    assert!(cache.route(&request, &MatchCx::default()).is_none(), "no routes yet");
     let routes = |name: &str| {
         let virtual_hosts = vec![host(name, &["*"], vec![path(PathMatch::Prefix("/".into()))])];
         let virtual_hosts = virtual_hosts.into_iter().map(Arc::new).collect();
         Arc::new(RouteConfig { virtual_hosts, ..RouteConfig::default() })
     };
     slot.set(routes("one"));
-    let first = cache.route(&request, 0).unwrap();
+    let first = cache.route(&request, &MatchCx::default()).unwrap();
     slot.set(routes("two"));
     assert_eq!(first.virtual_host().name, "one");
-    assert_eq!(cache.route(&request, 0).unwrap().virtual_host().name, "two");
+    assert_eq!(cache.route(&request, &MatchCx::default()).unwrap().virtual_host().name, "two");
 }
 
 #[test]
@@ -154,7 +161,7 @@ fn a_share_of_the_requests_by_the_streams_number() {
         ..path(PathMatch::Prefix("/".into()))
     };
     let table = table(vec![host("a", &["*"], vec![share(0), share(30), path(PathMatch::Prefix("/".into()))])]);
-    let find = |random| table.find(&request("/", &[]), random).map(|(_, route)| route);
+    let find = |random| found(&table, &request("/", &[]), random).map(|(_, route)| route);
     assert_eq!([find(0), find(129), find(30), find(99)], [Some(1), Some(1), Some(2), Some(2)]);
 }
 

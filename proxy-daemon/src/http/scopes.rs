@@ -17,7 +17,7 @@ use http::request::Parts;
 
 use super::{
     RouteRef, RouteSlot,
-    route_match::{RouteCache, authority},
+    route_match::{MatchCx, RouteCache, authority},
 };
 use crate::config::model::{FragmentBuilder, FragmentPick, MatchedHeader, Scope, ScopedRoutes};
 use crate::on_demand::Wanted;
@@ -149,11 +149,11 @@ impl RouteFinder {
         }
     }
 
-    /// The route of a request; `None` where no scope, virtual host or route matches. `random` is the stream's number.
-    pub(super) fn route(&self, request: &Parts, random: u64) -> Option<RouteRef> {
+    /// The route of a request; `None` where no scope, virtual host or route matches.
+    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
         match self {
-            RouteFinder::Single(routes) => routes.route(request, random),
-            RouteFinder::Scoped(scopes) => scopes.routes(request)?.route(request, random),
+            RouteFinder::Single(routes) => routes.route(request, cx),
+            RouteFinder::Scoped(scopes) => scopes.routes(request)?.route(request, cx),
         }
     }
 }

@@ -79,7 +79,7 @@ fn a_connection_sees_new_scopes_and_new_routes_of_a_scope() {
     };
     let finder = RouteFinder::new(&Routes::Scoped(Arc::new(config), Arc::clone(&slot)));
     let status = |value: &str| {
-        let route = finder.route(&request(&[value]), 0)?;
+        let route = finder.route(&request(&[value]), &MatchCx::default())?;
         Some(route.virtual_host().name.clone())
     };
     assert_eq!(status("a"), None, "nothing is there yet");

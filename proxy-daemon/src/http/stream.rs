@@ -11,8 +11,10 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
-use super::RouteRef;
-use crate::{access_log::ResponseFlags, listener::ConnectionInfo, runtime::Worker, upstream::WorkerCluster};
+use super::{MatchCx, RouteRef};
+use crate::{
+    access_log::ResponseFlags, listener::ConnectionInfo, runtime::Worker, tls::TlsInfo, upstream::WorkerCluster,
+};
 
 /// A request without its body.
 pub type RequestHead = http::request::Parts;
@@ -70,6 +72,14 @@ pub struct StreamCx {
     pub started: Instant,
     /// What can be told about the request's body while it passes.
     pub progress: Rc<Progress>,
+}
+
+impl StreamCx {
+    /// What its route is chosen by.
+    pub(super) fn match_cx(&self) -> MatchCx {
+        let certificate_presented = self.connection.tls.as_ref().is_some_and(TlsInfo::has_certificate);
+        MatchCx { random: self.random, certificate_presented }
+    }
 }
 
 /// How far the two bodies have come.

@@ -60,6 +60,11 @@ impl TlsInfo {
         }
     }
 
+    /// Whether the peer has shown a certificate.
+    pub fn has_certificate(&self) -> bool {
+        self.certificate.is_some()
+    }
+
     /// What the peer's certificate says; `None` without one.
     pub fn peer(&self) -> Option<&PeerText> {
         let read = || self.certificate.as_ref().and_then(|der| PeerText::read(der)).map(Box::new);

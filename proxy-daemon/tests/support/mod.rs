@@ -285,8 +285,9 @@ pub async fn http_listener(
         timeout: Some(Duration::from_secs(15)),
         idle_timeout: None,
         retry_policy: None,
-        prefix_rewrite: None,
+        path_rewrite: PathRewrite::None,
         host_rewrite: HostRewrite::None,
+        append_x_forwarded_host: false,
         high_priority: false,
     };
     edit(&mut action);
@@ -297,14 +298,7 @@ pub async fn http_listener(
 fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectionManagerConfig {
     let route = Route {
         name: String::new(),
-        route_match: RouteMatch {
-            path: PathMatch::Prefix("/".into()),
-            case_sensitive: true,
-            headers: Vec::new(),
-            query_parameters: Vec::new(),
-            grpc: false,
-            runtime_fraction: None,
-        },
+        route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
         action: RouteAction::Forward(Box::new(action)),
         headers: HeaderMutations::default(),
     };

@@ -22,6 +22,10 @@ pub struct RouteConfig {
     pub validate_clusters: Option<bool>,
     /// The host's port takes no part in choosing the virtual host.
     pub ignore_port_in_host_matching: bool,
+    /// What follows a `;` takes no part in matching paths.
+    pub ignore_path_parameters_in_path_matching: bool,
+    /// The virtual host is chosen by this header instead of the host.
+    pub vhost_header: Option<HeaderName>,
 }
 
 impl RouteConfig {
@@ -71,6 +75,20 @@ pub struct VirtualHost {
     pub include_request_attempt_count: bool,
     /// Responses carry `x-envoy-attempt-count`.
     pub include_attempt_count_in_response: bool,
+    /// Which requests are redirected to https.
+    pub require_tls: TlsRequirement,
+}
+
+/// `VirtualHost.TlsRequirementType`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TlsRequirement {
+    /// None.
+    #[default]
+    None,
+    /// Those that are not internal.
+    ExternalOnly,
+    /// All.
+    All,
 }
 
 /// A checked `Route`.
@@ -101,6 +119,26 @@ pub struct RouteMatch {
     pub grpc: bool,
     /// Only this share of the requests, by the stream's random number.
     pub runtime_fraction: Option<RuntimeFraction>,
+    /// All must match.
+    pub cookies: Vec<CookieMatcher>,
+    /// `tls_context.presented`: whether the client has a certificate.
+    pub certificate_presented: Option<bool>,
+}
+
+impl RouteMatch {
+    /// A rule that the path alone decides, in its own case.
+    pub fn new(path: PathMatch) -> RouteMatch {
+        RouteMatch {
+            path,
+            case_sensitive: true,
+            headers: Vec::new(),
+            query_parameters: Vec::new(),
+            grpc: false,
+            runtime_fraction: None,
+            cookies: Vec::new(),
+            certificate_presented: None,
+        }
+    }
 }
 
 /// `RouteMatch.path_specifier`.
@@ -114,6 +152,9 @@ pub enum PathMatch {
     Regex(Regex),
     /// The path is this, or this and `/` and more.
     PathSeparatedPrefix(Box<str>),
+    /// `path_match_policy` with a `UriTemplateMatchConfig`: the expression that the template stands for (anchored), with a named
+    /// group for each variable.
+    Template(Regex),
 }
 
 /// One `HeaderMatcher`.
@@ -121,7 +162,7 @@ pub enum PathMatch {
 pub struct HeaderMatcher {
     /// The header; `:method`, `:path`, `:authority` and `:scheme` are matched as Envoy does.
     pub name: MatchedHeader,
-    /// What its value must be; several values are joined by `,`.
+    /// What one of its values must be.
     pub value: HeaderValueMatch,
     /// The verdict is turned round.
     pub invert_match: bool,
@@ -165,8 +206,28 @@ pub enum HeaderValueMatch {
 pub struct QueryParameterMatcher {
     /// The parameter's name, as it stands in the query.
     pub name: String,
-    /// `None`: it need only be there.
-    pub value: Option<StringMatcher>,
+    /// What its first value must be.
+    pub value: QueryParameterMatch,
+}
+
+/// `QueryParameterMatcher.query_parameter_match_specifier`.
+#[derive(Debug)]
+pub enum QueryParameterMatch {
+    /// Whether it is there at all.
+    Present(bool),
+    /// Its text.
+    String(StringMatcher),
+}
+
+/// `CookieMatcher`.
+#[derive(Debug)]
+pub struct CookieMatcher {
+    /// The cookie.
+    pub name: String,
+    /// What its value must be; a missing one does not match.
+    pub value: StringMatcher,
+    /// The verdict is turned round.
+    pub invert_match: bool,
 }
 
 /// `envoy.type.matcher.v3.StringMatcher`.
@@ -242,16 +303,18 @@ pub struct ForwardAction {
     pub idle_timeout: Option<Option<Duration>>,
     /// Which failures are tried again.
     pub retry_policy: Option<Arc<RetryPolicy>>,
-    /// Replaces what the path match consumed.
-    pub prefix_rewrite: Option<Box<str>>,
+    /// What the path becomes.
+    pub path_rewrite: PathRewrite,
     /// Replaces the request's host.
     pub host_rewrite: HostRewrite,
+    /// A host that is replaced is appended to `x-forwarded-host`.
+    pub append_x_forwarded_host: bool,
     /// Circuit breakers of the high priority count this request.
     pub high_priority: bool,
 }
 
 /// Which host name the upstream sees.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum HostRewrite {
     /// The client's.
     None,
@@ -259,6 +322,65 @@ pub enum HostRewrite {
     Literal(HeaderValue),
     /// The chosen endpoint's `hostname`, where it has one.
     Auto,
+    /// The value of this request header, where it is there and not empty.
+    Header(HeaderName),
+    /// What the path, without its query, is rewritten to.
+    PathRegex(Box<RegexRewrite>),
+}
+
+/// `prefix_rewrite`, `regex_rewrite`, `path_rewrite_policy`.
+#[derive(Debug, Clone, Default)]
+pub enum PathRewrite {
+    /// It stays.
+    #[default]
+    None,
+    /// Replaces what the path match consumed.
+    Prefix(Box<str>),
+    /// Replaces every match in the path.
+    Regex(Box<RegexRewrite>),
+    /// Made of what the variables of the match's template matched.
+    Template(Vec<TemplatePiece>),
+}
+
+/// `RegexMatchAndSubstitute`.
+#[derive(Debug, Clone)]
+pub struct RegexRewrite {
+    /// What is replaced, wherever it stands.
+    pub pattern: Regex,
+    /// By what.
+    pub substitution: Vec<SubstitutionPiece>,
+}
+
+/// A piece of a substitution.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SubstitutionPiece {
+    /// Text.
+    Literal(Box<str>),
+    /// What the group of this number matched; 0: the whole match.
+    Group(usize),
+}
+
+/// A piece of a template rewrite.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TemplatePiece {
+    /// Text.
+    Literal(Box<str>),
+    /// What the variable of this name matched.
+    Variable(Box<str>),
+}
+
+impl RegexRewrite {
+    /// `text` with every match replaced.
+    pub fn apply(&self, text: &str) -> String {
+        let replace = |captures: &regex::Captures<'_>| {
+            let pieces = self.substitution.iter().map(|piece| match piece {
+                SubstitutionPiece::Literal(text) => text,
+                SubstitutionPiece::Group(number) => captures.get(*number).map_or("", |group| group.as_str()),
+            });
+            pieces.collect::<String>()
+        };
+        self.pattern.replace_all(text, replace).into_owned()
+    }
 }
 
 /// Where a request or connection goes.
@@ -353,6 +475,8 @@ pub enum RedirectPath {
     Replace(Box<str>),
     /// Replaces what the path match consumed.
     PrefixRewrite(Box<str>),
+    /// Replaces every match in the path.
+    RegexRewrite(Box<RegexRewrite>),
 }
 
 /// The base of a retry's pause where nothing else is configured.

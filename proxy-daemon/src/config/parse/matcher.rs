@@ -1,22 +1,27 @@
+use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
     config::route::v3::{
-        HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RouteMatch as ProtoMatch,
-        header_matcher::HeaderMatchSpecifier, query_parameter_matcher::QueryParameterMatchSpecifier,
-        route_match::PathSpecifier,
+        CookieMatcher as ProtoCookie, HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery,
+        RouteMatch as ProtoMatch, header_matcher::HeaderMatchSpecifier,
+        query_parameter_matcher::QueryParameterMatchSpecifier, route_match::PathSpecifier,
     },
-    r#type::matcher::v3::{RegexMatcher, StringMatcher as ProtoString, string_matcher::MatchPattern},
+    extensions::path::r#match::uri_template::v3::UriTemplateMatchConfig,
+    r#type::matcher::v3::{
+        RegexMatchAndSubstitute, RegexMatcher, StringMatcher as ProtoString, string_matcher::MatchPattern,
+    },
 };
 use regex::Regex;
 
 use super::{
     common::{Result, header_name, required, runtime_fraction},
     support::join,
+    uri_template,
 };
 use crate::config::{
     FieldError,
     model::{
-        HeaderMatcher, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatcher, RouteMatch, StringMatcher,
-        StringPattern,
+        CookieMatcher, HeaderMatcher, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatch,
+        QueryParameterMatcher, RegexRewrite, RouteMatch, StringMatcher, StringPattern, SubstitutionPiece,
     },
 };
 
@@ -29,9 +34,18 @@ pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         Some(PathSpecifier::Path(text)) => PathMatch::Path(text.as_str().into()),
         Some(PathSpecifier::SafeRegex(matcher)) => PathMatch::Regex(regex(matcher, &join(path, "safe_regex"))?),
         Some(PathSpecifier::PathSeparatedPrefix(text)) => PathMatch::PathSeparatedPrefix(text.as_str().into()),
-        Some(_) => return Err(FieldError::unsupported(join(path, "path_specifier"))),
+        Some(PathSpecifier::PathMatchPolicy(policy)) => {
+            let config =
+                policy.typed_config.as_ref().ok_or_else(|| required(path, "path_match_policy.typed_config"))?;
+            let path = join(path, "path_match_policy.typed_config");
+            let config: UriTemplateMatchConfig = unpack(config, &path)?;
+            PathMatch::Template(uri_template::matcher(&config.path_template, &join(&path, "path_template"))?)
+        }
+        Some(PathSpecifier::ConnectMatcher(_)) => return Err(FieldError::unsupported(join(path, "connect_matcher"))),
         None => return Err(required(path, "prefix")),
     };
+    let cookies = rule.cookies.iter().enumerate();
+    let cookies = cookies.map(|(index, item)| cookie(item, &format!("{}[{index}]", join(path, "cookies"))));
     let headers = rule.headers.iter().enumerate();
     let headers = headers.map(|(index, item)| header(item, &format!("{}[{index}]", join(path, "headers"))));
     let query = rule.query_parameters.iter().enumerate();
@@ -43,6 +57,8 @@ pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         query_parameters: query.collect::<Result<_>>()?,
         grpc: rule.grpc.is_some(),
         runtime_fraction: rule.runtime_fraction.as_ref().map(runtime_fraction),
+        cookies: cookies.collect::<Result<_>>()?,
+        certificate_presented: rule.tls_context.and_then(|tls| Some(tls.presented?.value)),
     })
 }
 
@@ -86,13 +102,19 @@ pub(super) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
 
 fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> {
     let value = match &matcher.query_parameter_match_specifier {
-        Some(QueryParameterMatchSpecifier::StringMatch(matcher)) => Some(string(matcher, &join(path, "string_match"))?),
-        Some(QueryParameterMatchSpecifier::PresentMatch(true)) | None => None,
-        Some(QueryParameterMatchSpecifier::PresentMatch(false)) => {
-            return Err(FieldError::unsupported(join(path, "present_match")));
+        Some(QueryParameterMatchSpecifier::StringMatch(matcher)) => {
+            QueryParameterMatch::String(string(matcher, &join(path, "string_match"))?)
         }
+        Some(QueryParameterMatchSpecifier::PresentMatch(present)) => QueryParameterMatch::Present(*present),
+        None => QueryParameterMatch::Present(true),
     };
     Ok(QueryParameterMatcher { name: matcher.name.clone(), value })
+}
+
+fn cookie(matcher: &ProtoCookie, path: &str) -> Result<CookieMatcher> {
+    let value = matcher.string_match.as_ref().ok_or_else(|| required(path, "string_match"))?;
+    let value = string(value, &join(path, "string_match"))?;
+    Ok(CookieMatcher { name: matcher.name.clone(), value, invert_match: matcher.invert_match })
 }
 
 /// A `StringMatcher`, checked.
@@ -117,8 +139,49 @@ pub(crate) fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher>
 
 /// An expression that must match the whole text. Matching takes time linear in the text's length.
 fn regex(matcher: &RegexMatcher, path: &str) -> Result<Regex> {
-    let anchored = format!("^(?:{})$", matcher.regex);
-    let built = regex::RegexBuilder::new(&anchored).size_limit(REGEX_LIMIT).build();
+    compile(&format!("^(?:{})$", matcher.regex), matcher, path)
+}
+
+/// What of a text is replaced by what.
+pub(super) fn regex_rewrite(rewrite: &RegexMatchAndSubstitute, path: &str) -> Result<RegexRewrite> {
+    let matcher = rewrite.pattern.as_ref().ok_or_else(|| required(path, "pattern"))?;
+    let pattern = compile(&matcher.regex, matcher, &join(path, "pattern"))?;
+    let refuse = |text: String| FieldError::new(join(path, "substitution"), text);
+    let mut substitution = Vec::new();
+    let mut literal = String::new();
+    let mut rest = rewrite.substitution.chars();
+    while let Some(next) = rest.next() {
+        match (next, if next == '\\' { rest.next() } else { None }) {
+            ('\\', Some('\\')) => literal.push('\\'),
+            ('\\', Some(digit)) if digit.is_ascii_digit() => {
+                let number = digit as usize - '0' as usize;
+                if number >= pattern.captures_len() {
+                    let most = pattern.captures_len() - 1;
+                    return Err(refuse(format!(
+                        "Substitution '{}' references group {number}, but {:?} has only {most}",
+                        rewrite.substitution, matcher.regex
+                    )));
+                }
+                if !literal.is_empty() {
+                    substitution.push(SubstitutionPiece::Literal(std::mem::take(&mut literal).into()));
+                }
+                substitution.push(SubstitutionPiece::Group(number));
+            }
+            ('\\', _) => {
+                let text = "a backslash must be followed by a digit or a backslash";
+                return Err(refuse(format!("{:?}: {text}", rewrite.substitution)));
+            }
+            (other, _) => literal.push(other),
+        }
+    }
+    if !literal.is_empty() {
+        substitution.push(SubstitutionPiece::Literal(literal.into()));
+    }
+    Ok(RegexRewrite { pattern, substitution })
+}
+
+fn compile(expression: &str, matcher: &RegexMatcher, path: &str) -> Result<Regex> {
+    let built = regex::RegexBuilder::new(expression).size_limit(REGEX_LIMIT).build();
     built.map_err(|error| {
         let text = error.to_string();
         // The crate draws the expression over several lines: the last one says what is wrong.

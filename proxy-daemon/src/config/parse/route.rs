@@ -1,6 +1,6 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use culvert_xds_client::{ads::Variant, source::Source};
+use culvert_xds_client::{ads::Variant, json::unpack, source::Source};
 use envoy_types::pb::envoy::config::{
     core::v3::{HeaderValueOption, RoutingPriority},
     route::v3::{
@@ -9,8 +9,10 @@ use envoy_types::pb::envoy::config::{
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
         route_action::{ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier},
+        virtual_host::TlsRequirementType,
     },
 };
+use envoy_types::pb::envoy::extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig;
 use http::StatusCode;
 
 use super::{
@@ -19,16 +21,18 @@ use super::{
         required,
     },
     config_source::config_source,
-    matcher::route_match,
+    matcher::{regex_rewrite, route_match},
     retry::retry_policy,
     support::{self, join},
+    uri_template,
 };
 use crate::{
     config::{
         FieldError,
         model::{
-            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, RedirectAction, RedirectPath,
-            Route, RouteAction, RouteConfig, VirtualHost, WeightedClusters,
+            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, PathMatch, PathRewrite,
+            RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
+            WeightedClusters,
         },
     },
     layered_runtime::{Key, RuntimeInteger},
@@ -60,6 +64,11 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
         )?,
         validate_clusters: config.validate_clusters.map(|value| value.value),
         ignore_port_in_host_matching: config.ignore_port_in_host_matching,
+        ignore_path_parameters_in_path_matching: config.ignore_path_parameters_in_path_matching,
+        vhost_header: match config.vhost_header.as_str() {
+            "" => None,
+            name => Some(header_name(name, &join(path, "vhost_header"))?),
+        },
     })
 }
 
@@ -130,13 +139,21 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
         retry_policy: retry.transpose()?.map(Arc::new),
         include_request_attempt_count: host.include_request_attempt_count,
         include_attempt_count_in_response: host.include_attempt_count_in_response,
+        require_tls: match TlsRequirementType::try_from(host.require_tls) {
+            Ok(TlsRequirementType::All) => TlsRequirement::All,
+            Ok(TlsRequirementType::ExternalOnly) => TlsRequirement::ExternalOnly,
+            Ok(TlsRequirementType::None) | Err(_) => TlsRequirement::None,
+        },
     })
 }
 
 fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     let rule = route.r#match.as_ref().ok_or_else(|| required(path, "match"))?;
+    let route_match = route_match(rule, &join(path, "match"))?;
     let action = match &route.action {
-        Some(Action::Route(action)) => RouteAction::Forward(Box::new(forward(action, &join(path, "route"))?)),
+        Some(Action::Route(action)) => {
+            RouteAction::Forward(Box::new(forward(action, &route_match, &join(path, "route"))?))
+        }
         Some(Action::Redirect(action)) => RouteAction::Redirect(Box::new(redirect(action, &join(path, "redirect"))?)),
         Some(Action::DirectResponse(action)) => direct_response(action, &join(path, "direct_response"))?,
         Some(_) => return Err(FieldError::unsupported(join(path, "action"))),
@@ -144,7 +161,7 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     };
     Ok(Route {
         name: route.name.clone(),
-        route_match: route_match(rule, &join(path, "match"))?,
+        route_match,
         action,
         headers: mutations(
             (&route.request_headers_to_add, &route.request_headers_to_remove),
@@ -154,7 +171,34 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     })
 }
 
-fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
+fn path_rewrite(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<PathRewrite> {
+    let set = [!action.prefix_rewrite.is_empty(), action.regex_rewrite.is_some(), action.path_rewrite_policy.is_some()];
+    if set.iter().filter(|set| **set).count() > 1 {
+        let text = "Specify only one of prefix_rewrite, regex_rewrite or path_rewrite_policy";
+        return Err(FieldError::new(path, text));
+    }
+    if let Some(policy) = &action.path_rewrite_policy {
+        let path = join(path, "path_rewrite_policy.typed_config");
+        let config = policy.typed_config.as_ref().ok_or_else(|| required(&path, "typed_config"))?;
+        let config: UriTemplateRewriteConfig = unpack(config, &path)?;
+        let PathMatch::Template(template) = &matched.path else {
+            let text = "unable to use envoy.path.rewrite.uri_template.uri_template_rewriter extension without \
+                        envoy.path.match.uri_template.uri_template_matcher extension";
+            return Err(FieldError::new(path, text));
+        };
+        let path = join(&path, "path_template_rewrite");
+        return Ok(PathRewrite::Template(uri_template::rewrite(&config.path_template_rewrite, template, &path)?));
+    }
+    if let Some(rewrite) = &action.regex_rewrite {
+        return Ok(PathRewrite::Regex(Box::new(regex_rewrite(rewrite, &join(path, "regex_rewrite"))?)));
+    }
+    Ok(match action.prefix_rewrite.as_str() {
+        "" => PathRewrite::None,
+        prefix => PathRewrite::Prefix(prefix.into()),
+    })
+}
+
+fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<ForwardAction> {
     let cluster = match &action.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
         Some(ClusterSpecifier::ClusterHeader(name)) => {
@@ -182,7 +226,14 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
             HostRewrite::Literal(header_value(host, &join(path, "host_rewrite_literal"))?)
         }
         Some(HostRewriteSpecifier::AutoHostRewrite(auto)) if auto.value => HostRewrite::Auto,
-        _ => HostRewrite::None,
+        Some(HostRewriteSpecifier::HostRewriteHeader(name)) => {
+            HostRewrite::Header(header_name(name, &join(path, "host_rewrite_header"))?)
+        }
+        Some(HostRewriteSpecifier::HostRewritePathRegex(rewrite)) => {
+            HostRewrite::PathRegex(Box::new(regex_rewrite(rewrite, &join(path, "host_rewrite_path_regex"))?))
+        }
+        Some(HostRewriteSpecifier::HostRewrite(_)) => return Err(FieldError::unsupported(join(path, "host_rewrite"))),
+        Some(HostRewriteSpecifier::AutoHostRewrite(_)) | None => HostRewrite::None,
     };
     let status = match ClusterNotFoundResponseCode::try_from(action.cluster_not_found_response_code) {
         Ok(ClusterNotFoundResponseCode::NotFound) => StatusCode::NOT_FOUND,
@@ -190,7 +241,6 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
         _ => StatusCode::SERVICE_UNAVAILABLE,
     };
     let retry = action.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
-    let prefix_rewrite = Some(action.prefix_rewrite.as_str()).filter(|prefix| !prefix.is_empty());
     Ok(ForwardAction {
         cluster,
         cluster_not_found_status: status,
@@ -200,8 +250,9 @@ fn forward(action: &ProtoAction, path: &str) -> Result<ForwardAction> {
             some => Some(limit(some, None, path, "idle_timeout")?),
         },
         retry_policy: retry.transpose()?.map(Arc::new),
-        prefix_rewrite: prefix_rewrite.map(Into::into),
+        path_rewrite: path_rewrite(action, matched, path)?,
         host_rewrite,
+        append_x_forwarded_host: action.append_x_forwarded_host,
         high_priority: action.priority == RoutingPriority::High as i32,
     })
 }
@@ -241,7 +292,10 @@ fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
     let rewrite = match &action.path_rewrite_specifier {
         Some(PathRewriteSpecifier::PathRedirect(path)) => RedirectPath::Replace(path.as_str().into()),
         Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => RedirectPath::PrefixRewrite(prefix.as_str().into()),
-        Some(_) => return Err(FieldError::unsupported(join(path, "path_rewrite_specifier"))),
+        Some(PathRewriteSpecifier::RegexRewrite(rewrite)) => {
+            RedirectPath::RegexRewrite(Box::new(regex_rewrite(rewrite, &join(path, "regex_rewrite"))?))
+        }
+        Some(PathRewriteSpecifier::PathRewrite(_)) => return Err(FieldError::unsupported(join(path, "path_rewrite"))),
         None => RedirectPath::Keep,
     };
     let to_port = (action.port_redirect != 0).then(|| port(action.port_redirect, path, "port_redirect"));

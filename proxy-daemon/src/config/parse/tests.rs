@@ -74,8 +74,9 @@ fn routes_that_cannot_be_honoured_are_named() {
             "@route.hash_policy: not supported by culvert yet",
         ),
         (
-            "{ match: { prefix: /, cookies: [{ name: c, string_match: { exact: x } }] }, route: { cluster: up } }",
-            "@match.cookies: not supported by culvert yet",
+            "{ match: { prefix: /, dynamic_metadata: [{ filter: f, path: [{ key: k }], value: { present_match: true } }] }, \
+             route: { cluster: up } }",
+            "@match.dynamic_metadata: not supported by culvert yet",
         ),
         (
             "{ match: { safe_regex: { regex: 'a(' } }, route: { cluster: up } }",
@@ -99,8 +100,8 @@ fn routes_that_cannot_be_honoured_are_named() {
         ),
         ("{ match: { prefix: / }, route: { cluster: up, timeout: -1s } }", "@route.timeout: must not be negative"),
         (
-            "{ match: { prefix: / }, redirect: { regex_rewrite: { pattern: { regex: a }, substitution: b } } }",
-            "@redirect.regex_rewrite: not supported by culvert yet",
+            "{ match: { prefix: / }, redirect: { regex_rewrite: { pattern: { regex: a }, substitution: 'a\\x' } } }",
+            "@redirect.regex_rewrite.substitution: \"a\\\\x\": a backslash must be followed by a digit or a backslash",
         ),
     ];
     for (route, expected) in cases {

@@ -1,0 +1,329 @@
+//! Gives the same routes and requests to Envoy and culvertd, and compares.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
+use culvert_tests::wait_until;
+
+use super::upstream::{self, Seen};
+
+/// Headers whose values are a proxy's own: only that they are there is compared.
+const OWN_VALUES: [&str; 4] =
+    ["date", "x-envoy-upstream-service-time", "x-request-id", "x-envoy-expected-rq-timeout-ms"];
+
+/// How many requests are under way at a time at each proxy.
+const AT_A_TIME: usize = 8;
+
+/// Routes, and the requests to them.
+#[derive(Debug, Clone, Default)]
+pub struct Case {
+    name: &'static str,
+    /// A list of routes; or of virtual hosts, where `hosts`.
+    yaml: String,
+    hosts: bool,
+    requests: Vec<String>,
+    /// Further fields of the virtual host, of the route configuration, of the connection manager: lines `field: value`.
+    of_host: String,
+    of_config: String,
+    of_manager: String,
+    /// How many requests the services must have seen before they are asked what they saw.
+    settle: usize,
+    /// Why culvertd answers otherwise.
+    differs: Option<&'static str>,
+}
+
+/// A case of routes, which get a virtual host of their own.
+///
+/// In the YAML `$a`, `$b`, `$c` stand for a route to that service, and `$1` to `$9` for an answer with that number. A request is
+/// `GET /path`, and a line for each header; after an empty line comes its body.
+pub fn case(name: &'static str, routes: &str, requests: &[&str]) -> Case {
+    let requests = requests.iter().map(|request| (*request).to_owned()).collect();
+    Case { name, yaml: routes.to_owned(), requests, ..Case::default() }
+}
+
+impl Case {
+    /// The YAML is a list of virtual hosts, which get a listener of their own. Requests name their host.
+    pub fn hosts(mut self) -> Case {
+        self.hosts = true;
+        self
+    }
+
+    /// A line `field: value` of the virtual host.
+    pub fn of_host(mut self, line: &str) -> Case {
+        self.of_host += &format!("{line}\n");
+        self
+    }
+
+    /// A line `field: value` of the route configuration; cases with the same ones share a listener.
+    pub fn of_config(mut self, line: &str) -> Case {
+        self.of_config += &format!("{line}\n");
+        self
+    }
+
+    /// A line `field: value` of the connection manager; cases with the same ones share a listener.
+    pub fn of_manager(mut self, line: &str) -> Case {
+        self.of_manager += &format!("{line}\n");
+        self
+    }
+
+    /// The services see so many requests for each of the case's requests, some of them perhaps after the client's answer.
+    pub fn settle(mut self, requests: usize) -> Case {
+        self.settle = requests;
+        self
+    }
+
+    /// culvertd answers otherwise than Envoy, on purpose.
+    pub fn differs(mut self, why: &'static str) -> Case {
+        self.differs = Some(why);
+        self
+    }
+
+    /// Cases that share one share a listener.
+    fn listener(&self, index: usize) -> (String, String, Option<usize>) {
+        (self.of_config.clone(), self.of_manager.clone(), self.hosts.then_some(index))
+    }
+}
+
+/// A proxy, its services, and the ports of its listeners.
+struct Stage {
+    proxy: Daemon,
+    seen: Arc<Seen>,
+    /// By case.
+    ports: Vec<u16>,
+    /// The ports of its services and listeners, and what they are shown as.
+    names: Vec<(String, &'static str)>,
+}
+
+impl Stage {
+    fn start(kind: Kind, cases: &[Case]) -> Result<Stage> {
+        let seen = Arc::new(Seen::default());
+        let mut names = Vec::new();
+        let mut clusters = String::new();
+        for name in ["a", "b", "c", "dead"] {
+            let port = if name == "dead" { free_port()? } else { upstream::start(name, Arc::clone(&seen))? };
+            names.push((port.to_string(), "SERVICE"));
+            clusters += &cluster(name, port);
+        }
+        // Held until the proxy starts, so that nobody else is given them.
+        let mut held = Vec::new();
+        let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
+        let mut ports = Vec::new();
+        for (index, case) in cases.iter().enumerate() {
+            let (port, hosts) = match listeners.entry(case.listener(index)) {
+                std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
+                std::collections::btree_map::Entry::Vacant(new) => new.insert((hold_port(&mut held)?, String::new())),
+            };
+            ports.push(*port);
+            *hosts += &virtual_hosts(case, index);
+        }
+        let mut yaml = "static_resources:\n  listeners:\n".to_owned();
+        for ((config, manager, _), (port, hosts)) in &listeners {
+            names.push((port.to_string(), "PORT"));
+            yaml += &listener(*port, config, manager, hosts);
+        }
+        yaml += &format!("  clusters:\n{clusters}");
+        drop(held);
+        Ok(Stage { proxy: Daemon::start(kind, &yaml)?, seen, ports, names })
+    }
+
+    /// What a client and the services see of one request.
+    fn outcome(&self, case: &Case, index: usize, request: usize) -> Result<String> {
+        let id = format!("{index}-{request}");
+        let bytes = bytes(&case.requests[request], index, &id);
+        let method = bytes.split(' ').next().unwrap_or_default();
+        let mut text = match fetch_raw(self.ports[index], bytes.as_bytes(), method) {
+            Ok(response) => {
+                let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
+                headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
+                // What the answer to a GET would be framed by: Envoy says chunked where there is nothing, too.
+                headers.retain(|header| method != "HEAD" || !header.starts_with("transfer-encoding"));
+                let body = match response.body.len() {
+                    0..2000 => format!("{:?}", response.text()),
+                    bytes => format!("of {bytes} bytes"),
+                };
+                format!("status {} {}\n{}\nbody {body}\n", response.status, response.reason, headers.join("\n"))
+            }
+            Err(_) => "no response\n".to_owned(),
+        };
+        let seen = match case.settle {
+            0 => self.seen.of(&id),
+            wanted => wait_until(Duration::from_secs(3), "the services to see the requests", || {
+                Some(self.seen.of(&id)).filter(|seen| seen.len() >= wanted).context("too few")
+            })
+            .unwrap_or_else(|_| self.seen.of(&id)),
+        };
+        let mut seen = seen;
+        if case.settle > 0 {
+            seen.sort();
+        }
+        text += &seen.join("\n");
+        for (port, name) in &self.names {
+            text = text.replace(port, name);
+        }
+        Ok(text)
+    }
+
+    /// The outcomes of all requests of all cases.
+    fn outcomes(&self, cases: &[Case]) -> Vec<Vec<String>> {
+        let all: Vec<_> = cases
+            .iter()
+            .enumerate()
+            .flat_map(|(index, case)| (0..case.requests.len()).map(move |request| (index, request)))
+            .collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            while let Some((index, request)) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let outcome = self.outcome(&cases[*index], *index, *request);
+                done.push((*index, *request, outcome.unwrap_or_else(|error| format!("{error:#}"))));
+            }
+            done
+        };
+        let mut outcomes: Vec<Vec<String>> =
+            cases.iter().map(|case| vec![String::new(); case.requests.len()]).collect();
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..AT_A_TIME).map(|_| scope.spawn(work)).collect();
+            for worker in workers {
+                for (index, request, outcome) in worker.join().unwrap_or_default() {
+                    outcomes[index][request] = outcome;
+                }
+            }
+        });
+        outcomes
+    }
+}
+
+/// Fails with all cases in which the two differ.
+pub fn compare(cases: Vec<Case>) -> Result<()> {
+    // For work on one case.
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
+    let (envoy, culvert) = thread::scope(|scope| {
+        let run = |kind| {
+            let cases = &cases;
+            scope.spawn(move || -> Result<_> {
+                let stage = Stage::start(kind, cases)?;
+                let outcomes = stage.outcomes(cases);
+                // The proxy lives until here.
+                let Stage { proxy, .. } = stage;
+                drop(proxy);
+                Ok(outcomes)
+            })
+        };
+        let (envoy, culvert) = (run(Kind::Envoy), run(Kind::Culvert));
+        (envoy.join(), culvert.join())
+    });
+    let ended = |_| anyhow::anyhow!("a thread panicked");
+    let (expected, seen) = (envoy.map_err(ended)??, culvert.map_err(ended)??);
+    let mut problems = Vec::new();
+    let mut count = 0;
+    for ((case, expected), seen) in cases.iter().zip(&expected).zip(&seen) {
+        count += expected.len();
+        let same = expected == seen;
+        match case.differs {
+            Some(why) if same => problems.push(format!("--- {}: the same by now, not: {why}", case.name)),
+            None if !same => {
+                for ((request, expected), seen) in case.requests.iter().zip(expected).zip(seen) {
+                    if expected != seen {
+                        let name = case.name;
+                        problems.push(format!("--- {name}: {request}\nEnvoy:\n{expected}\nculvertd:\n{seen}\n"));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    ensure!(problems.is_empty(), "{} of {count} requests differ:\n{}", problems.len(), problems.join("\n"));
+    Ok(())
+}
+
+fn hold_port(held: &mut Vec<TcpListener>) -> Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    held.push(listener);
+    Ok(port)
+}
+
+/// A header as it is compared.
+pub fn shown(name: &str, value: &str) -> String {
+    let name = name.to_lowercase();
+    if OWN_VALUES.contains(&name.as_str()) { name } else { format!("{name}: {value}") }
+}
+
+fn bytes(request: &str, index: usize, id: &str) -> String {
+    let (head, body) = request.split_once("\n\n").unwrap_or((request, ""));
+    let (line, headers) = head.split_once('\n').unwrap_or((head, ""));
+    let mut bytes = format!("{line} HTTP/1.1\r\n");
+    if !headers.lines().any(|header| header.starts_with("host:")) {
+        bytes += &format!("host: case-{index}.test\r\n");
+    }
+    for header in headers.lines() {
+        bytes += &format!("{header}\r\n");
+    }
+    if !body.is_empty() {
+        bytes += &format!("content-length: {}\r\n", body.len());
+    }
+    bytes + &format!("x-id: {id}\r\nconnection: close\r\n\r\n{body}")
+}
+
+fn virtual_hosts(case: &Case, index: usize) -> String {
+    let mut yaml = case.yaml.clone();
+    for service in ["a", "b", "c"] {
+        yaml = yaml.replace(&format!("${service}"), &format!("route: {{cluster: {service}}}"));
+    }
+    for number in 1..=9 {
+        let answer = format!("direct_response: {{status: 200, body: {{inline_string: \"{number}\"}}}}");
+        yaml = yaml.replace(&format!("${number}"), &answer);
+    }
+    if case.hosts {
+        return indent(&yaml, 12);
+    }
+    let host = format!("- name: case-{index}\n  domains: [\"case-{index}.test\"]\n");
+    host_with(&host, &case.of_host, &yaml)
+}
+
+fn host_with(host: &str, fields: &str, routes: &str) -> String {
+    indent(host, 12) + &indent(fields, 14) + &indent("routes:", 14) + &indent(routes, 14)
+}
+
+fn cluster(name: &str, port: u16) -> String {
+    format!(
+        "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: {name}\n      \
+         endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: {name}.service, address: {{socket_address: {{address: \
+         127.0.0.1, port_value: {port}}}}}}}}}]}}]\n"
+    )
+}
+
+fn listener(port: u16, config: &str, manager: &str, hosts: &str) -> String {
+    let (config, manager) = (indent(config, 12), indent(manager, 10));
+    format!(
+        r#"  - name: http_{port}
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: ingress
+{manager}          route_config:
+            name: local
+{config}            virtual_hosts:
+{hosts}          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+"#
+    )
+}
+
+/// Puts a block below a key: removes the indentation of its first line from every line and adds `width` blanks.
+fn indent(block: &str, width: usize) -> String {
+    let block = block.trim_start_matches('\n').trim_end();
+    let own = block.len() - block.trim_start().len();
+    block.lines().map(|line| format!("{:width$}{}\n", "", line.get(own..).unwrap_or_default())).collect()
+}

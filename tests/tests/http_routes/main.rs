@@ -1,0 +1,19 @@
+//! Routing side by side with the real Envoy: tables of routes and of requests to them. Both proxies get the same YAML and the same
+//! requests; what clients see and what the services behind the proxies see must be the same.
+
+mod actions;
+mod harness;
+mod matches;
+mod upstream;
+
+use anyhow::Result;
+
+#[test]
+fn matches_are_envoys() -> Result<()> {
+    harness::compare(matches::cases())
+}
+
+#[test]
+fn actions_are_envoys() -> Result<()> {
+    harness::compare(actions::cases())
+}

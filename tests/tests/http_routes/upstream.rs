@@ -1,0 +1,95 @@
+//! The services behind a proxy: they note what they see, and answer as the request tells them to.
+
+use std::collections::HashMap;
+use std::io::{BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use culvert_tests::http1::{Request, Response};
+
+/// What the services of one proxy have seen, by the request's `x-id`.
+#[derive(Debug, Default)]
+pub struct Seen(Mutex<HashMap<String, Vec<String>>>);
+
+impl Seen {
+    /// What belongs to this `x-id`, one text a request, in their order.
+    pub fn of(&self, id: &str) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned().unwrap_or_default()
+    }
+
+    /// Notes a request; returns how many of this `x-id` came before it at this service.
+    fn note(&self, service: &str, request: &Request) -> usize {
+        let id = request.headers.get("x-id").unwrap_or_default().to_owned();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = all.entry(id).or_default();
+        let before = seen.iter().filter(|text| text.starts_with(&format!("{service}: "))).count();
+        seen.push(describe(service, request));
+        before
+    }
+}
+
+fn describe(service: &str, request: &Request) -> String {
+    let mut text = format!("{service}: {} {}", request.method, request.target);
+    let mut headers: Vec<_> =
+        request.headers.0.iter().map(|(name, value)| super::harness::shown(name, value)).collect();
+    // A value's place among others of its name is kept, the order of names is not.
+    headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
+    for header in headers {
+        text.push_str(&format!("\n    {header}"));
+    }
+    if !request.body.is_empty() {
+        text.push_str(&format!("\n    body of {} bytes", request.body.len()));
+    }
+    text
+}
+
+/// Starts a service; returns its port.
+///
+/// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
+/// further ones. A step is a status, `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
+/// followed by `+name=value` for response headers, of which `delay` (milliseconds) and `bytes` (a body of so many) are told
+/// to the service.
+pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let seen = Arc::clone(&seen);
+            // A proxy that breaks off is no failure of the service.
+            thread::spawn(move || drop(serve(name, stream, &seen)));
+        }
+    });
+    Ok(port)
+}
+
+fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    while let Some(request) = Request::read(&mut reader)? {
+        let before = seen.note(name, &request);
+        let steps: Vec<&str> = request.headers.get("x-do").unwrap_or("200").split(',').map(str::trim).collect();
+        let mut words = steps[before.min(steps.len() - 1)].split('+');
+        let what = words.next().unwrap_or_default();
+        if what == "reset" {
+            return Ok(());
+        }
+        let mut response =
+            Response::new(what.parse().unwrap_or(200), "text/plain", format!("from {name}\n").into_bytes());
+        if what == "hang" {
+            thread::sleep(Duration::from_secs(5));
+        }
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            match (name, value.parse()) {
+                ("delay", Ok(milliseconds)) => thread::sleep(Duration::from_millis(milliseconds)),
+                ("bytes", Ok(bytes)) => response.body = vec![b'x'; usize::try_from(bytes)?],
+                _ => response.headers.push(name, value),
+            }
+        }
+        response.write(&mut stream, request.method == "HEAD")?;
+        stream.flush()?;
+    }
+    Ok(())
+}
