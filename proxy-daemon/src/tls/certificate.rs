@@ -83,6 +83,11 @@ fn server_names(leaf: &CertificateDer<'_>) -> Vec<String> {
 pub fn trusted_ca(pem: &Material) -> Result<TrustedCa, String> {
     let certificates =
         certificates(pem).ok_or_else(|| format!("Failed to load trusted CA certificates from {}", pem.origin))?;
+    // What chains are verified by reads less than what names are read by: a context could not be built of the rest.
+    for certificate in &certificates {
+        webpki::anchor_from_trusted_cert(certificate)
+            .map_err(|error| format!("Failed to load trusted CA certificates from {}: {error}", pem.origin))?;
+    }
     Ok(TrustedCa { path: pem.origin.clone(), certificates })
 }
 

@@ -13,6 +13,7 @@ mod server;
 mod stats;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tickets;
 mod verify;
 
 use std::sync::{Arc, OnceLock};
@@ -27,6 +28,7 @@ pub use self::{
     secrets::{SecretUser, Secrets},
     server::ServerTls,
     stats::{SslStats, TlsInspectorStats},
+    tickets::TicketKey,
     verify::sha256,
 };
 use crate::config::model::TlsParameters;

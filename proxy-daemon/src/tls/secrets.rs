@@ -7,7 +7,7 @@ use std::{
 
 use crate::config::model::{
     CertificateValidationContext, Certificates, CommonTlsContext, Secret, SecretName, SecretRef, SecretType,
-    TlsCertificate, Validation,
+    SessionTicketKeys, TlsCertificate, Validation,
 };
 
 /// Uses secrets, and wants to be told when one changes.
@@ -88,15 +88,23 @@ impl Secrets {
         }
     }
 
+    /// The keys of session tickets; `None` where they are missing, or the secret is something else.
+    pub(super) fn ticket_keys(&self, secret: &SecretRef) -> Option<Arc<SessionTicketKeys>> {
+        match self.get(&secret.name())? {
+            Secret::SessionTicketKeys(keys) => Some(keys),
+            _ => None,
+        }
+    }
+
     /// What the context is to be built of; `None` where a secret is missing, or is not of the kind that is wanted.
     pub(super) fn resolve(&self, common: &CommonTlsContext) -> Option<Needed> {
         let certificate = |secret: &SecretRef| match self.get(&secret.name())? {
             Secret::TlsCertificate(certificate) => Some(certificate),
-            Secret::ValidationContext(_) => None,
+            _ => None,
         };
         let validation = |secret: &SecretRef| match self.get(&secret.name())? {
             Secret::ValidationContext(context) => Some(context),
-            Secret::TlsCertificate(_) => None,
+            _ => None,
         };
         Some(Needed {
             certificates: match &common.certificates {

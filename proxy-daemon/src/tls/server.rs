@@ -19,9 +19,10 @@ use super::{
     certificate::{self, SocketCertificates},
     secrets::{Needed, SecretUser, Secrets},
     stats::SslStats,
+    tickets::{self, AgingSessions, AgingTickets, KeyedTickets},
     verify::{Peer, PeerVerifier, covers},
 };
-use crate::config::model::{DownstreamTlsContext, TlsCertificate};
+use crate::config::model::{DownstreamTlsContext, SessionTicketKeys, SessionTickets, TlsCertificate};
 
 /// A filter chain's transport socket, shared by all workers.
 pub struct ServerTls {
@@ -55,14 +56,22 @@ impl ServerTls {
     ) -> Result<Arc<ServerTls>, String> {
         let tls = Arc::new(ServerTls { config, secrets: Arc::clone(secrets), stats, current: ArcSwapOption::empty() });
         let user: Weak<dyn SecretUser> = Arc::downgrade(&tls) as Weak<dyn SecretUser>;
-        secrets.subscribe(tls.config.common.secrets(), &user);
+        secrets.subscribe(tls.config.secrets(), &user);
         tls.build()?;
         Ok(tls)
     }
 
     fn build(&self) -> Result<bool, String> {
         let Some(needed) = self.secrets.resolve(&self.config.common) else { return Ok(false) };
-        let context = build(&self.config, needed, &self.stats)?;
+        let keys = match &self.config.session_tickets {
+            SessionTickets::Secret(secret) => match self.secrets.ticket_keys(secret) {
+                Some(keys) => Some(keys),
+                None => return Ok(false),
+            },
+            SessionTickets::Keys(keys) => Some(Arc::clone(keys)),
+            SessionTickets::OwnKeys | SessionTickets::Disabled => None,
+        };
+        let context = build(&self.config, needed, keys, &self.stats)?;
         self.current.store(Some(Arc::new(context)));
         Ok(true)
     }
@@ -104,7 +113,12 @@ impl SecretUser for ServerTls {
     }
 }
 
-fn build(config: &DownstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> Result<Context, String> {
+fn build(
+    config: &DownstreamTlsContext,
+    needed: Needed,
+    ticket_keys: Option<Arc<SessionTicketKeys>>,
+    stats: &Arc<SslStats>,
+) -> Result<Context, String> {
     let common = &config.common;
     let provider = super::restricted(&common.params);
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -121,13 +135,22 @@ fn build(config: &DownstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -
     let mut server = builder.with_client_cert_verifier(verifier).with_cert_resolver(Arc::new(resolver));
     server.alpn_protocols.clone_from(&common.alpn_protocols);
     server.ignore_client_order = !common.params.cipher_suites.is_empty();
-    if config.session_tickets {
-        server.ticketer = Ticketer::new().map_err(|error| error.to_string())?;
-    } else {
+    if let Some(keys) = ticket_keys {
+        let binding = tickets::binding(config.require_client_certificate, &needed);
+        server.ticketer = Arc::new(KeyedTickets::new(keys, binding, config.session_timeout));
+    } else if matches!(config.session_tickets, SessionTickets::Disabled) {
         server.send_tls13_tickets = 0;
+    } else {
+        let own = Ticketer::new().map_err(|error| error.to_string())?;
+        server.ticketer = match config.session_timeout {
+            Some(timeout) => Arc::new(AgingTickets::new(own, timeout)),
+            None => own,
+        };
     }
     if !config.session_ids {
         server.session_storage = Arc::new(NoServerSessionStorage {});
+    } else if let Some(timeout) = config.session_timeout {
+        server.session_storage = Arc::new(AgingSessions::new(Arc::clone(&server.session_storage), timeout));
     }
     for certificate in &needed.certificates {
         if let Some(at) = certificate::expiration(&certificate.key.cert) {

@@ -60,7 +60,7 @@ impl Listener {
 
     /// The secrets that its connections need, with what each has to be.
     pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
-        self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.common.secrets())
+        self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.secrets())
     }
 
     /// The HTTP filters that ECDS configures.

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use culvert_xds_client::source::Source;
 use rustls::{
@@ -7,6 +7,7 @@ use rustls::{
 };
 
 use super::{ResourceRef, StringMatcher};
+use crate::tls::TicketKey;
 
 /// A checked `DownstreamTlsContext`: how a filter chain's connections are decrypted.
 #[derive(Debug)]
@@ -17,10 +18,43 @@ pub struct DownstreamTlsContext {
     pub require_client_certificate: bool,
     /// A client that names no server is refused.
     pub require_sni: bool,
-    /// Sessions may be taken up again by a ticket (`disable_stateless_session_resumption` is not set).
-    pub session_tickets: bool,
+    /// How sessions are taken up again by a ticket.
+    pub session_tickets: SessionTickets,
     /// TLS 1.2 sessions may be taken up again by their id (`disable_stateful_session_resumption` is not set).
     pub session_ids: bool,
+    /// How long a session may be taken up again, in whole seconds; `None`: for as long as the library says.
+    pub session_timeout: Option<Duration>,
+}
+
+impl DownstreamTlsContext {
+    /// The secrets that it needs, with what each has to be.
+    pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
+        let keys = match &self.session_tickets {
+            SessionTickets::Secret(secret) => Some((SecretType::SessionTicketKeys, secret)),
+            SessionTickets::Disabled | SessionTickets::OwnKeys | SessionTickets::Keys(_) => None,
+        };
+        self.common.secrets().chain(keys)
+    }
+}
+
+/// What encrypts session tickets.
+#[derive(Debug)]
+pub enum SessionTickets {
+    /// There are none: `disable_stateless_session_resumption`.
+    Disabled,
+    /// Keys that the context makes for itself, and changes.
+    OwnKeys,
+    /// `session_ticket_keys`.
+    Keys(Arc<SessionTicketKeys>),
+    /// `session_ticket_keys_sds_secret_config`.
+    Secret(SecretRef),
+}
+
+/// A checked `TlsSessionTicketKeys`.
+#[derive(Debug)]
+pub struct SessionTicketKeys {
+    /// The first encrypts, all decrypt. At least one.
+    pub keys: Vec<TicketKey>,
 }
 
 /// A checked `UpstreamTlsContext`: how a cluster's connections are encrypted.
@@ -147,6 +181,8 @@ pub enum SecretType {
     TlsCertificate,
     /// `validation_context`
     ValidationContext,
+    /// `session_ticket_keys`
+    SessionTicketKeys,
 }
 
 impl SecretType {
@@ -155,6 +191,7 @@ impl SecretType {
         match self {
             SecretType::TlsCertificate => "tls_certificate",
             SecretType::ValidationContext => "validation_context",
+            SecretType::SessionTicketKeys => "session_ticket_keys",
         }
     }
 }
@@ -165,6 +202,7 @@ impl Secret {
         match self {
             Secret::TlsCertificate(_) => SecretType::TlsCertificate,
             Secret::ValidationContext(_) => SecretType::ValidationContext,
+            Secret::SessionTicketKeys(_) => SecretType::SessionTicketKeys,
         }
     }
 }
@@ -176,6 +214,8 @@ pub enum Secret {
     TlsCertificate(Arc<TlsCertificate>),
     /// What peers must show.
     ValidationContext(Arc<CertificateValidationContext>),
+    /// Keys of session tickets.
+    SessionTicketKeys(Arc<SessionTicketKeys>),
 }
 
 /// A checked `TlsCertificate`: chain and key belong together.

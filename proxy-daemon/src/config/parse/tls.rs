@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::{
         CertificateValidationContext as ProtoValidation, CommonTlsContext as ProtoCommon,
         DownstreamTlsContext as ProtoDownstream, SdsSecretConfig, Secret as ProtoSecret,
         SubjectAltNameMatcher as ProtoMatcher, TlsCertificate as ProtoCertificate, TlsParameters as ProtoParameters,
-        UpstreamTlsContext as ProtoUpstream,
+        TlsSessionTicketKeys as ProtoTicketKeys, UpstreamTlsContext as ProtoUpstream,
         certificate_validation_context::TrustChainVerification,
         common_tls_context::{CombinedCertificateValidationContext, ValidationContextType},
         downstream_tls_context::SessionTicketKeysType,
@@ -22,7 +22,7 @@ use prost::Message;
 use rustls::{CipherSuite, NamedGroup, pki_types::ServerName};
 
 use super::{
-    common::{Result, required},
+    common::{Result, duration, required},
     config_source::config_source,
     matcher,
     secret_files::not_watched,
@@ -33,10 +33,11 @@ use crate::{
         FieldError,
         model::{
             CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, ResourceRef, SanType,
-            Secret, SecretRef, SubjectAltNameMatcher, TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
+            Secret, SecretRef, SessionTicketKeys, SessionTickets, SubjectAltNameMatcher, TlsCertificate, TlsParameters,
+            UpstreamTlsContext, Validation,
         },
     },
-    tls::{self, Material},
+    tls::{self, Material, TicketKey},
 };
 
 /// The largest file that is read, in bytes.
@@ -58,15 +59,24 @@ pub(super) fn downstream_socket(
         _ => {}
     }
     let session_tickets = match &message.session_ticket_keys_type {
-        Some(SessionTicketKeysType::DisableStatelessSessionResumption(disabled)) => !disabled,
-        _ => true,
+        Some(SessionTicketKeysType::DisableStatelessSessionResumption(true)) => SessionTickets::Disabled,
+        None | Some(SessionTicketKeysType::DisableStatelessSessionResumption(false)) => SessionTickets::OwnKeys,
+        Some(SessionTicketKeysType::SessionTicketKeys(keys)) => {
+            SessionTickets::Keys(Arc::new(session_ticket_keys(keys, &join(&path, "session_ticket_keys"))?))
+        }
+        Some(SessionTicketKeysType::SessionTicketKeysSdsSecretConfig(config)) => {
+            SessionTickets::Secret(secret_ref(config, &join(&path, "session_ticket_keys_sds_secret_config"))?)
+        }
     };
+    let session_timeout = duration(message.session_timeout, &path, "session_timeout")?;
     Ok(Some(Arc::new(DownstreamTlsContext {
         common,
         require_client_certificate: message.require_client_certificate.is_some_and(|value| value.value),
         require_sni: message.require_sni.is_some_and(|value| value.value),
         session_tickets,
         session_ids: !message.disable_stateful_session_resumption,
+        // As BoringSSL takes it, none is the default.
+        session_timeout: session_timeout.filter(|timeout| timeout.as_secs() > 0),
     })))
 }
 
@@ -230,10 +240,25 @@ pub fn secret(message: &ProtoSecret, path: &str) -> Result<Secret> {
             let path = join(path, "validation_context");
             Ok(Secret::ValidationContext(Arc::new(validation_context(context, &message.name, &path)?)))
         }
-        Some(secret::Type::SessionTicketKeys(_)) => Err(FieldError::unsupported(join(path, "session_ticket_keys"))),
+        Some(secret::Type::SessionTicketKeys(keys)) => {
+            Ok(Secret::SessionTicketKeys(Arc::new(session_ticket_keys(keys, &join(path, "session_ticket_keys"))?)))
+        }
         Some(secret::Type::GenericSecret(_)) => Err(FieldError::unsupported(join(path, "generic_secret"))),
         None => Err(required(path, "tls_certificate")),
     }
+}
+
+fn session_ticket_keys(message: &ProtoTicketKeys, path: &str) -> Result<SessionTicketKeys> {
+    let path = join(path, "keys");
+    if message.keys.is_empty() {
+        return Err(FieldError::new(path, "value must contain at least 1 item(s)"));
+    }
+    let keys = message.keys.iter().enumerate().map(|(index, source)| {
+        let path = format!("{path}[{index}]");
+        let bytes = material(source, &path)?.bytes;
+        TicketKey::new(&bytes).map_err(|error| FieldError::new(path, error))
+    });
+    Ok(SessionTicketKeys { keys: keys.collect::<Result<_>>()? })
 }
 
 fn tls_certificate(certificate: &ProtoCertificate, name: &str, path: &str) -> Result<TlsCertificate> {

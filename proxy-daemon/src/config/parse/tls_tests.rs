@@ -5,7 +5,10 @@ use envoy_types::pb::envoy::{
 
 use super::*;
 use crate::{
-    config::{model::UpstreamProtocol, parse},
+    config::{
+        model::{SecretType, UpstreamProtocol},
+        parse,
+    },
     tls::testing::{Authority, yaml},
 };
 
@@ -60,7 +63,7 @@ fn a_downstream_context_is_read() {
     ))
     .unwrap();
     assert!(context.require_client_certificate && context.require_sni);
-    assert!(!context.session_tickets && !context.session_ids);
+    assert!(matches!(context.session_tickets, SessionTickets::Disabled) && !context.session_ids);
     assert_eq!(context.common.alpn_protocols, [b"h2".to_vec(), b"http/1.1".to_vec()]);
     let params = &context.common.params;
     assert_eq!((params.tls12, params.tls13), (false, true));
@@ -73,6 +76,49 @@ fn a_downstream_context_is_read() {
     assert_eq!(validation.verify_certificate_spki, [[7; 32]]);
     assert!(validation.accept_untrusted && validation.suppress_client_ca_list);
     assert_eq!(validation.match_typed_subject_alt_names[0].san_type, Some(SanType::Uri));
+}
+
+#[test]
+fn keys_of_session_tickets_are_read_or_refused() {
+    let context =
+        |text: &str| downstream(&format!("{text}, common_tls_context: {{ tls_certificates: [{CERTIFICATE}] }}"));
+    let (good, bad) = (STANDARD.encode([1; 80]), STANDARD.encode([1; 48]));
+    let of = |keys: &str| context(&format!("session_timeout: 90.5s, session_ticket_keys: {{ keys: [{keys}] }}"));
+    let read = of(&format!("{{ inline_bytes: {good} }}, {{ inline_bytes: {good} }}")).unwrap();
+    assert!(matches!(&read.session_tickets, SessionTickets::Keys(keys) if keys.keys.len() == 2));
+    assert_eq!(read.session_timeout, Some(std::time::Duration::from_millis(90_500)));
+    let plain = context("disable_stateless_session_resumption: false, session_timeout: 0s").unwrap();
+    assert!(matches!(plain.session_tickets, SessionTickets::OwnKeys) && plain.session_ids);
+    assert_eq!(plain.session_timeout, None, "none is the default, as in BoringSSL");
+    let secret = context("session_ticket_keys_sds_secret_config: { name: tickets }").unwrap();
+    let secrets: Vec<_> = secret.secrets().map(|(kind, secret)| (kind, secret.name().name)).collect();
+    assert_eq!(secrets, [(SecretType::SessionTicketKeys, "tickets".into())]);
+
+    let length = "Incorrect TLS session ticket key length. Length 48, expected length 80.";
+    let error = of(&format!("{{ inline_bytes: {good} }}, {{ inline_bytes: {bad} }}")).unwrap_err();
+    assert_eq!(error, format!("transport_socket.typed_config.session_ticket_keys.keys[1]: {length}"));
+    let error = of("").unwrap_err();
+    assert!(error.starts_with("transport_socket.typed_config.session_ticket_keys.keys: "), "{error}");
+    let error = context("session_timeout: -1s").unwrap_err();
+    assert!(error.starts_with("transport_socket.typed_config.session_timeout: "), "{error}");
+}
+
+#[test]
+fn an_issuer_that_cannot_be_trusted_is_refused_with_its_path() {
+    // A reader of certificates takes what it knows and leaves the rest; what chains are verified by wants nothing left.
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let der = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().der().to_vec();
+    let longer = STANDARD.encode([der, vec![0]].concat());
+    let pem = format!("-----BEGIN CERTIFICATE-----\n{longer}\n-----END CERTIFICATE-----\n");
+    let message: ProtoSecret = culvert_xds_client::json::from_yaml(&format!(
+        "name: v\nvalidation_context: {{ trusted_ca: {{ inline_string: {} }} }}",
+        yaml(&pem)
+    ))
+    .unwrap();
+    let error = secret(&message, "").unwrap_err().to_string();
+    let expected = "validation_context.trusted_ca: Failed to load trusted CA certificates from <inline>: ";
+    assert!(error.starts_with(expected) && error.len() > expected.len(), "{error}");
 }
 
 #[test]
@@ -231,7 +277,7 @@ fn secrets_are_read_or_refused() {
         ("name: g\ngeneric_secret: { secret: { inline_string: x } }", "generic_secret: not supported by culvert yet"),
         (
             "name: t\nsession_ticket_keys: { keys: [{ inline_string: x }] }",
-            "session_ticket_keys: not supported by culvert yet",
+            "session_ticket_keys.keys[0]: Incorrect TLS session ticket key length. Length 1, expected length 80.",
         ),
         ("name: e", "tls_certificate: value is required"),
     ] {

@@ -53,7 +53,7 @@ impl State {
         let chains = chains.map(|(index, chain)| (format!("filter_chains[{index}]"), chain));
         let default = listener.default_filter_chain.iter().map(|chain| ("default_filter_chain".to_owned(), chain));
         for (path, chain) in chains.chain(default) {
-            let secrets = chain.tls.iter().flat_map(|tls| tls.common.secrets());
+            let secrets = chain.tls.iter().flat_map(|tls| tls.secrets());
             self.check_static(secrets).map_err(|text| FieldError::new(format!("{path}.transport_socket"), text))?;
         }
         Ok(())
