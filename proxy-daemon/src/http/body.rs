@@ -34,7 +34,14 @@ pub enum Body {
     Full(Bytes),
     /// Streaming, and watched.
     Observed(Incoming, Box<dyn Observer>),
+    /// What a filter made of another body.
+    Wrapped(Box<dyn WrappedBody>),
 }
+
+/// A body that a filter puts around the one that was there: to look at it, to change it, or to hold it up.
+pub trait WrappedBody: http_body::Body<Data = Bytes, Error = BodyError> + Unpin {}
+
+impl<B: http_body::Body<Data = Bytes, Error = BodyError> + Unpin> WrappedBody for B {}
 
 impl Body {
     /// A body that `observer` watches. An empty one is told of its end here, since nobody may poll it.
@@ -44,6 +51,11 @@ impl Body {
             return Body::Empty;
         }
         Body::Observed(incoming, observer)
+    }
+
+    /// Puts `wrap` around what is here.
+    pub fn wrap<W: WrappedBody + 'static>(&mut self, wrap: impl FnOnce(Body) -> W) {
+        *self = Body::Wrapped(Box::new(wrap(std::mem::take(self))));
     }
 }
 
@@ -60,6 +72,7 @@ impl http_body::Body for Body {
                 *body = Body::Empty;
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
+            Body::Wrapped(wrapped) => Pin::new(wrapped).poll_frame(cx),
             Body::Observed(incoming, observer) => match Pin::new(&mut *incoming).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
@@ -95,6 +108,7 @@ impl http_body::Body for Body {
             Body::Empty => true,
             Body::Full(bytes) => bytes.is_empty(),
             Body::Observed(incoming, _) => incoming.is_end_stream(),
+            Body::Wrapped(wrapped) => wrapped.is_end_stream(),
         }
     }
 
@@ -103,6 +117,7 @@ impl http_body::Body for Body {
             Body::Empty => SizeHint::with_exact(0),
             Body::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Body::Observed(incoming, _) => incoming.size_hint(),
+            Body::Wrapped(wrapped) => wrapped.size_hint(),
         }
     }
 }

@@ -1,8 +1,7 @@
 //! One downstream connection: its codec, its streams, its end.
 
 use std::{
-    borrow::Cow,
-    cell::Cell,
+    cell::{Cell, RefCell},
     convert::Infallible,
     fmt::Write as _,
     net::IpAddr,
@@ -30,11 +29,12 @@ use super::{
     forward::forward,
     headers::{self, names::*},
     io::DownstreamIo,
-    observe::{LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
+    observe::{EndHolder, LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
     scopes::RouteFinder,
     stats::HcmStats,
     stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
+    waiting::{self, Counted},
 };
 use crate::{
     access_log::{AccessLog, ResponseFlags},
@@ -319,7 +319,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
 
     if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count) {
         end.keep_request(&head);
-        return Ok(answer(end, reply, grpc, is_head, None, &mut []));
+        return Ok(answer(end, reply, grpc, is_head, None, &mut Vec::new()));
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     let random = fastrand::u64(..);
@@ -334,13 +334,14 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         random,
         cluster: None,
         override_dst: None,
+        flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         started,
         progress: Rc::clone(&progress),
     };
     cx.route = state.routes.route(&head, &cx.match_cx());
     cx.cluster = choose_cluster(&mut cx, &head);
-    let body = if no_body {
+    let mut body = if no_body {
         Body::Empty
     } else {
         Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
@@ -350,22 +351,24 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     let mut entries = config.http_filters.iter();
     let mut pauses = 0;
     while let Some(entry) = entries.next() {
-        let made = entry.source.with(|factory| {
+        let flow = entry.source.with(|factory| {
             cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
-            factory.stream()
+            factory.request(&mut head, &mut body, &mut cx, &mut filters)
         });
-        let flow = match made {
-            Some(None) => continue,
-            Some(Some(mut filter)) => {
-                let flow = filter.request(&mut head, &mut cx);
-                filters.push(filter);
-                flow
+        let flow = match (flow, filters.last_mut()) {
+            (Some(Flow::Wait), Some(filter)) => {
+                end.keep_request(&head);
+                end.keep_route(&cx);
+                let limits = waiting::limits(&state, &cx);
+                let waiting = filter.wait_request(&mut head, &mut body, &mut cx);
+                Box::pin(waiting::within(waiting, limits, &state, &progress)).await
             }
+            (Some(flow), _) => flow,
             // ECDS has not delivered it in time, and there is no default.
-            None => Flow::Respond(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::NFCF, "")),
+            (None, _) => Flow::Respond(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::NFCF, "")),
         };
         let reply = match flow {
-            Flow::Continue => continue,
+            Flow::Continue | Flow::Wait => continue,
             Flow::Respond(reply) => reply,
             // What was there once may be gone again by the next time.
             _ if pauses == MAX_PAUSES => continue,
@@ -385,6 +388,8 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         };
         end.keep_request(&head);
         end.keep_route(&cx);
+        // Filters that have not seen the request see the answer.
+        filters.extend(entries.filter_map(|entry| entry.source.with(|factory| factory.stream()).flatten()));
         return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters));
     }
     end.keep_request(&head);
@@ -426,15 +431,43 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
 
     let (mut response, incoming) = answered.response.into_parts();
     finish_response(&mut response, &cx, &end, answered.attempts, request_id);
+    if filters.is_empty() {
+        end.came_from_upstream(&response, &cx);
+        let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
+        return Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))));
+    }
+    let end = Rc::new(RefCell::new(end));
+    let observer = ResponseObserver::new(EndHolder::Shared(Rc::clone(&end)), answered.timers, answered.connection);
+    let mut body = Body::observed(incoming, Box::new(observer));
+    let mut reply = None;
     for filter in filters.iter_mut().rev() {
-        if let Flow::Respond(reply) = filter.response(&mut response, &mut cx) {
-            return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut []));
+        let mut flow = filter.response(&mut response, &mut body, &mut cx);
+        if let Flow::Wait = flow {
+            flow = filter.wait_response(&mut response, &mut body, &mut cx).await;
+        }
+        if let Flow::Respond(instead) = flow {
+            reply = Some(instead);
+            body = Body::Empty;
+            break;
         }
     }
-    end.keep_response(response.status, &response.headers);
-    end.details = Cow::Borrowed("via_upstream");
-    let observer = ResponseObserver::new(end, answered.timers, answered.connection);
-    Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))))
+    let mut settled = end.borrow_mut();
+    settled.filters = filters;
+    if reply.is_none() {
+        settled.came_from_upstream(&response, &cx);
+    }
+    drop(settled);
+    // A body that has not ended holds it too.
+    let end = Rc::into_inner(end).map(RefCell::into_inner);
+    match (reply, end) {
+        (Some(reply), Some(end)) => return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut Vec::new())),
+        (_, end) => {
+            if let Body::Wrapped(_) = body {
+                body.wrap(|body| Counted::new(body, progress, end));
+            }
+        }
+    }
+    Ok(Response::from_parts(response, body))
 }
 
 fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
@@ -474,7 +507,7 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
                 .map(|name| Wanted::Cluster { source: Arc::clone(&clusters.from.source), name: name.into() });
             (wanted, Some(clusters.timeout))
         }
-        Flow::Continue | Flow::Respond(_) => (None, None),
+        Flow::Continue | Flow::Respond(_) | Flow::Wait => (None, None),
     };
     let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
     let earlier = limit.into_iter().chain(idle).min().unwrap_or(Duration::MAX / 4);
@@ -526,7 +559,7 @@ fn answer(
     grpc: bool,
     is_head: bool,
     cx: Option<&mut StreamCx>,
-    filters: &mut [Box<dyn HttpFilter>],
+    filters: &mut Vec<Box<dyn HttpFilter>>,
 ) -> Response<Body> {
     end.flags |= reply.flags;
     if end.details.is_empty() {
@@ -540,7 +573,8 @@ fn answer(
     if grpc {
         head.status = StatusCode::OK;
         head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        head.headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status(reply.status)));
+        head.headers
+            .insert(GRPC_STATUS, HeaderValue::from(reply.grpc_status.unwrap_or_else(|| grpc_status(reply.status))));
         if let (false, Ok(message)) = (body.is_empty(), HeaderValue::from_str(&grpc_message(&body))) {
             head.headers.insert(GRPC_MESSAGE, message);
         }
@@ -553,6 +587,7 @@ fn answer(
         head.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
         body = bytes::Bytes::new();
     }
+    let mut body = Body::Full(body);
     if let Some(cx) = cx {
         if let Some(route) = cx.route.clone() {
             for mutations in route.header_mutations() {
@@ -561,14 +596,21 @@ fn answer(
         }
         for filter in filters.iter_mut().rev() {
             // A filter cannot replace an answer that was made here.
-            let _ = filter.response(&mut head, cx);
+            let _ = filter.response(&mut head, &mut body, cx);
         }
+        end.flags |= cx.flags;
     }
     head.headers.insert(SERVER, end.state.manager.config.server_name.clone());
-    end.progress.sent.set(body.len() as u64);
     end.keep_response(head.status, &head.headers);
-    end.complete = true;
-    Response::from_parts(head, Body::Full(body))
+    end.filters.append(filters);
+    match &body {
+        Body::Wrapped(_) => body.wrap(|body| Counted::new(body, Rc::clone(&end.progress), Some(end))),
+        body => {
+            end.progress.sent.set(http_body::Body::size_hint(body).lower());
+            end.complete = true;
+        }
+    }
+    Response::from_parts(head, body)
 }
 
 /// A message as gRPC writes it into a header: what is not printable, and `%`, as `%` and two digits.

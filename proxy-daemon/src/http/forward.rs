@@ -14,6 +14,7 @@ use super::{
     route_match::authority,
     stream::{LocalReply, RequestHead, StreamCx},
     timers::{Expired, Timers},
+    waiting,
 };
 use crate::{
     access_log::ResponseFlags,
@@ -164,17 +165,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> Loc
             let text = "upstream request timeout";
             LocalReply::new(StatusCode::GATEWAY_TIMEOUT, text, ResponseFlags::UT, "response_timeout")
         }
-        Expired::Idle => {
-            end.state.manager.stats.downstream_rq_idle_timeout.inc();
-            let complete = end.progress.request_complete.get().is_some();
-            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
-            LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout")
-        }
-        Expired::Request => {
-            end.state.manager.stats.downstream_rq_timeout.inc();
-            let (status, text) = (StatusCode::REQUEST_TIMEOUT, "request timeout");
-            LocalReply::new(status, text, ResponseFlags::default(), "request_overall_timeout")
-        }
+        Expired::Idle | Expired::Request => waiting::expire(&end.state, &end.progress, expired),
     }
 }
 

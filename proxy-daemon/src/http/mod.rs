@@ -16,6 +16,7 @@ mod scopes;
 mod stats;
 pub mod stream;
 mod timers;
+mod waiting;
 
 pub use conn_manager::{ConnectionManager, serve};
 pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    cell::RefCell,
     collections::BTreeSet,
     net::SocketAddr,
     rc::Rc,
@@ -15,6 +16,7 @@ use super::{
     RouteRef,
     body::{BodyError, Observer},
     conn_manager::ConnState,
+    filters::HttpFilter,
     forward::h2_error,
     headers::names::GRPC_STATUS,
     stream::{Progress, RequestHead, ResponseHead},
@@ -53,26 +55,39 @@ impl Observer for RequestObserver {
     fn error(&mut self, _error: &BodyError) {}
 }
 
+/// Who settles a stream's accounts.
+pub(super) enum EndHolder {
+    /// The observer of the response's body alone.
+    Own(StreamEnd),
+    /// While filters look at the response, the connection manager too: they may answer in its place.
+    Shared(Rc<RefCell<StreamEnd>>),
+}
+
+impl EndHolder {
+    fn with<R>(&mut self, settle: impl FnOnce(&mut StreamEnd) -> R) -> R {
+        match self {
+            EndHolder::Own(end) => settle(end),
+            EndHolder::Shared(end) => settle(&mut end.borrow_mut()),
+        }
+    }
+}
+
 /// Watches a response's body: limits, byte count, and what becomes of the upstream connection.
 pub(super) struct ResponseObserver {
-    end: StreamEnd,
+    end: EndHolder,
     timers: Timers,
     connection: Option<Connection>,
 }
 
 impl ResponseObserver {
-    pub(super) fn new(end: StreamEnd, timers: Timers, connection: Connection) -> ResponseObserver {
+    pub(super) fn new(end: EndHolder, timers: Timers, connection: Connection) -> ResponseObserver {
         ResponseObserver { end, timers, connection: Some(connection) }
     }
 }
 
 impl Observer for ResponseObserver {
     fn data(&mut self, bytes: usize) {
-        let progress = &self.end.progress;
-        progress.sent.set(progress.sent.get() + bytes as u64);
-        let now = Instant::now();
-        progress.last_activity.set(now);
-        self.end.state.last_progress.set(now);
+        self.end.with(|end| end.data(bytes));
     }
 
     fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
@@ -82,16 +97,18 @@ impl Observer for ResponseObserver {
                 Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
                 Expired::Request => (ResponseFlags::default(), "request timeout"),
             };
-            self.end.flags |= flag;
+            self.end.with(|end| end.flags |= flag);
             text.into()
         })
     }
 
     fn end(&mut self, trailers: Option<&HeaderMap>) {
-        self.end.complete = true;
-        if self.end.grpc {
-            self.end.judge(grpc_failed(trailers.and_then(|trailers| trailers.get(GRPC_STATUS))));
-        }
+        self.end.with(|end| {
+            end.complete = true;
+            if end.grpc {
+                end.judge(grpc_failed(trailers.and_then(|trailers| trailers.get(GRPC_STATUS))));
+            }
+        });
         if let Some(connection) = self.connection.take() {
             connection.release();
         }
@@ -99,23 +116,7 @@ impl Observer for ResponseObserver {
 
     fn error(&mut self, error: &BodyError) {
         self.connection = None;
-        self.end.complete = true;
-        self.end.judge(true);
-        if self.end.flags.is_empty() {
-            // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
-            let (flag, details) = match h2_error(&**error) {
-                Some(error) if error.is_remote() && error.reason().is_some() => {
-                    (ResponseFlags::UR, "upstream_reset_after_response_started{remote_reset}")
-                }
-                Some(error) if error.is_io() => {
-                    (ResponseFlags::UC, "upstream_reset_after_response_started{connection_termination}")
-                }
-                _ => (ResponseFlags::UPE, "upstream_reset_after_response_started{protocol_error}"),
-            };
-            self.end.flags |= flag;
-            self.end.details = Cow::Borrowed(details);
-        }
-        self.end.state.manager.stats.rq_reset_after_downstream_response_started.inc();
+        self.end.with(|end| end.response_failed(error));
     }
 }
 
@@ -135,6 +136,8 @@ pub(super) struct StreamEnd {
     /// The client speaks gRPC.
     pub(super) grpc: bool,
     pub(super) complete: bool,
+    /// They live as long as the stream.
+    pub(super) filters: Vec<Box<dyn HttpFilter>>,
 }
 
 struct LogParts {
@@ -200,7 +203,49 @@ impl StreamEnd {
             judged: false,
             grpc: false,
             complete: false,
+            filters: Vec::new(),
         }
+    }
+
+    /// An upstream's response is what the client gets.
+    pub(super) fn came_from_upstream(&mut self, response: &ResponseHead, cx: &super::stream::StreamCx) {
+        self.flags |= cx.flags;
+        if self.details.is_empty() {
+            self.details = Cow::Borrowed("via_upstream");
+        }
+        self.keep_response(response.status, &response.headers);
+    }
+
+    /// So much of the response's body has come.
+    fn data(&mut self, bytes: usize) {
+        let progress = &self.progress;
+        if !progress.sent_otherwise.get() {
+            progress.sent.set(progress.sent.get() + bytes as u64);
+        }
+        let now = Instant::now();
+        progress.last_activity.set(now);
+        self.state.last_progress.set(now);
+    }
+
+    /// The response's body broke off.
+    fn response_failed(&mut self, error: &BodyError) {
+        self.complete = true;
+        self.judge(true);
+        if self.flags.is_empty() {
+            // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
+            let (flag, details) = match h2_error(&**error) {
+                Some(error) if error.is_remote() && error.reason().is_some() => {
+                    (ResponseFlags::UR, "upstream_reset_after_response_started{remote_reset}")
+                }
+                Some(error) if error.is_io() => {
+                    (ResponseFlags::UC, "upstream_reset_after_response_started{connection_termination}")
+                }
+                _ => (ResponseFlags::UPE, "upstream_reset_after_response_started{protocol_error}"),
+            };
+            self.flags |= flag;
+            self.details = Cow::Borrowed(details);
+        }
+        self.state.manager.stats.rq_reset_after_downstream_response_started.inc();
     }
 
     /// Whether an access log wants to know more.
@@ -212,7 +257,7 @@ impl StreamEnd {
     pub(super) fn keep_request(&mut self, head: &RequestHead) {
         if self.is_logged() {
             self.log = Some(Box::new(LogParts {
-                started: SystemTime::now(),
+                started: SystemTime::now() - self.started.elapsed(),
                 method: head.method.clone(),
                 uri: head.uri.clone(),
                 version: head.version,
@@ -228,6 +273,7 @@ impl StreamEnd {
 
     /// Keeps what routing found out.
     pub(super) fn keep_route(&mut self, cx: &super::stream::StreamCx) {
+        self.flags |= cx.flags;
         if let Some(log) = &mut self.log {
             log.route.clone_from(&cx.route);
             log.cluster.clone_from(&cx.cluster);

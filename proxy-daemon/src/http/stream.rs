@@ -34,6 +34,8 @@ pub struct LocalReply {
     pub details: Cow<'static, str>,
     /// Further headers.
     pub headers: Vec<(http::HeaderName, HeaderValue)>,
+    /// What a gRPC client gets for the status; `None`: what corresponds to it.
+    pub grpc_status: Option<u16>,
 }
 
 impl LocalReply {
@@ -44,7 +46,7 @@ impl LocalReply {
         flags: ResponseFlags,
         details: impl Into<Cow<'static, str>>,
     ) -> LocalReply {
-        LocalReply { status, body: body.into(), flags, details: details.into(), headers: Vec::new() }
+        LocalReply { status, body: body.into(), flags, details: details.into(), headers: Vec::new(), grpc_status: None }
     }
 }
 
@@ -64,6 +66,8 @@ pub struct StreamCx {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// Set by filters for the access log, whether the request is answered here or not.
+    pub flags: ResponseFlags,
     /// `suppress_envoy_headers` of the stream's router.
     pub suppress_envoy_headers: bool,
     /// The stream's random number: routes and weighted clusters are chosen by it.
@@ -89,6 +93,8 @@ pub struct Progress {
     pub received: Cell<u64>,
     /// Body bytes to the client.
     pub sent: Cell<u64>,
+    /// Filters change the response's body: what an upstream sends is not what the client gets.
+    pub sent_otherwise: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
     /// When anything last passed in either direction.
@@ -103,6 +109,7 @@ impl Progress {
         Rc::new(Progress {
             received: Cell::new(0),
             sent: Cell::new(0),
+            sent_otherwise: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             last_activity: Cell::new(started),
             waker: RefCell::new(None),

@@ -7,7 +7,7 @@ mod on_demand;
 mod r#override;
 mod router;
 
-use std::{fmt::Debug, sync::Arc};
+use std::{fmt::Debug, pin::Pin, sync::Arc};
 
 use envoy_types::pb::google::protobuf::Any;
 
@@ -16,15 +16,21 @@ pub use on_demand::ClustersOnDemand;
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
 
-use super::stream::{LocalReply, RequestHead, ResponseHead, StreamCx};
+use super::{
+    body::Body,
+    stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+};
 use crate::config::{FieldError, model::ConfigSource};
 
 /// What a filter says after it has seen a request's or response's head.
 pub enum Flow {
     /// The next filter's turn.
     Continue,
-    /// Answers the request here; filters that come later never see it.
+    /// Answers the request here; filters that come later never see it, but all of them see the answer.
     Respond(LocalReply),
+    /// The filter has to wait before it can say: it is asked to by [`HttpFilter::wait_request`] or
+    /// [`HttpFilter::wait_response`].
+    Wait,
     /// The request waits until the routes that it has none of have been asked for, where that can be; then it meets all
     /// filters anew.
     NeedsRoute,
@@ -32,16 +38,44 @@ pub enum Flow {
     NeedsCluster(Arc<ClustersOnDemand>),
 }
 
-/// One instance a stream. Synchronous, so that a filter that need not wait costs a call and not a future.
+/// What a filter waits for.
+pub type Waiting<'a> = Pin<Box<dyn Future<Output = Flow> + 'a>>;
+
+/// One instance a stream, which lives as long as the stream.
+///
+/// Synchronous, so that a filter that need not wait costs a call and not a future: only what returns [`Flow::Wait`] is asked
+/// for one. A filter that looks at a body or changes it puts its own around it ([`Body::wrap`]); others leave it alone.
 pub trait HttpFilter {
-    /// The request's head, on its way up. The route is chosen already: `cx.route`.
-    fn request(&mut self, _head: &mut RequestHead, _cx: &mut StreamCx) -> Flow {
+    /// The request, on its way up. The route is chosen already: `cx.route`.
+    fn request(&mut self, _head: &mut RequestHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
         Flow::Continue
     }
 
-    /// The response's head, on its way down, in the reverse order of the filters.
-    fn response(&mut self, _head: &mut ResponseHead, _cx: &mut StreamCx) -> Flow {
+    /// Called when [`request`](Self::request) said [`Flow::Wait`]. The stream's time limits hold meanwhile; a client that
+    /// gives up drops the future.
+    fn wait_request<'a>(
+        &'a mut self,
+        _head: &'a mut RequestHead,
+        _body: &'a mut Body,
+        _cx: &'a mut StreamCx,
+    ) -> Waiting<'a> {
+        Box::pin(std::future::ready(Flow::Continue))
+    }
+
+    /// The response, on its way down, in the reverse order of the filters. It may be one that was made here, whose body is in
+    /// memory then; it may come without that the request did, where an earlier filter answered it.
+    fn response(&mut self, _head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
         Flow::Continue
+    }
+
+    /// Called when [`response`](Self::response) said [`Flow::Wait`], for responses of upstreams only.
+    fn wait_response<'a>(
+        &'a mut self,
+        _head: &'a mut ResponseHead,
+        _body: &'a mut Body,
+        _cx: &'a mut StreamCx,
+    ) -> Waiting<'a> {
+        Box::pin(std::future::ready(Flow::Continue))
     }
 }
 
@@ -49,6 +83,21 @@ pub trait HttpFilter {
 pub trait HttpFilterFactory: Debug + Send + Sync {
     /// `None` where this stream has no need of the filter.
     fn stream(&self) -> Option<Box<dyn HttpFilter>>;
+
+    /// The request, on its way up. A filter that knows all it has to say at once and has no interest in the response
+    /// overrides this, and has no instances: nothing is allocated for it, and nothing counted.
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        body: &mut Body,
+        cx: &mut StreamCx,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let Some(mut filter) = self.stream() else { return Flow::Continue };
+        let flow = filter.request(head, body, cx);
+        instances.push(filter);
+        flow
+    }
 
     /// Whether this is the router, which ends a filter chain.
     fn is_terminal(&self) -> bool {

@@ -11,7 +11,10 @@ use envoy_types::pb::{
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory};
 use crate::{
     config::{FieldError, model::ConfigSource, parse},
-    http::stream::{RequestHead, StreamCx},
+    http::{
+        body::Body,
+        stream::{RequestHead, StreamCx},
+    },
 };
 
 /// How long a cluster is waited for where the configuration does not say.
@@ -61,7 +64,7 @@ impl HttpFilterFactory for OnDemandFactory {
 }
 
 impl HttpFilter for OnDemandFilter {
-    fn request(&mut self, _head: &mut RequestHead, cx: &mut StreamCx) -> Flow {
+    fn request(&mut self, _head: &mut RequestHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
         if cx.route.is_none() {
             return Flow::NeedsRoute;
         }

@@ -17,6 +17,7 @@ use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory};
 use crate::{
     config::FieldError,
     http::{
+        body::Body,
         headers::names::X_ENVOY_ORIGINAL_DST_HOST,
         stream::{RequestHead, StreamCx},
     },
@@ -121,7 +122,7 @@ impl HttpFilterFactory for OverrideFactory {
 }
 
 impl HttpFilter for OverrideFilter {
-    fn request(&mut self, head: &mut RequestHead, cx: &mut StreamCx) -> Flow {
+    fn request(&mut self, head: &mut RequestHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
         // Envoy obeys this header in any ORIGINAL_DST cluster and strips it nowhere: whoever can set it reaches anything.
         if head.headers.remove(X_ENVOY_ORIGINAL_DST_HOST).is_some() {
             self.0.stats.header_removed.inc();
