@@ -1,8 +1,8 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
-    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, SecretRef,
-    SecretType,
+    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, RouteConfig,
+    RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
 };
 use crate::http::filters::DiscoveredFilter;
 
@@ -66,6 +66,37 @@ impl Listener {
     /// The HTTP filters that ECDS configures.
     pub fn discovered_filters(&self) -> impl Iterator<Item = &Arc<DiscoveredFilter>> {
         self.connection_managers().flat_map(|manager| manager.discovered_filters())
+    }
+
+    /// The route configurations that are written into it, within scopes as well, each with its path.
+    pub fn own_routes(&self) -> Vec<(String, &RouteConfig)> {
+        let mut all = Vec::new();
+        let chains = self.filter_chains.iter().enumerate();
+        let chains = chains.map(|(index, chain)| (format!("filter_chains[{index}]"), chain));
+        let default = self.default_filter_chain.iter().map(|chain| ("default_filter_chain".to_owned(), chain));
+        for (path, chain) in chains.chain(default) {
+            for (index, filter) in chain.filters.iter().enumerate() {
+                let NetworkFilterConfig::HttpConnectionManager(manager) = filter else { continue };
+                let path = format!("{path}.filters[{index}].typed_config");
+                match &manager.routes {
+                    RouteSource::Static(routes) => all.push((format!("{path}.route_config"), &**routes)),
+                    RouteSource::Scoped(scoped) => {
+                        let ScopeSource::Inline(scopes) = &scoped.scopes else { continue };
+                        let path = format!(
+                            "{path}.scoped_routes.scoped_route_configurations_list.scoped_route_configurations"
+                        );
+                        all.extend(scopes.iter().enumerate().filter_map(|(index, scope)| match &scope.routes {
+                            ScopeRoutes::Inline(routes) => {
+                                Some((format!("{path}[{index}].route_configuration"), &**routes))
+                            }
+                            ScopeRoutes::Named(_) => None,
+                        }));
+                    }
+                    RouteSource::Rds(_) => {}
+                }
+            }
+        }
+        all
     }
 
     /// The route configurations that RDS is to deliver for it.

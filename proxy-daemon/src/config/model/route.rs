@@ -17,8 +17,8 @@ pub struct RouteConfig {
     pub vhds: Option<ConfigSource>,
     /// Applied last, after the route's and the virtual host's.
     pub headers: HeaderMutations,
-    /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into the
-    /// bootstrap's listeners, no for others.
+    /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into a
+    /// listener or a scope, no for those that RDS delivers.
     pub validate_clusters: Option<bool>,
     /// The host's port takes no part in choosing the virtual host.
     pub ignore_port_in_host_matching: bool,

@@ -34,8 +34,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, NetworkFilterConfig,
-            ResourceRef, RouteSource, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, ResourceRef, ScopeSource,
+            Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     http::filters::HttpFilterFactory,
@@ -301,21 +301,13 @@ fn distinct_addresses(listeners: &[Listener]) -> Result<()> {
 fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<()> {
     let known: HashSet<&str> = clusters.iter().map(|cluster| &*cluster.name).collect();
     for (index, listener) in listeners.iter().enumerate() {
-        let path = format!("static_resources.listeners[{index}]");
-        let chains = listener.filter_chains.iter().enumerate();
-        let chains = chains.map(|(index, chain)| (chain, format!("{path}.filter_chains[{index}]")));
-        let default = listener.default_filter_chain.iter().map(|chain| (chain, format!("{path}.default_filter_chain")));
-        for (chain, path) in chains.chain(default) {
-            for (index, filter) in chain.filters.iter().enumerate() {
-                let NetworkFilterConfig::HttpConnectionManager(manager) = filter else { continue };
-                let RouteSource::Static(routes) = &manager.routes else { continue };
-                if routes.validate_clusters == Some(false) {
-                    continue;
-                }
-                if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
-                    let path = format!("{path}.filters[{index}].typed_config.route_config.{route}");
-                    return Err(FieldError::new(path, format!("unknown cluster '{name}'")));
-                }
+        for (path, routes) in listener.own_routes() {
+            if routes.validate_clusters == Some(false) {
+                continue;
+            }
+            if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
+                let path = format!("static_resources.listeners[{index}].{path}.{route}");
+                return Err(FieldError::new(path, format!("unknown cluster '{name}'")));
             }
         }
     }

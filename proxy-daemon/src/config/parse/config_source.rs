@@ -37,10 +37,6 @@ pub fn config_source(source: Option<&ProtoSource>, path: &str) -> Result<ConfigS
     /// One for all: thousands of clusters name it.
     static ADS: LazyLock<Arc<Source>> = LazyLock::new(|| Arc::new(Source::Ads));
     let Some(source) = source else { return Err(FieldError::new(path, "value is required")) };
-    // V2, whose name is deprecated itself.
-    if source.resource_api_version == 1 {
-        return Err(FieldError::new(join(path, "resource_api_version"), "V2 is not supported any more: write V3"));
-    }
     let initial_fetch_timeout =
         limit(source.initial_fetch_timeout, Some(INITIAL_FETCH_TIMEOUT), path, "initial_fetch_timeout")?;
     let from = match &source.config_source_specifier {

@@ -249,14 +249,15 @@ impl State {
     /// What a resource is held to besides its own fields.
     pub(super) fn check(&self, value: &Value, named: (&Source, &str), users: &[User]) -> Result<(), FieldError> {
         match value {
-            Value::Routes(routes) => self.check_routes(routes),
+            Value::Routes(routes) => self.check_routes(routes, false),
             Value::Secret(read) => self.check_secret(&read.secret, named, users),
             _ => Ok(()),
         }
     }
 
-    pub(super) fn check_routes(&self, routes: &RouteConfig) -> Result<(), FieldError> {
-        if routes.validate_clusters != Some(true) {
+    /// `validate`: whether routes are held to the clusters that there are where they do not say so themselves.
+    pub(super) fn check_routes(&self, routes: &RouteConfig, validate: bool) -> Result<(), FieldError> {
+        if !routes.validate_clusters.unwrap_or(validate) {
             return Ok(());
         }
         match routes.unknown_cluster(|name| self.clusters.by_name.contains_key(name)) {

@@ -16,6 +16,7 @@ use super::{
     updates::UpdateId, watched::Owner,
 };
 use crate::config::{
+    FieldError,
     model::{ALL_SCOPES, HttpConnectionManagerConfig, Scope, ScopeRoutes, ScopeSource},
     parse,
     status::{Failure, Scoped, Version},
@@ -160,11 +161,13 @@ impl<A: Apply> ConfigStore<A> {
     }
 }
 
-fn parse_scope(state: &State, resource: &Resource) -> Result<Scope, crate::config::FieldError> {
+fn parse_scope(state: &State, resource: &Resource) -> Result<Scope, FieldError> {
     let named: fn(&ScopedRouteConfiguration) -> &str = |message| &message.name;
     let scope = resources::parse(&resource.name, &resource.body, named, parse::scoped_route)?;
     if let ScopeRoutes::Inline(routes) = &scope.routes {
-        state.check_routes(routes)?;
+        // As in Envoy, like routes within a listener.
+        let checked = state.check_routes(routes, true);
+        checked.map_err(|error| FieldError::new(format!("route_configuration.{}", error.path), error.message))?;
     }
     Ok(scope)
 }

@@ -47,7 +47,8 @@ impl State {
         needs.unwrap_or_default()
     }
 
-    /// Refuses a listener that names a secret of the bootstrap that is not there, as Envoy does.
+    /// Refuses a listener that names a secret of the bootstrap that is not there, or within itself a route to a cluster that
+    /// is not there, as Envoy does.
     pub(super) fn check_listener(&self, listener: &Listener) -> Result<(), FieldError> {
         let chains = listener.filter_chains.iter().enumerate();
         let chains = chains.map(|(index, chain)| (format!("filter_chains[{index}]"), chain));
@@ -55,6 +56,10 @@ impl State {
         for (path, chain) in chains.chain(default) {
             let secrets = chain.tls.iter().flat_map(|tls| tls.secrets());
             self.check_static(secrets).map_err(|text| FieldError::new(format!("{path}.transport_socket"), text))?;
+        }
+        for (path, routes) in listener.own_routes() {
+            let within = |error: FieldError| FieldError::new(format!("{path}.{}", error.path), error.message);
+            self.check_routes(routes, true).map_err(within)?;
         }
         Ok(())
     }

@@ -53,6 +53,51 @@ fn routes_are_held_to_their_own_validate_clusters() {
     assert_eq!(calls.take(), ["routes web"]);
 }
 
+/// A listener whose connection manager has `routes`.
+fn listener_with(routes: &str) -> Resource {
+    let yaml = listener_yaml("in", "web", "");
+    let rds = yaml.lines().find(|line| line.trim_start().starts_with("rds:")).expect("it has RDS").trim().to_owned();
+    resource::<Listener>("in", &yaml.replace(&rds, routes))
+}
+
+#[test]
+fn routes_in_a_listener_are_held_to_the_clusters_that_there_are() {
+    let (store, calls) = running();
+    let routes = |extra: &str| {
+        format!(
+            "{{ name: r, {extra} virtual_hosts: [{{ name: v, domains: ['*'], routes: [{{ match: {{ prefix: / }}, route: \
+             {{ cluster: nobody }} }}] }}] }}"
+        )
+    };
+    let own = |extra: &str| listener_with(&format!("route_config: {}", routes(extra)));
+    let manager = "filter_chains[0].filters[0].typed_config";
+    let refused = |store: &Fixture, listener: Resource, path: &str| {
+        let outcome = store.update(update(Listener::type_url(), vec![listener]));
+        let rejected = outcome.rejected();
+        let expected = format!("{manager}.{path}.virtual_hosts[0].routes[0].route: route: unknown cluster 'nobody'");
+        assert_eq!(rejected.iter().map(|it| it.message.clone()).collect::<Vec<_>>(), [expected]);
+    };
+    refused(&store, own(""), "route_config");
+    let scoped = listener_with(&format!(
+        "scoped_routes: {{ name: s, scope_key_builder: {{ fragments: [{{ header_value_extractor: {{ name: x, index: 0, \
+         element_separator: ',' }} }}] }}, scoped_route_configurations_list: {{ scoped_route_configurations: [{{ name: a, \
+         key: {{ fragments: [{{ string_key: a }}] }}, route_configuration: {} }}] }} }}",
+        routes("")
+    ));
+    let list = "scoped_routes.scoped_route_configurations_list.scoped_route_configurations[0].route_configuration";
+    refused(&store, scoped, list);
+    assert_eq!(calls.take(), [""; 0]);
+    let accepted = |store: &Fixture, listener: Resource| {
+        let outcome = store.update(update(Listener::type_url(), vec![listener]));
+        store.workers();
+        assert_eq!(outcome.rejected(), []);
+    };
+    accepted(&store, own("validate_clusters: false,"));
+    // One that warms is there.
+    store.update(update(Cluster::type_url(), vec![eds_cluster("nobody")]));
+    accepted(&store, own(""));
+}
+
 #[test]
 fn what_nobody_asked_for_is_accepted_and_forgotten() {
     let (store, calls) = running();
