@@ -19,6 +19,8 @@ mod text;
 pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
 pub use metric::{Metric, Value};
 pub use prometheus::write_prometheus;
+#[cfg(test)]
+pub(crate) use registry::slots;
 pub use registry::{Kind, Lease, register_worker, reset_counters};
 pub use response_codes::ResponseCodes;
 pub use scope::Scope;
@@ -45,6 +47,46 @@ impl Counter {
     /// The sum over all threads.
     pub fn value(self) -> u64 {
         slab::sum(self.0)
+    }
+}
+
+/// A counter without a name, which nothing shows: what only load reports tell. Its slot is given to others when it is dropped.
+#[derive(Debug)]
+pub struct HiddenCounter(Counter);
+
+impl HiddenCounter {
+    /// At zero.
+    pub fn new() -> HiddenCounter {
+        HiddenCounter(Counter(registry::hidden_slot()))
+    }
+
+    /// Adds one.
+    #[inline]
+    pub fn inc(&self) {
+        self.0.inc();
+    }
+
+    /// Adds `n`.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.add(n);
+    }
+
+    /// The sum over all threads.
+    pub fn value(&self) -> u64 {
+        self.0.value()
+    }
+}
+
+impl Default for HiddenCounter {
+    fn default() -> Self {
+        HiddenCounter::new()
+    }
+}
+
+impl Drop for HiddenCounter {
+    fn drop(&mut self) {
+        registry::release_hidden(self.0.0);
     }
 }
 
@@ -111,11 +153,6 @@ impl Histogram {
 /// comes from configuration (a cluster, a prefix), use a [`Scope`]: it knows where that part ends.
 pub fn counter(name: &str) -> Counter {
     registry::counter(tags::from_name(name))
-}
-
-/// A counter that nothing shows: what only load reports tell. The same key gets the same one.
-pub fn hidden_counter(key: &str) -> Counter {
-    registry::hidden_counter(key)
 }
 
 /// The gauge of this name; see [`counter`].

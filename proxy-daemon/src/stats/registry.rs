@@ -55,8 +55,6 @@ pub(super) struct Registry {
     leases: HashMap<String, usize>,
     /// Texts that are in no group, by their names.
     pub(super) texts: BTreeMap<Arc<str>, (Arc<TaggedName>, Arc<str>)>,
-    /// Slots of counters that are never shown.
-    hidden: HashMap<Box<str>, u32>,
     pub(super) slots: Slots,
     pub(super) intervals: HashMap<u32, Interval>,
     /// Gauges that are set: nobody will take them down.
@@ -88,6 +86,9 @@ const CROWDED: usize = 4096;
 /// Scopes that were let go of: a worker that ends the last stream of a removed cluster should not wait for the registry.
 static RELEASED: Mutex<Vec<Scope>> = Mutex::new(Vec::new());
 
+/// Slots of counters without a name that were let go of.
+static RELEASED_HIDDEN: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
 /// Held for reading by those who read values without the registry: slots are not given to other names meanwhile.
 pub(super) static READING: RwLock<()> = RwLock::new(());
 
@@ -101,7 +102,6 @@ static REGISTRY: LazyLock<Mutex<Registry>> = LazyLock::new(|| {
         removed: HashMap::new(),
         leases: HashMap::new(),
         texts: BTreeMap::new(),
-        hidden: HashMap::new(),
         slots: Slots { values: 1, histograms: 1, free_values: Vec::new(), free_histograms: Vec::new() },
         intervals: HashMap::new(),
         set: HashSet::new(),
@@ -227,8 +227,10 @@ impl Registry {
 }
 
 impl Registry {
-    /// Takes away the scopes that nobody holds any more.
+    /// Takes away the scopes that nobody holds any more, and the counters without a name.
     pub(super) fn settle(&mut self) {
+        let hidden = std::mem::take(&mut *RELEASED_HIDDEN.lock().unwrap_or_else(PoisonError::into_inner));
+        hidden.into_iter().for_each(|slot| self.slots.give_back(Kind::Counter, slot));
         let released = std::mem::take(&mut *RELEASED.lock().unwrap_or_else(PoisonError::into_inner));
         for scope in released {
             let name = scope.name();
@@ -415,14 +417,18 @@ pub(super) fn counter(name: TaggedName) -> Counter {
     Counter(lock().slot(name, Kind::Counter))
 }
 
-pub(super) fn hidden_counter(key: &str) -> Counter {
+/// A slot at zero for a counter without a name. It has one owner, which gives it back by [`release_hidden`].
+pub(super) fn hidden_slot() -> u32 {
     let mut registry = lock();
-    if let Some(slot) = registry.hidden.get(key) {
-        return Counter(*slot);
+    registry.settle();
+    registry.slots.take(Kind::Counter).unwrap_or(0)
+}
+
+/// Later, for a worker may be the last that has it and should not wait for the registry.
+pub(super) fn release_hidden(slot: u32) {
+    if slot != 0 {
+        RELEASED_HIDDEN.lock().unwrap_or_else(PoisonError::into_inner).push(slot);
     }
-    let Some(slot) = registry.slots.take(Kind::Counter) else { return Counter(0) };
-    registry.hidden.insert(key.into(), slot);
-    Counter(slot)
 }
 
 pub(super) fn gauge(name: TaggedName) -> Gauge {
@@ -489,6 +495,6 @@ pub(super) fn remove_scope(scope: &Scope) {
 
 /// How many slots were ever made.
 #[cfg(test)]
-pub(super) fn slots() -> usize {
+pub(crate) fn slots() -> usize {
     lock().slots.values
 }

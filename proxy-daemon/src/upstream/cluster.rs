@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
     layered_runtime::{observe, with_values},
-    stats::{self, Counter},
+    stats::HiddenCounter,
     tls::{ClientTls, Secrets},
 };
 
@@ -28,7 +28,7 @@ pub struct Cluster {
     /// Slots of its counters.
     pub stats: ClusterStats,
     /// Requests and connections refused at a circuit breaker, for load reports.
-    pub(crate) dropped: Counter,
+    pub(crate) dropped: HiddenCounter,
     latched_dropped: AtomicU64,
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
@@ -43,7 +43,6 @@ impl Cluster {
     fn new(config: ClusterConfig, hosts: Arc<HostSet>, workers: usize, secrets: &Arc<Secrets>) -> Cluster {
         let stats = ClusterStats::new(&config);
         stats.publish_hosts(&hosts);
-        let dropped = stats::hidden_counter(&format!("cluster.{}.upstream_rq_dropped", config.name));
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
@@ -51,8 +50,8 @@ impl Cluster {
             config,
             stats,
             limits,
-            dropped,
-            latched_dropped: AtomicU64::new(dropped.value()),
+            dropped: HiddenCounter::new(),
+            latched_dropped: AtomicU64::new(0),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
             tls,
             hosts: ArcSwap::new(hosts),

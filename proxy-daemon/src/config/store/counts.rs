@@ -1,6 +1,6 @@
 use std::time::SystemTime;
 
-use crate::stats::{Counter, Gauge, Scope};
+use crate::stats::{Counter, Gauge, Lease, Scope};
 
 /// Counters of the cluster and the listener manager, by Envoy's names.
 pub(super) struct StoreStats {
@@ -93,12 +93,13 @@ pub(super) fn rotation_failed(name: &str) {
     secret_scope(name).counter("key_rotation_failed").inc();
 }
 
-/// Shows what is counted for a secret of SDS from when it is asked for, as Envoy does.
-pub(super) fn secret_wanted(name: &str) {
+/// Shows `key_rotation_failed` of a secret of SDS from when it is asked for, as Envoy does, for as long as the lease is held.
+/// The rest is counted with the subscription.
+pub(super) fn secret_wanted(name: &str) -> Lease {
     let scope = secret_scope(name);
-    for counter in ["update_success", "update_rejected", "init_fetch_timeout", "key_rotation_failed"] {
-        scope.counter(counter);
-    }
+    let lease = scope.lease();
+    scope.counter("key_rotation_failed");
+    lease
 }
 
 fn secret_scope(name: &str) -> Scope {

@@ -12,7 +12,6 @@ use tokio::time::Instant;
 use super::{
     StartUp,
     clusters::Clusters,
-    counts,
     demanded::Demanded,
     held::HeldRoutes,
     kinds::{Kind, Need},
@@ -158,9 +157,6 @@ impl State {
         for need in needs {
             let Need { kind, wanted, optional, .. } = need;
             let asked = self.watched[*kind as usize].acquire(need, owner.clone(), version, now);
-            if let (Kind::Secrets, Asked::New(_)) = (kind, &asked) {
-                counts::secret_wanted(&wanted.name);
-            }
             match asked {
                 Asked::Settled => continue,
                 Asked::Waiting => {}

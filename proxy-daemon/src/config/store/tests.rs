@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -28,7 +28,7 @@ use crate::{
     layered_runtime::Entry,
     listener::Prints,
     stats::{HistogramBuckets, write_text},
-    upstream::ClusterChange,
+    upstream::{self, ClusterChange},
 };
 
 /// Writes down what it is told, one line a call. What happens later is answered by [`Fixture::workers`].
@@ -39,6 +39,8 @@ struct Recorder {
     batches: Arc<Mutex<usize>>,
     /// Listeners that cannot be bound, with the reason.
     unbindable: Arc<Mutex<BTreeMap<String, String>>>,
+    /// What clusters are built in, where they are.
+    built: Arc<OnceLock<upstream::Clusters>>,
 }
 
 impl Recorder {
@@ -56,6 +58,16 @@ impl Recorder {
         *self.batches.lock().unwrap()
     }
 
+    /// Builds clusters from now on.
+    fn build(&self) {
+        self.built.get_or_init(|| upstream::Clusters::new(1));
+    }
+
+    /// The clusters that were built.
+    fn clusters(&self) -> Arc<upstream::ClusterMap> {
+        self.built.get().expect("clusters are built").load()
+    }
+
     fn later(&self, name: &str, told: Told) {
         self.told.lock().unwrap().push((name.to_owned(), told));
     }
@@ -64,14 +76,17 @@ impl Recorder {
 impl Apply for Recorder {
     fn change_clusters(&self, changes: Vec<ClusterChange>) {
         *self.batches.lock().unwrap() += 1;
-        for change in changes {
+        for change in &changes {
             match change {
                 ClusterChange::Upsert(config, None) => self.note(format!("cluster {}", config.name)),
                 ClusterChange::Upsert(config, Some(endpoints)) => {
-                    self.note(format!("cluster {} with {}", config.name, count(&endpoints)));
+                    self.note(format!("cluster {} with {}", config.name, count(endpoints)));
                 }
                 ClusterChange::Remove(name) => self.note(format!("no cluster {name}")),
             }
+        }
+        if let Some(built) = self.built.get() {
+            built.change(changes);
         }
     }
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {
@@ -355,6 +370,7 @@ dynamic_resources:
     (bootstrap.clusters, bootstrap.listeners)
 }
 
+mod churn;
 mod clusters;
 mod demanded;
 mod extensions;

@@ -13,15 +13,19 @@ use culvert_xds_client::{
 use tokio::time::Instant;
 
 use super::{
+    counts,
     extensions::Places,
     kinds::{Kind, Need, Value},
     resources,
     rotation::Files,
     subscribed::Subscribed,
 };
-use crate::config::{
-    model::ResourceRef,
-    status::{Failure, Version},
+use crate::{
+    config::{
+        model::ResourceRef,
+        status::{Failure, Version},
+    },
+    stats::Lease,
 };
 
 /// Who needs something.
@@ -64,6 +68,8 @@ pub(in crate::config) struct Entry {
     pub(super) subscribed: Subscribed,
     /// SDS: the files that it is made of.
     pub(super) files: Option<Box<Files>>,
+    /// SDS: shows what is counted for it.
+    _shown: Option<Box<Lease>>,
 }
 
 type Names = BTreeMap<Arc<str>, Entry>;
@@ -132,7 +138,8 @@ impl Watched {
             let (users, places) = (Vec::new(), Places::default());
             let subscribed = Subscribed::new(source);
             let (stored, refused, value, files) = (None, None, None, None);
-            Entry { stored, refused, value, settled: false, deadline, users, places, subscribed, files }
+            let _shown = (self.kind == Kind::Secrets).then(|| Box::new(counts::secret_wanted(&wanted.name)));
+            Entry { stored, refused, value, settled: false, deadline, users, places, subscribed, files, _shown }
         });
         if entry.settled {
             asked = Asked::Settled;
