@@ -1,3 +1,5 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| culvert_proxy_daemon::config::fuzz::json(bytes));
+use culvert_proxy_daemon::config::fuzz;
+
+libfuzzer_sys::fuzz_target!(init: fuzz::prepare(), |bytes: &[u8]| fuzz::json(bytes));

@@ -14,6 +14,12 @@ use super::parse;
 
 const TYPED_STRUCT: &str = "type.googleapis.com/xds.type.v3.TypedStruct";
 
+/// Reads the descriptors, which takes seconds under a sanitizer, so that the first input does not.
+pub fn prepare() {
+    json::pool();
+    rules(&[]);
+}
+
 /// A bootstrap in YAML, as far as the daemon's own model of it.
 pub fn yaml(bytes: &[u8]) {
     text(bytes, Format::Yaml);

@@ -14,6 +14,15 @@ use crate::Any;
 /// Both names of the message that carries a config as a JSON-like struct; the second is its older one.
 const TYPED_STRUCTS: [&str; 2] = ["xds.type.v3.TypedStruct", "udpa.type.v1.TypedStruct"];
 
+/// How many messages may be in each other by way of `Any`: no reader of bytes from outside follows them deeper. The decoder's own
+/// limit begins anew with each.
+pub const MAX_ANYS: usize = 32;
+
+/// What is wrong with an `Any` below [`MAX_ANYS`] others.
+pub(super) fn too_deep(path: &Path<'_>) -> ConfigError {
+    path.error(format!("more than {MAX_ANYS} messages are in each other as Any"))
+}
+
 /// The message in `any`, which sits in the field `path`. A `TypedStruct` that names `T` is read as JSON is.
 ///
 /// Fails, naming both types, where `any` holds another message.
@@ -47,7 +56,7 @@ pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(
         return Ok(Cow::Borrowed(message));
     }
     let mut dynamic = dynamic(message)?;
-    resolve(&mut dynamic, &Path::ROOT, unknown)?;
+    resolve(&mut dynamic, &Path::ROOT, unknown, 0)?;
     let resolved = dynamic.transcode_to().map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(Cow::Owned(resolved))
 }
@@ -58,26 +67,32 @@ pub fn may_hold_typed_structs(encoded: &[u8]) -> bool {
     memchr::memmem::find(encoded, b".TypedStruct").is_some()
 }
 
-fn resolve(message: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields) -> Result<(), ConfigError> {
+/// `anys`: how many `Any`s the message is in.
+fn resolve(
+    message: &mut DynamicMessage,
+    path: &Path<'_>,
+    unknown: UnknownFields,
+    anys: usize,
+) -> Result<(), ConfigError> {
     match message.descriptor().full_name() {
-        "google.protobuf.Any" => return resolve_any(message, path, unknown),
+        "google.protobuf.Any" => return resolve_any(message, path, unknown, anys),
         name if name.starts_with("google.protobuf.") => return Ok(()),
         _ => {}
     }
     for (field, value) in message.fields_mut() {
         let path = path.field(field.name());
         match value {
-            Value::Message(inner) => resolve(inner, &path, unknown)?,
+            Value::Message(inner) => resolve(inner, &path, unknown, anys)?,
             Value::List(items) => {
                 for (index, item) in items.iter_mut().enumerate() {
                     let Value::Message(inner) = item else { break };
-                    resolve(inner, &path.index(index), unknown)?;
+                    resolve(inner, &path.index(index), unknown, anys)?;
                 }
             }
             Value::Map(entries) => {
                 for (key, value) in entries {
                     let Value::Message(inner) = value else { break };
-                    resolve(inner, &path.key(&super::validate::key_text(key)), unknown)?;
+                    resolve(inner, &path.key(&super::validate::key_text(key)), unknown, anys)?;
                 }
             }
             _ => {}
@@ -86,7 +101,15 @@ fn resolve(message: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields
     Ok(())
 }
 
-fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields) -> Result<(), ConfigError> {
+fn resolve_any(
+    any: &mut DynamicMessage,
+    path: &Path<'_>,
+    unknown: UnknownFields,
+    anys: usize,
+) -> Result<(), ConfigError> {
+    if anys == MAX_ANYS {
+        return Err(too_deep(path));
+    }
     let packed: Any = any.transcode_to().map_err(|error| path.error(error.to_string()))?;
     let (name, mut inner) = match typed_struct(&packed) {
         Some(Ok((type_url, value))) => {
@@ -103,7 +126,7 @@ fn resolve_any(any: &mut DynamicMessage, path: &Path<'_>, unknown: UnknownFields
             (name.to_owned(), inner)
         }
     };
-    resolve(&mut inner, path, unknown)?;
+    resolve(&mut inner, path, unknown, anys + 1)?;
     any.set_field_by_name("type_url", Value::String(format!("type.googleapis.com/{name}")));
     any.set_field_by_name("value", Value::Bytes(inner.encode_to_vec().into()));
     Ok(())

@@ -84,9 +84,9 @@ impl Decoder {
             let error = |message: String| ConfigError { position: entry.position, ..here.error(message) };
             let field = desc.get_field_by_name(&entry.key).or_else(|| desc.get_field_by_json_name(&entry.key));
             let Some(field) = field else {
-                let unknown = error(unknown_field(&entry.key, &desc));
+                let unknown = || error(unknown_field(&entry.key, &desc));
                 match self.unknown {
-                    UnknownFields::Reject => return Err(unknown),
+                    UnknownFields::Reject => return Err(unknown()),
                     UnknownFields::Warn(log) => log.tell(unknown),
                     UnknownFields::Ignore => {}
                 }
@@ -350,9 +350,14 @@ fn expected(node: &Node, what: &str, path: &Path<'_>) -> ConfigError {
     path.error_at(node, format!("expected {what}, found {}{hint}", node.content.kind()))
 }
 
+/// The longest name that is compared with those of fields.
+const MAX_NAME: usize = 100;
+
 fn unknown_field(name: &str, desc: &MessageDescriptor) -> String {
-    let near = desc
-        .fields()
+    // A name that is much longer than all of them is like none.
+    let near = (if name.len() <= MAX_NAME { Some(desc.fields()) } else { None })
+        .into_iter()
+        .flatten()
         .map(|field| (edit_distance(name, field.name()), field))
         .filter(|(distance, field)| *distance <= 1 + field.name().len() / 5)
         .min_by_key(|(distance, _)| *distance);

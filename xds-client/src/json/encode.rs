@@ -5,18 +5,24 @@ use base64::engine::general_purpose::STANDARD;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value};
 use serde_json::{Map, Number, Value as Json};
 
+use super::any::MAX_ANYS;
 use super::decode::has_special_form;
 use super::redact;
 use super::scalar::format_duration;
 
-/// A message as JSON.
+/// A message as JSON. Of `Any`s that are too deep in each other the inner ones stay encoded.
 pub(super) fn message(message: &DynamicMessage) -> Json {
+    message_in(message, 0)
+}
+
+/// `anys`: how many `Any`s the message is in.
+fn message_in(message: &DynamicMessage, anys: usize) -> Json {
     let desc = message.descriptor();
     match desc.full_name().strip_prefix("google.protobuf.") {
-        Some("Any") => return any(message),
-        Some("Struct") => return first_field(message, Json::Object(Map::new())),
-        Some("ListValue") => return first_field(message, Json::Array(Vec::new())),
-        Some("Value") => return first_field(message, Json::Null),
+        Some("Any") => return any(message, anys),
+        Some("Struct") => return first_field(message, anys, Json::Object(Map::new())),
+        Some("ListValue") => return first_field(message, anys, Json::Array(Vec::new())),
+        Some("Value") => return first_field(message, anys, Json::Null),
         Some("Duration") => return Json::String(format_duration(integer(message, "seconds"), nanos(message))),
         Some("Timestamp") => {
             let time = prost_types::Timestamp { seconds: integer(message, "seconds"), nanos: nanos(message) };
@@ -30,15 +36,15 @@ pub(super) fn message(message: &DynamicMessage) -> Json {
         Some(_) if has_special_form(desc.full_name()) => {
             // A wrapper: its default is printed too, the message's presence being the information.
             let Some(field) = desc.get_field_by_name("value") else { return Json::Null };
-            return single(&message.get_field(&field), &field.kind());
+            return single(&message.get_field(&field), &field.kind(), anys);
         }
         _ => {}
     }
     let shown = message.fields().filter_map(|(field, value)| {
         let json = if redact::is_sensitive(&field) {
-            field_value(&redact::value(value)?, &field)
+            field_value(&redact::value(value, anys)?, &field, anys)
         } else {
-            field_value(value, &field)
+            field_value(value, &field, anys)
         };
         Some((field.name().to_owned(), json))
     });
@@ -46,7 +52,7 @@ pub(super) fn message(message: &DynamicMessage) -> Json {
 }
 
 /// An `Any` of type `type_url` with the message `value` decoded from its bytes; `None` where the type is unknown.
-fn any(message: &DynamicMessage) -> Json {
+fn any(message: &DynamicMessage, anys: usize) -> Json {
     let type_url = message.get_field_by_name("type_url");
     let bytes = message.get_field_by_name("value");
     let type_url = type_url.as_deref().and_then(Value::as_str).unwrap_or_default();
@@ -54,35 +60,34 @@ fn any(message: &DynamicMessage) -> Json {
     if type_url.is_empty() {
         return Json::Object(Map::new());
     }
-    let inner = type_url
-        .rsplit('/')
-        .next()
+    let name = type_url.rsplit('/').next().filter(|_| anys < MAX_ANYS);
+    let inner = name
         .and_then(|name| message.descriptor().parent_pool().get_message_by_name(name))
         .and_then(|desc| DynamicMessage::decode(desc, bytes.clone()).ok());
     let mut object = match inner {
-        Some(inner) if !has_special_form(inner.descriptor().full_name()) => match self::message(&inner) {
+        Some(inner) if !has_special_form(inner.descriptor().full_name()) => match message_in(&inner, anys + 1) {
             Json::Object(object) => object,
             other => Map::from_iter([("value".to_owned(), other)]),
         },
-        Some(inner) => Map::from_iter([("value".to_owned(), self::message(&inner))]),
+        Some(inner) => Map::from_iter([("value".to_owned(), message_in(&inner, anys + 1))]),
         None => Map::from_iter([("value".to_owned(), Json::String(STANDARD.encode(bytes)))]),
     };
     object.insert("@type".to_owned(), Json::String(type_url.to_owned()));
     Json::Object(object)
 }
 
-fn field_value(value: &Value, field: &FieldDescriptor) -> Json {
+fn field_value(value: &Value, field: &FieldDescriptor, anys: usize) -> Json {
     match (value, field.kind()) {
-        (Value::List(items), kind) => Json::Array(items.iter().map(|item| single(item, &kind)).collect()),
+        (Value::List(items), kind) => Json::Array(items.iter().map(|item| single(item, &kind, anys)).collect()),
         (Value::Map(map), Kind::Message(entry)) => {
             let kind = entry.map_entry_value_field().kind();
-            Json::Object(map.iter().map(|(key, value)| (map_key(key), single(value, &kind))).collect())
+            Json::Object(map.iter().map(|(key, value)| (map_key(key), single(value, &kind, anys))).collect())
         }
-        (value, kind) => single(value, &kind),
+        (value, kind) => single(value, &kind, anys),
     }
 }
 
-fn single(value: &Value, kind: &Kind) -> Json {
+fn single(value: &Value, kind: &Kind, anys: usize) -> Json {
     match value {
         Value::Bool(value) => Json::Bool(*value),
         Value::I32(value) => Json::Number((*value).into()),
@@ -102,7 +107,7 @@ fn single(value: &Value, kind: &Kind) -> Json {
                 None => Json::Number((*number).into()),
             },
         },
-        Value::Message(value) => message(value),
+        Value::Message(value) => message_in(value, anys),
         // Lists and maps occur only as fields.
         Value::List(_) | Value::Map(_) => Json::Null,
     }
@@ -133,8 +138,8 @@ fn map_key(key: &MapKey) -> String {
 }
 
 /// The one field that is set of a message whose JSON form is that field.
-fn first_field(message: &DynamicMessage, otherwise: Json) -> Json {
-    message.fields().next().map_or(otherwise, |(field, value)| field_value(value, &field))
+fn first_field(message: &DynamicMessage, anys: usize, otherwise: Json) -> Json {
+    message.fields().next().map_or(otherwise, |(field, value)| field_value(value, &field, anys))
 }
 
 fn integer(message: &DynamicMessage, field: &str) -> i64 {

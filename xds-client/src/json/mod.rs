@@ -26,7 +26,7 @@ use std::sync::LazyLock;
 use prost::{Message, Name};
 use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMessage as _};
 
-pub use self::any::{any_to_json, may_hold_typed_structs, pack, resolve_typed_structs, type_name, unpack};
+pub use self::any::{MAX_ANYS, any_to_json, may_hold_typed_structs, pack, resolve_typed_structs, type_name, unpack};
 use self::decode::Decoder;
 use self::path::Path;
 use self::tree::Node;

@@ -1,5 +1,7 @@
 //! The path to a field, kept on the stack while walking a message and written out only for an error.
 
+use std::borrow::Cow;
+
 use super::ConfigError;
 use super::tree::Node;
 
@@ -56,11 +58,20 @@ impl<'a> Path<'a> {
                 if !text.is_empty() {
                     text.push('.');
                 }
-                text.push_str(name);
+                text.push_str(&shown(name));
             }
             Step::Index(index) => text.push_str(&format!("[{index}]")),
-            Step::Key(key) => text.push_str(&format!("[{key:?}]")),
+            Step::Key(key) => text.push_str(&format!("[{:?}]", shown(key))),
         }
         text
+    }
+}
+
+/// A name or key as far as it is shown: a text may give a long one to thousands of fields.
+fn shown(name: &str) -> Cow<'_, str> {
+    const LONGEST: usize = 200;
+    match name.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &name[..end]).into(),
+        None => name.into(),
     }
 }

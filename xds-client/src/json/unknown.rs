@@ -41,10 +41,14 @@ impl Unknown {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
-    pub(super) fn tell(&self, field: impl Display) {
-        let field = field.to_string();
+    /// `field` describes one; not called where no more are remembered.
+    pub(super) fn tell<T: Display>(&self, field: impl FnOnce() -> T) {
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.len() < MAX_DESCRIPTIONS && !seen.contains(&field) {
+        if seen.len() >= MAX_DESCRIPTIONS {
+            return;
+        }
+        let field = field().to_string();
+        if !seen.contains(&field) {
             tracing::warn!("{field}; it is ignored");
             seen.insert(field);
         }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use prost::{Message, Name};
 use prost_reflect::{DynamicMessage, EnumDescriptor, FieldDescriptor, Kind, MapKey, ReflectMessage as _, Value};
 
-use super::any::message_name;
+use super::any::{MAX_ANYS, message_name, too_deep};
 use super::path::Path;
 use super::rules::{self, Bounds, Check, Num, Rule, TextRule};
 use super::scalar::format_duration;
@@ -19,7 +19,7 @@ type Result = std::result::Result<(), ConfigError>;
 ///
 /// Field numbers that a message in an `Any` does not have are passed over, as in Envoy; [`validate_any`] can refuse them.
 pub fn validate<T: Message + Name>(value: &T) -> Result {
-    Validator { unknown: UnknownFields::Ignore }.message(&dynamic(value)?, &Path::ROOT)
+    Validator { unknown: UnknownFields::Ignore, anys: 0 }.message(&dynamic(value)?, &Path::ROOT)
 }
 
 /// Checks the message in `any`, such as an xDS resource; `path` starts the paths of errors.
@@ -27,19 +27,25 @@ pub fn validate<T: Message + Name>(value: &T) -> Result {
 /// Besides the rules this can refuse what decoding into a struct would lose: fields that the message type does not have
 /// (`--reject-unknown-dynamic-fields`). An `Any` of an unknown type passes: refusing it is up to whoever is to use it.
 pub fn validate_any(any: &Any, path: &str, unknown: UnknownFields) -> Result {
-    Validator { unknown }.any(&any.type_url, &any.value, &Path::below(path))
+    Validator { unknown, anys: 0 }.any(&any.type_url, &any.value, &Path::below(path))
 }
 
 #[derive(Clone, Copy)]
 struct Validator {
     unknown: UnknownFields,
+    /// How many `Any`s what is looked at is in.
+    anys: usize,
 }
 
 impl Validator {
     fn any(self, type_url: &str, bytes: &[u8], path: &Path<'_>) -> Result {
+        if self.anys == MAX_ANYS {
+            return Err(too_deep(path));
+        }
+        let inside = Validator { anys: self.anys + 1, ..self };
         match pool().get_message_by_name(message_name(type_url)) {
             Some(desc) => match DynamicMessage::decode(desc, bytes) {
-                Ok(inner) => self.message(&inner, path),
+                Ok(inner) => inside.message(&inner, path),
                 Err(error) => Err(path.error(format!("cannot decode {type_url}: {error}"))),
             },
             None => Ok(()),
@@ -61,9 +67,9 @@ impl Validator {
         if !matches!(self.unknown, UnknownFields::Ignore)
             && let Some(unknown) = message.unknown_fields().next()
         {
-            let unknown = path.error(format!("{} has no field number {}", desc.full_name(), unknown.number()));
+            let unknown = || path.error(format!("{} has no field number {}", desc.full_name(), unknown.number()));
             match self.unknown {
-                UnknownFields::Reject => return Err(unknown),
+                UnknownFields::Reject => return Err(unknown()),
                 UnknownFields::Warn(log) => log.tell(unknown),
                 UnknownFields::Ignore => {}
             }

@@ -11,12 +11,17 @@ use super::tree::{Content, Entry, Node};
 
 /// The deepest nesting taken, as in protobuf's own JSON parser.
 const MAX_DEPTH: usize = 100;
-/// How many values aliases may add to those written out. Bounds documents made to explode ("billion laughs").
+/// How many values aliases may add to those written out. Bounds documents made to explode ("billion laughs"). A long text
+/// counts as several.
 const MAX_ALIASED_NODES: usize = 1_000_000;
+/// How many values are kept for aliases: those of anchors within each other once for each.
+const MAX_ANCHORED_NODES: usize = 2_000_000;
+/// How many bytes of text count as one value.
+const TEXT_OF_A_NODE: usize = 64;
 
 /// Parses one YAML document.
 pub(super) fn parse(text: &str) -> Result<Node, ConfigError> {
-    let mut builder = Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), aliased: 0 };
+    let mut builder = Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), anchored: 0, aliased: 0 };
     builder.document()
 }
 
@@ -24,6 +29,7 @@ struct Builder<'input> {
     parser: Parser<'input, StrInput<'input>>,
     /// Values with an anchor, and how many nodes each holds.
     anchors: HashMap<usize, (Node, usize)>,
+    anchored: usize,
     aliased: usize,
 }
 
@@ -84,11 +90,21 @@ impl<'input> Builder<'input> {
             _ => return Err(error(at, "a value is expected here")),
         };
         let node = Node { position: Some(position(at)), content };
+        self.keep(anchor, &node, at)?;
+        Ok(node)
+    }
+
+    /// Keeps a value for aliases of it, where it has an anchor.
+    fn keep(&mut self, anchor: usize, node: &Node, at: Marker) -> Result<(), ConfigError> {
         if anchor != 0 {
-            let nodes = count(&node);
+            let nodes = count(node);
+            self.anchored += nodes;
+            if self.anchored > MAX_ANCHORED_NODES {
+                return Err(error(at, format!("anchors hold more than {MAX_ANCHORED_NODES} values")));
+            }
             self.anchors.insert(anchor, (node.clone(), nodes));
         }
-        Ok(node)
+        Ok(())
     }
 
     fn map(&mut self, at: Marker, depth: usize) -> Result<Vec<Entry>, ConfigError> {
@@ -100,7 +116,7 @@ impl<'input> Builder<'input> {
                 (Event::Scalar(text, style, anchor, tag), at) => {
                     if anchor != 0 {
                         let content = scalar(&text, style, tag.as_deref());
-                        self.anchors.insert(anchor, (Node { position: Some(position(at)), content }, 1));
+                        self.keep(anchor, &Node { position: Some(position(at)), content }, at)?;
                     }
                     (text.into_owned(), at, tag.is_some_and(|tag| tag.handle() == "!" && tag.suffix() == "ignore"))
                 }
@@ -217,10 +233,13 @@ fn integer(text: &str) -> Option<i64> {
     i64::try_from(if negative { -value } else { value }).ok()
 }
 
+/// How many values a value is.
 fn count(node: &Node) -> usize {
+    let of_text = |text: &str| text.len() / TEXT_OF_A_NODE;
     1 + match &node.content {
         Content::List(items) => items.iter().map(count).sum(),
-        Content::Map(entries) => entries.iter().map(|entry| count(&entry.value)).sum(),
+        Content::Map(entries) => entries.iter().map(|entry| of_text(&entry.key) + count(&entry.value)).sum(),
+        Content::String(text) => of_text(text),
         _ => 0,
     }
 }

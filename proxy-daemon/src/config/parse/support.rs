@@ -587,7 +587,7 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
     let mut dynamic = DynamicMessage::new(descriptor);
     dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
     let mut deprecated = Deprecated::default();
-    walk(&dynamic, &mut path.to_owned(), &mut deprecated)?;
+    walk(&dynamic, &mut path.to_owned(), &mut deprecated, 0)?;
     // A message inside another one has been looked at with that.
     if path.is_empty() {
         deprecated.warn();
@@ -595,12 +595,17 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
     Ok(())
 }
 
-/// `path` is where the message stands, and is left as it was unless there is an error.
-fn walk(message: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated) -> Result<(), FieldError> {
+/// `path` is where the message stands, and is left as it was unless there is an error; `anys` is how many `Any`s it is in.
+fn walk(
+    message: &DynamicMessage,
+    path: &mut String,
+    deprecated: &mut Deprecated,
+    anys: usize,
+) -> Result<(), FieldError> {
     let descriptor = message.descriptor();
     let name = descriptor.full_name();
     if name == "google.protobuf.Any" {
-        return walk_any(message, path, deprecated);
+        return walk_any(message, path, deprecated, anys);
     }
     if name.starts_with("google.protobuf.") {
         return Ok(());
@@ -622,12 +627,12 @@ fn walk(message: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated
                 let text = format!("the value {number} is not supported by culvert yet");
                 return Err(FieldError::new(path.as_str(), text));
             }
-            Value::Message(inner) => walk(inner, path, deprecated)?,
+            Value::Message(inner) => walk(inner, path, deprecated, anys)?,
             Value::List(items) => {
                 for (index, item) in items.iter().enumerate() {
                     let Value::Message(inner) = item else { break };
                     path.push_str(&format!("[{index}]"));
-                    walk(inner, path, deprecated)?;
+                    walk(inner, path, deprecated, anys)?;
                     path.truncate(at);
                 }
             }
@@ -636,7 +641,7 @@ fn walk(message: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated
                     let Value::Message(inner) = item else { break };
                     let key = key.as_str().map_or_else(|| format!("{key:?}"), str::to_owned);
                     path.push_str(&format!("[\"{key}\"]"));
-                    walk(inner, path, deprecated)?;
+                    walk(inner, path, deprecated, anys)?;
                     path.truncate(at);
                 }
             }
@@ -652,7 +657,16 @@ fn undefined(field: &FieldDescriptor, number: i32) -> bool {
     field.kind().as_enum().is_some_and(|desc| desc.get_value(number).is_none())
 }
 
-fn walk_any(any: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated) -> Result<(), FieldError> {
+fn walk_any(
+    any: &DynamicMessage,
+    path: &mut String,
+    deprecated: &mut Deprecated,
+    anys: usize,
+) -> Result<(), FieldError> {
+    if anys == json::MAX_ANYS {
+        let text = format!("more than {} messages are in each other as Any", json::MAX_ANYS);
+        return Err(FieldError::new(path.as_str(), text));
+    }
     let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
     let type_url = text("type_url").unwrap_or_default();
     let name = type_url.rsplit('/').next().unwrap_or_default();
@@ -669,7 +683,7 @@ fn walk_any(any: &DynamicMessage, path: &mut String, deprecated: &mut Deprecated
     let bytes = value.as_ref().and_then(|value| value.as_bytes()).cloned().unwrap_or_default();
     let inner =
         DynamicMessage::decode(descriptor, bytes).map_err(|error| FieldError::new(path.as_str(), error.to_string()))?;
-    walk(&inner, path, deprecated)
+    walk(&inner, path, deprecated, anys + 1)
 }
 
 /// `path.field`, or `field` at the top.
