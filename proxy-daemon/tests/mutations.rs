@@ -149,3 +149,29 @@ fn rules() {
     let inputs: Vec<_> = inputs().iter().filter_map(read).map(|message| message.encode_to_vec()).collect();
     with_mutations(4, &inputs, fuzz::rules);
 }
+
+#[test]
+fn http1_messages() {
+    use culvert_proxy_daemon::http::codec::fuzz::{chunks, request_head, response_head};
+    let bytes = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect::<Vec<_>>();
+    let requests = bytes(&[
+        "GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+        "\r\nPOST http://b/x?y HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc",
+        "PUT /a HTTP/1.0\r\ntransfer-encoding: chunked\r\nx: y\r\n\r\n",
+        "CONNECT a:80 HTTP/1.1\r\nhost: a\r\n\r\n",
+        "OPTIONS * HTTP/1.1\r\nhost: a\r\nx-folded: a\r\n b\r\n\r\n",
+    ]);
+    with_mutations(5, &requests, request_head);
+    let responses = bytes(&[
+        "HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc",
+        "HTTP/1.0 404\r\nconnection: close\r\n\r\n",
+        "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n",
+    ]);
+    with_mutations(6, &responses, response_head);
+    let bodies = bytes(&[
+        "5;a=b\r\nhello\r\n0\r\n\r\n",
+        "00a\r\n0123456789\r\n1 \r\nx\r\n0\r\nx-t: 1\r\n\r\nGET",
+        "fffffffffffffff\r\nx",
+    ]);
+    with_mutations(7, &bodies, chunks);
+}

@@ -7,7 +7,8 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
-use hyper::body::Incoming;
+
+use super::codec::Incoming;
 
 /// Boxed, because it passes through hyper, which wants one for both sides.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -77,7 +78,7 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         observer.data(data.len());
-                        // hyper does not poll again once the declared length has passed.
+                        // Nobody need poll again once the declared length has passed.
                         if incoming.is_end_stream() {
                             observer.end(None);
                         }
@@ -91,7 +92,6 @@ impl http_body::Body for Body {
                     Poll::Ready(None)
                 }
                 Poll::Ready(Some(Err(error))) => {
-                    let error = error.into();
                     observer.error(&error);
                     Poll::Ready(Some(Err(error)))
                 }

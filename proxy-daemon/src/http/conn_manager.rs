@@ -11,20 +11,18 @@ use std::{
 };
 
 use http::{
-    HeaderValue, Request, Response, StatusCode,
-    header::{CONTENT_TYPE, LOCATION, SERVER},
+    HeaderValue, Request, Response, StatusCode, Version,
+    header::{CONNECTION, CONTENT_TYPE, LOCATION, SERVER},
 };
-use hyper::{
-    body::Incoming,
-    server::conn::{http1, http2},
-    service::service_fn,
-};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioTimer;
 use tokio::sync::Notify;
 
 use super::{
     LocalExecutor, Routes,
+    begun::Begun,
     body::Body,
+    codec::{self, h1::ServerConnection},
     filters::{Flow, HttpFilter},
     forward::forward,
     headers::{self, names::*},
@@ -33,7 +31,7 @@ use super::{
     redirect::{own_url, redirect},
     scopes::RouteFinder,
     stats::HcmStats,
-    stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
+    stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     waiting::{self, Counted},
 };
 use crate::{
@@ -201,7 +199,7 @@ pub async fn serve(
 }
 
 macro_rules! drive {
-    ($connection:expr, $state:expr, $drain:expr) => {{
+    ($connection:expr, $state:expr, $drain:expr, $shut_down:expr) => {{
         let (state, mut drain) = ($state, $drain);
         let mut connection = std::pin::pin!($connection);
         let mut closing = false;
@@ -217,7 +215,7 @@ macro_rules! drive {
                 reason = end_of_life(&state, &mut drain), if !closing => {
                     reason.inc();
                     closing = true;
-                    connection.as_mut().graceful_shutdown();
+                    $shut_down(connection.as_mut());
                 }
                 () = tokio::time::sleep(state.worker.drain_time), if closing => break,
                 () = state.stalled() => {
@@ -230,22 +228,14 @@ macro_rules! drive {
 }
 
 async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
-    let config = &state.manager.config;
-    let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .half_close(false)
-        .max_buf_size((config.max_request_headers_kb as usize * 1024).max(8192))
-        .header_read_timeout(config.request_headers_timeout);
-    // hyper keeps 100 header slots on the stack, and any other number on the heap.
-    if config.max_headers_count != 100 {
-        builder.max_headers(config.max_headers_count as usize);
-    }
-    let service = {
-        let state = Rc::clone(&state);
-        service_fn(move |request| handle(Rc::clone(&state), request))
+    let (stream, read_ahead) = io.into_parts();
+    let connection = ServerConnection::new(stream, read_ahead, &state.manager.config);
+    let serving = Rc::clone(&connection).serve(Rc::clone(&state));
+    let serving = async {
+        serving.await;
+        Ok::<(), hyper::Error>(())
     };
-    drive!(builder.serve_connection(io, service), state, drain);
+    drive!(serving, state, drain, |_| connection.graceful_shutdown());
 }
 
 async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
@@ -259,9 +249,14 @@ async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
         .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024));
     let service = {
         let state = Rc::clone(&state);
-        service_fn(move |request| handle(Rc::clone(&state), request))
+        service_fn(move |request: Request<Incoming>| {
+            let begun = Begun::new(&state, Instant::now(), Version::HTTP_2);
+            let handled = begun.handle(request.map(codec::Incoming::Http2), None);
+            async { Ok::<_, Infallible>(handled.await) }
+        })
     };
-    drive!(builder.serve_connection(io, service), state, drain);
+    let shut_down = |connection: std::pin::Pin<&mut http2::Connection<_, _, _>>| connection.graceful_shutdown();
+    drive!(builder.serve_connection(io, service), state, drain, shut_down);
 }
 
 /// Ends when the connection shall take no further request; the counter says why.
@@ -300,26 +295,28 @@ fn protocol_error(state: &ConnState, error: &hyper::Error) {
     tracing::debug!(connection = state.connection.id, peer = %state.connection.remote, %error, "connection ended");
 }
 
-/// One request, from its head to its response's head.
-async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
-    let started = Instant::now();
+/// One request, from its head to its response's head. `refused`: the codec has found it wanting.
+pub(super) async fn handle(
+    begun: Begun,
+    request: Request<codec::Incoming>,
+    refused: Option<LocalReply>,
+) -> Response<Body> {
+    let Begun { mut end, progress, started } = begun;
+    let state = Rc::clone(&end.state);
     let (mut head, incoming) = request.into_parts();
     let stats = &state.manager.stats;
-    if head.version == http::Version::HTTP_2 {
-        stats.downstream_rq_http2_total.inc();
-    } else {
-        stats.downstream_rq_http1_total.inc();
-    }
     let no_body = http_body::Body::is_end_stream(&incoming);
-    let progress = Progress::new(started, no_body);
-    let mut end = StreamEnd::new(Rc::clone(&state), Rc::clone(&progress), started);
+    if no_body {
+        progress.request_complete.set(Some(started));
+    }
     let grpc = headers::is_grpc(&head.headers);
     end.grpc = grpc;
+    end.http1 = head.version != Version::HTTP_2;
     let is_head = head.method == http::Method::HEAD;
 
-    if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count) {
+    if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count, refused) {
         end.keep_request(&head);
-        return Ok(answer(end, reply, grpc, is_head, None, &mut Vec::new()));
+        return answer(end, reply, grpc, is_head, None, &mut Vec::new());
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     let random = fastrand::u64(..);
@@ -390,7 +387,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
         end.keep_route(&cx);
         // Filters that have not seen the request see the answer.
         filters.extend(entries.filter_map(|entry| entry.source.with(|factory| factory.stream()).flatten()));
-        return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters));
+        return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters);
     }
     end.keep_request(&head);
     end.keep_route(&cx);
@@ -426,7 +423,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     };
     let answered = match result {
         Ok(answered) => answered,
-        Err(reply) => return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters)),
+        Err(reply) => return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters),
     };
 
     let (mut response, incoming) = answered.response.into_parts();
@@ -434,7 +431,7 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     if filters.is_empty() {
         end.came_from_upstream(&response, &cx);
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
-        return Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))));
+        return Response::from_parts(response, Body::observed(incoming, Box::new(observer)));
     }
     let end = Rc::new(RefCell::new(end));
     let observer = ResponseObserver::new(EndHolder::Shared(Rc::clone(&end)), answered.timers, answered.connection);
@@ -460,14 +457,14 @@ async fn handle(state: Rc<ConnState>, request: Request<Incoming>) -> Result<Resp
     // A body that has not ended holds it too.
     let end = Rc::into_inner(end).map(RefCell::into_inner);
     match (reply, end) {
-        (Some(reply), Some(end)) => return Ok(answer(end, reply, grpc, is_head, Some(&mut cx), &mut Vec::new())),
+        (Some(reply), Some(end)) => return answer(end, reply, grpc, is_head, Some(&mut cx), &mut Vec::new()),
         (_, end) => {
             if let Body::Wrapped(_) = body {
                 body.wrap(|body| Counted::new(body, progress, end));
             }
         }
     }
-    Ok(Response::from_parts(response, body))
+    Response::from_parts(response, body)
 }
 
 fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
@@ -553,7 +550,7 @@ fn finish_response(
 }
 
 /// Turns a local reply into a response and settles the stream.
-fn answer(
+pub(super) fn answer(
     mut end: StreamEnd,
     reply: LocalReply,
     grpc: bool,
@@ -599,6 +596,9 @@ fn answer(
             let _ = filter.response(&mut head, &mut body, cx);
         }
         end.flags |= cx.flags;
+    }
+    if end.http1 && head.status == StatusCode::BAD_REQUEST {
+        head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     head.headers.insert(SERVER, end.state.manager.config.server_name.clone());
     end.keep_response(head.status, &head.headers);

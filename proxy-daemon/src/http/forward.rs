@@ -3,10 +3,10 @@
 use std::{rc::Rc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST};
-use hyper::body::Incoming;
 
 use super::{
     body::Body,
+    codec::Incoming,
     headers::{self, names::*},
     observe::StreamEnd,
     redirect::rewrite_path,
@@ -19,7 +19,9 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HostRewrite, RetryPolicy, UpstreamProtocol},
-    upstream::{ConnectError, Connection, HostCounter, PickCx, PoolError, Wanted, WorkerCluster, WorkerHost},
+    upstream::{
+        ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
+    },
 };
 
 /// An upstream's answer.
@@ -165,7 +167,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> Loc
             let text = "upstream request timeout";
             LocalReply::new(StatusCode::GATEWAY_TIMEOUT, text, ResponseFlags::UT, "response_timeout")
         }
-        Expired::Idle | Expired::Request => waiting::expire(&end.state, &end.progress, expired),
+        Expired::Idle | Expired::Request | Expired::Malformed(_) => waiting::expire(&end.state, &end.progress, expired),
     }
 }
 
@@ -319,7 +321,8 @@ impl Attempts<'_> {
             Err(error) => return Err(connect_failed(error, head, body)),
         };
         let request = self.upstream_request(host, head, body, connection.is_http2());
-        match connection.send(request).await {
+        let stats = &self.cluster.cluster.stats;
+        match connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())).await {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
                 failure: Failure::AfterRequest,
                 reason: "protocol error",
@@ -330,9 +333,11 @@ impl Attempts<'_> {
                 stale: false,
             }),
             Ok(response) => Ok((response, connection)),
-            Err(mut error) => {
-                let request = error.take_message().map(|request| Box::new(request.into_parts()));
-                Err(reset(error.error(), request, connection.reused))
+            Err(error) => {
+                if error.reason == ResetReason::Protocol {
+                    stats.upstream_cx_protocol_error.inc();
+                }
+                Err(reset(error, connection.reused))
             }
         }
     }
@@ -408,7 +413,7 @@ impl Attempts<'_> {
                 "upstream_per_try_timeout",
             );
         }
-        if matches!(failed.failure, Failure::AfterRequest | Failure::Refused) {
+        if failed.flags == ResponseFlags::UR {
             stats.upstream_rq_rx_reset.inc();
         }
         let (retried, reason) = (self.count > 1, failed.reason);
@@ -474,42 +479,22 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     Failed { failure: Failure::Connect, reason, transport, status, flags, request, stale: false }
 }
 
-fn reset(error: &hyper::Error, request: Option<Box<(RequestHead, Body)>>, reused: bool) -> Failed {
+fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {
     let unsent = request.is_some();
-    let refused = h2_reason(error) == Some(h2::Reason::REFUSED_STREAM);
-    let protocol = error.is_parse() || h2_error(error).is_some_and(is_protocol_error);
-    let failure = match (unsent, refused) {
+    let failure = match (unsent, reason) {
         (true, _) => Failure::BeforeRequest,
-        (false, true) => Failure::Refused,
-        (false, false) => Failure::AfterRequest,
+        (false, ResetReason::Refused) => Failure::Refused,
+        (false, _) => Failure::AfterRequest,
     };
-    let (reason, status, flags) = match (protocol, h2_reason(error)) {
-        (true, _) => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
-        (false, Some(_)) => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
-        (false, None) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
-    };
-    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused }
-}
-
-fn h2_reason(error: &hyper::Error) -> Option<h2::Reason> {
-    h2_error(error)?.reason()
-}
-
-/// What is wrong with the HTTP/2 stream or connection that an error came of.
-pub(super) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a h2::Error> {
-    let mut source = Some(error);
-    while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<h2::Error>() {
-            return Some(error);
+    let (reason, status, flags) = match reason {
+        ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
+        ResetReason::Refused | ResetReason::Remote => {
+            ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR)
         }
-        source = error.source();
-    }
-    None
-}
-
-/// Whether the other side broke the protocol: either side may have noticed.
-fn is_protocol_error(error: &h2::Error) -> bool {
-    error.is_library() && error.reason().is_some() || error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
+        ResetReason::Closed => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
+    };
+    let request = request.map(|request| Box::new(request.into_parts()));
+    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused }
 }
 
 /// Origin form and a `host` header.

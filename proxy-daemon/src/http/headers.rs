@@ -80,42 +80,44 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'+')
 }
 
-/// Refuses what two parsers could read differently, and what this proxy does not do.
-pub(super) fn check_request(head: &RequestHead, max_headers: u32) -> Result<(), LocalReply> {
-    let refuse = |status, details| Err(LocalReply::new(status, "", ResponseFlags::DPE, details));
-    if head.version < Version::HTTP_11 {
-        let (status, text) = (StatusCode::UPGRADE_REQUIRED, "Upgrade Required");
-        return Err(LocalReply::new(status, text, ResponseFlags::default(), "low_version"));
-    }
+/// Refuses what two parsers could read differently, and what this proxy does not do. `refused`: the codec has done so.
+pub(super) fn check_request(
+    head: &RequestHead,
+    max_headers: u32,
+    refused: Option<LocalReply>,
+) -> Result<(), LocalReply> {
+    let none = ResponseFlags::default();
     if head.headers.len() > max_headers as usize {
         let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
-        return refuse(status, "too_many_headers");
+        return Err(LocalReply::new(status, "", ResponseFlags::DPE, "too_many_headers"));
     }
-    if head.version == Version::HTTP_11 {
-        let headers = &head.headers;
-        // A length beside a transfer coding has been dropped by the codec (RFC 9112, 6.1), so that only one reading is left.
-        let mut hosts = headers.get_all(HOST).iter();
-        match (hosts.next(), hosts.next()) {
-            (Some(_), None) => {}
-            (None, _) if head.uri.authority().is_some() => {}
-            (None, _) => {
-                return Err(LocalReply::new(
-                    StatusCode::BAD_REQUEST,
-                    "",
-                    ResponseFlags::default(),
-                    "missing_host_header",
-                ));
-            }
-            (Some(_), Some(_)) => return refuse(StatusCode::BAD_REQUEST, "http1.duplicate_host"),
-        }
-        if headers.contains_key(UPGRADE) && connection_nominates(headers, "upgrade") {
-            return Err(LocalReply::new(StatusCode::FORBIDDEN, "", ResponseFlags::default(), "upgrade_failed"));
-        }
+    if head.version == Version::HTTP_2 {
+        return if head.method == Method::CONNECT { Err(no_route()) } else { Ok(()) };
     }
-    if head.method == Method::CONNECT {
-        return Err(LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"));
-    }
-    Ok(())
+    let mut reply = if head.method == Method::CONNECT {
+        no_route()
+    } else if !head.headers.contains_key(HOST) || connection_nominates(&head.headers, "host") {
+        LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header")
+    } else if let Some(refused) = refused {
+        return Err(refused);
+    } else if wants_upgrade(&head.headers) {
+        LocalReply::new(StatusCode::FORBIDDEN, "", none, "upgrade_failed")
+    } else {
+        return Ok(());
+    };
+    // What follows may not be HTTP.
+    reply.headers.push((CONNECTION, HeaderValue::from_static("close")));
+    Err(reply)
+}
+
+fn no_route() -> LocalReply {
+    LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found")
+}
+
+/// An offer of HTTP/2 is passed over, as RFC 9113 lets a server do.
+fn wants_upgrade(headers: &HeaderMap) -> bool {
+    headers.get(UPGRADE).is_some_and(|to| !to.as_bytes().eq_ignore_ascii_case(b"h2c"))
+        && connection_nominates(headers, "upgrade")
 }
 
 fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {

@@ -1,7 +1,7 @@
 use http::Request;
 
 use super::*;
-use crate::config::model::{CodecType, Http2Options, RouteConfig, RouteSource};
+use crate::config::model::{CodecType, Http1Options, Http2Options, RouteConfig, RouteSource};
 
 fn config() -> HttpConnectionManagerConfig {
     HttpConnectionManagerConfig {
@@ -29,6 +29,7 @@ fn config() -> HttpConnectionManagerConfig {
         max_headers_count: 100,
         normalize_path: false,
         merge_slashes: false,
+        http1: Http1Options::default(),
         http2: Http2Options::default(),
         access_logs: Vec::new(),
     }
@@ -144,17 +145,17 @@ fn paths_are_normalised_as_configured() {
 
 #[test]
 fn ambiguous_requests_are_refused() {
-    let status = |head: &RequestHead| check_request(head, 3).map_err(|reply| reply.status.as_u16());
+    let status = |head: &RequestHead| check_request(head, 3, None).map_err(|reply| reply.status.as_u16());
     assert_eq!(status(&request("/", &[("host", "a")])), Ok(()));
     assert_eq!(status(&request("/", &[])), Err(400));
-    assert_eq!(status(&request("/", &[("host", "a"), ("host", "b")])), Err(400));
     let upgrade = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "websocket")];
     assert_eq!(status(&request("/", &upgrade)), Err(403));
     let many = [("host", "a"), ("a", "1"), ("b", "2"), ("c", "3")];
     assert_eq!(status(&request("/", &many)), Err(431));
-    let mut old = request("/", &[("host", "a")]);
-    old.version = Version::HTTP_10;
-    assert_eq!(status(&old), Err(426));
+    let h2c = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "h2c")];
+    assert_eq!(status(&request("/", &h2c)), Ok(()), "an offer of HTTP/2 is passed over");
+    let nominated = [("host", "a"), ("connection", "host")];
+    assert_eq!(status(&request("/", &nominated)), Err(400), "it would be removed");
 }
 
 #[test]

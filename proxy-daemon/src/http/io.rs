@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use hyper::rt::ReadBufCursor;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncReadExt;
@@ -17,12 +17,17 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 pub(super) struct DownstreamIo {
     stream: TokioIo<DownstreamStream>,
-    read_ahead: Bytes,
+    read_ahead: BytesMut,
 }
 
 impl DownstreamIo {
     pub(super) fn new(stream: DownstreamStream) -> DownstreamIo {
-        DownstreamIo { stream: TokioIo::new(stream), read_ahead: Bytes::new() }
+        DownstreamIo { stream: TokioIo::new(stream), read_ahead: BytesMut::new() }
+    }
+
+    /// The connection, and what has been read of it.
+    pub(super) fn into_parts(self) -> (DownstreamStream, BytesMut) {
+        (self.stream.into_inner(), self.read_ahead)
     }
 
     /// Reads until it is clear whether the client begins with HTTP/2's preface (RFC 9113, section 3.4).
@@ -38,7 +43,7 @@ impl DownstreamIo {
             }
         }
         let http2 = seen.starts_with(PREFACE);
-        self.read_ahead = seen.freeze();
+        self.read_ahead = seen;
         Ok(http2)
     }
 }
@@ -53,7 +58,7 @@ impl hyper::rt::Read for DownstreamIo {
         buf.put_slice(&io.read_ahead[..length]);
         io.read_ahead.advance(length);
         if io.read_ahead.is_empty() {
-            io.read_ahead = Bytes::new(); // gives the memory back
+            io.read_ahead = BytesMut::new(); // gives the memory back
         }
         Poll::Ready(Ok(()))
     }

@@ -1,6 +1,8 @@
 //! The HTTP connection manager: from a downstream connection to filters, router and back.
 
+mod begun;
 pub mod body;
+pub mod codec;
 mod conn_manager;
 pub mod filters;
 mod forward;

@@ -15,9 +15,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
 use super::{
     RouteRef,
     body::{BodyError, Observer},
+    codec::{h1::CodecError, h2_error},
     conn_manager::ConnState,
     filters::HttpFilter,
-    forward::h2_error,
     headers::names::GRPC_STATUS,
     stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
@@ -96,6 +96,13 @@ impl Observer for ResponseObserver {
                 Expired::Route => (ResponseFlags::UT, "upstream response timeout"),
                 Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
                 Expired::Request => (ResponseFlags::default(), "request timeout"),
+                Expired::Malformed(error) => {
+                    self.end.with(|end| {
+                        end.state.count_protocol_error();
+                        end.details = Cow::Borrowed(error.details);
+                    });
+                    (ResponseFlags::DPE, "malformed request")
+                }
             };
             self.end.with(|end| end.flags |= flag);
             text.into()
@@ -133,6 +140,8 @@ pub(super) struct StreamEnd {
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
+    /// The client speaks HTTP/1.
+    pub(super) http1: bool,
     /// The client speaks gRPC.
     pub(super) grpc: bool,
     pub(super) complete: bool,
@@ -142,8 +151,8 @@ pub(super) struct StreamEnd {
 
 struct LogParts {
     started: SystemTime,
-    method: Method,
-    uri: Uri,
+    /// None where the head never came, or could not be read.
+    target: Option<(Method, Uri)>,
     version: Version,
     host: Option<HeaderValue>,
     request: HeaderMap,
@@ -201,6 +210,7 @@ impl StreamEnd {
             details: Cow::Borrowed(""),
             host: None,
             judged: false,
+            http1: true,
             grpc: false,
             complete: false,
             filters: Vec::new(),
@@ -244,6 +254,9 @@ impl StreamEnd {
             };
             self.flags |= flag;
             self.details = Cow::Borrowed(details);
+            if let Some((cluster, _)) = self.host.as_ref().filter(|_| error.is::<CodecError>()) {
+                cluster.cluster.stats.upstream_cx_protocol_error.inc();
+            }
         }
         self.state.manager.stats.rq_reset_after_downstream_response_started.inc();
     }
@@ -258,11 +271,27 @@ impl StreamEnd {
         if self.is_logged() {
             self.log = Some(Box::new(LogParts {
                 started: SystemTime::now() - self.started.elapsed(),
-                method: head.method.clone(),
-                uri: head.uri.clone(),
+                target: Some((head.method.clone(), head.uri.clone())),
                 version: head.version,
                 host: head.headers.get(HOST).cloned(),
                 request: only(&head.headers, &self.state.manager.logged.request),
+                response: HeaderMap::new(),
+                route: None,
+                cluster: None,
+                remote: None,
+            }));
+        }
+    }
+
+    /// There is no head to keep.
+    pub(super) fn keep_no_request(&mut self) {
+        if self.is_logged() {
+            self.log = Some(Box::new(LogParts {
+                started: SystemTime::now() - self.started.elapsed(),
+                target: None,
+                version: Version::HTTP_11,
+                host: None,
+                request: HeaderMap::new(),
                 response: HeaderMap::new(),
                 route: None,
                 cluster: None,
@@ -334,14 +363,15 @@ impl StreamEnd {
     fn write_logs(&self, log: &LogParts) {
         let connection = &self.state.connection;
         let host = log.host.as_ref().and_then(|host| host.to_str().ok());
+        let (method, uri) = log.target.as_ref().map(|(method, uri)| (method, uri)).unzip();
         let route = log.route.as_ref().map(|route| route.name.as_str());
         let record = Record {
             start: log.started,
             duration: self.started.elapsed(),
             protocol: Some(crate::http::protocol_name(log.version)),
-            method: Some(log.method.as_str()),
-            path: log.uri.path_and_query().map(|path| path.as_str()),
-            authority: log.uri.authority().map(|authority| authority.as_str()).or(host),
+            method: method.map(Method::as_str),
+            path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),
+            authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
             request_headers: Some(&log.request),
             response_headers: Some(&log.response),
             response_code: self.status.map_or(0, |status| status.as_u16()),

@@ -34,6 +34,8 @@ hcm_stats! {
         downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
         downstream_cx_max_requests_reached downstream_cx_drain_close
         downstream_rq_total downstream_rq_http1_total downstream_rq_http2_total
+        downstream_rq_header_timeout downstream_rq_response_before_rq_complete downstream_rq_non_relative_path
+        downstream_rq_failed_path_normalization
         downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
         no_route no_cluster rq_direct_response rq_redirect rq_total
         rq_reset_after_downstream_response_started

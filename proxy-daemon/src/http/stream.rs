@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
-use super::{MatchCx, RouteRef};
+use super::{MatchCx, RouteRef, codec::h1::CodecError};
 use crate::{
     access_log::ResponseFlags, listener::ConnectionInfo, runtime::Worker, tls::TlsInfo, upstream::WorkerCluster,
 };
@@ -99,7 +99,9 @@ pub struct Progress {
     pub request_complete: Cell<Option<Instant>>,
     /// When anything last passed in either direction.
     pub last_activity: Cell<Instant>,
-    /// Woken when the request is complete.
+    /// The request turned out not to be HTTP in the middle of its body.
+    pub malformed: Cell<Option<CodecError>>,
+    /// Woken when the request is complete, or malformed.
     pub waker: RefCell<Option<std::task::Waker>>,
 }
 
@@ -112,8 +114,17 @@ impl Progress {
             sent_otherwise: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             last_activity: Cell::new(started),
+            malformed: Cell::new(None),
             waker: RefCell::new(None),
         })
+    }
+
+    /// The request will never be whole.
+    pub fn refuse(&self, error: CodecError) {
+        self.malformed.set(Some(error));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
     }
 
     /// The request has passed whole.

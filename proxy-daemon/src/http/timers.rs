@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::Sleep;
 
-use super::stream::Progress;
+use super::{codec::h1::CodecError, stream::Progress};
 
 /// Which limit passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub(super) enum Expired {
     Idle,
     /// The request took too long to arrive.
     Request,
+    /// The rest of the request is not HTTP: no use to wait for it.
+    Malformed(CodecError),
 }
 
 /// The limits, and the one timer that is set to the first of them.
@@ -56,6 +58,9 @@ impl Timers {
     /// Ready when a limit has passed.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
         if self.progress.request_complete.get().is_none() {
+            if let Some(error) = self.progress.malformed.get() {
+                return Poll::Ready(Expired::Malformed(error));
+            }
             self.progress.waker.replace(Some(cx.waker().clone()));
         }
         loop {

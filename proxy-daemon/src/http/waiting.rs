@@ -47,6 +47,10 @@ pub(super) fn expire(state: &ConnState, progress: &Progress, expired: Expired) -
         let (status, text) = (StatusCode::REQUEST_TIMEOUT, "request timeout");
         return LocalReply::new(status, text, ResponseFlags::default(), "request_overall_timeout");
     }
+    if let Expired::Malformed(error) = expired {
+        state.count_protocol_error();
+        return error.into();
+    }
     stats.downstream_rq_idle_timeout.inc();
     let complete = progress.request_complete.get().is_some();
     let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };

@@ -20,7 +20,7 @@ pub(crate) use connect::set_int;
 pub use connect::{ConnectError, Dial, Source, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub(crate) use pool::Decrement;
-pub use pool::{Connection, PoolError, Wanted};
+pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};
 pub use stats::ClusterStats;
 pub(crate) use worker::Issued;
 pub use worker::{PickCx, WorkerCluster, WorkerClusters, WorkerHost};

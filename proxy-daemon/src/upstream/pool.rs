@@ -5,10 +5,11 @@ use std::{
     collections::HashMap,
     rc::{Rc, Weak},
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
-use hyper::client::conn::{TrySendError, http1, http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Mutex, Notify};
 
@@ -18,7 +19,15 @@ use super::{
 };
 use crate::{
     config::model::Http2Options,
-    http::{LocalExecutor, body::Body},
+    http::{
+        LocalExecutor,
+        body::Body,
+        codec::{
+            Incoming,
+            h1::{ClientConnection, SendError},
+            h2_error, is_protocol_error,
+        },
+    },
     tls::AlpnFallback,
 };
 
@@ -69,13 +78,12 @@ struct SourcePool {
     released: Notify,
 }
 
+/// Closed when nobody holds it any more: neither the pool nor a borrower.
 struct Http1Connection {
-    sender: RefCell<http1::SendRequest<Body>>,
+    client: Rc<ClientConnection>,
     requests: Cell<u32>,
     idle_since: Cell<Option<Instant>>,
-    /// Told when the pool wants it closed. The driving task holds this, not the connection, which must die with its
-    /// last borrower.
-    close: Rc<Notify>,
+    _open: OpenConnection,
 }
 
 struct Http2Connection {
@@ -96,6 +104,47 @@ pub struct Connection {
     max_requests: u32,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
+}
+
+/// Why a request that was sent has no response.
+pub struct Reset {
+    /// The request, where none of it was sent.
+    pub request: Option<Box<http::Request<Body>>>,
+    /// What happened.
+    pub reason: ResetReason,
+}
+
+/// What ended a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetReason {
+    /// The connection was closed.
+    Closed,
+    /// The host does not speak the protocol as it should.
+    Protocol,
+    /// The host refused the stream without looking at it.
+    Refused,
+    /// The host reset the stream.
+    Remote,
+}
+
+impl Reset {
+    fn http1(error: SendError) -> Reset {
+        match error {
+            SendError::Unsent(request) => Reset { request: Some(request), reason: ResetReason::Closed },
+            SendError::Closed => Reset { request: None, reason: ResetReason::Closed },
+            SendError::Protocol(_) => Reset { request: None, reason: ResetReason::Protocol },
+        }
+    }
+}
+
+fn h2_reason(error: &hyper::Error) -> ResetReason {
+    let cause = h2_error(error);
+    match cause.and_then(h2::Error::reason) {
+        Some(h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
+        _ if error.is_parse() || cause.is_some_and(is_protocol_error) => ResetReason::Protocol,
+        Some(_) => ResetReason::Remote,
+        None => ResetReason::Closed,
+    }
 }
 
 /// What a request is sent with.
@@ -128,7 +177,8 @@ impl Pool {
         self.retired.set(true);
         let by_source = self.by_source.borrow();
         for pool in by_source.values().chain([&self.direct]) {
-            pool.idle.borrow_mut().drain(..).for_each(|connection| connection.close.notify_one());
+            let idle = std::mem::take(&mut *pool.idle.borrow_mut());
+            drop(idle);
             // Its streams finish: the last one lets go of it.
             pool.http2.borrow_mut().take();
         }
@@ -208,7 +258,7 @@ impl WorkerHost {
         };
         match http2 {
             Some(options) => self.start_http2(cluster, pool, stream, open, options).await.map(Sender::Http2),
-            None => self.start_http1(cluster, pool, stream, open).await.map(Sender::Http1),
+            None => Ok(Sender::Http1(self.start_http1(cluster, pool, stream, open))),
         }
     }
 
@@ -263,38 +313,38 @@ impl WorkerHost {
         }
     }
 
-    async fn start_http1(
+    fn start_http1(
         &self,
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
         stream: UpstreamStream,
         open: OpenConnection,
-    ) -> Result<Rc<Http1Connection>, PoolError> {
-        let handshake = http1::Builder::new().handshake(TokioIo::new(stream)).await;
-        let (sender, driver) = handshake.map_err(PoolError::Handshake)?;
+    ) -> Rc<Http1Connection> {
         cluster.cluster.stats.upstream_cx_http1_total.inc();
         let connection = Rc::new(Http1Connection {
-            sender: RefCell::new(sender),
+            client: Rc::new(ClientConnection::new(stream)),
             requests: Cell::new(0),
             idle_since: Cell::new(None),
-            close: Rc::default(),
+            _open: open,
         });
-        let (watched, close) = (Rc::downgrade(&connection), Rc::clone(&connection.close));
-        let limit = cluster.cluster.config.idle_timeout;
+        let (watched, client) = (Rc::downgrade(&connection), Rc::downgrade(&connection.client));
+        let (limit, shared) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster));
         let home = Rc::downgrade(pool);
+        // It only sleeps while the connection is in use.
         tokio::task::spawn_local(async move {
             let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
+            let closed =
+                std::future::poll_fn(|cx| client.upgrade().map_or(Poll::Ready(()), |client| client.poll_idle(cx)));
             tokio::select! {
-                result = driver => log_end(result),
-                () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
-                () = close.notified() => {}
+                biased;
+                () = closed => {}
+                () = idle => shared.stats.upstream_cx_idle_timeout.inc(),
             }
             if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
                 home.idle.borrow_mut().retain(|idle| !Rc::ptr_eq(idle, &connection));
             }
-            drop(open);
         });
-        Ok(connection)
+        connection
     }
 
     async fn start_http2(
@@ -339,14 +389,14 @@ impl WorkerHost {
 
 impl SourcePool {
     fn take_idle(&self) -> Option<Rc<Http1Connection>> {
-        let mut idle = self.idle.borrow_mut();
-        while let Some(connection) = idle.pop() {
-            if connection.sender.borrow().is_ready() {
-                connection.idle_since.set(None);
+        loop {
+            // One that the host has closed is dropped, which the pool is told of: it must not be borrowed then.
+            let connection = self.idle.borrow_mut().pop()?;
+            connection.idle_since.set(None);
+            if connection.client.unpark() {
                 return Some(connection);
             }
         }
-        None
     }
 
     fn shared_http2(&self) -> Option<Rc<Http2Connection>> {
@@ -371,23 +421,32 @@ impl Connection {
         matches!(self.sender, Sender::Http2(_))
     }
 
-    /// Sends the request and waits for the response's head. A request that was not sent comes back in the error.
+    /// Sends the request and waits for the response's head. `interim` is told of the 1xx that come before it.
+    ///
+    /// # Errors
+    /// Why there is none.
     pub async fn send(
         &self,
         request: http::Request<Body>,
-    ) -> Result<http::Response<hyper::body::Incoming>, TrySendError<http::Request<Body>>> {
+        interim: impl FnMut(http::StatusCode),
+    ) -> Result<http::Response<Incoming>, Reset> {
         match &self.sender {
             Sender::Http1(connection) => {
                 connection.requests.set(connection.requests.get() + 1);
-                let response = connection.sender.borrow_mut().try_send_request(request);
-                response.await
+                connection.client.send(request, interim).await.map_err(Reset::http1)
             }
             Sender::Http2(connection) => {
                 connection.requests.set(connection.requests.get() + 1);
                 connection.active.set(connection.active.get() + 1);
                 connection.idle_since.set(None);
                 let response = connection.sender.clone().try_send_request(request);
-                response.await
+                match response.await {
+                    Ok(response) => Ok(response.map(Incoming::Http2)),
+                    Err(mut error) => {
+                        let request = error.take_message().map(Box::new);
+                        Err(Reset { request, reason: h2_reason(error.error()) })
+                    }
+                }
             }
         }
     }
@@ -398,19 +457,9 @@ impl Connection {
         let retired = self.pool.upgrade().is_none_or(|pool| pool.retired.get());
         if let Sender::Http1(connection) = &self.sender {
             let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
-            if retired || worn_out || connection.sender.borrow().is_closed() {
-                connection.close.notify_one();
-            } else if connection.sender.borrow().is_ready() {
-                put_back(&home, connection, retired);
-            } else {
-                // The request is still on its way up: the connection comes back when that is done.
-                let (connection, home, pool) = (Rc::clone(connection), Rc::downgrade(&home), self.pool.clone());
-                tokio::task::spawn_local(async move {
-                    let ready = std::future::poll_fn(|cx| connection.sender.borrow_mut().poll_ready(cx)).await;
-                    if let (Ok(()), Some(home)) = (ready, home.upgrade()) {
-                        put_back(&home, &connection, pool.upgrade().is_none_or(|pool| pool.retired.get()));
-                    }
-                });
+            if !retired && !worn_out && connection.client.is_reusable() && connection.client.park() {
+                connection.idle_since.set(Some(Instant::now()));
+                home.idle.borrow_mut().push(Rc::clone(connection));
             }
         } else if let Sender::Http2(connection) = &self.sender {
             let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
@@ -420,16 +469,6 @@ impl Connection {
         }
         home.released.notify_one();
     }
-}
-
-fn put_back(home: &SourcePool, connection: &Rc<Http1Connection>, retired: bool) {
-    if retired {
-        connection.close.notify_one();
-    } else {
-        connection.idle_since.set(Some(Instant::now()));
-        home.idle.borrow_mut().push(Rc::clone(connection));
-    }
-    home.released.notify_one();
 }
 
 impl Drop for Connection {

@@ -334,6 +334,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         max_headers_count: 100,
         normalize_path: false,
         merge_slashes: false,
+        http1: Http1Options::default(),
         http2: Http2Options::default(),
         access_logs: Vec::new(),
     }

@@ -56,6 +56,8 @@ pub struct HttpConnectionManagerConfig {
     pub normalize_path: bool,
     /// `//` becomes `/`.
     pub merge_slashes: bool,
+    /// HTTP/1 as clients may speak it.
+    pub http1: Http1Options,
     /// HTTP/2 limits.
     pub http2: Http2Options,
     /// One line a request.
@@ -125,6 +127,17 @@ pub enum ServerHeaderTransformation {
     AppendIfAbsent,
     /// The upstream's passes, and none is added.
     PassThrough,
+}
+
+/// `Http1ProtocolOptions` of a connection manager.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Http1Options {
+    /// HTTP/1.0 is served; else it is answered with 426.
+    pub accept_http_10: bool,
+    /// The host of an HTTP/1.0 request that names none.
+    pub default_host_for_http_10: Option<HeaderValue>,
+    /// Trailers pass in both directions; else they are dropped.
+    pub enable_trailers: bool,
 }
 
 /// `Http2ProtocolOptions`, for both sides.

@@ -9,7 +9,7 @@ use envoy_types::pb::envoy::{
                 ClusterDiscoveryType, DiscoveryType, DnsLookupFamily as ProtoFamily, LbConfig, LbPolicy as ProtoPolicy,
             },
         },
-        core::v3::RoutingPriority,
+        core::v3::{Http1ProtocolOptions, RoutingPriority},
     },
     extensions::upstreams::http::v3::{
         HttpProtocolOptions,
@@ -186,11 +186,15 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
     let path = format!("{}[\"{HTTP_OPTIONS}\"]", join(path, "typed_extension_protocol_options"));
     match &options.upstream_protocol_options {
         Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
-            Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
+            Some(ProtocolConfig::HttpProtocolOptions(options)) => {
+                no_trailers(Some(options), &join(&path, "explicit_http_config"))?;
+                Ok(UpstreamProtocol::Http1)
+            }
             Some(ProtocolConfig::Http2ProtocolOptions(options)) => Ok(UpstreamProtocol::Http2(http2(Some(options)))),
             _ => Err(FieldError::unsupported(join(&path, "explicit_http_config"))),
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
+            no_trailers(options.http_protocol_options.as_ref(), &join(&path, "use_downstream_protocol_config"))?;
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
         Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
@@ -198,10 +202,19 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
             Err(FieldError::new(join(&path, "auto_config"), text))
         }
         Some(UpstreamProtocolOptions::AutoConfig(options)) => {
+            no_trailers(options.http_protocol_options.as_ref(), &join(&path, "auto_config"))?;
             Ok(UpstreamProtocol::Auto(http2(options.http2_protocol_options.as_ref())))
         }
         None => Err(required(&path, "upstream_protocol_options")),
     }
+}
+
+/// Trailers pass on connections of clients only; the other options have no meaning for a cluster.
+fn no_trailers(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()> {
+    if options.is_some_and(|options| options.enable_trailers) {
+        return Err(FieldError::unsupported(join(path, "http_protocol_options.enable_trailers")));
+    }
+    Ok(())
 }
 
 fn circuit_breakers(breakers: Option<&CircuitBreakers>) -> [Thresholds; 2] {

@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::{ExtensionConfigSource, TypedExtensionConfig},
+        config::core::v3::{ExtensionConfigSource, Http1ProtocolOptions, TypedExtensionConfig},
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
             http_connection_manager::{
@@ -27,7 +27,7 @@ use crate::{
     config::{
         FieldError,
         model::{
-            CodecType, HttpConnectionManagerConfig, HttpFilterEntry, ResourceRef, RouteSource,
+            CodecType, Http1Options, HttpConnectionManagerConfig, HttpFilterEntry, ResourceRef, RouteSource,
             ServerHeaderTransformation,
         },
     },
@@ -84,8 +84,23 @@ pub(super) fn http_connection_manager(
         max_headers_count: number(common.max_headers_count, 100),
         normalize_path: is_set(manager.normalize_path),
         merge_slashes: manager.merge_slashes,
+        http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,
         http2: http2(manager.http2_protocol_options.as_ref()),
         access_logs: access_logs(&manager.access_log, &join(path, "access_log"))?,
+    })
+}
+
+fn http1(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<Http1Options> {
+    let Some(options) = options else { return Ok(Http1Options::default()) };
+    let host = options.default_host_for_http_10.as_str();
+    let default_host = match host {
+        "" => None,
+        host => Some(header_value(host, &join(path, "default_host_for_http_10"))?),
+    };
+    Ok(Http1Options {
+        accept_http_10: options.accept_http_10,
+        default_host_for_http_10: default_host,
+        enable_trailers: options.enable_trailers,
     })
 }
 

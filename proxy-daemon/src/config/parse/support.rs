@@ -273,6 +273,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "scoped_routes",
             "http_filters",
             "common_http_protocol_options",
+            "http_protocol_options",
             "http2_protocol_options",
             "server_name",
             "server_header_transformation",
@@ -324,7 +325,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         "envoy.config.core.v3.HttpProtocolOptions",
         &["idle_timeout", "max_connection_duration", "max_headers_count", "max_requests_per_connection"],
     ),
-    ("envoy.config.core.v3.Http1ProtocolOptions", &[]),
+    ("envoy.config.core.v3.Http1ProtocolOptions", &["accept_http_10", "default_host_for_http_10", "enable_trailers"]),
     (
         "envoy.config.core.v3.Http2ProtocolOptions",
         &["max_concurrent_streams", "initial_stream_window_size", "initial_connection_window_size"],

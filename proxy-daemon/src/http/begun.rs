@@ -1,0 +1,112 @@
+//! A stream from its first byte on, before anything is known of it.
+
+use std::{rc::Rc, time::Instant};
+
+use http::{Request, Response, StatusCode, Version};
+
+use super::{
+    body::Body,
+    codec::Incoming,
+    conn_manager::{self, ConnState},
+    observe::StreamEnd,
+    stream::{LocalReply, Progress},
+};
+use crate::{access_log::ResponseFlags, config::model::HttpConnectionManagerConfig};
+
+/// A stream that has begun: it counts, and is logged however it ends.
+pub(super) struct Begun {
+    pub(super) end: StreamEnd,
+    pub(super) progress: Rc<Progress>,
+    pub(super) started: Instant,
+}
+
+impl Begun {
+    pub(super) fn new(state: &Rc<ConnState>, started: Instant, version: Version) -> Begun {
+        let stats = &state.manager.stats;
+        if version == Version::HTTP_2 {
+            stats.downstream_rq_http2_total.inc();
+        } else {
+            stats.downstream_rq_http1_total.inc();
+        }
+        let progress = Progress::new(started, false);
+        let end = StreamEnd::new(Rc::clone(state), Rc::clone(&progress), started);
+        Begun { end, progress, started }
+    }
+
+    /// Its head is here.
+    pub(super) async fn handle(self, request: Request<Incoming>, refused: Option<LocalReply>) -> Response<Body> {
+        conn_manager::handle(self, request, refused).await
+    }
+
+    /// The answer where there will be no head.
+    pub(super) fn answer_without_head(mut self, reply: LocalReply) -> Response<Body> {
+        self.end.keep_no_request();
+        conn_manager::answer(self.end, reply, false, false, None, &mut Vec::new())
+    }
+
+    /// Ends when the head takes too long, with what the client is told.
+    pub(super) fn late_head(&mut self) -> impl Future<Output = LocalReply> + use<> {
+        self.end.keep_no_request();
+        let (state, started) = (Rc::clone(&self.end.state), self.started);
+        async move {
+            let config = state.config();
+            let limits = [
+                (config.request_headers_timeout, "request header timeout", "request_header_timeout"),
+                (config.request_timeout, "request timeout", "request_overall_timeout"),
+                (config.stream_idle_timeout, "stream timeout", "stream_idle_timeout"),
+            ];
+            let first = limits.into_iter().filter_map(|(limit, text, details)| Some((limit?, text, details)));
+            let Some((limit, text, details)) = first.min_by_key(|(limit, ..)| *limit) else {
+                return std::future::pending().await;
+            };
+            tokio::time::sleep_until((started + limit).into()).await;
+            let (stats, mut flags) = (&state.manager.stats, ResponseFlags::default());
+            match details {
+                "request_header_timeout" => stats.downstream_rq_header_timeout.inc(),
+                "request_overall_timeout" => stats.downstream_rq_timeout.inc(),
+                _ => {
+                    stats.downstream_rq_idle_timeout.inc();
+                    flags = ResponseFlags::SI;
+                }
+            }
+            LocalReply::new(StatusCode::REQUEST_TIMEOUT, text, flags, details)
+        }
+    }
+}
+
+/// What the codec counts.
+impl ConnState {
+    pub(super) fn config(&self) -> &HttpConnectionManagerConfig {
+        &self.manager.config
+    }
+
+    /// A client does not speak HTTP as it should.
+    pub(super) fn count_protocol_error(&self) {
+        self.manager.stats.downstream_cx_protocol_error.inc();
+    }
+
+    /// A client was told to go on.
+    pub(super) fn count_continue(&self) {
+        self.manager.stats.downstream_rq.inc(StatusCode::CONTINUE.as_u16());
+    }
+
+    /// A response begins before its request is complete.
+    pub(super) fn count_early_response(&self) {
+        self.manager.stats.downstream_rq_response_before_rq_complete.inc();
+    }
+
+    /// A stream ends before its request is complete.
+    pub(super) fn count_reset(&self) {
+        self.manager.stats.downstream_rq_rx_reset.inc();
+    }
+
+    /// A target is no path.
+    pub(super) fn count_non_relative_path(&self) {
+        self.manager.stats.downstream_rq_non_relative_path.inc();
+    }
+
+    /// A path cannot be made a normal one.
+    pub(super) fn count_failed_normalization(&self) {
+        self.manager.stats.downstream_rq_failed_path_normalization.inc();
+    }
+}

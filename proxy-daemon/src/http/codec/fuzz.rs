@@ -1,0 +1,70 @@
+//! What the fuzzers call: bytes in, and nothing may panic, hang or read beyond what there is. `fuzz/` gives them to libFuzzer;
+//! `tests/mutations.rs` runs them on mutations of examples.
+
+use bytes::BytesMut;
+
+use super::h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner};
+
+const LIMITS: Limits = Limits { bytes: 4096, headers: 32 };
+
+/// A head that arrives whole, and the same one byte at a time: whether it is taken must not depend on that, and a head that is
+/// accepted has been read in one way only.
+fn head(bytes: &[u8], kind: Kind) -> Option<bytes::Bytes> {
+    let mut whole = BytesMut::from(bytes);
+    let taken = Scanner::default().take(&mut whole, kind, LIMITS);
+    let (mut scanner, mut buffer) = (Scanner::default(), BytesMut::new());
+    let mut dripped = Ok(None);
+    for byte in bytes {
+        buffer.extend_from_slice(&[*byte]);
+        dripped = scanner.take(&mut buffer, kind, LIMITS);
+        if !matches!(dripped, Ok(None)) {
+            break;
+        }
+    }
+    let taken = taken.ok().flatten()?;
+    // What comes in pieces may be refused earlier, but is never read differently.
+    if let Ok(Some(dripped)) = dripped {
+        assert_eq!(taken, dripped);
+    }
+    Some(taken)
+}
+
+/// A request's head.
+pub fn request_head(bytes: &[u8]) {
+    let Some(head) = head(bytes, Kind::Request) else { return };
+    if let Ok(request) = h1::request(&head, LIMITS, true) {
+        assert!(request.parts.headers.get_all("host").iter().count() <= 1);
+        assert!(request.framing != Framing::UntilClose);
+        assert!(!head[..head.len() - 4].windows(2).any(|pair| pair[1] == b'\n' && pair[0] != b'\r'));
+    }
+}
+
+/// A response's head.
+pub fn response_head(bytes: &[u8]) {
+    let Some(head) = head(bytes, Kind::Response) else { return };
+    let _ = h1::response(&head, LIMITS);
+}
+
+/// A chunked body: whole and one byte at a time it must come to the same.
+pub fn chunks(bytes: &[u8]) {
+    let whole = decode(bytes, bytes.len().max(1));
+    let dripped = decode(bytes, 1);
+    assert_eq!(whole, dripped);
+}
+
+/// The body as far as it came, and whether it ended (or failed: none).
+fn decode(bytes: &[u8], step: usize) -> Option<(Vec<u8>, bool)> {
+    let (mut decoder, mut buffer, mut body) = (Decoder::new(Framing::Chunked), BytesMut::new(), Vec::new());
+    for piece in bytes.chunks(step) {
+        buffer.extend_from_slice(piece);
+        loop {
+            match decoder.decode(&mut buffer, LIMITS) {
+                Ok(Some(Item::Data(data))) => body.extend_from_slice(&data),
+                Ok(Some(Item::End(_))) => return Some((body, true)),
+                Ok(None) => break,
+                Err(_) => return None,
+            }
+        }
+    }
+    Some((body, false))
+}

@@ -1,0 +1,366 @@
+//! The side that hosts are spoken to: no task drives it; a request writes, reads and waits in the task that it comes from.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, Waker, ready},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{Method, Request, Response, StatusCode};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::io::AsyncReadExt as _;
+
+use super::{
+    buffers,
+    decode::{Decoder, Item},
+    encode::{self, BodyLength, Writer},
+    error::CodecError,
+    head::{self, Framing, Kind, Limits, Scanner, response_framing},
+};
+use crate::{
+    http::{
+        body::{Body, BodyError},
+        codec::Incoming,
+    },
+    upstream::UpstreamStream,
+};
+
+/// `max_response_headers_kb` is 80 KiB for HTTP/1 and `max_headers_count` 100 where nothing else is said.
+const LIMITS: Limits = Limits { bytes: 80 * 1024, headers: 100 };
+/// So many interim responses are passed over.
+const INTERIM: u32 = 16;
+
+/// Why there is no response.
+pub enum SendError {
+    /// The connection was closed before any of the request was written; here it is again.
+    Unsent(Box<Request<Body>>),
+    /// The connection broke.
+    Closed,
+    /// The host's answer is not to be believed.
+    Protocol(CodecError),
+}
+
+/// A connection to a host, on which one request at a time is made.
+pub struct ClientConnection {
+    inner: RefCell<Inner>,
+    /// The task that watches the connection while it is idle.
+    watcher: RefCell<Option<Waker>>,
+    busy: Cell<bool>,
+}
+
+struct Inner {
+    stream: UpstreamStream,
+    buffer: BytesMut,
+    scanner: Scanner,
+    decoder: Decoder,
+    writer: Writer,
+    upload: Upload,
+    /// It may carry another request after this one.
+    kept: bool,
+    eof: bool,
+}
+
+/// What is still to be sent of a request.
+#[derive(Default)]
+struct Upload {
+    body: Body,
+    framing: Framing,
+    ended: bool,
+    broken: bool,
+    /// Some of the body has been taken.
+    touched: bool,
+}
+
+impl ClientConnection {
+    /// For a connection that nothing has been said on.
+    pub fn new(stream: UpstreamStream) -> ClientConnection {
+        let inner = Inner {
+            stream,
+            buffer: BytesMut::new(),
+            scanner: Scanner::default(),
+            decoder: Decoder::Done,
+            writer: Writer::default(),
+            upload: Upload { ended: true, ..Upload::default() },
+            kept: true,
+            eof: false,
+        };
+        ClientConnection { inner: RefCell::new(inner), watcher: RefCell::default(), busy: Cell::new(true) }
+    }
+
+    /// Sends a request and waits for its response's head. `interim` is told of the 1xx that come before it.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn send(
+        self: &Rc<Self>,
+        request: Request<Body>,
+        mut interim: impl FnMut(StatusCode),
+    ) -> Result<Response<Incoming>, SendError> {
+        let (parts, body) = request.into_parts();
+        let to_head = parts.method == Method::HEAD;
+        {
+            let mut inner = self.inner.borrow_mut();
+            let length = BodyLength { ended: body.is_end_stream(), exact: None };
+            inner.kept = false;
+            inner.writer.begin();
+            let framing = encode::request(inner.writer.out(), &parts, length);
+            inner.upload = Upload { body, framing, ended: length.ended, ..Upload::default() };
+        }
+        // Until a byte is out, the request can be had back.
+        let mut parts = Some(parts);
+        let result = poll_fn(|cx| {
+            let mut inner = self.inner.borrow_mut();
+            let writing = inner.poll_upload(cx);
+            if inner.writer.has_started() {
+                parts.take().into_iter().for_each(|parts| buffers::give_headers(parts.headers));
+            } else if writing.is_ready()
+                && !inner.upload.touched
+                && let Some(parts) = parts.take()
+            {
+                let body = std::mem::take(&mut inner.upload.body);
+                return Poll::Ready(Err(SendError::Unsent(Box::new(Request::from_parts(parts, body)))));
+            }
+            match inner.poll_head(cx) {
+                // A host that refuses a body may answer and close before it has read all of it.
+                Poll::Pending if matches!(writing, Poll::Ready(Err(()))) && inner.upload.broken => {
+                    Poll::Ready(Err(SendError::Closed))
+                }
+                polled => polled,
+            }
+        });
+        let mut result = result.await;
+        for _ in 0..INTERIM {
+            match result {
+                Ok(head) if head.parts.status.is_informational() => {
+                    let status = head.parts.status;
+                    interim(status);
+                    if status == StatusCode::SWITCHING_PROTOCOLS {
+                        return Err(SendError::Protocol(CodecError::CODEC));
+                    }
+                    result = poll_fn(|cx| {
+                        let mut inner = self.inner.borrow_mut();
+                        let _ = inner.poll_upload(cx);
+                        inner.poll_head(cx)
+                    })
+                    .await;
+                }
+                result => return self.begin_response(result?, to_head),
+            }
+        }
+        Err(SendError::Protocol(CodecError::CODEC))
+    }
+
+    fn begin_response(
+        self: &Rc<Self>,
+        head: head::ResponseHead,
+        to_head: bool,
+    ) -> Result<Response<Incoming>, SendError> {
+        let head::ResponseHead { parts, told } = head;
+        let framing = response_framing(told, parts.status, to_head);
+        let mut inner = self.inner.borrow_mut();
+        inner.kept = framing != Framing::UntilClose && encode::is_kept(parts.version, &parts.headers);
+        inner.decoder = Decoder::new(framing);
+        let done = inner.decoder.is_done();
+        drop(inner);
+        let body = if done { Incoming::Empty } else { Incoming::Upstream(ResponseBody(Rc::clone(self))) };
+        Ok(Response::from_parts(parts, body))
+    }
+
+    /// Whether another request can be made: both sides are through with the last one, and nothing came after it.
+    pub fn is_reusable(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.kept && !inner.eof && inner.decoder.is_done() && inner.upload.is_done() && inner.buffer.is_empty()
+    }
+
+    /// More has come than was asked for.
+    pub fn has_surplus(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.decoder.is_done() && !inner.buffer.is_empty()
+    }
+
+    /// Nobody uses it now: the watcher is woken when the host says anything. False: it has.
+    pub fn park(&self) -> bool {
+        self.busy.set(false);
+        self.inner.borrow_mut().upload.body = Body::Empty;
+        let watcher = self.watcher.borrow();
+        let waker = watcher.as_ref().unwrap_or(Waker::noop());
+        self.inner.borrow_mut().poll_quiet(&mut Context::from_waker(waker)).is_pending()
+    }
+
+    /// Takes it into use again. False: the host has closed it, or has said something that nobody asked for.
+    pub fn unpark(&self) -> bool {
+        self.busy.set(true);
+        self.inner.borrow_mut().poll_quiet(&mut Context::from_waker(Waker::noop())).is_pending()
+    }
+
+    /// Ready when the host closes the idle connection; the caller is the watcher from now on.
+    pub fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.watcher.replace(Some(cx.waker().clone()));
+        if self.busy.get() { Poll::Pending } else { self.inner.borrow_mut().poll_quiet(cx) }
+    }
+}
+
+impl Drop for ClientConnection {
+    fn drop(&mut self) {
+        if let Some(watcher) = self.watcher.get_mut().take() {
+            watcher.wake();
+        }
+    }
+}
+
+impl Inner {
+    /// Sends what can be sent; ready when all is, or nothing more can be.
+    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        loop {
+            let waiting = self.upload.gather(cx, &mut self.writer);
+            if self.writer.poll_write(&mut self.stream, cx).map_err(|_| self.upload.give_up())?.is_pending() {
+                return Poll::Pending;
+            }
+            if self.upload.ended {
+                return Poll::Ready(if self.upload.broken { Err(()) } else { Ok(()) });
+            }
+            if waiting {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        buffers::prepare(&mut self.buffer);
+        let read = pin!(self.stream.read_buf(&mut self.buffer)).poll(cx);
+        match read {
+            Poll::Ready(read) => {
+                if !read.is_ok_and(|bytes| bytes > 0) {
+                    self.eof = true;
+                }
+                Poll::Ready(())
+            }
+            Poll::Pending => {
+                buffers::give_back(&mut self.buffer);
+                Poll::Pending
+            }
+        }
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<head::ResponseHead, SendError>> {
+        loop {
+            match self.scanner.take(&mut self.buffer, Kind::Response, LIMITS) {
+                Ok(Some(head)) => return Poll::Ready(head::response(&head, LIMITS).map_err(SendError::Protocol)),
+                Ok(None) if self.eof => return Poll::Ready(Err(SendError::Closed)),
+                Ok(None) => ready!(self.poll_fill(cx)),
+                Err(error) => return Poll::Ready(Err(SendError::Protocol(error))),
+            }
+        }
+    }
+
+    /// Ready when there is something to be read, which there should not be.
+    fn poll_quiet(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.eof || !self.buffer.is_empty() {
+            return Poll::Ready(());
+        }
+        self.poll_fill(cx)
+    }
+}
+
+impl Upload {
+    fn is_done(&self) -> bool {
+        self.ended && !self.broken
+    }
+
+    /// The host takes no more of it.
+    fn give_up(&mut self) {
+        (self.ended, self.broken) = (true, true);
+    }
+
+    /// Takes from the body what one write can carry; whether the body has nothing at the moment.
+    fn gather(&mut self, cx: &mut Context<'_>, writer: &mut Writer) -> bool {
+        while !self.ended && writer.has_room() {
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Pending => return true,
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.touched = true;
+                    if let Ok(data) = frame.into_data() {
+                        self.data(data, writer);
+                    }
+                    // Trailers are not passed on, as in Envoy where `enable_trailers` is not set.
+                }
+                Poll::Ready(Some(Err(_))) => self.give_up(),
+                Poll::Ready(None) => {
+                    self.ended = true;
+                    match self.framing {
+                        Framing::Chunked => writer.last_chunk(None),
+                        Framing::Length(1..) => self.broken = true,
+                        _ => {}
+                    }
+                }
+            }
+        }
+        false
+    }
+
+    fn data(&mut self, data: Bytes, writer: &mut Writer) {
+        match &mut self.framing {
+            Framing::Chunked => writer.data(data, true),
+            Framing::Length(left) => match left.checked_sub(data.len() as u64) {
+                Some(rest) => {
+                    *left = rest;
+                    writer.data(data, false);
+                    // The length is all: nobody need ask the body whether that was its end.
+                    if rest == 0 && self.body.is_end_stream() {
+                        self.ended = true;
+                    }
+                }
+                None => self.give_up(),
+            },
+            Framing::None | Framing::UntilClose => {}
+        }
+    }
+}
+
+/// A response's body, which is read when it is asked for. What is left of the request is sent meanwhile.
+pub struct ResponseBody(Rc<ClientConnection>);
+
+impl ResponseBody {
+    pub(in crate::http) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut inner = self.0.inner.borrow_mut();
+        let inner = &mut *inner;
+        if !inner.upload.ended {
+            let _ = inner.poll_upload(cx);
+        }
+        loop {
+            match inner.decoder.decode(&mut inner.buffer, LIMITS) {
+                Ok(Some(Item::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Some(Item::End(trailers))) => {
+                    // Not passed on, as in Envoy where the cluster's `enable_trailers` is not set.
+                    buffers::give_headers(trailers);
+                    return Poll::Ready(None);
+                }
+                Ok(None) if inner.eof && matches!(inner.decoder, Decoder::UntilClose) => {
+                    inner.decoder = Decoder::Done;
+                    return Poll::Ready(None);
+                }
+                Ok(None) if inner.eof => return Poll::Ready(Some(Err(CodecError::CODEC.into()))),
+                Ok(None) => ready!(inner.poll_fill(cx)),
+                Err(error) => return Poll::Ready(Some(Err(error.into()))),
+            }
+        }
+    }
+
+    pub(in crate::http) fn is_end_stream(&self) -> bool {
+        self.0.inner.borrow().decoder.is_done()
+    }
+
+    pub(in crate::http) fn size_hint(&self) -> SizeHint {
+        match self.0.inner.borrow().decoder {
+            Decoder::Done => SizeHint::with_exact(0),
+            Decoder::Length(left) => SizeHint::with_exact(left),
+            Decoder::Chunked(_) | Decoder::UntilClose => SizeHint::default(),
+        }
+    }
+}

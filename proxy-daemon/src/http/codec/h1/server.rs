@@ -1,0 +1,521 @@
+//! The side that clients speak to: one task a connection, in which its requests are served one after the other.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, Waker, ready},
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{
+    HeaderMap, Method, Request, Response, StatusCode, Version,
+    header::{CONNECTION, EXPECT, HOST},
+};
+use http_body::{Body as _, Frame, SizeHint};
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
+
+use super::{
+    buffers,
+    decode::{Decoder, Item},
+    encode::{self, BodyLength, ResponseCx, Writer},
+    error::CodecError,
+    head::{self, Framing, Kind, Limits, Scanner, Target},
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::model::HttpConnectionManagerConfig,
+    http::{
+        begun::Begun,
+        body::{Body, BodyError},
+        codec::Incoming,
+        conn_manager::ConnState,
+        stream::{LocalReply, Progress},
+    },
+    listener::DownstreamStream,
+};
+
+/// What a client has sent ahead of its turn is read up to this, in bytes; the rest waits in the kernel.
+const PIPELINED: usize = 16 * 1024;
+/// How long a client that is still sending may take to see the last answer, as Envoy's `delayed_close_timeout`.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A client's connection.
+pub(in crate::http) struct ServerConnection {
+    inner: RefCell<Inner>,
+    closing: Cell<bool>,
+}
+
+struct Inner {
+    stream: DownstreamStream,
+    buffer: BytesMut,
+    scanner: Scanner,
+    decoder: Decoder,
+    limits: Limits,
+    enable_trailers: bool,
+    /// Which request the decoder belongs to.
+    serial: u64,
+    /// The client has closed its side.
+    eof: bool,
+    malformed: bool,
+    begun: Option<Begun>,
+    /// The connection's task, for when a body that another task reads comes upon the connection's end.
+    task: Option<Waker>,
+}
+
+/// What came instead of a request's head.
+enum Received {
+    Head(Bytes),
+    Closed,
+    Refused(CodecError),
+    Late(LocalReply),
+}
+
+/// Whether the connection serves another request.
+#[derive(PartialEq, Eq)]
+enum After {
+    Next,
+    /// The client has nothing more to say.
+    Close,
+    /// The client may still be sending.
+    Linger,
+    /// Nobody is there, or the answer broke off.
+    Abort,
+}
+
+impl ServerConnection {
+    /// For a connection of which `buffer` has been read already.
+    pub(in crate::http) fn new(
+        stream: DownstreamStream,
+        buffer: BytesMut,
+        config: &HttpConnectionManagerConfig,
+    ) -> Rc<ServerConnection> {
+        let limits =
+            Limits { bytes: config.max_request_headers_kb as usize * 1024, headers: config.max_headers_count as usize };
+        let inner = Inner {
+            stream,
+            buffer,
+            scanner: Scanner::default(),
+            decoder: Decoder::Done,
+            limits,
+            enable_trailers: config.http1.enable_trailers,
+            serial: 0,
+            eof: false,
+            malformed: false,
+            begun: None,
+            task: None,
+        };
+        Rc::new(ServerConnection { inner: RefCell::new(inner), closing: Cell::new(false) })
+    }
+
+    /// The request that is being served is the last one. Where there is none, [`serve`](Self::serve) ends when it is polled again.
+    pub(in crate::http) fn graceful_shutdown(&self) {
+        self.closing.set(true);
+    }
+
+    /// Serves requests until the connection ends.
+    pub(in crate::http) async fn serve(self: Rc<Self>, state: Rc<ConnState>) {
+        let mut writer = Writer::default();
+        loop {
+            let received = self.receive(&state).await;
+            let after = match received {
+                Received::Closed => return,
+                Received::Refused(error) => self.refuse(&state, error, &mut writer).await,
+                Received::Late(reply) => self.reply(&state, reply, &mut writer).await,
+                Received::Head(head) => self.exchange(&state, &head, &mut writer).await,
+            };
+            match after {
+                After::Next => {}
+                After::Abort => return,
+                After::Close => return self.close(Duration::ZERO).await,
+                After::Linger => return self.close(LINGER).await,
+            }
+        }
+    }
+
+    /// Waits for a request's head.
+    async fn receive(&self, state: &Rc<ConnState>) -> Received {
+        let first = poll_fn(|cx| {
+            let mut inner = self.inner.borrow_mut();
+            if self.closing.get() && inner.buffer.is_empty() {
+                return Poll::Ready(Some(Received::Closed));
+            }
+            match inner.poll_head(cx) {
+                Poll::Ready(received) => Poll::Ready(Some(received)),
+                Poll::Pending if inner.buffer.is_empty() => Poll::Pending,
+                Poll::Pending => Poll::Ready(None),
+            }
+        });
+        if let Some(received) = first.await {
+            return received;
+        }
+        // Its first bytes are here: the request has begun, and its time runs.
+        let mut begun = Begun::new(state, Instant::now(), Version::HTTP_11);
+        let late = begun.late_head();
+        self.inner.borrow_mut().begun = Some(begun);
+        tokio::select! {
+            biased;
+            received = poll_fn(|cx| self.inner.borrow_mut().poll_head(cx)) => received,
+            reply = late => Received::Late(reply),
+        }
+    }
+
+    fn begun(&self, state: &Rc<ConnState>) -> Begun {
+        let begun = self.inner.borrow_mut().begun.take();
+        begun.unwrap_or_else(|| Begun::new(state, Instant::now(), Version::HTTP_11))
+    }
+
+    /// Answers what is no request.
+    async fn refuse(&self, state: &Rc<ConnState>, error: CodecError, writer: &mut Writer) -> After {
+        state.count_protocol_error();
+        tracing::debug!(details = error.details, "refused a request");
+        self.reply(state, error.into(), writer).await
+    }
+
+    /// Answers a request of which there is no head.
+    async fn reply(&self, state: &Rc<ConnState>, reply: LocalReply, writer: &mut Writer) -> After {
+        // Nothing can be said of where a next request would begin.
+        self.inner.borrow_mut().decoder = Decoder::UntilClose;
+        let response = self.begun(state).answer_without_head(reply);
+        let cx = ResponseCx { to_head: false, http_10: false, close: true, keep_alive: false };
+        self.respond(state, response, cx, writer).await
+    }
+
+    /// One request and its response.
+    async fn exchange(self: &Rc<Self>, state: &Rc<ConnState>, bytes: &Bytes, writer: &mut Writer) -> After {
+        let (config, limits) = (state.config(), self.inner.borrow().limits);
+        let head = match head::request(bytes, limits, config.http1.accept_http_10) {
+            Ok(head) => head,
+            Err(error) => return self.refuse(state, error, writer).await,
+        };
+        let head::RequestHead { mut parts, framing, target } = head;
+        let begun = self.begun(state);
+        let refused = refused(target, state).or_else(|| self.malformed_start(framing, state));
+        if let (Version::HTTP_10, Some(host)) = (parts.version, &config.http1.default_host_for_http_10) {
+            parts.headers.entry(HOST).or_insert_with(|| host.clone());
+        }
+        let cx = ResponseCx {
+            to_head: parts.method == Method::HEAD,
+            http_10: parts.version == Version::HTTP_10,
+            close: false,
+            keep_alive: encode::is_kept(parts.version, &parts.headers),
+        };
+        let serial = {
+            let mut inner = self.inner.borrow_mut();
+            inner.decoder = Decoder::new(framing);
+            inner.serial += 1;
+            inner.serial
+        };
+        if parts.headers.get(EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+            parts.headers.remove(EXPECT);
+            if parts.version == Version::HTTP_11 {
+                state.count_continue();
+                writer.out().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+                if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
+                    return After::Abort;
+                }
+            }
+        }
+        let body = match framing {
+            Framing::None | Framing::Length(0) => Incoming::Empty,
+            _ => Incoming::Downstream(RequestBody {
+                connection: Rc::clone(self),
+                serial,
+                progress: Rc::clone(&begun.progress),
+            }),
+        };
+        let response = {
+            let mut handler = pin!(begun.handle(Request::from_parts(parts, body), refused));
+            poll_fn(|cx| match handler.as_mut().poll(cx) {
+                Poll::Ready(response) => Poll::Ready(Some(response)),
+                Poll::Pending => self.poll_gone(cx).map(|()| None),
+            })
+            .await
+        };
+        match response {
+            Some(response) => self.respond(state, response, cx, writer).await,
+            None => After::Abort,
+        }
+    }
+
+    /// Looks at as much of a chunked body as is there already: where that is malformed, nothing is forwarded.
+    fn malformed_start(&self, framing: Framing, state: &ConnState) -> Option<LocalReply> {
+        let inner = self.inner.borrow();
+        if framing != Framing::Chunked || inner.buffer.is_empty() {
+            return None;
+        }
+        let (mut decoder, mut copy) = (Decoder::new(framing), BytesMut::from(&inner.buffer[..]));
+        loop {
+            match decoder.decode(&mut copy, inner.limits) {
+                Ok(Some(Item::Data(_))) => {}
+                Ok(Some(Item::End(_)) | None) => return None,
+                Err(error) => {
+                    state.count_protocol_error();
+                    return Some(error.into());
+                }
+            }
+        }
+    }
+
+    /// Writes a response, and says what becomes of the connection.
+    async fn respond(
+        &self,
+        state: &Rc<ConnState>,
+        response: Response<Body>,
+        mut cx: ResponseCx,
+        writer: &mut Writer,
+    ) -> After {
+        let (parts, mut body) = response.into_parts();
+        let (complete, enable_trailers) = {
+            let inner = self.inner.borrow();
+            (inner.decoder.is_done(), inner.enable_trailers)
+        };
+        let asked = !cx.keep_alive;
+        // Nobody waits for the rest of a request that has its response.
+        cx.close |= !complete || asked || self.closing.get() || parts.headers.contains_key(CONNECTION);
+        if !complete {
+            state.count_early_response();
+        }
+        let length = BodyLength { ended: body.is_end_stream(), exact: body.size_hint().exact() };
+        let framing = encode::response(writer.out(), parts.status, &parts.headers, length, cx);
+        buffers::give_headers(parts.headers);
+        let mut out = Outgoing { body: &mut body, framing, enable_trailers, ended: false, broken: false };
+        let written = poll_fn(|cx| out.poll(cx, self, writer)).await;
+        let complete = self.inner.borrow().decoder.is_done();
+        if !complete {
+            state.count_reset();
+        }
+        let ahead = !self.inner.borrow().buffer.is_empty();
+        match written {
+            Err(()) => After::Abort,
+            Ok(()) if cx.close && asked && complete && !ahead => After::Close,
+            Ok(()) if cx.close || framing == Framing::UntilClose => After::Linger,
+            Ok(()) => After::Next,
+        }
+    }
+
+    /// Ready when the client is gone. Reads ahead while it waits, but only so much.
+    fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut inner = self.inner.borrow_mut();
+        loop {
+            if inner.eof {
+                return Poll::Ready(());
+            }
+            if !inner.decoder.is_done() || inner.buffer.len() >= PIPELINED {
+                // Whoever reads the body will see it.
+                inner.task.get_or_insert_with(|| cx.waker().clone()).clone_from(cx.waker());
+                return Poll::Pending;
+            }
+            ready!(inner.poll_fill(cx));
+        }
+    }
+
+    /// Says that nothing more will be written, and waits for the client to be done, at most so long: a connection that is closed
+    /// while there is something to be read is reset, and takes the last response with it.
+    async fn close(&self, linger: Duration) {
+        let shut = poll_fn(|cx| Pin::new(&mut self.inner.borrow_mut().stream).poll_shutdown(cx)).await;
+        if shut.is_err() || linger.is_zero() {
+            return;
+        }
+        let drained = poll_fn(|cx| {
+            let mut inner = self.inner.borrow_mut();
+            loop {
+                inner.buffer.clear();
+                if inner.eof {
+                    return Poll::Ready(());
+                }
+                ready!(inner.poll_fill(cx));
+            }
+        });
+        let _ = tokio::time::timeout(linger, drained).await;
+    }
+}
+
+/// Targets that are well-formed but lead nowhere; the texts are Envoy's.
+fn refused(target: Target, state: &ConnState) -> Option<LocalReply> {
+    let (status, details) = match target {
+        Target::Path | Target::Authority => return None,
+        Target::NoPath => {
+            state.count_non_relative_path();
+            (StatusCode::NOT_FOUND, "absolute_path_rejected")
+        }
+        Target::Fragment => {
+            state.count_failed_normalization();
+            (StatusCode::BAD_REQUEST, "path_normalization_failed")
+        }
+    };
+    Some(LocalReply::new(status, "", ResponseFlags::default(), details))
+}
+
+impl Inner {
+    /// Reads once. The end of the connection is noted.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        buffers::prepare(&mut self.buffer);
+        let read = pin!(self.stream.read_buf(&mut self.buffer)).poll(cx);
+        match read {
+            Poll::Ready(read) => {
+                if !read.is_ok_and(|bytes| bytes > 0) {
+                    self.eof = true;
+                }
+                Poll::Ready(())
+            }
+            Poll::Pending => {
+                buffers::give_back(&mut self.buffer);
+                Poll::Pending
+            }
+        }
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
+        loop {
+            match self.scanner.take(&mut self.buffer, Kind::Request, self.limits) {
+                Ok(Some(head)) => return Poll::Ready(Received::Head(head)),
+                Ok(None) if self.eof => {
+                    self.begun = None;
+                    return Poll::Ready(Received::Closed);
+                }
+                Ok(None) => ready!(self.poll_fill(cx)),
+                Err(error) => return Poll::Ready(Received::Refused(error)),
+            }
+        }
+    }
+}
+
+/// A response's body on its way to the client.
+struct Outgoing<'a> {
+    body: &'a mut Body,
+    framing: Framing,
+    enable_trailers: bool,
+    ended: bool,
+    /// The body broke off: so does the connection, once what came before is written.
+    broken: bool,
+}
+
+impl Outgoing<'_> {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        connection: &ServerConnection,
+        writer: &mut Writer,
+    ) -> Poll<Result<(), ()>> {
+        loop {
+            let mut waiting = false;
+            while !self.ended && !waiting && writer.has_room() {
+                match Pin::new(&mut *self.body).poll_frame(cx) {
+                    Poll::Ready(frame) => self.frame(frame, writer),
+                    Poll::Pending => waiting = true,
+                }
+            }
+            match writer.poll_write(&mut connection.inner.borrow_mut().stream, cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(())),
+                Poll::Pending => return Poll::Pending,
+            }
+            if self.ended {
+                return Poll::Ready(if self.broken { Err(()) } else { Ok(()) });
+            }
+            if waiting {
+                return connection.poll_gone(cx).map(Err);
+            }
+        }
+    }
+
+    fn frame(&mut self, frame: Option<Result<Frame<Bytes>, BodyError>>, writer: &mut Writer) {
+        match frame {
+            Some(Ok(frame)) => match frame.into_data() {
+                Ok(data) => match &mut self.framing {
+                    Framing::None => {}
+                    Framing::Chunked => writer.data(data, true),
+                    Framing::UntilClose => writer.data(data, false),
+                    Framing::Length(left) => match left.checked_sub(data.len() as u64) {
+                        Some(rest) => {
+                            *left = rest;
+                            writer.data(data, false);
+                        }
+                        None => (self.ended, self.broken) = (true, true),
+                    },
+                },
+                Err(frame) => {
+                    let trailers = frame.into_trailers().ok().filter(|_| self.enable_trailers);
+                    self.end(trailers.as_ref(), writer);
+                }
+            },
+            None => self.end(None, writer),
+            Some(Err(_)) => (self.ended, self.broken) = (true, true),
+        }
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>, writer: &mut Writer) {
+        self.ended = true;
+        match self.framing {
+            Framing::Chunked => writer.last_chunk(trailers),
+            Framing::Length(1..) => self.broken = true,
+            _ => {}
+        }
+    }
+}
+
+/// A request's body, which is read when it is asked for. It never fails: when the client goes away or sends nonsense, the
+/// connection ends the stream.
+pub struct RequestBody {
+    connection: Rc<ServerConnection>,
+    serial: u64,
+    progress: Rc<Progress>,
+}
+
+impl RequestBody {
+    pub(in crate::http) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut inner = self.connection.inner.borrow_mut();
+        let inner = &mut *inner;
+        if inner.serial != self.serial {
+            return Poll::Ready(Some(Err("the connection has gone on".into())));
+        }
+        loop {
+            if inner.malformed || inner.eof && inner.buffer.is_empty() && !inner.decoder.is_done() {
+                if let Some(task) = inner.task.take() {
+                    task.wake();
+                }
+                return Poll::Pending;
+            }
+            match inner.decoder.decode(&mut inner.buffer, inner.limits) {
+                Ok(Some(Item::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
+                Ok(Some(Item::End(trailers))) => {
+                    let trailers = (inner.enable_trailers && !trailers.is_empty()).then_some(trailers);
+                    return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+                }
+                Ok(None) if inner.eof => inner.buffer.clear(),
+                Ok(None) => ready!(inner.poll_fill(cx)),
+                Err(error) => {
+                    inner.malformed = true;
+                    self.progress.refuse(error);
+                }
+            }
+        }
+    }
+
+    pub(in crate::http) fn is_end_stream(&self) -> bool {
+        let inner = self.connection.inner.borrow();
+        inner.serial == self.serial && inner.decoder.is_done()
+    }
+
+    pub(in crate::http) fn size_hint(&self) -> SizeHint {
+        let inner = self.connection.inner.borrow();
+        match inner.decoder {
+            Decoder::Done => SizeHint::with_exact(0),
+            Decoder::Length(left) => SizeHint::with_exact(left),
+            Decoder::Chunked(_) | Decoder::UntilClose => SizeHint::default(),
+        }
+    }
+}
+
+impl From<CodecError> for LocalReply {
+    fn from(error: CodecError) -> LocalReply {
+        let text = error.status.canonical_reason().unwrap_or_default();
+        LocalReply::new(error.status, text, ResponseFlags::DPE, error.details)
+    }
+}

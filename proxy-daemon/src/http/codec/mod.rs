@@ -1,0 +1,78 @@
+//! The codecs: HTTP/1 is our own, HTTP/2 is hyper's. What is outside of this module sees heads of the crate `http` and bodies that
+//! are [`Incoming`].
+
+pub mod fuzz;
+pub mod h1;
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+
+use super::body::BodyError;
+
+/// A body as it comes from a connection.
+#[derive(Default)]
+pub enum Incoming {
+    /// None.
+    #[default]
+    Empty,
+    /// On HTTP/2.
+    Http2(hyper::body::Incoming),
+    /// A client's, on HTTP/1.
+    Downstream(h1::RequestBody),
+    /// A host's, on HTTP/1.
+    Upstream(h1::ResponseBody),
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self.get_mut() {
+            Incoming::Empty => Poll::Ready(None),
+            Incoming::Http2(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Incoming::Downstream(body) => body.poll_frame(cx),
+            Incoming::Upstream(body) => body.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Incoming::Empty => true,
+            Incoming::Http2(body) => body.is_end_stream(),
+            Incoming::Downstream(body) => body.is_end_stream(),
+            Incoming::Upstream(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Incoming::Empty => SizeHint::with_exact(0),
+            Incoming::Http2(body) => body.size_hint(),
+            Incoming::Downstream(body) => body.size_hint(),
+            Incoming::Upstream(body) => body.size_hint(),
+        }
+    }
+}
+
+/// What is wrong with the HTTP/2 stream or connection that an error came of.
+pub(crate) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a h2::Error> {
+    let mut source = Some(error);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<h2::Error>() {
+            return Some(error);
+        }
+        source = error.source();
+    }
+    None
+}
+
+/// Whether the other side broke the protocol: either side may have noticed.
+pub(crate) fn is_protocol_error(error: &h2::Error) -> bool {
+    error.is_library() && error.reason().is_some() || error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
+}
