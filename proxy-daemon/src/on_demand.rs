@@ -35,13 +35,25 @@ pub enum Wanted {
         /// `<route configuration>/<host>`
         name: Arc<str>,
     },
+    /// The route configuration of a scope.
+    Routes {
+        /// Where the scope comes from.
+        scopes: Arc<Source>,
+        /// Where the routes are had from.
+        source: Arc<Source>,
+        /// Their name.
+        name: Arc<str>,
+    },
 }
 
 impl Wanted {
     /// Where it is had from, and by what name.
     pub fn parts(&self) -> (&Arc<Source>, &Arc<str>) {
-        let (Wanted::Cluster { source, name } | Wanted::VirtualHost { source, name }) = self;
-        (source, name)
+        match self {
+            Wanted::Cluster { source, name }
+            | Wanted::VirtualHost { source, name }
+            | Wanted::Routes { source, name, .. } => (source, name),
+        }
     }
 }
 
@@ -189,6 +201,16 @@ impl Waiting {
     pub fn names(&self, from: &Source) -> Vec<Arc<str>> {
         let all = self.by_wanted.keys().map(Wanted::parts);
         all.filter(|(source, _)| ***source == *from).map(|(_, name)| Arc::clone(name)).collect()
+    }
+
+    /// Whether nobody waits for anything.
+    pub fn is_empty(&self) -> bool {
+        self.by_wanted.is_empty()
+    }
+
+    /// All that is waited for.
+    pub fn wanted(&self) -> impl Iterator<Item = &Wanted> {
+        self.by_wanted.keys()
     }
 
     /// Whether anybody waits for this.

@@ -21,8 +21,13 @@ use envoy_types::pb::envoy::config::endpoint::v3::{
     ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
 };
 use envoy_types::pb::envoy::config::route::v3::{
-    DirectResponseAction, Route, RouteConfiguration, RouteMatch, Vhds, VirtualHost, route::Action,
+    DirectResponseAction, Route, RouteConfiguration, RouteMatch, ScopedRouteConfiguration, Vhds, VirtualHost,
+    route::Action,
     route_match::PathSpecifier,
+    scoped_route_configuration::{
+        Key,
+        key::{Fragment, fragment},
+    },
 };
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use envoy_types::pb::google::protobuf::Any;
@@ -309,5 +314,100 @@ fn virtual_hosts_on_demand_are_had_as_by_envoy() -> Result<()> {
     ensure!(ours.iter().any(|line| line == left_out), "{ours:#?}");
     ours.retain(|line| line != left_out);
     assert_eq!(ours, virtual_hosts(Kind::Envoy)?);
+    Ok(())
+}
+
+const VIA_SRDS: &str = "scoped_routes: {name: scopes, scope_key_builder: {fragments: [{header_value_extractor: {name: \
+                        x-scope, index: 0}}]}, rds_config_source: {resource_api_version: V3, ads: {}, \
+                        initial_fetch_timeout: 1s}, scoped_rds: {scoped_rds_config_source: {resource_api_version: V3, \
+                        ads: {}}}}";
+
+/// A scope whose key is its name, and whose routes are had on demand under that name, unless it begins with `eager`.
+fn scope(name: &str) -> Resource {
+    let fragment = Fragment { r#type: Some(fragment::Type::StringKey(name.to_owned())) };
+    let scope = ScopedRouteConfiguration {
+        name: name.to_owned(),
+        route_configuration_name: name.split_once('.').map_or(name, |(routes, _)| routes).to_owned(),
+        key: Some(Key { fragments: vec![fragment] }),
+        on_demand: !name.starts_with("eager"),
+        ..Default::default()
+    };
+    resource(name, &scope)
+}
+
+/// What a proxy asks for and answers where the routes of scopes are had on demand.
+fn scopes(kind: Kind) -> Result<Vec<String>> {
+    let port = free_port()?;
+    let server = ControlPlane::start()?;
+    let control_plane = server.address.port();
+    let asked = serve(server, move |of, names| match of {
+        "ScopedRouteConfiguration" => {
+            let all = ["eager", "late", "late.too", "body", "other-host", "none", "bad", "never", "lazy"];
+            Some(DeltaDiscoveryResponse { resources: all.map(scope).to_vec(), ..Default::default() })
+        }
+        "RouteConfiguration" if names.iter().all(|name| name == "never") => None,
+        "RouteConfiguration" => {
+            let (none, some): (Vec<_>, Vec<_>) = names.iter().partition(|name| **name == "none");
+            let answer = |name: &&String| {
+                let domain = if **name == "other-host" { "other.test" } else { "*" };
+                let mut host = own_host("all", domain, 201);
+                if **name == "bad" {
+                    host.domains.push("*".to_owned());
+                }
+                let hosts = vec![host];
+                let routes =
+                    RouteConfiguration { name: String::clone(name), virtual_hosts: hosts, ..Default::default() };
+                resource(name, &routes)
+            };
+            Some(DeltaDiscoveryResponse {
+                resources: some.iter().map(answer).collect(),
+                removed_resources: none.into_iter().cloned().collect(),
+                ..Default::default()
+            })
+        }
+        _ => Some(DeltaDiscoveryResponse::default()),
+    });
+    let manager = format!("{VIA_SRDS}\n          stream_idle_timeout: 2s");
+    let daemon = Daemon::start(kind, &bootstrap(control_plane, port, "", &manager))?;
+    let mut seen = Vec::new();
+    let ids = [
+        ("eager", "eager", &b""[..]),
+        ("late", "late", b""),
+        ("again", "late", b""),
+        ("shared", "late.too", b""),
+        ("body", "body", b"some body"),
+        ("other-host", "other-host", b""),
+        ("unknown", "unknown", b""),
+        ("none", "none", b""),
+        ("none-again", "none", b""),
+        ("bad", "bad", b""),
+        ("never", "never", b""),
+        ("never-again", "never", b""),
+    ];
+    for (id, scope, body) in ids {
+        seen.push(format!("{id}: {}", get(port, id, &[("x-scope", scope)], body)?));
+    }
+    seen.extend(log(&daemon, ids.len())?);
+    // In which order what comes before the first request is asked for is not the point.
+    let asked = asked.all().into_iter().filter(|line| !line.ends_with(" +[] -[]"));
+    // Nor is in which words.
+    seen.extend(asked.map(|line| line.split_inclusive(" refused").next().unwrap_or_default().to_owned()));
+    let stats = daemon.stats()?;
+    for leaf in ["all_scopes", "active_scopes", "on_demand_scopes", "config_reload", "update_success"] {
+        seen.push(format!("scopes.{leaf}: {}", stats.get(&format!("http.ingress.scoped_rds.scopes.{leaf}"))));
+    }
+    for leaf in ["downstream_rq_total", "downstream_rq_4xx", "downstream_rq_idle_timeout", "no_route"] {
+        seen.push(format!("{leaf}: {}", stats.get(&format!("http.ingress.{leaf}"))));
+    }
+    Ok(seen)
+}
+
+#[test]
+fn routes_of_scopes_are_had_on_demand_as_by_envoy() -> Result<()> {
+    let e = scopes(Kind::Envoy)?;
+    for l in &e {
+        println!("{l}");
+    }
+    assert_eq!(scopes(Kind::Culvert)?, e);
     Ok(())
 }

@@ -498,7 +498,7 @@ fn cluster_name<'a>(cx: &'a StreamCx, head: &'a RequestHead) -> Option<&'a str> 
 async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &RequestHead) -> Result<bool, LocalReply> {
     let idle = state.manager.config.stream_idle_timeout;
     let (wanted, limit) = match &missing {
-        Flow::NeedsRoute => (state.routes.virtual_host_on_demand(head), None),
+        Flow::NeedsRoute => (state.routes.on_demand(head), None),
         Flow::NeedsCluster(clusters) => {
             let wanted = cluster_name(cx, head)
                 .map(|name| Wanted::Cluster { source: Arc::clone(&clusters.from.source), name: name.into() });

@@ -308,6 +308,11 @@ impl RouteCache {
         Some(RouteRef { table: Rc::clone(table), host, route })
     }
 
+    /// Whether the routes had not arrived when one was looked for.
+    pub(super) fn is_empty(&self) -> bool {
+        self.table.borrow().is_none()
+    }
+
     /// What is to be asked for where a request has no virtual host.
     pub(super) fn virtual_host_on_demand(&self, request: &Parts) -> Option<Wanted> {
         let table = self.table.borrow();

@@ -19,7 +19,9 @@ use super::{
     RouteRef, RouteSlot,
     route_match::{MatchCx, RouteCache, authority},
 };
-use crate::config::model::{FragmentBuilder, FragmentPick, MatchedHeader, Scope, ScopedRoutes};
+use crate::config::model::{
+    FragmentBuilder, FragmentPick, MatchedHeader, Scope, ScopeRoutes, ScopeSource, ScopedRoutes,
+};
 use crate::on_demand::Wanted;
 
 /// Scopes by their keys.
@@ -159,16 +161,34 @@ impl RouteFinder {
 }
 
 impl RouteFinder {
-    /// What is to be asked for where a request has no virtual host.
-    pub(super) fn virtual_host_on_demand(&self, request: &Parts) -> Option<Wanted> {
+    /// What is to be asked for where a request has no route: the routes of its scope, or its virtual host.
+    pub(super) fn on_demand(&self, request: &Parts) -> Option<Wanted> {
         match self {
             RouteFinder::Single(routes) => routes.virtual_host_on_demand(request),
-            RouteFinder::Scoped(scopes) => scopes.routes(request)?.virtual_host_on_demand(request),
+            RouteFinder::Scoped(scopes) => {
+                let routes = scopes.routes(request)?;
+                if routes.is_empty() {
+                    scopes.routes_on_demand(request)
+                } else {
+                    routes.virtual_host_on_demand(request)
+                }
+            }
         }
     }
 }
 
 impl ScopeCache {
+    /// The routes of a request's scope, to be asked for.
+    fn routes_on_demand(&self, request: &Parts) -> Option<Wanted> {
+        let ScopeSource::Srds { scopes, routes } = &self.config.scopes else { return None };
+        let table = self.table.borrow();
+        let table = table.as_ref()?;
+        let scope = &table.scopes[table.find(&self.config.key_builder, request)?].0;
+        let ScopeRoutes::Named { name, .. } = &scope.routes else { return None };
+        let (scopes, source) = (Arc::clone(&scopes.source), Arc::clone(&routes.source));
+        Some(Wanted::Routes { scopes, source, name: Arc::clone(name) })
+    }
+
     /// The routes of a request's scope.
     fn routes(&self, request: &Parts) -> Option<Rc<RouteCache>> {
         let version = self.slot.version.load(Ordering::Acquire);

@@ -1,11 +1,11 @@
 use http::Request;
 
 use super::*;
-use crate::config::{model::ScopeRoutes, parse};
+use crate::config::parse;
 
 fn scope(name: &str, key: &[&str]) -> Arc<Scope> {
     let key = key.iter().map(|fragment| (*fragment).into()).collect();
-    Arc::new(Scope { name: name.into(), key, routes: ScopeRoutes::Named(name.into()) })
+    Arc::new(Scope { name: name.into(), key, routes: ScopeRoutes::Named { name: name.into(), on_demand: false } })
 }
 
 fn by_header(element_separator: &str, pick: FragmentPick) -> FragmentBuilder {

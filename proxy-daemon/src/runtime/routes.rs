@@ -53,10 +53,13 @@ impl RouteSlots {
         for (routes, slot) in scopes.slots.clone() {
             slot.set(slots.table(&known, Some(&routes)));
         }
+        slots.forget_unused();
     }
 
     pub(super) fn remove_scopes(&self, source: &Arc<Source>) {
-        self.lock().scopes.remove(source);
+        let mut slots = self.lock();
+        slots.scopes.remove(source);
+        slots.forget_unused();
     }
 
     /// Where a connection manager finds its routes.
@@ -84,6 +87,11 @@ impl Slots {
         Arc::clone(self.routes.entry((Arc::clone(source), Arc::clone(name))).or_default())
     }
 
+    /// Forgets the slots of routes on demand that nobody has asked for, when the scopes that named them have gone.
+    fn forget_unused(&mut self) {
+        self.routes.retain(|_, slot| slot.is_ready() || Arc::strong_count(slot) > 1);
+    }
+
     fn scoped(&mut self, source: &Arc<Source>, routes: &Arc<Source>) -> Arc<ScopeSlot> {
         let scopes = self.scopes.entry(Arc::clone(source)).or_default();
         if let Some(slot) = scopes.slots.get(routes) {
@@ -101,9 +109,9 @@ impl Slots {
     fn table(&mut self, scopes: &[Arc<Scope>], from: Option<&Arc<Source>>) -> ScopeTable {
         ScopeTable::new(scopes, |scope| match (&scope.routes, from) {
             (ScopeRoutes::Inline(routes), _) => filled(routes),
-            (ScopeRoutes::Named(name), Some(from)) => self.route(from, name),
+            (ScopeRoutes::Named { name, .. }, Some(from)) => self.route(from, name),
             // The parser lets no such scope pass.
-            (ScopeRoutes::Named(_), None) => Arc::default(),
+            (ScopeRoutes::Named { .. }, None) => Arc::default(),
         })
     }
 }

@@ -89,7 +89,7 @@ impl Listener {
                             ScopeRoutes::Inline(routes) => {
                                 Some((format!("{path}[{index}].route_configuration"), &**routes))
                             }
-                            ScopeRoutes::Named(_) => None,
+                            ScopeRoutes::Named { .. } => None,
                         }));
                     }
                     RouteSource::Rds(_) => {}

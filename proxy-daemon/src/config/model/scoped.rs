@@ -72,5 +72,10 @@ pub enum ScopeRoutes {
     /// In the scope itself.
     Inline(Arc<RouteConfig>),
     /// To be had by RDS, by this name.
-    Named(Arc<str>),
+    Named {
+        /// The name.
+        name: Arc<str>,
+        /// Not before a request needs them.
+        on_demand: bool,
+    },
 }

@@ -49,7 +49,7 @@ pub fn scoped_route(scope: &ScopedRouteConfiguration, path: &str) -> Result<Scop
         (None, named) => Ok(Scope {
             name: scope.name.as_str().into(),
             key: key(scope, path)?,
-            routes: ScopeRoutes::Named(named.into()),
+            routes: ScopeRoutes::Named { name: named.into(), on_demand: scope.on_demand },
         }),
     }
 }

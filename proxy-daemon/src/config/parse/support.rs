@@ -377,10 +377,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         ],
     ),
     ("envoy.config.route.v3.Vhds", ALL),
-    (
-        "envoy.config.route.v3.ScopedRouteConfiguration",
-        &["name", "route_configuration_name", "route_configuration", "key"],
-    ),
+    ("envoy.config.route.v3.ScopedRouteConfiguration", ALL),
     ("envoy.config.route.v3.ScopedRouteConfiguration.Key", ALL),
     ("envoy.config.route.v3.ScopedRouteConfiguration.Key.Fragment", ALL),
     (

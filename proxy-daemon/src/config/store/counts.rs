@@ -79,12 +79,11 @@ impl ScopedCounts {
         }
     }
 
-    /// How many scopes there are, and how many of them name a route configuration.
-    pub(super) fn scopes(&self, all: usize, active: usize) {
+    /// How many scopes there are; of how many the route configuration is asked for; of how many it is had on demand.
+    pub(super) fn scopes(&self, all: usize, active: usize, on_demand: usize) {
         self.0.gauge("all_scopes").set(all as u64);
         self.0.gauge("active_scopes").set(active as u64);
-        // Scopes on demand are refused.
-        self.0.gauge("on_demand_scopes").set(0);
+        self.0.gauge("on_demand_scopes").set(on_demand as u64);
     }
 }
 

@@ -204,6 +204,7 @@ impl<A: Apply> ConfigStore<A> {
                 match message {
                     Message::Asked(wanted, waiter) => state.ask(wanted, waiter),
                     Message::TakenBack(id) => {
+                        state.routes_demanded.take_back(id);
                         let all = [&mut state.demanded, &mut state.vhds.demanded];
                         let wanted = all.into_iter().find_map(|some| some.waiting.take_back(id));
                         if let Some(wanted) = wanted {
@@ -222,24 +223,19 @@ impl State {
         let is_there = match &wanted {
             Wanted::Cluster { .. } => self.clusters.by_name.get(name).is_some_and(|entry| entry.active.is_some()),
             Wanted::VirtualHost { .. } => self.is_host_there(source, name),
+            Wanted::Routes { .. } => return self.ask_for_routes(wanted, waiter),
         };
-        let demanded = match &wanted {
-            Wanted::Cluster { .. } => &mut self.demanded,
-            Wanted::VirtualHost { .. } => &mut self.vhds.demanded,
-        };
+        let is_cluster = matches!(wanted, Wanted::Cluster { .. });
+        let demanded = if is_cluster { &mut self.demanded } else { &mut self.vhds.demanded };
         let asked = if is_there { None } else { demanded.want(source, name) };
         let Some(is_new) = asked else { return demanded.over.push(waiter) };
-        match &wanted {
-            Wanted::Cluster { .. } if is_new => {
-                demanded.stats.get_or_insert_with(Stats::new).update_attempt.inc();
-            }
-            Wanted::VirtualHost { source, name } if is_new => self.count_host(source, name),
-            _ => {}
+        if is_new && is_cluster {
+            demanded.stats.get_or_insert_with(Stats::new).update_attempt.inc();
+        } else if is_new {
+            self.count_host(source, name);
         }
-        match &wanted {
-            Wanted::Cluster { .. } => self.demanded.waiting.add(wanted, waiter),
-            Wanted::VirtualHost { .. } => self.vhds.demanded.waiting.add(wanted, waiter),
-        }
+        let demanded = if is_cluster { &mut self.demanded } else { &mut self.vhds.demanded };
+        demanded.waiting.add(wanted, waiter);
     }
 
     fn nobody_waits(&mut self, wanted: &Wanted, now: Instant) {
@@ -249,6 +245,8 @@ impl State {
             }
             // One that is there has no request that waits.
             Wanted::VirtualHost { .. } => self.vhds.demanded.nobody_waits(wanted, now),
+            // They stay asked for.
+            Wanted::Routes { .. } => false,
         };
         if due {
             self.at(now + KEPT, Due::OnDemand);

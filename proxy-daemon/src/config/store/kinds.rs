@@ -179,7 +179,9 @@ pub(super) fn listener_needs(listener: &Listener, scopes: &AllScopes) -> Vec<Nee
             };
             needs.push(need(Kind::Scopes, ALL_SCOPES.into(), from));
             let named = scopes.get(&from.source).into_iter().flat_map(|set| set.named_routes());
-            needs.extend(named.map(|name| need(Kind::Routes, Arc::clone(name), routes)));
+            needs.extend(
+                named.map(|(name, waits)| Need { optional: !waits, ..need(Kind::Routes, Arc::clone(name), routes) }),
+            );
         }
     }
     distinct(needs.into_iter().chain(listener.secrets().filter_map(Need::secret)))

@@ -51,7 +51,7 @@ pub(in crate::config) struct ListenerVersion {
     pub(in crate::config) stored: Option<Arc<Version>>,
     pub(in crate::config) config: Arc<Listener>,
     /// What has been asked for.
-    pub(super) needs: Box<[Need]>,
+    pub(super) needs: Vec<Need>,
     /// How many of its needs are not there.
     waiting: usize,
     bound: Binding,
@@ -87,6 +87,13 @@ impl Entry {
     pub(super) fn needs_of(&self, id: VersionId) -> Option<&[Need]> {
         let all = self.active.iter().chain(&self.starting).chain(&self.warming);
         all.into_iter().find(|version| version.id == id).map(|version| &*version.needs)
+    }
+
+    /// One of its versions needs something else as well, and does not wait for it.
+    pub(super) fn add_need(&mut self, id: VersionId, need: Need) {
+        if let Some(version) = self.version_of_mut(id) {
+            version.needs.push(need);
+        }
     }
 
     /// The configurations of all its versions.
@@ -196,7 +203,7 @@ impl<A: Apply> ConfigStore<A> {
         state.overriding += usize::from(overrides(&config));
         // Until the clusters are there, it waits for them alone.
         let version =
-            ListenerVersion { id, stored, config, needs: [].into(), waiting: 1, bound: Binding::Pending, update };
+            ListenerVersion { id, stored, config, needs: Vec::new(), waiting: 1, bound: Binding::Pending, update };
         let replaced = entry.warming.replace(version);
         if state.phase >= Phase::Listeners {
             self.ask_for_needs(state, &name);
@@ -216,7 +223,7 @@ impl<A: Apply> ConfigStore<A> {
         self.fill_places(state, &config);
         let warming = state.listeners.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
         let Some(warming) = warming else { return };
-        (warming.needs, warming.waiting) = (needs.into(), waiting);
+        (warming.needs, warming.waiting) = (needs, waiting);
         self.start_if_ready(state, name);
     }
 
@@ -236,7 +243,7 @@ impl<A: Apply> ConfigStore<A> {
         let waiting = state.acquire(&new, &Owner::Listener(Arc::clone(owner)), id, Instant::now());
         let entry = state.listeners.by_name.get_mut(owner);
         if let Some(version) = entry.and_then(|entry| entry.version_of_mut(id)) {
-            version.needs = needs.into();
+            version.needs = needs;
             version.waiting += waiting;
         }
         self.release(state, &gone, id);

@@ -35,10 +35,10 @@ mod named;
 mod refused;
 mod resources;
 mod rotation;
+mod scoped_demand;
 mod scopes;
 mod secrets;
 mod snapshot;
-
 mod sourced;
 mod state;
 mod subscribed;
@@ -273,6 +273,7 @@ impl<A: Apply> ConfigStore<A> {
             self.follow_up(&mut state);
             let mut over = state.demanded.over();
             over.extend(state.vhds.demanded.over());
+            over.extend(state.routes_demanded.over());
             (state.updates.finished(), over)
         };
         self.0.changed.notify_one();

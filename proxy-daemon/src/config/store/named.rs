@@ -236,6 +236,7 @@ impl<A: Apply> ConfigStore<A> {
                 }
                 Kind::Scopes => {
                     state.scopes.remove(&wanted.from.source);
+                    state.end_unnamed_routes(&wanted.from.source);
                     self.0.apply.remove_scopes(&wanted.from.source);
                 }
                 Kind::Secrets => self.0.apply.remove_secret(&secrets::name(&wanted.from.source, &wanted.name)),

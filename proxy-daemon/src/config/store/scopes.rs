@@ -31,8 +31,11 @@ pub(in crate::config) struct ScopeSet {
     pub(in crate::config) by_name: BTreeMap<String, Entry>,
     /// Where the newest version of one was refused: that.
     pub(in crate::config) refused: Refused,
-    /// The route configurations that they name.
-    named_routes: BTreeSet<Arc<str>>,
+    /// The route configurations that are asked for because of them, and whether listeners wait for each: not for one that a
+    /// request has asked for.
+    named_routes: BTreeMap<Arc<str>, bool>,
+    /// Those that are asked for when a request needs them, be they asked for or not.
+    on_demand: BTreeSet<Arc<str>>,
 }
 
 /// A scope in force.
@@ -43,13 +46,41 @@ pub(in crate::config) struct Entry {
 }
 
 impl ScopeSet {
-    /// The route configurations that the scopes name, each once.
-    pub(super) fn named_routes(&self) -> impl Iterator<Item = &Arc<str>> {
-        self.named_routes.iter()
+    /// The route configurations that are asked for because of the scopes, each once, and whether listeners wait for it.
+    pub(super) fn named_routes(&self) -> impl Iterator<Item = (&Arc<str>, bool)> {
+        self.named_routes.iter().map(|(name, waits)| (name, *waits))
     }
 
     pub(super) fn names_routes(&self, name: &str) -> bool {
-        self.named_routes.contains(name)
+        self.named_routes.contains_key(name)
+    }
+
+    /// Finds out what is to be asked for. Routes on demand that have been asked for still are, as long as a scope names them.
+    fn find_routes(&mut self) {
+        let before = std::mem::take(&mut self.named_routes);
+        self.on_demand.clear();
+        for entry in self.by_name.values() {
+            match &entry.scope.routes {
+                ScopeRoutes::Named { name, on_demand: false } => drop(self.named_routes.insert(Arc::clone(name), true)),
+                ScopeRoutes::Named { name, on_demand: true } => {
+                    self.on_demand.insert(Arc::clone(name));
+                    if before.contains_key(name) {
+                        self.named_routes.entry(Arc::clone(name)).or_insert(false);
+                    }
+                }
+                ScopeRoutes::Inline(_) => {}
+            }
+        }
+    }
+
+    /// Asks for routes on demand; whether they were not asked for before, and `None` where no scope names them.
+    pub(super) fn want(&mut self, name: &Arc<str>) -> Option<bool> {
+        if self.names_routes(name) {
+            return Some(false);
+        }
+        let known = self.on_demand.get(name)?;
+        self.named_routes.insert(Arc::clone(known), false);
+        Some(true)
     }
 
     /// Takes new versions of scopes. Of two scopes with one key the one that is in force already, or came first, has it;
@@ -137,13 +168,10 @@ impl<A: Apply> ConfigStore<A> {
                 refuse(&mut set, state, &name, attempt, details);
             }
         }
-        let named = set.by_name.values().filter_map(|entry| match &entry.scope.routes {
-            ScopeRoutes::Named(name) => Some(Arc::clone(name)),
-            ScopeRoutes::Inline(_) => None,
-        });
-        set.named_routes = named.collect();
+        set.find_routes();
         let scopes: Arc<[_]> = set.by_name.values().map(|entry| Arc::clone(&entry.scope)).collect();
         state.scopes.insert(Arc::clone(&source), set);
+        state.end_unnamed_routes(&source);
         state.scopes_changed = true;
         for counts in state.scoped_managers(&source) {
             counts.updated(changed);
@@ -217,9 +245,15 @@ impl State {
         for (source, set) in &self.scopes {
             for manager in self.users_of_scopes(source) {
                 let Some(scoped) = manager.scoped() else { continue };
-                // As in Envoy: those that name their routes, be they there or not.
-                let active = set.by_name.values().filter(|it| matches!(it.scope.routes, ScopeRoutes::Named(_)));
-                ScopedCounts::new(&manager.stat_prefix, &scoped.name).scopes(set.by_name.len(), active.count());
+                let named = set.by_name.values().filter_map(|entry| match &entry.scope.routes {
+                    ScopeRoutes::Named { name, on_demand } => Some((name, *on_demand)),
+                    ScopeRoutes::Inline(_) => None,
+                });
+                // As in Envoy: those whose routes are asked for, be they there or not.
+                let active = named.clone().filter(|(name, _)| set.names_routes(name)).count();
+                let on_demand = named.filter(|(_, on_demand)| *on_demand).count();
+                let counts = ScopedCounts::new(&manager.stat_prefix, &scoped.name);
+                counts.scopes(set.by_name.len(), active, on_demand);
             }
         }
     }

@@ -17,6 +17,7 @@ use super::{
     kinds::{Kind, Need},
     listeners::Listeners,
     rotation::StaticFiles,
+    scoped_demand::RoutesDemanded,
     scopes::AllScopes,
     updates::Updates,
     vhds::AllHosts,
@@ -101,6 +102,7 @@ pub(in crate::config) struct State {
     pub(super) overriding: usize,
     pub(super) asks_for_overrides: bool,
     pub(in crate::config) demanded: Demanded,
+    pub(super) routes_demanded: RoutesDemanded,
     /// What VHDS has delivered.
     pub(in crate::config) vhds: AllHosts,
     pub(super) updates: Updates,
@@ -133,6 +135,7 @@ impl State {
             overriding: 0,
             asks_for_overrides: false,
             demanded: Demanded::default(),
+            routes_demanded: RoutesDemanded::default(),
             vhds: AllHosts::default(),
             updates: Updates::default(),
             held: Vec::new(),

@@ -148,6 +148,7 @@ impl<A: Apply> ConfigStore<A> {
         };
         state.vhds.find_sources();
         self.0.apply.set_routes(&key.0, &key.1, merged);
+        state.routes_are_there(&key.0, &key.1);
     }
 
     /// Nobody needs a route configuration any more.

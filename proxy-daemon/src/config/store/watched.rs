@@ -182,6 +182,11 @@ impl Watched {
 }
 
 impl Entry {
+    /// Whether this version needs it.
+    pub(super) fn is_used_by(&self, version: VersionId) -> bool {
+        self.users.iter().any(|user| user.version == version)
+    }
+
     /// Whether the resource is what is known already, under whatever version. Then only the version is taken over.
     pub(super) fn is_unchanged(&mut self, resource: &Resource) -> bool {
         let Some(files) = &mut self.files else { return resources::is_unchanged(&mut self.stored, resource) };

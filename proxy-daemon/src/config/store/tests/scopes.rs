@@ -3,6 +3,7 @@
 use envoy_types::pb::envoy::config::route::v3::ScopedRouteConfiguration;
 
 use super::*;
+use crate::on_demand::{self, Messages, OnDemand, Wait, Wanted};
 
 fn scope(name: &str, routes: &str, key: &str) -> Resource {
     let yaml = format!(
@@ -26,8 +27,8 @@ fn scoped_listener(name: &str) -> Resource {
     resource::<Listener>(name, &yaml.replace(&rds, &scoped))
 }
 
-fn counted(leaf: &str) -> u64 {
-    crate::stats::gauge(&format!("http.store_counted.scoped_rds.s.{leaf}")).value()
+fn counted(listener: &str, leaf: &str) -> u64 {
+    crate::stats::gauge(&format!("http.store_{listener}.scoped_rds.s.{leaf}")).value()
 }
 
 #[test]
@@ -77,10 +78,11 @@ fn a_listener_does_not_wait_for_scopes_for_ever() {
 fn two_scopes_cannot_have_one_key() {
     let (store, calls) = running();
     store.update(update(Listener::type_url(), vec![scoped_listener("counted")]));
+    let (all, active) = (|| counted("counted", "all_scopes"), || counted("counted", "active_scopes"));
     let told = store.update(scopes(vec![scope("a", "r", "one"), scope("b", "r", "two")]));
     assert_eq!(told.rejected(), []);
     store.update(update(RouteConfiguration::type_url(), vec![routes("r", "x")]));
-    assert_eq!((counted("all_scopes"), counted("active_scopes")), (2, 2));
+    assert_eq!((all(), active()), (2, 2));
     calls.take();
     let key = |name: &str| {
         let state = store.lock();
@@ -101,7 +103,7 @@ fn two_scopes_cannot_have_one_key() {
     assert_eq!(rejected[0].name, "c");
     assert_eq!(rejected[0].message, "scope key conflict found, first scope is 'b', second scope is 'c'");
     assert_eq!(calls.take(), ["scopes a b", "scopes a b d"]);
-    assert_eq!((counted("all_scopes"), counted("active_scopes")), (3, 3), "be its routes there or not");
+    assert_eq!((all(), active()), (3, 3), "be its routes there or not");
 
     // b takes a's new key and is refused; a, which took b's, has to give it back.
     let told = store.update(scopes(vec![scope("a", "r", "one"), scope("b", "r", "four")]));
@@ -124,7 +126,6 @@ fn a_scope_that_is_wrong_is_refused_by_itself() {
     let told = store.update(scopes(vec![
         scope_of("none", key),
         scope_of("both", &format!("{key}, route_configuration_name: r, route_configuration: {{ name: i }}")),
-        scope_of("later", &format!("{key}, route_configuration_name: r, on_demand: true")),
         scope_of("good", &format!("{key}, route_configuration_name: r")),
     ]));
     let rejected: Vec<_> = told.rejected().into_iter().map(|it| format!("{}: {}", it.name, it.message)).collect();
@@ -133,8 +134,95 @@ fn a_scope_that_is_wrong_is_refused_by_itself() {
         [
             "none: route_configuration_name: At least one of route_configuration_name or route_configuration must be set.",
             "both: route_configuration: Only one of route_configuration_name or route_configuration can be set.",
-            "later: on_demand: not supported by culvert yet",
         ]
     );
     assert_eq!(names(&told, RouteConfiguration::type_url()), ["r"]);
+}
+
+fn lazy_scope(name: &str, routes: &str, key: &str) -> Resource {
+    let yaml = format!(
+        "{{ name: {name}, on_demand: true, route_configuration_name: '{routes}', key: {{ fragments: [{{ string_key: {key} \
+         }}] }} }}"
+    );
+    resource::<ScopedRouteConfiguration>(name, &yaml)
+}
+
+fn ask(store: &Fixture, (asking, messages): &mut (OnDemand, Messages), name: &str) -> Wait {
+    let wanted = Wanted::Routes { scopes: Arc::default(), source: Arc::default(), name: name.into() };
+    let wait = asking.ask(wanted).expect("there is room");
+    store.heed(messages.now());
+    wait
+}
+
+fn is_over(wait: &mut Wait) -> bool {
+    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+    std::pin::pin!(wait.over()).poll(&mut cx).is_ready()
+}
+
+fn asked_for(store: &Fixture) -> Option<Interest> {
+    store.wanted().remove(&RouteConfiguration::type_url())
+}
+
+#[tokio::test]
+async fn routes_on_demand_are_asked_for_by_the_first_request() {
+    let (store, calls) = running();
+    store.update(update(Listener::type_url(), vec![scoped_listener("lazy")]));
+    let told = store.update(scopes(vec![lazy_scope("a", "r1", "one"), lazy_scope("b", "r2", "two")]));
+    assert_eq!((told.rejected(), names(&told, RouteConfiguration::type_url())), (vec![], vec![""; 0]));
+    assert_eq!(calls.take(), ["scopes a b", "listener lazy"], "nothing is waited for");
+    let gauges = || ["all_scopes", "active_scopes", "on_demand_scopes"].map(|leaf| counted("lazy", leaf));
+    assert_eq!(gauges(), [2, 0, 2]);
+
+    let mut requests = on_demand::channel();
+    let interest = |names: &[&str]| Interest::Names(names.iter().map(|&name| name.to_owned()).collect());
+    let (mut one, mut two) = (ask(&store, &mut requests, "r1"), ask(&store, &mut requests, "r1"));
+    assert_eq!(asked_for(&store), Some(interest(&["r1"])));
+    assert_eq!(gauges(), [2, 1, 2]);
+    assert!(is_over(&mut ask(&store, &mut requests, "r3")), "no scope names it");
+    // What cannot be used ends no wait, and neither does time.
+    let bad = resource::<RouteConfiguration>("r1", "{ name: r1, virtual_hosts: [{ name: '', domains: ['*'] }] }");
+    assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![bad])).rejected().len(), 1);
+    store.later(Duration::from_secs(15));
+    assert!(!is_over(&mut one) && !is_over(&mut two));
+    store.update(update(RouteConfiguration::type_url(), vec![routes("r1", "x")]));
+    assert_eq!(calls.take(), ["routes r1"]);
+    assert!(is_over(&mut one) && is_over(&mut two));
+    assert!(is_over(&mut ask(&store, &mut requests, "r1")), "they are there");
+
+    // Another version of the listener has them too; those of a scope that has gone are not asked for any longer.
+    let other = scoped_listener("lazy").body;
+    let other = Resource { version: "2".to_owned(), body: other, ..scoped_listener("lazy") };
+    let told = store.update(update(Listener::type_url(), vec![other]));
+    assert_eq!(told.wanted.get(&RouteConfiguration::type_url()), None);
+    let mut gone = ask(&store, &mut requests, "r2");
+    assert_eq!(asked_for(&store), Some(interest(&["r1", "r2"])));
+    let mut next = scopes(vec![lazy_scope("a", "r1", "four")]);
+    next.removed = vec!["b".to_owned()];
+    let told = store.update(next);
+    assert!(is_over(&mut gone));
+    assert_eq!(names(&told, RouteConfiguration::type_url()), ["r1"]);
+    assert_eq!(calls.take(), ["scopes a", "no routes r2"]);
+    assert_eq!(gauges(), [1, 1, 1]);
+
+    let mut last = ask(&store, &mut requests, "r1");
+    assert!(is_over(&mut last));
+    let told = store.update(removal(Listener::type_url(), "lazy"));
+    assert!(matches!(told.wanted.get(&RouteConfiguration::type_url()), Some(Interest::None)));
+}
+
+#[tokio::test]
+async fn a_listener_that_warms_does_not_wait_for_routes_on_demand() {
+    let (store, calls) = running();
+    store.update(update(Listener::type_url(), vec![scoped_listener("in")]));
+    store.update(scopes(vec![lazy_scope("a", "r1", "one")]));
+    let mut requests = on_demand::channel();
+    let mut wait = ask(&store, &mut requests, "r1");
+    calls.take();
+    store.update(update(Listener::type_url(), vec![scoped_listener("other")]));
+    assert_eq!(calls.take(), ["listener other"]);
+    store.update(removal(Listener::type_url(), "in"));
+    assert!(!is_over(&mut wait));
+    // Without a listener that has the scopes nobody can tell.
+    store.update(removal(Listener::type_url(), "other"));
+    assert!(is_over(&mut wait));
 }
