@@ -101,6 +101,16 @@ enum Field {
     DownstreamPeerFingerprint256,
     DownstreamPeerCertVStart,
     DownstreamPeerCertVEnd,
+    DownstreamPeerIpSan,
+    DownstreamPeerEmailSan,
+    DownstreamPeerFingerprint1,
+    DownstreamPeerCert,
+    DownstreamLocalSubject,
+    DownstreamLocalUriSan,
+    DownstreamLocalDnsSan,
+    DownstreamLocalIpSan,
+    DownstreamLocalEmailSan,
+    DownstreamTransportFailureReason,
 }
 
 const FIELDS: &[(&str, Field)] = &[
@@ -136,6 +146,16 @@ const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_PEER_FINGERPRINT_256", Field::DownstreamPeerFingerprint256),
     ("DOWNSTREAM_PEER_CERT_V_START", Field::DownstreamPeerCertVStart),
     ("DOWNSTREAM_PEER_CERT_V_END", Field::DownstreamPeerCertVEnd),
+    ("DOWNSTREAM_PEER_IP_SAN", Field::DownstreamPeerIpSan),
+    ("DOWNSTREAM_PEER_EMAIL_SAN", Field::DownstreamPeerEmailSan),
+    ("DOWNSTREAM_PEER_FINGERPRINT_1", Field::DownstreamPeerFingerprint1),
+    ("DOWNSTREAM_PEER_CERT", Field::DownstreamPeerCert),
+    ("DOWNSTREAM_LOCAL_SUBJECT", Field::DownstreamLocalSubject),
+    ("DOWNSTREAM_LOCAL_URI_SAN", Field::DownstreamLocalUriSan),
+    ("DOWNSTREAM_LOCAL_DNS_SAN", Field::DownstreamLocalDnsSan),
+    ("DOWNSTREAM_LOCAL_IP_SAN", Field::DownstreamLocalIpSan),
+    ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::DownstreamLocalEmailSan),
+    ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
 ];
 
 impl Format {
@@ -326,10 +346,7 @@ impl Field {
                 }
             }
             Field::ResponseCodeDetails => {
-                let before = out.len();
-                text(out, Some(record.response_code_details).filter(|details| !details.is_empty()));
-                // One word, so that a line can be split at its spaces.
-                out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
+                one_word(out, Some(record.response_code_details).filter(|details| !details.is_empty()));
             }
             Field::BytesReceived => number(out, record.bytes_received),
             Field::BytesSent => number(out, record.bytes_sent),
@@ -358,6 +375,18 @@ impl Field {
             Field::DownstreamPeerFingerprint256 => peer(out, record, |peer| &peer.fingerprint_256),
             Field::DownstreamPeerCertVStart => peer(out, record, |peer| &peer.valid_from),
             Field::DownstreamPeerCertVEnd => peer(out, record, |peer| &peer.valid_until),
+            Field::DownstreamPeerIpSan => peer(out, record, |peer| &peer.ip_sans),
+            Field::DownstreamPeerEmailSan => peer(out, record, |peer| &peer.email_sans),
+            Field::DownstreamPeerFingerprint1 => peer(out, record, |peer| &peer.fingerprint_1),
+            Field::DownstreamPeerCert => peer(out, record, |peer| &peer.pem),
+            Field::DownstreamLocalSubject => local(out, record, |local| &local.subject),
+            Field::DownstreamLocalUriSan => local(out, record, |local| &local.uri_sans),
+            Field::DownstreamLocalDnsSan => local(out, record, |local| &local.dns_sans),
+            Field::DownstreamLocalIpSan => local(out, record, |local| &local.ip_sans),
+            Field::DownstreamLocalEmailSan => local(out, record, |local| &local.email_sans),
+            Field::DownstreamTransportFailureReason => {
+                one_word(out, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
+            }
         }
     }
 }
@@ -365,6 +394,18 @@ impl Field {
 /// Something of the client's certificate.
 fn peer(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
     text(out, record.tls.and_then(|tls| tls.peer()).map(|peer| part(peer).as_str()).filter(|text| !text.is_empty()));
+}
+
+/// Something of our own certificate.
+fn local(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
+    text(out, record.tls.and_then(|tls| tls.local()).map(|own| part(own).as_str()).filter(|text| !text.is_empty()));
+}
+
+/// One word, so that a line can be split at its spaces.
+fn one_word(out: &mut Vec<u8>, words: Option<&str>) {
+    let before = out.len();
+    text(out, words);
+    out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
 }
 
 fn text(out: &mut Vec<u8>, text: Option<&str>) {

@@ -91,6 +91,7 @@ fn every_operator_is_written() {
         connection_id: 7,
         requested_server_name: Some("users.test"),
         tls: None,
+        downstream_transport_failure_reason: Some("TLS_error:bad certificate:TLS_error_end"),
     };
     for (format, expected) in [
         ("%START_TIME%", "2026-11-21T05:04:45.380Z"),
@@ -117,6 +118,7 @@ fn every_operator_is_written() {
             "%DOWNSTREAM_LOCAL_ADDRESS% %DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_LOCAL_PORT%",
             "[fd00::1]:80 fd00::1 80",
         ),
+        ("%DOWNSTREAM_TRANSPORT_FAILURE_REASON%", "TLS_error:bad_certificate:TLS_error_end"),
         ("100%% of it%%", "100% of it%"),
         ("", ""),
     ] {
@@ -124,7 +126,10 @@ fn every_operator_is_written() {
     }
     let all: String = FIELDS.iter().map(|(name, _)| format!("%{name}%|")).collect();
     let missing = line(&all, &Record::default());
-    assert_eq!(missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|-|-|-|-|-|-|-|-|-|-|-|", "what is missing");
+    assert_eq!(
+        missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
+        "what is missing"
+    );
 }
 
 #[test]

@@ -59,6 +59,8 @@ pub struct Record<'a> {
     pub requested_server_name: Option<&'a str>,
     /// What the downstream connection's TLS handshake came to.
     pub tls: Option<&'a TlsInfo>,
+    /// Why there was no TLS handshake with the client.
+    pub downstream_transport_failure_reason: Option<&'a str>,
 }
 
 impl Default for Record<'_> {
@@ -88,6 +90,7 @@ impl Default for Record<'_> {
             connection_id: 0,
             requested_server_name: None,
             tls: None,
+            downstream_transport_failure_reason: None,
         }
     }
 }

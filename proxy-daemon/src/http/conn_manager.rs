@@ -320,8 +320,8 @@ pub(super) async fn handle(
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     let random = fastrand::u64(..);
-    let scheme = if connection.tls.is_some() { "https" } else { "http" };
-    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip(connection), scheme);
+    let local_ip = local_ip(connection);
+    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip, connection.tls.as_ref());
     let mut cx = StreamCx {
         worker: Rc::clone(&state.worker),
         connection: Rc::clone(connection),

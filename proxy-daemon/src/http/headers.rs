@@ -15,8 +15,10 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{
-        HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig, ServerHeaderTransformation,
+        ForwardClientCert, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
+        ServerHeaderTransformation,
     },
+    tls::TlsInfo,
 };
 
 /// Header names that have no constant in `http`.
@@ -137,14 +139,13 @@ pub(super) fn prepare_request(
     config: &HttpConnectionManagerConfig,
     peer: SocketAddr,
     local_ip: IpAddr,
-    scheme: &'static str,
+    tls: Option<&TlsInfo>,
 ) -> Trusted {
     strip_hop_by_hop(&mut head.headers);
     let trusted = resolve_client(head, config, peer, local_ip);
     let headers = &mut head.headers;
-    let scheme = HeaderValue::from_static(scheme);
-    // `forward_client_cert_details: SANITIZE`: what a client says of its certificate is no proof of one.
-    headers.remove(X_FORWARDED_CLIENT_CERT);
+    let scheme = HeaderValue::from_static(if tls.is_some() { "https" } else { "http" });
+    forward_client_cert(headers, config, tls);
     if config.use_remote_address && config.xff_num_trusted_hops == 0 {
         headers.insert(X_FORWARDED_PROTO, scheme);
     } else {
@@ -178,6 +179,26 @@ pub(super) fn prepare_request(
         normalize(head, config);
     }
     trusted
+}
+
+/// What a client says of its certificate is no proof of one: it is passed on, or written, only as configured.
+fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerConfig, tls: Option<&TlsInfo>) {
+    let mode = config.forward_client_cert;
+    if mode == ForwardClientCert::AlwaysForwardOnly {
+        return;
+    }
+    let tls = match tls.filter(|tls| mode != ForwardClientCert::Sanitize && tls.has_certificate()) {
+        Some(_) if mode == ForwardClientCert::ForwardOnly => return,
+        Some(tls) => tls,
+        None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
+    };
+    match tls.forwarded(&config.client_cert_details) {
+        Some(value) if mode == ForwardClientCert::AppendForward => {
+            append(headers, X_FORWARDED_CLIENT_CERT, value, ",");
+        }
+        Some(value) => drop(headers.insert(X_FORWARDED_CLIENT_CERT, value.clone())),
+        None => drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
+    }
 }
 
 /// Finds the client's address and whether it is internal, and appends to `x-forwarded-for`.

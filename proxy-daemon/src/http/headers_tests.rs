@@ -32,6 +32,8 @@ fn config() -> HttpConnectionManagerConfig {
         http1: Http1Options::default(),
         http2: Http2Options::default(),
         access_logs: Vec::new(),
+        forward_client_cert: crate::config::model::ForwardClientCert::Sanitize,
+        client_cert_details: crate::config::model::ClientCertDetails::default(),
     }
 }
 
@@ -44,7 +46,7 @@ fn request(uri: &str, headers: &[(&str, &str)]) -> RequestHead {
 }
 
 fn prepare(head: &mut RequestHead, config: &HttpConnectionManagerConfig, peer: &str) -> Trusted {
-    prepare_request(head, config, peer.parse().unwrap(), "10.9.9.9".parse().unwrap(), "http")
+    prepare_request(head, config, peer.parse().unwrap(), "10.9.9.9".parse().unwrap(), None)
 }
 
 #[test]

@@ -60,6 +60,8 @@ pub struct ConnectionInfo {
     pub requested_server_name: Option<String>,
     /// What the TLS handshake came to; `None`: the connection is plain.
     pub tls: Option<TlsInfo>,
+    /// Why there was no TLS handshake, where it failed.
+    pub transport_failure: Option<String>,
 }
 
 /// Tells connections that their listener is going away.
@@ -283,6 +285,7 @@ async fn serve(
         node_ip: worker.node_ip,
         requested_server_name: None,
         tls: None,
+        transport_failure: None,
     };
     let chain = find_chain(&stream, &active, &mut info).await;
     let info = match chain {
@@ -301,6 +304,7 @@ async fn serve(
             connection_id: info.id,
             requested_server_name: info.requested_server_name.as_deref(),
             tls: info.tls.as_ref(),
+            downstream_transport_failure_reason: info.transport_failure.as_deref(),
             ..Default::default()
         };
         active.access_logs.iter().for_each(|log| log.write(&record));
@@ -349,11 +353,12 @@ async fn serve_chain(
     let stream = match &chain.tls {
         None => DownstreamStream::Plain(stream),
         Some(tls) => match shake_hands(tls, stream, chain, active, &mut drain, worker.drain_time).await {
-            Some(stream) => {
-                info.tls = Some(TlsInfo::new(stream.get_ref().1));
+            Ok((stream, tls)) => {
+                info.tls = Some(tls);
                 DownstreamStream::Tls(Box::new(stream))
             }
-            None => {
+            Err(failure) => {
+                info.transport_failure = failure;
                 chain.filter.count_failed_handshake();
                 return Rc::new(info);
             }
@@ -371,6 +376,7 @@ async fn serve_chain(
     info
 }
 
+/// The error: what the handshake failed of, as logs show it.
 async fn shake_hands(
     tls: &ServerTls,
     stream: TcpStream,
@@ -378,7 +384,7 @@ async fn shake_hands(
     active: &ActiveListener,
     drain: &mut DrainSignal,
     drain_time: Duration,
-) -> Option<TlsStream<TcpStream>> {
+) -> Result<(TlsStream<TcpStream>, TlsInfo), Option<String>> {
     let expired = async {
         match chain.handshake_limit {
             Some(limit) => tokio::time::sleep(limit).await,
@@ -391,18 +397,18 @@ async fn shake_hands(
     };
     tokio::select! {
         result = tls.accept(stream) => match result {
-            Ok(stream) => Some(stream),
+            Ok(secured) => Ok(secured),
             Err(error) => {
                 let error = culvert_xds_client::tls_error::describe(&error);
                 tracing::debug!(listener = %active.config.name, %error, "TLS handshake failed");
-                None
+                Err(Some(format!("TLS_error:{error}:TLS_error_end")))
             }
         },
         () = expired => {
             active.stats.downstream_cx_transport_socket_connect_timeout.inc();
-            None
+            Err(Some("transport socket connect timeout".to_owned()))
         }
-        () = drained => None,
+        () = drained => Err(None),
     }
 }
 

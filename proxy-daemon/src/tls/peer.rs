@@ -4,16 +4,20 @@ use std::{
     cell::OnceCell,
     fmt::Write as _,
     net::{Ipv4Addr, Ipv6Addr},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use aws_lc_rs::digest;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use http::HeaderValue;
 use rustls::{CipherSuite, CommonState, HandshakeKind, ProtocolVersion, pki_types::CertificateDer};
 use x509_parser::{
     extensions::GeneralName,
     prelude::{ASN1Time, FromDer, X509Certificate, X509Name},
 };
 
-use crate::config::model::SanType;
+use crate::config::model::{ClientCertDetails, SanType, TlsCertificate};
 
 /// What a finished handshake came to, for access logs.
 #[derive(Debug)]
@@ -22,13 +26,19 @@ pub struct TlsInfo {
     pub version: &'static str,
     /// The cipher suite, as Envoy names it.
     pub cipher: &'static str,
-    /// The peer's certificate.
-    certificate: Option<CertificateDer<'static>>,
+    /// What the peer has shown, its own certificate first; empty: nothing.
+    chain: Vec<CertificateDer<'static>>,
+    /// What the peer was shown, where we know.
+    local: Option<Arc<TlsCertificate>>,
     /// Read when it is first asked for.
     text: OnceCell<Option<Box<PeerText>>>,
+    /// The same of our own certificate.
+    local_text: OnceCell<Option<Box<PeerText>>>,
+    /// `x-forwarded-client-cert`, written when it is first asked for.
+    forwarded: OnceCell<Option<HeaderValue>>,
 }
 
-/// A peer's certificate for an access log.
+/// A certificate for an access log.
 #[derive(Debug)]
 pub struct PeerText {
     /// `O=Org,CN=name`: RFC 2253.
@@ -41,8 +51,20 @@ pub struct PeerText {
     pub uri_sans: String,
     /// Joined with commas; empty: none.
     pub dns_sans: String,
+    /// Joined with commas; empty: none.
+    pub ip_sans: String,
+    /// Joined with commas; empty: none.
+    pub email_sans: String,
     /// SHA-256, in hexadecimal digits.
     pub fingerprint_256: String,
+    /// SHA-1, in hexadecimal digits.
+    pub fingerprint_1: String,
+    /// Its URIs.
+    uris: Vec<String>,
+    /// Its DNS names.
+    dns_names: Vec<String>,
+    /// PEM, with the escapes of URLs.
+    pub pem: String,
     /// RFC 3339.
     pub valid_from: String,
     /// RFC 3339.
@@ -50,36 +72,100 @@ pub struct PeerText {
 }
 
 impl TlsInfo {
-    /// After the handshake.
-    pub fn new(connection: &CommonState) -> TlsInfo {
+    /// After the handshake. `local`: the certificate that was shown.
+    pub fn new(connection: &CommonState, local: Option<Arc<TlsCertificate>>) -> TlsInfo {
+        let chain = connection.peer_certificates().unwrap_or_default();
         TlsInfo {
             version: version_name(connection.protocol_version()),
             cipher: connection.negotiated_cipher_suite().map_or("", |suite| cipher_name(suite.suite())),
-            certificate: connection.peer_certificates().and_then(|chain| chain.first()).cloned(),
+            chain: chain.to_vec(),
+            local,
             text: OnceCell::new(),
+            local_text: OnceCell::new(),
+            forwarded: OnceCell::new(),
         }
-    }
-
-    /// Whether the peer has shown a certificate.
-    pub fn has_certificate(&self) -> bool {
-        self.certificate.is_some()
     }
 
     /// What the peer's certificate says; `None` without one.
     pub fn peer(&self) -> Option<&PeerText> {
-        let read = || self.certificate.as_ref().and_then(|der| PeerText::read(der)).map(Box::new);
+        let read = || self.chain.first().and_then(|der| PeerText::read(der)).map(Box::new);
         self.text.get_or_init(read).as_deref()
     }
+
+    /// What our own certificate says.
+    pub fn local(&self) -> Option<&PeerText> {
+        let leaf = || self.local.as_ref().and_then(|local| local.key.cert.first());
+        self.local_text.get_or_init(|| leaf().and_then(|der| PeerText::read(der)).map(Box::new)).as_deref()
+    }
+
+    /// Whether the peer has shown a certificate.
+    pub fn has_certificate(&self) -> bool {
+        !self.chain.is_empty()
+    }
+
+    /// What `x-forwarded-client-cert` says of the peer's certificate, in Envoy's order; `None` where there is none, or no
+    /// header can hold it. `details` are the same for all requests of a connection.
+    pub fn forwarded(&self, details: &ClientCertDetails) -> Option<&HeaderValue> {
+        self.forwarded.get_or_init(|| self.forwarded_text(details)?.try_into().ok()).as_ref()
+    }
+
+    fn forwarded_text(&self, details: &ClientCertDetails) -> Option<String> {
+        let peer = self.peer()?;
+        let mut parts: Vec<String> = Vec::new();
+        let local = self.local().map(|local| local.uris.as_slice()).unwrap_or_default();
+        parts.extend(local.iter().map(|uri| format!("By={uri}")));
+        parts.push(format!("Hash={}", peer.fingerprint_256));
+        if details.cert {
+            parts.push(format!("Cert=\"{}\"", peer.pem));
+        }
+        if details.chain {
+            let chain: String = self.chain.iter().map(|der| url_encoded_pem(der)).collect();
+            parts.push(format!("Chain=\"{chain}\""));
+        }
+        if details.subject {
+            parts.push(format!("Subject=\"{}\"", peer.subject));
+        }
+        if details.uri {
+            match peer.uris.is_empty() {
+                true => parts.push("URI=".to_owned()),
+                false => parts.extend(peer.uris.iter().map(|uri| format!("URI={uri}"))),
+            }
+        }
+        if details.dns {
+            parts.extend(peer.dns_names.iter().map(|name| format!("DNS={name}")));
+        }
+        Some(parts.join(";"))
+    }
+}
+
+/// PEM with the escapes that Envoy makes.
+fn url_encoded_pem(der: &[u8]) -> String {
+    const LINE: usize = 64;
+    let mut out = String::from("-----BEGIN%20CERTIFICATE-----%0A");
+    for (index, c) in STANDARD.encode(der).chars().enumerate() {
+        if index > 0 && index % LINE == 0 {
+            out.push_str("%0A");
+        }
+        match c {
+            '+' => out.push_str("%2B"),
+            '/' => out.push_str("%2F"),
+            '=' => out.push_str("%3D"),
+            c => out.push(c),
+        }
+    }
+    out.push_str("%0A-----END%20CERTIFICATE-----%0A");
+    out
 }
 
 impl PeerText {
     fn read(der: &CertificateDer<'_>) -> Option<PeerText> {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
         let names = alternative_names(&parsed);
-        let joined = |wanted: SanType| {
-            let names = names.iter().filter(|(kind, _)| *kind == wanted).map(|(_, name)| name.as_str());
-            names.collect::<Vec<_>>().join(",")
+        let of = |wanted: SanType| {
+            let names = names.iter().filter(|(kind, _)| *kind == wanted).map(|(_, name)| name.clone());
+            names.collect::<Vec<_>>()
         };
+        let joined = |wanted: SanType| of(wanted).join(",");
         let validity = parsed.validity();
         Some(PeerText {
             subject: distinguished_name(parsed.subject()),
@@ -87,7 +173,13 @@ impl PeerText {
             serial: serial(&parsed),
             uri_sans: joined(SanType::Uri),
             dns_sans: joined(SanType::Dns),
+            ip_sans: joined(SanType::IpAddress),
+            email_sans: joined(SanType::Email),
             fingerprint_256: hex(&super::sha256(der)),
+            fingerprint_1: hex(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, der).as_ref()),
+            uris: of(SanType::Uri),
+            dns_names: of(SanType::Dns),
+            pem: url_encoded_pem(der),
             valid_from: rfc3339(validity.not_before, true),
             valid_until: rfc3339(validity.not_after, true),
         })

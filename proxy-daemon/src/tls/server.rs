@@ -9,14 +9,15 @@ use arc_swap::ArcSwapOption;
 use rustls::{
     ServerConfig,
     crypto::aws_lc_rs::Ticketer,
-    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
     sign::CertifiedKey,
 };
 use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, server::TlsStream};
 
 use super::{
     certificate::{self, SocketCertificates},
+    peer::TlsInfo,
     secrets::{Needed, SecretUser, Secrets},
     stats::SslStats,
     tickets::{self, AgingSessions, AgingTickets, KeyedTickets},
@@ -35,6 +36,7 @@ pub struct ServerTls {
 
 struct Context {
     config: Arc<ServerConfig>,
+    resolver: Arc<Resolver>,
     shown: SocketCertificates,
 }
 
@@ -76,19 +78,26 @@ impl ServerTls {
         Ok(true)
     }
 
-    /// Shakes hands with a client.
+    /// Shakes hands with a client; with what the handshake came to.
     ///
     /// # Errors
     /// Counted: a secret is missing, or the handshake failed.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        let Some(config) = self.current.load().as_ref().map(|context| Arc::clone(&context.config)) else {
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, TlsInfo)> {
+        let Some(context) = self.current.load_full() else {
             self.stats.downstream_context_secrets_not_ready.inc();
             return Err(io::Error::other("the certificates have not arrived yet"));
         };
-        match TlsAcceptor::from(config).accept(stream).await {
-            Ok(stream) => {
+        let config = Arc::clone(&context.config);
+        // The library does not tell which certificate it has shown.
+        let outcome = match context.resolver.certificates.as_slice() {
+            [only] => TlsAcceptor::from(config).accept(stream).await.map(|stream| (stream, Some(Arc::clone(only)))),
+            _ => context.choose_and_accept(config, stream).await,
+        };
+        match outcome {
+            Ok((stream, shown)) => {
                 self.stats.complete(stream.get_ref().1);
-                Ok(stream)
+                let info = TlsInfo::new(stream.get_ref().1, shown);
+                Ok((stream, info))
             }
             Err(error) => {
                 self.stats.failed(&error);
@@ -100,6 +109,18 @@ impl ServerTls {
     /// What `/certs` shows: the trusted issuers and our own certificates, where the secrets are there.
     pub fn certificates(&self) -> Option<SocketCertificates> {
         self.current.load().as_ref().map(|context| context.shown.clone())
+    }
+}
+
+impl Context {
+    async fn choose_and_accept(
+        &self,
+        config: Arc<ServerConfig>,
+        stream: TcpStream,
+    ) -> io::Result<(TlsStream<TcpStream>, Option<Arc<TlsCertificate>>)> {
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let shown = self.resolver.choose(&start.client_hello()).cloned();
+        Ok((start.into_stream(config).await?, shown))
     }
 }
 
@@ -131,8 +152,8 @@ fn build(
     } else {
         WebPkiClientVerifier::no_client_auth()
     };
-    let resolver = Resolver { certificates: needed.certificates.clone(), require_sni: config.require_sni };
-    let mut server = builder.with_client_cert_verifier(verifier).with_cert_resolver(Arc::new(resolver));
+    let resolver = Arc::new(Resolver { certificates: needed.certificates.clone(), require_sni: config.require_sni });
+    let mut server = builder.with_client_cert_verifier(verifier).with_cert_resolver(Arc::clone(&resolver) as _);
     server.alpn_protocols.clone_from(&common.alpn_protocols);
     server.ignore_client_order = !common.params.cipher_suites.is_empty();
     if let Some(keys) = ticket_keys {
@@ -165,6 +186,7 @@ fn build(
     }
     Ok(Context {
         config: Arc::new(server),
+        resolver,
         shown: SocketCertificates { ca: ca.map(|(ca, _)| ca), certificates: needed.certificates },
     })
 }
@@ -179,6 +201,12 @@ struct Resolver {
 
 impl ResolvesServerCert for Resolver {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.choose(&hello).map(|certificate| Arc::clone(&certificate.key))
+    }
+}
+
+impl Resolver {
+    fn choose(&self, hello: &ClientHello<'_>) -> Option<&Arc<TlsCertificate>> {
         let name = hello.server_name();
         if self.require_sni && name.is_none() {
             return None;
@@ -193,7 +221,7 @@ impl ResolvesServerCert for Resolver {
             let elliptic = certificate.key.key.algorithm() != rustls::SignatureAlgorithm::RSA;
             usable.then_some((by_name, elliptic))
         };
-        let mut best: Option<((u8, bool), &TlsCertificate)> = None;
+        let mut best: Option<((u8, bool), &Arc<TlsCertificate>)> = None;
         for certificate in &self.certificates {
             if let Some(fit) = fitness(certificate)
                 && best.is_none_or(|(before, _)| fit > before)
@@ -201,6 +229,6 @@ impl ResolvesServerCert for Resolver {
                 best = Some((fit, certificate));
             }
         }
-        best.map(|(_, certificate)| Arc::clone(&certificate.key))
+        best.map(|(_, certificate)| certificate)
     }
 }

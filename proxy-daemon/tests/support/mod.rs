@@ -337,6 +337,8 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         http1: Http1Options::default(),
         http2: Http2Options::default(),
         access_logs: Vec::new(),
+        forward_client_cert: culvert_proxy_daemon::config::model::ForwardClientCert::Sanitize,
+        client_cert_details: culvert_proxy_daemon::config::model::ClientCertDetails::default(),
     }
 }
 

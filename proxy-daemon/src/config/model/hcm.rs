@@ -62,6 +62,41 @@ pub struct HttpConnectionManagerConfig {
     pub http2: Http2Options,
     /// One line a request.
     pub access_logs: Vec<AccessLogConfig>,
+    /// What becomes of `x-forwarded-client-cert`.
+    pub forward_client_cert: ForwardClientCert,
+    /// What it says of a client's certificate, where it is written.
+    pub client_cert_details: ClientCertDetails,
+}
+
+/// `HttpConnectionManager.ForwardClientCertDetails`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ForwardClientCert {
+    /// Hosts do not get it.
+    #[default]
+    Sanitize,
+    /// What a client with a certificate sends is passed on.
+    ForwardOnly,
+    /// What a client with a certificate sends is passed on, and what its certificate says is added.
+    AppendForward,
+    /// It says what the client's certificate says, whatever the client sends.
+    SanitizeSet,
+    /// What any client sends is passed on.
+    AlwaysForwardOnly,
+}
+
+/// `HttpConnectionManager.SetCurrentClientCertDetails`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ClientCertDetails {
+    /// `Subject`
+    pub subject: bool,
+    /// `Cert`: the certificate itself.
+    pub cert: bool,
+    /// `Chain`: all that the client has shown.
+    pub chain: bool,
+    /// `DNS`, for each of these names.
+    pub dns: bool,
+    /// `URI`, for each of these names.
+    pub uri: bool,
 }
 
 impl HttpConnectionManagerConfig {

@@ -6,7 +6,8 @@ use envoy_types::pb::{
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
             http_connection_manager::{
-                CodecType as ProtoCodec, RouteSpecifier, ServerHeaderTransformation as ProtoServerHeader,
+                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward, RouteSpecifier,
+                ServerHeaderTransformation as ProtoServerHeader,
             },
             http_filter::ConfigType,
         },
@@ -27,8 +28,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            CodecType, Http1Options, HttpConnectionManagerConfig, HttpFilterEntry, ResourceRef, RouteSource,
-            ServerHeaderTransformation,
+            ClientCertDetails, CodecType, ForwardClientCert, Http1Options, HttpConnectionManagerConfig,
+            HttpFilterEntry, ResourceRef, RouteSource, ServerHeaderTransformation,
         },
     },
     http::filters::{self, DiscoveredFilter, FilterCx, FilterSource},
@@ -49,6 +50,15 @@ pub(super) fn http_connection_manager(
         Ok(ProtoServerHeader::PassThrough) => ServerHeaderTransformation::PassThrough,
         _ => ServerHeaderTransformation::Overwrite,
     };
+    let forward_client_cert = match ProtoForward::try_from(manager.forward_client_cert_details) {
+        Ok(ProtoForward::Sanitize) => ForwardClientCert::Sanitize,
+        Ok(ProtoForward::ForwardOnly) => ForwardClientCert::ForwardOnly,
+        Ok(ProtoForward::AppendForward) => ForwardClientCert::AppendForward,
+        Ok(ProtoForward::SanitizeSet) => ForwardClientCert::SanitizeSet,
+        Ok(ProtoForward::AlwaysForwardOnly) => ForwardClientCert::AlwaysForwardOnly,
+        Err(_) => return Err(FieldError::unsupported(join(path, "forward_client_cert_details"))),
+    };
+    let details = manager.set_current_client_cert_details.unwrap_or_default();
     let common = manager.common_http_protocol_options.unwrap_or_default();
     let common_path = join(path, "common_http_protocol_options");
     let seconds = |seconds| Some(Duration::from_secs(seconds));
@@ -87,6 +97,14 @@ pub(super) fn http_connection_manager(
         http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,
         http2: http2(manager.http2_protocol_options.as_ref()),
         access_logs: access_logs(&manager.access_log, &join(path, "access_log"))?,
+        forward_client_cert,
+        client_cert_details: ClientCertDetails {
+            subject: is_set(details.subject),
+            cert: details.cert,
+            chain: details.chain,
+            dns: details.dns,
+            uri: details.uri,
+        },
     })
 }
 
