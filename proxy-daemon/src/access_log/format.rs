@@ -205,6 +205,15 @@ impl Format {
         headers.filter_map(|header| if let Header::Name(name) = header { Some(name) } else { None })
     }
 
+    /// The text, where it is always the same.
+    pub(super) fn literal(&self) -> Option<&str> {
+        match self.0.as_slice() {
+            [] => Some(""),
+            [Op::Text(text)] => Some(text),
+            _ => None,
+        }
+    }
+
     /// Appends the line.
     pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
         for op in &self.0 {
@@ -295,7 +304,7 @@ impl HeaderChoice {
         let value = value.or_else(|| self.second.as_ref().and_then(|second| second.value(record, headers)));
         match value {
             Some(value) => out.extend_from_slice(&value[..value.len().min(self.max_len)]),
-            None => out.push(b'-'),
+            None => missing(out, record),
         }
     }
 }
@@ -331,7 +340,7 @@ impl Header {
 impl Field {
     fn write(self, out: &mut Vec<u8>, record: &Record<'_>) {
         match self {
-            Field::Protocol => text(out, record.protocol),
+            Field::Protocol => text(out, record, record.protocol),
             Field::ResponseCode => number(out, record.response_code.into()),
             Field::ResponseFlags => {
                 let before = out.len();
@@ -342,31 +351,31 @@ impl Field {
                     out.extend_from_slice(name.as_bytes());
                 }
                 if out.len() == before {
-                    out.push(b'-');
+                    missing(out, record);
                 }
             }
             Field::ResponseCodeDetails => {
-                one_word(out, Some(record.response_code_details).filter(|details| !details.is_empty()));
+                one_word(out, record, Some(record.response_code_details).filter(|details| !details.is_empty()));
             }
             Field::BytesReceived => number(out, record.bytes_received),
             Field::BytesSent => number(out, record.bytes_sent),
             Field::Duration => number(out, u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX)),
-            Field::UpstreamHost => text(out, record.upstream_host),
-            Field::UpstreamCluster => text(out, record.upstream_cluster),
-            Field::UpstreamLocalAddress => address(out, record.upstream_local_address),
-            Field::RouteName => text(out, record.route_name),
-            Field::DownstreamRemoteAddress => address(out, record.downstream_remote_address),
-            Field::DownstreamRemoteAddressWithoutPort => ip(out, record.downstream_remote_address),
-            Field::DownstreamRemotePort => port(out, record.downstream_remote_address),
-            Field::DownstreamDirectRemoteAddress => address(out, record.downstream_direct_remote_address),
-            Field::DownstreamDirectRemoteAddressWithoutPort => ip(out, record.downstream_direct_remote_address),
-            Field::DownstreamLocalAddress => address(out, record.downstream_local_address),
-            Field::DownstreamLocalAddressWithoutPort => ip(out, record.downstream_local_address),
-            Field::DownstreamLocalPort => port(out, record.downstream_local_address),
+            Field::UpstreamHost => text(out, record, record.upstream_host),
+            Field::UpstreamCluster => text(out, record, record.upstream_cluster),
+            Field::UpstreamLocalAddress => address(out, record, record.upstream_local_address),
+            Field::RouteName => text(out, record, record.route_name),
+            Field::DownstreamRemoteAddress => address(out, record, record.downstream_remote_address),
+            Field::DownstreamRemoteAddressWithoutPort => ip(out, record, record.downstream_remote_address),
+            Field::DownstreamRemotePort => port(out, record, record.downstream_remote_address),
+            Field::DownstreamDirectRemoteAddress => address(out, record, record.downstream_direct_remote_address),
+            Field::DownstreamDirectRemoteAddressWithoutPort => ip(out, record, record.downstream_direct_remote_address),
+            Field::DownstreamLocalAddress => address(out, record, record.downstream_local_address),
+            Field::DownstreamLocalAddressWithoutPort => ip(out, record, record.downstream_local_address),
+            Field::DownstreamLocalPort => port(out, record, record.downstream_local_address),
             Field::ConnectionId => number(out, record.connection_id),
-            Field::RequestedServerName => text(out, record.requested_server_name),
-            Field::DownstreamTlsVersion => text(out, record.tls.map(|tls| tls.version)),
-            Field::DownstreamTlsCipher => text(out, record.tls.map(|tls| tls.cipher)),
+            Field::RequestedServerName => text(out, record, record.requested_server_name),
+            Field::DownstreamTlsVersion => text(out, record, record.tls.map(|tls| tls.version)),
+            Field::DownstreamTlsCipher => text(out, record, record.tls.map(|tls| tls.cipher)),
             Field::DownstreamPeerSubject => peer(out, record, |peer| &peer.subject),
             Field::DownstreamPeerIssuer => peer(out, record, |peer| &peer.issuer),
             Field::DownstreamPeerSerial => peer(out, record, |peer| &peer.serial),
@@ -385,7 +394,7 @@ impl Field {
             Field::DownstreamLocalIpSan => local(out, record, |local| &local.ip_sans),
             Field::DownstreamLocalEmailSan => local(out, record, |local| &local.email_sans),
             Field::DownstreamTransportFailureReason => {
-                one_word(out, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
+                one_word(out, record, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
             }
         }
     }
@@ -393,23 +402,32 @@ impl Field {
 
 /// Something of the client's certificate.
 fn peer(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
-    text(out, record.tls.and_then(|tls| tls.peer()).map(|peer| part(peer).as_str()).filter(|text| !text.is_empty()));
+    text(
+        out,
+        record,
+        record.tls.and_then(|tls| tls.peer()).map(|peer| part(peer).as_str()).filter(|text| !text.is_empty()),
+    );
 }
 
 /// Something of our own certificate.
 fn local(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
-    text(out, record.tls.and_then(|tls| tls.local()).map(|own| part(own).as_str()).filter(|text| !text.is_empty()));
+    let own = record.tls.and_then(|tls| tls.local()).map(|own| part(own).as_str());
+    text(out, record, own.filter(|text| !text.is_empty()));
 }
 
 /// One word, so that a line can be split at its spaces.
-fn one_word(out: &mut Vec<u8>, words: Option<&str>) {
+fn one_word(out: &mut Vec<u8>, record: &Record<'_>, words: Option<&str>) {
     let before = out.len();
-    text(out, words);
+    text(out, record, words);
     out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
 }
 
-fn text(out: &mut Vec<u8>, text: Option<&str>) {
-    out.extend_from_slice(text.unwrap_or("-").as_bytes());
+fn missing(out: &mut Vec<u8>, record: &Record<'_>) {
+    out.extend_from_slice(record.missing.as_bytes());
+}
+
+fn text(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>) {
+    out.extend_from_slice(text.unwrap_or(record.missing).as_bytes());
 }
 
 /// `write!` goes through the formatting machinery; most fields of a line are short numbers.
@@ -427,26 +445,26 @@ fn number(out: &mut Vec<u8>, mut number: u64) {
     out.extend_from_slice(&digits[at..]);
 }
 
-fn address(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+fn address(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
     // Writing to a Vec cannot fail.
     let _ = match address {
         Some(address) => write!(out, "{}", SocketAddr::new(address.ip().to_canonical(), address.port())),
-        None => write!(out, "-"),
+        None => write!(out, "{}", record.missing),
     };
 }
 
-fn ip(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+fn ip(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
     // Writing to a Vec cannot fail.
     let _ = match address {
         Some(address) => write!(out, "{}", address.ip().to_canonical()),
-        None => write!(out, "-"),
+        None => write!(out, "{}", record.missing),
     };
 }
 
-fn port(out: &mut Vec<u8>, address: Option<SocketAddr>) {
+fn port(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
     match address {
         Some(address) => number(out, address.port().into()),
-        None => out.push(b'-'),
+        None => missing(out, record),
     }
 }
 

@@ -63,6 +63,31 @@ impl AccessLog {
     }
 }
 
+/// A header's value, made for each message by a format string.
+#[derive(Debug)]
+pub struct HeaderFormat(Format);
+
+impl HeaderFormat {
+    /// Compiles a format string; `Ok(Err)` is the text that it always makes.
+    ///
+    /// # Errors
+    /// Why it is no format.
+    pub fn parse(text: &str) -> Result<Result<HeaderFormat, String>, String> {
+        let format = Format::parse(text).map_err(|error| error.to_string())?;
+        Ok(match format.literal() {
+            Some(literal) => Err(literal.to_owned()),
+            None => Ok(HeaderFormat(format)),
+        })
+    }
+
+    /// The value for `record`; `None` where it cannot stand in a header.
+    pub fn value(&self, record: &Record<'_>) -> Option<http::HeaderValue> {
+        let mut value = Vec::new();
+        self.0.write(&mut value, record);
+        http::HeaderValue::from_bytes(&value).ok()
+    }
+}
+
 /// A moment as the default time format prints it: RFC 3339 in UTC, with milliseconds.
 pub fn rfc3339(at: std::time::SystemTime) -> String {
     let mut text = Vec::new();

@@ -11,6 +11,8 @@ use crate::tls::TlsInfo;
 /// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
 #[derive(Debug, Clone, Copy)]
 pub struct Record<'a> {
+    /// What is written for what is not there.
+    pub missing: &'static str,
     /// When it began.
     pub start: SystemTime,
     /// From the beginning to the end of the response.
@@ -66,6 +68,7 @@ pub struct Record<'a> {
 impl Default for Record<'_> {
     fn default() -> Self {
         Record {
+            missing: "-",
             start: SystemTime::UNIX_EPOCH,
             duration: Duration::ZERO,
             protocol: None,

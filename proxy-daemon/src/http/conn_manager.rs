@@ -23,7 +23,7 @@ use super::{
     begun::Begun,
     body::Body,
     codec::{self, h1::ServerConnection},
-    filters::{Flow, HttpFilter},
+    filters::{Flow, HttpFilter, PerRoute},
     forward::forward,
     headers::{self, names::*},
     io::DownstreamIo,
@@ -53,6 +53,8 @@ pub struct ConnectionManager {
     /// As configured.
     pub config: Arc<HttpConnectionManagerConfig>,
     pub(super) routes: Routes,
+    /// The names of its filters.
+    filters: Arc<[Arc<str>]>,
     pub(super) stats: HcmStats,
     pub(super) access_logs: Vec<AccessLog>,
     pub(super) logged: LoggedHeaders,
@@ -67,7 +69,8 @@ impl ConnectionManager {
         let access_logs: Vec<_> = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let logged = LoggedHeaders::new(&access_logs);
         let stats = HcmStats::new(&config.stat_prefix);
-        Ok(ConnectionManager { config, routes, stats, access_logs, logged })
+        let filters = config.http_filters.iter().map(|entry| Arc::clone(&entry.name)).collect();
+        Ok(ConnectionManager { config, routes, filters, stats, access_logs, logged })
     }
 
     /// A connection that got no further than its TLS handshake.
@@ -174,7 +177,7 @@ pub async fn serve(
         }
     };
     let state = Rc::new(ConnState {
-        routes: RouteFinder::new(&manager.routes),
+        routes: RouteFinder::new(&manager.routes, &manager.filters),
         manager: Arc::clone(&manager),
         connection,
         worker,
@@ -330,11 +333,13 @@ pub(super) async fn handle(
         route: None,
         random,
         cluster: None,
+        weighted: None,
         override_dst: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         started,
         progress: Rc::clone(&progress),
+        request: RefCell::default(),
     };
     cx.route = state.routes.route(&head, &cx.match_cx());
     cx.cluster = choose_cluster(&mut cx, &head);
@@ -345,12 +350,17 @@ pub(super) async fn handle(
     };
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
-    let mut entries = config.http_filters.iter();
+    let mut entries = config.http_filters.iter().enumerate();
     let mut pauses = 0;
-    while let Some(entry) = entries.next() {
+    let mut route = cx.route.clone();
+    while let Some((position, entry)) = entries.next() {
+        let told = PerRoute::new(route.as_ref(), position);
+        if !told.is_enabled(!entry.disabled) {
+            continue;
+        }
         let flow = entry.source.with(|factory| {
             cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
-            factory.request(&mut head, &mut body, &mut cx, &mut filters)
+            factory.request(&mut head, &mut body, &mut cx, told, &mut filters)
         });
         let flow = match (flow, filters.last_mut()) {
             (Some(Flow::Wait), Some(filter)) => {
@@ -375,7 +385,8 @@ pub(super) async fn handle(
                     Ok(true) => {
                         // As a stream that begins anew, which is what Envoy makes of it.
                         filters.clear();
-                        entries = config.http_filters.iter();
+                        entries = config.http_filters.iter().enumerate();
+                        route.clone_from(&cx.route);
                         continue;
                     }
                     Ok(false) => continue,
@@ -385,12 +396,18 @@ pub(super) async fn handle(
         };
         end.keep_request(&head);
         end.keep_route(&cx);
+        cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
-        filters.extend(entries.filter_map(|entry| entry.source.with(|factory| factory.stream()).flatten()));
+        filters.extend(entries.filter_map(|(position, entry)| {
+            let told = PerRoute::new(route.as_ref(), position);
+            let made = told.is_enabled(!entry.disabled).then(|| entry.source.with(|factory| factory.stream(told)));
+            made.flatten().flatten()
+        }));
         return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters);
     }
     end.keep_request(&head);
     end.keep_route(&cx);
+    cx.keep_request(&head);
 
     let request_id =
         config.always_set_request_id_in_response.then(|| head.headers.get(X_REQUEST_ID).cloned()).flatten();
@@ -471,8 +488,11 @@ fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerClus
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     match &action.cluster {
         ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),
-        ClusterChoice::Weighted(weighted) => match weighted.choose(cx.random) {
-            Some(name) => cx.worker.clusters.get(name),
+        ClusterChoice::Weighted(weighted) => match weighted.choose_index(cx.random) {
+            Some(index) => {
+                cx.weighted = Some(index);
+                cx.worker.clusters.get(weighted.name(index))
+            }
             // Runtime values leave it no cluster: as in Envoy, it is no route then.
             None => {
                 cx.route = None;
@@ -539,10 +559,8 @@ fn finish_response(
         if route.virtual_host().include_attempt_count_in_response {
             response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
         }
-        for mutations in route.header_mutations() {
-            headers::mutate_response(&mut response.headers, mutations);
-        }
     }
+    cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
     headers::prepare_response(response, &manager.config);
     if let Some(id) = request_id {
         response.headers.insert(X_REQUEST_ID, id);
@@ -586,11 +604,7 @@ pub(super) fn answer(
     }
     let mut body = Body::Full(body);
     if let Some(cx) = cx {
-        if let Some(route) = cx.route.clone() {
-            for mutations in route.header_mutations() {
-                headers::mutate_response(&mut head.headers, mutations);
-            }
-        }
+        cx.mutate_response(&mut head, end.host.as_ref().map(|(_, host)| host.host.display()));
         for filter in filters.iter_mut().rev() {
             // A filter cannot replace an answer that was made here.
             let _ = filter.response(&mut head, &mut body, cx);

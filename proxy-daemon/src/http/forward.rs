@@ -17,8 +17,8 @@ use super::{
     waiting,
 };
 use crate::{
-    access_log::ResponseFlags,
-    config::model::{ForwardAction, HostRewrite, RetryPolicy, UpstreamProtocol},
+    access_log::{Record, ResponseFlags},
+    config::model::{ForwardAction, HeaderMutations, HostRewrite, RetryPolicy, UpstreamProtocol},
     upstream::{
         ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
     },
@@ -104,9 +104,7 @@ fn finish_request(
         head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
     }
     if let Some(route) = &cx.route {
-        for mutations in route.header_mutations() {
-            headers::mutate_request(&mut head.headers, mutations);
-        }
+        mutate_request(cx, head);
         // Before the path is rewritten: it may be made of that.
         let host = match &action.host_rewrite {
             HostRewrite::Literal(host) => Some(host.clone()),
@@ -114,6 +112,10 @@ fn finish_request(
             HostRewrite::PathRegex(rewrite) => HeaderValue::from_str(&rewrite.apply(head.uri.path())).ok(),
             HostRewrite::Auto | HostRewrite::None => None,
         };
+        // The weighted cluster's comes first, as in Envoy, and is no rewrite that upstreams are told of.
+        if let Some(host) = cx.weighted_options().and_then(|options| options.host_rewrite.clone()) {
+            set_host(head, host, false, true);
+        }
         if let Some(host) = host {
             set_host(head, host, action.append_x_forwarded_host, suppress);
         }
@@ -130,11 +132,35 @@ fn finish_request(
             headers::set_path(head, &path);
         }
     }
+    cx.keep_request(head);
     if let (Some(timeout), false) = (timeout, suppress) {
         let mut digits = itoa::Buffer::new();
         if let Ok(value) = HeaderValue::from_str(digits.format(timeout.as_millis() as u64)) {
             head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
         }
+    }
+}
+
+/// Applies the mutations of all levels.
+fn mutate_request(cx: &StreamCx, head: &mut RequestHead) {
+    if cx.header_mutations().all(HeaderMutations::is_empty) {
+        return;
+    }
+    // Formats see the request as it came.
+    let (uri, host) = (head.uri.clone(), authority(head).to_owned());
+    let route = cx.route.as_ref().map(|route| route.name.as_str());
+    let record = Record {
+        method: Some(head.method.as_str()),
+        path: uri.path_and_query().map(|path| path.as_str()),
+        authority: Some(&host),
+        scheme: Some(super::redirect::scheme(head)),
+        protocol: Some(super::protocol_name(head.version)),
+        route_name: route.filter(|name| !name.is_empty()),
+        upstream_cluster: cx.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
+        ..cx.record()
+    };
+    for mutations in cx.header_mutations() {
+        headers::mutate_request(&mut head.headers, mutations, &record);
     }
 }
 

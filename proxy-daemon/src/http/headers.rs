@@ -13,9 +13,9 @@ use super::{
     stream::{LocalReply, RequestHead, ResponseHead},
 };
 use crate::{
-    access_log::ResponseFlags,
+    access_log::{Record, ResponseFlags},
     config::model::{
-        ForwardClientCert, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
+        AddedValue, ForwardClientCert, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
         ServerHeaderTransformation,
     },
     tls::TlsInfo,
@@ -357,25 +357,40 @@ pub(super) fn prepare_response(head: &mut ResponseHead, config: &HttpConnectionM
     }
 }
 
-/// Applies `request_headers_to_remove` and `request_headers_to_add`.
-pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutations) {
-    mutate(headers, &mutations.request_remove, &mutations.request_add);
+/// Applies `request_headers_to_remove` and `request_headers_to_add`. `record` is what formats are filled from; it is told the
+/// headers as they are at the time.
+pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutations, record: &Record<'_>) {
+    mutations.request_remove.iter().for_each(|name| drop(headers.remove(name)));
+    for add in &mutations.request_add {
+        let value = match &add.value {
+            AddedValue::Literal(value) => Some(value.clone()),
+            AddedValue::Format(format) => format.value(&Record { request_headers: Some(headers), ..*record }),
+        };
+        apply(headers, add, value);
+    }
 }
 
 /// Applies `response_headers_to_remove` and `response_headers_to_add`.
-pub(super) fn mutate_response(headers: &mut HeaderMap, mutations: &HeaderMutations) {
-    mutate(headers, &mutations.response_remove, &mutations.response_add);
+pub(super) fn mutate_response(headers: &mut HeaderMap, mutations: &HeaderMutations, record: &Record<'_>) {
+    mutations.response_remove.iter().for_each(|name| drop(headers.remove(name)));
+    for add in &mutations.response_add {
+        let value = match &add.value {
+            AddedValue::Literal(value) => Some(value.clone()),
+            AddedValue::Format(format) => format.value(&Record { response_headers: Some(headers), ..*record }),
+        };
+        apply(headers, add, value);
+    }
 }
 
-fn mutate(headers: &mut HeaderMap, remove: &[HeaderName], add: &[HeaderAdd]) {
-    remove.iter().for_each(|name| drop(headers.remove(name)));
-    for HeaderAdd { name, value, action } in add {
-        match action {
-            HeaderAppendAction::AppendIfExistsOrAdd => drop(headers.append(name, value.clone())),
-            HeaderAppendAction::AddIfAbsent if headers.contains_key(name) => {}
-            HeaderAppendAction::OverwriteIfExists if !headers.contains_key(name) => {}
-            _ => drop(headers.insert(name, value.clone())),
-        }
+fn apply(headers: &mut HeaderMap, add: &HeaderAdd, value: Option<HeaderValue>) {
+    // An empty value is not added, as in Envoy.
+    let Some(value) = value.filter(|value| add.keep_empty_value || !value.is_empty()) else { return };
+    let name = &add.name;
+    match add.action {
+        HeaderAppendAction::AppendIfExistsOrAdd => drop(headers.append(name, value)),
+        HeaderAppendAction::AddIfAbsent if headers.contains_key(name) => {}
+        HeaderAppendAction::OverwriteIfExists if !headers.contains_key(name) => {}
+        _ => drop(headers.insert(name, value)),
     }
 }
 

@@ -162,11 +162,16 @@ fn ambiguous_requests_are_refused() {
 
 #[test]
 fn header_values_are_added_as_their_action_says() {
-    let add = |action| HeaderAdd { name: HeaderName::from_static("x"), value: HeaderValue::from_static("new"), action };
+    let add = |action| HeaderAdd {
+        name: HeaderName::from_static("x"),
+        value: AddedValue::Literal(HeaderValue::from_static("new")),
+        keep_empty_value: false,
+        action,
+    };
     let run = |before: &[(&str, &str)], action| {
         let mut head = request("/", before);
         let mutations = HeaderMutations { request_add: vec![add(action)], ..HeaderMutations::default() };
-        mutate_request(&mut head.headers, &mutations);
+        mutate_request(&mut head.headers, &mutations, &Record::default());
         head.headers.get_all("x").iter().map(|value| value.to_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
     use HeaderAppendAction::*;

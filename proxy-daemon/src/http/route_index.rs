@@ -86,12 +86,13 @@ impl RouteIndex {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::model::{HeaderMutations, RouteAction, RouteMatch};
+    use crate::config::model::{RouteAction, RouteMatch};
 
     fn route(path: PathMatch, case_sensitive: bool) -> Arc<Route> {
         let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
+        let (headers, per_filter) = Default::default();
         let route_match = RouteMatch { case_sensitive, ..RouteMatch::new(path) };
-        Arc::new(Route { name: String::new(), route_match, action, headers: HeaderMutations::default() })
+        Arc::new(Route { name: String::new(), route_match, action, headers, per_filter })
     }
 
     fn text(random: &mut fastrand::Rng) -> String {

@@ -17,9 +17,9 @@ use http::{HeaderMap, HeaderName, request::Parts};
 
 use super::{headers::names::*, route_index::RouteIndex};
 use crate::config::model::{
-    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, QueryParameterMatch,
-    QueryParameterMatcher, RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement,
-    VirtualHost,
+    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, PerFilterConfig,
+    PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction, RedirectPath, Route, RouteAction,
+    RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
 };
 use crate::on_demand::Wanted;
 
@@ -45,6 +45,7 @@ static TO_HTTPS: LazyLock<Route> = LazyLock::new(|| Route {
         strip_query: false,
     })),
     headers: HeaderMutations::default(),
+    per_filter: PerFilterConfigs::new(),
 });
 
 /// A route configuration with the index of its virtual hosts.
@@ -61,6 +62,51 @@ pub struct RouteTable {
     any: Option<usize>,
     /// One a virtual host.
     indexes: Vec<RouteIndex>,
+    per_filter: PerFilterTable,
+}
+
+/// What filters are told by the levels of a route configuration: filters have numbers here, so that nothing is compared when a
+/// request comes.
+#[derive(Debug, Default)]
+struct PerFilterTable {
+    numbers: HashMap<Box<str>, usize>,
+    /// By virtual host and route, and then by filter: the least specific first. Empty where nobody is told anything.
+    routes: Vec<Vec<Told>>,
+}
+
+type Told = Arc<[Vec<Arc<PerFilterConfig>>]>;
+
+impl PerFilterTable {
+    fn new(config: &RouteConfig) -> PerFilterTable {
+        let hosts = &config.virtual_hosts;
+        let of_hosts = hosts.iter().flat_map(|host| {
+            let of_routes = host.routes.iter().flat_map(|route| route.per_filter.keys());
+            host.per_filter.keys().chain(of_routes)
+        });
+        let mut numbers = HashMap::new();
+        for name in config.per_filter.keys().chain(of_hosts) {
+            let next = numbers.len();
+            numbers.entry(name.clone()).or_insert(next);
+        }
+        if numbers.is_empty() {
+            return PerFilterTable::default();
+        }
+        let with = |told: &Told, more: &PerFilterConfigs| -> Told {
+            if more.is_empty() {
+                return Arc::clone(told);
+            }
+            let mut told = told.to_vec();
+            more.iter().for_each(|(name, config)| told[numbers[name]].push(Arc::clone(config)));
+            told.into()
+        };
+        let by_config = with(&vec![Vec::new(); numbers.len()].into(), &config.per_filter);
+        let routes = hosts.iter().map(|host| {
+            let by_host = with(&by_config, &host.per_filter);
+            host.routes.iter().map(|route| with(&by_host, &route.per_filter)).collect()
+        });
+        let routes = routes.collect();
+        PerFilterTable { numbers, routes }
+    }
 }
 
 impl RouteTable {
@@ -82,7 +128,8 @@ impl RouteTable {
         }
         let (suffix_lengths, prefix_lengths) = (lengths(&suffix), lengths(&prefix));
         let indexes = config.virtual_hosts.iter().map(|host| RouteIndex::new(&host.routes)).collect();
-        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes }
+        let per_filter = PerFilterTable::new(&config);
+        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes, per_filter }
     }
 
     /// The virtual host of a host name, by Envoy's order: exact, longest suffix, longest prefix, `*`.
@@ -288,11 +335,24 @@ pub(super) struct RouteCache {
     slot: Arc<RouteSlot>,
     version: Cell<u64>,
     table: RefCell<Option<LocalTable>>,
+    /// The names of the connection manager's filters.
+    filters: Arc<[Arc<str>]>,
+    /// The numbers that they have in the table; empty where it tells filters nothing.
+    numbers: RefCell<Rc<[Option<usize>]>>,
 }
 
 impl RouteCache {
-    pub(super) fn new(slot: Arc<RouteSlot>) -> RouteCache {
-        RouteCache { slot, version: Cell::new(0), table: RefCell::default() }
+    pub(super) fn new(slot: Arc<RouteSlot>, filters: Arc<[Arc<str>]>) -> RouteCache {
+        let (version, table, numbers) = (Cell::new(0), RefCell::default(), RefCell::new(Rc::new([])));
+        RouteCache { slot, version, table, filters, numbers }
+    }
+
+    fn renew(&self) {
+        let table = self.slot.table.load_full();
+        let known = table.as_ref().map(|table| &table.per_filter.numbers).filter(|numbers| !numbers.is_empty());
+        let numbers = known.map(|known| self.filters.iter().map(|name| known.get(&**name).copied()).collect());
+        self.numbers.replace(numbers.unwrap_or_default());
+        self.table.replace(table.map(Rc::new));
     }
 
     /// The route of a request; `None` where no virtual host or route matches.
@@ -300,12 +360,12 @@ impl RouteCache {
         let version = self.slot.version.load(Ordering::Acquire);
         if version != self.version.get() {
             self.version.set(version);
-            self.table.replace(self.slot.table.load_full().map(Rc::new));
+            self.renew();
         }
         let table = self.table.borrow();
         let table = table.as_ref()?;
         let (host, route) = table.find(request, cx)?;
-        Some(RouteRef { table: Rc::clone(table), host, route })
+        Some(RouteRef { table: Rc::clone(table), host, route, filters: Rc::clone(&self.numbers.borrow()) })
     }
 
     /// Whether the routes had not arrived when one was looked for.
@@ -330,19 +390,34 @@ pub struct RouteRef {
     table: LocalTable,
     host: usize,
     route: Chosen,
+    filters: Rc<[Option<usize>]>,
 }
 
 impl RouteRef {
+    /// What the filter at this place of its connection manager's list is told, the least specific first.
+    pub(super) fn per_filter(&self, position: usize) -> &[Arc<PerFilterConfig>] {
+        let number = self.filters.get(position).copied().flatten();
+        match (number, self.route) {
+            (Some(number), Chosen::Route(route)) => &self.table.per_filter.routes[self.host][route][number],
+            _ => &[],
+        }
+    }
+
     /// The virtual host that the route belongs to.
     pub fn virtual_host(&self) -> &VirtualHost {
         &self.table.config.virtual_hosts[self.host]
     }
 
-    /// The header mutations that apply, in their order: the route's, the virtual host's, the configuration's. A redirect
-    /// to https has none.
-    pub(super) fn header_mutations(&self) -> impl Iterator<Item = &HeaderMutations> {
-        let all = [&self.headers, &self.virtual_host().headers, &self.table.config.headers];
-        all.into_iter().filter(|_| self.route != Chosen::ToHttps)
+    /// The header mutations of the route, the virtual host and the configuration. A redirect to https has none.
+    pub(super) fn header_mutations(&self) -> [Option<&HeaderMutations>; 3] {
+        match self.route {
+            Chosen::Route(_) => [&self.headers, &self.virtual_host().headers, &self.table.config.headers].map(Some),
+            Chosen::ToHttps => [None; 3],
+        }
+    }
+
+    pub(super) fn most_specific_header_mutations_wins(&self) -> bool {
+        self.table.config.most_specific_header_mutations_wins
     }
 }
 

@@ -1,6 +1,7 @@
 use http::Request;
 
 use super::*;
+use crate::http::filters::PerRoute;
 use crate::{
     config::model::{HeaderMutations, RouteAction, StringMatcher, StringPattern, WeightedClusters},
     layered_runtime::{Fraction, Key, Layer, LayerSource, Runtime, RuntimeFraction, RuntimeInteger},
@@ -9,7 +10,13 @@ use crate::{
 fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
     let route = |route_match| {
         let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
-        Arc::new(Route { name: String::new(), route_match, action, headers: HeaderMutations::default() })
+        Arc::new(Route {
+            name: String::new(),
+            route_match,
+            action,
+            headers: HeaderMutations::default(),
+            per_filter: Default::default(),
+        })
     };
     VirtualHost {
         name: name.to_owned(),
@@ -139,7 +146,7 @@ fn query_parameters() {
 #[test]
 fn a_cache_sees_new_routes_and_streams_keep_the_old() {
     let slot = Arc::new(RouteSlot::default());
-    let cache = RouteCache::new(Arc::clone(&slot));
+    let cache = RouteCache::new(Arc::clone(&slot), Arc::from([]));
     let request = request("/x", &[("host", "a")]);
     assert!(cache.route(&request, &MatchCx::default()).is_none(), "no routes yet");
     let routes = |name: &str| {
@@ -171,7 +178,7 @@ fn weights_follow_runtime_values() {
         (RuntimeInteger { default, key: Key::optional(&format!("w.{name}")) }, Arc::<str>::from(name))
     };
     let cumulative = vec![(1, "a".into()), (4, "b".into())];
-    let mut weighted = WeightedClusters { cumulative, runtime: None };
+    let mut weighted = WeightedClusters { cumulative, options: Arc::new([]), runtime: None };
     let picks = |weighted: &WeightedClusters| -> Vec<String> {
         (0..4).filter_map(|random| weighted.choose(random).map(ToString::to_string)).collect()
     };
@@ -186,4 +193,43 @@ fn weights_follow_runtime_values() {
     assert_eq!(weighted.choose(0), None, "no weight is left");
     runtime.modify([("w.a", "4294967296")]).unwrap();
     assert_eq!(weighted.choose(0), None, "as Envoy: the sum has 32 bits");
+}
+
+/// What a filter of the test is told.
+struct Told(u8);
+
+#[test]
+fn filters_are_told_by_the_levels_of_their_route() {
+    let told = |name: &str, disabled, value: Option<u8>| {
+        let config = value.map(|value| Arc::new(Told(value)) as Arc<dyn std::any::Any + Send + Sync>);
+        PerFilterConfigs::from([(name.into(), Arc::new(PerFilterConfig { disabled, config }))])
+    };
+    let mut hosts = vec![
+        host("a", &["a"], vec![path(PathMatch::Path("/x".into())), path(PathMatch::Prefix("/".into()))]),
+        host("b", &["b"], vec![path(PathMatch::Prefix("/".into()))]),
+    ];
+    hosts[0].per_filter = told("one", false, Some(2));
+    Arc::get_mut(&mut hosts[0].routes[0]).unwrap().per_filter = told("one", false, Some(3));
+    Arc::get_mut(&mut hosts[0].routes[1]).unwrap().per_filter = told("two", true, None);
+    let config = RouteConfig {
+        virtual_hosts: hosts.into_iter().map(Arc::new).collect(),
+        per_filter: told("one", false, Some(1)),
+        ..RouteConfig::default()
+    };
+    let slot = Arc::new(RouteSlot::default());
+    slot.set(Arc::new(config));
+    // The order of a connection manager's filters is not the order of the names.
+    let cache = RouteCache::new(slot, Arc::from(["two".into(), "none".into(), "one".into()]));
+    let seen = |uri: &str, host: &str| {
+        let route = cache.route(&request(uri, &[("host", host)]), &MatchCx::default()).unwrap();
+        let one = PerRoute::new(Some(&route), 2);
+        let all: Vec<_> = one.all::<Told>().map(|told| told.0).collect();
+        assert_eq!(one.most_specific::<Told>().map(|told| told.0), all.last().copied());
+        assert!(one.most_specific::<u8>().is_none(), "what is for another filter is not for this one");
+        assert!(PerRoute::new(Some(&route), 1).is_enabled(true) && !PerRoute::new(Some(&route), 1).is_enabled(false));
+        (all, PerRoute::new(Some(&route), 0).is_enabled(true))
+    };
+    assert_eq!(seen("/x", "a"), (vec![1, 2, 3], true));
+    assert_eq!(seen("/y", "a"), (vec![1, 2], false));
+    assert_eq!(seen("/", "b"), (vec![1], true));
 }

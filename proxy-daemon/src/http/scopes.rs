@@ -135,15 +135,18 @@ pub(super) struct ScopeCache {
     version: Cell<u64>,
     table: RefCell<Option<Arc<ScopeTable>>>,
     routes: RefCell<HashMap<usize, Rc<RouteCache>>>,
+    filters: Arc<[Arc<str>]>,
 }
 
 impl RouteFinder {
-    pub(super) fn new(routes: &Routes) -> RouteFinder {
+    /// `filters` are the names of the connection manager's filters.
+    pub(super) fn new(routes: &Routes, filters: &Arc<[Arc<str>]>) -> RouteFinder {
         match routes {
-            Routes::Single(slot) => RouteFinder::Single(RouteCache::new(Arc::clone(slot))),
+            Routes::Single(slot) => RouteFinder::Single(RouteCache::new(Arc::clone(slot), Arc::clone(filters))),
             Routes::Scoped(config, slot) => RouteFinder::Scoped(ScopeCache {
                 config: Arc::clone(config),
                 slot: Arc::clone(slot),
+                filters: Arc::clone(filters),
                 version: Cell::new(0),
                 table: RefCell::default(),
                 routes: RefCell::default(),
@@ -202,7 +205,8 @@ impl ScopeCache {
         let scope = table.find(&self.config.key_builder, request)?;
         let mut routes = self.routes.borrow_mut();
         let known = routes.entry(scope);
-        Some(Rc::clone(known.or_insert_with(|| Rc::new(RouteCache::new(Arc::clone(&table.scopes[scope].1))))))
+        let new = || Rc::new(RouteCache::new(Arc::clone(&table.scopes[scope].1), Arc::clone(&self.filters)));
+        Some(Rc::clone(known.or_insert_with(new)))
     }
 }
 

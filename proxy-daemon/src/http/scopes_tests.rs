@@ -77,7 +77,7 @@ fn a_connection_sees_new_scopes_and_new_routes_of_a_scope() {
         key_builder: vec![by_header("", FragmentPick::Index(0))],
         scopes: crate::config::model::ScopeSource::Inline([].into()),
     };
-    let finder = RouteFinder::new(&Routes::Scoped(Arc::new(config), Arc::clone(&slot)));
+    let finder = RouteFinder::new(&Routes::Scoped(Arc::new(config), Arc::clone(&slot)), &Arc::from([]));
     let status = |value: &str| {
         let route = finder.route(&request(&[value]), &MatchCx::default())?;
         Some(route.virtual_host().name.clone())

@@ -5,15 +5,20 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
-use super::{MatchCx, RouteRef, codec::h1::CodecError};
+use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, route_match::authority};
 use crate::{
-    access_log::ResponseFlags, listener::ConnectionInfo, runtime::Worker, tls::TlsInfo, upstream::WorkerCluster,
+    access_log::{Record, ResponseFlags},
+    config::model::{AddedValue, ClusterChoice, HeaderAdd, HeaderMutations, RouteAction, WeightedOptions},
+    listener::ConnectionInfo,
+    runtime::Worker,
+    tls::TlsInfo,
+    upstream::WorkerCluster,
 };
 
 /// A request without its body.
@@ -64,6 +69,8 @@ pub struct StreamCx {
     pub route: Option<RouteRef>,
     /// The cluster that the route chose, where it exists.
     pub cluster: Option<Rc<WorkerCluster>>,
+    /// The number of the weighted cluster that the route chose.
+    pub weighted: Option<usize>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
     /// Set by filters for the access log, whether the request is answered here or not.
@@ -76,9 +83,81 @@ pub struct StreamCx {
     pub started: Instant,
     /// What can be told about the request's body while it passes.
     pub progress: Rc<Progress>,
+    /// The request, kept where the response's headers are made of it.
+    pub(super) request: RefCell<Option<Box<RequestHead>>>,
 }
 
 impl StreamCx {
+    /// What the chosen weighted cluster asks for.
+    pub(super) fn weighted_options(&self) -> Option<&WeightedOptions> {
+        let RouteAction::Forward(action) = &self.route.as_ref()?.action else { return None };
+        let ClusterChoice::Weighted(weighted) = &action.cluster else { return None };
+        weighted.options.get(self.weighted?)
+    }
+
+    /// The header mutations that apply, in their order: the weighted cluster's, the route's, the virtual host's, the
+    /// configuration's, or the other way round.
+    pub(super) fn header_mutations(&self) -> impl Iterator<Item = &HeaderMutations> {
+        let route = self.route.as_ref();
+        let [own, host, config] = route.map(RouteRef::header_mutations).unwrap_or_default();
+        let mut levels = [self.weighted_options().map(|options| &options.headers), own, host, config];
+        if route.is_some_and(RouteRef::most_specific_header_mutations_wins) {
+            levels.reverse();
+        }
+        levels.into_iter().flatten()
+    }
+
+    /// Keeps the request where response headers are formatted.
+    pub(super) fn keep_request(&self, head: &RequestHead) {
+        let is_format = |add: &HeaderAdd| matches!(add.value, AddedValue::Format(_));
+        if self.header_mutations().any(|mutations| mutations.response_add.iter().any(is_format)) {
+            self.request.replace(Some(Box::new(head.clone())));
+        }
+    }
+
+    /// Applies the response mutations of all levels.
+    pub(super) fn mutate_response(&self, response: &mut ResponseHead, host: Option<&str>) {
+        if self.header_mutations().all(HeaderMutations::is_empty) {
+            return;
+        }
+        let request = self.request.borrow();
+        let request = request.as_deref();
+        let route = self.route.as_ref().map(|route| route.name.as_str());
+        let record = Record {
+            method: request.map(|request| request.method.as_str()),
+            path: request.and_then(|request| request.uri.path_and_query()).map(|path| path.as_str()),
+            authority: request.map(authority),
+            scheme: request.map(super::redirect::scheme),
+            protocol: request.map(|request| super::protocol_name(request.version)),
+            request_headers: request.map(|request| &request.headers),
+            response_code: response.status.as_u16(),
+            route_name: route.filter(|name| !name.is_empty()),
+            upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
+            upstream_host: host,
+            ..self.record()
+        };
+        for mutations in self.header_mutations() {
+            headers::mutate_response(&mut response.headers, mutations, &record);
+        }
+    }
+
+    /// What formats of headers can tell of the stream's connection.
+    pub(super) fn record(&self) -> Record<'_> {
+        Record {
+            missing: "",
+            start: SystemTime::now(),
+            duration: self.started.elapsed(),
+            bytes_received: self.progress.received.get(),
+            downstream_remote_address: Some(self.remote),
+            downstream_direct_remote_address: Some(self.connection.remote),
+            downstream_local_address: Some(self.connection.local),
+            connection_id: self.connection.id,
+            requested_server_name: self.connection.requested_server_name.as_deref(),
+            tls: self.connection.tls.as_ref(),
+            ..Record::default()
+        }
+    }
+
     /// What its route is chosen by.
     pub(super) fn match_cx(&self) -> MatchCx {
         let certificate_presented = self.connection.tls.as_ref().is_some_and(TlsInfo::has_certificate);

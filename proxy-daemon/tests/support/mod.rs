@@ -301,6 +301,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
         action: RouteAction::Forward(Box::new(action)),
         headers: HeaderMutations::default(),
+        per_filter: Default::default(),
     };
     let host = VirtualHost {
         name: "all".to_owned(),
@@ -313,7 +314,11 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
         stat_prefix: stat_prefix.to_owned(),
         codec_type: CodecType::Auto,
         routes: RouteSource::Static(Arc::new(routes)),
-        http_filters: vec![HttpFilterEntry { name: "router".into(), source: FilterSource::Fixed(router()) }],
+        http_filters: vec![HttpFilterEntry {
+            name: "router".into(),
+            disabled: false,
+            source: FilterSource::Fixed(router()),
+        }],
         server_name: HeaderValue::from_static("envoy"),
         server_header: ServerHeaderTransformation::Overwrite,
         use_remote_address: false,

@@ -3,6 +3,7 @@
 
 mod actions;
 mod harness;
+mod headers;
 mod matches;
 mod upstream;
 
@@ -16,4 +17,9 @@ fn matches_are_envoys() -> Result<()> {
 #[test]
 fn actions_are_envoys() -> Result<()> {
     harness::compare(actions::cases())
+}
+
+#[test]
+fn header_mutations_are_envoys() -> Result<()> {
+    harness::compare(headers::cases())
 }

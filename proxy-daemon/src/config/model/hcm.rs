@@ -127,6 +127,8 @@ impl HttpConnectionManagerConfig {
 pub struct HttpFilterEntry {
     /// The name in the configuration: per-route configuration is found by it.
     pub name: Arc<str>,
+    /// It takes part only where a route says so.
+    pub disabled: bool,
     /// Where its configuration is had from.
     pub source: FilterSource,
 }

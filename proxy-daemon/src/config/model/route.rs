@@ -1,9 +1,10 @@
-use std::{sync::Arc, time::Duration};
+use std::{any::Any, collections::BTreeMap, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
 use super::ConfigSource;
+use crate::access_log::HeaderFormat;
 use crate::layered_runtime::{RuntimeFraction, RuntimeInteger};
 
 /// A checked `RouteConfiguration`. `http::route_match` builds the index over it.
@@ -24,8 +25,12 @@ pub struct RouteConfig {
     pub ignore_port_in_host_matching: bool,
     /// What follows a `;` takes no part in matching paths.
     pub ignore_path_parameters_in_path_matching: bool,
+    /// The header mutations of routes are applied last, after the virtual host's and the configuration's.
+    pub most_specific_header_mutations_wins: bool,
     /// The virtual host is chosen by this header instead of the host.
     pub vhost_header: Option<HeaderName>,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
 }
 
 impl RouteConfig {
@@ -58,6 +63,18 @@ impl Route {
     }
 }
 
+/// `typed_per_filter_config`, by the names of filters.
+pub type PerFilterConfigs = BTreeMap<Box<str>, Arc<PerFilterConfig>>;
+
+/// What one filter is told by a route, a virtual host or a route configuration.
+#[derive(Debug)]
+pub struct PerFilterConfig {
+    /// The filter has no part in these requests.
+    pub disabled: bool,
+    /// What the filter's own parser made of it; none: it is only switched on or off.
+    pub config: Option<Arc<dyn Any + Send + Sync>>,
+}
+
 /// A checked `VirtualHost`.
 #[derive(Debug, Default)]
 pub struct VirtualHost {
@@ -77,6 +94,8 @@ pub struct VirtualHost {
     pub include_attempt_count_in_response: bool,
     /// Which requests are redirected to https.
     pub require_tls: TlsRequirement,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
 }
 
 /// `VirtualHost.TlsRequirementType`.
@@ -102,6 +121,8 @@ pub struct Route {
     pub action: RouteAction,
     /// Applied first.
     pub headers: HeaderMutations,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
 }
 
 /// `RouteMatch`: all must hold.
@@ -413,8 +434,19 @@ impl ClusterChoice {
 pub struct WeightedClusters {
     /// Each with the sum of all weights up to and including its own, so that a pick is a binary search.
     pub cumulative: Vec<(u32, Arc<str>)>,
+    /// What holds for the requests of each, in the same order; empty: nothing.
+    pub options: Arc<[WeightedOptions]>,
     /// With a `runtime_key_prefix`: every cluster with its weight now; `cumulative` is what is configured.
     pub runtime: Option<Vec<(RuntimeInteger, Arc<str>)>>,
+}
+
+/// What `WeightedCluster.ClusterWeight` says besides name and weight.
+#[derive(Debug, Default)]
+pub struct WeightedOptions {
+    /// Applied before the route's.
+    pub headers: HeaderMutations,
+    /// `host_rewrite_literal`; the route's host rewrite comes after it.
+    pub host_rewrite: Option<HeaderValue>,
 }
 
 impl WeightedClusters {
@@ -425,6 +457,19 @@ impl WeightedClusters {
 
     /// The cluster for a random number; `None` where runtime values leave no weight at all, or too much.
     pub fn choose(&self, random: u64) -> Option<&Arc<str>> {
+        self.choose_index(random).map(|index| self.name(index))
+    }
+
+    /// The name of the cluster with this number.
+    pub fn name(&self, index: usize) -> &Arc<str> {
+        match &self.runtime {
+            Some(clusters) => &clusters[index].1,
+            None => &self.cumulative[index].1,
+        }
+    }
+
+    /// The number of the cluster for a random number.
+    pub fn choose_index(&self, random: u64) -> Option<usize> {
         let Some(clusters) = &self.runtime else { return Some(self.at((random % u64::from(self.total())) as u32)) };
         let total = clusters.iter().try_fold(0_u64, |sum, (weight, _)| sum.checked_add(weight.get()))?;
         if total == 0 || total > u64::from(u32::MAX) {
@@ -432,20 +477,19 @@ impl WeightedClusters {
         }
         let mut point = random % total;
         // The weights may change in between: the last one takes what is over.
-        let chosen = clusters.iter().find(|(weight, _)| match point.checked_sub(weight.get()) {
+        let chosen = clusters.iter().position(|(weight, _)| match point.checked_sub(weight.get()) {
             Some(rest) => {
                 point = rest;
                 false
             }
             None => true,
         });
-        chosen.or(clusters.last()).map(|(_, name)| name)
+        Some(chosen.unwrap_or(clusters.len() - 1))
     }
 
-    /// The cluster at `point`, which is below [`total`](Self::total).
-    pub fn at(&self, point: u32) -> &Arc<str> {
-        let index = self.cumulative.partition_point(|(sum, _)| *sum <= point);
-        &self.cumulative[index.min(self.cumulative.len() - 1)].1
+    /// The number of the cluster at `point`, which is below [`total`](Self::total).
+    pub fn at(&self, point: u32) -> usize {
+        self.cumulative.partition_point(|(sum, _)| *sum <= point).min(self.cumulative.len() - 1)
     }
 }
 
@@ -543,15 +587,26 @@ impl HeaderMutations {
     }
 }
 
-/// One `HeaderValueOption`. Values are literal: format strings (`%...%`) are refused when the configuration is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One `HeaderValueOption`.
+#[derive(Debug, Clone)]
 pub struct HeaderAdd {
     /// The header.
     pub name: HeaderName,
-    /// Its value, with `%%` turned into `%`.
-    pub value: HeaderValue,
+    /// Its value.
+    pub value: AddedValue,
+    /// It is added even where it is empty.
+    pub keep_empty_value: bool,
     /// What happens where the header is there already.
     pub action: HeaderAppendAction,
+}
+
+/// The value of a header that is added.
+#[derive(Debug, Clone)]
+pub enum AddedValue {
+    /// Always the same.
+    Literal(HeaderValue),
+    /// Made anew for each message; what is missing is empty.
+    Format(Arc<HeaderFormat>),
 }
 
 /// `HeaderValueOption.HeaderAppendAction`.

@@ -1,5 +1,6 @@
 use std::{
     net::{IpAddr, Ipv6Addr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,9 +17,10 @@ use http::{HeaderName, HeaderValue};
 
 use super::support::join;
 use crate::{
+    access_log::HeaderFormat,
     config::{
         FieldError,
-        model::{Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+        model::{AddedValue, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
     },
     layered_runtime::{Denominator, Fraction, Key, RuntimeFraction},
 };
@@ -162,7 +164,7 @@ pub(super) fn header_value(value: &str, path: &str) -> Result<HeaderValue> {
     HeaderValue::try_from(value).map_err(|_| FieldError::new(path, format!("{value:?} is not a header value")))
 }
 
-/// Headers to add. Only literal values are honoured: `%...%` is refused, `%%` is a percent sign.
+/// Headers to add; their values are format strings.
 pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &str) -> Result<Vec<HeaderAdd>> {
     let parse = |(index, option): (usize, &HeaderValueOption)| {
         let path = format!("{}[{index}]", join(path, field));
@@ -172,11 +174,14 @@ pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
             return Err(FieldError::new(join(&path, "header.key"), text));
         }
         let name = header_name(&header.key, &join(&path, "header.key"))?;
-        if header.value.replace("%%", "").contains('%') {
-            let text = "format strings (%...%) in header values are not supported by culvert yet";
-            return Err(FieldError::new(join(&path, "header.value"), text));
+        if !header.raw_value.is_empty() {
+            return Err(FieldError::unsupported(join(&path, "header.raw_value")));
         }
-        let value = header_value(&header.value.replace("%%", "%"), &join(&path, "header.value"))?;
+        let value_path = join(&path, "header.value");
+        let value = match HeaderFormat::parse(&header.value).map_err(|text| FieldError::new(&value_path, text))? {
+            Ok(format) => AddedValue::Format(Arc::new(format)),
+            Err(literal) => AddedValue::Literal(header_value(&literal, &value_path)?),
+        };
         #[expect(deprecated, reason = "the field that append_action replaced, which Envoy still takes")]
         let append = option.append;
         if append.is_some() && option.append_action != 0 {
@@ -190,12 +195,9 @@ pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
             (None, Ok(ProtoAction::OverwriteIfExists)) => HeaderAppendAction::OverwriteIfExists,
             (None, Err(_)) => return Err(FieldError::unsupported(join(&path, "append_action"))),
         };
-        Ok((name, value, action))
+        Ok(HeaderAdd { name, value, keep_empty_value: option.keep_empty_value, action })
     };
-    // An empty value is not added, as in Envoy.
-    let parsed: Vec<_> = options.iter().enumerate().map(parse).collect::<Result<_>>()?;
-    let kept = parsed.into_iter().filter(|(_, value, _)| !value.is_empty());
-    Ok(kept.map(|(name, value, action)| HeaderAdd { name, value, action }).collect())
+    options.iter().enumerate().map(parse).collect()
 }
 
 /// Text that is written into the configuration.

@@ -168,7 +168,11 @@ fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpF
             }
             None => return Err(required(&path, "typed_config")),
         };
-        Ok(HttpFilterEntry { name: filter.name.as_str().into(), source })
+        if filter.disabled && last {
+            // Envoy's words.
+            return Err(FieldError::new(join(&path, "disabled"), "terminal filter cannot be disabled"));
+        }
+        Ok(HttpFilterEntry { name: filter.name.as_str().into(), disabled: filter.disabled, source })
     };
     if count == 0 {
         let text = "a list without filters is not supported by culvert yet: add envoy.filters.http.router";

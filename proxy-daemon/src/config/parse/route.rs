@@ -1,18 +1,24 @@
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use culvert_xds_client::{ads::Variant, json::unpack, source::Source};
 use envoy_types::pb::envoy::config::{
     core::v3::{HeaderValueOption, RoutingPriority},
     route::v3::{
-        DirectResponseAction, RedirectAction as ProtoRedirect, Route as ProtoRoute, RouteAction as ProtoAction,
-        RouteConfiguration, Vhds, VirtualHost as ProtoHost,
+        DirectResponseAction, FilterConfig, RedirectAction as ProtoRedirect, Route as ProtoRoute,
+        RouteAction as ProtoAction, RouteConfiguration, Vhds, VirtualHost as ProtoHost,
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
         route_action::{ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier},
         virtual_host::TlsRequirementType,
+        weighted_cluster::{ClusterWeight, cluster_weight::HostRewriteSpecifier as WeightedHost},
     },
 };
 use envoy_types::pb::envoy::extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig;
+use envoy_types::pb::google::protobuf::Any as ProtoAny;
 use http::StatusCode;
 
 use super::{
@@ -31,10 +37,11 @@ use crate::{
         FieldError,
         model::{
             ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, PathMatch, PathRewrite,
-            RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
-            WeightedClusters,
+            PerFilterConfig, PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction, RouteConfig,
+            RouteMatch, TlsRequirement, VirtualHost, WeightedClusters, WeightedOptions,
         },
     },
+    http::filters,
     layered_runtime::{Key, RuntimeInteger},
 };
 
@@ -62,9 +69,11 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
             (&config.response_headers_to_add, &config.response_headers_to_remove),
             path,
         )?,
+        per_filter: per_filter(&config.typed_per_filter_config, path)?,
         validate_clusters: config.validate_clusters.map(|value| value.value),
         ignore_port_in_host_matching: config.ignore_port_in_host_matching,
         ignore_path_parameters_in_path_matching: config.ignore_path_parameters_in_path_matching,
+        most_specific_header_mutations_wins: config.most_specific_header_mutations_wins,
         vhost_header: match config.vhost_header.as_str() {
             "" => None,
             name => Some(header_name(name, &join(path, "vhost_header"))?),
@@ -139,6 +148,7 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
         retry_policy: retry.transpose()?.map(Arc::new),
         include_request_attempt_count: host.include_request_attempt_count,
         include_attempt_count_in_response: host.include_attempt_count_in_response,
+        per_filter: per_filter(&host.typed_per_filter_config, path)?,
         require_tls: match TlsRequirementType::try_from(host.require_tls) {
             Ok(TlsRequirementType::All) => TlsRequirement::All,
             Ok(TlsRequirementType::ExternalOnly) => TlsRequirement::ExternalOnly,
@@ -162,6 +172,7 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     Ok(Route {
         name: route.name.clone(),
         route_match,
+        per_filter: per_filter(&route.typed_per_filter_config, path)?,
         action,
         headers: mutations(
             (&route.request_headers_to_add, &route.request_headers_to_remove),
@@ -215,6 +226,7 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
                     |(name, weight)| (RuntimeInteger { default: u64::from(weight), key: key(name) }, name.into());
                 weights.map(weight).collect()
             });
+            weighted.options = weighted_options(&clusters.clusters, &path)?;
             // `total_weight` is deprecated and says nothing, as in Envoy.
             ClusterChoice::Weighted(weighted)
         }
@@ -257,6 +269,44 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
     })
 }
 
+fn weighted_options(clusters: &[ClusterWeight], path: &str) -> Result<Arc<[WeightedOptions]>> {
+    let parse = |(index, cluster): (usize, &ClusterWeight)| {
+        let path = format!("{}[{index}]", join(path, "clusters"));
+        let host_rewrite = match &cluster.host_rewrite_specifier {
+            Some(WeightedHost::HostRewriteLiteral(host)) => {
+                Some(header_value(host, &join(&path, "host_rewrite_literal"))?)
+            }
+            None => None,
+        };
+        let headers = mutations(
+            (&cluster.request_headers_to_add, &cluster.request_headers_to_remove),
+            (&cluster.response_headers_to_add, &cluster.response_headers_to_remove),
+            &path,
+        )?;
+        Ok(WeightedOptions { headers, host_rewrite })
+    };
+    let options: Vec<_> = clusters.iter().enumerate().map(parse).collect::<Result<_>>()?;
+    let nothing = options.iter().all(|options| options.headers.is_empty() && options.host_rewrite.is_none());
+    Ok(if nothing { Arc::new([]) } else { options.into() })
+}
+
+/// `typed_per_filter_config`: for each filter its own message, or a `FilterConfig` around it.
+fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilterConfigs> {
+    let parse = |(name, config): (&String, &ProtoAny)| {
+        let path = format!("{}[\"{name}\"]", join(path, "typed_per_filter_config"));
+        if config.type_url.rsplit('/').next() != Some("envoy.config.route.v3.FilterConfig") {
+            let config = Some(filters::parse_per_route(config, &path)?);
+            return Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: false, config })));
+        }
+        let wrapped: FilterConfig = unpack(config, &path)?;
+        // Nobody is told what he is not asked to do.
+        let config = wrapped.config.filter(|_| !wrapped.disabled);
+        let config = config.map(|config| filters::parse_per_route(&config, &join(&path, "config"))).transpose()?;
+        Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: wrapped.disabled, config })))
+    };
+    configs.iter().map(parse).collect()
+}
+
 /// Clusters by weight; those without any are never chosen, but are named.
 pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: &str) -> Result<WeightedClusters> {
     let mut sum = 0_u32;
@@ -273,7 +323,7 @@ pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: 
     if sum == 0 {
         return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
     }
-    Ok(WeightedClusters { cumulative, runtime: None })
+    Ok(WeightedClusters { cumulative, options: Arc::new([]), runtime: None })
 }
 
 fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {

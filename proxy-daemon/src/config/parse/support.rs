@@ -318,7 +318,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.filters.network.http_connection_manager.v3.ScopedRds", &["scoped_rds_config_source"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter",
-        &["name", "typed_config", "config_discovery"],
+        &["name", "typed_config", "config_discovery", "disabled"],
     ),
     ("envoy.config.core.v3.ExtensionConfigSource", ALL),
     ("envoy.extensions.filters.http.on_demand.v3.OnDemand", ALL),
@@ -379,6 +379,8 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "ignore_port_in_host_matching",
             "ignore_path_parameters_in_path_matching",
             "vhost_header",
+            "most_specific_header_mutations_wins",
+            "typed_per_filter_config",
             "metadata",
         ],
     ),
@@ -400,6 +402,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "include_attempt_count_in_response",
             "retry_policy",
             "require_tls",
+            "typed_per_filter_config",
             "metadata",
         ],
     ),
@@ -412,6 +415,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "redirect",
             "direct_response",
             "metadata",
+            "typed_per_filter_config",
             "request_headers_to_add",
             "request_headers_to_remove",
             "response_headers_to_add",
@@ -471,7 +475,19 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         ],
     ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters", "total_weight", "runtime_key_prefix"]),
-    ("envoy.config.route.v3.WeightedCluster.ClusterWeight", &["name", "weight"]),
+    (
+        "envoy.config.route.v3.WeightedCluster.ClusterWeight",
+        &[
+            "name",
+            "weight",
+            "request_headers_to_add",
+            "request_headers_to_remove",
+            "response_headers_to_add",
+            "response_headers_to_remove",
+            "host_rewrite_literal",
+        ],
+    ),
+    ("envoy.config.route.v3.FilterConfig", &["config", "disabled"]),
     (
         "envoy.config.route.v3.RedirectAction",
         &[
@@ -492,7 +508,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
         &["retry_on", "num_retries", "per_try_timeout", "retriable_status_codes", "retry_back_off"],
     ),
     ("envoy.config.route.v3.RetryPolicy.RetryBackOff", ALL),
-    ("envoy.config.core.v3.HeaderValueOption", &["header", "append", "append_action"]),
+    ("envoy.config.core.v3.HeaderValueOption", ALL),
     ("envoy.config.core.v3.HeaderValue", &["key", "value"]),
     // Clusters
     (

@@ -17,10 +17,14 @@ pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
 
 use super::{
+    RouteRef,
     body::Body,
     stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
 };
-use crate::config::{FieldError, model::ConfigSource};
+use crate::config::{
+    FieldError,
+    model::{ConfigSource, PerFilterConfig},
+};
 
 /// What a filter says after it has seen a request's or response's head.
 pub enum Flow {
@@ -81,8 +85,8 @@ pub trait HttpFilter {
 
 /// A configured filter: makes an instance for each stream, which may outlive it: ECDS replaces filters while they serve.
 pub trait HttpFilterFactory: Debug + Send + Sync {
-    /// `None` where this stream has no need of the filter.
-    fn stream(&self) -> Option<Box<dyn HttpFilter>>;
+    /// `None` where this stream has no need of the filter. `route` is what the stream's route tells the filter.
+    fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>>;
 
     /// The request, on its way up. A filter that knows all it has to say at once and has no interest in the response
     /// overrides this, and has no instances: nothing is allocated for it, and nothing counted.
@@ -91,9 +95,10 @@ pub trait HttpFilterFactory: Debug + Send + Sync {
         head: &mut RequestHead,
         body: &mut Body,
         cx: &mut StreamCx,
+        route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let Some(mut filter) = self.stream() else { return Flow::Continue };
+        let Some(mut filter) = self.stream(route) else { return Flow::Continue };
         let flow = filter.request(head, body, cx);
         instances.push(filter);
         flow
@@ -131,6 +136,51 @@ pub struct FilterCx<'a> {
 /// Reads a filter's configuration.
 pub type Parse = fn(&Any, &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError>;
 
+/// Reads what a route tells a filter; the second argument is the path of the message, for errors.
+pub type ParsePerRoute = fn(&Any, &str) -> Result<Arc<dyn std::any::Any + Send + Sync>, FieldError>;
+
+/// What the configuration of a stream's route, its virtual host and their route configuration tells one filter.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PerRoute<'a>(&'a [Arc<PerFilterConfig>]);
+
+impl<'a> PerRoute<'a> {
+    /// For the filter at this place of its connection manager's list.
+    pub(super) fn new(route: Option<&'a RouteRef>, position: usize) -> PerRoute<'a> {
+        PerRoute(route.map(|route| route.per_filter(position)).unwrap_or_default())
+    }
+
+    /// Whether the filter takes part. The most specific word counts; without one `by_default`.
+    pub fn is_enabled(&self, by_default: bool) -> bool {
+        self.0.last().map_or(by_default, |config| !config.disabled)
+    }
+
+    /// What the most specific level says.
+    pub fn most_specific<T: 'static>(&self) -> Option<&'a T> {
+        self.all().next_back()
+    }
+
+    /// What all levels say, the least specific first.
+    pub fn all<T: 'static>(&self) -> impl DoubleEndedIterator<Item = &'a T> + use<'a, T> {
+        self.0.iter().filter_map(|config| config.config.as_ref()?.downcast_ref())
+    }
+}
+
+/// Reads what a route tells the filter whose message `config` is.
+///
+/// # Errors
+/// No filter takes such a message, or the field that is wrong or not honoured.
+pub fn parse_per_route(config: &Any, path: &str) -> Result<Arc<dyn std::any::Any + Send + Sync>, FieldError> {
+    let wanted = type_name(config);
+    let parse = REGISTRY.iter().filter_map(|filter| filter.per_route).find(|(name, _)| *name == wanted);
+    match parse {
+        Some((_, parse)) => parse(config, path),
+        None => Err(FieldError::new(
+            path,
+            format!("per-route configuration of type {wanted} is not supported by culvert yet"),
+        )),
+    }
+}
+
 /// One filter that Culvert knows.
 pub struct Registered {
     /// Envoy's canonical name, for example `envoy.filters.http.router`.
@@ -139,20 +189,30 @@ pub struct Registered {
     pub type_name: &'static str,
     /// Reads its configuration.
     pub parse: Parse,
+    /// The full name of the message that routes tell it something by, and what reads that; `None`: routes can only switch
+    /// it off.
+    pub per_route: Option<(&'static str, ParsePerRoute)>,
 }
 
 /// Every HTTP filter, by name.
 pub const REGISTRY: &[Registered] = &[
-    Registered { name: "culvert.filters.http.override", type_name: r#override::TYPE_NAME, parse: r#override::parse },
+    Registered {
+        name: "culvert.filters.http.override",
+        type_name: r#override::TYPE_NAME,
+        parse: r#override::parse,
+        per_route: None,
+    },
     Registered {
         name: "envoy.filters.http.on_demand",
         type_name: "envoy.extensions.filters.http.on_demand.v3.OnDemand",
         parse: on_demand::parse,
+        per_route: None,
     },
     Registered {
         name: "envoy.filters.http.router",
         type_name: "envoy.extensions.filters.http.router.v3.Router",
         parse: router::parse,
+        per_route: None,
     },
 ];
 

@@ -8,7 +8,7 @@ use envoy_types::pb::{
     google::protobuf::Any,
 };
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
 use crate::{
     config::{FieldError, model::ConfigSource, parse},
     http::{
@@ -54,7 +54,7 @@ fn clusters_on_demand(config: &OnDemandCds, path: &str) -> Result<ClustersOnDema
 }
 
 impl HttpFilterFactory for OnDemandFactory {
-    fn stream(&self) -> Option<Box<dyn HttpFilter>> {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         Some(Box::new(OnDemandFilter(self.0.clone())))
     }
 

@@ -13,7 +13,7 @@ use culvert_xds_client::{
 };
 use envoy_types::pb::google::protobuf::Any;
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
 use crate::{
     config::FieldError,
     http::{
@@ -112,7 +112,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 struct OverrideFactory(Arc<Configured>);
 
 impl HttpFilterFactory for OverrideFactory {
-    fn stream(&self) -> Option<Box<dyn HttpFilter>> {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         Some(Box::new(OverrideFilter(Arc::clone(&self.0))))
     }
 

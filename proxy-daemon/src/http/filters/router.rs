@@ -5,7 +5,7 @@ use std::sync::Arc;
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{envoy::extensions::filters::http::router::v3::Router, google::protobuf::Any};
 
-use super::{FilterCx, HttpFilter, HttpFilterFactory};
+use super::{FilterCx, HttpFilter, HttpFilterFactory, PerRoute};
 use crate::config::FieldError;
 
 /// A configured router.
@@ -46,7 +46,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 }
 
 impl HttpFilterFactory for RouterFilter {
-    fn stream(&self) -> Option<Box<dyn HttpFilter>> {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         None
     }
 

@@ -117,7 +117,7 @@ fn request(check: &GrpcCheck) -> Request<Full<Bytes>> {
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(TE, HeaderValue::from_static("trailers"));
     headers.insert(USER_AGENT, HEALTH_CHECKER);
-    mutate_request(&mut headers, &check.headers);
+    mutate_request(&mut headers, &check.headers, &crate::access_log::Record::default());
     *request.headers_mut() = headers;
     request
 }

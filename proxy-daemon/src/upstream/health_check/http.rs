@@ -174,7 +174,7 @@ fn request(check: &HttpCheck) -> Request<Full<Bytes>> {
     if matches!(check.method, Method::POST | Method::PUT | Method::PATCH | Method::OPTIONS) {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(check.send.len()));
     }
-    mutate_request(&mut headers, &check.headers);
+    mutate_request(&mut headers, &check.headers, &crate::access_log::Record::default());
     // A path alone, or all three: the authority was checked with the configuration.
     *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();
     *request.headers_mut() = headers;
