@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 
 use super::{
     LocalExecutor, Routes,
+    aside::aside,
     begun::Begun,
     body::Body,
     codec::{self, h1::ServerConnection},
@@ -201,11 +202,25 @@ pub async fn serve(
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
 }
 
+/// How far a connection's end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// It serves.
+    Open,
+    /// Its client is told with the next answer.
+    Draining,
+    /// It ends with what is in flight.
+    Closing,
+}
+
 macro_rules! drive {
-    ($connection:expr, $state:expr, $drain:expr, $shut_down:expr) => {{
+    ($connection:expr, $state:expr, $drain:expr, $end:expr) => {{
         let (state, mut drain) = ($state, $drain);
         let mut connection = std::pin::pin!($connection);
-        let mut closing = false;
+        let mut stage = Stage::Open;
+        // Counts from the first word of the end.
+        let mut drained = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+        let opened = Instant::now();
         loop {
             tokio::select! {
                 biased;
@@ -215,13 +230,16 @@ macro_rules! drive {
                     }
                     break;
                 }
-                reason = end_of_life(&state, &mut drain), if !closing => {
-                    reason.inc();
-                    closing = true;
-                    $shut_down(connection.as_mut());
+                (next, reason) = aside(end_of_life(&state, &mut drain, stage, opened)), if stage != Stage::Closing => {
+                    if stage == Stage::Open {
+                        reason.inc();
+                        drained.set(tokio::time::sleep(state.worker.drain_time));
+                    }
+                    stage = next;
+                    $end(connection.as_mut(), next);
                 }
-                () = tokio::time::sleep(state.worker.drain_time), if closing => break,
-                () = state.stalled() => {
+                () = drained.as_mut(), if stage != Stage::Open => break,
+                () = aside(state.stalled()) => {
                     state.manager.stats.downstream_rq_idle_timeout.inc();
                     break;
                 }
@@ -238,7 +256,10 @@ async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
         serving.await;
         Ok::<(), hyper::Error>(())
     };
-    drive!(serving, state, drain, |_| connection.graceful_shutdown());
+    drive!(serving, state, drain, |_, stage| match stage {
+        Stage::Draining => connection.drain(),
+        _ => connection.graceful_shutdown(),
+    });
 }
 
 async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
@@ -258,17 +279,17 @@ async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
             async { Ok::<_, Infallible>(handled.await) }
         })
     };
-    let shut_down = |connection: std::pin::Pin<&mut http2::Connection<_, _, _>>| connection.graceful_shutdown();
-    drive!(builder.serve_connection(io, service), state, drain, shut_down);
+    // GOAWAY tells an idle client as well, and costs it nothing.
+    let end = |connection: std::pin::Pin<&mut http2::Connection<_, _, _>>, _| connection.graceful_shutdown();
+    drive!(builder.serve_connection(io, service), state, drain, end);
 }
 
-/// Ends when the connection shall take no further request; the counter says why.
-async fn end_of_life(state: &ConnState, drain: &mut DrainSignal) -> Counter {
+/// Ends when the connection shall take no further request, or one more: the next stage, and the counter that says why.
+async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, opened: Instant) -> (Stage, Counter) {
     let (config, stats) = (&state.manager.config, &state.manager.stats);
-    let since = state.idle_since.get();
     let too_old = async {
         match config.max_connection_duration {
-            Some(limit) => tokio::time::sleep(limit.saturating_sub(since.elapsed())).await,
+            Some(limit) => tokio::time::sleep(limit.saturating_sub(opened.elapsed())).await,
             None => std::future::pending().await,
         }
     };
@@ -283,11 +304,18 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal) -> Counter {
             tokio::time::sleep(left).await;
         }
     };
+    let drained = async {
+        if stage == Stage::Open {
+            drain.triggered().await;
+        } else {
+            drain.daemon_leaves().await;
+        }
+    };
     tokio::select! {
-        () = drain.triggered() => stats.downstream_cx_drain_close,
-        () = too_old => stats.downstream_cx_max_duration_reached,
-        () = idle => stats.downstream_cx_idle_timeout,
-        () = state.worn_out.notified() => stats.downstream_cx_drain_close,
+        () = drained => (if stage == Stage::Open { Stage::Draining } else { Stage::Closing }, stats.downstream_cx_drain_close),
+        () = too_old => (Stage::Closing, stats.downstream_cx_max_duration_reached),
+        () = idle => (Stage::Closing, stats.downstream_cx_idle_timeout),
+        () = state.worn_out.notified() => (Stage::Closing, stats.downstream_cx_drain_close),
     }
 }
 

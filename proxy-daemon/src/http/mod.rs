@@ -1,5 +1,6 @@
 //! The HTTP connection manager: from a downstream connection to filters, router and back.
 
+mod aside;
 mod begun;
 pub mod body;
 pub mod codec;

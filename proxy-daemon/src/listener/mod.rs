@@ -64,15 +64,31 @@ pub struct ConnectionInfo {
     pub transport_failure: Option<String>,
 }
 
-/// Tells connections that their listener is going away.
+/// Tells connections that their filter chain, or the whole daemon, is going away.
 #[derive(Debug, Clone)]
-pub struct DrainSignal(watch::Receiver<bool>);
+pub struct DrainSignal {
+    chain: watch::Receiver<bool>,
+    daemon: watch::Receiver<bool>,
+}
 
 impl DrainSignal {
-    /// Ends when draining begins.
+    /// For a connection of a filter chain: each of the two is set when its side drains.
+    pub fn new(chain: watch::Receiver<bool>, daemon: watch::Receiver<bool>) -> DrainSignal {
+        DrainSignal { chain, daemon }
+    }
+
+    /// Ends when draining begins: what is in flight finishes, and idle clients are told when they come back.
     pub async fn triggered(&mut self) {
-        // An error means that the listener is gone: that is a drain as well.
-        let _ = self.0.wait_for(|draining| *draining).await;
+        // An error means that the sender is gone: that is a drain as well.
+        tokio::select! {
+            _ = self.chain.wait_for(|draining| *draining) => {}
+            _ = self.daemon.wait_for(|draining| *draining) => {}
+        }
+    }
+
+    /// Ends when the daemon itself drains: nobody waits for idle clients then.
+    pub async fn daemon_leaves(&mut self) {
+        let _ = self.daemon.wait_for(|draining| *draining).await;
     }
 }
 
@@ -348,7 +364,7 @@ async fn serve_chain(
     active: &ActiveListener,
     worker: Rc<Worker>,
 ) -> Rc<ConnectionInfo> {
-    let mut drain = DrainSignal(chain.drain.subscribe());
+    let mut drain = DrainSignal::new(chain.drain.subscribe(), worker.draining.clone());
     let chain = &chain.active;
     let stream = match &chain.tls {
         None => DownstreamStream::Plain(stream),

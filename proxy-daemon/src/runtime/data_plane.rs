@@ -6,7 +6,7 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use culvert_xds_client::source::Source;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     routes::RouteSlots,
@@ -69,7 +69,8 @@ struct Inner {
     worker_count: usize,
     next_socket: AtomicU64,
     /// No listener is added any more.
-    draining: AtomicBool,
+    /// Set for good when the daemon drains.
+    draining: watch::Sender<bool>,
     control: tokio::runtime::Handle,
 }
 
@@ -128,6 +129,7 @@ impl DataPlane {
         let (mut senders, mut threads) = (Vec::new(), Vec::new());
         let cpus = processors();
         let node_ip = node_ip();
+        let draining = watch::Sender::new(false);
         for index in 0..options.workers {
             let (sender, commands) = mpsc::unbounded_channel();
             senders.push(sender);
@@ -138,6 +140,7 @@ impl DataPlane {
                 on_demand: asking.clone(),
                 node_ip,
                 drain_time: options.drain_time,
+                draining: draining.subscribe(),
                 // With fewer workers than processors the scheduler finds them better places than we do.
                 cpu: (options.workers >= cpus.len()).then(|| cpus.get(index % cpus.len().max(1)).copied()).flatten(),
                 commands,
@@ -155,7 +158,7 @@ impl DataPlane {
             total_connections: stats::gauge("server.total_connections"),
             worker_count: options.workers,
             next_socket: AtomicU64::new(0),
-            draining: AtomicBool::new(false),
+            draining,
             control: tokio::runtime::Handle::current(),
         })))
     }
@@ -257,7 +260,7 @@ impl DataPlane {
     /// # Errors
     /// One line that says which address could not be bound, or which log could not be opened, and why.
     pub fn prepare_listener(&self, config: Arc<Listener>, prints: Option<Prints>) -> Result<PreparedListener, String> {
-        if self.0.draining.load(Ordering::Acquire) {
+        if *self.0.draining.borrow() {
             return Err("the daemon is draining: no listener is added any more".to_owned());
         }
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
@@ -296,7 +299,7 @@ impl DataPlane {
     /// One line that says which address cannot be listened on, and why. The version before, if there is one, serves on then.
     pub async fn start_listener(&self, prepared: PreparedListener) -> Result<(), String> {
         let PreparedListener { active, bound } = prepared;
-        if self.0.draining.load(Ordering::Acquire) {
+        if *self.0.draining.borrow() {
             return Err("the daemon is draining: no listener is added any more".to_owned());
         }
         let config = Arc::clone(&active.config);
@@ -369,7 +372,7 @@ impl DataPlane {
 
     /// Closes all listeners for good: none is added from now on, whatever the control plane still says.
     pub async fn shut(&self) {
-        self.0.draining.store(true, Ordering::Release);
+        self.0.draining.send_replace(true);
         self.drain_listeners().await;
     }
 

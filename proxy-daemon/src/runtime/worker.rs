@@ -13,7 +13,7 @@ use std::{
 use arc_swap::{ArcSwap, Cache};
 use tokio::{
     runtime::{Builder, LocalOptions},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
 
@@ -38,6 +38,8 @@ pub struct Worker {
     pub node_ip: Option<IpAddr>,
     /// How long connections of a listener that is gone may go on.
     pub drain_time: Duration,
+    /// Set when the daemon drains, before it ends.
+    pub draining: watch::Receiver<bool>,
     /// `server.total_connections`
     pub(crate) total_connections: Gauge,
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
@@ -80,6 +82,7 @@ pub(super) struct Start {
     pub(super) on_demand: OnDemand,
     pub(super) node_ip: Option<IpAddr>,
     pub(super) drain_time: Duration,
+    pub(super) draining: watch::Receiver<bool>,
     /// Pins the thread to this processor.
     pub(super) cpu: Option<usize>,
     pub(super) commands: mpsc::UnboundedReceiver<Command>,
@@ -108,6 +111,7 @@ async fn run(mut start: Start) {
         on_demand: start.on_demand,
         node_ip: start.node_ip,
         drain_time: start.drain_time,
+        draining: start.draining,
         total_connections: stats::gauge("server.total_connections"),
         offloaded: RefCell::new(Cache::new(start.offloaded)),
         next_connection: Cell::new(1),

@@ -45,7 +45,17 @@ const LINGER: Duration = Duration::from_secs(1);
 /// A client's connection.
 pub(in crate::http) struct ServerConnection {
     inner: RefCell<Inner>,
-    closing: Cell<bool>,
+    last: Cell<Last>,
+}
+
+/// Which request is the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Last {
+    NotYet,
+    /// The one that comes next: its client is told by `connection: close`.
+    Next,
+    /// The one in flight; where there is none, the connection ends.
+    Current,
 }
 
 struct Inner {
@@ -107,12 +117,18 @@ impl ServerConnection {
             begun: None,
             task: None,
         };
-        Rc::new(ServerConnection { inner: RefCell::new(inner), closing: Cell::new(false) })
+        Rc::new(ServerConnection { inner: RefCell::new(inner), last: Cell::new(Last::NotYet) })
+    }
+
+    /// The next answer tells the client that it is the last one. An idle connection stays open for that: closing it would
+    /// cost a client a request that it sends at the same moment.
+    pub(in crate::http) fn drain(&self) {
+        self.last.set(Last::Next);
     }
 
     /// The request that is being served is the last one. Where there is none, [`serve`](Self::serve) ends when it is polled again.
     pub(in crate::http) fn graceful_shutdown(&self) {
-        self.closing.set(true);
+        self.last.set(Last::Current);
     }
 
     /// Serves requests until the connection ends.
@@ -139,7 +155,7 @@ impl ServerConnection {
     async fn receive(&self, state: &Rc<ConnState>) -> Received {
         let first = poll_fn(|cx| {
             let mut inner = self.inner.borrow_mut();
-            if self.closing.get() && inner.buffer.is_empty() {
+            if self.last.get() == Last::Current && inner.buffer.is_empty() {
                 return Poll::Ready(Some(Received::Closed));
             }
             match inner.poll_head(cx) {
@@ -274,7 +290,7 @@ impl ServerConnection {
         };
         let asked = !cx.keep_alive;
         // Nobody waits for the rest of a request that has its response.
-        cx.close |= !complete || asked || self.closing.get() || parts.headers.contains_key(CONNECTION);
+        cx.close |= !complete || asked || self.last.get() != Last::NotYet || parts.headers.contains_key(CONNECTION);
         if !complete {
             state.count_early_response();
         }
