@@ -282,6 +282,11 @@ struct Stage {
 
 impl Stage {
     fn start(kind: Kind) -> Result<Stage> {
+        Stage::start_with(kind, "codec_type: AUTO")
+    }
+
+    /// With one more line for the connection manager.
+    fn start_with(kind: Kind, manager: &str) -> Result<Stage> {
         let (host, port) = (Host::default(), free_port()?);
         let upstream = host.start()?;
         let log = culvert_tests::daemon::scratch_dir()?.join("access.log");
@@ -293,7 +298,7 @@ impl Stage {
             log.display()
         );
         let routes = "- {name: all, domains: [\"*\"], routes: [{match: {prefix: /}, route: {cluster: app}}]}";
-        let yaml = Bootstrap::new().http(port, routes, &[&access_log]).cluster("app", &[upstream], &[]).yaml();
+        let yaml = Bootstrap::new().http(port, routes, &[&access_log, manager]).cluster("app", &[upstream], &[]).yaml();
         Ok(Stage { proxy: Daemon::start(kind, &yaml)?, port, host, log })
     }
 
@@ -339,7 +344,10 @@ const COUNTERS: [&str; 8] = [
 ];
 
 fn compare(cases: &[Case]) -> Result<()> {
-    let (envoy, culvert) = (Stage::start(Kind::Envoy)?, Stage::start(Kind::Culvert)?);
+    compare_on(Stage::start(Kind::Envoy)?, Stage::start(Kind::Culvert)?, cases)
+}
+
+fn compare_on(envoy: Stage, culvert: Stage, cases: &[Case]) -> Result<()> {
     let mut wrong = Vec::new();
     for case in cases {
         let seen = culvert.outcome(&case.bytes, case.method());
@@ -390,6 +398,23 @@ fn hostile_responses() -> Result<()> {
         Case { name: path, bytes, expect }
     };
     compare(&ANSWERS.map(case))
+}
+
+#[test]
+fn http_1_0_where_it_is_accepted() -> Result<()> {
+    let kept = "connection: keep-alive\r\n";
+    let cases = [
+        line("a request", "GET /app HTTP/1.0"),
+        raw("without a host", "GET /app HTTP/1.0\r\n\r\n"),
+        raw("kept", &format!("GET /app HTTP/1.0\r\nhost: a\r\n{kept}\r\n")),
+        raw("a body", "POST /app HTTP/1.0\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc"),
+        line("an answer of unknown length", "GET /chunked HTTP/1.0"),
+        raw("kept, and an answer of unknown length", &format!("GET /chunked HTTP/1.0\r\nhost: a\r\n{kept}\r\n")),
+        line("HEAD", "HEAD /204 HTTP/1.0"),
+        raw("chunked", "POST /app HTTP/1.0\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n").refused(501),
+    ];
+    let options = "http_protocol_options: {accept_http_10: true, default_host_for_http_10: default.example}";
+    compare_on(Stage::start_with(Kind::Envoy, options)?, Stage::start_with(Kind::Culvert, options)?, &cases)
 }
 
 /// What is the same is counted the same.
