@@ -583,10 +583,10 @@ fn finish_response(
         let milliseconds = cx.started.elapsed().as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }
-    if let Some(route) = &cx.route {
-        if route.virtual_host().include_attempt_count_in_response {
-            response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
-        }
+    if let Some(route) = &cx.route
+        && route.virtual_host().include_attempt_count_in_response
+    {
+        response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
     }
     cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
     headers::prepare_response(response, &manager.config);

@@ -75,11 +75,14 @@ pub(super) fn rewrite_path(path: &str, matched: &PathMatch, rewrite: &PathRewrit
         PathRewrite::Template(pieces) => {
             let PathMatch::Template(template) = matched else { return None };
             let captures = template.captures(path)?;
-            let text = |piece| match piece {
-                &TemplatePiece::Literal(ref text) => &**text,
-                TemplatePiece::Variable(name) => captures.name(name).map_or("", |group| group.as_str()),
-            };
-            Some(pieces.iter().map(text).collect())
+            let mut rewritten = String::new();
+            for piece in pieces {
+                rewritten.push_str(match piece {
+                    TemplatePiece::Literal(text) => text,
+                    TemplatePiece::Variable(name) => captures.name(name).map_or("", |group| group.as_str()),
+                });
+            }
+            Some(rewritten)
         }
     }
 }

@@ -72,6 +72,7 @@ impl Case {
         self
     }
 
+    #[expect(dead_code, reason = "for cases that mirror or hedge requests")]
     /// The services see so many requests for each of the case's requests, some of them perhaps after the client's answer.
     pub fn settle(mut self, requests: usize) -> Case {
         self.settle = requests;
