@@ -514,9 +514,8 @@ fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {
     };
     let (reason, status, flags) = match reason {
         ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
-        ResetReason::Refused | ResetReason::Remote => {
-            ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR)
-        }
+        ResetReason::Refused => ("remote refused stream reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
+        ResetReason::Remote => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
         ResetReason::Closed => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     let request = request.map(|request| Box::new(request.into_parts()));

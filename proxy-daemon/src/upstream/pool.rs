@@ -141,6 +141,10 @@ fn h2_reason(error: &hyper::Error) -> ResetReason {
     let cause = h2_error(error);
     match cause.and_then(h2::Error::reason) {
         Some(h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
+        // The host goes away, and says that it has not looked at this one.
+        Some(h2::Reason::NO_ERROR) if cause.is_some_and(|error| error.is_go_away() && error.is_remote()) => {
+            ResetReason::Refused
+        }
         _ if error.is_parse() || cause.is_some_and(is_protocol_error) => ResetReason::Protocol,
         Some(_) => ResetReason::Remote,
         None => ResetReason::Closed,
@@ -185,6 +189,20 @@ impl Pool {
     }
 }
 
+/// Counts a request as one that waits for a connection, until the guard is dropped.
+///
+/// # Errors
+/// As many wait as may.
+fn wait(cluster: &WorkerCluster, high: bool) -> Result<Decrement, PoolError> {
+    let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
+    if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests()) {
+        stats.upstream_rq_pending_overflow.inc();
+        return Err(PoolError::Overflow);
+    }
+    stats.upstream_rq_pending_total.inc();
+    Ok(Decrement::after_inc(stats.upstream_rq_pending_active))
+}
+
 impl WorkerHost {
     /// A connection for one request: an idle one, or a new one within the cluster's limits.
     pub async fn acquire(
@@ -203,6 +221,8 @@ impl WorkerHost {
             max_requests: cluster.cluster.config.max_requests_per_connection,
             reused,
         };
+        // A request without a connection is one of those that wait, while its own is opened too.
+        let mut pending = None;
         let opened = loop {
             let http1 = match wanted {
                 Wanted::Http1 => true,
@@ -213,13 +233,19 @@ impl WorkerHost {
                 if let Some(idle) = pool.take_idle() {
                     return Ok(lend(Sender::Http1(idle), true));
                 }
-                if self.may_open(cluster, &pool, high_priority).await? {
+                if pending.is_none() {
+                    pending = Some(wait(cluster, high_priority)?);
+                }
+                if self.may_open(cluster, &pool, high_priority).await {
                     break self.open(cluster, &pool, source, wanted).await?;
                 }
                 continue;
             }
             if let Some(shared) = pool.shared_http2() {
                 return Ok(lend(Sender::Http2(shared), true));
+            }
+            if pending.is_none() {
+                pending = Some(wait(cluster, high_priority)?);
             }
             let _one_at_a_time = pool.http2_connect.lock().await;
             if let Some(shared) = pool.shared_http2() {
@@ -264,20 +290,14 @@ impl WorkerHost {
 
     /// Whether a connection may be opened. Where the limit is reached, waits for one to be released and says no; a
     /// pool without any connection may always open one, as in Envoy.
-    async fn may_open(&self, cluster: &WorkerCluster, pool: &SourcePool, high: bool) -> Result<bool, PoolError> {
+    async fn may_open(&self, cluster: &WorkerCluster, pool: &SourcePool, high: bool) -> bool {
         let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
         if pool.open.get() == 0 || stats.upstream_cx_active.value() < u64::from(limits.max_connections()) {
-            return Ok(true);
+            return true;
         }
         stats.upstream_cx_overflow.inc();
-        if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests()) {
-            stats.upstream_rq_pending_overflow.inc();
-            return Err(PoolError::Overflow);
-        }
-        stats.upstream_rq_pending_total.inc();
-        let _pending = Decrement::after_inc(stats.upstream_rq_pending_active);
         pool.released.notified().await;
-        Ok(false)
+        false
     }
 
     /// Opens the socket and counts how that went.

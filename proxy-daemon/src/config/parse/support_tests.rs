@@ -34,3 +34,25 @@ fn the_document_holds_the_table() {
     }
     assert!(found == expected, "docs/support.md is out of date: run this test with UPDATE_DOCS=1");
 }
+
+#[test]
+fn a_typed_struct_is_refused_by_the_name_of_its_inner_type() {
+    use culvert_xds_client::json::UnknownFields;
+    use envoy_types::pb::envoy::config::listener::v3::Listener;
+
+    for (inner, value) in [
+        ("envoy.extensions.filters.network.redis_proxy.v3.RedisProxy", "{ stat_prefix: a }"),
+        ("com.example.Unknown", "{ a: 1 }"),
+    ] {
+        let config = format!(
+            "{{ '@type': type.googleapis.com/xds.type.v3.TypedStruct, type_url: type.googleapis.com/{inner}, value: {value} }}"
+        );
+        let filter = format!("{{ name: a, typed_config: {config} }}");
+        let listener: Listener = json::from_yaml(&format!("filter_chains: [{{ filters: [{filter}] }}]")).unwrap();
+        let listener = json::resolve_typed_structs(&listener, UnknownFields::Reject).unwrap();
+        let refused = check(&*listener, "").unwrap_err().to_string();
+        let expected =
+            format!("filter_chains[0].filters[0].typed_config: type {inner} is not supported by culvert yet");
+        assert_eq!(refused, expected);
+    }
+}
