@@ -17,7 +17,7 @@ use super::{
     waiting,
 };
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::ResponseFlags,
     config::model::{ForwardAction, HeaderMutations, HostRewrite, RetryPolicy, UpstreamProtocol},
     upstream::{
         ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
@@ -146,22 +146,11 @@ fn mutate_request(cx: &StreamCx, head: &mut RequestHead) {
     if cx.header_mutations().all(HeaderMutations::is_empty) {
         return;
     }
-    // Formats see the request as it came.
-    let (uri, host) = (head.uri.clone(), authority(head).to_owned());
-    let route = cx.route.as_ref().map(|route| route.name.as_str());
-    let record = Record {
-        method: Some(head.method.as_str()),
-        path: uri.path_and_query().map(|path| path.as_str()),
-        authority: Some(&host),
-        scheme: Some(super::redirect::scheme(head)),
-        protocol: Some(super::protocol_name(head.version)),
-        route_name: route.filter(|name| !name.is_empty()),
-        upstream_cluster: cx.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
-        ..cx.record()
-    };
-    for mutations in cx.header_mutations() {
-        headers::mutate_request(&mut head.headers, mutations, &record);
-    }
+    cx.format_request(head, |headers, record| {
+        for mutations in cx.header_mutations() {
+            headers::mutate_request(headers, mutations, record);
+        }
+    });
 }
 
 /// Replaces the request's host; the one before it is told in further headers.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, route_match::authority};
 use crate::{
@@ -120,6 +120,39 @@ impl StreamCx {
         if self.header_mutations().all(HeaderMutations::is_empty) {
             return;
         }
+        let status = response.status;
+        self.format_response(status, &mut response.headers, host, |headers, record| {
+            for mutations in self.header_mutations() {
+                headers::mutate_response(headers, mutations, record);
+            }
+        });
+    }
+
+    /// Changes a request's headers by what formats can tell of the request as it is now.
+    pub(super) fn format_request(&self, head: &mut RequestHead, change: impl FnOnce(&mut HeaderMap, &Record<'_>)) {
+        let (uri, host) = (head.uri.clone(), authority(head).to_owned());
+        let route = self.route.as_ref().map(|route| route.name.as_str());
+        let record = Record {
+            method: Some(head.method.as_str()),
+            path: uri.path_and_query().map(|path| path.as_str()),
+            authority: Some(&host),
+            scheme: Some(super::redirect::scheme(head)),
+            protocol: Some(super::protocol_name(head.version)),
+            route_name: route.filter(|name| !name.is_empty()),
+            upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
+            ..self.record()
+        };
+        change(&mut head.headers, &record);
+    }
+
+    /// Changes a response's headers by what formats can tell of it, and of the request where that was kept.
+    pub(super) fn format_response(
+        &self,
+        status: StatusCode,
+        headers: &mut HeaderMap,
+        host: Option<&str>,
+        change: impl FnOnce(&mut HeaderMap, &Record<'_>),
+    ) {
         let request = self.request.borrow();
         let request = request.as_deref();
         let route = self.route.as_ref().map(|route| route.name.as_str());
@@ -130,15 +163,13 @@ impl StreamCx {
             scheme: request.map(super::redirect::scheme),
             protocol: request.map(|request| super::protocol_name(request.version)),
             request_headers: request.map(|request| &request.headers),
-            response_code: response.status.as_u16(),
+            response_code: status.as_u16(),
             route_name: route.filter(|name| !name.is_empty()),
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
             upstream_host: host,
             ..self.record()
         };
-        for mutations in self.header_mutations() {
-            headers::mutate_response(&mut response.headers, mutations, &record);
-        }
+        change(headers, &record);
     }
 
     /// What formats of headers can tell of the stream's connection.

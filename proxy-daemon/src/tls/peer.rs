@@ -158,6 +158,11 @@ fn url_encoded_pem(der: &[u8]) -> String {
 }
 
 impl PeerText {
+    /// Its URI names, then its DNS names.
+    pub fn uri_and_dns_names(&self) -> impl Iterator<Item = &str> {
+        self.uris.iter().chain(&self.dns_names).map(String::as_str)
+    }
+
     fn read(der: &CertificateDer<'_>) -> Option<PeerText> {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
         let names = alternative_names(&parsed);

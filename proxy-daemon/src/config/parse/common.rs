@@ -121,20 +121,22 @@ pub(super) fn endpoint_address(address: &Address, names: bool, path: &str) -> Re
 
 /// Address ranges.
 pub(super) fn cidrs(ranges: &[CidrRange], path: &str, field: &str) -> Result<Vec<Cidr>> {
-    let parse = |(index, range): (usize, &CidrRange)| {
-        let path = format!("{}[{index}]", join(path, field));
-        let bad = || {
-            let length = number(range.prefix_len, 0);
-            FieldError::new(&path, format!("{}/{length} is not an address range", range.address_prefix))
-        };
-        let address = range.address_prefix.parse().map_err(|_| bad())?;
-        let address: IpAddr = address;
-        let length = u8::try_from(number(range.prefix_len, 0)).map_err(|_| bad())?;
-        // As in Envoy: more bits than an address has are all of its bits.
-        let bits = if address.to_canonical().is_ipv4() { 32 } else { 128 };
-        Cidr::new(address, length.min(bits)).ok_or_else(bad)
-    };
+    let parse = |(index, range): (usize, &CidrRange)| cidr(range, &format!("{}[{index}]", join(path, field)));
     ranges.iter().enumerate().map(parse).collect()
+}
+
+/// An address range.
+pub(crate) fn cidr(range: &CidrRange, path: &str) -> Result<Cidr> {
+    let bad = || {
+        let length = number(range.prefix_len, 0);
+        FieldError::new(path, format!("{}/{length} is not an address range", range.address_prefix))
+    };
+    let address = range.address_prefix.parse().map_err(|_| bad())?;
+    let address: IpAddr = address;
+    let length = u8::try_from(number(range.prefix_len, 0)).map_err(|_| bad())?;
+    // As in Envoy: more bits than an address has are all of its bits.
+    let bits = if address.to_canonical().is_ipv4() { 32 } else { 128 };
+    Cidr::new(address, length.min(bits)).ok_or_else(bad)
 }
 
 /// Headers to remove.
@@ -165,7 +167,7 @@ pub(super) fn header_value(value: &str, path: &str) -> Result<HeaderValue> {
 }
 
 /// Headers to add; their values are format strings.
-pub(super) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &str) -> Result<Vec<HeaderAdd>> {
+pub(crate) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &str) -> Result<Vec<HeaderAdd>> {
     let parse = |(index, option): (usize, &HeaderValueOption)| {
         let path = format!("{}[{index}]", join(path, field));
         let header = option.header.as_ref().ok_or_else(|| required(&path, "header"))?;
@@ -227,7 +229,7 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
 }
 
 /// A share of the requests, which a runtime value may replace. Without a default: none.
-pub(super) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFraction {
+pub(crate) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFraction {
     let default = fraction(share.default_value.unwrap_or_default());
     RuntimeFraction { default, key: Key::optional(&share.runtime_key) }
 }

@@ -1,5 +1,6 @@
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
+    config::core::v3::TypedExtensionConfig,
     config::route::v3::{
         CookieMatcher as ProtoCookie, HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery,
         RouteMatch as ProtoMatch, header_matcher::HeaderMatchSpecifier,
@@ -35,11 +36,7 @@ pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         Some(PathSpecifier::SafeRegex(matcher)) => PathMatch::Regex(regex(matcher, &join(path, "safe_regex"))?),
         Some(PathSpecifier::PathSeparatedPrefix(text)) => PathMatch::PathSeparatedPrefix(text.as_str().into()),
         Some(PathSpecifier::PathMatchPolicy(policy)) => {
-            let config =
-                policy.typed_config.as_ref().ok_or_else(|| required(path, "path_match_policy.typed_config"))?;
-            let path = join(path, "path_match_policy.typed_config");
-            let config: UriTemplateMatchConfig = unpack(config, &path)?;
-            PathMatch::Template(uri_template::matcher(&config.path_template, &join(&path, "path_template"))?)
+            PathMatch::Template(uri_template(policy, &join(path, "path_match_policy"))?)
         }
         Some(PathSpecifier::ConnectMatcher(_)) => return Err(FieldError::unsupported(join(path, "connect_matcher"))),
         None => return Err(required(path, "prefix")),
@@ -62,8 +59,17 @@ pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
     })
 }
 
+/// A URI template as an extension has it: the expression that it stands for.
+pub(crate) fn uri_template(policy: &TypedExtensionConfig, path: &str) -> Result<Regex> {
+    let config = policy.typed_config.as_ref().ok_or_else(|| required(path, "typed_config"))?;
+    let path = join(path, "typed_config");
+    let config: UriTemplateMatchConfig = unpack(config, &path)?;
+    uri_template::matcher(&config.path_template, &join(&path, "path_template"))
+}
+
+/// A `HeaderMatcher`, checked.
 #[expect(deprecated, reason = "the fields that string_match replaced, which Envoy still takes")]
-fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
+pub(crate) fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher> {
     use HeaderMatchSpecifier::{
         ContainsMatch, ExactMatch, PrefixMatch, PresentMatch, RangeMatch, SafeRegexMatch, StringMatch, SuffixMatch,
     };

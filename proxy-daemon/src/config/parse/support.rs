@@ -324,6 +324,65 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.filters.http.on_demand.v3.OnDemand", ALL),
     ("envoy.extensions.filters.http.on_demand.v3.OnDemandCds", &["source", "timeout"]),
     (
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        &[
+            "stat_prefix",
+            "status",
+            "token_bucket",
+            "filter_enabled",
+            "filter_enforced",
+            "request_headers_to_add_when_not_enforced",
+            "response_headers_to_add",
+            "enable_x_ratelimit_headers",
+            "rate_limited_as_resource_exhausted",
+            "enable_retry_after_header",
+        ],
+    ),
+    ("envoy.type.v3.HttpStatus", ALL),
+    ("envoy.type.v3.TokenBucket", ALL),
+    (
+        "envoy.extensions.filters.http.rbac.v3.RBAC",
+        &["rules", "rules_stat_prefix", "shadow_rules", "shadow_rules_stat_prefix", "track_per_rule_stats"],
+    ),
+    ("envoy.config.rbac.v3.RBAC", &["action", "policies"]),
+    ("envoy.config.rbac.v3.Policy", &["permissions", "principals"]),
+    (
+        "envoy.config.rbac.v3.Permission",
+        &[
+            "and_rules",
+            "or_rules",
+            "any",
+            "header",
+            "url_path",
+            "destination_ip",
+            "destination_port",
+            "destination_port_range",
+            "not_rule",
+            "requested_server_name",
+            "uri_template",
+        ],
+    ),
+    ("envoy.config.rbac.v3.Permission.Set", ALL),
+    (
+        "envoy.config.rbac.v3.Principal",
+        &[
+            "and_ids",
+            "or_ids",
+            "any",
+            "authenticated",
+            "source_ip",
+            "direct_remote_ip",
+            "remote_ip",
+            "header",
+            "url_path",
+            "not_id",
+        ],
+    ),
+    ("envoy.config.rbac.v3.Principal.Set", ALL),
+    ("envoy.config.rbac.v3.Principal.Authenticated", ALL),
+    ("envoy.type.matcher.v3.PathMatcher", ALL),
+    ("envoy.type.v3.Int32Range", ALL),
+    (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.InternalAddressConfig",
         &["cidr_ranges"],
     ),
@@ -690,8 +749,8 @@ fn walk_any(
     let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
     let type_url = text("type_url").unwrap_or_default();
     let name = type_url.rsplit('/').next().unwrap_or_default();
-    // An HTTP filter's own parser knows its fields.
-    if filters::REGISTRY.iter().any(|filter| filter.type_name == name) {
+    // An HTTP filter that is not in the table: its own parser knows its fields.
+    if honoured(name).is_none() && filters::REGISTRY.iter().any(|filter| filter.type_name == name) {
         return Ok(());
     }
     let Some(descriptor) = json::pool().get_message_by_name(name).filter(|_| honoured(name).is_some()) else {

@@ -3,8 +3,10 @@
 //! A filter is added by writing its file and one line in [`REGISTRY`].
 
 mod discovered;
+mod local_ratelimit;
 mod on_demand;
 mod r#override;
+mod rbac;
 mod router;
 
 use std::{fmt::Debug, pin::Pin, sync::Arc};
@@ -203,9 +205,21 @@ pub const REGISTRY: &[Registered] = &[
         per_route: None,
     },
     Registered {
+        name: "envoy.filters.http.local_ratelimit",
+        type_name: "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        parse: local_ratelimit::parse,
+        per_route: None,
+    },
+    Registered {
         name: "envoy.filters.http.on_demand",
         type_name: "envoy.extensions.filters.http.on_demand.v3.OnDemand",
         parse: on_demand::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.rbac",
+        type_name: "envoy.extensions.filters.http.rbac.v3.RBAC",
+        parse: rbac::parse,
         per_route: None,
     },
     Registered {

@@ -1,0 +1,270 @@
+//! `envoy.filters.http.local_ratelimit`: a token bucket that all workers share.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{extensions::filters::http::local_ratelimit::v3::LocalRateLimit, r#type::v3::TokenBucket as ProtoBucket},
+    google::protobuf::Any,
+};
+use http::{HeaderName, HeaderValue, StatusCode};
+
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
+use crate::{
+    access_log::ResponseFlags,
+    config::{FieldError, model::HeaderMutations, parse},
+    http::{
+        body::Body,
+        headers::{mutate_request, mutate_response},
+        stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    },
+    layered_runtime::{Fraction, RuntimeFraction},
+    stats::{Counter, Lease, Scope},
+};
+
+const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
+const X_RATELIMIT_RESET: HeaderName = HeaderName::from_static("x-ratelimit-reset");
+
+/// The shortest interval that Envoy takes.
+const SHORTEST_FILL: Duration = Duration::from_millis(50);
+
+/// gRPC's RESOURCE_EXHAUSTED.
+const RESOURCE_EXHAUSTED: u16 = 8;
+
+/// A bucket that is filled steadily: `tokens_per_fill` are spread over their interval, as in Envoy.
+///
+/// All that it keeps is the time at which it would have been empty: every token that is taken moves that on by what a token takes
+/// to come.
+#[derive(Debug)]
+struct TokenBucket {
+    since: Instant,
+    max_tokens: u32,
+    /// Nanoseconds that a token takes to come.
+    per_token: f64,
+    /// Nanoseconds after `since`, as the bits of an `f64`.
+    empty_at: AtomicU64,
+}
+
+impl TokenBucket {
+    fn new(max_tokens: u32, tokens_per_fill: u32, interval: Duration) -> TokenBucket {
+        let per_token = interval.as_nanos() as f64 / f64::from(tokens_per_fill.max(1));
+        let full = -f64::from(max_tokens) * per_token;
+        TokenBucket { since: Instant::now(), max_tokens, per_token, empty_at: AtomicU64::new(full.to_bits()) }
+    }
+
+    /// Takes a token, unless there is none at `now`.
+    fn take(&self, now: Instant) -> bool {
+        let now = now.saturating_duration_since(self.since).as_nanos() as f64;
+        let full = now - f64::from(self.max_tokens) * self.per_token;
+        let taken = self.empty_at.try_update(Ordering::Relaxed, Ordering::Relaxed, |bits| {
+            let next = f64::from_bits(bits).max(full) + self.per_token;
+            (next <= now).then_some(next.to_bits())
+        });
+        taken.is_ok()
+    }
+
+    /// How many tokens there are at `now`.
+    fn remaining(&self, now: Instant) -> f64 {
+        let now = now.saturating_duration_since(self.since).as_nanos() as f64;
+        let empty_at = f64::from_bits(self.empty_at.load(Ordering::Relaxed));
+        ((now - empty_at) / self.per_token).clamp(0.0, f64::from(self.max_tokens))
+    }
+
+    /// How long the next token takes to come.
+    fn next(&self, now: Instant) -> Duration {
+        let missing = (1.0 - self.remaining(now)).max(0.0);
+        Duration::from_nanos((missing * self.per_token) as u64)
+    }
+}
+
+/// What is configured. Streams that show the state of the bucket hold on to it.
+#[derive(Debug)]
+struct Configured {
+    status: StatusCode,
+    grpc_status: Option<u16>,
+    bucket: Option<TokenBucket>,
+    enabled: RuntimeFraction,
+    enforced: RuntimeFraction,
+    when_not_enforced: HeaderMutations,
+    response_headers: HeaderMutations,
+    shows_bucket: bool,
+    says_when: bool,
+    stats: Stats,
+    _lease: Lease,
+}
+
+#[derive(Debug)]
+struct Stats {
+    enabled: Counter,
+    enforced: Counter,
+    ok: Counter,
+    rate_limited: Counter,
+}
+
+#[derive(Debug)]
+struct LocalRateLimitFactory(Arc<Configured>);
+
+/// One stream's filter, where responses tell of the bucket.
+#[derive(Debug)]
+struct LocalRateLimitFilter(Arc<Configured>);
+
+impl Configured {
+    /// The answer to a request for which there is no token.
+    fn decide(&self, head: &mut RequestHead, cx: &StreamCx) -> Flow {
+        self.stats.enabled.inc();
+        let now = Instant::now();
+        if self.bucket.as_ref().is_none_or(|bucket| bucket.take(now)) {
+            self.stats.ok.inc();
+            return Flow::Continue;
+        }
+        self.stats.rate_limited.inc();
+        if !self.enforced.includes(cx.random) {
+            cx.format_request(head, |headers, record| mutate_request(headers, &self.when_not_enforced, record));
+            return Flow::Continue;
+        }
+        self.stats.enforced.inc();
+        let text = "local_rate_limited";
+        let mut reply = LocalReply::new(self.status, text, ResponseFlags::RL, text);
+        reply.grpc_status = self.grpc_status;
+        let mut headers = http::HeaderMap::new();
+        cx.format_request(head, |_, record| mutate_response(&mut headers, &self.response_headers, record));
+        if let Some(bucket) = self.bucket.as_ref().filter(|_| self.says_when) {
+            headers.insert(http::header::RETRY_AFTER, seconds(bucket.next(now)));
+        }
+        let headers = headers.into_iter();
+        // A further value of a header comes without its name.
+        let mut last = None;
+        reply.headers = headers
+            .filter_map(|(name, value)| {
+                last = name.or_else(|| last.clone());
+                Some((last.clone()?, value))
+            })
+            .collect();
+        Flow::Respond(reply)
+    }
+}
+
+/// Whole seconds, rounded up.
+fn seconds(duration: Duration) -> HeaderValue {
+    HeaderValue::from(duration.as_nanos().div_ceil(1_000_000_000) as u64)
+}
+
+impl HttpFilterFactory for LocalRateLimitFactory {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        // Only for answers to requests that an earlier filter has kept from this one: those say nothing.
+        None
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        _route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        if !self.0.enabled.includes(cx.random) {
+            return Flow::Continue;
+        }
+        if self.0.shows_bucket && self.0.bucket.is_some() {
+            instances.push(Box::new(LocalRateLimitFilter(Arc::clone(&self.0))));
+        }
+        self.0.decide(head, cx)
+    }
+}
+
+impl HttpFilter for LocalRateLimitFilter {
+    fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
+        let Some(bucket) = &self.0.bucket else { return Flow::Continue };
+        let now = Instant::now();
+        let remaining = bucket.remaining(now);
+        head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens));
+        head.headers.insert(X_RATELIMIT_REMAINING, HeaderValue::from(remaining as u64));
+        head.headers.insert(X_RATELIMIT_RESET, seconds(bucket.next(now)));
+        Flow::Continue
+    }
+}
+
+pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    // What is not here is refused by the table of honoured fields.
+    let config: LocalRateLimit = unpack(typed_config, cx.path)?;
+    let field = |name: &str| format!("{}.{name}", cx.path);
+    let bucket = config.token_bucket.as_ref().map(|bucket| token_bucket(bucket, &field("token_bucket"))).transpose()?;
+    let never = RuntimeFraction { default: Fraction::percent(0), key: None };
+    let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
+    // As in Envoy, what is no error is no answer here.
+    let status = config.status.map_or(0, |status| status.code);
+    let status = u16::try_from(status).ok().filter(|status| *status >= 400);
+    let status = status.and_then(|status| StatusCode::from_u16(status).ok()).unwrap_or(StatusCode::TOO_MANY_REQUESTS);
+    let scope = Scope::new("").tagged("envoy_local_http_ratelimit_prefix", &config.stat_prefix);
+    let scope = scope.child("http_local_rate_limit");
+    let counter = |name| scope.counter(name);
+    let stats = Stats {
+        enabled: counter("enabled"),
+        enforced: counter("enforced"),
+        ok: counter("ok"),
+        rate_limited: counter("rate_limited"),
+    };
+    let when_not_enforced = HeaderMutations {
+        request_add: parse::headers_to_add(
+            &config.request_headers_to_add_when_not_enforced,
+            cx.path,
+            "request_headers_to_add_when_not_enforced",
+        )?,
+        ..HeaderMutations::default()
+    };
+    let response_headers = HeaderMutations {
+        response_add: parse::headers_to_add(&config.response_headers_to_add, cx.path, "response_headers_to_add")?,
+        ..HeaderMutations::default()
+    };
+    Ok(Arc::new(LocalRateLimitFactory(Arc::new(Configured {
+        status,
+        grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
+        bucket,
+        enabled: share(config.filter_enabled.as_ref()),
+        enforced: share(config.filter_enforced.as_ref()),
+        when_not_enforced,
+        response_headers,
+        shows_bucket: config.enable_x_ratelimit_headers != 0,
+        says_when: config.enable_retry_after_header && status == StatusCode::TOO_MANY_REQUESTS,
+        stats,
+        _lease: scope.lease(),
+    }))))
+}
+
+fn token_bucket(bucket: &ProtoBucket, path: &str) -> Result<TokenBucket, FieldError> {
+    let interval = parse::duration(bucket.fill_interval, path, "fill_interval")?.unwrap_or_default();
+    if interval < SHORTEST_FILL {
+        let text = "local rate limit token bucket fill timer must be >= 50ms";
+        return Err(FieldError::new(format!("{path}.fill_interval"), text));
+    }
+    let tokens = bucket.tokens_per_fill.map_or(1, |tokens| tokens.value);
+    Ok(TokenBucket::new(bucket.max_tokens, tokens, interval))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_gives_what_it_holds_and_is_filled_steadily() {
+        let bucket = TokenBucket::new(3, 2, Duration::from_secs(1));
+        let start = bucket.since;
+        let at = |milliseconds| start + Duration::from_millis(milliseconds);
+        assert_eq!((0..5).map(|_| bucket.take(at(0))).collect::<Vec<_>>(), [true, true, true, false, false]);
+        assert_eq!(bucket.next(at(0)), Duration::from_millis(500));
+        assert!(!bucket.take(at(499)));
+        assert!(bucket.take(at(500)), "two a second: one every half second");
+        assert!(!bucket.take(at(500)));
+        assert_eq!(bucket.remaining(at(1250)), 1.5);
+        assert_eq!(bucket.remaining(at(60_000)), 3.0, "never more than it holds");
+        assert_eq!((0..4).map(|_| bucket.take(at(60_000))).collect::<Vec<_>>(), [true, true, true, false]);
+    }
+}

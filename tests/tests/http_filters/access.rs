@@ -1,0 +1,217 @@
+//! Filters that let requests pass or refuse them: rbac, local_ratelimit.
+
+use super::harness::{Case, case};
+
+const RBAC: &str = "rbac.v3.RBAC";
+const LOCAL_RATELIMIT: &str = "local_ratelimit.v3.LocalRateLimit";
+
+const ANY: &str = "[{any: true}]";
+
+/// Rules of one policy.
+fn rules(action: &str, permissions: &str, principals: &str) -> String {
+    format!("rules: {{action: {action}, policies: {{p: {{permissions: {permissions}, principals: {principals}}}}}}}")
+}
+
+pub fn cases() -> Vec<Case> {
+    [permissions(), principals(), engines(), local_ratelimit()].concat()
+}
+
+/// Requests to a rule that allows what it matches.
+fn permission(name: &'static str, permission: &str, requests: &[&str]) -> Case {
+    case(name, RBAC, &rules("ALLOW", &format!("[{permission}]"), ANY), requests)
+}
+
+fn principal(name: &'static str, principal: &str, requests: &[&str]) -> Case {
+    case(name, RBAC, &rules("ALLOW", ANY, &format!("[{principal}]")), requests)
+}
+
+fn permissions() -> Vec<Case> {
+    let template = "{uri_template: {name: t, typed_config: {\"@type\": \
+                    type.googleapis.com/envoy.extensions.path.match.uri_template.v3.UriTemplateMatchConfig, path_template: \
+                    \"/api/{id}/x\"}}}";
+    vec![
+        permission("any", "{any: true}", &["GET /", "POST /\n\nbody", "HEAD /", "GET /direct"]),
+        permission(
+            "header",
+            "{header: {name: x-a, string_match: {exact: one}}}",
+            &["GET /\nx-a: one", "GET /\nx-a: two", "GET /", "GET /\nx-a: two\nx-a: one"],
+        ),
+        permission(
+            "header, inverted",
+            "{header: {name: x-a, string_match: {prefix: one}, invert_match: true}}",
+            &["GET /\nx-a: one", "GET /\nx-a: two", "GET /"],
+        ),
+        permission(
+            "pseudo headers",
+            "{or_rules: {rules: [{header: {name: \":method\", string_match: {exact: DELETE}}}, {header: {name: \":path\", \
+             string_match: {exact: \"/a?b\"}}}, {header: {name: \":authority\", string_match: {exact: x.test}}}]}}",
+            &["DELETE /", "GET /", "GET /a?b", "GET /a", "GET /\nhost: x.test"],
+        ),
+        permission(
+            "url_path",
+            "{url_path: {path: {prefix: /api}}}",
+            &["GET /api", "GET /api?x", "GET /x?/api", "GET /API", "GET /apis"],
+        ),
+        permission(
+            "url_path, exact, any case",
+            "{url_path: {path: {exact: /Api, ignore_case: true}}}",
+            &["GET /api?x=y", "GET /aPI", "GET /api/"],
+        ),
+        permission(
+            "url_path, regex",
+            "{url_path: {path: {safe_regex: {regex: \"/v[0-9]\"}}}}",
+            &["GET /v1", "GET /v1?x", "GET /v12"],
+        ),
+        permission("uri_template", template, &["GET /api/7/x", "GET /api/7/x?q", "GET /api/7", "GET /api/7/8/x"]),
+        permission("destination_ip", "{destination_ip: {address_prefix: 127.0.0.0, prefix_len: 8}}", &["GET /"]),
+        permission("another destination_ip", "{destination_ip: {address_prefix: 10.0.0.0, prefix_len: 8}}", &["GET /"]),
+        permission("destination_port", "{destination_port: 80}", &["GET /"]),
+        permission("destination_port_range", "{destination_port_range: {start: 1024, end: 65536}}", &["GET /"]),
+        permission("another port range", "{destination_port_range: {start: 1, end: 1024}}", &["GET /"]),
+        permission("not_rule", "{not_rule: {url_path: {path: {exact: /no}}}}", &["GET /", "GET /no"]),
+        permission(
+            "and_rules",
+            "{and_rules: {rules: [{url_path: {path: {prefix: /a}}}, {not_rule: {header: {name: x-a, present_match: true}}}]}}",
+            &["GET /a", "GET /a\nx-a: 1", "GET /b"],
+        ),
+        permission("requested_server_name", "{requested_server_name: {exact: a.test}}", &["GET /"]),
+        permission("no requested_server_name", "{requested_server_name: {exact: \"\"}}", &["GET /"]),
+    ]
+}
+
+fn principals() -> Vec<Case> {
+    vec![
+        principal("header of a principal", "{header: {name: x-a, present_match: true}}", &["GET /", "GET /\nx-a: one"]),
+        principal("url_path of a principal", "{url_path: {path: {suffix: x}}}", &["GET /x", "GET /y"]),
+        principal("authenticated", "{authenticated: {}}", &["GET /"]),
+        principal("authenticated by name", "{authenticated: {principal_name: {exact: \"\"}}}", &["GET /"]),
+        principal("direct_remote_ip", "{direct_remote_ip: {address_prefix: 127.0.0.1, prefix_len: 32}}", &["GET /"]),
+        principal(
+            "remote_ip",
+            "{remote_ip: {address_prefix: 10.0.0.0, prefix_len: 8}}",
+            &["GET /", "GET /\nx-forwarded-for: 10.1.2.3", "GET /\nx-forwarded-for: 11.1.2.3"],
+        ),
+        principal(
+            "source_ip is the connection's",
+            "{source_ip: {address_prefix: 10.0.0.0, prefix_len: 8}}",
+            &["GET /\nx-forwarded-for: 10.1.2.3"],
+        ),
+        principal(
+            "remote_ip, own address used",
+            "{remote_ip: {address_prefix: 127.0.0.0, prefix_len: 8}}",
+            &["GET /", "GET /\nx-forwarded-for: 10.1.2.3"],
+        )
+        .of_manager("use_remote_address: true"),
+        principal(
+            "and_ids, or_ids, not_id",
+            "{and_ids: {ids: [{or_ids: {ids: [{header: {name: a}}, {header: {name: b}}]}}, {not_id: {header: {name: c}}}]}}",
+            &["GET /", "GET /\na: 1", "GET /\nb: 1", "GET /\nb: 1\nc: 1"],
+        ),
+    ]
+}
+
+fn engines() -> Vec<Case> {
+    let by_path = "[{url_path: {path: {prefix: /x}}}]";
+    let two = "rules: {action: DENY, policies: {b two: {permissions: [{url_path: {path: {prefix: /x}}}], principals: [{any: \
+               true}]}, a one: {permissions: [{url_path: {path: {prefix: /x/y}}}], principals: [{any: true}]}}}";
+    vec![
+        case("deny", RBAC, &rules("DENY", by_path, ANY), &["GET /", "GET /x", "POST /x\n\nbody", "HEAD /x"]),
+        case(
+            "gRPC",
+            RBAC,
+            &rules("DENY", by_path, ANY),
+            &["POST /x\ncontent-type: application/grpc\n\nbody", "POST /x\ncontent-type: application/grpc+proto"],
+        ),
+        case("the first policy by name", RBAC, two, &["GET /x", "GET /x/y", "GET /y"]),
+        case("no rules", RBAC, "", &["GET /"]),
+        case("no policies, allow", RBAC, "rules: {action: ALLOW}", &["GET /"]),
+        case("no policies, deny", RBAC, "rules: {action: DENY}", &["GET /"]),
+        case(
+            "rules_stat_prefix",
+            RBAC,
+            &(rules("DENY", by_path, ANY) + ", rules_stat_prefix: pre"),
+            &["GET /x", "GET /"],
+        ),
+        case(
+            "shadow_rules",
+            RBAC,
+            &(rules("DENY", by_path, ANY).replacen("rules", "shadow_rules", 1) + ", shadow_rules_stat_prefix: pre."),
+            &["GET /x", "GET /"],
+        ),
+        case(
+            "both, per rule",
+            RBAC,
+            &format!(
+                "{}, {}, track_per_rule_stats: true",
+                rules("DENY", by_path, ANY),
+                rules("ALLOW", by_path, ANY).replacen("rules", "shadow_rules", 1)
+            ),
+            &["GET /x", "GET /"],
+        ),
+        case("two filters", RBAC, &rules("DENY", by_path, ANY), &["GET /x", "GET /y", "GET /"])
+            .then(RBAC, &rules("DENY", "[{url_path: {path: {prefix: /y}}}]", ANY)),
+    ]
+}
+
+fn local_ratelimit() -> Vec<Case> {
+    let bucket = "token_bucket: {max_tokens: 2, tokens_per_fill: 1, fill_interval: 1000s}";
+    let on = "filter_enabled: {default_value: {numerator: 100}}, filter_enforced: {default_value: {numerator: 100}}";
+    let limit = |more: &str| format!("stat_prefix: $case, {bucket}, {on}{more}");
+    let four = ["GET /", "GET /direct", "GET /", "POST /\n\nbody"];
+    let grpc = "POST /\ncontent-type: application/grpc\n\nbody";
+    vec![
+        case("limit", LOCAL_RATELIMIT, &limit(""), &four),
+        case("limit of gRPC", LOCAL_RATELIMIT, &limit(""), &[grpc, grpc, grpc]),
+        case(
+            "limit of gRPC, resource exhausted",
+            LOCAL_RATELIMIT,
+            &limit(", rate_limited_as_resource_exhausted: true"),
+            &[grpc, grpc, grpc],
+        ),
+        case(
+            "another status",
+            LOCAL_RATELIMIT,
+            &limit(", status: {code: 503}, enable_retry_after_header: true"),
+            &four,
+        ),
+        case("a status that is no error", LOCAL_RATELIMIT, &limit(", status: {code: 204}"), &four),
+        case(
+            "headers of the answer",
+            LOCAL_RATELIMIT,
+            &limit(
+                ", response_headers_to_add: [{header: {key: x-l, value: one}}, {header: {key: x-l, value: two}}, {header: \
+                 {key: x-m, value: one}, append_action: OVERWRITE_IF_EXISTS}]",
+            ),
+            &four,
+        ),
+        case(
+            "the bucket's state",
+            LOCAL_RATELIMIT,
+            &limit(", enable_x_ratelimit_headers: DRAFT_VERSION_03, enable_retry_after_header: true"),
+            &four,
+        ),
+        case(
+            "not enforced",
+            LOCAL_RATELIMIT,
+            &format!(
+                "stat_prefix: $case, {bucket}, filter_enabled: {{default_value: {{numerator: 100}}}}, \
+                 request_headers_to_add_when_not_enforced: [{{header: {{key: x-over, value: \"yes\"}}}}]"
+            ),
+            &four,
+        ),
+        case("not enabled", LOCAL_RATELIMIT, &format!("stat_prefix: $case, {bucket}"), &four),
+        case(
+            "no bucket",
+            LOCAL_RATELIMIT,
+            &format!("stat_prefix: $case, {on}, enable_x_ratelimit_headers: DRAFT_VERSION_03"),
+            &four,
+        ),
+        case(
+            "behind rbac",
+            RBAC,
+            &rules("DENY", "[{url_path: {path: {prefix: /x}}}]", ANY),
+            &["GET /x", "GET /", "GET /"],
+        )
+        .then(LOCAL_RATELIMIT, &limit(", enable_x_ratelimit_headers: DRAFT_VERSION_03")),
+    ]
+}

@@ -1,0 +1,221 @@
+//! Gives the same filters and requests to Envoy and culvertd, and compares.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use culvert_tests::daemon::{Daemon, Kind, fetch_raw, scratch_dir};
+use nix::sys::signal::Signal;
+
+use super::upstream::{self, Seen};
+
+/// Headers whose values are a proxy's own: only that they are there is compared.
+const OWN_VALUES: [&str; 4] =
+    ["date", "x-envoy-upstream-service-time", "x-request-id", "x-envoy-expected-rq-timeout-ms"];
+
+/// Filters, and the requests that meet them, one after the other on connections of their own.
+#[derive(Debug, Clone)]
+pub struct Case {
+    name: &'static str,
+    /// Each with its name and its `typed_config`, in YAML's flow style.
+    filters: Vec<(&'static str, String)>,
+    requests: Vec<String>,
+    /// Lines of the connection manager.
+    of_manager: String,
+}
+
+/// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
+/// In it, `$case` is the connection manager's `stat_prefix`. A request is `GET /path` and a line for each header; after an empty
+/// line comes its body. Paths below `/direct` are answered by the proxy.
+pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[&str]) -> Case {
+    let requests = requests.iter().map(|request| (*request).to_owned()).collect();
+    Case { name, filters: vec![(filter, config.to_owned())], requests, of_manager: String::new() }
+}
+
+impl Case {
+    /// With a further filter behind.
+    pub fn then(mut self, filter: &'static str, config: &str) -> Case {
+        self.filters.push((filter, config.to_owned()));
+        self
+    }
+
+    /// With a line `field: value` of the connection manager.
+    pub fn of_manager(mut self, line: &str) -> Case {
+        self.of_manager += &format!("          {line}\n");
+        self
+    }
+}
+
+/// What one proxy made of all cases, by case.
+fn outcomes(kind: Kind, cases: &[Case], dir: &Path) -> Result<Vec<Vec<String>>> {
+    let seen = Arc::new(Seen::default());
+    let service = upstream::start("a", Arc::clone(&seen))?;
+    let mut held = Vec::new();
+    let mut ports = Vec::new();
+    let mut yaml = "static_resources:\n  listeners:\n".to_owned();
+    let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
+    for (index, case) in cases.iter().enumerate() {
+        let port = TcpListener::bind("127.0.0.1:0")?;
+        ports.push(port.local_addr()?.port());
+        held.push(port);
+        yaml += &listener(ports[index], index, case, &log(index));
+    }
+    yaml += &cluster(service);
+    drop(held);
+    let mut proxy = Daemon::start(kind, &yaml)?;
+    let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
+        let (seen, ports) = (&seen, &ports);
+        let run = |(index, case)| scope.spawn(move || requests(index, case, ports[index], service, seen));
+        let running: Vec<_> = cases.iter().enumerate().map(run).collect();
+        running.into_iter().map(|case| case.join().unwrap_or_default()).collect()
+    });
+    let stats = proxy.admin("/stats")?;
+    // Access logs are flushed then.
+    proxy.signal(Signal::SIGTERM)?;
+    proxy.wait(Duration::from_secs(10))?;
+    for (index, texts) in texts.iter_mut().enumerate() {
+        texts.push(format!("log:\n{}", fs::read_to_string(log(index)).unwrap_or_default()));
+        texts.push(format!("stats:\n{}", filter_stats(&stats, index)));
+    }
+    Ok(texts)
+}
+
+fn requests(index: usize, case: &Case, port: u16, service: u16, seen: &Seen) -> Vec<String> {
+    let one = |(number, request): (usize, &String)| {
+        let id = format!("{index}-{number}");
+        let bytes = bytes(request, &id);
+        let method = bytes.split(' ').next().unwrap_or_default();
+        let mut text = match fetch_raw(port, bytes.as_bytes(), method) {
+            Ok(response) => {
+                let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
+                headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
+                let body = response.text();
+                format!("status {}\n{}\nbody {body:?}\n", response.status, headers.join("\n"))
+            }
+            Err(_) => "no response\n".to_owned(),
+        };
+        text += &seen.of(&id).join("\n");
+        text.replace(&port.to_string(), "PORT").replace(&service.to_string(), "SERVICE")
+    };
+    case.requests.iter().enumerate().map(one).collect()
+}
+
+/// What has been counted below the names of the filters: those of the connection manager itself have no further dot.
+fn filter_stats(stats: &str, index: usize) -> String {
+    let mut lines: Vec<_> = stats
+        .lines()
+        .filter_map(|line| {
+            let (name, value) = line.split_once(": ")?;
+            let own = name.strip_prefix("http.").unwrap_or(name).strip_prefix(&format!("case{index}."))?;
+            let counted = value != "0" && own.contains('.') && !own.starts_with("tracing.");
+            counted.then(|| format!("{own}: {value}"))
+        })
+        .collect();
+    lines.sort();
+    lines.join("\n")
+}
+
+/// Fails with all cases in which the two differ.
+pub fn compare(cases: Vec<Case>) -> Result<()> {
+    // For work on one case.
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
+    let dir = scratch_dir()?;
+    let (envoy, culvert) = thread::scope(|scope| {
+        let (cases, dir) = (&cases, &dir);
+        let run = |kind| scope.spawn(move || outcomes(kind, cases, dir));
+        let (envoy, culvert) = (run(Kind::Envoy), run(Kind::Culvert));
+        (envoy.join(), culvert.join())
+    });
+    let ended = |_| anyhow::anyhow!("a thread panicked");
+    let (expected, seen) = (envoy.map_err(ended)??, culvert.map_err(ended)??);
+    fs::remove_dir_all(&dir)?;
+    let mut problems = Vec::new();
+    for (case, (expected, seen)) in cases.iter().zip(expected.iter().zip(&seen)) {
+        let what = case.requests.iter().map(String::as_str).chain(["access log", "stats"]);
+        for (what, (expected, seen)) in what.zip(expected.iter().zip(seen)) {
+            if expected != seen {
+                problems.push(format!("--- {}: {what}\nEnvoy:\n{expected}\nculvertd:\n{seen}\n", case.name));
+            }
+        }
+    }
+    ensure!(problems.is_empty(), "{} differences:\n{}", problems.len(), problems.join("\n"));
+    Ok(())
+}
+
+/// A header as it is compared.
+pub fn shown(name: &str, value: &str) -> String {
+    let name = name.to_lowercase();
+    if OWN_VALUES.contains(&name.as_str()) { name } else { format!("{name}: {value}") }
+}
+
+fn bytes(request: &str, id: &str) -> String {
+    let (head, body) = request.split_once("\n\n").unwrap_or((request, ""));
+    let (line, headers) = head.split_once('\n').unwrap_or((head, ""));
+    let mut bytes = format!("{line} HTTP/1.1\r\n");
+    if !headers.lines().any(|header| header.starts_with("host:")) {
+        bytes += "host: case.test\r\n";
+    }
+    for header in headers.lines() {
+        bytes += &format!("{header}\r\n");
+    }
+    if !body.is_empty() {
+        bytes += &format!("content-length: {}\r\n", body.len());
+    }
+    bytes + &format!("x-id: {id}\r\nconnection: close\r\n\r\n{body}")
+}
+
+fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
+    let filter = |(name, config): &(&str, String)| {
+        let config = config.replace("$case", &format!("case{index}"));
+        format!(
+            "          - name: {name}\n            typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.filters.http.{name}, {config}}}\n"
+        )
+    };
+    let filters: String = case.filters.iter().map(filter).collect();
+    let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT%";
+    format!(
+        r#"  - name: http_{port}
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: case{index}
+{of_manager}          access_log:
+          - name: envoy.access_loggers.file
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
+              path: {log}
+              log_format: {{text_format_source: {{inline_string: "{format}\n"}}}}
+          route_config:
+            name: local
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+              - {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}}}
+              - {{match: {{prefix: /created}}, direct_response: {{status: 201}}}}
+              - {{match: {{prefix: /}}, route: {{cluster: a}}}}
+          http_filters:
+{filters}          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+"#,
+        of_manager = case.of_manager,
+        log = log.display(),
+    )
+}
+
+fn cluster(port: u16) -> String {
+    format!(
+        "  clusters:\n  - name: a\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: a\n      \
+         endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: \
+         {port}}}}}}}}}]}}]\n"
+    )
+}

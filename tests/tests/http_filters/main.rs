@@ -1,0 +1,14 @@
+//! HTTP filters side by side with the real Envoy: tables of filters, and of requests that meet them. What clients see, what the
+//! services behind the proxies see, what the access logs say and what the filters count must be the same.
+
+mod access;
+mod harness;
+#[path = "../http_routes/upstream.rs"]
+mod upstream;
+
+use anyhow::Result;
+
+#[test]
+fn access_is_granted_as_by_envoy() -> Result<()> {
+    harness::compare(access::cases())
+}
