@@ -51,24 +51,18 @@ impl Case {
 }
 
 /// What one proxy made of all cases, by case.
-fn outcomes(kind: Kind, cases: &[Case], dir: &Path) -> Result<Vec<Vec<String>>> {
+fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec<Vec<String>>> {
     let seen = Arc::new(Seen::default());
     let service = upstream::start("a", Arc::clone(&seen))?;
-    let mut held = Vec::new();
-    let mut ports = Vec::new();
     let mut yaml = "static_resources:\n  listeners:\n".to_owned();
     let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
     for (index, case) in cases.iter().enumerate() {
-        let port = TcpListener::bind("127.0.0.1:0")?;
-        ports.push(port.local_addr()?.port());
-        held.push(port);
         yaml += &listener(ports[index], index, case, &log(index));
     }
     yaml += &cluster(service);
-    drop(held);
     let mut proxy = Daemon::start(kind, &yaml)?;
     let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
-        let (seen, ports) = (&seen, &ports);
+        let seen = &seen;
         let run = |(index, case)| scope.spawn(move || requests(index, case, ports[index], service, seen));
         let running: Vec<_> = cases.iter().enumerate().map(run).collect();
         running.into_iter().map(|case| case.join().unwrap_or_default()).collect()
@@ -125,10 +119,16 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     let only = std::env::var("ONLY").unwrap_or_default();
     let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
     let dir = scratch_dir()?;
+    // Both proxies' at once, so that neither is given the other's.
+    let held: Vec<_> =
+        cases.iter().chain(&cases).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
+    let ports: Vec<u16> = held.iter().map(|held| Ok(held.local_addr()?.port())).collect::<Result<_>>()?;
+    drop(held);
     let (envoy, culvert) = thread::scope(|scope| {
         let (cases, dir) = (&cases, &dir);
-        let run = |kind| scope.spawn(move || outcomes(kind, cases, dir));
-        let (envoy, culvert) = (run(Kind::Envoy), run(Kind::Culvert));
+        let run = |kind, ports| scope.spawn(move || outcomes(kind, cases, ports, dir));
+        let (first, second) = ports.split_at(cases.len());
+        let (envoy, culvert) = (run(Kind::Envoy, first), run(Kind::Culvert, second));
         (envoy.join(), culvert.join())
     });
     let ended = |_| anyhow::anyhow!("a thread panicked");

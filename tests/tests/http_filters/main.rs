@@ -2,6 +2,7 @@
 //! services behind the proxies see, what the access logs say and what the filters count must be the same.
 
 mod access;
+mod faults;
 mod harness;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
@@ -11,4 +12,9 @@ use anyhow::Result;
 #[test]
 fn access_is_granted_as_by_envoy() -> Result<()> {
     harness::compare(access::cases())
+}
+
+#[test]
+fn faults_are_injected_as_by_envoy() -> Result<()> {
+    harness::compare(faults::cases())
 }

@@ -235,7 +235,7 @@ pub(crate) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFract
 }
 
 /// A share.
-pub(super) fn fraction(share: FractionalPercent) -> Fraction {
+pub(crate) fn fraction(share: FractionalPercent) -> Fraction {
     let denominator = match DenominatorType::try_from(share.denominator) {
         Ok(DenominatorType::TenThousand) => Denominator::TenThousand,
         Ok(DenominatorType::Million) => Denominator::Million,

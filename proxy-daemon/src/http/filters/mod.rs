@@ -3,6 +3,7 @@
 //! A filter is added by writing its file and one line in [`REGISTRY`].
 
 mod discovered;
+mod fault;
 mod local_ratelimit;
 mod on_demand;
 mod r#override;
@@ -202,6 +203,12 @@ pub const REGISTRY: &[Registered] = &[
         name: "culvert.filters.http.override",
         type_name: r#override::TYPE_NAME,
         parse: r#override::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.fault",
+        type_name: "envoy.extensions.filters.http.fault.v3.HTTPFault",
+        parse: fault::parse,
         per_route: None,
     },
     Registered {
