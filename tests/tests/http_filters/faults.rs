@@ -19,7 +19,12 @@ pub fn cases() -> Vec<Case> {
         case("abort with a gRPC status", FAULT, &format!("abort: {{grpc_status: 5, {ALWAYS}}}"), &[grpc, "GET /"]),
         case("no percentage is none", FAULT, "abort: {http_status: 418}", &["GET /"]),
         case("delay", FAULT, &delay, &all),
-        case("delay and abort", FAULT, &format!("{delay}, {abort}"), &["GET /", "POST /\ncontent-type: application/grpc"]),
+        case(
+            "delay and abort",
+            FAULT,
+            &format!("{delay}, {abort}"),
+            &["GET /", "POST /\ncontent-type: application/grpc"],
+        ),
         case(
             "abort by header",
             FAULT,

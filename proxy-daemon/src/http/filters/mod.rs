@@ -1,6 +1,6 @@
 //! HTTP filters, one file each, found by their Envoy name.
 //!
-//! A filter is added by writing its file and one line in [`REGISTRY`].
+//! A filter is added by writing its file and one line in [`REGISTRY`]: docs/extending.md shows how.
 
 mod discovered;
 mod fault;
@@ -139,8 +139,11 @@ pub struct FilterCx<'a> {
 /// Reads a filter's configuration.
 pub type Parse = fn(&Any, &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError>;
 
+/// What a route tells a filter: of a type that the filter knows.
+pub type PerRouteConfig = Arc<dyn std::any::Any + Send + Sync>;
+
 /// Reads what a route tells a filter; the second argument is the path of the message, for errors.
-pub type ParsePerRoute = fn(&Any, &str) -> Result<Arc<dyn std::any::Any + Send + Sync>, FieldError>;
+pub type ParsePerRoute = fn(&Any, &str) -> Result<PerRouteConfig, FieldError>;
 
 /// What the configuration of a stream's route, its virtual host and their route configuration tells one filter.
 #[derive(Debug, Clone, Copy, Default)]
@@ -172,7 +175,7 @@ impl<'a> PerRoute<'a> {
 ///
 /// # Errors
 /// No filter takes such a message, or the field that is wrong or not honoured.
-pub fn parse_per_route(config: &Any, path: &str) -> Result<Arc<dyn std::any::Any + Send + Sync>, FieldError> {
+pub fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
     let wanted = type_name(config);
     let parse = REGISTRY.iter().filter_map(|filter| filter.per_route).find(|(name, _)| *name == wanted);
     match parse {
