@@ -159,7 +159,16 @@ async fn run(
     let followed = followed.collect();
     let sources = bootstrap.sources.clone();
     let watches = Arc::clone(&sources.watches);
-    let start_up = StartUp { first, cds: bootstrap.cds, lds: bootstrap.lds, secrets, followed, watches, sources };
+    let start_up = StartUp {
+        first,
+        cds: bootstrap.cds,
+        lds: bootstrap.lds,
+        secrets,
+        followed,
+        watches,
+        sources,
+        drain_time: drain_time(flags),
+    };
     let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {

@@ -1,4 +1,7 @@
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    collections::HashSet,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use prost::encoding::{self, DecodeContext, WireType};
 
@@ -34,6 +37,12 @@ impl Prints {
             }
         }
         Some(Prints { rest: rest.finish(), chains, default })
+    }
+
+    /// How many of the chains are not among those of `next`.
+    pub fn gone_in(&self, next: &Prints) -> usize {
+        let kept: HashSet<u64> = next.chains.iter().chain(&next.default).copied().collect();
+        self.chains.iter().chain(&self.default).filter(|chain| !kept.contains(chain)).count()
     }
 
     /// The hash of the chain at `index` of `chains` chains; after them comes the default one.

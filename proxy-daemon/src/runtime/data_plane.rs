@@ -381,6 +381,7 @@ impl DataPlane {
         let all = std::mem::take(&mut *lock(&self.0.listeners));
         for running in all.into_values() {
             self.close(running).await;
+            stats::counter("listener_manager.listener_stopped").inc();
         }
     }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
     layered_runtime::{observe, with_values},
-    stats::HiddenCounter,
+    stats::{self, HiddenCounter},
     tls::{ClientTls, Secrets},
 };
 
@@ -90,7 +90,11 @@ impl Cluster {
         let next = Arc::new(build(endpoints, &self.hosts.load(), workers));
         self.stats.publish_hosts(&next);
         self.hosts.store(next);
-        self.hosts_version.fetch_add(1, Ordering::Release);
+        let before = self.hosts_version.fetch_add(1, Ordering::Release);
+        // The first answer of DNS is the cluster's beginning. EDS comes here only when the cluster is in use.
+        if before > 1 || matches!(self.config.discovery, Discovery::Eds { .. }) {
+            stats::counter("cluster_manager.cluster_updated").inc();
+        }
     }
 }
 

@@ -124,7 +124,12 @@ fn respond(config: &Configuration, request: &ClientStatusRequest) -> Result<Clie
     generic.extend(resources.listeners.iter().map(|it| fixed(Listener::type_url(), &it.name, dump::pack(it))));
     let snapshot = config.snapshot();
     for of_type in &snapshot.types {
-        generic.extend(of_type.resources.iter().map(|resource| generic_config(of_type, resource, with_content)));
+        // What only drains is not the control plane's any more.
+        let current = of_type
+            .resources
+            .iter()
+            .filter(|it| it.active.is_some() || it.warming.is_some() || it.failure.is_some() || it.missing.is_some());
+        generic.extend(current.map(|resource| generic_config(of_type, resource, with_content)));
     }
     generic.extend(snapshot.faults.iter().map(unusable));
     #[expect(deprecated, reason = "the only place in the API where a resource can be shown to be warming")]

@@ -81,6 +81,9 @@ impl<A: Apply> ConfigStore<A> {
     /// Takes an update of CDS.
     pub(super) fn take_clusters(&self, state: &mut State, source: &Source, update: Update, id: UpdateId) {
         let on_demand = state.demanded.is_in(source, &update);
+        let counts = &self.0.stats.clusters;
+        let changes = || counts.added.value() + counts.modified.value() + counts.removed.value();
+        let before = changes();
         state.clusters.refused.begin(&update);
         let mut rejected = false;
         for resource in update.added {
@@ -103,6 +106,9 @@ impl<A: Apply> ConfigStore<A> {
             state.demanded.answered(!rejected);
         }
         if state.cds.is(source) {
+            if changes() != before {
+                self.0.stats.only_clusters.reloaded();
+            }
             self.0.stats.clusters.answered(!rejected);
         }
     }

@@ -1,16 +1,36 @@
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use crate::stats::{Counter, Gauge, Lease, Scope};
+use crate::stats::{Counter, Gauge, Histogram, Lease, Scope};
 
 /// Counters of the cluster and the listener manager, by Envoy's names.
 pub(super) struct StoreStats {
     pub(super) clusters: KindStats,
     pub(super) listeners: KindStats,
+    pub(super) only_clusters: ClusterCounts,
+    pub(super) only_listeners: ListenerCounts,
 }
 
 impl StoreStats {
     pub(super) fn new() -> StoreStats {
+        let (clusters, listeners) = (Scope::new("cluster_manager"), Scope::new("listener_manager"));
+        // Updates are never merged, and workers are not pinned to processors.
+        for never in ["cluster_updated_via_merge", "update_merge_cancelled", "update_out_of_merge_window"] {
+            clusters.counter(never);
+        }
+        clusters.counter("cluster_updated");
+        listeners.counter("listener_stopped");
+        listeners.gauge("workers_pinned").set(0);
+        let cds = clusters.child("cds");
         StoreStats {
+            only_clusters: ClusterCounts {
+                config_reload: cds.counter("config_reload"),
+                config_reload_time_ms: cds.gauge("config_reload_time_ms"),
+            },
+            only_listeners: ListenerCounts {
+                in_place_updated: listeners.counter("listener_in_place_updated"),
+                draining: listeners.gauge("total_listeners_draining"),
+                draining_chains: listeners.gauge("total_filter_chains_draining"),
+            },
             clusters: KindStats::new("cluster_manager", "cluster", ["active_clusters", "warming_clusters"], "cds"),
             listeners: KindStats::new(
                 "listener_manager",
@@ -34,6 +54,34 @@ pub(super) struct KindStats {
     update_success: Counter,
     update_rejected: Counter,
     pub(super) init_fetch_timeout: Counter,
+    update_duration: Histogram,
+}
+
+/// What is counted for clusters alone.
+pub(super) struct ClusterCounts {
+    config_reload: Counter,
+    config_reload_time_ms: Gauge,
+}
+
+impl ClusterCounts {
+    /// Clusters have been added, changed or removed.
+    pub(super) fn reloaded(&self) {
+        self.config_reload.inc();
+        self.config_reload_time_ms.set(now_ms());
+    }
+}
+
+/// What is counted for listeners alone.
+pub(super) struct ListenerCounts {
+    pub(super) in_place_updated: Counter,
+    pub(super) draining: Gauge,
+    pub(super) draining_chains: Gauge,
+}
+
+/// Milliseconds since 1970.
+pub(super) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl KindStats {
@@ -52,7 +100,13 @@ impl KindStats {
             update_success: api.counter("update_success"),
             update_rejected: api.counter("update_rejected"),
             init_fetch_timeout: api.counter("init_fetch_timeout"),
+            update_duration: api.histogram("update_duration"),
         }
+    }
+
+    /// An update was taken in so long.
+    pub(super) fn took(&self, time: Duration) {
+        self.update_duration.record(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     }
 
     /// Counts one update, as a whole accepted or not.
@@ -74,8 +128,7 @@ impl ScopedCounts {
         let reloads = self.0.counter("config_reload");
         if changed {
             reloads.inc();
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-            self.0.gauge("config_reload_time_ms").set(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+            self.0.gauge("config_reload_time_ms").set(now_ms());
         }
     }
 

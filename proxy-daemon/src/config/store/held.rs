@@ -78,6 +78,7 @@ impl<A: Apply> ConfigStore<A> {
     fn swap_in(&self, state: &mut State, source: &Source, name: &str, stored: Arc<Version>, routes: Arc<RouteConfig>) {
         let Some(entry) = state.watched[Kind::Routes as usize].get_mut(source, name) else { return };
         (entry.stored, entry.refused) = (Some(stored), None);
+        entry.subscribed.changed();
         self.put_routes(state, source, name, &routes);
     }
 }

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::{
     Apply, ConfigStore,
+    draining::Draining,
     kinds::{Need, listener_needs},
     refused::Refused,
     resources,
@@ -29,6 +30,8 @@ pub(in crate::config) struct Listeners {
     pub(in crate::config) by_name: BTreeMap<Arc<str>, Entry>,
     /// Where the newest version of one was refused: that.
     pub(in crate::config) refused: Refused,
+    /// Versions that were replaced or removed, while their connections finish.
+    pub(in crate::config) draining: Draining,
 }
 
 /// One listener; at least one of its versions is there.
@@ -341,7 +344,15 @@ impl<A: Apply> ConfigStore<A> {
             Ok(()) => {
                 self.0.stats.listeners.succeeded.inc();
                 let update = version.update.take();
+                let prints = |version: &ListenerVersion| Prints::of(&version.stored.as_ref()?.body.value);
+                let new = prints(&version);
                 if let Some(before) = entry.active.replace(version) {
+                    let kept = prints(&before).zip(new).filter(|(old, new)| old.rest == new.rest);
+                    let gone = kept.map(|(old, new)| old.gone_in(&new));
+                    if gone.is_some() {
+                        self.0.stats.only_listeners.in_place_updated.inc();
+                    }
+                    state.drain_listener(name, before.stored.as_ref(), gone);
                     self.drop_listener_version(state, before);
                 }
                 update.into_iter().for_each(|update| state.updates.part_done(update));
@@ -366,6 +377,9 @@ impl<A: Apply> ConfigStore<A> {
             return;
         }
         let Some(entry) = state.listeners.by_name.remove(name) else { return };
+        if let Some(active) = &entry.active {
+            state.drain_listener(&name.into(), active.stored.as_ref(), None);
+        }
         for version in entry.warming.into_iter().chain(entry.starting).chain(entry.active) {
             self.drop_listener_version(state, version);
         }

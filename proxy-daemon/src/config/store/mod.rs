@@ -27,6 +27,7 @@ mod apply;
 mod clusters;
 mod counts;
 mod demanded;
+mod draining;
 mod extensions;
 mod held;
 mod kinds;
@@ -121,6 +122,8 @@ pub struct StartUp {
     pub watches: Arc<Watches>,
     /// The sources that there are.
     pub sources: sources::Config,
+    /// How long the connections of a listener that is replaced or removed may go on.
+    pub drain_time: Duration,
 }
 
 /// How far the start has come.
@@ -258,6 +261,7 @@ impl<A: Apply> ConfigStore<A> {
                         state.lds.settled = true;
                     }
                     Due::Cds | Due::Lds => {}
+                    Due::Drained => self.drained(state, now),
                     Due::OnDemand => state.forget_idle(now),
                     Due::Listener(name, id) => self.retry_listener(state, &name, id),
                 }
@@ -371,6 +375,9 @@ impl<A: Apply> ConfigStore<A> {
         let all = || state.listeners.by_name.values();
         listeners.active.set(all().filter(|listener| listener.active.is_some()).count() as u64);
         listeners.warming.set(all().filter(|listener| listener.warming.is_some()).count() as u64);
+        let (whole, chains) = state.listeners.draining.counts();
+        self.0.stats.only_listeners.draining.set(whole as u64);
+        self.0.stats.only_listeners.draining_chains.set(chains as u64);
     }
 }
 
@@ -383,6 +390,9 @@ impl<A: Apply> Sink for ConfigStore<A> {
         if update.added.len() >= LARGE {
             self.0.large.notify_one();
         }
+        // As in Envoy, files and polls are not timed.
+        let timed = matches!(source, Source::Ads | Source::Grpc(_)).then(Instant::now);
+        let kind = update.type_url.clone();
         self.changed(|state| {
             let id = state.updates.begin(done);
             let type_url = update.type_url.clone();
@@ -403,6 +413,12 @@ impl<A: Apply> Sink for ConfigStore<A> {
             }
             state.updates.part_done(id);
         });
+        let stats = &self.0.stats;
+        match (timed, kind.as_str()) {
+            (Some(start), type_url::CLUSTER) => stats.clusters.took(start.elapsed()),
+            (Some(start), type_url::LISTENER) => stats.listeners.took(start.elapsed()),
+            _ => {}
+        }
     }
 }
 

@@ -117,6 +117,7 @@ impl<A: Apply> ConfigStore<A> {
                     None => (Some(resources::version(resource)), None),
                 };
                 entry.refused = None;
+                entry.subscribed.changed();
                 entry.value = Some(value.clone());
                 if kind == Kind::ExtensionConfigs {
                     entry.places.reloaded();

@@ -49,7 +49,16 @@ impl State {
                 ..Resource::default()
             }
         });
-        of_type(type_url::LISTENER, known, self.listeners.refused.by_name())
+        let mut all = of_type(type_url::LISTENER, known, self.listeners.refused.by_name());
+        for (name, version) in self.listeners.draining.versions() {
+            let at = all.resources.binary_search_by(|resource| (*resource.name).cmp(name));
+            let at = at.unwrap_or_else(|at| {
+                all.resources.insert(at, Resource { name: name.to_string(), ..Resource::default() });
+                at
+            });
+            all.resources[at].draining = Some(Arc::clone(version));
+        }
+        all
     }
 
     fn scopes_now(&self) -> Type {

@@ -68,6 +68,8 @@ pub(super) enum Due {
     /// The first answer of CDS, or of LDS, is waited for no longer.
     Cds,
     Lds,
+    /// What drains has had its time.
+    Drained,
     /// Names that nobody waits for are forgotten.
     OnDemand,
     /// A listener that could not be bound is tried again.
@@ -111,6 +113,8 @@ pub(in crate::config) struct State {
     pub(super) changes: Vec<ClusterChange>,
     due: BTreeSet<(Instant, Due)>,
     next_version: u64,
+    /// How long connections may go on: see [`StartUp::drain_time`].
+    pub(super) drain_time: Duration,
 }
 
 impl State {
@@ -142,6 +146,7 @@ impl State {
             changes: Vec::new(),
             due: BTreeSet::new(),
             next_version: 0,
+            drain_time: start.drain_time,
         }
     }
 

@@ -1,13 +1,14 @@
 //! What is counted for each resource that is asked for by name, under the names of Envoy's subscriptions. It is kept with the
 //! resource and written out when somebody looks, so that it goes with it.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, sync::Arc};
 
 use culvert_xds_client::source::Source;
 use twox_hash::XxHash64;
 
 use super::{
     Apply, ConfigStore,
+    counts::now_ms,
     kinds::Kind,
     state::State,
     watched::{Entry, Owner},
@@ -23,6 +24,10 @@ pub(super) struct Subscribed {
     rejected: u32,
     timeouts: u32,
     empty: u32,
+    /// Updates that brought something else than what was in force.
+    changes: u32,
+    /// When the last of them was, in milliseconds since 1970; 0: never.
+    changed: u64,
     /// When an update was last accepted, in milliseconds since 1970; 0: never.
     updated: u64,
     /// The version that was accepted last.
@@ -44,11 +49,16 @@ impl Subscribed {
             return;
         }
         self.successes += 1;
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.updated = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        self.updated = now_ms();
         if !version.is_empty() {
             self.version = Some(Arc::clone(version));
         }
+    }
+
+    /// Something else is in force than before.
+    pub(super) fn changed(&mut self) {
+        self.changes += 1;
+        self.changed = now_ms();
     }
 
     /// There was no answer.
@@ -76,6 +86,8 @@ impl Subscribed {
         self.rejected += other.rejected;
         self.timeouts += other.timeouts;
         self.empty += other.empty;
+        self.changes += other.changes;
+        self.changed = self.changed.max(other.changed);
         if other.updated >= self.updated {
             (self.updated, self.version) = (other.updated, other.version.clone());
         }
@@ -137,7 +149,15 @@ impl State {
             let has_empty = matches!(kind, Kind::Endpoints | Kind::Routes | Kind::Scopes);
             for (scope, subscribed) in all {
                 subscribed.metrics(&scope, has_empty, &mut metrics);
+                if kind == Kind::Routes {
+                    metrics.extend([
+                        Metric::external(&format!("{scope}.config_reload"), subscribed.changes.into()),
+                        Metric::external_gauge(&format!("{scope}.config_reload_time_ms"), subscribed.changed),
+                    ]);
+                }
                 if kind == Kind::Endpoints {
+                    let same = subscribed.successes.saturating_sub(subscribed.changes);
+                    metrics.push(Metric::external(&format!("{scope}.update_no_rebuild"), same.into()));
                     // `endpoint_stale_after` is refused, and endpoints are not cached: these do not happen.
                     let never = ["assignment_stale", "assignment_timeout_received", "assignment_use_cached"];
                     metrics.extend(never.map(|name| Metric::external(&format!("{scope}.{name}"), 0)));
