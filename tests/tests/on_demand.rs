@@ -32,6 +32,7 @@ use envoy_types::pb::envoy::config::route::v3::{
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use envoy_types::pb::google::protobuf::Any;
 use prost::{Message, Name};
+use serde_json::Value;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -290,6 +291,13 @@ fn virtual_hosts(kind: Kind) -> Result<Vec<String>> {
     seen.extend(log(&daemon, 9)?);
     seen.extend(asked.all());
     let stats = daemon.stats()?;
+    let dump: Value = serde_json::from_str(&daemon.admin("/config_dump")?)?;
+    let sections = dump["configs"].as_array().into_iter().flatten();
+    for routes in sections.filter_map(|section| section["dynamic_route_configs"].as_array()).flatten() {
+        let hosts = routes["route_config"]["virtual_hosts"].as_array().into_iter().flatten();
+        // The version is left out: Envoy's is that of the response (`system_version_info`), ours the resource's.
+        seen.push(format!("shown: {:?}", hosts.map(|host| &host["name"]).collect::<Vec<_>>()));
+    }
     for leaf in ["update_attempt", "update_success", "update_rejected", "config_reload"] {
         seen.push(format!("vhds.{leaf}: {}", stats.get(&format!("http.ingress.rds.vhds.web.{leaf}"))));
     }

@@ -98,6 +98,10 @@ impl<A: Apply> ConfigStore<A> {
         let parsed = parsed.and_then(|value| state.check(&value, (source, &name), &users).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let parsed = parsed.and_then(|value| entry.places.parse(&value).map(|filters| (value, filters)));
+        let parsed = parsed.and_then(|(value, filters)| {
+            filters.iter().try_for_each(|(_, filter)| state.check_filter(&**filter, &resource.body))?;
+            Ok((value, filters))
+        });
         self.drop_held(state, source, &name);
         if let Ok((Value::Routes(routes), _)) = &parsed
             && self.hold(state, source, &resource, routes, id)

@@ -87,11 +87,14 @@ impl State {
         if kind == Kind::Scopes {
             return self.scopes_now();
         }
-        let known = self.watched(kind).entries().map(|(_, name, entry)| {
+        let known = self.watched(kind).entries().map(|(source, name, entry)| {
             let missing = if entry.settled { Missing::DoesNotExist } else { Missing::Requested };
             Resource {
                 name: name.to_string(),
-                active: entry.stored.clone(),
+                active: match &entry.stored {
+                    Some(stored) if kind == Kind::Routes => Some(self.vhds.merged_version(source, name, stored)),
+                    stored => stored.clone(),
+                },
                 failure: entry.refused.clone(),
                 missing: (entry.stored.is_none() && entry.refused.is_none()).then_some(missing),
                 ..Resource::default()

@@ -12,10 +12,13 @@ use super::{
     scopes::AllScopes,
     state::State,
 };
-use crate::config::{
-    FieldError,
-    model::{Listener, ScopeSource},
-    parse,
+use crate::{
+    config::{
+        FieldError,
+        model::{Listener, ScopeSource},
+        parse,
+    },
+    http::filters::HttpFilterFactory,
 };
 
 /// Messages inside messages that are looked through; Envoy's nest far less.
@@ -24,7 +27,7 @@ const MAX_DEPTH: usize = 100;
 impl State {
     /// Refuses a resource that needs others from a source that cannot be had, as Envoy does.
     pub(super) fn check_needs(&self, needs: &[Need], body: &Any) -> Result<(), FieldError> {
-        needs.iter().try_for_each(|need| self.check_source(&need.wanted.from.source, need.kind, body))
+        needs.iter().try_for_each(|need| self.check_source(&need.wanted.from.source, need.kind.type_url(), body))
     }
 
     /// The same for a listener. What routes its scopes are going to name is not known yet, but where they come from.
@@ -32,13 +35,24 @@ impl State {
         self.check_needs(&listener_needs(listener, &AllScopes::new()), body)?;
         let scoped = listener.connection_managers().filter_map(|manager| manager.scoped());
         scoped.into_iter().try_for_each(|scoped| match &scoped.scopes {
-            ScopeSource::Srds { routes, .. } => self.check_source(&routes.source, Kind::Routes, body),
+            ScopeSource::Srds { routes, .. } => self.check_source(&routes.source, Kind::Routes.type_url(), body),
             ScopeSource::Inline(_) => Ok(()),
+        })?;
+        let mut filters = listener.connection_managers().flat_map(|manager| &manager.http_filters);
+        filters.try_for_each(|filter| {
+            let check = |factory: &dyn HttpFilterFactory| self.check_filter(factory, body);
+            filter.source.with(check).unwrap_or(Ok(()))
         })
     }
 
-    fn check_source(&self, source: &Source, kind: Kind, body: &Any) -> Result<(), FieldError> {
-        let checked = self.sources.check(source, kind.type_url());
+    /// Refuses an HTTP filter that asks for something on demand from a source that cannot be had.
+    pub(super) fn check_filter(&self, filter: &dyn HttpFilterFactory, body: &Any) -> Result<(), FieldError> {
+        let Some((from, type_url)) = filter.source() else { return Ok(()) };
+        self.check_source(&from.source, type_url, body)
+    }
+
+    fn check_source(&self, source: &Source, type_url: &str, body: &Any) -> Result<(), FieldError> {
+        let checked = self.sources.check(source, type_url);
         checked.map_err(|text| FieldError::new(path_of(body, source).unwrap_or_default(), text))
     }
 

@@ -13,7 +13,8 @@ use culvert_xds_client::{
     ads::{Interest, Resource, Update, type_url},
     source::Source,
 };
-use envoy_types::pb::envoy::config::route::v3::VirtualHost as Message;
+use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, VirtualHost as Message};
+use prost::Message as _;
 
 use super::{
     Apply, ConfigStore, counts::VhdsCounts, demanded::Demanded, kinds::Kind, refused::Refused, resources, state::State,
@@ -93,6 +94,22 @@ impl AllHosts {
     /// Those in force, with their names.
     pub(in crate::config) fn entries(&self) -> impl Iterator<Item = (&String, &Arc<Version>)> {
         self.by_routes.values().flat_map(|hosts| hosts.by_name.iter().map(|(name, (stored, _))| (name, stored)))
+    }
+
+    /// A route configuration as it is in force, for people: with its virtual hosts of VHDS after its own.
+    pub(super) fn merged_version(&self, source: &Arc<Source>, name: &Arc<str>, stored: &Arc<Version>) -> Arc<Version> {
+        let Some(hosts) = self.by_routes.get(&(Arc::clone(source), Arc::clone(name))) else {
+            return Arc::clone(stored);
+        };
+        if hosts.by_name.is_empty() {
+            return Arc::clone(stored);
+        }
+        let decoded = hosts.by_name.values().filter_map(|(host, _)| Message::decode(host.body.value.as_slice()).ok());
+        let added = RouteConfiguration { virtual_hosts: decoded.collect(), ..RouteConfiguration::default() };
+        let mut merged = Version::clone(stored);
+        // Of messages that follow one another, lists are joined.
+        merged.body.value.extend(added.encode_to_vec());
+        Arc::new(merged)
     }
 
     /// Whether the virtual hosts of a route configuration have not come yet.

@@ -108,6 +108,30 @@ fn what_nobody_asked_for_is_accepted_and_forgotten() {
 }
 
 #[test]
+fn an_entry_is_small() {
+    // There is one for each cluster of EDS, ten thousand and more: what only few of them have is boxed.
+    let size = size_of::<crate::config::store::watched::Entry>();
+    assert!(size <= 256, "{size} bytes");
+}
+
+#[test]
+fn a_filter_whose_source_cannot_be_had_is_refused_with_its_listener() {
+    let (store, _) = running();
+    let filter = "{ name: od, typed_config: { '@type': \
+                  type.googleapis.com/envoy.extensions.filters.http.on_demand.v3.OnDemand, odcds: { source: { \
+                  resource_api_version: V3, api_config_source: { api_type: DELTA_GRPC, transport_api_version: V3, \
+                  grpc_services: [{ envoy_grpc: { cluster_name: nobody } }] } } } } }";
+    let yaml = listener_yaml("in", "web", "");
+    let yaml = yaml.replace("http_filters:", &format!("http_filters:\n      - {filter}"));
+    let told = store.update(update(Listener::type_url(), vec![resource::<Listener>("in", &yaml)]));
+    let rejected = told.rejected();
+    assert!(
+        rejected.len() == 1 && rejected[0].message.contains("odcds.source: must have a statically"),
+        "{rejected:?}"
+    );
+}
+
+#[test]
 fn sources_are_kept_apart() {
     use culvert_xds_client::source::FileSource;
     let (store, calls) = running();

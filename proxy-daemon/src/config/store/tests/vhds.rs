@@ -2,6 +2,8 @@
 
 use envoy_types::pb::envoy::config::route::v3::VirtualHost;
 
+use prost::Message as _;
+
 use super::*;
 use crate::on_demand::{self, Messages, OnDemand, Wait, Wanted};
 
@@ -46,6 +48,12 @@ fn a_listener_waits_for_the_first_virtual_hosts() {
     let (store, calls) = with_routes();
     assert!(store.update(hosts(vec![host("a", "a.test")])).rejected().is_empty());
     assert_eq!(calls.take(), ["routes web", "listener in"]);
+    // It is shown with them.
+    let shown = store.snapshot();
+    let shown = shown.of(&RouteConfiguration::type_url())[0].active.clone().expect("it is in force");
+    let shown = RouteConfiguration::decode(&*shown.body.value).expect("a route configuration");
+    let named: Vec<_> = shown.virtual_hosts.iter().map(|host| host.name.as_str()).collect();
+    assert_eq!((named, shown.vhds.is_some()), (vec!["own", "a"], true));
     // Those of no route configuration are passed over.
     let mut other = host("b", "b.test");
     other.name = "other/b".to_owned();
