@@ -365,6 +365,7 @@ pub(super) async fn handle(
         override_dst: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
+        keeps_request: false,
         started,
         progress: Rc::clone(&progress),
         request: RefCell::default(),
@@ -607,6 +608,9 @@ pub(super) fn answer(
     end.flags |= reply.flags;
     if end.details.is_empty() {
         end.details = reply.details;
+    }
+    if reply.status == StatusCode::PAYLOAD_TOO_LARGE {
+        end.state.manager.stats.downstream_rq_too_large.inc();
     }
     let mut response = Response::new(Body::Empty);
     *response.status_mut() = reply.status;

@@ -3,6 +3,7 @@
 mod aside;
 mod begun;
 pub mod body;
+mod buffered;
 pub mod codec;
 mod conn_manager;
 pub mod filters;

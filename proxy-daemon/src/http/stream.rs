@@ -83,6 +83,8 @@ pub struct StreamCx {
     pub started: Instant,
     /// What can be told about the request's body while it passes.
     pub progress: Rc<Progress>,
+    /// Set by a filter: the request is kept for the response's headers.
+    pub keeps_request: bool,
     /// The request, kept where the response's headers are made of it.
     pub(super) request: RefCell<Option<Box<RequestHead>>>,
 }
@@ -110,7 +112,7 @@ impl StreamCx {
     /// Keeps the request where response headers are formatted.
     pub(super) fn keep_request(&self, head: &RequestHead) {
         let is_format = |add: &HeaderAdd| matches!(add.value, AddedValue::Format(_));
-        if self.header_mutations().any(|mutations| mutations.response_add.iter().any(is_format)) {
+        if self.keeps_request || self.header_mutations().any(|mutations| mutations.response_add.iter().any(is_format)) {
             self.request.replace(Some(Box::new(head.clone())));
         }
     }

@@ -26,6 +26,8 @@ pub struct Case {
     requests: Vec<String>,
     /// Lines of the connection manager.
     of_manager: String,
+    /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
+    told: [String; 3],
 }
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
@@ -33,13 +35,37 @@ pub struct Case {
 /// line comes its body. Paths below `/direct` are answered by the proxy.
 pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[&str]) -> Case {
     let requests = requests.iter().map(|request| (*request).to_owned()).collect();
-    Case { name, filters: vec![(filter, config.to_owned())], requests, of_manager: String::new() }
+    Case {
+        name,
+        filters: vec![(filter, config.to_owned())],
+        requests,
+        of_manager: String::new(),
+        told: Default::default(),
+    }
+}
+
+/// A level that tells filters something.
+#[derive(Debug, Clone, Copy)]
+pub enum By {
+    Config,
+    Host,
+    /// All routes but those of `/plain`.
+    Route,
 }
 
 impl Case {
     /// With a further filter behind.
     pub fn then(mut self, filter: &'static str, config: &str) -> Case {
         self.filters.push((filter, config.to_owned()));
+        self
+    }
+
+    /// The last filter is told this by a level. `message` and `config` as the filter's own.
+    pub fn told(mut self, by: By, message: &str, config: &str) -> Case {
+        let filter = self.filters.last().map_or("", |(filter, _)| filter);
+        self.told[by as usize] += &format!(
+            "{filter}: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.{message}, {config}}}, "
+        );
         self
     }
 
@@ -113,17 +139,32 @@ fn filter_stats(stats: &str, index: usize) -> String {
     lines.join("\n")
 }
 
+/// Ports below those that the system gives to clients: with so many requests, one of those would be taken before it is used. Tests
+/// of other processes begin elsewhere.
+fn free_ports(wanted: usize) -> Result<Vec<u16>> {
+    const RANGE: std::ops::Range<u16> = 26000..26500;
+    let start = usize::try_from(std::process::id())? * 67;
+    let mut held = Vec::new();
+    let mut ports = Vec::new();
+    for port in RANGE.cycle().skip(start % RANGE.len()).take(RANGE.len()) {
+        if ports.len() < wanted
+            && let Ok(listener) = TcpListener::bind(("127.0.0.1", port))
+        {
+            held.push(listener);
+            ports.push(port);
+        }
+    }
+    ensure!(ports.len() == wanted, "too few free ports");
+    Ok(ports)
+}
+
 /// Fails with all cases in which the two differ.
 pub fn compare(cases: Vec<Case>) -> Result<()> {
     // For work on one case.
     let only = std::env::var("ONLY").unwrap_or_default();
     let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
     let dir = scratch_dir()?;
-    // Both proxies' at once, so that neither is given the other's.
-    let held: Vec<_> =
-        cases.iter().chain(&cases).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<_, _>>()?;
-    let ports: Vec<u16> = held.iter().map(|held| Ok(held.local_addr()?.port())).collect::<Result<_>>()?;
-    drop(held);
+    let ports = free_ports(2 * cases.len())?;
     let (envoy, culvert) = thread::scope(|scope| {
         let (cases, dir) = (&cases, &dir);
         let run = |kind, ports| scope.spawn(move || outcomes(kind, cases, ports, dir));
@@ -163,7 +204,7 @@ fn bytes(request: &str, id: &str) -> String {
     for header in headers.lines() {
         bytes += &format!("{header}\r\n");
     }
-    if !body.is_empty() {
+    if !body.is_empty() && !headers.contains("transfer-encoding") {
         bytes += &format!("content-length: {}\r\n", body.len());
     }
     bytes + &format!("x-id: {id}\r\nconnection: close\r\n\r\n{body}")
@@ -178,6 +219,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
         )
     };
     let filters: String = case.filters.iter().map(filter).collect();
+    let [by_config, by_host, by_route] = &case.told;
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT%";
     format!(
         r#"  - name: http_{port}
@@ -196,13 +238,18 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
               log_format: {{text_format_source: {{inline_string: "{format}\n"}}}}
           route_config:
             name: local
+            typed_per_filter_config: {{{by_config}}}
             virtual_hosts:
             - name: all
               domains: ["*"]
+              typed_per_filter_config: {{{by_host}}}
               routes:
-              - {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}}}
+              - match: {{prefix: /direct}}
+                direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}
+                typed_per_filter_config: {{{by_route}}}
               - {{match: {{prefix: /created}}, direct_response: {{status: 201}}}}
-              - {{match: {{prefix: /}}, route: {{cluster: a}}}}
+              - {{match: {{prefix: /plain}}, route: {{cluster: a}}}}
+              - {{match: {{prefix: /}}, route: {{cluster: a}}, typed_per_filter_config: {{{by_route}}}}}
           http_filters:
 {filters}          - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}

@@ -2,6 +2,8 @@
 //! services behind the proxies see, what the access logs say and what the filters count must be the same.
 
 mod access;
+mod browsers;
+mod changes;
 mod faults;
 mod harness;
 #[path = "../http_routes/upstream.rs"]
@@ -17,4 +19,14 @@ fn access_is_granted_as_by_envoy() -> Result<()> {
 #[test]
 fn faults_are_injected_as_by_envoy() -> Result<()> {
     harness::compare(faults::cases())
+}
+
+#[test]
+fn messages_are_changed_as_by_envoy() -> Result<()> {
+    harness::compare(changes::cases())
+}
+
+#[test]
+fn browsers_are_answered_as_by_envoy() -> Result<()> {
+    harness::compare(browsers::cases())
 }

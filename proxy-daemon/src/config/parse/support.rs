@@ -323,6 +323,16 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.config.core.v3.ExtensionConfigSource", ALL),
     ("envoy.extensions.filters.http.on_demand.v3.OnDemand", ALL),
     ("envoy.extensions.filters.http.on_demand.v3.OnDemandCds", &["source", "timeout"]),
+    ("envoy.extensions.filters.http.header_mutation.v3.HeaderMutation", ALL),
+    ("envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute", ALL),
+    ("envoy.extensions.filters.http.header_mutation.v3.Mutations", &["request_mutations", "response_mutations"]),
+    ("envoy.config.common.mutation_rules.v3.HeaderMutation", ALL),
+    ("envoy.config.common.mutation_rules.v3.HeaderMutation.RemoveOnMatch", ALL),
+    ("envoy.extensions.filters.http.cors.v3.Cors", ALL),
+    ("envoy.extensions.filters.http.cors.v3.CorsPolicy", ALL),
+    ("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", ALL),
+    ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
+    ("envoy.extensions.filters.http.buffer.v3.BufferPerRoute", ALL),
     (
         "envoy.extensions.filters.http.fault.v3.HTTPFault",
         &[

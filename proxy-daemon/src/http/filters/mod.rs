@@ -2,8 +2,12 @@
 //!
 //! A filter is added by writing its file and one line in [`REGISTRY`]: docs/extending.md shows how.
 
+mod buffer;
+mod cors;
+mod csrf;
 mod discovered;
 mod fault;
+mod header_mutation;
 mod local_ratelimit;
 mod on_demand;
 mod r#override;
@@ -209,10 +213,37 @@ pub const REGISTRY: &[Registered] = &[
         per_route: None,
     },
     Registered {
+        name: "envoy.filters.http.buffer",
+        type_name: "envoy.extensions.filters.http.buffer.v3.Buffer",
+        parse: buffer::parse,
+        per_route: Some(("envoy.extensions.filters.http.buffer.v3.BufferPerRoute", buffer::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.cors",
+        type_name: "envoy.extensions.filters.http.cors.v3.Cors",
+        parse: cors::parse,
+        per_route: Some(("envoy.extensions.filters.http.cors.v3.CorsPolicy", cors::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.csrf",
+        type_name: "envoy.extensions.filters.http.csrf.v3.CsrfPolicy",
+        parse: csrf::parse,
+        per_route: Some(("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", csrf::parse_per_route)),
+    },
+    Registered {
         name: "envoy.filters.http.fault",
         type_name: "envoy.extensions.filters.http.fault.v3.HTTPFault",
         parse: fault::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.header_mutation",
+        type_name: "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
+        parse: header_mutation::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute",
+            header_mutation::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.local_ratelimit",

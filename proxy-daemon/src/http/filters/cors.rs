@@ -1,0 +1,205 @@
+//! `envoy.filters.http.cors`: answers preflights and tells browsers who may read an answer. What is allowed stands in the policies of
+//! routes; without one the filter does nothing.
+
+use std::sync::Arc;
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::extensions::filters::http::cors::v3::{Cors, CorsPolicy},
+    google::protobuf::Any,
+};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
+    header::{
+        ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+        ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE,
+        ACCESS_CONTROL_REQUEST_METHOD, ORIGIN,
+    },
+};
+
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use crate::{
+    access_log::ResponseFlags,
+    config::{
+        FieldError,
+        model::{RouteAction, StringMatcher, StringPattern},
+        parse,
+    },
+    http::{
+        body::Body,
+        stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    },
+    layered_runtime::{Fraction, RuntimeFraction},
+    stats::{Counter, Lease, Scope},
+};
+
+const REQUEST_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-request-private-network");
+const ALLOW_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-allow-private-network");
+const TRUE: HeaderValue = HeaderValue::from_static("true");
+
+#[derive(Debug)]
+struct CorsFactory {
+    origin_valid: Counter,
+    origin_invalid: Counter,
+    _lease: Lease,
+}
+
+/// What one level says. What it leaves open the next less specific one may say.
+#[derive(Debug)]
+struct Policy {
+    allow_origin: Vec<StringMatcher>,
+    allow_methods: Option<HeaderValue>,
+    allow_headers: Option<HeaderValue>,
+    expose_headers: Option<HeaderValue>,
+    max_age: Option<HeaderValue>,
+    allow_credentials: Option<bool>,
+    allow_private_network_access: Option<bool>,
+    forward_not_matching_preflights: Option<bool>,
+    enabled: RuntimeFraction,
+    shadow: RuntimeFraction,
+}
+
+/// The policies of a request's levels.
+#[derive(Clone, Copy)]
+struct Policies<'a>(PerRoute<'a>);
+
+impl<'a> Policies<'a> {
+    /// What the most specific level says that says something.
+    fn first<T>(self, of: impl Fn(&'a Policy) -> Option<T>) -> Option<T> {
+        self.0.all().rev().find_map(of)
+    }
+
+    fn allows(self, origin: &[u8]) -> bool {
+        let Ok(origin) = std::str::from_utf8(origin) else { return false };
+        let said = self.first(|policy| (!policy.allow_origin.is_empty()).then_some(&policy.allow_origin));
+        said.is_some_and(|matchers| matchers.iter().any(|matcher| is_star(matcher) || matcher.matches(origin)))
+    }
+
+    fn allow_credentials(self) -> bool {
+        self.first(|policy| policy.allow_credentials).unwrap_or(false)
+    }
+}
+
+/// Stands for every origin.
+fn is_star(matcher: &StringMatcher) -> bool {
+    matches!(&matcher.pattern, StringPattern::Exact(text) if &**text == "*")
+}
+
+impl HttpFilterFactory for CorsFactory {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        None
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let Some(policy) = route.most_specific::<Policy>() else { return Flow::Continue };
+        // Redirects and direct responses are nobody's, as in Envoy.
+        if !cx.route.as_ref().is_some_and(|route| matches!(route.action, RouteAction::Forward(_))) {
+            return Flow::Continue;
+        }
+        let enabled = policy.enabled.includes(cx.random);
+        if !enabled && !policy.shadow.includes(cx.random) {
+            return Flow::Continue;
+        }
+        let Some(origin) = head.headers.get(ORIGIN).filter(|origin| !origin.is_empty()) else { return Flow::Continue };
+        let policies = Policies(route);
+        let asked = head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
+        let preflight = head.method == Method::OPTIONS && asked;
+        let valid = policies.allows(origin.as_bytes());
+        let counter = if valid { self.origin_valid } else { self.origin_invalid };
+        counter.inc();
+        if !enabled {
+            return Flow::Continue;
+        }
+        if !valid {
+            let forwards = policies.first(|policy| policy.forward_not_matching_preflights).unwrap_or(true);
+            return if preflight && !forwards { Flow::Respond(answer()) } else { Flow::Continue };
+        }
+        instances.push(Box::new(CorsFilter {
+            origin: origin.clone(),
+            credentials: policies.allow_credentials(),
+            expose_headers: policies.first(|policy| policy.expose_headers.clone()),
+        }));
+        if !preflight {
+            return Flow::Continue;
+        }
+        let mut reply = answer();
+        let methods = policies.first(|policy| policy.allow_methods.clone());
+        let headers = policies.first(|policy| policy.allow_headers.clone());
+        let max_age = policies.first(|policy| policy.max_age.clone());
+        reply.headers.extend(methods.map(|methods| (ACCESS_CONTROL_ALLOW_METHODS, methods)));
+        reply.headers.extend(headers.map(|headers| (ACCESS_CONTROL_ALLOW_HEADERS, headers)));
+        reply.headers.extend(max_age.map(|age| (ACCESS_CONTROL_MAX_AGE, age)));
+        let private = head.headers.get(REQUEST_PRIVATE_NETWORK).is_some_and(|wanted| wanted == "true")
+            && policies.first(|policy| policy.allow_private_network_access).unwrap_or(false);
+        if private {
+            reply.headers.push((ALLOW_PRIVATE_NETWORK, TRUE));
+        }
+        Flow::Respond(reply)
+    }
+}
+
+fn answer() -> LocalReply {
+    LocalReply::new(StatusCode::OK, "", ResponseFlags::default(), "cors_response")
+}
+
+/// A request from an origin that is allowed.
+#[derive(Debug)]
+struct CorsFilter {
+    origin: HeaderValue,
+    credentials: bool,
+    expose_headers: Option<HeaderValue>,
+}
+
+impl HttpFilter for CorsFilter {
+    fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
+        let headers: &mut HeaderMap = &mut head.headers;
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, self.origin.clone());
+        if self.credentials {
+            headers.insert(ACCESS_CONTROL_ALLOW_CREDENTIALS, TRUE);
+        }
+        if let Some(exposed) = &self.expose_headers {
+            headers.insert(ACCESS_CONTROL_EXPOSE_HEADERS, exposed.clone());
+        }
+        Flow::Continue
+    }
+}
+
+pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    let Cors {} = unpack(typed_config, cx.path)?;
+    let scope = Scope::http(cx.stat_prefix).child("cors");
+    let (origin_valid, origin_invalid) = (scope.counter("origin_valid"), scope.counter("origin_invalid"));
+    Ok(Arc::new(CorsFactory { origin_valid, origin_invalid, _lease: scope.lease() }))
+}
+
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
+    let config: CorsPolicy = unpack(config, path)?;
+    let value = |text: &str, field: &str| {
+        let bad = |_| FieldError::new(format!("{path}.{field}"), format!("{text:?} is not a header value"));
+        (!text.is_empty()).then(|| HeaderValue::from_str(text).map_err(bad)).transpose()
+    };
+    let share = |share: Option<&_>, default| {
+        share.map_or(RuntimeFraction { default: Fraction::percent(default), key: None }, parse::runtime_fraction)
+    };
+    let matchers = config.allow_origin_string_match.iter().enumerate();
+    let matcher =
+        |(index, matcher)| parse::matcher::string(matcher, &format!("{path}.allow_origin_string_match[{index}]"));
+    Ok(Arc::new(Policy {
+        allow_origin: matchers.map(matcher).collect::<Result<_, _>>()?,
+        allow_methods: value(&config.allow_methods, "allow_methods")?,
+        allow_headers: value(&config.allow_headers, "allow_headers")?,
+        expose_headers: value(&config.expose_headers, "expose_headers")?,
+        max_age: value(&config.max_age, "max_age")?,
+        allow_credentials: config.allow_credentials.map(|allow| allow.value),
+        allow_private_network_access: config.allow_private_network_access.map(|allow| allow.value),
+        forward_not_matching_preflights: config.forward_not_matching_preflights.map(|forward| forward.value),
+        enabled: share(config.filter_enabled.as_ref(), 100),
+        shadow: share(config.shadow_enabled.as_ref(), 0),
+    }))
+}

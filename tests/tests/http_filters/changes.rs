@@ -1,0 +1,83 @@
+//! Filters that change messages: header_mutation, buffer.
+
+use super::harness::{By, Case, case};
+
+const MUTATION: &str = "header_mutation.v3.HeaderMutation";
+const MUTATION_PER_ROUTE: &str = "header_mutation.v3.HeaderMutationPerRoute";
+const BUFFER: &str = "buffer.v3.Buffer";
+const BUFFER_PER_ROUTE: &str = "buffer.v3.BufferPerRoute";
+
+pub fn cases() -> Vec<Case> {
+    [mutations(), buffer()].concat()
+}
+
+fn append(name: &str, value: &str, action: &str) -> String {
+    format!("{{append: {{header: {{key: {name}, value: \"{value}\"}}, append_action: {action}}}}}")
+}
+
+fn mutations() -> Vec<Case> {
+    let of_request = |mutations: &str| format!("mutations: {{request_mutations: [{mutations}]}}");
+    let of_response = |mutations: &str| format!("mutations: {{response_mutations: [{mutations}]}}");
+    let actions = ["APPEND_IF_EXISTS_OR_ADD", "ADD_IF_ABSENT", "OVERWRITE_IF_EXISTS_OR_ADD", "OVERWRITE_IF_EXISTS"];
+    let all = actions.map(|action| append("x-a", action, action)).join(", ");
+    let mark = |by: &str| append("x-by", by, "APPEND_IF_EXISTS_OR_ADD");
+    let (one, two) = ("GET /\nx-a: one", "GET /\nx-a: one\nx-a: two\nx-b: three");
+    let mut cases = vec![
+        case("request, remove", MUTATION, &of_request("{remove: x-a}"), &["GET /", one, two]),
+        case("response, remove", MUTATION, &of_response("{remove: x-a}"), &["GET /\nx-do: 200+x-a=1+x-b=2", "GET /"]),
+        case("request, all actions", MUTATION, &of_request(&all), &["GET /", one, two]),
+        case(
+            "response, all actions",
+            MUTATION,
+            &of_response(&all),
+            &["GET /", "GET /\nx-do: 200+x-a=1", "GET /direct"],
+        ),
+        case(
+            "remove_on_match",
+            MUTATION,
+            "mutations: {request_mutations: [{remove_on_match: {key_matcher: {prefix: X-, ignore_case: true}}}], \
+             response_mutations: [{remove_on_match: {key_matcher: {safe_regex: {regex: \"x-[ab]\"}}}}]}",
+            &[one, "GET /\nx-do: 200+x-a=1+x-b=2+x-c=3"],
+        ),
+        case("order", MUTATION, &of_request(&format!("{}, {{remove: x-a}}, {}", mark("one"), mark("two"))), &[one]),
+        case(
+            "formats",
+            MUTATION,
+            &format!(
+                "mutations: {{request_mutations: [{}, {}], response_mutations: [{}, {}]}}",
+                append("x-b", "%REQ(x-a)% %REQ(:method)%", "OVERWRITE_IF_EXISTS_OR_ADD"),
+                append("x-c", "%REQ(x-b)%", "OVERWRITE_IF_EXISTS_OR_ADD"),
+                append("x-d", "%REQ(x-a)% %RESP(x-r)%", "OVERWRITE_IF_EXISTS_OR_ADD"),
+                append("x-e", "%REQ(x-none)%", "OVERWRITE_IF_EXISTS_OR_ADD"),
+            ),
+            &[one, "GET /\nx-do: 200+x-r=5", "GET /direct\nx-a: one"],
+        ),
+        case("nothing", MUTATION, "", &["GET /"]),
+    ];
+    let levels = |name, wins| {
+        let both = |by: &str| {
+            let mark = mark(by);
+            format!("mutations: {{request_mutations: [{mark}], response_mutations: [{mark}]}}")
+        };
+        case(name, MUTATION, &(both("own") + wins), &["GET /", "GET /plain", "GET /direct", "GET /created"])
+            .told(By::Config, MUTATION_PER_ROUTE, &both("config"))
+            .told(By::Host, MUTATION_PER_ROUTE, &both("host"))
+            .told(By::Route, MUTATION_PER_ROUTE, &both("route"))
+    };
+    cases.push(levels("levels of mutations", ""));
+    cases.push(levels("levels of mutations, most specific last", ", most_specific_header_mutations_wins: true"));
+    cases
+}
+
+fn buffer() -> Vec<Case> {
+    let chunked = "POST /\ntransfer-encoding: chunked\n\n5\r\nabcde\r\n5\r\nfghij\r\n0\r\n\r\n";
+    let trailers = "POST /\ntransfer-encoding: chunked\ntrailer: x-t\n\n5\r\nabcde\r\n0\r\nx-t: 1\r\n\r\n";
+    let requests = ["GET /", "POST /\n\nbody", "POST /plain\n\nlonger body", chunked, trailers];
+    vec![
+        case("buffer", BUFFER, "max_request_bytes: 1000", &requests),
+        case("buffer, too small", BUFFER, "max_request_bytes: 6", &requests),
+        case("buffer, by route", BUFFER, "max_request_bytes: 6", &requests)
+            .told(By::Route, BUFFER_PER_ROUTE, "buffer: {max_request_bytes: 5}")
+            .told(By::Host, BUFFER_PER_ROUTE, "disabled: true"),
+    ]
+}
