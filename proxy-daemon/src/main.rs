@@ -18,7 +18,7 @@ use culvert_proxy_daemon::{
     config::{
         dump::Configuration,
         parse::{Bootstrap, StaticSecret},
-        status::{Snapshot, source_faults},
+        status::{Snapshot, source_faults, source_states},
         store::{self, Applier, ConfigStore, Kind, Need, StartUp},
     },
     intercept::Interception,
@@ -182,7 +182,11 @@ async fn run(
         tracing::info!(address = %bound, "admin interface listens");
         let (dump, kernel) = (store.clone(), plane.clone());
         let sources = Arc::clone(&source_stats);
-        let snapshot = move || Snapshot { faults: source_faults(&sources), ..dump.snapshot() };
+        let snapshot = move || {
+            let mut snapshot = Snapshot { sources: source_states(&sources), ..dump.snapshot() };
+            snapshot.faults.extend(source_faults(&sources));
+            snapshot
+        };
         let node = message.node.as_ref().map(json::to_json).unwrap_or_default();
         let admin = AdminState {
             data_plane: plane.clone(),

@@ -33,18 +33,22 @@ pub(crate) enum Unusable {
 pub(crate) enum Encoding {
     /// YAML, of which JSON is a part.
     Text,
+    /// JSON.
+    Json,
     /// Protobuf's own.
     Binary,
 }
 
 /// Reads a document.
 pub(crate) fn read(bytes: &[u8], encoding: Encoding, unknown: UnknownFields) -> Result<DiscoveryResponse, Unusable> {
-    if encoding == Encoding::Binary {
-        return Ok(DiscoveryResponse::decode(bytes)?);
-    }
+    let format = match encoding {
+        Encoding::Binary => return Ok(DiscoveryResponse::decode(bytes)?),
+        Encoding::Text => Format::Yaml,
+        Encoding::Json => Format::Json,
+    };
     let text = std::str::from_utf8(bytes)?;
-    json::read(text, Format::Yaml, unknown).map_err(|error| {
-        match json::read::<DiscoveryResponse>(text, Format::Yaml, UnknownFields::Ignore) {
+    json::read(text, format, unknown).map_err(|error| {
+        match json::read::<DiscoveryResponse>(text, format, UnknownFields::Ignore) {
             Ok(_) => Unusable::UnknownField(error),
             Err(_) => Unusable::Parse(error),
         }
@@ -117,7 +121,12 @@ impl Documents {
                 State::Taken { version, accepted: Some(true) } => stats.accepted(version),
                 State::Taken { accepted: None, .. } => {}
             }
-            return if matches!(state, State::Taken { .. }) { Judged::Same } else { Judged::Unusable };
+            if matches!(state, State::Unusable { .. }) {
+                return Judged::Unusable;
+            }
+            // What was wrong in between is over.
+            stats.set_fault(None);
+            return Judged::Same;
         }
         match read(bytes, encoding, self.unknown) {
             Ok(response) => {
@@ -130,7 +139,8 @@ impl Documents {
                 Judged::New(Response::Sotw(response))
             }
             Err(error) => {
-                let rejected = matches!(error, Unusable::UnknownField(_));
+                // As Envoy counts them: whatever is wrong with an answer, and of files, what only it does not know.
+                let rejected = encoding == Encoding::Json || matches!(error, Unusable::UnknownField(_));
                 if rejected {
                     stats.rejected()
                 } else {
@@ -157,10 +167,62 @@ impl Documents {
         }
     }
 
-    /// Nothing has changed: what was wrong with the connection is over.
+    /// Nothing has changed since the version in force: what was wrong with the connection, or with a document in between,
+    /// is over.
     pub(crate) fn unchanged(&mut self, stats: &ClientStats) {
-        if self.missing.take().is_some() {
-            stats.of(&self.type_url).set_fault(None);
+        self.missing = None;
+        self.last.take_if(|(_, state)| matches!(state, State::Unusable { .. }));
+        stats.of(&self.type_url).set_fault(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+    use crate::{ads::type_url::CLUSTER, test_sink::clusters};
+
+    fn documents() -> (Documents, ClientStats) {
+        (Documents::new(CLUSTER, "here".to_owned(), UnknownFields::Reject), ClientStats::default())
+    }
+
+    #[test]
+    fn what_was_wrong_in_between_is_over_with_the_same_document_or_with_none() {
+        let (mut documents, stats) = documents();
+        let good = clusters("1", &["a"]);
+        let counts = stats.of(CLUSTER);
+        assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::New(_)));
+        documents.finished(true);
+        documents.failed("status 503".to_owned(), &stats);
+        assert_eq!(counts.fault().unwrap().details, "status 503");
+        assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::Same));
+        assert_eq!(counts.fault(), None);
+
+        documents.failed("status 503".to_owned(), &stats);
+        documents.unchanged(&stats);
+        assert_eq!(counts.fault(), None);
+        for _ in 0..2 {
+            assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable));
+            assert!(counts.fault().is_some());
+        }
+        documents.unchanged(&stats);
+        assert_eq!(counts.fault(), None, "the server says that nothing has changed since the version in force");
+        assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable));
+        assert!(counts.fault().is_some(), "it is news again");
+    }
+
+    #[test]
+    fn what_a_server_answers_is_json_and_what_is_wrong_with_it_counts_as_rejected() {
+        for (encoding, counted) in [(Encoding::Json, (1, 0)), (Encoding::Text, (0, 1))] {
+            let (mut documents, stats) = documents();
+            assert!(matches!(documents.came(b"{nope", encoding, &stats), Judged::Unusable));
+            let counts = stats.of(CLUSTER);
+            assert_eq!((counts.update_rejected.load(Relaxed), counts.update_failure.load(Relaxed)), counted);
+            let told = counts.fault().unwrap().details;
+            let is_json = encoding == Encoding::Json;
+            assert_eq!(told.to_lowercase().contains("json"), is_json, "{told}");
+            assert_eq!(told.to_lowercase().contains("yaml"), !is_json, "{told}");
         }
     }
 }

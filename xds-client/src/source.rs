@@ -91,6 +91,14 @@ pub enum Target {
 }
 
 impl Target {
+    /// What people are shown of it.
+    pub(crate) fn shown(&self) -> String {
+        match self {
+            Target::Cluster(name) => format!("cluster {name}"),
+            Target::Address(address) => address.clone(),
+        }
+    }
+
     /// The cluster of the bootstrap that it is.
     pub fn cluster(&self) -> Option<&str> {
         match self {

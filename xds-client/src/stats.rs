@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -48,13 +48,34 @@ impl SourceStats {
 /// Counters of one client: `control_plane.*`, and those of its types. The client writes them, anyone may read.
 #[derive(Debug, Default)]
 pub struct ClientStats {
-    connected: AtomicBool,
+    connection: RwLock<Connection>,
     /// Requests that wait for the rate limit.
     pub pending_requests: AtomicU64,
     /// Requests that had to wait for the rate limit.
     pub rate_limit_enforced: AtomicU64,
     identifier: RwLock<String>,
     types: RwLock<BTreeMap<String, Arc<TypeStats>>>,
+}
+
+/// How a client stands with its server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    /// `ApiConfigSource.ApiType`: `GRPC`, `DELTA_GRPC` or `REST`; empty where there is no server, but a file.
+    pub transport: &'static str,
+    /// The server: `cluster` with its name, or an address.
+    pub server: String,
+    /// There is a stream, or the last poll was answered.
+    pub connected: bool,
+    /// Since when that is so; before the first connection, since the client began.
+    pub since: SystemTime,
+    /// Why there is no connection, as far as that is known.
+    pub error: Option<String>,
+}
+
+impl Default for Connection {
+    fn default() -> Connection {
+        Connection { transport: "", server: String::new(), connected: false, since: SystemTime::now(), error: None }
+    }
 }
 
 /// Counters of one resource type.
@@ -126,7 +147,12 @@ impl TypeStats {
 impl ClientStats {
     /// `control_plane.connected_state`: whether there is a stream to the server.
     pub fn connected(&self) -> bool {
-        self.connected.load(Relaxed)
+        self.connection.read().unwrap_or_else(PoisonError::into_inner).connected
+    }
+
+    /// How the client stands with its server.
+    pub fn connection(&self) -> Connection {
+        self.connection.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// `control_plane.identifier`: what the server calls itself, in its last response that said so.
@@ -153,8 +179,19 @@ impl ClientStats {
         self.types.read().unwrap_or_else(PoisonError::into_inner).get(type_url).map(Arc::clone)
     }
 
-    pub(crate) fn set_connected(&self, connected: bool) {
-        self.connected.store(connected, Relaxed);
+    pub(crate) fn set_server(&self, transport: &'static str, server: String) {
+        let mut connection = self.connection.write().unwrap_or_else(PoisonError::into_inner);
+        (connection.transport, connection.server) = (transport, server);
+    }
+
+    /// There is a connection, or why there is none.
+    pub(crate) fn set_connected(&self, state: Result<(), String>) {
+        let mut connection = self.connection.write().unwrap_or_else(PoisonError::into_inner);
+        if connection.connected != state.is_ok() {
+            connection.connected = state.is_ok();
+            connection.since = SystemTime::now();
+        }
+        connection.error = state.err();
     }
 
     pub(crate) fn set_identifier(&self, identifier: &str) {

@@ -17,7 +17,7 @@ use crate::Outcome;
 
 /// How long the proxy may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// What `--check` exits with where something is rejected: an error of this program is 1, of its flags 2.
+/// What `--check` exits with where something is rejected or disconnected: an error of this program is 1, of its flags 2.
 const REJECTED: u8 = 3;
 
 const STATUS_HELP: &str = "\
@@ -30,13 +30,16 @@ States:
   requested  asked for by name, and the control plane has not sent it yet
   missing    asked for by name, and the control plane does not have it
   static     from the bootstrap
+  connected, disconnected
+             of a SOURCE, which is a control plane: it is shown with its transport as the version, since when that is
+             so, and why there is no connection
 
 Examples:
   culvert xds status                                what 127.0.0.1:9901 has
   culvert xds status --state rejected --wide        what was refused, with the whole reason
   culvert xds status --type cds --name 'users*'     some clusters
   culvert xds status --type lds --type rds          listeners and their routes
-  culvert xds status --check || page-somebody       exits with 3 when anything is rejected
+  culvert xds status --check || page-somebody       exits with 3 when anything is rejected, or a control plane gone
   culvert xds status --output json | jq '.[] | select(.state == \"requested\").name'";
 
 /// The subcommands of `culvert xds`.
@@ -54,7 +57,7 @@ pub struct Flags {
     #[arg(long, value_name = "URL", env = "CULVERT_ADMIN", default_value = "http://127.0.0.1:9901")]
     admin: String,
 
-    /// Only this type: cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster; may be given
+    /// Only this type: source, cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster; may be given
     /// several times
     #[arg(long = "type", value_name = "TYPE")]
     kinds: Vec<String>,
@@ -75,7 +78,7 @@ pub struct Flags {
     #[arg(long)]
     wide: bool,
 
-    /// Exit with 3 when any of the resources shown is rejected
+    /// Exit with 3 when any of the resources shown is rejected, or any of the sources shown disconnected
     #[arg(long)]
     check: bool,
 }
@@ -106,8 +109,13 @@ pub fn run(command: &Command) -> anyhow::Result<Outcome> {
             table::text(&rows, std::time::SystemTime::now(), width, colours)
         }
     };
-    let rejected = flags.check && rows.iter().any(|row| row.state == State::Rejected);
-    Ok(Outcome { text, code: if rejected { REJECTED } else { 0 } })
+    Ok(Outcome { text, code: if flags.check { checked(&rows) } else { 0 } })
+}
+
+/// What `--check` exits with.
+fn checked(rows: &[Row]) -> u8 {
+    let is_wrong = |row: &Row| matches!(row.state, State::Rejected | State::Disconnected);
+    if rows.iter().any(is_wrong) { REJECTED } else { 0 }
 }
 
 fn is_wanted(flags: &Flags, row: &Row) -> bool {

@@ -19,8 +19,12 @@ use envoy_types::pb::{
 };
 use serde_json::{Value, json};
 
+/// What a server is shown as that resources are had from.
+const SOURCE: &str = "SOURCE";
+
 /// The discovery services in the order in which they are shown, with the messages that they deliver.
-const SERVICES: [(&str, &str); 9] = [
+const SERVICES: [(&str, &str); 10] = [
+    (SOURCE, "ConfigSource"),
     ("CDS", "Cluster"),
     ("EDS", "ClusterLoadAssignment"),
     ("LDS", "Listener"),
@@ -51,6 +55,10 @@ pub enum State {
     Static,
     /// The proxy does not say
     Unknown,
+    /// The control plane is there
+    Connected,
+    /// The control plane is not there, or was never reached
+    Disconnected,
 }
 
 impl State {
@@ -65,6 +73,8 @@ impl State {
             State::Missing => "missing",
             State::Static => "static",
             State::Unknown => "unknown",
+            State::Connected => "connected",
+            State::Disconnected => "disconnected",
         }
     }
 }
@@ -74,13 +84,20 @@ impl State {
 pub struct Row {
     pub type_url: String,
     pub name: String,
-    /// The version in force; may be empty.
+    /// The version in force; may be empty. Of a source its transport.
     pub version: String,
     pub state: State,
     /// When `version` was taken, or where there is none, when the rejected one was refused.
     pub since: Option<SystemTime>,
     /// Why the newest version was rejected, and which one that is.
     pub rejected: Option<(String, String)>,
+}
+
+impl Row {
+    /// It is a server that resources are had from.
+    pub fn is_source(&self) -> bool {
+        service(&self.type_url) == SOURCE
+    }
 }
 
 /// The rows of all resources, by service and name.
@@ -128,6 +145,8 @@ fn warming(config: &ClientConfig) -> Warming {
 fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
     let next = warming.get(&(config.type_url.clone(), config.name.clone()));
     let state = match (config.client_status(), next) {
+        (ClientResourceStatus::Nacked, _) if service(&config.type_url) == SOURCE => State::Disconnected,
+        _ if service(&config.type_url) == SOURCE => State::Connected,
         (ClientResourceStatus::Nacked, _) => State::Rejected,
         (ClientResourceStatus::Requested, _) => State::Requested,
         (ClientResourceStatus::DoesNotExist | ClientResourceStatus::Timeout, _) => State::Missing,
@@ -201,7 +220,13 @@ pub fn json(rows: &[Row]) -> String {
             "state": row.state.name(),
             "since": row.since.and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok()).map(|at| at.as_secs()),
         });
-        if let Some((version, reason)) = &row.rejected {
+        if row.is_source() {
+            json["transport"] = json["version"].take();
+            json["version"] = "".into();
+            if let Some((_, reason)) = &row.rejected {
+                json["error"] = reason.as_str().into();
+            }
+        } else if let Some((version, reason)) = &row.rejected {
             json["rejected"] = json!({ "version": version, "reason": reason });
         }
         json

@@ -55,8 +55,8 @@ const RESET: &str = "\x1b[0m";
 
 fn colour(state: State) -> Option<&'static str> {
     match state {
-        State::Serving | State::Static => None,
-        State::Rejected => Some("\x1b[31m"),
+        State::Serving | State::Static | State::Connected => None,
+        State::Rejected | State::Disconnected => Some("\x1b[31m"),
         State::Updating | State::Warming | State::Requested | State::Unknown => Some("\x1b[33m"),
         State::Missing => Some("\x1b[35m"),
     }
@@ -153,11 +153,16 @@ fn cut(text: &str, width: usize) -> String {
 }
 
 fn summary(rows: &[Row]) -> String {
-    let mut counts = BTreeMap::<State, usize>::new();
-    for row in rows {
-        *counts.entry(row.state).or_default() += 1;
-    }
-    let counts: Vec<_> = counts.into_iter().map(|(state, count)| format!("{count} {}", state.name())).collect();
-    let noun = if rows.len() == 1 { "resource" } else { "resources" };
-    format!("{} {noun}: {}", rows.len(), counts.join(", "))
+    let (sources, resources): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| row.is_source());
+    let all = [("resource", resources), ("source", sources)].into_iter().filter(|(_, rows)| !rows.is_empty());
+    let parts = all.map(|(noun, rows)| {
+        let mut counts = BTreeMap::<State, usize>::new();
+        for row in &rows {
+            *counts.entry(row.state).or_default() += 1;
+        }
+        let counts: Vec<_> = counts.into_iter().map(|(state, count)| format!("{count} {}", state.name())).collect();
+        let plural = if rows.len() == 1 { "" } else { "s" };
+        format!("{} {noun}{plural}: {}", rows.len(), counts.join(", "))
+    });
+    parts.collect::<Vec<_>>().join("; ")
 }

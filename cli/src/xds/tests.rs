@@ -119,6 +119,42 @@ fn colours_only_when_asked_for_and_reset() {
 }
 
 #[test]
+fn servers_are_told_of_above_the_resources_and_counted_by_themselves() {
+    const SOURCES: &str = r#"
+config:
+- generic_xds_configs:
+  - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: users, version_info: "7", client_status: ACKED }
+  - { type_url: type.googleapis.com/envoy.config.core.v3.ConfigSource, name: "ads: cluster xds", version_info: GRPC,
+      client_status: NACKED, last_updated: "2023-11-14T22:13:20Z", error_state: { details: "Connection refused" } }
+  - { type_url: type.googleapis.com/envoy.config.core.v3.ConfigSource, name: "Secret: cluster sds",
+      version_info: DELTA_GRPC, client_status: ACKED, last_updated: "2023-11-14T22:13:20Z" }
+"#;
+    let rows = rows::of(&from_yaml(SOURCES).unwrap());
+    assert_eq!(
+        table::text(&rows, now(), None, false),
+        "\
+TYPE    NAME                 VERSION     STATE         AGE  REASON
+SOURCE  Secret: cluster sds  DELTA_GRPC  connected     1m
+SOURCE  ads: cluster xds     GRPC        disconnected  1m   Connection refused
+CDS     users                7           serving       -
+
+1 resource: 1 serving; 2 sources: 1 connected, 1 disconnected
+"
+    );
+    assert!(rows::is_of_type(&rows[0].type_url, "source"));
+    assert_eq!(checked(&rows), 3);
+    assert_eq!(checked(&rows[..1]), 0);
+    let json: Value = serde_json::from_str(&rows::json(&rows)).unwrap();
+    assert_eq!((&json[1]["transport"], &json[1]["error"]), (&"GRPC".into(), &"Connection refused".into()));
+}
+
+#[test]
+fn what_is_refused_fails_the_check() {
+    assert_eq!(checked(&some_rows()), 3);
+    assert_eq!(checked(&some_rows()[1..]), 0);
+}
+
+#[test]
 fn nothing_to_show() {
     assert_eq!(table::text(&[], now(), None, true), "no resources\n");
     let serving: Vec<_> = some_rows().into_iter().filter(|row| row.rejected.is_none()).collect();

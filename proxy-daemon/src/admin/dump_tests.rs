@@ -16,8 +16,10 @@ use envoy_types::pb::envoy::{
 use prost::{Message, Name};
 
 use super::*;
-use crate::config::status::{Failure, Missing, Resource, Scoped, Snapshot, SourceFault, Type, Unready, Version};
-use culvert_xds_client::stats::Fault;
+use crate::config::status::{
+    Failure, Missing, Resource, Scoped, Snapshot, SourceFault, SourceState, Type, Unready, Version,
+};
+use culvert_xds_client::stats::{Connection, Fault};
 
 const HTTP: &str =
     "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
@@ -98,6 +100,16 @@ fn snapshot() -> Snapshot {
             type_url: ClusterMessage::type_url(),
             place: "/etc/cds.yaml".into(),
             fault: Fault { details: "resources[0].nme: no such field".into(), since: SystemTime::UNIX_EPOCH },
+        }],
+        sources: vec![SourceState {
+            name: "ads: cluster xds".into(),
+            connection: Connection {
+                transport: "GRPC",
+                server: "cluster xds".into(),
+                connected: false,
+                since: SystemTime::UNIX_EPOCH,
+                error: Some("Connection refused".into()),
+            },
         }],
         scoped: vec![Scoped {
             name: "s".into(),

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::SystemTime};
 use culvert_xds_client::{
     Any,
     source::Source,
-    stats::{Fault, SourceStats, TypeStats},
+    stats::{Connection, Fault, SourceStats, TypeStats},
 };
 
 /// One version of a resource, as it came. The store keeps these behind an [`Arc`], for itself and for every snapshot.
@@ -89,8 +89,11 @@ pub struct Snapshot {
     pub types: Vec<Type>,
     /// Listeners that wait, static ones as well.
     pub unready: Vec<Unready>,
-    /// Files and polled servers of which nothing could be taken the last time.
+    /// Files and polled servers of which nothing could be taken the last time, and secrets of the bootstrap whose newest
+    /// files cannot be used.
     pub faults: Vec<SourceFault>,
+    /// The servers that resources are had from.
+    pub sources: Vec<SourceState>,
     /// What SRDS delivered, once for each name of `ScopedRoutes`.
     pub scoped: Vec<Scoped>,
 }
@@ -100,10 +103,29 @@ pub struct Snapshot {
 pub struct SourceFault {
     /// What it was to bring.
     pub type_url: String,
-    /// The file's path, or the server's cluster.
+    /// The file's path, or the server's cluster, or the secret's name.
     pub place: String,
     /// Why not.
     pub fault: Fault,
+}
+
+/// How a server stands that resources are had from.
+#[derive(Debug, Clone)]
+pub struct SourceState {
+    /// `ads`, or the type that it is asked for, with the server.
+    pub name: String,
+    /// Whether there is a connection.
+    pub connection: Connection,
+}
+
+/// All servers that resources are had from.
+pub fn source_states(sources: &SourceStats) -> Vec<SourceState> {
+    let clients = sources.clients().into_iter().map(|(_, only, client)| {
+        let connection = client.connection();
+        let what = only.as_deref().map_or("ads", |only| only.rsplit(['.', '/']).next().unwrap_or(only));
+        SourceState { name: format!("{what}: {}", connection.server), connection }
+    });
+    clients.filter(|state| !state.connection.transport.is_empty()).collect()
 }
 
 /// The faults of all sources.

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 
 use envoy_types::pb::envoy::service::discovery::v3::Resource as Wrapper;
 use envoy_types::pb::google::protobuf::Duration as ProtoDuration;
-use prost::bytes::Buf as _;
-use prost::encoding::{self, DecodeContext, WireType};
-use prost::{Message as _, Name as _};
+use prost::{DecodeError, Message as _, Name as _};
 
 use super::entries::{Entries, Offered, State, Taken};
 use super::{Interest, Rejection, Resource, xdstp};
@@ -124,11 +122,20 @@ impl Intake<'_> {
         let Wrapper { name, aliases, version, resource, ttl, cache_control, .. } = wrapper;
         let body = resource.unwrap_or_default();
         let name = match name.is_empty() {
-            true => xdstp::normalise(name_in(&body.value).unwrap_or_default()),
-            false => match xdstp::normalise(&name) {
-                Cow::Borrowed(_) => Cow::Owned(name),
-                Cow::Owned(name) => Cow::Owned(name),
+            true => match name_in(&body.value) {
+                Ok(name) => name,
+                Err(error) => {
+                    self.taken.unidentified = true;
+                    // What whoever reads a resource whose name stands around it says of such a body.
+                    let message_name = body.type_url.rsplit('/').next().unwrap_or_default();
+                    return self.reject(String::new(), format!("cannot decode {message_name}: {error}"));
+                }
             },
+            false => name,
+        };
+        let name = match xdstp::normalise(&name) {
+            Cow::Borrowed(_) => name,
+            Cow::Owned(normal) => normal,
         };
         if name.is_empty() {
             self.taken.unidentified = true;
@@ -142,22 +149,22 @@ impl Intake<'_> {
             let message = format!("a {} in a response of type {}", body.type_url, self.type_url);
             self.entries.see(&name, self.token);
             self.taken.unidentified = true;
-            return self.reject(name.into_owned(), message);
+            return self.reject(name, message);
         }
         let expires = match self.expiry(ttl) {
             Ok(expires) => expires,
             Err(message) => {
                 self.entries.see(&name, self.token);
-                return self.reject(name.into_owned(), message);
+                return self.reject(name, message);
             }
         };
         let version = if version.is_empty() { Arc::clone(&self.version) } else { version.into() };
         let state = State::new(Arc::clone(&version), &body);
         match self.entries.take(&name, self.token, state, expires, &mut self.taken.offered) {
             Taken::Unchanged(name) => self.taken.unchanged.push(name),
-            Taken::Duplicate => self.reject(name.into_owned(), "name: occurs twice in one response".to_owned()),
+            Taken::Duplicate => self.reject(name, "name: occurs twice in one response".to_owned()),
             Taken::Offered => {
-                let (name, version) = (name.into_owned(), version.to_string());
+                let (name, version) = (name, version.to_string());
                 let do_not_cache = cache_control.is_some_and(|it| it.do_not_cache);
                 self.taken.added.push(Resource { name, aliases, version, body, do_not_cache });
             }
@@ -188,21 +195,14 @@ impl Intake<'_> {
     }
 }
 
-/// The resource's name: in every resource type of xDS it is the string in field 1.
-pub(super) fn name_in(mut body: &[u8]) -> Option<&str> {
-    const NAME: u32 = 1;
-    let mut name = None;
-    while body.has_remaining() {
-        let (tag, wire_type) = encoding::decode_key(&mut body).ok()?;
-        if (tag, wire_type) == (NAME, WireType::LengthDelimited) {
-            let length = usize::try_from(encoding::decode_varint(&mut body).ok()?).ok()?;
-            let (value, rest) = body.split_at_checked(length)?;
-            // Of a field that occurs more than once, the last counts.
-            name = Some(std::str::from_utf8(value).ok()?);
-            body = rest;
-        } else {
-            encoding::skip_field(wire_type, tag, &mut body, DecodeContext::default()).ok()?;
-        }
-    }
-    name
+/// What all resource types of xDS have in common.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Named {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+/// The resource's name, empty where it has none: in every resource type of xDS it is the string in field 1.
+pub(super) fn name_in(body: &[u8]) -> Result<String, DecodeError> {
+    Named::decode(body).map(|it| it.name)
 }

@@ -124,8 +124,9 @@ impl Subscription {
         } else if !self.interest.is_wildcard() {
             old.difference(new).for_each(|name| self.entries.forget(name));
         }
-        if before == Interest::None || self.interest == Interest::None {
-            // Nothing is left of what came with it, nor will be of updates that are being applied.
+        if before == Interest::None {
+            // Nothing is left of what came with it, nor will be of updates that are being applied. The request that says
+            // that nothing is wanted any more still has it, as in Envoy.
             (self.version, self.version_of) = (String::new(), now);
         }
     }
@@ -145,7 +146,6 @@ impl Subscription {
         };
         let was_nothing = !wildcard && names.is_empty();
         let changed = if wanted { names.insert(name.clone().into_owned()) } else { names.remove(&*name) };
-        let is_nothing = !wildcard && names.is_empty();
         self.interest = Interest::of(wildcard, names);
         if !changed {
             return;
@@ -159,7 +159,7 @@ impl Subscription {
         } else if !wanted && !wildcard {
             self.entries.forget(&name);
         }
-        if was_nothing || is_nothing {
+        if was_nothing {
             (self.version, self.version_of) = (String::new(), now);
         }
     }

@@ -76,7 +76,10 @@ fn sotw_without_the_wildcard_only_the_names_are_left() {
     core.set_interest(CLUSTER, names(&["a"]));
     assert_eq!(sent(&mut core), ["Cluster v=1 names=a nonce=n"]);
     core.set_interest(CLUSTER, Interest::None);
-    assert_eq!(sent(&mut core), ["Cluster v= names= nonce=n"]);
+    assert_eq!(sent(&mut core), ["Cluster v=1 names= nonce=n"]);
+    // What is wanted again is not here any more.
+    core.set_interest(CLUSTER, names(&["a"]));
+    assert_eq!(sent(&mut core), ["Cluster v= names=a nonce=n"]);
 }
 
 #[test]

@@ -159,6 +159,13 @@ async fn what_is_wrong_with_a_file_has_a_line_until_it_is_mended() {
     replace(&path, clusters("2", &["a"]));
     running.notes.expect(&["+a -"]).await;
     assert_eq!(counts.fault(), None);
+    // It vanishes, and comes back as it was.
+    fs::rename(&path, directory.path().join("away")).unwrap();
+    replace(&directory.path().join("other.yaml"), "");
+    wait(|| counts.fault().is_some()).await;
+    replace(&path, clusters("2", &["a"]));
+    wait(|| counts.fault().is_none()).await;
+    running.notes.expect(&["+a -"]).await;
 }
 
 #[tokio::test]

@@ -71,6 +71,11 @@ impl<S: Sink> Client<S> {
     /// A client that is not connected yet, and wants nothing.
     pub fn new(config: ClientConfig, sink: Arc<S>) -> Self {
         let driver = Driver::new(config.source.clone(), config.node.clone(), config.grpc.variant, sink);
+        let transport = match config.grpc.variant {
+            Variant::Sotw => "GRPC",
+            Variant::Delta => "DELTA_GRPC",
+        };
+        driver.stats.set_server(transport, config.grpc.service.target.shown());
         let bucket = config.grpc.rate_limit.map(Bucket::new);
         Client { config, driver, bucket, queue: VecDeque::new() }
     }
@@ -94,12 +99,15 @@ impl<S: Sink> Client<S> {
         let mut next = 0;
         let Some(method) = self.config.method() else {
             let only = self.config.only.map(|only| only.type_url);
-            tracing::error!(?only, "there is no state-of-the-world service for this type: use DELTA_GRPC");
+            let text = "there is no state-of-the-world service for this type: use DELTA_GRPC";
+            tracing::error!(?only, "{text}");
+            self.driver.stats.set_connected(Err(text.to_owned()));
             return std::future::pending().await;
         };
         loop {
             let Some(address) = self.config.server.endpoints.get(next).cloned() else {
                 tracing::error!("the control plane has no address: configuration stays as it is");
+                self.driver.stats.set_connected(Err("the control plane has no address".to_owned()));
                 return std::future::pending().await;
             };
             let mut answered = false;
@@ -109,8 +117,9 @@ impl<S: Sink> Client<S> {
             self.driver.stats.pending_requests.store(0, Relaxed);
             self.driver.stats.failed();
             self.driver.sink.failed(&self.config.source, self.config.only.map(|only| only.type_url));
-            if self.driver.stats.connected() {
-                self.driver.stats.set_connected(false);
+            let was_connected = self.driver.stats.connected();
+            self.driver.stats.set_connected(Err(lost.to_string()));
+            if was_connected {
                 self.driver.sink.state(&self.config.source, false);
             }
             if answered {
@@ -159,7 +168,7 @@ impl<S: Sink> Client<S> {
             self.send(&requests);
         };
         tracing::info!(%address, method, "connected to the control plane");
-        self.driver.stats.set_connected(true);
+        self.driver.stats.set_connected(Ok(()));
         self.driver.sink.state(&self.config.source, true);
         loop {
             tokio::select! {

@@ -239,6 +239,7 @@ async fn sotw_over_grpc() {
     assert_eq!(nack.error_detail.unwrap().message, "bad: connect_timeout: no");
 
     assert!(stats.connected());
+    assert_eq!(stats.connection().error, None);
     let cds = stats.of(CLUSTER);
     let counts = [&cds.update_attempt, &cds.update_success, &cds.update_rejected, &cds.update_failure];
     assert_eq!(counts.map(|counter| counter.load(Relaxed)), [2, 1, 1, 0]);
@@ -299,6 +300,7 @@ async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
     drop(server);
     notes.wait_for("connected false").await;
     assert!(!stats.connected());
+    assert!(stats.connection().error.is_some());
 
     let mut server = Server::start(&address).await;
     let started = Instant::now();

@@ -66,6 +66,7 @@ impl<S: Sink> RestClient<S> {
         let path = only.rest?;
         let documents = Documents::new(only.type_url, format!("cluster {}, {path}", rest.cluster), unknown);
         let driver = Driver::new(Source::Rest(rest.clone()), node, Variant::Sotw, sink);
+        driver.stats.set_server("REST", format!("cluster {}", rest.cluster));
         Some(RestClient { rest, server, path, documents, driver, next_address: 0, well: false })
     }
 
@@ -110,8 +111,12 @@ impl<S: Sink> RestClient<S> {
         let limit = self.rest.request_timeout;
         let fetched = tokio::time::timeout(limit, self.fetch(request)).await;
         match fetched.unwrap_or(Err(Failed::Timeout(limit))) {
-            Ok(body) => self.answered(body),
+            Ok(body) => {
+                self.driver.stats.set_connected(Ok(()));
+                self.answered(body);
+            }
             Err(error) => {
+                self.driver.stats.set_connected(Err(error.to_string()));
                 self.is_unwell();
                 self.documents.failed(error.to_string(), &self.driver.stats);
             }
@@ -124,7 +129,7 @@ impl<S: Sink> RestClient<S> {
             self.documents.unchanged(&self.driver.stats);
             return self.is_well();
         };
-        match self.documents.came(&body, Encoding::Text, &self.driver.stats) {
+        match self.documents.came(&body, Encoding::Json, &self.driver.stats) {
             Judged::New(response) => {
                 self.is_well();
                 self.driver.take(response);

@@ -11,7 +11,7 @@ use envoy_types::pb::{
             clusters_config_dump::DynamicCluster,
             listeners_config_dump::{DynamicListener, DynamicListenerState},
         },
-        config::{cluster::v3::Cluster, listener::v3::Listener},
+        config::{cluster::v3::Cluster, core::v3::ConfigSource, listener::v3::Listener},
         service::status::v3::{
             ClientConfig, ClientStatusRequest, ClientStatusResponse, PerXdsConfig,
             client_config::GenericXdsConfig,
@@ -30,7 +30,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::config::{
     dump::{self, Configuration},
-    status::{Missing, Resource, Snapshot, SourceFault, Type, Version},
+    status::{Missing, Resource, Snapshot, SourceFault, SourceState, Type, Version},
 };
 
 /// The largest request that is taken, in bytes.
@@ -132,6 +132,7 @@ fn respond(config: &Configuration, request: &ClientStatusRequest) -> Result<Clie
         generic.extend(current.map(|resource| generic_config(of_type, resource, with_content)));
     }
     generic.extend(snapshot.faults.iter().map(unusable));
+    generic.extend(snapshot.sources.iter().map(source));
     #[expect(deprecated, reason = "the only place in the API where a resource can be shown to be warming")]
     let config = ClientConfig {
         node: Some(node),
@@ -182,6 +183,28 @@ fn unusable(source: &SourceFault) -> GenericXdsConfig {
             details: source.fault.details.clone(),
             ..Default::default()
         }),
+        ..Default::default()
+    }
+}
+
+/// A server that resources are had from, as if it were a resource: the API has no other place for it. Its version is its
+/// transport.
+fn source(SourceState { name, connection }: &SourceState) -> GenericXdsConfig {
+    let since = Some(dump::timestamp(connection.since));
+    let details = || connection.error.clone().unwrap_or_else(|| "there was no connection yet".to_owned());
+    let error_state = (!connection.connected).then(|| UpdateFailureState {
+        last_update_attempt: since,
+        details: details(),
+        ..Default::default()
+    });
+    let status = if connection.connected { ClientResourceStatus::Acked } else { ClientResourceStatus::Nacked };
+    GenericXdsConfig {
+        type_url: ConfigSource::type_url(),
+        name: name.clone(),
+        version_info: connection.transport.to_owned(),
+        last_updated: since,
+        client_status: status.into(),
+        error_state,
         ..Default::default()
     }
 }

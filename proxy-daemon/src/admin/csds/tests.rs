@@ -39,6 +39,9 @@ fn every_resource_with_its_status() {
     let file = entry(&response, ".Cluster", "/etc/cds.yaml");
     assert_eq!(file.client_status(), ClientResourceStatus::Nacked);
     assert_eq!(file.error_state.as_ref().unwrap().details, "resources[0].nme: no such field");
+    let lost = entry(&response, ".ConfigSource", "ads: cluster xds");
+    assert_eq!((lost.client_status(), &*lost.version_info), (ClientResourceStatus::Nacked, "GRPC"));
+    assert_eq!(lost.error_state.as_ref().unwrap().details, "Connection refused");
     let nacked = entry(&response, ".Cluster", "a");
     assert_eq!(nacked.last_updated.as_ref().unwrap().seconds, 1_700_000_000);
     let error = nacked.error_state.as_ref().unwrap();

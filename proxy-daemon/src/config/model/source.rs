@@ -1,6 +1,6 @@
 use std::{sync::Arc, time::Duration};
 
-use culvert_xds_client::source::Source;
+use culvert_xds_client::{ads::xdstp, source::Source};
 
 /// How long a resource is waited for where the configuration does not say (`initial_fetch_timeout`).
 pub const INITIAL_FETCH_TIMEOUT: Duration = Duration::from_secs(15);
@@ -24,8 +24,15 @@ impl Default for ConfigSource {
 /// A resource that is to be had from a source by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResourceRef {
-    /// Its name.
+    /// Its name; of the form `xdstp:`, in the one way that it is asked for and answered ([`xdstp::normalise`]).
     pub name: Arc<str>,
     /// Where it comes from.
     pub from: ConfigSource,
+}
+
+impl ResourceRef {
+    /// The resource that a configuration names in any of the ways in which it can be written.
+    pub fn new(name: &str, from: ConfigSource) -> ResourceRef {
+        ResourceRef { name: xdstp::normalise(name).into(), from }
+    }
 }

@@ -134,7 +134,7 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
             let eds_path = join(path, "eds_cluster_config.eds_config");
             let from = config_source(config.eds_config.as_ref(), &eds_path)?;
             let name = if config.service_name.is_empty() { &cluster.name } else { &config.service_name };
-            Ok(Discovery::Eds { endpoints: ResourceRef { name: name.as_str().into(), from } })
+            Ok(Discovery::Eds { endpoints: ResourceRef::new(name, from) })
         }
         DiscoveryType::OriginalDst => original_dst(cluster, path),
         DiscoveryType::LogicalDns => Err(FieldError::unsupported(join(path, "type"))),

@@ -133,7 +133,7 @@ fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSour
             if rds.route_config_name.is_empty() {
                 return Err(required(path, "rds.route_config_name"));
             }
-            Ok(RouteSource::Rds(ResourceRef { name: rds.route_config_name.as_str().into(), from }))
+            Ok(RouteSource::Rds(ResourceRef::new(&rds.route_config_name, from)))
         }
         Some(RouteSpecifier::ScopedRoutes(scoped)) => {
             Ok(RouteSource::Scoped(Arc::new(scoped_routes(scoped, &join(path, "scoped_routes"))?)))
@@ -206,7 +206,7 @@ fn discovered(
         return Err(FieldError::new(join(path, "type_urls"), "value must contain at least 1 item(s)"));
     }
     let from = config_source(discovery.config_source.as_ref(), &join(path, "config_source"))?;
-    let wanted = ResourceRef { name: name.into(), from };
+    let wanted = ResourceRef::new(name, from);
     let without_warming = discovery.apply_default_config_without_warming;
     let mut filter = DiscoveredFilter::new(wanted, without_warming, type_names, last, stat_prefix);
     if let Some(default) = &discovery.default_config {

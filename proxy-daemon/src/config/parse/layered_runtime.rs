@@ -58,7 +58,7 @@ pub(super) fn layered_runtime(bootstrap: &Bootstrap, sources: &Sources) -> Resul
                 let from = config_source(layer.rtds_config.as_ref(), &join(&path, "rtds_config"))?;
                 let checked = sources.check_static(&from.source, type_url::RUNTIME);
                 checked.map_err(|text| FieldError::new(join(&path, "rtds_config"), text))?;
-                LayerSource::Rtds(ResourceRef { name: layer.name.as_str().into(), from })
+                LayerSource::Rtds(ResourceRef::new(&layer.name, from))
             }
             None => return Err(required(&path, "layer_specifier")),
         };

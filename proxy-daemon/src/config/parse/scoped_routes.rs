@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use culvert_xds_client::ads::xdstp;
 use envoy_types::pb::envoy::{
     config::route::v3::{
         ScopedRouteConfiguration,
@@ -49,7 +50,7 @@ pub fn scoped_route(scope: &ScopedRouteConfiguration, path: &str) -> Result<Scop
         (None, named) => Ok(Scope {
             name: scope.name.as_str().into(),
             key: key(scope, path)?,
-            routes: ScopeRoutes::Named { name: named.into(), on_demand: scope.on_demand },
+            routes: ScopeRoutes::Named { name: xdstp::normalise(named).into(), on_demand: scope.on_demand },
         }),
     }
 }

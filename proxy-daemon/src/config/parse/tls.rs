@@ -216,12 +216,12 @@ fn secret_ref(config: &SdsSecretConfig, path: &str) -> Result<SecretRef> {
     if config.name.is_empty() {
         return Err(required(path, "name"));
     }
-    let name = config.name.as_str().into();
     Ok(match &config.sds_config {
         Some(source) => {
-            SecretRef::Discovered(ResourceRef { name, from: config_source(Some(source), &join(path, "sds_config"))? })
+            let from = config_source(Some(source), &join(path, "sds_config"))?;
+            SecretRef::Discovered(ResourceRef::new(&config.name, from))
         }
-        None => SecretRef::Static(name),
+        None => SecretRef::Static(config.name.as_str().into()),
     })
 }
 

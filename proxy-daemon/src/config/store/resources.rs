@@ -4,7 +4,7 @@ use std::{borrow::Cow, sync::Arc, time::SystemTime};
 
 use culvert_xds_client::{
     Any,
-    ads::Resource,
+    ads::{Resource, xdstp},
     json::{self, UnknownFields},
 };
 use prost::Name;
@@ -34,7 +34,7 @@ pub(super) fn is_unchanged(known: &mut Option<Arc<Version>>, resource: &Resource
     true
 }
 
-/// Unpacks, validates and parses a resource, which must carry its own name.
+/// Unpacks, validates and parses a resource, which must carry its own name; of the form `xdstp:`, in whatever way.
 pub(super) fn parse<M, T>(
     name: &str,
     body: &Any,
@@ -45,7 +45,7 @@ where
     M: prost::Message + Name + Default + Clone,
 {
     parse_any(body, |message: &M, path| {
-        if named(message) != name {
+        if named(message) != name && xdstp::normalise(named(message)) != name {
             let text = format!("the resource is named {name:?}, and its content {:?}", named(message));
             return Err(FieldError::new("name", text));
         }

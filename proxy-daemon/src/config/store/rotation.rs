@@ -7,9 +7,10 @@ use std::{collections::BTreeSet, io, path::PathBuf, sync::Arc, time::SystemTime}
 
 use culvert_xds_client::{
     Any,
-    ads::Resource,
+    ads::{Resource, type_url},
     json,
     source::Source,
+    stats::Fault,
     watches::{Watch, Watches},
 };
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret as ProtoSecret;
@@ -25,7 +26,7 @@ use crate::config::{
     FieldError,
     model::SecretName,
     parse::{self, SecretWithFiles},
-    status::Version,
+    status::{Failure, SourceFault, Version},
 };
 
 /// What notices moves.
@@ -59,8 +60,7 @@ pub(in crate::config) struct Files {
     /// The resource as it was received, with the files' names.
     received: Resource,
     watch: Arc<Watch>,
-    /// Why the newest files could not be used.
-    failure: Option<String>,
+    failure: Option<Fault>,
 }
 
 impl Files {
@@ -77,10 +77,11 @@ impl Files {
         Ok(Files { received, watch: follower.watch(directories)?, failure: None })
     }
 
-    /// Keeps a failure; whether it is another one than before.
-    fn failed(failure: &mut Option<String>, error: &FieldError) -> bool {
-        let text = error.to_string();
-        failure.replace(text.clone()).is_none_or(|before| before != text)
+    /// Why the newest files could not be used.
+    pub(super) fn failure(&self) -> Option<Arc<Failure>> {
+        let Fault { details, since } = self.failure.clone()?;
+        let Resource { version, body, .. } = self.received.clone();
+        Some(Arc::new(Failure { attempt: Arc::new(Version { version, body, updated: since }), details }))
     }
 }
 
@@ -92,7 +93,15 @@ pub(super) struct StaticFiles {
     watch: Arc<Watch>,
     /// What is in force.
     resolved: Option<ProtoSecret>,
-    failure: Option<String>,
+    failure: Option<Fault>,
+}
+
+impl StaticFiles {
+    /// Why the newest files could not be used.
+    pub(super) fn fault(&self) -> Option<SourceFault> {
+        let (type_url, place) = (type_url::SECRET.to_owned(), self.name.name.to_string());
+        Some(SourceFault { type_url, place, fault: self.failure.clone()? })
+    }
 }
 
 /// Secrets of the bootstrap are followed where they name a directory to be watched.
@@ -214,10 +223,12 @@ impl<A: Apply> ConfigStore<A> {
     }
 }
 
-fn failed(name: &str, failure: &mut Option<String>, error: &FieldError) {
+fn failed(name: &str, failure: &mut Option<Fault>, error: &FieldError) {
     counts::rotation_failed(name);
-    if Files::failed(failure, error) {
+    let details = error.to_string();
+    if failure.as_ref().is_none_or(|before| before.details != details) {
         tracing::warn!(secret = %name, "failed to reload certificates, those in force stay: {error}");
+        *failure = Some(Fault { details, since: SystemTime::now() });
     }
 }
 

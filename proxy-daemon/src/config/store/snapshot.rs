@@ -7,7 +7,7 @@ use std::{
 
 use culvert_xds_client::ads::type_url;
 
-use super::{Apply, ConfigStore, kinds::Kind, state::State};
+use super::{Apply, ConfigStore, kinds::Kind, rotation::StaticFiles, state::State};
 use crate::config::status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version};
 
 impl<A: Apply> ConfigStore<A> {
@@ -19,7 +19,8 @@ impl<A: Apply> ConfigStore<A> {
         types.push(state.hosts_now());
         let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
         let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
-        Snapshot { types, unready, faults: Vec::new(), scoped: state.scoped_now() }
+        let faults = state.static_files.iter().filter_map(StaticFiles::fault).collect();
+        Snapshot { types, unready, faults, sources: Vec::new(), scoped: state.scoped_now() }
     }
 }
 
@@ -95,7 +96,7 @@ impl State {
                     Some(stored) if kind == Kind::Routes => Some(self.vhds.merged_version(source, name, stored)),
                     stored => stored.clone(),
                 },
-                failure: entry.refused.clone(),
+                failure: entry.refused.clone().or_else(|| entry.files.as_ref()?.failure()),
                 missing: (entry.stored.is_none() && entry.refused.is_none()).then_some(missing),
                 ..Resource::default()
             }

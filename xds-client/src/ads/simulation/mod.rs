@@ -191,7 +191,7 @@ impl Simulation {
             Response::Sotw(response) => {
                 let wrapped = |any: &Any| match any.type_url.ends_with("discovery.v3.Resource") {
                     true => of(&Wrapper::decode(any.value.as_slice()).unwrap()),
-                    false => (super::resource::name_in(&any.value).unwrap().to_owned(), version_in(any), None),
+                    false => (super::resource::name_in(&any.value).unwrap(), version_in(any), None),
                 };
                 (response.nonce.clone(), response.resources.iter().map(wrapped).collect())
             }

@@ -117,6 +117,20 @@ fn endpoints_that_do_not_come_are_given_up() {
 }
 
 #[test]
+fn the_parameters_of_a_name_may_stand_in_any_order() {
+    let (store, calls) = running();
+    let named = |order: &str| format!("xdstp://au/envoy.config.endpoint.v3.ClusterLoadAssignment/users?{order}");
+    let cds = store.update(update(Cluster::type_url(), vec![eds_cluster_of("a", &named("zone=x&cell=1"))]));
+    let asked = names(&cds, ClusterLoadAssignment::type_url());
+    assert_eq!(asked, [named("cell=1&zone=x")]);
+    // The client hands it out by its one name; its content has it as the server wrote it.
+    let answer = Resource { name: named("cell=1&zone=x"), ..assignment(&named("zone=x&cell=1"), &[80]) };
+    assert_eq!(store.update(update(ClusterLoadAssignment::type_url(), vec![answer])).rejected(), []);
+    assert_eq!(calls.take(), ["cluster a with 1"]);
+    assert_eq!(cds.rejected(), []);
+}
+
+#[test]
 fn endpoints_that_are_refused_are_not_waited_for() {
     let (store, calls) = running();
     let cds = store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));

@@ -129,8 +129,13 @@ fn a_mounted_secret_is_followed_and_a_bad_one_is_passed_over() {
     mounted.replace(&[("tls.crt", &three.chain)]);
     until(&store, || (failed("rotated") == 2).then_some(()));
     assert_eq!(calls.take(), [""; 0], "the one before stays");
+    let failure = || store.snapshot().of(&secret_url())[0].failure.clone();
+    let told = failure().expect("the failure is shown").details.clone();
+    assert!(told.contains("tls_certificate.private_key") && told.contains("tls.key"), "{told}");
+    assert!(shown().version == first.version && shown().body != first.body, "with what is in force");
     mounted.replace_certificate(&three, &three);
     assert_eq!(rotated(&store, &calls), ["secret rotated: tls_certificate"]);
+    assert!(failure().is_none());
 
     // The same push again is no news, and does not bring back what the files held then.
     assert_eq!(store.update(update(secret_url(), vec![received])).rejected(), []);
@@ -216,8 +221,12 @@ fn a_secret_of_the_bootstrap_is_followed_where_it_says_so() {
     mounted.replace_certificate(&two, &one);
     until(&store, || (failed("fixed_files") == 1).then_some(()));
     assert_eq!(calls.take(), [""; 0]);
+    let faults = store.snapshot().faults;
+    assert_eq!((&*faults[0].place, &faults[0].type_url), ("fixed_files", &secret_url()));
+    assert!(faults[0].fault.details.contains("private_key"), "{faults:?}");
     mounted.replace_certificate(&two, &two);
     assert_eq!(rotated(&store, &calls), ["secret fixed_files: tls_certificate"]);
+    assert!(store.snapshot().faults.is_empty());
 }
 
 #[test]
