@@ -29,6 +29,7 @@ use prost_reflect::{DescriptorPool, DynamicMessage, MessageDescriptor, ReflectMe
 pub use self::any::{MAX_ANYS, any_to_json, may_hold_typed_structs, pack, resolve_typed_structs, type_name, unpack};
 use self::decode::Decoder;
 use self::path::Path;
+pub use self::redact::redacted;
 use self::tree::Node;
 pub use self::unknown::{DYNAMIC_FIELDS, STATIC_FIELDS, Unknown, UnknownFields};
 pub use self::validate::{validate, validate_any};

@@ -4,6 +4,7 @@ mod node_match;
 
 use std::{pin::Pin, sync::Arc};
 
+use culvert_xds_client::json;
 use envoy_types::pb::{
     envoy::{
         admin::v3::{
@@ -114,7 +115,7 @@ fn respond(config: &Configuration, request: &ClientStatusRequest) -> Result<Clie
     let fixed = |type_url: String, name: &str, content: Any| GenericXdsConfig {
         type_url,
         name: name.to_owned(),
-        xds_config: with_content.then_some(content),
+        xds_config: with_content.then(|| json::redacted(&content)),
         last_updated: started,
         is_static_resource: true,
         ..Default::default()
@@ -154,16 +155,15 @@ fn generic_config(of_type: &Type, resource: &Resource, with_content: bool) -> Ge
     };
     let error_state = resource.failure.as_deref().map(|failure| {
         let mut state = dump::error_state(failure);
-        if !with_content {
-            state.failed_configuration = None;
-        }
+        // Keys and passwords stay here, as in the dumps.
+        state.failed_configuration = state.failed_configuration.filter(|_| with_content).map(|it| json::redacted(&it));
         state
     });
     GenericXdsConfig {
         type_url: of_type.type_url.clone(),
         name: resource.name.clone(),
         version_info: accepted.map(|version| version.version.clone()).unwrap_or_default(),
-        xds_config: accepted.filter(|_| with_content).map(|version| version.body.clone()),
+        xds_config: accepted.filter(|_| with_content).map(|version| json::redacted(&version.body)),
         last_updated: accepted.map(|version| dump::timestamp(version.updated)),
         client_status: status.into(),
         error_state,
