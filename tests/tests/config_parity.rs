@@ -16,7 +16,7 @@ use culvert_tests::binaries::{binary, envoy};
 const NOT_SUPPORTED: &[(&str, &str)] = &[
     (
         "valid/deprecated/allow_chunked.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_protocol_options",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_protocol_options.allow_absolute_url",
     ),
     ("valid/deprecated/common_http.yaml", "static_resources.clusters[0].common_http_protocol_options"),
     ("valid/deprecated/hash_balance_on_requests.yaml", "static_resources.clusters[0].http_protocol_options"),
@@ -33,10 +33,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
     (
         "valid/hcm/router_optional.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].is_optional",
-    ),
-    (
-        "valid/headers/add_keep_empty.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].keep_empty_value",
     ),
     (
         "valid/headers/add_raw_value.yaml",
@@ -70,20 +66,12 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config",
     ),
     (
-        "valid/not_supported/route_format_string.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].header.value",
-    ),
-    (
         "valid/not_supported/route_hash_policy.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].route.hash_policy",
     ),
     (
         "valid/not_supported/route_non_forwarding.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].non_forwarding_action",
-    ),
-    (
-        "valid/not_supported/route_regex_rewrite.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].route.regex_rewrite",
     ),
     ("valid/unknown_fields/listener_config_v1.yaml", "static_resources.listeners[0].use_original_dst"),
     ("valid/sources/authorities_in_source.yaml", "dynamic_resources.cds_config.authorities"),
