@@ -1,4 +1,4 @@
-//! The real culvertd, and control planes behind TLS.
+//! The real culvertd, and control planes behind TLS, on Unix domain sockets, without TLS where it is wanted, and silent.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
@@ -11,7 +11,10 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -24,8 +27,12 @@ use envoy_types::pb::envoy::{
         aggregated_discovery_service_server::{AggregatedDiscoveryService, AggregatedDiscoveryServiceServer},
     },
 };
-use futures_util::{StreamExt, stream::BoxStream};
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use http_body_util::{BodyExt, Full};
+use hyper::rt;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     service::TowerToHyperService,
@@ -36,7 +43,10 @@ use rustls::{
     server::WebPkiClientVerifier,
 };
 use testing::{Authority, Issued, yaml};
-use tokio::net::TcpListener;
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::Notify,
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -133,12 +143,14 @@ impl AggregatedDiscoveryService for OneCluster {
 
 /// An ADS server behind TLS.
 async fn ads_server(acceptor: TlsAcceptor) -> (SocketAddr, FirstBytes) {
-    server(acceptor, |stream| {
-        let service = TowerToHyperService::new(AggregatedDiscoveryServiceServer::new(OneCluster));
-        let serving = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service);
-        tokio::spawn(async move { drop(serving.await) });
-    })
-    .await
+    server(acceptor, |stream| serve(stream, OneCluster)).await
+}
+
+/// Serves ADS on a connection.
+fn serve(stream: impl rt::Read + rt::Write + Unpin + Send + 'static, control_plane: impl AggregatedDiscoveryService) {
+    let service = TowerToHyperService::new(AggregatedDiscoveryServiceServer::new(control_plane));
+    let serving = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(stream, service);
+    tokio::spawn(async move { drop(serving.await) });
 }
 
 /// A REST server behind TLS, over HTTP/1.1.
@@ -154,6 +166,10 @@ async fn rest_server(acceptor: TlsAcceptor) -> (SocketAddr, FirstBytes) {
     .await
 }
 
+fn at(server: SocketAddr) -> String {
+    format!("socket_address: {{ address: 127.0.0.1, port_value: {} }}", server.port())
+}
+
 struct Culvertd {
     process: Child,
     folder: tempfile::TempDir,
@@ -167,16 +183,21 @@ impl Drop for Culvertd {
 }
 
 impl Culvertd {
-    /// `context`: of the cluster `xds`; `source`: the `dynamic_resources`.
+    /// `context`: of the cluster `xds`; `dynamic`: the `dynamic_resources`; `more`: other `static_resources`.
     fn start(server: SocketAddr, context: &str, options: &str, dynamic: &str, more: &str) -> Culvertd {
+        let options =
+            format!("{options} transport_socket: {{ name: tls, typed_config: {{ '@type': {UPSTREAM}, {context} }} }},");
+        Self::start_at(&at(server), &options, dynamic, more)
+    }
+
+    /// `address`: of the one host of the cluster `xds`.
+    fn start_at(address: &str, options: &str, dynamic: &str, more: &str) -> Culvertd {
         let folder = tempfile::tempdir().unwrap();
         let config = format!(
             "node: {{ id: node-1, cluster: c }}\nadmin: {{ address: {{ socket_address: {{ address: 127.0.0.1, port_value: 0 }} }} }}\n\
              dynamic_resources: {{ {dynamic} }}\nstatic_resources:\n  {more}\n  clusters: [{{ name: xds, type: STATIC, {options} \
-             transport_socket: {{ name: tls, typed_config: {{ '@type': {UPSTREAM}, {context} }} }}, load_assignment: {{ cluster_name: xds, \
-             endpoints: [{{ lb_endpoints: [{{ endpoint: {{ hostname: host.test, address: {{ socket_address: {{ address: 127.0.0.1, \
-             port_value: {} }} }} }} }}] }}] }} }}]\n",
-            server.port()
+             load_assignment: {{ cluster_name: xds, endpoints: [{{ lb_endpoints: [{{ endpoint: {{ hostname: host.test, address: {{ \
+             {address} }} }} }}] }}] }} }}]\n"
         );
         fs::write(folder.path().join("c.yaml"), config).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_culvertd"))
@@ -326,4 +347,133 @@ async fn rest_over_tls() {
     refused.wait(reason, |it| it.log().contains(reason)).await;
     assert!(refused.page("/stats").contains("cluster_manager.cds.update_success: 0\n"));
     never_plain(&first);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ads_on_a_unix_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("xds");
+    let accept = |listener: UnixListener| {
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                serve(TokioIo::new(stream), OneCluster);
+            }
+        })
+    };
+    // Nobody listens yet.
+    let culvertd = Culvertd::start_at(&format!("pipe: {{ path: {} }}", path.display()), HTTP2, ADS, "");
+    let reason = "cannot connect to the control plane";
+    culvertd.wait(reason, |it| it.log().contains(reason)).await;
+    accept(UnixListener::bind(&path).unwrap());
+    culvertd.is_connected("cluster_manager.cds.update_success: 1\n").await;
+    assert!(culvertd.page("/stats").contains("control_plane.connected_state: 1\n"));
+}
+
+/// A server that wants no TLS: its first bytes are no handshake, and the client says so and waits before it tries again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_tls_is_not_spoken_to() {
+    let authority = Authority::new("ca");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap();
+    let (connections, first) = (Arc::new(AtomicUsize::new(0)), FirstBytes::default());
+    let (counted, seen) = (Arc::clone(&connections), Arc::clone(&first));
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            counted.fetch_add(1, Ordering::Relaxed);
+            let mut byte = [0];
+            if stream.peek(&mut byte).await.is_ok_and(|read| read == 1) {
+                seen.lock().unwrap().push(byte[0]);
+            }
+            serve(TokioIo::new(stream), OneCluster);
+        }
+    });
+    let context = format!("sni: xds.test, common_tls_context: {{ {} }}", trust(&authority, "xds.test"));
+    let culvertd = Culvertd::start(server, &context, HTTP2, ADS, "");
+    culvertd.is_refused("cannot connect to the control plane: transport error: the TLS handshake failed: ").await;
+    // What is measured is how many attempts there are in two seconds. The waits are at most 0.5 s, 1 s, 2 s, ..., and random: a dozen
+    // would be much, and a spinning client makes thousands.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let attempts = connections.load(Ordering::Relaxed);
+    assert!((1..30).contains(&attempts), "{attempts} attempts; {}", culvertd.log());
+    assert!(culvertd.log().lines().count() < 60, "{}", culvertd.log());
+    assert!(culvertd.page("/stats").contains("cluster_manager.cds.update_success: 0\n"));
+    never_plain(&first);
+}
+
+/// What a silent control plane has been asked, and when.
+type Asked = Arc<Mutex<Vec<(Instant, String)>>>;
+
+/// Takes every request and says nothing, until it is told to answer the one for clusters.
+#[derive(Clone, Default)]
+struct Silent {
+    asked: Asked,
+    speak: Arc<Notify>,
+}
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Silent {
+    type StreamAggregatedResourcesStream = BoxStream<'static, Result<DiscoveryResponse, Status>>;
+    type DeltaAggregatedResourcesStream = BoxStream<'static, Result<DeltaDiscoveryResponse, Status>>;
+
+    async fn stream_aggregated_resources(
+        &self,
+        request: Request<Streaming<DiscoveryRequest>>,
+    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
+        let (asked, speak) = (Arc::clone(&self.asked), Arc::clone(&self.speak));
+        let requests = request.into_inner().filter_map(move |request| {
+            asked.lock().unwrap().extend(request.ok().map(|it| (Instant::now(), it.type_url)));
+            std::future::ready(None)
+        });
+        let late = stream::once(async move {
+            speak.notified().await;
+            Ok(answer())
+        });
+        Ok(Response::new(Box::pin(stream::select(requests, late))))
+    }
+
+    async fn delta_aggregated_resources(
+        &self,
+        _: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_server_is_waited_for_no_longer_than_it_may() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (server, silent) = (listener.local_addr().unwrap(), Silent::default());
+    let control_plane = silent.clone();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            serve(TokioIo::new(stream), control_plane.clone());
+        }
+    });
+    let ads = ADS.replace("cds_config: { ads", "cds_config: { initial_fetch_timeout: 1s, ads");
+    let dynamic = format!("{ads}, lds_config: {{ ads: {{}}, resource_api_version: V3, initial_fetch_timeout: 0.5s }}");
+    let culvertd = Culvertd::start_at(&at(server), HTTP2, &dynamic, "");
+    let asked = |end: &str| {
+        let all = silent.asked.lock().unwrap();
+        all.iter().find(|(_, type_url)| type_url.ends_with(end)).map(|(when, _)| *when)
+    };
+    culvertd.wait("clusters are asked for", |_| asked(".Cluster").is_some()).await;
+    assert!(!culvertd.page("/ready").contains("LIVE"));
+    culvertd.wait("listeners are asked for", |_| asked(".Listener").is_some()).await;
+    let waited = asked(".Listener").unwrap() - asked(".Cluster").unwrap();
+    // The time begins when it is subscribed, a little before the request is here.
+    assert!((Duration::from_millis(700)..Duration::from_secs(10)).contains(&waited), "{waited:?}");
+    culvertd.wait("it serves without them", |it| it.page("/ready").contains("LIVE")).await;
+    let stats = culvertd.page("/stats");
+    for kind in ["cluster_manager.cds", "listener_manager.lds"] {
+        for line in ["init_fetch_timeout: 1\n", "update_success: 0\n"] {
+            assert!(stats.contains(&format!("{kind}.{line}")), "{kind}.{line} {stats}");
+        }
+    }
+
+    // What comes late is taken all the same.
+    silent.speak.notify_one();
+    culvertd.is_connected("cluster_manager.cds.update_success: 1\n").await;
 }
