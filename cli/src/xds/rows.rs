@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
-        admin::v3::ClientResourceStatus,
-        config::{cluster::v3::Cluster, listener::v3::Listener},
+        admin::v3::{ClientResourceStatus, UpdateFailureState},
+        config::{cluster::v3::Cluster, listener::v3::Listener, route::v3::RouteConfiguration},
         service::status::v3::{
             ClientConfig, ClientStatusResponse, client_config::GenericXdsConfig, per_xds_config::PerXdsConfig,
         },
@@ -91,6 +91,8 @@ pub struct Row {
     pub since: Option<SystemTime>,
     /// Why the newest version was rejected, and which one that is.
     pub rejected: Option<(String, String)>,
+    /// Of what is warming: "waits for" and what.
+    pub waits: Option<String>,
 }
 
 impl Row {
@@ -111,8 +113,23 @@ pub fn of(response: &ClientStatusResponse) -> Vec<Row> {
     rows
 }
 
-/// Type and name of what is warming, with its version and when that came.
-type Warming = HashMap<(String, String), (String, Option<Timestamp>)>;
+/// A version that is warming.
+struct Next {
+    version: String,
+    /// When it came.
+    at: Option<Timestamp>,
+    /// What it waits for.
+    why: Option<String>,
+}
+
+impl Next {
+    fn new(version: &str, at: Option<Timestamp>, why: Option<&UpdateFailureState>) -> Next {
+        Next { version: version.to_owned(), at, why: why.map(|state| state.details.clone()) }
+    }
+}
+
+/// What is warming, by type and name.
+type Warming = HashMap<(String, String), Next>;
 
 fn warming(config: &ClientConfig) -> Warming {
     let mut warming = Warming::new();
@@ -124,16 +141,25 @@ fn warming(config: &ClientConfig) -> Warming {
                 for cluster in &dump.dynamic_warming_clusters {
                     let message = cluster.cluster.as_ref().and_then(|any| unpack::<Cluster>(any, "").ok());
                     let name = message.unwrap_or_default().name;
-                    let version = (cluster.version_info.clone(), cluster.last_updated);
-                    warming.insert((<Cluster as prost::Name>::type_url(), name), version);
+                    let next = Next::new(&cluster.version_info, cluster.last_updated, cluster.error_state.as_ref());
+                    warming.insert((<Cluster as prost::Name>::type_url(), name), next);
                 }
             }
             PerXdsConfig::ListenerConfig(dump) => {
                 for listener in &dump.dynamic_listeners {
                     if let Some(state) = &listener.warming_state {
-                        let version = (state.version_info.clone(), state.last_updated);
-                        warming.insert((<Listener as prost::Name>::type_url(), listener.name.clone()), version);
+                        let next = Next::new(&state.version_info, state.last_updated, listener.error_state.as_ref());
+                        warming.insert((<Listener as prost::Name>::type_url(), listener.name.clone()), next);
                     }
+                }
+            }
+            PerXdsConfig::RouteConfig(dump) => {
+                for routes in &dump.dynamic_route_configs {
+                    let message = routes.route_config.as_ref();
+                    let message = message.and_then(|any| unpack::<RouteConfiguration>(any, "").ok());
+                    let next = Next::new(&routes.version_info, routes.last_updated, routes.error_state.as_ref());
+                    let name = message.unwrap_or_default().name;
+                    warming.insert((<RouteConfiguration as prost::Name>::type_url(), name), next);
                 }
             }
             _ => {}
@@ -151,7 +177,7 @@ fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
         (ClientResourceStatus::Requested, _) => State::Requested,
         (ClientResourceStatus::DoesNotExist | ClientResourceStatus::Timeout, _) => State::Missing,
         (_, Some(_)) if config.is_static_resource => State::Warming,
-        (_, Some((version, at))) if (version, at) == (&config.version_info, &config.last_updated) => State::Warming,
+        (_, Some(next)) if (&next.version, &next.at) == (&config.version_info, &config.last_updated) => State::Warming,
         (_, Some(_)) => State::Updating,
         _ if config.is_static_resource => State::Static,
         (ClientResourceStatus::Acked | ClientResourceStatus::ReceivedError, _) => State::Serving,
@@ -164,6 +190,7 @@ fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
         version: config.version_info.clone(),
         state,
         since: config.last_updated.as_ref().or(attempted).and_then(time),
+        waits: next.and_then(|next| next.why.clone()),
         rejected: config.error_state.as_ref().map(|state| (state.version_info.clone(), state.details.clone())),
     }
 }
@@ -228,6 +255,9 @@ pub fn json(rows: &[Row]) -> String {
             }
         } else if let Some((version, reason)) = &row.rejected {
             json["rejected"] = json!({ "version": version, "reason": reason });
+        }
+        if let Some(waits) = &row.waits {
+            json["waits"] = waits.as_str().into();
         }
         json
     };

@@ -26,7 +26,7 @@ pub fn text(rows: &[Row], now: SystemTime, width: Option<usize>, colours: bool) 
     }
     let mut cells: Vec<[String; 6]> = vec![COLUMNS.map(str::to_owned)];
     cells.extend(rows.iter().map(|row| line(row, now)));
-    if rows.iter().all(|row| row.rejected.is_none()) {
+    if rows.iter().all(|row| row.rejected.is_none() && row.waits.is_none()) {
         cells.iter_mut().for_each(|line| line[REASON].clear());
     }
     let mut widths = [0; 6];
@@ -67,6 +67,7 @@ fn line(row: &Row, now: SystemTime) -> [String; 6] {
         "" => reason.clone(),
         version => format!("{version}: {reason}"),
     });
+    let reason = reason.or_else(|| row.waits.clone());
     [
         service(&row.type_url),
         &row.name,

@@ -12,7 +12,11 @@ config:
   - cluster_config:
       dynamic_warming_clusters:
       - { version_info: "8", cluster: { "@type": type.googleapis.com/envoy.config.cluster.v3.Cluster, name: cold },
-          last_updated: "2023-11-14T22:13:20Z" }
+          last_updated: "2023-11-14T22:13:20Z", error_state: { details: "waits for the endpoints \"cold\"" } }
+  - route_config:
+      dynamic_route_configs:
+      - { version_info: "2", route_config: { "@type": type.googleapis.com/envoy.config.route.v3.RouteConfiguration,
+          name: web }, error_state: { details: "waits for the cluster \"cold\"" } }
   - listener_config:
       dynamic_listeners:
       - { name: in, warming_state: { version_info: "9", last_updated: "2023-11-14T22:13:25Z" } }
@@ -20,6 +24,8 @@ config:
   generic_xds_configs:
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: later, client_status: REQUESTED }
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: gone, client_status: DOES_NOT_EXIST }
+  - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: web, version_info: "1",
+      client_status: ACKED }
   - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: in, version_info: "7", client_status: ACKED,
       last_updated: "2023-11-14T22:13:20Z" }
   - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: fixed, is_static_resource: true,
@@ -66,6 +72,7 @@ fn every_state_in_the_order_of_services() {
             ("LDS", "in", "7", State::Updating),
             ("RDS", "gone", "", State::Missing),
             ("RDS", "later", "", State::Requested),
+            ("RDS", "web", "1", State::Updating),
             ("OffloadedService", "o", "a", State::Serving),
         ]
     );
@@ -79,16 +86,17 @@ fn the_whole_table() {
         "\
 TYPE              NAME   VERSION  STATE      AGE  REASON
 CDS               bad    6        rejected   1h   8: lb_policy: not supported  [31m by culvert yet, and a very long explanation of why that is so
-CDS               cold   8        warming    1m
+CDS               cold   8        warming    1m   waits for the endpoints \"cold\"
 CDS               users  7        serving    1m
 CDS               xds    -        static     -
 LDS               fixed  -        warming    1m
 LDS               in     7        updating   1m
 RDS               gone   -        missing    -
 RDS               later  -        requested  -
+RDS               web    1        updating   -    waits for the cluster \"cold\"
 OffloadedService  o      a        serving    -
 
-9 resources: 2 serving, 1 updating, 2 warming, 1 rejected, 1 requested, 1 missing, 1 static
+10 resources: 2 serving, 2 updating, 2 warming, 1 rejected, 1 requested, 1 missing, 1 static
 "
     );
 }
@@ -103,7 +111,7 @@ fn lines_fit_the_terminal() {
         let table = text.split("\n\n").next().unwrap();
         let longest = table.lines().map(|line| line.chars().count()).max().unwrap();
         assert!(longest <= width, "{longest} > {width}:\n{text}");
-        assert_eq!(table.lines().count(), 10);
+        assert_eq!(table.lines().count(), 11);
     }
     let text = table::text(&some_rows(), now(), Some(80), false);
     assert!(text.lines().nth(1).unwrap().ends_with("…"), "{text}");
@@ -157,7 +165,7 @@ fn what_is_refused_fails_the_check() {
 #[test]
 fn nothing_to_show() {
     assert_eq!(table::text(&[], now(), None, true), "no resources\n");
-    let serving: Vec<_> = some_rows().into_iter().filter(|row| row.rejected.is_none()).collect();
+    let serving: Vec<_> = some_rows().into_iter().filter(|row| row.rejected.is_none() && row.waits.is_none()).collect();
     assert!(!table::text(&serving, now(), None, false).contains("REASON"));
 }
 
@@ -173,7 +181,7 @@ fn several_types_can_be_asked_for() {
         let Command { flags } = Command::parse_from([&["status"], arguments].concat());
         some_rows().iter().filter(|row| is_wanted(&flags, row)).count()
     };
-    assert_eq!(count(&[]), 9);
+    assert_eq!(count(&[]), 10);
     assert_eq!(count(&["--type", "cds", "--type", "LDS"]), 6);
     assert_eq!(count(&["--type", "cds", "--type", "LDS", "--name", "users"]), 1);
 }

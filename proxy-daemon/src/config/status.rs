@@ -50,6 +50,8 @@ pub struct Resource {
     pub active: Option<Arc<Version>>,
     /// Accepted, and waiting for what it needs; `active` serves until then. The same version is never in both.
     pub warming: Option<Arc<Version>>,
+    /// What `warming` waits for, in words.
+    pub waits_for: Vec<String>,
     /// Removed or replaced, with connections that have not ended yet.
     pub draining: Option<Arc<Version>>,
     /// The newest version was refused, or is accepted and does not serve (a listener that cannot be bound, for example).

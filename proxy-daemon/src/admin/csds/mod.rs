@@ -8,11 +8,12 @@ use culvert_xds_client::json;
 use envoy_types::pb::{
     envoy::{
         admin::v3::{
-            ClientResourceStatus, ClustersConfigDump, ListenersConfigDump, UpdateFailureState,
+            ClientResourceStatus, ClustersConfigDump, ListenersConfigDump, RoutesConfigDump, UpdateFailureState,
             clusters_config_dump::DynamicCluster,
             listeners_config_dump::{DynamicListener, DynamicListenerState},
+            routes_config_dump::DynamicRouteConfig,
         },
-        config::{cluster::v3::Cluster, core::v3::ConfigSource, listener::v3::Listener},
+        config::{cluster::v3::Cluster, core::v3::ConfigSource, listener::v3::Listener, route::v3::RouteConfiguration},
         service::status::v3::{
             ClientConfig, ClientStatusRequest, ClientStatusResponse, PerXdsConfig,
             client_config::GenericXdsConfig,
@@ -209,22 +210,29 @@ fn source(SourceState { name, connection }: &SourceState) -> GenericXdsConfig {
     }
 }
 
-/// Clusters and listeners that are accepted and wait for what they need, without their content.
+/// Clusters, listeners and routes that are accepted and wait, without their content, and with what they wait for in the
+/// place of an error.
 fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
     let of = |type_url: String| {
         let resources = snapshot.of(&type_url).iter();
-        resources.filter_map(|it| Some((it.name.clone(), it.warming.clone()?))).collect::<Vec<_>>()
+        resources.filter_map(|it| Some((it, it.warming.clone()?))).collect::<Vec<_>>()
+    };
+    let waits_for = |targets: &[String]| {
+        let details = format!("waits for {}", targets.join(", "));
+        (!targets.is_empty()).then(|| UpdateFailureState { details, ..Default::default() })
     };
     let updated = |version: &Version| Some(dump::timestamp(version.updated));
-    let clusters = of(Cluster::type_url()).into_iter().map(|(name, version)| DynamicCluster {
+    let clusters = of(Cluster::type_url()).into_iter().map(|(it, version)| DynamicCluster {
         version_info: version.version.clone(),
-        cluster: Some(dump::pack(&Cluster { name, ..Default::default() })),
+        cluster: Some(dump::pack(&Cluster { name: it.name.clone(), ..Default::default() })),
         last_updated: updated(&version),
+        error_state: waits_for(&it.waits_for),
         ..Default::default()
     });
     let clusters: Vec<_> = clusters.collect();
-    let listeners = of(Listener::type_url()).into_iter().map(|(name, version)| DynamicListener {
-        name,
+    let listeners = of(Listener::type_url()).into_iter().map(|(it, version)| DynamicListener {
+        name: it.name.clone(),
+        error_state: waits_for(&it.waits_for),
         warming_state: Some(DynamicListenerState {
             version_info: version.version.clone(),
             last_updated: updated(&version),
@@ -235,8 +243,17 @@ fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
     let fixed = snapshot.unready.iter().filter(|it| it.is_static).map(|it| DynamicListener {
         name: it.listener.clone(),
         warming_state: Some(DynamicListenerState::default()),
+        error_state: waits_for(&it.targets),
         ..Default::default()
     });
+    let routes = of(RouteConfiguration::type_url()).into_iter().map(|(it, version)| DynamicRouteConfig {
+        version_info: version.version.clone(),
+        route_config: Some(dump::pack(&RouteConfiguration { name: it.name.clone(), ..Default::default() })),
+        last_updated: updated(&version),
+        error_state: waits_for(&it.waits_for),
+        ..Default::default()
+    });
+    let routes: Vec<_> = routes.collect();
     let listeners: Vec<_> = listeners.chain(fixed).collect();
     let mut dumps = Vec::new();
     if !clusters.is_empty() {
@@ -245,6 +262,9 @@ fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
     }
     if !listeners.is_empty() {
         dumps.push(Dump::ListenerConfig(ListenersConfigDump { dynamic_listeners: listeners, ..Default::default() }));
+    }
+    if !routes.is_empty() {
+        dumps.push(Dump::RouteConfig(RoutesConfigDump { dynamic_route_configs: routes, ..Default::default() }));
     }
     dumps.into_iter().map(|dump| PerXdsConfig { per_xds_config: Some(dump), ..Default::default() }).collect()
 }

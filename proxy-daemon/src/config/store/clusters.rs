@@ -62,7 +62,7 @@ pub(in crate::config) struct ClusterVersion {
     id: VersionId,
     /// `None`: of the bootstrap.
     pub(in crate::config) stored: Option<Arc<Version>>,
-    needs: Box<[Need]>,
+    pub(super) needs: Box<[Need]>,
     /// `cluster.<this>` in stats names.
     stat_name: Arc<str>,
 }

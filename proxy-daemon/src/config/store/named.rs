@@ -102,12 +102,10 @@ impl<A: Apply> ConfigStore<A> {
             filters.iter().try_for_each(|(_, filter)| state.check_filter(&**filter, &resource.body))?;
             Ok((value, filters))
         });
-        self.drop_held(state, source, &name);
-        if let Ok((Value::Routes(routes), _)) = &parsed
-            && self.hold(state, source, &resource, routes, id)
-        {
-            return Ok(());
-        }
+        match &parsed {
+            Ok((Value::Routes(routes), _)) if self.hold(state, source, &resource, routes, id) => return Ok(()),
+            _ => self.drop_held(state, source, &name),
+        };
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let followed = match &parsed {
             Ok((Value::Secret(read), _)) => self.follow_secret(&resource, read).map(Some),

@@ -7,7 +7,12 @@ use std::{
 
 use culvert_xds_client::ads::type_url;
 
-use super::{Apply, ConfigStore, kinds::Kind, rotation::StaticFiles, state::State};
+use super::{
+    Apply, ConfigStore,
+    kinds::{Kind, Need},
+    rotation::StaticFiles,
+    state::State,
+};
 use crate::config::status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version};
 
 impl<A: Apply> ConfigStore<A> {
@@ -31,6 +36,7 @@ impl State {
             name: name.to_string(),
             active: entry.active.as_ref().and_then(|it| it.stored.clone()),
             warming: entry.warming.as_ref().and_then(|it| it.version.stored.clone()),
+            waits_for: entry.warming.iter().flat_map(|it| self.missing(&it.version.needs)).map(in_words).collect(),
             ..Resource::default()
         });
         of_type(type_url::CLUSTER, known, self.clusters.refused.by_name())
@@ -47,6 +53,7 @@ impl State {
                 active,
                 warming,
                 failure: failure.map(|(details, attempt)| Arc::new(Failure { details, attempt })),
+                waits_for: entry.warming.iter().flat_map(|it| self.missing(&it.needs)).map(in_words).collect(),
                 ..Resource::default()
             }
         });
@@ -89,6 +96,8 @@ impl State {
             return self.scopes_now();
         }
         let known = self.watched(kind).entries().map(|(source, name, entry)| {
+            let held = self.held.iter().find_map(|held| Some((held.version_of(source, name)?, held.waits_for())));
+            let (warming, waits_for) = held.filter(|_| kind == Kind::Routes).unzip();
             let missing = if entry.settled { Missing::DoesNotExist } else { Missing::Requested };
             Resource {
                 name: name.to_string(),
@@ -98,6 +107,8 @@ impl State {
                 },
                 failure: entry.refused.clone().or_else(|| entry.files.as_ref()?.failure()),
                 missing: (entry.stored.is_none() && entry.refused.is_none()).then_some(missing),
+                warming,
+                waits_for: waits_for.unwrap_or_default(),
                 ..Resource::default()
             }
         });
@@ -106,17 +117,26 @@ impl State {
 
     fn unready(&self, name: &Arc<str>) -> Option<Unready> {
         let entry = self.listeners.by_name.get(name)?;
-        let needs = entry.warming.iter().flat_map(|warming| &warming.needs);
-        let missing = needs.filter(|need| {
-            let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
-            !need.optional && known.is_some_and(|known| !known.settled)
-        });
+        let missing = entry.warming.iter().flat_map(|warming| self.missing(&warming.needs));
         let mut targets: Vec<_> = missing.map(|need| need.kind.target(&need.wanted.name)).collect();
         if targets.is_empty() {
             targets.push("the clusters".to_owned());
         }
         Some(Unready { listener: name.to_string(), is_static: entry.is_static, targets })
     }
+
+    /// Those of some needs that are waited for.
+    fn missing<'a>(&self, needs: &'a [Need]) -> impl Iterator<Item = &'a Need> + use<'a, '_> {
+        needs.iter().filter(|need| {
+            let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
+            !need.optional && known.is_some_and(|known| !known.settled)
+        })
+    }
+}
+
+/// What is waited for, for people.
+fn in_words(need: &Need) -> String {
+    format!("{} {:?}", need.kind.noun(), need.wanted.name)
 }
 
 /// `refused`: by name; some of them may have no other version.

@@ -72,6 +72,8 @@ pub(super) enum Due {
     Drained,
     /// Names that nobody waits for are forgotten.
     OnDemand,
+    /// Routes have waited for clusters for long enough.
+    HeldRoutes,
     /// A listener that could not be bound is tried again.
     Listener(Arc<str>, VersionId),
 }

@@ -1,5 +1,7 @@
 //! Resources that are asked for by name.
 
+use envoy_types::pb::google::protobuf::BoolValue;
+
 use super::*;
 
 #[test]
@@ -184,9 +186,24 @@ fn routes_in_use_wait_for_the_new_clusters_that_they_name() {
     assert_eq!((held.rejected(), back.rejected()), (vec![], vec![]));
     let held = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "later")]));
     assert!(held.is_open());
+    let shown = || store.snapshot().of(&RouteConfiguration::type_url())[0].clone();
+    assert!(shown().active.is_some() && shown().warming.is_some());
+    assert_eq!(shown().waits_for, ["the cluster \"later\""]);
+    assert_eq!(store.snapshot().of(&Cluster::type_url())[0].waits_for, ["the endpoints \"later\""]);
+    store.later(Duration::from_millis(1001));
+    assert_eq!(held.rejected(), [], "not for long");
+    assert_eq!(calls.take(), ["routes web"]);
+    assert!(shown().warming.is_none() && shown().waits_for.is_empty());
+    // What is in force names it: nothing is won by waiting once more.
+    let mut next = routes("web", "later");
+    next.body = json::pack(&RouteConfiguration {
+        validate_clusters: Some(BoolValue { value: false }),
+        ..json::unpack(&next.body, "").unwrap()
+    });
+    assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![next])).rejected(), []);
+    assert_eq!(calls.take(), ["routes web"]);
     store.later(Duration::from_secs(16));
-    assert_eq!(held.rejected(), [], "not for ever");
-    assert_eq!(calls.take(), ["cluster later", "routes web"]);
+    assert_eq!(calls.take(), ["cluster later"]);
     let gone = store.update(update(Cluster::type_url(), vec![eds_cluster("gone")]));
     let held = store.update(update(RouteConfiguration::type_url(), vec![routes("web", "gone")]));
     store.update(removal(Cluster::type_url(), "gone"));
