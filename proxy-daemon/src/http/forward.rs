@@ -1,6 +1,6 @@
 //! Sends a request to its cluster, as often as the retry policy allows, and answers for the upstream where it fails.
 
-use std::{rc::Rc, time::Duration};
+use std::rc::Rc;
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST};
 
@@ -10,15 +10,17 @@ use super::{
     headers::{self, names::*},
     observe::StreamEnd,
     redirect::rewrite_path,
-    retry::{self, Failure},
-    route_match::authority,
+    replay::Replay,
+    retry::{Failure, RetryState, Verdict},
+    route_match::{RouteRef, authority},
     stream::{LocalReply, RequestHead, StreamCx},
+    timeouts::Timeouts,
     timers::{Expired, Timers},
     waiting,
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ForwardAction, HeaderMutations, HostRewrite, RetryPolicy, UpstreamProtocol},
+    config::model::{ForwardAction, HeaderMutations, HostRewrite, UpstreamProtocol},
     upstream::{
         ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
     },
@@ -39,7 +41,7 @@ pub(super) async fn forward(
     end: &mut StreamEnd,
     action: &ForwardAction,
     mut head: RequestHead,
-    body: Body,
+    mut body: Body,
 ) -> Result<Answer, LocalReply> {
     let config = &end.state.manager.config;
     let Some(cluster) = cx.cluster.as_ref().map(Rc::clone) else {
@@ -49,25 +51,38 @@ pub(super) async fn forward(
     if cluster.cluster.refuses_for_maintenance() {
         return Err(maintenance(&cluster));
     }
-    let suppress = cx.suppress_envoy_headers;
-    let timeout = route_timeout(cx, action, &head);
-    finish_request(cx, action, &mut head, timeout, suppress);
+    let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
+    let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
+    let timeouts = Timeouts::take(action, policy, &mut head);
+    timeouts.tell(&mut head, cx);
+    finish_request(cx, action, &mut head);
+    let mut retry = RetryState::take(policy, &mut head);
+    if let Some(retry) = retry.as_mut().filter(|_| !matches!(body, Body::Empty)) {
+        let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
+        let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
+        let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
+        let counter = cluster.cluster.stats.retry_or_shadow_abandoned;
+        retry.body = Some(Replay::new(std::mem::take(&mut body), limit, counter));
+    }
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
     end.state.allow_stall(idle);
-    let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeout, idle, config.request_timeout);
+    let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
-    let policy =
-        action.retry_policy.as_ref().or(cx.route.as_ref().and_then(|r| r.virtual_host().retry_policy.as_ref()));
-    let mut attempts =
-        Attempts { cx, cluster: &cluster, action, policy: policy.map(|policy| &**policy), count: 0, retrying: None };
+    let mut attempts = Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, count: 0 };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
-        expired = timers.expired() => Err(expire(end, &cluster, expired)),
+        expired = timers.expired() => Err(expire(end, &cluster, expired, &timeouts)),
     };
     let count = attempts.count;
     drop(attempts);
-    let (response, connection) = result?;
+    let (response, connection) = result.map_err(|mut reply| {
+        if virtual_host.is_some_and(|host| host.include_attempt_count_in_response) {
+            reply.headers.push((X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(count)));
+        }
+        reply
+    })?;
+    timers.limit_pauses(timeouts.per_try_idle);
     Ok(Answer { response, connection, timers, attempts: count })
 }
 
@@ -82,27 +97,9 @@ fn maintenance(cluster: &WorkerCluster) -> LocalReply {
     reply
 }
 
-/// The time that the whole exchange may take: the route's, or an internal client's.
-fn route_timeout(cx: &StreamCx, action: &ForwardAction, head: &RequestHead) -> Option<Duration> {
-    let asked = head.headers.get(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS).filter(|_| cx.internal);
-    match asked.and_then(|value| value.to_str().ok()?.parse().ok()) {
-        Some(0) => None,
-        Some(milliseconds) => Some(Duration::from_millis(milliseconds)),
-        None => action.timeout,
-    }
-}
-
 /// What the router does to a request's head, once for all attempts.
-fn finish_request(
-    cx: &StreamCx,
-    action: &ForwardAction,
-    head: &mut RequestHead,
-    timeout: Option<Duration>,
-    suppress: bool,
-) {
-    if cx.internal {
-        head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS);
-    }
+fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead) {
+    let suppress = cx.suppress_envoy_headers;
     if let Some(route) = &cx.route {
         mutate_request(cx, head);
         // Before the path is rewritten: it may be made of that.
@@ -133,12 +130,6 @@ fn finish_request(
         }
     }
     cx.keep_request(head);
-    if let (Some(timeout), false) = (timeout, suppress) {
-        let mut digits = itoa::Buffer::new();
-        if let Ok(value) = HeaderValue::from_str(digits.format(timeout.as_millis() as u64)) {
-            head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
-        }
-    }
 }
 
 /// Applies the mutations of all levels.
@@ -170,19 +161,20 @@ fn set_host(head: &mut RequestHead, host: HeaderValue, append_forwarded: bool, s
     head.headers.insert(HOST, host);
 }
 
-fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired) -> LocalReply {
+fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeouts: &Timeouts) -> LocalReply {
     match expired {
         Expired::Route => {
             cluster.cluster.stats.upstream_rq_timeout.inc();
-            cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
+            cluster.cluster.stats.upstream_rq.inc(timeouts.status.as_u16());
             end.judge(true);
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);
             }
-            let text = "upstream request timeout";
-            LocalReply::new(StatusCode::GATEWAY_TIMEOUT, text, ResponseFlags::UT, "response_timeout")
+            LocalReply::new(timeouts.status, timeouts.text(), ResponseFlags::UT, "response_timeout")
         }
-        Expired::Idle | Expired::Request | Expired::Malformed(_) => waiting::expire(&end.state, &end.progress, expired),
+        Expired::Idle | Expired::PerTryIdle | Expired::Request | Expired::Malformed(_) => {
+            waiting::expire(&end.state, &end.progress, expired)
+        }
     }
 }
 
@@ -190,10 +182,9 @@ struct Attempts<'a> {
     cx: &'a StreamCx,
     cluster: &'a Rc<WorkerCluster>,
     action: &'a ForwardAction,
-    policy: Option<&'a RetryPolicy>,
+    timeouts: &'a Timeouts,
+    retry: Option<RetryState<'a>>,
     count: u32,
-    /// Counts this request as a retry from its second attempt on.
-    retrying: Option<RetrySlot>,
 }
 
 /// How one attempt failed.
@@ -222,38 +213,79 @@ impl Attempts<'_> {
         loop {
             self.count += 1;
             let host = self.choose(end, &head)?;
-            let kept = self.copy_for_retry(&head, &body);
+            let kept = self.copy_for_retry(&head);
+            if let Some(replay) = self.retry.as_ref().and_then(|retry| retry.body.as_ref()) {
+                body = replay.reader();
+            }
+            let mut timed_out = false;
             match self.attempt(&host, head, body).await {
                 Ok((response, connection)) => {
-                    let status = response.status();
-                    stats.upstream_rq.inc(status.as_u16());
-                    let wanted = self.policy.is_some_and(|policy| retry::wants_status(policy, status));
-                    let again = wanted && !self.is_exhausted(end);
-                    match kept.filter(|_| again) {
-                        Some(copy) if self.may_retry().await => (head, body) = (copy, Body::Empty),
-                        _ => {
-                            let (head, body) = response.into_parts();
-                            end.judge_response(&head, http_body::Body::is_end_stream(&body));
-                            return Ok((Response::from_parts(head, body), connection));
+                    let (response, incoming) = response.into_parts();
+                    let verdict =
+                        self.judge(end, |retry, cluster, high| retry.judge_response(&response, cluster, high));
+                    match kept.filter(|_| verdict == Verdict::Retry) {
+                        Some(copy) => {
+                            stats.count_retried(response.status.as_u16());
+                            (head, body) = (copy, Body::Empty);
+                        }
+                        None => {
+                            stats.upstream_rq.inc(response.status.as_u16());
+                            end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
+                            return Ok((Response::from_parts(response, incoming), connection));
                         }
                     }
                 }
                 Err(mut failed) => {
                     let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
-                    let free = failed.stale && request.is_some();
-                    if !free && (!self.wants(&failed) || self.is_exhausted(end)) {
+                    let request = match request {
+                        // The next attempt is free.
+                        Some(again) if failed.stale => {
+                            self.count -= 1;
+                            end.excuse_host();
+                            (head, body) = *again;
+                            continue;
+                        }
+                        request => request,
+                    };
+                    let failure = failed.failure;
+                    let verdict = self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high));
+                    let Some(again) = request.filter(|_| verdict == Verdict::Retry) else {
                         return Err(self.give_up(end, failed));
-                    }
-                    let Some(again) = request else { return Err(self.give_up(end, failed)) };
-                    if free {
-                        self.count -= 1;
-                        end.excuse_host();
-                    } else if !self.may_retry().await {
-                        return Err(self.give_up(end, failed));
-                    }
+                    };
+                    timed_out = matches!(failure, Failure::PerTryTimeout | Failure::PerTryIdleTimeout);
                     (head, body) = *again;
                 }
             }
+            self.prepare_retry(&host, &mut head, timed_out).await;
+        }
+    }
+
+    /// Whether there is one more attempt; the log is told why not.
+    fn judge(
+        &mut self,
+        end: &mut StreamEnd,
+        judge: impl FnOnce(&mut RetryState<'_>, &Rc<WorkerCluster>, bool) -> Verdict,
+    ) -> Verdict {
+        let Some(retry) = &mut self.retry else { return Verdict::No };
+        let verdict = judge(retry, self.cluster, self.action.high_priority);
+        match verdict {
+            Verdict::LimitExceeded => end.flags |= ResponseFlags::URX,
+            Verdict::Overflow => end.flags |= ResponseFlags::UO,
+            Verdict::Retry | Verdict::No => {}
+        }
+        verdict
+    }
+
+    /// Waits for the next attempt's turn.
+    async fn prepare_retry(&mut self, host: &Rc<WorkerHost>, head: &mut RequestHead, timed_out: bool) {
+        if let Some(retry) = &mut self.retry {
+            retry.avoid(host);
+            retry.back_off(self.cluster).await;
+        }
+        self.timeouts.tell(head, self.cx);
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_is_timeout_retry_header) {
+            let value = HeaderValue::from_static(if timed_out { "true" } else { "false" });
+            head.headers.insert(X_ENVOY_IS_TIMEOUT_RETRY, value);
         }
     }
 
@@ -271,7 +303,15 @@ impl Attempts<'_> {
             headers: Some(&head.headers),
             original_dst: self.cx.connection.original_dst,
         };
-        let Some(host) = self.cluster.pick(&pick) else {
+        let mut host = self.cluster.pick(&pick);
+        for _ in 0..self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
+            let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
+            if host.as_ref().filter(avoided).is_none() {
+                break;
+            }
+            host = self.cluster.pick(&pick);
+        }
+        let Some(host) = host else {
             stats.upstream_cx_none_healthy.inc();
             let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream");
             return Err(LocalReply::new(status, text, ResponseFlags::UH, "no_healthy_upstream"));
@@ -281,13 +321,10 @@ impl Attempts<'_> {
         Ok(host)
     }
 
-    /// A copy of the head, where a failure after it was sent may be tried again. A body that streams cannot be.
-    fn copy_for_retry(&self, head: &RequestHead, body: &Body) -> Option<RequestHead> {
-        let policy = self.policy?;
-        let left = self.count <= policy.num_retries;
-        let wanted = retry::may_want_status(policy)
-            || policy.retry_on.refused_stream && !matches!(self.protocol(head), Wanted::Http1);
-        (left && wanted && matches!(body, Body::Empty)).then(|| head.clone())
+    /// A copy of the head, where a failure after it was sent may be tried again.
+    fn copy_for_retry(&self, head: &RequestHead) -> Option<RequestHead> {
+        let http1 = matches!(self.protocol(head), Wanted::Http1);
+        self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
     }
 
     fn protocol(&self, head: &RequestHead) -> Wanted<'_> {
@@ -300,30 +337,8 @@ impl Attempts<'_> {
         }
     }
 
+    /// One attempt.
     async fn attempt(
-        &self,
-        host: &Rc<WorkerHost>,
-        head: RequestHead,
-        body: Body,
-    ) -> Result<(Response<Incoming>, Connection), Failed> {
-        let limit = self.policy.and_then(|policy| policy.per_try_timeout);
-        let attempt = self.send(host, head, body);
-        let Some(limit) = limit else { return attempt.await };
-        tokio::time::timeout(limit, attempt).await.unwrap_or_else(|_elapsed| {
-            self.cluster.cluster.stats.upstream_rq_per_try_timeout.inc();
-            Err(Failed {
-                failure: Failure::PerTryTimeout,
-                reason: "upstream request timeout",
-                transport: None,
-                status: StatusCode::GATEWAY_TIMEOUT,
-                flags: ResponseFlags::UT,
-                request: None,
-                stale: false,
-            })
-        })
-    }
-
-    async fn send(
         &self,
         host: &Rc<WorkerHost>,
         head: RequestHead,
@@ -337,7 +352,13 @@ impl Attempts<'_> {
         };
         let request = self.upstream_request(host, head, body, connection.is_http2());
         let stats = &self.cluster.cluster.stats;
-        match connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())).await {
+        let mut limit = self.timeouts.of_try(&self.cx.progress);
+        let sent = tokio::select! {
+            biased;
+            sent = connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())) => sent,
+            failure = limit.expired() => return Err(self.timed_out(host, failure)),
+        };
+        match sent {
             Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
                 failure: Failure::AfterRequest,
                 reason: "protocol error",
@@ -377,56 +398,36 @@ impl Attempts<'_> {
         Request::from_parts(head, body)
     }
 
-    fn wants(&self, failed: &Failed) -> bool {
-        self.policy.is_some_and(|policy| retry::wants_failure(policy, failed.failure))
-    }
-
-    /// Whether there were as many retries as there may be, of those that are wanted.
-    fn is_exhausted(&self, end: &mut StreamEnd) -> bool {
-        let exhausted = self.policy.is_some_and(|policy| self.count > policy.num_retries);
-        if exhausted {
-            self.cluster.cluster.stats.upstream_rq_retry_limit_exceeded.inc();
-            end.flags |= ResponseFlags::URX;
-        }
-        exhausted
-    }
-
-    /// Whether one more attempt is allowed; if so, waits for its turn.
-    async fn may_retry(&mut self) -> bool {
-        let Some(policy) = self.policy else { return false };
+    fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
         let stats = &self.cluster.cluster.stats;
-        if self.retrying.is_none() {
-            let limits = self.cluster.cluster.limits(self.action.high_priority);
-            self.retrying = RetrySlot::take(self.cluster, limits.max_retries());
-            if self.retrying.is_none() {
-                stats.upstream_rq_retry_overflow.inc();
-                return false;
-            }
-        }
-        if !retry::is_enabled() {
-            return false;
-        }
-        stats.upstream_rq_retry.inc();
-        tokio::time::sleep(retry::back_off(policy, self.count)).await;
-        true
+        let flags = if failure == Failure::PerTryIdleTimeout {
+            stats.upstream_rq_per_try_idle_timeout.inc();
+            ResponseFlags::SI
+        } else {
+            stats.upstream_rq_per_try_timeout.inc();
+            ResponseFlags::UT
+        };
+        host.count(HostCounter::RqTimeout, 1);
+        let (status, reason) = (self.timeouts.status, "upstream request timeout");
+        Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
     }
 
     fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
         let stats = &self.cluster.cluster.stats;
         stats.upstream_rq.inc(failed.status.as_u16());
-        if failed.reason == "overflow" {
+        if failed.failure == Failure::Overflow {
             end.excuse_host();
             self.cluster.cluster.dropped.inc();
             return overloaded();
         }
         end.judge(true);
-        if failed.failure == Failure::PerTryTimeout {
-            return LocalReply::new(
-                failed.status,
-                "upstream request timeout",
-                failed.flags,
-                "upstream_per_try_timeout",
-            );
+        let details = match failed.failure {
+            Failure::PerTryTimeout => Some("upstream_per_try_timeout"),
+            Failure::PerTryIdleTimeout => Some("upstream_per_try_idle_timeout"),
+            _ => None,
+        };
+        if let Some(details) = details {
+            return LocalReply::new(failed.status, self.timeouts.text(), failed.flags, details);
         }
         if failed.flags == ResponseFlags::UR {
             stats.upstream_rq_rx_reset.inc();
@@ -441,25 +442,6 @@ impl Attempts<'_> {
         // Details are one word, for the logs.
         let details = format!("{details}}}").replace(' ', "_");
         LocalReply::new(failed.status, text, failed.flags, details)
-    }
-}
-
-/// One of the cluster's retries at a time, of this worker.
-struct RetrySlot(Rc<WorkerCluster>);
-
-impl RetrySlot {
-    fn take(cluster: &Rc<WorkerCluster>, limit: u32) -> Option<RetrySlot> {
-        let active = cluster.active_retries.get();
-        (active < limit).then(|| {
-            cluster.active_retries.set(active + 1);
-            RetrySlot(Rc::clone(cluster))
-        })
-    }
-}
-
-impl Drop for RetrySlot {
-    fn drop(&mut self) {
-        self.0.active_retries.set(self.0.active_retries.get() - 1);
     }
 }
 
@@ -491,7 +473,8 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     let request = Some(Box::new((head, body)));
-    Failed { failure: Failure::Connect, reason, transport, status, flags, request, stale: false }
+    let failure = if reason == "overflow" { Failure::Overflow } else { Failure::Connect };
+    Failed { failure, reason, transport, status, flags, request, stale: false }
 }
 
 fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {

@@ -12,6 +12,7 @@ pub(crate) mod headers;
 mod io;
 mod observe;
 mod redirect;
+mod replay;
 mod request_id;
 mod retry;
 mod route_index;
@@ -19,6 +20,7 @@ mod route_match;
 mod scopes;
 mod stats;
 pub mod stream;
+mod timeouts;
 mod timers;
 mod waiting;
 

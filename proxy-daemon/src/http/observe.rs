@@ -95,6 +95,10 @@ impl Observer for ResponseObserver {
             let (flag, text) = match expired {
                 Expired::Route => (ResponseFlags::UT, "upstream response timeout"),
                 Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
+                Expired::PerTryIdle => {
+                    self.end.with(|end| end.per_try_idle_expired());
+                    (ResponseFlags::SI, "upstream idle timeout")
+                }
                 Expired::Request => (ResponseFlags::default(), "request timeout"),
                 Expired::Malformed(error) => {
                     self.end.with(|end| {
@@ -234,7 +238,17 @@ impl StreamEnd {
         }
         let now = Instant::now();
         progress.last_activity.set(now);
+        progress.last_response.set(now);
         self.state.last_progress.set(now);
+    }
+
+    /// The upstream has said nothing for too long, in the middle of its answer.
+    fn per_try_idle_expired(&mut self) {
+        if let Some((cluster, host)) = &self.host {
+            cluster.cluster.stats.upstream_rq_per_try_idle_timeout.inc();
+            host.count(HostCounter::RqTimeout, 1);
+        }
+        self.details = Cow::Borrowed("upstream_per_try_idle_timeout");
     }
 
     /// The response's body broke off.

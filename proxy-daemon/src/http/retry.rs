@@ -1,12 +1,23 @@
 //! Which failures are tried again (facts of `retry_on`), and after how long.
 
-use std::{sync::LazyLock, time::Duration};
+use std::{
+    rc::Rc,
+    sync::LazyLock,
+    time::{Duration, SystemTime},
+};
 
-use http::StatusCode;
+use http::{HeaderMap, HeaderName, StatusCode};
 
+use super::{
+    headers::names::*,
+    replay::Replay,
+    route_match::{header_matches, values_match},
+    stream::{RequestHead, ResponseHead},
+};
 use crate::{
-    config::model::{DEFAULT_BASE_INTERVAL, RetryPolicy},
+    config::model::{DEFAULT_BASE_INTERVAL, MatchedHeader, RateLimitedBackOff, RetryOn, RetryPolicy},
     layered_runtime::{Key, RuntimeInteger},
+    upstream::{WorkerCluster, WorkerHost},
 };
 
 /// Milliseconds, where the policy has no base of its own.
@@ -14,10 +25,14 @@ static BASE_BACK_OFF: LazyLock<Key> = LazyLock::new(|| Key::new("upstream.base_r
 /// The percentage of retries that are made at all.
 static USE_RETRY: LazyLock<RuntimeInteger> =
     LazyLock::new(|| RuntimeInteger { default: 100, key: Key::optional("upstream.use_retry") });
+/// Of routes without a policy, whose clients ask for retries.
+static NO_POLICY: LazyLock<RetryPolicy> = LazyLock::new(RetryPolicy::default);
 
 /// How an attempt failed without a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Failure {
+    /// A circuit breaker refused it.
+    Overflow,
     /// No connection could be opened: nothing was sent.
     Connect,
     /// The connection broke before any of the request was sent.
@@ -28,38 +43,265 @@ pub(super) enum Failure {
     AfterRequest,
     /// `per_try_timeout` passed.
     PerTryTimeout,
+    /// `per_try_idle_timeout` passed.
+    PerTryIdleTimeout,
 }
 
-/// Whether the policy wants a failure without a response tried again.
-pub(super) fn wants_failure(policy: &RetryPolicy, failure: Failure) -> bool {
-    let on = &policy.retry_on;
-    let any_reset = on.server_error || on.gateway_error || on.reset;
-    match failure {
-        Failure::Connect => any_reset || on.connect_failure || on.reset_before_request,
-        Failure::BeforeRequest => any_reset || on.reset_before_request,
-        Failure::Refused => any_reset || on.refused_stream,
-        Failure::AfterRequest => any_reset,
-        Failure::PerTryTimeout => any_reset,
+/// Whether one more attempt is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It is.
+    Retry,
+    /// The policy does not want one.
+    No,
+    /// There were as many as there may be.
+    LimitExceeded,
+    /// A circuit breaker allows no more.
+    Overflow,
+}
+
+/// The retries of one request: what its route's policy and its client allow.
+pub(super) struct RetryState<'a> {
+    policy: &'a RetryPolicy,
+    on: RetryOn,
+    remaining: u64,
+    retries: u32,
+    /// `x-envoy-retriable-status-codes`
+    status_codes: Vec<u32>,
+    /// `x-envoy-retriable-header-names`
+    header_names: Vec<HeaderName>,
+    /// How long the last response has asked to wait.
+    asked: Option<Duration>,
+    /// An attempt has sent something.
+    started: bool,
+    /// The hosts of the attempts so far, where they are to be avoided.
+    tried: Vec<Rc<WorkerHost>>,
+    slot: Option<RetrySlot>,
+    /// The request's body, where it has one.
+    pub(super) body: Option<Replay>,
+}
+
+impl<'a> RetryState<'a> {
+    /// Takes the client's wishes out of the request.
+    pub(super) fn take(policy: Option<&'a RetryPolicy>, head: &mut RequestHead) -> Option<RetryState<'a>> {
+        let asked = head.headers.keys().any(is_retry_header);
+        if policy.is_none() && !asked {
+            return None;
+        }
+        let policy = policy.unwrap_or(&NO_POLICY);
+        let mut state = RetryState {
+            policy,
+            on: policy.retry_on,
+            remaining: u64::from(policy.num_retries),
+            retries: 0,
+            status_codes: Vec::new(),
+            header_names: Vec::new(),
+            asked: None,
+            started: false,
+            tried: Vec::new(),
+            slot: None,
+            body: None,
+        };
+        if let Some(kinds) = text(&head.headers, &X_ENVOY_RETRY_ON) {
+            state.on.add(kinds);
+        }
+        if let Some(kinds) = text(&head.headers, &X_ENVOY_RETRY_GRPC_ON) {
+            state.on.add_grpc(kinds);
+        }
+        let only = &policy.retriable_request_headers;
+        if !only.is_empty() && !only.iter().any(|matcher| header_matches(matcher, head)) {
+            state.on = RetryOn::default();
+        }
+        if asked {
+            if let Some(most) = text(&head.headers, &X_ENVOY_MAX_RETRIES).and_then(|text| text.trim().parse().ok()) {
+                state.remaining = most;
+            }
+            let codes = text(&head.headers, &X_ENVOY_RETRIABLE_STATUS_CODES).unwrap_or_default().split(',');
+            state.status_codes = codes.filter_map(|code| code.trim().parse().ok()).collect();
+            let names = text(&head.headers, &X_ENVOY_RETRIABLE_HEADER_NAMES).unwrap_or_default().split(',');
+            state.header_names = names.filter_map(|name| name.trim().parse().ok()).collect();
+            RETRY_HEADERS.iter().for_each(|name| drop(head.headers.remove(name)));
+        }
+        state.on.is_anything().then_some(state)
+    }
+
+    /// Whether an attempt that failed so is tried again.
+    pub(super) fn judge_failure(&mut self, failure: Failure, cluster: &Rc<WorkerCluster>, high: bool) -> Verdict {
+        let unsent = matches!(failure, Failure::Connect | Failure::BeforeRequest);
+        self.started |= !unsent;
+        let wanted = wants_failure(&self.on, failure, self.started);
+        self.judge(wanted, cluster, high)
+    }
+
+    /// Whether a response like this is tried again.
+    pub(super) fn judge_response(&mut self, head: &ResponseHead, cluster: &Rc<WorkerCluster>, high: bool) -> Verdict {
+        self.started = true;
+        let wanted = self.wants_response(head);
+        if let (true, Some(rate_limited)) = (wanted, &self.policy.rate_limited) {
+            // Less than that is no wait at all.
+            let asked = reset_interval(rate_limited, &head.headers, SystemTime::now());
+            self.asked = asked.filter(|asked| *asked > Duration::from_millis(1));
+        }
+        self.judge(wanted, cluster, high)
+    }
+
+    fn judge(&mut self, wanted: bool, cluster: &Rc<WorkerCluster>, high: bool) -> Verdict {
+        if self.body.as_ref().is_some_and(Replay::is_abandoned) {
+            self.slot = None;
+            return Verdict::No;
+        }
+        let stats = &cluster.cluster.stats;
+        if self.slot.take().is_some() && !wanted {
+            stats.upstream_rq_retry_success.inc();
+        }
+        if !wanted {
+            return Verdict::No;
+        }
+        if self.remaining == 0 {
+            stats.upstream_rq_retry_limit_exceeded.inc();
+            return Verdict::LimitExceeded;
+        }
+        self.remaining -= 1;
+        let Some(slot) = RetrySlot::take(cluster, high) else {
+            stats.upstream_rq_retry_overflow.inc();
+            return Verdict::Overflow;
+        };
+        if !is_enabled() {
+            return Verdict::No;
+        }
+        stats.upstream_rq_retry.inc();
+        self.slot = Some(slot);
+        self.retries = self.retries.saturating_add(1);
+        Verdict::Retry
+    }
+
+    /// Waits for the next attempt's turn.
+    pub(super) async fn back_off(&mut self, cluster: &WorkerCluster) {
+        let pause = match self.asked.take() {
+            Some(asked) => {
+                cluster.cluster.stats.upstream_rq_retry_backoff_ratelimited.inc();
+                asked.saturating_add(asked.mul_f64(fastrand::f64() / 2.0))
+            }
+            None => {
+                cluster.cluster.stats.upstream_rq_retry_backoff_exponential.inc();
+                back_off(self.policy, self.retries)
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+
+    /// Whether an attempt is worth a copy of the request: where it may be wanted again when it is gone.
+    pub(super) fn needs_copy(&self, http1: bool) -> bool {
+        let on = RetryOn { connect_failure: false, reset_before_request: false, refused_stream: false, ..self.on };
+        self.remaining > 0 && (on.is_anything() || self.on.refused_stream && !http1)
+    }
+
+    /// The host of an attempt that is to be made again.
+    pub(super) fn avoid(&mut self, host: &Rc<WorkerHost>) {
+        if self.policy.avoid_previous_hosts {
+            self.tried.push(Rc::clone(host));
+        }
+    }
+
+    /// How often another host is looked for in place of one that is to be passed over.
+    pub(super) fn host_selection_attempts(&self) -> u32 {
+        if self.tried.is_empty() { 0 } else { self.policy.host_selection_attempts }
+    }
+
+    /// Whether the host is to be passed over.
+    pub(super) fn avoids(&self, host: &WorkerHost) -> bool {
+        self.tried.iter().any(|tried| tried.host.address == host.host.address)
+    }
+
+    fn wants_response(&self, head: &ResponseHead) -> bool {
+        let (on, policy, status) = (&self.on, self.policy, head.status);
+        if head.headers.contains_key(X_ENVOY_RATELIMITED) {
+            return on.rate_limited;
+        }
+        let code = u32::from(status.as_u16());
+        (on.server_error && status.is_server_error())
+            || (on.gateway_error && matches!(code, 502..=504))
+            || (on.retriable_4xx && status == StatusCode::CONFLICT)
+            || (on.retriable_status_codes
+                && (policy.retriable_status_codes.contains(&code) || self.status_codes.contains(&code)))
+            || (on.retriable_headers && self.has_retriable_header(&head.headers))
+            || (on.grpc_statuses != 0 && wants_grpc(on.grpc_statuses, &head.headers))
+    }
+
+    fn has_retriable_header(&self, headers: &HeaderMap) -> bool {
+        let by_policy = self.policy.retriable_headers.iter().any(|matcher| match &matcher.name {
+            MatchedHeader::Name(name) => values_match(matcher, name, headers),
+            // A response has none of these.
+            _ => false,
+        });
+        by_policy || self.header_names.iter().any(|name| headers.contains_key(name))
     }
 }
 
-/// Whether the policy wants a response tried again.
-pub(super) fn wants_status(policy: &RetryPolicy, status: StatusCode) -> bool {
-    let on = &policy.retry_on;
-    (on.server_error && status.is_server_error())
-        || (on.gateway_error && matches!(status.as_u16(), 502..=504))
-        || (on.retriable_4xx && status == StatusCode::CONFLICT)
-        || (on.retriable_status_codes && policy.retriable_status_codes.contains(&status))
+/// What a client may say of retries; none of it is passed on.
+const RETRY_HEADERS: [HeaderName; 6] = [
+    X_ENVOY_RETRY_ON,
+    X_ENVOY_RETRY_GRPC_ON,
+    X_ENVOY_MAX_RETRIES,
+    X_ENVOY_RETRIABLE_STATUS_CODES,
+    X_ENVOY_RETRIABLE_HEADER_NAMES,
+    X_ENVOY_HEDGE_ON_PER_TRY_TIMEOUT,
+];
+
+/// One look at the names that there are is cheaper than a look-up of each that might be there.
+fn is_retry_header(name: &HeaderName) -> bool {
+    name.as_str().starts_with("x-envoy-") && RETRY_HEADERS.contains(name)
 }
 
-/// Whether any response at all may be tried again: only then is a copy of the request kept.
-pub(super) fn may_want_status(policy: &RetryPolicy) -> bool {
-    let on = &policy.retry_on;
-    on.server_error || on.gateway_error || on.retriable_4xx || on.retriable_status_codes || on.reset
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn wants_grpc(statuses: u32, headers: &HeaderMap) -> bool {
+    let status = text(headers, &GRPC_STATUS).and_then(|status| status.parse::<u32>().ok());
+    status.is_some_and(|status| status < 32 && statuses & (1 << status) != 0)
+}
+
+fn wants_failure(on: &RetryOn, failure: Failure, started: bool) -> bool {
+    let any_reset = on.server_error || on.gateway_error || on.reset;
+    match failure {
+        Failure::Overflow => false,
+        Failure::Connect if on.connect_failure => true,
+        Failure::Refused if on.refused_stream => true,
+        _ => any_reset || on.reset_before_request && !started,
+    }
+}
+
+/// How long the response asks to wait.
+fn reset_interval(policy: &RateLimitedBackOff, headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    policy.reset_headers.iter().find_map(|header| {
+        let seconds: u64 = text(headers, &header.name)?.trim().parse().ok()?;
+        let seconds = if header.is_unix_timestamp {
+            seconds.checked_sub(now.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs())?
+        } else {
+            seconds
+        };
+        Some(Duration::from_secs(seconds)).filter(|interval| *interval <= policy.max_interval)
+    })
+}
+
+/// One of the cluster's retries at a time.
+struct RetrySlot(Rc<WorkerCluster>, bool);
+
+impl RetrySlot {
+    fn take(cluster: &Rc<WorkerCluster>, high: bool) -> Option<RetrySlot> {
+        cluster.cluster.begin_retry(high).then(|| RetrySlot(Rc::clone(cluster), high))
+    }
+}
+
+impl Drop for RetrySlot {
+    fn drop(&mut self) {
+        self.0.cluster.end_retry(self.1);
+    }
 }
 
 /// Whether this retry is made, as far as `upstream.use_retry` goes.
-pub(super) fn is_enabled() -> bool {
+fn is_enabled() -> bool {
     match USE_RETRY.get() {
         100.. => true,
         share => fastrand::u64(..100) < share,
@@ -67,7 +309,7 @@ pub(super) fn is_enabled() -> bool {
 }
 
 /// The pause before retry number `retry` (from 1): random in [0, (2^retry - 1) * base], at most `max_interval`.
-pub(super) fn back_off(policy: &RetryPolicy, retry: u32) -> Duration {
+fn back_off(policy: &RetryPolicy, retry: u32) -> Duration {
     let steps = 2_u32.saturating_pow(retry).saturating_sub(1);
     let base = policy.base_interval.or_else(|| BASE_BACK_OFF.integer().map(Duration::from_millis));
     let base = base.unwrap_or(DEFAULT_BASE_INTERVAL);
@@ -76,50 +318,5 @@ pub(super) fn back_off(policy: &RetryPolicy, retry: u32) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::model::RetryOn;
-
-    fn policy(retry_on: RetryOn) -> RetryPolicy {
-        let (base_interval, max_interval) = (None, None);
-        RetryPolicy {
-            retry_on,
-            num_retries: 1,
-            per_try_timeout: None,
-            base_interval,
-            max_interval,
-            retriable_status_codes: vec![StatusCode::IM_A_TEAPOT],
-        }
-    }
-
-    #[test]
-    fn what_was_sent_is_retried_only_where_the_policy_says_so() {
-        let connect = policy(RetryOn { connect_failure: true, ..RetryOn::default() });
-        assert!(wants_failure(&connect, Failure::Connect));
-        assert!(!wants_failure(&connect, Failure::AfterRequest));
-        let before = policy(RetryOn { reset_before_request: true, refused_stream: true, ..RetryOn::default() });
-        assert!(wants_failure(&before, Failure::BeforeRequest) && wants_failure(&before, Failure::Refused));
-        assert!(!wants_failure(&before, Failure::AfterRequest));
-        let gateway = policy(RetryOn { gateway_error: true, ..RetryOn::default() });
-        assert!(wants_failure(&gateway, Failure::AfterRequest));
-    }
-
-    #[test]
-    fn statuses() {
-        let gateway = policy(RetryOn { gateway_error: true, ..RetryOn::default() });
-        assert!(wants_status(&gateway, StatusCode::BAD_GATEWAY));
-        assert!(!wants_status(&gateway, StatusCode::INTERNAL_SERVER_ERROR));
-        let teapot = policy(RetryOn { retriable_status_codes: true, ..RetryOn::default() });
-        assert!(wants_status(&teapot, StatusCode::IM_A_TEAPOT));
-        assert!(!wants_status(&teapot, StatusCode::OK));
-    }
-
-    #[test]
-    fn back_off_is_bounded() {
-        let policy = policy(RetryOn::default());
-        for retry in 1..100 {
-            assert!(back_off(&policy, retry) <= Duration::from_millis(250));
-        }
-        assert!(back_off(&policy, 1) <= Duration::from_millis(25));
-    }
-}
+#[path = "retry_tests.rs"]
+mod tests;

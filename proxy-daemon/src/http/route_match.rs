@@ -34,6 +34,7 @@ pub struct MatchCx {
 
 /// The route of requests that `require_tls` sends to https.
 static TO_HTTPS: LazyLock<Route> = LazyLock::new(|| Route {
+    body_buffer_limit: None,
     name: String::new(),
     route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
     action: RouteAction::Redirect(Box::new(RedirectAction {

@@ -211,6 +211,8 @@ pub struct Progress {
     pub request_complete: Cell<Option<Instant>>,
     /// When anything last passed in either direction.
     pub last_activity: Cell<Instant>,
+    /// When the upstream last sent something, from its first answer on.
+    pub last_response: Cell<Instant>,
     /// The request turned out not to be HTTP in the middle of its body.
     pub malformed: Cell<Option<CodecError>>,
     /// Woken when the request is complete, or malformed.
@@ -226,6 +228,7 @@ impl Progress {
             sent_otherwise: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             last_activity: Cell::new(started),
+            last_response: Cell::new(started),
             malformed: Cell::new(None),
             waker: RefCell::new(None),
         })

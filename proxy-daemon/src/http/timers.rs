@@ -18,6 +18,8 @@ pub(super) enum Expired {
     Route,
     /// Nothing passed in either direction for too long.
     Idle,
+    /// The upstream sent nothing for too long.
+    PerTryIdle,
     /// The request took too long to arrive.
     Request,
     /// The rest of the request is not HTTP: no use to wait for it.
@@ -31,6 +33,7 @@ pub(super) struct Timers {
     route: Option<Duration>,
     idle: Option<Duration>,
     request: Option<Duration>,
+    per_try_idle: Option<Duration>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
@@ -42,7 +45,13 @@ impl Timers {
         idle: Option<Duration>,
         request: Option<Duration>,
     ) -> Timers {
-        Timers { progress, started, route, idle, request, sleep: None }
+        Timers { progress, started, route, idle, request, per_try_idle: None, sleep: None }
+    }
+
+    /// The upstream may pause for so long from now on, while its answer lasts.
+    pub(super) fn limit_pauses(&mut self, per_try_idle: Option<Duration>) {
+        self.per_try_idle = per_try_idle;
+        self.progress.last_response.set(Instant::now());
     }
 
     /// The limit that passes next.
@@ -52,7 +61,9 @@ impl Timers {
         let request = self.request.filter(|_| complete.is_none());
         let request = request.map(|limit| (self.started + limit, Expired::Request));
         let idle = self.idle.map(|limit| (self.progress.last_activity.get() + limit, Expired::Idle));
-        [route, request, idle].into_iter().flatten().min_by_key(|(at, _)| *at)
+        let upstream = self.per_try_idle;
+        let upstream = upstream.map(|limit| (self.progress.last_response.get() + limit, Expired::PerTryIdle));
+        [route, request, idle, upstream].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Ready when a limit has passed.

@@ -56,6 +56,8 @@ pub struct ConnectionInfo {
     pub source: Option<Source>,
     /// This node's own address, for `x-forwarded-for` of loopback clients.
     pub node_ip: Option<IpAddr>,
+    /// How much of a request may be kept, in bytes: the listener's `per_connection_buffer_limit_bytes`.
+    pub buffer_limit: u32,
     /// The server that a TLS client asked for, where `tls_inspector` looks at that.
     pub requested_server_name: Option<String>,
     /// What the TLS handshake came to; `None`: the connection is plain.
@@ -299,6 +301,7 @@ async fn serve(
         original_dst,
         source: active.config.original_src.map(|original_src| Source::new(original_src, remote.ip())),
         node_ip: worker.node_ip,
+        buffer_limit: active.config.per_connection_buffer_limit_bytes,
         requested_server_name: None,
         tls: None,
         transport_failure: None,

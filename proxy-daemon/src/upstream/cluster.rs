@@ -2,7 +2,7 @@ use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -33,6 +33,8 @@ pub struct Cluster {
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
     limits: RuntimeLimits,
+    /// Retries under way, of the default priority and of the high one.
+    retries: [AtomicU32; 2],
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<ClientTls>>,
     hosts: ArcSwap<HostSet>,
@@ -50,6 +52,7 @@ impl Cluster {
             config,
             stats,
             limits,
+            retries: Default::default(),
             dropped: HiddenCounter::new(),
             latched_dropped: AtomicU64::new(0),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
@@ -62,6 +65,25 @@ impl Cluster {
     /// The circuit breakers of the default or the high priority.
     pub fn limits(&self, high: bool) -> &Limits {
         &self.limits.breakers[usize::from(high)]
+    }
+
+    /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.
+    pub(crate) fn begin_retry(&self, high: bool) -> bool {
+        let limit = match &self.config.circuit_breakers[usize::from(high)].retry_budget {
+            None => self.limits(high).max_retries(),
+            Some(budget) => {
+                let requests = self.stats.upstream_rq_active.value() + self.stats.upstream_rq_pending_active.value();
+                let share = requests as f64 * budget.percent / 100.0;
+                (share as u32).max(budget.min_concurrency)
+            }
+        };
+        let more = |retries| (retries < limit).then_some(retries + 1);
+        self.retries[usize::from(high)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    /// A retry that began is over.
+    pub(crate) fn end_retry(&self, high: bool) {
+        self.retries[usize::from(high)].fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Whether this request is among those that `upstream.maintenance_mode.<cluster>` refuses.

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::HostSet;
 use crate::{
@@ -17,6 +17,8 @@ macro_rules! cluster_stats {
             $(pub $histogram: Histogram,)*
             /// `upstream_rq_completed`, `upstream_rq_2xx`, `upstream_rq_200` and so on.
             pub upstream_rq: ResponseCodes,
+            /// `retry.upstream_rq_503` and so on: responses that were tried again.
+            retry: Arc<OnceLock<ResponseCodes>>,
             scope: Scope,
             _lease: Arc<Lease>,
         }
@@ -32,6 +34,7 @@ macro_rules! cluster_stats {
                     $($gauge: scope.gauge(stringify!($gauge)),)*
                     $($histogram: scope.histogram(stringify!($histogram)),)*
                     upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
+                    retry: Arc::default(),
                     scope,
                     _lease: lease,
                 }
@@ -49,6 +52,8 @@ cluster_stats! {
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
         upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_pending_failure_eject
         upstream_rq_retry upstream_rq_retry_success upstream_rq_retry_limit_exceeded upstream_rq_retry_overflow
+        upstream_rq_retry_backoff_exponential upstream_rq_retry_backoff_ratelimited upstream_rq_per_try_idle_timeout
+        retry_or_shadow_abandoned
         upstream_rq_rx_reset upstream_rq_tx_reset upstream_rq_maintenance_mode
         original_dst_host_invalid
         membership_change update_attempt update_success update_failure update_empty update_no_rebuild
@@ -60,6 +65,11 @@ cluster_stats! {
 }
 
 impl ClusterStats {
+    /// Counts a response that is tried again.
+    pub fn count_retried(&self, code: u16) {
+        self.retry.get_or_init(|| ResponseCodes::new(&self.scope, "retry.upstream_rq")).inc(code);
+    }
+
     /// The scope that the statistics live in.
     pub fn scope(&self) -> &Scope {
         &self.scope

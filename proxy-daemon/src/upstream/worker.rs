@@ -110,8 +110,6 @@ pub struct WorkerCluster {
     usable: RefCell<Vec<Rc<WorkerHost>>>,
     balancer: RefCell<Box<dyn LoadBalancer>>,
     original_dst: OriginalDstHosts,
-    /// Requests of this worker that are past their first attempt.
-    pub(crate) active_retries: Cell<u32>,
 }
 
 impl WorkerCluster {
@@ -125,7 +123,6 @@ impl WorkerCluster {
             usable: RefCell::default(),
             balancer,
             original_dst: OriginalDstHosts::default(),
-            active_retries: Cell::new(0),
         }
     }
 

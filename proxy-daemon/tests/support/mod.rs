@@ -223,6 +223,7 @@ pub fn retry(retry_on: RetryOn, num_retries: u32) -> RetryPolicy {
         base_interval: Some(Duration::from_millis(1)),
         max_interval: Some(Duration::from_millis(10)),
         retriable_status_codes: Vec::new(),
+        ..RetryPolicy::default()
     }
 }
 
@@ -297,6 +298,7 @@ pub async fn http_listener(
 
 fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectionManagerConfig {
     let route = Route {
+        body_buffer_limit: None,
         name: String::new(),
         route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
         action: RouteAction::Forward(Box::new(action)),

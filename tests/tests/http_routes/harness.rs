@@ -72,7 +72,6 @@ impl Case {
         self
     }
 
-    #[expect(dead_code, reason = "for cases that mirror or hedge requests")]
     /// The services see so many requests for each of the case's requests, some of them perhaps after the client's answer.
     pub fn settle(mut self, requests: usize) -> Case {
         self.settle = requests;
@@ -295,7 +294,8 @@ fn host_with(host: &str, fields: &str, routes: &str) -> String {
 
 fn cluster(name: &str, port: u16) -> String {
     format!(
-        "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: {name}\n      \
+        "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n    circuit_breakers: {{thresholds: \
+         [{{max_retries: 100}}]}}\n    load_assignment:\n      cluster_name: {name}\n      \
          endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: {name}.service, address: {{socket_address: {{address: \
          127.0.0.1, port_value: {port}}}}}}}}}]}}]\n"
     )

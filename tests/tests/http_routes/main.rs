@@ -5,6 +5,7 @@ mod actions;
 mod harness;
 mod headers;
 mod matches;
+mod retries;
 mod upstream;
 
 use anyhow::Result;
@@ -22,4 +23,9 @@ fn actions_are_envoys() -> Result<()> {
 #[test]
 fn header_mutations_are_envoys() -> Result<()> {
     harness::compare(headers::cases())
+}
+
+#[test]
+fn retries_are_envoys() -> Result<()> {
+    harness::compare(retries::cases())
 }

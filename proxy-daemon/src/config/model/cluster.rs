@@ -115,7 +115,7 @@ pub enum UpstreamProtocol {
 }
 
 /// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Thresholds {
     /// Connections to all hosts.
     pub max_connections: u32,
@@ -125,11 +125,28 @@ pub struct Thresholds {
     pub max_requests: u32,
     /// Retries at a time.
     pub max_retries: u32,
+    /// Counts instead of `max_retries`.
+    pub retry_budget: Option<RetryBudget>,
+}
+
+/// `CircuitBreakers.Thresholds.RetryBudget`
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RetryBudget {
+    /// Of the requests that are under way or wait, so many in a hundred may be retries. Default 20.
+    pub percent: f64,
+    /// So many retries may be made at a time in any case. Default 3.
+    pub min_concurrency: u32,
 }
 
 impl Default for Thresholds {
     fn default() -> Thresholds {
-        Thresholds { max_connections: 1024, max_pending_requests: 1024, max_requests: 1024, max_retries: 3 }
+        Thresholds {
+            max_connections: 1024,
+            max_pending_requests: 1024,
+            max_requests: 1024,
+            max_retries: 3,
+            retry_budget: None,
+        }
     }
 }
 

@@ -1,14 +1,24 @@
-use envoy_types::pb::envoy::config::route::v3::RetryPolicy as ProtoPolicy;
-use http::StatusCode;
+use std::time::Duration;
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::envoy::config::route::v3::{
+    HeaderMatcher as ProtoHeader, RetryPolicy as ProtoPolicy,
+    retry_policy::{RateLimitedRetryBackOff, ResetHeaderFormat, retry_host_predicate::ConfigType},
+};
+use envoy_types::pb::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
 
 use super::{
-    common::{Result, duration, number},
+    common::{Result, duration, header_name, number, required},
+    matcher,
     support::join,
 };
 use crate::config::{
     FieldError,
-    model::{DEFAULT_BASE_INTERVAL, RetryOn, RetryPolicy},
+    model::{DEFAULT_BASE_INTERVAL, HeaderMatcher, RateLimitedBackOff, ResetHeader, RetryOn, RetryPolicy},
 };
+
+/// The longest wait that an upstream may ask for, where nothing else is said.
+const RATE_LIMITED_MAX_INTERVAL: Duration = Duration::from_secs(300);
 
 pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPolicy> {
     let back_off = policy.retry_back_off.unwrap_or_default();
@@ -19,45 +29,82 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
         let text = "max_interval must be greater than or equal to the base_interval";
         return Err(FieldError::new(join(&back_off_path, "max_interval"), text));
     }
-    let status = |code: &u32| {
-        let status = u16::try_from(*code).ok().and_then(|code| StatusCode::from_u16(code).ok());
-        status.ok_or_else(|| FieldError::new(join(path, "retriable_status_codes"), format!("{code} is not a status")))
+    let rate_limited = policy.rate_limited_retry_back_off.as_ref();
+    let rate_limited = rate_limited.map(|back_off| self::rate_limited(back_off, path)).transpose()?;
+    // Envoy makes a number without a sign of it: fewer than none are without end. Here they have one.
+    let attempts = match policy.host_selection_retry_max_attempts {
+        0 => 1,
+        attempts => u32::try_from(attempts).unwrap_or(u32::MAX),
     };
     Ok(RetryPolicy {
-        retry_on: retry_on(&policy.retry_on, path)?,
+        retry_on: retry_on(&policy.retry_on, path),
         num_retries: number(policy.num_retries, 1),
         per_try_timeout: duration(policy.per_try_timeout, path, "per_try_timeout")?.filter(|limit| !limit.is_zero()),
+        per_try_idle_timeout: duration(policy.per_try_idle_timeout, path, "per_try_idle_timeout")?
+            .filter(|limit| !limit.is_zero()),
         base_interval: base,
         max_interval: max,
-        retriable_status_codes: policy.retriable_status_codes.iter().map(status).collect::<Result<_>>()?,
+        retriable_status_codes: policy.retriable_status_codes.clone(),
+        retriable_headers: headers(&policy.retriable_headers, path, "retriable_headers")?,
+        retriable_request_headers: headers(&policy.retriable_request_headers, path, "retriable_request_headers")?,
+        rate_limited,
+        avoid_previous_hosts: avoids_previous_hosts(policy, path)?,
+        host_selection_attempts: attempts.min(MAX_HOST_SELECTION_ATTEMPTS),
     })
 }
 
-fn retry_on(kinds: &str, path: &str) -> Result<RetryOn> {
+/// More picks than this find no other host either.
+const MAX_HOST_SELECTION_ATTEMPTS: u32 = 1000;
+
+fn headers(matchers: &[ProtoHeader], path: &str, field: &str) -> Result<Vec<HeaderMatcher>> {
+    let parse =
+        |(index, item): (usize, &ProtoHeader)| matcher::header(item, &format!("{}[{index}]", join(path, field)));
+    matchers.iter().enumerate().map(parse).collect()
+}
+
+fn rate_limited(back_off: &RateLimitedRetryBackOff, path: &str) -> Result<RateLimitedBackOff> {
+    let path = join(path, "rate_limited_retry_back_off");
+    if back_off.reset_headers.is_empty() {
+        return Err(FieldError::new(join(&path, "reset_headers"), "value must contain at least 1 item(s)"));
+    }
+    let parse = |(index, header): (usize, &envoy_types::pb::envoy::config::route::v3::retry_policy::ResetHeader)| {
+        let path = format!("{}[{index}]", join(&path, "reset_headers"));
+        Ok(ResetHeader {
+            name: header_name(&header.name, &join(&path, "name"))?,
+            is_unix_timestamp: header.format == ResetHeaderFormat::UnixTimestamp as i32,
+        })
+    };
+    let max_interval = duration(back_off.max_interval, &path, "max_interval")?;
+    if max_interval.is_some_and(|limit| limit.is_zero()) {
+        return Err(FieldError::new(join(&path, "max_interval"), "value must be greater than 0s"));
+    }
+    Ok(RateLimitedBackOff {
+        reset_headers: back_off.reset_headers.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        max_interval: max_interval.unwrap_or(RATE_LIMITED_MAX_INTERVAL),
+    })
+}
+
+fn avoids_previous_hosts(policy: &ProtoPolicy, path: &str) -> Result<bool> {
+    for (index, predicate) in policy.retry_host_predicate.iter().enumerate() {
+        let path = format!("{}[{index}].typed_config", join(path, "retry_host_predicate"));
+        let Some(ConfigType::TypedConfig(config)) = &predicate.config_type else {
+            return Err(required(&path, "typed_config"));
+        };
+        let PreviousHostsPredicate {} = unpack(config, &path)?;
+    }
+    Ok(!policy.retry_host_predicate.is_empty())
+}
+
+fn retry_on(kinds: &str, path: &str) -> RetryOn {
     let mut on = RetryOn::default();
-    for kind in kinds.split(',').map(str::trim).filter(|kind| !kind.is_empty()) {
-        match kind {
-            "5xx" => on.server_error = true,
-            "gateway-error" => on.gateway_error = true,
-            "reset" => on.reset = true,
-            "reset-before-request" => on.reset_before_request = true,
-            "connect-failure" => on.connect_failure = true,
-            "refused-stream" => on.refused_stream = true,
-            "retriable-4xx" => on.retriable_4xx = true,
-            "retriable-status-codes" => on.retriable_status_codes = true,
-            "envoy-ratelimited"
-            | "retriable-headers"
-            | "http3-post-connect-failure"
-            | "cancelled"
-            | "deadline-exceeded"
-            | "internal"
-            | "resource-exhausted"
-            | "unavailable" => {
-                return Err(FieldError::new(join(path, "retry_on"), format!("{kind} is not supported by culvert yet")));
-            }
-            // Envoy passes over what it does not know.
-            unknown => tracing::warn!(field = %join(path, "retry_on"), kind = unknown, "unknown kind of retry"),
+    on.add(kinds);
+    on.add_grpc(kinds);
+    let mut known = RetryOn::default();
+    for kind in kinds.split(',').map(str::trim).filter(|kind| RetryOn::grpc_status(kind).is_none()) {
+        // Envoy passes over what it does not know.
+        if let Some(unknown) = known.add(kind) {
+            tracing::warn!(field = %join(path, "retry_on"), kind = unknown, "unknown kind of retry");
         }
     }
-    Ok(on)
+    on
 }

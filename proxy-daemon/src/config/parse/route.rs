@@ -18,7 +18,7 @@ use envoy_types::pb::envoy::config::{
     },
 };
 use envoy_types::pb::envoy::extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig;
-use envoy_types::pb::google::protobuf::Any as ProtoAny;
+use envoy_types::pb::google::protobuf::{Any as ProtoAny, UInt32Value, UInt64Value};
 use http::StatusCode;
 
 use super::{
@@ -119,6 +119,7 @@ fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<Head
     })
 }
 
+#[expect(deprecated, reason = "per_request_buffer_limit_bytes, which Envoy still takes")]
 fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
     let mut domains = Vec::with_capacity(host.domains.len());
     for domain in &host.domains {
@@ -146,6 +147,8 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
             path,
         )?,
         retry_policy: retry.transpose()?.map(Arc::new),
+        body_buffer_limit: body_limit(host.request_body_buffer_limit, host.per_request_buffer_limit_bytes),
+        include_is_timeout_retry_header: host.include_is_timeout_retry_header,
         include_request_attempt_count: host.include_request_attempt_count,
         include_attempt_count_in_response: host.include_attempt_count_in_response,
         per_filter: per_filter(&host.typed_per_filter_config, path)?,
@@ -157,6 +160,7 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
     })
 }
 
+#[expect(deprecated, reason = "per_request_buffer_limit_bytes, which Envoy still takes")]
 fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     let rule = route.r#match.as_ref().ok_or_else(|| required(path, "match"))?;
     let route_match = route_match(rule, &join(path, "match"))?;
@@ -173,6 +177,7 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
         name: route.name.clone(),
         route_match,
         per_filter: per_filter(&route.typed_per_filter_config, path)?,
+        body_buffer_limit: body_limit(route.request_body_buffer_limit, route.per_request_buffer_limit_bytes),
         action,
         headers: mutations(
             (&route.request_headers_to_add, &route.request_headers_to_remove),
@@ -180,6 +185,11 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
             path,
         )?,
     })
+}
+
+/// How much of a request's body is kept; the newer field counts where both are there.
+fn body_limit(bytes: Option<UInt64Value>, deprecated: Option<UInt32Value>) -> Option<u64> {
+    bytes.map(|limit| limit.value).or(deprecated.map(|limit| u64::from(limit.value)))
 }
 
 fn path_rewrite(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<PathRewrite> {

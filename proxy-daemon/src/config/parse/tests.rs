@@ -91,8 +91,8 @@ fn routes_that_cannot_be_honoured_are_named() {
             "@request_headers_to_add[0].header.value: %NOBODY% is not an operator that culvert knows; docs/stats.md lists them",
         ),
         (
-            "{ match: { prefix: / }, route: { cluster: up, retry_policy: { retry_on: 'connect-failure,unavailable' } } }",
-            "@route.retry_policy.retry_on: unavailable is not supported by culvert yet",
+            "{ match: { prefix: / }, route: { cluster: up, retry_policy: { rate_limited_retry_back_off: {} } } }",
+            "@route.retry_policy.rate_limited_retry_back_off.reset_headers: value must contain at least 1 item(s)",
         ),
         (
             "{ match: { prefix: / }, route: { weighted_clusters: { clusters: [{ name: up, weight: 0 }] } } }",

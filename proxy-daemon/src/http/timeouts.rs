@@ -1,0 +1,131 @@
+//! How long a request and each of its attempts may take: what the route, its retry policy and the client say.
+
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+
+use super::{
+    headers::names::*,
+    retry::Failure,
+    stream::{Progress, RequestHead, StreamCx},
+};
+use crate::config::model::{ForwardAction, RetryPolicy};
+
+/// The limits of one request.
+pub(super) struct Timeouts {
+    /// Of all attempts together.
+    pub(super) global: Option<Duration>,
+    per_try: Option<Duration>,
+    /// Of an upstream's silence.
+    pub(super) per_try_idle: Option<Duration>,
+    /// The answer where one has passed.
+    pub(super) status: StatusCode,
+}
+
+impl Timeouts {
+    /// Takes the client's wishes out of the request. Only trusted clients' have come so far.
+    pub(super) fn take(action: &ForwardAction, policy: Option<&RetryPolicy>, head: &mut RequestHead) -> Timeouts {
+        let mut timeouts = Timeouts {
+            global: action.timeout,
+            per_try: policy.and_then(|policy| policy.per_try_timeout),
+            per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
+            status: StatusCode::GATEWAY_TIMEOUT,
+        };
+        if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-rq-")) {
+            timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
+            timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
+            if head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE).is_some() {
+                timeouts.status = StatusCode::NO_CONTENT;
+            }
+        }
+        // One that is no shorter says nothing.
+        timeouts.per_try = timeouts.per_try.filter(|limit| timeouts.global.is_none_or(|global| *limit < global));
+        timeouts
+    }
+
+    /// Tells the upstream how long it has.
+    pub(super) fn tell(&self, head: &mut RequestHead, cx: &StreamCx) {
+        if cx.suppress_envoy_headers {
+            return;
+        }
+        let Some(expected) = self.per_try.or(self.global) else { return };
+        let elapsed = cx.progress.request_complete.get().map_or(Duration::ZERO, |since| since.elapsed());
+        // 0 would be no limit.
+        let left = self.global.map(|global| global.saturating_sub(elapsed).max(Duration::from_millis(1)));
+        let expected = expected.min(left.unwrap_or(expected));
+        let mut digits = itoa::Buffer::new();
+        if let Ok(value) = HeaderValue::from_str(digits.format(expected.as_millis() as u64)) {
+            head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
+        }
+    }
+
+    /// The body of the answer where a limit has passed.
+    pub(super) fn text(&self) -> &'static str {
+        if self.status == StatusCode::GATEWAY_TIMEOUT { "upstream request timeout" } else { "" }
+    }
+
+    /// The limits of an attempt that has a connection now.
+    pub(super) fn of_try(&self, progress: &Rc<Progress>) -> TryLimit {
+        let both = [(self.per_try, Failure::PerTryTimeout), (self.per_try_idle, Failure::PerTryIdleTimeout)];
+        let first = both.into_iter().filter_map(|(limit, failure)| Some((limit?, failure)));
+        let limit = first.min_by_key(|(limit, _)| *limit);
+        TryLimit { progress: Rc::clone(progress), limit, since: Instant::now(), sleep: None }
+    }
+}
+
+/// A header's milliseconds, where it has any; 0 is no limit. The header goes.
+fn wish(headers: &mut HeaderMap, name: &HeaderName, otherwise: Option<Duration>) -> Option<Duration> {
+    let asked = headers.remove(name);
+    match asked.and_then(|value| value.to_str().ok()?.trim().parse().ok()) {
+        Some(0) => None,
+        Some(milliseconds) => Some(Duration::from_millis(milliseconds)),
+        None => otherwise,
+    }
+}
+
+/// Passes when an attempt has taken too long, from its connection and from the end of the request on.
+pub(super) struct TryLimit {
+    progress: Rc<Progress>,
+    limit: Option<(Duration, Failure)>,
+    since: Instant,
+    sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl TryLimit {
+    /// Ends with the limit that has passed. The stream's own timers wake its task when the request is complete.
+    pub(super) async fn expired(&mut self) -> Failure {
+        let Some((limit, failure)) = self.limit else { return std::future::pending().await };
+        std::future::poll_fn(|cx| {
+            let Some(complete) = self.progress.request_complete.get() else { return Poll::Pending };
+            let from = complete.max(self.since);
+            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until((from + limit).into())));
+            sleep.as_mut().poll(cx).map(|()| failure)
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {
+        list.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn wishes_are_milliseconds() {
+        let mut headers = headers(&[("a", "15"), ("b", "0"), ("c", "soon")]);
+        let route = Some(Duration::from_secs(1));
+        let mut wish = |name| wish(&mut headers, &HeaderName::from_static(name), route);
+        assert_eq!(wish("a"), Some(Duration::from_millis(15)));
+        assert_eq!(wish("b"), None);
+        assert_eq!((wish("c"), wish("d")), (route, route));
+        assert!(headers.is_empty());
+    }
+}
