@@ -75,7 +75,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
-        circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
+        circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref()),
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
         tls,
@@ -218,15 +218,9 @@ fn no_trailers(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()>
     Ok(())
 }
 
-fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[Thresholds; 2]> {
+fn circuit_breakers(breakers: Option<&CircuitBreakers>) -> [Thresholds; 2] {
     let mut limits: [Thresholds; 2] = Default::default();
-    let thresholds = breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default();
-    for (index, thresholds) in thresholds.iter().enumerate() {
-        let percent = thresholds.retry_budget.as_ref().and_then(|budget| budget.budget_percent);
-        if percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent.value)) {
-            let path = format!("{path}.thresholds[{index}].retry_budget.budget_percent.value");
-            return Err(FieldError::new(path, "value must be inside range [0, 100]"));
-        }
+    for thresholds in breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default() {
         let default = Thresholds::default();
         let high = thresholds.priority == RoutingPriority::High as i32;
         limits[usize::from(high)] = Thresholds {
@@ -240,7 +234,7 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
             }),
         };
     }
-    Ok(limits)
+    limits
 }
 
 fn keepalive(cluster: &Cluster) -> Option<TcpKeepalive> {

@@ -17,6 +17,8 @@ use crate::config::{
     model::{DEFAULT_BASE_INTERVAL, HeaderMatcher, RateLimitedBackOff, ResetHeader, RetryOn, RetryPolicy},
 };
 
+/// More picks than this find no other host either.
+const MAX_HOST_SELECTION_ATTEMPTS: u32 = 1000;
 /// The longest wait that an upstream may ask for, where nothing else is said.
 const RATE_LIMITED_MAX_INTERVAL: Duration = Duration::from_secs(300);
 
@@ -53,9 +55,6 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
     })
 }
 
-/// More picks than this find no other host either.
-const MAX_HOST_SELECTION_ATTEMPTS: u32 = 1000;
-
 fn headers(matchers: &[ProtoHeader], path: &str, field: &str) -> Result<Vec<HeaderMatcher>> {
     let parse =
         |(index, item): (usize, &ProtoHeader)| matcher::header(item, &format!("{}[{index}]", join(path, field)));
@@ -64,9 +63,6 @@ fn headers(matchers: &[ProtoHeader], path: &str, field: &str) -> Result<Vec<Head
 
 fn rate_limited(back_off: &RateLimitedRetryBackOff, path: &str) -> Result<RateLimitedBackOff> {
     let path = join(path, "rate_limited_retry_back_off");
-    if back_off.reset_headers.is_empty() {
-        return Err(FieldError::new(join(&path, "reset_headers"), "value must contain at least 1 item(s)"));
-    }
     let parse = |(index, header): (usize, &envoy_types::pb::envoy::config::route::v3::retry_policy::ResetHeader)| {
         let path = format!("{}[{index}]", join(&path, "reset_headers"));
         Ok(ResetHeader {
@@ -75,9 +71,6 @@ fn rate_limited(back_off: &RateLimitedRetryBackOff, path: &str) -> Result<RateLi
         })
     };
     let max_interval = duration(back_off.max_interval, &path, "max_interval")?;
-    if max_interval.is_some_and(|limit| limit.is_zero()) {
-        return Err(FieldError::new(join(&path, "max_interval"), "value must be greater than 0s"));
-    }
     Ok(RateLimitedBackOff {
         reset_headers: back_off.reset_headers.iter().enumerate().map(parse).collect::<Result<_>>()?,
         max_interval: max_interval.unwrap_or(RATE_LIMITED_MAX_INTERVAL),

@@ -92,7 +92,7 @@ fn routes_that_cannot_be_honoured_are_named() {
         ),
         (
             "{ match: { prefix: / }, route: { cluster: up, retry_policy: { rate_limited_retry_back_off: {} } } }",
-            "@route.retry_policy.rate_limited_retry_back_off.reset_headers: value must contain at least 1 item(s)",
+            "@route.retry_policy.rate_limited_retry_back_off.reset_headers: must have at least 1 item",
         ),
         (
             "{ match: { prefix: / }, route: { weighted_clusters: { clusters: [{ name: up, weight: 0 }] } } }",
