@@ -171,16 +171,22 @@ impl DataPlane {
     /// Carries out all of these at once: workers see none of them or all.
     pub fn change_clusters(&self, changes: Vec<ClusterChange>) {
         let resolved = changes.iter().filter_map(|change| match change {
-            ClusterChange::Upsert(config, _) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
-                Some(ClusterConfig::clone(config))
+            ClusterChange::Upsert(config, first) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
+                Some((ClusterConfig::clone(config), first.clone()))
             }
             _ => None,
         });
         let resolved: Vec<_> = resolved.collect();
         self.0.clusters.change(changes);
-        for config in resolved {
-            self.0.control.spawn(dns::resolve_forever(Arc::clone(&self.0.clusters), config));
+        for (config, first) in resolved {
+            self.0.control.spawn(dns::resolve_forever(Arc::clone(&self.0.clusters), config, first));
         }
+    }
+
+    /// Looks the names of a STRICT_DNS cluster up that is not in use yet, once. `told` is called later, on the control thread;
+    /// with `None` where a look-up failed.
+    pub fn resolve(&self, config: ClusterConfig, told: impl FnOnce(Option<Arc<[LocalityEndpoints]>>) + Send + 'static) {
+        self.0.control.spawn(async move { told(dns::resolve_once(&config).await) });
     }
 
     /// Forgets a cluster; requests in flight finish.

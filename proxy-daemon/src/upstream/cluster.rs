@@ -112,11 +112,9 @@ impl Cluster {
         let next = Arc::new(build(endpoints, &self.hosts.load(), workers));
         self.stats.publish_hosts(&next);
         self.hosts.store(next);
-        let before = self.hosts_version.fetch_add(1, Ordering::Release);
-        // The first answer of DNS is the cluster's beginning. EDS comes here only when the cluster is in use.
-        if before > 1 || matches!(self.config.discovery, Discovery::Eds { .. }) {
-            stats::counter("cluster_manager.cluster_updated").inc();
-        }
+        self.hosts_version.fetch_add(1, Ordering::Release);
+        // What EDS and DNS say first is what the cluster begins with: this is of one in use.
+        stats::counter("cluster_manager.cluster_updated").inc();
     }
 }
 
@@ -166,8 +164,8 @@ pub type ClusterMap = HashMap<Arc<str>, Arc<Cluster>>;
 /// A change of the registry.
 #[derive(Debug)]
 pub enum ClusterChange {
-    /// Adds a cluster, or replaces the one of the same name. With the endpoints that EDS says it has; without, a replaced EDS
-    /// or DNS cluster keeps its hosts.
+    /// Adds a cluster, or replaces the one of the same name. With the endpoints that EDS or DNS says it has; without, a
+    /// replaced EDS or DNS cluster keeps its hosts.
     Upsert(Box<ClusterConfig>, Option<Arc<[LocalityEndpoints]>>),
     /// Forgets a cluster; requests in flight finish.
     Remove(Arc<str>),
@@ -246,8 +244,10 @@ impl Clusters {
         let before = before.map(|old| old.hosts()).unwrap_or_default();
         let hosts = match (&config.discovery, endpoints) {
             (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, self.workers)),
-            (Discovery::Eds { .. }, Some(endpoints)) => Arc::new(build(endpoints, &before, self.workers)),
-            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, _) => before,
+            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, Some(endpoints)) => {
+                Arc::new(build(endpoints, &before, self.workers))
+            }
+            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => before,
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
         Arc::new(Cluster::new(config, hosts, self.workers, &self.secrets))

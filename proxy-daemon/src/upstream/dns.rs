@@ -5,11 +5,31 @@ use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
 use super::Clusters;
 use crate::config::model::{ClusterConfig, Discovery, DnsLookupFamily, Endpoint, EndpointAddress, LocalityEndpoints};
 
-/// Resolves the cluster until it is replaced or removed. A failed look-up keeps the last addresses.
-pub async fn resolve_forever(clusters: Arc<Clusters>, config: ClusterConfig) {
+/// Looks the names of a cluster up that is not in use yet. `None`: a look-up failed, and the log says why.
+pub async fn resolve_once(config: &ClusterConfig) -> Option<Arc<[LocalityEndpoints]>> {
+    let Discovery::StrictDns { family, .. } = config.discovery else { return None };
+    match resolve(&config.endpoints, family).await {
+        Ok(endpoints) => Some(endpoints.into()),
+        Err(error) => {
+            tracing::warn!(cluster = %config.name, %error, "DNS look-up failed; the cluster is used as it is");
+            None
+        }
+    }
+}
+
+/// Resolves the cluster until it is replaced or removed. A failed look-up keeps the last addresses. `first`: what it was found to be
+/// just now.
+pub async fn resolve_forever(clusters: Arc<Clusters>, config: ClusterConfig, first: Option<Arc<[LocalityEndpoints]>>) {
     let Discovery::StrictDns { refresh_rate, family } = config.discovery else { return };
     let Some(mine) = clusters.load().get(&config.name).map(Arc::clone) else { return };
     let mut last = Vec::new();
+    if let Some(first) = first {
+        // There was no cluster to count it before.
+        mine.stats.update_attempt.inc();
+        mine.stats.update_success.inc();
+        last = first.to_vec();
+        tokio::time::sleep(refresh_rate).await;
+    }
     loop {
         let now = clusters.load().get(&config.name).map(Arc::clone);
         let Some(cluster) = now.filter(|now| Arc::ptr_eq(now, &mine)) else { return };

@@ -4,7 +4,7 @@ use culvert_xds_client::source::Source;
 use tokio::sync::mpsc;
 
 use crate::{
-    config::model::{Listener, LocalityEndpoints, RouteConfig, Scope, Secret, SecretName},
+    config::model::{ClusterConfig, Listener, LocalityEndpoints, RouteConfig, Scope, Secret, SecretName},
     http::filters::{DiscoveredFilter, Factory, OffloadedTable},
     layered_runtime::{Entry, Runtime},
     listener::Prints,
@@ -15,10 +15,16 @@ use crate::{
 /// Is told what became of something that happens later. Never called before the method that it was given to has returned.
 pub type Told = Box<dyn FnOnce(Result<(), String>) + Send>;
 
+/// Is told what the names of a cluster were found to be; nothing, where a look-up failed. Never called before the method that it was
+/// given to has returned.
+pub type Resolved = Box<dyn FnOnce(Option<Arc<[LocalityEndpoints]>>) + Send>;
+
 /// What the store does to the data plane. [`Applier`] does it; tests record instead.
 pub trait Apply: Send + Sync + 'static {
     /// See [`DataPlane::change_clusters`].
     fn change_clusters(&self, changes: Vec<ClusterChange>);
+    /// See [`DataPlane::resolve`]. Happens later.
+    fn resolve(&self, config: &ClusterConfig, told: Resolved);
     /// See [`DataPlane::set_endpoints`].
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]);
     /// See [`DataPlane::set_routes`].
@@ -109,6 +115,10 @@ async fn carry_out(plane: DataPlane, mut changes: mpsc::UnboundedReceiver<Listen
 impl Apply for Applier {
     fn change_clusters(&self, changes: Vec<ClusterChange>) {
         self.plane.change_clusters(changes);
+    }
+
+    fn resolve(&self, config: &ClusterConfig, told: Resolved) {
+        self.plane.resolve(config.clone(), told);
     }
 
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {

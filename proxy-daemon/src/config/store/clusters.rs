@@ -71,8 +71,10 @@ pub(in crate::config) struct ClusterVersion {
 pub(in crate::config) struct Warming {
     pub(in crate::config) version: ClusterVersion,
     config: Box<ClusterConfig>,
-    /// How many of its needs are not there.
+    /// How many of its needs are not there; the first look-up of its names is one.
     waiting: usize,
+    /// Of STRICT_DNS: what its names were found to be.
+    resolved: Option<Arc<[LocalityEndpoints]>>,
     /// What is answered once it is used.
     update: Option<UpdateId>,
 }
@@ -175,7 +177,13 @@ impl<A: Apply> ConfigStore<A> {
         let name = Arc::clone(&config.name);
         let id = state.new_version();
         let needs: Box<[Need]> = cluster_needs(&config).into();
-        let waiting = state.acquire(&needs, &Owner::Cluster(Arc::clone(&name)), id, Instant::now());
+        let mut waiting = state.acquire(&needs, &Owner::Cluster(Arc::clone(&name)), id, Instant::now());
+        if matches!(config.discovery, Discovery::StrictDns { .. }) {
+            waiting += 1;
+            let (store, name) = (self.clone(), Arc::clone(&name));
+            let told = move |found| store.changed(|state| store.cluster_resolved(state, &name, id, found));
+            self.0.apply.resolve(&config, Box::new(told));
+        }
         if let Some(update) = update {
             state.updates.wait(update);
         }
@@ -187,7 +195,7 @@ impl<A: Apply> ConfigStore<A> {
             (None, None) => self.0.stats.clusters.added.inc(),
             _ => self.0.stats.clusters.modified.inc(),
         }
-        let warming = Box::new(Warming { version, config: Box::new(config), waiting, update });
+        let warming = Box::new(Warming { version, config: Box::new(config), waiting, resolved: None, update });
         match entry.warming.replace(warming) {
             Some(replaced) => self.drop_warming_cluster(state, *replaced),
             None => state.clusters.warming += 1,
@@ -212,14 +220,28 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
+    /// The names of a cluster's version have been looked up; where that failed it begins with the hosts that it has, as in Envoy.
+    fn cluster_resolved(
+        &self,
+        state: &mut State,
+        name: &Arc<str>,
+        id: VersionId,
+        found: Option<Arc<[LocalityEndpoints]>>,
+    ) {
+        let warming = state.clusters.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
+        let Some(warming) = warming.filter(|warming| warming.version.id == id) else { return };
+        warming.resolved = found;
+        self.cluster_settled(state, name, id);
+    }
+
     /// The warming version is used from now on.
     fn activate_cluster(&self, state: &mut State, name: &Arc<str>) {
         let Some(entry) = state.clusters.by_name.get_mut(name) else { return };
         let Some(warming) = entry.warming.take() else { return };
-        let Warming { version, config, update, .. } = *warming;
+        let Warming { version, config, update, resolved, .. } = *warming;
         state.clusters.warming -= 1;
         let before = entry.active.replace(version);
-        let endpoints = state.endpoints_of(&config);
+        let endpoints = resolved.or_else(|| state.endpoints_of(&config));
         state.changes.push(ClusterChange::Upsert(config, endpoints));
         match before {
             Some(before) => self.release(state, &before.needs, before.id),

@@ -71,7 +71,7 @@ use tokio::{
 };
 
 pub use self::{
-    apply::{Applier, Apply, Told},
+    apply::{Applier, Apply, Resolved, Told},
     kinds::{Kind, Need},
 };
 use self::{

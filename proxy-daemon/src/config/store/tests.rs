@@ -39,6 +39,8 @@ struct Recorder {
     batches: Arc<Mutex<usize>>,
     /// Listeners that cannot be bound, with the reason.
     unbindable: Arc<Mutex<BTreeMap<String, String>>>,
+    /// Clusters whose names are looked up.
+    resolving: Arc<Mutex<Vec<(String, Resolved)>>>,
     /// What clusters are built in, where they are.
     built: Arc<OnceLock<upstream::Clusters>>,
 }
@@ -68,6 +70,16 @@ impl Recorder {
         self.built.get().expect("clusters are built").load()
     }
 
+    /// Says what the names of this cluster are found to be, of its oldest look-up.
+    fn resolve_as(&self, name: &str, found: Option<Arc<[LocalityEndpoints]>>) {
+        let (_, told) = {
+            let mut all = self.resolving.lock().unwrap();
+            let at = all.iter().position(|(cluster, _)| cluster == name).expect("it is looked up");
+            all.remove(at)
+        };
+        told(found);
+    }
+
     fn later(&self, name: &str, told: Told) {
         self.told.lock().unwrap().push((name.to_owned(), told));
     }
@@ -88,6 +100,9 @@ impl Apply for Recorder {
         if let Some(built) = self.built.get() {
             built.change(changes);
         }
+    }
+    fn resolve(&self, config: &ClusterConfig, told: Resolved) {
+        self.resolving.lock().unwrap().push((config.name.to_string(), told));
     }
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {
         self.note(format!("{cluster} has {}", count(endpoints)));

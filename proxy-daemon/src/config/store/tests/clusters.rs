@@ -228,3 +228,58 @@ fn all_clusters_of_an_update_change_at_once() {
     assert_eq!(calls.take(), ["cluster c", "cluster d", "no cluster a"], "added before removed");
     assert_eq!(calls.batches(), 2);
 }
+
+/// A cluster whose one host is a name; `timeout` tells its versions apart.
+fn dns_cluster(timeout: u32) -> Resource {
+    let host = "{ endpoint: { address: { socket_address: { address: app.test, port_value: 80 } } } }";
+    let yaml = format!(
+        "{{ name: dns, type: STRICT_DNS, connect_timeout: {timeout}s, load_assignment: {{ cluster_name: dns, endpoints: [{{ \
+         lb_endpoints: [{host}] }}] }} }}"
+    );
+    resource::<Cluster>("dns", &yaml)
+}
+
+fn found(ports: &[u16]) -> Option<Arc<[LocalityEndpoints]>> {
+    match Kind::Endpoints.parse("dns", &assignment("dns", ports).body) {
+        Ok(super::super::kinds::Value::Endpoints(endpoints)) => Some(endpoints),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn names_are_looked_up_before_a_cluster_serves() {
+    let (store, calls) = running();
+    let told = store.update(update(Cluster::type_url(), vec![dns_cluster(1)]));
+    assert!(told.is_open() && calls.take().is_empty(), "it is not known yet");
+    assert!(store.snapshot().of(&Cluster::type_url())[0].warming.is_some());
+    calls.resolve_as("dns", found(&[80, 81]));
+    assert_eq!((told.rejected(), calls.take()), (Vec::new(), vec!["cluster dns with 2".to_owned()]));
+
+    // A version that is replaced while its name is looked up has no say any more.
+    let second = store.update(update(Cluster::type_url(), vec![dns_cluster(2)]));
+    let third = store.update(update(Cluster::type_url(), vec![dns_cluster(3)]));
+    assert!(!second.is_open() && third.is_open());
+    calls.resolve_as("dns", found(&[80]));
+    assert!(third.is_open() && calls.take().is_empty());
+    // A look-up that fails ends the wait: the cluster keeps the hosts that it has.
+    calls.resolve_as("dns", None);
+    assert_eq!((third.rejected(), calls.take()), (Vec::new(), vec!["cluster dns".to_owned()]));
+
+    // One that is gone is not added by what comes late.
+    let told = store.update(update(Cluster::type_url(), vec![dns_cluster(4)]));
+    store.update(removal(Cluster::type_url(), "dns"));
+    assert!(!told.is_open());
+    calls.take();
+    calls.resolve_as("dns", found(&[80]));
+    assert!(calls.take().is_empty());
+}
+
+#[test]
+fn listeners_wait_for_the_names_of_the_bootstraps_clusters() {
+    let cluster = resources::parse("dns", &dns_cluster(1).body, |it: &Cluster| &it.name, parse::cluster).unwrap();
+    let (store, calls) = store_with(&[Listener::type_url()], vec![cluster], Vec::new());
+    assert!(store.wanted().is_empty() && !store.is_initialized());
+    calls.resolve_as("dns", found(&[80]));
+    assert_eq!(calls.take(), ["cluster dns with 1"]);
+    assert_eq!(store.wanted().into_keys().collect::<Vec<_>>(), [Listener::type_url()]);
+}
