@@ -19,6 +19,11 @@ impl FieldError {
     pub fn unsupported(path: impl Into<String>) -> FieldError {
         FieldError::new(path, "not supported by culvert yet")
     }
+
+    /// A value that Culvert does not implement, of a field that it does with the values `has`.
+    pub fn unsupported_value(path: impl Into<String>, value: impl fmt::Display, has: &str) -> FieldError {
+        FieldError::new(path, format!("{value} is not supported by culvert yet; it has {has}"))
+    }
 }
 
 impl fmt::Display for FieldError {

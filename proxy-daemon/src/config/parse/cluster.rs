@@ -95,7 +95,11 @@ fn lb_policy(cluster: &Cluster, path: &str) -> Result<LbPolicy> {
         }
         Ok(ProtoPolicy::Random) => Ok(LbPolicy::Random),
         Ok(ProtoPolicy::ClusterProvided) => Ok(LbPolicy::ClusterProvided),
-        _ => Err(FieldError::unsupported(join(path, "lb_policy"))),
+        policy => {
+            let name = policy.map_or("a policy that is not known", |policy| policy.as_str_name());
+            let has = "ROUND_ROBIN, LEAST_REQUEST, RANDOM and CLUSTER_PROVIDED";
+            Err(FieldError::unsupported_value(join(path, "lb_policy"), name, has))
+        }
     }
 }
 
@@ -138,7 +142,10 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
             Ok(Discovery::Eds { endpoints: ResourceRef::new(name, from) })
         }
         DiscoveryType::OriginalDst => original_dst(cluster, path),
-        DiscoveryType::LogicalDns => Err(FieldError::unsupported(join(path, "type"))),
+        DiscoveryType::LogicalDns => {
+            let has = "STATIC, STRICT_DNS, EDS and ORIGINAL_DST";
+            Err(FieldError::unsupported_value(join(path, "type"), kind.as_str_name(), has))
+        }
     }
 }
 

@@ -7,8 +7,10 @@ use std::{
 use envoy_types::pb::{
     envoy::config::core::v3::{
         Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFractionalPercent,
-        SocketAddress, address, data_source::Specifier, header_value_option::HeaderAppendAction as ProtoAction,
-        socket_address::PortSpecifier,
+        SocketAddress, address,
+        data_source::Specifier,
+        header_value_option::HeaderAppendAction as ProtoAction,
+        socket_address::{PortSpecifier, Protocol},
     },
     envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
     google::protobuf::{Duration as ProtoDuration, UInt32Value},
@@ -79,7 +81,8 @@ pub(super) fn socket_address<'a>(address: &'a Address, path: &str) -> Result<(&'
     };
     let path = join(path, "socket_address");
     if socket.protocol != 0 {
-        return Err(FieldError::unsupported(join(&path, "protocol")));
+        let name = Protocol::try_from(socket.protocol).map_or("a protocol that is not known", |it| it.as_str_name());
+        return Err(FieldError::unsupported_value(join(&path, "protocol"), name, "TCP"));
     }
     let number = match &socket.port_specifier {
         Some(PortSpecifier::PortValue(number)) => port(*number, &path, "port_value")?,

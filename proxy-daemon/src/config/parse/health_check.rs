@@ -137,7 +137,10 @@ fn http_check(check: &HttpHealthCheck, cluster: &str, path: &str) -> Result<Http
     let http2 = match CodecClientType::try_from(check.codec_client_type) {
         Ok(CodecClientType::Http1) => false,
         Ok(CodecClientType::Http2) => true,
-        _ => return Err(FieldError::unsupported(join(path, "codec_client_type"))),
+        codec => {
+            let name = codec.map_or("a codec that is not known", |codec| codec.as_str_name());
+            return Err(FieldError::unsupported_value(join(path, "codec_client_type"), name, "HTTP1 and HTTP2"));
+        }
     };
     let host = if check.host.is_empty() { cluster } else { &check.host };
     if http2 {

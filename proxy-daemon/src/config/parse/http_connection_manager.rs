@@ -43,7 +43,10 @@ pub(super) fn http_connection_manager(
         Ok(ProtoCodec::Auto) => CodecType::Auto,
         Ok(ProtoCodec::Http1) => CodecType::Http1,
         Ok(ProtoCodec::Http2) => CodecType::Http2,
-        _ => return Err(FieldError::unsupported(join(path, "codec_type"))),
+        codec => {
+            let name = codec.map_or("a codec that is not known", |codec| codec.as_str_name());
+            return Err(FieldError::unsupported_value(join(path, "codec_type"), name, "AUTO, HTTP1 and HTTP2"));
+        }
     };
     let server_header = match ProtoServerHeader::try_from(manager.server_header_transformation) {
         Ok(ProtoServerHeader::AppendIfAbsent) => ServerHeaderTransformation::AppendIfAbsent,

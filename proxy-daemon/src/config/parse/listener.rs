@@ -209,7 +209,10 @@ fn filter_chain_match(chain: &ProtoMatch, path: &str) -> Result<FilterChainMatch
         "" => None,
         "tls" => Some(TransportProtocol::Tls),
         "raw_buffer" => Some(TransportProtocol::RawBuffer),
-        _ => return Err(FieldError::unsupported(join(path, "transport_protocol"))),
+        other => {
+            let path = join(path, "transport_protocol");
+            return Err(FieldError::unsupported_value(path, format!("{other:?}"), "\"tls\" and \"raw_buffer\""));
+        }
     };
     let server_names = chain.server_names.iter().enumerate().map(|(index, name)| {
         if name.strip_prefix("*.").unwrap_or(name).contains('*') {

@@ -816,7 +816,12 @@ fn walk_any(
     let Some(descriptor) = json::pool().get_message_by_name(name).filter(|_| honoured(name).is_some()) else {
         // A TypedStruct whose type is known has been resolved by now: it is the type that is not.
         let name = any.transcode_to().map_or_else(|_| name.to_owned(), |any| json::type_name(&any));
-        return Err(FieldError::new(path.as_str(), format!("type {name} is not supported by culvert yet")));
+        let text = match json::pool().get_message_by_name(&name) {
+            Some(_) => format!("type {name} is not supported by culvert yet"),
+            // In the words that a file is refused with.
+            None => format!("unknown type {name:?}"),
+        };
+        return Err(FieldError::new(path.as_str(), text));
     };
     let value = any.get_field_by_name("value");
     let bytes = value.as_ref().and_then(|value| value.as_bytes()).cloned().unwrap_or_default();

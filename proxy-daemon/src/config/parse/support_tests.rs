@@ -27,7 +27,7 @@ fn the_document_holds_the_table() {
     let text = std::fs::read_to_string(DOCUMENT).unwrap();
     let (before, rest) = text.split_once(BEGIN).unwrap();
     let (found, after) = rest.split_once(END).unwrap();
-    let expected = format!("{}\n{}", table(), super::super::support_doc::text());
+    let expected = format!("{}\n{}\n{}", extensions(), table(), super::super::support_doc::text());
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(DOCUMENT, format!("{before}{BEGIN}{expected}{END}{after}")).unwrap();
         return;
@@ -35,14 +35,43 @@ fn the_document_holds_the_table() {
     assert!(found == expected, "docs/support.md is out of date: run this test with UPDATE_DOCS=1");
 }
 
+/// The filters that there are, with the types of their configuration.
+fn extensions() -> String {
+    let mut text = "| Extension | Type |\n|---|---|\n".to_owned();
+    let kinds = [
+        ("listener filter", "envoy.extensions.filters.listener."),
+        ("network filter", "envoy.extensions.filters.network."),
+    ];
+    for (kind, prefix) in kinds {
+        let types = HONOURED.iter().map(|(name, _)| *name).filter(|name| name.starts_with(prefix));
+        // What stands in such a message is no filter.
+        for name in types.filter(|name| name.rsplit('.').nth(1).is_some_and(|part| part == "v3")) {
+            let descriptor = json::pool().get_message_by_name(name).unwrap();
+            if is_extension(descriptor.full_name()) {
+                text.push_str(&format!("| {kind} | `{name}` |\n"));
+            }
+        }
+    }
+    for filter in filters::REGISTRY {
+        text.push_str(&format!("| HTTP filter `{}` | `{}` |\n", filter.name, filter.type_name));
+    }
+    text
+}
+
+/// Whether Envoy has an extension that is configured by this message.
+fn is_extension(name: &str) -> bool {
+    include_str!("envoy_type_urls.txt").lines().any(|line| line.ends_with(name))
+}
+
 #[test]
 fn a_typed_struct_is_refused_by_the_name_of_its_inner_type() {
     use culvert_xds_client::json::UnknownFields;
     use envoy_types::pb::envoy::config::listener::v3::Listener;
 
-    for (inner, value) in [
-        ("envoy.extensions.filters.network.redis_proxy.v3.RedisProxy", "{ stat_prefix: a }"),
-        ("com.example.Unknown", "{ a: 1 }"),
+    let redis = "envoy.extensions.filters.network.redis_proxy.v3.RedisProxy";
+    for (inner, value, expected) in [
+        (redis, "{ stat_prefix: a }", format!("type {redis} is not supported by culvert yet")),
+        ("com.example.Unknown", "{ a: 1 }", "unknown type \"com.example.Unknown\"".to_owned()),
     ] {
         let config = format!(
             "{{ '@type': type.googleapis.com/xds.type.v3.TypedStruct, type_url: type.googleapis.com/{inner}, value: {value} }}"
@@ -51,8 +80,6 @@ fn a_typed_struct_is_refused_by_the_name_of_its_inner_type() {
         let listener: Listener = json::from_yaml(&format!("filter_chains: [{{ filters: [{filter}] }}]")).unwrap();
         let listener = json::resolve_typed_structs(&listener, UnknownFields::Reject).unwrap();
         let refused = check(&*listener, "").unwrap_err().to_string();
-        let expected =
-            format!("filter_chains[0].filters[0].typed_config: type {inner} is not supported by culvert yet");
-        assert_eq!(refused, expected);
+        assert_eq!(refused, format!("filter_chains[0].filters[0].typed_config: {expected}"));
     }
 }

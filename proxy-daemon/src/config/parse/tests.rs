@@ -114,7 +114,10 @@ fn routes_that_cannot_be_honoured_are_named() {
 #[test]
 fn what_a_connection_manager_cannot_do_is_named() {
     let cases = [
-        ("          codec_type: HTTP3", "@codec_type: not supported by culvert yet"),
+        (
+            "          codec_type: HTTP3",
+            "@codec_type: HTTP3 is not supported by culvert yet; it has AUTO, HTTP1 and HTTP2",
+        ),
         ("          tracing: {}", "@tracing: not supported by culvert yet"),
         ("          stat_prefx: x", "@stat_prefx: "),
         ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
@@ -135,9 +138,9 @@ fn what_a_connection_manager_cannot_do_is_named() {
 #[test]
 fn filter_chains_end_in_one_terminal_filter() {
     let yaml =
-        http("", TO_UP).replace("extensions.filters.http.router.v3.Router", "extensions.filters.http.cors.v3.Cors");
+        http("", TO_UP).replace("extensions.filters.http.router.v3.Router", "extensions.filters.http.lua.v3.Lua");
     let error = load(&yaml).unwrap_err();
-    assert!(error.contains("typed_config") && error.contains("Cors"), "{error}");
+    assert!(error.contains("typed_config") && error.contains("Lua"), "{error}");
     let twice = http(
         "          - name: again\n            typed_config: { '@type': type.googleapis.com/envoy.extensions.filters.http.router.v3.Router }",
         TO_UP,
@@ -176,8 +179,14 @@ fn clusters_that_cannot_be_honoured_are_named() {
         )
     };
     let cases = [
-        ("lb_policy: MAGLEV".to_owned(), "lb_policy: not supported by culvert yet"),
-        ("type: LOGICAL_DNS".to_owned(), "type: not supported by culvert yet"),
+        (
+            "lb_policy: MAGLEV".to_owned(),
+            "lb_policy: MAGLEV is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RANDOM and CLUSTER_PROVIDED",
+        ),
+        (
+            "type: LOGICAL_DNS".to_owned(),
+            "type: LOGICAL_DNS is not supported by culvert yet; it has STATIC, STRICT_DNS, EDS and ORIGINAL_DST",
+        ),
         ("outlier_detection: {}".to_owned(), "outlier_detection: not supported by culvert yet"),
         (
             at("{ address: example, port_value: 80 }"),
@@ -185,7 +194,7 @@ fn clusters_that_cannot_be_honoured_are_named() {
         ),
         (
             at("{ address: 10.0.0.1, port_value: 80, protocol: UDP }"),
-            "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.protocol: not supported by culvert yet",
+            "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.protocol: UDP is not supported by culvert yet; it has TCP",
         ),
         ("type: EDS".to_owned(), "eds_cluster_config: value is required"),
         (
@@ -331,7 +340,7 @@ fn health_check_specifiers_are_checked() {
         ("http_health_check: { path: /, host: 'a b', codec_client_type: HTTP2 }", "http_health_check.host: "),
         (
             "http_health_check: { path: /, codec_client_type: HTTP3 }",
-            "http_health_check.codec_client_type: not supported",
+            "http_health_check.codec_client_type: HTTP3 is not supported",
         ),
         (
             "http_health_check: { path: /, expected_statuses: [{ start: 99, end: 200 }] }",

@@ -326,7 +326,10 @@ fn alt_name(message: &ProtoMatcher, path: &str) -> Result<Arc<SubjectAltNameMatc
         Ok(Proto::Dns) => SanType::Dns,
         Ok(Proto::Uri) => SanType::Uri,
         Ok(Proto::IpAddress) => SanType::IpAddress,
-        _ => return Err(FieldError::unsupported(join(path, "san_type"))),
+        san_type => {
+            let name = san_type.map_or("a type that is not known", |it| it.as_str_name());
+            return Err(FieldError::unsupported_value(join(path, "san_type"), name, "EMAIL, DNS, URI and IP_ADDRESS"));
+        }
     };
     let text = message.matcher.as_ref().ok_or_else(|| required(path, "matcher"))?;
     let matcher = matcher::string(text, &join(path, "matcher"))?;

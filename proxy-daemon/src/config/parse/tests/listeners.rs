@@ -242,7 +242,7 @@ fn what_a_listener_cannot_do_is_named() {
         (
             "",
             "filter_chain_match: { transport_protocol: quic },",
-            "filter_chains[0].filter_chain_match.transport_protocol: not supported by culvert yet",
+            "filter_chains[0].filter_chain_match.transport_protocol: \"quic\" is not supported by culvert yet; it has \"tls\" and \"raw_buffer\"",
         ),
         (
             "",

@@ -16,7 +16,13 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     let rejected: Vec<_> = rejected.iter().map(|it| (it.name.as_str(), it.message.as_str())).collect();
     assert_eq!(
         rejected,
-        [("a", "lb_subset_config: not supported by culvert yet"), ("c", "lb_policy: not supported by culvert yet")]
+        [
+            ("a", "lb_subset_config: not supported by culvert yet"),
+            (
+                "c",
+                "lb_policy: MAGLEV is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RANDOM and CLUSTER_PROVIDED"
+            )
+        ]
     );
     assert_eq!(calls.take(), ["cluster b with 1"]);
     assert_eq!(names(&outcome, ClusterLoadAssignment::type_url()), ["a", "b"], "the last good version stays");
