@@ -12,6 +12,7 @@ impl AccessLogFilter {
     pub(super) fn admits(&self, record: &Record<'_>) -> bool {
         match self {
             AccessLogFilter::Always => true,
+            AccessLogFilter::NotHealthCheck => !record.health_check,
             AccessLogFilter::StatusCode(comparison) => comparison.holds(u64::from(record.response_code)),
             AccessLogFilter::Duration(comparison) => comparison.holds(record.duration.as_millis() as u64),
             AccessLogFilter::Runtime { numerator, denominator, independent } => {

@@ -47,6 +47,15 @@ enum Op {
     Request(HeaderChoice),
     Response(HeaderChoice),
     Field(Field),
+    Metadata(MetadataPath),
+}
+
+/// `NAMESPACE:key:key`
+#[derive(Debug)]
+struct MetadataPath {
+    namespace: Box<str>,
+    path: Box<[Box<str>]>,
+    max_len: usize,
 }
 
 /// `X?Y` and `:N`.
@@ -224,6 +233,13 @@ impl Format {
                 Op::Request(choice) => choice.write(out, record, record.request_headers),
                 Op::Response(choice) => choice.write(out, record, record.response_headers),
                 Op::Field(field) => field.write(out, record),
+                Op::Metadata(path) => {
+                    let told = record.metadata.and_then(|metadata| metadata.show(&path.namespace, &path.path));
+                    match told {
+                        Some(told) => out.extend_from_slice(&told.as_bytes()[..told.len().min(path.max_len)]),
+                        None => missing(out, record),
+                    }
+                }
             }
         }
     }
@@ -268,6 +284,12 @@ impl<'a> Operator<'a> {
         match self.name {
             "REQ" => HeaderChoice::parse("REQ", self).map(Op::Request),
             "RESP" => HeaderChoice::parse("RESP", self).map(Op::Response),
+            "DYNAMIC_METADATA" => {
+                let mut parts = self.arguments.unwrap_or_default().split(':').map(Box::from);
+                let namespace = parts.next().unwrap_or_default();
+                let max_len = self.length.unwrap_or(usize::MAX);
+                Ok(Op::Metadata(MetadataPath { namespace, path: parts.collect(), max_len }))
+            }
             "START_TIME" => match (self.arguments, self.length) {
                 (None | Some(""), None) => Ok(Op::StartTime),
                 (Some(format), None) => TimeFormat::parse(format).map(Op::StartTimeAs).map_err(FormatError::Time),

@@ -24,6 +24,8 @@ fn the_default_line_of_a_request_is_envoys() {
     let request = headers(&[("user-agent", "curl/7.88.1"), ("x-request-id", "cffa9756-4e35-45bd-874f-c6d10a741fcf")]);
     let response = headers(&[("x-envoy-upstream-service-time", "1")]);
     let record = Record {
+        metadata: None,
+        health_check: false,
         missing: "-",
         start: start(),
         duration: Duration::from_micros(2999),
@@ -69,6 +71,8 @@ fn every_operator_is_written() {
     let request = headers(&[("user-agent", "curl"), ("x-m", "a"), ("x-m", "b"), ("x-envoy-original-path", "/old")]);
     let response = headers(&[("server", "envoy")]);
     let record = Record {
+        metadata: None,
+        health_check: false,
         missing: "-",
         start: start(),
         duration: Duration::from_millis(1500),

@@ -6,7 +6,7 @@ use std::{
 use http::HeaderMap;
 
 use super::ResponseFlags;
-use crate::tls::TlsInfo;
+use crate::{http::metadata::Metadata, tls::TlsInfo};
 
 /// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +61,10 @@ pub struct Record<'a> {
     pub requested_server_name: Option<&'a str>,
     /// What the downstream connection's TLS handshake came to.
     pub tls: Option<&'a TlsInfo>,
+    /// What filters have told.
+    pub metadata: Option<&'a Metadata>,
+    /// It was a health check.
+    pub health_check: bool,
     /// Why there was no TLS handshake with the client.
     pub downstream_transport_failure_reason: Option<&'a str>,
 }
@@ -93,6 +97,8 @@ impl Default for Record<'_> {
             connection_id: 0,
             requested_server_name: None,
             tls: None,
+            metadata: None,
+            health_check: false,
             downstream_transport_failure_reason: None,
         }
     }

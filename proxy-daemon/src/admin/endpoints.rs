@@ -85,6 +85,7 @@ const ENDPOINTS: &[Endpoint] = &[
         mutates: true,
         run: |state, _| {
             state.state.set(ServerState::Draining);
+            crate::http::filters::fail_health_checks(true);
             Reply::ok()
         },
     },
@@ -94,6 +95,7 @@ const ENDPOINTS: &[Endpoint] = &[
         parameters: &[],
         mutates: true,
         run: |state, _| {
+            crate::http::filters::fail_health_checks(false);
             // Only what `/healthcheck/fail` did is undone: a server that is still starting is not ready.
             if state.state.get() == ServerState::Draining {
                 state.state.set(ServerState::Live);

@@ -10,6 +10,7 @@ pub mod filters;
 mod forward;
 pub(crate) mod headers;
 mod io;
+pub mod metadata;
 mod observe;
 mod redirect;
 mod replay;

@@ -379,7 +379,10 @@ impl StreamEnd {
         let host = log.host.as_ref().and_then(|host| host.to_str().ok());
         let (method, uri) = log.target.as_ref().map(|(method, uri)| (method, uri)).unzip();
         let route = log.route.as_ref().map(|route| route.name.as_str());
+        let metadata = self.progress.metadata.borrow();
         let record = Record {
+            metadata: metadata.as_deref(),
+            health_check: self.progress.health_check.get(),
             start: log.started,
             duration: self.started.elapsed(),
             protocol: Some(crate::http::protocol_name(log.version)),
@@ -423,7 +426,7 @@ impl Drop for StreamEnd {
                 self.details = Cow::Borrowed("downstream_remote_disconnect");
             }
         }
-        if let Some(status) = self.status {
+        if let Some(status) = self.status.filter(|_| !self.progress.health_check.get()) {
             stats.downstream_rq.inc(status.as_u16());
         }
         if let Some((cluster, host)) = &self.host {

@@ -294,11 +294,14 @@ fn query_matches(matcher: &QueryParameterMatcher, query: Option<&str>) -> bool {
 }
 
 fn cookie_matches(matcher: &CookieMatcher, request: &Parts) -> bool {
-    let lines = request.headers.get_all(http::header::COOKIE).iter().filter_map(|line| line.to_str().ok());
-    let pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
-    let mut values = pairs.filter(|(name, _)| *name == matcher.name).map(|(_, value)| value);
-    let verdict = values.next().is_some_and(|value| matcher.value.matches(unquoted(value)));
-    verdict != matcher.invert_match
+    cookie(&request.headers, &matcher.name).is_some_and(|value| matcher.value.matches(value)) != matcher.invert_match
+}
+
+/// The value of the first cookie of this name.
+pub(super) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<&'a str> {
+    let lines = headers.get_all(http::header::COOKIE).iter().filter_map(|line| line.to_str().ok());
+    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(known, _)| *known == name).map(|(_, value)| unquoted(value))
 }
 
 /// A cookie's value without the quotes around it.

@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, route_match::authority};
+use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority};
 use crate::{
     access_log::{Record, ResponseFlags},
     config::model::{AddedValue, ClusterChoice, HeaderAdd, HeaderMutations, RouteAction, WeightedOptions},
@@ -134,7 +134,9 @@ impl StreamCx {
     pub(super) fn format_request(&self, head: &mut RequestHead, change: impl FnOnce(&mut HeaderMap, &Record<'_>)) {
         let (uri, host) = (head.uri.clone(), authority(head).to_owned());
         let route = self.route.as_ref().map(|route| route.name.as_str());
+        let metadata = self.progress.metadata.borrow();
         let record = Record {
+            metadata: metadata.as_deref(),
             method: Some(head.method.as_str()),
             path: uri.path_and_query().map(|path| path.as_str()),
             authority: Some(&host),
@@ -158,7 +160,9 @@ impl StreamCx {
         let request = self.request.borrow();
         let request = request.as_deref();
         let route = self.route.as_ref().map(|route| route.name.as_str());
+        let metadata = self.progress.metadata.borrow();
         let record = Record {
+            metadata: metadata.as_deref(),
             method: request.map(|request| request.method.as_str()),
             path: request.and_then(|request| request.uri.path_and_query()).map(|path| path.as_str()),
             authority: request.map(authority),
@@ -207,6 +211,10 @@ pub struct Progress {
     pub sent: Cell<u64>,
     /// Filters change the response's body: what an upstream sends is not what the client gets.
     pub sent_otherwise: Cell<bool>,
+    /// What filters have told; `None`: nothing yet.
+    pub metadata: RefCell<Option<Box<Metadata>>>,
+    /// It is a health check: nobody's request.
+    pub health_check: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
     /// When anything last passed in either direction.
@@ -226,12 +234,19 @@ impl Progress {
             received: Cell::new(0),
             sent: Cell::new(0),
             sent_otherwise: Cell::new(false),
+            metadata: RefCell::new(None),
+            health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             last_activity: Cell::new(started),
             last_response: Cell::new(started),
             malformed: Cell::new(None),
             waker: RefCell::new(None),
         })
+    }
+
+    /// Lets a filter tell something.
+    pub fn with_metadata(&self, tell: impl FnOnce(&mut Metadata)) {
+        tell(self.metadata.borrow_mut().get_or_insert_default());
     }
 
     /// The request will never be whole.

@@ -60,9 +60,9 @@ impl Case {
         self
     }
 
-    /// The last filter is told this by a level. `message` and `config` as the filter's own.
+    /// The first filter is told this by a level. `message` and `config` as the filter's own.
     pub fn told(mut self, by: By, message: &str, config: &str) -> Case {
-        let filter = self.filters.last().map_or("", |(filter, _)| filter);
+        let filter = self.filters.first().map_or("", |(filter, _)| filter);
         self.told[by as usize] += &format!(
             "{filter}: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.{message}, {config}}}, "
         );
@@ -220,7 +220,9 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     };
     let filters: String = case.filters.iter().map(filter).collect();
     let [by_config, by_host, by_route] = &case.told;
-    let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT%";
+    let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \
+                  %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
+                  %DYNAMIC_METADATA(ns:k):3%";
     format!(
         r#"  - name: http_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}

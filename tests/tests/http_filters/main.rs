@@ -6,6 +6,8 @@ mod browsers;
 mod changes;
 mod faults;
 mod harness;
+mod health_checks;
+mod metadata;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
 
@@ -29,4 +31,14 @@ fn messages_are_changed_as_by_envoy() -> Result<()> {
 #[test]
 fn browsers_are_answered_as_by_envoy() -> Result<()> {
     harness::compare(browsers::cases())
+}
+
+#[test]
+fn metadata_is_told_as_by_envoy() -> Result<()> {
+    harness::compare(metadata::cases())
+}
+
+#[test]
+fn health_checks_are_answered_as_by_envoy() -> Result<()> {
+    harness::compare(health_checks::cases())
 }

@@ -33,6 +33,8 @@ pub enum AccessLogFilter {
     /// No filter.
     #[default]
     Always,
+    /// `not_health_check_filter`
+    NotHealthCheck,
     /// `status_code_filter`; 0 where there was no response.
     StatusCode(Comparison),
     /// `duration_filter`, in milliseconds.

@@ -87,7 +87,7 @@ fn filter(filter: &ProtoFilter, path: &str) -> Result<AccessLogFilter> {
             AccessLogFilter::Duration(comparison(filter.comparison.as_ref(), &join(path, "duration_filter"))?)
         }
         // Nothing here marks a request as a health check.
-        Some(FilterSpecifier::NotHealthCheckFilter(_)) => AccessLogFilter::Always,
+        Some(FilterSpecifier::NotHealthCheckFilter(_)) => AccessLogFilter::NotHealthCheck,
         Some(FilterSpecifier::RuntimeFilter(filter)) => {
             // An absent default is 0 %, as in Envoy.
             let share = fraction(filter.percent_sampled.unwrap_or_default());

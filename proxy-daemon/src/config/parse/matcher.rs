@@ -149,7 +149,7 @@ fn regex(matcher: &RegexMatcher, path: &str) -> Result<Regex> {
 }
 
 /// What of a text is replaced by what.
-pub(super) fn regex_rewrite(rewrite: &RegexMatchAndSubstitute, path: &str) -> Result<RegexRewrite> {
+pub(crate) fn regex_rewrite(rewrite: &RegexMatchAndSubstitute, path: &str) -> Result<RegexRewrite> {
     let matcher = rewrite.pattern.as_ref().ok_or_else(|| required(path, "pattern"))?;
     let pattern = compile(&matcher.regex, matcher, &join(path, "pattern"))?;
     let refuse = |text: String| FieldError::new(join(path, "substitution"), text);

@@ -332,6 +332,13 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.filters.http.cors.v3.CorsPolicy", ALL),
     ("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", ALL),
     ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
+    ("envoy.extensions.filters.http.health_check.v3.HealthCheck", ALL),
+    ("envoy.type.v3.Percent", ALL),
+    ("envoy.extensions.filters.http.header_to_metadata.v3.Config", &["request_rules", "response_rules"]),
+    ("envoy.extensions.filters.http.header_to_metadata.v3.Config.Rule", ALL),
+    ("envoy.extensions.filters.http.header_to_metadata.v3.Config.KeyValuePair", ALL),
+    ("envoy.extensions.filters.http.set_metadata.v3.Config", ALL),
+    ("envoy.extensions.filters.http.set_metadata.v3.Metadata", &["metadata_namespace", "allow_overwrite", "value"]),
     ("envoy.extensions.filters.http.buffer.v3.BufferPerRoute", ALL),
     (
         "envoy.extensions.filters.http.fault.v3.HTTPFault",

@@ -8,17 +8,21 @@ mod csrf;
 mod discovered;
 mod fault;
 mod header_mutation;
+mod header_to_metadata;
+mod health_check;
 mod local_ratelimit;
 mod on_demand;
 mod r#override;
 mod rbac;
 mod router;
+mod set_metadata;
 
 use std::{fmt::Debug, pin::Pin, sync::Arc};
 
 use envoy_types::pb::google::protobuf::Any;
 
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
+pub use health_check::{fail_health_checks, set_service_cluster};
 pub use on_demand::ClustersOnDemand;
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
@@ -246,6 +250,21 @@ pub const REGISTRY: &[Registered] = &[
         )),
     },
     Registered {
+        name: "envoy.filters.http.header_to_metadata",
+        type_name: "envoy.extensions.filters.http.header_to_metadata.v3.Config",
+        parse: header_to_metadata::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.header_to_metadata.v3.Config",
+            header_to_metadata::parse_per_route,
+        )),
+    },
+    Registered {
+        name: "envoy.filters.http.health_check",
+        type_name: "envoy.extensions.filters.http.health_check.v3.HealthCheck",
+        parse: health_check::parse,
+        per_route: None,
+    },
+    Registered {
         name: "envoy.filters.http.local_ratelimit",
         type_name: "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         parse: local_ratelimit::parse,
@@ -261,6 +280,12 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.rbac",
         type_name: "envoy.extensions.filters.http.rbac.v3.RBAC",
         parse: rbac::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.set_metadata",
+        type_name: "envoy.extensions.filters.http.set_metadata.v3.Config",
+        parse: set_metadata::parse,
         per_route: None,
     },
     Registered {

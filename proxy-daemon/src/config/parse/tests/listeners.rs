@@ -192,7 +192,7 @@ fn filters_of_access_logs() {
         ))
         .unwrap(),
         AccessLogFilter::And(vec![
-            AccessLogFilter::Always,
+            AccessLogFilter::NotHealthCheck,
             AccessLogFilter::Duration(comparison(ComparisonOp::GreaterOrEqual, 5))
         ])
     );

@@ -1,0 +1,231 @@
+//! `envoy.filters.http.header_to_metadata`: tells headers and cookies as dynamic metadata.
+
+use std::sync::Arc;
+
+use base64::{
+    Engine,
+    alphabet::STANDARD,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::extensions::filters::http::header_to_metadata::v3::{
+        Config,
+        config::{KeyValuePair, Rule as ProtoRule, ValueEncode, ValueType},
+    },
+    google::protobuf::{Any, Value, value::Kind},
+};
+use http::{HeaderMap, HeaderName};
+use prost::Message;
+
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use crate::{
+    config::{FieldError, model::RegexRewrite, parse},
+    http::{
+        body::Body,
+        metadata::Metadata,
+        route_match::cookie,
+        stream::{RequestHead, ResponseHead, StreamCx},
+    },
+};
+
+/// Longer values are not told.
+const MAX_VALUE: usize = 8 * 1024;
+
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+#[derive(Debug)]
+struct HeaderToMetadataFactory(Arc<Rules>);
+
+/// Streams hold on to it.
+#[derive(Debug)]
+struct Rules {
+    request: Vec<Rule>,
+    response: Vec<Rule>,
+}
+
+#[derive(Debug)]
+struct Rule {
+    source: Source,
+    present: Option<Told>,
+    missing: Option<Told>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Header { name: HeaderName, remove: bool },
+    Cookie(String),
+}
+
+/// What is told.
+#[derive(Debug)]
+struct Told {
+    namespace: Box<str>,
+    key: String,
+    /// Instead of the header's value.
+    value: String,
+    rewrite: Option<RegexRewrite>,
+    kind: ValueType,
+    base64: bool,
+}
+
+impl Source {
+    fn value(&self, headers: &mut HeaderMap) -> Option<String> {
+        match self {
+            Source::Header { name, remove } => {
+                let values: Vec<_> = headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect();
+                let value = (!values.is_empty()).then(|| values.join(","));
+                if *remove {
+                    headers.remove(name);
+                }
+                value
+            }
+            Source::Cookie(name) => cookie(headers, name).filter(|value| !value.is_empty()).map(str::to_owned),
+        }
+    }
+}
+
+impl Told {
+    /// `value` is the header's, empty where there is none.
+    fn tell(&self, value: String, metadata: &mut Metadata) {
+        let value = match (&self.rewrite, self.value.is_empty()) {
+            (_, false) => self.value.clone(),
+            (Some(rewrite), true) => rewrite.apply(&value),
+            (None, true) => value,
+        };
+        if value.is_empty() || value.len() >= MAX_VALUE {
+            return;
+        }
+        if let Some(kind) = self.decode(value) {
+            metadata.namespace_mut(&self.namespace).fields.insert(self.key.clone(), Value { kind: Some(kind) });
+        }
+    }
+
+    fn decode(&self, value: String) -> Option<Kind> {
+        let bytes =
+            if self.base64 { BASE64.decode(value).ok().filter(|bytes| !bytes.is_empty())? } else { value.into_bytes() };
+        match self.kind {
+            ValueType::String => String::from_utf8(bytes).ok().map(Kind::StringValue),
+            ValueType::Number => {
+                let number: f64 = std::str::from_utf8(&bytes).ok()?.trim().parse().ok()?;
+                Some(Kind::NumberValue(number))
+            }
+            ValueType::ProtobufValue => Value::decode(&bytes[..]).ok()?.kind,
+        }
+    }
+}
+
+fn apply(rules: &[Rule], headers: &mut HeaderMap, cx: &StreamCx) {
+    for rule in rules {
+        let value = rule.source.value(headers);
+        let told = if value.is_some() { &rule.present } else { &rule.missing };
+        if let Some(told) = told {
+            cx.progress.with_metadata(|metadata| told.tell(value.unwrap_or_default(), metadata));
+        }
+    }
+}
+
+impl HttpFilterFactory for HeaderToMetadataFactory {
+    fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        let rules = route.most_specific().unwrap_or(&self.0);
+        (!rules.response.is_empty()).then(|| Box::new(HeaderToMetadataFilter(Arc::clone(rules))) as _)
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let rules: &Arc<Rules> = route.most_specific().unwrap_or(&self.0);
+        apply(&rules.request, &mut head.headers, cx);
+        instances.extend(self.stream(route));
+        Flow::Continue
+    }
+}
+
+/// One stream's filter, where responses tell something.
+#[derive(Debug)]
+struct HeaderToMetadataFilter(Arc<Rules>);
+
+impl HttpFilter for HeaderToMetadataFilter {
+    fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
+        apply(&self.0.response, &mut head.headers, cx);
+        Flow::Continue
+    }
+}
+
+pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    Ok(Arc::new(HeaderToMetadataFactory(Arc::new(rules(typed_config, cx.path)?))))
+}
+
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
+    let rules = rules(config, path)?;
+    if rules.request.is_empty() && rules.response.is_empty() {
+        return Err(FieldError::new(
+            path,
+            "header_to_metadata_filter: Per filter configs must at least specify either request or response rules",
+        ));
+    }
+    Ok(Arc::new(Arc::new(rules)))
+}
+
+fn rules(config: &Any, path: &str) -> Result<Rules, FieldError> {
+    let Config { request_rules, response_rules, stat_prefix: _ } = unpack(config, path)?;
+    let each = |rules: &[ProtoRule], field: &str| {
+        let parse = |(index, item)| rule(item, &format!("{path}.{field}[{index}]"));
+        rules.iter().enumerate().map(parse).collect::<Result<Vec<_>, FieldError>>()
+    };
+    Ok(Rules { request: each(&request_rules, "request_rules")?, response: each(&response_rules, "response_rules")? })
+}
+
+fn rule(rule: &ProtoRule, path: &str) -> Result<Rule, FieldError> {
+    let refuse = |text: &str| Err(FieldError::new(path, text));
+    let source = match (rule.header.as_str(), rule.cookie.as_str()) {
+        ("", "") => return refuse("One of Cookie or Header option needs to be specified"),
+        ("", _) if rule.remove => return refuse("Cannot specify remove for cookie"),
+        ("", cookie) => Source::Cookie(cookie.to_owned()),
+        (header, "") => {
+            let bad = |_| FieldError::new(format!("{path}.header"), format!("{header:?} is not a header name"));
+            Source::Header { name: HeaderName::try_from(header).map_err(bad)?, remove: rule.remove }
+        }
+        _ => return refuse("Cannot specify both header and cookie"),
+    };
+    if rule.on_header_present.is_none() && rule.on_header_missing.is_none() {
+        return refuse("rule has neither `on_header_present` nor `on_header_missing` set");
+    }
+    let of = |pair: &Option<KeyValuePair>, field: &str| {
+        pair.as_ref().map(|pair| told(pair, &format!("{path}.{field}"))).transpose()
+    };
+    let present = of(&rule.on_header_present, "on_header_present")?;
+    let missing = of(&rule.on_header_missing, "on_header_missing")?;
+    if missing.as_ref().is_some_and(|told| told.value.is_empty()) {
+        return refuse("Cannot specify on_header_missing rule with an empty value");
+    }
+    Ok(Rule { source, present, missing })
+}
+
+fn told(pair: &KeyValuePair, path: &str) -> Result<Told, FieldError> {
+    let rewrite = pair.regex_value_rewrite.as_ref();
+    if rewrite.is_some() && !pair.value.is_empty() {
+        return Err(FieldError::new(path, "Cannot specify both value and regex_value_rewrite"));
+    }
+    let rewrite = rewrite.map(|rewrite| parse::matcher::regex_rewrite(rewrite, &format!("{path}.regex_value_rewrite")));
+    let namespace = match pair.metadata_namespace.as_str() {
+        "" => "envoy.filters.http.header_to_metadata",
+        namespace => namespace,
+    };
+    Ok(Told {
+        namespace: namespace.into(),
+        key: pair.key.clone(),
+        value: pair.value.clone(),
+        rewrite: rewrite.transpose()?,
+        kind: ValueType::try_from(pair.r#type).unwrap_or(ValueType::String),
+        base64: pair.encode == ValueEncode::Base64 as i32,
+    })
+}

@@ -1,0 +1,77 @@
+//! Dynamic metadata: what filters tell about a stream, by namespace.
+
+use std::collections::BTreeMap;
+
+use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
+
+/// What filters have told about one stream.
+#[derive(Debug, Default)]
+pub struct Metadata(BTreeMap<Box<str>, Struct>);
+
+impl Metadata {
+    /// What is there under `namespace`.
+    pub fn namespace(&self, namespace: &str) -> Option<&Struct> {
+        self.0.get(namespace)
+    }
+
+    /// The fields of `namespace`, to be added to.
+    pub fn namespace_mut(&mut self, namespace: &str) -> &mut Struct {
+        self.0.entry(namespace.into()).or_default()
+    }
+
+    /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
+    pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
+        let mut fields = self.namespace(namespace)?;
+        let Some((last, way)) = path.split_last() else { return Some(object(fields).to_string()) };
+        for step in way {
+            let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
+            fields = inner;
+        }
+        match &fields.fields.get(&**last)?.kind {
+            None | Some(Kind::NullValue(_)) => None,
+            Some(Kind::StringValue(text)) => Some(text.clone()),
+            Some(kind) => Some(json(kind).to_string()),
+        }
+    }
+}
+
+fn object(fields: &Struct) -> serde_json::Value {
+    let null = Kind::NullValue(0);
+    let fields = fields.fields.iter().map(|(name, value)| (name.clone(), json(value.kind.as_ref().unwrap_or(&null))));
+    serde_json::Value::Object(fields.collect())
+}
+
+fn json(kind: &Kind) -> serde_json::Value {
+    /// Up to here all whole numbers have a double of their own.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    match kind {
+        Kind::NullValue(_) => serde_json::Value::Null,
+        Kind::NumberValue(number) if number.fract() == 0.0 && number.abs() < EXACT => (*number as i64).into(),
+        Kind::NumberValue(number) => (*number).into(),
+        Kind::StringValue(text) => text.as_str().into(),
+        Kind::BoolValue(value) => (*value).into(),
+        Kind::StructValue(fields) => object(fields),
+        Kind::ListValue(list) => {
+            let null = Kind::NullValue(0);
+            list.values.iter().map(|value| json(value.kind.as_ref().unwrap_or(&null))).collect()
+        }
+    }
+}
+
+/// Merges `from` into `into` as Envoy does: what is there in both and can be joined is, the rest is replaced.
+pub fn update(into: &mut Struct, from: &Struct) {
+    for (name, value) in &from.fields {
+        match into.fields.get_mut(name) {
+            Some(there) => update_value(there, value),
+            None => drop(into.fields.insert(name.clone(), value.clone())),
+        }
+    }
+}
+
+fn update_value(into: &mut Value, from: &Value) {
+    match (&mut into.kind, &from.kind) {
+        (Some(Kind::StructValue(into)), Some(Kind::StructValue(from))) => update(into, from),
+        (Some(Kind::ListValue(into)), Some(Kind::ListValue(from))) => into.values.extend(from.values.iter().cloned()),
+        (into, from) => into.clone_from(from),
+    }
+}
