@@ -68,6 +68,7 @@ pub(super) async fn forward(
     end.state.allow_stall(idle);
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
+    timers.limit_duration(timeouts.stream);
     let mut attempts = Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, count: 0 };
     let result = tokio::select! {
         biased;
@@ -172,7 +173,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeou
             }
             LocalReply::new(timeouts.status, timeouts.text(), ResponseFlags::UT, "response_timeout")
         }
-        Expired::Idle | Expired::PerTryIdle | Expired::Request | Expired::Malformed(_) => {
+        Expired::Duration | Expired::Idle | Expired::PerTryIdle | Expired::Request | Expired::Malformed(_) => {
             waiting::expire(&end.state, &end.progress, expired)
         }
     }

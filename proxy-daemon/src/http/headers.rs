@@ -57,6 +57,7 @@ pub(crate) mod names {
         X_ENVOY_IS_TIMEOUT_RETRY = "x-envoy-is-timeout-retry"
         X_ENVOY_RATELIMITED = "x-envoy-ratelimited"
         GRPC_STATUS = "grpc-status"
+        GRPC_TIMEOUT = "grpc-timeout"
         GRPC_MESSAGE = "grpc-message"
     }
 }

@@ -95,6 +95,13 @@ impl Observer for ResponseObserver {
             let (flag, text) = match expired {
                 Expired::Route => (ResponseFlags::UT, "upstream response timeout"),
                 Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
+                Expired::Duration => {
+                    self.end.with(|end| {
+                        end.state.manager.stats.downstream_rq_max_duration_reached.inc();
+                        end.details = Cow::Borrowed("max_duration_timeout");
+                    });
+                    (ResponseFlags::DT, "downstream duration timeout")
+                }
                 Expired::PerTryIdle => {
                     self.end.with(|end| end.per_try_idle_expired());
                     (ResponseFlags::SI, "upstream idle timeout")

@@ -14,7 +14,7 @@ use super::{
     retry::Failure,
     stream::{Progress, RequestHead, StreamCx},
 };
-use crate::config::model::{ForwardAction, RetryPolicy};
+use crate::config::model::{ForwardAction, MaxStreamDuration, RetryPolicy};
 
 /// The limits of one request.
 pub(super) struct Timeouts {
@@ -23,6 +23,8 @@ pub(super) struct Timeouts {
     per_try: Option<Duration>,
     /// Of an upstream's silence.
     pub(super) per_try_idle: Option<Duration>,
+    /// Of the whole stream, from its beginning.
+    pub(super) stream: Option<Duration>,
     /// The answer where one has passed.
     pub(super) status: StatusCode,
 }
@@ -34,6 +36,7 @@ impl Timeouts {
             global: action.timeout,
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
+            stream: action.max_stream_duration.and_then(|limits| stream_limit(limits, &head.headers)),
             status: StatusCode::GATEWAY_TIMEOUT,
         };
         if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-rq-")) {
@@ -78,6 +81,34 @@ impl Timeouts {
     }
 }
 
+/// How long the stream may last. The upstream gets `grpc-timeout` as the client has sent it.
+fn stream_limit(limits: MaxStreamDuration, headers: &HeaderMap) -> Option<Duration> {
+    let asked = || headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    let Some((most, asked)) = limits.grpc_max.and_then(|most| Some((most, asked()?))) else {
+        return limits.max.filter(|max| !max.is_zero());
+    };
+    let capped = if most.is_zero() { asked } else { asked.min(most) };
+    Some(capped.saturating_sub(limits.grpc_offset.unwrap_or_default()))
+}
+
+/// At most eight digits and a unit; whole milliseconds.
+fn grpc_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_millis(number.div_ceil(1000)),
+        "n" => Duration::from_millis(number.div_ceil(1_000_000)),
+        _ => return None,
+    })
+}
+
 /// A header's milliseconds, where it has any; 0 is no limit. The header goes.
 fn wish(headers: &mut HeaderMap, name: &HeaderName, otherwise: Option<Duration>) -> Option<Duration> {
     let asked = headers.remove(name);
@@ -116,6 +147,22 @@ mod tests {
 
     fn headers(list: &[(&'static str, &'static str)]) -> HeaderMap {
         list.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn grpc_timeouts_are_capped() {
+        let second = Some(Duration::from_secs(1));
+        let limits = MaxStreamDuration { max: Some(Duration::from_secs(9)), grpc_max: second, grpc_offset: None };
+        let asks =
+            |limits, asked| stream_limit(limits, &headers(&[("grpc-timeout", asked)])).map(|limit| limit.as_millis());
+        assert_eq!(asks(limits, "300m"), Some(300));
+        assert_eq!(asks(limits, "1500u"), Some(2));
+        assert_eq!(asks(limits, "2S"), Some(1000));
+        assert_eq!(asks(limits, "2x"), Some(9000));
+        let offset = Some(Duration::from_millis(400));
+        assert_eq!(asks(MaxStreamDuration { grpc_offset: offset, ..limits }, "300m"), Some(0));
+        assert_eq!(asks(MaxStreamDuration { grpc_max: Some(Duration::ZERO), ..limits }, "99H"), Some(356_400_000));
+        assert_eq!(asks(MaxStreamDuration { grpc_max: None, ..limits }, "1m"), Some(9000));
     }
 
     #[test]

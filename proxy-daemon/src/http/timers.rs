@@ -16,6 +16,8 @@ use super::{codec::h1::CodecError, stream::Progress};
 pub(super) enum Expired {
     /// The route's timeout: the response took too long after the request was complete.
     Route,
+    /// The stream took too long, from its beginning.
+    Duration,
     /// Nothing passed in either direction for too long.
     Idle,
     /// The upstream sent nothing for too long.
@@ -34,6 +36,7 @@ pub(super) struct Timers {
     idle: Option<Duration>,
     request: Option<Duration>,
     per_try_idle: Option<Duration>,
+    duration: Option<Duration>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
@@ -45,13 +48,18 @@ impl Timers {
         idle: Option<Duration>,
         request: Option<Duration>,
     ) -> Timers {
-        Timers { progress, started, route, idle, request, per_try_idle: None, sleep: None }
+        Timers { progress, started, route, idle, request, per_try_idle: None, duration: None, sleep: None }
     }
 
     /// The upstream may pause for so long from now on, while its answer lasts.
     pub(super) fn limit_pauses(&mut self, per_try_idle: Option<Duration>) {
         self.per_try_idle = per_try_idle;
         self.progress.last_response.set(Instant::now());
+    }
+
+    /// The stream may last so long, from its beginning.
+    pub(super) fn limit_duration(&mut self, duration: Option<Duration>) {
+        self.duration = duration;
     }
 
     /// The limit that passes next.
@@ -63,7 +71,8 @@ impl Timers {
         let idle = self.idle.map(|limit| (self.progress.last_activity.get() + limit, Expired::Idle));
         let upstream = self.per_try_idle;
         let upstream = upstream.map(|limit| (self.progress.last_response.get() + limit, Expired::PerTryIdle));
-        [route, request, idle, upstream].into_iter().flatten().min_by_key(|(at, _)| *at)
+        let stream = self.duration.map(|limit| (self.started + limit, Expired::Duration));
+        [stream, route, request, idle, upstream].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Ready when a limit has passed.

@@ -20,6 +20,9 @@ use super::{
 };
 use crate::{access_log::ResponseFlags, config::model::RouteAction};
 
+/// gRPC's status of what took too long.
+const DEADLINE_EXCEEDED: u16 = 4;
+
 /// The limits of a request that waits for a filter.
 pub(super) fn limits(state: &ConnState, cx: &StreamCx) -> Timers {
     let config = &state.manager.config;
@@ -50,6 +53,15 @@ pub(super) fn expire(state: &ConnState, progress: &Progress, expired: Expired) -
     if let Expired::Malformed(error) = expired {
         state.count_protocol_error();
         return error.into();
+    }
+    if expired == Expired::Duration {
+        stats.downstream_rq_max_duration_reached.inc();
+        let complete = progress.request_complete.get().is_some();
+        let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+        let text = "downstream duration timeout";
+        let mut reply = LocalReply::new(status, text, ResponseFlags::DT, "max_duration_timeout");
+        reply.grpc_status = Some(DEADLINE_EXCEEDED);
+        return reply;
     }
     stats.downstream_rq_idle_timeout.inc();
     let complete = progress.request_complete.get().is_some();

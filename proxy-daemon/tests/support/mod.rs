@@ -281,6 +281,7 @@ pub async fn http_listener(
     edit: impl FnOnce(&mut ForwardAction),
 ) -> SocketAddr {
     let mut action = ForwardAction {
+        max_stream_duration: None,
         cluster: ClusterChoice::Cluster(cluster.into()),
         cluster_not_found_status: http::StatusCode::SERVICE_UNAVAILABLE,
         timeout: Some(Duration::from_secs(15)),

@@ -9,7 +9,7 @@ const TRUSTING: [&str; 2] = [
 ];
 
 pub fn cases() -> Vec<Case> {
-    [policies(), clients(), bodies(), back_offs()].concat()
+    [policies(), clients(), bodies(), back_offs(), durations()].concat()
 }
 
 fn to(name: &'static str, policy: &str, requests: &[&str]) -> Case {
@@ -201,4 +201,30 @@ fn back_offs() -> Vec<Case> {
             ],
         ),
     ]
+}
+
+fn durations() -> Vec<Case> {
+    let requests = [
+        "GET /\nx-do: 200+delay=100",
+        "GET /\nx-do: 200+delay=900",
+        "POST /\nx-do: 200+delay=900\n\nbody",
+        "GET /\nx-do: 200+delay=900\ngrpc-timeout: 200m",
+        "GET /\nx-do: 200+delay=900\ngrpc-timeout: 2S",
+        "GET /\nx-do: 200+delay=900\ngrpc-timeout: 2S\ncontent-type: application/grpc",
+        "GET /\nx-do: 200\ngrpc-timeout: 1500u",
+        "GET /\nx-do: 200\ngrpc-timeout: soon",
+    ];
+    let route = |limits: &str| {
+        format!("- {{match: {{prefix: /}}, route: {{cluster: a, timeout: 0.5s, max_stream_duration: {{{limits}}}}}}}")
+    };
+    [
+        ("max_stream_duration", "max_stream_duration: 0.4s"),
+        ("max_stream_duration of nothing", "max_stream_duration: 0s"),
+        ("max_stream_duration that says nothing", ""),
+        ("grpc_timeout_header_max", "max_stream_duration: 5s, grpc_timeout_header_max: 0.4s"),
+        ("grpc_timeout_header_max of nothing", "grpc_timeout_header_max: 0s"),
+        ("grpc_timeout_header_offset", "grpc_timeout_header_max: 0.4s, grpc_timeout_header_offset: 0.1s"),
+    ]
+    .map(|(name, limits)| case(name, &route(limits), &requests).settle(1))
+    .to_vec()
 }

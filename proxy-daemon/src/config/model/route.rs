@@ -329,6 +329,8 @@ pub struct ForwardAction {
     pub timeout: Option<Duration>,
     /// Overrides the connection manager's `stream_idle_timeout`; `Some(None)` disables it.
     pub idle_timeout: Option<Option<Duration>>,
+    /// How long the whole stream may last; `timeout` says nothing then.
+    pub max_stream_duration: Option<MaxStreamDuration>,
     /// Which failures are tried again.
     pub retry_policy: Option<Arc<RetryPolicy>>,
     /// What the path becomes.
@@ -339,6 +341,17 @@ pub struct ForwardAction {
     pub append_x_forwarded_host: bool,
     /// Circuit breakers of the high priority count this request.
     pub high_priority: bool,
+}
+
+/// `RouteAction.MaxStreamDuration`: 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MaxStreamDuration {
+    /// From the stream's beginning.
+    pub max: Option<Duration>,
+    /// Requests with a `grpc-timeout` may take so long as that says, and at most this.
+    pub grpc_max: Option<Duration>,
+    /// The time that is taken off a `grpc-timeout`.
+    pub grpc_offset: Option<Duration>,
 }
 
 /// Which host name the upstream sees.

@@ -12,7 +12,10 @@ use envoy_types::pb::envoy::config::{
         RouteAction as ProtoAction, RouteConfiguration, Vhds, VirtualHost as ProtoHost,
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
-        route_action::{ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier},
+        route_action::{
+            ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier,
+            MaxStreamDuration as ProtoMaxStreamDuration,
+        },
         virtual_host::TlsRequirementType,
         weighted_cluster::{ClusterWeight, cluster_weight::HostRewriteSpecifier as WeightedHost},
     },
@@ -23,8 +26,8 @@ use http::StatusCode;
 
 use super::{
     common::{
-        Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, limit, number, port,
-        required,
+        Result, duration, header_name, header_value, headers_to_add, headers_to_remove, inline_text, limit, number,
+        port, required,
     },
     config_source::config_source,
     matcher::{regex_rewrite, route_match},
@@ -36,9 +39,9 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, PathMatch, PathRewrite,
-            PerFilterConfig, PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction, RouteConfig,
-            RouteMatch, TlsRequirement, VirtualHost, WeightedClusters, WeightedOptions,
+            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, MaxStreamDuration, PathMatch,
+            PathRewrite, PerFilterConfig, PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction,
+            RouteConfig, RouteMatch, TlsRequirement, VirtualHost, WeightedClusters, WeightedOptions,
         },
     },
     http::filters,
@@ -266,7 +269,9 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
     Ok(ForwardAction {
         cluster,
         cluster_not_found_status: status,
-        timeout: limit(action.timeout, Some(Duration::from_secs(15)), path, "timeout")?,
+        timeout: limit(action.timeout, Some(Duration::from_secs(15)), path, "timeout")?
+            .filter(|_| action.max_stream_duration.is_none()),
+        max_stream_duration: action.max_stream_duration.map(|limits| max_stream_duration(limits, path)).transpose()?,
         idle_timeout: match action.idle_timeout {
             None => None,
             some => Some(limit(some, None, path, "idle_timeout")?),
@@ -276,6 +281,15 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
         host_rewrite,
         append_x_forwarded_host: action.append_x_forwarded_host,
         high_priority: action.priority == RoutingPriority::High as i32,
+    })
+}
+
+fn max_stream_duration(limits: ProtoMaxStreamDuration, path: &str) -> Result<MaxStreamDuration> {
+    let path = join(path, "max_stream_duration");
+    Ok(MaxStreamDuration {
+        max: duration(limits.max_stream_duration, &path, "max_stream_duration")?,
+        grpc_max: duration(limits.grpc_timeout_header_max, &path, "grpc_timeout_header_max")?,
+        grpc_offset: duration(limits.grpc_timeout_header_offset, &path, "grpc_timeout_header_offset")?,
     })
 }
 

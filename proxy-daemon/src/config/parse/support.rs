@@ -578,10 +578,12 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "append_x_forwarded_host",
             "timeout",
             "idle_timeout",
+            "max_stream_duration",
             "retry_policy",
             "priority",
         ],
     ),
+    ("envoy.config.route.v3.RouteAction.MaxStreamDuration", ALL),
     ("envoy.config.route.v3.WeightedCluster", &["clusters", "total_weight", "runtime_key_prefix"]),
     (
         "envoy.config.route.v3.WeightedCluster.ClusterWeight",
