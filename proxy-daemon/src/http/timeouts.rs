@@ -10,7 +10,7 @@ use std::{
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::{
-    headers::names::*,
+    headers::{is_grpc, names::*},
     retry::Failure,
     stream::{Progress, RequestHead, StreamCx},
 };
@@ -36,7 +36,7 @@ impl Timeouts {
             global: action.timeout,
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
-            stream: action.max_stream_duration.and_then(|limits| stream_limit(limits, &head.headers)),
+            stream: action.max_stream_duration.and_then(|limits| stream_limit(limits, &mut head.headers)),
             status: StatusCode::GATEWAY_TIMEOUT,
         };
         if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-rq-")) {
@@ -81,14 +81,20 @@ impl Timeouts {
     }
 }
 
-/// How long the stream may last. The upstream gets `grpc-timeout` as the client has sent it.
-fn stream_limit(limits: MaxStreamDuration, headers: &HeaderMap) -> Option<Duration> {
-    let asked = || headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
-    let Some((most, asked)) = limits.grpc_max.and_then(|most| Some((most, asked()?))) else {
-        return limits.max.filter(|max| !max.is_zero());
+/// How long the stream may last; the upstream of a gRPC request is told.
+fn stream_limit(limits: MaxStreamDuration, headers: &mut HeaderMap) -> Option<Duration> {
+    let asked = headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    let limit = match (asked, limits.grpc_max) {
+        (Some(asked), Some(most)) => {
+            let capped = if most.is_zero() { asked } else { asked.min(most) };
+            capped.saturating_sub(limits.grpc_offset.unwrap_or_default())
+        }
+        _ => limits.max.filter(|max| !max.is_zero())?,
     };
-    let capped = if most.is_zero() { asked } else { asked.min(most) };
-    Some(capped.saturating_sub(limits.grpc_offset.unwrap_or_default()))
+    if asked.is_some() && is_grpc(headers) {
+        headers.insert(GRPC_TIMEOUT, to_grpc_timeout(limit));
+    }
+    Some(limit)
 }
 
 /// At most eight digits and a unit; whole milliseconds.
@@ -107,6 +113,17 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
         "n" => Duration::from_millis(number.div_ceil(1_000_000)),
         _ => return None,
     })
+}
+
+/// The shortest unit that eight digits are enough for.
+fn to_grpc_timeout(limit: Duration) -> HeaderValue {
+    const MAX: u128 = 99_999_999;
+    let milliseconds = limit.as_millis();
+    let units = [('m', 1), ('S', 1000), ('M', 60_000), ('H', 3_600_000)];
+    let fits = units.into_iter().find(|(_, unit)| milliseconds / unit <= MAX);
+    let text = fits.map_or_else(|| format!("{MAX}H"), |(name, unit)| format!("{}{name}", milliseconds / unit));
+    // Digits and a letter are always valid.
+    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("0m"))
 }
 
 /// A header's milliseconds, where it has any; 0 is no limit. The header goes.
@@ -153,8 +170,9 @@ mod tests {
     fn grpc_timeouts_are_capped() {
         let second = Some(Duration::from_secs(1));
         let limits = MaxStreamDuration { max: Some(Duration::from_secs(9)), grpc_max: second, grpc_offset: None };
-        let asks =
-            |limits, asked| stream_limit(limits, &headers(&[("grpc-timeout", asked)])).map(|limit| limit.as_millis());
+        let asks = |limits, asked| {
+            stream_limit(limits, &mut headers(&[("grpc-timeout", asked)])).map(|limit| limit.as_millis())
+        };
         assert_eq!(asks(limits, "300m"), Some(300));
         assert_eq!(asks(limits, "1500u"), Some(2));
         assert_eq!(asks(limits, "2S"), Some(1000));
@@ -163,6 +181,11 @@ mod tests {
         assert_eq!(asks(MaxStreamDuration { grpc_offset: offset, ..limits }, "300m"), Some(0));
         assert_eq!(asks(MaxStreamDuration { grpc_max: Some(Duration::ZERO), ..limits }, "99H"), Some(356_400_000));
         assert_eq!(asks(MaxStreamDuration { grpc_max: None, ..limits }, "1m"), Some(9000));
+        let mut told = headers(&[("grpc-timeout", "2S"), ("content-type", "application/grpc")]);
+        stream_limit(limits, &mut told);
+        assert_eq!(told[GRPC_TIMEOUT], "1000m");
+        assert_eq!(to_grpc_timeout(Duration::from_secs(99_999_999)), "99999999S");
+        assert_eq!(to_grpc_timeout(Duration::from_secs(100_000_000)), "1666666M");
     }
 
     #[test]

@@ -211,7 +211,7 @@ fn durations() -> Vec<Case> {
         "GET /\nx-do: 200+delay=900\ngrpc-timeout: 200m",
         "GET /\nx-do: 200+delay=900\ngrpc-timeout: 2S",
         "GET /\nx-do: 200+delay=900\ngrpc-timeout: 2S\ncontent-type: application/grpc",
-        "GET /\nx-do: 200\ngrpc-timeout: 1500u",
+        "GET /\nx-do: 200\ngrpc-timeout: 1500000u",
         "GET /\nx-do: 200\ngrpc-timeout: soon",
     ];
     let route = |limits: &str| {
