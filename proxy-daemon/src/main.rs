@@ -154,7 +154,7 @@ async fn run(
     let (subscriptions, wanted) = Subscriptions::channel();
     let source_stats = Arc::new(SourceStats::default());
     let first = runtime.rtds().map(|wanted| Need::new(Kind::Runtime, wanted.clone())).collect();
-    let secrets = bootstrap.secrets.iter().map(|secret| Arc::clone(&secret.name.name)).collect();
+    let secrets = bootstrap.secrets.iter().map(|it| (it.secret.secret_type(), Arc::clone(&it.name.name))).collect();
     let followed = bootstrap.secrets.iter_mut().filter_map(|StaticSecret { name, followed, .. }| {
         followed.take().map(|(message, directory)| (name.clone(), message, directory))
     });

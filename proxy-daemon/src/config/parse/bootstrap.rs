@@ -190,15 +190,18 @@ fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<StaticSecret>> {
     Ok(secrets)
 }
 
-/// Refuses what names a secret of the bootstrap that is not there, or one that cannot be had from where it says.
+/// Refuses what names a secret of the bootstrap that is not there, or is of another type, or one that cannot be had from where it says.
 fn known_secrets<'a>(
     mut wanted: impl Iterator<Item = (SecretType, &'a SecretRef)>,
     secrets: &[StaticSecret],
     sources: &SourcesConfig,
     path: &str,
 ) -> Result<()> {
-    wanted.try_for_each(|(_, secret)| match secret {
-        SecretRef::Static(name) if !secrets.iter().any(|known| known.name.name == *name) => {
+    let is_known = |kind: SecretType, name: &str| {
+        secrets.iter().any(|known| *known.name.name == *name && known.secret.secret_type() == kind)
+    };
+    wanted.try_for_each(|(kind, secret)| match secret {
+        SecretRef::Static(name) if !is_known(kind, name) => {
             Err(FieldError::new(path, format!("Unknown static secret: {name}")))
         }
         SecretRef::Static(_) => Ok(()),

@@ -48,7 +48,7 @@ mod vhds;
 mod watched;
 
 use std::{
-    collections::BTreeSet,
+    collections::HashSet,
     future::pending,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock},
@@ -83,7 +83,7 @@ use self::{
 };
 use super::{
     FieldError,
-    model::{self, ClusterConfig, ConfigSource, SecretName},
+    model::{self, ClusterConfig, ConfigSource, SecretName, SecretType},
 };
 use crate::{http::filters::OffloadedTable, on_demand::Waiter};
 
@@ -114,8 +114,8 @@ pub struct StartUp {
     pub cds: Option<ConfigSource>,
     /// Where listeners come from, besides the bootstrap.
     pub lds: Option<ConfigSource>,
-    /// The names of the bootstrap's secrets.
-    pub secrets: BTreeSet<Arc<str>>,
+    /// The bootstrap's secrets.
+    pub secrets: HashSet<(SecretType, Arc<str>)>,
     /// Those of them whose files are read again when something is moved into a directory: how, and which.
     pub followed: Vec<(SecretName, ProtoSecret, PathBuf)>,
     /// Notices such moves.

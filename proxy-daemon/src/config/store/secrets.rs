@@ -70,8 +70,8 @@ impl State {
     }
 
     fn check_static<'a>(&self, mut secrets: impl Iterator<Item = (SecretType, &'a SecretRef)>) -> Result<(), String> {
-        secrets.try_for_each(|(_, secret)| match secret {
-            SecretRef::Static(name) if !self.static_secrets.contains(name) => {
+        secrets.try_for_each(|(kind, secret)| match secret {
+            SecretRef::Static(name) if !self.static_secrets.contains(&(kind, Arc::clone(name))) => {
                 Err(format!("Unknown static secret: {name}"))
             }
             SecretRef::Static(_) | SecretRef::Discovered(_) => Ok(()),

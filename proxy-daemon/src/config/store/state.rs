@@ -1,7 +1,7 @@
 //! All that the store knows, and the waits.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -24,7 +24,7 @@ use super::{
     watched::{Asked, Owner, VersionId, Watched},
 };
 use crate::{
-    config::model::{ClusterConfig, ConfigSource},
+    config::model::{ClusterConfig, ConfigSource, SecretType},
     upstream::ClusterChange,
 };
 
@@ -96,7 +96,7 @@ pub(in crate::config) struct State {
     /// Scopes have changed since they were counted.
     pub(super) scopes_changed: bool,
     /// The names of the bootstrap's.
-    pub(super) static_secrets: BTreeSet<Arc<str>>,
+    pub(super) static_secrets: HashSet<(SecretType, Arc<str>)>,
     /// Those of the bootstrap's that are made of files which are followed.
     pub(super) static_files: Vec<StaticFiles>,
     /// The sources that there are.

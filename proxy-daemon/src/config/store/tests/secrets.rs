@@ -176,7 +176,7 @@ fn secrets_of_the_bootstrap_must_be_there() {
     let start = StartUp {
         cds: Some(ConfigSource::default()),
         lds: Some(ConfigSource::default()),
-        secrets: ["fixed".into()].into(),
+        secrets: [(model::SecretType::TlsCertificate, "fixed".into())].into(),
         ..StartUp::default()
     };
     let (store, calls) = start_up(start, Vec::new(), Vec::new());
@@ -187,6 +187,9 @@ fn secrets_of_the_bootstrap_must_be_there() {
     assert_eq!((rejected.len(), rejected[0].name.as_str()), (1, "bad"));
     assert_eq!(rejected[0].message, "transport_socket: Unknown static secret: missing");
     assert_eq!(calls.take(), ["cluster good"]);
+    let other = cluster("other", "validation_context_sds_secret_config: { name: fixed }");
+    let rejected = store.update(update(Cluster::type_url(), vec![other])).rejected();
+    assert_eq!(rejected[0].message, "transport_socket: Unknown static secret: fixed", "it is a certificate");
     let bad = tcp_listener("in", "{ name: missing }", "");
     let good = tcp_listener("in2", "{ name: fixed }", "");
     let rejected = store.update(update(Listener::type_url(), vec![bad, good])).rejected();
