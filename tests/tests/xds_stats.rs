@@ -168,7 +168,7 @@ fn look(kind: Kind) -> Result<Vec<String>> {
     becomes("listener_manager.listener_in_place_updated", 1)?;
     seen.push(counted(&daemon)?);
     let whole = format!("{}, per_connection_buffer_limit_bytes: 4096", listener("in", port, &[("longer", &kept)]));
-    publish(&root, "lds", 3, &[whole.clone()])?;
+    publish(&root, "lds", 3, std::slice::from_ref(&whole))?;
     becomes("listener_manager.listener_create_success", 4)?;
     becomes("listener_manager.total_listeners_draining", 2)?;
     // In Envoy a listener that drains is subscribed to its routes still.

@@ -389,7 +389,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let rate_limit = limit.map(|limit| rate_limit(limit, limit_share, &field("response_rate_limit"))).transpose()?;
     let matcher = |(index, matcher)| parse::matcher::header(matcher, &format!("{}[{index}]", field("headers")));
     Ok(Arc::new(FaultFactory(Arc::new(Configured {
-        upstream_cluster: Some(config.upstream_cluster.into()).filter(|name: &Box<str>| !name.is_empty()),
+        upstream_cluster: (!config.upstream_cluster.is_empty()).then(|| config.upstream_cluster.into()),
         downstream_nodes: config.downstream_nodes.into_iter().collect(),
         headers: config.headers.iter().enumerate().map(matcher).collect::<Result<_, _>>()?,
         delay,
