@@ -163,9 +163,8 @@ impl Configuration {
             })
         };
         let resources = snapshot.of(&Cluster::type_url());
-        // One of which no version was ever taken shows its error all the same.
-        let active =
-            resources.iter().filter(|it| it.active.is_some() || (it.failure.is_some() && it.warming.is_none()));
+        // As in Envoy, one of which no version was ever taken is not shown; `culvert xds status` has it.
+        let active = resources.iter().filter(|it| it.active.is_some());
         let warming = resources.iter().filter(|it| it.warming.is_some());
         section::<ClustersConfigDump>(
             snapshot.version_of(&Cluster::type_url()),
