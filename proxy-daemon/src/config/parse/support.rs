@@ -333,7 +333,6 @@ pub const HONOURED: &[(&str, &[&str])] = &[
     ("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", ALL),
     ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
     ("envoy.extensions.filters.http.health_check.v3.HealthCheck", ALL),
-    ("envoy.type.v3.Percent", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config", &["request_rules", "response_rules"]),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.Rule", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.KeyValuePair", ALL),
