@@ -1,6 +1,6 @@
 //! Clusters: of the bootstrap, and of CDS.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use culvert_xds_client::{
     ads::{Resource, Update},
@@ -14,7 +14,7 @@ use super::{
     kinds::{Kind, Need, Value, cluster_needs},
     refused::Refused,
     resources,
-    state::State,
+    state::{Due, State},
     updates::UpdateId,
     watched::{Owner, VersionId},
 };
@@ -28,6 +28,9 @@ use crate::{
     upstream::ClusterChange,
 };
 
+/// How long what has been looked up waits for more of it.
+pub(super) const GATHERED: Duration = Duration::from_millis(10);
+
 /// All clusters.
 #[derive(Default)]
 pub(in crate::config) struct Clusters {
@@ -38,6 +41,18 @@ pub(in crate::config) struct Clusters {
     pub(super) warming: usize,
     /// How many serve.
     pub(super) active: usize,
+    /// How many look-ups of names of new versions have not ended.
+    looking_up: usize,
+    /// Those that have ended, and not been taken up.
+    looked_up: Vec<LookedUp>,
+}
+
+/// The names of a cluster's version have been looked up.
+struct LookedUp {
+    name: Arc<str>,
+    id: VersionId,
+    /// `None`: that failed.
+    found: Option<Arc<[LocalityEndpoints]>>,
 }
 
 /// One cluster; at least one of its versions is there.
@@ -181,7 +196,8 @@ impl<A: Apply> ConfigStore<A> {
         if matches!(config.discovery, Discovery::StrictDns { .. }) {
             waiting += 1;
             let (store, name) = (self.clone(), Arc::clone(&name));
-            let told = move |found| store.changed(|state| store.cluster_resolved(state, &name, id, found));
+            let told = move |found| store.changed(|state| store.looked_up(state, LookedUp { name, id, found }));
+            state.clusters.looking_up += 1;
             self.0.apply.resolve(&config, Box::new(told));
         }
         if let Some(update) = update {
@@ -220,18 +236,27 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    /// The names of a cluster's version have been looked up; where that failed it begins with the hosts that it has, as in Envoy.
-    fn cluster_resolved(
-        &self,
-        state: &mut State,
-        name: &Arc<str>,
-        id: VersionId,
-        found: Option<Arc<[LocalityEndpoints]>>,
-    ) {
-        let warming = state.clusters.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut());
-        let Some(warming) = warming.filter(|warming| warming.version.id == id) else { return };
-        warming.resolved = found;
-        self.cluster_settled(state, name, id);
+    /// A look-up has ended. Each change of clusters costs as much as there are clusters, so those that end about the same time are
+    /// taken up together, and a lone one at once.
+    fn looked_up(&self, state: &mut State, ended: LookedUp) {
+        let clusters = &mut state.clusters;
+        clusters.looking_up -= 1;
+        clusters.looked_up.push(ended);
+        if clusters.looking_up == 0 {
+            self.take_up_looked_up(state);
+        } else if clusters.looked_up.len() == 1 {
+            state.at(Instant::now() + GATHERED, Due::LookedUp);
+        }
+    }
+
+    /// Takes up what has been looked up; where that failed a cluster begins with the hosts that it has, as in Envoy.
+    pub(super) fn take_up_looked_up(&self, state: &mut State) {
+        for LookedUp { name, id, found } in std::mem::take(&mut state.clusters.looked_up) {
+            let warming = state.clusters.by_name.get_mut(&name).and_then(|entry| entry.warming.as_mut());
+            let Some(warming) = warming.filter(|warming| warming.version.id == id) else { continue };
+            warming.resolved = found;
+            self.cluster_settled(state, &name, id);
+        }
     }
 
     /// The warming version is used from now on.

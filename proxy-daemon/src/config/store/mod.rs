@@ -263,6 +263,7 @@ impl<A: Apply> ConfigStore<A> {
                     Due::Cds | Due::Lds => {}
                     Due::Drained => self.drained(state, now),
                     Due::HeldRoutes => self.end_holds(state, now),
+                    Due::LookedUp => self.take_up_looked_up(state),
                     Due::OnDemand => state.forget_idle(now),
                     Due::Listener(name, id) => self.retry_listener(state, &name, id),
                 }

@@ -74,6 +74,8 @@ pub(super) enum Due {
     OnDemand,
     /// Routes have waited for clusters for long enough.
     HeldRoutes,
+    /// Names of clusters that have been looked up are taken up.
+    LookedUp,
     /// A listener that could not be bound is tried again.
     Listener(Arc<str>, VersionId),
 }

@@ -237,12 +237,16 @@ fn all_clusters_of_an_update_change_at_once() {
 
 /// A cluster whose one host is a name; `timeout` tells its versions apart.
 fn dns_cluster(timeout: u32) -> Resource {
+    dns_cluster_named("dns", timeout)
+}
+
+fn dns_cluster_named(name: &str, timeout: u32) -> Resource {
     let host = "{ endpoint: { address: { socket_address: { address: app.test, port_value: 80 } } } }";
     let yaml = format!(
-        "{{ name: dns, type: STRICT_DNS, connect_timeout: {timeout}s, load_assignment: {{ cluster_name: dns, endpoints: [{{ \
+        "{{ name: {name}, type: STRICT_DNS, connect_timeout: {timeout}s, load_assignment: {{ cluster_name: {name}, endpoints: [{{ \
          lb_endpoints: [{host}] }}] }} }}"
     );
-    resource::<Cluster>("dns", &yaml)
+    resource::<Cluster>(name, &yaml)
 }
 
 fn found(ports: &[u16]) -> Option<Arc<[LocalityEndpoints]>> {
@@ -288,4 +292,26 @@ fn listeners_wait_for_the_names_of_the_bootstraps_clusters() {
     calls.resolve_as("dns", found(&[80]));
     assert_eq!(calls.take(), ["cluster dns with 1"]);
     assert_eq!(store.wanted().into_keys().collect::<Vec<_>>(), [Listener::type_url()]);
+}
+
+#[test]
+fn names_that_are_found_about_the_same_time_change_clusters_once() {
+    let (store, calls) = running();
+    let names: Vec<_> = (0..6).map(|index| format!("dns{index}")).collect();
+    let clusters = names.iter().map(|name| dns_cluster_named(name, 1)).collect();
+    let told = store.update(update(Cluster::type_url(), clusters));
+    for name in &names[..3] {
+        calls.resolve_as(name, found(&[80]));
+    }
+    assert_eq!((calls.take(), calls.batches()), (Vec::new(), 0));
+    store.later(super::super::clusters::GATHERED);
+    assert_eq!(calls.take(), ["cluster dns0 with 1", "cluster dns1 with 1", "cluster dns2 with 1"]);
+    assert_eq!(calls.batches(), 1);
+    calls.resolve_as(&names[3], found(&[80]));
+    calls.resolve_as(&names[4], None);
+    assert!(told.is_open() && calls.take().is_empty());
+    // Nothing is left to wait for.
+    calls.resolve_as(&names[5], found(&[80]));
+    assert_eq!(calls.take(), ["cluster dns3 with 1", "cluster dns4", "cluster dns5 with 1"]);
+    assert_eq!((calls.batches(), told.rejected()), (2, Vec::new()));
 }
