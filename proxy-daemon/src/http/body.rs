@@ -54,6 +54,13 @@ impl Body {
         Body::Observed(incoming, observer)
     }
 
+    /// Sends on what there is of the request, where this is the response to one on HTTP/1 that nobody can take more of.
+    pub(super) fn send_on(&mut self, cx: &mut Context<'_>) {
+        if let Body::Observed(Incoming::Upstream(body), _) = self {
+            body.send_on(cx);
+        }
+    }
+
     /// Puts `wrap` around what is here.
     pub fn wrap<W: WrappedBody + 'static>(&mut self, wrap: impl FnOnce(Body) -> W) {
         *self = Body::Wrapped(Box::new(wrap(std::mem::take(self))));

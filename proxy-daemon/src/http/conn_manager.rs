@@ -19,7 +19,7 @@ use hyper_util::rt::TokioTimer;
 use tokio::sync::Notify;
 
 use super::{
-    LocalExecutor, Routes,
+    LocalExecutor, RouteRef, Routes,
     aside::aside,
     begun::Begun,
     body::Body,
@@ -33,11 +33,12 @@ use super::{
     scopes::RouteFinder,
     stats::HcmStats,
     stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    upgrade::{self, Asked},
     waiting::{self, Counted},
 };
 use crate::{
     access_log::{AccessLog, ResponseFlags},
-    config::model::{ClusterChoice, CodecType, HttpConnectionManagerConfig, RouteAction},
+    config::model::{ClusterChoice, CodecType, HttpConnectionManagerConfig, HttpFilterEntry, RouteAction},
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     on_demand::Wanted,
     runtime::Worker,
@@ -352,7 +353,11 @@ pub(super) async fn handle(
     let (config, connection) = (&state.manager.config, &state.connection);
     let random = fastrand::u64(..);
     let local_ip = local_ip(connection);
+    let upgrade = Asked::of_request(&head);
     let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip, connection.tls.as_ref());
+    if let Some(upgrade) = &upgrade {
+        upgrade.tell(&mut head.headers);
+    }
     let mut cx = StreamCx {
         worker: Rc::clone(&state.worker),
         connection: Rc::clone(connection),
@@ -382,6 +387,17 @@ pub(super) async fn handle(
     let mut entries = config.http_filters.iter().enumerate();
     let mut pauses = 0;
     let mut route = cx.route.clone();
+    if let Some(upgrade) = &upgrade {
+        if !upgrade.is_allowed(&cx, &config.upgrades) {
+            stats.downstream_rq_ws_on_non_ws_route.inc();
+            end.keep_request(&head);
+            end.keep_route(&cx);
+            cx.keep_request(&head);
+            filters.extend(unasked(entries, route.as_ref()));
+            return answer(end, upgrade::refused(), grpc, is_head, Some(&mut cx), &mut filters);
+        }
+        end.upgraded(stats);
+    }
     while let Some((position, entry)) = entries.next() {
         let told = PerRoute::new(route.as_ref(), position);
         if !told.is_enabled(!entry.disabled) {
@@ -427,11 +443,7 @@ pub(super) async fn handle(
         end.keep_route(&cx);
         cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
-        filters.extend(entries.filter_map(|(position, entry)| {
-            let told = PerRoute::new(route.as_ref(), position);
-            let made = told.is_enabled(!entry.disabled).then(|| entry.source.with(|factory| factory.stream(told)));
-            made.flatten().flatten()
-        }));
+        filters.extend(unasked(entries, route.as_ref()));
         return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters);
     }
     end.keep_request(&head);
@@ -472,7 +484,10 @@ pub(super) async fn handle(
         Err(reply) => return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters),
     };
 
-    let (mut response, incoming) = answered.response.into_parts();
+    let (mut response, mut incoming) = answered.response.into_parts();
+    if let Some(upgrade) = &upgrade {
+        upgrade.settle(&mut response, &mut incoming);
+    }
     finish_response(&mut response, &cx, &end, answered.attempts, request_id);
     if filters.is_empty() {
         end.came_from_upstream(&response, &cx);
@@ -511,6 +526,18 @@ pub(super) async fn handle(
         }
     }
     Response::from_parts(response, body)
+}
+
+/// The filters of these that are on, for a request that they do not see.
+fn unasked<'a>(
+    entries: impl Iterator<Item = (usize, &'a HttpFilterEntry)>,
+    route: Option<&RouteRef>,
+) -> impl Iterator<Item = Box<dyn HttpFilter>> {
+    entries.filter_map(move |(position, entry)| {
+        let told = PerRoute::new(route, position);
+        let made = told.is_enabled(!entry.disabled).then(|| entry.source.with(|factory| factory.stream(told)));
+        made.flatten().flatten()
+    })
 }
 
 fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
@@ -580,7 +607,8 @@ fn finish_response(
     request_id: Option<HeaderValue>,
 ) {
     let manager = &end.state.manager;
-    if !cx.suppress_envoy_headers {
+    // Envoy counts from the request's end, which one for another protocol does not have.
+    if !cx.suppress_envoy_headers && end.upgrade.is_none() {
         let milliseconds = cx.started.elapsed().as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }
@@ -590,7 +618,11 @@ fn finish_response(
         response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
     }
     cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
+    let upgrade = Asked::of_response(response);
     headers::prepare_response(response, &manager.config);
+    if let Some(upgrade) = upgrade {
+        upgrade.tell(&mut response.headers);
+    }
     if let Some(id) = request_id {
         response.headers.insert(X_REQUEST_ID, id);
     }

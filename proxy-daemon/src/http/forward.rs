@@ -6,7 +6,7 @@ use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOS
 
 use super::{
     body::Body,
-    codec::Incoming,
+    codec::{Incoming, h1::Upgrade},
     headers::{self, names::*},
     observe::StreamEnd,
     redirect::rewrite_path,
@@ -84,6 +84,9 @@ pub(super) async fn forward(
         reply
     })?;
     timers.limit_pauses(timeouts.per_try_idle);
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        timers.request_answered();
+    }
     Ok(Answer { response, connection, timers, attempts: count })
 }
 
@@ -351,6 +354,12 @@ impl Attempts<'_> {
             Ok(connection) => connection,
             Err(error) => return Err(connect_failed(error, head, body)),
         };
+        let upgrade = head.extensions.get::<Upgrade>().is_some();
+        if upgrade && connection.is_http2() {
+            let (reason, status) = ("upgrades need a host that speaks HTTP/1.1", StatusCode::BAD_GATEWAY);
+            let (failure, flags) = (Failure::AfterRequest, ResponseFlags::UPE);
+            return Err(Failed { failure, reason, transport: None, status, flags, request: None, stale: false });
+        }
         let request = self.upstream_request(host, head, body, connection.is_http2());
         let stats = &self.cluster.cluster.stats;
         let mut limit = self.timeouts.of_try(&self.cx.progress);
@@ -360,7 +369,7 @@ impl Attempts<'_> {
             failure = limit.expired() => return Err(self.timed_out(host, failure)),
         };
         match sent {
-            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failed {
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade => Err(Failed {
                 failure: Failure::AfterRequest,
                 reason: "protocol error",
                 transport: None,

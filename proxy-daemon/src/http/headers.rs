@@ -113,8 +113,6 @@ pub(super) fn check_request(
         LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header")
     } else if let Some(refused) = refused {
         return Err(refused);
-    } else if wants_upgrade(&head.headers) {
-        LocalReply::new(StatusCode::FORBIDDEN, "", none, "upgrade_failed")
     } else {
         return Ok(());
     };
@@ -127,8 +125,8 @@ fn no_route() -> LocalReply {
     LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found")
 }
 
-/// An offer of HTTP/2 is passed over, as RFC 9113 lets a server do.
-fn wants_upgrade(headers: &HeaderMap) -> bool {
+/// Whether a client asks for another protocol. An offer of HTTP/2 is passed over, as RFC 9113 lets a server do.
+pub(super) fn wants_upgrade(headers: &HeaderMap) -> bool {
     headers.get(UPGRADE).is_some_and(|to| !to.as_bytes().eq_ignore_ascii_case(b"h2c"))
         && connection_nominates(headers, "upgrade")
 }

@@ -5,6 +5,7 @@ use crate::config::model::{CodecType, Http1Options, Http2Options, RouteConfig, R
 
 fn config() -> HttpConnectionManagerConfig {
     HttpConnectionManagerConfig {
+        upgrades: Box::default(),
         stat_prefix: "test".to_owned(),
         codec_type: CodecType::Auto,
         routes: RouteSource::Static(RouteConfig::default().into()),
@@ -150,12 +151,12 @@ fn ambiguous_requests_are_refused() {
     let status = |head: &RequestHead| check_request(head, 3, None).map_err(|reply| reply.status.as_u16());
     assert_eq!(status(&request("/", &[("host", "a")])), Ok(()));
     assert_eq!(status(&request("/", &[])), Err(400));
-    let upgrade = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "websocket")];
-    assert_eq!(status(&request("/", &upgrade)), Err(403));
     let many = [("host", "a"), ("a", "1"), ("b", "2"), ("c", "3")];
     assert_eq!(status(&request("/", &many)), Err(431));
-    let h2c = [("host", "a"), ("connection", "Upgrade"), ("upgrade", "h2c")];
-    assert_eq!(status(&request("/", &h2c)), Ok(()), "an offer of HTTP/2 is passed over");
+    let asks = |fields: &[(&'static str, &'static str)]| wants_upgrade(&request("/", fields).headers);
+    assert!(asks(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]));
+    assert!(!asks(&[("upgrade", "websocket")]), "it is not for this connection");
+    assert!(!asks(&[("connection", "Upgrade"), ("upgrade", "h2c")]), "an offer of HTTP/2 is passed over");
     let nominated = [("host", "a"), ("connection", "host")];
     assert_eq!(status(&request("/", &nominated)), Err(400), "it would be removed");
 }

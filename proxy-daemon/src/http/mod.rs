@@ -23,6 +23,7 @@ mod stats;
 pub mod stream;
 mod timeouts;
 mod timers;
+mod upgrade;
 mod waiting;
 
 pub use conn_manager::{ConnectionManager, serve};

@@ -19,12 +19,13 @@ use super::{
     conn_manager::ConnState,
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
+    stats::HcmStats,
     stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
 };
 use crate::{
     access_log::{AccessLog, Record, ResponseFlags},
-    upstream::{Connection, HostCounter, WorkerCluster, WorkerHost},
+    upstream::{Connection, Decrement, HostCounter, WorkerCluster, WorkerHost},
 };
 
 /// Counts a request's body while it passes.
@@ -156,6 +157,8 @@ pub(super) struct StreamEnd {
     /// The client speaks gRPC.
     pub(super) grpc: bool,
     pub(super) complete: bool,
+    /// It has asked for another protocol, and may.
+    pub(super) upgrade: Option<Decrement>,
     /// They live as long as the stream.
     pub(super) filters: Vec<Box<dyn HttpFilter>>,
 }
@@ -224,8 +227,15 @@ impl StreamEnd {
             http1: true,
             grpc: false,
             complete: false,
+            upgrade: None,
             filters: Vec::new(),
         }
+    }
+
+    /// The client may have the protocol that it asks for.
+    pub(super) fn upgraded(&mut self, stats: &HcmStats) {
+        stats.downstream_cx_upgrades_total.inc();
+        self.upgrade = Some(Decrement::after_inc(stats.downstream_cx_upgrades_active));
     }
 
     /// An upstream's response is what the client gets.

@@ -55,12 +55,13 @@ impl Replay {
 }
 
 impl Kept {
-    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    /// Takes a piece from the source, and keeps it where `keep`.
+    fn poll_source(&mut self, cx: &mut Context<'_>, keep: bool) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let polled = Pin::new(&mut self.source).poll_frame(cx);
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
                 match (frame.data_ref(), frame.trailers_ref()) {
-                    (Some(data), _) if !self.abandoned => {
+                    (Some(data), _) if keep && !self.abandoned => {
                         self.bytes = self.bytes.saturating_add(data.len() as u64);
                         if self.bytes > self.limit {
                             self.abandoned = true;
@@ -97,6 +98,8 @@ impl http_body::Body for Reader {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let reader = self.get_mut();
+        // Nobody else will want what comes now.
+        let keep = Rc::strong_count(&reader.kept) > 1;
         let kept = &mut *reader.kept.borrow_mut();
         if !kept.abandoned {
             if let Some(chunk) = kept.chunks.get(reader.next) {
@@ -111,7 +114,7 @@ impl http_body::Body for Reader {
         if kept.readers != reader.number {
             return Poll::Ready(Some(Err("the request is sent again".into())));
         }
-        let polled = kept.poll_source(cx);
+        let polled = kept.poll_source(cx, keep);
         match &polled {
             Poll::Ready(Some(Ok(frame))) if frame.is_trailers() => reader.trailers = true,
             Poll::Ready(Some(Ok(_))) if !kept.abandoned => reader.next = kept.chunks.len(),

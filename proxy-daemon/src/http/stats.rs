@@ -32,7 +32,8 @@ hcm_stats! {
     counters {
         downstream_cx_total downstream_cx_ssl_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
         downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
-        downstream_cx_max_requests_reached downstream_cx_drain_close
+        downstream_cx_max_requests_reached downstream_cx_drain_close downstream_cx_upgrades_total
+        downstream_rq_ws_on_non_ws_route
         downstream_rq_total downstream_rq_http1_total downstream_rq_http2_total
         downstream_rq_header_timeout downstream_rq_response_before_rq_complete downstream_rq_non_relative_path
         downstream_rq_failed_path_normalization
@@ -42,6 +43,6 @@ hcm_stats! {
         rq_reset_after_downstream_response_started
     }
     gauges { downstream_cx_active downstream_cx_ssl_active downstream_cx_http1_active downstream_cx_http2_active
-        downstream_rq_active }
+        downstream_rq_active downstream_cx_upgrades_active }
     histograms { downstream_cx_length_ms downstream_rq_time }
 }

@@ -57,6 +57,11 @@ impl Timers {
         self.progress.last_response.set(Instant::now());
     }
 
+    /// However long the rest of the request takes.
+    pub(super) fn request_answered(&mut self) {
+        self.request = None;
+    }
+
     /// The stream may last so long, from its beginning.
     pub(super) fn limit_duration(&mut self, duration: Option<Duration>) {
         self.duration = duration;

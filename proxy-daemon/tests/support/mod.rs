@@ -281,6 +281,7 @@ pub async fn http_listener(
     edit: impl FnOnce(&mut ForwardAction),
 ) -> SocketAddr {
     let mut action = ForwardAction {
+        upgrades: Box::default(),
         max_stream_duration: None,
         cluster: ClusterChoice::Cluster(cluster.into()),
         cluster_not_found_status: http::StatusCode::SERVICE_UNAVAILABLE,
@@ -314,6 +315,7 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
     };
     let routes = RouteConfig { virtual_hosts: vec![host.into()], ..RouteConfig::default() };
     HttpConnectionManagerConfig {
+        upgrades: Box::default(),
         stat_prefix: stat_prefix.to_owned(),
         codec_type: CodecType::Auto,
         routes: RouteSource::Static(Arc::new(routes)),

@@ -1,7 +1,8 @@
 //! Gives the same routes and requests to Envoy and culvertd, and compares.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -137,19 +138,10 @@ impl Stage {
         let id = format!("{index}-{request}");
         let bytes = bytes(&case.requests[request], index, &id);
         let method = bytes.split(' ').next().unwrap_or_default();
-        let mut text = match fetch_raw(self.ports[index], bytes.as_bytes(), method) {
-            Ok(response) => {
-                let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
-                headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
-                // What the answer to a GET would be framed by: Envoy says chunked where there is nothing, too.
-                headers.retain(|header| method != "HEAD" || !header.starts_with("transfer-encoding"));
-                let body = match response.body.len() {
-                    0..2000 => format!("{:?}", response.text()),
-                    bytes => format!("of {bytes} bytes"),
-                };
-                format!("status {} {}\n{}\nbody {body}\n", response.status, response.reason, headers.join("\n"))
-            }
-            Err(_) => "no response\n".to_owned(),
+        let mut text = if case.requests[request].contains("\nupgrade:") {
+            converse(self.ports[index], &bytes).unwrap_or_else(|error| format!("{error:#}\n"))
+        } else {
+            self.fetch(index, &bytes, method)
         };
         let seen = match case.settle {
             0 => self.seen.of(&id),
@@ -167,6 +159,24 @@ impl Stage {
             text = text.replace(port, name);
         }
         Ok(text)
+    }
+
+    /// What a client sees.
+    fn fetch(&self, index: usize, bytes: &str, method: &str) -> String {
+        match fetch_raw(self.ports[index], bytes.as_bytes(), method) {
+            Ok(response) => {
+                let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
+                headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
+                // What the answer to a GET would be framed by: Envoy says chunked where there is nothing, too.
+                headers.retain(|header| method != "HEAD" || !header.starts_with("transfer-encoding"));
+                let body = match response.body.len() {
+                    0..2000 => format!("{:?}", response.text()),
+                    bytes => format!("of {bytes} bytes"),
+                };
+                format!("status {} {}\n{}\nbody {body}\n", response.status, response.reason, headers.join("\n"))
+            }
+            Err(_) => "no response\n".to_owned(),
+        }
     }
 
     /// The outcomes of all requests of all cases.
@@ -250,6 +260,46 @@ fn hold_port(held: &mut Vec<TcpListener>) -> Result<u16> {
     Ok(port)
 }
 
+/// What a client sees that asks for another protocol. The request's body is what it says then: the pieces between `|`, each once the
+/// one before it has come back; `end` closes its side.
+fn converse(port: u16, request: &str) -> Result<String> {
+    let (head, body) = request.split_once("\r\n\r\n").context("a request has a head")?;
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    stream.write_all(format!("{head}\r\n\r\n").as_bytes())?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut lines = Vec::new();
+    loop {
+        let mut line = String::new();
+        ensure!(reader.read_line(&mut line)? > 0, "closed before the response");
+        match line.trim_end() {
+            "" => break,
+            line => lines.push(line.split_once(": ").map_or(line.to_owned(), |(name, value)| shown(name, value))),
+        }
+    }
+    let mut text = lines.remove(0);
+    lines.sort();
+    text += &format!("\n{}\n", lines.join("\n"));
+    if text.contains(" 101 ") {
+        for piece in body.split('|').filter(|piece| !piece.is_empty()) {
+            if piece == "end" {
+                stream.shutdown(Shutdown::Write)?;
+                break;
+            }
+            stream.write_all(piece.as_bytes())?;
+            let mut answer = vec![0; piece.len()];
+            reader.read_exact(&mut answer).context("no answer to a piece")?;
+            text += &format!("{}\n", String::from_utf8_lossy(&answer));
+        }
+    }
+    let mut rest = Vec::new();
+    let ended = match reader.read_to_end(&mut rest) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => "open",
+        _ => "closed",
+    };
+    Ok(format!("{text}{} {ended}\n", String::from_utf8_lossy(&rest)))
+}
+
 /// A header as it is compared.
 pub fn shown(name: &str, value: &str) -> String {
     let name = name.to_lowercase();
@@ -266,10 +316,11 @@ fn bytes(request: &str, index: usize, id: &str) -> String {
     for header in headers.lines() {
         bytes += &format!("{header}\r\n");
     }
-    if !body.is_empty() {
+    if !body.is_empty() && !headers.contains("upgrade:") {
         bytes += &format!("content-length: {}\r\n", body.len());
     }
-    bytes + &format!("x-id: {id}\r\nconnection: close\r\n\r\n{body}")
+    let connection = if headers.contains("connection:") { "" } else { "connection: close\r\n" };
+    bytes + &format!("x-id: {id}\r\n{connection}\r\n{body}")
 }
 
 fn virtual_hosts(case: &Case, index: usize) -> String {

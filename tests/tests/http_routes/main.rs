@@ -6,6 +6,7 @@ mod harness;
 mod headers;
 mod matches;
 mod retries;
+mod upgrades;
 mod upstream;
 
 use anyhow::Result;
@@ -28,4 +29,9 @@ fn header_mutations_are_envoys() -> Result<()> {
 #[test]
 fn retries_are_envoys() -> Result<()> {
     harness::compare(retries::cases())
+}
+
+#[test]
+fn upgrades_are_envoys() -> Result<()> {
+    harness::compare(upgrades::cases())
 }

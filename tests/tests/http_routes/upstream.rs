@@ -1,7 +1,7 @@
 //! The services behind a proxy: they note what they see, and answer as the request tells them to.
 
 use std::collections::HashMap;
-use std::io::{BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -49,7 +49,7 @@ fn describe(service: &str, request: &Request) -> String {
 /// Starts a service; returns its port.
 ///
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
-/// further ones. A step is a status, `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
+/// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
 /// followed by `+name=value` for response headers, of which `delay` (milliseconds) and `bytes` (a body of so many) are told
 /// to the service.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
@@ -73,6 +73,9 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         let steps: Vec<&str> = request.headers.get("x-do").unwrap_or("200").split(',').map(str::trim).collect();
         let mut words = steps[before.min(steps.len() - 1)].split('+');
         let what = words.next().unwrap_or_default();
+        if what == "101" {
+            return echo(&mut reader, stream);
+        }
         if what == "reset" {
             return Ok(());
         }
@@ -92,4 +95,22 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         stream.flush()?;
     }
     Ok(())
+}
+
+/// Has another protocol from here on.
+fn echo(reader: &mut BufReader<TcpStream>, mut stream: TcpStream) -> Result<()> {
+    stream.write_all(
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nx-agreed: 1\r\n\r\n",
+    )?;
+    loop {
+        let piece = reader.fill_buf()?.to_vec();
+        if piece.is_empty() {
+            return Ok(());
+        }
+        reader.consume(piece.len());
+        stream.write_all(&piece.to_ascii_uppercase())?;
+        if piece.ends_with(b"bye") {
+            return Ok(());
+        }
+    }
 }

@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
-use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig, ScopedRoutes};
+use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig, ScopedRoutes, UpgradeRule};
 use crate::http::filters::{DiscoveredFilter, FilterSource};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
@@ -66,6 +66,8 @@ pub struct HttpConnectionManagerConfig {
     pub forward_client_cert: ForwardClientCert,
     /// What it says of a client's certificate, where it is written.
     pub client_cert_details: ClientCertDetails,
+    /// Which other protocols requests may ask for, where their route does not say.
+    pub upgrades: Box<[UpgradeRule]>,
 }
 
 /// `HttpConnectionManager.ForwardClientCertDetails`.

@@ -341,6 +341,17 @@ pub struct ForwardAction {
     pub append_x_forwarded_host: bool,
     /// Circuit breakers of the high priority count this request.
     pub high_priority: bool,
+    /// Which other protocols requests may ask for; those that are not named here are the connection manager's to allow.
+    pub upgrades: Box<[UpgradeRule]>,
+}
+
+/// `upgrade_configs`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpgradeRule {
+    /// As the header `upgrade` names it; compared without case.
+    pub protocol: Box<str>,
+    /// Requests may ask for it.
+    pub enabled: bool,
 }
 
 /// `RouteAction.MaxStreamDuration`: 0 is no limit.

@@ -23,6 +23,7 @@ use super::{
     route::{routes, without_vhds},
     scoped_routes::scoped_routes,
     support::join,
+    upgrade,
 };
 use crate::{
     config::{
@@ -73,6 +74,7 @@ pub(super) fn http_connection_manager(
     let is_set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
     let old = common.max_connection_duration;
     Ok(HttpConnectionManagerConfig {
+        upgrades: upgrade::of_manager(&manager.upgrade_configs, path)?,
         stat_prefix: manager.stat_prefix.clone(),
         codec_type,
         routes: route_source(manager, path)?,

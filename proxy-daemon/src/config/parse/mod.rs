@@ -25,6 +25,7 @@ pub mod support;
 mod support_doc;
 mod tcp_proxy;
 mod tls;
+mod upgrade;
 mod uri_template;
 
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};

@@ -33,7 +33,7 @@ use super::{
     matcher::{regex_rewrite, route_match},
     retry::retry_policy,
     support::{self, join},
-    uri_template,
+    upgrade, uri_template,
 };
 use crate::{
     config::{
@@ -281,6 +281,7 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
         host_rewrite,
         append_x_forwarded_host: action.append_x_forwarded_host,
         high_priority: action.priority == RoutingPriority::High as i32,
+        upgrades: upgrade::of_route(&action.upgrade_configs, path)?,
     })
 }
 

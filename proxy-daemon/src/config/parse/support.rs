@@ -278,6 +278,7 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "route_config",
             "scoped_routes",
             "http_filters",
+            "upgrade_configs",
             "common_http_protocol_options",
             "http_protocol_options",
             "http2_protocol_options",
@@ -580,9 +581,15 @@ pub const HONOURED: &[(&str, &[&str])] = &[
             "max_stream_duration",
             "retry_policy",
             "priority",
+            "upgrade_configs",
         ],
     ),
     ("envoy.config.route.v3.RouteAction.MaxStreamDuration", ALL),
+    ("envoy.config.route.v3.RouteAction.UpgradeConfig", &["upgrade_type", "enabled"]),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
+        &["upgrade_type", "enabled"],
+    ),
     ("envoy.config.route.v3.WeightedCluster", &["clusters", "total_weight", "runtime_key_prefix"]),
     (
         "envoy.config.route.v3.WeightedCluster.ClusterWeight",

@@ -122,7 +122,18 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ("          stat_prefx: x", "@stat_prefx: "),
         ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
         ("          delayed_close_timeout: 0s", "@delayed_close_timeout: not supported by culvert yet"),
-        ("          upgrade_configs: [{ upgrade_type: websocket }]", "@upgrade_configs: not supported by culvert yet"),
+        (
+            "          upgrade_configs: [{ upgrade_type: CONNECT }]",
+            "@upgrade_configs[0].upgrade_type: CONNECT is not supported by culvert yet",
+        ),
+        (
+            "          upgrade_configs: [{ upgrade_type: websocket, filters: [{ name: x }] }]",
+            "@upgrade_configs[0].filters: not supported by culvert yet",
+        ),
+        (
+            "          upgrade_configs: [{ upgrade_type: websocket }, { upgrade_type: WebSocket }]",
+            "@upgrade_configs[1].upgrade_type: Error: multiple upgrade configs with the same name: 'WebSocket'",
+        ),
         (
             "          access_log: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: /dev/null, log_format: { text_format: '%NOPE%' } } }]",
             "@access_log[0].typed_config: ",

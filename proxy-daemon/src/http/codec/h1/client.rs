@@ -16,7 +16,7 @@ use tokio::io::AsyncReadExt as _;
 use super::{
     buffers,
     decode::{Decoder, Item},
-    encode::{self, BodyLength, Writer},
+    encode::{self, BodyLength, Upgrade, Writer},
     error::CodecError,
     head::{self, Framing, Kind, Limits, Scanner, response_framing},
 };
@@ -72,6 +72,8 @@ struct Upload {
     broken: bool,
     /// Some of the body has been taken.
     touched: bool,
+    /// The host has not agreed yet to the protocol that the body is of.
+    paused: bool,
 }
 
 impl ClientConnection {
@@ -101,13 +103,14 @@ impl ClientConnection {
     ) -> Result<Response<Incoming>, SendError> {
         let (parts, body) = request.into_parts();
         let to_head = parts.method == Method::HEAD;
+        let upgrade = parts.extensions.get::<Upgrade>().is_some();
         {
             let mut inner = self.inner.borrow_mut();
             let length = BodyLength { ended: body.is_end_stream(), exact: None };
             inner.kept = false;
             inner.writer.begin();
             let framing = encode::request(inner.writer.out(), &parts, length);
-            inner.upload = Upload { body, framing, ended: length.ended, ..Upload::default() };
+            inner.upload = Upload { body, framing, ended: length.ended, paused: upgrade, ..Upload::default() };
         }
         // Until a byte is out, the request can be had back.
         let mut parts = Some(parts);
@@ -134,6 +137,9 @@ impl ClientConnection {
         let mut result = result.await;
         for _ in 0..INTERIM {
             match result {
+                Ok(head) if upgrade && head.parts.status == StatusCode::SWITCHING_PROTOCOLS => {
+                    return self.begin_response(head, to_head);
+                }
                 Ok(head) if head.parts.status.is_informational() => {
                     let status = head.parts.status;
                     interim(status);
@@ -159,8 +165,15 @@ impl ClientConnection {
         to_head: bool,
     ) -> Result<Response<Incoming>, SendError> {
         let head::ResponseHead { parts, told } = head;
-        let framing = response_framing(told, parts.status, to_head);
+        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
+        let framing = if switched { Framing::UntilClose } else { response_framing(told, parts.status, to_head) };
         let mut inner = self.inner.borrow_mut();
+        if inner.upload.paused {
+            inner.upload.paused = false;
+            if !switched {
+                inner.upload.give_up();
+            }
+        }
         inner.kept = framing != Framing::UntilClose && encode::is_kept(parts.version, &parts.headers);
         inner.decoder = Decoder::new(framing);
         let done = inner.decoder.is_done();
@@ -278,6 +291,9 @@ impl Upload {
     /// Takes from the body what one write can carry; whether the body has nothing at the moment.
     fn gather(&mut self, cx: &mut Context<'_>, writer: &mut Writer) -> bool {
         while !self.ended && writer.has_room() {
+            if self.paused {
+                return true;
+            }
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Pending => return true,
                 Poll::Ready(Some(Ok(frame))) => {
@@ -315,7 +331,8 @@ impl Upload {
                 }
                 None => self.give_up(),
             },
-            Framing::None | Framing::UntilClose => {}
+            Framing::UntilClose => writer.data(data, false),
+            Framing::None => {}
         }
     }
 }
@@ -324,6 +341,14 @@ impl Upload {
 pub struct ResponseBody(Rc<ClientConnection>);
 
 impl ResponseBody {
+    /// Sends on what there is of the request, while nobody can take more of the response.
+    pub(in crate::http) fn send_on(&mut self, cx: &mut Context<'_>) {
+        let mut inner = self.0.inner.borrow_mut();
+        if !inner.upload.ended {
+            let _ = inner.poll_upload(cx);
+        }
+    }
+
     pub(in crate::http) fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,

@@ -169,12 +169,21 @@ fn is_framing(name: &HeaderName) -> bool {
     name == CONTENT_LENGTH || name == TRANSFER_ENCODING || name == CONNECTION
 }
 
+/// Whether a header is written as it stands. `connection` says what a message with an upgrade upgrades to.
+fn is_written(name: &HeaderName, upgrade: bool) -> bool {
+    !is_framing(name) || upgrade && name == CONNECTION
+}
+
 /// The length that the headers tell, where they tell one.
 fn told_length(headers: &HeaderMap) -> Option<u64> {
     let mut values = headers.get_all(CONTENT_LENGTH).iter();
     let told = values.next()?;
     if values.next().is_some() { None } else { length(told.as_bytes()) }
 }
+
+/// In the extensions of a request that asks for another protocol: its body is what follows it, until the connection ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Upgrade;
 
 /// What a body can say of itself.
 #[derive(Debug, Clone, Copy)]
@@ -192,8 +201,13 @@ pub(super) fn request(out: &mut Vec<u8>, parts: &http::request::Parts, body: Bod
     let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
     out.extend_from_slice(target.as_bytes());
     out.extend_from_slice(b" HTTP/1.1\r\n");
-    for (name, value) in parts.headers.iter().filter(|(name, _)| !is_framing(name)) {
+    let upgrade = parts.extensions.get::<Upgrade>().is_some();
+    for (name, value) in parts.headers.iter().filter(|(name, _)| is_written(name, upgrade)) {
         field(out, name.as_str(), value.as_bytes());
+    }
+    if upgrade {
+        out.extend_from_slice(b"\r\n");
+        return Framing::UntilClose;
     }
     let told = told_length(&parts.headers);
     let framing = if body.ended {
@@ -227,7 +241,8 @@ pub(super) struct ResponseCx {
     pub(super) keep_alive: bool,
 }
 
-/// Appends a response's head; how its body must be written. With [`Framing::UntilClose`] the connection must be closed.
+/// Appends a response's head; how its body must be written. With [`Framing::UntilClose`] the connection must be closed: with
+/// 101 the client has another protocol from there on.
 pub(super) fn response(
     out: &mut Vec<u8>,
     status: StatusCode,
@@ -241,12 +256,17 @@ pub(super) fn response(
     out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
     out.extend_from_slice(b"\r\n");
     let mut dated = false;
-    for (name, value) in headers.iter().filter(|(name, _)| !is_framing(name)) {
+    let upgrade = status == StatusCode::SWITCHING_PROTOCOLS;
+    for (name, value) in headers.iter().filter(|(name, _)| is_written(name, upgrade)) {
         dated |= name == DATE;
         field(out, name.as_str(), value.as_bytes());
     }
     if !dated {
         date(out);
+    }
+    if upgrade {
+        out.extend_from_slice(b"\r\n");
+        return Framing::UntilClose;
     }
     let told = told_length(headers);
     let no_length = status.is_informational() || status == StatusCode::NO_CONTENT;

@@ -44,6 +44,9 @@ impl CodecError {
     pub const TOO_MANY_HEADERS: CodecError =
         CodecError { status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, details: "http1.too_many_headers" };
 
+    /// A request for another protocol, with a body.
+    pub const UPGRADE_WITH_BODY: CodecError = CodecError::bad("http1.upgrade_with_body");
+
     const fn bad(details: &'static str) -> CodecError {
         CodecError { status: StatusCode::BAD_REQUEST, details }
     }

@@ -11,6 +11,7 @@ mod server;
 
 pub use client::{ClientConnection, ResponseBody, SendError};
 pub use decode::{Decoder, Item};
+pub use encode::Upgrade;
 pub use error::CodecError;
 pub use head::{Framing, Kind, Limits, Scanner, request, response, response_framing};
 pub use server::RequestBody;

@@ -20,7 +20,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 use super::{
     buffers,
     decode::{Decoder, Item},
-    encode::{self, BodyLength, ResponseCx, Writer},
+    encode::{self, BodyLength, ResponseCx, Upgrade, Writer},
     error::CodecError,
     head::{self, Framing, Kind, Limits, Scanner, Target},
 };
@@ -32,6 +32,7 @@ use crate::{
         body::{Body, BodyError},
         codec::Incoming,
         conn_manager::ConnState,
+        headers,
         stream::{LocalReply, Progress},
     },
     listener::DownstreamStream,
@@ -70,6 +71,8 @@ struct Inner {
     /// The client has closed its side.
     eof: bool,
     malformed: bool,
+    /// The client has the protocol that it asked for.
+    upgraded: bool,
     begun: Option<Begun>,
     /// The connection's task, for when a body that another task reads comes upon the connection's end.
     task: Option<Waker>,
@@ -114,6 +117,7 @@ impl ServerConnection {
             serial: 0,
             eof: false,
             malformed: false,
+            upgraded: false,
             begun: None,
             task: None,
         };
@@ -208,7 +212,15 @@ impl ServerConnection {
         };
         let head::RequestHead { mut parts, framing, target } = head;
         let begun = self.begun(state);
-        let refused = refused(target, state).or_else(|| self.malformed_start(framing, state));
+        let upgrade = parts.version == Version::HTTP_11 && headers::wants_upgrade(&parts.headers);
+        let mut refused = refused(target, state).or_else(|| self.malformed_start(framing, state));
+        if upgrade {
+            parts.extensions.insert(Upgrade);
+            if !matches!(framing, Framing::None | Framing::Length(0)) {
+                // Two servers would read what follows in two ways.
+                refused.get_or_insert_with(|| CodecError::UPGRADE_WITH_BODY.into());
+            }
+        }
         if let (Version::HTTP_10, Some(host)) = (parts.version, &config.http1.default_host_for_http_10) {
             parts.headers.entry(HOST).or_insert_with(|| host.clone());
         }
@@ -220,7 +232,7 @@ impl ServerConnection {
         };
         let serial = {
             let mut inner = self.inner.borrow_mut();
-            inner.decoder = Decoder::new(framing);
+            inner.decoder = if upgrade { Decoder::UntilClose } else { Decoder::new(framing) };
             inner.serial += 1;
             inner.serial
         };
@@ -235,7 +247,7 @@ impl ServerConnection {
             }
         }
         let body = match framing {
-            Framing::None | Framing::Length(0) => Incoming::Empty,
+            Framing::None | Framing::Length(0) if !upgrade => Incoming::Empty,
             _ => Incoming::Downstream(RequestBody {
                 connection: Rc::clone(self),
                 serial,
@@ -284,14 +296,16 @@ impl ServerConnection {
         writer: &mut Writer,
     ) -> After {
         let (parts, mut body) = response.into_parts();
+        let upgraded = parts.status == StatusCode::SWITCHING_PROTOCOLS;
         let (complete, enable_trailers) = {
-            let inner = self.inner.borrow();
+            let mut inner = self.inner.borrow_mut();
+            inner.upgraded = upgraded;
             (inner.decoder.is_done(), inner.enable_trailers)
         };
         let asked = !cx.keep_alive;
         // Nobody waits for the rest of a request that has its response.
         cx.close |= !complete || asked || self.last.get() != Last::NotYet || parts.headers.contains_key(CONNECTION);
-        if !complete {
+        if !complete && !upgraded {
             state.count_early_response();
         }
         let length = BodyLength { ended: body.is_end_stream(), exact: body.size_hint().exact() };
@@ -300,7 +314,8 @@ impl ServerConnection {
         let mut out = Outgoing { body: &mut body, framing, enable_trailers, ended: false, broken: false };
         let written = poll_fn(|cx| out.poll(cx, self, writer)).await;
         let complete = self.inner.borrow().decoder.is_done();
-        if !complete {
+        // One that the client breaks off is counted as such.
+        if !complete && (written.is_ok() || !upgraded) {
             state.count_reset();
         }
         let ahead = !self.inner.borrow().buffer.is_empty();
@@ -319,13 +334,19 @@ impl ServerConnection {
             if inner.eof {
                 return Poll::Ready(());
             }
-            if !inner.decoder.is_done() || inner.buffer.len() >= PIPELINED {
+            // Nobody takes anything of what follows an upgrade before that is agreed to.
+            let ahead = inner.decoder.is_done() || matches!(inner.decoder, Decoder::UntilClose) && !inner.upgraded;
+            if !ahead || inner.buffer.len() >= PIPELINED {
                 // Whoever reads the body will see it.
                 inner.task.get_or_insert_with(|| cx.waker().clone()).clone_from(cx.waker());
                 return Poll::Pending;
             }
             ready!(inner.poll_fill(cx));
         }
+    }
+
+    fn is_upgraded(&self) -> bool {
+        self.inner.borrow().upgraded
     }
 
     /// Says that nothing more will be written, and waits for the client to be done, at most so long: a connection that is closed
@@ -424,10 +445,17 @@ impl Outgoing<'_> {
                     Poll::Pending => waiting = true,
                 }
             }
-            match writer.poll_write(&mut connection.inner.borrow_mut().stream, cx) {
+            let written = writer.poll_write(&mut connection.inner.borrow_mut().stream, cx);
+            match written {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(_)) => return Poll::Ready(Err(())),
-                Poll::Pending => return Poll::Pending,
+                Poll::Pending => {
+                    if connection.is_upgraded() {
+                        // A client that does not read may still have something to say.
+                        self.body.send_on(cx);
+                    }
+                    return Poll::Pending;
+                }
             }
             if self.ended {
                 return Poll::Ready(if self.broken { Err(()) } else { Ok(()) });
