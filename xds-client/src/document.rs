@@ -17,8 +17,6 @@ const WRAPPER: &str = "envoy.service.discovery.v3.Resource";
 /// Why a document is not used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Unusable {
-    #[error("it is not UTF-8: {0}")]
-    Text(#[from] std::str::Utf8Error),
     #[error("{0}")]
     Parse(ConfigError),
     /// It would be used if fields that are not known were passed over.
@@ -46,7 +44,7 @@ pub(crate) fn read(bytes: &[u8], encoding: Encoding, unknown: UnknownFields) -> 
         Encoding::Text => Format::Yaml,
         Encoding::Json => Format::Json,
     };
-    let text = std::str::from_utf8(bytes)?;
+    let text = json::text(bytes).map_err(Unusable::Parse)?;
     json::read(text, format, unknown).map_err(|error| {
         match json::read::<DiscoveryResponse>(text, format, UnknownFields::Ignore) {
             Ok(_) => Unusable::UnknownField(error),

@@ -40,7 +40,7 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     let file = match &flags.config_path {
         Some(path) => {
             let source = path.display().to_string();
-            let text = read(path).map_err(|message| refused(&source, ConfigError::new("", message)))?;
+            let text = read(path).map_err(|error| refused(&source, error))?;
             Some((source, text))
         }
         None => None,
@@ -88,18 +88,18 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
     Ok((message, checked))
 }
 
-fn read(path: &Path) -> Result<String, String> {
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let refused = |message: String| ConfigError::new("", message);
     if path.extension().is_some_and(|extension| extension == "pb" || extension == "pb_text") {
-        return Err("protobuf bootstraps are not supported by culvert yet; use YAML or JSON".to_owned());
+        return Err(refused("protobuf bootstraps are not supported by culvert yet; use YAML or JSON".to_owned()));
     }
-    let described = |error: std::io::Error| format!("cannot be read: {error}");
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     // The file's own length says nothing where it is a pipe.
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
-    if read.map_err(described)? as u64 > MAX_BYTES {
-        return Err(format!("is longer than {MAX_BYTES} bytes, which is all that is read"));
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
+    if read.map_err(|error| refused(format!("cannot be read: {error}")))? as u64 > MAX_BYTES {
+        return Err(refused(format!("is longer than {MAX_BYTES} bytes, which is all that is read")));
     }
-    Ok(text)
+    json::text(&bytes).map(str::to_owned)
 }
 
 fn refused(source: &str, error: ConfigError) -> LoadError {

@@ -12,7 +12,7 @@ const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v
 struct TempFile(PathBuf);
 
 impl TempFile {
-    fn new(name: &str, text: &str) -> TempFile {
+    fn new(name: &str, text: impl AsRef<[u8]>) -> TempFile {
         let path = std::env::temp_dir().join(format!("culvert-load-{}-{name}", std::process::id()));
         std::fs::write(&path, text).unwrap();
         TempFile(path)
@@ -46,6 +46,13 @@ fn a_wrong_field_is_named_with_its_line() {
             "{path}: static_resources.clusters[0].lb_subset_config: not supported by culvert yet (line 4, column 5)"
         )
     );
+}
+
+#[test]
+fn what_is_no_text_is_found_by_its_line() {
+    let file = TempFile::new("bytes.yaml", b"node:\n  id: \xc3\xa9\xff\n");
+    let path = file.0.display().to_string();
+    assert_eq!(error(&["-c", &path]), format!("{path}: not UTF-8 (line 2, column 8)"));
 }
 
 #[test]

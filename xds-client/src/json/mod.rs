@@ -64,6 +64,20 @@ impl ConfigError {
     }
 }
 
+/// The text of a file.
+///
+/// # Errors
+/// Where the first bytes stand that are no UTF-8.
+pub fn text(bytes: &[u8]) -> Result<&str, ConfigError> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let (before, _) = bytes.split_at(error.valid_up_to());
+        let before = String::from_utf8_lossy(before);
+        let line = before.matches('\n').count() as u64 + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() as u64 + 1;
+        ConfigError { path: String::new(), position: Some((line, column)), message: "not UTF-8".to_owned() }
+    })
+}
+
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.path.is_empty() {

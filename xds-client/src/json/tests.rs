@@ -498,3 +498,25 @@ proptest::proptest! {
         let _ = validate_any(&any, "", UnknownFields::Reject);
     }
 }
+
+/// Where Envoy's parser says that they stand, but for the one within a mapping, of which it says where its value begins.
+#[test]
+fn tabs_are_found_where_they_stand() {
+    for (text, at) in [
+        ("node:\n  id: a\n\tcluster: b\n", (3, 1)),
+        ("node:\n  id: a\n\n\t\n  \tcluster: b\n", (5, 3)),
+        ("node: { id: a }\nadmin:\n\taddress: {}\n", (3, 1)),
+        ("node:\n  id: |\n\ttwo\n", (3, 1)),
+    ] {
+        let error = from_yaml::<Bootstrap>(text).unwrap_err();
+        assert_eq!(error.position, Some(at), "{text:?}: {error}");
+        assert!(error.message.contains("tab"), "{error}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_are_found_where_they_stand() {
+    assert_eq!(text("é\n".as_bytes()), Ok("é\n"));
+    assert_eq!(text(b"a\n\xc3\xa9b\xff\n").unwrap_err().position, Some((2, 3)));
+    assert_eq!(text(b"\xc3").unwrap_err().to_string(), "not UTF-8 (line 1, column 1)");
+}

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use granit_parser::{Event, Marker, Parser, ScalarStyle, ScanError, StrInput, Tag};
+use granit_parser::{ErrorKind, Event, Marker, Parser, ScalarStyle, ScanError, StrInput, Tag};
 
 use super::ConfigError;
 use super::tree::{Content, Entry, Node};
@@ -21,11 +21,13 @@ const TEXT_OF_A_NODE: usize = 64;
 
 /// Parses one YAML document.
 pub(super) fn parse(text: &str) -> Result<Node, ConfigError> {
-    let mut builder = Builder { parser: Parser::new_from_str(text), anchors: HashMap::new(), anchored: 0, aliased: 0 };
+    let parser = Parser::new_from_str(text);
+    let mut builder = Builder { text, parser, anchors: HashMap::new(), anchored: 0, aliased: 0 };
     builder.document()
 }
 
 struct Builder<'input> {
+    text: &'input str,
     parser: Parser<'input, StrInput<'input>>,
     /// Values with an anchor, and how many nodes each holds.
     anchors: HashMap<usize, (Node, usize)>,
@@ -57,7 +59,7 @@ impl<'input> Builder<'input> {
         loop {
             match self.parser.next_event() {
                 None => return Ok(None),
-                Some(Err(scan)) => return Err(scan_error(&scan)),
+                Some(Err(scan)) => return Err(scan_error(&scan, self.text)),
                 Some(Ok((Event::Comment(..), _))) => {}
                 Some(Ok((event, span))) => return Ok(Some((event, span.start))),
             }
@@ -261,6 +263,23 @@ fn error(at: Marker, message: impl Into<String>) -> ConfigError {
     ConfigError { path: String::new(), position: Some(position(at)), message: message.into() }
 }
 
-fn scan_error(scan: &ScanError) -> ConfigError {
-    error(*scan.marker(), format!("not valid YAML: {}", scan.kind()))
+fn scan_error(scan: &ScanError, text: &str) -> ConfigError {
+    let at = position(*scan.marker());
+    let at = match scan.kind() {
+        // These are said of where the value begins.
+        ErrorKind::TabInPlainScalar | ErrorKind::TabAtBlockScalarStart => indenting_tab(text, at.0 + 1).unwrap_or(at),
+        ErrorKind::TabInBlockIndentation => indenting_tab(text, at.0).unwrap_or(at),
+        _ => at,
+    };
+    ConfigError { position: Some(at), ..error(*scan.marker(), format!("not valid YAML: {}", scan.kind())) }
+}
+
+/// The first tab that something is indented with, in this line or after it.
+fn indenting_tab(text: &str, first: u64) -> Option<(u64, u64)> {
+    let lines = (1..).zip(text.lines()).skip_while(|(line, _)| *line < first);
+    lines.into_iter().find_map(|(line, text)| {
+        let after = text.trim_start_matches(' ');
+        let indents = after.starts_with('\t') && !matches!(after.trim_start().chars().next(), None | Some('#'));
+        indents.then(|| (line, (text.len() - after.len()) as u64 + 1))
+    })
 }
