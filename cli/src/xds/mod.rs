@@ -25,6 +25,7 @@ States:
   serving    traffic obeys this version
   warming    accepted, and waiting for what it needs (endpoints, routes, secrets); nothing serves until then
   updating   a version serves, and its successor is warming
+  incomplete serves without a secret that was refused or did not come: TLS handshakes that need it fail until it is there
   rejected   the newest version was refused; the version shown, if there is one, still serves. A file or a polled
              server of which nothing could be taken is shown by its path or its cluster
   requested  asked for by name, and the control plane has not sent it yet

@@ -45,6 +45,8 @@ pub enum State {
     Updating,
     /// Accepted, and waiting for what it needs
     Warming,
+    /// It serves, without a secret that was refused or did not come
+    Incomplete,
     /// The newest version was refused
     Rejected,
     /// Asked for, and not sent yet
@@ -68,6 +70,7 @@ impl State {
             State::Serving => "serving",
             State::Updating => "updating",
             State::Warming => "warming",
+            State::Incomplete => "incomplete",
             State::Rejected => "rejected",
             State::Requested => "requested",
             State::Missing => "missing",
@@ -91,7 +94,7 @@ pub struct Row {
     pub since: Option<SystemTime>,
     /// Why the newest version was rejected, and which one that is.
     pub rejected: Option<(String, String)>,
-    /// Of what is warming: "waits for" and what.
+    /// Of what is warming: "waits for" and what; of what is incomplete: "serves without" and what.
     pub waits: Option<String>,
 }
 
@@ -106,8 +109,8 @@ impl Row {
 pub fn of(response: &ClientStatusResponse) -> Vec<Row> {
     let mut rows = Vec::new();
     for config in &response.config {
-        let warming = warming(config);
-        rows.extend(config.generic_xds_configs.iter().map(|it| row(it, &warming)));
+        let (warming, incomplete) = (warming(config), incomplete(config));
+        rows.extend(config.generic_xds_configs.iter().map(|it| row(it, &warming, &incomplete)));
     }
     rows.sort_by(|a, b| (rank(&a.type_url), &a.name).cmp(&(rank(&b.type_url), &b.name)));
     rows
@@ -168,8 +171,42 @@ fn warming(config: &ClientConfig) -> Warming {
     warming
 }
 
-fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
-    let next = warming.get(&(config.type_url.clone(), config.name.clone()));
+/// What serves without something that it needs, by type and name, and what that is.
+type Incomplete = HashMap<(String, String), String>;
+
+fn incomplete(config: &ClientConfig) -> Incomplete {
+    let mut incomplete = Incomplete::new();
+    #[expect(deprecated, reason = "the only place in the API for it")]
+    let dumps = config.xds_config.iter().filter_map(|dump| dump.per_xds_config.as_ref());
+    for dump in dumps {
+        match dump {
+            PerXdsConfig::ClusterConfig(dump) => {
+                for cluster in &dump.dynamic_active_clusters {
+                    let message = cluster.cluster.as_ref().and_then(|any| unpack::<Cluster>(any, "").ok());
+                    if let Some((message, lacks)) = message.zip(cluster.error_state.as_ref()) {
+                        let key = (<Cluster as prost::Name>::type_url(), message.name);
+                        incomplete.insert(key, lacks.details.clone());
+                    }
+                }
+            }
+            PerXdsConfig::ListenerConfig(dump) => {
+                for listener in dump.dynamic_listeners.iter().filter(|it| it.active_state.is_some()) {
+                    if let Some(lacks) = &listener.error_state {
+                        let key = (<Listener as prost::Name>::type_url(), listener.name.clone());
+                        incomplete.insert(key, lacks.details.clone());
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    incomplete
+}
+
+fn row(config: &GenericXdsConfig, warming: &Warming, incomplete: &Incomplete) -> Row {
+    let key = (config.type_url.clone(), config.name.clone());
+    let next = warming.get(&key);
+    let lacks = incomplete.get(&key).filter(|_| next.is_none());
     let state = match (config.client_status(), next) {
         (ClientResourceStatus::Nacked, _) if service(&config.type_url) == SOURCE => State::Disconnected,
         _ if service(&config.type_url) == SOURCE => State::Connected,
@@ -179,6 +216,7 @@ fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
         (_, Some(_)) if config.is_static_resource => State::Warming,
         (_, Some(next)) if (&next.version, &next.at) == (&config.version_info, &config.last_updated) => State::Warming,
         (_, Some(_)) => State::Updating,
+        _ if lacks.is_some() => State::Incomplete,
         _ if config.is_static_resource => State::Static,
         (ClientResourceStatus::Acked | ClientResourceStatus::ReceivedError, _) => State::Serving,
         (ClientResourceStatus::Unknown, _) => State::Unknown,
@@ -190,7 +228,7 @@ fn row(config: &GenericXdsConfig, warming: &Warming) -> Row {
         version: config.version_info.clone(),
         state,
         since: config.last_updated.as_ref().or(attempted).and_then(time),
-        waits: next.and_then(|next| next.why.clone()),
+        waits: next.map_or_else(|| lacks.cloned(), |next| next.why.clone()),
         rejected: config.error_state.as_ref().map(|state| (state.version_info.clone(), state.details.clone())),
     }
 }

@@ -56,7 +56,7 @@ const RESET: &str = "\x1b[0m";
 fn colour(state: State) -> Option<&'static str> {
     match state {
         State::Serving | State::Static | State::Connected => None,
-        State::Rejected | State::Disconnected => Some("\x1b[31m"),
+        State::Incomplete | State::Rejected | State::Disconnected => Some("\x1b[31m"),
         State::Updating | State::Warming | State::Requested | State::Unknown => Some("\x1b[33m"),
         State::Missing => Some("\x1b[35m"),
     }

@@ -21,6 +21,7 @@ config:
       dynamic_listeners:
       - { name: in, warming_state: { version_info: "9", last_updated: "2023-11-14T22:13:25Z" } }
       - { name: fixed, warming_state: {} }
+      - { name: bare, active_state: {}, error_state: { details: "serves without the secret \"own\"" } }
   generic_xds_configs:
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: later, client_status: REQUESTED }
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: gone, client_status: DOES_NOT_EXIST }
@@ -30,6 +31,7 @@ config:
       last_updated: "2023-11-14T22:13:20Z" }
   - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: fixed, is_static_resource: true,
       last_updated: "2023-11-14T22:13:20Z" }
+  - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: bare, version_info: "7", client_status: ACKED }
   - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: users, version_info: "7", client_status: ACKED,
       last_updated: "2023-11-14T22:13:20Z" }
   - { type_url: type.googleapis.com/envoy.config.cluster.v3.Cluster, name: cold, version_info: "8", client_status: ACKED,
@@ -68,6 +70,7 @@ fn every_state_in_the_order_of_services() {
             ("CDS", "cold", "8", State::Warming),
             ("CDS", "users", "7", State::Serving),
             ("CDS", "xds", "", State::Static),
+            ("LDS", "bare", "7", State::Incomplete),
             ("LDS", "fixed", "", State::Warming),
             ("LDS", "in", "7", State::Updating),
             ("RDS", "gone", "", State::Missing),
@@ -84,19 +87,20 @@ fn the_whole_table() {
     assert_eq!(
         text,
         "\
-TYPE              NAME   VERSION  STATE      AGE  REASON
-CDS               bad    6        rejected   1h   8: lb_policy: not supported  [31m by culvert yet, and a very long explanation of why that is so
-CDS               cold   8        warming    1m   waits for the endpoints \"cold\"
-CDS               users  7        serving    1m
-CDS               xds    -        static     -
-LDS               fixed  -        warming    1m
-LDS               in     7        updating   1m
-RDS               gone   -        missing    -
-RDS               later  -        requested  -
-RDS               web    1        updating   -    waits for the cluster \"cold\"
-OffloadedService  o      a        serving    -
+TYPE              NAME   VERSION  STATE       AGE  REASON
+CDS               bad    6        rejected    1h   8: lb_policy: not supported  [31m by culvert yet, and a very long explanation of why that is so
+CDS               cold   8        warming     1m   waits for the endpoints \"cold\"
+CDS               users  7        serving     1m
+CDS               xds    -        static      -
+LDS               bare   7        incomplete  -    serves without the secret \"own\"
+LDS               fixed  -        warming     1m
+LDS               in     7        updating    1m
+RDS               gone   -        missing     -
+RDS               later  -        requested   -
+RDS               web    1        updating    -    waits for the cluster \"cold\"
+OffloadedService  o      a        serving     -
 
-10 resources: 2 serving, 2 updating, 2 warming, 1 rejected, 1 requested, 1 missing, 1 static
+11 resources: 2 serving, 2 updating, 2 warming, 1 incomplete, 1 rejected, 1 requested, 1 missing, 1 static
 "
     );
 }
@@ -111,7 +115,7 @@ fn lines_fit_the_terminal() {
         let table = text.split("\n\n").next().unwrap();
         let longest = table.lines().map(|line| line.chars().count()).max().unwrap();
         assert!(longest <= width, "{longest} > {width}:\n{text}");
-        assert_eq!(table.lines().count(), 11);
+        assert_eq!(table.lines().count(), 12);
     }
     let text = table::text(&some_rows(), now(), Some(80), false);
     assert!(text.lines().nth(1).unwrap().ends_with("…"), "{text}");
@@ -181,15 +185,15 @@ fn several_types_can_be_asked_for() {
         let Command { flags } = Command::parse_from([&["status"], arguments].concat());
         some_rows().iter().filter(|row| is_wanted(&flags, row)).count()
     };
-    assert_eq!(count(&[]), 10);
-    assert_eq!(count(&["--type", "cds", "--type", "LDS"]), 6);
+    assert_eq!(count(&[]), 11);
+    assert_eq!(count(&["--type", "cds", "--type", "LDS"]), 7);
     assert_eq!(count(&["--type", "cds", "--type", "LDS", "--name", "users"]), 1);
 }
 
 #[test]
 fn filters() {
     for (wanted, count) in
-        [("cds", 4), ("Cluster", 4), ("LDS", 2), ("type.googleapis.com/envoy.config.listener.v3.Listener", 2), ("x", 0)]
+        [("cds", 4), ("Cluster", 4), ("LDS", 3), ("type.googleapis.com/envoy.config.listener.v3.Listener", 3), ("x", 0)]
     {
         assert_eq!(some_rows().iter().filter(|row| rows::is_of_type(&row.type_url, wanted)).count(), count, "{wanted}");
     }

@@ -17,7 +17,7 @@ use prost::{Message, Name};
 
 use super::*;
 use crate::config::status::{
-    Failure, Missing, Resource, Scoped, Snapshot, SourceFault, SourceState, Type, Unready, Version,
+    Failure, Incomplete, Missing, Resource, Scoped, Snapshot, SourceFault, SourceState, Type, Unready, Version,
 };
 use culvert_xds_client::stats::{Connection, Fault};
 
@@ -95,6 +95,11 @@ fn snapshot() -> Snapshot {
             listener: "web".into(),
             is_static: false,
             targets: vec!["shared target RdsRouteConfigSubscription RDS init later".into()],
+        }],
+        incomplete: vec![Incomplete {
+            type_url: ListenerMessage::type_url(),
+            name: "bare".into(),
+            lacks: vec!["the secret \"own\"".into()],
         }],
         faults: vec![SourceFault {
             type_url: ClusterMessage::type_url(),

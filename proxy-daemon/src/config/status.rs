@@ -83,6 +83,17 @@ pub struct Unready {
     pub targets: Vec<String>,
 }
 
+/// A listener or a cluster in use without secrets that were refused, or did not come in time: TLS handshakes that need them fail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incomplete {
+    /// Of the listener or the cluster.
+    pub type_url: String,
+    /// Its name; it may be one of the bootstrap, which is in no [`Type`].
+    pub name: String,
+    /// What it lacks, in words.
+    pub lacks: Vec<String>,
+}
+
 /// What the store knew at one moment of everything that came from the control plane or from files. What stands in the
 /// bootstrap is not in here.
 #[derive(Debug, Clone, Default)]
@@ -91,6 +102,8 @@ pub struct Snapshot {
     pub types: Vec<Type>,
     /// Listeners that wait, static ones as well.
     pub unready: Vec<Unready>,
+    /// Listeners and clusters that serve without something they need, static ones as well.
+    pub incomplete: Vec<Incomplete>,
     /// Files and polled servers of which nothing could be taken the last time, and secrets of the bootstrap whose newest
     /// files cannot be used.
     pub faults: Vec<SourceFault>,

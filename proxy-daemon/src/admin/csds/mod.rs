@@ -210,8 +210,8 @@ fn source(SourceState { name, connection }: &SourceState) -> GenericXdsConfig {
     }
 }
 
-/// Clusters, listeners and routes that are accepted and wait, without their content, and with what they wait for in the
-/// place of an error.
+/// Clusters, listeners and routes that are accepted and wait, or serve without something they need, without their content, and
+/// with what that is in the place of an error.
 fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
     let of = |type_url: String| {
         let resources = snapshot.of(&type_url).iter();
@@ -220,6 +220,13 @@ fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
     let waits_for = |targets: &[String]| {
         let details = format!("waits for {}", targets.join(", "));
         (!targets.is_empty()).then(|| UpdateFailureState { details, ..Default::default() })
+    };
+    let incomplete = |type_url: String| {
+        let all = snapshot.incomplete.iter().filter(move |it| it.type_url == type_url);
+        all.map(|it| {
+            let details = format!("serves without {}", it.lacks.join(", "));
+            (it.name.clone(), Some(UpdateFailureState { details, ..Default::default() }))
+        })
     };
     let updated = |version: &Version| Some(dump::timestamp(version.updated));
     let clusters = of(Cluster::type_url()).into_iter().map(|(it, version)| DynamicCluster {
@@ -254,11 +261,26 @@ fn warming(snapshot: &Snapshot) -> Vec<PerXdsConfig> {
         ..Default::default()
     });
     let routes: Vec<_> = routes.collect();
-    let listeners: Vec<_> = listeners.chain(fixed).collect();
+    let lacking = incomplete(Listener::type_url()).map(|(name, error_state)| DynamicListener {
+        name,
+        active_state: Some(DynamicListenerState::default()),
+        error_state,
+        ..Default::default()
+    });
+    let listeners: Vec<_> = listeners.chain(fixed).chain(lacking).collect();
     let mut dumps = Vec::new();
-    if !clusters.is_empty() {
-        dumps
-            .push(Dump::ClusterConfig(ClustersConfigDump { dynamic_warming_clusters: clusters, ..Default::default() }));
+    let lacking = incomplete(Cluster::type_url()).map(|(name, error_state)| DynamicCluster {
+        cluster: Some(dump::pack(&Cluster { name, ..Default::default() })),
+        error_state,
+        ..Default::default()
+    });
+    let lacking: Vec<_> = lacking.collect();
+    if !clusters.is_empty() || !lacking.is_empty() {
+        dumps.push(Dump::ClusterConfig(ClustersConfigDump {
+            dynamic_warming_clusters: clusters,
+            dynamic_active_clusters: lacking,
+            ..Default::default()
+        }));
     }
     if !listeners.is_empty() {
         dumps.push(Dump::ListenerConfig(ListenersConfigDump { dynamic_listeners: listeners, ..Default::default() }));

@@ -57,6 +57,12 @@ fn what_is_warming_is_in_the_older_form() {
     assert_eq!(kinds[0]["cluster_config"]["dynamic_warming_clusters"][0]["cluster"]["name"], "new");
     let listener = &kinds[1]["listener_config"]["dynamic_listeners"][0];
     assert_eq!((&listener["name"], &listener["warming_state"]["version_info"]), (&json!("web"), &json!("8")));
+    let lacking = &kinds[1]["listener_config"]["dynamic_listeners"][1];
+    assert!(lacking["active_state"].is_object() && lacking["warming_state"].is_null(), "{lacking}");
+    assert_eq!(
+        (&lacking["name"], &lacking["error_state"]["details"]),
+        (&json!("bare"), &json!("serves without the secret \"own\""))
+    );
 }
 
 #[test]

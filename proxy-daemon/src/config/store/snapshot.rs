@@ -13,7 +13,7 @@ use super::{
     rotation::StaticFiles,
     state::State,
 };
-use crate::config::status::{Failure, Missing, Resource, Snapshot, Type, Unready, Version};
+use crate::config::status::{Failure, Incomplete, Missing, Resource, Snapshot, Type, Unready, Version};
 
 impl<A: Apply> ConfigStore<A> {
     /// All that is known of the resources now.
@@ -25,7 +25,8 @@ impl<A: Apply> ConfigStore<A> {
         let warming = state.listeners.by_name.iter().filter(|(_, entry)| entry.is_pending());
         let unready = warming.filter_map(|(name, _)| state.unready(name)).collect();
         let faults = state.static_files.iter().filter_map(StaticFiles::fault).collect();
-        Snapshot { types, unready, faults, sources: Vec::new(), scoped: state.scoped_now() }
+        let incomplete = state.incomplete_now();
+        Snapshot { types, unready, incomplete, faults, sources: Vec::new(), scoped: state.scoped_now() }
     }
 }
 
@@ -123,6 +124,28 @@ impl State {
             targets.push("the clusters".to_owned());
         }
         Some(Unready { listener: name.to_string(), is_static: entry.is_static, targets })
+    }
+
+    fn incomplete_now(&self) -> Vec<Incomplete> {
+        let clusters = self.clusters.by_name.iter();
+        let clusters = clusters.filter_map(|(name, it)| Some((type_url::CLUSTER, name, &*it.active.as_ref()?.needs)));
+        let listeners = self.listeners.by_name.iter();
+        let listeners =
+            listeners.filter_map(|(name, it)| Some((type_url::LISTENER, name, &*it.active.as_ref()?.needs)));
+        let lacking = clusters.chain(listeners).map(|(of, name, needs)| Incomplete {
+            type_url: of.to_owned(),
+            name: name.to_string(),
+            lacks: self.lacking(needs).map(in_words).collect(),
+        });
+        lacking.filter(|it| !it.lacks.is_empty()).collect()
+    }
+
+    /// Secrets that nobody waits for any more, and that are not there.
+    fn lacking<'a>(&self, needs: &'a [Need]) -> impl Iterator<Item = &'a Need> + use<'a, '_> {
+        needs.iter().filter(|need| {
+            let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
+            need.kind == Kind::Secrets && known.is_some_and(|known| known.settled && known.stored.is_none())
+        })
     }
 
     /// Those of some needs that are waited for.

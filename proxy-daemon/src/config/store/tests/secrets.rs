@@ -4,7 +4,7 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::Secret as Pr
 
 use super::*;
 use crate::{
-    config::model::INITIAL_FETCH_TIMEOUT,
+    config::{model::INITIAL_FETCH_TIMEOUT, status::Incomplete},
     tls::testing::{Authority, Issued, yaml},
 };
 
@@ -136,10 +136,25 @@ fn a_refused_or_late_secret_is_not_waited_for() {
     let answer = store.update(update(secret_url(), vec![issuers("own", &authority.pem)]));
     assert_eq!(answer.rejected().len(), 1);
     assert_eq!(calls.take(), ["listener in"], "it resets connections until then, as in Envoy");
+    let lacking = |of: String, name: &str, secret: &str| Incomplete {
+        type_url: of,
+        name: name.to_owned(),
+        lacks: vec![format!("the secret {secret:?}")],
+    };
+    let in_lacks = lacking(Listener::type_url(), "in", "own");
+    assert_eq!(store.snapshot().incomplete, [in_lacks.clone()]);
     store.update(update(Listener::type_url(), vec![tcp_listener("late", &sds("never"), "")]));
     assert_eq!(calls.take(), [""; 0]);
+    assert_eq!(store.snapshot().incomplete.len(), 1, "that one warms");
+    let common = format!("tls_certificate_sds_secret_configs: [{}]", sds("never"));
+    store.update(update(Cluster::type_url(), vec![cluster("up", &common)]));
     store.later(INITIAL_FETCH_TIMEOUT);
-    assert_eq!(calls.take(), ["listener late"]);
+    assert_eq!(calls.take(), ["listener late", "cluster up"]);
+    let up_lacks = lacking(Cluster::type_url(), "up", "never");
+    assert_eq!(store.snapshot().incomplete, [up_lacks, in_lacks, lacking(Listener::type_url(), "late", "never")]);
+    let own = vec![certificate("own", &authority.issue(&[], &[])), certificate("never", &authority.issue(&[], &[]))];
+    store.update(update(secret_url(), own));
+    assert_eq!(store.snapshot().incomplete, []);
 }
 
 #[test]
