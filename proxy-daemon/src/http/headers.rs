@@ -203,7 +203,12 @@ fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerCo
     };
     match tls.forwarded(&config.client_cert_details) {
         Some(value) if mode == ForwardClientCert::AppendForward => {
-            append(headers, X_FORWARDED_CLIENT_CERT, value, ",");
+            // Of several lines one is made, as in Envoy.
+            let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().chain([value]);
+            let lines: Vec<_> = lines.map(HeaderValue::as_bytes).filter(|line| !line.is_empty()).collect();
+            if let Ok(all) = HeaderValue::from_bytes(&lines.join(&b","[..])) {
+                headers.insert(X_FORWARDED_CLIENT_CERT, all);
+            }
         }
         Some(value) => drop(headers.insert(X_FORWARDED_CLIENT_CERT, value.clone())),
         None => drop(headers.remove(X_FORWARDED_CLIENT_CERT)),

@@ -12,6 +12,7 @@ mod config_source;
 mod deprecated;
 mod endpoint;
 mod health_check;
+pub mod honoured;
 mod http_connection_manager;
 mod layered_runtime;
 mod listener;

@@ -1,12 +1,12 @@
 //! What docs/support.md says of every type URL that Envoy 1.40 knows and of every field of the core messages. It is worked out
-//! from [`HONOURED`](super::support::HONOURED) and the descriptors, so nothing can be missing: what is not honoured is
+//! from [`all`](super::honoured::all) and the descriptors, so nothing can be missing: what is not honoured is
 //! refused, and the tables here say only why.
 
 use culvert_xds_client::json;
 
 use super::{
     deprecated::is_deprecated,
-    support::{ALL, honoured},
+    honoured::{ALL, honoured},
 };
 use crate::http::filters;
 

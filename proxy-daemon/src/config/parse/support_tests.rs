@@ -1,6 +1,9 @@
 use std::collections::BTreeSet;
 
-use super::*;
+use super::{
+    super::honoured::{all, table},
+    *,
+};
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/support.md");
 const BEGIN: &str = "<!-- table: begin -->\n";
@@ -8,7 +11,7 @@ const END: &str = "<!-- table: end -->\n";
 
 #[test]
 fn every_listed_message_and_field_exists() {
-    for (name, fields) in HONOURED {
+    for (name, fields) in all() {
         let message = json::pool().get_message_by_name(name).unwrap_or_else(|| panic!("no message {name}"));
         for field in fields.iter().filter(|field| **field != "*") {
             assert!(message.get_field_by_name(field).is_some(), "{name} has no field {field}");
@@ -18,8 +21,8 @@ fn every_listed_message_and_field_exists() {
 
 #[test]
 fn no_message_is_listed_twice() {
-    let names: BTreeSet<_> = HONOURED.iter().map(|(name, _)| name).collect();
-    assert_eq!(names.len(), HONOURED.len());
+    let names: BTreeSet<_> = all().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), all().count());
 }
 
 #[test]
@@ -43,7 +46,7 @@ fn extensions() -> String {
         ("network filter", "envoy.extensions.filters.network."),
     ];
     for (kind, prefix) in kinds {
-        let types = HONOURED.iter().map(|(name, _)| *name).filter(|name| name.starts_with(prefix));
+        let types = all().map(|(name, _)| name).filter(|name| name.starts_with(prefix));
         // What stands in such a message is no filter.
         for name in types.filter(|name| name.rsplit('.').nth(1).is_some_and(|part| part == "v3")) {
             let descriptor = json::pool().get_message_by_name(name).unwrap();
