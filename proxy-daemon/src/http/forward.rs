@@ -286,7 +286,7 @@ impl Attempts<'_> {
             retry.avoid(host);
             retry.back_off(self.cluster).await;
         }
-        self.timeouts.tell(head, self.cx);
+        self.timeouts.tell_again(head, self.cx);
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_is_timeout_retry_header) {
             let value = HeaderValue::from_static(if timed_out { "true" } else { "false" });
             head.headers.insert(X_ENVOY_IS_TIMEOUT_RETRY, value);

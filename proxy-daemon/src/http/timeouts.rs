@@ -51,13 +51,22 @@ impl Timeouts {
         timeouts
     }
 
-    /// Tells the upstream how long it has.
+    /// Tells the upstream of the first attempt how long it has.
     pub(super) fn tell(&self, head: &mut RequestHead, cx: &StreamCx) {
+        self.tell_after(Duration::ZERO, head, cx);
+    }
+
+    /// Tells the upstream of a further attempt how long it has.
+    pub(super) fn tell_again(&self, head: &mut RequestHead, cx: &StreamCx) {
+        let elapsed = cx.progress.request_complete.get().map_or(Duration::ZERO, |since| since.elapsed());
+        self.tell_after(elapsed, head, cx);
+    }
+
+    fn tell_after(&self, elapsed: Duration, head: &mut RequestHead, cx: &StreamCx) {
         if cx.suppress_envoy_headers {
             return;
         }
         let Some(expected) = self.per_try.or(self.global) else { return };
-        let elapsed = cx.progress.request_complete.get().map_or(Duration::ZERO, |since| since.elapsed());
         // 0 would be no limit.
         let left = self.global.map(|global| global.saturating_sub(elapsed).max(Duration::from_millis(1)));
         let expected = expected.min(left.unwrap_or(expected));
