@@ -2,7 +2,7 @@
 //!
 //! A paused request is a [`Wait`]. It holds one of a bounded number of places until the store has seen the end of it, so that
 //! neither the queue nor what the store remembers grows with what clients ask for; dropped, for example because its client
-//! has gone, it takes its question back.
+//! has gone, it takes its question back. A name that no control plane would have, for its length, is not asked for.
 
 use std::{
     collections::HashMap,
@@ -17,6 +17,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 /// How many requests may be paused at a time, in the whole process. What comes then goes on at once, without.
 pub const MAX_REQUESTS: usize = 10_000;
+/// The longest name, in bytes, that is asked for because of a request: clients choose them. A host name has 253 at most.
+pub const MAX_NAME: usize = 512;
 
 /// What a request waits for.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,6 +55,15 @@ impl Wanted {
             Wanted::Cluster { source, name }
             | Wanted::VirtualHost { source, name }
             | Wanted::Routes { source, name, .. } => (source, name),
+        }
+    }
+
+    /// Whether a client chose a name that is too long to be asked for.
+    fn is_too_long(&self) -> bool {
+        match self {
+            Wanted::Cluster { name, .. } | Wanted::VirtualHost { name, .. } => name.len() > MAX_NAME,
+            // The control plane's own.
+            Wanted::Routes { .. } => false,
         }
     }
 }
@@ -117,8 +128,12 @@ pub fn channel() -> (OnDemand, Messages) {
 }
 
 impl OnDemand {
-    /// Asks for something; `None` where too many requests wait already, or nobody is left who could answer.
+    /// Asks for something; `None` where too many requests wait already, the name is longer than [`MAX_NAME`], or nobody is left
+    /// who could answer.
     pub fn ask(&self, wanted: Wanted) -> Option<Wait> {
+        if wanted.is_too_long() {
+            return None;
+        }
         let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let id = WaitId(self.next.fetch_add(1, Ordering::Relaxed));
         let (sender, told) = oneshot::channel();
@@ -225,6 +240,21 @@ mod tests {
 
     fn wanted(name: &str) -> Wanted {
         Wanted::Cluster { source: Arc::default(), name: name.into() }
+    }
+
+    #[test]
+    fn names_that_are_too_long_are_not_asked_for() {
+        let (asking, mut messages) = channel();
+        let longest = "n".repeat(MAX_NAME);
+        assert!(asking.ask(wanted(&longest)).is_some());
+        assert!(asking.ask(wanted(&format!("{longest}n"))).is_none());
+        let host = Wanted::VirtualHost { source: Arc::default(), name: format!("{longest}/").into() };
+        assert!(asking.ask(host).is_none());
+        let routes =
+            Wanted::Routes { scopes: Arc::default(), source: Arc::default(), name: format!("{longest}/").into() };
+        assert!(asking.ask(routes).is_some(), "no client chose it");
+        assert_eq!(messages.now().len(), 4, "two questions, both taken back");
+        assert_eq!(asking.places.available_permits(), MAX_REQUESTS);
     }
 
     #[tokio::test]

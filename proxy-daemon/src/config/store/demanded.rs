@@ -2,7 +2,8 @@
 //!
 //! A name is asked for from the first request that needs it on. It stays asked for while it exists or somebody waits for it,
 //! and for [`KEPT`] after that: a server that takes longer than a request waits is heard for the next one. Of more than
-//! [`MAX_NAMES`] those go first that nobody has waited for the longest; where all are needed, nothing more is asked for.
+//! [`MAX_NAMES`], or [`MAX_BYTES`] of them, those go first that nobody has waited for the longest; where all are needed,
+//! nothing more is asked for.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,6 +28,8 @@ use crate::{
 
 /// How many names may be asked for on demand.
 pub(super) const MAX_NAMES: usize = 10_000;
+/// How long they may be together: a request has them all, and gRPC servers take 4 MiB unless told otherwise.
+pub(super) const MAX_BYTES: usize = 2 << 20;
 /// How long a name is asked for that nobody waits for and that does not exist.
 pub(super) const KEPT: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,8 @@ pub(in crate::config) struct Demanded {
     /// What is asked for, by where from.
     names: BTreeMap<Arc<Source>, BTreeSet<Arc<str>>>,
     count: usize,
+    /// How long all names are together.
+    bytes: usize,
     /// Names that do not exist and that nobody waits for, by since when.
     idle: BTreeSet<(Instant, Arc<Source>, Arc<str>)>,
     idle_since: BTreeMap<(Arc<Source>, Arc<str>), Instant>,
@@ -101,12 +106,13 @@ impl Demanded {
         if self.names.get(source).is_some_and(|names| names.contains(name)) {
             return Some(false);
         }
-        if self.count >= MAX_NAMES {
+        while self.count >= MAX_NAMES || self.bytes + name.len() > MAX_BYTES {
             let (_, source, name) = self.idle.first().cloned()?;
             self.forget(&source, &name);
         }
         self.names.entry(Arc::clone(source)).or_default().insert(Arc::clone(name));
         self.count += 1;
+        self.bytes += name.len();
         self.changed.insert(Arc::clone(source));
         Some(true)
     }
@@ -155,6 +161,7 @@ impl Demanded {
         let Some(names) = self.names.get_mut(source) else { return };
         if names.remove(name) {
             self.count -= 1;
+            self.bytes -= name.len();
             self.changed.insert(Arc::clone(source));
         }
         if names.is_empty() {

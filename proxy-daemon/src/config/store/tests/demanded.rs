@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::{
-    config::store::demanded::{KEPT, MAX_NAMES},
-    on_demand::{self, Messages, OnDemand, Wait, Wanted},
+    config::store::demanded::{KEPT, MAX_BYTES, MAX_NAMES},
+    on_demand::{self, MAX_NAME, Messages, OnDemand, Wait, Wanted},
 };
 
 impl Fixture {
@@ -94,4 +94,18 @@ async fn names_that_nobody_waits_for_are_forgotten() {
     store.heed(&mut requests.1);
     store.later(KEPT * 2);
     assert_eq!(names(&store), ["had".to_owned()].into());
+}
+
+#[tokio::test]
+async fn the_names_together_fit_into_a_request_that_any_server_takes() {
+    let (store, _) = running();
+    let mut requests = on_demand::channel();
+    let long = |index: usize| format!("{index:0MAX_NAME$}");
+    for index in 0..=MAX_BYTES / MAX_NAME {
+        drop(requests.0.ask(Wanted::Cluster { source: Arc::default(), name: long(index).into() }));
+    }
+    store.heed(&mut requests.1);
+    let Some(Interest::WildcardAnd(names)) = store.wanted().remove(&Cluster::type_url()) else { panic!("names") };
+    assert_eq!(names.len(), MAX_BYTES / MAX_NAME);
+    assert!(!names.contains(&long(0)) && names.contains(&long(1)), "the oldest has gone");
 }
