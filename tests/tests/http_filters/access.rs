@@ -1,6 +1,6 @@
 //! Filters that let requests pass or refuse them: rbac, local_ratelimit.
 
-use super::harness::{Case, case};
+use super::harness::{By, Case, case};
 
 const RBAC: &str = "rbac.v3.RBAC";
 const LOCAL_RATELIMIT: &str = "local_ratelimit.v3.LocalRateLimit";
@@ -148,6 +148,24 @@ fn engines() -> Vec<Case> {
             ),
             &["GET /x", "GET /"],
         ),
+        case("rules by route", RBAC, &rules("DENY", by_path, ANY), &["GET /x", "GET /", "GET /plain/x", "GET /direct"])
+            .told(By::Route, "rbac.v3.RBACPerRoute", &format!("rbac: {{{}}}", rules("ALLOW", by_path, ANY))),
+        case(
+            "shadow rules by route",
+            RBAC,
+            &rules("DENY", ANY, ANY),
+            &["GET /x", "GET /", "GET /plain", "GET /created"],
+        )
+        .told(
+            By::Host,
+            "rbac.v3.RBACPerRoute",
+            &format!("rbac: {{{}}}", rules("DENY", by_path, ANY).replacen("rules", "shadow_rules", 1)),
+        ),
+        case("no rules by route", RBAC, &rules("DENY", ANY, ANY), &["GET /x", "GET /plain"]).told(
+            By::Route,
+            "rbac.v3.RBACPerRoute",
+            "",
+        ),
         case("two filters", RBAC, &rules("DENY", by_path, ANY), &["GET /x", "GET /y", "GET /"])
             .then(RBAC, &rules("DENY", "[{url_path: {path: {prefix: /y}}}]", ANY)),
     ]
@@ -205,6 +223,22 @@ fn local_ratelimit() -> Vec<Case> {
             LOCAL_RATELIMIT,
             &format!("stat_prefix: $case, {on}, enable_x_ratelimit_headers: DRAFT_VERSION_03"),
             &four,
+        ),
+        case(
+            "limit by route",
+            LOCAL_RATELIMIT,
+            &limit(""),
+            &["GET /", "GET /", "GET /plain", "GET /plain", "GET /plain"],
+        )
+        .told(
+            By::Route,
+            LOCAL_RATELIMIT,
+            &limit(", enable_x_ratelimit_headers: DRAFT_VERSION_03").replace("max_tokens: 2", "max_tokens: 1"),
+        ),
+        case("limit by host", LOCAL_RATELIMIT, "stat_prefix: $case", &["GET /", "GET /direct", "GET /plain"]).told(
+            By::Host,
+            LOCAL_RATELIMIT,
+            &limit(""),
         ),
         case(
             "behind rbac",

@@ -8,7 +8,7 @@ const BUFFER: &str = "buffer.v3.Buffer";
 const BUFFER_PER_ROUTE: &str = "buffer.v3.BufferPerRoute";
 
 pub fn cases() -> Vec<Case> {
-    [mutations(), buffer()].concat()
+    [mutations(), buffer(), grpc_http1_bridge()].concat()
 }
 
 fn append(name: &str, value: &str, action: &str) -> String {
@@ -67,6 +67,23 @@ fn mutations() -> Vec<Case> {
     cases.push(levels("levels of mutations", ""));
     cases.push(levels("levels of mutations, most specific last", ", most_specific_header_mutations_wins: true"));
     cases
+}
+
+/// The service speaks HTTP/1: what its trailers would say stands in the head.
+fn grpc_http1_bridge() -> Vec<Case> {
+    let grpc = "content-type: application/grpc";
+    let requests = [
+        format!("POST /\n{grpc}\n\nbody"),
+        format!("POST /\n{grpc}+proto\nx-do: 200+grpc-status=5+grpc-message=gone\n\nbody"),
+        format!("POST /\n{grpc}\nx-do: 200+bytes=0+grpc-status=5\n\nbody"),
+        format!("POST /\n{grpc}\nx-do: 503\n\nbody"),
+        format!("POST /\n{grpc}\nx-do: reset\n\nbody"),
+        format!("POST /direct\n{grpc}\n\nbody"),
+        "POST /\ncontent-type: application/grpcx\n\nbody".to_owned(),
+        "GET /".to_owned(),
+    ];
+    let requests: Vec<&str> = requests.iter().map(String::as_str).collect();
+    vec![case("bridge", "grpc_http1_bridge.v3.Config", "", &requests)]
 }
 
 fn buffer() -> Vec<Case> {

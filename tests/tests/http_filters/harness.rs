@@ -219,7 +219,8 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
         )
     };
     let filters: String = case.filters.iter().map(filter).collect();
-    let [by_config, by_host, by_route] = &case.told;
+    let told = case.told.clone().map(|told| told.replace("$case", &format!("case{index}")));
+    let [by_config, by_host, by_route] = &told;
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \
                   %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
                   %DYNAMIC_METADATA(ns:k):3%";

@@ -15,7 +15,7 @@ use envoy_types::pb::{
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::HeaderMutations, parse},
@@ -167,16 +167,18 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         head: &mut RequestHead,
         _body: &mut Body,
         cx: &mut StreamCx,
-        _route: PerRoute<'_>,
+        route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        if !self.0.enabled.includes(cx.random) {
+        // A route's bucket is in the place of the filter's own.
+        let configured: &Arc<Configured> = route.most_specific().unwrap_or(&self.0);
+        if !configured.enabled.includes(cx.random) {
             return Flow::Continue;
         }
-        if self.0.shows_bucket && self.0.bucket.is_some() {
-            instances.push(Box::new(LocalRateLimitFilter(Arc::clone(&self.0))));
+        if configured.shows_bucket && configured.bucket.is_some() {
+            instances.push(Box::new(LocalRateLimitFilter(Arc::clone(configured))));
         }
-        self.0.decide(head, cx)
+        configured.decide(head, cx)
     }
 }
 
@@ -193,9 +195,17 @@ impl HttpFilter for LocalRateLimitFilter {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    Ok(Arc::new(LocalRateLimitFactory(Arc::new(configured(typed_config, cx.path)?))))
+}
+
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
+    Ok(Arc::new(Arc::new(configured(config, path)?)))
+}
+
+fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     // What is not here is refused by the table of honoured fields.
-    let config: LocalRateLimit = unpack(typed_config, cx.path)?;
-    let field = |name: &str| format!("{}.{name}", cx.path);
+    let config: LocalRateLimit = unpack(config, path)?;
+    let field = |name: &str| format!("{path}.{name}");
     let bucket = config.token_bucket.as_ref().map(|bucket| token_bucket(bucket, &field("token_bucket"))).transpose()?;
     let never = RuntimeFraction { default: Fraction::percent(0), key: None };
     let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
@@ -215,16 +225,16 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let when_not_enforced = HeaderMutations {
         request_add: parse::headers_to_add(
             &config.request_headers_to_add_when_not_enforced,
-            cx.path,
+            path,
             "request_headers_to_add_when_not_enforced",
         )?,
         ..HeaderMutations::default()
     };
     let response_headers = HeaderMutations {
-        response_add: parse::headers_to_add(&config.response_headers_to_add, cx.path, "response_headers_to_add")?,
+        response_add: parse::headers_to_add(&config.response_headers_to_add, path, "response_headers_to_add")?,
         ..HeaderMutations::default()
     };
-    Ok(Arc::new(LocalRateLimitFactory(Arc::new(Configured {
+    Ok(Configured {
         status,
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
         bucket,
@@ -236,7 +246,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         says_when: config.enable_retry_after_header && status == StatusCode::TOO_MANY_REQUESTS,
         stats,
         _lease: scope.lease(),
-    }))))
+    })
 }
 
 fn token_bucket(bucket: &ProtoBucket, path: &str) -> Result<TokenBucket, FieldError> {

@@ -7,6 +7,7 @@ mod cors;
 mod csrf;
 mod discovered;
 mod fault;
+mod grpc_http1_bridge;
 mod header_mutation;
 mod header_to_metadata;
 mod health_check;
@@ -241,6 +242,12 @@ pub const REGISTRY: &[Registered] = &[
         per_route: None,
     },
     Registered {
+        name: "envoy.filters.http.grpc_http1_bridge",
+        type_name: "envoy.extensions.filters.http.grpc_http1_bridge.v3.Config",
+        parse: grpc_http1_bridge::parse,
+        per_route: None,
+    },
+    Registered {
         name: "envoy.filters.http.header_mutation",
         type_name: "envoy.extensions.filters.http.header_mutation.v3.HeaderMutation",
         parse: header_mutation::parse,
@@ -268,7 +275,10 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.local_ratelimit",
         type_name: "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         parse: local_ratelimit::parse,
-        per_route: None,
+        per_route: Some((
+            "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+            local_ratelimit::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.on_demand",
@@ -280,7 +290,7 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.rbac",
         type_name: "envoy.extensions.filters.http.rbac.v3.RBAC",
         parse: rbac::parse,
-        per_route: None,
+        per_route: Some(("envoy.extensions.filters.http.rbac.v3.RBACPerRoute", rbac::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.set_metadata",

@@ -9,7 +9,7 @@ use envoy_types::pb::{
             Permission, Principal, Rbac as Rules, permission::Rule as PermissionRule, principal::Identifier,
             rbac::Action as ProtoAction,
         },
-        extensions::filters::http::rbac::v3::Rbac,
+        extensions::filters::http::rbac::v3::{Rbac, RbacPerRoute},
         r#type::{
             matcher::v3::{PathMatcher, path_matcher},
             v3::Int32Range,
@@ -20,7 +20,7 @@ use envoy_types::pb::{
 use http::StatusCode;
 use regex::Regex;
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
     access_log::ResponseFlags,
     config::{
@@ -40,12 +40,28 @@ type Result<T> = std::result::Result<T, FieldError>;
 
 #[derive(Debug)]
 struct RbacFactory {
+    /// Where a route says nothing.
+    own: Engines,
+    counters: Verdicts,
+    shadow_counters: Verdicts,
+    /// Both are counted wherever the filter is.
+    _leases: [Lease; 2],
+}
+
+/// What a filter or a route asks for.
+#[derive(Debug, Default)]
+struct Engines {
     /// Obeyed.
     rules: Option<Engine>,
     /// Only counted.
     shadow: Option<Engine>,
-    /// Both are counted wherever the filter is.
-    _leases: [Lease; 2],
+}
+
+/// The filter's, also for rules of routes.
+#[derive(Debug)]
+struct Verdicts {
+    allowed: Counter,
+    denied: Counter,
 }
 
 /// `config.rbac.v3.RBAC`
@@ -55,8 +71,6 @@ struct Engine {
     allow: bool,
     /// By name: the first that matches counts.
     policies: Box<[Policy]>,
-    allowed: Counter,
-    denied: Counter,
 }
 
 #[derive(Debug)]
@@ -126,12 +140,12 @@ fn authenticated(name: Option<&StringMatcher>, cx: &StreamCx) -> bool {
 
 impl Engine {
     /// Whether the request may pass, and the policy that it matches.
-    fn judge(&self, head: &RequestHead, cx: &StreamCx) -> (bool, Option<&Policy>) {
+    fn judge(&self, verdicts: &Verdicts, head: &RequestHead, cx: &StreamCx) -> (bool, Option<&Policy>) {
         let matches =
             |policy: &&Policy| one_holds(&policy.permissions, head, cx) && one_holds(&policy.principals, head, cx);
         let policy = self.policies.iter().find(matches);
         let allowed = policy.is_some() == self.allow;
-        let counter = if allowed { self.allowed } else { self.denied };
+        let counter = if allowed { verdicts.allowed } else { verdicts.denied };
         counter.inc();
         if let Some((allows, denies)) = policy.and_then(|policy| policy.tracked) {
             let counter = if allowed { allows } else { denies };
@@ -151,14 +165,15 @@ impl HttpFilterFactory for RbacFactory {
         head: &mut RequestHead,
         _body: &mut Body,
         cx: &mut StreamCx,
-        _route: PerRoute<'_>,
+        route: PerRoute<'_>,
         _instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        if let Some(shadow) = &self.shadow {
-            shadow.judge(head, cx);
+        let engines = route.most_specific().unwrap_or(&self.own);
+        if let Some(shadow) = &engines.shadow {
+            shadow.judge(&self.shadow_counters, head, cx);
         }
-        let Some(rules) = &self.rules else { return Flow::Continue };
-        match rules.judge(head, cx) {
+        let Some(rules) = &engines.rules else { return Flow::Continue };
+        match rules.judge(&self.counters, head, cx) {
             (true, _) => Flow::Continue,
             (false, policy) => {
                 let name = policy.map_or("none", |policy| &policy.name);
@@ -188,14 +203,34 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         prefix => scope.clone().child(prefix),
     };
     let (scope, shadow_scope) = (below(&rules_stat_prefix), below(&shadow_rules_stat_prefix));
-    let engine = |rules: Option<Rules>, counters: Counters<'_>, field: &str| {
-        let counted = (counters.count("allowed"), counters.count("denied"));
+    let engine = |rules: Option<Rules>, counters: &Counters<'_>, field: &str| {
         let path = format!("{}.{field}", cx.path);
-        rules.map(|rules| engine(rules, counted, &counters, track_per_rule_stats, &path)).transpose()
+        rules.map(|rules| engine(rules, track_per_rule_stats.then_some(counters), &path)).transpose()
     };
-    let shadow = engine(shadow_rules, Counters { scope: &shadow_scope, kind: "shadow_" }, "shadow_rules")?;
-    let rules = engine(rules, Counters { scope: &scope, kind: "" }, "rules")?;
-    Ok(Arc::new(RbacFactory { rules, shadow, _leases: [scope.lease(), shadow_scope.lease()] }))
+    let counted = Counters { scope: &scope, kind: "" };
+    let shadow_counted = Counters { scope: &shadow_scope, kind: "shadow_" };
+    let shadow = engine(shadow_rules, &shadow_counted, "shadow_rules")?;
+    let rules = engine(rules, &counted, "rules")?;
+    Ok(Arc::new(RbacFactory {
+        own: Engines { rules, shadow },
+        counters: counted.verdicts(),
+        shadow_counters: shadow_counted.verdicts(),
+        _leases: [scope.lease(), shadow_scope.lease()],
+    }))
+}
+
+/// A route's rules are in the place of the filter's own, both kinds; without any, all requests pass.
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig> {
+    let RbacPerRoute { rbac } = unpack(config, path)?;
+    let Some(rbac) = rbac else { return Ok(Arc::new(Engines::default())) };
+    let at = |field: &str| format!("{path}.rbac.{field}");
+    // They have the filter's counters, whose names are not known here.
+    if rbac.track_per_rule_stats {
+        return Err(FieldError::unsupported(at("track_per_rule_stats")));
+    }
+    let engine = |rules: Option<Rules>, field: &str| rules.map(|rules| engine(rules, None, &at(field))).transpose();
+    let (rules, shadow) = (engine(rbac.rules, "rules")?, engine(rbac.shadow_rules, "shadow_rules")?);
+    Ok(Arc::new(Engines { rules, shadow }))
 }
 
 /// Where an engine counts.
@@ -206,6 +241,10 @@ struct Counters<'a> {
 }
 
 impl Counters<'_> {
+    fn verdicts(&self) -> Verdicts {
+        Verdicts { allowed: self.count("allowed"), denied: self.count("denied") }
+    }
+
     fn count(&self, what: &str) -> Counter {
         self.scope.counter(&format!("{}{what}", self.kind))
     }
@@ -217,9 +256,8 @@ impl Counters<'_> {
 
 fn engine(
     rules: Rules,
-    (allowed, denied): (Counter, Counter),
-    counters: &Counters<'_>,
-    tracked: bool,
+    // Of each policy, where they are wanted.
+    tracked: Option<&Counters<'_>>,
     path: &str,
 ) -> Result<Engine> {
     let allow = match ProtoAction::try_from(rules.action) {
@@ -235,12 +273,13 @@ fn engine(
         let path = format!("{path}.policies[\"{name}\"]");
         let permissions = each(&policy.permissions, &format!("{path}.permissions"), permission)?;
         let principals = each(&policy.principals, &format!("{path}.principals"), principal)?;
-        let tracked = tracked.then(|| (counters.count_for(&name, "allowed"), counters.count_for(&name, "denied")));
+        let tracked =
+            tracked.map(|counters| (counters.count_for(&name, "allowed"), counters.count_for(&name, "denied")));
         let name = name.replace([' ', '\t', '\u{b}', '\u{c}', '\n', '\r'], "_").into();
         Ok(Policy { name, permissions, principals, tracked })
     };
     let policies = policies.into_iter().map(policy).collect::<Result<_>>()?;
-    Ok(Engine { allow, policies, allowed, denied })
+    Ok(Engine { allow, policies })
 }
 
 fn each<T>(items: &[T], path: &str, parse: impl Fn(&T, &str) -> Result<Rule>) -> Result<Box<[Rule]>> {
