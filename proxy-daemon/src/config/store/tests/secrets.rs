@@ -142,7 +142,7 @@ fn a_refused_or_late_secret_is_not_waited_for() {
         lacks: vec![format!("the secret {secret:?}")],
     };
     let in_lacks = lacking(Listener::type_url(), "in", "own");
-    assert_eq!(store.snapshot().incomplete, [in_lacks.clone()]);
+    assert_eq!(store.snapshot().incomplete, std::slice::from_ref(&in_lacks));
     store.update(update(Listener::type_url(), vec![tcp_listener("late", &sds("never"), "")]));
     assert_eq!(calls.take(), [""; 0]);
     assert_eq!(store.snapshot().incomplete.len(), 1, "that one warms");
