@@ -7,7 +7,7 @@
 //!   do count.
 //! - Whatever is newly subscribed is answered: sent, or listed as removed if it does not exist.
 //! - Clusters and endpoints are taken away only after the listeners and routes that used them, and routes after the
-//!   listeners (make before break).
+//!   listeners (make before break), and not while the client refuses newer ones of those.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -59,15 +59,37 @@ struct TypeState {
     due: BTreeSet<String>,
     /// Whether an empty response is due: the client waits to hear that there is nothing.
     greeting_due: bool,
-    /// The nonce of the response that has not been answered yet.
-    awaiting: Option<String>,
+    /// The response that has not been answered yet.
+    awaiting: Option<Unanswered>,
+    /// The names in what the client has refused, older versions of which it may use. Which of them it objects to is not known.
+    rejected: BTreeSet<String>,
     /// The snapshot's version of the type that the client is known to have in full.
     settled_version: Option<String>,
 }
 
+/// A response that has not been answered.
+#[derive(Debug)]
+struct Unanswered {
+    nonce: String,
+    /// What it sent and removed.
+    names: Vec<String>,
+}
+
 impl TypeState {
+    /// Whether the client has taken in all that there is.
     fn is_settled(&self, available: Option<&Arc<TypeResources>>) -> bool {
-        self.awaiting.is_none() && self.settled_version.as_ref() == available.map(|available| &available.version)
+        let is_known = self.settled_version.as_ref() == available.map(|available| &available.version);
+        self.awaiting.is_none() && self.rejected.is_empty() && is_known
+    }
+
+    /// The client has answered a response with these names.
+    fn answered(&mut self, names: Vec<String>, accepted: bool) {
+        if !accepted {
+            self.rejected.extend(names);
+        } else if names.iter().any(|name| self.rejected.contains(name)) {
+            // What mends a refused response is one of its names, sent anew or removed. Other parts of one large change are not.
+            self.rejected.clear();
+        }
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -116,8 +138,8 @@ impl Session for DeltaSession {
         self.status.identify(request.node.as_ref());
         let state = subscription(&mut self.types, &request.type_url)?;
         if !request.response_nonce.is_empty() {
-            if state.awaiting.as_ref() == Some(&request.response_nonce) {
-                state.awaiting = None;
+            if let Some(answered) = state.awaiting.take_if(|awaiting| awaiting.nonce == request.response_nonce) {
+                state.answered(answered.names, request.error_detail.is_none());
                 let rejection = request.error_detail.as_ref().map(|error| error.message.as_str());
                 self.status.answered(&request.type_url, rejection);
             } else {
@@ -139,8 +161,10 @@ impl Session for DeltaSession {
             if name == WILDCARD {
                 state.wildcard = false;
                 state.sent.retain(|name, _| state.names.contains(name));
+                state.rejected.retain(|name| state.names.contains(name));
             } else {
                 state.names.remove(&name);
+                state.rejected.remove(&name);
                 state.due.remove(&name);
                 // Under a wildcard the resource is still wanted, and the client may have dropped it.
                 state.sent.remove(&name);
@@ -192,6 +216,7 @@ impl DeltaSession {
             return None;
         }
         let mut resources = Vec::with_capacity(names.len());
+        let in_response = names.iter().chain(&removed).cloned().collect();
         for name in names {
             let Some(resource) = available.resources.get(&name) else { continue };
             resources.push(DeltaResource {
@@ -210,7 +235,7 @@ impl DeltaSession {
         state.greeting_due = false;
         let nonce = self.next_nonce.to_string();
         self.next_nonce += 1;
-        state.awaiting = Some(nonce.clone());
+        state.awaiting = Some(Unanswered { nonce: nonce.clone(), names: in_response });
         self.status.sent(type_url, &available.version);
         Some(DeltaDiscoveryResponse {
             system_version_info: available.version.clone(),

@@ -28,6 +28,14 @@ impl Client {
         self.send(DeltaDiscoveryRequest { response_nonce: response.nonce.clone(), ..request(&response.type_url) });
     }
 
+    fn nack(&mut self, response: &DeltaDiscoveryResponse) {
+        self.send(DeltaDiscoveryRequest {
+            response_nonce: response.nonce.clone(),
+            error_detail: Some(rpc::Status { message: "no".into(), ..Default::default() }),
+            ..request(&response.type_url)
+        });
+    }
+
     fn send(&mut self, request: DeltaDiscoveryRequest) {
         self.session.handle(request).unwrap();
     }
@@ -127,6 +135,45 @@ fn removals_wait_for_routes_additions_do_not() {
 }
 
 #[test]
+fn removals_wait_while_newer_users_are_refused() {
+    let (users, orders, mail) = (("users", "http", 80), ("orders", "http", 80), ("mail", "tcp", 90));
+    // The last one goes, which a route used, or a listener.
+    for (before, refused, mending, expected) in [
+        (
+            [mail, users, orders],
+            "RouteConfiguration +outbound_http_80",
+            ("new", "http", 80),
+            ["Cluster +new.default:80", "Cluster -orders.default:80"],
+        ),
+        (
+            [users, orders, mail],
+            "Listener +outbound",
+            ("new", "tcp", 91),
+            ["Cluster +new.default:91", "Cluster -mail.default:90"],
+        ),
+    ] {
+        let mut client = Client::in_sync(&snapshot(&before), &["other.default:80"], &["outbound_http_80"]);
+        let after = snapshot(&before[..2]);
+        let response = client.session.poll(&after).unwrap();
+        assert_eq!(in_short(&response), refused);
+        client.nack(&response);
+        assert_eq!(client.session.poll(&after), None, "{refused}: the older one is in use");
+        let mended = snapshot(&[before[0], before[1], mending]);
+        assert_eq!(client.take_all(&mended), [expected[0], refused, expected[1]]);
+    }
+}
+
+#[test]
+fn a_refused_part_of_a_large_change_is_not_mended_by_the_next_part() {
+    let mut state = TypeState::default();
+    state.answered(owned(&["a", "b"]), false);
+    state.answered(owned(&["c"]), true);
+    assert_eq!(state.rejected.len(), 2);
+    state.answered(owned(&["a"]), true);
+    assert!(state.rejected.is_empty());
+}
+
+#[test]
 fn routes_go_only_after_the_listener_that_used_them() {
     let before = snapshot(&[("users", "http", 80)]);
     let mut client = Client::in_sync(&before, &["other.default:80"], &["outbound_http_80"]);
@@ -223,11 +270,7 @@ fn a_rejected_resource_is_not_sent_again_until_it_changes() {
     let mut client = Client::default();
     client.subscribe(CDS, &[]);
     let response = client.session.poll(&bad).unwrap();
-    client.send(DeltaDiscoveryRequest {
-        response_nonce: response.nonce.clone(),
-        error_detail: Some(rpc::Status { message: "no".into(), ..Default::default() }),
-        ..request(CDS)
-    });
+    client.nack(&response);
     assert_eq!(client.session.poll(&bad), None);
     assert_eq!(client.session.status().types[CDS].nack.as_ref().map(|nack| &*nack.reason), Some("no"));
     assert_eq!(client.take_all(&snapshot(&[("users", "grpc", 80)])), ["Cluster +users.default:80"]);

@@ -5,7 +5,8 @@
 //! - A request with the nonce of an older response is stale and ignored: the client will answer the newer one.
 //! - A client's first request of a type is answered even when there is nothing to say, so that it can finish
 //!   starting up. No names at first, or the name `*`, stand for everything.
-//! - Clusters are taken away only after the listeners and routes that used them (make before break).
+//! - Clusters are taken away only after the listeners and routes that used them (make before break), and not while the
+//!   client refuses the newest listeners or routes: it goes on with older ones.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -43,6 +44,8 @@ struct TypeState {
     nonce: Option<String>,
     /// Whether that response has not been answered yet.
     awaiting: bool,
+    /// Whether the client refused the newest response that it has answered, and so uses something older.
+    rejected: bool,
     /// Whether a response is due even if nothing changed.
     due: bool,
     /// What the newest response held.
@@ -60,9 +63,10 @@ impl TypeState {
         named.map(|(name, resource)| (name.clone(), Arc::clone(resource))).collect()
     }
 
-    /// Whether the client has taken in, or refused, all that there is.
+    /// Whether the client has taken in all that there is.
     fn is_settled(&self, available: Option<&Arc<TypeResources>>) -> bool {
-        !self.awaiting && !self.due && self.settled_version.as_ref() == available.map(|available| &available.version)
+        let is_known = self.settled_version.as_ref() == available.map(|available| &available.version);
+        !self.awaiting && !self.rejected && !self.due && is_known
     }
 }
 
@@ -83,6 +87,7 @@ impl Session for SotwSession {
         }
         if !request.response_nonce.is_empty() && state.awaiting {
             state.awaiting = false;
+            state.rejected = request.error_detail.is_some();
             let rejection = request.error_detail.as_ref().map(|error| error.message.as_str());
             self.status.answered(&request.type_url, rejection);
         }
@@ -156,7 +161,7 @@ impl SotwSession {
         })
     }
 
-    /// Whether the client has answered the newest listeners and routes, so that it no longer uses older clusters.
+    /// Whether the client has taken in the newest listeners and routes, so that it no longer uses older clusters.
     fn users_of_clusters_are_settled(&self, snapshot: &Snapshot) -> bool {
         [type_url::LISTENER, type_url::ROUTE].into_iter().all(|type_url| {
             self.types

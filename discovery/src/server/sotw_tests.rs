@@ -195,6 +195,29 @@ fn clusters_go_only_after_the_routes_that_used_them() {
 }
 
 #[test]
+fn clusters_stay_while_newer_users_of_them_are_refused() {
+    let (users, orders, mail) = (("users", "http", 80), ("orders", "http", 80), ("mail", "tcp", 90));
+    // The last one goes, which a route used, or a listener.
+    for (before, refused, mending) in
+        [([mail, users, orders], RDS, ("new", "http", 80)), ([users, orders, mail], LDS, ("new", "tcp", 91))]
+    {
+        let mut client = Client::in_sync(&snapshot(&before), &["other.default:80"], &["outbound_http_80"]);
+        let after = snapshot(&before[..2]);
+        let response = client.session.poll(&after).unwrap();
+        assert_eq!(response.type_url, refused);
+        client.request(refused, &response.nonce, Some("no"));
+        assert_eq!(client.session.poll(&after), None, "{refused}: the older ones are in use");
+        // Saying again what it wants is no ACK.
+        client.request(refused, &response.nonce, None);
+        assert_eq!(client.session.poll(&after), None, "{refused}");
+        let mended = snapshot(&[before[0], before[1], mending]);
+        assert_eq!(client.take_all(&mended), [CDS, refused, CDS]);
+        let gone = if refused == RDS { "orders.default:80" } else { "mail.default:90" };
+        assert!(!client.session.types[CDS].sent.contains_key(gone), "{refused}");
+    }
+}
+
+#[test]
 fn additions_do_not_wait_for_removals() {
     let before = snapshot(&[("orders", "http", 80)]);
     let after = snapshot(&[("users", "http", 80)]);
