@@ -8,6 +8,7 @@ use super::{
     body::Body,
     codec::{Incoming, h1::Upgrade},
     headers::{self, names::*},
+    mirror::mirror,
     observe::StreamEnd,
     redirect::rewrite_path,
     replay::Replay,
@@ -57,11 +58,19 @@ pub(super) async fn forward(
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head);
     let mut retry = RetryState::take(policy, &mut head);
+    let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
+    let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
+    let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
+    let counter = cluster.cluster.stats.retry_or_shadow_abandoned;
+    let mirrors = match virtual_host {
+        Some(host) if action.mirrors.is_empty() => &host.mirrors,
+        _ => &action.mirrors,
+    };
+    // What follows an upgrade is no request.
+    if !mirrors.is_empty() && head.extensions.get::<Upgrade>().is_none() {
+        mirror(mirrors, cx, &head, &mut body, timeouts.global, (limit, counter));
+    }
     if let Some(retry) = retry.as_mut().filter(|_| !matches!(body, Body::Empty)) {
-        let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
-        let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
-        let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
-        let counter = cluster.cluster.stats.retry_or_shadow_abandoned;
         retry.body = Some(Replay::new(std::mem::take(&mut body), limit, counter));
     }
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
@@ -327,18 +336,8 @@ impl Attempts<'_> {
 
     /// A copy of the head, where a failure after it was sent may be tried again.
     fn copy_for_retry(&self, head: &RequestHead) -> Option<RequestHead> {
-        let http1 = matches!(self.protocol(head), Wanted::Http1);
+        let http1 = matches!(protocol(self.cluster, head), Wanted::Http1);
         self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
-    }
-
-    fn protocol(&self, head: &RequestHead) -> Wanted<'_> {
-        match &self.cluster.cluster.config.protocol {
-            UpstreamProtocol::Http1 => Wanted::Http1,
-            UpstreamProtocol::Http2(options) => Wanted::Http2(options),
-            UpstreamProtocol::Downstream(options) if head.version == Version::HTTP_2 => Wanted::Http2(options),
-            UpstreamProtocol::Downstream(_) => Wanted::Http1,
-            UpstreamProtocol::Auto(options) => Wanted::Auto(options),
-        }
     }
 
     /// One attempt.
@@ -349,7 +348,7 @@ impl Attempts<'_> {
         body: Body,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let (source, high) = (self.cx.connection.source, self.action.high_priority);
-        let wanted = self.protocol(&head);
+        let wanted = protocol(self.cluster, &head);
         let connection = match host.acquire(self.cluster, wanted, source, high).await {
             Ok(connection) => connection,
             Err(error) => return Err(connect_failed(error, head, body)),
@@ -455,6 +454,17 @@ impl Attempts<'_> {
     }
 }
 
+/// What a cluster's hosts are spoken to.
+pub(super) fn protocol<'a>(cluster: &'a WorkerCluster, head: &RequestHead) -> Wanted<'a> {
+    match &cluster.cluster.config.protocol {
+        UpstreamProtocol::Http1 => Wanted::Http1,
+        UpstreamProtocol::Http2(options) => Wanted::Http2(options),
+        UpstreamProtocol::Downstream(options) if head.version == Version::HTTP_2 => Wanted::Http2(options),
+        UpstreamProtocol::Downstream(_) => Wanted::Http1,
+        UpstreamProtocol::Auto(options) => Wanted::Auto(options),
+    }
+}
+
 fn overloaded() -> LocalReply {
     let text = "upstream connect error or disconnect/reset before headers. reset reason: overflow";
     let details = "upstream_reset_before_response_started{overflow}";
@@ -505,7 +515,7 @@ fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {
 }
 
 /// Origin form and a `host` header.
-fn to_http1(head: &mut RequestHead) {
+pub(super) fn to_http1(head: &mut RequestHead) {
     if head.uri.authority().is_some() {
         if let Ok(host) = HeaderValue::from_str(authority(head)) {
             head.headers.insert(HOST, host);
@@ -516,7 +526,7 @@ fn to_http1(head: &mut RequestHead) {
 }
 
 /// A whole URI and no `host` header (RFC 9113, section 8.3.1).
-fn to_http2(head: &mut RequestHead) {
+pub(super) fn to_http2(head: &mut RequestHead) {
     if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
         let https = super::redirect::scheme(head) == "https";
         let mut parts = std::mem::take(&mut head.uri).into_parts();

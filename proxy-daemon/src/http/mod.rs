@@ -11,6 +11,7 @@ mod forward;
 pub(crate) mod headers;
 mod io;
 pub mod metadata;
+mod mirror;
 mod observe;
 mod redirect;
 mod replay;

@@ -281,6 +281,7 @@ pub async fn http_listener(
     edit: impl FnOnce(&mut ForwardAction),
 ) -> SocketAddr {
     let mut action = ForwardAction {
+        mirrors: Box::default(),
         upgrades: Box::default(),
         max_stream_duration: None,
         cluster: ClusterChoice::Cluster(cluster.into()),

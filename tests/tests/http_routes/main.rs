@@ -5,6 +5,7 @@ mod actions;
 mod harness;
 mod headers;
 mod matches;
+mod mirrors;
 mod retries;
 mod upgrades;
 mod upstream;
@@ -34,4 +35,9 @@ fn retries_are_envoys() -> Result<()> {
 #[test]
 fn upgrades_are_envoys() -> Result<()> {
     harness::compare(upgrades::cases())
+}
+
+#[test]
+fn mirrors_are_envoys() -> Result<()> {
+    harness::compare(mirrors::cases())
 }

@@ -92,6 +92,8 @@ pub struct VirtualHost {
     pub body_buffer_limit: Option<u64>,
     /// Further attempts carry `x-envoy-is-timeout-retry`.
     pub include_is_timeout_retry_header: bool,
+    /// Who gets a copy of requests, where their route does not say.
+    pub mirrors: Box<[MirrorPolicy]>,
     /// Upstream requests carry `x-envoy-attempt-count`.
     pub include_request_attempt_count: bool,
     /// Responses carry `x-envoy-attempt-count`.
@@ -343,6 +345,28 @@ pub struct ForwardAction {
     pub high_priority: bool,
     /// Which other protocols requests may ask for; those that are not named here are the connection manager's to allow.
     pub upgrades: Box<[UpgradeRule]>,
+    /// Who gets a copy of requests; empty: those of the virtual host.
+    pub mirrors: Box<[MirrorPolicy]>,
+}
+
+/// `RouteAction.RequestMirrorPolicy`
+#[derive(Debug)]
+pub struct MirrorPolicy {
+    /// Who gets a copy.
+    pub cluster: MirrorCluster,
+    /// Of only this share of the requests, by the stream's random number.
+    pub share: Option<RuntimeFraction>,
+    /// The copy's host ends in `-shadow`.
+    pub suffix: bool,
+}
+
+/// The cluster of a mirror policy.
+#[derive(Debug)]
+pub enum MirrorCluster {
+    /// `cluster`
+    Name(Box<str>),
+    /// `cluster_header`
+    Header(HeaderName),
 }
 
 /// `upgrade_configs`

@@ -17,6 +17,7 @@ mod http_connection_manager;
 mod layered_runtime;
 mod listener;
 pub(crate) mod matcher;
+mod mirror;
 mod retry;
 mod route;
 mod scoped_routes;

@@ -39,6 +39,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "response_headers_to_remove",
             "include_request_attempt_count",
             "include_attempt_count_in_response",
+            "request_mirror_policies",
             "include_is_timeout_retry_header",
             "per_request_buffer_limit_bytes",
             "request_body_buffer_limit",
@@ -117,10 +118,15 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "max_stream_duration",
             "retry_policy",
             "priority",
+            "request_mirror_policies",
             "upgrade_configs",
         ],
     ),
     ("envoy.config.route.v3.RouteAction.MaxStreamDuration", ALL),
+    (
+        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
+        &["cluster", "cluster_header", "runtime_fraction", "disable_shadow_host_suffix_append"],
+    ),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig", &["upgrade_type", "enabled"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
