@@ -222,7 +222,7 @@ impl<A: Apply> ConfigStore<A> {
     }
 
     fn drop_warming_cluster(&self, state: &mut State, warming: Warming) {
-        self.release(state, &warming.version.needs, warming.version.id);
+        state.release(&warming.version.needs, warming.version.id);
         warming.update.into_iter().for_each(|update| state.updates.part_done(update));
     }
 
@@ -269,7 +269,7 @@ impl<A: Apply> ConfigStore<A> {
         let endpoints = resolved.or_else(|| state.endpoints_of(&config));
         state.changes.push(ClusterChange::Upsert(config, endpoints));
         match before {
-            Some(before) => self.release(state, &before.needs, before.id),
+            Some(before) => state.release(&before.needs, before.id),
             None => {
                 state.clusters.active += 1;
                 state.cluster_is_decided(name);
@@ -289,7 +289,7 @@ impl<A: Apply> ConfigStore<A> {
         }
         if let Some(active) = entry.active {
             state.clusters.active -= 1;
-            self.release(state, &active.needs, active.id);
+            state.release(&active.needs, active.id);
             state.changes.push(ClusterChange::Remove(name));
         }
         self.0.stats.clusters.removed.inc();

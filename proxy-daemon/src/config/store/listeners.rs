@@ -249,7 +249,7 @@ impl<A: Apply> ConfigStore<A> {
             version.needs = needs;
             version.waiting += waiting;
         }
-        self.release(state, &gone, id);
+        state.release(&gone, id);
     }
 
     fn prepare(&self, state: &State, name: &Arc<str>) {
@@ -368,7 +368,7 @@ impl<A: Apply> ConfigStore<A> {
 
     fn drop_listener_version(&self, state: &mut State, version: ListenerVersion) {
         state.overriding -= usize::from(overrides(&version.config));
-        self.release(state, &version.needs, version.id);
+        state.release(&version.needs, version.id);
         version.update.into_iter().for_each(|update| state.updates.part_done(update));
     }
 

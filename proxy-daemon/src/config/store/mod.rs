@@ -15,7 +15,7 @@
 //!    it is parsed.
 //! 2. `kinds.rs`: `cluster_needs` or `listener_needs` says where a configuration names one (a
 //!    [`ResourceRef`](super::model::ResourceRef)). Subscribing, warming, timeouts, NACKs and answers follow from that.
-//! 3. `apply.rs`: how the data plane gets it, and forgets it; called from `deliver` and `release` in `named.rs`.
+//! 3. `apply.rs`: how the data plane gets it, and forgets it; called from `deliver` and `drop_unused` in `named.rs`.
 //! 4. `named.rs`: what is counted for it.
 //!
 //! Scopes, of SRDS, are one need for all of a source ([`scopes`]): they name route configurations, which are needs of the
@@ -301,6 +301,7 @@ impl<A: Apply> ConfigStore<A> {
                 break;
             }
         }
+        self.drop_unused(state);
         self.subscribe_clusters(state);
         self.subscribe_hosts(state);
         for watched in &mut state.watched {

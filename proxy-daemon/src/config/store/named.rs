@@ -12,11 +12,11 @@ use culvert_xds_client::{
 
 use super::{
     Apply, ConfigStore,
-    kinds::{Kind, Need, Value},
+    kinds::{Kind, Value},
     resources, secrets,
     state::{Due, State},
     updates::UpdateId,
-    watched::{Owner, User, VersionId},
+    watched::{Owner, User},
 };
 use crate::config::{
     FieldError,
@@ -228,22 +228,24 @@ impl<A: Apply> ConfigStore<A> {
         self.settle(state, kind, source, name);
     }
 
-    /// A version does not need these any more.
-    pub(super) fn release(&self, state: &mut State, needs: &[Need], version: VersionId) {
-        for Need { kind, wanted, .. } in state.release(needs, version) {
-            match kind {
-                Kind::Routes => {
-                    self.drop_held(state, &wanted.from.source, &wanted.name);
-                    self.drop_hosts(state, &wanted.from.source, &wanted.name);
-                    self.0.apply.remove_routes(&wanted.from.source, &wanted.name);
+    /// Forgets what nobody needs any more, and has the data plane forget it.
+    pub(super) fn drop_unused(&self, state: &mut State) {
+        for kind in Kind::ALL {
+            for (source, name) in state.watched[kind as usize].take_unused() {
+                match kind {
+                    Kind::Routes => {
+                        self.drop_held(state, &source, &name);
+                        self.drop_hosts(state, &source, &name);
+                        self.0.apply.remove_routes(&source, &name);
+                    }
+                    Kind::Scopes => {
+                        state.scopes.remove(&source);
+                        state.end_unnamed_routes(&source);
+                        self.0.apply.remove_scopes(&source);
+                    }
+                    Kind::Secrets => self.0.apply.remove_secret(&secrets::name(&source, &name)),
+                    Kind::Endpoints | Kind::Runtime | Kind::ExtensionConfigs => {}
                 }
-                Kind::Scopes => {
-                    state.scopes.remove(&wanted.from.source);
-                    state.end_unnamed_routes(&wanted.from.source);
-                    self.0.apply.remove_scopes(&wanted.from.source);
-                }
-                Kind::Secrets => self.0.apply.remove_secret(&secrets::name(&wanted.from.source, &wanted.name)),
-                Kind::Endpoints | Kind::Runtime | Kind::ExtensionConfigs => {}
             }
         }
     }

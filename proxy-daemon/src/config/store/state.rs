@@ -183,10 +183,9 @@ impl State {
         waiting
     }
 
-    /// A version does not need these any more; those that nobody needs now are forgotten, and returned.
-    pub(super) fn release<'a>(&mut self, needs: &'a [Need], version: VersionId) -> Vec<&'a Need> {
-        let gone = |need: &&Need| self.watched[need.kind as usize].release(&need.wanted, version);
-        needs.iter().filter(gone).collect()
+    /// A version does not need these any more. What nobody needs is forgotten when all of the change has been made.
+    pub(super) fn release(&mut self, needs: &[Need], version: VersionId) {
+        needs.iter().for_each(|need| self.watched[need.kind as usize].release(&need.wanted, version));
     }
 
     /// Something has to be done then.

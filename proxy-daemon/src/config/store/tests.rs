@@ -388,6 +388,7 @@ dynamic_resources:
 mod churn;
 mod clusters;
 mod demanded;
+mod driven;
 mod extensions;
 mod listeners;
 mod named;

@@ -79,6 +79,8 @@ type Names = BTreeMap<Arc<str>, Entry>;
 pub(in crate::config) struct Watched {
     kind: Kind,
     sources: BTreeMap<Arc<Source>, Names>,
+    /// What nobody needed any more at some time since [`take_unused`](Watched::take_unused).
+    let_go: Vec<(Arc<Source>, Arc<str>)>,
     /// Sources of which the names that are asked for have changed.
     changed: BTreeSet<Arc<Source>>,
 }
@@ -95,7 +97,7 @@ pub(super) enum Asked {
 
 impl Watched {
     pub(super) fn new(kind: Kind) -> Watched {
-        Watched { kind, sources: BTreeMap::new(), changed: BTreeSet::new() }
+        Watched { kind, sources: BTreeMap::new(), let_go: Vec::new(), changed: BTreeSet::new() }
     }
 
     pub(super) fn get(&self, source: &Source, name: &str) -> Option<&Entry> {
@@ -144,24 +146,39 @@ impl Watched {
         if entry.settled {
             asked = Asked::Settled;
         }
-        // Mostly there is one.
-        entry.users.reserve_exact(1);
+        if entry.users.is_empty() {
+            // Mostly there is one.
+            entry.users.reserve_exact(1);
+        }
         entry.users.push(User { owner, version, waits: !entry.settled && !optional });
         asked
     }
 
-    /// A version does not need the resource any more; `true` where nobody does.
-    pub(super) fn release(&mut self, wanted: &ResourceRef, version: VersionId) -> bool {
+    /// A version does not need the resource any more. It is kept until [`take_unused`](Self::take_unused), for what is taken
+    /// along with this may need it again, and a source that is asked for the same as before sends nothing.
+    pub(super) fn release(&mut self, wanted: &ResourceRef, version: VersionId) {
         let source = &wanted.from.source;
-        let Some(names) = self.sources.get_mut(source) else { return false };
-        let Some(entry) = names.get_mut(&wanted.name) else { return false };
+        let entry = self.sources.get_mut(source).and_then(|names| names.get_mut(&wanted.name));
+        let Some(entry) = entry else { return };
         entry.users.retain(|user| user.version != version);
-        if !entry.users.is_empty() {
-            return false;
+        if entry.users.is_empty() {
+            self.let_go.push((Arc::clone(source), Arc::clone(&wanted.name)));
         }
-        names.remove(&wanted.name);
-        self.changed.insert(Arc::clone(source));
-        true
+    }
+
+    /// Forgets what nobody needs any more: what that is.
+    pub(super) fn take_unused(&mut self) -> Vec<(Arc<Source>, Arc<str>)> {
+        let mut unused = std::mem::take(&mut self.let_go);
+        unused.retain(|(source, name)| {
+            let Some(names) = self.sources.get_mut(source) else { return false };
+            if names.get(name).is_none_or(|entry| !entry.users.is_empty()) {
+                return false;
+            }
+            names.remove(name);
+            self.changed.insert(Arc::clone(source));
+            true
+        });
+        unused
     }
 
     /// Tells the sources what is asked of them, where that has changed.

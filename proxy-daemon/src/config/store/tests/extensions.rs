@@ -5,10 +5,10 @@ use envoy_types::pb::envoy::config::core::v3::TypedExtensionConfig;
 use super::*;
 use crate::{config::model::INITIAL_FETCH_TIMEOUT, stats};
 
-const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
+pub(super) const ROUTER: &str = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router";
 const OVERRIDE: &str = "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override";
 
-fn router(name: &str, suppress: bool) -> Resource {
+pub(super) fn router(name: &str, suppress: bool) -> Resource {
     extension(name, &format!("{{ '@type': {ROUTER}, suppress_envoy_headers: {suppress} }}"))
 }
 
@@ -17,7 +17,7 @@ fn extension(name: &str, config: &str) -> Resource {
 }
 
 /// A listener whose one filter, by name, is discovered; `more` is added to its `ExtensionConfigSource`.
-fn listener_of(name: &str, filter: &str, type_url: &str, more: &str) -> Resource {
+pub(super) fn listener_of(name: &str, filter: &str, type_url: &str, more: &str) -> Resource {
     let discovery = format!("{{ config_source: {ADS}, type_urls: [{type_url}]{more} }}");
     let routes = "{ name: r, virtual_hosts: [{ name: v, domains: ['*'], routes: [{ match: { prefix: / }, \
                   direct_response: { status: 200 } }] }] }";

@@ -37,10 +37,10 @@ fn a_removed_listener_goes_and_its_routes_are_not_wanted_any_more() {
     store.update(update(RouteConfiguration::type_url(), vec![routes("web", "users")]));
     calls.take();
     let outcome = store.update(removal(Listener::type_url(), "in"));
-    assert_eq!(calls.take(), ["no routes web", "no listener in"]);
+    assert_eq!(calls.take(), ["no listener in", "no routes web"]);
     assert_eq!(names(&outcome, RouteConfiguration::type_url()), ["other"]);
     store.update(removal(Listener::type_url(), "never"));
-    assert_eq!(calls.take(), ["no routes other", "no listener never"]);
+    assert_eq!(calls.take(), ["no listener never", "no routes other"]);
     assert!(store.is_initialized(), "nobody waits");
 }
 
@@ -147,7 +147,7 @@ fn a_warming_listener_may_be_replaced_and_removed() {
     assert_eq!(calls.take(), ["no routes one"], "they are not wanted any more");
     let removed = store.update(removal(Listener::type_url(), "in"));
     assert_eq!(names(&removed, RouteConfiguration::type_url()), [""; 0]);
-    assert_eq!(calls.take(), ["no routes two", "no listener in"]);
+    assert_eq!(calls.take(), ["no listener in", "no routes two"]);
     store.later(Duration::from_secs(60));
     assert_eq!(calls.take(), [""; 0]);
 }

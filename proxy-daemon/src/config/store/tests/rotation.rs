@@ -174,7 +174,7 @@ fn a_watched_directory_takes_the_place_of_the_files_own() {
     assert_eq!(rotated(&store, &calls), ["secret bundle: validation_context"]);
     // The last user takes the watch along.
     store.update(removal(Cluster::type_url(), "up"));
-    assert_eq!(calls.take(), ["no secret bundle", "no cluster up"]);
+    assert_eq!(calls.take(), ["no cluster up", "no secret bundle"]);
     mounted.replace(&[("ca.crt", &old.pem)]);
     store.rotate();
     assert_eq!(calls.take(), [""; 0]);

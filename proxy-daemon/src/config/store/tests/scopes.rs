@@ -5,7 +5,7 @@ use envoy_types::pb::envoy::config::route::v3::ScopedRouteConfiguration;
 use super::*;
 use crate::on_demand::{self, Messages, OnDemand, Wait, Wanted};
 
-fn scope(name: &str, routes: &str, key: &str) -> Resource {
+pub(super) fn scope(name: &str, routes: &str, key: &str) -> Resource {
     let yaml = format!(
         "{{ name: {name}, route_configuration_name: '{routes}', key: {{ fragments: [{{ string_key: {key} }}] }} }}"
     );
@@ -16,7 +16,7 @@ fn scopes(added: Vec<Resource>) -> Update {
     update(ScopedRouteConfiguration::type_url(), added)
 }
 
-fn scoped_listener(name: &str) -> Resource {
+pub(super) fn scoped_listener(name: &str) -> Resource {
     let scoped = format!(
         "scoped_routes: {{ name: s, scope_key_builder: {{ fragments: [{{ header_value_extractor: {{ name: x, index: 0 }} \
          }}] }}, rds_config_source: {ADS}, scoped_rds: {{ scoped_rds_config_source: {ADS} }} }}"

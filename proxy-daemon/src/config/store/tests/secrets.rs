@@ -88,10 +88,10 @@ fn a_listener_warms_until_its_secrets_are_there_and_they_go_with_it() {
     assert_eq!(names(&lds, secret_url()), [""; 0], "nothing new is asked for");
     assert_eq!(calls.take(), ["listener second"]);
     let lds = store.update(removal(Listener::type_url(), "in"));
-    assert_eq!(calls.take(), ["no secret trusted", "no listener in"]);
+    assert_eq!(calls.take(), ["no listener in", "no secret trusted"]);
     assert_eq!(names(&lds, secret_url()), ["own"]);
     let lds = store.update(removal(Listener::type_url(), "second"));
-    assert_eq!(calls.take(), ["no secret own", "no listener second"]);
+    assert_eq!(calls.take(), ["no listener second", "no secret own"]);
     assert_eq!(lds.wanted.get(&secret_url()), Some(&Interest::None));
     assert_eq!(kept(&store), 0);
 }
@@ -182,7 +182,7 @@ fn a_cluster_warms_until_its_secrets_are_there() {
     let wrong = store.update(update(secret_url(), vec![certificate("trusted", &authority.issue(&[], &[]))]));
     assert_eq!(wrong.rejected()[0].message, "tls_certificate: a validation_context is wanted of this secret");
     let cds = store.update(removal(Cluster::type_url(), "up"));
-    assert_eq!(calls.take(), ["no secret client", "no secret trusted", "no cluster up"]);
+    assert_eq!(calls.take(), ["no cluster up", "no secret client", "no secret trusted"]);
     assert_eq!(cds.wanted.get(&secret_url()), Some(&Interest::None));
 }
 
