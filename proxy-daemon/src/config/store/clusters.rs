@@ -60,11 +60,22 @@ struct LookedUp {
 pub(in crate::config) struct Entry {
     /// Of the bootstrap: CDS neither replaces nor removes it.
     pub(in crate::config) is_static: bool,
+    /// Where it comes from: mostly one. The newest version of any of them is the one that counts, and it goes when none of
+    /// them has it any more.
+    sources: Vec<Arc<Source>>,
     pub(in crate::config) active: Option<ClusterVersion>,
     pub(in crate::config) warming: Option<Box<Warming>>,
 }
 
 impl Entry {
+    /// A source has it.
+    fn is_had_from(&mut self, source: &Arc<Source>) {
+        if !self.sources.contains(source) {
+            self.sources.reserve_exact(1);
+            self.sources.push(Arc::clone(source));
+        }
+    }
+
     /// What one of its versions needs.
     pub(super) fn needs_of(&self, id: VersionId) -> Option<&[Need]> {
         let all = self.active.iter().chain(self.warming.iter().map(|warming| &warming.version));
@@ -98,27 +109,28 @@ impl<A: Apply> ConfigStore<A> {
     /// Takes an update of CDS.
     pub(super) fn take_clusters(&self, state: &mut State, source: &Source, update: Update, id: UpdateId) {
         let on_demand = state.demanded.is_in(source, &update);
+        let source = &state.shared_source(source);
         let counts = &self.0.stats.clusters;
         let changes = || counts.added.value() + counts.modified.value() + counts.removed.value();
         let before = changes();
-        state.clusters.refused.begin(&update);
+        state.clusters.refused.begin(source, &update);
         let mut rejected = false;
         for resource in update.added {
-            if let Err(refused) = self.take_cluster(state, resource, id) {
+            if let Err(refused) = self.take_cluster(state, source, resource, id) {
                 let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
                 if !state.clusters.by_name.contains_key(resource.name.as_str()) {
                     state.cluster_is_decided(&resource.name.as_str().into());
                 }
-                state.clusters.refused.refuse(resource, error.to_string());
+                state.clusters.refused.refuse(source, resource, error.to_string());
             }
         }
         for name in update.removed {
-            self.remove_cluster(state, &name);
-            state.cluster_is_absent(&name);
+            self.remove_cluster(state, source, &name);
+            state.cluster_is_absent(source, &name);
         }
-        update.absent.iter().for_each(|name| state.cluster_is_absent(name));
+        update.absent.iter().for_each(|name| state.cluster_is_absent(source, name));
         if on_demand {
             state.demanded.answered(!rejected);
         }
@@ -133,6 +145,7 @@ impl<A: Apply> ConfigStore<A> {
     fn take_cluster(
         &self,
         state: &mut State,
+        source: &Arc<Source>,
         resource: Resource,
         id: UpdateId,
     ) -> Result<(), Box<(Resource, FieldError)>> {
@@ -147,7 +160,8 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(active) = &mut known.active
                 && resources::is_unchanged(&mut active.stored, &resource)
             {
-                state.clusters.refused.accept(name);
+                state.clusters.refused.accept(source, name);
+                known.is_had_from(source);
                 // What was to replace it is not wanted any more.
                 if let Some(warming) = known.warming.take() {
                     state.clusters.warming -= 1;
@@ -158,9 +172,10 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(warming) = &mut known.warming
                 && resources::is_unchanged(&mut warming.version.stored, &resource)
             {
-                state.clusters.refused.accept(name);
+                state.clusters.refused.accept(source, name);
                 // This update is in force no sooner than the one before.
                 let before = warming.update.replace(id);
+                known.is_had_from(source);
                 state.updates.wait(id);
                 before.into_iter().for_each(|before| state.updates.part_done(before));
                 return Ok(());
@@ -176,8 +191,12 @@ impl<A: Apply> ConfigStore<A> {
             Ok(config) => config,
             Err(error) => return Err(Box::new((resource, error))),
         };
-        state.clusters.refused.accept(name);
+        state.clusters.refused.accept(source, name);
+        let name = Arc::clone(&config.name);
         self.add_cluster(state, config, Some(resources::version(resource)), Some(id));
+        if let Some(entry) = state.clusters.by_name.get_mut(&name) {
+            entry.is_had_from(source);
+        }
         Ok(())
     }
 
@@ -278,8 +297,11 @@ impl<A: Apply> ConfigStore<A> {
         update.into_iter().for_each(|update| state.updates.part_done(update));
     }
 
-    fn remove_cluster(&self, state: &mut State, name: &str) {
-        if state.clusters.by_name.get(name).is_none_or(|entry| entry.is_static) {
+    /// A source does not have a cluster any more.
+    fn remove_cluster(&self, state: &mut State, source: &Source, name: &str) {
+        let Some(entry) = state.clusters.by_name.get_mut(name).filter(|entry| !entry.is_static) else { return };
+        entry.sources.retain(|known| **known != *source);
+        if !entry.sources.is_empty() {
             return;
         }
         let Some((name, entry)) = state.clusters.by_name.remove_entry(name) else { return };
@@ -297,6 +319,12 @@ impl<A: Apply> ConfigStore<A> {
 }
 
 impl State {
+    /// A source, where it is that of CDS as all others hold it.
+    fn shared_source(&self, source: &Source) -> Arc<Source> {
+        let cds = self.cds.from.as_ref().map(|from| &from.source);
+        cds.filter(|cds| ***cds == *source).map_or_else(|| Arc::new(source.clone()), Arc::clone)
+    }
+
     /// The endpoints of a cluster, where EDS has sent them.
     fn endpoints_of(&self, config: &ClusterConfig) -> Option<Arc<[LocalityEndpoints]>> {
         let Discovery::Eds { endpoints } = &config.discovery else { return None };

@@ -233,6 +233,9 @@ impl State {
             Wanted::Routes { .. } => return self.ask_for_routes(wanted, waiter),
         };
         let is_cluster = matches!(wanted, Wanted::Cluster { .. });
+        if is_cluster && self.is_refused(source, name) {
+            return self.demanded.over.push(waiter);
+        }
         let demanded = if is_cluster { &mut self.demanded } else { &mut self.vhds.demanded };
         let asked = if is_there { None } else { demanded.want(source, name) };
         let Some(is_new) = asked else { return demanded.over.push(waiter) };
@@ -243,6 +246,13 @@ impl State {
         }
         let demanded = if is_cluster { &mut self.demanded } else { &mut self.vhds.demanded };
         demanded.waiting.add(wanted, waiter);
+    }
+
+    /// What the server has under a name that is asked for already was refused: it would be waited for in vain.
+    fn is_refused(&self, source: &Source, name: &str) -> bool {
+        self.demanded.names.get(source).is_some_and(|names| names.contains(name))
+            && !self.clusters.by_name.contains_key(name)
+            && self.clusters.refused.contains(source, name)
     }
 
     fn nobody_waits(&mut self, wanted: &Wanted, now: Instant) {
@@ -269,11 +279,9 @@ impl State {
         }
     }
 
-    /// There is no cluster of this name.
-    pub(super) fn cluster_is_absent(&mut self, name: &str) {
-        for source in self.demanded.sources_of(name) {
-            self.demanded.lost(&Wanted::Cluster { source, name: name.into() });
-        }
+    /// A source has no cluster of this name.
+    pub(super) fn cluster_is_absent(&mut self, source: &Arc<Source>, name: &str) {
+        self.demanded.lost(&Wanted::Cluster { source: Arc::clone(source), name: name.into() });
     }
 
     /// Forgets what nobody has waited for for long enough.

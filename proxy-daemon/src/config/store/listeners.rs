@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use culvert_xds_client::ads::{Resource, Update};
+use culvert_xds_client::{
+    ads::{Resource, Update},
+    source::Source,
+};
 use envoy_types::pb::envoy::config::listener::v3::Listener as Message;
 use tokio::time::Instant;
 
@@ -117,18 +120,18 @@ impl Entry {
 
 impl<A: Apply> ConfigStore<A> {
     /// Takes an update of LDS. Removed ones go first, so that others may have their addresses, as in Envoy.
-    pub(super) fn take_listeners(&self, state: &mut State, update: Update, id: UpdateId) {
-        state.listeners.refused.begin(&update);
+    pub(super) fn take_listeners(&self, state: &mut State, source: &Source, update: Update, id: UpdateId) {
+        state.listeners.refused.begin(source, &update);
         for name in update.removed {
             self.remove_listener(state, &name);
         }
         let mut rejected = false;
         for resource in update.added {
-            if let Err(refused) = self.take_listener(state, resource, id) {
+            if let Err(refused) = self.take_listener(state, source, resource, id) {
                 let (resource, error) = *refused;
                 rejected = true;
                 state.updates.reject(id, &resource.name, error.to_string());
-                state.listeners.refused.refuse(resource, error.to_string());
+                state.listeners.refused.refuse(source, resource, error.to_string());
             }
         }
         self.0.stats.listeners.answered(!rejected);
@@ -137,6 +140,7 @@ impl<A: Apply> ConfigStore<A> {
     fn take_listener(
         &self,
         state: &mut State,
+        source: &Source,
         resource: Resource,
         id: UpdateId,
     ) -> Result<(), Box<(Resource, FieldError)>> {
@@ -152,7 +156,7 @@ impl<A: Apply> ConfigStore<A> {
             if let Some(newest) = newest
                 && resources::is_unchanged(&mut newest.stored, &resource)
             {
-                state.listeners.refused.accept(name);
+                state.listeners.refused.accept(source, name);
                 // One that could not be bound is not in force, and is said so again.
                 if let (Some(failure), Binding::Failed) = (&known.failure, newest.bound) {
                     state.updates.reject(id, &resource.name, failure.clone());
@@ -176,7 +180,7 @@ impl<A: Apply> ConfigStore<A> {
             Ok(listener) => listener,
             Err(error) => return Err(Box::new((resource, error))),
         };
-        state.listeners.refused.accept(name);
+        state.listeners.refused.accept(source, name);
         self.add_listener(state, listener, Some(resources::version(resource)), Some(id));
         Ok(())
     }

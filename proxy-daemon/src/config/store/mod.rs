@@ -406,7 +406,7 @@ impl<A: Apply> Sink for ConfigStore<A> {
                 self.take_clusters(state, source, update, id);
             } else if type_url == type_url::LISTENER && state.lds.is(source) {
                 (state.lds.answered, state.lds.settled) = (true, true);
-                self.take_listeners(state, update, id);
+                self.take_listeners(state, source, update, id);
             } else if type_url == type_url::VIRTUAL_HOST {
                 self.take_hosts(state, source, update, id);
             } else if let Some(kind) = Kind::of(&type_url) {

@@ -133,7 +133,7 @@ impl<A: Apply> ConfigStore<A> {
         let users = entry.users.clone();
         let source = Arc::new(source.clone());
         let mut set = state.scopes.remove(&source).unwrap_or_default();
-        set.refused.begin(&update);
+        set.refused.begin(&source, &update);
         let mut changed = false;
         for name in &update.removed {
             changed |= set.by_name.remove(name).is_some();
@@ -143,13 +143,13 @@ impl<A: Apply> ConfigStore<A> {
         let mut refuse = |set: &mut ScopeSet, state: &mut State, name: &str, attempt: Arc<Version>, details: String| {
             accepted = false;
             state.updates.reject(id, name, details.clone());
-            set.refused.insert(name.to_owned(), Arc::new(Failure { attempt, details }));
+            set.refused.insert(&source, name.to_owned(), Arc::new(Failure { attempt, details }));
         };
         for resource in update.added {
             let name = resource.name.clone();
             let known = set.by_name.get_mut(&name);
             if known.is_some_and(|known| resources::is_unchanged(&mut known.stored, &resource)) {
-                set.refused.accept(&name);
+                set.refused.accept(&source, &name);
                 continue;
             }
             let parsed = parse_scope(state, &resource);
@@ -160,7 +160,7 @@ impl<A: Apply> ConfigStore<A> {
             }
         }
         let count = new.len();
-        new.iter().for_each(|(name, _)| set.refused.accept(name));
+        new.iter().for_each(|(name, _)| set.refused.accept(&source, name));
         let conflicts = set.replace(new);
         changed |= conflicts.len() < count;
         for (name, entry, details) in conflicts {

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use culvert_xds_client::ads::type_url;
+use culvert_xds_client::{ads::type_url, source::Source};
 
 use super::{
     Apply, ConfigStore,
@@ -40,7 +40,9 @@ impl State {
             waits_for: entry.warming.iter().flat_map(|it| self.missing(&it.version.needs)).map(in_words).collect(),
             ..Resource::default()
         });
-        of_type(type_url::CLUSTER, known, self.clusters.refused.by_name())
+        // Whatever source has it, there is one of a name.
+        let refused = self.clusters.refused.entries().map(|(_, name, failure)| (None, name, failure));
+        of_type(type_url::CLUSTER, known.map(|it| (None, it)), refused)
     }
 
     fn listeners_now(&self) -> Type {
@@ -58,7 +60,8 @@ impl State {
                 ..Resource::default()
             }
         });
-        let mut all = of_type(type_url::LISTENER, known, self.listeners.refused.by_name());
+        let refused = self.listeners.refused.entries().map(|(_, name, failure)| (None, name, failure));
+        let mut all = of_type(type_url::LISTENER, known.map(|it| (None, it)), refused);
         for (name, version) in self.listeners.draining.versions() {
             let at = all.resources.binary_search_by(|resource| (*resource.name).cmp(name));
             let at = at.unwrap_or_else(|at| {
@@ -71,25 +74,23 @@ impl State {
     }
 
     fn scopes_now(&self) -> Type {
-        let (mut known, mut refused) = (Vec::new(), BTreeMap::new());
-        for set in self.scopes.values() {
-            refused.extend(set.refused.by_name().clone());
-            known.extend(set.by_name.iter().map(|(name, entry)| Resource {
-                name: name.clone(),
-                active: entry.stored.clone(),
-                ..Resource::default()
-            }));
-        }
-        of_type(type_url::SCOPED_ROUTES, known.into_iter(), &refused)
+        let known = self.scopes.iter().flat_map(|(source, set)| {
+            set.by_name.iter().map(move |(name, entry)| {
+                let active = entry.stored.clone();
+                (Some(source), Resource { name: name.clone(), active, ..Resource::default() })
+            })
+        });
+        let refused = self.scopes.values().flat_map(|set| set.refused.entries());
+        of_type(type_url::SCOPED_ROUTES, known, refused.map(|(source, name, failure)| (Some(source), name, failure)))
     }
 
     fn hosts_now(&self) -> Type {
-        let known = self.vhds.entries().map(|(name, stored)| Resource {
-            name: name.clone(),
-            active: Some(Arc::clone(stored)),
-            ..Resource::default()
+        let known = self.vhds.entries().map(|(source, name, stored)| {
+            let active = Some(Arc::clone(stored));
+            (Some(source), Resource { name: name.clone(), active, ..Resource::default() })
         });
-        of_type(type_url::VIRTUAL_HOST, known, self.vhds.refused.by_name())
+        let refused = self.vhds.refused.entries().map(|(source, name, failure)| (Some(source), name, failure));
+        of_type(type_url::VIRTUAL_HOST, known, refused)
     }
 
     fn named_now(&self, kind: Kind) -> Type {
@@ -100,7 +101,7 @@ impl State {
             let held = self.held.iter().find_map(|held| Some((held.version_of(source, name)?, held.waits_for())));
             let (warming, waits_for) = held.filter(|_| kind == Kind::Routes).unzip();
             let missing = if entry.settled { Missing::DoesNotExist } else { Missing::Requested };
-            Resource {
+            let resource = Resource {
                 name: name.to_string(),
                 active: match &entry.stored {
                     Some(stored) if kind == Kind::Routes => Some(self.vhds.merged_version(source, name, stored)),
@@ -111,9 +112,10 @@ impl State {
                 warming,
                 waits_for: waits_for.unwrap_or_default(),
                 ..Resource::default()
-            }
+            };
+            (Some(source), resource)
         });
-        of_type(kind.type_url(), known, &BTreeMap::new())
+        of_type(kind.type_url(), known, std::iter::empty())
     }
 
     fn unready(&self, name: &Arc<str>) -> Option<Unready> {
@@ -162,11 +164,16 @@ fn in_words(need: &Need) -> String {
     format!("{} {:?}", need.kind.noun(), need.wanted.name)
 }
 
-/// `refused`: by name; some of them may have no other version.
-fn of_type(type_url: &str, known: impl Iterator<Item = Resource>, refused: &BTreeMap<String, Arc<Failure>>) -> Type {
-    let mut resources: BTreeMap<String, Resource> = known.map(|resource| (resource.name.clone(), resource)).collect();
-    for (name, failure) in refused {
-        let resource = resources.entry(name.clone()).or_default();
+/// Resources by name, and those of one name by where they come from. `refused`: some of them may have no other version.
+fn of_type<'a>(
+    type_url: &str,
+    known: impl Iterator<Item = (Option<&'a Arc<Source>>, Resource)>,
+    refused: impl Iterator<Item = (Option<&'a Arc<Source>>, &'a String, &'a Arc<Failure>)>,
+) -> Type {
+    let mut resources: BTreeMap<(String, Option<&Arc<Source>>), Resource> =
+        known.map(|(source, resource)| ((resource.name.clone(), source), resource)).collect();
+    for (source, name, failure) in refused {
+        let resource = resources.entry((name.clone(), source)).or_default();
         resource.name.clone_from(name);
         resource.failure = Some(Arc::clone(failure));
     }

@@ -62,6 +62,10 @@ async fn requests_wait_for_a_cluster_until_it_can_be_used() {
     assert!(!is_over(&mut again));
     store.update(update(Cluster::type_url(), vec![resource::<Cluster>("a", "{ name: a, connect_timeout: 0s }")]));
     assert!(is_over(&mut again), "it was refused");
+    assert!(is_over(&mut store.ask(&mut requests, "a")), "what the server has was refused: not waited for");
+    let mended = store.update(update(Cluster::type_url(), vec![cluster("a")]));
+    assert_eq!(mended.rejected(), []);
+    assert!(calls.take().iter().any(|line| line == "cluster a"));
 }
 
 #[tokio::test]
@@ -108,4 +112,31 @@ async fn the_names_together_fit_into_a_request_that_any_server_takes() {
     let Some(Interest::WildcardAnd(names)) = store.wanted().remove(&Cluster::type_url()) else { panic!("names") };
     assert_eq!(names.len(), MAX_BYTES / MAX_NAME);
     assert!(!names.contains(&long(0)) && names.contains(&long(1)), "the oldest has gone");
+}
+
+#[test]
+fn sources_of_clusters_are_kept_apart() {
+    use culvert_xds_client::source::FileSource;
+    let (store, calls) = running();
+    let other = Source::File(FileSource { path: "/other".into(), watched_directory: None });
+    let mut requests = on_demand::channel();
+    let wanted = Wanted::Cluster { source: Arc::new(other.clone()), name: "a".into() };
+    let _wait = requests.0.ask(wanted).expect("there is room");
+    store.heed(&mut requests.1);
+    let bad = resource::<Cluster>("bad", "{ name: bad, connect_timeout: 0s }");
+    assert_eq!(store.update(update(Cluster::type_url(), vec![bad, cluster("of-cds")])).rejected().len(), 1);
+    let failed = || store.snapshot().of(&Cluster::type_url()).iter().any(|it| it.name == "bad" && it.failure.is_some());
+    assert!(failed());
+    store.update_from(&other, Update { complete: true, ..update(Cluster::type_url(), vec![cluster("a")]) });
+    assert!(failed(), "the answer of another source says nothing of it");
+    calls.take();
+
+    store.update_from(&other, removal(Cluster::type_url(), "of-cds"));
+    assert_eq!(calls.take(), [""; 0], "it is not that one's");
+    // Both have it: it goes with the last.
+    store.update(update(Cluster::type_url(), vec![cluster("a")]));
+    store.update_from(&other, removal(Cluster::type_url(), "a"));
+    assert_eq!(calls.take(), [""; 0]);
+    store.update(removal(Cluster::type_url(), "a"));
+    assert_eq!(calls.take(), ["no cluster a"]);
 }

@@ -157,6 +157,13 @@ fn sources_are_kept_apart() {
     assert_eq!(calls.take(), ["cluster b with 2"]);
     store.update_from(&file("/one"), update(type_url(), vec![assignment("shared", &[1])]));
     assert_eq!(calls.take(), ["cluster a with 1"]);
+    let shown = store.snapshot();
+    let shown = shown.of(&type_url()).iter().map(|it| it.active.as_ref().expect("it is in force").body.clone());
+    assert_eq!(
+        shown.collect::<Vec<_>>(),
+        [assignment("shared", &[1]).body, assignment("shared", &[1, 2]).body],
+        "both are shown"
+    );
     store.later(Duration::from_secs(3600));
     assert_eq!(calls.take(), [""; 0]);
 }

@@ -8,9 +8,13 @@ use super::*;
 use crate::on_demand::{self, Messages, OnDemand, Wait, Wanted};
 
 fn routes_with_vhds(domain: &str) -> Resource {
+    routes_named("web", domain)
+}
+
+fn routes_named(name: &str, domain: &str) -> Resource {
     let host = format!("{{ name: own, domains: ['{domain}'] }}");
-    let yaml = format!("{{ name: web, virtual_hosts: [{host}], vhds: {{ config_source: {ADS} }} }}");
-    resource::<RouteConfiguration>("web", &yaml)
+    let yaml = format!("{{ name: {name}, virtual_hosts: [{host}], vhds: {{ config_source: {ADS} }} }}");
+    resource::<RouteConfiguration>(name, &yaml)
 }
 
 fn host(name: &str, domain: &str) -> Resource {
@@ -54,7 +58,7 @@ fn a_listener_waits_for_the_first_virtual_hosts() {
     let shown = RouteConfiguration::decode(&*shown.body.value).expect("a route configuration");
     let named: Vec<_> = shown.virtual_hosts.iter().map(|host| host.name.as_str()).collect();
     assert_eq!((named, shown.vhds.is_some()), (vec!["own", "a"], true));
-    // Those of no route configuration are passed over.
+    // Those of no route configuration change nothing.
     let mut other = host("b", "b.test");
     other.name = "other/b".to_owned();
     assert!(store.update(hosts(vec![other])).rejected().is_empty());
@@ -84,6 +88,57 @@ fn a_domain_belongs_to_one_virtual_host() {
     // A newer version of its own is no duplicate.
     let newer = host("b", "b.test, x.test");
     assert!(store.update(hosts(vec![newer])).rejected().is_empty());
+}
+
+/// The virtual hosts that a route configuration is shown with.
+fn shown(store: &Fixture, routes: &str) -> Vec<String> {
+    let shown = store.snapshot();
+    let shown = shown.of(&RouteConfiguration::type_url()).iter().find(|it| it.name == routes).expect("it is known");
+    let shown = shown.active.as_ref().expect("it is in force");
+    let shown = RouteConfiguration::decode(&*shown.body.value).expect("a route configuration");
+    shown.virtual_hosts.into_iter().map(|host| host.name).collect()
+}
+
+#[test]
+fn virtual_hosts_may_come_before_their_routes() {
+    let (store, calls) = with_routes();
+    let early = |domain: &str| Resource { name: "other/b".to_owned(), ..host("b", domain) };
+    let gone = Resource { name: "other/gone".to_owned(), ..host("gone", "gone.test") };
+    store.update(hosts(vec![host("a", "a.test"), early("b.test"), gone]));
+    store.update(removal(VirtualHost::type_url(), "other/gone"));
+    calls.take();
+    // The server does not send them again, however often their listener comes and goes.
+    for _ in 0..2 {
+        store.update(update(Listener::type_url(), vec![listener("second", "other")]));
+        store.update(update(RouteConfiguration::type_url(), vec![routes_named("other", "second.test")]));
+        assert_eq!(calls.take(), ["routes other", "listener second"], "the source has answered before");
+        assert_eq!(shown(&store, "other"), ["own", "b"]);
+        store.update(hosts(vec![early("b.test, c.test")]));
+        assert_eq!(calls.take(), ["routes other"]);
+        store.update(removal(Listener::type_url(), "second"));
+        calls.take();
+    }
+    // Nor where what they are beside has none for a while.
+    store.update(update(RouteConfiguration::type_url(), vec![routes("web", "nobody")]));
+    let told = store.wanted();
+    store.update(update(RouteConfiguration::type_url(), vec![routes_with_vhds("own.test")]));
+    // That source was not asked any more, and sends everything anew.
+    assert_eq!(told, BTreeMap::new());
+    assert_eq!(shown(&store, "web"), ["own"]);
+}
+
+#[test]
+fn a_virtual_host_that_is_mended_is_not_shown_as_refused() {
+    let (store, _) = with_routes();
+    let failed = || store.snapshot().of(&VirtualHost::type_url()).iter().filter(|it| it.failure.is_some()).count();
+    assert_eq!(store.update(hosts(vec![host("a", "own.test")])).rejected().len(), 1);
+    assert_eq!(failed(), 1);
+    assert_eq!(store.update(hosts(vec![host("a", "a.test")])).rejected(), []);
+    assert_eq!(failed(), 0);
+    // Nor is one whose route configuration has gone.
+    assert_eq!(store.update(hosts(vec![host("b", "own.test")])).rejected().len(), 1);
+    store.update(removal(Listener::type_url(), "in"));
+    assert!(store.snapshot().of(&VirtualHost::type_url()).is_empty());
 }
 
 #[tokio::test]
