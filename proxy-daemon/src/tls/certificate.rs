@@ -84,11 +84,12 @@ pub fn trusted_ca(pem: &Material) -> Result<TrustedCa, String> {
     let certificates =
         certificates(pem).ok_or_else(|| format!("Failed to load trusted CA certificates from {}", pem.origin))?;
     // What chains are verified by reads less than what names are read by: a context could not be built of the rest.
-    for certificate in &certificates {
-        webpki::anchor_from_trusted_cert(certificate)
-            .map_err(|error| format!("Failed to load trusted CA certificates from {}: {error}", pem.origin))?;
-    }
-    Ok(TrustedCa { path: pem.origin.clone(), certificates })
+    let anchor = |certificate| match webpki::anchor_from_trusted_cert(certificate) {
+        Ok(anchor) => Ok(anchor.to_owned()),
+        Err(error) => Err(format!("Failed to load trusted CA certificates from {}: {error}", pem.origin)),
+    };
+    let anchors = certificates.iter().map(anchor).collect::<Result<_, _>>()?;
+    Ok(TrustedCa { path: pem.origin.clone(), certificates, anchors })
 }
 
 /// One certificate as Envoy's `CertificateDetails` shows it.

@@ -17,7 +17,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
     certificate::{self, SocketCertificates},
-    secrets::{Needed, SecretUser, Secrets},
+    secrets::{Needed, SecretUser, Secrets, Subscribed},
     stats::SslStats,
     verify::{Peer, PeerVerifier},
 };
@@ -53,6 +53,7 @@ impl AlpnFallback {
 pub struct ClientTls {
     config: Arc<UpstreamTlsContext>,
     secrets: Arc<Secrets>,
+    _subscribed: Subscribed,
     stats: Arc<SslStats>,
     /// Empty for as long as a secret is missing.
     current: ArcSwapOption<Context>,
@@ -75,9 +76,10 @@ impl ClientTls {
     /// the library does not take makes no connections.
     pub fn new(config: Arc<UpstreamTlsContext>, owner: &Scope, secrets: &Arc<Secrets>) -> Arc<ClientTls> {
         let stats = Arc::new(SslStats::new(owner, "client_ssl_socket_factory"));
-        let tls = Arc::new(ClientTls { config, secrets: Arc::clone(secrets), stats, current: ArcSwapOption::empty() });
-        let user: Weak<dyn SecretUser> = Arc::downgrade(&tls) as Weak<dyn SecretUser>;
-        secrets.subscribe(tls.config.common.secrets(), &user);
+        let tls = Arc::new_cyclic(|tls: &Weak<ClientTls>| {
+            let _subscribed = secrets.subscribe(config.common.secrets(), Weak::clone(tls) as Weak<dyn SecretUser>);
+            ClientTls { config, secrets: Arc::clone(secrets), _subscribed, stats, current: ArcSwapOption::empty() }
+        });
         if let Err(error) = tls.build() {
             tracing::error!(owner = owner.name(), %error, "the TLS context cannot be used");
         }
@@ -147,9 +149,13 @@ impl ClientTls {
 }
 
 impl SecretUser for ClientTls {
-    fn secret_changed(&self) {
+    fn is_built(&self) -> bool {
+        self.current.load().is_some()
+    }
+
+    fn secrets_changed(&self, times: u64) {
         match self.build() {
-            Ok(true) => self.stats.ssl_context_update_by_sds.inc(),
+            Ok(true) => self.stats.ssl_context_update_by_sds.add(times),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "a changed secret cannot be used; the context before stays"),
         }
@@ -160,7 +166,7 @@ fn build(config: &UpstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> 
     let common = &config.common;
     let provider = super::restricted(&common.params);
     let peer = Peer::Server { by_name: config.auto_sni_san_validation };
-    let verifier = PeerVerifier::new(peer, needed.validation.clone(), Arc::clone(&provider), Arc::clone(stats))?;
+    let verifier = PeerVerifier::new(peer, needed.validation.clone(), Arc::clone(&provider), Arc::clone(stats));
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&super::versions(&common.params))
         .map_err(|error| error.to_string())?

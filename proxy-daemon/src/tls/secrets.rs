@@ -1,7 +1,7 @@
 //! Secrets by name, and who uses them.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, Weak},
 };
 
@@ -12,24 +12,41 @@ use crate::config::model::{
 
 /// Uses secrets, and wants to be told when one changes.
 pub trait SecretUser: Send + Sync {
-    /// A secret that it subscribed to was set. Called on the control thread.
-    fn secret_changed(&self);
+    /// Whether it has had all its secrets once. Until then it is told at once.
+    fn is_built(&self) -> bool;
+    /// Secrets that it subscribed to were set, so many times. Called on the control threads.
+    fn secrets_changed(&self, times: u64);
 }
 
 /// The secrets of the process: those of the bootstrap, and those that have been discovered. Changed by the control
-/// thread alone; what workers read are the contexts that are built of them.
+/// threads alone; what workers read are the contexts that are built of them.
 #[derive(Default)]
-pub struct Secrets(Mutex<HashMap<SecretName, Entry>>);
+pub struct Secrets {
+    known: Mutex<Known>,
+    /// Held while users are told.
+    telling: Mutex<()>,
+}
+
+#[derive(Default)]
+struct Known {
+    entries: HashMap<SecretName, Entry>,
+    /// Who is to be told, and how often something of theirs was set.
+    changed: BTreeMap<UserId, (Weak<dyn SecretUser>, u64)>,
+    next_user: UserId,
+}
+
+/// Never used twice.
+type UserId = u64;
 
 #[derive(Default)]
 struct Entry {
     secret: Option<Secret>,
-    users: Vec<Weak<dyn SecretUser>>,
+    users: BTreeMap<UserId, Weak<dyn SecretUser>>,
 }
 
 impl std::fmt::Debug for Secrets {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_set().entries(self.lock().keys()).finish()
+        f.debug_set().entries(self.lock().entries.keys()).finish()
     }
 }
 
@@ -39,53 +56,110 @@ pub(super) struct Needed {
     pub(super) validation: Option<Arc<CertificateValidationContext>>,
 }
 
+/// Has a user told of its secrets until this is dropped.
+pub(super) struct Subscribed {
+    secrets: Arc<Secrets>,
+    user: UserId,
+    names: Vec<SecretName>,
+}
+
+impl Drop for Subscribed {
+    // By a worker, where a connection outlives its listener or cluster, and not on a request's way.
+    fn drop(&mut self) {
+        let mut known = self.secrets.lock();
+        known.changed.remove(&self.user);
+        for name in &self.names {
+            let Some(entry) = known.entries.get_mut(name) else { continue };
+            entry.users.remove(&self.user);
+            if entry.users.is_empty() && entry.secret.is_none() {
+                known.entries.remove(name);
+            }
+        }
+    }
+}
+
 impl Secrets {
-    fn lock(&self) -> MutexGuard<'_, HashMap<SecretName, Entry>> {
-        // Every change is a single insertion: a panic leaves nothing half done.
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // Every change is a single insertion or removal: a panic leaves nothing half done.
+        self.known.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Sets a secret: handshakes that begin from now on use it.
+    /// Sets a secret and tells its users: handshakes that begin from now on use it.
     pub fn set(&self, name: SecretName, secret: Secret) {
-        let users = {
-            let mut entries = self.lock();
-            let entry = entries.entry(name).or_default();
+        self.put(name, secret);
+        self.tell();
+    }
+
+    /// Sets a secret. Users that wait for one are told at once, others by [`tell`](Self::tell): it takes long where there are
+    /// many.
+    pub fn put(&self, name: SecretName, secret: Secret) {
+        let users: Vec<_> = {
+            let mut known = self.lock();
+            let entry = known.entries.entry(name).or_default();
             entry.secret = Some(secret);
-            entry.users.retain(|user| user.strong_count() > 0);
-            entry.users.clone()
+            entry.users.iter().map(|(id, user)| (*id, Weak::clone(user))).collect()
         };
-        users.iter().filter_map(Weak::upgrade).for_each(|user| user.secret_changed());
+        for (id, weak) in users {
+            // Not under the lock: this may be the last who has it, and its subscription ends with it.
+            let Some(user) = weak.upgrade() else { continue };
+            match user.is_built() {
+                true => self.lock().changed.entry(id).or_insert((weak, 0)).1 += 1,
+                false => user.secrets_changed(1),
+            }
+        }
+    }
+
+    /// Tells those whose secrets were [`put`](Self::put), each once. When this returns, all of them know.
+    pub fn tell(&self) {
+        let _telling = self.telling.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let changed = std::mem::take(&mut self.lock().changed);
+        for (user, times) in changed.into_values() {
+            if let Some(user) = user.upgrade() {
+                user.secrets_changed(times);
+            }
+        }
     }
 
     /// Forgets a secret. Contexts that were built of it stay as they are.
     pub fn remove(&self, name: &SecretName) {
-        let mut entries = self.lock();
-        if let Some(entry) = entries.get_mut(name) {
+        let mut known = self.lock();
+        if let Some(entry) = known.entries.get_mut(name) {
             entry.secret = None;
-            entry.users.retain(|user| user.strong_count() > 0);
             if entry.users.is_empty() {
-                entries.remove(name);
+                known.entries.remove(name);
             }
         }
     }
 
     /// The secret of this name, where it has arrived.
     pub fn get(&self, name: &SecretName) -> Option<Secret> {
-        self.lock().get(name).and_then(|entry| entry.secret.clone())
+        self.lock().entries.get(name).and_then(|entry| entry.secret.clone())
     }
 
-    /// Has `user` told of changes of these secrets for as long as it lives.
+    /// How many names are known: of secrets that are there, and of those that somebody waits for.
+    pub fn len(&self) -> usize {
+        self.lock().entries.len()
+    }
+
+    /// Whether no name is known.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Has `user` told of changes of these secrets.
     pub(super) fn subscribe<'a>(
-        &self,
+        self: &Arc<Secrets>,
         secrets: impl Iterator<Item = (SecretType, &'a SecretRef)>,
-        user: &Weak<dyn SecretUser>,
-    ) {
-        let mut entries = self.lock();
-        for (_, secret) in secrets {
-            let entry = entries.entry(secret.name()).or_default();
-            entry.users.retain(|user| user.strong_count() > 0);
-            entry.users.push(Weak::clone(user));
+        user: Weak<dyn SecretUser>,
+    ) -> Subscribed {
+        let names: Vec<_> = secrets.map(|(_, secret)| secret.name()).collect();
+        let mut known = self.lock();
+        let id = known.next_user;
+        known.next_user += 1;
+        for name in &names {
+            known.entries.entry(name.clone()).or_default().users.insert(id, Weak::clone(&user));
         }
+        Subscribed { secrets: Arc::clone(self), user: id, names }
     }
 
     /// The keys of session tickets; `None` where they are missing, or the secret is something else.
@@ -120,3 +194,7 @@ impl Secrets {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "secrets_tests.rs"]
+mod tests;

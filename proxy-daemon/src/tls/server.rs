@@ -18,7 +18,7 @@ use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, server::TlsStream};
 use super::{
     certificate::{self, SocketCertificates},
     peer::TlsInfo,
-    secrets::{Needed, SecretUser, Secrets},
+    secrets::{Needed, SecretUser, Secrets, Subscribed},
     stats::SslStats,
     tickets::{self, AgingSessions, AgingTickets, KeyedTickets},
     verify::{Peer, PeerVerifier, covers},
@@ -29,6 +29,7 @@ use crate::config::model::{DownstreamTlsContext, SessionTicketKeys, SessionTicke
 pub struct ServerTls {
     config: Arc<DownstreamTlsContext>,
     secrets: Arc<Secrets>,
+    _subscribed: Subscribed,
     stats: Arc<SslStats>,
     /// Empty for as long as a secret is missing.
     current: ArcSwapOption<Context>,
@@ -56,9 +57,10 @@ impl ServerTls {
         stats: Arc<SslStats>,
         secrets: &Arc<Secrets>,
     ) -> Result<Arc<ServerTls>, String> {
-        let tls = Arc::new(ServerTls { config, secrets: Arc::clone(secrets), stats, current: ArcSwapOption::empty() });
-        let user: Weak<dyn SecretUser> = Arc::downgrade(&tls) as Weak<dyn SecretUser>;
-        secrets.subscribe(tls.config.secrets(), &user);
+        let tls = Arc::new_cyclic(|tls: &Weak<ServerTls>| {
+            let _subscribed = secrets.subscribe(config.secrets(), Weak::clone(tls) as Weak<dyn SecretUser>);
+            ServerTls { config, secrets: Arc::clone(secrets), _subscribed, stats, current: ArcSwapOption::empty() }
+        });
         tls.build()?;
         Ok(tls)
     }
@@ -125,9 +127,13 @@ impl Context {
 }
 
 impl SecretUser for ServerTls {
-    fn secret_changed(&self) {
+    fn is_built(&self) -> bool {
+        self.current.load().is_some()
+    }
+
+    fn secrets_changed(&self, times: u64) {
         match self.build() {
-            Ok(true) => self.stats.ssl_context_update_by_sds.inc(),
+            Ok(true) => self.stats.ssl_context_update_by_sds.add(times),
             Ok(false) => {}
             Err(error) => tracing::error!(%error, "a changed secret cannot be used; the context before stays"),
         }
@@ -148,7 +154,7 @@ fn build(
     let required = config.require_client_certificate;
     let verifier = if required || needed.validation.is_some() {
         let peer = Peer::Client { required };
-        Arc::new(PeerVerifier::new(peer, needed.validation.clone(), provider, Arc::clone(stats))?)
+        Arc::new(PeerVerifier::new(peer, needed.validation.clone(), provider, Arc::clone(stats)))
     } else {
         WebPkiClientVerifier::no_client_auth()
     };

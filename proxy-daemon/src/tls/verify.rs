@@ -6,7 +6,7 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime},
+    pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use webpki::{EndEntityCert, KeyUsage};
@@ -40,7 +40,6 @@ pub(super) enum Peer {
 pub(super) struct PeerVerifier {
     peer: Peer,
     context: Option<Arc<CertificateValidationContext>>,
-    anchors: Vec<TrustAnchor<'static>>,
     subjects: Vec<DistinguishedName>,
     provider: Arc<CryptoProvider>,
     stats: Arc<SslStats>,
@@ -64,27 +63,19 @@ impl Mismatch {
 }
 
 impl PeerVerifier {
-    /// # Errors
-    /// A trusted certificate that cannot be one.
     pub(super) fn new(
         peer: Peer,
         context: Option<Arc<CertificateValidationContext>>,
         provider: Arc<CryptoProvider>,
         stats: Arc<SslStats>,
-    ) -> Result<PeerVerifier, String> {
-        let mut anchors = Vec::new();
-        let mut subjects = Vec::new();
-        let ca = context.as_ref().and_then(|context| context.trusted_ca.as_ref());
-        for certificate in ca.iter().flat_map(|ca| &ca.certificates) {
-            let anchor = webpki::anchor_from_trusted_cert(certificate)
-                .map_err(|error| format!("Failed to load trusted CA certificates: {error}"))?;
-            subjects.push(DistinguishedName::in_sequence(&anchor.subject));
-            anchors.push(anchor.to_owned());
-        }
-        if matches!(peer, Peer::Server { .. }) || context.as_ref().is_some_and(|it| it.suppress_client_ca_list) {
-            subjects.clear();
-        }
-        Ok(PeerVerifier { peer, context, anchors, subjects, provider, stats })
+    ) -> PeerVerifier {
+        // Clients alone are told whom we trust.
+        let tells = matches!(peer, Peer::Client { .. });
+        let trusted =
+            context.iter().filter(|it| tells && !it.suppress_client_ca_list).filter_map(|it| it.trusted_ca.as_ref());
+        let subjects = trusted.flat_map(|ca| &ca.anchors).map(|anchor| DistinguishedName::in_sequence(&anchor.subject));
+        let subjects = subjects.collect();
+        PeerVerifier { peer, context, subjects, provider, stats }
     }
 
     fn judge(
@@ -159,9 +150,8 @@ impl PeerVerifier {
         };
         let algorithms = self.provider.signature_verification_algorithms.all;
         let leaf = EndEntityCert::try_from(end_entity).map_err(chain_error)?;
-        leaf.verify_for_usage(algorithms, &self.anchors, intermediates, now, usage, None, None)
-            .map(drop)
-            .map_err(chain_error)
+        let anchors = context.trusted_ca.as_ref().map_or(&[][..], |ca| &ca.anchors);
+        leaf.verify_for_usage(algorithms, anchors, intermediates, now, usage, None, None).map(drop).map_err(chain_error)
     }
 
     /// What is left to check of a certificate that is trusted by itself: its time, and what it is for.

@@ -28,7 +28,7 @@ fn named(san_type: SanType, pattern: StringPattern) -> Arc<SubjectAltNameMatcher
 
 fn verifier(peer: Peer, context: Option<CertificateValidationContext>) -> PeerVerifier {
     let stats = Arc::new(SslStats::new(&Scope::new("verify_tests"), "factory"));
-    PeerVerifier::new(peer, context.map(Arc::new), Arc::clone(tls::provider()), stats).unwrap()
+    PeerVerifier::new(peer, context.map(Arc::new), Arc::clone(tls::provider()), stats)
 }
 
 fn der(issued: &Issued) -> CertificateDer<'static> {

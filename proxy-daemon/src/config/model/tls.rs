@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use culvert_xds_client::source::Source;
 use rustls::{
-    pki_types::{CertificateDer, ServerName},
+    pki_types::{CertificateDer, ServerName, TrustAnchor},
     sign::CertifiedKey,
 };
 
@@ -272,6 +272,8 @@ pub struct TrustedCa {
     pub path: String,
     /// At least one.
     pub certificates: Vec<CertificateDer<'static>>,
+    /// The same, as chains are verified by: read once, for all contexts that trust them.
+    pub anchors: Vec<TrustAnchor<'static>>,
 }
 
 /// A checked `SubjectAltNameMatcher`.

@@ -39,8 +39,10 @@ pub trait Apply: Send + Sync + 'static {
     fn set_runtime(&self, source: &Source, name: &str, values: HashMap<String, Entry>);
     /// See [`DiscoveredFilter::set`].
     fn set_filter(&self, place: &DiscoveredFilter, delivered: Option<Factory>);
-    /// See [`Secrets::set`](crate::tls::Secrets::set).
+    /// See [`Secrets::put`](crate::tls::Secrets::put).
     fn set_secret(&self, name: SecretName, secret: Secret);
+    /// See [`Secrets::tell`](crate::tls::Secrets::tell). Called when a change has been made, and nothing is locked.
+    fn tell_secret_users(&self);
     /// See [`Secrets::remove`](crate::tls::Secrets::remove).
     fn remove_secret(&self, name: &SecretName);
     /// See [`DataPlane::set_offloaded`].
@@ -150,7 +152,11 @@ impl Apply for Applier {
     }
 
     fn set_secret(&self, name: SecretName, secret: Secret) {
-        self.plane.secrets().set(name, secret);
+        self.plane.secrets().put(name, secret);
+    }
+
+    fn tell_secret_users(&self) {
+        self.plane.secrets().tell();
     }
 
     fn remove_secret(&self, name: &SecretName) {

@@ -282,6 +282,7 @@ impl<A: Apply> ConfigStore<A> {
             over.extend(state.routes_demanded.over());
             (state.updates.finished(), over)
         };
+        self.0.apply.tell_secret_users();
         self.0.changed.notify_one();
         for (done, outcome) in finished {
             done.finish(outcome);

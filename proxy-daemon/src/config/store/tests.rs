@@ -130,9 +130,20 @@ impl Apply for Recorder {
     }
     fn set_secret(&self, name: SecretName, secret: Secret) {
         self.note(format!("secret {}: {}", name.name, secret.secret_type().field()));
+        if let Some(built) = self.built.get() {
+            built.secrets().put(name, secret);
+        }
+    }
+    fn tell_secret_users(&self) {
+        if let Some(built) = self.built.get() {
+            built.secrets().tell();
+        }
     }
     fn remove_secret(&self, name: &SecretName) {
         self.note(format!("no secret {}", name.name));
+        if let Some(built) = self.built.get() {
+            built.secrets().remove(name);
+        }
     }
     fn set_offloaded(&self, table: OffloadedTable) {
         self.note(format!("offloaded {}", table != OffloadedTable::default()));

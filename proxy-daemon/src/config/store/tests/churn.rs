@@ -63,6 +63,8 @@ fn what_is_counted_for_clusters_goes_with_them() {
 #[test]
 fn what_is_counted_for_listeners_and_secrets_goes_with_them() {
     let (store, calls) = running();
+    calls.build();
+    let secrets = Arc::clone(calls.built.get().expect("clusters are built").secrets());
     let churn = |names: std::ops::Range<usize>| {
         for index in names {
             let name = format!("churned.{index}");
@@ -71,14 +73,16 @@ fn what_is_counted_for_listeners_and_secrets_goes_with_them() {
             message.stat_prefix.clone_from(&name);
             let config = Arc::new(parse::listener(&message, "").unwrap());
             let no_routes = |_: &model::RouteSource| unreachable!("a TCP proxy has none");
-            let built = ActiveListener::new(config, None, None, no_routes, &Arc::default()).unwrap();
+            let built = ActiveListener::new(config, None, None, no_routes, &secrets).unwrap();
             let scope = format!("listener.{name}.");
             assert!(stats::snapshot().iter().any(|it| it.name().starts_with(&scope)));
             store.update(update(Listener::type_url(), vec![received]));
             let rotations = format!("sds.secret.{name}.key_rotation_failed");
             assert!(stats::snapshot().iter().any(|it| it.name() == rotations));
             store.update(removal(Listener::type_url(), &name));
+            // It drains first.
             drop(built);
+            assert!(secrets.is_empty(), "{secrets:?}");
             calls.take();
             if index % 20 == 19 {
                 // As the daemon does every few seconds.
