@@ -49,10 +49,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
     ("valid/not_supported/cluster_maglev.yaml", "static_resources.clusters[0].lb_policy"),
     ("valid/not_supported/endpoint_policy.yaml", "static_resources.clusters[0].load_assignment.policy"),
     (
-        "valid/not_supported/hcm_upgrade.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.upgrade_configs",
-    ),
-    (
         "valid/not_supported/http_filter_lua.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].typed_config",
     ),

@@ -105,6 +105,11 @@ impl ConnState {
         self.manager.stats.downstream_rq_non_relative_path.inc();
     }
 
+    /// A client is told to ask for another form of its path.
+    pub(super) fn count_redirected_path(&self) {
+        self.manager.stats.downstream_rq_redirected_with_normalized_path.inc();
+    }
+
     /// A path cannot be made a normal one.
     pub(super) fn count_failed_normalization(&self) {
         self.manager.stats.downstream_rq_failed_path_normalization.inc();

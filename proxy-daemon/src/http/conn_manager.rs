@@ -28,6 +28,7 @@ use super::{
     forward::forward,
     headers::{self, names::*},
     io::DownstreamIo,
+    normal,
     observe::{EndHolder, LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
     scopes::RouteFinder,
@@ -351,6 +352,10 @@ pub(super) async fn handle(
         return answer(end, reply, grpc, is_head, None, &mut Vec::new());
     }
     let (config, connection) = (&state.manager.config, &state.connection);
+    if let Err(reply) = normal::apply(&mut head, &state) {
+        end.keep_request(&head);
+        return answer(end, reply, grpc, is_head, None, &mut Vec::new());
+    }
     let random = fastrand::u64(..);
     let local_ip = local_ip(connection);
     let upgrade = Asked::of_request(&head);

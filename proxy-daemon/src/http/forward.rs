@@ -54,7 +54,7 @@ pub(super) async fn forward(
     }
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
-    let timeouts = Timeouts::take(action, policy, &mut head);
+    let timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head);
     let mut retry = RetryState::take(policy, &mut head);

@@ -34,6 +34,7 @@ pub(crate) mod names {
         X_FORWARDED_FOR = "x-forwarded-for"
         X_FORWARDED_CLIENT_CERT = "x-forwarded-client-cert"
         X_FORWARDED_HOST = "x-forwarded-host"
+        X_FORWARDED_PORT = "x-forwarded-port"
         X_FORWARDED_PROTO = "x-forwarded-proto"
         X_REQUEST_ID = "x-request-id"
         X_ENVOY_INTERNAL = "x-envoy-internal"
@@ -301,7 +302,7 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// Resolves dot segments (RFC 3986, 5.2.4) and joins slashes, as configured.
-fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
+pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
     let path = head.uri.path();
     if !path.starts_with('/') {
         return;

@@ -1,41 +1,9 @@
 use http::Request;
 
 use super::*;
-use crate::config::model::{CodecType, Http1Options, Http2Options, RouteConfig, RouteSource};
 
 fn config() -> HttpConnectionManagerConfig {
-    HttpConnectionManagerConfig {
-        upgrades: Box::default(),
-        stat_prefix: "test".to_owned(),
-        codec_type: CodecType::Auto,
-        routes: RouteSource::Static(RouteConfig::default().into()),
-        http_filters: Vec::new(),
-        server_name: HeaderValue::from_static("envoy"),
-        server_header: ServerHeaderTransformation::Overwrite,
-        use_remote_address: false,
-        xff_num_trusted_hops: 0,
-        skip_xff_append: false,
-        internal_ranges: Vec::new(),
-        generate_request_id: true,
-        preserve_external_request_id: false,
-        always_set_request_id_in_response: false,
-        via: None,
-        idle_timeout: None,
-        stream_idle_timeout: None,
-        request_timeout: None,
-        request_headers_timeout: None,
-        max_connection_duration: None,
-        max_requests_per_connection: 0,
-        max_request_headers_kb: 60,
-        max_headers_count: 100,
-        normalize_path: false,
-        merge_slashes: false,
-        http1: Http1Options::default(),
-        http2: Http2Options::default(),
-        access_logs: Vec::new(),
-        forward_client_cert: crate::config::model::ForwardClientCert::Sanitize,
-        client_cert_details: crate::config::model::ClientCertDetails::default(),
-    }
+    HttpConnectionManagerConfig::default()
 }
 
 fn request(uri: &str, headers: &[(&str, &str)]) -> RequestHead {

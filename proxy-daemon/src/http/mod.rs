@@ -12,6 +12,7 @@ pub(crate) mod headers;
 mod io;
 pub mod metadata;
 mod mirror;
+mod normal;
 mod observe;
 mod redirect;
 mod replay;

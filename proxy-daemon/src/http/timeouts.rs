@@ -31,12 +31,21 @@ pub(super) struct Timeouts {
 
 impl Timeouts {
     /// Takes the client's wishes out of the request. Only trusted clients' have come so far.
-    pub(super) fn take(action: &ForwardAction, policy: Option<&RetryPolicy>, head: &mut RequestHead) -> Timeouts {
+    /// `stream`: how long the stream may last where its route does not say.
+    pub(super) fn take(
+        action: &ForwardAction,
+        policy: Option<&RetryPolicy>,
+        stream: Option<Duration>,
+        head: &mut RequestHead,
+    ) -> Timeouts {
         let mut timeouts = Timeouts {
             global: action.timeout,
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
-            stream: action.max_stream_duration.and_then(|limits| stream_limit(limits, &mut head.headers)),
+            stream: match action.max_stream_duration {
+                Some(limits) => stream_limit(limits, stream, &mut head.headers),
+                None => stream,
+            },
             status: StatusCode::GATEWAY_TIMEOUT,
         };
         if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-rq-")) {
@@ -91,14 +100,14 @@ impl Timeouts {
 }
 
 /// How long the stream may last; the upstream of a gRPC request is told.
-fn stream_limit(limits: MaxStreamDuration, headers: &mut HeaderMap) -> Option<Duration> {
+fn stream_limit(limits: MaxStreamDuration, otherwise: Option<Duration>, headers: &mut HeaderMap) -> Option<Duration> {
     let asked = headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
     let limit = match (asked, limits.grpc_max) {
         (Some(asked), Some(most)) => {
             let capped = if most.is_zero() { asked } else { asked.min(most) };
             capped.saturating_sub(limits.grpc_offset.unwrap_or_default())
         }
-        _ => limits.max.filter(|max| !max.is_zero())?,
+        _ => limits.max.or(otherwise).filter(|max| !max.is_zero())?,
     };
     if asked.is_some() && is_grpc(headers) {
         headers.insert(GRPC_TIMEOUT, to_grpc_timeout(limit));
@@ -180,7 +189,7 @@ mod tests {
         let second = Some(Duration::from_secs(1));
         let limits = MaxStreamDuration { max: Some(Duration::from_secs(9)), grpc_max: second, grpc_offset: None };
         let asks = |limits, asked| {
-            stream_limit(limits, &mut headers(&[("grpc-timeout", asked)])).map(|limit| limit.as_millis())
+            stream_limit(limits, None, &mut headers(&[("grpc-timeout", asked)])).map(|limit| limit.as_millis())
         };
         assert_eq!(asks(limits, "300m"), Some(300));
         assert_eq!(asks(limits, "1500u"), Some(2));
@@ -191,7 +200,7 @@ mod tests {
         assert_eq!(asks(MaxStreamDuration { grpc_max: Some(Duration::ZERO), ..limits }, "99H"), Some(356_400_000));
         assert_eq!(asks(MaxStreamDuration { grpc_max: None, ..limits }, "1m"), Some(9000));
         let mut told = headers(&[("grpc-timeout", "2S"), ("content-type", "application/grpc")]);
-        stream_limit(limits, &mut told);
+        stream_limit(limits, None, &mut told);
         assert_eq!(told[GRPC_TIMEOUT], "1000m");
         assert_eq!(to_grpc_timeout(Duration::from_secs(99_999_999)), "99999999S");
         assert_eq!(to_grpc_timeout(Duration::from_secs(100_000_000)), "1666666M");

@@ -18,7 +18,6 @@ use culvert_proxy_daemon::{
     http::filters::{FilterCx, FilterSource, HttpFilterFactory},
     runtime::DataPlane,
 };
-use http::HeaderValue;
 
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -316,40 +315,14 @@ fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectio
     };
     let routes = RouteConfig { virtual_hosts: vec![host.into()], ..RouteConfig::default() };
     HttpConnectionManagerConfig {
-        upgrades: Box::default(),
         stat_prefix: stat_prefix.to_owned(),
-        codec_type: CodecType::Auto,
         routes: RouteSource::Static(Arc::new(routes)),
         http_filters: vec![HttpFilterEntry {
             name: "router".into(),
             disabled: false,
             source: FilterSource::Fixed(router()),
         }],
-        server_name: HeaderValue::from_static("envoy"),
-        server_header: ServerHeaderTransformation::Overwrite,
-        use_remote_address: false,
-        xff_num_trusted_hops: 0,
-        skip_xff_append: false,
-        internal_ranges: Vec::new(),
-        generate_request_id: true,
-        preserve_external_request_id: false,
-        always_set_request_id_in_response: false,
-        via: None,
-        idle_timeout: Some(Duration::from_secs(3600)),
-        stream_idle_timeout: Some(Duration::from_secs(300)),
-        request_timeout: None,
-        request_headers_timeout: None,
-        max_connection_duration: None,
-        max_requests_per_connection: 0,
-        max_request_headers_kb: 60,
-        max_headers_count: 100,
-        normalize_path: false,
-        merge_slashes: false,
-        http1: Http1Options::default(),
-        http2: Http2Options::default(),
-        access_logs: Vec::new(),
-        forward_client_cert: culvert_proxy_daemon::config::model::ForwardClientCert::Sanitize,
-        client_cert_details: culvert_proxy_daemon::config::model::ClientCertDetails::default(),
+        ..HttpConnectionManagerConfig::default()
     }
 }
 

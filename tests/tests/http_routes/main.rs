@@ -4,6 +4,7 @@
 mod actions;
 mod harness;
 mod headers;
+mod managers;
 mod matches;
 mod mirrors;
 mod retries;
@@ -40,4 +41,9 @@ fn upgrades_are_envoys() -> Result<()> {
 #[test]
 fn mirrors_are_envoys() -> Result<()> {
     harness::compare(mirrors::cases())
+}
+
+#[test]
+fn managers_are_envoys() -> Result<()> {
+    harness::compare(managers::cases())
 }

@@ -56,6 +56,12 @@ pub struct HttpConnectionManagerConfig {
     pub normalize_path: bool,
     /// `//` becomes `/`.
     pub merge_slashes: bool,
+    /// What becomes of a request's host, path and header names before its route is chosen.
+    pub rules: RequestRules,
+    /// A stream may last so long, where its route does not say.
+    pub max_stream_duration: Option<Duration>,
+    /// A client that is still sending has so long to see the last answer. Default 1 s.
+    pub delayed_close_timeout: Option<Duration>,
     /// HTTP/1 as clients may speak it.
     pub http1: Http1Options,
     /// HTTP/2 limits.
@@ -68,6 +74,100 @@ pub struct HttpConnectionManagerConfig {
     pub client_cert_details: ClientCertDetails,
     /// Which other protocols requests may ask for, where their route does not say.
     pub upgrades: Box<[UpgradeRule]>,
+}
+
+impl Default for HttpConnectionManagerConfig {
+    /// Envoy's defaults, with neither routes nor filters.
+    fn default() -> HttpConnectionManagerConfig {
+        HttpConnectionManagerConfig {
+            stat_prefix: String::new(),
+            codec_type: CodecType::Auto,
+            routes: RouteSource::Static(Arc::default()),
+            http_filters: Vec::new(),
+            server_name: HeaderValue::from_static("envoy"),
+            server_header: ServerHeaderTransformation::Overwrite,
+            use_remote_address: false,
+            xff_num_trusted_hops: 0,
+            skip_xff_append: false,
+            internal_ranges: Vec::new(),
+            generate_request_id: true,
+            preserve_external_request_id: false,
+            always_set_request_id_in_response: false,
+            via: None,
+            idle_timeout: Some(Duration::from_secs(3600)),
+            stream_idle_timeout: Some(Duration::from_secs(300)),
+            request_timeout: None,
+            request_headers_timeout: None,
+            max_connection_duration: None,
+            max_requests_per_connection: 0,
+            max_request_headers_kb: 60,
+            max_headers_count: 100,
+            normalize_path: false,
+            merge_slashes: false,
+            rules: RequestRules::default(),
+            max_stream_duration: None,
+            delayed_close_timeout: Some(Duration::from_secs(1)),
+            http1: Http1Options::default(),
+            http2: Http2Options::default(),
+            access_logs: Vec::new(),
+            forward_client_cert: ForwardClientCert::Sanitize,
+            client_cert_details: ClientCertDetails::default(),
+            upgrades: Box::default(),
+        }
+    }
+}
+
+/// How requests are made the same before their routes are chosen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RequestRules {
+    /// Which ports go from hosts.
+    pub strip_port: StripPort,
+    /// A dot at the end of a host goes.
+    pub strip_trailing_host_dot: bool,
+    /// What becomes of a path with `%2F` or `%5C`.
+    pub escaped_slashes: EscapedSlashes,
+    /// What becomes of a header with `_` in its name.
+    pub underscores: Underscores,
+    /// `x-forwarded-port` is the port of the listener, unless a proxy that is trusted has told another.
+    pub append_x_forwarded_port: bool,
+}
+
+/// `strip_matching_host_port`, `strip_any_host_port`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum StripPort {
+    /// They stay.
+    #[default]
+    None,
+    /// The listener's own.
+    Matching,
+    /// All.
+    Any,
+}
+
+/// `HttpConnectionManager.PathWithEscapedSlashesAction`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum EscapedSlashes {
+    /// It stays.
+    #[default]
+    Keep,
+    /// The request is refused with 400.
+    Reject,
+    /// The client is told to ask for the path without them.
+    Redirect,
+    /// They become slashes.
+    Unescape,
+}
+
+/// `HttpProtocolOptions.HeadersWithUnderscoresAction`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Underscores {
+    /// It stays.
+    #[default]
+    Allow,
+    /// The request is refused with 400.
+    Reject,
+    /// It goes.
+    Drop,
 }
 
 /// `HttpConnectionManager.ForwardClientCertDetails`.

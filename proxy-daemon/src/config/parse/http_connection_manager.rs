@@ -2,12 +2,16 @@ use std::{sync::Arc, time::Duration};
 
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::{ExtensionConfigSource, Http1ProtocolOptions, TypedExtensionConfig},
+        config::core::v3::{
+            ExtensionConfigSource, Http1ProtocolOptions, TypedExtensionConfig,
+            http_protocol_options::HeadersWithUnderscoresAction as UnderscoresAction,
+        },
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
             http_connection_manager::{
-                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward, RouteSpecifier,
-                ServerHeaderTransformation as ProtoServerHeader,
+                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward,
+                PathWithEscapedSlashesAction as SlashesAction, RouteSpecifier,
+                ServerHeaderTransformation as ProtoServerHeader, StripPortMode,
             },
             http_filter::ConfigType,
         },
@@ -29,8 +33,9 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClientCertDetails, CodecType, ForwardClientCert, Http1Options, HttpConnectionManagerConfig,
-            HttpFilterEntry, ResourceRef, RouteSource, ServerHeaderTransformation,
+            ClientCertDetails, CodecType, EscapedSlashes, ForwardClientCert, Http1Options, HttpConnectionManagerConfig,
+            HttpFilterEntry, RequestRules, ResourceRef, RouteSource, ServerHeaderTransformation, StripPort,
+            Underscores,
         },
     },
     http::filters::{self, DiscoveredFilter, FilterCx, FilterSource},
@@ -99,6 +104,9 @@ pub(super) fn http_connection_manager(
         max_headers_count: number(common.max_headers_count, 100),
         normalize_path: is_set(manager.normalize_path),
         merge_slashes: manager.merge_slashes,
+        rules: request_rules(manager, path)?,
+        max_stream_duration: limit(common.max_stream_duration, None, &common_path, "max_stream_duration")?,
+        delayed_close_timeout: limit(manager.delayed_close_timeout, seconds(1), path, "delayed_close_timeout")?,
         http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,
         http2: http2(manager.http2_protocol_options.as_ref()),
         access_logs: access_logs(&manager.access_log, &join(path, "access_log"))?,
@@ -110,6 +118,44 @@ pub(super) fn http_connection_manager(
             dns: details.dns,
             uri: details.uri,
         },
+    })
+}
+
+fn request_rules(manager: &HttpConnectionManager, path: &str) -> Result<RequestRules> {
+    let any = matches!(manager.strip_port_mode, Some(StripPortMode::StripAnyHostPort(true)));
+    let strip_port = match (manager.strip_matching_host_port, any) {
+        (true, true) => {
+            // Envoy's words.
+            let text = "Error: Only one of `strip_matching_host_port` or `strip_any_host_port` can be set.";
+            return Err(FieldError::new(path, text));
+        }
+        (true, false) => StripPort::Matching,
+        (false, true) => StripPort::Any,
+        (false, false) => StripPort::None,
+    };
+    let escaped_slashes = match SlashesAction::try_from(manager.path_with_escaped_slashes_action) {
+        Ok(SlashesAction::ImplementationSpecificDefault | SlashesAction::KeepUnchanged) => EscapedSlashes::Keep,
+        Ok(SlashesAction::RejectRequest) => EscapedSlashes::Reject,
+        Ok(SlashesAction::UnescapeAndRedirect) => EscapedSlashes::Redirect,
+        Ok(SlashesAction::UnescapeAndForward) => EscapedSlashes::Unescape,
+        Err(_) => return Err(FieldError::unsupported(join(path, "path_with_escaped_slashes_action"))),
+    };
+    let action = manager.common_http_protocol_options.unwrap_or_default().headers_with_underscores_action;
+    let underscores = match UnderscoresAction::try_from(action) {
+        Ok(UnderscoresAction::Allow) => Underscores::Allow,
+        Ok(UnderscoresAction::RejectRequest) => Underscores::Reject,
+        Ok(UnderscoresAction::DropHeader) => Underscores::Drop,
+        Err(_) => {
+            let path = join(path, "common_http_protocol_options.headers_with_underscores_action");
+            return Err(FieldError::unsupported(path));
+        }
+    };
+    Ok(RequestRules {
+        strip_port,
+        strip_trailing_host_dot: manager.strip_trailing_host_dot,
+        escaped_slashes,
+        underscores,
+        append_x_forwarded_port: manager.append_x_forwarded_port,
     })
 }
 

@@ -120,7 +120,14 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     (
         "envoy.config.core.v3.HttpProtocolOptions",
-        &["idle_timeout", "max_connection_duration", "max_headers_count", "max_requests_per_connection"],
+        &[
+            "idle_timeout",
+            "max_connection_duration",
+            "max_headers_count",
+            "max_requests_per_connection",
+            "max_stream_duration",
+            "headers_with_underscores_action",
+        ],
     ),
     ("envoy.config.core.v3.Http1ProtocolOptions", &["accept_http_10", "default_host_for_http_10", "enable_trailers"]),
     (

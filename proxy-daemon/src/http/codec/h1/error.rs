@@ -44,6 +44,8 @@ impl CodecError {
     pub const TOO_MANY_HEADERS: CodecError =
         CodecError { status: StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, details: "http1.too_many_headers" };
 
+    /// `headers_with_underscores_action`
+    pub const UNDERSCORE: CodecError = CodecError::bad("http1.unexpected_underscore");
     /// A request for another protocol, with a body.
     pub const UPGRADE_WITH_BODY: CodecError = CodecError::bad("http1.upgrade_with_body");
 

@@ -40,8 +40,6 @@ use crate::{
 
 /// What a client has sent ahead of its turn is read up to this, in bytes; the rest waits in the kernel.
 const PIPELINED: usize = 16 * 1024;
-/// How long a client that is still sending may take to see the last answer, as Envoy's `delayed_close_timeout`.
-const LINGER: Duration = Duration::from_secs(1);
 
 /// A client's connection.
 pub(in crate::http) struct ServerConnection {
@@ -150,7 +148,7 @@ impl ServerConnection {
                 After::Next => {}
                 After::Abort => return,
                 After::Close => return self.close(Duration::ZERO).await,
-                After::Linger => return self.close(LINGER).await,
+                After::Linger => return self.close(state.config().delayed_close_timeout.unwrap_or_default()).await,
             }
         }
     }

@@ -1,0 +1,112 @@
+//! What the connection manager does to requests before their routes are chosen, and how long it gives them.
+
+use super::harness::{Case, case};
+
+pub fn cases() -> Vec<Case> {
+    [hosts(), paths(), ports(), underscores(), durations()].concat()
+}
+
+fn of_manager(name: &'static str, lines: &[&str], requests: &[&str]) -> Case {
+    let case = case(name, "- {match: {prefix: /a/b}, route: {cluster: b}}\n- {match: {prefix: /}, $a}", requests);
+    lines.iter().fold(case, |case, line| case.of_manager(line))
+}
+
+fn hosts() -> Vec<Case> {
+    let host = "- {name: plain, domains: [h.test, \"[::1]\"], routes: [{match: {prefix: /}, $a}]}\n\
+                - {name: others, domains: [\"*\"], routes: [{match: {prefix: /}, $b}]}";
+    let requests = [
+        "GET /\nhost: h.test",
+        "GET /\nhost: H.test:80",
+        "GET /\nhost: h.test:443",
+        "GET /\nhost: h.test:x",
+        "GET /\nhost: h.test:99999",
+        "GET /\nhost: h.test.",
+        "GET /\nhost: h.test.:80",
+        "GET /\nhost: h.test..",
+        "GET /\nhost: [::1]:80",
+        "GET /\nhost: [::1]",
+        "GET /\nhost: .",
+        "GET http://h.test:80/x\nhost: other",
+        "GET http://h.test./x\nhost: other",
+    ];
+    let with = |name, line: &str| case(name, host, &requests).hosts().of_manager(line);
+    vec![
+        with("strip_any_host_port", "strip_any_host_port: true"),
+        with("strip_any_host_port false", "strip_any_host_port: false"),
+        with("strip_matching_host_port", "strip_matching_host_port: true"),
+        with("strip_trailing_host_dot", "strip_trailing_host_dot: true"),
+        with("a host's dot and port", "strip_trailing_host_dot: true").of_manager("strip_any_host_port: true"),
+    ]
+}
+
+fn paths() -> Vec<Case> {
+    let requests = [
+        "GET /a%2Fb",
+        "GET /a%2fb?c=%2F",
+        "GET /a%5Cb",
+        "GET /a%5cb",
+        "GET /a/b",
+        "GET /a%252Fb",
+        "GET /x/..%2Fa%2F%2Fb",
+        "GET /%",
+        "HEAD /a%2Fb",
+        "POST /a%2Fb\n\nbody",
+        "GET /a%2Fb\ncontent-type: application/grpc",
+    ];
+    let action = |action: &str| format!("path_with_escaped_slashes_action: {action}");
+    let with = |name, actions: &str| of_manager(name, &[&action(actions)], &requests);
+    let normal = |name, actions: &str| {
+        // Without backslashes: those are another matter.
+        let requests = [0, 1, 4, 5, 6, 8, 9, 10].map(|index| requests[index]);
+        of_manager(name, &[&action(actions), "normalize_path: true", "merge_slashes: true"], &requests)
+    };
+    vec![
+        with("escaped slashes, as it likes", "IMPLEMENTATION_SPECIFIC_DEFAULT"),
+        with("escaped slashes that stay", "KEEP_UNCHANGED"),
+        with("escaped slashes that are refused", "REJECT_REQUEST"),
+        with("escaped slashes that are redirected", "UNESCAPE_AND_REDIRECT"),
+        with("escaped slashes that become slashes", "UNESCAPE_AND_FORWARD"),
+        normal("escaped slashes that are redirected, normal paths", "UNESCAPE_AND_REDIRECT"),
+        normal("escaped slashes that become slashes, normal paths", "UNESCAPE_AND_FORWARD"),
+    ]
+}
+
+fn ports() -> Vec<Case> {
+    let requests = ["GET /", "GET /\nx-forwarded-port: 7", "GET /\nconnection: close, x-forwarded-port"];
+    let with =
+        |name, lines: &[&str]| of_manager(name, &[&["append_x_forwarded_port: true"], lines].concat(), &requests);
+    vec![
+        with("append_x_forwarded_port", &["use_remote_address: true", "skip_xff_append: true"]),
+        with("append_x_forwarded_port, a proxy before", &["use_remote_address: true", "xff_num_trusted_hops: 1"]),
+        with("append_x_forwarded_port without use_remote_address", &[]),
+    ]
+}
+
+fn underscores() -> Vec<Case> {
+    let requests = ["GET /\nx_a: 1", "GET /\nx-a: 1", "GET /\n_: 1\nX_B: 2\nx-c: x_c", "POST /\nx_a: 1\n\nbody"];
+    let with = |name, action: &str| {
+        let line = format!("common_http_protocol_options: {{headers_with_underscores_action: {action}}}");
+        of_manager(name, &[&line], &requests)
+    };
+    vec![
+        with("headers with underscores", "ALLOW"),
+        with("headers with underscores are refused", "REJECT_REQUEST"),
+        with("headers with underscores go", "DROP_HEADER"),
+    ]
+}
+
+fn durations() -> Vec<Case> {
+    let line = "common_http_protocol_options: {max_stream_duration: 0.6s}";
+    let requests =
+        ["GET /\nx-do: 200", "GET /\nx-do: hang", "POST /\nx-do: hang\n\nbody", "GET /\nx-do: hang\ngrpc-timeout: 9S"];
+    let route = |name, limits: &str| {
+        let route = format!("- {{match: {{prefix: /}}, route: {{cluster: a, max_stream_duration: {{{limits}}}}}}}");
+        case(name, &route, &requests).of_manager(line)
+    };
+    vec![
+        of_manager("the connection manager's max_stream_duration", &[line], &requests),
+        route("a route's max_stream_duration", "max_stream_duration: 0.3s"),
+        route("a route without max_stream_duration", "grpc_timeout_header_max: 0.3s"),
+        case("a route with max_stream_duration 0", "- {match: {prefix: /}, route: {cluster: a, max_stream_duration: {max_stream_duration: 0s}, idle_timeout: 1.2s}}", &requests).of_manager(line),
+    ]
+}
