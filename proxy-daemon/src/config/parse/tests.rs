@@ -121,7 +121,10 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ("          tracing: {}", "@tracing: not supported by culvert yet"),
         ("          stat_prefx: x", "@stat_prefx: "),
         ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
-        ("          delayed_close_timeout: 0s", "@delayed_close_timeout: not supported by culvert yet"),
+        (
+            "          strip_matching_host_port: true\n          strip_any_host_port: true",
+            "HCM: Error: Only one of `strip_matching_host_port` or `strip_any_host_port` can be set.",
+        ),
         (
             "          upgrade_configs: [{ upgrade_type: CONNECT }]",
             "@upgrade_configs[0].upgrade_type: CONNECT is not supported by culvert yet",
@@ -140,7 +143,7 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ),
     ];
     for (field, expected) in cases {
-        let expected = expected.replace('@', &format!("{HCM}."));
+        let expected = expected.replace('@', &format!("{HCM}.")).replace("HCM:", &format!("{HCM}:"));
         let error = load(&http(field, TO_UP)).unwrap_err();
         assert!(error.starts_with(&expected), "{field}\n got: {error}\nwant: {expected}");
     }
