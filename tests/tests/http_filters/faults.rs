@@ -1,6 +1,6 @@
 //! fault.
 
-use super::harness::{Case, case};
+use super::harness::{By, Case, case};
 
 const FAULT: &str = "fault.v3.HTTPFault";
 
@@ -74,6 +74,24 @@ pub fn cases() -> Vec<Case> {
             &format!("response_rate_limit: {{fixed_limit: {{limit_kbps: 10}}, {ALWAYS}}}"),
             &["GET /\nx-do: 200+bytes=1900", "HEAD /", "GET /direct"],
         ),
+        case("by route", FAULT, &abort, &["GET /", "GET /plain", "GET /direct", "GET /created"])
+            .told(By::Host, FAULT, &format!("abort: {{http_status: 410, {ALWAYS}}}"))
+            .told(By::Route, FAULT, &format!("{delay}, headers: [{{name: x-a}}]")),
+        case("by route only", FAULT, "", &["GET /", "GET /plain", "GET /\nx-a: 1"]).told(
+            By::Route,
+            FAULT,
+            &format!("{delay}, abort: {{grpc_status: 5, {ALWAYS}}}, headers: [{{name: x-a}}]"),
+        ),
+        case("by route, max_active_faults", FAULT, &abort, &["GET /", "GET /plain"])
+            .told(By::Route, FAULT, &format!("{abort}, max_active_faults: 0"))
+            .told(By::Config, FAULT, "max_active_faults: 0"),
+        case(
+            "by route, response_rate_limit",
+            FAULT,
+            &format!("{abort}, response_rate_limit: {{fixed_limit: {{limit_kbps: 1}}, {ALWAYS}}}"),
+            &["GET /\nx-do: 200+bytes=1900", "GET /direct", "GET /plain"],
+        )
+        .told(By::Route, FAULT, &format!("response_rate_limit: {{fixed_limit: {{limit_kbps: 10}}, {ALWAYS}}}")),
         case(
             "response_rate_limit by header",
             FAULT,

@@ -129,3 +129,7 @@ fn policy(config: &Any, path: &str) -> Result<Policy, FieldError> {
         additional_origins: additional_origins.iter().enumerate().map(matcher).collect::<Result<_, _>>()?,
     })
 }
+
+#[cfg(test)]
+#[path = "csrf_tests.rs"]
+mod tests;

@@ -21,7 +21,7 @@ use http::StatusCode;
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::HeaderMatcher, parse},
@@ -38,9 +38,13 @@ use crate::{
 const SLICE: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
-struct FaultFactory(Arc<Configured>);
+struct FaultFactory {
+    configured: Arc<Configured>,
+    /// The filter's, also for faults of routes: streams with a fault hold on to them.
+    stats: Arc<Stats>,
+}
 
-/// What is configured. Streams with a fault hold on to it.
+/// What is configured: of the filter, or of a route in its place. Streams with a fault hold on to it.
 #[derive(Debug)]
 struct Configured {
     /// Only requests to this cluster.
@@ -53,8 +57,6 @@ struct Configured {
     abort: Option<Abort>,
     rate_limit: Option<RateLimit>,
     max_active: RuntimeInteger,
-    stats: Stats,
-    _lease: Lease,
 }
 
 #[derive(Debug)]
@@ -64,6 +66,14 @@ struct Stats {
     response_rl_injected: Counter,
     faults_overflow: Counter,
     active_faults: Gauge,
+    _lease: Lease,
+}
+
+impl Stats {
+    fn answer(&self, reply: LocalReply) -> Flow {
+        self.aborts_injected.inc();
+        Flow::Respond(reply)
+    }
 }
 
 /// The share of requests that get a fault.
@@ -170,18 +180,14 @@ impl Configured {
     }
 
     /// A place among the faults that there may be at a time.
-    fn begin(self: &Arc<Self>) -> Option<FaultFilter> {
-        if self.stats.active_faults.value() >= self.max_active.get() {
-            self.stats.faults_overflow.inc();
+    fn begin(self: &Arc<Self>, stats: &Arc<Stats>) -> Option<FaultFilter> {
+        if stats.active_faults.value() >= self.max_active.get() {
+            stats.faults_overflow.inc();
             return None;
         }
-        self.stats.active_faults.inc();
-        Some(FaultFilter { configured: Arc::clone(self), delay: Duration::ZERO, rate: None })
-    }
-
-    fn answer(&self, reply: LocalReply) -> Flow {
-        self.stats.aborts_injected.inc();
-        Flow::Respond(reply)
+        stats.active_faults.inc();
+        let (configured, stats) = (Arc::clone(self), Arc::clone(stats));
+        Some(FaultFilter { configured, stats, delay: Duration::ZERO, rate: None })
     }
 }
 
@@ -195,36 +201,37 @@ impl HttpFilterFactory for FaultFactory {
         head: &mut RequestHead,
         _body: &mut Body,
         cx: &mut StreamCx,
-        _route: PerRoute<'_>,
+        route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let configured = &self.0;
+        let stats = &self.stats;
+        let configured: &Arc<Configured> = route.most_specific().unwrap_or(&self.configured);
         if !configured.concerns(head, cx) {
             return Flow::Continue;
         }
         // All faults of a request are one.
         let mut fault: Option<FaultFilter> = None;
         if let Some(rate) = configured.rate(head) {
-            fault = configured.begin();
+            fault = configured.begin(stats);
             if let Some(fault) = &mut fault {
-                configured.stats.response_rl_injected.inc();
+                stats.response_rl_injected.inc();
                 fault.rate = Some(rate);
             }
         }
         let mut flow = Flow::Continue;
         if let Some(delay) = configured.delay(head) {
-            fault = fault.or_else(|| configured.begin());
+            fault = fault.or_else(|| configured.begin(stats));
             if let Some(fault) = &mut fault {
-                configured.stats.delays_injected.inc();
+                stats.delays_injected.inc();
                 cx.flags |= ResponseFlags::DI;
                 fault.delay = delay;
                 flow = Flow::Wait;
             }
         }
         if let (Flow::Continue, Some(reply)) = (&flow, configured.abort(head)) {
-            fault = fault.or_else(|| configured.begin());
+            fault = fault.or_else(|| configured.begin(stats));
             if fault.is_some() {
-                flow = configured.answer(reply);
+                flow = stats.answer(reply);
             }
         }
         if let Some(fault) = fault {
@@ -238,13 +245,14 @@ impl HttpFilterFactory for FaultFactory {
 #[derive(Debug)]
 struct FaultFilter {
     configured: Arc<Configured>,
+    stats: Arc<Stats>,
     delay: Duration,
     rate: Option<u64>,
 }
 
 impl Drop for FaultFilter {
     fn drop(&mut self) {
-        self.configured.stats.active_faults.dec();
+        self.stats.active_faults.dec();
     }
 }
 
@@ -258,7 +266,7 @@ impl HttpFilter for FaultFilter {
         Box::pin(async {
             tokio::time::sleep(self.delay).await;
             match self.configured.abort(head) {
-                Some(reply) => self.configured.answer(reply),
+                Some(reply) => self.stats.answer(reply),
                 None => Flow::Continue,
             }
         })
@@ -343,17 +351,27 @@ impl http_body::Body for Slowed {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    // What is not here is refused by the table of honoured fields.
-    let config: HttpFault = unpack(typed_config, cx.path)?;
-    let field = |name: &str| format!("{}.{name}", cx.path);
+    let configured = Arc::new(configured(typed_config, cx.path)?);
     let scope = Scope::http(cx.stat_prefix).child("fault");
-    let stats = Stats {
+    let stats = Arc::new(Stats {
         delays_injected: scope.counter("delays_injected"),
         aborts_injected: scope.counter("aborts_injected"),
         response_rl_injected: scope.counter("response_rl_injected"),
         faults_overflow: scope.counter("faults_overflow"),
         active_faults: scope.gauge("active_faults"),
-    };
+        _lease: scope.lease(),
+    });
+    Ok(Arc::new(FaultFactory { configured, stats }))
+}
+
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
+    Ok(Arc::new(Arc::new(configured(config, path)?)))
+}
+
+fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
+    // What is not here is refused by the table of honoured fields.
+    let config: HttpFault = unpack(config, path)?;
+    let field = |name: &str| format!("{path}.{name}");
     let key = |configured: &str, default: &str| Key::new(if configured.is_empty() { default } else { configured });
     let delay_share = key(&config.delay_percent_runtime, "fault.http.delay.fixed_delay_percent");
     let delay_key = key(&config.delay_duration_runtime, "fault.http.delay.fixed_duration_ms");
@@ -388,7 +406,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let limit = config.response_rate_limit.as_ref();
     let rate_limit = limit.map(|limit| rate_limit(limit, limit_share, &field("response_rate_limit"))).transpose()?;
     let matcher = |(index, matcher)| parse::matcher::header(matcher, &format!("{}[{index}]", field("headers")));
-    Ok(Arc::new(FaultFactory(Arc::new(Configured {
+    Ok(Configured {
         upstream_cluster: (!config.upstream_cluster.is_empty()).then(|| config.upstream_cluster.into()),
         downstream_nodes: config.downstream_nodes.into_iter().collect(),
         headers: config.headers.iter().enumerate().map(matcher).collect::<Result<_, _>>()?,
@@ -399,9 +417,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
             default: config.max_active_faults.map_or(u64::MAX, |most| u64::from(most.value)),
             key: Some(key(&config.max_active_faults_runtime, "fault.http.max_active_faults")),
         },
-        stats,
-        _lease: scope.lease(),
-    }))))
+    })
 }
 
 fn delay(delay: &FaultDelay, share: Key, key: Key, path: &str) -> Result<Delay, FieldError> {

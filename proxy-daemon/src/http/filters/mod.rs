@@ -239,7 +239,7 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.fault",
         type_name: "envoy.extensions.filters.http.fault.v3.HTTPFault",
         parse: fault::parse,
-        per_route: None,
+        per_route: Some(("envoy.extensions.filters.http.fault.v3.HTTPFault", fault::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.grpc_http1_bridge",
