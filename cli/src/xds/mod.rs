@@ -17,8 +17,10 @@ use crate::Outcome;
 
 /// How long the proxy may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// What `--check` exits with where something is rejected or disconnected: an error of this program is 1, of its flags 2.
+/// What `--check` exits with where something is rejected, incomplete or disconnected: an error of this program is 1, of its flags 2.
 const REJECTED: u8 = 3;
+/// What `--check` exits with where there is nothing that it could have looked at.
+const NOTHING: u8 = 4;
 
 const STATUS_HELP: &str = "\
 States:
@@ -40,7 +42,8 @@ Examples:
   culvert xds status --state rejected --wide        what was refused, with the whole reason
   culvert xds status --type cds --name 'users*'     some clusters
   culvert xds status --type lds --type rds          listeners and their routes
-  culvert xds status --check || page-somebody       exits with 3 when anything is rejected, or a control plane gone
+  culvert xds status --check || page-somebody       exits with 3 when anything is rejected or incomplete, or
+                                                    a control plane gone, and with 4 when there is nothing
   culvert xds status --output json | jq '.[] | select(.state == \"requested\").name'";
 
 /// The subcommands of `culvert xds`.
@@ -60,7 +63,7 @@ pub struct Flags {
 
     /// Only this type: source, cds, eds, lds, rds, srds, vhds, sds, rtds, ecds, or a message's name such as Cluster; may be given
     /// several times
-    #[arg(long = "type", value_name = "TYPE")]
+    #[arg(long = "type", value_name = "TYPE", value_parser = rows::known_type)]
     kinds: Vec<String>,
 
     /// Only resources of this name; `*` stands for any text
@@ -79,7 +82,8 @@ pub struct Flags {
     #[arg(long)]
     wide: bool,
 
-    /// Exit with 3 when any of the resources shown is rejected, or any of the sources shown disconnected
+    /// Exit with 3 when any of the resources shown is rejected or incomplete, or any of the sources shown disconnected; with 4 when
+    /// the proxy has none of that type and name
     #[arg(long)]
     check: bool,
 }
@@ -100,7 +104,9 @@ enum Output {
 pub fn run(command: &Command) -> anyhow::Result<Outcome> {
     let Command::Status(flags) = command;
     let rows = rows::of(&fetch(&flags.admin)?);
-    let rows: Vec<_> = rows.into_iter().filter(|row| is_wanted(flags, row)).collect();
+    let rows: Vec<_> = rows.into_iter().filter(|row| is_meant(flags, row)).collect();
+    let code = if flags.check { checked(flags, &rows) } else { 0 };
+    let rows: Vec<_> = rows.into_iter().filter(|row| is_in_state(flags, row)).collect();
     let text = match flags.output {
         Output::Json => rows::json(&rows),
         Output::Text => {
@@ -110,19 +116,28 @@ pub fn run(command: &Command) -> anyhow::Result<Outcome> {
             table::text(&rows, std::time::SystemTime::now(), width, colours)
         }
     };
-    Ok(Outcome { text, code: if flags.check { checked(&rows) } else { 0 } })
+    Ok(Outcome { text, code })
 }
 
-/// What `--check` exits with.
-fn checked(rows: &[Row]) -> u8 {
-    let is_wrong = |row: &Row| matches!(row.state, State::Rejected | State::Disconnected);
-    if rows.iter().any(is_wrong) { REJECTED } else { 0 }
+/// What `--check` exits with, of the rows in whatever state. None of a state is what the operator hopes for, none at all is not.
+fn checked(flags: &Flags, rows: &[Row]) -> u8 {
+    let is_wrong = |row: &Row| matches!(row.state, State::Rejected | State::Incomplete | State::Disconnected);
+    match rows {
+        [] => NOTHING,
+        rows if rows.iter().any(|row| is_in_state(flags, row) && is_wrong(row)) => REJECTED,
+        _ => 0,
+    }
 }
 
-fn is_wanted(flags: &Flags, row: &Row) -> bool {
+/// Whether `--type` and `--name` choose the row.
+fn is_meant(flags: &Flags, row: &Row) -> bool {
     (flags.kinds.is_empty() || flags.kinds.iter().any(|kind| rows::is_of_type(&row.type_url, kind)))
         && flags.name.as_deref().is_none_or(|pattern| rows::matches(pattern, &row.name))
-        && flags.state.is_none_or(|state| row.state == state)
+}
+
+/// Whether `--state` chooses the row.
+fn is_in_state(flags: &Flags, row: &Row) -> bool {
+    flags.state.is_none_or(|state| row.state == state)
 }
 
 fn fetch(admin: &str) -> anyhow::Result<ClientStatusResponse> {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::ValueEnum;
-use culvert_xds_client::json::unpack;
+use culvert_xds_client::json::{pool, unpack};
 use envoy_types::pb::{
     envoy::{
         admin::v3::{ClientResourceStatus, UpdateFailureState},
@@ -35,6 +35,9 @@ const SERVICES: [(&str, &str); 10] = [
     ("RTDS", "Runtime"),
     ("ECDS", "TypedExtensionConfig"),
 ];
+
+/// What `culvert-discovery` delivers besides.
+const OFFLOADED: &str = "OffloadedService";
 
 /// What became of a resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -252,6 +255,23 @@ pub fn service(type_url: &str) -> &str {
 fn rank(type_url: &str) -> (usize, &str) {
     let known = SERVICES.iter().position(|(_, name)| *name == message(type_url));
     (known.unwrap_or(SERVICES.len()), type_url)
+}
+
+/// What `--type` was given, where there is such a type.
+///
+/// # Errors
+/// What there is.
+pub fn known_type(text: &str) -> Result<String, String> {
+    let is = |name: &str| name.eq_ignore_ascii_case(text);
+    let is_known = match text.rsplit_once('/') {
+        Some((_, full_name)) => pool().get_message_by_name(full_name).is_some(),
+        None => SERVICES.iter().any(|(service, message)| is(service) || is(message)) || is(OFFLOADED),
+    };
+    if is_known {
+        return Ok(text.to_owned());
+    }
+    let services: Vec<_> = SERVICES.iter().map(|(service, _)| service.to_lowercase()).collect();
+    Err(format!("there are {}, {OFFLOADED}, the names of their messages, and type URLs", services.join(", ")))
 }
 
 /// Whether a type is what `--type` asks for: a service, a message's name or a whole type URL, in any case.

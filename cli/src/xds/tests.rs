@@ -52,6 +52,20 @@ fn some_rows() -> Vec<Row> {
     rows::of(&from_yaml(RESPONSE).unwrap())
 }
 
+fn parse(arguments: &[&str]) -> Result<Flags, clap::Error> {
+    use clap::Parser;
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        flags: Flags,
+    }
+    Command::try_parse_from([&["status"], arguments].concat()).map(|command| command.flags)
+}
+
+fn flags(arguments: &[&str]) -> Flags {
+    parse(arguments).unwrap()
+}
+
 fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_090)
 }
@@ -154,16 +168,37 @@ CDS     users                7           serving       -
 "
     );
     assert!(rows::is_of_type(&rows[0].type_url, "source"));
-    assert_eq!(checked(&rows), 3);
-    assert_eq!(checked(&rows[..1]), 0);
+    assert_eq!(checked(&flags(&[]), &rows), 3);
+    assert_eq!(checked(&flags(&[]), &rows[..1]), 0);
     let json: Value = serde_json::from_str(&rows::json(&rows)).unwrap();
     assert_eq!((&json[1]["transport"], &json[1]["error"]), (&"GRPC".into(), &"Connection refused".into()));
 }
 
 #[test]
-fn what_is_refused_fails_the_check() {
-    assert_eq!(checked(&some_rows()), 3);
-    assert_eq!(checked(&some_rows()[1..]), 0);
+fn what_is_refused_or_incomplete_fails_the_check() {
+    for (state, code) in [
+        (State::Rejected, 3),
+        (State::Incomplete, 3),
+        (State::Serving, 0),
+        (State::Warming, 0),
+        (State::Updating, 0),
+        (State::Requested, 0),
+        (State::Missing, 0),
+        (State::Static, 0),
+    ] {
+        let rows: Vec<_> = some_rows().into_iter().filter(|row| row.state == state).collect();
+        assert!(!rows.is_empty(), "{state:?}");
+        assert_eq!(checked(&flags(&[]), &rows), code, "{state:?}");
+    }
+}
+
+#[test]
+fn nothing_to_look_at_fails_the_check() {
+    assert_eq!(checked(&flags(&[]), &[]), 4);
+    // Nothing in a state is another matter.
+    let refused = flags(&["--state", "rejected"]);
+    assert_eq!((checked(&refused, &some_rows()), checked(&refused, &some_rows()[1..])), (3, 0));
+    assert_eq!(checked(&flags(&["--state", "serving"]), &some_rows()), 0);
 }
 
 #[test]
@@ -175,19 +210,26 @@ fn nothing_to_show() {
 
 #[test]
 fn several_types_can_be_asked_for() {
-    use clap::Parser;
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        flags: Flags,
-    }
     let count = |arguments: &[&str]| {
-        let Command { flags } = Command::parse_from([&["status"], arguments].concat());
-        some_rows().iter().filter(|row| is_wanted(&flags, row)).count()
+        let flags = flags(arguments);
+        some_rows().iter().filter(|row| is_meant(&flags, row)).count()
     };
     assert_eq!(count(&[]), 11);
     assert_eq!(count(&["--type", "cds", "--type", "LDS"]), 7);
     assert_eq!(count(&["--type", "cds", "--type", "LDS", "--name", "users"]), 1);
+}
+
+#[test]
+fn types_that_there_are_not_cannot_be_asked_for() {
+    for known in
+        ["Lds", "listener", "source", "OffloadedService", "type.googleapis.com/envoy.config.cluster.v3.Cluster"]
+    {
+        assert!(parse(&["--type", known]).is_ok(), "{known}");
+    }
+    for unknown in ["clusters", "", "type.googleapis.com/envoy.config.cluster.v3.Clusters"] {
+        let error = parse(&["--type", unknown]).unwrap_err().to_string();
+        assert!(error.contains("there are source, cds, eds,"), "{error}");
+    }
 }
 
 #[test]
