@@ -6,7 +6,7 @@ use envoy_types::pb::envoy::service::discovery::v3::DiscoveryResponse;
 use prost::Message as _;
 
 use crate::{
-    ads::Response,
+    ads::{Response, Token},
     json::{self, ConfigError, Format, UnknownFields},
     stats::ClientStats,
 };
@@ -57,8 +57,8 @@ pub(crate) fn read(bytes: &[u8], encoding: Encoding, unknown: UnknownFields) -> 
 enum State {
     /// It could not be used; as Envoy counts it: rejected, or failed.
     Unusable { rejected: bool },
-    /// It was handed to the sink. `accepted`: all of it; `None`: that is not known yet.
-    Taken { version: String, accepted: Option<bool> },
+    /// It was handed to the sink, as `update`. `accepted`: all of it; `None`: that is not known yet.
+    Taken { version: String, update: Option<Token>, accepted: Option<bool> },
 }
 
 /// What is to be done with a document.
@@ -98,9 +98,18 @@ impl Documents {
         self.last.take_if(|(_, state)| matches!(state, State::Taken { .. }));
     }
 
-    /// The sink has said of the last one whether all of it is in force.
-    pub(crate) fn finished(&mut self, all: bool) {
-        if let Some((_, State::Taken { accepted, .. })) = &mut self.last {
+    /// The last one was handed to the sink by this name.
+    pub(crate) fn handed_out(&mut self, token: Option<Token>) {
+        if let Some((_, State::Taken { update, .. })) = &mut self.last {
+            *update = token;
+        }
+    }
+
+    /// The sink has said of an update whether all of it is in force. It may be of an older document, or of none.
+    pub(crate) fn finished(&mut self, token: &Token, all: bool) {
+        if let Some((_, State::Taken { update, accepted, .. })) = &mut self.last
+            && update.as_ref() == Some(token)
+        {
             *accepted = Some(all);
         }
     }
@@ -116,7 +125,7 @@ impl Documents {
             match state {
                 State::Unusable { rejected: true } | State::Taken { accepted: Some(false), .. } => stats.rejected(),
                 State::Unusable { rejected: false } => stats.failed(),
-                State::Taken { version, accepted: Some(true) } => stats.accepted(version),
+                State::Taken { version, accepted: Some(true), .. } => stats.accepted(version),
                 State::Taken { accepted: None, .. } => {}
             }
             if matches!(state, State::Unusable { .. }) {
@@ -132,7 +141,7 @@ impl Documents {
                 let version = response.version_info.clone();
                 // One with times to live is a heartbeat as well: those count from each answer.
                 let lasting = response.resources.iter().all(|it| it.type_url.rsplit('/').next() != Some(WRAPPER));
-                self.last = lasting.then_some((hash, State::Taken { version, accepted: None }));
+                self.last = lasting.then_some((hash, State::Taken { version, update: None, accepted: None }));
                 let response = DiscoveryResponse { type_url: self.type_url.clone(), nonce: String::new(), ..response };
                 Judged::New(Response::Sotw(response))
             }
@@ -176,10 +185,42 @@ impl Documents {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering::Relaxed;
+    use std::{sync::atomic::Ordering::Relaxed, time::Instant};
+
+    use envoy_types::pb::envoy::config::core::v3::Node;
 
     use super::*;
-    use crate::{ads::type_url::CLUSTER, test_sink::clusters};
+    use crate::{
+        ads::{Core, Handled, Interest, Variant, type_url::CLUSTER},
+        test_sink::clusters,
+    };
+
+    /// The core names an update.
+    fn token(core: &mut Core, documents: &mut Documents, response: Response) -> Token {
+        let Handled::Update(token, _) = core.handle(response, Instant::now()) else { panic!("it is wanted") };
+        documents.handed_out(Some(token.clone()));
+        token
+    }
+
+    #[test]
+    fn what_became_of_an_older_document_does_not_count_for_the_last() {
+        let (mut documents, stats) = documents();
+        let counts = stats.of(CLUSTER);
+        let mut core = Core::new(Node::default(), Variant::Sotw);
+        core.set_interest(CLUSTER, Interest::Wildcard);
+        core.connected();
+        assert_eq!(core.outgoing().len(), 1);
+        let came = |documents: &mut Documents, text: &str| documents.came(text.as_bytes(), Encoding::Json, &stats);
+        let (first, second) = (clusters("1", &["a"]), clusters("2", &["bad"]));
+        let Judged::New(response) = came(&mut documents, &first) else { panic!("it is new") };
+        let first = token(&mut core, &mut documents, response);
+        let Judged::New(response) = came(&mut documents, &second) else { panic!("it is new") };
+        let newer = token(&mut core, &mut documents, response);
+        documents.finished(&newer, false);
+        documents.finished(&first, true);
+        assert!(matches!(came(&mut documents, &second), Judged::Same));
+        assert_eq!((counts.update_rejected.load(Relaxed), counts.update_success.load(Relaxed)), (1, 0));
+    }
 
     fn documents() -> (Documents, ClientStats) {
         (Documents::new(CLUSTER, "here".to_owned(), UnknownFields::Reject), ClientStats::default())
@@ -191,7 +232,6 @@ mod tests {
         let good = clusters("1", &["a"]);
         let counts = stats.of(CLUSTER);
         assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::New(_)));
-        documents.finished(true);
         documents.failed("status 503".to_owned(), &stats);
         assert_eq!(counts.fault().unwrap().details, "status 503");
         assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::Same));

@@ -38,8 +38,8 @@ pub(crate) enum Event {
 pub(crate) enum Came {
     /// Something else is wanted than before.
     Wanted,
-    /// A response is done with; whether all of it is in force.
-    Finished(bool),
+    /// An update is done with; whether all of it is in force.
+    Finished(Token, bool),
     /// Resources are removed whose time to live is over.
     Expired,
 }
@@ -83,8 +83,8 @@ impl<S: Sink> Driver<S> {
         }
     }
 
-    /// Hands a response to the sink; whether it was one to apply.
-    pub(crate) fn take(&mut self, response: Response) -> bool {
+    /// Hands a response to the sink; by what name [`Came::Finished`] tells of it, if it was one to apply.
+    pub(crate) fn take(&mut self, response: Response) -> Option<Token> {
         let (type_url, version, control_plane) = match &response {
             Response::Sotw(response) => (&response.type_url, &response.version_info, &response.control_plane),
             Response::Delta(response) => (&response.type_url, &response.system_version_info, &response.control_plane),
@@ -97,11 +97,11 @@ impl<S: Sink> Driver<S> {
             Handled::Update(token, update) => (token, update),
             Handled::Ignored(why) => {
                 tracing::warn!(%type_url, "response of the control plane ignored: {why}");
-                return false;
+                return None;
             }
         };
-        self.hand_out(token, Some(version), update);
-        true
+        self.hand_out(token.clone(), Some(version), update);
+        Some(token)
     }
 
     fn hand_out(&self, token: Token, version: Option<String>, update: Update) {
@@ -131,11 +131,11 @@ impl<S: Sink> Driver<S> {
                 Came::Expired
             }
             Event::Applied { token, outcome: None, .. } => {
-                self.core.abandon(token);
-                Came::Finished(false)
+                self.core.abandon(token.clone());
+                Came::Finished(token, false)
             }
             Event::Applied { token, type_url, version, outcome: Some(outcome) } => {
-                let rejected = self.core.finish(token, outcome);
+                let rejected = self.core.finish(token.clone(), outcome);
                 let stats = self.stats.of(&type_url);
                 match version {
                     Some(version) if rejected.is_empty() => stats.accepted(&version),
@@ -145,7 +145,7 @@ impl<S: Sink> Driver<S> {
                 for rejection in &rejected {
                     tracing::warn!(%type_url, name = %rejection.name, "resource rejected: {}", rejection.message);
                 }
-                Came::Finished(rejected.is_empty())
+                Came::Finished(token, rejected.is_empty())
             }
         }
     }

@@ -16,7 +16,8 @@ use super::{Handled, Ignored, Interest, Outcome, Rejection, Request, Response, T
 /// Absence means removal where the server decides what there is: in every type that is subscribed to by wildcard, and
 /// in LDS and CDS even by name. A resource of any other type that is subscribed to by name stays in force however often
 /// state of the world leaves it out. Where an incremental server says that it removes one, that is obeyed, but in EDS,
-/// RDS and SDS, where Envoy does not. A resource whose time to live has run out is removed whatever its type.
+/// RDS and SDS, where Envoy does not. A resource whose time to live has run out is removed whatever its type, as far as the core
+/// is concerned; what its owner does about one in use is its own affair.
 ///
 /// Any number of updates may be under way, of one type as well. They may be finished in any order: for each resource,
 /// what a newer update has settled stays. Every incremental response is answered. Of state-of-the-world responses, one

@@ -208,7 +208,7 @@ pub enum Ignored {
 }
 
 /// Names the response that an [`Outcome`] is about.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Token {
     /// The type.
     key: (u8, String),

@@ -78,7 +78,7 @@ impl<S: Sink> FileClient<S> {
                         self.documents.wanted();
                         self.load().await;
                     }
-                    Came::Finished(accepted) => self.documents.finished(accepted),
+                    Came::Finished(token, accepted) => self.documents.finished(&token, accepted),
                     Came::Expired => self.documents.wanted(),
                 },
                 () = moved => self.load().await,
@@ -96,7 +96,7 @@ impl<S: Sink> FileClient<S> {
         let read = tokio::task::spawn_blocking(move || regular_file::read(&path, MAX_FILE_BYTES)).await;
         match read.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(bytes) => match self.documents.came(&bytes, encoding, &self.driver.stats) {
-                Judged::New(response) => drop(self.driver.take(response)),
+                Judged::New(response) => self.documents.handed_out(self.driver.take(response)),
                 Judged::Same => {}
                 Judged::Unusable => self.failed(),
             },

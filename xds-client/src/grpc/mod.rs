@@ -172,7 +172,7 @@ impl<S: Sink> Client<S> {
         self.driver.sink.state(&self.config.source, true);
         loop {
             tokio::select! {
-                response = responses.next() => *answered |= self.driver.take(response?),
+                response = responses.next() => *answered |= self.driver.take(response?).is_some(),
                 event = self.driver.next() => drop(self.driver.event(event)),
                 () = tokens(self.bucket.as_ref(), &self.queue) => {}
             }

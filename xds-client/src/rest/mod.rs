@@ -1,6 +1,6 @@
 //! Resources that are polled over HTTP (`api_type: REST`).
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryRequest};
@@ -13,7 +13,7 @@ use crate::{
     ads::{Request, Sink, Variant},
     connect::{self, ConnectError},
     document::{Documents, Encoding, Judged},
-    driver::{Came, Driver, Interests},
+    driver::{Came, Driver, Event, Interests},
     grpc::MAX_RESPONSE_BYTES,
     json::{self, UnknownFields},
     resource_type::ResourceType,
@@ -41,6 +41,17 @@ enum Failed {
     Request(#[from] http::Error),
     #[error("the control plane has no address")]
     NoAddress,
+}
+
+/// How far a poll came.
+#[derive(PartialEq, Eq)]
+enum Polled {
+    /// All that is wanted was asked for.
+    All,
+    /// Something else is wanted by now.
+    Part,
+    /// Likewise, and the answer was not waited for.
+    Stopped,
 }
 
 /// Polls one type of resources from one server.
@@ -83,33 +94,67 @@ impl<S: Sink> RestClient<S> {
         let delay = self.rest.refresh_delay.max(SHORTEST_WAIT);
         let mut due = tokio::time::Instant::now();
         let mut wanted = false;
+        // Or what is wanted could change more often than a slow server answers.
+        let mut may_stop = true;
         loop {
             tokio::select! {
                 biased;
-                event = self.driver.next() => match self.driver.event(event) {
-                    Came::Wanted => {
-                        self.documents.wanted();
-                        wanted = true;
-                        due = tokio::time::Instant::now();
-                    }
-                    Came::Finished(accepted) => self.documents.finished(accepted),
-                    Came::Expired => {}
+                event = self.driver.next() => if self.is_to_poll(event) {
+                    wanted = true;
+                    due = tokio::time::Instant::now();
                 },
                 () = tokio::time::sleep_until(due), if wanted => {
-                    self.poll().await;
-                    due = tokio::time::Instant::now() + delay + delay.mul_f64(fastrand::f64());
+                    let polled = self.poll(may_stop).await;
+                    may_stop = polled != Polled::Stopped;
+                    due = tokio::time::Instant::now();
+                    if polled == Polled::All {
+                        due += delay + delay.mul_f64(fastrand::f64());
+                    }
                 }
             }
         }
     }
 
-    async fn poll(&mut self) {
+    /// Whether something else is wanted than before.
+    fn is_to_poll(&mut self, event: Event) -> bool {
+        match self.driver.event(event) {
+            Came::Wanted => {
+                self.documents.wanted();
+                true
+            }
+            Came::Finished(token, accepted) => {
+                self.documents.finished(&token, accepted);
+                false
+            }
+            Came::Expired => false,
+        }
+    }
+
+    /// Polls once. Where something else is wanted meanwhile, that is to be asked for at once: the poll stops, if it may.
+    async fn poll(&mut self, may_stop: bool) -> Polled {
         // Every poll is a stream of its own: it says all that is wanted and in force.
         self.driver.core.connected();
-        let Some(Request::Sotw(mut request)) = self.driver.core.outgoing().into_iter().next() else { return };
+        let Some(Request::Sotw(mut request)) = self.driver.core.outgoing().into_iter().next() else {
+            return Polled::All;
+        };
         request.response_nonce.clear();
         let limit = self.rest.request_timeout;
-        let fetched = tokio::time::timeout(limit, self.fetch(request)).await;
+        let address = self.server.endpoints.get(self.next_address).cloned();
+        let fetched = fetch(self.rest.clone(), self.server.clone(), address, self.path, request);
+        let mut fetched = pin!(tokio::time::timeout(limit, fetched));
+        let mut polled = Polled::All;
+        let fetched = loop {
+            tokio::select! {
+                biased;
+                event = self.driver.next() => if self.is_to_poll(event) {
+                    if may_stop {
+                        return Polled::Stopped;
+                    }
+                    polled = Polled::Part;
+                },
+                fetched = &mut fetched => break fetched,
+            }
+        };
         match fetched.unwrap_or(Err(Failed::Timeout(limit))) {
             Ok(body) => {
                 self.driver.stats.set_connected(Ok(()));
@@ -121,6 +166,7 @@ impl<S: Sink> RestClient<S> {
                 self.documents.failed(error.to_string(), &self.driver.stats);
             }
         }
+        polled
     }
 
     fn answered(&mut self, body: Option<Bytes>) {
@@ -132,7 +178,7 @@ impl<S: Sink> RestClient<S> {
         match self.documents.came(&body, Encoding::Json, &self.driver.stats) {
             Judged::New(response) => {
                 self.is_well();
-                self.driver.take(response);
+                self.documents.handed_out(self.driver.take(response));
             }
             Judged::Same => self.is_well(),
             Judged::Unusable => self.is_unwell(),
@@ -152,35 +198,41 @@ impl<S: Sink> RestClient<S> {
             self.driver.sink.state(&self.driver.source, false);
         }
     }
+}
 
-    /// One request; `None`: nothing has changed.
-    async fn fetch(&self, request: DiscoveryRequest) -> Result<Option<Bytes>, Failed> {
-        let address = self.server.endpoints.get(self.next_address).ok_or(Failed::NoAddress)?;
-        let body = Full::new(Bytes::from(json::to_json(&request).to_string()));
-        let protocol = if self.server.http2 { "h2" } else { "http/1.1" };
-        let stream = TokioIo::new(connect::connect(&self.server, address, protocol).await?);
-        let request = http::Request::post(self.path).header(header::CONTENT_TYPE, "application/json");
-        let (response, _driver) = if self.server.http2 {
-            let (mut sender, connection) = conn::http2::handshake(TokioExecutor::new(), stream).await?;
-            let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
-            let scheme = if self.server.tls.is_some() { "https" } else { "http" };
-            let authority = self.rest.cluster.as_str();
-            let uri = Uri::builder().scheme(scheme).authority(authority).path_and_query(self.path).build()?;
-            (sender.send_request(request.uri(uri).body(body)?).await?, driver)
-        } else {
-            let (mut sender, connection) = conn::http1::handshake(stream).await?;
-            let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
-            let request = request.header(header::HOST, self.rest.cluster.as_str());
-            (sender.send_request(request.body(body)?).await?, driver)
-        };
-        match response.status() {
-            StatusCode::OK => {}
-            StatusCode::NOT_MODIFIED => return Ok(None),
-            status => return Err(Failed::Status(status)),
-        }
-        let body = Limited::new(response.into_body(), MAX_RESPONSE_BYTES).collect().await.map_err(Failed::Body)?;
-        Ok(Some(body.to_bytes()))
+/// One request; `None`: nothing has changed.
+async fn fetch(
+    rest: RestSource,
+    server: Server,
+    address: Option<String>,
+    path: &'static str,
+    request: DiscoveryRequest,
+) -> Result<Option<Bytes>, Failed> {
+    let address = address.ok_or(Failed::NoAddress)?;
+    let body = Full::new(Bytes::from(json::to_json(&request).to_string()));
+    let protocol = if server.http2 { "h2" } else { "http/1.1" };
+    let stream = TokioIo::new(connect::connect(&server, &address, protocol).await?);
+    let request = http::Request::post(path).header(header::CONTENT_TYPE, "application/json");
+    let (response, _driver) = if server.http2 {
+        let (mut sender, connection) = conn::http2::handshake(TokioExecutor::new(), stream).await?;
+        let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
+        let scheme = if server.tls.is_some() { "https" } else { "http" };
+        let authority = rest.cluster.as_str();
+        let uri = Uri::builder().scheme(scheme).authority(authority).path_and_query(path).build()?;
+        (sender.send_request(request.uri(uri).body(body)?).await?, driver)
+    } else {
+        let (mut sender, connection) = conn::http1::handshake(stream).await?;
+        let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
+        let request = request.header(header::HOST, rest.cluster.as_str());
+        (sender.send_request(request.body(body)?).await?, driver)
+    };
+    match response.status() {
+        StatusCode::OK => {}
+        StatusCode::NOT_MODIFIED => return Ok(None),
+        status => return Err(Failed::Status(status)),
     }
+    let body = Limited::new(response.into_body(), MAX_RESPONSE_BYTES).collect().await.map_err(Failed::Body)?;
+    Ok(Some(body.to_bytes()))
 }
 
 /// A task that ends with its owner.

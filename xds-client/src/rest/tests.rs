@@ -59,6 +59,7 @@ async fn server(script: &[(u16, String)]) -> (String, Requests) {
 struct Running {
     notes: Arc<Notes>,
     stats: Arc<ClientStats>,
+    interests: Interests,
     task: tokio::task::AbortHandle,
 }
 
@@ -69,19 +70,19 @@ impl Drop for Running {
 }
 
 fn start(addresses: &[&str]) -> Running {
+    start_with(addresses, Duration::from_millis(500))
+}
+
+fn start_with(addresses: &[&str], request_timeout: Duration) -> Running {
     let notes = Arc::new(Notes::default());
-    let rest = RestSource {
-        cluster: "xds".to_owned(),
-        refresh_delay: Duration::from_millis(10),
-        request_timeout: Duration::from_millis(500),
-    };
+    let rest = RestSource { cluster: "xds".to_owned(), refresh_delay: Duration::from_millis(10), request_timeout };
     let server = Server::plain(addresses.iter().map(ToString::to_string).collect());
     let node = Node { id: "node-1".to_owned(), ..Default::default() };
     let only = ResourceType::of(CLUSTER).unwrap();
     let client = RestClient::new(rest, server, only, (node, UnknownFields::Ignore), Arc::clone(&notes)).unwrap();
-    let stats = client.stats();
-    client.interests().set(CLUSTER, Interest::Wildcard);
-    Running { notes, stats, task: tokio::spawn(client.run()).abort_handle() }
+    let (stats, interests) = (client.stats(), client.interests());
+    interests.set(CLUSTER, Interest::Wildcard);
+    Running { notes, stats, interests, task: tokio::spawn(client.run()).abort_handle() }
 }
 
 #[tokio::test]
@@ -163,4 +164,40 @@ async fn it_is_known_whether_the_server_is_there() {
     assert_eq!((connection.transport, &*connection.server, connection.connected), ("REST", "cluster xds", false));
     running.notes.expect(&["connected true", "+a -"]).await;
     assert_eq!((running.stats.connection().connected, running.stats.connection().error), (true, None));
+}
+
+#[tokio::test]
+async fn other_names_and_times_to_live_do_not_wait_for_a_server_that_is_slow() {
+    let cluster: Value = serde_json::from_str(&clusters("1", &["a"])).unwrap();
+    let wrapped = serde_json::json!({
+        "version_info": "1",
+        "resources": [{
+            "@type": "type.googleapis.com/envoy.service.discovery.v3.Resource",
+            "name": "a", "ttl": "0.5s", "resource": cluster["resources"][0],
+        }],
+    });
+    let (address, requests) = server(&[(200, wrapped.to_string()), (0, String::new())]).await;
+    // Longer than any test waits.
+    let running = start_with(&[&address], crate::test_sink::PATIENCE * 3);
+    running.notes.expect(&["connected true", "+a -", "+ -a"]).await;
+    wait(|| requests.lock().unwrap().len() == 2).await;
+    running.interests.set(CLUSTER, Interest::WildcardAnd(["b".to_owned()].into()));
+    wait(|| requests.lock().unwrap().len() == 3).await;
+    let names = requests.lock().unwrap()[2].2["resource_names"].to_string();
+    assert!(names.contains("\"b\""), "{names}");
+}
+
+#[tokio::test]
+async fn names_that_change_without_end_let_every_other_answer_be_waited_for() {
+    let never = (0, String::new());
+    let (address, requests) = server(&[never.clone(), never, (200, clusters("1", &["a"]))]).await;
+    let running = start(&[&address]);
+    for (name, count) in [("b", 1), ("c", 2)] {
+        wait(|| requests.lock().unwrap().len() == count).await;
+        running.interests.set(CLUSTER, Interest::WildcardAnd([name.to_owned()].into()));
+    }
+    running.notes.expect(&["connected true", "+a -"]).await;
+    assert_eq!(running.stats.of(CLUSTER).update_failure.load(Relaxed), 1, "the second was given its time");
+    let third = requests.lock().unwrap()[2].2["resource_names"].to_string();
+    assert!(third.contains("\"c\""), "{third}");
 }
