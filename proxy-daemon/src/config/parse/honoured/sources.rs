@@ -44,8 +44,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "initial_fetch_timeout",
         ],
     ),
-    ("envoy.config.core.v3.PathConfigSource", ALL),
-    ("envoy.config.core.v3.WatchedDirectory", ALL),
+    ("envoy.config.core.v3.PathConfigSource", &["path", "watched_directory"]),
+    ("envoy.config.core.v3.WatchedDirectory", &["path"]),
     ("envoy.config.core.v3.SelfConfigSource", ALL),
     ("envoy.config.core.v3.AggregatedConfigSource", ALL),
     (
