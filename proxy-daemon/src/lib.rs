@@ -17,5 +17,6 @@ pub mod on_demand;
 pub mod report;
 pub mod runtime;
 pub mod stats;
+pub mod tasks;
 pub mod tls;
 pub mod upstream;

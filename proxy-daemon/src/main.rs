@@ -26,6 +26,7 @@ use culvert_proxy_daemon::{
     report,
     runtime::{DataPlane, Options},
     stats::{self, Metric},
+    tasks::Tasks,
     tls,
 };
 use culvert_xds_client::{
@@ -131,7 +132,10 @@ async fn serve(
     let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
         .context("cannot start the workers")?;
     let result = run(flags, message, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
-    drain(flags, &plane, &mut signals).await;
+    // After a failure whoever starts it again is not kept waiting.
+    if result.is_ok() {
+        drain(flags, &plane, &mut signals).await;
+    }
     // Joins threads: not on a thread that must not block.
     let stopping = plane.clone();
     tokio::task::spawn_blocking(move || stopping.stop()).await.context("cannot stop the workers")?;
@@ -171,7 +175,10 @@ async fn run(
         sources,
         drain_time: drain_time(flags),
     };
-    let store = ConfigStore::new(Applier::new(plane.clone(), runtime.clone()), start_up, subscriptions);
+    let mut tasks = Tasks::default();
+    let (applier, listener_changes) = Applier::new(plane.clone(), runtime.clone());
+    tasks.spawn("changes listeners", listener_changes);
+    let store = ConfigStore::new(applier, start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
         let listener = TcpListener::bind(address).await;
@@ -217,7 +224,7 @@ async fn run(
                 }),
             ],
         };
-        tokio::spawn(admin::run(admin, listener));
+        tasks.spawn("serves the admin interface", admin::run(admin, listener));
     }
 
     // The admin interface keeps it, encoded.
@@ -230,24 +237,26 @@ async fn run(
         // Checked with the bootstrap.
         let server = service.target.server(&bootstrap.sources.servers).context("cluster_manager.load_stats_config")?;
         let dialer = Dialer::new(server, service);
-        tokio::spawn(report::report_load(dialer, bootstrap.sources.node.clone(), plane.clone()));
+        tasks.spawn("reports load", report::report_load(dialer, bootstrap.sources.node.clone(), plane.clone()));
     }
     if let Some(service) = bootstrap.health_discovery {
         let server = service.target.server(&bootstrap.sources.servers).context("hds_config")?;
-        tokio::spawn(report::report_health(Dialer::new(server, service), bootstrap.sources.node.clone()));
+        let dialer = Dialer::new(server, service);
+        tasks.spawn("reports health", report::report_health(dialer, bootstrap.sources.node.clone()));
     }
     let config = sources::Config { unknown_fields: flags.unknown_dynamic_fields(), ..bootstrap.sources };
     state.set(ServerState::Initializing);
-    tokio::spawn(store.clone().keep_time());
-    tokio::spawn(store.clone().tidy_up(|| mi_collect(true)));
-    tokio::spawn(store.clone().follow_files());
+    tasks.spawn("keeps time", store.clone().keep_time());
+    tasks.spawn("gives memory back", store.clone().tidy_up(|| mi_collect(true)));
+    tasks.spawn("follows files", store.clone().follow_files());
     if let Some(messages) = plane.on_demand() {
-        tokio::spawn(store.clone().serve_on_demand(messages));
+        tasks.spawn("hears what requests need", store.clone().serve_on_demand(messages));
     }
-    tokio::spawn(sources::run(config, Arc::new(store.clone()), wanted, source_stats));
+    tasks.spawn("gets resources", sources::run(config, Arc::new(store.clone()), wanted, source_stats));
     store.start(bootstrap.clusters, bootstrap.listeners);
     tokio::select! {
         started = store.initialized() => started.map_err(anyhow::Error::msg)?,
+        ended = tasks.ended() => bail!(ended),
         () = signals.stop() => return Ok(()),
         () = shutdown.notified() => return Ok(()),
     }
@@ -266,6 +275,7 @@ async fn run(
     tokio::select! {
         () = signals.stop() => {}
         () = shutdown.notified() => {}
+        ended = tasks.ended() => bail!(ended),
     }
     state.set(ServerState::Draining);
     stats::gauge("server.live").set(0);

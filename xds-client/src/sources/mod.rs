@@ -2,12 +2,14 @@
 //!
 //! The aggregated stream has one client for all types. Any other source has one for each type that is wanted of it,
 //! shared by all who want that type of that source (Envoy opens one for each cluster or listener). It ends when nothing
-//! is wanted any more.
+//! is wanted any more. One that panics is started again.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     convert::Infallible,
+    pin::Pin,
     sync::Arc,
+    time::Duration,
 };
 
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -143,8 +145,13 @@ struct Shared {
 /// A client that runs.
 struct Running {
     interests: Interests,
+    /// What it was told is wanted, for one that takes its place.
+    wanted: BTreeMap<String, Interest>,
     task: AbortHandle,
 }
+
+/// The time before a client that panicked is started again: what it panicked of may come again.
+const RESTART_WAIT: Duration = Duration::from_secs(1);
 
 /// Runs the clients of all sources. Never returns; drop the future to stop them. What they count is in `stats`.
 pub async fn run<S: Sink>(
@@ -156,9 +163,28 @@ pub async fn run<S: Sink>(
     let shared = Shared { stats, watches: Arc::clone(&config.watches) };
     let mut clients: HashMap<(Source, Option<String>), Running> = HashMap::new();
     let mut tasks = JoinSet::new();
-    while let Some(Subscription { source, type_url, interest }) = wanted.recv().await {
-        // Those that were stopped.
-        while tasks.try_join_next().is_some() {}
+    loop {
+        let Subscription { source, type_url, interest } = tokio::select! {
+            Some(subscription) = wanted.recv() => subscription,
+            // Others were stopped.
+            Some(Err(ended)) = tasks.join_next(), if !tasks.is_empty() => {
+                let failed = clients.iter_mut().find(|(_, running)| running.task.id() == ended.id());
+                if ended.is_panic() && let Some(((source, only), running)) = failed {
+                    tracing::error!(?source, "its client has failed and is started again: {ended}");
+                    sink.failed(source, only.as_deref());
+                    sink.state(source, false);
+                    let place = Place { config: &config, source, only: only.as_deref(), after: RESTART_WAIT };
+                    let Some(next) = start(place, &sink, &shared, &mut tasks) else { continue };
+                    for (type_url, interest) in &running.wanted {
+                        next.interests.set(type_url, interest.clone());
+                    }
+                    (running.interests, running.task) = (next.interests, next.task);
+                }
+                continue;
+            }
+            // Nobody is left who could want anything.
+            else => return std::future::pending().await,
+        };
         let only = (source != Source::Ads).then(|| type_url.clone());
         let key = (source, only);
         if interest == Interest::None && key.1.is_some() {
@@ -176,28 +202,42 @@ pub async fn run<S: Sink>(
                 tracing::error!(source = ?key.0, %type_url, "nothing can be had from this source: {error}");
                 continue;
             }
-            let Some(running) = start(&config, &key.0, key.1.as_deref(), &sink, &shared, &mut tasks) else { continue };
+            let place = Place { config: &config, source: &key.0, only: key.1.as_deref(), after: Duration::ZERO };
+            let Some(running) = start(place, &sink, &shared, &mut tasks) else { continue };
             clients.insert(key.clone(), running);
         }
-        if let Some(running) = clients.get(&key) {
+        if let Some(running) = clients.get_mut(&key) {
+            running.wanted.insert(type_url.clone(), interest.clone());
             running.interests.set(type_url, interest);
         }
     }
-    // Nobody is left who could want anything: what is wanted already goes on.
-    std::future::pending().await
+}
+
+/// A client that is to be started.
+struct Place<'a> {
+    config: &'a Config,
+    source: &'a Source,
+    only: Option<&'a str>,
+    /// How long it waits.
+    after: Duration,
 }
 
 /// Starts a client; `None` where the source cannot be reached, which [`Config::check`] has said before.
 fn start<S: Sink>(
-    config: &Config,
-    source: &Source,
-    only: Option<&str>,
+    Place { config, source, only, after }: Place<'_>,
     sink: &Arc<S>,
     shared: &Shared,
     tasks: &mut JoinSet<Infallible>,
 ) -> Option<Running> {
     let (sink, node) = (Arc::clone(sink), config.node.clone());
     let unknown = config.unknown_fields;
+    let mut spawn = |interests, client: Pin<Box<dyn Future<Output = Infallible> + Send>>| {
+        let task = tasks.spawn(async move {
+            tokio::time::sleep(after).await;
+            client.await
+        });
+        Some(Running { interests, wanted: BTreeMap::new(), task })
+    };
     let grpc = match source {
         Source::Ads => config.ads.as_ref()?,
         Source::Grpc(grpc) => grpc,
@@ -205,12 +245,12 @@ fn start<S: Sink>(
             let server = config.servers.get(&rest.cluster)?.clone();
             let client = RestClient::new(rest.clone(), server, ResourceType::of(only?)?, (node, unknown), sink)?;
             shared.stats.insert(source, only, client.stats());
-            return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
+            return spawn(client.interests(), Box::pin(client.run()));
         }
         Source::File(file) => {
             let client = FileClient::new(file.clone(), only?, (node, unknown), sink, Arc::clone(&shared.watches));
             shared.stats.insert(source, only, client.stats());
-            return Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) });
+            return spawn(client.interests(), Box::pin(client.run()));
         }
     };
     let server = grpc.service.target.server(&config.servers)?;
@@ -218,5 +258,8 @@ fn start<S: Sink>(
     let client_config = ClientConfig { source: source.clone(), server, grpc: grpc.clone(), node, only: only_type };
     let client = Client::new(client_config, sink);
     shared.stats.insert(source, only, client.stats());
-    Some(Running { interests: client.interests(), task: tasks.spawn(client.run()) })
+    spawn(client.interests(), Box::pin(client.run()))
 }
+
+#[cfg(test)]
+mod tests;

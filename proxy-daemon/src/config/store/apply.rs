@@ -70,11 +70,12 @@ enum ListenerChange {
 }
 
 impl Applier {
-    /// Must be called within the control runtime.
-    pub fn new(plane: DataPlane, runtime: Runtime) -> Applier {
+    /// The applier, and what carries out its changes of listeners, which is to run on the control runtime as long as the applier is
+    /// used.
+    pub fn new(plane: DataPlane, runtime: Runtime) -> (Applier, impl Future<Output = ()> + Send + use<>) {
         let (listeners, changes) = mpsc::unbounded_channel();
-        tokio::spawn(carry_out(plane.clone(), changes));
-        Applier { plane, runtime, listeners }
+        let carry_out = carry_out(plane.clone(), changes);
+        (Applier { plane, runtime, listeners }, carry_out)
     }
 
     fn later(&self, change: ListenerChange) {
