@@ -26,6 +26,8 @@ pub(crate) struct Driver<S> {
 pub(crate) enum Event {
     /// What is wanted of a type.
     Want(String, Interest),
+    /// Which names of a type are wanted more, or less.
+    WantNames(String, Vec<(String, bool)>),
     /// An update of which the sink has said what became, or that it will never be applied. `version`: of the response that
     /// it came of, if it did.
     Applied { token: Token, type_url: String, version: Option<String>, outcome: Option<Outcome> },
@@ -53,6 +55,12 @@ impl Interests {
     pub fn set(&self, type_url: impl Into<String>, interest: Interest) {
         // A client that is gone wants nothing.
         let _ = self.0.send(Event::Want(type_url.into(), interest));
+    }
+
+    /// Wants some names of a type more, or less.
+    pub fn set_names(&self, type_url: impl Into<String>, names: Vec<(String, bool)>) {
+        // As above.
+        let _ = self.0.send(Event::WantNames(type_url.into(), names));
     }
 }
 
@@ -121,6 +129,10 @@ impl<S: Sink> Driver<S> {
                     self.stats.of(&type_url);
                 }
                 self.core.set_interest(&type_url, interest);
+                Came::Wanted
+            }
+            Event::WantNames(type_url, names) => {
+                names.iter().for_each(|(name, wanted)| self.core.set_wanted(&type_url, name, *wanted));
                 Came::Wanted
             }
             Event::Expired => {

@@ -285,7 +285,8 @@ impl Interest {
         }
     }
 
-    fn of(wildcard: bool, names: BTreeSet<String>) -> Interest {
+    /// Everything or not, and these names.
+    pub(crate) fn of(wildcard: bool, names: BTreeSet<String>) -> Interest {
         match (wildcard, names.is_empty()) {
             (false, true) => Interest::None,
             (true, true) => Interest::Wildcard,

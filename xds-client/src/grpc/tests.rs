@@ -276,6 +276,12 @@ async fn delta_over_grpc() {
         (other.type_url.as_str(), other.resource_names_subscribe),
         ("type.googleapis.com/x.Y", vec!["z".to_owned()])
     );
+    interests.set_names("type.googleapis.com/x.Y", vec![("y".to_owned(), true), ("z".to_owned(), false)]);
+    let other = session.request().await;
+    assert_eq!(
+        (other.resource_names_subscribe, other.resource_names_unsubscribe),
+        (vec!["y".to_owned()], vec!["z".to_owned()])
+    );
     notes.wait_for("Cluster +x -").await;
     drop(session);
     let mut session = server.delta().await;

@@ -107,6 +107,39 @@ impl Config {
     }
 }
 
+/// How what is wanted of a type changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// This is wanted, and nothing else.
+    To(Interest),
+    /// These names are wanted from now on, or not any more, where something else was wanted and still is: costs less than
+    /// [`Change::To`] with all names.
+    Names(Vec<(String, bool)>),
+}
+
+impl Change {
+    /// Changes what is wanted.
+    fn apply(&self, wanted: &mut Interest) {
+        let names = match self {
+            Change::To(interest) => return wanted.clone_from(interest),
+            Change::Names(names) => names,
+        };
+        let (all, mut known) = match std::mem::take(wanted) {
+            Interest::None => (false, BTreeSet::new()),
+            Interest::Wildcard => (true, BTreeSet::new()),
+            Interest::Names(known) => (false, known),
+            Interest::WildcardAnd(known) => (true, known),
+        };
+        for (name, is_wanted) in names {
+            match is_wanted {
+                true => drop(known.insert(name.clone())),
+                false => drop(known.remove(name)),
+            }
+        }
+        *wanted = Interest::of(all, known);
+    }
+}
+
 /// What is wanted of a type from a source, from now on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
@@ -115,7 +148,7 @@ pub struct Subscription {
     /// The type.
     pub type_url: String,
     /// What is wanted of it.
-    pub interest: Interest,
+    pub change: Change,
 }
 
 /// Changes what is wanted. Cheap to clone.
@@ -131,8 +164,17 @@ impl Subscriptions {
 
     /// Sets what is wanted of a type from a source.
     pub fn set(&self, source: Source, type_url: impl Into<String>, interest: Interest) {
+        self.send(source, type_url.into(), Change::To(interest));
+    }
+
+    /// Wants some names more, or less: see [`Change::Names`].
+    pub fn set_names(&self, source: Source, type_url: impl Into<String>, names: Vec<(String, bool)>) {
+        self.send(source, type_url.into(), Change::Names(names));
+    }
+
+    fn send(&self, source: Source, type_url: String, change: Change) {
         // Without a receiver there is no client that could be told.
-        let _ = self.0.send(Subscription { source, type_url: type_url.into(), interest });
+        let _ = self.0.send(Subscription { source, type_url, change });
     }
 }
 
@@ -164,7 +206,7 @@ pub async fn run<S: Sink>(
     let mut clients: HashMap<(Source, Option<String>), Running> = HashMap::new();
     let mut tasks = JoinSet::new();
     loop {
-        let Subscription { source, type_url, interest } = tokio::select! {
+        let Subscription { source, type_url, change } = tokio::select! {
             Some(subscription) = wanted.recv() => subscription,
             // Others were stopped.
             Some(Err(ended)) = tasks.join_next(), if !tasks.is_empty() => {
@@ -187,7 +229,8 @@ pub async fn run<S: Sink>(
         };
         let only = (source != Source::Ads).then(|| type_url.clone());
         let key = (source, only);
-        if interest == Interest::None && key.1.is_some() {
+        let ends = change == Change::To(Interest::None);
+        if ends && key.1.is_some() {
             if let Some(running) = clients.remove(&key) {
                 running.task.abort();
                 shared.stats.remove(&key.0, key.1.as_deref());
@@ -195,7 +238,8 @@ pub async fn run<S: Sink>(
             continue;
         }
         if !clients.contains_key(&key) {
-            if interest == Interest::None {
+            // Of single names: from a source that could not be had when the first was wanted.
+            if ends || matches!(change, Change::Names(_)) {
                 continue;
             }
             if let Err(error) = config.check(&key.0, &type_url) {
@@ -207,8 +251,11 @@ pub async fn run<S: Sink>(
             clients.insert(key.clone(), running);
         }
         if let Some(running) = clients.get_mut(&key) {
-            running.wanted.insert(type_url.clone(), interest.clone());
-            running.interests.set(type_url, interest);
+            change.apply(running.wanted.entry(type_url.clone()).or_default());
+            match change {
+                Change::To(interest) => running.interests.set(type_url, interest),
+                Change::Names(names) => running.interests.set_names(type_url, names),
+            }
         }
     }
 }

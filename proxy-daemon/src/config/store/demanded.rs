@@ -47,11 +47,19 @@ pub(in crate::config) struct Demanded {
     idle_since: BTreeMap<(Arc<Source>, Arc<str>), Instant>,
     /// It is known when [`Due::OnDemand`] comes next.
     scheduled: bool,
-    /// Sources of which other names are asked for than they know.
-    changed: BTreeSet<Arc<Source>>,
+    /// Names of which the sources do not know yet whether they are asked for, and whether they were before.
+    changed: BTreeMap<Arc<Source>, BTreeMap<Arc<str>, bool>>,
     stats: Option<Stats>,
     /// Whoever may go on as soon as the data plane has what they waited for.
     over: Vec<Waiter>,
+}
+
+/// How what is asked for of a source has changed.
+pub(super) struct Changed {
+    /// Names, and whether they are asked for.
+    pub(super) names: Vec<(String, bool)>,
+    /// Some name was asked for before, and some is now.
+    pub(super) stays: bool,
 }
 
 /// `cluster_manager.odcds.`, from the first name on.
@@ -113,7 +121,7 @@ impl Demanded {
         self.names.entry(Arc::clone(source)).or_default().insert(Arc::clone(name));
         self.count += 1;
         self.bytes += name.len();
-        self.changed.insert(Arc::clone(source));
+        self.has_changed(source, name, false);
         Some(true)
     }
 
@@ -127,9 +135,22 @@ impl Demanded {
         self.names.get(source).into_iter().flatten().map(|name| name.to_string()).collect()
     }
 
-    /// Sources of which other names are asked for than they know.
-    pub(super) fn take_changed(&mut self) -> BTreeSet<Arc<Source>> {
-        std::mem::take(&mut self.changed)
+    /// The sources of which other names are asked for than they know.
+    pub(super) fn take_changed(&mut self) -> Vec<(Arc<Source>, Changed)> {
+        let all = std::mem::take(&mut self.changed).into_iter().map(|(source, names)| {
+            let known = self.names.get(&source);
+            let now = |name: &str| known.is_some_and(|names| names.contains(name));
+            let names = names.into_iter().filter_map(|(name, before)| {
+                let now = now(&name);
+                (now != before).then(|| (name.to_string(), now))
+            });
+            let names: Vec<_> = names.collect();
+            let now = known.map_or(0, BTreeSet::len);
+            let new = names.iter().filter(|(_, now)| *now).count();
+            let had = now + names.len() - new > new;
+            (source, Changed { names, stays: had && now > 0 })
+        });
+        all.filter(|(_, changed)| !changed.names.is_empty()).collect()
     }
 
     /// What was asked for does not exist, or not any more: it is not asked for until the next request needs it.
@@ -162,11 +183,16 @@ impl Demanded {
         if names.remove(name) {
             self.count -= 1;
             self.bytes -= name.len();
-            self.changed.insert(Arc::clone(source));
+            if names.is_empty() {
+                self.names.remove(source);
+            }
+            self.has_changed(source, name, true);
         }
-        if names.is_empty() {
-            self.names.remove(source);
-        }
+    }
+
+    fn has_changed(&mut self, source: &Arc<Source>, name: &Arc<str>, before: bool) {
+        let names = self.changed.entry(Arc::clone(source)).or_default();
+        names.entry(Arc::clone(name)).or_insert(before);
     }
 
     fn is_needed(&mut self, source: &Arc<Source>, name: &Arc<str>) {
@@ -306,9 +332,16 @@ impl State {
 impl<A: Apply> ConfigStore<A> {
     /// Tells the sources which clusters are wanted, where that has changed.
     pub(super) fn subscribe_clusters(&self, state: &mut State) {
-        while let Some(source) = state.demanded.changed.pop_first() {
-            let interest = state.cluster_interest(&source);
-            self.0.subscriptions.set(Source::clone(&source), type_url::CLUSTER, interest);
+        for (source, changed) in state.demanded.take_changed() {
+            // Everything was and is asked for there besides: since then at least, see `advance`.
+            let all = state.cds.is(&source) && state.phase >= Phase::Clusters;
+            match changed.stays || all {
+                true => self.0.subscriptions.set_names(Source::clone(&source), type_url::CLUSTER, changed.names),
+                false => {
+                    let interest = state.cluster_interest(&source);
+                    self.0.subscriptions.set(Source::clone(&source), type_url::CLUSTER, interest);
+                }
+            }
         }
     }
 }

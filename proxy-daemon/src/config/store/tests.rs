@@ -9,7 +9,7 @@ use std::{
 use culvert_xds_client::{
     ads::{Outcome, Rejection, Resource},
     source::Server,
-    sources::Subscription,
+    sources::{Change, Subscription},
 };
 use envoy_types::pb::envoy::config::{
     bootstrap::v3::Bootstrap as BootstrapMessage, cluster::v3::Cluster, core::v3::ConfigSource as ConfigSourceMessage,
@@ -169,6 +169,8 @@ struct Fixture {
     store: ConfigStore<Recorder>,
     calls: Recorder,
     wanted: Mutex<UnboundedReceiver<Subscription>>,
+    /// What is wanted of each type, as far as [`wanted`](Fixture::wanted) has heard.
+    known: Mutex<BTreeMap<String, Interest>>,
 }
 
 impl std::ops::Deref for Fixture {
@@ -231,8 +233,33 @@ impl Fixture {
 
     /// What is wanted, where that was said since the last call.
     fn wanted(&self) -> BTreeMap<String, Interest> {
-        let mut wanted = self.wanted.lock().unwrap();
-        std::iter::from_fn(|| wanted.try_recv().ok()).map(|it| (it.type_url, it.interest)).collect()
+        let (mut wanted, mut known) = (self.wanted.lock().unwrap(), self.known.lock().unwrap());
+        let changes = std::iter::from_fn(|| wanted.try_recv().ok());
+        let mut changed = BTreeMap::new();
+        for Subscription { type_url, change, .. } in changes {
+            let interest = known.entry(type_url.clone()).or_default();
+            match change {
+                Change::To(all) => *interest = all,
+                Change::Names(some) => {
+                    let (Interest::Names(names) | Interest::WildcardAnd(names)) = interest else {
+                        assert_eq!(*interest, Interest::Wildcard, "nothing was wanted");
+                        let names = some.into_iter().map(|(name, wanted)| wanted.then_some(name).expect("it is new"));
+                        *interest = Interest::WildcardAnd(names.collect());
+                        changed.insert(type_url, interest.clone());
+                        continue;
+                    };
+                    for (name, wanted) in some {
+                        assert!(if wanted { names.insert(name) } else { names.remove(&name) }, "it has not changed");
+                    }
+                    if names.is_empty() {
+                        assert!(matches!(interest, Interest::WildcardAnd(_)), "nothing is wanted");
+                        *interest = Interest::Wildcard;
+                    }
+                }
+            }
+            changed.insert(type_url, interest.clone());
+        }
+        changed
     }
 
     /// What is counted under a name, where there is such a number.
@@ -282,7 +309,7 @@ fn start_up(mut start: StartUp, clusters: Vec<ClusterConfig>, listeners: Vec<mod
     let (subscriptions, wanted) = Subscriptions::channel();
     let store = ConfigStore::new(calls.clone(), start, subscriptions);
     store.start(clusters, listeners);
-    let fixture = Fixture { store, calls: calls.clone(), wanted: Mutex::new(wanted) };
+    let fixture = Fixture { store, calls: calls.clone(), wanted: Mutex::new(wanted), known: Mutex::default() };
     fixture.workers();
     (fixture, calls)
 }
@@ -400,6 +427,7 @@ mod churn;
 mod clusters;
 mod demanded;
 mod driven;
+mod driven_random;
 mod extensions;
 mod listeners;
 mod named;

@@ -393,8 +393,14 @@ impl<A: Apply> ConfigStore<A> {
 
     /// Tells the sources which virtual hosts are wanted, where that has changed.
     pub(super) fn subscribe_hosts(&self, state: &mut State) {
-        let mut sources = state.vhds.demanded.take_changed();
-        sources.append(&mut state.vhds.changed);
+        let mut sources = std::mem::take(&mut state.vhds.changed);
+        for (source, changed) in state.vhds.demanded.take_changed() {
+            if state.vhds.is_source(&source) && !sources.contains(&source) {
+                self.0.subscriptions.set_names(Source::clone(&source), type_url::VIRTUAL_HOST, changed.names);
+            } else {
+                sources.insert(source);
+            }
+        }
         for source in sources {
             let names = state.vhds.demanded.names_of(&source);
             let interest = match (state.vhds.is_source(&source), names.is_empty()) {
@@ -459,7 +465,12 @@ impl State {
 
     /// A request has no route: the host is asked for.
     pub(super) fn is_host_there(&mut self, source: &Source, name: &str) -> bool {
-        !self.vhds.is_source(source) || self.vhds.resolver(source)(name)
+        let mut all = self.vhds.by_routes.iter_mut().filter(|(_, hosts)| *hosts.source == *source);
+        !self.vhds.asked.contains(source)
+            || all.any(|((_, routes), hosts)| {
+                let host = name.strip_prefix(&**routes).and_then(|host| host.strip_prefix('/'));
+                host.is_some_and(|host| hosts.table().virtual_host(host).is_some())
+            })
     }
 
     fn prefixes_of(&self, source: &Source, name: &str) -> BTreeSet<String> {

@@ -140,3 +140,42 @@ fn sources_of_clusters_are_kept_apart() {
     store.update(removal(Cluster::type_url(), "a"));
     assert_eq!(calls.take(), ["no cluster a"]);
 }
+
+#[test]
+fn a_source_is_told_of_single_names_where_it_is_asked_for_others() {
+    use culvert_xds_client::source::FileSource;
+    let (store, _) = running();
+    store.wanted();
+    let told = |source: &Source| {
+        let mut wanted = store.wanted.lock().unwrap();
+        let changes = std::iter::from_fn(|| wanted.try_recv().ok()).filter(|it| it.source == *source);
+        changes.map(|it| it.change).collect::<Vec<_>>()
+    };
+    let one = |name: &str, wanted| vec![Change::Names(vec![(name.to_owned(), wanted)])];
+    let mut requests = on_demand::channel();
+    let mut ask = |source: &Source, name: &str| {
+        let wanted = Wanted::Cluster { source: Arc::new(source.clone()), name: name.into() };
+        let wait = requests.0.ask(wanted).expect("there is room");
+        store.heed(&mut requests.1);
+        wait
+    };
+    let absent = |source: &Source, name: &str| {
+        let absent = vec![name.to_owned()];
+        store.store.update(source, Update { absent, ..update(Cluster::type_url(), Vec::new()) }, Done::new(drop));
+    };
+    // Where everything is asked for, from the first on.
+    let _a = ask(&Source::Ads, "a");
+    assert_eq!(told(&Source::Ads), one("a", true));
+    absent(&Source::Ads, "a");
+    assert_eq!(told(&Source::Ads), one("a", false));
+    // Elsewhere from the second on, to the last but one.
+    let other = Source::File(FileSource { path: "/other".into(), watched_directory: None });
+    let _b = ask(&other, "b");
+    assert_eq!(told(&other), [Change::To(Interest::Names(["b".to_owned()].into()))]);
+    let _c = ask(&other, "c");
+    assert_eq!(told(&other), one("c", true));
+    absent(&other, "b");
+    assert_eq!(told(&other), one("b", false));
+    absent(&other, "c");
+    assert_eq!(told(&other), [Change::To(Interest::None)]);
+}

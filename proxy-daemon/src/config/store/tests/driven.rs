@@ -97,6 +97,11 @@ impl Server {
                     it.known.remove(&name);
                     it.names.insert(name);
                 }
+                if first {
+                    // What it has of a stream before; without a version where that is not in force yet. What is not there any more is going to be removed.
+                    let had = request.initial_resource_versions.into_iter();
+                    it.known = had.map(|(name, version)| (name, version.parse().unwrap_or_default())).collect();
+                }
             }
         }
     }
@@ -229,11 +234,23 @@ impl Driven {
         panic!("they do not come to rest");
     }
 
-    fn round(&mut self) -> bool {
+    /// The stream is lost, and there is a new one at once.
+    pub(super) fn lose_stream(&mut self) {
+        self.server.types.clear();
+        self.core.connected();
+    }
+
+    /// Lets each side say something; whether one had something to say.
+    pub(super) fn round(&mut self) -> bool {
         let mut wanted = self.store.wanted.lock().unwrap();
-        while let Ok(Subscription { source, type_url, interest }) = wanted.try_recv() {
+        while let Ok(Subscription { source, type_url, change }) = wanted.try_recv() {
             assert_eq!(source, Source::Ads);
-            self.core.set_interest(&type_url, interest);
+            match change {
+                Change::To(interest) => self.core.set_interest(&type_url, interest),
+                Change::Names(names) => {
+                    names.iter().for_each(|(name, wanted)| self.core.set_wanted(&type_url, name, *wanted));
+                }
+            }
         }
         drop(wanted);
         while let Ok((token, outcome)) = self.finished.try_recv() {
@@ -263,7 +280,7 @@ impl Driven {
     }
 }
 
-fn both(test: impl Fn(Variant)) {
+pub(super) fn both(test: impl Fn(Variant)) {
     [Variant::Sotw, Variant::Delta].into_iter().for_each(test);
 }
 

@@ -83,7 +83,7 @@ async fn a_static_listener_that_cannot_be_bound_ends_the_start() {
     let (subscriptions, wanted) = Subscriptions::channel();
     let store = ConfigStore::new(calls.clone(), StartUp::default(), subscriptions);
     store.start(clusters, listeners);
-    let fixture = Fixture { store, calls, wanted: Mutex::new(wanted) };
+    let fixture = Fixture { store, calls, wanted: Mutex::new(wanted), known: Mutex::default() };
     fixture.workers();
     assert_eq!(fixture.store.initialized().await.unwrap_err(), "listener \"plain\": cannot bind");
 }
