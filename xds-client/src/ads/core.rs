@@ -220,14 +220,28 @@ impl Core {
         }
     }
 
+    /// How many answers to responses are to be sent.
+    pub fn unsent_answers(&self) -> usize {
+        self.subscriptions.values().map(|subscription| subscription.on_stream.answers.len()).sum()
+    }
+
     /// What is to be sent now, in order: RTDS, CDS, EDS, LDS, RDS, then other types.
     pub fn outgoing(&mut self) -> Vec<Request> {
+        self.outgoing_some(usize::MAX)
+    }
+
+    /// The first of what is to be sent now: `limit` requests, and those few that belong to the last of them. The rest is made
+    /// when it is called again.
+    pub fn outgoing_some(&mut self, limit: usize) -> Vec<Request> {
         let Some(stream) = &mut self.stream else { return Vec::new() };
         let mut requests = Vec::new();
         for ((_, type_url), subscription) in &mut self.subscriptions {
+            if requests.len() >= limit {
+                break;
+            }
             match self.variant {
-                Variant::Sotw => subscription.sotw_requests(type_url, &mut requests),
-                Variant::Delta => subscription.delta_requests(type_url, &mut requests),
+                Variant::Sotw => subscription.sotw_requests(type_url, limit, &mut requests),
+                Variant::Delta => subscription.delta_requests(type_url, limit, &mut requests),
             }
         }
         if let (false, Some(first)) = (stream.node_sent, requests.first_mut()) {

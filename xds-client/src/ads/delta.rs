@@ -6,8 +6,8 @@ use super::Request;
 use super::subscription::{Change, Subscription, WILDCARD};
 
 impl Subscription {
-    /// What is to be sent now.
-    pub(super) fn delta_requests(&mut self, type_url: &str, requests: &mut Vec<Request>) {
+    /// What is to be sent now. Beyond `limit` requests, answers and changes stay for another time.
+    pub(super) fn delta_requests(&mut self, type_url: &str, limit: usize, requests: &mut Vec<Request>) {
         while let Some(answer) = self.on_stream.answers.pop_front() {
             requests.push(Request::Delta(DeltaDiscoveryRequest {
                 type_url: type_url.to_owned(),
@@ -15,6 +15,9 @@ impl Subscription {
                 error_detail: answer.error,
                 ..Default::default()
             }));
+            if requests.len() >= limit {
+                return;
+            }
         }
         if self.is_silent() || !self.is_changed() {
             return;

@@ -12,7 +12,9 @@ impl Subscription {
     ///
     /// Servers pass over a request whose nonce is not that of the newest response. So what is wanted does not change
     /// for them while that one is being applied; its answer says all of it.
-    pub(super) fn sotw_requests(&mut self, type_url: &str, requests: &mut Vec<Request>) {
+    ///
+    /// Beyond `limit` requests, answers stay for another time.
+    pub(super) fn sotw_requests(&mut self, type_url: &str, limit: usize, requests: &mut Vec<Request>) {
         if self.is_silent() {
             return;
         }
@@ -32,6 +34,9 @@ impl Subscription {
                 changed = false;
             }
             requests.push(self.sotw_request(type_url, &again, self.version.clone(), answer));
+            if requests.len() >= limit && !self.on_stream.answers.is_empty() {
+                return;
+            }
         }
         if self.is_answer_due() || !changed && again.is_empty() {
             return;

@@ -58,12 +58,16 @@ impl ClientConfig {
     }
 }
 
+/// How many answers may wait until the server, or the rate limit, takes them: then no more responses are read.
+const MAX_UNSENT: usize = 32;
+
 /// A client that is ready to run.
 pub struct Client<S> {
     config: ClientConfig,
     driver: Driver<S>,
-    /// What limits requests, and those that wait for it.
+    /// What limits requests.
     bucket: Option<Bucket>,
+    /// The next requests, one as a rule: others are made when they can be sent.
     queue: VecDeque<Request>,
 }
 
@@ -163,7 +167,7 @@ impl<S: Sink> Client<S> {
             tokio::select! {
                 responses = &mut responses => break responses?,
                 event = self.driver.next() => drop(self.driver.event(event)),
-                () = tokens(self.bucket.as_ref(), &self.queue) => {}
+                () = sendable(&requests, self.bucket.as_ref(), &self.queue) => {}
             }
             self.send(&requests);
         };
@@ -171,18 +175,31 @@ impl<S: Sink> Client<S> {
         self.driver.stats.set_connected(Ok(()));
         self.driver.sink.state(&self.config.source, true);
         loop {
+            // A stream that is gone says so to those who read.
+            let reads = self.unsent() < MAX_UNSENT || requests.is_closed();
             tokio::select! {
-                response = responses.next() => *answered |= self.driver.take(response?).is_some(),
+                biased;
+                // First, for answers are counted when they are made.
                 event = self.driver.next() => drop(self.driver.event(event)),
-                () = tokens(self.bucket.as_ref(), &self.queue) => {}
+                () = sendable(&requests, self.bucket.as_ref(), &self.queue) => {}
+                () = requests.closed(), if !reads => {}
+                response = responses.next(), if reads => *answered |= self.driver.take(response?).is_some(),
             }
             self.send(&requests);
         }
     }
 
-    /// Sends what is to be said, as far as the rate limit lets it.
-    fn send(&mut self, requests: &Requests) {
-        for mut request in self.driver.core.outgoing() {
+    /// How many requests wait.
+    fn unsent(&self) -> usize {
+        self.queue.len() + self.driver.core.unsent_answers()
+    }
+
+    /// The next requests are in the queue; `false`: there are none.
+    fn fill_queue(&mut self) -> bool {
+        if !self.queue.is_empty() {
+            return true;
+        }
+        for mut request in self.driver.core.outgoing_some(1) {
             if !self.config.grpc.set_node_on_first_message_only {
                 let node = match &mut request {
                     Request::Sotw(request) => &mut request.node,
@@ -192,24 +209,33 @@ impl<S: Sink> Client<S> {
             }
             self.queue.push_back(request);
         }
-        let stats = &self.driver.stats;
-        while !self.queue.is_empty() && self.bucket.as_mut().is_none_or(Bucket::take) {
+        !self.queue.is_empty()
+    }
+
+    /// Sends what is to be said, as far as the server and the rate limit take it.
+    fn send(&mut self, requests: &Requests) {
+        while self.fill_queue() && requests.has_room() {
+            if !self.bucket.as_mut().is_none_or(Bucket::take) {
+                self.driver.stats.rate_limit_enforced.fetch_add(1, Relaxed);
+                break;
+            }
             if let Some(request) = self.queue.pop_front() {
                 requests.send(request);
             }
         }
-        if !self.queue.is_empty() {
-            stats.rate_limit_enforced.fetch_add(1, Relaxed);
-        }
-        stats.pending_requests.store(self.queue.len() as u64, Relaxed);
+        self.driver.stats.pending_requests.store(self.unsent() as u64, Relaxed);
     }
 }
 
 /// Waits until a request that waits may be sent.
-async fn tokens(bucket: Option<&Bucket>, queue: &VecDeque<Request>) {
+async fn sendable(requests: &Requests, bucket: Option<&Bucket>, queue: &VecDeque<Request>) {
+    if queue.is_empty() {
+        return std::future::pending().await;
+    }
     match bucket {
-        Some(bucket) if !queue.is_empty() => tokio::time::sleep_until(bucket.next()).await,
-        _ => std::future::pending().await,
+        // The rate limit is what it waits for.
+        Some(bucket) if requests.has_room() => tokio::time::sleep_until(bucket.next()).await,
+        _ => requests.room().await,
     }
 }
 

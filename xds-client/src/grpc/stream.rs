@@ -8,8 +8,8 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 use hyper_util::rt::TokioIo;
 use prost::Message;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio::sync::mpsc::{self, Receiver, Sender};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codegen::http::Uri;
 use tonic::codegen::http::uri::PathAndQuery;
@@ -93,18 +93,51 @@ pub(super) fn metadata(service: &GrpcService) -> MetadataMap {
 
 /// The sending half.
 pub(super) enum Requests {
-    Sotw(UnboundedSender<DiscoveryRequest>),
-    Delta(UnboundedSender<DeltaDiscoveryRequest>),
+    Sotw(Sender<DiscoveryRequest>),
+    Delta(Sender<DeltaDiscoveryRequest>),
 }
 
 impl Requests {
-    /// Queues a request. The queue is as long as the core makes it: about one request for each response.
+    /// Sends a request, for which there must be [room](Self::has_room).
     pub(super) fn send(&self, request: Request) {
         // A stream that is gone is noticed by the receiving half.
         match (self, request) {
-            (Requests::Sotw(sender), Request::Sotw(request)) => drop(sender.send(request)),
-            (Requests::Delta(sender), Request::Delta(request)) => drop(sender.send(request)),
+            (Requests::Sotw(sender), Request::Sotw(request)) => drop(sender.try_send(request)),
+            (Requests::Delta(sender), Request::Delta(request)) => drop(sender.try_send(request)),
             _ => debug_assert!(false, "the core speaks one variant"),
+        }
+    }
+
+    /// Whether the next request can be sent: the server reads, or the stream is gone.
+    pub(super) fn has_room(&self) -> bool {
+        let free = match self {
+            Requests::Sotw(sender) => sender.capacity(),
+            Requests::Delta(sender) => sender.capacity(),
+        };
+        free > 0 || self.is_closed()
+    }
+
+    /// Waits until [there is room](Self::has_room). Cancelling this loses nothing.
+    pub(super) async fn room(&self) {
+        match self {
+            Requests::Sotw(sender) => drop(sender.reserve().await),
+            Requests::Delta(sender) => drop(sender.reserve().await),
+        }
+    }
+
+    /// Whether the stream is gone.
+    pub(super) fn is_closed(&self) -> bool {
+        match self {
+            Requests::Sotw(sender) => sender.is_closed(),
+            Requests::Delta(sender) => sender.is_closed(),
+        }
+    }
+
+    /// Waits until the stream is gone. Cancelling this loses nothing.
+    pub(super) async fn closed(&self) {
+        match self {
+            Requests::Sotw(sender) => sender.closed().await,
+            Requests::Delta(sender) => sender.closed().await,
         }
     }
 }
@@ -135,8 +168,9 @@ pub(super) fn call(
 ) -> (Requests, impl Future<Output = Result<Responses, Lost>> + Send + use<>) {
     let limit = service.max_receive_message_length.unwrap_or(MAX_RESPONSE_BYTES);
     let client = Grpc::new(channel).max_decoding_message_size(limit);
-    let (sotw_sender, sotw) = unbounded_channel();
-    let (delta_sender, delta) = unbounded_channel();
+    // More are made when the server has read these: they may be large.
+    let (sotw_sender, sotw) = mpsc::channel(1);
+    let (delta_sender, delta) = mpsc::channel(1);
     let requests = match variant {
         Variant::Sotw => Requests::Sotw(sotw_sender),
         Variant::Delta => Requests::Delta(delta_sender),
@@ -155,14 +189,14 @@ async fn streaming<Q, A>(
     mut client: Grpc<Channel>,
     metadata: MetadataMap,
     method: &'static str,
-    requests: UnboundedReceiver<Q>,
+    requests: Receiver<Q>,
 ) -> Result<Streaming<A>, Status>
 where
     Q: Message + Send + Sync + 'static,
     A: Message + Default + Send + Sync + 'static,
 {
     client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
-    let mut request = tonic::Request::new(UnboundedReceiverStream::new(requests));
+    let mut request = tonic::Request::new(ReceiverStream::new(requests));
     *request.metadata_mut() = metadata;
     let codec = ProstCodec::<Q, A>::default();
     Ok(client.streaming(request, PathAndQuery::from_static(method), codec).await?.into_inner())

@@ -24,7 +24,7 @@ use super::*;
 use crate::ads::type_url::{CLUSTER, ENDPOINT};
 use crate::ads::{Done, Interest, Outcome, Rejection, Update, Variant};
 use crate::json::pack;
-use crate::source::{GrpcService, Target};
+use crate::source::{GrpcService, RateLimit, Target};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -163,6 +163,10 @@ impl Sink for Notes {
         let message = "connect_timeout: no".to_owned();
         let rejected = bad.into_iter().map(|name| Rejection { name, message: message.clone() }).collect();
         done.finish(Outcome { rejected });
+    }
+
+    fn failed(&self, _: &Source, type_url: Option<&str>) {
+        self.log.lock().unwrap().push(format!("failed {type_url:?}"));
     }
 
     fn state(&self, _: &Source, connected: bool) {
@@ -305,6 +309,7 @@ async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
     server.task.abort();
     drop(server);
     notes.wait_for("connected false").await;
+    notes.wait_for("failed None").await;
     assert!(!stats.connected());
     assert!(stats.connection().error.is_some());
 
@@ -316,6 +321,43 @@ async fn a_restarted_server_is_found_soon_and_told_the_versions_in_force() {
     assert_eq!((first.version_info.as_str(), first.response_nonce.as_str()), ("1", ""));
     assert!(first.node.is_some(), "a new stream does not know the node");
     assert!(stats.of(CLUSTER).update_failure.load(Relaxed) >= 1);
+    client.abort();
+}
+
+/// Drops the first update, and takes the others.
+#[derive(Default)]
+struct Dropping(Mutex<usize>);
+
+impl Sink for Dropping {
+    fn update(&self, _: &Source, _: Update, done: Done) {
+        let mut updates = self.0.lock().unwrap();
+        *updates += 1;
+        if *updates > 1 {
+            done.finish(Outcome::default());
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_response_that_is_never_applied_is_not_answered_and_does_not_hold_back_requests() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let client = Client::new(config(Variant::Sotw, &[server.address]), Arc::new(Dropping::default()));
+    let interests = client.interests();
+    interests.set(CLUSTER, Interest::Wildcard);
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    session.request().await;
+    session.send(clusters("1", "a", &["x"]));
+    // As long as it counted as being applied, this would wait for its answer.
+    interests.set(CLUSTER, Interest::WildcardAnd(["y".to_owned()].into()));
+    let changed = session.request().await;
+    assert_eq!((changed.version_info.as_str(), changed.response_nonce.as_str()), ("", ""));
+    interests.set(CLUSTER, Interest::WildcardAnd(["y".to_owned(), "z".to_owned()].into()));
+    assert_eq!(session.request().await.resource_names.len(), 3);
+    // It is sent anew, and then it is not what is there already.
+    session.send(clusters("1", "b", &["x"]));
+    let ack = session.request().await;
+    assert_eq!((ack.version_info.as_str(), ack.response_nonce.as_str()), ("1", "b"));
     client.abort();
 }
 
@@ -344,6 +386,58 @@ async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
     let updates = notes.log.lock().unwrap().iter().filter(|entry| entry.starts_with("Cluster")).count();
     assert_eq!(updates, 1);
     client.abort();
+}
+
+/// Has `limited` pushed to more often than it can answer; no more is taken than may wait, and the end of the stream is noticed.
+async fn push_to(limited: ClientConfig, mut server: Server, reads: usize) {
+    let notes = Notes::default();
+    let client = Client::new(limited, Arc::new(notes.clone()));
+    let (stats, interests) = (client.stats(), client.interests());
+    // What each request of clusters says.
+    let names = (0..1000).map(|i| format!("{i:0>300}")).collect();
+    interests.set(CLUSTER, Interest::WildcardAnd(names));
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    for _ in 0..reads {
+        session.request().await;
+    }
+    for i in 0..300 {
+        session.send(clusters(&i.to_string(), &i.to_string(), &["x"]));
+    }
+    let wait = async |holds: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !holds() {
+            assert!(started.elapsed() < PATIENCE, "{} wait", stats.pending_requests.load(Relaxed));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    wait(&|| stats.pending_requests.load(Relaxed) >= MAX_UNSENT as u64).await;
+    // It would have read on meanwhile.
+    for i in 0..20 {
+        let type_url = format!("type.googleapis.com/x.Y{i}");
+        interests.set(&type_url, Interest::Wildcard);
+        wait(&|| stats.types().iter().any(|(known, _)| *known == type_url)).await;
+    }
+    let taken = notes.log.lock().unwrap().iter().filter(|entry| entry.starts_with("Cluster")).count();
+    assert!((MAX_UNSENT..MAX_UNSENT + 10).contains(&taken), "{taken} responses were taken");
+    server.task.abort();
+    drop((session, server));
+    notes.wait_for("connected false").await;
+    client.abort();
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_read_is_not_read_from_without_end() {
+    let server = Server::start("127.0.0.1:0").await;
+    push_to(config(Variant::Sotw, &[server.address]), server, 1).await;
+}
+
+#[tokio::test]
+async fn what_the_rate_limit_holds_back_is_bounded() {
+    let server = Server::start("127.0.0.1:0").await;
+    let mut config = config(Variant::Sotw, &[server.address]);
+    config.grpc.rate_limit = Some(RateLimit { max_tokens: 1, fill_interval: Duration::from_secs(1000) });
+    push_to(config, server, 1).await;
 }
 
 #[tokio::test]

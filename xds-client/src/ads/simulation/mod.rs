@@ -111,7 +111,9 @@ impl Simulation {
 
     /// The server takes a request, and checks that it answers nothing that is not finished.
     fn deliver_request(&mut self) -> bool {
-        let outgoing = self.core.outgoing();
+        // All at once, or no more than can be sent.
+        let limit = if self.rng.bool() { 1 } else { usize::MAX };
+        let outgoing = self.core.outgoing_some(limit);
         let moved = !outgoing.is_empty();
         outgoing.iter().for_each(|request| self.check_nonce(request));
         self.to_server.extend(outgoing);
