@@ -99,9 +99,9 @@ pub struct PreparedListener {
 }
 
 impl PreparedListener {
-    /// The listener's name.
-    pub fn name(&self) -> &Arc<str> {
-        &self.active.config.name
+    /// Its configuration.
+    pub fn config(&self) -> &Arc<Listener> {
+        &self.active.config
     }
 
     /// An address that another listener wants as well; one that leaves the port to the kernel is nobody's.

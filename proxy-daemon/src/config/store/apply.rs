@@ -3,6 +3,7 @@ use std::{collections::HashMap, sync::Arc};
 use culvert_xds_client::source::Source;
 use tokio::sync::mpsc;
 
+use super::addresses::Addresses;
 use crate::{
     config::model::{ClusterConfig, Listener, LocalityEndpoints, RouteConfig, Scope, Secret, SecretName},
     http::filters::{DiscoveredFilter, Factory, OffloadedTable},
@@ -84,31 +85,54 @@ impl Applier {
     }
 }
 
+/// Listeners that are ready to be started.
+#[derive(Default)]
+struct Prepared {
+    by_name: HashMap<String, PreparedListener>,
+    addresses: Addresses,
+}
+
+impl Prepared {
+    fn put(&mut self, ready: PreparedListener) {
+        self.addresses.add(ready.config());
+        self.by_name.insert(ready.config().name.to_string(), ready);
+    }
+
+    fn take(&mut self, name: &str) -> Option<PreparedListener> {
+        let ready = self.by_name.remove(name)?;
+        self.addresses.remove(ready.config());
+        Some(ready)
+    }
+
+    /// Why a listener cannot be prepared: the kernel lets several have an address that nobody listens on yet.
+    fn taken(&self, listener: &Listener) -> Option<String> {
+        self.addresses.others(listener).find_map(|(name, _)| {
+            let address = self.by_name.get(&**name)?.shared_address(listener)?;
+            Some(format!("cannot bind {address}: listener '{name}' has the same address"))
+        })
+    }
+}
+
 /// Carries changes out in their order.
 async fn carry_out(plane: DataPlane, mut changes: mpsc::UnboundedReceiver<ListenerChange>) {
-    let mut prepared: HashMap<String, PreparedListener> = HashMap::new();
+    let mut prepared = Prepared::default();
     while let Some(change) = changes.recv().await {
         match change {
             ListenerChange::Prepare(listener, prints, told) => {
                 // First, for it may have the addresses that are wanted now.
-                prepared.remove(&*listener.name);
-                let name = listener.name.to_string();
-                // The kernel lets several have an address that nobody listens on yet.
-                let taken = prepared.values().find_map(|other| {
-                    let address = other.shared_address(&listener)?;
-                    Some(format!("cannot bind {address}: listener '{}' has the same address", other.name()))
-                });
+                drop(prepared.take(&listener.name));
+                let taken = prepared.taken(&listener);
                 let result = taken.map_or_else(|| plane.prepare_listener(listener, prints), Err);
-                told(result.map(|ready| drop(prepared.insert(name, ready))));
+                told(result.map(|ready| prepared.put(ready)));
             }
             ListenerChange::Start(name, told) => {
                 // Absent where it was removed, or prepared anew, in between: nobody waits for it then.
-                if let Some(ready) = prepared.remove(&name) {
+                if let Some(ready) = prepared.take(&name) {
                     told(plane.start_listener(ready).await);
                 }
             }
             ListenerChange::Remove(name) => {
-                prepared.remove(&name);
+                drop(prepared.take(&name));
                 plane.remove_listener(&name).await;
             }
         }

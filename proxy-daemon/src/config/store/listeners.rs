@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use super::{
     Apply, ConfigStore,
+    addresses::Addresses,
     draining::Draining,
     kinds::{Need, listener_needs},
     refused::Refused,
@@ -31,6 +32,12 @@ use crate::{
 #[derive(Default)]
 pub(in crate::config) struct Listeners {
     pub(in crate::config) by_name: BTreeMap<Arc<str>, Entry>,
+    /// Of all their versions.
+    pub(super) addresses: Addresses,
+    /// How many have an active version.
+    pub(super) active: usize,
+    /// How many have a version that warms.
+    pub(super) warming: usize,
     /// Where the newest version of one was refused: that.
     pub(in crate::config) refused: Refused,
     /// Versions that were replaced or removed, while their connections finish.
@@ -100,11 +107,6 @@ impl Entry {
         if let Some(version) = self.version_of_mut(id) {
             version.needs.push(need);
         }
-    }
-
-    /// The configurations of all its versions.
-    pub(super) fn configs(&self) -> impl Iterator<Item = &Arc<Listener>> {
-        self.active.iter().chain(&self.starting).chain(&self.warming).map(|version| &version.config)
     }
 
     /// What is to serve next.
@@ -211,7 +213,9 @@ impl<A: Apply> ConfigStore<A> {
         // Until the clusters are there, it waits for them alone.
         let version =
             ListenerVersion { id, stored, config, needs: Vec::new(), waiting: 1, bound: Binding::Pending, update };
+        state.listeners.addresses.add(&version.config);
         let replaced = entry.warming.replace(version);
+        state.listeners.warming += usize::from(replaced.is_none());
         if state.phase >= Phase::Listeners {
             self.ask_for_needs(state, &name);
         }
@@ -333,6 +337,7 @@ impl<A: Apply> ConfigStore<A> {
         let Some(entry) = state.listeners.by_name.get_mut(name) else { return };
         let ready = |warming: &mut ListenerVersion| warming.waiting == 0 && warming.bound == Binding::Bound;
         let Some(version) = entry.warming.take_if(ready) else { return };
+        state.listeners.warming -= 1;
         let (store, id, whom) = (self.clone(), version.id, Arc::clone(name));
         entry.starting.push(version);
         let told = Box::new(move |result| store.changed(|state| store.started(state, &whom, id, result)));
@@ -350,7 +355,9 @@ impl<A: Apply> ConfigStore<A> {
                 let update = version.update.take();
                 let prints = |version: &ListenerVersion| Prints::of(&version.stored.as_ref()?.body.value);
                 let new = prints(&version);
-                if let Some(before) = entry.active.replace(version) {
+                let before = entry.active.replace(version);
+                state.listeners.active += usize::from(before.is_none());
+                if let Some(before) = before {
                     let kept = prints(&before).zip(new).filter(|(old, new)| old.rest == new.rest);
                     let gone = kept.map(|(old, new)| old.gone_in(&new));
                     if gone.is_some() {
@@ -365,6 +372,7 @@ impl<A: Apply> ConfigStore<A> {
             Err(_) if entry.warming.is_some() => self.drop_listener_version(state, version),
             Err(error) => {
                 entry.warming = Some(version);
+                state.listeners.warming += 1;
                 self.not_bound(state, name, error);
             }
         }
@@ -372,6 +380,7 @@ impl<A: Apply> ConfigStore<A> {
 
     fn drop_listener_version(&self, state: &mut State, version: ListenerVersion) {
         state.overriding -= usize::from(overrides(&version.config));
+        state.listeners.addresses.remove(&version.config);
         state.release(&version.needs, version.id);
         version.update.into_iter().for_each(|update| state.updates.part_done(update));
     }
@@ -381,6 +390,8 @@ impl<A: Apply> ConfigStore<A> {
             return;
         }
         let Some(entry) = state.listeners.by_name.remove(name) else { return };
+        state.listeners.active -= usize::from(entry.active.is_some());
+        state.listeners.warming -= usize::from(entry.warming.is_some());
         if let Some(active) = &entry.active {
             state.drain_listener(&name.into(), active.stored.as_ref(), None);
         }

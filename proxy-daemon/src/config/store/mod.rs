@@ -23,6 +23,7 @@
 //!
 //! A type that the process itself waits for at its start is put into [`StartUp::first`].
 
+mod addresses;
 mod apply;
 mod clusters;
 mod counts;
@@ -33,6 +34,7 @@ mod held;
 mod kinds;
 mod listeners;
 mod named;
+mod read_ahead;
 mod refused;
 mod resources;
 mod rotation;
@@ -376,9 +378,8 @@ impl<A: Apply> ConfigStore<A> {
         let (clusters, listeners) = (&self.0.stats.clusters, &self.0.stats.listeners);
         clusters.active.set(state.clusters.active as u64);
         clusters.warming.set(state.clusters.warming as u64);
-        let all = || state.listeners.by_name.values();
-        listeners.active.set(all().filter(|listener| listener.active.is_some()).count() as u64);
-        listeners.warming.set(all().filter(|listener| listener.warming.is_some()).count() as u64);
+        listeners.active.set(state.listeners.active as u64);
+        listeners.warming.set(state.listeners.warming as u64);
         let (whole, chains) = state.listeners.draining.counts();
         self.0.stats.only_listeners.draining.set(whole as u64);
         self.0.stats.only_listeners.draining_chains.set(chains as u64);
@@ -396,6 +397,7 @@ impl<A: Apply> Sink for ConfigStore<A> {
         }
         // As in Envoy, files and polls are not timed.
         let timed = matches!(source, Source::Ads | Source::Grpc(_)).then(Instant::now);
+        let read = read_ahead::read(&update);
         let kind = update.type_url.clone();
         self.changed(|state| {
             let id = state.updates.begin(done);
@@ -411,7 +413,7 @@ impl<A: Apply> Sink for ConfigStore<A> {
             } else if type_url == type_url::VIRTUAL_HOST {
                 self.take_hosts(state, source, update, id);
             } else if let Some(kind) = Kind::of(&type_url) {
-                self.take_named(state, kind, source, update, id);
+                self.take_named(state, kind, source, (update, read), id);
             } else if type_url == OffloadedService::type_url() {
                 self.offloaded(state, update, id);
             }

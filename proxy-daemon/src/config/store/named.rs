@@ -13,6 +13,7 @@ use culvert_xds_client::{
 use super::{
     Apply, ConfigStore,
     kinds::{Kind, Value},
+    read_ahead::Read,
     resources, secrets,
     state::{Due, State},
     updates::UpdateId,
@@ -27,7 +28,14 @@ impl<A: Apply> ConfigStore<A> {
     /// Takes an update of resources that are asked for by name.
     ///
     /// What the server removes stays in force for as long as somebody needs it, as in Envoy.
-    pub(super) fn take_named(&self, state: &mut State, kind: Kind, source: &Source, update: Update, id: UpdateId) {
+    pub(super) fn take_named(
+        &self,
+        state: &mut State,
+        kind: Kind,
+        source: &Source,
+        (update, mut read): (Update, Read),
+        id: UpdateId,
+    ) {
         if kind == Kind::Scopes {
             return self.take_scopes(state, source, update, id);
         }
@@ -48,7 +56,7 @@ impl<A: Apply> ConfigStore<A> {
         }
         for resource in update.added {
             let name = resource.name.clone();
-            let result = self.take_one(state, kind, source, resource, id);
+            let result = self.take_one(state, kind, source, (resource, read.remove(&name)), id);
             self.answered(state, kind, (source, &name), &version, result.is_ok());
             if let Err(error) = result {
                 state.updates.reject(id, &name, error.to_string());
@@ -82,7 +90,7 @@ impl<A: Apply> ConfigStore<A> {
         state: &mut State,
         kind: Kind,
         source: &Source,
-        resource: Resource,
+        (resource, read): (Resource, Option<Result<Value, FieldError>>),
         id: UpdateId,
     ) -> Result<(), FieldError> {
         let name = resource.name.clone();
@@ -94,7 +102,7 @@ impl<A: Apply> ConfigStore<A> {
             return Ok(());
         }
         let users = entry.users.clone();
-        let parsed = kind.parse(&name, &resource.body);
+        let parsed = read.unwrap_or_else(|| kind.parse(&name, &resource.body));
         let parsed = parsed.and_then(|value| state.check(&value, (source, &name), &users).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
         let parsed = parsed.and_then(|value| entry.places.parse(&value).map(|filters| (value, filters)));

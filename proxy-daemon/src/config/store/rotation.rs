@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use super::{
     Apply, ConfigStore, counts,
     kinds::{Kind, Value},
+    read_ahead::aside,
     secrets,
     state::State,
 };
@@ -104,6 +105,32 @@ impl StaticFiles {
     }
 }
 
+/// Secrets whose files have been moved: the bootstrap's, and those of SDS as they were received.
+pub(super) struct Moved {
+    fixed: Vec<(SecretName, ProtoSecret)>,
+    discovered: Vec<Received>,
+}
+
+type Received = (Arc<Source>, Arc<str>, Resource);
+
+/// What was read of [`Moved`].
+pub(super) struct ReadAgain {
+    fixed: Vec<(SecretName, Result<SecretWithFiles, FieldError>)>,
+    discovered: Vec<(Received, Result<Value, FieldError>)>,
+}
+
+impl Moved {
+    /// Reads the files.
+    pub(super) fn read(self) -> ReadAgain {
+        let fixed = self.fixed.into_iter().map(|(name, message)| (name, parse::discovered_secret(&message, "")));
+        let discovered = self.discovered.into_iter().map(|received| {
+            let parsed = Kind::Secrets.parse(&received.1, &received.2.body);
+            (received, parsed)
+        });
+        ReadAgain { fixed: fixed.collect(), discovered: discovered.collect() }
+    }
+}
+
 /// Secrets of the bootstrap are followed where they name a directory to be watched.
 pub(super) fn static_files(follower: &Follower, secrets: &[(SecretName, ProtoSecret, PathBuf)]) -> Vec<StaticFiles> {
     let follow = |(name, message, directory): &(SecretName, ProtoSecret, PathBuf)| match follower
@@ -131,21 +158,41 @@ impl<A: Apply> ConfigStore<A> {
 
     /// Reads secrets again whose files have been moved.
     pub(super) fn rotate(&self) {
+        let moved = self.moved();
+        let read = aside(|| moved.read());
+        self.take_read(read);
+    }
+
+    /// Secrets whose files have been moved.
+    pub(super) fn moved(&self) -> Moved {
+        let mut state = self.lock();
+        let fixed = state.static_files.iter().filter(|files| files.watch.take());
+        let fixed = fixed.map(|files| (files.name.clone(), files.message.clone())).collect();
+        let entries = state.watched[Kind::Secrets as usize].entries_mut();
+        let discovered = entries.filter_map(|(source, name, entry)| {
+            let files = entry.files.as_ref().filter(|files| files.watch.take())?;
+            Some((Arc::clone(source), Arc::clone(name), files.received.clone()))
+        });
+        let discovered = discovered.collect();
+        Moved { fixed, discovered }
+    }
+
+    /// Takes what was read of them.
+    pub(super) fn take_read(&self, read: ReadAgain) {
         self.changed(|state| {
-            let mut fixed = std::mem::take(&mut state.static_files);
-            fixed.iter_mut().filter(|files| files.watch.take()).for_each(|files| self.rotate_static(files));
-            state.static_files = fixed;
-            let entries = state.watched[Kind::Secrets as usize].entries_mut();
-            let moved = entries.filter(|(.., entry)| entry.files.as_ref().is_some_and(|files| files.watch.take()));
-            let moved: Vec<_> = moved.map(|(source, name, _)| (Arc::clone(source), Arc::clone(name))).collect();
-            for (source, name) in moved {
-                self.rotate_one(state, &source, &name);
+            for (name, parsed) in read.fixed {
+                if let Some(files) = state.static_files.iter_mut().find(|files| files.name == name) {
+                    self.rotate_static(files, parsed);
+                }
+            }
+            for ((source, name, received), parsed) in read.discovered {
+                self.rotate_one(state, (&source, &name), received, parsed);
             }
         });
     }
 
-    fn rotate_static(&self, files: &mut StaticFiles) {
-        match parse::discovered_secret(&files.message, "") {
+    fn rotate_static(&self, files: &mut StaticFiles, parsed: Result<SecretWithFiles, FieldError>) {
+        match parsed {
             Ok(SecretWithFiles { resolved, .. }) if resolved == files.resolved => files.failure = None,
             Ok(SecretWithFiles { secret, resolved, .. }) => {
                 let first = files.resolved.is_none();
@@ -159,11 +206,19 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    fn rotate_one(&self, state: &mut State, source: &Source, name: &str) {
+    fn rotate_one(
+        &self,
+        state: &mut State,
+        (source, name): (&Source, &str),
+        received: Resource,
+        parsed: Result<Value, FieldError>,
+    ) {
         let Some(entry) = state.watched(Kind::Secrets).get(source, name) else { return };
-        let Some(files) = &entry.files else { return };
-        let (users, received) = (entry.users.clone(), files.received.clone());
-        let parsed = Kind::Secrets.parse(name, &received.body);
+        // Another has come since then: it has been read when it came.
+        if entry.files.as_ref().is_none_or(|files| files.received.body != received.body) {
+            return;
+        }
+        let users = entry.users.clone();
         let parsed = parsed.and_then(|value| state.check(&value, (source, name), &users).map(|()| value));
         let Some(entry) = state.watched[Kind::Secrets as usize].get_mut(source, name) else { return };
         let Some(files) = &mut entry.files else { return };

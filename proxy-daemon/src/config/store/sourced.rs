@@ -1,7 +1,5 @@
 //! Whether what a resource needs can be had from where it says, and whether a listener's addresses are free.
 
-use std::net::SocketAddr;
-
 use culvert_xds_client::{Any, json, source::Source};
 use envoy_types::pb::envoy::config::core::v3::ConfigSource as Message;
 use prost::{Message as _, Name};
@@ -58,26 +56,16 @@ impl State {
 
     /// Refuses a listener one of whose addresses another one has, in Envoy's words. Port 0 is another port each time.
     pub(super) fn check_addresses(&self, listener: &Listener) -> Result<(), FieldError> {
-        let ports = |listener: &Listener| -> Vec<SocketAddr> {
-            let all = listener.addresses.iter().map(|it| it.address);
-            all.filter(|address| address.port() != 0).collect()
-        };
-        let wanted = ports(listener);
-        for (name, other) in self.listeners.by_name.iter().filter(|(name, _)| **name != listener.name) {
-            for config in other.configs() {
-                let Some(address) = ports(config).into_iter().find(|address| wanted.contains(address)) else {
-                    continue;
-                };
-                return Err(FieldError::new(
-                    "address",
-                    format!(
-                        "error adding listener: '{}' has duplicate address '{address}' as existing listener '{name}'",
-                        listener.name
-                    ),
-                ));
-            }
+        match self.listeners.addresses.others(listener).next() {
+            Some((name, address)) => Err(FieldError::new(
+                "address",
+                format!(
+                    "error adding listener: '{}' has duplicate address '{address}' as existing listener '{name}'",
+                    listener.name
+                ),
+            )),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

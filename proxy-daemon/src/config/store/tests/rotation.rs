@@ -243,3 +243,48 @@ fn contexts_do_not_follow_files() {
         "{rejected:?}"
     );
 }
+
+#[test]
+fn files_are_not_read_while_the_store_is_locked() {
+    let (store, calls) = running();
+    let authority = Authority::new("ca");
+    let [one, two] = [(); 2].map(|()| authority.issue(&["a.test"], &[]));
+    let mut mounted = Mounted::certificate(&one);
+    let hide = |mounted: &Mounted| fs::rename(mounted.file("..data"), mounted.file("..hidden")).unwrap();
+    store.update(update(Listener::type_url(), vec![tcp_listener("in", &sds("aside"), "")]));
+    let received = update(secret_url(), vec![mounted.secret("aside")]);
+    let read = {
+        let _locked = store.lock();
+        read_ahead::read(&received)
+    };
+    hide(&mounted);
+    store.changed(|state| {
+        let id = state.updates.begin(Done::new(drop));
+        store.take_named(state, Kind::Secrets, &Source::Ads, (received, read), id);
+        state.updates.part_done(id);
+    });
+    store.workers();
+    assert_eq!(calls.take(), ["secret aside: tls_certificate", "listener in"]);
+
+    mounted.replace_certificate(&two, &two);
+    // It may have been moved before it was watched: it is looked at once more.
+    let moved = store.moved();
+    let read = {
+        let _locked = store.lock();
+        moved.read()
+    };
+    hide(&mounted);
+    store.take_read(read);
+    assert_eq!(calls.take(), ["secret aside: tls_certificate"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn other_tasks_go_on_while_files_are_read() {
+    let (told, other) = std::sync::mpsc::channel();
+    let reading = tokio::spawn(async move {
+        tokio::spawn(async move { told.send(()) });
+        // A file that takes until another task of the same thread has run.
+        read_ahead::aside(|| other.recv_timeout(Duration::from_secs(10)))
+    });
+    assert_eq!(reading.await.unwrap(), Ok(()));
+}

@@ -72,3 +72,35 @@ fn of_two_listeners_with_one_address_the_first_has_it() {
     assert_eq!(store.update(swap).rejected(), []);
     assert_eq!(store.update(update(Listener::type_url(), vec![at(0, "any"), at(0, "too")])).rejected(), []);
 }
+
+#[test]
+fn an_address_is_free_when_no_version_of_a_listener_has_it_any_more() {
+    let (store, calls) = running();
+    let counted = || {
+        let state = store.lock();
+        (state.listeners.active, state.listeners.warming)
+    };
+    store.update(update(Listener::type_url(), vec![at(8080, "one")]));
+    assert_eq!(counted(), (0, 1));
+    store.update(update(RouteConfiguration::type_url(), vec![routes("web", "nobody")]));
+    assert_eq!(counted(), (1, 0));
+    // What is to replace it cannot be bound: the version before serves on.
+    calls.unbindable.lock().unwrap().insert("one".to_owned(), "cannot bind".to_owned());
+    store.update(update(Listener::type_url(), vec![at(8081, "one")]));
+    assert_eq!(counted(), (1, 1));
+    for port in [8080, 8081] {
+        assert_eq!(store.update(update(Listener::type_url(), vec![at(port, "two")])).rejected().len(), 1, "{port}");
+    }
+    calls.unbindable.lock().unwrap().clear();
+    store.later(Duration::from_secs(1));
+    assert_eq!(counted(), (1, 0));
+    assert_eq!(store.update(update(Listener::type_url(), vec![at(8081, "two")])).rejected().len(), 1);
+    assert_eq!(store.update(update(Listener::type_url(), vec![at(8080, "two")])).rejected(), []);
+    assert_eq!(counted(), (2, 0));
+    store.update(removal(Listener::type_url(), "one"));
+    assert_eq!(store.update(update(Listener::type_url(), vec![at(8081, "three")])).rejected(), []);
+    store.update(removal(Listener::type_url(), "two"));
+    store.update(removal(Listener::type_url(), "three"));
+    assert_eq!(counted(), (0, 0));
+    assert!(store.lock().listeners.addresses.is_empty());
+}
