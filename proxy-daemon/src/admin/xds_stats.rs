@@ -2,15 +2,13 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::stats::{Metric, version_number};
 use culvert_xds_client::{
     ads::type_url,
     json,
     source::Source,
     stats::{ClientStats, SourceStats, TypeStats},
 };
-use twox_hash::XxHash64;
-
-use crate::stats::Metric;
 
 /// The types that one subscription is for, with the scope of its statistics. Those of other types are counted where they
 /// are used: by cluster, by route configuration.
@@ -48,15 +46,13 @@ fn control_plane(client: &ClientStats, metrics: &mut Vec<Metric>) {
 fn subscription(scope: &str, stats: &TypeStats, metrics: &mut Vec<Metric>) {
     let counter = |name: &str, value: &AtomicU64| Metric::external(&format!("{scope}.{name}"), value.load(Relaxed));
     let version = stats.version();
-    // Envoy's number for a version; 0 before the first.
-    let number = if version.is_empty() { 0 } else { XxHash64::oneshot(0, version.as_bytes()) };
     metrics.extend([
         counter("update_attempt", &stats.update_attempt),
         counter("update_success", &stats.update_success),
         counter("update_failure", &stats.update_failure),
         counter("update_rejected", &stats.update_rejected),
         Metric::external_gauge(&format!("{scope}.update_time"), stats.update_time.load(Relaxed)),
-        Metric::external_gauge(&format!("{scope}.version"), number),
+        Metric::external_gauge(&format!("{scope}.version"), version_number(&version)),
         Metric::external_text(&format!("{scope}.version_text"), &version),
     ]);
 }
@@ -85,6 +81,6 @@ mod tests {
              cluster_manager.cds.update_time: 0\ncluster_manager.cds.version: 0\n"
         );
         // What Envoy 1.40 shows for the version "c1".
-        assert_eq!(XxHash64::oneshot(0, b"c1"), 814_672_407_442_807_801);
+        assert_eq!(version_number("c1"), 814_672_407_442_807_801);
     }
 }

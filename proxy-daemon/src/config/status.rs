@@ -66,7 +66,7 @@ pub struct Resource {
 pub struct Type {
     /// For example `type.googleapis.com/envoy.config.cluster.v3.Cluster`.
     pub type_url: String,
-    /// The version of the last response that was accepted as a whole; empty in incremental xDS, and where there is none.
+    /// The one version that the newest of each of `resources` has; empty where they differ, and where there are none.
     pub version: String,
     /// In the order of their names.
     pub resources: Vec<Resource>,

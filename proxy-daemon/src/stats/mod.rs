@@ -26,6 +26,7 @@ pub use response_codes::ResponseCodes;
 pub use scope::Scope;
 pub use snapshot::{flush_intervals, snapshot};
 pub use text::{HistogramBuckets, Query, write_json, write_text};
+use twox_hash::XxHash64;
 
 /// A number that only grows. A handle: copying it is free, and the same name always gives the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -163,6 +164,11 @@ pub fn gauge(name: &str) -> Gauge {
 /// The histogram of this name; see [`counter`].
 pub fn histogram(name: &str) -> Histogram {
     registry::histogram(tags::from_name(name))
+}
+
+/// Envoy's number for the version of a resource or of a response, as in `version` of subscriptions; 0 before the first.
+pub fn version_number(version: &str) -> u64 {
+    if version.is_empty() { 0 } else { XxHash64::oneshot(0, version.as_bytes()) }
 }
 
 /// Sets the text readout of this name; see [`counter`].

@@ -96,7 +96,9 @@ pub struct Update {
     pub version: String,
     /// New, changed and possibly unchanged resources, in the server's order; only wanted ones, no name twice.
     pub added: Vec<Resource>,
-    /// Resources in the response that are byte for byte what is in force. A newer version that was refused is void.
+    /// Resources in the response that are byte for byte what is in force. A newer version that was refused is void. Only their
+    /// names: an incremental server may have given them another version, which is what it is told of the next time, and not who
+    /// owns them.
     pub unchanged: Vec<Arc<str>>,
     /// Resources that were handed out and are gone: removed by the server where that is obeyed (see [`Core`]), in both
     /// variants, or past their time to live. Also those of which no version was ever taken.

@@ -11,12 +11,11 @@ use super::{
     Apply, ConfigStore,
     kinds::{Kind, Value},
     state::State,
-    subscribed::hash,
 };
 use crate::{
     config::{FieldError, model::Listener},
     http::filters::{DiscoveredFilter, Factory},
-    stats::{Counter, Gauge, Lease, Scope},
+    stats::{Counter, Gauge, Lease, Scope, version_number},
 };
 
 /// Where a configuration says what is wrong.
@@ -105,7 +104,7 @@ impl Places {
         stats.update_time.set(now.as_millis() as u64);
         if !version.is_empty() {
             stats.scope.set_text("version_text", version);
-            stats.scope.gauge("version").set(hash(version));
+            stats.scope.gauge("version").set(version_number(version));
         }
     }
 

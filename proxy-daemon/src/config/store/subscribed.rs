@@ -4,7 +4,6 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use culvert_xds_client::source::Source;
-use twox_hash::XxHash64;
 
 use super::{
     Apply, ConfigStore,
@@ -13,7 +12,7 @@ use super::{
     state::State,
     watched::{Entry, Owner},
 };
-use crate::stats::Metric;
+use crate::stats::{Metric, version_number};
 
 /// The counters of one subscription.
 #[derive(Debug, Clone, Default)]
@@ -103,18 +102,13 @@ impl Subscribed {
             counter("update_rejected", self.rejected),
             counter("init_fetch_timeout", self.timeouts),
             Metric::external_gauge(&format!("{scope}.update_time"), self.updated),
-            Metric::external_gauge(&format!("{scope}.version"), hash(version)),
+            Metric::external_gauge(&format!("{scope}.version"), version_number(version)),
             Metric::external_text(&format!("{scope}.version_text"), version),
         ]);
         if has_empty {
             metrics.push(counter("update_empty", self.empty));
         }
     }
-}
-
-/// Envoy's number for a version; 0 before the first.
-pub(super) fn hash(version: &str) -> u64 {
-    if version.is_empty() { 0 } else { XxHash64::oneshot(0, version.as_bytes()) }
 }
 
 impl<A: Apply> ConfigStore<A> {
