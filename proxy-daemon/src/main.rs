@@ -118,8 +118,8 @@ async fn serve(
     log_level: LogControl,
 ) -> Result<()> {
     let (started, started_at) = (Instant::now(), SystemTime::now());
-    let service_cluster = message.node.as_ref().map(|node| node.cluster.as_str()).unwrap_or_default();
-    culvert_proxy_daemon::http::filters::set_service_cluster(service_cluster);
+    let (id, cluster) = message.node.as_ref().map(|node| (&*node.id, &*node.cluster)).unwrap_or_default();
+    culvert_proxy_daemon::http::set_node(id, cluster);
     let mut signals = Signals::new()?;
     let workers = flags.workers();
     let interception = match bootstrap.interception.take() {

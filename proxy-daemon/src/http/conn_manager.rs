@@ -12,7 +12,7 @@ use std::{
 
 use http::{
     HeaderValue, Request, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_TYPE, LOCATION, SERVER},
+    header::{CONNECTION, CONTENT_TYPE, LOCATION},
 };
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioTimer;
@@ -34,6 +34,7 @@ use super::{
     scopes::RouteFinder,
     stats::HcmStats,
     stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    trust,
     upgrade::{self, Asked},
     waiting::{self, Counted},
 };
@@ -359,7 +360,17 @@ pub(super) async fn handle(
     let random = fastrand::u64(..);
     let local_ip = local_ip(connection);
     let upgrade = Asked::of_request(&head);
-    let trusted = headers::prepare_request(&mut head, config, connection.remote, local_ip, connection.tls.as_ref());
+    normal::mutate_early(&mut head, &state);
+    let tls = connection.tls.as_ref();
+    let trusted = match trust::prepare_request(&mut head, config, connection.remote, local_ip, tls) {
+        Ok(trusted) => trusted,
+        Err(reply) => {
+            stats.downstream_rq_rejected_via_ip_detection.inc();
+            end.keep_request(&head);
+            return answer(end, reply, grpc, is_head, None, &mut Vec::new());
+        }
+    };
+    end.request_id = trusted.request_id;
     if let Some(upgrade) = &upgrade {
         upgrade.tell(&mut head.headers);
     }
@@ -455,8 +466,6 @@ pub(super) async fn handle(
     end.keep_route(&cx);
     cx.keep_request(&head);
 
-    let request_id =
-        config.always_set_request_id_in_response.then(|| head.headers.get(X_REQUEST_ID).cloned()).flatten();
     let route = cx.route.clone();
     let result = match route.as_ref().map(|route| &route.action) {
         None => {
@@ -493,7 +502,7 @@ pub(super) async fn handle(
     if let Some(upgrade) = &upgrade {
         upgrade.settle(&mut response, &mut incoming);
     }
-    finish_response(&mut response, &cx, &end, answered.attempts, request_id);
+    finish_response(&mut response, &cx, &end, answered.attempts);
     if filters.is_empty() {
         end.came_from_upstream(&response, &cx);
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
@@ -604,13 +613,7 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
 }
 
 /// What the router and the connection manager do to an upstream's response.
-fn finish_response(
-    response: &mut ResponseHead,
-    cx: &StreamCx,
-    end: &StreamEnd,
-    attempts: u32,
-    request_id: Option<HeaderValue>,
-) {
+fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, attempts: u32) {
     let manager = &end.state.manager;
     // Envoy counts from the request's end, which one for another protocol does not have.
     if !cx.suppress_envoy_headers && end.upgrade.is_none() {
@@ -624,12 +627,9 @@ fn finish_response(
     }
     cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
     let upgrade = Asked::of_response(response);
-    headers::prepare_response(response, &manager.config);
+    headers::prepare_response(response, &manager.config, end.request_id.as_ref());
     if let Some(upgrade) = upgrade {
         upgrade.tell(&mut response.headers);
-    }
-    if let Some(id) = request_id {
-        response.headers.insert(X_REQUEST_ID, id);
     }
 }
 
@@ -683,7 +683,7 @@ pub(super) fn answer(
     if end.http1 && head.status == StatusCode::BAD_REQUEST {
         head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
-    head.headers.insert(SERVER, end.state.manager.config.server_name.clone());
+    headers::sign_response(&mut head, end.state.config(), end.request_id.as_ref());
     end.keep_response(head.status, &head.headers);
     end.filters.append(filters);
     match &body {

@@ -1,24 +1,18 @@
 //! What the connection manager does to headers, by the rules of facts such as trust and hop-by-hop (RFC 9110, 7.6.1).
 
-use std::net::{IpAddr, SocketAddr};
-
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
     header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
     uri::PathAndQuery,
 };
 
-use super::{
-    request_id,
-    stream::{LocalReply, RequestHead, ResponseHead},
-};
+use super::stream::{LocalReply, RequestHead, ResponseHead};
 use crate::{
     access_log::{Record, ResponseFlags},
     config::model::{
-        AddedValue, ForwardClientCert, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
+        AddedValue, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
         ServerHeaderTransformation,
     },
-    tls::TlsInfo,
 };
 
 /// Header names that have no constant in `http`.
@@ -37,6 +31,9 @@ pub(crate) mod names {
         X_FORWARDED_PORT = "x-forwarded-port"
         X_FORWARDED_PROTO = "x-forwarded-proto"
         X_REQUEST_ID = "x-request-id"
+        X_ENVOY_FORCE_TRACE = "x-envoy-force-trace"
+        X_ENVOY_DOWNSTREAM_SERVICE_CLUSTER = "x-envoy-downstream-service-cluster"
+        X_ENVOY_DOWNSTREAM_SERVICE_NODE = "x-envoy-downstream-service-node"
         X_ENVOY_INTERNAL = "x-envoy-internal"
         X_ENVOY_EXTERNAL_ADDRESS = "x-envoy-external-address"
         X_ENVOY_EXPECTED_RQ_TIMEOUT_MS = "x-envoy-expected-rq-timeout-ms"
@@ -63,29 +60,6 @@ pub(crate) mod names {
     }
 }
 use names::*;
-
-/// Obeyed from internal clients only, and removed from all others.
-const INTERNAL_ONLY: [&str; 15] = [
-    "x-envoy-internal",
-    "x-envoy-retriable-status-codes",
-    "x-envoy-retriable-header-names",
-    "x-envoy-retry-on",
-    "x-envoy-retry-grpc-on",
-    "x-envoy-max-retries",
-    "x-envoy-upstream-alt-stat-name",
-    "x-envoy-upstream-rq-timeout-ms",
-    "x-envoy-upstream-rq-per-try-timeout-ms",
-    "x-envoy-upstream-rq-timeout-alt-response",
-    "x-envoy-expected-rq-timeout-ms",
-    "x-envoy-force-trace",
-    "x-envoy-ip-tags",
-    "x-envoy-original-url",
-    "x-envoy-hedge-on-per-try-timeout",
-];
-
-/// Removed from requests that enter the mesh.
-const EDGE_ONLY: [&str; 3] =
-    ["x-envoy-decorator-operation", "x-envoy-downstream-service-cluster", "x-envoy-downstream-service-node"];
 
 /// Whether a message carries gRPC.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
@@ -137,129 +111,9 @@ fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {
     values.flat_map(|value| value.split(',')).any(|nominated| nominated.trim().eq_ignore_ascii_case(token))
 }
 
-/// What trust made of a request.
-pub(super) struct Trusted {
-    pub(super) remote: SocketAddr,
-    pub(super) internal: bool,
-}
-
-/// Makes a client's request fit to be routed: hop-by-hop headers, trust, request id, path.
-pub(super) fn prepare_request(
-    head: &mut RequestHead,
-    config: &HttpConnectionManagerConfig,
-    peer: SocketAddr,
-    local_ip: IpAddr,
-    tls: Option<&TlsInfo>,
-) -> Trusted {
-    strip_hop_by_hop(&mut head.headers);
-    let trusted = resolve_client(head, config, peer, local_ip);
-    let headers = &mut head.headers;
-    let scheme = HeaderValue::from_static(if tls.is_some() { "https" } else { "http" });
-    forward_client_cert(headers, config, tls);
-    if config.use_remote_address && config.xff_num_trusted_hops == 0 {
-        headers.insert(X_FORWARDED_PROTO, scheme);
-    } else {
-        headers.entry(X_FORWARDED_PROTO).or_insert(scheme);
-    }
-    let edge = config.use_remote_address && !trusted.internal;
-    if !trusted.internal && headers.keys().any(is_envoys) {
-        INTERNAL_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
-        if edge {
-            EDGE_ONLY.iter().for_each(|name| drop(headers.remove(*name)));
-        }
-    }
-    if trusted.internal {
-        headers.insert(X_ENVOY_INTERNAL, HeaderValue::from_static("true"));
-    }
-    if edge {
-        if let Ok(value) = HeaderValue::from_str(&trusted.remote.ip().to_string()) {
-            headers.insert(X_ENVOY_EXTERNAL_ADDRESS, value);
-        }
-        if !config.preserve_external_request_id {
-            headers.remove(X_REQUEST_ID);
-        }
-    }
-    if config.generate_request_id && !headers.contains_key(X_REQUEST_ID) {
-        headers.insert(X_REQUEST_ID, request_id::generate());
-    }
-    if let Some(via) = &config.via {
-        append(headers, VIA, via, ", ");
-    }
-    if config.normalize_path || config.merge_slashes {
-        normalize(head, config);
-    }
-    trusted
-}
-
-/// What a client says of its certificate is no proof of one: it is passed on, or written, only as configured.
-fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerConfig, tls: Option<&TlsInfo>) {
-    let mode = config.forward_client_cert;
-    if mode == ForwardClientCert::AlwaysForwardOnly {
-        return;
-    }
-    let tls = match tls.filter(|tls| mode != ForwardClientCert::Sanitize && tls.has_certificate()) {
-        Some(_) if mode == ForwardClientCert::ForwardOnly => return,
-        Some(tls) => tls,
-        None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
-    };
-    match tls.forwarded(&config.client_cert_details) {
-        Some(value) if mode == ForwardClientCert::AppendForward => {
-            // Of several lines one is made, as in Envoy.
-            let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().chain([value]);
-            let lines: Vec<_> = lines.map(HeaderValue::as_bytes).filter(|line| !line.is_empty()).collect();
-            if let Ok(all) = HeaderValue::from_bytes(&lines.join(&b","[..])) {
-                headers.insert(X_FORWARDED_CLIENT_CERT, all);
-            }
-        }
-        Some(value) => drop(headers.insert(X_FORWARDED_CLIENT_CERT, value.clone())),
-        None => drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
-    }
-}
-
-/// Finds the client's address and whether it is internal, and appends to `x-forwarded-for`.
-fn resolve_client(
-    head: &mut RequestHead,
-    config: &HttpConnectionManagerConfig,
-    peer: SocketAddr,
-    local_ip: IpAddr,
-) -> Trusted {
-    let hops = config.xff_num_trusted_hops as usize;
-    let (mut remote, single);
-    if config.use_remote_address {
-        single = !head.headers.contains_key(X_FORWARDED_FOR);
-        remote = peer;
-        if hops > 0 {
-            remote = forwarded_for(&head.headers, hops - 1).unwrap_or(peer);
-        }
-        if !config.skip_xff_append {
-            // Envoy writes a loopback client as the node's own address.
-            let ip = if peer.ip().is_loopback() { local_ip } else { peer.ip() };
-            if let Ok(value) = HeaderValue::from_str(&ip.to_string()) {
-                append(&mut head.headers, X_FORWARDED_FOR, &value, ",");
-            }
-        }
-    } else {
-        single = has_single_forwarded_for(&head.headers);
-        remote = forwarded_for(&head.headers, hops).unwrap_or(peer);
-    }
-    let ip = remote.ip().to_canonical();
-    let internal = single && config.internal_ranges.iter().any(|range| range.contains(ip));
-    Trusted { remote, internal }
-}
-
-/// The `x-forwarded-for` address that stands `skip` places from the right.
-fn forwarded_for(headers: &HeaderMap, skip: usize) -> Option<SocketAddr> {
-    let value = headers.get_all(X_FORWARDED_FOR).iter().next_back()?.to_str().ok()?;
-    let ip: IpAddr = value.rsplit(',').nth(skip)?.trim().parse().ok()?;
-    Some(SocketAddr::new(ip, 0))
-}
-
-fn has_single_forwarded_for(headers: &HeaderMap) -> bool {
-    let mut values = headers.get_all(X_FORWARDED_FOR).iter();
-    matches!((values.next(), values.next()), (Some(only), None) if !only.as_bytes().contains(&b','))
-}
-
+/// Appends to a header; of several lines one is made first, as in Envoy.
 pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
+    join_lines(headers, &name);
     let joined = headers.get(&name).map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
     let value = match joined {
         // Two valid values and a separator make a valid value.
@@ -269,9 +123,16 @@ pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderVa
     headers.insert(name, value);
 }
 
-/// One look at the few names that there are is cheaper than a look-up of each name that might be there.
-fn is_envoys(name: &HeaderName) -> bool {
-    name.as_str().starts_with("x-envoy-")
+/// Makes one line of several.
+pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
+    if headers.get_all(name).iter().nth(1).is_none() {
+        return;
+    }
+    let lines: Vec<_> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
+    // Valid values and commas make a valid value.
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b","[..])) {
+        headers.insert(name, joined);
+    }
 }
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
@@ -356,8 +217,21 @@ pub(super) fn set_path(head: &mut RequestHead, path_and_query: &str) {
 }
 
 /// Makes an upstream's response fit for the client.
-pub(super) fn prepare_response(head: &mut ResponseHead, config: &HttpConnectionManagerConfig) {
+pub(super) fn prepare_response(
+    head: &mut ResponseHead,
+    config: &HttpConnectionManagerConfig,
+    request_id: Option<&HeaderValue>,
+) {
     strip_hop_by_hop(&mut head.headers);
+    sign_response(head, config, request_id);
+}
+
+/// What all responses say of this proxy, wherever they come from.
+pub(super) fn sign_response(
+    head: &mut ResponseHead,
+    config: &HttpConnectionManagerConfig,
+    request_id: Option<&HeaderValue>,
+) {
     match config.server_header {
         ServerHeaderTransformation::Overwrite => {
             head.headers.insert(SERVER, config.server_name.clone());
@@ -369,6 +243,9 @@ pub(super) fn prepare_response(head: &mut ResponseHead, config: &HttpConnectionM
     }
     if let Some(via) = &config.via {
         append(&mut head.headers, VIA, via, ", ");
+    }
+    if let Some(id) = request_id {
+        head.headers.insert(X_REQUEST_ID, id.clone());
     }
 }
 

@@ -12,6 +12,7 @@ pub(crate) mod headers;
 mod io;
 pub mod metadata;
 mod mirror;
+mod node;
 mod normal;
 mod observe;
 mod redirect;
@@ -25,10 +26,12 @@ mod stats;
 pub mod stream;
 mod timeouts;
 mod timers;
+mod trust;
 mod upgrade;
 mod waiting;
 
 pub use conn_manager::{ConnectionManager, serve};
+pub use node::set_node;
 pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
 

@@ -1,5 +1,7 @@
 //! Requests that are made the same before their routes are chosen: header names, paths and hosts, in Envoy's order.
 
+use std::time::SystemTime;
+
 use http::{
     HeaderValue, StatusCode,
     header::{HOST, LOCATION},
@@ -9,11 +11,12 @@ use super::{
     codec::h1::CodecError,
     conn_manager::ConnState,
     headers::{self, names::*},
+    redirect,
     route_match::authority,
     stream::{LocalReply, RequestHead},
 };
 use crate::{
-    access_log::ResponseFlags,
+    access_log::{Record, ResponseFlags},
     config::model::{EscapedSlashes, RequestRules, StripPort, Underscores},
 };
 
@@ -62,6 +65,32 @@ pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), Loc
         head.headers.insert(X_FORWARDED_PORT, HeaderValue::from(local.port()));
     }
     Ok(())
+}
+
+/// `early_header_mutation_extensions`: what they change is not trusted more than what a client sends.
+pub(super) fn mutate_early(head: &mut RequestHead, state: &ConnState) {
+    let (mutations, connection) = (&state.config().early_mutations, &state.connection);
+    if mutations.is_empty() {
+        return;
+    }
+    let (uri, host) = (head.uri.clone(), authority(head).to_owned());
+    let record = Record {
+        missing: "",
+        start: SystemTime::now(),
+        method: Some(head.method.as_str()),
+        path: uri.path_and_query().map(|path| path.as_str()),
+        authority: Some(&host),
+        scheme: Some(redirect::scheme(head)),
+        protocol: Some(super::protocol_name(head.version)),
+        downstream_remote_address: Some(connection.remote),
+        downstream_direct_remote_address: Some(connection.remote),
+        downstream_local_address: Some(connection.local),
+        connection_id: connection.id,
+        requested_server_name: connection.requested_server_name.as_deref(),
+        tls: connection.tls.as_ref(),
+        ..Record::default()
+    };
+    mutations.iter().for_each(|mutations| mutations.apply(&mut head.headers, &record));
 }
 
 fn refused(status: StatusCode) -> LocalReply {

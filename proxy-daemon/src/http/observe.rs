@@ -157,6 +157,8 @@ pub(super) struct StreamEnd {
     /// The client speaks gRPC.
     pub(super) grpc: bool,
     pub(super) complete: bool,
+    /// The request's id, where responses carry it.
+    pub(super) request_id: Option<HeaderValue>,
     /// It has asked for another protocol, and may.
     pub(super) upgrade: Option<Decrement>,
     /// They live as long as the stream.
@@ -227,6 +229,7 @@ impl StreamEnd {
             http1: true,
             grpc: false,
             complete: false,
+            request_id: None,
             upgrade: None,
             filters: Vec::new(),
         }

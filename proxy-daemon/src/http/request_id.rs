@@ -1,11 +1,36 @@
 //! `x-request-id`: a random UUID (RFC 9562, version 4).
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
+
+use super::headers::names::X_REQUEST_ID;
+use crate::config::model::HttpConnectionManagerConfig;
 
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
+/// Where a UUID has its version, and Envoy why it is traced.
+const REASON: usize = 14;
+
+/// Gives the request an id, where it has none or none that is to be kept.
+pub(super) fn set(headers: &mut HeaderMap, edge: bool, config: &HttpConnectionManagerConfig) {
+    match headers.get_mut(X_REQUEST_ID) {
+        Some(_) if !edge => {}
+        Some(id) if config.preserve_external_request_id => {
+            // It is not traced, whatever it says.
+            if config.pack_trace_reason && id.len() == 36 && id.as_bytes()[REASON] != b'4' {
+                let mut bytes = [b'-'; 36];
+                bytes.copy_from_slice(id.as_bytes());
+                bytes[REASON] = b'4';
+                // A digit in a valid value leaves it valid.
+                *id = HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| generate());
+            }
+        }
+        Some(id) => *id = generate(),
+        None => drop(headers.insert(X_REQUEST_ID, generate())),
+    }
+}
+
 /// A fresh id.
-pub(super) fn generate() -> HeaderValue {
+fn generate() -> HeaderValue {
     let mut bits = fastrand::u128(..);
     bits = bits & !(0xf << 76) | 0x4 << 76; // version 4
     bits = bits & !(0x3 << 62) | 0x2 << 62; // variant of RFC 9562

@@ -36,6 +36,7 @@ hcm_stats! {
         downstream_rq_ws_on_non_ws_route
         downstream_rq_total downstream_rq_http1_total downstream_rq_http2_total
         downstream_rq_header_timeout downstream_rq_response_before_rq_complete downstream_rq_non_relative_path
+        downstream_rq_rejected_via_ip_detection
         downstream_rq_failed_path_normalization downstream_rq_redirected_with_normalized_path
         downstream_rq_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
         downstream_rq_max_duration_reached

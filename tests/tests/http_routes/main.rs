@@ -8,6 +8,7 @@ mod managers;
 mod matches;
 mod mirrors;
 mod retries;
+mod trust;
 mod upgrades;
 mod upstream;
 
@@ -46,4 +47,9 @@ fn mirrors_are_envoys() -> Result<()> {
 #[test]
 fn managers_are_envoys() -> Result<()> {
     harness::compare(managers::cases())
+}
+
+#[test]
+fn trust_is_envoys() -> Result<()> {
+    harness::compare(trust::cases())
 }

@@ -2,8 +2,8 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
-use super::{AccessLogConfig, Cidr, ResourceRef, RouteConfig, ScopedRoutes, UpgradeRule};
-use crate::http::filters::{DiscoveredFilter, FilterSource};
+use super::{AccessLogConfig, Cidr, IpDetection, ResourceRef, RouteConfig, Scheme, ScopedRoutes, UpgradeRule};
+use crate::http::filters::{DiscoveredFilter, EarlyMutations, FilterSource};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
 #[derive(Debug)]
@@ -26,12 +26,21 @@ pub struct HttpConnectionManagerConfig {
     pub xff_num_trusted_hops: u32,
     /// `x-forwarded-for` is left as it came.
     pub skip_xff_append: bool,
+    /// How clients' addresses are found, where not by `use_remote_address`; the first that finds one counts. Empty: by
+    /// `x-forwarded-for`, as the fields before this one say.
+    pub ip_detection: Box<[IpDetection]>,
+    /// Upstreams are told the name of this service.
+    pub add_user_agent: bool,
+    /// The scheme that requests are taken to have come by, whatever they say: also their `x-forwarded-proto`.
+    pub scheme: Option<Scheme>,
     /// Client addresses that count as internal; empty: none.
     pub internal_ranges: Vec<Cidr>,
     /// A request without `x-request-id` gets one.
     pub generate_request_id: bool,
     /// An edge request keeps the `x-request-id` it came with.
     pub preserve_external_request_id: bool,
+    /// A kept id says that it is not traced.
+    pub pack_trace_reason: bool,
     /// Responses carry the request's `x-request-id`.
     pub always_set_request_id_in_response: bool,
     /// `via` is appended with this in both directions.
@@ -56,6 +65,8 @@ pub struct HttpConnectionManagerConfig {
     pub normalize_path: bool,
     /// `//` becomes `/`.
     pub merge_slashes: bool,
+    /// What becomes of a request's headers then, in this order.
+    pub early_mutations: Box<[EarlyMutations]>,
     /// What becomes of a request's host, path and header names before its route is chosen.
     pub rules: RequestRules,
     /// A stream may last so long, where its route does not say.
@@ -89,9 +100,13 @@ impl Default for HttpConnectionManagerConfig {
             use_remote_address: false,
             xff_num_trusted_hops: 0,
             skip_xff_append: false,
+            ip_detection: Box::default(),
+            add_user_agent: false,
+            scheme: None,
             internal_ranges: Vec::new(),
             generate_request_id: true,
             preserve_external_request_id: false,
+            pack_trace_reason: true,
             always_set_request_id_in_response: false,
             via: None,
             idle_timeout: Some(Duration::from_secs(3600)),
@@ -104,6 +119,7 @@ impl Default for HttpConnectionManagerConfig {
             max_headers_count: 100,
             normalize_path: false,
             merge_slashes: false,
+            early_mutations: Box::default(),
             rules: RequestRules::default(),
             max_stream_duration: None,
             delayed_close_timeout: Some(Duration::from_secs(1)),

@@ -10,6 +10,7 @@ mod route;
 mod scoped;
 mod source;
 mod tls;
+mod trust;
 
 pub use access_log::*;
 pub use cidr::*;
@@ -21,3 +22,4 @@ pub use route::*;
 pub use scoped::*;
 pub use source::*;
 pub use tls::*;
+pub use trust::*;

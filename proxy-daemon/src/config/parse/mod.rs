@@ -11,6 +11,7 @@ mod common;
 mod config_source;
 mod deprecated;
 mod endpoint;
+mod hcm_extensions;
 mod health_check;
 pub mod honoured;
 mod http_connection_manager;

@@ -157,7 +157,6 @@ const NOT_FOR_US: &[(&str, &str, &str)] = &[
     ("Cluster", "dns_resolvers", "names are looked up by the system's resolver"),
     ("Cluster", "typed_dns_resolver_config", "names are looked up by the system's resolver"),
     ("Cluster", "use_tcp_for_dns_lookups", "names are looked up by the system's resolver"),
-    ("HttpConnectionManager", "request_id_extension", "the UUID extension with its defaults is built in"),
     ("HttpConnectionManager", "typed_header_validation_config", "headers are always validated"),
     ("Listener", "connection_balance_config", "each worker has sockets of its own, which the kernel balances"),
     ("Listener", "deprecated_v1", "gone with Envoy's API v1"),

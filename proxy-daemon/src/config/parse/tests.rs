@@ -122,6 +122,22 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ("          stat_prefx: x", "@stat_prefx: "),
         ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
         (
+            "          use_remote_address: true\n          original_ip_detection_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.http.original_ip_detection.xff.v3.XffConfig } }]",
+            "@original_ip_detection_extensions: Original IP detection extensions and use_remote_address may not be mixed",
+        ),
+        (
+            "          original_ip_detection_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.http.original_ip_detection.xff.v3.XffConfig, xff_num_trusted_hops: 1, xff_trusted_cidrs: { cidrs: [{ address_prefix: 10.0.0.0, prefix_len: 8 }] } } }]",
+            "@original_ip_detection_extensions[0].typed_config: Cannot set both xff_num_trusted_hops and xff_trusted_cidrs",
+        ),
+        (
+            "          early_header_mutation_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation, mutations: [{ remove: host }] } }]",
+            "@early_header_mutation_extensions[0].typed_config.mutations[0].remove: :-prefixed or host headers may not be removed",
+        ),
+        (
+            "          scheme_header_transformation: { match_upstream: true }",
+            "@scheme_header_transformation.match_upstream: not supported by culvert yet",
+        ),
+        (
             "          strip_matching_host_port: true\n          strip_any_host_port: true",
             "HCM: Error: Only one of `strip_matching_host_port` or `strip_any_host_port` can be set.",
         ),

@@ -44,6 +44,23 @@ struct Mutations {
     shows_request: bool,
 }
 
+/// What becomes of requests' headers before their routes are chosen: `early_header_mutation_extensions`.
+#[derive(Debug, Clone, Default)]
+pub struct EarlyMutations(Arc<[Mutation]>);
+
+impl EarlyMutations {
+    /// Reads one extension's; `path` is that of its configuration.
+    pub(crate) fn parse(items: &[ProtoMutation], path: &str) -> Result<EarlyMutations, FieldError> {
+        let parse = |(index, item)| mutation(item, &format!("{path}.mutations[{index}]"));
+        Ok(EarlyMutations(items.iter().enumerate().map(parse).collect::<Result<_, FieldError>>()?))
+    }
+
+    /// Changes a request that nobody has looked at yet. `record` is what can be told of it.
+    pub(crate) fn apply(&self, headers: &mut HeaderMap, record: &Record<'_>) {
+        mutate(headers, &self.0, record, mutate_request);
+    }
+}
+
 #[derive(Debug)]
 enum Mutation {
     Remove(HeaderName),

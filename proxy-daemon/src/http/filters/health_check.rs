@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -34,20 +34,9 @@ const DEGRADED: HeaderName = HeaderName::from_static("x-envoy-degraded");
 /// What `/healthcheck/fail` and `/healthcheck/ok` of the admin interface say, for the whole daemon.
 static FAILED: AtomicBool = AtomicBool::new(false);
 
-/// The service that this node belongs to.
-static SERVICE_CLUSTER: OnceLock<HeaderValue> = OnceLock::new();
-
 /// From now on the daemon fails health checks, or passes them again.
 pub fn fail_health_checks(fail: bool) {
     FAILED.store(fail, Ordering::Relaxed);
-}
-
-/// Names the service that this node belongs to (`node.cluster`); the first word counts.
-pub fn set_service_cluster(name: &str) {
-    if let Ok(name) = HeaderValue::from_str(name) {
-        // A later word changes nothing.
-        let _ = SERVICE_CLUSTER.set(name);
-    }
 }
 
 fn failed() -> bool {
@@ -216,7 +205,7 @@ impl HttpFilter for HealthCheckFilter {
         if let Some(cache) = &self.0.cache {
             cache.set(head.status, head.headers.contains_key(DEGRADED));
         }
-        let cluster = SERVICE_CLUSTER.get().cloned().unwrap_or(HeaderValue::from_static(""));
+        let cluster = crate::http::node::this().map_or(HeaderValue::from_static(""), |node| node.cluster.clone());
         head.headers.insert(CHECKED_CLUSTER, cluster);
         Flow::Continue
     }

@@ -23,7 +23,8 @@ use std::{fmt::Debug, pin::Pin, sync::Arc};
 use envoy_types::pb::google::protobuf::Any;
 
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
-pub use health_check::{fail_health_checks, set_service_cluster};
+pub use header_mutation::EarlyMutations;
+pub use health_check::fail_health_checks;
 pub use on_demand::ClustersOnDemand;
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;
