@@ -387,6 +387,7 @@ pub(super) async fn handle(
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         keeps_request: false,
+        reroute: false,
         started,
         progress: Rc::clone(&progress),
         request: RefCell::default(),
@@ -435,6 +436,11 @@ pub(super) async fn handle(
             // ECDS has not delivered it in time, and there is no default.
             (None, _) => Flow::Respond(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::NFCF, "")),
         };
+        if std::mem::take(&mut cx.reroute) {
+            cx.route = state.routes.route(&head, &cx.match_cx());
+            cx.cluster = choose_cluster(&mut cx, &head);
+            route.clone_from(&cx.route);
+        }
         let reply = match flow {
             Flow::Continue | Flow::Wait => continue,
             Flow::Respond(reply) => reply,
@@ -663,7 +669,9 @@ pub(super) fn answer(
             head.headers.insert(GRPC_MESSAGE, message);
         }
         body = bytes::Bytes::new();
-    } else if !body.is_empty() {
+    } else if body.is_empty() {
+        head.headers.remove(CONTENT_TYPE);
+    } else {
         head.headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
     if is_head && !body.is_empty() {

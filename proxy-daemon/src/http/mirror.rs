@@ -4,26 +4,24 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Request, StatusCode, header::HOST};
+use http::{HeaderMap, HeaderValue, header::HOST};
 use http_body::{Frame, SizeHint};
-use http_body_util::BodyExt as _;
 
 use super::{
     body::{Body, BodyError},
     buffered::Buffered,
-    forward,
-    headers::{self, names::*},
+    call, forward,
     route_match::authority,
     stream::{RequestHead, StreamCx},
 };
 use crate::{
     config::model::{MirrorCluster, MirrorPolicy},
     stats::Counter,
-    upstream::{PickCx, Source, WorkerCluster, WorkerHost},
+    upstream::{Source, WorkerCluster},
 };
 
 /// A copy that waits for its request's body.
@@ -69,9 +67,7 @@ fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<
         forward::to_http1(&mut head);
         head.headers.insert(HOST, host);
     }
-    head.headers.insert(X_ENVOY_INTERNAL, HeaderValue::from_static("true"));
-    let own = cx.connection.node_ip.unwrap_or_else(|| cx.connection.local.ip());
-    headers::append(&mut head.headers, X_FORWARDED_FOR, &HeaderValue::from_str(&own.to_string()).ok()?, ",");
+    call::mark(&mut head, cx);
     let limit = limit.unwrap_or(Duration::from_secs(300));
     Some(Copy { cluster, source: cx.connection.source, head, limit })
 }
@@ -93,67 +89,15 @@ fn send_all(copies: Vec<Copy>, data: &Bytes, trailers: Option<&HeaderMap>) {
             Some(trailers) => Body::Wrapped(Box::new(Buffered::new(data.clone(), Some(trailers.clone())))),
         };
         tokio::task::spawn_local(async move {
-            let (limit, cluster) = (copy.limit, Rc::clone(&copy.cluster));
-            if tokio::time::timeout(limit, send(copy, body)).await.is_err() {
-                cluster.cluster.stats.upstream_rq_timeout.inc();
-                cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
-            }
+            let Copy { cluster, source, head, limit } = copy;
+            let answered = async {
+                call::send(&cluster, source, head, body).await?.discard().await;
+                Ok(())
+            };
+            // The cluster has counted what came of it.
+            let _ = call::within(&cluster, Some(limit), answered).await;
         });
     }
-}
-
-/// A copy under way, at the circuit breaker and at its host.
-struct UnderWay {
-    cluster: Rc<WorkerCluster>,
-    host: Rc<WorkerHost>,
-    started: Instant,
-}
-
-impl Drop for UnderWay {
-    fn drop(&mut self) {
-        let stats = &self.cluster.cluster.stats;
-        stats.upstream_rq_active.dec();
-        stats.upstream_rq_time.record(self.started.elapsed().as_millis() as u64);
-        self.host.end_request();
-    }
-}
-
-async fn send(copy: Copy, body: Body) {
-    let Copy { cluster, source, mut head, .. } = copy;
-    let stats = &cluster.cluster.stats;
-    if stats.upstream_rq_active.value() >= u64::from(cluster.cluster.limits(false).max_requests()) {
-        stats.upstream_rq_pending_overflow.inc();
-        cluster.cluster.dropped.inc();
-        return;
-    }
-    let Some(host) = cluster.pick(&PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
-        stats.upstream_cx_none_healthy.inc();
-        return;
-    };
-    stats.upstream_rq_total.inc();
-    stats.upstream_rq_active.inc();
-    host.begin_request();
-    let under_way = UnderWay { cluster: Rc::clone(&cluster), host: Rc::clone(&host), started: Instant::now() };
-    let failed = || stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
-    let Ok(connection) = host.acquire(&cluster, forward::protocol(&cluster, &head), source, false).await else {
-        return failed();
-    };
-    if connection.is_http2() {
-        forward::to_http2(&mut head);
-    } else {
-        forward::to_http1(&mut head);
-    }
-    let sent = connection.send(Request::from_parts(head, body), |status| stats.upstream_rq.inc(status.as_u16())).await;
-    let Ok(response) = sent else { return failed() };
-    stats.upstream_rq.inc(response.status().as_u16());
-    let mut incoming = response.into_body();
-    while let Some(frame) = incoming.frame().await {
-        if frame.is_err() {
-            return;
-        }
-    }
-    connection.release();
-    drop(under_way);
 }
 
 /// A body that is copied while it passes.

@@ -4,6 +4,8 @@ mod aside;
 mod begun;
 pub mod body;
 mod buffered;
+mod call;
+mod changes;
 pub mod codec;
 mod conn_manager;
 pub mod filters;

@@ -85,6 +85,8 @@ pub struct StreamCx {
     pub progress: Rc<Progress>,
     /// Set by a filter: the request is kept for the response's headers.
     pub keeps_request: bool,
+    /// Set by a filter: it has changed what routes are chosen by, and one is to be chosen anew.
+    pub reroute: bool,
     /// The request, kept where the response's headers are made of it.
     pub(super) request: RefCell<Option<Box<RequestHead>>>,
 }

@@ -23,10 +23,14 @@ struct Slot {
     integer: AtomicU64,
     /// The numerator, and above its 32 bits the denominator's number.
     fraction: AtomicU64,
+    /// 0 or 1.
+    boolean: AtomicU64,
 }
 
 impl Slot {
     fn set(&self, entry: Option<&Entry>) {
+        let boolean = entry.and_then(|entry| entry.boolean);
+        self.boolean.store(boolean.map_or(NONE, u64::from), Ordering::Relaxed);
         let integer = entry.and_then(|entry| entry.integer);
         self.integer.store(integer.map_or(NONE, |value| value.min(NONE - 1)), Ordering::Relaxed);
         // A whole number is a percentage.
@@ -65,7 +69,8 @@ impl Key {
             state.slots.retain(|_, slot| slot.strong_count() > 0);
             state.sweep_at = (state.slots.len() * 2).max(1024);
         }
-        let slot = Slot { name: name.into(), integer: AtomicU64::new(NONE), fraction: AtomicU64::new(NONE) };
+        let none = || AtomicU64::new(NONE);
+        let slot = Slot { name: name.into(), integer: none(), fraction: none(), boolean: none() };
         slot.set(state.values.get(name));
         let slot = Arc::new(slot);
         state.slots.insert(name.into(), Arc::downgrade(&slot));
@@ -92,6 +97,12 @@ impl Key {
     #[inline]
     pub fn fraction(&self) -> Option<Fraction> {
         Some(self.0.fraction.load(Ordering::Relaxed)).filter(|value| *value != NONE).map(unpack)
+    }
+
+    /// Its value where it is a truth value, or a whole number: 0 is false.
+    #[inline]
+    pub fn boolean(&self) -> Option<bool> {
+        Some(self.0.boolean.load(Ordering::Relaxed)).filter(|value| *value != NONE).map(|value| value != 0)
     }
 }
 
@@ -191,4 +202,21 @@ pub(crate) fn with_values<T>(read: impl FnOnce(&Values) -> T) -> T {
 /// Calls `observer` with the values before and after each change, as long as it returns `true`.
 pub(crate) fn observe(observer: impl Fn(&Values, &Values) -> bool + Send + 'static) {
     lock().observers.push(Box::new(observer));
+}
+
+/// `RuntimeFeatureFlag`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeFlag {
+    /// Where the key has no value.
+    pub default: bool,
+    /// `runtime_key`
+    pub key: Option<Key>,
+}
+
+impl RuntimeFlag {
+    /// Its value now.
+    #[inline]
+    pub fn get(&self) -> bool {
+        self.key.as_ref().and_then(Key::boolean).unwrap_or(self.default)
+    }
 }

@@ -14,7 +14,10 @@ use super::{
     original_dst::OriginalDstHosts,
     pool::Pool,
 };
-use crate::config::model::{Discovery, EndpointAddress, HealthStatus};
+use crate::{
+    config::model::{Discovery, EndpointAddress, HealthStatus},
+    stats::Counter,
+};
 
 /// All clusters as one worker sees them.
 pub struct WorkerClusters {
@@ -110,6 +113,8 @@ pub struct WorkerCluster {
     usable: RefCell<Vec<Rc<WorkerHost>>>,
     balancer: RefCell<Box<dyn LoadBalancer>>,
     original_dst: OriginalDstHosts,
+    /// What filters count below the cluster's name.
+    counters: RefCell<HashMap<Box<str>, Counter>>,
 }
 
 impl WorkerCluster {
@@ -123,7 +128,19 @@ impl WorkerCluster {
             usable: RefCell::default(),
             balancer,
             original_dst: OriginalDstHosts::default(),
+            counters: RefCell::default(),
         }
+    }
+
+    /// The counter `cluster.<name>.<leaf>`, of a filter: `leaf` is of the configuration.
+    pub fn counter(&self, leaf: &str) -> Counter {
+        let mut counters = self.counters.borrow_mut();
+        if let Some(known) = counters.get(leaf) {
+            return *known;
+        }
+        let counter = self.cluster.stats.scope().counter(leaf);
+        counters.insert(leaf.into(), counter);
+        counter
     }
 
     /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.

@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, scratch_dir};
 use nix::sys::signal::Signal;
 
+use super::services::{self, Asked};
 use super::upstream::{self, Seen};
 
 /// Headers whose values are a proxy's own: only that they are there is compared.
@@ -80,16 +81,28 @@ impl Case {
 fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec<Vec<String>>> {
     let seen = Arc::new(Seen::default());
     let service = upstream::start("a", Arc::clone(&seen))?;
+    let authz = upstream::start("authz", Arc::clone(&seen))?;
+    let asked = Arc::new(Asked::default());
+    let grpc = services::start(Arc::clone(&asked))?;
     let mut yaml = "static_resources:\n  listeners:\n".to_owned();
     let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
     for (index, case) in cases.iter().enumerate() {
         yaml += &listener(ports[index], index, case, &log(index));
     }
-    yaml += &cluster(service);
+    yaml += &clusters(&[("a", service, false), ("authz", authz, false), ("grpc", grpc, true), ("dead", 1, true)]);
     let mut proxy = Daemon::start(kind, &yaml)?;
     let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
-        let seen = &seen;
-        let run = |(index, case)| scope.spawn(move || requests(index, case, ports[index], service, seen));
+        let (seen, asked) = (&seen, &asked);
+        let run = |(index, case)| {
+            scope.spawn(move || {
+                let texts = requests(index, case, ports[index], seen, asked);
+                let hide = |text: String| {
+                    let services = [(ports[index], "PORT"), (service, "SERVICE"), (authz, "AUTHZ"), (grpc, "GRPC")];
+                    services.into_iter().fold(text, |text, (port, name)| text.replace(&port.to_string(), name))
+                };
+                texts.into_iter().map(hide).collect::<Vec<_>>()
+            })
+        };
         let running: Vec<_> = cases.iter().enumerate().map(run).collect();
         running.into_iter().map(|case| case.join().unwrap_or_default()).collect()
     });
@@ -104,7 +117,7 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     Ok(texts)
 }
 
-fn requests(index: usize, case: &Case, port: u16, service: u16, seen: &Seen) -> Vec<String> {
+fn requests(index: usize, case: &Case, port: u16, seen: &Seen, asked: &Asked) -> Vec<String> {
     let one = |(number, request): (usize, &String)| {
         let id = format!("{index}-{number}");
         let bytes = bytes(request, &id);
@@ -119,7 +132,7 @@ fn requests(index: usize, case: &Case, port: u16, service: u16, seen: &Seen) -> 
             Err(_) => "no response\n".to_owned(),
         };
         text += &seen.of(&id).join("\n");
-        text.replace(&port.to_string(), "PORT").replace(&service.to_string(), "SERVICE")
+        text + &asked.of(&id).iter().map(|asked| format!("\n{asked}")).collect::<String>()
     };
     case.requests.iter().enumerate().map(one).collect()
 }
@@ -130,7 +143,10 @@ fn filter_stats(stats: &str, index: usize) -> String {
         .lines()
         .filter_map(|line| {
             let (name, value) = line.split_once(": ")?;
-            let own = name.strip_prefix("http.").unwrap_or(name).strip_prefix(&format!("case{index}."))?;
+            // What filters count below a cluster's name has the case's name as their prefix.
+            let of_cluster = name.strip_prefix("cluster.a.").filter(|own| own.contains(&format!(".case{index}.")));
+            let own = of_cluster
+                .or_else(|| name.strip_prefix("http.").unwrap_or(name).strip_prefix(&format!("case{index}.")))?;
             let counted = value != "0" && own.contains('.') && !own.starts_with("tracing.");
             counted.then(|| format!("{own}: {value}"))
         })
@@ -191,7 +207,12 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
 /// A header as it is compared.
 pub fn shown(name: &str, value: &str) -> String {
     let name = name.to_lowercase();
-    if OWN_VALUES.contains(&name.as_str()) { name } else { format!("{name}: {value}") }
+    if is_own_value(&name) { name } else { format!("{name}: {value}") }
+}
+
+/// Whether a header's value is a proxy's own.
+pub fn is_own_value(name: &str) -> bool {
+    OWN_VALUES.contains(&name)
 }
 
 fn bytes(request: &str, id: &str) -> String {
@@ -223,7 +244,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let [by_config, by_host, by_route] = &told;
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \
                   %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
-                  %DYNAMIC_METADATA(ns:k):3%";
+                  %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)%";
     format!(
         r#"  - name: http_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
@@ -262,10 +283,15 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     )
 }
 
-fn cluster(port: u16) -> String {
-    format!(
-        "  clusters:\n  - name: a\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: a\n      \
-         endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: \
-         {port}}}}}}}}}]}}]\n"
-    )
+/// Clusters, each with its name, its port, and whether it is spoken to in HTTP/2.
+fn clusters(clusters: &[(&str, u16, bool)]) -> String {
+    let cluster = |(name, port, http2): &(&str, u16, bool)| {
+        let options = if *http2 { "\n    http2_protocol_options: {}" } else { "" };
+        format!(
+            "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s{options}\n    load_assignment:\n      cluster_name: \
+             {name}\n      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, \
+             port_value: {port}}}}}}}}}]}}]\n"
+        )
+    };
+    format!("  clusters:\n{}", clusters.iter().map(cluster).collect::<String>())
 }

@@ -2,12 +2,14 @@
 //! services behind the proxies see, what the access logs say and what the filters count must be the same.
 
 mod access;
+mod authorization;
 mod browsers;
 mod changes;
 mod faults;
 mod harness;
 mod health_checks;
 mod metadata;
+mod services;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
 
@@ -41,4 +43,9 @@ fn metadata_is_told_as_by_envoy() -> Result<()> {
 #[test]
 fn health_checks_are_answered_as_by_envoy() -> Result<()> {
     harness::compare(health_checks::cases())
+}
+
+#[test]
+fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
+    harness::compare(authorization::cases())
 }

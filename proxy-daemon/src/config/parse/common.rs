@@ -6,8 +6,8 @@ use std::{
 
 use envoy_types::pb::{
     envoy::config::core::v3::{
-        Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFractionalPercent,
-        SocketAddress, address,
+        Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFeatureFlag,
+        RuntimeFractionalPercent, SocketAddress, address,
         data_source::Specifier,
         header_value_option::HeaderAppendAction as ProtoAction,
         socket_address::{PortSpecifier, Protocol},
@@ -24,7 +24,7 @@ use crate::{
         FieldError,
         model::{AddedValue, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
     },
-    layered_runtime::{Denominator, Fraction, Key, RuntimeFraction},
+    layered_runtime::{Denominator, Fraction, Key, RuntimeFlag, RuntimeFraction},
 };
 
 pub(super) type Result<T> = std::result::Result<T, FieldError>;
@@ -235,6 +235,12 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
 pub(crate) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFraction {
     let default = fraction(share.default_value.unwrap_or_default());
     RuntimeFraction { default, key: Key::optional(&share.runtime_key) }
+}
+
+/// A truth value, which a runtime value may replace.
+pub(crate) fn runtime_flag(flag: &RuntimeFeatureFlag) -> RuntimeFlag {
+    let default = flag.default_value.is_some_and(|value| value.value);
+    RuntimeFlag { default, key: Key::optional(&flag.runtime_key) }
 }
 
 /// A share.

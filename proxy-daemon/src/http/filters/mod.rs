@@ -6,6 +6,7 @@ mod buffer;
 mod cors;
 mod csrf;
 mod discovered;
+mod ext_authz;
 mod fault;
 mod grpc_http1_bridge;
 mod header_mutation;
@@ -235,6 +236,12 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.csrf.v3.CsrfPolicy",
         parse: csrf::parse,
         per_route: Some(("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", csrf::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.ext_authz",
+        type_name: "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
+        parse: ext_authz::parse,
+        per_route: Some(("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", ext_authz::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.fault",

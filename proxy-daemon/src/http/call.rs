@@ -1,0 +1,186 @@
+//! Requests that Culvert makes itself, from a worker to a cluster's hosts: copies of requests, and what filters ask other services.
+//!
+//! They go by the cluster's circuit breakers, balancer, pools and statistics, like those of clients. What comes back is read up to a
+//! bound, and for a time. Whoever drops a call breaks it off: an HTTP/2 stream is reset, an HTTP/1 connection closed.
+
+pub(super) mod grpc;
+
+use std::{
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, StatusCode};
+use http_body_util::BodyExt as _;
+
+use super::{
+    body::Body,
+    codec::Incoming,
+    forward,
+    headers::{self, names::*},
+    stream::{RequestHead, ResponseHead, StreamCx},
+};
+use crate::upstream::{Connection, PickCx, Source, WorkerCluster, WorkerHost};
+
+/// Why there is no answer, or not a whole one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// As many requests are under way as may be.
+    Overflow,
+    /// The cluster has no host.
+    NoHost,
+    /// No connection to the host could be had, or it broke off before the answer's head.
+    Reset,
+    /// It took too long.
+    TimedOut,
+    /// The answer broke off after its head.
+    Broken,
+    /// The answer is longer than it may be.
+    TooLong,
+}
+
+/// A call under way, at the circuit breaker and at its host.
+struct UnderWay {
+    cluster: Rc<WorkerCluster>,
+    host: Rc<WorkerHost>,
+    started: Instant,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let stats = &self.cluster.cluster.stats;
+        stats.upstream_rq_active.dec();
+        stats.upstream_rq_time.record(self.started.elapsed().as_millis() as u64);
+        self.host.end_request();
+    }
+}
+
+/// An answer whose body is still to come.
+pub(super) struct Answer {
+    /// Status and headers.
+    pub(super) head: ResponseHead,
+    body: Incoming,
+    connection: Connection,
+    _under_way: UnderWay,
+}
+
+/// Marks a request as one that a proxy has made: `x-envoy-internal`.
+pub(super) fn mark_internal(head: &mut RequestHead) {
+    head.headers.insert(X_ENVOY_INTERNAL, HeaderValue::from_static("true"));
+}
+
+/// Tells how long the answer is waited for.
+pub(super) fn expect_within(head: &mut RequestHead, limit: Duration) {
+    let milliseconds = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, HeaderValue::from(milliseconds));
+}
+
+/// Marks a request as one that a proxy has made: `x-envoy-internal`, and the node in `x-forwarded-for`.
+pub(super) fn mark(head: &mut RequestHead, cx: &StreamCx) {
+    mark_internal(head);
+    let own = cx.connection.node_ip.unwrap_or_else(|| cx.connection.local.ip());
+    if let Ok(own) = HeaderValue::from_str(&own.to_string()) {
+        headers::append(&mut head.headers, X_FORWARDED_FOR, &own, ",");
+    }
+}
+
+/// Sends a request to one of the cluster's hosts and waits for the answer's head. `source`: the address that it shall come from.
+///
+/// # Errors
+/// Why there is none; the cluster has counted it.
+pub(super) async fn send(
+    cluster: &Rc<WorkerCluster>,
+    source: Option<Source>,
+    mut head: RequestHead,
+    body: Body,
+) -> Result<Answer, Failure> {
+    let stats = &cluster.cluster.stats;
+    if stats.upstream_rq_active.value() >= u64::from(cluster.cluster.limits(false).max_requests()) {
+        stats.upstream_rq_pending_overflow.inc();
+        cluster.cluster.dropped.inc();
+        return Err(Failure::Overflow);
+    }
+    let Some(host) = cluster.pick(&PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
+        stats.upstream_cx_none_healthy.inc();
+        return Err(Failure::NoHost);
+    };
+    stats.upstream_rq_total.inc();
+    stats.upstream_rq_active.inc();
+    host.begin_request();
+    let under_way = UnderWay { cluster: Rc::clone(cluster), host: Rc::clone(&host), started: Instant::now() };
+    let failed = || {
+        stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
+        Failure::Reset
+    };
+    let wanted = forward::protocol(cluster, &head);
+    let connection = host.acquire(cluster, wanted, source, false).await.map_err(|_| failed())?;
+    if connection.is_http2() {
+        forward::to_http2(&mut head);
+    } else {
+        forward::to_http1(&mut head);
+    }
+    let sent = connection.send(Request::from_parts(head, body), |status| stats.upstream_rq.inc(status.as_u16())).await;
+    let (head, body) = sent.map_err(|_| failed())?.into_parts();
+    stats.upstream_rq.inc(head.status.as_u16());
+    Ok(Answer { head, body, connection, _under_way: under_way })
+}
+
+impl Answer {
+    /// The next piece of the body, or the trailers; `None` at its end.
+    ///
+    /// # Errors
+    /// The answer broke off.
+    pub(super) async fn frame(&mut self) -> Result<Option<http_body::Frame<Bytes>>, Failure> {
+        self.body.frame().await.transpose().map_err(|_| Failure::Broken)
+    }
+
+    /// The whole answer has been read: its connection may be used again.
+    pub(super) fn release(self) {
+        self.connection.release();
+    }
+
+    /// Reads the body, of at most `limit` bytes, and its trailers.
+    ///
+    /// # Errors
+    /// It broke off, or it is longer.
+    pub(super) async fn read(mut self, limit: usize) -> Result<(ResponseHead, Bytes, Option<HeaderMap>), Failure> {
+        let (mut data, mut trailers) = (bytes::BytesMut::new(), None);
+        while let Some(frame) = self.frame().await? {
+            match frame.into_data() {
+                Ok(piece) if data.len() + piece.len() > limit => return Err(Failure::TooLong),
+                Ok(piece) => data.extend_from_slice(&piece),
+                Err(frame) => trailers = frame.into_trailers().ok(),
+            }
+        }
+        let Answer { head, connection, .. } = self;
+        connection.release();
+        Ok((head, data.freeze(), trailers))
+    }
+
+    /// Reads to the end what nobody is interested in.
+    pub(super) async fn discard(mut self) {
+        while let Ok(frame) = self.frame().await {
+            if frame.is_none() {
+                return self.release();
+            }
+        }
+    }
+}
+
+/// What becomes of a call within `limit`; without one it may take for ever.
+///
+/// # Errors
+/// The call's, or [`Failure::TimedOut`], which the cluster has counted.
+pub(super) async fn within<T>(
+    cluster: &WorkerCluster,
+    limit: Option<Duration>,
+    call: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let Some(limit) = limit else { return call.await };
+    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
+        cluster.cluster.stats.upstream_rq_timeout.inc();
+        cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
+        Err(Failure::TimedOut)
+    })
+}

@@ -1,0 +1,283 @@
+//! gRPC calls: messages in frames of five bytes and their length, and a status in the trailers, or in the headers where nothing else
+//! comes.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use culvert_xds_client::source::Target;
+use envoy_types::pb::envoy::config::core::v3::{GrpcService, grpc_service::TargetSpecifier};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri,
+    header::{CONTENT_TYPE, HOST, TE},
+};
+use http_body::Frame;
+use prost::Message as ProtoMessage;
+
+use super::{Answer, Failure, expect_within, mark, send, within};
+use crate::{
+    config::{FieldError, parse},
+    http::{
+        body::{Body, BodyError},
+        headers::names::*,
+        stream::{RequestHead, StreamCx},
+    },
+};
+
+/// The longest message that is taken from a service, where `max_receive_message_length` says nothing: 4 MiB.
+const MAX_MESSAGE: usize = 4 << 20;
+
+/// A frame's flag and length.
+const FRAME_HEAD: usize = 5;
+
+/// A service that is asked by gRPC, by way of a cluster.
+#[derive(Debug)]
+pub(in crate::http) struct Service {
+    cluster: Box<str>,
+    authority: HeaderValue,
+    metadata: Box<[(HeaderName, HeaderValue)]>,
+    timeout: Option<Duration>,
+    max_message: usize,
+    skip_envoy_headers: bool,
+}
+
+/// Why a call failed: gRPC's status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) struct Failed(pub(in crate::http) u32);
+
+const UNKNOWN: Failed = Failed(2);
+const RESOURCE_EXHAUSTED: Failed = Failed(8);
+const INTERNAL: Failed = Failed(13);
+const UNAVAILABLE: Failed = Failed(14);
+
+impl From<Failure> for Failed {
+    /// As Envoy has it: what comes to no answer is answered with 503 or 504, and that is a gRPC status as any.
+    fn from(failure: Failure) -> Failed {
+        match failure {
+            Failure::Overflow | Failure::NoHost | Failure::Reset | Failure::TimedOut => UNAVAILABLE,
+            Failure::Broken => INTERNAL,
+            Failure::TooLong => RESOURCE_EXHAUSTED,
+        }
+    }
+}
+
+impl Service {
+    /// A service as it is configured; `default_timeout` where it says nothing of that.
+    ///
+    /// # Errors
+    /// The field that is wrong or not honoured, below `path`.
+    pub(in crate::http) fn parse(
+        service: &GrpcService,
+        default_timeout: Option<Duration>,
+        path: &str,
+    ) -> Result<Service, FieldError> {
+        let parsed = parse::grpc_service(service, path)?;
+        let Target::Cluster(cluster) = parsed.target else {
+            return Err(FieldError::unsupported(format!("{path}.google_grpc")));
+        };
+        let Some(TargetSpecifier::EnvoyGrpc(envoy)) = &service.target_specifier else {
+            return Err(FieldError::unsupported(format!("{path}.google_grpc")));
+        };
+        if envoy.retry_policy.is_some() {
+            return Err(FieldError::unsupported(format!("{path}.envoy_grpc.retry_policy")));
+        }
+        let authority = HeaderValue::from_str(&parsed.authority).map_err(|_| {
+            FieldError::new(format!("{path}.envoy_grpc.authority"), format!("{:?} is no authority", parsed.authority))
+        })?;
+        let header = |(name, value): (String, String)| {
+            // Both have been checked.
+            Some((HeaderName::try_from(name).ok()?, HeaderValue::try_from(value).ok()?))
+        };
+        Ok(Service {
+            cluster: cluster.into(),
+            authority,
+            metadata: parsed.initial_metadata.into_iter().filter_map(header).collect(),
+            timeout: parse::duration(service.timeout, path, "timeout")?.or(default_timeout),
+            max_message: parsed.max_receive_message_length.unwrap_or(MAX_MESSAGE),
+            skip_envoy_headers: envoy.skip_envoy_headers,
+        })
+    }
+
+    /// A call's head. `path` is the method's.
+    fn head(&self, path: &'static str, timeout: Option<Duration>, cx: &StreamCx) -> RequestHead {
+        let (mut head, ()) = Request::new(()).into_parts();
+        head.method = Method::POST;
+        head.uri = Uri::from_static(path);
+        head.headers.insert(HOST, self.authority.clone());
+        head.headers.insert(TE, HeaderValue::from_static("trailers"));
+        head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        if let Some(timeout) = timeout {
+            head.headers.insert(GRPC_TIMEOUT, timeout_header(timeout));
+            expect_within(&mut head, timeout);
+        }
+        for (name, value) in &self.metadata {
+            head.headers.append(name, value.clone());
+        }
+        if !self.skip_envoy_headers {
+            mark(&mut head, cx);
+        }
+        head
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The status that the call ended with.
+    pub(in crate::http) async fn unary<A: ProtoMessage + Default>(
+        &self,
+        path: &'static str,
+        request: &impl ProtoMessage,
+        cx: &StreamCx,
+    ) -> Result<A, Failed> {
+        let cluster = cx.worker.clusters.get(&self.cluster).ok_or(UNAVAILABLE)?;
+        let head = self.head(path, self.timeout, cx);
+        let call = async {
+            let answer = send(&cluster, None, head, Body::Wrapped(Box::new(Message(frame(request))))).await?;
+            if let Err(failed) = check_head(&answer) {
+                return Ok(Err(failed));
+            }
+            // One message and its frame.
+            let (head, data, trailers) = answer.read(self.max_message.saturating_add(FRAME_HEAD)).await?;
+            Ok(message(&head.headers, data, trailers.as_ref()))
+        };
+        within(&cluster, self.timeout, call).await?
+    }
+}
+
+/// A message as a body, whose length nobody tells: gRPC has it in the frame.
+struct Message(Bytes);
+
+impl http_body::Body for Message {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let message = std::mem::take(&mut self.0);
+        Poll::Ready((!message.is_empty()).then(|| Ok(Frame::data(message))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// What an answer's head has to say already.
+fn check_head(answer: &Answer) -> Result<(), Failed> {
+    let head = &answer.head;
+    if head.status == StatusCode::OK || head.headers.contains_key(GRPC_STATUS) {
+        return Ok(());
+    }
+    Err(match head.status.as_u16() {
+        400 => INTERNAL,
+        401 => Failed(16),
+        403 => Failed(7),
+        404 => Failed(12),
+        429 | 502..=504 => UNAVAILABLE,
+        _ => UNKNOWN,
+    })
+}
+
+/// The message of an answer to a call with one.
+fn message<A: ProtoMessage + Default>(
+    head: &HeaderMap,
+    data: Bytes,
+    trailers: Option<&HeaderMap>,
+) -> Result<A, Failed> {
+    let ends = trailers.unwrap_or(head);
+    let status = ends.get(GRPC_STATUS).and_then(|status| status.to_str().ok()?.parse().ok());
+    match status {
+        Some(0) => {}
+        Some(status) => return Err(Failed(status)),
+        None => return Err(UNKNOWN),
+    }
+    let mut frames = BytesMut::from(data);
+    let message = take_frame(&mut frames, usize::MAX)?.ok_or(INTERNAL)?;
+    A::decode(message).map_err(|_| INTERNAL)
+}
+
+/// A message in its frame.
+pub(in crate::http) fn frame(message: &impl ProtoMessage) -> Bytes {
+    let length = message.encoded_len();
+    let mut bytes = BytesMut::with_capacity(FRAME_HEAD + length);
+    bytes.put_u8(0);
+    bytes.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    // It has been given the room.
+    let _ = message.encode(&mut bytes);
+    bytes.freeze()
+}
+
+/// Takes the message in the first frame off, where it is there as a whole.
+///
+/// # Errors
+/// It is compressed, or longer than `limit`.
+pub(in crate::http) fn take_frame(bytes: &mut BytesMut, limit: usize) -> Result<Option<Bytes>, Failed> {
+    let Some((head, rest)) = bytes.split_first_chunk::<FRAME_HEAD>() else { return Ok(None) };
+    let [flags, length @ ..] = *head;
+    if flags != 0 {
+        return Err(INTERNAL);
+    }
+    let length = u32::from_be_bytes(length) as usize;
+    if length > limit {
+        return Err(RESOURCE_EXHAUSTED);
+    }
+    if rest.len() < length {
+        return Ok(None);
+    }
+    bytes.advance(FRAME_HEAD);
+    Ok(Some(bytes.split_to(length).freeze()))
+}
+
+/// At most eight digits and a unit, as exact as they allow.
+fn timeout_header(timeout: Duration) -> HeaderValue {
+    const MOST: u128 = 99_999_999;
+    let units = [(timeout.as_millis(), 'm'), (u128::from(timeout.as_secs()), 'S'), (MOST, 'H')];
+    let (number, unit) = units.into_iter().find(|(number, _)| *number <= MOST).unwrap_or((MOST, 'H'));
+    // Digits and a letter.
+    HeaderValue::try_from(format!("{number}{unit}")).unwrap_or(HeaderValue::from_static("0m"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_taken_when_they_are_whole() {
+        let framed = frame(&"text".to_owned());
+        assert_eq!(framed[..5], [0, 0, 0, 0, 6]);
+        let mut bytes = BytesMut::from(&framed[..7]);
+        assert_eq!(take_frame(&mut bytes, 10), Ok(None));
+        bytes.extend_from_slice(&framed[7..]);
+        bytes.extend_from_slice(b"\0");
+        assert_eq!(take_frame(&mut bytes, 10), Ok(Some(framed.slice(5..))));
+        assert_eq!(bytes.as_ref(), b"\0");
+        assert_eq!(take_frame(&mut BytesMut::from(&framed[..]), 5), Err(RESOURCE_EXHAUSTED));
+        assert_eq!(take_frame(&mut BytesMut::from(&b"\x01\0\0\0\0"[..]), 5), Err(INTERNAL), "compressed");
+    }
+
+    #[test]
+    fn the_status_is_in_the_trailers_or_in_the_headers_alone() {
+        let status = |value: &'static str| HeaderMap::from_iter([(GRPC_STATUS, HeaderValue::from_static(value))]);
+        let none = HeaderMap::new();
+        let data = || frame(&"text".to_owned());
+        assert_eq!(message::<String>(&none, data(), Some(&status("0"))), Ok("text".to_owned()));
+        assert_eq!(message::<String>(&none, data(), Some(&status("7"))), Err(Failed(7)));
+        assert_eq!(message::<String>(&none, data(), Some(&status("many"))), Err(UNKNOWN));
+        assert_eq!(message::<String>(&none, data(), None), Err(UNKNOWN));
+        assert_eq!(message::<String>(&status("5"), Bytes::new(), None), Err(Failed(5)));
+        assert_eq!(message::<String>(&none, Bytes::new(), Some(&status("0"))), Err(INTERNAL), "no message");
+        assert_eq!(
+            message::<String>(&none, Bytes::from_static(b"\0\0\0\0\x01\xff"), Some(&status("0"))),
+            Err(INTERNAL)
+        );
+    }
+
+    #[test]
+    fn timeouts_have_eight_digits() {
+        assert_eq!(timeout_header(Duration::from_millis(250)), "250m");
+        assert_eq!(timeout_header(Duration::from_secs(200_000)), "200000S");
+        assert_eq!(timeout_header(Duration::from_secs(1 << 60)), "99999999H");
+    }
+}

@@ -1,0 +1,272 @@
+//! `envoy.filters.http.ext_authz`: asks a service whether a request may pass, by gRPC or by HTTP.
+//!
+//! **Cost.** A request waits for one call to the service, for which its headers are copied once; the calls of a worker share the
+//! cluster's connections. With `with_request_body` up to `max_request_bytes`, and a piece more, are in memory until the service has
+//! answered.
+//!
+//! **Limits.** A gRPC answer has at most 4 MiB (or `max_receive_message_length`), an HTTP answer's body 1 MiB, and of each list of
+//! changes the first 1000 are carried out. What is longer is no answer, and counts as an error. What is no header is passed over.
+
+mod attributes;
+mod config;
+mod service;
+mod verdict;
+
+use std::{collections::HashMap, sync::Arc};
+
+use envoy_types::pb::google::protobuf::{Value, value::Kind};
+use http::{HeaderName, HeaderValue};
+
+pub(super) use config::{parse, parse_per_route};
+
+use self::{
+    attributes::Read,
+    config::{Buffer, Settings},
+    verdict::{Outcome, Verdict},
+};
+use super::{Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use crate::{
+    access_log::ResponseFlags,
+    http::{
+        body::Body,
+        buffered::{gather, peek},
+        changes::Change,
+        codec::h1::Upgrade,
+        metadata,
+        stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    },
+    stats::{Counter, Lease, Scope},
+    upstream::WorkerCluster,
+};
+
+/// Where its dynamic metadata is.
+const NAMESPACE: &str = "envoy.filters.http.ext_authz";
+const FAILURE_MODE_ALLOWED: HeaderName = HeaderName::from_static("x-envoy-auth-failure-mode-allowed");
+
+#[derive(Debug)]
+struct Stats {
+    ok: Counter,
+    denied: Counter,
+    error: Counter,
+    disabled: Counter,
+    failure_mode_allowed: Counter,
+    ignored_dynamic_metadata: Counter,
+    _lease: Lease,
+}
+
+impl Stats {
+    fn new(scope: &Scope) -> Stats {
+        // Shown, and never counted: what they count is refused.
+        for name in [
+            "invalid",
+            "filter_state_name_collision",
+            "omitted_response_headers",
+            "request_header_limits_reached",
+            "response_header_limits_reached",
+            "shadow_denied",
+            "shadow_error",
+        ] {
+            scope.counter(name);
+        }
+        Stats {
+            ok: scope.counter("ok"),
+            denied: scope.counter("denied"),
+            error: scope.counter("error"),
+            disabled: scope.counter("disabled"),
+            failure_mode_allowed: scope.counter("failure_mode_allowed"),
+            ignored_dynamic_metadata: scope.counter("ignored_dynamic_metadata"),
+            _lease: scope.lease(),
+        }
+    }
+}
+
+/// The names of what the request's own cluster counts.
+#[derive(Debug)]
+struct ClusterCounters {
+    ok: Box<str>,
+    denied: Box<str>,
+    error: Box<str>,
+    failure_mode_allowed: Box<str>,
+}
+
+impl ClusterCounters {
+    fn new(prefix: &str) -> ClusterCounters {
+        let dot = if prefix.is_empty() { "" } else { "." };
+        let name = |leaf: &str| format!("ext_authz.{prefix}{dot}{leaf}").into();
+        ClusterCounters {
+            ok: name("ok"),
+            denied: name("denied"),
+            error: name("error"),
+            failure_mode_allowed: name("failure_mode_allowed"),
+        }
+    }
+}
+
+/// What a level tells the filter.
+#[derive(Debug, Default)]
+struct Told {
+    disabled: bool,
+    context_extensions: HashMap<String, String>,
+    without_body: bool,
+    buffer: Option<Buffer>,
+}
+
+#[derive(Debug)]
+struct ExtAuthzFactory(Arc<Settings>);
+
+/// A stream that is asked about.
+#[derive(Debug)]
+struct ExtAuthzFilter {
+    settings: Arc<Settings>,
+    context_extensions: HashMap<String, String>,
+    /// How much of its body is read first.
+    buffer: Option<Buffer>,
+    /// What the response gets.
+    response: Vec<Change>,
+}
+
+impl HttpFilterFactory for ExtAuthzFactory {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        None
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        body: &mut Body,
+        _cx: &mut StreamCx,
+        route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let settings = &self.0;
+        let told = route.most_specific::<Told>();
+        if told.is_some_and(|told| told.disabled) {
+            return Flow::Continue;
+        }
+        if !settings.enabled.includes(fastrand::u64(..)) {
+            settings.stats.disabled.inc();
+            return match &settings.deny_at_disable {
+                Some(deny) if deny.get() => Flow::Respond(failed(settings)),
+                _ => Flow::Continue,
+            };
+        }
+        let buffer = told.and_then(|told| told.buffer).or(settings.buffer);
+        let no_body = http_body::Body::is_end_stream(body) || head.extensions.get::<Upgrade>().is_some();
+        let skips = no_body || told.is_some_and(|told| told.without_body);
+        let levels = route.all::<Told>().flat_map(|told| &told.context_extensions);
+        instances.push(Box::new(ExtAuthzFilter {
+            settings: Arc::clone(settings),
+            context_extensions: levels.map(|(key, value)| (key.clone(), value.clone())).collect(),
+            buffer: buffer.filter(|_| !skips),
+            response: Vec::new(),
+        }));
+        Flow::Wait
+    }
+}
+
+/// The answer where nobody can say whether the request may pass.
+fn failed(settings: &Settings) -> LocalReply {
+    LocalReply::new(settings.status_on_error, "", ResponseFlags::UAEX, "ext_authz_error")
+}
+
+impl HttpFilter for ExtAuthzFilter {
+    fn wait_request<'a>(
+        &'a mut self,
+        head: &'a mut RequestHead,
+        body: &'a mut Body,
+        cx: &'a mut StreamCx,
+    ) -> Waiting<'a> {
+        Box::pin(async move {
+            let read = match self.read(body).await {
+                Ok(read) => read,
+                Err(reply) => return Flow::Respond(reply),
+            };
+            let began = std::time::Instant::now();
+            let extensions = std::mem::take(&mut self.context_extensions);
+            let request = attributes::request(&self.settings, head, cx, read.as_ref(), extensions);
+            let verdict = self.settings.service.check(request, head, cx).await;
+            self.settle(verdict, head, cx, began.elapsed().as_millis() as f64)
+        })
+    }
+
+    fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
+        self.response.iter().for_each(|change| change.apply_to_fields(&mut head.headers));
+        Flow::Continue
+    }
+}
+
+impl ExtAuthzFilter {
+    /// What the service is to see of the body, which stays as it is.
+    async fn read(&self, body: &mut Body) -> Result<Option<Read>, LocalReply> {
+        let Some(buffer) = self.buffer else { return Ok(None) };
+        if !buffer.partial {
+            gather(body, buffer.max_bytes).await?;
+        }
+        let enough = if buffer.partial { buffer.max_bytes } else { usize::MAX };
+        let (data, whole) = peek(body, enough).await?;
+        Ok(Some(Read { data, whole, buffer }))
+    }
+
+    fn settle(&mut self, mut verdict: Verdict, head: &mut RequestHead, cx: &mut StreamCx, took: f64) -> Flow {
+        let (stats, names) = (&self.settings.stats, &self.settings.of_cluster);
+        let cluster = cx.cluster.clone();
+        let count = |counter: Counter, name: &str| {
+            counter.inc();
+            if let Some(cluster) = &cluster {
+                cluster.counter(name).inc();
+            }
+        };
+        if let Some(mut told) = verdict.metadata.take().filter(|told| !told.fields.is_empty()) {
+            if self.settings.takes_metadata {
+                if verdict.outcome == Outcome::Ok {
+                    told.fields.insert("ext_authz_duration".to_owned(), Value { kind: Some(Kind::NumberValue(took)) });
+                }
+                cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
+            } else {
+                stats.ignored_dynamic_metadata.inc();
+            }
+        }
+        match verdict.outcome {
+            Outcome::Ok => {
+                cx.reroute = self.settings.clear_route_cache && verdict.changes_request();
+                verdict.apply(head);
+                self.response = verdict.response;
+                count(stats.ok, &names.ok);
+                Flow::Continue
+            }
+            Outcome::Denied => {
+                count(stats.denied, &names.denied);
+                let status = verdict.status.unwrap_or(http::StatusCode::FORBIDDEN);
+                if self.settings.charge_cluster {
+                    charge(cluster.as_deref(), status.as_u16());
+                }
+                let headers = verdict.reply_headers();
+                let mut reply = LocalReply::new(status, verdict.body, ResponseFlags::UAEX, "ext_authz_denied");
+                reply.headers = headers;
+                Flow::Respond(reply)
+            }
+            Outcome::Error => {
+                count(stats.error, &names.error);
+                if self.settings.failure_mode_allow {
+                    count(stats.failure_mode_allowed, &names.failure_mode_allowed);
+                    if self.settings.failure_mode_allow_header_add {
+                        head.headers.insert(FAILURE_MODE_ALLOWED, HeaderValue::from_static("true"));
+                    }
+                    return Flow::Continue;
+                }
+                let mut reply = failed(&self.settings);
+                reply.status = verdict.status.unwrap_or(reply.status);
+                reply.headers = verdict.reply_headers();
+                reply.body = verdict.body;
+                Flow::Respond(reply)
+            }
+        }
+    }
+}
+
+/// An answer that was made in the place of the cluster's hosts.
+fn charge(cluster: Option<&WorkerCluster>, status: u16) {
+    if let Some(cluster) = cluster {
+        cluster.cluster.stats.upstream_rq.inc(status);
+    }
+}

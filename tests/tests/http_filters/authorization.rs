@@ -1,0 +1,255 @@
+//! ext_authz: requests that other services decide about. What the services are asked is compared too.
+
+use super::harness::{By, Case, case};
+
+const EXT_AUTHZ: &str = "ext_authz.v3.ExtAuthz";
+const PER_ROUTE: &str = "ext_authz.v3.ExtAuthzPerRoute";
+
+const GRPC: &str =
+    "transport_api_version: V3, stat_prefix: $case, grpc_service: {envoy_grpc: {cluster_name: grpc}, timeout: 1s}";
+
+/// A request with what the service answers to it.
+fn asked(request: &str, answer: &str) -> String {
+    let (head, body) = request.split_once("\n\n").unwrap_or((request, ""));
+    let body = if body.is_empty() { String::new() } else { format!("\n\n{body}") };
+    format!("{head}\nx-answer: {answer}{body}")
+}
+
+fn grpc(name: &'static str, more: &str, requests: &[String]) -> Case {
+    let requests: Vec<_> = requests.iter().map(String::as_str).collect();
+    case(name, EXT_AUTHZ, &format!("{GRPC}{more}"), &requests)
+}
+
+pub fn cases() -> Vec<Case> {
+    [verdicts(), failures(), settings(), bodies(), routes(), http()].concat()
+}
+
+fn header(name: &str, value: &str, action: &str) -> String {
+    format!("{{\"header\": {{\"key\": \"{name}\", \"value\": \"{value}\"}}{action}}}")
+}
+
+fn verdicts() -> Vec<Case> {
+    let ok = |fields: &str| format!("{{\"ok_response\": {{{fields}}}}}");
+    let denied = |fields: &str| format!("{{\"status\": {{\"code\": 7}}, \"denied_response\": {{{fields}}}}}");
+    let actions = [
+        "",
+        ", \"append\": true",
+        ", \"append\": false",
+        ", \"append_action\": \"ADD_IF_ABSENT\"",
+        ", \"append_action\": \"OVERWRITE_IF_EXISTS_OR_ADD\"",
+        ", \"append_action\": \"OVERWRITE_IF_EXISTS\"",
+    ];
+    let each = |name: &str| actions.map(|action| header(name, "new", action));
+    let mut requests = vec![
+        asked("GET /a?b=c", "{}"),
+        asked("POST /\ncontent-type: text/plain\n\nbody", "{}"),
+        asked("HEAD /", &denied("")),
+        asked("GET /direct", "{\"status\": {\"code\": 7}}"),
+        asked("GET /direct", "{\"status\": {\"code\": 16}, \"ok_response\": {}}"),
+        asked(
+            "GET /",
+            &denied(
+                "\"status\": {\"code\": 401}, \"body\": \"no\", \"headers\": [{\"header\": {\"key\": \"www-authenticate\", \"value\": \"Basic\"}}]",
+            ),
+        ),
+        asked(
+            "GET /",
+            &denied(
+                "\"body\": \"<p>\", \"headers\": [{\"header\": {\"key\": \"content-type\", \"value\": \"text/html\"}}]",
+            ),
+        ),
+        asked(
+            "GET /",
+            &denied(
+                "\"headers\": [{\"header\": {\"key\": \"set-cookie\", \"value\": \"a\"}}, {\"header\": {\"key\": \"set-cookie\", \"value\": \"b\"}}]",
+            ),
+        ),
+        asked(
+            "GET /",
+            &denied(
+                "\"status\": {\"code\": 302}, \"headers\": [{\"header\": {\"key\": \"location\", \"value\": \"/x\"}}]",
+            ),
+        ),
+        asked("POST /\ncontent-type: application/grpc", &denied("\"body\": \"no\"")),
+        asked(
+            "GET /",
+            "{\"status\": {\"code\": 7}, \"error_response\": {\"status\": {\"code\": 503}, \"body\": \"e\"}}",
+        ),
+        asked("GET /", "{\"dynamic_metadata\": {\"k\": \"text\"}}"),
+        asked("GET /", "{\"status\": {\"code\": 7}, \"dynamic_metadata\": {\"k\": [1, true]}}"),
+        asked("GET /\nx-a: 1\nx-b: 2", &ok("\"headers_to_remove\": [\"x-a\", \"host\", \":path\", \"X-B\"]")),
+        asked(
+            "GET /a?z=1&b=2&b=3&c",
+            &ok(
+                "\"query_parameters_to_set\": [{\"key\": \"n\", \"value\": \"x\"}, {\"key\": \"b\", \"value\": \"9\"}]",
+            ),
+        ),
+        asked("GET /a?z=1&b=2", &ok("\"query_parameters_to_remove\": [\"z\", \"b\"]")),
+        asked(
+            "GET /a",
+            &ok(
+                "\"headers\": [{\"header\": {\"key\": \":path\", \"value\": \"/other\"}, \"append_action\": \"OVERWRITE_IF_EXISTS_OR_ADD\"}]",
+            ),
+        ),
+        asked(
+            "GET /a",
+            &ok(
+                "\"headers\": [{\"header\": {\"key\": \"host\", \"value\": \"other.test\"}, \"append_action\": \"OVERWRITE_IF_EXISTS_OR_ADD\"}]",
+            ),
+        ),
+    ];
+    for action in each("x-h") {
+        requests.push(asked("GET /", &ok(&format!("\"headers\": [{action}]"))));
+        requests.push(asked("GET /\nx-h: old", &ok(&format!("\"headers\": [{action}]"))));
+        requests.push(asked("GET /", &denied(&format!("\"headers\": [{action}, {action}]"))));
+        requests.push(asked("GET /", &denied(&format!("\"headers\": [{}]", action.replace("x-h", "content-type")))));
+    }
+    for action in each("x-r") {
+        requests.push(asked("GET /", &ok(&format!("\"response_headers_to_add\": [{action}]"))));
+        let do_ = "GET /\nx-do: 200+x-r=old";
+        requests.push(asked(do_, &ok(&format!("\"response_headers_to_add\": [{action}]"))));
+    }
+    vec![grpc("verdicts", "", &requests)]
+}
+
+fn failures() -> Vec<Case> {
+    let all = ["status 7", "status 14", "http 503", "http 403", "garbage", "hang"].map(|answer| asked("GET /", answer));
+    let gone = |cluster: &str, more: &str| {
+        format!(
+            "transport_api_version: V3, stat_prefix: $case, grpc_service: {{envoy_grpc: {{cluster_name: {cluster}}}, timeout: 5s}}{more}"
+        )
+    };
+    vec![
+        grpc("failures", "", &all),
+        grpc("failures allowed", ", failure_mode_allow: true", &all[..3]),
+        grpc(
+            "failures allowed, and told",
+            ", failure_mode_allow: true, failure_mode_allow_header_add: true",
+            &all[..3],
+        ),
+        grpc("failures with a status", ", status_on_error: {code: ServiceUnavailable}", &all[..3]),
+        case("no such cluster", EXT_AUTHZ, &gone("none", ""), &["GET /"]),
+        case("nobody there", EXT_AUTHZ, &gone("dead", ""), &["GET /"]),
+        case("nobody there, allowed", EXT_AUTHZ, &gone("dead", ", failure_mode_allow: true"), &["GET /"]),
+    ]
+}
+
+fn settings() -> Vec<Case> {
+    let plain = |name, more: &str| grpc(name, more, &["GET /\nx-a: 1\nx-b: 2\nx-b: 3".to_owned()]);
+    let moved = "{\"ok_response\": {\"headers\": [{\"header\": {\"key\": \":path\", \"value\": \"/direct\"}, \"append_action\": \"OVERWRITE_IF_EXISTS_OR_ADD\"}]}}";
+    vec![
+        plain("everything", ", include_peer_certificate: true, include_tls_session: true"),
+        plain("allowed headers", ", allowed_headers: {patterns: [{exact: x-a}, {exact: x-id}]}"),
+        plain("disallowed headers", ", disallowed_headers: {patterns: [{prefix: x-b}]}"),
+        plain("not enabled", ", filter_enabled: {default_value: {numerator: 0}}"),
+        plain(
+            "denied where not enabled",
+            ", filter_enabled: {default_value: {numerator: 0}}, deny_at_disable: {default_value: true, runtime_key: no.such}, status_on_error: {code: 401}",
+        ),
+        grpc("routes", "", &[asked("GET /", moved)]),
+        grpc("routes chosen anew", ", clear_route_cache: true", &[asked("GET /", moved), asked("GET /", "{}")]),
+        grpc(
+            "no metadata",
+            ", enable_dynamic_metadata_ingestion: false",
+            &[asked("GET /", "{\"dynamic_metadata\": {\"k\": 1}}")],
+        ),
+        grpc(
+            "nothing charged",
+            ", charge_cluster_response_stats: false",
+            &[asked("GET /", "{\"status\": {\"code\": 7}}")],
+        ),
+        plain("metadata of the call", "").then("header_mutation.v3.HeaderMutation", ""),
+        case(
+            "metadata told",
+            "set_metadata.v3.Config",
+            "metadata: [{metadata_namespace: ns, value: {k: 1}}]",
+            &["GET /"],
+        )
+        .then(EXT_AUTHZ, &format!("{GRPC}, metadata_context_namespaces: [ns, other]")),
+        case(
+            "initial metadata",
+            EXT_AUTHZ,
+            "stat_prefix: $case, transport_api_version: V3, grpc_service: {envoy_grpc: {cluster_name: grpc, authority: auth.test, skip_envoy_headers: true}, timeout: 5s, initial_metadata: [{key: x-m, value: \"50%%\"}]}",
+            &["GET /"],
+        ),
+    ]
+}
+
+fn bodies() -> Vec<Case> {
+    let requests = [
+        "GET /",
+        "POST /\n\nlong body",
+        "POST /\n\nshort",
+        "POST /\ntransfer-encoding: chunked\n\n3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\n",
+    ]
+    .map(str::to_owned);
+    vec![
+        grpc("bodies", ", with_request_body: {max_request_bytes: 8}", &requests),
+        grpc(
+            "parts of bodies",
+            ", with_request_body: {max_request_bytes: 6, allow_partial_message: true}",
+            &requests[..3],
+        ),
+        grpc("bodies as bytes", ", with_request_body: {max_request_bytes: 80, pack_as_bytes: true}", &requests),
+    ]
+}
+
+fn routes() -> Vec<Case> {
+    let three = ["GET /".to_owned(), "GET /plain".to_owned(), "POST /\n\nbody".to_owned()];
+    vec![
+        grpc("off by route", "", &three).told(By::Route, PER_ROUTE, "disabled: true"),
+        grpc("extensions", "", &three)
+            .told(By::Config, PER_ROUTE, "check_settings: {context_extensions: {a: config, b: config, c: config}}")
+            .told(By::Host, PER_ROUTE, "check_settings: {context_extensions: {b: host, c: host}}")
+            .told(By::Route, PER_ROUTE, "check_settings: {context_extensions: {c: route}}"),
+        grpc("bodies by route", "", &three).told(
+            By::Route,
+            PER_ROUTE,
+            "check_settings: {with_request_body: {max_request_bytes: 10}}",
+        ),
+        grpc("no bodies by route", ", with_request_body: {max_request_bytes: 10}", &three).told(
+            By::Route,
+            PER_ROUTE,
+            "check_settings: {disable_request_body_buffering: true}",
+        ),
+    ]
+}
+
+fn http() -> Vec<Case> {
+    let service = |name, more: &str, requests: &[&str]| {
+        let config = format!(
+            "transport_api_version: V3, stat_prefix: $case, allowed_headers: {{patterns: [{{exact: x-id}}, {{exact: x-do}}, {{exact: x-a}}]}}, \
+             http_service: {{server_uri: {{uri: \"http://authz.test\", cluster: authz, timeout: 1s}}{more}}}"
+        );
+        case(name, EXT_AUTHZ, &config, requests)
+    };
+    let up = "authorization_response: {allowed_upstream_headers: {patterns: [{exact: x-up}]}, allowed_upstream_headers_to_append: {patterns: [{exact: x-ap}]}, \
+              allowed_client_headers_on_success: {patterns: [{prefix: x-cl}]}, allowed_client_headers: {patterns: [{exact: x-no}]}, dynamic_metadata_from_headers: {patterns: [{exact: k}]}}";
+    let requests = [
+        "GET /a?b",
+        "GET /\nx-do: 200+x-up=1+x-ap=2+x-cl=3+k=4+x-envoy-auth-headers-to-remove=x-a",
+        "GET /\nx-do: 200+x-ap=2+x-up=4\nx-ap: one\nx-up: 3\nx-a: 1",
+        "GET /\nx-do: 401+x-no=1+www-authenticate=Basic+x-other=1",
+        "POST /\nx-do: 302+location=/b",
+        "GET /\nx-do: 503",
+        "GET /\nx-do: reset",
+        "GET /\nx-do: hang",
+        "GET /\nx-do: 403+bytes=0\nauthorization: secret\nx-hidden: 1",
+    ];
+    vec![
+        service("by HTTP", "", &requests),
+        service("by HTTP, with headers", &format!(", {up}"), &requests[..5]),
+        service("by HTTP, prefix", ", path_prefix: /check", &requests[..1]),
+        service(
+            "by HTTP, override",
+            ", path_override: /check, authorization_request: {headers_to_add: [{key: x-added, value: \"%REQ(x-a)%!\"}, {key: x-a, value: mine}]}",
+            &["GET /a?b\nx-a: theirs"],
+        ),
+        case(
+            "by HTTP, bodies",
+            EXT_AUTHZ,
+            "transport_api_version: V3, stat_prefix: $case, with_request_body: {max_request_bytes: 20}, allowed_headers: {patterns: [{exact: x-id}]}, http_service: {server_uri: {uri: \"http://authz.test\", cluster: authz, timeout: 1s}}",
+            &["POST /\n\nbody", "GET /"],
+        ),
+    ]
+}
