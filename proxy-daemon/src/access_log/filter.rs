@@ -131,7 +131,10 @@ mod tests {
         };
         let admits = |filter: &AccessLogFilter, id: &str| {
             let headers = HeaderMap::from_iter([(X_REQUEST_ID.clone(), id.parse().unwrap())]);
-            filter.admits(&Record { request_headers: Some(&headers), ..Record::default() })
+            filter.admits(&Record {
+                request_headers: Some(crate::access_log::Headers::All(&headers)),
+                ..Record::default()
+            })
         };
         // 0x00000009 is 9, 0x0000000a is 10.
         assert!(admits(&sample(false), "00000009-1111-4111-8111-111111111111"));

@@ -2,10 +2,10 @@
 
 use std::{io::Write as _, net::SocketAddr, str::FromStr as _};
 
-use http::{HeaderMap, HeaderName};
+use http::HeaderName;
 
 use super::{
-    Record,
+    Headers, Record,
     time::{self, TimeFormat},
 };
 use crate::tls::PeerText;
@@ -318,7 +318,7 @@ impl HeaderChoice {
         Ok(HeaderChoice { first, second, max_len: operator.length.unwrap_or(usize::MAX) })
     }
 
-    fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, headers: Option<&HeaderMap>) {
+    fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, headers: Option<Headers<'_>>) {
         if let Header::Status = self.first {
             return Field::ResponseCode.write(out, record);
         }
@@ -346,7 +346,7 @@ impl Header {
         })
     }
 
-    fn value<'a>(&self, record: &Record<'a>, headers: Option<&'a HeaderMap>) -> Option<&'a [u8]> {
+    fn value<'a>(&self, record: &Record<'a>, headers: Option<Headers<'a>>) -> Option<&'a [u8]> {
         match self {
             // Of several values the first, as in Envoy.
             Header::Name(name) => headers?.get(name).map(|value| value.as_bytes()),

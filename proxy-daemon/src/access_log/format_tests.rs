@@ -1,6 +1,6 @@
 use std::time::{Duration, SystemTime};
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue};
 
 use super::*;
 use crate::access_log::ResponseFlags;
@@ -33,8 +33,8 @@ fn the_default_line_of_a_request_is_envoys() {
         method: Some("GET"),
         path: Some("/"),
         authority: Some("127.0.0.1:19080"),
-        request_headers: Some(&request),
-        response_headers: Some(&response),
+        request_headers: Some(Headers::All(&request)),
+        response_headers: Some(Headers::All(&response)),
         response_code: 200,
         bytes_sent: 392,
         upstream_host: Some("127.0.0.1:19090"),
@@ -81,8 +81,8 @@ fn every_operator_is_written() {
         path: Some("/new"),
         authority: Some("users"),
         scheme: Some("http"),
-        request_headers: Some(&request),
-        response_headers: Some(&response),
+        request_headers: Some(Headers::All(&request)),
+        response_headers: Some(Headers::All(&response)),
         response_code: 503,
         response_flags: ResponseFlags::URX | ResponseFlags::UF,
         response_code_details: "upstream_reset{remote connection failure}",

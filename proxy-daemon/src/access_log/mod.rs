@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
-pub use record::Record;
+pub use record::{Headers, Record};
 pub use sink::{flush_thread, reopen_all};
 
 use self::{format::Format, sink::Sink};

@@ -3,10 +3,29 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::ResponseFlags;
 use crate::{http::metadata::Metadata, tls::TlsInfo};
+
+/// The headers of a message, or those that were kept of it.
+#[derive(Debug, Clone, Copy)]
+pub enum Headers<'a> {
+    /// All.
+    All(&'a HeaderMap),
+    /// A few, each once: looked through, which takes less than to find them by their hash.
+    Kept(&'a [(HeaderName, HeaderValue)]),
+}
+
+impl<'a> Headers<'a> {
+    /// The value of a header; of several the first.
+    pub fn get(self, name: &HeaderName) -> Option<&'a HeaderValue> {
+        match self {
+            Headers::All(headers) => headers.get(name),
+            Headers::Kept(headers) => headers.iter().find(|(known, _)| known == name).map(|(_, value)| value),
+        }
+    }
+}
 
 /// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
 #[derive(Debug, Clone, Copy)]
@@ -28,9 +47,9 @@ pub struct Record<'a> {
     /// `http` or `https`.
     pub scheme: Option<&'a str>,
     /// The request's headers.
-    pub request_headers: Option<&'a HeaderMap>,
+    pub request_headers: Option<Headers<'a>>,
     /// The response's headers.
-    pub response_headers: Option<&'a HeaderMap>,
+    pub response_headers: Option<Headers<'a>>,
     /// The response's status; 0 where there was none.
     pub response_code: u16,
     /// Why it was not an ordinary response.

@@ -8,7 +8,7 @@ use http::{
 
 use super::stream::{LocalReply, RequestHead, ResponseHead};
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     config::model::{
         AddedValue, HeaderAdd, HeaderAppendAction, HeaderMutations, HttpConnectionManagerConfig,
         ServerHeaderTransformation,
@@ -135,16 +135,24 @@ pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
     }
 }
 
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(name.as_str(), "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "te")
-}
+/// What concerns one connection only.
+static HOP_BY_HOP: [HeaderName; 6] = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, TE];
 
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if !headers.keys().any(is_hop_by_hop) {
-        return;
+    // One look at all of them costs less than to look six up.
+    let mut present = [false; HOP_BY_HOP.len()];
+    for name in headers.keys() {
+        if let Some(index) = HOP_BY_HOP.iter().position(|known| known == name) {
+            present[index] = true;
+        }
     }
-    if let Some(connection) = headers.remove(CONNECTION) {
+    for (name, _) in HOP_BY_HOP.iter().zip(present).filter(|(_, present)| *present) {
+        if *name == TE && headers.get(TE).is_some_and(|te| te == "trailers") {
+            continue;
+        }
+        let value = headers.remove(name);
+        let Some(connection) = value.filter(|_| *name == CONNECTION) else { continue };
         for nominated in connection.to_str().unwrap_or_default().split(',').map(str::trim) {
             // A client must not be able to remove the headers that routing and trust rest on.
             let plain = !matches!(nominated, "" | "close" | "keep-alive" | "te");
@@ -152,13 +160,6 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
                 headers.remove(nominated);
             }
         }
-    }
-    headers.remove(KEEP_ALIVE);
-    headers.remove(PROXY_CONNECTION);
-    headers.remove(TRANSFER_ENCODING);
-    headers.remove(UPGRADE);
-    if headers.get(TE).is_some_and(|te| te != "trailers") {
-        headers.remove(TE);
     }
 }
 
@@ -256,7 +257,9 @@ pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutation
     for add in &mutations.request_add {
         let value = match &add.value {
             AddedValue::Literal(value) => Some(value.clone()),
-            AddedValue::Format(format) => format.value(&Record { request_headers: Some(headers), ..*record }),
+            AddedValue::Format(format) => {
+                format.value(&Record { request_headers: Some(Headers::All(headers)), ..*record })
+            }
         };
         apply(headers, add, value);
     }
@@ -268,7 +271,9 @@ pub(super) fn mutate_response(headers: &mut HeaderMap, mutations: &HeaderMutatio
     for add in &mutations.response_add {
         let value = match &add.value {
             AddedValue::Literal(value) => Some(value.clone()),
-            AddedValue::Format(format) => format.value(&Record { response_headers: Some(headers), ..*record }),
+            AddedValue::Format(format) => {
+                format.value(&Record { response_headers: Some(Headers::All(headers)), ..*record })
+            }
         };
         apply(headers, add, value);
     }

@@ -24,7 +24,7 @@ use super::{
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{AccessLog, Record, ResponseFlags},
+    access_log::{AccessLog, Headers, Record, ResponseFlags},
     upstream::{Connection, Decrement, HostCounter, WorkerCluster, WorkerHost},
 };
 
@@ -171,8 +171,8 @@ struct LogParts {
     target: Option<(Method, Uri)>,
     version: Version,
     host: Option<HeaderValue>,
-    request: HeaderMap,
-    response: HeaderMap,
+    request: Vec<(HeaderName, HeaderValue)>,
+    response: Vec<(HeaderName, HeaderValue)>,
     route: Option<RouteRef>,
     cluster: Option<Rc<WorkerCluster>>,
     remote: Option<SocketAddr>,
@@ -195,10 +195,9 @@ impl LoggedHeaders {
     }
 }
 
-/// A map of only these headers; of several values the first, which is the one that logs show.
-fn only(headers: &HeaderMap, names: &[HeaderName]) -> HeaderMap {
-    let present = names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone())));
-    present.collect()
+/// Only these headers; of several values the first, which is the one that logs show.
+fn only(headers: &HeaderMap, names: &[HeaderName]) -> Vec<(HeaderName, HeaderValue)> {
+    names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()
 }
 
 /// Whether a gRPC status (none: the host broke off) is one that Envoy takes for the host's error: those that it maps to a
@@ -309,7 +308,7 @@ impl StreamEnd {
                 version: head.version,
                 host: head.headers.get(HOST).cloned(),
                 request: only(&head.headers, &self.state.manager.logged.request),
-                response: HeaderMap::new(),
+                response: Vec::new(),
                 route: None,
                 cluster: None,
                 remote: None,
@@ -325,8 +324,8 @@ impl StreamEnd {
                 target: None,
                 version: Version::HTTP_11,
                 host: None,
-                request: HeaderMap::new(),
-                response: HeaderMap::new(),
+                request: Vec::new(),
+                response: Vec::new(),
                 route: None,
                 cluster: None,
                 remote: None,
@@ -409,8 +408,8 @@ impl StreamEnd {
             method: method.map(Method::as_str),
             path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),
             authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
-            request_headers: Some(&log.request),
-            response_headers: Some(&log.response),
+            request_headers: Some(Headers::Kept(&log.request)),
+            response_headers: Some(Headers::Kept(&log.response)),
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
             response_code_details: &self.details,

@@ -13,7 +13,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 
 use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority};
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     config::model::{AddedValue, ClusterChoice, HeaderAdd, HeaderMutations, RouteAction, WeightedOptions},
     listener::ConnectionInfo,
     runtime::Worker,
@@ -170,7 +170,7 @@ impl StreamCx {
             authority: request.map(authority),
             scheme: request.map(super::redirect::scheme),
             protocol: request.map(|request| super::protocol_name(request.version)),
-            request_headers: request.map(|request| &request.headers),
+            request_headers: request.map(|request| Headers::All(&request.headers)),
             response_code: status.as_u16(),
             route_name: route.filter(|name| !name.is_empty()),
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),

@@ -1,6 +1,8 @@
 //! Message heads, from bytes. Strict: what RFC 9112 lets a recipient repair is refused here, because what this proxy reads in
 //! one way the next server may read in another.
 
+use std::sync::LazyLock;
+
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
@@ -86,6 +88,9 @@ pub enum Kind {
     Response,
 }
 
+/// Finds the end of a head. Made once: that costs more than to look through a short head.
+static END: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\r\n\r\n"));
+
 impl Scanner {
     /// Takes the head off the buffer once it is there whole, with its empty line. The limits, and what can be told from a part,
     /// are looked at before that.
@@ -103,7 +108,7 @@ impl Scanner {
             }
         }
         let from = self.scanned.saturating_sub(3);
-        if let Some(end) = memmem::find(&buffer[from..], b"\r\n\r\n") {
+        if let Some(end) = END.find(&buffer[from..]) {
             let end = from + end + 4;
             if end > limits.bytes {
                 return Err(CodecError::HEADERS_TOO_LARGE);
