@@ -1,15 +1,20 @@
 //! Which requests and connections a log has a line for.
 
-use http::HeaderName;
+use std::sync::LazyLock;
+
+use http::{HeaderMap, HeaderName};
 
 use super::{Record, ResponseFlags};
-use crate::config::model::{AccessLogFilter, Comparison, ComparisonOp};
+use crate::{
+    config::model::{AccessLogFilter, Comparison, ComparisonOp, HeaderMatcher, MatchedHeader},
+    http::{matches_any, values_match},
+};
 
 static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 impl AccessLogFilter {
     /// Whether this one gets a line.
-    pub(super) fn admits(&self, record: &Record<'_>) -> bool {
+    pub(crate) fn admits(&self, record: &Record<'_>) -> bool {
         match self {
             AccessLogFilter::Always => true,
             AccessLogFilter::NotHealthCheck => !record.health_check,
@@ -22,26 +27,41 @@ impl AccessLogFilter {
             }
             AccessLogFilter::ResponseFlags(None) => !record.response_flags.is_empty(),
             AccessLogFilter::ResponseFlags(Some(flags)) => record.response_flags.intersects(*flags),
+            AccessLogFilter::Header(matcher) => header_matches(matcher, record),
             AccessLogFilter::And(filters) => filters.iter().all(|filter| filter.admits(record)),
             AccessLogFilter::Or(filters) => filters.iter().any(|filter| filter.admits(record)),
         }
     }
 
-    /// Whether it looks at the request's id.
-    fn wants_request_id(&self) -> bool {
+    /// The request headers that it looks at.
+    pub(super) fn request_headers(&self) -> Vec<&HeaderName> {
         match self {
-            AccessLogFilter::Runtime { independent, .. } => !independent,
+            AccessLogFilter::Runtime { independent: false, .. } => vec![&X_REQUEST_ID],
+            AccessLogFilter::Header(matcher) => match &matcher.name {
+                MatchedHeader::Name(name) => vec![name],
+                _ => Vec::new(),
+            },
             AccessLogFilter::And(filters) | AccessLogFilter::Or(filters) => {
-                filters.iter().any(AccessLogFilter::wants_request_id)
+                filters.iter().flat_map(AccessLogFilter::request_headers).collect()
             }
-            _ => false,
+            _ => Vec::new(),
         }
     }
+}
 
-    /// The request headers that it looks at.
-    pub(super) fn request_headers(&self) -> impl Iterator<Item = &'static HeaderName> {
-        self.wants_request_id().then_some(&X_REQUEST_ID).into_iter()
-    }
+/// Whether the request's header is as it shall be; a request that could not be read has none.
+fn header_matches(matcher: &HeaderMatcher, record: &Record<'_>) -> bool {
+    let single = match &matcher.name {
+        MatchedHeader::Method => record.method,
+        MatchedHeader::Path => record.path,
+        MatchedHeader::Authority => record.authority,
+        MatchedHeader::Scheme => record.scheme,
+        MatchedHeader::Name(name) => {
+            static NONE: LazyLock<HeaderMap> = LazyLock::new(HeaderMap::new);
+            return values_match(matcher, name, record.request_headers.unwrap_or(&NONE));
+        }
+    };
+    matches_any(matcher, single.into_iter())
 }
 
 impl Comparison {
@@ -75,8 +95,6 @@ pub fn response_flags<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<Re
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
-
-    use http::HeaderMap;
 
     use super::*;
     use crate::layered_runtime::{Denominator, Key, Layer, LayerSource, Runtime, RuntimeInteger};
@@ -142,7 +160,7 @@ mod tests {
         let often = |filter: &AccessLogFilter, id: &str| (0..10_000).filter(|_| admits(filter, id)).count();
         assert!((500..1_500).contains(&often(&sample(true), "0000000a-1111")), "by its own number");
         assert!((500..1_500).contains(&often(&sample(false), "no number")), "nothing to go by");
-        assert_eq!(sample(true).request_headers().count(), 0);
-        assert_eq!(AccessLogFilter::Or(vec![sample(true), sample(false)]).request_headers().count(), 1);
+        assert_eq!(sample(true).request_headers().len(), 0);
+        assert_eq!(AccessLogFilter::Or(vec![sample(true), sample(false)]).request_headers().len(), 1);
     }
 }

@@ -120,6 +120,7 @@ enum Field {
     DownstreamLocalIpSan,
     DownstreamLocalEmailSan,
     DownstreamTransportFailureReason,
+    LocalReplyBody,
 }
 
 const FIELDS: &[(&str, Field)] = &[
@@ -165,6 +166,7 @@ const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_LOCAL_IP_SAN", Field::DownstreamLocalIpSan),
     ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::DownstreamLocalEmailSan),
     ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
+    ("LOCAL_REPLY_BODY", Field::LocalReplyBody),
 ];
 
 impl Format {
@@ -220,6 +222,27 @@ impl Format {
             [] => Some(""),
             [Op::Text(text)] => Some(text),
             _ => None,
+        }
+    }
+
+    /// Whether it is one operator, and nothing around it; and whether that one makes numbers.
+    pub(super) fn single(&self) -> (bool, bool) {
+        use Field::{BytesReceived, BytesSent, ConnectionId, DownstreamLocalPort, DownstreamRemotePort, Duration};
+        match self.0.as_slice() {
+            [Op::Text(_)] => (false, false),
+            [
+                Op::Field(
+                    BytesReceived
+                    | BytesSent
+                    | ConnectionId
+                    | DownstreamLocalPort
+                    | DownstreamRemotePort
+                    | Duration
+                    | Field::ResponseCode,
+                ),
+            ] => (true, true),
+            [_] => (true, false),
+            _ => (false, false),
         }
     }
 
@@ -372,8 +395,9 @@ impl Field {
                     }
                     out.extend_from_slice(name.as_bytes());
                 }
+                // Also where what is missing is not written otherwise.
                 if out.len() == before {
-                    missing(out, record);
+                    out.push(b'-');
                 }
             }
             Field::ResponseCodeDetails => {
@@ -415,6 +439,7 @@ impl Field {
             Field::DownstreamLocalDnsSan => local(out, record, |local| &local.dns_sans),
             Field::DownstreamLocalIpSan => local(out, record, |local| &local.ip_sans),
             Field::DownstreamLocalEmailSan => local(out, record, |local| &local.email_sans),
+            Field::LocalReplyBody => out.extend_from_slice(record.local_reply_body),
             Field::DownstreamTransportFailureReason => {
                 one_word(out, record, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
             }

@@ -24,6 +24,7 @@ fn the_default_line_of_a_request_is_envoys() {
     let request = headers(&[("user-agent", "curl/7.88.1"), ("x-request-id", "cffa9756-4e35-45bd-874f-c6d10a741fcf")]);
     let response = headers(&[("x-envoy-upstream-service-time", "1")]);
     let record = Record {
+        local_reply_body: b"a body",
         metadata: None,
         health_check: false,
         missing: "-",
@@ -71,6 +72,7 @@ fn every_operator_is_written() {
     let request = headers(&[("user-agent", "curl"), ("x-m", "a"), ("x-m", "b"), ("x-envoy-original-path", "/old")]);
     let response = headers(&[("server", "envoy")]);
     let record = Record {
+        local_reply_body: b"a body",
         metadata: None,
         health_check: false,
         missing: "-",
@@ -134,7 +136,7 @@ fn every_operator_is_written() {
     let all: String = FIELDS.iter().map(|(name, _)| format!("%{name}%|")).collect();
     let missing = line(&all, &Record::default());
     assert_eq!(
-        missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
+        missing, "-|0|-|-|0|0|0|-|-|-|-|-|-|-|-|-|-|-|-|-|0|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-|-||",
         "what is missing"
     );
 }

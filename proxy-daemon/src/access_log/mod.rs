@@ -6,6 +6,7 @@
 mod filter;
 mod flags;
 mod format;
+mod json;
 mod record;
 mod sink;
 mod time;
@@ -17,7 +18,7 @@ pub use flags::ResponseFlags;
 pub use record::{Headers, Record};
 pub use sink::{flush_thread, reopen_all};
 
-use self::{format::Format, sink::Sink};
+use self::{format::Format, json::JsonFormat, sink::Sink};
 use crate::config::{
     FieldError,
     model::{AccessLogConfig, AccessLogFilter},
@@ -45,8 +46,7 @@ impl AccessLog {
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
     pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        let filter: Vec<&http::HeaderName> = self.filter.request_headers().collect();
-        self.format.headers(false).chain(filter)
+        self.format.headers(false).chain(self.filter.request_headers())
     }
 
     /// The response headers that its lines show.
@@ -85,6 +85,50 @@ impl HeaderFormat {
         let mut value = Vec::new();
         self.0.write(&mut value, record);
         http::HeaderValue::from_bytes(&value).ok()
+    }
+}
+
+/// A body that is made for each answer: `SubstitutionFormatString`.
+#[derive(Debug)]
+pub struct BodyFormat {
+    template: Template,
+    omit_empty_values: bool,
+}
+
+#[derive(Debug)]
+enum Template {
+    Text(Format),
+    Json(JsonFormat),
+}
+
+impl BodyFormat {
+    /// Compiles a text.
+    ///
+    /// # Errors
+    /// Why it is no format.
+    pub fn text(text: &str, omit_empty_values: bool) -> Result<BodyFormat, String> {
+        let template = Format::parse(text).map(Template::Text).map_err(|error| error.to_string())?;
+        Ok(BodyFormat { template, omit_empty_values })
+    }
+
+    /// Compiles a JSON value whose texts are formats.
+    ///
+    /// # Errors
+    /// Why one of them is none.
+    pub fn json(template: &serde_json::Value, omit_empty_values: bool) -> Result<BodyFormat, String> {
+        let template = JsonFormat::parse(template).map(Template::Json).map_err(|error| error.to_string())?;
+        Ok(BodyFormat { template, omit_empty_values })
+    }
+
+    /// The body for `record`.
+    pub fn write(&self, record: &Record<'_>) -> Vec<u8> {
+        let mut body = Vec::new();
+        let missing = if self.omit_empty_values { "" } else { "-" };
+        match &self.template {
+            Template::Text(format) => format.write(&mut body, &Record { missing, ..*record }),
+            Template::Json(format) => format.write(&mut body, record, self.omit_empty_values),
+        }
+        body
     }
 }
 

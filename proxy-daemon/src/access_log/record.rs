@@ -80,6 +80,8 @@ pub struct Record<'a> {
     pub requested_server_name: Option<&'a str>,
     /// What the downstream connection's TLS handshake came to.
     pub tls: Option<&'a TlsInfo>,
+    /// The body of an answer that was made here, before its format.
+    pub local_reply_body: &'a [u8],
     /// What filters have told.
     pub metadata: Option<&'a Metadata>,
     /// It was a health check.
@@ -116,6 +118,7 @@ impl Default for Record<'_> {
             connection_id: 0,
             requested_server_name: None,
             tls: None,
+            local_reply_body: b"",
             metadata: None,
             health_check: false,
             downstream_transport_failure_reason: None,

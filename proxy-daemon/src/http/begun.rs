@@ -8,6 +8,7 @@ use super::{
     body::Body,
     codec::Incoming,
     conn_manager::{self, ConnState},
+    local_reply::{self, Asked},
     observe::StreamEnd,
     stream::{LocalReply, Progress},
 };
@@ -41,7 +42,7 @@ impl Begun {
     /// The answer where there will be no head.
     pub(super) fn answer_without_head(mut self, reply: LocalReply) -> Response<Body> {
         self.end.keep_no_request();
-        conn_manager::answer(self.end, reply, false, false, None, &mut Vec::new())
+        local_reply::answer(self.end, reply, false, false, Asked::Nothing, &mut Vec::new())
     }
 
     /// Ends when the head takes too long, with what the client is told.

@@ -3,17 +3,13 @@
 use std::{
     cell::{Cell, RefCell},
     convert::Infallible,
-    fmt::Write as _,
     net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use http::{
-    HeaderValue, Request, Response, StatusCode, Version,
-    header::{CONNECTION, CONTENT_TYPE, LOCATION},
-};
+use http::{HeaderValue, Request, Response, StatusCode, Version, header::LOCATION};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioTimer;
 use tokio::sync::Notify;
@@ -28,6 +24,7 @@ use super::{
     forward::forward,
     headers::{self, names::*},
     io::DownstreamIo,
+    local_reply::{self, answer},
     normal,
     observe::{EndHolder, LoggedHeaders, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
@@ -350,12 +347,12 @@ pub(super) async fn handle(
 
     if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count, refused) {
         end.keep_request(&head);
-        return answer(end, reply, grpc, is_head, None, &mut Vec::new());
+        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     if let Err(reply) = normal::apply(&mut head, &state) {
         end.keep_request(&head);
-        return answer(end, reply, grpc, is_head, None, &mut Vec::new());
+        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
     }
     let random = fastrand::u64(..);
     let local_ip = local_ip(connection);
@@ -367,7 +364,7 @@ pub(super) async fn handle(
         Err(reply) => {
             stats.downstream_rq_rejected_via_ip_detection.inc();
             end.keep_request(&head);
-            return answer(end, reply, grpc, is_head, None, &mut Vec::new());
+            return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
         }
     };
     end.request_id = trusted.request_id;
@@ -386,7 +383,7 @@ pub(super) async fn handle(
         override_dst: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
-        keeps_request: false,
+        keeps_request: config.local_replies.is_some(),
         reroute: false,
         started,
         progress: Rc::clone(&progress),
@@ -411,7 +408,7 @@ pub(super) async fn handle(
             end.keep_route(&cx);
             cx.keep_request(&head);
             filters.extend(unasked(entries, route.as_ref()));
-            return answer(end, upgrade::refused(), grpc, is_head, Some(&mut cx), &mut filters);
+            return answer(end, upgrade::refused(), grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters);
         }
         end.upgraded(stats);
     }
@@ -466,7 +463,7 @@ pub(super) async fn handle(
         cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
         filters.extend(unasked(entries, route.as_ref()));
-        return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters);
+        return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters);
     }
     end.keep_request(&head);
     end.keep_route(&cx);
@@ -501,7 +498,7 @@ pub(super) async fn handle(
     };
     let answered = match result {
         Ok(answered) => answered,
-        Err(reply) => return answer(end, reply, grpc, is_head, Some(&mut cx), &mut filters),
+        Err(reply) => return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters),
     };
 
     let (mut response, mut incoming) = answered.response.into_parts();
@@ -538,7 +535,9 @@ pub(super) async fn handle(
     // A body that has not ended holds it too.
     let end = Rc::into_inner(end).map(RefCell::into_inner);
     match (reply, end) {
-        (Some(reply), Some(end)) => return answer(end, reply, grpc, is_head, Some(&mut cx), &mut Vec::new()),
+        (Some(reply), Some(end)) => {
+            return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut Vec::new());
+        }
         (_, end) => {
             if let Body::Wrapped(_) = body {
                 body.wrap(|body| Counted::new(body, progress, end));
@@ -636,95 +635,6 @@ fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, 
     headers::prepare_response(response, &manager.config, end.request_id.as_ref());
     if let Some(upgrade) = upgrade {
         upgrade.tell(&mut response.headers);
-    }
-}
-
-/// Turns a local reply into a response and settles the stream.
-pub(super) fn answer(
-    mut end: StreamEnd,
-    reply: LocalReply,
-    grpc: bool,
-    is_head: bool,
-    cx: Option<&mut StreamCx>,
-    filters: &mut Vec<Box<dyn HttpFilter>>,
-) -> Response<Body> {
-    end.flags |= reply.flags;
-    if end.details.is_empty() {
-        end.details = reply.details;
-    }
-    if reply.status == StatusCode::PAYLOAD_TOO_LARGE {
-        end.state.manager.stats.downstream_rq_too_large.inc();
-    }
-    let mut response = Response::new(Body::Empty);
-    *response.status_mut() = reply.status;
-    let (mut head, _) = response.into_parts();
-    head.headers.extend(reply.headers);
-    let mut body = reply.body;
-    if grpc {
-        head.status = StatusCode::OK;
-        head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        head.headers
-            .insert(GRPC_STATUS, HeaderValue::from(reply.grpc_status.unwrap_or_else(|| grpc_status(reply.status))));
-        if let (false, Ok(message)) = (body.is_empty(), HeaderValue::from_str(&grpc_message(&body))) {
-            head.headers.insert(GRPC_MESSAGE, message);
-        }
-        body = bytes::Bytes::new();
-    } else if body.is_empty() {
-        head.headers.remove(CONTENT_TYPE);
-    } else {
-        head.headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
-    }
-    if is_head && !body.is_empty() {
-        // Tells the length that a GET would have had.
-        head.headers.insert(http::header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        body = bytes::Bytes::new();
-    }
-    let mut body = Body::Full(body);
-    if let Some(cx) = cx {
-        cx.mutate_response(&mut head, end.host.as_ref().map(|(_, host)| host.host.display()));
-        for filter in filters.iter_mut().rev() {
-            // A filter cannot replace an answer that was made here.
-            let _ = filter.response(&mut head, &mut body, cx);
-        }
-        end.flags |= cx.flags;
-    }
-    if end.http1 && head.status == StatusCode::BAD_REQUEST {
-        head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
-    headers::sign_response(&mut head, end.state.config(), end.request_id.as_ref());
-    end.keep_response(head.status, &head.headers);
-    end.filters.append(filters);
-    match &body {
-        Body::Wrapped(_) => body.wrap(|body| Counted::new(body, Rc::clone(&end.progress), Some(end))),
-        body => {
-            end.progress.sent.set(http_body::Body::size_hint(body).lower());
-            end.complete = true;
-        }
-    }
-    Response::from_parts(head, body)
-}
-
-/// A message as gRPC writes it into a header: what is not printable, and `%`, as `%` and two digits.
-fn grpc_message(text: &[u8]) -> String {
-    text.iter().fold(String::with_capacity(text.len()), |mut message, byte| {
-        match byte {
-            b' '..=b'~' if *byte != b'%' => message.push(char::from(*byte)),
-            // Writing to a String cannot fail.
-            other => drop(write!(message, "%{other:02X}")),
-        }
-        message
-    })
-}
-
-/// Envoy's mapping of HTTP statuses to gRPC's.
-fn grpc_status(status: StatusCode) -> u16 {
-    match status.as_u16() {
-        400 => 13,
-        401 => 16,
-        403 => 7,
-        404 => 12,
-        429 | 502 | 503 | 504 => 14,
-        _ => 2,
     }
 }
 

@@ -12,6 +12,7 @@ pub mod filters;
 mod forward;
 pub(crate) mod headers;
 mod io;
+mod local_reply;
 pub mod metadata;
 mod mirror;
 mod node;
@@ -35,6 +36,7 @@ mod waiting;
 pub use conn_manager::{ConnectionManager, serve};
 pub use node::set_node;
 pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};
+pub(crate) use route_match::{matches_any, values_match};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
 
 /// Runs hyper's tasks on the worker's own thread.

@@ -393,6 +393,22 @@ impl StreamEnd {
         }
     }
 
+    /// What can be told of a stream of which nothing is known but its connection.
+    pub(super) fn connection_record(&self) -> Record<'_> {
+        let connection = &self.state.connection;
+        Record {
+            start: SystemTime::now() - self.started.elapsed(),
+            duration: self.started.elapsed(),
+            downstream_remote_address: Some(connection.remote),
+            downstream_direct_remote_address: Some(connection.remote),
+            downstream_local_address: Some(connection.local),
+            connection_id: connection.id,
+            requested_server_name: connection.requested_server_name.as_deref(),
+            tls: connection.tls.as_ref(),
+            ..Record::default()
+        }
+    }
+
     fn write_logs(&self, log: &LogParts) {
         let connection = &self.state.connection;
         let host = log.host.as_ref().and_then(|host| host.to_str().ok());

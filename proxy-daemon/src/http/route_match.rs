@@ -256,15 +256,16 @@ pub(super) fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
         }
         MatchedHeader::Name(name) => return values_match(matcher, name, &request.headers),
     };
-    judge(matcher, single.into_iter())
+    matches_any(matcher, single.into_iter())
 }
 
 /// Whether the header `name` of a message is as the matcher wants it.
-pub(super) fn values_match(matcher: &HeaderMatcher, name: &HeaderName, headers: &HeaderMap) -> bool {
-    judge(matcher, headers.get_all(name).iter().filter_map(|value| value.to_str().ok()))
+pub(crate) fn values_match(matcher: &HeaderMatcher, name: &HeaderName, headers: &HeaderMap) -> bool {
+    matches_any(matcher, headers.get_all(name).iter().filter_map(|value| value.to_str().ok()))
 }
 
-fn judge<'a>(matcher: &HeaderMatcher, values: impl Iterator<Item = &'a str>) -> bool {
+/// Whether one of a header's values is as the matcher wants it.
+pub(crate) fn matches_any<'a>(matcher: &HeaderMatcher, values: impl Iterator<Item = &'a str>) -> bool {
     let mut values = values.peekable();
     let missing = values.peek().is_none();
     let one = |value: &str| match &matcher.value {

@@ -159,6 +159,11 @@ impl StreamCx {
         host: Option<&str>,
         change: impl FnOnce(&mut HeaderMap, &Record<'_>),
     ) {
+        self.tell_response(status, host, |record| change(headers, record));
+    }
+
+    /// What formats can tell of a response, and of the request where that was kept.
+    pub(super) fn tell_response(&self, status: StatusCode, host: Option<&str>, tell: impl FnOnce(&Record<'_>)) {
         let request = self.request.borrow();
         let request = request.as_deref();
         let route = self.route.as_ref().map(|route| route.name.as_str());
@@ -177,7 +182,7 @@ impl StreamCx {
             upstream_host: host,
             ..self.record()
         };
-        change(headers, &record);
+        tell(&record);
     }
 
     /// What formats of headers can tell of the stream's connection.

@@ -7,6 +7,7 @@ mod headers;
 mod managers;
 mod matches;
 mod mirrors;
+mod replies;
 mod retries;
 mod trust;
 mod upgrades;
@@ -52,4 +53,9 @@ fn managers_are_envoys() -> Result<()> {
 #[test]
 fn trust_is_envoys() -> Result<()> {
     harness::compare(trust::cases())
+}
+
+#[test]
+fn local_replies_are_envoys() -> Result<()> {
+    harness::compare(replies::cases())
 }

@@ -1,4 +1,6 @@
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
+
+use super::HeaderMatcher;
 
 use crate::{
     access_log::ResponseFlags,
@@ -6,7 +8,7 @@ use crate::{
 };
 
 /// One `access_log` entry.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct AccessLogConfig {
     /// Where the lines go.
     pub sink: AccessLogSink,
@@ -28,7 +30,7 @@ pub enum AccessLogSink {
 }
 
 /// `AccessLogFilter`
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub enum AccessLogFilter {
     /// No filter.
     #[default]
@@ -50,6 +52,8 @@ pub enum AccessLogFilter {
     },
     /// `response_flag_filter`: one of these, or any at all.
     ResponseFlags(Option<ResponseFlags>),
+    /// `header_filter`: a header of the request.
+    Header(Arc<HeaderMatcher>),
     /// `and_filter`
     And(Vec<AccessLogFilter>),
     /// `or_filter`

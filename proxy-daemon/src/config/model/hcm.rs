@@ -2,7 +2,9 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
-use super::{AccessLogConfig, Cidr, IpDetection, ResourceRef, RouteConfig, Scheme, ScopedRoutes, UpgradeRule};
+use super::{
+    AccessLogConfig, Cidr, IpDetection, LocalReplies, ResourceRef, RouteConfig, Scheme, ScopedRoutes, UpgradeRule,
+};
 use crate::http::filters::{DiscoveredFilter, EarlyMutations, FilterSource};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
@@ -73,6 +75,8 @@ pub struct HttpConnectionManagerConfig {
     pub max_stream_duration: Option<Duration>,
     /// A client that is still sending has so long to see the last answer. Default 1 s.
     pub delayed_close_timeout: Option<Duration>,
+    /// What becomes of the answers that are made here; `None`: they stay.
+    pub local_replies: Option<Arc<LocalReplies>>,
     /// HTTP/1 as clients may speak it.
     pub http1: Http1Options,
     /// HTTP/2 limits.
@@ -123,6 +127,7 @@ impl Default for HttpConnectionManagerConfig {
             rules: RequestRules::default(),
             max_stream_duration: None,
             delayed_close_timeout: Some(Duration::from_secs(1)),
+            local_replies: None,
             http1: Http1Options::default(),
             http2: Http2Options::default(),
             access_logs: Vec::new(),

@@ -1,3 +1,5 @@
+use std::sync::Arc;
+
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
     config::{
@@ -18,6 +20,7 @@ use envoy_types::pb::envoy::{
 
 use super::{
     common::{Result, fraction, inline_text, required},
+    matcher,
     support::join,
 };
 use crate::{
@@ -73,7 +76,8 @@ fn access_log(log: &AccessLog, path: &str) -> Result<AccessLogConfig> {
     Ok(AccessLogConfig { sink, format, filter })
 }
 
-fn filter(filter: &ProtoFilter, path: &str) -> Result<AccessLogFilter> {
+/// Which answers or lines are meant.
+pub(super) fn filter(filter: &ProtoFilter, path: &str) -> Result<AccessLogFilter> {
     let all = |filters: &[ProtoFilter], field: &str| {
         let path = format!("{path}.{field}.filters");
         let parse = |(index, item): (usize, &ProtoFilter)| self::filter(item, &format!("{path}[{index}]"));
@@ -106,6 +110,11 @@ fn filter(filter: &ProtoFilter, path: &str) -> Result<AccessLogFilter> {
             })?;
             AccessLogFilter::ResponseFlags(Some(flags).filter(|flags| !flags.is_empty()))
         }
+        Some(FilterSpecifier::HeaderFilter(filter)) => {
+            let path = join(path, "header_filter.header");
+            let header = filter.header.as_ref().ok_or_else(|| required(&path, "name"))?;
+            AccessLogFilter::Header(Arc::new(matcher::header(header, &path)?))
+        }
         Some(FilterSpecifier::AndFilter(filter)) => AccessLogFilter::And(all(&filter.filters, "and_filter")?),
         Some(FilterSpecifier::OrFilter(filter)) => AccessLogFilter::Or(all(&filter.filters, "or_filter")?),
         Some(_) => return Err(FieldError::unsupported(path)),
@@ -129,6 +138,9 @@ fn comparison(filter: Option<&ComparisonFilter>, path: &str) -> Result<Compariso
 }
 
 fn text_format(format: &SubstitutionFormatString, path: &str) -> Result<Option<String>> {
+    if format.omit_empty_values {
+        return Err(FieldError::unsupported(join(path, "log_format.omit_empty_values")));
+    }
     #[expect(deprecated, reason = "the field that text_format_source replaced, which Envoy still takes")]
     match &format.format {
         Some(Format::TextFormat(text)) => Ok(Some(text.clone())),
@@ -137,6 +149,7 @@ fn text_format(format: &SubstitutionFormatString, path: &str) -> Result<Option<S
             let text = String::from_utf8(inline_text(source, &path)?);
             text.map(Some).map_err(|_| FieldError::new(path, "is not UTF-8"))
         }
-        _ => Ok(None),
+        Some(Format::JsonFormat(_)) => Err(FieldError::unsupported(join(path, "log_format.json_format"))),
+        None => Ok(None),
     }
 }

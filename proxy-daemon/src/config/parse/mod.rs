@@ -17,6 +17,7 @@ pub mod honoured;
 mod http_connection_manager;
 mod layered_runtime;
 mod listener;
+mod local_reply;
 pub(crate) mod matcher;
 mod mirror;
 mod retry;

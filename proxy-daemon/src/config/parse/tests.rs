@@ -120,7 +120,14 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ),
         ("          tracing: {}", "@tracing: not supported by culvert yet"),
         ("          stat_prefx: x", "@stat_prefx: "),
-        ("          local_reply_config: {}", "@local_reply_config: not supported by culvert yet"),
+        (
+            "          local_reply_config: { body_format: { json_format: { a: ['%NOPE%'] } } }",
+            "@local_reply_config.body_format.json_format: %NOPE% is not an operator",
+        ),
+        (
+            "          local_reply_config: { mappers: [{ filter: { traceable_filter: {} } }] }",
+            "@local_reply_config.mappers[0].filter.traceable_filter: not supported by culvert yet",
+        ),
         (
             "          use_remote_address: true\n          original_ip_detection_extensions: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.http.original_ip_detection.xff.v3.XffConfig } }]",
             "@original_ip_detection_extensions: Original IP detection extensions and use_remote_address may not be mixed",

@@ -184,8 +184,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "and_filter",
             "or_filter",
             "response_flag_filter",
+            "header_filter",
         ],
     ),
+    ("envoy.config.accesslog.v3.HeaderFilter", ALL),
     ("envoy.config.accesslog.v3.StatusCodeFilter", ALL),
     ("envoy.config.accesslog.v3.DurationFilter", ALL),
     ("envoy.config.accesslog.v3.ComparisonFilter", ALL),
@@ -198,6 +200,9 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.access_loggers.file.v3.FileAccessLog", &["path", "format", "log_format"]),
     ("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", &["log_format"]),
     ("envoy.extensions.access_loggers.stream.v3.StderrAccessLog", &["log_format"]),
-    ("envoy.config.core.v3.SubstitutionFormatString", &["text_format", "text_format_source"]),
+    (
+        "envoy.config.core.v3.SubstitutionFormatString",
+        &["text_format", "text_format_source", "json_format", "omit_empty_values", "content_type"],
+    ),
     ("envoy.config.core.v3.DataSource", &["filename", "inline_bytes", "inline_string", "environment_variable"]),
 ];

@@ -1,0 +1,211 @@
+//! Answers that are made here: what the connection manager's configuration makes of them, and how a gRPC client gets them.
+
+use std::{borrow::Cow, fmt::Write as _, rc::Rc};
+
+use bytes::Bytes;
+use http::{
+    HeaderValue, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE},
+};
+
+use super::{
+    body::Body,
+    filters::HttpFilter,
+    headers::{self, names::*},
+    observe::StreamEnd,
+    redirect,
+    route_match::authority,
+    stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    waiting::Counted,
+};
+use crate::{
+    access_log::{Record, ResponseFlags},
+    config::model::LocalReplies,
+};
+
+/// What is known of the request that is answered.
+pub(super) enum Asked<'a> {
+    /// Nothing: there was no head.
+    Nothing,
+    /// Its head, which is refused.
+    Head(&'a RequestHead),
+    /// All of it.
+    Stream(&'a mut StreamCx),
+}
+
+/// Turns a local reply into a response and settles the stream.
+pub(super) fn answer(
+    mut end: StreamEnd,
+    reply: LocalReply,
+    grpc: bool,
+    is_head: bool,
+    mut asked: Asked<'_>,
+    filters: &mut Vec<Box<dyn HttpFilter>>,
+) -> Response<Body> {
+    end.flags |= reply.flags;
+    if end.details.is_empty() {
+        end.details = reply.details;
+    }
+    if reply.status == StatusCode::PAYLOAD_TOO_LARGE {
+        end.state.manager.stats.downstream_rq_too_large.inc();
+    }
+    let (mut head, ()) = Response::new(()).into_parts();
+    head.status = reply.status;
+    head.headers.extend(reply.headers);
+    let mut body = reply.body;
+    if let Asked::Stream(cx) = &asked {
+        cx.mutate_response(&mut head, end.host.as_ref().map(|(_, host)| host.host.display()));
+    }
+    let mut content_type = None;
+    if let Some(replies) = end.state.config().local_replies.clone() {
+        content_type = rewrite(&replies, &end, &asked, &mut head, &mut body);
+    }
+    if grpc {
+        let status = reply.grpc_status.unwrap_or_else(|| grpc_status(head.status));
+        head.status = StatusCode::OK;
+        head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        head.headers.entry(GRPC_STATUS).or_insert(HeaderValue::from(status));
+        let is_json = content_type.is_some_and(|value| value == "application/json");
+        let text = if is_json { body.strip_suffix(b"\n").unwrap_or(&body) } else { &body };
+        if let (false, false, Ok(message)) = (text.is_empty(), is_head, HeaderValue::from_str(&grpc_message(text))) {
+            head.headers.insert(GRPC_MESSAGE, message);
+        }
+        head.headers.remove(CONTENT_LENGTH);
+        body = Bytes::new();
+    } else if body.is_empty() {
+        head.headers.remove(CONTENT_TYPE);
+    } else if let Some(content_type) = content_type {
+        head.headers.insert(CONTENT_TYPE, content_type);
+    } else {
+        head.headers.entry(CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
+    }
+    if is_head && !body.is_empty() {
+        // Tells the length that a GET would have had.
+        head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
+        body = Bytes::new();
+    }
+    let mut body = Body::Full(body);
+    if let Asked::Stream(cx) = &mut asked {
+        for filter in filters.iter_mut().rev() {
+            // A filter cannot replace an answer that was made here.
+            let _ = filter.response(&mut head, &mut body, cx);
+        }
+        end.flags |= cx.flags;
+    }
+    if end.http1 && head.status == StatusCode::BAD_REQUEST {
+        head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    headers::sign_response(&mut head, end.state.config(), end.request_id.as_ref());
+    end.keep_response(head.status, &head.headers);
+    end.filters.append(filters);
+    match &body {
+        Body::Wrapped(_) => body.wrap(|body| Counted::new(body, Rc::clone(&end.progress), Some(end))),
+        body => {
+            end.progress.sent.set(http_body::Body::size_hint(body).lower());
+            end.complete = true;
+        }
+    }
+    Response::from_parts(head, body)
+}
+
+/// Does what `local_reply_config` says. Returns what the body is then, where the headers shall say so.
+fn rewrite(
+    replies: &LocalReplies,
+    end: &StreamEnd,
+    asked: &Asked<'_>,
+    head: &mut ResponseHead,
+    body: &mut Bytes,
+) -> Option<HeaderValue> {
+    let own_type = head.headers.get(CONTENT_TYPE).cloned();
+    let before = body.clone();
+    let mut chosen = None;
+    let host = end.host.as_ref().map(|(_, host)| host.host.display());
+    let record = |head: &ResponseHead, see: &mut dyn FnMut(&Record<'_>)| {
+        // A protocol error is noted later, as in Envoy.
+        let refused = !matches!(asked, Asked::Stream(_)) && end.flags == ResponseFlags::DPE;
+        let flags = if refused { ResponseFlags::default() } else { end.flags };
+        let details = Cow::as_ref(&end.details);
+        let mut see = |record: &Record<'_>| {
+            see(&Record { response_flags: flags, response_code_details: details, missing: "-", ..*record });
+        };
+        match asked {
+            Asked::Stream(cx) => cx.tell_response(head.status, host, |record| see(record)),
+            Asked::Head(request) => see(&Record {
+                response_code: head.status.as_u16(),
+                method: Some(request.method.as_str()),
+                path: request.uri.path_and_query().map(|path| path.as_str()),
+                authority: Some(authority(request)),
+                scheme: Some(redirect::scheme(request)),
+                protocol: Some(super::protocol_name(request.version)),
+                request_headers: Some(&request.headers),
+                ..end.connection_record()
+            }),
+            Asked::Nothing => see(&Record {
+                response_code: head.status.as_u16(),
+                // Of HTTP/2 there would be no answer.
+                protocol: Some("HTTP/1.1"),
+                ..end.connection_record()
+            }),
+        }
+    };
+    for mapper in &replies.mappers {
+        let mut admitted = false;
+        record(head, &mut |record| {
+            admitted = mapper.filter.admits(&Record { response_headers: Some(&head.headers), ..*record });
+        });
+        if !admitted {
+            continue;
+        }
+        if let Some(text) = &mapper.body {
+            *body = text.clone();
+        }
+        let mut changed = std::mem::take(&mut head.headers);
+        record(head, &mut |record| {
+            let record = Record { local_reply_body: body, missing: "", ..*record };
+            headers::mutate_response(&mut changed, &mapper.headers, &record);
+        });
+        head.headers = changed;
+        head.status = mapper.status.unwrap_or(head.status);
+        chosen = mapper.format.as_ref();
+        break;
+    }
+    let format = chosen.or(replies.format.as_ref());
+    if let Some(format) = format {
+        let mut made = Vec::new();
+        record(head, &mut |record| {
+            let headers = Some(&head.headers);
+            made = format.format.write(&Record { response_headers: headers, local_reply_body: body, ..*record });
+        });
+        *body = made.into();
+    }
+    // What a mapper says of the body's type counts for more.
+    let types_itself = head.headers.get(CONTENT_TYPE) != own_type.as_ref();
+    if *body == before && own_type.is_some() || types_itself {
+        return None;
+    }
+    Some(format.map_or(HeaderValue::from_static("text/plain"), |format| format.content_type.clone()))
+}
+
+/// A message as gRPC writes it into a header: what is not printable, and `%`, as `%` and two digits.
+fn grpc_message(text: &[u8]) -> String {
+    text.iter().fold(String::with_capacity(text.len()), |mut message, byte| {
+        match byte {
+            b' '..=b'~' if *byte != b'%' => message.push(char::from(*byte)),
+            // Writing to a String cannot fail.
+            other => drop(write!(message, "%{other:02X}")),
+        }
+        message
+    })
+}
+
+/// Envoy's mapping of HTTP statuses to gRPC's.
+fn grpc_status(status: StatusCode) -> u16 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502 | 503 | 504 => 14,
+        _ => 2,
+    }
+}
