@@ -1,10 +1,8 @@
 //! Which requests and connections a log has a line for.
 
-use std::sync::LazyLock;
+use http::HeaderName;
 
-use http::{HeaderMap, HeaderName};
-
-use super::{Record, ResponseFlags};
+use super::{Headers, Record, ResponseFlags};
 use crate::{
     config::model::{AccessLogFilter, Comparison, ComparisonOp, HeaderMatcher, MatchedHeader},
     http::{matches_any, values_match},
@@ -57,8 +55,11 @@ fn header_matches(matcher: &HeaderMatcher, record: &Record<'_>) -> bool {
         MatchedHeader::Authority => record.authority,
         MatchedHeader::Scheme => record.scheme,
         MatchedHeader::Name(name) => {
-            static NONE: LazyLock<HeaderMap> = LazyLock::new(HeaderMap::new);
-            return values_match(matcher, name, record.request_headers.unwrap_or(&NONE));
+            if let Some(Headers::All(headers)) = record.request_headers {
+                return values_match(matcher, name, headers);
+            }
+            // Of what was kept for a log there is one value each.
+            record.request_headers.and_then(|headers| headers.get(name)?.to_str().ok())
         }
     };
     matches_any(matcher, single.into_iter())
@@ -148,7 +149,7 @@ mod tests {
             independent,
         };
         let admits = |filter: &AccessLogFilter, id: &str| {
-            let headers = HeaderMap::from_iter([(X_REQUEST_ID.clone(), id.parse().unwrap())]);
+            let headers = http::HeaderMap::from_iter([(X_REQUEST_ID.clone(), id.parse().unwrap())]);
             filter.admits(&Record {
                 request_headers: Some(crate::access_log::Headers::All(&headers)),
                 ..Record::default()

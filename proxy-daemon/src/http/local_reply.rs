@@ -19,7 +19,7 @@ use super::{
     waiting::Counted,
 };
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     config::model::LocalReplies,
 };
 
@@ -137,7 +137,7 @@ fn rewrite(
                 authority: Some(authority(request)),
                 scheme: Some(redirect::scheme(request)),
                 protocol: Some(super::protocol_name(request.version)),
-                request_headers: Some(&request.headers),
+                request_headers: Some(Headers::All(&request.headers)),
                 ..end.connection_record()
             }),
             Asked::Nothing => see(&Record {
@@ -151,7 +151,7 @@ fn rewrite(
     for mapper in &replies.mappers {
         let mut admitted = false;
         record(head, &mut |record| {
-            admitted = mapper.filter.admits(&Record { response_headers: Some(&head.headers), ..*record });
+            admitted = mapper.filter.admits(&Record { response_headers: Some(Headers::All(&head.headers)), ..*record });
         });
         if !admitted {
             continue;
@@ -173,7 +173,7 @@ fn rewrite(
     if let Some(format) = format {
         let mut made = Vec::new();
         record(head, &mut |record| {
-            let headers = Some(&head.headers);
+            let headers = Some(Headers::All(&head.headers));
             made = format.format.write(&Record { response_headers: headers, local_reply_body: body, ..*record });
         });
         *body = made.into();
