@@ -385,6 +385,7 @@ pub(super) async fn handle(
         suppress_envoy_headers: false,
         keeps_request: config.local_replies.is_some(),
         reroute: false,
+        shared: http::Extensions::new(),
         started,
         progress: Rc::clone(&progress),
         request: RefCell::default(),

@@ -83,6 +83,8 @@ pub struct StreamCx {
     pub started: Instant,
     /// What can be told about the request's body while it passes.
     pub progress: Rc<Progress>,
+    /// What filters leave for each other. Empty, it costs nothing.
+    pub shared: http::Extensions,
     /// Set by a filter: the request is kept for the response's headers.
     pub keeps_request: bool,
     /// Set by a filter: it has changed what routes are chosen by, and one is to be chosen anew.

@@ -1,6 +1,7 @@
 //! Gives the same filters and requests to Envoy and culvertd, and compares.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,6 +28,8 @@ pub struct Case {
     requests: Vec<String>,
     /// Lines of the connection manager.
     of_manager: String,
+    /// How long its messages are is a proxy's own.
+    of_own_lengths: bool,
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
     told: [String; 3],
 }
@@ -41,6 +44,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         filters: vec![(filter, config.to_owned())],
         requests,
         of_manager: String::new(),
+        of_own_lengths: false,
         told: Default::default(),
     }
 }
@@ -67,6 +71,12 @@ impl Case {
         self.told[by as usize] += &format!(
             "{filter}: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.{message}, {config}}}, "
         );
+        self
+    }
+
+    /// How long its messages are is not compared.
+    pub fn of_own_lengths(mut self) -> Case {
+        self.of_own_lengths = true;
         self
     }
 
@@ -112,7 +122,11 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     proxy.wait(Duration::from_secs(10))?;
     for (index, texts) in texts.iter_mut().enumerate() {
         texts.push(format!("log:\n{}", fs::read_to_string(log(index)).unwrap_or_default()));
-        texts.push(format!("stats:\n{}", filter_stats(&stats, index)));
+        let mut stats = filter_stats(&stats, index);
+        if cases[index].of_own_lengths {
+            stats = stats.lines().map(|line| own_lengths(line) + "\n").collect();
+        }
+        texts.push(format!("stats:\n{stats}"));
     }
     Ok(texts)
 }
@@ -126,7 +140,8 @@ fn requests(index: usize, case: &Case, port: u16, seen: &Seen, asked: &Asked) ->
             Ok(response) => {
                 let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
                 headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
-                let body = response.text();
+                let coding = response.headers.get("content-encoding").unwrap_or_default();
+                let body = decoded(coding, &response.body).unwrap_or_else(|| response.text());
                 format!("status {}\n{}\nbody {body:?}\n", response.status, headers.join("\n"))
             }
             Err(_) => "no response\n".to_owned(),
@@ -135,6 +150,26 @@ fn requests(index: usize, case: &Case, port: u16, seen: &Seen, asked: &Asked) ->
         text + &asked.of(&id).iter().map(|asked| format!("\n{asked}")).collect::<String>()
     };
     case.requests.iter().enumerate().map(one).collect()
+}
+
+/// Without the number of a counter of compressed bytes.
+fn own_lengths(line: &str) -> String {
+    match line.split_once("total_compressed_bytes:") {
+        Some((name, _)) => format!("{name}total_compressed_bytes"),
+        None => line.to_owned(),
+    }
+}
+
+/// What a body says whose coding is not to the byte the same everywhere.
+fn decoded(coding: &str, body: &[u8]) -> Option<String> {
+    let mut text = Vec::new();
+    match coding.split(',').next_back()?.trim() {
+        "gzip" => flate2::read::GzDecoder::new(body).read_to_end(&mut text).ok()?,
+        "br" => brotli::Decompressor::new(body, 4096).read_to_end(&mut text).ok()?,
+        "zstd" => text.write(&zstd::decode_all(body).ok()?).ok()?,
+        _ => return None,
+    };
+    Some(format!("{coding} of {} bytes: {:.100}", text.len(), String::from_utf8_lossy(&text)))
 }
 
 /// What has been counted below the names of the filters: those of the connection manager itself have no further dot.
@@ -242,9 +277,11 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let filters: String = case.filters.iter().map(filter).collect();
     let told = case.told.clone().map(|told| told.replace("$case", &format!("case{index}")));
     let [by_config, by_host, by_route] = &told;
-    let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %BYTES_RECEIVED% %BYTES_SENT% \
+    let lengths = if case.of_own_lengths { "" } else { "%BYTES_RECEIVED% %BYTES_SENT%" };
+    let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
                   %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
                   %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)%";
+    let format = format.replace("LENGTHS", lengths);
     format!(
         r#"  - name: http_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}

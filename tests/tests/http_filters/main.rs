@@ -5,6 +5,7 @@ mod access;
 mod authorization;
 mod browsers;
 mod changes;
+mod compression;
 mod faults;
 mod harness;
 mod health_checks;
@@ -28,6 +29,11 @@ fn faults_are_injected_as_by_envoy() -> Result<()> {
 #[test]
 fn messages_are_changed_as_by_envoy() -> Result<()> {
     harness::compare(changes::cases())
+}
+
+#[test]
+fn bodies_are_compressed_as_by_envoy() -> Result<()> {
+    harness::compare(compression::cases())
 }
 
 #[test]

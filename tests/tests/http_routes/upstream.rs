@@ -50,8 +50,8 @@ fn describe(service: &str, request: &Request) -> String {
 ///
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
 /// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
-/// followed by `+name=value` for response headers, of which `delay` (milliseconds) and `bytes` (a body of so many) are told
-/// to the service.
+/// followed by `+name=value` for response headers, of which `delay` (milliseconds), `bytes` (a body of so many), and
+/// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
@@ -88,6 +88,11 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
             match (name, value.parse()) {
                 ("delay", Ok(milliseconds)) => thread::sleep(Duration::from_millis(milliseconds)),
                 ("bytes", Ok(bytes)) => response.body = vec![b'x'; usize::try_from(bytes)?],
+                // Text that becomes a good deal shorter.
+                ("gzip" | "br" | "zstd", Ok(bytes)) => {
+                    response.body = compressed(name, usize::try_from(bytes)?)?;
+                    response.headers.push("content-encoding", name);
+                }
                 _ => response.headers.push(name, value),
             }
         }
@@ -95,6 +100,24 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         stream.flush()?;
     }
     Ok(())
+}
+
+/// So many letters, compressed.
+fn compressed(coding: &str, letters: usize) -> Result<Vec<u8>> {
+    let text: Vec<u8> = (b'a'..=b'z').cycle().take(letters).collect();
+    Ok(match coding {
+        "gzip" => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            encoder.write_all(&text)?;
+            encoder.finish()?
+        }
+        "br" => {
+            let mut encoder = brotli::CompressorWriter::new(Vec::new(), 4096, 5, 22);
+            encoder.write_all(&text)?;
+            encoder.into_inner()
+        }
+        _ => zstd::encode_all(&text[..], 3)?,
+    })
 }
 
 /// Has another protocol from here on.

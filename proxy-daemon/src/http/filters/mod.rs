@@ -3,8 +3,11 @@
 //! A filter is added by writing its file and one line in [`REGISTRY`]: docs/extending.md shows how.
 
 mod buffer;
+mod compression;
+mod compressor;
 mod cors;
 mod csrf;
+mod decompressor;
 mod discovered;
 mod ext_authz;
 mod fault;
@@ -226,6 +229,15 @@ pub const REGISTRY: &[Registered] = &[
         per_route: Some(("envoy.extensions.filters.http.buffer.v3.BufferPerRoute", buffer::parse_per_route)),
     },
     Registered {
+        name: "envoy.filters.http.compressor",
+        type_name: "envoy.extensions.filters.http.compressor.v3.Compressor",
+        parse: compressor::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.compressor.v3.CompressorPerRoute",
+            compressor::parse_per_route,
+        )),
+    },
+    Registered {
         name: "envoy.filters.http.cors",
         type_name: "envoy.extensions.filters.http.cors.v3.Cors",
         parse: cors::parse,
@@ -242,6 +254,12 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
         parse: ext_authz::parse,
         per_route: Some(("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", ext_authz::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.decompressor",
+        type_name: "envoy.extensions.filters.http.decompressor.v3.Decompressor",
+        parse: decompressor::parse,
+        per_route: None,
     },
     Registered {
         name: "envoy.filters.http.fault",

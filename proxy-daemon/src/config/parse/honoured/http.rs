@@ -67,6 +67,38 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.core.v3.RuntimeFeatureFlag", ALL),
     ("envoy.type.matcher.v3.ListStringMatcher", ALL),
     (
+        "envoy.extensions.filters.http.compressor.v3.Compressor",
+        &["compressor_library", "request_direction_config", "response_direction_config", "choose_first"],
+    ),
+    ("envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig", ALL),
+    ("envoy.extensions.filters.http.compressor.v3.Compressor.RequestDirectionConfig", ALL),
+    (
+        "envoy.extensions.filters.http.compressor.v3.Compressor.ResponseDirectionConfig",
+        &[
+            "common_config",
+            "disable_on_etag_header",
+            "weaken_etag_on_compress",
+            "remove_accept_encoding_header",
+            "uncompressible_response_codes",
+        ],
+    ),
+    ("envoy.extensions.filters.http.compressor.v3.CompressorPerRoute", ALL),
+    ("envoy.extensions.filters.http.compressor.v3.CompressorOverrides", &["response_direction_config"]),
+    ("envoy.extensions.filters.http.compressor.v3.ResponseDirectionOverrides", ALL),
+    ("envoy.extensions.filters.http.decompressor.v3.Decompressor", ALL),
+    ("envoy.extensions.filters.http.decompressor.v3.Decompressor.CommonDirectionConfig", ALL),
+    ("envoy.extensions.filters.http.decompressor.v3.Decompressor.RequestDirectionConfig", ALL),
+    ("envoy.extensions.filters.http.decompressor.v3.Decompressor.ResponseDirectionConfig", ALL),
+    ("envoy.extensions.compression.gzip.compressor.v3.Gzip", ALL),
+    ("envoy.extensions.compression.gzip.decompressor.v3.Gzip", ALL),
+    ("envoy.extensions.compression.brotli.compressor.v3.Brotli", ALL),
+    ("envoy.extensions.compression.brotli.decompressor.v3.Brotli", &["chunk_size"]),
+    (
+        "envoy.extensions.compression.zstd.compressor.v3.Zstd",
+        &["compression_level", "enable_checksum", "strategy", "chunk_size"],
+    ),
+    ("envoy.extensions.compression.zstd.decompressor.v3.Zstd", &["chunk_size"]),
+    (
         "envoy.extensions.filters.http.fault.v3.HTTPFault",
         &[
             "delay",
