@@ -1,6 +1,6 @@
 //! Sends a request to its cluster, as often as the retry policy allows, and answers for the upstream where it fails.
 
-use std::rc::Rc;
+use std::{cell::Cell, rc::Rc, time::Instant};
 
 use http::{HeaderValue, Request, Response, StatusCode, Uri, Version, header::HOST};
 
@@ -78,13 +78,14 @@ pub(super) async fn forward(
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
     timers.limit_duration(timeouts.stream);
-    let mut attempts = Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, count: 0 };
+    let mut attempts =
+        Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, count: 0, until: Cell::new(None) };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
         expired = timers.expired() => Err(expire(end, &cluster, expired, &timeouts)),
     };
-    let count = attempts.count;
+    let (count, until) = (attempts.count, attempts.until.get());
     drop(attempts);
     let (response, connection) = result.map_err(|mut reply| {
         if virtual_host.is_some_and(|host| host.include_attempt_count_in_response) {
@@ -93,6 +94,7 @@ pub(super) async fn forward(
         reply
     })?;
     timers.limit_pauses(timeouts.per_try_idle);
+    timers.limit_attempt(until);
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         timers.request_answered();
     }
@@ -185,9 +187,12 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeou
             }
             LocalReply::new(timeouts.status, timeouts.text(), ResponseFlags::UT, "response_timeout")
         }
-        Expired::Duration | Expired::Idle | Expired::PerTryIdle | Expired::Request | Expired::Malformed(_) => {
-            waiting::expire(&end.state, &end.progress, expired)
-        }
+        Expired::Attempt
+        | Expired::Duration
+        | Expired::Idle
+        | Expired::PerTryIdle
+        | Expired::Request
+        | Expired::Malformed(_) => waiting::expire(&end.state, &end.progress, expired),
     }
 }
 
@@ -198,6 +203,8 @@ struct Attempts<'a> {
     timeouts: &'a Timeouts,
     retry: Option<RetryState<'a>>,
     count: u32,
+    /// The attempt that is under way may last until then.
+    until: Cell<Option<Instant>>,
 }
 
 /// How one attempt failed.
@@ -362,6 +369,7 @@ impl Attempts<'_> {
         let request = self.upstream_request(host, head, body, connection.is_http2());
         let stats = &self.cluster.cluster.stats;
         let mut limit = self.timeouts.of_try(&self.cx.progress);
+        self.until.set(limit.until);
         let sent = tokio::select! {
             biased;
             sent = connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())) => sent,
@@ -409,6 +417,13 @@ impl Attempts<'_> {
 
     fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
         let stats = &self.cluster.cluster.stats;
+        if failure == Failure::MaxDuration {
+            stats.upstream_rq_max_duration_reached.inc();
+            let complete = self.cx.progress.request_complete.get().is_some();
+            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+            let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
+            return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
+        }
         let flags = if failure == Failure::PerTryIdleTimeout {
             stats.upstream_rq_per_try_idle_timeout.inc();
             ResponseFlags::SI
@@ -423,6 +438,11 @@ impl Attempts<'_> {
 
     fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
         let stats = &self.cluster.cluster.stats;
+        if failed.failure == Failure::MaxDuration {
+            end.judge(true);
+            let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
+            return LocalReply::new(failed.status, text, failed.flags, details);
+        }
         stats.upstream_rq.inc(failed.status.as_u16());
         if failed.failure == Failure::Overflow {
             end.excuse_host();

@@ -50,6 +50,7 @@ pub(crate) mod names {
         X_ENVOY_RETRIABLE_STATUS_CODES = "x-envoy-retriable-status-codes"
         X_ENVOY_RETRIABLE_HEADER_NAMES = "x-envoy-retriable-header-names"
         X_ENVOY_HEDGE_ON_PER_TRY_TIMEOUT = "x-envoy-hedge-on-per-try-timeout"
+        X_ENVOY_UPSTREAM_STREAM_DURATION_MS = "x-envoy-upstream-stream-duration-ms"
         X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS = "x-envoy-upstream-rq-per-try-timeout-ms"
         X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE = "x-envoy-upstream-rq-timeout-alt-response"
         X_ENVOY_IS_TIMEOUT_RETRY = "x-envoy-is-timeout-retry"

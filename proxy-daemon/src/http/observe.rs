@@ -103,6 +103,10 @@ impl Observer for ResponseObserver {
                     });
                     (ResponseFlags::DT, "downstream duration timeout")
                 }
+                Expired::Attempt => {
+                    self.end.with(|end| end.attempt_expired());
+                    (ResponseFlags::UMSDR, "upstream max stream duration reached")
+                }
                 Expired::PerTryIdle => {
                     self.end.with(|end| end.per_try_idle_expired());
                     (ResponseFlags::SI, "upstream idle timeout")
@@ -259,6 +263,14 @@ impl StreamEnd {
         progress.last_activity.set(now);
         progress.last_response.set(now);
         self.state.last_progress.set(now);
+    }
+
+    /// The attempt has lasted for too long, in the middle of its answer.
+    fn attempt_expired(&mut self) {
+        if let Some((cluster, _)) = &self.host {
+            cluster.cluster.stats.upstream_rq_max_duration_reached.inc();
+        }
+        self.details = Cow::Borrowed("upstream_max_stream_duration_reached");
     }
 
     /// The upstream has said nothing for too long, in the middle of its answer.

@@ -45,6 +45,8 @@ pub(super) enum Failure {
     PerTryTimeout,
     /// `per_try_idle_timeout` passed.
     PerTryIdleTimeout,
+    /// It took longer than an attempt may, from its beginning to its end.
+    MaxDuration,
 }
 
 /// Whether one more attempt is made.

@@ -23,6 +23,8 @@ pub(super) struct Timeouts {
     per_try: Option<Duration>,
     /// Of an upstream's silence.
     pub(super) per_try_idle: Option<Duration>,
+    /// Of each attempt, from the moment that it has a connection to the end of its answer.
+    attempt: Option<Duration>,
     /// Of the whole stream, from its beginning.
     pub(super) stream: Option<Duration>,
     /// The answer where one has passed.
@@ -42,13 +44,15 @@ impl Timeouts {
             global: action.timeout,
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
+            attempt: None,
             stream: match action.max_stream_duration {
                 Some(limits) => stream_limit(limits, stream, &mut head.headers),
                 None => stream,
             },
             status: StatusCode::GATEWAY_TIMEOUT,
         };
-        if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-rq-")) {
+        if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-")) {
+            timeouts.attempt = wish(&mut head.headers, &X_ENVOY_UPSTREAM_STREAM_DURATION_MS, None);
             timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
             timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
             if head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE).is_some() {
@@ -95,7 +99,9 @@ impl Timeouts {
         let both = [(self.per_try, Failure::PerTryTimeout), (self.per_try_idle, Failure::PerTryIdleTimeout)];
         let first = both.into_iter().filter_map(|(limit, failure)| Some((limit?, failure)));
         let limit = first.min_by_key(|(limit, _)| *limit);
-        TryLimit { progress: Rc::clone(progress), limit, since: Instant::now(), sleep: None }
+        let since = Instant::now();
+        let until = self.attempt.map(|limit| since + limit);
+        TryLimit { progress: Rc::clone(progress), limit, since, until, sleep: None }
     }
 }
 
@@ -159,12 +165,25 @@ pub(super) struct TryLimit {
     progress: Rc<Progress>,
     limit: Option<(Duration, Failure)>,
     since: Instant,
+    /// Then it is over, whatever has come by then.
+    pub(super) until: Option<Instant>,
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
 impl TryLimit {
     /// Ends with the limit that has passed. The stream's own timers wake its task when the request is complete.
     pub(super) async fn expired(&mut self) -> Failure {
+        match self.until {
+            None => self.answer_is_late().await,
+            Some(until) => tokio::select! {
+                biased;
+                failure = self.answer_is_late() => failure,
+                () = tokio::time::sleep_until(until.into()) => Failure::MaxDuration,
+            },
+        }
+    }
+
+    async fn answer_is_late(&mut self) -> Failure {
         let Some((limit, failure)) = self.limit else { return std::future::pending().await };
         std::future::poll_fn(|cx| {
             let Some(complete) = self.progress.request_complete.get() else { return Poll::Pending };

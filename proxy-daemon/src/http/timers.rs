@@ -22,6 +22,8 @@ pub(super) enum Expired {
     Idle,
     /// The upstream sent nothing for too long.
     PerTryIdle,
+    /// The attempt took too long, from its connection on.
+    Attempt,
     /// The request took too long to arrive.
     Request,
     /// The rest of the request is not HTTP: no use to wait for it.
@@ -37,6 +39,7 @@ pub(super) struct Timers {
     request: Option<Duration>,
     per_try_idle: Option<Duration>,
     duration: Option<Duration>,
+    attempt: Option<Instant>,
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
@@ -48,7 +51,17 @@ impl Timers {
         idle: Option<Duration>,
         request: Option<Duration>,
     ) -> Timers {
-        Timers { progress, started, route, idle, request, per_try_idle: None, duration: None, sleep: None }
+        Timers {
+            progress,
+            started,
+            route,
+            idle,
+            request,
+            per_try_idle: None,
+            duration: None,
+            attempt: None,
+            sleep: None,
+        }
     }
 
     /// The upstream may pause for so long from now on, while its answer lasts.
@@ -67,6 +80,11 @@ impl Timers {
         self.duration = duration;
     }
 
+    /// The attempt that has its answer may last until then.
+    pub(super) fn limit_attempt(&mut self, until: Option<Instant>) {
+        self.attempt = until;
+    }
+
     /// The limit that passes next.
     fn next(&self) -> Option<(Instant, Expired)> {
         let complete = self.progress.request_complete.get();
@@ -77,7 +95,8 @@ impl Timers {
         let upstream = self.per_try_idle;
         let upstream = upstream.map(|limit| (self.progress.last_response.get() + limit, Expired::PerTryIdle));
         let stream = self.duration.map(|limit| (self.started + limit, Expired::Duration));
-        [stream, route, request, idle, upstream].into_iter().flatten().min_by_key(|(at, _)| *at)
+        let attempt = self.attempt.map(|until| (until, Expired::Attempt));
+        [stream, attempt, route, request, idle, upstream].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Ready when a limit has passed.

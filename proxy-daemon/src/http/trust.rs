@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Obeyed from internal clients only, and removed from all others.
-const INTERNAL_ONLY: [&str; 15] = [
+const INTERNAL_ONLY: [&str; 16] = [
     "x-envoy-internal",
     "x-envoy-retriable-status-codes",
     "x-envoy-retriable-header-names",
@@ -30,6 +30,7 @@ const INTERNAL_ONLY: [&str; 15] = [
     "x-envoy-upstream-rq-timeout-ms",
     "x-envoy-upstream-rq-per-try-timeout-ms",
     "x-envoy-upstream-rq-timeout-alt-response",
+    "x-envoy-upstream-stream-duration-ms",
     "x-envoy-expected-rq-timeout-ms",
     "x-envoy-force-trace",
     "x-envoy-ip-tags",

@@ -53,7 +53,7 @@ cluster_stats! {
         upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_pending_failure_eject
         upstream_rq_retry upstream_rq_retry_success upstream_rq_retry_limit_exceeded upstream_rq_retry_overflow
         upstream_rq_retry_backoff_exponential upstream_rq_retry_backoff_ratelimited upstream_rq_per_try_idle_timeout
-        retry_or_shadow_abandoned
+        retry_or_shadow_abandoned upstream_rq_max_duration_reached
         upstream_rq_rx_reset upstream_rq_tx_reset upstream_rq_maintenance_mode
         original_dst_host_invalid
         membership_change update_attempt update_success update_failure update_empty update_no_rebuild

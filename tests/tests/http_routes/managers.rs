@@ -3,7 +3,7 @@
 use super::harness::{Case, case};
 
 pub fn cases() -> Vec<Case> {
-    [hosts(), paths(), ports(), underscores(), durations()].concat()
+    [hosts(), paths(), ports(), underscores(), durations(), attempts()].concat()
 }
 
 fn of_manager(name: &'static str, lines: &[&str], requests: &[&str]) -> Case {
@@ -108,5 +108,43 @@ fn durations() -> Vec<Case> {
         route("a route's max_stream_duration", "max_stream_duration: 0.3s"),
         route("a route without max_stream_duration", "grpc_timeout_header_max: 0.3s"),
         case("a route with max_stream_duration 0", "- {match: {prefix: /}, route: {cluster: a, max_stream_duration: {max_stream_duration: 0s}, idle_timeout: 1.2s}}", &requests).of_manager(line),
+    ]
+}
+
+/// `x-envoy-upstream-stream-duration-ms`
+fn attempts() -> Vec<Case> {
+    let requests = [
+        "GET /\nx-do: hang\nx-envoy-upstream-stream-duration-ms: 300",
+        "GET /\nx-do: 200\nx-envoy-upstream-stream-duration-ms: 3000",
+        "GET /\nx-do: 200+delay=400\nx-envoy-upstream-stream-duration-ms: 0",
+        "GET /\nx-do: 200+delay=400\nx-envoy-upstream-stream-duration-ms: soon",
+        "POST /\nx-do: hang\nx-envoy-upstream-stream-duration-ms: 300\n\nbody",
+        "GET /\nx-do: hang\nx-envoy-upstream-stream-duration-ms: 300\ncontent-type: application/grpc",
+        "GET /\nx-do: hang, 200\nx-envoy-upstream-stream-duration-ms: 300",
+        "GET /\nx-do: hang\nx-envoy-upstream-stream-duration-ms: 5000",
+    ];
+    let of = |name, fields: &str, requests: &[&str]| {
+        let internal = "internal_address_config: {cidr_ranges: [{address_prefix: 10.0.0.0, prefix_len: 8}]}";
+        let route = format!("- {{match: {{prefix: /}}, route: {{cluster: a, {fields}}}}}");
+        case(name, &route, requests).of_manager(internal)
+    };
+    let trusted = requests.map(|request| request.replacen("x-do", "x-forwarded-for: 10.0.0.1\nx-do", 1));
+    let trusted: Vec<_> = trusted.iter().map(String::as_str).collect();
+    let with = |name, fields: &str| of(name, fields, &trusted);
+    vec![
+        of("x-envoy-upstream-stream-duration-ms of strangers", "timeout: 0.6s", &requests),
+        with("x-envoy-upstream-stream-duration-ms", "timeout: 1.5s"),
+        with(
+            "x-envoy-upstream-stream-duration-ms, tried again",
+            "timeout: 1.5s, retry_policy: {retry_on: reset, num_retries: 1}",
+        ),
+        with(
+            "x-envoy-upstream-stream-duration-ms after 5xx",
+            "timeout: 1.5s, retry_policy: {retry_on: 5xx, num_retries: 1}",
+        ),
+        with(
+            "x-envoy-upstream-stream-duration-ms, not tried again",
+            "timeout: 1.5s, retry_policy: {retry_on: connect-failure, num_retries: 1}",
+        ),
     ]
 }
