@@ -18,7 +18,8 @@ use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 const H2_SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 /// The log's line: the path, and why.
-const FORMAT: &str = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS%\\n";
+const FORMAT: &str = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% \
+    %UPSTREAM_TRANSPORT_FAILURE_REASON%\\n";
 
 /// The paths that are asked for, and where they lead; `cluster` is the first part where nothing else is said.
 const ROUTES: &str = r#"

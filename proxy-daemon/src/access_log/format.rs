@@ -1,14 +1,14 @@
 //! Envoy's format strings: compiled once, then written without looking at the text again.
 
-use std::{io::Write as _, net::SocketAddr, str::FromStr as _};
+use std::str::FromStr as _;
 
 use http::HeaderName;
 
 use super::{
     Headers, Record,
+    fields::{FIELDS, Field, missing},
     time::{self, TimeFormat},
 };
-use crate::tls::PeerText;
 
 /// What a log without a format of its own writes.
 const ENVOY_DEFAULT: &str = "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" \
@@ -76,99 +76,6 @@ enum Header {
     Status,
 }
 
-/// An operator without arguments.
-#[derive(Debug, Clone, Copy)]
-enum Field {
-    Protocol,
-    ResponseCode,
-    ResponseFlags,
-    ResponseCodeDetails,
-    BytesReceived,
-    BytesSent,
-    Duration,
-    UpstreamHost,
-    UpstreamCluster,
-    UpstreamLocalAddress,
-    RouteName,
-    DownstreamRemoteAddress,
-    DownstreamRemoteAddressWithoutPort,
-    DownstreamRemotePort,
-    DownstreamDirectRemoteAddress,
-    DownstreamDirectRemoteAddressWithoutPort,
-    DownstreamLocalAddress,
-    DownstreamLocalAddressWithoutPort,
-    DownstreamLocalPort,
-    ConnectionId,
-    RequestedServerName,
-    DownstreamTlsVersion,
-    DownstreamTlsCipher,
-    DownstreamPeerSubject,
-    DownstreamPeerIssuer,
-    DownstreamPeerSerial,
-    DownstreamPeerUriSan,
-    DownstreamPeerDnsSan,
-    DownstreamPeerFingerprint256,
-    DownstreamPeerCertVStart,
-    DownstreamPeerCertVEnd,
-    DownstreamPeerIpSan,
-    DownstreamPeerEmailSan,
-    DownstreamPeerFingerprint1,
-    DownstreamPeerCert,
-    DownstreamLocalSubject,
-    DownstreamLocalUriSan,
-    DownstreamLocalDnsSan,
-    DownstreamLocalIpSan,
-    DownstreamLocalEmailSan,
-    DownstreamTransportFailureReason,
-    LocalReplyBody,
-}
-
-const FIELDS: &[(&str, Field)] = &[
-    ("PROTOCOL", Field::Protocol),
-    ("RESPONSE_CODE", Field::ResponseCode),
-    ("RESPONSE_FLAGS", Field::ResponseFlags),
-    ("RESPONSE_CODE_DETAILS", Field::ResponseCodeDetails),
-    ("BYTES_RECEIVED", Field::BytesReceived),
-    ("BYTES_SENT", Field::BytesSent),
-    ("DURATION", Field::Duration),
-    ("UPSTREAM_HOST", Field::UpstreamHost),
-    ("UPSTREAM_REMOTE_ADDRESS", Field::UpstreamHost),
-    ("UPSTREAM_CLUSTER", Field::UpstreamCluster),
-    ("UPSTREAM_LOCAL_ADDRESS", Field::UpstreamLocalAddress),
-    ("ROUTE_NAME", Field::RouteName),
-    ("DOWNSTREAM_REMOTE_ADDRESS", Field::DownstreamRemoteAddress),
-    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Field::DownstreamRemoteAddressWithoutPort),
-    ("DOWNSTREAM_REMOTE_PORT", Field::DownstreamRemotePort),
-    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", Field::DownstreamDirectRemoteAddress),
-    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Field::DownstreamDirectRemoteAddressWithoutPort),
-    ("DOWNSTREAM_LOCAL_ADDRESS", Field::DownstreamLocalAddress),
-    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Field::DownstreamLocalAddressWithoutPort),
-    ("DOWNSTREAM_LOCAL_PORT", Field::DownstreamLocalPort),
-    ("CONNECTION_ID", Field::ConnectionId),
-    ("REQUESTED_SERVER_NAME", Field::RequestedServerName),
-    ("DOWNSTREAM_TLS_VERSION", Field::DownstreamTlsVersion),
-    ("DOWNSTREAM_TLS_CIPHER", Field::DownstreamTlsCipher),
-    ("DOWNSTREAM_PEER_SUBJECT", Field::DownstreamPeerSubject),
-    ("DOWNSTREAM_PEER_ISSUER", Field::DownstreamPeerIssuer),
-    ("DOWNSTREAM_PEER_SERIAL", Field::DownstreamPeerSerial),
-    ("DOWNSTREAM_PEER_URI_SAN", Field::DownstreamPeerUriSan),
-    ("DOWNSTREAM_PEER_DNS_SAN", Field::DownstreamPeerDnsSan),
-    ("DOWNSTREAM_PEER_FINGERPRINT_256", Field::DownstreamPeerFingerprint256),
-    ("DOWNSTREAM_PEER_CERT_V_START", Field::DownstreamPeerCertVStart),
-    ("DOWNSTREAM_PEER_CERT_V_END", Field::DownstreamPeerCertVEnd),
-    ("DOWNSTREAM_PEER_IP_SAN", Field::DownstreamPeerIpSan),
-    ("DOWNSTREAM_PEER_EMAIL_SAN", Field::DownstreamPeerEmailSan),
-    ("DOWNSTREAM_PEER_FINGERPRINT_1", Field::DownstreamPeerFingerprint1),
-    ("DOWNSTREAM_PEER_CERT", Field::DownstreamPeerCert),
-    ("DOWNSTREAM_LOCAL_SUBJECT", Field::DownstreamLocalSubject),
-    ("DOWNSTREAM_LOCAL_URI_SAN", Field::DownstreamLocalUriSan),
-    ("DOWNSTREAM_LOCAL_DNS_SAN", Field::DownstreamLocalDnsSan),
-    ("DOWNSTREAM_LOCAL_IP_SAN", Field::DownstreamLocalIpSan),
-    ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::DownstreamLocalEmailSan),
-    ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
-    ("LOCAL_REPLY_BODY", Field::LocalReplyBody),
-];
-
 impl Format {
     /// Envoy's default format.
     pub(super) fn envoy_default() -> Format {
@@ -227,20 +134,9 @@ impl Format {
 
     /// Whether it is one operator, and nothing around it; and whether that one makes numbers.
     pub(super) fn single(&self) -> (bool, bool) {
-        use Field::{BytesReceived, BytesSent, ConnectionId, DownstreamLocalPort, DownstreamRemotePort, Duration};
         match self.0.as_slice() {
             [Op::Text(_)] => (false, false),
-            [
-                Op::Field(
-                    BytesReceived
-                    | BytesSent
-                    | ConnectionId
-                    | DownstreamLocalPort
-                    | DownstreamRemotePort
-                    | Duration
-                    | Field::ResponseCode,
-                ),
-            ] => (true, true),
+            [Op::Field(field)] => (true, field.is_number()),
             [_] => (true, false),
             _ => (false, false),
         }
@@ -379,139 +275,6 @@ impl Header {
             Header::Scheme => record.scheme.map(str::as_bytes),
             Header::Status => None,
         }
-    }
-}
-
-impl Field {
-    fn write(self, out: &mut Vec<u8>, record: &Record<'_>) {
-        match self {
-            Field::Protocol => text(out, record, record.protocol),
-            Field::ResponseCode => number(out, record.response_code.into()),
-            Field::ResponseFlags => {
-                let before = out.len();
-                for name in record.response_flags.names() {
-                    if out.len() > before {
-                        out.push(b',');
-                    }
-                    out.extend_from_slice(name.as_bytes());
-                }
-                // Also where what is missing is not written otherwise.
-                if out.len() == before {
-                    out.push(b'-');
-                }
-            }
-            Field::ResponseCodeDetails => {
-                one_word(out, record, Some(record.response_code_details).filter(|details| !details.is_empty()));
-            }
-            Field::BytesReceived => number(out, record.bytes_received),
-            Field::BytesSent => number(out, record.bytes_sent),
-            Field::Duration => number(out, u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX)),
-            Field::UpstreamHost => text(out, record, record.upstream_host),
-            Field::UpstreamCluster => text(out, record, record.upstream_cluster),
-            Field::UpstreamLocalAddress => address(out, record, record.upstream_local_address),
-            Field::RouteName => text(out, record, record.route_name),
-            Field::DownstreamRemoteAddress => address(out, record, record.downstream_remote_address),
-            Field::DownstreamRemoteAddressWithoutPort => ip(out, record, record.downstream_remote_address),
-            Field::DownstreamRemotePort => port(out, record, record.downstream_remote_address),
-            Field::DownstreamDirectRemoteAddress => address(out, record, record.downstream_direct_remote_address),
-            Field::DownstreamDirectRemoteAddressWithoutPort => ip(out, record, record.downstream_direct_remote_address),
-            Field::DownstreamLocalAddress => address(out, record, record.downstream_local_address),
-            Field::DownstreamLocalAddressWithoutPort => ip(out, record, record.downstream_local_address),
-            Field::DownstreamLocalPort => port(out, record, record.downstream_local_address),
-            Field::ConnectionId => number(out, record.connection_id),
-            Field::RequestedServerName => text(out, record, record.requested_server_name),
-            Field::DownstreamTlsVersion => text(out, record, record.tls.map(|tls| tls.version)),
-            Field::DownstreamTlsCipher => text(out, record, record.tls.map(|tls| tls.cipher)),
-            Field::DownstreamPeerSubject => peer(out, record, |peer| &peer.subject),
-            Field::DownstreamPeerIssuer => peer(out, record, |peer| &peer.issuer),
-            Field::DownstreamPeerSerial => peer(out, record, |peer| &peer.serial),
-            Field::DownstreamPeerUriSan => peer(out, record, |peer| &peer.uri_sans),
-            Field::DownstreamPeerDnsSan => peer(out, record, |peer| &peer.dns_sans),
-            Field::DownstreamPeerFingerprint256 => peer(out, record, |peer| &peer.fingerprint_256),
-            Field::DownstreamPeerCertVStart => peer(out, record, |peer| &peer.valid_from),
-            Field::DownstreamPeerCertVEnd => peer(out, record, |peer| &peer.valid_until),
-            Field::DownstreamPeerIpSan => peer(out, record, |peer| &peer.ip_sans),
-            Field::DownstreamPeerEmailSan => peer(out, record, |peer| &peer.email_sans),
-            Field::DownstreamPeerFingerprint1 => peer(out, record, |peer| &peer.fingerprint_1),
-            Field::DownstreamPeerCert => peer(out, record, |peer| &peer.pem),
-            Field::DownstreamLocalSubject => local(out, record, |local| &local.subject),
-            Field::DownstreamLocalUriSan => local(out, record, |local| &local.uri_sans),
-            Field::DownstreamLocalDnsSan => local(out, record, |local| &local.dns_sans),
-            Field::DownstreamLocalIpSan => local(out, record, |local| &local.ip_sans),
-            Field::DownstreamLocalEmailSan => local(out, record, |local| &local.email_sans),
-            Field::LocalReplyBody => out.extend_from_slice(record.local_reply_body),
-            Field::DownstreamTransportFailureReason => {
-                one_word(out, record, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
-            }
-        }
-    }
-}
-
-/// Something of the client's certificate.
-fn peer(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
-    text(
-        out,
-        record,
-        record.tls.and_then(|tls| tls.peer()).map(|peer| part(peer).as_str()).filter(|text| !text.is_empty()),
-    );
-}
-
-/// Something of our own certificate.
-fn local(out: &mut Vec<u8>, record: &Record<'_>, part: fn(&PeerText) -> &String) {
-    let own = record.tls.and_then(|tls| tls.local()).map(|own| part(own).as_str());
-    text(out, record, own.filter(|text| !text.is_empty()));
-}
-
-/// One word, so that a line can be split at its spaces.
-fn one_word(out: &mut Vec<u8>, record: &Record<'_>, words: Option<&str>) {
-    let before = out.len();
-    text(out, record, words);
-    out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
-}
-
-fn missing(out: &mut Vec<u8>, record: &Record<'_>) {
-    out.extend_from_slice(record.missing.as_bytes());
-}
-
-fn text(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>) {
-    out.extend_from_slice(text.unwrap_or(record.missing).as_bytes());
-}
-
-/// `write!` goes through the formatting machinery; most fields of a line are short numbers.
-fn number(out: &mut Vec<u8>, mut number: u64) {
-    let mut digits = [0; 20];
-    let mut at = digits.len();
-    loop {
-        at -= 1;
-        digits[at] = b'0' + (number % 10) as u8;
-        number /= 10;
-        if number == 0 {
-            break;
-        }
-    }
-    out.extend_from_slice(&digits[at..]);
-}
-
-fn address(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
-    // Writing to a Vec cannot fail.
-    let _ = match address {
-        Some(address) => write!(out, "{}", SocketAddr::new(address.ip().to_canonical(), address.port())),
-        None => write!(out, "{}", record.missing),
-    };
-}
-
-fn ip(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
-    // Writing to a Vec cannot fail.
-    let _ = match address {
-        Some(address) => write!(out, "{}", address.ip().to_canonical()),
-        None => write!(out, "{}", record.missing),
-    };
-}
-
-fn port(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
-    match address {
-        Some(address) => number(out, address.port().into()),
-        None => missing(out, record),
     }
 }
 

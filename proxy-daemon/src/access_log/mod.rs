@@ -3,6 +3,7 @@
 //! A format is compiled when configuration is applied. A worker formats straight into its own buffer of the log's sink
 //! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between.
 
+mod fields;
 mod filter;
 mod flags;
 mod format;

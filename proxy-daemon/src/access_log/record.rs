@@ -82,6 +82,10 @@ pub struct Record<'a> {
     pub tls: Option<&'a TlsInfo>,
     /// The body of an answer that was made here, before its format.
     pub local_reply_body: &'a [u8],
+    /// What the upstream connection's TLS handshake came to.
+    pub upstream_tls: Option<&'a TlsInfo>,
+    /// Why there was no connection to the host.
+    pub upstream_transport_failure_reason: Option<&'a str>,
     /// What filters have told.
     pub metadata: Option<&'a Metadata>,
     /// It was a health check.
@@ -119,6 +123,8 @@ impl Default for Record<'_> {
             requested_server_name: None,
             tls: None,
             local_reply_body: b"",
+            upstream_tls: None,
+            upstream_transport_failure_reason: None,
             metadata: None,
             health_check: false,
             downstream_transport_failure_reason: None,

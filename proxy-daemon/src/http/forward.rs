@@ -238,7 +238,7 @@ impl Attempts<'_> {
                 body = replay.reader();
             }
             let mut timed_out = false;
-            match self.attempt(&host, head, body).await {
+            match self.attempt(end, &host, head, body).await {
                 Ok((response, connection)) => {
                     let (response, incoming) = response.into_parts();
                     let verdict =
@@ -350,6 +350,7 @@ impl Attempts<'_> {
     /// One attempt.
     async fn attempt(
         &self,
+        end: &mut StreamEnd,
         host: &Rc<WorkerHost>,
         head: RequestHead,
         body: Body,
@@ -358,8 +359,13 @@ impl Attempts<'_> {
         let wanted = protocol(self.cluster, &head);
         let connection = match host.acquire(self.cluster, wanted, source, high).await {
             Ok(connection) => connection,
-            Err(error) => return Err(connect_failed(error, head, body)),
+            Err(error) => {
+                let failed = connect_failed(error, head, body);
+                end.transport_failure.clone_from(&failed.transport);
+                return Err(failed);
+            }
         };
+        end.upstream = Some(Rc::clone(connection.info()));
         let upgrade = head.extensions.get::<Upgrade>().is_some();
         if upgrade && connection.is_http2() {
             let (reason, status) = ("upgrades need a host that speaks HTTP/1.1", StatusCode::BAD_GATEWAY);
@@ -495,12 +501,8 @@ fn overloaded() -> LocalReply {
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     let transport = match &error {
-        // As the system words it, without the number.
-        PoolError::Connect(ConnectError::Io(error)) => {
-            let text = error.to_string();
-            Some(format!("delayed connect error: {}", text.split(" (os error").next().unwrap_or_default()))
-        }
-        _ => None,
+        PoolError::Connect(error) => error.transport_failure(),
+        PoolError::Handshake(_) | PoolError::Overflow => None,
     };
     let (reason, status, flags): (&'static str, _, _) = match error {
         PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     access_log::{AccessLog, Headers, Record, ResponseFlags},
-    upstream::{Connection, Decrement, HostCounter, WorkerCluster, WorkerHost},
+    upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
 /// Counts a request's body while it passes.
@@ -154,6 +154,10 @@ pub(super) struct StreamEnd {
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
+    /// The connection to it, once there is one.
+    pub(super) upstream: Option<Rc<UpstreamInfo>>,
+    /// Why there was none.
+    pub(super) transport_failure: Option<String>,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
     /// The client speaks HTTP/1.
@@ -228,6 +232,8 @@ impl StreamEnd {
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
             host: None,
+            upstream: None,
+            transport_failure: None,
             judged: false,
             http1: true,
             grpc: false,
@@ -394,6 +400,7 @@ impl StreamEnd {
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
+        (self.upstream, self.transport_failure) = (None, None);
         self.judged = false;
     }
 
@@ -444,6 +451,9 @@ impl StreamEnd {
             bytes_received: self.progress.received.get(),
             bytes_sent: self.progress.sent.get(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
+            upstream_local_address: self.upstream.as_ref().and_then(|upstream| upstream.local),
+            upstream_tls: self.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
+            upstream_transport_failure_reason: self.transport_failure.as_deref(),
             upstream_cluster: log.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
             route_name: route.filter(|name| !name.is_empty()),
             downstream_remote_address: log.remote.or(Some(connection.remote)),

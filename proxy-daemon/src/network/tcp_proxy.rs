@@ -22,7 +22,8 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, UpstreamStream, WorkerCluster, WorkerHost, connect,
+        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, UpstreamInfo, UpstreamStream, WorkerCluster,
+        WorkerHost, connect,
     },
 };
 
@@ -88,6 +89,8 @@ struct Outcome {
     flags: ResponseFlags,
     host: Option<String>,
     cluster: Option<Arc<str>>,
+    upstream: Option<UpstreamInfo>,
+    transport_failure: Option<String>,
     received: u64,
     sent: u64,
 }
@@ -117,6 +120,9 @@ pub async fn serve(
         bytes_sent: outcome.sent,
         upstream_host: outcome.host.as_deref(),
         upstream_cluster: outcome.cluster.as_deref(),
+        upstream_local_address: outcome.upstream.as_ref().and_then(|upstream| upstream.local),
+        upstream_tls: outcome.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
+        upstream_transport_failure_reason: outcome.transport_failure.as_deref(),
         downstream_remote_address: Some(info.remote),
         downstream_direct_remote_address: Some(info.remote),
         downstream_local_address: Some(info.local),
@@ -239,6 +245,7 @@ async fn dial(
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 let issued = Issued::to(&host);
+                (outcome.upstream, outcome.transport_failure) = (Some(stream.info()), None);
                 return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open, _issued: issued });
             }
             Err(error) => {
@@ -248,6 +255,7 @@ async fn dial(
                     stats.upstream_cx_connect_timeout.inc();
                 }
                 outcome.flags |= ResponseFlags::UF;
+                outcome.transport_failure = error.transport_failure();
                 tracing::debug!(connection = info.id, host = %host.host.display(), attempt, %error, "connect failed");
             }
         }

@@ -19,7 +19,7 @@ use tokio_rustls::client::TlsStream;
 use super::Host;
 use crate::{
     config::model::{EndpointAddress, OriginalSrc, TcpKeepalive},
-    tls::{AlpnFallback, ClientTls},
+    tls::{AlpnFallback, ClientTls, TlsInfo},
 };
 
 /// A connection to a host.
@@ -31,6 +31,15 @@ pub enum UpstreamStream {
     Unix(UnixStream),
     /// Through TLS, over one of the others.
     Tls(Box<TlsStream<UpstreamStream>>),
+}
+
+/// What access logs tell of a connection to a host.
+#[derive(Debug)]
+pub struct UpstreamInfo {
+    /// Our own end's address; `None` on Unix sockets.
+    pub local: Option<SocketAddr>,
+    /// What the TLS handshake came to.
+    pub tls: Option<TlsInfo>,
 }
 
 /// Why a connection could not be opened.
@@ -45,6 +54,24 @@ pub enum ConnectError {
     /// The TLS handshake failed, or cannot begin yet.
     #[error("TLS: {}", culvert_xds_client::tls_error::describe(.0))]
     Tls(io::Error),
+}
+
+impl ConnectError {
+    /// What the transport says of it, as access logs show it; `None` where that is nothing more.
+    pub fn transport_failure(&self) -> Option<String> {
+        match self {
+            ConnectError::Timeout => None,
+            // As the system words it, without the number.
+            ConnectError::Io(error) => {
+                let text = error.to_string();
+                Some(format!("delayed connect error: {}", text.split(" (os error").next().unwrap_or_default()))
+            }
+            // In Envoy's frame, with the words of another library.
+            ConnectError::Tls(error) => {
+                Some(format!("TLS_error:|{}:TLS_error_end", culvert_xds_client::tls_error::describe(error)))
+            }
+        }
+    }
 }
 
 /// How a connection is made.
@@ -176,6 +203,15 @@ pub(crate) fn set_int(socket: &impl AsRawFd, level: i32, option: i32, value: lib
 }
 
 impl UpstreamStream {
+    /// What access logs tell of it.
+    pub fn info(&self) -> UpstreamInfo {
+        let tls = match self {
+            UpstreamStream::Tls(stream) => Some(TlsInfo::new(stream.get_ref().1, None)),
+            UpstreamStream::Tcp(_) | UpstreamStream::Unix(_) => None,
+        };
+        UpstreamInfo { local: self.local_addr(), tls }
+    }
+
     /// Our own end's address.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {

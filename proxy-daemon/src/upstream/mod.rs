@@ -17,7 +17,7 @@ mod worker;
 
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
-pub use connect::{ConnectError, Dial, Source, UpstreamStream, connect};
+pub use connect::{ConnectError, Dial, Source, UpstreamInfo, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub(crate) use pool::Decrement;
 pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, Notify};
 
 use super::{
     Cluster, ConnectError, Host, HostCounter, Issued, WorkerCluster, WorkerHost,
-    connect::{Dial, Source, UpstreamStream, connect},
+    connect::{Dial, Source, UpstreamInfo, UpstreamStream, connect},
 };
 use crate::{
     config::model::Http2Options,
@@ -81,6 +81,7 @@ struct SourcePool {
 /// Closed when nobody holds it any more: neither the pool nor a borrower.
 struct Http1Connection {
     client: Rc<ClientConnection>,
+    info: Rc<UpstreamInfo>,
     requests: Cell<u32>,
     idle_since: Cell<Option<Instant>>,
     _open: OpenConnection,
@@ -88,6 +89,7 @@ struct Http1Connection {
 
 struct Http2Connection {
     sender: http2::SendRequest<Body>,
+    info: Rc<UpstreamInfo>,
     requests: Cell<u32>,
     /// Streams in flight, and since when there are none.
     active: Cell<u32>,
@@ -342,6 +344,7 @@ impl WorkerHost {
     ) -> Rc<Http1Connection> {
         cluster.cluster.stats.upstream_cx_http1_total.inc();
         let connection = Rc::new(Http1Connection {
+            info: Rc::new(stream.info()),
             client: Rc::new(ClientConnection::new(stream)),
             requests: Cell::new(0),
             idle_since: Cell::new(None),
@@ -375,6 +378,7 @@ impl WorkerHost {
         open: OpenConnection,
         options: &Http2Options,
     ) -> Result<Rc<Http2Connection>, PoolError> {
+        let info = Rc::new(stream.info());
         let handshake = http2::Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(options.initial_stream_window_size)
@@ -385,6 +389,7 @@ impl WorkerHost {
         cluster.cluster.stats.upstream_cx_http2_total.inc();
         let connection = Rc::new(Http2Connection {
             sender,
+            info,
             requests: Cell::new(0),
             active: Cell::new(0),
             idle_since: Cell::new(Some(Instant::now())),
@@ -439,6 +444,14 @@ impl Connection {
     /// Whether it speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
         matches!(self.sender, Sender::Http2(_))
+    }
+
+    /// What access logs tell of it.
+    pub fn info(&self) -> &Rc<UpstreamInfo> {
+        match &self.sender {
+            Sender::Http1(connection) => &connection.info,
+            Sender::Http2(connection) => &connection.info,
+        }
     }
 
     /// Sends the request and waits for the response's head. `interim` is told of the 1xx that come before it.

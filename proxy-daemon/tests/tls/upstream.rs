@@ -101,6 +101,46 @@ fn hosts_are_verified_and_see_our_certificate() {
 }
 
 #[test]
+fn the_handshake_with_a_host_is_logged() {
+    run(async {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let (authority, stranger) = (Authority::new("ca"), Authority::new("other"));
+        let server = authority.issue(&["host.test"], &["spiffe://td/server"]);
+        let (address, _) = https_server(&server, None, &["http/1.1"]).await;
+        let format = "%UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%|%UPSTREAM_TLS_VERSION%|%UPSTREAM_PEER_SUBJECT%|%UPSTREAM_PEER_URI_SAN%|\
+                      %UPSTREAM_PEER_DNS_SAN%|%UPSTREAM_TRANSPORT_FAILURE_REASON%\n";
+        let log = format!(
+            "access_log: [{{ name: f, typed_config: {{ '@type': \
+             type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: {{ text_format_source: {{ \
+             inline_string: {} }} }} }} }}]",
+            path.display(),
+            yaml(format)
+        );
+        for (index, trusted) in [&authority, &stranger].into_iter().enumerate() {
+            let chain = plain_chain().replace("stat_prefix: plain,", &format!("stat_prefix: plain, {log},"));
+            let context = format!(
+                "common_tls_context: {{ validation_context: {{ trusted_ca: {{ inline_string: {} }} }} }}",
+                yaml(&trusted.pem)
+            );
+            let (plane, addresses) = start(&bootstrap("logged", &[chain], &[cluster(address, &context, "")])).await;
+            fetch(addresses[0]).await;
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+            while std::fs::read_to_string(&path).unwrap_or_default().lines().count() <= index {
+                assert!(tokio::time::Instant::now() < deadline, "no line {index} in the access log");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            plane.stop();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "127.0.0.1|TLSv1.2|O=Org\\, Inc,CN=host.test|spiffe://td/server|host.test|-");
+        let reason = lines[1].strip_prefix("-|-|-|-|-|TLS_error:|").expect(lines[1]);
+        assert!(reason.ends_with(":TLS_error_end") && reason.len() > 20 && !reason.contains(' '), "{reason}");
+    });
+}
+
+#[test]
 fn a_host_that_cannot_be_trusted_gets_nothing() {
     run(async {
         let (authority, stranger) = (Authority::new("ca"), Authority::new("other"));

@@ -1,0 +1,255 @@
+//! The operators of formats that take no arguments.
+
+use std::{io::Write as _, net::SocketAddr};
+
+use super::Record;
+use crate::tls::PeerText;
+
+/// What an operator without arguments writes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Field {
+    Protocol,
+    ResponseCode,
+    ResponseFlags,
+    ResponseCodeDetails,
+    BytesReceived,
+    BytesSent,
+    Duration,
+    UpstreamHost,
+    UpstreamCluster,
+    RouteName,
+    ConnectionId,
+    RequestedServerName,
+    DownstreamTransportFailureReason,
+    UpstreamTransportFailureReason,
+    TlsVersion(Side),
+    TlsCipher(Side),
+    /// Something of a certificate.
+    Certificate(Shown, fn(&PeerText) -> &String),
+    Address(Which),
+    AddressWithoutPort(Which),
+    Port(Which),
+    LocalReplyBody,
+}
+
+/// The connection with the client, or that with the host.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Side {
+    Downstream,
+    Upstream,
+}
+
+/// Whose certificate.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Shown {
+    /// What the client has shown.
+    Client,
+    /// What the client was shown.
+    Own,
+    /// What the host has shown.
+    Host,
+}
+
+/// One of the addresses of a request.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Which {
+    DownstreamRemote,
+    DownstreamDirectRemote,
+    DownstreamLocal,
+    UpstreamLocal,
+}
+
+/// All of them, by name.
+pub(super) const FIELDS: &[(&str, Field)] = &[
+    ("PROTOCOL", Field::Protocol),
+    ("RESPONSE_CODE", Field::ResponseCode),
+    ("RESPONSE_FLAGS", Field::ResponseFlags),
+    ("RESPONSE_CODE_DETAILS", Field::ResponseCodeDetails),
+    ("BYTES_RECEIVED", Field::BytesReceived),
+    ("BYTES_SENT", Field::BytesSent),
+    ("DURATION", Field::Duration),
+    ("ROUTE_NAME", Field::RouteName),
+    ("CONNECTION_ID", Field::ConnectionId),
+    ("REQUESTED_SERVER_NAME", Field::RequestedServerName),
+    ("UPSTREAM_HOST", Field::UpstreamHost),
+    ("UPSTREAM_REMOTE_ADDRESS", Field::UpstreamHost),
+    ("UPSTREAM_CLUSTER", Field::UpstreamCluster),
+    ("UPSTREAM_LOCAL_ADDRESS", Field::Address(Which::UpstreamLocal)),
+    ("UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::UpstreamLocal)),
+    ("UPSTREAM_LOCAL_PORT", Field::Port(Which::UpstreamLocal)),
+    ("UPSTREAM_TLS_VERSION", Field::TlsVersion(Side::Upstream)),
+    ("UPSTREAM_TLS_CIPHER", Field::TlsCipher(Side::Upstream)),
+    ("UPSTREAM_PEER_SUBJECT", Field::Certificate(Shown::Host, |text| &text.subject)),
+    ("UPSTREAM_PEER_ISSUER", Field::Certificate(Shown::Host, |text| &text.issuer)),
+    ("UPSTREAM_PEER_URI_SAN", Field::Certificate(Shown::Host, |text| &text.uri_sans)),
+    ("UPSTREAM_PEER_DNS_SAN", Field::Certificate(Shown::Host, |text| &text.dns_sans)),
+    ("UPSTREAM_PEER_IP_SAN", Field::Certificate(Shown::Host, |text| &text.ip_sans)),
+    ("UPSTREAM_PEER_CERT", Field::Certificate(Shown::Host, |text| &text.pem)),
+    ("UPSTREAM_PEER_CERT_V_START", Field::Certificate(Shown::Host, |text| &text.valid_from)),
+    ("UPSTREAM_PEER_CERT_V_END", Field::Certificate(Shown::Host, |text| &text.valid_until)),
+    ("UPSTREAM_TRANSPORT_FAILURE_REASON", Field::UpstreamTransportFailureReason),
+    ("DOWNSTREAM_REMOTE_ADDRESS", Field::Address(Which::DownstreamRemote)),
+    ("DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::DownstreamRemote)),
+    ("DOWNSTREAM_REMOTE_PORT", Field::Port(Which::DownstreamRemote)),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS", Field::Address(Which::DownstreamDirectRemote)),
+    ("DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::DownstreamDirectRemote)),
+    ("DOWNSTREAM_LOCAL_ADDRESS", Field::Address(Which::DownstreamLocal)),
+    ("DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::DownstreamLocal)),
+    ("DOWNSTREAM_LOCAL_PORT", Field::Port(Which::DownstreamLocal)),
+    ("DOWNSTREAM_TLS_VERSION", Field::TlsVersion(Side::Downstream)),
+    ("DOWNSTREAM_TLS_CIPHER", Field::TlsCipher(Side::Downstream)),
+    ("DOWNSTREAM_PEER_SUBJECT", Field::Certificate(Shown::Client, |text| &text.subject)),
+    ("DOWNSTREAM_PEER_ISSUER", Field::Certificate(Shown::Client, |text| &text.issuer)),
+    ("DOWNSTREAM_PEER_SERIAL", Field::Certificate(Shown::Client, |text| &text.serial)),
+    ("DOWNSTREAM_PEER_URI_SAN", Field::Certificate(Shown::Client, |text| &text.uri_sans)),
+    ("DOWNSTREAM_PEER_DNS_SAN", Field::Certificate(Shown::Client, |text| &text.dns_sans)),
+    ("DOWNSTREAM_PEER_IP_SAN", Field::Certificate(Shown::Client, |text| &text.ip_sans)),
+    ("DOWNSTREAM_PEER_EMAIL_SAN", Field::Certificate(Shown::Client, |text| &text.email_sans)),
+    ("DOWNSTREAM_PEER_FINGERPRINT_256", Field::Certificate(Shown::Client, |text| &text.fingerprint_256)),
+    ("DOWNSTREAM_PEER_FINGERPRINT_1", Field::Certificate(Shown::Client, |text| &text.fingerprint_1)),
+    ("DOWNSTREAM_PEER_CERT", Field::Certificate(Shown::Client, |text| &text.pem)),
+    ("DOWNSTREAM_PEER_CERT_V_START", Field::Certificate(Shown::Client, |text| &text.valid_from)),
+    ("DOWNSTREAM_PEER_CERT_V_END", Field::Certificate(Shown::Client, |text| &text.valid_until)),
+    ("DOWNSTREAM_LOCAL_SUBJECT", Field::Certificate(Shown::Own, |text| &text.subject)),
+    ("DOWNSTREAM_LOCAL_URI_SAN", Field::Certificate(Shown::Own, |text| &text.uri_sans)),
+    ("DOWNSTREAM_LOCAL_DNS_SAN", Field::Certificate(Shown::Own, |text| &text.dns_sans)),
+    ("DOWNSTREAM_LOCAL_IP_SAN", Field::Certificate(Shown::Own, |text| &text.ip_sans)),
+    ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::Certificate(Shown::Own, |text| &text.email_sans)),
+    ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
+    ("LOCAL_REPLY_BODY", Field::LocalReplyBody),
+];
+
+impl Which {
+    fn of(self, record: &Record<'_>) -> Option<SocketAddr> {
+        match self {
+            Which::DownstreamRemote => record.downstream_remote_address,
+            Which::DownstreamDirectRemote => record.downstream_direct_remote_address,
+            Which::DownstreamLocal => record.downstream_local_address,
+            Which::UpstreamLocal => record.upstream_local_address,
+        }
+    }
+}
+
+impl Shown {
+    fn of<'a>(self, record: &Record<'a>) -> Option<&'a PeerText> {
+        match self {
+            Shown::Client => record.tls?.peer(),
+            Shown::Own => record.tls?.local(),
+            Shown::Host => record.upstream_tls?.peer(),
+        }
+    }
+}
+
+impl Field {
+    /// Whether it is a number: JSON writes it without quotes.
+    pub(super) fn is_number(self) -> bool {
+        use Field::{BytesReceived, BytesSent, ConnectionId, Duration, Port, ResponseCode};
+        matches!(self, BytesReceived | BytesSent | ConnectionId | Duration | Port(_) | ResponseCode)
+    }
+
+    /// Appends what `record` says.
+    pub(super) fn write(self, out: &mut Vec<u8>, record: &Record<'_>) {
+        let tls = |side| match side {
+            Side::Downstream => record.tls,
+            Side::Upstream => record.upstream_tls,
+        };
+        match self {
+            Field::Protocol => text(out, record, record.protocol),
+            Field::ResponseCode => number(out, record.response_code.into()),
+            Field::ResponseFlags => flags(out, record),
+            Field::ResponseCodeDetails => {
+                one_word(out, record, Some(record.response_code_details).filter(|details| !details.is_empty()));
+            }
+            Field::BytesReceived => number(out, record.bytes_received),
+            Field::BytesSent => number(out, record.bytes_sent),
+            Field::Duration => number(out, u64::try_from(record.duration.as_millis()).unwrap_or(u64::MAX)),
+            Field::UpstreamHost => text(out, record, record.upstream_host),
+            Field::UpstreamCluster => text(out, record, record.upstream_cluster),
+            Field::RouteName => text(out, record, record.route_name),
+            Field::ConnectionId => number(out, record.connection_id),
+            Field::RequestedServerName => text(out, record, record.requested_server_name),
+            Field::DownstreamTransportFailureReason => {
+                one_word(out, record, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
+            }
+            Field::UpstreamTransportFailureReason => one_word(out, record, record.upstream_transport_failure_reason),
+            Field::LocalReplyBody => out.extend_from_slice(record.local_reply_body),
+            Field::TlsVersion(side) => text(out, record, tls(side).map(|tls| tls.version)),
+            Field::TlsCipher(side) => text(out, record, tls(side).map(|tls| tls.cipher)),
+            Field::Certificate(shown, part) => {
+                let part = shown.of(record).map(|certificate| part(certificate).as_str());
+                text(out, record, part.filter(|text| !text.is_empty()));
+            }
+            Field::Address(which) => address(out, record, which.of(record)),
+            Field::AddressWithoutPort(which) => ip(out, record, which.of(record)),
+            Field::Port(which) => port(out, record, which.of(record)),
+        }
+    }
+}
+
+fn flags(out: &mut Vec<u8>, record: &Record<'_>) {
+    let before = out.len();
+    for name in record.response_flags.names() {
+        if out.len() > before {
+            out.push(b',');
+        }
+        out.extend_from_slice(name.as_bytes());
+    }
+    // Also where what is missing is not written otherwise.
+    if out.len() == before {
+        out.push(b'-');
+    }
+}
+
+/// One word, so that a line can be split at its spaces.
+fn one_word(out: &mut Vec<u8>, record: &Record<'_>, words: Option<&str>) {
+    let before = out.len();
+    text(out, record, words);
+    out[before..].iter_mut().filter(|b| b.is_ascii_whitespace()).for_each(|b| *b = b'_');
+}
+
+/// What stands for what is not there.
+pub(super) fn missing(out: &mut Vec<u8>, record: &Record<'_>) {
+    out.extend_from_slice(record.missing.as_bytes());
+}
+
+fn text(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>) {
+    out.extend_from_slice(text.unwrap_or(record.missing).as_bytes());
+}
+
+/// `write!` goes through the formatting machinery; most fields of a line are short numbers.
+fn number(out: &mut Vec<u8>, mut number: u64) {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (number % 10) as u8;
+        number /= 10;
+        if number == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&digits[at..]);
+}
+
+fn address(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
+    // Writing to a Vec cannot fail.
+    let _ = match address {
+        Some(address) => write!(out, "{}", SocketAddr::new(address.ip().to_canonical(), address.port())),
+        None => write!(out, "{}", record.missing),
+    };
+}
+
+fn ip(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
+    // Writing to a Vec cannot fail.
+    let _ = match address {
+        Some(address) => write!(out, "{}", address.ip().to_canonical()),
+        None => write!(out, "{}", record.missing),
+    };
+}
+
+fn port(out: &mut Vec<u8>, record: &Record<'_>, address: Option<SocketAddr>) {
+    match address {
+        Some(address) => number(out, address.port().into()),
+        None => missing(out, record),
+    }
+}
