@@ -164,46 +164,69 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Resolves dot segments (RFC 3986, 5.2.4) and joins slashes, as configured.
+/// Makes a path a normal one, as configured: what need not be escaped is not, backslashes are slashes, dot segments are resolved
+/// (RFC 3986, 5.2.4 and 6.2.2); then slashes are joined.
 pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
     let path = head.uri.path();
     if !path.starts_with('/') {
         return;
     }
-    let mut segments: Vec<&str> = Vec::new();
-    let mut parts = path[1..].split('/').peekable();
-    while let Some(segment) = parts.next() {
-        let last = parts.peek().is_none();
-        let dots = match segment.to_ascii_lowercase().as_str() {
-            "." | "%2e" => 1,
-            ".." | ".%2e" | "%2e." | "%2e%2e" => 2,
-            _ => 0,
-        };
-        match dots {
-            1 if config.normalize_path => {
-                if last {
-                    segments.push("");
-                }
-            }
-            2 if config.normalize_path => {
-                segments.pop();
-                if last {
-                    segments.push("");
-                }
-            }
-            _ if config.merge_slashes && segment.is_empty() && !last => {}
-            _ => segments.push(segment),
-        }
+    let mut normal = path.to_owned();
+    if config.normalize_path {
+        normal = resolve_dots(&unescape(path));
     }
-    let mut path = format!("/{}", segments.join("/"));
-    if path == head.uri.path() {
+    if config.merge_slashes {
+        let mut before = None;
+        normal.retain(|next| before.replace(next) != Some('/') || next != '/');
+    }
+    if normal == path {
         return;
     }
     if let Some(query) = head.uri.query() {
-        path.push('?');
-        path.push_str(query);
+        normal.push('?');
+        normal.push_str(query);
     }
-    set_path(head, &path);
+    set_path(head, &normal);
+}
+
+/// Unreserved characters are written as themselves.
+fn unescape(path: &str) -> String {
+    let mut text = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(next) = rest.chars().next() {
+        let code = rest.strip_prefix('%').and_then(|after| after.get(..2));
+        let code = code.and_then(|code| u8::from_str_radix(code, 16).ok()).map(char::from);
+        match code.filter(|code| code.is_ascii_alphanumeric() || "-._~".contains(*code)) {
+            Some(code) => {
+                text.push(code);
+                rest = &rest[3..];
+            }
+            None => {
+                text.push(if next == '\\' { '/' } else { next });
+                rest = &rest[next.len_utf8()..];
+            }
+        }
+    }
+    text
+}
+
+fn resolve_dots(path: &str) -> String {
+    let mut segments: Vec<&str> = Vec::new();
+    let mut parts = path[1..].split('/').peekable();
+    while let Some(segment) = parts.next() {
+        match segment {
+            "." => {}
+            ".." => drop(segments.pop()),
+            _ => {
+                segments.push(segment);
+                continue;
+            }
+        }
+        if parts.peek().is_none() {
+            segments.push("");
+        }
+    }
+    format!("/{}", segments.join("/"))
 }
 
 /// Replaces the path and the query; an impossible path leaves them as they are.

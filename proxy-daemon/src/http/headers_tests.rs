@@ -45,6 +45,9 @@ fn paths_are_normalised_as_configured() {
         ("/a/%2E%2e/b?x=/../y", "/b?x=/../y"),
         ("//a///b", "/a/b"),
         ("/a/..", "/"),
+        ("/%61/%7Eb/%2f", "/a/~b/%2f"),
+        ("/a%zz/%", "/a%zz/%"),
+        ("/x//../b", "/x/b"),
         ("/a/b", "/a/b"),
     ] {
         let mut head = request(path, &[("host", "a")]);

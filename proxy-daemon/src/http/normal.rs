@@ -33,6 +33,10 @@ pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), Loc
         let names: Vec<_> = head.headers.keys().filter(|name| has_underscore(name)).cloned().collect();
         names.iter().for_each(|name| drop(head.headers.remove(name)));
     }
+    if config.normalize_path && head.uri.path().contains("%00") {
+        state.count_failed_normalization();
+        return Err(refused(StatusCode::BAD_REQUEST));
+    }
     if rules.escaped_slashes != EscapedSlashes::Keep
         && let Some(path) = unescaped(head.uri.path())
     {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::wait_until;
+use socket2::{Domain, Socket, Type};
 
 use super::upstream::{self, Seen};
 
@@ -99,6 +100,7 @@ struct Stage {
     ports: Vec<u16>,
     /// The ports of its services and listeners, and what they are shown as.
     names: Vec<(String, &'static str)>,
+    _held: Vec<Socket>,
 }
 
 impl Stage {
@@ -111,7 +113,6 @@ impl Stage {
             names.push((port.to_string(), "SERVICE"));
             clusters += &cluster(name, port);
         }
-        // Held until the proxy starts, so that nobody else is given them.
         let mut held = Vec::new();
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
@@ -129,8 +130,7 @@ impl Stage {
             yaml += &listener(*port, config, manager, hosts);
         }
         yaml += &format!("  clusters:\n{clusters}");
-        drop(held);
-        Ok(Stage { proxy: Daemon::start(kind, &yaml)?, seen, ports, names })
+        Ok(Stage { proxy: Daemon::start(kind, &yaml)?, seen, ports, names, _held: held })
     }
 
     /// What a client and the services see of one request.
@@ -218,8 +218,7 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
         let run = |kind| {
             let cases = &cases;
             scope.spawn(move || -> Result<_> {
-                // Its ports are free until it has started: somebody else may get one.
-                let stage = Stage::start(kind, cases).or_else(|_| Stage::start(kind, cases))?;
+                let stage = Stage::start(kind, cases)?;
                 let outcomes = stage.outcomes(cases);
                 // The proxy lives until here.
                 let Stage { proxy, .. } = stage;
@@ -254,10 +253,14 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     Ok(())
 }
 
-fn hold_port(held: &mut Vec<TcpListener>) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    held.push(listener);
+/// A port that nobody else is given: it is bound, but in a way that lets the proxy bind it too.
+fn hold_port(held: &mut Vec<Socket>) -> Result<u16> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    let port = socket.local_addr()?.as_socket().context("an address of IP")?.port();
+    held.push(socket);
     Ok(port)
 }
 

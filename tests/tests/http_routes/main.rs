@@ -4,6 +4,7 @@
 mod actions;
 mod harness;
 mod headers;
+mod limits;
 mod managers;
 mod matches;
 mod mirrors;
@@ -58,4 +59,9 @@ fn trust_is_envoys() -> Result<()> {
 #[test]
 fn local_replies_are_envoys() -> Result<()> {
     harness::compare(replies::cases())
+}
+
+#[test]
+fn limits_are_envoys() -> Result<()> {
+    harness::compare(limits::cases())
 }
