@@ -8,6 +8,7 @@ mod call;
 mod changes;
 pub mod codec;
 mod conn_manager;
+mod descriptors;
 pub mod filters;
 mod forward;
 pub(crate) mod headers;

@@ -285,7 +285,7 @@ pub(crate) fn matches_any<'a>(matcher: &HeaderMatcher, values: impl Iterator<Ite
     verdict != matcher.invert_match
 }
 
-fn query_matches(matcher: &QueryParameterMatcher, query: Option<&str>) -> bool {
+pub(super) fn query_matches(matcher: &QueryParameterMatcher, query: Option<&str>) -> bool {
     let pairs = query.unwrap_or_default().split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let mut values = pairs.filter(|(name, _)| *name == matcher.name).map(|(_, value)| value);
     match (&matcher.value, values.next()) {

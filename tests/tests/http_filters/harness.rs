@@ -30,6 +30,8 @@ pub struct Case {
     of_manager: String,
     /// How long its messages are is a proxy's own.
     of_own_lengths: bool,
+    /// Fields of the virtual host's, and of the action of its last route.
+    of_routes: [String; 2],
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
     told: [String; 3],
 }
@@ -45,6 +47,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         requests,
         of_manager: String::new(),
         of_own_lengths: false,
+        of_routes: Default::default(),
         told: Default::default(),
     }
 }
@@ -77,6 +80,13 @@ impl Case {
     /// How long its messages are is not compared.
     pub fn of_own_lengths(mut self) -> Case {
         self.of_own_lengths = true;
+        self
+    }
+
+    /// With fields of the virtual host and of its last route's action, in flow style.
+    pub fn of_routes(mut self, host: &str, route: &str) -> Case {
+        self.of_routes =
+            [host, route].map(|fields| if fields.is_empty() { String::new() } else { format!(", {fields}") });
         self
     }
 
@@ -277,10 +287,11 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let filters: String = case.filters.iter().map(filter).collect();
     let told = case.told.clone().map(|told| told.replace("$case", &format!("case{index}")));
     let [by_config, by_host, by_route] = &told;
+    let [of_host, of_action] = &case.of_routes;
     let lengths = if case.of_own_lengths { "" } else { "%BYTES_RECEIVED% %BYTES_SENT%" };
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
                   %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
-                  %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)%";
+                  %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)%";
     let format = format.replace("LENGTHS", lengths);
     format!(
         r#"  - name: http_{port}
@@ -301,16 +312,11 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             name: local
             typed_per_filter_config: {{{by_config}}}
             virtual_hosts:
-            - name: all
-              domains: ["*"]
-              typed_per_filter_config: {{{by_host}}}
-              routes:
-              - match: {{prefix: /direct}}
-                direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}
-                typed_per_filter_config: {{{by_route}}}
-              - {{match: {{prefix: /created}}, direct_response: {{status: 201}}}}
-              - {{match: {{prefix: /plain}}, route: {{cluster: a}}}}
-              - {{match: {{prefix: /}}, route: {{cluster: a}}, typed_per_filter_config: {{{by_route}}}}}
+            - {{name: all, domains: ["*"], typed_per_filter_config: {{{by_host}}}{of_host}, routes: [
+                {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}, typed_per_filter_config: {{{by_route}}}}},
+                {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
+                {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
+                {{match: {{prefix: /}}, route: {{cluster: a{of_action}}}, typed_per_filter_config: {{{by_route}}}}}]}}
           http_filters:
 {filters}          - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}

@@ -9,6 +9,7 @@ mod compression;
 mod faults;
 mod harness;
 mod health_checks;
+mod limits;
 mod metadata;
 mod services;
 #[path = "../http_routes/upstream.rs"]
@@ -54,4 +55,9 @@ fn health_checks_are_answered_as_by_envoy() -> Result<()> {
 #[test]
 fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
     harness::compare(authorization::cases())
+}
+
+#[test]
+fn requests_are_limited_as_by_envoy() -> Result<()> {
+    harness::compare(limits::cases())
 }

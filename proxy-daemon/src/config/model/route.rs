@@ -3,7 +3,7 @@ use std::{any::Any, collections::BTreeMap, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue, StatusCode};
 use regex::Regex;
 
-use super::ConfigSource;
+use super::{ConfigSource, RateLimit};
 use crate::access_log::HeaderFormat;
 use crate::layered_runtime::{RuntimeFraction, RuntimeInteger};
 
@@ -94,6 +94,8 @@ pub struct VirtualHost {
     pub include_is_timeout_retry_header: bool,
     /// Who gets a copy of requests, where their route does not say.
     pub mirrors: Box<[MirrorPolicy]>,
+    /// What its requests are counted under.
+    pub rate_limits: Box<[RateLimit]>,
     /// Upstream requests carry `x-envoy-attempt-count`.
     pub include_request_attempt_count: bool,
     /// Responses carry `x-envoy-attempt-count`.
@@ -347,6 +349,10 @@ pub struct ForwardAction {
     pub upgrades: Box<[UpgradeRule]>,
     /// Who gets a copy of requests; empty: those of the virtual host.
     pub mirrors: Box<[MirrorPolicy]>,
+    /// What its requests are counted under.
+    pub rate_limits: Box<[RateLimit]>,
+    /// They are counted under what the virtual host says too.
+    pub include_vh_rate_limits: bool,
 }
 
 /// `RouteAction.RequestMirrorPolicy`

@@ -106,7 +106,7 @@ pub(super) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
     })
 }
 
-fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> {
+pub(super) fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> {
     let value = match &matcher.query_parameter_match_specifier {
         Some(QueryParameterMatchSpecifier::StringMatch(matcher)) => {
             QueryParameterMatch::String(string(matcher, &join(path, "string_match"))?)

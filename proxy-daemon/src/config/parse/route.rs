@@ -32,6 +32,7 @@ use super::{
     config_source::config_source,
     matcher::{regex_rewrite, route_match},
     mirror::mirror_policies,
+    rate_limit,
     retry::retry_policy,
     support::{self, join},
     upgrade, uri_template,
@@ -153,6 +154,7 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
         retry_policy: retry.transpose()?.map(Arc::new),
         body_buffer_limit: body_limit(host.request_body_buffer_limit, host.per_request_buffer_limit_bytes),
         mirrors: mirror_policies(&host.request_mirror_policies, path)?,
+        rate_limits: rate_limit::of_routes(&host.rate_limits, path)?,
         include_is_timeout_retry_header: host.include_is_timeout_retry_header,
         include_request_attempt_count: host.include_request_attempt_count,
         include_attempt_count_in_response: host.include_attempt_count_in_response,
@@ -284,8 +286,15 @@ fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<For
         append_x_forwarded_host: action.append_x_forwarded_host,
         high_priority: action.priority == RoutingPriority::High as i32,
         mirrors: mirror_policies(&action.request_mirror_policies, path)?,
+        rate_limits: rate_limit::of_routes(&action.rate_limits, path)?,
+        include_vh_rate_limits: include_vh_rate_limits(action),
         upgrades: upgrade::of_route(&action.upgrade_configs, path)?,
     })
+}
+
+#[expect(deprecated, reason = "include_vh_rate_limits, which Envoy still takes")]
+fn include_vh_rate_limits(action: &ProtoAction) -> bool {
+    action.include_vh_rate_limits.is_some_and(|include| include.value)
 }
 
 fn max_stream_duration(limits: ProtoMaxStreamDuration, path: &str) -> Result<MaxStreamDuration> {

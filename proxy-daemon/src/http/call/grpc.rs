@@ -101,6 +101,12 @@ impl Service {
         })
     }
 
+    /// With another time limit.
+    pub(in crate::http) fn within(mut self, limit: Duration) -> Service {
+        self.timeout = Some(limit);
+        self
+    }
+
     /// A call's head. `path` is the method's.
     fn head(&self, path: &'static str, timeout: Option<Duration>, cx: &StreamCx) -> RequestHead {
         let (mut head, ()) = Request::new(()).into_parts();

@@ -1,6 +1,7 @@
 //! `envoy.filters.http.local_ratelimit`: a token bucket that all workers share.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -17,10 +18,16 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
-    access_log::ResponseFlags,
-    config::{FieldError, model::HeaderMutations, parse},
+    access_log::{Record, ResponseFlags},
+    config::{
+        FieldError,
+        model::{HeaderMutations, RateLimit, VirtualHostRateLimits},
+        parse,
+    },
     http::{
         body::Body,
+        changes::list,
+        descriptors,
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
@@ -90,6 +97,14 @@ struct Configured {
     status: StatusCode,
     grpc_status: Option<u16>,
     bucket: Option<TokenBucket>,
+    /// By the descriptors that requests have.
+    buckets: HashMap<Vec<(Box<str>, Box<str>)>, TokenBucket>,
+    /// What makes them, in the place of what routes say.
+    own: Box<[RateLimit]>,
+    stage: u32,
+    of_host: VirtualHostRateLimits,
+    /// The bucket of all requests counts also those that have one of their own.
+    always_default: bool,
     enabled: RuntimeFraction,
     enforced: RuntimeFraction,
     when_not_enforced: HeaderMutations,
@@ -113,14 +128,45 @@ struct LocalRateLimitFactory(Arc<Configured>);
 
 /// One stream's filter, where responses tell of the bucket.
 #[derive(Debug)]
-struct LocalRateLimitFilter(Arc<Configured>);
+struct LocalRateLimitFilter {
+    configured: Arc<Configured>,
+    /// Which one that is; `None`: that of all requests.
+    descriptor: Option<Vec<(Box<str>, Box<str>)>>,
+}
+
+/// What became of a request.
+struct Taken<'a> {
+    allowed: bool,
+    /// The bucket that decided, with its descriptor.
+    bucket: Option<(Option<&'a Vec<(Box<str>, Box<str>)>>, &'a TokenBucket)>,
+}
 
 impl Configured {
+    /// Takes the tokens of a request, of all buckets that count it.
+    fn take(&self, head: &RequestHead, cx: &StreamCx, now: Instant) -> Taken<'_> {
+        let default = self.bucket.as_ref().map(|bucket| (None, bucket));
+        let mut buckets = Vec::new();
+        if !self.buckets.is_empty() {
+            let descriptors = descriptors::of_request(&self.own, self.stage, self.of_host, head, cx);
+            let known = descriptors.iter().filter_map(|it| self.buckets.get_key_value(&it.entries));
+            buckets = known.map(|(descriptor, bucket)| (Some(descriptor), bucket)).collect();
+            // The slowest first, as in Envoy.
+            buckets.sort_by(|a, b| b.1.per_token.total_cmp(&a.1.per_token));
+        }
+        let first = buckets.first().copied();
+        let counts_all = buckets.is_empty() || self.always_default;
+        for bucket in buckets.into_iter().chain(default.filter(|_| counts_all)) {
+            if !bucket.1.take(now) {
+                return Taken { allowed: false, bucket: Some(bucket) };
+            }
+        }
+        Taken { allowed: true, bucket: first.or(default) }
+    }
+
     /// The answer to a request for which there is no token.
-    fn decide(&self, head: &mut RequestHead, cx: &StreamCx) -> Flow {
+    fn decide(&self, taken: &Taken<'_>, now: Instant, head: &mut RequestHead, cx: &StreamCx) -> Flow {
         self.stats.enabled.inc();
-        let now = Instant::now();
-        if self.bucket.as_ref().is_none_or(|bucket| bucket.take(now)) {
+        if taken.allowed {
             self.stats.ok.inc();
             return Flow::Continue;
         }
@@ -134,19 +180,14 @@ impl Configured {
         let mut reply = LocalReply::new(self.status, text, ResponseFlags::RL, text);
         reply.grpc_status = self.grpc_status;
         let mut headers = http::HeaderMap::new();
-        cx.format_request(head, |_, record| mutate_response(&mut headers, &self.response_headers, record));
-        if let Some(bucket) = self.bucket.as_ref().filter(|_| self.says_when) {
+        cx.format_request(head, |request, record| {
+            let record = Record { request_headers: Some(request), ..*record };
+            mutate_response(&mut headers, &self.response_headers, &record);
+        });
+        if let Some((_, bucket)) = taken.bucket.filter(|_| self.says_when) {
             headers.insert(http::header::RETRY_AFTER, seconds(bucket.next(now)));
         }
-        let headers = headers.into_iter();
-        // A further value of a header comes without its name.
-        let mut last = None;
-        reply.headers = headers
-            .filter_map(|(name, value)| {
-                last = name.or_else(|| last.clone());
-                Some((last.clone()?, value))
-            })
-            .collect();
+        reply.headers = list(headers);
         Flow::Respond(reply)
     }
 }
@@ -175,16 +216,23 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         if !configured.enabled.includes(cx.random) {
             return Flow::Continue;
         }
-        if configured.shows_bucket && configured.bucket.is_some() {
-            instances.push(Box::new(LocalRateLimitFilter(Arc::clone(configured))));
+        let now = Instant::now();
+        let taken = configured.take(head, cx, now);
+        if let Some((descriptor, _)) = taken.bucket.filter(|_| configured.shows_bucket) {
+            let (configured, descriptor) = (Arc::clone(configured), descriptor.cloned());
+            instances.push(Box::new(LocalRateLimitFilter { configured, descriptor }));
         }
-        configured.decide(head, cx)
+        configured.decide(&taken, now, head, cx)
     }
 }
 
 impl HttpFilter for LocalRateLimitFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
-        let Some(bucket) = &self.0.bucket else { return Flow::Continue };
+        let bucket = match &self.descriptor {
+            Some(descriptor) => self.configured.buckets.get(descriptor),
+            None => self.configured.bucket.as_ref(),
+        };
+        let Some(bucket) = bucket else { return Flow::Continue };
         let now = Instant::now();
         let remaining = bucket.remaining(now);
         head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens));
@@ -207,6 +255,23 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     let config: LocalRateLimit = unpack(config, path)?;
     let field = |name: &str| format!("{path}.{name}");
     let bucket = config.token_bucket.as_ref().map(|bucket| token_bucket(bucket, &field("token_bucket"))).transpose()?;
+    let buckets = config.descriptors.iter().enumerate().map(|(index, descriptor)| {
+        let path = format!("{path}.descriptors[{index}]");
+        let entries = descriptor.entries.iter().map(|entry| match entry.value.as_str() {
+            "" => Err(FieldError::new(
+                format!("{path}.entries"),
+                "entries without a value, which stand for all values, are not supported by culvert yet",
+            )),
+            value => Ok((entry.key.as_str().into(), value.into())),
+        });
+        let bucket = descriptor.token_bucket.as_ref();
+        let bucket = bucket.ok_or_else(|| FieldError::new(format!("{path}.token_bucket"), "value is required"))?;
+        Ok((entries.collect::<Result<_, _>>()?, token_bucket(bucket, &format!("{path}.token_bucket"))?))
+    });
+    let buckets = buckets.collect::<Result<HashMap<_, _>, FieldError>>()?;
+    if buckets.len() < config.descriptors.len() {
+        return Err(FieldError::new(field("descriptors"), "duplicate descriptor in the local rate limit descriptor"));
+    }
     let never = RuntimeFraction { default: Fraction::percent(0), key: None };
     let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
     // As in Envoy, what is no error is no answer here.
@@ -238,6 +303,11 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
         status,
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
         bucket,
+        buckets,
+        own: parse::rate_limits(&config.rate_limits, path, "rate_limits")?,
+        stage: config.stage,
+        of_host: super::ratelimit::of_host(config.vh_rate_limits),
+        always_default: config.always_consume_default_token_bucket.is_none_or(|value| value.value),
         enabled: share(config.filter_enabled.as_ref()),
         enforced: share(config.filter_enforced.as_ref()),
         when_not_enforced,

@@ -18,6 +18,7 @@ mod health_check;
 mod local_ratelimit;
 mod on_demand;
 mod r#override;
+mod ratelimit;
 mod rbac;
 mod router;
 mod set_metadata;
@@ -311,6 +312,12 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.on_demand.v3.OnDemand",
         parse: on_demand::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.ratelimit",
+        type_name: "envoy.extensions.filters.http.ratelimit.v3.RateLimit",
+        parse: ratelimit::parse,
+        per_route: Some(("envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute", ratelimit::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.rbac",

@@ -1,0 +1,109 @@
+//! `rate_limits` of routes, virtual hosts and filters: what requests are counted under.
+
+use super::{HeaderMatcher, MatchedHeader, QueryParameterMatcher};
+use crate::layered_runtime::RuntimeFraction;
+
+/// `RateLimit`: makes a descriptor of a request, out of what its actions say, or none where one of them has nothing to say.
+#[derive(Debug)]
+pub struct RateLimit {
+    /// Filters of this stage take it.
+    pub stage: u32,
+    /// `disable_key`: the share of requests that get it.
+    pub enabled: Option<RuntimeFraction>,
+    /// Each makes an entry.
+    pub actions: Box<[RateLimitAction]>,
+    /// `limit`: the limit itself, in the place of the service's: requests, and the number of the unit.
+    pub limit: Option<(u32, i32)>,
+    /// `hits_addend`: what the request counts for, and whether that is given back.
+    pub hits: Option<(u64, bool)>,
+}
+
+/// `RateLimit.Action`.
+#[derive(Debug)]
+pub enum RateLimitAction {
+    /// `source_cluster`: the node's own.
+    SourceCluster,
+    /// `destination_cluster`: the route's.
+    DestinationCluster,
+    /// `request_headers`
+    RequestHeaders {
+        /// The header.
+        header: MatchedHeader,
+        /// The entry's.
+        key: Box<str>,
+        /// Without the header there is a descriptor without the entry.
+        skip_if_absent: bool,
+    },
+    /// `query_parameters`
+    QueryParameters {
+        /// The parameter.
+        name: Box<str>,
+        /// The entry's.
+        key: Box<str>,
+        /// Without the parameter there is a descriptor without the entry.
+        skip_if_absent: bool,
+    },
+    /// `remote_address`
+    RemoteAddress,
+    /// `masked_remote_address`
+    MaskedRemoteAddress {
+        /// Bits of IPv4 addresses.
+        v4: u8,
+        /// Bits of IPv6 addresses.
+        v6: u8,
+    },
+    /// `generic_key`
+    GenericKey {
+        /// The entry's.
+        key: Box<str>,
+        /// The entry's.
+        value: Box<str>,
+    },
+    /// `header_value_match`
+    HeaderValueMatch {
+        /// The entry's.
+        key: Box<str>,
+        /// The entry's.
+        value: Box<str>,
+        /// Whether all are to match, or not all.
+        expect_match: bool,
+        /// What is matched.
+        headers: Box<[HeaderMatcher]>,
+    },
+    /// `query_parameter_value_match`
+    QueryParameterValueMatch {
+        /// The entry's.
+        key: Box<str>,
+        /// The entry's.
+        value: Box<str>,
+        /// Whether all are to match, or not all.
+        expect_match: bool,
+        /// What is matched.
+        parameters: Box<[QueryParameterMatcher]>,
+    },
+    /// `metadata`, which filters have told.
+    Metadata {
+        /// The entry's.
+        key: Box<str>,
+        /// Where it is.
+        namespace: Box<str>,
+        /// Below the namespace.
+        path: Box<[Box<str>]>,
+        /// Where there is nothing; may be empty.
+        default: Box<str>,
+        /// Without a value there is a descriptor without the entry.
+        skip_if_absent: bool,
+    },
+}
+
+/// Which rate limits of the virtual host count beside the route's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum VirtualHostRateLimits {
+    /// Where the route has none.
+    #[default]
+    Override,
+    /// Always.
+    Include,
+    /// Never.
+    Ignore,
+}

@@ -1,0 +1,189 @@
+//! The descriptors of a request: what rate limits count it under.
+
+use std::net::IpAddr;
+
+use envoy_types::pb::google::protobuf::value::Kind;
+use http::HeaderValue;
+
+use super::{
+    node,
+    redirect::scheme,
+    route_match::{authority, header_matches, query_matches},
+    stream::{RequestHead, StreamCx},
+};
+use crate::config::model::{Cidr, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits};
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    /// Keys and values, in the order of the actions.
+    pub(super) entries: Vec<(Box<str>, Box<str>)>,
+    pub(super) limit: Option<(u32, i32)>,
+    pub(super) hits: Option<(u64, bool)>,
+}
+
+/// What one action makes of a request.
+enum Entry {
+    Some(Box<str>, Box<str>),
+    /// The descriptor does without it.
+    Skipped,
+    /// There is no descriptor.
+    None,
+}
+
+/// Of a request that is forwarded: by `own` where there are any, otherwise by its route, and by its virtual host as `of_host` says.
+pub(super) fn of_request(
+    own: &[RateLimit],
+    stage: u32,
+    of_host: VirtualHostRateLimits,
+    head: &RequestHead,
+    cx: &StreamCx,
+) -> Vec<Descriptor> {
+    let Some(route) = &cx.route else { return Vec::new() };
+    let RouteAction::Forward(action) = &route.action else { return Vec::new() };
+    if !own.is_empty() {
+        return of(own, stage, head, cx).collect();
+    }
+    let of_host = if action.include_vh_rate_limits { VirtualHostRateLimits::Include } else { of_host };
+    let host: &[RateLimit] = match of_host {
+        VirtualHostRateLimits::Include => &route.virtual_host().rate_limits,
+        VirtualHostRateLimits::Override if action.rate_limits.is_empty() => &route.virtual_host().rate_limits,
+        VirtualHostRateLimits::Override | VirtualHostRateLimits::Ignore => &[],
+    };
+    of(&action.rate_limits, stage, head, cx).chain(of(host, stage, head, cx)).collect()
+}
+
+fn of<'a>(
+    limits: &'a [RateLimit],
+    stage: u32,
+    head: &'a RequestHead,
+    cx: &'a StreamCx,
+) -> impl Iterator<Item = Descriptor> + 'a {
+    let wanted = limits.iter().filter(move |limit| limit.stage == stage);
+    let wanted = wanted.filter(|limit| limit.enabled.as_ref().is_none_or(|share| share.includes(fastrand::u64(..))));
+    wanted.filter_map(|limit| {
+        let mut entries = Vec::with_capacity(limit.actions.len());
+        for action in &limit.actions {
+            match entry(action, head, cx) {
+                Entry::Some(key, value) => entries.push((key, value)),
+                Entry::Skipped => {}
+                Entry::None => return None,
+            }
+        }
+        (!entries.is_empty()).then_some(Descriptor { entries, limit: limit.limit, hits: limit.hits })
+    })
+}
+
+fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
+    let absent = |skip_if_absent: &bool| if *skip_if_absent { Entry::Skipped } else { Entry::None };
+    let if_so = |holds: bool, key: &str, value: &str| {
+        if holds { Entry::Some(key.into(), value.into()) } else { Entry::None }
+    };
+    match action {
+        RateLimitAction::SourceCluster => {
+            let cluster = node::this().and_then(|node| node.cluster.to_str().ok()).unwrap_or_default();
+            Entry::Some("source_cluster".into(), cluster.into())
+        }
+        RateLimitAction::DestinationCluster => match &cx.cluster {
+            Some(cluster) => Entry::Some("destination_cluster".into(), (*cluster.cluster.config.name).into()),
+            None => Entry::None,
+        },
+        RateLimitAction::RequestHeaders { header, key, skip_if_absent } => match value(header, head) {
+            Some(value) => Entry::Some(key.clone(), value),
+            None => absent(skip_if_absent),
+        },
+        RateLimitAction::QueryParameters { name, key, skip_if_absent } => match parameter(head, name) {
+            Some(value) => Entry::Some(key.clone(), value),
+            None => absent(skip_if_absent),
+        },
+        RateLimitAction::RemoteAddress => {
+            Entry::Some("remote_address".into(), cx.remote.ip().to_canonical().to_string().into())
+        }
+        RateLimitAction::MaskedRemoteAddress { v4, v6 } => {
+            let address = cx.remote.ip().to_canonical();
+            let bits = if let IpAddr::V4(_) = address { *v4 } else { *v6 };
+            match Cidr::new(address, bits) {
+                Some(range) => {
+                    let text = format!("{}/{}", range.network, range.prefix_len);
+                    Entry::Some("masked_remote_address".into(), text.into())
+                }
+                None => Entry::None,
+            }
+        }
+        RateLimitAction::GenericKey { key, value } => Entry::Some(key.clone(), value.clone()),
+        RateLimitAction::HeaderValueMatch { key, value, expect_match, headers } => {
+            let all = headers.iter().all(|matcher| header_matches(matcher, head));
+            if_so(all == *expect_match, key, value)
+        }
+        RateLimitAction::QueryParameterValueMatch { key, value, expect_match, parameters } => {
+            let all = parameters.iter().all(|matcher| query_matches(matcher, head.uri.query()));
+            if_so(all == *expect_match, key, value)
+        }
+        RateLimitAction::Metadata { key, namespace, path, default, skip_if_absent } => {
+            match told(cx, namespace, path).or_else(|| (!default.is_empty()).then(|| default.clone())) {
+                Some(value) => Entry::Some(key.clone(), value),
+                None => absent(skip_if_absent),
+            }
+        }
+    }
+}
+
+/// The first value of a header.
+fn value(header: &MatchedHeader, head: &RequestHead) -> Option<Box<str>> {
+    let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into();
+    match header {
+        MatchedHeader::Name(name) => head.headers.get(name).map(text),
+        MatchedHeader::Method => Some(head.method.as_str().into()),
+        MatchedHeader::Path => head.uri.path_and_query().map(|path| path.as_str().into()),
+        MatchedHeader::Authority => Some(authority(head).into()),
+        MatchedHeader::Scheme => Some(scheme(head).into()),
+    }
+}
+
+/// The first value of a query parameter, decoded.
+fn parameter(head: &RequestHead, name: &str) -> Option<Box<str>> {
+    let pairs = head.uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let (_, value) = { pairs }.find(|(key, _)| percent_decoded(key) == name)?;
+    Some(percent_decoded(value).into())
+}
+
+fn percent_decoded(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, more)) = rest.split_first() {
+        let digits = more.first_chunk::<2>().filter(|_| *first == b'%');
+        let value = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
+        bytes.push(value.unwrap_or(*first));
+        rest = if value.is_some() { &more[2..] } else { more };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// A text that filters have told.
+fn told(cx: &StreamCx, namespace: &str, path: &[Box<str>]) -> Option<Box<str>> {
+    let metadata = cx.progress.metadata.borrow();
+    let mut fields = metadata.as_ref()?.namespace(namespace)?;
+    let (last, way) = path.split_last()?;
+    for step in way {
+        let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
+        fields = inner;
+    }
+    match &fields.fields.get(&**last)?.kind {
+        Some(Kind::StringValue(text)) if !text.is_empty() => Some(text.as_str().into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn query_parameters_are_decoded() {
+        let (mut head, ()) = http::Request::new(()).into_parts();
+        head.uri = http::Uri::from_static("/?a%20b=1%2f&c=%zz%4&c=2&%ff=x");
+        assert_eq!(parameter(&head, "a b").as_deref(), Some("1/"));
+        assert_eq!(parameter(&head, "c").as_deref(), Some("%zz%4"));
+        assert_eq!(parameter(&head, "d"), None);
+    }
+}

@@ -1,0 +1,388 @@
+//! `envoy.filters.http.ratelimit`: asks a rate limit service how often such requests may be, by the descriptors that routes, virtual
+//! hosts, or the filter itself make of them.
+//!
+//! **Cost.** A request without a descriptor costs nothing but the look at its route. Others wait for one call to the service, of
+//! which at most `timeout` (20 ms by default).
+//!
+//! **Limits.** An answer has at most 4 MiB (or `max_receive_message_length`), and of each list of headers the first 1000 are added.
+
+use std::{fmt::Write as _, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{
+        config::core::v3::{ApiVersion, HeaderValue as ProtoHeader},
+        extensions::{
+            common::ratelimit::v3::{
+                RateLimitDescriptor,
+                rate_limit_descriptor::{Entry, RateLimitOverride},
+            },
+            filters::http::ratelimit::v3::{RateLimit as ProtoRateLimit, RateLimitPerRoute},
+        },
+        service::ratelimit::v3::{
+            RateLimitRequest, RateLimitResponse,
+            rate_limit_response::{Code, DescriptorStatus, rate_limit::Unit},
+        },
+    },
+    google::protobuf::{Any, UInt64Value},
+};
+use http::{HeaderMap, StatusCode};
+
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting};
+use crate::{
+    access_log::{Record, ResponseFlags},
+    config::{
+        FieldError,
+        model::{HeaderMutations, RateLimit, VirtualHostRateLimits},
+        parse,
+    },
+    http::{
+        body::Body,
+        call::grpc,
+        changes::{Action, Change, list},
+        descriptors::{self, Descriptor},
+        headers::{mutate_response, names::X_ENVOY_RATELIMITED},
+        metadata,
+        stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    },
+    layered_runtime::{Fraction, Key, RuntimeFraction},
+};
+
+/// Where its dynamic metadata is.
+const NAMESPACE: &str = "envoy.filters.http.ratelimit";
+const METHOD: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
+/// gRPC's RESOURCE_EXHAUSTED.
+const RESOURCE_EXHAUSTED: u16 = 8;
+/// The most headers that are added out of one list of them.
+const MAX_HEADERS: usize = 1000;
+const DEFAULT_TIMEOUT: Duration = Duration::from_millis(20);
+
+/// What is configured. Streams hold on to it while they ask.
+#[derive(Debug)]
+struct Configured {
+    service: grpc::Service,
+    domain: Box<str>,
+    stage: u32,
+    /// Only requests that are internal, or only those that are not.
+    internal: Option<bool>,
+    deny_on_failure: RuntimeFraction,
+    enabled: RuntimeFraction,
+    enforced: RuntimeFraction,
+    status: StatusCode,
+    grpc_status: Option<u16>,
+    status_on_error: StatusCode,
+    shows_state: bool,
+    says_limited: bool,
+    response_headers: HeaderMutations,
+    own: Box<[RateLimit]>,
+    names: Names,
+}
+
+/// The names of what the request's cluster counts.
+#[derive(Debug)]
+struct Names {
+    ok: Box<str>,
+    error: Box<str>,
+    over_limit: Box<str>,
+    failure_mode_allowed: Box<str>,
+}
+
+/// What a level tells the filter.
+#[derive(Debug)]
+struct Told {
+    of_host: VirtualHostRateLimits,
+    own: Box<[RateLimit]>,
+    domain: Box<str>,
+}
+
+#[derive(Debug)]
+struct RateLimitFactory(Arc<Configured>);
+
+/// A stream that is asked about.
+#[derive(Debug)]
+struct RateLimitFilter {
+    configured: Arc<Configured>,
+    domain: Option<Box<str>>,
+    descriptors: Vec<Descriptor>,
+    /// What the response gets.
+    response: Vec<Change>,
+}
+
+impl HttpFilterFactory for RateLimitFactory {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        None
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let configured = &self.0;
+        if configured.internal.is_some_and(|internal| internal != cx.internal)
+            || !configured.enabled.includes(fastrand::u64(..))
+        {
+            return Flow::Continue;
+        }
+        let told = route.most_specific::<Told>();
+        let own = told.map(|told| &*told.own).filter(|own| !own.is_empty()).unwrap_or(&configured.own);
+        let of_host = told.map(|told| told.of_host).unwrap_or_default();
+        let descriptors = descriptors::of_request(own, configured.stage, of_host, head, cx);
+        if descriptors.is_empty() {
+            return Flow::Continue;
+        }
+        instances.push(Box::new(RateLimitFilter {
+            configured: Arc::clone(configured),
+            domain: told.map(|told| told.domain.clone()).filter(|domain| !domain.is_empty()),
+            descriptors,
+            response: Vec::new(),
+        }));
+        Flow::Wait
+    }
+}
+
+impl HttpFilter for RateLimitFilter {
+    fn wait_request<'a>(
+        &'a mut self,
+        head: &'a mut RequestHead,
+        _body: &'a mut Body,
+        cx: &'a mut StreamCx,
+    ) -> Waiting<'a> {
+        Box::pin(async move {
+            let request = RateLimitRequest {
+                domain: self.domain.take().unwrap_or_else(|| self.configured.domain.clone()).into(),
+                descriptors: std::mem::take(&mut self.descriptors).into_iter().map(message).collect(),
+                hits_addend: 0,
+            };
+            match self.configured.service.unary(METHOD, &request, cx).await {
+                Ok(answer) => self.settle(answer, head, cx),
+                Err(_) => self.failed(cx),
+            }
+        })
+    }
+
+    fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
+        self.response.iter().for_each(|change| change.apply_to_fields(&mut head.headers));
+        Flow::Continue
+    }
+}
+
+fn message(descriptor: Descriptor) -> RateLimitDescriptor {
+    let entry = |(key, value): (Box<str>, Box<str>)| Entry { key: key.into(), value: value.into() };
+    RateLimitDescriptor {
+        entries: descriptor.entries.into_iter().map(entry).collect(),
+        limit: descriptor.limit.map(|(requests_per_unit, unit)| RateLimitOverride { requests_per_unit, unit }),
+        hits_addend: descriptor.hits.map(|(value, _)| UInt64Value { value }),
+        is_negative_hits: descriptor.hits.is_some_and(|(_, negative)| negative),
+    }
+}
+
+fn count(cx: &StreamCx, name: &str) {
+    if let Some(cluster) = &cx.cluster {
+        cluster.counter(name).inc();
+    }
+}
+
+fn added(headers: &[ProtoHeader]) -> Vec<Change> {
+    // `raw_value` is not looked at, as in Envoy.
+    let change = |header: &ProtoHeader| Change::new(&header.key, header.value.as_bytes(), Action::Add);
+    headers.iter().take(MAX_HEADERS).filter_map(change).collect()
+}
+
+impl RateLimitFilter {
+    fn failed(&self, cx: &StreamCx) -> Flow {
+        let configured = &self.configured;
+        count(cx, &configured.names.error);
+        if !configured.deny_on_failure.includes(fastrand::u64(..)) {
+            count(cx, &configured.names.failure_mode_allowed);
+            return Flow::Continue;
+        }
+        let flags = ResponseFlags::RLSE;
+        Flow::Respond(LocalReply::new(configured.status_on_error, "", flags, "rate_limiter_error"))
+    }
+
+    fn settle(&mut self, answer: RateLimitResponse, head: &mut RequestHead, cx: &mut StreamCx) -> Flow {
+        let configured = &self.configured;
+        if let Some(told) = answer.dynamic_metadata.filter(|told| !told.fields.is_empty()) {
+            cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
+        }
+        let over = answer.overall_code == Code::OverLimit as i32;
+        let mut response = added(&answer.response_headers_to_add);
+        if over {
+            count(cx, &configured.names.over_limit);
+            if let Some(cluster) = &cx.cluster {
+                cluster.cluster.stats.upstream_rq.inc(configured.status.as_u16());
+            }
+            if configured.says_limited {
+                response.extend(Change::new(X_ENVOY_RATELIMITED.as_str(), b"true", Action::Set));
+            }
+        } else {
+            count(cx, &configured.names.ok);
+        }
+        if configured.shows_state {
+            response.extend(state(&answer.statuses));
+        }
+        if !(over && configured.enforced.includes(fastrand::u64(..))) {
+            for change in added(&answer.request_headers_to_add) {
+                change.apply_to_request(head);
+            }
+            self.response = response;
+            return Flow::Continue;
+        }
+        let mut reply =
+            LocalReply::new(configured.status, Bytes::from(answer.raw_body), ResponseFlags::RL, "request_rate_limited");
+        reply.grpc_status = configured.grpc_status;
+        let mut headers = HeaderMap::new();
+        response.iter().for_each(|change| change.apply_to_fields(&mut headers));
+        cx.format_request(head, |request, record| {
+            let record = Record { request_headers: Some(request), ..*record };
+            mutate_response(&mut headers, &configured.response_headers, &record);
+        });
+        reply.headers = list(headers);
+        Flow::Respond(reply)
+    }
+}
+
+/// The state of the limit that is the nearest, as `x-ratelimit-*` tell it.
+fn state(statuses: &[DescriptorStatus]) -> Vec<Change> {
+    let mut policy = String::new();
+    let mut nearest: Option<(&DescriptorStatus, u32)> = None;
+    for status in statuses.iter().take(MAX_HEADERS) {
+        let Some(limit) = &status.current_limit else { continue };
+        if nearest.is_none_or(|(before, _)| status.limit_remaining < before.limit_remaining) {
+            nearest = Some((status, limit.requests_per_unit));
+        }
+        let window = match Unit::try_from(limit.unit) {
+            Ok(Unit::Second) => 1,
+            Ok(Unit::Minute) => 60,
+            Ok(Unit::Hour) => 3600,
+            Ok(Unit::Day) => 86_400,
+            Ok(Unit::Week) => 604_800,
+            Ok(Unit::Month) => 2_592_000,
+            Ok(Unit::Year) => 31_536_000,
+            Ok(Unit::Unknown) | Err(_) => continue,
+        };
+        // Writing to a String cannot fail.
+        let _ = write!(policy, ", {};w={window}", limit.requests_per_unit);
+        if !limit.name.is_empty() {
+            let _ = write!(policy, ";name=\"{}\"", limit.name);
+        }
+    }
+    let Some((status, requests)) = nearest else { return Vec::new() };
+    let reset = status.duration_until_reset.map_or(0, |duration| duration.seconds);
+    let headers = [
+        ("x-ratelimit-limit", format!("{requests}{policy}")),
+        ("x-ratelimit-remaining", status.limit_remaining.to_string()),
+        ("x-ratelimit-reset", reset.to_string()),
+    ];
+    headers.iter().filter_map(|(name, value)| Change::new(name, value.as_bytes(), Action::Add)).collect()
+}
+
+/// A status; what is none is the default.
+fn status(code: Option<i32>, least: u16, default: StatusCode) -> StatusCode {
+    let code = code.and_then(|code| u16::try_from(code).ok()).filter(|code| *code >= least);
+    code.and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(default)
+}
+
+pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
+    // What is not here is refused by the table of honoured fields.
+    let config: ProtoRateLimit = unpack(typed_config, cx.path)?;
+    let field = |name: &str| format!("{}.{name}", cx.path);
+    let Some(service) = config.rate_limit_service.as_ref() else {
+        return Err(FieldError::new(field("rate_limit_service"), "value is required"));
+    };
+    #[expect(deprecated, reason = "this is where it is refused")]
+    const V2: i32 = ApiVersion::V2 as i32;
+    if service.transport_api_version == V2 {
+        let path = field("rate_limit_service.transport_api_version");
+        return Err(FieldError::unsupported_value(path, "V2", "V3"));
+    }
+    let Some(grpc) = &service.grpc_service else {
+        return Err(FieldError::new(field("rate_limit_service.grpc_service"), "value is required"));
+    };
+    let timeout = parse::duration(config.timeout, cx.path, "timeout")?.unwrap_or(DEFAULT_TIMEOUT);
+    let service = grpc::Service::parse(grpc, None, &field("rate_limit_service.grpc_service"))?.within(timeout);
+    let prefix = config.stat_prefix.as_str();
+    let dot = if prefix.is_empty() { "" } else { "." };
+    let name = |leaf: &str| format!("ratelimit.{prefix}{dot}{leaf}").into();
+    let share = |share: Option<&_>, key: &str| {
+        let always = || RuntimeFraction { default: Fraction::percent(100), key: Key::optional(key) };
+        share.map_or_else(always, parse::runtime_fraction)
+    };
+    let deny =
+        RuntimeFraction { default: Fraction::percent(if config.failure_mode_deny { 100 } else { 0 }), key: None };
+    let response_add = parse::headers_to_add(&config.response_headers_to_add, cx.path, "response_headers_to_add")?;
+    Ok(Arc::new(RateLimitFactory(Arc::new(Configured {
+        service,
+        domain: config.domain.into(),
+        stage: config.stage,
+        internal: match config.request_type.as_str() {
+            "internal" => Some(true),
+            "external" => Some(false),
+            _ => None,
+        },
+        deny_on_failure: config.failure_mode_deny_percent.as_ref().map_or(deny, parse::runtime_fraction),
+        enabled: share(config.filter_enabled.as_ref(), "ratelimit.http_filter_enabled"),
+        enforced: share(config.filter_enforced.as_ref(), "ratelimit.http_filter_enforcing"),
+        // As in Envoy, what is no error is no answer here.
+        status: status(config.rate_limited_status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS),
+        grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
+        status_on_error: status(config.status_on_error.map(|it| it.code), 400, StatusCode::INTERNAL_SERVER_ERROR),
+        shows_state: config.enable_x_ratelimit_headers != 0,
+        says_limited: !config.disable_x_envoy_ratelimited_header,
+        response_headers: HeaderMutations { response_add, ..HeaderMutations::default() },
+        own: parse::rate_limits(&config.rate_limits, cx.path, "rate_limits")?,
+        names: Names {
+            ok: name("ok"),
+            error: name("error"),
+            over_limit: name("over_limit"),
+            failure_mode_allowed: name("failure_mode_allowed"),
+        },
+    }))))
+}
+
+pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
+    let RateLimitPerRoute { vh_rate_limits, override_option: _, rate_limits, domain } = unpack(config, path)?;
+    Ok(Arc::new(Told {
+        of_host: of_host(vh_rate_limits),
+        own: parse::rate_limits(&rate_limits, path, "rate_limits")?,
+        domain: domain.into(),
+    }))
+}
+
+/// `VhRateLimitsOptions`, of which there are two with the same values.
+pub(super) fn of_host(option: i32) -> VirtualHostRateLimits {
+    match option {
+        1 => VirtualHostRateLimits::Include,
+        2 => VirtualHostRateLimits::Ignore,
+        _ => VirtualHostRateLimits::Override,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use envoy_types::pb::envoy::service::ratelimit::v3::rate_limit_response::RateLimit;
+
+    use super::*;
+
+    #[test]
+    fn the_nearest_limit_is_told() {
+        let status = |requests_per_unit, unit: Unit, limit_remaining, name: &str| DescriptorStatus {
+            current_limit: Some(RateLimit { name: name.to_owned(), requests_per_unit, unit: unit as i32 }),
+            limit_remaining,
+            ..DescriptorStatus::default()
+        };
+        let told = |statuses: &[DescriptorStatus]| -> Vec<String> {
+            state(statuses).iter().map(|change| change.value.to_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!(told(&[DescriptorStatus::default()]), [""; 0]);
+        assert_eq!(
+            told(&[status(10, Unit::Second, 5, ""), status(100, Unit::Week, 2, "a")]),
+            ["100, 10;w=1, 100;w=604800;name=\"a\"", "2", "0"]
+        );
+    }
+}

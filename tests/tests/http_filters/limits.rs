@@ -1,0 +1,215 @@
+//! Descriptors of requests, and the filters that limit by them: ratelimit, local_ratelimit.
+
+use super::harness::{By, Case, case};
+
+const RATELIMIT: &str = "ratelimit.v3.RateLimit";
+const PER_ROUTE: &str = "ratelimit.v3.RateLimitPerRoute";
+const LOCAL: &str = "local_ratelimit.v3.LocalRateLimit";
+
+const SERVICE: &str = "domain: d, stat_prefix: $case, timeout: 1s, rate_limit_service: {transport_api_version: V3, grpc_service: \
+                       {envoy_grpc: {cluster_name: grpc}}}";
+
+/// The actions by which the service knows the request, and what it is to answer.
+const KNOWN: &str = "{request_headers: {header_name: x-id, descriptor_key: id}}, {request_headers: {header_name: x-answer, \
+                     descriptor_key: answer, skip_if_absent: true}}";
+
+fn limits(actions: &str) -> String {
+    format!("rate_limits: [{{actions: [{KNOWN}{actions}]}}]")
+}
+
+fn limit(name: &'static str, more: &str, requests: &[&str]) -> Case {
+    case(name, RATELIMIT, &format!("{SERVICE}{more}"), requests).of_routes("", &limits(""))
+}
+
+pub fn cases() -> Vec<Case> {
+    [answers(), failures(), settings(), actions(), levels(), local()].concat()
+}
+
+const OVER: &str = "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}";
+
+fn answers() -> Vec<Case> {
+    let all = [
+        "GET /",
+        "GET /\nx-answer: {\"overall_code\": \"OK\"}",
+        OVER,
+        "HEAD /\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}",
+        "POST /\ncontent-type: application/grpc\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"raw_body\": \"bm8=\", \"response_headers_to_add\": [{\"key\": \"x-l\", \"value\": \"a\"}, {\"key\": \"x-l\", \"value\": \"b\"}, {\"key\": \"x-m\", \"raw_value\": \"Yw==\"}]}",
+        "GET /\nx-l: old\nx-do: 200+x-r=old\nx-answer: {\"overall_code\": \"OK\", \"request_headers_to_add\": [{\"key\": \"x-l\", \"value\": \"a\"}], \"response_headers_to_add\": [{\"key\": \"x-r\", \"value\": \"a\"}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OK\", \"dynamic_metadata\": {\"k\": \"v\"}}",
+        "GET /\nx-answer: {\"overall_code\": \"OK\", \"statuses\": [{\"code\": \"OK\", \"current_limit\": {\"requests_per_unit\": 5, \"unit\": \"MINUTE\"}, \"limit_remaining\": 3, \"duration_until_reset\": \"17s\"}, {\"current_limit\": {\"requests_per_unit\": 9, \"unit\": \"DAY\", \"name\": \"n\"}, \"limit_remaining\": 2}, {}]}",
+        "GET /\nx-answer: {\"overall_code\": \"OVER_LIMIT\", \"statuses\": [{\"current_limit\": {\"requests_per_unit\": 5, \"unit\": \"YEAR\"}, \"duration_until_reset\": \"17.9s\"}]}",
+        "GET /direct",
+    ];
+    vec![
+        limit("answers", "", &all),
+        limit("answers, with state", ", enable_x_ratelimit_headers: DRAFT_VERSION_03", &all),
+    ]
+}
+
+fn failures() -> Vec<Case> {
+    let all = [
+        "GET /\nx-answer: status 14",
+        "GET /\nx-answer: http 503",
+        "GET /\nx-answer: hang",
+        "GET /\nx-answer: garbage",
+    ];
+    vec![
+        limit("failures", "", &all),
+        limit("failures denied", ", failure_mode_deny: true", &all),
+        limit("failures denied with a status", ", failure_mode_deny: true, status_on_error: {code: 503}", &all[..1]),
+        limit("failures denied, a share", ", failure_mode_deny_percent: {default_value: {numerator: 100}}", &all[..1]),
+        case(
+            "no service",
+            RATELIMIT,
+            &format!("{SERVICE}, failure_mode_deny: true").replace("cluster_name: grpc", "cluster_name: none"),
+            &["GET /"],
+        )
+        .of_routes("", &limits("")),
+    ]
+}
+
+fn settings() -> Vec<Case> {
+    let grpc = "POST /\ncontent-type: application/grpc\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}";
+    vec![
+        limit("a status", ", rate_limited_status: {code: 503}", &[OVER]),
+        limit("a status that is no error", ", rate_limited_status: {code: 200}", &[OVER]),
+        limit("resource exhausted", ", rate_limited_as_resource_exhausted: true", &[OVER, grpc]),
+        limit("nothing said", ", disable_x_envoy_ratelimited_header: true", &[OVER]),
+        limit(
+            "headers of the answer",
+            ", response_headers_to_add: [{header: {key: x-a, value: \"%REQ(x-b)%\"}}]",
+            &["GET /\nx-b: 1", "GET /\nx-b: 1\nx-answer: {\"overall_code\": \"OVER_LIMIT\"}"],
+        ),
+        limit("external requests", ", request_type: external", &[OVER]),
+        limit("internal requests", ", request_type: internal", &[OVER]),
+        limit("another stage", ", stage: 2", &[OVER])
+            .of_routes("", &limits("").replace("{actions", "{stage: 2, actions")),
+        limit("a stage without limits", ", stage: 2", &[OVER]),
+        limit("not enabled", ", filter_enabled: {default_value: {numerator: 0}}", &[OVER]),
+        limit("not enforced", ", filter_enforced: {default_value: {numerator: 0}}", &[OVER]),
+        case(
+            "limits of the filter",
+            RATELIMIT,
+            &format!("{SERVICE}, {}", limits(", {generic_key: {descriptor_value: own}}")),
+            &["GET /", "GET /plain"],
+        )
+        .of_routes("", &limits("")),
+    ]
+}
+
+fn actions() -> Vec<Case> {
+    let requests = [
+        "GET /a%20b?q=1%202&r&q=3\nx-a: one\nx-a: two\nx-b: yes",
+        "GET /\nx-a:",
+        "POST /x?p=3",
+        "GET /\nx-forwarded-for: 10.1.2.3, 10.9.8.7",
+    ];
+    let action = |name, action: &str| {
+        case(name, RATELIMIT, SERVICE, &requests)
+            .of_routes("", &limits(&format!(", {action}, {{generic_key: {{descriptor_value: last}}}}")))
+    };
+    vec![
+        action("source and destination", "{source_cluster: {}}, {destination_cluster: {}}"),
+        action("a header", "{request_headers: {header_name: x-a, descriptor_key: k}}"),
+        action("a header, or none", "{request_headers: {header_name: x-a, descriptor_key: k, skip_if_absent: true}}"),
+        action("the path", "{request_headers: {header_name: \":path\", descriptor_key: k}}, {request_headers: {header_name: \":method\", descriptor_key: m}}"),
+        action("a parameter", "{query_parameters: {query_parameter_name: q, descriptor_key: k}}"),
+        action("a parameter, or none", "{query_parameters: {query_parameter_name: q, descriptor_key: k, skip_if_absent: true}}"),
+        action("addresses", "{remote_address: {}}, {masked_remote_address: {}}, {masked_remote_address: {v4_prefix_mask_len: 9}}"),
+        action("keys", "{generic_key: {descriptor_key: k, descriptor_value: v}}"),
+        action("headers matched", "{header_value_match: {descriptor_value: v, headers: [{name: x-b, string_match: {exact: \"yes\"}}]}}"),
+        action("headers not matched", "{header_value_match: {descriptor_key: k, descriptor_value: v, expect_match: false, headers: [{name: x-b, string_match: {exact: \"yes\"}}]}}"),
+        action("parameters matched", "{query_parameter_value_match: {descriptor_value: v, query_parameters: [{name: p, string_match: {prefix: \"3\"}}]}}"),
+        action("parameters not matched", "{query_parameter_value_match: {descriptor_key: k, descriptor_value: v, expect_match: false, query_parameters: [{name: p}]}}"),
+        case(
+            "metadata",
+            "set_metadata.v3.Config",
+            "metadata: [{metadata_namespace: ns, value: {k: text, num: 1, s: {k: deep}}}]",
+            &["GET /"],
+        )
+        .then(RATELIMIT, SERVICE)
+        .of_routes("", &limits(", {metadata: {descriptor_key: a, metadata_key: {key: ns, path: [{key: k}]}}}, \
+             {metadata: {descriptor_key: b, metadata_key: {key: ns, path: [{key: num}]}, default_value: none}}, \
+             {metadata: {descriptor_key: c, metadata_key: {key: ns, path: [{key: s}, {key: k}]}}}, \
+             {metadata: {descriptor_key: d, metadata_key: {key: other, path: [{key: k}]}, skip_if_absent: true}}")),
+        case("a limit of its own", RATELIMIT, SERVICE, &["GET /"])
+            .of_routes("", &limits("").replace("{actions", "{limit: {rate_limit: {requests_per_unit: 5, unit: HOUR}}, actions")),
+        case("hits", RATELIMIT, &format!("{SERVICE}, {}", limits("").replace("{actions", "{hits_addend: {number: 3}, actions")), &["GET /"]),
+        case("hits given back", RATELIMIT, &format!("{SERVICE}, {}", limits("").replace("{actions", "{hits_addend: {number: 3, is_negative_hits: true}, actions")), &["GET /"]),
+        case("several", RATELIMIT, SERVICE, &requests)
+            .of_routes("", &format!("rate_limits: [{{actions: [{KNOWN}]}}, {{actions: [{{request_headers: {{header_name: x-b, descriptor_key: b}}}}]}}, {{disable_key: x, actions: [{{generic_key: {{descriptor_value: g}}}}]}}]")),
+    ]
+}
+
+fn levels() -> Vec<Case> {
+    let (host, route) =
+        (limits(", {generic_key: {descriptor_value: host}}"), limits(", {generic_key: {descriptor_value: route}}"));
+    let both = ["GET /", "GET /plain", "GET /direct"];
+    let level = |name| case(name, RATELIMIT, SERVICE, &both);
+    vec![
+        level("host and route").of_routes(&host, &route),
+        level("of the host").of_routes(&host, ""),
+        level("host included").of_routes(&host, &format!("{route}, include_vh_rate_limits: true")),
+        level("host included by the filter's").of_routes(&host, &route).told(
+            By::Route,
+            PER_ROUTE,
+            "vh_rate_limits: INCLUDE",
+        ),
+        level("host ignored").of_routes(&host, "").told(By::Host, PER_ROUTE, "vh_rate_limits: IGNORE"),
+        level("limits by route").of_routes(&host, &route).told(
+            By::Route,
+            PER_ROUTE,
+            &format!("domain: other, {}", limits(", {generic_key: {descriptor_value: told}}")),
+        ),
+    ]
+}
+
+fn local() -> Vec<Case> {
+    let on = "stat_prefix: $case, filter_enabled: {default_value: {numerator: 100}}, filter_enforced: {default_value: {numerator: 100}}, \
+              enable_x_ratelimit_headers: DRAFT_VERSION_03, token_bucket: {max_tokens: 4, tokens_per_fill: 1, fill_interval: 1000s}";
+    let bucket = |entry: &str, tokens: u32| {
+        format!(
+            "{{entries: [{entry}], token_bucket: {{max_tokens: {tokens}, tokens_per_fill: 1, fill_interval: 2000s}}}}"
+        )
+    };
+    let descriptors = format!(
+        "descriptors: [{}, {}]",
+        bucket("{key: a, value: one}", 1),
+        bucket("{key: a, value: two}, {key: generic_key, value: g}", 2)
+    );
+    let by_header = "{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}, {actions: [{request_headers: {header_name: x-a, \
+                     descriptor_key: a}}, {generic_key: {descriptor_value: g}}]}";
+    let limits = format!("rate_limits: [{by_header}]");
+    let requests = [
+        "GET /\nx-a: one",
+        "GET /\nx-a: one",
+        "GET /\nx-a: two",
+        "GET /\nx-a: two",
+        "GET /\nx-a: two",
+        "GET /",
+        "GET /\nx-a: three",
+        "GET /plain",
+    ];
+    vec![
+        case("local descriptors", LOCAL, &format!("{on}, {descriptors}"), &requests).of_routes("", &limits),
+        case("local descriptors of the host", LOCAL, &format!("{on}, {descriptors}"), &requests).of_routes(&limits, ""),
+        case(
+            "local descriptors, host ignored",
+            LOCAL,
+            &format!("{on}, {descriptors}, vh_rate_limits: IGNORE"),
+            &requests,
+        )
+        .of_routes(&limits, ""),
+        case("local descriptors of the filter", LOCAL, &format!("{on}, {descriptors}, {limits}"), &requests),
+        case(
+            "local descriptors alone",
+            LOCAL,
+            &format!("{on}, {descriptors}, always_consume_default_token_bucket: false"),
+            &requests,
+        )
+        .of_routes("", &limits),
+        case("local descriptors of another stage", LOCAL, &format!("{on}, {descriptors}, stage: 1"), &requests)
+            .of_routes("", &limits),
+    ]
+}
