@@ -1,7 +1,5 @@
 //! The descriptors of a request: what rate limits count it under.
 
-use std::net::IpAddr;
-
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderValue;
 
@@ -13,11 +11,13 @@ use super::{
 };
 use crate::config::model::{Cidr, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits};
 
+/// Keys and values, in the order of the actions.
+pub(super) type Entries = Vec<(Box<str>, Box<str>)>;
+
 /// One of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Descriptor {
-    /// Keys and values, in the order of the actions.
-    pub(super) entries: Vec<(Box<str>, Box<str>)>,
+    pub(super) entries: Entries,
     pub(super) limit: Option<(u32, i32)>,
     pub(super) hits: Option<(u64, bool)>,
 }
@@ -101,7 +101,7 @@ fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
         }
         RateLimitAction::MaskedRemoteAddress { v4, v6 } => {
             let address = cx.remote.ip().to_canonical();
-            let bits = if let IpAddr::V4(_) = address { *v4 } else { *v6 };
+            let bits = if address.is_ipv4() { *v4 } else { *v6 };
             match Cidr::new(address, bits) {
                 Some(range) => {
                     let text = format!("{}/{}", range.network, range.prefix_len);

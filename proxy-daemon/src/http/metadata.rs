@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
+use envoy_types::pb::google::protobuf::{ListValue, Struct, Value, value::Kind};
 
 /// What filters have told about one stream.
 #[derive(Debug, Default)]
@@ -56,6 +56,24 @@ fn json(kind: &Kind) -> serde_json::Value {
             list.values.iter().map(|value| json(value.kind.as_ref().unwrap_or(&null))).collect()
         }
     }
+}
+
+/// An object of JSON as metadata.
+pub fn from_json(fields: &serde_json::Map<String, serde_json::Value>) -> Struct {
+    Struct { fields: fields.iter().map(|(name, value)| (name.clone(), value_of_json(value))).collect() }
+}
+
+fn value_of_json(value: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    let kind = match value {
+        Json::Null => Kind::NullValue(0),
+        Json::Bool(value) => Kind::BoolValue(*value),
+        Json::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
+        Json::String(text) => Kind::StringValue(text.clone()),
+        Json::Array(items) => Kind::ListValue(ListValue { values: items.iter().map(value_of_json).collect() }),
+        Json::Object(fields) => Kind::StructValue(from_json(fields)),
+    };
+    Value { kind: Some(kind) }
 }
 
 /// Merges `from` into `into` as Envoy does: what is there in both and can be joined is, the rest is replaced.

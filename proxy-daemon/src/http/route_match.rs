@@ -216,7 +216,8 @@ fn without_parameters(path: &str) -> Cow<'_, str> {
     Cow::Owned(segments.collect::<Vec<_>>().join("/"))
 }
 
-fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx) -> bool {
+/// Whether a request is as the rule wants it.
+pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx) -> bool {
     path_matches(&rule.path, rule.case_sensitive, path)
         && rule.headers.iter().all(|matcher| header_matches(matcher, request))
         && (rule.query_parameters.is_empty()

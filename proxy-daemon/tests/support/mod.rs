@@ -280,6 +280,8 @@ pub async fn http_listener(
     edit: impl FnOnce(&mut ForwardAction),
 ) -> SocketAddr {
     let mut action = ForwardAction {
+        rate_limits: Box::default(),
+        include_vh_rate_limits: false,
         mirrors: Box::default(),
         upgrades: Box::default(),
         max_stream_duration: None,

@@ -215,6 +215,18 @@ fn routes() -> Vec<Case> {
     ]
 }
 
+/// Services whose answers are longer than culvertd takes them.
+pub fn too_much() -> Vec<Case> {
+    let http = "transport_api_version: V3, allowed_headers: {patterns: [{exact: x-do}]}, http_service: {server_uri: {uri: \
+                \"http://authz.test\", cluster: authz, timeout: 5s}}";
+    let grpc = GRPC.replace("cluster_name: grpc", "cluster_name: grpc, max_receive_message_length: 10");
+    let answer = asked("GET /", "{\"ok_response\": {\"headers_to_remove\": [\"x-some-header\"]}}");
+    vec![
+        case("a long body", EXT_AUTHZ, http, &["GET /\nx-do: 401+bytes=1048577"]),
+        case("a long message", EXT_AUTHZ, &grpc, &[answer.as_str()]),
+    ]
+}
+
 fn http() -> Vec<Case> {
     let service = |name, more: &str, requests: &[&str]| {
         let config = format!(

@@ -104,12 +104,19 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     let authz = upstream::start("authz", Arc::clone(&seen))?;
     let asked = Arc::new(Asked::default());
     let grpc = services::start(Arc::clone(&asked))?;
+    let keys = services::start_keys(super::tokens::keys())?;
     let mut yaml = "static_resources:\n  listeners:\n".to_owned();
     let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
     for (index, case) in cases.iter().enumerate() {
         yaml += &listener(ports[index], index, case, &log(index));
     }
-    yaml += &clusters(&[("a", service, false), ("authz", authz, false), ("grpc", grpc, true), ("dead", 1, true)]);
+    yaml += &clusters(&[
+        ("a", service, false),
+        ("authz", authz, false),
+        ("grpc", grpc, true),
+        ("keys", keys, false),
+        ("dead", 1, true),
+    ]);
     let mut proxy = Daemon::start(kind, &yaml)?;
     let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
         let (seen, asked) = (&seen, &asked);
@@ -219,6 +226,15 @@ fn free_ports(wanted: usize) -> Result<Vec<u16>> {
     Ok(ports)
 }
 
+/// What culvertd alone makes of cases: of what Envoy does otherwise.
+pub fn of_culvert(cases: &[Case]) -> Result<Vec<Vec<String>>> {
+    let dir = scratch_dir()?;
+    let ports = free_ports(cases.len())?;
+    let texts = outcomes(Kind::Culvert, cases, &ports, &dir)?;
+    fs::remove_dir_all(&dir)?;
+    Ok(texts)
+}
+
 /// Fails with all cases in which the two differ.
 pub fn compare(cases: Vec<Case>) -> Result<()> {
     // For work on one case.
@@ -291,7 +307,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let lengths = if case.of_own_lengths { "" } else { "%BYTES_RECEIVED% %BYTES_SENT%" };
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
                   %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
-                  %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)%";
+                  %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:h)%";
     let format = format.replace("LENGTHS", lengths);
     format!(
         r#"  - name: http_{port}

@@ -12,10 +12,11 @@ mod health_checks;
 mod limits;
 mod metadata;
 mod services;
+mod tokens;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 #[test]
 fn access_is_granted_as_by_envoy() -> Result<()> {
@@ -60,4 +61,18 @@ fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
 #[test]
 fn requests_are_limited_as_by_envoy() -> Result<()> {
     harness::compare(limits::cases())
+}
+
+#[test]
+fn tokens_are_verified_as_by_envoy() -> Result<()> {
+    harness::compare(tokens::cases())
+}
+
+#[test]
+fn what_a_service_says_too_much_of_is_no_answer() -> Result<()> {
+    for (case, texts) in harness::of_culvert(&authorization::too_much())?.iter().enumerate() {
+        let log = texts.iter().find(|text| text.starts_with("log:")).map_or("", String::as_str);
+        ensure!(log.contains(" 403 UAEX ext_authz_error"), "case {case}: {texts:?}");
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! A gRPC server for whatever filters ask: it notes what it is asked, and answers as the request that the filter has was told to.
 
 use std::collections::HashMap;
+use std::io::BufReader;
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::{Bytes, BytesMut};
+use culvert_tests::http1;
 use culvert_xds_client::json::pool;
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Request, Response};
@@ -55,6 +57,30 @@ pub fn start(asked: Arc<Asked>) -> Result<u16> {
                 });
             }
         });
+    });
+    Ok(port)
+}
+
+/// Starts a service that has a set of keys at `/keys`, an empty one at `/none`, and nothing else; returns its port.
+pub fn start_keys(keys: String) -> Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let keys = keys.clone();
+            thread::spawn(move || -> Result<()> {
+                let mut reader = BufReader::new(stream.try_clone()?);
+                while let Some(request) = http1::Request::read(&mut reader)? {
+                    let (status, body) = match request.target.as_str() {
+                        "/keys" => (200, keys.clone()),
+                        "/none" => (200, "{\"keys\": []}".to_owned()),
+                        _ => (404, String::new()),
+                    };
+                    http1::Response::new(status, "application/json", body.into_bytes()).write(&mut stream, false)?;
+                }
+                Ok(())
+            });
+        }
     });
     Ok(port)
 }

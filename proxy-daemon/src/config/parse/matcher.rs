@@ -29,7 +29,8 @@ use crate::config::{
 /// The largest compiled expression, in bytes: one that needs more is refused.
 const REGEX_LIMIT: usize = 1 << 20;
 
-pub(super) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
+/// A `RouteMatch`, checked.
+pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
     let path_match = match &rule.path_specifier {
         Some(PathSpecifier::Prefix(text)) => PathMatch::Prefix(text.as_str().into()),
         Some(PathSpecifier::Path(text)) => PathMatch::Path(text.as_str().into()),

@@ -46,6 +46,7 @@ pub(crate) use rate_limit::rate_limits;
 pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;
 pub use secret_files::{SecretWithFiles, discovered_secret, watched_directories, with_origins};
+pub(crate) use tls::data_source;
 pub use tls::secret;
 
 #[cfg(test)]

@@ -423,6 +423,11 @@ fn curve(name: &str) -> Option<NamedGroup> {
     })
 }
 
+/// What a `DataSource` holds.
+pub(crate) fn data_source(source: &DataSource, path: &str) -> Result<Vec<u8>> {
+    material(source, path).map(|material| material.bytes)
+}
+
 /// Reads a `DataSource`.
 pub(super) fn material(source: &DataSource, path: &str) -> Result<Material> {
     let inline = |bytes: Vec<u8>| Ok(Material { bytes, origin: "<inline>".to_owned() });

@@ -18,7 +18,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     config::{
         FieldError,
         model::{HeaderMutations, RateLimit, VirtualHostRateLimits},
@@ -27,7 +27,7 @@ use crate::{
     http::{
         body::Body,
         changes::list,
-        descriptors,
+        descriptors::{self, Entries},
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
@@ -98,7 +98,7 @@ struct Configured {
     grpc_status: Option<u16>,
     bucket: Option<TokenBucket>,
     /// By the descriptors that requests have.
-    buckets: HashMap<Vec<(Box<str>, Box<str>)>, TokenBucket>,
+    buckets: HashMap<Entries, TokenBucket>,
     /// What makes them, in the place of what routes say.
     own: Box<[RateLimit]>,
     stage: u32,
@@ -131,14 +131,14 @@ struct LocalRateLimitFactory(Arc<Configured>);
 struct LocalRateLimitFilter {
     configured: Arc<Configured>,
     /// Which one that is; `None`: that of all requests.
-    descriptor: Option<Vec<(Box<str>, Box<str>)>>,
+    descriptor: Option<Entries>,
 }
 
 /// What became of a request.
 struct Taken<'a> {
     allowed: bool,
     /// The bucket that decided, with its descriptor.
-    bucket: Option<(Option<&'a Vec<(Box<str>, Box<str>)>>, &'a TokenBucket)>,
+    bucket: Option<(Option<&'a Entries>, &'a TokenBucket)>,
 }
 
 impl Configured {
@@ -181,7 +181,7 @@ impl Configured {
         reply.grpc_status = self.grpc_status;
         let mut headers = http::HeaderMap::new();
         cx.format_request(head, |request, record| {
-            let record = Record { request_headers: Some(request), ..*record };
+            let record = Record { request_headers: Some(Headers::All(request)), ..*record };
             mutate_response(&mut headers, &self.response_headers, &record);
         });
         if let Some((_, bucket)) = taken.bucket.filter(|_| self.says_when) {

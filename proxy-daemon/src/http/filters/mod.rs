@@ -15,6 +15,7 @@ mod grpc_http1_bridge;
 mod header_mutation;
 mod header_to_metadata;
 mod health_check;
+mod jwt_authn;
 mod local_ratelimit;
 mod on_demand;
 mod r#override;
@@ -297,6 +298,12 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.health_check.v3.HealthCheck",
         parse: health_check::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.jwt_authn",
+        type_name: "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+        parse: jwt_authn::parse,
+        per_route: Some(("envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig", jwt_authn::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.local_ratelimit",

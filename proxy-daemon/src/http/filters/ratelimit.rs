@@ -31,7 +31,7 @@ use http::{HeaderMap, StatusCode};
 
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting};
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     config::{
         FieldError,
         model::{HeaderMutations, RateLimit, VirtualHostRateLimits},
@@ -239,7 +239,7 @@ impl RateLimitFilter {
         let mut headers = HeaderMap::new();
         response.iter().for_each(|change| change.apply_to_fields(&mut headers));
         cx.format_request(head, |request, record| {
-            let record = Record { request_headers: Some(request), ..*record };
+            let record = Record { request_headers: Some(Headers::All(request)), ..*record };
             mutate_response(&mut headers, &configured.response_headers, &record);
         });
         reply.headers = list(headers);

@@ -1,0 +1,255 @@
+//! The configuration of `envoy.filters.http.jwt_authn`.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{
+        config::core::v3::http_uri::HttpUpstreamType,
+        extensions::filters::http::jwt_authn::v3::{
+            JwtAuthentication, JwtProvider, JwtRequirement, PerRouteConfig as ProtoPerRoute, RemoteJwks,
+            jwt_provider::JwksSourceSpecifier, jwt_requirement::RequiresType, per_route_config::RequirementSpecifier,
+            requirement_rule::RequirementType,
+        },
+    },
+    google::protobuf::Any,
+};
+use http::{HeaderName, Uri};
+
+use super::{
+    JwtFactory, Stats, Told,
+    extract::Places,
+    jwks::{KeySource, Keys, Remote},
+};
+use crate::{
+    config::{FieldError, model::RouteMatch, parse},
+    http::filters::{FilterCx, HttpFilterFactory, PerRouteConfig},
+    stats::Scope,
+};
+
+const DEFAULT_SKEW: u64 = 60;
+const DEFAULT_CACHE: Duration = Duration::from_secs(600);
+
+type Result<T> = std::result::Result<T, FieldError>;
+
+/// The header that a claim becomes, and the way to the claim.
+pub(super) type ClaimToHeader = (HeaderName, Box<[Box<str>]>);
+
+/// `JwtProvider`
+#[derive(Debug)]
+pub(super) struct Provider {
+    pub(super) issuer: Box<str>,
+    pub(super) audiences: Box<[String]>,
+    pub(super) keys: KeySource,
+    pub(super) forward: bool,
+    pub(super) places: Places,
+    pub(super) payload_header: Option<HeaderName>,
+    pub(super) pad_payload: bool,
+    pub(super) payload_in_metadata: Box<str>,
+    pub(super) header_in_metadata: Box<str>,
+    pub(super) skew: u64,
+    pub(super) claims: Box<[ClaimToHeader]>,
+    pub(super) clear_route_cache: bool,
+}
+
+/// What a request must have.
+#[derive(Debug)]
+pub(super) enum Requirement {
+    /// A token of this provider; with audiences in the place of the provider's own.
+    Provider(usize, Option<Box<[String]>>),
+    /// One of these.
+    Any { of: Vec<Requirement>, allow_missing: bool, allow_failed: bool },
+    /// Each of these.
+    All(Vec<Requirement>),
+    /// A good token of any provider, or none.
+    AllowMissing,
+    /// Nothing; a good token of any provider is told of.
+    AllowMissingOrFailed,
+}
+
+/// What is configured. Streams hold on to it while their tokens are verified.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) providers: Vec<Provider>,
+    pub(super) rules: Vec<(RouteMatch, Option<Arc<Requirement>>)>,
+    pub(super) named: BTreeMap<Box<str>, Arc<Requirement>>,
+    pub(super) bypass_cors_preflight: bool,
+    pub(super) stats: Stats,
+}
+
+pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>> {
+    // What is not here is refused by the table of honoured fields.
+    let config: JwtAuthentication = unpack(typed_config, cx.path)?;
+    let field = |name: &str| format!("{}.{name}", cx.path);
+    let mut names = HashMap::new();
+    let mut providers = Vec::new();
+    // In an order that does not change.
+    for (name, config) in config.providers.iter().collect::<BTreeMap<_, _>>() {
+        names.insert(name.as_str(), providers.len());
+        providers.push(provider(name, config, &field(&format!("providers[\"{name}\"]")))?);
+    }
+    let requirements = config.requirement_map.iter().map(|(name, it)| {
+        let path = field(&format!("requirement_map[\"{name}\"]"));
+        Ok((name.as_str().into(), Arc::new(requirement(it, &names, &path)?)))
+    });
+    let named: BTreeMap<Box<str>, Arc<Requirement>> = requirements.collect::<Result<_>>()?;
+    let rules = config.rules.iter().enumerate().map(|(index, rule)| {
+        let path = field(&format!("rules[{index}]"));
+        let required = |name| FieldError::new(format!("{path}.{name}"), "value is required");
+        let matched = rule.r#match.as_ref().ok_or_else(|| required("match"))?;
+        let matched = parse::matcher::route_match(matched, &format!("{path}.match"))?;
+        let requires = match &rule.requirement_type {
+            None => None,
+            Some(RequirementType::Requires(requires)) if requires.requires_type.is_none() => None,
+            Some(RequirementType::Requires(requires)) => {
+                Some(Arc::new(requirement(requires, &names, &format!("{path}.requires"))?))
+            }
+            Some(RequirementType::RequirementName(name)) => match named.get(name.as_str()) {
+                Some(requirement) => Some(Arc::clone(requirement)),
+                None => {
+                    let text = format!("Wrong requirement_name: {name}. It should be in requirement_map");
+                    return Err(FieldError::new(format!("{path}.requirement_name"), text));
+                }
+            },
+        };
+        Ok((matched, requires))
+    });
+    let rules = rules.collect::<Result<_>>()?;
+    let scope = Scope::http(cx.stat_prefix).child("jwt_authn");
+    let scope = if config.stat_prefix.is_empty() { scope } else { scope.child(&config.stat_prefix) };
+    Ok(Arc::new(JwtFactory(Arc::new(Settings {
+        providers,
+        rules,
+        named,
+        bypass_cors_preflight: config.bypass_cors_preflight,
+        stats: Stats::new(&scope),
+    }))))
+}
+
+pub(in crate::http::filters) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig> {
+    let ProtoPerRoute { requirement_specifier } = unpack(config, path)?;
+    match requirement_specifier {
+        Some(RequirementSpecifier::Disabled(true)) => Ok(Arc::new(Told::Disabled)),
+        Some(RequirementSpecifier::Disabled(false)) => {
+            Err(FieldError::new(format!("{path}.disabled"), "value must equal true"))
+        }
+        Some(RequirementSpecifier::RequirementName(name)) => Ok(Arc::new(Told::Requirement(name.into()))),
+        None => Err(FieldError::new(format!("{path}.requirement_specifier"), "value is required")),
+    }
+}
+
+fn requirement(requirement: &JwtRequirement, names: &HashMap<&str, usize>, path: &str) -> Result<Requirement> {
+    let known = |name: &str, field: &str| {
+        let unknown =
+            || FieldError::new(format!("{path}.{field}"), format!("Required provider [\"{name}\"] is unknown"));
+        names.get(name).copied().ok_or_else(unknown)
+    };
+    let each = |items: &[JwtRequirement], field: &str| {
+        let parse = |(index, it)| self::requirement(it, names, &format!("{path}.{field}.requirements[{index}]"));
+        items.iter().enumerate().map(parse).collect::<Result<Vec<_>>>()
+    };
+    Ok(match &requirement.requires_type {
+        Some(RequiresType::ProviderName(name)) => Requirement::Provider(known(name, "provider_name")?, None),
+        Some(RequiresType::ProviderAndAudiences(both)) => {
+            let number = known(&both.provider_name, "provider_and_audiences.provider_name")?;
+            Requirement::Provider(number, Some(both.audiences.clone().into()))
+        }
+        Some(RequiresType::RequiresAny(list)) => {
+            let all = each(&list.requirements, "requires_any")?;
+            let allow_missing = all.iter().any(|it| matches!(it, Requirement::AllowMissing));
+            let allow_failed = all.iter().any(|it| matches!(it, Requirement::AllowMissingOrFailed));
+            let regular =
+                |it: &Requirement| !matches!(it, Requirement::AllowMissing | Requirement::AllowMissingOrFailed);
+            Requirement::Any { of: all.into_iter().filter(regular).collect(), allow_missing, allow_failed }
+        }
+        Some(RequiresType::RequiresAll(list)) => Requirement::All(each(&list.requirements, "requires_all")?),
+        Some(RequiresType::AllowMissing(_)) => Requirement::AllowMissing,
+        Some(RequiresType::AllowMissingOrFailed(_)) => Requirement::AllowMissingOrFailed,
+        Some(RequiresType::ExtractOnlyWithoutValidation(_)) => {
+            return Err(FieldError::unsupported(format!("{path}.extract_only_without_validation")));
+        }
+        None => return Err(FieldError::new(format!("{path}.requires_type"), "value is required")),
+    })
+}
+
+fn header_name(name: &str, path: &str) -> Result<HeaderName> {
+    HeaderName::try_from(name).map_err(|_| FieldError::new(path, format!("{name:?} is not a header name")))
+}
+
+fn provider(name: &str, provider: &JwtProvider, path: &str) -> Result<Provider> {
+    let keys = match &provider.jwks_source_specifier {
+        Some(JwksSourceSpecifier::LocalJwks(source)) => {
+            let path = format!("{path}.local_jwks");
+            let keys = Keys::parse(&parse::data_source(source, &path)?);
+            let wrong = |error| {
+                FieldError::new(&path, format!("Provider '{name}' in jwt_authn config has invalid local jwks: {error}"))
+            };
+            KeySource::Local(keys.map_err(wrong)?)
+        }
+        Some(JwksSourceSpecifier::RemoteJwks(remote)) => {
+            KeySource::Remote(self::remote(remote, &format!("{path}.remote_jwks"))?)
+        }
+        None => return Err(FieldError::new(format!("{path}.jwks_source_specifier"), "value is required")),
+    };
+    let headers = provider.from_headers.iter().enumerate().map(|(index, header)| {
+        let name = header_name(&header.name, &format!("{path}.from_headers[{index}].name"))?;
+        Ok((name, header.value_prefix.as_str().into()))
+    });
+    let boxed = |texts: &[String]| texts.iter().map(|text| text.as_str().into()).collect();
+    let mut places = Places {
+        headers: headers.collect::<Result<_>>()?,
+        params: boxed(&provider.from_params),
+        cookies: boxed(&provider.from_cookies),
+    };
+    if places.headers.is_empty() && places.params.is_empty() && places.cookies.is_empty() {
+        places = Places::usual();
+    }
+    let claims = provider.claim_to_headers.iter().enumerate().map(|(index, claim)| {
+        let path = format!("{path}.claim_to_headers[{index}]");
+        let way: Box<[Box<str>]> = match (claim.claim_name.as_str(), claim.claim_path.as_slice()) {
+            ("", []) => return Err(FieldError::new(format!("{path}.claim_name"), "value is required")),
+            ("", segments) => segments.iter().map(|segment| segment.key.as_str().into()).collect(),
+            (name, []) => name.split('.').map(Into::into).collect(),
+            _ => return Err(FieldError::new(format!("{path}.claim_path"), "claim_name is set too")),
+        };
+        Ok((header_name(&claim.header_name, &format!("{path}.header_name"))?, way))
+    });
+    let payload_header = Some(provider.forward_payload_header.as_str()).filter(|name| !name.is_empty());
+    let payload_header = payload_header.map(|name| header_name(name, &format!("{path}.forward_payload_header")));
+    Ok(Provider {
+        issuer: provider.issuer.as_str().into(),
+        audiences: provider.audiences.clone().into(),
+        keys,
+        forward: provider.forward,
+        places,
+        payload_header: payload_header.transpose()?,
+        pad_payload: provider.pad_forward_payload_header,
+        payload_in_metadata: provider.payload_in_metadata.as_str().into(),
+        header_in_metadata: provider.header_in_metadata.as_str().into(),
+        skew: match provider.clock_skew_seconds {
+            0 => DEFAULT_SKEW,
+            seconds => u64::from(seconds),
+        },
+        claims: claims.collect::<Result<_>>()?,
+        clear_route_cache: provider.clear_route_cache,
+    })
+}
+
+fn remote(remote: &RemoteJwks, path: &str) -> Result<Remote> {
+    let Some(http) = &remote.http_uri else {
+        return Err(FieldError::new(format!("{path}.http_uri"), "value is required"));
+    };
+    let Some(HttpUpstreamType::Cluster(cluster)) = &http.http_upstream_type else {
+        return Err(FieldError::new(format!("{path}.http_uri.cluster"), "value is required"));
+    };
+    let uri = http.uri.parse::<Uri>().ok().filter(|uri| uri.authority().is_some());
+    let uri =
+        uri.ok_or_else(|| FieldError::new(format!("{path}.http_uri.uri"), format!("{:?} is no URI", http.uri)))?;
+    let timeout = parse::duration(http.timeout, &format!("{path}.http_uri"), "timeout")?;
+    let cache = parse::duration(remote.cache_duration, path, "cache_duration")?.unwrap_or(DEFAULT_CACHE);
+    Ok(Remote::new(cluster, uri, timeout.filter(|limit| !limit.is_zero()), cache))
+}

@@ -1,0 +1,291 @@
+//! Keys (RFC 7517), and where they come from.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwapOption;
+use aws_lc_rs::{hmac, rsa::PublicKeyComponents, signature};
+use base64::Engine as _;
+use http::{HeaderValue, Method, Request, StatusCode, Uri, header::HOST};
+use serde_json::{Map, Value};
+use tokio::sync::Mutex;
+
+use super::{
+    Stats,
+    token::{BASE64, Status, Token},
+};
+use crate::http::{body::Body, call, stream::StreamCx};
+
+/// The longest set of keys that is fetched: 1 MiB.
+const MAX_LENGTH: usize = 1 << 20;
+/// The most keys of a set; the rest is passed over.
+const MAX_KEYS: usize = 1000;
+
+/// A set of public keys.
+#[derive(Debug)]
+pub(super) struct Keys(Vec<Key>);
+
+#[derive(Debug)]
+struct Key {
+    id: String,
+    algorithm: String,
+    material: Material,
+}
+
+#[derive(Debug)]
+enum Material {
+    Rsa {
+        modulus: Vec<u8>,
+        exponent: Vec<u8>,
+    },
+    /// The point, and the curve's algorithm.
+    Ec(Vec<u8>, &'static str),
+    Ed25519(Vec<u8>),
+    Secret(Vec<u8>),
+}
+
+impl Keys {
+    /// Reads a set; keys that are of no use are passed over.
+    ///
+    /// # Errors
+    /// What is wrong, in Envoy's words.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Keys, &'static str> {
+        let set: Value = serde_json::from_slice(bytes).map_err(|_| "Jwks is an invalid JSON")?;
+        let Some(keys) = set.get("keys") else { return Err("Jwks doesn't have [keys] field") };
+        let Value::Array(keys) = keys else { return Err("[keys] in Jwks is not an array") };
+        let keys: Vec<_> = keys.iter().take(MAX_KEYS).filter_map(|key| Key::parse(key.as_object()?)).collect();
+        if keys.is_empty() { Err("Jwks doesn't have any valid public key") } else { Ok(Keys(keys)) }
+    }
+
+    /// Whether one of the keys has signed the token.
+    pub(super) fn verify(&self, token: &Token) -> Result<(), Status> {
+        let fits = |key: &&Key| {
+            (token.key_id.is_empty() || key.id.is_empty() || token.key_id == key.id)
+                && (key.algorithm.is_empty() || key.algorithm == token.algorithm)
+        };
+        let mut any = false;
+        for key in self.0.iter().filter(fits) {
+            any = true;
+            if key.material.has_signed(token) {
+                return Ok(());
+            }
+        }
+        Err(if any { Status::VerificationFails } else { Status::NoSuchKey })
+    }
+}
+
+impl Key {
+    fn parse(key: &Map<String, Value>) -> Option<Key> {
+        let text = |name: &str| key.get(name).and_then(Value::as_str);
+        let bytes = |name: &str| BASE64.decode(text(name)?).ok().filter(|bytes| !bytes.is_empty());
+        let trimmed = |bytes: Vec<u8>| bytes.into_iter().skip_while(|byte| *byte == 0).collect::<Vec<_>>();
+        let material = match text("kty")? {
+            "RSA" => Material::Rsa { modulus: trimmed(bytes("n")?), exponent: trimmed(bytes("e")?) },
+            "EC" => {
+                let (length, algorithm) = match text("crv")? {
+                    "P-256" => (32, "ES256"),
+                    "P-384" => (48, "ES384"),
+                    "P-521" => (66, "ES512"),
+                    _ => return None,
+                };
+                let mut point = vec![4];
+                for coordinate in [bytes("x")?, bytes("y")?] {
+                    let missing = usize::checked_sub(length, coordinate.len())?;
+                    point.resize(point.len() + missing, 0);
+                    point.extend(coordinate);
+                }
+                Material::Ec(point, algorithm)
+            }
+            "OKP" if text("crv")? == "Ed25519" => Material::Ed25519(bytes("x")?),
+            "oct" => Material::Secret(bytes("k")?),
+            _ => return None,
+        };
+        let id = text("kid").unwrap_or_default().to_owned();
+        Some(Key { id, algorithm: text("alg").unwrap_or_default().to_owned(), material })
+    }
+}
+
+impl Material {
+    fn has_signed(&self, token: &Token) -> bool {
+        let (message, algorithm) = (token.signed.as_bytes(), token.algorithm.as_str());
+        let verified = match self {
+            Material::Rsa { modulus, exponent } => {
+                let parameters = match algorithm {
+                    "RS256" => &signature::RSA_PKCS1_2048_8192_SHA256,
+                    "RS384" => &signature::RSA_PKCS1_2048_8192_SHA384,
+                    "RS512" => &signature::RSA_PKCS1_2048_8192_SHA512,
+                    "PS256" => &signature::RSA_PSS_2048_8192_SHA256,
+                    "PS384" => &signature::RSA_PSS_2048_8192_SHA384,
+                    "PS512" => &signature::RSA_PSS_2048_8192_SHA512,
+                    _ => return false,
+                };
+                let key = PublicKeyComponents { n: modulus, e: exponent };
+                key.verify(parameters, message, &token.signature)
+            }
+            Material::Ec(point, curves) if *curves == algorithm => {
+                let kind = match *curves {
+                    "ES256" => &signature::ECDSA_P256_SHA256_FIXED,
+                    "ES384" => &signature::ECDSA_P384_SHA384_FIXED,
+                    _ => &signature::ECDSA_P521_SHA512_FIXED,
+                };
+                signature::UnparsedPublicKey::new(kind, point).verify(message, &token.signature)
+            }
+            Material::Ed25519(key) if algorithm == "EdDSA" => {
+                signature::UnparsedPublicKey::new(&signature::ED25519, key).verify(message, &token.signature)
+            }
+            Material::Secret(secret) => {
+                let kind = match algorithm {
+                    "HS256" => hmac::HMAC_SHA256,
+                    "HS384" => hmac::HMAC_SHA384,
+                    "HS512" => hmac::HMAC_SHA512,
+                    _ => return false,
+                };
+                hmac::verify(&hmac::Key::new(kind, secret), message, &token.signature)
+            }
+            Material::Ec(..) | Material::Ed25519(_) => return false,
+        };
+        verified.is_ok()
+    }
+}
+
+/// Where a provider's keys come from.
+#[derive(Debug)]
+pub(super) enum KeySource {
+    /// Written into the configuration.
+    Local(Keys),
+    /// Another service.
+    Remote(Remote),
+}
+
+/// `RemoteJwks`: fetched by the first request that needs the keys, for all workers, and again when they are too old.
+#[derive(Debug)]
+pub(super) struct Remote {
+    cluster: Box<str>,
+    uri: Uri,
+    timeout: Option<Duration>,
+    cache_duration: Duration,
+    current: ArcSwapOption<Fetched>,
+    /// When a fetch last failed. One fetch at a time: the others wait for it.
+    fetch: Mutex<Option<Instant>>,
+}
+
+#[derive(Debug)]
+struct Fetched {
+    keys: Keys,
+    at: Instant,
+}
+
+impl Remote {
+    pub(super) fn new(cluster: &str, uri: Uri, timeout: Option<Duration>, cache_duration: Duration) -> Remote {
+        let (current, fetch) = (ArcSwapOption::empty(), Mutex::new(None));
+        Remote { cluster: cluster.into(), uri, timeout, cache_duration, current, fetch }
+    }
+
+    fn is_fresh(&self, fetched: &Fetched) -> bool {
+        fetched.at.elapsed() < self.cache_duration
+    }
+
+    async fn verify(&self, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
+        // The usual way, which no other worker takes notice of.
+        if let Some(fetched) = self.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
+            return fetched.keys.verify(token);
+        }
+        self.get(cx, stats).await?.keys.verify(token)
+    }
+
+    async fn get(&self, cx: &StreamCx, stats: &Stats) -> Result<Arc<Fetched>, Status> {
+        let began = Instant::now();
+        let mut failed_at = self.fetch.lock().await;
+        // Somebody else has been faster.
+        if let Some(fetched) = self.current.load_full().filter(|fetched| self.is_fresh(fetched)) {
+            return Ok(fetched);
+        }
+        // What has failed since this request began to wait would fail again.
+        if failed_at.is_some_and(|at| at >= began) {
+            return Err(Status::FetchFailed);
+        }
+        let keys = self.load(cx).await;
+        let Some(keys) = keys else {
+            stats.jwks_fetch_failed.inc();
+            *failed_at = Some(Instant::now());
+            return Err(Status::FetchFailed);
+        };
+        stats.jwks_fetch_success.inc();
+        let fetched = Arc::new(Fetched { keys, at: Instant::now() });
+        self.current.store(Some(Arc::clone(&fetched)));
+        Ok(fetched)
+    }
+
+    async fn load(&self, cx: &StreamCx) -> Option<Keys> {
+        let cluster = cx.worker.clusters.get(&self.cluster)?;
+        let (mut head, ()) = Request::new(()).into_parts();
+        head.method = Method::GET;
+        head.uri = self.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
+        let host = self.uri.authority().map_or("", |authority| authority.as_str());
+        head.headers.insert(HOST, HeaderValue::from_str(host).ok()?);
+        call::mark(&mut head, cx);
+        if let Some(limit) = self.timeout {
+            call::expect_within(&mut head, limit);
+        }
+        let call = async { call::send(&cluster, None, head, Body::Empty).await?.read(MAX_LENGTH).await };
+        let (answer, body, _) = call::within(&cluster, self.timeout, call).await.ok()?;
+        if answer.status != StatusCode::OK {
+            return None;
+        }
+        Keys::parse(&body).ok()
+    }
+}
+
+impl KeySource {
+    /// Whether one of the keys has signed the token.
+    pub(super) async fn verify(&self, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
+        match self {
+            KeySource::Local(keys) => keys.verify(token),
+            KeySource::Remote(remote) => remote.verify(token, cx, stats).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(header: &str, key: &[u8]) -> Token {
+        let signed = format!("{}.{}", BASE64.encode(header), BASE64.encode("{}"));
+        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), signed.as_bytes());
+        Token::parse(&format!("{signed}.{}", BASE64.encode(tag.as_ref()))).unwrap()
+    }
+
+    #[test]
+    fn a_key_is_chosen_by_its_name_and_algorithm() {
+        let keys =
+            Keys::parse(br#"{"keys": [{"kty": "oct", "kid": "a", "alg": "HS256", "k": "c2VjcmV0"}, {"kty": "x"}]}"#)
+                .unwrap();
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS256"}"#, b"secret")), Ok(()));
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS256", "kid": "a"}"#, b"secret")), Ok(()));
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS256", "kid": "b"}"#, b"secret")), Err(Status::NoSuchKey));
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS384"}"#, b"secret")), Err(Status::NoSuchKey));
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS256"}"#, b"other")), Err(Status::VerificationFails));
+    }
+
+    #[test]
+    fn a_public_key_is_no_secret() {
+        // A token that is "signed" with what everybody knows.
+        let keys = Keys::parse(br#"{"keys": [{"kty": "RSA", "n": "c2VjcmV0", "e": "AQAB"}]}"#).unwrap();
+        assert_eq!(keys.verify(&token(r#"{"alg": "HS256"}"#, b"secret")), Err(Status::VerificationFails));
+    }
+
+    #[test]
+    fn sets_without_keys_are_refused() {
+        for (set, expected) in [
+            ("", "Jwks is an invalid JSON"),
+            ("{}", "Jwks doesn't have [keys] field"),
+            ("{\"keys\": 1}", "[keys] in Jwks is not an array"),
+            ("{\"keys\": [1]}", "Jwks doesn't have any valid public key"),
+        ] {
+            assert_eq!(Keys::parse(set.as_bytes()).unwrap_err(), expected);
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! `envoy.filters.http.jwt_authn`: requests need tokens, JSON Web Tokens that providers have signed.
+//!
+//! **Cost.** A token is verified with every request (a signature of RSA with 2048 bits takes some 20 us, of ECDSA some 60 us); a
+//! request that needs none costs the look for its rule, which is a scan of the rules in their order. Keys are fetched once for all
+//! workers, by the first request that needs them.
+//!
+//! **Limits.** A set of keys has at most 1 MiB and 1000 keys, a request 100 tokens. What tokens say becomes headers only where it
+//! is a header's value.
+
+mod config;
+mod extract;
+mod jwks;
+mod token;
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use envoy_types::pb::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
+use http::{
+    HeaderValue, Method, StatusCode,
+    header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, WWW_AUTHENTICATE},
+};
+use serde_json::{Map, Value};
+
+pub(super) use config::{parse, parse_per_route};
+
+use self::{
+    config::{Provider, Requirement, Settings},
+    extract::Found,
+    token::{Status, Token},
+};
+use super::{Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use crate::{
+    access_log::ResponseFlags,
+    http::{
+        body::Body,
+        metadata,
+        redirect::scheme,
+        route_match::{authority, matches},
+        stream::{LocalReply, RequestHead, StreamCx},
+    },
+    stats::{Counter, Lease, Scope},
+};
+
+/// Where its dynamic metadata is.
+const NAMESPACE: &str = "envoy.filters.http.jwt_authn";
+/// The longest URI that a client is told.
+const MAX_URI: usize = 256;
+
+#[derive(Debug)]
+struct Stats {
+    allowed: Counter,
+    denied: Counter,
+    cors_preflight_bypassed: Counter,
+    jwks_fetch_success: Counter,
+    jwks_fetch_failed: Counter,
+    jwt_cache_miss: Counter,
+    _lease: Lease,
+}
+
+impl Stats {
+    fn new(scope: &Scope) -> Stats {
+        // Shown, and never counted: there is no cache of tokens.
+        scope.counter("jwt_cache_hit");
+        Stats {
+            allowed: scope.counter("allowed"),
+            denied: scope.counter("denied"),
+            cors_preflight_bypassed: scope.counter("cors_preflight_bypassed"),
+            jwks_fetch_success: scope.counter("jwks_fetch_success"),
+            jwks_fetch_failed: scope.counter("jwks_fetch_failed"),
+            jwt_cache_miss: scope.counter("jwt_cache_miss"),
+            _lease: scope.lease(),
+        }
+    }
+}
+
+/// What a level tells the filter.
+#[derive(Debug)]
+enum Told {
+    Disabled,
+    Requirement(Box<str>),
+}
+
+#[derive(Debug)]
+struct JwtFactory(Arc<Settings>);
+
+/// A stream that needs a token.
+#[derive(Debug)]
+struct JwtFilter {
+    settings: Arc<Settings>,
+    requirement: Arc<Requirement>,
+}
+
+impl HttpFilterFactory for JwtFactory {
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        None
+    }
+
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let settings = &self.0;
+        let preflight = head.method == Method::OPTIONS
+            && head.headers.get(ORIGIN).is_some_and(|origin| !origin.is_empty())
+            && head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
+        if settings.bypass_cors_preflight && preflight {
+            settings.stats.cors_preflight_bypassed.inc();
+            settings.stats.allowed.inc();
+            return Flow::Continue;
+        }
+        let requirement = match route.most_specific::<Told>() {
+            Some(Told::Disabled) => None,
+            Some(Told::Requirement(name)) => match settings.named.get(name) {
+                Some(requirement) => Some(requirement),
+                None => return unknown_requirement(settings, name),
+            },
+            None => {
+                let (path, by) = (head.uri.path(), cx.match_cx());
+                let rule = settings.rules.iter().find(|(rule, _)| matches(rule, path, head, &by));
+                rule.and_then(|(_, requirement)| requirement.as_ref())
+            }
+        };
+        let Some(requirement) = requirement else {
+            settings.stats.allowed.inc();
+            return Flow::Continue;
+        };
+        // What only verified tokens say.
+        for provider in &settings.providers {
+            for name in provider.payload_header.iter().chain(provider.claims.iter().map(|(name, _)| name)) {
+                head.headers.remove(name);
+            }
+        }
+        let requirement = Arc::clone(requirement);
+        instances.push(Box::new(JwtFilter { settings: Arc::clone(settings), requirement }));
+        Flow::Wait
+    }
+}
+
+fn unknown_requirement(settings: &Settings, name: &str) -> Flow {
+    settings.stats.denied.inc();
+    let known: Vec<_> = settings.named.keys().map(|name| &**name).collect();
+    let text = format!("Wrong requirement_name: {name}. It should be one of [{}]", known.join(","));
+    let (details, text) = (details(&text), format!("Failed JWT authentication: {text}"));
+    Flow::Respond(LocalReply::new(StatusCode::FORBIDDEN, text, ResponseFlags::default(), details))
+}
+
+/// A reason as access logs show it: in one word.
+fn details(text: &str) -> String {
+    format!("jwt_authn_access_denied{{{}}}", text.replace(' ', "_"))
+}
+
+impl HttpFilter for JwtFilter {
+    fn wait_request<'a>(
+        &'a mut self,
+        head: &'a mut RequestHead,
+        _body: &'a mut Body,
+        cx: &'a mut StreamCx,
+    ) -> Waiting<'a> {
+        Box::pin(async move {
+            let (uri, settings) = (asked_uri(head), Arc::clone(&self.settings));
+            match settings.verify(&self.requirement, head, cx).await {
+                Ok(()) => {
+                    settings.stats.allowed.inc();
+                    Flow::Continue
+                }
+                Err(status) => {
+                    settings.stats.denied.inc();
+                    Flow::Respond(denied(status, &uri))
+                }
+            }
+        })
+    }
+}
+
+fn asked_uri(head: &RequestHead) -> String {
+    let path = head.headers.get("x-envoy-original-path").and_then(|path| path.to_str().ok());
+    let path = path.or_else(|| head.uri.path_and_query().map(|path| path.as_str())).unwrap_or_default();
+    let path: String = path.chars().take(MAX_URI).collect();
+    format!("{}://{}{path}", scheme(head), authority(head))
+}
+
+fn denied(status: Status, uri: &str) -> LocalReply {
+    let code = if status == Status::AudienceNotAllowed { StatusCode::FORBIDDEN } else { StatusCode::UNAUTHORIZED };
+    let mut reply = LocalReply::new(code, status.text(), ResponseFlags::default(), details(status.text()));
+    let error = if status == Status::Missing { "" } else { ", error=\"invalid_token\"" };
+    if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{uri}\"{error}")) {
+        reply.headers.push((WWW_AUTHENTICATE, value));
+    }
+    reply
+}
+
+type Verified<'a> = Pin<Box<dyn Future<Output = Result<(), Status>> + 'a>>;
+
+impl Settings {
+    fn verify<'a>(
+        &'a self,
+        requirement: &'a Requirement,
+        head: &'a mut RequestHead,
+        cx: &'a mut StreamCx,
+    ) -> Verified<'a> {
+        Box::pin(async move {
+            match requirement {
+                Requirement::Provider(number, audiences) => {
+                    let tokens = extract::tokens(&self.providers, &[*number], head);
+                    self.verify_all(tokens, Some(*number), audiences.as_deref(), head, cx).await
+                }
+                Requirement::All(of) => {
+                    for requirement in of {
+                        self.verify(requirement, head, cx).await?;
+                    }
+                    Ok(())
+                }
+                Requirement::Any { of, allow_missing, allow_failed } => {
+                    let mut worst = Status::Missing;
+                    for requirement in of {
+                        match self.verify(requirement, head, cx).await {
+                            Ok(()) => return Ok(()),
+                            // What says more counts.
+                            Err(status) => {
+                                let weak = matches!(status, Status::Missing | Status::UnknownIssuer);
+                                if !weak || worst == Status::Missing {
+                                    worst = status;
+                                }
+                            }
+                        }
+                    }
+                    let allowed = *allow_failed || *allow_missing && worst == Status::Missing;
+                    if allowed { Ok(()) } else { Err(worst) }
+                }
+                Requirement::AllowMissing => match self.verify_any(head, cx).await {
+                    Err(Status::Missing) => Ok(()),
+                    other => other,
+                },
+                Requirement::AllowMissingOrFailed => {
+                    let _ = self.verify_any(head, cx).await;
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    /// The tokens of whatever provider.
+    async fn verify_any(&self, head: &mut RequestHead, cx: &mut StreamCx) -> Result<(), Status> {
+        let all: Vec<_> = (0..self.providers.len()).collect();
+        let tokens = extract::tokens(&self.providers, &all, head);
+        self.verify_all(tokens, None, None, head, cx).await
+    }
+
+    /// All that were found must be good, and there must be one. Without a provider the first that was found decides.
+    async fn verify_all(
+        &self,
+        tokens: Vec<Found>,
+        of: Option<usize>,
+        audiences: Option<&[String]>,
+        head: &mut RequestHead,
+        cx: &mut StreamCx,
+    ) -> Result<(), Status> {
+        let mut last = Err(Status::Missing);
+        // As Envoy does, from the last.
+        for found in tokens.into_iter().rev() {
+            if of.is_some() {
+                // Every token misses the cache that there is not.
+                self.stats.jwt_cache_miss.inc();
+            }
+            last = self.verify_one(&found, of, audiences, head, cx).await;
+            if of.is_some() {
+                last?;
+            }
+        }
+        last
+    }
+
+    async fn verify_one(
+        &self,
+        found: &Found,
+        of: Option<usize>,
+        audiences: Option<&[String]>,
+        head: &mut RequestHead,
+        cx: &mut StreamCx,
+    ) -> Result<(), Status> {
+        let token = Token::parse(&found.text)?;
+        let by_issuer = |number: &&usize| {
+            let issuer = &*self.providers[**number].issuer;
+            issuer.is_empty() || issuer == token.issuer
+        };
+        let number = match of {
+            Some(number) => Some(number).filter(|number| by_issuer(&number)),
+            None => found.providers.iter().find(by_issuer).copied(),
+        };
+        let provider = number.map(|number| &self.providers[number]).ok_or(Status::UnknownIssuer)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        token.check_time(now, provider.skew)?;
+        let allowed = audiences.unwrap_or(&provider.audiences);
+        let has = |audience: &String| token.audiences.iter().any(|it| same(it, audience));
+        if !allowed.is_empty() && !allowed.iter().any(has) {
+            return Err(Status::AudienceNotAllowed);
+        }
+        provider.keys.verify(&token, cx, &self.stats).await?;
+        provider.tell(&token, found, head, cx);
+        Ok(())
+    }
+}
+
+/// Audiences are the same whether or not they begin with a scheme or end with a slash.
+fn same(a: &str, b: &str) -> bool {
+    let plain = |text: &str| {
+        let text = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or(text);
+        text.strip_suffix('/').unwrap_or(text).to_owned()
+    };
+    plain(a) == plain(b)
+}
+
+impl Provider {
+    /// What a good token changes.
+    fn tell(&self, token: &Token, found: &Found, head: &mut RequestHead, cx: &mut StreamCx) {
+        if let Some(name) = &self.payload_header {
+            let text = token.payload_text().trim_end_matches('=');
+            let padding = if self.pad_payload { (4 - text.len() % 4) % 4 } else { 0 };
+            let text = format!("{text}{}", "=".repeat(padding));
+            if let Ok(value) = HeaderValue::from_str(&text) {
+                head.headers.insert(name, value);
+            }
+        }
+        for (name, way) in &self.claims {
+            let value = claim(&token.payload, way).and_then(|text| HeaderValue::from_str(&text).ok());
+            if let Some(value) = value {
+                let _ = head.headers.try_append(name, value);
+                cx.reroute |= self.clear_route_cache;
+            }
+        }
+        cx.reroute |= self.clear_route_cache && self.payload_header.is_some();
+        if !self.forward {
+            extract::remove(&found.place, head);
+        }
+        let told = [(&self.payload_in_metadata, &token.payload), (&self.header_in_metadata, &token.header)];
+        for (name, fields) in told.into_iter().filter(|(name, _)| !name.is_empty()) {
+            let value = ProtoValue { kind: Some(Kind::StructValue(metadata::from_json(fields))) };
+            let told = Struct { fields: [(name.to_string(), value)].into() };
+            cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
+        }
+    }
+}
+
+/// A claim as a header has it: numbers and truth values as text, what has parts as JSON in base64.
+fn claim(payload: &Map<String, Value>, way: &[Box<str>]) -> Option<String> {
+    let (last, inner) = way.split_last()?;
+    let mut fields = payload;
+    for step in inner {
+        fields = fields.get(&**step)?.as_object()?;
+    }
+    match fields.get(&**last)? {
+        Value::Null => None,
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(value) => Some(value.to_string()),
+        Value::Number(number) => Some(number.to_string()),
+        parts @ (Value::Array(_) | Value::Object(_)) => Some(STANDARD.encode(parts.to_string())),
+    }
+}

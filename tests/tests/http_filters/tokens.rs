@@ -1,0 +1,296 @@
+//! jwt_authn: tokens of all kinds, good and bad ones.
+
+use std::sync::LazyLock;
+
+use aws_lc_rs::hmac;
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::rsa::{KeyPair as RsaKeyPair, KeySize};
+use aws_lc_rs::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256, RSA_PSS_SHA512,
+};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
+
+use super::harness::{By, Case, case};
+
+const JWT: &str = "jwt_authn.v3.JwtAuthentication";
+const PER_ROUTE: &str = "jwt_authn.v3.PerRouteConfig";
+
+struct Signers {
+    rsa: RsaKeyPair,
+    ec: EcdsaKeyPair,
+    ed: Ed25519KeyPair,
+}
+
+static SIGNERS: LazyLock<Signers> = LazyLock::new(|| Signers {
+    rsa: RsaKeyPair::generate(KeySize::Rsa2048).expect("a key"),
+    ec: EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key"),
+    ed: Ed25519KeyPair::generate().expect("a key"),
+});
+
+/// A part of the public key, whose DER begins with nine bytes and ends with the exponent, 65537.
+fn number(key: &RsaKeyPair, exponent: bool) -> String {
+    let der = key.public_key().as_ref();
+    BASE64.encode(if exponent { &der[der.len() - 3..] } else { &der[9..9 + 256] })
+}
+
+/// The public keys of all signers.
+pub fn keys() -> String {
+    let point = SIGNERS.ec.public_key().as_ref();
+    format!(
+        "{{\"keys\": [{{\"kty\": \"RSA\", \"kid\": \"r\", \"n\": \"{}\", \"e\": \"{}\"}}, {{\"kty\": \"EC\", \"kid\": \"e\", \"crv\": \
+         \"P-256\", \"x\": \"{}\", \"y\": \"{}\"}}, {{\"kty\": \"OKP\", \"kid\": \"d\", \"alg\": \"EdDSA\", \"crv\": \"Ed25519\", \
+         \"x\": \"{}\"}}, {{\"kty\": \"oct\", \"kid\": \"h\", \"alg\": \"HS256\", \"k\": \"c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0\"}}]}}",
+        number(&SIGNERS.rsa, false),
+        number(&SIGNERS.rsa, true),
+        BASE64.encode(&point[1..33]),
+        BASE64.encode(&point[33..]),
+        BASE64.encode(SIGNERS.ed.public_key()),
+    )
+}
+
+fn signed(algorithm: &str, header: &str, payload: &str) -> String {
+    let text = format!("{}.{}", BASE64.encode(header), BASE64.encode(payload));
+    let (random, bytes) = (SystemRandom::new(), text.as_bytes());
+    let rsa = |kind| {
+        let mut signature = vec![0; SIGNERS.rsa.public_modulus_len()];
+        SIGNERS.rsa.sign(kind, &random, bytes, &mut signature).expect("a signature");
+        signature
+    };
+    let signature = match algorithm {
+        "RS256" => rsa(&RSA_PKCS1_SHA256),
+        "PS512" => rsa(&RSA_PSS_SHA512),
+        "ES256" => SIGNERS.ec.sign(&random, bytes).expect("a signature").as_ref().to_vec(),
+        "EdDSA" => SIGNERS.ed.sign(bytes).as_ref().to_vec(),
+        "HS256" => hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, b"secretsecretsecretsecret"), bytes).as_ref().to_vec(),
+        other => other.as_bytes().to_vec(),
+    };
+    format!("{text}.{}", BASE64.encode(signature))
+}
+
+fn token(algorithm: &str, payload: &str) -> String {
+    signed(algorithm, &format!("{{\"alg\": \"{algorithm}\"}}"), payload)
+}
+
+fn with(token: &str) -> String {
+    format!("GET /a?b=c\nauthorization: Bearer {token}")
+}
+
+fn good() -> String {
+    token("HS256", "{\"iss\": \"i\", \"sub\": \"s\", \"aud\": [\"a\", \"b\"]}")
+}
+
+/// A provider with these keys, in flow style.
+fn provider(more: &str) -> String {
+    format!("{{issuer: i, local_jwks: {{inline_string: '{}'}}{more}}}", keys())
+}
+
+fn jwt(name: &'static str, config: &str, requests: &[String]) -> Case {
+    let requests: Vec<_> = requests.iter().map(String::as_str).collect();
+    case(name, JWT, config, &requests)
+}
+
+/// Requests that need a token of the one provider.
+fn one(name: &'static str, more: &str, requests: &[String]) -> Case {
+    jwt(
+        name,
+        &format!(
+            "providers: {{p: {}}}, rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]",
+            provider(more)
+        ),
+        requests,
+    )
+}
+
+pub fn cases() -> Vec<Case> {
+    [verified(), places(), told(), requirements(), remote()].concat()
+}
+
+fn verified() -> Vec<Case> {
+    let payload = "{\"iss\": \"i\"}";
+    let mut requests: Vec<_> =
+        ["RS256", "PS512", "ES256", "EdDSA", "HS256"].map(|kind| with(&token(kind, payload))).into();
+    requests.extend(["RS384", "none", "ES256K"].map(|kind| with(&token(kind, payload))));
+    requests.extend(
+        ["r", "x"].map(|id| with(&signed("RS256", &format!("{{\"alg\": \"RS256\", \"kid\": \"{id}\"}}"), payload))),
+    );
+    requests.extend([
+        "GET /".to_owned(),
+        "GET /direct".to_owned(),
+        "HEAD /".to_owned(),
+        "POST /\ncontent-type: application/grpc".to_owned(),
+        with(&signed("HS256", "{\"alg\": 1}", payload)),
+        with(&signed("HS256", "{\"alg\": \"HS256\", \"kid\": 1}", payload)),
+        with("a.b"),
+        with("a.b.c.d"),
+        with("!"),
+        with("e30.e30.e30"),
+        with("YQ.e30.e30"),
+        format!("GET /\nauthorization: Bearer {}x", good()),
+        with(&signed("RS256", "{\"alg\": \"HS256\"}", payload)),
+    ]);
+    for payload in [
+        "{\"iss\": \"other\"}",
+        "{}",
+        "[]",
+        "{\"iss\": 1}",
+        "{\"iss\": \"i\", \"sub\": 1}",
+        "{\"iss\": \"i\", \"exp\": 1}",
+        "{\"iss\": \"i\", \"exp\": 4000000000, \"nbf\": 1}",
+        "{\"iss\": \"i\", \"nbf\": 4000000000}",
+        "{\"iss\": \"i\", \"exp\": \"x\"}",
+        "{\"iss\": \"i\", \"exp\": -1}",
+        "{\"iss\": \"i\", \"iat\": \"x\"}",
+        "{\"iss\": \"i\", \"nbf\": []}",
+        "{\"iss\": \"i\", \"aud\": 1}",
+        "{\"iss\": \"i\", \"aud\": [1]}",
+        "{\"iss\": \"i\", \"jti\": 1}",
+        "{\"iss\": \"i\", \"exp\": 0}",
+        "{\"iss\": \"i\", \"iat\": -1}",
+        "{\"iss\": \"i\", \"nbf\": -1}",
+    ] {
+        requests.push(with(&token("HS256", payload)));
+    }
+    let audiences: Vec<_> = ["\"a\"", "[\"x\", \"https://a/\"]", "\"x\"", "[]"]
+        .map(|audience| with(&token("HS256", &format!("{{\"iss\": \"i\", \"aud\": {audience}}}"))))
+        .into();
+    vec![
+        one("tokens", "", &requests),
+        one("audiences", ", audiences: [a, c]", &audiences),
+        one("a provider of any issuer", "", &requests[..2]).of_manager("via: v"),
+    ]
+}
+
+fn places() -> Vec<Case> {
+    let good = good();
+    let requests = [
+        format!("GET /?access_token={good}&x=1"),
+        format!("GET /?x=1&t={good}&y=2"),
+        format!("GET /\nx-token: {good}"),
+        format!("GET /\nx-token: pre{good}"),
+        "GET /\nx-token: pre bad".to_owned(),
+        format!("GET /\ncookie: a=b; c={good}"),
+        format!("GET /\nauthorization: Bearer {good}\nx-token: pre{good}"),
+        format!("GET /\nauthorization: bearer {good}"),
+        format!("GET /\nauthorization: Basic {good}"),
+        format!("GET /\nauthorization: Bearer {good}, more"),
+        format!("GET /?access_token={good}\nauthorization: Bearer bad"),
+    ];
+    vec![
+        one("places", "", &requests),
+        one("places, forwarded", ", forward: true", &requests),
+        one("a header", ", from_headers: [{name: x-token, value_prefix: pre}]", &requests),
+        one("a header without prefix", ", from_headers: [{name: x-token}]", &requests),
+        one("a parameter", ", from_params: [t]", &requests),
+        one("a cookie", ", from_cookies: [c]", &requests),
+        one("several places", ", from_cookies: [c], from_params: [t], from_headers: [{name: x-token}]", &requests),
+    ]
+}
+
+fn told() -> Vec<Case> {
+    let full = with(&token(
+        "HS256",
+        "{\"iss\": \"i\", \"t\": \"text\", \"n\": 5, \"f\": 1.5, \"b\": true, \"l\": [1], \"s\": {\"k\": \"deep\"}}",
+    ));
+    let claim = |name: &str| format!("{{header_name: x-{}, claim_name: \"{name}\"}}", name.replace('.', "-"));
+    let claims: Vec<_> = ["t", "n", "b", "l", "s.k", "none"].map(claim).into();
+    let claims = format!(", claim_to_headers: [{}]", claims.join(", "));
+    vec![
+        one(
+            "the payload",
+            ", forward_payload_header: x-payload",
+            &[full.clone(), format!("{full}\nx-payload: forged"), "GET /\nx-payload: forged".to_owned()],
+        ),
+        one(
+            "the payload, padded",
+            ", forward_payload_header: x-payload, pad_forward_payload_header: true",
+            &[full.clone(), with(&good())],
+        ),
+        one("claims", &claims, &[full.clone(), format!("{full}\nx-t: forged\nx-none: forged")]),
+        one("metadata of tokens", ", payload_in_metadata: k, header_in_metadata: h", &[with(&good())]),
+        one(
+            "routes by claims",
+            ", clear_route_cache: true, claim_to_headers: [{header_name: x-t, claim_name: t}]",
+            &[full],
+        ),
+    ]
+}
+
+fn requirements() -> Vec<Case> {
+    let providers = format!(
+        "providers: {{p: {}, q: {}}}",
+        provider(", forward: true"),
+        provider(", forward: true").replace("issuer: i", "issuer: j, from_headers: [{name: x-q}]")
+    );
+    let j = token("HS256", "{\"iss\": \"j\"}");
+    let requests = [
+        "GET /".to_owned(),
+        with(&good()),
+        format!("GET /\nx-q: {j}"),
+        format!("{}\nx-q: {j}", with(&good())),
+        with("bad"),
+        with(&j),
+        format!("{}\nx-q: bad", with(&good())),
+        format!("GET /plain\nx-q: {j}"),
+        "OPTIONS /\norigin: a\naccess-control-request-method: GET".to_owned(),
+    ];
+    let rule = |name, requires: &str| {
+        jwt(
+            name,
+            &format!(
+                "{providers}, rules: [{{match: {{prefix: /plain}}}}, {{match: {{prefix: /}}, requires: {{{requires}}}}}]"
+            ),
+            &requests,
+        )
+    };
+    vec![
+        rule("any", "requires_any: {requirements: [{provider_name: p}, {provider_name: q}]}"),
+        rule("all", "requires_all: {requirements: [{provider_name: p}, {provider_name: q}]}"),
+        rule("any, or none", "requires_any: {requirements: [{provider_name: p}, {allow_missing: {}}]}"),
+        rule("any, or bad", "requires_any: {requirements: [{provider_name: p}, {allow_missing_or_failed: {}}]}"),
+        rule("missing allowed", "allow_missing: {}"),
+        rule("failed allowed", "allow_missing_or_failed: {}"),
+        rule("other audiences", "provider_and_audiences: {provider_name: p, audiences: [z]}"),
+        jwt("no rules", &providers, &requests[..2]),
+        jwt(
+            "preflight",
+            &format!(
+                "{providers}, bypass_cors_preflight: true, rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]"
+            ),
+            &requests,
+        ),
+        jwt(
+            "by name",
+            &format!(
+                "{providers}, requirement_map: {{named: {{provider_name: p}}}}, rules: [{{match: {{path: /}}, requirement_name: named}}]"
+            ),
+            &requests,
+        ),
+        jwt("a name by route", &format!("{providers}, requirement_map: {{named: {{provider_name: p}}}}"), &requests)
+            .told(By::Route, PER_ROUTE, "requirement_name: named"),
+        jwt(
+            "a wrong name by route",
+            &format!("{providers}, requirement_map: {{named: {{provider_name: p}}}}"),
+            &requests[..1],
+        )
+        .told(By::Route, PER_ROUTE, "requirement_name: other"),
+        rule("off by route", "provider_name: p").told(By::Route, PER_ROUTE, "disabled: true"),
+    ]
+}
+
+fn remote() -> Vec<Case> {
+    let remote = |name, path: &str, cluster: &str| {
+        let config = format!(
+            "providers: {{p: {{issuer: i, remote_jwks: {{http_uri: {{uri: \"http://keys.test{path}\", cluster: {cluster}, timeout: 1s}}}}}}}}, \
+             rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]"
+        );
+        jwt(name, &config, &[with(&good()), with(&token("RS256", "{\"iss\": \"i\"}")), "GET /".to_owned()])
+    };
+    vec![
+        remote("fetched", "/keys", "keys"),
+        remote("fetched, and no keys", "/none", "keys"),
+        remote("fetched, and not found", "/missing", "keys"),
+        remote("nobody there to fetch from", "/keys", "dead"),
+        remote("no cluster to fetch from", "/keys", "none"),
+    ]
+}
