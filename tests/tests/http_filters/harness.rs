@@ -195,6 +195,10 @@ fn filter_stats(stats: &str, index: usize) -> String {
         .lines()
         .filter_map(|line| {
             let (name, value) = line.split_once(": ")?;
+            // Envoy shows histograms after its next flush only.
+            if value.contains("P50(") || value == "No recorded values" {
+                return None;
+            }
             // What filters count below a cluster's name has the case's name as their prefix.
             let of_cluster = name.strip_prefix("cluster.a.").filter(|own| own.contains(&format!(".case{index}.")));
             let own = of_cluster

@@ -3,6 +3,7 @@
 
 mod access;
 mod authorization;
+mod bandwidth;
 mod browsers;
 mod changes;
 mod compression;
@@ -36,6 +37,11 @@ fn messages_are_changed_as_by_envoy() -> Result<()> {
 #[test]
 fn bodies_are_compressed_as_by_envoy() -> Result<()> {
     harness::compare(compression::cases())
+}
+
+#[test]
+fn bodies_pass_at_a_rate_as_by_envoy() -> Result<()> {
+    harness::compare(bandwidth::cases())
 }
 
 #[test]

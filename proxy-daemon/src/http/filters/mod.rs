@@ -2,6 +2,7 @@
 //!
 //! A filter is added by writing its file and one line in [`REGISTRY`]: docs/extending.md shows how.
 
+mod bandwidth_limit;
 mod buffer;
 mod compression;
 mod compressor;
@@ -223,6 +224,15 @@ pub const REGISTRY: &[Registered] = &[
         type_name: r#override::TYPE_NAME,
         parse: r#override::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.bandwidth_limit",
+        type_name: "envoy.extensions.filters.http.bandwidth_limit.v3.BandwidthLimit",
+        parse: bandwidth_limit::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.bandwidth_limit.v3.BandwidthLimit",
+            bandwidth_limit::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.buffer",

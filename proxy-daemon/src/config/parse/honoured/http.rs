@@ -19,6 +19,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.cors.v3.CorsPolicy", ALL),
     ("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", ALL),
     ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
+    ("envoy.extensions.filters.http.bandwidth_limit.v3.BandwidthLimit", ALL),
     ("envoy.extensions.filters.http.grpc_http1_bridge.v3.Config", &[]),
     ("envoy.extensions.filters.http.rbac.v3.RBACPerRoute", ALL),
     ("envoy.extensions.filters.http.health_check.v3.HealthCheck", ALL),
