@@ -1,12 +1,12 @@
 //! What all transports share: the state machine, and its way to the sink and back.
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
 use tokio::sync::mpsc;
 
 use crate::{
-    ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token, Update, Variant},
+    ads::{Core, Done, Handled, Interest, Outcome, Response, Sink, Token, Update, Variant, nack_detail},
     source::Source,
     stats::ClientStats,
 };
@@ -17,6 +17,8 @@ pub(crate) struct Driver<S> {
     pub(crate) core: Core,
     pub(crate) sink: Arc<S>,
     pub(crate) stats: Arc<ClientStats>,
+    /// State of the world: the newest response of each type that was dealt with. What became of older ones is history.
+    newest: HashMap<String, Token>,
     /// One queue for both, so that what is wanted because of an update is asked for before the update is answered.
     events: mpsc::UnboundedReceiver<Event>,
     sender: mpsc::UnboundedSender<Event>,
@@ -68,7 +70,8 @@ impl<S: Sink> Driver<S> {
     pub(crate) fn new(source: Source, node: Node, variant: Variant, sink: Arc<S>) -> Self {
         let (sender, events) = mpsc::unbounded_channel();
         let stats = Arc::new(ClientStats::default());
-        Driver { source, core: Core::new(node, variant), sink, stats, events, sender }
+        let (core, newest) = (Core::new(node, variant), HashMap::new());
+        Driver { source, core, sink, stats, newest, events, sender }
     }
 
     pub(crate) fn interests(&self) -> Interests {
@@ -127,6 +130,8 @@ impl<S: Sink> Driver<S> {
             Event::Want(type_url, interest) => {
                 if interest != Interest::None {
                     self.stats.of(&type_url);
+                } else if self.core.interest(&type_url) != &interest {
+                    self.stats.of(&type_url).set_nack(None);
                 }
                 self.core.set_interest(&type_url, interest);
                 Came::Wanted
@@ -147,8 +152,19 @@ impl<S: Sink> Driver<S> {
                 Came::Finished(token, false)
             }
             Event::Applied { token, type_url, version, outcome: Some(outcome) } => {
+                let at_fault = self.core.is_at_fault(&token);
                 let rejected = self.core.finish(token.clone(), outcome);
                 let stats = self.stats.of(&type_url);
+                if let Some(version) = &version
+                    && self.is_newest(&type_url, &token)
+                {
+                    match nack_detail(&rejected) {
+                        Some(nack) if at_fault => stats.set_nack(Some((version.clone(), nack.message))),
+                        // The resources that are shown have it.
+                        Some(_) => {}
+                        None => stats.set_nack(None),
+                    }
+                }
                 match version {
                     Some(version) if rejected.is_empty() => stats.accepted(&version),
                     Some(_) => stats.rejected(),
@@ -158,6 +174,25 @@ impl<S: Sink> Driver<S> {
                     tracing::warn!(%type_url, name = %rejection.name, "resource rejected: {}", rejection.message);
                 }
                 Came::Finished(token, rejected.is_empty())
+            }
+        }
+    }
+
+    /// Whether what became of this response is what the server is to be told last; notes it.
+    fn is_newest(&mut self, type_url: &str, token: &Token) -> bool {
+        if self.core.variant() == Variant::Delta {
+            // Each response stands for itself.
+            return true;
+        }
+        match self.newest.get_mut(type_url) {
+            Some(newest) if *newest > *token => false,
+            Some(newest) => {
+                newest.clone_from(token);
+                true
+            }
+            None => {
+                self.newest.insert(type_url.to_owned(), token.clone());
+                true
             }
         }
     }

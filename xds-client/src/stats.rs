@@ -95,6 +95,17 @@ pub struct TypeStats {
     pub init_fetch_timeout: AtomicU64,
     version: RwLock<String>,
     fault: RwLock<Option<Fault>>,
+    nack: RwLock<Option<Nack>>,
+}
+
+/// What is wrong with a response: not with a resource that was taken from it and then refused, but with what was never told
+/// apart or handed out, so that there is no resource to be shown with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nack {
+    /// The response's version.
+    pub version: String,
+    /// The whole text of the NACK.
+    pub fault: Fault,
 }
 
 /// Why nothing could be taken of a source.
@@ -120,6 +131,18 @@ impl TypeStats {
     pub(crate) fn set_fault(&self, details: Option<String>) {
         let fault = details.map(|details| Fault { details, since: SystemTime::now() });
         *self.fault.write().unwrap_or_else(PoisonError::into_inner) = fault;
+    }
+
+    /// The last response that was rejected for its own faults, until one is accepted as a whole.
+    pub fn nack(&self) -> Option<Nack> {
+        self.nack.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// `nack`: the version of the response, and what is wrong with it.
+    pub(crate) fn set_nack(&self, nack: Option<(String, String)>) {
+        let since = SystemTime::now();
+        let nack = nack.map(|(version, details)| Nack { version, fault: Fault { details, since } });
+        *self.nack.write().unwrap_or_else(PoisonError::into_inner) = nack;
     }
 
     /// A response was accepted as a whole.

@@ -102,6 +102,7 @@ fn snapshot() -> Snapshot {
             lacks: vec!["the secret \"own\"".into()],
         }],
         faults: vec![SourceFault {
+            version: String::new(),
             type_url: ClusterMessage::type_url(),
             place: "/etc/cds.yaml".into(),
             fault: Fault { details: "resources[0].nme: no such field".into(), since: SystemTime::UNIX_EPOCH },

@@ -104,8 +104,8 @@ pub struct Snapshot {
     pub unready: Vec<Unready>,
     /// Listeners and clusters that serve without something they need, static ones as well.
     pub incomplete: Vec<Incomplete>,
-    /// Files and polled servers of which nothing could be taken the last time, and secrets of the bootstrap whose newest
-    /// files cannot be used.
+    /// Files and polled servers of which nothing could be taken the last time, responses that were rejected for their own
+    /// faults, and secrets of the bootstrap whose newest files cannot be used.
     pub faults: Vec<SourceFault>,
     /// The servers that resources are had from.
     pub sources: Vec<SourceState>,
@@ -113,13 +113,16 @@ pub struct Snapshot {
     pub scoped: Vec<Scoped>,
 }
 
-/// A file, or the answer of a server that is polled, that cannot be used as a whole.
+/// A file, or the answer of a server that is polled, that cannot be used as a whole; or a response with faults that no resource
+/// can be shown with.
 #[derive(Debug, Clone)]
 pub struct SourceFault {
     /// What it was to bring.
     pub type_url: String,
-    /// The file's path, or the server's cluster, or the secret's name.
+    /// The file's path, or the server (its cluster or address), or the secret's name.
     pub place: String,
+    /// The response's version; empty where none was read.
+    pub version: String,
     /// Why not.
     pub fault: Fault,
 }
@@ -147,16 +150,18 @@ pub fn source_states(sources: &SourceStats) -> Vec<SourceState> {
 pub fn source_faults(sources: &SourceStats) -> Vec<SourceFault> {
     let clients = sources.clients().into_iter();
     let faults = clients.flat_map(|(source, _, client)| {
-        let place = match source {
-            Source::File(file) => file.path.display().to_string(),
-            Source::Rest(rest) => format!("cluster {}", rest.cluster),
-            // Streams bring resources one by one.
-            Source::Ads | Source::Grpc(_) => return Vec::new(),
+        let (place, is_stream) = match source {
+            Source::File(file) => (file.path.display().to_string(), false),
+            Source::Rest(rest) => (format!("cluster {}", rest.cluster), false),
+            Source::Ads | Source::Grpc(_) => (client.connection().server, true),
         };
         let of_type = |(type_url, stats): (String, Arc<TypeStats>)| {
-            Some(SourceFault { type_url, place: place.clone(), fault: stats.fault()? })
+            let of = |version, fault| SourceFault { type_url: type_url.clone(), place: place.clone(), version, fault };
+            // Where nothing could be read, an older response is history. Streams do not bring that about.
+            let unusable = stats.fault().filter(|_| !is_stream).map(|fault| of(String::new(), fault));
+            unusable.or_else(|| stats.nack().map(|nack| of(nack.version, nack.fault)))
         };
-        client.types().into_iter().filter_map(of_type).collect()
+        client.types().into_iter().filter_map(of_type).collect::<Vec<_>>()
     });
     faults.collect()
 }

@@ -124,6 +124,7 @@ impl Core {
             by_version: self.variant == Variant::Delta,
             token,
             now,
+            place: 0,
             interest: &subscription.interest,
             entries: &mut subscription.entries,
             taken: Intook::default(),
@@ -131,7 +132,10 @@ impl Core {
         let mut complete = false;
         match response {
             Response::Sotw(response) => {
-                response.resources.into_iter().for_each(|body| intake.add(body));
+                for (place, body) in response.resources.into_iter().enumerate() {
+                    intake.place = place;
+                    intake.add(body);
+                }
                 // What only says that something is still good does not say what else there is.
                 let only_heartbeats = intake.taken.heartbeats > 0 && intake.taken.bodies == 0;
                 // Nor does a response of which a part cannot be told apart: the missing resource may be that part.
@@ -142,7 +146,10 @@ impl Core {
                 }
             }
             Response::Delta(response) => {
-                response.resources.into_iter().for_each(|wrapper| intake.add_wrapped(wrapper));
+                for (place, wrapper) in response.resources.into_iter().enumerate() {
+                    intake.place = place;
+                    intake.add_wrapped(wrapper);
+                }
                 for name in response.removed_resources {
                     intake.remove(&name, subscription.interest.removal_removes(type_url, &name));
                 }
@@ -155,6 +162,13 @@ impl Core {
         subscription.pending.insert(token, Pending { response, offered, rejected, answerable: true });
         let update = Update { type_url, version, added, unchanged, removed, absent, complete };
         Handled::Update(Token { key, token }, update)
+    }
+
+    /// Whether a response is rejected whatever becomes of its update: for what is wrong with it as a whole, or with resources
+    /// that were never handed out.
+    pub(crate) fn is_at_fault(&self, token: &Token) -> bool {
+        let pending = self.subscriptions.get(&token.key).and_then(|it| it.pending.get(&token.token));
+        pending.is_some_and(|it| !it.rejected.is_empty())
     }
 
     /// The names that a response's update rejects whatever becomes of it.

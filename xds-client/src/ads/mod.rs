@@ -23,6 +23,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 
 pub use self::core::Core;
+pub(crate) use self::nack::detail as nack_detail;
 use crate::{Any, source::Source};
 
 /// Type URLs of the resource types that the protocol itself treats specially.
@@ -209,8 +210,8 @@ pub enum Ignored {
     UnknownType,
 }
 
-/// Names the response that an [`Outcome`] is about.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Names the response that an [`Outcome`] is about. Of one type, later ones are greater.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Token {
     /// The type.
     key: (u8, String),

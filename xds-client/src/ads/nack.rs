@@ -10,7 +10,7 @@ const CODE: i32 = 13;
 const MAX_BYTES: usize = 16 * 1024;
 
 /// The NACK's detail, naming every rejected resource as far as there is room; `None` where there is none.
-pub(super) fn detail(rejected: &[Rejection]) -> Option<Status> {
+pub(crate) fn detail(rejected: &[Rejection]) -> Option<Status> {
     if rejected.is_empty() {
         return None;
     }

@@ -26,6 +26,8 @@ pub(super) struct Intake<'a> {
     pub(super) by_version: bool,
     pub(super) token: u64,
     pub(super) now: Instant,
+    /// Where the resource that is being taken stands in the response.
+    pub(super) place: usize,
     pub(super) interest: &'a Interest,
     pub(super) entries: &'a mut Entries,
     pub(super) taken: Intook,
@@ -60,7 +62,7 @@ impl Intake<'_> {
             Ok(wrapper) => self.add_wrapped(wrapper),
             Err(error) => {
                 self.taken.unidentified = true;
-                self.reject(String::new(), format!("cannot decode the resource: {error}"));
+                self.reject(String::new(), format!("resources[{}]: cannot decode the resource: {error}", self.place));
             }
         }
     }
@@ -128,7 +130,8 @@ impl Intake<'_> {
                     self.taken.unidentified = true;
                     // What whoever reads a resource whose name stands around it says of such a body.
                     let message_name = body.type_url.rsplit('/').next().unwrap_or_default();
-                    return self.reject(String::new(), format!("cannot decode {message_name}: {error}"));
+                    let message = format!("resources[{}]: cannot decode {message_name}: {error}", self.place);
+                    return self.reject(String::new(), message);
                 }
             },
             false => name,
@@ -139,14 +142,15 @@ impl Intake<'_> {
         };
         if name.is_empty() {
             self.taken.unidentified = true;
-            return self.reject(String::new(), "name: the resource has none".to_owned());
+            return self.reject(String::new(), format!("resources[{}].name: the resource has none", self.place));
         }
         // Nobody asked for it (or no longer): acknowledged all the same, as in Envoy.
         if !self.interest.includes(self.type_url, &name) {
             return;
         }
         if body.type_url != self.type_url {
-            let message = format!("a {} in a response of type {}", body.type_url, self.type_url);
+            let (place, is, of) = (self.place, &body.type_url, self.type_url);
+            let message = format!("resources[{place}]: a {is} in a response of type {of}");
             self.entries.see(&name, self.token);
             self.taken.unidentified = true;
             return self.reject(name, message);
@@ -162,7 +166,10 @@ impl Intake<'_> {
         let state = State::new(Arc::clone(&version), &body);
         match self.entries.take(&name, self.token, state, expires, &mut self.taken.offered) {
             Taken::Unchanged(name) => self.taken.unchanged.push(name),
-            Taken::Duplicate => self.reject(name, "name: occurs twice in one response".to_owned()),
+            Taken::Duplicate => {
+                let message = format!("name: occurs twice in one response, again in resources[{}]", self.place);
+                self.reject(name, message);
+            }
             Taken::Offered => {
                 let (name, version) = (name, version.to_string());
                 let do_not_cache = cache_control.is_some_and(|it| it.do_not_cache);

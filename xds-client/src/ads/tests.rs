@@ -214,7 +214,7 @@ fn of_duplicate_names_the_first_is_applied_and_the_response_rejected() {
     update!(core, sotw(CLUSTER, "1", "n1", &["a"]), added ["a"], removed []);
     core.outgoing();
     update!(core, sotw(CLUSTER, "2", "n2", &["a", "b", "a"]), added ["a", "b"], removed []);
-    sends!(core, "Cluster v=1 names= nonce=n2 error=\"a: name: occurs twice in one response\"");
+    sends!(core, "Cluster v=1 names= nonce=n2 error=\"a: name: occurs twice in one response, again in resources[2]\"");
 
     let mut core = self::core(Variant::Delta);
     core.set_interest(CLUSTER, Interest::Wildcard);
@@ -223,7 +223,7 @@ fn of_duplicate_names_the_first_is_applied_and_the_response_rejected() {
     update!(core, delta(CLUSTER, "n1", &["a@1", "b@1", "a@2"], &["b"]), added ["a"], removed []);
     sends!(
         core,
-        "Cluster + - have= nonce=n1 error=\"a: name: occurs twice in one response\\nb: name: both sent and removed in one response\""
+        "Cluster + - have= nonce=n1 error=\"a: name: occurs twice in one response, again in resources[2]\\nb: name: both sent and removed in one response\""
     );
 }
 
@@ -262,9 +262,9 @@ fn resources_that_are_no_resources_are_rejected() {
     assert_eq!(
         texts,
         [
-            ": name: the resource has none",
-            "l: a type.googleapis.com/envoy.config.listener.v3.Listener in a response of type type.googleapis.com/envoy.config.cluster.v3.Cluster",
-            ": cannot decode envoy.config.cluster.v3.Cluster: failed to decode Protobuf message: invalid varint",
+            ": resources[0].name: the resource has none",
+            "l: resources[1]: a type.googleapis.com/envoy.config.listener.v3.Listener in a response of type type.googleapis.com/envoy.config.cluster.v3.Cluster",
+            ": resources[2]: cannot decode envoy.config.cluster.v3.Cluster: failed to decode Protobuf message: invalid varint",
             "t: ttl: is negative, or no duration",
             "u: resource: there is none, and version \"\" is not the one in force",
         ]

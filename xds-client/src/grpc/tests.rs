@@ -250,6 +250,78 @@ async fn sotw_over_grpc() {
     client.abort();
 }
 
+/// Waits until a NACK is held, or none is.
+async fn nack(stats: &ClientStats, there: bool) -> Option<crate::stats::Nack> {
+    let (counts, started) = (stats.of(CLUSTER), Instant::now());
+    while counts.nack().is_some() != there {
+        assert!(started.elapsed() < PATIENCE, "{:?}", counts.nack());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    counts.nack()
+}
+
+#[tokio::test]
+async fn a_nack_of_the_response_itself_is_held_until_one_is_accepted() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let client = client(Variant::Sotw, &[server.address], &Notes::default());
+    let stats = client.stats();
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    session.request().await;
+    let faulty = [&["x", "x"][..], &["x", ""]];
+    for (version, names) in ["1", "2"].into_iter().zip(faulty) {
+        session.send(clusters(version, version, names));
+        let told = loop {
+            let request = session.request().await;
+            if let Some(error) = request.error_detail.filter(|_| request.response_nonce == version) {
+                break error.message;
+            }
+        };
+        let held = nack(&stats, true).await.unwrap();
+        assert_eq!((held.version.as_str(), &held.fault.details), (version, &told));
+        assert!(told.contains("resources[1]"), "{told}");
+    }
+    // What was handed out and refused is shown with the resource, and yet the response before it was not mended.
+    session.send(clusters("3", "3", &["x", "bad"]));
+    while session.request().await.response_nonce != "3" {}
+    assert_eq!(nack(&stats, true).await.unwrap().version, "2");
+    session.send(clusters("4", "4", &["x"]));
+    nack(&stats, false).await;
+    session.send(clusters("5", "5", &["x", "bad"]));
+    while session.request().await.response_nonce != "5" {}
+    assert_eq!(stats.of(CLUSTER).nack(), None);
+    client.abort();
+}
+
+#[tokio::test]
+async fn incremental_nacks_are_held_as_well() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let client = client(Variant::Delta, &[server.address], &Notes::default());
+    let (stats, interests) = (client.stats(), client.interests());
+    let client = tokio::spawn(client.run());
+    let mut session = server.delta().await;
+    session.request().await;
+    let wrapped = |name: &str| Wrapper {
+        name: name.to_owned(),
+        version: "7".to_owned(),
+        resource: Some(pack(&Cluster { name: name.to_owned(), ..Default::default() })),
+        ..Default::default()
+    };
+    for (names, there) in [(&["x", "x"][..], true), (&["x"], false), (&[""], true)] {
+        session.send(DeltaDiscoveryResponse {
+            system_version_info: "s".to_owned(),
+            type_url: CLUSTER.to_owned(),
+            nonce: "n".to_owned(),
+            resources: names.iter().copied().map(wrapped).collect(),
+            ..Default::default()
+        });
+        assert_eq!(nack(&stats, there).await.map(|nack| nack.version), there.then(|| "s".to_owned()));
+    }
+    interests.set(CLUSTER, Interest::None);
+    nack(&stats, false).await;
+    client.abort();
+}
+
 #[tokio::test]
 async fn delta_over_grpc() {
     let mut server = Server::start("127.0.0.1:0").await;

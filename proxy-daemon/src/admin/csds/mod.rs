@@ -180,6 +180,7 @@ fn unusable(source: &SourceFault) -> GenericXdsConfig {
         name: source.place.clone(),
         client_status: ClientResourceStatus::Nacked.into(),
         error_state: Some(UpdateFailureState {
+            version_info: source.version.clone(),
             last_update_attempt: Some(dump::timestamp(source.fault.since)),
             details: source.fault.details.clone(),
             ..Default::default()

@@ -101,7 +101,7 @@ impl StaticFiles {
     /// Why the newest files could not be used.
     pub(super) fn fault(&self) -> Option<SourceFault> {
         let (type_url, place) = (type_url::SECRET.to_owned(), self.name.name.to_string());
-        Some(SourceFault { type_url, place, fault: self.failure.clone()? })
+        Some(SourceFault { type_url, place, version: String::new(), fault: self.failure.clone()? })
     }
 }
 
