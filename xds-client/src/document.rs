@@ -65,10 +65,10 @@ enum State {
 pub(crate) enum Judged {
     /// To be handed to the sink.
     New(Response),
-    /// Nothing: it has been handed to the sink already.
-    Same,
-    /// Nothing: it cannot be used.
-    Unusable,
+    /// Nothing: it has been handed to the sink already. Whether all of it was accepted, as far as that is known.
+    Same { accepted: bool },
+    /// Nothing: it cannot be used; as Envoy counts it: rejected, or failed.
+    Unusable { rejected: bool },
 }
 
 /// The documents of one type from one place.
@@ -126,14 +126,16 @@ impl Documents {
                 State::Unusable { rejected: true } | State::Taken { accepted: Some(false), .. } => stats.rejected(),
                 State::Unusable { rejected: false } => stats.failed(),
                 State::Taken { version, accepted: Some(true), .. } => stats.accepted(version),
-                State::Taken { accepted: None, .. } => {}
+                State::Taken { accepted: None, .. } => stats.attempted(),
             }
-            if matches!(state, State::Unusable { .. }) {
-                return Judged::Unusable;
-            }
-            // What was wrong in between is over.
-            stats.set_fault(None);
-            return Judged::Same;
+            return match state {
+                State::Unusable { rejected } => Judged::Unusable { rejected: *rejected },
+                State::Taken { accepted, .. } => {
+                    // What was wrong in between is over.
+                    stats.set_fault(None);
+                    Judged::Same { accepted: accepted.unwrap_or(true) }
+                }
+            };
         }
         match read(bytes, encoding, self.unknown) {
             Ok(response) => {
@@ -156,22 +158,33 @@ impl Documents {
                 self.last = Some((hash, State::Unusable { rejected }));
                 tracing::warn!(place = %self.place, "not used, configuration in force stays: {error}");
                 stats.set_fault(Some(error.to_string()));
-                Judged::Unusable
+                Judged::Unusable { rejected }
             }
         }
     }
 
     /// There was no document. The same reason is logged once.
     pub(crate) fn failed(&mut self, why: String, stats: &ClientStats) {
-        let stats = stats.of(&self.type_url);
-        stats.failed();
-        if self.missing.as_ref() != Some(&why) {
-            tracing::warn!(place = %self.place, "configuration in force stays: {why}");
-            stats.set_fault(Some(why.clone()));
-            // When it is back, what is wrong with it is news.
-            self.last.take_if(|(_, state)| matches!(state, State::Unusable { .. }));
-            self.missing = Some(why);
+        if self.is_news(&why, stats) {
+            stats.of(&self.type_url).set_fault(Some(why));
         }
+    }
+
+    /// The same, where it is told with the connection that there was none: nothing is wrong with any document.
+    pub(crate) fn not_fetched(&mut self, why: &str, stats: &ClientStats) {
+        self.is_news(why, stats);
+    }
+
+    fn is_news(&mut self, why: &str, stats: &ClientStats) -> bool {
+        stats.of(&self.type_url).failed();
+        if self.missing.as_deref() == Some(why) {
+            return false;
+        }
+        tracing::warn!(place = %self.place, "configuration in force stays: {why}");
+        // When it is back, what is wrong with it is news.
+        self.last.take_if(|(_, state)| matches!(state, State::Unusable { .. }));
+        self.missing = Some(why.to_owned());
+        true
     }
 
     /// Nothing has changed since the version in force: what was wrong with the connection, or with a document in between,
@@ -179,7 +192,9 @@ impl Documents {
     pub(crate) fn unchanged(&mut self, stats: &ClientStats) {
         self.missing = None;
         self.last.take_if(|(_, state)| matches!(state, State::Unusable { .. }));
-        stats.of(&self.type_url).set_fault(None);
+        let stats = stats.of(&self.type_url);
+        stats.attempted();
+        stats.set_fault(None);
     }
 }
 
@@ -218,7 +233,7 @@ mod tests {
         let newer = token(&mut core, &mut documents, response);
         documents.finished(&newer, false);
         documents.finished(&first, true);
-        assert!(matches!(came(&mut documents, &second), Judged::Same));
+        assert!(matches!(came(&mut documents, &second), Judged::Same { accepted: false }));
         assert_eq!((counts.update_rejected.load(Relaxed), counts.update_success.load(Relaxed)), (1, 0));
     }
 
@@ -234,19 +249,19 @@ mod tests {
         assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::New(_)));
         documents.failed("status 503".to_owned(), &stats);
         assert_eq!(counts.fault().unwrap().details, "status 503");
-        assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::Same));
+        assert!(matches!(documents.came(good.as_bytes(), Encoding::Json, &stats), Judged::Same { .. }));
         assert_eq!(counts.fault(), None);
 
         documents.failed("status 503".to_owned(), &stats);
         documents.unchanged(&stats);
         assert_eq!(counts.fault(), None);
         for _ in 0..2 {
-            assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable));
+            assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable { .. }));
             assert!(counts.fault().is_some());
         }
         documents.unchanged(&stats);
         assert_eq!(counts.fault(), None, "the server says that nothing has changed since the version in force");
-        assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable));
+        assert!(matches!(documents.came(b"{", Encoding::Json, &stats), Judged::Unusable { .. }));
         assert!(counts.fault().is_some(), "it is news again");
     }
 
@@ -254,7 +269,7 @@ mod tests {
     fn what_a_server_answers_is_json_and_what_is_wrong_with_it_counts_as_rejected() {
         for (encoding, counted) in [(Encoding::Json, (1, 0)), (Encoding::Text, (0, 1))] {
             let (mut documents, stats) = documents();
-            assert!(matches!(documents.came(b"{nope", encoding, &stats), Judged::Unusable));
+            assert!(matches!(documents.came(b"{nope", encoding, &stats), Judged::Unusable { .. }));
             let counts = stats.of(CLUSTER);
             assert_eq!((counts.update_rejected.load(Relaxed), counts.update_failure.load(Relaxed)), counted);
             let told = counts.fault().unwrap().details;

@@ -154,6 +154,11 @@ impl TypeStats {
         version.clone_into(&mut self.version.write().unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// An answer said that nothing has changed, or it is not known yet what becomes of it.
+    pub(crate) fn attempted(&self) {
+        self.update_attempt.fetch_add(1, Relaxed);
+    }
+
     /// A response was not accepted as a whole.
     pub(crate) fn rejected(&self) {
         self.update_attempt.fetch_add(1, Relaxed);

@@ -8,7 +8,7 @@ use std::{
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 
 use crate::{
-    ads::{Done, Outcome, Rejection, Sink, Update},
+    ads::{Counted, Done, Outcome, Rejection, Sink, Update},
     json,
     source::Source,
 };
@@ -17,12 +17,17 @@ use crate::{
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
-pub(crate) struct Notes(Mutex<Vec<String>>);
+pub(crate) struct Notes(Mutex<Vec<String>>, Mutex<Vec<String>>);
 
 impl Notes {
     /// Everything so far.
     pub(crate) fn all(&self) -> Vec<String> {
         self.0.lock().unwrap().clone()
+    }
+
+    /// What only counts, so far.
+    pub(crate) fn counted(&self) -> Vec<String> {
+        self.1.lock().unwrap().clone()
     }
 
     /// Waits until there are as many notes as `expected`, which must be these.
@@ -40,6 +45,14 @@ impl Sink for Notes {
         let bad = names.into_iter().filter(|name| name == "bad");
         let rejected = bad.map(|name| Rejection { name, message: "no".to_owned() }).collect();
         done.finish(Outcome { rejected });
+    }
+
+    fn counted(&self, _: &Source, _: &str, answer: Counted) {
+        self.1.lock().unwrap().push(format!("{answer:?}"));
+    }
+
+    fn failed(&self, _: &Source, _: Option<&str>) {
+        self.1.lock().unwrap().push("failed".to_owned());
     }
 
     fn state(&self, _: &Source, connected: bool) {

@@ -27,15 +27,21 @@ States:
   serving    traffic obeys this version
   warming    accepted, and waiting for what it needs (endpoints, routes, secrets); nothing serves until then
   updating   a version serves, and its successor is warming
-  incomplete serves without a secret that was refused or did not come: TLS handshakes that need it fail until it is there
-  rejected   the newest version was refused; the version shown, if there is one, still serves. A file or a polled
-             server of which nothing could be taken is shown by its path or its cluster
+  incomplete serves without something that was refused or did not come: a secret (TLS handshakes that need it fail), routes
+             (requests are answered 404) or endpoints (503), until it is there
+  rejected   the newest version was refused; the version shown, if there is one, still serves. What cannot be shown with a
+             resource has a line of its own, by the file's path or the server: a file or an answer of which nothing could be
+             taken, and a response that was NACKed for its own faults (a name twice, a resource without a name), until
+             one of that type is accepted
   requested  asked for by name, and the control plane has not sent it yet
   missing    asked for by name, and the control plane does not have it
   static     from the bootstrap
   connected, disconnected
              of a SOURCE, which is a control plane: it is shown with its transport as the version, since when that is
              so, and why there is no connection
+
+VERSION is the version in which the resource last changed: a later one that brought the same bytes is accepted, and changes
+nothing. AGE is the time since then.
 
 Examples:
   culvert xds status                                what 127.0.0.1:9901 has
@@ -152,14 +158,25 @@ fn fetch(admin: &str) -> anyhow::Result<ClientStatusResponse> {
         // Without their content, ten thousand resources are some megabytes.
         let request = ClientStatusRequest { exclude_resource_contents: true, ..Default::default() };
         let answer = client.max_decoding_message_size(usize::MAX).fetch_client_status(request).await;
-        let answer = answer.map_err(|status| {
-            let (code, message) = (status.code(), status.message());
-            anyhow::anyhow!("{admin} does not say what it has; is it culvertd's admin address? ({code:?}: {message})")
-        });
-        Ok(answer?.into_inner())
+        Ok(answer.map_err(|status| no_answer(admin, &status))?.into_inner())
     };
     let answer = runtime.block_on(async { tokio::time::timeout(TIMEOUT, answer).await });
     answer.unwrap_or_else(|_| bail!("{admin} has not answered within {TIMEOUT:?}"))
+}
+
+/// Why there is no answer, for people.
+fn no_answer(admin: &str, status: &tonic::Status) -> anyhow::Error {
+    let (code, message) = (status.code(), status.message());
+    // What is no gRPC at all: a page of Envoy's admin port, HTTP/1.1, the end of the connection.
+    let is_no_grpc = std::error::Error::source(status).is_some() || message.contains("compression flag");
+    if is_no_grpc || code == tonic::Code::Unimplemented {
+        anyhow::anyhow!(
+            "{admin} is not culvertd's admin address: something else answers there, which does not know of the client status \
+             service (Envoy's admin port does not)"
+        )
+    } else {
+        anyhow::anyhow!("{admin} does not say what it has; is it culvertd's admin address? ({code:?}: {message})")
+    }
 }
 
 #[cfg(test)]

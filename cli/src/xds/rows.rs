@@ -48,7 +48,7 @@ pub enum State {
     Updating,
     /// Accepted, and waiting for what it needs
     Warming,
-    /// It serves, without a secret that was refused or did not come
+    /// It serves, without a secret, routes or endpoints that were refused or did not come
     Incomplete,
     /// The newest version was refused
     Rejected,
@@ -97,7 +97,7 @@ pub struct Row {
     pub since: Option<SystemTime>,
     /// Why the newest version was rejected, and which one that is.
     pub rejected: Option<(String, String)>,
-    /// Of what is warming: "waits for" and what; of what is incomplete: "serves without" and what.
+    /// Of what is warming: "waits for" and what; of what is incomplete: "serves without" and what; of what is missing: why.
     pub waits: Option<String>,
 }
 
@@ -224,6 +224,9 @@ fn row(config: &GenericXdsConfig, warming: &Warming, incomplete: &Incomplete) ->
         (ClientResourceStatus::Acked | ClientResourceStatus::ReceivedError, _) => State::Serving,
         (ClientResourceStatus::Unknown, _) => State::Unknown,
     };
+    let error = config.error_state.as_ref();
+    // What is missing was not rejected.
+    let (rejected, missing) = if state == State::Missing { (None, error) } else { (error, None) };
     let attempted = config.error_state.as_ref().and_then(|state| state.last_update_attempt.as_ref());
     Row {
         type_url: config.type_url.clone(),
@@ -231,8 +234,12 @@ fn row(config: &GenericXdsConfig, warming: &Warming, incomplete: &Incomplete) ->
         version: config.version_info.clone(),
         state,
         since: config.last_updated.as_ref().or(attempted).and_then(time),
-        waits: next.map_or_else(|| lacks.cloned(), |next| next.why.clone()),
-        rejected: config.error_state.as_ref().map(|state| (state.version_info.clone(), state.details.clone())),
+        waits: match (next, missing) {
+            (Some(next), _) => next.why.clone(),
+            (None, Some(missing)) => Some(missing.details.clone()),
+            (None, None) => lacks.cloned(),
+        },
+        rejected: rejected.map(|state| (state.version_info.clone(), state.details.clone())),
     }
 }
 

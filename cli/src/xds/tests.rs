@@ -24,7 +24,8 @@ config:
       - { name: bare, active_state: {}, error_state: { details: "serves without the secret \"own\"" } }
   generic_xds_configs:
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: later, client_status: REQUESTED }
-  - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: gone, client_status: DOES_NOT_EXIST }
+  - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: gone, client_status: DOES_NOT_EXIST,
+      error_state: { details: not sent } }
   - { type_url: type.googleapis.com/envoy.config.route.v3.RouteConfiguration, name: web, version_info: "1",
       client_status: ACKED }
   - { type_url: type.googleapis.com/envoy.config.listener.v3.Listener, name: in, version_info: "7", client_status: ACKED,
@@ -109,7 +110,7 @@ CDS               xds    -        static      -
 LDS               bare   7        incomplete  -    serves without the secret \"own\"
 LDS               fixed  -        warming     1m
 LDS               in     7        updating    1m
-RDS               gone   -        missing     -
+RDS               gone   -        missing     -    not sent
 RDS               later  -        requested   -
 RDS               web    1        updating    -    waits for the cluster \"cold\"
 OffloadedService  o      a        serving     -
@@ -274,4 +275,38 @@ fn what_cannot_be_asked_is_said() {
     let error = format!("{:#}", fetch(&refused.to_string()).unwrap_err());
     assert!(error.contains("is that culvertd's admin address?"), "{error}");
     assert!(format!("{:#}", fetch("ftp://x").unwrap_err()).contains("http://HOST:PORT"));
+}
+
+#[test]
+fn what_is_missing_is_not_rejected() {
+    let rows = some_rows();
+    let gone = rows.iter().find(|row| row.name == "gone").unwrap();
+    assert_eq!((gone.state, &gone.rejected, gone.waits.as_deref()), (State::Missing, &None, Some("not sent")));
+}
+
+#[test]
+fn something_else_at_that_address_is_said_to_be() {
+    use std::io::{Read as _, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // The client hangs up, in one way or another.
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let error = format!("{:#}", fetch(&address).unwrap_err());
+    assert!(error.contains("is not culvertd's admin address: something else answers"), "{error}");
+    server.join().unwrap();
+    let page = "protocol error: received message with invalid compression flag: 105 (valid flags are 0 and 1)";
+    let error = no_answer("here", &tonic::Status::internal(page)).to_string();
+    assert!(error.starts_with("here is not culvertd's") && !error.contains("flag"), "{error}");
+    let error = no_answer("here", &tonic::Status::internal("see the log of culvertd")).to_string();
+    assert!(error.contains("see the log of culvertd"), "{error}");
+}
+
+#[test]
+fn the_help_says_what_a_version_is() {
+    assert!(STATUS_HELP.contains("VERSION is the version in which the resource last changed"));
 }

@@ -83,7 +83,8 @@ pub struct Unready {
     pub targets: Vec<String>,
 }
 
-/// A listener or a cluster in use without secrets that were refused, or did not come in time: TLS handshakes that need them fail.
+/// A listener or a cluster in use without something that was refused, or did not come in time: secrets (TLS handshakes that need
+/// them fail), routes (requests are answered 404), endpoints (503).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incomplete {
     /// Of the listener or the cluster.

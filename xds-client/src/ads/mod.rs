@@ -138,10 +138,29 @@ pub trait Sink: Send + Sync + 'static {
         let _ = (source, type_url);
     }
 
+    /// There was a file or an answer to a poll, and nothing of it to be brought into force: it only counts.
+    fn counted(&self, source: &Source, type_url: &str, answer: Counted) {
+        let _ = (source, type_url, answer);
+    }
+
     /// A stream to the source came up, or was lost.
     fn state(&self, source: &Source, connected: bool) {
         let _ = (source, connected);
     }
+}
+
+/// A file or an answer to a poll that only counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// It is what the last one was, byte for byte; whether nothing of that was rejected.
+    Same {
+        /// As a whole. Not known yet counts as accepted.
+        accepted: bool,
+    },
+    /// The server says that nothing has changed (status 304).
+    Unmodified,
+    /// It cannot be used.
+    Rejected,
 }
 
 /// To be told what became of an update. Dropped without that, the response counts as never received.

@@ -5,7 +5,7 @@ use std::{convert::Infallible, sync::Arc};
 use envoy_types::pb::envoy::config::core::v3::Node;
 
 use crate::{
-    ads::{Sink, Variant},
+    ads::{Counted, Sink, Variant},
     document::{Documents, Encoding, Judged},
     driver::{Came, Driver, Interests},
     json::UnknownFields,
@@ -97,14 +97,19 @@ impl<S: Sink> FileClient<S> {
         match read.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(bytes) => match self.documents.came(&bytes, encoding, &self.driver.stats) {
                 Judged::New(response) => self.documents.handed_out(self.driver.take(response)),
-                Judged::Same => {}
-                Judged::Unusable => self.failed(),
+                Judged::Same { accepted } => self.counted(Counted::Same { accepted }),
+                Judged::Unusable { rejected: true } => self.counted(Counted::Rejected),
+                Judged::Unusable { rejected: false } => self.failed(),
             },
             Err(error) => {
                 self.documents.failed(format!("cannot read it: {error}"), &self.driver.stats);
                 self.failed();
             }
         }
+    }
+
+    fn counted(&self, answer: Counted) {
+        self.driver.sink.counted(&self.driver.source, self.documents.type_url(), answer);
     }
 
     fn failed(&self) {

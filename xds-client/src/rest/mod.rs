@@ -10,7 +10,7 @@ use hyper::client::conn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 
 use crate::{
-    ads::{Request, Sink, Variant},
+    ads::{Counted, Request, Sink, Variant},
     connect::{self, ConnectError},
     document::{Documents, Encoding, Judged},
     driver::{Came, Driver, Event, Interests},
@@ -162,8 +162,9 @@ impl<S: Sink> RestClient<S> {
             }
             Err(error) => {
                 self.driver.stats.set_connected(Err(error.to_string()));
+                self.driver.sink.failed(&self.driver.source, Some(self.documents.type_url()));
                 self.is_unwell();
-                self.documents.failed(error.to_string(), &self.driver.stats);
+                self.documents.not_fetched(&error.to_string(), &self.driver.stats);
             }
         }
         polled
@@ -173,6 +174,7 @@ impl<S: Sink> RestClient<S> {
         // 304: nothing has changed.
         let Some(body) = body else {
             self.documents.unchanged(&self.driver.stats);
+            self.counted(Counted::Unmodified);
             return self.is_well();
         };
         match self.documents.came(&body, Encoding::Json, &self.driver.stats) {
@@ -180,9 +182,20 @@ impl<S: Sink> RestClient<S> {
                 self.is_well();
                 self.documents.handed_out(self.driver.take(response));
             }
-            Judged::Same => self.is_well(),
-            Judged::Unusable => self.is_unwell(),
+            Judged::Same { accepted } => {
+                self.counted(Counted::Same { accepted });
+                self.is_well();
+            }
+            // As Envoy counts it, whatever is wrong with an answer.
+            Judged::Unusable { .. } => {
+                self.counted(Counted::Rejected);
+                self.is_unwell();
+            }
         }
+    }
+
+    fn counted(&self, answer: Counted) {
+        self.driver.sink.counted(&self.driver.source, self.documents.type_url(), answer);
     }
 
     fn is_well(&mut self) {
@@ -192,7 +205,6 @@ impl<S: Sink> RestClient<S> {
     }
 
     fn is_unwell(&mut self) {
-        self.driver.sink.failed(&self.driver.source, Some(self.documents.type_url()));
         self.next_address = (self.next_address + 1) % self.server.endpoints.len().max(1);
         if std::mem::replace(&mut self.well, false) {
             self.driver.sink.state(&self.driver.source, false);

@@ -134,6 +134,36 @@ async fn a_rejected_answer_is_counted_each_time() {
     assert_eq!(requests.lock().unwrap().last().unwrap().2["version_info"], Value::Null, "it is not in force");
 }
 
+/// As Envoy: a poll is an attempt, whatever comes of it, and the sink has to know for the resources that count for themselves.
+#[tokio::test]
+async fn each_poll_counts_for_what_became_of_it() {
+    let (good, bad) = ((200, clusters("1", &["a"])), (200, clusters("2", &["bad"])));
+    let nothing = |status: u16| (status, String::new());
+    let script =
+        [good.clone(), good, nothing(304), (200, "{".to_owned()), nothing(503), bad.clone(), bad, nothing(304)];
+    let (address, _) = server(&script).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| running.notes.counted().len() >= 6).await;
+    assert_eq!(
+        running.notes.counted()[..6],
+        ["Same { accepted: true }", "Unmodified", "Rejected", "failed", "Same { accepted: false }", "Unmodified"]
+    );
+    let counts = [&counts.update_success, &counts.update_rejected, &counts.update_failure];
+    assert_eq!(counts.map(|counter| counter.load(Relaxed)), [2, 3, 1]);
+    assert!(running.stats.of(CLUSTER).update_attempt.load(Relaxed) >= 8);
+}
+
+#[tokio::test]
+async fn a_server_that_is_gone_is_no_fault_of_an_answer() {
+    let (address, _) = server(&[(200, clusters("1", &["a"])), (503, String::new())]).await;
+    let running = start(&[&address]);
+    let counts = running.stats.of(CLUSTER);
+    wait(|| counts.update_failure.load(Relaxed) >= 1).await;
+    assert_eq!(counts.fault(), None);
+    assert!(running.stats.connection().error.unwrap().contains("503"));
+}
+
 #[tokio::test]
 async fn the_next_address_is_polled_when_one_does_not_answer() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();

@@ -160,6 +160,11 @@ fn generic_config(of_type: &Type, resource: &Resource, with_content: bool) -> Ge
         state.failed_configuration = state.failed_configuration.filter(|_| with_content).map(|it| json::redacted(&it));
         state
     });
+    let why_missing = || UpdateFailureState {
+        details: "the control plane has not sent it in time, or does not have it".to_owned(),
+        ..Default::default()
+    };
+    let error_state = error_state.or_else(|| (status == ClientResourceStatus::DoesNotExist).then(why_missing));
     GenericXdsConfig {
         type_url: of_type.type_url.clone(),
         name: resource.name.clone(),

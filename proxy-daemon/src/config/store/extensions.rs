@@ -108,6 +108,13 @@ impl Places {
         }
     }
 
+    /// The answer was that nothing has changed.
+    pub(super) fn attempted(&self) {
+        if let Some(stats) = &self.stats {
+            stats.update_attempt.inc();
+        }
+    }
+
     /// There was no answer.
     pub(super) fn failed(&self) {
         if let Some(stats) = &self.stats {

@@ -58,7 +58,7 @@ use std::{
 };
 
 use culvert_xds_client::{
-    ads::{Done, Interest, Sink, Update, type_url},
+    ads::{Counted, Done, Interest, Sink, Update, type_url},
     api::culvert::overrides::v1::OffloadedService,
     json::{self, UnknownFields},
     source::Source,
@@ -389,6 +389,10 @@ impl<A: Apply> ConfigStore<A> {
 impl<A: Apply> Sink for ConfigStore<A> {
     fn failed(&self, source: &Source, type_url: Option<&str>) {
         self.count_failure(source, type_url);
+    }
+
+    fn counted(&self, source: &Source, type_url: &str, answer: Counted) {
+        self.count(source, type_url, answer);
     }
 
     fn update(&self, source: &Source, update: Update, done: Done) {

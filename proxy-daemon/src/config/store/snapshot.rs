@@ -142,11 +142,12 @@ impl State {
         lacking.filter(|it| !it.lacks.is_empty()).collect()
     }
 
-    /// Secrets that nobody waits for any more, and that are not there.
+    /// Secrets, routes and endpoints that nobody waits for any more, and that are not there. (A filter has its default.)
     fn lacking<'a>(&self, needs: &'a [Need]) -> impl Iterator<Item = &'a Need> + use<'a, '_> {
         needs.iter().filter(|need| {
             let known = self.watched(need.kind).get(&need.wanted.from.source, &need.wanted.name);
-            need.kind == Kind::Secrets && known.is_some_and(|known| known.settled && known.stored.is_none())
+            let matters = matches!(need.kind, Kind::Secrets | Kind::Routes | Kind::Endpoints) && !need.optional;
+            matters && known.is_some_and(|known| known.settled && known.stored.is_none())
         })
     }
 

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use culvert_xds_client::source::Source;
+use culvert_xds_client::{ads::Counted, source::Source};
 
 use super::{
     Apply, ConfigStore,
@@ -126,6 +126,29 @@ impl<A: Apply> ConfigStore<A> {
                 entry.places.failed();
             });
         }
+    }
+}
+
+impl<A: Apply> ConfigStore<A> {
+    /// A file or an answer to a poll only counts: for each resource that is asked for with it, as Envoy asks for each alone.
+    pub(super) fn count(&self, source: &Source, type_url: &str, answer: Counted) {
+        let Some(kind) = Kind::of(type_url) else { return };
+        let mut state = self.lock();
+        let none: Arc<str> = Arc::default();
+        state.watched[kind as usize].of_mut(source).for_each(|entry| {
+            let accepted = match answer {
+                Counted::Unmodified => {
+                    entry.subscribed.attempts += 1;
+                    return entry.places.attempted();
+                }
+                Counted::Rejected => false,
+                // Scopes are one resource; of others each is for itself.
+                Counted::Same { accepted } if kind == Kind::Scopes => accepted,
+                Counted::Same { .. } => entry.refused.is_none(),
+            };
+            entry.subscribed.answered(&none, accepted);
+            entry.places.answered(&none, accepted);
+        });
     }
 }
 

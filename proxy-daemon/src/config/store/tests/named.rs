@@ -226,3 +226,47 @@ fn what_does_not_exist_is_not_waited_for() {
     assert_eq!(calls.take(), ["cluster a"]);
     assert_eq!(cds.rejected(), []);
 }
+
+#[test]
+fn what_serves_without_routes_or_endpoints_is_incomplete() {
+    let (store, _) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(Listener::type_url(), vec![listener("in", "web")]));
+    assert_eq!(store.snapshot().incomplete, [], "they are waited for");
+    store.later(model::INITIAL_FETCH_TIMEOUT);
+    let lacking = |type_url: String, name: &str, lacks: &str| crate::config::status::Incomplete {
+        type_url,
+        name: name.to_owned(),
+        lacks: vec![lacks.to_owned()],
+    };
+    let cluster = lacking(Cluster::type_url(), "a", "the endpoints \"a\"");
+    let in_lacks = lacking(Listener::type_url(), "in", "the route configuration \"web\"");
+    assert_eq!(store.snapshot().incomplete, [cluster, in_lacks.clone()]);
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
+    assert_eq!(store.snapshot().incomplete, [in_lacks]);
+    store.update(update(RouteConfiguration::type_url(), vec![routes("web", "a")]));
+    assert_eq!(store.snapshot().incomplete, []);
+}
+
+/// What only counts, for resources that were taken and for those that were not.
+#[test]
+fn the_same_document_again_counts_for_each_resource() {
+    use culvert_xds_client::ads::{Counted, Sink as _};
+    let (store, _) = running();
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a"), eds_cluster("b")]));
+    let bad = Resource { body: culvert_xds_client::Any::default(), ..assignment("b", &[80]) };
+    store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80]), bad]));
+    let counts = |name: &str| {
+        ["attempt", "success", "rejected", "failure"]
+            .map(|count| store.metric(&format!("cluster.{name}.update_{count}")).unwrap())
+    };
+    let (a, b) = (counts("a"), counts("b"));
+    let count = |answer| store.counted(&Source::Ads, &ClusterLoadAssignment::type_url(), answer);
+    count(Counted::Same { accepted: false });
+    assert_eq!(counts("a"), [a[0] + 1, a[1] + 1, a[2], a[3]]);
+    assert_eq!(counts("b"), [b[0] + 1, b[1], b[2] + 1, b[3]]);
+    count(Counted::Unmodified);
+    assert_eq!(counts("a"), [a[0] + 2, a[1] + 1, a[2], a[3]]);
+    count(Counted::Rejected);
+    assert_eq!(counts("a"), [a[0] + 3, a[1] + 1, a[2] + 1, a[3]]);
+}
