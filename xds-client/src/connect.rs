@@ -3,8 +3,8 @@
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -22,7 +22,58 @@ use crate::source::{Server, Tls};
 const TCP_KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(2), 5);
 
 /// A connection.
-pub(crate) struct Connection(Box<dyn Stream>);
+pub(crate) struct Connection(Box<dyn Stream>, Option<Arc<Heard>>);
+
+impl Connection {
+    /// What the server says first is noted there.
+    pub(crate) fn heard_by(self, heard: Arc<Heard>) -> Connection {
+        heard.note(&[]);
+        Connection(self.0, Some(heard))
+    }
+}
+
+/// What a server says first: it tells what it is where it is not what was expected.
+#[derive(Debug, Default)]
+pub(crate) struct Heard(Mutex<Option<Vec<u8>>>);
+
+/// What begins with a few bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum First {
+    /// There was no connection.
+    NotConnected,
+    /// Nothing was said.
+    Nothing,
+    /// A response in HTTP/1.
+    Http1,
+    /// An alert of TLS.
+    TlsAlert,
+    /// Anything else, such as HTTP/2.
+    Other,
+}
+
+impl Heard {
+    /// As many bytes as it takes to tell.
+    const ENOUGH: usize = 5;
+
+    /// Whether it wants to hear more.
+    fn note(&self, bytes: &[u8]) -> bool {
+        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let heard = heard.get_or_insert_default();
+        heard.extend_from_slice(&bytes[..bytes.len().min(Self::ENOUGH.saturating_sub(heard.len()))]);
+        heard.len() < Self::ENOUGH
+    }
+
+    /// What was heard.
+    pub(crate) fn first(&self) -> First {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).as_deref() {
+            None => First::NotConnected,
+            Some([]) => First::Nothing,
+            Some(b"HTTP/") => First::Http1,
+            Some([0x15, 3, ..]) => First::TlsAlert,
+            Some(_) => First::Other,
+        }
+    }
+}
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
@@ -78,7 +129,7 @@ async fn secure<T: Stream + 'static>(
     stream: T,
     protocol: &'static str,
 ) -> Result<Connection, ConnectError> {
-    let Some(tls) = tls else { return Ok(Connection(Box::new(stream))) };
+    let Some(tls) = tls else { return Ok(Connection(Box::new(stream), None)) };
     let mut config = tls.config().ok_or(ConnectError::NoCertificates)?;
     if config.alpn_protocols.is_empty() {
         let config: &mut ClientConfig = Arc::make_mut(&mut config);
@@ -92,13 +143,20 @@ async fn secure<T: Stream + 'static>(
         Some(agreed) if agreed != protocol.as_bytes() => {
             Err(ConnectError::Protocol(String::from_utf8_lossy(agreed).into_owned(), protocol))
         }
-        _ => Ok(Connection(Box::new(stream))),
+        _ => Ok(Connection(Box::new(stream), None)),
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let read = ready!(Pin::new(&mut self.0).poll_read(cx, buffer));
+        if let Some(heard) = &self.1
+            && !heard.note(&buffer.filled()[before..])
+        {
+            self.1 = None;
+        }
+        Poll::Ready(read)
     }
 }
 

@@ -66,10 +66,17 @@ pub struct Connection {
     pub server: String,
     /// There is a stream, or the last poll was answered.
     pub connected: bool,
-    /// Since when that is so; before the first connection, since the client began.
+    /// Since when it is well, or is not; before the first connection, since the client began.
     pub since: SystemTime,
-    /// Why there is no connection, as far as that is known.
+    /// Why there is no connection, as far as that is known; with one, why the last was lost too soon to trust this one.
     pub error: Option<String>,
+}
+
+impl Connection {
+    /// There is a stream, as far as is known a good one; or the last poll was answered.
+    pub fn is_well(&self) -> bool {
+        self.connected && self.error.is_none()
+    }
 }
 
 impl Default for Connection {
@@ -215,11 +222,16 @@ impl ClientStats {
     /// There is a connection, or why there is none.
     pub(crate) fn set_connected(&self, state: Result<(), String>) {
         let mut connection = self.connection.write().unwrap_or_else(PoisonError::into_inner);
-        if connection.connected != state.is_ok() {
-            connection.connected = state.is_ok();
+        let was_well = connection.is_well();
+        (connection.connected, connection.error) = (state.is_ok(), state.err());
+        if connection.is_well() != was_well {
             connection.since = SystemTime::now();
         }
-        connection.error = state.err();
+    }
+
+    /// There is a stream, and whether it works is to be seen: why the last one did not is still told.
+    pub(crate) fn set_open(&self) {
+        self.connection.write().unwrap_or_else(PoisonError::into_inner).connected = true;
     }
 
     pub(crate) fn set_identifier(&self, identifier: &str) {

@@ -164,6 +164,17 @@ impl Core {
         Handled::Update(Token { key, token }, update)
     }
 
+    /// The types that were asked for on this stream and are wanted, and whether a response has come of each.
+    pub(crate) fn asked(&self) -> impl Iterator<Item = (&str, bool)> {
+        let asked = self.subscriptions.values().filter(|it| it.on_stream.asked && it.interest != Interest::None);
+        asked.map(|it| (&*it.type_url, it.on_stream.responses > 0))
+    }
+
+    /// Whether all types that were asked for on this stream have had a response.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.asked().all(|(_, answered)| answered)
+    }
+
     /// Whether a response is rejected whatever becomes of its update: for what is wrong with it as a whole, or with resources
     /// that were never handed out.
     pub(crate) fn is_at_fault(&self, token: &Token) -> bool {

@@ -23,7 +23,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{
 };
 
 pub use self::core::Core;
-pub(crate) use self::nack::detail as nack_detail;
+pub(crate) use self::{nack::detail as nack_detail, resource::name_in};
 use crate::{Any, source::Source};
 
 /// Type URLs of the resource types that the protocol itself treats specially.

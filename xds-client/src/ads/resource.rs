@@ -210,6 +210,6 @@ struct Named {
 }
 
 /// The resource's name, empty where it has none: in every resource type of xDS it is the string in field 1.
-pub(super) fn name_in(body: &[u8]) -> Result<String, DecodeError> {
+pub(crate) fn name_in(body: &[u8]) -> Result<String, DecodeError> {
     Named::decode(body).map(|it| it.name)
 }

@@ -1,5 +1,6 @@
 //! Connections to a server for calls that are not xDS: load reports, health discovery.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tonic::transport::Channel;
@@ -39,7 +40,7 @@ impl Dialer {
     /// # Errors
     /// The address is wrong, or nobody is there.
     pub async fn connect(&self) -> Result<Channel, DialError> {
-        Ok(stream::connect(&self.server, self.address(), &self.service.authority).await?)
+        Ok(stream::connect(&self.server, self.address(), &self.service.authority, Arc::default()).await?)
     }
 
     /// The request of a call, with the metadata that is configured.

@@ -1,5 +1,6 @@
 //! One stream: a connection, the call on it, and messages in both directions.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use tonic::{Status, Streaming};
 use tonic_prost::ProstCodec;
 
 use crate::ads::{Request, Response, Variant};
-use crate::connect::{self, ConnectError};
+use crate::connect::{self, ConnectError, First, Heard};
 use crate::source::{GrpcService, Server};
 
 /// The largest response taken, in bytes.
@@ -36,20 +37,86 @@ const WINDOW_BYTES: u32 = 1024 * 1024;
 pub(super) enum Lost {
     #[error("cannot connect to the control plane: {}", chain(.0))]
     Connect(tonic::transport::Error),
-    #[error("the control plane ended the stream: {:?}: {}", .0.code(), chain(&**.0))]
+    #[error("the control plane ended the stream: {:?}: {}", .0.code(), .0.message())]
     Status(Box<Status>),
+    #[error("the stream to the control plane broke: {}", causes(.0))]
+    Broken(Box<Status>),
+    #[error("the server does not speak HTTP/2, as a control plane must over gRPC: it answered in HTTP/1")]
+    Http1,
+    #[error(
+        "the server wants TLS: it answered with an alert of TLS to a connection without (its cluster has no transport_socket)"
+    )]
+    WantsTls,
+    #[error("the server hung up without a word of HTTP/2, as servers do that want TLS: {}", causes(.0))]
+    Wordless(Box<Status>),
+    #[error("a response of the control plane has {found} bytes, more than the limit of {limit}{}", of_types(.types))]
+    TooLarge { found: String, limit: String, types: Unanswered },
     #[error("the control plane closed the stream")]
     Closed,
 }
 
-impl From<Status> for Lost {
-    fn from(status: Status) -> Self {
-        Lost::Status(Box::new(status))
+/// Of which types a response may have been that was not read.
+#[derive(Debug, Default)]
+pub(super) struct Unanswered {
+    /// Those that were asked for, by name.
+    pub(super) types: Vec<String>,
+    /// They have not been answered on this stream. Otherwise all have.
+    pub(super) none_yet: bool,
+}
+
+/// The end of a sentence.
+fn of_types(Unanswered { types, none_yet }: &Unanswered) -> String {
+    match (&**types, none_yet) {
+        ([], _) => String::new(),
+        ([one], _) => format!(": it is of {one}"),
+        (several, true) => format!(": it is of one of {}, which have not been answered yet", several.join(", ")),
+        (several, false) => format!(": it is of one of {}", several.join(", ")),
     }
 }
 
-/// Connects to `address`, one of the server's.
-pub(super) async fn connect(server: &Server, address: &str, authority: &str) -> Result<Channel, Lost> {
+/// What tonic says of a message that it does not take.
+const TOO_LARGE: &str = "Error, decoded message length too large: found ";
+
+impl From<Status> for Lost {
+    fn from(status: Status) -> Self {
+        if let Some((found, limit)) = status.message().strip_prefix(TOO_LARGE).and_then(|it| it.split_once(" bytes, "))
+        {
+            let limit = limit.trim_start_matches(|c: char| !c.is_ascii_digit()).to_owned();
+            return Lost::TooLarge { found: found.to_owned(), limit, types: Unanswered::default() };
+        }
+        // What the server says has no cause on this side.
+        match std::error::Error::source(&status) {
+            Some(_) => Lost::Broken(Box::new(status)),
+            None => Lost::Status(Box::new(status)),
+        }
+    }
+}
+
+impl Lost {
+    /// In the words that fit, with what is known besides: what the server said first, and which types are not answered.
+    pub(super) fn explained(self, heard: &Heard, has_tls: bool, unanswered: Unanswered) -> Lost {
+        match (self, heard.first()) {
+            (Lost::TooLarge { found, limit, .. }, _) => Lost::TooLarge { found, limit, types: unanswered },
+            (Lost::Connect(_) | Lost::Broken(_), First::Http1) => Lost::Http1,
+            (Lost::Connect(_) | Lost::Broken(_), First::TlsAlert) if !has_tls => Lost::WantsTls,
+            (Lost::Broken(status), First::Nothing) if !has_tls => Lost::Wordless(status),
+            (lost, _) => lost,
+        }
+    }
+
+    /// It is this client that did not take what came: it will come again.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self, Lost::TooLarge { .. })
+    }
+}
+
+/// Connects to `address`, one of the server's. What it says first is noted in `heard`.
+pub(super) async fn connect(
+    server: &Server,
+    address: &str,
+    authority: &str,
+    heard: Arc<Heard>,
+) -> Result<Channel, Lost> {
     let scheme = if server.tls.is_some() { "https" } else { "http" };
     let uri = |authority: &str| Uri::builder().scheme(scheme).authority(authority).path_and_query("/").build();
     // A Unix domain socket has no name that could be an authority.
@@ -69,11 +136,12 @@ pub(super) async fn connect(server: &Server, address: &str, authority: &str) -> 
     let used = AtomicBool::new(false);
     let connector = tower::service_fn(move |_| {
         let (server, address, again) = (server.clone(), address.clone(), used.swap(true, Relaxed));
+        let heard = Arc::clone(&heard);
         async move {
             if again {
                 return Err(ConnectError::Lost);
             }
-            connect::connect(&server, &address, "h2").await.map(TokioIo::new)
+            connect::connect(&server, &address, "h2").await.map(|it| TokioIo::new(it.heard_by(heard)))
         }
     });
     endpoint.connect_with_connector(connector).await.map_err(Lost::Connect)
@@ -195,11 +263,20 @@ where
     Q: Message + Send + Sync + 'static,
     A: Message + Default + Send + Sync + 'static,
 {
-    client.ready().await.map_err(|error| Status::unavailable(chain(&error)))?;
+    client.ready().await.map_err(|error| {
+        let mut status = Status::unavailable("");
+        status.set_source(Arc::new(error));
+        status
+    })?;
     let mut request = tonic::Request::new(ReceiverStream::new(requests));
     *request.metadata_mut() = metadata;
     let codec = ProstCodec::<Q, A>::default();
     Ok(client.streaming(request, PathAndQuery::from_static(method), codec).await?.into_inner())
+}
+
+/// Why a call broke: what a status has for a cause.
+fn causes(status: &Status) -> String {
+    std::error::Error::source(status).map_or_else(|| status.message().to_owned(), chain)
 }
 
 /// An error with its causes: tonic's own says only "transport error".
@@ -208,7 +285,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     let mut source = error.source();
     while let Some(error) = source {
         let cause = error.to_string();
-        if !text.ends_with(&cause) {
+        if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }
         source = error.source();

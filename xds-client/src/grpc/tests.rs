@@ -446,7 +446,9 @@ async fn the_next_address_is_tried_when_one_does_not_answer() {
 async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
     let mut server = Server::start("127.0.0.1:0").await;
     let notes = Notes::default();
-    let client = tokio::spawn(client(Variant::Sotw, &[server.address], &notes).run());
+    let client = client(Variant::Sotw, &[server.address], &notes);
+    let stats = client.stats();
+    let client = tokio::spawn(client.run());
     let mut session = server.sotw().await;
     session.request().await;
     session.send(clusters("1", "a", &["x"]));
@@ -455,8 +457,23 @@ async fn a_response_beyond_the_limit_ends_the_stream_and_changes_nothing() {
     session.send(clusters("2", "b", &[&name]));
     let mut session = server.sotw().await;
     assert_eq!(session.request().await.version_info, "1");
-    let updates = notes.log.lock().unwrap().iter().filter(|entry| entry.starts_with("Cluster")).count();
-    assert_eq!(updates, 1);
+    // The stream is there again, and not trusted before the endpoints have been answered as well.
+    let told = stats.connection().error.unwrap();
+    assert!(told.contains("67108864") && told.ends_with(": it is of ClusterLoadAssignment"), "{told}");
+    assert!(!stats.connection().is_well());
+    let mut asked = session.request().await;
+    while asked.type_url != ENDPOINT {
+        asked = session.request().await;
+    }
+    session.send(clusters("2", "b", &["x"]));
+    while session.request().await.response_nonce != "b" {}
+    assert_eq!(stats.connection().error, Some(told));
+    let (type_url, nonce) = (ENDPOINT.to_owned(), "e".to_owned());
+    session.send(DiscoveryResponse { type_url, nonce, ..Default::default() });
+    while session.request().await.response_nonce != "e" {}
+    assert!(stats.connection().is_well());
+    let updates = notes.log.lock().unwrap().iter().filter(|entry| entry.starts_with("Cluster +")).count();
+    assert_eq!(updates, 2);
     client.abort();
 }
 

@@ -87,7 +87,7 @@ impl Decoder {
                 let unknown = || error(unknown_field(&entry.key, &desc));
                 match self.unknown {
                     UnknownFields::Reject => return Err(unknown()),
-                    UnknownFields::Warn(log) => log.tell(unknown),
+                    UnknownFields::Warn(log) => drop(log.tell(unknown, String::new)),
                     UnknownFields::Ignore => {}
                 }
                 continue;

@@ -462,6 +462,16 @@ fn resources_with_fields_unknown_here_are_refused() {
 }
 
 #[test]
+fn a_field_unknown_here_is_told_of_once_with_the_resource() {
+    let log = super::Unknown::new();
+    let told = |resource: &str| log.tell(|| "a.B has no field number 9", || resource.to_owned());
+    assert_eq!(told("users").as_deref(), Some("users: a.B has no field number 9"));
+    assert_eq!((told("users"), told("others"), log.count()), (None, None, 1));
+    let cluster = pack(&RouteConfiguration { name: "r".to_owned(), ..Default::default() });
+    assert_eq!(crate::ads::name_in(&cluster.value).as_deref(), Ok("r"));
+}
+
+#[test]
 fn every_rule_of_every_message_is_implemented() {
     let mut with_rules = 0;
     for message in pool().all_messages() {

@@ -41,17 +41,26 @@ impl Unknown {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len() as u64
     }
 
-    /// `field` describes one; not called where no more are remembered.
-    pub(super) fn tell<T: Display>(&self, field: impl FnOnce() -> T) {
+    /// `field` describes one; not called where no more are remembered. `resource`: the name of the one that it is in, where that
+    /// has one; of several that have the field, the first is named. Returns what the log says.
+    pub(super) fn tell<T: Display>(
+        &self,
+        field: impl FnOnce() -> T,
+        resource: impl FnOnce() -> String,
+    ) -> Option<String> {
         let mut seen = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.len() >= MAX_DESCRIPTIONS {
-            return;
+            return None;
         }
         let field = field().to_string();
-        if !seen.contains(&field) {
-            tracing::warn!("{field}; it is ignored");
-            seen.insert(field);
+        if seen.contains(&field) {
+            return None;
         }
+        let name = resource();
+        let text = if name.is_empty() { field.clone() } else { format!("{name}: {field}") };
+        tracing::warn!("{text}; it is ignored");
+        seen.insert(field);
+        Some(text)
     }
 }
 

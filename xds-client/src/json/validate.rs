@@ -19,7 +19,7 @@ type Result = std::result::Result<(), ConfigError>;
 ///
 /// Field numbers that a message in an `Any` does not have are passed over, as in Envoy; [`validate_any`] can refuse them.
 pub fn validate<T: Message + Name>(value: &T) -> Result {
-    Validator { unknown: UnknownFields::Ignore, anys: 0 }.message(&dynamic(value)?, &Path::ROOT)
+    Validator { unknown: UnknownFields::Ignore, anys: 0, resource: &[] }.message(&dynamic(value)?, &Path::ROOT)
 }
 
 /// Checks the message in `any`, such as an xDS resource; `path` starts the paths of errors.
@@ -27,17 +27,19 @@ pub fn validate<T: Message + Name>(value: &T) -> Result {
 /// Besides the rules this can refuse what decoding into a struct would lose: fields that the message type does not have
 /// (`--reject-unknown-dynamic-fields`). An `Any` of an unknown type passes: refusing it is up to whoever is to use it.
 pub fn validate_any(any: &Any, path: &str, unknown: UnknownFields) -> Result {
-    Validator { unknown, anys: 0 }.any(&any.type_url, &any.value, &Path::below(path))
+    Validator { unknown, anys: 0, resource: &any.value }.any(&any.type_url, &any.value, &Path::below(path))
 }
 
 #[derive(Clone, Copy)]
-struct Validator {
+struct Validator<'a> {
     unknown: UnknownFields,
+    /// The whole resource, for its name.
+    resource: &'a [u8],
     /// How many `Any`s what is looked at is in.
     anys: usize,
 }
 
-impl Validator {
+impl Validator<'_> {
     fn any(self, type_url: &str, bytes: &[u8], path: &Path<'_>) -> Result {
         if self.anys == MAX_ANYS {
             return Err(too_deep(path));
@@ -70,7 +72,9 @@ impl Validator {
             let unknown = || path.error(format!("{} has no field number {}", desc.full_name(), unknown.number()));
             match self.unknown {
                 UnknownFields::Reject => return Err(unknown()),
-                UnknownFields::Warn(log) => log.tell(unknown),
+                UnknownFields::Warn(log) => {
+                    drop(log.tell(unknown, || crate::ads::name_in(self.resource).unwrap_or_default()));
+                }
                 UnknownFields::Ignore => {}
             }
         }

@@ -52,14 +52,15 @@ async fn on_stream(misbehave: impl AsyncFnOnce(&mut Session)) {
     recovers(server, client).await;
 }
 
-/// What a server writes instead of HTTP/2; it closes the connection then.
-async fn on_connection(bytes: &'static [u8]) {
+/// What a server writes instead of HTTP/2; it closes the connection then. `said`: what the operator is told.
+async fn on_connection(bytes: &'static [u8], said: &str) {
     let (mut server, client) = settled().await;
     let mut stream = server.accept().await;
     stream.write_all(bytes).await.unwrap();
     // The client may be gone first.
     let _ = stream.shutdown().await;
     let _ = stream.read_to_end(&mut Vec::new()).await;
+    client.is_told(said).await;
     recovers(server, client).await;
 }
 
@@ -172,24 +173,25 @@ async fn http_that_is_no_grpc() {
 
 #[tokio::test]
 async fn an_answer_in_http1() {
-    on_connection(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+    on_connection(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n", "the server does not speak HTTP/2").await;
 }
 
 #[tokio::test]
 async fn an_alert_of_tls() {
     // What a TLS server has to say to HTTP/2 without TLS: fatal, unexpected_message.
-    on_connection(&[0x15, 3, 3, 0, 2, 2, 10]).await;
+    on_connection(&[0x15, 3, 3, 0, 2, 2, 10], "the server wants TLS").await;
 }
 
 #[tokio::test]
 async fn nothing_at_all() {
-    on_connection(b"").await;
+    on_connection(b"", "the server hung up without a word of HTTP/2").await;
 }
 
 #[tokio::test]
 async fn frames_that_http2_does_not_allow() {
     // Settings, and then DATA on stream 0.
-    on_connection(&[0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1]).await;
+    on_connection(&[0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1], "the stream to the control plane broke")
+        .await;
 }
 
 #[tokio::test]
@@ -276,5 +278,35 @@ async fn a_server_that_answers_and_hangs_up_each_time_is_not_pestered() {
     }
     // One in 100 ms on average.
     assert!((3..80).contains(&attempts), "{attempts} attempts");
+    client.is_running();
+}
+
+#[tokio::test]
+async fn a_connection_without_an_answer_is_told_of_as_such() {
+    let mut server = Server::start().await;
+    let client = Client::start(&server, QUICK);
+    let _silent = server.silent().await;
+    client.is_told("connected, but nothing has been answered yet").await;
+}
+
+/// What is answered does not make up for what is asked for and never comes.
+#[tokio::test]
+async fn a_server_that_answers_a_part_and_hangs_up_each_time_is_not_pestered() {
+    let mut server = Server::start().await;
+    let limits = BackoffLimits { base: Duration::from_millis(40), max: Duration::from_secs(30) };
+    let client = Client::start(&server, Some(limits));
+    client.wants("type.googleapis.com/x.Never");
+    let ends = tokio::time::Instant::now() + Duration::from_secs(2);
+    let mut attempts = 0;
+    while let Ok(mut session) = tokio::time::timeout_at(ends, server.session()).await {
+        attempts += 1;
+        session.request().await;
+        session.request().await;
+        session.push("1", "n1", "a").await;
+        session.request().await;
+    }
+    // The waits double: about seven fit in, where it would be a hundred of 20 ms on average.
+    assert!((2..25).contains(&attempts), "{attempts} attempts");
+    assert!(!client.connection().is_well());
     client.is_running();
 }

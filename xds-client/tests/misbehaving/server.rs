@@ -235,7 +235,7 @@ pub struct Client {
     notes: Arc<Notes>,
     stats: Arc<SourceStats>,
     task: JoinHandle<std::convert::Infallible>,
-    _subscriptions: Subscriptions,
+    subscriptions: Subscriptions,
 }
 
 impl Client {
@@ -259,7 +259,7 @@ impl Client {
         let (subscriptions, wanted) = Subscriptions::channel();
         subscriptions.set(Source::Ads, CLUSTER, Interest::Wildcard);
         let task = tokio::spawn(sources::run(config, Arc::clone(&notes), wanted, Arc::clone(&stats)));
-        Client { notes, stats, task, _subscriptions: subscriptions }
+        Client { notes, stats, task, subscriptions }
     }
 
     /// What was handed out so far.
@@ -275,6 +275,25 @@ impl Client {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(self.updates(), expected);
+    }
+
+    /// Wants a type besides.
+    pub fn wants(&self, type_url: &str) {
+        self.subscriptions.set(Source::Ads, type_url, Interest::Wildcard);
+    }
+
+    /// How it stands with its server.
+    pub fn connection(&self) -> culvert_xds_client::stats::Connection {
+        self.stats.clients().remove(0).2.connection()
+    }
+
+    /// Waits until the reason why there is no stream begins so.
+    pub async fn is_told(&self, said: &str) {
+        let started = Instant::now();
+        while !self.connection().error.is_some_and(|why| why.starts_with(said)) {
+            assert!(started.elapsed() < PATIENCE, "{:?}", self.connection());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// `update_failure`

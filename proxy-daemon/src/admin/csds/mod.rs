@@ -199,12 +199,12 @@ fn unusable(source: &SourceFault) -> GenericXdsConfig {
 fn source(SourceState { name, connection }: &SourceState) -> GenericXdsConfig {
     let since = Some(dump::timestamp(connection.since));
     let details = || connection.error.clone().unwrap_or_else(|| "there was no connection yet".to_owned());
-    let error_state = (!connection.connected).then(|| UpdateFailureState {
+    let error_state = (!connection.is_well()).then(|| UpdateFailureState {
         last_update_attempt: since,
         details: details(),
         ..Default::default()
     });
-    let status = if connection.connected { ClientResourceStatus::Acked } else { ClientResourceStatus::Nacked };
+    let status = if connection.is_well() { ClientResourceStatus::Acked } else { ClientResourceStatus::Nacked };
     GenericXdsConfig {
         type_url: ConfigSource::type_url(),
         name: name.clone(),
