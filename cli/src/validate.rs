@@ -11,9 +11,13 @@ use std::{
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use culvert_proxy_daemon::bootstrap;
+use culvert_xds_client::json::ConfigError;
 use serde_json::json;
 
 use crate::Outcome;
+
+/// The warnings of a good file, or why it is refused.
+type Verdict = Result<Vec<ConfigError>, bootstrap::LoadError>;
 
 /// What the program exits with where a file is refused: an error of this program is 1, of its flags 2.
 const REFUSED: u8 = 3;
@@ -26,7 +30,7 @@ pub const HELP: &str = "\
 Directories are searched for files that end in .yaml, .yml or .json. As in Envoy, a file that does not end in .yaml or .yml
 is read as JSON.
 
-Exits with 0 when every file is good, with 3 when one is refused.
+Exits with 0 when every file is good, with 3 when one is refused. A deprecated field is a warning: the file is good.
 
 Examples:
   culvert validate bootstrap.yaml
@@ -40,7 +44,7 @@ pub struct Flags {
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 
-    /// Say nothing of files that are good
+    /// Say nothing of files that are good and have no warning
     #[arg(long, short)]
     quiet: bool,
 
@@ -54,7 +58,7 @@ pub struct Flags {
 enum Output {
     /// A line a file
     Text,
-    /// A list of objects: file, ok, and for a refused one path, line, column, message
+    /// A list of objects: file, ok, for a refused one path, line, column, message, and for a good one its warnings, if any
     Json,
 }
 
@@ -74,31 +78,50 @@ pub fn run(flags: &Flags) -> anyhow::Result<Outcome> {
     }
     let verdicts: Vec<_> = files.iter().map(|file| (file, bootstrap::validate(file))).collect();
     let code = if verdicts.iter().all(|(_, verdict)| verdict.is_ok()) { 0 } else { REFUSED };
-    let shown = verdicts.iter().filter(|(_, verdict)| !flags.quiet || verdict.is_err());
+    let worth_a_word = |verdict: &Verdict| verdict.as_ref().map_or(true, |warnings| !warnings.is_empty());
+    let shown = verdicts.iter().filter(|(_, verdict)| !flags.quiet || worth_a_word(verdict));
     let text = match flags.output {
         Output::Text => shown
             .map(|(file, verdict)| match verdict {
-                Ok(()) => format!("{}: OK\n", file.display()),
+                Ok(warnings) => {
+                    let warnings = warnings.iter().map(|warning| format!("{}: warning: {warning}\n", file.display()));
+                    let ok = (!flags.quiet).then(|| format!("{}: OK\n", file.display()));
+                    warnings.chain(ok).collect()
+                }
                 Err(error) => format!("{error}\n"),
             })
             .collect(),
         Output::Json => {
             let objects = shown.map(|(file, verdict)| match verdict {
-                Ok(()) => json!({ "file": file, "ok": true }),
-                Err(refused) => json!({
-                    "file": file,
-                    "ok": false,
-                    "path": refused.error.path,
-                    "line": refused.error.position.map(|(line, _)| line),
-                    "column": refused.error.position.map(|(_, column)| column),
-                    "message": refused.error.message,
-                }),
+                Ok(warnings) => {
+                    let mut object = json!({ "file": file, "ok": true });
+                    if !warnings.is_empty() {
+                        object["warnings"] = warnings.iter().map(place).collect();
+                    }
+                    object
+                }
+                Err(refused) => {
+                    let mut object = place(&refused.error);
+                    object["file"] = json!(file);
+                    object["ok"] = json!(false);
+                    object
+                }
             });
             let list = serde_json::Value::Array(objects.collect());
             serde_json::to_string_pretty(&list)? + "\n"
         }
     };
     Ok(Outcome { text, code })
+}
+
+/// What is wrong where, as an object.
+fn place(error: &ConfigError) -> serde_json::Value {
+    json!({
+        "path": error.path,
+        "line": error.position.map(|(line, _)| line),
+        "column": error.position.map(|(_, column)| column),
+        "message": error.message,
+    })
 }
 
 /// Adds the configuration files below `dir`, in order.
@@ -118,3 +141,7 @@ fn search(dir: &Path, depth: usize, files: &mut Vec<PathBuf>) -> anyhow::Result<
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "validate_tests.rs"]
+mod tests;

@@ -143,6 +143,7 @@ fn bootstrap(ports: &Ports) -> String {
         cluster("dead", dead, ""),
         cluster("grpc", grpc, ""),
         cluster("full", a, full),
+        cluster("busy", a, "    circuit_breakers: {thresholds: [{max_requests: 0}]}\n"),
         cluster("tcp", a, ""),
     ];
     format!(
@@ -170,6 +171,7 @@ static_resources:
               routes:
               - {{match: {{prefix: /dead}}, route: {{cluster: dead}}}}
               - {{match: {{prefix: /full}}, route: {{cluster: full}}}}
+              - {{match: {{prefix: /busy}}, route: {{cluster: busy}}}}
               - {{match: {{prefix: /grpc}}, route: {{cluster: grpc}}}}
               - {{match: {{prefix: /slow}}, route: {{cluster: app, timeout: 0.1s}}}}
               - {{match: {{prefix: /retry}}, route: {{cluster: app, retry_policy: {{retry_on: 5xx, num_retries: 1}}}}}}
@@ -227,6 +229,7 @@ fn observe(kind: Kind) -> Result<Vec<(&'static str, Loads)>> {
     ensure!(subject.get("/retry?status=503")? == 503, "the retry's status");
     seen.push(("a retry", loads(&call)?));
     ensure!(subject.get("/dead")? == 503 && subject.get("/full")? == 503, "dead, full");
+    ensure!(subject.get("/busy")? == 503, "busy");
     seen.push(("no connection, no place", loads(&call)?));
     for status in ["0", "1", "2", "3", "4", "5", "7", "8", "12", "13", "14", "15", "16", "99", ""] {
         subject.get_grpc(&format!("/grpc/{status}"))?;

@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustls::ClientConfig;
@@ -16,19 +16,23 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use crate::source::{Server, Tls};
+use crate::source::{Server, Tls, Usage};
 
 /// TCP keepalive finds out that the server's host or the way to it is gone: after 10 s idle, 5 probes 2 s apart.
 const TCP_KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(10), Duration::from_secs(2), 5);
 
 /// A connection.
-pub(crate) struct Connection(Box<dyn Stream>, Option<Arc<Heard>>);
+pub(crate) struct Connection {
+    stream: Box<dyn Stream>,
+    heard: Option<Arc<Heard>>,
+    _counted: Option<Counted>,
+}
 
 impl Connection {
     /// What the server says first is noted there.
     pub(crate) fn heard_by(self, heard: Arc<Heard>) -> Connection {
         heard.note(&[]);
-        Connection(self.0, Some(heard))
+        Connection { heard: Some(heard), ..self }
     }
 }
 
@@ -75,6 +79,18 @@ impl Heard {
     }
 }
 
+/// A connection, or an attempt at one, that its server's cluster counts.
+struct Counted {
+    usage: Arc<dyn Usage>,
+    since: Instant,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.usage.closed(self.since.elapsed());
+    }
+}
+
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
@@ -103,11 +119,22 @@ pub(crate) async fn connect(
     protocol: &'static str,
 ) -> Result<Connection, ConnectError> {
     let limit = server.connect_timeout;
+    let counted = server.usage.clone().map(|usage| {
+        usage.connecting(protocol == "h2");
+        Counted { usage, since: Instant::now() }
+    });
     let connection = tokio::time::timeout(limit, open(server.tls.as_deref(), address, protocol)).await;
-    connection.map_err(|_| ConnectError::Timeout(limit))?
+    let connection = connection.unwrap_or(Err(ConnectError::Timeout(limit)));
+    if let Some(Counted { usage, since }) = &counted {
+        match &connection {
+            Ok(_) => usage.connected(since.elapsed()),
+            Err(error) => usage.failed(matches!(error, ConnectError::Timeout(_))),
+        }
+    }
+    connection.map(|stream| Connection { stream, heard: None, _counted: counted })
 }
 
-async fn open(tls: Option<&dyn Tls>, address: &str, protocol: &'static str) -> Result<Connection, ConnectError> {
+async fn open(tls: Option<&dyn Tls>, address: &str, protocol: &'static str) -> Result<Box<dyn Stream>, ConnectError> {
     if let Some(path) = address.strip_prefix("unix:") {
         let stream = UnixStream::connect(path).await.map_err(ConnectError::Connect)?;
         // Without an address of its own: any will do, none is sent.
@@ -128,8 +155,8 @@ async fn secure<T: Stream + 'static>(
     peer: std::net::IpAddr,
     stream: T,
     protocol: &'static str,
-) -> Result<Connection, ConnectError> {
-    let Some(tls) = tls else { return Ok(Connection(Box::new(stream), None)) };
+) -> Result<Box<dyn Stream>, ConnectError> {
+    let Some(tls) = tls else { return Ok(Box::new(stream)) };
     let mut config = tls.config().ok_or(ConnectError::NoCertificates)?;
     if config.alpn_protocols.is_empty() {
         let config: &mut ClientConfig = Arc::make_mut(&mut config);
@@ -143,18 +170,18 @@ async fn secure<T: Stream + 'static>(
         Some(agreed) if agreed != protocol.as_bytes() => {
             Err(ConnectError::Protocol(String::from_utf8_lossy(agreed).into_owned(), protocol))
         }
-        _ => Ok(Connection(Box::new(stream), None)),
+        _ => Ok(Box::new(stream)),
     }
 }
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        let read = ready!(Pin::new(&mut self.0).poll_read(cx, buffer));
-        if let Some(heard) = &self.1
+        let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
+        if let Some(heard) = &self.heard
             && !heard.note(&buffer.filled()[before..])
         {
-            self.1 = None;
+            self.heard = None;
         }
         Poll::Ready(read)
     }
@@ -162,15 +189,15 @@ impl AsyncRead for Connection {
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
@@ -178,10 +205,10 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, bytes)
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 }

@@ -147,12 +147,53 @@ pub struct Server {
     pub tls: Option<Arc<dyn Tls>>,
     /// It is polled over HTTP/2 instead of HTTP/1.1. gRPC is always over HTTP/2.
     pub http2: bool,
+    /// Who counts connections to it and what is asked of it; `None`: nobody.
+    pub usage: Option<Arc<dyn Usage>>,
 }
 
 impl Server {
     /// A server that is spoken to in plain text.
     pub fn plain(endpoints: Vec<String>) -> Server {
-        Server { endpoints, connect_timeout: CONNECT_TIMEOUT, tls: None, http2: false }
+        Server { endpoints, connect_timeout: CONNECT_TIMEOUT, tls: None, http2: false, usage: None }
+    }
+}
+
+/// Counts what is done with a server. Each call is told once, in this order: an attempt to connect that fails has no
+/// [`connected`](Usage::connected), but ends as well.
+pub trait Usage: fmt::Debug + Send + Sync {
+    /// An attempt to connect begins; `http2` is what is going to be spoken.
+    fn connecting(&self, http2: bool);
+
+    /// The connection is there, and took so long.
+    fn connected(&self, took: Duration);
+
+    /// There is no connection; `timed_out`: it took too long.
+    fn failed(&self, timed_out: bool);
+
+    /// The attempt or the connection has ended, so long after it began.
+    fn closed(&self, after: Duration);
+
+    /// A request or a stream of requests begins.
+    fn request(&self);
+
+    /// It has ended.
+    fn request_ended(&self);
+}
+
+/// A request that is under way, until this is dropped.
+pub(crate) struct UnderWay(Option<Arc<dyn Usage>>);
+
+impl Server {
+    /// A request begins.
+    pub(crate) fn request(&self) -> UnderWay {
+        self.usage.iter().for_each(|usage| usage.request());
+        UnderWay(self.usage.clone())
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|usage| usage.request_ended());
     }
 }
 

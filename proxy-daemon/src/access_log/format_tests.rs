@@ -148,6 +148,8 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
     // Those that Envoy refuses too, and a time letter that it would print as it stands.
     for (format, expected) in [
         ("%BOGUS%", "%BOGUS% is not an operator"),
+        ("%FILTER_STATE(a:PLAIN):3%", "%FILTER_STATE% is not supported by culvert yet"),
+        ("%DOWNSTREAM_PEER_CHAIN_SERIALS%", "%DOWNSTREAM_PEER_CHAIN_SERIALS% is not supported by culvert yet"),
         ("%REQ(x%", "position 0"),
         ("%REQ%", "needs a header's name"),
         ("%REQ()%", "needs a header's name"),
@@ -164,6 +166,18 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
     ] {
         let error = Format::parse(format).unwrap_err().to_string();
         assert!(error.contains(expected), "{format}: {error}");
+    }
+}
+
+#[test]
+fn operators_of_envoy_are_compiled_or_not_supported_yet() {
+    for name in ENVOY_OPERATORS.lines() {
+        let unknown = |text: &str| matches!(Format::parse(text), Err(FormatError::UnknownOperator { .. }));
+        assert!(!unknown(&format!("%{name}%")) && !unknown(&format!("%{name}(a)%")), "{name}");
+    }
+    // Those that there are here are Envoy's.
+    for name in FIELDS.iter().map(|(name, _)| *name).chain(["REQ", "RESP", "DYNAMIC_METADATA", "START_TIME"]) {
+        assert!(ENVOY_OPERATORS.lines().any(|known| known == name), "{name}");
     }
 }
 

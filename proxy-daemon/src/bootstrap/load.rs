@@ -18,7 +18,7 @@ const MAX_BYTES: u64 = 64 << 20;
 /// Why the daemon cannot start with this configuration: one line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadError {
-    /// The file, or `--config-yaml`.
+    /// The file, or `--config-yaml`; empty: there is none.
     pub source: String,
     /// What is wrong with it, and where in it.
     pub error: ConfigError,
@@ -26,7 +26,10 @@ pub struct LoadError {
 
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.source, self.error)
+        match &*self.source {
+            "" => write!(f, "{}", self.error),
+            source => write!(f, "{source}: {}", self.error),
+        }
     }
 }
 
@@ -63,7 +66,7 @@ pub fn load(flags: &Flags) -> Result<(Message, Bootstrap), LoadError> {
         }
         (None, None) => {
             let message = "no bootstrap: name a file with -c, or write it with --config-yaml".to_owned();
-            return Err(refused("culvertd", ConfigError::new("", message)));
+            return Err(refused("", ConfigError::new("", message)));
         }
     };
     identify(&mut message, flags);
@@ -106,13 +109,19 @@ fn refused(source: &str, error: ConfigError) -> LoadError {
     LoadError { source: source.to_owned(), error }
 }
 
-/// The verdict of `culvertd --mode validate -c path`.
+/// The verdict of `culvertd --mode validate -c path`: where the file is good, what is deprecated in it.
 ///
 /// # Errors
 /// As [`load`].
-pub fn validate(path: &Path) -> Result<(), LoadError> {
+pub fn validate(path: &Path) -> Result<Vec<ConfigError>, LoadError> {
     let flags = Flags { config_path: Some(path.to_owned()), ..Flags::default() };
-    load(&flags).map(|_| ())
+    let (_, checked) = load(&flags)?;
+    if checked.warnings.is_empty() {
+        return Ok(Vec::new());
+    }
+    let text = read(path).map_err(|error| refused(&path.display().to_string(), error))?;
+    let warnings = checked.warnings.into_iter();
+    Ok(warnings.map(|warning| ConfigError::new(warning.path, warning.message).locate(&text)).collect())
 }
 
 /// Puts into `node` what the flags and the program say of it.

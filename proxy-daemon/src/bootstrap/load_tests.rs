@@ -190,3 +190,8 @@ fn static_routes_name_clusters_of_the_bootstrap() {
     assert!(text.contains("route_config.virtual_hosts[0].routes[0].route: unknown cluster 'nobody'"), "{text}");
     assert!(with(&["--config-yaml", &yaml("validate_clusters: false,")]).is_ok());
 }
+
+#[test]
+fn what_has_no_source_does_not_name_one() {
+    assert_eq!(with(&[]).unwrap_err().to_string(), "no bootstrap: name a file with -c, or write it with --config-yaml");
+}

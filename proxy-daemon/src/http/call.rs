@@ -96,15 +96,16 @@ pub(super) async fn send(
     body: Body,
 ) -> Result<Answer, Failure> {
     let stats = &cluster.cluster.stats;
-    if stats.upstream_rq_active.value() >= u64::from(cluster.cluster.limits(false).max_requests()) {
-        stats.upstream_rq_pending_overflow.inc();
-        cluster.cluster.dropped.inc();
-        return Err(Failure::Overflow);
-    }
     let Some(host) = cluster.pick(&PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
         stats.upstream_cx_none_healthy.inc();
         return Err(Failure::NoHost);
     };
+    if stats.upstream_rq_active.value() >= u64::from(cluster.cluster.limits(false).max_requests()) {
+        stats.upstream_rq_pending_overflow.inc();
+        cluster.cluster.dropped.inc();
+        host.count_refused(cluster, false);
+        return Err(Failure::Overflow);
+    }
     stats.upstream_rq_total.inc();
     stats.upstream_rq_active.inc();
     host.begin_request();

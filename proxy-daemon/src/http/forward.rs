@@ -313,11 +313,6 @@ impl Attempts<'_> {
         end.leave_host();
         let stats = &self.cluster.cluster.stats;
         let limits = self.cluster.cluster.limits(self.action.high_priority);
-        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
-            stats.upstream_rq_pending_overflow.inc();
-            self.cluster.cluster.dropped.inc();
-            return Err(overloaded());
-        }
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
@@ -336,6 +331,12 @@ impl Attempts<'_> {
             let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream");
             return Err(LocalReply::new(status, text, ResponseFlags::UH, "no_healthy_upstream"));
         };
+        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
+            stats.upstream_rq_pending_overflow.inc();
+            self.cluster.cluster.dropped.inc();
+            host.count_refused(self.cluster, self.action.high_priority);
+            return Err(overloaded());
+        }
         stats.upstream_rq_total.inc();
         end.set_host(self.cluster, &host);
         Ok(host)

@@ -206,6 +206,15 @@ fn wait(cluster: &WorkerCluster, high: bool) -> Result<Decrement, PoolError> {
 }
 
 impl WorkerHost {
+    /// A request that was meant for this host is refused because the cluster has as many as it may. Envoy, which looks only when there
+    /// is a connection, counts that as the host's error, unless the request may not even wait for one.
+    pub fn count_refused(&self, cluster: &WorkerCluster, high: bool) {
+        let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
+        if stats.upstream_rq_pending_active.value() < u64::from(limits.max_pending_requests()) {
+            self.count(HostCounter::RqError, 1);
+        }
+    }
+
     /// A connection for one request: an idle one, or a new one within the cluster's limits.
     pub async fn acquire(
         self: &Rc<Self>,

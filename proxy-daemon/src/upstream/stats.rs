@@ -1,4 +1,9 @@
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use culvert_xds_client::source::Usage;
 
 use super::HostSet;
 use crate::{
@@ -62,6 +67,41 @@ cluster_stats! {
     gauges { upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
     histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_time }
+}
+
+/// Of a control plane's cluster: what the xDS client does with it.
+impl Usage for ClusterStats {
+    fn connecting(&self, http2: bool) {
+        self.upstream_cx_total.inc();
+        self.upstream_cx_active.inc();
+        if http2 { self.upstream_cx_http2_total.inc() } else { self.upstream_cx_http1_total.inc() }
+    }
+
+    fn connected(&self, took: Duration) {
+        self.upstream_cx_connect_ms.record(took.as_millis() as u64);
+    }
+
+    fn failed(&self, timed_out: bool) {
+        self.upstream_cx_connect_fail.inc();
+        if timed_out {
+            self.upstream_cx_connect_timeout.inc();
+        }
+    }
+
+    fn closed(&self, after: Duration) {
+        self.upstream_cx_active.dec();
+        self.upstream_cx_destroy.inc();
+        self.upstream_cx_length_ms.record(after.as_millis() as u64);
+    }
+
+    fn request(&self) {
+        self.upstream_rq_total.inc();
+        self.upstream_rq_active.inc();
+    }
+
+    fn request_ended(&self) {
+        self.upstream_rq_active.dec();
+    }
 }
 
 impl ClusterStats {

@@ -222,6 +222,7 @@ impl<S: Sink> Client<S> {
                 }
             }
         };
+        let _under_way = self.config.server.request();
         let (requests, responses) = stream::call(channel, service, self.config.grpc.variant, method);
         self.driver.core.connected();
         self.send(&requests);

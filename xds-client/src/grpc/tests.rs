@@ -540,3 +540,62 @@ async fn requests_of_a_client_without_interests_wait_for_one() {
     assert_eq!(session.request().await.type_url, CLUSTER);
     client.abort();
 }
+
+/// Notes down what a cluster would count.
+#[derive(Debug, Default)]
+struct Counts(Mutex<Vec<&'static str>>);
+
+impl Counts {
+    async fn wait_for(&self, expected: &[&str]) {
+        let started = Instant::now();
+        while *self.0.lock().unwrap() != expected {
+            assert!(started.elapsed() < PATIENCE, "{expected:?}: {:?}", self.0.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.0.lock().unwrap().clear();
+    }
+}
+
+impl crate::source::Usage for Counts {
+    fn connecting(&self, http2: bool) {
+        self.0.lock().unwrap().push(if http2 { "connecting" } else { "connecting without HTTP/2" });
+    }
+
+    fn connected(&self, _: Duration) {
+        self.0.lock().unwrap().push("connected");
+    }
+
+    fn failed(&self, timed_out: bool) {
+        self.0.lock().unwrap().push(if timed_out { "timeout" } else { "failed" });
+    }
+
+    fn closed(&self, _: Duration) {
+        self.0.lock().unwrap().push("closed");
+    }
+
+    fn request(&self) {
+        self.0.lock().unwrap().push("request");
+    }
+
+    fn request_ended(&self) {
+        self.0.lock().unwrap().push("request ended");
+    }
+}
+
+#[tokio::test]
+async fn connections_and_streams_are_told_to_who_counts_them() {
+    let mut server = Server::start("127.0.0.1:0").await;
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let counts = Arc::new(Counts::default());
+    let mut config = config(Variant::Sotw, &[dead, server.address]);
+    config.server.usage = Some(Arc::clone(&counts) as _);
+    let client = Client::new(config, Arc::new(Notes::default()));
+    client.interests().set(CLUSTER, Interest::Wildcard);
+    let client = tokio::spawn(client.run());
+    let mut session = server.sotw().await;
+    session.request().await;
+    counts.wait_for(&["connecting", "failed", "closed", "connecting", "connected", "request"]).await;
+    client.abort();
+    assert!(client.await.unwrap_err().is_cancelled());
+    counts.wait_for(&["request ended", "closed"]).await;
+}

@@ -224,6 +224,7 @@ async fn fetch(
     let body = Full::new(Bytes::from(json::to_json(&request).to_string()));
     let protocol = if server.http2 { "h2" } else { "http/1.1" };
     let stream = TokioIo::new(connect::connect(&server, &address, protocol).await?);
+    let _under_way = server.request();
     let request = http::Request::post(path).header(header::CONTENT_TYPE, "application/json");
     let (response, _driver) = if server.http2 {
         let (mut sender, connection) = conn::http2::handshake(TokioExecutor::new(), stream).await?;

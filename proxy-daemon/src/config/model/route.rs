@@ -40,12 +40,32 @@ impl RouteConfig {
         routes.flat_map(|route| route.cluster_names())
     }
 
-    /// The first cluster that a route names by name and that is not `known`, with the path of the route's action.
-    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<(String, &str)> {
+    /// The first cluster that a route names by name and that is not `known`: the path of what names it, and what Envoy says of it.
+    /// A route's own clusters are looked at before those of its mirrors.
+    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<(String, String)> {
         for (host_index, host) in self.virtual_hosts.iter().enumerate() {
             for (index, route) in host.routes.iter().enumerate() {
+                let path = format!("virtual_hosts[{host_index}].routes[{index}].route");
                 if let Some(name) = route.cluster_names().into_iter().find(|name| !known(name)) {
-                    return Some((format!("virtual_hosts[{host_index}].routes[{index}].route"), name));
+                    let weighted = matches!(
+                        &route.action,
+                        RouteAction::Forward(action) if matches!(action.cluster, ClusterChoice::Weighted(_))
+                    );
+                    let noun = if weighted { "weighted cluster" } else { "cluster" };
+                    return Some((path, format!("unknown {noun} '{name}'")));
+                }
+                // The virtual host's are held to it by any route that has none of its own, as in Envoy.
+                let (mirrors, path) = match &route.action {
+                    RouteAction::Forward(action) if !action.mirrors.is_empty() => (&action.mirrors, path),
+                    _ => (&host.mirrors, format!("virtual_hosts[{host_index}]")),
+                };
+                let unknown = mirrors.iter().enumerate().find_map(|(index, mirror)| match &mirror.cluster {
+                    MirrorCluster::Name(name) if !known(name) => Some((index, name)),
+                    MirrorCluster::Name(_) | MirrorCluster::Header(_) => None,
+                });
+                if let Some((index, name)) = unknown {
+                    let path = format!("{path}.request_mirror_policies[{index}].cluster");
+                    return Some((path, format!("route: unknown shadow cluster '{name}'")));
                 }
             }
         }

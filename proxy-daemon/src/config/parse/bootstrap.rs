@@ -2,6 +2,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     path::PathBuf,
+    sync::Arc,
 };
 
 use culvert_xds_client::{
@@ -42,6 +43,7 @@ use crate::{
     intercept::InterceptionConfig,
     layered_runtime::{Layer, LayerSource},
     tls,
+    upstream::ClusterStats,
 };
 
 /// A checked bootstrap.
@@ -70,6 +72,8 @@ pub struct Bootstrap {
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
+    /// What is deprecated in it: where, and what to write instead.
+    pub warnings: Vec<FieldError>,
 }
 
 impl Bootstrap {
@@ -113,7 +117,7 @@ pub struct StaticSecret {
 /// # Errors
 /// The field that is wrong or not honoured.
 pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
-    support::check(message, "")?;
+    let warnings = support::check_bootstrap(message)?;
     let resources = message.static_resources.clone().unwrap_or_default();
     let secrets = static_secrets(&resources.secrets)?;
     let clusters = resources.clusters.iter().enumerate();
@@ -172,6 +176,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         lds,
         runtime,
         interception: extensions(message)?,
+        warnings,
     })
 }
 
@@ -268,6 +273,7 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
             // Its secrets are not at hand here: until they are, it cannot be reached.
             tls: cluster.tls.as_ref().map(|_| tls::not_ready()),
             http2: matches!(cluster.protocol, UpstreamProtocol::Http2(_)),
+            usage: Some(Arc::new(ClusterStats::new(cluster))),
         }
     };
     known.map(|cluster| (cluster.name.to_string(), server(cluster))).collect()
@@ -308,9 +314,9 @@ fn known_clusters(listeners: &[Listener], clusters: &[ClusterConfig]) -> Result<
             if routes.validate_clusters == Some(false) {
                 continue;
             }
-            if let Some((route, name)) = routes.unknown_cluster(|name| known.contains(name)) {
+            if let Some((route, text)) = routes.unknown_cluster(|name| known.contains(name)) {
                 let path = format!("static_resources.listeners[{index}].{path}.{route}");
-                return Err(FieldError::new(path, format!("unknown cluster '{name}'")));
+                return Err(FieldError::new(path, text));
             }
         }
     }

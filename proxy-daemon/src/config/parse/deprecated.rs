@@ -4,27 +4,125 @@
 use std::sync::LazyLock;
 
 use culvert_xds_client::json;
-use prost_reflect::{DynamicMessage, ExtensionDescriptor, FieldDescriptor, Value};
+use prost_reflect::{DynamicMessage, EnumValueDescriptor, ExtensionDescriptor, FieldDescriptor, Value};
 
-use crate::config::FieldError;
+use super::honoured::{ALL, honoured};
+use crate::{config::FieldError, stats};
 
-/// What to write instead, for the deprecated fields that are honoured. The others are gone without one.
-pub(super) const REPLACEMENTS: &[(&str, &str)] = &[
-    ("envoy.config.bootstrap.v3.Admin.access_log_path", "access_log"),
-    ("envoy.config.cluster.v3.Cluster.dns_refresh_rate", "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster"),
-    ("envoy.config.cluster.v3.Cluster.http2_protocol_options", "typed_extension_protocol_options"),
-    ("envoy.config.cluster.v3.Cluster.max_requests_per_connection", "typed_extension_protocol_options"),
-    ("envoy.config.core.v3.HeaderValueOption.append", "append_action"),
-    ("envoy.config.core.v3.SubstitutionFormatString.text_format", "text_format_source"),
-    ("envoy.config.route.v3.HeaderMatcher.contains_match", "string_match"),
-    ("envoy.config.route.v3.HeaderMatcher.exact_match", "string_match"),
-    ("envoy.config.route.v3.HeaderMatcher.prefix_match", "string_match"),
-    ("envoy.config.route.v3.HeaderMatcher.safe_regex_match", "string_match"),
-    ("envoy.config.route.v3.HeaderMatcher.suffix_match", "string_match"),
-    ("envoy.config.route.v3.WeightedCluster.total_weight", "the sum of the weights, which always counts"),
-    ("envoy.extensions.access_loggers.file.v3.FileAccessLog.format", "log_format"),
-    ("envoy.type.matcher.v3.RegexMatcher.google_re2", "nothing: it is the default"),
+/// What Envoy's API has instead of something.
+pub(super) struct Replacement {
+    /// A deprecated field, or a value of an enum, by its full name.
+    pub(super) of: &'static str,
+    /// What to write, in words.
+    pub(super) text: &'static str,
+    /// The field or the message that must be honoured for that to be of use, by its full name; empty: nothing need be written.
+    pub(super) by: &'static str,
+}
+
+const fn replaced(of: &'static str, text: &'static str, by: &'static str) -> Replacement {
+    Replacement { of, text, by }
+}
+
+const OPTIONS: &str = "typed_extension_protocol_options";
+const BY_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+const BY_STRING_MATCH: &str = "envoy.config.route.v3.HeaderMatcher.string_match";
+
+/// What to write instead, for every deprecated field and value that is honoured.
+pub(super) const REPLACEMENTS: &[Replacement] = &[
+    replaced(
+        "envoy.config.bootstrap.v3.Admin.access_log_path",
+        "access_log",
+        "envoy.config.bootstrap.v3.Admin.access_log",
+    ),
+    replaced(
+        "envoy.config.cluster.v3.Cluster.dns_refresh_rate",
+        "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster",
+        "envoy.extensions.clusters.dns.v3.DnsCluster",
+    ),
+    replaced(
+        "envoy.config.cluster.v3.Cluster.dns_lookup_family",
+        "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster",
+        "envoy.extensions.clusters.dns.v3.DnsCluster",
+    ),
+    replaced("envoy.config.cluster.v3.Cluster.http2_protocol_options", OPTIONS, BY_OPTIONS),
+    replaced("envoy.config.cluster.v3.Cluster.max_requests_per_connection", OPTIONS, BY_OPTIONS),
+    replaced("envoy.config.core.v3.ApiVersion.AUTO", "V3", ""),
+    replaced("envoy.config.core.v3.ApiVersion.V2", "V3", ""),
+    replaced(
+        "envoy.config.core.v3.ConfigSource.path",
+        "path_config_source",
+        "envoy.config.core.v3.ConfigSource.path_config_source",
+    ),
+    replaced(
+        "envoy.config.core.v3.HeaderValueOption.append",
+        "append_action",
+        "envoy.config.core.v3.HeaderValueOption.append_action",
+    ),
+    replaced(
+        "envoy.config.core.v3.SubstitutionFormatString.text_format",
+        "text_format_source",
+        "envoy.config.core.v3.SubstitutionFormatString.text_format_source",
+    ),
+    replaced(
+        "envoy.config.rbac.v3.Principal.source_ip",
+        "direct_remote_ip or remote_ip",
+        "envoy.config.rbac.v3.Principal.direct_remote_ip",
+    ),
+    replaced("envoy.config.route.v3.HeaderMatcher.contains_match", "string_match", BY_STRING_MATCH),
+    replaced("envoy.config.route.v3.HeaderMatcher.exact_match", "string_match", BY_STRING_MATCH),
+    replaced("envoy.config.route.v3.HeaderMatcher.prefix_match", "string_match", BY_STRING_MATCH),
+    replaced("envoy.config.route.v3.HeaderMatcher.safe_regex_match", "string_match", BY_STRING_MATCH),
+    replaced("envoy.config.route.v3.HeaderMatcher.suffix_match", "string_match", BY_STRING_MATCH),
+    replaced(
+        "envoy.config.route.v3.Route.per_request_buffer_limit_bytes",
+        "request_body_buffer_limit",
+        "envoy.config.route.v3.Route.request_body_buffer_limit",
+    ),
+    replaced(
+        "envoy.config.route.v3.VirtualHost.per_request_buffer_limit_bytes",
+        "request_body_buffer_limit",
+        "envoy.config.route.v3.VirtualHost.request_body_buffer_limit",
+    ),
+    replaced("envoy.config.route.v3.WeightedCluster.total_weight", "nothing: the sum of the weights always counts", ""),
+    replaced(
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.format",
+        "log_format",
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
+    ),
+    replaced(
+        "envoy.extensions.filters.http.set_metadata.v3.Config.metadata_namespace",
+        "metadata",
+        "envoy.extensions.filters.http.set_metadata.v3.Metadata",
+    ),
+    replaced(
+        "envoy.extensions.filters.http.set_metadata.v3.Config.value",
+        "metadata",
+        "envoy.extensions.filters.http.set_metadata.v3.Metadata",
+    ),
+    replaced(
+        "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.match_subject_alt_names",
+        "match_typed_subject_alt_names",
+        "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.match_typed_subject_alt_names",
+    ),
+    replaced("envoy.type.matcher.v3.RegexMatcher.google_re2", "nothing: it is the default", ""),
 ];
+
+/// `; write x instead`, or that there is no use in it yet.
+fn instead(of: &str) -> String {
+    let Some(found) = REPLACEMENTS.iter().find(|it| it.of == of) else { return String::new() };
+    if found.by.is_empty() || is_honoured(found.by) {
+        return format!("; write {} instead", found.text);
+    }
+    format!("; keep it for now: {}, which replaces it in Envoy's API, is not supported by culvert yet", found.text)
+}
+
+/// Of a field or of a message, by its full name.
+fn is_honoured(name: &str) -> bool {
+    let of_message = |(message, field): (&str, &str)| {
+        honoured(message).is_some_and(|fields| fields == ALL || fields.contains(&field))
+    };
+    honoured(name).is_some() || name.rsplit_once('.').is_some_and(of_message)
+}
 
 static DISALLOWED_FIELD: LazyLock<Option<ExtensionDescriptor>> =
     LazyLock::new(|| json::pool().get_extension_by_name("envoy.annotations.disallowed_by_default"));
@@ -39,7 +137,7 @@ pub(super) fn is_deprecated(field: &FieldDescriptor) -> bool {
 /// The deprecated fields of one message, while it is walked over.
 #[derive(Debug, Default)]
 pub(super) struct Deprecated {
-    found: Vec<(String, String)>,
+    found: Vec<FieldError>,
 }
 
 impl Deprecated {
@@ -52,15 +150,13 @@ impl Deprecated {
             if is_set(&field.options(), DISALLOWED_FIELD.as_ref()) {
                 return Err(FieldError::new(path, "is deprecated and disallowed, as in Envoy"));
             }
-            let replacement = REPLACEMENTS.iter().find(|(name, _)| *name == field.full_name()).map(|(_, text)| *text);
-            let text = replacement.map_or_else(String::new, |text| format!("; write {text} instead"));
-            self.found.push((path.to_owned(), format!("the field is deprecated{text}")));
+            let text = format!("the field is deprecated{}", instead(field.full_name()));
+            self.found.push(FieldError::new(path, text));
         }
         let Value::EnumNumber(number) = value else { return Ok(()) };
         let kind = field.kind();
         let Some(value) = kind.as_enum().and_then(|desc| desc.get_value(*number)) else { return Ok(()) };
-        let deprecated =
-            value.enum_value_descriptor_proto().options.as_ref().is_some_and(|options| options.deprecated());
+        let deprecated = is_deprecated_value(&value);
         if field.name() == "transport_api_version" && value.name() == "V2" {
             return Err(FieldError::new(path, "version 2 of xDS has been removed, as in Envoy"));
         }
@@ -69,17 +165,43 @@ impl Deprecated {
             return Err(FieldError::new(path, text));
         }
         if deprecated {
-            self.found.push((path.to_owned(), format!("the value {} is deprecated", value.name())));
+            let text = format!("the value {} is deprecated{}", value.name(), instead(&full_name(&value)));
+            self.found.push(FieldError::new(path, text));
         }
         Ok(())
     }
 
-    /// One line in the log for each.
-    pub(super) fn warn(&self) {
-        for (path, text) in &self.found {
-            tracing::warn!("{path}: {text}");
+    /// A line in the log for each, and Envoy's statistics. `of` is the resource; empty: the bootstrap.
+    pub(super) fn warn(self, of: &str) -> Vec<FieldError> {
+        if !self.found.is_empty() {
+            let count = self.found.len() as u64;
+            stats::counter("runtime.deprecated_feature_use").add(count);
+            stats::gauge("runtime.deprecated_feature_seen_since_process_start").add(count);
         }
+        for warning in &self.found {
+            match of {
+                "" => tracing::warn!("{warning}"),
+                of => tracing::warn!("{of}: {warning}"),
+            }
+        }
+        self.found
     }
+}
+
+/// Whether a value of an enum is deprecated.
+pub(super) fn is_deprecated_value(value: &EnumValueDescriptor) -> bool {
+    value.enum_value_descriptor_proto().options.as_ref().is_some_and(|options| options.deprecated())
+}
+
+/// Whether Envoy refuses it.
+#[cfg(test)]
+pub(super) fn is_disallowed(options: &DynamicMessage) -> bool {
+    is_set(options, DISALLOWED_FIELD.as_ref()) || is_set(options, DISALLOWED_VALUE.as_ref())
+}
+
+/// The enum's name and the value's: by protobuf's own rules a value stands beside its enum.
+pub(super) fn full_name(value: &EnumValueDescriptor) -> String {
+    format!("{}.{}", value.parent_enum().full_name(), value.name())
 }
 
 fn is_set(options: &DynamicMessage, extension: Option<&ExtensionDescriptor>) -> bool {
@@ -87,3 +209,7 @@ fn is_set(options: &DynamicMessage, extension: Option<&ExtensionDescriptor>) -> 
         options.has_extension(extension) && options.get_extension(extension).as_bool() == Some(true)
     })
 }
+
+#[cfg(test)]
+#[path = "deprecated_tests.rs"]
+mod tests;

@@ -15,6 +15,26 @@ use crate::{config::FieldError, http::filters};
 /// # Errors
 /// The field's full path, below `path`.
 pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldError> {
+    let (dynamic, deprecated) = checked(message, path)?;
+    // A message inside another one has been looked at with that.
+    if path.is_empty() {
+        let text = |field| dynamic.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
+        let name = text("name").or_else(|| text("cluster_name")).unwrap_or_default();
+        let descriptor = dynamic.descriptor();
+        deprecated.warn(format!("{} {name}", descriptor.name()).trim_end());
+    }
+    Ok(())
+}
+
+/// As [`check`], of a bootstrap: returns what is deprecated in it, which has been logged.
+///
+/// # Errors
+/// The field's full path.
+pub(super) fn check_bootstrap<M: Message + Name>(message: &M) -> Result<Vec<FieldError>, FieldError> {
+    Ok(checked(message, "")?.1.warn(""))
+}
+
+fn checked<M: Message + Name>(message: &M, path: &str) -> Result<(DynamicMessage, Deprecated), FieldError> {
     let descriptor = json::pool()
         .get_message_by_name(&M::full_name())
         .ok_or_else(|| FieldError::new(path, format!("{} has no descriptor", M::full_name())))?;
@@ -22,11 +42,7 @@ pub fn check<M: Message + Name>(message: &M, path: &str) -> Result<(), FieldErro
     dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
     let mut deprecated = Deprecated::default();
     walk(&dynamic, &mut path.to_owned(), &mut deprecated, 0)?;
-    // A message inside another one has been looked at with that.
-    if path.is_empty() {
-        deprecated.warn();
-    }
-    Ok(())
+    Ok((dynamic, deprecated))
 }
 
 /// `path` is where the message stands, and is left as it was unless there is an error; `anys` is how many `Any`s it is in.

@@ -222,10 +222,4 @@ fn every_group_and_every_exception_is_of_use() {
             "{message}.{field} is honoured: take it off the list"
         );
     }
-    for (field, _) in super::deprecated::REPLACEMENTS {
-        let (message, field) = field.rsplit_once('.').expect("message and field");
-        let descriptor = json::pool().get_message_by_name(message).unwrap_or_else(|| panic!("no message {message}"));
-        let field = descriptor.get_field_by_name(field).unwrap_or_else(|| panic!("{message} has no field {field}"));
-        assert!(is_deprecated(&field), "{} is not deprecated", field.full_name());
-    }
 }

@@ -300,12 +300,14 @@ impl<A: Apply> ConfigStore<A> {
         let (id, update) = (warming.id, warming.update.take());
         if !again {
             self.0.stats.listeners.failed.inc();
-            if entry.is_static && state.phase < Phase::Running {
+            // Then that is the end, and whoever ends says why.
+            let fatal = entry.is_static && state.phase < Phase::Running;
+            if fatal {
                 self.0.progress.send_modify(|progress| {
                     progress.fatal.get_or_insert_with(|| format!("listener {name:?}: {error}"));
                 });
             }
-            if update.is_none() {
+            if update.is_none() && !fatal {
                 tracing::error!(listener = %name, %error, "listener is not serving; trying again every second");
             }
         }

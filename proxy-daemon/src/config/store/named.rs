@@ -275,7 +275,7 @@ impl State {
             return Ok(());
         }
         match routes.unknown_cluster(|name| self.clusters.by_name.contains_key(name)) {
-            Some((path, name)) => Err(FieldError::new(path, format!("route: unknown cluster '{name}'"))),
+            Some((path, text)) => Err(FieldError::new(path, text)),
             None => Ok(()),
         }
     }

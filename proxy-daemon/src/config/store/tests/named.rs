@@ -48,11 +48,46 @@ fn routes_are_held_to_their_own_validate_clusters() {
     };
     let strict = resource::<RouteConfiguration>("web", &yaml("validate_clusters: true,"));
     let outcome = store.update(update(RouteConfiguration::type_url(), vec![strict]));
-    assert_eq!(outcome.rejected()[0].message, "virtual_hosts[0].routes[0].route: route: unknown cluster 'nobody'");
+    assert_eq!(outcome.rejected()[0].message, "virtual_hosts[0].routes[0].route: unknown cluster 'nobody'");
     assert_eq!(calls.take(), ["listener in"], "not waited for any longer");
     let lenient = resource::<RouteConfiguration>("web", &yaml(""));
     assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![lenient])).rejected(), []);
     assert_eq!(calls.take(), ["routes web"]);
+}
+
+#[test]
+fn mirrors_are_held_to_the_clusters_that_there_are() {
+    let (store, _calls) = running();
+    store.update(update(Listener::type_url(), vec![listener("in", "web")]));
+    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    const ZZ: &str = "request_mirror_policies: [{ cluster: a }, { cluster: zz }]";
+    let forward = |extra: &str| format!("{{ match: {{ prefix: / }}, route: {{ cluster: a, {extra} }} }}");
+    let redirect = "{ match: { prefix: / }, redirect: { host_redirect: x } }".to_owned();
+    let host = "virtual_hosts[0].request_mirror_policies[1].cluster";
+    let cases = [
+        ("", forward(ZZ), "virtual_hosts[0].routes[0].route.request_mirror_policies[1].cluster"),
+        (ZZ, forward(""), host),
+        (ZZ, redirect, host),
+        (ZZ, forward("request_mirror_policies: [{ cluster: a }]"), ""),
+        ("", forward("request_mirror_policies: [{ cluster_header: x-zz }]"), ""),
+        (ZZ, String::new(), ""),
+    ];
+    for (of_host, route, path) in cases {
+        for validated in [true, false] {
+            let yaml = format!(
+                "{{ name: web, validate_clusters: {validated}, virtual_hosts: [{{ name: v, domains: ['*'], routes: [{route}], \
+                 {of_host} }}] }}"
+            );
+            let routes = resource::<RouteConfiguration>("web", &yaml);
+            let outcome = store.update(update(RouteConfiguration::type_url(), vec![routes]));
+            let refused: Vec<_> = outcome.rejected().iter().map(|it| it.message.clone()).collect();
+            let expected: Vec<_> = (validated && !path.is_empty())
+                .then(|| format!("{path}: route: unknown shadow cluster 'zz'"))
+                .into_iter()
+                .collect();
+            assert_eq!(refused, expected, "{yaml}");
+        }
+    }
 }
 
 /// A listener whose connection manager has `routes`.
@@ -76,7 +111,7 @@ fn routes_in_a_listener_are_held_to_the_clusters_that_there_are() {
     let refused = |store: &Fixture, listener: Resource, path: &str| {
         let outcome = store.update(update(Listener::type_url(), vec![listener]));
         let rejected = outcome.rejected();
-        let expected = format!("{manager}.{path}.virtual_hosts[0].routes[0].route: route: unknown cluster 'nobody'");
+        let expected = format!("{manager}.{path}.virtual_hosts[0].routes[0].route: unknown cluster 'nobody'");
         assert_eq!(rejected.iter().map(|it| it.message.clone()).collect::<Vec<_>>(), [expected]);
     };
     refused(&store, own(""), "route_config");
