@@ -168,7 +168,9 @@ async fn run(
     let start_up = StartUp {
         first,
         cds: bootstrap.cds,
+        cds_collection: bootstrap.cds_collection,
         lds: bootstrap.lds,
+        lds_collection: bootstrap.lds_collection,
         secrets,
         followed,
         watches,

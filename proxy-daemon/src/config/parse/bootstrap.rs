@@ -6,7 +6,7 @@ use std::{
 };
 
 use culvert_xds_client::{
-    ads::type_url,
+    ads::{Variant, type_url, xdstp},
     api::culvert::extensions::bootstrap::interception::v1::Interception,
     json::unpack,
     source::{GrpcService, GrpcSource, Server, Source},
@@ -66,8 +66,12 @@ pub struct Bootstrap {
     pub health_discovery: Option<GrpcService>,
     /// Where clusters come from, besides the bootstrap.
     pub cds: Option<ConfigSource>,
+    /// Which of them, where not all: a collection, by its xdstp name.
+    pub cds_collection: Option<String>,
     /// Where listeners come from, besides the bootstrap.
     pub lds: Option<ConfigSource>,
+    /// Which of them, where not all: a collection, by its xdstp name.
+    pub lds_collection: Option<String>,
     /// The layers of runtime values, of which the later win.
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
@@ -136,6 +140,8 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let unsupported = out_of_reach(&clusters);
     let mut sources = SourcesConfig { node, servers, unsupported, ..SourcesConfig::default() };
     let (cds, lds) = dynamic_resources(&dynamic, &mut sources)?;
+    let cds_collection = collection(&dynamic.cds_resources_locator, cds.as_ref(), "cds", &Cluster::full_name())?;
+    let lds_collection = collection(&dynamic.lds_resources_locator, lds.as_ref(), "lds", &ProtoListener::full_name())?;
     static_sources(&listeners, &clusters, &sources)?;
     let load_stats = message.cluster_manager.as_ref().and_then(|manager| manager.load_stats_config.as_ref());
     let service = |config: Option<&ApiConfigSource>, path: &str| {
@@ -173,7 +179,9 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         load_stats,
         health_discovery,
         cds,
+        cds_collection,
         lds,
+        lds_collection,
         runtime,
         interception: extensions(message)?,
         warnings,
@@ -260,6 +268,41 @@ fn dynamic_resources(dynamic: &DynamicResources, sources: &mut SourcesConfig) ->
     let cds = source(dynamic.cds_config.as_ref(), "cds_config", Cluster::type_url())?;
     let lds = source(dynamic.lds_config.as_ref(), "lds_config", ProtoListener::type_url())?;
     Ok((cds, lds))
+}
+
+/// What `cds_resources_locator` or `lds_resources_locator` names, with Envoy's words for what it refuses: such collections come over
+/// ADS, or over a stream of their own that is incremental.
+fn collection(locator: &str, from: Option<&ConfigSource>, field: &str, of: &str) -> Result<Option<String>> {
+    if locator.is_empty() {
+        return Ok(None);
+    }
+    let path = format!("dynamic_resources.{field}_resources_locator");
+    if ["file:", "http:"].iter().any(|scheme| locator.starts_with(scheme)) {
+        return Err(FieldError::unsupported_value(path, locator, "xdstp:"));
+    }
+    if !xdstp::has_scheme(locator) {
+        return Err(FieldError::new(path, format!("{locator} does not have a xdstp:, http: or file: scheme")));
+    }
+    let name = xdstp::Name::parse(locator).map_err(|error| FieldError::new(&path, error.to_string()))?;
+    if name.resource_type != of {
+        return Err(FieldError::new(path, format!("xdstp:// type does not match {of} in {locator}")));
+    }
+    if !name.is_collection() {
+        return Err(FieldError::unsupported_value(path, locator, "names that end in /*"));
+    }
+    match from.map(|from| &*from.source) {
+        Some(Source::Ads) => Ok(Some(name.to_string())),
+        Some(Source::Grpc(grpc)) if grpc.variant == Variant::Delta => Ok(Some(name.to_string())),
+        Some(Source::Grpc(_) | Source::Rest(_)) => {
+            let source = format!("dynamic_resources.{field}_config.api_config_source.api_type");
+            Err(FieldError::new(source, "Unknown xdstp:// transport API type: a collection needs DELTA_GRPC"))
+        }
+        Some(Source::File(_)) | None => {
+            let text = "Missing or not supported config source specifier in envoy::config::core::v3::ConfigSource for a \
+                        collection. Only ADS and gRPC in delta-xDS mode are supported.";
+            Err(FieldError::new(format!("dynamic_resources.{field}_config"), text))
+        }
+    }
 }
 
 /// The clusters that can be reached before anything else is known.

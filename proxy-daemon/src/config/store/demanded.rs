@@ -319,8 +319,12 @@ impl State {
     /// What is wanted of the clusters of a source.
     pub(super) fn cluster_interest(&self, source: &Source) -> Interest {
         let names = self.demanded.names.get(source).into_iter().flatten().map(|name| name.to_string());
-        let names: BTreeSet<String> = names.collect();
-        match (self.cds.is(source) && self.phase >= Phase::Clusters, names.is_empty()) {
+        let mut names: BTreeSet<String> = names.collect();
+        let cds = self.cds.is(source) && self.phase >= Phase::Clusters;
+        if cds {
+            names.extend(self.cds.name.clone());
+        }
+        match (cds && self.cds.name.is_none(), names.is_empty()) {
             (true, true) => Interest::Wildcard,
             (true, false) => Interest::WildcardAnd(names),
             (false, true) => Interest::None,

@@ -114,8 +114,12 @@ pub struct StartUp {
     pub first: Vec<Need>,
     /// Where clusters come from, besides the bootstrap.
     pub cds: Option<ConfigSource>,
+    /// The collection that they are of; `None`: everything that the source has.
+    pub cds_collection: Option<String>,
     /// Where listeners come from, besides the bootstrap.
     pub lds: Option<ConfigSource>,
+    /// The collection that they are of; `None`: everything that the source has.
+    pub lds_collection: Option<String>,
     /// The bootstrap's secrets.
     pub secrets: HashSet<(SecretType, Arc<str>)>,
     /// Those of them whose files are read again when something is moved into a directory: how, and which.
@@ -339,7 +343,8 @@ impl<A: Apply> ConfigStore<A> {
             Phase::Clusters if state.cds.settled && state.clusters.warming == 0 => {
                 state.phase = Phase::Listeners;
                 if let Some(from) = state.lds.from.clone() {
-                    self.0.subscriptions.set(Source::clone(&from.source), type_url::LISTENER, Interest::Wildcard);
+                    let interest = state.lds.interest();
+                    self.0.subscriptions.set(Source::clone(&from.source), type_url::LISTENER, interest);
                     from.initial_fetch_timeout.into_iter().for_each(|timeout| state.at(now + timeout, Due::Lds));
                 }
                 let names: Vec<_> = state.listeners.by_name.keys().cloned().collect();

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use culvert_xds_client::{api::culvert::overrides::v1::OffloadedService, source::Source, sources};
+use culvert_xds_client::{ads::Interest, api::culvert::overrides::v1::OffloadedService, source::Source, sources};
 use tokio::time::Instant;
 
 use super::{
@@ -43,11 +43,13 @@ pub(super) enum Phase {
     Running,
 }
 
-/// Everything of a type that a source has: CDS, LDS.
+/// Everything of a type that a source has, or a collection of it: CDS, LDS.
 #[derive(Debug, Default)]
 pub(super) struct Collection {
     /// `None`: there is none besides the bootstrap.
     pub(super) from: Option<ConfigSource>,
+    /// What is asked for there; `None`: everything.
+    pub(super) name: Option<String>,
     /// It has answered.
     pub(super) answered: bool,
     /// It has answered, or is not waited for any more.
@@ -57,6 +59,11 @@ pub(super) struct Collection {
 impl Collection {
     pub(super) fn is(&self, source: &Source) -> bool {
         self.from.as_ref().is_some_and(|from| *from.source == *source)
+    }
+
+    /// What is asked for.
+    pub(super) fn interest(&self) -> Interest {
+        self.name.as_ref().map_or(Interest::Wildcard, |name| Interest::Names([name.clone()].into()))
     }
 }
 
@@ -123,12 +130,16 @@ pub(in crate::config) struct State {
 
 impl State {
     pub(super) fn new(start: &StartUp) -> State {
-        let collection =
-            |from: &Option<ConfigSource>| Collection { settled: from.is_none(), from: from.clone(), answered: false };
+        let collection = |from: &Option<ConfigSource>, name: &Option<String>| Collection {
+            settled: from.is_none(),
+            from: from.clone(),
+            name: name.clone(),
+            answered: false,
+        };
         State {
             phase: Phase::Idle,
-            cds: collection(&start.cds),
-            lds: collection(&start.lds),
+            cds: collection(&start.cds, &start.cds_collection),
+            lds: collection(&start.lds, &start.lds_collection),
             static_clusters: Vec::new(),
             first_waiting: 0,
             clusters: Clusters::default(),

@@ -18,7 +18,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters", "secrets"]),
-    ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", &["lds_config", "cds_config", "ads_config"]),
+    ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", ALL),
     ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
     ("envoy.config.bootstrap.v3.LayeredRuntime", ALL),

@@ -74,3 +74,44 @@ fn sources_are_refused_as_envoy_refuses_them() {
         assert!(error.contains(expected), "{source}: {error}");
     }
 }
+
+#[test]
+fn collections_are_asked_for_as_envoy_asks_for_them() {
+    let service = "grpc_services: [{ envoy_grpc: { cluster_name: xds } }]";
+    let read = |locator: &str, source: &str| {
+        let dynamic = format!(
+            "dynamic_resources: {{ ads_config: {{ api_type: GRPC, transport_api_version: V3, {service} }}, cds_resources_locator: \
+             '{locator}', {source} }}"
+        );
+        let read = load(&format!("{dynamic}\n{CLUSTERS}"));
+        read.map(|bootstrap| (bootstrap.cds_collection, bootstrap.lds_collection)).map_err(|error| error.to_string())
+    };
+    let api = |kind: &str| {
+        format!("cds_config: {{ api_config_source: {{ api_type: {kind}, transport_api_version: V3, {service} }} }}")
+    };
+    let ads = "cds_config: { ads: {} }".to_owned();
+    let some = "xdstp://auth/envoy.config.cluster.v3.Cluster/foo/*?b=2&a=1";
+    let named = (Some("xdstp://auth/envoy.config.cluster.v3.Cluster/foo/*?a=1&b=2".to_owned()), None);
+    assert_eq!(read(some, &ads), Ok(named.clone()));
+    assert_eq!(read(some, &api("DELTA_GRPC")), Ok(named));
+    for (locator, source, expected) in [
+        (some, api("GRPC"), "Unknown xdstp:// transport API type"),
+        (
+            some,
+            "cds_config: { path_config_source: { path: /etc/passwd } }".to_owned(),
+            "not supported config source specifier",
+        ),
+        (some, String::new(), "Missing or not supported config source specifier"),
+        ("foo", ads.clone(), "foo does not have a xdstp:, http: or file: scheme"),
+        (
+            "xdstp://a/envoy.config.listener.v3.Listener/*",
+            ads.clone(),
+            "type does not match envoy.config.cluster.v3.Cluster",
+        ),
+        ("xdstp://a/envoy.config.cluster.v3.Cluster/one", ads.clone(), "not supported by culvert yet"),
+        ("file:///a/b.yaml", ads.clone(), "not supported by culvert yet"),
+    ] {
+        let error = read(locator, &source).unwrap_err();
+        assert!(error.contains(expected), "{locator} {source}: {error}");
+    }
+}

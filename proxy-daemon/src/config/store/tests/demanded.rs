@@ -179,3 +179,29 @@ fn a_source_is_told_of_single_names_where_it_is_asked_for_others() {
     absent(&other, "c");
     assert_eq!(told(&other), [Change::To(Interest::None)]);
 }
+
+#[test]
+fn collections_are_asked_for_instead_of_everything() {
+    let clusters = "xdstp://a/envoy.config.cluster.v3.Cluster/x/*";
+    let listeners = "xdstp://a/envoy.config.listener.v3.Listener/x/*";
+    let names = |names: &[&str]| Some(Interest::Names(names.iter().map(|&name| name.to_owned()).collect()));
+    let start = StartUp {
+        cds: Some(ConfigSource::default()),
+        cds_collection: Some(clusters.to_owned()),
+        lds: Some(ConfigSource::default()),
+        lds_collection: Some(listeners.to_owned()),
+        ..StartUp::default()
+    };
+    let (store, calls) = start_up(start, Vec::new(), Vec::new());
+    assert_eq!(store.wanted().remove(&Cluster::type_url()), names(&[clusters]));
+    let member = "xdstp://a/envoy.config.cluster.v3.Cluster/x/one";
+    let mut told = store.update(update(Cluster::type_url(), vec![cluster(member)]));
+    assert_eq!(calls.take(), [format!("cluster {member}")]);
+    assert_eq!(told.wanted.remove(&Listener::type_url()), names(&[listeners]));
+    // A name on demand stands beside it.
+    let mut requests = on_demand::channel();
+    let _wait = store.ask(&mut requests, "a");
+    assert_eq!(store.wanted().remove(&Cluster::type_url()), names(&["a", clusters]));
+    store.update(removal(Cluster::type_url(), member));
+    assert_eq!(calls.take(), [format!("remove cluster {member}")]);
+}
