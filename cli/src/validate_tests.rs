@@ -8,8 +8,8 @@ fn flags(file: &Path, quiet: bool, output: Output) -> Flags {
 fn what_is_deprecated_in_a_good_file_is_shown() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("a.yaml");
-    let text = "node: {id: a, cluster: b}\ndynamic_resources:\n  cds_config: {path: /tmp/none.yaml}\n";
-    fs::write(&file, text).unwrap();
+    let head = "node: {id: a, cluster: b}\ndynamic_resources:";
+    fs::write(&file, format!("{head}\n  cds_config: {{path: {}}}\n", file.display())).unwrap();
     let place = "dynamic_resources.cds_config.path";
     let words = "the field is deprecated; write path_config_source instead";
 

@@ -39,14 +39,8 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster",
         "envoy.extensions.clusters.dns.v3.DnsCluster",
     ),
-    replaced(
-        "envoy.config.cluster.v3.Cluster.dns_lookup_family",
-        "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster",
-        "envoy.extensions.clusters.dns.v3.DnsCluster",
-    ),
     replaced("envoy.config.cluster.v3.Cluster.http2_protocol_options", OPTIONS, BY_OPTIONS),
     replaced("envoy.config.cluster.v3.Cluster.max_requests_per_connection", OPTIONS, BY_OPTIONS),
-    replaced("envoy.config.core.v3.ApiVersion.AUTO", "V3", ""),
     replaced("envoy.config.core.v3.ApiVersion.V2", "V3", ""),
     replaced(
         "envoy.config.core.v3.ConfigSource.path",

@@ -203,5 +203,5 @@ fn collections_are_asked_for_instead_of_everything() {
     let _wait = store.ask(&mut requests, "a");
     assert_eq!(store.wanted().remove(&Cluster::type_url()), names(&["a", clusters]));
     store.update(removal(Cluster::type_url(), member));
-    assert_eq!(calls.take(), [format!("remove cluster {member}")]);
+    assert_eq!(calls.take(), [format!("no cluster {member}")]);
 }

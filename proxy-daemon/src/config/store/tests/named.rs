@@ -59,7 +59,7 @@ fn routes_are_held_to_their_own_validate_clusters() {
 fn mirrors_are_held_to_the_clusters_that_there_are() {
     let (store, _calls) = running();
     store.update(update(Listener::type_url(), vec![listener("in", "web")]));
-    store.update(update(Cluster::type_url(), vec![eds_cluster("a")]));
+    store.update(update(Cluster::type_url(), vec![resource::<Cluster>("a", "{ name: a }")]));
     const ZZ: &str = "request_mirror_policies: [{ cluster: a }, { cluster: zz }]";
     let forward = |extra: &str| format!("{{ match: {{ prefix: / }}, route: {{ cluster: a, {extra} }} }}");
     let redirect = "{ match: { prefix: / }, redirect: { host_redirect: x } }".to_owned();
