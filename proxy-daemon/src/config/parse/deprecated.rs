@@ -84,6 +84,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
     ),
     replaced(
+        "envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig.content_type",
+        "content_type_matcher",
+        "envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig.content_type_matcher",
+    ),
+    replaced(
         "envoy.extensions.filters.http.set_metadata.v3.Config.metadata_namespace",
         "metadata",
         "envoy.extensions.filters.http.set_metadata.v3.Metadata",
