@@ -173,8 +173,10 @@ impl BandwidthLimitFilter {
         }
         let (configured, delays) = (Arc::clone(&self.configured), Rc::clone(&self.delays));
         let stats = if of_response { configured.response } else { configured.request };
+        let in_memory = matches!(body, Body::Full(_));
         body.wrap(|body| Limited {
             body,
+            in_memory,
             configured,
             delays,
             stats,
@@ -203,6 +205,8 @@ impl HttpFilter for BandwidthLimitFilter {
 /// A body that passes as far as there are bytes in the bucket.
 struct Limited {
     body: Body,
+    /// It was made here, and comes in one piece.
+    in_memory: bool,
     configured: Arc<Configured>,
     delays: Rc<Delays>,
     stats: Stats,
@@ -223,7 +227,10 @@ impl Limited {
         let mut trailers = self.trailers.take();
         let Some(began) = self.began.take() else { return trailers };
         self.stats.pending.dec();
-        self.stats.incoming_size.set(0);
+        // What streams ends with an empty piece, as Envoy has it.
+        if !self.in_memory {
+            self.stats.incoming_size.set(0);
+        }
         let took = began.elapsed();
         self.stats.transfer_duration.record(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
         if !self.of_response {
