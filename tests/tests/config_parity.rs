@@ -76,9 +76,10 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "dynamic_resources.cds_config.api_config_source.grpc_services[0].google_grpc.channel_credentials",
     ),
     ("valid/sources/node_context_params.yaml", "node_context_params"),
-    ("valid/sources/xdstp_cds_locator.yaml", "dynamic_resources.cds_resources_locator"),
-    ("valid/sources/xdstp_lds_locator.yaml", "dynamic_resources.lds_resources_locator"),
-    ("valid/sources/xdstp_lds_locator_bad.yaml", "dynamic_resources.lds_resources_locator"),
+    (
+        "valid/tls/xfcc_details_unknown.yaml",
+        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.set_current_client_cert_details.issuer",
+    ),
 ];
 
 /// Files on which the verdicts differ on purpose, and why.
@@ -110,6 +111,7 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("valid/sources/lrs_rest.yaml", "Envoy looks at this when it starts, not when a file is checked"),
     ("valid/sources/rds_no_name.yaml", "nothing can be asked for by an empty name"),
     ("valid/sources/rtds_no_name.yaml", "nothing can be asked for by an empty name"),
+    ("valid/sources/xdstp_lds_locator_bad.yaml", "there can be no resource of this name"),
     ("valid/tls/upstream_sni_longest.yaml", "a label of a DNS name has at most 63 bytes"),
     ("valid/sources/srds_no_rds_source.yaml", "the routes that a scope names could not be had"),
 ];

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -10,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, scratch_dir};
+use culvert_tests::ports::HeldPorts;
 use nix::sys::signal::Signal;
 
 use super::services::{self, Asked};
@@ -211,29 +211,11 @@ fn filter_stats(stats: &str, index: usize) -> String {
     lines.join("\n")
 }
 
-/// Ports below those that the system gives to clients: with so many requests, one of those would be taken before it is used. Tests
-/// of other processes begin elsewhere.
-fn free_ports(wanted: usize) -> Result<Vec<u16>> {
-    const RANGE: std::ops::Range<u16> = 26000..26500;
-    let start = usize::try_from(std::process::id())? * 67;
-    let mut held = Vec::new();
-    let mut ports = Vec::new();
-    for port in RANGE.cycle().skip(start % RANGE.len()).take(RANGE.len()) {
-        if ports.len() < wanted
-            && let Ok(listener) = TcpListener::bind(("127.0.0.1", port))
-        {
-            held.push(listener);
-            ports.push(port);
-        }
-    }
-    ensure!(ports.len() == wanted, "too few free ports");
-    Ok(ports)
-}
-
 /// What culvertd alone makes of cases: of what Envoy does otherwise.
 pub fn of_culvert(cases: &[Case]) -> Result<Vec<Vec<String>>> {
     let dir = scratch_dir()?;
-    let ports = free_ports(cases.len())?;
+    let mut held = HeldPorts::default();
+    let ports: Vec<u16> = cases.iter().map(|_| held.hold()).collect::<Result<_>>()?;
     let texts = outcomes(Kind::Culvert, cases, &ports, &dir)?;
     fs::remove_dir_all(&dir)?;
     Ok(texts)
@@ -245,7 +227,8 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     let only = std::env::var("ONLY").unwrap_or_default();
     let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
     let dir = scratch_dir()?;
-    let ports = free_ports(2 * cases.len())?;
+    let mut held = HeldPorts::default();
+    let ports: Vec<u16> = (0..2 * cases.len()).map(|_| held.hold()).collect::<Result<_>>()?;
     let (envoy, culvert) = thread::scope(|scope| {
         let (cases, dir) = (&cases, &dir);
         let run = |kind, ports| scope.spawn(move || outcomes(kind, cases, ports, dir));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
+use culvert_tests::ports::HeldPorts;
 use culvert_tests::wait_until;
-use socket2::{Domain, Socket, Type};
 
 use super::upstream::{self, Seen};
 
@@ -100,7 +100,7 @@ struct Stage {
     ports: Vec<u16>,
     /// The ports of its services and listeners, and what they are shown as.
     names: Vec<(String, &'static str)>,
-    _held: Vec<Socket>,
+    _held: HeldPorts,
 }
 
 impl Stage {
@@ -113,13 +113,13 @@ impl Stage {
             names.push((port.to_string(), "SERVICE"));
             clusters += &cluster(name, port);
         }
-        let mut held = Vec::new();
+        let mut held = HeldPorts::default();
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
         for (index, case) in cases.iter().enumerate() {
             let (port, hosts) = match listeners.entry(case.listener(index)) {
                 std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
-                std::collections::btree_map::Entry::Vacant(new) => new.insert((hold_port(&mut held)?, String::new())),
+                std::collections::btree_map::Entry::Vacant(new) => new.insert((held.hold()?, String::new())),
             };
             ports.push(*port);
             *hosts += &virtual_hosts(case, index);
@@ -251,17 +251,6 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     }
     ensure!(problems.is_empty(), "{} of {count} requests differ:\n{}", problems.len(), problems.join("\n"));
     Ok(())
-}
-
-/// A port that nobody else is given: it is bound, but in a way that lets the proxy bind it too.
-fn hold_port(held: &mut Vec<Socket>) -> Result<u16> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
-    let port = socket.local_addr()?.as_socket().context("an address of IP")?.port();
-    held.push(socket);
-    Ok(port)
 }
 
 /// What a client sees that asks for another protocol. The request's body is what it says then: the pieces between `|`, each once the

@@ -73,6 +73,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.route.v3.Route.request_body_buffer_limit",
     ),
     replaced(
+        "envoy.config.route.v3.RouteAction.include_vh_rate_limits",
+        "vh_rate_limits in the filter's typed_per_filter_config",
+        "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute.vh_rate_limits",
+    ),
+    replaced(
         "envoy.config.route.v3.VirtualHost.per_request_buffer_limit_bytes",
         "request_body_buffer_limit",
         "envoy.config.route.v3.VirtualHost.request_body_buffer_limit",
