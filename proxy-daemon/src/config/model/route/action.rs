@@ -1,0 +1,140 @@
+use std::{sync::Arc, time::Duration};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+
+use super::{ClusterChoice, PathRewrite, RegexRewrite, RetryPolicy};
+use crate::{config::model::RateLimit, layered_runtime::RuntimeFraction};
+
+/// What a route does with a request.
+#[derive(Debug)]
+pub enum RouteAction {
+    /// Sends it to a cluster.
+    Forward(Box<ForwardAction>),
+    /// Answers it with a redirect.
+    Redirect(Box<RedirectAction>),
+    /// Answers it.
+    DirectResponse {
+        /// The status.
+        status: StatusCode,
+        /// The body; may be empty.
+        body: bytes::Bytes,
+    },
+}
+
+/// Envoy's message `RouteAction`.
+#[derive(Debug)]
+pub struct ForwardAction {
+    /// Where to.
+    pub cluster: ClusterChoice,
+    /// The answer to a request whose cluster does not exist. Default 503.
+    pub cluster_not_found_status: StatusCode,
+    /// From the end of the request to the end of the response; `None`: no limit. Default 15 s.
+    pub timeout: Option<Duration>,
+    /// Overrides the connection manager's `stream_idle_timeout`; `Some(None)` disables it.
+    pub idle_timeout: Option<Option<Duration>>,
+    /// How long the whole stream may last; `timeout` says nothing then.
+    pub max_stream_duration: Option<MaxStreamDuration>,
+    /// Which failures are tried again.
+    pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// What the path becomes.
+    pub path_rewrite: PathRewrite,
+    /// Replaces the request's host.
+    pub host_rewrite: HostRewrite,
+    /// A host that is replaced is appended to `x-forwarded-host`.
+    pub append_x_forwarded_host: bool,
+    /// Circuit breakers of the high priority count this request.
+    pub high_priority: bool,
+    /// Which other protocols requests may ask for; those that are not named here are the connection manager's to allow.
+    pub upgrades: Box<[UpgradeRule]>,
+    /// Who gets a copy of requests; empty: those of the virtual host.
+    pub mirrors: Box<[MirrorPolicy]>,
+    /// What its requests are counted under.
+    pub rate_limits: Box<[RateLimit]>,
+    /// They are counted under what the virtual host says too.
+    pub include_vh_rate_limits: bool,
+}
+
+/// `RouteAction.RequestMirrorPolicy`
+#[derive(Debug)]
+pub struct MirrorPolicy {
+    /// Who gets a copy.
+    pub cluster: MirrorCluster,
+    /// Of only this share of the requests, by the stream's random number.
+    pub share: Option<RuntimeFraction>,
+    /// The copy's host ends in `-shadow`.
+    pub suffix: bool,
+}
+
+/// The cluster of a mirror policy.
+#[derive(Debug)]
+pub enum MirrorCluster {
+    /// `cluster`
+    Name(Box<str>),
+    /// `cluster_header`
+    Header(HeaderName),
+}
+
+/// `upgrade_configs`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpgradeRule {
+    /// As the header `upgrade` names it; compared without case.
+    pub protocol: Box<str>,
+    /// Requests may ask for it.
+    pub enabled: bool,
+}
+
+/// `RouteAction.MaxStreamDuration`: 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MaxStreamDuration {
+    /// From the stream's beginning.
+    pub max: Option<Duration>,
+    /// Requests with a `grpc-timeout` may take so long as that says, and at most this.
+    pub grpc_max: Option<Duration>,
+    /// The time that is taken off a `grpc-timeout`.
+    pub grpc_offset: Option<Duration>,
+}
+
+/// Which host name the upstream sees.
+#[derive(Debug, Clone)]
+pub enum HostRewrite {
+    /// The client's.
+    None,
+    /// This one.
+    Literal(HeaderValue),
+    /// The chosen endpoint's `hostname`, where it has one.
+    Auto,
+    /// The value of this request header, where it is there and not empty.
+    Header(HeaderName),
+    /// What the path, without its query, is rewritten to.
+    PathRegex(Box<RegexRewrite>),
+}
+
+/// `RedirectAction`.
+#[derive(Debug)]
+pub struct RedirectAction {
+    /// 301, 302, 303, 307 or 308.
+    pub status: StatusCode,
+    /// `https_redirect` or `scheme_redirect`.
+    pub scheme: Option<Box<str>>,
+    /// Replaces the host.
+    pub host: Option<Box<str>>,
+    /// Replaces the port.
+    pub port: Option<u16>,
+    /// Replaces the path.
+    pub path: RedirectPath,
+    /// The query is not carried over.
+    pub strip_query: bool,
+}
+
+/// `RedirectAction.path_rewrite_specifier`.
+#[derive(Debug)]
+pub enum RedirectPath {
+    /// The request's own.
+    Keep,
+    /// This one; where it holds a `?`, the request's query is dropped.
+    Replace(Box<str>),
+    /// Replaces what the path match consumed.
+    PrefixRewrite(Box<str>),
+    /// Replaces every match in the path.
+    RegexRewrite(Box<RegexRewrite>),
+}

@@ -1,0 +1,168 @@
+use std::{any::Any, collections::BTreeMap, sync::Arc};
+
+use http::HeaderName;
+
+use super::{ConfigSource, RateLimit};
+
+mod action;
+mod cluster_choice;
+mod header_mutations;
+mod matches;
+mod retry;
+mod rewrite;
+
+pub use action::*;
+pub use cluster_choice::*;
+pub use header_mutations::*;
+pub use matches::*;
+pub use retry::*;
+pub use rewrite::*;
+
+/// A checked `RouteConfiguration`. `http::route_match` builds the index over it.
+#[derive(Debug, Default, Clone)]
+pub struct RouteConfig {
+    /// Its name: what RDS subscribes to.
+    pub name: String,
+    /// In the order of the configuration.
+    pub virtual_hosts: Vec<Arc<VirtualHost>>,
+    /// Where further virtual hosts come from.
+    pub vhds: Option<ConfigSource>,
+    /// Applied last, after the route's and the virtual host's.
+    pub headers: HeaderMutations,
+    /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into a
+    /// listener or a scope, no for those that RDS delivers.
+    pub validate_clusters: Option<bool>,
+    /// The host's port takes no part in choosing the virtual host.
+    pub ignore_port_in_host_matching: bool,
+    /// What follows a `;` takes no part in matching paths.
+    pub ignore_path_parameters_in_path_matching: bool,
+    /// The header mutations of routes are applied last, after the virtual host's and the configuration's.
+    pub most_specific_header_mutations_wins: bool,
+    /// The virtual host is chosen by this header instead of the host.
+    pub vhost_header: Option<HeaderName>,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
+}
+
+impl RouteConfig {
+    /// The clusters that routes name by name; one may occur more than once.
+    pub fn cluster_names(&self) -> impl Iterator<Item = &str> {
+        let routes = self.virtual_hosts.iter().flat_map(|host| &host.routes);
+        routes.flat_map(|route| route.cluster_names())
+    }
+
+    /// The first cluster that a route names by name and that is not `known`: the path of what names it, and what Envoy says of it.
+    /// A route's own clusters are looked at before those of its mirrors.
+    pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<(String, String)> {
+        for (host_index, host) in self.virtual_hosts.iter().enumerate() {
+            for (index, route) in host.routes.iter().enumerate() {
+                let path = format!("virtual_hosts[{host_index}].routes[{index}].route");
+                if let Some(name) = route.cluster_names().into_iter().find(|name| !known(name)) {
+                    let weighted = matches!(
+                        &route.action,
+                        RouteAction::Forward(action) if matches!(action.cluster, ClusterChoice::Weighted(_))
+                    );
+                    let noun = if weighted { "weighted cluster" } else { "cluster" };
+                    return Some((path, format!("unknown {noun} '{name}'")));
+                }
+                // The virtual host's are held to it by any route that has none of its own, as in Envoy.
+                let (mirrors, path) = match &route.action {
+                    RouteAction::Forward(action) if !action.mirrors.is_empty() => (&action.mirrors, path),
+                    _ => (&host.mirrors, format!("virtual_hosts[{host_index}]")),
+                };
+                let unknown = mirrors.iter().enumerate().find_map(|(index, mirror)| match &mirror.cluster {
+                    MirrorCluster::Name(name) if !known(name) => Some((index, name)),
+                    MirrorCluster::Name(_) | MirrorCluster::Header(_) => None,
+                });
+                if let Some((index, name)) = unknown {
+                    let path = format!("{path}.request_mirror_policies[{index}].cluster");
+                    return Some((path, format!("route: unknown shadow cluster '{name}'")));
+                }
+            }
+        }
+        None
+    }
+}
+
+impl Route {
+    /// The clusters that it names by name.
+    pub fn cluster_names(&self) -> Vec<&str> {
+        match &self.action {
+            RouteAction::Forward(action) => action.cluster.names(),
+            RouteAction::Redirect(_) | RouteAction::DirectResponse { .. } => Vec::new(),
+        }
+    }
+}
+
+/// `typed_per_filter_config`, by the names of filters.
+pub type PerFilterConfigs = BTreeMap<Box<str>, Arc<PerFilterConfig>>;
+
+/// What one filter is told by a route, a virtual host or a route configuration.
+#[derive(Debug)]
+pub struct PerFilterConfig {
+    /// The filter has no part in these requests.
+    pub disabled: bool,
+    /// What the filter's own parser made of it; none: it is only switched on or off.
+    pub config: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// A checked `VirtualHost`.
+#[derive(Debug, Default)]
+pub struct VirtualHost {
+    /// `vhost.<name>.` in stats names.
+    pub name: String,
+    /// Lower case: exact names, `*.suffix`, `prefix.*`, or `*`.
+    pub domains: Vec<String>,
+    /// The first that matches is taken.
+    pub routes: Vec<Arc<Route>>,
+    /// Applied after the route's.
+    pub headers: HeaderMutations,
+    /// Used by routes that have none of their own.
+    pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// So much of a request's body, in bytes, is kept for further attempts: what routes have that say nothing of it.
+    pub body_buffer_limit: Option<u64>,
+    /// Further attempts carry `x-envoy-is-timeout-retry`.
+    pub include_is_timeout_retry_header: bool,
+    /// Who gets a copy of requests, where their route does not say.
+    pub mirrors: Box<[MirrorPolicy]>,
+    /// What its requests are counted under.
+    pub rate_limits: Box<[RateLimit]>,
+    /// Upstream requests carry `x-envoy-attempt-count`.
+    pub include_request_attempt_count: bool,
+    /// Responses carry `x-envoy-attempt-count`.
+    pub include_attempt_count_in_response: bool,
+    /// Which requests are redirected to https.
+    pub require_tls: TlsRequirement,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
+}
+
+/// `VirtualHost.TlsRequirementType`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum TlsRequirement {
+    /// None.
+    #[default]
+    None,
+    /// Those that are not internal.
+    ExternalOnly,
+    /// All.
+    All,
+}
+
+/// A checked `Route`.
+#[derive(Debug)]
+pub struct Route {
+    /// Appears as `%ROUTE_NAME%`.
+    pub name: String,
+    /// Which requests it serves.
+    pub route_match: RouteMatch,
+    /// What becomes of them.
+    pub action: RouteAction,
+    /// Applied first.
+    pub headers: HeaderMutations,
+    /// What filters are told here.
+    pub per_filter: PerFilterConfigs,
+    /// So much of a request's body, in bytes, is kept for further attempts. Default: what the virtual host says, or the
+    /// listener's buffer limit.
+    pub body_buffer_limit: Option<u64>,
+}
