@@ -7,9 +7,10 @@ use http::{Request, Response, StatusCode, Version};
 use super::{
     body::Body,
     codec::Incoming,
-    conn_manager::{self, ConnState},
+    conn_manager::ConnState,
     local_reply::{self, Asked},
     observe::StreamEnd,
+    request,
     stream::{LocalReply, Progress},
 };
 use crate::{access_log::ResponseFlags, config::model::HttpConnectionManagerConfig};
@@ -36,7 +37,7 @@ impl Begun {
 
     /// Its head is here.
     pub(super) async fn handle(self, request: Request<Incoming>, refused: Option<LocalReply>) -> Response<Body> {
-        conn_manager::handle(self, request, refused).await
+        request::handle(self, request, refused).await
     }
 
     /// The answer where there will be no head.

@@ -17,9 +17,9 @@ use http_body_util::BodyExt as _;
 use super::{
     body::Body,
     codec::Incoming,
-    forward,
     headers::{self, names::*},
     stream::{RequestHead, ResponseHead, StreamCx},
+    upstream_head,
 };
 use crate::upstream::{Connection, PickCx, Source, WorkerCluster, WorkerHost};
 
@@ -114,12 +114,12 @@ pub(super) async fn send(
         stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
         Failure::Reset
     };
-    let wanted = forward::protocol(cluster, &head);
+    let wanted = upstream_head::protocol(cluster, &head);
     let connection = host.acquire(cluster, wanted, source, false).await.map_err(|_| failed())?;
     if connection.is_http2() {
-        forward::to_http2(&mut head);
+        upstream_head::to_http2(&mut head);
     } else {
-        forward::to_http1(&mut head);
+        upstream_head::to_http1(&mut head);
     }
     let sent = connection.send(Request::from_parts(head, body), |status| stats.upstream_rq.inc(status.as_u16())).await;
     let (head, body) = sent.map_err(|_| failed())?.into_parts();

@@ -14,9 +14,10 @@ use http_body::{Frame, SizeHint};
 use super::{
     body::{Body, BodyError},
     buffered::Buffered,
-    call, forward,
+    call,
     route_match::authority,
     stream::{RequestHead, StreamCx},
+    upstream_head,
 };
 use crate::{
     config::model::{MirrorCluster, MirrorPolicy},
@@ -64,7 +65,7 @@ fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<
     let mut head = head.clone();
     if policy.suffix {
         let host = HeaderValue::from_str(&shadow_host(authority(&head))).ok()?;
-        forward::to_http1(&mut head);
+        upstream_head::to_http1(&mut head);
         head.headers.insert(HOST, host);
     }
     call::mark(&mut head, cx);

@@ -1,6 +1,7 @@
 //! The HTTP connection manager: from a downstream connection to filters, router and back.
 
 mod aside;
+mod attempts;
 mod begun;
 pub mod body;
 mod buffered;
@@ -21,6 +22,7 @@ mod normal;
 mod observe;
 mod redirect;
 mod replay;
+mod request;
 mod request_id;
 mod retry;
 mod route_index;
@@ -32,6 +34,7 @@ mod timeouts;
 mod timers;
 mod trust;
 mod upgrade;
+mod upstream_head;
 mod waiting;
 
 pub use conn_manager::{ConnectionManager, serve};

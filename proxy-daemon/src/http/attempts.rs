@@ -1,0 +1,356 @@
+//! The attempts at a request: one host each, as many as the retry policy allows, and the answer where the last one fails.
+
+use std::{cell::Cell, rc::Rc, time::Instant};
+
+use http::{HeaderValue, Request, Response, StatusCode};
+
+use super::{
+    body::Body,
+    codec::{Incoming, h1::Upgrade},
+    forward::set_host,
+    headers::names::*,
+    observe::StreamEnd,
+    retry::{Failure, RetryState, Verdict},
+    stream::{LocalReply, RequestHead, StreamCx},
+    timeouts::Timeouts,
+    upstream_head::{protocol, to_http1, to_http2},
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::model::{ForwardAction, HostRewrite},
+    upstream::{
+        ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
+    },
+};
+
+/// All attempts at one request.
+pub(super) struct Attempts<'a> {
+    pub(super) cx: &'a StreamCx,
+    pub(super) cluster: &'a Rc<WorkerCluster>,
+    pub(super) action: &'a ForwardAction,
+    pub(super) timeouts: &'a Timeouts,
+    pub(super) retry: Option<RetryState<'a>>,
+    pub(super) count: u32,
+    /// The attempt that is under way may last until then.
+    pub(super) until: Cell<Option<Instant>>,
+}
+
+/// How one attempt failed.
+struct Failed {
+    failure: Failure,
+    /// As Envoy words it.
+    reason: &'static str,
+    /// What the transport said of it, where that is known.
+    transport: Option<String>,
+    status: StatusCode,
+    flags: ResponseFlags,
+    /// The request, where it can be sent again.
+    request: Option<Box<(RequestHead, Body)>>,
+    /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
+    stale: bool,
+}
+
+impl Attempts<'_> {
+    /// The answer of the first attempt that is not to be followed by another.
+    pub(super) async fn run(
+        &mut self,
+        end: &mut StreamEnd,
+        mut head: RequestHead,
+        mut body: Body,
+    ) -> Result<(Response<Incoming>, Connection), LocalReply> {
+        let stats = &self.cluster.cluster.stats;
+        loop {
+            self.count += 1;
+            let host = self.choose(end, &head)?;
+            let kept = self.copy_for_retry(&head);
+            if let Some(replay) = self.retry.as_ref().and_then(|retry| retry.body.as_ref()) {
+                body = replay.reader();
+            }
+            let mut timed_out = false;
+            match self.attempt(end, &host, head, body).await {
+                Ok((response, connection)) => {
+                    let (response, incoming) = response.into_parts();
+                    let verdict =
+                        self.judge(end, |retry, cluster, high| retry.judge_response(&response, cluster, high));
+                    match kept.filter(|_| verdict == Verdict::Retry) {
+                        Some(copy) => {
+                            stats.count_retried(response.status.as_u16());
+                            (head, body) = (copy, Body::Empty);
+                        }
+                        None => {
+                            stats.upstream_rq.inc(response.status.as_u16());
+                            end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
+                            return Ok((Response::from_parts(response, incoming), connection));
+                        }
+                    }
+                }
+                Err(mut failed) => {
+                    let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
+                    let request = match request {
+                        // The next attempt is free.
+                        Some(again) if failed.stale => {
+                            self.count -= 1;
+                            end.excuse_host();
+                            (head, body) = *again;
+                            continue;
+                        }
+                        request => request,
+                    };
+                    let failure = failed.failure;
+                    let verdict = self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high));
+                    let Some(again) = request.filter(|_| verdict == Verdict::Retry) else {
+                        return Err(self.give_up(end, failed));
+                    };
+                    timed_out = matches!(failure, Failure::PerTryTimeout | Failure::PerTryIdleTimeout);
+                    (head, body) = *again;
+                }
+            }
+            self.prepare_retry(&host, &mut head, timed_out).await;
+        }
+    }
+
+    /// Whether there is one more attempt; the log is told why not.
+    fn judge(
+        &mut self,
+        end: &mut StreamEnd,
+        judge: impl FnOnce(&mut RetryState<'_>, &Rc<WorkerCluster>, bool) -> Verdict,
+    ) -> Verdict {
+        let Some(retry) = &mut self.retry else { return Verdict::No };
+        let verdict = judge(retry, self.cluster, self.action.high_priority);
+        match verdict {
+            Verdict::LimitExceeded => end.flags |= ResponseFlags::URX,
+            Verdict::Overflow => end.flags |= ResponseFlags::UO,
+            Verdict::Retry | Verdict::No => {}
+        }
+        verdict
+    }
+
+    /// Waits for the next attempt's turn.
+    async fn prepare_retry(&mut self, host: &Rc<WorkerHost>, head: &mut RequestHead, timed_out: bool) {
+        if let Some(retry) = &mut self.retry {
+            retry.avoid(host);
+            retry.back_off(self.cluster).await;
+        }
+        self.timeouts.tell_again(head, self.cx);
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_is_timeout_retry_header) {
+            let value = HeaderValue::from_static(if timed_out { "true" } else { "false" });
+            head.headers.insert(X_ENVOY_IS_TIMEOUT_RETRY, value);
+        }
+    }
+
+    fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
+        end.leave_host();
+        let stats = &self.cluster.cluster.stats;
+        let limits = self.cluster.cluster.limits(self.action.high_priority);
+        let pick = PickCx {
+            override_dst: self.cx.override_dst,
+            headers: Some(&head.headers),
+            original_dst: self.cx.connection.original_dst,
+        };
+        let mut host = self.cluster.pick(&pick);
+        for _ in 0..self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
+            let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
+            if host.as_ref().filter(avoided).is_none() {
+                break;
+            }
+            host = self.cluster.pick(&pick);
+        }
+        let Some(host) = host else {
+            stats.upstream_cx_none_healthy.inc();
+            let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream");
+            return Err(LocalReply::new(status, text, ResponseFlags::UH, "no_healthy_upstream"));
+        };
+        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
+            stats.upstream_rq_pending_overflow.inc();
+            self.cluster.cluster.dropped.inc();
+            host.count_refused(self.cluster, self.action.high_priority);
+            return Err(overloaded());
+        }
+        stats.upstream_rq_total.inc();
+        end.set_host(self.cluster, &host);
+        Ok(host)
+    }
+
+    /// A copy of the head, where a failure after it was sent may be tried again.
+    fn copy_for_retry(&self, head: &RequestHead) -> Option<RequestHead> {
+        let http1 = matches!(protocol(self.cluster, head), Wanted::Http1);
+        self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
+    }
+
+    /// One attempt.
+    async fn attempt(
+        &self,
+        end: &mut StreamEnd,
+        host: &Rc<WorkerHost>,
+        head: RequestHead,
+        body: Body,
+    ) -> Result<(Response<Incoming>, Connection), Failed> {
+        let (source, high) = (self.cx.connection.source, self.action.high_priority);
+        let wanted = protocol(self.cluster, &head);
+        let connection = match host.acquire(self.cluster, wanted, source, high).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                let failed = connect_failed(error, head, body);
+                end.transport_failure.clone_from(&failed.transport);
+                return Err(failed);
+            }
+        };
+        end.upstream = Some(Rc::clone(connection.info()));
+        let upgrade = head.extensions.get::<Upgrade>().is_some();
+        if upgrade && connection.is_http2() {
+            let (reason, status) = ("upgrades need a host that speaks HTTP/1.1", StatusCode::BAD_GATEWAY);
+            let (failure, flags) = (Failure::AfterRequest, ResponseFlags::UPE);
+            return Err(Failed { failure, reason, transport: None, status, flags, request: None, stale: false });
+        }
+        let request = self.upstream_request(host, head, body, connection.is_http2());
+        let stats = &self.cluster.cluster.stats;
+        let mut limit = self.timeouts.of_try(&self.cx.progress);
+        self.until.set(limit.until);
+        let sent = tokio::select! {
+            biased;
+            sent = connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())) => sent,
+            failure = limit.expired() => return Err(self.timed_out(host, failure)),
+        };
+        match sent {
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade => Err(Failed {
+                failure: Failure::AfterRequest,
+                reason: "protocol error",
+                transport: None,
+                status: StatusCode::BAD_GATEWAY,
+                flags: ResponseFlags::UPE,
+                request: None,
+                stale: false,
+            }),
+            Ok(response) => Ok((response, connection)),
+            Err(error) => {
+                if error.reason == ResetReason::Protocol {
+                    stats.upstream_cx_protocol_error.inc();
+                }
+                Err(reset(error, connection.reused))
+            }
+        }
+    }
+
+    /// The request as this host shall see it.
+    fn upstream_request(&self, host: &WorkerHost, mut head: RequestHead, body: Body, http2: bool) -> Request<Body> {
+        let name = Some(&host.host.hostname).filter(|name| !name.is_empty());
+        if let (HostRewrite::Auto, Some(name)) = (&self.action.host_rewrite, name)
+            && let Ok(name) = HeaderValue::from_str(name)
+        {
+            let suppress = self.cx.suppress_envoy_headers;
+            set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
+        }
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(self.count));
+        }
+        if http2 {
+            to_http2(&mut head);
+        } else {
+            to_http1(&mut head);
+        }
+        Request::from_parts(head, body)
+    }
+
+    fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
+        let stats = &self.cluster.cluster.stats;
+        if failure == Failure::MaxDuration {
+            stats.upstream_rq_max_duration_reached.inc();
+            let complete = self.cx.progress.request_complete.get().is_some();
+            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+            let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
+            return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
+        }
+        let flags = if failure == Failure::PerTryIdleTimeout {
+            stats.upstream_rq_per_try_idle_timeout.inc();
+            ResponseFlags::SI
+        } else {
+            stats.upstream_rq_per_try_timeout.inc();
+            ResponseFlags::UT
+        };
+        host.count(HostCounter::RqTimeout, 1);
+        let (status, reason) = (self.timeouts.status, "upstream request timeout");
+        Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
+    }
+
+    fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
+        let stats = &self.cluster.cluster.stats;
+        if failed.failure == Failure::MaxDuration {
+            end.judge(true);
+            let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
+            return LocalReply::new(failed.status, text, failed.flags, details);
+        }
+        stats.upstream_rq.inc(failed.status.as_u16());
+        if failed.failure == Failure::Overflow {
+            end.excuse_host();
+            self.cluster.cluster.dropped.inc();
+            return overloaded();
+        }
+        end.judge(true);
+        let details = match failed.failure {
+            Failure::PerTryTimeout => Some("upstream_per_try_timeout"),
+            Failure::PerTryIdleTimeout => Some("upstream_per_try_idle_timeout"),
+            _ => None,
+        };
+        if let Some(details) = details {
+            return LocalReply::new(failed.status, self.timeouts.text(), failed.flags, details);
+        }
+        if failed.flags == ResponseFlags::UR {
+            stats.upstream_rq_rx_reset.inc();
+        }
+        let (retried, reason) = (self.count > 1, failed.reason);
+        let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
+        let text = format!("upstream connect error or disconnect/reset before headers. {reset}: {reason}");
+        let mut details = format!("upstream_reset_before_response_started{{{reason}");
+        if let Some(cause) = failed.transport {
+            details = format!("{details}|{cause}");
+        }
+        // Details are one word, for the logs.
+        let details = format!("{details}}}").replace(' ', "_");
+        LocalReply::new(failed.status, text, failed.flags, details)
+    }
+}
+
+fn overloaded() -> LocalReply {
+    let text = "upstream connect error or disconnect/reset before headers. reset reason: overflow";
+    let details = "upstream_reset_before_response_started{overflow}";
+    let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, details);
+    reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
+    reply
+}
+
+fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
+    let transport = match &error {
+        PoolError::Connect(error) => error.transport_failure(),
+        PoolError::Handshake(_) | PoolError::Overflow => None,
+    };
+    let (reason, status, flags): (&'static str, _, _) = match error {
+        PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
+        PoolError::Connect(ConnectError::Timeout) => {
+            ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        }
+        PoolError::Connect(ConnectError::Io(_) | ConnectError::Tls(_)) => {
+            ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        }
+        PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
+    };
+    let request = Some(Box::new((head, body)));
+    let failure = if reason == "overflow" { Failure::Overflow } else { Failure::Connect };
+    Failed { failure, reason, transport, status, flags, request, stale: false }
+}
+
+fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {
+    let unsent = request.is_some();
+    let failure = match (unsent, reason) {
+        (true, _) => Failure::BeforeRequest,
+        (false, ResetReason::Refused) => Failure::Refused,
+        (false, _) => Failure::AfterRequest,
+    };
+    let (reason, status, flags) = match reason {
+        ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
+        ResetReason::Refused => ("remote refused stream reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
+        ResetReason::Remote => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
+        ResetReason::Closed => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
+    };
+    let request = request.map(|request| Box::new(request.into_parts()));
+    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused }
+}

@@ -1,0 +1,50 @@
+//! The head of a request in the form of the protocol that a host speaks.
+
+use http::{HeaderValue, Uri, Version, header::HOST};
+
+use super::{redirect, route_match::authority, stream::RequestHead};
+use crate::{
+    config::model::UpstreamProtocol,
+    upstream::{Wanted, WorkerCluster},
+};
+
+/// What a cluster's hosts are spoken to.
+pub(super) fn protocol<'a>(cluster: &'a WorkerCluster, head: &RequestHead) -> Wanted<'a> {
+    match &cluster.cluster.config.protocol {
+        UpstreamProtocol::Http1 => Wanted::Http1,
+        UpstreamProtocol::Http2(options) => Wanted::Http2(options),
+        UpstreamProtocol::Downstream(options) if head.version == Version::HTTP_2 => Wanted::Http2(options),
+        UpstreamProtocol::Downstream(_) => Wanted::Http1,
+        UpstreamProtocol::Auto(options) => Wanted::Auto(options),
+    }
+}
+
+/// Origin form and a `host` header.
+pub(super) fn to_http1(head: &mut RequestHead) {
+    if head.uri.authority().is_some() {
+        if let Ok(host) = HeaderValue::from_str(authority(head)) {
+            head.headers.insert(HOST, host);
+        }
+        head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
+    }
+    head.version = Version::HTTP_11;
+}
+
+/// A whole URI and no `host` header (RFC 9113, section 8.3.1).
+pub(super) fn to_http2(head: &mut RequestHead) {
+    if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
+        let https = redirect::scheme(head) == "https";
+        let mut parts = std::mem::take(&mut head.uri).into_parts();
+        parts.scheme = Some(if https { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
+        parts.authority = http::uri::Authority::try_from(host.as_bytes()).ok();
+        if parts.path_and_query.is_none() {
+            parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+        }
+        if parts.authority.is_none() {
+            parts.scheme = None;
+        }
+        // A scheme only with an authority, and always a path: always valid.
+        head.uri = Uri::from_parts(parts).unwrap_or_default();
+    }
+    head.version = Version::HTTP_2;
+}
