@@ -2,15 +2,17 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use socket2::{Domain, Socket, Type};
 
 use crate::binaries::{binary, envoy};
 use crate::http1::{Request, Response};
@@ -200,9 +202,22 @@ pub fn fetch_raw(port: u16, bytes: &[u8], method: &str) -> Result<Response> {
     Response::read(&mut std::io::BufReader::new(stream), method)
 }
 
-/// A port of 127.0.0.1 that was free a moment ago.
+/// The sockets that hold what [`free_port`] gave.
+static HELD: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
+
+/// A port of 127.0.0.1 that nobody else is given as long as this process lives.
+///
+/// A port that was only free a moment ago may be another test's by the time at which it is used; with proxies, which listen with
+/// `SO_REUSEPORT`, both would even get some of the connections. So the port is bound here, never listened on: connections to it are refused
+/// until somebody who is told of it listens, which all can that set `SO_REUSEADDR`. The kernel gives it to none who asks for any port.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    let port = socket.local_addr()?.as_socket().context("an address of IP")?.port();
+    HELD.lock().unwrap_or_else(PoisonError::into_inner).push(socket);
+    Ok(port)
 }
 
 /// A new directory below the system's directory for temporary files.

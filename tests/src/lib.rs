@@ -13,7 +13,6 @@ pub mod http1;
 pub mod lab;
 pub mod load;
 pub mod peers;
-pub mod ports;
 #[cfg(feature = "control-plane")]
 pub mod report_server;
 pub mod scenario;

@@ -8,8 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use culvert_tests::daemon::{Daemon, Kind, fetch_raw, scratch_dir};
-use culvert_tests::ports::HeldPorts;
+use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port, scratch_dir};
 use nix::sys::signal::Signal;
 
 use super::services::{self, Asked};
@@ -214,8 +213,7 @@ fn filter_stats(stats: &str, index: usize) -> String {
 /// What culvertd alone makes of cases: of what Envoy does otherwise.
 pub fn of_culvert(cases: &[Case]) -> Result<Vec<Vec<String>>> {
     let dir = scratch_dir()?;
-    let mut held = HeldPorts::default();
-    let ports: Vec<u16> = cases.iter().map(|_| held.hold()).collect::<Result<_>>()?;
+    let ports: Vec<u16> = cases.iter().map(|_| free_port()).collect::<Result<_>>()?;
     let texts = outcomes(Kind::Culvert, cases, &ports, &dir)?;
     fs::remove_dir_all(&dir)?;
     Ok(texts)
@@ -227,8 +225,7 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     let only = std::env::var("ONLY").unwrap_or_default();
     let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
     let dir = scratch_dir()?;
-    let mut held = HeldPorts::default();
-    let ports: Vec<u16> = (0..2 * cases.len()).map(|_| held.hold()).collect::<Result<_>>()?;
+    let ports: Vec<u16> = (0..2 * cases.len()).map(|_| free_port()).collect::<Result<_>>()?;
     let (envoy, culvert) = thread::scope(|scope| {
         let (cases, dir) = (&cases, &dir);
         let run = |kind, ports| scope.spawn(move || outcomes(kind, cases, ports, dir));

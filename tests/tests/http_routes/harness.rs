@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
-use culvert_tests::ports::HeldPorts;
 use culvert_tests::wait_until;
 
 use super::upstream::{self, Seen};
@@ -100,7 +99,6 @@ struct Stage {
     ports: Vec<u16>,
     /// The ports of its services and listeners, and what they are shown as.
     names: Vec<(String, &'static str)>,
-    _held: HeldPorts,
 }
 
 impl Stage {
@@ -113,13 +111,12 @@ impl Stage {
             names.push((port.to_string(), "SERVICE"));
             clusters += &cluster(name, port);
         }
-        let mut held = HeldPorts::default();
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
         for (index, case) in cases.iter().enumerate() {
             let (port, hosts) = match listeners.entry(case.listener(index)) {
                 std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
-                std::collections::btree_map::Entry::Vacant(new) => new.insert((held.hold()?, String::new())),
+                std::collections::btree_map::Entry::Vacant(new) => new.insert((free_port()?, String::new())),
             };
             ports.push(*port);
             *hosts += &virtual_hosts(case, index);
@@ -130,7 +127,7 @@ impl Stage {
             yaml += &listener(*port, config, manager, hosts);
         }
         yaml += &format!("  clusters:\n{clusters}");
-        Ok(Stage { proxy: Daemon::start(kind, &yaml)?, seen, ports, names, _held: held })
+        Ok(Stage { proxy: Daemon::start(kind, &yaml)?, seen, ports, names })
     }
 
     /// What a client and the services see of one request.
