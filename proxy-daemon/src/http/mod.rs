@@ -32,6 +32,7 @@ mod stats;
 pub mod stream;
 mod timeouts;
 mod timers;
+mod token_bucket;
 mod trust;
 mod upgrade;
 mod upstream_head;

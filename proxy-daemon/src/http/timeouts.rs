@@ -139,8 +139,8 @@ fn grpc_timeout(text: &str) -> Option<Duration> {
     })
 }
 
-/// The shortest unit that eight digits are enough for.
-fn to_grpc_timeout(limit: Duration) -> HeaderValue {
+/// A time limit as `grpc-timeout` has it: in the shortest unit that eight digits are enough for, milliseconds at best.
+pub(super) fn to_grpc_timeout(limit: Duration) -> HeaderValue {
     const MAX: u128 = 99_999_999;
     let milliseconds = limit.as_millis();
     let units = [('m', 1), ('S', 1000), ('M', 60_000), ('H', 3_600_000)];
@@ -223,6 +223,7 @@ mod tests {
         assert_eq!(told[GRPC_TIMEOUT], "1000m");
         assert_eq!(to_grpc_timeout(Duration::from_secs(99_999_999)), "99999999S");
         assert_eq!(to_grpc_timeout(Duration::from_secs(100_000_000)), "1666666M");
+        assert_eq!(to_grpc_timeout(Duration::from_secs(1 << 60)), "99999999H", "the most that can be said");
     }
 
     #[test]

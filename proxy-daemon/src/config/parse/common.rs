@@ -15,7 +15,7 @@ use envoy_types::pb::{
     envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
     google::protobuf::{Duration as ProtoDuration, UInt32Value},
 };
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::support::join;
 use crate::{
@@ -241,6 +241,17 @@ pub(crate) fn runtime_fraction(share: &RuntimeFractionalPercent) -> RuntimeFract
 pub(crate) fn runtime_flag(flag: &RuntimeFeatureFlag) -> RuntimeFlag {
     let default = flag.default_value.is_some_and(|value| value.value);
     RuntimeFlag { default, key: Key::optional(&flag.runtime_key) }
+}
+
+/// A truth value, which a runtime value may replace; true where nothing is said.
+pub(crate) fn runtime_switch(flag: Option<&RuntimeFeatureFlag>) -> RuntimeFlag {
+    flag.map_or(RuntimeFlag { default: true, key: None }, runtime_flag)
+}
+
+/// The status of answers: `default` where none is configured, one that is less than `least`, or one that HTTP does not have.
+pub(crate) fn status(code: Option<i32>, least: u16, default: StatusCode) -> StatusCode {
+    let code = code.and_then(|code| u16::try_from(code).ok()).filter(|code| *code >= least);
+    code.and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(default)
 }
 
 /// A share.

@@ -35,7 +35,9 @@ mod uri_template;
 
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
-pub(crate) use common::{cidr, duration, fraction, headers_to_add, runtime_flag, runtime_fraction};
+pub(crate) use common::{
+    cidr, duration, fraction, headers_to_add, runtime_flag, runtime_fraction, runtime_switch, status,
+};
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
 pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};

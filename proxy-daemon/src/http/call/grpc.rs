@@ -24,6 +24,7 @@ use crate::{
         body::{Body, BodyError},
         headers::names::*,
         stream::{RequestHead, StreamCx},
+        timeouts::to_grpc_timeout,
     },
 };
 
@@ -116,7 +117,7 @@ impl Service {
         head.headers.insert(TE, HeaderValue::from_static("trailers"));
         head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         if let Some(timeout) = timeout {
-            head.headers.insert(GRPC_TIMEOUT, timeout_header(timeout));
+            head.headers.insert(GRPC_TIMEOUT, to_grpc_timeout(timeout));
             expect_within(&mut head, timeout);
         }
         for (name, value) in &self.metadata {
@@ -236,15 +237,6 @@ pub(in crate::http) fn take_frame(bytes: &mut BytesMut, limit: usize) -> Result<
     Ok(Some(bytes.split_to(length).freeze()))
 }
 
-/// At most eight digits and a unit, as exact as they allow.
-fn timeout_header(timeout: Duration) -> HeaderValue {
-    const MOST: u128 = 99_999_999;
-    let units = [(timeout.as_millis(), 'm'), (u128::from(timeout.as_secs()), 'S'), (MOST, 'H')];
-    let (number, unit) = units.into_iter().find(|(number, _)| *number <= MOST).unwrap_or((MOST, 'H'));
-    // Digits and a letter.
-    HeaderValue::try_from(format!("{number}{unit}")).unwrap_or(HeaderValue::from_static("0m"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,12 +270,5 @@ mod tests {
             message::<String>(&none, Bytes::from_static(b"\0\0\0\0\x01\xff"), Some(&status("0"))),
             Err(INTERNAL)
         );
-    }
-
-    #[test]
-    fn timeouts_have_eight_digits() {
-        assert_eq!(timeout_header(Duration::from_millis(250)), "250m");
-        assert_eq!(timeout_header(Duration::from_secs(200_000)), "200000S");
-        assert_eq!(timeout_header(Duration::from_secs(1 << 60)), "99999999H");
     }
 }

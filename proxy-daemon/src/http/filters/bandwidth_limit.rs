@@ -4,10 +4,7 @@ use std::{
     cell::Cell,
     pin::Pin,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -28,6 +25,7 @@ use crate::{
     http::{
         body::{Body, BodyError},
         stream::{RequestHead, ResponseHead, StreamCx},
+        token_bucket::TokenBucket,
     },
     layered_runtime::RuntimeFlag,
     stats::{Counter, Gauge, Histogram, Lease, Scope},
@@ -40,7 +38,8 @@ const DEFAULT_FILL: Duration = Duration::from_millis(50);
 struct Configured {
     mode: EnableMode,
     enabled: RuntimeFlag,
-    bucket: Bucket,
+    /// Bytes: as many as pass in a second, which come back steadily.
+    bucket: TokenBucket,
     fill_interval: Duration,
     request: Stats,
     response: Stats,
@@ -84,36 +83,6 @@ struct Trailers {
     response: HeaderName,
     request_filter: HeaderName,
     response_filter: HeaderName,
-}
-
-/// As many bytes as pass in a second, which come back steadily.
-#[derive(Debug)]
-struct Bucket {
-    since: Instant,
-    bytes_per_second: f64,
-    /// When it would have been empty: nanoseconds after `since`, as the bits of an `f64`.
-    empty_at: AtomicU64,
-}
-
-impl Bucket {
-    fn new(bytes_per_second: u64) -> Bucket {
-        let bytes_per_second = bytes_per_second as f64;
-        Bucket { since: Instant::now(), bytes_per_second, empty_at: AtomicU64::new((-1e9_f64).to_bits()) }
-    }
-
-    /// Takes as many bytes as there are at `now`, at most `wanted`.
-    fn take(&self, wanted: usize, now: Instant) -> usize {
-        let now = now.saturating_duration_since(self.since).as_nanos() as f64;
-        let mut taken = 0.0;
-        let per_byte = 1e9 / self.bytes_per_second;
-        let next = |bits| {
-            let empty_at = f64::from_bits(bits).max(now - 1e9);
-            taken = ((now - empty_at) / per_byte).floor().clamp(0.0, wanted as f64);
-            (taken > 0.0).then_some((empty_at + taken * per_byte).to_bits())
-        };
-        let done = self.empty_at.try_update(Ordering::Relaxed, Ordering::Relaxed, next);
-        if done.is_ok() { taken as usize } else { 0 }
-    }
 }
 
 /// How long the bodies of a stream took.
@@ -299,7 +268,7 @@ impl http_body::Body for Limited {
                 ready!(timer.as_mut().poll(cx));
                 this.timer = None;
             }
-            let allowed = this.configured.bucket.take(this.held.len(), Instant::now());
+            let allowed = this.configured.bucket.take_up_to(this.held.len(), Instant::now());
             this.stats.allowed_size.set(allowed as u64);
             this.stats.allowed_total_size.add(allowed as u64);
             if allowed < this.held.len() {
@@ -361,10 +330,12 @@ fn configured(config: &BandwidthLimit, path: &str) -> Result<Configured, FieldEr
         request_filter: trailer("request-filter")?,
         response_filter: trailer("response-filter")?,
     };
+    let bytes = limit.saturating_mul(1024);
+    let bucket = TokenBucket::new(bytes, bytes, Duration::from_secs(1));
     Ok(Configured {
         mode: config.enable_mode(),
-        enabled: super::compression::switch(config.runtime_enabled.as_ref()),
-        bucket: Bucket::new(limit.saturating_mul(1024)),
+        enabled: parse::runtime_switch(config.runtime_enabled.as_ref()),
+        bucket,
         fill_interval: parse::duration(config.fill_interval, path, "fill_interval")?.unwrap_or(DEFAULT_FILL),
         request: Stats::new(&scope, "request"),
         response: Stats::new(&scope, "response"),

@@ -35,10 +35,6 @@ struct BufferFilter {
 }
 
 impl HttpFilterFactory for BufferFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         _head: &mut RequestHead,

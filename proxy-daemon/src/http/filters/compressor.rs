@@ -532,7 +532,7 @@ fn direction(config: CommonDirectionConfig, path: &str) -> Result<Direction, Fie
     };
     let min_length = min_content_length.map_or(0, |length| u64::from(length.value));
     Ok(Direction {
-        enabled: compression::switch(enabled.as_ref()),
+        enabled: parse::runtime_switch(enabled.as_ref()),
         min_length: if min_length == 0 { DEFAULT_MIN_LENGTH } else { min_length },
         types,
     })

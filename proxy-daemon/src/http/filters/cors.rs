@@ -86,10 +86,6 @@ fn is_star(matcher: &StringMatcher) -> bool {
 }
 
 impl HttpFilterFactory for CorsFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

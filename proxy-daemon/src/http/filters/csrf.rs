@@ -62,10 +62,6 @@ fn source<'a>(head: &'a RequestHead) -> &'a str {
 }
 
 impl HttpFilterFactory for CsrfFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

@@ -23,7 +23,7 @@ use super::{
     compression::{self, Decompress, Decompressors, Library, Step, has_token, joined},
 };
 use crate::{
-    config::FieldError,
+    config::{FieldError, parse},
     http::{
         body::{Body, BodyError},
         stream::{RequestHead, ResponseHead, StreamCx},
@@ -298,7 +298,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 
 fn direction(config: Option<&CommonDirectionConfig>, scope: &Scope) -> Direction {
     Direction {
-        enabled: compression::switch(config.and_then(|config| config.enabled.as_ref())),
+        enabled: parse::runtime_switch(config.and_then(|config| config.enabled.as_ref())),
         ignore_no_transform: config.is_some_and(|config| config.ignore_no_transform_header),
         decompressed: scope.counter("decompressed"),
         not_decompressed: scope.counter("not_decompressed"),

@@ -192,10 +192,6 @@ impl Configured {
 }
 
 impl HttpFilterFactory for FaultFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

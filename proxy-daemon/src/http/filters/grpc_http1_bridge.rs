@@ -33,10 +33,6 @@ struct GrpcHttp1BridgeFactory;
 struct Bridge;
 
 impl HttpFilterFactory for GrpcHttp1BridgeFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

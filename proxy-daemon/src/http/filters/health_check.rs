@@ -154,10 +154,6 @@ impl Configured {
 }
 
 impl HttpFilterFactory for HealthCheckFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

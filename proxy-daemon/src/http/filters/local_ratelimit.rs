@@ -2,10 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -30,6 +27,7 @@ use crate::{
         descriptors::{self, Entries},
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+        token_bucket::TokenBucket,
     },
     layered_runtime::{Fraction, RuntimeFraction},
     stats::{Counter, Lease, Scope},
@@ -44,52 +42,6 @@ const SHORTEST_FILL: Duration = Duration::from_millis(50);
 
 /// gRPC's RESOURCE_EXHAUSTED.
 const RESOURCE_EXHAUSTED: u16 = 8;
-
-/// A bucket that is filled steadily: `tokens_per_fill` are spread over their interval, as in Envoy.
-///
-/// All that it keeps is the time at which it would have been empty: every token that is taken moves that on by what a token takes
-/// to come.
-#[derive(Debug)]
-struct TokenBucket {
-    since: Instant,
-    max_tokens: u32,
-    /// Nanoseconds that a token takes to come.
-    per_token: f64,
-    /// Nanoseconds after `since`, as the bits of an `f64`.
-    empty_at: AtomicU64,
-}
-
-impl TokenBucket {
-    fn new(max_tokens: u32, tokens_per_fill: u32, interval: Duration) -> TokenBucket {
-        let per_token = interval.as_nanos() as f64 / f64::from(tokens_per_fill.max(1));
-        let full = -f64::from(max_tokens) * per_token;
-        TokenBucket { since: Instant::now(), max_tokens, per_token, empty_at: AtomicU64::new(full.to_bits()) }
-    }
-
-    /// Takes a token, unless there is none at `now`.
-    fn take(&self, now: Instant) -> bool {
-        let now = now.saturating_duration_since(self.since).as_nanos() as f64;
-        let full = now - f64::from(self.max_tokens) * self.per_token;
-        let taken = self.empty_at.try_update(Ordering::Relaxed, Ordering::Relaxed, |bits| {
-            let next = f64::from_bits(bits).max(full) + self.per_token;
-            (next <= now).then_some(next.to_bits())
-        });
-        taken.is_ok()
-    }
-
-    /// How many tokens there are at `now`.
-    fn remaining(&self, now: Instant) -> f64 {
-        let now = now.saturating_duration_since(self.since).as_nanos() as f64;
-        let empty_at = f64::from_bits(self.empty_at.load(Ordering::Relaxed));
-        ((now - empty_at) / self.per_token).clamp(0.0, f64::from(self.max_tokens))
-    }
-
-    /// How long the next token takes to come.
-    fn next(&self, now: Instant) -> Duration {
-        let missing = (1.0 - self.remaining(now)).max(0.0);
-        Duration::from_nanos((missing * self.per_token) as u64)
-    }
-}
 
 /// What is configured. Streams that show the state of the bucket hold on to it.
 #[derive(Debug)]
@@ -126,7 +78,7 @@ struct Stats {
 #[derive(Debug)]
 struct LocalRateLimitFactory(Arc<Configured>);
 
-/// One stream's filter, where responses tell of the bucket.
+/// One stream's filter, where responses tell of the bucket. Answers to requests that an earlier filter has kept from this one do not.
 #[derive(Debug)]
 struct LocalRateLimitFilter {
     configured: Arc<Configured>,
@@ -151,7 +103,7 @@ impl Configured {
             let known = descriptors.iter().filter_map(|it| self.buckets.get_key_value(&it.entries));
             buckets = known.map(|(descriptor, bucket)| (Some(descriptor), bucket)).collect();
             // The slowest first, as in Envoy.
-            buckets.sort_by(|a, b| b.1.per_token.total_cmp(&a.1.per_token));
+            buckets.sort_by_key(|(_, bucket)| std::cmp::Reverse(bucket.per_token()));
         }
         let first = buckets.first().copied();
         let counts_all = buckets.is_empty() || self.always_default;
@@ -198,11 +150,6 @@ fn seconds(duration: Duration) -> HeaderValue {
 }
 
 impl HttpFilterFactory for LocalRateLimitFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        // Only for answers to requests that an earlier filter has kept from this one: those say nothing.
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,
@@ -235,7 +182,7 @@ impl HttpFilter for LocalRateLimitFilter {
         let Some(bucket) = bucket else { return Flow::Continue };
         let now = Instant::now();
         let remaining = bucket.remaining(now);
-        head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens));
+        head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens()));
         head.headers.insert(X_RATELIMIT_REMAINING, HeaderValue::from(remaining as u64));
         head.headers.insert(X_RATELIMIT_RESET, seconds(bucket.next(now)));
         Flow::Continue
@@ -275,9 +222,7 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     let never = RuntimeFraction { default: Fraction::percent(0), key: None };
     let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
     // As in Envoy, what is no error is no answer here.
-    let status = config.status.map_or(0, |status| status.code);
-    let status = u16::try_from(status).ok().filter(|status| *status >= 400);
-    let status = status.and_then(|status| StatusCode::from_u16(status).ok()).unwrap_or(StatusCode::TOO_MANY_REQUESTS);
+    let status = parse::status(config.status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS);
     let scope = Scope::new("").tagged("envoy_local_http_ratelimit_prefix", &config.stat_prefix);
     let scope = scope.child("http_local_rate_limit");
     let counter = |name| scope.counter(name);
@@ -326,25 +271,5 @@ fn token_bucket(bucket: &ProtoBucket, path: &str) -> Result<TokenBucket, FieldEr
         return Err(FieldError::new(format!("{path}.fill_interval"), text));
     }
     let tokens = bucket.tokens_per_fill.map_or(1, |tokens| tokens.value);
-    Ok(TokenBucket::new(bucket.max_tokens, tokens, interval))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_bucket_gives_what_it_holds_and_is_filled_steadily() {
-        let bucket = TokenBucket::new(3, 2, Duration::from_secs(1));
-        let start = bucket.since;
-        let at = |milliseconds| start + Duration::from_millis(milliseconds);
-        assert_eq!((0..5).map(|_| bucket.take(at(0))).collect::<Vec<_>>(), [true, true, true, false, false]);
-        assert_eq!(bucket.next(at(0)), Duration::from_millis(500));
-        assert!(!bucket.take(at(499)));
-        assert!(bucket.take(at(500)), "two a second: one every half second");
-        assert!(!bucket.take(at(500)));
-        assert_eq!(bucket.remaining(at(1250)), 1.5);
-        assert_eq!(bucket.remaining(at(60_000)), 3.0, "never more than it holds");
-        assert_eq!((0..4).map(|_| bucket.take(at(60_000))).collect::<Vec<_>>(), [true, true, true, false]);
-    }
+    Ok(TokenBucket::new(bucket.max_tokens.into(), tokens.into(), interval))
 }

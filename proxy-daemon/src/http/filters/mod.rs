@@ -105,8 +105,11 @@ pub trait HttpFilter {
 
 /// A configured filter: makes an instance for each stream, which may outlive it: ECDS replaces filters while they serve.
 pub trait HttpFilterFactory: Debug + Send + Sync {
-    /// `None` where this stream has no need of the filter. `route` is what the stream's route tells the filter.
-    fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>>;
+    /// `None` where this stream has no need of the filter: so it is for all where nothing else is said. `route` is what the stream's
+    /// route tells the filter.
+    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
+        None
+    }
 
     /// The request, on its way up. A filter that knows all it has to say at once and has no interest in the response
     /// overrides this, and has no instances: nothing is allocated for it, and nothing counted.

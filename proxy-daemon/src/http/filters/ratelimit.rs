@@ -110,10 +110,6 @@ struct RateLimitFilter {
 }
 
 impl HttpFilterFactory for RateLimitFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,
@@ -282,12 +278,6 @@ fn state(statuses: &[DescriptorStatus]) -> Vec<Change> {
     headers.iter().filter_map(|(name, value)| Change::new(name, value.as_bytes(), Action::Add)).collect()
 }
 
-/// A status; what is none is the default.
-fn status(code: Option<i32>, least: u16, default: StatusCode) -> StatusCode {
-    let code = code.and_then(|code| u16::try_from(code).ok()).filter(|code| *code >= least);
-    code.and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(default)
-}
-
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     // What is not here is refused by the table of honoured fields.
     let config: ProtoRateLimit = unpack(typed_config, cx.path)?;
@@ -329,9 +319,13 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         enabled: share(config.filter_enabled.as_ref(), "ratelimit.http_filter_enabled"),
         enforced: share(config.filter_enforced.as_ref(), "ratelimit.http_filter_enforcing"),
         // As in Envoy, what is no error is no answer here.
-        status: status(config.rate_limited_status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS),
+        status: parse::status(config.rate_limited_status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS),
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
-        status_on_error: status(config.status_on_error.map(|it| it.code), 400, StatusCode::INTERNAL_SERVER_ERROR),
+        status_on_error: parse::status(
+            config.status_on_error.map(|it| it.code),
+            400,
+            StatusCode::INTERNAL_SERVER_ERROR,
+        ),
         shows_state: config.enable_x_ratelimit_headers != 0,
         says_limited: !config.disable_x_envoy_ratelimited_header,
         response_headers: HeaderMutations { response_add, ..HeaderMutations::default() },

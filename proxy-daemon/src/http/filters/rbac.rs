@@ -156,10 +156,6 @@ impl Engine {
 }
 
 impl HttpFilterFactory for RbacFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{envoy::extensions::filters::http::router::v3::Router, google::protobuf::Any};
 
-use super::{FilterCx, HttpFilter, HttpFilterFactory, PerRoute};
+use super::{FilterCx, HttpFilterFactory};
 use crate::config::FieldError;
 
 /// A configured router.
@@ -46,10 +46,6 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 }
 
 impl HttpFilterFactory for RouterFilter {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn is_terminal(&self) -> bool {
         true
     }

@@ -34,10 +34,6 @@ struct Entry {
 }
 
 impl HttpFilterFactory for SetMetadataFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         _head: &mut RequestHead,

@@ -6,16 +6,10 @@ mod zstd;
 
 use std::fmt::Debug;
 
-use envoy_types::pb::{
-    envoy::config::core::v3::{RuntimeFeatureFlag, TypedExtensionConfig},
-    google::protobuf::Any,
-};
+use envoy_types::pb::{envoy::config::core::v3::TypedExtensionConfig, google::protobuf::Any};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::{
-    config::{FieldError, parse},
-    layered_runtime::RuntimeFlag,
-};
+use crate::config::FieldError;
 
 /// Envoy's `chunk_size` where none is configured.
 const DEFAULT_CHUNK: usize = 4096;
@@ -138,11 +132,6 @@ fn type_name(config: &Any) -> &str {
 
 fn unknown(type_name: &str, path: String) -> FieldError {
     FieldError::new(path, format!("library {type_name} is not supported by culvert yet; it has gzip, brotli and zstd"))
-}
-
-/// A switch that is on where nothing is said.
-pub(super) fn switch(flag: Option<&RuntimeFeatureFlag>) -> RuntimeFlag {
-    flag.map_or(RuntimeFlag { default: true, key: None }, parse::runtime_flag)
 }
 
 fn chunk(size: Option<u32>) -> usize {

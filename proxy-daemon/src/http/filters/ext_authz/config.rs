@@ -102,8 +102,6 @@ pub(in crate::http::filters) fn parse(
         let exact = always.map(|name| StringMatcher { pattern: StringPattern::Exact(name.into()), ignore_case: true });
         allowed = Some(allowed.unwrap_or_default().into_vec().into_iter().chain(exact).collect());
     }
-    let status = config.status_on_error.as_ref().map_or(0, |status| status.code);
-    let status = u16::try_from(status).ok().filter(|status| *status > 0);
     let scope = Scope::http(cx.stat_prefix).child("ext_authz");
     let prefix = config.stat_prefix.as_str();
     let scope = if prefix.is_empty() { scope } else { scope.child(prefix) };
@@ -115,7 +113,7 @@ pub(in crate::http::filters) fn parse(
         failure_mode_allow_header_add: config.failure_mode_allow_header_add,
         buffer: config.with_request_body.map(Buffer::of),
         clear_route_cache: config.clear_route_cache,
-        status_on_error: status.and_then(|it| StatusCode::from_u16(it).ok()).unwrap_or(StatusCode::FORBIDDEN),
+        status_on_error: parse::status(config.status_on_error.map(|it| it.code), 100, StatusCode::FORBIDDEN),
         metadata_namespaces: config.metadata_context_namespaces.into_iter().map(Into::into).collect(),
         enabled: config.filter_enabled.as_ref().map_or(everything, parse::runtime_fraction),
         deny_at_disable: config.deny_at_disable.as_ref().map(parse::runtime_flag),

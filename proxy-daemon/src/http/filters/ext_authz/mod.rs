@@ -126,10 +126,6 @@ struct ExtAuthzFilter {
 }
 
 impl HttpFilterFactory for ExtAuthzFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

@@ -96,10 +96,6 @@ struct JwtFilter {
 }
 
 impl HttpFilterFactory for JwtFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,
