@@ -5,8 +5,9 @@ use super::harness::{By, Case, case};
 const EXT_AUTHZ: &str = "ext_authz.v3.ExtAuthz";
 const PER_ROUTE: &str = "ext_authz.v3.ExtAuthzPerRoute";
 
+/// Long enough for a busy machine.
 const GRPC: &str =
-    "transport_api_version: V3, stat_prefix: $case, grpc_service: {envoy_grpc: {cluster_name: grpc}, timeout: 1s}";
+    "transport_api_version: V3, stat_prefix: $case, grpc_service: {envoy_grpc: {cluster_name: grpc}, timeout: 10s}";
 
 /// A request with what the service answers to it.
 fn asked(request: &str, answer: &str) -> String {
@@ -113,14 +114,15 @@ fn verdicts() -> Vec<Case> {
 }
 
 fn failures() -> Vec<Case> {
-    let all = ["status 7", "status 14", "http 503", "http 403", "garbage", "hang"].map(|answer| asked("GET /", answer));
+    let all = ["status 7", "status 14", "http 503", "http 403", "garbage"].map(|answer| asked("GET /", answer));
     let gone = |cluster: &str, more: &str| {
         format!(
-            "transport_api_version: V3, stat_prefix: $case, grpc_service: {{envoy_grpc: {{cluster_name: {cluster}}}, timeout: 5s}}{more}"
+            "transport_api_version: V3, stat_prefix: $case, grpc_service: {{envoy_grpc: {{cluster_name: {cluster}}}, timeout: 10s}}{more}"
         )
     };
     vec![
         grpc("failures", "", &all),
+        case("a timeout", EXT_AUTHZ, &GRPC.replace("timeout: 10s", "timeout: 2s"), &[&asked("GET /", "hang")]),
         grpc("failures allowed", ", failure_mode_allow: true", &all[..3]),
         grpc(
             "failures allowed, and told",
@@ -169,7 +171,7 @@ fn settings() -> Vec<Case> {
         case(
             "initial metadata",
             EXT_AUTHZ,
-            "stat_prefix: $case, transport_api_version: V3, grpc_service: {envoy_grpc: {cluster_name: grpc, authority: auth.test, skip_envoy_headers: true}, timeout: 5s, initial_metadata: [{key: x-m, value: \"50%%\"}]}",
+            "stat_prefix: $case, transport_api_version: V3, grpc_service: {envoy_grpc: {cluster_name: grpc, authority: auth.test, skip_envoy_headers: true}, timeout: 10s, initial_metadata: [{key: x-m, value: \"50%%\"}]}",
             &["GET /"],
         ),
     ]
@@ -218,7 +220,7 @@ fn routes() -> Vec<Case> {
 /// Services whose answers are longer than culvertd takes them.
 pub fn too_much() -> Vec<Case> {
     let http = "transport_api_version: V3, allowed_headers: {patterns: [{exact: x-do}]}, http_service: {server_uri: {uri: \
-                \"http://authz.test\", cluster: authz, timeout: 5s}}";
+                \"http://authz.test\", cluster: authz, timeout: 10s}}";
     let grpc = GRPC.replace("cluster_name: grpc", "cluster_name: grpc, max_receive_message_length: 10");
     let answer = asked("GET /", "{\"ok_response\": {\"headers_to_remove\": [\"x-some-header\"]}}");
     vec![
@@ -228,13 +230,13 @@ pub fn too_much() -> Vec<Case> {
 }
 
 fn http() -> Vec<Case> {
-    let service = |name, more: &str, requests: &[&str]| {
-        let config = format!(
+    let within = |timeout: &str, more: &str| {
+        format!(
             "transport_api_version: V3, stat_prefix: $case, allowed_headers: {{patterns: [{{exact: x-id}}, {{exact: x-do}}, {{exact: x-a}}]}}, \
-             http_service: {{server_uri: {{uri: \"http://authz.test\", cluster: authz, timeout: 1s}}{more}}}"
-        );
-        case(name, EXT_AUTHZ, &config, requests)
+             http_service: {{server_uri: {{uri: \"http://authz.test\", cluster: authz, timeout: {timeout}}}{more}}}"
+        )
     };
+    let service = |name, more: &str, requests: &[&str]| case(name, EXT_AUTHZ, &within("10s", more), requests);
     let up = "authorization_response: {allowed_upstream_headers: {patterns: [{exact: x-up}]}, allowed_upstream_headers_to_append: {patterns: [{exact: x-ap}]}, \
               allowed_client_headers_on_success: {patterns: [{prefix: x-cl}]}, allowed_client_headers: {patterns: [{exact: x-no}]}, dynamic_metadata_from_headers: {patterns: [{exact: k}]}}";
     let requests = [
@@ -245,11 +247,11 @@ fn http() -> Vec<Case> {
         "POST /\nx-do: 302+location=/b",
         "GET /\nx-do: 503",
         "GET /\nx-do: reset",
-        "GET /\nx-do: hang",
         "GET /\nx-do: 403+bytes=0\nauthorization: secret\nx-hidden: 1",
     ];
     vec![
         service("by HTTP", "", &requests),
+        case("by HTTP, a timeout", EXT_AUTHZ, &within("2s", ""), &["GET /\nx-do: hang"]),
         service("by HTTP, with headers", &format!(", {up}"), &requests[..5]),
         service("by HTTP, prefix", ", path_prefix: /check", &requests[..1]),
         service(
@@ -260,7 +262,7 @@ fn http() -> Vec<Case> {
         case(
             "by HTTP, bodies",
             EXT_AUTHZ,
-            "transport_api_version: V3, stat_prefix: $case, with_request_body: {max_request_bytes: 20}, allowed_headers: {patterns: [{exact: x-id}]}, http_service: {server_uri: {uri: \"http://authz.test\", cluster: authz, timeout: 1s}}",
+            "transport_api_version: V3, stat_prefix: $case, with_request_body: {max_request_bytes: 20}, allowed_headers: {patterns: [{exact: x-id}]}, http_service: {server_uri: {uri: \"http://authz.test\", cluster: authz, timeout: 10s}}",
             &["POST /\n\nbody", "GET /"],
         ),
     ]

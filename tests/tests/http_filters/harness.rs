@@ -331,7 +331,7 @@ fn clusters(clusters: &[(&str, u16, bool)]) -> String {
     let cluster = |(name, port, http2): &(&str, u16, bool)| {
         let options = if *http2 { "\n    http2_protocol_options: {}" } else { "" };
         format!(
-            "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s{options}\n    load_assignment:\n      cluster_name: \
+            "  - name: {name}\n    type: STATIC\n    connect_timeout: 10s{options}\n    load_assignment:\n      cluster_name: \
              {name}\n      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, \
              port_value: {port}}}}}}}}}]}}]\n"
         )

@@ -6,7 +6,8 @@ const RATELIMIT: &str = "ratelimit.v3.RateLimit";
 const PER_ROUTE: &str = "ratelimit.v3.RateLimitPerRoute";
 const LOCAL: &str = "local_ratelimit.v3.LocalRateLimit";
 
-const SERVICE: &str = "domain: d, stat_prefix: $case, timeout: 1s, rate_limit_service: {transport_api_version: V3, grpc_service: \
+/// Long enough for a busy machine.
+const SERVICE: &str = "domain: d, stat_prefix: $case, timeout: 10s, rate_limit_service: {transport_api_version: V3, grpc_service: \
                        {envoy_grpc: {cluster_name: grpc}}}";
 
 /// The actions by which the service knows the request, and what it is to answer.
@@ -48,15 +49,16 @@ fn answers() -> Vec<Case> {
 }
 
 fn failures() -> Vec<Case> {
-    let all = [
-        "GET /\nx-answer: status 14",
-        "GET /\nx-answer: http 503",
-        "GET /\nx-answer: hang",
-        "GET /\nx-answer: garbage",
-    ];
+    let hangs = |name, more: &str| {
+        let service = SERVICE.replace("timeout: 10s", "timeout: 2s");
+        case(name, RATELIMIT, &format!("{service}{more}"), &["GET /\nx-answer: hang"]).of_routes("", &limits(""))
+    };
+    let all = ["GET /\nx-answer: status 14", "GET /\nx-answer: http 503", "GET /\nx-answer: garbage"];
     vec![
         limit("failures", "", &all),
         limit("failures denied", ", failure_mode_deny: true", &all),
+        hangs("a timeout", ""),
+        hangs("a timeout denied", ", failure_mode_deny: true"),
         limit("failures denied with a status", ", failure_mode_deny: true, status_on_error: {code: 503}", &all[..1]),
         limit("failures denied, a share", ", failure_mode_deny_percent: {default_value: {numerator: 100}}", &all[..1]),
         case(

@@ -281,7 +281,7 @@ fn requirements() -> Vec<Case> {
 fn remote() -> Vec<Case> {
     let remote = |name, path: &str, cluster: &str| {
         let config = format!(
-            "providers: {{p: {{issuer: i, remote_jwks: {{http_uri: {{uri: \"http://keys.test{path}\", cluster: {cluster}, timeout: 1s}}}}}}}}, \
+            "providers: {{p: {{issuer: i, remote_jwks: {{http_uri: {{uri: \"http://keys.test{path}\", cluster: {cluster}, timeout: 10s}}}}}}}}, \
              rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]"
         );
         jwt(name, &config, &[with(&good()), with(&token("RS256", "{\"iss\": \"i\"}")), "GET /".to_owned()])

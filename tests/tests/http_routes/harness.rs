@@ -337,7 +337,7 @@ fn host_with(host: &str, fields: &str, routes: &str) -> String {
 
 fn cluster(name: &str, port: u16) -> String {
     format!(
-        "  - name: {name}\n    type: STATIC\n    connect_timeout: 1s\n    circuit_breakers: {{thresholds: \
+        "  - name: {name}\n    type: STATIC\n    connect_timeout: 10s\n    circuit_breakers: {{thresholds: \
          [{{max_retries: 100}}]}}\n    load_assignment:\n      cluster_name: {name}\n      \
          endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: {name}.service, address: {{socket_address: {{address: \
          127.0.0.1, port_value: {port}}}}}}}}}]}}]\n"
