@@ -13,7 +13,7 @@ use super::{
     retry::{Failure, RetryState, Verdict},
     stream::{LocalReply, RequestHead, StreamCx},
     timeouts::Timeouts,
-    upstream_head::{protocol, to_http1, to_http2},
+    upstream_head::{protocol, set_scheme, to_http1, to_http2},
 };
 use crate::{
     access_log::ResponseFlags,
@@ -202,7 +202,10 @@ impl Attempts<'_> {
             let (failure, flags) = (Failure::AfterRequest, ResponseFlags::UPE);
             return Err(Failed { failure, reason, transport: None, status, flags, request: None, stale: false });
         }
-        let request = self.upstream_request(host, head, body, connection.is_http2());
+        let mut request = self.upstream_request(host, head, body, connection.is_http2());
+        if connection.is_http2() && end.state.config().scheme_matches_upstream {
+            set_scheme(request.uri_mut(), connection.info().tls.is_some());
+        }
         let stats = &self.cluster.cluster.stats;
         let mut limit = self.timeouts.of_try(&self.cx.progress);
         self.until.set(limit.until);

@@ -80,6 +80,8 @@ pub(super) struct ConnState {
     stall_limit: Cell<Option<Duration>>,
     /// Told when the connection has served its last request.
     worn_out: Notify,
+    /// `http1_safe_max_connection_duration`, where it applies.
+    ends_softly: bool,
 }
 
 impl ConnState {
@@ -171,6 +173,7 @@ pub async fn serve(
         last_progress: Cell::new(Instant::now()),
         stall_limit: Cell::new(manager.config.stream_idle_timeout),
         worn_out: Notify::new(),
+        ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,
     });
     if http2 {
         stats.downstream_cx_http2_total.inc();
@@ -192,6 +195,8 @@ enum Stage {
     Open,
     /// Its client is told with the next answer.
     Draining,
+    /// The same, but only so long.
+    Grace,
     /// It ends with what is in flight.
     Closing,
 }
@@ -240,7 +245,7 @@ async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
         Ok::<(), hyper::Error>(())
     };
     drive!(serving, state, drain, |_, stage| match stage {
-        Stage::Draining => connection.drain(),
+        Stage::Draining | Stage::Grace => connection.drain(),
         _ => connection.graceful_shutdown(),
     });
 }
@@ -267,11 +272,19 @@ async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
     drive!(builder.serve_connection(io, service), state, drain, end);
 }
 
-/// Ends when the connection shall take no further request, or one more: the next stage, and the counter that says why.
+/// Ends when the connection has come to another stage: that one, and the counter that says why.
 async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, opened: Instant) -> (Stage, Counter) {
     let (config, stats) = (&state.manager.config, &state.manager.stats);
+    if stage == Stage::Grace {
+        let extra = config.drain_timeout.mul_f64(fastrand::f64() * config.drain_jitter);
+        tokio::select! {
+            () = tokio::time::sleep(config.drain_timeout + extra) => {}
+            () = drain.daemon_leaves() => {}
+        }
+        return (Stage::Closing, stats.downstream_cx_drain_close);
+    }
     let too_old = async {
-        match config.max_connection_duration {
+        match config.max_connection_duration.filter(|_| stage == Stage::Open || !state.ends_softly) {
             Some(limit) => tokio::time::sleep(limit.saturating_sub(opened.elapsed())).await,
             None => std::future::pending().await,
         }
@@ -294,10 +307,11 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
             drain.daemon_leaves().await;
         }
     };
+    let aged = if state.ends_softly { Stage::Draining } else { Stage::Grace };
     tokio::select! {
         () = drained => (if stage == Stage::Open { Stage::Draining } else { Stage::Closing }, stats.downstream_cx_drain_close),
-        () = too_old => (Stage::Closing, stats.downstream_cx_max_duration_reached),
-        () = idle => (Stage::Closing, stats.downstream_cx_idle_timeout),
+        () = too_old => (aged, stats.downstream_cx_max_duration_reached),
+        () = idle => (Stage::Grace, stats.downstream_cx_idle_timeout),
         () = state.worn_out.notified() => (Stage::Closing, stats.downstream_cx_drain_close),
     }
 }

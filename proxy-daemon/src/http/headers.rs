@@ -83,18 +83,16 @@ pub(super) fn check_request(
     if head.version == Version::HTTP_2 {
         return if head.method == Method::CONNECT { Err(no_route()) } else { Ok(()) };
     }
-    let mut reply = if head.method == Method::CONNECT {
-        no_route()
-    } else if !head.headers.contains_key(HOST) || connection_nominates(&head.headers, "host") {
-        LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header")
-    } else if let Some(refused) = refused {
-        return Err(refused);
-    } else {
-        return Ok(());
-    };
-    // What follows may not be HTTP.
-    reply.headers.push((CONNECTION, HeaderValue::from_static("close")));
-    Err(reply)
+    if head.method == Method::CONNECT {
+        let mut reply = no_route();
+        // What follows may not be HTTP.
+        reply.headers.push((CONNECTION, HeaderValue::from_static("close")));
+        return Err(reply);
+    }
+    if !head.headers.contains_key(HOST) || connection_nominates(&head.headers, "host") {
+        return Err(LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header"));
+    }
+    refused.map_or(Ok(()), Err)
 }
 
 fn no_route() -> LocalReply {

@@ -42,6 +42,8 @@ pub(super) fn answer(
     mut asked: Asked<'_>,
     filters: &mut Vec<Box<dyn HttpFilter>>,
 ) -> Response<Body> {
+    // What follows may be no HTTP either, whatever becomes of the answer.
+    let closes = end.http1 && reply.status == StatusCode::BAD_REQUEST && !end.state.config().http1_stays_open;
     end.flags |= reply.flags;
     if end.details.is_empty() {
         end.details = reply.details;
@@ -92,10 +94,13 @@ pub(super) fn answer(
         }
         end.flags |= cx.flags;
     }
-    if end.http1 && head.status == StatusCode::BAD_REQUEST {
+    if closes {
         head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     headers::sign_response(&mut head, end.state.config(), end.request_id.as_ref());
+    if !is_refused(&end, &asked) {
+        end.tell_proxy_status(&mut head);
+    }
     end.keep_response(head.status, &head.headers);
     end.filters.append(filters);
     match &body {
@@ -106,6 +111,11 @@ pub(super) fn answer(
         }
     }
     Response::from_parts(head, body)
+}
+
+/// Whether it is no HTTP that is answered. Envoy notes a protocol error only after its answer is made.
+fn is_refused(end: &StreamEnd, asked: &Asked<'_>) -> bool {
+    !matches!(asked, Asked::Stream(_)) && end.flags == ResponseFlags::DPE
 }
 
 /// Does what `local_reply_config` says. Returns what the body is then, where the headers shall say so.
@@ -121,9 +131,7 @@ fn rewrite(
     let mut chosen = None;
     let host = end.host.as_ref().map(|(_, host)| host.host.display());
     let record = |head: &ResponseHead, see: &mut dyn FnMut(&Record<'_>)| {
-        // A protocol error is noted later, as in Envoy.
-        let refused = !matches!(asked, Asked::Stream(_)) && end.flags == ResponseFlags::DPE;
-        let flags = if refused { ResponseFlags::default() } else { end.flags };
+        let flags = if is_refused(end, asked) { ResponseFlags::default() } else { end.flags };
         let details = Cow::as_ref(&end.details);
         let mut see = |record: &Record<'_>| {
             see(&Record { response_flags: flags, response_code_details: details, missing: "-", ..*record });

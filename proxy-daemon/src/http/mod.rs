@@ -20,6 +20,7 @@ mod mirror;
 mod node;
 mod normal;
 mod observe;
+mod proxy_status;
 mod redirect;
 mod replay;
 mod request;

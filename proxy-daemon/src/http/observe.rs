@@ -19,6 +19,7 @@ use super::{
     conn_manager::ConnState,
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
+    proxy_status,
     stats::HcmStats,
     stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
@@ -250,12 +251,21 @@ impl StreamEnd {
         self.upgrade = Some(Decrement::after_inc(stats.downstream_cx_upgrades_active));
     }
 
+    /// `proxy_status_config`
+    pub(super) fn tell_proxy_status(&self, head: &mut ResponseHead) {
+        let config = self.state.config();
+        if let Some(told) = &config.proxy_status {
+            proxy_status::tell(config, told, self.flags, &self.details, head);
+        }
+    }
+
     /// An upstream's response is what the client gets.
-    pub(super) fn came_from_upstream(&mut self, response: &ResponseHead, cx: &super::stream::StreamCx) {
+    pub(super) fn came_from_upstream(&mut self, response: &mut ResponseHead, cx: &super::stream::StreamCx) {
         self.flags |= cx.flags;
         if self.details.is_empty() {
             self.details = Cow::Borrowed("via_upstream");
         }
+        self.tell_proxy_status(response);
         self.keep_response(response.status, &response.headers);
     }
 

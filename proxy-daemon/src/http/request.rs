@@ -215,7 +215,7 @@ pub(super) async fn handle(
     }
     finish_response(&mut response, &cx, &end, answered.attempts);
     if filters.is_empty() {
-        end.came_from_upstream(&response, &cx);
+        end.came_from_upstream(&mut response, &cx);
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
         return Response::from_parts(response, Body::observed(incoming, Box::new(observer)));
     }
@@ -237,7 +237,7 @@ pub(super) async fn handle(
     let mut settled = end.borrow_mut();
     settled.filters = filters;
     if reply.is_none() {
-        settled.came_from_upstream(&response, &cx);
+        settled.came_from_upstream(&mut response, &cx);
     }
     drop(settled);
     // A body that has not ended holds it too.

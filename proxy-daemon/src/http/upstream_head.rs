@@ -48,3 +48,30 @@ pub(super) fn to_http2(head: &mut RequestHead) {
     }
     head.version = Version::HTTP_2;
 }
+
+/// The scheme of a whole URI.
+pub(super) fn set_scheme(uri: &mut Uri, https: bool) {
+    let mut parts = std::mem::take(uri).into_parts();
+    if parts.authority.is_some() {
+        parts.scheme = Some(if https { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
+    }
+    // As before, or with another scheme in its place.
+    *uri = Uri::from_parts(parts).unwrap_or_default();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheme_is_the_hosts() {
+        let mut uri = Uri::from_static("http://a.test/x?y");
+        set_scheme(&mut uri, true);
+        assert_eq!(uri, "https://a.test/x?y");
+        set_scheme(&mut uri, false);
+        assert_eq!(uri, "http://a.test/x?y");
+        let mut path = Uri::from_static("/x");
+        set_scheme(&mut path, true);
+        assert_eq!(path, "/x");
+    }
+}

@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
@@ -42,7 +42,8 @@ pub struct Case {
 /// A case of routes, which get a virtual host of their own.
 ///
 /// In the YAML `$a`, `$b`, `$c` stand for a route to that service, and `$1` to `$9` for an answer with that number. A request is
-/// `GET /path`, and a line for each header; after an empty line comes its body.
+/// `GET /path`, and a line for each header; after an empty line comes its body. `CONNECTION` and a line's end before it makes it a
+/// whole connection, in pieces (see `follow`), in which `$host` is the case's.
 pub fn case(name: &'static str, routes: &str, requests: &[&str]) -> Case {
     let requests = requests.iter().map(|request| (*request).to_owned()).collect();
     Case { name, yaml: routes.to_owned(), requests, ..Case::default() }
@@ -133,6 +134,10 @@ impl Stage {
     /// What a client and the services see of one request.
     fn outcome(&self, case: &Case, index: usize, request: usize) -> Result<String> {
         let id = format!("{index}-{request}");
+        if let Some(script) = case.requests[request].strip_prefix("CONNECTION\n") {
+            let text = follow(self.ports[index], &script.replace("$host", &format!("case-{index}.test")));
+            return Ok(text.unwrap_or_else(|error| format!("{error:#}\n")));
+        }
         let bytes = bytes(&case.requests[request], index, &id);
         let method = bytes.split(' ').next().unwrap_or_default();
         let mut text = if case.requests[request].contains("\nupgrade:") {
@@ -248,6 +253,41 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     }
     ensure!(problems.is_empty(), "{} of {count} requests differ:\n{}", problems.len(), problems.join("\n"));
     Ok(())
+}
+
+/// What a client sees on one connection, and in which second that ends. The pieces between `|` are sent as they are, but for their
+/// ends of lines; `wait 300` waits so many milliseconds.
+fn follow(port: u16, script: &str) -> Result<String> {
+    let started = Instant::now();
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(6)))?;
+    let mut reader = stream.try_clone()?;
+    let reading = thread::spawn(move || {
+        let mut read = Vec::new();
+        let ended = match reader.read_to_end(&mut read) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => "open".to_owned(),
+            _ => format!("ended in second {}", started.elapsed().as_secs()),
+        };
+        (read, ended)
+    });
+    for piece in script.split('|') {
+        match piece.strip_prefix("wait ").and_then(|time| time.parse().ok()) {
+            Some(time) => thread::sleep(Duration::from_millis(time)),
+            // It may be too late for that.
+            None => drop(stream.write_all(piece.replace('\n', "\r\n").as_bytes())),
+        }
+    }
+    let (read, ended) = reading.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?;
+    let text = String::from_utf8_lossy(&read).into_owned();
+    // The order of headers is a proxy's own.
+    let heads = text.split("\r\n\r\n").map(|head| {
+        let line = |line: &str| line.split_once(": ").map_or(line.to_owned(), |(name, value)| shown(name, value));
+        let mut lines: Vec<_> = head.split("\r\n").map(line).collect();
+        lines.sort();
+        lines.join("\n")
+    });
+    let heads: Vec<_> = heads.collect();
+    Ok(format!("{}\n{ended}\n", heads.join("\n\n")))
 }
 
 /// What a client sees that asks for another protocol. The request's body is what it says then: the pieces between `|`, each once the

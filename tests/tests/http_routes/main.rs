@@ -2,6 +2,7 @@
 //! requests; what clients see and what the services behind the proxies see must be the same.
 
 mod actions;
+mod connections;
 mod harness;
 mod headers;
 mod limits;
@@ -49,6 +50,11 @@ fn mirrors_are_envoys() -> Result<()> {
 #[test]
 fn managers_are_envoys() -> Result<()> {
     harness::compare(managers::cases())
+}
+
+#[test]
+fn connections_are_envoys() -> Result<()> {
+    harness::compare(connections::cases())
 }
 
 #[test]

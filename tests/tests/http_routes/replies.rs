@@ -34,7 +34,46 @@ const REQUESTS: [&str; 17] = [
 /// Requests that are refused before anything is done with them.
 const REFUSED: [&str; 3] = ["GET /own\nconnection: host", "GET none", "GET /own\nx_a: 1"];
 
+/// `proxy-status`
+fn causes() -> Vec<Case> {
+    let requests = [
+        "GET /own",
+        "GET /forbidden",
+        "GET /none",
+        "GET /gone\nx-cluster: nowhere",
+        "GET /gone\nx-cluster: dead",
+        "GET /slow\nx-do: hang",
+        "GET /retried\nx-do: 503",
+        "GET /retried\nx-do: 503+proxy-status=origin",
+        "GET /a\nx-do: reset",
+        "GET /a\nx-do: 503+proxy-status=origin",
+        "GET /a\nx-do: 200+proxy-status=origin",
+        "GET none",
+        "GET /own\nx_a: 1",
+        "GET /none\ncontent-type: application/grpc",
+    ];
+    let routes = format!(
+        "- {{match: {{prefix: /retried}}, route: {{cluster: a, retry_policy: {{retry_on: 5xx, num_retries: 1}}}}}}\n{ROUTES}"
+    );
+    let with = |name, fields: &str| {
+        case(name, &routes, &requests).of_manager(&format!("proxy_status_config: {{{fields}}}")).of_manager("via: v")
+    };
+    vec![
+        with("proxy_status_config", ""),
+        with("proxy_status_config without details", "remove_details: true"),
+        with("proxy_status_config without flags", "remove_response_flags: true, literal_proxy_name: \"a b\""),
+        with("proxy_status_config that sets statuses", "set_recommended_response_code: true, use_node_id: true"),
+        with("proxy_status_config, local_reply_config", "").of_manager(
+            "local_reply_config: {body_format: {text_format_source: {inline_string: \"%RESP(proxy-status)%\"}}}",
+        ),
+    ]
+}
+
 pub fn cases() -> Vec<Case> {
+    [bodies(), causes()].concat()
+}
+
+fn bodies() -> Vec<Case> {
     let with = |name, config: &str| {
         case(name, ROUTES, &[&REQUESTS[..], &REFUSED[..]].concat()).of_manager(&format!("local_reply_config: {config}"))
     };

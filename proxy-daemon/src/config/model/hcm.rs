@@ -73,6 +73,18 @@ pub struct HttpConnectionManagerConfig {
     pub rules: RequestRules,
     /// A stream may last so long, where its route does not say.
     pub max_stream_duration: Option<Duration>,
+    /// A connection that is old or idle has so long until it ends: what comes meanwhile is served. Default 5 s.
+    pub drain_timeout: Duration,
+    /// It may have longer, at random, by as much as this share of that. Default 0.
+    pub drain_jitter: f64,
+    /// An HTTP/1 connection that is old ends with the next response, however long that takes.
+    pub http1_safe_max_connection_duration: bool,
+    /// A request that is answered with 400 leaves its HTTP/1 connection open, where it has been read as a whole.
+    pub http1_stays_open: bool,
+    /// Responses say why they are not the upstream's; `None`: they do not.
+    pub proxy_status: Option<Box<ProxyStatus>>,
+    /// HTTP/2 hosts are told the scheme that they are spoken to by.
+    pub scheme_matches_upstream: bool,
     /// A client that is still sending has so long to see the last answer. Default 1 s.
     pub delayed_close_timeout: Option<Duration>,
     /// What becomes of the answers that are made here; `None`: they stay.
@@ -127,6 +139,12 @@ impl Default for HttpConnectionManagerConfig {
             rules: RequestRules::default(),
             max_stream_duration: None,
             delayed_close_timeout: Some(Duration::from_secs(1)),
+            drain_timeout: Duration::from_secs(5),
+            drain_jitter: 0.0,
+            http1_safe_max_connection_duration: false,
+            http1_stays_open: false,
+            proxy_status: None,
+            scheme_matches_upstream: false,
             local_replies: None,
             http1: Http1Options::default(),
             http2: Http2Options::default(),
@@ -136,6 +154,30 @@ impl Default for HttpConnectionManagerConfig {
             upgrades: Box::default(),
         }
     }
+}
+
+/// `HttpConnectionManager.ProxyStatusConfig`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProxyStatus {
+    /// Who says it.
+    pub name: ProxyName,
+    /// With what `%RESPONSE_CODE_DETAILS%` says.
+    pub details: bool,
+    /// And with the response's flags.
+    pub flags: bool,
+    /// The response's status is the one that RFC 9209 recommends.
+    pub recommended_status: bool,
+}
+
+/// What a proxy is called in `proxy-status`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProxyName {
+    /// As `server_name` says.
+    Server,
+    /// By the node's id.
+    Node,
+    /// By this name.
+    Literal(String),
 }
 
 /// How requests are made the same before their routes are chosen.

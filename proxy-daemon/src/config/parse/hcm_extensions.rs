@@ -4,7 +4,10 @@ use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
     config::core::v3::{TypedExtensionConfig, scheme_header_transformation::Transformation},
     extensions::{
-        filters::network::http_connection_manager::v3::HttpConnectionManager,
+        filters::network::http_connection_manager::v3::{
+            HttpConnectionManager,
+            http_connection_manager::{ProxyStatusConfig, proxy_status_config::ProxyName as ProtoName},
+        },
         http::{
             early_header_mutation::header_mutation::v3::HeaderMutation,
             original_ip_detection::{custom_header::v3::CustomHeaderConfig, xff::v3::XffConfig},
@@ -22,7 +25,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{IpDetection, Scheme, TrustedXff},
+        model::{IpDetection, ProxyName, ProxyStatus, Scheme, TrustedXff},
     },
     http::filters::EarlyMutations,
 };
@@ -95,6 +98,20 @@ pub(super) fn scheme(manager: &HttpConnectionManager) -> Option<Scheme> {
         manager.scheme_header_transformation.as_ref()?.transformation.as_ref()?;
     // Nothing else passes the rules of the message.
     Some(if scheme == "https" { Scheme::Https } else { Scheme::Http })
+}
+
+/// `proxy_status_config`
+pub(super) fn proxy_status(told: &ProxyStatusConfig) -> ProxyStatus {
+    ProxyStatus {
+        name: match &told.proxy_name {
+            Some(ProtoName::UseNodeId(_)) => ProxyName::Node,
+            Some(ProtoName::LiteralProxyName(name)) => ProxyName::Literal(name.clone()),
+            None => ProxyName::Server,
+        },
+        details: !told.remove_details,
+        flags: !told.remove_response_flags,
+        recommended_status: told.set_recommended_response_code,
+    }
 }
 
 fn type_of(config: &Any) -> &str {

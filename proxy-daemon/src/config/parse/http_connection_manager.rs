@@ -22,7 +22,7 @@ use http::HeaderValue;
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, header_value, http2, limit, number, required},
+    common::{Result, cidrs, duration, header_value, http2, limit, number, required},
     config_source::config_source,
     hcm_extensions, local_reply,
     route::{routes, without_vhds},
@@ -79,6 +79,10 @@ pub(super) fn http_connection_manager(
     let internal = internal.map(|config| config.cidr_ranges.as_slice()).unwrap_or_default();
     let is_set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
     let old = common.max_connection_duration;
+    let http1_options = manager.http_protocol_options.clone().unwrap_or_default();
+    // HTTP/2 connections stay open in any case.
+    let stays_open =
+        http1_options.override_stream_error_on_invalid_http_message.or(manager.stream_error_on_invalid_http_message);
     Ok(HttpConnectionManagerConfig {
         upgrades: upgrade::of_manager(&manager.upgrade_configs, path)?,
         stat_prefix: manager.stat_prefix.clone(),
@@ -94,6 +98,7 @@ pub(super) fn http_connection_manager(
         ip_detection: hcm_extensions::ip_detection(manager, path)?,
         add_user_agent: is_set(manager.add_user_agent),
         scheme: hcm_extensions::scheme(manager),
+        scheme_matches_upstream: manager.scheme_header_transformation.as_ref().is_some_and(|it| it.match_upstream),
         pack_trace_reason: hcm_extensions::packs_trace_reason(manager, path)?,
         early_mutations: hcm_extensions::early_mutations(manager, path)?,
         generate_request_id: manager.generate_request_id.is_none_or(|value| value.value),
@@ -113,6 +118,11 @@ pub(super) fn http_connection_manager(
         rules: request_rules(manager, path)?,
         max_stream_duration: limit(common.max_stream_duration, None, &common_path, "max_stream_duration")?,
         delayed_close_timeout: limit(manager.delayed_close_timeout, seconds(1), path, "delayed_close_timeout")?,
+        drain_timeout: duration(manager.drain_timeout, path, "drain_timeout")?.unwrap_or(Duration::from_secs(5)),
+        drain_jitter: manager.drain_timeout_jitter.map_or(0.0, |jitter| jitter.value / 100.0),
+        http1_safe_max_connection_duration: manager.http1_safe_max_connection_duration,
+        http1_stays_open: is_set(stays_open),
+        proxy_status: manager.proxy_status_config.as_ref().map(|told| Box::new(hcm_extensions::proxy_status(told))),
         local_replies: local_reply::local_replies(manager.local_reply_config.as_ref(), path)?,
         http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,
         http2: http2(manager.http2_protocol_options.as_ref()),

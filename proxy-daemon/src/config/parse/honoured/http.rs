@@ -275,10 +275,24 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "headers_with_underscores_action",
         ],
     ),
-    ("envoy.config.core.v3.Http1ProtocolOptions", &["accept_http_10", "default_host_for_http_10", "enable_trailers"]),
+    (
+        "envoy.config.core.v3.Http1ProtocolOptions",
+        &[
+            "accept_http_10",
+            "default_host_for_http_10",
+            "enable_trailers",
+            "override_stream_error_on_invalid_http_message",
+        ],
+    ),
     (
         "envoy.config.core.v3.Http2ProtocolOptions",
-        &["max_concurrent_streams", "initial_stream_window_size", "initial_connection_window_size"],
+        &[
+            "max_concurrent_streams",
+            "initial_stream_window_size",
+            "initial_connection_window_size",
+            // Of both sides: streams are all that is reset.
+            "override_stream_error_on_invalid_http_message",
+        ],
     ),
     // Access logs
     ("envoy.config.accesslog.v3.AccessLog", &["name", "filter", "typed_config"]),
