@@ -195,7 +195,7 @@ fn rewrite(
 }
 
 /// A message as gRPC writes it into a header: what is not printable, and `%`, as `%` and two digits.
-fn grpc_message(text: &[u8]) -> String {
+pub(super) fn grpc_message(text: &[u8]) -> String {
     text.iter().fold(String::with_capacity(text.len()), |mut message, byte| {
         match byte {
             b' '..=b'~' if *byte != b'%' => message.push(char::from(*byte)),
@@ -207,7 +207,7 @@ fn grpc_message(text: &[u8]) -> String {
 }
 
 /// Envoy's mapping of HTTP statuses to gRPC's.
-fn grpc_status(status: StatusCode) -> u16 {
+pub(super) fn grpc_status(status: StatusCode) -> u16 {
     match status.as_u16() {
         400 => 13,
         401 => 16,

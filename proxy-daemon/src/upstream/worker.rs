@@ -143,6 +143,14 @@ impl WorkerCluster {
         counter
     }
 
+    /// The same where `leaf` is of a request; `None` where that would be more than `most` counters.
+    pub fn counter_within(&self, leaf: &str, most: usize) -> Option<Counter> {
+        let counters = self.counters.borrow();
+        let room = counters.contains_key(leaf) || counters.len() < most;
+        drop(counters);
+        room.then(|| self.counter(leaf))
+    }
+
     /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.
     fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>) -> WorkerCluster {
         let next = WorkerCluster::new(cluster, before.worker);

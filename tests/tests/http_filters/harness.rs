@@ -198,6 +198,10 @@ fn filter_stats(stats: &str, index: usize) -> String {
             if value.contains("P50(") || value == "No recorded values" {
                 return None;
             }
+            // What is counted of gRPC is the work of all cases together.
+            if index == 0 && name.starts_with("cluster.a.grpc") && value != "0" {
+                return Some(line.to_owned());
+            }
             // What filters count below a cluster's name has the case's name as their prefix.
             let of_cluster = name.strip_prefix("cluster.a.").filter(|own| own.contains(&format!(".case{index}.")));
             let own = of_cluster

@@ -8,6 +8,7 @@ mod browsers;
 mod changes;
 mod compression;
 mod faults;
+mod grpc;
 mod harness;
 mod health_checks;
 mod limits;
@@ -37,6 +38,11 @@ fn messages_are_changed_as_by_envoy() -> Result<()> {
 #[test]
 fn bodies_are_compressed_as_by_envoy() -> Result<()> {
     harness::compare(compression::cases())
+}
+
+#[test]
+fn grpc_is_counted_and_translated_as_by_envoy() -> Result<()> {
+    harness::compare(grpc::cases())
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn describe(service: &str, request: &Request) -> String {
 ///
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
 /// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
-/// followed by `+name=value` for response headers, of which `delay` (milliseconds), `bytes` (a body of so many), and
+/// followed by `+name=value` for response headers, of which `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
 /// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -88,6 +88,11 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
             match (name, value.parse()) {
                 ("delay", Ok(milliseconds)) => thread::sleep(Duration::from_millis(milliseconds)),
                 ("bytes", Ok(bytes)) => response.body = vec![b'x'; usize::try_from(bytes)?],
+                ("content-type", _) => {
+                    response.headers.0.retain(|(name, _)| !name.eq_ignore_ascii_case("content-type"));
+                    response.headers.push(name, value);
+                }
+                ("frames", Ok(frames)) => response.body = b"\0\0\0\0\x03abc".repeat(usize::try_from(frames)?),
                 // Text that becomes a good deal shorter.
                 ("gzip" | "br" | "zstd", Ok(bytes)) => {
                     response.body = compressed(name, usize::try_from(bytes)?)?;

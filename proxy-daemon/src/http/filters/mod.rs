@@ -12,7 +12,10 @@ mod decompressor;
 mod discovered;
 mod ext_authz;
 mod fault;
+mod grpc_counts;
 mod grpc_http1_bridge;
+mod grpc_stats;
+mod grpc_web;
 mod header_mutation;
 mod header_to_metadata;
 mod health_check;
@@ -286,6 +289,18 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.grpc_http1_bridge",
         type_name: "envoy.extensions.filters.http.grpc_http1_bridge.v3.Config",
         parse: grpc_http1_bridge::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.grpc_stats",
+        type_name: "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+        parse: grpc_stats::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.grpc_web",
+        type_name: "envoy.extensions.filters.http.grpc_web.v3.GrpcWeb",
+        parse: grpc_web::parse,
         per_route: None,
     },
     Registered {

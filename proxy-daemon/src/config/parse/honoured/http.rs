@@ -21,6 +21,13 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
     ("envoy.extensions.filters.http.bandwidth_limit.v3.BandwidthLimit", ALL),
     ("envoy.extensions.filters.http.grpc_http1_bridge.v3.Config", &[]),
+    (
+        "envoy.extensions.filters.http.grpc_stats.v3.FilterConfig",
+        &["individual_method_stats_allowlist", "stats_for_all_methods", "replace_dots_in_grpc_service_name"],
+    ),
+    ("envoy.config.core.v3.GrpcMethodList", ALL),
+    ("envoy.config.core.v3.GrpcMethodList.Service", ALL),
+    ("envoy.extensions.filters.http.grpc_web.v3.GrpcWeb", ALL),
     ("envoy.extensions.filters.http.rbac.v3.RBACPerRoute", ALL),
     ("envoy.extensions.filters.http.health_check.v3.HealthCheck", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config", &["request_rules", "response_rules"]),

@@ -1,0 +1,108 @@
+//! Counters of gRPC calls below a cluster's name: `cluster.<name>.grpc.<service>.<method>.<what>`.
+
+use std::rc::Rc;
+
+use http::HeaderValue;
+
+use crate::{
+    http::stream::{RequestHead, StreamCx},
+    upstream::WorkerCluster,
+};
+
+/// The most counters that clients' paths make for a cluster: what comes later is counted without its method.
+const MAX_COUNTERS: usize = 10_000;
+
+/// The longest name of a service or method that has counters of its own, in bytes.
+const MAX_NAME: usize = 256;
+
+/// Where one call is counted.
+pub(super) struct Call {
+    cluster: Rc<WorkerCluster>,
+    protocol: &'static str,
+    /// `<service>.<method>`; `None`: the counters of all calls.
+    method: Option<String>,
+}
+
+/// The service and the method that a path names.
+pub(super) fn service_and_method(head: &RequestHead) -> Option<(&str, &str)> {
+    let mut parts = head.uri.path().split('/').filter(|part| !part.is_empty());
+    let (service, method) = (parts.next()?, parts.next()?);
+    parts.next().is_none().then_some((service, method))
+}
+
+impl Call {
+    /// A call of the stream's cluster, if it has one.
+    pub(super) fn new(cx: &StreamCx, protocol: &'static str, method: Option<(&str, &str)>) -> Option<Call> {
+        let short = |(service, method): &(&str, &str)| service.len() <= MAX_NAME && method.len() <= MAX_NAME;
+        let method = method.filter(short).map(|(service, method)| format!("{service}.{method}"));
+        Some(Call { cluster: Rc::clone(cx.cluster.as_ref()?), protocol, method })
+    }
+
+    /// Adds to a counter.
+    pub(super) fn add(&self, what: &str, amount: u64) {
+        let Call { cluster, protocol, method } = self;
+        let own = method.as_ref().map(|method| format!("{protocol}.{method}.{what}"));
+        let counter = own.and_then(|own| cluster.counter_within(&own, MAX_COUNTERS));
+        let counter = counter.unwrap_or_else(|| cluster.counter(&format!("{protocol}.{what}")));
+        counter.add(amount);
+    }
+
+    /// Counts how the call ended, by what its response or trailers say.
+    pub(super) fn charge(&self, status: Option<&HeaderValue>) {
+        let Some(status) = status.and_then(|status| status.to_str().ok()) else { return };
+        // What is no code of gRPC's is counted as one that is unknown to it.
+        let known = status.len() <= 2 && status.bytes().all(|byte| byte.is_ascii_digit());
+        self.add(if known { status } else { "unknown" }, 1);
+        self.add(if status == "0" { "success" } else { "failure" }, 1);
+        self.add("total", 1);
+    }
+}
+
+/// Counts the messages of a body as its bytes pass.
+#[derive(Debug, Default)]
+pub(super) struct Messages {
+    /// Bytes of the header that have come.
+    header: u8,
+    length: u32,
+    /// Bytes of the message that are to come.
+    left: u32,
+    /// It is no gRPC: nothing more is counted.
+    broken: bool,
+}
+
+impl Messages {
+    /// How many messages begin in these bytes.
+    pub(super) fn begun(&mut self, mut data: &[u8]) -> u64 {
+        let mut begun = 0;
+        while let Some((first, rest)) = data.split_first().filter(|_| !self.broken) {
+            if self.left > 0 {
+                let taken = data.len().min(self.left as usize);
+                // At most `left`.
+                self.left -= taken as u32;
+                data = &data[taken..];
+                continue;
+            }
+            if self.header == 0 {
+                // Compressed or not: a message of gRPC begins with nothing else.
+                self.broken |= *first > 1;
+                if self.broken {
+                    break;
+                }
+                begun += 1;
+                self.length = 0;
+            } else {
+                self.length = self.length << 8 | u32::from(*first);
+            }
+            self.header += 1;
+            if self.header == 5 {
+                (self.header, self.left) = (0, self.length);
+            }
+            data = rest;
+        }
+        begun
+    }
+}
+
+#[cfg(test)]
+#[path = "grpc_counts_tests.rs"]
+mod tests;

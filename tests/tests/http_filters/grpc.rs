@@ -1,0 +1,87 @@
+//! grpc_stats, grpc_web.
+
+use super::harness::{Case, case};
+
+const STATS: &str = "grpc_stats.v3.FilterConfig";
+const WEB: &str = "grpc_web.v3.GrpcWeb";
+
+pub fn cases() -> Vec<Case> {
+    [stats(), web()].concat()
+}
+
+/// The service speaks HTTP/1: what its trailers would say stands in the head.
+fn stats() -> Vec<Case> {
+    let call = |path: &str, service: &str| {
+        format!("POST {path}\ncontent-type: application/grpc\nx-do: 200+content-type=application/grpc{service}\n\n")
+            + "\0\0\0\0\u{3}abc\0\0\0\0\0"
+    };
+    let requests = [
+        call("/a.Service/Method", "+grpc-status=0"),
+        call("/a.Service/Other", "+grpc-status=5+grpc-message=gone"),
+        call("/b.Service/Method?x=1", "+grpc-status=16+bytes=0"),
+        call("/a.Service/Method", ""),
+        call("/one", "+grpc-status=0"),
+        call("/one/two/three", "+grpc-status=0"),
+        call("/direct/method", ""),
+        "POST /a.Service/Method\nx-do: 200+grpc-status=0\n\nbody".to_owned(),
+        "POST /a.Service/Method\ncontent-type: application/grpc\nx-do: reset\n\n".to_owned(),
+    ];
+    let requests: Vec<&str> = requests.iter().map(String::as_str).collect();
+    vec![
+        case("nothing of methods", STATS, "", &requests),
+        case("stats_for_all_methods", STATS, "stats_for_all_methods: true", &requests),
+        case(
+            "replace_dots_in_grpc_service_name",
+            STATS,
+            "stats_for_all_methods: true, replace_dots_in_grpc_service_name: true",
+            &requests,
+        ),
+        case(
+            "individual_method_stats_allowlist",
+            STATS,
+            "individual_method_stats_allowlist: {services: [{name: c.Service, method_names: [Method]}, \
+             {name: b.Service, method_names: [None, Method]}]}",
+            &requests,
+        ),
+    ]
+}
+
+fn web() -> Vec<Case> {
+    let kinds = ["", "+proto", "-text", "-text+proto", "-json", "+thrift"];
+    let mut requests = Vec::new();
+    for kind in kinds {
+        for accept in ["", "accept: application/grpc-web-text\n", "accept: application/grpc-web+proto\n"] {
+            requests.push(format!(
+                "POST /web.Service/Method\ncontent-type: application/grpc-web{kind}\n{accept}\
+                 x-do: 200+content-type=application/grpc+grpc-status=0+x-a=1+frames=2\n\nAAAAAANhYmM="
+            ));
+        }
+    }
+    let binary = "POST /web.Service/Method\ncontent-type: application/grpc-web\n";
+    let text = "POST /web.Service/Method\ncontent-type: application/grpc-web-text\naccept: application/grpc-web-text\n";
+    for kind in [binary, text] {
+        for answer in [
+            "200+content-type=application/grpc+grpc-status=5+bytes=0",
+            "200+content-type=application/grpc-web+frames=1",
+            "200+content-type=application/grpc-web+grpc-status=0+frames=3",
+            "200",
+            "200+bytes=0",
+            "404",
+            "503+bytes=20000",
+            "403+grpc-status=7",
+            "reset",
+        ] {
+            requests.push(format!("{kind}x-do: {answer}\n\nAAAAAANhYmM="));
+        }
+    }
+    requests.push("POST /direct\ncontent-type: application/grpc-web\n\nAAAAAANhYmM=".to_owned());
+    requests
+        .push("POST /direct\ncontent-type: application/grpc-web-text\naccept: application/grpc-web-text".to_owned());
+    requests.push(format!("{binary}grpc-accept-encoding: gzip\n\nabc"));
+    for bad in ["AAAA!AANhYmM=", "AAAAAANhYm", "A", "===="] {
+        requests.push(format!("{text}\n\n{bad}"));
+    }
+    requests.push("GET /".to_owned());
+    let requests: Vec<&str> = requests.iter().map(String::as_str).collect();
+    vec![case("web", WEB, "", &requests)]
+}
