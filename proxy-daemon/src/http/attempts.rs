@@ -85,6 +85,11 @@ impl Attempts<'_> {
                     }
                 }
                 Err(mut failed) => {
+                    if let Some(reply) = self.cx.progress.instead.take() {
+                        // The request is at fault, and not its host.
+                        end.excuse_host();
+                        return Err(*reply);
+                    }
                     let request = failed.request.take().or_else(|| kept.map(|copy| Box::new((copy, Body::Empty))));
                     let request = match request {
                         // The next attempt is free.

@@ -232,6 +232,8 @@ pub struct Progress {
     pub last_response: Cell<Instant>,
     /// The request turned out not to be HTTP in the middle of its body.
     pub malformed: Cell<Option<CodecError>>,
+    /// A filter refuses the request in the middle of its body, which breaks off: what the client is told.
+    pub instead: RefCell<Option<Box<LocalReply>>>,
     /// Woken when the request is complete, or malformed.
     pub waker: RefCell<Option<std::task::Waker>>,
 }
@@ -249,6 +251,7 @@ impl Progress {
             last_activity: Cell::new(started),
             last_response: Cell::new(started),
             malformed: Cell::new(None),
+            instead: RefCell::new(None),
             waker: RefCell::new(None),
         })
     }

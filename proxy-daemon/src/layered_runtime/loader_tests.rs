@@ -80,7 +80,12 @@ fn the_control_planes_values_are_a_layer_of_their_own() {
     let limit = Key::new("k");
     let given = |yaml: &str| check_values(&culvert_xds_client::json::from_yaml(yaml).unwrap()).unwrap();
     runtime.set_rtds(&Source::Ads, "r", given("{k: 2}"));
-    assert_eq!(limit.integer(), Some(2));
+    assert_eq!((limit.integer(), limit.double()), (Some(2), Some(2.0)));
+    runtime.set_rtds(&Source::Ads, "r", given("{k: 2.5}"));
+    assert_eq!(limit.double(), Some(2.5));
+    runtime.set_rtds(&Source::Ads, "r", given("{k: {numerator: 2}}"));
+    assert_eq!(limit.double(), None);
+    runtime.set_rtds(&Source::Ads, "r", given("{k: 2}"));
     assert_eq!(entry(&runtime, "k")["layer_values"], json!(["1", "2", ""]));
     runtime.set_rtds(&Source::Ads, "r", HashMap::new());
     assert_eq!(limit.integer(), Some(1));

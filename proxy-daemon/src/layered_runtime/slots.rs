@@ -25,12 +25,16 @@ struct Slot {
     fraction: AtomicU64,
     /// 0 or 1.
     boolean: AtomicU64,
+    /// The bits of a number, of which `NONE` is none.
+    double: AtomicU64,
 }
 
 impl Slot {
     fn set(&self, entry: Option<&Entry>) {
         let boolean = entry.and_then(|entry| entry.boolean);
         self.boolean.store(boolean.map_or(NONE, u64::from), Ordering::Relaxed);
+        let double = entry.and_then(|entry| entry.double).filter(|value| value.is_finite());
+        self.double.store(double.map_or(NONE, f64::to_bits), Ordering::Relaxed);
         let integer = entry.and_then(|entry| entry.integer);
         self.integer.store(integer.map_or(NONE, |value| value.min(NONE - 1)), Ordering::Relaxed);
         // A whole number is a percentage.
@@ -70,7 +74,7 @@ impl Key {
             state.sweep_at = (state.slots.len() * 2).max(1024);
         }
         let none = || AtomicU64::new(NONE);
-        let slot = Slot { name: name.into(), integer: none(), fraction: none(), boolean: none() };
+        let slot = Slot { name: name.into(), integer: none(), fraction: none(), boolean: none(), double: none() };
         slot.set(state.values.get(name));
         let slot = Arc::new(slot);
         state.slots.insert(name.into(), Arc::downgrade(&slot));
@@ -97,6 +101,12 @@ impl Key {
     #[inline]
     pub fn fraction(&self) -> Option<Fraction> {
         Some(self.0.fraction.load(Ordering::Relaxed)).filter(|value| *value != NONE).map(unpack)
+    }
+
+    /// Its value where it is a number.
+    #[inline]
+    pub fn double(&self) -> Option<f64> {
+        Some(self.0.double.load(Ordering::Relaxed)).filter(|value| *value != NONE).map(f64::from_bits)
     }
 
     /// Its value where it is a truth value, or a whole number: 0 is false.

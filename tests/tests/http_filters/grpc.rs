@@ -1,5 +1,8 @@
 //! grpc_stats, grpc_web.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use super::harness::{Case, case};
 
 const STATS: &str = "grpc_stats.v3.FilterConfig";
@@ -7,6 +10,27 @@ const WEB: &str = "grpc_web.v3.GrpcWeb";
 
 pub fn cases() -> Vec<Case> {
     [stats(), web()].concat()
+}
+
+const ANSWER: &str = "{\"rawBody\": \"YWJj\"}";
+
+/// A message that has the gRPC server answer in this way, as a frame.
+fn asks(answer: &str) -> String {
+    // All these lengths are of one byte, and are letters.
+    let field =
+        |number: u8, text: &str| format!("{}{}{text}", char::from(number << 3 | 2), char::from(text.len() as u8));
+    let entry = field(1, &(field(1, "answer") + &field(2, answer)));
+    let message = field(2, &entry);
+    format!("\0\0\0\0{}{message}", char::from(message.len() as u8))
+}
+
+/// A call of the gRPC server, whose trailers are none of the head's.
+pub fn called(kind: &str, accept: &str, answer: &str) -> String {
+    let body = if kind.contains("text") { STANDARD.encode(asks(answer)) } else { asks(answer) };
+    format!(
+        "POST /envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit\ncontent-type: {kind}\n\
+         accept: {accept}\n\n{body}"
+    )
 }
 
 /// The service speaks HTTP/1: what its trailers would say stands in the head.
@@ -19,13 +43,21 @@ fn stats() -> Vec<Case> {
         call("/a.Service/Method", "+grpc-status=0"),
         call("/a.Service/Other", "+grpc-status=5+grpc-message=gone"),
         call("/b.Service/Method?x=1", "+grpc-status=16+bytes=0"),
+        call("/d.Service/Method", "+grpc-status=0+frames=3"),
         call("/a.Service/Method", ""),
         call("/one", "+grpc-status=0"),
         call("/one/two/three", "+grpc-status=0"),
         call("/direct/method", ""),
         "POST /a.Service/Method\nx-do: 200+grpc-status=0\n\nbody".to_owned(),
         "POST /a.Service/Method\ncontent-type: application/grpc\nx-do: reset\n\n".to_owned(),
+        called("application/grpc", "", ANSWER),
+        called("application/grpc", "", "status 5"),
+        called("application/grpc", "", "http 404"),
     ];
+    // Other names than in the other cases: Envoy has counters of the same name for each way of finding them.
+    let listed =
+        requests.clone().map(|request| request.replace("b.Service", "c.Service").replace("d.Service", "e.Service"));
+    let listed: Vec<&str> = listed.iter().map(String::as_str).collect();
     let requests: Vec<&str> = requests.iter().map(String::as_str).collect();
     vec![
         case("nothing of methods", STATS, "", &requests),
@@ -40,8 +72,8 @@ fn stats() -> Vec<Case> {
             "individual_method_stats_allowlist",
             STATS,
             "individual_method_stats_allowlist: {services: [{name: c.Service, method_names: [Method]}, \
-             {name: b.Service, method_names: [None, Method]}]}",
-            &requests,
+             {name: e.Service, method_names: [None, Method]}]}",
+            &listed,
         ),
     ]
 }
@@ -50,7 +82,8 @@ fn web() -> Vec<Case> {
     let kinds = ["", "+proto", "-text", "-text+proto", "-json", "+thrift"];
     let mut requests = Vec::new();
     for kind in kinds {
-        for accept in ["", "accept: application/grpc-web-text\n", "accept: application/grpc-web+proto\n"] {
+        // Envoy never ends an answer in base64 that comes without trailers, as HTTP/1 has none.
+        for accept in ["", "accept: application/grpc-web-text+json\n", "accept: application/grpc-web+proto\n"] {
             requests.push(format!(
                 "POST /web.Service/Method\ncontent-type: application/grpc-web{kind}\n{accept}\
                  x-do: 200+content-type=application/grpc+grpc-status=0+x-a=1+frames=2\n\nAAAAAANhYmM="
@@ -62,8 +95,6 @@ fn web() -> Vec<Case> {
     for kind in [binary, text] {
         for answer in [
             "200+content-type=application/grpc+grpc-status=5+bytes=0",
-            "200+content-type=application/grpc-web+frames=1",
-            "200+content-type=application/grpc-web+grpc-status=0+frames=3",
             "200",
             "200+bytes=0",
             "404",
@@ -74,12 +105,24 @@ fn web() -> Vec<Case> {
             requests.push(format!("{kind}x-do: {answer}\n\nAAAAAANhYmM="));
         }
     }
+    for answer in
+        ["200+content-type=application/grpc-web+frames=1", "200+content-type=application/grpc-web+grpc-status=0"]
+    {
+        requests.push(format!("{binary}x-do: {answer}\n\nAAAAAANhYmM="));
+    }
     requests.push("POST /direct\ncontent-type: application/grpc-web\n\nAAAAAANhYmM=".to_owned());
     requests
         .push("POST /direct\ncontent-type: application/grpc-web-text\naccept: application/grpc-web-text".to_owned());
     requests.push(format!("{binary}grpc-accept-encoding: gzip\n\nabc"));
-    for bad in ["AAAA!AANhYmM=", "AAAAAANhYm", "A", "===="] {
-        requests.push(format!("{text}\n\n{bad}"));
+    for bad in ["AAAA!AANhYmM=", "AAAAAANhYm", "A", "====", ""] {
+        requests.push(format!("{text}\n{bad}"));
+    }
+    for kind in kinds.map(|kind| format!("application/grpc-web{kind}")) {
+        for accept in ["application/grpc-web", "application/grpc-web-text", "application/grpc-web-text+proto"] {
+            for answer in [ANSWER, "{}", "status 5", "http 404", "garbage"] {
+                requests.push(called(&kind, accept, answer));
+            }
+        }
     }
     requests.push("GET /".to_owned());
     let requests: Vec<&str> = requests.iter().map(String::as_str).collect();

@@ -37,7 +37,7 @@ pub struct Case {
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
 /// In it, `$case` is the connection manager's `stat_prefix`. A request is `GET /path` and a line for each header; after an empty
-/// line comes its body. Paths below `/direct` are answered by the proxy.
+/// line comes its body. Paths below `/direct` are answered by the proxy; `/envoy.` begins a method of the gRPC server's.
 pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[&str]) -> Case {
     let requests = requests.iter().map(|request| (*request).to_owned()).collect();
     Case {
@@ -64,6 +64,12 @@ impl Case {
     /// With a further filter behind.
     pub fn then(mut self, filter: &'static str, config: &str) -> Case {
         self.filters.push((filter, config.to_owned()));
+        self
+    }
+
+    /// With a further filter in front.
+    pub fn before(mut self, filter: &'static str, config: &str) -> Case {
+        self.filters.insert(0, (filter, config.to_owned()));
         self
     }
 
@@ -199,7 +205,8 @@ fn filter_stats(stats: &str, index: usize) -> String {
                 return None;
             }
             // What is counted of gRPC is the work of all cases together.
-            if index == 0 && name.starts_with("cluster.a.grpc") && value != "0" {
+            let of_grpc = ["cluster.a.grpc", "cluster.grpc.grpc"].iter().any(|prefix| name.starts_with(prefix));
+            if index == 0 && of_grpc && value != "0" {
                 return Some(line.to_owned());
             }
             // What filters count below a cluster's name has the case's name as their prefix.
@@ -320,6 +327,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
                 {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
                 {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
+                {{match: {{prefix: /envoy.}}, route: {{cluster: grpc}}}},
                 {{match: {{prefix: /}}, route: {{cluster: a{of_action}}}, typed_per_filter_config: {{{by_route}}}}}]}}
           http_filters:
 {filters}          - name: envoy.filters.http.router

@@ -2,6 +2,7 @@
 //! services behind the proxies see, what the access logs say and what the filters count must be the same.
 
 mod access;
+mod admission;
 mod authorization;
 mod bandwidth;
 mod browsers;
@@ -38,6 +39,13 @@ fn messages_are_changed_as_by_envoy() -> Result<()> {
 #[test]
 fn bodies_are_compressed_as_by_envoy() -> Result<()> {
     harness::compare(compression::cases())
+}
+
+#[test]
+fn requests_are_admitted_as_by_envoy() -> Result<()> {
+    let mut cases = admission::cases();
+    cases.push(admission::refusals());
+    harness::compare(cases)
 }
 
 #[test]

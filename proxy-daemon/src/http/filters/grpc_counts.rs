@@ -6,6 +6,7 @@ use http::HeaderValue;
 
 use crate::{
     http::stream::{RequestHead, StreamCx},
+    stats::Counter,
     upstream::WorkerCluster,
 };
 
@@ -38,13 +39,12 @@ impl Call {
         Some(Call { cluster: Rc::clone(cx.cluster.as_ref()?), protocol, method })
     }
 
-    /// Adds to a counter.
-    pub(super) fn add(&self, what: &str, amount: u64) {
+    /// The call's counter of this name.
+    pub(super) fn counter(&self, what: &str) -> Counter {
         let Call { cluster, protocol, method } = self;
         let own = method.as_ref().map(|method| format!("{protocol}.{method}.{what}"));
         let counter = own.and_then(|own| cluster.counter_within(&own, MAX_COUNTERS));
-        let counter = counter.unwrap_or_else(|| cluster.counter(&format!("{protocol}.{what}")));
-        counter.add(amount);
+        counter.unwrap_or_else(|| cluster.counter(&format!("{protocol}.{what}")))
     }
 
     /// Counts how the call ended, by what its response or trailers say.
@@ -52,9 +52,9 @@ impl Call {
         let Some(status) = status.and_then(|status| status.to_str().ok()) else { return };
         // What is no code of gRPC's is counted as one that is unknown to it.
         let known = status.len() <= 2 && status.bytes().all(|byte| byte.is_ascii_digit());
-        self.add(if known { status } else { "unknown" }, 1);
-        self.add(if status == "0" { "success" } else { "failure" }, 1);
-        self.add("total", 1);
+        self.counter(if known { status } else { "unknown" }).inc();
+        self.counter(if status == "0" { "success" } else { "failure" }).inc();
+        self.counter("total").inc();
     }
 }
 

@@ -16,6 +16,13 @@ fn messages_are_counted_wherever_their_bytes_are_parted() {
 }
 
 #[test]
+fn nothing_is_counted_behind_what_is_no_message() {
+    let mut messages = Messages::default();
+    assert_eq!(messages.begun(b"\0\0\0\0\x01a\x01\0\0\0\0\x02\0\0\0\0"), 2);
+    assert_eq!(messages.begun(b"\0\0\0\0\x01a"), 0);
+}
+
+#[test]
 fn a_path_of_two_parts_names_a_method() {
     for (path, named) in [
         ("/a.B/C", Some(("a.B", "C"))),

@@ -28,6 +28,7 @@ use crate::{
         headers::{is_grpc, names::GRPC_STATUS},
         stream::{RequestHead, ResponseHead, StreamCx},
     },
+    stats::Counter,
 };
 
 /// Which methods have counters of their own.
@@ -90,7 +91,7 @@ impl HttpFilter for GrpcStatsFilter {
 fn count(body: &mut Body, call: &Rc<Call>, what: &'static str, ends_call: bool) {
     if !body.is_end_stream() {
         let call = Rc::clone(call);
-        body.wrap(|body| Counting { body, messages: Messages::default(), call, what, ends_call });
+        body.wrap(|body| Counting { body, messages: Messages::default(), call, what, counter: None, ends_call });
     }
 }
 
@@ -100,6 +101,8 @@ struct Counting {
     messages: Messages,
     call: Rc<Call>,
     what: &'static str,
+    /// Found with the first message: without any there is none.
+    counter: Option<Counter>,
     /// Its trailers tell how the call ended.
     ends_call: bool,
 }
@@ -113,7 +116,9 @@ impl http_body::Body for Counting {
         if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
             let begun = self.messages.begun(data);
             if begun > 0 {
-                self.call.add(self.what, begun);
+                let counter = self.counter.unwrap_or_else(|| self.call.counter(self.what));
+                counter.add(begun);
+                self.counter = Some(counter);
             }
         } else if let Some(trailers) = frame.as_ref().and_then(Frame::trailers_ref)
             && self.ends_call

@@ -23,6 +23,7 @@ use super::{
     grpc_counts::{Call, service_and_method},
 };
 use crate::{
+    access_log::ResponseFlags,
     config::FieldError,
     http::{
         body::{Body, BodyError},
@@ -31,7 +32,7 @@ use crate::{
             names::{GRPC_MESSAGE, GRPC_STATUS},
         },
         local_reply::{grpc_message, grpc_status},
-        stream::{RequestHead, ResponseHead, StreamCx},
+        stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
     },
 };
 
@@ -82,7 +83,8 @@ impl HttpFilterFactory for GrpcWebFactory {
         let headers = &mut head.headers;
         headers.remove(CONTENT_LENGTH);
         if is_one_of(headers, CONTENT_TYPE, &[TEXT, TEXT_PROTO]) && !body.is_end_stream() {
-            body.wrap(|body| Decoded { body, held: Vec::new(), ended: false });
+            let progress = Rc::clone(&cx.progress);
+            body.wrap(|body| Decoded { body, held: Vec::new(), progress, ended: false });
         }
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         headers.insert(TE, HeaderValue::from_static("trailers"));
@@ -164,17 +166,26 @@ struct Decoded {
     body: Body,
     /// Less than four characters, which do not make bytes yet.
     held: Vec<u8>,
+    progress: Rc<Progress>,
     ended: bool,
 }
 
 impl Decoded {
+    /// The request is answered with 400.
+    fn refuse(&self, details: &'static str) -> BodyError {
+        let (status, text) = (StatusCode::BAD_REQUEST, "Bad gRPC-web request, invalid base64 data.");
+        let reply = LocalReply::new(status, text, ResponseFlags::default(), details);
+        self.progress.instead.replace(Some(Box::new(reply)));
+        BodyError::from("invalid base64 data")
+    }
+
     /// The bytes of all characters that are there, four by four: what browsers send may be several texts after each other.
     fn decode(&mut self, data: &[u8]) -> Result<Bytes, BodyError> {
         self.held.extend_from_slice(data);
         let whole = self.held.len() / 4 * 4;
         let mut bytes = Vec::with_capacity(whole / 4 * 3);
         for four in self.held[..whole].chunks_exact(4) {
-            STANDARD.decode_vec(four, &mut bytes).map_err(|_| BodyError::from("invalid base64 data"))?;
+            STANDARD.decode_vec(four, &mut bytes).map_err(|_| self.refuse("grpc_base_64_decode_failed"))?;
         }
         self.held.drain(..whole);
         Ok(bytes.into())
@@ -192,7 +203,7 @@ impl http_body::Body for Decoded {
             let Some(frame) = frame else {
                 this.ended = true;
                 if !this.held.is_empty() {
-                    return Poll::Ready(Some(Err("invalid base64 data".into())));
+                    return Poll::Ready(Some(Err(this.refuse("grpc_base_64_decode_failed_bad_size"))));
                 }
                 break;
             };

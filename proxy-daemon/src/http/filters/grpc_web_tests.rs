@@ -38,10 +38,17 @@ fn frames_are_encoded_each_by_itself_wherever_their_bytes_are_parted() {
 async fn base64_is_decoded_four_by_four() {
     let text = STANDARD.encode("a") + &STANDARD.encode("bcd");
     let decoded = |text: String| async {
-        let body = Decoded { body: Body::Full(text.into()), held: Vec::new(), ended: false };
-        body.collect().await.map(|collected| collected.to_bytes())
+        let progress = Progress::new(std::time::Instant::now(), false);
+        let body =
+            Decoded { body: Body::Full(text.into()), held: Vec::new(), progress: Rc::clone(&progress), ended: false };
+        let collected = body.collect().await.map(|collected| collected.to_bytes());
+        let refused = progress.instead.take().map(|reply| (reply.status.as_u16(), reply.details.into_owned()));
+        collected.map_err(|_| refused)
     };
     assert_eq!(decoded(text.clone()).await.unwrap(), "abcd");
-    assert!(decoded(text.clone() + "YQ").await.is_err());
-    assert!(decoded("!!!!".to_owned()).await.is_err());
+    for (bad, details) in
+        [(text + "YQ", "grpc_base_64_decode_failed_bad_size"), ("!!!!".to_owned(), "grpc_base_64_decode_failed")]
+    {
+        assert_eq!(decoded(bad).await, Err(Some((400, details.to_owned()))));
+    }
 }

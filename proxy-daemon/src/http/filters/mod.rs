@@ -2,6 +2,7 @@
 //!
 //! A filter is added by writing its file and one line in [`REGISTRY`]: docs/extending.md shows how.
 
+mod admission_control;
 mod bandwidth_limit;
 mod buffer;
 mod compression;
@@ -27,6 +28,7 @@ mod ratelimit;
 mod rbac;
 mod router;
 mod set_metadata;
+mod trailers;
 
 use std::{fmt::Debug, pin::Pin, sync::Arc};
 
@@ -229,6 +231,12 @@ pub const REGISTRY: &[Registered] = &[
         name: "culvert.filters.http.override",
         type_name: r#override::TYPE_NAME,
         parse: r#override::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.admission_control",
+        type_name: "envoy.extensions.filters.http.admission_control.v3.AdmissionControl",
+        parse: admission_control::parse,
         per_route: None,
     },
     Registered {

@@ -19,6 +19,12 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.cors.v3.CorsPolicy", ALL),
     ("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", ALL),
     ("envoy.extensions.filters.http.buffer.v3.Buffer", ALL),
+    ("envoy.extensions.filters.http.admission_control.v3.AdmissionControl", ALL),
+    ("envoy.extensions.filters.http.admission_control.v3.AdmissionControl.SuccessCriteria", ALL),
+    ("envoy.extensions.filters.http.admission_control.v3.AdmissionControl.SuccessCriteria.HttpCriteria", ALL),
+    ("envoy.extensions.filters.http.admission_control.v3.AdmissionControl.SuccessCriteria.GrpcCriteria", ALL),
+    ("envoy.config.core.v3.RuntimeDouble", ALL),
+    ("envoy.config.core.v3.RuntimePercent", ALL),
     ("envoy.extensions.filters.http.bandwidth_limit.v3.BandwidthLimit", ALL),
     ("envoy.extensions.filters.http.grpc_http1_bridge.v3.Config", &[]),
     (
