@@ -271,7 +271,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let window = parse::duration(config.sampling_window, path, "sampling_window")?.unwrap_or(DEFAULT_WINDOW);
     let scope = Scope::http(cx.stat_prefix).child("admission_control");
     Ok(Arc::new(AdmissionControlFactory(Arc::new(Configured {
-        enabled: super::compression::switch(config.enabled.as_ref()),
+        enabled: parse::runtime_switch(config.enabled.as_ref()),
         criteria: self::criteria(criteria, &format!("{path}.success_criteria"))?,
         window: Duration::from_secs(window.as_secs().max(1)),
         aggression: double(config.aggression, 1.0),

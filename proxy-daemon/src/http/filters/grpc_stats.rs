@@ -45,10 +45,6 @@ struct GrpcStatsFactory(Methods);
 struct GrpcStatsFilter(Rc<Call>);
 
 impl HttpFilterFactory for GrpcStatsFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,

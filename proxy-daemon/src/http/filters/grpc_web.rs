@@ -64,10 +64,6 @@ fn is_one_of(headers: &HeaderMap, name: HeaderName, kinds: &[&str]) -> bool {
 }
 
 impl HttpFilterFactory for GrpcWebFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        None
-    }
-
     fn request(
         &self,
         head: &mut RequestHead,
