@@ -9,6 +9,7 @@ use super::{
     body::Body,
     codec::{Incoming, h1::Upgrade},
     headers::{self, names::*},
+    internal_redirect::Sent,
     mirror::mirror,
     observe::StreamEnd,
     redirect::rewrite_path,
@@ -33,6 +34,8 @@ pub(super) struct Answer {
     pub(super) timers: Timers,
     /// How many attempts it took.
     pub(super) attempts: u32,
+    /// The request, where the response may redirect it.
+    pub(super) sent: Option<Box<Sent>>,
 }
 
 /// Sends the request that `head` and `body` are.
@@ -69,8 +72,17 @@ pub(super) async fn forward(
     if !mirrors.is_empty() && head.extensions.get::<Upgrade>().is_none() {
         mirror(mirrors, cx, &head, &mut body, timeouts.global, (limit, counter));
     }
-    if let Some(retry) = retry.as_mut().filter(|_| !matches!(body, Body::Empty)) {
-        retry.body = Some(Replay::new(std::mem::take(&mut body), limit, counter));
+    // A client that asks for another protocol has more to say than a request.
+    let redirects = action.internal_redirect.is_some() && head.extensions.get::<Upgrade>().is_none();
+    let mut replay = None;
+    if (retry.is_some() || redirects) && !matches!(body, Body::Empty) {
+        replay = Some(Replay::new(std::mem::take(&mut body), limit, counter));
+    }
+    let sent = redirects.then(|| Box::new(Sent { head: head.clone(), body: replay.clone() }));
+    match (&mut retry, replay) {
+        (Some(retry), replay) => retry.body = replay,
+        (None, Some(replay)) => body = replay.reader(),
+        (None, None) => {}
     }
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
     end.state.allow_stall(idle);
@@ -97,7 +109,7 @@ pub(super) async fn forward(
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         timers.request_answered();
     }
-    Ok(Answer { response, connection, timers, attempts: count })
+    Ok(Answer { response, connection, timers, attempts: count, sent })
 }
 
 /// The answer to a request that `upstream.maintenance_mode.<cluster>` refuses.

@@ -40,6 +40,7 @@ pub(crate) mod names {
         X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS = "x-envoy-upstream-rq-timeout-ms"
         X_ENVOY_UPSTREAM_SERVICE_TIME = "x-envoy-upstream-service-time"
         X_ENVOY_ORIGINAL_HOST = "x-envoy-original-host"
+        X_ENVOY_ORIGINAL_URL = "x-envoy-original-url"
         X_ENVOY_ORIGINAL_PATH = "x-envoy-original-path"
         X_ENVOY_ATTEMPT_COUNT = "x-envoy-attempt-count"
         X_ENVOY_OVERLOADED = "x-envoy-overloaded"

@@ -13,6 +13,7 @@ mod descriptors;
 pub mod filters;
 mod forward;
 pub(crate) mod headers;
+mod internal_redirect;
 mod io;
 mod local_reply;
 pub mod metadata;

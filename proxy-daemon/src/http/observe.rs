@@ -148,7 +148,7 @@ impl Observer for ResponseObserver {
 pub(super) struct StreamEnd {
     pub(super) state: Rc<ConnState>,
     pub(super) progress: Rc<Progress>,
-    started: Instant,
+    pub(super) started: Instant,
     /// Only kept where an access log wants it.
     log: Option<Box<LogParts>>,
     pub(super) status: Option<StatusCode>,
@@ -257,6 +257,22 @@ impl StreamEnd {
         if let Some(told) = &config.proxy_status {
             proxy_status::tell(config, told, self.flags, &self.details, head);
         }
+    }
+
+    /// The stream that follows this one with the same client: its request is here whole.
+    pub(super) fn renewed(&self) -> StreamEnd {
+        let progress = Progress::new(Instant::now(), true);
+        progress.received.set(self.progress.received.get());
+        let mut next = StreamEnd::new(Rc::clone(&self.state), progress, Instant::now());
+        (next.http1, next.grpc, next.request_id) = (self.http1, self.grpc, self.request_id.clone());
+        next
+    }
+
+    /// The stream ends with a redirect that is followed here.
+    pub(super) fn redirected(&mut self, response: &ResponseHead) {
+        self.complete = true;
+        self.details = Cow::Borrowed("internal_redirect");
+        self.keep_response(response.status, &response.headers);
     }
 
     /// An upstream's response is what the client gets.

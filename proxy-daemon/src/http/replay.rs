@@ -48,6 +48,12 @@ impl Replay {
         Body::Wrapped(Box::new(Reader { kept: Rc::clone(&self.0), number: kept.readers, next: 0, trailers: false }))
     }
 
+    /// All of it is here, and can be sent again.
+    pub(super) fn is_whole(&self) -> bool {
+        let kept = self.0.borrow();
+        kept.ended && !kept.abandoned
+    }
+
     /// There was more than may be kept: it cannot be sent again.
     pub(super) fn is_abandoned(&self) -> bool {
         self.0.borrow().abandoned

@@ -1,6 +1,12 @@
 //! One request: past the checks of its head to its route and the filters, and its answer back.
 
-use std::{cell::RefCell, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderValue, Request, Response, StatusCode, Version, header::LOCATION};
 
@@ -13,6 +19,7 @@ use super::{
     filters::{Flow, HttpFilter, PerRoute},
     forward::forward,
     headers::{self, names::*},
+    internal_redirect::{self, Sent, Trail},
     local_reply::{self, answer},
     normal,
     observe::{EndHolder, RequestObserver, ResponseObserver, StreamEnd},
@@ -61,7 +68,6 @@ pub(super) async fn handle(
         end.keep_request(&head);
         return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
     }
-    let random = fastrand::u64(..);
     let local_ip = local_ip(connection);
     let upgrade = Asked::of_request(&head);
     normal::mutate_early(&mut head, &state);
@@ -78,11 +84,45 @@ pub(super) async fn handle(
     if let Some(upgrade) = &upgrade {
         upgrade.tell(&mut head.headers);
     }
+    let body = if no_body {
+        Body::Empty
+    } else {
+        Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
+    };
+    let (remote, internal) = (trusted.remote, trusted.internal);
+    let mut arrived = Arrived { head, body, upgrade, remote, internal, trail: None };
+    loop {
+        match serve(end, arrived).await {
+            Ok(response) => return response,
+            Err(again) => (end, arrived) = *again,
+        }
+    }
+}
+
+/// A request that is what it shall be for routes and filters.
+struct Arrived {
+    head: RequestHead,
+    body: Body,
+    upgrade: Option<Asked>,
+    remote: SocketAddr,
+    internal: bool,
+    /// Where redirects have led it.
+    trail: Option<Box<Trail>>,
+}
+
+/// Takes a request through filters and router to its response's head, or to a redirect that is followed here: the stream that
+/// begins then.
+async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, Box<(StreamEnd, Arrived)>> {
+    let Arrived { mut head, mut body, upgrade, remote, internal, trail } = arrived;
+    let (state, progress) = (Rc::clone(&end.state), Rc::clone(&end.progress));
+    let (config, stats) = (&state.manager.config, &state.manager.stats);
+    let (grpc, is_head) = (end.grpc, head.method == http::Method::HEAD);
+    let random = fastrand::u64(..);
     let mut cx = StreamCx {
         worker: Rc::clone(&state.worker),
-        connection: Rc::clone(connection),
-        remote: trusted.remote,
-        internal: trusted.internal,
+        connection: Rc::clone(&state.connection),
+        remote,
+        internal,
         route: None,
         random,
         cluster: None,
@@ -93,17 +133,12 @@ pub(super) async fn handle(
         keeps_request: config.local_replies.is_some(),
         reroute: false,
         shared: http::Extensions::new(),
-        started,
+        started: end.started,
         progress: Rc::clone(&progress),
         request: RefCell::default(),
     };
     cx.route = state.routes.route(&head, &cx.match_cx());
     cx.cluster = choose_cluster(&mut cx, &head);
-    let mut body = if no_body {
-        Body::Empty
-    } else {
-        Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
-    };
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
     let mut entries = config.http_filters.iter().enumerate();
@@ -116,7 +151,8 @@ pub(super) async fn handle(
             end.keep_route(&cx);
             cx.keep_request(&head);
             filters.extend(unasked(entries, route.as_ref()));
-            return answer(end, upgrade::refused(), grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters);
+            let refused = upgrade::refused();
+            return Ok(answer(end, refused, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters));
         }
         end.upgraded(stats);
     }
@@ -171,13 +207,14 @@ pub(super) async fn handle(
         cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
         filters.extend(unasked(entries, route.as_ref()));
-        return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters);
+        return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters));
     }
     end.keep_request(&head);
     end.keep_route(&cx);
     cx.keep_request(&head);
 
     let route = cx.route.clone();
+    stats.rq_total.inc();
     let result = match route.as_ref().map(|route| &route.action) {
         None => {
             stats.no_route.inc();
@@ -192,24 +229,34 @@ pub(super) async fn handle(
             Err(reply)
         }
         Some(RouteAction::Redirect(action)) => {
-            stats.rq_redirect.inc();
+            stats.rq_direct_response.inc();
             let rule = route.as_ref().map(|route| &route.route_match);
             Err(rule.map_or_else(
                 || LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"),
                 |rule| redirect(&head, rule, action),
             ))
         }
-        Some(RouteAction::Forward(action)) => {
-            stats.rq_total.inc();
-            forward(&cx, &mut end, action, head, body).await
-        }
+        Some(RouteAction::Forward(action)) => forward(&cx, &mut end, action, head, body).await,
     };
     let answered = match result {
         Ok(answered) => answered,
-        Err(reply) => return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters),
+        Err(reply) => return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters)),
     };
 
     let (mut response, mut incoming) = answered.response.into_parts();
+    if let Some(sent) = answered.sent {
+        let trail = trail.unwrap_or_default();
+        if let Some(arrived) = redirected(&sent, &response, &cx, &end, trail) {
+            if http_body::Body::is_end_stream(&incoming) {
+                answered.connection.release();
+            }
+            end.redirected(&response);
+            end.filters = filters;
+            let next = end.renewed();
+            drop(end);
+            return Err(Box::new((next, arrived)));
+        }
+    }
     if let Some(upgrade) = &upgrade {
         upgrade.settle(&mut response, &mut incoming);
     }
@@ -217,7 +264,7 @@ pub(super) async fn handle(
     if filters.is_empty() {
         end.came_from_upstream(&mut response, &cx);
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
-        return Response::from_parts(response, Body::observed(incoming, Box::new(observer)));
+        return Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))));
     }
     let end = Rc::new(RefCell::new(end));
     let observer = ResponseObserver::new(EndHolder::Shared(Rc::clone(&end)), answered.timers, answered.connection);
@@ -244,7 +291,7 @@ pub(super) async fn handle(
     let end = Rc::into_inner(end).map(RefCell::into_inner);
     match (reply, end) {
         (Some(reply), Some(end)) => {
-            return answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut Vec::new());
+            return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut Vec::new()));
         }
         (_, end) => {
             if let Body::Wrapped(_) = body {
@@ -252,7 +299,37 @@ pub(super) async fn handle(
             }
         }
     }
-    Response::from_parts(response, body)
+    Ok(Response::from_parts(response, body))
+}
+
+/// What the request becomes where the response redirects it, and that is followed here.
+fn redirected(
+    sent: &Sent,
+    response: &ResponseHead,
+    cx: &StreamCx,
+    end: &StreamEnd,
+    mut trail: Box<Trail>,
+) -> Option<Arrived> {
+    let route = cx.route.as_ref()?;
+    let RouteAction::Forward(action) = &route.action else { return None };
+    let policy = action.internal_redirect.as_deref()?;
+    if !policy.response_codes.contains(&response.status) {
+        return None;
+    }
+    let state = &end.state;
+    let find = |head: &RequestHead| state.routes.route(head, &cx.match_cx());
+    let encrypted = cx.connection.tls.is_some();
+    let stats = &state.manager.stats;
+    let next = internal_redirect::follow(sent, (policy, route), response, (encrypted, &mut trail), stats, find);
+    if let Some(cluster) = &cx.cluster {
+        let stats = &cluster.cluster.stats;
+        match next {
+            Some(_) => stats.upstream_internal_redirect_succeeded_total.inc(),
+            None => stats.upstream_internal_redirect_failed_total.inc(),
+        }
+    }
+    let (head, body) = next?;
+    Some(Arrived { head, body, upgrade: None, remote: cx.remote, internal: cx.internal, trail: Some(trail) })
 }
 
 /// The filters of these that are on, for a request that they do not see.

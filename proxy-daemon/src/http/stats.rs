@@ -16,6 +16,8 @@ macro_rules! hcm_stats {
             pub(super) fn new(stat_prefix: &str) -> HcmStats {
                 let scope = Scope::http(stat_prefix);
                 let lease = scope.lease();
+                // Envoy has it and counts redirects as direct responses.
+                scope.counter("rq_redirect");
                 HcmStats {
                     $($counter: scope.counter(stringify!($counter)),)*
                     $($gauge: scope.gauge(stringify!($gauge)),)*
@@ -40,8 +42,11 @@ hcm_stats! {
         downstream_rq_failed_path_normalization downstream_rq_redirected_with_normalized_path
         downstream_rq_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
         downstream_rq_max_duration_reached
-        no_route no_cluster rq_direct_response rq_redirect rq_total
+        no_route no_cluster rq_direct_response rq_total
         rq_reset_after_downstream_response_started
+        passthrough_internal_redirect_bad_location passthrough_internal_redirect_unsafe_scheme
+        passthrough_internal_redirect_too_many_redirects passthrough_internal_redirect_no_route
+        passthrough_internal_redirect_predicate
     }
     gauges { downstream_cx_active downstream_cx_ssl_active downstream_cx_http1_active downstream_cx_http2_active
         downstream_rq_active downstream_cx_upgrades_active }

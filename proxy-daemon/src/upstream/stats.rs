@@ -60,6 +60,7 @@ cluster_stats! {
         upstream_rq_retry_backoff_exponential upstream_rq_retry_backoff_ratelimited upstream_rq_per_try_idle_timeout
         retry_or_shadow_abandoned upstream_rq_max_duration_reached
         upstream_rq_rx_reset upstream_rq_tx_reset upstream_rq_maintenance_mode
+        upstream_internal_redirect_succeeded_total upstream_internal_redirect_failed_total
         original_dst_host_invalid
         membership_change update_attempt update_success update_failure update_empty update_no_rebuild
         lb_healthy_panic lb_subsets_created

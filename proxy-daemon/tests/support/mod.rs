@@ -279,22 +279,7 @@ pub async fn http_listener(
     cluster: &str,
     edit: impl FnOnce(&mut ForwardAction),
 ) -> SocketAddr {
-    let mut action = ForwardAction {
-        rate_limits: Box::default(),
-        include_vh_rate_limits: false,
-        mirrors: Box::default(),
-        upgrades: Box::default(),
-        max_stream_duration: None,
-        cluster: ClusterChoice::Cluster(cluster.into()),
-        cluster_not_found_status: http::StatusCode::SERVICE_UNAVAILABLE,
-        timeout: Some(Duration::from_secs(15)),
-        idle_timeout: None,
-        retry_policy: None,
-        path_rewrite: PathRewrite::None,
-        host_rewrite: HostRewrite::None,
-        append_x_forwarded_host: false,
-        high_priority: false,
-    };
+    let mut action = ForwardAction::to(ClusterChoice::Cluster(cluster.into()));
     edit(&mut action);
     let filter = NetworkFilterConfig::HttpConnectionManager(Arc::new(connection_manager(name, action)));
     listen(plane, listener(name, "127.0.0.1:0".parse().unwrap(), filter)).await

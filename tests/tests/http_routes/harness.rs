@@ -163,6 +163,16 @@ impl Stage {
         Ok(text)
     }
 
+    /// The counters and gauges that are not 0 and whose names hold one of `parts`.
+    fn counted(&self, parts: &[&str]) -> Result<Vec<String>> {
+        if parts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let stats = self.proxy.stats()?;
+        let wanted = |name: &&str| parts.iter().any(|part| name.contains(part)) && stats.get(name) > 0;
+        Ok(stats.names().filter(wanted).map(|name| format!("{name}: {}", stats.get(name))).collect())
+    }
+
     /// What a client sees.
     fn fetch(&self, index: usize, bytes: &str, method: &str) -> String {
         match fetch_raw(self.ports[index], bytes.as_bytes(), method) {
@@ -213,6 +223,11 @@ impl Stage {
 
 /// Fails with all cases in which the two differ.
 pub fn compare(cases: Vec<Case>) -> Result<()> {
+    compare_counting(cases, &[])
+}
+
+/// As [`compare`]; the counters and gauges whose names hold one of `parts` must be the same, too.
+pub fn compare_counting(cases: Vec<Case>, parts: &[&str]) -> Result<()> {
     // For work on one case.
     let only = std::env::var("ONLY").unwrap_or_default();
     let cases: Vec<_> = cases.into_iter().filter(|case| case.name.contains(&only)).collect();
@@ -222,18 +237,26 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
             scope.spawn(move || -> Result<_> {
                 let stage = Stage::start(kind, cases)?;
                 let outcomes = stage.outcomes(cases);
-                // The proxy lives until here.
-                let Stage { proxy, .. } = stage;
-                drop(proxy);
-                Ok(outcomes)
+                Ok((outcomes, stage))
             })
         };
         let (envoy, culvert) = (run(Kind::Envoy), run(Kind::Culvert));
         (envoy.join(), culvert.join())
     });
     let ended = |_| anyhow::anyhow!("a thread panicked");
-    let (expected, seen) = (envoy.map_err(ended)??, culvert.map_err(ended)??);
+    let ((expected, envoy), (seen, culvert)) = (envoy.map_err(ended)??, culvert.map_err(ended)??);
     let mut problems = Vec::new();
+    let mut counted = (Vec::new(), Vec::new());
+    let same = wait_until(Duration::from_secs(3), "the same counters", || {
+        counted = (envoy.counted(parts)?, culvert.counted(parts)?);
+        ensure!(counted.0 == counted.1);
+        Ok(())
+    });
+    if same.is_err() {
+        let only = |a: &[String], b: &[String]| a.iter().filter(|line| !b.contains(line)).cloned().collect::<Vec<_>>();
+        let (envoy, culvert) = (only(&counted.0, &counted.1), only(&counted.1, &counted.0));
+        problems.push(format!("--- counters\nEnvoy:\n{}\nculvertd:\n{}\n", envoy.join("\n"), culvert.join("\n")));
+    }
     let mut count = 0;
     for ((case, expected), seen) in cases.iter().zip(&expected).zip(&seen) {
         count += expected.len();

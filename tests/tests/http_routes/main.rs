@@ -9,6 +9,7 @@ mod limits;
 mod managers;
 mod matches;
 mod mirrors;
+mod redirects;
 mod replies;
 mod retries;
 mod trust;
@@ -35,6 +36,11 @@ fn header_mutations_are_envoys() -> Result<()> {
 #[test]
 fn retries_are_envoys() -> Result<()> {
     harness::compare(retries::cases())
+}
+
+#[test]
+fn redirects_are_envoys() -> Result<()> {
+    harness::compare_counting(redirects::cases(), &["internal_redirect", "ingress.rq_", "ingress.downstream_rq_total"])
 }
 
 #[test]

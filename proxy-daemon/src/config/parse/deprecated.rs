@@ -78,6 +78,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute.vh_rate_limits",
     ),
     replaced(
+        "envoy.config.route.v3.RouteAction.internal_redirect_action",
+        "internal_redirect_policy",
+        "envoy.config.route.v3.RouteAction.internal_redirect_policy",
+    ),
+    replaced(
+        "envoy.config.route.v3.RouteAction.max_internal_redirects",
+        "internal_redirect_policy",
+        "envoy.config.route.v3.RouteAction.internal_redirect_policy",
+    ),
+    replaced(
         "envoy.config.route.v3.VirtualHost.per_request_buffer_limit_bytes",
         "request_body_buffer_limit",
         "envoy.config.route.v3.VirtualHost.request_body_buffer_limit",

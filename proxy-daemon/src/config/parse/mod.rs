@@ -15,6 +15,7 @@ mod hcm_extensions;
 mod health_check;
 pub mod honoured;
 mod http_connection_manager;
+mod internal_redirect;
 mod layered_runtime;
 mod listener;
 mod local_reply;

@@ -80,7 +80,7 @@ const TYPES: &[(&str, Why)] = &[
     ("envoy.extensions.health_checkers.thrift.", NotForUs(PROTOCOL)),
     ("envoy.extensions.http.", NotYet("extensions of HTTP filters")),
     ("envoy.extensions.http.ai_filters.", NotForUs("understanding model traffic is an application's matter")),
-    ("envoy.extensions.internal_redirect.", NotYet("internal redirects")),
+    ("envoy.extensions.internal_redirect.", NotYet("predicates that look at filter state")),
     ("envoy.extensions.key_value.", NotForUs("nothing here keeps such a store")),
     ("envoy.extensions.load_balancing_policies.", NotYet("`Cluster.load_balancing_policy`; see `lb_policy`")),
     ("envoy.extensions.load_balancing_policies.dynamic_modules.", NotForUs(CODE)),

@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{ClusterChoice, PathRewrite, RegexRewrite, RetryPolicy};
+use super::{ClusterChoice, InternalRedirectPolicy, PathRewrite, RegexRewrite, RetryPolicy};
 use crate::{config::model::RateLimit, layered_runtime::RuntimeFraction};
 
 /// What a route does with a request.
@@ -36,6 +36,8 @@ pub struct ForwardAction {
     pub max_stream_duration: Option<MaxStreamDuration>,
     /// Which failures are tried again.
     pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// Which of the upstream's redirects are followed; `None`: clients get them all.
+    pub internal_redirect: Option<Box<InternalRedirectPolicy>>,
     /// What the path becomes.
     pub path_rewrite: PathRewrite,
     /// Replaces the request's host.
@@ -52,6 +54,29 @@ pub struct ForwardAction {
     pub rate_limits: Box<[RateLimit]>,
     /// They are counted under what the virtual host says too.
     pub include_vh_rate_limits: bool,
+}
+
+impl ForwardAction {
+    /// With Envoy's defaults.
+    pub fn to(cluster: ClusterChoice) -> ForwardAction {
+        ForwardAction {
+            cluster,
+            cluster_not_found_status: StatusCode::SERVICE_UNAVAILABLE,
+            timeout: Some(Duration::from_secs(15)),
+            idle_timeout: None,
+            max_stream_duration: None,
+            retry_policy: None,
+            internal_redirect: None,
+            path_rewrite: PathRewrite::None,
+            host_rewrite: HostRewrite::None,
+            append_x_forwarded_host: false,
+            high_priority: false,
+            upgrades: Box::default(),
+            mirrors: Box::default(),
+            rate_limits: Box::default(),
+            include_vh_rate_limits: false,
+        }
+    }
 }
 
 /// `RouteAction.RequestMirrorPolicy`
