@@ -114,6 +114,14 @@ impl Daemon {
         Stats::read(&self.admin)
     }
 
+    /// What it has of the machine's memory, in bytes (`VmRSS`).
+    pub fn memory(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("VmRSS is `{line}`"))?;
+        Ok(kib * 1024)
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).context("signalling the daemon")

@@ -11,7 +11,7 @@ use super::{
     local_reply::{self, Asked},
     observe::StreamEnd,
     request,
-    stream::{LocalReply, Progress},
+    stream::{LocalReply, Progress, RequestHead},
 };
 use crate::{access_log::ResponseFlags, config::model::HttpConnectionManagerConfig};
 
@@ -38,6 +38,13 @@ impl Begun {
     /// Its head is here.
     pub(super) async fn handle(self, request: Request<Incoming>, refused: Option<LocalReply>) -> Response<Body> {
         request::handle(self, request, refused).await
+    }
+
+    /// Its head is one that gets no answer.
+    pub(super) fn refuse(mut self, head: &RequestHead, details: &'static str) {
+        self.end.keep_request(head);
+        self.end.flags |= ResponseFlags::DPE;
+        self.end.details = details.into();
     }
 
     /// The answer where there will be no head.

@@ -2,26 +2,21 @@
 
 use std::{
     cell::Cell,
-    convert::Infallible,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use http::{Request, Version};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::TokioTimer;
 use tokio::sync::Notify;
 
 use super::{
-    LocalExecutor, Routes,
+    Routes,
     aside::aside,
-    begun::Begun,
-    codec::{self, h1::ServerConnection},
+    codec::{h1, h2},
     io::DownstreamIo,
     observe::LoggedHeaders,
     scopes::RouteFinder,
-    stats::HcmStats,
+    stats::{CodecStats, HcmStats},
 };
 use crate::{
     access_log::AccessLog,
@@ -40,6 +35,7 @@ pub struct ConnectionManager {
     /// The names of its filters.
     filters: Arc<[Arc<str>]>,
     pub(super) stats: HcmStats,
+    pub(super) codecs: CodecStats,
     pub(super) access_logs: Vec<AccessLog>,
     pub(super) logged: LoggedHeaders,
 }
@@ -54,7 +50,7 @@ impl ConnectionManager {
         let logged = LoggedHeaders::new(&access_logs);
         let stats = HcmStats::new(&config.stat_prefix);
         let filters = config.http_filters.iter().map(|entry| Arc::clone(&entry.name)).collect();
-        Ok(ConnectionManager { config, routes, filters, stats, access_logs, logged })
+        Ok(ConnectionManager { config, routes, filters, stats, codecs: CodecStats::new(), access_logs, logged })
     }
 
     /// A connection that got no further than its TLS handshake.
@@ -238,11 +234,11 @@ macro_rules! drive {
 
 async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
     let (stream, read_ahead) = io.into_parts();
-    let connection = ServerConnection::new(stream, read_ahead, &state.manager.config);
+    let connection = h1::ServerConnection::new(stream, read_ahead, &state.manager.config);
     let serving = Rc::clone(&connection).serve(Rc::clone(&state));
     let serving = async {
         serving.await;
-        Ok::<(), hyper::Error>(())
+        Ok::<(), ::h2::Error>(())
     };
     drive!(serving, state, drain, |_, stage| match stage {
         Stage::Draining | Stage::Grace => connection.drain(),
@@ -251,25 +247,11 @@ async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
 }
 
 async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
-    let config = &state.manager.config;
-    let mut builder = http2::Builder::new(LocalExecutor);
-    builder
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(config.http2.max_concurrent_streams)
-        .initial_stream_window_size(config.http2.initial_stream_window_size)
-        .initial_connection_window_size(config.http2.initial_connection_window_size)
-        .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024));
-    let service = {
-        let state = Rc::clone(&state);
-        service_fn(move |request: Request<Incoming>| {
-            let begun = Begun::new(&state, Instant::now(), Version::HTTP_2);
-            let handled = begun.handle(request.map(codec::Incoming::Http2), None);
-            async { Ok::<_, Infallible>(handled.await) }
-        })
-    };
+    let connection = h2::ServerConnection::new(io, &state);
     // GOAWAY tells an idle client as well, and costs it nothing.
-    let end = |connection: std::pin::Pin<&mut http2::Connection<_, _, _>>, _| connection.graceful_shutdown();
-    drive!(builder.serve_connection(io, service), state, drain, end);
+    drive!(connection, state, drain, |connection: std::pin::Pin<&mut h2::ServerConnection>, _| {
+        connection.graceful_shutdown();
+    });
 }
 
 /// Ends when the connection has come to another stage: that one, and the counter that says why.
@@ -316,9 +298,10 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
     }
 }
 
-fn protocol_error(state: &ConnState, error: &hyper::Error) {
-    if error.is_parse() || error.is_parse_too_large() {
-        state.manager.stats.downstream_cx_protocol_error.inc();
+fn protocol_error(state: &ConnState, error: &::h2::Error) {
+    // What the client has noticed is not its own mistake.
+    if error.is_library() && error.reason().is_some() {
+        state.count_protocol_error();
     }
     tracing::debug!(connection = state.connection.id, peer = %state.connection.remote, %error, "connection ended");
 }

@@ -28,10 +28,19 @@ pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), Loc
     if rules.underscores != Underscores::Allow && head.headers.keys().any(has_underscore) {
         if rules.underscores == Underscores::Reject {
             state.count_protocol_error();
+            state.manager.codecs.http1_rejected_with_underscores.inc();
             return Err(CodecError::UNDERSCORE.into());
         }
         let names: Vec<_> = head.headers.keys().filter(|name| has_underscore(name)).cloned().collect();
-        names.iter().for_each(|name| drop(head.headers.remove(name)));
+        let codecs = &state.manager.codecs;
+        let counter = match head.version {
+            http::Version::HTTP_2 => codecs.http2_dropped_with_underscores,
+            _ => codecs.http1_dropped_with_underscores,
+        };
+        for name in &names {
+            counter.add(head.headers.get_all(name).iter().count() as u64);
+            head.headers.remove(name);
+        }
     }
     if config.normalize_path && head.uri.path().contains("%00") {
         state.count_failed_normalization();

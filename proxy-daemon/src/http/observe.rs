@@ -504,8 +504,8 @@ impl Drop for StreamEnd {
         stats.downstream_rq_time.record(elapsed);
         if !self.complete {
             stats.downstream_rq_rx_reset.inc();
-            self.flags |= ResponseFlags::DC;
             if self.details.is_empty() {
+                self.flags |= ResponseFlags::DC;
                 self.details = Cow::Borrowed("downstream_remote_disconnect");
             }
         }

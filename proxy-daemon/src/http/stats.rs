@@ -41,7 +41,7 @@ hcm_stats! {
         downstream_rq_rejected_via_ip_detection
         downstream_rq_failed_path_normalization downstream_rq_redirected_with_normalized_path
         downstream_rq_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
-        downstream_rq_max_duration_reached
+        downstream_rq_max_duration_reached downstream_rq_too_many_premature_resets
         no_route no_cluster rq_direct_response rq_total
         rq_reset_after_downstream_response_started
         passthrough_internal_redirect_bad_location passthrough_internal_redirect_unsafe_scheme
@@ -51,4 +51,43 @@ hcm_stats! {
     gauges { downstream_cx_active downstream_cx_ssl_active downstream_cx_http1_active downstream_cx_http2_active
         downstream_rq_active downstream_cx_upgrades_active }
     histograms { downstream_cx_length_ms downstream_rq_time }
+}
+
+/// The slots of what codecs count, `http1.<field>` and `http2.<field>`: all connection managers have them together.
+#[derive(Debug)]
+pub(super) struct CodecStats {
+    pub(super) http1_rejected_with_underscores: Counter,
+    pub(super) http1_dropped_with_underscores: Counter,
+    pub(super) http2_rejected_with_underscores: Counter,
+    pub(super) http2_dropped_with_underscores: Counter,
+    pub(super) goaway_sent: Counter,
+    pub(super) inbound_empty_frames_flood: Counter,
+    pub(super) inbound_priority_frames_flood: Counter,
+    pub(super) inbound_window_update_frames_flood: Counter,
+    pub(super) rx_messaging_error: Counter,
+    pub(super) rx_reset: Counter,
+    pub(super) tx_reset: Counter,
+    _leases: [Lease; 2],
+}
+
+impl CodecStats {
+    pub(super) fn new() -> CodecStats {
+        let (http1, http2) = (Scope::new("http1"), Scope::new("http2"));
+        let leases = [http1.lease(), http2.lease()];
+        let (rejected, dropped) = ("requests_rejected_with_underscores_in_headers", "dropped_headers_with_underscores");
+        CodecStats {
+            http1_rejected_with_underscores: http1.counter(rejected),
+            http1_dropped_with_underscores: http1.counter(dropped),
+            http2_rejected_with_underscores: http2.counter(rejected),
+            http2_dropped_with_underscores: http2.counter(dropped),
+            goaway_sent: http2.counter("goaway_sent"),
+            inbound_empty_frames_flood: http2.counter("inbound_empty_frames_flood"),
+            inbound_priority_frames_flood: http2.counter("inbound_priority_frames_flood"),
+            inbound_window_update_frames_flood: http2.counter("inbound_window_update_frames_flood"),
+            rx_messaging_error: http2.counter("rx_messaging_error"),
+            rx_reset: http2.counter("rx_reset"),
+            tx_reset: http2.counter("tx_reset"),
+            _leases: leases,
+        }
+    }
 }

@@ -9,8 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::{Mutex, Notify};
 
 use super::{
@@ -20,12 +18,11 @@ use super::{
 use crate::{
     config::model::Http2Options,
     http::{
-        LocalExecutor,
         body::Body,
         codec::{
             Incoming,
             h1::{ClientConnection, SendError},
-            h2_error, is_protocol_error,
+            h2, is_protocol_error,
         },
     },
     tls::AlpnFallback,
@@ -39,7 +36,7 @@ pub enum PoolError {
     Connect(#[from] ConnectError),
     /// The HTTP/2 preface or the first settings failed.
     #[error("protocol error: {0}")]
-    Handshake(hyper::Error),
+    Handshake(::h2::Error),
     /// A circuit breaker is open.
     #[error("overflow")]
     Overflow,
@@ -88,7 +85,7 @@ struct Http1Connection {
 }
 
 struct Http2Connection {
-    sender: http2::SendRequest<Body>,
+    client: Rc<h2::ClientConnection>,
     info: Rc<UpstreamInfo>,
     requests: Cell<u32>,
     /// Streams in flight, and since when there are none.
@@ -139,15 +136,12 @@ impl Reset {
     }
 }
 
-fn h2_reason(error: &hyper::Error) -> ResetReason {
-    let cause = h2_error(error);
-    match cause.and_then(h2::Error::reason) {
-        Some(h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
+fn h2_reason(error: &::h2::Error) -> ResetReason {
+    match error.reason() {
+        Some(::h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
         // The host goes away, and says that it has not looked at this one.
-        Some(h2::Reason::NO_ERROR) if cause.is_some_and(|error| error.is_go_away() && error.is_remote()) => {
-            ResetReason::Refused
-        }
-        _ if error.is_parse() || cause.is_some_and(is_protocol_error) => ResetReason::Protocol,
+        Some(::h2::Reason::NO_ERROR) if error.is_go_away() && error.is_remote() => ResetReason::Refused,
+        _ if is_protocol_error(error) => ResetReason::Protocol,
         Some(_) => ResetReason::Remote,
         None => ResetReason::Closed,
     }
@@ -388,16 +382,12 @@ impl WorkerHost {
         options: &Http2Options,
     ) -> Result<Rc<Http2Connection>, PoolError> {
         let info = Rc::new(stream.info());
-        let handshake = http2::Builder::new(LocalExecutor)
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(options.initial_stream_window_size)
-            .initial_connection_window_size(options.initial_connection_window_size)
-            .handshake(TokioIo::new(stream))
-            .await;
-        let (sender, driver) = handshake.map_err(PoolError::Handshake)?;
+        let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
+        let started = h2::ClientConnection::start(stream, options, buffer).await;
+        let (client, driver) = started.map_err(PoolError::Handshake)?;
         cluster.cluster.stats.upstream_cx_http2_total.inc();
         let connection = Rc::new(Http2Connection {
-            sender,
+            client,
             info,
             requests: Cell::new(0),
             active: Cell::new(0),
@@ -412,8 +402,9 @@ impl WorkerHost {
                 result = driver => log_end(result),
                 () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
             }
-            if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
-                home.forget_http2(&connection);
+            if let Some(connection) = watched.upgrade() {
+                connection.client.close();
+                home.upgrade().inspect(|home| home.forget_http2(&connection));
             }
             drop(open);
         });
@@ -435,7 +426,7 @@ impl SourcePool {
 
     fn shared_http2(&self) -> Option<Rc<Http2Connection>> {
         let mut slot = self.http2.borrow_mut();
-        if slot.as_ref().is_some_and(|connection| connection.sender.is_closed()) {
+        if slot.as_ref().is_some_and(|connection| connection.client.is_closed()) {
             *slot = None;
         }
         slot.as_ref().map(Rc::clone)
@@ -481,14 +472,12 @@ impl Connection {
                 connection.requests.set(connection.requests.get() + 1);
                 connection.active.set(connection.active.get() + 1);
                 connection.idle_since.set(None);
-                let response = connection.sender.clone().try_send_request(request);
-                match response.await {
-                    Ok(response) => Ok(response.map(Incoming::Http2)),
-                    Err(mut error) => {
-                        let request = error.take_message().map(Box::new);
-                        Err(Reset { request, reason: h2_reason(error.error()) })
+                connection.client.send(request, interim).await.map_err(|error| match error {
+                    h2::SendError::Unsent(request, error) => {
+                        Reset { request: Some(request), reason: h2_reason(&error) }
                     }
-                }
+                    h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
+                })
             }
         }
     }
@@ -539,7 +528,7 @@ async fn idle_watch(limit: Option<Duration>, idle_since: impl Fn() -> Option<Opt
     }
 }
 
-fn log_end(result: Result<(), hyper::Error>) {
+fn log_end(result: Result<(), ::h2::Error>) {
     if let Err(error) = result {
         tracing::debug!(%error, "upstream connection ended");
     }

@@ -351,6 +351,12 @@ pub struct Http2Options {
     pub initial_stream_window_size: u32,
     /// Bytes of the connection's flow-control window. Default 24 MiB.
     pub initial_connection_window_size: u32,
+    /// Frames without anything in them that a client may send in a row. Default 1.
+    pub max_consecutive_inbound_frames_with_empty_payload: u32,
+    /// PRIORITY frames for each stream that a client has opened. Default 100.
+    pub max_inbound_priority_frames_per_stream: u32,
+    /// WINDOW_UPDATE frames for each DATA frame that a client was sent. Default 10.
+    pub max_inbound_window_update_frames_per_data_frame_sent: u32,
 }
 
 impl Default for Http2Options {
@@ -359,6 +365,9 @@ impl Default for Http2Options {
             max_concurrent_streams: 1024,
             initial_stream_window_size: 16 << 20,
             initial_connection_window_size: 24 << 20,
+            max_consecutive_inbound_frames_with_empty_payload: 1,
+            max_inbound_priority_frames_per_stream: 100,
+            max_inbound_window_update_frames_per_data_frame_sent: 10,
         }
     }
 }

@@ -228,6 +228,18 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             options.initial_connection_window_size,
             default.initial_connection_window_size,
         ),
+        max_consecutive_inbound_frames_with_empty_payload: number(
+            options.max_consecutive_inbound_frames_with_empty_payload,
+            default.max_consecutive_inbound_frames_with_empty_payload,
+        ),
+        max_inbound_priority_frames_per_stream: number(
+            options.max_inbound_priority_frames_per_stream,
+            default.max_inbound_priority_frames_per_stream,
+        ),
+        max_inbound_window_update_frames_per_data_frame_sent: number(
+            options.max_inbound_window_update_frames_per_data_frame_sent,
+            default.max_inbound_window_update_frames_per_data_frame_sent,
+        ),
     }
 }
 

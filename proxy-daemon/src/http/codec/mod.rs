@@ -1,15 +1,19 @@
-//! The codecs: HTTP/1 is our own, HTTP/2 is hyper's. What is outside of this module sees heads of the crate `http` and bodies that
-//! are [`Incoming`].
+//! The codecs: HTTP/1 is our own, HTTP/2 is that of the crate `h2`. What is outside of this module sees heads of the crate `http` and
+//! bodies that are [`Incoming`].
 
 pub mod fuzz;
 pub mod h1;
+pub mod h2;
 
 use std::{
+    cell::RefCell,
     pin::Pin,
     task::{Context, Poll},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
+use http::HeaderValue;
 use http_body::{Body, Frame, SizeHint};
 
 use super::body::BodyError;
@@ -21,7 +25,7 @@ pub enum Incoming {
     #[default]
     Empty,
     /// On HTTP/2.
-    Http2(hyper::body::Incoming),
+    Http2(h2::ReceivedBody),
     /// A client's, on HTTP/1.
     Downstream(h1::RequestBody),
     /// A host's, on HTTP/1.
@@ -35,7 +39,7 @@ impl Body for Incoming {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match self.get_mut() {
             Incoming::Empty => Poll::Ready(None),
-            Incoming::Http2(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Incoming::Http2(body) => body.poll_frame(cx),
             Incoming::Downstream(body) => body.poll_frame(cx),
             Incoming::Upstream(body) => body.poll_frame(cx),
         }
@@ -61,10 +65,10 @@ impl Body for Incoming {
 }
 
 /// What is wrong with the HTTP/2 stream or connection that an error came of.
-pub(crate) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a h2::Error> {
+pub(crate) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a ::h2::Error> {
     let mut source = Some(error);
     while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<h2::Error>() {
+        if let Some(error) = error.downcast_ref::<::h2::Error>() {
             return Some(error);
         }
         source = error.source();
@@ -73,6 +77,22 @@ pub(crate) fn h2_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Opti
 }
 
 /// Whether the other side broke the protocol: either side may have noticed.
-pub(crate) fn is_protocol_error(error: &h2::Error) -> bool {
-    error.is_library() && error.reason().is_some() || error.reason() == Some(h2::Reason::PROTOCOL_ERROR)
+pub(crate) fn is_protocol_error(error: &::h2::Error) -> bool {
+    error.is_library() && error.reason().is_some() || error.reason() == Some(::h2::Reason::PROTOCOL_ERROR)
+}
+
+/// The `date` of a response, made once a second.
+fn date() -> HeaderValue {
+    thread_local! {
+        static MADE: RefCell<(u64, HeaderValue)> = const { RefCell::new((u64::MAX, HeaderValue::from_static(""))) };
+    }
+    let second = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    MADE.with(|made| {
+        let mut made = made.borrow_mut();
+        if made.0 != second {
+            let text = httpdate::HttpDate::from(UNIX_EPOCH + Duration::from_secs(second)).to_string();
+            *made = (second, HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("")));
+        }
+        made.1.clone()
+    })
 }

@@ -1,0 +1,109 @@
+//! The side that hosts are spoken to: a task for the connection, and one for each request's body that does not pass at once.
+
+use std::{cell::Cell, future::poll_fn, rc::Rc};
+
+use h2::client::{Connection, SendRequest};
+use http::{Request, Response, StatusCode, header::CONTENT_LENGTH};
+use http_body::Body as _;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::{
+    body::ReceivedBody,
+    send::{Outbox, Piece, Sending},
+};
+use crate::{
+    config::model::Http2Options,
+    http::{body::Body, codec::Incoming, headers},
+};
+
+/// `max_response_headers_kb` where nothing else is said, in bytes.
+const HEADERS: u32 = 60 * 1024;
+
+/// Why there is no response.
+pub enum SendError {
+    /// The connection takes no more requests; here it is again.
+    Unsent(Box<Request<Body>>, h2::Error),
+    /// The stream or the connection broke.
+    Reset(h2::Error),
+}
+
+/// A connection to a host, which carries many requests at a time.
+pub struct ClientConnection {
+    sender: SendRequest<Piece>,
+    outbox: Rc<Outbox>,
+    closed: Cell<bool>,
+}
+
+impl ClientConnection {
+    /// Begins a connection: what sends on it, and what drives it, which ends with the connection. `buffer`: how many bytes of bodies
+    /// may wait for the socket.
+    ///
+    /// # Errors
+    /// The host does not take it.
+    pub async fn start<T: AsyncRead + AsyncWrite + Unpin + 'static>(
+        io: T,
+        options: &Http2Options,
+        buffer: u32,
+    ) -> Result<(Rc<ClientConnection>, impl Future<Output = Result<(), h2::Error>> + use<T>), h2::Error> {
+        let mut builder = h2::client::Builder::new();
+        builder
+            .enable_push(false)
+            .initial_window_size(options.initial_stream_window_size)
+            .initial_connection_window_size(options.initial_connection_window_size)
+            .max_header_list_size(HEADERS)
+            .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
+        let (sender, connection): (_, Connection<T, Piece>) = builder.handshake(io).await?;
+        let client = Rc::new(ClientConnection { sender, outbox: Outbox::new(buffer), closed: Cell::new(false) });
+        Ok((client, connection))
+    }
+
+    /// It takes no further requests.
+    pub fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// Its end has come: nothing is sent on it from now on.
+    pub fn close(&self) {
+        self.closed.set(true);
+    }
+
+    /// Sends a request and waits for its response's head. `interim` is told of the 1xx that come before it.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        mut interim: impl FnMut(StatusCode),
+    ) -> Result<Response<Incoming>, SendError> {
+        let mut sender = match self.sender.clone().ready().await {
+            Ok(sender) => sender,
+            Err(error) => {
+                self.close();
+                return Err(SendError::Unsent(Box::new(request), error));
+            }
+        };
+        let (mut parts, body) = request.into_parts();
+        headers::strip_hop_by_hop(&mut parts.headers);
+        let end = body.is_end_stream();
+        if let Some(length) = body.size_hint().exact().filter(|length| !end && *length > 0) {
+            parts.headers.entry(CONTENT_LENGTH).or_insert_with(|| length.into());
+        }
+        let sent = sender.send_request(Request::from_parts(parts, ()), end);
+        let (mut response, stream) = sent.map_err(SendError::Reset)?;
+        let sending = if end { None } else { Sending::start(body, stream, &self.outbox) };
+        let response = poll_fn(|cx| {
+            while let std::task::Poll::Ready(Some(Ok(early))) = response.poll_informational(cx) {
+                interim(early.status());
+            }
+            std::pin::Pin::new(&mut response).poll(cx)
+        });
+        let (parts, stream) = response.await.map_err(SendError::Reset)?.into_parts();
+        // Nobody waits for the rest of a request that has its response.
+        let body = match stream.is_end_stream() {
+            true => Incoming::Empty,
+            false => Incoming::Http2(ReceivedBody::response(stream, &parts.headers, sending)),
+        };
+        Ok(Response::from_parts(parts, body))
+    }
+}

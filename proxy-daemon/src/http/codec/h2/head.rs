@@ -1,0 +1,80 @@
+//! Requests' heads, where RFC 9113 asks for more than the crate does.
+
+use h2::Reason;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method,
+    header::{CONTENT_LENGTH, COOKIE, HOST, TE, TRANSFER_ENCODING},
+    request::Parts,
+};
+
+use crate::config::model::{HttpConnectionManagerConfig, Underscores};
+
+/// Why a stream is reset instead of answered: how its client is told, and Envoy's word for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Malformed {
+    pub(super) reason: Reason,
+    pub(super) details: &'static str,
+}
+
+const MESSAGE: Malformed = Malformed { reason: Reason::PROTOCOL_ERROR, details: "http2.violation.of.messaging.rule" };
+const TOO_MANY: Malformed = Malformed { reason: Reason::INTERNAL_ERROR, details: "http2.too_many_headers" };
+const TOO_LARGE: Malformed = Malformed { reason: Reason::INTERNAL_ERROR, details: "http2.headers_too_large" };
+pub(super) const UNDERSCORE: Malformed =
+    Malformed { reason: Reason::INTERNAL_ERROR, details: "http2.unexpected_underscore" };
+
+/// `:method`, `:scheme`, `:path` and `:authority` count as headers.
+const PSEUDO_HEADERS: usize = 4;
+
+/// Refuses a head that is malformed, or too large, or that two servers could read differently; else makes of it what it would be in
+/// HTTP/1.1.
+pub(super) fn settle(head: &mut Parts, config: &HttpConnectionManagerConfig) -> Result<(), Malformed> {
+    let Parts { method, uri, headers, .. } = head;
+    let connects = *method == Method::CONNECT;
+    if let Some(authority) = uri.authority() {
+        // RFC 9113, section 8.3.1: without the userinfo that URIs once had.
+        if authority.as_str().is_empty() || authority.as_str().contains('@') || uri.scheme_str() == Some("") {
+            return Err(MESSAGE);
+        }
+        // It says the same, or is not to be believed.
+        headers.remove(HOST);
+    } else if connects || headers.get_all(HOST).iter().count() != 1 {
+        return Err(MESSAGE);
+    }
+    if !connects && !uri.path().starts_with('/') && *method != Method::OPTIONS {
+        return Err(MESSAGE);
+    }
+    if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+        return Err(MESSAGE);
+    }
+    if headers.len() + PSEUDO_HEADERS > config.max_headers_count as usize {
+        return Err(TOO_MANY);
+    }
+    let fields: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let path = uri.path_and_query().map_or(0, |path| path.as_str().len());
+    if fields + path > config.max_request_headers_kb as usize * 1024 {
+        return Err(TOO_LARGE);
+    }
+    if config.rules.underscores == Underscores::Reject && headers.keys().any(|name| name.as_str().contains('_')) {
+        return Err(UNDERSCORE);
+    }
+    join_cookies(headers);
+    Ok(())
+}
+
+/// RFC 9113, section 8.2.3: crumbs are one field again where they go on by HTTP/1.1.
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let crumbs: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    // Valid values and separators make a valid value.
+    if let Ok(joined) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// Whether trailers say what only a head may say: of the message's length, or of where it goes.
+pub(super) fn is_trailer(trailers: &HeaderMap) -> bool {
+    const OF_HEADS: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, HOST, TE];
+    !OF_HEADS.iter().any(|name| trailers.contains_key(name))
+}

@@ -1,0 +1,14 @@
+//! HTTP/2: frames, header blocks and flow control are the crate `h2`'s. What is here joins its streams to the proxy's: bodies that
+//! are read as fast as somebody takes them, and written as fast as the other side and the socket do.
+
+mod body;
+mod client;
+mod head;
+mod send;
+mod server;
+mod watch;
+
+pub use body::ReceivedBody;
+pub use client::{ClientConnection, SendError};
+pub(in crate::http) use server::ServerConnection;
+pub(in crate::http) use watch::Watch;

@@ -1,0 +1,189 @@
+//! Bodies on their way out.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::{Buf, Bytes};
+use h2::{Reason, SendStream};
+use http_body::Body as _;
+
+use crate::http::body::Body;
+
+/// How much of a connection's bodies has been handed to the crate and not yet to the socket. While it is more than the connection's
+/// limit, no stream adds to it.
+pub(super) struct Outbox {
+    queued: Cell<usize>,
+    limit: usize,
+    /// Streams that wait for room.
+    waiting: RefCell<Vec<Waker>>,
+}
+
+impl Outbox {
+    /// At most `limit` bytes wait, and one piece more for each stream that finds it below that.
+    pub(super) fn new(limit: u32) -> Rc<Outbox> {
+        // Whatever the limit: a frame passes.
+        let limit = (limit as usize).max(16 * 1024);
+        Rc::new(Outbox { queued: Cell::new(0), limit, waiting: RefCell::default() })
+    }
+
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.queued.get() < self.limit {
+            return Poll::Ready(());
+        }
+        let mut waiting = self.waiting.borrow_mut();
+        // Streams poll one after the other: the last one is the one that would come twice.
+        if waiting.last().is_none_or(|last| !last.will_wake(cx.waker())) {
+            waiting.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    fn sent(&self, bytes: usize) {
+        self.queued.set(self.queued.get() - bytes);
+        // Half of it is free: those that wait need not come for each frame.
+        if self.queued.get() <= self.limit / 2 && !self.waiting.borrow().is_empty() {
+            self.waiting.take().into_iter().for_each(Waker::wake);
+        }
+    }
+}
+
+/// A piece of a body until the socket has it.
+pub(super) struct Piece {
+    bytes: Bytes,
+    outbox: Option<Rc<Outbox>>,
+}
+
+impl Piece {
+    fn new(bytes: Bytes, outbox: &Rc<Outbox>) -> Piece {
+        outbox.queued.set(outbox.queued.get() + bytes.len());
+        Piece { bytes, outbox: Some(Rc::clone(outbox)) }
+    }
+
+    /// Says that there is nothing more.
+    fn none() -> Piece {
+        Piece { bytes: Bytes::new(), outbox: None }
+    }
+}
+
+impl Buf for Piece {
+    fn remaining(&self) -> usize {
+        self.bytes.remaining()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.bytes.chunk()
+    }
+
+    fn advance(&mut self, count: usize) {
+        self.bytes.advance(count);
+        if let Some(outbox) = &self.outbox {
+            outbox.sent(count);
+        }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        if let Some(outbox) = self.outbox.take().filter(|_| !self.bytes.is_empty()) {
+            outbox.sent(self.bytes.len());
+        }
+    }
+}
+
+/// The stream did not end as it should have.
+#[derive(Debug)]
+pub(super) struct Broken;
+
+/// Sends a body, and what comes after it. Ends early where the other side does not want more.
+///
+/// # Errors
+/// The other side has reset the stream, or the body broke off, of which the other side is told.
+pub(super) async fn send_body(body: &mut Body, to: &mut SendStream<Piece>, outbox: &Rc<Outbox>) -> Result<(), Broken> {
+    loop {
+        let frame = poll_fn(|cx| match to.poll_reset(cx) {
+            Poll::Ready(_) => Poll::Ready(Err(Broken)),
+            Poll::Pending => Pin::new(&mut *body).poll_frame(cx).map(Ok),
+        });
+        let frame = match frame.await? {
+            Some(Ok(frame)) => frame,
+            Some(Err(_)) => {
+                to.send_reset(Reason::INTERNAL_ERROR);
+                return Err(Broken);
+            }
+            None => return to.send_data(Piece::none(), true).map_err(|_| Broken),
+        };
+        match frame.into_data() {
+            Ok(data) => {
+                let end = body.is_end_stream();
+                send_data(data, end, to, outbox).await?;
+                if end {
+                    return Ok(());
+                }
+            }
+            Err(frame) => {
+                let Ok(trailers) = frame.into_trailers() else { continue };
+                return to.send_trailers(trailers).map_err(|_| Broken);
+            }
+        }
+    }
+}
+
+/// Sends one piece, as the other side's windows and the socket take it.
+async fn send_data(mut data: Bytes, end: bool, to: &mut SendStream<Piece>, outbox: &Rc<Outbox>) -> Result<(), Broken> {
+    if data.is_empty() {
+        return if end { to.send_data(Piece::none(), true).map_err(|_| Broken) } else { Ok(()) };
+    }
+    while !data.is_empty() {
+        // Only what is at hand is asked for: windows that are held in advance would be missed by other streams.
+        to.reserve_capacity(data.len());
+        let room = poll_fn(|cx| {
+            if to.poll_reset(cx).is_ready() {
+                return Poll::Ready(Err(Broken));
+            }
+            while to.capacity() == 0 {
+                match to.poll_capacity(cx) {
+                    Poll::Ready(Some(Ok(_))) => {}
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Broken)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            outbox.poll_room(cx).map(|()| Ok(to.capacity()))
+        });
+        let room = room.await?;
+        let piece = data.split_to(room.min(data.len()));
+        let last = end && data.is_empty();
+        to.send_data(Piece::new(piece, outbox), last).map_err(|_| Broken)?;
+    }
+    Ok(())
+}
+
+/// A body that is sent by a task of its own. Dropped, it breaks off.
+pub(super) struct Sending(tokio::task::JoinHandle<()>);
+
+impl Sending {
+    /// Sends as much as can be sent at once; `Some`: the rest follows.
+    pub(super) fn start(mut body: Body, mut to: SendStream<Piece>, outbox: &Rc<Outbox>) -> Option<Sending> {
+        let outbox = Rc::clone(outbox);
+        let mut sending = Box::pin(async move {
+            // The other side has been told of what went wrong, or has said so itself.
+            let _ = send_body(&mut body, &mut to, &outbox).await;
+        });
+        let mut cx = Context::from_waker(Waker::noop());
+        if sending.as_mut().poll(&mut cx).is_ready() {
+            return None;
+        }
+        // The task polls it again, with a waker of its own.
+        Some(Sending(tokio::task::spawn_local(sending)))
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

@@ -1,0 +1,45 @@
+//! HTTP/2 that is wrong, or meant to hurt, frame by frame, sent to culvertd and to the real Envoy.
+
+mod floods;
+mod frames;
+mod harness;
+mod heads;
+mod wire;
+
+use anyhow::Result;
+
+#[test]
+fn pseudo_headers_are_held_to_the_rules() -> Result<()> {
+    harness::compare(&heads::pseudo_headers(), &[])
+}
+
+#[test]
+fn fields_are_held_to_the_rules() -> Result<()> {
+    harness::compare(&heads::fields(), &[])
+}
+
+#[test]
+fn bodies_are_held_to_their_lengths() -> Result<()> {
+    harness::compare(&heads::bodies(), &[])
+}
+
+#[test]
+fn frames_have_their_sizes() -> Result<()> {
+    harness::compare(&frames::sizes(), &[])
+}
+
+#[test]
+fn frames_come_where_they_may() -> Result<()> {
+    harness::compare(&frames::states(), &[])
+}
+
+#[test]
+fn header_blocks_are_hpack() -> Result<()> {
+    harness::compare(&frames::compression(), &[])
+}
+
+#[test]
+fn underscores_are_refused_where_they_shall_be() -> Result<()> {
+    let options = "common_http_protocol_options: {headers_with_underscores_action: REJECT_REQUEST}";
+    harness::compare(&heads::underscores(), &[options])
+}
