@@ -11,7 +11,7 @@ use super::{
     headers::names::*,
     observe::StreamEnd,
     retry::{Failure, RetryState, Verdict},
-    stream::{LocalReply, RequestHead, StreamCx},
+    stream::{LocalReply, OverrideHost, RequestHead, StreamCx},
     timeouts::Timeouts,
     upstream_head::{protocol, set_scheme, to_http1, to_http2},
 };
@@ -145,14 +145,22 @@ impl Attempts<'_> {
 
     fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
         end.leave_host();
-        let stats = &self.cluster.cluster.stats;
-        let limits = self.cluster.cluster.limits(self.action.high_priority);
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
             original_dst: self.cx.connection.original_dst,
         };
-        let mut host = self.cluster.pick(&pick);
+        let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
+        let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
+        let mut host = match &overridden {
+            Some((_, Some(host))) if host.host.health.is_usable() => return self.take(end, Rc::clone(host)),
+            Some((OverrideHost { strict: Some(status), .. }, host)) => {
+                // One that is there and may not be used is another matter.
+                let status = if host.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { *status };
+                return Err(self.no_host(status));
+            }
+            Some(_) | None => self.cluster.pick(&pick),
+        };
         for _ in 0..self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
             let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
             if host.as_ref().filter(avoided).is_none() {
@@ -160,11 +168,21 @@ impl Attempts<'_> {
             }
             host = self.cluster.pick(&pick);
         }
-        let Some(host) = host else {
-            stats.upstream_cx_none_healthy.inc();
-            let (status, text) = (StatusCode::SERVICE_UNAVAILABLE, "no healthy upstream");
-            return Err(LocalReply::new(status, text, ResponseFlags::UH, "no_healthy_upstream"));
-        };
+        match host {
+            Some(host) => self.take(end, host),
+            None => Err(self.no_host(StatusCode::SERVICE_UNAVAILABLE)),
+        }
+    }
+
+    fn no_host(&self, status: StatusCode) -> LocalReply {
+        self.cluster.cluster.stats.upstream_cx_none_healthy.inc();
+        LocalReply::new(status, "no healthy upstream", ResponseFlags::UH, "no_healthy_upstream")
+    }
+
+    /// The attempt's host is this one, unless there are too many requests already.
+    fn take(&self, end: &mut StreamEnd, host: Rc<WorkerHost>) -> Result<Rc<WorkerHost>, LocalReply> {
+        let stats = &self.cluster.cluster.stats;
+        let limits = self.cluster.cluster.limits(self.action.high_priority);
         if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
             stats.upstream_rq_pending_overflow.inc();
             self.cluster.cluster.dropped.inc();

@@ -88,6 +88,8 @@ pub(super) fn answer(
     }
     let mut body = Body::Full(body);
     if let Asked::Stream(cx) = &mut asked {
+        cx.flags |= end.flags;
+        cx.upstream_host = end.host.as_ref().map(|(_, host)| Rc::clone(host));
         for filter in filters.iter_mut().rev() {
             // A filter cannot replace an answer that was made here.
             let _ = filter.response(&mut head, &mut body, cx);

@@ -128,6 +128,8 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         cluster: None,
         weighted: None,
         override_dst: None,
+        override_host: None,
+        upstream_host: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         keeps_request: config.local_replies.is_some(),
@@ -266,6 +268,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
         return Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))));
     }
+    cx.upstream_host = end.host.as_ref().map(|(_, host)| Rc::clone(host));
     let end = Rc::new(RefCell::new(end));
     let observer = ResponseObserver::new(EndHolder::Shared(Rc::clone(&end)), answered.timers, answered.connection);
     let mut body = Body::observed(incoming, Box::new(observer));

@@ -18,7 +18,7 @@ use crate::{
     listener::ConnectionInfo,
     runtime::Worker,
     tls::TlsInfo,
-    upstream::WorkerCluster,
+    upstream::{WorkerCluster, WorkerHost},
 };
 
 /// A request without its body.
@@ -55,6 +55,15 @@ impl LocalReply {
     }
 }
 
+/// The host that a filter wants a request to go to, of its cluster's.
+#[derive(Debug)]
+pub struct OverrideHost {
+    /// Its address, as Envoy writes it.
+    pub address: Box<str>,
+    /// The answer where there is no such host; `None`: another one is chosen, as it is where the host may not be used.
+    pub strict: Option<StatusCode>,
+}
+
 /// What filters and router know and decide about a stream.
 pub struct StreamCx {
     /// The worker that serves the stream.
@@ -73,6 +82,10 @@ pub struct StreamCx {
     pub weighted: Option<usize>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// Set by a filter: the first attempt goes to this host.
+    pub override_host: Option<OverrideHost>,
+    /// The host of the last attempt: known when there is a response.
+    pub upstream_host: Option<Rc<WorkerHost>>,
     /// Set by filters for the access log, whether the request is answered here or not.
     pub flags: ResponseFlags,
     /// `suppress_envoy_headers` of the stream's router.

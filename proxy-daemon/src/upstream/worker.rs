@@ -192,6 +192,19 @@ impl WorkerCluster {
         Some(Rc::clone(&usable[index]))
     }
 
+    /// The host at this address, whatever its health; of ORIGINAL_DST clusters there is none.
+    pub fn host_at(&self, address: &str) -> Option<Rc<WorkerHost>> {
+        let version = self.cluster.hosts_version();
+        if version != self.hosts_version.get() {
+            self.refresh(version);
+        }
+        let address = match address.parse() {
+            Ok(address) => EndpointAddress::Ip(address),
+            Err(_) => EndpointAddress::Pipe(address.into()),
+        };
+        self.all.borrow().get(&address).map(Rc::clone)
+    }
+
     /// The destination of an ORIGINAL_DST pick, by Envoy's precedence: filter, header, connection.
     fn destination(&self, cx: &PickCx<'_>, header: Option<&http::HeaderName>) -> Option<SocketAddr> {
         if cx.override_dst.is_some() {

@@ -37,7 +37,8 @@ pub struct Case {
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
 /// In it, `$case` is the connection manager's `stat_prefix`. A request is `GET /path` and a line for each header; after an empty
-/// line comes its body. Paths below `/direct` are answered by the proxy; `/envoy.` begins a method of the gRPC server's.
+/// line comes its body. Paths below `/direct` are answered by the proxy; `/envoy.` begins a method of the gRPC server's;
+/// those below `/many` go to a cluster of several hosts, as those below `/other`, of which the routes tell the filters nothing.
 pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[&str]) -> Case {
     let requests = requests.iter().map(|request| (*request).to_owned()).collect();
     Case {
@@ -109,6 +110,10 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     let authz = upstream::start("authz", Arc::clone(&seen))?;
     let asked = Arc::new(Asked::default());
     let grpc = services::start(Arc::clone(&asked))?;
+    let others = ["first", "backup", "degraded", "unhealthy", "draining"]
+        .map(|name| Ok((name, upstream::start(name, Arc::clone(&seen))?)))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
     let keys = services::start_keys(super::tokens::keys())?;
     let mut yaml = "static_resources:\n  listeners:\n".to_owned();
     let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
@@ -122,15 +127,19 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
         ("keys", keys, false),
         ("dead", 1, true),
     ]);
+    yaml += &hosts(&others);
     let mut proxy = Daemon::start(kind, &yaml)?;
     let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
-        let (seen, asked) = (&seen, &asked);
+        let (seen, asked, others) = (&seen, &asked, &others);
         let run = |(index, case)| {
             scope.spawn(move || {
-                let texts = requests(index, case, ports[index], seen, asked);
+                let texts = requests(index, case, ports[index], (seen, asked, others));
                 let hide = |text: String| {
                     let services = [(ports[index], "PORT"), (service, "SERVICE"), (authz, "AUTHZ"), (grpc, "GRPC")];
-                    services.into_iter().fold(text, |text, (port, name)| text.replace(&port.to_string(), name))
+                    let text =
+                        services.into_iter().fold(text, |text, (port, name)| text.replace(&port.to_string(), name));
+                    let all: Vec<_> = others.iter().copied().chain([("a", service)]).collect();
+                    sessions(&all).into_iter().fold(text, |text, (name, session)| text.replace(&session, &name))
                 };
                 texts.into_iter().map(hide).collect::<Vec<_>>()
             })
@@ -153,10 +162,33 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     Ok(texts)
 }
 
-fn requests(index: usize, case: &Case, port: u16, seen: &Seen, asked: &Asked) -> Vec<String> {
+/// What sessions with the hosts of the cluster `many` are called in cases, and what they are in cookies and headers.
+fn sessions(others: &[(&'static str, u16)]) -> Vec<(String, String)> {
+    use base64::Engine as _;
+    let encoded = |bytes: String| base64::engine::general_purpose::STANDARD.encode(bytes);
+    let of = |(name, port): &(&str, u16)| {
+        let address = format!("127.0.0.1:{port}");
+        let length = char::from(address.len() as u8);
+        [
+            (format!("$cookie_of_{name}"), encoded(format!("\n{length}{address}"))),
+            (format!("$expired_cookie_of_{name}"), encoded(format!("\n{length}{address}\x10\x01"))),
+            (format!("$address_of_{name}"), encoded(address)),
+        ]
+    };
+    others.iter().flat_map(of).collect()
+}
+
+fn requests(
+    index: usize,
+    case: &Case,
+    port: u16,
+    (seen, asked, others): (&Seen, &Asked, &[(&'static str, u16)]),
+) -> Vec<String> {
     let one = |(number, request): (usize, &String)| {
         let id = format!("{index}-{number}");
-        let bytes = bytes(request, &id);
+        let told = sessions(others);
+        let request = told.iter().fold(request.clone(), |request, (name, session)| request.replace(name, session));
+        let bytes = bytes(&request, &id);
         let method = bytes.split(' ').next().unwrap_or_default();
         let mut text = match fetch_raw(port, bytes.as_bytes(), method) {
             Ok(response) => {
@@ -204,8 +236,10 @@ fn filter_stats(stats: &str, index: usize) -> String {
             if value.contains("P50(") || value == "No recorded values" {
                 return None;
             }
-            // What is counted of gRPC is the work of all cases together.
-            let of_grpc = ["cluster.a.grpc", "cluster.grpc.grpc"].iter().any(|prefix| name.starts_with(prefix));
+            // What is counted of gRPC, or for routes, is the work of all cases together.
+            let of_grpc = ["cluster.a.grpc", "cluster.grpc.grpc", "stateful_session."]
+                .iter()
+                .any(|prefix| name.starts_with(prefix));
             if index == 0 && of_grpc && value != "0" {
                 return Some(line.to_owned());
             }
@@ -328,6 +362,8 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
                 {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
                 {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
                 {{match: {{prefix: /envoy.}}, route: {{cluster: grpc}}}},
+                {{match: {{prefix: /many}}, route: {{cluster: many{of_action}}}, typed_per_filter_config: {{{by_route}}}}},
+                {{match: {{prefix: /other}}, route: {{cluster: many}}}},
                 {{match: {{prefix: /}}, route: {{cluster: a{of_action}}}, typed_per_filter_config: {{{by_route}}}}}]}}
           http_filters:
 {filters}          - name: envoy.filters.http.router
@@ -335,6 +371,26 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
 "#,
         of_manager = case.of_manager,
         log = log.display(),
+    )
+}
+
+/// The cluster `many`, of which only the first host is chosen without a session.
+fn hosts(others: &[(&'static str, u16)]) -> String {
+    let host = |(name, port): &(&str, u16)| {
+        let health = match *name {
+            "first" | "backup" => "HEALTHY".to_owned(),
+            other => other.to_uppercase(),
+        };
+        format!(
+            "      - {{priority: {}, lb_endpoints: [{{health_status: {health}, endpoint: {{address: {{socket_address: \
+             {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}\n",
+            u8::from(*name != "first")
+        )
+    };
+    let hosts: String = others.iter().map(host).collect();
+    format!(
+        "  - name: many\n    type: STATIC\n    connect_timeout: 1s\n    load_assignment:\n      cluster_name: many\n      \
+         endpoints:\n{hosts}"
     )
 }
 

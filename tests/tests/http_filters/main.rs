@@ -15,6 +15,7 @@ mod health_checks;
 mod limits;
 mod metadata;
 mod services;
+mod sessions;
 mod tokens;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
@@ -81,6 +82,11 @@ fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
 #[test]
 fn requests_are_limited_as_by_envoy() -> Result<()> {
     harness::compare(limits::cases())
+}
+
+#[test]
+fn sessions_stay_with_their_hosts_as_by_envoy() -> Result<()> {
+    harness::compare(sessions::cases())
 }
 
 #[test]

@@ -28,6 +28,7 @@ mod ratelimit;
 mod rbac;
 mod router;
 mod set_metadata;
+mod stateful_session;
 mod trailers;
 
 use std::{fmt::Debug, pin::Pin, sync::Arc};
@@ -373,6 +374,15 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.set_metadata.v3.Config",
         parse: set_metadata::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.stateful_session",
+        type_name: "envoy.extensions.filters.http.stateful_session.v3.StatefulSession",
+        parse: stateful_session::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.stateful_session.v3.StatefulSessionPerRoute",
+            stateful_session::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.router",

@@ -40,6 +40,12 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.Rule", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.KeyValuePair", ALL),
     ("envoy.extensions.filters.http.set_metadata.v3.Config", ALL),
+    ("envoy.extensions.filters.http.stateful_session.v3.StatefulSession", ALL),
+    ("envoy.extensions.filters.http.stateful_session.v3.StatefulSessionPerRoute", ALL),
+    ("envoy.extensions.http.stateful_session.cookie.v3.CookieBasedSessionState", ALL),
+    ("envoy.extensions.http.stateful_session.header.v3.HeaderBasedSessionState", ALL),
+    ("envoy.type.http.v3.Cookie", ALL),
+    ("envoy.type.http.v3.CookieAttribute", ALL),
     ("envoy.extensions.filters.http.set_metadata.v3.Metadata", &["metadata_namespace", "allow_overwrite", "value"]),
     ("envoy.extensions.filters.http.buffer.v3.BufferPerRoute", ALL),
     (
