@@ -78,7 +78,6 @@ impl Attempts<'_> {
                             (head, body) = (copy, Body::Empty);
                         }
                         None => {
-                            stats.upstream_rq.inc(response.status.as_u16());
                             end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
                             return Ok((Response::from_parts(response, incoming), connection));
                         }
@@ -157,7 +156,7 @@ impl Attempts<'_> {
             Some((OverrideHost { strict: Some(status), .. }, host)) => {
                 // One that is there and may not be used is another matter.
                 let status = if host.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { *status };
-                return Err(self.no_host(status));
+                return Err(self.no_host(end, status));
             }
             Some(_) | None => self.cluster.pick(&pick),
         };
@@ -170,11 +169,12 @@ impl Attempts<'_> {
         }
         match host {
             Some(host) => self.take(end, host),
-            None => Err(self.no_host(StatusCode::SERVICE_UNAVAILABLE)),
+            None => Err(self.no_host(end, StatusCode::SERVICE_UNAVAILABLE)),
         }
     }
 
-    fn no_host(&self, status: StatusCode) -> LocalReply {
+    fn no_host(&self, end: &StreamEnd, status: StatusCode) -> LocalReply {
+        end.charge(self.cluster, status);
         self.cluster.cluster.stats.upstream_cx_none_healthy.inc();
         LocalReply::new(status, "no healthy upstream", ResponseFlags::UH, "no_healthy_upstream")
     }
@@ -187,6 +187,7 @@ impl Attempts<'_> {
             stats.upstream_rq_pending_overflow.inc();
             self.cluster.cluster.dropped.inc();
             host.count_refused(self.cluster, self.action.high_priority);
+            end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
             return Err(overloaded());
         }
         stats.upstream_rq_total.inc();
@@ -219,6 +220,7 @@ impl Attempts<'_> {
             }
         };
         end.upstream = Some(Rc::clone(connection.info()));
+        end.count(|stats| stats.upstream_rq_total.inc());
         let upgrade = head.extensions.get::<Upgrade>().is_some();
         if upgrade && connection.is_http2() {
             let (reason, status) = ("upgrades need a host that speaks HTTP/1.1", StatusCode::BAD_GATEWAY);
@@ -229,12 +231,12 @@ impl Attempts<'_> {
         if connection.is_http2() && end.state.config().scheme_matches_upstream {
             set_scheme(request.uri_mut(), connection.info().tls.is_some());
         }
-        let stats = &self.cluster.cluster.stats;
+        let (end, stats) = (&*end, &self.cluster.cluster.stats);
         let mut limit = self.timeouts.of_try(&self.cx.progress);
         self.until.set(limit.until);
         let sent = tokio::select! {
             biased;
-            sent = connection.send(request, |status| stats.upstream_rq.inc(status.as_u16())) => sent,
+            sent = connection.send(request, |status| end.charge(self.cluster, status)) => sent,
             failure = limit.expired() => return Err(self.timed_out(host, failure)),
         };
         match sent {
@@ -305,7 +307,7 @@ impl Attempts<'_> {
             let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
             return LocalReply::new(failed.status, text, failed.flags, details);
         }
-        stats.upstream_rq.inc(failed.status.as_u16());
+        end.charge(self.cluster, failed.status);
         if failed.failure == Failure::Overflow {
             end.excuse_host();
             self.cluster.cluster.dropped.inc();

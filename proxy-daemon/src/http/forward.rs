@@ -14,6 +14,7 @@ use super::{
     observe::StreamEnd,
     redirect::rewrite_path,
     replay::Replay,
+    request_stats::Counted,
     retry::RetryState,
     route_match::{RouteRef, authority},
     stream::{LocalReply, RequestHead, StreamCx},
@@ -51,21 +52,25 @@ pub(super) async fn forward(
         end.state.manager.stats.no_cluster.inc();
         return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
     };
+    end.counted = cx.route.as_ref().and_then(|route| Counted::of(route, &head));
     if cluster.cluster.refuses_for_maintenance() {
-        return Err(maintenance(&cluster));
+        return Err(maintenance(&cluster, end));
     }
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
     let timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head);
-    let mut retry = RetryState::take(policy, &mut head);
+    let mut retry = RetryState::take(policy, &mut head, end.counted.clone());
     let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
     let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
     let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
     let counter = cluster.cluster.stats.retry_or_shadow_abandoned;
-    let mirrors = match virtual_host {
-        Some(host) if action.mirrors.is_empty() => &host.mirrors,
+    let mirrors = match &cx.route {
+        Some(route) if action.mirrors.is_empty() => match &*route.virtual_host().mirrors {
+            [] => route.mirrors_of_config(),
+            mirrors => mirrors,
+        },
         _ => &action.mirrors,
     };
     // What follows an upgrade is no request.
@@ -113,11 +118,11 @@ pub(super) async fn forward(
 }
 
 /// The answer to a request that `upstream.maintenance_mode.<cluster>` refuses.
-fn maintenance(cluster: &WorkerCluster) -> LocalReply {
+fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
     let stats = &cluster.cluster.stats;
     stats.upstream_rq_maintenance_mode.inc();
-    stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
     let status = StatusCode::SERVICE_UNAVAILABLE;
+    end.charge(cluster, status);
     let mut reply = LocalReply::new(status, "maintenance mode", ResponseFlags::UO, "maintenance_mode");
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
     reply
@@ -191,7 +196,8 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeou
     match expired {
         Expired::Route => {
             cluster.cluster.stats.upstream_rq_timeout.inc();
-            cluster.cluster.stats.upstream_rq.inc(timeouts.status.as_u16());
+            end.count(|stats| stats.upstream_rq_timeout.inc());
+            end.charge(cluster, timeouts.status);
             end.judge(true);
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);

@@ -26,6 +26,7 @@ mod redirect;
 mod replay;
 mod request;
 mod request_id;
+mod request_stats;
 mod retry;
 mod route_index;
 mod route_match;

@@ -20,6 +20,7 @@ use super::{
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
     proxy_status,
+    request_stats::{Counted, RequestStats},
     stats::HcmStats,
     stream::{Progress, RequestHead, ResponseHead},
     timers::{Expired, Timers},
@@ -155,6 +156,8 @@ pub(super) struct StreamEnd {
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
+    /// What the request is counted under besides its cluster.
+    pub(super) counted: Option<Rc<Counted>>,
     /// The connection to it, once there is one.
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
     /// Why there was none.
@@ -233,6 +236,7 @@ impl StreamEnd {
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
             host: None,
+            counted: None,
             upstream: None,
             transport_failure: None,
             judged: false,
@@ -243,6 +247,19 @@ impl StreamEnd {
             upgrade: None,
             filters: Vec::new(),
         }
+    }
+
+    /// Counts under what the request is counted besides its cluster.
+    pub(super) fn count(&self, count: impl Fn(&RequestStats)) {
+        if let Some(counted) = &self.counted {
+            counted.each(count);
+        }
+    }
+
+    /// Counts a response of the cluster's, or the answer in its place.
+    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
+        cluster.cluster.stats.upstream_rq.inc(status.as_u16());
+        self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
     }
 
     /// The client may have the protocol that it asks for.
@@ -514,6 +531,7 @@ impl Drop for StreamEnd {
         }
         if let Some((cluster, host)) = &self.host {
             cluster.cluster.stats.upstream_rq_time.record(elapsed);
+            self.count(|stats| stats.upstream_rq_time.record(elapsed));
             cluster.cluster.stats.upstream_rq_active.dec();
             host.end_request();
         }

@@ -259,6 +259,9 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             return Err(Box::new((next, arrived)));
         }
     }
+    if let Some(cluster) = &cx.cluster {
+        end.charge(cluster, response.status);
+    }
     if let Some(upgrade) = &upgrade {
         upgrade.settle(&mut response, &mut incoming);
     }

@@ -11,6 +11,7 @@ use http::{HeaderMap, HeaderName, StatusCode};
 use super::{
     headers::names::*,
     replay::Replay,
+    request_stats::{Counted, RequestStats},
     route_match::{header_matches, values_match},
     stream::{RequestHead, ResponseHead},
 };
@@ -79,13 +80,19 @@ pub(super) struct RetryState<'a> {
     /// The hosts of the attempts so far, where they are to be avoided.
     tried: Vec<Rc<WorkerHost>>,
     slot: Option<RetrySlot>,
+    /// What the request is counted under besides its cluster.
+    counted: Option<Rc<Counted>>,
     /// The request's body, where it has one.
     pub(super) body: Option<Replay>,
 }
 
 impl<'a> RetryState<'a> {
     /// Takes the client's wishes out of the request.
-    pub(super) fn take(policy: Option<&'a RetryPolicy>, head: &mut RequestHead) -> Option<RetryState<'a>> {
+    pub(super) fn take(
+        policy: Option<&'a RetryPolicy>,
+        head: &mut RequestHead,
+        counted: Option<Rc<Counted>>,
+    ) -> Option<RetryState<'a>> {
         let asked = head.headers.keys().any(is_retry_header);
         if policy.is_none() && !asked {
             return None;
@@ -102,6 +109,7 @@ impl<'a> RetryState<'a> {
             started: false,
             tried: Vec::new(),
             slot: None,
+            counted,
             body: None,
         };
         if let Some(kinds) = text(&head.headers, &X_ENVOY_RETRY_ON) {
@@ -155,26 +163,36 @@ impl<'a> RetryState<'a> {
         let stats = &cluster.cluster.stats;
         if self.slot.take().is_some() && !wanted {
             stats.upstream_rq_retry_success.inc();
+            self.count(|stats| stats.upstream_rq_retry_success.inc());
         }
         if !wanted {
             return Verdict::No;
         }
         if self.remaining == 0 {
             stats.upstream_rq_retry_limit_exceeded.inc();
+            self.count(|stats| stats.upstream_rq_retry_limit_exceeded.inc());
             return Verdict::LimitExceeded;
         }
         self.remaining -= 1;
         let Some(slot) = RetrySlot::take(cluster, high) else {
             stats.upstream_rq_retry_overflow.inc();
+            self.count(|stats| stats.upstream_rq_retry_overflow.inc());
             return Verdict::Overflow;
         };
         if !is_enabled() {
             return Verdict::No;
         }
         stats.upstream_rq_retry.inc();
+        self.count(|stats| stats.upstream_rq_retry.inc());
         self.slot = Some(slot);
         self.retries = self.retries.saturating_add(1);
         Verdict::Retry
+    }
+
+    fn count(&self, count: impl Fn(&RequestStats)) {
+        if let Some(counted) = &self.counted {
+            counted.each(count);
+        }
     }
 
     /// Waits for the next attempt's turn.

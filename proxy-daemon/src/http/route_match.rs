@@ -15,11 +15,15 @@ use std::{
 use arc_swap::ArcSwapOption;
 use http::{HeaderMap, HeaderName, request::Parts};
 
-use super::{headers::names::*, route_index::RouteIndex};
+use super::{
+    headers::names::*,
+    request_stats::{HostStats, StatsTable},
+    route_index::RouteIndex,
+};
 use crate::config::model::{
-    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, PathMatch, PerFilterConfig,
-    PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction, RedirectPath, Route, RouteAction,
-    RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
+    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, MirrorPolicy, PathMatch,
+    PerFilterConfig, PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction, RedirectPath, Route,
+    RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
 };
 use crate::on_demand::Wanted;
 
@@ -35,6 +39,7 @@ pub struct MatchCx {
 /// The route of requests that `require_tls` sends to https.
 static TO_HTTPS: LazyLock<Route> = LazyLock::new(|| Route {
     body_buffer_limit: None,
+    stat_prefix: None,
     name: String::new(),
     route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
     action: RouteAction::Redirect(Box::new(RedirectAction {
@@ -64,6 +69,7 @@ pub struct RouteTable {
     /// One a virtual host.
     indexes: Vec<RouteIndex>,
     per_filter: PerFilterTable,
+    stats: StatsTable,
 }
 
 /// What filters are told by the levels of a route configuration: filters have numbers here, so that nothing is compared when a
@@ -130,7 +136,8 @@ impl RouteTable {
         let (suffix_lengths, prefix_lengths) = (lengths(&suffix), lengths(&prefix));
         let indexes = config.virtual_hosts.iter().map(|host| RouteIndex::new(&host.routes)).collect();
         let per_filter = PerFilterTable::new(&config);
-        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes, per_filter }
+        let stats = StatsTable::new(&config);
+        RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes, per_filter, stats }
     }
 
     /// The virtual host of a host name, by Envoy's order: exact, longest suffix, longest prefix, `*`.
@@ -412,6 +419,20 @@ impl RouteRef {
     /// The virtual host that the route belongs to.
     pub fn virtual_host(&self) -> &VirtualHost {
         &self.table.config.virtual_hosts[self.host]
+    }
+
+    /// What requests of the virtual host are counted under, where that is anything, and the number of the route there.
+    pub(super) fn stats(&self) -> Option<(&HostStats, Option<usize>)> {
+        let stats = self.table.stats.host(self.host)?;
+        match self.route {
+            Chosen::Route(route) => Some((stats, Some(route))),
+            Chosen::ToHttps => Some((stats, None)),
+        }
+    }
+
+    /// Who gets a copy of requests, where neither the route nor the virtual host says.
+    pub(super) fn mirrors_of_config(&self) -> &[MirrorPolicy] {
+        &self.table.config.mirrors
     }
 
     /// The header mutations of the route, the virtual host and the configuration. A redirect to https has none.

@@ -11,6 +11,7 @@ fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
     let route = |route_match| {
         let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
         Arc::new(Route {
+            stat_prefix: None,
             body_buffer_limit: None,
             name: String::new(),
             route_match,

@@ -71,6 +71,11 @@ impl Scope {
         self.labelled(&value, None, (label, value.as_str().into()))
     }
 
+    /// As [`tagged`](Self::tagged), with the value as it is: Envoy leaves `:` alone in what is below `vhost`.
+    pub fn tagged_as_is(self, label: &'static str, value: &str) -> Scope {
+        self.labelled(value, None, (label, value.into()))
+    }
+
     /// The scope `<this>.worker_<index>`, with the label `envoy_worker_id`.
     pub fn worker(self, index: usize) -> Scope {
         self.labelled(&format!("worker_{index}"), Some("worker"), ("envoy_worker_id", index.to_string().into()))

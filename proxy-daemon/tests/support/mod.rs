@@ -287,6 +287,7 @@ pub async fn http_listener(
 
 fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectionManagerConfig {
     let route = Route {
+        stat_prefix: None,
         body_buffer_limit: None,
         name: String::new(),
         route_match: RouteMatch::new(PathMatch::Prefix("/".into())),

@@ -106,7 +106,7 @@ impl Stage {
     fn start(kind: Kind, cases: &[Case]) -> Result<Stage> {
         let seen = Arc::new(Seen::default());
         let mut names = Vec::new();
-        let mut clusters = String::new();
+        let mut clusters = "  - {name: empty, type: STATIC, load_assignment: {cluster_name: empty}}\n".to_owned();
         for name in ["a", "b", "c", "dead"] {
             let port = if name == "dead" { free_port()? } else { upstream::start(name, Arc::clone(&seen))? };
             names.push((port.to_string(), "SERVICE"));

@@ -3,6 +3,7 @@
 
 mod actions;
 mod connections;
+mod counted;
 mod harness;
 mod headers;
 mod limits;
@@ -40,7 +41,21 @@ fn retries_are_envoys() -> Result<()> {
 
 #[test]
 fn redirects_are_envoys() -> Result<()> {
-    harness::compare_counting(redirects::cases(), &["internal_redirect", "ingress.rq_", "ingress.downstream_rq_total"])
+    harness::compare_counting(
+        redirects::cases(),
+        &[
+            "internal_redirect",
+            "ingress.rq_",
+            "ingress.downstream_rq_total",
+            "cluster.a.upstream_rq_3",
+            "cluster.a.upstream_rq_completed",
+        ],
+    )
+}
+
+#[test]
+fn counts_are_envoys() -> Result<()> {
+    harness::compare_counting(counted::cases(), &["vhost.", "upstream_rq_completed", "upstream_rq_5"])
 }
 
 #[test]

@@ -9,7 +9,8 @@ use envoy_types::pb::envoy::config::{
     core::v3::{HeaderValueOption, RoutingPriority},
     route::v3::{
         DirectResponseAction, FilterConfig, RedirectAction as ProtoRedirect, Route as ProtoRoute,
-        RouteAction as ProtoAction, RouteConfiguration, Vhds, VirtualHost as ProtoHost,
+        RouteAction as ProtoAction, RouteConfiguration, Vhds, VirtualCluster as ProtoVirtualCluster,
+        VirtualHost as ProtoHost,
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
         route_action::{
@@ -31,7 +32,7 @@ use super::{
     },
     config_source::config_source,
     internal_redirect::internal_redirect,
-    matcher::{regex_rewrite, route_match},
+    matcher::{header, regex_rewrite, route_match},
     mirror::mirror_policies,
     rate_limit,
     retry::retry_policy,
@@ -44,7 +45,7 @@ use crate::{
         model::{
             ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, MaxStreamDuration, PathMatch,
             PathRewrite, PerFilterConfig, PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction,
-            RouteConfig, RouteMatch, TlsRequirement, VirtualHost, WeightedClusters, WeightedOptions,
+            RouteConfig, RouteMatch, TlsRequirement, VirtualCluster, VirtualHost, WeightedClusters, WeightedOptions,
         },
     },
     http::filters,
@@ -68,6 +69,7 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
     };
     Ok(RouteConfig {
         name: config.name.clone(),
+        mirrors: mirror_policies(&config.request_mirror_policies, path)?.into(),
         virtual_hosts: config.virtual_hosts.iter().enumerate().map(parse).collect::<Result<_>>()?,
         vhds: config.vhds.as_ref().map(|vhds| vhds_source(vhds, &join(path, "vhds"))).transpose()?,
         headers: mutations(
@@ -145,6 +147,7 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
     let retry = host.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
     Ok(VirtualHost {
         name: host.name.clone(),
+        virtual_clusters: virtual_clusters(&host.virtual_clusters, path)?,
         domains,
         routes: host.routes.iter().enumerate().map(parse).collect::<Result<_>>()?,
         headers: mutations(
@@ -183,6 +186,7 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     };
     Ok(Route {
         name: route.name.clone(),
+        stat_prefix: Some(route.stat_prefix.as_str()).filter(|prefix| !prefix.is_empty()).map(Into::into),
         route_match,
         per_filter: per_filter(&route.typed_per_filter_config, path)?,
         body_buffer_limit: body_limit(route.request_body_buffer_limit, route.per_request_buffer_limit_bytes),
@@ -193,6 +197,19 @@ fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
             path,
         )?,
     })
+}
+
+fn virtual_clusters(clusters: &[ProtoVirtualCluster], path: &str) -> Result<Box<[VirtualCluster]>> {
+    let parse = |(index, cluster): (usize, &ProtoVirtualCluster)| {
+        let path = format!("{}[{index}]", join(path, "virtual_clusters"));
+        if cluster.headers.is_empty() {
+            return Err(FieldError::new(join(&path, "headers"), "virtual clusters must define 'headers'"));
+        }
+        let headers = cluster.headers.iter().enumerate();
+        let headers = headers.map(|(index, rule)| header(rule, &format!("{}[{index}]", join(&path, "headers"))));
+        Ok(VirtualCluster { name: cluster.name.as_str().into(), headers: headers.collect::<Result<_>>()? })
+    };
+    clusters.iter().enumerate().map(parse).collect()
 }
 
 /// How much of a request's body is kept; the newer field counts where both are there.

@@ -29,6 +29,8 @@ pub struct RouteConfig {
     pub virtual_hosts: Vec<Arc<VirtualHost>>,
     /// Where further virtual hosts come from.
     pub vhds: Option<ConfigSource>,
+    /// Who gets a copy of requests, where neither their route nor its virtual host says.
+    pub mirrors: Arc<[MirrorPolicy]>,
     /// Applied last, after the route's and the virtual host's.
     pub headers: HeaderMutations,
     /// A route to a cluster that does not exist makes the whole invalid. Unset: yes for routes that are written into a
@@ -67,17 +69,18 @@ impl RouteConfig {
                     let noun = if weighted { "weighted cluster" } else { "cluster" };
                     return Some((path, format!("unknown {noun} '{name}'")));
                 }
-                // The virtual host's are held to it by any route that has none of its own, as in Envoy.
+                // Those of other levels are held to it by any route that has none of its own, as in Envoy.
                 let (mirrors, path) = match &route.action {
-                    RouteAction::Forward(action) if !action.mirrors.is_empty() => (&action.mirrors, path),
-                    _ => (&host.mirrors, format!("virtual_hosts[{host_index}]")),
+                    RouteAction::Forward(action) if !action.mirrors.is_empty() => (&*action.mirrors, path + "."),
+                    _ if !host.mirrors.is_empty() => (&*host.mirrors, format!("virtual_hosts[{host_index}].")),
+                    _ => (&*self.mirrors, String::new()),
                 };
                 let unknown = mirrors.iter().enumerate().find_map(|(index, mirror)| match &mirror.cluster {
                     MirrorCluster::Name(name) if !known(name) => Some((index, name)),
                     MirrorCluster::Name(_) | MirrorCluster::Header(_) => None,
                 });
                 if let Some((index, name)) = unknown {
-                    let path = format!("{path}.request_mirror_policies[{index}].cluster");
+                    let path = format!("{path}request_mirror_policies[{index}].cluster");
                     return Some((path, format!("route: unknown shadow cluster '{name}'")));
                 }
             }
@@ -117,6 +120,8 @@ pub struct VirtualHost {
     pub domains: Vec<String>,
     /// The first that matches is taken.
     pub routes: Vec<Arc<Route>>,
+    /// What its requests are counted under: the first that matches, else `other`.
+    pub virtual_clusters: Box<[VirtualCluster]>,
     /// Applied after the route's.
     pub headers: HeaderMutations,
     /// Used by routes that have none of their own.
@@ -139,6 +144,15 @@ pub struct VirtualHost {
     pub per_filter: PerFilterConfigs,
 }
 
+/// `VirtualCluster`: requests that are counted together, `vhost.<virtual host>.vcluster.<name>.`
+#[derive(Debug)]
+pub struct VirtualCluster {
+    /// Its name in statistics.
+    pub name: Box<str>,
+    /// All must match.
+    pub headers: Vec<HeaderMatcher>,
+}
+
 /// `VirtualHost.TlsRequirementType`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum TlsRequirement {
@@ -154,6 +168,8 @@ pub enum TlsRequirement {
 /// A checked `Route`.
 #[derive(Debug)]
 pub struct Route {
+    /// Its requests are counted under `vhost.<virtual host>.route.<this>.`
+    pub stat_prefix: Option<Box<str>>,
     /// Appears as `%ROUTE_NAME%`.
     pub name: String,
     /// Which requests it serves.
