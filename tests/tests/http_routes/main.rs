@@ -55,7 +55,10 @@ fn redirects_are_envoys() -> Result<()> {
 
 #[test]
 fn counts_are_envoys() -> Result<()> {
-    harness::compare_counting(counted::cases(), &["vhost.", "upstream_rq_completed", "upstream_rq_5"])
+    harness::compare_counting(
+        counted::cases(),
+        &["vhost.", ".a.upstream_rq_completed", "empty.upstream_rq_", "dead.upstream_rq_5"],
+    )
 }
 
 #[test]
