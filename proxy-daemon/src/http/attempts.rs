@@ -41,7 +41,7 @@ struct Failed {
     /// As Envoy words it.
     reason: &'static str,
     /// What the transport said of it, where that is known.
-    transport: Option<String>,
+    transport: Option<Box<str>>,
     status: StatusCode,
     flags: ResponseFlags,
     /// The request, where it can be sent again.
@@ -348,7 +348,7 @@ fn overloaded() -> LocalReply {
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     let transport = match &error {
-        PoolError::Connect(error) => error.transport_failure(),
+        PoolError::Connect(error) => error.transport_failure().map(Into::into),
         PoolError::Handshake(_) | PoolError::Overflow => None,
     };
     let (reason, status, flags): (&'static str, _, _) = match error {

@@ -161,7 +161,7 @@ pub(super) struct StreamEnd {
     /// The connection to it, once there is one.
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
     /// Why there was none.
-    pub(super) transport_failure: Option<String>,
+    pub(super) transport_failure: Option<Box<str>>,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
     /// The client speaks HTTP/1.

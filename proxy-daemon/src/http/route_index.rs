@@ -92,7 +92,15 @@ mod tests {
         let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
         let (headers, per_filter) = Default::default();
         let route_match = RouteMatch { case_sensitive, ..RouteMatch::new(path) };
-        Arc::new(Route { name: String::new(), route_match, action, headers, per_filter, body_buffer_limit: None })
+        Arc::new(Route {
+            name: String::new(),
+            route_match,
+            action,
+            headers,
+            per_filter,
+            body_buffer_limit: None,
+            stat_prefix: None,
+        })
     }
 
     fn text(random: &mut fastrand::Rng) -> String {
