@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, rc::Rc, time::Instant};
 
-use http::{HeaderValue, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use super::{
     body::Body,
@@ -13,6 +13,7 @@ use super::{
     retry::{Failure, RetryState, Verdict},
     stream::{LocalReply, OverrideHost, RequestHead, StreamCx},
     timeouts::Timeouts,
+    upgrade,
     upstream_head::{protocol, set_scheme, to_http1, to_http2},
 };
 use crate::{
@@ -210,7 +211,8 @@ impl Attempts<'_> {
         body: Body,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let (source, high) = (self.cx.connection.source, self.action.high_priority);
-        let wanted = protocol(self.cluster, &head);
+        let terminated = upgrade::terminated(self.action, &head.method);
+        let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(self.cluster, &head) };
         let connection = match host.acquire(self.cluster, wanted, source, high).await {
             Ok(connection) => connection,
             Err(error) => {
@@ -221,14 +223,17 @@ impl Attempts<'_> {
         };
         end.upstream = Some(Rc::clone(connection.info()));
         end.count(|stats| stats.upstream_rq_total.inc());
-        let upgrade = head.extensions.get::<Upgrade>().is_some();
-        if upgrade && connection.is_http2() {
-            let (reason, status) = ("upgrades need a host that speaks HTTP/1.1", StatusCode::BAD_GATEWAY);
-            let (failure, flags) = (Failure::AfterRequest, ResponseFlags::UPE);
-            return Err(Failed { failure, reason, transport: None, status, flags, request: None, stale: false });
+        if let Some(connect) = terminated {
+            let (from, to) = (self.cx.connection.remote, self.cx.connection.local);
+            let first = connect.proxy_protocol.map(|version| upgrade::proxy_protocol(version, from, to));
+            let mut response = connection.tunnel(first.unwrap_or_default(), body);
+            response.extensions_mut().insert(Upgrade);
+            return Ok((response, connection));
         }
+        let connects = head.method == Method::CONNECT;
+        let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
         let mut request = self.upstream_request(host, head, body, connection.is_http2());
-        if connection.is_http2() && end.state.config().scheme_matches_upstream {
+        if connection.is_http2() && !connects && end.state.config().scheme_matches_upstream {
             set_scheme(request.uri_mut(), connection.info().tls.is_some());
         }
         let (end, stats) = (&*end, &self.cluster.cluster.stats);

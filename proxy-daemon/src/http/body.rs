@@ -56,8 +56,8 @@ impl Body {
 
     /// Sends on what there is of the request, where this is the response to one on HTTP/1 that nobody can take more of.
     pub(super) fn send_on(&mut self, cx: &mut Context<'_>) {
-        if let Body::Observed(Incoming::Upstream(body), _) = self {
-            body.send_on(cx);
+        if let Body::Observed(incoming, _) = self {
+            incoming.send_on(cx);
         }
     }
 

@@ -62,7 +62,7 @@ pub(super) struct Answer {
     pub(super) head: ResponseHead,
     body: Incoming,
     connection: Connection,
-    _under_way: UnderWay,
+    under_way: UnderWay,
 }
 
 /// Marks a request as one that a proxy has made: `x-envoy-internal`.
@@ -124,7 +124,7 @@ pub(super) async fn send(
     let sent = connection.send(Request::from_parts(head, body), |status| stats.upstream_rq.inc(status.as_u16())).await;
     let (head, body) = sent.map_err(|_| failed())?.into_parts();
     stats.upstream_rq.inc(head.status.as_u16());
-    Ok(Answer { head, body, connection, _under_way: under_way })
+    Ok(Answer { head, body, connection, under_way })
 }
 
 impl Answer {
@@ -134,6 +134,16 @@ impl Answer {
     /// The answer broke off.
     pub(super) async fn frame(&mut self) -> Result<Option<http_body::Frame<Bytes>>, Failure> {
         self.body.frame().await.transpose().map_err(|_| Failure::Broken)
+    }
+
+    /// What it is an answer on: its host, and the connection.
+    pub(super) fn upstream(&self) -> (&Rc<WorkerHost>, &Connection) {
+        (&self.under_way.host, &self.connection)
+    }
+
+    /// The body, which is read while something is still sent.
+    pub(super) fn body(&mut self) -> &mut Incoming {
+        &mut self.body
     }
 
     /// The whole answer has been read: its connection may be used again.

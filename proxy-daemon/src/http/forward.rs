@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, rc::Rc};
 
-use http::{HeaderValue, Response, StatusCode, Uri, header::HOST};
+use http::{HeaderValue, Method, Response, StatusCode, Uri, header::HOST, uri::Authority};
 
 use super::{
     attempts::Attempts,
@@ -20,7 +20,7 @@ use super::{
     stream::{LocalReply, RequestHead, StreamCx},
     timeouts::Timeouts,
     timers::{Expired, Timers},
-    waiting,
+    upgrade, waiting,
 };
 use crate::{
     access_log::ResponseFlags,
@@ -89,6 +89,7 @@ pub(super) async fn forward(
         (None, Some(replay)) => body = replay.reader(),
         (None, None) => {}
     }
+    let method = head.method.clone();
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
     end.state.allow_stall(idle);
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
@@ -111,7 +112,7 @@ pub(super) async fn forward(
     })?;
     timers.limit_pauses(timeouts.per_try_idle);
     timers.limit_attempt(until);
-    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+    if upgrade::is_switched(&method, response.status()) {
         timers.request_answered();
     }
     Ok(Answer { response, connection, timers, attempts: count, sent })
@@ -147,7 +148,10 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
         if let Some(host) = host {
             set_host(head, host, action.append_x_forwarded_host, suppress);
         }
-        let path = rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite);
+        let path = match head.method {
+            Method::CONNECT => None,
+            _ => rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite),
+        };
         // What is no path cannot be sent.
         if let Some(mut path) = path.filter(|path| path.starts_with('/')) {
             if let Some(query) = head.uri.query() {
@@ -185,6 +189,13 @@ pub(super) fn set_host(head: &mut RequestHead, host: HeaderValue, append_forward
         if !suppress && before != host {
             head.headers.insert(X_ENVOY_ORIGINAL_HOST, before);
         }
+    }
+    if head.method == Method::CONNECT {
+        // The host is where the tunnel leads to.
+        if let Ok(authority) = Authority::try_from(host.as_bytes()) {
+            head.uri = Uri::from(authority);
+        }
+        return;
     }
     if head.uri.authority().is_some() {
         head.uri = head.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));

@@ -82,22 +82,14 @@ pub(super) fn check_request(
         return Err(LocalReply::new(status, "", ResponseFlags::DPE, "too_many_headers"));
     }
     if head.version == Version::HTTP_2 {
-        return if head.method == Method::CONNECT { Err(no_route()) } else { Ok(()) };
+        return Ok(());
     }
-    if head.method == Method::CONNECT {
-        let mut reply = no_route();
-        // What follows may not be HTTP.
-        reply.headers.push((CONNECTION, HeaderValue::from_static("close")));
-        return Err(reply);
-    }
-    if !head.headers.contains_key(HOST) || connection_nominates(&head.headers, "host") {
+    // CONNECT's target is its host.
+    let host = head.method == Method::CONNECT || head.headers.contains_key(HOST);
+    if !host || connection_nominates(&head.headers, "host") {
         return Err(LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header"));
     }
     refused.map_or(Ok(()), Err)
-}
-
-fn no_route() -> LocalReply {
-    LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found")
 }
 
 /// Whether a client asks for another protocol. An offer of HTTP/2 is passed over, as RFC 9113 lets a server do.
@@ -283,6 +275,17 @@ pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutation
             AddedValue::Format(format) => {
                 format.value(&Record { request_headers: Some(Headers::All(headers)), ..*record })
             }
+        };
+        apply(headers, add, value);
+    }
+}
+
+/// Adds headers to a request that is none of a client's.
+pub(super) fn add(headers: &mut HeaderMap, added: &[HeaderAdd], record: &Record<'_>) {
+    for add in added {
+        let value = match &add.value {
+            AddedValue::Literal(value) => Some(value.clone()),
+            AddedValue::Format(format) => format.value(record),
         };
         apply(headers, add, value);
     }

@@ -37,6 +37,7 @@ mod timeouts;
 mod timers;
 mod token_bucket;
 mod trust;
+pub(crate) mod tunnel;
 mod upgrade;
 mod upstream_head;
 mod waiting;

@@ -91,7 +91,7 @@ pub(super) fn rewrite_path(path: &str, matched: &PathMatch, rewrite: &PathRewrit
 pub(super) fn rewrite_prefix(path: &str, matched: &PathMatch, prefix: &str) -> String {
     let consumed = match matched {
         PathMatch::Prefix(text) | PathMatch::PathSeparatedPrefix(text) => text.len(),
-        PathMatch::Path(_) | PathMatch::Regex(_) | PathMatch::Template(_) => path.len(),
+        PathMatch::Path(_) | PathMatch::Regex(_) | PathMatch::Template(_) | PathMatch::Connect => path.len(),
     };
     format!("{prefix}{}", path.get(consumed..).unwrap_or_default())
 }

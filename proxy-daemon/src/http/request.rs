@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderValue, Request, Response, StatusCode, Version, header::LOCATION};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header::LOCATION};
 
 use super::{
     RouteRef,
     begun::Begun,
     body::Body,
-    codec,
+    codec::{self, h1::Upgrade},
     conn_manager::ConnState,
     filters::{Flow, HttpFilter, PerRoute},
     forward::forward,
@@ -146,7 +146,8 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     let mut entries = config.http_filters.iter().enumerate();
     let mut pauses = 0;
     let mut route = cx.route.clone();
-    if let Some(upgrade) = &upgrade {
+    // A CONNECT that leads nowhere is just that.
+    if let Some(upgrade) = upgrade.as_ref().filter(|_| head.method != Method::CONNECT || cx.route.is_some()) {
         if !upgrade.is_allowed(&cx, &config.upgrades) {
             stats.downstream_rq_ws_on_non_ws_route.inc();
             end.keep_request(&head);
@@ -412,7 +413,8 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
 fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, attempts: u32) {
     let manager = &end.state.manager;
     // Envoy counts from the request's end, which one for another protocol does not have.
-    if !cx.suppress_envoy_headers && end.upgrade.is_none() {
+    let tunnel = response.extensions.get::<Upgrade>().is_some();
+    if !cx.suppress_envoy_headers && !tunnel && end.upgrade.is_none() {
         let milliseconds = cx.started.elapsed().as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }

@@ -13,7 +13,7 @@ use std::{
 };
 
 use arc_swap::ArcSwapOption;
-use http::{HeaderMap, HeaderName, request::Parts};
+use http::{HeaderMap, HeaderName, Method, request::Parts};
 
 use super::{
     headers::names::*,
@@ -225,7 +225,9 @@ fn without_parameters(path: &str) -> Cow<'_, str> {
 
 /// Whether a request is as the rule wants it.
 pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx) -> bool {
-    path_matches(&rule.path, rule.case_sensitive, path)
+    // What has no path is found by `connect_matcher` alone, as in Envoy.
+    (request.method == Method::CONNECT) == matches!(rule.path, PathMatch::Connect)
+        && path_matches(&rule.path, rule.case_sensitive, path)
         && rule.headers.iter().all(|matcher| header_matches(matcher, request))
         && (rule.query_parameters.is_empty()
             || rule.query_parameters.iter().all(|matcher| query_matches(matcher, request.uri.query())))
@@ -242,6 +244,7 @@ pub(super) fn path_matches(rule: &PathMatch, case_sensitive: bool, path: &str) -
         PathMatch::Prefix(prefix) => begins(prefix),
         PathMatch::Path(whole) => same(path, whole),
         PathMatch::Regex(regex) | PathMatch::Template(regex) => regex.is_match(path),
+        PathMatch::Connect => true,
         PathMatch::PathSeparatedPrefix(prefix) => {
             begins(prefix) && (path.len() == prefix.len() || path.as_bytes()[prefix.len()] == b'/')
         }

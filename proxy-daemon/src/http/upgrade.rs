@@ -1,8 +1,11 @@
-//! Requests for another protocol on the connection, such as WebSocket: what they ask for, and where they may.
+//! Requests for another protocol on the connection, such as WebSocket, or for a tunnel (CONNECT): what they ask for, and where they
+//! may. Whatever a client speaks, in here it asks as in HTTP/1.1; codecs translate (RFC 8441).
+
+use std::net::{IpAddr, SocketAddr};
 
 use http::{
-    HeaderMap, HeaderValue, StatusCode,
-    header::{CONNECTION, LOCATION, UPGRADE},
+    HeaderMap, HeaderValue, Method, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE},
 };
 
 use super::{
@@ -11,12 +14,13 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{RouteAction, UpgradeRule},
+    config::model::{ConnectConfig, ForwardAction, ProxyProtocol, RouteAction, UpgradeRule},
 };
 
 /// What is said of an upgrade in the headers that concern one connection only. Hosts and clients must see it.
 pub(super) struct Asked {
-    connection: HeaderValue,
+    /// None with CONNECT, which says it by its method.
+    connection: Option<HeaderValue>,
     protocol: HeaderValue,
 }
 
@@ -24,6 +28,9 @@ impl Asked {
     /// What a request asks for; before its hop-by-hop headers are removed.
     pub(super) fn of_request(head: &RequestHead) -> Option<Asked> {
         head.extensions.get::<Upgrade>()?;
+        if head.method == Method::CONNECT {
+            return Some(Asked { connection: None, protocol: HeaderValue::from_static("CONNECT") });
+        }
         Asked::of(&head.headers)
     }
 
@@ -40,15 +47,17 @@ impl Asked {
         // What else it nominates does not go on.
         let connection = headers.get(CONNECTION).filter(only_upgrade).cloned();
         Some(Asked {
-            connection: connection.unwrap_or(HeaderValue::from_static("upgrade")),
+            connection: Some(connection.unwrap_or(HeaderValue::from_static("upgrade"))),
             protocol: headers.get(UPGRADE)?.clone(),
         })
     }
 
     /// Says it again.
     pub(super) fn tell(&self, headers: &mut HeaderMap) {
-        headers.insert(CONNECTION, self.connection.clone());
-        headers.insert(UPGRADE, self.protocol.clone());
+        if let Some(connection) = &self.connection {
+            headers.insert(CONNECTION, connection.clone());
+            headers.insert(UPGRADE, self.protocol.clone());
+        }
     }
 
     /// Whether the route, or the connection manager where the route says nothing, allows it.
@@ -69,8 +78,48 @@ impl Asked {
         let switched = response.status == StatusCode::SWITCHING_PROTOCOLS;
         if websocket && !switched && response.status.as_u16() < 400 {
             *incoming = Incoming::Empty;
-            let location = response.headers.remove(LOCATION);
-            response.headers = location.map(|location| (LOCATION, location)).into_iter().collect();
+            for name in [CONTENT_LENGTH, CONTENT_TYPE] {
+                response.headers.remove(name);
+            }
+        }
+    }
+}
+
+/// Whether the answer to a request is one after which its body is of another protocol.
+pub(super) fn is_switched(method: &Method, status: StatusCode) -> bool {
+    status == StatusCode::SWITCHING_PROTOCOLS || *method == Method::CONNECT && status.is_success()
+}
+
+/// What a request becomes whose tunnel ends here; `None`: it goes on as it is.
+pub(super) fn terminated(action: &ForwardAction, method: &Method) -> Option<ConnectConfig> {
+    if !matches!(*method, Method::CONNECT | Method::POST) {
+        return None;
+    }
+    let connect = action.upgrades.iter().find_map(|rule| rule.connect.filter(|_| rule.enabled))?;
+    (*method == Method::CONNECT || connect.allow_post).then_some(connect)
+}
+
+/// What a host is told of the client, before anything else.
+pub(super) fn proxy_protocol(version: ProxyProtocol, from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+    const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+    let (family, addresses) = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => (0x11, [&from.octets()[..], &to.octets()].concat()),
+        (IpAddr::V6(from), IpAddr::V6(to)) => (0x21, [&from.octets()[..], &to.octets()].concat()),
+        // Nobody is told of addresses that do not go together.
+        _ => (0, Vec::new()),
+    };
+    match (version, family) {
+        (ProxyProtocol::V1, 0) => b"PROXY UNKNOWN\r\n".to_vec(),
+        (ProxyProtocol::V1, _) => {
+            let name = if family == 0x11 { "TCP4" } else { "TCP6" };
+            format!("PROXY {name} {} {} {} {}\r\n", from.ip(), to.ip(), from.port(), to.port()).into_bytes()
+        }
+        // LOCAL, of which nothing more is said.
+        (ProxyProtocol::V2, 0) => [SIGNATURE, &[0x20, 0, 0, 0]].concat(),
+        (ProxyProtocol::V2, _) => {
+            let length = u16::try_from(addresses.len() + 4).unwrap_or_default().to_be_bytes();
+            let ports = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+            [SIGNATURE, &[0x21, family], &length, &addresses, &ports].concat()
         }
     }
 }
@@ -81,4 +130,27 @@ pub(super) fn refused() -> LocalReply {
     // What follows is not HTTP.
     reply.headers.push((CONNECTION, HeaderValue::from_static("close")));
     reply
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_told_of_clients() {
+        let address = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (from, to) = (address("192.0.2.1:1000"), address("192.0.2.2:80"));
+        let line = proxy_protocol(ProxyProtocol::V1, from, to);
+        assert_eq!(line, b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 80\r\n");
+        let bytes = proxy_protocol(ProxyProtocol::V2, from, to);
+        assert_eq!(bytes[..16], *b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c");
+        assert_eq!(bytes[16..], [192, 0, 2, 1, 192, 0, 2, 2, 3, 232, 0, 80]);
+        let (from, to) = (address("[2001:db8::1]:1000"), address("[2001:db8::2]:80"));
+        assert_eq!(proxy_protocol(ProxyProtocol::V1, from, to), b"PROXY TCP6 2001:db8::1 2001:db8::2 1000 80\r\n");
+        assert_eq!(proxy_protocol(ProxyProtocol::V2, from, to).len(), 16 + 36);
+        // They do not go together.
+        let to = address("192.0.2.2:80");
+        assert_eq!(proxy_protocol(ProxyProtocol::V1, from, to), b"PROXY UNKNOWN\r\n");
+        assert_eq!(proxy_protocol(ProxyProtocol::V2, from, to).len(), 16);
+    }
 }

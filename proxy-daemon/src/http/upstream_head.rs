@@ -1,6 +1,6 @@
 //! The head of a request in the form of the protocol that a host speaks.
 
-use http::{HeaderValue, Uri, Version, header::HOST};
+use http::{HeaderValue, Method, Uri, Version, header::HOST};
 
 use super::{redirect, route_match::authority, stream::RequestHead};
 use crate::{
@@ -21,7 +21,11 @@ pub(super) fn protocol<'a>(cluster: &'a WorkerCluster, head: &RequestHead) -> Wa
 
 /// Origin form and a `host` header.
 pub(super) fn to_http1(head: &mut RequestHead) {
-    if head.uri.authority().is_some() {
+    if head.method == Method::CONNECT {
+        if let Ok(host) = HeaderValue::from_str(authority(head)) {
+            head.headers.insert(HOST, host);
+        }
+    } else if head.uri.authority().is_some() {
         if let Ok(host) = HeaderValue::from_str(authority(head)) {
             head.headers.insert(HOST, host);
         }
@@ -32,7 +36,9 @@ pub(super) fn to_http1(head: &mut RequestHead) {
 
 /// A whole URI and no `host` header (RFC 9113, section 8.3.1).
 pub(super) fn to_http2(head: &mut RequestHead) {
-    if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
+    if head.method == Method::CONNECT {
+        head.headers.remove(HOST);
+    } else if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
         let https = redirect::scheme(head) == "https";
         let mut parts = std::mem::take(&mut head.uri).into_parts();
         parts.scheme = Some(if https { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });

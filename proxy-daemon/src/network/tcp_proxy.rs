@@ -11,6 +11,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::tunnel;
 use crate::{
     access_log::{AccessLog, Record, ResponseFlags},
     config::{
@@ -33,7 +34,7 @@ const BUFFER: usize = 32 * 1024;
 /// A configured TCP proxy, shared by all workers.
 #[derive(Debug)]
 pub struct TcpProxy {
-    config: Arc<TcpProxyConfig>,
+    pub(super) config: Arc<TcpProxyConfig>,
     access_logs: Vec<AccessLog>,
     stats: TcpStats,
 }
@@ -85,14 +86,14 @@ impl TcpProxy {
 
 /// What a connection came to.
 #[derive(Default)]
-struct Outcome {
-    flags: ResponseFlags,
-    host: Option<String>,
+pub(super) struct Outcome {
+    pub(super) flags: ResponseFlags,
+    pub(super) host: Option<String>,
     cluster: Option<Arc<str>>,
-    upstream: Option<UpstreamInfo>,
+    pub(super) upstream: Option<Rc<UpstreamInfo>>,
     transport_failure: Option<String>,
-    received: u64,
-    sent: u64,
+    pub(super) received: u64,
+    pub(super) sent: u64,
 }
 
 /// Serves a downstream connection to its end.
@@ -149,13 +150,8 @@ async fn carry(
         outcome.flags |= ResponseFlags::NC;
         return outcome;
     };
-    let mut upstream = match dial(proxy, &cluster, info, &mut outcome).await {
-        Some(upstream) => upstream,
-        None => return outcome,
-    };
     let limit = proxy.config.max_downstream_connection_duration;
-    let mut relay = Relay::new(proxy.config.idle_timeout);
-    let ended = {
+    let ends = async {
         let expired = async {
             match limit {
                 Some(limit) => tokio::time::sleep(limit).await,
@@ -167,11 +163,24 @@ async fn carry(
             tokio::time::sleep(worker.drain_time).await;
         };
         tokio::select! {
-            ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
             () = expired => Ended::TooOld,
             () = drained => Ended::Drained,
         }
     };
+    let ended = if let Some(tunneling) = &proxy.config.tunneling {
+        tunnel::carry(downstream, proxy, tunneling, &cluster, info, ends, &mut outcome).await
+    } else if let Some(mut upstream) = dial(proxy, &cluster, info, &mut outcome).await {
+        let mut relay = Relay::new(proxy.config.idle_timeout);
+        let ended = tokio::select! {
+            ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
+            ended = ends => ended,
+        };
+        (outcome.received, outcome.sent) = (relay.up.bytes, relay.down.bytes);
+        Some(ended)
+    } else {
+        None
+    };
+    let Some(ended) = ended else { return outcome };
     match ended {
         Ended::Whole | Ended::Drained => {}
         Ended::Idle => proxy.stats.idle_timeout.inc(),
@@ -179,7 +188,6 @@ async fn carry(
         Ended::Downstream => outcome.flags |= ResponseFlags::DC,
         Ended::Upstream => outcome.flags |= ResponseFlags::UC,
     }
-    (outcome.received, outcome.sent) = (relay.up.bytes, relay.down.bytes);
     let stats = &cluster.cluster.stats;
     stats.upstream_cx_tx_bytes_total.add(outcome.received);
     stats.upstream_cx_rx_bytes_total.add(outcome.sent);
@@ -245,7 +253,7 @@ async fn dial(
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 let issued = Issued::to(&host);
-                (outcome.upstream, outcome.transport_failure) = (Some(stream.info()), None);
+                (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(stream.info())), None);
                 return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open, _issued: issued });
             }
             Err(error) => {
@@ -267,7 +275,7 @@ async fn dial(
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     /// Both sides closed after all had been delivered.
     Whole,
     /// No byte passed for `idle_timeout`.

@@ -51,6 +51,8 @@ pub enum Wanted<'a> {
     Http2(&'a Http2Options),
     /// What the host chooses in the TLS handshake.
     Auto(&'a Http2Options),
+    /// No protocol: bytes.
+    Tcp,
 }
 
 /// This worker's connections to one host, by the source address that they keep.
@@ -230,12 +232,13 @@ impl WorkerHost {
         let mut pending = None;
         let opened = loop {
             let http1 = match wanted {
-                Wanted::Http1 => true,
+                Wanted::Http1 | Wanted::Tcp => true,
                 Wanted::Http2(_) => false,
                 Wanted::Auto(_) => pool.chose_http1.get(),
             };
             if http1 {
-                if let Some(idle) = pool.take_idle() {
+                let idle = if matches!(wanted, Wanted::Tcp) { None } else { pool.take_idle() };
+                if let Some(idle) = idle {
                     return Ok(lend(Sender::Http1(idle), true));
                 }
                 if pending.is_none() {
@@ -273,12 +276,13 @@ impl WorkerHost {
     ) -> Result<Sender, PoolError> {
         let alpn = match wanted {
             Wanted::Http1 => AlpnFallback::Http1,
+            Wanted::Tcp => AlpnFallback::None,
             Wanted::Http2(_) => AlpnFallback::Http2,
             Wanted::Auto(_) => AlpnFallback::Auto,
         };
         let (stream, open) = self.dial(cluster, pool, source, alpn).await?;
         let http2 = match wanted {
-            Wanted::Http1 => None,
+            Wanted::Http1 | Wanted::Tcp => None,
             Wanted::Http2(options) => Some(options),
             Wanted::Auto(options) => {
                 let options = Some(options).filter(|_| stream.alpn() == Some(b"h2"));
@@ -289,7 +293,12 @@ impl WorkerHost {
         };
         match http2 {
             Some(options) => self.start_http2(cluster, pool, stream, open, options).await.map(Sender::Http2),
-            None => Ok(Sender::Http1(self.start_http1(cluster, pool, stream, open))),
+            None => {
+                if !matches!(wanted, Wanted::Tcp) {
+                    cluster.cluster.stats.upstream_cx_http1_total.inc();
+                }
+                Ok(Sender::Http1(self.start_http1(cluster, pool, stream, open)))
+            }
         }
     }
 
@@ -345,7 +354,6 @@ impl WorkerHost {
         stream: UpstreamStream,
         open: OpenConnection,
     ) -> Rc<Http1Connection> {
-        cluster.cluster.stats.upstream_cx_http1_total.inc();
         let connection = Rc::new(Http1Connection {
             info: Rc::new(stream.info()),
             client: Rc::new(ClientConnection::new(stream)),
@@ -451,6 +459,16 @@ impl Connection {
         match &self.sender {
             Sender::Http1(connection) => &connection.info,
             Sender::Http2(connection) => &connection.info,
+        }
+    }
+
+    /// Sends `first` and then `body` as they are; what the host sends is the response's body. Only of one that was had for
+    /// [`Wanted::Tcp`].
+    pub fn tunnel(&self, first: Vec<u8>, body: Body) -> http::Response<Incoming> {
+        match &self.sender {
+            Sender::Http1(connection) => connection.client.tunnel(first, body),
+            // Nobody asks for that.
+            Sender::Http2(_) => http::Response::new(Incoming::Empty),
         }
     }
 

@@ -254,6 +254,7 @@ pub fn listener(name: &str, address: SocketAddr, filter: NetworkFilterConfig) ->
 
 pub fn tcp_chain(cluster: &str) -> NetworkFilterConfig {
     NetworkFilterConfig::TcpProxy(Arc::new(TcpProxyConfig {
+        tunneling: None,
         stat_prefix: "tcp".to_owned(),
         cluster: ClusterChoice::Cluster(cluster.into()),
         idle_timeout: None,

@@ -351,6 +351,8 @@ pub struct Http2Options {
     pub initial_stream_window_size: u32,
     /// Bytes of the connection's flow-control window. Default 24 MiB.
     pub initial_connection_window_size: u32,
+    /// Other protocols may be asked for by CONNECT with a protocol (RFC 8441).
+    pub allow_connect: bool,
     /// Frames without anything in them that a client may send in a row. Default 1.
     pub max_consecutive_inbound_frames_with_empty_payload: u32,
     /// PRIORITY frames for each stream that a client has opened. Default 100.
@@ -365,6 +367,7 @@ impl Default for Http2Options {
             max_concurrent_streams: 1024,
             initial_stream_window_size: 16 << 20,
             initial_connection_window_size: 24 << 20,
+            allow_connect: false,
             max_consecutive_inbound_frames_with_empty_payload: 1,
             max_inbound_priority_frames_per_stream: 100,
             max_inbound_window_update_frames_per_data_frame_sent: 10,

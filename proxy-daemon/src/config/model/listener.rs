@@ -1,8 +1,8 @@
 use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
-    AccessLogConfig, Cidr, ClusterChoice, DownstreamTlsContext, HttpConnectionManagerConfig, ResourceRef, RouteConfig,
-    RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
+    AccessLogConfig, AddedValue, Cidr, ClusterChoice, DownstreamTlsContext, HeaderAdd, HttpConnectionManagerConfig,
+    ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
 };
 use crate::http::filters::DiscoveredFilter;
 
@@ -239,4 +239,17 @@ pub struct TcpProxyConfig {
     pub max_downstream_connection_duration: Option<Duration>,
     /// One line a connection.
     pub access_logs: Vec<AccessLogConfig>,
+    /// Hosts are spoken to by HTTP, and get what passes in a request's body.
+    pub tunneling: Option<Tunneling>,
+}
+
+/// `TcpProxy.TunnelingConfig`
+#[derive(Debug)]
+pub struct Tunneling {
+    /// Where the tunnel leads to: the request's host.
+    pub hostname: AddedValue,
+    /// It is a POST, to this path; `None`: CONNECT.
+    pub post_path: Option<http::uri::PathAndQuery>,
+    /// Further headers of the request.
+    pub headers: Vec<HeaderAdd>,
 }

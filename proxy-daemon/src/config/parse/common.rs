@@ -228,6 +228,7 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             options.initial_connection_window_size,
             default.initial_connection_window_size,
         ),
+        allow_connect: options.allow_connect,
         max_consecutive_inbound_frames_with_empty_payload: number(
             options.max_consecutive_inbound_frames_with_empty_payload,
             default.max_consecutive_inbound_frames_with_empty_payload,

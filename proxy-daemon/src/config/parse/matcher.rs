@@ -35,11 +35,11 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         Some(PathSpecifier::Prefix(text)) => PathMatch::Prefix(text.as_str().into()),
         Some(PathSpecifier::Path(text)) => PathMatch::Path(text.as_str().into()),
         Some(PathSpecifier::SafeRegex(matcher)) => PathMatch::Regex(regex(matcher, &join(path, "safe_regex"))?),
+        Some(PathSpecifier::ConnectMatcher(_)) => PathMatch::Connect,
         Some(PathSpecifier::PathSeparatedPrefix(text)) => PathMatch::PathSeparatedPrefix(text.as_str().into()),
         Some(PathSpecifier::PathMatchPolicy(policy)) => {
             PathMatch::Template(uri_template(policy, &join(path, "path_match_policy"))?)
         }
-        Some(PathSpecifier::ConnectMatcher(_)) => return Err(FieldError::unsupported(join(path, "connect_matcher"))),
         None => return Err(required(path, "prefix")),
     };
     let cookies = rule.cookies.iter().enumerate();

@@ -1,14 +1,24 @@
 use std::{sync::Arc, time::Duration};
 
-use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::{TcpProxy, tcp_proxy::ClusterSpecifier};
+use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3::{
+    TcpProxy,
+    tcp_proxy::{ClusterSpecifier, TunnelingConfig},
+};
+use http::uri::PathAndQuery;
 
 use super::{
     access_log::access_logs,
-    common::{Result, duration, limit, number, required},
+    common::{Result, duration, header_value, headers_to_add, limit, number, required},
     route::weighted,
     support::join,
 };
-use crate::config::model::{ClusterChoice, TcpProxyConfig};
+use crate::{
+    access_log::HeaderFormat,
+    config::{
+        FieldError,
+        model::{AddedValue, ClusterChoice, TcpProxyConfig, Tunneling},
+    },
+};
 
 pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> {
     let cluster = match &proxy.cluster_specifier {
@@ -30,5 +40,38 @@ pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> 
             "max_downstream_connection_duration",
         )?,
         access_logs: access_logs(&proxy.access_log, &join(path, "access_log"))?,
+        tunneling: match &proxy.tunneling_config {
+            Some(config) => Some(tunneling(config, &join(path, "tunneling_config"))?),
+            None => None,
+        },
+    })
+}
+
+fn tunneling(config: &TunnelingConfig, path: &str) -> Result<Tunneling> {
+    if config.hostname.is_empty() {
+        return Err(required(path, "hostname"));
+    }
+    let hostname_path = join(path, "hostname");
+    let hostname = HeaderFormat::parse(&config.hostname).map_err(|text| FieldError::new(&hostname_path, text))?;
+    let post_path = match config.post_path.as_str() {
+        "" if config.use_post => Some(PathAndQuery::from_static("/")),
+        "" => None,
+        _ if !config.use_post => {
+            // Envoy's words.
+            return Err(FieldError::new(join(path, "post_path"), "Can't set a post path when POST method isn't used"));
+        }
+        text => {
+            let is_path = |path: &PathAndQuery| path.as_str().starts_with('/');
+            let post_path = PathAndQuery::try_from(text).ok().filter(is_path);
+            Some(post_path.ok_or_else(|| FieldError::new(join(path, "post_path"), format!("{text:?} is no path")))?)
+        }
+    };
+    Ok(Tunneling {
+        hostname: match hostname {
+            Ok(format) => AddedValue::Format(Arc::new(format)),
+            Err(literal) => AddedValue::Literal(header_value(&literal, &hostname_path)?),
+        },
+        post_path,
+        headers: headers_to_add(&config.headers_to_add, path, "headers_to_add")?,
     })
 }

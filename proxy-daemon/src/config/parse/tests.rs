@@ -141,16 +141,12 @@ fn what_a_connection_manager_cannot_do_is_named() {
             "@early_header_mutation_extensions[0].typed_config.mutations[0].remove: :-prefixed or host headers may not be removed",
         ),
         (
-            "          scheme_header_transformation: { match_upstream: true }",
-            "@scheme_header_transformation.match_upstream: not supported by culvert yet",
-        ),
-        (
             "          strip_matching_host_port: true\n          strip_any_host_port: true",
             "HCM: Error: Only one of `strip_matching_host_port` or `strip_any_host_port` can be set.",
         ),
         (
-            "          upgrade_configs: [{ upgrade_type: CONNECT }]",
-            "@upgrade_configs[0].upgrade_type: CONNECT is not supported by culvert yet",
+            "          upgrade_configs: [{ upgrade_type: CONNECT-UDP }]",
+            "@upgrade_configs[0].upgrade_type: CONNECT-UDP is not supported by culvert yet",
         ),
         (
             "          upgrade_configs: [{ upgrade_type: websocket, filters: [{ name: x }] }]",

@@ -32,6 +32,15 @@ pub enum Incoming {
     Upstream(h1::ResponseBody),
 }
 
+impl Incoming {
+    /// Sends on what there is of the request, where this is the response to one on HTTP/1 that nobody can take more of.
+    pub(super) fn send_on(&mut self, cx: &mut Context<'_>) {
+        if let Incoming::Upstream(body) = self {
+            body.send_on(cx);
+        }
+    }
+}
+
 impl Body for Incoming {
     type Data = Bytes;
     type Error = BodyError;

@@ -106,6 +106,26 @@ pub struct UpgradeRule {
     pub protocol: Box<str>,
     /// Requests may ask for it.
     pub enabled: bool,
+    /// Of CONNECT: tunnels end here, and hosts get what is in them.
+    pub connect: Option<ConnectConfig>,
+}
+
+/// `RouteAction.UpgradeConfig.ConnectConfig`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectConfig {
+    /// What a host is told of the client first.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// POST is as good as CONNECT.
+    pub allow_post: bool,
+}
+
+/// `ProxyProtocolConfig.Version`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
 }
 
 /// `RouteAction.MaxStreamDuration`: 0 is no limit.

@@ -54,6 +54,8 @@ pub enum PathMatch {
     /// `path_match_policy` with a `UriTemplateMatchConfig`: the expression that the template stands for (anchored), with a named
     /// group for each variable.
     Template(Regex),
+    /// `connect_matcher`: CONNECT, which has no path.
+    Connect,
 }
 
 /// One `HeaderMatcher`.

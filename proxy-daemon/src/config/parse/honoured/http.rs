@@ -311,6 +311,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "initial_connection_window_size",
             // Of both sides: streams are all that is reset.
             "override_stream_error_on_invalid_http_message",
+            "allow_connect",
             "max_consecutive_inbound_frames_with_empty_payload",
             "max_inbound_priority_frames_per_stream",
             "max_inbound_window_update_frames_per_data_frame_sent",

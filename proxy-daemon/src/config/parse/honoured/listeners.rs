@@ -134,7 +134,12 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "access_log",
             "max_connect_attempts",
             "max_downstream_connection_duration",
+            "tunneling_config",
         ],
+    ),
+    (
+        "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.TunnelingConfig",
+        &["hostname", "use_post", "post_path", "headers_to_add"],
     ),
     ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster", ALL),
     ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight", &["name", "weight"]),

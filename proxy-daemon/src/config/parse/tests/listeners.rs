@@ -102,6 +102,12 @@ fn a_tcp_proxy() {
     assert_eq!(full.max_downstream_connection_duration, Some(Duration::from_secs(60)));
     assert_eq!(full.access_logs[0].sink, AccessLogSink::Stdout);
     assert_eq!(full.access_logs[0].format.as_deref(), Some("%START_TIME%\n"));
+    let tunnel = proxy("cluster: up, tunneling_config: { hostname: 'a:80', use_post: true }").tunneling.unwrap();
+    assert!(matches!(&tunnel.hostname, crate::config::model::AddedValue::Literal(host) if host == "a:80"));
+    assert_eq!(tunnel.post_path.unwrap(), "/");
+    let tunnel = proxy("cluster: up, tunneling_config: { hostname: '%REQUESTED_SERVER_NAME%:80' }").tunneling.unwrap();
+    assert!(matches!(&tunnel.hostname, crate::config::model::AddedValue::Format(_)));
+    assert!(tunnel.post_path.is_none());
 }
 
 #[test]
@@ -273,11 +279,19 @@ fn what_a_listener_cannot_do_is_named() {
     assert_eq!(error.unwrap_err(), "address.pipe: not supported by culvert yet");
     let error = read(&format!(
         "{{ name: l, {ADDRESS}, filter_chains: [{{ {} }}] }}",
-        tcp("cluster: up, tunneling_config: { hostname: x }")
+        tcp("cluster: up, tunneling_config: { hostname: x, propagate_response_headers: true }")
     ));
     assert_eq!(
         error.unwrap_err(),
-        "filter_chains[0].filters[0].typed_config.tunneling_config: not supported by culvert yet"
+        "filter_chains[0].filters[0].typed_config.tunneling_config.propagate_response_headers: not supported by culvert yet"
+    );
+    let error = read(&format!(
+        "{{ name: l, {ADDRESS}, filter_chains: [{{ {} }}] }}",
+        tcp("cluster: up, tunneling_config: { hostname: x, post_path: /p }")
+    ));
+    assert_eq!(
+        error.unwrap_err(),
+        "filter_chains[0].filters[0].typed_config.tunneling_config.post_path: Can't set a post path when POST method isn't used"
     );
 }
 

@@ -11,7 +11,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 
 use super::{
     buffers,
@@ -74,6 +74,8 @@ struct Upload {
     touched: bool,
     /// The host has not agreed yet to the protocol that the body is of.
     paused: bool,
+    /// Its end is the end of what is written.
+    shuts: bool,
 }
 
 impl ClientConnection {
@@ -103,14 +105,17 @@ impl ClientConnection {
     ) -> Result<Response<Incoming>, SendError> {
         let (parts, body) = request.into_parts();
         let to_head = parts.method == Method::HEAD;
-        let upgrade = parts.extensions.get::<Upgrade>().is_some();
+        let connect = parts.method == Method::CONNECT;
+        let upgrade = connect || parts.extensions.get::<Upgrade>().is_some();
         {
             let mut inner = self.inner.borrow_mut();
             let length = BodyLength { ended: body.is_end_stream(), exact: None };
             inner.kept = false;
             inner.writer.begin();
             let framing = encode::request(inner.writer.out(), &parts, length);
-            inner.upload = Upload { body, framing, ended: length.ended, paused: upgrade, ..Upload::default() };
+            // A tunnel's end is told to the host; whoever speaks another protocol than HTTP tells it in that.
+            inner.upload =
+                Upload { body, framing, ended: length.ended, paused: upgrade, shuts: connect, ..Upload::default() };
         }
         // Until a byte is out, the request can be had back.
         let mut parts = Some(parts);
@@ -137,8 +142,8 @@ impl ClientConnection {
         let mut result = result.await;
         for _ in 0..INTERIM {
             match result {
-                Ok(head) if upgrade && head.parts.status == StatusCode::SWITCHING_PROTOCOLS => {
-                    return self.begin_response(head, to_head);
+                Ok(head) if upgrade && !connect && head.parts.status == StatusCode::SWITCHING_PROTOCOLS => {
+                    return self.begin_response(head, to_head, connect);
                 }
                 Ok(head) if head.parts.status.is_informational() => {
                     let status = head.parts.status;
@@ -153,19 +158,32 @@ impl ClientConnection {
                     })
                     .await;
                 }
-                result => return self.begin_response(result?, to_head),
+                result => return self.begin_response(result?, to_head, connect),
             }
         }
         Err(SendError::Protocol(CodecError::CODEC))
+    }
+
+    /// Sends `first` and then `body` as they are; what the host sends is the response's body.
+    pub fn tunnel(self: &Rc<Self>, first: Vec<u8>, body: Body) -> Response<Incoming> {
+        let mut inner = self.inner.borrow_mut();
+        inner.kept = false;
+        inner.writer.begin();
+        inner.writer.out().extend_from_slice(&first);
+        inner.upload = Upload { body, framing: Framing::UntilClose, shuts: true, ..Upload::default() };
+        inner.decoder = Decoder::UntilClose;
+        drop(inner);
+        Response::new(Incoming::Upstream(ResponseBody(Rc::clone(self))))
     }
 
     fn begin_response(
         self: &Rc<Self>,
         head: head::ResponseHead,
         to_head: bool,
+        connect: bool,
     ) -> Result<Response<Incoming>, SendError> {
         let head::ResponseHead { parts, told } = head;
-        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS;
+        let switched = parts.status == StatusCode::SWITCHING_PROTOCOLS || connect && parts.status.is_success();
         let framing = if switched { Framing::UntilClose } else { response_framing(told, parts.status, to_head) };
         let mut inner = self.inner.borrow_mut();
         if inner.upload.paused {
@@ -233,6 +251,11 @@ impl Inner {
                 return Poll::Pending;
             }
             if self.upload.ended {
+                if self.upload.shuts && !self.upload.broken {
+                    // A host that is gone already needs no half-close.
+                    let _ = ready!(Pin::new(&mut self.stream).poll_shutdown(cx));
+                    self.upload.shuts = false;
+                }
                 return Poll::Ready(if self.upload.broken { Err(()) } else { Ok(()) });
             }
             if waiting {
@@ -344,7 +367,7 @@ impl ResponseBody {
     /// Sends on what there is of the request, while nobody can take more of the response.
     pub(in crate::http) fn send_on(&mut self, cx: &mut Context<'_>) {
         let mut inner = self.0.inner.borrow_mut();
-        if !inner.upload.ended {
+        if !inner.upload.ended || inner.upload.shuts {
             let _ = inner.poll_upload(cx);
         }
     }
@@ -355,7 +378,7 @@ impl ResponseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let mut inner = self.0.inner.borrow_mut();
         let inner = &mut *inner;
-        if !inner.upload.ended {
+        if !inner.upload.ended || inner.upload.shuts {
             let _ = inner.poll_upload(cx);
         }
         loop {

@@ -181,7 +181,7 @@ fn told_length(headers: &HeaderMap) -> Option<u64> {
     if values.next().is_some() { None } else { length(told.as_bytes()) }
 }
 
-/// In the extensions of a request that asks for another protocol: its body is what follows it, until the connection ends.
+/// In the extensions of a request that asks for another protocol, or for a tunnel: its body is what follows it, until the connection ends.
 #[derive(Debug, Clone, Copy)]
 pub struct Upgrade;
 
@@ -198,14 +198,18 @@ pub(super) struct BodyLength {
 pub(super) fn request(out: &mut Vec<u8>, parts: &http::request::Parts, body: BodyLength) -> Framing {
     out.extend_from_slice(parts.method.as_str().as_bytes());
     out.push(b' ');
-    let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+    let target = match (&parts.method, parts.uri.authority()) {
+        (&Method::CONNECT, Some(authority)) => authority.as_str(),
+        _ => parts.uri.path_and_query().map_or("/", |target| target.as_str()),
+    };
     out.extend_from_slice(target.as_bytes());
     out.extend_from_slice(b" HTTP/1.1\r\n");
     let upgrade = parts.extensions.get::<Upgrade>().is_some();
-    for (name, value) in parts.headers.iter().filter(|(name, _)| is_written(name, upgrade)) {
+    let connect = parts.method == Method::CONNECT;
+    for (name, value) in parts.headers.iter().filter(|(name, _)| is_written(name, upgrade && !connect)) {
         field(out, name.as_str(), value.as_bytes());
     }
-    if upgrade {
+    if upgrade || connect {
         out.extend_from_slice(b"\r\n");
         return Framing::UntilClose;
     }
@@ -233,6 +237,8 @@ pub(super) fn request(out: &mut Vec<u8>, parts: &http::request::Parts, body: Bod
 pub(super) struct ResponseCx {
     /// The request was HEAD.
     pub(super) to_head: bool,
+    /// The request was CONNECT.
+    pub(super) to_connect: bool,
     /// The client speaks HTTP/1.0.
     pub(super) http_10: bool,
     /// The connection is closed afterwards.
@@ -264,7 +270,11 @@ pub(super) fn response(
     if !dated {
         date(out);
     }
-    if upgrade {
+    if upgrade || cx.to_connect && status.is_success() {
+        if !upgrade && status != StatusCode::OK {
+            // As in Envoy: another success is no reason to expect more.
+            out.extend_from_slice(b"connection: close\r\n");
+        }
         out.extend_from_slice(b"\r\n");
         return Framing::UntilClose;
     }

@@ -4,7 +4,7 @@ use super::*;
 
 const NONE: BodyLength = BodyLength { ended: true, exact: Some(0) };
 const STREAM: BodyLength = BodyLength { ended: false, exact: None };
-const CX: ResponseCx = ResponseCx { to_head: false, http_10: false, close: false, keep_alive: true };
+const CX: ResponseCx = ResponseCx { to_head: false, to_connect: false, http_10: false, close: false, keep_alive: true };
 
 fn answer(
     status: u16,

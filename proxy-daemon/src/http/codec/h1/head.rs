@@ -349,6 +349,9 @@ fn uri(
     }
     if *method == Method::CONNECT {
         let authority = http::uri::Authority::try_from(text).map_err(|_| CodecError::URL)?;
+        if authority.port_u16().is_none() || authority.as_str().contains('@') {
+            return Err(CodecError::URL);
+        }
         return Ok((Uri::from(authority), Target::Authority));
     }
     let path = if text[0] == b'/' {

@@ -197,7 +197,7 @@ impl ServerConnection {
         // Nothing can be said of where a next request would begin.
         self.inner.borrow_mut().decoder = Decoder::UntilClose;
         let response = self.begun(state).answer_without_head(reply);
-        let cx = ResponseCx { to_head: false, http_10: false, close: true, keep_alive: false };
+        let cx = ResponseCx { to_head: false, to_connect: false, http_10: false, close: true, keep_alive: false };
         self.respond(state, response, cx, writer).await
     }
 
@@ -210,7 +210,12 @@ impl ServerConnection {
         };
         let head::RequestHead { mut parts, framing, target } = head;
         let begun = self.begun(state);
-        let upgrade = parts.version == Version::HTTP_11 && headers::wants_upgrade(&parts.headers);
+        let connect = parts.method == Method::CONNECT;
+        let upgrade = connect || parts.version == Version::HTTP_11 && headers::wants_upgrade(&parts.headers);
+        if connect {
+            // The target says it.
+            parts.headers.remove(HOST);
+        }
         let mut refused = refused(target, state).or_else(|| self.malformed_start(framing, state));
         if upgrade {
             parts.extensions.insert(Upgrade);
@@ -224,6 +229,7 @@ impl ServerConnection {
         }
         let cx = ResponseCx {
             to_head: parts.method == Method::HEAD,
+            to_connect: connect,
             http_10: parts.version == Version::HTTP_10,
             close: false,
             keep_alive: encode::is_kept(parts.version, &parts.headers),
@@ -294,7 +300,7 @@ impl ServerConnection {
         writer: &mut Writer,
     ) -> After {
         let (parts, mut body) = response.into_parts();
-        let upgraded = parts.status == StatusCode::SWITCHING_PROTOCOLS;
+        let upgraded = parts.status == StatusCode::SWITCHING_PROTOCOLS || cx.to_connect && parts.status.is_success();
         let (complete, enable_trailers) = {
             let mut inner = self.inner.borrow_mut();
             inner.upgraded = upgraded;

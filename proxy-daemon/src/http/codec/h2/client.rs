@@ -2,8 +2,14 @@
 
 use std::{cell::Cell, future::poll_fn, rc::Rc};
 
-use h2::client::{Connection, SendRequest};
-use http::{Request, Response, StatusCode, header::CONTENT_LENGTH};
+use h2::{
+    client::{Connection, SendRequest},
+    ext::Protocol,
+};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, UPGRADE},
+};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -13,7 +19,11 @@ use super::{
 };
 use crate::{
     config::model::Http2Options,
-    http::{body::Body, codec::Incoming, headers},
+    http::{
+        body::Body,
+        codec::{Incoming, h1::Upgrade},
+        headers,
+    },
 };
 
 /// `max_response_headers_kb` where nothing else is said, in bytes.
@@ -83,26 +93,50 @@ impl ClientConnection {
                 return Err(SendError::Unsent(Box::new(request), error));
             }
         };
-        let (mut parts, body) = request.into_parts();
+        let (mut parts, mut body) = request.into_parts();
+        let upgrade = parts.extensions.remove::<Upgrade>().is_some();
+        // RFC 8441: what is an upgrade in HTTP/1.1.
+        let protocol = parts.headers.get(UPGRADE).filter(|_| upgrade && parts.method != Method::CONNECT).cloned();
         headers::strip_hop_by_hop(&mut parts.headers);
-        let end = body.is_end_stream();
+        if let Some(protocol) = protocol.as_ref().and_then(|protocol| protocol.to_str().ok()) {
+            parts.method = Method::CONNECT;
+            parts.extensions.insert(Protocol::from(protocol));
+        }
+        let end = body.is_end_stream() && !upgrade;
         if let Some(length) = body.size_hint().exact().filter(|length| !end && *length > 0) {
             parts.headers.entry(CONTENT_LENGTH).or_insert_with(|| length.into());
         }
         let sent = sender.send_request(Request::from_parts(parts, ()), end);
         let (mut response, stream) = sent.map_err(SendError::Reset)?;
-        let sending = if end { None } else { Sending::start(body, stream, &self.outbox) };
+        let mut stream = Some(stream).filter(|_| !end);
+        let mut sending = None;
+        if !upgrade && let Some(stream) = stream.take() {
+            sending = Sending::start(std::mem::take(&mut body), stream, &self.outbox);
+        }
         let response = poll_fn(|cx| {
             while let std::task::Poll::Ready(Some(Ok(early))) = response.poll_informational(cx) {
                 interim(early.status());
             }
             std::pin::Pin::new(&mut response).poll(cx)
         });
-        let (parts, stream) = response.await.map_err(SendError::Reset)?.into_parts();
+        let (mut parts, received) = response.await.map_err(SendError::Reset)?.into_parts();
+        if let Some(mut stream) = stream {
+            // Nothing is said in another protocol before the host has agreed to it.
+            if parts.status.is_success() {
+                sending = Sending::start(body, stream, &self.outbox);
+            } else {
+                let _ = stream.send_data(Piece::none(), true);
+            }
+        }
+        if let Some(protocol) = protocol.filter(|_| parts.status == StatusCode::OK) {
+            parts.status = StatusCode::SWITCHING_PROTOCOLS;
+            parts.headers.insert(UPGRADE, protocol);
+            parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        }
         // Nobody waits for the rest of a request that has its response.
-        let body = match stream.is_end_stream() {
+        let body = match received.is_end_stream() {
             true => Incoming::Empty,
-            false => Incoming::Http2(ReceivedBody::response(stream, &parts.headers, sending)),
+            false => Incoming::Http2(ReceivedBody::response(received, &parts.headers, sending)),
         };
         Ok(Response::from_parts(parts, body))
     }

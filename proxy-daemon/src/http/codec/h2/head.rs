@@ -1,13 +1,16 @@
 //! Requests' heads, where RFC 9113 asks for more than the crate does.
 
-use h2::Reason;
+use h2::{Reason, ext::Protocol};
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method,
-    header::{CONTENT_LENGTH, COOKIE, HOST, TE, TRANSFER_ENCODING},
+    header::{CONNECTION, CONTENT_LENGTH, COOKIE, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     request::Parts,
 };
 
-use crate::config::model::{HttpConnectionManagerConfig, Underscores};
+use crate::{
+    config::model::{HttpConnectionManagerConfig, Underscores},
+    http::codec::h1::Upgrade,
+};
 
 /// Why a stream is reset instead of answered: how its client is told, and Envoy's word for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +62,20 @@ pub(super) fn settle(head: &mut Parts, config: &HttpConnectionManagerConfig) -> 
     }
     join_cookies(headers);
     Ok(())
+}
+
+/// A request for another protocol becomes what it is in HTTP/1.1 (RFC 8441): that is how it is routed, and what it is allowed by.
+pub(super) fn downgrade(head: &mut Parts) {
+    if head.method != Method::CONNECT {
+        return;
+    }
+    head.extensions.insert(Upgrade);
+    let protocol = head.extensions.remove::<Protocol>();
+    if let Some(protocol) = protocol.and_then(|protocol| HeaderValue::from_str(protocol.as_str()).ok()) {
+        head.method = Method::GET;
+        head.headers.insert(UPGRADE, protocol);
+        head.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
 }
 
 /// RFC 9113, section 8.2.3: crumbs are one field again where they go on by HTTP/1.1.

@@ -65,7 +65,7 @@ impl Piece {
     }
 
     /// Says that there is nothing more.
-    fn none() -> Piece {
+    pub(super) fn none() -> Piece {
         Piece { bytes: Bytes::new(), outbox: None }
     }
 }

@@ -97,6 +97,9 @@ impl ServerConnection {
             .initial_connection_window_size(config.http2.initial_connection_window_size)
             .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024).saturating_add(fields))
             .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
+        if config.http2.allow_connect {
+            builder.enable_connect_protocol();
+        }
         let stage = Stage::Handshake(builder.handshake(io));
         let shared = Rc::new(Shared {
             state: Rc::clone(state),
@@ -164,6 +167,7 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
         return respond.send_reset(malformed.reason);
     }
     let to_head = parts.method == Method::HEAD;
+    head::downgrade(&mut parts);
     if parts.headers.get(EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         parts.headers.remove(EXPECT);
         state.count_continue();
@@ -205,6 +209,11 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
 fn response_head(response: Response<Body>, to_head: bool) -> (Response<()>, Body) {
     let (mut parts, body) = response.into_parts();
     headers::strip_hop_by_hop(&mut parts.headers);
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        // RFC 8441, section 5: it is just a stream.
+        parts.status = StatusCode::OK;
+        parts.headers.remove(CONTENT_LENGTH);
+    }
     parts.headers.entry(DATE).or_insert_with(date);
     if !body.is_end_stream()
         && !to_head
