@@ -50,7 +50,7 @@ impl Begun {
     /// The answer where there will be no head.
     pub(super) fn answer_without_head(mut self, reply: LocalReply) -> Response<Body> {
         self.end.keep_no_request();
-        local_reply::answer(self.end, reply, false, false, Asked::Nothing, &mut Vec::new())
+        local_reply::answer(self.end, reply, false, false, Asked::Nothing)
     }
 
     /// Ends when the head takes too long, with what the client is told.

@@ -4,6 +4,7 @@
 //! bound, and for a time. Whoever drops a call breaks it off: an HTTP/2 stream is reset, an HTTP/1 connection closed.
 
 pub(super) mod grpc;
+pub(super) mod grpc_stream;
 
 use std::{
     rc::Rc,

@@ -220,6 +220,7 @@ fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeou
         | Expired::Idle
         | Expired::PerTryIdle
         | Expired::Request
+        | Expired::Answered
         | Expired::Malformed(_) => waiting::expire(&end.state, &end.progress, expired),
     }
 }

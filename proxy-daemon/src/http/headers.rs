@@ -232,16 +232,6 @@ pub(super) fn set_path(head: &mut RequestHead, path_and_query: &str) {
     head.uri = Uri::from_parts(parts).unwrap_or_default();
 }
 
-/// Makes an upstream's response fit for the client.
-pub(super) fn prepare_response(
-    head: &mut ResponseHead,
-    config: &HttpConnectionManagerConfig,
-    request_id: Option<&HeaderValue>,
-) {
-    strip_hop_by_hop(&mut head.headers);
-    sign_response(head, config, request_id);
-}
-
 /// What all responses say of this proxy, wherever they come from.
 pub(super) fn sign_response(
     head: &mut ResponseHead,

@@ -10,7 +10,7 @@ use http::{
 
 use super::{
     body::Body,
-    filters::HttpFilter,
+    filters::{Flow, HttpFilter},
     headers::{self, names::*},
     observe::StreamEnd,
     redirect,
@@ -30,18 +30,65 @@ pub(super) enum Asked<'a> {
     /// Its head, which is refused.
     Head(&'a RequestHead),
     /// All of it.
-    Stream(&'a mut StreamCx),
+    Stream(&'a StreamCx),
 }
 
-/// Turns a local reply into a response and settles the stream.
+/// Turns a local reply into the response to a request that no filter has seen, and settles the stream.
 pub(super) fn answer(
     mut end: StreamEnd,
     reply: LocalReply,
     grpc: bool,
     is_head: bool,
-    mut asked: Asked<'_>,
+    asked: Asked<'_>,
+) -> Response<Body> {
+    let refused = reply.flags == ResponseFlags::DPE;
+    let (head, body, closes) = make(&mut end, reply, grpc, is_head, &asked);
+    settle(end, head, body, closes, refused)
+}
+
+/// Turns a local reply into a response that `filters` see, and settles the stream.
+pub(super) async fn answer_stream(
+    mut end: StreamEnd,
+    reply: LocalReply,
+    grpc: bool,
+    is_head: bool,
+    cx: &mut StreamCx,
     filters: &mut Vec<Box<dyn HttpFilter>>,
 ) -> Response<Body> {
+    let (mut head, mut body, mut closes) = make(&mut end, reply, grpc, is_head, &Asked::Stream(cx));
+    if !filters.is_empty() {
+        let length = http_body::Body::size_hint(&body).lower();
+        if length > 0 {
+            head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+        }
+    }
+    cx.flags |= end.flags;
+    cx.upstream_host = end.host.as_ref().map(|(_, host)| Rc::clone(host));
+    for filter in filters.iter_mut().rev() {
+        let flow = match filter.response(&mut head, &mut body, cx) {
+            Flow::Wait => filter.wait_response(&mut head, &mut body, cx).await,
+            // A filter that need not wait does not replace an answer that was made here.
+            _ => Flow::Continue,
+        };
+        if let Flow::Respond(instead) = flow {
+            end.details = Cow::Borrowed("");
+            (head, body, closes) = make(&mut end, instead, grpc, is_head, &Asked::Stream(cx));
+            break;
+        }
+    }
+    end.flags |= cx.flags;
+    end.filters.append(filters);
+    settle(end, head, body, closes, false)
+}
+
+/// The response that a local reply is. Whether it ends its connection.
+fn make(
+    end: &mut StreamEnd,
+    reply: LocalReply,
+    grpc: bool,
+    is_head: bool,
+    asked: &Asked<'_>,
+) -> (ResponseHead, Body, bool) {
     // What follows may be no HTTP either, whatever becomes of the answer.
     let closes = end.http1 && reply.status == StatusCode::BAD_REQUEST && !end.state.config().http1_stays_open;
     end.flags |= reply.flags;
@@ -55,12 +102,12 @@ pub(super) fn answer(
     head.status = reply.status;
     head.headers.extend(reply.headers);
     let mut body = reply.body;
-    if let Asked::Stream(cx) = &asked {
+    if let Asked::Stream(cx) = asked {
         cx.mutate_response(&mut head, end.host.as_ref().map(|(_, host)| host.host.display()));
     }
     let mut content_type = None;
     if let Some(replies) = end.state.config().local_replies.clone() {
-        content_type = rewrite(&replies, &end, &asked, &mut head, &mut body);
+        content_type = rewrite(&replies, end, asked, &mut head, &mut body);
     }
     if grpc {
         let status = reply.grpc_status.unwrap_or_else(|| grpc_status(head.status));
@@ -86,25 +133,20 @@ pub(super) fn answer(
         head.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
         body = Bytes::new();
     }
-    let mut body = Body::Full(body);
-    if let Asked::Stream(cx) = &mut asked {
-        cx.flags |= end.flags;
-        cx.upstream_host = end.host.as_ref().map(|(_, host)| Rc::clone(host));
-        for filter in filters.iter_mut().rev() {
-            // A filter cannot replace an answer that was made here.
-            let _ = filter.response(&mut head, &mut body, cx);
-        }
-        end.flags |= cx.flags;
-    }
+    (head, Body::Full(body), closes)
+}
+
+/// What all responses that are made here have, and the end of the stream's accounts. `refused`: the client does not speak HTTP. Envoy
+/// notes that only after its answer is made.
+fn settle(mut end: StreamEnd, mut head: ResponseHead, mut body: Body, closes: bool, refused: bool) -> Response<Body> {
     if closes {
         head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     headers::sign_response(&mut head, end.state.config(), end.request_id.as_ref());
-    if !is_refused(&end, &asked) {
+    if !refused {
         end.tell_proxy_status(&mut head);
     }
     end.keep_response(head.status, &head.headers);
-    end.filters.append(filters);
     match &body {
         Body::Wrapped(_) => body.wrap(|body| Counted::new(body, Rc::clone(&end.progress), Some(end))),
         body => {

@@ -113,6 +113,7 @@ impl Observer for ResponseObserver {
                     self.end.with(|end| end.per_try_idle_expired());
                     (ResponseFlags::SI, "upstream idle timeout")
                 }
+                Expired::Answered => (ResponseFlags::default(), "the request was answered after its response began"),
                 Expired::Request => (ResponseFlags::default(), "request timeout"),
                 Expired::Malformed(error) => {
                     self.end.with(|end| {

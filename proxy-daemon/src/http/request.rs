@@ -20,11 +20,11 @@ use super::{
     forward::forward,
     headers::{self, names::*},
     internal_redirect::{self, Sent, Trail},
-    local_reply::{self, answer},
+    local_reply::{self, answer, answer_stream},
     normal,
     observe::{EndHolder, RequestObserver, ResponseObserver, StreamEnd},
     redirect::{own_url, redirect},
-    stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    stream::{LocalReply, MaxHeaders, RequestHead, ResponseHead, StreamCx},
     trust,
     upgrade::{self, Asked},
     waiting::{self, Counted},
@@ -61,12 +61,12 @@ pub(super) async fn handle(
 
     if let Err(reply) = headers::check_request(&head, state.manager.config.max_headers_count, refused) {
         end.keep_request(&head);
-        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
+        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head));
     }
     let (config, connection) = (&state.manager.config, &state.connection);
     if let Err(reply) = normal::apply(&mut head, &state) {
         end.keep_request(&head);
-        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
+        return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head));
     }
     let local_ip = local_ip(connection);
     let upgrade = Asked::of_request(&head);
@@ -77,7 +77,7 @@ pub(super) async fn handle(
         Err(reply) => {
             stats.downstream_rq_rejected_via_ip_detection.inc();
             end.keep_request(&head);
-            return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head), &mut Vec::new());
+            return answer(end, reply, grpc, is_head, local_reply::Asked::Head(&head));
         }
     };
     end.request_id = trusted.request_id;
@@ -134,6 +134,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         suppress_envoy_headers: false,
         keeps_request: config.local_replies.is_some(),
         reroute: false,
+        max_headers: MaxHeaders { count: config.max_headers_count, kilobytes: config.max_request_headers_kb },
         shared: http::Extensions::new(),
         started: end.started,
         progress: Rc::clone(&progress),
@@ -154,8 +155,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             end.keep_route(&cx);
             cx.keep_request(&head);
             filters.extend(unasked(entries, route.as_ref()));
-            let refused = upgrade::refused();
-            return Ok(answer(end, refused, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters));
+            return Ok(answer_stream(end, upgrade::refused(), grpc, is_head, &mut cx, &mut filters).await);
         }
         end.upgraded(stats);
     }
@@ -210,7 +210,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
         filters.extend(unasked(entries, route.as_ref()));
-        return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters));
+        return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut filters).await);
     }
     end.keep_request(&head);
     end.keep_route(&cx);
@@ -243,7 +243,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     };
     let answered = match result {
         Ok(answered) => answered,
-        Err(reply) => return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut filters)),
+        Err(reply) => return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut filters).await),
     };
 
     let (mut response, mut incoming) = answered.response.into_parts();
@@ -268,6 +268,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     }
     finish_response(&mut response, &cx, &end, answered.attempts);
     if filters.is_empty() {
+        headers::sign_response(&mut response, &end.state.manager.config, end.request_id.as_ref());
         end.came_from_upstream(&mut response, &cx);
         let observer = ResponseObserver::new(EndHolder::Own(end), answered.timers, answered.connection);
         return Ok(Response::from_parts(response, Body::observed(incoming, Box::new(observer))));
@@ -288,17 +289,19 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             break;
         }
     }
-    let mut settled = end.borrow_mut();
-    settled.filters = filters;
-    if reply.is_none() {
-        settled.came_from_upstream(&mut response, &cx);
+    {
+        let mut settled = end.borrow_mut();
+        settled.filters = filters;
+        if reply.is_none() {
+            headers::sign_response(&mut response, &settled.state.manager.config, settled.request_id.as_ref());
+            settled.came_from_upstream(&mut response, &cx);
+        }
     }
-    drop(settled);
     // A body that has not ended holds it too.
     let end = Rc::into_inner(end).map(RefCell::into_inner);
     match (reply, end) {
         (Some(reply), Some(end)) => {
-            return Ok(answer(end, reply, grpc, is_head, local_reply::Asked::Stream(&mut cx), &mut Vec::new()));
+            return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut Vec::new()).await);
         }
         (_, end) => {
             if let Body::Wrapped(_) = body {
@@ -411,7 +414,6 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
 
 /// What the router and the connection manager do to an upstream's response.
 fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, attempts: u32) {
-    let manager = &end.state.manager;
     // Envoy counts from the request's end, which one for another protocol does not have.
     let tunnel = response.extensions.get::<Upgrade>().is_some();
     if !cx.suppress_envoy_headers && !tunnel && end.upgrade.is_none() {
@@ -425,7 +427,7 @@ fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, 
     }
     cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
     let upgrade = Asked::of_response(response);
-    headers::prepare_response(response, &manager.config, end.request_id.as_ref());
+    headers::strip_hop_by_hop(&mut response.headers);
     if let Some(upgrade) = upgrade {
         upgrade.tell(&mut response.headers);
     }

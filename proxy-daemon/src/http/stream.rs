@@ -96,6 +96,8 @@ pub struct StreamCx {
     pub started: Instant,
     /// What can be told about the request's body while it passes.
     pub progress: Rc<Progress>,
+    /// How many headers a message may have.
+    pub max_headers: MaxHeaders,
     /// What filters leave for each other. Empty, it costs nothing.
     pub shared: http::Extensions,
     /// Set by a filter: the request is kept for the response's headers.
@@ -104,6 +106,15 @@ pub struct StreamCx {
     pub reroute: bool,
     /// The request, kept where the response's headers are made of it.
     pub(super) request: RefCell<Option<Box<RequestHead>>>,
+}
+
+/// `max_headers_count` and `max_request_headers_kb`.
+#[derive(Debug, Clone, Copy)]
+pub struct MaxHeaders {
+    /// How many.
+    pub count: u32,
+    /// Their size, in KiB.
+    pub kilobytes: u32,
 }
 
 impl StreamCx {
@@ -247,7 +258,11 @@ pub struct Progress {
     pub malformed: Cell<Option<CodecError>>,
     /// A filter refuses the request in the middle of its body, which breaks off: what the client is told.
     pub instead: RefCell<Option<Box<LocalReply>>>,
-    /// Woken when the request is complete, or malformed.
+    /// A filter answers the request in the middle of its body.
+    answer: RefCell<Option<Box<LocalReply>>>,
+    /// A filter may do so, also when the request is complete.
+    pub held: Cell<bool>,
+    /// Woken when the request is complete, malformed, or answered.
     pub waker: RefCell<Option<std::task::Waker>>,
 }
 
@@ -265,6 +280,8 @@ impl Progress {
             last_response: Cell::new(started),
             malformed: Cell::new(None),
             instead: RefCell::new(None),
+            answer: RefCell::new(None),
+            held: Cell::new(false),
             waker: RefCell::new(None),
         })
     }
@@ -280,6 +297,24 @@ impl Progress {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }
+    }
+
+    /// Answers the request, whose body a filter holds: what waits for the upstream waits no longer.
+    pub fn answer(&self, reply: LocalReply) {
+        self.answer.replace(Some(Box::new(reply)));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Whether a filter has answered.
+    pub(super) fn is_answered(&self) -> bool {
+        self.answer.borrow().is_some()
+    }
+
+    /// The answer of a filter.
+    pub(super) fn take_answer(&self) -> Option<LocalReply> {
+        self.answer.take().map(|reply| *reply)
     }
 
     /// The request has passed whole.

@@ -26,6 +26,8 @@ pub(super) enum Expired {
     Attempt,
     /// The request took too long to arrive.
     Request,
+    /// A filter has answered the request while its body passed.
+    Answered,
     /// The rest of the request is not HTTP: no use to wait for it.
     Malformed(CodecError),
 }
@@ -101,7 +103,11 @@ impl Timers {
 
     /// Ready when a limit has passed.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Expired> {
-        if self.progress.request_complete.get().is_none() {
+        let held = self.progress.held.get();
+        if held && self.progress.is_answered() {
+            return Poll::Ready(Expired::Answered);
+        }
+        if held || self.progress.request_complete.get().is_none() {
             if let Some(error) = self.progress.malformed.get() {
                 return Poll::Ready(Expired::Malformed(error));
             }

@@ -47,6 +47,11 @@ pub(super) async fn within(waiting: Waiting<'_>, mut limits: Timers, state: &Con
 /// The answer where one of the limits of the connection manager has passed.
 pub(super) fn expire(state: &ConnState, progress: &Progress, expired: Expired) -> LocalReply {
     let stats = &state.manager.stats;
+    if expired == Expired::Answered
+        && let Some(reply) = progress.take_answer()
+    {
+        return reply;
+    }
     if expired == Expired::Request {
         stats.downstream_rq_timeout.inc();
         let (status, text) = (StatusCode::REQUEST_TIMEOUT, "request timeout");
@@ -82,6 +87,8 @@ pub(super) struct Counted {
 impl Counted {
     pub(super) fn new(body: Body, progress: Rc<Progress>, end: Option<StreamEnd>) -> Counted {
         progress.sent_otherwise.set(true);
+        // What filters have read ahead is not sent yet.
+        progress.sent.set(0);
         Counted { body, progress, end }
     }
 

@@ -14,6 +14,7 @@ mod harness;
 mod health_checks;
 mod limits;
 mod metadata;
+mod processing;
 mod services;
 mod sessions;
 mod tokens;
@@ -77,6 +78,11 @@ fn health_checks_are_answered_as_by_envoy() -> Result<()> {
 #[test]
 fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
     harness::compare(authorization::cases())
+}
+
+#[test]
+fn messages_are_processed_as_by_envoy() -> Result<()> {
+    harness::compare(processing::cases())
 }
 
 #[test]

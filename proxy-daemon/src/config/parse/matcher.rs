@@ -145,7 +145,7 @@ pub(crate) fn string(matcher: &ProtoString, path: &str) -> Result<StringMatcher>
 }
 
 /// An expression that must match the whole text. Matching takes time linear in the text's length.
-fn regex(matcher: &RegexMatcher, path: &str) -> Result<Regex> {
+pub(crate) fn regex(matcher: &RegexMatcher, path: &str) -> Result<Regex> {
     compile(&format!("^(?:{})$", matcher.regex), matcher, path)
 }
 

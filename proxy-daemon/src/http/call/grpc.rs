@@ -17,7 +17,7 @@ use http::{
 use http_body::Frame;
 use prost::Message as ProtoMessage;
 
-use super::{Answer, Failure, expect_within, mark, send, within};
+use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark, send, within};
 use crate::{
     config::{FieldError, parse},
     http::{
@@ -129,6 +129,12 @@ impl Service {
         head
     }
 
+    /// A stream of this method's, which may begin later. It has no time limit.
+    pub(in crate::http) fn prepare(&self, path: &'static str, cx: &StreamCx) -> Prepared {
+        let cluster = cx.worker.clusters.get(&self.cluster);
+        Prepared { cluster, head: self.head(path, None, cx), max_message: self.max_message }
+    }
+
     /// Asks, and waits for the answer.
     ///
     /// # Errors
@@ -172,7 +178,7 @@ impl http_body::Body for Message {
 }
 
 /// What an answer's head has to say already.
-fn check_head(answer: &Answer) -> Result<(), Failed> {
+pub(super) fn check_head(answer: &Answer) -> Result<(), Failed> {
     let head = &answer.head;
     if head.status == StatusCode::OK || head.headers.contains_key(GRPC_STATUS) {
         return Ok(());
@@ -194,8 +200,7 @@ fn message<A: ProtoMessage + Default>(
     trailers: Option<&HeaderMap>,
 ) -> Result<A, Failed> {
     let ends = trailers.unwrap_or(head);
-    let status = ends.get(GRPC_STATUS).and_then(|status| status.to_str().ok()?.parse().ok());
-    match status {
+    match status_of(ends) {
         Some(0) => {}
         Some(status) => return Err(Failed(status)),
         None => return Err(UNKNOWN),
@@ -203,6 +208,11 @@ fn message<A: ProtoMessage + Default>(
     let mut frames = BytesMut::from(data);
     let message = take_frame(&mut frames, usize::MAX)?.ok_or(INTERNAL)?;
     A::decode(message).map_err(|_| INTERNAL)
+}
+
+/// The status in trailers, or in headers after which nothing comes.
+pub(super) fn status_of(ends: &HeaderMap) -> Option<u32> {
+    ends.get(GRPC_STATUS).and_then(|status| status.to_str().ok()?.parse().ok())
 }
 
 /// A message in its frame.

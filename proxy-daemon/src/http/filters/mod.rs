@@ -12,6 +12,7 @@ mod csrf;
 mod decompressor;
 mod discovered;
 mod ext_authz;
+mod ext_proc;
 mod fault;
 mod grpc_counts;
 mod grpc_http1_bridge;
@@ -98,7 +99,8 @@ pub trait HttpFilter {
         Flow::Continue
     }
 
-    /// Called when [`response`](Self::response) said [`Flow::Wait`], for responses of upstreams only.
+    /// Called when [`response`](Self::response) said [`Flow::Wait`]. [`Flow::Respond`] puts an answer that no filter sees in the
+    /// response's place, also where that was made here.
     fn wait_response<'a>(
         &'a mut self,
         _head: &'a mut ResponseHead,
@@ -281,6 +283,12 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz",
         parse: ext_authz::parse,
         per_route: Some(("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", ext_authz::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.ext_proc",
+        type_name: "envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor",
+        parse: ext_proc::parse,
+        per_route: Some(("envoy.extensions.filters.http.ext_proc.v3.ExtProcPerRoute", ext_proc::parse_per_route)),
     },
     Registered {
         name: "envoy.filters.http.decompressor",

@@ -1,0 +1,467 @@
+//! One stream to a processor, for one request and its response. `LIFECYCLE.md` has its states.
+
+use std::{
+    cell::{Cell, RefCell},
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use envoy_types::pb::{
+    envoy::service::ext_proc::v3::{
+        CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProcessingResponse,
+        ProtocolConfiguration, processing_request::Request, processing_response::Response,
+    },
+    google::protobuf::{Struct, value::Kind},
+};
+use http::{HeaderMap, StatusCode};
+use tokio::time::{Instant, Sleep};
+
+use super::{
+    config::Settings,
+    messages,
+    mode::{self, BodyMode, Mode, Side},
+    rules::{Limits, Target},
+    told::Merged,
+};
+use crate::{
+    access_log::ResponseFlags,
+    config::parse,
+    http::{
+        call::grpc_stream::{Ended, Prepared, Stream},
+        changes::list,
+        stream::{LocalReply, Progress},
+    },
+};
+
+/// How long a processor has to end its side of a stream that has ended on ours.
+const REMOTE_CLOSE: Duration = Duration::from_secs(1);
+
+/// What a side waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Await {
+    Headers,
+    Body,
+    Trailers,
+}
+
+/// What a processor says to one message.
+pub(super) enum Reply {
+    /// To headers, or to a body.
+    Common(Box<CommonResponse>),
+    Trailers(Option<HeaderMutation>),
+}
+
+/// What a side comes to.
+pub(super) enum Outcome {
+    Reply(Reply),
+    /// The processor has no further part in the stream.
+    Over,
+    /// The client gets this.
+    Answer(LocalReply),
+}
+
+#[derive(Default)]
+struct SideState {
+    awaits: Cell<Option<Await>>,
+    reply: RefCell<Option<Reply>>,
+    deadline: Cell<Option<Instant>>,
+    /// The processor has asked for more time.
+    extended: Cell<bool>,
+    no_body: Cell<bool>,
+    /// The piece that the processor is shown is the last one.
+    last_piece: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+/// The stream, from before it is opened.
+pub(super) struct Session {
+    pub(super) settings: Arc<Settings>,
+    pub(super) merged: Merged,
+    pub(super) mode: Cell<Mode>,
+    pub(super) progress: Rc<Progress>,
+    pub(super) limits: Limits,
+    /// How much of a body may be in memory, in bytes.
+    pub(super) buffer_limit: usize,
+    prepared: RefCell<Option<Prepared>>,
+    stream: RefCell<Option<Stream>>,
+    over: Cell<bool>,
+    answer: RefCell<Option<LocalReply>>,
+    protocol_told: Cell<bool>,
+    sides: [SideState; 2],
+}
+
+impl Session {
+    pub(super) fn new(
+        settings: Arc<Settings>,
+        merged: Merged,
+        prepared: Option<Prepared>,
+        progress: Rc<Progress>,
+        limits: Limits,
+        buffer_limit: usize,
+    ) -> Rc<Session> {
+        Rc::new(Session {
+            mode: Cell::new(merged.mode.unwrap_or(settings.mode)),
+            settings,
+            merged,
+            progress,
+            limits,
+            buffer_limit,
+            prepared: RefCell::new(prepared),
+            stream: RefCell::new(None),
+            over: Cell::new(false),
+            answer: RefCell::new(None),
+            protocol_told: Cell::new(false),
+            sides: Default::default(),
+        })
+    }
+
+    fn side(&self, side: Side) -> &SideState {
+        let [request, response] = &self.sides;
+        match side {
+            Side::Request => request,
+            Side::Response => response,
+        }
+    }
+
+    /// Whether the processor has no further part in the stream.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.get()
+    }
+
+    /// Whether it is far behind with what it only watches.
+    pub(super) fn is_behind(&self) -> bool {
+        self.stream.borrow().as_ref().is_some_and(|stream| stream.queued() > self.buffer_limit)
+    }
+
+    /// Has the task woken when the processor has caught up.
+    pub(super) fn wake_when_taken(&self, cx: &Context<'_>) {
+        if let Some(stream) = &*self.stream.borrow() {
+            stream.wake_when_taken(cx.waker());
+        }
+    }
+
+    pub(super) fn has_no_body(&self, side: Side) {
+        self.side(side).no_body.set(true);
+    }
+
+    /// Sends a message. `awaits`: what is waited for then; `None` where the processor only watches.
+    pub(super) fn send(self: &Rc<Self>, side: Side, awaits: Option<Await>, request: Request) {
+        if self.is_over() {
+            return;
+        }
+        self.open();
+        if let Request::RequestBody(body) | Request::ResponseBody(body) = &request {
+            self.side(side).last_piece.set(body.end_of_stream);
+        }
+        let Mode([of_request, of_response]) = self.mode.get();
+        let first = !self.protocol_told.replace(true) && !self.settings.observability;
+        let message = ProcessingRequest {
+            metadata_context: Some(messages::metadata(&self.merged.forwarded, &self.progress)),
+            observability_mode: self.settings.observability,
+            protocol_config: first.then(|| ProtocolConfiguration {
+                request_body_mode: of_request.body.number(),
+                response_body_mode: of_response.body.number(),
+                send_body_without_waiting_for_header_response: false,
+            }),
+            request: Some(request),
+            ..ProcessingRequest::default()
+        };
+        // It may have failed at once.
+        let stream = self.stream.borrow();
+        let Some(stream) = &*stream else { return };
+        stream.send(&message);
+        self.settings.stats.stream_msgs_sent.inc();
+        if awaits.is_some() {
+            let state = self.side(side);
+            state.awaits.set(awaits);
+            state.extended.set(false);
+            state.deadline.set(Some(Instant::now() + self.settings.message_timeout));
+        }
+    }
+
+    fn open(self: &Rc<Self>) {
+        let Some(prepared) = self.prepared.take() else { return };
+        self.settings.stats.streams_started.inc();
+        let session = Rc::downgrade(self);
+        let stream = prepared.open(move |event| {
+            let Some(session) = session.upgrade() else { return };
+            match event {
+                Ok(response) => session.receive(response),
+                Err(ended) => session.ended(&ended),
+            }
+        });
+        self.stream.replace(Some(stream));
+    }
+
+    /// What has come of the message that was sent last for this side.
+    pub(super) fn poll_reply(
+        &self,
+        side: Side,
+        timer: &mut Option<Pin<Box<Sleep>>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Outcome> {
+        let state = self.side(side);
+        loop {
+            if let Some(reply) = state.reply.take() {
+                return Poll::Ready(Outcome::Reply(reply));
+            }
+            if self.is_over() {
+                // A response that waits is what the answer takes the place of.
+                let other = side == Side::Request && self.side(Side::Response).awaits.get().is_some();
+                let answer = if other { None } else { self.answer.take() };
+                state.awaits.set(None);
+                return Poll::Ready(answer.map_or(Outcome::Over, Outcome::Answer));
+            }
+            let Some(deadline) = state.deadline.get() else { return Poll::Ready(Outcome::Over) };
+            state.waker.replace(Some(cx.waker().clone()));
+            let sleep = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+            if sleep.deadline() != deadline {
+                sleep.as_mut().reset(deadline);
+            }
+            if sleep.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.timed_out();
+        }
+    }
+
+    fn receive(&self, response: ProcessingResponse) {
+        if self.settings.observability || self.is_over() {
+            return;
+        }
+        if let Some(timeout) = response.override_message_timeout {
+            let limit = parse::duration(Some(timeout), "", "").ok().flatten();
+            return self.extend(limit.filter(|limit| *limit <= self.settings.max_message_timeout));
+        }
+        let in_headers = self.sides.iter().any(|side| side.awaits.get() == Some(Await::Headers));
+        if let Some(by) = response.mode_override.filter(|_| self.settings.allow_mode_override && in_headers) {
+            let written = mode::overridden(&self.settings.written_mode, &by);
+            let allowed = &self.settings.allowed_override_modes;
+            if allowed.is_empty() || allowed.iter().any(|other| mode::is_written_as(&written, other)) {
+                // What is not honoured cannot be carried out.
+                let Ok(mode) = Mode::parse(&written, "mode_override") else { return self.spurious("unhandled mode") };
+                self.mode.set(mode);
+            }
+        }
+        let metadata = response.dynamic_metadata.as_ref();
+        let common = |common: Option<CommonResponse>| Reply::Common(Box::new(common.unwrap_or_default()));
+        let (side, awaited, reply) = match response.response {
+            Some(Response::RequestHeaders(it)) => (Side::Request, Await::Headers, common(it.response)),
+            Some(Response::ResponseHeaders(it)) => (Side::Response, Await::Headers, common(it.response)),
+            Some(Response::RequestBody(it)) => (Side::Request, Await::Body, common(it.response)),
+            Some(Response::ResponseBody(it)) => (Side::Response, Await::Body, common(it.response)),
+            Some(Response::RequestTrailers(it)) => {
+                (Side::Request, Await::Trailers, Reply::Trailers(it.header_mutation))
+            }
+            Some(Response::ResponseTrailers(it)) => {
+                (Side::Response, Await::Trailers, Reply::Trailers(it.header_mutation))
+            }
+            Some(Response::ImmediateResponse(_)) if self.settings.disable_immediate_response => {
+                return self.spurious("unhandled immediate response due to config disabled it");
+            }
+            Some(Response::ImmediateResponse(answer)) => {
+                self.tell(metadata);
+                self.settings.stats.stream_msgs_received.inc();
+                self.finish();
+                let answer = self.answer_of(answer);
+                return self.end(Some(answer));
+            }
+            Some(Response::StreamedImmediateResponse(_)) | None => return self.spurious("unhandled message"),
+        };
+        self.tell(metadata);
+        let state = self.side(side);
+        if state.awaits.get() != Some(awaited) {
+            return self.spurious("spurious message");
+        }
+        self.settings.stats.stream_msgs_received.inc();
+        state.awaits.set(None);
+        state.deadline.set(None);
+        state.reply.replace(Some(reply));
+        if self.was_last(side, awaited) {
+            self.over.set(true);
+            self.finish();
+        }
+        wake(state);
+    }
+
+    /// Whether nothing more is to be shown after this reply. As in Envoy, that is not looked into where bodies are buffered.
+    fn was_last(&self, side: Side, awaited: Await) -> bool {
+        let (shown, state) = (self.mode.get().of(side), self.side(side));
+        let ends = match awaited {
+            Await::Headers => state.no_body.get() || shown.body == BodyMode::None && !shown.trailers,
+            Await::Body => shown.body == BodyMode::Streamed && state.last_piece.get() && !state.no_body.get(),
+            Await::Trailers => true,
+        };
+        ends && (side == Side::Response || self.mode.get().of(Side::Response).is_nothing())
+    }
+
+    /// `override_message_timeout`
+    fn extend(&self, limit: Option<Duration>) {
+        let stats = &self.settings.stats;
+        let limit = limit.filter(|limit| *limit >= Duration::from_millis(1));
+        let waiting = |state: &&SideState| state.awaits.get().is_some() && !state.extended.get();
+        let waits = self.sides.iter().any(|state| waiting(&state));
+        let Some(limit) = limit.filter(|_| waits) else { return stats.override_message_timeout_ignored.inc() };
+        stats.override_message_timeout_received.inc();
+        for state in self.sides.iter().filter(waiting) {
+            state.extended.set(true);
+            state.deadline.set(Some(Instant::now() + limit));
+            wake(state);
+        }
+    }
+
+    /// Notes what the processor tells other filters, where it may.
+    fn tell(&self, metadata: Option<&Struct>) {
+        let Some(metadata) = metadata.filter(|_| !self.merged.received.is_empty()) else { return };
+        for (name, value) in &metadata.fields {
+            if !self.merged.received.iter().any(|known| **known == **name) {
+                continue;
+            }
+            let none = Struct::default();
+            let fields = match &value.kind {
+                Some(Kind::StructValue(fields)) => fields,
+                _ => &none,
+            };
+            self.progress.with_metadata(|all| crate::http::metadata::update(all.namespace_mut(name), fields));
+        }
+    }
+
+    /// An answer that nobody has asked for.
+    fn spurious(&self, details: &str) {
+        let stats = &self.settings.stats;
+        stats.spurious_msgs_received.inc();
+        self.reset();
+        if self.merged.failure_mode_allow {
+            stats.failure_mode_allowed.inc();
+            self.end(None);
+        } else {
+            self.end(Some(self.error(details)));
+        }
+    }
+
+    /// The processor has ended the stream.
+    fn ended(&self, ended: &Ended) {
+        let stats = &self.settings.stats;
+        if ended.status != 0 {
+            stats.streams_failed.inc();
+        }
+        self.stream.borrow_mut().take();
+        if self.is_over() {
+            return;
+        }
+        stats.server_half_closed.inc();
+        if ended.status != 0 && !self.merged.failure_mode_allow {
+            let details = format!("ext_proc_error_gRPC_error_{}{{{}}}", ended.status, ended.message);
+            return self.end(Some(self.error(&details)));
+        }
+        stats.streams_closed.inc();
+        if ended.status != 0 {
+            // Envoy counts it for the failure, and for the end.
+            stats.server_half_closed.inc();
+            stats.failure_mode_allowed.inc();
+        }
+        self.end(None);
+    }
+
+    fn timed_out(&self) {
+        let stats = &self.settings.stats;
+        stats.message_timeouts.inc();
+        self.reset();
+        if self.merged.failure_mode_allow {
+            stats.failure_mode_allowed.inc();
+            return self.end(None);
+        }
+        let details = "ext_proc_error_per-message_timeout_exceeded";
+        let answer = LocalReply::new(StatusCode::GATEWAY_TIMEOUT, "", ResponseFlags::default(), details);
+        self.end(Some(answer));
+    }
+
+    /// The answer to a request where a change that the processor asks for is refused.
+    pub(super) fn refuse(&self, details: &str) -> LocalReply {
+        self.reset();
+        self.end(None);
+        self.settings.stats.immediate_responses_sent.inc();
+        self.error(details)
+    }
+
+    fn error(&self, details: &str) -> LocalReply {
+        LocalReply::new(self.settings.status_on_error, "", ResponseFlags::default(), one_word(details))
+    }
+
+    /// Nothing more is shown to the processor.
+    fn end(&self, answer: Option<LocalReply>) {
+        self.over.set(true);
+        if answer.is_some() {
+            self.settings.stats.immediate_responses_sent.inc();
+        }
+        self.answer.replace(answer);
+        self.sides.iter().for_each(wake);
+    }
+
+    /// There is nothing more to be shown.
+    pub(super) fn close(&self) {
+        self.over.set(true);
+        self.finish();
+    }
+
+    /// Ends our side of the stream, and lets the processor end its own.
+    fn finish(&self) {
+        let stream = self.stream.borrow_mut().take();
+        if let Some(stream) = stream {
+            self.settings.stats.streams_closed.inc();
+            stream.finish(REMOTE_CLOSE);
+        }
+    }
+
+    /// Breaks the stream off.
+    fn reset(&self) {
+        if self.stream.borrow_mut().take().is_some() {
+            self.settings.stats.streams_closed.inc();
+        }
+    }
+
+    fn answer_of(&self, answer: ImmediateResponse) -> LocalReply {
+        let code = answer.status.map_or(0, |status| status.code);
+        let status = u16::try_from(code).ok().filter(|code| *code >= 200);
+        let status = status.and_then(|code| StatusCode::from_u16(code).ok()).unwrap_or(StatusCode::OK);
+        let mut headers = HeaderMap::new();
+        if let Some(mutation) = &answer.headers {
+            let rejected = self.settings.stats.rejected_header_mutations;
+            let mut target = Target::Fields(&mut headers);
+            // What is refused leaves the answer as far as it has come.
+            let _ = self.settings.rules.apply(mutation, &mut target, false, true, self.limits, rejected);
+        }
+        let details = one_word(&answer.details);
+        let mut reply = LocalReply::new(status, answer.body, ResponseFlags::default(), details);
+        reply.headers = list(headers);
+        reply.grpc_status = answer.grpc_status.map(|status| u16::try_from(status.status).unwrap_or(2));
+        reply
+    }
+}
+
+fn wake(state: &SideState) {
+    if let Some(waker) = state.waker.take() {
+        waker.wake();
+    }
+}
+
+/// As access logs show it.
+fn one_word(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join("_")
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let Some(stream) = self.stream.get_mut().take() else { return };
+        if self.settings.observability {
+            let closed = self.settings.stats.streams_closed;
+            stream.linger(self.settings.deferred_close_timeout, move || closed.inc());
+        } else {
+            self.settings.stats.streams_closed.inc();
+            stream.finish(REMOTE_CLOSE);
+        }
+    }
+}
