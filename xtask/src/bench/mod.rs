@@ -17,7 +17,7 @@ use crate::setup::{self, Needs};
 use crate::{envoy, progress};
 use proxies::{CONTENDERS, Ports, Programs, Server};
 use report::{Sample, Table};
-use workloads::WORKLOADS;
+use workloads::{MESSAGE, WORKLOADS};
 
 /// Flags of `cargo xtask bench`.
 #[derive(clap::Args)]
@@ -105,16 +105,18 @@ fn requests(args: Requests) -> Result<()> {
     let dir = root.join("target/bench");
     std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
     std::fs::write(dir.join("64k"), vec![b'x'; 64 * 1024])?;
+    // Uncompressed, 26 bytes long.
+    std::fs::write(dir.join(MESSAGE), b"\0\0\0\0\x1aa message for the upstream")?;
     let ports = Ports::free()?;
     let programs = Programs { culvertd, envoy, dir, ports };
     let _upstream = Server::upstream(&programs)?;
     let mut samples = Vec::new();
     for round in 1..=rounds {
         for proxy in CONTENDERS {
-            for workload in &workloads {
+            for workload in workloads.iter().filter(|workload| workload.is_for(proxy)) {
                 eprintln!("round {round} of {rounds}: {} {} ...", proxy.name(), workload.name);
                 let server = Server::start(proxy, &programs)?;
-                workload.warm_up(&ports)?;
+                workload.warm_up(&ports, &programs.dir)?;
                 let before = server.cpu()?;
                 let load = workload.run(&ports, duration, &programs.dir)?;
                 let cpu = server.cpu()?.saturating_sub(before);

@@ -41,18 +41,24 @@ pub(super) struct Ports {
     pub(super) http1: u16,
     pub(super) http2: u16,
     pub(super) tcp: u16,
+    /// HTTP/1.1, with filters.
+    pub(super) filters: u16,
     admin: u16,
     upstream: u16,
+    /// Prior knowledge HTTP/2.
+    upstream_http2: u16,
 }
 
 impl Ports {
     /// Ports that are free now.
     pub(super) fn free() -> Result<Self> {
         // All are held until all are chosen, so that they differ.
-        let listeners = (0..5).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<Vec<_>, _>>()?;
+        let listeners = (0..7).map(|_| TcpListener::bind("127.0.0.1:0")).collect::<Result<Vec<_>, _>>()?;
         let ports = listeners.iter().map(|l| Ok(l.local_addr()?.port())).collect::<Result<Vec<u16>>>()?;
-        let [http1, http2, tcp, admin, upstream] = ports[..] else { bail!("expected five ports") };
-        Ok(Self { http1, http2, tcp, admin, upstream })
+        let [http1, http2, tcp, filters, admin, upstream, upstream_http2] = ports[..] else {
+            bail!("expected seven ports")
+        };
+        Ok(Self { http1, http2, tcp, filters, admin, upstream, upstream_http2 })
     }
 }
 
@@ -170,12 +176,18 @@ impl Drop for Server {
 
 impl Programs {
     fn config(&self, name: &str, template: &str) -> Result<PathBuf> {
-        let Ports { http1, http2, tcp, admin, upstream } = self.ports;
+        let Ports { http1, http2, tcp, filters, admin, upstream, upstream_http2 } = self.ports;
         let dir = self.dir.display().to_string();
         let mut text = template.replace("@DIR@", &dir).replace("@LOG@", &format!("{dir}/access.log"));
-        for (key, port) in
-            [("@HTTP1@", http1), ("@HTTP2@", http2), ("@TCP@", tcp), ("@ADMIN@", admin), ("@UPSTREAM@", upstream)]
-        {
+        for (key, port) in [
+            ("@HTTP1@", http1),
+            ("@HTTP2@", http2),
+            ("@TCP@", tcp),
+            ("@FILTERS@", filters),
+            ("@ADMIN@", admin),
+            ("@UPSTREAM@", upstream),
+            ("@UPSTREAM_HTTP2@", upstream_http2),
+        ] {
             text = text.replace(key, &port.to_string());
         }
         let path = self.dir.join(name);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::proxies::{OTHERS_CORE, Ports, on_core};
+use super::proxies::{Contender, OTHERS_CORE, Ports, on_core};
 
 /// How long each workload runs before it is measured.
 const WARM_UP: Duration = Duration::from_secs(1);
@@ -13,30 +13,53 @@ const WARM_UP: Duration = Duration::from_secs(1);
 /// A kind of load.
 pub(super) struct Workload {
     pub(super) name: &'static str,
-    kind: Kind,
+    generator: Generator,
+    path: &'static str,
+    to: fn(&Ports) -> u16,
+    arguments: &'static [&'static str],
+    /// nginx has no way to speak HTTP/2 to an upstream, but for gRPC.
+    by_nginx: bool,
 }
 
-enum Kind {
-    /// wrk over 32 connections.
-    Wrk { path: &'static str, to: fn(&Ports) -> u16, arguments: &'static [&'static str] },
-    /// h2load over 4 connections with 8 streams each.
-    H2load { path: &'static str },
+#[derive(Clone, Copy)]
+enum Generator {
+    /// Over 32 connections.
+    Wrk,
+    /// Over 4 connections with 8 streams each.
+    H2load,
 }
 
-pub(super) const WORKLOADS: [Workload; 5] = [
-    Workload { name: "http1-small", kind: Kind::Wrk { path: "/small", to: |ports| ports.http1, arguments: &[] } },
-    Workload { name: "http1-64k", kind: Kind::Wrk { path: "/64k", to: |ports| ports.http1, arguments: &[] } },
+const fn http1(name: &'static str, path: &'static str, to: fn(&Ports) -> u16) -> Workload {
+    Workload { name, generator: Generator::Wrk, path, to, arguments: &[], by_nginx: true }
+}
+
+const fn http2(name: &'static str, path: &'static str, to: fn(&Ports) -> u16) -> Workload {
+    Workload { generator: Generator::H2load, ..http1(name, path, to) }
+}
+
+pub(super) const WORKLOADS: [Workload; 8] = [
+    http1("http1-small", "/small", |ports| ports.http1),
+    http1("http1-64k", "/64k", |ports| ports.http1),
     Workload {
-        name: "http1-new-connection",
-        kind: Kind::Wrk { path: "/small", to: |ports| ports.http1, arguments: &["-H", "Connection: close"] },
+        arguments: &["-H", "Connection: close"],
+        ..http1("http1-new-connection", "/small", |ports| ports.http1)
     },
-    Workload { name: "h2-small", kind: Kind::H2load { path: "/small" } },
-    Workload { name: "tcp-small", kind: Kind::Wrk { path: "/small", to: |ports| ports.tcp, arguments: &[] } },
+    http1("http1-filters", "/small", |ports| ports.filters),
+    http2("h2-small", "/small", |ports| ports.http2),
+    Workload { by_nginx: false, ..http2("h2-to-h2", "/h2/small", |ports| ports.http2) },
+    Workload {
+        arguments: &["-H", "content-type: application/grpc", "-H", "te: trailers", "-d", MESSAGE],
+        ..http2("grpc-unary", "/bench.Echo/Say", |ports| ports.http2)
+    },
+    http1("tcp-small", "/small", |ports| ports.tcp),
 ];
+
+/// A file of the benchmark's directory: a gRPC message, which is what `grpc-unary` sends and gets.
+pub(super) const MESSAGE: &str = "message";
 
 /// The names of all workloads.
 pub(super) fn names() -> String {
-    WORKLOADS.map(|workload| workload.name).join(", ")
+    WORKLOADS.each_ref().map(|workload| workload.name).join(", ")
 }
 
 /// What a load generator saw.
@@ -49,31 +72,35 @@ pub(super) struct Load {
 }
 
 impl Workload {
-    /// Opens connections, fills caches.
-    pub(super) fn warm_up(&self, ports: &Ports) -> Result<()> {
-        self.run(ports, WARM_UP, &std::env::temp_dir()).map(drop)
+    /// Whether a proxy can do this.
+    pub(super) fn is_for(&self, proxy: Contender) -> bool {
+        self.by_nginx || proxy != Contender::Nginx
     }
 
-    /// Runs it; fails if anything but a 2xx response came back.
+    /// Opens connections, fills caches.
+    pub(super) fn warm_up(&self, ports: &Ports, dir: &Path) -> Result<()> {
+        self.run(ports, WARM_UP, dir).map(drop)
+    }
+
+    /// Runs it; fails if anything but a 2xx response came back. `dir` is the benchmark's.
     pub(super) fn run(&self, ports: &Ports, duration: Duration, dir: &Path) -> Result<Load> {
         let seconds = duration.as_secs().to_string();
-        match &self.kind {
-            Kind::Wrk { path, to, arguments } => {
+        let url = format!("http://127.0.0.1:{}{}", (self.to)(ports), self.path);
+        match self.generator {
+            Generator::Wrk => {
                 let mut wrk = on_core(OTHERS_CORE, Path::new("wrk"));
-                wrk.args(["-t1", "-c32", "--latency", "-d", &seconds]).args(*arguments);
-                let output =
-                    wrk.arg(format!("http://127.0.0.1:{}{path}", to(ports))).output().context("running wrk")?;
+                wrk.args(["-t1", "-c32", "--latency", "-d", &seconds]).args(self.arguments);
+                let output = wrk.arg(url).output().context("running wrk")?;
                 let text = String::from_utf8_lossy(&output.stdout).into_owned();
                 parse_wrk(&text).with_context(|| format!("{}: wrk said:\n{text}", self.name))
             }
-            Kind::H2load { path } => {
+            Generator::H2load => {
                 let log = dir.join("h2load.log");
                 // h2load appends.
                 let _ = std::fs::remove_file(&log);
                 let mut h2load = on_core(OTHERS_CORE, Path::new("h2load"));
-                h2load.args(["-t1", "-c4", "-m8", "-D", &seconds, "--log-file"]).arg(&log);
-                let output =
-                    h2load.arg(format!("http://127.0.0.1:{}{path}", ports.http2)).output().context("running h2load")?;
+                h2load.current_dir(dir).args(["-t1", "-c4", "-m8", "-D", &seconds, "--log-file"]).arg(&log);
+                let output = h2load.args(self.arguments).arg(url).output().context("running h2load")?;
                 let text = String::from_utf8_lossy(&output.stdout).into_owned();
                 let lines = std::fs::read_to_string(&log).with_context(|| format!("h2load wrote no log:\n{text}"))?;
                 parse_h2load(&lines, duration).with_context(|| format!("{}: h2load said:\n{text}", self.name))
