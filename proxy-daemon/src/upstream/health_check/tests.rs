@@ -45,6 +45,16 @@ async fn until(checker: &HealthChecker, wanted: impl FnMut(&Health) -> bool) -> 
     *tokio::time::timeout(DEADLINE, watch.wait_for(wanted)).await.expect("in time").expect("it is checked")
 }
 
+/// Waits until this holds.
+async fn eventually(holds: impl Fn() -> bool) {
+    let looks = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, looks).await.expect("in time");
+}
+
 fn stat(cluster: &str, leaf: &str) -> u64 {
     Scope::cluster(cluster).child("health_check").counter(leaf).value()
 }
@@ -100,10 +110,7 @@ async fn one_connection_serves_all_checks_until_it_breaks() {
     let (address, connections) = tcp_host(Arc::clone(&answer)).await;
     let checker = start(config(ping()), address, "tcp_reuse");
     until(&checker, |health| health.healthy).await;
-    while stat("tcp_reuse", "success") < 5 {
-        tokio::task::yield_now().await;
-        tokio::time::timeout(DEADLINE, tokio::time::sleep(Duration::from_millis(5))).await.unwrap();
-    }
+    eventually(|| stat("tcp_reuse", "success") >= 5).await;
     assert_eq!(*connections.lock().unwrap(), 1);
     answer.lock().unwrap().clear();
     let health = until(&checker, |health| !health.healthy).await;
@@ -115,24 +122,15 @@ async fn one_connection_serves_all_checks_until_it_breaks() {
     let gauge = Scope::cluster("tcp_reuse").child("health_check").gauge("healthy");
     assert_eq!(gauge.value(), 1);
     drop(checker);
-    while gauge.value() != 0 {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| gauge.value() == 0).await;
 }
 
 #[tokio::test]
 async fn connections_are_not_kept_where_they_shall_not_be() {
     let (address, connections) = tcp_host(Arc::new(Mutex::new(b"pong".to_vec()))).await;
     let checker = start(HealthCheckConfig { reuse_connection: false, ..config(ping()) }, address, "tcp_fresh");
-    let mut watch = checker.watch();
-    tokio::time::timeout(DEADLINE, async {
-        watch.wait_for(|health| health.healthy).await.unwrap();
-        while *connections.lock().unwrap() < 3 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .unwrap();
+    until(&checker, |health| health.healthy).await;
+    eventually(|| *connections.lock().unwrap() >= 3).await;
 }
 
 #[tokio::test]
@@ -140,9 +138,7 @@ async fn a_host_that_says_too_much_is_not_listened_to_for_ever() {
     let (address, _) = tcp_host(Arc::new(Mutex::new(vec![b'x'; 1024 * 1024]))).await;
     let checker = start(config(ping()), address, "tcp_flood");
     // Healthy never; but it is an answer, and not a timeout.
-    while stat("tcp_flood", "failure") == 0 {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| stat("tcp_flood", "failure") > 0).await;
     assert!(!checker.health().healthy && !checker.health().timed_out);
 }
 
