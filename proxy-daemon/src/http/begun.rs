@@ -36,8 +36,12 @@ impl Begun {
     }
 
     /// Its head is here.
-    pub(super) async fn handle(self, request: Request<Incoming>, refused: Option<LocalReply>) -> Response<Body> {
-        request::handle(self, request, refused).await
+    pub(super) fn handle(
+        self,
+        request: Request<Incoming>,
+        refused: Option<LocalReply>,
+    ) -> impl Future<Output = Response<Body>> {
+        request::handle(self, request, refused)
     }
 
     /// Its head is one that gets no answer.

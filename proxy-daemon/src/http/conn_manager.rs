@@ -131,7 +131,7 @@ pub async fn serve(
     let stats = &manager.stats;
     stats.downstream_cx_total.inc();
     let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_active);
-    let _encrypted = connection.tls.is_some().then(|| {
+    let _encrypted = connection.tls().is_some().then(|| {
         stats.downstream_cx_ssl_total.inc();
         crate::upstream::Decrement::after_inc(stats.downstream_cx_ssl_active)
     });
@@ -174,7 +174,8 @@ pub async fn serve(
     if http2 {
         stats.downstream_cx_http2_total.inc();
         let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http2_active);
-        drive_http2(io, state, drain).await;
+        // Its state is much larger than what an idle connection of HTTP/1 needs.
+        Box::pin(drive_http2(io, state, drain)).await;
     } else {
         stats.downstream_cx_http1_total.inc();
         let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http1_active);
@@ -235,9 +236,10 @@ macro_rules! drive {
 async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
     let (stream, read_ahead) = io.into_parts();
     let connection = h1::ServerConnection::new(stream, read_ahead, &state.manager.config);
-    let serving = Rc::clone(&connection).serve(Rc::clone(&state));
+    let of_streams = Rc::clone(&state);
+    // Made where it stays: the future is large, and would be copied.
     let serving = async {
-        serving.await;
+        Rc::clone(&connection).serve(of_streams).await;
         Ok::<(), ::h2::Error>(())
     };
     drive!(serving, state, drain, |_, stage| match stage {

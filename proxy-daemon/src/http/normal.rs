@@ -99,8 +99,8 @@ pub(super) fn mutate_early(head: &mut RequestHead, state: &ConnState) {
         downstream_direct_remote_address: Some(connection.remote),
         downstream_local_address: Some(connection.local),
         connection_id: connection.id,
-        requested_server_name: connection.requested_server_name.as_deref(),
-        tls: connection.tls.as_ref(),
+        requested_server_name: connection.requested_server_name(),
+        tls: connection.tls(),
         ..Record::default()
     };
     mutations.iter().for_each(|mutations| mutations.apply(&mut head.headers, &record));

@@ -466,8 +466,8 @@ impl StreamEnd {
             downstream_direct_remote_address: Some(connection.remote),
             downstream_local_address: Some(connection.local),
             connection_id: connection.id,
-            requested_server_name: connection.requested_server_name.as_deref(),
-            tls: connection.tls.as_ref(),
+            requested_server_name: connection.requested_server_name(),
+            tls: connection.tls(),
             ..Record::default()
         }
     }
@@ -504,8 +504,8 @@ impl StreamEnd {
             downstream_direct_remote_address: Some(connection.remote),
             downstream_local_address: Some(connection.local),
             connection_id: connection.id,
-            requested_server_name: connection.requested_server_name.as_deref(),
-            tls: connection.tls.as_ref(),
+            requested_server_name: connection.requested_server_name(),
+            tls: connection.tls(),
             ..Record::default()
         };
         for access_log in &self.state.manager.access_logs {

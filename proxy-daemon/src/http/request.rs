@@ -71,7 +71,7 @@ pub(super) async fn handle(
     let local_ip = local_ip(connection);
     let upgrade = Asked::of_request(&head);
     normal::mutate_early(&mut head, &state);
-    let tls = connection.tls.as_ref();
+    let tls = connection.tls();
     let trusted = match trust::prepare_request(&mut head, config, connection.remote, local_ip, tls) {
         Ok(trusted) => trusted,
         Err(reply) => {
@@ -328,7 +328,7 @@ fn redirected(
     }
     let state = &end.state;
     let find = |head: &RequestHead| state.routes.route(head, &cx.match_cx());
-    let encrypted = cx.connection.tls.is_some();
+    let encrypted = cx.connection.tls().is_some();
     let stats = &state.manager.stats;
     let next = internal_redirect::follow(sent, (policy, route), response, (encrypted, &mut trail), stats, find);
     if let Some(cluster) = &cx.cluster {

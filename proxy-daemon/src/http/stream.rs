@@ -222,15 +222,15 @@ impl StreamCx {
             downstream_direct_remote_address: Some(self.connection.remote),
             downstream_local_address: Some(self.connection.local),
             connection_id: self.connection.id,
-            requested_server_name: self.connection.requested_server_name.as_deref(),
-            tls: self.connection.tls.as_ref(),
+            requested_server_name: self.connection.requested_server_name(),
+            tls: self.connection.tls(),
             ..Record::default()
         }
     }
 
     /// What its route is chosen by.
     pub(super) fn match_cx(&self) -> MatchCx {
-        let certificate_presented = self.connection.tls.as_ref().is_some_and(TlsInfo::has_certificate);
+        let certificate_presented = self.connection.tls().is_some_and(TlsInfo::has_certificate);
         MatchCx { random: self.random, certificate_presented }
     }
 }

@@ -58,12 +58,33 @@ pub struct ConnectionInfo {
     pub node_ip: Option<IpAddr>,
     /// How much of a request may be kept, in bytes: the listener's `per_connection_buffer_limit_bytes`.
     pub buffer_limit: u32,
+    /// What is known of it once its first bytes have come.
+    learnt: Learnt,
+}
+
+/// Most connections are plain ones, and say nothing of this.
+#[derive(Debug, Default)]
+struct Learnt {
+    requested_server_name: OnceCell<Box<str>>,
+    tls: OnceCell<Box<TlsInfo>>,
+    transport_failure: OnceCell<Box<str>>,
+}
+
+impl ConnectionInfo {
     /// The server that a TLS client asked for, where `tls_inspector` looks at that.
-    pub requested_server_name: Option<String>,
+    pub fn requested_server_name(&self) -> Option<&str> {
+        self.learnt.requested_server_name.get().map(AsRef::as_ref)
+    }
+
     /// What the TLS handshake came to; `None`: the connection is plain.
-    pub tls: Option<TlsInfo>,
+    pub fn tls(&self) -> Option<&TlsInfo> {
+        self.learnt.tls.get().map(AsRef::as_ref)
+    }
+
     /// Why there was no TLS handshake, where it failed.
-    pub transport_failure: Option<String>,
+    pub fn transport_failure(&self) -> Option<&str> {
+        self.learnt.transport_failure.get().map(AsRef::as_ref)
+    }
 }
 
 /// Tells connections that their filter chain, or the whole daemon, is going away.
@@ -290,11 +311,10 @@ async fn serve(
     stats.downstream_cx_total.inc();
     let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_active);
     let _total = crate::upstream::Decrement::after_inc(worker.total_connections);
-    let _ = stream.set_nodelay(true);
     let remote = canonical(remote);
     let local = stream.local_addr().map(canonical).unwrap_or(remote);
     let original_dst = active.config.use_original_dst.then(|| original_destination(&stream, local, bound)).flatten();
-    let mut info = ConnectionInfo {
+    let info = Rc::new(ConnectionInfo {
         id: worker.next_connection_id(),
         remote,
         local: original_dst.unwrap_or(local),
@@ -302,15 +322,11 @@ async fn serve(
         source: active.config.original_src.map(|original_src| Source::new(original_src, remote.ip())),
         node_ip: worker.node_ip,
         buffer_limit: active.config.per_connection_buffer_limit_bytes,
-        requested_server_name: None,
-        tls: None,
-        transport_failure: None,
-    };
-    let chain = find_chain(&stream, &active, &mut info).await;
-    let info = match chain {
-        Some(chain) => serve_chain(stream, &chain, info, &active, worker).await,
-        None => Rc::new(info),
-    };
+        learnt: Learnt::default(),
+    });
+    if let Some(chain) = find_chain(&stream, &active, &info).await {
+        serve_chain(stream, &chain, &info, &active, worker).await;
+    }
     stats.downstream_cx_destroy.inc();
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
     if !active.access_logs.is_empty() {
@@ -321,9 +337,9 @@ async fn serve(
             downstream_direct_remote_address: Some(remote),
             downstream_local_address: Some(info.local),
             connection_id: info.id,
-            requested_server_name: info.requested_server_name.as_deref(),
-            tls: info.tls.as_ref(),
-            downstream_transport_failure_reason: info.transport_failure.as_deref(),
+            requested_server_name: info.requested_server_name(),
+            tls: info.tls(),
+            downstream_transport_failure_reason: info.transport_failure(),
             ..Default::default()
         };
         active.access_logs.iter().for_each(|log| log.write(&record));
@@ -331,11 +347,12 @@ async fn serve(
 }
 
 /// The listener filters, and the choice of a chain; `None`: the connection is to be closed.
-async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &mut ConnectionInfo) -> Option<Arc<Chain>> {
+async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &ConnectionInfo) -> Option<Arc<Chain>> {
     let mut hello = Hello::default();
     if let (Some(max), Some(stats)) = (active.config.tls_inspector, &active.inspector_stats) {
         let _inspected = crate::upstream::Decrement::after_inc(active.stats.downstream_pre_cx_active);
-        match tls_inspector::inspect(stream, max, active.config.listener_filters_timeout, stats).await {
+        let inspected = tls_inspector::inspect(stream, max, active.config.listener_filters_timeout, stats);
+        match Box::pin(inspected).await {
             Ok(seen) => hello = seen,
             Err(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                 active.stats.downstream_pre_cx_timeout.inc();
@@ -355,7 +372,10 @@ async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &mut Conn
         let (listener, local, remote) = (&active.config.name, info.local, info.remote);
         tracing::debug!(%listener, %local, %remote, "no filter chain matches; closed");
     }
-    info.requested_server_name = hello.server_name;
+    if let Some(name) = hello.server_name {
+        // Nothing of what is learnt is set before, here and below.
+        let _ = info.learnt.requested_server_name.set(name.into());
+    }
     chain
 }
 
@@ -363,36 +383,37 @@ async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &mut Conn
 async fn serve_chain(
     stream: TcpStream,
     chain: &Chain,
-    mut info: ConnectionInfo,
+    info: &Rc<ConnectionInfo>,
     active: &ActiveListener,
     worker: Rc<Worker>,
-) -> Rc<ConnectionInfo> {
+) {
     let mut drain = DrainSignal::new(chain.drain.subscribe(), worker.draining.clone());
     let chain = &chain.active;
     let stream = match &chain.tls {
         None => DownstreamStream::Plain(stream),
-        Some(tls) => match shake_hands(tls, stream, chain, active, &mut drain, worker.drain_time).await {
+        // What only the handshake needs does not stay with the connection.
+        Some(tls) => match Box::pin(shake_hands(tls, stream, chain, active, &mut drain, worker.drain_time)).await {
             Ok((stream, tls)) => {
-                info.tls = Some(tls);
+                let _ = info.learnt.tls.set(Box::new(tls));
                 DownstreamStream::Tls(Box::new(stream))
             }
             Err(failure) => {
-                info.transport_failure = failure;
+                if let Some(failure) = failure {
+                    let _ = info.learnt.transport_failure.set(failure.into());
+                }
                 chain.filter.count_failed_handshake();
-                return Rc::new(info);
+                return;
             }
         },
     };
-    let info = Rc::new(info);
     match &chain.filter {
         ActiveChain::Tcp(proxy) => {
-            crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(&info), worker, drain).await;
+            crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(info), worker, drain).await;
         }
         ActiveChain::Http(manager) => {
-            crate::http::serve(stream, Arc::clone(manager), Rc::clone(&info), worker, drain).await;
+            crate::http::serve(stream, Arc::clone(manager), Rc::clone(info), worker, drain).await;
         }
     }
-    info
 }
 
 /// The error: what the handshake failed of, as logs show it.
@@ -456,4 +477,19 @@ fn original_destination(stream: &TcpStream, local: SocketAddr, bound: Option<Soc
         None => local,
     };
     (Some(destination.port()) != bound.map(|bound| bound.port())).then_some(destination)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Most connections are idle most of the time: what only a handshake or a request needs is boxed for as long as that lasts.
+    #[test]
+    fn a_connections_task_is_small() {
+        fn size_of_task<A, B, C, D, E, F: Future>(_: fn(A, B, C, D, E) -> F) -> usize {
+            size_of::<F>()
+        }
+        let bytes = size_of_task(serve);
+        assert!(bytes <= 3072, "{bytes} bytes");
+    }
 }

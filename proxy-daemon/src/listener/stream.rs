@@ -22,6 +22,11 @@ pub enum DownstreamStream {
 }
 
 impl DownstreamStream {
+    /// Whether it goes as it comes.
+    pub fn is_plain(&self) -> bool {
+        matches!(self, DownstreamStream::Plain(_))
+    }
+
     /// The protocol that the handshake chose.
     pub fn alpn(&self) -> Option<&[u8]> {
         match self {

@@ -128,8 +128,8 @@ pub async fn serve(
         downstream_direct_remote_address: Some(info.remote),
         downstream_local_address: Some(info.local),
         connection_id: info.id,
-        requested_server_name: info.requested_server_name.as_deref(),
-        tls: info.tls.as_ref(),
+        requested_server_name: info.requested_server_name(),
+        tls: info.tls(),
         ..Record::default()
     };
     proxy.access_logs.iter().for_each(|log| log.write(&record));

@@ -190,8 +190,8 @@ async fn dial(
         downstream_direct_remote_address: Some(info.remote),
         downstream_local_address: Some(info.local),
         connection_id: info.id,
-        requested_server_name: info.requested_server_name.as_deref(),
-        tls: info.tls.as_ref(),
+        requested_server_name: info.requested_server_name(),
+        tls: info.tls(),
         upstream_cluster: Some(&cluster.cluster.config.name),
         ..Record::default()
     };

@@ -245,7 +245,7 @@ impl WorkerHost {
                     pending = Some(wait(cluster, high_priority)?);
                 }
                 if self.may_open(cluster, &pool, high_priority).await {
-                    break self.open(cluster, &pool, source, wanted).await?;
+                    break Box::pin(self.open(cluster, &pool, source, wanted)).await?;
                 }
                 continue;
             }
@@ -262,7 +262,7 @@ impl WorkerHost {
             if matches!(wanted, Wanted::Auto(_)) && pool.chose_http1.get() {
                 continue;
             }
-            break self.open(cluster, &pool, source, wanted).await?;
+            break Box::pin(self.open(cluster, &pool, source, wanted)).await?;
         };
         Ok(lend(opened, false))
     }

@@ -116,7 +116,7 @@ impl Rule {
             Rule::DestinationIp(range) => range.contains(cx.connection.local.ip()),
             Rule::DestinationPort(range) => range.contains(&i32::from(cx.connection.local.port())),
             Rule::RequestedServerName(matcher) => {
-                matcher.matches(cx.connection.requested_server_name.as_deref().unwrap_or_default())
+                matcher.matches(cx.connection.requested_server_name().unwrap_or_default())
             }
             Rule::Authenticated(name) => authenticated(name.as_ref(), cx),
             Rule::DirectRemoteIp(range) => range.contains(cx.connection.remote.ip()),
@@ -132,7 +132,7 @@ fn one_holds(rules: &[Rule], head: &RequestHead, cx: &StreamCx) -> bool {
 /// Whether the client is one of these: one of its URI or DNS names, or else its subject, which is empty without a
 /// certificate. As in Envoy, without a name any client on TLS is.
 fn authenticated(name: Option<&StringMatcher>, cx: &StreamCx) -> bool {
-    let Some(tls) = &cx.connection.tls else { return false };
+    let Some(tls) = cx.connection.tls() else { return false };
     let Some(matcher) = name else { return true };
     let Some(peer) = tls.peer() else { return matcher.matches("") };
     peer.uri_and_dns_names().any(|name| matcher.matches(name)) || matcher.matches(&peer.subject)

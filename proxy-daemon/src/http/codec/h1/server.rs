@@ -71,7 +71,7 @@ struct Inner {
     malformed: bool,
     /// The client has the protocol that it asked for.
     upgraded: bool,
-    begun: Option<Begun>,
+    begun: Option<Box<Begun>>,
     /// The connection's task, for when a body that another task reads comes upon the connection's end.
     task: Option<Waker>,
 }
@@ -140,9 +140,10 @@ impl ServerConnection {
             let received = self.receive(&state).await;
             let after = match received {
                 Received::Closed => return,
-                Received::Refused(error) => self.refuse(&state, error, &mut writer).await,
-                Received::Late(reply) => self.reply(&state, reply, &mut writer).await,
-                Received::Head(head) => self.exchange(&state, &head, &mut writer).await,
+                // What a request needs is there while there is one, and no longer: most connections are idle.
+                Received::Refused(error) => Box::pin(self.refuse(&state, error, &mut writer)).await,
+                Received::Late(reply) => Box::pin(self.reply(&state, reply, &mut writer)).await,
+                Received::Head(head) => Box::pin(self.exchange(&state, &head, &mut writer)).await,
             };
             match after {
                 After::Next => {}
@@ -171,8 +172,8 @@ impl ServerConnection {
         }
         // Its first bytes are here: the request has begun, and its time runs.
         let mut begun = Begun::new(state, Instant::now(), Version::HTTP_11);
-        let late = begun.late_head();
-        self.inner.borrow_mut().begun = Some(begun);
+        let late = Box::pin(begun.late_head());
+        self.inner.borrow_mut().begun = Some(Box::new(begun));
         tokio::select! {
             biased;
             received = poll_fn(|cx| self.inner.borrow_mut().poll_head(cx)) => received,
@@ -182,7 +183,7 @@ impl ServerConnection {
 
     fn begun(&self, state: &Rc<ConnState>) -> Begun {
         let begun = self.inner.borrow_mut().begun.take();
-        begun.unwrap_or_else(|| Begun::new(state, Instant::now(), Version::HTTP_11))
+        begun.map_or_else(|| Begun::new(state, Instant::now(), Version::HTTP_11), |begun| *begun)
     }
 
     /// Answers what is no request.
@@ -356,6 +357,10 @@ impl ServerConnection {
     /// Says that nothing more will be written, and waits for the client to be done, at most so long: a connection that is closed
     /// while there is something to be read is reset, and takes the last response with it.
     async fn close(&self, linger: Duration) {
+        // Whoever closes a socket says as much.
+        if linger.is_zero() && self.inner.borrow().stream.is_plain() {
+            return;
+        }
         let shut = poll_fn(|cx| Pin::new(&mut self.inner.borrow_mut().stream).poll_shutdown(cx)).await;
         if shut.is_err() || linger.is_zero() {
             return;

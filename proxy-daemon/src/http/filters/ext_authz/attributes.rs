@@ -51,7 +51,7 @@ pub(super) fn request(
     context_extensions: HashMap<String, String>,
 ) -> CheckRequest {
     let connection = &cx.connection;
-    let tls = connection.tls.as_ref();
+    let tls = connection.tls();
     let service = head.headers.get("x-envoy-downstream-service-cluster");
     let mut source = peer(connection.remote, tls.and_then(|tls| tls.peer()));
     source.service = service.map(|name| text(name.as_bytes())).unwrap_or_default();
@@ -64,7 +64,7 @@ pub(super) fn request(
     let namespaces = settings.metadata_namespaces.iter().map(|name| &**name);
     let namespace = |name: &str| Some((name.to_owned(), told.as_ref()?.namespace(name)?.clone()));
     let metadata = Metadata { filter_metadata: namespaces.filter_map(namespace).collect(), ..Metadata::default() };
-    let sni = || connection.requested_server_name.clone().unwrap_or_default();
+    let sni = || connection.requested_server_name().unwrap_or_default().to_owned();
     let tls_session = settings.include_tls_session.then(|| TlsSession { sni: sni() });
     CheckRequest {
         attributes: Some(AttributeContext {
