@@ -158,7 +158,7 @@ impl Field {
             Field::ResponseCode => number(out, record.response_code.into()),
             Field::ResponseFlags => flags(out, record),
             Field::ResponseCodeDetails => {
-                one_word(out, record, Some(record.response_code_details).filter(|details| !details.is_empty()));
+                one_word(out, record, record.response_code_details);
             }
             Field::BytesReceived => number(out, record.bytes_received),
             Field::BytesSent => number(out, record.bytes_sent),

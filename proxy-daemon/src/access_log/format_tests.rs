@@ -87,7 +87,7 @@ fn every_operator_is_written() {
         response_headers: Some(Headers::All(&response)),
         response_code: 503,
         response_flags: ResponseFlags::URX | ResponseFlags::UF,
-        response_code_details: "upstream_reset{remote connection failure}",
+        response_code_details: Some("upstream_reset{remote connection failure}"),
         bytes_received: u64::MAX,
         bytes_sent: 10,
         upstream_host: Some("10.0.0.1:80"),

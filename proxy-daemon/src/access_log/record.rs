@@ -55,7 +55,7 @@ pub struct Record<'a> {
     /// Why it was not an ordinary response.
     pub response_flags: ResponseFlags,
     /// Where the status came from; empty: not known.
-    pub response_code_details: &'a str,
+    pub response_code_details: Option<&'a str>,
     /// Body bytes from the client.
     pub bytes_received: u64,
     /// Body bytes to the client.
@@ -109,7 +109,7 @@ impl Default for Record<'_> {
             response_headers: None,
             response_code: 0,
             response_flags: ResponseFlags::default(),
-            response_code_details: "",
+            response_code_details: None,
             bytes_received: 0,
             bytes_sent: 0,
             upstream_host: None,

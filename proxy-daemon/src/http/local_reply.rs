@@ -64,13 +64,16 @@ pub(super) async fn answer_stream(
     }
     cx.flags |= end.flags;
     cx.upstream_host = end.host.as_ref().map(|(_, host)| Rc::clone(host));
+    cx.local_reply = Some(end.details.clone());
     for filter in filters.iter_mut().rev() {
         let flow = match filter.response(&mut head, &mut body, cx) {
             Flow::Wait => filter.wait_response(&mut head, &mut body, cx).await,
-            // A filter that need not wait does not replace an answer that was made here.
+            replaced @ Flow::Replace(_) => replaced,
+            // Other filters that need not wait do not replace an answer that was made here.
             _ => Flow::Continue,
         };
-        if let Flow::Respond(instead) = flow {
+        end.clears_details = matches!(flow, Flow::Replace(_));
+        if let Flow::Respond(instead) | Flow::Replace(instead) = flow {
             end.details = Cow::Borrowed("");
             (head, body, closes) = make(&mut end, instead, grpc, is_head, &Asked::Stream(cx));
             break;
@@ -176,7 +179,7 @@ fn rewrite(
     let host = end.host.as_ref().map(|(_, host)| host.host.display());
     let record = |head: &ResponseHead, see: &mut dyn FnMut(&Record<'_>)| {
         let flags = if is_refused(end, asked) { ResponseFlags::default() } else { end.flags };
-        let details = Cow::as_ref(&end.details);
+        let details = end.told_details();
         let mut see = |record: &Record<'_>| {
             see(&Record { response_flags: flags, response_code_details: details, missing: "-", ..*record });
         };

@@ -156,6 +156,8 @@ pub(super) struct StreamEnd {
     pub(super) status: Option<StatusCode>,
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
+    /// There are details, and they are empty.
+    pub(super) clears_details: bool,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     /// What the request is counted under besides its cluster.
     pub(super) counted: Option<Rc<Counted>>,
@@ -236,6 +238,7 @@ impl StreamEnd {
             status: None,
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
+            clears_details: false,
             host: None,
             counted: None,
             upstream: None,
@@ -261,6 +264,11 @@ impl StreamEnd {
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
         cluster.cluster.stats.upstream_rq.inc(status.as_u16());
         self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
+    }
+
+    /// What logs say of why the response is what it is.
+    pub(super) fn told_details(&self) -> Option<&str> {
+        (self.clears_details || !self.details.is_empty()).then_some(&*self.details)
     }
 
     /// The client may have the protocol that it asks for.
@@ -491,7 +499,7 @@ impl StreamEnd {
             response_headers: Some(Headers::Kept(&log.response)),
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
-            response_code_details: &self.details,
+            response_code_details: self.told_details(),
             bytes_received: self.progress.received.get(),
             bytes_sent: self.progress.sent.get(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),

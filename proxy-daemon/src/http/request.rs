@@ -130,6 +130,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         override_dst: None,
         override_host: None,
         upstream_host: None,
+        local_reply: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
         keeps_request: config.local_replies.is_some(),
@@ -187,7 +188,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
         let reply = match flow {
             Flow::Continue | Flow::Wait => continue,
-            Flow::Respond(reply) => reply,
+            Flow::Respond(reply) | Flow::Replace(reply) => reply,
             // What was there once may be gone again by the next time.
             _ if pauses == MAX_PAUSES => continue,
             missing => {
@@ -283,7 +284,8 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         if let Flow::Wait = flow {
             flow = filter.wait_response(&mut response, &mut body, &mut cx).await;
         }
-        if let Flow::Respond(instead) = flow {
+        end.borrow_mut().clears_details = matches!(flow, Flow::Replace(_));
+        if let Flow::Respond(instead) | Flow::Replace(instead) = flow {
             reply = Some(instead);
             body = Body::Empty;
             break;
@@ -394,7 +396,7 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
                 .map(|name| Wanted::Cluster { source: Arc::clone(&clusters.from.source), name: name.into() });
             (wanted, Some(clusters.timeout))
         }
-        Flow::Continue | Flow::Respond(_) | Flow::Wait => (None, None),
+        Flow::Continue | Flow::Respond(_) | Flow::Replace(_) | Flow::Wait => (None, None),
     };
     let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
     let earlier = limit.into_iter().chain(idle).min().unwrap_or(Duration::MAX / 4);

@@ -86,6 +86,8 @@ pub struct StreamCx {
     pub override_host: Option<OverrideHost>,
     /// The host of the last attempt: known when there is a response.
     pub upstream_host: Option<Rc<WorkerHost>>,
+    /// The response was made here: `%RESPONSE_CODE_DETAILS%` says why.
+    pub local_reply: Option<Cow<'static, str>>,
     /// Set by filters for the access log, whether the request is answered here or not.
     pub flags: ResponseFlags,
     /// `suppress_envoy_headers` of the stream's router.
@@ -135,6 +137,11 @@ impl StreamCx {
             levels.reverse();
         }
         levels.into_iter().flatten()
+    }
+
+    /// The request, where a filter has set [`keeps_request`](Self::keeps_request).
+    pub(super) fn kept_request(&self) -> std::cell::Ref<'_, Option<Box<RequestHead>>> {
+        self.request.borrow()
     }
 
     /// Keeps the request where response headers are formatted.

@@ -15,6 +15,7 @@ mod health_checks;
 mod limits;
 mod metadata;
 mod processing;
+mod responses;
 mod services;
 mod sessions;
 mod tokens;
@@ -93,6 +94,11 @@ fn requests_are_limited_as_by_envoy() -> Result<()> {
 #[test]
 fn sessions_stay_with_their_hosts_as_by_envoy() -> Result<()> {
     harness::compare(sessions::cases())
+}
+
+#[test]
+fn responses_are_replaced_as_by_envoy() -> Result<()> {
+    harness::compare(responses::cases())
 }
 
 #[test]

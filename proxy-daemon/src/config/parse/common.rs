@@ -206,7 +206,7 @@ pub(crate) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
 }
 
 /// Text that is written into the configuration.
-pub(super) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
+pub(crate) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
     match &source.specifier {
         Some(Specifier::InlineString(text)) => Ok(text.clone().into_bytes()),
         Some(Specifier::InlineBytes(bytes)) => Ok(bytes.clone()),

@@ -58,7 +58,7 @@ fn mapper(mapper: &ResponseMapper, path: &str) -> Result<ReplyMapper> {
     })
 }
 
-fn body_format(format: &SubstitutionFormatString, path: &str) -> Result<ReplyFormat> {
+pub(crate) fn body_format(format: &SubstitutionFormatString, path: &str) -> Result<ReplyFormat> {
     let omit = format.omit_empty_values;
     let mut content_type = HeaderValue::from_static("text/plain");
     #[expect(deprecated, reason = "the field that text_format_source replaced, which Envoy still takes")]

@@ -37,7 +37,7 @@ mod uri_template;
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
 pub(crate) use common::{
-    cidr, duration, fraction, headers_to_add, runtime_flag, runtime_fraction, runtime_switch, status,
+    cidr, duration, fraction, headers_to_add, inline_text, runtime_flag, runtime_fraction, runtime_switch, status,
 };
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;
@@ -45,6 +45,7 @@ pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
 pub use http_connection_manager::extension_config;
 pub use layered_runtime::runtime_values;
 pub use listener::listener;
+pub(crate) use local_reply::body_format;
 pub(crate) use rate_limit::rate_limits;
 pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;

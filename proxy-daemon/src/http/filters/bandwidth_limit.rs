@@ -6,7 +6,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use envoy_types::pb::{
 };
 use http::{HeaderMap, HeaderName};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
@@ -268,7 +268,7 @@ impl http_body::Body for Limited {
                 ready!(timer.as_mut().poll(cx));
                 this.timer = None;
             }
-            let allowed = this.configured.bucket.take_up_to(this.held.len(), Instant::now());
+            let allowed = this.configured.bucket.take_up_to(this.held.len(), Instant::now().into_std());
             this.stats.allowed_size.set(allowed as u64);
             this.stats.allowed_total_size.add(allowed as u64);
             if allowed < this.held.len() {
@@ -343,3 +343,7 @@ fn configured(config: &BandwidthLimit, path: &str) -> Result<Configured, FieldEr
         _lease: scope.lease(),
     })
 }
+
+#[cfg(test)]
+#[path = "bandwidth_limit_tests.rs"]
+mod tests;

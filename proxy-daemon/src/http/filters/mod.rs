@@ -9,6 +9,7 @@ mod compression;
 mod compressor;
 mod cors;
 mod csrf;
+mod custom_response;
 mod decompressor;
 mod discovered;
 mod ext_authz;
@@ -59,6 +60,8 @@ pub enum Flow {
     Continue,
     /// Answers the request here; filters that come later never see it, but all of them see the answer.
     Respond(LocalReply),
+    /// The same in the place of a response, also of one that was made here: no further filter sees it.
+    Replace(LocalReply),
     /// The filter has to wait before it can say: it is asked to by [`HttpFilter::wait_request`] or
     /// [`HttpFilter::wait_response`].
     Wait,
@@ -277,6 +280,15 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.csrf.v3.CsrfPolicy",
         parse: csrf::parse,
         per_route: Some(("envoy.extensions.filters.http.csrf.v3.CsrfPolicy", csrf::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.custom_response",
+        type_name: "envoy.extensions.filters.http.custom_response.v3.CustomResponse",
+        parse: custom_response::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.custom_response.v3.CustomResponse",
+            custom_response::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.ext_authz",
