@@ -144,6 +144,7 @@ fn cluster(name: &str) -> ClusterConfig {
         weight: 1,
         health,
         hostname: Box::default(),
+        metadata: None,
     };
     ClusterConfig {
         name: name.into(),

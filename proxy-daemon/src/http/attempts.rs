@@ -32,6 +32,8 @@ pub(super) struct Attempts<'a> {
     pub(super) timeouts: &'a Timeouts,
     pub(super) retry: Option<RetryState<'a>>,
     pub(super) count: u32,
+    /// What balancers go by that hash.
+    pub(super) hash: Option<u64>,
     /// The attempt that is under way may last until then.
     pub(super) until: Cell<Option<Instant>>,
 }
@@ -149,6 +151,8 @@ impl Attempts<'_> {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
             original_dst: self.cx.connection.original_dst,
+            hash: self.hash,
+            attempt: 0,
         };
         let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
         let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
@@ -161,12 +165,12 @@ impl Attempts<'_> {
             }
             Some(_) | None => self.cluster.pick(&pick),
         };
-        for _ in 0..self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
+        for attempt in 1..=self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
             let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
             if host.as_ref().filter(avoided).is_none() {
                 break;
             }
-            host = self.cluster.pick(&pick);
+            host = self.cluster.pick(&PickCx { attempt, ..pick });
         }
         match host {
             Some(host) => self.take(end, host),

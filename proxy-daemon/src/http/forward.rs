@@ -2,12 +2,17 @@
 
 use std::{cell::Cell, rc::Rc};
 
-use http::{HeaderValue, Method, Response, StatusCode, Uri, header::HOST, uri::Authority};
+use http::{
+    HeaderValue, Method, Response, StatusCode, Uri,
+    header::{HOST, SET_COOKIE},
+    uri::Authority,
+};
 
 use super::{
     attempts::Attempts,
     body::Body,
     codec::{Incoming, h1::Upgrade},
+    hash_policy,
     headers::{self, names::*},
     internal_redirect::Sent,
     mirror::mirror,
@@ -61,6 +66,10 @@ pub(super) async fn forward(
     let timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head);
+    let (mut hash, mut cookies) = (None, Vec::new());
+    if !action.hash_policy.is_empty() && cluster.cluster.config.lb_policy.wants_hash() {
+        hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
+    }
     let mut retry = RetryState::take(policy, &mut head, end.counted.clone());
     let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
     let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
@@ -96,7 +105,7 @@ pub(super) async fn forward(
 
     timers.limit_duration(timeouts.stream);
     let mut attempts =
-        Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, count: 0, until: Cell::new(None) };
+        Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, hash, count: 0, until: Cell::new(None) };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
@@ -104,12 +113,15 @@ pub(super) async fn forward(
     };
     let (count, until) = (attempts.count, attempts.until.get());
     drop(attempts);
-    let (response, connection) = result.map_err(|mut reply| {
+    let (mut response, connection) = result.map_err(|mut reply| {
         if virtual_host.is_some_and(|host| host.include_attempt_count_in_response) {
             reply.headers.push((X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(count)));
         }
         reply
     })?;
+    for cookie in cookies {
+        response.headers_mut().append(SET_COOKIE, cookie);
+    }
     timers.limit_pauses(timeouts.per_try_idle);
     timers.limit_attempt(until);
     if upgrade::is_switched(&method, response.status()) {

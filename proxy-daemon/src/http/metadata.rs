@@ -22,7 +22,9 @@ impl Metadata {
     /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
     pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
         let mut fields = self.namespace(namespace)?;
-        let Some((last, way)) = path.split_last() else { return Some(object(fields).to_string()) };
+        let Some((last, way)) = path.split_last() else {
+            return Some(serde_json::Value::Object(object(fields)).to_string());
+        };
         for step in way {
             let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
             fields = inner;
@@ -35,10 +37,11 @@ impl Metadata {
     }
 }
 
-fn object(fields: &Struct) -> serde_json::Value {
+/// As JSON has it.
+pub(crate) fn object(fields: &Struct) -> serde_json::Map<String, serde_json::Value> {
     let null = Kind::NullValue(0);
     let fields = fields.fields.iter().map(|(name, value)| (name.clone(), json(value.kind.as_ref().unwrap_or(&null))));
-    serde_json::Value::Object(fields.collect())
+    fields.collect()
 }
 
 fn json(kind: &Kind) -> serde_json::Value {
@@ -50,7 +53,7 @@ fn json(kind: &Kind) -> serde_json::Value {
         Kind::NumberValue(number) => (*number).into(),
         Kind::StringValue(text) => text.as_str().into(),
         Kind::BoolValue(value) => (*value).into(),
-        Kind::StructValue(fields) => object(fields),
+        Kind::StructValue(fields) => serde_json::Value::Object(object(fields)),
         Kind::ListValue(list) => {
             let null = Kind::NullValue(0);
             list.values.iter().map(|value| json(value.kind.as_ref().unwrap_or(&null))).collect()

@@ -7,6 +7,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderName, StatusCode};
+use serde_json::Value;
 
 use super::{
     headers::names::*,
@@ -16,7 +17,9 @@ use super::{
     stream::{RequestHead, ResponseHead},
 };
 use crate::{
-    config::model::{DEFAULT_BASE_INTERVAL, MatchedHeader, RateLimitedBackOff, RetryOn, RetryPolicy},
+    config::model::{
+        DEFAULT_BASE_INTERVAL, LbMetadata, MatchedHeader, RateLimitedBackOff, RetryHostPredicate, RetryOn, RetryPolicy,
+    },
     layered_runtime::{Key, RuntimeInteger},
     upstream::{WorkerCluster, WorkerHost},
 };
@@ -218,19 +221,27 @@ impl<'a> RetryState<'a> {
 
     /// The host of an attempt that is to be made again.
     pub(super) fn avoid(&mut self, host: &Rc<WorkerHost>) {
-        if self.policy.avoid_previous_hosts {
+        if self.policy.host_predicates.iter().any(|it| matches!(it, RetryHostPredicate::PreviousHosts)) {
             self.tried.push(Rc::clone(host));
         }
     }
 
     /// How often another host is looked for in place of one that is to be passed over.
     pub(super) fn host_selection_attempts(&self) -> u32 {
-        if self.tried.is_empty() { 0 } else { self.policy.host_selection_attempts }
+        let any = self.retries > 0 && !self.policy.host_predicates.is_empty();
+        if any { self.policy.host_selection_attempts } else { 0 }
     }
 
     /// Whether the host is to be passed over.
     pub(super) fn avoids(&self, host: &WorkerHost) -> bool {
-        self.tried.iter().any(|tried| tried.host.address == host.host.address)
+        let metadata = host.host.metadata.as_deref();
+        self.policy.host_predicates.iter().any(|predicate| match predicate {
+            RetryHostPredicate::PreviousHosts => self.tried.iter().any(|it| it.host.address == host.host.address),
+            RetryHostPredicate::OmitCanaryHosts => metadata.is_some_and(|it| it.get("canary") == Some(&true.into())),
+            RetryHostPredicate::OmitHostMetadata(labels) => {
+                !labels.is_empty() && metadata.is_some_and(|metadata| has_labels(metadata, labels))
+            }
+        })
     }
 
     fn wants_response(&self, head: &ResponseHead) -> bool {
@@ -290,6 +301,14 @@ fn wants_failure(on: &RetryOn, failure: Failure, started: bool) -> bool {
         Failure::Refused if on.refused_stream => true,
         _ => any_reset || on.reset_before_request && !started,
     }
+}
+
+/// Whether a host's metadata says all of this; of a list one item will do.
+fn has_labels(metadata: &LbMetadata, labels: &LbMetadata) -> bool {
+    labels.iter().all(|(name, wanted)| match metadata.get(name) {
+        Some(Value::Array(items)) => items.contains(wanted),
+        value => value == Some(wanted),
+    })
 }
 
 /// How long the response asks to wait.

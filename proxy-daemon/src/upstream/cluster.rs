@@ -14,7 +14,7 @@ use super::{
     limits::{Limits, RuntimeLimits, cluster_of},
 };
 use crate::{
-    config::model::{ClusterConfig, Discovery, EndpointAddress, LocalityEndpoints},
+    config::model::{ClusterConfig, Discovery, EndpointAddress, LbPolicy, LocalityEndpoints},
     layered_runtime::{observe, with_values},
     stats::{self, HiddenCounter},
     tls::{ClientTls, Secrets},
@@ -109,7 +109,7 @@ impl Cluster {
 
     /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
     pub(crate) fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize) {
-        let next = Arc::new(build(endpoints, &self.hosts.load(), workers));
+        let next = Arc::new(build(endpoints, &self.config.lb_policy, &self.hosts.load(), workers));
         self.stats.publish_hosts(&next);
         self.hosts.store(next);
         self.hosts_version.fetch_add(1, Ordering::Release);
@@ -118,7 +118,7 @@ impl Cluster {
     }
 }
 
-fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> HostSet {
+fn build(endpoints: &[LocalityEndpoints], policy: &LbPolicy, before: &HostSet, workers: usize) -> HostSet {
     let known: HashMap<&EndpointAddress, &Arc<Host>> = before.hosts.iter().map(|host| (&host.address, host)).collect();
     let mut seen = HashSet::new();
     let mut hosts = Vec::with_capacity(endpoints.iter().map(|group| group.endpoints.len()).sum());
@@ -135,6 +135,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> H
                 host.weight == endpoint.weight.max(1)
                     && host.health == endpoint.health
                     && host.hostname == endpoint.hostname
+                    && host.metadata == endpoint.metadata
                     && host.priority == group.priority
                     && *host.locality == group.locality
             });
@@ -149,13 +150,14 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, workers: usize) -> H
                 weight: endpoint.weight.max(1),
                 health: endpoint.health,
                 hostname: endpoint.hostname.clone(),
+                metadata: endpoint.metadata.clone(),
                 locality: Arc::clone(&locality),
                 priority: group.priority,
                 counters: counters.unwrap_or_else(|| Arc::new(HostCounters::new(workers))),
             }));
         }
     }
-    HostSet { hosts }
+    HostSet::new(hosts, policy)
 }
 
 /// Every cluster, by name.
@@ -242,12 +244,15 @@ impl Clusters {
         before: Option<&Arc<Cluster>>,
     ) -> Arc<Cluster> {
         let before = before.map(|old| old.hosts()).unwrap_or_default();
+        let policy = &config.lb_policy;
         let hosts = match (&config.discovery, endpoints) {
-            (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, self.workers)),
+            (Discovery::Static, _) => Arc::new(build(&config.endpoints, policy, &before, self.workers)),
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, Some(endpoints)) => {
-                Arc::new(build(endpoints, &before, self.workers))
+                Arc::new(build(endpoints, policy, &before, self.workers))
             }
-            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => before,
+            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => {
+                Arc::new(HostSet::new(before.hosts.clone(), policy))
+            }
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
         Arc::new(Cluster::new(config, hosts, self.workers, &self.secrets))
@@ -283,7 +288,7 @@ impl Clusters {
 mod tests {
     use super::*;
     use crate::{
-        config::model::{Discovery, LbPolicy, Thresholds, UpstreamProtocol},
+        config::model::{Thresholds, UpstreamProtocol},
         layered_runtime::{Layer, LayerSource, Runtime},
     };
 

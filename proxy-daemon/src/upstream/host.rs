@@ -3,7 +3,8 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use crate::config::model::{EndpointAddress, HealthStatus, Locality};
+use super::lb::{HashTable, Spread};
+use crate::config::model::{EndpointAddress, HealthStatus, LbMetadata, LbPolicy, Locality};
 
 /// One endpoint of a cluster.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct Host {
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
     pub hostname: Box<str>,
+    /// What its metadata says under `envoy.lb`.
+    pub metadata: Option<Arc<LbMetadata>>,
     /// Where it is.
     pub locality: Arc<Locality>,
     /// 0 is used first.
@@ -30,6 +33,12 @@ impl Host {
     /// The address as logs and `/clusters` print it.
     pub fn display(&self) -> &str {
         &self.text
+    }
+
+    /// What it is hashed by: what its metadata says, or its name, or its address.
+    pub(super) fn hash_key(&self, by_hostname: bool) -> &str {
+        let said = self.metadata.as_ref().and_then(|metadata| metadata.get("hash_key")?.as_str());
+        said.unwrap_or(if by_hostname { &self.hostname } else { &self.text })
     }
 
     /// What [`display`](Self::display) shows of an address.
@@ -136,4 +145,24 @@ impl HostCounters {
 pub struct HostSet {
     /// In the order of the configuration.
     pub hosts: Vec<Arc<Host>>,
+    /// Of a cluster that is balanced by hashes: which of the hosts that may be used has which, and how many entries they have.
+    pub(super) table: Option<(Arc<HashTable>, Spread)>,
+}
+
+impl HostSet {
+    pub(super) fn new(hosts: Vec<Arc<Host>>, policy: &LbPolicy) -> HostSet {
+        let table = HashTable::new(policy, &usable(&hosts));
+        HostSet { hosts, table: table.map(|(table, spread)| (Arc::new(table), spread)) }
+    }
+}
+
+/// The healthy hosts of the first priority that has any; degraded ones where no priority has a healthy host.
+pub(super) fn usable(hosts: &[Arc<Host>]) -> Vec<&Arc<Host>> {
+    for degraded in [false, true] {
+        let fits = |host: &&Arc<Host>| host.health.is_usable() && (host.health == HealthStatus::Degraded) == degraded;
+        if let Some(priority) = hosts.iter().filter(fits).map(|host| host.priority).min() {
+            return hosts.iter().filter(fits).filter(|host| host.priority == priority).collect();
+        }
+    }
+    Vec::new()
 }

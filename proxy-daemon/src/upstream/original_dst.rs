@@ -54,6 +54,7 @@ impl OriginalDstHosts {
                 weight: 1,
                 health: HealthStatus::Healthy,
                 hostname: Box::default(),
+                metadata: None,
                 locality: Arc::new(Locality::default()),
                 priority: 0,
                 counters: Arc::clone(counters),

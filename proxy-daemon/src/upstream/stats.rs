@@ -122,6 +122,14 @@ impl ClusterStats {
         let count = |wanted: fn(&crate::config::model::HealthStatus) -> bool| {
             hosts.hosts.iter().filter(|host| wanted(&host.health)).count() as u64
         };
+        if let Some((table, spread)) = &hosts.table {
+            let (lb, unit) = table.names();
+            self.scope.gauge(&format!("{lb}.min_{unit}_per_host")).set(spread.min);
+            self.scope.gauge(&format!("{lb}.max_{unit}_per_host")).set(spread.max);
+            if unit == "hashes" {
+                self.scope.gauge(&format!("{lb}.size")).set(spread.size);
+            }
+        }
         self.membership_change.inc();
         self.membership_total.set(hosts.hosts.len() as u64);
         self.membership_healthy.set(count(|health| matches!(health, Healthy | Unknown)));

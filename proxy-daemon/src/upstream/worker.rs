@@ -10,12 +10,13 @@ use std::{
 
 use super::{
     Cluster, ClusterMap, Clusters, Host, HostCounter,
-    lb::{self, LoadBalancer},
+    host::usable,
+    lb::{self, LoadBalancer, Wish},
     original_dst::OriginalDstHosts,
     pool::Pool,
 };
 use crate::{
-    config::model::{Discovery, EndpointAddress, HealthStatus},
+    config::model::{Discovery, EndpointAddress},
     stats::Counter,
 };
 
@@ -101,6 +102,10 @@ pub struct PickCx<'a> {
     pub headers: Option<&'a http::HeaderMap>,
     /// The connection's own destination, where the listener restores it.
     pub original_dst: Option<SocketAddr>,
+    /// What balancers go by that hash.
+    pub hash: Option<u64>,
+    /// How many hosts have been passed over.
+    pub attempt: u32,
 }
 
 /// A cluster as one worker sees it.
@@ -119,7 +124,7 @@ pub struct WorkerCluster {
 
 impl WorkerCluster {
     fn new(cluster: Arc<Cluster>, worker: usize) -> WorkerCluster {
-        let balancer = RefCell::new(lb::build(&cluster.config.lb_policy, &[]));
+        let balancer = RefCell::new(lb::build(&cluster.config.lb_policy, &[], None));
         WorkerCluster {
             cluster,
             worker,
@@ -188,7 +193,7 @@ impl WorkerCluster {
             self.refresh(version);
         }
         let usable = self.usable.borrow();
-        let index = self.balancer.borrow_mut().pick(&usable)?;
+        let index = self.balancer.borrow_mut().pick(&usable, Wish { hash: cx.hash, attempt: cx.attempt })?;
         Some(Rc::clone(&usable[index]))
     }
 
@@ -234,24 +239,14 @@ impl WorkerCluster {
             all.insert(host.address.clone(), mine);
         }
         before.values().for_each(|gone| gone.retire());
-        let usable = usable(set.hosts.iter().filter_map(|host| all.get(&host.address)));
-        self.balancer.replace(lb::build(&self.cluster.config.lb_policy, &usable));
+        // Every host of the set is there, so that the numbers of a table are those of these.
+        let usable: Vec<_> =
+            usable(&set.hosts).into_iter().filter_map(|host| all.get(&host.address)).cloned().collect();
+        let table = set.table.as_ref().map(|(table, _)| table);
+        self.balancer.replace(lb::build(&self.cluster.config.lb_policy, &usable, table));
         self.usable.replace(usable);
         self.all.replace(all);
     }
-}
-
-/// The healthy hosts of the first priority that has any; degraded ones where no priority has a healthy host.
-fn usable<'a>(hosts: impl Iterator<Item = &'a Rc<WorkerHost>> + Clone) -> Vec<Rc<WorkerHost>> {
-    for degraded in [false, true] {
-        let fits = |host: &&Rc<WorkerHost>| {
-            host.host.health.is_usable() && (host.host.health == HealthStatus::Degraded) == degraded
-        };
-        if let Some(priority) = hosts.clone().filter(fits).map(|host| host.host.priority).min() {
-            return hosts.filter(fits).filter(|host| host.host.priority == priority).cloned().collect();
-        }
-    }
-    Vec::new()
 }
 
 /// A host as one worker sees it.

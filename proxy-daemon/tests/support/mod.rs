@@ -192,6 +192,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         weight: 1,
         health: HealthStatus::Healthy,
         hostname: Box::default(),
+        metadata: None,
     };
     ClusterConfig {
         name: name.into(),

@@ -105,13 +105,15 @@ struct Stage {
 impl Stage {
     fn start(kind: Kind, cases: &[Case]) -> Result<Stage> {
         let seen = Arc::new(Seen::default());
-        let mut names = Vec::new();
+        let (mut names, mut ports_of) = (Vec::new(), Vec::new());
         let mut clusters = "  - {name: empty, type: STATIC, load_assignment: {cluster_name: empty}}\n".to_owned();
         for name in ["a", "b", "c", "dead"] {
             let port = if name == "dead" { free_port()? } else { upstream::start(name, Arc::clone(&seen))? };
             names.push((port.to_string(), "SERVICE"));
             clusters += &cluster(name, port);
+            ports_of.push(port);
         }
+        clusters += &hashed(&ports_of[..3]);
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
         for (index, case) in cases.iter().enumerate() {
@@ -358,6 +360,11 @@ pub fn shown(name: &str, value: &str) -> String {
     let name = name.to_lowercase();
     // A request id like this comes from a case.
     let own = OWN_VALUES.contains(&name.as_str()) && !value.starts_with("12345678-");
+    // A cookie that is made of ports.
+    let hash = |text: &&str| text.len() == 16 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if let Some(hash) = value.split('"').nth(1).filter(hash).filter(|_| name == "set-cookie") {
+        return format!("{name}: {}", value.replace(hash, "HASH"));
+    }
     if own { name } else { format!("{name}: {value}") }
 }
 
@@ -405,6 +412,55 @@ fn cluster(name: &str, port: u16) -> String {
          endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: {name}.service, address: {{socket_address: {{address: \
          127.0.0.1, port_value: {port}}}}}}}}}]}}]\n"
     )
+}
+
+/// Clusters of the first three services that go by hashes. What is hashed of a host is not its port: that is another for each proxy.
+fn hashed(ports: &[u16]) -> String {
+    let labels = [
+        "hash_key: first, canary: true, kind: slow, number: 2",
+        "hash_key: second, kind: slow, number: 3, zones: [z1, z2]",
+        "hash_key: third, canary: false, kind: fast, zones: [z3]",
+    ];
+    let keyed = |index: usize| format!("metadata: {{filter_metadata: {{envoy.lb: {{{}}}}}}}, ", labels[index]);
+    let host = |index: usize, rest: &str| {
+        format!(
+            "{{{rest}endpoint: {{hostname: host-{index}, address: {{socket_address: {{address: 127.0.0.1, port_value: \
+             {}}}}}}}}}",
+            ports[index]
+        )
+    };
+    let cluster = |name: &str, policy: &str, hosts: Vec<String>| {
+        format!(
+            "  - {{name: {name}, connect_timeout: 1s, {policy}, circuit_breakers: {{thresholds: [{{max_retries: \
+             100}}]}}, load_assignment: {{cluster_name: {name}, endpoints: [{{lb_endpoints: [{}]}}]}}}}\n",
+            hosts.join(", ")
+        )
+    };
+    let all = |with: &dyn Fn(usize) -> String| (0..3).map(|index| host(index, &with(index))).collect::<Vec<_>>();
+    let weights = ["1", "2", "5"];
+    let weighted = |index: usize| format!("load_balancing_weight: {}, ", weights[index]);
+    [
+        cluster("ring", "lb_policy: RING_HASH", all(&keyed)),
+        cluster("alone", "lb_policy: RING_HASH", vec![host(0, "")]),
+        cluster(
+            "small-ring",
+            "lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 4, maximum_ring_size: 10}",
+            all(&keyed),
+        ),
+        cluster(
+            "murmur",
+            "lb_policy: RING_HASH, ring_hash_lb_config: {minimum_ring_size: 100, hash_function: MURMUR_HASH_2}",
+            all(&|index| keyed(index) + &weighted(index)),
+        ),
+        cluster("maglev", "lb_policy: MAGLEV", all(&keyed)),
+        cluster(
+            "small-maglev",
+            "type: STRICT_DNS, lb_policy: MAGLEV, maglev_lb_config: {table_size: 17}, common_lb_config: {consistent_hashing_lb_config: \
+             {use_hostname_for_hashing: true}}",
+            all(&weighted),
+        ),
+    ]
+    .concat()
 }
 
 fn listener(port: u16, config: &str, manager: &str, hosts: &str) -> String {

@@ -5,6 +5,7 @@ mod actions;
 mod connections;
 mod counted;
 mod harness;
+mod hashes;
 mod headers;
 mod limits;
 mod managers;
@@ -59,6 +60,11 @@ fn counts_are_envoys() -> Result<()> {
         counted::cases(),
         &["vhost.", ".a.upstream_rq_completed", "empty.upstream_rq_", "dead.upstream_rq_5"],
     )
+}
+
+#[test]
+fn hashes_are_envoys() -> Result<()> {
+    harness::compare_counting(hashes::cases(), &["ring_hash_lb", "maglev_lb"])
 }
 
 #[test]

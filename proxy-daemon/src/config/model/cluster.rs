@@ -95,10 +95,44 @@ pub enum LbPolicy {
         /// At least 2.
         choice_count: u32,
     },
+    /// By the request's hash: `RING_HASH`.
+    RingHash {
+        /// At least so many entries, where `max_size` lets it. Default 1024.
+        min_size: u64,
+        /// At most so many. Default 8 Mi.
+        max_size: u64,
+        /// What hosts are hashed with.
+        function: HashFunction,
+        /// Hosts are hashed by their names, not by their addresses.
+        by_hostname: bool,
+    },
+    /// By the request's hash: `MAGLEV`.
+    Maglev {
+        /// A prime. Default 65537.
+        size: u64,
+        /// Hosts are hashed by their names, not by their addresses.
+        by_hostname: bool,
+    },
     /// Any host.
     Random,
     /// The destination that the connection or request names: ORIGINAL_DST clusters only.
     ClusterProvided,
+}
+
+impl LbPolicy {
+    /// Whether it chooses by a hash of the request.
+    pub fn wants_hash(&self) -> bool {
+        matches!(self, LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. })
+    }
+}
+
+/// `Cluster.RingHashLbConfig.HashFunction`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HashFunction {
+    /// `XX_HASH`
+    XxHash,
+    /// `MURMUR_HASH_2`
+    MurmurHash2,
 }
 
 /// What is spoken to a cluster's hosts.
@@ -194,7 +228,12 @@ pub struct Endpoint {
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
     pub hostname: Box<str>,
+    /// What its metadata says under `envoy.lb`.
+    pub metadata: Option<Arc<LbMetadata>>,
 }
+
+/// What is said of an endpoint under `envoy.lb`.
+pub type LbMetadata = serde_json::Map<String, serde_json::Value>;
 
 /// Where an endpoint listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

@@ -1,5 +1,7 @@
+use std::sync::Arc;
+
 use envoy_types::pb::envoy::config::{
-    core::v3::HealthStatus as ProtoHealth,
+    core::v3::{HealthStatus as ProtoHealth, Metadata},
     endpoint::v3::{ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier},
 };
 
@@ -7,7 +9,10 @@ use super::{
     common::{Result, endpoint_address, number, required},
     support::{self, join},
 };
-use crate::config::model::{Endpoint, HealthStatus, Locality, LocalityEndpoints};
+use crate::{
+    config::model::{Endpoint, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+    http::metadata::object,
+};
 
 /// The endpoints of an EDS resource. Names are not looked up there.
 ///
@@ -35,6 +40,11 @@ pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &s
     assignment.endpoints.iter().enumerate().map(parse).collect()
 }
 
+fn lb_metadata(metadata: &Metadata) -> Option<Arc<LbMetadata>> {
+    let fields = metadata.filter_metadata.get("envoy.lb")?;
+    Some(Arc::new(object(fields)))
+}
+
 fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
     let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
         return Err(required(path, "endpoint"));
@@ -53,5 +63,6 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         weight: number(endpoint.load_balancing_weight, 1).max(1),
         health,
         hostname: host.hostname.as_str().into(),
+        metadata: endpoint.metadata.as_ref().and_then(lb_metadata),
     })
 }

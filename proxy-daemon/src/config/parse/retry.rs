@@ -3,18 +3,30 @@ use std::time::Duration;
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::config::route::v3::{
     HeaderMatcher as ProtoHeader, RetryPolicy as ProtoPolicy,
-    retry_policy::{RateLimitedRetryBackOff, ResetHeaderFormat, retry_host_predicate::ConfigType},
+    retry_policy::{
+        RateLimitedRetryBackOff, ResetHeaderFormat, RetryHostPredicate as ProtoPredicate,
+        retry_host_predicate::ConfigType,
+    },
 };
-use envoy_types::pb::envoy::extensions::retry::host::previous_hosts::v3::PreviousHostsPredicate;
+use envoy_types::pb::envoy::extensions::retry::host::{
+    omit_canary_hosts::v3::OmitCanaryHostsPredicate, omit_host_metadata::v3::OmitHostMetadataConfig,
+    previous_hosts::v3::PreviousHostsPredicate,
+};
 
 use super::{
     common::{Result, duration, header_name, number, required},
     matcher,
     support::join,
 };
-use crate::config::{
-    FieldError,
-    model::{DEFAULT_BASE_INTERVAL, HeaderMatcher, RateLimitedBackOff, ResetHeader, RetryOn, RetryPolicy},
+use crate::{
+    config::{
+        FieldError,
+        model::{
+            DEFAULT_BASE_INTERVAL, HeaderMatcher, RateLimitedBackOff, ResetHeader, RetryHostPredicate, RetryOn,
+            RetryPolicy,
+        },
+    },
+    http::metadata::object,
 };
 
 /// More picks than this find no other host either.
@@ -50,7 +62,7 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
         retriable_headers: headers(&policy.retriable_headers, path, "retriable_headers")?,
         retriable_request_headers: headers(&policy.retriable_request_headers, path, "retriable_request_headers")?,
         rate_limited,
-        avoid_previous_hosts: avoids_previous_hosts(policy, path)?,
+        host_predicates: host_predicates(policy, path)?,
         host_selection_attempts: attempts.min(MAX_HOST_SELECTION_ATTEMPTS),
     })
 }
@@ -77,15 +89,30 @@ fn rate_limited(back_off: &RateLimitedRetryBackOff, path: &str) -> Result<RateLi
     })
 }
 
-fn avoids_previous_hosts(policy: &ProtoPolicy, path: &str) -> Result<bool> {
-    for (index, predicate) in policy.retry_host_predicate.iter().enumerate() {
+fn host_predicates(policy: &ProtoPolicy, path: &str) -> Result<Box<[RetryHostPredicate]>> {
+    let parse = |(index, predicate): (usize, &ProtoPredicate)| {
         let path = format!("{}[{index}].typed_config", join(path, "retry_host_predicate"));
         let Some(ConfigType::TypedConfig(config)) = &predicate.config_type else {
             return Err(required(&path, "typed_config"));
         };
-        let PreviousHostsPredicate {} = unpack(config, &path)?;
-    }
-    Ok(!policy.retry_host_predicate.is_empty())
+        match config.type_url.rsplit('/').next().unwrap_or_default() {
+            "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate" => {
+                let PreviousHostsPredicate {} = unpack(config, &path)?;
+                Ok(RetryHostPredicate::PreviousHosts)
+            }
+            "envoy.extensions.retry.host.omit_canary_hosts.v3.OmitCanaryHostsPredicate" => {
+                let OmitCanaryHostsPredicate {} = unpack(config, &path)?;
+                Ok(RetryHostPredicate::OmitCanaryHosts)
+            }
+            "envoy.extensions.retry.host.omit_host_metadata.v3.OmitHostMetadataConfig" => {
+                let config: OmitHostMetadataConfig = unpack(config, &path)?;
+                let fields = config.metadata_match.as_ref().and_then(|it| it.filter_metadata.get("envoy.lb"));
+                Ok(RetryHostPredicate::OmitHostMetadata(fields.map(object).unwrap_or_default()))
+            }
+            _ => Err(FieldError::unsupported(path)),
+        }
+    };
+    policy.retry_host_predicate.iter().enumerate().map(parse).collect()
 }
 
 fn retry_on(kinds: &str, path: &str) -> RetryOn {

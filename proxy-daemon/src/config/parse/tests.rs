@@ -70,8 +70,8 @@ fn routes_that_cannot_be_honoured_are_named() {
     let cases = [
         ("{ match: { prefix: / }, route: { cluster: nobody } }", "@route: unknown cluster 'nobody'"),
         (
-            "{ match: { prefix: / }, route: { cluster: up, hash_policy: [{ header: { header_name: x } }] } }",
-            "@route.hash_policy: not supported by culvert yet",
+            "{ match: { prefix: / }, route: { cluster: up, hash_policy: [{ filter_state: { key: x } }] } }",
+            "@route.hash_policy[0].filter_state: not supported by culvert yet",
         ),
         (
             "{ match: { prefix: /, dynamic_metadata: [{ filter: f, path: [{ key: k }], value: { present_match: true } }] }, \

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use super::{LoadBalancer, WorkerHost};
+use super::{LoadBalancer, Wish, WorkerHost};
 
 pub(super) struct LeastRequest {
     choices: u32,
@@ -15,7 +15,7 @@ impl LeastRequest {
 }
 
 impl LoadBalancer for LeastRequest {
-    fn pick(&mut self, hosts: &[Rc<WorkerHost>]) -> Option<usize> {
+    fn pick(&mut self, hosts: &[Rc<WorkerHost>], _wish: Wish) -> Option<usize> {
         if hosts.is_empty() {
             return None;
         }

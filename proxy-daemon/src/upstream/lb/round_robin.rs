@@ -2,7 +2,7 @@
 
 use std::{cmp::Ordering, collections::BinaryHeap, rc::Rc};
 
-use super::{LoadBalancer, WorkerHost};
+use super::{LoadBalancer, Wish, WorkerHost};
 
 pub(super) enum RoundRobin {
     Equal { next: usize },
@@ -37,7 +37,7 @@ impl RoundRobin {
 }
 
 impl LoadBalancer for RoundRobin {
-    fn pick(&mut self, hosts: &[Rc<WorkerHost>]) -> Option<usize> {
+    fn pick(&mut self, hosts: &[Rc<WorkerHost>], _wish: Wish) -> Option<usize> {
         self.next(hosts.len())
     }
 }

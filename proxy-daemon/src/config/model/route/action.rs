@@ -2,7 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{ClusterChoice, InternalRedirectPolicy, PathRewrite, RegexRewrite, RetryPolicy};
+use super::{ClusterChoice, HashPolicy, InternalRedirectPolicy, PathRewrite, RegexRewrite, RetryPolicy};
 use crate::{config::model::RateLimit, layered_runtime::RuntimeFraction};
 
 /// What a route does with a request.
@@ -52,6 +52,8 @@ pub struct ForwardAction {
     pub mirrors: Box<[MirrorPolicy]>,
     /// What its requests are counted under.
     pub rate_limits: Box<[RateLimit]>,
+    /// What they are hashed by, where the cluster's load balancer wants a hash.
+    pub hash_policy: Box<[HashPolicy]>,
     /// They are counted under what the virtual host says too.
     pub include_vh_rate_limits: bool,
 }
@@ -74,6 +76,7 @@ impl ForwardAction {
             upgrades: Box::default(),
             mirrors: Box::default(),
             rate_limits: Box::default(),
+            hash_policy: Box::default(),
             include_vh_rate_limits: false,
         }
     }

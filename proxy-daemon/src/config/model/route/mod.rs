@@ -6,6 +6,7 @@ use super::{ConfigSource, RateLimit};
 
 mod action;
 mod cluster_choice;
+mod hash_policy;
 mod header_mutations;
 mod internal_redirect;
 mod matches;
@@ -14,6 +15,7 @@ mod rewrite;
 
 pub use action::*;
 pub use cluster_choice::*;
+pub use hash_policy::*;
 pub use header_mutations::*;
 pub use internal_redirect::*;
 pub use matches::*;

@@ -3,6 +3,7 @@ use std::time::Duration;
 use http::HeaderName;
 
 use super::HeaderMatcher;
+use crate::config::model::LbMetadata;
 
 /// The base of a retry's pause where nothing else is configured.
 pub const DEFAULT_BASE_INTERVAL: Duration = Duration::from_millis(25);
@@ -30,8 +31,8 @@ pub struct RetryPolicy {
     pub retriable_request_headers: Vec<HeaderMatcher>,
     /// `rate_limited_retry_back_off`
     pub rate_limited: Option<RateLimitedBackOff>,
-    /// `previous_hosts`: hosts that have failed the request are passed over.
-    pub avoid_previous_hosts: bool,
+    /// Hosts that one of these is against are passed over.
+    pub host_predicates: Box<[RetryHostPredicate]>,
     /// How often another host is looked for where the one that was picked is to be passed over. Default 1.
     pub host_selection_attempts: u32,
 }
@@ -49,10 +50,21 @@ impl Default for RetryPolicy {
             retriable_headers: Vec::new(),
             retriable_request_headers: Vec::new(),
             rate_limited: None,
-            avoid_previous_hosts: false,
+            host_predicates: Box::default(),
             host_selection_attempts: 1,
         }
     }
+}
+
+/// One of `RetryPolicy.retry_host_predicate`.
+#[derive(Debug)]
+pub enum RetryHostPredicate {
+    /// `previous_hosts`: against those that have failed the request.
+    PreviousHosts,
+    /// `omit_canary_hosts`: against those whose metadata says `canary` under `envoy.lb`.
+    OmitCanaryHosts,
+    /// `omit_host_metadata`: against those whose metadata says all of this under `envoy.lb`; nothing: against none.
+    OmitHostMetadata(LbMetadata),
 }
 
 /// `RetryPolicy.RateLimitedRetryBackOff`: upstreams say when to come back.

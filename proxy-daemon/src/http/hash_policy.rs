@@ -1,0 +1,93 @@
+//! What a request is hashed by where its cluster's load balancer wants a hash: `hash_policy`. All hashes are Envoy's.
+
+use std::fmt::Write as _;
+
+use http::{HeaderMap, HeaderValue};
+use twox_hash::XxHash64;
+
+use super::{
+    route_match::{authority, cookie},
+    stream::{RequestHead, StreamCx},
+};
+use crate::config::model::{HashCookie, HashPolicy, HashSource, MatchedHeader, RegexRewrite};
+
+/// The hash of a request; `None`: it has nothing to hash. Cookies that are made for it are added to `made`.
+pub(super) fn hash(
+    policies: &[HashPolicy],
+    head: &RequestHead,
+    cx: &StreamCx,
+    made: &mut Vec<HeaderValue>,
+) -> Option<u64> {
+    let mut hash: Option<u64> = None;
+    for policy in policies {
+        let next = match &policy.source {
+            HashSource::Header { name, rewrite } => of_header(name, rewrite.as_deref(), head),
+            HashSource::Cookie(wanted) => of_cookie(wanted, &head.headers, cx, made),
+            HashSource::SourceIp => Some(of_text(&cx.remote.ip().to_canonical().to_string())),
+            HashSource::QueryParameter(name) => of_parameter(name, head.uri.query()),
+        };
+        if let Some(next) = next {
+            // Equal parts do not cancel each other out.
+            hash = Some(hash.map_or(0, |before| before.rotate_left(1)) ^ next);
+        }
+        if policy.terminal && hash.is_some() {
+            break;
+        }
+    }
+    hash
+}
+
+fn of_text(text: &str) -> u64 {
+    XxHash64::oneshot(0, text.as_bytes())
+}
+
+fn of_header(name: &MatchedHeader, rewrite: Option<&RegexRewrite>, head: &RequestHead) -> Option<u64> {
+    let rewritten = |text: &str| rewrite.map_or_else(|| text.to_owned(), |rewrite| rewrite.apply(text));
+    let single = match name {
+        MatchedHeader::Method => head.method.as_str(),
+        MatchedHeader::Path => head.uri.path_and_query()?.as_str(),
+        MatchedHeader::Authority => authority(head),
+        MatchedHeader::Scheme => head.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(head)),
+        MatchedHeader::Name(name) => {
+            let values = head.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+            let mut values: Vec<String> = values.map(rewritten).collect();
+            values.sort_unstable();
+            let chained = values.iter().fold(0, |seed, value| XxHash64::oneshot(seed, value.as_bytes()));
+            return (!values.is_empty()).then_some(chained);
+        }
+    };
+    Some(of_text(&rewritten(single)))
+}
+
+fn of_parameter(name: &str, query: Option<&str>) -> Option<u64> {
+    let pairs = query?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let mut values = pairs.filter(|(known, _)| *known == name);
+    values.next().map(|(_, value)| of_text(value))
+}
+
+fn of_cookie(wanted: &HashCookie, headers: &HeaderMap, cx: &StreamCx, made: &mut Vec<HeaderValue>) -> Option<u64> {
+    if let Some(value) = cookie(headers, &wanted.name).filter(|value| !value.is_empty()) {
+        return Some(of_text(value));
+    }
+    let ttl = wanted.ttl?;
+    // The same for all requests of a connection: they may come before the first answer.
+    let value = format!("{}{}", cx.remote, cx.connection.local);
+    let value = format!("{:016x}", of_text(&value));
+    let mut text = format!("{}=\"{value}\"", wanted.name);
+    // Writing to a String cannot fail.
+    if ttl.as_secs() > 0 {
+        let _ = write!(text, "; Max-Age={}", ttl.as_secs());
+    }
+    if !wanted.path.is_empty() {
+        let _ = write!(text, "; Path={}", wanted.path);
+    }
+    for (name, value) in &wanted.attributes {
+        let _ = match &**value {
+            "" => write!(text, "; {name}"),
+            value => write!(text, "; {name}={value}"),
+        };
+    }
+    text.push_str("; HttpOnly");
+    made.extend(HeaderValue::from_str(&text).ok());
+    Some(of_text(&value))
+}
