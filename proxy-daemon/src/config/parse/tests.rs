@@ -213,8 +213,8 @@ fn clusters_that_cannot_be_honoured_are_named() {
     };
     let cases = [
         (
-            "lb_policy: MAGLEV".to_owned(),
-            "lb_policy: MAGLEV is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RANDOM and CLUSTER_PROVIDED",
+            "lb_policy: LOAD_BALANCING_POLICY_CONFIG".to_owned(),
+            "lb_policy: LOAD_BALANCING_POLICY_CONFIG is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RING_HASH, MAGLEV, RANDOM and CLUSTER_PROVIDED",
         ),
         (
             "type: LOGICAL_DNS".to_owned(),
