@@ -153,7 +153,6 @@ fn rules() {
 #[test]
 fn http1_messages() {
     use culvert_proxy_daemon::http::codec::fuzz::{chunks, request_head, response_head};
-    let bytes = |texts: &[&str]| texts.iter().map(|text| text.as_bytes().to_vec()).collect::<Vec<_>>();
     let requests = bytes(&[
         "GET / HTTP/1.1\r\nhost: a\r\n\r\n",
         "\r\nPOST http://b/x?y HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc",
@@ -174,4 +173,51 @@ fn http1_messages() {
         "fffffffffffffff\r\nx",
     ]);
     with_mutations(7, &bodies, chunks);
+}
+
+fn bytes(texts: &[&str]) -> Vec<Vec<u8>> {
+    texts.iter().map(|text| text.as_bytes().to_vec()).collect()
+}
+
+#[test]
+fn http2_messages() {
+    use culvert_proxy_daemon::http::codec::fuzz::{http2_frames, http2_head};
+    let heads = bytes(&[
+        "GET\nhttp://a/x?y\nx-a:b",
+        "POST\n/x\nhost:a\ncontent-length:3\ncontent-length:3\ncookie:a=b\ncookie:c=d",
+        "CONNECT\na:80\n",
+        "OPTIONS\n*\nhost:a\nhost:b",
+        "GET\nhttp://user@a/x\nhost:a",
+    ]);
+    with_mutations(8, &heads, http2_head);
+    let frame = |kind: u8, payload: &[u8]| [&[0, 0, payload.len() as u8, kind, 0, 0, 0, 0, 1], payload].concat();
+    let frames = [frame(0, b"data"), frame(3, &[0, 0, 0, 8]), frame(7, &[0, 0, 0, 1, 0, 0, 0, 11, 9]), frame(0, b"")];
+    with_mutations(9, &[frames.concat(), frames[2].clone()], http2_frames);
+}
+
+#[test]
+fn paths_templates_and_formats() {
+    use culvert_proxy_daemon::http::fuzz::{header_format, path, uri_template};
+    let paths = bytes(&[
+        "\x03/a/%2e%2e/b//c/./%41?d=%2e",
+        "\x01/%%32e%%32e/a",
+        "\x03/a\\..\\b",
+        "\x02//a///b",
+        "\x03/a/..;/b/%2f..%5c",
+        "\x01*",
+    ]);
+    with_mutations(10, &paths, path);
+    let templates = bytes(&[
+        "/api/{version}/*\n/v/{version}\n/api/1/x",
+        "/files/{rest=**}.png\n/{rest}/a\n/files/a/b.png",
+        "/{a=x/*}/{b}\n/{b}-{a}\n/x/1/2",
+    ]);
+    with_mutations(11, &templates, uri_template);
+    let formats = bytes(&[
+        "%REQ(x-a?:path):5% and %RESP(X-A)%\nvalue",
+        "%START_TIME(%s.%3f)%%%\n",
+        "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %PROTOCOL%\n\u{e9}",
+        "%DYNAMIC_METADATA(a:b:c):3%%BYTES_RECEIVED%\nx",
+    ]);
+    with_mutations(12, &formats, header_format);
 }

@@ -163,6 +163,12 @@ fn bodies() -> Vec<Case> {
         post("an empty length", "content-length: \r\n", "abc"),
         post("two numbers as length", "content-length: 3 4\r\n", "abc"),
         post("a length beyond 64 bits", "content-length: 99999999999999999999999\r\n", "abc"),
+        post("a length in two lines, one empty", "content-length: 3\r\ncontent-length: \r\n", "abc"),
+        post("a blank between length and colon", "content-length : 3\r\n", "abc"),
+        post("a blank between coding and colon", "content-length: 3\r\ntransfer-encoding : chunked\r\n", "abc"),
+        post("a nominated length", "connection: content-length\r\ncontent-length: 3\r\n", "abc"),
+        post("a nominated coding", "connection: transfer-encoding\r\ntransfer-encoding: chunked\r\n", end),
+        post("identity, then chunked", &format!("{}{}", te("identity"), te("chunked")), end),
         post("a length with an underscore", "content-length: 1_0\r\n", "abc"),
         post("gzip", &te("gzip"), end),
         post("gzip, chunked", &te("gzip, chunked"), end),
@@ -415,6 +421,53 @@ fn http_1_0_where_it_is_accepted() -> Result<()> {
     ];
     let options = "http_protocol_options: {accept_http_10: true, default_host_for_http_10: default.example}";
     compare_on(Stage::start_with(Kind::Envoy, options)?, Stage::start_with(Kind::Culvert, options)?, &cases)
+}
+
+/// Sends the first piece at once, and then a byte at a time for as long as nothing comes back.
+fn drip(port: u16, first: &[u8], byte: &[u8]) -> Result<Response> {
+    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut writer = stream.try_clone()?;
+    let (first, byte) = (first.to_vec(), byte.to_vec());
+    thread::spawn(move || -> Result<()> {
+        writer.write_all(&first)?;
+        loop {
+            // The pace of a slow client.
+            thread::sleep(Duration::from_millis(50));
+            writer.write_all(&byte)?;
+        }
+    });
+    Response::read(&mut BufReader::new(stream), "GET")
+}
+
+/// Clients that say something again and again, and never all.
+#[test]
+fn slow_heads_and_bodies_end_as_in_envoy() -> Result<()> {
+    let options = "request_headers_timeout: 0.5s\n          request_timeout: 1s";
+    let (envoy, culvert) = (Stage::start_with(Kind::Envoy, options)?, Stage::start_with(Kind::Culvert, options)?);
+    let head = "POST /app HTTP/1.1\r\nhost: a\r\n";
+    for (first, byte) in [
+        (head.to_owned(), "x"),
+        (head.to_owned(), "x: y\r\n"),
+        (format!("{head}content-length: 100000\r\n\r\n"), "x"),
+        (format!("{head}transfer-encoding: chunked\r\n\r\n"), "1\r\nx\r\n"),
+        (format!("{head}transfer-encoding: chunked\r\n\r\n"), "1"),
+        (format!("{head}transfer-encoding: chunked\r\n\r\n0\r\n"), "x: y\r\n"),
+    ] {
+        let outcome = |stage: &Stage| match drip(stage.port, first.as_bytes(), byte.as_bytes()) {
+            Ok(response) => show(&response),
+            Err(error) => format!("no response: {error:#}"),
+        };
+        let (expected, seen) = (outcome(&envoy), outcome(&culvert));
+        assert_eq!(seen, expected, "{first:?} and {byte:?}");
+        assert!(seen.starts_with("408 ") || seen.starts_with("400 ") || seen.starts_with("431 "), "{seen}");
+        assert_eq!(culvert.host.take(), Vec::<String>::new(), "{first:?} and {byte:?}");
+    }
+    let (expected, seen) = (envoy.proxy.stats()?, culvert.proxy.stats()?);
+    for name in ["http.ingress.downstream_rq_header_timeout", "http.ingress.downstream_rq_timeout"] {
+        assert_eq!(seen.get(name), expected.get(name), "{name}");
+    }
+    Ok(())
 }
 
 /// What is the same is counted the same.

@@ -80,6 +80,19 @@ pub fn any(bytes: &[u8]) {
     let _ = json::any_to_json(&any);
 }
 
+/// The expression of a template that paths match, and the pieces of one that they become.
+///
+/// # Errors
+/// Why one of them is none.
+pub(crate) fn uri_templates(
+    matched: &str,
+    rewrite: &str,
+) -> Result<(regex::Regex, Vec<super::model::TemplatePiece>), super::FieldError> {
+    let matched = parse::uri_template::matcher(matched, "")?;
+    let pieces = parse::uri_template::rewrite(rewrite, &matched, "")?;
+    Ok((matched, pieces))
+}
+
 /// The `validate.rules` of a bootstrap that is given in protobuf's own encoding, and what comes after them.
 pub fn rules(bytes: &[u8]) {
     let Ok(message) = Bootstrap::decode(bytes) else { return };

@@ -180,25 +180,26 @@ pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerCo
     set_path(head, &normal);
 }
 
-/// Unreserved characters are written as themselves.
+/// Unreserved characters are written as themselves, also those that only others like them make (`%%32e`): what is read again is
+/// read the same.
 fn unescape(path: &str) -> String {
     let mut text = String::with_capacity(path.len());
-    let mut rest = path;
-    while let Some(next) = rest.chars().next() {
-        let code = rest.strip_prefix('%').and_then(|after| after.get(..2));
-        let code = code.and_then(|code| u8::from_str_radix(code, 16).ok()).map(char::from);
-        match code.filter(|code| code.is_ascii_alphanumeric() || "-._~".contains(*code)) {
-            Some(code) => {
-                text.push(code);
-                rest = &rest[3..];
-            }
-            None => {
-                text.push(if next == '\\' { '/' } else { next });
-                rest = &rest[next.len_utf8()..];
-            }
+    for next in path.chars() {
+        text.push(if next == '\\' { '/' } else { next });
+        while let Some(code) = last_escape(&text) {
+            text.truncate(text.len() - 3);
+            text.push(code);
         }
     }
     text
+}
+
+/// What the escape stands for that a text ends with, where that is an unreserved character.
+fn last_escape(text: &str) -> Option<char> {
+    let [b'%', high, low] = *text.as_bytes().last_chunk()? else { return None };
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let code = char::from(u8::try_from(digit(high)? * 16 + digit(low)?).ok()?);
+    (code.is_ascii_alphanumeric() || "-._~".contains(code)).then_some(code)
 }
 
 fn resolve_dots(path: &str) -> String {

@@ -12,6 +12,7 @@ mod conn_manager;
 mod descriptors;
 pub mod filters;
 mod forward;
+pub mod fuzz;
 mod hash_policy;
 pub(crate) mod headers;
 mod internal_redirect;

@@ -111,7 +111,7 @@ fn refused(status: StatusCode) -> LocalReply {
 }
 
 /// The path with its escaped slashes as slashes, where it has any.
-fn unescaped(path: &str) -> Option<String> {
+pub(super) fn unescaped(path: &str) -> Option<String> {
     let mut found = false;
     let mut text = String::with_capacity(path.len());
     let mut rest = path;

@@ -33,7 +33,7 @@ mod support_doc;
 mod tcp_proxy;
 mod tls;
 mod upgrade;
-mod uri_template;
+pub(super) mod uri_template;
 
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;

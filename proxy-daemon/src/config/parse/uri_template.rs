@@ -14,7 +14,7 @@ const MAX_VARIABLES: usize = 5;
 const MAX_VARIABLE_NAME: usize = 16;
 
 /// The anchored expression that a template stands for.
-pub(super) fn matcher(template: &str, path: &str) -> Result<Regex> {
+pub(in crate::config) fn matcher(template: &str, path: &str) -> Result<Regex> {
     let refuse = |reason: &str| {
         FieldError::new(path, format!("path_match_policy.path_template {template} is invalid: {reason}"))
     };
@@ -23,7 +23,7 @@ pub(super) fn matcher(template: &str, path: &str) -> Result<Regex> {
 }
 
 /// The pieces of a rewrite template, whose variables are those of `matched`.
-pub(super) fn rewrite(template: &str, matched: &Regex, path: &str) -> Result<Vec<TemplatePiece>> {
+pub(in crate::config) fn rewrite(template: &str, matched: &Regex, path: &str) -> Result<Vec<TemplatePiece>> {
     let refuse = |reason: &str| {
         FieldError::new(path, format!("path_rewrite_policy.path_template_rewrite {template} is invalid: {reason}"))
     };

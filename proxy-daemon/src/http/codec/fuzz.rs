@@ -3,7 +3,16 @@
 
 use bytes::BytesMut;
 
-use super::h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner};
+use http::{
+    HeaderName, HeaderValue, Method, Request, Uri,
+    header::{CONTENT_LENGTH, COOKIE, HOST},
+};
+
+use super::{
+    h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner},
+    h2::{head, watch},
+};
+use crate::config::model::HttpConnectionManagerConfig;
 
 const LIMITS: Limits = Limits { bytes: 4096, headers: 32 };
 
@@ -67,4 +76,38 @@ fn decode(bytes: &[u8], step: usize) -> Option<(Vec<u8>, bool)> {
         }
     }
     Some((body, false))
+}
+
+/// Frames, whole and in pieces: the same ones are found.
+pub fn http2_frames(bytes: &[u8]) {
+    let whole = watch::frames(bytes, bytes.len().max(1));
+    for size in [1, 7, 9, 10] {
+        assert_eq!(watch::frames(bytes, size), whole, "in pieces of {size}");
+    }
+}
+
+/// A head as HTTP/2 has it: a line with the method, one with the URI, one for each field. What is taken has one host, one length and one
+/// cookie, and a path or none.
+pub fn http2_head(bytes: &[u8]) {
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    let (Some(method), Some(uri)) = (lines.next(), lines.next()) else { return };
+    let (Ok(method), Ok(uri)) = (Method::from_bytes(method), Uri::try_from(uri)) else { return };
+    let (mut parts, ()) = Request::new(()).into_parts();
+    (parts.method, parts.uri) = (method, uri);
+    for line in lines {
+        let mut halves = line.splitn(2, |byte| *byte == b':');
+        let name = halves.next().and_then(|name| HeaderName::from_bytes(name).ok());
+        let value = halves.next().and_then(|value| HeaderValue::from_bytes(value).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            parts.headers.append(name, value);
+        }
+    }
+    if head::settle(&mut parts, &HttpConnectionManagerConfig::default()).is_err() {
+        return;
+    }
+    let count = |name| parts.headers.get_all(name).iter().count();
+    assert_eq!(count(HOST) + usize::from(parts.uri.authority().is_some()), 1);
+    assert!(count(CONTENT_LENGTH) <= 1 && count(COOKIE) <= 1);
+    assert!(parts.uri.path().starts_with('/') || matches!(parts.method, Method::CONNECT | Method::OPTIONS));
+    head::downgrade(&mut parts);
 }

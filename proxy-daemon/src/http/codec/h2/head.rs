@@ -14,7 +14,7 @@ use crate::{
 
 /// Why a stream is reset instead of answered: how its client is told, and Envoy's word for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Malformed {
+pub(in crate::http::codec) struct Malformed {
     pub(super) reason: Reason,
     pub(super) details: &'static str,
 }
@@ -30,7 +30,7 @@ const PSEUDO_HEADERS: usize = 4;
 
 /// Refuses a head that is malformed, or too large, or that two servers could read differently; else makes of it what it would be in
 /// HTTP/1.1.
-pub(super) fn settle(head: &mut Parts, config: &HttpConnectionManagerConfig) -> Result<(), Malformed> {
+pub(in crate::http::codec) fn settle(head: &mut Parts, config: &HttpConnectionManagerConfig) -> Result<(), Malformed> {
     let Parts { method, uri, headers, .. } = head;
     let connects = *method == Method::CONNECT;
     if let Some(authority) = uri.authority() {
@@ -65,7 +65,7 @@ pub(super) fn settle(head: &mut Parts, config: &HttpConnectionManagerConfig) -> 
 }
 
 /// A request for another protocol becomes what it is in HTTP/1.1 (RFC 8441): that is how it is routed, and what it is allowed by.
-pub(super) fn downgrade(head: &mut Parts) {
+pub(in crate::http::codec) fn downgrade(head: &mut Parts) {
     if head.method != Method::CONNECT {
         return;
     }

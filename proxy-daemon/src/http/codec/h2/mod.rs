@@ -3,10 +3,10 @@
 
 mod body;
 mod client;
-mod head;
+pub(super) mod head;
 mod send;
 mod server;
-mod watch;
+pub(super) mod watch;
 
 pub use body::ReceivedBody;
 pub use client::{ClientConnection, SendError};
