@@ -408,7 +408,8 @@ async fn serve_chain(
     };
     match &chain.filter {
         ActiveChain::Tcp(proxy) => {
-            crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(info), worker, drain).await;
+            // Each filter has what it needs, and not what another one would.
+            Box::pin(crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(info), worker, drain)).await;
         }
         ActiveChain::Http(manager) => {
             crate::http::serve(stream, Arc::clone(manager), Rc::clone(info), worker, drain).await;

@@ -168,7 +168,7 @@ async fn carry(
         }
     };
     let ended = if let Some(tunneling) = &proxy.config.tunneling {
-        tunnel::carry(downstream, proxy, tunneling, &cluster, info, ends, &mut outcome).await
+        Box::pin(tunnel::carry(downstream, proxy, tunneling, &cluster, info, ends, &mut outcome)).await
     } else if let Some(mut upstream) = dial(proxy, &cluster, info, &mut outcome).await {
         let mut relay = Relay::new(proxy.config.idle_timeout);
         let ended = tokio::select! {

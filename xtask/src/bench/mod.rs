@@ -1,6 +1,7 @@
-//! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn; `cargo xtask bench xds`: what xDS
-//! updates cost culvertd and Envoy. docs/performance.md has the method.
+//! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn; `cargo xtask bench idle`: memory of
+//! idle connections; `cargo xtask bench xds`: what xDS updates cost culvertd and Envoy. docs/performance.md has the method.
 
+mod idle;
 mod proxies;
 mod report;
 mod workloads;
@@ -32,6 +33,8 @@ pub struct Args {
 
 #[derive(clap::Subcommand)]
 enum Suite {
+    /// Memory per idle connection.
+    Idle(idle::Args),
     /// CPU, memory and delay of xDS updates: culvertd and Envoy on the same pushes.
     Xds(xds::Args),
 }
@@ -51,6 +54,13 @@ struct Requests {
     /// Only workloads whose name contains this.
     #[arg(long)]
     only: Option<String>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Flags of all that compares the four proxies.
+#[derive(clap::Args)]
+struct Common {
     /// How the result is printed.
     #[arg(long, value_enum, default_value = "table")]
     output: Output,
@@ -62,6 +72,29 @@ struct Requests {
     yes: bool,
 }
 
+/// What is measured, and the server behind it, which runs as long as this lives.
+struct Stage {
+    programs: Programs,
+    _upstream: Server,
+}
+
+impl Stage {
+    fn set_up(common: &Common) -> Result<Stage> {
+        setup::ensure(common.yes, Needs::BENCH)?;
+        let root = workspace_root();
+        let envoy = envoy::ensure(&root)?;
+        let culvertd = culvertd(common.culvertd.clone())?;
+        let dir = root.join("target/bench");
+        std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        std::fs::write(dir.join("64k"), vec![b'x'; 64 * 1024])?;
+        // Uncompressed, 26 bytes long.
+        std::fs::write(dir.join(MESSAGE), b"\0\0\0\0\x1aa message for the upstream")?;
+        let programs = Programs { culvertd, envoy, dir, ports: Ports::free()? };
+        let upstream = Server::upstream(&programs)?;
+        Ok(Stage { programs, _upstream: upstream })
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Output {
     Table,
@@ -71,8 +104,9 @@ enum Output {
 /// Runs the task.
 pub fn run(args: Args) -> Result<()> {
     match args.suite {
+        Some(Suite::Idle(args)) => idle::run(&args),
         Some(Suite::Xds(args)) => xds::run(args),
-        None => requests(args.requests),
+        None => requests(&args.requests),
     }
 }
 
@@ -89,11 +123,7 @@ fn culvertd(named: Option<PathBuf>) -> Result<PathBuf> {
     Ok(root.join("target/release/culvertd"))
 }
 
-fn requests(args: Requests) -> Result<()> {
-    setup::ensure(args.yes, Needs::BENCH)?;
-    let root = workspace_root();
-    let envoy = envoy::ensure(&root)?;
-    let culvertd = culvertd(args.culvertd)?;
+fn requests(args: &Requests) -> Result<()> {
     let (rounds, seconds) = if args.quick { (1, 2) } else { (args.rounds, args.seconds) };
     let duration = Duration::from_secs(seconds);
     let workloads: Vec<_> = WORKLOADS
@@ -101,31 +131,24 @@ fn requests(args: Requests) -> Result<()> {
         .filter(|workload| args.only.as_ref().is_none_or(|only| workload.name.contains(only)))
         .collect();
     ensure!(!workloads.is_empty(), "no workload's name contains that; there are: {}", workloads::names());
-
-    let dir = root.join("target/bench");
-    std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
-    std::fs::write(dir.join("64k"), vec![b'x'; 64 * 1024])?;
-    // Uncompressed, 26 bytes long.
-    std::fs::write(dir.join(MESSAGE), b"\0\0\0\0\x1aa message for the upstream")?;
-    let ports = Ports::free()?;
-    let programs = Programs { culvertd, envoy, dir, ports };
-    let _upstream = Server::upstream(&programs)?;
+    let stage = Stage::set_up(&args.common)?;
+    let Programs { ports, dir, .. } = &stage.programs;
     let mut samples = Vec::new();
     for round in 1..=rounds {
         for proxy in CONTENDERS {
             for workload in workloads.iter().filter(|workload| workload.is_for(proxy)) {
                 eprintln!("round {round} of {rounds}: {} {} ...", proxy.name(), workload.name);
-                let server = Server::start(proxy, &programs)?;
-                workload.warm_up(&ports, &programs.dir)?;
+                let server = Server::start(proxy, &stage.programs)?;
+                workload.warm_up(ports, dir)?;
                 let before = server.cpu()?;
-                let load = workload.run(&ports, duration, &programs.dir)?;
+                let load = workload.run(ports, duration, dir)?;
                 let cpu = server.cpu()?.saturating_sub(before);
                 samples.push(Sample::new(round, proxy, workload.name, cpu, server.rss_bytes()?, &load));
             }
         }
     }
     let table = Table::summarise(&samples);
-    match args.output {
+    match args.common.output {
         Output::Table => println!("{table}"),
         Output::Json => println!("{}", serde_json::to_string_pretty(&table.json(&samples))?),
     }
