@@ -1,6 +1,6 @@
 //! The attempts at a request: one host each, as many as the retry policy allows, and the answer where the last one fails.
 
-use std::{cell::Cell, rc::Rc, time::Instant};
+use std::{cell::Cell, ops::Deref, rc::Rc, time::Instant};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
@@ -9,7 +9,7 @@ use super::{
     codec::{Incoming, h1::Upgrade},
     forward::set_host,
     headers::names::*,
-    observe::StreamEnd,
+    observe::{Notes, StreamEnd},
     retry::{Failure, RetryState, Verdict},
     stream::{LocalReply, OverrideHost, RequestHead, StreamCx},
     timeouts::Timeouts,
@@ -24,33 +24,51 @@ use crate::{
     },
 };
 
-/// All attempts at one request.
-pub(super) struct Attempts<'a> {
+/// What all attempts at one request have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<'a> {
     pub(super) cx: &'a StreamCx,
     pub(super) cluster: &'a Rc<WorkerCluster>,
     pub(super) action: &'a ForwardAction,
     pub(super) timeouts: &'a Timeouts,
+    /// `scheme_header_transformation.match_upstream`
+    pub(super) scheme_matches_upstream: bool,
+}
+
+/// All attempts at one request.
+pub(super) struct Attempts<'a> {
+    pub(super) shared: Shared<'a>,
     pub(super) retry: Option<RetryState<'a>>,
     pub(super) count: u32,
+    /// How many there are at a time, where that may be more than one.
+    pub(super) under_way: Cell<usize>,
     /// What balancers go by that hash.
     pub(super) hash: Option<u64>,
     /// The attempt that is under way may last until then.
     pub(super) until: Cell<Option<Instant>>,
 }
 
+impl<'a> Deref for Attempts<'a> {
+    type Target = Shared<'a>;
+
+    fn deref(&self) -> &Shared<'a> {
+        &self.shared
+    }
+}
+
 /// How one attempt failed.
-struct Failed {
-    failure: Failure,
+pub(super) struct Failed {
+    pub(super) failure: Failure,
     /// As Envoy words it.
     reason: &'static str,
     /// What the transport said of it, where that is known.
     transport: Option<Box<str>>,
-    status: StatusCode,
+    pub(super) status: StatusCode,
     flags: ResponseFlags,
     /// The request, where it can be sent again.
     request: Option<Box<(RequestHead, Body)>>,
     /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
-    stale: bool,
+    pub(super) stale: bool,
 }
 
 impl Attempts<'_> {
@@ -61,7 +79,9 @@ impl Attempts<'_> {
         mut head: RequestHead,
         mut body: Body,
     ) -> Result<(Response<Incoming>, Connection), LocalReply> {
-        let stats = &self.cluster.cluster.stats;
+        if self.retry.as_ref().is_some_and(|retry| retry.hedges) && self.timeouts.has_per_try() {
+            return Box::pin(self.run_hedged(end, head)).await;
+        }
         loop {
             self.count += 1;
             let host = self.choose(end, &head)?;
@@ -70,14 +90,15 @@ impl Attempts<'_> {
                 body = replay.reader();
             }
             let mut timed_out = false;
-            match self.attempt(end, &host, head, body).await {
+            let shared = self.shared;
+            match shared.attempt((&end.notes, &self.until), &host, (head, body), self.count, None).await {
                 Ok((response, connection)) => {
                     let (response, incoming) = response.into_parts();
                     let verdict =
                         self.judge(end, |retry, cluster, high| retry.judge_response(&response, cluster, high));
                     match kept.filter(|_| verdict == Verdict::Retry) {
                         Some(copy) => {
-                            stats.count_retried(response.status.as_u16());
+                            self.cluster.cluster.stats.count_retried(response.status.as_u16());
                             (head, body) = (copy, Body::Empty);
                         }
                         None => {
@@ -117,13 +138,13 @@ impl Attempts<'_> {
     }
 
     /// Whether there is one more attempt; the log is told why not.
-    fn judge(
+    pub(super) fn judge(
         &mut self,
         end: &mut StreamEnd,
         judge: impl FnOnce(&mut RetryState<'_>, &Rc<WorkerCluster>, bool) -> Verdict,
     ) -> Verdict {
         let Some(retry) = &mut self.retry else { return Verdict::No };
-        let verdict = judge(retry, self.cluster, self.action.high_priority);
+        let verdict = judge(retry, self.shared.cluster, self.shared.action.high_priority);
         match verdict {
             Verdict::LimitExceeded => end.flags |= ResponseFlags::URX,
             Verdict::Overflow => end.flags |= ResponseFlags::UO,
@@ -136,8 +157,14 @@ impl Attempts<'_> {
     async fn prepare_retry(&mut self, host: &Rc<WorkerHost>, head: &mut RequestHead, timed_out: bool) {
         if let Some(retry) = &mut self.retry {
             retry.avoid(host);
-            retry.back_off(self.cluster).await;
+            let pause = retry.pause(self.shared.cluster);
+            tokio::time::sleep(pause).await;
         }
+        self.tell_retry(head, timed_out);
+    }
+
+    /// Tells the upstream of a further attempt that it is one.
+    pub(super) fn tell_retry(&self, head: &mut RequestHead, timed_out: bool) {
         self.timeouts.tell_again(head, self.cx);
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_is_timeout_retry_header) {
             let value = HeaderValue::from_static(if timed_out { "true" } else { "false" });
@@ -145,7 +172,7 @@ impl Attempts<'_> {
         }
     }
 
-    fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
+    pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
         end.leave_host();
         let pick = PickCx {
             override_dst: self.cx.override_dst,
@@ -206,110 +233,7 @@ impl Attempts<'_> {
         self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
     }
 
-    /// One attempt.
-    async fn attempt(
-        &self,
-        end: &mut StreamEnd,
-        host: &Rc<WorkerHost>,
-        head: RequestHead,
-        body: Body,
-    ) -> Result<(Response<Incoming>, Connection), Failed> {
-        let (source, high) = (self.cx.connection.source, self.action.high_priority);
-        let terminated = upgrade::terminated(self.action, &head.method);
-        let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(self.cluster, &head) };
-        let connection = match host.acquire(self.cluster, wanted, source, high).await {
-            Ok(connection) => connection,
-            Err(error) => {
-                let failed = connect_failed(error, head, body);
-                end.transport_failure.clone_from(&failed.transport);
-                return Err(failed);
-            }
-        };
-        end.upstream = Some(Rc::clone(connection.info()));
-        end.count(|stats| stats.upstream_rq_total.inc());
-        if let Some(connect) = terminated {
-            let (from, to) = (self.cx.connection.remote, self.cx.connection.local);
-            let first = connect.proxy_protocol.map(|version| upgrade::proxy_protocol(version, from, to));
-            let mut response = connection.tunnel(first.unwrap_or_default(), body);
-            response.extensions_mut().insert(Upgrade);
-            return Ok((response, connection));
-        }
-        let connects = head.method == Method::CONNECT;
-        let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
-        let mut request = self.upstream_request(host, head, body, connection.is_http2());
-        if connection.is_http2() && !connects && end.state.config().scheme_matches_upstream {
-            set_scheme(request.uri_mut(), connection.info().tls.is_some());
-        }
-        let (end, stats) = (&*end, &self.cluster.cluster.stats);
-        let mut limit = self.timeouts.of_try(&self.cx.progress);
-        self.until.set(limit.until);
-        let sent = tokio::select! {
-            biased;
-            sent = connection.send(request, |status| end.charge(self.cluster, status)) => sent,
-            failure = limit.expired() => return Err(self.timed_out(host, failure)),
-        };
-        match sent {
-            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade => Err(Failed {
-                failure: Failure::AfterRequest,
-                reason: "protocol error",
-                transport: None,
-                status: StatusCode::BAD_GATEWAY,
-                flags: ResponseFlags::UPE,
-                request: None,
-                stale: false,
-            }),
-            Ok(response) => Ok((response, connection)),
-            Err(error) => {
-                if error.reason == ResetReason::Protocol {
-                    stats.upstream_cx_protocol_error.inc();
-                }
-                Err(reset(error, connection.reused))
-            }
-        }
-    }
-
-    /// The request as this host shall see it.
-    fn upstream_request(&self, host: &WorkerHost, mut head: RequestHead, body: Body, http2: bool) -> Request<Body> {
-        let name = Some(&host.host.hostname).filter(|name| !name.is_empty());
-        if let (HostRewrite::Auto, Some(name)) = (&self.action.host_rewrite, name)
-            && let Ok(name) = HeaderValue::from_str(name)
-        {
-            let suppress = self.cx.suppress_envoy_headers;
-            set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
-        }
-        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
-            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(self.count));
-        }
-        if http2 {
-            to_http2(&mut head);
-        } else {
-            to_http1(&mut head);
-        }
-        Request::from_parts(head, body)
-    }
-
-    fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
-        let stats = &self.cluster.cluster.stats;
-        if failure == Failure::MaxDuration {
-            stats.upstream_rq_max_duration_reached.inc();
-            let complete = self.cx.progress.request_complete.get().is_some();
-            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
-            let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
-            return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
-        }
-        let flags = if failure == Failure::PerTryIdleTimeout {
-            stats.upstream_rq_per_try_idle_timeout.inc();
-            ResponseFlags::SI
-        } else {
-            stats.upstream_rq_per_try_timeout.inc();
-            ResponseFlags::UT
-        };
-        host.count(HostCounter::RqTimeout, 1);
-        let (status, reason) = (self.timeouts.status, "upstream request timeout");
-        Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
-    }
-
-    fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
+    pub(super) fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
         let stats = &self.cluster.cluster.stats;
         if failed.failure == Failure::MaxDuration {
             end.judge(true);
@@ -344,6 +268,127 @@ impl Attempts<'_> {
         // Details are one word, for the logs.
         let details = format!("{details}}}").replace(' ', "_");
         LocalReply::new(failed.status, text, failed.flags, details)
+    }
+}
+
+impl Shared<'_> {
+    /// One attempt. `late`: it is told where an answer takes longer than it may, and the attempt goes on.
+    pub(super) async fn attempt(
+        self,
+        (notes, until): (&Notes, &Cell<Option<Instant>>),
+        host: &Rc<WorkerHost>,
+        (head, body): (RequestHead, Body),
+        number: u32,
+        late: Option<&dyn Fn()>,
+    ) -> Result<(Response<Incoming>, Connection), Failed> {
+        let (source, high) = (self.cx.connection.source, self.action.high_priority);
+        let terminated = upgrade::terminated(self.action, &head.method);
+        let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(self.cluster, &head) };
+        let connection = match host.acquire(self.cluster, wanted, source, high).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                let failed = connect_failed(error, head, body);
+                notes.transport_failure.set(failed.transport.clone());
+                return Err(failed);
+            }
+        };
+        notes.upstream.set(Some(Rc::clone(connection.info())));
+        notes.count(|stats| stats.upstream_rq_total.inc());
+        if let Some(connect) = terminated {
+            let (from, to) = (self.cx.connection.remote, self.cx.connection.local);
+            let first = connect.proxy_protocol.map(|version| upgrade::proxy_protocol(version, from, to));
+            let mut response = connection.tunnel(first.unwrap_or_default(), body);
+            response.extensions_mut().insert(Upgrade);
+            return Ok((response, connection));
+        }
+        let connects = head.method == Method::CONNECT;
+        let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
+        let mut request = self.upstream_request(host, (head, body), number, connection.is_http2());
+        if connection.is_http2() && !connects && self.scheme_matches_upstream {
+            set_scheme(request.uri_mut(), connection.info().tls.is_some());
+        }
+        let stats = &self.cluster.cluster.stats;
+        let mut limit = self.timeouts.of_try(&self.cx.progress);
+        until.set(limit.until);
+        let sent = {
+            let mut sending = std::pin::pin!(connection.send(request, |status| notes.charge(self.cluster, status)));
+            tokio::select! {
+                biased;
+                sent = &mut sending => sent,
+                failure = limit.expired() => match late.filter(|_| failure == Failure::PerTryTimeout) {
+                    None => return Err(self.timed_out(host, failure)),
+                    Some(late) => {
+                        late();
+                        sending.await
+                    }
+                },
+            }
+        };
+        match sent {
+            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS && !upgrade => Err(Failed {
+                failure: Failure::AfterRequest,
+                reason: "protocol error",
+                transport: None,
+                status: StatusCode::BAD_GATEWAY,
+                flags: ResponseFlags::UPE,
+                request: None,
+                stale: false,
+            }),
+            Ok(response) => Ok((response, connection)),
+            Err(error) => {
+                if error.reason == ResetReason::Protocol {
+                    stats.upstream_cx_protocol_error.inc();
+                }
+                Err(reset(error, connection.reused))
+            }
+        }
+    }
+
+    /// The request as this host shall see it.
+    fn upstream_request(
+        &self,
+        host: &WorkerHost,
+        (mut head, body): (RequestHead, Body),
+        number: u32,
+        http2: bool,
+    ) -> Request<Body> {
+        let name = Some(&host.host.hostname).filter(|name| !name.is_empty());
+        if let (HostRewrite::Auto, Some(name)) = (&self.action.host_rewrite, name)
+            && let Ok(name) = HeaderValue::from_str(name)
+        {
+            let suppress = self.cx.suppress_envoy_headers;
+            set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
+        }
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+            head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number));
+        }
+        if http2 {
+            to_http2(&mut head);
+        } else {
+            to_http1(&mut head);
+        }
+        Request::from_parts(head, body)
+    }
+
+    fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
+        let stats = &self.cluster.cluster.stats;
+        if failure == Failure::MaxDuration {
+            stats.upstream_rq_max_duration_reached.inc();
+            let complete = self.cx.progress.request_complete.get().is_some();
+            let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
+            let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
+            return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
+        }
+        let flags = if failure == Failure::PerTryIdleTimeout {
+            stats.upstream_rq_per_try_idle_timeout.inc();
+            ResponseFlags::SI
+        } else {
+            stats.upstream_rq_per_try_timeout.inc();
+            ResponseFlags::UT
+        };
+        host.count(HostCounter::RqTimeout, 1);
+        let (status, reason) = (self.timeouts.status, "upstream request timeout");
+        Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
     }
 }
 

@@ -9,7 +9,7 @@ use http::{
 };
 
 use super::{
-    attempts::Attempts,
+    attempts::{Attempts, Shared},
     body::Body,
     codec::{Incoming, h1::Upgrade},
     hash_policy,
@@ -57,7 +57,7 @@ pub(super) async fn forward(
         end.state.manager.stats.no_cluster.inc();
         return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
     };
-    end.counted = cx.route.as_ref().and_then(|route| Counted::of(route, &head));
+    end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, &head));
     if cluster.cluster.refuses_for_maintenance() {
         return Err(maintenance(&cluster, end));
     }
@@ -70,7 +70,9 @@ pub(super) async fn forward(
     if !action.hash_policy.is_empty() && cluster.cluster.config.lb_policy.wants_hash() {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
     }
-    let mut retry = RetryState::take(policy, &mut head, end.counted.clone());
+    let hedges = action.hedge_on_per_try_timeout;
+    let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
+    let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());
     let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
     let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
     let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
@@ -104,12 +106,13 @@ pub(super) async fn forward(
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
     timers.limit_duration(timeouts.stream);
-    let mut attempts =
-        Attempts { cx, cluster: &cluster, action, timeouts: &timeouts, retry, hash, count: 0, until: Cell::new(None) };
+    let scheme_matches_upstream = config.scheme_matches_upstream;
+    let shared = Shared { cx, cluster: &cluster, action, timeouts: &timeouts, scheme_matches_upstream };
+    let mut attempts = Attempts { shared, retry, hash, count: 0, under_way: Cell::new(1), until: Cell::new(None) };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
-        expired = timers.expired() => Err(expire(end, &cluster, expired, &timeouts)),
+        expired = timers.expired() => Err(expire(end, &cluster, expired, (&timeouts, attempts.under_way.get()))),
     };
     let (count, until) = (attempts.count, attempts.until.get());
     drop(attempts);
@@ -215,12 +218,20 @@ pub(super) fn set_host(head: &mut RequestHead, host: HeaderValue, append_forward
     head.headers.insert(HOST, host);
 }
 
-fn expire(end: &mut StreamEnd, cluster: &WorkerCluster, expired: Expired, timeouts: &Timeouts) -> LocalReply {
+fn expire(
+    end: &mut StreamEnd,
+    cluster: &WorkerCluster,
+    expired: Expired,
+    (timeouts, attempts): (&Timeouts, usize),
+) -> LocalReply {
     match expired {
         Expired::Route => {
-            cluster.cluster.stats.upstream_rq_timeout.inc();
-            end.count(|stats| stats.upstream_rq_timeout.inc());
-            end.charge(cluster, timeouts.status);
+            // Each attempt counts, also where there are several at a time.
+            for _ in 0..attempts.max(1) {
+                cluster.cluster.stats.upstream_rq_timeout.inc();
+                end.count(|stats| stats.upstream_rq_timeout.inc());
+                end.charge(cluster, timeouts.status);
+            }
             end.judge(true);
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);

@@ -15,6 +15,7 @@ mod forward;
 pub mod fuzz;
 mod hash_policy;
 pub(crate) mod headers;
+mod hedge;
 mod internal_redirect;
 mod io;
 mod local_reply;

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::BTreeSet,
     net::SocketAddr,
     rc::Rc,
@@ -159,12 +159,7 @@ pub(super) struct StreamEnd {
     /// There are details, and they are empty.
     pub(super) clears_details: bool,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
-    /// What the request is counted under besides its cluster.
-    pub(super) counted: Option<Rc<Counted>>,
-    /// The connection to it, once there is one.
-    pub(super) upstream: Option<Rc<UpstreamInfo>>,
-    /// Why there was none.
-    pub(super) transport_failure: Option<Box<str>>,
+    pub(super) notes: Notes,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
     /// The client speaks HTTP/1.
@@ -178,6 +173,32 @@ pub(super) struct StreamEnd {
     pub(super) upgrade: Option<Decrement>,
     /// They live as long as the stream.
     pub(super) filters: Vec<Box<dyn HttpFilter>>,
+}
+
+/// What attempts note of themselves while they are under way.
+#[derive(Default)]
+pub(super) struct Notes {
+    /// What the request is counted under besides its cluster.
+    pub(super) counted: Option<Rc<Counted>>,
+    /// The connection to the host, once there is one.
+    pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
+    /// Why there was none.
+    pub(super) transport_failure: Cell<Option<Box<str>>>,
+}
+
+impl Notes {
+    /// Counts under what the request is counted besides its cluster.
+    pub(super) fn count(&self, count: impl Fn(&RequestStats)) {
+        if let Some(counted) = &self.counted {
+            counted.each(count);
+        }
+    }
+
+    /// Counts a response of the cluster's, or the answer in its place.
+    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
+        cluster.cluster.stats.upstream_rq.inc(status.as_u16());
+        self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
+    }
 }
 
 struct LogParts {
@@ -240,9 +261,7 @@ impl StreamEnd {
             details: Cow::Borrowed(""),
             clears_details: false,
             host: None,
-            counted: None,
-            upstream: None,
-            transport_failure: None,
+            notes: Notes::default(),
             judged: false,
             http1: true,
             grpc: false,
@@ -255,15 +274,12 @@ impl StreamEnd {
 
     /// Counts under what the request is counted besides its cluster.
     pub(super) fn count(&self, count: impl Fn(&RequestStats)) {
-        if let Some(counted) = &self.counted {
-            counted.each(count);
-        }
+        self.notes.count(count);
     }
 
     /// Counts a response of the cluster's, or the answer in its place.
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
-        cluster.cluster.stats.upstream_rq.inc(status.as_u16());
-        self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
+        self.notes.charge(cluster, status);
     }
 
     /// What logs say of why the response is what it is.
@@ -452,7 +468,7 @@ impl StreamEnd {
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
-        (self.upstream, self.transport_failure) = (None, None);
+        self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
         self.judged = false;
     }
 
@@ -481,6 +497,7 @@ impl StreamEnd {
     }
 
     fn write_logs(&self, log: &LogParts) {
+        let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
         let connection = &self.state.connection;
         let host = log.host.as_ref().and_then(|host| host.to_str().ok());
         let (method, uri) = log.target.as_ref().map(|(method, uri)| (method, uri)).unzip();
@@ -503,9 +520,9 @@ impl StreamEnd {
             bytes_received: self.progress.received.get(),
             bytes_sent: self.progress.sent.get(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
-            upstream_local_address: self.upstream.as_ref().and_then(|upstream| upstream.local),
-            upstream_tls: self.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
-            upstream_transport_failure_reason: self.transport_failure.as_deref(),
+            upstream_local_address: upstream.as_ref().and_then(|upstream| upstream.local),
+            upstream_tls: upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
+            upstream_transport_failure_reason: transport_failure.as_deref(),
             upstream_cluster: log.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
             route_name: route.filter(|name| !name.is_empty()),
             downstream_remote_address: log.remote.or(Some(connection.remote)),

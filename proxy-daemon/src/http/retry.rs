@@ -83,6 +83,8 @@ pub(super) struct RetryState<'a> {
     /// The hosts of the attempts so far, where they are to be avoided.
     tried: Vec<Rc<WorkerHost>>,
     slot: Option<RetrySlot>,
+    /// One that is late gets another beside it.
+    pub(super) hedges: bool,
     /// What the request is counted under besides its cluster.
     counted: Option<Rc<Counted>>,
     /// The request's body, where it has one.
@@ -92,7 +94,7 @@ pub(super) struct RetryState<'a> {
 impl<'a> RetryState<'a> {
     /// Takes the client's wishes out of the request.
     pub(super) fn take(
-        policy: Option<&'a RetryPolicy>,
+        (policy, hedges): (Option<&'a RetryPolicy>, bool),
         head: &mut RequestHead,
         counted: Option<Rc<Counted>>,
     ) -> Option<RetryState<'a>> {
@@ -112,6 +114,7 @@ impl<'a> RetryState<'a> {
             started: false,
             tried: Vec::new(),
             slot: None,
+            hedges,
             counted,
             body: None,
         };
@@ -126,6 +129,11 @@ impl<'a> RetryState<'a> {
             state.on = RetryOn::default();
         }
         if asked {
+            match text(&head.headers, &X_ENVOY_HEDGE_ON_PER_TRY_TIMEOUT) {
+                Some("true") => state.hedges = true,
+                Some("false") => state.hedges = false,
+                _ => {}
+            }
             if let Some(most) = text(&head.headers, &X_ENVOY_MAX_RETRIES).and_then(|text| text.trim().parse().ok()) {
                 state.remaining = most;
             }
@@ -144,6 +152,12 @@ impl<'a> RetryState<'a> {
         self.started |= !unsent;
         let wanted = wants_failure(&self.on, failure, self.started);
         self.judge(wanted, cluster, high)
+    }
+
+    /// Whether there is one more attempt beside one that is late: whatever failures are tried again.
+    pub(super) fn judge_late(&mut self, cluster: &Rc<WorkerCluster>, high: bool) -> Verdict {
+        self.started = true;
+        self.judge(true, cluster, high)
     }
 
     /// Whether a response like this is tried again.
@@ -198,9 +212,9 @@ impl<'a> RetryState<'a> {
         }
     }
 
-    /// Waits for the next attempt's turn.
-    pub(super) async fn back_off(&mut self, cluster: &WorkerCluster) {
-        let pause = match self.asked.take() {
+    /// How long the next attempt waits for its turn.
+    pub(super) fn pause(&mut self, cluster: &WorkerCluster) -> Duration {
+        match self.asked.take() {
             Some(asked) => {
                 cluster.cluster.stats.upstream_rq_retry_backoff_ratelimited.inc();
                 asked.saturating_add(asked.mul_f64(fastrand::f64() / 2.0))
@@ -209,8 +223,7 @@ impl<'a> RetryState<'a> {
                 cluster.cluster.stats.upstream_rq_retry_backoff_exponential.inc();
                 back_off(self.policy, self.retries)
             }
-        };
-        tokio::time::sleep(pause).await;
+        }
     }
 
     /// Whether an attempt is worth a copy of the request: where it may be wanted again when it is gone.
@@ -244,7 +257,7 @@ impl<'a> RetryState<'a> {
         })
     }
 
-    fn wants_response(&self, head: &ResponseHead) -> bool {
+    pub(super) fn wants_response(&self, head: &ResponseHead) -> bool {
         let (on, policy, status) = (&self.on, self.policy, head.status);
         if head.headers.contains_key(X_ENVOY_RATELIMITED) {
             return on.rate_limited;

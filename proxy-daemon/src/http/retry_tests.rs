@@ -22,7 +22,7 @@ fn response(status: u16, headers: &[(&'static str, &'static str)]) -> ResponseHe
 }
 
 fn wants(policy: &RetryPolicy, response: &ResponseHead) -> bool {
-    RetryState::take(Some(policy), &mut request(&[]), None).is_some_and(|state| state.wants_response(response))
+    RetryState::take((Some(policy), false), &mut request(&[]), None).is_some_and(|state| state.wants_response(response))
 }
 
 #[test]
@@ -62,13 +62,13 @@ fn clients_say_what_is_retried() {
         ("x-envoy-retriable-header-names", "x-again, not a name"),
         ("x-other", "stays"),
     ]);
-    let state = RetryState::take(None, &mut asks, None).expect("there are kinds of retries");
+    let state = RetryState::take((None, false), &mut asks, None).expect("there are kinds of retries");
     assert_eq!((state.remaining, asks.headers.len()), (7, 1));
     assert!(state.wants_response(&response(205, &[])) && !state.wants_response(&response(206, &[])));
     assert!(state.wants_response(&response(200, &[("x-again", "")])));
     assert!(state.wants_response(&response(200, &[("grpc-status", "13")])));
     let mut nothing = request(&[("x-envoy-max-retries", "7")]);
-    assert!(RetryState::take(None, &mut nothing, None).is_none() && nothing.headers.is_empty());
+    assert!(RetryState::take((None, false), &mut nothing, None).is_none() && nothing.headers.is_empty());
 }
 
 #[test]

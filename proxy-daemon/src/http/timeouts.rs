@@ -64,6 +64,11 @@ impl Timeouts {
         timeouts
     }
 
+    /// Whether an attempt may be late before the request is.
+    pub(super) fn has_per_try(&self) -> bool {
+        self.per_try.is_some()
+    }
+
     /// Tells the upstream of the first attempt how long it has.
     pub(super) fn tell(&self, head: &mut RequestHead, cx: &StreamCx) {
         self.tell_after(Duration::ZERO, head, cx);

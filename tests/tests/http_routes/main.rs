@@ -7,6 +7,7 @@ mod counted;
 mod harness;
 mod hashes;
 mod headers;
+mod hedges;
 mod limits;
 mod managers;
 mod matches;
@@ -65,6 +66,22 @@ fn counts_are_envoys() -> Result<()> {
 #[test]
 fn hashes_are_envoys() -> Result<()> {
     harness::compare_counting(hashes::cases(), &["ring_hash_lb", "maglev_lb"])
+}
+
+#[test]
+fn hedges_are_envoys() -> Result<()> {
+    harness::compare_counting(
+        hedges::cases(),
+        &[
+            "a.upstream_rq_retry",
+            "a.upstream_rq_per",
+            "a.upstream_rq_5",
+            "a.upstream_rq_total",
+            "a.upstream_rq_completed",
+            "a.upstream_rq_timeout",
+            ".a.upstream_rq_active",
+        ],
+    )
 }
 
 #[test]

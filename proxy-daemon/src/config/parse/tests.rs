@@ -74,6 +74,14 @@ fn routes_that_cannot_be_honoured_are_named() {
             "@route.hash_policy[0].filter_state: not supported by culvert yet",
         ),
         (
+            "{ match: { prefix: / }, route: { cluster: up, hedge_policy: { initial_requests: 2 } } }",
+            "@route.hedge_policy.initial_requests: not supported by culvert yet",
+        ),
+        (
+            "{ match: { prefix: / }, route: { cluster: up, retry_policy: { refresh_cluster_on_retry: true } } }",
+            "@route.retry_policy.refresh_cluster_on_retry: not supported by culvert yet",
+        ),
+        (
             "{ match: { prefix: /, dynamic_metadata: [{ filter: f, path: [{ key: k }], value: { present_match: true } }] }, \
              route: { cluster: up } }",
             "@match.dynamic_metadata: not supported by culvert yet",

@@ -36,6 +36,8 @@ pub struct ForwardAction {
     pub max_stream_duration: Option<MaxStreamDuration>,
     /// Which failures are tried again.
     pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// `hedge_policy`: an attempt that is late gets another beside it. `None`: as the virtual host says.
+    pub hedge_on_per_try_timeout: Option<bool>,
     /// Which of the upstream's redirects are followed; `None`: clients get them all.
     pub internal_redirect: Option<Box<InternalRedirectPolicy>>,
     /// What the path becomes.
@@ -68,6 +70,7 @@ impl ForwardAction {
             idle_timeout: None,
             max_stream_duration: None,
             retry_policy: None,
+            hedge_on_per_try_timeout: None,
             internal_redirect: None,
             path_rewrite: PathRewrite::None,
             host_rewrite: HostRewrite::None,

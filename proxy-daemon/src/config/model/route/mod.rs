@@ -128,6 +128,8 @@ pub struct VirtualHost {
     pub headers: HeaderMutations,
     /// Used by routes that have none of their own.
     pub retry_policy: Option<Arc<RetryPolicy>>,
+    /// `hedge_policy`: an attempt that is late gets another beside it, where the route does not say.
+    pub hedge_on_per_try_timeout: bool,
     /// So much of a request's body, in bytes, is kept for further attempts: what routes have that say nothing of it.
     pub body_buffer_limit: Option<u64>,
     /// Further attempts carry `x-envoy-is-timeout-retry`.
