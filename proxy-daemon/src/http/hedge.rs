@@ -52,7 +52,7 @@ impl Drop for Held {
 /// What happens next.
 enum Event {
     /// The attempt at this place has an answer, or has none.
-    Answered(usize, Answered),
+    Answered(usize, Box<Answered>),
     /// The attempt of this number is late.
     Late(u32),
     /// One more attempt has its turn.
@@ -110,66 +110,70 @@ impl Attempts<'_> {
                         pause = Some(self.next_turn(&tries[at].held.host));
                     }
                 }
-                Event::Answered(at, Ok((response, connection))) => {
-                    let one = tries.swap_remove(at);
-                    let (response, incoming) = response.into_parts();
-                    let others = !tries.is_empty() || pause.is_some();
-                    if one.hedged {
-                        // Its retry is under way already.
-                        if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
-                            one.held.host.count(HostCounter::RqError, 1);
-                            continue;
+                Event::Answered(at, answered) => match *answered {
+                    Ok((response, connection)) => {
+                        let one = tries.swap_remove(at);
+                        let (response, incoming) = response.into_parts();
+                        let others = !tries.is_empty() || pause.is_some();
+                        if one.hedged {
+                            // Its retry is under way already.
+                            if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
+                                one.held.host.count(HostCounter::RqError, 1);
+                                continue;
+                            }
+                        } else {
+                            let verdict =
+                                self.judge(end, |retry, cluster, high| retry.judge_response(&response, cluster, high));
+                            if verdict == Verdict::Retry {
+                                self.cluster.cluster.stats.count_retried(response.status.as_u16());
+                                one.held.host.count(HostCounter::RqError, 1);
+                                timed_out = false;
+                                pause = Some(self.next_turn(&one.held.host));
+                                continue;
+                            }
+                            // It may not be tried again: another one may have a better answer yet.
+                            if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
+                                one.held.host.count(HostCounter::RqError, 1);
+                                continue;
+                            }
                         }
-                    } else {
-                        let verdict =
-                            self.judge(end, |retry, cluster, high| retry.judge_response(&response, cluster, high));
-                        if verdict == Verdict::Retry {
-                            self.cluster.cluster.stats.count_retried(response.status.as_u16());
-                            one.held.host.count(HostCounter::RqError, 1);
-                            timed_out = false;
-                            pause = Some(self.next_turn(&one.held.host));
-                            continue;
-                        }
-                        // It may not be tried again: another one may have a better answer yet.
-                        if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
-                            one.held.host.count(HostCounter::RqError, 1);
-                            continue;
-                        }
-                    }
-                    end.set_host(self.cluster, &one.held.host);
-                    end.notes.upstream.set(Some(Rc::clone(connection.info())));
-                    self.until.set(one.until.get());
-                    end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
-                    return Ok((Response::from_parts(response, incoming), connection));
-                }
-                Event::Answered(at, Err(failed)) => {
-                    let one = tries.swap_remove(at);
-                    if let Some(reply) = self.cx.progress.instead.take() {
-                        return Err(*reply);
-                    }
-                    if failed.stale {
-                        // The next attempt is free.
-                        self.count -= 1;
-                        pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
-                        continue;
-                    }
-                    let failure = failed.failure;
-                    let verdict = match one.hedged {
-                        true => Verdict::No,
-                        false => self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high)),
-                    };
-                    if verdict == Verdict::Retry {
-                        one.held.host.count(HostCounter::RqError, 1);
-                        timed_out = matches!(failure, Failure::PerTryIdleTimeout);
-                        pause = Some(self.next_turn(&one.held.host));
-                    } else if !tries.is_empty() || pause.is_some() {
-                        one.held.host.count(HostCounter::RqError, 1);
-                        end.charge(self.cluster, failed.status);
-                    } else {
                         end.set_host(self.cluster, &one.held.host);
-                        return Err(self.give_up(end, failed));
+                        end.notes.upstream.set(Some(Rc::clone(connection.info())));
+                        self.until.set(one.until.get());
+                        end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
+                        return Ok((Response::from_parts(response, incoming), connection));
                     }
-                }
+                    Err(failed) => {
+                        let one = tries.swap_remove(at);
+                        if let Some(reply) = self.cx.progress.instead.take() {
+                            return Err(*reply);
+                        }
+                        if failed.stale {
+                            // The next attempt is free.
+                            self.count -= 1;
+                            pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
+                            continue;
+                        }
+                        let failure = failed.failure;
+                        let verdict = match one.hedged {
+                            true => Verdict::No,
+                            false => {
+                                self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high))
+                            }
+                        };
+                        if verdict == Verdict::Retry {
+                            one.held.host.count(HostCounter::RqError, 1);
+                            timed_out = matches!(failure, Failure::PerTryIdleTimeout);
+                            pause = Some(self.next_turn(&one.held.host));
+                        } else if !tries.is_empty() || pause.is_some() {
+                            one.held.host.count(HostCounter::RqError, 1);
+                            end.charge(self.cluster, failed.status);
+                        } else {
+                            end.set_host(self.cluster, &one.held.host);
+                            return Err(self.give_up(end, failed));
+                        }
+                    }
+                },
             }
         }
     }
@@ -189,7 +193,7 @@ async fn next(tries: &mut [Try<'_>], late: &RefCell<VecDeque<u32>>, pause: &mut 
     std::future::poll_fn(|cx| {
         for (at, one) in tries.iter_mut().enumerate() {
             if let Poll::Ready(answered) = one.answer.as_mut().poll(cx) {
-                return Poll::Ready(Event::Answered(at, answered));
+                return Poll::Ready(Event::Answered(at, Box::new(answered)));
             }
         }
         if let Some(number) = late.borrow_mut().pop_front() {
