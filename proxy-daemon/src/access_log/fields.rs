@@ -30,6 +30,7 @@ pub(super) enum Field {
     AddressWithoutPort(Which),
     Port(Which),
     LocalReplyBody,
+    AccessLogType,
 }
 
 /// The connection with the client, or that with the host.
@@ -117,6 +118,7 @@ pub(super) const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::Certificate(Shown::Own, |text| &text.email_sans)),
     ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
     ("LOCAL_REPLY_BODY", Field::LocalReplyBody),
+    ("ACCESS_LOG_TYPE", Field::AccessLogType),
 ];
 
 impl Which {
@@ -172,6 +174,7 @@ impl Field {
                 one_word(out, record, record.downstream_transport_failure_reason.filter(|reason| !reason.is_empty()));
             }
             Field::UpstreamTransportFailureReason => one_word(out, record, record.upstream_transport_failure_reason),
+            Field::AccessLogType => text(out, record, Some(record.log_type)),
             Field::LocalReplyBody => out.extend_from_slice(record.local_reply_body),
             Field::TlsVersion(side) => text(out, record, tls(side).map(|tls| tls.version)),
             Field::TlsCipher(side) => text(out, record, tls(side).map(|tls| tls.cipher)),

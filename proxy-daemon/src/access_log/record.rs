@@ -32,6 +32,8 @@ impl<'a> Headers<'a> {
 pub struct Record<'a> {
     /// What is written for what is not there.
     pub missing: &'static str,
+    /// What it is a line of: `%ACCESS_LOG_TYPE%`.
+    pub log_type: &'static str,
     /// When it began.
     pub start: SystemTime,
     /// From the beginning to the end of the response.
@@ -98,6 +100,7 @@ impl Default for Record<'_> {
     fn default() -> Self {
         Record {
             missing: "-",
+            log_type: "NotSet",
             start: SystemTime::UNIX_EPOCH,
             duration: Duration::ZERO,
             protocol: None,

@@ -14,7 +14,7 @@ use super::{
     aside::aside,
     codec::{h1, h2},
     io::DownstreamIo,
-    observe::LoggedHeaders,
+    logged::LoggedHeaders,
     scopes::RouteFinder,
     stats::{CodecStats, HcmStats},
 };

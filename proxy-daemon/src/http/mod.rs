@@ -19,6 +19,7 @@ mod hedge;
 mod internal_redirect;
 mod io;
 mod local_reply;
+mod logged;
 pub mod metadata;
 mod mirror;
 mod node;

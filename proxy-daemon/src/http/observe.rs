@@ -3,22 +3,20 @@
 use std::{
     borrow::Cow,
     cell::{Cell, RefCell},
-    collections::BTreeSet,
-    net::SocketAddr,
     rc::Rc,
     task::{Context, Poll},
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version, header::HOST};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header::HOST};
 
 use super::{
-    RouteRef,
     body::{BodyError, Observer},
     codec::{h1::CodecError, h2_error},
     conn_manager::ConnState,
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
+    logged::{LogParts, only},
     proxy_status,
     request_stats::{Counted, RequestStats},
     stats::HcmStats,
@@ -26,7 +24,7 @@ use super::{
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{AccessLog, Headers, Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags},
     upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -201,41 +199,6 @@ impl Notes {
     }
 }
 
-struct LogParts {
-    started: SystemTime,
-    /// None where the head never came, or could not be read.
-    target: Option<(Method, Uri)>,
-    version: Version,
-    host: Option<HeaderValue>,
-    request: Vec<(HeaderName, HeaderValue)>,
-    response: Vec<(HeaderName, HeaderValue)>,
-    route: Option<RouteRef>,
-    cluster: Option<Rc<WorkerCluster>>,
-    remote: Option<SocketAddr>,
-}
-
-/// The headers that a connection manager's access logs show.
-#[derive(Debug)]
-pub(super) struct LoggedHeaders {
-    request: Vec<HeaderName>,
-    response: Vec<HeaderName>,
-}
-
-impl LoggedHeaders {
-    pub(super) fn new(logs: &[AccessLog]) -> LoggedHeaders {
-        let unique = |names: BTreeSet<&str>| names.into_iter().filter_map(|name| name.parse().ok()).collect();
-        LoggedHeaders {
-            request: unique(logs.iter().flat_map(AccessLog::request_headers).map(HeaderName::as_str).collect()),
-            response: unique(logs.iter().flat_map(AccessLog::response_headers).map(HeaderName::as_str).collect()),
-        }
-    }
-}
-
-/// Only these headers; of several values the first, which is the one that logs show.
-fn only(headers: &HeaderMap, names: &[HeaderName]) -> Vec<(HeaderName, HeaderValue)> {
-    names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()
-}
-
 /// Whether a gRPC status (none: the host broke off) is one that Envoy takes for the host's error: those that it maps to a
 /// 5xx.
 fn grpc_failed(status: Option<&HeaderValue>) -> bool {
@@ -325,6 +288,9 @@ impl StreamEnd {
         }
         self.tell_proxy_status(response);
         self.keep_response(response.status, &response.headers);
+        if response.status == StatusCode::SWITCHING_PROTOCOLS && self.state.config().log_tunnels {
+            self.log_now(None, cx, "DownstreamTunnelSuccessfullyEstablished");
+        }
     }
 
     /// So much of the response's body has come.
@@ -429,6 +395,17 @@ impl StreamEnd {
         }
     }
 
+    /// Writes a line of a request that is under way.
+    pub(super) fn log_now(&mut self, head: Option<&RequestHead>, cx: &super::stream::StreamCx, log_type: &'static str) {
+        if let Some(head) = head {
+            self.keep_request(head);
+            self.keep_route(cx);
+        }
+        if let Some(log) = &self.log {
+            self.write_logs(log, log_type);
+        }
+    }
+
     /// The attempt before has failed: its host and its place at the circuit breaker are free again.
     pub(super) fn leave_host(&mut self) {
         self.judge(true);
@@ -496,7 +473,7 @@ impl StreamEnd {
         }
     }
 
-    fn write_logs(&self, log: &LogParts) {
+    fn write_logs(&self, log: &LogParts, log_type: &'static str) {
         let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
         let connection = &self.state.connection;
         let host = log.host.as_ref().and_then(|host| host.to_str().ok());
@@ -504,6 +481,7 @@ impl StreamEnd {
         let route = log.route.as_ref().map(|route| route.name.as_str());
         let metadata = self.progress.metadata.borrow();
         let record = Record {
+            log_type,
             metadata: metadata.as_deref(),
             health_check: self.progress.health_check.get(),
             start: log.started,
@@ -536,6 +514,9 @@ impl StreamEnd {
         for access_log in &self.state.manager.access_logs {
             access_log.write(&record);
         }
+        // There may be a further line.
+        self.notes.upstream.set(upstream);
+        self.notes.transport_failure.set(transport_failure);
     }
 }
 
@@ -562,7 +543,7 @@ impl Drop for StreamEnd {
             host.end_request();
         }
         if let Some(log) = self.log.take() {
-            self.write_logs(&log);
+            self.write_logs(&log, "DownstreamEnd");
         }
         self.state.stream_ends();
     }

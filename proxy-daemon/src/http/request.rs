@@ -143,6 +143,9 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     };
     cx.route = state.routes.route(&head, &cx.match_cx());
     cx.cluster = choose_cluster(&mut cx, &head);
+    if config.log_new_requests {
+        end.log_now(Some(&head), &cx, "DownstreamStart");
+    }
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
     let mut entries = config.http_filters.iter().enumerate();

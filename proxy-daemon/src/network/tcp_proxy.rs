@@ -114,6 +114,7 @@ pub async fn serve(
         return;
     }
     let record = Record {
+        log_type: "TcpConnectionEnd",
         start,
         duration: started.elapsed(),
         response_flags: outcome.flags,

@@ -1,13 +1,14 @@
 //! Gives the same filters and requests to Envoy and culvertd, and compares.
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port, scratch_dir};
 use nix::sys::signal::Signal;
 
@@ -29,6 +30,8 @@ pub struct Case {
     of_manager: String,
     /// How long its messages are is a proxy's own.
     of_own_lengths: bool,
+    /// How many messages services are shown of each request, some of them perhaps after its answer.
+    shown: Vec<usize>,
     /// Fields of the virtual host's, and of the action of its last route.
     of_routes: [String; 2],
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
@@ -47,6 +50,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         requests,
         of_manager: String::new(),
         of_own_lengths: false,
+        shown: Vec::new(),
         of_routes: Default::default(),
         told: Default::default(),
     }
@@ -80,6 +84,12 @@ impl Case {
         self.told[by as usize] += &format!(
             "{filter}: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.{message}, {config}}}, "
         );
+        self
+    }
+
+    /// Services are shown so many messages of each request, which is waited for.
+    pub fn shown(mut self, messages: &[usize]) -> Case {
+        self.shown = messages.to_vec();
         self
     }
 
@@ -190,20 +200,51 @@ fn requests(
         let request = told.iter().fold(request.clone(), |request, (name, session)| request.replace(name, session));
         let bytes = bytes(&request, &id);
         let method = bytes.split(' ').next().unwrap_or_default();
-        let mut text = match fetch_raw(port, bytes.as_bytes(), method) {
-            Ok(response) => {
-                let mut headers: Vec<_> = response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
-                headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
-                let coding = response.headers.get("content-encoding").unwrap_or_default();
-                let body = decoded(coding, &response.body).unwrap_or_else(|| response.text());
-                format!("status {}\n{}\nbody {body:?}\n", response.status, headers.join("\n"))
+        let mut text = if request.contains("\nupgrade:") {
+            tunnel(port, &bytes).unwrap_or_else(|error| format!("{error:#}\n"))
+        } else {
+            match fetch_raw(port, bytes.as_bytes(), method) {
+                Ok(response) => {
+                    let mut headers: Vec<_> =
+                        response.headers.0.iter().map(|(name, value)| shown(name, value)).collect();
+                    headers.sort_by(|a, b| a.split(':').next().cmp(&b.split(':').next()));
+                    let coding = response.headers.get("content-encoding").unwrap_or_default();
+                    let body = decoded(coding, &response.body).unwrap_or_else(|| response.text());
+                    format!("status {}\n{}\nbody {body:?}\n", response.status, headers.join("\n"))
+                }
+                Err(_) => "no response\n".to_owned(),
             }
-            Err(_) => "no response\n".to_owned(),
         };
+        if let Some(messages) = case.shown.get(number) {
+            let all = || Some(()).filter(|()| asked.of(&id).len() >= *messages).context("too few messages");
+            if let Err(error) = culvert_tests::wait_until(Duration::from_secs(5), "the services to be shown all", all) {
+                text += &format!("{error:#}\n");
+            }
+        }
         text += &seen.of(&id).join("\n");
         text + &asked.of(&id).iter().map(|asked| format!("\n{asked}")).collect::<String>()
     };
     case.requests.iter().enumerate().map(one).collect()
+}
+
+/// What a client sees that asks for another protocol, says something in it, and goes. The headers are not looked at.
+fn tunnel(port: u16, request: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    stream.write_all(request.as_bytes())?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut status = String::new();
+    reader.read_line(&mut status)?;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 || line.trim().is_empty() {
+            break;
+        }
+    }
+    stream.write_all(b"hi")?;
+    let mut answer = [0; 2];
+    reader.read_exact(&mut answer)?;
+    Ok(format!("{}\n{}\n", status.trim(), String::from_utf8_lossy(&answer)))
 }
 
 /// Without the number of a counter of compressed bytes.
@@ -318,7 +359,8 @@ fn bytes(request: &str, id: &str) -> String {
     if !body.is_empty() && !headers.contains("transfer-encoding") {
         bytes += &format!("content-length: {}\r\n", body.len());
     }
-    bytes + &format!("x-id: {id}\r\nconnection: close\r\n\r\n{body}")
+    let connection = if headers.contains("connection:") { "" } else { "connection: close\r\n" };
+    bytes + &format!("x-id: {id}\r\n{connection}\r\n{body}")
 }
 
 fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
@@ -335,7 +377,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let [of_host, of_action] = &case.of_routes;
     let lengths = if case.of_own_lengths { "" } else { "%BYTES_RECEIVED% %BYTES_SENT%" };
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
-                  %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
+                  %ACCESS_LOG_TYPE% %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
                   %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:h)%";
     let format = format.replace("LENGTHS", lengths);
     format!(

@@ -13,6 +13,7 @@ mod grpc;
 mod harness;
 mod health_checks;
 mod limits;
+mod logs;
 mod metadata;
 mod processing;
 mod responses;
@@ -79,6 +80,22 @@ fn health_checks_are_answered_as_by_envoy() -> Result<()> {
 #[test]
 fn authorization_services_are_asked_as_by_envoy() -> Result<()> {
     harness::compare(authorization::cases())
+}
+
+#[test]
+fn lines_are_written_as_by_envoy() -> Result<()> {
+    harness::compare(logs::cases())
+}
+
+#[test]
+fn tunnels_have_a_line_of_their_own() -> Result<()> {
+    let texts = harness::of_culvert(&logs::tunnels())?;
+    let lines = texts.iter().flatten().flat_map(|text| text.lines()).filter(|line| line.contains("DownstreamTunnel"));
+    let lines: Vec<_> = lines.collect();
+    // As Envoy writes it.
+    let expected = "0-0 101 - via_upstream 0 0 DownstreamTunnelSuccessfullyEstablished ";
+    ensure!(lines.len() == 1 && lines[0].starts_with(expected), "{texts:#?}");
+    Ok(())
 }
 
 #[test]

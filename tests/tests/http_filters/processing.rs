@@ -9,7 +9,7 @@ const PER_ROUTE: &str = "ext_proc.v3.ExtProcPerRoute";
 const NOTHING: &str = r#"[{"request_headers": {}}, {"response_headers": {}}]"#;
 
 pub fn cases() -> Vec<Case> {
-    [headers(), answers(), failures(), bodies(), trailers(), modes(), settings(), routes()].concat()
+    [headers(), answers(), failures(), bodies(), trailers(), modes(), settings(), routes(), attributes()].concat()
 }
 
 /// A request, with the service's answers.
@@ -347,7 +347,7 @@ fn settings() -> Vec<Case> {
     let some = [shown("GET /\nx-a: 1\nx-b: 2", NOTHING)];
     let forward = |rules: &str| format!(", forward_rules: {{{rules}}}");
     let always = "{prefix: x-answer}, {prefix: x-id}";
-    let observed = [shown("POST /\n\nsome body", "[]"), shown("GET /direct", "[]"), shown("GET /", "status 7")];
+    let observed = ["POST /\n\nsome body", "GET /\nx-do: 503"].map(|it| shown(it, "[]"));
     vec![
         of("max_message_timeout", ", max_message_timeout: 1s", &times),
         of("override_message_timeout is not allowed", "", &times),
@@ -377,11 +377,12 @@ fn settings() -> Vec<Case> {
         of(
             "observability_mode",
             &format!(
-                ", observability_mode: true, deferred_close_timeout: 0.3s{}",
+                ", observability_mode: true, deferred_close_timeout: 3s{}",
                 mode("request_body_mode: STREAMED, response_body_mode: STREAMED")
             ),
             &observed,
-        ),
+        )
+        .shown(&[6, 4]),
         of(
             "allow_content_length_header",
             &format!(
@@ -425,5 +426,18 @@ fn routes() -> Vec<Case> {
             PER_ROUTE,
             "overrides: {failure_mode_allow: true}",
         ),
+    ]
+}
+
+fn attributes() -> Vec<Case> {
+    let all = "[request.path, request.url_path, request.query, request.host, request.scheme, request.method, \
+               request.referer, request.useragent, request.id, request.protocol, source.address, source.port, \
+               destination.address, destination.port, connection.requested_server_name, connection.mtls, \
+               connection.tls_version, xds.route_name, xds.cluster_name, response.code]";
+    let requests = ["GET /a?b=c", "GET /direct\nreferer: r\nuser-agent: u", "POST /\nx-do: 503\n\nbody"];
+    let requests = requests.map(|request| shown(request, NOTHING));
+    vec![
+        of("request_attributes", &format!(", request_attributes: {all}"), &requests),
+        of("response_attributes", &format!(", response_attributes: {all}"), &requests),
     ]
 }

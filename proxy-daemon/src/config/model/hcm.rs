@@ -81,6 +81,10 @@ pub struct HttpConnectionManagerConfig {
     pub http1_safe_max_connection_duration: bool,
     /// A request that is answered with 400 leaves its HTTP/1 connection open, where it has been read as a whole.
     pub http1_stays_open: bool,
+    /// A line is written when a request's head is there, beside the one at its end.
+    pub log_new_requests: bool,
+    /// And one when a client has got the protocol that it asked for.
+    pub log_tunnels: bool,
     /// Responses say why they are not the upstream's; `None`: they do not.
     pub proxy_status: Option<Box<ProxyStatus>>,
     /// HTTP/2 hosts are told the scheme that they are spoken to by.
@@ -143,6 +147,8 @@ impl Default for HttpConnectionManagerConfig {
             drain_jitter: 0.0,
             http1_safe_max_connection_duration: false,
             http1_stays_open: false,
+            log_new_requests: false,
+            log_tunnels: false,
             proxy_status: None,
             scheme_matches_upstream: false,
             local_replies: None,

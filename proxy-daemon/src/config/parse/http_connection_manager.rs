@@ -79,6 +79,7 @@ pub(super) fn http_connection_manager(
     let internal = internal.map(|config| config.cidr_ranges.as_slice()).unwrap_or_default();
     let is_set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
     let old = common.max_connection_duration;
+    let logs = manager.access_log_options.unwrap_or_default();
     let http1_options = manager.http_protocol_options.clone().unwrap_or_default();
     // HTTP/2 connections stay open in any case.
     let stays_open =
@@ -122,6 +123,8 @@ pub(super) fn http_connection_manager(
         drain_jitter: manager.drain_timeout_jitter.map_or(0.0, |jitter| jitter.value / 100.0),
         http1_safe_max_connection_duration: manager.http1_safe_max_connection_duration,
         http1_stays_open: is_set(stays_open),
+        log_new_requests: logs.flush_access_log_on_new_request,
+        log_tunnels: logs.flush_log_on_tunnel_successfully_established,
         proxy_status: manager.proxy_status_config.as_ref().map(|told| Box::new(hcm_extensions::proxy_status(told))),
         local_replies: local_reply::local_replies(manager.local_reply_config.as_ref(), path)?,
         http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,

@@ -109,6 +109,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "grpc_service",
             "failure_mode_allow",
             "processing_mode",
+            "request_attributes",
+            "response_attributes",
             "message_timeout",
             "stat_prefix",
             "mutation_rules",

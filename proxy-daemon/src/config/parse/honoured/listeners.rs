@@ -196,6 +196,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "http1_safe_max_connection_duration",
             "stream_error_on_invalid_http_message",
             "proxy_status_config",
+            "access_log_options",
             // Without the PROXY protocol and the overload manager there is nothing that these could change.
             "add_proxy_protocol_connection_state",
             "append_local_overload",
@@ -204,6 +205,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.ProxyStatusConfig", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.ForwardProtoConfig", ALL),
+    (
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.HcmAccessLogOptions",
+        &["flush_access_log_on_new_request", "flush_log_on_tunnel_successfully_established"],
+    ),
     ("envoy.extensions.filters.network.http_connection_manager.v3.LocalReplyConfig", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.ResponseMapper", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension", ALL),

@@ -15,7 +15,7 @@ use envoy_types::pb::{
 };
 use http::StatusCode;
 
-use super::{ExtProcFactory, mode::Mode, rules::Rules};
+use super::{ExtProcFactory, attributes::Attributes, mode::Mode, rules::Rules};
 use crate::{
     config::{FieldError, model::StringMatcher, parse},
     http::{
@@ -47,6 +47,8 @@ pub(super) struct Settings {
     pub(super) route_cache: RouteCacheAction,
     pub(super) status_on_error: StatusCode,
     pub(super) allow_content_length: bool,
+    pub(super) request_attributes: Attributes,
+    pub(super) response_attributes: Attributes,
     pub(super) forwarded: Arc<[Box<str>]>,
     pub(super) received: Arc<[Box<str>]>,
     pub(super) stats: Stats,
@@ -178,6 +180,8 @@ pub(in crate::http::filters) fn parse(
             StatusCode::INTERNAL_SERVER_ERROR,
         ),
         allow_content_length: config.allow_content_length_header,
+        request_attributes: Attributes::parse(&config.request_attributes, &field("request_attributes"))?,
+        response_attributes: Attributes::parse(&config.response_attributes, &field("response_attributes"))?,
         forwarded: names(options.forwarding_namespaces),
         received: names(options.receiving_namespaces),
         stats: Stats::new(&scope),

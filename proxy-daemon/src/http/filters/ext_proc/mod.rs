@@ -9,6 +9,7 @@
 //! `max_request_headers_kb`. A service that only watches (`observability_mode`) and falls behind by more than the buffer holds the
 //! body up.
 
+mod attributes;
 mod body;
 mod config;
 mod messages;
@@ -134,6 +135,14 @@ impl HttpFilter for ExtProcFilter {
         if ended {
             session.has_no_body(Side::Request);
         }
+        let of_request = &self.settings.request_attributes;
+        if !of_request.is_empty() {
+            session.tell_attributes(Side::Request, of_request.of_request(head, cx));
+        }
+        // What the request has to do with them is known now.
+        if !self.settings.response_attributes.is_empty() {
+            session.tell_attributes(Side::Response, self.settings.response_attributes.of_request(head, cx));
+        }
         let observability = self.settings.observability;
         if shown.headers {
             let request = messages::request(head, ended, &self.settings.forward);
@@ -178,6 +187,11 @@ impl HttpFilter for ExtProcFilter {
         }
         if session.is_over() {
             return Flow::Continue;
+        }
+        let attributes = &self.settings.response_attributes;
+        if !attributes.is_empty() {
+            let known = session.take_attributes(Side::Response).unwrap_or_default();
+            session.tell_attributes(Side::Response, attributes.with_response(known, head));
         }
         let observability = self.settings.observability;
         if shown.headers {

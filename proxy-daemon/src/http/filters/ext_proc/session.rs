@@ -74,6 +74,8 @@ struct SideState {
     /// The piece that the processor is shown is the last one.
     last_piece: Cell<bool>,
     waker: RefCell<Option<Waker>>,
+    /// What the processor is told with the first message.
+    attributes: RefCell<Option<Struct>>,
 }
 
 /// The stream, from before it is opened.
@@ -143,6 +145,16 @@ impl Session {
         }
     }
 
+    /// The processor is told these with the next message of a side.
+    pub(super) fn tell_attributes(&self, side: Side, attributes: Struct) {
+        self.side(side).attributes.replace(Some(attributes));
+    }
+
+    /// What it has not been told.
+    pub(super) fn take_attributes(&self, side: Side) -> Option<Struct> {
+        self.side(side).attributes.take()
+    }
+
     pub(super) fn has_no_body(&self, side: Side) {
         self.side(side).no_body.set(true);
     }
@@ -158,7 +170,9 @@ impl Session {
         }
         let Mode([of_request, of_response]) = self.mode.get();
         let first = !self.protocol_told.replace(true) && !self.settings.observability;
+        let attributes = self.take_attributes(side).map(|values| ("envoy.filters.http.ext_proc".to_owned(), values));
         let message = ProcessingRequest {
+            attributes: attributes.into_iter().collect(),
             metadata_context: Some(messages::metadata(&self.merged.forwarded, &self.progress)),
             observability_mode: self.settings.observability,
             protocol_config: first.then(|| ProtocolConfiguration {
