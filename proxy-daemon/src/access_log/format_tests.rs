@@ -72,6 +72,7 @@ fn every_operator_is_written() {
     let request = headers(&[("user-agent", "curl"), ("x-m", "a"), ("x-m", "b"), ("x-envoy-original-path", "/old")]);
     let response = headers(&[("server", "envoy")]);
     let record = Record {
+        log_type: "DownstreamEnd",
         local_reply_body: b"a body",
         metadata: None,
         health_check: false,
@@ -115,6 +116,7 @@ fn every_operator_is_written() {
         ("%REQ(User-Agent):3%|%REQ(x-m)%|%REQ(user-agent):99%|%REQ(user-agent):0%", "cur|a|curl|"),
         ("%RESP(SERVER)% %RESP(:STATUS)% %RESP(X)%", "envoy 503 -"),
         ("%PROTOCOL% %RESPONSE_CODE% %RESPONSE_FLAGS%", "HTTP/2 503 URX,UF"),
+        ("%ACCESS_LOG_TYPE%", "DownstreamEnd"),
         ("%RESPONSE_CODE_DETAILS%", "upstream_reset{remote_connection_failure}"),
         ("%BYTES_RECEIVED% %BYTES_SENT% %DURATION%", "18446744073709551615 10 1500"),
         ("%UPSTREAM_HOST% %UPSTREAM_REMOTE_ADDRESS% %UPSTREAM_CLUSTER%", "10.0.0.1:80 10.0.0.1:80 users"),
@@ -139,7 +141,7 @@ fn every_operator_is_written() {
     }
     let all: String = FIELDS.iter().map(|(name, _)| format!("%{name}%|")).collect();
     // Numbers have no sign for what is not there, and a body is no word.
-    let missing = line(&all, &Record::default()).replace('0', "-").replace("||", "|-|");
+    let missing = line(&all, &Record { log_type: "-", ..Record::default() }).replace('0', "-").replace("||", "|-|");
     assert_eq!(missing, "-|".repeat(FIELDS.len()), "what is missing");
 }
 
