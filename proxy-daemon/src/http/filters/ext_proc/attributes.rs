@@ -118,9 +118,9 @@ impl Attribute {
             Attribute::SourcePort => Some(Kind::NumberValue(f64::from(cx.remote.port()))),
             Attribute::DestinationAddress => text(&connection.local.to_string()),
             Attribute::DestinationPort => Some(Kind::NumberValue(f64::from(connection.local.port()))),
-            Attribute::ServerName => text(connection.requested_server_name.as_deref().unwrap_or_default()),
-            Attribute::Mtls => Some(Kind::BoolValue(connection.tls.as_ref().is_some_and(|tls| tls.has_certificate()))),
-            Attribute::TlsVersion => text(connection.tls.as_ref()?.version),
+            Attribute::ServerName => text(connection.requested_server_name().unwrap_or_default()),
+            Attribute::Mtls => Some(Kind::BoolValue(connection.tls().is_some_and(|tls| tls.has_certificate()))),
+            Attribute::TlsVersion => text(connection.tls()?.version),
             Attribute::RouteName => text(cx.route.as_ref().map_or("", |route| route.name.as_str())),
             Attribute::ClusterName => {
                 let action = cx.route.as_ref().map(|route| &route.action);
