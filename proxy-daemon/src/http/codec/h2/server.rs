@@ -44,6 +44,8 @@ pub(in crate::http) struct ServerConnection {
     stage: Stage,
     shared: Rc<Shared>,
     closing: bool,
+    /// The client has been told that it is hopeless.
+    expelled: bool,
 }
 
 enum Stage {
@@ -109,7 +111,7 @@ impl ServerConnection {
             hopeless: Cell::new(false),
             task: RefCell::default(),
         });
-        ServerConnection { stage, shared, closing: false }
+        ServerConnection { stage, shared, closing: false, expelled: false }
     }
 
     /// The client is told that no further stream is served; those that there are are.
@@ -137,7 +139,8 @@ impl Future for ServerConnection {
                     this.stage = Stage::Serving(connection);
                 }
                 Stage::Serving(connection) => {
-                    if this.shared.hopeless.take() {
+                    if this.shared.hopeless.get() && !this.expelled {
+                        this.expelled = true;
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
                     match ready!(connection.poll_accept(cx)) {
