@@ -175,14 +175,17 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
 /// What sessions with the hosts of the cluster `many` are called in cases, and what they are in cookies and headers.
 fn sessions(others: &[(&'static str, u16)]) -> Vec<(String, String)> {
     use base64::Engine as _;
-    let encoded = |bytes: String| base64::engine::general_purpose::STANDARD.encode(bytes);
+    let encoded = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
     let of = |(name, port): &(&str, u16)| {
         let address = format!("127.0.0.1:{port}");
-        let length = char::from(address.len() as u8);
+        let cookie = [&[10, address.len() as u8], address.as_bytes()].concat();
+        // Seconds since 1970: in 2020, and in 2096.
+        let (past, future) = (b"\x10\x80\xa0\xf8\xfa\x05", b"\x10\x80\xd0\xac\xf3\x0e");
         [
-            (format!("$cookie_of_{name}"), encoded(format!("\n{length}{address}"))),
-            (format!("$expired_cookie_of_{name}"), encoded(format!("\n{length}{address}\x10\x01"))),
-            (format!("$address_of_{name}"), encoded(address)),
+            (format!("$cookie_of_{name}"), encoded(&cookie)),
+            (format!("$expired_cookie_of_{name}"), encoded(&[&cookie[..], past].concat())),
+            (format!("$valid_cookie_of_{name}"), encoded(&[&cookie[..], future].concat())),
+            (format!("$address_of_{name}"), encoded(address.as_bytes())),
         ]
     };
     others.iter().flat_map(of).collect()

@@ -27,6 +27,7 @@ pub fn cases() -> Vec<Case> {
     let more = [
         "GET /many",
         "GET /many\ncookie: s=$expired_cookie_of_backup",
+        "GET /many\ncookie: s=$valid_cookie_of_backup",
         "GET /many\ncookie: s=bm9uc2Vuc2U=",
         "GET /many\ncookie: s=Cg4xMjcuMC4wLjk6MTAwMDA=",
         "GET /many\ncookie: s=!",

@@ -1,6 +1,9 @@
 //! `envoy.filters.http.stateful_session`: clients stay with the host that they had, which a cookie or a header names.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use culvert_xds_client::json::unpack;
@@ -14,7 +17,6 @@ use envoy_types::pb::{
     google::protobuf::Any,
 };
 use http::{HeaderName, HeaderValue, StatusCode, header::SET_COOKIE};
-use nix::time::{ClockId, clock_gettime};
 use prost::{Message as _, Name as _};
 
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, type_name};
@@ -72,14 +74,14 @@ struct Cookie {
 struct Kept {
     #[prost(string, tag = "1")]
     address: String,
-    /// Seconds of the monotonic clock; 0: never.
+    /// Seconds since 1970; 0: never.
     #[prost(int64, tag = "2")]
     expires: i64,
 }
 
 fn now() -> i64 {
-    // The clock is there on every Linux; without it nothing expires.
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| now.tv_sec())
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 fn decode(value: &[u8]) -> Option<Vec<u8>> {
