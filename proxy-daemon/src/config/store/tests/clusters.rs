@@ -9,7 +9,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
     calls.take();
     let bad = resource::<Cluster>("a", "{ name: a, lb_subset_config: { list_as_any: true } }");
-    let worse = resource::<Cluster>("c", "{ name: c, type: STATIC, lb_policy: MAGLEV }");
+    let worse = resource::<Cluster>("c", "{ name: c, type: LOGICAL_DNS }");
     let outcome = store.update(update(Cluster::type_url(), vec![bad, eds_cluster("b"), worse]));
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("b", &[80])]));
     let rejected = outcome.rejected();
@@ -18,10 +18,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
         rejected,
         [
             ("a", "lb_subset_config: not supported by culvert yet"),
-            (
-                "c",
-                "lb_policy: MAGLEV is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RANDOM and CLUSTER_PROVIDED"
-            )
+            ("c", "type: LOGICAL_DNS is not supported by culvert yet; it has STATIC, STRICT_DNS, EDS and ORIGINAL_DST")
         ]
     );
     assert_eq!(calls.take(), ["cluster b with 1"]);
