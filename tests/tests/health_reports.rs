@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 use culvert_tests::report_server::{HealthCall, ReportServer};
+use culvert_tests::server;
 use envoy_types::pb::envoy::config::core::v3::health_check::{
     GrpcHealthCheck, HealthChecker, HttpHealthCheck, Payload, TcpHealthCheck, payload,
 };
@@ -43,16 +44,8 @@ struct Host {
 
 impl Host {
     fn start(&self) -> Result<u16> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
         let host = self.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let host = host.clone();
-                thread::spawn(move || host.serve(stream));
-            }
-        });
-        Ok(port)
+        server::start(move |stream| host.serve(stream))
     }
 
     fn serve(&self, mut stream: TcpStream) -> Result<()> {
@@ -100,21 +93,13 @@ impl Host {
 
 /// A host that answers any bytes with `answer`, and closes where that is empty.
 fn tcp_host(answer: &'static [u8]) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            thread::spawn(move || {
-                let mut buffer = [0; 64];
-                while !answer.is_empty() && stream.read(&mut buffer).is_ok_and(|read| read > 0) {
-                    if stream.write_all(answer).is_err() {
-                        return;
-                    }
-                }
-            });
+    server::start(move |mut stream| {
+        let mut buffer = [0; 64];
+        while !answer.is_empty() && stream.read(&mut buffer)? > 0 {
+            stream.write_all(answer)?;
         }
-    });
-    Ok(port)
+        Ok(())
+    })
 }
 
 fn milliseconds(milliseconds: u32) -> Option<ProtoDuration> {

@@ -3,7 +3,7 @@
 //! culvertd refuses it. What is refused never reaches a host whole.
 
 use std::io::{BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::http1::{Request, Response};
+use culvert_tests::server;
 use culvert_tests::wait_until;
 use nix::sys::signal::Signal;
 
@@ -247,16 +248,8 @@ struct Host(Arc<Mutex<Vec<String>>>);
 
 impl Host {
     fn start(&self) -> Result<u16> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
         let host = self.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let host = host.clone();
-                thread::spawn(move || host.serve(stream));
-            }
-        });
-        Ok(port)
+        server::start(move |stream| host.serve(stream))
     }
 
     fn serve(&self, stream: TcpStream) -> Result<()> {

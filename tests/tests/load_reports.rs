@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use culvert_tests::app::App;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::report_server::{LoadCall, ReportServer};
+use culvert_tests::server;
 use envoy_types::pb::envoy::config::endpoint::v3::{ClusterStats, UpstreamLocalityStats};
 use envoy_types::pb::envoy::service::load_stats::v3::LoadStatsResponse;
 use envoy_types::pb::google::protobuf::Duration as ProtoDuration;
@@ -85,15 +86,7 @@ fn loads(call: &LoadCall) -> Result<Loads> {
 
 /// Answers every request with the gRPC status in its path, `/grpc/<status>`; none: without.
 fn grpc_app() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            thread::spawn(move || answer_grpc(stream?));
-        }
-        anyhow::Ok(())
-    });
-    Ok(port)
+    server::start(answer_grpc)
 }
 
 fn answer_grpc(mut stream: TcpStream) -> Result<()> {

@@ -161,18 +161,11 @@ fn idle_connections_cost_little() -> Result<()> {
 
 /// A host that answers.
 fn answering() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            thread::spawn(move || -> Result<()> {
-                let mut stream = BufReader::new(stream);
-                while culvert_tests::http1::Request::read(&mut stream)?.is_some() {
-                    stream.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
-                }
-                Ok(())
-            });
+    culvert_tests::server::start(|stream| {
+        let mut stream = BufReader::new(stream);
+        while culvert_tests::http1::Request::read(&mut stream)?.is_some() {
+            stream.get_mut().write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
         }
-    });
-    Ok(port)
+        Ok(())
+    })
 }

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -113,16 +112,7 @@ const DIFFERENT: [(&str, &str); 1] =
 
 /// A server on a port of its own that does the same with each connection.
 fn server(serve: impl Fn(TcpStream) -> std::io::Result<()> + Send + Sync + 'static) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let serve = std::sync::Arc::new(serve);
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let serve = std::sync::Arc::clone(&serve);
-            thread::spawn(move || serve(stream));
-        }
-    });
-    Ok(port)
+    culvert_tests::server::start(move |stream| Ok(serve(stream)?))
 }
 
 /// Waits for a request's head.

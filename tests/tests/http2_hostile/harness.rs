@@ -2,15 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::BufReader;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 use culvert_tests::http1::{Request, Response};
+use culvert_tests::server;
 use culvert_tests::wait_until;
 
 use super::wire::{self, Connection, DATA, END_STREAM, GOAWAY, HEADERS, Nothing, RST_STREAM};
@@ -94,16 +94,8 @@ pub struct Host(Arc<Mutex<Vec<String>>>);
 
 impl Host {
     fn start(&self) -> Result<u16> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
         let host = self.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let host = host.clone();
-                thread::spawn(move || host.serve(stream));
-            }
-        });
-        Ok(port)
+        server::start(move |stream| host.serve(stream))
     }
 
     fn serve(&self, stream: TcpStream) -> Result<()> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bytes::{Bytes, BytesMut};
-use culvert_tests::http1;
+use culvert_tests::{http1, server};
 use culvert_xds_client::json::pool;
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Request, Response};
@@ -63,26 +63,18 @@ pub fn start(asked: Arc<Asked>) -> Result<u16> {
 
 /// Starts a service that has a set of keys at `/keys`, an empty one at `/none`, and nothing else; returns its port.
 pub fn start_keys(keys: String) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let keys = keys.clone();
-            thread::spawn(move || -> Result<()> {
-                let mut reader = BufReader::new(stream.try_clone()?);
-                while let Some(request) = http1::Request::read(&mut reader)? {
-                    let (status, body) = match request.target.as_str() {
-                        "/keys" => (200, keys.clone()),
-                        "/none" => (200, "{\"keys\": []}".to_owned()),
-                        _ => (404, String::new()),
-                    };
-                    http1::Response::new(status, "application/json", body.into_bytes()).write(&mut stream, false)?;
-                }
-                Ok(())
-            });
+    server::start(move |mut stream| {
+        let mut reader = BufReader::new(stream.try_clone()?);
+        while let Some(request) = http1::Request::read(&mut reader)? {
+            let (status, body) = match request.target.as_str() {
+                "/keys" => (200, keys.clone()),
+                "/none" => (200, "{\"keys\": []}".to_owned()),
+                _ => (404, String::new()),
+            };
+            http1::Response::new(status, "application/json", body.into_bytes()).write(&mut stream, false)?;
         }
-    });
-    Ok(port)
+        Ok(())
+    })
 }
 
 /// Finds the value of a header, or of a descriptor's entry, wherever a message has it.

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
 use culvert_tests::http1::{Request, Response};
+use culvert_tests::server;
 
 /// What the services of one proxy have seen, by the request's `x-id`.
 #[derive(Debug, Default)]
@@ -53,16 +54,7 @@ fn describe(service: &str, request: &Request) -> String {
 /// followed by `+name=value` for response headers, of which `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
 /// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let seen = Arc::clone(&seen);
-            // A proxy that breaks off is no failure of the service.
-            thread::spawn(move || drop(serve(name, stream, &seen)));
-        }
-    });
-    Ok(port)
+    server::start(move |stream| serve(name, stream, &seen))
 }
 
 fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {

@@ -7,6 +7,7 @@ use std::thread;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
+use culvert_tests::server;
 
 use super::shown;
 
@@ -24,18 +25,6 @@ impl Seen {
     }
 }
 
-fn listen(serve: impl Fn(TcpStream) -> Result<()> + Clone + Send + 'static) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let serve = serve.clone();
-            thread::spawn(move || serve(stream));
-        }
-    });
-    Ok(port)
-}
-
 fn echo(mut from: impl std::io::Read, mut to: TcpStream) -> Result<()> {
     std::io::copy(&mut from, &mut to)?;
     // What was said has been said again.
@@ -46,13 +35,13 @@ fn echo(mut from: impl std::io::Read, mut to: TcpStream) -> Result<()> {
 
 /// Says everything again, and `bye` at its end.
 pub fn tcp() -> Result<u16> {
-    listen(|stream| echo(stream.try_clone()?, stream))
+    server::start(|stream| echo(stream.try_clone()?, stream))
 }
 
 /// Agrees to tunnels and upgrades, unless `x-do` says otherwise, and says everything again.
 pub fn http1(seen: &Arc<Seen>) -> Result<u16> {
     let seen = Arc::clone(seen);
-    listen(move |stream| {
+    server::start(move |stream| {
         let mut reader = BufReader::new(stream.try_clone()?);
         let mut lines = Vec::new();
         loop {

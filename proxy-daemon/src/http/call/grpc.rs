@@ -49,10 +49,10 @@ pub(in crate::http) struct Service {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::http) struct Failed(pub(in crate::http) u32);
 
-const UNKNOWN: Failed = Failed(2);
+pub(super) const UNKNOWN: Failed = Failed(2);
 const RESOURCE_EXHAUSTED: Failed = Failed(8);
-const INTERNAL: Failed = Failed(13);
-const UNAVAILABLE: Failed = Failed(14);
+pub(super) const INTERNAL: Failed = Failed(13);
+pub(super) const UNAVAILABLE: Failed = Failed(14);
 
 impl From<Failure> for Failed {
     /// As Envoy has it: what comes to no answer is answered with 503 or 504, and that is a gRPC status as any.
@@ -216,7 +216,7 @@ pub(super) fn status_of(ends: &HeaderMap) -> Option<u32> {
 }
 
 /// A message in its frame.
-pub(in crate::http) fn frame(message: &impl ProtoMessage) -> Bytes {
+pub(super) fn frame(message: &impl ProtoMessage) -> Bytes {
     let length = message.encoded_len();
     let mut bytes = BytesMut::with_capacity(FRAME_HEAD + length);
     bytes.put_u8(0);
@@ -230,7 +230,7 @@ pub(in crate::http) fn frame(message: &impl ProtoMessage) -> Bytes {
 ///
 /// # Errors
 /// It is compressed, or longer than `limit`.
-pub(in crate::http) fn take_frame(bytes: &mut BytesMut, limit: usize) -> Result<Option<Bytes>, Failed> {
+pub(super) fn take_frame(bytes: &mut BytesMut, limit: usize) -> Result<Option<Bytes>, Failed> {
     let Some((head, rest)) = bytes.split_first_chunk::<FRAME_HEAD>() else { return Ok(None) };
     let [flags, length @ ..] = *head;
     if flags != 0 {

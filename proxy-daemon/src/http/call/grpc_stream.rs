@@ -16,7 +16,7 @@ use prost::Message as ProtoMessage;
 use tokio::task::JoinHandle;
 
 use super::{
-    grpc::{Failed, check_head, frame, status_of, take_frame},
+    grpc::{Failed, INTERNAL, UNAVAILABLE, UNKNOWN, check_head, frame, status_of, take_frame},
     send,
 };
 use crate::{
@@ -89,7 +89,7 @@ async fn converse<A: ProtoMessage + Default>(
     max_message: usize,
     told: &impl Fn(Result<A, Ended>),
 ) -> Ended {
-    let Some(cluster) = cluster else { return Failed(14).into() };
+    let Some(cluster) = cluster else { return UNAVAILABLE.into() };
     let mut answer = match send(&cluster, None, head, body).await {
         Ok(answer) => answer,
         Err(failure) => {
@@ -114,7 +114,7 @@ async fn converse<A: ProtoMessage + Default>(
             match take_frame(&mut read, max_message).map(|frame| frame.map(A::decode)) {
                 Ok(None) => break,
                 Ok(Some(Ok(message))) => told(Ok(message)),
-                Ok(Some(Err(_))) => return Failed(13).into(),
+                Ok(Some(Err(_))) => return INTERNAL.into(),
                 Err(failed) => return failed.into(),
             }
         }
@@ -122,7 +122,7 @@ async fn converse<A: ProtoMessage + Default>(
     let ends = trailers.as_ref().unwrap_or(&answer.head.headers);
     // As Envoy has it where the service says nothing.
     let message = ends.get(GRPC_MESSAGE).and_then(|text| text.to_str().ok()).unwrap_or("via_upstream").to_owned();
-    let ended = Ended { status: status_of(ends).unwrap_or(2), message };
+    let ended = Ended { status: status_of(ends).unwrap_or(UNKNOWN.0), message };
     answer.release();
     ended
 }
