@@ -36,6 +36,13 @@ fn hop_by_hop_headers_go_and_trust_headers_cannot_be_nominated() {
 }
 
 #[test]
+fn each_hop_by_hop_header_is_known_by_its_text() {
+    for (index, name) in HOP_BY_HOP.iter().enumerate() {
+        assert_eq!(hop_by_hop(name), Some(index), "{name}");
+    }
+}
+
+#[test]
 fn paths_are_normalised_as_configured() {
     let config = HttpConnectionManagerConfig { normalize_path: true, merge_slashes: true, ..config() };
     for (path, expected) in [

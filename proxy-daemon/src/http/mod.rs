@@ -4,6 +4,7 @@ mod aside;
 mod attempts;
 mod begun;
 pub mod body;
+mod boxed;
 mod buffered;
 mod call;
 mod changes;

@@ -30,6 +30,7 @@ use crate::{
     http::{
         begun::Begun,
         body::{Body, BodyError},
+        boxed::boxed,
         codec::Incoming,
         conn_manager::ConnState,
         headers,
@@ -143,7 +144,7 @@ impl ServerConnection {
                 // What a request needs is there while there is one, and no longer: most connections are idle.
                 Received::Refused(error) => Box::pin(self.refuse(&state, error, &mut writer)).await,
                 Received::Late(reply) => Box::pin(self.reply(&state, reply, &mut writer)).await,
-                Received::Head(head) => Box::pin(self.exchange(&state, &head, &mut writer)).await,
+                Received::Head(head) => boxed(|| self.exchange(&state, &head, &mut writer)).await,
             };
             match after {
                 After::Next => {}

@@ -22,7 +22,7 @@ use crate::{
     http::{
         body::Body,
         codec::{Incoming, h1::Upgrade},
-        headers,
+        headers::{self, names::X_REQUEST_ID},
     },
 };
 
@@ -101,6 +101,11 @@ impl ClientConnection {
         if let Some(protocol) = protocol.as_ref().and_then(|protocol| protocol.to_str().ok()) {
             parts.method = Method::CONNECT;
             parts.extensions.insert(Protocol::from(protocol));
+        }
+        if let Some(id) = parts.headers.get_mut(X_REQUEST_ID) {
+            // No other request has it: in the host's table of fields (RFC 7541, section 6.2.3) it would be of no use to any, and
+            // would be compared with the one of each.
+            id.set_sensitive(true);
         }
         let end = body.is_end_stream() && !upgrade;
         if let Some(length) = body.size_hint().exact().filter(|length| !end && *length > 0) {

@@ -28,6 +28,7 @@ use super::{
 use crate::http::{
     begun::Begun,
     body::Body,
+    boxed::boxed,
     codec::{Incoming, date},
     conn_manager::ConnState,
     headers,
@@ -145,7 +146,8 @@ impl Future for ServerConnection {
                     }
                     match ready!(connection.poll_accept(cx)) {
                         Some(Ok((request, respond))) => {
-                            tokio::task::spawn_local(serve(Rc::clone(&this.shared), request, respond));
+                            let shared = Rc::clone(&this.shared);
+                            tokio::task::spawn_local(boxed(|| serve(shared, request, respond)));
                         }
                         Some(Err(error)) => return Poll::Ready(Err(error)),
                         None => return Poll::Ready(Ok(())),
