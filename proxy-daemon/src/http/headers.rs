@@ -1,5 +1,7 @@
 //! What the connection manager does to headers, by the rules of facts such as trust and hop-by-hop (RFC 9110, 7.6.1).
 
+use std::borrow::Cow;
+
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
     header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
@@ -319,6 +321,18 @@ fn apply(headers: &mut HeaderMap, add: &HeaderAdd, value: Option<HeaderValue>) {
         HeaderAppendAction::OverwriteIfExists if !headers.contains_key(name) => {}
         _ => drop(headers.insert(name, value)),
     }
+}
+
+/// All values of a header, with commas between them; `None` where it is not there.
+pub(super) fn joined<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow<'a, str>> {
+    joined_by(headers, name, ",")
+}
+
+/// All values of a header, with `between` between them; `None` where it is not there.
+pub(super) fn joined_by<'a>(headers: &'a HeaderMap, name: &HeaderName, between: &str) -> Option<Cow<'a, str>> {
+    let mut values = headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let first = values.next()?;
+    Some(values.fold(first, |all, value| (all.into_owned() + between + &value).into()))
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ mod waiting;
 pub use conn_manager::{ConnectionManager, serve};
 pub use node::set_node;
 pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};
-pub(crate) use route_match::{matches_any, values_match};
+pub(crate) use route_match::{matches_any, value_of, values_match};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
 
 /// Runs hyper's tasks on the worker's own thread.

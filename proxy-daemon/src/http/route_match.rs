@@ -66,8 +66,8 @@ pub struct RouteTable {
     prefix: HashMap<String, usize>,
     prefix_lengths: Vec<usize>,
     any: Option<usize>,
-    /// One a virtual host.
-    indexes: Vec<RouteIndex>,
+    /// By virtual host: one, or one for each list of its matcher.
+    indexes: Vec<Box<[RouteIndex]>>,
     per_filter: PerFilterTable,
     stats: StatsTable,
 }
@@ -134,7 +134,7 @@ impl RouteTable {
             }
         }
         let (suffix_lengths, prefix_lengths) = (lengths(&suffix), lengths(&prefix));
-        let indexes = config.virtual_hosts.iter().map(|host| RouteIndex::new(&host.routes)).collect();
+        let indexes = config.virtual_hosts.iter().map(|host| indexes(host)).collect();
         let per_filter = PerFilterTable::new(&config);
         let stats = StatsTable::new(&config);
         RouteTable { config, exact, suffix, suffix_lengths, prefix, prefix_lengths, any, indexes, per_filter, stats }
@@ -177,8 +177,24 @@ impl RouteTable {
             true => without_parameters(request.uri.path()),
             false => Cow::Borrowed(request.uri.path()),
         };
-        let route = self.indexes[index].find(&path, |at| matches(&host.routes[at].route_match, &path, request, cx))?;
-        Some((index, Chosen::Route(route)))
+        let (list, first) = match &host.matcher {
+            None => (0, 0),
+            Some(matcher) => {
+                let list = *matcher.tree.find(request)?;
+                (list, matcher.lists[list].start)
+            }
+        };
+        let holds = |at: usize| matches(&host.routes[first + at].route_match, &path, request, cx);
+        let route = self.indexes[index][list].find(&path, holds)?;
+        Some((index, Chosen::Route(first + route)))
+    }
+}
+
+/// An index for each list of routes that a virtual host has.
+fn indexes(host: &VirtualHost) -> Box<[RouteIndex]> {
+    match &host.matcher {
+        None => [RouteIndex::new(&host.routes)].into(),
+        Some(matcher) => matcher.lists.iter().map(|list| RouteIndex::new(&host.routes[list.clone()])).collect(),
     }
 }
 
@@ -253,21 +269,29 @@ pub(super) fn path_matches(rule: &PathMatch, case_sensitive: bool, path: &str) -
 
 /// Whether a header is as the matcher wants it; of several values one will do, as in Envoy.
 pub(super) fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
-    let joined;
-    let single = match &matcher.name {
-        MatchedHeader::Method => Some(request.method.as_str()),
-        MatchedHeader::Path => request.uri.path_and_query().map(|path| path.as_str()),
-        MatchedHeader::Authority => Some(authority(request)),
-        MatchedHeader::Scheme => Some(request.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(request))),
-        MatchedHeader::Name(name) if *name == http::header::COOKIE && request.version == http::Version::HTTP_2 => {
-            // Cookies that came in several fields are one value there (RFC 9113, 8.2.3).
-            let fields = request.headers.get_all(name).iter().filter_map(|field| field.to_str().ok());
-            joined = fields.collect::<Vec<_>>().join("; ");
-            Some(joined.as_str()).filter(|joined| !joined.is_empty())
+    match &matcher.name {
+        MatchedHeader::Name(name) if !is_split_cookie(name, request) => values_match(matcher, name, &request.headers),
+        name => matches_any(matcher, value_of(name, request).as_deref().into_iter()),
+    }
+}
+
+/// Cookies that came in several fields are one value (RFC 9113, 8.2.3).
+fn is_split_cookie(name: &HeaderName, request: &Parts) -> bool {
+    *name == http::header::COOKIE && request.version == http::Version::HTTP_2
+}
+
+/// The value of a header, or of all of its fields with commas between them; `None` where it is not there.
+pub(crate) fn value_of<'a>(name: &MatchedHeader, request: &'a Parts) -> Option<Cow<'a, str>> {
+    Some(Cow::Borrowed(match name {
+        MatchedHeader::Method => request.method.as_str(),
+        MatchedHeader::Path => request.uri.path_and_query()?.as_str(),
+        MatchedHeader::Authority => authority(request),
+        MatchedHeader::Scheme => request.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(request)),
+        MatchedHeader::Name(name) if is_split_cookie(name, request) => {
+            return super::headers::joined_by(&request.headers, name, "; ").filter(|joined| !joined.is_empty());
         }
-        MatchedHeader::Name(name) => return values_match(matcher, name, &request.headers),
-    };
-    matches_any(matcher, single.into_iter())
+        MatchedHeader::Name(name) => return super::headers::joined(&request.headers, name),
+    }))
 }
 
 /// Whether the header `name` of a message is as the matcher wants it.

@@ -10,6 +10,7 @@ mod headers;
 mod hedges;
 mod limits;
 mod managers;
+mod matchers;
 mod matches;
 mod mirrors;
 mod redirects;
@@ -24,6 +25,11 @@ use anyhow::Result;
 #[test]
 fn matches_are_envoys() -> Result<()> {
     harness::compare(matches::cases())
+}
+
+#[test]
+fn matchers_are_envoys() -> Result<()> {
+    harness::compare_counting(matchers::cases(), &["ip_parsing_failed"])
 }
 
 #[test]

@@ -96,7 +96,7 @@ pub(crate) fn header(matcher: &ProtoHeader, path: &str) -> Result<HeaderMatcher>
 }
 
 /// The header of this name.
-pub(super) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
+pub(crate) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
     Ok(match name {
         ":method" => MatchedHeader::Method,
         ":path" => MatchedHeader::Path,

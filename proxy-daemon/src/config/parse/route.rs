@@ -37,6 +37,7 @@ use super::{
     mirror::mirror_policies,
     rate_limit,
     retry::retry_policy,
+    route_matcher::route_matcher,
     support::{self, join},
     upgrade, uri_template,
 };
@@ -143,14 +144,23 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
         }
         domains.push(domain);
     }
-    let parse =
-        |(index, item): (usize, &ProtoRoute)| Ok(Arc::new(route(item, &format!("{}[{index}]", join(path, "routes")))?));
+    let (routes, matcher) = match &host.matcher {
+        Some(_) if !host.routes.is_empty() => {
+            return Err(FieldError::new(path, "cannot set both matcher and routes on virtual host"));
+        }
+        Some(matcher) => {
+            let (matcher, routes) = route_matcher(matcher, &join(path, "matcher"))?;
+            (routes, Some(matcher))
+        }
+        None => (all_routes(&host.routes, &join(path, "routes"))?, None),
+    };
     let retry = host.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
     Ok(VirtualHost {
         name: host.name.clone(),
         virtual_clusters: virtual_clusters(&host.virtual_clusters, path)?,
         domains,
-        routes: host.routes.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        routes,
+        matcher,
         headers: mutations(
             (&host.request_headers_to_add, &host.request_headers_to_remove),
             (&host.response_headers_to_add, &host.response_headers_to_remove),
@@ -173,8 +183,14 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
     })
 }
 
+/// The routes of a list.
+pub(super) fn all_routes(routes: &[ProtoRoute], path: &str) -> Result<Vec<Arc<Route>>> {
+    let parse = |(index, item): (usize, &ProtoRoute)| Ok(Arc::new(route(item, &format!("{path}[{index}]"))?));
+    routes.iter().enumerate().map(parse).collect()
+}
+
 #[expect(deprecated, reason = "per_request_buffer_limit_bytes, which Envoy still takes")]
-fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
+pub(super) fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
     let rule = route.r#match.as_ref().ok_or_else(|| required(path, "match"))?;
     let route_match = route_match(rule, &join(path, "match"))?;
     let action = match &route.action {

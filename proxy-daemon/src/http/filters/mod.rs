@@ -413,7 +413,7 @@ pub const REGISTRY: &[Registered] = &[
 ];
 
 /// The full name of the message that `typed_config` holds.
-fn type_name(typed_config: &Any) -> &str {
+pub(crate) fn type_name(typed_config: &Any) -> &str {
     typed_config.type_url.rsplit('/').next().unwrap_or_default()
 }
 

@@ -9,6 +9,7 @@ mod cluster_choice;
 mod hash_policy;
 mod header_mutations;
 mod internal_redirect;
+mod matcher;
 mod matches;
 mod retry;
 mod rewrite;
@@ -18,6 +19,7 @@ pub use cluster_choice::*;
 pub use hash_policy::*;
 pub use header_mutations::*;
 pub use internal_redirect::*;
+pub use matcher::*;
 pub use matches::*;
 pub use retry::*;
 pub use rewrite::*;
@@ -60,7 +62,9 @@ impl RouteConfig {
     /// The first cluster that a route names by name and that is not `known`: the path of what names it, and what Envoy says of it.
     /// A route's own clusters are looked at before those of its mirrors.
     pub fn unknown_cluster(&self, known: impl Fn(&str) -> bool) -> Option<(String, String)> {
-        for (host_index, host) in self.virtual_hosts.iter().enumerate() {
+        // Those of matchers are not held to it, as in Envoy.
+        let hosts = self.virtual_hosts.iter().enumerate().filter(|(_, host)| host.matcher.is_none());
+        for (host_index, host) in hosts {
             for (index, route) in host.routes.iter().enumerate() {
                 let path = format!("virtual_hosts[{host_index}].routes[{index}].route");
                 if let Some(name) = route.cluster_names().into_iter().find(|name| !known(name)) {
@@ -120,8 +124,10 @@ pub struct VirtualHost {
     pub name: String,
     /// Lower case: exact names, `*.suffix`, `prefix.*`, or `*`.
     pub domains: Vec<String>,
-    /// The first that matches is taken.
+    /// The first that matches is taken; where there is a `matcher`, of those that it finds.
     pub routes: Vec<Arc<Route>>,
+    /// Which of the routes are looked at.
+    pub matcher: Option<RouteMatcher>,
     /// What its requests are counted under: the first that matches, else `other`.
     pub virtual_clusters: Box<[VirtualCluster]>,
     /// Applied after the route's.

@@ -1,11 +1,29 @@
-use super::*;
+use envoy_types::pb::xds::r#type::matcher::v3::Matcher;
 
-fn tree_of(yaml: &str) -> Result<Tree<String>> {
-    let matcher: Matcher = culvert_xds_client::json::from_yaml(yaml).unwrap();
-    tree(Some(&matcher), "m", &mut |action, _| Ok(String::from_utf8_lossy(&action.value).into_owned()))
+use super::*;
+use crate::config::model::MatchTree;
+
+struct Names;
+
+impl MatchParts for Names {
+    type Input = Input;
+    type Action = String;
+
+    fn input(&mut self, config: &Any, path: &str) -> Result<Option<Input>, FieldError> {
+        input(config, path)
+    }
+
+    fn action(&mut self, config: &Any, _path: &str) -> Result<String, FieldError> {
+        Ok(String::from_utf8_lossy(&config.value).into_owned())
+    }
 }
 
-fn found(tree: &Tree<String>, status: u16, headers: &[(&'static str, &'static str)]) -> String {
+fn tree_of(yaml: &str) -> Result<MatchTree<Input, String>, FieldError> {
+    let matcher: Matcher = culvert_xds_client::json::from_yaml(yaml).unwrap();
+    parse::match_tree(&matcher, "m", &mut Names)
+}
+
+fn found(tree: &MatchTree<Input, String>, status: u16, headers: &[(&'static str, &'static str)]) -> String {
     let (mut response, ()) = http::Response::builder().status(status).body(()).unwrap().into_parts();
     for (name, value) in headers {
         response.headers.append(*name, http::HeaderValue::from_static(value));

@@ -18,13 +18,13 @@ use envoy_types::pb::{
 use http::{HeaderMap, StatusCode};
 use prost::Name as _;
 
-use self::matcher::{Told, Tree};
+use self::matcher::{Input, Told};
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, type_name};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
         FieldError,
-        model::{HeaderMutations, ReplyFormat},
+        model::{HeaderMutations, MatchTree, ReplyFormat},
         parse,
     },
     http::{
@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// The policies, of the filter or of a level of routes. Streams hold on to them.
-type Policies = Arc<Tree<Policy>>;
+type Policies = Arc<MatchTree<Input, Policy>>;
 
 #[derive(Debug)]
 struct CustomResponseFactory(Policies);
@@ -130,7 +130,9 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
 fn policies(config: &Any, path: &str) -> Result<Policies, FieldError> {
     let CustomResponse { custom_response_matcher } = unpack(config, path)?;
     let path = format!("{path}.custom_response_matcher");
-    Ok(Arc::new(matcher::tree(custom_response_matcher.as_ref(), &path, &mut policy)?))
+    let tree = custom_response_matcher.as_ref();
+    let tree = tree.map(|tree| parse::match_tree(tree, &path, &mut matcher::Policies)).transpose()?;
+    Ok(Arc::new(tree.unwrap_or_else(MatchTree::empty)))
 }
 
 fn policy(config: &Any, path: &str) -> Result<Policy, FieldError> {

@@ -1,0 +1,74 @@
+//! `VirtualHost.matcher`
+
+use std::sync::Arc;
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{
+        config::route::v3::{Route as ProtoRoute, RouteList},
+        r#type::matcher::v3::HttpRequestHeaderMatchInput,
+    },
+    google::protobuf::Any,
+    xds::r#type::matcher::v3::Matcher,
+};
+use prost::Name as _;
+
+use super::{
+    common::Result,
+    match_tree::{MatchParts, match_tree},
+    matcher::matched_header,
+    route::{all_routes, route},
+    support::join,
+};
+use crate::{
+    config::{
+        FieldError,
+        model::{Route, RouteInput, RouteMatcher},
+    },
+    http::filters::type_name,
+};
+
+/// The routes of all lists, one list after the other, and what finds a list.
+#[derive(Default)]
+struct Lists {
+    routes: Vec<Arc<Route>>,
+    lists: Vec<std::ops::Range<usize>>,
+}
+
+pub(super) fn route_matcher(matcher: &Matcher, path: &str) -> Result<(RouteMatcher, Vec<Arc<Route>>)> {
+    let mut lists = Lists::default();
+    let tree = match_tree(matcher, path, &mut lists)?;
+    Ok((RouteMatcher { tree, lists: lists.lists }, lists.routes))
+}
+
+impl MatchParts for Lists {
+    type Input = RouteInput;
+    /// The number of a list.
+    type Action = usize;
+
+    fn input(&mut self, config: &Any, path: &str) -> Result<Option<RouteInput>> {
+        if type_name(config) != HttpRequestHeaderMatchInput::full_name() {
+            return Ok(None);
+        }
+        let HttpRequestHeaderMatchInput { header_name } = unpack(config, path)?;
+        let name = header_name.to_ascii_lowercase();
+        Ok(Some(RouteInput(matched_header(&name, &join(path, "header_name"))?)))
+    }
+
+    fn action(&mut self, config: &Any, path: &str) -> Result<usize> {
+        let wanted = type_name(config);
+        let begin = self.routes.len();
+        if wanted == ProtoRoute::full_name() {
+            let item: ProtoRoute = unpack(config, path)?;
+            self.routes.push(Arc::new(route(&item, path)?));
+        } else if wanted == RouteList::full_name() {
+            let list: RouteList = unpack(config, path)?;
+            self.routes.extend(all_routes(&list.routes, &join(path, "routes"))?);
+        } else {
+            let text = format!("Didn't find a registered implementation for an action of type {wanted}");
+            return Err(FieldError::new(path, text));
+        }
+        self.lists.push(begin..self.routes.len());
+        Ok(self.lists.len() - 1)
+    }
+}
