@@ -56,10 +56,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "valid/not_supported/network_filter_redis.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config",
     ),
-    (
-        "valid/not_supported/route_non_forwarding.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.virtual_hosts[0].routes[0].non_forwarding_action",
-    ),
     ("valid/unknown_fields/listener_config_v1.yaml", "static_resources.listeners[0].use_original_dst"),
     ("valid/sources/authorities_in_source.yaml", "dynamic_resources.cds_config.authorities"),
     ("valid/sources/by_cluster_logical_dns_grpc.yaml", "static_resources.clusters[0].type"),

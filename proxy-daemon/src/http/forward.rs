@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ForwardAction, HeaderMutations, HostRewrite},
+    config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
     upstream::{Connection, HostCounter, WorkerCluster},
 };
 
@@ -151,6 +151,7 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
         mutate_request(cx, head);
         // Before the path is rewritten: it may be made of that.
         let host = match &action.host_rewrite {
+            HostRewrite::Format(format) => cx.format_value(head, format, "-").filter(|host| !host.is_empty()),
             HostRewrite::Literal(host) => Some(host.clone()),
             HostRewrite::Header(name) => head.headers.get(name).filter(|host| !host.is_empty()).cloned(),
             HostRewrite::PathRegex(rewrite) => HeaderValue::from_str(&rewrite.apply(head.uri.path())).ok(),
@@ -163,8 +164,12 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
         if let Some(host) = host {
             set_host(head, host, action.append_x_forwarded_host, suppress);
         }
-        let path = match head.method {
-            Method::CONNECT => None,
+        let path = match (&head.method, &action.path_rewrite) {
+            (&Method::CONNECT, _) => None,
+            (_, PathRewrite::Format(format)) => {
+                let path = cx.format_value(head, format, "");
+                path.and_then(|path| path.to_str().ok().map(str::to_owned))
+            }
             _ => rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite),
         };
         // What is no path cannot be sent.

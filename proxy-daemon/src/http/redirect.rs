@@ -12,10 +12,10 @@ use crate::{
     config::model::{PathMatch, PathRewrite, RedirectAction, RedirectPath, RouteMatch, TemplatePiece},
 };
 
-/// The answer to `request`.
-pub(super) fn redirect(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> LocalReply {
+/// The answer to `request`; `path` is what `path_rewrite` has made.
+pub(super) fn redirect(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction, path: &str) -> LocalReply {
     let mut reply = LocalReply::new(action.status, "", ResponseFlags::default(), "direct_response");
-    if let Ok(location) = HeaderValue::from_str(&location(request, rule, action)) {
+    if let Ok(location) = HeaderValue::from_str(&location(request, rule, action, path)) {
         reply.headers.push((LOCATION, location));
     }
     reply
@@ -35,7 +35,7 @@ pub(super) fn scheme(request: &RequestHead) -> &'static str {
     }
 }
 
-fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -> String {
+fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction, made: &str) -> String {
     let before = scheme(request);
     let scheme = action.scheme.as_deref().unwrap_or(before);
     let (host, port) = split_port(authority(request));
@@ -49,7 +49,16 @@ fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -
     }
     let path = request.uri.path();
     match &action.path {
-        RedirectPath::Keep => location.push_str(path),
+        RedirectPath::Format(_) if !made.is_empty() => {
+            if !made.starts_with('/') {
+                location.push('/');
+            }
+            location.push_str(made);
+            if made.contains('?') {
+                return location;
+            }
+        }
+        RedirectPath::Keep | RedirectPath::Format(_) => location.push_str(path),
         RedirectPath::Replace(replacement) => {
             location.push_str(replacement);
             if replacement.contains('?') {
@@ -69,7 +78,8 @@ fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction) -
 /// The path, without its query, that a route rewrites `path` to; `None`: it stays.
 pub(super) fn rewrite_path(path: &str, matched: &PathMatch, rewrite: &PathRewrite) -> Option<String> {
     match rewrite {
-        PathRewrite::None => None,
+        // Formats need to know more.
+        PathRewrite::None | PathRewrite::Format(_) => None,
         PathRewrite::Prefix(prefix) => Some(rewrite_prefix(path, matched, prefix)),
         PathRewrite::Regex(rewrite) => Some(rewrite.apply(path)),
         PathRewrite::Template(pieces) => {

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ClusterChoice, HttpFilterEntry, RouteAction},
+    config::model::{ClusterChoice, HttpFilterEntry, RedirectPath, RouteAction},
     listener::ConnectionInfo,
     on_demand::Wanted,
     upstream::WorkerCluster,
@@ -81,6 +81,9 @@ pub(super) async fn handle(
         }
     };
     end.request_id = trusted.request_id;
+    if !trusted.internal {
+        state.routes.remove_internal_only(&mut head);
+    }
     if let Some(upgrade) = &upgrade {
         upgrade.tell(&mut head.headers);
     }
@@ -237,10 +240,15 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
         Some(RouteAction::Redirect(action)) => {
             stats.rq_direct_response.inc();
+            let made = match &action.path {
+                RedirectPath::Format(format) => cx.format_value(&mut head, format, ""),
+                _ => None,
+            };
+            let made = made.as_ref().and_then(|path| path.to_str().ok()).unwrap_or_default();
             let rule = route.as_ref().map(|route| &route.route_match);
             Err(rule.map_or_else(
                 || LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"),
-                |rule| redirect(&head, rule, action),
+                |rule| redirect(&head, rule, action, made),
             ))
         }
         Some(RouteAction::Forward(action)) => forward(&cx, &mut end, action, head, body).await,

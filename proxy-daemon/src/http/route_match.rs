@@ -395,13 +395,26 @@ impl RouteCache {
         self.table.replace(table.map(Rc::new));
     }
 
-    /// The route of a request; `None` where no virtual host or route matches.
-    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
+    /// Takes over what has changed.
+    fn refresh(&self) {
         let version = self.slot.version.load(Ordering::Acquire);
         if version != self.version.get() {
             self.version.set(version);
             self.renew();
         }
+    }
+
+    /// Removes the configuration's `internal_only_headers`.
+    pub(super) fn remove_internal_only(&self, request: &mut Parts) {
+        self.refresh();
+        if let Some(table) = self.table.borrow().as_ref() {
+            table.config.internal_only_headers.iter().for_each(|name| drop(request.headers.remove(name)));
+        }
+    }
+
+    /// The route of a request; `None` where no virtual host or route matches.
+    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
+        self.refresh();
         let table = self.table.borrow();
         let table = table.as_ref()?;
         let (host, route) = table.find(request, cx)?;

@@ -164,6 +164,18 @@ impl RouteFinder {
 }
 
 impl RouteFinder {
+    /// Removes the `internal_only_headers` of the configuration that a request's route is looked for in.
+    pub(super) fn remove_internal_only(&self, request: &mut Parts) {
+        match self {
+            RouteFinder::Single(routes) => routes.remove_internal_only(request),
+            RouteFinder::Scoped(scopes) => {
+                if let Some(routes) = scopes.routes(request) {
+                    routes.remove_internal_only(request);
+                }
+            }
+        }
+    }
+
     /// What is to be asked for where a request has no route: the routes of its scope, or its virtual host.
     pub(super) fn on_demand(&self, request: &Parts) -> Option<Wanted> {
         match self {

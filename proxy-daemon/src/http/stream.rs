@@ -184,6 +184,24 @@ impl StreamCx {
         change(&mut head.headers, &record);
     }
 
+    /// What a format makes of the request as it is now; `None` where that cannot stand in a header. What is missing is `missing`.
+    pub(super) fn format_value(
+        &self,
+        head: &mut RequestHead,
+        format: &AddedValue,
+        missing: &'static str,
+    ) -> Option<HeaderValue> {
+        let format = match format {
+            AddedValue::Literal(value) => return Some(value.clone()),
+            AddedValue::Format(format) => format,
+        };
+        let mut value = None;
+        self.format_request(head, |headers, record| {
+            value = format.value(&Record { missing, request_headers: Some(Headers::All(headers)), ..*record });
+        });
+        value
+    }
+
     /// Changes a response's headers by what formats can tell of it, and of the request where that was kept.
     pub(super) fn format_response(
         &self,

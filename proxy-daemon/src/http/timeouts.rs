@@ -14,7 +14,7 @@ use super::{
     retry::Failure,
     stream::{Progress, RequestHead, StreamCx},
 };
-use crate::config::model::{ForwardAction, MaxStreamDuration, RetryPolicy};
+use crate::config::model::{ForwardAction, GrpcTimeout, MaxStreamDuration, RetryPolicy};
 
 /// The limits of one request.
 pub(super) struct Timeouts {
@@ -29,6 +29,8 @@ pub(super) struct Timeouts {
     pub(super) stream: Option<Duration>,
     /// The answer where one has passed.
     pub(super) status: StatusCode,
+    /// Upstreams are told in `grpc-timeout`, too.
+    tells_grpc: bool,
 }
 
 impl Timeouts {
@@ -41,7 +43,11 @@ impl Timeouts {
         head: &mut RequestHead,
     ) -> Timeouts {
         let mut timeouts = Timeouts {
-            global: action.timeout,
+            global: match action.grpc_timeout.filter(|_| is_grpc(&head.headers)) {
+                Some(limits) => of_grpc(limits, &head.headers),
+                None => action.timeout,
+            },
+            tells_grpc: action.grpc_timeout.is_some() && is_grpc(&head.headers),
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
             attempt: None,
@@ -81,13 +87,19 @@ impl Timeouts {
     }
 
     fn tell_after(&self, elapsed: Duration, head: &mut RequestHead, cx: &StreamCx) {
-        if cx.suppress_envoy_headers {
+        if cx.suppress_envoy_headers && !self.tells_grpc {
             return;
         }
         let Some(expected) = self.per_try.or(self.global) else { return };
         // 0 would be no limit.
         let left = self.global.map(|global| global.saturating_sub(elapsed).max(Duration::from_millis(1)));
         let expected = expected.min(left.unwrap_or(expected));
+        if self.tells_grpc {
+            head.headers.insert(GRPC_TIMEOUT, to_grpc_timeout(expected));
+        }
+        if cx.suppress_envoy_headers {
+            return;
+        }
         let mut digits = itoa::Buffer::new();
         if let Ok(value) = HeaderValue::from_str(digits.format(expected.as_millis() as u64)) {
             head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
@@ -108,6 +120,16 @@ impl Timeouts {
         let until = self.attempt.map(|limit| since + limit);
         TryLimit { progress: Rc::clone(progress), limit, since, until, sleep: None }
     }
+}
+
+/// How long a gRPC request may take; `None`: no limit.
+fn of_grpc(limits: GrpcTimeout, headers: &HeaderMap) -> Option<Duration> {
+    let asked = headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    // An offset that leaves nothing is none: 0 is no limit.
+    let asked = asked.map(|asked| if limits.offset < asked { asked - limits.offset } else { asked });
+    let asked = asked.filter(|asked| !asked.is_zero());
+    let max = Some(limits.max).filter(|max| !max.is_zero());
+    asked.into_iter().chain(max).min()
 }
 
 /// How long the stream may last; the upstream of a gRPC request is told.

@@ -60,6 +60,15 @@ fn cors() -> Vec<Case> {
             .told(By::Config, POLICY, &full)
             .told(By::Host, POLICY, "allow_methods: DELETE, allow_credentials: false")
             .told(By::Route, POLICY, "max_age: \"7\""),
+        case("the deprecated cors of routes", CORS, "", &requests).of_routes("", &format!("cors: {{{full}}}")),
+        case("the deprecated cors of virtual hosts", CORS, "", &requests).of_routes(&format!("cors: {{{full}}}"), ""),
+        case("the deprecated cors of both", CORS, "", &requests)
+            .of_routes(&format!("cors: {{{full}}}"), "cors: {allow_methods: DELETE, allow_credentials: false}"),
+        case("the deprecated cors, not enabled", CORS, "", &requests)
+            .of_routes("", &format!("cors: {{{full}, {}}}", share("filter_enabled", 0))),
+        case("the deprecated cors beside a policy", CORS, "", &requests)
+            .told(By::Config, POLICY, origins)
+            .of_routes(&format!("cors: {{{full}}}"), ""),
     ]
 }
 

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::wait_until;
 
+use super::http2;
 use super::upstream::{self, Seen};
 
 /// Headers whose values are a proxy's own: only that they are there is compared.
@@ -114,6 +115,12 @@ impl Stage {
             ports_of.push(port);
         }
         clusters += &hashed(&ports_of[..3]);
+        let port = http2::start("h2", Arc::clone(&seen))?;
+        names.push((port.to_string(), "SERVICE"));
+        clusters += &cluster("h2", port);
+        clusters += "    typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
+                     type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
+                     {http2_protocol_options: {}}}}\n";
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
         for (index, case) in cases.iter().enumerate() {

@@ -8,6 +8,7 @@ mod harness;
 mod hashes;
 mod headers;
 mod hedges;
+mod http2;
 mod limits;
 mod managers;
 mod matchers;
@@ -16,6 +17,7 @@ mod mirrors;
 mod redirects;
 mod replies;
 mod retries;
+mod rewrites;
 mod trust;
 mod upgrades;
 mod upstream;
@@ -45,6 +47,19 @@ fn header_mutations_are_envoys() -> Result<()> {
 #[test]
 fn retries_are_envoys() -> Result<()> {
     harness::compare(retries::cases())
+}
+
+#[test]
+fn rewrites_are_envoys() -> Result<()> {
+    harness::compare(rewrites::cases())
+}
+
+#[test]
+fn retries_over_http2_are_envoys() -> Result<()> {
+    harness::compare_counting(
+        http2::cases(),
+        &["cluster.h2.upstream_rq_retry", "cluster.h2.upstream_rq_5", "cluster.h2.upstream_rq_total"],
+    )
 }
 
 #[test]

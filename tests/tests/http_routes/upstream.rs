@@ -22,7 +22,7 @@ impl Seen {
     }
 
     /// Notes a request; returns how many of this `x-id` came before it at this service.
-    fn note(&self, service: &str, request: &Request) -> usize {
+    pub fn note(&self, service: &str, request: &Request) -> usize {
         let id = request.headers.get("x-id").unwrap_or_default().to_owned();
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = all.entry(id).or_default();

@@ -25,6 +25,8 @@ const fn replaced(of: &'static str, text: &'static str, by: &'static str) -> Rep
 
 const OPTIONS: &str = "typed_extension_protocol_options";
 const BY_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+const CORS: &str = "typed_per_filter_config of envoy.filters.http.cors";
+const BY_CORS: &str = "envoy.extensions.filters.http.cors.v3.CorsPolicy";
 const BY_STRING_MATCH: &str = "envoy.config.route.v3.HeaderMatcher.string_match";
 
 /// What to write instead, for every deprecated field and value that is honoured.
@@ -72,6 +74,12 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "request_body_buffer_limit",
         "envoy.config.route.v3.Route.request_body_buffer_limit",
     ),
+    replaced("envoy.config.route.v3.RouteAction.cors", CORS, BY_CORS),
+    replaced(
+        "envoy.config.route.v3.RouteAction.grpc_timeout_offset",
+        "max_stream_duration.grpc_timeout_header_offset",
+        "envoy.config.route.v3.RouteAction.MaxStreamDuration.grpc_timeout_header_offset",
+    ),
     replaced(
         "envoy.config.route.v3.RouteAction.include_vh_rate_limits",
         "vh_rate_limits in the filter's typed_per_filter_config",
@@ -83,10 +91,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.route.v3.RouteAction.internal_redirect_policy",
     ),
     replaced(
+        "envoy.config.route.v3.RouteAction.max_grpc_timeout",
+        "max_stream_duration.grpc_timeout_header_max",
+        "envoy.config.route.v3.RouteAction.MaxStreamDuration.grpc_timeout_header_max",
+    ),
+    replaced(
         "envoy.config.route.v3.RouteAction.max_internal_redirects",
         "internal_redirect_policy",
         "envoy.config.route.v3.RouteAction.internal_redirect_policy",
     ),
+    replaced("envoy.config.route.v3.VirtualHost.cors", CORS, BY_CORS),
     replaced(
         "envoy.config.route.v3.VirtualHost.per_request_buffer_limit_bytes",
         "request_body_buffer_limit",

@@ -37,7 +37,8 @@ pub(super) fn hash_policies(policies: &[ProtoPolicy], path: &str) -> Result<Box<
             Some(PolicySpecifier::QueryParameter(parameter)) => {
                 HashSource::QueryParameter(parameter.name.as_str().into())
             }
-            Some(PolicySpecifier::FilterState(_)) => return Err(FieldError::unsupported(join(&path, "filter_state"))),
+            // Nothing that is honoured puts there what could be hashed.
+            Some(PolicySpecifier::FilterState(_)) => continue,
             None => return Err(required(&path, "header")),
         };
         parsed.push(HashPolicy { source, terminal: policy.terminal });

@@ -26,6 +26,7 @@ mod mirror;
 mod rate_limit;
 mod retry;
 mod route;
+mod route_action;
 mod route_matcher;
 mod scoped_routes;
 mod secret_files;

@@ -1,58 +1,50 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::Duration,
 };
 
 use culvert_xds_client::{ads::Variant, json::unpack, source::Source};
 use envoy_types::pb::envoy::config::{
-    core::v3::{HeaderValueOption, RoutingPriority},
+    core::v3::HeaderValueOption,
     route::v3::{
-        DirectResponseAction, FilterConfig, RedirectAction as ProtoRedirect, Route as ProtoRoute,
-        RouteAction as ProtoAction, RouteConfiguration, Vhds, VirtualCluster as ProtoVirtualCluster,
-        VirtualHost as ProtoHost,
+        CorsPolicy, DirectResponseAction, FilterConfig, RedirectAction as ProtoRedirect, Route as ProtoRoute,
+        RouteConfiguration, Vhds, VirtualCluster as ProtoVirtualCluster, VirtualHost as ProtoHost,
         redirect_action::{PathRewriteSpecifier, RedirectResponseCode, SchemeRewriteSpecifier},
         route::Action,
-        route_action::{
-            ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier,
-            MaxStreamDuration as ProtoMaxStreamDuration,
-        },
         virtual_host::TlsRequirementType,
-        weighted_cluster::{ClusterWeight, cluster_weight::HostRewriteSpecifier as WeightedHost},
     },
 };
-use envoy_types::pb::envoy::extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig;
 use envoy_types::pb::google::protobuf::{Any as ProtoAny, UInt32Value, UInt64Value};
 use http::StatusCode;
 
 use super::{
     common::{
-        Result, duration, header_name, header_value, headers_to_add, headers_to_remove, inline_text, limit, number,
-        port, required,
+        Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, number, port, required,
     },
     config_source::config_source,
-    hash_policy::hash_policies,
-    internal_redirect::internal_redirect,
     matcher::{header, regex_rewrite, route_match},
     mirror::mirror_policies,
     rate_limit,
     retry::retry_policy,
+    route_action::forward,
     route_matcher::route_matcher,
     support::{self, join},
-    upgrade, uri_template,
 };
 use crate::{
+    access_log::HeaderFormat,
     config::{
         FieldError,
         model::{
-            ClusterChoice, ConfigSource, ForwardAction, HeaderMutations, HostRewrite, MaxStreamDuration, PathMatch,
-            PathRewrite, PerFilterConfig, PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction,
-            RouteConfig, RouteMatch, TlsRequirement, VirtualCluster, VirtualHost, WeightedClusters, WeightedOptions,
+            AddedValue, ClusterChoice, ConfigSource, FilterConfigOf, ForwardAction, HeaderMutations, PerFilterConfig,
+            PerFilterConfigs, RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, TlsRequirement,
+            VirtualCluster, VirtualHost,
         },
     },
     http::filters,
-    layered_runtime::{Key, RuntimeInteger},
 };
+
+/// The longest body of a direct response, in bytes, where nothing else is said.
+const MAX_DIRECT_RESPONSE_BODY: u32 = 4096;
 
 /// A checked route configuration.
 ///
@@ -66,8 +58,9 @@ pub fn route_config(config: &RouteConfiguration, path: &str) -> Result<RouteConf
 /// The routes of a message that has been checked.
 pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteConfig> {
     let mut domains = HashSet::new();
+    let max_body = number(config.max_direct_response_body_size_bytes, MAX_DIRECT_RESPONSE_BODY);
     let parse = |(index, host): (usize, &ProtoHost)| {
-        host_of(host, &mut domains, &format!("{}[{index}]", join(path, "virtual_hosts"))).map(Arc::new)
+        host_of(host, max_body, &mut domains, &format!("{}[{index}]", join(path, "virtual_hosts"))).map(Arc::new)
     };
     Ok(RouteConfig {
         name: config.name.clone(),
@@ -80,6 +73,7 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
             path,
         )?,
         per_filter: per_filter(&config.typed_per_filter_config, path)?,
+        internal_only_headers: headers_to_remove(&config.internal_only_headers, path, "internal_only_headers")?.into(),
         validate_clusters: config.validate_clusters.map(|value| value.value),
         ignore_port_in_host_matching: config.ignore_port_in_host_matching,
         ignore_path_parameters_in_path_matching: config.ignore_path_parameters_in_path_matching,
@@ -97,7 +91,7 @@ pub(super) fn routes(config: &RouteConfiguration, path: &str) -> Result<RouteCon
 /// The field that is wrong or not honoured.
 pub fn virtual_host(host: &ProtoHost, path: &str) -> Result<VirtualHost> {
     support::check(host, path)?;
-    host_of(host, &mut HashSet::new(), path)
+    host_of(host, MAX_DIRECT_RESPONSE_BODY, &mut HashSet::new(), path)
 }
 
 fn vhds_source(vhds: &Vhds, path: &str) -> Result<ConfigSource> {
@@ -118,9 +112,9 @@ pub(super) fn without_vhds(routes: RouteConfig, path: &str) -> Result<RouteConfi
     }
 }
 
-type Edits<'a> = (&'a [HeaderValueOption], &'a [String]);
+pub(super) type Edits<'a> = (&'a [HeaderValueOption], &'a [String]);
 
-fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<HeaderMutations> {
+pub(super) fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<HeaderMutations> {
     Ok(HeaderMutations {
         request_remove: headers_to_remove(request.1, path, "request_headers_to_remove")?,
         request_add: headers_to_add(request.0, path, "request_headers_to_add")?,
@@ -129,8 +123,8 @@ fn mutations(request: Edits<'_>, response: Edits<'_>, path: &str) -> Result<Head
     })
 }
 
-#[expect(deprecated, reason = "per_request_buffer_limit_bytes, which Envoy still takes")]
-fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
+#[expect(deprecated, reason = "per_request_buffer_limit_bytes and cors, which Envoy still takes")]
+fn host_of(host: &ProtoHost, max_body: u32, seen: &mut HashSet<String>, path: &str) -> Result<VirtualHost> {
     let mut domains = Vec::with_capacity(host.domains.len());
     for domain in &host.domains {
         let domain = domain.to_ascii_lowercase();
@@ -149,10 +143,10 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
             return Err(FieldError::new(path, "cannot set both matcher and routes on virtual host"));
         }
         Some(matcher) => {
-            let (matcher, routes) = route_matcher(matcher, &join(path, "matcher"))?;
+            let (matcher, routes) = route_matcher(matcher, max_body, &join(path, "matcher"))?;
             (routes, Some(matcher))
         }
-        None => (all_routes(&host.routes, &join(path, "routes"))?, None),
+        None => (all_routes(&host.routes, max_body, &join(path, "routes"))?, None),
     };
     let retry = host.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
     Ok(VirtualHost {
@@ -175,6 +169,7 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
         include_request_attempt_count: host.include_request_attempt_count,
         include_attempt_count_in_response: host.include_attempt_count_in_response,
         per_filter: per_filter(&host.typed_per_filter_config, path)?,
+        cors: host.cors.as_ref().map(|policy| cors(policy, path)).transpose()?,
         require_tls: match TlsRequirementType::try_from(host.require_tls) {
             Ok(TlsRequirementType::All) => TlsRequirement::All,
             Ok(TlsRequirementType::ExternalOnly) => TlsRequirement::ExternalOnly,
@@ -184,13 +179,13 @@ fn host_of(host: &ProtoHost, seen: &mut HashSet<String>, path: &str) -> Result<V
 }
 
 /// The routes of a list.
-pub(super) fn all_routes(routes: &[ProtoRoute], path: &str) -> Result<Vec<Arc<Route>>> {
-    let parse = |(index, item): (usize, &ProtoRoute)| Ok(Arc::new(route(item, &format!("{path}[{index}]"))?));
+pub(super) fn all_routes(routes: &[ProtoRoute], max_body: u32, path: &str) -> Result<Vec<Arc<Route>>> {
+    let parse = |(index, item): (usize, &ProtoRoute)| Ok(Arc::new(route(item, max_body, &format!("{path}[{index}]"))?));
     routes.iter().enumerate().map(parse).collect()
 }
 
 #[expect(deprecated, reason = "per_request_buffer_limit_bytes, which Envoy still takes")]
-pub(super) fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
+pub(super) fn route(route: &ProtoRoute, max_body: u32, path: &str) -> Result<Route> {
     let rule = route.r#match.as_ref().ok_or_else(|| required(path, "match"))?;
     let route_match = route_match(rule, &join(path, "match"))?;
     let action = match &route.action {
@@ -198,8 +193,11 @@ pub(super) fn route(route: &ProtoRoute, path: &str) -> Result<Route> {
             RouteAction::Forward(Box::new(forward(action, &route_match, &join(path, "route"))?))
         }
         Some(Action::Redirect(action)) => RouteAction::Redirect(Box::new(redirect(action, &join(path, "redirect"))?)),
-        Some(Action::DirectResponse(action)) => direct_response(action, &join(path, "direct_response"))?,
-        Some(_) => return Err(FieldError::unsupported(join(path, "action"))),
+        Some(Action::DirectResponse(action)) => direct_response(action, max_body, &join(path, "direct_response"))?,
+        // Envoy looks for a cluster without a name, and answers that it is not there.
+        Some(Action::FilterAction(_) | Action::NonForwardingAction(_)) => {
+            RouteAction::Forward(Box::new(ForwardAction::to(ClusterChoice::Cluster("".into()))))
+        }
         None => return Err(required(path, "route")),
     };
     Ok(Route {
@@ -235,135 +233,17 @@ fn body_limit(bytes: Option<UInt64Value>, deprecated: Option<UInt32Value>) -> Op
     bytes.map(|limit| limit.value).or(deprecated.map(|limit| u64::from(limit.value)))
 }
 
-fn path_rewrite(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<PathRewrite> {
-    let set = [!action.prefix_rewrite.is_empty(), action.regex_rewrite.is_some(), action.path_rewrite_policy.is_some()];
-    if set.iter().filter(|set| **set).count() > 1 {
-        let text = "Specify only one of prefix_rewrite, regex_rewrite or path_rewrite_policy";
-        return Err(FieldError::new(path, text));
-    }
-    if let Some(policy) = &action.path_rewrite_policy {
-        let path = join(path, "path_rewrite_policy.typed_config");
-        let config = policy.typed_config.as_ref().ok_or_else(|| required(&path, "typed_config"))?;
-        let config: UriTemplateRewriteConfig = unpack(config, &path)?;
-        let PathMatch::Template(template) = &matched.path else {
-            let text = "unable to use envoy.path.rewrite.uri_template.uri_template_rewriter extension without \
-                        envoy.path.match.uri_template.uri_template_matcher extension";
-            return Err(FieldError::new(path, text));
-        };
-        let path = join(&path, "path_template_rewrite");
-        return Ok(PathRewrite::Template(uri_template::rewrite(&config.path_template_rewrite, template, &path)?));
-    }
-    if let Some(rewrite) = &action.regex_rewrite {
-        return Ok(PathRewrite::Regex(Box::new(regex_rewrite(rewrite, &join(path, "regex_rewrite"))?)));
-    }
-    Ok(match action.prefix_rewrite.as_str() {
-        "" => PathRewrite::None,
-        prefix => PathRewrite::Prefix(prefix.into()),
+/// A format; or a text that is always the same.
+pub(super) fn formatted(text: &str, path: &str) -> Result<AddedValue> {
+    Ok(match HeaderFormat::parse(text).map_err(|text| FieldError::new(path, text))? {
+        Ok(format) => AddedValue::Format(Arc::new(format)),
+        Err(literal) => AddedValue::Literal(header_value(&literal, path)?),
     })
 }
 
-fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<ForwardAction> {
-    let cluster = match &action.cluster_specifier {
-        Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
-        Some(ClusterSpecifier::ClusterHeader(name)) => {
-            ClusterChoice::Header(header_name(name, &join(path, "cluster_header"))?)
-        }
-        Some(ClusterSpecifier::WeightedClusters(clusters)) => {
-            let path = join(path, "weighted_clusters");
-            let weights = clusters.clusters.iter().map(|cluster| (cluster.name.as_str(), number(cluster.weight, 0)));
-            let mut weighted = weighted(weights.clone(), &path)?;
-            let prefix = &clusters.runtime_key_prefix;
-            weighted.runtime = (!prefix.is_empty()).then(|| {
-                let key = |name: &str| Key::optional(&format!("{prefix}.{name}"));
-                let weight =
-                    |(name, weight)| (RuntimeInteger { default: u64::from(weight), key: key(name) }, name.into());
-                weights.map(weight).collect()
-            });
-            weighted.options = weighted_options(&clusters.clusters, &path)?;
-            // `total_weight` is deprecated and says nothing, as in Envoy.
-            ClusterChoice::Weighted(weighted)
-        }
-        Some(_) => return Err(FieldError::unsupported(join(path, "cluster_specifier"))),
-        None => return Err(required(path, "cluster")),
-    };
-    let host_rewrite = match &action.host_rewrite_specifier {
-        Some(HostRewriteSpecifier::HostRewriteLiteral(host)) => {
-            HostRewrite::Literal(header_value(host, &join(path, "host_rewrite_literal"))?)
-        }
-        Some(HostRewriteSpecifier::AutoHostRewrite(auto)) if auto.value => HostRewrite::Auto,
-        Some(HostRewriteSpecifier::HostRewriteHeader(name)) => {
-            HostRewrite::Header(header_name(name, &join(path, "host_rewrite_header"))?)
-        }
-        Some(HostRewriteSpecifier::HostRewritePathRegex(rewrite)) => {
-            HostRewrite::PathRegex(Box::new(regex_rewrite(rewrite, &join(path, "host_rewrite_path_regex"))?))
-        }
-        Some(HostRewriteSpecifier::HostRewrite(_)) => return Err(FieldError::unsupported(join(path, "host_rewrite"))),
-        Some(HostRewriteSpecifier::AutoHostRewrite(_)) | None => HostRewrite::None,
-    };
-    let status = match ClusterNotFoundResponseCode::try_from(action.cluster_not_found_response_code) {
-        Ok(ClusterNotFoundResponseCode::NotFound) => StatusCode::NOT_FOUND,
-        Ok(ClusterNotFoundResponseCode::InternalServerError) => StatusCode::INTERNAL_SERVER_ERROR,
-        _ => StatusCode::SERVICE_UNAVAILABLE,
-    };
-    let retry = action.retry_policy.as_ref().map(|policy| retry_policy(policy, &join(path, "retry_policy")));
-    Ok(ForwardAction {
-        cluster,
-        cluster_not_found_status: status,
-        timeout: limit(action.timeout, Some(Duration::from_secs(15)), path, "timeout")?
-            .filter(|_| action.max_stream_duration.is_none()),
-        max_stream_duration: action.max_stream_duration.map(|limits| max_stream_duration(limits, path)).transpose()?,
-        idle_timeout: match action.idle_timeout {
-            None => None,
-            some => Some(limit(some, None, path, "idle_timeout")?),
-        },
-        retry_policy: retry.transpose()?.map(Arc::new),
-        internal_redirect: internal_redirect(action, path)?,
-        hedge_on_per_try_timeout: action.hedge_policy.as_ref().map(|policy| policy.hedge_on_per_try_timeout),
-        hash_policy: hash_policies(&action.hash_policy, path)?,
-        path_rewrite: path_rewrite(action, matched, path)?,
-        host_rewrite,
-        append_x_forwarded_host: action.append_x_forwarded_host,
-        high_priority: action.priority == RoutingPriority::High as i32,
-        mirrors: mirror_policies(&action.request_mirror_policies, path)?,
-        rate_limits: rate_limit::of_routes(&action.rate_limits, path)?,
-        include_vh_rate_limits: include_vh_rate_limits(action),
-        upgrades: upgrade::of_route(&action.upgrade_configs, path)?,
-    })
-}
-
-#[expect(deprecated, reason = "include_vh_rate_limits, which Envoy still takes")]
-fn include_vh_rate_limits(action: &ProtoAction) -> bool {
-    action.include_vh_rate_limits.is_some_and(|include| include.value)
-}
-
-fn max_stream_duration(limits: ProtoMaxStreamDuration, path: &str) -> Result<MaxStreamDuration> {
-    let path = join(path, "max_stream_duration");
-    Ok(MaxStreamDuration {
-        max: duration(limits.max_stream_duration, &path, "max_stream_duration")?,
-        grpc_max: duration(limits.grpc_timeout_header_max, &path, "grpc_timeout_header_max")?,
-        grpc_offset: duration(limits.grpc_timeout_header_offset, &path, "grpc_timeout_header_offset")?,
-    })
-}
-
-fn weighted_options(clusters: &[ClusterWeight], path: &str) -> Result<Arc<[WeightedOptions]>> {
-    let parse = |(index, cluster): (usize, &ClusterWeight)| {
-        let path = format!("{}[{index}]", join(path, "clusters"));
-        let host_rewrite = match &cluster.host_rewrite_specifier {
-            Some(WeightedHost::HostRewriteLiteral(host)) => {
-                Some(header_value(host, &join(&path, "host_rewrite_literal"))?)
-            }
-            None => None,
-        };
-        let headers = mutations(
-            (&cluster.request_headers_to_add, &cluster.request_headers_to_remove),
-            (&cluster.response_headers_to_add, &cluster.response_headers_to_remove),
-            &path,
-        )?;
-        Ok(WeightedOptions { headers, host_rewrite })
-    };
-    let options: Vec<_> = clusters.iter().enumerate().map(parse).collect::<Result<_>>()?;
-    let nothing = options.iter().all(|options| options.headers.is_empty() && options.host_rewrite.is_none());
-    Ok(if nothing { Arc::new([]) } else { options.into() })
+/// `cors`: the older message of the filter's, which has the same fields.
+pub(super) fn cors(policy: &CorsPolicy, path: &str) -> Result<FilterConfigOf> {
+    filters::cors_of_route(policy, &join(path, "cors"))
 }
 
 /// `typed_per_filter_config`: for each filter its own message, or a `FilterConfig` around it.
@@ -381,25 +261,6 @@ fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilt
         Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: wrapped.disabled, config })))
     };
     configs.iter().map(parse).collect()
-}
-
-/// Clusters by weight; those without any are never chosen, but are named.
-pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: &str) -> Result<WeightedClusters> {
-    let mut sum = 0_u32;
-    let mut cumulative = Vec::new();
-    for (name, weight) in weights {
-        if name.is_empty() {
-            return Err(FieldError::new(join(path, "clusters"), "each cluster needs a name"));
-        }
-        sum = sum
-            .checked_add(weight)
-            .ok_or_else(|| FieldError::new(path, "the sum of weights must be below 4294967296"))?;
-        cumulative.push((sum, Arc::from(name)));
-    }
-    if sum == 0 {
-        return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
-    }
-    Ok(WeightedClusters { cumulative, options: Arc::new([]), runtime: None })
 }
 
 fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
@@ -421,7 +282,9 @@ fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
         Some(PathRewriteSpecifier::RegexRewrite(rewrite)) => {
             RedirectPath::RegexRewrite(Box::new(regex_rewrite(rewrite, &join(path, "regex_rewrite"))?))
         }
-        Some(PathRewriteSpecifier::PathRewrite(_)) => return Err(FieldError::unsupported(join(path, "path_rewrite"))),
+        Some(PathRewriteSpecifier::PathRewrite(format)) => {
+            RedirectPath::Format(formatted(format, &join(path, "path_rewrite"))?)
+        }
         None => RedirectPath::Keep,
     };
     let to_port = (action.port_redirect != 0).then(|| port(action.port_redirect, path, "port_redirect"));
@@ -435,7 +298,7 @@ fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
     })
 }
 
-fn direct_response(action: &DirectResponseAction, path: &str) -> Result<RouteAction> {
+fn direct_response(action: &DirectResponseAction, max_body: u32, path: &str) -> Result<RouteAction> {
     let status = u16::try_from(action.status).ok().and_then(|status| StatusCode::from_u16(status).ok());
     let status = status.filter(|status| (200..600).contains(&status.as_u16())).ok_or_else(|| {
         FieldError::new(join(path, "status"), format!("{} is not a status from 200 to 599", action.status))
@@ -444,8 +307,8 @@ fn direct_response(action: &DirectResponseAction, path: &str) -> Result<RouteAct
         Some(source) => inline_text(source, &join(path, "body"))?,
         None => Vec::new(),
     };
-    if body.len() > 4096 {
-        let text = format!("response body size is {} bytes; maximum is 4096", body.len());
+    if body.len() as u64 > u64::from(max_body) {
+        let text = format!("response body size is {} bytes; maximum is {max_body}", body.len());
         return Err(FieldError::new(join(path, "body"), text));
     }
     Ok(RouteAction::DirectResponse { status, body: body.into() })

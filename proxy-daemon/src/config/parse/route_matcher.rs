@@ -29,14 +29,15 @@ use crate::{
 };
 
 /// The routes of all lists, one list after the other, and what finds a list.
-#[derive(Default)]
 struct Lists {
+    max_body: u32,
     routes: Vec<Arc<Route>>,
     lists: Vec<std::ops::Range<usize>>,
 }
 
-pub(super) fn route_matcher(matcher: &Matcher, path: &str) -> Result<(RouteMatcher, Vec<Arc<Route>>)> {
-    let mut lists = Lists::default();
+/// Reads a matcher; direct responses have at most `max_body` bytes.
+pub(super) fn route_matcher(matcher: &Matcher, max_body: u32, path: &str) -> Result<(RouteMatcher, Vec<Arc<Route>>)> {
+    let mut lists = Lists { max_body, routes: Vec::new(), lists: Vec::new() };
     let tree = match_tree(matcher, path, &mut lists)?;
     Ok((RouteMatcher { tree, lists: lists.lists }, lists.routes))
 }
@@ -60,10 +61,10 @@ impl MatchParts for Lists {
         let begin = self.routes.len();
         if wanted == ProtoRoute::full_name() {
             let item: ProtoRoute = unpack(config, path)?;
-            self.routes.push(Arc::new(route(&item, path)?));
+            self.routes.push(Arc::new(route(&item, self.max_body, path)?));
         } else if wanted == RouteList::full_name() {
             let list: RouteList = unpack(config, path)?;
-            self.routes.extend(all_routes(&list.routes, &join(path, "routes"))?);
+            self.routes.extend(all_routes(&list.routes, self.max_body, &join(path, "routes"))?);
         } else {
             let text = format!("Didn't find a registered implementation for an action of type {wanted}");
             return Err(FieldError::new(path, text));

@@ -9,7 +9,7 @@ use http::uri::PathAndQuery;
 use super::{
     access_log::access_logs,
     common::{Result, duration, header_value, headers_to_add, limit, number, required},
-    route::weighted,
+    route_action::weighted,
     support::join,
 };
 use crate::{

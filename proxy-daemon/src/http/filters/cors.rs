@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
-    envoy::extensions::filters::http::cors::v3::{Cors, CorsPolicy},
+    envoy::{
+        config::route::v3::{CorsPolicy as OfRoute, cors_policy::EnabledSpecifier},
+        extensions::filters::http::cors::v3::{Cors, CorsPolicy},
+    },
     google::protobuf::Any,
 };
 use http::{
@@ -59,23 +62,22 @@ struct Policy {
     shadow: RuntimeFraction,
 }
 
-/// The policies of a request's levels.
-#[derive(Clone, Copy)]
-struct Policies<'a>(PerRoute<'a>);
+/// The policies of a request's levels, the most specific first.
+struct Policies<'a>(Vec<&'a Policy>);
 
 impl<'a> Policies<'a> {
     /// What the most specific level says that says something.
-    fn first<T>(self, of: impl Fn(&'a Policy) -> Option<T>) -> Option<T> {
-        self.0.all().rev().find_map(of)
+    fn first<T>(&self, of: impl Fn(&'a Policy) -> Option<T>) -> Option<T> {
+        self.0.iter().find_map(|policy| of(policy))
     }
 
-    fn allows(self, origin: &[u8]) -> bool {
+    fn allows(&self, origin: &[u8]) -> bool {
         let Ok(origin) = std::str::from_utf8(origin) else { return false };
         let said = self.first(|policy| (!policy.allow_origin.is_empty()).then_some(&policy.allow_origin));
         said.is_some_and(|matchers| matchers.iter().any(|matcher| is_star(matcher) || matcher.matches(origin)))
     }
 
-    fn allow_credentials(self) -> bool {
+    fn allow_credentials(&self) -> bool {
         self.first(|policy| policy.allow_credentials).unwrap_or(false)
     }
 }
@@ -94,17 +96,21 @@ impl HttpFilterFactory for CorsFactory {
         route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let Some(policy) = route.most_specific::<Policy>() else { return Flow::Continue };
         // Redirects and direct responses are nobody's, as in Envoy.
-        if !cx.route.as_ref().is_some_and(|route| matches!(route.action, RouteAction::Forward(_))) {
-            return Flow::Continue;
+        let Some(chosen) = cx.route.clone() else { return Flow::Continue };
+        let RouteAction::Forward(action) = &chosen.action else { return Flow::Continue };
+        let mut policies = Policies(route.all().rev().collect());
+        if policies.0.is_empty() {
+            // The deprecated fields.
+            let all = [&action.cors, &chosen.virtual_host().cors].into_iter().flatten();
+            policies.0.extend(all.filter_map(|policy| policy.downcast_ref::<Policy>()));
         }
+        let Some(policy) = policies.0.first().copied() else { return Flow::Continue };
         let enabled = policy.enabled.includes(cx.random);
         if !enabled && !policy.shadow.includes(cx.random) {
             return Flow::Continue;
         }
         let Some(origin) = head.headers.get(ORIGIN).filter(|origin| !origin.is_empty()) else { return Flow::Continue };
-        let policies = Policies(route);
         let asked = head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
         let preflight = head.method == Method::OPTIONS && asked;
         let valid = policies.allows(origin.as_bytes());
@@ -175,7 +181,28 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
-    let config: CorsPolicy = unpack(config, path)?;
+    policy(&unpack(config, path)?, path)
+}
+
+/// Reads the deprecated `cors` of routes and virtual hosts: the same message by another name.
+pub(crate) fn of_route(config: &OfRoute, path: &str) -> Result<PerRouteConfig, FieldError> {
+    let config = config.clone();
+    let same = CorsPolicy {
+        allow_origin_string_match: config.allow_origin_string_match,
+        allow_methods: config.allow_methods,
+        allow_headers: config.allow_headers,
+        expose_headers: config.expose_headers,
+        max_age: config.max_age,
+        allow_credentials: config.allow_credentials,
+        filter_enabled: config.enabled_specifier.map(|EnabledSpecifier::FilterEnabled(share)| share),
+        shadow_enabled: config.shadow_enabled,
+        allow_private_network_access: config.allow_private_network_access,
+        forward_not_matching_preflights: config.forward_not_matching_preflights,
+    };
+    policy(&same, path)
+}
+
+fn policy(config: &CorsPolicy, path: &str) -> Result<PerRouteConfig, FieldError> {
     let value = |text: &str, field: &str| {
         let bad = |_| FieldError::new(format!("{path}.{field}"), format!("{text:?} is not a header value"));
         (!text.is_empty()).then(|| HeaderValue::from_str(text).map_err(bad)).transpose()

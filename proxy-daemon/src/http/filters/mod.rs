@@ -37,6 +37,7 @@ use std::{fmt::Debug, pin::Pin, sync::Arc};
 
 use envoy_types::pb::google::protobuf::Any;
 
+pub(crate) use cors::of_route as cors_of_route;
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use header_mutation::EarlyMutations;
 pub use health_check::fail_health_checks;

@@ -2,7 +2,10 @@ use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{ClusterChoice, HashPolicy, InternalRedirectPolicy, PathRewrite, RegexRewrite, RetryPolicy};
+use super::{
+    AddedValue, ClusterChoice, FilterConfigOf, HashPolicy, InternalRedirectPolicy, PathRewrite, RegexRewrite,
+    RetryPolicy,
+};
 use crate::{config::model::RateLimit, layered_runtime::RuntimeFraction};
 
 /// What a route does with a request.
@@ -34,6 +37,8 @@ pub struct ForwardAction {
     pub idle_timeout: Option<Option<Duration>>,
     /// How long the whole stream may last; `timeout` says nothing then.
     pub max_stream_duration: Option<MaxStreamDuration>,
+    /// `max_grpc_timeout`: of gRPC requests, in the place of `timeout`.
+    pub grpc_timeout: Option<GrpcTimeout>,
     /// Which failures are tried again.
     pub retry_policy: Option<Arc<RetryPolicy>>,
     /// `hedge_policy`: an attempt that is late gets another beside it. `None`: as the virtual host says.
@@ -44,6 +49,8 @@ pub struct ForwardAction {
     pub path_rewrite: PathRewrite,
     /// Replaces the request's host.
     pub host_rewrite: HostRewrite,
+    /// `cors`, as the filter's own parser reads it.
+    pub cors: Option<FilterConfigOf>,
     /// A host that is replaced is appended to `x-forwarded-host`.
     pub append_x_forwarded_host: bool,
     /// Circuit breakers of the high priority count this request.
@@ -69,11 +76,13 @@ impl ForwardAction {
             timeout: Some(Duration::from_secs(15)),
             idle_timeout: None,
             max_stream_duration: None,
+            grpc_timeout: None,
             retry_policy: None,
             hedge_on_per_try_timeout: None,
             internal_redirect: None,
             path_rewrite: PathRewrite::None,
             host_rewrite: HostRewrite::None,
+            cors: None,
             append_x_forwarded_host: false,
             high_priority: false,
             upgrades: Box::default(),
@@ -134,6 +143,15 @@ pub enum ProxyProtocol {
     V2,
 }
 
+/// `RouteAction.max_grpc_timeout`, `grpc_timeout_offset`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GrpcTimeout {
+    /// The longest that a `grpc-timeout` may ask for, and what requests without one have; 0 is no limit.
+    pub max: Duration,
+    /// The time that is taken off a `grpc-timeout` that is longer.
+    pub offset: Duration,
+}
+
 /// `RouteAction.MaxStreamDuration`: 0 is no limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MaxStreamDuration {
@@ -158,6 +176,8 @@ pub enum HostRewrite {
     Header(HeaderName),
     /// What the path, without its query, is rewritten to.
     PathRegex(Box<RegexRewrite>),
+    /// Made of what formats can tell of the request; an empty one is none.
+    Format(AddedValue),
 }
 
 /// `RedirectAction`.
@@ -188,4 +208,6 @@ pub enum RedirectPath {
     PrefixRewrite(Box<str>),
     /// Replaces every match in the path.
     RegexRewrite(Box<RegexRewrite>),
+    /// Made of what formats can tell of the request; an empty one is none.
+    Format(AddedValue),
 }

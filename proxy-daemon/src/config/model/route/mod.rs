@@ -50,6 +50,8 @@ pub struct RouteConfig {
     pub vhost_header: Option<HeaderName>,
     /// What filters are told here.
     pub per_filter: PerFilterConfigs,
+    /// Removed from requests that are not internal.
+    pub internal_only_headers: Box<[HeaderName]>,
 }
 
 impl RouteConfig {
@@ -99,7 +101,10 @@ impl Route {
     /// The clusters that it names by name.
     pub fn cluster_names(&self) -> Vec<&str> {
         match &self.action {
-            RouteAction::Forward(action) => action.cluster.names(),
+            // One without a name is never there.
+            RouteAction::Forward(action) => {
+                action.cluster.names().into_iter().filter(|name| !name.is_empty()).collect()
+            }
             RouteAction::Redirect(_) | RouteAction::DirectResponse { .. } => Vec::new(),
         }
     }
@@ -108,13 +113,16 @@ impl Route {
 /// `typed_per_filter_config`, by the names of filters.
 pub type PerFilterConfigs = BTreeMap<Box<str>, Arc<PerFilterConfig>>;
 
+/// What a filter's own parser made of a message for it.
+pub type FilterConfigOf = Arc<dyn Any + Send + Sync>;
+
 /// What one filter is told by a route, a virtual host or a route configuration.
 #[derive(Debug)]
 pub struct PerFilterConfig {
     /// The filter has no part in these requests.
     pub disabled: bool,
     /// What the filter's own parser made of it; none: it is only switched on or off.
-    pub config: Option<Arc<dyn Any + Send + Sync>>,
+    pub config: Option<FilterConfigOf>,
 }
 
 /// A checked `VirtualHost`.
@@ -148,6 +156,8 @@ pub struct VirtualHost {
     pub include_request_attempt_count: bool,
     /// Responses carry `x-envoy-attempt-count`.
     pub include_attempt_count_in_response: bool,
+    /// `cors`, as the filter's own parser reads it.
+    pub cors: Option<FilterConfigOf>,
     /// Which requests are redirected to https.
     pub require_tls: TlsRequirement,
     /// What filters are told here.

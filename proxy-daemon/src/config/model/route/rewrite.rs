@@ -1,6 +1,8 @@
 use regex::Regex;
 
-/// `prefix_rewrite`, `regex_rewrite`, `path_rewrite_policy`.
+use super::AddedValue;
+
+/// `prefix_rewrite`, `regex_rewrite`, `path_rewrite_policy`, `path_rewrite`.
 #[derive(Debug, Clone, Default)]
 pub enum PathRewrite {
     /// It stays.
@@ -12,6 +14,8 @@ pub enum PathRewrite {
     Regex(Box<RegexRewrite>),
     /// Made of what the variables of the match's template matched.
     Template(Vec<TemplatePiece>),
+    /// Made of what formats can tell of the request; an empty one is none.
+    Format(AddedValue),
 }
 
 /// `RegexMatchAndSubstitute`.
