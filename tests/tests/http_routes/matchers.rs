@@ -135,11 +135,7 @@ fn trees() -> Vec<Case> {
             &["GET /", "GET /\nx-forwarded-proto: https"],
         ),
         host("no matcher", "", &asks[..1]),
-        host(
-            "nothing but on_no_match",
-            &format!("{}, {}", "", no_match).trim_start_matches(", ").to_owned(),
-            &asks[..1],
-        ),
+        host("nothing but on_no_match", &no_match, &asks[..1]),
     ]
 }
 
