@@ -311,7 +311,10 @@ impl Shared<'_> {
         let mut limit = self.timeouts.of_try(&self.cx.progress);
         until.set(limit.until);
         let sent = {
-            let mut sending = std::pin::pin!(connection.send(request, |status| notes.charge(self.cluster, status)));
+            let mut sending = std::pin::pin!(connection.send(request, |status, headers| {
+                notes.charge(self.cluster, status);
+                self.cx.progress.interim(status, headers);
+            }));
             tokio::select! {
                 biased;
                 sent = &mut sending => sent,

@@ -98,9 +98,9 @@ impl ConnState {
         self.manager.stats.downstream_cx_protocol_error.inc();
     }
 
-    /// A client was told to go on.
-    pub(super) fn count_continue(&self) {
-        self.manager.stats.downstream_rq.inc(StatusCode::CONTINUE.as_u16());
+    /// A client was told something before its answer.
+    pub(super) fn count_interim(&self, status: StatusCode) {
+        self.manager.stats.downstream_rq.inc(status.as_u16());
     }
 
     /// A response begins before its request is complete.

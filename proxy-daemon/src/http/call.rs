@@ -122,7 +122,8 @@ pub(super) async fn send(
     } else {
         upstream_head::to_http1(&mut head);
     }
-    let sent = connection.send(Request::from_parts(head, body), |status| stats.upstream_rq.inc(status.as_u16())).await;
+    let sent =
+        connection.send(Request::from_parts(head, body), |status, _| stats.upstream_rq.inc(status.as_u16())).await;
     let (head, body) = sent.map_err(|_| failed())?.into_parts();
     stats.upstream_rq.inc(head.status.as_u16());
     Ok(Answer { head, body, connection, under_way })

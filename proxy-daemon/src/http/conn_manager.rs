@@ -167,7 +167,7 @@ pub async fn serve(
         requests: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
         last_progress: Cell::new(Instant::now()),
-        stall_limit: Cell::new(manager.config.stream_idle_timeout),
+        stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
         ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,
     });
@@ -183,6 +183,15 @@ pub async fn serve(
     }
     stats.downstream_cx_destroy.inc();
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
+}
+
+/// How long nothing may pass to a client that does not read, before its route says otherwise.
+fn stall_limit(config: &HttpConnectionManagerConfig, http2: bool) -> Option<Duration> {
+    if !http2 {
+        return config.stream_idle_timeout;
+    }
+    // Streams whose end is here have a limit of their own.
+    config.stream_idle_timeout.zip(config.stream_flush_timeout).map(|(idle, flush)| idle.max(flush))
 }
 
 /// How far a connection's end has come.

@@ -1,13 +1,22 @@
 //! What access logs show of requests, kept until their lines are written.
 
-use std::{collections::BTreeSet, net::SocketAddr, rc::Rc, time::SystemTime};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    rc::Rc,
+    time::{Instant, SystemTime},
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 
-use super::RouteRef;
-use crate::{access_log::AccessLog, upstream::WorkerCluster};
+use super::{RouteRef, conn_manager::ConnState, stream::Progress};
+use crate::{
+    access_log::{AccessLog, Headers, Record},
+    upstream::WorkerCluster,
+};
 
 /// What is kept of a stream for its lines.
+#[derive(Clone)]
 pub(super) struct LogParts {
     pub(super) started: SystemTime,
     /// None where the head never came, or could not be read.
@@ -19,6 +28,38 @@ pub(super) struct LogParts {
     pub(super) route: Option<RouteRef>,
     pub(super) cluster: Option<Rc<WorkerCluster>>,
     pub(super) remote: Option<SocketAddr>,
+}
+
+impl LogParts {
+    /// What a line can tell of them, of the stream's connection, and of how far its bodies have come.
+    pub(super) fn record<'a>(&'a self, state: &'a ConnState, progress: &Progress, started: Instant) -> Record<'a> {
+        let connection = &state.connection;
+        let host = self.host.as_ref().and_then(|host| host.to_str().ok());
+        let (method, uri) = self.target.as_ref().map(|(method, uri)| (method, uri)).unzip();
+        let route = self.route.as_ref().map(|route| route.name.as_str());
+        Record {
+            health_check: progress.health_check.get(),
+            start: self.started,
+            duration: started.elapsed(),
+            protocol: Some(super::protocol_name(self.version)),
+            method: method.map(Method::as_str),
+            path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),
+            authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
+            request_headers: Some(Headers::Kept(&self.request)),
+            response_headers: Some(Headers::Kept(&self.response)),
+            bytes_received: progress.received.get(),
+            bytes_sent: progress.sent.get(),
+            upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
+            route_name: route.filter(|name| !name.is_empty()),
+            downstream_remote_address: self.remote.or(Some(connection.remote)),
+            downstream_direct_remote_address: Some(connection.remote),
+            downstream_local_address: Some(connection.local),
+            connection_id: connection.id,
+            requested_server_name: connection.requested_server_name(),
+            tls: connection.tls(),
+            ..Record::default()
+        }
+    }
 }
 
 /// The headers that a connection manager's access logs show.

@@ -19,6 +19,7 @@ pub(crate) mod headers;
 mod hedge;
 mod internal_redirect;
 mod io;
+mod live_log;
 mod local_reply;
 mod logged;
 pub mod metadata;

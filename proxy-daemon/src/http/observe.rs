@@ -8,7 +8,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header::HOST};
+use http::{HeaderMap, HeaderValue, StatusCode, Version, header::HOST};
 
 use super::{
     body::{BodyError, Observer},
@@ -16,6 +16,7 @@ use super::{
     conn_manager::ConnState,
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
+    live_log::{LiveLog, Told},
     logged::{LogParts, only},
     proxy_status,
     request_stats::{Counted, RequestStats},
@@ -24,7 +25,7 @@ use super::{
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{Headers, Record, ResponseFlags},
+    access_log::{Record, ResponseFlags},
     upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -151,6 +152,8 @@ pub(super) struct StreamEnd {
     pub(super) started: Instant,
     /// Only kept where an access log wants it.
     log: Option<Box<LogParts>>,
+    /// Writes a line now and then, where that is configured.
+    live: Option<LiveLog>,
     pub(super) status: Option<StatusCode>,
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
@@ -219,6 +222,7 @@ impl StreamEnd {
             progress,
             started,
             log: None,
+            live: None,
             status: None,
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
@@ -365,6 +369,7 @@ impl StreamEnd {
                 cluster: None,
                 remote: None,
             }));
+            self.update_live();
         }
     }
 
@@ -393,6 +398,7 @@ impl StreamEnd {
             log.cluster.clone_from(&cx.cluster);
             log.remote = Some(cx.remote);
         }
+        self.update_live();
     }
 
     /// Writes a line of a request that is under way.
@@ -447,6 +453,7 @@ impl StreamEnd {
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
         self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
         self.judged = false;
+        self.update_live();
     }
 
     /// Keeps the response's headers.
@@ -455,6 +462,7 @@ impl StreamEnd {
         if let Some(log) = &mut self.log {
             log.response = only(headers, &self.state.manager.logged.response);
         }
+        self.update_live();
     }
 
     /// What can be told of a stream of which nothing is known but its connection.
@@ -475,41 +483,18 @@ impl StreamEnd {
 
     fn write_logs(&self, log: &LogParts, log_type: &'static str) {
         let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
-        let connection = &self.state.connection;
-        let host = log.host.as_ref().and_then(|host| host.to_str().ok());
-        let (method, uri) = log.target.as_ref().map(|(method, uri)| (method, uri)).unzip();
-        let route = log.route.as_ref().map(|route| route.name.as_str());
         let metadata = self.progress.metadata.borrow();
         let record = Record {
             log_type,
             metadata: metadata.as_deref(),
-            health_check: self.progress.health_check.get(),
-            start: log.started,
-            duration: self.started.elapsed(),
-            protocol: Some(crate::http::protocol_name(log.version)),
-            method: method.map(Method::as_str),
-            path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),
-            authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
-            request_headers: Some(Headers::Kept(&log.request)),
-            response_headers: Some(Headers::Kept(&log.response)),
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
             response_code_details: self.told_details(),
-            bytes_received: self.progress.received.get(),
-            bytes_sent: self.progress.sent.get(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
             upstream_local_address: upstream.as_ref().and_then(|upstream| upstream.local),
             upstream_tls: upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
             upstream_transport_failure_reason: transport_failure.as_deref(),
-            upstream_cluster: log.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
-            route_name: route.filter(|name| !name.is_empty()),
-            downstream_remote_address: log.remote.or(Some(connection.remote)),
-            downstream_direct_remote_address: Some(connection.remote),
-            downstream_local_address: Some(connection.local),
-            connection_id: connection.id,
-            requested_server_name: connection.requested_server_name(),
-            tls: connection.tls(),
-            ..Record::default()
+            ..log.record(&self.state, &self.progress, self.started)
         };
         for access_log in &self.state.manager.access_logs {
             access_log.write(&record);
@@ -518,10 +503,34 @@ impl StreamEnd {
         self.notes.upstream.set(upstream);
         self.notes.transport_failure.set(transport_failure);
     }
+
+    /// What there is to be told has changed: lines that are written at intervals shall tell it.
+    fn update_live(&mut self) {
+        let Some(interval) = self.state.config().log_interval else { return };
+        let Some(log) = &self.log else { return };
+        let upstream = self.notes.upstream.take();
+        self.notes.upstream.set(upstream.clone());
+        let told = Told {
+            log: (**log).clone(),
+            status: self.status,
+            flags: self.flags,
+            details: self.told_details().map(str::to_owned),
+            host: self.host.as_ref().map(|(_, host)| Rc::clone(host)),
+            upstream,
+        };
+        match &self.live {
+            Some(live) => live.tell(told),
+            None => {
+                let (state, progress) = (Rc::clone(&self.state), Rc::clone(&self.progress));
+                self.live = Some(LiveLog::start(state, progress, self.started, interval, told));
+            }
+        }
+    }
 }
 
 impl Drop for StreamEnd {
     fn drop(&mut self) {
+        self.live = None;
         let stats = &self.state.manager.stats;
         stats.downstream_rq_active.dec();
         let elapsed = self.started.elapsed().as_millis() as u64;

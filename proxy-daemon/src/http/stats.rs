@@ -67,6 +67,7 @@ pub(super) struct CodecStats {
     pub(super) rx_messaging_error: Counter,
     pub(super) rx_reset: Counter,
     pub(super) tx_reset: Counter,
+    pub(super) tx_flush_timeout: Counter,
     _leases: [Lease; 2],
 }
 
@@ -87,6 +88,7 @@ impl CodecStats {
             rx_messaging_error: http2.counter("rx_messaging_error"),
             rx_reset: http2.counter("rx_reset"),
             tx_reset: http2.counter("tx_reset"),
+            tx_flush_timeout: http2.counter("tx_flush_timeout"),
             _leases: leases,
         }
     }

@@ -21,6 +21,11 @@ use crate::{
     upstream::{WorkerCluster, WorkerHost},
 };
 
+/// A response that comes before the response.
+pub(super) type Interim = (StatusCode, HeaderMap);
+/// So many of them wait for the client; an upstream that sends more at once has them passed over.
+const MAX_INTERIM: usize = 16;
+
 /// A request without its body.
 pub type RequestHead = http::request::Parts;
 /// A response without its body.
@@ -287,6 +292,8 @@ pub struct Progress {
     answer: RefCell<Option<Box<LocalReply>>>,
     /// A filter may do so, also when the request is complete.
     pub held: Cell<bool>,
+    /// `proxy_100_continue`: the upstream's interim responses are the client's; `None`: they are not.
+    interim: RefCell<Option<Vec<Interim>>>,
     /// Woken when the request is complete, malformed, or answered.
     pub waker: RefCell<Option<std::task::Waker>>,
 }
@@ -307,8 +314,31 @@ impl Progress {
             instead: RefCell::new(None),
             answer: RefCell::new(None),
             held: Cell::new(false),
+            interim: RefCell::new(None),
             waker: RefCell::new(None),
         })
+    }
+
+    /// The client is to have the interim responses of the upstream.
+    pub(super) fn want_interim(&self) {
+        self.interim.replace(Some(Vec::new()));
+    }
+
+    /// The upstream has sent an interim response.
+    pub(super) fn interim(&self, status: StatusCode, mut headers: HeaderMap) {
+        // As in Envoy: what is not known might be meant for us.
+        if !matches!(status.as_u16(), 100 | 102..=104) {
+            return;
+        }
+        if let Some(interim) = self.interim.borrow_mut().as_mut().filter(|interim| interim.len() < MAX_INTERIM) {
+            headers::strip_hop_by_hop(&mut headers);
+            interim.push((status, headers));
+        }
+    }
+
+    /// The interim responses that the client has not had yet.
+    pub(super) fn take_interim(&self) -> Vec<Interim> {
+        self.interim.borrow_mut().as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Lets a filter tell something.

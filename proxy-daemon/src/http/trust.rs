@@ -128,12 +128,25 @@ fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerCo
         Some(tls) => tls,
         None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
     };
-    match tls.forwarded(&config.client_cert_details) {
-        Some(value) if mode == ForwardClientCert::AppendForward => {
-            // Of several lines one is made, as in Envoy.
-            let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().chain([value]);
-            let lines: Vec<_> = lines.map(HeaderValue::as_bytes).filter(|line| !line.is_empty()).collect();
-            if let Ok(all) = HeaderValue::from_bytes(&lines.join(&b","[..])) {
+    let details = &config.client_cert_details;
+    let mut before = Vec::new();
+    if mode == ForwardClientCert::AppendForward {
+        // Of several lines one is made, as in Envoy.
+        let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().map(HeaderValue::as_bytes);
+        before = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(&b","[..]);
+    }
+    // What is there already says which format it is.
+    let array = before.trim_ascii().strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]"));
+    let json = if before.is_empty() { details.json } else { array.is_some() };
+    match tls.forwarded(details, json) {
+        Some(value) if !before.is_empty() => {
+            let value = value.as_bytes();
+            let all = match array {
+                Some(items) if items.trim_ascii().is_empty() => value.to_vec(),
+                Some(items) => [b"[", items, b",", value.get(1..).unwrap_or_default()].concat(),
+                None => [&before, &b","[..], value].concat(),
+            };
+            if let Ok(all) = HeaderValue::from_bytes(&all) {
                 headers.insert(X_FORWARDED_CLIENT_CERT, all);
             }
         }

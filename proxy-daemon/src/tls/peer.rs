@@ -35,7 +35,7 @@ pub struct TlsInfo {
     /// The same of our own certificate.
     local_text: OnceCell<Option<Box<PeerText>>>,
     /// `x-forwarded-client-cert`, written when it is first asked for.
-    forwarded: OnceCell<Option<HeaderValue>>,
+    forwarded: [OnceCell<Option<HeaderValue>>; 2],
 }
 
 /// A certificate for an access log.
@@ -82,7 +82,7 @@ impl TlsInfo {
             local,
             text: OnceCell::new(),
             local_text: OnceCell::new(),
-            forwarded: OnceCell::new(),
+            forwarded: Default::default(),
         }
     }
 
@@ -104,9 +104,10 @@ impl TlsInfo {
     }
 
     /// What `x-forwarded-client-cert` says of the peer's certificate, in Envoy's order; `None` where there is none, or no
-    /// header can hold it. `details` are the same for all requests of a connection.
-    pub fn forwarded(&self, details: &ClientCertDetails) -> Option<&HeaderValue> {
-        self.forwarded.get_or_init(|| self.forwarded_text(details)?.try_into().ok()).as_ref()
+    /// header can hold it. `details` are the same for all requests of a connection; `json`: the format of this one.
+    pub fn forwarded(&self, details: &ClientCertDetails, json: bool) -> Option<&HeaderValue> {
+        let make = || if json { self.forwarded_json(details) } else { self.forwarded_text(details) };
+        self.forwarded[usize::from(json)].get_or_init(|| make()?.try_into().ok()).as_ref()
     }
 
     fn forwarded_text(&self, details: &ClientCertDetails) -> Option<String> {
@@ -134,8 +135,51 @@ impl TlsInfo {
         if details.dns {
             parts.extend(peer.dns_names.iter().map(|name| format!("DNS={name}")));
         }
+        if details.issuer {
+            parts.push(format!("Issuer=\"{}\"", peer.issuer));
+        }
         Some(parts.join(";"))
     }
+
+    /// An array of one object, with Envoy's keys in Envoy's order.
+    fn forwarded_json(&self, details: &ClientCertDetails) -> Option<String> {
+        let peer = self.peer()?;
+        let mut object = Vec::new();
+        // A text, or a list of texts, is always JSON.
+        let mut put = |name: &str, value: serde_json::Value| object.push(format!("\"{name}\":{value}"));
+        let local = self.local().map(|local| local.uris.as_slice()).unwrap_or_default();
+        if !local.is_empty() {
+            put("by", local.into());
+        }
+        put("hash", peer.fingerprint_256.as_str().into());
+        if details.cert {
+            put("cert", self.chain.first().map(|der| pem(der)).unwrap_or_default().into());
+        }
+        if details.chain {
+            put("chain", self.chain.iter().map(|der| pem(der)).collect::<Vec<_>>().into());
+        }
+        if details.subject {
+            put("subject", peer.subject.as_str().into());
+        }
+        if details.uri {
+            put("uri", peer.uris.as_slice().into());
+        }
+        if details.dns {
+            put("dns", peer.dns_names.as_slice().into());
+        }
+        if details.issuer {
+            put("issuer", peer.issuer.as_str().into());
+        }
+        Some(format!("[{{{}}}]", object.join(",")))
+    }
+}
+
+/// PEM as it stands in files.
+fn pem(der: &[u8]) -> String {
+    let escaped = url_encoded_pem(der);
+    [("%20", " "), ("%0A", "\n"), ("%2B", "+"), ("%2F", "/"), ("%3D", "=")]
+        .iter()
+        .fold(escaped, |text, (escape, character)| text.replace(escape, character))
 }
 
 /// PEM with the escapes that Envoy makes.

@@ -479,7 +479,7 @@ impl Connection {
     pub async fn send(
         &self,
         request: http::Request<Body>,
-        interim: impl FnMut(http::StatusCode),
+        interim: impl FnMut(http::StatusCode, http::HeaderMap),
     ) -> Result<http::Response<Incoming>, Reset> {
         match &self.sender {
             Sender::Http1(connection) => {

@@ -58,6 +58,13 @@ fn what_a_client_shows_is_told_to_hosts_as_configured() {
         );
         let details =
             "set_current_client_cert_details: { subject: true, cert: true, chain: true, dns: true, uri: true },";
+        let (issuer, by) = ("set_current_client_cert_details: { issuer: true },", "CN=ca");
+        let json = "set_current_client_cert_details: { format: JSON, subject: true, cert: true, chain: true, dns: true, uri: true, issuer: true },";
+        let plain = client.chain.replace("\r\n", "\n").replace('\n', "\\n");
+        let all_json = format!(
+            r#"{{"by":["spiffe://td/a","spiffe://td/b"],"hash":"{}","cert":"{plain}","chain":["{plain}"],"subject":"O=Org\\, Inc,CN=c.test","uri":["spiffe://td/c","spiffe://td/x,y"],"dns":["c.test","d.test"],"issuer":"{by}"}}"#,
+            hash(&client)
+        );
         let uri = "set_current_client_cert_details: { subject: false, uri: true, dns: true },";
         for (mode, details, with, without, barely) in [
             ("SANITIZE", details, "-".to_owned(), "-", "-".to_owned()),
@@ -72,6 +79,16 @@ fn what_a_client_shows_is_told_to_hosts_as_configured() {
                 format!("By=old,By=older,{};URI=", of(&bare)),
             ),
             ("SANITIZE_SET", details, all.clone(), "-", String::new()),
+            ("SANITIZE_SET", issuer, format!("{};Issuer=\"{by}\"", of(&client)), "-", String::new()),
+            ("SANITIZE_SET", json, format!("[{all_json}]"), "-", String::new()),
+            // What the client says is in the other format.
+            (
+                "APPEND_FORWARD",
+                "set_current_client_cert_details: { format: JSON },",
+                format!("By=old,By=older,{}", of(&client)),
+                "-",
+                String::new(),
+            ),
         ] {
             let manager = format!("forward_client_cert_details: {mode}, {details}");
             let format = "%REQ(X-FORWARDED-CLIENT-CERT)%";

@@ -154,6 +154,27 @@ fn rapid_reset() -> Result<()> {
     Ok(())
 }
 
+/// `stream_flush_timeout`: an answer that is here whole, and a client whose window has no room for it.
+pub fn not_taken() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let stage = Stage::start(kind, &["stream_flush_timeout: 0.5s"])?;
+        // A window of one byte.
+        let mut connection = Connection::open(stage.port, &[(4, 1)])?;
+        let mut fields = get(&[]);
+        fields[2].1 = "/bytes/1000";
+        connection.send(&headers(1, true, &fields))?;
+        let (seen, state) = watch(&mut connection, &[1])?;
+        ensure!(state == "open", "{kind:?}: the connection is {state}");
+        ensure!(seen.get(&1).is_some_and(|seen| seen.contains("reset INTERNAL_ERROR")), "{kind:?}: {seen:?}");
+        wait_until(Duration::from_secs(3), "tx_flush_timeout", || {
+            ensure!(stage.proxy.stats()?.get("http2.tx_flush_timeout") == 1, "{kind:?} does not count it");
+            Ok(())
+        })?;
+        serves(&stage)?;
+    }
+    Ok(())
+}
+
 fn answers_ping(connection: &mut Connection) -> Result<bool> {
     let until = Instant::now() + Duration::from_secs(5);
     loop {

@@ -24,6 +24,11 @@ fn bodies_are_held_to_their_lengths() -> Result<()> {
 }
 
 #[test]
+fn what_nobody_takes_is_reset() -> Result<()> {
+    floods::not_taken()
+}
+
+#[test]
 fn frames_have_their_sizes() -> Result<()> {
     harness::compare(&frames::sizes(), &[])
 }

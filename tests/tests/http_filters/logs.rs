@@ -2,6 +2,12 @@
 
 use super::harness::{Case, case};
 
+/// With a deprecated field of the connection manager's own.
+fn old(name: &'static str, field: &str, requests: &[&str]) -> Case {
+    case(name, "set_metadata.v3.Config", "metadata: [{metadata_namespace: ns, value: {k: set}}]", requests)
+        .of_manager(field)
+}
+
 fn of(name: &'static str, fields: &str, requests: &[&str]) -> Case {
     case(name, "set_metadata.v3.Config", "metadata: [{metadata_namespace: ns, value: {k: set}}]", requests)
         .of_manager("upgrade_configs: [{upgrade_type: websocket}]")
@@ -13,6 +19,9 @@ pub fn cases() -> Vec<Case> {
     vec![
         of("a line at the end", "", &requests),
         of("flush_access_log_on_new_request", "flush_access_log_on_new_request: true", &requests),
+        of("access_log_flush_interval", "access_log_flush_interval: 0.5s", &["GET /\nx-do: 200+delay=750", "GET /"]),
+        old("flush_access_log_on_new_request of old", "flush_access_log_on_new_request: true", &requests),
+        old("access_log_flush_interval of old", "access_log_flush_interval: 0.5s", &["GET /\nx-do: 200+delay=750"]),
         of("no tunnel", "flush_log_on_tunnel_successfully_established: true", &requests),
     ]
 }

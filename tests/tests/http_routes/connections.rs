@@ -5,7 +5,7 @@ use super::harness::{Case, case};
 const GET: &str = "GET / HTTP/1.1\nhost: $host\n\n";
 
 pub fn cases() -> Vec<Case> {
-    [ends(), late(), invalid()].concat()
+    [ends(), late(), invalid(), interim()].concat()
 }
 
 /// Seconds are compared, so that what is expected to happen does so about the middle of one.
@@ -37,6 +37,30 @@ fn ends() -> Vec<Case> {
             &[old, "drain_timeout: 0.5s", "http1_safe_max_connection_duration: true", at_once],
             &[GET, "wait 2500", GET],
         ),
+    ]
+}
+
+/// Whose business `expect: 100-continue` is.
+fn interim() -> Vec<Case> {
+    let with =
+        |name, line: &str, requests: &[&str]| case(name, "- {match: {prefix: /}, $a}", requests).of_manager(line);
+    let (through, here) = ("proxy_100_continue: true", "proxy_100_continue: false");
+    let post = |path: &str, more: &str| {
+        format!(
+            "CONNECTION\nPOST {path} HTTP/1.1\nhost: $host\nconnection: close\ncontent-length: 4\nexpect: \
+             100-continue\n{more}\n|wait 200|body"
+        )
+    };
+    let one = post("/", "x-do: 200+interim=100+delay=100\n");
+    let none = post("/", "x-do: 200\n");
+    let unknown = post("/", "x-do: 200+interim=110+delay=100\n");
+    let asked = "CONNECTION\nGET / HTTP/1.1\nhost: $host\nconnection: close\nx-do: 200+interim=100+delay=100\n\n";
+    let scripts = [&*one, &none, &unknown, asked];
+    let seen = ["POST /\nexpect: 100-continue\n\nbody", "POST /\nexpect: 100-Continue\n\nbody"];
+    vec![
+        with("proxy_100_continue", through, &scripts),
+        with("no proxy_100_continue", here, &scripts),
+        with("what hosts see of proxy_100_continue", through, &seen),
     ]
 }
 

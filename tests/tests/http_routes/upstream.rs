@@ -51,7 +51,7 @@ fn describe(service: &str, request: &Request) -> String {
 ///
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
 /// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
-/// followed by `+name=value` for response headers, of which `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
+/// followed by `+name=value` for response headers, of which `interim` (a response with that status, before the response), `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
 /// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
     server::start(move |stream| serve(name, stream, &seen))
@@ -78,6 +78,9 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         }
         for (name, value) in words.filter_map(|word| word.split_once('=')) {
             match (name, value.parse()) {
+                ("interim", Ok(status)) => {
+                    write!(stream, "HTTP/1.1 {status} Continue\r\nx-early: 1\r\n\r\n")?;
+                }
                 ("delay", Ok(milliseconds)) => thread::sleep(Duration::from_millis(milliseconds)),
                 ("bytes", Ok(bytes)) => response.body = vec![b'x'; usize::try_from(bytes)?],
                 ("content-type", _) => {

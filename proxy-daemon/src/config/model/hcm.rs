@@ -83,6 +83,12 @@ pub struct HttpConnectionManagerConfig {
     pub http1_stays_open: bool,
     /// A line is written when a request's head is there, beside the one at its end.
     pub log_new_requests: bool,
+    /// The request's `expect` is the upstream's business, and its interim responses are passed on.
+    pub proxy_100_continue: bool,
+    /// So often a line is written of a request that is under way.
+    pub log_interval: Option<Duration>,
+    /// An HTTP/2 client must take what is left of a response that is here whole within this; `None`: it has for ever.
+    pub stream_flush_timeout: Option<Duration>,
     /// And one when a client has got the protocol that it asked for.
     pub log_tunnels: bool,
     /// Responses say why they are not the upstream's; `None`: they do not.
@@ -148,6 +154,9 @@ impl Default for HttpConnectionManagerConfig {
             http1_safe_max_connection_duration: false,
             http1_stays_open: false,
             log_new_requests: false,
+            proxy_100_continue: false,
+            log_interval: None,
+            stream_flush_timeout: Some(Duration::from_secs(300)),
             log_tunnels: false,
             proxy_status: None,
             scheme_matches_upstream: false,
@@ -268,6 +277,10 @@ pub struct ClientCertDetails {
     pub dns: bool,
     /// `URI`, for each of these names.
     pub uri: bool,
+    /// `Issuer`
+    pub issuer: bool,
+    /// In JSON, where the client has not said anything in the other format.
+    pub json: bool,
 }
 
 impl HttpConnectionManagerConfig {

@@ -118,6 +118,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig.content_type_matcher",
     ),
     replaced(
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.access_log_flush_interval",
+        "access_log_options",
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.access_log_options",
+    ),
+    replaced(
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.flush_access_log_on_new_request",
+        "access_log_options",
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.access_log_options",
+    ),
+    replaced(
         "envoy.extensions.filters.http.set_metadata.v3.Config.metadata_namespace",
         "metadata",
         "envoy.extensions.filters.http.set_metadata.v3.Metadata",

@@ -9,8 +9,8 @@ use envoy_types::pb::{
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
             http_connection_manager::{
-                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward,
-                PathWithEscapedSlashesAction as SlashesAction, RouteSpecifier,
+                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward, ForwardClientCertFormat,
+                HcmAccessLogOptions, PathWithEscapedSlashesAction as SlashesAction, RouteSpecifier,
                 ServerHeaderTransformation as ProtoServerHeader, StripPortMode,
             },
             http_filter::ConfigType,
@@ -79,7 +79,7 @@ pub(super) fn http_connection_manager(
     let internal = internal.map(|config| config.cidr_ranges.as_slice()).unwrap_or_default();
     let is_set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
     let old = common.max_connection_duration;
-    let logs = manager.access_log_options.unwrap_or_default();
+    let logs = log_options(manager, path)?;
     let http1_options = manager.http_protocol_options.clone().unwrap_or_default();
     // HTTP/2 connections stay open in any case.
     let stays_open =
@@ -123,7 +123,15 @@ pub(super) fn http_connection_manager(
         drain_jitter: manager.drain_timeout_jitter.map_or(0.0, |jitter| jitter.value / 100.0),
         http1_safe_max_connection_duration: manager.http1_safe_max_connection_duration,
         http1_stays_open: is_set(stays_open),
+        proxy_100_continue: manager.proxy_100_continue,
         log_new_requests: logs.flush_access_log_on_new_request,
+        log_interval: duration(logs.access_log_flush_interval, path, "access_log_options.access_log_flush_interval")?,
+        stream_flush_timeout: limit(
+            manager.stream_flush_timeout.or(manager.stream_idle_timeout),
+            seconds(300),
+            path,
+            "stream_flush_timeout",
+        )?,
         log_tunnels: logs.flush_log_on_tunnel_successfully_established,
         proxy_status: manager.proxy_status_config.as_ref().map(|told| Box::new(hcm_extensions::proxy_status(told))),
         local_replies: local_reply::local_replies(manager.local_reply_config.as_ref(), path)?,
@@ -137,8 +145,33 @@ pub(super) fn http_connection_manager(
             chain: details.chain,
             dns: details.dns,
             uri: details.uri,
+            issuer: details.issuer,
+            json: details.format == ForwardClientCertFormat::Json as i32,
         },
     })
+}
+
+/// `access_log_options`, or the fields before it.
+#[expect(deprecated, reason = "Envoy still takes the fields that access_log_options replaced")]
+fn log_options(manager: &HttpConnectionManager, path: &str) -> Result<HcmAccessLogOptions> {
+    let (interval, at_start) = (manager.access_log_flush_interval, manager.flush_access_log_on_new_request);
+    let Some(options) = manager.access_log_options else {
+        return Ok(HcmAccessLogOptions {
+            access_log_flush_interval: interval,
+            flush_access_log_on_new_request: at_start,
+            ..HcmAccessLogOptions::default()
+        });
+    };
+    for (set, field) in
+        [(at_start, "flush_access_log_on_new_request"), (interval.is_some(), "access_log_flush_interval")]
+    {
+        if set {
+            // Envoy's words.
+            let text = format!("Only one of {field} or access_log_options can be specified.");
+            return Err(FieldError::new(join(path, field), text));
+        }
+    }
+    Ok(options)
 }
 
 fn request_rules(manager: &HttpConnectionManager, path: &str) -> Result<RequestRules> {

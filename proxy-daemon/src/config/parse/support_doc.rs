@@ -137,6 +137,8 @@ const CORE: [&str; 10] = [
 
 const SINKS: &str = "stats are scraped from /stats/prometheus, not pushed";
 
+const NOWHERE: &str = "without effect in Envoy: nothing there reads it";
+
 /// Fields of those that are not meant for Culvert. Any other field that is not honoured has just not been done.
 const NOT_FOR_US: &[(&str, &str, &str)] = &[
     ("Bootstrap", "enable_dispatcher_stats", PROCESS),
@@ -157,6 +159,8 @@ const NOT_FOR_US: &[(&str, &str, &str)] = &[
     ("Cluster", "dns_resolvers", "names are looked up by the system's resolver"),
     ("Cluster", "typed_dns_resolver_config", "names are looked up by the system's resolver"),
     ("Cluster", "use_tcp_for_dns_lookups", "names are looked up by the system's resolver"),
+    ("HttpConnectionManager", "path_normalization_options", NOWHERE),
+    ("HttpConnectionManager", "represent_ipv4_remote_address_as_ipv4_mapped_ipv6", NOWHERE),
     ("HttpConnectionManager", "typed_header_validation_config", "headers are always validated"),
     ("Listener", "connection_balance_config", "each worker has sockets of its own, which the kernel balances"),
     ("Listener", "deprecated_v1", "gone with Envoy's API v1"),

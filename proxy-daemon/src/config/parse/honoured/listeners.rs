@@ -145,11 +145,15 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight", &["name", "weight"]),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
-        &["cert", "chain", "dns", "subject", "uri"],
+        ALL,
     ),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         &[
+            "proxy_100_continue",
+            "stream_flush_timeout",
+            "access_log_flush_interval",
+            "flush_access_log_on_new_request",
             "forward_client_cert_details",
             "set_current_client_cert_details",
             "codec_type",
@@ -205,10 +209,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.ProxyStatusConfig", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.ForwardProtoConfig", ALL),
-    (
-        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.HcmAccessLogOptions",
-        &["flush_access_log_on_new_request", "flush_log_on_tunnel_successfully_established"],
-    ),
+    ("envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.HcmAccessLogOptions", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.LocalReplyConfig", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.ResponseMapper", ALL),
     ("envoy.extensions.filters.network.http_connection_manager.v3.RequestIDExtension", ALL),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 
@@ -101,7 +101,7 @@ impl ClientConnection {
     pub async fn send(
         self: &Rc<Self>,
         request: Request<Body>,
-        mut interim: impl FnMut(StatusCode),
+        mut interim: impl FnMut(StatusCode, HeaderMap),
     ) -> Result<Response<Incoming>, SendError> {
         let (parts, body) = request.into_parts();
         let to_head = parts.method == Method::HEAD;
@@ -147,7 +147,7 @@ impl ClientConnection {
                 }
                 Ok(head) if head.parts.status.is_informational() => {
                     let status = head.parts.status;
-                    interim(status);
+                    interim(status, head.parts.headers);
                     if status == StatusCode::SWITCHING_PROTOCOLS {
                         return Err(SendError::Protocol(CodecError::CODEC));
                     }

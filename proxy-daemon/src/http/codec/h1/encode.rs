@@ -309,6 +309,19 @@ pub(super) fn response(
     framing
 }
 
+/// Appends the head of a response that comes before the response.
+pub(super) fn interim(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {
+    out.extend_from_slice(b"HTTP/1.1 ");
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(b"\r\n");
+    for (name, value) in headers.iter().filter(|(name, _)| !is_framing(name)) {
+        field(out, name.as_str(), value.as_bytes());
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
 /// The `date` field, made once a second.
 fn date(out: &mut Vec<u8>) {
     struct Made {

@@ -242,10 +242,15 @@ impl ServerConnection {
             inner.serial += 1;
             inner.serial
         };
-        if parts.headers.get(EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        let progress = Rc::clone(&begun.progress);
+        if config.proxy_100_continue {
+            if parts.version == Version::HTTP_11 {
+                progress.want_interim();
+            }
+        } else if parts.headers.get(EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
             parts.headers.remove(EXPECT);
             if parts.version == Version::HTTP_11 {
-                state.count_continue();
+                state.count_interim(StatusCode::CONTINUE);
                 writer.out().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
                 if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
                     return After::Abort;
@@ -262,9 +267,24 @@ impl ServerConnection {
         };
         let response = {
             let mut handler = pin!(begun.handle(Request::from_parts(parts, body), refused));
-            poll_fn(|cx| match handler.as_mut().poll(cx) {
-                Poll::Ready(response) => Poll::Ready(Some(response)),
-                Poll::Pending => self.poll_gone(cx).map(|()| None),
+            poll_fn(|cx| {
+                let polled = handler.as_mut().poll(cx);
+                for (status, headers) in progress.take_interim() {
+                    state.count_interim(status);
+                    encode::interim(writer.out(), status, &headers);
+                }
+                match polled {
+                    Poll::Ready(response) => Poll::Ready(Some(response)),
+                    Poll::Pending => {
+                        if !writer.is_empty() {
+                            let written = writer.poll_write(&mut self.inner.borrow_mut().stream, cx);
+                            if let Poll::Ready(Err(_)) = written {
+                                return Poll::Ready(None);
+                            }
+                        }
+                        self.poll_gone(cx).map(|()| None)
+                    }
+                }
             })
             .await
         };

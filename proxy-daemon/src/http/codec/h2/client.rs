@@ -7,7 +7,7 @@ use h2::{
     ext::Protocol,
 };
 use http::{
-    HeaderValue, Method, Request, Response, StatusCode,
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONNECTION, CONTENT_LENGTH, UPGRADE},
 };
 use http_body::Body as _;
@@ -84,7 +84,7 @@ impl ClientConnection {
     pub async fn send(
         &self,
         request: Request<Body>,
-        mut interim: impl FnMut(StatusCode),
+        mut interim: impl FnMut(StatusCode, HeaderMap),
     ) -> Result<Response<Incoming>, SendError> {
         let mut sender = match self.sender.clone().ready().await {
             Ok(sender) => sender,
@@ -120,7 +120,8 @@ impl ClientConnection {
         }
         let response = poll_fn(|cx| {
             while let std::task::Poll::Ready(Some(Ok(early))) = response.poll_informational(cx) {
-                interim(early.status());
+                let (parts, ()) = early.into_parts();
+                interim(parts.status, parts.headers);
             }
             std::pin::Pin::new(&mut response).poll(cx)
         });

@@ -6,6 +6,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker},
+    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -96,68 +97,93 @@ impl Drop for Piece {
 }
 
 /// The stream did not end as it should have.
-#[derive(Debug)]
-pub(super) struct Broken;
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Broken {
+    /// The other side has reset it, or the body broke off.
+    Off,
+    /// The other side does not take the rest.
+    NotTaken,
+}
 
 /// Sends a body, and what comes after it. Ends early where the other side does not want more.
 ///
 /// # Errors
-/// The other side has reset the stream, or the body broke off, of which the other side is told.
-pub(super) async fn send_body(body: &mut Body, to: &mut SendStream<Piece>, outbox: &Rc<Outbox>) -> Result<(), Broken> {
+/// The other side has reset the stream, or does not take what is left within `flush`, or the body broke off, of which the other
+/// side is told.
+pub(super) async fn send_body(
+    body: &mut Body,
+    to: &mut SendStream<Piece>,
+    outbox: &Rc<Outbox>,
+    flush: Option<Duration>,
+) -> Result<(), Broken> {
     loop {
         let frame = poll_fn(|cx| match to.poll_reset(cx) {
-            Poll::Ready(_) => Poll::Ready(Err(Broken)),
+            Poll::Ready(_) => Poll::Ready(Err(Broken::Off)),
             Poll::Pending => Pin::new(&mut *body).poll_frame(cx).map(Ok),
         });
         let frame = match frame.await? {
             Some(Ok(frame)) => frame,
             Some(Err(_)) => {
                 to.send_reset(Reason::INTERNAL_ERROR);
-                return Err(Broken);
+                return Err(Broken::Off);
             }
-            None => return to.send_data(Piece::none(), true).map_err(|_| Broken),
+            None => return to.send_data(Piece::none(), true).map_err(|_| Broken::Off),
         };
         match frame.into_data() {
             Ok(data) => {
                 let end = body.is_end_stream();
-                send_data(data, end, to, outbox).await?;
+                send_data(data, (end, flush), to, outbox).await?;
                 if end {
                     return Ok(());
                 }
             }
             Err(frame) => {
                 let Ok(trailers) = frame.into_trailers() else { continue };
-                return to.send_trailers(trailers).map_err(|_| Broken);
+                return to.send_trailers(trailers).map_err(|_| Broken::Off);
             }
         }
     }
 }
 
 /// Sends one piece, as the other side's windows and the socket take it.
-async fn send_data(mut data: Bytes, end: bool, to: &mut SendStream<Piece>, outbox: &Rc<Outbox>) -> Result<(), Broken> {
+async fn send_data(
+    mut data: Bytes,
+    (end, flush): (bool, Option<Duration>),
+    to: &mut SendStream<Piece>,
+    outbox: &Rc<Outbox>,
+) -> Result<(), Broken> {
     if data.is_empty() {
-        return if end { to.send_data(Piece::none(), true).map_err(|_| Broken) } else { Ok(()) };
+        return if end { to.send_data(Piece::none(), true).map_err(|_| Broken::Off) } else { Ok(()) };
     }
     while !data.is_empty() {
         // Only what is at hand is asked for: windows that are held in advance would be missed by other streams.
         to.reserve_capacity(data.len());
         let room = poll_fn(|cx| {
             if to.poll_reset(cx).is_ready() {
-                return Poll::Ready(Err(Broken));
+                return Poll::Ready(Err(Broken::Off));
             }
             while to.capacity() == 0 {
                 match to.poll_capacity(cx) {
                     Poll::Ready(Some(Ok(_))) => {}
-                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Broken)),
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Broken::Off)),
                     Poll::Pending => return Poll::Pending,
                 }
             }
             outbox.poll_room(cx).map(|()| Ok(to.capacity()))
         });
-        let room = room.await?;
+        let room = match flush.filter(|_| end) {
+            None => room.await?,
+            Some(limit) => match tokio::time::timeout(limit, room).await {
+                Ok(room) => room?,
+                Err(_) => {
+                    to.send_reset(Reason::INTERNAL_ERROR);
+                    return Err(Broken::NotTaken);
+                }
+            },
+        };
         let piece = data.split_to(room.min(data.len()));
         let last = end && data.is_empty();
-        to.send_data(Piece::new(piece, outbox), last).map_err(|_| Broken)?;
+        to.send_data(Piece::new(piece, outbox), last).map_err(|_| Broken::Off)?;
     }
     Ok(())
 }
@@ -171,7 +197,7 @@ impl Sending {
         let outbox = Rc::clone(outbox);
         let mut sending = Box::pin(async move {
             // The other side has been told of what went wrong, or has said so itself.
-            let _ = send_body(&mut body, &mut to, &outbox).await;
+            let _ = send_body(&mut body, &mut to, &outbox, None).await;
         });
         let mut cx = Context::from_waker(Waker::noop());
         if sending.as_mut().poll(&mut cx).is_ready() {

@@ -14,7 +14,7 @@ use h2::{
     server::{Connection, Handshake, SendResponse},
 };
 use http::{
-    Method, Request, Response, StatusCode, Version,
+    HeaderMap, Method, Request, Response, StatusCode, Version,
     header::{CONTENT_LENGTH, DATE, EXPECT, HeaderValue},
 };
 use http_body::Body as _;
@@ -22,7 +22,7 @@ use http_body::Body as _;
 use super::{
     body::ReceivedBody,
     head,
-    send::{Outbox, Piece, send_body},
+    send::{Broken, Outbox, Piece, send_body},
     watch::Watch,
 };
 use crate::http::{
@@ -173,12 +173,12 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     }
     let to_head = parts.method == Method::HEAD;
     head::downgrade(&mut parts);
-    if parts.headers.get(EXPECT).is_some_and(|expect| expect.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+    let progress = Rc::clone(&begun.progress);
+    if state.config().proxy_100_continue {
+        progress.want_interim();
+    } else if parts.headers.get(EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         parts.headers.remove(EXPECT);
-        state.count_continue();
-        let mut interim = Response::new(());
-        *interim.status_mut() = StatusCode::CONTINUE;
-        if respond.send_informational(interim).is_err() {
+        if send_interim(state, &mut respond, StatusCode::CONTINUE, HeaderMap::new()).is_err() {
             return;
         }
     }
@@ -188,10 +188,17 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     };
     let response = {
         let mut handler = pin!(begun.handle(Request::from_parts(parts, body), None));
-        poll_fn(|cx| match handler.as_mut().poll(cx) {
-            Poll::Ready(response) => Poll::Ready(Some(response)),
-            // The client may have lost interest, or may be gone.
-            Poll::Pending => respond.poll_reset(cx).map(|_| None),
+        poll_fn(|cx| {
+            let polled = handler.as_mut().poll(cx);
+            for (status, headers) in progress.take_interim() {
+                // Whoever is gone already is seen to be just below, or when the response is sent.
+                let _ = send_interim(state, &mut respond, status, headers);
+            }
+            match polled {
+                Poll::Ready(response) => Poll::Ready(Some(response)),
+                // The client may have lost interest, or may be gone.
+                Poll::Pending => respond.poll_reset(cx).map(|_| None),
+            }
         })
         .await
     };
@@ -200,7 +207,12 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     let end = body.is_end_stream();
     match respond.send_response(response, end) {
         // Broken off, the client has been told, or has said so itself.
-        Ok(mut stream) if !end => drop(send_body(&mut body, &mut stream, &shared.outbox).await),
+        Ok(mut stream) if !end => {
+            let flush = state.config().stream_flush_timeout;
+            if send_body(&mut body, &mut stream, &shared.outbox, flush).await == Err(Broken::NotTaken) {
+                state.manager.codecs.tx_flush_timeout.inc();
+            }
+        }
         Ok(_) => {}
         Err(error) => {
             tracing::debug!(%error, "a response cannot be sent");
@@ -208,6 +220,20 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
         }
     }
     shared.stream_ended(None);
+}
+
+/// Sends a response that comes before the response.
+fn send_interim(
+    state: &ConnState,
+    respond: &mut SendResponse<Piece>,
+    status: StatusCode,
+    headers: HeaderMap,
+) -> Result<(), h2::Error> {
+    state.count_interim(status);
+    let mut interim = Response::new(());
+    *interim.status_mut() = status;
+    *interim.headers_mut() = headers;
+    respond.send_informational(interim)
 }
 
 /// The head as it is sent.
