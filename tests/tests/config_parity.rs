@@ -67,10 +67,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "dynamic_resources.cds_config.api_config_source.grpc_services[0].google_grpc.channel_credentials",
     ),
     ("valid/sources/node_context_params.yaml", "node_context_params"),
-    (
-        "valid/tls/xfcc_details_unknown.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.set_current_client_cert_details.issuer",
-    ),
 ];
 
 /// Files on which the verdicts differ on purpose, and why.

@@ -9,7 +9,7 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 
-use super::{RouteRef, conn_manager::ConnState, stream::Progress};
+use super::{RouteRef, conn_manager::ConnState, live_log::LiveLog, stream::Progress};
 use crate::{
     access_log::{AccessLog, Headers, Record},
     upstream::WorkerCluster,
@@ -28,6 +28,8 @@ pub(super) struct LogParts {
     pub(super) route: Option<RouteRef>,
     pub(super) cluster: Option<Rc<WorkerCluster>>,
     pub(super) remote: Option<SocketAddr>,
+    /// Writes a line now and then, where that is configured.
+    pub(super) live: Option<Rc<LiveLog>>,
 }
 
 impl LogParts {

@@ -152,8 +152,6 @@ pub(super) struct StreamEnd {
     pub(super) started: Instant,
     /// Only kept where an access log wants it.
     log: Option<Box<LogParts>>,
-    /// Writes a line now and then, where that is configured.
-    live: Option<LiveLog>,
     pub(super) status: Option<StatusCode>,
     pub(super) flags: ResponseFlags,
     pub(super) details: Cow<'static, str>,
@@ -222,7 +220,6 @@ impl StreamEnd {
             progress,
             started,
             log: None,
-            live: None,
             status: None,
             flags: ResponseFlags::default(),
             details: Cow::Borrowed(""),
@@ -358,6 +355,7 @@ impl StreamEnd {
     /// Keeps the request's head for the access log.
     pub(super) fn keep_request(&mut self, head: &RequestHead) {
         if self.is_logged() {
+            let live = self.log.take().and_then(|log| log.live);
             self.log = Some(Box::new(LogParts {
                 started: SystemTime::now() - self.started.elapsed(),
                 target: Some((head.method.clone(), head.uri.clone())),
@@ -368,6 +366,7 @@ impl StreamEnd {
                 route: None,
                 cluster: None,
                 remote: None,
+                live,
             }));
             self.update_live();
         }
@@ -376,6 +375,7 @@ impl StreamEnd {
     /// There is no head to keep.
     pub(super) fn keep_no_request(&mut self) {
         if self.is_logged() {
+            let live = self.log.take().and_then(|log| log.live);
             self.log = Some(Box::new(LogParts {
                 started: SystemTime::now() - self.started.elapsed(),
                 target: None,
@@ -386,6 +386,7 @@ impl StreamEnd {
                 route: None,
                 cluster: None,
                 remote: None,
+                live,
             }));
         }
     }
@@ -507,30 +508,33 @@ impl StreamEnd {
     /// What there is to be told has changed: lines that are written at intervals shall tell it.
     fn update_live(&mut self) {
         let Some(interval) = self.state.config().log_interval else { return };
-        let Some(log) = &self.log else { return };
+        let Some(log) = &mut self.log else { return };
+        let live = log.live.take();
         let upstream = self.notes.upstream.take();
         self.notes.upstream.set(upstream.clone());
         let told = Told {
             log: (**log).clone(),
             status: self.status,
             flags: self.flags,
-            details: self.told_details().map(str::to_owned),
+            details: Some(self.details.to_string()).filter(|details| !details.is_empty()),
             host: self.host.as_ref().map(|(_, host)| Rc::clone(host)),
             upstream,
         };
-        match &self.live {
-            Some(live) => live.tell(told),
+        log.live = Some(match live {
+            Some(live) => {
+                live.tell(told);
+                live
+            }
             None => {
                 let (state, progress) = (Rc::clone(&self.state), Rc::clone(&self.progress));
-                self.live = Some(LiveLog::start(state, progress, self.started, interval, told));
+                Rc::new(LiveLog::start(state, progress, self.started, interval, told))
             }
-        }
+        });
     }
 }
 
 impl Drop for StreamEnd {
     fn drop(&mut self) {
-        self.live = None;
         let stats = &self.state.manager.stats;
         stats.downstream_rq_active.dec();
         let elapsed = self.started.elapsed().as_millis() as u64;
