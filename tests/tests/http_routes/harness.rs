@@ -115,6 +115,13 @@ impl Stage {
             ports_of.push(port);
         }
         clusters += &hashed(&ports_of[..3]);
+        for (name, budget) in [
+            ("no-retries", "{budget_percent: {value: 0}, min_retry_concurrency: 0}"),
+            ("all-retries", "{budget_percent: {value: 0}, min_retry_concurrency: 100}"),
+        ] {
+            let budget = format!("retry_budget: {budget}");
+            clusters += &cluster(name, ports_of[0]).replace("max_retries: 100", &budget);
+        }
         let port = http2::start("h2", Arc::clone(&seen))?;
         names.push((port.to_string(), "SERVICE"));
         clusters += &cluster("h2", port);

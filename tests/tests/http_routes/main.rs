@@ -55,6 +55,11 @@ fn rewrites_are_envoys() -> Result<()> {
 }
 
 #[test]
+fn retry_budgets_are_envoys() -> Result<()> {
+    harness::compare_counting(retries::budgets(), &["retries.upstream_rq_retry", "retries.upstream_rq_total"])
+}
+
+#[test]
 fn retries_over_http2_are_envoys() -> Result<()> {
     harness::compare_counting(
         http2::cases(),

@@ -33,6 +33,29 @@ pub fn cases() -> Vec<Case> {
             .of_host("request_mirror_policies: [{cluster: b}]")
             .settle(2),
         mirrored("mirrors of the route instead", "{cluster: c}", 2).of_host("request_mirror_policies: [{cluster: b}]"),
+        // The answers of mirrors, and their failures, are nobody's.
+        case(
+            "mirrors that fail",
+            &to("{cluster: b}"),
+            &[
+                "GET /\nx-do-b: hang",
+                "GET /\nx-do-b: reset",
+                "GET /\nx-do-b: 503",
+                "GET /\nx-do-b: 200+bytes=300000",
+                "GET /\nx-do-b: 200+delay=500",
+                "POST /\nx-do-b: hang\n\nsome body",
+                "POST /\nx-do-b: reset\n\nsome body",
+                "POST /\nx-do: 200+delay=300\nx-do-b: 500\n\nsome body",
+                "HEAD /\nx-do-b: reset",
+            ],
+        )
+        .settle(2),
+        case(
+            "mirrors beside retries",
+            "- {match: {prefix: /}, route: {cluster: a, request_mirror_policies: [{cluster: b}], retry_policy: {retry_on: 5xx}}}",
+            &["GET /\nx-do-a: 503,200\nx-do-b: 503", "POST /\nx-do-a: reset,200\nx-do-b: reset\n\nsome body"],
+        )
+        .settle(3),
         case("a mirror that hangs", &to("{cluster: b}"), &["GET /\nx-do: 200"]).settle(2),
         case("a mirrored body over the limit", &to("{cluster: b}").replace("- {match", "- {request_body_buffer_limit: 4, match"), &requests[2..3])
             .settle(2)

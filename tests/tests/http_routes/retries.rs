@@ -12,6 +12,19 @@ pub fn cases() -> Vec<Case> {
     [policies(), clients(), bodies(), back_offs(), durations()].concat()
 }
 
+/// Retry budgets: clusters that let none pass, and all. What is between them hangs on what else is under way in that moment.
+pub fn budgets() -> Vec<Case> {
+    let requests =
+        ["GET /\nx-do: 503,200", "GET /\nx-do: 503,503,200", "GET /\nx-do: reset,200", "POST /\nx-do: 503,200\n\nbody"];
+    ["no-retries", "all-retries"]
+        .map(|cluster| {
+            let policy = "retry_policy: {retry_on: 5xx, num_retries: 2, retry_back_off: {base_interval: 0.01s}}";
+            let route = format!("- {{match: {{prefix: /}}, route: {{cluster: {cluster}, {policy}}}}}");
+            case(cluster, &route, &requests).of_host("include_attempt_count_in_response: true")
+        })
+        .to_vec()
+}
+
 fn to(name: &'static str, policy: &str, requests: &[&str]) -> Case {
     let route = format!(
         "- {{match: {{prefix: /dead}}, route: {{cluster: dead, retry_policy: {{{policy}}}}}}}\n\

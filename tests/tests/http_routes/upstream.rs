@@ -52,7 +52,7 @@ fn describe(service: &str, request: &Request) -> String {
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
 /// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
 /// followed by `+name=value` for response headers, of which `interim` (a response with that status, before the response), `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
-/// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service.
+/// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service. `x-do-a` is for the service `a` alone.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
     server::start(move |stream| serve(name, stream, &seen))
 }
@@ -62,7 +62,8 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     while let Some(request) = Request::read(&mut reader)? {
         let before = seen.note(name, &request);
-        let steps: Vec<&str> = request.headers.get("x-do").unwrap_or("200").split(',').map(str::trim).collect();
+        let wanted = request.headers.get(&format!("x-do-{name}")).or_else(|| request.headers.get("x-do"));
+        let steps: Vec<&str> = wanted.unwrap_or("200").split(',').map(str::trim).collect();
         let mut words = steps[before.min(steps.len() - 1)].split('+');
         let what = words.next().unwrap_or_default();
         if what == "101" {
