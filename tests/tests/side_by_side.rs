@@ -239,6 +239,7 @@ fn the_same_stats_as_envoy() -> Result<()> {
         "http.ingress.downstream_cx_total",
         "http.ingress.no_route",
         "cluster.app.upstream_rq",
+        "cluster.app.external.upstream_rq",
         "cluster.app.upstream_cx_total",
         "cluster.app.membership",
         "cluster.empty.upstream_cx_none_healthy",

@@ -52,7 +52,7 @@ impl Drop for UnderWay {
     fn drop(&mut self) {
         let stats = &self.cluster.cluster.stats;
         stats.upstream_rq_active.dec();
-        stats.upstream_rq_time.record(self.started.elapsed().as_millis() as u64);
+        stats.record_time(self.started.elapsed().as_millis() as u64, true);
         self.host.end_request();
     }
 }
@@ -112,7 +112,7 @@ pub(super) async fn send(
     host.begin_request();
     let under_way = UnderWay { cluster: Rc::clone(cluster), host: Rc::clone(&host), started: Instant::now() };
     let failed = || {
-        stats.upstream_rq.inc(StatusCode::SERVICE_UNAVAILABLE.as_u16());
+        stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
         Failure::Reset
     };
     let wanted = upstream_head::protocol(cluster, &head);
@@ -122,10 +122,9 @@ pub(super) async fn send(
     } else {
         upstream_head::to_http1(&mut head);
     }
-    let sent =
-        connection.send(Request::from_parts(head, body), |status, _| stats.upstream_rq.inc(status.as_u16())).await;
+    let sent = connection.send(Request::from_parts(head, body), |status, _| stats.charge(status.as_u16(), true)).await;
     let (head, body) = sent.map_err(|_| failed())?.into_parts();
-    stats.upstream_rq.inc(head.status.as_u16());
+    stats.charge(head.status.as_u16(), true);
     Ok(Answer { head, body, connection, under_way })
 }
 
@@ -193,7 +192,7 @@ pub(super) async fn within<T>(
     let Some(limit) = limit else { return call.await };
     tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
         cluster.cluster.stats.upstream_rq_timeout.inc();
-        cluster.cluster.stats.upstream_rq.inc(StatusCode::GATEWAY_TIMEOUT.as_u16());
+        cluster.cluster.stats.charge(StatusCode::GATEWAY_TIMEOUT.as_u16(), true);
         Err(Failure::TimedOut)
     })
 }

@@ -179,6 +179,8 @@ pub(super) struct StreamEnd {
 pub(super) struct Notes {
     /// What the request is counted under besides its cluster.
     pub(super) counted: Option<Rc<Counted>>,
+    /// The request is internal.
+    pub(super) internal: bool,
     /// The connection to the host, once there is one.
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
@@ -195,7 +197,7 @@ impl Notes {
 
     /// Counts a response of the cluster's, or the answer in its place.
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
-        cluster.cluster.stats.upstream_rq.inc(status.as_u16());
+        cluster.cluster.stats.charge(status.as_u16(), self.internal);
         self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
     }
 }
@@ -452,7 +454,8 @@ impl StreamEnd {
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
-        self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
+        let (counted, internal) = (self.notes.counted.take(), self.notes.internal);
+        self.notes = Notes { counted, internal, ..Notes::default() };
         self.judged = false;
         self.update_live();
     }
@@ -550,7 +553,7 @@ impl Drop for StreamEnd {
             stats.downstream_rq.inc(status.as_u16());
         }
         if let Some((cluster, host)) = &self.host {
-            cluster.cluster.stats.upstream_rq_time.record(elapsed);
+            cluster.cluster.stats.record_time(elapsed, self.notes.internal);
             self.count(|stats| stats.upstream_rq_time.record(elapsed));
             cluster.cluster.stats.upstream_rq_active.dec();
             host.end_request();

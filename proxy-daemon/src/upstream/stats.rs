@@ -11,6 +11,13 @@ use crate::{
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
 };
 
+/// What is counted of the responses to requests of one origin.
+#[derive(Debug)]
+struct Origin {
+    codes: ResponseCodes,
+    time: Histogram,
+}
+
 macro_rules! cluster_stats {
     (counters { $($counter:ident)* } gauges { $($gauge:ident)* } histograms { $($histogram:ident)* }) => {
         /// The slots of a cluster's statistics: `cluster.<name>.<field>`, as Envoy names them.
@@ -24,6 +31,8 @@ macro_rules! cluster_stats {
             pub upstream_rq: ResponseCodes,
             /// `retry.upstream_rq_503` and so on: responses that were tried again.
             retry: Arc<OnceLock<ResponseCodes>>,
+            /// `external.upstream_rq_200` and so on, and `internal.`: by where requests come from.
+            origins: Arc<[OnceLock<Origin>; 2]>,
             scope: Scope,
             _lease: Arc<Lease>,
         }
@@ -40,6 +49,7 @@ macro_rules! cluster_stats {
                     $($histogram: scope.histogram(stringify!($histogram)),)*
                     upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
                     retry: Arc::default(),
+                    origins: Arc::default(),
                     scope,
                     _lease: lease,
                 }
@@ -106,6 +116,29 @@ impl Usage for ClusterStats {
 }
 
 impl ClusterStats {
+    /// Counts a response, or the answer in its place; `internal`: the request was.
+    pub fn charge(&self, code: u16, internal: bool) {
+        self.upstream_rq.inc(code);
+        self.origin(internal).codes.inc(code);
+    }
+
+    /// A request took so many milliseconds; `internal`: it was.
+    pub fn record_time(&self, milliseconds: u64, internal: bool) {
+        self.upstream_rq_time.record(milliseconds);
+        self.origin(internal).time.record(milliseconds);
+    }
+
+    /// Made with the first request of that origin: most clusters never see one of the other.
+    fn origin(&self, internal: bool) -> &Origin {
+        self.origins[usize::from(internal)].get_or_init(|| {
+            let (codes, time) = match internal {
+                true => ("internal.upstream_rq", "internal.upstream_rq_time"),
+                false => ("external.upstream_rq", "external.upstream_rq_time"),
+            };
+            Origin { codes: ResponseCodes::new(&self.scope, codes), time: self.scope.histogram(time) }
+        })
+    }
+
     /// Counts a response that is tried again.
     pub fn count_retried(&self, code: u16) {
         self.retry.get_or_init(|| ResponseCodes::new(&self.scope, "retry.upstream_rq")).inc(code);

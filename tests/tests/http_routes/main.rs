@@ -85,7 +85,14 @@ fn redirects_are_envoys() -> Result<()> {
 fn counts_are_envoys() -> Result<()> {
     harness::compare_counting(
         counted::cases(),
-        &["vhost.", ".a.upstream_rq_completed", "empty.upstream_rq_", "dead.upstream_rq_5"],
+        &[
+            "vhost.",
+            ".a.upstream_rq_completed",
+            ".a.external.upstream_rq_",
+            ".a.internal.upstream_rq_",
+            "empty.upstream_rq_",
+            "dead.upstream_rq_5",
+        ],
     )
 }
 
