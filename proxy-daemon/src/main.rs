@@ -153,6 +153,7 @@ async fn run(
 ) -> Result<()> {
     // First of all: what follows may refer to its values.
     let runtime = Runtime::start(bootstrap.runtime.clone()).map_err(anyhow::Error::msg).context("layered_runtime")?;
+    plane.set_local_node(std::mem::take(&mut bootstrap.local));
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use support::{Upstream, cluster, get, http_listener, runtime, tcp_listener, wait_until};
 
 use culvert_proxy_daemon::{
-    config::model::{EndpointAddress, HealthStatus, LbPolicy, RetryOn},
+    config::model::{EndpointAddress, HealthStatus, LbPolicy, LeastRequest, RetryOn},
     runtime::{DataPlane, Options},
 };
 
@@ -128,7 +128,11 @@ fn tcp_is_carried_and_half_close_kept() {
     runtime().block_on(async {
         let upstream = Upstream::echo_after_eof();
         let plane = start(2);
-        plane.upsert_cluster(cluster("a", [upstream.address], LbPolicy::LeastRequest { choice_count: 2 }));
+        plane.upsert_cluster(cluster(
+            "a",
+            [upstream.address],
+            LbPolicy::LeastRequest(LeastRequest { choice_count: 2, ..LeastRequest::default() }),
+        ));
         let address = tcp_listener(&plane, "l", "a").await;
         let sent: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
         assert_eq!(support::send_and_finish(address, &sent), sent);

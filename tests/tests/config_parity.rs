@@ -46,7 +46,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
     ("valid/not_supported/bootstrap_header_prefix.yaml", "header_prefix"),
     ("valid/not_supported/bootstrap_stats_sinks.yaml", "stats_sinks"),
     ("valid/not_supported/cluster_logical_dns.yaml", "static_resources.clusters[0].type"),
-    ("valid/not_supported/endpoint_policy.yaml", "static_resources.clusters[0].load_assignment.policy"),
     (
         "valid/not_supported/http_filter_lua.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].typed_config",

@@ -56,7 +56,7 @@ fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> st
         writeln!(out, "{name}::{address}::region::{}", host.locality.region)?;
         writeln!(out, "{name}::{address}::zone::{}", host.locality.zone)?;
         writeln!(out, "{name}::{address}::sub_zone::{}", host.locality.sub_zone)?;
-        writeln!(out, "{name}::{address}::canary::false")?;
+        writeln!(out, "{name}::{address}::canary::{}", host.is_canary())?;
         writeln!(out, "{name}::{address}::priority::{}", host.priority)?;
         // What Envoy prints where outlier detection has nothing to say.
         writeln!(out, "{name}::{address}::success_rate::-1")?;

@@ -14,8 +14,8 @@ use super::*;
 pub(super) mod dumps;
 use crate::{
     config::model::{
-        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbPolicy, ListenAddress, Listener, Locality,
-        LocalityEndpoints, Thresholds, UpstreamProtocol,
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbOptions, LbPolicy, ListenAddress,
+        Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
     },
     layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
@@ -151,6 +151,7 @@ fn cluster(name: &str) -> ClusterConfig {
         stat_name: name.replace(':', "_"),
         discovery: Discovery::Static,
         lb_policy: LbPolicy::RoundRobin,
+        lb: LbOptions::default(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,
@@ -166,6 +167,7 @@ fn cluster(name: &str) -> ClusterConfig {
                 endpoint("127.0.0.1:19090", HealthStatus::Unknown),
                 endpoint("[::1]:80", HealthStatus::Draining),
             ],
+            ..LocalityEndpoints::default()
         }],
     }
 }

@@ -11,5 +11,5 @@ mod slots;
 pub use disk::DiskLayer;
 pub use entry::{Denominator, Entry, Fraction};
 pub use loader::{Layer, LayerSource, ModifyError, Runtime, check_values};
-pub use slots::{Key, RuntimeFlag, RuntimeFraction, RuntimeInteger};
+pub use slots::{Key, RuntimeFlag, RuntimeFraction, RuntimeInteger, RuntimeNumber};
 pub(crate) use slots::{Values, observe, with_values};

@@ -230,3 +230,20 @@ impl RuntimeFlag {
         self.key.as_ref().and_then(Key::boolean).unwrap_or(self.default)
     }
 }
+
+/// `RuntimeDouble`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RuntimeNumber {
+    /// Where the key has no value.
+    pub default: f64,
+    /// `runtime_key`
+    pub key: Option<Key>,
+}
+
+impl RuntimeNumber {
+    /// Its value now.
+    #[inline]
+    pub fn get(&self) -> f64 {
+        self.key.as_ref().and_then(Key::double).unwrap_or(self.default)
+    }
+}

@@ -22,7 +22,8 @@ use super::{
 };
 use crate::{
     config::model::{
-        ClusterConfig, Discovery, ListenAddress, Listener, LocalityEndpoints, RouteConfig, RouteSource, Scope,
+        ClusterConfig, Discovery, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig, RouteSource,
+        Scope,
     },
     http::filters::OffloadedTable,
     intercept::Interception,
@@ -161,6 +162,11 @@ impl DataPlane {
             draining,
             control: tokio::runtime::Handle::current(),
         })))
+    }
+
+    /// Says where this node is, and which cluster it is of. Before there are any clusters.
+    pub fn set_local_node(&self, node: LocalNode) {
+        self.0.clusters.set_local_node(node);
     }
 
     /// Adds a cluster, or replaces the one of the same name.

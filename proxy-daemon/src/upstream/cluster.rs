@@ -1,9 +1,10 @@
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -11,10 +12,13 @@ use arc_swap::ArcSwap;
 use super::{
     ClusterStats,
     host::{Host, HostCounters, HostSet},
+    lb::{self, Assigned, Balancer, Ingredients, LocalZones},
     limits::{Limits, RuntimeLimits, cluster_of},
 };
 use crate::{
-    config::model::{ClusterConfig, Discovery, EndpointAddress, LbPolicy, LocalityEndpoints},
+    config::model::{
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LocalNode, Locality, LocalityEndpoints,
+    },
     layered_runtime::{observe, with_values},
     stats::{self, HiddenCounter},
     tls::{ClientTls, Secrets},
@@ -42,9 +46,15 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    fn new(config: ClusterConfig, hosts: Arc<HostSet>, workers: usize, secrets: &Arc<Secrets>) -> Cluster {
-        let stats = ClusterStats::new(&config);
+    fn new(
+        config: ClusterConfig,
+        stats: ClusterStats,
+        hosts: Arc<HostSet>,
+        workers: usize,
+        secrets: &Arc<Secrets>,
+    ) -> Cluster {
         stats.publish_hosts(&hosts);
+        stats.membership_change.inc();
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
@@ -108,56 +118,169 @@ impl Cluster {
     }
 
     /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
-    pub(crate) fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize) {
-        let next = Arc::new(build(endpoints, &self.config.lb_policy, &self.hosts.load(), workers));
-        self.stats.publish_hosts(&next);
-        self.hosts.store(next);
-        self.hosts_version.fetch_add(1, Ordering::Release);
+    fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize, local: &Local) {
+        let making = Making { config: &self.config, stats: &self.stats, workers, local };
+        self.set_hosts(build(endpoints, &self.hosts.load(), &making));
+        self.stats.membership_change.inc();
         // What EDS and DNS say first is what the cluster begins with: this is of one in use.
         stats::counter("cluster_manager.cluster_updated").inc();
     }
+
+    /// Chooses anew: this node's own cluster has changed.
+    fn rebalance(&self, workers: usize, local: &Local) {
+        let making = Making { config: &self.config, stats: &self.stats, workers, local };
+        self.set_hosts(making.again(&self.hosts.load()));
+    }
+
+    fn set_hosts(&self, next: HostSet) {
+        self.stats.publish_hosts(&next);
+        self.hosts.store(Arc::new(next));
+        self.hosts_version.fetch_add(1, Ordering::Release);
+    }
 }
 
-fn build(endpoints: &[LocalityEndpoints], policy: &LbPolicy, before: &HostSet, workers: usize) -> HostSet {
-    let known: HashMap<&EndpointAddress, &Arc<Host>> = before.hosts.iter().map(|host| (&host.address, host)).collect();
-    let mut seen = HashSet::new();
-    let mut hosts = Vec::with_capacity(endpoints.iter().map(|group| group.endpoints.len()).sum());
+/// What is as it is for all hosts of a cluster while a set of them is made.
+struct Making<'a> {
+    config: &'a ClusterConfig,
+    stats: &'a ClusterStats,
+    workers: usize,
+    local: &'a Local,
+}
+
+/// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
+fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>) -> HostSet {
+    let count = endpoints.iter().map(|group| group.endpoints.len()).sum();
+    let mut by_address = HashMap::with_capacity(count);
+    let mut hosts: Vec<Arc<Host>> = Vec::with_capacity(count);
+    let mut groups = Vec::with_capacity(endpoints.len());
+    // Slots of hosts that are gone are free for those that come.
+    let mut by_slot = vec![FREE; before.by_slot.len()];
+    let mut new = Vec::new();
+    let now = Instant::now();
     for group in endpoints {
         let locality = Arc::new(group.locality.clone());
+        let first = hosts.len() as u32;
         for endpoint in &group.endpoints {
+            if matches!(endpoint.address, EndpointAddress::Dns { .. }) {
+                continue;
+            }
+            // There are never more hosts than fit.
+            let number = hosts.len() as u32;
             // An address that is listed twice is one host, as in Envoy.
-            if matches!(endpoint.address, EndpointAddress::Dns { .. }) || !seen.insert(&endpoint.address) {
-                continue;
+            match by_address.entry(endpoint.address.clone()) {
+                Entry::Occupied(_) => continue,
+                Entry::Vacant(entry) => drop(entry.insert(number)),
             }
-            let known = known.get(&endpoint.address);
-            // One that is as it was is kept as it is.
-            let unchanged = known.filter(|host| {
-                host.weight == endpoint.weight.max(1)
-                    && host.health == endpoint.health
-                    && host.hostname == endpoint.hostname
-                    && host.metadata == endpoint.metadata
-                    && host.priority == group.priority
-                    && *host.locality == group.locality
-            });
-            if let Some(host) = unchanged {
-                hosts.push(Arc::clone(host));
-                continue;
+            let known = before.by_address.get(&endpoint.address).map(|number| &before.hosts[*number as usize]);
+            match known {
+                Some(known) => by_slot[known.slot as usize] = number,
+                None => new.push(number),
             }
-            let counters = known.map(|host| Arc::clone(&host.counters));
-            hosts.push(Arc::new(Host {
-                text: Host::text_of(&endpoint.address),
-                address: endpoint.address.clone(),
-                weight: endpoint.weight.max(1),
-                health: endpoint.health,
-                hostname: endpoint.hostname.clone(),
-                metadata: endpoint.metadata.clone(),
-                locality: Arc::clone(&locality),
-                priority: group.priority,
-                counters: counters.unwrap_or_else(|| Arc::new(HostCounters::new(workers))),
-            }));
+            hosts.push(host(endpoint, group, &locality, known, now, making.workers));
         }
+        groups.push(Assigned {
+            locality,
+            weight: group.weight,
+            priority: group.priority,
+            policy: group.policy,
+            hosts: first..hosts.len() as u32,
+        });
     }
-    HostSet::new(hosts, policy)
+    let mut free = 0;
+    for number in new {
+        while by_slot.get(free).is_some_and(|taken| *taken != FREE) {
+            free += 1;
+        }
+        if free == by_slot.len() {
+            by_slot.push(FREE);
+        }
+        if let Some(host) = Arc::get_mut(&mut hosts[number as usize]) {
+            host.slot = free as u32;
+        }
+        by_slot[free] = number;
+        free += 1;
+    }
+    let levels = lb::levels(&groups, &making.local.node.locality);
+    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None };
+    set.balancer = making.balancer(&set);
+    set
+}
+
+/// Stands for "no host".
+const FREE: u32 = u32::MAX;
+
+impl Making<'_> {
+    fn balancer(&self, set: &HostSet) -> Option<Balancer> {
+        let config = self.config;
+        let given = matches!(config.discovery, Discovery::OriginalDst { .. });
+        (!given).then(|| {
+            Balancer::new(&Ingredients {
+                hosts: &set.hosts,
+                levels: &set.levels,
+                policy: &config.lb_policy,
+                options: &config.lb,
+                local: self.local.zones.as_ref(),
+                stats: self.stats,
+            })
+        })
+    }
+
+    /// The same hosts, chosen anew.
+    fn again(&self, before: &HostSet) -> HostSet {
+        let mut set = HostSet {
+            hosts: before.hosts.clone(),
+            by_address: before.by_address.clone(),
+            by_slot: before.by_slot.clone(),
+            levels: before.levels.clone(),
+            balancer: None,
+        };
+        set.balancer = self.balancer(&set);
+        set
+    }
+}
+
+/// The host that an endpoint is; `known`: its version before. One that is as it was is kept as it is.
+fn host(
+    endpoint: &Endpoint,
+    group: &LocalityEndpoints,
+    locality: &Arc<Locality>,
+    known: Option<&Arc<Host>>,
+    now: Instant,
+    workers: usize,
+) -> Arc<Host> {
+    let weight = endpoint.weight.max(1);
+    let unchanged = known.filter(|host| {
+        host.weight == weight
+            && host.health == endpoint.health
+            && host.hostname == endpoint.hostname
+            && host.metadata == endpoint.metadata
+            && host.priority == group.priority
+            && *host.locality == group.locality
+    });
+    if let Some(host) = unchanged {
+        return Arc::clone(host);
+    }
+    let healthy = matches!(endpoint.health, HealthStatus::Unknown | HealthStatus::Healthy);
+    Arc::new(Host {
+        text: Host::text_of(&endpoint.address),
+        address: endpoint.address.clone(),
+        weight,
+        health: endpoint.health,
+        hostname: endpoint.hostname.clone(),
+        metadata: endpoint.metadata.clone(),
+        locality: Arc::clone(locality),
+        priority: group.priority,
+        healthy_since: known.and_then(|host| host.healthy_since).or(healthy.then_some(now)),
+        slot: known.map_or(0, |host| host.slot),
+        counters: known.map_or_else(|| Arc::new(HostCounters::new(workers)), |host| Arc::clone(&host.counters)),
+    })
+}
+
+/// Where this node is, and what its own cluster says of zones.
+#[derive(Debug, Default)]
+struct Local {
+    node: LocalNode,
+    zones: Option<LocalZones>,
 }
 
 /// Every cluster, by name.
@@ -180,14 +303,26 @@ pub struct Clusters {
     version: AtomicU64,
     workers: usize,
     secrets: Arc<Secrets>,
-    writer: Mutex<()>,
+    /// Held while anything changes.
+    local: Mutex<Local>,
 }
 
 impl Clusters {
     /// None yet.
     pub fn new(workers: usize) -> Clusters {
         let secrets = Arc::default();
-        Clusters { map: ArcSwap::default(), version: AtomicU64::new(1), workers, secrets, writer: Mutex::new(()) }
+        Clusters { map: ArcSwap::default(), version: AtomicU64::new(1), workers, secrets, local: Mutex::default() }
+    }
+
+    /// Says where this node is, and which cluster it is of. Before there are any clusters.
+    pub fn set_local_node(&self, node: LocalNode) {
+        let zones = node.cluster.is_some().then(LocalZones::default);
+        *self.lock() = Local { node, zones };
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Local> {
+        // Whatever panicked had changed nothing, or all of it.
+        self.local.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The secrets that clusters find theirs in.
@@ -220,13 +355,13 @@ impl Clusters {
         if changes.is_empty() {
             return;
         }
-        let _one_at_a_time = self.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut local = self.lock();
         let mut next = ClusterMap::clone(&self.map.load());
         for change in changes {
             match change {
                 ClusterChange::Upsert(config, endpoints) => {
                     let name = Arc::clone(&config.name);
-                    let cluster = self.build(*config, endpoints.as_deref(), next.get(&name));
+                    let cluster = self.build(*config, endpoints.as_deref(), next.get(&name), &local);
                     next.insert(name, cluster);
                 }
                 ClusterChange::Remove(name) => drop(next.remove(&name)),
@@ -234,6 +369,18 @@ impl Clusters {
         }
         self.map.store(Arc::new(next));
         self.version.fetch_add(1, Ordering::Release);
+        self.follow_local(&mut local);
+    }
+
+    /// Has every cluster take note where the hosts of this node's own one have changed.
+    fn follow_local(&self, local: &mut Local) {
+        let Some(name) = &local.node.cluster else { return };
+        let map = self.map.load();
+        let hosts = map.get(name).map(|cluster| cluster.hosts()).unwrap_or_default();
+        let zones = LocalZones::new(hosts.levels.first(), &hosts.hosts);
+        if local.zones.replace(zones.clone()) != Some(zones) {
+            map.values().for_each(|cluster| cluster.rebalance(self.workers, local));
+        }
     }
 
     /// A cluster that replaces `before`. Hosts whose addresses stay keep their counters.
@@ -242,27 +389,31 @@ impl Clusters {
         config: ClusterConfig,
         endpoints: Option<&[LocalityEndpoints]>,
         before: Option<&Arc<Cluster>>,
+        local: &Local,
     ) -> Arc<Cluster> {
         let before = before.map(|old| old.hosts()).unwrap_or_default();
-        let policy = &config.lb_policy;
+        let stats = ClusterStats::new(&config);
+        let making = Making { config: &config, stats: &stats, workers: self.workers, local };
         let hosts = match (&config.discovery, endpoints) {
-            (Discovery::Static, _) => Arc::new(build(&config.endpoints, policy, &before, self.workers)),
+            (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, &making)),
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, Some(endpoints)) => {
-                Arc::new(build(endpoints, policy, &before, self.workers))
+                Arc::new(build(endpoints, &before, &making))
             }
-            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => {
-                Arc::new(HostSet::new(before.hosts.clone(), policy))
-            }
+            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => Arc::new(making.again(&before)),
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
-        Arc::new(Cluster::new(config, hosts, self.workers, &self.secrets))
+        Arc::new(Cluster::new(config, stats, hosts, self.workers, &self.secrets))
     }
 
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
     pub fn set_endpoints(&self, name: &str, endpoints: &[LocalityEndpoints]) -> bool {
+        let mut local = self.lock();
         let cluster = self.map.load().get(name).map(Arc::clone);
         if let Some(cluster) = &cluster {
-            cluster.set_endpoints(endpoints, self.workers);
+            cluster.set_endpoints(endpoints, self.workers, &local);
+        }
+        if local.node.cluster.as_deref() == Some(name) {
+            self.follow_local(&mut local);
         }
         cluster.is_some()
     }
@@ -275,7 +426,7 @@ impl Clusters {
             let named: HashSet<&str> = before.keys().chain(after.keys()).filter_map(|key| cluster_of(key)).collect();
             if !named.is_empty() {
                 // A cluster that is being added has read the values before this, or is in the map after this.
-                let _one_at_a_time = clusters.writer.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                let _one_at_a_time = clusters.lock();
                 let map = clusters.map.load();
                 named.into_iter().filter_map(|name| map.get(name)).for_each(|it| it.limits.set(&it.config, after));
             }
@@ -288,7 +439,7 @@ impl Clusters {
 mod tests {
     use super::*;
     use crate::{
-        config::model::{Thresholds, UpstreamProtocol},
+        config::model::{LbOptions, LbPolicy, Thresholds, UpstreamProtocol},
         layered_runtime::{Layer, LayerSource, Runtime},
     };
 
@@ -298,6 +449,7 @@ mod tests {
             stat_name: name.to_owned(),
             discovery: Discovery::Static,
             lb_policy: LbPolicy::RoundRobin,
+            lb: LbOptions::default(),
             connect_timeout: std::time::Duration::from_secs(1),
             protocol: UpstreamProtocol::Http1,
             max_requests_per_connection: 0,

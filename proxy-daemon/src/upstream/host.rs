@@ -1,10 +1,15 @@
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, LazyLock, OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc,
+    },
+    time::Instant,
 };
 
-use super::lb::{HashTable, Spread};
-use crate::config::model::{EndpointAddress, HealthStatus, LbMetadata, LbPolicy, Locality};
+use super::lb::{Balancer, Level};
+use crate::config::model::{EndpointAddress, HealthStatus, LbMetadata, Locality};
 
 /// One endpoint of a cluster.
 #[derive(Debug)]
@@ -25,6 +30,10 @@ pub struct Host {
     pub locality: Arc<Locality>,
     /// 0 is used first.
     pub priority: u32,
+    /// Since when it has been healthy, the first time: what slow start goes by.
+    pub(super) healthy_since: Option<Instant>,
+    /// Where workers keep what is theirs of it: the same for its earlier and later versions, and no other host's of the cluster.
+    pub(super) slot: u32,
     /// Shared with the same host's earlier and later versions.
     pub counters: Arc<HostCounters>,
 }
@@ -33,6 +42,12 @@ impl Host {
     /// The address as logs and `/clusters` print it.
     pub fn display(&self) -> &str {
         &self.text
+    }
+
+    /// Whether its metadata says `canary` under `envoy.lb`.
+    pub fn is_canary(&self) -> bool {
+        let metadata = self.metadata.as_ref();
+        metadata.and_then(|metadata| metadata.get("canary")?.as_bool()).unwrap_or(false)
     }
 
     /// What it is hashed by: what its metadata says, or its name, or its address.
@@ -145,24 +160,39 @@ impl HostCounters {
 pub struct HostSet {
     /// In the order of the configuration.
     pub hosts: Vec<Arc<Host>>,
-    /// Of a cluster that is balanced by hashes: which of the hosts that may be used has which, and how many entries they have.
-    pub(super) table: Option<(Arc<HashTable>, Spread)>,
+    /// The numbers of the hosts, by their addresses.
+    pub(super) by_address: HashMap<EndpointAddress, u32>,
+    /// The numbers of the hosts, by their slots; `u32::MAX`: a slot that no host has.
+    pub(super) by_slot: Vec<u32>,
+    /// The hosts by priority and locality.
+    pub(super) levels: Vec<Level>,
+    /// How one of them is chosen; `None` in ORIGINAL_DST clusters.
+    pub(super) balancer: Option<Balancer>,
 }
 
 impl HostSet {
-    pub(super) fn new(hosts: Vec<Arc<Host>>, policy: &LbPolicy) -> HostSet {
-        let table = HashTable::new(policy, &usable(&hosts));
-        HostSet { hosts, table: table.map(|(table, spread)| (Arc::new(table), spread)) }
-    }
-}
-
-/// The healthy hosts of the first priority that has any; degraded ones where no priority has a healthy host.
-pub(super) fn usable(hosts: &[Arc<Host>]) -> Vec<&Arc<Host>> {
-    for degraded in [false, true] {
-        let fits = |host: &&Arc<Host>| host.health.is_usable() && (host.health == HealthStatus::Degraded) == degraded;
-        if let Some(priority) = hosts.iter().filter(fits).map(|host| host.priority).min() {
-            return hosts.iter().filter(fits).filter(|host| host.priority == priority).collect();
+    /// Lets go of a set. Whoever does so last would have to take it apart, which takes a while for thousands of hosts: that is done
+    /// aside, where no request waits for it.
+    pub(super) fn leave(self: Arc<HostSet>) {
+        const FEW: usize = 1000;
+        static ASIDE: LazyLock<Option<mpsc::Sender<HostSet>>> = LazyLock::new(|| {
+            let (sender, sets) = mpsc::channel();
+            // It ends with the process.
+            let thread = std::thread::Builder::new().name("old_hosts".to_owned());
+            thread.spawn(move || sets.into_iter().for_each(drop)).ok().map(|_| sender)
+        });
+        if self.hosts.len() > FEW
+            && let Some(set) = Arc::into_inner(self)
+            && let Some(aside) = &*ASIDE
+        {
+            // Without the thread, it is dropped here.
+            let _ = aside.send(set);
         }
     }
-    Vec::new()
+
+    /// The host with this slot.
+    pub(super) fn in_slot(&self, slot: usize) -> Option<&Arc<Host>> {
+        let number = *self.by_slot.get(slot)?;
+        self.hosts.get(number as usize)
+    }
 }

@@ -57,6 +57,8 @@ impl OriginalDstHosts {
                 metadata: None,
                 locality: Arc::new(Locality::default()),
                 priority: 0,
+                healthy_since: None,
+                slot: 0,
                 counters: Arc::clone(counters),
             }),
             worker,

@@ -5,7 +5,7 @@ use std::{
 
 use culvert_xds_client::source::Usage;
 
-use super::HostSet;
+use super::{HostSet, lb::Balancer};
 use crate::{
     config::model::ClusterConfig,
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
@@ -73,7 +73,10 @@ cluster_stats! {
         upstream_internal_redirect_succeeded_total upstream_internal_redirect_failed_total
         original_dst_host_invalid
         membership_change update_attempt update_success update_failure update_empty update_no_rebuild
-        lb_healthy_panic lb_subsets_created
+        lb_healthy_panic lb_local_cluster_not_ok lb_recalculate_zone_structures lb_zone_cluster_too_small
+        lb_zone_no_capacity_left lb_zone_number_differs lb_zone_routing_all_directly lb_zone_routing_sampled
+        lb_zone_routing_cross_zone
+        lb_subsets_created
     }
     gauges { upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
@@ -151,21 +154,20 @@ impl ClusterStats {
 
     /// Shows the hosts in the membership gauges.
     pub(super) fn publish_hosts(&self, hosts: &HostSet) {
-        use crate::config::model::HealthStatus::{Degraded, Healthy, Unknown};
+        use crate::config::model::HealthStatus::{Degraded, Draining, Healthy, Unknown};
         let count = |wanted: fn(&crate::config::model::HealthStatus) -> bool| {
             hosts.hosts.iter().filter(|host| wanted(&host.health)).count() as u64
         };
-        if let Some((table, spread)) = &hosts.table {
-            let (lb, unit) = table.names();
+        if let Some((lb, unit, spread)) = hosts.balancer.as_ref().and_then(Balancer::spread) {
             self.scope.gauge(&format!("{lb}.min_{unit}_per_host")).set(spread.min);
             self.scope.gauge(&format!("{lb}.max_{unit}_per_host")).set(spread.max);
             if unit == "hashes" {
                 self.scope.gauge(&format!("{lb}.size")).set(spread.size);
             }
         }
-        self.membership_change.inc();
         self.membership_total.set(hosts.hosts.len() as u64);
         self.membership_healthy.set(count(|health| matches!(health, Healthy | Unknown)));
         self.membership_degraded.set(count(|health| matches!(health, Degraded)));
+        self.membership_excluded.set(count(|health| matches!(health, Draining)));
     }
 }

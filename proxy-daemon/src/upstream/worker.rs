@@ -9,9 +9,8 @@ use std::{
 };
 
 use super::{
-    Cluster, ClusterMap, Clusters, Host, HostCounter,
-    host::usable,
-    lb::{self, LoadBalancer, Wish},
+    Cluster, ClusterMap, Clusters, Host, HostCounter, HostSet,
+    lb::{Pick, Turns},
     original_dst::OriginalDstHosts,
     pool::Pool,
 };
@@ -114,9 +113,10 @@ pub struct WorkerCluster {
     pub cluster: Arc<Cluster>,
     worker: usize,
     hosts_version: Cell<u64>,
-    all: RefCell<HashMap<EndpointAddress, Rc<WorkerHost>>>,
-    usable: RefCell<Vec<Rc<WorkerHost>>>,
-    balancer: RefCell<Box<dyn LoadBalancer>>,
+    set: RefCell<Arc<HostSet>>,
+    /// Those hosts that this worker has used, by their slots.
+    mine: RefCell<Vec<Option<Rc<WorkerHost>>>>,
+    turns: RefCell<Turns>,
     original_dst: OriginalDstHosts,
     /// What filters count below the cluster's name.
     counters: RefCell<HashMap<Box<str>, Counter>>,
@@ -124,14 +124,13 @@ pub struct WorkerCluster {
 
 impl WorkerCluster {
     fn new(cluster: Arc<Cluster>, worker: usize) -> WorkerCluster {
-        let balancer = RefCell::new(lb::build(&cluster.config.lb_policy, &[], None));
         WorkerCluster {
             cluster,
             worker,
             hosts_version: Cell::new(0),
-            all: RefCell::default(),
-            usable: RefCell::default(),
-            balancer,
+            set: RefCell::default(),
+            mine: RefCell::default(),
+            turns: RefCell::default(),
             original_dst: OriginalDstHosts::default(),
             counters: RefCell::default(),
         }
@@ -161,7 +160,7 @@ impl WorkerCluster {
         let next = WorkerCluster::new(cluster, before.worker);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
-            next.all.replace(before.all.take());
+            next.mine.replace(before.mine.take());
         } else {
             before.retire();
         }
@@ -169,7 +168,7 @@ impl WorkerCluster {
     }
 
     fn retire(&self) {
-        self.all.borrow().values().for_each(|host| host.retire());
+        retire(self.mine.borrow().iter().flatten().map(Rc::clone).collect());
     }
 
     /// The worker's index.
@@ -192,9 +191,31 @@ impl WorkerCluster {
         if version != self.hosts_version.get() {
             self.refresh(version);
         }
-        let usable = self.usable.borrow();
-        let index = self.balancer.borrow_mut().pick(&usable, Wish { hash: cx.hash, attempt: cx.attempt })?;
-        Some(Rc::clone(&usable[index]))
+        let set = self.set.borrow();
+        let chosen = {
+            let mine = self.mine.borrow();
+            let active = |number: u32| {
+                let slot = set.hosts[number as usize].slot;
+                mine[slot as usize].as_ref().map_or(0, |host| host.active())
+            };
+            set.balancer.as_ref()?.pick(&mut Pick {
+                hosts: &set.hosts,
+                turns: &mut self.turns.borrow_mut(),
+                active: &active,
+                hash: cx.hash,
+                attempt: cx.attempt,
+                shares: None,
+                slow_start: None,
+                stats: &self.cluster.stats,
+            })
+        };
+        Some(self.mine(&set.hosts[chosen? as usize]))
+    }
+
+    /// What is this worker's of a host of the set.
+    fn mine(&self, host: &Arc<Host>) -> Rc<WorkerHost> {
+        let mine = &mut self.mine.borrow_mut()[host.slot as usize];
+        Rc::clone(mine.get_or_insert_with(|| WorkerHost::new(Arc::clone(host), self.worker)))
     }
 
     /// The host at this address, whatever its health; of ORIGINAL_DST clusters there is none.
@@ -207,7 +228,9 @@ impl WorkerCluster {
             Ok(address) => EndpointAddress::Ip(address),
             Err(_) => EndpointAddress::Pipe(address.into()),
         };
-        self.all.borrow().get(&address).map(Rc::clone)
+        let set = self.set.borrow();
+        let number = *set.by_address.get(&address)?;
+        Some(self.mine(&set.hosts[number as usize]))
     }
 
     /// The destination of an ORIGINAL_DST pick, by Envoy's precedence: filter, header, connection.
@@ -228,25 +251,36 @@ impl WorkerCluster {
     fn refresh(&self, version: u64) {
         self.hosts_version.set(version);
         let set = self.cluster.hosts();
-        let mut before = self.all.take();
-        let mut all = HashMap::with_capacity(set.hosts.len());
-        for host in &set.hosts {
-            let mine = match before.remove(&host.address) {
-                Some(known) if Arc::ptr_eq(&known.host, host) => known,
-                Some(known) => known.with(Arc::clone(host)),
-                None => WorkerHost::new(Arc::clone(host), self.worker),
-            };
-            all.insert(host.address.clone(), mine);
+        let mut mine = self.mine.borrow_mut();
+        let mut gone = Vec::new();
+        for (slot, known) in mine.iter_mut().enumerate() {
+            let Some(old) = known else { continue };
+            match set.in_slot(slot).filter(|host| Arc::ptr_eq(&host.counters, &old.host.counters)) {
+                Some(host) if Arc::ptr_eq(host, &old.host) => {}
+                Some(host) => *known = Some(old.with(Arc::clone(host))),
+                None => gone.extend(known.take()),
+            }
         }
-        before.values().for_each(|gone| gone.retire());
-        // Every host of the set is there, so that the numbers of a table are those of these.
-        let usable: Vec<_> =
-            usable(&set.hosts).into_iter().filter_map(|host| all.get(&host.address)).cloned().collect();
-        let table = set.table.as_ref().map(|(table, _)| table);
-        self.balancer.replace(lb::build(&self.cluster.config.lb_policy, &usable, table));
-        self.usable.replace(usable);
-        self.all.replace(all);
+        mine.resize(set.by_slot.len(), None);
+        self.turns.replace(Turns::new(set.balancer.as_ref().map_or(0, |balancer| balancer.ids)));
+        self.set.replace(set).leave();
+        retire(gone);
     }
+}
+
+/// Closes what is idle of hosts that are gone: of many of them little by little, so that no request waits for it.
+fn retire(gone: Vec<Rc<WorkerHost>>) {
+    const AT_ONCE: usize = 64;
+    if gone.len() <= AT_ONCE {
+        gone.iter().for_each(|host| host.retire());
+        return;
+    }
+    tokio::task::spawn_local(async move {
+        for some in gone.chunks(AT_ONCE) {
+            some.iter().for_each(|host| host.retire());
+            tokio::task::yield_now().await;
+        }
+    });
 }
 
 /// A host as one worker sees it.

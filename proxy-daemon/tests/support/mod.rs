@@ -199,6 +199,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         stat_name: name.to_owned(),
         discovery: Discovery::Static,
         lb_policy,
+        lb: LbOptions::default(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,
@@ -211,6 +212,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
             locality: Locality::default(),
             priority: 0,
             endpoints: hosts.map(endpoint).to_vec(),
+            ..LocalityEndpoints::default()
         }],
     }
 }

@@ -2,7 +2,10 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::{Http2Options, ResourceRef, SecretRef, SecretType, UpstreamTlsContext};
+use super::{
+    AssignmentPolicy, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef, SecretType,
+    UpstreamTlsContext,
+};
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -15,6 +18,8 @@ pub struct ClusterConfig {
     pub discovery: Discovery,
     /// How a host is chosen.
     pub lb_policy: LbPolicy,
+    /// What holds for all policies alike.
+    pub lb: LbOptions,
     /// Limit of one connect. Default 5 s.
     pub connect_timeout: Duration,
     /// What is spoken to its hosts.
@@ -85,56 +90,6 @@ pub enum DnsLookupFamily {
     All,
 }
 
-/// `Cluster.lb_policy`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum LbPolicy {
-    /// Weighted.
-    RoundRobin,
-    /// The least busy of `choice_count` random hosts.
-    LeastRequest {
-        /// At least 2.
-        choice_count: u32,
-    },
-    /// By the request's hash: `RING_HASH`.
-    RingHash {
-        /// At least so many entries, where `max_size` lets it. Default 1024.
-        min_size: u64,
-        /// At most so many. Default 8 Mi.
-        max_size: u64,
-        /// What hosts are hashed with.
-        function: HashFunction,
-        /// Hosts are hashed by their names, not by their addresses.
-        by_hostname: bool,
-    },
-    /// By the request's hash: `MAGLEV`.
-    Maglev {
-        /// A prime. Default 65537.
-        size: u64,
-        /// Hosts are hashed by their names, not by their addresses.
-        by_hostname: bool,
-    },
-    /// Any host.
-    Random,
-    /// The destination that the connection or request names: ORIGINAL_DST clusters only.
-    ClusterProvided,
-}
-
-impl LbPolicy {
-    /// Whether it chooses by a hash of the request.
-    pub fn wants_hash(&self) -> bool {
-        matches!(self, LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. })
-    }
-}
-
-/// `Cluster.RingHashLbConfig.HashFunction`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HashFunction {
-    /// `XX_HASH`
-    XxHash,
-    /// `MURMUR_HASH_2`
-    MurmurHash2,
-}
-
 /// What is spoken to a cluster's hosts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpstreamProtocol {
@@ -196,10 +151,14 @@ pub struct TcpKeepalive {
 }
 
 /// The endpoints of one locality at one priority.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LocalityEndpoints {
     /// Where they are.
     pub locality: Locality,
+    /// Its share of the load where localities are weighted; 0: none.
+    pub weight: u32,
+    /// Of the assignment that it is of.
+    pub policy: AssignmentPolicy,
     /// 0 is used first.
     pub priority: u32,
     /// In the order of the configuration.
@@ -231,9 +190,6 @@ pub struct Endpoint {
     /// What its metadata says under `envoy.lb`.
     pub metadata: Option<Arc<LbMetadata>>,
 }
-
-/// What is said of an endpoint under `envoy.lb`.
-pub type LbMetadata = serde_json::Map<String, serde_json::Value>;
 
 /// Where an endpoint listens.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

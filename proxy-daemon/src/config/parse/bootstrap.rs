@@ -35,8 +35,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, ResourceRef, ScopeSource,
-            Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, LocalNode, Locality,
+            ResourceRef, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     http::filters::HttpFilterFactory,
@@ -76,6 +76,8 @@ pub struct Bootstrap {
     pub runtime: Vec<Layer>,
     /// The extension `culvert.bootstrap.interception`.
     pub interception: Option<InterceptionConfig>,
+    /// Where this node is, and which cluster it is of.
+    pub local: LocalNode,
     /// What is deprecated in it: where, and what to write instead.
     pub warnings: Vec<FieldError>,
 }
@@ -170,7 +172,9 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         return Err(FieldError::unsupported("admin.access_log_path"));
     }
     let runtime = layered_runtime(message, &sources)?;
+    let local = local_node(message, &clusters)?;
     Ok(Bootstrap {
+        local,
         sources,
         admin,
         clusters,
@@ -185,6 +189,19 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         runtime,
         interception: extensions(message)?,
         warnings,
+    })
+}
+
+fn local_node(message: &ProtoBootstrap, clusters: &[ClusterConfig]) -> Result<LocalNode> {
+    let locality = message.node.as_ref().and_then(|node| node.locality.clone()).unwrap_or_default();
+    let name = message.cluster_manager.as_ref().map_or("", |manager| &manager.local_cluster_name);
+    if !name.is_empty() && !clusters.iter().any(|cluster| *cluster.name == *name) {
+        let text = format!("local cluster '{name}' must be defined");
+        return Err(FieldError::new("cluster_manager.local_cluster_name", text));
+    }
+    Ok(LocalNode {
+        locality: Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone },
+        cluster: (!name.is_empty()).then(|| name.into()),
     })
 }
 

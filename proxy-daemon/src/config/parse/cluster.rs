@@ -5,10 +5,7 @@ use envoy_types::pb::envoy::{
     config::{
         cluster::v3::{
             CircuitBreakers, Cluster,
-            cluster::{
-                ClusterDiscoveryType, DiscoveryType, DnsLookupFamily as ProtoFamily, LbConfig, LbPolicy as ProtoPolicy,
-                RingHashLbConfig, ring_hash_lb_config::HashFunction as ProtoFunction,
-            },
+            cluster::{ClusterDiscoveryType, DiscoveryType, DnsLookupFamily as ProtoFamily, LbConfig},
         },
         core::v3::{Http1ProtocolOptions, RoutingPriority},
     },
@@ -17,26 +14,23 @@ use envoy_types::pb::envoy::{
         http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
     },
 };
-use envoy_types::pb::google::protobuf::UInt64Value;
 
 use super::{
     common::{Result, duration, header_name, http2, limit, number, port, required},
     config_source::config_source,
     endpoint::assigned,
+    load_balancing::load_balancing,
     support::{self, join},
     tls::upstream_socket,
 };
 use crate::config::{
     FieldError,
     model::{
-        ClusterConfig, Discovery, DnsLookupFamily, HashFunction, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive,
-        Thresholds, UpstreamProtocol,
+        ClusterConfig, Discovery, DnsLookupFamily, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive, Thresholds,
+        UpstreamProtocol,
     },
 };
 
-/// The largest ring and the largest table of hosts, as in Envoy.
-const MAX_RING: u64 = 8 << 20;
-const MAX_MAGLEV: u64 = 5_000_011;
 const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 
 /// A checked cluster.
@@ -46,7 +40,7 @@ const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptio
 pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     support::check(cluster, path)?;
     let tls = upstream_socket(cluster.transport_socket.as_ref(), path)?;
-    let lb_policy = lb_policy(cluster, path)?;
+    let (lb_policy, lb) = load_balancing(cluster, path)?;
     let discovery = discovery(cluster, &lb_policy, path)?;
     let assignment_path = join(path, "load_assignment");
     let names = matches!(discovery, Discovery::StrictDns { .. });
@@ -76,6 +70,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
             .replace(':', "_"),
         discovery,
         lb_policy,
+        lb,
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
@@ -88,71 +83,11 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     })
 }
 
-fn lb_policy(cluster: &Cluster, path: &str) -> Result<LbPolicy> {
-    match ProtoPolicy::try_from(cluster.lb_policy) {
-        Ok(ProtoPolicy::RoundRobin) => Ok(LbPolicy::RoundRobin),
-        Ok(ProtoPolicy::LeastRequest) => {
-            let choices = match &cluster.lb_config {
-                Some(LbConfig::LeastRequestLbConfig(config)) => number(config.choice_count, 2),
-                _ => 2,
-            };
-            Ok(LbPolicy::LeastRequest { choice_count: choices.max(2) })
-        }
-        Ok(ProtoPolicy::RingHash) => ring_hash(cluster, path),
-        Ok(ProtoPolicy::Maglev) => maglev(cluster, path),
-        Ok(ProtoPolicy::Random) => Ok(LbPolicy::Random),
-        Ok(ProtoPolicy::ClusterProvided) => Ok(LbPolicy::ClusterProvided),
-        policy => {
-            let name = policy.map_or("a policy that is not known", |policy| policy.as_str_name());
-            let has = "ROUND_ROBIN, LEAST_REQUEST, RING_HASH, MAGLEV, RANDOM and CLUSTER_PROVIDED";
-            Err(FieldError::unsupported_value(join(path, "lb_policy"), name, has))
-        }
-    }
-}
-
+/// Of `lb_policy`; those of `load_balancing_policy` may, as in Envoy.
 fn hashes_by_hostname(cluster: &Cluster) -> bool {
     let common = cluster.common_lb_config.as_ref();
     let hashing = common.and_then(|config| config.consistent_hashing_lb_config.as_ref());
     hashing.is_some_and(|config| config.use_hostname_for_hashing)
-}
-
-fn ring_hash(cluster: &Cluster, path: &str) -> Result<LbPolicy> {
-    let config = match cluster.lb_config {
-        Some(LbConfig::RingHashLbConfig(config)) => config,
-        _ => RingHashLbConfig::default(),
-    };
-    let size = |value: Option<UInt64Value>, default| value.map_or(default, |value| value.value);
-    let (min_size, max_size) = (size(config.minimum_ring_size, 1024), size(config.maximum_ring_size, MAX_RING));
-    let path = join(path, "ring_hash_lb_config");
-    for (value, field) in [(min_size, "minimum_ring_size"), (max_size, "maximum_ring_size")] {
-        if value > MAX_RING {
-            return Err(FieldError::new(join(&path, field), format!("must be at most {MAX_RING}")));
-        }
-    }
-    if min_size > max_size {
-        let text = format!("ring hash: minimum_ring_size ({min_size}) > maximum_ring_size ({max_size})");
-        return Err(FieldError::new(path, text));
-    }
-    let function = match ProtoFunction::try_from(config.hash_function) {
-        Ok(ProtoFunction::MurmurHash2) => HashFunction::MurmurHash2,
-        Ok(ProtoFunction::XxHash) | Err(_) => HashFunction::XxHash,
-    };
-    Ok(LbPolicy::RingHash { min_size, max_size, function, by_hostname: hashes_by_hostname(cluster) })
-}
-
-fn maglev(cluster: &Cluster, path: &str) -> Result<LbPolicy> {
-    let size = match cluster.lb_config {
-        Some(LbConfig::MaglevLbConfig(config)) => config.table_size.map_or(65_537, |size| size.value),
-        _ => 65_537,
-    };
-    let path = join(path, "maglev_lb_config.table_size");
-    if size > MAX_MAGLEV {
-        return Err(FieldError::new(path, format!("must be at most {MAX_MAGLEV}")));
-    }
-    if size < 2 || (2..).take_while(|divisor| divisor * divisor <= size).any(|divisor| size % divisor == 0) {
-        return Err(FieldError::new(path, "The table size of maglev must be prime number"));
-    }
-    Ok(LbPolicy::Maglev { size, by_hostname: hashes_by_hostname(cluster) })
 }
 
 fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Discovery> {

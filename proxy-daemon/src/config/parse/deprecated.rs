@@ -143,6 +143,26 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.match_typed_subject_alt_names",
     ),
     replaced("envoy.type.matcher.v3.RegexMatcher.google_re2", "nothing: it is the default", ""),
+    replaced(
+        "envoy.extensions.load_balancing_policies.common.v3.LocalityLbConfig.ZoneAwareLbConfig.force_locality_direct_routing",
+        "force_local_zone",
+        "envoy.extensions.load_balancing_policies.common.v3.LocalityLbConfig.ZoneAwareLbConfig.force_local_zone",
+    ),
+    replaced(
+        "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest.enable_full_scan",
+        "selection_method",
+        "envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest.selection_method",
+    ),
+    replaced(
+        "envoy.extensions.load_balancing_policies.ring_hash.v3.RingHash.hash_balance_factor",
+        "consistent_hashing_lb_config",
+        "envoy.extensions.load_balancing_policies.ring_hash.v3.RingHash.consistent_hashing_lb_config",
+    ),
+    replaced(
+        "envoy.extensions.load_balancing_policies.ring_hash.v3.RingHash.use_hostname_for_hashing",
+        "consistent_hashing_lb_config",
+        "envoy.extensions.load_balancing_policies.ring_hash.v3.RingHash.consistent_hashing_lb_config",
+    ),
 ];
 
 /// `; write x instead`, or that there is no use in it yet.

@@ -10,7 +10,7 @@ use super::{
     support::{self, join},
 };
 use crate::{
-    config::model::{Endpoint, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+    config::model::{AssignmentPolicy, Endpoint, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
     http::metadata::object,
 };
 
@@ -25,6 +25,11 @@ pub fn endpoints(assignment: &ClusterLoadAssignment, path: &str) -> Result<Vec<L
 
 /// The endpoints of an assignment that has been checked; `names` are taken for STRICT_DNS.
 pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
+    let default = AssignmentPolicy::default();
+    let policy = assignment.policy.as_ref().map_or(default, |policy| AssignmentPolicy {
+        overprovisioning_factor: number(policy.overprovisioning_factor, default.overprovisioning_factor),
+        weighted_priority_health: policy.weighted_priority_health,
+    });
     let parse = |(index, group): (usize, &LocalityLbEndpoints)| {
         let path = format!("{}[{index}]", join(path, "endpoints"));
         let parse = |(index, endpoint): (usize, &LbEndpoint)| {
@@ -33,6 +38,9 @@ pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &s
         let locality = group.locality.clone().unwrap_or_default();
         Ok(LocalityEndpoints {
             locality: Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone },
+            // Nothing is said of the weight of a locality that has no name.
+            weight: if group.locality.is_some() { number(group.load_balancing_weight, 0) } else { 0 },
+            policy,
             priority: group.priority,
             endpoints: group.lb_endpoints.iter().enumerate().map(parse).collect::<Result<_>>()?,
         })

@@ -19,6 +19,7 @@ mod http_connection_manager;
 mod internal_redirect;
 mod layered_runtime;
 mod listener;
+mod load_balancing;
 mod local_reply;
 mod match_tree;
 pub(crate) mod matcher;

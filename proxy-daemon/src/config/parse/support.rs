@@ -7,6 +7,7 @@ use prost_reflect::{DynamicMessage, FieldDescriptor, ReflectMessage, Value};
 use super::{
     deprecated::Deprecated,
     honoured::{ALL, honoured},
+    load_balancing::first_known,
 };
 use crate::{config::FieldError, http::filters};
 
@@ -79,8 +80,12 @@ fn walk(
             }
             Value::Message(inner) => walk(inner, path, deprecated, anys)?,
             Value::List(items) => {
+                let only = (name == "envoy.config.cluster.v3.LoadBalancingPolicy").then(|| counting_policy(items));
                 for (index, item) in items.iter().enumerate() {
                     let Value::Message(inner) = item else { break };
+                    if only.is_some_and(|only| only != Some(index)) {
+                        continue;
+                    }
                     path.push_str(&format!("[{index}]"));
                     walk(inner, path, deprecated, anys)?;
                     path.truncate(at);
@@ -100,6 +105,18 @@ fn walk(
         path.truncate(here);
     }
     Ok(())
+}
+
+/// Which of a list of load balancing policies counts: what is before it is not known, and what comes after it is never looked at.
+fn counting_policy(policies: &[Value]) -> Option<usize> {
+    let type_of = |policy: &Value| {
+        let config = policy.as_message()?.get_field_by_name("typed_extension_config")?;
+        let config = config.as_message()?.get_field_by_name("typed_config")?;
+        let url = config.as_message()?.get_field_by_name("type_url")?;
+        url.as_str()?.rsplit('/').next().map(str::to_owned)
+    };
+    let types: Vec<_> = policies.iter().map(|policy| type_of(policy).unwrap_or_default()).collect();
+    first_known(types.iter().map(String::as_str))
 }
 
 /// Whether an enum does not have this value. Envoy passes such numbers over where no rule is against them.

@@ -9,7 +9,7 @@ use culvert_xds_client::json;
 use envoy_types::pb::envoy::config::{bootstrap::v3::Bootstrap as Message, cluster::v3::Cluster};
 
 use super::*;
-use crate::config::model::{Discovery, LbPolicy, NetworkFilterConfig, RouteSource, UpstreamProtocol};
+use crate::config::model::{Discovery, LbPolicy, LeastRequest, NetworkFilterConfig, RouteSource, UpstreamProtocol};
 
 fn load(yaml: &str) -> Result<Bootstrap, String> {
     let message: Message = json::from_yaml(yaml).map_err(|error| error.to_string())?;
@@ -202,7 +202,7 @@ fn clusters_are_read() {
     let config = one_cluster("{ name: 'a.b:80', type: STRICT_DNS, lb_policy: LEAST_REQUEST, load_assignment: { cluster_name: a, endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: example, port_value: 80 } } } }] }] } }").unwrap();
     assert_eq!((&*config.name, config.stat_name.as_str()), ("a.b:80", "a.b_80"));
     assert!(matches!(config.discovery, Discovery::StrictDns { .. }));
-    assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 2 });
+    assert_eq!(config.lb_policy, LbPolicy::LeastRequest(LeastRequest { choice_count: 2, ..LeastRequest::default() }));
     let config = one_cluster("{ name: a, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap();
     assert!(matches!(config.discovery, Discovery::Eds { endpoints } if &*endpoints.name == "a"));
     let config = one_cluster("{ name: a, typed_extension_protocol_options: { envoy.extensions.upstreams.http.v3.HttpProtocolOptions: { '@type': type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: { http2_protocol_options: { max_concurrent_streams: 7 } } } } }").unwrap();
@@ -222,7 +222,7 @@ fn clusters_that_cannot_be_honoured_are_named() {
     let cases = [
         (
             "lb_policy: LOAD_BALANCING_POLICY_CONFIG".to_owned(),
-            "lb_policy: LOAD_BALANCING_POLICY_CONFIG is not supported by culvert yet; it has ROUND_ROBIN, LEAST_REQUEST, RING_HASH, MAGLEV, RANDOM and CLUSTER_PROVIDED",
+            "load_balancing_policy: field load_balancing_policy need to be set",
         ),
         (
             "type: LOGICAL_DNS".to_owned(),
@@ -344,7 +344,7 @@ fn load_reports_need_a_server() {
         "cluster_manager.load_stats_config.grpc_services[0].envoy_grpc.cluster_name: Unknown gRPC client cluster 'nobody'"
     );
     let error = load("cluster_manager: { local_cluster_name: x }").unwrap_err();
-    assert_eq!(error, "cluster_manager.local_cluster_name: not supported by culvert yet");
+    assert_eq!(error, "cluster_manager.local_cluster_name: local cluster 'x' must be defined");
     assert_eq!(load("{}").unwrap().load_stats, None);
 }
 

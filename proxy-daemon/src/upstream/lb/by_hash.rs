@@ -1,23 +1,46 @@
 //! `RING_HASH` and `MAGLEV`: the same hash goes to the same host, and hosts that come or go move few. The tables are Envoy's, entry by
 //! entry. They are made once for all workers, where the hosts change.
 
-use std::{rc::Rc, sync::Arc};
+use std::sync::Arc;
 
 use twox_hash::XxHash64;
 
-use super::{LoadBalancer, Wish, WorkerHost};
+use super::{
+    Ingredients, Pick,
+    layout::{Level, Standing, those},
+    mersenne::Mersenne,
+};
 use crate::{
-    config::model::{HashFunction, LbPolicy},
-    upstream::Host,
+    config::model::{ConsistentHashing, HashFunction, LbPolicy, LocalityLb},
+    upstream::{Host, HostCounter},
 };
 
-/// Which host has which hashes, by the number of the host among those that may be used.
+/// Which host has which hashes.
 #[derive(Debug)]
-pub(in crate::upstream) enum HashTable {
+pub(super) struct HashTable {
+    places: Places,
+    /// The numbers of its hosts.
+    hosts: Box<[u32]>,
+    /// How many entries the hosts have.
+    pub(super) spread: Spread,
+    bound: Option<Bound>,
+}
+
+/// Of hosts by their places among [`HashTable::hosts`].
+#[derive(Debug)]
+enum Places {
     /// Sorted by hash: a host has what lies between the entry before and its own.
     Ring(Box<[(u64, u32)]>),
     /// A host has the hashes that leave its place as rest.
     Maglev(Box<[u32]>),
+}
+
+/// `hash_balance_factor`: how much of the load a host may have.
+#[derive(Debug)]
+struct Bound {
+    factor: u32,
+    /// The hosts' shares of the whole.
+    shares: Box<[f64]>,
 }
 
 /// How many entries the hosts of a table have.
@@ -28,38 +51,99 @@ pub(in crate::upstream) struct Spread {
     pub(in crate::upstream) max: u64,
 }
 
+/// A host while a table is made: its number, what it is hashed by, and its share of the whole.
+type Keyed<'a> = (u32, &'a str, f64);
+
 impl HashTable {
-    /// The table of `hosts`, in their order; `None` where the policy needs none.
-    pub(in crate::upstream) fn new(policy: &LbPolicy, hosts: &[&Arc<Host>]) -> Option<(HashTable, Spread)> {
-        let keyed = |by_hostname: bool| -> Vec<(&str, u32)> {
-            hosts.iter().map(|host| (host.hash_key(by_hostname), host.weight)).collect()
+    /// The table of a priority; `None` where the policy needs none. `panic`: of all its hosts. `degraded`: of degraded hosts, where
+    /// there are no healthy ones.
+    pub(super) fn new(of: &Ingredients<'_>, level: &Level, panic: bool, degraded: bool) -> Option<HashTable> {
+        let hashing = match of.policy {
+            LbPolicy::RingHash { hashing, .. } | LbPolicy::Maglev { hashing, .. } => hashing,
+            _ => return None,
         };
-        match policy {
-            LbPolicy::RingHash { min_size, max_size, function, by_hostname } => {
-                Some(ring(&keyed(*by_hostname), *min_size, *max_size, *function))
-            }
-            LbPolicy::Maglev { size, by_hostname } => Some(maglev(&keyed(*by_hostname), *size)),
-            _ => None,
+        let mut hosts = keyed(of, level, hashing, (!panic).then_some(Standing::Healthy));
+        if hosts.is_empty() && degraded {
+            hosts = keyed(of, level, hashing, Some(Standing::Degraded));
         }
+        let (places, spread) = match of.policy {
+            LbPolicy::RingHash { min_size, max_size, function, .. } => ring(&hosts, *min_size, *max_size, *function),
+            LbPolicy::Maglev { size, .. } => maglev(&hosts, *size),
+            _ => return None,
+        };
+        let bound = hashing
+            .balance_factor
+            .map(|factor| Bound { factor, shares: hosts.iter().map(|(_, _, share)| *share).collect() });
+        Some(HashTable { places, hosts: hosts.iter().map(|(number, ..)| *number).collect(), spread, bound })
     }
 
     /// What its gauges are called, and what they count.
-    pub(in crate::upstream) fn names(&self) -> (&'static str, &'static str) {
-        match self {
-            HashTable::Ring(_) => ("ring_hash_lb", "hashes"),
-            HashTable::Maglev(_) => ("maglev_lb", "entries"),
+    pub(super) fn names(&self) -> (&'static str, &'static str) {
+        match self.places {
+            Places::Ring(_) => ("ring_hash_lb", "hashes"),
+            Places::Maglev(_) => ("maglev_lb", "entries"),
         }
     }
 
-    /// The host of a hash; further attempts get others, where there are any.
+    /// The number of the host of a hash; further attempts get others, where there are any.
+    pub(super) fn pick(&self, hash: u64, cx: &Pick<'_>) -> Option<u32> {
+        let place = self.places.host(hash, cx.attempt)?;
+        let place = match &self.bound {
+            Some(bound) => self.within(bound, place, hash, cx),
+            None => place,
+        };
+        self.hosts.get(place).copied()
+    }
+
+    /// The host at this place, or where it has too much of the load another one: the first in an order that the hash decides that
+    /// has not, or else the one that has the least too much.
+    fn within(&self, bound: &Bound, place: usize, hash: u64, cx: &Pick<'_>) -> usize {
+        let all = cx.stats.upstream_rq_active.value();
+        let slots = ((all + 1) * u64::from(bound.factor)).div_ceil(100) as f64;
+        let overload = |place: usize| {
+            let host = &cx.hosts[self.hosts[place] as usize];
+            let mine = (slots * bound.shares[place]).ceil().max(1.0);
+            host.counters.sum(HostCounter::RqActive) as f64 / mine
+        };
+        let (mut best, mut least) = (place, overload(place));
+        if least <= 1.0 {
+            return place;
+        }
+        // The lower half of the hash is the seed.
+        let mut random = Mersenne::new(hash as u32);
+        // Fisher and Yates's shuffle, of which only the places that were swapped are kept: few, unless all hosts are busy.
+        let mut swapped = std::collections::HashMap::new();
+        let len = self.hosts.len() as u32;
+        for index in 0..len {
+            let other = index + random.below(len - index);
+            let next = *swapped.get(&other).unwrap_or(&other);
+            let here = *swapped.get(&index).unwrap_or(&index);
+            swapped.insert(other, here);
+            let next = next as usize;
+            if next == place {
+                continue;
+            }
+            let factor = overload(next);
+            if factor <= 1.0 {
+                return next;
+            }
+            if factor < least {
+                (best, least) = (next, factor);
+            }
+        }
+        best
+    }
+}
+
+impl Places {
     fn host(&self, hash: u64, attempt: u32) -> Option<usize> {
         match self {
-            HashTable::Ring(ring) => {
+            Places::Ring(ring) => {
                 let at = ring.partition_point(|(point, _)| *point < hash);
                 let at = if at == ring.len() { 0 } else { at };
                 ring.get((at + attempt as usize) % ring.len().max(1)).map(|(_, host)| *host as usize)
             }
-            HashTable::Maglev(table) => {
+            Places::Maglev(table) => {
                 let hash = if attempt > 0 { hash ^ (u64::MAX - u64::from(attempt) + 1) } else { hash };
                 let at = hash.checked_rem(table.len() as u64)?;
                 table.get(at as usize).map(|host| *host as usize)
@@ -68,25 +152,50 @@ impl HashTable {
     }
 }
 
-/// Shares of the whole, and the least and the greatest of them.
-fn shares(hosts: &[(&str, u32)]) -> (Vec<f64>, f64, f64) {
-    let sum: u64 = hosts.iter().map(|(_, weight)| u64::from(*weight)).sum();
-    let shares: Vec<f64> = hosts.iter().map(|(_, weight)| f64::from(*weight) / sum as f64).collect();
-    let (min, max) = shares.iter().fold((1.0_f64, 0.0_f64), |(min, max), share| (min.min(*share), max.max(*share)));
-    (shares, min, max)
+/// The hosts that stand so (`None`: all), with their shares: by weight, and by the weights of their localities where those count.
+fn keyed<'a>(
+    of: &Ingredients<'a>,
+    level: &Level,
+    hashing: &ConsistentHashing,
+    standing: Option<Standing>,
+) -> Vec<Keyed<'a>> {
+    let chosen = |numbers: &[u32]| -> Vec<u32> {
+        match standing {
+            Some(standing) => those(numbers, of.hosts, standing).collect(),
+            None => numbers.to_vec(),
+        }
+    };
+    let mut keyed = Vec::with_capacity(level.hosts.len());
+    let mut add = |numbers: Vec<u32>, part: f64| {
+        let host = |number: u32| -> &'a Arc<Host> { &of.hosts[number as usize] };
+        let sum: u64 = numbers.iter().map(|number| u64::from(host(*number).weight)).sum();
+        for number in numbers {
+            let host = host(number);
+            keyed.push((number, host.hash_key(hashing.by_hostname), f64::from(host.weight) * part / sum as f64));
+        }
+    };
+    if of.options.locality == LocalityLb::Weighted {
+        let sum: u64 = level.localities.iter().map(|group| u64::from(group.weight)).sum();
+        for group in level.localities.iter().filter(|group| group.weight > 0) {
+            add(chosen(&group.hosts), f64::from(group.weight) / sum as f64);
+        }
+    } else {
+        add(chosen(&level.hosts), 1.0);
+    }
+    keyed
 }
 
-fn ring(hosts: &[(&str, u32)], min_size: u64, max_size: u64, function: HashFunction) -> (HashTable, Spread) {
+fn ring(hosts: &[Keyed<'_>], min_size: u64, max_size: u64, function: HashFunction) -> (Places, Spread) {
     if hosts.is_empty() {
-        return (HashTable::Ring(Box::default()), Spread::default());
+        return (Places::Ring(Box::default()), Spread::default());
     }
-    let (shares, least, _) = shares(hosts);
+    let least = hosts.iter().fold(1.0_f64, |least, (_, _, share)| least.min(*share));
     // The host with the least weight gets a whole number of entries.
     let scale = ((least * min_size as f64).ceil() / least).min(max_size as f64);
     let size = scale.ceil() as u64;
     let mut entries = Vec::with_capacity(size as usize);
     let (mut target, mut spread) = (0.0, Spread { size, min: size, max: 0 });
-    for (number, ((key, _), share)) in hosts.iter().zip(shares).enumerate() {
+    for (number, (_, key, share)) in hosts.iter().enumerate() {
         target += scale * share;
         let mut count = 0_u64;
         let mut text = format!("{key}_");
@@ -104,10 +213,10 @@ fn ring(hosts: &[(&str, u32)], min_size: u64, max_size: u64, function: HashFunct
         (spread.min, spread.max) = (spread.min.min(count), spread.max.max(count));
     }
     entries.sort_by_key(|(hash, _)| *hash);
-    (HashTable::Ring(entries.into()), spread)
+    (Places::Ring(entries.into()), spread)
 }
 
-fn maglev(hosts: &[(&str, u32)], size: u64) -> (HashTable, Spread) {
+fn maglev(hosts: &[Keyed<'_>], size: u64) -> (Places, Spread) {
     struct Entry {
         host: u32,
         offset: u64,
@@ -118,20 +227,20 @@ fn maglev(hosts: &[(&str, u32)], size: u64) -> (HashTable, Spread) {
         count: u64,
     }
     if hosts.is_empty() {
-        return (HashTable::Maglev(Box::default()), Spread::default());
+        return (Places::Maglev(Box::default()), Spread::default());
     }
-    let (shares, _, greatest) = shares(hosts);
+    let greatest = hosts.iter().fold(0.0_f64, |greatest, (_, _, share)| greatest.max(*share));
     let mut order: Vec<usize> = (0..hosts.len()).collect();
-    order.sort_by_key(|index| hosts[*index].0);
+    order.sort_by_key(|index| hosts[*index].1);
     let mut entries: Vec<Entry> = order
         .into_iter()
         .map(|index| {
-            let key = hosts[index].0.as_bytes();
+            let key = hosts[index].1.as_bytes();
             Entry {
                 host: index as u32,
                 offset: XxHash64::oneshot(0, key) % size,
                 skip: XxHash64::oneshot(1, key) % (size - 1) + 1,
-                share: shares[index],
+                share: hosts[index].2,
                 target: 0.0,
                 next: 0,
                 count: 0,
@@ -164,7 +273,7 @@ fn maglev(hosts: &[(&str, u32)], size: u64) -> (HashTable, Spread) {
     }
     let counts = entries.iter().map(|entry| entry.count);
     let spread = Spread { size, min: counts.clone().min().unwrap_or(0), max: counts.max().unwrap_or(0) };
-    (HashTable::Maglev(table.into()), spread)
+    (Places::Maglev(table.into()), spread)
 }
 
 /// MurmurHash2 of 64 bits, as libstdc++ has it.
@@ -185,17 +294,6 @@ fn murmur_hash_2(bytes: &[u8]) -> u64 {
     mix(mix(hash).wrapping_mul(MUL))
 }
 
-/// A worker's view of a table.
-pub(super) struct ByHash(pub(super) Arc<HashTable>);
-
-impl LoadBalancer for ByHash {
-    fn pick(&mut self, hosts: &[Rc<WorkerHost>], wish: Wish) -> Option<usize> {
-        // What has no hash may go anywhere.
-        let index = self.0.host(wish.hash.unwrap_or_else(|| fastrand::u64(..)), wish.attempt)?;
-        (index < hosts.len()).then_some(index)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,11 +308,11 @@ mod tests {
 
     #[test]
     fn weights_are_shares_of_a_table() {
-        let hosts = [("127.0.0.1:90", 1), ("127.0.0.1:91", 2), ("127.0.0.1:92", 1)];
-        let (HashTable::Ring(entries), spread) = ring(&hosts, 64, 1 << 20, HashFunction::XxHash) else { panic!() };
+        let hosts = [(0, "127.0.0.1:90", 0.25), (1, "127.0.0.1:91", 0.5), (2, "127.0.0.1:92", 0.25)];
+        let (Places::Ring(entries), spread) = ring(&hosts, 64, 1 << 20, HashFunction::XxHash) else { panic!() };
         assert_eq!((entries.len(), spread), (64, Spread { size: 64, min: 16, max: 32 }));
         assert!(entries.is_sorted_by_key(|(hash, _)| *hash));
-        let (HashTable::Maglev(table), spread) = maglev(&hosts, 17) else { panic!() };
+        let (Places::Maglev(table), spread) = maglev(&hosts, 17) else { panic!() };
         assert_eq!(spread.size, 17);
         assert_eq!(table.iter().filter(|host| **host == 1).count() as u64, spread.max);
         assert!(table.iter().all(|host| *host < 3));
@@ -222,12 +320,12 @@ mod tests {
 
     #[test]
     fn a_ring_ends_where_it_begins() {
-        let table = HashTable::Ring([(10, 0), (20, 1), (30, 2)].into());
+        let table = Places::Ring([(10, 0), (20, 1), (30, 2)].into());
         for (hash, attempt, host) in [(0, 0, 0), (10, 0, 0), (11, 0, 1), (30, 0, 2), (31, 0, 0), (11, 1, 2), (11, 2, 0)]
         {
             assert_eq!(table.host(hash, attempt), Some(host), "{hash} {attempt}");
         }
-        assert_eq!(HashTable::Ring(Box::default()).host(1, 0), None);
-        assert_eq!(HashTable::Maglev(Box::default()).host(1, 0), None);
+        assert_eq!(Places::Ring(Box::default()).host(1, 0), None);
+        assert_eq!(Places::Maglev(Box::default()).host(1, 0), None);
     }
 }

@@ -19,7 +19,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters", "secrets"]),
     ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", ALL),
-    ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config"]),
+    ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config", "local_cluster_name"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
     ("envoy.config.bootstrap.v3.LayeredRuntime", ALL),
     ("envoy.config.bootstrap.v3.RuntimeLayer", ALL),

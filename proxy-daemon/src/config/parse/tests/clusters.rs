@@ -78,7 +78,7 @@ fn discovery_and_balancing() {
     assert_eq!((config.discovery, config.lb_policy), (expected, LbPolicy::Random));
     let config =
         one_cluster("{ name: a, lb_policy: LEAST_REQUEST, least_request_lb_config: { choice_count: 5 } }").unwrap();
-    assert_eq!(config.lb_policy, LbPolicy::LeastRequest { choice_count: 5 });
+    assert_eq!(config.lb_policy, LbPolicy::LeastRequest(LeastRequest { choice_count: 5, ..LeastRequest::default() }));
     let config =
         one_cluster("{ name: a, type: EDS, eds_cluster_config: { service_name: s, eds_config: { ads: {} } } }");
     assert_eq!(
