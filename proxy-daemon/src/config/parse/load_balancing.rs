@@ -272,7 +272,7 @@ fn maglev(size: Option<UInt64Value>, hashing: ConsistentHashing, path: &str) -> 
     if size > MAX_MAGLEV {
         return Err(FieldError::new(path, format!("must be at most {MAX_MAGLEV}")));
     }
-    if size < 2 || (2..).take_while(|divisor| divisor * divisor <= size).any(|divisor| size % divisor == 0) {
+    if size < 2 || (2..).take_while(|divisor| divisor * divisor <= size).any(|divisor| size.is_multiple_of(divisor)) {
         return Err(FieldError::new(path, "The table size of maglev must be prime number"));
     }
     Ok(LbPolicy::Maglev { size, hashing })

@@ -66,7 +66,9 @@ const MAX_PRIORITY: u32 = 128;
 pub(in crate::upstream) fn levels(groups: &[Assigned], here: &Locality) -> Vec<Level> {
     let count = groups.iter().map(|group| group.priority.min(MAX_PRIORITY) as usize + 1).max().unwrap_or(1);
     let policy = groups.first().map(|group| group.policy).unwrap_or_default();
-    let mut levels: Vec<(Level, BTreeMap<(bool, Arc<Locality>), LocalityHosts>)> =
+    // By whether they are others than the node's own, and by name.
+    type Localities = BTreeMap<(bool, Arc<Locality>), LocalityHosts>;
+    let mut levels: Vec<(Level, Localities)> =
         (0..count).map(|_| (Level { policy, ..Level::default() }, BTreeMap::new())).collect();
     let known = *here != Locality::default();
     for group in groups {
@@ -80,10 +82,8 @@ pub(in crate::upstream) fn levels(groups: &[Assigned], here: &Locality) -> Vec<L
         entry.weight = group.weight;
         entry.hosts.extend(group.hosts.clone());
     }
-    let finish = |(level, localities): (Level, BTreeMap<_, LocalityHosts>)| Level {
-        localities: localities.into_values().collect(),
-        ..level
-    };
+    let finish =
+        |(level, localities): (Level, Localities)| Level { localities: localities.into_values().collect(), ..level };
     levels.into_iter().map(finish).collect()
 }
 
