@@ -312,7 +312,7 @@ impl Shared<'_> {
         until.set(limit.until);
         let sent = {
             let mut sending = std::pin::pin!(connection.send(request, |status, headers| {
-                notes.charge(self.cluster, status);
+                notes.charge(self.cluster, status, self.cx.internal);
                 self.cx.progress.interim(status, headers);
             }));
             tokio::select! {

@@ -92,8 +92,7 @@ impl Attempts<'_> {
                     let replay = self.retry.as_ref().and_then(|retry| retry.body.as_ref());
                     let body = replay.map_or(Body::Empty, |replay| replay.reader());
                     let (request, number) = ((head.clone(), body), self.count);
-                    let (counted, internal) = (end.notes.counted.clone(), end.notes.internal);
-                    let notes = Notes { counted, internal, ..Notes::default() };
+                    let notes = Notes { counted: end.notes.counted.clone(), ..Notes::default() };
                     let (late, until) = (Rc::clone(&late), Rc::new(Cell::new(None)));
                     let ends = Rc::clone(&until);
                     let answer = Box::pin(async move {

@@ -165,6 +165,8 @@ pub(super) struct StreamEnd {
     pub(super) http1: bool,
     /// The client speaks gRPC.
     pub(super) grpc: bool,
+    /// The request is internal.
+    pub(super) internal: bool,
     pub(super) complete: bool,
     /// The request's id, where responses carry it.
     pub(super) request_id: Option<HeaderValue>,
@@ -179,8 +181,6 @@ pub(super) struct StreamEnd {
 pub(super) struct Notes {
     /// What the request is counted under besides its cluster.
     pub(super) counted: Option<Rc<Counted>>,
-    /// The request is internal.
-    pub(super) internal: bool,
     /// The connection to the host, once there is one.
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
@@ -195,9 +195,9 @@ impl Notes {
         }
     }
 
-    /// Counts a response of the cluster's, or the answer in its place.
-    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
-        cluster.cluster.stats.charge(status.as_u16(), self.internal);
+    /// Counts a response of the cluster's, or the answer in its place; `internal`: the request is.
+    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode, internal: bool) {
+        cluster.cluster.stats.charge(status.as_u16(), internal);
         self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
     }
 }
@@ -231,6 +231,7 @@ impl StreamEnd {
             judged: false,
             http1: true,
             grpc: false,
+            internal: false,
             complete: false,
             request_id: None,
             upgrade: None,
@@ -245,7 +246,7 @@ impl StreamEnd {
 
     /// Counts a response of the cluster's, or the answer in its place.
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
-        self.notes.charge(cluster, status);
+        self.notes.charge(cluster, status, self.internal);
     }
 
     /// What logs say of why the response is what it is.
@@ -454,8 +455,7 @@ impl StreamEnd {
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
-        let (counted, internal) = (self.notes.counted.take(), self.notes.internal);
-        self.notes = Notes { counted, internal, ..Notes::default() };
+        self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
         self.judged = false;
         self.update_live();
     }
@@ -553,7 +553,7 @@ impl Drop for StreamEnd {
             stats.downstream_rq.inc(status.as_u16());
         }
         if let Some((cluster, host)) = &self.host {
-            cluster.cluster.stats.record_time(elapsed, self.notes.internal);
+            cluster.cluster.stats.record_time(elapsed, self.internal);
             self.count(|stats| stats.upstream_rq_time.record(elapsed));
             cluster.cluster.stats.upstream_rq_active.dec();
             host.end_request();

@@ -118,7 +118,7 @@ struct Arrived {
 async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, Box<(StreamEnd, Arrived)>> {
     let Arrived { mut head, mut body, upgrade, remote, internal, trail } = arrived;
     let (state, progress) = (Rc::clone(&end.state), Rc::clone(&end.progress));
-    end.notes.internal = internal;
+    end.internal = internal;
     let (config, stats) = (&state.manager.config, &state.manager.stats);
     let (grpc, is_head) = (end.grpc, head.method == http::Method::HEAD);
     let random = fastrand::u64(..);
