@@ -246,17 +246,34 @@ const ENDPOINTS: &[Endpoint] = &[
         mutates: false,
         run: stats::prometheus,
     },
+    Endpoint {
+        path: TAP,
+        help: "tap filter control",
+        parameters: &[],
+        mutates: true,
+        // The server does it: it goes on for as long as the client likes.
+        run: |_, _| Reply::ok(),
+    },
 ];
+
+/// Those that there are: `/tap` only with a filter that it configures.
+fn endpoints() -> impl Iterator<Item = &'static Endpoint> {
+    let taps = crate::http::filters::tap::is_registered();
+    ENDPOINTS.iter().filter(move |endpoint| taps || endpoint.path != TAP)
+}
 
 /// The one endpoint whose parameters may come as a form.
 pub(super) const RUNTIME_MODIFY: &str = "/runtime_modify";
+
+/// The one endpoint whose answer goes on.
+pub(super) const TAP: &str = "/tap";
 
 /// The one endpoint that waits for the workers: the server does it.
 pub(super) const DRAIN_LISTENERS: &str = "/drain_listeners";
 
 /// Answers a request, but for what `/drain_listeners` does. Looks many numbers up: not for a thread that must not wait.
 pub(super) fn handle(state: &AdminState, method: &Method, path: &str, parameters: &Parameters) -> Reply {
-    let Some(endpoint) = ENDPOINTS.iter().find(|endpoint| endpoint.path == path) else {
+    let Some(endpoint) = endpoints().find(|endpoint| endpoint.path == path) else {
         return Reply::error(StatusCode::NOT_FOUND, format!("invalid path. {}", help()));
     };
     if endpoint.mutates && *method != Method::POST {
@@ -274,7 +291,7 @@ pub(super) fn handle(state: &AdminState, method: &Method, path: &str, parameters
 /// As Envoy's `/help`.
 fn help() -> String {
     let mut text = String::from("admin commands are:\n");
-    for endpoint in ENDPOINTS {
+    for endpoint in endpoints() {
         let post = if endpoint.mutates { " (POST)" } else { "" };
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  {}{post}: {}", endpoint.path, endpoint.help);
@@ -290,7 +307,7 @@ fn home() -> Reply {
         "<!DOCTYPE html>\n<html lang='en'>\n<head><title>Culvert Admin</title></head>\n<body>\n<table>\n\
          <tr><th align='left'>Command</th><th align='left'>Description</th></tr>\n",
     );
-    for Endpoint { path, help, mutates, .. } in ENDPOINTS {
+    for Endpoint { path, help, mutates, .. } in endpoints() {
         // Links are relative, so that they work behind a proxy that adds a prefix.
         let link = path.trim_start_matches('/');
         // Writing to a String cannot fail.

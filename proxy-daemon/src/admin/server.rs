@@ -20,10 +20,13 @@ use tonic::{body::Body, codegen::Service as _};
 
 use super::{
     AdminState, csds,
-    endpoints::{self, DRAIN_LISTENERS, RUNTIME_MODIFY},
+    endpoints::{self, DRAIN_LISTENERS, RUNTIME_MODIFY, TAP},
     request::{Parameters, Reply},
 };
-use crate::stats::{self, Counter, Gauge, ResponseCodes, Scope};
+use crate::{
+    http::filters::tap,
+    stats::{self, Counter, Gauge, ResponseCodes, Scope},
+};
 
 /// A request's head must be there within this.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -146,6 +149,12 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
         server.rq_active.dec();
         return response;
     }
+    if request.uri().path() == TAP && request.method() == Method::POST && tap::is_registered() {
+        let response = attach_tap(&mut request).await;
+        server.rq.inc(response.status().as_u16());
+        server.rq_active.dec();
+        return response;
+    }
     let parameters = parameters(&mut request).await;
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let drain = path == DRAIN_LISTENERS && method == Method::POST;
@@ -182,6 +191,20 @@ async fn parameters(request: &mut Request<Incoming>) -> Parameters {
         Ok(Ok(body)) => Parameters::parse(&String::from_utf8_lossy(&body.to_bytes())),
         // Too long, too slow, or broken: as if there were none.
         _ => parameters,
+    }
+}
+
+/// Has filters tap what the request's body says; the response goes on until the client is gone.
+async fn attach_tap(request: &mut Request<Incoming>) -> Response<Body> {
+    let body = Limited::new(request.body_mut(), MAX_FORM).collect();
+    let attached = match timeout(HEADER_TIMEOUT, body).await {
+        Ok(Ok(body)) => tap::attach(&body.to_bytes()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("the body did not come in time".to_owned()),
+    };
+    match attached {
+        Ok(attached) => response(Reply::text("")).map(|_| Body::new(attached)),
+        Err(error) => response(Reply::bad_request(error)),
     }
 }
 

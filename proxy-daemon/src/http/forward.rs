@@ -185,6 +185,7 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
         }
     }
     cx.keep_request(head);
+    cx.progress.taps.borrow().iter().for_each(|tap| tap.request_now(head));
 }
 
 /// Applies the mutations of all levels.

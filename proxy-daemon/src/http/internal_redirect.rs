@@ -115,7 +115,7 @@ impl Trail {
 }
 
 /// A URL with a scheme and a host, without what follows a `#`.
-fn absolute(location: &HeaderValue) -> Option<Uri> {
+pub(super) fn absolute(location: &HeaderValue) -> Option<Uri> {
     let text = location.to_str().ok()?;
     let text = text.split('#').next().unwrap_or_default();
     let mut parts = text.parse::<Uri>().ok()?.into_parts();

@@ -10,7 +10,7 @@ use http::{
 
 use super::{
     body::Body,
-    filters::{Flow, HttpFilter},
+    filters::{Flow, HttpFilter, Redirect},
     headers::{self, names::*},
     observe::StreamEnd,
     redirect,
@@ -46,15 +46,17 @@ pub(super) fn answer(
     settle(end, head, body, closes, refused)
 }
 
-/// Turns a local reply into a response that `filters` see, and settles the stream.
-pub(super) async fn answer_stream(
+/// Turns a local reply into a response that `filters` see, and settles the stream. Where one of them leads the request on instead,
+/// and `lead` makes something of that: the stream that begins then, and what it begins with.
+pub(super) async fn answer_stream<T>(
     mut end: StreamEnd,
     reply: LocalReply,
     grpc: bool,
     is_head: bool,
     cx: &mut StreamCx,
     filters: &mut Vec<Box<dyn HttpFilter>>,
-) -> Response<Body> {
+    lead: impl Fn(Redirect, &StreamCx) -> Option<T>,
+) -> Result<Response<Body>, (StreamEnd, T)> {
     let (mut head, mut body, mut closes) = make(&mut end, reply, grpc, is_head, &Asked::Stream(cx));
     if !filters.is_empty() {
         let length = http_body::Body::size_hint(&body).lower();
@@ -68,11 +70,22 @@ pub(super) async fn answer_stream(
     for filter in filters.iter_mut().rev() {
         let flow = match filter.response(&mut head, &mut body, cx) {
             Flow::Wait => filter.wait_response(&mut head, &mut body, cx).await,
-            replaced @ Flow::Replace(_) => replaced,
+            replaced @ (Flow::Replace(_) | Flow::Redirect(_)) => replaced,
             // Other filters that need not wait do not replace an answer that was made here.
             _ => Flow::Continue,
         };
         end.clears_details = matches!(flow, Flow::Replace(_));
+        let flow = match flow {
+            Flow::Redirect(redirect) => {
+                if let Some(led) = lead(redirect, cx) {
+                    end.flags |= cx.flags;
+                    end.filters.append(filters);
+                    return Err((end.led_on(&head), led));
+                }
+                Flow::Continue
+            }
+            flow => flow,
+        };
         if let Flow::Respond(instead) | Flow::Replace(instead) = flow {
             end.details = Cow::Borrowed("");
             (head, body, closes) = make(&mut end, instead, grpc, is_head, &Asked::Stream(cx));
@@ -81,7 +94,7 @@ pub(super) async fn answer_stream(
     }
     end.flags |= cx.flags;
     end.filters.append(filters);
-    settle(end, head, body, closes, false)
+    Ok(settle(end, head, body, closes, false))
 }
 
 /// The response that a local reply is. Whether it ends its connection.

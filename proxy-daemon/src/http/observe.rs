@@ -284,6 +284,12 @@ impl StreamEnd {
         self.keep_response(response.status, &response.headers);
     }
 
+    /// The request is led on in the place of this response: the stream that follows.
+    pub(super) fn led_on(&mut self, response: &ResponseHead) -> StreamEnd {
+        self.redirected(response);
+        self.renewed()
+    }
+
     /// An upstream's response is what the client gets.
     pub(super) fn came_from_upstream(&mut self, response: &mut ResponseHead, cx: &super::stream::StreamCx) {
         self.flags |= cx.flags;
@@ -357,6 +363,7 @@ impl StreamEnd {
 
     /// Keeps the request's head for the access log.
     pub(super) fn keep_request(&mut self, head: &RequestHead) {
+        self.progress.taps.borrow().iter().for_each(|tap| tap.request_now(head));
         if self.is_logged() {
             let live = self.log.take().and_then(|log| log.live);
             self.log = Some(Box::new(LogParts {
@@ -463,6 +470,7 @@ impl StreamEnd {
     /// Keeps the response's headers.
     pub(super) fn keep_response(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
+        self.progress.taps.borrow().iter().for_each(|tap| tap.response_now(status, headers));
         if let Some(log) = &mut self.log {
             log.response = only(headers, &self.state.manager.logged.response);
         }
@@ -560,6 +568,13 @@ impl Drop for StreamEnd {
         }
         if let Some(log) = self.log.take() {
             self.write_logs(&log, "DownstreamEnd");
+        }
+        for tap in self.progress.taps.take() {
+            let upstream = self.notes.upstream.take();
+            let local = upstream.as_ref().and_then(|upstream| upstream.local);
+            self.notes.upstream.set(upstream);
+            let host = self.host.as_ref().and_then(|(_, host)| host.host.display().parse().ok());
+            tap.end((local, host));
         }
         self.state.stream_ends();
     }

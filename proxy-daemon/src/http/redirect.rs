@@ -15,7 +15,7 @@ use crate::{
 /// The answer to `request`; `path` is what `path_rewrite` has made.
 pub(super) fn redirect(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction, path: &str) -> LocalReply {
     let mut reply = LocalReply::new(action.status, "", ResponseFlags::default(), "direct_response");
-    if let Ok(location) = HeaderValue::from_str(&location(request, rule, action, path)) {
+    if let Ok(location) = HeaderValue::from_str(&location(request, Some(rule), action, path)) {
         reply.headers.push((LOCATION, location));
     }
     reply
@@ -35,7 +35,14 @@ pub(super) fn scheme(request: &RequestHead) -> &'static str {
     }
 }
 
-fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction, made: &str) -> String {
+/// The URL that a redirect leads to. `rule`: what the request's route matches, of which prefixes are replaced; `made`: what
+/// `path_rewrite` has made.
+pub(super) fn location(
+    request: &RequestHead,
+    rule: Option<&RouteMatch>,
+    action: &RedirectAction,
+    made: &str,
+) -> String {
     let before = scheme(request);
     let scheme = action.scheme.as_deref().unwrap_or(before);
     let (host, port) = split_port(authority(request));
@@ -65,7 +72,10 @@ fn location(request: &RequestHead, rule: &RouteMatch, action: &RedirectAction, m
                 return location;
             }
         }
-        RedirectPath::PrefixRewrite(prefix) => location.push_str(&rewrite_prefix(path, &rule.path, prefix)),
+        RedirectPath::PrefixRewrite(prefix) => {
+            let rewritten = rule.map(|rule| rewrite_prefix(path, &rule.path, prefix));
+            location.push_str(rewritten.as_deref().unwrap_or(path));
+        }
         RedirectPath::RegexRewrite(rewrite) => location.push_str(&rewrite.apply(path)),
     }
     if let (Some(query), false) = (request.uri.query(), action.strip_query) {

@@ -16,7 +16,7 @@ use super::{
     body::Body,
     codec::{self, h1::Upgrade},
     conn_manager::ConnState,
-    filters::{Flow, HttpFilter, PerRoute},
+    filters::{Flow, HttpFilter, Led, PerRoute, Redirect, RedirectPolicy},
     forward::forward,
     headers::{self, names::*},
     internal_redirect::{self, Sent, Trail},
@@ -93,7 +93,7 @@ pub(super) async fn handle(
         Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
     };
     let (remote, internal) = (trusted.remote, trusted.internal);
-    let mut arrived = Arrived { head, body, upgrade, remote, internal, trail: None };
+    let mut arrived = Arrived { head, body, upgrade, remote, internal, trail: None, custom_response: None };
     loop {
         match serve(end, arrived).await {
             Ok(response) => return response,
@@ -111,12 +111,14 @@ struct Arrived {
     internal: bool,
     /// Where redirects have led it.
     trail: Option<Box<Trail>>,
+    /// What has led it here in the place of a response.
+    custom_response: Option<Led>,
 }
 
 /// Takes a request through filters and router to its response's head, or to a redirect that is followed here: the stream that
 /// begins then.
 async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, Box<(StreamEnd, Arrived)>> {
-    let Arrived { mut head, mut body, upgrade, remote, internal, trail } = arrived;
+    let Arrived { mut head, mut body, upgrade, remote, internal, trail, custom_response } = arrived;
     let (state, progress) = (Rc::clone(&end.state), Rc::clone(&end.progress));
     end.internal = internal;
     let (config, stats) = (&state.manager.config, &state.manager.stats);
@@ -141,6 +143,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         reroute: false,
         max_headers: MaxHeaders { count: config.max_headers_count, kilobytes: config.max_request_headers_kb },
         shared: http::Extensions::new(),
+        custom_response,
         started: end.started,
         progress: Rc::clone(&progress),
         request: RefCell::default(),
@@ -163,7 +166,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             end.keep_route(&cx);
             cx.keep_request(&head);
             filters.extend(unasked(entries, route.as_ref()));
-            return Ok(answer_stream(end, upgrade::refused(), grpc, is_head, &mut cx, &mut filters).await);
+            return answer_or_lead(end, upgrade::refused(), (grpc, is_head), &mut cx, filters).await;
         }
         end.upgraded(stats);
     }
@@ -194,7 +197,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             route.clone_from(&cx.route);
         }
         let reply = match flow {
-            Flow::Continue | Flow::Wait => continue,
+            Flow::Continue | Flow::Wait | Flow::Redirect(_) => continue,
             Flow::Respond(reply) | Flow::Replace(reply) => reply,
             // What was there once may be gone again by the next time.
             _ if pauses == MAX_PAUSES => continue,
@@ -204,6 +207,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
                     Ok(true) => {
                         // As a stream that begins anew, which is what Envoy makes of it.
                         filters.clear();
+                        progress.taps.take();
                         entries = config.http_filters.iter().enumerate();
                         route.clone_from(&cx.route);
                         continue;
@@ -218,7 +222,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         cx.keep_request(&head);
         // Filters that have not seen the request see the answer.
         filters.extend(unasked(entries, route.as_ref()));
-        return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut filters).await);
+        return answer_or_lead(end, reply, (grpc, is_head), &mut cx, filters).await;
     }
     end.keep_request(&head);
     end.keep_route(&cx);
@@ -256,7 +260,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     };
     let answered = match result {
         Ok(answered) => answered,
-        Err(reply) => return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut filters).await),
+        Err(reply) => return answer_or_lead(end, reply, (grpc, is_head), &mut cx, filters).await,
     };
 
     let (mut response, mut incoming) = answered.response.into_parts();
@@ -290,18 +294,33 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     let end = Rc::new(RefCell::new(end));
     let observer = ResponseObserver::new(EndHolder::Shared(Rc::clone(&end)), answered.timers, answered.connection);
     let mut body = Body::observed(incoming, Box::new(observer));
-    let mut reply = None;
+    let (mut reply, mut led) = (None, None);
     for filter in filters.iter_mut().rev() {
         let mut flow = filter.response(&mut response, &mut body, &mut cx);
         if let Flow::Wait = flow {
             flow = filter.wait_response(&mut response, &mut body, &mut cx).await;
         }
         end.borrow_mut().clears_details = matches!(flow, Flow::Replace(_));
-        if let Flow::Respond(instead) | Flow::Replace(instead) = flow {
-            reply = Some(instead);
-            body = Body::Empty;
-            break;
+        match flow {
+            Flow::Respond(instead) | Flow::Replace(instead) => {
+                reply = Some(instead);
+                body = Body::Empty;
+                break;
+            }
+            Flow::Redirect(redirect) => {
+                led = lead(redirect, &state, &cx);
+                if led.is_some() {
+                    body = Body::Empty;
+                    break;
+                }
+            }
+            Flow::Continue | Flow::Wait | Flow::NeedsRoute | Flow::NeedsCluster(_) => {}
         }
+    }
+    if let Some(arrived) = led {
+        let mut ended = end.borrow_mut();
+        ended.filters = filters;
+        return Err(Box::new((ended.led_on(&response), arrived)));
     }
     {
         let mut settled = end.borrow_mut();
@@ -315,7 +334,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     let end = Rc::into_inner(end).map(RefCell::into_inner);
     match (reply, end) {
         (Some(reply), Some(end)) => {
-            return Ok(answer_stream(end, reply, grpc, is_head, &mut cx, &mut Vec::new()).await);
+            return answer_or_lead(end, reply, (grpc, is_head), &mut cx, Vec::new()).await;
         }
         (_, end) => {
             if let Body::Wrapped(_) = body {
@@ -324,6 +343,32 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
     }
     Ok(Response::from_parts(response, body))
+}
+
+/// Answers a request here; or leads it on where a filter wants that in the place of the answer.
+async fn answer_or_lead(
+    end: StreamEnd,
+    reply: LocalReply,
+    (grpc, is_head): (bool, bool),
+    cx: &mut StreamCx,
+    mut filters: Vec<Box<dyn HttpFilter>>,
+) -> Result<Response<Body>, Box<(StreamEnd, Arrived)>> {
+    let state = Rc::clone(&end.state);
+    let find = |redirect, cx: &StreamCx| lead(redirect, &state, cx);
+    answer_stream(end, reply, grpc, is_head, cx, &mut filters, find).await.map_err(Box::new)
+}
+
+/// The request that begins anew because a filter wants another response; `None`: there is no route for it.
+fn lead(redirect: Redirect, state: &ConnState, cx: &StreamCx) -> Option<Arrived> {
+    let Redirect { mut head, led } = redirect;
+    if state.routes.route(&head, &cx.match_cx()).is_none() {
+        led.policy.has_no_route();
+        return None;
+    }
+    RedirectPolicy::finish(&mut head);
+    let (remote, internal) = (cx.remote, cx.internal);
+    let custom_response = Some(led);
+    Some(Arrived { head: *head, body: Body::Empty, upgrade: None, remote, internal, trail: None, custom_response })
 }
 
 /// What the request becomes where the response redirects it, and that is followed here.
@@ -353,7 +398,15 @@ fn redirected(
         }
     }
     let (head, body) = next?;
-    Some(Arrived { head, body, upgrade: None, remote: cx.remote, internal: cx.internal, trail: Some(trail) })
+    Some(Arrived {
+        head,
+        body,
+        upgrade: None,
+        remote: cx.remote,
+        internal: cx.internal,
+        trail: Some(trail),
+        custom_response: cx.custom_response.clone(),
+    })
 }
 
 /// The filters of these that are on, for a request that they do not see.
@@ -408,7 +461,7 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
                 .map(|name| Wanted::Cluster { source: Arc::clone(&clusters.from.source), name: name.into() });
             (wanted, Some(clusters.timeout))
         }
-        Flow::Continue | Flow::Respond(_) | Flow::Replace(_) | Flow::Wait => (None, None),
+        Flow::Continue | Flow::Respond(_) | Flow::Replace(_) | Flow::Redirect(_) | Flow::Wait => (None, None),
     };
     let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
     let earlier = limit.into_iter().chain(idle).min().unwrap_or(Duration::MAX / 4);

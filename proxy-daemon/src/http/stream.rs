@@ -107,6 +107,8 @@ pub struct StreamCx {
     pub max_headers: MaxHeaders,
     /// What filters leave for each other. Empty, it costs nothing.
     pub shared: http::Extensions,
+    /// The request was led here by `custom_response`, for its response to be in the place of another one.
+    pub(super) custom_response: Option<super::filters::Led>,
     /// Set by a filter: the request is kept for the response's headers.
     pub keeps_request: bool,
     /// Set by a filter: it has changed what routes are chosen by, and one is to be chosen anew.
@@ -276,6 +278,8 @@ pub struct Progress {
     pub sent_otherwise: Cell<bool>,
     /// What filters have told; `None`: nothing yet.
     pub metadata: RefCell<Option<Box<Metadata>>>,
+    /// Filters that record the stream.
+    pub(super) taps: RefCell<Vec<Rc<super::filters::tap::Trace>>>,
     /// It is a health check: nobody's request.
     pub health_check: Cell<bool>,
     /// When the request was complete.
@@ -306,6 +310,7 @@ impl Progress {
             sent: Cell::new(0),
             sent_otherwise: Cell::new(false),
             metadata: RefCell::new(None),
+            taps: RefCell::new(Vec::new()),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             last_activity: Cell::new(started),

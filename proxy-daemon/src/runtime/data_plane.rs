@@ -117,6 +117,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// How long the end waits for taps to be written.
+const TAPS_WRITTEN_WITHIN: Duration = Duration::from_secs(1);
+
 impl DataPlane {
     /// Starts the workers. Must be called within the control runtime, which looks up names for them.
     ///
@@ -436,6 +439,7 @@ impl DataPlane {
         for thread in lock(&self.0.threads).drain(..) {
             let _ = thread.join();
         }
+        crate::http::filters::tap::finish(TAPS_WRITTEN_WITHIN);
         if let Some((interception, _)) = lock(&self.0.interception).take()
             && let Err(error) = interception.shutdown()
         {

@@ -36,10 +36,12 @@ pub struct Case {
     of_routes: [String; 2],
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
     told: [String; 3],
+    /// The virtual host's.
+    domains: &'static str,
 }
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
-/// In it, `$case` is the connection manager's `stat_prefix`. A request is `GET /path` and a line for each header; after an empty
+/// In it, `$case` is the connection manager's `stat_prefix`, and `$taps` how the paths of its taps begin. A request is `GET /path` and a line for each header; after an empty
 /// line comes its body. Paths below `/direct` are answered by the proxy; `/envoy.` begins a method of the gRPC server's;
 /// those below `/many` go to a cluster of several hosts, as those below `/other`, of which the routes tell the filters nothing.
 pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[&str]) -> Case {
@@ -53,6 +55,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         shown: Vec::new(),
         of_routes: Default::default(),
         told: Default::default(),
+        domains: "domains: [\"*\"]",
     }
 }
 
@@ -106,6 +109,12 @@ impl Case {
         self
     }
 
+    /// Of these domains alone.
+    pub fn only_domains(mut self, domains: &'static str) -> Case {
+        self.domains = domains;
+        self
+    }
+
     /// With a line `field: value` of the connection manager.
     pub fn of_manager(mut self, line: &str) -> Case {
         self.of_manager += &format!("          {line}\n");
@@ -128,7 +137,7 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     let mut yaml = "static_resources:\n  listeners:\n".to_owned();
     let log = |index: usize| dir.join(format!("{kind:?}-{index}.log"));
     for (index, case) in cases.iter().enumerate() {
-        yaml += &listener(ports[index], index, case, &log(index));
+        yaml += &listener(ports[index], index, case, &log(index)).replace("$taps", &taps(dir, kind, index));
     }
     yaml += &clusters(&[
         ("a", service, false),
@@ -168,8 +177,14 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
             stats = stats.lines().map(|line| own_lengths(line) + "\n").collect();
         }
         texts.push(format!("stats:\n{stats}"));
+        texts.push(super::taps::written(&taps(dir, kind, index))?);
     }
     Ok(texts)
+}
+
+/// How the paths of a case's taps begin.
+fn taps(dir: &Path, kind: Kind, index: usize) -> String {
+    format!("{}", dir.join(format!("{kind:?}-{index}-tap")).display())
 }
 
 /// What sessions with the hosts of the cluster `many` are called in cases, and what they are in cookies and headers.
@@ -327,7 +342,7 @@ pub fn compare(cases: Vec<Case>) -> Result<()> {
     fs::remove_dir_all(&dir)?;
     let mut problems = Vec::new();
     for (case, (expected, seen)) in cases.iter().zip(expected.iter().zip(&seen)) {
-        let what = case.requests.iter().map(String::as_str).chain(["access log", "stats"]);
+        let what = case.requests.iter().map(String::as_str).chain(["access log", "stats", "taps"]);
         for (what, (expected, seen)) in what.zip(expected.iter().zip(seen)) {
             if expected != seen {
                 problems.push(format!("--- {}: {what}\nEnvoy:\n{expected}\nculvertd:\n{seen}\n", case.name));
@@ -402,7 +417,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             name: local
             typed_per_filter_config: {{{by_config}}}
             virtual_hosts:
-            - {{name: all, domains: ["*"], typed_per_filter_config: {{{by_host}}}{of_host}, routes: [
+            - {{name: all, {domains}, typed_per_filter_config: {{{by_host}}}{of_host}, routes: [
                 {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
                 {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
@@ -415,6 +430,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
 "#,
         of_manager = case.of_manager,
+        domains = case.domains,
         log = log.display(),
     )
 }

@@ -19,6 +19,7 @@ mod processing;
 mod responses;
 mod services;
 mod sessions;
+mod taps;
 mod tokens;
 #[path = "../http_routes/upstream.rs"]
 mod upstream;
@@ -116,6 +117,16 @@ fn sessions_stay_with_their_hosts_as_by_envoy() -> Result<()> {
 #[test]
 fn responses_are_replaced_as_by_envoy() -> Result<()> {
     harness::compare(responses::cases())
+}
+
+#[test]
+fn streams_are_tapped_as_by_envoy() -> Result<()> {
+    harness::compare(taps::cases())
+}
+
+#[test]
+fn responses_are_looked_for_elsewhere_as_by_envoy() -> Result<()> {
+    harness::compare(responses::redirects())
 }
 
 #[test]

@@ -32,6 +32,77 @@ fn local(fields: &str) -> String {
     )
 }
 
+/// The policy that leads requests elsewhere.
+fn redirect(fields: &str) -> String {
+    format!(
+        "action: {{name: a, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.http.custom_response.redirect_policy.v3.RedirectPolicy, {fields}}}}}"
+    )
+}
+
+/// Cases of answers that are another route's.
+pub fn redirects() -> Vec<Case> {
+    let requests = [
+        "GET /",
+        "GET /path?q=1\nx-do: 503,200+x-from=second",
+        "HEAD /\nx-do: 503,200+x-from=second",
+        "GET /\nx-do: 503",
+        "GET /\nx-do: 503,404",
+        "GET /\nx-do: 503,302+location=http://elsewhere.test/",
+        "POST /\nx-do: 503,201+bytes=3\n\nbody",
+        "GET /\nx-do: reset,200+bytes=3",
+        "GET /\nx-do: reset",
+        "GET /plain\nx-do: 503,200",
+        "GET /direct",
+        "GET /\nx-do: 418\nx-a: 1",
+    ];
+    let all = class("5xx");
+    let uri = redirect("uri: \"http://other.test/other/page?x=y#z\"");
+    let direct = redirect(
+        "uri: \"https://other.test/direct\", status_code: 299, response_headers_to_add: [{header: {key: x-a, value: \
+         \"%RESPONSE_CODE% %RESP(content-type)%\"}}]",
+    );
+    let headers = redirect(
+        "uri: \"http://other.test:81/plain\", request_headers_to_add: [{header: {key: x-do, value: 200+x-from=b}, append_action: \
+         OVERWRITE_IF_EXISTS_OR_ADD}, {header: {key: x-b, value: \"%REQ(:path)% %REQ(x-do)%\"}}], response_headers_to_add: \
+         [{header: {key: x-from, value: \"%REQ(x-b)%\"}}]",
+    );
+    let made = |fields: &str| redirect(&format!("redirect_action: {{{fields}}}"));
+    let host = made("host_redirect: other.test, port_redirect: 82, https_redirect: true");
+    let path = made("path_redirect: \"/other?p=1\"");
+    let stripped = made("path_redirect: /plain/x, strip_query: true, scheme_redirect: http");
+    let deny = "abort: {http_status: 503, percentage: {numerator: 100}}, headers: [{name: x-a, present_match: true}]";
+    let mut cases = vec![
+        case("to a host", RESPONSE, &list(&[(&all, &uri)]), &requests),
+        case("to an answer of the proxy's", RESPONSE, &list(&[(&all, &direct)]), &requests),
+        case(
+            "errors are changed too",
+            RESPONSE,
+            &list(&[(
+                &all,
+                &redirect(
+                    "uri: \"http://a.test/\", status_code: 299, response_headers_to_add: [{header: {key: x-a, value: b}}]",
+                ),
+            )]),
+            &requests,
+        ),
+        case("with other headers", RESPONSE, &list(&[(&all, &headers)]), &requests)
+            .of_routes("request_headers_to_add: [{header: {key: x-routed, value: \"1\"}}]", ""),
+        case("another host", RESPONSE, &list(&[(&all, &host)]), &requests),
+        case("another path", RESPONSE, &list(&[(&all, &path)]), &requests),
+        case("without the query", RESPONSE, &list(&[(&all, &stripped)]), &requests),
+        case("answers of filters behind", RESPONSE, &list(&[(&all, &headers)]), &requests)
+            .then("fault.v3.HTTPFault", deny),
+        case("answers of filters before", RESPONSE, &list(&[(&all, &headers)]), &requests)
+            .before("fault.v3.HTTPFault", deny),
+        case("two kinds", RESPONSE, &list(&[(&all, &uri), (&class("4xx"), &local("status_code: 499"))]), &requests),
+    ];
+    // Which there is no route for.
+    let domains = "domains: [\"case.test\"]";
+    cases.push(case("nowhere", RESPONSE, &list(&[(&all, &uri)]), &requests).only_domains(domains));
+    cases
+}
+
 fn list(matchers: &[(&str, &str)]) -> String {
     let matchers: Vec<_> =
         matchers.iter().map(|(predicate, on)| format!("{{predicate: {{{predicate}}}, on_match: {{{on}}}}}")).collect();

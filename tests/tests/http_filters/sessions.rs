@@ -19,6 +19,39 @@ fn header(name: &str) -> String {
     )
 }
 
+fn envelope(name: &str) -> String {
+    format!(
+        "session_state: {{name: envoy.http.stateful_session.envelope, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.http.stateful_session.envelope.v3.EnvelopeSessionState, header: {{name: {name}}}}}}}"
+    )
+}
+
+/// Sessions beside what the hosts themselves keep in the header.
+fn in_envelopes() -> Vec<Case> {
+    let requests = [
+        "GET /many",
+        "GET /many\nx-do: 200+x-session=own",
+        "GET /many\nx-do: 200+x-session=one+x-session=two",
+        "GET /many\nx-session: $address_of_backup;UV:b3du\nx-do: 200+x-session=own",
+        "GET /many\nx-session: $address_of_first;UV:b3du\nx-do: 200+x-session=next",
+        "GET /many\nx-session: ;$address_of_backup;;X:1;UV:b3du\nx-do: 200+x-session=own",
+        "GET /many\nx-session: $address_of_backup\nx-do: 200+x-session=own",
+        "GET /many\nx-session: $address_of_backup;UV:\nx-do: 200+x-session=own",
+        "GET /many\nx-session: $address_of_backup;UV:!\nx-do: 200+x-session=own",
+        "GET /many\nx-session: !;UV:b3du\nx-do: 200+x-session=own",
+        "GET /many\nx-session: bm9uc2Vuc2U=;UV:b3du\nx-do: 200+x-session=own",
+        "GET /many\nx-session: ;\nx-do: 200+x-session=own",
+        "GET /many\nx-session: \nx-do: 200+x-session=own",
+        "GET /direct\nx-session: $address_of_backup;UV:b3du",
+        "GET /plain\nx-session: $address_of_backup;UV:b3du\nx-do: 200+x-session=own",
+    ];
+    let state = envelope("x-session");
+    vec![
+        case("envelope", SESSION, &format!("stat_prefix: sessions, {state}"), &requests),
+        case("strict envelope", SESSION, &format!("strict: true, stat_prefix: sessions, {state}"), &requests),
+    ]
+}
+
 pub fn cases() -> Vec<Case> {
     let hosts = ["first", "backup", "degraded", "unhealthy", "draining"];
     let mut of_cookies: Vec<String> =
@@ -57,7 +90,8 @@ pub fn cases() -> Vec<Case> {
     let with_stats = "stat_prefix: sessions, ";
     let strict = "strict: true, stat_prefix: sessions, ";
     let name = cookie("name: s");
-    vec![
+    let mut cases = in_envelopes();
+    cases.extend([
         case("cookie", SESSION, &name, &of_cookies),
         case("cookie with statistics", SESSION, &format!("{with_stats}{name}"), &of_cookies),
         case("strict", SESSION, &format!("{strict}{name}"), &of_cookies),
@@ -88,5 +122,6 @@ pub fn cases() -> Vec<Case> {
             OF_ROUTE,
             "disabled: true",
         ),
-    ]
+    ]);
+    cases
 }

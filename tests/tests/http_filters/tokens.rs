@@ -6,7 +6,9 @@ use aws_lc_rs::hmac;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa::{KeyPair as RsaKeyPair, KeySize};
 use aws_lc_rs::signature::{
-    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256, RSA_PSS_SHA512,
+    ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, ECDSA_P521_SHA512_FIXED_SIGNING, EcdsaKeyPair,
+    Ed25519KeyPair, KeyPair as _, RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512, RSA_PSS_SHA256, RSA_PSS_SHA384,
+    RSA_PSS_SHA512,
 };
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
@@ -18,13 +20,15 @@ const PER_ROUTE: &str = "jwt_authn.v3.PerRouteConfig";
 
 struct Signers {
     rsa: RsaKeyPair,
-    ec: EcdsaKeyPair,
+    /// Of P-256, P-384 and P-521.
+    ec: [EcdsaKeyPair; 3],
     ed: Ed25519KeyPair,
 }
 
 static SIGNERS: LazyLock<Signers> = LazyLock::new(|| Signers {
     rsa: RsaKeyPair::generate(KeySize::Rsa2048).expect("a key"),
-    ec: EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key"),
+    ec: [&ECDSA_P256_SHA256_FIXED_SIGNING, &ECDSA_P384_SHA384_FIXED_SIGNING, &ECDSA_P521_SHA512_FIXED_SIGNING]
+        .map(|curve| EcdsaKeyPair::generate(curve).expect("a key")),
     ed: Ed25519KeyPair::generate().expect("a key"),
 });
 
@@ -36,15 +40,20 @@ fn number(key: &RsaKeyPair, exponent: bool) -> String {
 
 /// The public keys of all signers.
 pub fn keys() -> String {
-    let point = SIGNERS.ec.public_key().as_ref();
+    let curve = |(key, curve): (&EcdsaKeyPair, &str)| {
+        let point = &key.public_key().as_ref()[1..];
+        let (x, y) = point.split_at(point.len() / 2);
+        let (x, y) = (BASE64.encode(x), BASE64.encode(y));
+        format!(r#"{{"kty": "EC", "kid": "{curve}", "crv": "{curve}", "x": "{x}", "y": "{y}"}}"#)
+    };
+    let curves: Vec<_> = SIGNERS.ec.iter().zip(["P-256", "P-384", "P-521"]).map(curve).collect();
     format!(
-        "{{\"keys\": [{{\"kty\": \"RSA\", \"kid\": \"r\", \"n\": \"{}\", \"e\": \"{}\"}}, {{\"kty\": \"EC\", \"kid\": \"e\", \"crv\": \
-         \"P-256\", \"x\": \"{}\", \"y\": \"{}\"}}, {{\"kty\": \"OKP\", \"kid\": \"d\", \"alg\": \"EdDSA\", \"crv\": \"Ed25519\", \
+        "{{\"keys\": [{{\"kty\": \"RSA\", \"kid\": \"r\", \"n\": \"{}\", \"e\": \"{}\"}}, {}, {{\"kty\": \
+         \"OKP\", \"kid\": \"d\", \"alg\": \"EdDSA\", \"crv\": \"Ed25519\", \
          \"x\": \"{}\"}}, {{\"kty\": \"oct\", \"kid\": \"h\", \"alg\": \"HS256\", \"k\": \"c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0\"}}]}}",
         number(&SIGNERS.rsa, false),
         number(&SIGNERS.rsa, true),
-        BASE64.encode(&point[1..33]),
-        BASE64.encode(&point[33..]),
+        curves.join(", "),
         BASE64.encode(SIGNERS.ed.public_key()),
     )
 }
@@ -57,10 +66,17 @@ fn signed(algorithm: &str, header: &str, payload: &str) -> String {
         SIGNERS.rsa.sign(kind, &random, bytes, &mut signature).expect("a signature");
         signature
     };
+    let ec = |curve: usize| SIGNERS.ec[curve].sign(&random, bytes).expect("a signature").as_ref().to_vec();
     let signature = match algorithm {
         "RS256" => rsa(&RSA_PKCS1_SHA256),
+        "RS384" => rsa(&RSA_PKCS1_SHA384),
+        "RS512" => rsa(&RSA_PKCS1_SHA512),
+        "PS256" => rsa(&RSA_PSS_SHA256),
+        "PS384" => rsa(&RSA_PSS_SHA384),
         "PS512" => rsa(&RSA_PSS_SHA512),
-        "ES256" => SIGNERS.ec.sign(&random, bytes).expect("a signature").as_ref().to_vec(),
+        "ES256" => ec(0),
+        "ES384" => ec(1),
+        "ES512" => ec(2),
         "EdDSA" => SIGNERS.ed.sign(bytes).as_ref().to_vec(),
         "HS256" => hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, b"secretsecretsecretsecret"), bytes).as_ref().to_vec(),
         other => other.as_bytes().to_vec(),
@@ -109,8 +125,19 @@ pub fn cases() -> Vec<Case> {
 fn verified() -> Vec<Case> {
     let payload = "{\"iss\": \"i\"}";
     let mut requests: Vec<_> =
-        ["RS256", "PS512", "ES256", "EdDSA", "HS256"].map(|kind| with(&token(kind, payload))).into();
-    requests.extend(["RS384", "none", "ES256K"].map(|kind| with(&token(kind, payload))));
+        ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "HS256"]
+            .map(|kind| with(&token(kind, payload)))
+            .into();
+    requests.extend(["HS384", "none", "ES256K"].map(|kind| with(&token(kind, payload))));
+    // Signed by another kind of key than the token says, or by one that it does not name.
+    requests.extend(
+        [("ES256", "ES384"), ("ES384", "ES512"), ("PS256", "RS256"), ("RS256", "PS256"), ("EdDSA", "ES256")]
+            .map(|(signer, told)| with(&signed(signer, &format!(r#"{{"alg": "{told}"}}"#), payload))),
+    );
+    requests.extend(
+        [("ES384", "P-384"), ("ES384", "P-521"), ("ES512", "P-521")]
+            .map(|(kind, id)| with(&signed(kind, &format!(r#"{{"alg": "{kind}", "kid": "{id}"}}"#), payload))),
+    );
     requests.extend(
         ["r", "x"].map(|id| with(&signed("RS256", &format!("{{\"alg\": \"RS256\", \"kid\": \"{id}\"}}"), payload))),
     );

@@ -106,6 +106,7 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "request_body_buffer_limit",
         "envoy.config.route.v3.VirtualHost.request_body_buffer_limit",
     ),
+    replaced("envoy.config.tap.v3.TapConfig.match_config", "match", "envoy.config.tap.v3.TapConfig.match"),
     replaced("envoy.config.route.v3.WeightedCluster.total_weight", "nothing: the sum of the weights always counts", ""),
     replaced(
         "envoy.extensions.access_loggers.file.v3.FileAccessLog.format",

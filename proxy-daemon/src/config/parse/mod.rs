@@ -54,6 +54,7 @@ pub(crate) use local_reply::body_format;
 pub(crate) use match_tree::{MatchParts, match_tree};
 pub(crate) use matcher::matched_header;
 pub(crate) use rate_limit::rate_limits;
+pub(crate) use route::redirect;
 pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;
 pub use secret_files::{SecretWithFiles, discovered_secret, watched_directories, with_origins};

@@ -263,7 +263,7 @@ fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilt
     configs.iter().map(parse).collect()
 }
 
-fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
+pub(crate) fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAction> {
     let status = match RedirectResponseCode::try_from(action.response_code) {
         Ok(RedirectResponseCode::Found) => StatusCode::FOUND,
         Ok(RedirectResponseCode::SeeOther) => StatusCode::SEE_OTHER,

@@ -91,7 +91,7 @@ pub(crate) fn is_protocol_error(error: &::h2::Error) -> bool {
 }
 
 /// The `date` of a response, made once a second.
-fn date() -> HeaderValue {
+pub(super) fn date() -> HeaderValue {
     thread_local! {
         static MADE: RefCell<(u64, HeaderValue)> = const { RefCell::new((u64::MAX, HeaderValue::from_static(""))) };
     }

@@ -31,6 +31,7 @@ mod rbac;
 mod router;
 mod set_metadata;
 mod stateful_session;
+pub(crate) mod tap;
 mod trailers;
 
 use std::{fmt::Debug, pin::Pin, sync::Arc};
@@ -38,6 +39,7 @@ use std::{fmt::Debug, pin::Pin, sync::Arc};
 use envoy_types::pb::google::protobuf::Any;
 
 pub(crate) use cors::of_route as cors_of_route;
+pub(super) use custom_response::{Led, RedirectPolicy};
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use header_mutation::EarlyMutations;
 pub use health_check::fail_health_checks;
@@ -63,6 +65,9 @@ pub enum Flow {
     Respond(LocalReply),
     /// The same in the place of a response, also of one that was made here: no further filter sees it.
     Replace(LocalReply),
+    /// In the place of a response, also of one that was made here: the request is led to another route as one that begins anew. Where
+    /// there is no such route the response goes on.
+    Redirect(Redirect),
     /// The filter has to wait before it can say: it is asked to by [`HttpFilter::wait_request`] or
     /// [`HttpFilter::wait_response`].
     Wait,
@@ -71,6 +76,14 @@ pub enum Flow {
     NeedsRoute,
     /// The same for the cluster that its route names.
     NeedsCluster(Arc<ClustersOnDemand>),
+}
+
+/// Where a request is led to, and by what.
+pub struct Redirect {
+    /// The request, with an absolute URI.
+    pub(super) head: Box<RequestHead>,
+    /// What wants that.
+    pub(super) led: Led,
 }
 
 /// What a filter waits for.
@@ -409,6 +422,12 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.router",
         type_name: "envoy.extensions.filters.http.router.v3.Router",
         parse: router::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.tap",
+        type_name: "envoy.extensions.filters.http.tap.v3.Tap",
+        parse: tap::parse,
         per_route: None,
     },
 ];

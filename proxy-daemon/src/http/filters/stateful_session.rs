@@ -12,7 +12,10 @@ use envoy_types::pb::{
         filters::http::stateful_session::v3::{
             StatefulSession, StatefulSessionPerRoute, stateful_session_per_route::Override,
         },
-        http::stateful_session::{cookie::v3::CookieBasedSessionState, header::v3::HeaderBasedSessionState},
+        http::stateful_session::{
+            cookie::v3::CookieBasedSessionState, envelope::v3::EnvelopeSessionState,
+            header::v3::HeaderBasedSessionState,
+        },
     },
     google::protobuf::Any,
 };
@@ -58,7 +61,12 @@ struct Stats {
 enum State {
     Cookie(Cookie),
     Header(HeaderName),
+    /// Beside what the host itself keeps in a header.
+    Envelope(HeaderName),
 }
+
+/// What stands before a host's own value in an envelope.
+const UPSTREAM_VALUE: &str = "UV:";
 
 #[derive(Debug)]
 struct Cookie {
@@ -119,7 +127,7 @@ impl Cookie {
 
 impl State {
     /// The session of this request, if it may have one, with its host's address, if it has that.
-    fn session(&self, head: &RequestHead) -> Option<Option<String>> {
+    fn session(&self, head: &mut RequestHead) -> Option<Option<String>> {
         let address = match self {
             State::Cookie(cookie) => {
                 if !cookie.covers(head.uri.path_and_query().map_or("/", |path| path.as_str())) {
@@ -131,12 +139,18 @@ impl State {
                 let kept = head.headers.get(name).and_then(|value| decode(value.as_bytes()));
                 kept.and_then(|kept| String::from_utf8(kept).ok())
             }
+            State::Envelope(name) => open(head, name),
         };
         Some(address.filter(|address| !address.is_empty()))
     }
 
-    /// Tells the client its host.
-    fn tell(&self, head: &mut ResponseHead, address: &str) {
+    /// Whether clients are told their host by each response.
+    fn tells_always(&self) -> bool {
+        matches!(self, State::Envelope(_))
+    }
+
+    /// Tells the client its host. Whether there was something to tell it by.
+    fn tell(&self, head: &mut ResponseHead, address: &str) -> bool {
         match self {
             State::Cookie(cookie) => {
                 if let Ok(value) = HeaderValue::from_str(&cookie.with(address, now())) {
@@ -148,8 +162,29 @@ impl State {
                     head.headers.insert(name, value);
                 }
             }
+            State::Envelope(name) => {
+                let mut values = head.headers.get_all(name).iter();
+                // A host that keeps nothing has no session.
+                let (Some(own), None) = (values.next(), values.next()) else { return false };
+                let (host, own) = (STANDARD.encode(address), STANDARD.encode(own.as_bytes()));
+                if let Ok(value) = HeaderValue::from_str(&format!("{host};{UPSTREAM_VALUE}{own}")) {
+                    head.headers.insert(name, value);
+                }
+            }
         }
+        true
     }
+}
+
+/// The host's address in an envelope, of which the host gets what is its own.
+fn open(head: &mut RequestHead, name: &HeaderName) -> Option<String> {
+    let value = head.headers.get(name)?.to_str().ok()?;
+    let mut parts = value.split(';').filter(|part| !part.is_empty());
+    let address = parts.next().and_then(|part| decode(part.as_bytes()));
+    let own = decode(parts.find_map(|part| part.strip_prefix(UPSTREAM_VALUE))?.as_bytes())?;
+    let own = HeaderValue::from_bytes(&own).ok().filter(|own| !own.is_empty())?;
+    head.headers.insert(name, own);
+    String::from_utf8(address?).ok()
 }
 
 /// A request's session.
@@ -202,15 +237,15 @@ impl HttpFilter for StatefulSessionFilter {
             return Flow::Continue;
         };
         let address = host.host.display();
-        if self.address.as_deref() == Some(address) {
+        let changed = self.address.as_deref() != Some(address);
+        let told = match state {
+            Some(state) if changed || state.tells_always() => state.tell(head, address),
+            _ => true,
+        };
+        if !changed || !told {
             count(|stats| &stats.routed);
-            return Flow::Continue;
-        }
-        if strict.is_none() {
+        } else if strict.is_none() {
             count(|stats| &stats.failed_open);
-        }
-        if let Some(state) = state {
-            state.tell(head, address);
         }
         Flow::Continue
     }
@@ -270,6 +305,12 @@ fn state(config: &Any, path: &str) -> Result<State, FieldError> {
         let HeaderBasedSessionState { name } = unpack(config, path)?;
         let name = name.parse().map_err(|_| FieldError::new(format!("{path}.name"), "is not a header name"))?;
         return Ok(State::Header(name));
+    }
+    if wanted == EnvelopeSessionState::full_name() {
+        let EnvelopeSessionState { header } = unpack(config, path)?;
+        let name = header.unwrap_or_default().name;
+        let name = name.parse().map_err(|_| FieldError::new(format!("{path}.header.name"), "is not a header name"))?;
+        return Ok(State::Envelope(name));
     }
     if wanted != CookieBasedSessionState::full_name() {
         return Err(FieldError::new(path, format!("session state of type {wanted} is not supported by culvert yet")));

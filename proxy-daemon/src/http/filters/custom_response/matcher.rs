@@ -26,6 +26,7 @@ use crate::{
         route_match::value_of,
         stream::{RequestHead, ResponseHead},
     },
+    stats::Scope,
 };
 
 /// What is told of a response.
@@ -74,10 +75,10 @@ fn class(hundreds: u16) -> &'static str {
     }
 }
 
-/// Policies, and what they are found by.
-pub(super) struct Policies;
+/// Policies, and what they are found by. Holds where their statistics are.
+pub(super) struct Policies<'a>(pub(super) &'a Scope);
 
-impl MatchParts for Policies {
+impl MatchParts for Policies<'_> {
     type Input = Input;
     type Action = Policy;
 
@@ -86,7 +87,7 @@ impl MatchParts for Policies {
     }
 
     fn action(&mut self, config: &Any, path: &str) -> Result<Policy, FieldError> {
-        policy(config, path)
+        policy(config, path, self.0)
     }
 }
 

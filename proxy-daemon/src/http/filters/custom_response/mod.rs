@@ -1,6 +1,7 @@
 //! `envoy.filters.http.custom_response`: other answers in the place of some.
 
 mod matcher;
+mod redirect;
 
 use std::sync::Arc;
 
@@ -9,8 +10,9 @@ use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::extensions::{
         filters::http::custom_response::v3::CustomResponse,
-        http::custom_response::local_response_policy::v3::{
-            LocalResponsePolicy, local_response_policy::ResponseCodeDetailsAction,
+        http::custom_response::{
+            local_response_policy::v3::{LocalResponsePolicy, local_response_policy::ResponseCodeDetailsAction},
+            redirect_policy::v3::RedirectPolicy as ProtoRedirect,
         },
     },
     google::protobuf::Any,
@@ -19,6 +21,7 @@ use http::{HeaderMap, StatusCode};
 use prost::Name as _;
 
 use self::matcher::{Input, Told};
+pub(in crate::http) use self::redirect::{Led, RedirectPolicy};
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, type_name};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
@@ -32,6 +35,7 @@ use crate::{
         headers,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
+    stats::Scope,
 };
 
 /// The policies, of the filter or of a level of routes. Streams hold on to them.
@@ -40,9 +44,15 @@ type Policies = Arc<MatchTree<Input, Policy>>;
 #[derive(Debug)]
 struct CustomResponseFactory(Policies);
 
+#[derive(Debug)]
+enum Policy {
+    Local(Box<LocalPolicy>),
+    Redirect(Arc<RedirectPolicy>),
+}
+
 /// `LocalResponsePolicy`: the answer is made here.
 #[derive(Debug)]
-struct Policy {
+struct LocalPolicy {
     status: Option<StatusCode>,
     body: Option<Bytes>,
     format: Option<ReplyFormat>,
@@ -60,12 +70,16 @@ enum Details {
 }
 
 /// A stream, with what its route says. The most specific comes first, the filter's own last.
-struct CustomResponseFilter(Vec<Policies>);
+struct CustomResponseFilter {
+    policies: Vec<Policies>,
+    /// The request has come past it.
+    seen: bool,
+}
 
 impl HttpFilterFactory for CustomResponseFactory {
     fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         let policies = route.all::<Policies>().rev().chain([&self.0]).map(Arc::clone).collect();
-        Some(Box::new(CustomResponseFilter(policies)))
+        Some(Box::new(CustomResponseFilter { policies, seen: false }))
     }
 }
 
@@ -73,23 +87,32 @@ impl HttpFilter for CustomResponseFilter {
     fn request(&mut self, _head: &mut RequestHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
         // Matchers and formats look at it.
         cx.keeps_request = true;
+        self.seen = true;
         Flow::Continue
     }
 
     fn response(&mut self, head: &mut ResponseHead, body: &mut Body, cx: &mut StreamCx) -> Flow {
+        // The answer is one that was looked for because of another.
+        if let Some(led) = &cx.custom_response {
+            led.change(head, cx);
+            return Flow::Continue;
+        }
         let policy = {
             let request = cx.kept_request();
             let told = Told { response: head, local: cx.local_reply.is_some(), request: request.as_deref() };
-            self.0.iter().find_map(|policies| policies.find(&told))
+            self.policies.iter().find_map(|policies| policies.find(&told))
         };
         match policy {
-            Some(policy) => Flow::Replace(policy.answer(head, body, cx)),
+            Some(Policy::Local(policy)) => Flow::Replace(policy.answer(head, body, cx)),
+            // It must have come past here: of what others have answered before nothing is known.
+            Some(Policy::Redirect(policy)) if self.seen => policy.lead(head.status, cx),
+            Some(Policy::Redirect(_)) => Flow::Continue,
             None => Flow::Continue,
         }
     }
 }
 
-impl Policy {
+impl LocalPolicy {
     /// The answer in the place of `head`.
     fn answer(&self, head: &ResponseHead, body: &Body, cx: &StreamCx) -> LocalReply {
         let status = self.status.unwrap_or(head.status);
@@ -120,23 +143,26 @@ impl Policy {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    Ok(Arc::new(CustomResponseFactory(policies(typed_config, cx.path)?)))
+    Ok(Arc::new(CustomResponseFactory(policies(typed_config, cx.path, &Scope::http(cx.stat_prefix))?)))
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
-    Ok(Arc::new(policies(config, path)?))
+    Ok(Arc::new(policies(config, path, &Scope::new(""))?))
 }
 
-fn policies(config: &Any, path: &str) -> Result<Policies, FieldError> {
+fn policies(config: &Any, path: &str, scope: &Scope) -> Result<Policies, FieldError> {
     let CustomResponse { custom_response_matcher } = unpack(config, path)?;
     let path = format!("{path}.custom_response_matcher");
     let tree = custom_response_matcher.as_ref();
-    let tree = tree.map(|tree| parse::match_tree(tree, &path, &mut matcher::Policies)).transpose()?;
+    let tree = tree.map(|tree| parse::match_tree(tree, &path, &mut matcher::Policies(scope))).transpose()?;
     Ok(Arc::new(tree.unwrap_or_else(MatchTree::empty)))
 }
 
-fn policy(config: &Any, path: &str) -> Result<Policy, FieldError> {
+fn policy(config: &Any, path: &str, scope: &Scope) -> Result<Policy, FieldError> {
     let wanted = type_name(config);
+    if wanted == ProtoRedirect::full_name() {
+        return Ok(Policy::Redirect(redirect::parse(config, path, scope)?));
+    }
     if wanted != LocalResponsePolicy::full_name() {
         let text = format!("custom response of type {wanted} is not supported by culvert yet");
         return Err(FieldError::new(path, text));
@@ -150,7 +176,7 @@ fn policy(config: &Any, path: &str) -> Result<Policy, FieldError> {
     let body = config.body.as_ref().map(|body| parse::inline_text(body, &format!("{path}.body")));
     let format = config.body_format.as_ref();
     let format = format.map(|format| parse::body_format(format, &format!("{path}.body_format")));
-    Ok(Policy {
+    Ok(Policy::Local(Box::new(LocalPolicy {
         status: status.transpose()?,
         body: body.transpose()?.map(Bytes::from),
         format: format.transpose()?,
@@ -163,5 +189,5 @@ fn policy(config: &Any, path: &str) -> Result<Policy, FieldError> {
             Some(ResponseCodeDetailsAction::PreserveResponseCodeDetails(_)) => Details::Kept,
             Some(ResponseCodeDetailsAction::ResponseCodeDetails(details)) => Details::Of(details.into()),
         },
-    })
+    })))
 }
