@@ -1,11 +1,12 @@
 //! The attempts at a request: one host each, as many as the retry policy allows, and the answer where the last one fails.
 
-use std::{cell::Cell, ops::Deref, rc::Rc, time::Instant};
+use std::{borrow::Cow, cell::Cell, ops::Deref, rc::Rc, time::Instant};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use super::{
     body::Body,
+    choice::named_host,
     codec::{Incoming, h1::Upgrade},
     forward::set_host,
     headers::names::*,
@@ -18,7 +19,7 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ForwardAction, HostRewrite},
+    config::model::{ForwardAction, HostRewrite, MetadataMatch},
     upstream::{
         ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
     },
@@ -44,6 +45,10 @@ pub(super) struct Attempts<'a> {
     pub(super) under_way: Cell<usize>,
     /// What balancers go by that hash.
     pub(super) hash: Option<u64>,
+    /// What balancers with subsets go by.
+    pub(super) metadata_match: Option<Cow<'a, MetadataMatch>>,
+    /// How many of the hosts that the request names have had their turn.
+    pub(super) named: Cell<usize>,
     /// The attempt that is under way may last until then.
     pub(super) until: Cell<Option<Instant>>,
 }
@@ -180,7 +185,10 @@ impl Attempts<'_> {
             original_dst: self.cx.connection.original_dst,
             hash: self.hash,
             attempt: 0,
+            metadata_match: self.metadata_match.as_deref(),
+            tried: self.retry.as_ref().and_then(|retry| retry.priorities.as_ref()),
         };
+        let named = || named_host(self.cx, head, self.cluster, &self.named);
         let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
         let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
         let mut host = match &overridden {
@@ -190,14 +198,14 @@ impl Attempts<'_> {
                 let status = if host.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { *status };
                 return Err(self.no_host(end, status));
             }
-            Some(_) | None => self.cluster.pick(&pick),
+            Some(_) | None => named().or_else(|| self.cluster.pick(&pick)),
         };
         for attempt in 1..=self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
             let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
             if host.as_ref().filter(avoided).is_none() {
                 break;
             }
-            host = self.cluster.pick(&PickCx { attempt, ..pick });
+            host = named().or_else(|| self.cluster.pick(&PickCx { attempt, ..pick }));
         }
         match host {
             Some(host) => self.take(end, host),

@@ -11,6 +11,7 @@ use http::{
 use super::{
     attempts::{Attempts, Shared},
     body::Body,
+    choice,
     codec::{Incoming, h1::Upgrade},
     hash_policy,
     headers::{self, names::*},
@@ -108,7 +109,10 @@ pub(super) async fn forward(
     timers.limit_duration(timeouts.stream);
     let scheme_matches_upstream = config.scheme_matches_upstream;
     let shared = Shared { cx, cluster: &cluster, action, timeouts: &timeouts, scheme_matches_upstream };
-    let mut attempts = Attempts { shared, retry, hash, count: 0, under_way: Cell::new(1), until: Cell::new(None) };
+    let metadata_match = choice::metadata_match(cx, action, &cluster);
+    let (under_way, until) = (Cell::new(1), Cell::new(None));
+    let mut attempts =
+        Attempts { shared, retry, hash, count: 0, under_way, metadata_match, named: Cell::new(0), until };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,

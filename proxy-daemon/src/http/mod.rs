@@ -8,6 +8,7 @@ mod boxed;
 mod buffered;
 mod call;
 mod changes;
+mod choice;
 pub mod codec;
 mod conn_manager;
 mod descriptors;

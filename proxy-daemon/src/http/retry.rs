@@ -21,7 +21,7 @@ use crate::{
         DEFAULT_BASE_INTERVAL, LbMetadata, MatchedHeader, RateLimitedBackOff, RetryHostPredicate, RetryOn, RetryPolicy,
     },
     layered_runtime::{Key, RuntimeInteger},
-    upstream::{WorkerCluster, WorkerHost},
+    upstream::{TriedPriorities, WorkerCluster, WorkerHost},
 };
 
 /// Milliseconds, where the policy has no base of its own.
@@ -82,6 +82,8 @@ pub(super) struct RetryState<'a> {
     started: bool,
     /// The hosts of the attempts so far, where they are to be avoided.
     tried: Vec<Rc<WorkerHost>>,
+    /// The priorities of the attempts so far, where they are to be avoided.
+    pub(super) priorities: Option<TriedPriorities>,
     slot: Option<RetrySlot>,
     /// One that is late gets another beside it.
     pub(super) hedges: bool,
@@ -113,6 +115,7 @@ impl<'a> RetryState<'a> {
             asked: None,
             started: false,
             tried: Vec::new(),
+            priorities: policy.retry_priority.map(TriedPriorities::new),
             slot: None,
             hedges,
             counted,
@@ -234,6 +237,9 @@ impl<'a> RetryState<'a> {
 
     /// The host of an attempt that is to be made again.
     pub(super) fn avoid(&mut self, host: &Rc<WorkerHost>) {
+        if let Some(priorities) = &self.priorities {
+            priorities.add(host.host.priority);
+        }
         if self.policy.host_predicates.iter().any(|it| matches!(it, RetryHostPredicate::PreviousHosts)) {
             self.tried.push(Rc::clone(host));
         }

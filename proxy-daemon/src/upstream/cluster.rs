@@ -53,7 +53,7 @@ impl Cluster {
         workers: usize,
         secrets: &Arc<Secrets>,
     ) -> Cluster {
-        stats.publish_hosts(&hosts);
+        stats.publish_hosts(&hosts, None);
         stats.membership_change.inc();
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
@@ -133,7 +133,7 @@ impl Cluster {
     }
 
     fn set_hosts(&self, next: HostSet) {
-        self.stats.publish_hosts(&next);
+        self.stats.publish_hosts(&next, Some(&self.hosts.load()));
         self.hosts.store(Arc::new(next));
         self.hosts_version.fetch_add(1, Ordering::Release);
     }

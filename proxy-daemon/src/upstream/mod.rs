@@ -19,6 +19,7 @@ pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
 pub use connect::{ConnectError, Dial, Source, UpstreamInfo, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
+pub use lb::TriedPriorities;
 pub(crate) use pool::Decrement;
 pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};
 pub use stats::ClusterStats;

@@ -76,9 +76,9 @@ cluster_stats! {
         lb_healthy_panic lb_local_cluster_not_ok lb_recalculate_zone_structures lb_zone_cluster_too_small
         lb_zone_no_capacity_left lb_zone_number_differs lb_zone_routing_all_directly lb_zone_routing_sampled
         lb_zone_routing_cross_zone
-        lb_subsets_created
+        lb_subsets_created lb_subsets_removed lb_subsets_selected lb_subsets_fallback lb_subsets_fallback_panic
     }
-    gauges { upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
+    gauges { lb_subsets_active upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
     histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_time }
 }
@@ -153,7 +153,15 @@ impl ClusterStats {
     }
 
     /// Shows the hosts in the membership gauges.
-    pub(super) fn publish_hosts(&self, hosts: &HostSet) {
+    pub(super) fn publish_hosts(&self, hosts: &HostSet, before: Option<&HostSet>) {
+        let before = before.and_then(|before| before.balancer.as_ref());
+        if let Some((all, new, duplicates)) = hosts.balancer.as_ref().and_then(|balancer| balancer.subsets(before)) {
+            let known = before.and_then(|before| before.subsets(None)).map_or(0, |(all, ..)| all);
+            self.lb_subsets_created.add(new);
+            self.lb_subsets_removed.add((known + new).saturating_sub(all));
+            self.lb_subsets_active.set(all);
+            self.scope.gauge("lb_subsets_single_host_per_subset_duplicate").set(duplicates);
+        }
         use crate::config::model::HealthStatus::{Degraded, Draining, Healthy, Unknown};
         let count = |wanted: fn(&crate::config::model::HealthStatus) -> bool| {
             hosts.hosts.iter().filter(|host| wanted(&host.health)).count() as u64

@@ -10,12 +10,12 @@ use std::{
 
 use super::{
     Cluster, ClusterMap, Clusters, Host, HostCounter, HostSet,
-    lb::{Pick, Turns},
+    lb::{Pick, TriedPriorities, Turns},
     original_dst::OriginalDstHosts,
     pool::Pool,
 };
 use crate::{
-    config::model::{Discovery, EndpointAddress},
+    config::model::{Discovery, EndpointAddress, MetadataMatch},
     stats::Counter,
 };
 
@@ -105,6 +105,10 @@ pub struct PickCx<'a> {
     pub hash: Option<u64>,
     /// How many hosts have been passed over.
     pub attempt: u32,
+    /// What the host's metadata has to say, where the cluster has subsets.
+    pub metadata_match: Option<&'a MetadataMatch>,
+    /// The priorities of earlier attempts, where those are to be avoided.
+    pub tried: Option<&'a TriedPriorities>,
 }
 
 /// A cluster as one worker sees it.
@@ -204,7 +208,8 @@ impl WorkerCluster {
                 active: &active,
                 hash: cx.hash,
                 attempt: cx.attempt,
-                shares: None,
+                criteria: cx.metadata_match,
+                tried: cx.tried,
                 slow_start: None,
                 stats: &self.cluster.stats,
             })

@@ -1,5 +1,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use http::HeaderName;
+
 use crate::layered_runtime::RuntimeNumber;
 
 /// `Cluster.lb_policy`, or the first of `load_balancing_policy` that is known.
@@ -29,6 +31,11 @@ pub enum LbPolicy {
     },
     /// Any host.
     Random,
+    /// The first host.
+    PickFirst {
+        /// In an order of its own for each set of hosts.
+        shuffle: bool,
+    },
     /// The destination that the connection or request names: ORIGINAL_DST clusters only.
     ClusterProvided,
 }
@@ -90,11 +97,28 @@ pub struct LbOptions {
     pub slow_start: Option<SlowStart>,
     /// Hosts are chosen within subsets.
     pub subsets: Option<Arc<SubsetConfig>>,
+    /// Where requests may name their hosts: what is named first is used first.
+    pub override_host: Arc<[OverrideSource]>,
+}
+
+/// `OverrideHostSource`: a list of addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OverrideSource {
+    /// In this request header.
+    Header(HeaderName),
+    /// In what filters have told: a namespace, and a path.
+    Metadata(Box<str>, Box<[Box<str>]>),
 }
 
 impl Default for LbOptions {
     fn default() -> LbOptions {
-        LbOptions { panic_threshold: 50, locality: LocalityLb::default(), slow_start: None, subsets: None }
+        LbOptions {
+            panic_threshold: 50,
+            locality: LocalityLb::default(),
+            slow_start: None,
+            subsets: None,
+            override_host: Arc::new([]),
+        }
     }
 }
 
@@ -236,6 +260,8 @@ pub enum SelectorFallback {
 /// What a request asks of the metadata of its host under `envoy.lb`.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MetadataMatch {
+    /// All of it.
+    pub fields: LbMetadata,
     /// In the order of their names.
     pub criteria: Vec<Criterion>,
     /// `fallback_list`: what is asked for instead, one after the other.
@@ -278,7 +304,16 @@ impl MetadataMatch {
             }
             with
         });
-        (!fields.is_empty()).then(|| MetadataMatch { criteria: criteria(fields), fallbacks })
+        (!fields.is_empty()).then(|| MetadataMatch { fields: fields.clone(), criteria: criteria(fields), fallbacks })
+    }
+}
+
+impl MetadataMatch {
+    /// What this asks for and these fields ask for, which win.
+    pub fn with(earlier: Option<&MetadataMatch>, fields: LbMetadata) -> Option<MetadataMatch> {
+        let mut all = earlier.map(|earlier| earlier.fields.clone()).unwrap_or_default();
+        all.extend(fields);
+        MetadataMatch::new(&all)
     }
 }
 

@@ -1,12 +1,14 @@
 //! How a cluster's hosts are chosen: `lb_policy` with what belongs to it, or `load_balancing_policy`.
 
+use std::{collections::BTreeSet, sync::Arc};
+
 use culvert_xds_client::{Any, json::unpack};
 use envoy_types::pb::envoy::{
     config::{
         cluster::v3::{
             Cluster, LoadBalancingPolicy,
             cluster::{
-                CommonLbConfig, LbConfig, LbPolicy as ProtoPolicy, SlowStartConfig as OldSlowStart,
+                CommonLbConfig, LbConfig, LbPolicy as ProtoPolicy, LbSubsetConfig, SlowStartConfig as OldSlowStart,
                 common_lb_config::LocalityConfigSpecifier as OldLocality,
                 ring_hash_lb_config::HashFunction as ProtoFunction,
             },
@@ -21,25 +23,39 @@ use envoy_types::pb::envoy::{
         },
         least_request::v3::{LeastRequest as ProtoLeastRequest, least_request::SelectionMethod},
         maglev::v3::Maglev,
+        override_host::v3::{OverrideHost, override_host::OverrideHostSource},
+        pick_first::v3::PickFirst,
         random::v3::Random,
         ring_hash::v3::{RingHash, ring_hash::HashFunction as TypedFunction},
         round_robin::v3::RoundRobin,
+        subset::v3::{
+            Subset,
+            subset::{
+                LbSubsetFallbackPolicy as SubsetPolicy, LbSubsetMetadataFallbackPolicy as MetadataPolicy,
+                LbSubsetSelector as ProtoSelector,
+                lb_subset_selector::LbSubsetSelectorFallbackPolicy as SelectorPolicy,
+            },
+        },
         wrr_locality::v3::WrrLocality,
     },
-    r#type::v3::Percent,
+    r#type::{metadata::v3::metadata_key::path_segment::Segment, v3::Percent},
 };
 use envoy_types::pb::google::protobuf::{Duration as ProtoDuration, UInt64Value};
 
 use super::{
-    common::{Result, duration, number, required},
+    common::{Result, duration, header_name, number, required},
     honoured::honoured,
     support::join,
 };
 use crate::{
     config::{
         FieldError,
-        model::{ConsistentHashing, HashFunction, LbOptions, LbPolicy, LeastRequest, LocalityLb, SlowStart, ZoneAware},
+        model::{
+            ConsistentHashing, HashFunction, LbOptions, LbPolicy, LeastRequest, LocalityLb, OverrideSource,
+            SelectorFallback, SlowStart, SubsetConfig, SubsetFallback, SubsetSelector, ZoneAware,
+        },
     },
+    http::metadata::object,
     layered_runtime::{Key, RuntimeNumber},
 };
 
@@ -57,6 +73,10 @@ pub(super) fn load_balancing(cluster: &Cluster, path: &str) -> Result<(LbPolicy,
     let common = cluster.common_lb_config.clone().unwrap_or_default();
     let panic_threshold = percent(common.healthy_panic_threshold, 50.0).round() as u32;
     if let Some(policies) = &cluster.load_balancing_policy {
+        if cluster.lb_subset_config.is_some() {
+            let text = "cluster: load_balancing_policy cannot be combined with lb_subset_config";
+            return Err(FieldError::new(join(path, "lb_subset_config"), text));
+        }
         if common.locality_config_specifier.is_some() || common.consistent_hashing_lb_config.is_some() {
             let text = "load_balancing_policy cannot be combined with partial fields (zone_aware_lb_config, \
                         locality_weighted_lb_config, consistent_hashing_lb_config) of common_lb_config";
@@ -79,7 +99,15 @@ pub(super) fn load_balancing(cluster: &Cluster, path: &str) -> Result<(LbPolicy,
         }),
     };
     let (policy, slow_start) = old_policy(cluster, &common, path)?;
-    Ok((policy, LbOptions { panic_threshold, locality, slow_start, subsets: None }))
+    // Without selectors there are no subsets.
+    let subsets = cluster.lb_subset_config.as_ref().filter(|config| !config.subset_selectors.is_empty());
+    let subsets = subsets.map(|config| old_subsets(config, &join(path, "lb_subset_config"))).transpose()?;
+    if subsets.is_some() && policy == LbPolicy::ClusterProvided {
+        let text = "cluster: LB policy CLUSTER_PROVIDED cannot be combined with lb_subset_config";
+        return Err(FieldError::new(join(path, "lb_subset_config"), text));
+    }
+    let subsets = subsets.map(Arc::new);
+    Ok((policy, LbOptions { panic_threshold, locality, slow_start, subsets, ..LbOptions::default() }))
 }
 
 fn old_policy(cluster: &Cluster, common: &CommonLbConfig, path: &str) -> Result<(LbPolicy, Option<SlowStart>)> {
@@ -210,13 +238,138 @@ fn typed_policy(config: &Any, path: &str, depth: usize) -> Result<(LbPolicy, LbO
         }
         "wrr_locality.v3.WrrLocality" => {
             let config: WrrLocality = unpack(config, path)?;
-            let path = join(path, "endpoint_picking_policy");
-            let inner = config.endpoint_picking_policy.as_ref().ok_or_else(|| FieldError::new(&*path, "is needed"))?;
-            let (policy, options) = policies_of(inner, &path, depth + 1)?;
+            let picking = config.endpoint_picking_policy.as_ref();
+            let (policy, options) = inner(picking, path, "endpoint_picking_policy", depth)?;
             Ok((policy, LbOptions { locality: LocalityLb::Weighted, ..options }))
+        }
+        "pick_first.v3.PickFirst" => {
+            let PickFirst { shuffle_address_list } = unpack(config, path)?;
+            Ok((LbPolicy::PickFirst { shuffle: shuffle_address_list }, LbOptions::default()))
+        }
+        "subset.v3.Subset" => {
+            let config: Subset = unpack(config, path)?;
+            let subsets = subsets(&config, path)?;
+            let (policy, options) = inner(config.subset_lb_policy.as_ref(), path, "subset_lb_policy", depth)?;
+            if options.subsets.is_some() {
+                let text = "subsets within subsets are not supported by culvert yet";
+                return Err(FieldError::new(join(path, "subset_lb_policy"), text));
+            }
+            let subsets = (!subsets.selectors.is_empty()).then(|| Arc::new(subsets));
+            Ok((policy, LbOptions { subsets, ..options }))
+        }
+        "override_host.v3.OverrideHost" => {
+            let config: OverrideHost = unpack(config, path)?;
+            let sources = override_sources(&config, path)?;
+            let (policy, options) = inner(config.fallback_policy.as_ref(), path, "fallback_policy", depth)?;
+            if !options.override_host.is_empty() {
+                let text = "an override within another one is not supported by culvert yet";
+                return Err(FieldError::new(join(path, "fallback_policy"), text));
+            }
+            Ok((policy, LbOptions { override_host: sources, ..options }))
         }
         _ => Err(FieldError::unsupported(path)),
     }
+}
+
+/// The policy within another one.
+fn inner(
+    policies: Option<&LoadBalancingPolicy>,
+    path: &str,
+    field: &str,
+    depth: usize,
+) -> Result<(LbPolicy, LbOptions)> {
+    let policies = policies.ok_or_else(|| required(path, field))?;
+    policies_of(policies, &join(path, field), depth + 1)
+}
+
+fn override_sources(config: &OverrideHost, path: &str) -> Result<Arc<[OverrideSource]>> {
+    let parse = |(index, source): (usize, &OverrideHostSource)| {
+        let path = format!("{}[{index}]", join(path, "override_host_sources"));
+        match (source.header.as_str(), &source.metadata) {
+            ("", None) => Err(FieldError::new(path, "Empty override source")),
+            (header, None) => Ok(OverrideSource::Header(header_name(header, &join(&path, "header"))?)),
+            ("", Some(key)) => {
+                let steps = key.path.iter().map(|step| match &step.segment {
+                    Some(Segment::Key(name)) => Ok(Box::from(name.as_str())),
+                    Some(Segment::Index(_)) => Err(FieldError::unsupported(join(&path, "metadata.path.index"))),
+                    None => Err(required(&path, "metadata.path.key")),
+                });
+                Ok(OverrideSource::Metadata(key.key.as_str().into(), steps.collect::<Result<_>>()?))
+            }
+            (_, Some(_)) => Err(FieldError::new(path, "Only one override source must be set")),
+        }
+    };
+    config.override_host_sources.iter().enumerate().map(parse).collect()
+}
+
+fn old_subsets(config: &LbSubsetConfig, path: &str) -> Result<SubsetConfig> {
+    let selectors = config.subset_selectors.iter().map(|selector| ProtoSelector {
+        keys: selector.keys.clone(),
+        single_host_per_subset: selector.single_host_per_subset,
+        fallback_policy: selector.fallback_policy,
+        fallback_keys_subset: selector.fallback_keys_subset.clone(),
+    });
+    // The enums have the same numbers.
+    let typed = Subset {
+        fallback_policy: config.fallback_policy,
+        default_subset: config.default_subset.clone(),
+        subset_selectors: selectors.collect(),
+        allow_redundant_keys: false,
+        locality_weight_aware: config.locality_weight_aware,
+        scale_locality_weight: config.scale_locality_weight,
+        panic_mode_any: config.panic_mode_any,
+        list_as_any: config.list_as_any,
+        metadata_fallback_policy: config.metadata_fallback_policy,
+        subset_lb_policy: None,
+    };
+    subsets(&typed, path)
+}
+
+fn subsets(config: &Subset, path: &str) -> Result<SubsetConfig> {
+    let parse = |(index, selector): (usize, &ProtoSelector)| {
+        let path = format!("{}[{index}]", join(path, "subset_selectors"));
+        let set = |names: &[String]| -> BTreeSet<Box<str>> { names.iter().map(|name| name.as_str().into()).collect() };
+        let keys = set(&selector.keys);
+        let fallback = match SelectorPolicy::try_from(selector.fallback_policy) {
+            Ok(SelectorPolicy::NotDefined) | Err(_) => None,
+            Ok(SelectorPolicy::NoFallback) => Some(SelectorFallback::To(SubsetFallback::None)),
+            Ok(SelectorPolicy::AnyEndpoint) => Some(SelectorFallback::To(SubsetFallback::Any)),
+            Ok(SelectorPolicy::DefaultSubset) => Some(SelectorFallback::To(SubsetFallback::Default)),
+            Ok(SelectorPolicy::KeysSubset) => {
+                let fewer = set(&selector.fallback_keys_subset);
+                let text = if fewer.is_empty() {
+                    "fallback_keys_subset cannot be empty"
+                } else if !fewer.is_subset(&keys) {
+                    "fallback_keys_subset must be a subset of selector keys"
+                } else if fewer == keys {
+                    "fallback_keys_subset cannot be equal to keys"
+                } else {
+                    return Ok(SubsetSelector {
+                        keys,
+                        single_host: selector.single_host_per_subset,
+                        fallback: Some(SelectorFallback::Keys(fewer)),
+                    });
+                };
+                return Err(FieldError::new(join(&path, "fallback_keys_subset"), text));
+            }
+        };
+        Ok(SubsetSelector { keys, single_host: selector.single_host_per_subset, fallback })
+    };
+    Ok(SubsetConfig {
+        fallback: match SubsetPolicy::try_from(config.fallback_policy) {
+            Ok(SubsetPolicy::AnyEndpoint) => SubsetFallback::Any,
+            Ok(SubsetPolicy::DefaultSubset) => SubsetFallback::Default,
+            Ok(SubsetPolicy::NoFallback) | Err(_) => SubsetFallback::None,
+        },
+        default_subset: config.default_subset.as_ref().map(object).unwrap_or_default(),
+        selectors: config.subset_selectors.iter().enumerate().map(parse).collect::<Result<_>>()?,
+        allow_redundant_keys: config.allow_redundant_keys,
+        locality_weight_aware: config.locality_weight_aware,
+        scale_locality_weight: config.scale_locality_weight,
+        panic_mode_any: config.panic_mode_any,
+        list_as_any: config.list_as_any,
+        fallback_list: config.metadata_fallback_policy == MetadataPolicy::FallbackList as i32,
+    })
 }
 
 fn locality_of(config: Option<&LocalityLbConfig>) -> LocalityLb {

@@ -5,13 +5,14 @@ use envoy_types::pb::envoy::config::route::v3::{
     HeaderMatcher as ProtoHeader, RetryPolicy as ProtoPolicy,
     retry_policy::{
         RateLimitedRetryBackOff, ResetHeaderFormat, RetryHostPredicate as ProtoPredicate,
-        retry_host_predicate::ConfigType,
+        retry_host_predicate::ConfigType, retry_priority::ConfigType as PriorityConfig,
     },
 };
 use envoy_types::pb::envoy::extensions::retry::host::{
     omit_canary_hosts::v3::OmitCanaryHostsPredicate, omit_host_metadata::v3::OmitHostMetadataConfig,
     previous_hosts::v3::PreviousHostsPredicate,
 };
+use envoy_types::pb::envoy::extensions::retry::priority::previous_priorities::v3::PreviousPrioritiesConfig;
 
 use super::{
     common::{Result, duration, header_name, number, required},
@@ -64,6 +65,7 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
         rate_limited,
         host_predicates: host_predicates(policy, path)?,
         host_selection_attempts: attempts.min(MAX_HOST_SELECTION_ATTEMPTS),
+        retry_priority: retry_priority(policy, path)?,
     })
 }
 
@@ -113,6 +115,16 @@ fn host_predicates(policy: &ProtoPolicy, path: &str) -> Result<Box<[RetryHostPre
         }
     };
     policy.retry_host_predicate.iter().enumerate().map(parse).collect()
+}
+
+fn retry_priority(policy: &ProtoPolicy, path: &str) -> Result<Option<u32>> {
+    let Some(priority) = &policy.retry_priority else { return Ok(None) };
+    let path = join(path, "retry_priority.typed_config");
+    let Some(PriorityConfig::TypedConfig(config)) = &priority.config_type else {
+        return Err(required(&path, "typed_config"));
+    };
+    let PreviousPrioritiesConfig { update_frequency } = unpack(config, &path)?;
+    Ok(Some(u32::try_from(update_frequency).unwrap_or(1).max(1)))
 }
 
 fn retry_on(kinds: &str, path: &str) -> RetryOn {

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
     config::{
-        core::v3::RoutingPriority,
+        core::v3::{Metadata, RoutingPriority},
         route::v3::{
             RouteAction as ProtoAction,
             route_action::{
@@ -35,10 +35,11 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterChoice, ForwardAction, GrpcTimeout, HostRewrite, MaxStreamDuration, PathMatch, PathRewrite,
-            RouteMatch, WeightedClusters, WeightedOptions,
+            ClusterChoice, ForwardAction, GrpcTimeout, HostRewrite, LbMetadata, MaxStreamDuration, MetadataMatch,
+            PathMatch, PathRewrite, RouteMatch, WeightedClusters, WeightedOptions,
         },
     },
+    http::metadata::object,
     layered_runtime::{Key, RuntimeInteger},
 };
 
@@ -77,8 +78,14 @@ fn path_rewrite(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Resul
     })
 }
 
+/// What metadata asks of hosts.
+fn asked_of_hosts(metadata: Option<&Metadata>) -> LbMetadata {
+    metadata.and_then(|metadata| metadata.filter_metadata.get("envoy.lb")).map(object).unwrap_or_default()
+}
+
 #[expect(deprecated, reason = "cors, which Envoy still takes")]
 pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Result<ForwardAction> {
+    let asked = MetadataMatch::with(None, asked_of_hosts(action.metadata_match.as_ref()));
     let cluster = match &action.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
         Some(ClusterSpecifier::ClusterHeader(name)) => {
@@ -95,7 +102,7 @@ pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) ->
                     |(name, weight)| (RuntimeInteger { default: u64::from(weight), key: key(name) }, name.into());
                 weights.map(weight).collect()
             });
-            weighted.options = weighted_options(&clusters.clusters, &path)?;
+            weighted.options = weighted_options(&clusters.clusters, asked.as_ref(), &path)?;
             // `total_weight` is deprecated and says nothing, as in Envoy.
             ClusterChoice::Weighted(weighted)
         }
@@ -148,6 +155,7 @@ pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) ->
         rate_limits: rate_limit::of_routes(&action.rate_limits, path)?,
         include_vh_rate_limits: include_vh_rate_limits(action),
         upgrades: upgrade::of_route(&action.upgrade_configs, path)?,
+        metadata_match: asked,
     })
 }
 
@@ -173,7 +181,11 @@ fn max_stream_duration(limits: ProtoMaxStreamDuration, path: &str) -> Result<Max
     })
 }
 
-fn weighted_options(clusters: &[ClusterWeight], path: &str) -> Result<Arc<[WeightedOptions]>> {
+fn weighted_options(
+    clusters: &[ClusterWeight],
+    asked: Option<&MetadataMatch>,
+    path: &str,
+) -> Result<Arc<[WeightedOptions]>> {
     let parse = |(index, cluster): (usize, &ClusterWeight)| {
         let path = format!("{}[{index}]", join(path, "clusters"));
         let host_rewrite = match &cluster.host_rewrite_specifier {
@@ -187,10 +199,12 @@ fn weighted_options(clusters: &[ClusterWeight], path: &str) -> Result<Arc<[Weigh
             (&cluster.response_headers_to_add, &cluster.response_headers_to_remove),
             &path,
         )?;
-        Ok(WeightedOptions { headers, host_rewrite })
+        let own = asked_of_hosts(cluster.metadata_match.as_ref());
+        let metadata_match = if own.is_empty() { None } else { MetadataMatch::with(asked, own) };
+        Ok(WeightedOptions { headers, host_rewrite, metadata_match })
     };
     let options: Vec<_> = clusters.iter().enumerate().map(parse).collect::<Result<_>>()?;
-    let nothing = options.iter().all(|options| options.headers.is_empty() && options.host_rewrite.is_none());
+    let nothing = options.iter().all(|options| options.is_empty());
     Ok(if nothing { Arc::new([]) } else { options.into() })
 }
 

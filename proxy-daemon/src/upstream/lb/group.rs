@@ -65,6 +65,9 @@ impl Group {
         let weight = |host: &u32| all[*host as usize].weight;
         let weighted = hosts.windows(2).any(|pair| weight(&pair[0]) != weight(&pair[1]));
         let mut classes = Vec::new();
+        if matches!(making.policy, LbPolicy::PickFirst { shuffle: true }) {
+            fastrand::shuffle(&mut hosts);
+        }
         if weighted && matches!(making.policy, LbPolicy::RoundRobin) {
             hosts.sort_by_key(weight);
             let mut first = 0;
@@ -92,6 +95,8 @@ impl Group {
         let slow = self.slow_until.is_some_and(|until| Instant::now() < until);
         let at = match policy {
             LbPolicy::Random => random as usize % len,
+            // The first, and for attempts that pass it over the next ones.
+            LbPolicy::PickFirst { .. } => cx.attempt as usize % len,
             LbPolicy::LeastRequest(config) if self.weighted || slow => self.by_deadline(Some(config), cx)?,
             LbPolicy::LeastRequest(config) if config.full_scan => self.least_of_all(cx),
             LbPolicy::LeastRequest(config) => self.least_of_some(config.choice_count, cx),
@@ -188,12 +193,14 @@ impl SlowStart {
 pub(in crate::upstream) struct Turns {
     next: Vec<u32>,
     pub(super) schedules: HashMap<u32, Edf>,
+    /// Where keys of subsets are written.
+    pub(super) text: String,
 }
 
 impl Turns {
     /// For groups with ids less than `ids`. They start anywhere, so that workers do not all begin with the same host.
     pub(in crate::upstream) fn new(ids: u32) -> Turns {
-        Turns { next: vec![fastrand::u32(..); ids as usize], schedules: HashMap::new() }
+        Turns { next: vec![fastrand::u32(..); ids as usize], schedules: HashMap::new(), text: String::new() }
     }
 
     /// One of `len`, in turn.

@@ -112,12 +112,33 @@ impl Load {
         Load { shares, panic, availability, targets }
     }
 
+    /// The shares without the priorities that `excluded` names; `None` where nothing is left of them.
+    pub(super) fn without(&self, excluded: impl Fn(usize) -> bool) -> Option<Shares> {
+        let availability = self.availability.iter().enumerate();
+        let availability: Vec<_> =
+            availability.map(|(priority, it)| if excluded(priority) { (0, 0) } else { *it }).collect();
+        let total = total(&availability);
+        if total == 0 {
+            return None;
+        }
+        let mut shares = Shares { healthy: vec![0; availability.len()], degraded: vec![0; availability.len()] };
+        let mut left = 100;
+        while left > 0 {
+            for (share, (healthy, _)) in shares.healthy.iter_mut().zip(&availability) {
+                give(&mut left, share, *healthy, total);
+            }
+            for (share, (_, degraded)) in shares.degraded.iter_mut().zip(&availability) {
+                give(&mut left, share, *degraded, total);
+            }
+        }
+        Some(shares)
+    }
+
     /// The target of a random number, or of a request's hash.
     pub(super) fn target(&self, number: u64) -> Target {
         self.targets[(number % 100) as usize]
     }
 }
-
 /// What all can take together, at most 100.
 fn total(availability: &[(u32, u32)]) -> u32 {
     availability.iter().map(|(healthy, degraded)| healthy + degraded).sum::<u32>().min(100)

@@ -97,3 +97,15 @@ fn excluded_hosts_are_as_if_they_were_not_there() {
     let gone = Level { hosts: Counts { all: 3, excluded: 3, ..Counts::default() }, ..level(0, 0, 0) };
     assert_eq!(Load::new(&[gone, level(1, 0, 0)], 50).shares.healthy, [75, 25]);
 }
+
+#[test]
+fn priorities_can_be_left_out() {
+    let load = Load::new(&[level(100, 100, 0), level(100, 100, 0), level(100, 30, 10)], 50);
+    assert_eq!(load.shares.healthy, [100, 0, 0]);
+    let shares = load.without(|priority| priority == 0).unwrap();
+    assert_eq!((shares.healthy, shares.degraded), (vec![0, 100, 0], vec![0, 0, 0]));
+    let shares = load.without(|priority| priority < 2).unwrap();
+    // 42 % healthy and 14 % degraded of 56: 75 and 25.
+    assert_eq!((shares.healthy, shares.degraded), (vec![0, 0, 75], vec![0, 0, 25]));
+    assert_eq!(load.without(|_| true), None);
+}

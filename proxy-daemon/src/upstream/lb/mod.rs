@@ -7,28 +7,31 @@ mod group;
 mod layout;
 mod load;
 mod mersenne;
+mod subset;
+mod tried;
 mod zone;
 
 use std::sync::Arc;
 
+pub use self::tried::TriedPriorities;
 use self::{
     by_hash::HashTable,
     edf::Edf,
     group::{Group, Making},
     layout::{LocalityHosts, Standing, those},
     load::Load,
+    subset::Subsets,
     zone::ZoneRouting,
 };
 pub(super) use self::{
     by_hash::Spread,
     group::Turns,
     layout::{Assigned, Level, levels},
-    load::Shares,
     zone::LocalZones,
 };
 use super::{ClusterStats, Host};
 use crate::{
-    config::model::{LbOptions, LbPolicy, LocalityLb, SlowStart},
+    config::model::{LbOptions, LbPolicy, LocalityLb, MetadataMatch, SlowStart},
     layered_runtime::Key,
 };
 
@@ -43,8 +46,10 @@ pub(super) struct Pick<'a> {
     pub(super) hash: Option<u64>,
     /// How many hosts have been passed over.
     pub(super) attempt: u32,
-    /// In place of the shares that the priorities have.
-    pub(super) shares: Option<&'a Shares>,
+    /// What the host's metadata has to say.
+    pub(super) criteria: Option<&'a MetadataMatch>,
+    /// Priorities that get nothing, because they have failed the request.
+    pub(super) tried: Option<&'a TriedPriorities>,
     pub(super) slow_start: Option<&'a SlowStart>,
     pub(super) stats: &'a ClusterStats,
 }
@@ -63,33 +68,59 @@ pub(super) struct Ingredients<'a> {
 /// Everything that choosing needs.
 #[derive(Debug)]
 pub(super) struct Balancer {
-    picker: Picker,
+    kind: Kind,
     policy: LbPolicy,
     options: LbOptions,
     /// How many turns a worker has to keep.
     pub(super) ids: u32,
 }
 
+#[derive(Debug)]
+enum Kind {
+    Whole(Picker),
+    Subsets(Box<Subsets>),
+}
+
 impl Balancer {
     pub(super) fn new(of: &Ingredients<'_>) -> Balancer {
         let (policy, options) = (of.policy.clone(), of.options.clone());
         let mut making = Making { hosts: of.hosts, policy: of.policy, slow_start: options.slow_start.as_ref(), ids: 0 };
-        let picker = Picker::new(of, of.levels, &mut making);
+        let kind = match &options.subsets {
+            Some(config) => Kind::Subsets(Box::new(Subsets::new(config, of, &mut making))),
+            None => Kind::Whole(Picker::new(of, of.levels, &mut making)),
+        };
         let ids = making.ids;
-        Balancer { picker, policy, options, ids }
+        Balancer { kind, policy, options, ids }
     }
 
     /// The number of a host; `None` where none may be used.
     pub(super) fn pick<'a>(&'a self, cx: &mut Pick<'a>) -> Option<u32> {
         cx.slow_start = self.options.slow_start.as_ref();
-        self.picker.pick(&self.policy, &self.options, cx)
+        match &self.kind {
+            Kind::Whole(picker) => picker.pick(&self.policy, &self.options, cx),
+            Kind::Subsets(subsets) => subsets.pick(&self.policy, cx),
+        }
     }
 
     /// What the hash table of the first priority is called and looks like, where there is one.
     pub(super) fn spread(&self) -> Option<(&'static str, &'static str, Spread)> {
-        let table = self.picker.priorities.first()?.table.as_ref()?;
+        let Kind::Whole(picker) = &self.kind else { return None };
+        let table = picker.priorities.first()?.table.as_ref()?;
         let (lb, unit) = table.names();
         Some((lb, unit, table.spread))
+    }
+}
+
+impl Balancer {
+    /// How many subsets there are, how many of them `before` had not, and how many hosts are in none because theirs has one.
+    pub(super) fn subsets(&self, before: Option<&Balancer>) -> Option<(u64, u64, u64)> {
+        let Kind::Subsets(subsets) = &self.kind else { return None };
+        let before = before.and_then(|before| match &before.kind {
+            Kind::Subsets(subsets) => Some(&**subsets),
+            Kind::Whole(_) => None,
+        });
+        let (all, new) = subsets.difference(before);
+        Some((all, new, subsets.duplicates))
     }
 }
 
@@ -190,10 +221,10 @@ impl Picker {
         let hash = cx.hash.filter(|_| policy.wants_hash());
         // What has no hash may go anywhere.
         let number = hash.unwrap_or_else(|| fastrand::u64(..));
-        let target = match cx.shares {
-            Some(shares) => shares.target(number),
-            None => self.load.target(number),
-        };
+        // Those that go by hashes do not ask, as in Envoy.
+        let tried = cx.tried.filter(|_| !policy.wants_hash());
+        let target = tried.and_then(|tried| tried.target(&self.load, number));
+        let target = target.unwrap_or_else(|| self.load.target(number));
         let at = usize::from(target.priority);
         let priority = self.priorities.get(at)?;
         let panic = self.load.panic[at];

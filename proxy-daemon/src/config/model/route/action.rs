@@ -6,7 +6,10 @@ use super::{
     AddedValue, ClusterChoice, FilterConfigOf, HashPolicy, InternalRedirectPolicy, PathRewrite, RegexRewrite,
     RetryPolicy,
 };
-use crate::{config::model::RateLimit, layered_runtime::RuntimeFraction};
+use crate::{
+    config::model::{MetadataMatch, RateLimit},
+    layered_runtime::RuntimeFraction,
+};
 
 /// What a route does with a request.
 #[derive(Debug)]
@@ -65,6 +68,8 @@ pub struct ForwardAction {
     pub hash_policy: Box<[HashPolicy]>,
     /// They are counted under what the virtual host says too.
     pub include_vh_rate_limits: bool,
+    /// What the metadata of their hosts has to say, where the cluster has subsets.
+    pub metadata_match: Option<MetadataMatch>,
 }
 
 impl ForwardAction {
@@ -90,6 +95,7 @@ impl ForwardAction {
             rate_limits: Box::default(),
             hash_policy: Box::default(),
             include_vh_rate_limits: false,
+            metadata_match: None,
         }
     }
 }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use http::{HeaderName, HeaderValue};
 
 use super::HeaderMutations;
-use crate::layered_runtime::RuntimeInteger;
+use crate::{config::model::MetadataMatch, layered_runtime::RuntimeInteger};
 
 /// Where a request or connection goes.
 #[derive(Debug, Clone)]
@@ -48,6 +48,15 @@ pub struct WeightedOptions {
     pub headers: HeaderMutations,
     /// `host_rewrite_literal`; the route's host rewrite comes after it.
     pub host_rewrite: Option<HeaderValue>,
+    /// `metadata_match`, with what the route asks for.
+    pub metadata_match: Option<MetadataMatch>,
+}
+
+impl WeightedOptions {
+    /// Whether they say nothing.
+    pub fn is_empty(&self) -> bool {
+        self.headers.is_empty() && self.host_rewrite.is_none() && self.metadata_match.is_none()
+    }
 }
 
 impl WeightedClusters {

@@ -35,6 +35,8 @@ pub struct RetryPolicy {
     pub host_predicates: Box<[RetryHostPredicate]>,
     /// How often another host is looked for where the one that was picked is to be passed over. Default 1.
     pub host_selection_attempts: u32,
+    /// `previous_priorities`: after so many attempts more, their priorities are avoided.
+    pub retry_priority: Option<u32>,
 }
 
 impl Default for RetryPolicy {
@@ -52,6 +54,7 @@ impl Default for RetryPolicy {
             rate_limited: None,
             host_predicates: Box::default(),
             host_selection_attempts: 1,
+            retry_priority: None,
         }
     }
 }
