@@ -259,12 +259,13 @@ fn assignment(cluster: &Cluster) -> culvert_xds_client::Any {
     let endpoints = groups.into_iter().map(|(priority, locality, members)| LocalityLbEndpoints {
         locality: Some(locality),
         priority,
-        // What Envoy shows where localities are not weighed.
-        load_balancing_weight: Some(UInt32Value { value: 0 }),
+        // Envoy shows a 0 where none is said.
+        load_balancing_weight: Some(UInt32Value { value: hosts.locality_weight(priority, &members[0].locality) }),
         lb_endpoints: members.into_iter().map(|host| lb_endpoint(host)).collect(),
         ..Default::default()
     });
-    let policy = Policy { overprovisioning_factor: Some(UInt32Value { value: 140 }), ..Default::default() };
+    let factor = UInt32Value { value: hosts.overprovisioning_factor() };
+    let policy = Policy { overprovisioning_factor: Some(factor), ..Default::default() };
     dump::pack(&ClusterLoadAssignment {
         cluster_name: assigned_name(cluster),
         endpoints: endpoints.collect(),

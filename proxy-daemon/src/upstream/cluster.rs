@@ -53,7 +53,7 @@ impl Cluster {
         workers: usize,
         secrets: &Arc<Secrets>,
     ) -> Cluster {
-        stats.publish_hosts(&hosts, None);
+        stats.publish_hosts(&hosts, None, workers);
         stats.membership_change.inc();
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
@@ -120,7 +120,7 @@ impl Cluster {
     /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
     fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize, local: &Local) {
         let making = Making { config: &self.config, stats: &self.stats, workers, local };
-        self.set_hosts(build(endpoints, &self.hosts.load(), &making));
+        self.set_hosts(build(endpoints, &self.hosts.load(), &making), workers);
         self.stats.membership_change.inc();
         // What EDS and DNS say first is what the cluster begins with: this is of one in use.
         stats::counter("cluster_manager.cluster_updated").inc();
@@ -129,11 +129,11 @@ impl Cluster {
     /// Chooses anew: this node's own cluster has changed.
     fn rebalance(&self, workers: usize, local: &Local) {
         let making = Making { config: &self.config, stats: &self.stats, workers, local };
-        self.set_hosts(making.again(&self.hosts.load()));
+        self.set_hosts(making.again(&self.hosts.load()), workers);
     }
 
-    fn set_hosts(&self, next: HostSet) {
-        self.stats.publish_hosts(&next, Some(&self.hosts.load()));
+    fn set_hosts(&self, next: HostSet, workers: usize) {
+        self.stats.publish_hosts(&next, Some(&self.hosts.load()), workers);
         self.hosts.store(Arc::new(next));
         self.hosts_version.fetch_add(1, Ordering::Release);
     }
@@ -436,62 +436,5 @@ impl Clusters {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{
-        config::model::{LbOptions, LbPolicy, Thresholds, UpstreamProtocol},
-        layered_runtime::{Layer, LayerSource, Runtime},
-    };
-
-    fn cluster(name: &str) -> ClusterConfig {
-        ClusterConfig {
-            name: name.into(),
-            stat_name: name.to_owned(),
-            discovery: Discovery::Static,
-            lb_policy: LbPolicy::RoundRobin,
-            lb: LbOptions::default(),
-            connect_timeout: std::time::Duration::from_secs(1),
-            protocol: UpstreamProtocol::Http1,
-            max_requests_per_connection: 0,
-            idle_timeout: None,
-            circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
-            per_connection_buffer_limit_bytes: 0,
-            tcp_keepalive: None,
-            tls: None,
-            endpoints: Vec::new(),
-        }
-    }
-
-    #[test]
-    fn limits_follow_runtime_values() {
-        let runtime = Runtime::start(vec![Layer { name: "a".to_owned(), source: LayerSource::Admin }]).unwrap();
-        let clusters = Arc::new(Clusters::new(1));
-        clusters.follow_runtime();
-        clusters.upsert(cluster("a.b"));
-        let limits = |name: &str| {
-            let cluster = clusters.load()[name].clone();
-            (
-                cluster.limits(false).max_requests(),
-                cluster.limits(true).max_retries(),
-                cluster.refuses_for_maintenance(),
-            )
-        };
-        assert_eq!(limits("a.b"), (7, 3, false));
-        let set = |values: &[(&str, &str)]| runtime.modify(values.iter().copied()).unwrap();
-        set(&[
-            ("circuit_breakers.a.b.default.max_requests", "1"),
-            ("circuit_breakers.a.b.high.max_retries", "99999999999"),
-            ("circuit_breakers.later.default.max_requests", "2"),
-            ("upstream.maintenance_mode.a.b", "100"),
-        ]);
-        assert_eq!(limits("a.b"), (1, u32::MAX, true));
-        clusters.upsert(cluster("later"));
-        assert_eq!(limits("later"), (2, 3, false), "a cluster that comes later");
-        set(&[
-            ("circuit_breakers.a.b.default.max_requests", "many"),
-            ("circuit_breakers.a.b.high.max_retries", ""),
-            ("upstream.maintenance_mode.a.b", ""),
-        ]);
-        assert_eq!(limits("a.b"), (7, 3, false));
-    }
-}
+#[path = "cluster_tests.rs"]
+mod tests;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::lb::{Balancer, Level};
-use crate::config::model::{EndpointAddress, HealthStatus, LbMetadata, Locality};
+use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMetadata, Locality};
 
 /// One endpoint of a cluster.
 #[derive(Debug)]
@@ -188,6 +188,16 @@ impl HostSet {
             // Without the thread, it is dropped here.
             let _ = aside.send(set);
         }
+    }
+
+    /// What the assignment says of overprovisioning, in percent.
+    pub fn overprovisioning_factor(&self) -> u32 {
+        self.levels.first().map_or(AssignmentPolicy::default(), Level::policy).overprovisioning_factor
+    }
+
+    /// The weight of a locality at a priority; 0 where none is said.
+    pub fn locality_weight(&self, priority: u32, locality: &Locality) -> u32 {
+        self.levels.get(priority as usize).map_or(0, |level| level.weight(locality))
     }
 
     /// The host with this slot.

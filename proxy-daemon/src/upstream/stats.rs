@@ -153,13 +153,16 @@ impl ClusterStats {
     }
 
     /// Shows the hosts in the membership gauges.
-    pub(super) fn publish_hosts(&self, hosts: &HostSet, before: Option<&HostSet>) {
+    ///
+    /// As in Envoy every worker counts its subsets, and so does the main thread.
+    pub(super) fn publish_hosts(&self, hosts: &HostSet, before: Option<&HostSet>, workers: usize) {
         let before = before.and_then(|before| before.balancer.as_ref());
         if let Some((all, new, duplicates)) = hosts.balancer.as_ref().and_then(|balancer| balancer.subsets(before)) {
             let known = before.and_then(|before| before.subsets(None)).map_or(0, |(all, ..)| all);
-            self.lb_subsets_created.add(new);
-            self.lb_subsets_removed.add((known + new).saturating_sub(all));
-            self.lb_subsets_active.set(all);
+            let threads = workers as u64 + 1;
+            self.lb_subsets_created.add(new * threads);
+            self.lb_subsets_removed.add((known + new).saturating_sub(all) * threads);
+            self.lb_subsets_active.set(all * threads);
             self.scope.gauge("lb_subsets_single_host_per_subset_duplicate").set(duplicates);
         }
         use crate::config::model::HealthStatus::{Degraded, Draining, Healthy, Unknown};

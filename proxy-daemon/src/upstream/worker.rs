@@ -217,6 +217,13 @@ impl WorkerCluster {
         Some(self.mine(&set.hosts[chosen? as usize]))
     }
 
+    /// What this worker keeps for its hosts, without those that it has used.
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        let mine = self.mine.borrow().capacity() * size_of::<Option<Rc<WorkerHost>>>();
+        mine + self.turns.borrow().bytes()
+    }
+
     /// What is this worker's of a host of the set.
     fn mine(&self, host: &Arc<Host>) -> Rc<WorkerHost> {
         let mine = &mut self.mine.borrow_mut()[host.slot as usize];

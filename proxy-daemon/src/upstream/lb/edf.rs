@@ -25,6 +25,11 @@ impl Edf {
         Edf(entries.collect())
     }
 
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> usize {
+        self.0.capacity() * size_of::<Entry>()
+    }
+
     /// The next one, which has its next turn by the weight that it has now.
     pub(super) fn next(&mut self, weight: impl FnOnce(u32) -> f64) -> Option<u32> {
         // Their number fits.

@@ -203,6 +203,12 @@ impl Turns {
         Turns { next: vec![fastrand::u32(..); ids as usize], schedules: HashMap::new(), text: String::new() }
     }
 
+    #[cfg(test)]
+    pub(in crate::upstream) fn bytes(&self) -> usize {
+        let schedules = self.schedules.values().map(Edf::bytes).sum::<usize>();
+        self.next.capacity() * size_of::<u32>() + schedules
+    }
+
     /// One of `len`, in turn.
     fn next(&mut self, id: u32, len: u32) -> u32 {
         let next = &mut self.next[id as usize];

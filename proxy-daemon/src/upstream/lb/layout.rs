@@ -88,6 +88,15 @@ pub(in crate::upstream) fn levels(groups: &[Assigned], here: &Locality) -> Vec<L
 }
 
 impl Level {
+    pub(in crate::upstream) fn policy(&self) -> AssignmentPolicy {
+        self.policy
+    }
+
+    /// The weight of a locality; 0 where none is said.
+    pub(in crate::upstream) fn weight(&self, locality: &Locality) -> u32 {
+        self.localities.iter().find(|group| *group.locality == *locality).map_or(0, |group| group.weight)
+    }
+
     pub(super) fn counts(&self, hosts: &[Arc<Host>]) -> Counts {
         self.sum(hosts, |_| 1)
     }

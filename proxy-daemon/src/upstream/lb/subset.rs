@@ -96,8 +96,9 @@ impl Subsets {
 
     /// How many subsets there are, and how many of them `before` had not.
     pub(super) fn difference(&self, before: Option<&Subsets>) -> (u64, u64) {
-        let new = |key: &&Box<str>| before.is_none_or(|before| !before.found.contains_key(&***key));
-        (self.found.len() as u64, self.found.keys().filter(new).count() as u64)
+        let is_new = |key: &str| before.is_none_or(|before| !before.found.contains_key(key));
+        let new = self.found.keys().filter(|key| is_new(key)).count();
+        (self.found.len() as u64, new as u64)
     }
 
     pub(super) fn pick(&self, policy: &LbPolicy, cx: &mut Pick<'_>) -> Option<u32> {

@@ -1,0 +1,149 @@
+use super::*;
+use crate::upstream::{PickCx, WorkerClusters};
+use crate::{
+    config::model::{LbOptions, LbPolicy, LeastRequest, Thresholds, UpstreamProtocol},
+    layered_runtime::{Layer, LayerSource, Runtime},
+};
+
+fn cluster(name: &str) -> ClusterConfig {
+    ClusterConfig {
+        name: name.into(),
+        stat_name: name.to_owned(),
+        discovery: Discovery::Static,
+        lb_policy: LbPolicy::RoundRobin,
+        lb: LbOptions::default(),
+        connect_timeout: std::time::Duration::from_secs(1),
+        protocol: UpstreamProtocol::Http1,
+        max_requests_per_connection: 0,
+        idle_timeout: None,
+        circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
+        per_connection_buffer_limit_bytes: 0,
+        tcp_keepalive: None,
+        tls: None,
+        endpoints: Vec::new(),
+    }
+}
+
+#[test]
+fn limits_follow_runtime_values() {
+    let runtime = Runtime::start(vec![Layer { name: "a".to_owned(), source: LayerSource::Admin }]).unwrap();
+    let clusters = Arc::new(Clusters::new(1));
+    clusters.follow_runtime();
+    clusters.upsert(cluster("a.b"));
+    let limits = |name: &str| {
+        let cluster = clusters.load()[name].clone();
+        (cluster.limits(false).max_requests(), cluster.limits(true).max_retries(), cluster.refuses_for_maintenance())
+    };
+    assert_eq!(limits("a.b"), (7, 3, false));
+    let set = |values: &[(&str, &str)]| runtime.modify(values.iter().copied()).unwrap();
+    set(&[
+        ("circuit_breakers.a.b.default.max_requests", "1"),
+        ("circuit_breakers.a.b.high.max_retries", "99999999999"),
+        ("circuit_breakers.later.default.max_requests", "2"),
+        ("upstream.maintenance_mode.a.b", "100"),
+    ]);
+    assert_eq!(limits("a.b"), (1, u32::MAX, true));
+    clusters.upsert(cluster("later"));
+    assert_eq!(limits("later"), (2, 3, false), "a cluster that comes later");
+    set(&[
+        ("circuit_breakers.a.b.default.max_requests", "many"),
+        ("circuit_breakers.a.b.high.max_retries", ""),
+        ("upstream.maintenance_mode.a.b", ""),
+    ]);
+    assert_eq!(limits("a.b"), (7, 3, false));
+}
+
+fn endpoint(number: u32, weight: u32, health: HealthStatus) -> Endpoint {
+    let ip = std::net::Ipv4Addr::from_bits(0x0a00_0000 + number);
+    Endpoint { address: EndpointAddress::Ip((ip, 80).into()), weight, health, hostname: Box::default(), metadata: None }
+}
+
+fn group(numbers: impl IntoIterator<Item = u32>) -> LocalityEndpoints {
+    let endpoints = numbers.into_iter().map(|number| endpoint(number, 1, HealthStatus::Healthy)).collect();
+    LocalityEndpoints { endpoints, ..LocalityEndpoints::default() }
+}
+
+#[test]
+fn a_host_that_stays_keeps_its_slot_and_others_share_what_is_free() {
+    let clusters = Clusters::new(1);
+    clusters.upsert(ClusterConfig { endpoints: vec![group(0..4)], ..cluster("a") });
+    let hosts = || clusters.load()["a"].hosts();
+    let slots = |set: &HostSet| set.hosts.iter().map(|host| host.slot).collect::<Vec<_>>();
+    let before = hosts();
+    assert_eq!(slots(&before), [0, 1, 2, 3]);
+    clusters.set_endpoints("a", &[group([3, 7, 1, 8, 9])]);
+    let after = hosts();
+    assert_eq!(slots(&after), [3, 0, 1, 2, 4]);
+    assert!(Arc::ptr_eq(&before.hosts[3], &after.hosts[0]), "it is as it was");
+    for host in &after.hosts {
+        assert!(Arc::ptr_eq(after.in_slot(host.slot as usize).unwrap(), host));
+    }
+    let mut one = group([3]);
+    one.endpoints[0].weight = 5;
+    clusters.set_endpoints("a", &[one]);
+    let last = hosts();
+    assert!(Arc::ptr_eq(&last.hosts[0].counters, &before.hosts[3].counters), "it is the same with another weight");
+    assert_eq!((slots(&last), last.in_slot(0).is_none()), (vec![3], true));
+}
+
+#[test]
+fn a_worker_keeps_what_stays_and_lets_go_of_the_rest() {
+    let clusters = Arc::new(Clusters::new(1));
+    clusters.upsert(ClusterConfig { endpoints: vec![group(0..3)], ..cluster("a") });
+    let worker = WorkerClusters::new(Arc::clone(&clusters), 0);
+    let mine = worker.get("a").unwrap();
+    let pick = || mine.pick(&PickCx::default()).unwrap();
+    let first: HashMap<_, _> = (0..3).map(|_| pick()).map(|host| (host.host.text.clone(), host)).collect();
+    assert_eq!(first.len(), 3, "in turn");
+    clusters.set_endpoints("a", &[group([2, 5])]);
+    let hosts: HashMap<_, _> = (0..2).map(|_| pick()).map(|host| (host.host.text.clone(), host)).collect();
+    let (stays, comes) = (&hosts["10.0.0.2:80"], &hosts["10.0.0.5:80"]);
+    assert!(std::rc::Rc::ptr_eq(stays, &first["10.0.0.2:80"]));
+    assert!(first.values().all(|old| !std::rc::Rc::ptr_eq(old, comes)));
+    clusters.set_endpoints("a", &[]);
+    assert!(mine.pick(&PickCx::default()).is_none());
+}
+
+#[test]
+fn a_hundred_thousand_hosts_are_no_trouble() {
+    const HOSTS: u32 = 100_000;
+    let clusters = Arc::new(Clusters::new(1));
+    let policies = [
+        LbPolicy::RoundRobin,
+        LbPolicy::Random,
+        LbPolicy::LeastRequest(LeastRequest::default()),
+        LbPolicy::PickFirst { shuffle: false },
+    ];
+    for policy in policies {
+        clusters.upsert(ClusterConfig { lb_policy: policy.clone(), endpoints: vec![group(0..HOSTS)], ..cluster("a") });
+        let worker = WorkerClusters::new(Arc::clone(&clusters), 0);
+        let mine = worker.get("a").unwrap();
+        // Few enough to be let go of at once.
+        for _ in 0..50 {
+            mine.pick(&PickCx::default()).unwrap();
+        }
+        let bytes = mine.bytes();
+        assert!(bytes <= 16 * HOSTS as usize, "{policy:?}: {bytes} bytes");
+        // All of them are replaced.
+        clusters.set_endpoints("a", &[group(HOSTS..2 * HOSTS)]);
+        let host = mine.pick(&PickCx::default()).unwrap();
+        assert!(host.host.slot < HOSTS, "slots are used again");
+        assert!(mine.bytes() <= 16 * HOSTS as usize);
+    }
+}
+
+#[test]
+fn weights_of_few_kinds_cost_little() {
+    const HOSTS: u32 = 10_000;
+    let clusters = Arc::new(Clusters::new(1));
+    let endpoints = (0..HOSTS).map(|number| endpoint(number, 1 + number % 2 * 2, HealthStatus::Healthy)).collect();
+    let groups = vec![LocalityEndpoints { endpoints, ..LocalityEndpoints::default() }];
+    clusters.upsert(ClusterConfig { endpoints: groups, ..cluster("a") });
+    let mine = WorkerClusters::new(clusters, 0).get("a").unwrap();
+    let mut heavy = 0;
+    for _ in 0..4000 {
+        heavy += u32::from(mine.pick(&PickCx::default()).unwrap().host.weight == 3);
+    }
+    assert!((2998..=3002).contains(&heavy), "{heavy}");
+    assert!(mine.bytes() <= 9 * HOSTS as usize, "{}", mine.bytes());
+}
