@@ -166,3 +166,57 @@ fn many_streams_share_one_upstream_connection() {
         plane.stop();
     });
 }
+
+/// An HTTP/2 server that resets its streams after so many messages of a response.
+async fn breaks_off(messages: usize) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::task::spawn_local(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::task::spawn_local(async move {
+                let mut connection = h2::server::handshake(stream).await.unwrap();
+                while let Some(Ok((_, mut respond))) = connection.accept().await {
+                    let mut stream = respond.send_response(Response::new(()), false).unwrap();
+                    for _ in 0..messages {
+                        stream.send_data(Bytes::from(vec![b'm'; 1000]), false).unwrap();
+                    }
+                    tokio::task::spawn_local(async move {
+                        // What was sent is on its way.
+                        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                        stream.send_reset(h2::Reason::INTERNAL_ERROR);
+                    });
+                }
+            });
+        }
+    });
+    address
+}
+
+#[test]
+fn what_came_before_a_host_reset_its_stream_is_the_clients() {
+    run(async {
+        let plane = start();
+        plane.upsert_cluster(http2_cluster("a", breaks_off(20).await));
+        let address = http_listener(&plane, "l", "a", |_| {}).await;
+        let mut client = client::<Full<Bytes>>(address).await;
+        for _ in 0..20 {
+            let response = client.send_request(Request::get("http://a/").body(Full::default()).unwrap());
+            let mut body = response.await.unwrap().into_body();
+            let (mut length, mut broken) = (0, None);
+            while let Some(frame) = body.frame().await {
+                match frame {
+                    Ok(frame) => length += frame.into_data().map_or(0, |data| data.len()),
+                    Err(error) => {
+                        broken = Some(error);
+                        break;
+                    }
+                }
+            }
+            assert_eq!(length, 20_000);
+            let error = broken.expect("the stream is reset");
+            let error = std::error::Error::source(&error).unwrap().downcast_ref::<h2::Error>().unwrap();
+            assert_eq!(error.reason(), Some(h2::Reason::INTERNAL_ERROR));
+        }
+        plane.stop();
+    });
+}

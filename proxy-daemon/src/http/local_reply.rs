@@ -119,7 +119,7 @@ fn make(
     head.headers.extend(reply.headers);
     let mut body = reply.body;
     if let Asked::Stream(cx) = asked {
-        cx.mutate_response(&mut head, end.host.as_ref().map(|(_, host)| host.host.display()));
+        cx.mutate_response(&mut head, end);
     }
     let mut content_type = None;
     if let Some(replies) = end.state.config().local_replies.clone() {
@@ -194,7 +194,8 @@ fn rewrite(
         let flags = if is_refused(end, asked) { ResponseFlags::default() } else { end.flags };
         let details = end.told_details();
         let mut see = |record: &Record<'_>| {
-            see(&Record { response_flags: flags, response_code_details: details, missing: "-", ..*record });
+            let record = Record { response_flags: flags, response_code_details: details, missing: "-", ..*record };
+            end.tell_upstream(&record, |record| see(record));
         };
         match asked {
             Asked::Stream(cx) => cx.tell_response(head.status, host, |record| see(record)),

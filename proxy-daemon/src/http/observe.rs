@@ -21,7 +21,7 @@ use super::{
     proxy_status,
     request_stats::{Counted, RequestStats},
     stats::HcmStats,
-    stream::{Progress, RequestHead, ResponseHead},
+    stream::{Progress, RequestHead, ResponseHead, VIA_UPSTREAM},
     timers::{Expired, Timers},
 };
 use crate::{
@@ -294,7 +294,7 @@ impl StreamEnd {
     pub(super) fn came_from_upstream(&mut self, response: &mut ResponseHead, cx: &super::stream::StreamCx) {
         self.flags |= cx.flags;
         if self.details.is_empty() {
-            self.details = Cow::Borrowed("via_upstream");
+            self.details = Cow::Borrowed(VIA_UPSTREAM);
         }
         self.tell_proxy_status(response);
         self.keep_response(response.status, &response.headers);
@@ -494,7 +494,6 @@ impl StreamEnd {
     }
 
     fn write_logs(&self, log: &LogParts, log_type: &'static str) {
-        let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
         let metadata = self.progress.metadata.borrow();
         let record = Record {
             log_type,
@@ -503,15 +502,25 @@ impl StreamEnd {
             response_flags: self.flags,
             response_code_details: self.told_details(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
+            ..log.record(&self.state, &self.progress, self.started)
+        };
+        self.tell_upstream(&record, |record| {
+            for access_log in &self.state.manager.access_logs {
+                access_log.write(record);
+            }
+        });
+    }
+
+    /// Adds to a record what is known of the connection to the host.
+    pub(super) fn tell_upstream(&self, record: &Record<'_>, tell: impl FnOnce(&Record<'_>)) {
+        let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
+        tell(&Record {
             upstream_local_address: upstream.as_ref().and_then(|upstream| upstream.local),
             upstream_tls: upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
             upstream_transport_failure_reason: transport_failure.as_deref(),
-            ..log.record(&self.state, &self.progress, self.started)
-        };
-        for access_log in &self.state.manager.access_logs {
-            access_log.write(&record);
-        }
-        // There may be a further line.
+            ..*record
+        });
+        // It may be told again.
         self.notes.upstream.set(upstream);
         self.notes.transport_failure.set(transport_failure);
     }

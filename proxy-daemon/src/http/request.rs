@@ -492,7 +492,7 @@ fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, 
     {
         response.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(attempts));
     }
-    cx.mutate_response(response, end.host.as_ref().map(|(_, host)| host.host.display()));
+    cx.mutate_response(response, end);
     let upgrade = Asked::of_response(response);
     headers::strip_hop_by_hop(&mut response.headers);
     if let Some(upgrade) = upgrade {

@@ -11,7 +11,9 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority};
+use super::{
+    MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, observe::StreamEnd, route_match::authority,
+};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::model::{AddedValue, ClusterChoice, HeaderAdd, HeaderMutations, RouteAction, WeightedOptions},
@@ -20,6 +22,9 @@ use crate::{
     tls::TlsInfo,
     upstream::{WorkerCluster, WorkerHost},
 };
+
+/// `%RESPONSE_CODE_DETAILS%` of a response that a host has sent.
+pub(super) const VIA_UPSTREAM: &str = "via_upstream";
 
 /// A response that comes before the response.
 pub(super) type Interim = (StatusCode, HeaderMap);
@@ -159,16 +164,22 @@ impl StreamCx {
         }
     }
 
-    /// Applies the response mutations of all levels.
-    pub(super) fn mutate_response(&self, response: &mut ResponseHead, host: Option<&str>) {
+    /// Applies the response mutations of all levels; `end` knows where the response came from.
+    pub(super) fn mutate_response(&self, response: &mut ResponseHead, end: &StreamEnd) {
         if self.header_mutations().all(HeaderMutations::is_empty) {
             return;
         }
         let status = response.status;
+        let host = end.host.as_ref().map(|(_, host)| host.host.display());
+        let response_flags = self.flags | end.flags;
         self.format_response(status, &mut response.headers, host, |headers, record| {
-            for mutations in self.header_mutations() {
-                headers::mutate_response(headers, mutations, record);
-            }
+            let details = end.told_details().or(record.response_code_details);
+            let record = Record { response_code_details: details, response_flags, ..*record };
+            end.tell_upstream(&record, |record| {
+                for mutations in self.header_mutations() {
+                    headers::mutate_response(headers, mutations, record);
+                }
+            });
         });
     }
 
@@ -235,9 +246,10 @@ impl StreamCx {
             protocol: request.map(|request| super::protocol_name(request.version)),
             request_headers: request.map(|request| Headers::All(&request.headers)),
             response_code: status.as_u16(),
+            response_code_details: Some(self.local_reply.as_deref().unwrap_or(VIA_UPSTREAM)),
             route_name: route.filter(|name| !name.is_empty()),
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
-            upstream_host: host,
+            upstream_host: host.or(self.upstream_host.as_ref().map(|host| host.host.display())),
             ..self.record()
         };
         tell(&record);

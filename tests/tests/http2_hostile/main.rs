@@ -1,5 +1,6 @@
 //! HTTP/2 that is wrong, or meant to hurt, frame by frame, sent to culvertd and to the real Envoy.
 
+mod cut;
 mod floods;
 mod frames;
 mod harness;

@@ -12,6 +12,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use h2::{Reason, SendStream};
 use http_body::Body as _;
+use tokio::sync::oneshot;
 
 use crate::http::body::Body;
 
@@ -56,18 +57,32 @@ impl Outbox {
 /// A piece of a body until the socket has it.
 pub(super) struct Piece {
     bytes: Bytes,
-    outbox: Option<Rc<Outbox>>,
+    whose: Whose,
+}
+
+/// Who hears of a piece that has gone.
+enum Whose {
+    Nobody,
+    Outbox(Rc<Outbox>),
+    /// Dropped with the piece, which is how it tells.
+    Waiting(#[expect(dead_code, reason = "dropped only")] oneshot::Sender<()>),
 }
 
 impl Piece {
     fn new(bytes: Bytes, outbox: &Rc<Outbox>) -> Piece {
         outbox.queued.set(outbox.queued.get() + bytes.len());
-        Piece { bytes, outbox: Some(Rc::clone(outbox)) }
+        Piece { bytes, whose: Whose::Outbox(Rc::clone(outbox)) }
     }
 
     /// Says that there is nothing more.
     pub(super) fn none() -> Piece {
-        Piece { bytes: Bytes::new(), outbox: None }
+        Piece { bytes: Bytes::new(), whose: Whose::Nobody }
+    }
+
+    /// Nothing, and what hears of it when the crate has done with it, and so with all that its stream was given before.
+    fn last() -> (Piece, oneshot::Receiver<()>) {
+        let (waiting, gone) = oneshot::channel();
+        (Piece { bytes: Bytes::new(), whose: Whose::Waiting(waiting) }, gone)
     }
 }
 
@@ -82,7 +97,7 @@ impl Buf for Piece {
 
     fn advance(&mut self, count: usize) {
         self.bytes.advance(count);
-        if let Some(outbox) = &self.outbox {
+        if let Whose::Outbox(outbox) = &self.whose {
             outbox.sent(count);
         }
     }
@@ -90,7 +105,9 @@ impl Buf for Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        if let Some(outbox) = self.outbox.take().filter(|_| !self.bytes.is_empty()) {
+        if let Whose::Outbox(outbox) = &self.whose
+            && !self.bytes.is_empty()
+        {
             outbox.sent(self.bytes.len());
         }
     }
@@ -124,7 +141,9 @@ pub(super) async fn send_body(
         let frame = match frame.await? {
             Some(Ok(frame)) => frame,
             Some(Err(_)) => {
-                to.send_reset(Reason::INTERNAL_ERROR);
+                // It has ended: it is logged now.
+                drop(std::mem::take(body));
+                break_off(to, flush).await;
                 return Err(Broken::Off);
             }
             None => return to.send_data(Piece::none(), true).map_err(|_| Broken::Off),
@@ -143,6 +162,24 @@ pub(super) async fn send_body(
             }
         }
     }
+}
+
+/// Resets a stream once what it was given has gone, of which the crate would drop what it still has. Whoever does not take that
+/// within `flush` does not get it.
+async fn break_off(to: &mut SendStream<Piece>, flush: Option<Duration>) {
+    let (piece, mut gone) = Piece::last();
+    if to.send_data(piece, false).is_ok() {
+        let gone = poll_fn(|cx| match to.poll_reset(cx) {
+            Poll::Ready(_) => Poll::Ready(()),
+            Poll::Pending => Pin::new(&mut gone).poll(cx).map(drop),
+        });
+        match flush {
+            None => gone.await,
+            // Late or not, it is reset.
+            Some(limit) => drop(tokio::time::timeout(limit, gone).await),
+        }
+    }
+    to.send_reset(Reason::INTERNAL_ERROR);
 }
 
 /// Sends one piece, as the other side's windows and the socket take it.
