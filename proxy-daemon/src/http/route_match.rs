@@ -17,23 +17,37 @@ use http::{HeaderMap, HeaderName, Method, request::Parts};
 
 use super::{
     headers::names::*,
+    metadata::Metadata,
     request_stats::{HostStats, StatsTable},
     route_index::RouteIndex,
 };
 use crate::config::model::{
-    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, MirrorPolicy, PathMatch,
-    PerFilterConfig, PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction, RedirectPath, Route,
-    RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
+    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, MetadataMatcher, MirrorPolicy,
+    PathMatch, PerFilterConfig, PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction,
+    RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
 };
 use crate::on_demand::Wanted;
 
 /// What routes are chosen by, besides the request's head.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct MatchCx {
+pub struct MatchCx<'a> {
     /// The stream's random number.
     pub random: u64,
     /// The client has shown a certificate.
     pub certificate_presented: bool,
+    /// What filters have told; `None`: nobody can have told anything.
+    pub metadata: Option<&'a RefCell<Option<Box<Metadata>>>>,
+}
+
+impl MatchCx<'_> {
+    fn metadata_matches(&self, matchers: &[MetadataMatcher]) -> bool {
+        if matchers.is_empty() {
+            return true;
+        }
+        let told = self.metadata.map(RefCell::borrow);
+        let told = told.as_ref().and_then(|told| told.as_deref());
+        matchers.iter().all(|matcher| matcher.matches(told.and_then(|told| told.namespace(&matcher.filter))))
+    }
 }
 
 /// The route of requests that `require_tls` sends to https.
@@ -163,7 +177,7 @@ impl RouteTable {
     }
 
     /// The virtual host and what becomes of the request there.
-    fn find(&self, request: &Parts, cx: &MatchCx) -> Option<(usize, Chosen)> {
+    fn find(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<(usize, Chosen)> {
         let name = match &self.config.vhost_header {
             None => authority(request),
             Some(header) => request.headers.get(header)?.to_str().ok()?,
@@ -240,7 +254,7 @@ fn without_parameters(path: &str) -> Cow<'_, str> {
 }
 
 /// Whether a request is as the rule wants it.
-pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx) -> bool {
+pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &MatchCx<'_>) -> bool {
     // What has no path is found by `connect_matcher` alone, as in Envoy.
     (request.method == Method::CONNECT) == matches!(rule.path, PathMatch::Connect)
         && path_matches(&rule.path, rule.case_sensitive, path)
@@ -249,6 +263,7 @@ pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &Match
             || rule.query_parameters.iter().all(|matcher| query_matches(matcher, request.uri.query())))
         && rule.cookies.iter().all(|matcher| cookie_matches(matcher, request))
         && rule.certificate_presented.is_none_or(|wanted| wanted == cx.certificate_presented)
+        && cx.metadata_matches(&rule.dynamic_metadata)
         && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(cx.random))
         && (!rule.grpc || super::headers::is_grpc(&request.headers))
 }
@@ -413,7 +428,7 @@ impl RouteCache {
     }
 
     /// The route of a request; `None` where no virtual host or route matches.
-    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
+    pub(super) fn route(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<RouteRef> {
         self.refresh();
         let table = self.table.borrow();
         let table = table.as_ref()?;

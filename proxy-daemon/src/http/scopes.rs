@@ -155,7 +155,7 @@ impl RouteFinder {
     }
 
     /// The route of a request; `None` where no scope, virtual host or route matches.
-    pub(super) fn route(&self, request: &Parts, cx: &MatchCx) -> Option<RouteRef> {
+    pub(super) fn route(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<RouteRef> {
         match self {
             RouteFinder::Single(routes) => routes.route(request, cx),
             RouteFinder::Scoped(scopes) => scopes.routes(request)?.route(request, cx),

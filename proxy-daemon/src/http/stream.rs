@@ -273,9 +273,9 @@ impl StreamCx {
     }
 
     /// What its route is chosen by.
-    pub(super) fn match_cx(&self) -> MatchCx {
+    pub(super) fn match_cx(&self) -> MatchCx<'_> {
         let certificate_presented = self.connection.tls().is_some_and(TlsInfo::has_certificate);
-        MatchCx { random: self.random, certificate_presented }
+        MatchCx { random: self.random, certificate_presented, metadata: Some(&self.progress.metadata) }
     }
 }
 

@@ -164,7 +164,8 @@ impl WorkerCluster {
         let next = WorkerCluster::new(cluster, before.worker);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
-            next.mine.replace(before.mine.take());
+            // Streams that began with the one before may choose of its hosts again.
+            next.mine.replace(before.mine.borrow().clone());
         } else {
             before.retire();
         }

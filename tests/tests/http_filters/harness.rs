@@ -34,6 +34,8 @@ pub struct Case {
     shown: Vec<usize>,
     /// Fields of the virtual host's, and of the action of its last route.
     of_routes: [String; 2],
+    /// Routes before all others, in flow style.
+    first: String,
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
     told: [String; 3],
     /// The virtual host's.
@@ -54,6 +56,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         of_own_lengths: false,
         shown: Vec::new(),
         of_routes: Default::default(),
+        first: String::new(),
         told: Default::default(),
         domains: "domains: [\"*\"]",
     }
@@ -112,6 +115,12 @@ impl Case {
     /// Of these domains alone.
     pub fn only_domains(mut self, domains: &'static str) -> Case {
         self.domains = domains;
+        self
+    }
+
+    /// With a route before all others, in flow style.
+    pub fn first(mut self, route: &str) -> Case {
+        self.first += &format!("{route}, ");
         self
     }
 
@@ -417,7 +426,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             name: local
             typed_per_filter_config: {{{by_config}}}
             virtual_hosts:
-            - {{name: all, {domains}, typed_per_filter_config: {{{by_host}}}{of_host}, routes: [
+            - {{name: all, {domains}, typed_per_filter_config: {{{by_host}}}{of_host}, routes: [{first}
                 {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
                 {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
@@ -431,6 +440,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
 "#,
         of_manager = case.of_manager,
         domains = case.domains,
+        first = case.first,
         log = log.display(),
     )
 }

@@ -240,7 +240,47 @@ fn told() -> Vec<Case> {
             ", clear_route_cache: true, claim_to_headers: [{header_name: x-t, claim_name: t}]",
             &[full],
         ),
+        routes_by_metadata(),
     ]
+}
+
+/// What a token says is matched in all ways.
+fn routes_by_metadata() -> Case {
+    const VALUES: [(&str, &str); 16] = [
+        ("t", "{string_match: {prefix: te}}"),
+        ("t", "{string_match: {exact: te}}"),
+        ("n", "{double_match: {exact: 1.5}}"),
+        ("n", "{double_match: {range: {start: 1.5, end: 2}}}"),
+        ("n", "{double_match: {range: {start: 1, end: 1.5}}}"),
+        ("b", "{bool_match: true}"),
+        ("z", "{null_match: {}}"),
+        ("none", "{null_match: {}}"),
+        ("none", "{present_match: true}"),
+        ("none", "{present_match: false}"),
+        ("t", "{present_match: false}"),
+        ("s", "{present_match: true}"),
+        ("l", "{list_match: {one_of: {string_match: {exact: two}}}}"),
+        ("s}, {key: k", "{or_match: {value_matchers: [{null_match: {}}, {string_match: {suffix: p}}]}}"),
+        ("t}, {key: k", "{present_match: true}"),
+        ("none", "{string_match: {exact: x}}, invert: true"),
+    ];
+    let token = token(
+        "HS256",
+        "{\"iss\": \"i\", \"t\": \"text\", \"n\": 1.5, \"b\": true, \"z\": null, \"l\": [\"one\", \"two\"], \"s\": {\"k\": \"deep\"}}",
+    );
+    let request = |number: usize| format!("GET /m{number}/\nauthorization: Bearer {token}");
+    let requests: Vec<_> = (0..VALUES.len()).map(request).chain(["GET /m0/".to_owned()]).collect();
+    let case = one(
+        "routes by metadata",
+        ", clear_route_cache: true, payload_in_metadata: k, forward_payload_header: x-payload",
+        &requests,
+    );
+    VALUES.iter().enumerate().fold(case, |case, (number, (key, value))| {
+        case.first(&format!(
+            "{{match: {{prefix: /m{number}/, dynamic_metadata: [{{filter: envoy.filters.http.jwt_authn, path: [{{key: k}}, {{key: {key}}}], \
+             value: {value}}}]}}, direct_response: {{status: 203}}}}"
+        ))
+    })
 }
 
 fn requirements() -> Vec<Case> {

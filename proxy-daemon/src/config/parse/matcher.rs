@@ -15,6 +15,7 @@ use regex::Regex;
 
 use super::{
     common::{Result, header_name, required, runtime_fraction},
+    metadata_match::metadata,
     support::join,
     uri_template,
 };
@@ -48,6 +49,8 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
     let headers = headers.map(|(index, item)| header(item, &format!("{}[{index}]", join(path, "headers"))));
     let query = rule.query_parameters.iter().enumerate();
     let query = query.map(|(index, item)| parameter(item, &format!("{}[{index}]", join(path, "query_parameters"))));
+    let told = rule.dynamic_metadata.iter().enumerate();
+    let told = told.map(|(index, item)| metadata(item, &format!("{}[{index}]", join(path, "dynamic_metadata"))));
     Ok(RouteMatch {
         path: path_match,
         case_sensitive: rule.case_sensitive.is_none_or(|value| value.value),
@@ -57,6 +60,7 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         runtime_fraction: rule.runtime_fraction.as_ref().map(runtime_fraction),
         cookies: cookies.collect::<Result<_>>()?,
         certificate_presented: rule.tls_context.and_then(|tls| Some(tls.presented?.value)),
+        dynamic_metadata: told.collect::<Result<_>>()?,
     })
 }
 

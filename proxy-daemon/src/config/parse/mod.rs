@@ -23,6 +23,7 @@ mod load_balancing;
 mod local_reply;
 mod match_tree;
 pub(crate) mod matcher;
+pub(crate) mod metadata_match;
 mod mirror;
 mod rate_limit;
 mod retry;

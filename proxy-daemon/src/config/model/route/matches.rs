@@ -1,6 +1,7 @@
 use http::HeaderName;
 use regex::Regex;
 
+use super::MetadataMatcher;
 use crate::layered_runtime::RuntimeFraction;
 
 /// `RouteMatch`: all must hold.
@@ -22,6 +23,8 @@ pub struct RouteMatch {
     pub cookies: Vec<CookieMatcher>,
     /// `tls_context.presented`: whether the client has a certificate.
     pub certificate_presented: Option<bool>,
+    /// What filters have told by the time at which the route is looked for: all must match.
+    pub dynamic_metadata: Vec<MetadataMatcher>,
 }
 
 impl RouteMatch {
@@ -36,6 +39,7 @@ impl RouteMatch {
             runtime_fraction: None,
             cookies: Vec::new(),
             certificate_presented: None,
+            dynamic_metadata: Vec::new(),
         }
     }
 }

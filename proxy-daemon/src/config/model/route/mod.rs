@@ -11,6 +11,7 @@ mod header_mutations;
 mod internal_redirect;
 mod matcher;
 mod matches;
+mod metadata_match;
 mod retry;
 mod rewrite;
 
@@ -21,6 +22,7 @@ pub use header_mutations::*;
 pub use internal_redirect::*;
 pub use matcher::*;
 pub use matches::*;
+pub use metadata_match::*;
 pub use retry::*;
 pub use rewrite::*;
 

@@ -230,7 +230,6 @@ fn what_envoy_refuses_is_refused() {
         ),
         ("redirect: { port_redirect: 70000 }", "redirect.port_redirect: 70000 is not a TCP port"),
         ("route: { cluster_header: 'a b' }", "route.cluster_header: \"a b\" is not a header name"),
-        ("filter_action: {}", "filter_action: not supported by culvert yet"),
         (
             "route: { cluster: up, host_rewrite_header: 'a b' }",
             "route.host_rewrite_header: \"a b\" is not a header name",

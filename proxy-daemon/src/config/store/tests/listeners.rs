@@ -95,7 +95,7 @@ fn routes_that_do_not_come_are_given_up() {
 fn routes_that_are_refused_are_not_waited_for() {
     let (store, calls) = running();
     store.update(update(Listener::type_url(), vec![listener("in", "web")]));
-    let bad = resource::<RouteConfiguration>("web", "{ name: web, internal_only_headers: [x] }");
+    let bad = resource::<RouteConfiguration>("web", "{ name: web, virtual_hosts: [{ name: v }] }");
     assert_eq!(store.update(update(RouteConfiguration::type_url(), vec![bad])).rejected().len(), 1);
     assert_eq!(calls.take(), ["listener in"]);
 }
