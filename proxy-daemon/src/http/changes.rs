@@ -6,10 +6,7 @@ use envoy_types::pb::envoy::config::core::v3::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header::HOST};
 
-use super::{
-    headers::{append, set_path},
-    stream::RequestHead,
-};
+use super::{headers::append, path::set_path, stream::RequestHead};
 
 /// What is changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,7 +76,8 @@ impl Change {
             _ if !matches!(self.action, Action::Set | Action::Overwrite) => {}
             Place::Path => {
                 if let Ok(path) = self.value.to_str() {
-                    set_path(head, path);
+                    // Too long a path is none.
+                    let _ = set_path(head, path);
                 }
             }
             Place::Method => {

@@ -18,6 +18,7 @@ use super::{
     internal_redirect::Sent,
     mirror::mirror,
     observe::StreamEnd,
+    path::set_path,
     redirect::rewrite_path,
     replay::Replay,
     request_stats::Counted,
@@ -66,7 +67,7 @@ pub(super) async fn forward(
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
     let timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
     timeouts.tell(&mut head, cx);
-    finish_request(cx, action, &mut head);
+    finish_request(cx, action, &mut head)?;
     let (mut hash, mut cookies) = (None, Vec::new());
     if !action.hash_policy.is_empty() && cluster.cluster.config.lb_policy.wants_hash() {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
@@ -149,7 +150,7 @@ fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
 }
 
 /// What the router does to a request's head, once for all attempts.
-fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead) {
+fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead) -> Result<(), LocalReply> {
     let suppress = cx.suppress_envoy_headers;
     if let Some(route) = &cx.route {
         mutate_request(cx, head);
@@ -172,12 +173,11 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
             (&Method::CONNECT, _) => None,
             (_, PathRewrite::Format(format)) => {
                 let path = cx.format_value(head, format, "");
-                path.and_then(|path| path.to_str().ok().map(str::to_owned))
+                path.and_then(|path| path.to_str().ok().map(str::to_owned)).filter(|path| !path.is_empty())
             }
             _ => rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite),
         };
-        // What is no path cannot be sent.
-        if let Some(mut path) = path.filter(|path| path.starts_with('/')) {
+        if let Some(mut path) = path {
             if let Some(query) = head.uri.query() {
                 path = format!("{path}?{query}");
             }
@@ -185,11 +185,15 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
             if let Some(before) = before.filter(|_| !suppress) {
                 head.headers.insert(X_ENVOY_ORIGINAL_PATH, before);
             }
-            headers::set_path(head, &path);
+            if set_path(head, &path).is_err() {
+                let none = ResponseFlags::default();
+                return Err(LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", none, "rewritten_path_too_long"));
+            }
         }
     }
     cx.keep_request(head);
     cx.progress.taps.borrow().iter().for_each(|tap| tap.request_now(head));
+    Ok(())
 }
 
 /// Applies the mutations of all levels.

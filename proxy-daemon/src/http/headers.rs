@@ -3,12 +3,14 @@
 use std::borrow::Cow;
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
     header::{CONNECTION, CONTENT_TYPE, HOST, SERVER, TE, TRANSFER_ENCODING, UPGRADE, VIA},
-    uri::PathAndQuery,
 };
 
-use super::stream::{LocalReply, RequestHead, ResponseHead};
+use super::{
+    path::{percent_encode, set_path},
+    stream::{LocalReply, RequestHead, ResponseHead},
+};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::model::{
@@ -170,8 +172,8 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Makes a path a normal one, as configured: what need not be escaped is not, backslashes are slashes, dot segments are resolved
-/// (RFC 3986, 5.2.4 and 6.2.2); then slashes are joined.
+/// Makes a path a normal one, as configured: what need not be escaped is not, and what should be is, backslashes are slashes, dot
+/// segments are resolved (RFC 3986, 5.2.4 and 6.2.2); then slashes are joined.
 pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
     let path = head.uri.path();
     if !path.starts_with('/') {
@@ -179,7 +181,7 @@ pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerCo
     }
     let mut normal = path.to_owned();
     if config.normalize_path {
-        normal = resolve_dots(&unescape(path));
+        normal = escape(&resolve_dots(&unescape(path)));
     }
     if config.merge_slashes {
         let mut before = None;
@@ -192,7 +194,8 @@ pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerCo
         normal.push('?');
         normal.push_str(query);
     }
-    set_path(head, &normal);
+    // It fits: it is the path that was there, but for a few characters.
+    let _ = set_path(head, &normal);
 }
 
 /// Unreserved characters are written as themselves, also those that only others like them make (`%%32e`): what is read again is
@@ -217,6 +220,18 @@ fn last_escape(text: &str) -> Option<char> {
     (code.is_ascii_alphanumeric() || "-._~".contains(code)).then_some(code)
 }
 
+/// What Envoy's URL library escapes in paths, of what may be there.
+fn escape(path: &str) -> String {
+    let mut text = String::with_capacity(path.len());
+    for next in path.chars() {
+        match next {
+            '"' | '^' | '{' | '|' | '}' => percent_encode(next, &mut text),
+            _ => text.push(next),
+        }
+    }
+    text
+}
+
 fn resolve_dots(path: &str) -> String {
     let mut segments: Vec<&str> = Vec::new();
     let mut parts = path[1..].split('/').peekable();
@@ -234,18 +249,6 @@ fn resolve_dots(path: &str) -> String {
         }
     }
     format!("/{}", segments.join("/"))
-}
-
-/// Replaces the path and the query; an impossible path leaves them as they are.
-pub(super) fn set_path(head: &mut RequestHead, path_and_query: &str) {
-    let Ok(path) = PathAndQuery::try_from(path_and_query) else { return };
-    let mut parts = std::mem::take(&mut head.uri).into_parts();
-    parts.path_and_query = Some(path);
-    if parts.scheme.is_none() {
-        parts.authority = None;
-    }
-    // A path with the scheme and authority of a valid URI is a valid URI.
-    head.uri = Uri::from_parts(parts).unwrap_or_default();
 }
 
 /// What all responses say of this proxy, wherever they come from.

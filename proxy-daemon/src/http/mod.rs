@@ -28,6 +28,7 @@ mod mirror;
 mod node;
 mod normal;
 mod observe;
+mod path;
 mod proxy_status;
 mod redirect;
 mod replay;

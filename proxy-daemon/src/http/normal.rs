@@ -11,6 +11,7 @@ use super::{
     codec::h1::CodecError,
     conn_manager::ConnState,
     headers::{self, names::*},
+    path::set_path,
     redirect,
     route_match::authority,
     stream::{LocalReply, RequestHead},
@@ -55,7 +56,8 @@ pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), Loc
             return Err(refused(StatusCode::BAD_REQUEST));
         }
         let query = head.uri.query().map(|query| format!("?{query}")).unwrap_or_default();
-        headers::set_path(head, &(path + &query));
+        // It is shorter than what was there.
+        let _ = set_path(head, &(path + &query));
         if redirects {
             headers::normalize(head, config);
             state.count_redirected_path();

@@ -1,5 +1,7 @@
 //! Answers a request with a redirect, or tells where it has created something.
 
+use std::borrow::Cow;
+
 use http::{HeaderValue, header::LOCATION};
 
 use super::{
@@ -55,28 +57,24 @@ pub(super) fn location(
         location.push_str(&format!(":{port}"));
     }
     let path = request.uri.path();
-    match &action.path {
-        RedirectPath::Format(_) if !made.is_empty() => {
-            if !made.starts_with('/') {
-                location.push('/');
-            }
-            location.push_str(made);
-            if made.contains('?') {
-                return location;
-            }
-        }
-        RedirectPath::Keep | RedirectPath::Format(_) => location.push_str(path),
-        RedirectPath::Replace(replacement) => {
-            location.push_str(replacement);
-            if replacement.contains('?') {
-                return location;
-            }
-        }
-        RedirectPath::PrefixRewrite(prefix) => {
-            let rewritten = rule.map(|rule| rewrite_prefix(path, &rule.path, prefix));
-            location.push_str(rewritten.as_deref().unwrap_or(path));
-        }
-        RedirectPath::RegexRewrite(rewrite) => location.push_str(&rewrite.apply(path)),
+    let path = match &action.path {
+        RedirectPath::Format(_) if !made.is_empty() => Cow::Borrowed(made),
+        RedirectPath::Keep | RedirectPath::Format(_) => Cow::Borrowed(path),
+        RedirectPath::Replace(replacement) => Cow::Borrowed(&**replacement),
+        RedirectPath::PrefixRewrite(prefix) => match rule {
+            Some(rule) => Cow::Owned(rewrite_prefix(path, &rule.path, prefix)),
+            None => Cow::Borrowed(path),
+        },
+        RedirectPath::RegexRewrite(rewrite) => Cow::Owned(rewrite.apply(path)),
+    };
+    // Without it, what a client asks for could end the host's name: `.evil.example`.
+    if !path.starts_with('/') {
+        location.push('/');
+    }
+    location.push_str(&path);
+    let has_query = matches!(action.path, RedirectPath::Replace(_) | RedirectPath::Format(_)) && path.contains('?');
+    if has_query {
+        return location;
     }
     if let (Some(query), false) = (request.uri.query(), action.strip_query) {
         location.push('?');

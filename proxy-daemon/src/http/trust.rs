@@ -39,8 +39,13 @@ const INTERNAL_ONLY: [&str; 16] = [
 ];
 
 /// Removed from requests that enter the mesh.
-const EDGE_ONLY: [&str; 3] =
-    ["x-envoy-decorator-operation", "x-envoy-downstream-service-cluster", "x-envoy-downstream-service-node"];
+const EDGE_ONLY: [&str; 5] = [
+    "x-envoy-decorator-operation",
+    "x-envoy-downstream-service-cluster",
+    "x-envoy-downstream-service-node",
+    "x-envoy-original-path",
+    "x-envoy-original-host",
+];
 
 /// What trust made of a request.
 #[derive(Debug)]

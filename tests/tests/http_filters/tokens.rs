@@ -234,6 +234,20 @@ fn told() -> Vec<Case> {
             &[full.clone(), with(&good())],
         ),
         one("claims", &claims, &[full.clone(), format!("{full}\nx-t: forged\nx-none: forged")]),
+        jwt(
+            "claims where none are asked for",
+            &format!(
+                "providers: {{p: {}}}, bypass_cors_preflight: true, \
+                 rules: [{{match: {{prefix: /plain}}}}, {{match: {{prefix: /in}}, requires: {{provider_name: p}}}}]",
+                provider(", forward_payload_header: x-payload, claim_to_headers: [{header_name: x-t, claim_name: t}]")
+            ),
+            &[
+                "GET /plain\nx-t: forged\nx-payload: forged",
+                "GET /out\nx-t: forged\nx-payload: forged",
+                "OPTIONS /in\norigin: a\naccess-control-request-method: GET\nx-t: forged",
+            ]
+            .map(str::to_owned),
+        ),
         one("metadata of tokens", ", payload_in_metadata: k, header_in_metadata: h", &[with(&good())]),
         one(
             "routes by claims",

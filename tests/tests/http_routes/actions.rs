@@ -3,7 +3,7 @@
 use super::harness::{Case, case};
 
 /// Why some rewrites differ.
-const NO_PATH: &str = "what does not begin with a slash is no path, and is not sent: the request keeps its own";
+const NO_PATH: &str = "what does not begin with a slash is no path: one is put before it";
 
 pub fn cases() -> Vec<Case> {
     [redirects(), answers(), rewrites()].concat()
@@ -14,6 +14,8 @@ fn redirects() -> Vec<Case> {
         case(name, &format!("- {{match: {{{matched}}}, redirect: {{{action}}}}}"), requests)
     };
     let paths = &["GET /a/b?c=d", "GET /a", "GET /a/?x", "POST /a/b\n\nbody", "GET /a/b\nx-forwarded-proto: https"];
+    // What could become part of the host.
+    let beside_hosts = &["GET /a/.evil.test/x", "GET /a/@evil.test", "GET /a/:99/x?y"];
     vec![
         to("https_redirect", "prefix: /", "https_redirect: true", paths),
         to("https_redirect false", "prefix: /", "https_redirect: false", paths),
@@ -44,6 +46,16 @@ fn redirects() -> Vec<Case> {
             "prefix: /a",
             "regex_rewrite: {pattern: {regex: \"^/(a)(/b)?\"}, substitution: \"/x\\\\2/\\\\1\"}",
             paths,
+        ),
+        to("path_redirect without a slash", "prefix: /", "path_redirect: new", paths),
+        to("path_redirect of nothing", "prefix: /", "path_redirect: \"\"", paths),
+        to("prefix_rewrite without a slash", "prefix: /a/", "prefix_rewrite: \"new/\"", beside_hosts),
+        to("prefix_rewrite of nothing", "prefix: /a/", "prefix_rewrite: \"\"", beside_hosts),
+        to(
+            "regex_rewrite to the rest",
+            "prefix: /a/",
+            "regex_rewrite: {pattern: {regex: \"^/a/\"}, substitution: \"\"}",
+            beside_hosts,
         ),
         to("strip_query", "prefix: /", "https_redirect: true, strip_query: true", paths),
         to("301", "prefix: /", "path_redirect: /n, response_code: MOVED_PERMANENTLY", paths),
@@ -134,6 +146,10 @@ fn rewrites() -> Vec<Case> {
             paths,
         )
         .differs(NO_PATH),
+        to("route, prefix_rewrite without a slash", "prefix: /a/", "prefix_rewrite: v2/", &paths[..1]).differs(NO_PATH),
+        to("route, prefix_rewrite of nothing", "prefix: /a/", "prefix_rewrite: \"\"", paths),
+        to("route, prefix_rewrite with a fragment", "prefix: /a", "prefix_rewrite: \"/new#x\"", &paths[..1])
+            .differs("what cannot stand in a path is percent-encoded: hosts would read two parts"),
         templates("/a/{x}", "/new/{x}"),
         templates("/a/{x}", "/{x}/{x}y"),
         templates("/a/{x=**}", "/new"),

@@ -60,7 +60,13 @@ fn paths() -> Vec<Case> {
         let requests = [0, 1, 4, 5, 6, 8, 9, 10].map(|index| requests[index]);
         of_manager(name, &[&action(actions), "normalize_path: true", "merge_slashes: true"], &requests)
     };
+    let characters = ["GET /a\"^{|}b'[]", "GET /a?q={\"a\"}^`|<>"];
+    let odd = ["GET /<a>`b"];
     vec![
+        of_manager("odd characters", &[], &characters[..1]),
+        of_manager("odd characters, normal paths", &["normalize_path: true"], &[characters[0], odd[0]]),
+        of_manager("characters that may not stand there", &[], &[odd[0], characters[1]])
+            .differs("they are percent-encoded (RFC 3986, section 2.1): hosts get what all of them read"),
         with("escaped slashes, as it likes", "IMPLEMENTATION_SPECIFIC_DEFAULT"),
         with("escaped slashes that stay", "KEEP_UNCHANGED"),
         with("escaped slashes that are refused", "REJECT_REQUEST"),

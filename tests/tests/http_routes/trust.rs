@@ -17,7 +17,7 @@ fn with(name: &'static str, lines: &[&str], requests: &[&str]) -> Case {
 /// `127.0.0.0/8` and `10.0.0.0/8` are inside.
 const INTERNAL: &str = "internal_address_config: {cidr_ranges: [{address_prefix: 10.0.0.0, prefix_len: 8}, {address_prefix: 127.0.0.0, prefix_len: 8}]}";
 
-const FORWARDED: [&str; 12] = [
+const FORWARDED: [&str; 13] = [
     "GET /a",
     "GET /a\nx-forwarded-for: 10.0.0.1\nx-envoy-retry-on: 5xx\nx-do: 503",
     "GET /a\nx-forwarded-for: 192.0.2.1\nx-envoy-retry-on: 5xx\nx-do: 503",
@@ -30,6 +30,7 @@ const FORWARDED: [&str; 12] = [
     "GET /a\nx-forwarded-for: [2001:db8::1]:80",
     "GET /a\nx-forwarded-proto: https\nx-envoy-external-address: 1.2.3.4\nx-envoy-internal: true",
     "GET /own\nx-forwarded-for: 10.0.0.1\nx-forwarded-proto: ftp",
+    "GET /a\nx-envoy-original-path: /forged\nx-envoy-original-host: forged.test",
 ];
 
 fn addresses() -> Vec<Case> {

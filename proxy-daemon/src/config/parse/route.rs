@@ -277,6 +277,9 @@ pub(crate) fn redirect(action: &ProtoRedirect, path: &str) -> Result<RedirectAct
         _ => None,
     };
     let rewrite = match &action.path_rewrite_specifier {
+        // Empty, they say nothing, as in Envoy.
+        Some(PathRewriteSpecifier::PathRedirect(path)) if path.is_empty() => RedirectPath::Keep,
+        Some(PathRewriteSpecifier::PrefixRewrite(prefix)) if prefix.is_empty() => RedirectPath::Keep,
         Some(PathRewriteSpecifier::PathRedirect(path)) => RedirectPath::Replace(path.as_str().into()),
         Some(PathRewriteSpecifier::PrefixRewrite(prefix)) => RedirectPath::PrefixRewrite(prefix.as_str().into()),
         Some(PathRewriteSpecifier::RegexRewrite(rewrite)) => {

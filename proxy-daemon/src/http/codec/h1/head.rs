@@ -12,6 +12,7 @@ use http::{
 use memchr::{memchr, memchr_iter, memmem, memrchr};
 
 use super::{buffers, error::CodecError};
+use crate::http::path::path_and_query;
 
 type Result<T> = std::result::Result<T, CodecError>;
 
@@ -354,7 +355,7 @@ fn uri(
         }
         return Ok((Uri::from(authority), Target::Authority));
     }
-    let path = if text[0] == b'/' {
+    let from = if text[0] == b'/' {
         target.start
     } else if text == b"*" {
         return if *method == Method::OPTIONS {
@@ -381,12 +382,16 @@ fn uri(
             Some(_) => return Ok((Uri::from(PathAndQuery::from_static("/")), Target::NoPath)),
         }
     };
-    let path = head.slice(path..target.end);
+    let path = head.slice(from..target.end);
     if !path.iter().all(|byte| (b'!'..=b'~').contains(byte)) {
         return Err(CodecError::CODEC);
     }
     let kind = if memchr(b'#', &path).is_some() { Target::Fragment } else { Target::Path };
-    let path = PathAndQuery::from_maybe_shared(path).map_err(|_| CodecError::CODEC)?;
+    let path = PathAndQuery::from_maybe_shared(path).or_else(|_| {
+        // All of them are graphic characters, but some may not stand there.
+        let text = std::str::from_utf8(&head[from..target.end]).map_err(|_| CodecError::CODEC)?;
+        path_and_query(text).map_err(|_| CodecError::CODEC)
+    })?;
     Ok((Uri::from(path), kind))
 }
 

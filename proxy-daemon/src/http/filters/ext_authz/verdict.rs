@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::HOST};
 
 use crate::http::{
     changes::{Action, Change, Place, place},
-    headers::set_path,
+    path::set_path,
     stream::RequestHead,
 };
 
@@ -156,7 +156,8 @@ impl Verdict {
         let pairs: Vec<_> = parameters.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let path = head.uri.path();
         let path = if pairs.is_empty() { path.to_owned() } else { format!("{path}?{}", pairs.join("&")) };
-        set_path(head, &path);
+        // Too long a path is none.
+        let _ = set_path(head, &path);
     }
 
     /// The headers of the answer to a request that may not pass.

@@ -105,6 +105,12 @@ impl HttpFilterFactory for JwtFactory {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let settings = &self.0;
+        // What only verified tokens say, also where none is asked for.
+        for provider in &settings.providers {
+            for name in provider.payload_header.iter().chain(provider.claims.iter().map(|(name, _)| name)) {
+                head.headers.remove(name);
+            }
+        }
         let preflight = head.method == Method::OPTIONS
             && head.headers.get(ORIGIN).is_some_and(|origin| !origin.is_empty())
             && head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
@@ -129,12 +135,6 @@ impl HttpFilterFactory for JwtFactory {
             settings.stats.allowed.inc();
             return Flow::Continue;
         };
-        // What only verified tokens say.
-        for provider in &settings.providers {
-            for name in provider.payload_header.iter().chain(provider.claims.iter().map(|(name, _)| name)) {
-                head.headers.remove(name);
-            }
-        }
         let requirement = Arc::clone(requirement);
         instances.push(Box::new(JwtFilter { settings: Arc::clone(settings), requirement }));
         Flow::Wait

@@ -1,0 +1,91 @@
+//! Paths and queries of whatever characters, as a URI takes them.
+
+use std::fmt::Write as _;
+
+use http::{
+    Uri,
+    uri::{InvalidUri, PathAndQuery},
+};
+
+use super::stream::RequestHead;
+
+/// A path and its query. What it has to begin with is put before it, and what cannot stand in it is percent-encoded: clients send
+/// quotes and angle brackets (RFC 3986 allows neither), and rewrites may make anything.
+///
+/// # Errors
+/// It is longer than 65,534 bytes.
+pub(super) fn path_and_query(text: &str) -> Result<PathAndQuery, InvalidUri> {
+    match PathAndQuery::try_from(text) {
+        // What follows a number sign would be dropped.
+        Ok(path) if path.as_str().len() == text.len() => Ok(path),
+        _ => PathAndQuery::try_from(encoded(text)),
+    }
+}
+
+fn encoded(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len() + 16);
+    if !text.starts_with('/') {
+        encoded.push('/');
+    }
+    let mut in_query = false;
+    for next in text.chars() {
+        let stands = match next {
+            '<' | '>' | '#' => false,
+            '`' => in_query,
+            '"' => !in_query,
+            _ => !next.is_ascii() || next.is_ascii_graphic(),
+        };
+        in_query |= next == '?';
+        if stands {
+            encoded.push(next);
+        } else {
+            percent_encode(next, &mut encoded);
+        }
+    }
+    encoded
+}
+
+/// `next` must be ASCII.
+pub(super) fn percent_encode(next: char, to: &mut String) {
+    // Writing to a string cannot fail.
+    let _ = write!(to, "%{:02X}", u32::from(next));
+}
+
+/// Replaces the path and the query.
+///
+/// # Errors
+/// They are too long; what was there stays.
+pub(super) fn set_path(head: &mut RequestHead, text: &str) -> Result<(), InvalidUri> {
+    let path = path_and_query(text)?;
+    let mut parts = std::mem::take(&mut head.uri).into_parts();
+    parts.path_and_query = Some(path);
+    if parts.scheme.is_none() {
+        parts.authority = None;
+    }
+    // A path with the scheme and authority of a valid URI is a valid URI.
+    head.uri = Uri::from_parts(parts).unwrap_or_default();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_stand_in_a_path_is_encoded() {
+        let cases = [
+            ("/a?q=1", "/a?q=1"),
+            ("v2/x", "/v2/x"),
+            ("", "/"),
+            ("?a=b", "/?a=b"),
+            ("/<x>\"`{|}^", "/%3Cx%3E\"%60{|}^"),
+            ("/a?q={\"a\":1}`<?>", "/a?q={%22a%22:1}`%3C?%3E"),
+            ("/a b#c\u{7f}", "/a%20b%23c%7F"),
+            ("/\u{e9}", "/\u{e9}"),
+        ];
+        for (text, path) in cases {
+            assert_eq!(path_and_query(text).map(|path| path.to_string()).as_deref().ok(), Some(path), "{text}");
+        }
+        assert!(path_and_query(&format!("/{}", "x".repeat(70_000))).is_err());
+    }
+}
