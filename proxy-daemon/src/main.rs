@@ -27,7 +27,7 @@ use culvert_proxy_daemon::{
     runtime::{DataPlane, Options},
     stats::{self, Metric},
     tasks::Tasks,
-    tls,
+    tls, upstream,
 };
 use culvert_xds_client::{
     grpc::Dialer,
@@ -220,6 +220,10 @@ async fn run(
                 Box::new({
                     let sources = Arc::clone(&source_stats);
                     move || admin::xds_stats(&sources)
+                }),
+                Box::new({
+                    let plane = plane.clone();
+                    move || upstream::breaker_gauges(&plane.clusters())
                 }),
                 Box::new({
                     let store = store.clone();

@@ -211,10 +211,17 @@ fn bodies() -> Vec<Case> {
 }
 
 /// Answers of hosts, by path.
-const ANSWERS: [(&str, &str, Expect); 24] = [
+const ANSWERS: [(&str, &str, Expect); 27] = [
     ("/ok", "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", AsEnvoy),
     ("/chunked", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-t: 1\r\n\r\n", AsEnvoy),
     ("/204", "HTTP/1.1 204 No Content\r\ncontent-length: 0\r\n\r\n", AsEnvoy),
+    ("/204-length", "HTTP/1.1 204 No Content\r\ncontent-length: 3\r\n\r\nabc", AsEnvoy),
+    ("/204-chunked", "HTTP/1.1 204 No Content\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", Refused(502)),
+    (
+        "/hints-length",
+        "HTTP/1.1 103 Early Hints\r\ncontent-length: 3\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        AsEnvoy,
+    ),
     ("/304", "HTTP/1.1 304 Not Modified\r\ncontent-length: 10\r\n\r\n", AsEnvoy),
     ("/continue", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", AsEnvoy),
     ("/hints", "HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", AsEnvoy),

@@ -230,7 +230,6 @@ impl Attempts<'_> {
             end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
             return Err(overloaded());
         }
-        stats.upstream_rq_total.inc();
         end.set_host(self.cluster, &host);
         Ok(host)
     }
@@ -295,12 +294,16 @@ impl Shared<'_> {
         let connection = match host.acquire(self.cluster, wanted, source, high).await {
             Ok(connection) => connection,
             Err(error) => {
+                if let PoolError::Connect(_) = &error {
+                    self.cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
+                }
                 let failed = connect_failed(error, head, body);
                 notes.transport_failure.set(failed.transport.clone());
                 return Err(failed);
             }
         };
         notes.upstream.set(Some(Rc::clone(connection.info())));
+        self.cluster.cluster.stats.upstream_rq_total.inc();
         notes.count(|stats| stats.upstream_rq_total.inc());
         if let Some(connect) = terminated {
             let (from, to) = (self.cx.connection.remote, self.cx.connection.local);

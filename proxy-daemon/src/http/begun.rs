@@ -24,12 +24,7 @@ pub(super) struct Begun {
 
 impl Begun {
     pub(super) fn new(state: &Rc<ConnState>, started: Instant, version: Version) -> Begun {
-        let stats = &state.manager.stats;
-        if version == Version::HTTP_2 {
-            stats.downstream_rq_http2_total.inc();
-        } else {
-            stats.downstream_rq_http1_total.inc();
-        }
+        state.count_request(version != Version::HTTP_2);
         let progress = Progress::new(started, false);
         let end = StreamEnd::new(Rc::clone(state), Rc::clone(&progress), started);
         Begun { end, progress, started }
@@ -98,9 +93,15 @@ impl ConnState {
         self.manager.stats.downstream_cx_protocol_error.inc();
     }
 
+    /// A stream has begun.
+    pub(super) fn count_request(&self, http1: bool) {
+        let stats = &self.manager.stats;
+        if http1 { stats.downstream_rq_http1_total.inc() } else { stats.downstream_rq_http2_total.inc() }
+    }
+
     /// A client was told something before its answer.
     pub(super) fn count_interim(&self, status: StatusCode) {
-        self.manager.stats.downstream_rq.inc(status.as_u16());
+        self.manager.count_response(status);
     }
 
     /// A response begins before its request is complete.

@@ -22,7 +22,7 @@ use super::{
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
 };
-use crate::upstream::{Connection, PickCx, Source, WorkerCluster, WorkerHost};
+use crate::upstream::{Connection, PickCx, PoolError, Source, WorkerCluster, WorkerHost};
 
 /// Why there is no answer, or not a whole one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,7 +107,6 @@ pub(super) async fn send(
         host.count_refused(cluster, false);
         return Err(Failure::Overflow);
     }
-    stats.upstream_rq_total.inc();
     stats.upstream_rq_active.inc();
     host.begin_request();
     let under_way = UnderWay { cluster: Rc::clone(cluster), host: Rc::clone(&host), started: Instant::now() };
@@ -116,7 +115,13 @@ pub(super) async fn send(
         Failure::Reset
     };
     let wanted = upstream_head::protocol(cluster, &head);
-    let connection = host.acquire(cluster, wanted, source, false).await.map_err(|_| failed())?;
+    let connection = host.acquire(cluster, wanted, source, false).await.map_err(|error| {
+        if let PoolError::Connect(_) = error {
+            stats.upstream_rq_pending_failure_eject.inc();
+        }
+        failed()
+    })?;
+    stats.upstream_rq_total.inc();
     if connection.is_http2() {
         upstream_head::to_http2(&mut head);
     } else {

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::StatusCode;
 use tokio::sync::Notify;
 
 use super::{
@@ -23,7 +24,7 @@ use crate::{
     config::model::{CodecType, HttpConnectionManagerConfig},
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
-    stats::Counter,
+    stats::{Counter, Lease, Metered, ResponseCodes, Scope},
 };
 
 /// A configured connection manager, shared by all workers.
@@ -35,22 +36,46 @@ pub struct ConnectionManager {
     /// The names of its filters.
     filters: Arc<[Arc<str>]>,
     pub(super) stats: HcmStats,
+    /// `listener.<address>.http.<stat_prefix>.downstream_rq_*`
+    pub(super) by_listener: ResponseCodes,
+    _by_listener_lease: Lease,
     pub(super) codecs: CodecStats,
     pub(super) access_logs: Vec<AccessLog>,
     pub(super) logged: LoggedHeaders,
 }
 
 impl ConnectionManager {
-    /// Takes its slots in the statistics and opens its access logs.
+    /// Takes its slots in the statistics and opens its access logs. `listener`: what the listener's own are called by.
     pub fn new(
         config: Arc<HttpConnectionManagerConfig>,
         routes: Routes,
+        listener: &str,
     ) -> Result<ConnectionManager, crate::config::FieldError> {
         let access_logs: Vec<_> = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let logged = LoggedHeaders::new(&access_logs);
         let stats = HcmStats::new(&config.stat_prefix);
+        let scope = Scope::listener_http(listener, &config.stat_prefix);
+        // Before the handles, so that they are of this life of the scope.
+        let lease = scope.lease();
+        let by_listener = ResponseCodes::classes_only(&scope, "downstream_rq");
         let filters = config.http_filters.iter().map(|entry| Arc::clone(&entry.name)).collect();
-        Ok(ConnectionManager { config, routes, filters, stats, codecs: CodecStats::new(), access_logs, logged })
+        Ok(ConnectionManager {
+            config,
+            routes,
+            filters,
+            stats,
+            by_listener,
+            _by_listener_lease: lease,
+            codecs: CodecStats::new(),
+            access_logs,
+            logged,
+        })
+    }
+
+    /// Counts a response to a client.
+    pub(super) fn count_response(&self, status: StatusCode) {
+        self.stats.downstream_rq.inc(status.as_u16());
+        self.by_listener.inc(status.as_u16());
     }
 
     /// A connection that got no further than its TLS handshake.
@@ -137,7 +162,8 @@ pub async fn serve(
     });
     let started = Instant::now();
     let chosen = stream.alpn().map(|protocol| protocol == b"h2");
-    let mut io = DownstreamIo::new(stream);
+    let (read, written) = (stats.downstream_cx_rx_bytes_total, stats.downstream_cx_tx_bytes_total);
+    let mut io = DownstreamIo::new(Metered::new(stream, read, written));
     let http2 = match (manager.config.codec_type, chosen) {
         (CodecType::Http1, _) => false,
         (CodecType::Http2, _) => true,

@@ -65,15 +65,16 @@ pub(super) async fn forward(
     }
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
-    let timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
+    let mut timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
+    let hedges = action.hedge_on_per_try_timeout;
+    let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
+    timeouts.hedges = hedges;
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head)?;
     let (mut hash, mut cookies) = (None, Vec::new());
     if !action.hash_policy.is_empty() && cluster.cluster.config.lb_policy.wants_hash() {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
     }
-    let hedges = action.hedge_on_per_try_timeout;
-    let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
     let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());
     let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
     let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
@@ -134,6 +135,7 @@ pub(super) async fn forward(
     timers.limit_attempt(until);
     if upgrade::is_switched(&method, response.status()) {
         timers.request_answered();
+        end.switched = true;
     }
     Ok(Answer { response, connection, timers, attempts: count, sent })
 }

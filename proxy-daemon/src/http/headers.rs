@@ -110,7 +110,8 @@ fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {
 /// Appends to a header; of several lines one is made first, as in Envoy.
 pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
     join_lines(headers, &name);
-    let joined = headers.get(&name).map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
+    let before = headers.get(&name).filter(|before| !before.is_empty());
+    let joined = before.map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
     let value = match joined {
         // Two valid values and a separator make a valid value.
         Some(bytes) => HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| value.clone()),

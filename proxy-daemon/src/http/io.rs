@@ -10,24 +10,24 @@ use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
 use super::codec::h2::Watch;
-use crate::listener::DownstreamStream;
+use crate::{listener::DownstreamStream, stats::Metered};
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 pub(super) struct DownstreamIo {
-    stream: DownstreamStream,
+    stream: Metered<DownstreamStream>,
     read_ahead: BytesMut,
     /// Looks at all that passes.
     watch: Option<Box<Watch>>,
 }
 
 impl DownstreamIo {
-    pub(super) fn new(stream: DownstreamStream) -> DownstreamIo {
+    pub(super) fn new(stream: Metered<DownstreamStream>) -> DownstreamIo {
         DownstreamIo { stream, read_ahead: BytesMut::new(), watch: None }
     }
 
     /// The connection, and what has been read of it.
-    pub(super) fn into_parts(self) -> (DownstreamStream, BytesMut) {
+    pub(super) fn into_parts(self) -> (Metered<DownstreamStream>, BytesMut) {
         (self.stream, self.read_ahead)
     }
 

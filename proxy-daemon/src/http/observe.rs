@@ -29,6 +29,9 @@ use crate::{
     upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
+/// The details of a stream that has lasted too long.
+const MAX_DURATION: &str = "max_duration_timeout";
+
 /// Counts a request's body while it passes.
 pub(super) struct RequestObserver {
     progress: Rc<Progress>,
@@ -100,9 +103,10 @@ impl Observer for ResponseObserver {
                 Expired::Duration => {
                     self.end.with(|end| {
                         end.state.manager.stats.downstream_rq_max_duration_reached.inc();
-                        end.details = Cow::Borrowed("max_duration_timeout");
+                        end.details = Cow::Borrowed(MAX_DURATION);
                     });
-                    (ResponseFlags::DT, "downstream duration timeout")
+                    // No flag, as in Envoy: the client had its answer's head in time.
+                    (ResponseFlags::default(), "downstream duration timeout")
                 }
                 Expired::Attempt => {
                     self.end.with(|end| end.attempt_expired());
@@ -130,6 +134,10 @@ impl Observer for ResponseObserver {
     fn end(&mut self, trailers: Option<&HeaderMap>) {
         self.end.with(|end| {
             end.complete = true;
+            if end.switched && end.http1 && end.progress.request_complete.get().is_some() {
+                // It was the client that closed the tunnel.
+                end.client_left();
+            }
             if end.grpc {
                 end.judge(grpc_failed(trailers.and_then(|trailers| trailers.get(GRPC_STATUS))));
             }
@@ -168,6 +176,10 @@ pub(super) struct StreamEnd {
     /// The request is internal.
     pub(super) internal: bool,
     pub(super) complete: bool,
+    /// It ends with a redirect that is followed here, which no client sees.
+    redirected: bool,
+    /// The response is in another protocol than HTTP.
+    pub(super) switched: bool,
     /// The request's id, where responses carry it.
     pub(super) request_id: Option<HeaderValue>,
     /// It has asked for another protocol, and may.
@@ -233,10 +245,18 @@ impl StreamEnd {
             grpc: false,
             internal: false,
             complete: false,
+            redirected: false,
+            switched: false,
             request_id: None,
             upgrade: None,
             filters: Vec::new(),
         }
+    }
+
+    /// The client is gone before the end.
+    fn client_left(&mut self) {
+        self.flags |= ResponseFlags::DC;
+        self.details = Cow::Borrowed("downstream_remote_disconnect");
     }
 
     /// Counts under what the request is counted besides its cluster.
@@ -273,13 +293,14 @@ impl StreamEnd {
         let progress = Progress::new(Instant::now(), true);
         progress.received.set(self.progress.received.get());
         let mut next = StreamEnd::new(Rc::clone(&self.state), progress, Instant::now());
+        self.state.count_request(self.http1);
         (next.http1, next.grpc, next.request_id) = (self.http1, self.grpc, self.request_id.clone());
         next
     }
 
     /// The stream ends with a redirect that is followed here.
     pub(super) fn redirected(&mut self, response: &ResponseHead) {
-        self.complete = true;
+        (self.complete, self.redirected) = (true, true);
         self.details = Cow::Borrowed("internal_redirect");
         self.keep_response(response.status, &response.headers);
     }
@@ -336,7 +357,7 @@ impl StreamEnd {
     fn response_failed(&mut self, error: &BodyError) {
         self.complete = true;
         self.judge(true);
-        if self.flags.is_empty() {
+        if self.flags.is_empty() && self.details != MAX_DURATION {
             // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
             let (flag, details) = match h2_error(&**error) {
                 Some(error) if error.is_remote() && error.reason().is_some() => {
@@ -561,13 +582,12 @@ impl Drop for StreamEnd {
         stats.downstream_rq_time.record(elapsed);
         if !self.complete {
             stats.downstream_rq_rx_reset.inc();
-            if self.details.is_empty() {
-                self.flags |= ResponseFlags::DC;
-                self.details = Cow::Borrowed("downstream_remote_disconnect");
+            if self.details.is_empty() || self.details == VIA_UPSTREAM {
+                self.client_left();
             }
         }
-        if let Some(status) = self.status.filter(|_| !self.progress.health_check.get()) {
-            stats.downstream_rq.inc(status.as_u16());
+        if let Some(status) = self.status.filter(|_| !self.redirected && !self.progress.health_check.get()) {
+            self.state.manager.count_response(status);
         }
         if let Some((cluster, host)) = &self.host {
             cluster.cluster.stats.record_time(elapsed, self.internal);

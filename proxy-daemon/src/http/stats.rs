@@ -33,6 +33,7 @@ macro_rules! hcm_stats {
 hcm_stats! {
     counters {
         downstream_cx_total downstream_cx_ssl_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
+        downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total
         downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
         downstream_cx_max_requests_reached downstream_cx_drain_close downstream_cx_upgrades_total
         downstream_rq_ws_on_non_ws_route

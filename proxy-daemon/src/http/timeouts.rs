@@ -21,6 +21,8 @@ pub(super) struct Timeouts {
     /// Of all attempts together.
     pub(super) global: Option<Duration>,
     per_try: Option<Duration>,
+    /// An attempt that is late goes on beside the next one: it has as long as all of them.
+    pub(super) hedges: bool,
     /// Of an upstream's silence.
     pub(super) per_try_idle: Option<Duration>,
     /// Of each attempt, from the moment that it has a connection to the end of its answer.
@@ -50,6 +52,7 @@ impl Timeouts {
             tells_grpc: action.grpc_timeout.is_some() && is_grpc(&head.headers),
             per_try: policy.and_then(|policy| policy.per_try_timeout),
             per_try_idle: policy.and_then(|policy| policy.per_try_idle_timeout),
+            hedges: false,
             attempt: None,
             stream: match action.max_stream_duration {
                 Some(limits) => stream_limit(limits, stream, &mut head.headers),
@@ -90,10 +93,7 @@ impl Timeouts {
         if cx.suppress_envoy_headers && !self.tells_grpc {
             return;
         }
-        let Some(expected) = self.per_try.or(self.global) else { return };
-        // 0 would be no limit.
-        let left = self.global.map(|global| global.saturating_sub(elapsed).max(Duration::from_millis(1)));
-        let expected = expected.min(left.unwrap_or(expected));
+        let Some(expected) = self.expected(elapsed) else { return };
         if self.tells_grpc {
             head.headers.insert(GRPC_TIMEOUT, to_grpc_timeout(expected));
         }
@@ -104,6 +104,14 @@ impl Timeouts {
         if let Ok(value) = HeaderValue::from_str(digits.format(expected.as_millis() as u64)) {
             head.headers.insert(X_ENVOY_EXPECTED_RQ_TIMEOUT_MS, value);
         }
+    }
+
+    /// How long an attempt has that begins so long after the request was complete.
+    fn expected(&self, elapsed: Duration) -> Option<Duration> {
+        let expected = self.per_try.filter(|_| !self.hedges).or(self.global)?;
+        // 0 would be no limit.
+        let left = self.global.map(|global| global.saturating_sub(elapsed).max(Duration::from_millis(1)));
+        Some(expected.min(left.unwrap_or(expected)))
     }
 
     /// The body of the answer where a limit has passed.
@@ -251,6 +259,25 @@ mod tests {
         assert_eq!(to_grpc_timeout(Duration::from_secs(99_999_999)), "99999999S");
         assert_eq!(to_grpc_timeout(Duration::from_secs(100_000_000)), "1666666M");
         assert_eq!(to_grpc_timeout(Duration::from_secs(1 << 60)), "99999999H", "the most that can be said");
+    }
+
+    #[test]
+    fn an_attempt_that_is_hedged_has_all_the_time() {
+        let mut timeouts = Timeouts {
+            global: Some(Duration::from_secs(2)),
+            per_try: Some(Duration::from_millis(200)),
+            hedges: false,
+            per_try_idle: None,
+            attempt: None,
+            stream: None,
+            status: StatusCode::GATEWAY_TIMEOUT,
+            tells_grpc: false,
+        };
+        assert_eq!(timeouts.expected(Duration::ZERO), Some(Duration::from_millis(200)));
+        assert_eq!(timeouts.expected(Duration::from_millis(1900)), Some(Duration::from_millis(100)));
+        timeouts.hedges = true;
+        assert_eq!(timeouts.expected(Duration::ZERO), Some(Duration::from_secs(2)));
+        assert_eq!(timeouts.expected(Duration::from_millis(500)), Some(Duration::from_millis(1500)));
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl ActiveListener {
             Ok::<_, FieldError>(ActiveFilterChain {
                 tls: chain.tls.as_ref().map(socket).transpose()?,
                 handshake_limit: chain.transport_socket_connect_timeout,
-                filter: activate(chain, &mut routes)?,
+                filter: activate(chain, &mut routes, &prefix)?,
             })
         };
         let mut built: Vec<(Option<u64>, Arc<Chain>)> = Vec::new();
@@ -260,13 +260,17 @@ impl ActiveListener {
     }
 }
 
-fn activate(chain: &FilterChain, routes: &mut impl FnMut(&RouteSource) -> Routes) -> Result<ActiveChain, FieldError> {
+fn activate(
+    chain: &FilterChain,
+    routes: &mut impl FnMut(&RouteSource) -> Routes,
+    prefix: &str,
+) -> Result<ActiveChain, FieldError> {
     let terminal = chain.filters.last().ok_or_else(|| FieldError::new("filters", "a filter chain needs a filter"))?;
     match terminal {
         NetworkFilterConfig::TcpProxy(config) => Ok(ActiveChain::Tcp(Arc::new(TcpProxy::new(Arc::clone(config))?))),
         NetworkFilterConfig::HttpConnectionManager(config) => {
             let routes = routes(&config.routes);
-            Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), routes)?)))
+            Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), routes, prefix)?)))
         }
     }
 }

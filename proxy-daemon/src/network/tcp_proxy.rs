@@ -189,9 +189,12 @@ async fn carry(
         Ended::Downstream => outcome.flags |= ResponseFlags::DC,
         Ended::Upstream => outcome.flags |= ResponseFlags::UC,
     }
-    let stats = &cluster.cluster.stats;
-    stats.upstream_cx_tx_bytes_total.add(outcome.received);
-    stats.upstream_cx_rx_bytes_total.add(outcome.sent);
+    // A tunnel's connection counts its own.
+    if proxy.config.tunneling.is_none() {
+        let stats = &cluster.cluster.stats;
+        stats.upstream_cx_tx_bytes_total.add(outcome.received);
+        stats.upstream_cx_rx_bytes_total.add(outcome.sent);
+    }
     outcome
 }
 

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, cmp::Ordering, sync::Arc};
 
 use super::{
-    Kind, Summary,
+    Kind, Scope, Summary,
     group::{Leaf, Root},
     tags::{self, Label, TaggedName},
 };
@@ -49,6 +49,12 @@ impl Metric {
     /// A gauge that somebody else keeps.
     pub fn external_gauge(name: &str, value: u64) -> Metric {
         Metric::whole(name, Kind::Gauge, Value::Gauge { value, used: true })
+    }
+
+    /// The same, `<scope>.<leaf>`.
+    pub fn gauge_in(scope: &Scope, leaf: &str, value: u64) -> Metric {
+        let name = Name::Whole(Arc::new(scope.whole(leaf)));
+        Metric { name, kind: Kind::Gauge, value: Value::Gauge { value, used: true } }
     }
 
     /// A text that somebody else keeps.

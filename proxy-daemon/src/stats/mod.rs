@@ -6,6 +6,7 @@
 
 mod group;
 mod histogram;
+mod metered;
 mod metric;
 mod prometheus;
 mod registry;
@@ -17,6 +18,7 @@ mod tags;
 mod text;
 
 pub use histogram::{PROMETHEUS_BOUNDS, QUANTILES, Summary};
+pub use metered::Metered;
 pub use metric::{Metric, Value};
 pub use prometheus::write_prometheus;
 #[cfg(test)]

@@ -159,6 +159,13 @@ impl Scope {
         Lease::new(self)
     }
 
+    /// The whole name of something in the scope.
+    pub(super) fn whole(&self, leaf: &str) -> TaggedName {
+        let (leaf, Root { name, base, labels }) = (self.leaf(leaf), &*self.root);
+        let (full, base) = (format!("{name}{leaf}").into(), format!("{base}{leaf}").into());
+        TaggedName { full, base, labels: labels.iter().cloned().collect(), exact: true }
+    }
+
     /// The whole name, for scopes without labels.
     pub(super) fn full(&self, leaf: &str) -> TaggedName {
         let mut labels = Vec::new();

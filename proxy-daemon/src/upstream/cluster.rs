@@ -77,16 +77,26 @@ impl Cluster {
         &self.limits.breakers[usize::from(high)]
     }
 
-    /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.
-    pub(crate) fn begin_retry(&self, high: bool) -> bool {
-        let limit = match &self.config.circuit_breakers[usize::from(high)].retry_budget {
+    /// How many retries there may be at a time.
+    fn retry_limit(&self, high: bool) -> u32 {
+        match &self.config.circuit_breakers[usize::from(high)].retry_budget {
             None => self.limits(high).max_retries(),
             Some(budget) => {
                 let requests = self.stats.upstream_rq_active.value() + self.stats.upstream_rq_pending_active.value();
                 let share = requests as f64 * budget.percent / 100.0;
                 (share as u32).max(budget.min_concurrency)
             }
-        };
+        }
+    }
+
+    /// There may be no further retry now.
+    pub(super) fn retries_are_exhausted(&self, high: bool) -> bool {
+        self.retries[usize::from(high)].load(Ordering::Relaxed) >= self.retry_limit(high)
+    }
+
+    /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.
+    pub(crate) fn begin_retry(&self, high: bool) -> bool {
+        let limit = self.retry_limit(high);
         let more = |retries| (retries < limit).then_some(retries + 1);
         self.retries[usize::from(high)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }

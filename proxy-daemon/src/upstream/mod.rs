@@ -3,6 +3,7 @@
 //! What all workers share ([`Cluster`], [`HostSet`], [`Host`]) is an immutable snapshot behind a version number; what a
 //! worker needs to choose and to reach a host ([`WorkerClusters`]) is its own and is never locked.
 
+mod breakers;
 mod cluster;
 mod connect;
 pub mod dns;
@@ -15,6 +16,7 @@ mod pool;
 mod stats;
 mod worker;
 
+pub use breakers::breaker_gauges;
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
 pub use connect::{ConnectError, Dial, Source, UpstreamInfo, UpstreamStream, connect};

@@ -25,6 +25,7 @@ use crate::{
             h2, is_protocol_error,
         },
     },
+    stats::{Counter, Metered},
     tls::AlpnFallback,
 };
 
@@ -81,7 +82,7 @@ struct SourcePool {
 struct Http1Connection {
     client: Rc<ClientConnection>,
     info: Rc<UpstreamInfo>,
-    requests: Cell<u32>,
+    requests: Rc<Cell<u32>>,
     idle_since: Cell<Option<Instant>>,
     _open: OpenConnection,
 }
@@ -89,7 +90,7 @@ struct Http1Connection {
 struct Http2Connection {
     client: Rc<h2::ClientConnection>,
     info: Rc<UpstreamInfo>,
-    requests: Cell<u32>,
+    requests: Rc<Cell<u32>>,
     /// Streams in flight, and since when there are none.
     active: Cell<u32>,
     idle_since: Cell<Option<Instant>>,
@@ -103,6 +104,8 @@ pub struct Connection {
     pool: Weak<Pool>,
     _issued: Issued,
     max_requests: u32,
+    /// Counts connections that have carried as many.
+    worn_out: Counter,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
 }
@@ -187,6 +190,12 @@ impl Pool {
     }
 }
 
+/// A connection to one of the cluster's hosts whose bytes are counted.
+fn metered(cluster: &WorkerCluster, stream: UpstreamStream) -> Metered<UpstreamStream> {
+    let stats = &cluster.cluster.stats;
+    Metered::new(stream, stats.upstream_cx_rx_bytes_total, stats.upstream_cx_tx_bytes_total)
+}
+
 /// Counts a request as one that waits for a connection, until the guard is dropped.
 ///
 /// # Errors
@@ -226,6 +235,7 @@ impl WorkerHost {
             pool: Rc::downgrade(&self.pool),
             _issued: Issued::to(self),
             max_requests: cluster.cluster.config.max_requests_per_connection,
+            worn_out: cluster.cluster.stats.upstream_cx_max_requests,
             reused,
         };
         // A request without a connection is one of those that wait, while its own is opened too.
@@ -356,8 +366,8 @@ impl WorkerHost {
     ) -> Rc<Http1Connection> {
         let connection = Rc::new(Http1Connection {
             info: Rc::new(stream.info()),
-            client: Rc::new(ClientConnection::new(stream)),
-            requests: Cell::new(0),
+            client: Rc::new(ClientConnection::new(metered(cluster, stream))),
+            requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
             _open: open,
         });
@@ -391,13 +401,13 @@ impl WorkerHost {
     ) -> Result<Rc<Http2Connection>, PoolError> {
         let info = Rc::new(stream.info());
         let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
-        let started = h2::ClientConnection::start(stream, options, buffer).await;
+        let started = h2::ClientConnection::start(metered(cluster, stream), options, buffer).await;
         let (client, driver) = started.map_err(PoolError::Handshake)?;
         cluster.cluster.stats.upstream_cx_http2_total.inc();
         let connection = Rc::new(Http2Connection {
             client,
             info,
-            requests: Cell::new(0),
+            requests: Rc::clone(&open.requests),
             active: Cell::new(0),
             idle_since: Cell::new(Some(Instant::now())),
         });
@@ -472,6 +482,13 @@ impl Connection {
         }
     }
 
+    fn count_request(&self, requests: &Cell<u32>) {
+        requests.set(requests.get() + 1);
+        if requests.get() == self.max_requests {
+            self.worn_out.inc();
+        }
+    }
+
     /// Sends the request and waits for the response's head. `interim` is told of the 1xx that come before it.
     ///
     /// # Errors
@@ -483,11 +500,11 @@ impl Connection {
     ) -> Result<http::Response<Incoming>, Reset> {
         match &self.sender {
             Sender::Http1(connection) => {
-                connection.requests.set(connection.requests.get() + 1);
+                self.count_request(&connection.requests);
                 connection.client.send(request, interim).await.map_err(Reset::http1)
             }
             Sender::Http2(connection) => {
-                connection.requests.set(connection.requests.get() + 1);
+                self.count_request(&connection.requests);
                 connection.active.set(connection.active.get() + 1);
                 connection.idle_since.set(None);
                 connection.client.send(request, interim).await.map_err(|error| match error {
@@ -559,6 +576,8 @@ pub(super) struct OpenConnection {
     worker: usize,
     pool: Weak<SourcePool>,
     since: Instant,
+    /// How many it has carried.
+    requests: Rc<Cell<u32>>,
 }
 
 impl OpenConnection {
@@ -575,6 +594,7 @@ impl OpenConnection {
             worker: cluster.worker(),
             pool: Rc::downgrade(pool),
             since: Instant::now(),
+            requests: Rc::default(),
         }
     }
 }
@@ -585,6 +605,9 @@ impl Drop for OpenConnection {
         stats.upstream_cx_active.dec();
         stats.upstream_cx_destroy.inc();
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
+        if self.requests.get() > 0 {
+            stats.upstream_rq_per_cx.record(self.requests.get().into());
+        }
         self.host.counters.add(self.worker, HostCounter::CxActive, -1);
         if let Some(pool) = self.pool.upgrade() {
             pool.open.set(pool.open.get() - 1);

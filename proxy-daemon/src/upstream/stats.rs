@@ -80,7 +80,7 @@ cluster_stats! {
     }
     gauges { lb_subsets_active upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
-    histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_time }
+    histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_per_cx upstream_rq_time }
 }
 
 /// Of a control plane's cluster: what the xDS client does with it.

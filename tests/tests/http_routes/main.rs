@@ -14,6 +14,7 @@ mod managers;
 mod matchers;
 mod matches;
 mod mirrors;
+mod origins;
 mod redirects;
 mod replies;
 mod retries;
@@ -75,6 +76,9 @@ fn redirects_are_envoys() -> Result<()> {
             "internal_redirect",
             "ingress.rq_",
             "ingress.downstream_rq_total",
+            "ingress.downstream_rq_http1_total",
+            "ingress.downstream_rq_completed",
+            "ingress.downstream_rq_3xx",
             "cluster.a.upstream_rq_3",
             "cluster.a.upstream_rq_completed",
         ],
@@ -92,8 +96,15 @@ fn counts_are_envoys() -> Result<()> {
             ".a.internal.upstream_rq_",
             "empty.upstream_rq_",
             "dead.upstream_rq_5",
+            "dead.upstream_rq_total",
+            "dead.upstream_rq_pending_failure_eject",
         ],
     )
+}
+
+#[test]
+fn origins_are_told_as_by_envoy() -> Result<()> {
+    harness::compare(origins::cases())
 }
 
 #[test]

@@ -25,6 +25,7 @@ use crate::{
         body::{Body, BodyError},
         codec::Incoming,
     },
+    stats::Metered,
     upstream::UpstreamStream,
 };
 
@@ -52,7 +53,7 @@ pub struct ClientConnection {
 }
 
 struct Inner {
-    stream: UpstreamStream,
+    stream: Metered<UpstreamStream>,
     buffer: BytesMut,
     scanner: Scanner,
     decoder: Decoder,
@@ -80,7 +81,7 @@ struct Upload {
 
 impl ClientConnection {
     /// For a connection that nothing has been said on.
-    pub fn new(stream: UpstreamStream) -> ClientConnection {
+    pub fn new(stream: Metered<UpstreamStream>) -> ClientConnection {
         let inner = Inner {
             stream,
             buffer: BytesMut::new(),

@@ -259,7 +259,7 @@ pub(super) fn response(
     out.extend_from_slice(if cx.http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(reason(status).as_bytes());
     out.extend_from_slice(b"\r\n");
     let mut dated = false;
     let upgrade = status == StatusCode::SWITCHING_PROTOCOLS;
@@ -309,12 +309,22 @@ pub(super) fn response(
     framing
 }
 
+/// A status in words: Envoy's.
+fn reason(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        203 => "Non-Authoritative Information",
+        418 | 451 => "Unknown",
+        599 => "Last Unassigned Server Error Code",
+        _ => status.canonical_reason().unwrap_or("Unknown"),
+    }
+}
+
 /// Appends the head of a response that comes before the response.
 pub(super) fn interim(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(status.canonical_reason().unwrap_or("Unknown").as_bytes());
+    out.extend_from_slice(reason(status).as_bytes());
     out.extend_from_slice(b"\r\n");
     for (name, value) in headers.iter().filter(|(name, _)| !is_framing(name)) {
         field(out, name.as_str(), value.as_bytes());

@@ -402,8 +402,17 @@ fn uri(
 pub fn response(head: &Bytes, limits: Limits) -> Result<ResponseHead> {
     let line_end = memchr(b'\n', head).filter(|&end| end > 0 && head[end - 1] == b'\r').ok_or(CodecError::CODEC)?;
     let (status, version) = status_line(&head[..line_end - 1])?;
-    let (headers, told) = fields(head, line_end + 1, limits.headers)?;
+    let (mut headers, told) = fields(head, line_end + 1, limits.headers)?;
     let told = told.framing(Framing::UntilClose)?;
+    if status.is_informational() || status == StatusCode::NO_CONTENT {
+        // RFC 9112, section 6: neither belongs there, and another reader may wait for a body. A length of 0 does no harm.
+        match told {
+            Framing::Length(1..) => return Err(CodecError::CODEC),
+            Framing::Chunked => return Err(CodecError::TRANSFER_ENCODING),
+            Framing::Length(0) => drop(headers.remove(CONTENT_LENGTH)),
+            Framing::UntilClose | Framing::None => {}
+        }
+    }
     if told == Framing::Chunked && version != Version::HTTP_11 {
         return Err(CodecError::TRANSFER_ENCODING);
     }

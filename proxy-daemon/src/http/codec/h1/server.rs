@@ -37,6 +37,7 @@ use crate::{
         stream::{LocalReply, Progress},
     },
     listener::DownstreamStream,
+    stats::Metered,
 };
 
 /// What a client has sent ahead of its turn is read up to this, in bytes; the rest waits in the kernel.
@@ -59,7 +60,7 @@ enum Last {
 }
 
 struct Inner {
-    stream: DownstreamStream,
+    stream: Metered<DownstreamStream>,
     buffer: BytesMut,
     scanner: Scanner,
     decoder: Decoder,
@@ -100,7 +101,7 @@ enum After {
 impl ServerConnection {
     /// For a connection of which `buffer` has been read already.
     pub(in crate::http) fn new(
-        stream: DownstreamStream,
+        stream: Metered<DownstreamStream>,
         buffer: BytesMut,
         config: &HttpConnectionManagerConfig,
     ) -> Rc<ServerConnection> {

@@ -111,6 +111,9 @@ impl Token {
     /// Takes a token apart.
     pub(super) fn parse(token: &str) -> Result<Token, Status> {
         let sections: Vec<_> = token.split('.').take(4).collect();
+        if sections.iter().any(|section| section.is_empty()) {
+            return Err(Status::BadFormat);
+        }
         let [header_text, payload_text, signature] = sections[..] else { return Err(Status::BadFormat) };
         let object = |text: &str, bad_base64, bad_json| -> Result<Map<String, Value>, Status> {
             let bytes = BASE64.decode(text).map_err(|_| bad_base64)?;
@@ -192,6 +195,7 @@ mod tests {
             ("", Status::BadFormat),
             ("a.b", Status::BadFormat),
             ("a.b.c.d", Status::BadFormat),
+            ("eyJhbGciOiJub25lIn0.e30.", Status::BadFormat),
             ("!.b.c", Status::HeaderBadBase64),
             ("YQ.b.c", Status::HeaderBadJson),
             ("e30.b.c", Status::HeaderBadAlg),
