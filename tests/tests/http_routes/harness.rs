@@ -185,7 +185,9 @@ impl Stage {
             return Ok(Vec::new());
         }
         let stats = self.proxy.stats()?;
-        let wanted = |name: &&str| parts.iter().any(|part| name.contains(part)) && stats.get(name) > 0;
+        // Those of listeners have their ports in their names.
+        let counts = |name: &str| !name.starts_with("listener.") && stats.get(name) > 0;
+        let wanted = |name: &&str| parts.iter().any(|part| name.contains(part)) && counts(name);
         Ok(stats.names().filter(wanted).map(|name| format!("{name}: {}", stats.get(name))).collect())
     }
 
