@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     fn parsed(header: &str, payload: &str) -> Result<Token, Status> {
-        Token::parse(&format!("{}.{}.", BASE64.encode(header), BASE64.encode(payload)))
+        Token::parse(&format!("{}.{}.c2ln", BASE64.encode(header), BASE64.encode(payload)))
     }
 
     #[test]
