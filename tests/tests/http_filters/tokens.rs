@@ -263,9 +263,9 @@ fn routes_by_metadata() -> Case {
     const VALUES: [(&str, &str); 16] = [
         ("t", "{string_match: {prefix: te}}"),
         ("t", "{string_match: {exact: te}}"),
-        ("n", "{double_match: {exact: 1.5}}"),
-        ("n", "{double_match: {range: {start: 1.5, end: 2}}}"),
-        ("n", "{double_match: {range: {start: 1, end: 1.5}}}"),
+        ("num", "{double_match: {exact: 1.5}}"),
+        ("num", "{double_match: {range: {start: 1.5, end: 2}}}"),
+        ("num", "{double_match: {range: {start: 1, end: 1.5}}}"),
         ("b", "{bool_match: true}"),
         ("z", "{null_match: {}}"),
         ("none", "{null_match: {}}"),
@@ -280,7 +280,7 @@ fn routes_by_metadata() -> Case {
     ];
     let token = token(
         "HS256",
-        "{\"iss\": \"i\", \"t\": \"text\", \"n\": 1.5, \"b\": true, \"z\": null, \"l\": [\"one\", \"two\"], \"s\": {\"k\": \"deep\"}}",
+        "{\"iss\": \"i\", \"t\": \"text\", \"num\": 1.5, \"b\": true, \"z\": null, \"l\": [\"one\", \"two\"], \"s\": {\"k\": \"deep\"}}",
     );
     let request = |number: usize| format!("GET /m{number}/\nauthorization: Bearer {token}");
     let requests: Vec<_> = (0..VALUES.len()).map(request).chain(["GET /m0/".to_owned()]).collect();
