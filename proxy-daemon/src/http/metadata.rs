@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use envoy_types::pb::google::protobuf::{ListValue, Struct, Value, value::Kind};
+use envoy_types::pb::{
+    envoy::config::core::v3::Metadata as ConfigMetadata,
+    google::protobuf::{ListValue, Struct, Value, value::Kind},
+};
 
 /// What filters have told about one stream.
 #[derive(Debug, Default)]
@@ -19,17 +22,28 @@ impl Metadata {
         self.0.entry(namespace.into()).or_default()
     }
 
-    /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
-    pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
+    /// What a resource's configuration says.
+    pub fn of_config(config: &ConfigMetadata) -> Metadata {
+        Metadata(config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone())).collect())
+    }
+
+    /// The value at a path below `namespace`, through fields that are within each other. `None` also for an empty path.
+    pub fn value(&self, namespace: &str, path: &[Box<str>]) -> Option<&Value> {
         let mut fields = self.namespace(namespace)?;
-        let Some((last, way)) = path.split_last() else {
-            return Some(serde_json::Value::Object(object(fields)).to_string());
-        };
+        let (last, way) = path.split_last()?;
         for step in way {
             let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
             fields = inner;
         }
-        match &fields.fields.get(&**last)?.kind {
+        fields.fields.get(&**last)
+    }
+
+    /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
+    pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
+        if path.is_empty() {
+            return Some(serde_json::Value::Object(object(self.namespace(namespace)?)).to_string());
+        }
+        match &self.value(namespace, path)?.kind {
             None | Some(Kind::NullValue(_)) => None,
             Some(Kind::StringValue(text)) => Some(text.clone()),
             Some(kind) => Some(json(kind).to_string()),

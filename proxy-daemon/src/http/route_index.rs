@@ -100,6 +100,7 @@ mod tests {
             per_filter,
             body_buffer_limit: None,
             stat_prefix: None,
+            metadata: None,
         })
     }
 

@@ -54,6 +54,7 @@ impl MatchCx<'_> {
 static TO_HTTPS: LazyLock<Route> = LazyLock::new(|| Route {
     body_buffer_limit: None,
     stat_prefix: None,
+    metadata: None,
     name: String::new(),
     route_match: RouteMatch::new(PathMatch::Prefix("/".into())),
     action: RouteAction::Redirect(Box::new(RedirectAction {

@@ -12,6 +12,7 @@ fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
         let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
         Arc::new(Route {
             stat_prefix: None,
+            metadata: None,
             body_buffer_limit: None,
             name: String::new(),
             route_match,

@@ -19,7 +19,7 @@ use crate::config::{
 const MAX_DEPTH: usize = 32;
 
 /// A `MetadataMatcher`, checked.
-pub(super) fn metadata(matcher: &ProtoMetadata, path: &str) -> Result<MetadataMatcher> {
+pub(crate) fn metadata(matcher: &ProtoMetadata, path: &str) -> Result<MetadataMatcher> {
     if matcher.filter.is_empty() {
         return Err(required(path, "filter"));
     }

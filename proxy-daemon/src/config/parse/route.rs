@@ -40,7 +40,7 @@ use crate::{
             VirtualCluster, VirtualHost,
         },
     },
-    http::filters,
+    http::{filters, metadata::Metadata},
 };
 
 /// The longest body of a direct response, in bytes, where nothing else is said.
@@ -202,6 +202,7 @@ pub(super) fn route(route: &ProtoRoute, max_body: u32, path: &str) -> Result<Rou
     };
     Ok(Route {
         name: route.name.clone(),
+        metadata: route.metadata.as_ref().map(|metadata| Arc::new(Metadata::of_config(metadata))),
         stat_prefix: Some(route.stat_prefix.as_str()).filter(|prefix| !prefix.is_empty()).map(Into::into),
         route_match,
         per_filter: per_filter(&route.typed_per_filter_config, path)?,

@@ -6,7 +6,7 @@ use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
         config::rbac::v3::{
-            Permission, Principal, Rbac as Rules, permission::Rule as PermissionRule, principal::Identifier,
+            MetadataSource, Permission, Principal, Rbac as Rules, SourcedMetadata, permission::Rule as PermissionRule, principal::Identifier,
             rbac::Action as ProtoAction,
         },
         extensions::filters::http::rbac::v3::{Rbac, RbacPerRoute},
@@ -15,7 +15,8 @@ use envoy_types::pb::{
             v3::Int32Range,
         },
     },
-    google::protobuf::Any,
+    google::protobuf::{Any, Value, value::Kind},
+    xds::r#type::matcher::v3::Matcher,
 };
 use http::StatusCode;
 use regex::Regex;
@@ -25,16 +26,22 @@ use crate::{
     access_log::ResponseFlags,
     config::{
         FieldError,
-        model::{Cidr, HeaderMatcher, StringMatcher},
+        model::{Cidr, HeaderMatcher, MatchTree, MetadataMatcher, StringMatcher},
         parse,
     },
     http::{
         body::Body,
+        metadata::Metadata,
         route_match::header_matches,
         stream::{LocalReply, RequestHead, StreamCx},
     },
     stats::{Counter, Lease, Scope},
 };
+
+mod matcher;
+
+/// What may not be in `%RESPONSE_CODE_DETAILS%`.
+const BLANKS: [char; 6] = [' ', '\t', '\u{b}', '\u{c}', '\n', '\r'];
 
 type Result<T> = std::result::Result<T, FieldError>;
 
@@ -44,6 +51,8 @@ struct RbacFactory {
     own: Engines,
     counters: Verdicts,
     shadow_counters: Verdicts,
+    /// `shadow_rules_stat_prefix`, which stands before what others are told of shadow rules.
+    shadow_prefix: Box<str>,
     /// Both are counted wherever the filter is.
     _leases: [Lease; 2],
 }
@@ -64,18 +73,43 @@ struct Verdicts {
     denied: Counter,
 }
 
-/// `config.rbac.v3.RBAC`
+/// `config.rbac.v3.RBAC`, or a matcher.
 #[derive(Debug)]
-struct Engine {
-    /// What becomes of a request that a policy matches: the others get the opposite.
-    allow: bool,
-    /// By name: the first that matches counts.
-    policies: Box<[Policy]>,
+enum Engine {
+    Rules {
+        /// What becomes of a request that a policy matches: unless it is only logged, the others get the opposite.
+        action: Action,
+        /// By name: the first that matches counts.
+        policies: Box<[Policy]>,
+    },
+    /// A request that it finds nothing for is denied.
+    Matcher {
+        tree: MatchTree<matcher::Input, matcher::Found>,
+        /// One of its actions is `LOG`: for each request is told whether it found that one.
+        logs: bool,
+    },
+}
+
+/// `config.rbac.v3.RBAC.Action`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Allow,
+    Deny,
+    /// Allowed, and the access logs are told whether it was matched.
+    Log,
+}
+
+/// What an engine says of a request.
+struct Verdict<'a> {
+    allowed: bool,
+    /// The name of the policy that it matches.
+    policy: Option<&'a str>,
+    /// `access_log_hint`
+    hint: Option<bool>,
 }
 
 #[derive(Debug)]
 struct Policy {
-    /// As access logs show it.
     name: Box<str>,
     /// One of them is enough.
     permissions: Box<[Rule]>,
@@ -101,6 +135,10 @@ enum Rule {
     Authenticated(Option<StringMatcher>),
     DirectRemoteIp(Cidr),
     RemoteIp(Cidr),
+    /// Of what filters have told.
+    DynamicMetadata(Box<MetadataMatcher>),
+    /// Of what the route's configuration says.
+    RouteMetadata(Box<MetadataMatcher>),
 }
 
 impl Rule {
@@ -121,12 +159,20 @@ impl Rule {
             Rule::Authenticated(name) => authenticated(name.as_ref(), cx),
             Rule::DirectRemoteIp(range) => range.contains(cx.connection.remote.ip()),
             Rule::RemoteIp(range) => range.contains(cx.remote.ip()),
+            Rule::DynamicMetadata(matcher) => metadata_matches(matcher, cx.progress.metadata.borrow().as_deref()),
+            Rule::RouteMetadata(matcher) => {
+                metadata_matches(matcher, cx.route.as_ref().and_then(|route| route.metadata.as_deref()))
+            }
         }
     }
 }
 
 fn one_holds(rules: &[Rule], head: &RequestHead, cx: &StreamCx) -> bool {
     rules.iter().any(|rule| rule.holds(head, cx))
+}
+
+fn metadata_matches(matcher: &MetadataMatcher, metadata: Option<&Metadata>) -> bool {
+    matcher.matches(metadata.and_then(|metadata| metadata.namespace(&matcher.filter)))
 }
 
 /// Whether the client is one of these: one of its URI or DNS names, or else its subject, which is empty without a
@@ -139,20 +185,43 @@ fn authenticated(name: Option<&StringMatcher>, cx: &StreamCx) -> bool {
 }
 
 impl Engine {
-    /// Whether the request may pass, and the policy that it matches.
-    fn judge(&self, verdicts: &Verdicts, head: &RequestHead, cx: &StreamCx) -> (bool, Option<&Policy>) {
-        let matches =
-            |policy: &&Policy| one_holds(&policy.permissions, head, cx) && one_holds(&policy.principals, head, cx);
-        let policy = self.policies.iter().find(matches);
-        let allowed = policy.is_some() == self.allow;
-        let counter = if allowed { verdicts.allowed } else { verdicts.denied };
+    /// Whether the request may pass, and why.
+    fn judge(&self, verdicts: &Verdicts, head: &RequestHead, cx: &StreamCx) -> Verdict<'_> {
+        let (verdict, tracked) = match self {
+            Engine::Rules { action, policies } => {
+                let matches = |policy: &&Policy| {
+                    one_holds(&policy.permissions, head, cx) && one_holds(&policy.principals, head, cx)
+                };
+                let policy = policies.iter().find(matches);
+                let allowed = match action {
+                    Action::Allow => policy.is_some(),
+                    Action::Deny => policy.is_none(),
+                    Action::Log => true,
+                };
+                let hint = (*action == Action::Log).then_some(policy.is_some());
+                let verdict = Verdict { allowed, policy: policy.map(|policy| &*policy.name), hint };
+                (verdict, policy.and_then(|policy| policy.tracked))
+            }
+            Engine::Matcher { tree, logs } => {
+                let found = tree.find(&matcher::Told { head, cx });
+                let action = found.map_or(Action::Deny, |found| found.action);
+                let hint = logs.then_some(action == Action::Log);
+                let policy = found.map(|found| &*found.name);
+                (Verdict { allowed: action != Action::Deny, policy, hint }, found.and_then(|found| found.tracked))
+            }
+        };
+        let counter = if verdict.allowed { verdicts.allowed } else { verdicts.denied };
         counter.inc();
-        if let Some((allows, denies)) = policy.and_then(|policy| policy.tracked) {
-            let counter = if allowed { allows } else { denies };
+        if let Some((allows, denies)) = tracked {
+            let counter = if verdict.allowed { allows } else { denies };
             counter.inc();
         }
-        (allowed, policy)
+        verdict
     }
+}
+
+fn text(text: &str) -> Value {
+    Value { kind: Some(Kind::StringValue(text.to_owned())) }
 }
 
 impl HttpFilterFactory for RbacFactory {
@@ -166,13 +235,30 @@ impl HttpFilterFactory for RbacFactory {
     ) -> Flow {
         let engines = route.most_specific().unwrap_or(&self.own);
         if let Some(shadow) = &engines.shadow {
-            shadow.judge(&self.shadow_counters, head, cx);
+            let verdict = shadow.judge(&self.shadow_counters, head, cx);
+            let told = [
+                ("shadow_engine_result", Some(if verdict.allowed { "allowed" } else { "denied" })),
+                ("shadow_effective_policy_id", verdict.policy),
+            ];
+            cx.progress.with_metadata(|metadata| {
+                let fields = &mut metadata.namespace_mut("envoy.filters.http.rbac").fields;
+                for (name, value) in told.iter().filter_map(|(name, value)| Some((name, (*value)?))) {
+                    fields.insert(format!("{}{name}", self.shadow_prefix), text(value));
+                }
+            });
         }
         let Some(rules) = &engines.rules else { return Flow::Continue };
-        match rules.judge(&self.counters, head, cx) {
-            (true, _) => Flow::Continue,
-            (false, policy) => {
-                let name = policy.map_or("none", |policy| &policy.name);
+        let verdict = rules.judge(&self.counters, head, cx);
+        if let Some(hint) = verdict.hint {
+            cx.progress.with_metadata(|metadata| {
+                let hint = Value { kind: Some(Kind::BoolValue(hint)) };
+                metadata.namespace_mut("envoy.common").fields.insert("access_log_hint".to_owned(), hint);
+            });
+        }
+        match verdict.allowed {
+            true => Flow::Continue,
+            false => {
+                let name = verdict.policy.unwrap_or("none").replace(BLANKS, "_");
                 let details = format!("rbac_access_denied_matched_policy[{name}]");
                 let (status, text) = (StatusCode::FORBIDDEN, "RBAC: access denied");
                 Flow::Respond(LocalReply::new(status, text, ResponseFlags::default(), details))
@@ -188,9 +274,8 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         shadow_rules,
         shadow_rules_stat_prefix,
         track_per_rule_stats,
-        // Refused by the table of honoured fields.
-        matcher: _,
-        shadow_matcher: _,
+        matcher,
+        shadow_matcher,
     } = unpack(typed_config, cx.path)?;
     let scope = Scope::http(cx.stat_prefix).child("rbac");
     // Envoy has one dot between, whether or not a prefix ends with one.
@@ -199,18 +284,19 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         prefix => scope.clone().child(prefix),
     };
     let (scope, shadow_scope) = (below(&rules_stat_prefix), below(&shadow_rules_stat_prefix));
-    let engine = |rules: Option<Rules>, counters: &Counters<'_>, field: &str| {
-        let path = format!("{}.{field}", cx.path);
-        rules.map(|rules| engine(rules, track_per_rule_stats.then_some(counters), &path)).transpose()
+    let engine = |rules: Option<Rules>, matcher: Option<Matcher>, counters: &Counters<'_>, fields: [&str; 2]| {
+        let tracked = track_per_rule_stats.then_some(counters);
+        engine(rules, matcher, tracked, fields.map(|field| format!("{}.{field}", cx.path)))
     };
     let counted = Counters { scope: &scope, kind: "" };
     let shadow_counted = Counters { scope: &shadow_scope, kind: "shadow_" };
-    let shadow = engine(shadow_rules, &shadow_counted, "shadow_rules")?;
-    let rules = engine(rules, &counted, "rules")?;
+    let shadow = engine(shadow_rules, shadow_matcher, &shadow_counted, ["shadow_rules", "shadow_matcher"])?;
+    let rules = engine(rules, matcher, &counted, ["rules", "matcher"])?;
     Ok(Arc::new(RbacFactory {
         own: Engines { rules, shadow },
         counters: counted.verdicts(),
         shadow_counters: shadow_counted.verdicts(),
+        shadow_prefix: shadow_rules_stat_prefix.into(),
         _leases: [scope.lease(), shadow_scope.lease()],
     }))
 }
@@ -224,8 +310,8 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
     if rbac.track_per_rule_stats {
         return Err(FieldError::unsupported(at("track_per_rule_stats")));
     }
-    let engine = |rules: Option<Rules>, field: &str| rules.map(|rules| engine(rules, None, &at(field))).transpose();
-    let (rules, shadow) = (engine(rbac.rules, "rules")?, engine(rbac.shadow_rules, "shadow_rules")?);
+    let rules = engine(rbac.rules, rbac.matcher, None, [at("rules"), at("matcher")])?;
+    let shadow = engine(rbac.shadow_rules, rbac.shadow_matcher, None, [at("shadow_rules"), at("shadow_matcher")])?;
     Ok(Arc::new(Engines { rules, shadow }))
 }
 
@@ -245,44 +331,53 @@ impl Counters<'_> {
         self.scope.counter(&format!("{}{what}", self.kind))
     }
 
-    fn count_for(&self, policy: &str, what: &str) -> Counter {
-        self.scope.counter(&format!("policy.{policy}.{}{what}", self.kind))
+    /// What is counted of one policy: requests that were allowed and that were denied because of it.
+    fn of_policy(&self, policy: &str) -> (Counter, Counter) {
+        let count = |what| self.scope.counter(&format!("policy.{policy}.{}{what}", self.kind));
+        (count("allowed"), count("denied"))
     }
 }
 
+/// The engine of rules, or of a matcher, which is in their place; `paths` are theirs.
 fn engine(
-    rules: Rules,
+    rules: Option<Rules>,
+    matcher: Option<Matcher>,
     // Of each policy, where they are wanted.
     tracked: Option<&Counters<'_>>,
-    path: &str,
-) -> Result<Engine> {
-    let allow = match ProtoAction::try_from(rules.action) {
-        Ok(ProtoAction::Allow) => true,
-        Ok(ProtoAction::Deny) => false,
-        Ok(ProtoAction::Log) | Err(_) => {
-            return Err(FieldError::new(format!("{path}.action"), "LOG is not supported by culvert yet"));
-        }
-    };
+    paths: [String; 2],
+) -> Result<Option<Engine>> {
+    let [path, matcher_path] = paths;
+    if let Some(matcher) = matcher {
+        return matcher::engine(&matcher, tracked, &matcher_path).map(Some);
+    }
+    let Some(rules) = rules else { return Ok(None) };
+    let action = action(rules.action);
     let mut policies: Vec<_> = rules.policies.into_iter().collect();
     policies.sort_by(|(a, _), (b, _)| a.cmp(b));
     let policy = |(name, policy): (String, envoy_types::pb::envoy::config::rbac::v3::Policy)| {
         let path = format!("{path}.policies[\"{name}\"]");
         let permissions = each(&policy.permissions, &format!("{path}.permissions"), permission)?;
         let principals = each(&policy.principals, &format!("{path}.principals"), principal)?;
-        let tracked =
-            tracked.map(|counters| (counters.count_for(&name, "allowed"), counters.count_for(&name, "denied")));
-        let name = name.replace([' ', '\t', '\u{b}', '\u{c}', '\n', '\r'], "_").into();
-        Ok(Policy { name, permissions, principals, tracked })
+        let tracked = tracked.map(|counters| counters.of_policy(&name));
+        Ok(Policy { name: name.into(), permissions, principals, tracked })
     };
     let policies = policies.into_iter().map(policy).collect::<Result<_>>()?;
-    Ok(Engine { allow, policies })
+    Ok(Some(Engine::Rules { action, policies }))
+}
+
+fn action(action: i32) -> Action {
+    match ProtoAction::try_from(action) {
+        Ok(ProtoAction::Deny) => Action::Deny,
+        Ok(ProtoAction::Log) => Action::Log,
+        Ok(ProtoAction::Allow) | Err(_) => Action::Allow,
+    }
 }
 
 fn each<T>(items: &[T], path: &str, parse: impl Fn(&T, &str) -> Result<Rule>) -> Result<Box<[Rule]>> {
     items.iter().enumerate().map(|(index, item)| parse(item, &format!("{path}[{index}]"))).collect()
 }
 
-#[expect(deprecated, reason = "a deprecated field that is set must be refused, not passed over")]
+#[expect(deprecated, reason = "metadata, which Envoy still takes")]
 fn permission(permission: &Permission, path: &str) -> Result<Rule> {
     let at = |field: &str| format!("{path}.{field}");
     let Some(rule) = &permission.rule else { return Err(FieldError::new(at("rule"), "value is required")) };
@@ -317,13 +412,15 @@ fn permission(permission: &Permission, path: &str) -> Result<Rule> {
         PermissionRule::UriTemplate(template) => {
             Rule::UriTemplate(parse::matcher::uri_template(template, &at("uri_template"))?)
         }
-        PermissionRule::Metadata(_) => return Err(FieldError::unsupported(at("metadata"))),
+        PermissionRule::Metadata(matcher) => {
+            Rule::DynamicMetadata(Box::new(parse::metadata_match::metadata(matcher, &at("metadata"))?))
+        }
         PermissionRule::Matcher(_) => return Err(FieldError::unsupported(at("matcher"))),
-        PermissionRule::SourcedMetadata(_) => return Err(FieldError::unsupported(at("sourced_metadata"))),
+        PermissionRule::SourcedMetadata(sourced) => sourced_metadata(sourced, &at("sourced_metadata"))?,
     })
 }
 
-#[expect(deprecated, reason = "the field that direct_remote_ip replaced, which Envoy still takes")]
+#[expect(deprecated, reason = "the fields that direct_remote_ip and sourced_metadata replaced, which Envoy still takes")]
 fn principal(principal: &Principal, path: &str) -> Result<Rule> {
     let at = |field: &str| format!("{path}.{field}");
     let Some(id) = &principal.identifier else { return Err(FieldError::new(at("identifier"), "value is required")) };
@@ -342,10 +439,22 @@ fn principal(principal: &Principal, path: &str) -> Result<Rule> {
         Identifier::Header(matcher) => Rule::Header(Box::new(parse::matcher::header(matcher, &at("header"))?)),
         Identifier::UrlPath(matcher) => url_path(matcher, &at("url_path"))?,
         Identifier::NotId(id) => Rule::Not(Box::new(self::principal(id, &at("not_id"))?)),
-        Identifier::Metadata(_) => return Err(FieldError::unsupported(at("metadata"))),
+        Identifier::Metadata(matcher) => {
+            Rule::DynamicMetadata(Box::new(parse::metadata_match::metadata(matcher, &at("metadata"))?))
+        }
         Identifier::FilterState(_) => return Err(FieldError::unsupported(at("filter_state"))),
-        Identifier::SourcedMetadata(_) => return Err(FieldError::unsupported(at("sourced_metadata"))),
+        Identifier::SourcedMetadata(sourced) => sourced_metadata(sourced, &at("sourced_metadata"))?,
         Identifier::Custom(_) => return Err(FieldError::unsupported(at("custom"))),
+    })
+}
+
+fn sourced_metadata(sourced: &SourcedMetadata, path: &str) -> Result<Rule> {
+    let at = format!("{path}.metadata_matcher");
+    let matcher = sourced.metadata_matcher.as_ref().ok_or_else(|| FieldError::new(&*at, "value is required"))?;
+    let matcher = Box::new(parse::metadata_match::metadata(matcher, &at)?);
+    Ok(match MetadataSource::try_from(sourced.metadata_source) {
+        Ok(MetadataSource::Route) => Rule::RouteMetadata(matcher),
+        Ok(MetadataSource::Dynamic) | Err(_) => Rule::DynamicMetadata(matcher),
     })
 }
 

@@ -3,6 +3,7 @@ use std::{any::Any, collections::BTreeMap, sync::Arc};
 use http::HeaderName;
 
 use super::{ConfigSource, RateLimit};
+use crate::http::metadata::Metadata;
 
 mod action;
 mod cluster_choice;
@@ -194,6 +195,8 @@ pub struct Route {
     pub stat_prefix: Option<Box<str>>,
     /// Appears as `%ROUTE_NAME%`.
     pub name: String,
+    /// What its `metadata` says.
+    pub metadata: Option<Arc<Metadata>>,
     /// Which requests it serves.
     pub route_match: RouteMatch,
     /// What becomes of them.
