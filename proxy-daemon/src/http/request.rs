@@ -18,6 +18,7 @@ use super::{
     conn_manager::ConnState,
     filters::{Flow, HttpFilter, Led, PerRoute, Redirect, RedirectPolicy},
     forward::forward,
+    hash_policy,
     headers::{self, names::*},
     internal_redirect::{self, Sent, Trail},
     local_reply::{self, answer, answer_stream},
@@ -31,7 +32,9 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ClusterChoice, HttpFilterEntry, RedirectPath, RouteAction},
+    config::model::{
+        ClusterChoice, ForwardAction, HttpFilterEntry, RandomValue, RedirectPath, RouteAction, WeightedClusters,
+    },
     listener::ConnectionInfo,
     on_demand::Wanted,
     upstream::WorkerCluster,
@@ -132,7 +135,6 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         route: None,
         random,
         cluster: None,
-        weighted: None,
         override_dst: None,
         override_host: None,
         upstream_host: None,
@@ -425,10 +427,19 @@ fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerClus
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     match &action.cluster {
         ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),
-        ClusterChoice::Weighted(weighted) => match weighted.choose_index(cx.random) {
+        ClusterChoice::Weighted(weighted) => match weighted.choose_index(random_value(action, weighted, cx, head)) {
             Some(index) => {
-                cx.weighted = Some(index);
-                cx.worker.clusters.get(weighted.name(index))
+                let header = weighted.options.get(index).and_then(|options| options.cluster_header.as_ref());
+                let cluster = match header {
+                    Some(header) => {
+                        head.headers.get(header).and_then(|name| cx.worker.clusters.get(name.to_str().ok()?))
+                    }
+                    None => cx.worker.clusters.get(weighted.name(index)),
+                };
+                if let Some(route) = &mut cx.route {
+                    route.choose_weighted(index);
+                }
+                cluster
             }
             // Runtime values leave it no cluster: as in Envoy, it is no route then.
             None => {
@@ -440,12 +451,33 @@ fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerClus
     }
 }
 
+/// The number that a weighted cluster is chosen by.
+fn random_value(action: &ForwardAction, weighted: &WeightedClusters, cx: &StreamCx, head: &RequestHead) -> u64 {
+    let told = match &weighted.random {
+        RandomValue::Own => None,
+        RandomValue::Header(name) => {
+            let mut values = head.headers.get_all(name).iter();
+            let single = values.next().filter(|_| values.next().is_none());
+            single.and_then(|value| value.to_str().ok()?.trim().parse().ok())
+        }
+        // Cookies are made where a host is chosen.
+        RandomValue::Hash => hash_policy::hash(&action.hash_policy, head, cx, &mut Vec::new()),
+    };
+    told.unwrap_or(cx.random)
+}
+
 /// The cluster that the route names.
 fn cluster_name<'a>(cx: &'a StreamCx, head: &'a RequestHead) -> Option<&'a str> {
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     let name = match &action.cluster {
         ClusterChoice::Cluster(name) => name,
-        ClusterChoice::Weighted(weighted) => weighted.choose(cx.random)?,
+        ClusterChoice::Weighted(weighted) => {
+            let index = cx.route.as_ref()?.weighted()?;
+            match weighted.options.get(index).and_then(|options| options.cluster_header.as_ref()) {
+                Some(header) => head.headers.get(header)?.to_str().ok()?,
+                None => weighted.name(index),
+            }
+        }
         ClusterChoice::Header(header) => head.headers.get(header)?.to_str().ok()?,
     };
     Some(name).filter(|name| !name.is_empty())

@@ -22,9 +22,10 @@ use super::{
     route_index::RouteIndex,
 };
 use crate::config::model::{
-    CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, MetadataMatcher, MirrorPolicy,
-    PathMatch, PerFilterConfig, PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher, RedirectAction,
-    RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
+    ClusterChoice, CookieMatcher, HeaderMatcher, HeaderMutations, HeaderValueMatch, MatchedHeader, MetadataMatcher,
+    MirrorPolicy, PathMatch, PerFilterConfig, PerFilterConfigs, QueryParameterMatch, QueryParameterMatcher,
+    RedirectAction, RedirectPath, Route, RouteAction, RouteConfig, RouteMatch, TlsRequirement, VirtualHost,
+    WeightedOptions,
 };
 use crate::on_demand::Wanted;
 
@@ -93,7 +94,15 @@ pub struct RouteTable {
 struct PerFilterTable {
     numbers: HashMap<Box<str>, usize>,
     /// By virtual host and route, and then by filter: the least specific first. Empty where nobody is told anything.
-    routes: Vec<Vec<Told>>,
+    routes: Vec<Vec<ToldByRoute>>,
+}
+
+/// What the requests of one route have the filters told.
+#[derive(Debug)]
+struct ToldByRoute {
+    told: Told,
+    /// With what its weighted clusters say, by their numbers; empty: they say nothing.
+    weighted: Box<[Told]>,
 }
 
 type Told = Arc<[Vec<Arc<PerFilterConfig>>]>;
@@ -102,7 +111,10 @@ impl PerFilterTable {
     fn new(config: &RouteConfig) -> PerFilterTable {
         let hosts = &config.virtual_hosts;
         let of_hosts = hosts.iter().flat_map(|host| {
-            let of_routes = host.routes.iter().flat_map(|route| route.per_filter.keys());
+            let of_routes = host.routes.iter().flat_map(|route| {
+                let of_clusters = weighted_options(route).iter().flat_map(|options| options.per_filter.keys());
+                route.per_filter.keys().chain(of_clusters)
+            });
             host.per_filter.keys().chain(of_routes)
         });
         let mut numbers = HashMap::new();
@@ -124,10 +136,27 @@ impl PerFilterTable {
         let by_config = with(&vec![Vec::new(); numbers.len()].into(), &config.per_filter);
         let routes = hosts.iter().map(|host| {
             let by_host = with(&by_config, &host.per_filter);
-            host.routes.iter().map(|route| with(&by_host, &route.per_filter)).collect()
+            let of_route = |route: &Arc<Route>| {
+                let told = with(&by_host, &route.per_filter);
+                let options = weighted_options(route).iter();
+                let weighted = options.map(|options| with(&told, &options.per_filter)).collect();
+                ToldByRoute { told, weighted }
+            };
+            host.routes.iter().map(of_route).collect()
         });
         let routes = routes.collect();
         PerFilterTable { numbers, routes }
+    }
+}
+
+/// What the route's weighted clusters say; empty: nothing.
+fn weighted_options(route: &Route) -> &[WeightedOptions] {
+    match &route.action {
+        RouteAction::Forward(action) => match &action.cluster {
+            ClusterChoice::Weighted(weighted) => &weighted.options,
+            _ => &[],
+        },
+        _ => &[],
     }
 }
 
@@ -434,7 +463,8 @@ impl RouteCache {
         let table = self.table.borrow();
         let table = table.as_ref()?;
         let (host, route) = table.find(request, cx)?;
-        Some(RouteRef { table: Rc::clone(table), host, route, filters: Rc::clone(&self.numbers.borrow()) })
+        let filters = Rc::clone(&self.numbers.borrow());
+        Some(RouteRef { table: Rc::clone(table), host, route, filters, weighted: None })
     }
 
     /// Whether the routes had not arrived when one was looked for.
@@ -460,14 +490,35 @@ pub struct RouteRef {
     host: usize,
     route: Chosen,
     filters: Rc<[Option<usize>]>,
+    /// The number of the weighted cluster that was chosen.
+    weighted: Option<usize>,
 }
 
 impl RouteRef {
+    /// Notes which of the route's weighted clusters was chosen.
+    pub(super) fn choose_weighted(&mut self, index: usize) {
+        self.weighted = Some(index);
+    }
+
+    /// The number of the chosen weighted cluster.
+    pub(super) fn weighted(&self) -> Option<usize> {
+        self.weighted
+    }
+
+    /// What the chosen weighted cluster asks for.
+    pub(super) fn weighted_options(&self) -> Option<&WeightedOptions> {
+        weighted_options(self).get(self.weighted?)
+    }
+
     /// What the filter at this place of its connection manager's list is told, the least specific first.
     pub(super) fn per_filter(&self, position: usize) -> &[Arc<PerFilterConfig>] {
         let number = self.filters.get(position).copied().flatten();
         match (number, self.route) {
-            (Some(number), Chosen::Route(route)) => &self.table.per_filter.routes[self.host][route][number],
+            (Some(number), Chosen::Route(route)) => {
+                let ToldByRoute { told, weighted } = &self.table.per_filter.routes[self.host][route];
+                let told = self.weighted.and_then(|index| weighted.get(index)).unwrap_or(told);
+                &told[number]
+            }
             _ => &[],
         }
     }

@@ -181,7 +181,8 @@ fn weights_follow_runtime_values() {
         (RuntimeInteger { default, key: Key::optional(&format!("w.{name}")) }, Arc::<str>::from(name))
     };
     let cumulative = vec![(1, "a".into()), (4, "b".into())];
-    let mut weighted = WeightedClusters { cumulative, options: Arc::new([]), runtime: None };
+    let mut weighted =
+        WeightedClusters { cumulative, options: Arc::new([]), runtime: None, random: Default::default() };
     let picks = |weighted: &WeightedClusters| -> Vec<String> {
         (0..4).filter_map(|random| weighted.choose(random).map(ToString::to_string)).collect()
     };

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
-    config::model::{AddedValue, ClusterChoice, HeaderAdd, HeaderMutations, RouteAction, WeightedOptions},
+    config::model::{AddedValue, HeaderAdd, HeaderMutations},
     listener::ConnectionInfo,
     runtime::Worker,
     tls::TlsInfo,
@@ -88,8 +88,6 @@ pub struct StreamCx {
     pub route: Option<RouteRef>,
     /// The cluster that the route chose, where it exists.
     pub cluster: Option<Rc<WorkerCluster>>,
-    /// The number of the weighted cluster that the route chose.
-    pub weighted: Option<usize>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
     /// Set by a filter: the first attempt goes to this host.
@@ -132,19 +130,13 @@ pub struct MaxHeaders {
 }
 
 impl StreamCx {
-    /// What the chosen weighted cluster asks for.
-    pub(super) fn weighted_options(&self) -> Option<&WeightedOptions> {
-        let RouteAction::Forward(action) = &self.route.as_ref()?.action else { return None };
-        let ClusterChoice::Weighted(weighted) = &action.cluster else { return None };
-        weighted.options.get(self.weighted?)
-    }
-
     /// The header mutations that apply, in their order: the weighted cluster's, the route's, the virtual host's, the
     /// configuration's, or the other way round.
     pub(super) fn header_mutations(&self) -> impl Iterator<Item = &HeaderMutations> {
         let route = self.route.as_ref();
         let [own, host, config] = route.map(RouteRef::header_mutations).unwrap_or_default();
-        let mut levels = [self.weighted_options().map(|options| &options.headers), own, host, config];
+        let of_cluster = route.and_then(RouteRef::weighted_options).map(|options| &options.headers);
+        let mut levels = [of_cluster, own, host, config];
         if route.is_some_and(RouteRef::most_specific_header_mutations_wins) {
             levels.reverse();
         }

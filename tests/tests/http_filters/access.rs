@@ -13,7 +13,7 @@ fn rules(action: &str, permissions: &str, principals: &str) -> String {
 }
 
 pub fn cases() -> Vec<Case> {
-    [permissions(), principals(), engines(), local_ratelimit()].concat()
+    [permissions(), principals(), engines(), metadata(), matchers(), local_ratelimit()].concat()
 }
 
 /// Requests to a rule that allows what it matches.
@@ -161,6 +161,16 @@ fn engines() -> Vec<Case> {
             "rbac.v3.RBACPerRoute",
             &format!("rbac: {{{}}}", rules("DENY", by_path, ANY).replacen("rules", "shadow_rules", 1)),
         ),
+        case(
+            "rules by weighted cluster",
+            RBAC,
+            &rules("DENY", by_path, ANY),
+            &["GET /weighted", "GET /", "GET /plain"],
+        )
+        .told(By::Cluster, "rbac.v3.RBACPerRoute", &format!("rbac: {{{}}}", rules("DENY", ANY, ANY))),
+        case("rules by weighted cluster and route", RBAC, "", &["GET /weighted", "GET /", "GET /plain"])
+            .told(By::Route, "rbac.v3.RBACPerRoute", &format!("rbac: {{{}}}", rules("DENY", ANY, ANY)))
+            .told(By::Cluster, "rbac.v3.RBACPerRoute", ""),
         case("no rules by route", RBAC, &rules("DENY", ANY, ANY), &["GET /x", "GET /plain"]).told(
             By::Route,
             "rbac.v3.RBACPerRoute",
@@ -169,6 +179,117 @@ fn engines() -> Vec<Case> {
         case("two filters", RBAC, &rules("DENY", by_path, ANY), &["GET /x", "GET /y", "GET /"])
             .then(RBAC, &rules("DENY", "[{url_path: {path: {prefix: /y}}}]", ANY)),
     ]
+}
+
+/// What filters have told, and what routes say.
+fn metadata() -> Vec<Case> {
+    let told = "metadata: [{metadata_namespace: ns, value: {s: text, f: 1.5, i: 7, b: true, z: null, e: \"\", l: [1, a, [x]], o: \
+                {k: inner, l: [a]}}}]";
+    let of = |name, path: &str, value: &str, more: &str| {
+        let keys: Vec<_> = path.split('.').map(|key| format!("{{key: \"{key}\"}}")).collect();
+        let matcher = format!("{{metadata: {{filter: ns, path: [{}], value: {{{value}}}{more}}}}}", keys.join(", "));
+        principal(name, &matcher, &["GET /"]).before("set_metadata.v3.Config", told)
+    };
+    let mut cases = Vec::new();
+    for path in ["s", "i", "b", "z", "e", "l", "o", "o.k", "o.none", "none", "s.k", "l.k"] {
+        cases.push(of("present", path, "present_match: true", ""));
+        cases.push(of("not present", path, "present_match: false", ""));
+        cases.push(of("null", path, "null_match: {}", ""));
+        cases.push(of("not null", path, "null_match: {}", ", invert: true"));
+    }
+    cases.extend([
+        of("text", "s", "string_match: {exact: text}", ""),
+        of("the beginning of a text", "s", "string_match: {prefix: TE, ignore_case: true}", ""),
+        of("another text", "s", "string_match: {exact: other}", ""),
+        of("text of a number", "i", "string_match: {exact: \"7\"}", ""),
+        of("no text", "none", "string_match: {safe_regex: {regex: \".*\"}}", ""),
+        of("number", "f", "double_match: {exact: 1.5}", ""),
+        of("another number", "f", "double_match: {exact: 1}", ""),
+        of("range", "i", "double_match: {range: {start: 7, end: 8}}", ""),
+        of("end of a range", "i", "double_match: {range: {start: 6, end: 7}}", ""),
+        of("true", "b", "bool_match: true", ""),
+        of("false", "b", "bool_match: false", ""),
+        of("one of a list", "l", "list_match: {one_of: {string_match: {exact: a}}}", ""),
+        of("none of a list", "l", "list_match: {one_of: {string_match: {exact: x}}}", ""),
+        of("a list in a list", "l", "list_match: {one_of: {list_match: {one_of: {string_match: {exact: x}}}}}", ""),
+        of("one of no list", "s", "list_match: {one_of: {string_match: {exact: text}}}", ""),
+        of("either", "o.k", "or_match: {value_matchers: [{bool_match: true}, {string_match: {exact: inner}}]}", ""),
+        of("neither", "o.k", "or_match: {value_matchers: [{bool_match: true}, {null_match: {}}]}", ""),
+        of("inverted", "o.k", "string_match: {exact: inner}", ", invert: true"),
+    ]);
+    let claims = "{sourced_metadata: {metadata_matcher: {filter: ns, path: [{key: k}], value: {string_match: {exact: yes}}}, \
+                  metadata_source: $from}}";
+    let by_header = "request_rules: [{header: x-a, on_header_present: {metadata_namespace: ns, key: k}}]";
+    let requests = &["GET /", "GET /\nx-a: yes", "GET /\nx-a: no"];
+    for (name, from) in [("of filters", "DYNAMIC"), ("of the route", "ROUTE")] {
+        let claims = claims.replace("$from", from).replace("exact: yes", "exact: \"yes\"");
+        cases.push(principal(name, &claims, requests).before("header_to_metadata.v3.Config", by_header));
+        cases.push(permission(name, &claims, requests).before("header_to_metadata.v3.Config", by_header));
+    }
+    cases
+}
+
+/// `matcher`, `shadow_matcher` and `action: LOG`.
+fn matchers() -> Vec<Case> {
+    let action = |action: &str| {
+        format!(
+            "{{action: {{name: a, typed_config: {{\"@type\": type.googleapis.com/envoy.config.rbac.v3.Action, name: \"the {action}\", \
+             action: {action}}}}}}}"
+        )
+    };
+    let input =
+        |message: &str| format!("{{name: i, typed_config: {{\"@type\": type.googleapis.com/envoy.{message}}}}}");
+    let header = input("type.matcher.v3.HttpRequestHeaderMatchInput, header_name: x-a");
+    let network = |name: &str| input(&format!("extensions.matching.common_inputs.network.v3.{name}"));
+    let single = |input: &str, value: &str, on: &str| {
+        format!(
+            "{{matcher_list: {{matchers: [{{predicate: {{single_predicate: {{input: {input}, value_match: {{{value}}}}}}}, \
+             on_match: {on}}}]}}}}"
+        )
+    };
+    let map = format!(
+        "{{matcher_tree: {{input: {header}, exact_match_map: {{map: {{one: {}, two: {}, three: {}}}}}}}, on_no_match: {}}}",
+        action("ALLOW"),
+        action("DENY"),
+        action("LOG"),
+        action("DENY")
+    );
+    let shown = "mutations: {request_mutations: [{append: {header: {key: x-k, value: \
+                 \"%DYNAMIC_METADATA(envoy.common)% %DYNAMIC_METADATA(envoy.filters.http.rbac)%\"}}}]}";
+    let requests = &["GET /", "GET /\nx-a: one", "GET /\nx-a: two", "GET /\nx-a: three", "GET /direct\nx-a: three"];
+    let shown_case =
+        |name, config: &str| case(name, RBAC, config, requests).then("header_mutation.v3.HeaderMutation", shown);
+    let of_header = "[{header: {name: x-a}}]";
+    let mut cases = vec![
+        case("a map", RBAC, &format!("matcher: {map}"), requests),
+        case("counted by rule", RBAC, &format!("matcher: {map}, track_per_rule_stats: true"), requests),
+        case(
+            "in the place of rules",
+            RBAC,
+            &format!("matcher: {}, {}", single(&header, "exact: one", &action("ALLOW")), rules("ALLOW", ANY, ANY)),
+            requests,
+        ),
+        case("a matcher of a shadow", RBAC, &format!("shadow_matcher: {map}"), requests),
+        case("a matcher by route", RBAC, &format!("matcher: {map}"), requests).told(
+            By::Route,
+            "rbac.v3.RBACPerRoute",
+            &format!("rbac: {{matcher: {}}}", single(&header, "prefix: t", &action("ALLOW"))),
+        ),
+        shown_case("log", &rules("LOG", ANY, of_header)),
+        shown_case("log of a shadow", &rules("LOG", ANY, of_header).replacen("rules", "shadow_rules", 1)),
+    ];
+    for (name, input, value) in [
+        ("destination", "DestinationIPInput", "exact: 127.0.0.1"),
+        ("destination port", "DestinationPortInput", "safe_regex: {google_re2: {}, regex: \"[0-9]{4,5}\"}"),
+        ("source", "SourceIPInput", "exact: 10.1.2.3"),
+        ("direct source", "DirectSourceIPInput", "exact: 127.0.0.1"),
+        ("source port", "SourcePortInput", "safe_regex: {google_re2: {}, regex: \"[1-9][0-9]{3,4}\"}"),
+        ("server name", "ServerNameInput", "prefix: \"\""),
+    ] {
+        let config = format!("matcher: {}", single(&network(input), value, &action("ALLOW")));
+        cases.push(case(name, RBAC, &config, &["GET /", "GET /\nx-forwarded-for: 10.1.2.3"]));
+    }
+    cases
 }
 
 fn local_ratelimit() -> Vec<Case> {

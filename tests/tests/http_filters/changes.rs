@@ -53,6 +53,10 @@ fn mutations() -> Vec<Case> {
             &[one, "GET /\nx-do: 200+x-r=5", "GET /direct\nx-a: one"],
         ),
         case("nothing", MUTATION, "", &["GET /"]),
+        case("all levels and a weighted cluster", MUTATION, &of_request(&mark("filter")), &["GET /weighted", "GET /"])
+            .told(By::Host, MUTATION_PER_ROUTE, &of_request(&mark("host")))
+            .told(By::Route, MUTATION_PER_ROUTE, &of_request(&mark("route")))
+            .told(By::Cluster, MUTATION_PER_ROUTE, &of_request(&mark("cluster"))),
     ];
     let levels = |name, wins| {
         let both = |by: &str| {

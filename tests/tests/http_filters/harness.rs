@@ -37,7 +37,7 @@ pub struct Case {
     /// Routes before all others, in flow style.
     first: String,
     /// What the route configuration, the virtual host and the routes tell the filters: entries in flow style.
-    told: [String; 3],
+    told: [String; 4],
     /// The virtual host's.
     domains: &'static str,
 }
@@ -69,6 +69,8 @@ pub enum By {
     Host,
     /// All routes but those of `/plain`.
     Route,
+    /// The weighted cluster of the route of `/weighted`.
+    Cluster,
 }
 
 impl Case {
@@ -400,7 +402,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     };
     let filters: String = case.filters.iter().map(filter).collect();
     let told = case.told.clone().map(|told| told.replace("$case", &format!("case{index}")));
-    let [by_config, by_host, by_route] = &told;
+    let [by_config, by_host, by_route, by_cluster] = &told;
     let [of_host, of_action] = &case.of_routes;
     let lengths = if case.of_own_lengths { "" } else { "%BYTES_RECEIVED% %BYTES_SENT%" };
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
@@ -430,6 +432,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
                 {{match: {{prefix: /direct}}, direct_response: {{status: 200, body: {{inline_string: "direct\n"}}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /created}}, direct_response: {{status: 201}}}},
                 {{match: {{prefix: /plain}}, route: {{cluster: a}}}},
+                {{match: {{prefix: /weighted}}, route: {{weighted_clusters: {{clusters: [{{name: dead, weight: 0}}, {{name: a, weight: 1, typed_per_filter_config: {{{by_cluster}}}}}]}}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /envoy.}}, route: {{cluster: grpc}}}},
                 {{match: {{prefix: /many}}, route: {{cluster: many{of_action}}}, typed_per_filter_config: {{{by_route}}}}},
                 {{match: {{prefix: /other}}, route: {{cluster: many}}}},

@@ -248,6 +248,11 @@ fn told() -> Vec<Case> {
             ]
             .map(str::to_owned),
         ),
+        one("access by claims", ", payload_in_metadata: k", &[with(&good()), full.clone(), "GET /".to_owned()]).then(
+            "rbac.v3.RBAC",
+            "rules: {action: ALLOW, policies: {p: {permissions: [{any: true}], principals: [{metadata: {filter: \
+             envoy.filters.http.jwt_authn, path: [{key: k}, {key: t}], value: {present_match: true}}}]}}}",
+        ),
         one("metadata of tokens", ", payload_in_metadata: k, header_in_metadata: h", &[with(&good())]),
         one(
             "routes by claims",

@@ -138,6 +138,33 @@ fn weighted() -> Vec<Case> {
             requests,
         ),
         case(
+            "weighted by header, by the request's number, by hash",
+            "- {match: {prefix: /header}, route: {weighted_clusters: {clusters: [{cluster_header: x-to, weight: 1}]}}}\n\
+             - {match: {prefix: /number}, route: {weighted_clusters: {header_name: x-n, clusters: [{name: a, weight: 2}, \
+             {name: b, weight: 3}]}}}\n\
+             - {match: {prefix: /only}, route: {weighted_clusters: {header_name: x-n, clusters: [{name: a, weight: 2}]}}}\n\
+             - {match: {prefix: /hash}, route: {hash_policy: [{header: {header_name: x-n}}], weighted_clusters: \
+             {use_hash_policy: true, clusters: [{name: a, weight: 2}, {name: b, weight: 3}, {name: c, weight: 2}]}}}",
+            &[
+                "GET /header\nx-to: a",
+                "GET /header\nx-to: b",
+                "GET /header\nx-to: none",
+                "GET /header",
+                "GET /number\nx-n: 0",
+                "GET /number\nx-n: 1",
+                "GET /number\nx-n: 2",
+                "GET /number\nx-n: 4",
+                "GET /number\nx-n: 5",
+                "GET /number\nx-n: 18446744073709551615",
+                "GET /only\nx-n: -1",
+                "GET /only",
+                "GET /hash\nx-n: one",
+                "GET /hash\nx-n: two",
+                "GET /hash\nx-n: three",
+                "GET /hash\nx-n: four",
+            ],
+        ),
+        case(
             "weighted, cluster_header",
             "- {match: {prefix: /}, route: {cluster_header: x-to}}",
             &[

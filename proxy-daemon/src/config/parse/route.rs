@@ -248,7 +248,7 @@ pub(super) fn cors(policy: &CorsPolicy, path: &str) -> Result<FilterConfigOf> {
 }
 
 /// `typed_per_filter_config`: for each filter its own message, or a `FilterConfig` around it.
-fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilterConfigs> {
+pub(super) fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilterConfigs> {
     let parse = |(name, config): (&String, &ProtoAny)| {
         let path = format!("{}[\"{name}\"]", join(path, "typed_per_filter_config"));
         if config.type_url.rsplit('/').next() != Some("envoy.config.route.v3.FilterConfig") {

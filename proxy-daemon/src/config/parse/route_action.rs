@@ -12,7 +12,9 @@ use envoy_types::pb::envoy::{
                 ClusterNotFoundResponseCode, ClusterSpecifier, HostRewriteSpecifier,
                 MaxStreamDuration as ProtoMaxStreamDuration,
             },
-            weighted_cluster::{ClusterWeight, cluster_weight::HostRewriteSpecifier as WeightedHost},
+            weighted_cluster::{
+                ClusterWeight, RandomValueSpecifier, cluster_weight::HostRewriteSpecifier as WeightedHost,
+            },
         },
     },
     extensions::path::rewrite::uri_template::v3::UriTemplateRewriteConfig,
@@ -27,7 +29,7 @@ use super::{
     mirror::mirror_policies,
     rate_limit,
     retry::retry_policy,
-    route::{cors, formatted, mutations},
+    route::{cors, formatted, mutations, per_filter},
     support::join,
     upgrade, uri_template,
 };
@@ -36,7 +38,7 @@ use crate::{
         FieldError,
         model::{
             ClusterChoice, ForwardAction, GrpcTimeout, HostRewrite, LbMetadata, MaxStreamDuration, MetadataMatch,
-            PathMatch, PathRewrite, RouteMatch, WeightedClusters, WeightedOptions,
+            PathMatch, PathRewrite, RandomValue, RouteMatch, WeightedClusters, WeightedOptions,
         },
     },
     http::metadata::object,
@@ -93,6 +95,15 @@ pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) ->
         }
         Some(ClusterSpecifier::WeightedClusters(clusters)) => {
             let path = join(path, "weighted_clusters");
+            for (index, cluster) in clusters.clusters.iter().enumerate() {
+                // Envoy's words.
+                let text = match (cluster.name.is_empty(), cluster.cluster_header.is_empty()) {
+                    (true, true) => "At least one of name or cluster_header need to be specified",
+                    (false, false) => "Only one of name or cluster_header can be specified",
+                    _ => continue,
+                };
+                return Err(FieldError::new(format!("{}[{index}]", join(&path, "clusters")), text));
+            }
             let weights = clusters.clusters.iter().map(|cluster| (cluster.name.as_str(), number(cluster.weight, 0)));
             let mut weighted = weighted(weights.clone(), &path)?;
             let prefix = &clusters.runtime_key_prefix;
@@ -103,6 +114,13 @@ pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) ->
                 weights.map(weight).collect()
             });
             weighted.options = weighted_options(&clusters.clusters, asked.as_ref(), &path)?;
+            weighted.random = match &clusters.random_value_specifier {
+                Some(RandomValueSpecifier::HeaderName(name)) => {
+                    RandomValue::Header(header_name(name, &join(&path, "header_name"))?)
+                }
+                Some(RandomValueSpecifier::UseHashPolicy(wanted)) if wanted.value => RandomValue::Hash,
+                Some(RandomValueSpecifier::UseHashPolicy(_)) | None => RandomValue::Own,
+            };
             // `total_weight` is deprecated and says nothing, as in Envoy.
             ClusterChoice::Weighted(weighted)
         }
@@ -201,10 +219,13 @@ fn weighted_options(
         )?;
         let own = asked_of_hosts(cluster.metadata_match.as_ref());
         let metadata_match = if own.is_empty() { None } else { MetadataMatch::with(asked, own) };
-        Ok(WeightedOptions { headers, host_rewrite, metadata_match })
+        let by_header = Some(&cluster.cluster_header).filter(|name| !name.is_empty());
+        let cluster_header = by_header.map(|name| header_name(name, &join(&path, "cluster_header"))).transpose()?;
+        let per_filter = per_filter(&cluster.typed_per_filter_config, &path)?;
+        Ok(WeightedOptions { headers, host_rewrite, metadata_match, cluster_header, per_filter })
     };
     let options: Vec<_> = clusters.iter().enumerate().map(parse).collect::<Result<_>>()?;
-    let nothing = options.iter().all(|options| options.is_empty());
+    let nothing = options.iter().all(WeightedOptions::is_empty);
     Ok(if nothing { Arc::new([]) } else { options.into() })
 }
 
@@ -213,9 +234,6 @@ pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: 
     let mut sum = 0_u32;
     let mut cumulative = Vec::new();
     for (name, weight) in weights {
-        if name.is_empty() {
-            return Err(FieldError::new(join(path, "clusters"), "each cluster needs a name"));
-        }
         sum = sum
             .checked_add(weight)
             .ok_or_else(|| FieldError::new(path, "the sum of weights must be below 4294967296"))?;
@@ -224,5 +242,5 @@ pub(super) fn weighted<'a>(weights: impl Iterator<Item = (&'a str, u32)>, path: 
     if sum == 0 {
         return Err(FieldError::new(path, "the sum of weights must be greater than 0"));
     }
-    Ok(WeightedClusters { cumulative, options: Arc::new([]), runtime: None })
+    Ok(WeightedClusters { cumulative, options: Arc::new([]), runtime: None, random: RandomValue::Own })
 }

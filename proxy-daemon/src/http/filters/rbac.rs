@@ -6,8 +6,8 @@ use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
         config::rbac::v3::{
-            MetadataSource, Permission, Principal, Rbac as Rules, SourcedMetadata, permission::Rule as PermissionRule, principal::Identifier,
-            rbac::Action as ProtoAction,
+            MetadataSource, Permission, Principal, Rbac as Rules, SourcedMetadata, permission::Rule as PermissionRule,
+            principal::Identifier, rbac::Action as ProtoAction,
         },
         extensions::filters::http::rbac::v3::{Rbac, RbacPerRoute},
         r#type::{
@@ -420,7 +420,10 @@ fn permission(permission: &Permission, path: &str) -> Result<Rule> {
     })
 }
 
-#[expect(deprecated, reason = "the fields that direct_remote_ip and sourced_metadata replaced, which Envoy still takes")]
+#[expect(
+    deprecated,
+    reason = "the fields that direct_remote_ip and sourced_metadata replaced, which Envoy still takes"
+)]
 fn principal(principal: &Principal, path: &str) -> Result<Rule> {
     let at = |field: &str| format!("{path}.{field}");
     let Some(id) = &principal.identifier else { return Err(FieldError::new(at("identifier"), "value is required")) };

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use http::{HeaderName, HeaderValue};
 
-use super::HeaderMutations;
+use super::{HeaderMutations, PerFilterConfigs};
 use crate::{config::model::MetadataMatch, layered_runtime::RuntimeInteger};
 
 /// Where a request or connection goes.
@@ -21,10 +21,14 @@ impl ClusterChoice {
     pub fn names(&self) -> Vec<&str> {
         match self {
             ClusterChoice::Cluster(name) => vec![name],
-            ClusterChoice::Weighted(weighted) => match &weighted.runtime {
-                Some(clusters) => clusters.iter().map(|(_, name)| &**name).collect(),
-                None => weighted.cumulative.iter().map(|(_, name)| &**name).collect(),
-            },
+            ClusterChoice::Weighted(weighted) => {
+                let names: Vec<&str> = match &weighted.runtime {
+                    Some(clusters) => clusters.iter().map(|(_, name)| &**name).collect(),
+                    None => weighted.cumulative.iter().map(|(_, name)| &**name).collect(),
+                };
+                // Those that headers name have none.
+                names.into_iter().filter(|name| !name.is_empty()).collect()
+            }
             ClusterChoice::Header(_) => Vec::new(),
         }
     }
@@ -39,6 +43,20 @@ pub struct WeightedClusters {
     pub options: Arc<[WeightedOptions]>,
     /// With a `runtime_key_prefix`: every cluster with its weight now; `cumulative` is what is configured.
     pub runtime: Option<Vec<(RuntimeInteger, Arc<str>)>>,
+    /// What one is chosen by.
+    pub random: RandomValue,
+}
+
+/// `WeightedCluster.random_value_specifier`
+#[derive(Debug, Clone, Default)]
+pub enum RandomValue {
+    /// The stream's random number.
+    #[default]
+    Own,
+    /// `header_name`: the number in this header of the request, where there is one, and one alone.
+    Header(HeaderName),
+    /// `use_hash_policy`: the request's hash, where it has any.
+    Hash,
 }
 
 /// What `WeightedCluster.ClusterWeight` says besides name and weight.
@@ -50,12 +68,18 @@ pub struct WeightedOptions {
     pub host_rewrite: Option<HeaderValue>,
     /// `metadata_match`, with what the route asks for.
     pub metadata_match: Option<MetadataMatch>,
+    /// The request header that names the cluster, which has no name of its own then.
+    pub cluster_header: Option<HeaderName>,
+    /// What filters are told: more specific than the route's.
+    pub per_filter: PerFilterConfigs,
 }
 
 impl WeightedOptions {
     /// Whether they say nothing.
     pub fn is_empty(&self) -> bool {
-        self.headers.is_empty() && self.host_rewrite.is_none() && self.metadata_match.is_none()
+        let WeightedOptions { headers, host_rewrite, metadata_match, cluster_header, per_filter } = self;
+        let nothing = headers.is_empty() && host_rewrite.is_none() && metadata_match.is_none();
+        nothing && cluster_header.is_none() && per_filter.is_empty()
     }
 }
 

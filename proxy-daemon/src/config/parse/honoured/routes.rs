@@ -196,7 +196,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.UpgradeConfig",
         &["upgrade_type", "enabled"],
     ),
-    ("envoy.config.route.v3.WeightedCluster", &["clusters", "total_weight", "runtime_key_prefix"]),
+    ("envoy.config.route.v3.WeightedCluster", ALL),
     (
         "envoy.config.route.v3.WeightedCluster.ClusterWeight",
         &[
@@ -208,6 +208,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "response_headers_to_remove",
             "host_rewrite_literal",
             "metadata_match",
+            "cluster_header",
+            "typed_per_filter_config",
         ],
     ),
     ("envoy.config.route.v3.RateLimit", &["stage", "disable_key", "actions", "limit", "hits_addend"]),
