@@ -255,7 +255,8 @@ fn matchers() -> Vec<Case> {
         action("DENY")
     );
     let shown = "mutations: {request_mutations: [{append: {header: {key: x-k, value: \
-                 \"%DYNAMIC_METADATA(envoy.common)% %DYNAMIC_METADATA(envoy.filters.http.rbac)%\"}}}]}";
+                 \"%DYNAMIC_METADATA(envoy.common)% %DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_engine_result)% \
+                 %DYNAMIC_METADATA(envoy.filters.http.rbac:shadow_effective_policy_id)%\"}}}]}";
     let requests = &["GET /", "GET /\nx-a: one", "GET /\nx-a: two", "GET /\nx-a: three", "GET /direct\nx-a: three"];
     let shown_case =
         |name, config: &str| case(name, RBAC, config, requests).then("header_mutation.v3.HeaderMutation", shown);
@@ -284,7 +285,7 @@ fn matchers() -> Vec<Case> {
         ("source", "SourceIPInput", "exact: 10.1.2.3"),
         ("direct source", "DirectSourceIPInput", "exact: 127.0.0.1"),
         ("source port", "SourcePortInput", "safe_regex: {google_re2: {}, regex: \"[1-9][0-9]{3,4}\"}"),
-        ("server name", "ServerNameInput", "prefix: \"\""),
+        ("server name", "ServerNameInput", "safe_regex: {google_re2: {}, regex: \".*\"}"),
     ] {
         let config = format!("matcher: {}", single(&network(input), value, &action("ALLOW")));
         cases.push(case(name, RBAC, &config, &["GET /", "GET /\nx-forwarded-for: 10.1.2.3"]));
