@@ -7,6 +7,8 @@ use envoy_types::pb::{
     google::protobuf::{ListValue, Struct, Value, value::Kind},
 };
 
+use crate::config::model::value_at;
+
 /// What filters have told about one stream.
 #[derive(Debug, Default)]
 pub struct Metadata(BTreeMap<Box<str>, Struct>);
@@ -27,23 +29,12 @@ impl Metadata {
         Metadata(config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone())).collect())
     }
 
-    /// The value at a path below `namespace`, through fields that are within each other. `None` also for an empty path.
-    pub fn value(&self, namespace: &str, path: &[Box<str>]) -> Option<&Value> {
-        let mut fields = self.namespace(namespace)?;
-        let (last, way) = path.split_last()?;
-        for step in way {
-            let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
-            fields = inner;
-        }
-        fields.fields.get(&**last)
-    }
-
     /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
     pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
         if path.is_empty() {
             return Some(serde_json::Value::Object(object(self.namespace(namespace)?)).to_string());
         }
-        match &self.value(namespace, path)?.kind {
+        match &value_at(self.namespace(namespace), path.iter().map(|key| &**key))?.kind {
             None | Some(Kind::NullValue(_)) => None,
             Some(Kind::StringValue(text)) => Some(text.clone()),
             Some(kind) => Some(json(kind).to_string()),

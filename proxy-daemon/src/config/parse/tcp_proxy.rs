@@ -25,7 +25,11 @@ pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> 
         Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
         Some(ClusterSpecifier::WeightedClusters(clusters)) => {
             let weights = clusters.clusters.iter().map(|cluster| (cluster.name.as_str(), cluster.weight));
-            ClusterChoice::Weighted(weighted(weights, &join(path, "weighted_clusters"))?)
+            let path = join(path, "weighted_clusters");
+            if let Some(index) = clusters.clusters.iter().position(|cluster| cluster.name.is_empty()) {
+                return Err(required(&format!("{}[{index}]", join(&path, "clusters")), "name"));
+            }
+            ClusterChoice::Weighted(weighted(weights, &path)?)
         }
         None => return Err(required(path, "cluster")),
     };
