@@ -291,6 +291,7 @@ pub async fn http_listener(
 
 fn connection_manager(stat_prefix: &str, action: ForwardAction) -> HttpConnectionManagerConfig {
     let route = Route {
+        metadata: None,
         stat_prefix: None,
         body_buffer_limit: None,
         name: String::new(),
