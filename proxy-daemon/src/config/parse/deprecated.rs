@@ -60,6 +60,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.core.v3.SubstitutionFormatString.text_format_source",
     ),
     replaced(
+        "envoy.config.rbac.v3.Permission.metadata",
+        "sourced_metadata",
+        "envoy.config.rbac.v3.Permission.sourced_metadata",
+    ),
+    replaced(
+        "envoy.config.rbac.v3.Principal.metadata",
+        "sourced_metadata",
+        "envoy.config.rbac.v3.Principal.sourced_metadata",
+    ),
+    replaced(
         "envoy.config.rbac.v3.Principal.source_ip",
         "direct_remote_ip or remote_ip",
         "envoy.config.rbac.v3.Principal.direct_remote_ip",
