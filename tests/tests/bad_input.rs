@@ -84,8 +84,8 @@ fn a_bad_bootstrap_is_refused_with_the_place() -> Result<()> {
         ),
         (
             "a field that is not supported",
-            good().replace("codec_type: AUTO", "proxy_100_continue: true"),
-            vec![format!("{manager}.proxy_100_continue"), "not supported".into()],
+            good().replace("codec_type: AUTO", "http3_protocol_options: {}"),
+            vec![format!("{manager}.http3_protocol_options"), "not supported".into()],
         ),
     ];
     for (name, yaml, parts) in cases {

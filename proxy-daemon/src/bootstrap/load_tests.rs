@@ -37,13 +37,13 @@ fn error(arguments: &[&str]) -> String {
 fn a_wrong_field_is_named_with_its_line() {
     let file = TempFile::new(
         "field.yaml",
-        "static_resources:\n  clusters:\n  - name: up\n    lb_subset_config: { list_as_any: true }\n",
+        "static_resources:\n  clusters:\n  - name: up\n    track_cluster_stats: { timeout_budgets: true }\n",
     );
     let path = file.0.display().to_string();
     assert_eq!(
         error(&["-c", &path]),
         format!(
-            "{path}: static_resources.clusters[0].lb_subset_config: not supported by culvert yet (line 4, column 5)"
+            "{path}: static_resources.clusters[0].track_cluster_stats: not supported by culvert yet (line 4, column 5)"
         )
     );
 }
