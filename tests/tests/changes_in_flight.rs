@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -90,26 +90,14 @@ fn serve(name: &str, mut stream: TcpStream) -> Result<()> {
 
 /// A gRPC service that sends messages back as they come.
 fn start_grpc() -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    listener.set_nonblocking(true)?;
-    thread::spawn(move || -> Result<()> {
-        runtime()?.block_on(async move {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            loop {
-                let (stream, _) = listener.accept().await?;
-                tokio::spawn(async move {
-                    let mut connection = h2::server::handshake(stream).await?;
-                    while let Some(request) = connection.accept().await {
-                        let (request, respond) = request?;
-                        tokio::spawn(echo(request.into_body(), respond));
-                    }
-                    Ok::<_, anyhow::Error>(())
-                });
-            }
-        })
-    });
-    Ok(port)
+    server::start_async(|stream| async {
+        let mut connection = h2::server::handshake(stream).await?;
+        while let Some(request) = connection.accept().await {
+            let (request, respond) = request?;
+            tokio::spawn(echo(request.into_body(), respond));
+        }
+        Ok(())
+    })
 }
 
 async fn echo(mut body: h2::RecvStream, mut respond: h2::server::SendResponse<Bytes>) -> Result<()> {

@@ -18,11 +18,7 @@ pub(super) fn metadata_match<'a>(
     cluster: &WorkerCluster,
 ) -> Option<Cow<'a, MetadataMatch>> {
     cluster.cluster.config.lb.subsets.as_ref()?;
-    let own = cx
-        .route
-        .as_ref()
-        .and_then(|route| route.weighted_options())
-        .and_then(|options| options.metadata_match.as_ref());
+    let own = cx.weighted_options().and_then(|options| options.metadata_match.as_ref());
     let configured = own.or(action.metadata_match.as_ref());
     let metadata = cx.progress.metadata.borrow();
     match metadata.as_ref().and_then(|metadata| metadata.namespace("envoy.lb")) {

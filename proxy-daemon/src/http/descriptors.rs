@@ -9,7 +9,9 @@ use super::{
     route_match::{authority, header_matches, query_matches},
     stream::{RequestHead, StreamCx},
 };
-use crate::config::model::{Cidr, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits};
+use crate::config::model::{
+    Cidr, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits, value_at,
+};
 
 /// Keys and values, in the order of the actions.
 pub(super) type Entries = Vec<(Box<str>, Box<str>)>;
@@ -162,13 +164,8 @@ fn percent_decoded(text: &str) -> String {
 /// A text that filters have told.
 fn told(cx: &StreamCx, namespace: &str, path: &[Box<str>]) -> Option<Box<str>> {
     let metadata = cx.progress.metadata.borrow();
-    let mut fields = metadata.as_ref()?.namespace(namespace)?;
-    let (last, way) = path.split_last()?;
-    for step in way {
-        let Some(Kind::StructValue(inner)) = &fields.fields.get(&**step)?.kind else { return None };
-        fields = inner;
-    }
-    match &fields.fields.get(&**last)?.kind {
+    let namespace = metadata.as_ref()?.namespace(namespace);
+    match &value_at(namespace, path.iter().map(|key| &**key))?.kind {
         Some(Kind::StringValue(text)) if !text.is_empty() => Some(text.as_str().into()),
         _ => None,
     }

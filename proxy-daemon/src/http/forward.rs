@@ -165,9 +165,7 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
             HostRewrite::Auto | HostRewrite::None => None,
         };
         // The weighted cluster's comes first, as in Envoy, and is no rewrite that upstreams are told of.
-        if let Some(host) =
-            cx.route.as_ref().and_then(RouteRef::weighted_options).and_then(|options| options.host_rewrite.clone())
-        {
+        if let Some(host) = cx.weighted_options().and_then(|options| options.host_rewrite.clone()) {
             set_host(head, host, false, true);
         }
         if let Some(host) = host {

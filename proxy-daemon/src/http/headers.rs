@@ -135,25 +135,13 @@ pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
 /// What concerns one connection only.
 static HOP_BY_HOP: [HeaderName; 6] = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, TE];
 
-/// Its place among [`HOP_BY_HOP`], by text: most names differ from all of them in length.
-fn hop_by_hop(name: &HeaderName) -> Option<usize> {
-    match name.as_str() {
-        "connection" => Some(0),
-        "keep-alive" => Some(1),
-        "proxy-connection" => Some(2),
-        "transfer-encoding" => Some(3),
-        "upgrade" => Some(4),
-        "te" => Some(5),
-        _ => None,
-    }
-}
-
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // One look at all of them costs less than to look six up.
     let mut present = [false; HOP_BY_HOP.len()];
     for name in headers.keys() {
-        if let Some(index) = hop_by_hop(name) {
+        // By text: most names differ from all of these in length.
+        if let Some(index) = HOP_BY_HOP.iter().position(|one| one.as_str() == name.as_str()) {
             present[index] = true;
         }
     }

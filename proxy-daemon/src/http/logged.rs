@@ -33,6 +33,22 @@ pub(super) struct LogParts {
 }
 
 impl LogParts {
+    /// Of a stream without a head.
+    pub(super) fn new(started: Instant, live: Option<Rc<LiveLog>>) -> LogParts {
+        LogParts {
+            started: SystemTime::now() - started.elapsed(),
+            target: None,
+            version: Version::HTTP_11,
+            host: None,
+            request: Vec::new(),
+            response: Vec::new(),
+            route: None,
+            cluster: None,
+            remote: None,
+            live,
+        }
+    }
+
     /// What a line can tell of them, of the stream's connection, and of how far its bodies have come.
     pub(super) fn record<'a>(&'a self, state: &'a ConnState, progress: &Progress, started: Instant) -> Record<'a> {
         let connection = &state.connection;
@@ -54,12 +70,7 @@ impl LogParts {
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
             route_name: route.filter(|name| !name.is_empty()),
             downstream_remote_address: self.remote.or(Some(connection.remote)),
-            downstream_direct_remote_address: Some(connection.remote),
-            downstream_local_address: Some(connection.local),
-            connection_id: connection.id,
-            requested_server_name: connection.requested_server_name(),
-            tls: connection.tls(),
-            ..Record::default()
+            ..connection.record()
         }
     }
 }

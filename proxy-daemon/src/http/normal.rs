@@ -97,13 +97,7 @@ pub(super) fn mutate_early(head: &mut RequestHead, state: &ConnState) {
         authority: Some(&host),
         scheme: Some(redirect::scheme(head)),
         protocol: Some(super::protocol_name(head.version)),
-        downstream_remote_address: Some(connection.remote),
-        downstream_direct_remote_address: Some(connection.remote),
-        downstream_local_address: Some(connection.local),
-        connection_id: connection.id,
-        requested_server_name: connection.requested_server_name(),
-        tls: connection.tls(),
-        ..Record::default()
+        ..connection.record()
     };
     mutations.iter().for_each(|mutations| mutations.apply(&mut head.headers, &record));
 }

@@ -8,7 +8,7 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode, Version, header::HOST};
+use http::{HeaderMap, HeaderValue, StatusCode, header::HOST};
 
 use super::{
     body::{BodyError, Observer},
@@ -388,16 +388,11 @@ impl StreamEnd {
         if self.is_logged() {
             let live = self.log.take().and_then(|log| log.live);
             self.log = Some(Box::new(LogParts {
-                started: SystemTime::now() - self.started.elapsed(),
                 target: Some((head.method.clone(), head.uri.clone())),
                 version: head.version,
                 host: head.headers.get(HOST).cloned(),
                 request: only(&head.headers, &self.state.manager.logged.request),
-                response: Vec::new(),
-                route: None,
-                cluster: None,
-                remote: None,
-                live,
+                ..LogParts::new(self.started, live)
             }));
             self.update_live();
         }
@@ -407,18 +402,7 @@ impl StreamEnd {
     pub(super) fn keep_no_request(&mut self) {
         if self.is_logged() {
             let live = self.log.take().and_then(|log| log.live);
-            self.log = Some(Box::new(LogParts {
-                started: SystemTime::now() - self.started.elapsed(),
-                target: None,
-                version: Version::HTTP_11,
-                host: None,
-                request: Vec::new(),
-                response: Vec::new(),
-                route: None,
-                cluster: None,
-                remote: None,
-                live,
-            }));
+            self.log = Some(Box::new(LogParts::new(self.started, live)));
         }
     }
 
@@ -504,13 +488,7 @@ impl StreamEnd {
         Record {
             start: SystemTime::now() - self.started.elapsed(),
             duration: self.started.elapsed(),
-            downstream_remote_address: Some(connection.remote),
-            downstream_direct_remote_address: Some(connection.remote),
-            downstream_local_address: Some(connection.local),
-            connection_id: connection.id,
-            requested_server_name: connection.requested_server_name(),
-            tls: connection.tls(),
-            ..Record::default()
+            ..connection.record()
         }
     }
 

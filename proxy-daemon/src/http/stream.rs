@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
-    config::model::{AddedValue, HeaderAdd, HeaderMutations},
+    config::model::{AddedValue, HeaderAdd, HeaderMutations, WeightedOptions},
     listener::ConnectionInfo,
     runtime::Worker,
     tls::TlsInfo,
@@ -130,12 +130,17 @@ pub struct MaxHeaders {
 }
 
 impl StreamCx {
+    /// What the chosen weighted cluster asks for.
+    pub(super) fn weighted_options(&self) -> Option<&WeightedOptions> {
+        self.route.as_ref()?.weighted_options()
+    }
+
     /// The header mutations that apply, in their order: the weighted cluster's, the route's, the virtual host's, the
     /// configuration's, or the other way round.
     pub(super) fn header_mutations(&self) -> impl Iterator<Item = &HeaderMutations> {
         let route = self.route.as_ref();
         let [own, host, config] = route.map(RouteRef::header_mutations).unwrap_or_default();
-        let of_cluster = route.and_then(RouteRef::weighted_options).map(|options| &options.headers);
+        let of_cluster = self.weighted_options().map(|options| &options.headers);
         let mut levels = [of_cluster, own, host, config];
         if route.is_some_and(RouteRef::most_specific_header_mutations_wins) {
             levels.reverse();
@@ -255,12 +260,7 @@ impl StreamCx {
             duration: self.started.elapsed(),
             bytes_received: self.progress.received.get(),
             downstream_remote_address: Some(self.remote),
-            downstream_direct_remote_address: Some(self.connection.remote),
-            downstream_local_address: Some(self.connection.local),
-            connection_id: self.connection.id,
-            requested_server_name: self.connection.requested_server_name(),
-            tls: self.connection.tls(),
-            ..Record::default()
+            ..self.connection.record()
         }
     }
 

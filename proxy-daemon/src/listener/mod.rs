@@ -11,7 +11,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -28,7 +28,7 @@ use self::{
     tls_inspector::Hello,
 };
 use crate::{
-    access_log::AccessLog,
+    access_log::{AccessLog, Record},
     config::{
         FieldError,
         model::{DownstreamTlsContext, FilterChain, Listener, NetworkFilterConfig, RouteSource},
@@ -84,6 +84,20 @@ impl ConnectionInfo {
     /// Why there was no TLS handshake, where it failed.
     pub fn transport_failure(&self) -> Option<&str> {
         self.learnt.transport_failure.get().map(AsRef::as_ref)
+    }
+
+    /// What access logs and formats can tell of it.
+    pub fn record(&self) -> Record<'_> {
+        Record {
+            downstream_remote_address: Some(self.remote),
+            downstream_direct_remote_address: Some(self.remote),
+            downstream_local_address: Some(self.local),
+            connection_id: self.id,
+            requested_server_name: self.requested_server_name(),
+            tls: self.tls(),
+            downstream_transport_failure_reason: self.transport_failure(),
+            ..Record::default()
+        }
     }
 }
 
@@ -334,18 +348,8 @@ async fn serve(
     stats.downstream_cx_destroy.inc();
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
     if !active.access_logs.is_empty() {
-        let record = crate::access_log::Record {
-            start: std::time::SystemTime::now() - started.elapsed(),
-            duration: started.elapsed(),
-            downstream_remote_address: Some(remote),
-            downstream_direct_remote_address: Some(remote),
-            downstream_local_address: Some(info.local),
-            connection_id: info.id,
-            requested_server_name: info.requested_server_name(),
-            tls: info.tls(),
-            downstream_transport_failure_reason: info.transport_failure(),
-            ..Default::default()
-        };
+        let duration = started.elapsed();
+        let record = Record { start: SystemTime::now() - duration, duration, ..info.record() };
         active.access_logs.iter().for_each(|log| log.write(&record));
     }
 }

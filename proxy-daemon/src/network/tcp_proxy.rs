@@ -125,13 +125,7 @@ pub async fn serve(
         upstream_local_address: outcome.upstream.as_ref().and_then(|upstream| upstream.local),
         upstream_tls: outcome.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
         upstream_transport_failure_reason: outcome.transport_failure.as_deref(),
-        downstream_remote_address: Some(info.remote),
-        downstream_direct_remote_address: Some(info.remote),
-        downstream_local_address: Some(info.local),
-        connection_id: info.id,
-        requested_server_name: info.requested_server_name(),
-        tls: info.tls(),
-        ..Record::default()
+        ..info.record()
     };
     proxy.access_logs.iter().for_each(|log| log.write(&record));
 }

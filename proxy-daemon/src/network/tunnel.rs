@@ -186,14 +186,8 @@ async fn dial(
     let record = Record {
         missing: "",
         start: SystemTime::now(),
-        downstream_remote_address: Some(info.remote),
-        downstream_direct_remote_address: Some(info.remote),
-        downstream_local_address: Some(info.local),
-        connection_id: info.id,
-        requested_server_name: info.requested_server_name(),
-        tls: info.tls(),
         upstream_cluster: Some(&cluster.cluster.config.name),
-        ..Record::default()
+        ..info.record()
     };
     let host = match &tunneling.hostname {
         AddedValue::Literal(host) => host.clone(),

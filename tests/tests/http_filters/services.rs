@@ -2,9 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::BufReader;
-use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -38,27 +36,19 @@ impl Asked {
 /// message as JSON, for streams a list of them, one for each message that comes; or `status N` (gRPC's), `http N`, `hang`,
 /// `garbage`. Without one the answer is an empty message.
 pub fn start(asked: Arc<Asked>) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    listener.set_nonblocking(true)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    thread::spawn(move || {
-        runtime.block_on(async {
-            let Ok(listener) = tokio::net::TcpListener::from_std(listener) else { return };
-            while let Ok((stream, _)) = listener.accept().await {
+    server::start_async(move |stream| {
+        let asked = Arc::clone(&asked);
+        async move {
+            let mut connection = h2::server::handshake(stream).await?;
+            while let Some(request) = connection.accept().await {
+                let (request, respond) = request?;
                 let asked = Arc::clone(&asked);
-                tokio::spawn(async move {
-                    let Ok(mut connection) = h2::server::handshake(stream).await else { return };
-                    while let Some(Ok((request, respond))) = connection.accept().await {
-                        let asked = Arc::clone(&asked);
-                        // A proxy that breaks off is no failure of the service.
-                        tokio::spawn(async move { drop(serve(request, respond, &asked).await) });
-                    }
-                });
+                // A proxy that breaks off is no failure of the service.
+                tokio::spawn(async move { drop(serve(request, respond, &asked).await) });
             }
-        });
-    });
-    Ok(port)
+            Ok(())
+        }
+    })
 }
 
 /// Starts a service that has a set of keys at `/keys`, an empty one at `/none`, and nothing else; returns its port.

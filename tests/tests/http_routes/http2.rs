@@ -1,13 +1,14 @@
 //! A service that speaks HTTP/2, and fails in the ways that HTTP/1.1 does not have; and what is tried again of that.
 
-use std::net::TcpListener;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
-use culvert_tests::http1::{Headers, Request};
+use culvert_tests::{
+    http1::{Headers, Request},
+    server,
+};
 use h2::Reason;
 
 use super::harness::{Case, case};
@@ -18,19 +19,7 @@ use super::upstream::Seen;
 /// `x-do` is as with the others, and a step may be `refused`, `cancel`, `internal` (the stream is reset so), or `late` (it is reset after the
 /// head of an answer). `+delay=` comes before the answer.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    listener.set_nonblocking(true)?;
-    thread::spawn(move || -> Result<()> {
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async move {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            loop {
-                let (stream, _) = listener.accept().await?;
-                tokio::spawn(serve(name, stream, Arc::clone(&seen)));
-            }
-        })
-    });
-    Ok(port)
+    server::start_async(move |stream| serve(name, stream, Arc::clone(&seen)))
 }
 
 async fn serve(name: &'static str, stream: tokio::net::TcpStream, seen: Arc<Seen>) -> Result<()> {

@@ -1,9 +1,8 @@
 //! Hosts: bytes that come back, by themselves, by HTTP/1.1 and by HTTP/2.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
@@ -113,19 +112,7 @@ pub fn http1(seen: &Arc<Seen>) -> Result<u16> {
 /// The same by HTTP/2.
 pub fn http2(seen: &Arc<Seen>) -> Result<u16> {
     let seen = Arc::clone(seen);
-    let listener = TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    listener.set_nonblocking(true)?;
-    thread::spawn(move || -> Result<()> {
-        tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async move {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            loop {
-                let (stream, _) = listener.accept().await?;
-                tokio::spawn(serve(stream, Arc::clone(&seen)));
-            }
-        })
-    });
-    Ok(port)
+    server::start_async(move |stream| serve(stream, Arc::clone(&seen)))
 }
 
 async fn serve(stream: tokio::net::TcpStream, seen: Arc<Seen>) -> Result<()> {

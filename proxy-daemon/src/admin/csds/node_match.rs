@@ -11,7 +11,7 @@ use envoy_types::pb::{
     google::protobuf::{Value, value::Kind},
 };
 
-use crate::config::{FieldError, parse::matcher};
+use crate::config::{FieldError, model::value_at, parse::matcher};
 
 /// Whether there are no matchers, or one of them matches. The error names a matcher that cannot be used.
 pub(super) fn matches(matchers: &[NodeMatcher], node: &Node) -> Result<bool, FieldError> {
@@ -38,18 +38,9 @@ fn one(matcher: &NodeMatcher, node: &Node, path: &str) -> Result<bool, FieldErro
 
 /// The value at a path in the node's metadata.
 fn find<'a>(matcher: &StructMatcher, node: &'a Node) -> Option<&'a Value> {
-    let mut fields = node.metadata.as_ref().map(|metadata| &metadata.fields);
-    let mut found = None;
-    for segment in &matcher.path {
-        let Some(Segment::Key(key)) = &segment.segment else { return None };
-        let value = fields?.get(key)?;
-        fields = match &value.kind {
-            Some(Kind::StructValue(inner)) => Some(&inner.fields),
-            _ => None,
-        };
-        found = Some(value);
-    }
-    found
+    let keys = matcher.path.iter();
+    let keys = keys.map(|segment| segment.segment.as_ref().map(|Segment::Key(key)| key.as_str()));
+    value_at(node.metadata.as_ref(), keys.collect::<Option<Vec<_>>>()?.into_iter())
 }
 
 fn value(matcher: &ValueMatcher, value: Option<&Value>, path: &str) -> Result<bool, FieldError> {

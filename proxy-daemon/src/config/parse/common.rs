@@ -13,7 +13,7 @@ use envoy_types::pb::{
         socket_address::{PortSpecifier, Protocol},
     },
     envoy::r#type::v3::{FractionalPercent, fractional_percent::DenominatorType},
-    google::protobuf::{Duration as ProtoDuration, UInt32Value},
+    google::protobuf::{Any, Duration as ProtoDuration, UInt32Value},
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 
@@ -275,4 +275,9 @@ pub(crate) fn fraction(share: FractionalPercent) -> Fraction {
         Ok(DenominatorType::Hundred) | Err(_) => Denominator::Hundred,
     };
     Fraction { numerator: share.numerator, denominator }
+}
+
+/// The full name of the message that a `typed_config` holds.
+pub(crate) fn type_name(typed_config: &Any) -> &str {
+    typed_config.type_url.rsplit('/').next().unwrap_or_default()
 }

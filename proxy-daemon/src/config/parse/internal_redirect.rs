@@ -16,7 +16,7 @@ use envoy_types::pb::envoy::{
 use http::{HeaderName, StatusCode};
 
 use super::{
-    common::{Result, header_name, number, required},
+    common::{Result, header_name, number, required, type_name},
     support::join,
 };
 use crate::config::{
@@ -64,7 +64,7 @@ fn policy(policy: &ProtoPolicy, path: &str) -> Result<InternalRedirectPolicy> {
 fn predicate(item: &TypedExtensionConfig, path: &str) -> Result<InternalRedirectPredicate> {
     let path = join(path, "typed_config");
     let config = item.typed_config.as_ref().ok_or_else(|| required(&path, "typed_config"))?;
-    match config.type_url.rsplit('/').next().unwrap_or_default() {
+    match type_name(config) {
         "envoy.extensions.internal_redirect.previous_routes.v3.PreviousRoutesConfig" => {
             let PreviousRoutesConfig {} = unpack(config, &path)?;
             Ok(InternalRedirectPredicate::PreviousRoutes)

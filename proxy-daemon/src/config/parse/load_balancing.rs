@@ -43,7 +43,7 @@ use envoy_types::pb::envoy::{
 use envoy_types::pb::google::protobuf::{Duration as ProtoDuration, UInt64Value};
 
 use super::{
-    common::{Result, duration, header_name, number, required},
+    common::{Result, duration, header_name, number, required, type_name},
     honoured::honoured,
     support::join,
 };
@@ -163,10 +163,6 @@ fn old_policy(cluster: &Cluster, common: &CommonLbConfig, path: &str) -> Result<
 /// The place of the policy that counts: the first whose type is known.
 pub(super) fn first_known<'a>(types: impl IntoIterator<Item = &'a str>) -> Option<usize> {
     types.into_iter().position(|name| name.starts_with(POLICIES) && honoured(name).is_some())
-}
-
-fn type_name(any: &Any) -> &str {
-    any.type_url.rsplit('/').next().unwrap_or_default()
 }
 
 fn policies_of(policies: &LoadBalancingPolicy, path: &str, depth: usize) -> Result<(LbPolicy, LbOptions)> {

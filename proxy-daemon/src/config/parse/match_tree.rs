@@ -35,7 +35,7 @@ use envoy_types::pb::{
 use prost::Name as _;
 
 use super::{
-    common::{Result, cidr, required, runtime_fraction},
+    common::{Result, cidr, required, runtime_fraction, type_name},
     matcher,
     support::join,
 };
@@ -44,7 +44,6 @@ use crate::{
         FieldError,
         model::{MatchInput, MatchKind, MatchTree, OnMatch, Predicate, PrefixMap, ValueMatcher},
     },
-    http::filters::type_name,
     stats,
 };
 

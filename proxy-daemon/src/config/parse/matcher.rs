@@ -1,20 +1,24 @@
 use culvert_xds_client::json::unpack;
-use envoy_types::pb::envoy::{
-    config::core::v3::TypedExtensionConfig,
-    config::route::v3::{
-        CookieMatcher as ProtoCookie, HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery,
-        RouteMatch as ProtoMatch, header_matcher::HeaderMatchSpecifier,
-        query_parameter_matcher::QueryParameterMatchSpecifier, route_match::PathSpecifier,
+use envoy_types::pb::{
+    envoy::{
+        config::core::v3::TypedExtensionConfig,
+        config::route::v3::{
+            CookieMatcher as ProtoCookie, HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery,
+            RouteMatch as ProtoMatch, header_matcher::HeaderMatchSpecifier,
+            query_parameter_matcher::QueryParameterMatchSpecifier, route_match::PathSpecifier,
+        },
+        extensions::path::r#match::uri_template::v3::UriTemplateMatchConfig,
+        r#type::matcher::v3::{
+            HttpRequestHeaderMatchInput, RegexMatchAndSubstitute, RegexMatcher, StringMatcher as ProtoString,
+            string_matcher::MatchPattern,
+        },
     },
-    extensions::path::r#match::uri_template::v3::UriTemplateMatchConfig,
-    r#type::matcher::v3::{
-        RegexMatchAndSubstitute, RegexMatcher, StringMatcher as ProtoString, string_matcher::MatchPattern,
-    },
+    google::protobuf::Any,
 };
 use regex::Regex;
 
 use super::{
-    common::{Result, header_name, required, runtime_fraction},
+    common::{Result, header_name, required, runtime_fraction, type_name},
     metadata_match::metadata,
     support::join,
     uri_template,
@@ -109,6 +113,18 @@ pub(crate) fn matched_header(name: &str, path: &str) -> Result<MatchedHeader> {
         ":scheme" => MatchedHeader::Scheme,
         name => MatchedHeader::Name(header_name(name, path)?),
     })
+}
+
+/// The header that an `HttpRequestHeaderMatchInput` names.
+pub(crate) fn request_header_input(config: &Any, path: &str) -> Result<MatchedHeader> {
+    let HttpRequestHeaderMatchInput { header_name } = unpack(config, path)?;
+    matched_header(&header_name.to_ascii_lowercase(), &join(path, "header_name"))
+}
+
+/// An action of a matcher that is of none of the types that the matcher takes.
+pub(crate) fn unknown_action(config: &Any, path: &str) -> FieldError {
+    let name = type_name(config);
+    FieldError::new(path, format!("Didn't find a registered implementation for an action of type {name}"))
 }
 
 pub(super) fn parameter(matcher: &ProtoQuery, path: &str) -> Result<QueryParameterMatcher> {

@@ -42,6 +42,7 @@ pub(super) mod uri_template;
 
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
+pub(crate) use common::type_name;
 pub(crate) use common::{
     cidr, duration, fraction, headers_to_add, inline_text, runtime_flag, runtime_fraction, runtime_switch, status,
 };
@@ -53,7 +54,7 @@ pub use layered_runtime::runtime_values;
 pub use listener::listener;
 pub(crate) use local_reply::body_format;
 pub(crate) use match_tree::{MatchParts, match_tree};
-pub(crate) use matcher::matched_header;
+pub(crate) use matcher::{request_header_input, unknown_action};
 pub(crate) use rate_limit::rate_limits;
 pub(crate) use route::redirect;
 pub use route::{route_config, virtual_host};

@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::extensions::retry::host::{
 use envoy_types::pb::envoy::extensions::retry::priority::previous_priorities::v3::PreviousPrioritiesConfig;
 
 use super::{
-    common::{Result, duration, header_name, number, required},
+    common::{Result, duration, header_name, number, required, type_name},
     matcher,
     support::join,
 };
@@ -97,7 +97,7 @@ fn host_predicates(policy: &ProtoPolicy, path: &str) -> Result<Box<[RetryHostPre
         let Some(ConfigType::TypedConfig(config)) = &predicate.config_type else {
             return Err(required(&path, "typed_config"));
         };
-        match config.type_url.rsplit('/').next().unwrap_or_default() {
+        match type_name(config) {
             "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate" => {
                 let PreviousHostsPredicate {} = unpack(config, &path)?;
                 Ok(RetryHostPredicate::PreviousHosts)

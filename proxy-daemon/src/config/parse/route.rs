@@ -20,6 +20,7 @@ use http::StatusCode;
 use super::{
     common::{
         Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, number, port, required,
+        type_name,
     },
     config_source::config_source,
     matcher::{header, regex_rewrite, route_match},
@@ -251,7 +252,7 @@ pub(super) fn cors(policy: &CorsPolicy, path: &str) -> Result<FilterConfigOf> {
 pub(super) fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilterConfigs> {
     let parse = |(name, config): (&String, &ProtoAny)| {
         let path = format!("{}[\"{name}\"]", join(path, "typed_per_filter_config"));
-        if config.type_url.rsplit('/').next() != Some("envoy.config.route.v3.FilterConfig") {
+        if type_name(config) != "envoy.config.route.v3.FilterConfig" {
             let config = Some(filters::parse_per_route(config, &path)?);
             return Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: false, config })));
         }

@@ -14,19 +14,13 @@ use envoy_types::pb::{
 use prost::Name as _;
 
 use super::{
-    common::Result,
+    common::{Result, type_name},
     match_tree::{MatchParts, match_tree},
-    matcher::matched_header,
+    matcher::{request_header_input, unknown_action},
     route::{all_routes, route},
     support::join,
 };
-use crate::{
-    config::{
-        FieldError,
-        model::{Route, RouteInput, RouteMatcher},
-    },
-    http::filters::type_name,
-};
+use crate::config::model::{Route, RouteInput, RouteMatcher};
 
 /// The routes of all lists, one list after the other, and what finds a list.
 struct Lists {
@@ -51,9 +45,7 @@ impl MatchParts for Lists {
         if type_name(config) != HttpRequestHeaderMatchInput::full_name() {
             return Ok(None);
         }
-        let HttpRequestHeaderMatchInput { header_name } = unpack(config, path)?;
-        let name = header_name.to_ascii_lowercase();
-        Ok(Some(RouteInput(matched_header(&name, &join(path, "header_name"))?)))
+        Ok(Some(RouteInput(request_header_input(config, path)?)))
     }
 
     fn action(&mut self, config: &Any, path: &str) -> Result<usize> {
@@ -66,8 +58,7 @@ impl MatchParts for Lists {
             let list: RouteList = unpack(config, path)?;
             self.routes.extend(all_routes(&list.routes, self.max_body, &join(path, "routes"))?);
         } else {
-            let text = format!("Didn't find a registered implementation for an action of type {wanted}");
-            return Err(FieldError::new(path, text));
+            return Err(unknown_action(config, path));
         }
         self.lists.push(begin..self.routes.len());
         Ok(self.lists.len() - 1)

@@ -5,8 +5,8 @@ use std::{fmt::Debug, sync::Arc};
 use arc_swap::ArcSwapOption;
 use envoy_types::pb::google::protobuf::Any;
 
-use super::{FilterCx, HttpFilterFactory, Registered, find, r#override, type_name};
-use crate::config::{FieldError, model::ResourceRef};
+use super::{FilterCx, HttpFilterFactory, Registered, find, r#override};
+use crate::config::{FieldError, model::ResourceRef, parse::type_name};
 
 /// A filter that is configured.
 pub type Factory = Arc<dyn HttpFilterFactory>;

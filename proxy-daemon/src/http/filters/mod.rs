@@ -55,6 +55,7 @@ use super::{
 use crate::config::{
     FieldError,
     model::{ConfigSource, PerFilterConfig},
+    parse::type_name,
 };
 
 /// What a filter says after it has seen a request's or response's head.
@@ -431,11 +432,6 @@ pub const REGISTRY: &[Registered] = &[
         per_route: None,
     },
 ];
-
-/// The full name of the message that `typed_config` holds.
-pub(crate) fn type_name(typed_config: &Any) -> &str {
-    typed_config.type_url.rsplit('/').next().unwrap_or_default()
-}
 
 /// The filter whose configuration `typed_config` is: found by its type URL, as Envoy does.
 fn find(typed_config: &Any, path: &str) -> Result<&'static Registered, FieldError> {

@@ -22,10 +22,13 @@ use envoy_types::pb::{
 use http::{HeaderName, HeaderValue, StatusCode, header::SET_COOKIE};
 use prost::{Message as _, Name as _};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, type_name};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
     access_log::ResponseFlags,
-    config::{FieldError, parse},
+    config::{
+        FieldError,
+        parse::{self, type_name},
+    },
     http::{
         body::Body,
         route_match::cookie,

@@ -256,11 +256,7 @@ pub(super) fn response(
     body: BodyLength,
     cx: ResponseCx,
 ) -> Framing {
-    out.extend_from_slice(if cx.http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " });
-    out.extend_from_slice(status.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(reason(status).as_bytes());
-    out.extend_from_slice(b"\r\n");
+    status_line(out, if cx.http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " }, status);
     let mut dated = false;
     let upgrade = status == StatusCode::SWITCHING_PROTOCOLS;
     for (name, value) in headers.iter().filter(|(name, _)| is_written(name, upgrade)) {
@@ -321,14 +317,18 @@ fn reason(status: StatusCode) -> &'static str {
 
 /// Appends the head of a response that comes before the response.
 pub(super) fn interim(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {
-    out.extend_from_slice(b"HTTP/1.1 ");
-    out.extend_from_slice(status.as_str().as_bytes());
-    out.push(b' ');
-    out.extend_from_slice(reason(status).as_bytes());
-    out.extend_from_slice(b"\r\n");
+    status_line(out, b"HTTP/1.1 ", status);
     for (name, value) in headers.iter().filter(|(name, _)| !is_framing(name)) {
         field(out, name.as_str(), value.as_bytes());
     }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn status_line(out: &mut Vec<u8>, version: &[u8], status: StatusCode) {
+    out.extend_from_slice(version);
+    out.extend_from_slice(status.as_str().as_bytes());
+    out.push(b' ');
+    out.extend_from_slice(reason(status).as_bytes());
     out.extend_from_slice(b"\r\n");
 }
 

@@ -252,7 +252,7 @@ impl ServerConnection {
             parts.headers.remove(EXPECT);
             if parts.version == Version::HTTP_11 {
                 state.count_interim(StatusCode::CONTINUE);
-                writer.out().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+                encode::interim(writer.out(), StatusCode::CONTINUE, &HeaderMap::new());
                 if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
                     return After::Abort;
                 }

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use envoy_types::pb::{envoy::config::core::v3::TypedExtensionConfig, google::protobuf::Any};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::config::FieldError;
+use crate::config::{FieldError, parse::type_name};
 
 /// Envoy's `chunk_size` where none is configured.
 const DEFAULT_CHUNK: usize = 4096;
@@ -124,10 +124,6 @@ fn parts<'a>(library: Option<&'a TypedExtensionConfig>, path: &str) -> Result<(S
     let path = format!("{path}.typed_config");
     let config = library.typed_config.as_ref().ok_or_else(|| FieldError::new(&path, "value is required"))?;
     Ok((library.name.clone(), config, path))
-}
-
-fn type_name(config: &Any) -> &str {
-    config.type_url.rsplit('/').next().unwrap_or_default()
 }
 
 fn unknown(type_name: &str, path: String) -> FieldError {

@@ -18,10 +18,9 @@ use crate::{
     config::{
         FieldError,
         model::{MatchInput, MatchedHeader},
-        parse::{self, MatchParts},
+        parse::{self, MatchParts, type_name},
     },
     http::{
-        filters::type_name,
         headers::joined,
         route_match::value_of,
         stream::{RequestHead, ResponseHead},
@@ -104,8 +103,7 @@ fn input(config: &Any, path: &str) -> Result<Option<Input>, FieldError> {
         let name = header_name.parse();
         Input::ResponseHeader(name.map_err(|_| FieldError::new(format!("{path}.header_name"), "is not a header name"))?)
     } else if wanted == HttpRequestHeaderMatchInput::full_name() {
-        let HttpRequestHeaderMatchInput { header_name } = unpack(config, path)?;
-        Input::RequestHeader(parse::matched_header(&header_name, &format!("{path}.header_name"))?)
+        Input::RequestHeader(parse::request_header_input(config, path)?)
     } else {
         return Ok(None);
     }))

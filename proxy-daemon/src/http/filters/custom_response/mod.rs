@@ -22,13 +22,13 @@ use prost::Name as _;
 
 use self::matcher::{Input, Told};
 pub(in crate::http) use self::redirect::{Led, RedirectPolicy};
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, type_name};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
         FieldError,
         model::{HeaderMutations, MatchTree, ReplyFormat},
-        parse,
+        parse::{self, type_name},
     },
     http::{
         body::Body,

@@ -25,10 +25,9 @@ use crate::{
     config::{
         FieldError,
         model::{MatchInput, MatchedHeader},
-        parse::{self, MatchParts},
+        parse::{self, MatchParts, type_name},
     },
     http::{
-        filters::type_name,
         route_match::value_of,
         stream::{RequestHead, StreamCx},
     },
@@ -114,18 +113,14 @@ impl MatchParts for Parts<'_> {
         ];
         let wanted = type_name(config);
         if wanted == HttpRequestHeaderMatchInput::full_name() {
-            let HttpRequestHeaderMatchInput { header_name } = unpack(config, path)?;
-            let name = header_name.to_ascii_lowercase();
-            return Ok(Some(Input::RequestHeader(parse::matched_header(&name, &format!("{path}.header_name"))?)));
+            return Ok(Some(Input::RequestHeader(parse::request_header_input(config, path)?)));
         }
         Ok(inputs.into_iter().find(|(name, _)| name == wanted).map(|(_, input)| input))
     }
 
     fn action(&mut self, config: &Any, path: &str) -> Result<Found> {
-        let wanted = type_name(config);
-        if wanted != ProtoAction::full_name() {
-            let text = format!("Didn't find a registered implementation for an action of type {wanted}");
-            return Err(FieldError::new(path, text));
+        if type_name(config) != ProtoAction::full_name() {
+            return Err(parse::unknown_action(config, path));
         }
         let ProtoAction { name, action: kind } = unpack(config, path)?;
         if name.is_empty() {
