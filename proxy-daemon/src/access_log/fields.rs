@@ -31,6 +31,18 @@ pub(super) enum Field {
     Port(Which),
     LocalReplyBody,
     AccessLogType,
+    /// The flags' long names.
+    ResponseFlagsLong,
+    /// Of the connection to the host, where there is one.
+    UpstreamRemoteIp,
+    UpstreamRemotePort,
+    /// The host's name, or its address; without a port.
+    UpstreamHostName {
+        with_port: bool,
+    },
+    RequestDuration,
+    /// What nothing here has: traces, fingerprints of TLS clients.
+    Never,
 }
 
 /// The connection with the client, or that with the host.
@@ -117,6 +129,21 @@ pub(super) const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_LOCAL_IP_SAN", Field::Certificate(Shown::Own, |text| &text.ip_sans)),
     ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::Certificate(Shown::Own, |text| &text.email_sans)),
     ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
+    ("RESPONSE_FLAGS_LONG", Field::ResponseFlagsLong),
+    ("REQUEST_DURATION", Field::RequestDuration),
+    ("UPSTREAM_CLUSTER_RAW", Field::UpstreamCluster),
+    ("UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Field::UpstreamRemoteIp),
+    ("UPSTREAM_REMOTE_PORT", Field::UpstreamRemotePort),
+    ("UPSTREAM_HOST_NAME", Field::UpstreamHostName { with_port: true }),
+    ("UPSTREAM_HOST_NAME_WITHOUT_PORT", Field::UpstreamHostName { with_port: false }),
+    ("DOWNSTREAM_DIRECT_REMOTE_PORT", Field::Port(Which::DownstreamDirectRemote)),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", Field::Address(Which::DownstreamLocal)),
+    ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::DownstreamLocal)),
+    ("DOWNSTREAM_DIRECT_LOCAL_PORT", Field::Port(Which::DownstreamLocal)),
+    ("TRACE_ID", Field::Never),
+    ("SPAN_ID", Field::Never),
+    ("TLS_JA3_FINGERPRINT", Field::Never),
+    ("TLS_JA4_FINGERPRINT", Field::Never),
     ("LOCAL_REPLY_BODY", Field::LocalReplyBody),
     ("ACCESS_LOG_TYPE", Field::AccessLogType),
 ];
@@ -145,8 +172,11 @@ impl Shown {
 impl Field {
     /// Whether it is a number: JSON writes it without quotes.
     pub(super) fn is_number(self) -> bool {
-        use Field::{BytesReceived, BytesSent, ConnectionId, Duration, Port, ResponseCode};
-        matches!(self, BytesReceived | BytesSent | ConnectionId | Duration | Port(_) | ResponseCode)
+        use Field::{
+            BytesReceived, BytesSent, ConnectionId, Duration, Port, RequestDuration, ResponseCode, UpstreamRemotePort,
+        };
+        let counts = matches!(self, BytesReceived | BytesSent | ConnectionId | ResponseCode);
+        counts || matches!(self, Duration | RequestDuration | Port(_) | UpstreamRemotePort)
     }
 
     /// Appends what `record` says.
@@ -158,7 +188,20 @@ impl Field {
         match self {
             Field::Protocol => text(out, record, record.protocol),
             Field::ResponseCode => number(out, record.response_code.into()),
-            Field::ResponseFlags => flags(out, record),
+            Field::ResponseFlags => flags(out, record.response_flags.names()),
+            Field::ResponseFlagsLong => flags(out, record.response_flags.long_names()),
+            Field::UpstreamRemoteIp => text(out, record, upstream_remote(record).map(|(ip, _)| ip)),
+            Field::UpstreamRemotePort => text(out, record, upstream_remote(record).map(|(_, port)| port)),
+            Field::UpstreamHostName { with_port } => {
+                let name = record.upstream_host_name;
+                let without_port = || name.map(|name| split_port(name).map_or(name, |(name, _)| name));
+                text(out, record, if with_port { name } else { without_port() });
+            }
+            Field::RequestDuration => match record.request_duration {
+                Some(duration) => number(out, u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)),
+                None => missing(out, record),
+            },
+            Field::Never => missing(out, record),
             Field::ResponseCodeDetails => {
                 one_word(out, record, record.response_code_details);
             }
@@ -189,9 +232,20 @@ impl Field {
     }
 }
 
-fn flags(out: &mut Vec<u8>, record: &Record<'_>) {
+/// The address at the other end of the connection to the host, and its port.
+fn upstream_remote<'a>(record: &Record<'a>) -> Option<(&'a str, &'a str)> {
+    record.upstream_local_address?;
+    let (ip, port) = split_port(record.upstream_host?)?;
+    Some((ip.trim_matches(['[', ']']), port))
+}
+
+fn split_port(text: &str) -> Option<(&str, &str)> {
+    text.rsplit_once(':').filter(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+fn flags(out: &mut Vec<u8>, names: impl Iterator<Item = &'static str>) {
     let before = out.len();
-    for name in record.response_flags.names() {
+    for name in names {
         if out.len() > before {
             out.push(b',');
         }

@@ -56,6 +56,40 @@ flags! {
     29 UDO "Dropped unconditionally by drop_overload.",
 }
 
+/// By the bit's number: `%RESPONSE_FLAGS_LONG%`.
+const LONG_NAMES: [&str; 30] = [
+    "FailedLocalHealthCheck",
+    "NoHealthyUpstream",
+    "UpstreamRequestTimeout",
+    "LocalReset",
+    "UpstreamRemoteReset",
+    "UpstreamConnectionFailure",
+    "UpstreamConnectionTermination",
+    "UpstreamOverflow",
+    "NoRouteFound",
+    "DelayInjected",
+    "FaultInjected",
+    "RateLimited",
+    "UnauthorizedExternalService",
+    "RateLimitServiceError",
+    "DownstreamConnectionTermination",
+    "UpstreamRetryLimitExceeded",
+    "StreamIdleTimeout",
+    "InvalidEnvoyRequestHeaders",
+    "DownstreamProtocolError",
+    "UpstreamMaxStreamDurationReached",
+    "ResponseFromCacheFilter",
+    "NoFilterConfigFound",
+    "DurationTimeout",
+    "UpstreamProtocolError",
+    "NoClusterFound",
+    "OverloadManagerTerminated",
+    "DnsResolutionFailed",
+    "DropOverload",
+    "DownstreamRemoteReset",
+    "UnconditionalDropOverload",
+];
+
 impl ResponseFlags {
     const fn only(bit: u8) -> ResponseFlags {
         let mut order = [0; ORDERED];
@@ -87,6 +121,11 @@ impl ResponseFlags {
     /// The short names of the set flags.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         self.numbers().filter_map(|bit| NAMES.get(usize::from(bit)).copied())
+    }
+
+    /// The long names of the set flags.
+    pub fn long_names(self) -> impl Iterator<Item = &'static str> {
+        self.numbers().filter_map(|bit| LONG_NAMES.get(usize::from(bit)).copied())
     }
 
     /// The numbers of the bits that are set, in the order in which they were.

@@ -4,9 +4,12 @@ use std::str::FromStr as _;
 
 use http::HeaderName;
 
+use crate::http::metadata::Metadata;
+
 use super::{
     Headers, Record,
     fields::{FIELDS, Field, missing},
+    operators::Special,
     time::{self, TimeFormat},
 };
 
@@ -40,12 +43,14 @@ pub(super) enum FormatError {
     Alternatives { name: &'static str },
     #[error("%{name}% takes neither brackets nor a length")]
     TakesNothing { name: String },
+    #[error("%{name}%: {text}")]
+    Arguments { name: String, text: String },
     #[error("%START_TIME%: {0}")]
     Time(String),
 }
 
 #[derive(Debug)]
-enum Op {
+pub(super) enum Op {
     Text(Box<str>),
     StartTime,
     StartTimeAs(TimeFormat),
@@ -53,26 +58,43 @@ enum Op {
     Response(HeaderChoice),
     Field(Field),
     Metadata(MetadataPath),
+    Special(Special),
 }
 
 /// `NAMESPACE:key:key`
 #[derive(Debug)]
-struct MetadataPath {
+pub(super) struct MetadataPath {
     namespace: Box<str>,
     path: Box<[Box<str>]>,
     max_len: usize,
 }
 
+impl MetadataPath {
+    /// Reads what is in the brackets.
+    pub(super) fn parse(text: &str, max_len: usize) -> MetadataPath {
+        let mut parts = text.split(':').map(Box::from);
+        MetadataPath { namespace: parts.next().unwrap_or_default(), path: parts.collect(), max_len }
+    }
+
+    /// Appends the value.
+    pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, metadata: Option<&Metadata>) {
+        match metadata.and_then(|metadata| metadata.show(&self.namespace, &self.path)) {
+            Some(told) => out.extend_from_slice(&told.as_bytes()[..told.len().min(self.max_len)]),
+            None => missing(out, record),
+        }
+    }
+}
+
 /// `X?Y` and `:N`.
 #[derive(Debug)]
-struct HeaderChoice {
+pub(super) struct HeaderChoice {
     first: Header,
     second: Option<Header>,
     max_len: usize,
 }
 
 #[derive(Debug)]
-enum Header {
+pub(super) enum Header {
     Name(HeaderName),
     Method,
     Path,
@@ -119,13 +141,22 @@ impl Format {
 
     /// The request headers (or those of the response) that the format looks at.
     pub(super) fn headers(&self, of_response: bool) -> impl Iterator<Item = &HeaderName> {
-        let choices = self.0.iter().filter_map(move |op| match op {
+        let ops = self.0.iter().flat_map(|op| match op {
+            Op::Special(Special::Coalesce(ops)) => &ops[..],
+            op => std::slice::from_ref(op),
+        });
+        let choices = ops.clone().filter_map(move |op| match op {
             Op::Request(choice) if !of_response => Some(choice),
             Op::Response(choice) if of_response => Some(choice),
             _ => None,
         });
         let headers = choices.flat_map(|choice| [Some(&choice.first), choice.second.as_ref()]).flatten();
-        headers.filter_map(|header| if let Header::Name(name) = header { Some(name) } else { None })
+        let named = headers.filter_map(|header| if let Header::Name(name) = header { Some(name) } else { None });
+        let special = ops.filter_map(move |op| match op {
+            Op::Special(special) if !of_response => Some(special.request_headers()),
+            _ => None,
+        });
+        named.chain(special.flatten())
     }
 
     /// The text, where it is always the same.
@@ -149,31 +180,31 @@ impl Format {
 
     /// Appends the line.
     pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
-        for op in &self.0 {
-            match op {
-                Op::Text(text) => out.extend_from_slice(text.as_bytes()),
-                Op::StartTime => time::write_default(out, record.start),
-                Op::StartTimeAs(format) => format.write(out, record.start),
-                Op::Request(choice) => choice.write(out, record, record.request_headers),
-                Op::Response(choice) => choice.write(out, record, record.response_headers),
-                Op::Field(field) => field.write(out, record),
-                Op::Metadata(path) => {
-                    let told = record.metadata.and_then(|metadata| metadata.show(&path.namespace, &path.path));
-                    match told {
-                        Some(told) => out.extend_from_slice(&told.as_bytes()[..told.len().min(path.max_len)]),
-                        None => missing(out, record),
-                    }
-                }
-            }
+        self.0.iter().for_each(|op| op.write(out, record));
+    }
+}
+
+impl Op {
+    /// Appends what it stands for.
+    pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
+        match self {
+            Op::Text(text) => out.extend_from_slice(text.as_bytes()),
+            Op::StartTime => time::write_default(out, record.start),
+            Op::StartTimeAs(format) => format.write(out, record.start),
+            Op::Request(choice) => choice.write(out, record, record.request_headers),
+            Op::Response(choice) => choice.write(out, record, record.response_headers),
+            Op::Field(field) => field.write(out, record),
+            Op::Metadata(path) => path.write(out, record, record.metadata),
+            Op::Special(special) => special.write(out, record),
         }
     }
 }
 
 /// `%NAME(arguments):length%`, taken apart.
-struct Operator<'a> {
-    name: &'a str,
-    arguments: Option<&'a str>,
-    length: Option<usize>,
+pub(super) struct Operator<'a> {
+    pub(super) name: &'a str,
+    pub(super) arguments: Option<&'a str>,
+    pub(super) length: Option<usize>,
 }
 
 impl<'a> Operator<'a> {
@@ -204,15 +235,19 @@ impl<'a> Operator<'a> {
         Some((Operator { name, arguments, length }, rest.strip_prefix('%')?))
     }
 
-    fn compile(self) -> Result<Op, FormatError> {
+    pub(super) fn compile(self) -> Result<Op, FormatError> {
+        if let Some(special) = Special::parse(&self)? {
+            return Ok(Op::Special(special));
+        }
+        let max_len = self.length.unwrap_or(usize::MAX);
         match self.name {
-            "REQ" => HeaderChoice::parse("REQ", self).map(Op::Request),
-            "RESP" => HeaderChoice::parse("RESP", self).map(Op::Response),
-            "DYNAMIC_METADATA" => {
-                let mut parts = self.arguments.unwrap_or_default().split(':').map(Box::from);
-                let namespace = parts.next().unwrap_or_default();
-                let max_len = self.length.unwrap_or(usize::MAX);
-                Ok(Op::Metadata(MetadataPath { namespace, path: parts.collect(), max_len }))
+            "REQ" | "REQUEST_HEADER" => HeaderChoice::parse("REQ", self).map(Op::Request),
+            "RESP" | "RESPONSE_HEADER" => HeaderChoice::parse("RESP", self).map(Op::Response),
+            "DYNAMIC_METADATA" => Ok(Op::Metadata(MetadataPath::parse(self.arguments.unwrap_or_default(), max_len))),
+            // The others have been looked at before.
+            "METADATA" => {
+                let path = self.arguments.and_then(|path| path.strip_prefix("DYNAMIC:")).unwrap_or_default();
+                Ok(Op::Metadata(MetadataPath::parse(path, max_len)))
             }
             "START_TIME" => match (self.arguments, self.length) {
                 (None | Some(""), None) => Ok(Op::StartTime),

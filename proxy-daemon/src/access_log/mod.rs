@@ -8,6 +8,7 @@ mod filter;
 mod flags;
 mod format;
 mod json;
+mod operators;
 mod record;
 mod sink;
 mod time;

@@ -64,6 +64,8 @@ pub struct Record<'a> {
     pub bytes_sent: u64,
     /// The chosen host's address.
     pub upstream_host: Option<&'a str>,
+    /// The chosen host's name, or its address where it has none.
+    pub upstream_host_name: Option<&'a str>,
     /// The chosen cluster's name.
     pub upstream_cluster: Option<&'a str>,
     /// The chosen route's name.
@@ -88,6 +90,10 @@ pub struct Record<'a> {
     pub upstream_tls: Option<&'a TlsInfo>,
     /// Why there was no connection to the host.
     pub upstream_transport_failure_reason: Option<&'a str>,
+    /// From the beginning to the end of the request; `None`: it has not ended.
+    pub request_duration: Option<Duration>,
+    /// What the route's configuration says.
+    pub route_metadata: Option<&'a Metadata>,
     /// What filters have told.
     pub metadata: Option<&'a Metadata>,
     /// It was a health check.
@@ -116,6 +122,9 @@ impl Default for Record<'_> {
             bytes_received: 0,
             bytes_sent: 0,
             upstream_host: None,
+            upstream_host_name: None,
+            request_duration: None,
+            route_metadata: None,
             upstream_cluster: None,
             route_name: None,
             downstream_remote_address: None,

@@ -57,6 +57,7 @@ impl LiveLog {
                 record.response_flags = told.flags;
                 record.response_code_details = told.details.as_deref();
                 record.upstream_host = told.host.as_ref().map(|host| host.host.display());
+                record.upstream_host_name = told.host.as_ref().map(|host| host.host.name());
                 record.upstream_local_address = told.upstream.as_ref().and_then(|upstream| upstream.local);
                 record.upstream_tls = told.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref());
                 let metadata = progress.metadata.borrow();

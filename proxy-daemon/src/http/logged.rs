@@ -59,6 +59,8 @@ impl LogParts {
             health_check: progress.health_check.get(),
             start: self.started,
             duration: started.elapsed(),
+            request_duration: progress.request_duration(started),
+            route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             protocol: Some(super::protocol_name(self.version)),
             method: method.map(Method::as_str),
             path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),

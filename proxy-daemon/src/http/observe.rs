@@ -501,6 +501,7 @@ impl StreamEnd {
             response_flags: self.flags,
             response_code_details: self.told_details(),
             upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
+            upstream_host_name: self.host.as_ref().map(|(_, host)| host.host.name()),
             ..log.record(&self.state, &self.progress, self.started)
         };
         self.tell_upstream(&record, |record| {

@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -247,6 +247,7 @@ impl StreamCx {
             route_name: route.filter(|name| !name.is_empty()),
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
             upstream_host: host.or(self.upstream_host.as_ref().map(|host| host.host.display())),
+            upstream_host_name: self.upstream_host.as_ref().map(|host| host.host.name()),
             ..self.record()
         };
         tell(&record);
@@ -258,6 +259,8 @@ impl StreamCx {
             missing: "",
             start: SystemTime::now(),
             duration: self.started.elapsed(),
+            request_duration: self.progress.request_duration(self.started),
+            route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             bytes_received: self.progress.received.get(),
             downstream_remote_address: Some(self.remote),
             ..self.connection.record()
@@ -326,6 +329,11 @@ impl Progress {
             interim: RefCell::new(None),
             waker: RefCell::new(None),
         })
+    }
+
+    /// How long the request took to come that began at `started`; `None`: it is not whole.
+    pub fn request_duration(&self, started: Instant) -> Option<Duration> {
+        self.request_complete.get().map(|complete| complete.saturating_duration_since(started))
     }
 
     /// The client is to have the interim responses of the upstream.

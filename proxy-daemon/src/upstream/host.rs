@@ -44,6 +44,11 @@ impl Host {
         &self.text
     }
 
+    /// Its name, or its address where it has none.
+    pub fn name(&self) -> &str {
+        if self.hostname.is_empty() { &self.text } else { &self.hostname }
+    }
+
     /// Whether its metadata says `canary` under `envoy.lb`.
     pub fn is_canary(&self) -> bool {
         let metadata = self.metadata.as_ref();

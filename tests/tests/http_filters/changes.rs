@@ -7,6 +7,24 @@ const MUTATION_PER_ROUTE: &str = "header_mutation.v3.HeaderMutationPerRoute";
 const BUFFER: &str = "buffer.v3.Buffer";
 const BUFFER_PER_ROUTE: &str = "buffer.v3.BufferPerRoute";
 
+/// Operators of formats whose values are the same in both proxies.
+const OPERATORS: &[&str] = &[
+    "%HOSTNAME%",
+    "%ENVIRONMENT(HOME)% %ENVIRONMENT(HOME):2% %ENVIRONMENT(NONE_SUCH)%",
+    "%PATH% %PATH(NQ)% %PATH(WQ):4%",
+    "%PATH(WQ:ORIG)% %PATH(NQ:ORIG)% %PATH(WQ:PATH)% %PATH(NQ:ORIG_OR_PATH)%",
+    "%QUERY_PARAM(a)% %QUERY_PARAM(b)% %QUERY_PARAM(c)% %QUERY_PARAM(none)% %QUERY_PARAM(b):3%",
+    "%QUERY_PARAMS(ORIG)% %QUERY_PARAMS(ORIG):4%",
+    "%REQUEST_HEADER(x-a)% %REQUEST_HEADER(x-none?:path):3% %RESPONSE_HEADER(content-type)%",
+    "%RESPONSE_FLAGS_LONG%",
+    "%UPSTREAM_HOST_NAME% %UPSTREAM_HOST_NAME_WITHOUT_PORT%",
+    "%UPSTREAM_CLUSTER_RAW%",
+    "%TRACE_ID% %SPAN_ID% %TLS_JA3_FINGERPRINT% %TLS_JA4_FINGERPRINT%",
+    "%METADATA(ROUTE:ns:k)% %METADATA(DYNAMIC:ns:k)%",
+    "%COALESCE({\\\"operators\\\": [\\\"ROUTE_NAME\\\", {\\\"command\\\": \\\"REQ\\\", \\\"param\\\": \\\"x-a\\\", \\\"max_length\\\": 2}]})%",
+    "%DOWNSTREAM_DIRECT_LOCAL_ADDRESS% %DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_LOCAL_PORT%",
+];
+
 pub fn cases() -> Vec<Case> {
     [mutations(), buffer(), grpc_http1_bridge()].concat()
 }
@@ -51,6 +69,23 @@ fn mutations() -> Vec<Case> {
                 append("x-e", "%REQ(x-none)%", "OVERWRITE_IF_EXISTS_OR_ADD"),
             ),
             &[one, "GET /\nx-do: 200+x-r=5", "GET /direct\nx-a: one"],
+        ),
+        case(
+            "operators",
+            MUTATION,
+            &of_response(
+                &OPERATORS
+                    .iter()
+                    .enumerate()
+                    .map(|(index, operator)| append(&format!("x-{index}"), operator, "APPEND_IF_EXISTS_OR_ADD"))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            ),
+            &[
+                "GET /p/q?a=1&b=%20xyz&a=2&c\nx-a: hello",
+                "GET /p?\nx-envoy-original-path: /o/p?c=%41&%61=5",
+                "GET /direct",
+            ],
         ),
         case("nothing", MUTATION, "", &["GET /"]),
         case("all levels and a weighted cluster", MUTATION, &of_request(&mark("filter")), &["GET /weighted", "GET /"])

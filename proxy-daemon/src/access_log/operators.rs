@@ -1,0 +1,219 @@
+//! Operators of formats that take arguments of their own kinds.
+
+use std::{io::Write as _, sync::LazyLock, time::SystemTime};
+
+use http::HeaderName;
+
+use super::{
+    Record,
+    fields::missing,
+    format::{FormatError, MetadataPath, Op, Operator},
+    time::{self, TimeFormat},
+};
+
+static X_ENVOY_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
+
+/// The machine's name; `None` where it has none.
+static HOSTNAME: LazyLock<Option<Box<str>>> = LazyLock::new(|| {
+    let name = nix::sys::utsname::uname().ok()?.nodename().to_string_lossy().into_owned();
+    Some(name.into()).filter(|name: &Box<str>| !name.is_empty())
+});
+
+/// What such an operator writes.
+#[derive(Debug)]
+pub(super) enum Special {
+    /// What is known when the format is compiled: `HOSTNAME`, `ENVIRONMENT`.
+    Known(Option<Box<str>>),
+    /// `PATH`
+    Path { with_query: bool, which: WhichPath, max_len: usize },
+    /// `QUERY_PARAM`: the first value, decoded.
+    QueryParam { name: Box<str>, max_len: usize },
+    /// `QUERY_PARAMS`: all of the query as it is.
+    QueryParams { max_len: usize },
+    /// `METADATA(ROUTE:...)`
+    RouteMetadata(MetadataPath),
+    /// `UNIQUE_ID`
+    UniqueId,
+    /// `EMIT_TIME`
+    EmitTime(Option<TimeFormat>),
+    /// `COALESCE`: the first that has something to say.
+    Coalesce(Box<[Op]>),
+}
+
+/// Which path.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum WhichPath {
+    Original,
+    Current,
+    OriginalOrCurrent,
+}
+
+impl Special {
+    /// The operator of this name; `None`: it is none of these.
+    pub(super) fn parse(operator: &Operator<'_>) -> Result<Option<Special>, FormatError> {
+        let refuse = |text: &str| FormatError::Arguments { name: operator.name.to_owned(), text: text.to_owned() };
+        let max_len = operator.length.unwrap_or(usize::MAX);
+        let arguments = operator.arguments.unwrap_or_default();
+        let without_length = || match operator.length {
+            None => Ok(()),
+            Some(_) => Err(refuse("takes no length")),
+        };
+        Ok(Some(match operator.name {
+            "HOSTNAME" if operator.arguments.is_none() && operator.length.is_none() => Special::Known(HOSTNAME.clone()),
+            "ENVIRONMENT" if arguments.is_empty() => return Err(refuse("needs a variable's name in brackets")),
+            "ENVIRONMENT" => {
+                let value = std::env::var_os(arguments).map(|value| value.to_string_lossy().into_owned());
+                Special::Known(value.map(|value| value.chars().take(max_len).collect::<String>().into()))
+            }
+            "PATH" => {
+                let (query, which) = arguments.split_once(':').unwrap_or((arguments, ""));
+                let with_query = match query {
+                    "" | "WQ" => true,
+                    "NQ" => false,
+                    _ => return Err(refuse("the first argument must be WQ or NQ")),
+                };
+                let which = match which {
+                    "ORIG" => WhichPath::Original,
+                    "PATH" => WhichPath::Current,
+                    "" | "ORIG_OR_PATH" => WhichPath::OriginalOrCurrent,
+                    _ => return Err(refuse("the second argument must be ORIG, PATH or ORIG_OR_PATH")),
+                };
+                Special::Path { with_query, which, max_len }
+            }
+            "QUERY_PARAM" if arguments.is_empty() => return Err(refuse("needs a parameter's name in brackets")),
+            "QUERY_PARAM" => Special::QueryParam { name: arguments.into(), max_len },
+            "QUERY_PARAMS" if matches!(arguments, "" | "ORIG") => Special::QueryParams { max_len },
+            "QUERY_PARAMS" => return Err(refuse("only ORIG is supported by culvert yet")),
+            "METADATA" => match arguments.split_once(':') {
+                Some(("ROUTE", path)) => Special::RouteMetadata(MetadataPath::parse(path, max_len)),
+                Some(("DYNAMIC", _)) => return Ok(None),
+                _ => return Err(refuse("only DYNAMIC and ROUTE are supported by culvert yet")),
+            },
+            "UNIQUE_ID" if operator.arguments.is_none() && operator.length.is_none() => Special::UniqueId,
+            "EMIT_TIME" => {
+                without_length()?;
+                let format = (!arguments.is_empty()).then(|| TimeFormat::parse(arguments));
+                Special::EmitTime(format.transpose().map_err(|text| refuse(&text))?)
+            }
+            "COALESCE" => Special::Coalesce(coalesce(arguments).map_err(|text| refuse(&text))?),
+            _ => return Ok(None),
+        }))
+    }
+
+    /// The request header that it looks at.
+    pub(super) fn request_headers(&self) -> Vec<&HeaderName> {
+        match self {
+            Special::Path { .. } | Special::QueryParam { .. } | Special::QueryParams { .. } => {
+                vec![&X_ENVOY_ORIGINAL_PATH]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Appends what `record` says.
+    pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>) {
+        match self {
+            Special::Known(Some(text)) => out.extend_from_slice(text.as_bytes()),
+            Special::Known(None) => missing(out, record),
+            Special::Path { with_query, which, max_len } => {
+                let path = path(*which, record);
+                let path = path.map(|path| if *with_query { path } else { path.split('?').next().unwrap_or_default() });
+                cut(out, record, path, *max_len);
+            }
+            Special::QueryParam { name, max_len } => {
+                let query = path(WhichPath::OriginalOrCurrent, record).and_then(|path| Some(path.split_once('?')?.1));
+                let found = query.and_then(|query| {
+                    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+                    let mut decoded = pairs.map(|(name, value)| (decode(name), value));
+                    decoded.find(|(known, _)| **known == *name.as_bytes()).map(|(_, value)| decode(value))
+                });
+                match found {
+                    Some(value) => out.extend_from_slice(&value[..value.len().min(*max_len)]),
+                    None => missing(out, record),
+                }
+            }
+            Special::QueryParams { max_len } => {
+                let query = path(WhichPath::OriginalOrCurrent, record).and_then(|path| Some(path.split_once('?')?.1));
+                cut(out, record, query.filter(|query| !query.is_empty()), *max_len);
+            }
+            Special::RouteMetadata(path) => path.write(out, record, record.route_metadata),
+            Special::UniqueId => {
+                let bits = fastrand::u128(..) & !(0xf << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+                let (a, b, c) = (bits >> 96, bits >> 80 & 0xffff, bits >> 64 & 0xffff);
+                // Writing to a Vec cannot fail.
+                let _ =
+                    write!(out, "{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", bits >> 48 & 0xffff, bits & 0xffff_ffff_ffff);
+            }
+            Special::EmitTime(None) => time::write_default(out, SystemTime::now()),
+            Special::EmitTime(Some(format)) => format.write(out, SystemTime::now()),
+            Special::Coalesce(ops) => {
+                /// No header's value and no other text has this.
+                const NOTHING: &str = "\0";
+                let before = out.len();
+                let asked = Record { missing: NOTHING, ..*record };
+                for op in ops {
+                    op.write(out, &asked);
+                    if !matches!(&out[before..], [] | b"\0") {
+                        return;
+                    }
+                    out.truncate(before);
+                }
+                missing(out, record);
+            }
+        }
+    }
+}
+
+fn path<'a>(which: WhichPath, record: &Record<'a>) -> Option<&'a str> {
+    let original = || record.request_headers?.get(&X_ENVOY_ORIGINAL_PATH)?.to_str().ok();
+    match which {
+        WhichPath::Original => original(),
+        WhichPath::Current => record.path,
+        WhichPath::OriginalOrCurrent => original().or(record.path),
+    }
+}
+
+fn cut(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>, max_len: usize) {
+    match text {
+        Some(text) => out.extend_from_slice(&text.as_bytes()[..text.len().min(max_len)]),
+        None => missing(out, record),
+    }
+}
+
+/// Without the escapes of URLs.
+fn decode(text: &str) -> Vec<u8> {
+    let mut rest = text.as_bytes();
+    let mut decoded = Vec::with_capacity(rest.len());
+    while let Some((&first, after)) = rest.split_first() {
+        let digit = |at: usize| after.get(at).and_then(|byte| char::from(*byte).to_digit(16));
+        match (first, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => {
+                decoded.push((high * 16 + low) as u8);
+                rest = &after[2..];
+            }
+            _ => {
+                decoded.push(first);
+                rest = after;
+            }
+        }
+    }
+    decoded
+}
+
+/// `{"operators": ["NAME", {"command": "NAME", "param": "...", "max_length": 5}]}`
+fn coalesce(config: &str) -> Result<Box<[Op]>, String> {
+    let config: serde_json::Value = serde_json::from_str(config).map_err(|error| error.to_string())?;
+    let operators = config.get("operators").and_then(|operators| operators.as_array());
+    let operators = operators.filter(|operators| !operators.is_empty()).ok_or("needs a list of operators")?;
+    let parse = |item: &serde_json::Value| {
+        let field = |name: &str| item.get(name).and_then(|value| value.as_str());
+        let name = item.as_str().or_else(|| field("command")).ok_or("an operator needs a command")?;
+        if name == "COALESCE" {
+            return Err("operators must not be nested".to_owned());
+        }
+        let length = item.get("max_length").and_then(|length| length.as_u64());
+        let length = length.map(|length| usize::try_from(length).unwrap_or(usize::MAX));
+        Operator { name, arguments: field("param"), length }.compile().map_err(|error| error.to_string())
+    };
+    operators.iter().map(parse).collect()
+}
