@@ -1,8 +1,8 @@
 //! The operators of formats that take no arguments.
 
-use std::{io::Write as _, net::SocketAddr};
+use std::{io::Write as _, net::SocketAddr, time::Instant};
 
-use super::Record;
+use super::{Record, Times};
 use crate::tls::PeerText;
 
 /// What an operator without arguments writes.
@@ -40,9 +40,30 @@ pub(super) enum Field {
     UpstreamHostName {
         with_port: bool,
     },
-    RequestDuration,
+    /// From the request's beginning.
+    Until(fn(&Times) -> Option<Instant>),
+    /// From the first byte of the host's answer to the last one that was sent to the client.
+    ResponseTxDuration,
+    Attempts,
+    UpstreamProtocol,
+    UpstreamConnectionId,
+    VirtualClusterName,
+    /// Of attempts.
+    Attempted(OfAttempt),
     /// What nothing here has: traces, fingerprints of TLS clients.
     Never,
+    /// Something of which there is none here, written as no text.
+    Nothing,
+    /// What is counted of QUIC alone.
+    Zero,
+}
+
+/// What is shown of attempts.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum OfAttempt {
+    Address { with_port: bool },
+    Name { with_port: bool },
+    Connection,
 }
 
 /// The connection with the client, or that with the host.
@@ -130,7 +151,21 @@ pub(super) const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_LOCAL_EMAIL_SAN", Field::Certificate(Shown::Own, |text| &text.email_sans)),
     ("DOWNSTREAM_TRANSPORT_FAILURE_REASON", Field::DownstreamTransportFailureReason),
     ("RESPONSE_FLAGS_LONG", Field::ResponseFlagsLong),
-    ("REQUEST_DURATION", Field::RequestDuration),
+    ("REQUEST_DURATION", Field::Until(|times| times.request_end)),
+    ("REQUEST_TX_DURATION", Field::Until(Times::upstream_sent)),
+    ("RESPONSE_DURATION", Field::Until(|times| times.upstream_answered)),
+    ("RESPONSE_TX_DURATION", Field::ResponseTxDuration),
+    ("UPSTREAM_REQUEST_ATTEMPT_COUNT", Field::Attempts),
+    ("UPSTREAM_PROTOCOL", Field::UpstreamProtocol),
+    ("UPSTREAM_CONNECTION_ID", Field::UpstreamConnectionId),
+    ("UPSTREAM_HOSTS_ATTEMPTED", Field::Attempted(OfAttempt::Address { with_port: true })),
+    ("UPSTREAM_HOSTS_ATTEMPTED_WITHOUT_PORT", Field::Attempted(OfAttempt::Address { with_port: false })),
+    ("UPSTREAM_HOST_NAMES_ATTEMPTED", Field::Attempted(OfAttempt::Name { with_port: true })),
+    ("UPSTREAM_HOST_NAMES_ATTEMPTED_WITHOUT_PORT", Field::Attempted(OfAttempt::Name { with_port: false })),
+    ("UPSTREAM_CONNECTION_IDS_ATTEMPTED", Field::Attempted(OfAttempt::Connection)),
+    ("VIRTUAL_CLUSTER_NAME", Field::VirtualClusterName),
+    ("CUSTOM_FLAGS", Field::Nothing),
+    ("BYTES_RETRANSMITTED", Field::Zero),
     ("UPSTREAM_CLUSTER_RAW", Field::UpstreamCluster),
     ("UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT", Field::UpstreamRemoteIp),
     ("UPSTREAM_REMOTE_PORT", Field::UpstreamRemotePort),
@@ -173,10 +208,12 @@ impl Field {
     /// Whether it is a number: JSON writes it without quotes.
     pub(super) fn is_number(self) -> bool {
         use Field::{
-            BytesReceived, BytesSent, ConnectionId, Duration, Port, RequestDuration, ResponseCode, UpstreamRemotePort,
+            Attempts, BytesReceived, BytesSent, ConnectionId, Duration, Port, ResponseCode, ResponseTxDuration, Until,
+            UpstreamConnectionId, UpstreamRemotePort, Zero,
         };
-        let counts = matches!(self, BytesReceived | BytesSent | ConnectionId | ResponseCode);
-        counts || matches!(self, Duration | RequestDuration | Port(_) | UpstreamRemotePort)
+        let counts = matches!(self, Attempts | BytesReceived | BytesSent | ConnectionId | ResponseCode | Zero);
+        let times = matches!(self, Duration | Until(_) | ResponseTxDuration);
+        counts || times || matches!(self, Port(_) | UpstreamRemotePort | UpstreamConnectionId)
     }
 
     /// Appends what `record` says.
@@ -197,11 +234,18 @@ impl Field {
                 let without_port = || name.map(|name| split_port(name).map_or(name, |(name, _)| name));
                 text(out, record, if with_port { name } else { without_port() });
             }
-            Field::RequestDuration => match record.request_duration {
-                Some(duration) => number(out, u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)),
-                None => missing(out, record),
-            },
+            Field::Until(when) => milliseconds(out, record, Times::between(record.times.began, when(&record.times))),
+            Field::ResponseTxDuration => {
+                milliseconds(out, record, Times::between(record.times.upstream_answered, record.times.end));
+            }
+            Field::Attempts => number(out, record.attempts.into()),
+            Field::UpstreamProtocol => text(out, record, record.upstream_protocol),
+            Field::UpstreamConnectionId => number(out, record.upstream_connection_id.unwrap_or(0)),
+            Field::VirtualClusterName => text(out, record, record.virtual_cluster),
+            Field::Attempted(what) => attempted(out, record, what),
             Field::Never => missing(out, record),
+            Field::Nothing => {}
+            Field::Zero => out.push(b'0'),
             Field::ResponseCodeDetails => {
                 one_word(out, record, record.response_code_details);
             }
@@ -239,6 +283,30 @@ fn upstream_remote<'a>(record: &Record<'a>) -> Option<(&'a str, &'a str)> {
     Some((ip.trim_matches(['[', ']']), port))
 }
 
+/// The last attempt's alone, as in Envoy, where it had a connection.
+fn attempted(out: &mut Vec<u8>, record: &Record<'_>, what: OfAttempt) {
+    let without_port = |text| split_port(text).map_or(text, |(host, _): (&str, _)| host);
+    let (address, name) = (record.upstream_host, record.upstream_host_name);
+    match (record.upstream_connection_id, what) {
+        (None, _) => missing(out, record),
+        (Some(_), OfAttempt::Address { with_port: true }) => text(out, record, address),
+        (Some(_), OfAttempt::Address { .. }) => {
+            text(out, record, address.map(|address| without_port(address).trim_matches(['[', ']'])));
+        }
+        (Some(_), OfAttempt::Name { with_port: true }) => text(out, record, name),
+        (Some(_), OfAttempt::Name { .. }) => text(out, record, name.map(without_port)),
+        (Some(id), OfAttempt::Connection) => number(out, id),
+    }
+}
+
+/// A time, in whole milliseconds.
+fn milliseconds(out: &mut Vec<u8>, record: &Record<'_>, time: Option<std::time::Duration>) {
+    match time {
+        Some(time) => number(out, u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+        None => missing(out, record),
+    }
+}
+
 fn split_port(text: &str) -> Option<(&str, &str)> {
     text.rsplit_once(':').filter(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
 }
@@ -274,7 +342,7 @@ fn text(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>) {
 }
 
 /// `write!` goes through the formatting machinery; most fields of a line are short numbers.
-fn number(out: &mut Vec<u8>, mut number: u64) {
+pub(super) fn number(out: &mut Vec<u8>, mut number: u64) {
     let mut digits = [0; 20];
     let mut at = digits.len();
     loop {

@@ -56,6 +56,7 @@ pub(super) enum Op {
     StartTimeAs(TimeFormat),
     Request(HeaderChoice),
     Response(HeaderChoice),
+    Trailer(HeaderChoice),
     Field(Field),
     Metadata(MetadataPath),
     Special(Special),
@@ -91,6 +92,14 @@ pub(super) struct HeaderChoice {
     first: Header,
     second: Option<Header>,
     max_len: usize,
+}
+
+/// A part of the two messages that has headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Request,
+    Response,
+    Trailers,
 }
 
 #[derive(Debug)]
@@ -139,21 +148,27 @@ impl Format {
         Ok(Format(ops))
     }
 
-    /// The request headers (or those of the response) that the format looks at.
-    pub(super) fn headers(&self, of_response: bool) -> impl Iterator<Item = &HeaderName> {
-        let ops = self.0.iter().flat_map(|op| match op {
+    /// All operators, also those within others.
+    fn ops(&self) -> impl Iterator<Item = &Op> + Clone {
+        self.0.iter().flat_map(|op| match op {
             Op::Special(Special::Coalesce(ops)) => &ops[..],
             op => std::slice::from_ref(op),
-        });
-        let choices = ops.clone().filter_map(move |op| match op {
-            Op::Request(choice) if !of_response => Some(choice),
-            Op::Response(choice) if of_response => Some(choice),
+        })
+    }
+
+    /// The headers of a part of the messages that the format looks at.
+    pub(super) fn headers(&self, part: Part) -> impl Iterator<Item = &HeaderName> {
+        let ops = self.ops();
+        let choices = ops.clone().filter_map(move |op| match (op, part) {
+            (Op::Request(choice), Part::Request)
+            | (Op::Response(choice), Part::Response)
+            | (Op::Trailer(choice), Part::Trailers) => Some(choice),
             _ => None,
         });
         let headers = choices.flat_map(|choice| [Some(&choice.first), choice.second.as_ref()]).flatten();
         let named = headers.filter_map(|header| if let Header::Name(name) = header { Some(name) } else { None });
         let special = ops.filter_map(move |op| match op {
-            Op::Special(special) if !of_response => Some(special.request_headers()),
+            Op::Special(special) => Some(special.headers(part)),
             _ => None,
         });
         named.chain(special.flatten())
@@ -173,6 +188,7 @@ impl Format {
         match self.0.as_slice() {
             [Op::Text(_)] => (false, false),
             [Op::Field(field)] => (true, field.is_number()),
+            [Op::Special(special)] => (true, special.is_number()),
             [_] => (true, false),
             _ => (false, false),
         }
@@ -193,6 +209,7 @@ impl Op {
             Op::StartTimeAs(format) => format.write(out, record.start),
             Op::Request(choice) => choice.write(out, record, record.request_headers),
             Op::Response(choice) => choice.write(out, record, record.response_headers),
+            Op::Trailer(choice) => choice.write(out, record, record.response_trailers),
             Op::Field(field) => field.write(out, record),
             Op::Metadata(path) => path.write(out, record, record.metadata),
             Op::Special(special) => special.write(out, record),
@@ -243,6 +260,11 @@ impl<'a> Operator<'a> {
         match self.name {
             "REQ" | "REQUEST_HEADER" => HeaderChoice::parse("REQ", self).map(Op::Request),
             "RESP" | "RESPONSE_HEADER" => HeaderChoice::parse("RESP", self).map(Op::Response),
+            "TRAILER" | "RESPONSE_TRAILER" => HeaderChoice::parse("TRAILER", self).map(Op::Trailer),
+            "STREAM_ID" if self.arguments.is_none() && self.length.is_none() => {
+                let first = Header::Name(HeaderName::from_static("x-request-id"));
+                Ok(Op::Request(HeaderChoice { first, second: None, max_len }))
+            }
             "DYNAMIC_METADATA" => Ok(Op::Metadata(MetadataPath::parse(self.arguments.unwrap_or_default(), max_len))),
             // The others have been looked at before.
             "METADATA" => {

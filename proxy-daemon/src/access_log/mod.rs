@@ -7,6 +7,7 @@ mod fields;
 mod filter;
 mod flags;
 mod format;
+mod grpc;
 mod json;
 mod operators;
 mod record;
@@ -17,10 +18,14 @@ use std::sync::Arc;
 
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
-pub use record::{Headers, Record};
+pub use record::{Headers, Record, Times};
 pub use sink::{flush_thread, reopen_all};
 
-use self::{format::Format, json::JsonFormat, sink::Sink};
+use self::{
+    format::{Format, Part},
+    json::JsonFormat,
+    sink::Sink,
+};
 use crate::config::{
     FieldError,
     model::{AccessLogConfig, AccessLogFilter},
@@ -48,12 +53,17 @@ impl AccessLog {
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
     pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(false).chain(self.filter.request_headers())
+        self.format.headers(Part::Request).chain(self.filter.request_headers())
     }
 
     /// The response headers that its lines show.
     pub fn response_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(true)
+        self.format.headers(Part::Response)
+    }
+
+    /// The trailers of responses that its lines show.
+    pub fn response_trailers(&self) -> impl Iterator<Item = &http::HeaderName> {
+        self.format.headers(Part::Trailers)
     }
 
     /// Adds a line to this thread's buffer, where the log's filter lets it; it is written when the buffer is full or [`flush_thread`] is called.

@@ -1,13 +1,18 @@
 //! Operators of formats that take arguments of their own kinds.
 
-use std::{io::Write as _, sync::LazyLock, time::SystemTime};
+use std::{
+    io::Write as _,
+    sync::LazyLock,
+    time::{Instant, SystemTime},
+};
 
 use http::HeaderName;
 
 use super::{
-    Record,
-    fields::missing,
-    format::{FormatError, MetadataPath, Op, Operator},
+    Record, Times,
+    fields::{missing, number},
+    format::{FormatError, MetadataPath, Op, Operator, Part},
+    grpc,
     time::{self, TimeFormat},
 };
 
@@ -36,6 +41,10 @@ pub(super) enum Special {
     UniqueId,
     /// `EMIT_TIME`
     EmitTime(Option<TimeFormat>),
+    /// `GRPC_STATUS`, `GRPC_STATUS_NUMBER`
+    GrpcStatus(grpc::StatusForm),
+    /// `COMMON_DURATION`
+    CommonDuration { from: TimePoint, to: TimePoint, per_second: u128 },
     /// `COALESCE`: the first that has something to say.
     Coalesce(Box<[Op]>),
 }
@@ -95,19 +104,37 @@ impl Special {
                 let format = (!arguments.is_empty()).then(|| TimeFormat::parse(arguments));
                 Special::EmitTime(format.transpose().map_err(|text| refuse(&text))?)
             }
+            "GRPC_STATUS" => {
+                without_length()?;
+                let form = grpc::StatusForm::parse(arguments);
+                Special::GrpcStatus(form.ok_or_else(|| refuse("takes CAMEL_STRING, SNAKE_STRING or NUMBER"))?)
+            }
+            "GRPC_STATUS_NUMBER" if operator.arguments.is_none() && operator.length.is_none() => {
+                Special::GrpcStatus(grpc::StatusForm::Number)
+            }
+            "COMMON_DURATION" => {
+                without_length()?;
+                common_duration(arguments).ok_or_else(|| {
+                    refuse("needs two points in time and a precision (ms, us or ns), as in DS_RX_BEG:DS_TX_END:ms")
+                })?
+            }
             "COALESCE" => Special::Coalesce(coalesce(arguments).map_err(|text| refuse(&text))?),
             _ => return Ok(None),
         }))
     }
 
-    /// The request header that it looks at.
-    pub(super) fn request_headers(&self) -> Vec<&HeaderName> {
-        match self {
-            Special::Path { .. } | Special::QueryParam { .. } | Special::QueryParams { .. } => {
-                vec![&X_ENVOY_ORIGINAL_PATH]
-            }
-            _ => Vec::new(),
+    /// The header of such a part that it looks at.
+    pub(super) fn headers(&self, part: Part) -> Option<&'static HeaderName> {
+        match (self, part) {
+            (Special::Path { .. }, Part::Request) => Some(&X_ENVOY_ORIGINAL_PATH),
+            (Special::GrpcStatus(_), part) => Some(grpc::header(part)),
+            _ => None,
         }
+    }
+
+    /// Whether it is a number.
+    pub(super) fn is_number(&self) -> bool {
+        matches!(self, Special::GrpcStatus(grpc::StatusForm::Number) | Special::CommonDuration { .. })
     }
 
     /// Appends what `record` says.
@@ -121,7 +148,7 @@ impl Special {
                 cut(out, record, path, *max_len);
             }
             Special::QueryParam { name, max_len } => {
-                let query = path(WhichPath::OriginalOrCurrent, record).and_then(|path| Some(path.split_once('?')?.1));
+                let query = record.path.and_then(|path| Some(path.split_once('?')?.1));
                 let found = query.and_then(|query| {
                     let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
                     let mut decoded = pairs.map(|(name, value)| (decode(name), value));
@@ -133,8 +160,8 @@ impl Special {
                 }
             }
             Special::QueryParams { max_len } => {
-                let query = path(WhichPath::OriginalOrCurrent, record).and_then(|path| Some(path.split_once('?')?.1));
-                cut(out, record, query.filter(|query| !query.is_empty()), *max_len);
+                let query = record.path.and_then(|path| Some(path.split_once('?')?.1));
+                cut(out, record, query, *max_len);
             }
             Special::RouteMetadata(path) => path.write(out, record, record.route_metadata),
             Special::UniqueId => {
@@ -143,6 +170,16 @@ impl Special {
                 // Writing to a Vec cannot fail.
                 let _ =
                     write!(out, "{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", bits >> 48 & 0xffff, bits & 0xffff_ffff_ffff);
+            }
+            Special::GrpcStatus(form) => form.write(out, record),
+            Special::CommonDuration { from, to, per_second } => {
+                match Times::between(from(&record.times), to(&record.times)) {
+                    Some(time) => {
+                        let units = time.as_nanos() * per_second / 1_000_000_000;
+                        number(out, u64::try_from(units).unwrap_or(u64::MAX));
+                    }
+                    None => missing(out, record),
+                }
             }
             Special::EmitTime(None) => time::write_default(out, SystemTime::now()),
             Special::EmitTime(Some(format)) => format.write(out, SystemTime::now()),
@@ -162,6 +199,40 @@ impl Special {
             }
         }
     }
+}
+
+/// One of the points in time of a request.
+type TimePoint = fn(&Times) -> Option<Instant>;
+
+/// Those that `COMMON_DURATION` names.
+const TIME_POINTS: &[(&str, TimePoint)] = &[
+    ("DS_RX_BEG", |times| times.began),
+    ("DS_RX_END", |times| times.request_end),
+    ("US_CX_BEG", |times| times.connect[0]),
+    ("US_CX_END", |times| times.connect[1]),
+    ("US_HS_END", |times| times.connect[2]),
+    ("US_TX_BEG", |times| times.upstream_sent_first),
+    ("US_TX_END", |times| times.upstream_sent()),
+    ("US_RX_BEG", |times| times.upstream_answered),
+    ("US_RX_END", |times| times.upstream_end),
+    ("DS_TX_BEG", |times| times.sent_first),
+    ("DS_TX_END", |times| times.end),
+];
+
+fn common_duration(arguments: &str) -> Option<Special> {
+    let mut parts = arguments.split(':');
+    let point = |name: Option<&str>| {
+        let found = TIME_POINTS.iter().find(|(known, _)| Some(*known) == name);
+        found.map(|(_, point)| *point)
+    };
+    let (from, to) = (point(parts.next())?, point(parts.next())?);
+    let per_second = match parts.next()? {
+        "ms" => 1_000,
+        "us" => 1_000_000,
+        "ns" => 1_000_000_000,
+        _ => return None,
+    };
+    parts.next().is_none().then_some(Special::CommonDuration { from, to, per_second })
 }
 
 fn path<'a>(which: WhichPath, record: &Record<'a>) -> Option<&'a str> {

@@ -1,6 +1,6 @@
 use std::{
     net::SocketAddr,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -24,6 +24,39 @@ impl<'a> Headers<'a> {
             Headers::All(headers) => headers.get(name),
             Headers::Kept(headers) => headers.iter().find(|(known, _)| known == name).map(|(_, value)| value),
         }
+    }
+}
+
+/// When things happened to a request; `None`: they have not, or nobody knows.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Times {
+    /// Its first byte came.
+    pub began: Option<Instant>,
+    /// Its last byte came.
+    pub request_end: Option<Instant>,
+    /// The connection to the host was begun, was there, and had its TLS handshake.
+    pub connect: [Option<Instant>; 3],
+    /// Its first byte was sent to the host.
+    pub upstream_sent_first: Option<Instant>,
+    /// The first byte of the response came from the host.
+    pub upstream_answered: Option<Instant>,
+    /// The last byte of the response came from the host.
+    pub upstream_end: Option<Instant>,
+    /// The first byte of the response was sent to the client.
+    pub sent_first: Option<Instant>,
+    /// The last byte of the response was sent to the client.
+    pub end: Option<Instant>,
+}
+
+impl Times {
+    /// Its last byte was sent to the host.
+    pub fn upstream_sent(&self) -> Option<Instant> {
+        Some(self.request_end?.max(self.upstream_sent_first?))
+    }
+
+    /// How long it was between the two; `None` where that is not known, or nothing.
+    pub fn between(from: Option<Instant>, to: Option<Instant>) -> Option<Duration> {
+        to?.checked_duration_since(from?)
     }
 }
 
@@ -90,8 +123,18 @@ pub struct Record<'a> {
     pub upstream_tls: Option<&'a TlsInfo>,
     /// Why there was no connection to the host.
     pub upstream_transport_failure_reason: Option<&'a str>,
-    /// From the beginning to the end of the request; `None`: it has not ended.
-    pub request_duration: Option<Duration>,
+    /// When what happened.
+    pub times: Times,
+    /// The response's trailers.
+    pub response_trailers: Option<Headers<'a>>,
+    /// How many attempts were made at it.
+    pub attempts: u32,
+    /// The connection to the host: its protocol.
+    pub upstream_protocol: Option<&'static str>,
+    /// The connection to the host: its number.
+    pub upstream_connection_id: Option<u64>,
+    /// The virtual cluster that it is counted under.
+    pub virtual_cluster: Option<&'a str>,
     /// What the route's configuration says.
     pub route_metadata: Option<&'a Metadata>,
     /// What filters have told.
@@ -123,7 +166,12 @@ impl Default for Record<'_> {
             bytes_sent: 0,
             upstream_host: None,
             upstream_host_name: None,
-            request_duration: None,
+            times: Times::default(),
+            response_trailers: None,
+            attempts: 0,
+            upstream_protocol: None,
+            upstream_connection_id: None,
+            virtual_cluster: None,
             route_metadata: None,
             upstream_cluster: None,
             route_name: None,

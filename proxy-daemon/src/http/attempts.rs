@@ -179,6 +179,7 @@ impl Attempts<'_> {
 
     pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
         end.leave_host();
+        end.attempts = self.count;
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
@@ -312,6 +313,7 @@ impl Shared<'_> {
             response.extensions_mut().insert(Upgrade);
             return Ok((response, connection));
         }
+        notes.protocol.set(Some(connection.protocol()));
         let connects = head.method == Method::CONNECT;
         let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
         let mut request = self.upstream_request(host, (head, body), number, connection.is_http2());
@@ -321,6 +323,7 @@ impl Shared<'_> {
         let stats = &self.cluster.cluster.stats;
         let mut limit = self.timeouts.of_try(&self.cx.progress);
         until.set(limit.until);
+        self.cx.progress.sent_first.set(Some(limit.since));
         let sent = {
             let mut sending = std::pin::pin!(connection.send(request, |status, headers| {
                 notes.charge(self.cluster, status, self.cx.internal);

@@ -9,7 +9,7 @@ use std::{
 use http::StatusCode;
 use tokio::task::AbortHandle;
 
-use super::{conn_manager::ConnState, logged::LogParts, stream::Progress};
+use super::{conn_manager::ConnState, logged::LogParts, request_stats::Counted, stream::Progress};
 use crate::{
     access_log::ResponseFlags,
     upstream::{UpstreamInfo, WorkerHost},
@@ -24,6 +24,9 @@ pub(super) struct Told {
     pub(super) details: Option<String>,
     pub(super) host: Option<Rc<WorkerHost>>,
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
+    pub(super) attempts: u32,
+    pub(super) protocol: Option<&'static str>,
+    pub(super) counted: Option<Rc<Counted>>,
 }
 
 /// The lines of one stream. They end when this is dropped.
@@ -60,6 +63,11 @@ impl LiveLog {
                 record.upstream_host_name = told.host.as_ref().map(|host| host.host.name());
                 record.upstream_local_address = told.upstream.as_ref().and_then(|upstream| upstream.local);
                 record.upstream_tls = told.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref());
+                record.upstream_connection_id = told.upstream.as_ref().map(|upstream| upstream.id);
+                record.times.connect = told.upstream.as_ref().map(|upstream| upstream.times).unwrap_or_default();
+                record.attempts = told.attempts;
+                record.upstream_protocol = told.protocol;
+                record.virtual_cluster = told.counted.as_ref().and_then(|counted| counted.virtual_cluster());
                 let metadata = progress.metadata.borrow();
                 record.metadata = metadata.as_deref();
                 for access_log in &state.manager.access_logs {

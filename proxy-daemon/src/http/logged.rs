@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
 
 use super::{RouteRef, conn_manager::ConnState, live_log::LiveLog, stream::Progress};
 use crate::{
-    access_log::{AccessLog, Headers, Record},
+    access_log::{AccessLog, Headers, Record, Times},
     upstream::WorkerCluster,
 };
 
@@ -25,6 +25,9 @@ pub(super) struct LogParts {
     pub(super) host: Option<HeaderValue>,
     pub(super) request: Vec<(HeaderName, HeaderValue)>,
     pub(super) response: Vec<(HeaderName, HeaderValue)>,
+    pub(super) trailers: Vec<(HeaderName, HeaderValue)>,
+    /// When the client got the response's head.
+    pub(super) answered: Option<Instant>,
     pub(super) route: Option<RouteRef>,
     pub(super) cluster: Option<Rc<WorkerCluster>>,
     pub(super) remote: Option<SocketAddr>,
@@ -42,6 +45,8 @@ impl LogParts {
             host: None,
             request: Vec::new(),
             response: Vec::new(),
+            trailers: Vec::new(),
+            answered: None,
             route: None,
             cluster: None,
             remote: None,
@@ -59,7 +64,8 @@ impl LogParts {
             health_check: progress.health_check.get(),
             start: self.started,
             duration: started.elapsed(),
-            request_duration: progress.request_duration(started),
+            times: Times { sent_first: self.answered, end: Some(Instant::now()), ..progress.times(started) },
+            response_trailers: Some(Headers::Kept(&self.trailers)),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             protocol: Some(super::protocol_name(self.version)),
             method: method.map(Method::as_str),
@@ -82,6 +88,7 @@ impl LogParts {
 pub(super) struct LoggedHeaders {
     pub(super) request: Vec<HeaderName>,
     pub(super) response: Vec<HeaderName>,
+    pub(super) trailers: Vec<HeaderName>,
 }
 
 impl LoggedHeaders {
@@ -90,6 +97,7 @@ impl LoggedHeaders {
         LoggedHeaders {
             request: unique(logs.iter().flat_map(AccessLog::request_headers).map(HeaderName::as_str).collect()),
             response: unique(logs.iter().flat_map(AccessLog::response_headers).map(HeaderName::as_str).collect()),
+            trailers: unique(logs.iter().flat_map(AccessLog::response_trailers).map(HeaderName::as_str).collect()),
         }
     }
 }

@@ -25,7 +25,7 @@ use super::{
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::{Record, ResponseFlags, Times},
     upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -134,6 +134,9 @@ impl Observer for ResponseObserver {
     fn end(&mut self, trailers: Option<&HeaderMap>) {
         self.end.with(|end| {
             end.complete = true;
+            if let Some(trailers) = trailers {
+                end.keep_trailers(trailers);
+            }
             if end.switched && end.http1 && end.progress.request_complete.get().is_some() {
                 // It was the client that closed the tunnel.
                 end.client_left();
@@ -167,6 +170,8 @@ pub(super) struct StreamEnd {
     pub(super) clears_details: bool,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     pub(super) notes: Notes,
+    /// How many attempts were made.
+    pub(super) attempts: u32,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
     /// The client speaks HTTP/1.
@@ -197,6 +202,8 @@ pub(super) struct Notes {
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
     pub(super) transport_failure: Cell<Option<Box<str>>>,
+    /// The protocol on that connection.
+    pub(super) protocol: Cell<Option<&'static str>>,
 }
 
 impl Notes {
@@ -240,6 +247,7 @@ impl StreamEnd {
             clears_details: false,
             host: None,
             notes: Notes::default(),
+            attempts: 0,
             judged: false,
             http1: true,
             grpc: false,
@@ -478,8 +486,16 @@ impl StreamEnd {
         self.progress.taps.borrow().iter().for_each(|tap| tap.response_now(status, headers));
         if let Some(log) = &mut self.log {
             log.response = only(headers, &self.state.manager.logged.response);
+            log.answered.get_or_insert_with(Instant::now);
         }
         self.update_live();
+    }
+
+    /// Keeps the response's trailers.
+    fn keep_trailers(&mut self, trailers: &HeaderMap) {
+        if let Some(log) = &mut self.log {
+            log.trailers = only(trailers, &self.state.manager.logged.trailers);
+        }
     }
 
     /// What can be told of a stream of which nothing is known but its connection.
@@ -514,7 +530,15 @@ impl StreamEnd {
     /// Adds to a record what is known of the connection to the host.
     pub(super) fn tell_upstream(&self, record: &Record<'_>, tell: impl FnOnce(&Record<'_>)) {
         let (upstream, transport_failure) = (self.notes.upstream.take(), self.notes.transport_failure.take());
+        let connect = upstream.as_ref().map(|upstream| upstream.times).unwrap_or_default();
+        let answered = record.times.upstream_answered.filter(|_| self.complete);
+        let upstream_end = answered.map(|_| self.progress.last_response.get());
         tell(&Record {
+            times: Times { connect, upstream_end, ..record.times },
+            attempts: self.attempts,
+            upstream_protocol: self.notes.protocol.get(),
+            upstream_connection_id: upstream.as_ref().map(|upstream| upstream.id),
+            virtual_cluster: self.notes.counted.as_ref().and_then(|counted| counted.virtual_cluster()),
             upstream_local_address: upstream.as_ref().and_then(|upstream| upstream.local),
             upstream_tls: upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
             upstream_transport_failure_reason: transport_failure.as_deref(),
@@ -538,6 +562,9 @@ impl StreamEnd {
             flags: self.flags,
             details: Some(self.details.to_string()).filter(|details| !details.is_empty()),
             host: self.host.as_ref().map(|(_, host)| Rc::clone(host)),
+            attempts: self.attempts,
+            protocol: self.notes.protocol.get(),
+            counted: self.notes.counted.clone(),
             upstream,
         };
         log.live = Some(match live {

@@ -109,6 +109,12 @@ impl Counted {
         Some(Rc::new(Counted { route: route.clone(), virtual_cluster }))
     }
 
+    /// The virtual cluster's name; those that are in none are in no other by name, as in Envoy.
+    pub(super) fn virtual_cluster(&self) -> Option<&str> {
+        let clusters = &self.route.virtual_host().virtual_clusters;
+        Some(&*clusters.get(self.virtual_cluster?)?.name)
+    }
+
     /// Counts in each of the places.
     pub(super) fn each(&self, count: impl Fn(&RequestStats)) {
         let Some((stats, number)) = self.route.stats() else { return };

@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use super::{
     MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, observe::StreamEnd, route_match::authority,
 };
 use crate::{
-    access_log::{Headers, Record, ResponseFlags},
+    access_log::{Headers, Record, ResponseFlags, Times},
     config::model::{AddedValue, HeaderAdd, HeaderMutations, WeightedOptions},
     listener::ConnectionInfo,
     runtime::Worker,
@@ -259,7 +259,7 @@ impl StreamCx {
             missing: "",
             start: SystemTime::now(),
             duration: self.started.elapsed(),
-            request_duration: self.progress.request_duration(self.started),
+            times: self.progress.times(self.started),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             bytes_received: self.progress.received.get(),
             downstream_remote_address: Some(self.remote),
@@ -291,6 +291,10 @@ pub struct Progress {
     pub health_check: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
+    /// When the last attempt had its connection.
+    pub sent_first: Cell<Option<Instant>>,
+    /// When the upstream's answer began.
+    pub answered: Cell<Option<Instant>>,
     /// When anything last passed in either direction.
     pub last_activity: Cell<Instant>,
     /// When the upstream last sent something, from its first answer on.
@@ -320,6 +324,8 @@ impl Progress {
             taps: RefCell::new(Vec::new()),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
+            sent_first: Cell::new(None),
+            answered: Cell::new(None),
             last_activity: Cell::new(started),
             last_response: Cell::new(started),
             malformed: Cell::new(None),
@@ -331,9 +337,15 @@ impl Progress {
         })
     }
 
-    /// How long the request took to come that began at `started`; `None`: it is not whole.
-    pub fn request_duration(&self, started: Instant) -> Option<Duration> {
-        self.request_complete.get().map(|complete| complete.saturating_duration_since(started))
+    /// What is known of the times of a stream that began at `started`.
+    pub fn times(&self, started: Instant) -> Times {
+        Times {
+            began: Some(started),
+            request_end: self.request_complete.get(),
+            upstream_sent_first: self.sent_first.get(),
+            upstream_answered: self.answered.get(),
+            ..Times::default()
+        }
     }
 
     /// The client is to have the interim responses of the upstream.

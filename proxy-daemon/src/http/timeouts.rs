@@ -199,7 +199,7 @@ fn wish(headers: &mut HeaderMap, name: &HeaderName, otherwise: Option<Duration>)
 pub(super) struct TryLimit {
     progress: Rc<Progress>,
     limit: Option<(Duration, Failure)>,
-    since: Instant,
+    pub(super) since: Instant,
     /// Then it is over, whatever has come by then.
     pub(super) until: Option<Instant>,
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,

@@ -69,7 +69,9 @@ impl Timers {
     /// The upstream may pause for so long from now on, while its answer lasts.
     pub(super) fn limit_pauses(&mut self, per_try_idle: Option<Duration>) {
         self.per_try_idle = per_try_idle;
-        self.progress.last_response.set(Instant::now());
+        let now = Instant::now();
+        self.progress.last_response.set(now);
+        self.progress.answered.set(Some(now));
     }
 
     /// However long the rest of the request takes.

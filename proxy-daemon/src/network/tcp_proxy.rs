@@ -13,7 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::tunnel;
 use crate::{
-    access_log::{AccessLog, Record, ResponseFlags},
+    access_log::{AccessLog, Record, ResponseFlags, Times},
     config::{
         FieldError,
         model::{ClusterChoice, TcpProxyConfig},
@@ -124,6 +124,13 @@ pub async fn serve(
         upstream_cluster: outcome.cluster.as_deref(),
         upstream_local_address: outcome.upstream.as_ref().and_then(|upstream| upstream.local),
         upstream_tls: outcome.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
+        upstream_connection_id: outcome.upstream.as_ref().map(|upstream| upstream.id),
+        times: Times {
+            began: Some(started),
+            connect: outcome.upstream.as_ref().map(|upstream| upstream.times).unwrap_or_default(),
+            end: Some(Instant::now()),
+            ..Times::default()
+        },
         upstream_transport_failure_reason: outcome.transport_failure.as_deref(),
         ..info.record()
     };
@@ -236,13 +243,14 @@ async fn dial(
         stats.upstream_cx_total.inc();
         // Counted from the first SYN: connects that hang use up the limit as well.
         let open = Decrement::after_inc(stats.upstream_cx_active);
-        let since = Instant::now();
+        let (since, connected) = (Instant::now(), Cell::new(None));
         let how = Dial {
             source: info.source,
             keepalive: config.tcp_keepalive.as_ref(),
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),
             alpn: AlpnFallback::None,
+            connected: &connected,
         };
         match connect(&host.host, how).await {
             Ok(stream) => {
@@ -251,7 +259,8 @@ async fn dial(
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 let issued = Issued::to(&host);
-                (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(stream.info())), None);
+                let told = stream.info(since, connected.get());
+                (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
                 return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open, _issued: issued });
             }
             Err(error) => {

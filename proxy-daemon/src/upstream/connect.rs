@@ -1,12 +1,14 @@
 //! Opens connections to hosts.
 
 use std::{
+    cell::Cell,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::AsRawFd,
     pin::Pin,
+    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -40,6 +42,10 @@ pub struct UpstreamInfo {
     pub local: Option<SocketAddr>,
     /// What the TLS handshake came to.
     pub tls: Option<TlsInfo>,
+    /// Unique in the process.
+    pub id: u64,
+    /// When it was begun, was there, and had its TLS handshake.
+    pub times: [Option<Instant>; 3],
 }
 
 /// Why a connection could not be opened.
@@ -87,6 +93,8 @@ pub struct Dial<'a> {
     pub tls: Option<&'a ClientTls>,
     /// What is offered in the handshake.
     pub alpn: AlpnFallback,
+    /// Told when the connection is there, before its TLS handshake.
+    pub connected: &'a Cell<Option<Instant>>,
 }
 
 /// The source address that an upstream connection keeps, where the listener asks for it.
@@ -112,6 +120,7 @@ impl Source {
 pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, ConnectError> {
     let attempt = async {
         let stream = connect_plain(&host.address, dial.source, dial.keepalive).await?;
+        dial.connected.set(Some(Instant::now()));
         match dial.tls {
             None => Ok(stream),
             Some(tls) => secure(tls, stream, host, dial.alpn).await,
@@ -203,13 +212,16 @@ pub(crate) fn set_int(socket: &impl AsRawFd, level: i32, option: i32, value: lib
 }
 
 impl UpstreamStream {
-    /// What access logs tell of it.
-    pub fn info(&self) -> UpstreamInfo {
+    /// What access logs tell of it, which was begun then, and there then: after all of that.
+    pub fn info(&self, began: Instant, connected: Option<Instant>) -> UpstreamInfo {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let tls = match self {
             UpstreamStream::Tls(stream) => Some(TlsInfo::new(stream.get_ref().1, None)),
             UpstreamStream::Tcp(_) | UpstreamStream::Unix(_) => None,
         };
-        UpstreamInfo { local: self.local_addr(), tls }
+        let secured = tls.as_ref().map(|_| Instant::now());
+        let times = [Some(began), connected, secured];
+        UpstreamInfo { local: self.local_addr(), tls, id: NEXT.fetch_add(1, Ordering::Relaxed), times }
     }
 
     /// Our own end's address.

@@ -340,6 +340,7 @@ impl WorkerHost {
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),
             alpn,
+            connected: &open.connected,
         };
         match connect(&self.host, dial).await {
             Ok(stream) => {
@@ -365,7 +366,7 @@ impl WorkerHost {
         open: OpenConnection,
     ) -> Rc<Http1Connection> {
         let connection = Rc::new(Http1Connection {
-            info: Rc::new(stream.info()),
+            info: Rc::new(stream.info(open.since, open.connected.get())),
             client: Rc::new(ClientConnection::new(metered(cluster, stream))),
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
@@ -399,7 +400,7 @@ impl WorkerHost {
         open: OpenConnection,
         options: &Http2Options,
     ) -> Result<Rc<Http2Connection>, PoolError> {
-        let info = Rc::new(stream.info());
+        let info = Rc::new(stream.info(open.since, open.connected.get()));
         let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
         let started = h2::ClientConnection::start(metered(cluster, stream), options, buffer).await;
         let (client, driver) = started.map_err(PoolError::Handshake)?;
@@ -462,6 +463,11 @@ impl Connection {
     /// Whether it speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
         matches!(self.sender, Sender::Http2(_))
+    }
+
+    /// The protocol, as access logs have it.
+    pub fn protocol(&self) -> &'static str {
+        if self.is_http2() { "HTTP/2" } else { "HTTP/1.1" }
     }
 
     /// What access logs tell of it.
@@ -576,6 +582,8 @@ pub(super) struct OpenConnection {
     worker: usize,
     pool: Weak<SourcePool>,
     since: Instant,
+    /// When it was there, before its TLS handshake.
+    connected: Cell<Option<Instant>>,
     /// How many it has carried.
     requests: Rc<Cell<u32>>,
 }
@@ -594,6 +602,7 @@ impl OpenConnection {
             worker: cluster.worker(),
             pool: Rc::downgrade(pool),
             since: Instant::now(),
+            connected: Cell::new(None),
             requests: Rc::default(),
         }
     }

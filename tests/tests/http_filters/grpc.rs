@@ -12,7 +12,7 @@ pub fn cases() -> Vec<Case> {
     [stats(), web()].concat()
 }
 
-const ANSWER: &str = "{\"rawBody\": \"YWJj\"}";
+pub const ANSWER: &str = "{\"rawBody\": \"YWJj\"}";
 
 /// A message that has the gRPC server answer in this way, as a frame.
 fn asks(answer: &str) -> String {

@@ -40,6 +40,8 @@ pub struct Case {
     told: [String; 4],
     /// The virtual host's.
     domains: &'static str,
+    /// What its access log says further, of each request.
+    of_log: String,
 }
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
@@ -59,6 +61,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         first: String::new(),
         told: Default::default(),
         domains: "domains: [\"*\"]",
+        of_log: String::new(),
     }
 }
 
@@ -111,6 +114,18 @@ impl Case {
     pub fn of_routes(mut self, host: &str, route: &str) -> Case {
         self.of_routes =
             [host, route].map(|fields| if fields.is_empty() { String::new() } else { format!(", {fields}") });
+        self
+    }
+
+    /// With these requests.
+    pub fn with_requests(mut self, requests: &[&str]) -> Case {
+        self.requests = requests.iter().map(|request| (*request).to_owned()).collect();
+        self
+    }
+
+    /// With this at the end of the lines of its access log.
+    pub fn of_log(mut self, format: &str) -> Case {
+        self.of_log = format!(" {format}");
         self
     }
 
@@ -182,7 +197,7 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     proxy.signal(Signal::SIGTERM)?;
     proxy.wait(Duration::from_secs(10))?;
     for (index, texts) in texts.iter_mut().enumerate() {
-        texts.push(format!("log:\n{}", fs::read_to_string(log(index)).unwrap_or_default()));
+        texts.push(format!("log:\n{}", own_values(&fs::read_to_string(log(index)).unwrap_or_default())));
         let mut stats = filter_stats(&stats, index);
         if cases[index].of_own_lengths {
             stats = stats.lines().map(|line| own_lengths(line) + "\n").collect();
@@ -274,6 +289,15 @@ fn tunnel(port: u16, request: &str) -> Result<String> {
     let mut answer = [0; 2];
     reader.read_exact(&mut answer)?;
     Ok(format!("{}\n{}\n", status.trim(), String::from_utf8_lossy(&answer)))
+}
+
+/// Without the numbers that stand between tildes: how many there are is left, with commas between them.
+fn own_values(log: &str) -> String {
+    let hide = |(index, part): (usize, &str)| {
+        let own = index % 2 == 1 && part.bytes().all(|byte| byte.is_ascii_hexdigit() || b",-".contains(&byte));
+        if own && part != "-" { "N,".repeat(part.split(',').count()) } else { part.to_owned() }
+    };
+    log.split('~').enumerate().map(hide).collect::<Vec<_>>().join("~")
 }
 
 /// Without the number of a counter of compressed bytes.
@@ -408,7 +432,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let format = "%REQ(x-id)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% LENGTHS \
                   %ACCESS_LOG_TYPE% %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
                   %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:h)%";
-    let format = format.replace("LENGTHS", lengths);
+    let format = format.replace("LENGTHS", lengths) + &case.of_log;
     format!(
         r#"  - name: http_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}

@@ -1,5 +1,6 @@
 //! When access logs have a line.
 
+use super::grpc::{ANSWER, called};
 use super::harness::{Case, case};
 
 /// With a deprecated field of the connection manager's own.
@@ -14,9 +15,82 @@ fn of(name: &'static str, fields: &str, requests: &[&str]) -> Case {
         .of_manager(&format!("access_log_options: {{{fields}}}"))
 }
 
+/// Operators of formats whose values are the same in both proxies, each with a name.
+const OPERATORS: &[&str] = &[
+    "%HOSTNAME%",
+    "%ENVIRONMENT(HOME)% %ENVIRONMENT(HOME):2% %ENVIRONMENT(NONE_SUCH)%",
+    "%PATH% %PATH(NQ)% %PATH(WQ):4%",
+    "%PATH(WQ:ORIG)% %PATH(NQ:ORIG)% %PATH(WQ:PATH)% %PATH(NQ:ORIG_OR_PATH)%",
+    "%QUERY_PARAM(a)% %QUERY_PARAM(b)% %QUERY_PARAM(c)% %QUERY_PARAM(none)% %QUERY_PARAM(b):3%",
+    "%QUERY_PARAMS(ORIG)% %QUERY_PARAMS(ORIG):4%",
+    "%REQUEST_HEADER(x-a)% %REQUEST_HEADER(x-none?:path):3% %RESPONSE_HEADER(content-type)%",
+    "%RESPONSE_FLAGS_LONG%",
+    "%UPSTREAM_HOST_NAME% %UPSTREAM_HOST_NAME_WITHOUT_PORT%",
+    "%UPSTREAM_CLUSTER_RAW% %UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %UPSTREAM_REMOTE_PORT%",
+    "%BYTES_RETRANSMITTED% %TRACE_ID% %SPAN_ID% %TLS_JA3_FINGERPRINT% %TLS_JA4_FINGERPRINT% %CUSTOM_FLAGS%",
+    "%METADATA(ROUTE:ns:k)% %METADATA(DYNAMIC:ns:k)%",
+    "%COALESCE({\"operators\": [\"ROUTE_NAME\", {\"command\": \"REQ\", \"param\": \"x-a\", \"max_length\": 2}]})%",
+    "%DOWNSTREAM_DIRECT_LOCAL_ADDRESS% %DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_LOCAL_PORT%",
+    "%GRPC_STATUS% %GRPC_STATUS(CAMEL_STRING)% %GRPC_STATUS(SNAKE_STRING)% %GRPC_STATUS(NUMBER)% %GRPC_STATUS_NUMBER%",
+    "%TRAILER(x-t)% %TRAILER(x-none?x-t):1% %RESPONSE_TRAILER(grpc-status)% %TRAILER(x-none)%",
+    "%UPSTREAM_REQUEST_ATTEMPT_COUNT% %UPSTREAM_PROTOCOL% %VIRTUAL_CLUSTER_NAME%",
+    "%UPSTREAM_HOSTS_ATTEMPTED% %UPSTREAM_HOSTS_ATTEMPTED_WITHOUT_PORT%",
+    "%UPSTREAM_HOST_NAMES_ATTEMPTED% %UPSTREAM_HOST_NAMES_ATTEMPTED_WITHOUT_PORT%",
+];
+
+/// Those whose values are a proxy's own: whether there is one is compared.
+const OWN_VALUES: &[&str] = &[
+    "~%REQUEST_DURATION%~ ~%REQUEST_TX_DURATION%~ ~%RESPONSE_DURATION%~ ~%RESPONSE_TX_DURATION%~",
+    "~%COMMON_DURATION(DS_RX_BEG:DS_RX_END:ms)%~ ~%COMMON_DURATION(DS_RX_BEG:DS_TX_BEG:us)%~",
+    "~%COMMON_DURATION(DS_RX_BEG:DS_TX_END:ns)%~ ~%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%~",
+    "~%COMMON_DURATION(US_TX_BEG:US_TX_END:us)%~ ~%COMMON_DURATION(US_TX_BEG:US_RX_BEG:us)%~",
+    "~%COMMON_DURATION(US_RX_BEG:US_RX_END:us)%~ ~%COMMON_DURATION(US_CX_BEG:US_CX_END:us)%~",
+    "~%COMMON_DURATION(US_CX_END:US_HS_END:us)%~ ~%COMMON_DURATION(DS_TX_END:DS_RX_BEG:ns)%~",
+    "~%UPSTREAM_CONNECTION_ID%~ ~%UPSTREAM_CONNECTION_IDS_ATTEMPTED%~ ~%STREAM_ID%~",
+];
+
+/// Those of the tables, with a name each.
+fn named(operators: &[&str]) -> String {
+    let named = operators.iter().enumerate().map(|(index, operator)| format!("op{index}={operator}"));
+    named.collect::<Vec<_>>().join(" ").replace('"', "\\\"")
+}
+
+/// All of them, of requests to which there is something to say.
+fn operators() -> Case {
+    let grpc = "content-type: application/grpc";
+    case("operators", "set_metadata.v3.Config", "metadata: [{metadata_namespace: ns, value: {k: set}}]", &[])
+        .of_routes(
+            "virtual_clusters: [{name: posts, headers: [{name: \":method\", string_match: {exact: POST}}]}]",
+            "retry_policy: {retry_on: 5xx, num_retries: 2}",
+        )
+        .with_requests(&[
+            "GET /p/q?a=1&b=%20xyz&a=2&c\nx-a: hello?there",
+            "GET /p?\nx-envoy-original-path: /o/p?c=%41&%61=5",
+            "GET /direct",
+            "GET /direct?a=1",
+            "POST /\n\nbody",
+            "GET /\nx-do: 503",
+            "GET /\nx-do: reset",
+            "GET /\nhost: a,b",
+            "GET /many",
+            "GET /weighted?a=%zz",
+            &format!("POST /\n{grpc}\nx-do: 200+grpc-status=5\n\nbody"),
+            &format!("POST /\n{grpc}+proto\nx-do: 200+grpc-status=77\n\nbody"),
+            &format!("POST /\n{grpc}\nx-do: 200+grpc-status=x\n\nbody"),
+            &format!("POST /\n{grpc}\nx-do: 404\n\nbody"),
+            &format!("POST /\n{grpc}x\nx-do: 404\n\nbody"),
+            &format!("POST /direct\n{grpc}\n\nbody"),
+            &called("application/grpc", "", ANSWER),
+            &called("application/grpc", "", "status 5"),
+            &called("application/grpc", "", "http 404"),
+        ])
+        .of_log(&named(&[OPERATORS, OWN_VALUES].concat()))
+}
+
 pub fn cases() -> Vec<Case> {
     let requests = ["GET /", "POST /\nx-do: 503\n\nbody", "GET /direct", "GET /\nx-do: reset", "GET /\nhost: a,b"];
     vec![
+        operators(),
         of("a line at the end", "", &requests),
         of("flush_access_log_on_new_request", "flush_access_log_on_new_request: true", &requests),
         of("access_log_flush_interval", "access_log_flush_interval: 0.5s", &["GET /\nx-do: 200+delay=750", "GET /"]),
