@@ -71,8 +71,9 @@ impl Special {
             "HOSTNAME" if operator.arguments.is_none() && operator.length.is_none() => Special::Known(HOSTNAME.clone()),
             "ENVIRONMENT" if arguments.is_empty() => return Err(refuse("needs a variable's name in brackets")),
             "ENVIRONMENT" => {
-                let value = std::env::var_os(arguments).map(|value| value.to_string_lossy().into_owned());
-                Special::Known(value.map(|value| value.chars().take(max_len).collect::<String>().into()))
+                // Not what stands for other things that are not there.
+                let value = std::env::var_os(arguments).unwrap_or_else(|| "-".into());
+                Special::Known(Some(value.to_string_lossy().chars().take(max_len).collect::<String>().into()))
             }
             "PATH" => {
                 let (query, which) = arguments.split_once(':').unwrap_or((arguments, ""));

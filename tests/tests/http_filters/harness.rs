@@ -174,19 +174,18 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     ]);
     yaml += &hosts(&others);
     let mut proxy = Daemon::start(kind, &yaml)?;
+    let hide = |index: usize, text: String| {
+        let services = [(ports[index], "PORT"), (service, "SERVICE"), (authz, "AUTHZ"), (grpc, "GRPC")];
+        let text = services.into_iter().fold(text, |text, (port, name)| text.replace(&port.to_string(), name));
+        let all: Vec<_> = others.iter().copied().chain([("a", service)]).collect();
+        sessions(&all).into_iter().fold(text, |text, (name, session)| text.replace(&session, &name))
+    };
     let mut texts: Vec<Vec<String>> = thread::scope(|scope| {
-        let (seen, asked, others) = (&seen, &asked, &others);
+        let (seen, asked, others, hide) = (&seen, &asked, &others, &hide);
         let run = |(index, case)| {
             scope.spawn(move || {
                 let texts = requests(index, case, ports[index], (seen, asked, others));
-                let hide = |text: String| {
-                    let services = [(ports[index], "PORT"), (service, "SERVICE"), (authz, "AUTHZ"), (grpc, "GRPC")];
-                    let text =
-                        services.into_iter().fold(text, |text, (port, name)| text.replace(&port.to_string(), name));
-                    let all: Vec<_> = others.iter().copied().chain([("a", service)]).collect();
-                    sessions(&all).into_iter().fold(text, |text, (name, session)| text.replace(&session, &name))
-                };
-                texts.into_iter().map(hide).collect::<Vec<_>>()
+                texts.into_iter().map(|text| hide(index, text)).collect::<Vec<_>>()
             })
         };
         let running: Vec<_> = cases.iter().enumerate().map(run).collect();
@@ -197,7 +196,10 @@ fn outcomes(kind: Kind, cases: &[Case], ports: &[u16], dir: &Path) -> Result<Vec
     proxy.signal(Signal::SIGTERM)?;
     proxy.wait(Duration::from_secs(10))?;
     for (index, texts) in texts.iter_mut().enumerate() {
-        texts.push(format!("log:\n{}", own_values(&fs::read_to_string(log(index)).unwrap_or_default())));
+        let lines = others.iter().fold(fs::read_to_string(log(index)).unwrap_or_default(), |lines, (name, port)| {
+            lines.replace(&format!(":{port}"), &format!(":{name}")).replace(&format!(" {port} "), &format!(" {name} "))
+        });
+        texts.push(format!("log:\n{}", own_values(&hide(index, lines))));
         let mut stats = filter_stats(&stats, index);
         if cases[index].of_own_lengths {
             stats = stats.lines().map(|line| own_lengths(line) + "\n").collect();
