@@ -3,7 +3,7 @@ use std::time::{Duration, SystemTime};
 use http::{HeaderMap, HeaderValue};
 
 use super::*;
-use crate::access_log::ResponseFlags;
+use crate::access_log::{ResponseFlags, Times};
 
 fn line(format: &str, record: &Record<'_>) -> String {
     let mut out = Vec::new();
@@ -104,6 +104,7 @@ fn every_operator_is_written() {
         upstream_tls: None,
         upstream_transport_failure_reason: Some("delayed connect error: Connection refused"),
         downstream_transport_failure_reason: Some("TLS_error:bad certificate:TLS_error_end"),
+        ..Record::default()
     };
     for (format, expected) in [
         ("%START_TIME%", "2026-11-21T05:04:45.380Z"),
@@ -146,6 +147,49 @@ fn every_operator_is_written() {
 }
 
 #[test]
+fn times_are_written_in_their_precision() {
+    let began = std::time::Instant::now();
+    let at = |microseconds| Some(began + Duration::from_micros(microseconds));
+    let times = Times {
+        began: at(0),
+        request_end: at(1_500),
+        upstream_sent_first: at(700),
+        upstream_answered: at(4_999),
+        end: at(9_000),
+        ..Times::default()
+    };
+    let record = Record { times, attempts: 2, ..Record::default() };
+    for (format, expected) in [
+        ("%REQUEST_DURATION% %REQUEST_TX_DURATION% %RESPONSE_DURATION% %RESPONSE_TX_DURATION%", "1 1 4 4"),
+        ("%COMMON_DURATION(US_TX_BEG:US_RX_BEG:us)% %COMMON_DURATION(DS_RX_BEG:DS_RX_END:ns)%", "4299 1500000"),
+        ("%COMMON_DURATION(DS_TX_END:DS_RX_BEG:ms)% %COMMON_DURATION(US_CX_BEG:US_CX_END:ms)%", "- -"),
+        ("%UPSTREAM_REQUEST_ATTEMPT_COUNT%", "2"),
+    ] {
+        assert_eq!(line(format, &record), expected, "{format}");
+    }
+    assert_eq!(line("%REQUEST_DURATION%|%RESPONSE_TX_DURATION%", &Record::default()), "-|-");
+    for bad in ["", "DS_RX_BEG", "DS_RX_BEG:DS_RX_END", "DS_RX_BEG:DS_RX_END:s", "A:B:ms", "DS_RX_BEG:DS_RX_END:ms:ms"]
+    {
+        assert!(Format::parse(&format!("%COMMON_DURATION({bad})%")).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn grpc_statuses_are_those_of_the_trailers_first() {
+    let (request, head) = (headers(&[("content-type", "application/grpc+proto")]), headers(&[("grpc-status", "5")]));
+    let trailers = headers(&[("grpc-status", "14"), ("x-t", "end")]);
+    let all = Record { request_headers: Some(Headers::All(&request)), response_code: 200, ..Record::default() };
+    let of_head = Record { response_headers: Some(Headers::All(&head)), ..all };
+    let of_trailers = Record { response_trailers: Some(Headers::All(&trailers)), ..of_head };
+    let format =
+        "%GRPC_STATUS% %GRPC_STATUS(SNAKE_STRING)% %GRPC_STATUS(NUMBER)% %GRPC_STATUS_NUMBER% %TRAILER(x-t):2%";
+    assert_eq!(line(format, &of_trailers), "Unavailable UNAVAILABLE 14 14 en");
+    assert_eq!(line(format, &of_head), "NotFound NOT_FOUND 5 5 -");
+    assert_eq!(line(format, &all), "Unknown UNKNOWN 2 2 -");
+    assert_eq!(line(format, &Record { request_headers: None, ..of_trailers }), "- - - - en");
+}
+
+#[test]
 fn a_bad_format_is_refused_with_what_is_wrong() {
     // Those that Envoy refuses too, and a time letter that it would print as it stands.
     for (format, expected) in [
@@ -161,6 +205,11 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
         ("%req(x)%", "position 0"),
         ("a % b", "position 2"),
         ("ends in %", "position 8"),
+        ("%GRPC_STATUS(WORD)%", "takes CAMEL_STRING"),
+        ("%GRPC_STATUS_NUMBER(WORD)%", "not supported"),
+        ("%ENVIRONMENT%", "needs a variable's name"),
+        ("%PATH(WQ:NEW)%", "the second argument"),
+        ("%COALESCE({})%", "needs a list of operators"),
         ("%PROTOCOL(a)%", "%PROTOCOL% takes neither"),
         ("%PROTOCOL:3%", "%PROTOCOL% takes neither"),
         ("%START_TIME(%Q)%", "%START_TIME%: %Q is not"),

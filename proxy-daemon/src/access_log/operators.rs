@@ -21,7 +21,7 @@ static X_ENVOY_ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-orig
 /// The machine's name; `None` where it has none.
 static HOSTNAME: LazyLock<Option<Box<str>>> = LazyLock::new(|| {
     let name = nix::sys::utsname::uname().ok()?.nodename().to_string_lossy().into_owned();
-    Some(name.into()).filter(|name: &Box<str>| !name.is_empty())
+    Some(name).filter(|name| !name.is_empty()).map(Into::into)
 });
 
 /// What such an operator writes.

@@ -179,7 +179,7 @@ impl Attempts<'_> {
 
     pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
         end.leave_host();
-        end.attempts = self.count;
+        self.cx.progress.attempts.set(self.count);
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
@@ -313,7 +313,7 @@ impl Shared<'_> {
             response.extensions_mut().insert(Upgrade);
             return Ok((response, connection));
         }
-        notes.protocol.set(Some(connection.protocol()));
+        self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
         let connects = head.method == Method::CONNECT;
         let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
         let mut request = self.upstream_request(host, (head, body), number, connection.is_http2());

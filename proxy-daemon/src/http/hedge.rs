@@ -139,7 +139,7 @@ impl Attempts<'_> {
                         }
                         end.set_host(self.cluster, &one.held.host);
                         end.notes.upstream.set(Some(Rc::clone(connection.info())));
-                        end.notes.protocol.set(Some(connection.protocol()));
+                        self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
                         self.until.set(one.until.get());
                         end.judge_response(&response, http_body::Body::is_end_stream(&incoming));
                         return Ok((Response::from_parts(response, incoming), connection));

@@ -24,8 +24,6 @@ pub(super) struct Told {
     pub(super) details: Option<String>,
     pub(super) host: Option<Rc<WorkerHost>>,
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
-    pub(super) attempts: u32,
-    pub(super) protocol: Option<&'static str>,
     pub(super) counted: Option<Rc<Counted>>,
 }
 
@@ -65,8 +63,6 @@ impl LiveLog {
                 record.upstream_tls = told.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref());
                 record.upstream_connection_id = told.upstream.as_ref().map(|upstream| upstream.id);
                 record.times.connect = told.upstream.as_ref().map(|upstream| upstream.times).unwrap_or_default();
-                record.attempts = told.attempts;
-                record.upstream_protocol = told.protocol;
                 record.virtual_cluster = told.counted.as_ref().and_then(|counted| counted.virtual_cluster());
                 let metadata = progress.metadata.borrow();
                 record.metadata = metadata.as_deref();

@@ -64,6 +64,8 @@ impl LogParts {
             health_check: progress.health_check.get(),
             start: self.started,
             duration: started.elapsed(),
+            attempts: progress.attempts.get(),
+            upstream_protocol: progress.upstream_protocol.get(),
             times: Times { sent_first: self.answered, end: Some(Instant::now()), ..progress.times(started) },
             response_trailers: Some(Headers::Kept(&self.trailers)),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),

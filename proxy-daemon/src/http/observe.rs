@@ -170,8 +170,6 @@ pub(super) struct StreamEnd {
     pub(super) clears_details: bool,
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     pub(super) notes: Notes,
-    /// How many attempts were made.
-    pub(super) attempts: u32,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
     /// The client speaks HTTP/1.
@@ -202,8 +200,6 @@ pub(super) struct Notes {
     pub(super) upstream: Cell<Option<Rc<UpstreamInfo>>>,
     /// Why there was none.
     pub(super) transport_failure: Cell<Option<Box<str>>>,
-    /// The protocol on that connection.
-    pub(super) protocol: Cell<Option<&'static str>>,
 }
 
 impl Notes {
@@ -247,7 +243,6 @@ impl StreamEnd {
             clears_details: false,
             host: None,
             notes: Notes::default(),
-            attempts: 0,
             judged: false,
             http1: true,
             grpc: false,
@@ -535,8 +530,6 @@ impl StreamEnd {
         let upstream_end = answered.map(|_| self.progress.last_response.get());
         tell(&Record {
             times: Times { connect, upstream_end, ..record.times },
-            attempts: self.attempts,
-            upstream_protocol: self.notes.protocol.get(),
             upstream_connection_id: upstream.as_ref().map(|upstream| upstream.id),
             virtual_cluster: self.notes.counted.as_ref().and_then(|counted| counted.virtual_cluster()),
             upstream_local_address: upstream.as_ref().and_then(|upstream| upstream.local),
@@ -562,8 +555,6 @@ impl StreamEnd {
             flags: self.flags,
             details: Some(self.details.to_string()).filter(|details| !details.is_empty()),
             host: self.host.as_ref().map(|(_, host)| Rc::clone(host)),
-            attempts: self.attempts,
-            protocol: self.notes.protocol.get(),
             counted: self.notes.counted.clone(),
             upstream,
         };

@@ -259,6 +259,8 @@ impl StreamCx {
             missing: "",
             start: SystemTime::now(),
             duration: self.started.elapsed(),
+            attempts: self.progress.attempts.get(),
+            upstream_protocol: self.progress.upstream_protocol.get(),
             times: self.progress.times(self.started),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             bytes_received: self.progress.received.get(),
@@ -291,6 +293,10 @@ pub struct Progress {
     pub health_check: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
+    /// How many attempts were made.
+    pub attempts: Cell<u32>,
+    /// The protocol on the last one's connection.
+    pub upstream_protocol: Cell<Option<&'static str>>,
     /// When the last attempt had its connection.
     pub sent_first: Cell<Option<Instant>>,
     /// When the upstream's answer began.
@@ -324,6 +330,8 @@ impl Progress {
             taps: RefCell::new(Vec::new()),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
+            attempts: Cell::new(0),
+            upstream_protocol: Cell::new(None),
             sent_first: Cell::new(None),
             answered: Cell::new(None),
             last_activity: Cell::new(started),
