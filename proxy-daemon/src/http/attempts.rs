@@ -232,6 +232,7 @@ impl Attempts<'_> {
             return Err(overloaded());
         }
         end.set_host(self.cluster, &host);
+        self.cluster.cluster.attempt_begins(self.action.high_priority);
         Ok(host)
     }
 

@@ -108,6 +108,7 @@ pub(super) async fn send(
         return Err(Failure::Overflow);
     }
     stats.upstream_rq_active.inc();
+    cluster.cluster.attempt_begins(false);
     host.begin_request();
     let under_way = UnderWay { cluster: Rc::clone(cluster), host: Rc::clone(&host), started: Instant::now() };
     let failed = || {

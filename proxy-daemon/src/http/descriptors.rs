@@ -143,7 +143,7 @@ fn value(header: &MatchedHeader, head: &RequestHead) -> Option<Box<str>> {
 }
 
 /// The first value of a query parameter, decoded.
-fn parameter(head: &RequestHead, name: &str) -> Option<Box<str>> {
+pub(super) fn parameter(head: &RequestHead, name: &str) -> Option<Box<str>> {
     let pairs = head.uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let (_, value) = { pairs }.find(|(key, _)| percent_decoded(key) == name)?;
     Some(percent_decoded(value).into())

@@ -106,6 +106,11 @@ pub(super) async fn forward(
     let method = head.method.clone();
     let idle = action.idle_timeout.unwrap_or(config.stream_idle_timeout);
     end.state.allow_stall(idle);
+    // A route's `idle_timeout` is not this in its place, whatever Envoy's API says: nor is it in Envoy.
+    if let Some(flush) = action.flush_timeout.filter(|_| !end.http1) {
+        cx.progress.flush.set(Some(flush));
+        end.state.allow_stall(flush);
+    }
     let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
     timers.limit_duration(timeouts.stream);

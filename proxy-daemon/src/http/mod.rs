@@ -23,6 +23,7 @@ mod io;
 mod live_log;
 mod local_reply;
 mod logged;
+pub mod match_input;
 pub mod metadata;
 mod mirror;
 mod node;

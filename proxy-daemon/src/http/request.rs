@@ -3,6 +3,7 @@
 use std::{
     cell::RefCell,
     net::{IpAddr, SocketAddr},
+    ops::Range,
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -33,7 +34,8 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{
-        ClusterChoice, ForwardAction, HttpFilterEntry, RandomValue, RedirectPath, RouteAction, WeightedClusters,
+        ClusterChoice, ForwardAction, HttpConnectionManagerConfig, HttpFilterEntry, RandomValue, RedirectPath,
+        RouteAction, WeightedClusters,
     },
     listener::ConnectionInfo,
     on_demand::Wanted,
@@ -90,6 +92,7 @@ pub(super) async fn handle(
     if let Some(upgrade) = &upgrade {
         upgrade.tell(&mut head.headers);
     }
+    trust::forward_client_cert(&mut head, config, connection);
     let body = if no_body {
         Body::Empty
     } else {
@@ -157,7 +160,8 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
     }
 
     let mut filters: Vec<Box<dyn HttpFilter>> = Vec::new();
-    let mut entries = config.http_filters.iter().enumerate();
+    let mut chain = config.chain.clone();
+    let mut entries = places(config, &chain);
     let mut pauses = 0;
     let mut route = cx.route.clone();
     // A CONNECT that leads nowhere is just that.
@@ -171,6 +175,8 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             return answer_or_lead(end, upgrade::refused(), (grpc, is_head), &mut cx, filters).await;
         }
         end.upgraded(stats);
+        chain = upgrade.chain(config);
+        entries = places(config, &chain);
     }
     while let Some((position, entry)) = entries.next() {
         let told = PerRoute::new(route.as_ref(), position);
@@ -210,7 +216,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
                         // As a stream that begins anew, which is what Envoy makes of it.
                         filters.clear();
                         progress.taps.take();
-                        entries = config.http_filters.iter().enumerate();
+                        entries = places(config, &chain);
                         route.clone_from(&cx.route);
                         continue;
                     }
@@ -409,6 +415,15 @@ fn redirected(
         trail: Some(trail),
         custom_response: cx.custom_response.clone(),
     })
+}
+
+/// These filters, each with its place.
+fn places<'a>(
+    config: &'a HttpConnectionManagerConfig,
+    chain: &Range<usize>,
+) -> impl Iterator<Item = (usize, &'a HttpFilterEntry)> + use<'a> {
+    // A chain is a part of the list.
+    chain.clone().zip(config.http_filters.get(chain.clone()).unwrap_or_default())
 }
 
 /// The filters of these that are on, for a request that they do not see.

@@ -36,6 +36,8 @@ pub struct MatchCx<'a> {
     pub random: u64,
     /// The client has shown a certificate.
     pub certificate_presented: bool,
+    /// It was found good.
+    pub certificate_validated: bool,
     /// What filters have told; `None`: nobody can have told anything.
     pub metadata: Option<&'a RefCell<Option<Box<Metadata>>>>,
 }
@@ -293,6 +295,7 @@ pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &Match
             || rule.query_parameters.iter().all(|matcher| query_matches(matcher, request.uri.query())))
         && rule.cookies.iter().all(|matcher| cookie_matches(matcher, request))
         && rule.certificate_presented.is_none_or(|wanted| wanted == cx.certificate_presented)
+        && rule.certificate_validated.is_none_or(|wanted| wanted == cx.certificate_validated)
         && cx.metadata_matches(&rule.dynamic_metadata)
         && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(cx.random))
         && (!rule.grpc || super::headers::is_grpc(&request.headers))

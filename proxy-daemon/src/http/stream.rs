@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
-    time::{Instant, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -271,8 +271,13 @@ impl StreamCx {
 
     /// What its route is chosen by.
     pub(super) fn match_cx(&self) -> MatchCx<'_> {
-        let certificate_presented = self.connection.tls().is_some_and(TlsInfo::has_certificate);
-        MatchCx { random: self.random, certificate_presented, metadata: Some(&self.progress.metadata) }
+        let tls = self.connection.tls();
+        MatchCx {
+            random: self.random,
+            certificate_presented: tls.is_some_and(TlsInfo::has_certificate),
+            certificate_validated: tls.is_some_and(TlsInfo::is_validated),
+            metadata: Some(&self.progress.metadata),
+        }
     }
 }
 
@@ -289,6 +294,8 @@ pub struct Progress {
     pub metadata: RefCell<Option<Box<Metadata>>>,
     /// Filters that record the stream.
     pub(super) taps: RefCell<Vec<Rc<super::filters::tap::Trace>>>,
+    /// How long a client may take for what is left of the answer, where the route says; `Some(None)`: for ever.
+    pub flush: Cell<Option<Option<Duration>>>,
     /// It is a health check: nobody's request.
     pub health_check: Cell<bool>,
     /// When the request was complete.
@@ -328,6 +335,7 @@ impl Progress {
             sent_otherwise: Cell::new(false),
             metadata: RefCell::new(None),
             taps: RefCell::new(Vec::new()),
+            flush: Cell::new(None),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             attempts: Cell::new(0),

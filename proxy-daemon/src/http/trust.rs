@@ -9,12 +9,14 @@ use http::{
 
 use super::{
     headers::{append, join_lines, names::*, normalize, strip_hop_by_hop},
+    match_input::Told,
     node, request_id,
     stream::{LocalReply, RequestHead},
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{Cidr, ForwardClientCert, HttpConnectionManagerConfig, IpDetection, TrustedXff},
+    config::model::{Cidr, ForwardClientCert, ForwardedCert, HttpConnectionManagerConfig, IpDetection, TrustedXff},
+    listener::ConnectionInfo,
     tls::TlsInfo,
 };
 
@@ -71,7 +73,6 @@ pub(super) fn prepare_request(
     let (remote, internal) = resolve_client(&mut head.headers, config, peer, local_ip)?;
     let headers = &mut head.headers;
     let scheme = HeaderValue::from_static(if tls.is_some() { "https" } else { "http" });
-    forward_client_cert(headers, config, tls);
     if config.use_remote_address && config.xff_num_trusted_hops == 0 {
         headers.insert(X_FORWARDED_PROTO, scheme);
     } else {
@@ -123,17 +124,24 @@ fn tell_service(headers: &mut HeaderMap) {
 }
 
 /// What a client says of its certificate is no proof of one: it is passed on, or written, only as configured.
-fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerConfig, tls: Option<&TlsInfo>) {
-    let mode = config.forward_client_cert;
+pub(super) fn forward_client_cert(
+    head: &mut RequestHead,
+    config: &HttpConnectionManagerConfig,
+    connection: &ConnectionInfo,
+) {
+    let remote = connection.remote;
+    let matcher = config.forward_client_cert_matcher.as_ref();
+    let found = matcher.and_then(|matcher| matcher.find(&Told { head, connection, remote }));
+    let ForwardedCert { mode, details } = found.unwrap_or(&config.forward_client_cert);
+    let (mode, tls, headers) = (*mode, connection.tls(), &mut head.headers);
     if mode == ForwardClientCert::AlwaysForwardOnly {
-        return;
+        return join_lines(headers, &X_FORWARDED_CLIENT_CERT);
     }
     let tls = match tls.filter(|tls| mode != ForwardClientCert::Sanitize && tls.has_certificate()) {
-        Some(_) if mode == ForwardClientCert::ForwardOnly => return,
+        Some(_) if mode == ForwardClientCert::ForwardOnly => return join_lines(headers, &X_FORWARDED_CLIENT_CERT),
         Some(tls) => tls,
         None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
     };
-    let details = &config.client_cert_details;
     let mut before = Vec::new();
     if mode == ForwardClientCert::AppendForward {
         // Of several lines one is made, as in Envoy.
@@ -155,7 +163,7 @@ fn forward_client_cert(headers: &mut HeaderMap, config: &HttpConnectionManagerCo
                 headers.insert(X_FORWARDED_CLIENT_CERT, all);
             }
         }
-        Some(value) => drop(headers.insert(X_FORWARDED_CLIENT_CERT, value.clone())),
+        Some(value) => drop(headers.insert(X_FORWARDED_CLIENT_CERT, value)),
         None => drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
     }
 }

@@ -1,7 +1,10 @@
 //! Requests for another protocol on the connection, such as WebSocket, or for a tunnel (CONNECT): what they ask for, and where they
 //! may. Whatever a client speaks, in here it asks as in HTTP/1.1; codecs translate (RFC 8441).
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::Range,
+};
 
 use http::{
     HeaderMap, HeaderValue, Method, StatusCode,
@@ -14,7 +17,9 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::{ConnectConfig, ForwardAction, ProxyProtocol, RouteAction, UpgradeRule},
+    config::model::{
+        ConnectConfig, ForwardAction, HttpConnectionManagerConfig, ProxyProtocol, RouteAction, UpgradeRule,
+    },
 };
 
 /// What is said of an upgrade in the headers that concern one connection only. Hosts and clients must see it.
@@ -58,6 +63,13 @@ impl Asked {
             headers.insert(CONNECTION, connection.clone());
             headers.insert(UPGRADE, self.protocol.clone());
         }
+    }
+
+    /// Which filters such a request meets.
+    pub(super) fn chain(&self, manager: &HttpConnectionManagerConfig) -> Range<usize> {
+        let protocol = self.protocol.as_bytes();
+        let rule = manager.upgrades.iter().find(|rule| rule.protocol.as_bytes().eq_ignore_ascii_case(protocol));
+        rule.and_then(|rule| rule.filters.clone()).unwrap_or(manager.chain.clone())
     }
 
     /// Whether the route, or the connection manager where the route says nothing, allows it.

@@ -1,7 +1,7 @@
 //! What a certificate says, as text.
 
 use std::{
-    cell::OnceCell,
+    cell::{OnceCell, RefCell},
     fmt::Write as _,
     net::{Ipv4Addr, Ipv6Addr},
     sync::Arc,
@@ -34,8 +34,10 @@ pub struct TlsInfo {
     text: OnceCell<Option<Box<PeerText>>>,
     /// The same of our own certificate.
     local_text: OnceCell<Option<Box<PeerText>>>,
-    /// `x-forwarded-client-cert`, written when it is first asked for.
-    forwarded: [OnceCell<Option<HeaderValue>>; 2],
+    /// `x-forwarded-client-cert`, written when it is first asked for: as many as are configured.
+    forwarded: RefCell<Vec<(ClientCertDetails, Option<HeaderValue>)>>,
+    /// It has been found good, in this very handshake.
+    pub(super) validated: bool,
 }
 
 /// A certificate for an access log.
@@ -82,7 +84,8 @@ impl TlsInfo {
             local,
             text: OnceCell::new(),
             local_text: OnceCell::new(),
-            forwarded: Default::default(),
+            forwarded: RefCell::default(),
+            validated: false,
         }
     }
 
@@ -103,11 +106,23 @@ impl TlsInfo {
         !self.chain.is_empty()
     }
 
+    /// Whether the peer's certificate was found good. One of a session that is resumed is not looked at again, as in Envoy.
+    pub fn is_validated(&self) -> bool {
+        self.validated
+    }
+
     /// What `x-forwarded-client-cert` says of the peer's certificate, in Envoy's order; `None` where there is none, or no
-    /// header can hold it. `details` are the same for all requests of a connection; `json`: the format of this one.
-    pub fn forwarded(&self, details: &ClientCertDetails, json: bool) -> Option<&HeaderValue> {
-        let make = || if json { self.forwarded_json(details) } else { self.forwarded_text(details) };
-        self.forwarded[usize::from(json)].get_or_init(|| make()?.try_into().ok()).as_ref()
+    /// header can hold it. `json`: the format, whatever the details say.
+    pub fn forwarded(&self, details: &ClientCertDetails, json: bool) -> Option<HeaderValue> {
+        let details = ClientCertDetails { json, ..*details };
+        let mut known = self.forwarded.borrow_mut();
+        if let Some((_, value)) = known.iter().find(|(known, _)| *known == details) {
+            return value.clone();
+        }
+        let text = if json { self.forwarded_json(&details) } else { self.forwarded_text(&details) };
+        let value = text.and_then(|text| text.try_into().ok());
+        known.push((details, value.clone()));
+        value
     }
 
     fn forwarded_text(&self, details: &ClientCertDetails) -> Option<String> {

@@ -7,9 +7,12 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use rustls::{
-    ServerConfig,
+    HandshakeKind, ServerConfig, ServerConnection,
     crypto::aws_lc_rs::Ticketer,
-    server::{Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier},
+    server::{
+        Acceptor, ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier,
+        danger::ClientCertVerifier,
+    },
     sign::CertifiedKey,
 };
 use tokio::net::TcpStream;
@@ -38,6 +41,8 @@ pub struct ServerTls {
 struct Context {
     config: Arc<ServerConfig>,
     resolver: Arc<Resolver>,
+    /// What judges clients' certificates; `None`: they are not asked for any.
+    verifier: Option<Arc<PeerVerifier>>,
     shown: SocketCertificates,
 }
 
@@ -98,7 +103,8 @@ impl ServerTls {
         match outcome {
             Ok((stream, shown)) => {
                 self.stats.complete(stream.get_ref().1);
-                let info = TlsInfo::new(stream.get_ref().1, shown);
+                let mut info = TlsInfo::new(stream.get_ref().1, shown);
+                info.validated = context.finds_good(stream.get_ref().1);
                 Ok((stream, info))
             }
             Err(error) => {
@@ -115,6 +121,13 @@ impl ServerTls {
 }
 
 impl Context {
+    /// Whether a client's certificate was found good in this handshake.
+    fn finds_good(&self, connection: &ServerConnection) -> bool {
+        let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
+        let shown = connection.peer_certificates().unwrap_or_default();
+        !resumed && self.verifier.as_ref().is_some_and(|verifier| verifier.finds_good(shown))
+    }
+
     async fn choose_and_accept(
         &self,
         config: Arc<ServerConfig>,
@@ -152,14 +165,16 @@ fn build(
         .with_protocol_versions(&super::versions(&common.params))
         .map_err(|error| error.to_string())?;
     let required = config.require_client_certificate;
-    let verifier = if required || needed.validation.is_some() {
+    let verifier = (required || needed.validation.is_some()).then(|| {
         let peer = Peer::Client { required };
         Arc::new(PeerVerifier::new(peer, needed.validation.clone(), provider, Arc::clone(stats)))
-    } else {
-        WebPkiClientVerifier::no_client_auth()
+    });
+    let asks: Arc<dyn ClientCertVerifier> = match &verifier {
+        Some(verifier) => Arc::clone(verifier) as _,
+        None => WebPkiClientVerifier::no_client_auth(),
     };
     let resolver = Arc::new(Resolver { certificates: needed.certificates.clone(), require_sni: config.require_sni });
-    let mut server = builder.with_client_cert_verifier(verifier).with_cert_resolver(Arc::clone(&resolver) as _);
+    let mut server = builder.with_client_cert_verifier(asks).with_cert_resolver(Arc::clone(&resolver) as _);
     server.alpn_protocols.clone_from(&common.alpn_protocols);
     server.ignore_client_order = !common.params.cipher_suites.is_empty();
     if let Some(keys) = ticket_keys {
@@ -193,6 +208,7 @@ fn build(
     Ok(Context {
         config: Arc::new(server),
         resolver,
+        verifier,
         shown: SocketCertificates { ca: ca.map(|(ca, _)| ca), certificates: needed.certificates },
     })
 }

@@ -16,8 +16,9 @@ use x509_parser::{
 };
 
 use super::{peer, stats::SslStats};
-use crate::config::model::{
-    CertificateValidationContext, SanType, StringMatcher, StringPattern, SubjectAltNameMatcher,
+use crate::{
+    config::model::{CertificateValidationContext, SanType, StringMatcher, StringPattern, SubjectAltNameMatcher},
+    stats::Counter,
 };
 
 /// Whose certificates are judged.
@@ -62,6 +63,9 @@ impl Mismatch {
     }
 }
 
+/// Why a certificate is not good, and where that is counted.
+type Unfit = (Error, Option<Counter>);
+
 impl PeerVerifier {
     pub(super) fn new(
         peer: Peer,
@@ -84,41 +88,42 @@ impl PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         asked_for: Option<&str>,
         now: UnixTime,
-    ) -> Result<(), Error> {
+    ) -> Result<(), Unfit> {
         let Some(context) = &self.context else {
             // A client's certificate that is demanded must be good for something.
             return match self.peer {
-                Peer::Client { .. } => Err(Mismatch::NotValidated.error()),
+                Peer::Client { .. } => Err((Mismatch::NotValidated.error(), None)),
                 Peer::Server { .. } => Ok(()),
             };
         };
         let mut validated = false;
         if context.trusted_ca.is_some() {
-            self.chain(context, end_entity, intermediates, now).inspect_err(|_| self.stats.fail_verify_error.inc())?;
+            let chain = self.chain(context, end_entity, intermediates, now);
+            chain.map_err(|error| (error, Some(self.stats.fail_verify_error)))?;
             validated = true;
         }
         let matchers = &context.match_typed_subject_alt_names;
         if asked_for.is_some() || !matchers.is_empty() {
-            let names = names(end_entity).inspect_err(|_| self.stats.fail_verify_san.inc())?;
+            let unfit = |error| (error, Some(self.stats.fail_verify_san));
+            let names = names(end_entity).map_err(unfit)?;
             // The name that was sent takes the place of the configured ones.
             let fits = match asked_for {
                 Some(name) => names.iter().any(|(kind, known)| *kind == SanType::Dns && covers(known, name)),
                 None => matchers.iter().any(|matcher| matches(matcher, &names)),
             };
             if !fits {
-                self.stats.fail_verify_san.inc();
-                return Err(Mismatch::San(other_names(asked_for, &names)).error());
+                return Err(unfit(Mismatch::San(other_names(asked_for, &names)).error()));
             }
             validated = true;
         }
         if !context.verify_certificate_hash.is_empty() || !context.verify_certificate_spki.is_empty() {
             if !pinned(context, end_entity) {
-                self.stats.fail_verify_cert_hash.inc();
-                return Err(Mismatch::Hash.error());
+                return Err((Mismatch::Hash.error(), Some(self.stats.fail_verify_cert_hash)));
             }
             validated = true;
         }
-        if validated || matches!(self.peer, Peer::Server { .. }) { Ok(()) } else { Err(Mismatch::NotValidated.error()) }
+        let enough = validated || matches!(self.peer, Peer::Server { .. });
+        if enough { Ok(()) } else { Err((Mismatch::NotValidated.error(), None)) }
     }
 
     fn verify(
@@ -128,8 +133,21 @@ impl PeerVerifier {
         asked_for: Option<&str>,
         now: UnixTime,
     ) -> Result<(), Error> {
-        let verdict = self.judge(end_entity, intermediates, asked_for, now);
+        let verdict = self.judge(end_entity, intermediates, asked_for, now).map_err(|(error, counter)| {
+            if let Some(counter) = counter {
+                counter.inc();
+            }
+            error
+        });
         if self.context.as_ref().is_some_and(|context| context.accept_untrusted) { Ok(()) } else { verdict }
+    }
+
+    /// Whether what a client has shown is good, also where it was let in all the same. Counts nothing.
+    pub(super) fn finds_good(&self, shown: &[CertificateDer<'_>]) -> bool {
+        let Some((end_entity, intermediates)) = shown.split_first() else { return false };
+        // What is not let in otherwise need not be looked at again.
+        let accepts = self.context.as_ref().is_some_and(|context| context.accept_untrusted);
+        !accepts || self.judge(end_entity, intermediates, None, UnixTime::now()).is_ok()
     }
 
     /// A path from the certificate to a trusted one; that may be the certificate itself.

@@ -14,6 +14,7 @@ use super::{
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
     limits::{Limits, RuntimeLimits, cluster_of},
+    recent::Recent,
 };
 use crate::{
     config::model::{
@@ -39,6 +40,8 @@ pub struct Cluster {
     limits: RuntimeLimits,
     /// Retries under way, of the default priority and of the high one.
     retries: [AtomicU32; 2],
+    /// What `budget_interval` asks for.
+    recent: [Option<Recent>; 2],
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<ClientTls>>,
     hosts: ArcSwap<HostSet>,
@@ -57,12 +60,14 @@ impl Cluster {
         stats.membership_change.inc();
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
+        let recent = config.circuit_breakers.each_ref().map(|it| it.retry_budget.as_ref()?.interval.map(Recent::new));
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
         Cluster {
             config,
             stats,
             limits,
             retries: Default::default(),
+            recent,
             dropped: HiddenCounter::new(),
             latched_dropped: AtomicU64::new(0),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
@@ -82,10 +87,20 @@ impl Cluster {
         match &self.config.circuit_breakers[usize::from(high)].retry_budget {
             None => self.limits(high).max_retries(),
             Some(budget) => {
-                let requests = self.stats.upstream_rq_active.value() + self.stats.upstream_rq_pending_active.value();
+                let requests = match &self.recent[usize::from(high)] {
+                    Some(recent) => recent.count(),
+                    None => self.stats.upstream_rq_active.value() + self.stats.upstream_rq_pending_active.value(),
+                };
                 let share = requests as f64 * budget.percent / 100.0;
                 (share as u32).max(budget.min_concurrency)
             }
+        }
+    }
+
+    /// A request, or another attempt at it, has got a host.
+    pub(crate) fn attempt_begins(&self, high: bool) {
+        if let Some(recent) = &self.recent[usize::from(high)] {
+            recent.begun();
         }
     }
 

@@ -13,6 +13,7 @@ mod lb;
 mod limits;
 mod original_dst;
 mod pool;
+mod recent;
 mod stats;
 mod worker;
 

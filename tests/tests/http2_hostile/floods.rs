@@ -154,14 +154,21 @@ fn rapid_reset() -> Result<()> {
     Ok(())
 }
 
-/// `stream_flush_timeout`: an answer that is here whole, and a client whose window has no room for it.
+/// `stream_flush_timeout`, or what stands in its place: an answer that is here whole, and a client whose window has no room for it.
 pub fn not_taken() -> Result<()> {
+    for (path, line) in [("/bytes/3000", "stream_flush_timeout: 0.5s"), ("/bytes/1000", "stream_flush_timeout: 60s")] {
+        not_taken_of(path, line).with_context(|| format!("{path}, {line}"))?;
+    }
+    Ok(())
+}
+
+fn not_taken_of(path: &'static str, line: &str) -> Result<()> {
     for kind in [Kind::Envoy, Kind::Culvert] {
-        let stage = Stage::start(kind, &["stream_flush_timeout: 0.5s"])?;
+        let stage = Stage::start(kind, &[line])?;
         // A window of one byte.
         let mut connection = Connection::open(stage.port, &[(4, 1)])?;
         let mut fields = get(&[]);
-        fields[2].1 = "/bytes/1000";
+        fields[2].1 = path;
         connection.send(&headers(1, true, &fields))?;
         let (seen, state) = watch(&mut connection, &[1])?;
         ensure!(state == "open", "{kind:?}: the connection is {state}");

@@ -137,7 +137,8 @@ impl Stage {
     pub fn start(kind: Kind, manager: &[&str]) -> Result<Stage> {
         let host = Host::default();
         let (upstream, port) = (host.start()?, free_port()?);
-        let routes = "- {name: all, domains: [\"*\"], routes: [{match: {prefix: /}, route: {cluster: app}}]}";
+        let routes = "- {name: all, domains: [\"*\"], routes: [{match: {prefix: /bytes/1000}, route: {cluster: app, flush_timeout: 0.5s}}, \
+                      {match: {prefix: /}, route: {cluster: app}}]}";
         let yaml = Bootstrap::new().http(port, routes, manager).cluster("app", &[upstream], &[]).yaml();
         Ok(Stage { proxy: Daemon::start(kind, &yaml)?, port, host })
     }

@@ -44,7 +44,7 @@ pub struct Case {
     of_log: String,
 }
 
-/// `filter` is the message's name below `envoy.extensions.filters.http.`, `config` its fields in flow style, without the braces.
+/// `filter` is the message's name below `envoy.extensions.filters.http.`, or the whole name, `config` its fields in flow style, without the braces.
 /// In it, `$case` is the connection manager's `stat_prefix`, and `$taps` how the paths of its taps begin. A request is `GET /path` and a line for each header; after an empty
 /// line comes its body. Paths below `/direct` are answered by the proxy; `/envoy.` begins a method of the gRPC server's;
 /// those below `/many` go to a cluster of several hosts, as those below `/other`, of which the routes tell the filters nothing.
@@ -92,9 +92,8 @@ impl Case {
     /// The first filter is told this by a level. `message` and `config` as the filter's own.
     pub fn told(mut self, by: By, message: &str, config: &str) -> Case {
         let filter = self.filters.first().map_or("", |(filter, _)| filter);
-        self.told[by as usize] += &format!(
-            "{filter}: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.{message}, {config}}}, "
-        );
+        self.told[by as usize] +=
+            &format!("{filter}: {{\"@type\": type.googleapis.com/{}, {config}}}, ", full_name(message));
         self
     }
 
@@ -418,12 +417,17 @@ fn bytes(request: &str, id: &str) -> String {
     bytes + &format!("x-id: {id}\r\n{connection}\r\n{body}")
 }
 
+fn full_name(message: &str) -> String {
+    if message.starts_with("envoy.") { message.to_owned() } else { format!("envoy.extensions.filters.http.{message}") }
+}
+
 fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
     let filter = |(name, config): &(&str, String)| {
         let config = config.replace("$case", &format!("case{index}"));
         format!(
             "          - name: {name}\n            typed_config: {{\"@type\": \
-             type.googleapis.com/envoy.extensions.filters.http.{name}, {config}}}\n"
+             type.googleapis.com/{}, {config}}}\n",
+            full_name(name)
         )
     };
     let filters: String = case.filters.iter().map(filter).collect();

@@ -8,6 +8,7 @@ mod bandwidth;
 mod browsers;
 mod changes;
 mod compression;
+mod delegates;
 mod faults;
 mod grpc;
 mod harness;
@@ -141,4 +142,9 @@ fn what_a_service_says_too_much_of_is_no_answer() -> Result<()> {
         ensure!(log.contains(" 403 UAEX ext_authz_error"), "case {case}: {texts:?}");
     }
     Ok(())
+}
+
+#[test]
+fn filters_with_matchers_are_envoys() -> Result<()> {
+    harness::compare(delegates::cases())
 }

@@ -118,6 +118,7 @@ impl Stage {
         for (name, budget) in [
             ("no-retries", "{budget_percent: {value: 0}, min_retry_concurrency: 0}"),
             ("all-retries", "{budget_percent: {value: 0}, min_retry_concurrency: 100}"),
+            ("recent", "{budget_percent: {value: 25}, min_retry_concurrency: 0, budget_interval: 1s}"),
         ] {
             let budget = format!("retry_budget: {budget}");
             clusters += &cluster(name, ports_of[0]).replace("max_retries: 100", &budget);

@@ -57,7 +57,15 @@ fn rewrites_are_envoys() -> Result<()> {
 
 #[test]
 fn retry_budgets_are_envoys() -> Result<()> {
-    harness::compare_counting(retries::budgets(), &["retries.upstream_rq_retry", "retries.upstream_rq_total"])
+    harness::compare_counting(
+        retries::budgets(),
+        &[
+            "retries.upstream_rq_retry",
+            "retries.upstream_rq_total",
+            "recent.upstream_rq_retry",
+            "recent.upstream_rq_total",
+        ],
+    )
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::harness::{Case, case};
 
 pub fn cases() -> Vec<Case> {
-    [hosts(), paths(), ports(), underscores(), durations(), attempts()].concat()
+    [hosts(), paths(), ports(), underscores(), durations(), attempts(), certificates()].concat()
 }
 
 fn of_manager(name: &'static str, lines: &[&str], requests: &[&str]) -> Case {
@@ -153,4 +153,82 @@ fn attempts() -> Vec<Case> {
             "timeout: 1.5s, retry_policy: {retry_on: connect-failure, num_retries: 1}",
         ),
     ]
+}
+
+/// What becomes of `x-forwarded-client-cert` where that hangs on the request. What is passed on of a plain connection shows it.
+fn certificates() -> Vec<Case> {
+    let action = |details: &str| {
+        format!(
+            "{{action: {{name: a, typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.ForwardClientCertConfig, \
+             forward_client_cert_details: {details}}}}}}}"
+        )
+    };
+    let input = |message: &str, fields: &str| {
+        format!("input: {{name: i, typed_config: {{\"@type\": type.googleapis.com/{message}, {fields}}}}}")
+    };
+    let header =
+        |name: &str| input("envoy.type.matcher.v3.HttpRequestHeaderMatchInput", &format!("header_name: \"{name}\""));
+    let matcher = |input: &str, value: &str, otherwise: &str| {
+        format!(
+            "forward_client_cert_matcher: {{matcher_list: {{matchers: [{{predicate: {{single_predicate: {{{input}, value_match: \
+             {value}}}}}, on_match: {}}}]}}{otherwise}}}",
+            action("ALWAYS_FORWARD_ONLY")
+        )
+    };
+    let requests = [
+        "GET /",
+        "GET /?p=keep\nx-forwarded-client-cert: Hash=1",
+        "GET /?p=ke%65p&p=no\nx-forwarded-client-cert: Hash=1\nx-forwarded-client-cert: Hash=2",
+        "GET /\nx-forwarded-client-cert: keep",
+        "GET /\nx-forwarded-client-cert: Hash=1\nx-a: keep",
+        "GET /\nx-forwarded-client-cert: Hash=1\nx-a: other\nx-forwarded-for: 10.1.1.1",
+        "GET /x/../keep\nx-forwarded-client-cert: Hash=1",
+        "GET /\nx-forwarded-client-cert: Hash=1\nx-request-id: 12345678-1234-1234-8234-123456789012",
+        "GET /\nx-forwarded-client-cert: Hash=1\nx-envoy-retry-on: 5xx\nconnection: close, x-a\nx-a: keep",
+    ];
+    let with = |name, line: &str, more: &[&str]| of_manager(name, &[&[line], more].concat(), &requests);
+    let keep = "{exact: keep}";
+    let anything = "{safe_regex: {google_re2: {}, regex: \".*\"}}";
+    let always = "forward_client_cert_details: ALWAYS_FORWARD_ONLY";
+    let mut cases = vec![
+        with("certificates by a header", &matcher(&header("x-a"), keep, ""), &[]),
+        with("certificates by themselves", &matcher(&header("x-forwarded-client-cert"), keep, ""), &[]),
+        with("certificates, nothing found", &matcher(&header("x-a"), keep, ""), &[always]),
+        with(
+            "certificates, otherwise",
+            &matcher(&header("x-a"), keep, &format!(", on_no_match: {}", action("SANITIZE"))),
+            &[always],
+        ),
+        with(
+            "certificates by a query parameter",
+            &matcher(&input("envoy.type.matcher.v3.HttpRequestQueryParamMatchInput", "query_param: p"), keep, ""),
+            &[],
+        ),
+        with(
+            "certificates by the client",
+            &matcher(
+                &input("envoy.extensions.matching.common_inputs.network.v3.SourceIPInput", ""),
+                "{exact: 127.0.0.1}",
+                "",
+            ),
+            &[],
+        ),
+    ];
+    // What a matcher sees of what the connection manager does itself.
+    for (name, seen) in [
+        ("certificates by path", ":path"),
+        ("certificates by id", "x-request-id"),
+        ("certificates by proto", "x-forwarded-proto"),
+        ("certificates by forwarded", "x-forwarded-for"),
+        ("certificates by via", "via"),
+        ("certificates by internal", "x-envoy-internal"),
+        ("certificates by external", "x-envoy-external-address"),
+        ("certificates by wish", "x-envoy-retry-on"),
+    ] {
+        let value = if seen == ":path" { "{exact: /keep}" } else { anything };
+        let lines = ["normalize_path: true", "via: proxy", "use_remote_address: true"];
+        cases.push(with(name, &matcher(&header(seen), value, ""), &lines));
+    }
+    cases
 }

@@ -22,7 +22,27 @@ pub fn budgets() -> Vec<Case> {
             let route = format!("- {{match: {{prefix: /}}, route: {{cluster: {cluster}, {policy}}}}}");
             case(cluster, &route, &requests).of_host("include_attempt_count_in_response: true")
         })
-        .to_vec()
+        .into_iter()
+        .chain([recent()])
+        .collect()
+}
+
+/// A quarter of the requests that have begun within a second: one after the other, on a connection of their own.
+fn recent() -> Case {
+    let (good, bad) =
+        ("GET / HTTP/1.1\nhost: $host\n\n", "GET / HTTP/1.1\nhost: $host\nx-do: 503,200\nx-id: recent-$n\n\n");
+    let bad = |number: &str| bad.replace("$n", number);
+    let four = [good; 4].join("|wait 20|");
+    let script =
+        [&bad("0"), "wait 100", &four, "wait 20", &bad("1"), "wait 1500", &bad("2"), "wait 100", &four, "wait 2000"];
+    let policy = "retry_policy: {retry_on: 5xx, num_retries: 2, retry_back_off: {base_interval: 0.01s}}";
+    case(
+        "recent",
+        &format!("- {{match: {{prefix: /}}, route: {{cluster: recent, {policy}}}}}"),
+        &[&format!("CONNECTION\n{}", script.join("|"))],
+    )
+    .of_host("include_attempt_count_in_response: true")
+    .of_manager("common_http_protocol_options: {idle_timeout: 3.5s}")
 }
 
 fn to(name: &'static str, policy: &str, requests: &[&str]) -> Case {

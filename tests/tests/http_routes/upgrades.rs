@@ -49,6 +49,32 @@ pub fn cases() -> Vec<Case> {
         with("upgrades and the idle timeout", &to(", idle_timeout: 0.4s"), &[ask("/", "websocket", "\nhello")])
             .of_manager(ALLOWED),
     ];
+    // Filters of their own: what the route says to them goes by their names.
+    let mutation = |name: &str| {
+        format!(
+            "{{name: {name}, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation, \
+             mutations: {{request_mutations: [{{append: {{header: {{key: x-up, value: {name}}}}}}}], response_mutations: [{{append: \
+             {{header: {{key: x-down, value: {name}}}}}}}]}}}}}}"
+        )
+    };
+    let router =
+        "{name: last, typed_config: {\"@type\": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}";
+    let own = format!(
+        "upgrade_configs: [{{upgrade_type: websocket, filters: [{}, {}, {router}]}}, {{upgrade_type: gone, enabled: false, filters: [{}, {router}]}}, \
+         {{upgrade_type: other}}]",
+        mutation("first"),
+        mutation("second"),
+        mutation("third")
+    );
+    let told = "- {match: {prefix: /none}, $1}\n- {match: {prefix: /}, route: {cluster: a, upgrade_configs: [{upgrade_type: gone}]}, \
+                typed_per_filter_config: {second: {\"@type\": \
+                type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutationPerRoute, mutations: \
+                {response_mutations: [{append: {header: {key: x-told, value: second}}}]}}, first: {\"@type\": \
+                type.googleapis.com/envoy.config.route.v3.FilterConfig, disabled: true}}}";
+    let asked =
+        [&all[..5], &["GET /".to_owned(), ask("/none", "websocket", "\nbye"), ask("/none", "gone", "\nbye")]].concat();
+    cases.push(with("upgrades with filters of their own", &to(""), &asked).of_manager(&own));
+    cases.push(with("upgrades whose filters are told something", told, &asked).of_manager(&own));
     cases.push(
         with(
             "upgrades are matched by their headers",

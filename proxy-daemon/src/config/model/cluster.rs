@@ -125,6 +125,8 @@ pub struct RetryBudget {
     pub percent: f64,
     /// So many retries may be made at a time in any case. Default 3.
     pub min_concurrency: u32,
+    /// Not those that are under way or wait count, but those that have begun within this; `None`: they do.
+    pub interval: Option<Duration>,
 }
 
 impl Default for Thresholds {

@@ -1,11 +1,15 @@
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use http::HeaderValue;
 
 use super::{
-    AccessLogConfig, Cidr, IpDetection, LocalReplies, ResourceRef, RouteConfig, Scheme, ScopedRoutes, UpgradeRule,
+    AccessLogConfig, Cidr, IpDetection, LocalReplies, MatchTree, ResourceRef, RouteConfig, Scheme, ScopedRoutes,
+    UpgradeRule,
 };
-use crate::http::filters::{DiscoveredFilter, EarlyMutations, FilterSource};
+use crate::http::{
+    filters::{DiscoveredFilter, EarlyMutations, FilterSource},
+    match_input::RequestInput,
+};
 
 /// A checked `HttpConnectionManager`. Durations that are `None` are disabled.
 #[derive(Debug)]
@@ -16,8 +20,10 @@ pub struct HttpConnectionManagerConfig {
     pub codec_type: CodecType,
     /// Where the routes come from.
     pub routes: RouteSource,
-    /// In the order in which a request meets them; the last is the router.
+    /// In the order in which a request meets them; the last is the router. After them come those of `upgrades`.
     pub http_filters: Vec<HttpFilterEntry>,
+    /// The places of those that a request meets which asks for no other protocol.
+    pub chain: Range<usize>,
     /// The `server` response header. Default `envoy`.
     pub server_name: HeaderValue,
     /// What becomes of an upstream's `server` header.
@@ -106,9 +112,9 @@ pub struct HttpConnectionManagerConfig {
     /// One line a request.
     pub access_logs: Vec<AccessLogConfig>,
     /// What becomes of `x-forwarded-client-cert`.
-    pub forward_client_cert: ForwardClientCert,
-    /// What it says of a client's certificate, where it is written.
-    pub client_cert_details: ClientCertDetails,
+    pub forward_client_cert: ForwardedCert,
+    /// The same of the requests that it finds something for.
+    pub forward_client_cert_matcher: Option<MatchTree<RequestInput, ForwardedCert>>,
     /// Which other protocols requests may ask for, where their route does not say.
     pub upgrades: Box<[UpgradeRule]>,
 }
@@ -121,6 +127,7 @@ impl Default for HttpConnectionManagerConfig {
             codec_type: CodecType::Auto,
             routes: RouteSource::Static(Arc::default()),
             http_filters: Vec::new(),
+            chain: 0..0,
             server_name: HeaderValue::from_static("envoy"),
             server_header: ServerHeaderTransformation::Overwrite,
             use_remote_address: false,
@@ -164,8 +171,8 @@ impl Default for HttpConnectionManagerConfig {
             http1: Http1Options::default(),
             http2: Http2Options::default(),
             access_logs: Vec::new(),
-            forward_client_cert: ForwardClientCert::Sanitize,
-            client_cert_details: ClientCertDetails::default(),
+            forward_client_cert: ForwardedCert::default(),
+            forward_client_cert_matcher: None,
             upgrades: Box::default(),
         }
     }
@@ -246,6 +253,15 @@ pub enum Underscores {
     Reject,
     /// It goes.
     Drop,
+}
+
+/// `HttpConnectionManager.ForwardClientCertConfig`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ForwardedCert {
+    /// What becomes of the header.
+    pub mode: ForwardClientCert,
+    /// What it says of a client's certificate, where it is written.
+    pub details: ClientCertDetails,
 }
 
 /// `HttpConnectionManager.ForwardClientCertDetails`.

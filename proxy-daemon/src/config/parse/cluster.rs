@@ -75,7 +75,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
-        circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref()),
+        circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
         tls,
@@ -220,9 +220,10 @@ fn no_trailers(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()>
     Ok(())
 }
 
-fn circuit_breakers(breakers: Option<&CircuitBreakers>) -> [Thresholds; 2] {
+fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[Thresholds; 2]> {
     let mut limits: [Thresholds; 2] = Default::default();
-    for thresholds in breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default() {
+    let all = breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default();
+    for (index, thresholds) in all.iter().enumerate() {
         let default = Thresholds::default();
         let high = thresholds.priority == RoutingPriority::High as i32;
         limits[usize::from(high)] = Thresholds {
@@ -230,13 +231,20 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>) -> [Thresholds; 2] {
             max_pending_requests: number(thresholds.max_pending_requests, default.max_pending_requests),
             max_requests: number(thresholds.max_requests, default.max_requests),
             max_retries: number(thresholds.max_retries, default.max_retries),
-            retry_budget: thresholds.retry_budget.as_ref().map(|budget| RetryBudget {
-                percent: budget.budget_percent.map_or(20.0, |percent| percent.value),
-                min_concurrency: number(budget.min_retry_concurrency, 3),
-            }),
+            retry_budget: match &thresholds.retry_budget {
+                None => None,
+                Some(budget) => {
+                    let path = format!("{}[{index}].retry_budget", join(path, "thresholds"));
+                    Some(RetryBudget {
+                        percent: budget.budget_percent.map_or(20.0, |percent| percent.value),
+                        min_concurrency: number(budget.min_retry_concurrency, 3),
+                        interval: limit(budget.budget_interval, None, &path, "budget_interval")?,
+                    })
+                }
+            },
         };
     }
-    limits
+    Ok(limits)
 }
 
 fn keepalive(cluster: &Cluster) -> Option<TcpKeepalive> {

@@ -9,9 +9,8 @@ use envoy_types::pb::{
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
             http_connection_manager::{
-                CodecType as ProtoCodec, ForwardClientCertDetails as ProtoForward, ForwardClientCertFormat,
-                HcmAccessLogOptions, PathWithEscapedSlashesAction as SlashesAction, RouteSpecifier,
-                ServerHeaderTransformation as ProtoServerHeader, StripPortMode,
+                CodecType as ProtoCodec, HcmAccessLogOptions, PathWithEscapedSlashesAction as SlashesAction,
+                RouteSpecifier, ServerHeaderTransformation as ProtoServerHeader, StripPortMode,
             },
             http_filter::ConfigType,
         },
@@ -24,7 +23,7 @@ use super::{
     access_log::access_logs,
     common::{Result, cidrs, duration, header_value, http2, limit, number, required},
     config_source::config_source,
-    hcm_extensions, local_reply,
+    forwarded_cert, hcm_extensions, local_reply,
     route::{routes, without_vhds},
     scoped_routes::scoped_routes,
     support::join,
@@ -34,9 +33,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClientCertDetails, CodecType, EscapedSlashes, ForwardClientCert, Http1Options, HttpConnectionManagerConfig,
-            HttpFilterEntry, RequestRules, ResourceRef, RouteSource, ServerHeaderTransformation, StripPort,
-            Underscores,
+            CodecType, EscapedSlashes, Http1Options, HttpConnectionManagerConfig, HttpFilterEntry, RequestRules,
+            ResourceRef, RouteSource, ServerHeaderTransformation, StripPort, Underscores,
         },
     },
     http::filters::{self, DiscoveredFilter, FilterCx, FilterSource},
@@ -60,15 +58,6 @@ pub(super) fn http_connection_manager(
         Ok(ProtoServerHeader::PassThrough) => ServerHeaderTransformation::PassThrough,
         _ => ServerHeaderTransformation::Overwrite,
     };
-    let forward_client_cert = match ProtoForward::try_from(manager.forward_client_cert_details) {
-        Ok(ProtoForward::Sanitize) => ForwardClientCert::Sanitize,
-        Ok(ProtoForward::ForwardOnly) => ForwardClientCert::ForwardOnly,
-        Ok(ProtoForward::AppendForward) => ForwardClientCert::AppendForward,
-        Ok(ProtoForward::SanitizeSet) => ForwardClientCert::SanitizeSet,
-        Ok(ProtoForward::AlwaysForwardOnly) => ForwardClientCert::AlwaysForwardOnly,
-        Err(_) => return Err(FieldError::unsupported(join(path, "forward_client_cert_details"))),
-    };
-    let details = manager.set_current_client_cert_details.unwrap_or_default();
     let common = manager.common_http_protocol_options.unwrap_or_default();
     let common_path = join(path, "common_http_protocol_options");
     let seconds = |seconds| Some(Duration::from_secs(seconds));
@@ -84,12 +73,25 @@ pub(super) fn http_connection_manager(
     // HTTP/2 connections stay open in any case.
     let stays_open =
         http1_options.override_stream_error_on_invalid_http_message.or(manager.stream_error_on_invalid_http_message);
+    let mut filters = filter_chain(&manager.http_filters, &manager.stat_prefix, &join(path, "http_filters"))?;
+    if filters.is_empty() {
+        let text = "a list without filters is not supported by culvert yet: add envoy.filters.http.router";
+        return Err(FieldError::new(join(path, "http_filters"), text));
+    }
+    let chain = 0..filters.len();
+    let upgrades = upgrade::of_manager(&manager.upgrade_configs, path, |list, path| {
+        let own = filter_chain(list, &manager.stat_prefix, path)?;
+        let begin = filters.len();
+        filters.extend(own);
+        Ok(begin..filters.len())
+    })?;
     Ok(HttpConnectionManagerConfig {
-        upgrades: upgrade::of_manager(&manager.upgrade_configs, path)?,
+        upgrades,
+        chain,
         stat_prefix: manager.stat_prefix.clone(),
         codec_type,
         routes: route_source(manager, path)?,
-        http_filters: http_filters(manager, path)?,
+        http_filters: filters,
         server_name: set(&manager.server_name, "server_name")?.unwrap_or(HeaderValue::from_static("envoy")),
         server_header,
         use_remote_address: is_set(manager.use_remote_address),
@@ -138,16 +140,8 @@ pub(super) fn http_connection_manager(
         http1: http1(manager.http_protocol_options.as_ref(), &join(path, "http_protocol_options"))?,
         http2: http2(manager.http2_protocol_options.as_ref()),
         access_logs: access_logs(&manager.access_log, &join(path, "access_log"))?,
-        forward_client_cert,
-        client_cert_details: ClientCertDetails {
-            subject: is_set(details.subject),
-            cert: details.cert,
-            chain: details.chain,
-            dns: details.dns,
-            uri: details.uri,
-            issuer: details.issuer,
-            json: details.format == ForwardClientCertFormat::Json as i32,
-        },
+        forward_client_cert: forwarded_cert::forwarded_cert(&forwarded_cert::of_manager(manager), path)?,
+        forward_client_cert_matcher: forwarded_cert::matcher(manager, path)?,
     })
 }
 
@@ -246,14 +240,15 @@ fn route_source(manager: &HttpConnectionManager, path: &str) -> Result<RouteSour
     }
 }
 
-fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpFilterEntry>> {
-    let count = manager.http_filters.len();
+/// The filters of the list at `path`.
+fn filter_chain(list: &[HttpFilter], stat_prefix: &str, path: &str) -> Result<Vec<HttpFilterEntry>> {
+    let count = list.len();
     let parse = |(index, filter): (usize, &HttpFilter)| {
-        let path = format!("{}[{index}]", join(path, "http_filters"));
+        let path = format!("{path}[{index}]");
         let last = index + 1 == count;
         let source = match &filter.config_type {
             Some(ConfigType::TypedConfig(config)) => {
-                let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix: &manager.stat_prefix };
+                let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix };
                 let factory = filters::parse(config, &cx)?;
                 if factory.is_terminal() != last {
                     let name = &filter.name;
@@ -268,7 +263,7 @@ fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpF
             }
             Some(ConfigType::ConfigDiscovery(discovery)) => {
                 let path = join(&path, "config_discovery");
-                FilterSource::Discovered(discovered(&filter.name, discovery, &manager.stat_prefix, last, &path)?)
+                FilterSource::Discovered(discovered(&filter.name, discovery, stat_prefix, last, &path)?)
             }
             None => return Err(required(&path, "typed_config")),
         };
@@ -278,11 +273,7 @@ fn http_filters(manager: &HttpConnectionManager, path: &str) -> Result<Vec<HttpF
         }
         Ok(HttpFilterEntry { name: filter.name.as_str().into(), disabled: filter.disabled, source })
     };
-    if count == 0 {
-        let text = "a list without filters is not supported by culvert yet: add envoy.filters.http.router";
-        return Err(FieldError::new(join(path, "http_filters"), text));
-    }
-    manager.http_filters.iter().enumerate().map(parse).collect()
+    list.iter().enumerate().map(parse).collect()
 }
 
 /// A filter that ECDS configures. The texts of errors are Envoy's.

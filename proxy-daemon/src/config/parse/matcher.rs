@@ -64,6 +64,7 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         runtime_fraction: rule.runtime_fraction.as_ref().map(runtime_fraction),
         cookies: cookies.collect::<Result<_>>()?,
         certificate_presented: rule.tls_context.and_then(|tls| Some(tls.presented?.value)),
+        certificate_validated: rule.tls_context.and_then(|tls| Some(tls.validated?.value)),
         dynamic_metadata: told.collect::<Result<_>>()?,
     })
 }

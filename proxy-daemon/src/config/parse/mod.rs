@@ -11,6 +11,7 @@ mod common;
 mod config_source;
 mod deprecated;
 mod endpoint;
+mod forwarded_cert;
 mod hash_policy;
 mod hcm_extensions;
 mod health_check;

@@ -46,6 +46,13 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
     }
     let rate_limited = policy.rate_limited_retry_back_off.as_ref();
     let rate_limited = rate_limited.map(|back_off| self::rate_limited(back_off, path)).transpose()?;
+    if let Some(predicate) = policy.retry_options_predicates.first() {
+        // Envoy's words: it has none.
+        let wanted = predicate.typed_config.as_ref().map(type_name).unwrap_or_default();
+        let text =
+            format!("Didn't find a registered implementation for '{}' with type URL: '{wanted}'", predicate.name);
+        return Err(FieldError::new(format!("{}[0].typed_config", join(path, "retry_options_predicates")), text));
+    }
     // Envoy makes a number without a sign of it: fewer than none are without end. Here they have one.
     let attempts = match policy.host_selection_retry_max_attempts {
         0 => 1,

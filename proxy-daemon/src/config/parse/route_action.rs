@@ -157,6 +157,10 @@ pub(super) fn forward(action: &ProtoAction, matched: &RouteMatch, path: &str) ->
         max_stream_duration: action.max_stream_duration.map(|limits| max_stream_duration(limits, path)).transpose()?,
         grpc_timeout: grpc_timeout(action, path)?,
         cors: action.cors.as_ref().map(|policy| cors(policy, path)).transpose()?,
+        flush_timeout: match action.flush_timeout {
+            None => None,
+            some => Some(limit(some, None, path, "flush_timeout")?),
+        },
         idle_timeout: match action.idle_timeout {
             None => None,
             some => Some(limit(some, None, path, "idle_timeout")?),

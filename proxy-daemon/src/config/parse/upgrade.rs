@@ -1,12 +1,16 @@
 //! `upgrade_configs`, of connection managers and of routes.
 
+use std::ops::Range;
+
 use envoy_types::pb::{
     envoy::{
         config::{
             core::v3::proxy_protocol_config::Version,
             route::v3::route_action::{UpgradeConfig as OfRoute, upgrade_config::ConnectConfig as ProtoConnect},
         },
-        extensions::filters::network::http_connection_manager::v3::http_connection_manager::UpgradeConfig as OfManager,
+        extensions::filters::network::http_connection_manager::v3::{
+            HttpFilter, http_connection_manager::UpgradeConfig as OfManager,
+        },
     },
     google::protobuf::BoolValue,
 };
@@ -18,10 +22,22 @@ use crate::config::{
 };
 
 /// A connection manager's.
-pub(super) fn of_manager(configs: &[OfManager], path: &str) -> Result<Box<[UpgradeRule]>> {
-    rules(configs.iter().map(|config| (config.upgrade_type.as_str(), config.enabled, None)), path, |name| {
-        format!("Error: multiple upgrade configs with the same name: '{name}'")
-    })
+///
+/// `chain` keeps the filters of a list at a path, and says where.
+pub(super) fn of_manager(
+    configs: &[OfManager],
+    path: &str,
+    mut chain: impl FnMut(&[HttpFilter], &str) -> Result<Range<usize>>,
+) -> Result<Box<[UpgradeRule]>> {
+    let all = configs.iter().map(|config| (config.upgrade_type.as_str(), config.enabled, None));
+    let mut rules = rules(all, path, |name| format!("Error: multiple upgrade configs with the same name: '{name}'"))?;
+    for (index, (config, rule)) in configs.iter().zip(&mut rules).enumerate() {
+        if !config.filters.is_empty() {
+            let path = format!("{}[{index}].filters", join(path, "upgrade_configs"));
+            rule.filters = Some(chain(&config.filters, &path)?);
+        }
+    }
+    Ok(rules)
 }
 
 /// A route's.
@@ -57,6 +73,7 @@ fn rules<'a>(
         rules.push(UpgradeRule {
             protocol: protocol.into(),
             enabled: enabled.is_none_or(|enabled| enabled.value),
+            filters: None,
             connect: connect.map(|connect| connect_config(connect, &join(&path, "connect_config"))).transpose()?,
         });
     }

@@ -24,6 +24,7 @@ mod header_to_metadata;
 mod health_check;
 mod jwt_authn;
 mod local_ratelimit;
+mod match_delegate;
 mod on_demand;
 mod r#override;
 mod ratelimit;
@@ -384,6 +385,15 @@ pub const REGISTRY: &[Registered] = &[
         per_route: Some((
             "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
             local_ratelimit::parse_per_route,
+        )),
+    },
+    Registered {
+        name: "envoy.filters.http.match_delegate",
+        type_name: "envoy.extensions.common.matching.v3.ExtensionWithMatcher",
+        parse: match_delegate::parse,
+        per_route: Some((
+            "envoy.extensions.common.matching.v3.ExtensionWithMatcherPerRoute",
+            match_delegate::parse_per_route,
         )),
     },
     Registered {

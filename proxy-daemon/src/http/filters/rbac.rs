@@ -31,6 +31,7 @@ use crate::{
     },
     http::{
         body::Body,
+        match_input::{RequestInput, Told},
         metadata::Metadata,
         route_match::header_matches,
         stream::{LocalReply, RequestHead, StreamCx},
@@ -84,7 +85,7 @@ enum Engine {
     },
     /// A request that it finds nothing for is denied.
     Matcher {
-        tree: MatchTree<matcher::Input, matcher::Found>,
+        tree: MatchTree<RequestInput, matcher::Found>,
         /// One of its actions is `LOG`: for each request is told whether it found that one.
         logs: bool,
     },
@@ -203,7 +204,7 @@ impl Engine {
                 (verdict, policy.and_then(|policy| policy.tracked))
             }
             Engine::Matcher { tree, logs } => {
-                let found = tree.find(&matcher::Told { head, cx });
+                let found = tree.find(&Told { head, connection: &cx.connection, remote: cx.remote });
                 let action = found.map_or(Action::Deny, |found| found.action);
                 let hint = logs.then_some(action == Action::Log);
                 let policy = found.map(|found| &*found.name);

@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
 
@@ -38,6 +38,8 @@ pub struct ForwardAction {
     pub timeout: Option<Duration>,
     /// Overrides the connection manager's `stream_idle_timeout`; `Some(None)` disables it.
     pub idle_timeout: Option<Option<Duration>>,
+    /// The same of `stream_flush_timeout`.
+    pub flush_timeout: Option<Option<Duration>>,
     /// How long the whole stream may last; `timeout` says nothing then.
     pub max_stream_duration: Option<MaxStreamDuration>,
     /// `max_grpc_timeout`: of gRPC requests, in the place of `timeout`.
@@ -80,6 +82,7 @@ impl ForwardAction {
             cluster_not_found_status: StatusCode::SERVICE_UNAVAILABLE,
             timeout: Some(Duration::from_secs(15)),
             idle_timeout: None,
+            flush_timeout: None,
             max_stream_duration: None,
             grpc_timeout: None,
             retry_policy: None,
@@ -129,6 +132,8 @@ pub struct UpgradeRule {
     pub enabled: bool,
     /// Of CONNECT: tunnels end here, and hosts get what is in them.
     pub connect: Option<ConnectConfig>,
+    /// Of a connection manager: the places in `http_filters` of the filters that such requests meet; `None`: all requests'.
+    pub filters: Option<Range<usize>>,
 }
 
 /// `RouteAction.UpgradeConfig.ConnectConfig`

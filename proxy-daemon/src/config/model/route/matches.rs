@@ -23,6 +23,8 @@ pub struct RouteMatch {
     pub cookies: Vec<CookieMatcher>,
     /// `tls_context.presented`: whether the client has a certificate.
     pub certificate_presented: Option<bool>,
+    /// `tls_context.validated`: whether it was found good.
+    pub certificate_validated: Option<bool>,
     /// What filters have told by the time at which the route is looked for: all must match.
     pub dynamic_metadata: Vec<MetadataMatcher>,
 }
@@ -39,6 +41,7 @@ impl RouteMatch {
             runtime_fraction: None,
             cookies: Vec::new(),
             certificate_presented: None,
+            certificate_validated: None,
             dynamic_metadata: Vec::new(),
         }
     }

@@ -90,7 +90,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         "envoy.config.cluster.v3.CircuitBreakers.Thresholds",
         &["priority", "max_connections", "max_pending_requests", "max_requests", "max_retries", "retry_budget"],
     ),
-    ("envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget", &["budget_percent", "min_retry_concurrency"]),
+    ("envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget", ALL),
     ("envoy.type.v3.Percent", ALL),
     ("envoy.config.cluster.v3.UpstreamConnectionOptions", &["tcp_keepalive"]),
     ("envoy.config.core.v3.TcpKeepalive", ALL),

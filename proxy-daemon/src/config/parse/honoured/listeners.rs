@@ -155,6 +155,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "access_log_flush_interval",
             "flush_access_log_on_new_request",
             "forward_client_cert_details",
+            "forward_client_cert_matcher",
             "set_current_client_cert_details",
             "codec_type",
             "stat_prefix",

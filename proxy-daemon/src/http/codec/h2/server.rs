@@ -208,7 +208,7 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     match respond.send_response(response, end) {
         // Broken off, the client has been told, or has said so itself.
         Ok(mut stream) if !end => {
-            let flush = state.config().stream_flush_timeout;
+            let flush = progress.flush.get().unwrap_or(state.config().stream_flush_timeout);
             if send_body(&mut body, &mut stream, &shared.outbox, flush).await == Err(Broken::NotTaken) {
                 state.manager.codecs.tx_flush_timeout.inc();
             }

@@ -1,22 +1,8 @@
-//! What an xds matcher is told of a request that shall be let pass or refused, and what it finds.
-
-use std::borrow::Cow;
+//! What an xds matcher finds for a request that shall be let pass or refused.
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
-    envoy::{
-        config::rbac::v3::Action as ProtoAction,
-        extensions::matching::common_inputs::{
-            network::v3::{
-                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, ServerNameInput, SourceIpInput,
-                SourcePortInput,
-            },
-            ssl::v3::{DnsSanInput, SubjectInput, UriSanInput},
-        },
-        r#type::matcher::v3::HttpRequestHeaderMatchInput,
-    },
-    google::protobuf::Any,
-    xds::r#type::matcher::v3::Matcher,
+    envoy::config::rbac::v3::Action as ProtoAction, google::protobuf::Any, xds::r#type::matcher::v3::Matcher,
 };
 use prost::Name as _;
 
@@ -24,36 +10,11 @@ use super::{Action, Counters, Engine, Result, action};
 use crate::{
     config::{
         FieldError,
-        model::{MatchInput, MatchedHeader},
         parse::{self, MatchParts, type_name},
     },
-    http::{
-        route_match::value_of,
-        stream::{RequestHead, StreamCx},
-    },
+    http::match_input::{RequestInput, request_input},
     stats::Counter,
-    tls::PeerText,
 };
-
-/// What is told of a request.
-pub(super) struct Told<'a> {
-    pub(super) head: &'a RequestHead,
-    pub(super) cx: &'a StreamCx,
-}
-
-/// What a value is taken from.
-#[derive(Debug)]
-pub(super) enum Input {
-    RequestHeader(MatchedHeader),
-    DestinationIp,
-    DestinationPort,
-    SourceIp,
-    SourcePort,
-    DirectSourceIp,
-    ServerName,
-    /// Something of the client's certificate.
-    Certificate(fn(&PeerText) -> &String),
-}
 
 /// `config.rbac.v3.Action`
 #[derive(Debug)]
@@ -62,25 +23,6 @@ pub(super) struct Found {
     pub(super) action: Action,
     /// With `track_per_rule_stats`.
     pub(super) tracked: Option<(Counter, Counter)>,
-}
-
-impl MatchInput for Input {
-    type Of<'a> = Told<'a>;
-
-    fn value<'a>(&'a self, told: &'a Told<'_>) -> Option<Cow<'a, str>> {
-        let connection = &told.cx.connection;
-        Some(match self {
-            Input::RequestHeader(name) => return value_of(name, told.head),
-            Input::DestinationIp => connection.local.ip().to_canonical().to_string().into(),
-            Input::DestinationPort => connection.local.port().to_string().into(),
-            Input::SourceIp => told.cx.remote.ip().to_canonical().to_string().into(),
-            Input::SourcePort => told.cx.remote.port().to_string().into(),
-            Input::DirectSourceIp => connection.remote.ip().to_canonical().to_string().into(),
-            Input::ServerName => connection.requested_server_name()?.into(),
-            Input::Certificate(part) => part(connection.tls()?.peer()?).as_str().into(),
-        })
-        .filter(|value: &Cow<'_, str>| !value.is_empty())
-    }
 }
 
 struct Parts<'a> {
@@ -96,26 +38,11 @@ pub(super) fn engine(matcher: &Matcher, tracked: Option<&Counters<'_>>, path: &s
 }
 
 impl MatchParts for Parts<'_> {
-    type Input = Input;
+    type Input = RequestInput;
     type Action = Found;
 
-    fn input(&mut self, config: &Any, path: &str) -> Result<Option<Input>> {
-        let inputs = [
-            (DestinationIpInput::full_name(), Input::DestinationIp),
-            (DestinationPortInput::full_name(), Input::DestinationPort),
-            (SourceIpInput::full_name(), Input::SourceIp),
-            (SourcePortInput::full_name(), Input::SourcePort),
-            (DirectSourceIpInput::full_name(), Input::DirectSourceIp),
-            (ServerNameInput::full_name(), Input::ServerName),
-            (UriSanInput::full_name(), Input::Certificate(|text| &text.uri_sans)),
-            (DnsSanInput::full_name(), Input::Certificate(|text| &text.dns_sans)),
-            (SubjectInput::full_name(), Input::Certificate(|text| &text.subject)),
-        ];
-        let wanted = type_name(config);
-        if wanted == HttpRequestHeaderMatchInput::full_name() {
-            return Ok(Some(Input::RequestHeader(parse::request_header_input(config, path)?)));
-        }
-        Ok(inputs.into_iter().find(|(name, _)| name == wanted).map(|(_, input)| input))
+    fn input(&mut self, config: &Any, path: &str) -> Result<Option<RequestInput>> {
+        request_input(config, path)
     }
 
     fn action(&mut self, config: &Any, path: &str) -> Result<Found> {

@@ -1,0 +1,119 @@
+//! What an xds matcher is told of a request and its connection.
+
+use std::{borrow::Cow, net::SocketAddr};
+
+use culvert_xds_client::json::unpack;
+use envoy_types::pb::{
+    envoy::{
+        extensions::matching::common_inputs::{
+            network::v3::{
+                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, ServerNameInput, SourceIpInput,
+                SourcePortInput,
+            },
+            ssl::v3::{DnsSanInput, SubjectInput, UriSanInput},
+        },
+        r#type::matcher::v3::{HttpRequestHeaderMatchInput, HttpRequestQueryParamMatchInput},
+    },
+    google::protobuf::Any,
+};
+use prost::Name as _;
+
+use super::{descriptors, route_match::value_of, stream::RequestHead};
+use crate::{
+    config::{
+        FieldError,
+        model::{MatchInput, MatchedHeader},
+        parse::{self, type_name},
+    },
+    listener::ConnectionInfo,
+    tls::PeerText,
+};
+
+/// What is told of a request.
+#[derive(Clone, Copy)]
+pub struct Told<'a> {
+    pub(super) head: &'a RequestHead,
+    pub(super) connection: &'a ConnectionInfo,
+    /// The client.
+    pub(super) remote: SocketAddr,
+}
+
+/// What a value is taken from.
+#[derive(Debug)]
+pub enum RequestInput {
+    /// A header, or what Envoy treats as one.
+    Header(MatchedHeader),
+    /// The first value of a query parameter, decoded.
+    QueryParameter(Box<str>),
+    /// Our end of the connection.
+    DestinationIp,
+    /// Its port.
+    DestinationPort,
+    /// The client's address, after `x-forwarded-for` was looked at.
+    SourceIp,
+    /// Its port.
+    SourcePort,
+    /// The other end of the connection.
+    DirectSourceIp,
+    /// The server that a TLS client asked for.
+    ServerName,
+    /// Something of the client's certificate.
+    Certificate(fn(&PeerText) -> &String),
+}
+
+impl MatchInput for RequestInput {
+    type Of<'a> = Told<'a>;
+
+    fn value<'a>(&'a self, told: &'a Told<'_>) -> Option<Cow<'a, str>> {
+        let connection = told.connection;
+        Some(match self {
+            RequestInput::Header(name) => return value_of(name, told.head),
+            RequestInput::QueryParameter(name) => {
+                return descriptors::parameter(told.head, name).map(|value| String::from(value).into());
+            }
+            RequestInput::DestinationIp => connection.local.ip().to_canonical().to_string().into(),
+            RequestInput::DestinationPort => connection.local.port().to_string().into(),
+            RequestInput::SourceIp => told.remote.ip().to_canonical().to_string().into(),
+            RequestInput::SourcePort => told.remote.port().to_string().into(),
+            RequestInput::DirectSourceIp => connection.remote.ip().to_canonical().to_string().into(),
+            RequestInput::ServerName => connection.requested_server_name()?.into(),
+            RequestInput::Certificate(part) => part(connection.tls()?.peer()?).as_str().into(),
+        })
+        .filter(|value: &Cow<'_, str>| !value.is_empty())
+    }
+}
+
+/// Reads an input; `None`: it is no such.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn request_input(config: &Any, path: &str) -> Result<Option<RequestInput>, FieldError> {
+    let inputs = [
+        (DestinationIpInput::full_name(), RequestInput::DestinationIp),
+        (DestinationPortInput::full_name(), RequestInput::DestinationPort),
+        (SourceIpInput::full_name(), RequestInput::SourceIp),
+        (SourcePortInput::full_name(), RequestInput::SourcePort),
+        (DirectSourceIpInput::full_name(), RequestInput::DirectSourceIp),
+        (ServerNameInput::full_name(), RequestInput::ServerName),
+        (UriSanInput::full_name(), RequestInput::Certificate(|text| &text.uri_sans)),
+        (DnsSanInput::full_name(), RequestInput::Certificate(|text| &text.dns_sans)),
+        (SubjectInput::full_name(), RequestInput::Certificate(|text| &text.subject)),
+    ];
+    let wanted = type_name(config);
+    if wanted == HttpRequestHeaderMatchInput::full_name() {
+        return Ok(Some(RequestInput::Header(parse::request_header_input(config, path)?)));
+    }
+    Ok(inputs.into_iter().find(|(name, _)| name == wanted).map(|(_, input)| input))
+}
+
+/// The same, with those that policies of `rbac` cannot have in Envoy.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn any_request_input(config: &Any, path: &str) -> Result<Option<RequestInput>, FieldError> {
+    if type_name(config) == HttpRequestQueryParamMatchInput::full_name() {
+        let HttpRequestQueryParamMatchInput { query_param } = unpack(config, path)?;
+        return Ok(Some(RequestInput::QueryParameter(query_param.into())));
+    }
+    request_input(config, path)
+}
