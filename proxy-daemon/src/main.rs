@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use culvert_proxy_daemon::{
+    access_log::EventLog,
     admin::{self, AdminState, ServerState, SharedState},
     bootstrap::{
         Flags,
@@ -154,6 +155,10 @@ async fn run(
     // First of all: what follows may refer to its values.
     let runtime = Runtime::start(bootstrap.runtime.clone()).map_err(anyhow::Error::msg).context("layered_runtime")?;
     plane.set_local_node(std::mem::take(&mut bootstrap.local));
+    if let Some(path) = &bootstrap.outlier_log {
+        let log = EventLog::open(path).map_err(anyhow::Error::msg);
+        plane.set_outlier_log(log.context("cluster_manager.outlier_detection.event_log_path")?);
+    }
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();

@@ -14,7 +14,7 @@ mod record;
 mod sink;
 mod time;
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
@@ -28,7 +28,7 @@ use self::{
 };
 use crate::config::{
     FieldError,
-    model::{AccessLogConfig, AccessLogFilter},
+    model::{AccessLogConfig, AccessLogFilter, AccessLogSink},
 };
 
 /// One configured log. Cheap to clone.
@@ -72,6 +72,29 @@ impl AccessLog {
             return;
         }
         sink::append(&self.sink, |line| self.format.write(line, record));
+    }
+}
+
+/// A file for events that are few: each line is written at once.
+#[derive(Debug, Clone)]
+pub struct EventLog(Arc<Sink>);
+
+impl EventLog {
+    /// Opens the file.
+    ///
+    /// # Errors
+    /// One line that says why it cannot be opened.
+    pub fn open(path: &Path) -> Result<EventLog, String> {
+        Sink::open(&AccessLogSink::File(path.to_owned())).map(EventLog)
+    }
+
+    /// Writes a line.
+    pub fn write(&self, line: &str) {
+        sink::append(&self.0, |out| {
+            out.extend_from_slice(line.as_bytes());
+            out.push(b'\n');
+        });
+        flush_thread();
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
         dump::Configuration,
         model::{Discovery, EndpointAddress, HealthStatus},
     },
-    upstream::{Cluster, ClusterMap, Host, HostCounter},
+    upstream::{Cluster, ClusterMap, HealthFlag, Host, HostCounter},
 };
 
 /// Those whose names match, in the order of their names.
@@ -34,6 +34,13 @@ pub(super) fn text(clusters: &[Arc<Cluster>], config: &Configuration) -> String 
 fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> std::fmt::Result {
     let name = &cluster.config.name;
     writeln!(out, "{name}::observability_name::{}", observability_name(cluster))?;
+    if let Some(outlier) = &cluster.outlier {
+        for (prefix, local) in [("", false), ("local_origin_", true)] {
+            let (average, threshold) = outlier.averages(local);
+            writeln!(out, "{name}::outlier::{prefix}success_rate_average::{average}")?;
+            writeln!(out, "{name}::outlier::{prefix}success_rate_ejection_threshold::{threshold}")?;
+        }
+    }
     for (priority, high) in [("default", false), ("high", true)] {
         let limits = cluster.limits(high);
         writeln!(out, "{name}::{priority}_priority::max_connections::{}", limits.max_connections())?;
@@ -51,16 +58,15 @@ fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> st
             writeln!(out, "{name}::{address}::{stat}::{}", host.counters.sum(counter))?;
         }
         writeln!(out, "{name}::{address}::hostname::{}", host.hostname)?;
-        writeln!(out, "{name}::{address}::health_flags::{}", health_flags(host.health))?;
+        writeln!(out, "{name}::{address}::health_flags::{}", health_flags(host))?;
         writeln!(out, "{name}::{address}::weight::{}", host.weight)?;
         writeln!(out, "{name}::{address}::region::{}", host.locality.region)?;
         writeln!(out, "{name}::{address}::zone::{}", host.locality.zone)?;
         writeln!(out, "{name}::{address}::sub_zone::{}", host.locality.sub_zone)?;
         writeln!(out, "{name}::{address}::canary::{}", host.is_canary())?;
         writeln!(out, "{name}::{address}::priority::{}", host.priority)?;
-        // What Envoy prints where outlier detection has nothing to say.
-        writeln!(out, "{name}::{address}::success_rate::-1")?;
-        writeln!(out, "{name}::{address}::local_origin_success_rate::-1")?;
+        writeln!(out, "{name}::{address}::success_rate::{}", success_rate(host, false))?;
+        writeln!(out, "{name}::{address}::local_origin_success_rate::{}", success_rate(host, true))?;
     }
     Ok(())
 }
@@ -71,13 +77,29 @@ fn observability_name(cluster: &Cluster) -> &str {
     if config.stat_name == config.name.replace(':', "_") { &config.name } else { &config.stat_name }
 }
 
-fn health_flags(health: HealthStatus) -> &'static str {
-    match health {
-        HealthStatus::Unknown | HealthStatus::Healthy => "healthy",
-        HealthStatus::Unhealthy | HealthStatus::Timeout => "/failed_eds_health",
-        HealthStatus::Degraded => "/degraded_eds_health",
-        HealthStatus::Draining => "/eds_status_draining",
-    }
+/// In percent; negative where outlier detection has nothing to say.
+fn success_rate(host: &Host, local_origin: bool) -> f64 {
+    host.vitals.as_ref().map_or(-1.0, |vitals| vitals.success_rate(local_origin))
+}
+
+fn health_flags(host: &Host) -> String {
+    let has = |flag| host.vitals.as_ref().is_some_and(|vitals| vitals.has(flag));
+    let said = |wanted: &[HealthStatus]| wanted.contains(&host.health);
+    // In Envoy's order.
+    let flags = [
+        ("/failed_active_hc", has(HealthFlag::FailedActiveHc)),
+        ("/failed_outlier_check", has(HealthFlag::FailedOutlierCheck)),
+        ("/failed_eds_health", said(&[HealthStatus::Unhealthy, HealthStatus::Timeout])),
+        ("/degraded_active_hc", has(HealthFlag::DegradedActiveHc)),
+        ("/degraded_eds_health", said(&[HealthStatus::Degraded])),
+        ("/pending_dynamic_removal", has(HealthFlag::PendingDynamicRemoval)),
+        ("/pending_active_hc", has(HealthFlag::PendingActiveHc)),
+        ("/excluded_via_immediate_hc_fail", has(HealthFlag::ExcludedViaImmediateHcFail)),
+        ("/active_hc_timeout", has(HealthFlag::ActiveHcTimeout)),
+        ("/eds_status_draining", said(&[HealthStatus::Draining])),
+    ];
+    let text: String = flags.into_iter().filter(|(_, set)| *set).map(|(text, _)| text).collect();
+    if text.is_empty() { "healthy".to_owned() } else { text }
 }
 
 /// An Envoy `Clusters` message.
@@ -107,6 +129,16 @@ fn cluster_status(cluster: &Cluster, added_via_api: bool) -> Json {
         "circuit_breakers": { "thresholds": thresholds },
         "host_statuses": cluster.hosts().hosts.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
     });
+    if let Some(outlier) = &cluster.outlier {
+        for (field, local) in
+            [("success_rate_ejection_threshold", false), ("local_origin_success_rate_ejection_threshold", true)]
+        {
+            let (_, threshold) = outlier.averages(local);
+            if threshold >= 0.0 {
+                status[field] = json!({ "value": threshold });
+            }
+        }
+    }
     if added_via_api {
         status["added_via_api"] = true.into();
     }
@@ -144,6 +176,20 @@ fn host_status(host: &Host) -> Json {
         HealthStatus::Timeout => "TIMEOUT",
         HealthStatus::Degraded => "DEGRADED",
     };
+    let mut health_status = json!({ "eds_health_status": health });
+    for (field, flag) in [
+        ("failed_active_health_check", HealthFlag::FailedActiveHc),
+        ("failed_outlier_check", HealthFlag::FailedOutlierCheck),
+        ("failed_active_degraded_check", HealthFlag::DegradedActiveHc),
+        ("pending_dynamic_removal", HealthFlag::PendingDynamicRemoval),
+        ("pending_active_hc", HealthFlag::PendingActiveHc),
+        ("excluded_via_immediate_hc_fail", HealthFlag::ExcludedViaImmediateHcFail),
+        ("active_hc_timeout", HealthFlag::ActiveHcTimeout),
+    ] {
+        if host.vitals.as_ref().is_some_and(|vitals| vitals.has(flag)) {
+            health_status[field] = true.into();
+        }
+    }
     let mut locality = json!({});
     for (field, value) in
         [("region", &host.locality.region), ("zone", &host.locality.zone), ("sub_zone", &host.locality.sub_zone)]
@@ -155,10 +201,16 @@ fn host_status(host: &Host) -> Json {
     let mut status = json!({
         "address": address(&host.address),
         "stats": stats.collect::<Vec<_>>(),
-        "health_status": { "eds_health_status": health },
+        "health_status": health_status,
         "weight": host.weight,
         "locality": locality,
     });
+    for (field, local) in [("success_rate", false), ("local_origin_success_rate", true)] {
+        let rate = success_rate(host, local);
+        if rate >= 0.0 {
+            status[field] = json!({ "value": rate });
+        }
+    }
     if !host.hostname.is_empty() {
         status["hostname"] = (*host.hostname).into();
     }

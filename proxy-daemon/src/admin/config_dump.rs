@@ -33,9 +33,9 @@ use super::{
 use crate::{
     config::{
         dump::{self, Element, Head, List, Section},
-        model::{Discovery, EndpointAddress, HealthStatus},
+        model::{Discovery, EndpointAddress},
     },
-    upstream::{Cluster, Host},
+    upstream::{Cluster, Host, Standing},
 };
 
 const ANY_PREFIX: &str = "type.googleapis.com/";
@@ -293,10 +293,10 @@ fn lb_endpoint(host: &Host) -> LbEndpoint {
             address::Address::Pipe(Pipe { path: path.display().to_string(), ..Default::default() })
         }
     };
-    let health = match host.health {
-        HealthStatus::Unknown | HealthStatus::Healthy => Shown::Healthy,
-        HealthStatus::Degraded => Shown::Degraded,
-        HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => Shown::Unhealthy,
+    let health = match host.standing() {
+        Standing::Healthy => Shown::Healthy,
+        Standing::Degraded => Shown::Degraded,
+        Standing::Unhealthy | Standing::Excluded => Shown::Unhealthy,
     };
     LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {

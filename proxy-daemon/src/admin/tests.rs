@@ -14,8 +14,8 @@ use super::*;
 pub(super) mod dumps;
 use crate::{
     config::model::{
-        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LbOptions, LbPolicy, ListenAddress,
-        Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthOptions, HealthStatus, LbOptions, LbPolicy,
+        ListenAddress, Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
     },
     layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
@@ -160,6 +160,7 @@ fn cluster(name: &str) -> ClusterConfig {
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
         tls: None,
+        health: HealthOptions::default(),
         endpoints: vec![LocalityEndpoints {
             locality: Locality { region: "eu".into(), zone: "eu-1".into(), sub_zone: String::new() },
             priority: 0,

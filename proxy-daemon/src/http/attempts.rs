@@ -21,7 +21,8 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
     upstream::{
-        ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Wanted, WorkerCluster, WorkerHost,
+        ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Seen, Wanted, WorkerCluster,
+        WorkerHost,
     },
 };
 
@@ -193,7 +194,7 @@ impl Attempts<'_> {
         let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
         let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
         let mut host = match &overridden {
-            Some((_, Some(host))) if host.host.health.is_usable() => return self.take(end, Rc::clone(host)),
+            Some((_, Some(host))) if host.host.standing().is_usable() => return self.take(end, Rc::clone(host)),
             Some((OverrideHost { strict: Some(status), .. }, host)) => {
                 // One that is there and may not be used is another matter.
                 let status = if host.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { *status };
@@ -336,6 +337,7 @@ impl Shared<'_> {
                 failure = limit.expired() => match late.filter(|_| failure == Failure::PerTryTimeout) {
                     None => return Err(self.timed_out(host, failure)),
                     Some(late) => {
+                        host.saw(Seen::TimedOut(self.timeouts.status.as_u16()));
                         late();
                         sending.await
                     }
@@ -405,6 +407,7 @@ impl Shared<'_> {
             ResponseFlags::UT
         };
         host.count(HostCounter::RqTimeout, 1);
+        host.saw(Seen::TimedOut(self.timeouts.status.as_u16()));
         let (status, reason) = (self.timeouts.status, "upstream request timeout");
         Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
     }

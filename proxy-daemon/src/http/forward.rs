@@ -32,7 +32,7 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
-    upstream::{Connection, HostCounter, WorkerCluster},
+    upstream::{Connection, HostCounter, Seen, WorkerCluster},
 };
 
 /// An upstream's answer.
@@ -256,6 +256,10 @@ fn expire(
             end.judge(true);
             if let Some((_, host)) = &end.host {
                 host.count(HostCounter::RqTimeout, 1);
+                // As long as it had no connection it was not the host that took its time.
+                if end.notes.has_connection() {
+                    host.saw(Seen::TimedOut(timeouts.status.as_u16()));
+                }
             }
             LocalReply::new(timeouts.status, timeouts.text(), ResponseFlags::UT, "response_timeout")
         }

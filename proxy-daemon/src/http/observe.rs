@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     access_log::{Record, ResponseFlags, Times},
-    upstream::{Connection, Decrement, HostCounter, UpstreamInfo, WorkerCluster, WorkerHost},
+    upstream::{Connection, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
 /// The details of a stream that has lasted too long.
@@ -210,6 +210,14 @@ impl Notes {
         }
     }
 
+    /// Whether there is a connection to the host.
+    pub(super) fn has_connection(&self) -> bool {
+        let upstream = self.upstream.take();
+        let connected = upstream.is_some();
+        self.upstream.set(upstream);
+        connected
+    }
+
     /// Counts a response of the cluster's, or the answer in its place; `internal`: the request is.
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode, internal: bool) {
         cluster.cluster.stats.charge(status.as_u16(), internal);
@@ -352,6 +360,7 @@ impl StreamEnd {
         if let Some((cluster, host)) = &self.host {
             cluster.cluster.stats.upstream_rq_per_try_idle_timeout.inc();
             host.count(HostCounter::RqTimeout, 1);
+            host.saw(Seen::TimedOut(StatusCode::GATEWAY_TIMEOUT.as_u16()));
         }
         self.details = Cow::Borrowed("upstream_per_try_idle_timeout");
     }
@@ -373,6 +382,9 @@ impl StreamEnd {
             };
             self.flags |= flag;
             self.details = Cow::Borrowed(details);
+            if let Some((_, host)) = &self.host {
+                host.saw(Seen::ConnectFailed);
+            }
             if let Some((cluster, _)) = self.host.as_ref().filter(|_| error.is::<CodecError>()) {
                 cluster.cluster.stats.upstream_cx_protocol_error.inc();
             }

@@ -23,7 +23,7 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, UpstreamInfo, UpstreamStream, WorkerCluster,
+        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, UpstreamInfo, UpstreamStream, WorkerCluster,
         WorkerHost, connect,
     },
 };
@@ -258,6 +258,7 @@ async fn dial(
                 host.count(HostCounter::CxTotal, 1);
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
+                host.saw(Seen::ConnectedOnly);
                 let issued = Issued::to(&host);
                 let told = stream.info(since, connected.get());
                 (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
@@ -266,9 +267,11 @@ async fn dial(
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
                 host.count(HostCounter::CxConnectFail, 1);
-                if matches!(error, ConnectError::Timeout) {
+                let timed_out = matches!(error, ConnectError::Timeout);
+                if timed_out {
                     stats.upstream_cx_connect_timeout.inc();
                 }
+                host.saw(if timed_out { Seen::TimedOut(504) } else { Seen::ConnectFailed });
                 outcome.flags |= ResponseFlags::UF;
                 outcome.transport_failure = error.transport_failure();
                 tracing::debug!(connection = info.id, host = %host.host.display(), attempt, %error, "connect failed");

@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsFd,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     thread::JoinHandle,
@@ -21,6 +21,7 @@ use super::{
     worker::{self, Command},
 };
 use crate::{
+    access_log::EventLog,
     config::model::{
         ClusterConfig, Discovery, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig, RouteSource,
         Scope,
@@ -30,7 +31,7 @@ use crate::{
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
-    upstream::{ClusterChange, ClusterMap, Clusters, dns},
+    upstream::{ClusterChange, ClusterMap, Clusters, dns, outlier},
 };
 
 /// How the data plane is started.
@@ -72,6 +73,8 @@ struct Inner {
     /// No listener is added any more.
     /// Set for good when the daemon drains.
     draining: watch::Sender<bool>,
+    /// Where ejections of hosts are told.
+    outlier_log: OnceLock<EventLog>,
     control: tokio::runtime::Handle,
 }
 
@@ -163,6 +166,7 @@ impl DataPlane {
             worker_count: options.workers,
             next_socket: AtomicU64::new(0),
             draining,
+            outlier_log: OnceLock::new(),
             control: tokio::runtime::Handle::current(),
         })))
     }
@@ -170,6 +174,12 @@ impl DataPlane {
     /// Says where this node is, and which cluster it is of. Before there are any clusters.
     pub fn set_local_node(&self, node: LocalNode) {
         self.0.clusters.set_local_node(node);
+    }
+
+    /// Says where ejections of hosts are told. Before there are any clusters.
+    pub fn set_outlier_log(&self, log: EventLog) {
+        // A later word changes nothing.
+        let _ = self.0.outlier_log.set(log);
     }
 
     /// Adds a cluster, or replaces the one of the same name.
@@ -186,7 +196,19 @@ impl DataPlane {
             _ => None,
         });
         let resolved: Vec<_> = resolved.collect();
+        let watched = changes.iter().filter_map(|change| match change {
+            ClusterChange::Upsert(config, _) if config.health.outlier_detection.is_some() => {
+                Some(Arc::clone(&config.name))
+            }
+            _ => None,
+        });
+        let watched: Vec<_> = watched.collect();
         self.0.clusters.change(changes);
+        let map = self.0.clusters.load();
+        for cluster in watched.iter().filter_map(|name| map.get(name)) {
+            let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
+            self.0.control.spawn(outlier::watch(clusters, cluster, self.0.outlier_log.get().cloned()));
+        }
         for (config, first) in resolved {
             self.0.control.spawn(dns::resolve_forever(Arc::clone(&self.0.clusters), config, first));
         }

@@ -14,7 +14,9 @@ use super::{
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
     limits::{Limits, RuntimeLimits, cluster_of},
+    outlier::OutlierDetector,
     recent::Recent,
+    vitals::Vitals,
 };
 use crate::{
     config::model::{
@@ -44,6 +46,8 @@ pub struct Cluster {
     recent: [Option<Recent>; 2],
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<ClientTls>>,
+    /// Which hosts are ejected; `None` where none ever is.
+    pub(crate) outlier: Option<OutlierDetector>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
@@ -52,6 +56,7 @@ impl Cluster {
     fn new(
         config: ClusterConfig,
         stats: ClusterStats,
+        outlier: Option<OutlierDetector>,
         hosts: Arc<HostSet>,
         workers: usize,
         secrets: &Arc<Secrets>,
@@ -72,6 +77,7 @@ impl Cluster {
             latched_dropped: AtomicU64::new(0),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
             tls,
+            outlier,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
         }
@@ -144,16 +150,24 @@ impl Cluster {
 
     /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
     fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize, local: &Local) {
-        let making = Making { config: &self.config, stats: &self.stats, workers, local };
+        let making = self.making(workers, local);
         self.set_hosts(build(endpoints, &self.hosts.load(), &making), workers);
         self.stats.membership_change.inc();
         // What EDS and DNS say first is what the cluster begins with: this is of one in use.
         stats::counter("cluster_manager.cluster_updated").inc();
+        if let Some(outlier) = &self.outlier {
+            outlier.hosts_changed();
+        }
     }
 
-    /// Chooses anew: this node's own cluster has changed.
+    fn making<'a>(&'a self, workers: usize, local: &'a Local) -> Making<'a> {
+        let outlier = self.outlier.as_ref();
+        Making { config: &self.config, stats: &self.stats, workers, local, outlier, keeps_vitals: true }
+    }
+
+    /// Chooses anew: this node's own cluster has changed, or hosts stand otherwise.
     fn rebalance(&self, workers: usize, local: &Local) {
-        let making = Making { config: &self.config, stats: &self.stats, workers, local };
+        let making = self.making(workers, local);
         self.set_hosts(making.again(&self.hosts.load()), workers);
     }
 
@@ -170,6 +184,9 @@ struct Making<'a> {
     stats: &'a ClusterStats,
     workers: usize,
     local: &'a Local,
+    outlier: Option<&'a OutlierDetector>,
+    /// The hosts before are of the same version of the cluster: what was found out about them still holds.
+    keeps_vitals: bool,
 }
 
 /// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
@@ -201,7 +218,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
                 Some(known) => by_slot[known.slot as usize] = number,
                 None => new.push(number),
             }
-            hosts.push(host(endpoint, group, &locality, known, now, making.workers));
+            hosts.push(host(endpoint, group, &locality, known, now, making));
         }
         groups.push(Assigned {
             locality,
@@ -250,10 +267,30 @@ impl Making<'_> {
         })
     }
 
+    /// Of a host; `known`: what it was before.
+    fn vitals(&self, known: Option<&Arc<Host>>) -> Option<Arc<Vitals>> {
+        if self.keeps_vitals
+            && let Some(known) = known
+        {
+            return known.vitals.clone();
+        }
+        let outlier = self.outlier?;
+        Some(Arc::new(Vitals::new(Some(outlier.monitor()))))
+    }
+
+    /// Whether a host may stay as it is.
+    fn keeps(&self, host: &Host) -> bool {
+        self.keeps_vitals || (host.vitals.is_none() && self.outlier.is_none())
+    }
+
     /// The same hosts, chosen anew.
     fn again(&self, before: &HostSet) -> HostSet {
+        let again = |host: &Arc<Host>| match self.keeps(host) {
+            true => Arc::clone(host),
+            false => Arc::new(Host { vitals: self.vitals(Some(host)), ..Host::clone(host) }),
+        };
         let mut set = HostSet {
-            hosts: before.hosts.clone(),
+            hosts: before.hosts.iter().map(again).collect(),
             by_address: before.by_address.clone(),
             by_slot: before.by_slot.clone(),
             levels: before.levels.clone(),
@@ -271,7 +308,7 @@ fn host(
     locality: &Arc<Locality>,
     known: Option<&Arc<Host>>,
     now: Instant,
-    workers: usize,
+    making: &Making<'_>,
 ) -> Arc<Host> {
     let weight = endpoint.weight.max(1);
     let unchanged = known.filter(|host| {
@@ -281,6 +318,7 @@ fn host(
             && host.metadata == endpoint.metadata
             && host.priority == group.priority
             && *host.locality == group.locality
+            && making.keeps(host)
     });
     if let Some(host) = unchanged {
         return Arc::clone(host);
@@ -297,7 +335,8 @@ fn host(
         priority: group.priority,
         healthy_since: known.and_then(|host| host.healthy_since).or(healthy.then_some(now)),
         slot: known.map_or(0, |host| host.slot),
-        counters: known.map_or_else(|| Arc::new(HostCounters::new(workers)), |host| Arc::clone(&host.counters)),
+        vitals: making.vitals(known),
+        counters: known.map_or_else(|| Arc::new(HostCounters::new(making.workers)), |host| Arc::clone(&host.counters)),
     })
 }
 
@@ -418,7 +457,17 @@ impl Clusters {
     ) -> Arc<Cluster> {
         let before = before.map(|old| old.hosts()).unwrap_or_default();
         let stats = ClusterStats::new(&config);
-        let making = Making { config: &config, stats: &stats, workers: self.workers, local };
+        let scope = stats.scope();
+        let outlier = config.health.outlier_detection.as_ref();
+        let outlier = outlier.map(|outlier| OutlierDetector::new(outlier, scope.clone(), self.workers));
+        let making = Making {
+            config: &config,
+            stats: &stats,
+            workers: self.workers,
+            local,
+            outlier: outlier.as_ref(),
+            keeps_vitals: false,
+        };
         let hosts = match (&config.discovery, endpoints) {
             (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, &making)),
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, Some(endpoints)) => {
@@ -427,7 +476,7 @@ impl Clusters {
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => Arc::new(making.again(&before)),
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
-        Arc::new(Cluster::new(config, stats, hosts, self.workers, &self.secrets))
+        Arc::new(Cluster::new(config, stats, outlier, hosts, self.workers, &self.secrets))
     }
 
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
@@ -441,6 +490,24 @@ impl Clusters {
             self.follow_local(&mut local);
         }
         cluster.is_some()
+    }
+
+    /// Carries out a change of what is known of a cluster's hosts, and has them chosen anew where it returns `true`. `false`: the cluster
+    /// is gone or has been replaced, and nothing was done.
+    pub(super) fn change_health(&self, cluster: &Arc<Cluster>, change: impl FnOnce() -> bool) -> bool {
+        let mut local = self.lock();
+        let name = &cluster.config.name;
+        if !self.map.load().get(name).is_some_and(|now| Arc::ptr_eq(now, cluster)) {
+            return false;
+        }
+        if change() {
+            cluster.rebalance(self.workers, &local);
+            stats::counter("cluster_manager.cluster_updated").inc();
+            if local.node.cluster.as_ref() == Some(name) {
+                self.follow_local(&mut local);
+            }
+        }
+        true
     }
 
     /// Keeps the clusters' limits in step with the runtime values, for as long as the registry lives.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::config::model::HealthOptions;
 use crate::upstream::{PickCx, WorkerClusters};
 use crate::{
     config::model::{LbOptions, LbPolicy, LeastRequest, Thresholds, UpstreamProtocol},
@@ -20,6 +21,7 @@ fn cluster(name: &str) -> ClusterConfig {
         per_connection_buffer_limit_bytes: 0,
         tcp_keepalive: None,
         tls: None,
+        health: HealthOptions::default(),
         endpoints: Vec::new(),
     }
 }

@@ -8,11 +8,14 @@ use std::{
     time::Instant,
 };
 
-use super::lb::{Balancer, Level};
+use super::{
+    lb::{Balancer, Level},
+    vitals::{Standing, Vitals},
+};
 use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMetadata, Locality};
 
 /// One endpoint of a cluster.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Host {
     /// Where it listens. Never a name: those are looked up first.
     pub address: EndpointAddress,
@@ -34,6 +37,9 @@ pub struct Host {
     pub(super) healthy_since: Option<Instant>,
     /// Where workers keep what is theirs of it: the same for its earlier and later versions, and no other host's of the cluster.
     pub(super) slot: u32,
+    /// What is found out about its health; `None` where nothing looks. Shared with its earlier and later versions, as long as the cluster
+    /// is not replaced.
+    pub vitals: Option<Arc<Vitals>>,
     /// Shared with the same host's earlier and later versions.
     pub counters: Arc<HostCounters>,
 }
@@ -47,6 +53,11 @@ impl Host {
     /// Its name, or its address where it has none.
     pub fn name(&self) -> &str {
         if self.hostname.is_empty() { &self.text } else { &self.hostname }
+    }
+
+    /// What its health makes of it now.
+    pub fn standing(&self) -> Standing {
+        Standing::new(self.health, self.vitals.as_deref())
     }
 
     /// Whether its metadata says `canary` under `envoy.lb`.

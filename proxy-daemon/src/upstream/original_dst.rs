@@ -59,6 +59,7 @@ impl OriginalDstHosts {
                 priority: 0,
                 healthy_since: None,
                 slot: 0,
+                vitals: None,
                 counters: Arc::clone(counters),
             }),
             worker,

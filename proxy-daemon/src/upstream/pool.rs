@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::{Mutex, Notify};
 
 use super::{
-    Cluster, ConnectError, Host, HostCounter, Issued, WorkerCluster, WorkerHost,
+    Cluster, ConnectError, Host, HostCounter, Issued, Seen, WorkerCluster, WorkerHost,
     connect::{Dial, Source, UpstreamInfo, UpstreamStream, connect},
 };
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
             h1::{ClientConnection, SendError},
             h2, is_protocol_error,
         },
+        headers::{is_grpc, names::GRPC_STATUS},
     },
     stats::{Counter, Metered},
     tls::AlpnFallback,
@@ -102,7 +103,7 @@ pub struct Connection {
     sender: Sender,
     home: Weak<SourcePool>,
     pool: Weak<Pool>,
-    _issued: Issued,
+    issued: Issued,
     max_requests: u32,
     /// Counts connections that have carried as many.
     worn_out: Counter,
@@ -228,12 +229,29 @@ impl WorkerHost {
         source: Option<Source>,
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
+        let acquired = self.acquire_unseen(cluster, wanted, source, high_priority).await;
+        match &acquired {
+            Ok(_) => self.saw(Seen::Connected),
+            Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),
+            // It is not the host's fault.
+            Err(PoolError::Overflow) => {}
+        }
+        acquired
+    }
+
+    async fn acquire_unseen(
+        self: &Rc<Self>,
+        cluster: &WorkerCluster,
+        wanted: Wanted<'_>,
+        source: Option<Source>,
+        high_priority: bool,
+    ) -> Result<Connection, PoolError> {
         let pool = self.pool.source(source);
         let lend = |sender, reused| Connection {
             sender,
             home: Rc::downgrade(&pool),
             pool: Rc::downgrade(&self.pool),
-            _issued: Issued::to(self),
+            issued: Issued::to(self),
             max_requests: cluster.cluster.config.max_requests_per_connection,
             worn_out: cluster.cluster.stats.upstream_cx_max_requests,
             reused,
@@ -504,7 +522,10 @@ impl Connection {
         request: http::Request<Body>,
         interim: impl FnMut(http::StatusCode, http::HeaderMap),
     ) -> Result<http::Response<Incoming>, Reset> {
-        match &self.sender {
+        let host = &self.issued.0;
+        // Only where somebody goes by it.
+        let grpc = host.host.vitals.is_some() && is_grpc(request.headers());
+        let sent = match &self.sender {
             Sender::Http1(connection) => {
                 self.count_request(&connection.requests);
                 connection.client.send(request, interim).await.map_err(Reset::http1)
@@ -520,7 +541,14 @@ impl Connection {
                     h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
                 })
             }
+        };
+        match &sent {
+            Ok(response) => host.saw(Seen::Status(seen_status(response, grpc))),
+            // It died in the pool: another one is tried.
+            Err(reset) if reset.request.is_some() && self.reused => {}
+            Err(_) => host.saw(Seen::ConnectFailed),
         }
+        sent
     }
 
     /// The response has passed whole: the connection may be used again.
@@ -566,6 +594,31 @@ async fn idle_watch(limit: Option<Duration>, idle_since: impl Fn() -> Option<Opt
             return;
         }
         tokio::time::sleep(left).await;
+    }
+}
+
+/// The status that a response stands for: of gRPC the one that its status in the head is mapped to, where there is one.
+fn seen_status(response: &http::Response<Incoming>, grpc: bool) -> u16 {
+    let status = response.headers().get(GRPC_STATUS).filter(|_| grpc);
+    status.map_or(response.status().as_u16(), grpc_to_http)
+}
+
+/// The HTTP status that a `grpc-status` stands for.
+fn grpc_to_http(status: &http::HeaderValue) -> u16 {
+    match status.to_str().ok().and_then(|text| text.parse::<u32>().ok()) {
+        Some(0) => 200,
+        Some(1) => 499,
+        Some(3 | 9 | 11) => 400,
+        Some(4) => 504,
+        Some(5) => 404,
+        Some(6 | 10) => 409,
+        Some(7) => 403,
+        Some(8) => 429,
+        Some(12) => 501,
+        Some(14) => 503,
+        Some(16) => 401,
+        // Unknown, Internal, DataLoss, and what is no status.
+        _ => 500,
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
 
 use culvert_xds_client::source::Usage;
 
-use super::{HostSet, lb::Balancer};
+use super::{HostSet, Standing, lb::Balancer};
 use crate::{
     config::model::ClusterConfig,
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
@@ -165,10 +165,7 @@ impl ClusterStats {
             self.lb_subsets_active.set(all * threads);
             self.scope.gauge("lb_subsets_single_host_per_subset_duplicate").set(duplicates);
         }
-        use crate::config::model::HealthStatus::{Degraded, Draining, Healthy, Unknown};
-        let count = |wanted: fn(&crate::config::model::HealthStatus) -> bool| {
-            hosts.hosts.iter().filter(|host| wanted(&host.health)).count() as u64
-        };
+        let count = |wanted| hosts.hosts.iter().filter(|host| host.standing() == wanted).count() as u64;
         if let Some((lb, unit, spread)) = hosts.balancer.as_ref().and_then(Balancer::spread) {
             self.scope.gauge(&format!("{lb}.min_{unit}_per_host")).set(spread.min);
             self.scope.gauge(&format!("{lb}.max_{unit}_per_host")).set(spread.max);
@@ -177,8 +174,8 @@ impl ClusterStats {
             }
         }
         self.membership_total.set(hosts.hosts.len() as u64);
-        self.membership_healthy.set(count(|health| matches!(health, Healthy | Unknown)));
-        self.membership_degraded.set(count(|health| matches!(health, Degraded)));
-        self.membership_excluded.set(count(|health| matches!(health, Draining)));
+        self.membership_healthy.set(count(Standing::Healthy));
+        self.membership_degraded.set(count(Standing::Degraded));
+        self.membership_excluded.set(count(Standing::Excluded));
     }
 }

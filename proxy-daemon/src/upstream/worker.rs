@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Cluster, ClusterMap, Clusters, Host, HostCounter, HostSet,
+    Cluster, ClusterMap, Clusters, Host, HostCounter, HostSet, Seen,
     lb::{Pick, TriedPriorities, Turns},
     original_dst::OriginalDstHosts,
     pool::Pool,
@@ -333,6 +333,13 @@ impl WorkerHost {
         self.host.counters.add(self.worker, counter, delta);
     }
 
+    /// A request or connection came to this: outlier detection goes by it.
+    pub(crate) fn saw(&self, seen: Seen) {
+        if let Some(vitals) = &self.host.vitals {
+            vitals.saw(self.worker, seen);
+        }
+    }
+
     /// One more request is on its way to the host; [`end_request`](Self::end_request) must follow.
     pub fn begin_request(&self) {
         self.active.set(self.active.get() + 1);
@@ -345,7 +352,7 @@ impl WorkerHost {
 }
 
 /// A request, or a TCP proxy's connection, that a host has: from when it got a connection until it ends.
-pub(crate) struct Issued(Rc<WorkerHost>);
+pub(crate) struct Issued(pub(super) Rc<WorkerHost>);
 
 impl Issued {
     /// Counts it as issued and, until this is dropped, as in progress.

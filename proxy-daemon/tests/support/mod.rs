@@ -208,6 +208,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
         tls: None,
+        health: HealthOptions::default(),
         endpoints: vec![LocalityEndpoints {
             locality: Locality::default(),
             priority: 0,

@@ -3,7 +3,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use http::HeaderName;
 
 use super::{
-    AssignmentPolicy, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef, SecretType,
+    AssignmentPolicy, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef, SecretType,
     UpstreamTlsContext,
 };
 
@@ -36,6 +36,8 @@ pub struct ClusterConfig {
     pub tcp_keepalive: Option<TcpKeepalive>,
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<UpstreamTlsContext>>,
+    /// How its hosts are found to be well or not.
+    pub health: HealthOptions,
     /// The hosts of STATIC and STRICT_DNS clusters.
     pub endpoints: Vec<LocalityEndpoints>,
 }

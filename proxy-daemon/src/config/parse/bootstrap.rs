@@ -78,6 +78,8 @@ pub struct Bootstrap {
     pub interception: Option<InterceptionConfig>,
     /// Where this node is, and which cluster it is of.
     pub local: LocalNode,
+    /// `cluster_manager.outlier_detection.event_log_path`
+    pub outlier_log: Option<PathBuf>,
     /// What is deprecated in it: where, and what to write instead.
     pub warnings: Vec<FieldError>,
 }
@@ -173,8 +175,11 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     }
     let runtime = layered_runtime(message, &sources)?;
     let local = local_node(message, &clusters)?;
+    let outlier = message.cluster_manager.as_ref().and_then(|manager| manager.outlier_detection.as_ref());
+    let outlier_log = outlier.map(|config| PathBuf::from(&config.event_log_path));
     Ok(Bootstrap {
         local,
+        outlier_log: outlier_log.filter(|path| !path.as_os_str().is_empty()),
         sources,
         admin,
         clusters,

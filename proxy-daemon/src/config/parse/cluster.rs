@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
@@ -20,14 +20,15 @@ use super::{
     config_source::config_source,
     endpoint::assigned,
     load_balancing::load_balancing,
+    outlier_detection::outlier_detection,
     support::{self, join},
     tls::upstream_socket,
 };
 use crate::config::{
     FieldError,
     model::{
-        ClusterConfig, Discovery, DnsLookupFamily, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive, Thresholds,
-        UpstreamProtocol,
+        ClusterConfig, Discovery, DnsLookupFamily, HealthOptions, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive,
+        Thresholds, UpstreamProtocol,
     },
 };
 
@@ -48,6 +49,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         Some(assignment) => assigned(assignment, names, &assignment_path)?,
         None => Vec::new(),
     };
+    let health = health(cluster, &discovery, path)?;
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
@@ -79,8 +81,22 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
         tls,
+        health,
         endpoints,
     })
+}
+
+fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<HealthOptions> {
+    let mut options = HealthOptions::default();
+    if let Some(config) = &cluster.outlier_detection {
+        let path = join(path, "outlier_detection");
+        if matches!(discovery, Discovery::OriginalDst { .. }) {
+            // Each worker has hosts of its own there.
+            return Err(FieldError::unsupported(path));
+        }
+        options.outlier_detection = Some(Arc::new(outlier_detection(config, &path)?));
+    }
+    Ok(options)
 }
 
 /// Of `lb_policy`; those of `load_balancing_policy` may, as in Envoy.

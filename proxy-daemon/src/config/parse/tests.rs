@@ -215,7 +215,14 @@ fn clusters_that_cannot_be_honoured_are_named() {
             "type: LOGICAL_DNS".to_owned(),
             "type: LOGICAL_DNS is not supported by culvert yet; it has STATIC, STRICT_DNS, EDS and ORIGINAL_DST",
         ),
-        ("outlier_detection: {}".to_owned(), "outlier_detection: not supported by culvert yet"),
+        (
+            "outlier_detection: { detect_degraded_hosts: true }".to_owned(),
+            "outlier_detection.detect_degraded_hosts: not supported by culvert yet",
+        ),
+        (
+            "outlier_detection: { base_ejection_time: 2s, max_ejection_time: 1s }".to_owned(),
+            "outlier_detection.max_ejection_time: outlier detector's max_ejection_time cannot be smaller than base_ejection_time",
+        ),
         (
             at("{ address: example, port_value: 80 }"),
             "load_assignment.endpoints[0].lb_endpoints[0].endpoint.address.socket_address.address: malformed IP address: example. Consider setting resolver_name or setting cluster type to 'STRICT_DNS' or 'LOGICAL_DNS'",

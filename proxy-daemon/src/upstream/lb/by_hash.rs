@@ -7,12 +7,12 @@ use twox_hash::XxHash64;
 
 use super::{
     Ingredients, Pick,
-    layout::{Level, Standing, those},
+    layout::{Level, those},
     mersenne::Mersenne,
 };
 use crate::{
     config::model::{ConsistentHashing, HashFunction, LbPolicy, LocalityLb},
-    upstream::{Host, HostCounter},
+    upstream::{Host, HostCounter, Standing},
 };
 
 /// Which host has which hashes.

@@ -4,30 +4,9 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use super::load::{self, Counts};
 use crate::{
-    config::model::{AssignmentPolicy, HealthStatus, Locality},
-    upstream::Host,
+    config::model::{AssignmentPolicy, Locality},
+    upstream::{Host, Standing},
 };
-
-/// What a host's health makes of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
-    Healthy,
-    Degraded,
-    Unhealthy,
-    /// As if it were not there: what the others can take is not less for it.
-    Excluded,
-}
-
-impl Standing {
-    pub(super) fn of(host: &Host) -> Standing {
-        match host.health {
-            HealthStatus::Unknown | HealthStatus::Healthy => Standing::Healthy,
-            HealthStatus::Degraded => Standing::Degraded,
-            HealthStatus::Unhealthy | HealthStatus::Timeout => Standing::Unhealthy,
-            HealthStatus::Draining => Standing::Excluded,
-        }
-    }
-}
 
 /// One priority.
 #[derive(Debug, Clone, Default)]
@@ -106,7 +85,7 @@ impl Level {
         for host in self.hosts.iter().map(|number| &hosts[*number as usize]) {
             let value = of(host);
             counts.all += value;
-            match Standing::of(host) {
+            match host.standing() {
                 Standing::Healthy => counts.healthy += value,
                 Standing::Degraded => counts.degraded += value,
                 Standing::Unhealthy => {}
@@ -144,5 +123,5 @@ pub(super) fn those<'a>(
     hosts: &'a [Arc<Host>],
     standing: Standing,
 ) -> impl Iterator<Item = u32> + 'a {
-    numbers.iter().copied().filter(move |number| Standing::of(&hosts[*number as usize]) == standing)
+    numbers.iter().copied().filter(move |number| hosts[*number as usize].standing() == standing)
 }

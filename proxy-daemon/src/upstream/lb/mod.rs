@@ -18,7 +18,7 @@ use self::{
     by_hash::HashTable,
     edf::Edf,
     group::{Group, Making},
-    layout::{LocalityHosts, Standing, those},
+    layout::{LocalityHosts, those},
     load::Load,
     subset::Subsets,
     zone::ZoneRouting,
@@ -29,7 +29,7 @@ pub(super) use self::{
     layout::{Assigned, Level, levels},
     zone::LocalZones,
 };
-use super::{ClusterStats, Host};
+use super::{ClusterStats, Host, Standing};
 use crate::{
     config::model::{LbOptions, LbPolicy, LocalityLb, MetadataMatch, SlowStart},
     layered_runtime::Key,

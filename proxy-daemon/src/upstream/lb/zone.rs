@@ -3,13 +3,13 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    layout::{Level, Standing},
+    layout::Level,
     load::{self, Counts},
 };
 use crate::{
     config::model::{Locality, ZoneAware},
     layered_runtime::Key,
-    upstream::{ClusterStats, Host},
+    upstream::{ClusterStats, Host, Standing},
 };
 
 /// What the cluster that this node is of (`local_cluster_name`) says of zones.
@@ -41,7 +41,7 @@ impl LocalZones {
 /// How many of these hosts are healthy, and their weights.
 fn weigh(numbers: &[u32], hosts: &[Arc<Host>]) -> (u64, u64) {
     let healthy = numbers.iter().map(|number| &hosts[*number as usize]);
-    let healthy = healthy.filter(|host| Standing::of(host) == Standing::Healthy);
+    let healthy = healthy.filter(|host| host.standing() == Standing::Healthy);
     healthy.fold((0, 0), |(number, weight), host| (number + 1, weight + u64::from(host.weight)))
 }
 

@@ -1,0 +1,118 @@
+//! What is found out about a host while it is in use, besides what discovery says of it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
+use super::outlier::{Monitor, Seen};
+use crate::config::model::HealthStatus;
+
+/// What may be wrong with a host; Envoy's names for `/clusters`, in Envoy's order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum HealthFlag {
+    /// It does not pass its active health checks.
+    FailedActiveHc = 1,
+    /// Outlier detection has ejected it.
+    FailedOutlierCheck = 1 << 1,
+    /// Its active health checks say that it wants to be used last.
+    DegradedActiveHc = 1 << 2,
+    /// Discovery does not have it any more; as long as it passes its checks, it stays.
+    PendingDynamicRemoval = 1 << 3,
+    /// It is not counted before its first check.
+    PendingActiveHc = 1 << 4,
+    /// It has said in a response that it wants no more requests.
+    ExcludedViaImmediateHcFail = 1 << 5,
+    /// Its last active health check had no answer in time.
+    ActiveHcTimeout = 1 << 6,
+}
+
+/// Shared by all versions of a host in one version of its cluster. Flags change under the lock of
+/// [`Clusters`](super::Clusters) only, so that whoever makes a balancer sees one state of them.
+#[derive(Debug, Default)]
+pub struct Vitals {
+    flags: AtomicU32,
+    monitor: Option<Monitor>,
+}
+
+impl Vitals {
+    /// Of a host of which nothing bad is known yet; `monitor` where outlier detection goes by its requests.
+    pub(super) fn new(monitor: Option<Monitor>) -> Vitals {
+        Vitals { flags: AtomicU32::new(0), monitor }
+    }
+
+    /// Whether this is so.
+    pub fn has(&self, flag: HealthFlag) -> bool {
+        self.flags.load(Ordering::Relaxed) & flag as u32 != 0
+    }
+
+    /// Whether any of these is so: a sum of flags.
+    fn has_any(&self, flags: u32) -> bool {
+        self.flags.load(Ordering::Relaxed) & flags != 0
+    }
+
+    /// Sets or clears a flag; returns whether it changed.
+    pub(super) fn set(&self, flag: HealthFlag, on: bool) -> bool {
+        let flag = flag as u32;
+        let before = match on {
+            true => self.flags.fetch_or(flag, Ordering::Relaxed),
+            false => self.flags.fetch_and(!flag, Ordering::Relaxed),
+        };
+        (before & flag != 0) != on
+    }
+
+    /// What outlier detection counts of it.
+    pub(super) fn monitor(&self) -> Option<&Monitor> {
+        self.monitor.as_ref()
+    }
+
+    /// What outlier detection found of it in the last interval, in percent; negative where it had too few requests.
+    pub fn success_rate(&self, local_origin: bool) -> f64 {
+        self.monitor.as_ref().map_or(-1.0, |monitor| monitor.success_rate(local_origin))
+    }
+
+    /// A request or connection of `worker`, which must be the calling worker, came to this.
+    #[inline]
+    pub(super) fn saw(self: &Arc<Self>, worker: usize, seen: Seen) {
+        if let Some(monitor) = &self.monitor {
+            monitor.saw(self, worker, seen);
+        }
+    }
+}
+
+/// What a host's health makes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It is used.
+    Healthy,
+    /// It is used where no healthy host is left.
+    Degraded,
+    /// It is not used.
+    Unhealthy,
+    /// As if it were not there: what the others can take is not less for it.
+    Excluded,
+}
+
+impl Standing {
+    /// By what discovery says, and by what has been found out.
+    pub(super) fn new(said: HealthStatus, vitals: Option<&Vitals>) -> Standing {
+        const EXCLUDED: u32 = HealthFlag::PendingActiveHc as u32 | HealthFlag::ExcludedViaImmediateHcFail as u32;
+        const FAILED: u32 = HealthFlag::FailedActiveHc as u32 | HealthFlag::FailedOutlierCheck as u32;
+        let any = |flags| vitals.is_some_and(|vitals| vitals.has_any(flags));
+        if said == HealthStatus::Draining || any(EXCLUDED) {
+            Standing::Excluded
+        } else if matches!(said, HealthStatus::Unhealthy | HealthStatus::Timeout) || any(FAILED) {
+            Standing::Unhealthy
+        } else if said == HealthStatus::Degraded || any(HealthFlag::DegradedActiveHc as u32) {
+            Standing::Degraded
+        } else {
+            Standing::Healthy
+        }
+    }
+
+    /// Whether new requests may go there.
+    pub fn is_usable(self) -> bool {
+        matches!(self, Standing::Healthy | Standing::Degraded)
+    }
+}
