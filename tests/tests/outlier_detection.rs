@@ -27,10 +27,12 @@ struct Step {
     /// A status, `grpc14`, `reset` or `hang`; empty: it answers 200.
     fails: &'static str,
     times: usize,
+    /// Which hosts are used after it; none: that is not waited for.
+    then: &'static [u8],
 }
 
 fn step(host: u8, fails: &'static str, times: usize) -> Step {
-    Step { host, fails, times }
+    Step { host, fails, times, then: &[] }
 }
 
 /// A cluster, what is asked of it, and which hosts it uses after that.
@@ -116,13 +118,13 @@ fn cases() -> Vec<Case> {
         case(
             "overflow",
             "{interval: 60s, max_ejection_percent: 40, consecutive_5xx: 2}",
-            vec![step(1, "500", 2), step(2, "500", 2), step(3, "500", 2)],
+            vec![Step { then: &[2, 3], ..step(1, "500", 2) }, step(2, "500", 2), step(3, "500", 2)],
             &[2, 3],
         ),
         case(
             "always_one",
             "{interval: 60s, max_ejection_percent: 0, always_eject_one_host: true, consecutive_5xx: 2}",
-            vec![step(1, "500", 2), step(2, "500", 2)],
+            vec![Step { then: &[2, 3], ..step(1, "500", 2) }, step(2, "500", 2)],
             &[2, 3],
         ),
         Case {
@@ -310,9 +312,9 @@ impl Proxy {
         // A host that cannot be reached has the keys that no other one has.
         // Where success rates are judged, requests that succeed would count.
         let wants_keys = !case.hosts.contains(&DEAD) && case.steps.iter().all(|step| step.times > 0);
-        let keys = if wants_keys { self.keys(case)? } else { BTreeMap::new() };
+        let mut keys = if wants_keys { self.keys(case)? } else { BTreeMap::new() };
         let mut seen = Vec::new();
-        for Step { host, fails, times } in &case.steps {
+        for Step { host, fails, times, then } in &case.steps {
             let fails = if fails.is_empty() { String::new() } else { format!("{host}={fails}") };
             if *times == 0 {
                 // As long as it takes.
@@ -327,6 +329,10 @@ impl Proxy {
             let key = *keys.get(host).context("no key of the host")?;
             for _ in 0..*times {
                 seen.push(self.ask(case, key, &fails)?);
+            }
+            if !then.is_empty() {
+                self.settles(case, then, "")?;
+                keys = self.keys(case)?;
             }
         }
         self.settles(case, case.left, "")?;
