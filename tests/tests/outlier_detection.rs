@@ -143,7 +143,7 @@ fn cases() -> Vec<Case> {
             ..case(
                 "rate",
                 "{interval: 1s, base_ejection_time: 60s, max_ejection_percent: 50, consecutive_5xx: 10000, \
-                 success_rate_request_volume: 1}",
+                 success_rate_request_volume: 1, failure_percentage_minimum_hosts: 100}",
                 vec![step(5, "500", 0)],
                 &[],
             )
