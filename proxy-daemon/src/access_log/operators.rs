@@ -8,6 +8,8 @@ use std::{
 
 use http::HeaderName;
 
+use crate::http::path::decode;
+
 use super::{
     Record, Times,
     fields::{missing, number},
@@ -250,26 +252,6 @@ fn cut(out: &mut Vec<u8>, record: &Record<'_>, text: Option<&str>, max_len: usiz
         Some(text) => out.extend_from_slice(&text.as_bytes()[..text.len().min(max_len)]),
         None => missing(out, record),
     }
-}
-
-/// Without the escapes of URLs.
-fn decode(text: &str) -> Vec<u8> {
-    let mut rest = text.as_bytes();
-    let mut decoded = Vec::with_capacity(rest.len());
-    while let Some((&first, after)) = rest.split_first() {
-        let digit = |at: usize| after.get(at).and_then(|byte| char::from(*byte).to_digit(16));
-        match (first, digit(0), digit(1)) {
-            (b'%', Some(high), Some(low)) => {
-                decoded.push((high * 16 + low) as u8);
-                rest = &after[2..];
-            }
-            _ => {
-                decoded.push(first);
-                rest = after;
-            }
-        }
-    }
-    decoded
 }
 
 /// `{"operators": ["NAME", {"command": "NAME", "param": "...", "max_length": 5}]}`

@@ -63,8 +63,14 @@ fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<
     };
     let cluster = cx.worker.clusters.get(name)?;
     let mut head = head.clone();
-    if policy.suffix {
-        let host = HeaderValue::from_str(&shadow_host(authority(&head))).ok()?;
+    if !policy.mutations.is_empty() {
+        cx.format_request(&mut head, |headers, record| policy.mutations.apply(headers, record));
+    }
+    let host = match &policy.host {
+        None if policy.suffix => Some(HeaderValue::from_str(&shadow_host(authority(&head))).ok()?),
+        host => host.clone(),
+    };
+    if let Some(host) = host {
         upstream_head::to_http1(&mut head);
         head.headers.insert(HOST, host);
     }

@@ -29,7 +29,7 @@ mod mirror;
 mod node;
 mod normal;
 mod observe;
-mod path;
+pub(crate) mod path;
 mod proxy_status;
 mod redirect;
 mod replay;

@@ -25,7 +25,7 @@ use super::{
     timers::{Expired, Timers},
 };
 use crate::{
-    access_log::{Record, ResponseFlags, Times},
+    access_log::{Headers, Record, ResponseFlags, Times},
     upstream::{Connection, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -517,9 +517,12 @@ impl StreamEnd {
 
     fn write_logs(&self, log: &LogParts, log_type: &'static str) {
         let metadata = self.progress.metadata.borrow();
+        let trailers = self.progress.trailers.borrow();
+        let trailers = trailers.as_deref().map_or(Headers::Kept(&log.trailers), Headers::All);
         let record = Record {
             log_type,
             metadata: metadata.as_deref(),
+            response_trailers: Some(trailers),
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
             response_code_details: self.told_details(),

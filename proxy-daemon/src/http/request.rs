@@ -243,9 +243,12 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
             stats.no_route.inc();
             Err(LocalReply::new(StatusCode::NOT_FOUND, "", ResponseFlags::NR, "route_not_found"))
         }
-        Some(RouteAction::DirectResponse { status, body }) => {
+        Some(RouteAction::DirectResponse { status, body, format }) => {
             stats.rq_direct_response.inc();
             let mut reply = LocalReply::new(*status, body.clone(), ResponseFlags::default(), "direct_response");
+            if let Some(format) = format {
+                cx.direct_response(&head, *status, &mut reply, format);
+            }
             if *status == StatusCode::CREATED || status.is_redirection() {
                 reply.headers.extend(own_url(&head).map(|url| (LOCATION, url)));
             }

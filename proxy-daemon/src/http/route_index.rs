@@ -89,7 +89,8 @@ mod tests {
     use crate::config::model::{RouteAction, RouteMatch};
 
     fn route(path: PathMatch, case_sensitive: bool) -> Arc<Route> {
-        let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
+        let action =
+            RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new(), format: None };
         let (headers, per_filter) = Default::default();
         let route_match = RouteMatch { case_sensitive, ..RouteMatch::new(path) };
         Arc::new(Route {

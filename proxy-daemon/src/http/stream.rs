@@ -9,14 +9,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 
 use super::{
     MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, observe::StreamEnd, route_match::authority,
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},
-    config::model::{AddedValue, HeaderAdd, HeaderMutations, WeightedOptions},
+    config::model::{AddedValue, HeaderAdd, HeaderMutations, ReplyFormat, WeightedOptions},
     listener::ConnectionInfo,
     runtime::Worker,
     tls::TlsInfo,
@@ -253,6 +253,28 @@ impl StreamCx {
         tell(&record);
     }
 
+    /// Makes the body of a direct response.
+    pub(super) fn direct_response(
+        &self,
+        head: &RequestHead,
+        status: StatusCode,
+        reply: &mut LocalReply,
+        format: &ReplyFormat,
+    ) {
+        let kept = self.request.replace(Some(Box::new(head.clone())));
+        let mut body = Vec::new();
+        self.tell_response(status, None, |record| {
+            // There is no response yet, as in Envoy.
+            let (response_code, response_code_details) = (0, None);
+            let (missing, local_reply_body) = ("-", &*reply.body);
+            let record = Record { missing, local_reply_body, response_code, response_code_details, ..*record };
+            body = format.format.write(&record);
+        });
+        self.request.replace(kept);
+        reply.body = body.into();
+        reply.headers.push((CONTENT_TYPE, format.content_type.clone()));
+    }
+
     /// What formats of headers can tell of the stream's connection.
     pub(super) fn record(&self) -> Record<'_> {
         Record {
@@ -292,6 +314,8 @@ pub struct Progress {
     pub sent_otherwise: Cell<bool>,
     /// What filters have told; `None`: nothing yet.
     pub metadata: RefCell<Option<Box<Metadata>>>,
+    /// The response's trailers, where filters have changed them.
+    pub trailers: RefCell<Option<Box<HeaderMap>>>,
     /// Filters that record the stream.
     pub(super) taps: RefCell<Vec<Rc<super::filters::tap::Trace>>>,
     /// How long a client may take for what is left of the answer, where the route says; `Some(None)`: for ever.
@@ -334,6 +358,7 @@ impl Progress {
             sent: Cell::new(0),
             sent_otherwise: Cell::new(false),
             metadata: RefCell::new(None),
+            trailers: RefCell::new(None),
             taps: RefCell::new(Vec::new()),
             flush: Cell::new(None),
             health_check: Cell::new(false),

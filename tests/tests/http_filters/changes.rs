@@ -93,6 +93,7 @@ fn mutations() -> Vec<Case> {
             .told(By::Route, MUTATION_PER_ROUTE, &of_request(&mark("route")))
             .told(By::Cluster, MUTATION_PER_ROUTE, &of_request(&mark("cluster"))),
     ];
+    cases.extend(queries());
     let levels = |name, wins| {
         let both = |by: &str| {
             let mark = mark(by);
@@ -105,6 +106,40 @@ fn mutations() -> Vec<Case> {
     };
     cases.push(levels("levels of mutations", ""));
     cases.push(levels("levels of mutations, most specific last", ", most_specific_header_mutations_wins: true"));
+    cases
+}
+
+/// `query_parameter_mutations`, and those of trailers.
+fn queries() -> Vec<Case> {
+    let requests =
+        ["GET /p", "GET /p?", "GET /p?b=1&a=2&a=3", "GET /p?c&=x&a=%41+&d=\u{7e}/:@!*'()", "GET /direct?a=1"];
+    let of_query = |name, mutations: &str| {
+        case(name, MUTATION, &format!("mutations: {{query_parameter_mutations: [{mutations}]}}"), &requests)
+    };
+    let append =
+        |value: &str, action: &str| format!("{{append: {{record: {{key: a, value: \"{value}\"}}, action: {action}}}}}");
+    let actions = ["APPEND_IF_EXISTS_OR_ADD", "ADD_IF_ABSENT", "OVERWRITE_IF_EXISTS_OR_ADD", "OVERWRITE_IF_EXISTS"];
+    let mut cases: Vec<_> = actions.map(|action| of_query(action, &append("new &", action))).into();
+    cases.extend([
+        of_query("query, remove", "{remove: a}"),
+        of_query("query, format", &append("%REQ(:method)% %REQ(x-none)%", actions[0])),
+        of_query("query, nothing of it changes", "{remove: none}"),
+        case(
+            "query after headers",
+            MUTATION,
+            "mutations: {request_mutations: [{append: {header: {key: x-a, value: made}}}], \
+             query_parameter_mutations: [{append: {record: {key: q, value: \"%REQ(x-a)%\"}}}, {remove: b}]}",
+            &requests,
+        ),
+        case(
+            "trailers",
+            MUTATION,
+            "mutations: {response_trailers_mutations: [{append: {header: {key: x-new, value: one}}}, {remove: grpc-message}], \
+             request_trailers_mutations: [{append: {header: {key: x-t, value: two}}}]}",
+            &[&super::grpc::called("application/grpc", "", super::grpc::ANSWER), "GET /"],
+        )
+        .of_log("%TRAILER(x-new)% %TRAILER(grpc-message)% %TRAILER(grpc-status)%"),
+    ]);
     cases
 }
 

@@ -110,6 +110,34 @@ fn answers() -> Vec<Case> {
         "- {match: {prefix: /}, direct_response: {status: 200, body: {inline_bytes: AAEC}}}",
         requests,
     ));
+    let made = |name, fields: &str| {
+        let routes = format!("- {{match: {{prefix: /}}, name: main, direct_response: {{status: 203, {fields}}}}}");
+        case(name, &routes, &[requests as &[_], &["GET /x?y=z\nx-a: b", "GET /\naccept: */*"]].concat())
+    };
+    let text =
+        "%REQ(x-a)% %REQ(:path)% %RESPONSE_CODE% %ROUTE_NAME% %LOCAL_REPLY_BODY% %PROTOCOL% %RESPONSE_CODE_DETAILS%";
+    let text = format!("body_format: {{text_format_source: {{inline_string: \"{text}\"}}");
+    let json =
+        "body_format: {json_format: {code: \"%RESPONSE_CODE%\", said: \"%LOCAL_REPLY_BODY%\", none: \"%REQ(x-none)%\"}";
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    cases.extend([
+        made("direct response, body_format", &format!("body: {{inline_string: inner}}, {text}}}")),
+        made("direct response, body_format alone", &format!("{text}}}")),
+        made("direct response, body_format, content_type", &format!("{text}, content_type: text/html}}")),
+        made("direct response, body_format, omit_empty_values", &format!("{text}, omit_empty_values: true}}")),
+        made("direct response, body_format of JSON", &format!("body: {{inline_string: inner}}, {json}}}")),
+        case(
+            "direct response, body_format and headers",
+            &format!(
+                "- {{match: {{prefix: /}}, direct_response: {{status: 200, {text}}}}}, response_headers_to_add: \
+                 [{{header: {{key: content-type, value: text/css}}, append_action: OVERWRITE_IF_EXISTS_OR_ADD}}], \
+                 request_headers_to_add: [{{header: {{key: x-a, value: added}}}}]}}"
+            ),
+            requests,
+        ),
+        made("direct response of a file", &format!("body: {{filename: {file}}}")),
+        made("direct response of a variable", "body: {environment_variable: HOME}"),
+    ]);
     cases
 }
 

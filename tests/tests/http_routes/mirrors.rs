@@ -22,6 +22,14 @@ pub fn cases() -> Vec<Case> {
         mirrored("a mirror of none", "{cluster: b, runtime_fraction: {default_value: {numerator: 0}}}", 1),
         case("a mirror that a header names", &to("{cluster_header: x-to}"), &requests[5..]).settle(2),
         case("a mirror that no header names", &to("{cluster_header: x-to}"), &requests[..2]).settle(1),
+        mirrored("host_rewrite_literal", "{cluster: b, host_rewrite_literal: other.test}", 2),
+        mirrored("trace_sampled", "{cluster: b, trace_sampled: false}", 2),
+        mirrored(
+            "request_headers_mutations",
+            "{cluster: b, request_headers_mutations: [{append: {header: {key: x-m, value: \"%REQ(x-a)% %REQ(:path)%\"}}}, \
+             {remove: x-id-none}, {append: {header: {key: x-a, value: c}, append_action: OVERWRITE_IF_EXISTS}}]}",
+            2,
+        ),
         mirrored("a mirror that is dead", "{cluster: dead}", 1),
         case(
             "a mirror whose route is rewritten",

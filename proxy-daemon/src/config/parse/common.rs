@@ -169,6 +169,14 @@ pub(super) fn header_value(value: &str, path: &str) -> Result<HeaderValue> {
     HeaderValue::try_from(value).map_err(|_| FieldError::new(path, format!("{value:?} is not a header value")))
 }
 
+/// A value that is a format.
+pub(crate) fn added_value(text: &str, path: &str) -> Result<AddedValue> {
+    Ok(match HeaderFormat::parse(text).map_err(|text| FieldError::new(path, text))? {
+        Ok(format) => AddedValue::Format(Arc::new(format)),
+        Err(literal) => AddedValue::Literal(header_value(&literal, path)?),
+    })
+}
+
 /// Headers to add; their values are format strings.
 pub(crate) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &str) -> Result<Vec<HeaderAdd>> {
     let parse = |(index, option): (usize, &HeaderValueOption)| {
@@ -182,11 +190,7 @@ pub(crate) fn headers_to_add(options: &[HeaderValueOption], path: &str, field: &
         if !header.raw_value.is_empty() {
             return Err(FieldError::unsupported(join(&path, "header.raw_value")));
         }
-        let value_path = join(&path, "header.value");
-        let value = match HeaderFormat::parse(&header.value).map_err(|text| FieldError::new(&value_path, text))? {
-            Ok(format) => AddedValue::Format(Arc::new(format)),
-            Err(literal) => AddedValue::Literal(header_value(&literal, &value_path)?),
-        };
+        let value = added_value(&header.value, &join(&path, "header.value"))?;
         #[expect(deprecated, reason = "the field that append_action replaced, which Envoy still takes")]
         let append = option.append;
         if append.is_some() && option.append_action != 0 {
@@ -214,6 +218,37 @@ pub(crate) fn inline_text(source: &DataSource, path: &str) -> Result<Vec<u8>> {
         Some(Specifier::Filename(_)) => Err(FieldError::unsupported(join(path, "filename"))),
         Some(Specifier::EnvironmentVariable(_)) => Err(FieldError::unsupported(join(path, "environment_variable"))),
         None => Err(required(path, "inline_string")),
+    }
+}
+
+/// Text that is written into the configuration, or stands elsewhere: in a file of at most `limit` bytes, which is read now, or
+/// in a variable of the environment.
+pub(super) fn text_of(source: &DataSource, limit: u32, path: &str) -> Result<Vec<u8>> {
+    use std::io::Read as _;
+    match &source.specifier {
+        Some(Specifier::Filename(name)) => {
+            let path = join(path, "filename");
+            let failed = |error: std::io::Error| FieldError::new(&path, format!("unable to read file {name}: {error}"));
+            let file = std::fs::File::open(name).map_err(failed)?;
+            if !file.metadata().map_err(failed)?.is_file() {
+                return Err(FieldError::new(&path, format!("{name} is not a file")));
+            }
+            let mut text = Vec::new();
+            // One byte more than may be: what is too long is seen to be.
+            file.take(u64::from(limit) + 1).read_to_end(&mut text).map_err(failed)?;
+            if text.len() as u64 > u64::from(limit) {
+                return Err(FieldError::new(&path, format!("file {name} is larger than {limit} bytes")));
+            }
+            Ok(text)
+        }
+        Some(Specifier::EnvironmentVariable(name)) => match std::env::var_os(name) {
+            Some(text) => Ok(std::os::unix::ffi::OsStringExt::into_vec(text)),
+            None => {
+                let text = format!("environment variable {name} does not exist");
+                Err(FieldError::new(join(path, "environment_variable"), text))
+            }
+        },
+        _ => inline_text(source, path),
     }
 }
 

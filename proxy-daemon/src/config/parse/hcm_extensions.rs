@@ -88,7 +88,7 @@ pub(super) fn packs_trace_reason(manager: &HttpConnectionManager, path: &str) ->
 pub(super) fn early_mutations(manager: &HttpConnectionManager, path: &str) -> Result<Box<[EarlyMutations]>> {
     each(&manager.early_header_mutation_extensions, &join(path, "early_header_mutation_extensions"), |config, path| {
         let HeaderMutation { mutations } = unpack(config, path)?;
-        EarlyMutations::parse(&mutations, path)
+        EarlyMutations::parse(&mutations, &format!("{path}.mutations"))
     })
 }
 

@@ -3,12 +3,15 @@
 use envoy_types::pb::envoy::config::route::v3::route_action::RequestMirrorPolicy;
 
 use super::{
-    common::{Result, header_name, runtime_fraction},
+    common::{Result, header_name, header_value, runtime_fraction},
     support::join,
 };
-use crate::config::{
-    FieldError,
-    model::{MirrorCluster, MirrorPolicy},
+use crate::{
+    config::{
+        FieldError,
+        model::{MirrorCluster, MirrorPolicy},
+    },
+    http::filters::EarlyMutations,
 };
 
 /// Which clusters get copies of requests.
@@ -29,10 +32,17 @@ pub(super) fn mirror_policies(policies: &[RequestMirrorPolicy], path: &str) -> R
                 return Err(FieldError::new(path, text));
             }
         };
+        let host = Some(policy.host_rewrite_literal.as_str()).filter(|host| !host.is_empty());
+        let host = host.map(|host| header_value(host, &join(&path, "host_rewrite_literal")));
         Ok(MirrorPolicy {
             cluster,
             share: policy.runtime_fraction.as_ref().map(runtime_fraction),
-            suffix: !policy.disable_shadow_host_suffix_append,
+            suffix: !policy.disable_shadow_host_suffix_append && policy.host_rewrite_literal.is_empty(),
+            mutations: EarlyMutations::parse(
+                &policy.request_headers_mutations,
+                &join(&path, "request_headers_mutations"),
+            )?,
+            host: host.transpose()?,
         })
     };
     policies.iter().enumerate().map(parse).collect()

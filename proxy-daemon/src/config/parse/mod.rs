@@ -46,7 +46,8 @@ pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
 pub(crate) use common::type_name;
 pub(crate) use common::{
-    cidr, duration, fraction, headers_to_add, inline_text, runtime_flag, runtime_fraction, runtime_switch, status,
+    added_value, cidr, duration, fraction, headers_to_add, inline_text, runtime_flag, runtime_fraction, runtime_switch,
+    status,
 };
 pub use config_source::{config_source, grpc_service};
 pub use endpoint::endpoints;

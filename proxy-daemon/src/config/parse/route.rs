@@ -19,10 +19,11 @@ use http::StatusCode;
 
 use super::{
     common::{
-        Result, header_name, header_value, headers_to_add, headers_to_remove, inline_text, number, port, required,
+        Result, header_name, header_value, headers_to_add, headers_to_remove, number, port, required, text_of,
         type_name,
     },
     config_source::config_source,
+    local_reply::body_format,
     matcher::{header, regex_rewrite, route_match},
     mirror::mirror_policies,
     rate_limit,
@@ -309,12 +310,13 @@ fn direct_response(action: &DirectResponseAction, max_body: u32, path: &str) -> 
         FieldError::new(join(path, "status"), format!("{} is not a status from 200 to 599", action.status))
     })?;
     let body = match &action.body {
-        Some(source) => inline_text(source, &join(path, "body"))?,
+        Some(source) => text_of(source, max_body, &join(path, "body"))?,
         None => Vec::new(),
     };
     if body.len() as u64 > u64::from(max_body) {
         let text = format!("response body size is {} bytes; maximum is {max_body}", body.len());
         return Err(FieldError::new(join(path, "body"), text));
     }
-    Ok(RouteAction::DirectResponse { status, body: body.into() })
+    let format = action.body_format.as_ref().map(|format| body_format(format, &join(path, "body_format")));
+    Ok(RouteAction::DirectResponse { status, body: body.into(), format: format.transpose()?.map(Box::new) })
 }

@@ -7,7 +7,8 @@ use super::{
     RetryPolicy,
 };
 use crate::{
-    config::model::{MetadataMatch, RateLimit},
+    config::model::{MetadataMatch, RateLimit, ReplyFormat},
+    http::filters::EarlyMutations,
     layered_runtime::RuntimeFraction,
 };
 
@@ -24,6 +25,8 @@ pub enum RouteAction {
         status: StatusCode,
         /// The body; may be empty.
         body: bytes::Bytes,
+        /// What is made of it for each answer; `None`: it is as it is.
+        format: Option<Box<ReplyFormat>>,
     },
 }
 
@@ -112,6 +115,10 @@ pub struct MirrorPolicy {
     pub share: Option<RuntimeFraction>,
     /// The copy's host ends in `-shadow`.
     pub suffix: bool,
+    /// What becomes of the copy's headers.
+    pub mutations: EarlyMutations,
+    /// The copy's host; it has no further suffix then.
+    pub host: Option<HeaderValue>,
 }
 
 /// The cluster of a mirror policy.

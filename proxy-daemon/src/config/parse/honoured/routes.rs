@@ -185,10 +185,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.internal_redirect.allow_listed_routes.v3.AllowListedRoutesConfig", ALL),
     ("envoy.extensions.internal_redirect.safe_cross_scheme.v3.SafeCrossSchemeConfig", ALL),
     ("envoy.config.route.v3.RouteAction.MaxStreamDuration", ALL),
-    (
-        "envoy.config.route.v3.RouteAction.RequestMirrorPolicy",
-        &["cluster", "cluster_header", "runtime_fraction", "disable_shadow_host_suffix_append"],
-    ),
+    ("envoy.config.route.v3.RouteAction.RequestMirrorPolicy", ALL),
     ("envoy.config.route.v3.RouteMatch.ConnectMatcher", ALL),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig", ALL),
     ("envoy.config.route.v3.RouteAction.UpgradeConfig.ConnectConfig", ALL),
@@ -263,7 +260,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "strip_query",
         ],
     ),
-    ("envoy.config.route.v3.DirectResponseAction", &["status", "body"]),
+    ("envoy.config.route.v3.DirectResponseAction", &["status", "body", "body_format"]),
     (
         "envoy.config.route.v3.RetryPolicy",
         &[

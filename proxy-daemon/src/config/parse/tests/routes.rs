@@ -172,7 +172,7 @@ fn redirects_and_direct_responses() {
     assert!(action.scheme.is_none() && action.host.is_none() && action.port.is_none());
 
     let route = one("{ match: { prefix: / }, direct_response: { status: 418, body: { inline_string: hi } } }").unwrap();
-    let RouteAction::DirectResponse { status, body } = route.action else { panic!() };
+    let RouteAction::DirectResponse { status, body, format: None } = route.action else { panic!() };
     assert_eq!((status.as_u16(), &body[..]), (418, &b"hi"[..]));
 }
 
