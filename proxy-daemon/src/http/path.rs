@@ -111,6 +111,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_decoded_is_encoded_where_it_must_be() {
+        for (text, decoded, encoded) in [
+            ("a%20b", &b"a b"[..], "a%20b"),
+            ("%41%7e-", b"A~-", "A~-"),
+            ("%26%3d%25", b"&=%", "%26%3D%25"),
+            ("%", b"%", "%25"),
+            ("%4", b"%4", "%254"),
+            ("%zz+", b"%zz+", "%25zz%2B"),
+            ("%ff", b"\xff", "%FF"),
+        ] {
+            assert_eq!(decode(text), decoded, "{text}");
+            assert_eq!(encode(decoded, is_unreserved), encoded, "{text}");
+        }
+    }
+
+    #[test]
     fn what_cannot_stand_in_a_path_is_encoded() {
         let cases = [
             ("/a?q=1", "/a?q=1"),

@@ -9,7 +9,8 @@ use crate::{
 
 fn host(name: &str, domains: &[&str], routes: Vec<RouteMatch>) -> VirtualHost {
     let route = |route_match| {
-        let action = RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new() };
+        let action =
+            RouteAction::DirectResponse { status: http::StatusCode::OK, body: bytes::Bytes::new(), format: None };
         Arc::new(Route {
             stat_prefix: None,
             metadata: None,

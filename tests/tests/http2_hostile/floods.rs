@@ -38,6 +38,40 @@ fn both(what: &str, flood: impl Fn(&mut Connection) -> Result<()>, counter: &str
     Ok(())
 }
 
+/// A client that answers no pings, and one that does.
+pub fn unanswered_pings() -> Result<()> {
+    let counter = "http2.keepalive_timeout";
+    let options = "http2_protocol_options: {hpack_table_size: 100, connection_keepalive: {interval: 0.1s, timeout: 1s, interval_jitter: {value: 0}}}";
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let stage = Stage::start(kind, &[options])?;
+        let mut answering = Connection::open(stage.port, &[])?;
+        let until = Instant::now() + Duration::from_millis(2500);
+        let mut answered = 0;
+        loop {
+            match answering.receive(until)? {
+                Ok(ping) if ping.kind == PING && ping.flags & ACK == 0 => {
+                    answering.send(&frame(PING, ACK, 0, &ping.payload))?;
+                    answered += 1;
+                }
+                Ok(_) => {}
+                Err(Nothing::Late) => break,
+                Err(Nothing::Closed) => anyhow::bail!("{kind:?} has closed a connection that answers"),
+            }
+        }
+        ensure!(answered > 5, "{kind:?} has sent {answered} pings");
+        ensure!(stage.proxy.stats()?.get(counter) == 0, "{kind:?} has missed an answer");
+        drop(answering);
+        let mut silent = Connection::open(stage.port, &[])?;
+        ends(&mut silent).with_context(|| format!("{kind:?}"))?;
+        wait_until(Duration::from_secs(3), counter, || {
+            ensure!(stage.proxy.stats()?.get(counter) >= 1, "{kind:?}: not counted");
+            Ok(())
+        })?;
+        serves(&stage)?;
+    }
+    Ok(())
+}
+
 /// The connection ends, with or without a word.
 fn ends(connection: &mut Connection) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(10);

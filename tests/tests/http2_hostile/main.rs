@@ -25,6 +25,11 @@ fn bodies_are_held_to_their_lengths() -> Result<()> {
 }
 
 #[test]
+fn clients_that_answer_no_pings_are_left() -> Result<()> {
+    floods::unanswered_pings()
+}
+
+#[test]
 fn what_nobody_takes_is_reset() -> Result<()> {
     floods::not_taken()
 }

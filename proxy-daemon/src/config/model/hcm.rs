@@ -394,6 +394,21 @@ pub struct Http2Options {
     pub max_inbound_priority_frames_per_stream: u32,
     /// WINDOW_UPDATE frames for each DATA frame that a client was sent. Default 10.
     pub max_inbound_window_update_frames_per_data_frame_sent: u32,
+    /// The size of the table that the other side may compress headers with, in bytes. Default 4096.
+    pub hpack_table_size: Option<u32>,
+    /// `connection_keepalive`; `None`: there are no pings.
+    pub keepalive: Option<Http2Keepalive>,
+}
+
+/// Pings of an HTTP/2 connection: `KeepaliveSettings`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Http2Keepalive {
+    /// From the answer to one to the next one.
+    pub interval: Duration,
+    /// How long an answer may take.
+    pub timeout: Duration,
+    /// By which `interval` is longer at most, at random.
+    pub jitter: Duration,
 }
 
 impl Default for Http2Options {
@@ -406,6 +421,8 @@ impl Default for Http2Options {
             max_consecutive_inbound_frames_with_empty_payload: 1,
             max_inbound_priority_frames_per_stream: 100,
             max_inbound_window_update_frames_per_data_frame_sent: 10,
+            hpack_table_size: None,
+            keepalive: None,
         }
     }
 }

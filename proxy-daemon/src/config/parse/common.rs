@@ -6,7 +6,7 @@ use std::{
 
 use envoy_types::pb::{
     envoy::config::core::v3::{
-        Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, RuntimeFeatureFlag,
+        Address, CidrRange, DataSource, HeaderValueOption, Http2ProtocolOptions, KeepaliveSettings, RuntimeFeatureFlag,
         RuntimeFractionalPercent, SocketAddress, address,
         data_source::Specifier,
         header_value_option::HeaderAppendAction as ProtoAction,
@@ -22,7 +22,7 @@ use crate::{
     access_log::HeaderFormat,
     config::{
         FieldError,
-        model::{AddedValue, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Options},
+        model::{AddedValue, Cidr, EndpointAddress, HeaderAdd, HeaderAppendAction, Http2Keepalive, Http2Options},
     },
     layered_runtime::{Denominator, Fraction, Key, RuntimeFlag, RuntimeFraction},
 };
@@ -252,6 +252,14 @@ pub(super) fn text_of(source: &DataSource, limit: u32, path: &str) -> Result<Vec
     }
 }
 
+/// Pings at intervals; `None` where none are asked for. How long the times are has been looked at before.
+fn keepalive(settings: &KeepaliveSettings) -> Option<Http2Keepalive> {
+    let time = |time: Option<ProtoDuration>| duration(time, "", "").ok().flatten();
+    let (interval, timeout) = (time(settings.interval)?, time(settings.timeout)?);
+    let percent = settings.interval_jitter.map_or(15.0, |jitter| jitter.value);
+    Some(Http2Keepalive { interval, timeout, jitter: interval.mul_f64(percent.clamp(0.0, 100.0) / 100.0) })
+}
+
 /// HTTP/2 limits.
 pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
     let default = Http2Options::default();
@@ -276,6 +284,8 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
             options.max_inbound_window_update_frames_per_data_frame_sent,
             default.max_inbound_window_update_frames_per_data_frame_sent,
         ),
+        hpack_table_size: options.hpack_table_size.map(|size| size.value),
+        keepalive: options.connection_keepalive.as_ref().and_then(keepalive),
     }
 }
 

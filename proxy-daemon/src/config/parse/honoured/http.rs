@@ -418,9 +418,12 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "override_stream_error_on_invalid_http_message",
         ],
     ),
+    ("envoy.config.core.v3.KeepaliveSettings", &["interval", "timeout", "interval_jitter"]),
     (
         "envoy.config.core.v3.Http2ProtocolOptions",
         &[
+            "hpack_table_size",
+            "connection_keepalive",
             "max_concurrent_streams",
             "initial_stream_window_size",
             "initial_connection_window_size",

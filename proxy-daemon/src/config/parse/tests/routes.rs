@@ -177,6 +177,35 @@ fn redirects_and_direct_responses() {
 }
 
 #[test]
+fn bodies_of_direct_responses_are_read_up_to_their_limit() {
+    let directory = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: usize| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, vec![b'x'; bytes]).unwrap();
+        path.display().to_string()
+    };
+    let of = |source: &str| {
+        let route =
+            one(&format!("{{ match: {{ prefix: / }}, direct_response: {{ status: 200, body: {{ {source} }} }} }}"));
+        route.map(|route| match route.action {
+            RouteAction::DirectResponse { body, .. } => body.len(),
+            _ => panic!(),
+        })
+    };
+    assert_eq!(of(&format!("filename: {}", write("most", 4096))).unwrap(), 4096);
+    let missing = directory.path().join("none").display().to_string();
+    for (source, field) in [
+        (format!("filename: {}", write("more", 4097)), "direct_response.body.filename"),
+        (format!("filename: {}", directory.path().display()), "direct_response.body.filename"),
+        (format!("filename: {missing}"), "direct_response.body.filename"),
+        ("environment_variable: CULVERT_NONE_SUCH".to_owned(), "direct_response.body.environment_variable"),
+    ] {
+        let error = of(&source).unwrap_err();
+        assert!(error.to_string().contains(field), "{source}: {error}");
+    }
+}
+
+#[test]
 fn header_mutations_at_every_level() {
     let edits = "request_headers_to_add: [{ header: { key: X-A, value: '100%%' }, append_action: ADD_IF_ABSENT }], \
                  request_headers_to_remove: [X-B], response_headers_to_add: [{ header: { key: c, value: v }, append: \
@@ -244,8 +273,8 @@ fn what_envoy_refuses_is_refused() {
             "typed_per_filter_config[\"a\"].is_optional: not supported by culvert yet",
         ),
         (
-            "direct_response: { status: 200, body: { filename: /etc/passwd } }",
-            "direct_response.body.filename: not supported by culvert yet",
+            "direct_response: { status: 200, body: { filename: /none/such } }",
+            "direct_response.body.filename: unable to read file /none/such: No such file or directory (os error 2)",
         ),
     ];
     for (fields, expected) in cases {

@@ -1,6 +1,6 @@
 //! The side that hosts are spoken to: a task for the connection, and one for each request's body that does not pass at once.
 
-use std::{cell::Cell, future::poll_fn, rc::Rc};
+use std::{cell::Cell, future::poll_fn, pin::Pin, rc::Rc, task::Poll};
 
 use h2::{
     client::{Connection, SendRequest},
@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     body::ReceivedBody,
+    keepalive::Keepalive,
     send::{Outbox, Piece, Sending},
 };
 use crate::{
@@ -62,9 +63,22 @@ impl ClientConnection {
             .initial_connection_window_size(options.initial_connection_window_size)
             .max_header_list_size(HEADERS)
             .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
-        let (sender, connection): (_, Connection<T, Piece>) = builder.handshake(io).await?;
+        if let Some(size) = options.hpack_table_size {
+            builder.header_table_size(size);
+        }
+        let (sender, mut connection): (_, Connection<T, Piece>) = builder.handshake(io).await?;
+        let pings = options.keepalive.and_then(|_| connection.ping_pong());
+        let mut keepalive = Keepalive::new(options.keepalive, pings);
+        let driver = poll_fn(move |cx| {
+            if keepalive.as_mut().is_some_and(|keepalive| keepalive.poll(cx).is_ready()) {
+                // What is under way on it breaks off.
+                tracing::debug!("an HTTP/2 host answers no pings");
+                return Poll::Ready(Ok(()));
+            }
+            Pin::new(&mut connection).poll(cx)
+        });
         let client = Rc::new(ClientConnection { sender, outbox: Outbox::new(buffer), closed: Cell::new(false) });
-        Ok((client, connection))
+        Ok((client, driver))
     }
 
     /// It takes no further requests.
@@ -119,11 +133,11 @@ impl ClientConnection {
             sending = Sending::start(std::mem::take(&mut body), stream, &self.outbox);
         }
         let response = poll_fn(|cx| {
-            while let std::task::Poll::Ready(Some(Ok(early))) = response.poll_informational(cx) {
+            while let Poll::Ready(Some(Ok(early))) = response.poll_informational(cx) {
                 let (parts, ()) = early.into_parts();
                 interim(parts.status, parts.headers);
             }
-            std::pin::Pin::new(&mut response).poll(cx)
+            Pin::new(&mut response).poll(cx)
         });
         let (mut parts, received) = response.await.map_err(SendError::Reset)?.into_parts();
         if let Some(mut stream) = stream {

@@ -4,6 +4,7 @@
 mod body;
 mod client;
 pub(super) mod head;
+mod keepalive;
 mod send;
 mod server;
 pub(super) mod watch;

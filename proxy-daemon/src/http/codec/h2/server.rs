@@ -22,6 +22,7 @@ use http_body::Body as _;
 use super::{
     body::ReceivedBody,
     head,
+    keepalive::Keepalive,
     send::{Broken, Outbox, Piece, send_body},
     watch::Watch,
 };
@@ -47,6 +48,7 @@ pub(in crate::http) struct ServerConnection {
     closing: bool,
     /// The client has been told that it is hopeless.
     expelled: bool,
+    keepalive: Option<Keepalive>,
 }
 
 enum Stage {
@@ -100,6 +102,9 @@ impl ServerConnection {
             .initial_connection_window_size(config.http2.initial_connection_window_size)
             .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024).saturating_add(fields))
             .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
+        if let Some(size) = config.http2.hpack_table_size {
+            builder.header_table_size(size);
+        }
         if config.http2.allow_connect {
             builder.enable_connect_protocol();
         }
@@ -112,7 +117,7 @@ impl ServerConnection {
             hopeless: Cell::new(false),
             task: RefCell::default(),
         });
-        ServerConnection { stage, shared, closing: false, expelled: false }
+        ServerConnection { stage, shared, closing: false, expelled: false, keepalive: None }
     }
 
     /// The client is told that no further stream is served; those that there are are.
@@ -137,9 +142,16 @@ impl Future for ServerConnection {
                     if this.closing {
                         connection.graceful_shutdown();
                     }
+                    let settings = this.shared.state.config().http2.keepalive;
+                    this.keepalive = Keepalive::new(settings, settings.and_then(|_| connection.ping_pong()));
                     this.stage = Stage::Serving(connection);
                 }
                 Stage::Serving(connection) => {
+                    if this.keepalive.as_mut().is_some_and(|keepalive| keepalive.poll(cx).is_ready()) {
+                        // Its streams end with it.
+                        this.shared.state.manager.codecs.keepalive_timeout.inc();
+                        return Poll::Ready(Ok(()));
+                    }
                     if this.shared.hopeless.get() && !this.expelled {
                         this.expelled = true;
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
