@@ -341,8 +341,10 @@ fn filter_stats(stats: &str, index: usize) -> String {
             // What filters count below a cluster's name has the case's name as their prefix.
             let of_cluster = name.strip_prefix("cluster.a.").filter(|own| own.contains(&format!(".case{index}.")));
             let own = of_cluster
+                .or_else(|| name.strip_prefix("http_filter_name.")?.strip_prefix(&format!("case{index}.")))
                 .or_else(|| name.strip_prefix("http.").unwrap_or(name).strip_prefix(&format!("case{index}.")))?;
-            let counted = value != "0" && own.contains('.') && !own.starts_with("tracing.");
+            let counted = own.contains('.') || name.starts_with("http_filter_name.");
+            let counted = counted && value != "0" && !own.starts_with("tracing.");
             counted.then(|| format!("{own}: {value}"))
         })
         .collect();

@@ -41,7 +41,7 @@ fn set() -> Vec<Case> {
 fn from_headers() -> Vec<Case> {
     let present = |more: &str| format!("on_header_present: {{metadata_namespace: ns, key: k{more}}}");
     let missing = "on_header_missing: {metadata_namespace: ns, key: k, value: none}";
-    let rules = |rules: &str| format!("request_rules: [{rules}]");
+    let rules = |rules: &str| format!("stat_prefix: $case, request_rules: [{rules}]");
     let requests = [
         "GET /",
         "GET /\nx-a: one",
@@ -54,6 +54,7 @@ fn from_headers() -> Vec<Case> {
         "GET /plain\nx-a: one",
         "GET /\ncookie: x=1; c=biscuit; d=2",
     ];
+    let long = format!("GET /\nx-a: {}", "x".repeat(8192));
     let header = |name, config: &str| case(name, FROM_HEADERS, config, &requests).then(MUTATION, SHOWN);
     vec![
         header("present", &rules(&format!("{{header: x-a, {}}}", present("")))),
@@ -71,12 +72,20 @@ fn from_headers() -> Vec<Case> {
                 present(", regex_value_rewrite: {pattern: {regex: \"([a-z])n\"}, substitution: \"<\\\\1>\"}")
             )),
         ),
+        header(
+            "rewritten to nothing",
+            &rules(&format!(
+                "{{header: x-a, {}}}",
+                present(", regex_value_rewrite: {pattern: {regex: \".*\"}, substitution: \"\"}")
+            )),
+        ),
+        case("too long", FROM_HEADERS, &rules(&format!("{{header: x-a, {}}}", present(""))), &[&long]),
         header("cookie", &rules(&format!("{{cookie: c, {}, {missing}}}", present("")))),
         header("default namespace", &rules("{header: x-a, on_header_present: {key: k}}")),
         case(
             "of the response",
             FROM_HEADERS,
-            &format!("response_rules: [{{header: x-r, {}, {missing}, remove: true}}]", present("")),
+            &format!("stat_prefix: $case, response_rules: [{{header: x-r, {}, {missing}, remove: true}}]", present("")),
             &["GET /", "GET /\nx-do: 200+x-r=5", "GET /direct"],
         ),
         header("no rules", ""),

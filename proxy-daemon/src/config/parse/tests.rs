@@ -145,7 +145,7 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ),
         (
             "          upgrade_configs: [{ upgrade_type: websocket, filters: [{ name: x }] }]",
-            "@upgrade_configs[0].filters: not supported by culvert yet",
+            "@upgrade_configs[0].filters[0].typed_config: value is required",
         ),
         (
             "          upgrade_configs: [{ upgrade_type: websocket }, { upgrade_type: WebSocket }]",

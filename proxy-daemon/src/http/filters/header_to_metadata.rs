@@ -27,6 +27,7 @@ use crate::{
         route_match::cookie,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
+    stats::{Counter, Lease, Scope},
 };
 
 /// Longer values are not told.
@@ -45,6 +46,35 @@ struct HeaderToMetadataFactory(Arc<Rules>);
 struct Rules {
     request: Vec<Rule>,
     response: Vec<Rule>,
+    /// Where they are asked for: those of requests, and those of responses.
+    stats: Option<[Stats; 2]>,
+    _lease: Option<Lease>,
+}
+
+/// What has become of headers of one direction.
+#[derive(Debug)]
+struct Stats {
+    rules_processed: Counter,
+    metadata_added: Counter,
+    header_not_found: Counter,
+    /// Of both.
+    base64_decode_failed: Counter,
+    header_value_too_long: Counter,
+    regex_substitution_failed: Counter,
+}
+
+impl Stats {
+    fn new(scope: &Scope, direction: &str) -> Stats {
+        let of_direction = |name: &str| scope.counter(&format!("{direction}_{name}"));
+        Stats {
+            rules_processed: of_direction("rules_processed"),
+            metadata_added: of_direction("metadata_added"),
+            header_not_found: of_direction("header_not_found"),
+            base64_decode_failed: scope.counter("base64_decode_failed"),
+            header_value_too_long: scope.counter("header_value_too_long"),
+            regex_substitution_failed: scope.counter("regex_substitution_failed"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -90,23 +120,37 @@ impl Source {
 
 impl Told {
     /// `value` is the header's, empty where there is none.
-    fn tell(&self, value: String, metadata: &mut Metadata) {
+    fn tell(&self, value: String, metadata: &mut Metadata, stats: Option<&Stats>) {
+        let count = |counter: fn(&Stats) -> Counter| stats.map(counter).into_iter().for_each(|counter| counter.inc());
         let value = match (&self.rewrite, self.value.is_empty()) {
             (_, false) => self.value.clone(),
-            (Some(rewrite), true) => rewrite.apply(&value),
+            (Some(rewrite), true) => {
+                let rewritten = rewrite.apply(&value);
+                if rewritten.is_empty() {
+                    count(|stats| stats.regex_substitution_failed);
+                }
+                rewritten
+            }
             (None, true) => value,
         };
-        if value.is_empty() || value.len() >= MAX_VALUE {
+        if value.is_empty() {
             return;
         }
-        if let Some(kind) = self.decode(value) {
+        if value.len() >= MAX_VALUE {
+            return count(|stats| stats.header_value_too_long);
+        }
+        let bytes = match self.base64.then(|| BASE64.decode(&value).ok().filter(|bytes| !bytes.is_empty())) {
+            Some(None) => return count(|stats| stats.base64_decode_failed),
+            Some(Some(bytes)) => bytes,
+            None => value.into_bytes(),
+        };
+        if let Some(kind) = self.decode(bytes) {
+            count(|stats| stats.metadata_added);
             metadata.namespace_mut(&self.namespace).fields.insert(self.key.clone(), Value { kind: Some(kind) });
         }
     }
 
-    fn decode(&self, value: String) -> Option<Kind> {
-        let bytes =
-            if self.base64 { BASE64.decode(value).ok().filter(|bytes| !bytes.is_empty())? } else { value.into_bytes() };
+    fn decode(&self, bytes: Vec<u8>) -> Option<Kind> {
         match self.kind {
             ValueType::String => String::from_utf8(bytes).ok().map(Kind::StringValue),
             ValueType::Number => {
@@ -118,12 +162,18 @@ impl Told {
     }
 }
 
-fn apply(rules: &[Rule], headers: &mut HeaderMap, cx: &StreamCx) {
+fn apply(rules: &[Rule], stats: Option<&Stats>, headers: &mut HeaderMap, cx: &StreamCx) {
     for rule in rules {
         let value = rule.source.value(headers);
+        if let Some(stats) = stats {
+            stats.rules_processed.inc();
+            if value.is_none() && rule.missing.is_some() {
+                stats.header_not_found.inc();
+            }
+        }
         let told = if value.is_some() { &rule.present } else { &rule.missing };
         if let Some(told) = told {
-            cx.progress.with_metadata(|metadata| told.tell(value.unwrap_or_default(), metadata));
+            cx.progress.with_metadata(|metadata| told.tell(value.unwrap_or_default(), metadata, stats));
         }
     }
 }
@@ -143,7 +193,7 @@ impl HttpFilterFactory for HeaderToMetadataFactory {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let rules: &Arc<Rules> = route.most_specific().unwrap_or(&self.0);
-        apply(&rules.request, &mut head.headers, cx);
+        apply(&rules.request, rules.stats.as_ref().map(|[request, _]| request), &mut head.headers, cx);
         instances.extend(self.stream(route));
         Flow::Continue
     }
@@ -155,7 +205,8 @@ struct HeaderToMetadataFilter(Arc<Rules>);
 
 impl HttpFilter for HeaderToMetadataFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
-        apply(&self.0.response, &mut head.headers, cx);
+        let stats = self.0.stats.as_ref().map(|[_, response]| response);
+        apply(&self.0.response, stats, &mut head.headers, cx);
         Flow::Continue
     }
 }
@@ -176,12 +227,18 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
 }
 
 fn rules(config: &Any, path: &str) -> Result<Rules, FieldError> {
-    let Config { request_rules, response_rules, stat_prefix: _ } = unpack(config, path)?;
+    let Config { request_rules, response_rules, stat_prefix } = unpack(config, path)?;
     let each = |rules: &[ProtoRule], field: &str| {
         let parse = |(index, item)| rule(item, &format!("{path}.{field}[{index}]"));
         rules.iter().enumerate().map(parse).collect::<Result<Vec<_>, FieldError>>()
     };
-    Ok(Rules { request: each(&request_rules, "request_rules")?, response: each(&response_rules, "response_rules")? })
+    let scope = (!stat_prefix.is_empty()).then(|| Scope::new("http_filter_name").child(&stat_prefix));
+    Ok(Rules {
+        request: each(&request_rules, "request_rules")?,
+        response: each(&response_rules, "response_rules")?,
+        stats: scope.as_ref().map(|scope| ["request", "response"].map(|direction| Stats::new(scope, direction))),
+        _lease: scope.as_ref().map(Scope::lease),
+    })
 }
 
 fn rule(rule: &ProtoRule, path: &str) -> Result<Rule, FieldError> {

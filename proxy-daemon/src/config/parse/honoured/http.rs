@@ -71,7 +71,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.grpc_web.v3.GrpcWeb", ALL),
     ("envoy.extensions.filters.http.rbac.v3.RBACPerRoute", ALL),
     ("envoy.extensions.filters.http.health_check.v3.HealthCheck", ALL),
-    ("envoy.extensions.filters.http.header_to_metadata.v3.Config", &["request_rules", "response_rules"]),
+    ("envoy.extensions.filters.http.header_to_metadata.v3.Config", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.Rule", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.KeyValuePair", ALL),
     ("envoy.extensions.filters.http.set_metadata.v3.Config", ALL),
