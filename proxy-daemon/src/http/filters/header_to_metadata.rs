@@ -126,7 +126,7 @@ impl Told {
             (_, false) => self.value.clone(),
             (Some(rewrite), true) => {
                 let rewritten = rewrite.apply(&value);
-                if rewritten.is_empty() {
+                if rewritten.is_empty() && !value.is_empty() {
                     count(|stats| stats.regex_substitution_failed);
                 }
                 rewritten
