@@ -145,6 +145,7 @@ fn cluster(name: &str) -> ClusterConfig {
         health,
         hostname: Box::default(),
         metadata: None,
+        check: None,
     };
     ClusterConfig {
         name: name.into(),

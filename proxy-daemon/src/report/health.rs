@@ -24,7 +24,7 @@ use crate::{
         parse::{self, HealthChecks},
     },
     stats::Scope,
-    upstream::health_check::{Health, HealthCheckStats, HealthChecker},
+    upstream::health_check::{self, Health, HealthCheckStats, HealthChecker},
 };
 
 /// The checks that a management server has asked for. They go on when its stream is lost.
@@ -96,7 +96,16 @@ impl Cluster {
                     // Nobody sends traffic to what is only checked: the intervals are those without traffic, as in Envoy.
                     let traffic = Arc::new(|| false);
                     let (config, address) = (Arc::clone(config), address.clone());
-                    (message.clone(), HealthChecker::start(config, address, health, stats.clone(), traffic))
+                    (
+                        message.clone(),
+                        HealthChecker::start(
+                            config,
+                            health_check::Target::plain(address),
+                            health,
+                            stats.clone(),
+                            traffic,
+                        ),
+                    )
                 })
             };
             let checkers = wanted.checks.iter().map(checker).collect();

@@ -31,7 +31,7 @@ use crate::{
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
-    upstream::{ClusterChange, ClusterMap, Clusters, dns, outlier},
+    upstream::{ClusterChange, ClusterMap, Clusters, dns, health_check::ClusterChecks, outlier},
 };
 
 /// How the data plane is started.
@@ -184,26 +184,29 @@ impl DataPlane {
 
     /// Adds a cluster, or replaces the one of the same name.
     pub fn upsert_cluster(&self, config: ClusterConfig) {
-        self.change_clusters(vec![ClusterChange::Upsert(Box::new(config), None)]);
+        self.change_clusters(vec![ClusterChange::Upsert(Box::new(config), None, None)]);
     }
 
     /// Carries out all of these at once: workers see none of them or all.
     pub fn change_clusters(&self, changes: Vec<ClusterChange>) {
         let resolved = changes.iter().filter_map(|change| match change {
-            ClusterChange::Upsert(config, first) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
+            ClusterChange::Upsert(config, first, _) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
                 Some((ClusterConfig::clone(config), first.clone()))
             }
             _ => None,
         });
         let resolved: Vec<_> = resolved.collect();
         let watched = changes.iter().filter_map(|change| match change {
-            ClusterChange::Upsert(config, _) if config.health.outlier_detection.is_some() => {
+            ClusterChange::Upsert(config, ..) if config.health.outlier_detection.is_some() => {
                 Some(Arc::clone(&config.name))
             }
             _ => None,
         });
         let watched: Vec<_> = watched.collect();
+        // It may begin to check hosts.
+        let guard = self.0.control.enter();
         self.0.clusters.change(changes);
+        drop(guard);
         let map = self.0.clusters.load();
         for cluster in watched.iter().filter_map(|name| map.get(name)) {
             let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
@@ -220,6 +223,18 @@ impl DataPlane {
         self.0.control.spawn(async move { told(dns::resolve_once(&config).await) });
     }
 
+    /// Begins to check the hosts of a cluster that is not in use yet; `None` where it has no checks. `warm` is called later, on the
+    /// control thread, when each of them has been checked once.
+    pub fn check_first(
+        &self,
+        config: &ClusterConfig,
+        endpoints: &Arc<[LocalityEndpoints]>,
+        warm: Box<dyn FnOnce() + Send>,
+    ) -> Option<Arc<ClusterChecks>> {
+        let _guard = self.0.control.enter();
+        ClusterChecks::start(config, endpoints, &self.0.clusters, self.secrets(), Some(warm))
+    }
+
     /// Forgets a cluster; requests in flight finish.
     pub fn remove_cluster(&self, name: &str) {
         self.change_clusters(vec![ClusterChange::Remove(name.into())]);
@@ -227,6 +242,7 @@ impl DataPlane {
 
     /// Replaces a cluster's endpoints, as EDS says them.
     pub fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {
+        let _guard = self.0.control.enter();
         self.0.clusters.set_endpoints(cluster, endpoints);
     }
 

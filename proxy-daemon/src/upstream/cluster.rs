@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     ClusterStats,
+    health_check::{Changed, ClusterChecks},
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
     limits::{Limits, RuntimeLimits, cluster_of},
@@ -48,6 +49,7 @@ pub struct Cluster {
     pub tls: Option<Arc<ClientTls>>,
     /// Which hosts are ejected; `None` where none ever is.
     pub(crate) outlier: Option<OutlierDetector>,
+    checks: Option<Arc<ClusterChecks>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
@@ -56,7 +58,7 @@ impl Cluster {
     fn new(
         config: ClusterConfig,
         stats: ClusterStats,
-        outlier: Option<OutlierDetector>,
+        (outlier, checks): (Option<OutlierDetector>, Option<Arc<ClusterChecks>>),
         hosts: Arc<HostSet>,
         workers: usize,
         secrets: &Arc<Secrets>,
@@ -78,6 +80,7 @@ impl Cluster {
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
             tls,
             outlier,
+            checks,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
         }
@@ -150,19 +153,25 @@ impl Cluster {
 
     /// Replaces the hosts. One that stays keeps its counters and, in each worker, its connections.
     fn set_endpoints(&self, endpoints: &[LocalityEndpoints], workers: usize, local: &Local) {
+        let kept = self.checks.as_ref().map(|checks| checks.with_kept(&endpoints.into()));
+        let endpoints = kept.as_deref().unwrap_or(endpoints);
         let making = self.making(workers, local);
         self.set_hosts(build(endpoints, &self.hosts.load(), &making), workers);
         self.stats.membership_change.inc();
         // What EDS and DNS say first is what the cluster begins with: this is of one in use.
         stats::counter("cluster_manager.cluster_updated").inc();
+        if let Some(checks) = &self.checks {
+            let hosts = self.hosts.load();
+            checks.retain(|address| hosts.by_address.contains_key(address));
+        }
         if let Some(outlier) = &self.outlier {
             outlier.hosts_changed();
         }
     }
 
     fn making<'a>(&'a self, workers: usize, local: &'a Local) -> Making<'a> {
-        let outlier = self.outlier.as_ref();
-        Making { config: &self.config, stats: &self.stats, workers, local, outlier, keeps_vitals: true }
+        let (outlier, checks) = (self.outlier.as_ref(), self.checks.as_deref());
+        Making { config: &self.config, stats: &self.stats, workers, local, outlier, checks, keeps_vitals: true }
     }
 
     /// Chooses anew: this node's own cluster has changed, or hosts stand otherwise.
@@ -185,6 +194,7 @@ struct Making<'a> {
     workers: usize,
     local: &'a Local,
     outlier: Option<&'a OutlierDetector>,
+    checks: Option<&'a ClusterChecks>,
     /// The hosts before are of the same version of the cluster: what was found out about them still holds.
     keeps_vitals: bool,
 }
@@ -268,7 +278,13 @@ impl Making<'_> {
     }
 
     /// Of a host; `known`: what it was before.
-    fn vitals(&self, known: Option<&Arc<Host>>) -> Option<Arc<Vitals>> {
+    fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
+        if let Some(vitals) = self.checks.and_then(|checks| checks.vitals(endpoint, group)) {
+            if let Some(outlier) = self.outlier {
+                vitals.watch(|| outlier.monitor());
+            }
+            return Some(vitals);
+        }
         if self.keeps_vitals
             && let Some(known) = known
         {
@@ -280,14 +296,32 @@ impl Making<'_> {
 
     /// Whether a host may stay as it is.
     fn keeps(&self, host: &Host) -> bool {
-        self.keeps_vitals || (host.vitals.is_none() && self.outlier.is_none())
+        self.keeps_vitals || (host.vitals.is_none() && self.outlier.is_none() && self.checks.is_none())
+    }
+
+    /// A host of the version before.
+    fn renewed(&self, host: &Host) -> Host {
+        let endpoint = Endpoint {
+            address: host.address.clone(),
+            weight: host.weight,
+            health: host.health,
+            hostname: host.hostname.clone(),
+            metadata: host.metadata.clone(),
+            check: None,
+        };
+        let group = LocalityEndpoints {
+            locality: Locality::clone(&host.locality),
+            priority: host.priority,
+            ..LocalityEndpoints::default()
+        };
+        Host { vitals: self.vitals(&endpoint, &group, Some(host)), ..host.clone() }
     }
 
     /// The same hosts, chosen anew.
     fn again(&self, before: &HostSet) -> HostSet {
         let again = |host: &Arc<Host>| match self.keeps(host) {
             true => Arc::clone(host),
-            false => Arc::new(Host { vitals: self.vitals(Some(host)), ..Host::clone(host) }),
+            false => Arc::new(self.renewed(host)),
         };
         let mut set = HostSet {
             hosts: before.hosts.iter().map(again).collect(),
@@ -311,6 +345,11 @@ fn host(
     making: &Making<'_>,
 ) -> Arc<Host> {
     let weight = endpoint.weight.max(1);
+    let vitals = making.vitals(endpoint, group, known.map(|host| &**host));
+    let same_vitals = |host: &Host| match (&host.vitals, &vitals) {
+        (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+        (before, now) => before.is_none() && now.is_none(),
+    };
     let unchanged = known.filter(|host| {
         host.weight == weight
             && host.health == endpoint.health
@@ -318,7 +357,7 @@ fn host(
             && host.metadata == endpoint.metadata
             && host.priority == group.priority
             && *host.locality == group.locality
-            && making.keeps(host)
+            && same_vitals(host)
     });
     if let Some(host) = unchanged {
         return Arc::clone(host);
@@ -335,7 +374,7 @@ fn host(
         priority: group.priority,
         healthy_since: known.and_then(|host| host.healthy_since).or(healthy.then_some(now)),
         slot: known.map_or(0, |host| host.slot),
-        vitals: making.vitals(known),
+        vitals,
         counters: known.map_or_else(|| Arc::new(HostCounters::new(making.workers)), |host| Arc::clone(&host.counters)),
     })
 }
@@ -355,7 +394,8 @@ pub type ClusterMap = HashMap<Arc<str>, Arc<Cluster>>;
 pub enum ClusterChange {
     /// Adds a cluster, or replaces the one of the same name. With the endpoints that EDS or DNS says it has; without, a
     /// replaced EDS or DNS cluster keeps its hosts.
-    Upsert(Box<ClusterConfig>, Option<Arc<[LocalityEndpoints]>>),
+    /// The checks are those that have begun before it is used.
+    Upsert(Box<ClusterConfig>, Option<Arc<[LocalityEndpoints]>>, Option<Arc<ClusterChecks>>),
     /// Forgets a cluster; requests in flight finish.
     Remove(Arc<str>),
 }
@@ -406,7 +446,7 @@ impl Clusters {
 
     /// Adds a cluster, or replaces the one of the same name. A replaced EDS or DNS cluster keeps its hosts.
     pub fn upsert(&self, config: ClusterConfig) {
-        self.change(vec![ClusterChange::Upsert(Box::new(config), None)]);
+        self.change(vec![ClusterChange::Upsert(Box::new(config), None, None)]);
     }
 
     /// Forgets a cluster; requests in flight finish.
@@ -421,18 +461,21 @@ impl Clusters {
         }
         let mut local = self.lock();
         let mut next = ClusterMap::clone(&self.map.load());
+        let mut gone = Vec::new();
         for change in changes {
             match change {
-                ClusterChange::Upsert(config, endpoints) => {
+                ClusterChange::Upsert(config, endpoints, checks) => {
                     let name = Arc::clone(&config.name);
-                    let cluster = self.build(*config, endpoints.as_deref(), next.get(&name), &local);
-                    next.insert(name, cluster);
+                    let cluster = self.build(*config, endpoints.as_deref(), checks, next.get(&name), &local);
+                    gone.extend(next.insert(name, cluster));
                 }
-                ClusterChange::Remove(name) => drop(next.remove(&name)),
+                ClusterChange::Remove(name) => gone.extend(next.remove(&name)),
             }
         }
         self.map.store(Arc::new(next));
         self.version.fetch_add(1, Ordering::Release);
+        // Requests in flight may keep a cluster for long; nobody needs to know its hosts' health any more.
+        gone.iter().filter_map(|cluster| cluster.checks.as_ref()).for_each(|checks| checks.stop());
         self.follow_local(&mut local);
     }
 
@@ -452,6 +495,7 @@ impl Clusters {
         &self,
         config: ClusterConfig,
         endpoints: Option<&[LocalityEndpoints]>,
+        checks: Option<Arc<ClusterChecks>>,
         before: Option<&Arc<Cluster>>,
         local: &Local,
     ) -> Arc<Cluster> {
@@ -466,6 +510,7 @@ impl Clusters {
             workers: self.workers,
             local,
             outlier: outlier.as_ref(),
+            checks: checks.as_deref(),
             keeps_vitals: false,
         };
         let hosts = match (&config.discovery, endpoints) {
@@ -476,7 +521,14 @@ impl Clusters {
             (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => Arc::new(making.again(&before)),
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
-        Arc::new(Cluster::new(config, stats, outlier, hosts, self.workers, &self.secrets))
+        let cluster = Cluster::new(config, stats, (outlier, checks), hosts, self.workers, &self.secrets);
+        let cluster = Arc::new(cluster);
+        if let Some(checks) = &cluster.checks {
+            checks.used_by(&cluster);
+            let hosts = cluster.hosts.load();
+            checks.retain(|address| hosts.by_address.contains_key(address));
+        }
+        cluster
     }
 
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
@@ -508,6 +560,26 @@ impl Clusters {
             }
         }
         true
+    }
+
+    /// Takes up results of active health checks.
+    pub(super) fn take_checks(&self, checks: &ClusterChecks, take: impl FnOnce() -> Changed) {
+        let mut local = self.lock();
+        let changed = take();
+        let Some(cluster) = checks.cluster().filter(|_| changed.standing) else { return };
+        let name = &cluster.config.name;
+        if !self.map.load().get(name).is_some_and(|now| Arc::ptr_eq(now, &cluster)) {
+            return;
+        }
+        if changed.leave {
+            cluster.set_endpoints(&checks.said(), self.workers, &local);
+        } else {
+            cluster.rebalance(self.workers, &local);
+            stats::counter("cluster_manager.cluster_updated").inc();
+        }
+        if local.node.cluster.as_ref() == Some(name) {
+            self.follow_local(&mut local);
+        }
     }
 
     /// Keeps the clusters' limits in step with the runtime values, for as long as the registry lives.

@@ -57,7 +57,14 @@ fn limits_follow_runtime_values() {
 
 fn endpoint(number: u32, weight: u32, health: HealthStatus) -> Endpoint {
     let ip = std::net::Ipv4Addr::from_bits(0x0a00_0000 + number);
-    Endpoint { address: EndpointAddress::Ip((ip, 80).into()), weight, health, hostname: Box::default(), metadata: None }
+    Endpoint {
+        address: EndpointAddress::Ip((ip, 80).into()),
+        weight,
+        health,
+        hostname: Box::default(),
+        metadata: None,
+        check: None,
+    }
 }
 
 fn group(numbers: impl IntoIterator<Item = u32>) -> LocalityEndpoints {

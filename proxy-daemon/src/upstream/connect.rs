@@ -123,7 +123,7 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
         dial.connected.set(Some(Instant::now()));
         match dial.tls {
             None => Ok(stream),
-            Some(tls) => secure(tls, stream, host, dial.alpn).await,
+            Some(tls) => secure(tls, stream, (&host.address, &host.hostname), dial.alpn).await,
         }
     };
     match tokio::time::timeout(dial.limit, attempt).await {
@@ -150,18 +150,22 @@ pub(super) async fn connect_plain(
     }
 }
 
-async fn secure(
+/// Encrypts a connection to the host at this address, of this name.
+///
+/// # Errors
+/// The handshake failed, or cannot begin yet.
+pub(super) async fn secure(
     tls: &ClientTls,
     stream: UpstreamStream,
-    host: &Host,
+    (address, name): (&EndpointAddress, &str),
     alpn: AlpnFallback,
 ) -> Result<UpstreamStream, ConnectError> {
-    let address = match &host.address {
+    let address = match address {
         EndpointAddress::Ip(address) => address.ip(),
         // No name is made of it: rustls only wants one to remember sessions by.
         EndpointAddress::Dns { .. } | EndpointAddress::Pipe(_) => Ipv4Addr::UNSPECIFIED.into(),
     };
-    let stream = tls.connect(stream, &host.hostname, address, alpn).await.map_err(ConnectError::Tls)?;
+    let stream = tls.connect(stream, name, address, alpn).await.map_err(ConnectError::Tls)?;
     Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 

@@ -543,7 +543,10 @@ impl Connection {
             }
         };
         match &sent {
-            Ok(response) => host.saw(Seen::Status(seen_status(response, grpc))),
+            Ok(response) => {
+                host.saw(Seen::Status(seen_status(response, grpc)));
+                host.heard(response.headers());
+            }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
             Err(_) => host.saw(Seen::ConnectFailed),

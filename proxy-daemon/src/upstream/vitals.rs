@@ -1,9 +1,12 @@
 //! What is found out about a host while it is in use, besides what discovery says of it.
 
 use std::sync::{
-    Arc,
+    Arc, OnceLock,
     atomic::{AtomicU32, Ordering},
 };
+
+use http::HeaderMap;
+use tokio::sync::Notify;
 
 use super::outlier::{Monitor, Seen};
 use crate::config::model::HealthStatus;
@@ -33,13 +36,40 @@ pub enum HealthFlag {
 #[derive(Debug, Default)]
 pub struct Vitals {
     flags: AtomicU32,
-    monitor: Option<Monitor>,
+    monitor: OnceLock<Monitor>,
+    /// Told when the host says in a response that it is not well.
+    check: OnceLock<Arc<Notify>>,
 }
 
 impl Vitals {
     /// Of a host of which nothing bad is known yet; `monitor` where outlier detection goes by its requests.
     pub(super) fn new(monitor: Option<Monitor>) -> Vitals {
-        Vitals { flags: AtomicU32::new(0), monitor }
+        let vitals = Vitals::default();
+        if let Some(monitor) = monitor {
+            vitals.watch(|| monitor);
+        }
+        vitals
+    }
+
+    /// Outlier detection goes by its requests from now on.
+    pub(super) fn watch(&self, monitor: impl FnOnce() -> Monitor) {
+        self.monitor.get_or_init(monitor);
+    }
+
+    /// It is checked.
+    pub(super) fn is_checked_by(&self, check: Arc<Notify>) {
+        // There is one check for each.
+        let _ = self.check.set(check);
+    }
+
+    /// The response has these headers: the host may say in them that it is not well.
+    #[inline]
+    pub(super) fn heard(&self, headers: &HeaderMap) {
+        if let Some(check) = self.check.get()
+            && headers.contains_key("x-envoy-immediate-health-check-fail")
+        {
+            check.notify_one();
+        }
     }
 
     /// Whether this is so.
@@ -64,18 +94,18 @@ impl Vitals {
 
     /// What outlier detection counts of it.
     pub(super) fn monitor(&self) -> Option<&Monitor> {
-        self.monitor.as_ref()
+        self.monitor.get()
     }
 
     /// What outlier detection found of it in the last interval, in percent; negative where it had too few requests.
     pub fn success_rate(&self, local_origin: bool) -> f64 {
-        self.monitor.as_ref().map_or(-1.0, |monitor| monitor.success_rate(local_origin))
+        self.monitor.get().map_or(-1.0, |monitor| monitor.success_rate(local_origin))
     }
 
     /// A request or connection of `worker`, which must be the calling worker, came to this.
     #[inline]
     pub(super) fn saw(self: &Arc<Self>, worker: usize, seen: Seen) {
-        if let Some(monitor) = &self.monitor {
+        if let Some(monitor) = self.monitor.get() {
             monitor.saw(self, worker, seen);
         }
     }

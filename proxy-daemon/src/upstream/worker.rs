@@ -340,6 +340,13 @@ impl WorkerHost {
         }
     }
 
+    /// A response has these headers.
+    pub(crate) fn heard(&self, headers: &http::HeaderMap) {
+        if let Some(vitals) = &self.host.vitals {
+            vitals.heard(headers);
+        }
+    }
+
     /// One more request is on its way to the host; [`end_request`](Self::end_request) must follow.
     pub fn begin_request(&self) {
         self.active.set(self.active.get() + 1);

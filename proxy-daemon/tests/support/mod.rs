@@ -193,6 +193,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         health: HealthStatus::Healthy,
         hostname: Box::default(),
         metadata: None,
+        check: None,
     };
     ClusterConfig {
         name: name.into(),

@@ -1,6 +1,6 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use http::HeaderName;
+use http::{HeaderName, HeaderValue};
 
 use super::{
     AssignmentPolicy, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef, SecretType,
@@ -193,6 +193,34 @@ pub struct Endpoint {
     pub hostname: Box<str>,
     /// What its metadata says under `envoy.lb`.
     pub metadata: Option<Arc<LbMetadata>>,
+    /// How it is checked, where that is other than how it is used.
+    pub check: Option<Box<EndpointCheck>>,
+}
+
+/// `Endpoint.HealthCheckConfig`.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EndpointCheck {
+    /// Where it is checked instead of at its own address.
+    pub address: Option<EndpointAddress>,
+    /// The port of that.
+    pub port: Option<u16>,
+    /// What it is called in checks that do not say it themselves.
+    pub hostname: Option<HeaderValue>,
+    /// It is not checked, and well.
+    pub disabled: bool,
+}
+
+impl EndpointCheck {
+    /// Where the endpoint at `address` is checked.
+    pub fn target(&self, address: &EndpointAddress) -> EndpointAddress {
+        match (self.address.as_ref().unwrap_or(address).clone(), self.port) {
+            (EndpointAddress::Ip(mut address), Some(port)) => {
+                address.set_port(port);
+                EndpointAddress::Ip(address)
+            }
+            (address, _) => address,
+        }
+    }
 }
 
 /// Where an endpoint listens.

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use super::HealthCheckConfig;
 use crate::layered_runtime::RuntimeInteger;
 
 /// How the hosts of a cluster are found to be well or not, besides what discovery says of them.
@@ -7,6 +8,12 @@ use crate::layered_runtime::RuntimeInteger;
 pub struct HealthOptions {
     /// By how requests fare: `Cluster.outlier_detection`.
     pub outlier_detection: Option<Arc<OutlierDetection>>,
+    /// By asking them: `Cluster.health_checks`.
+    pub check: Option<Arc<HealthCheckConfig>>,
+    /// A host that discovery does not have any more goes, also where it passes its checks: `ignore_health_on_host_removal`.
+    pub ignore_on_removal: bool,
+    /// A host is not counted before its first check: `common_lb_config.ignore_new_hosts_until_first_hc`.
+    pub excludes_unchecked: bool,
 }
 
 /// What may have a host ejected: `envoy.data.cluster.v3.OutlierEjectionType`.

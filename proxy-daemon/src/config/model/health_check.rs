@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use http::{
     HeaderValue, Method,
@@ -36,6 +36,12 @@ pub struct HealthCheckConfig {
     pub unhealthy_edge_interval: Duration,
     /// After a success that has not made the host healthy yet. Default: `interval`.
     pub healthy_edge_interval: Duration,
+    /// Every check that fails is logged, and not only the first. Default false.
+    pub always_log_failures: bool,
+    /// Every check that passes is logged. Default false.
+    pub always_log_success: bool,
+    /// Where changes are logged.
+    pub event_logs: Vec<PathBuf>,
     /// What is asked.
     pub check: Check,
 }
@@ -56,6 +62,8 @@ pub enum Check {
 pub struct HttpCheck {
     /// The host header: `host`, else the cluster's name.
     pub host: HeaderValue,
+    /// It is the cluster's name: an endpoint may say another one.
+    pub host_is_default: bool,
     /// The path.
     pub path: PathAndQuery,
     /// The method. Default GET.
@@ -94,6 +102,8 @@ pub struct GrpcCheck {
     pub service_name: String,
     /// `:authority`: `authority`, else the cluster's name.
     pub authority: Authority,
+    /// It is the cluster's name: an endpoint may say another one.
+    pub authority_is_default: bool,
     /// `initial_metadata`.
     pub headers: HeaderMutations,
 }

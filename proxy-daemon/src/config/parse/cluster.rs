@@ -19,6 +19,7 @@ use super::{
     common::{Result, duration, header_name, http2, limit, number, port, required},
     config_source::config_source,
     endpoint::assigned,
+    health_check::health_check,
     load_balancing::load_balancing,
     outlier_detection::outlier_detection,
     support::{self, join},
@@ -95,6 +96,19 @@ fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Health
             return Err(FieldError::unsupported(path));
         }
         options.outlier_detection = Some(Arc::new(outlier_detection(config, &path)?));
+    }
+    options.ignore_on_removal = cluster.ignore_health_on_host_removal;
+    options.excludes_unchecked =
+        cluster.common_lb_config.as_ref().is_some_and(|config| config.ignore_new_hosts_until_first_hc);
+    if let Some(check) = cluster.health_checks.first() {
+        let path = join(path, "health_checks[0]");
+        if matches!(discovery, Discovery::OriginalDst { .. }) {
+            return Err(FieldError::unsupported(path));
+        }
+        options.check = Some(Arc::new(health_check(check, &cluster.name, &path)?));
+    }
+    if cluster.health_checks.len() > 1 {
+        return Err(FieldError::unsupported(join(path, "health_checks[1]")));
     }
     Ok(options)
 }

@@ -2,15 +2,18 @@ use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::{
     core::v3::{HealthStatus as ProtoHealth, Metadata},
-    endpoint::v3::{ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier},
+    endpoint::v3::{
+        ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, endpoint::HealthCheckConfig,
+        lb_endpoint::HostIdentifier,
+    },
 };
 
 use super::{
-    common::{Result, endpoint_address, number, required},
+    common::{Result, endpoint_address, header_value, number, port, required},
     support::{self, join},
 };
 use crate::{
-    config::model::{AssignmentPolicy, Endpoint, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+    config::model::{AssignmentPolicy, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
     http::metadata::object,
 };
 
@@ -53,6 +56,22 @@ fn lb_metadata(metadata: &Metadata) -> Option<Arc<LbMetadata>> {
     Some(Arc::new(object(fields)))
 }
 
+/// `None` where it says nothing.
+fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<Box<EndpointCheck>>> {
+    let path = join(path, "endpoint.health_check_config");
+    let address = config.address.as_ref();
+    let check = EndpointCheck {
+        address: address.map(|address| endpoint_address(address, false, &join(&path, "address"))).transpose()?,
+        port: (config.port_value > 0).then(|| port(config.port_value, &path, "port_value")).transpose()?,
+        hostname: match config.hostname.as_str() {
+            "" => None,
+            name => Some(header_value(name, &join(&path, "hostname"))?),
+        },
+        disabled: config.disable_active_health_check,
+    };
+    Ok((check != EndpointCheck::default()).then(|| Box::new(check)))
+}
+
 fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
     let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
         return Err(required(path, "endpoint"));
@@ -72,5 +91,6 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         health,
         hostname: host.hostname.as_str().into(),
         metadata: endpoint.metadata.as_ref().and_then(lb_metadata),
+        check: host.health_check_config.as_ref().map(|check| endpoint_check(check, path)).transpose()?.flatten(),
     })
 }

@@ -1,4 +1,4 @@
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_xds_client::json;
 use envoy_types::pb::{
@@ -9,6 +9,7 @@ use envoy_types::pb::{
                 GrpcHealthCheck, HealthChecker, HttpHealthCheck, Payload, TcpHealthCheck, payload::Payload as Bytes,
             },
         },
+        extensions::health_check::event_sinks::file::v3::HealthCheckEventFileSink,
         service::health::v3::{ClusterHealthCheck, HealthCheckSpecifier},
         r#type::v3::{CodecClientType, Int64Range},
     },
@@ -64,6 +65,17 @@ pub fn health_check_specifier(specifier: &HealthCheckSpecifier) -> Result<(Durat
 fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthChecks> {
     let check = |(index, check): (usize, &HealthCheck)| {
         let path = format!("{path}.health_checks[{index}]");
+        #[expect(deprecated, reason = "it is refused as well")]
+        let logs = [
+            (check.always_log_health_check_failures, "always_log_health_check_failures"),
+            (check.always_log_health_check_success, "always_log_health_check_success"),
+            (!check.event_log_path.is_empty(), "event_log_path"),
+            (!check.event_logger.is_empty(), "event_logger"),
+        ];
+        // What is only checked for somebody else is not logged here.
+        if let Some((_, field)) = logs.into_iter().find(|(set, _)| *set) {
+            return Err(FieldError::unsupported(join(&path, field)));
+        }
         Ok((check.clone(), Arc::new(health_check(check, &cluster.cluster_name, &path)?)))
     };
     let mut localities = Vec::new();
@@ -72,6 +84,9 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
         let mut targets = Vec::new();
         for (index, endpoint) in group.endpoints.iter().enumerate() {
             let path = format!("{path}.endpoints[{index}]");
+            if endpoint.health_check_config.is_some() {
+                return Err(FieldError::unsupported(join(&path, "health_check_config")));
+            }
             let address = endpoint.address.as_ref().ok_or_else(|| required(&path, "address"))?;
             targets.push(endpoint_address(address, false, &join(&path, "address"))?);
         }
@@ -97,7 +112,22 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
     let interval = time(check.interval, "interval")?.ok_or_else(|| required(path, "interval"))?;
     let unhealthy_interval = or(check.unhealthy_interval, "unhealthy_interval", interval)?;
     let no_traffic = or(check.no_traffic_interval, "no_traffic_interval", Duration::from_secs(60))?;
+    #[expect(deprecated, reason = "the field that event_logger replaced, which Envoy still takes")]
+    let path_of_old = &check.event_log_path;
+    let mut event_logs = Vec::new();
+    if !path_of_old.is_empty() {
+        event_logs.push(PathBuf::from(path_of_old));
+    }
+    for (index, logger) in check.event_logger.iter().enumerate() {
+        let path = format!("{}[{index}].typed_config", join(path, "event_logger"));
+        let any = logger.typed_config.as_ref().ok_or_else(|| FieldError::new(&path, "a value is required"))?;
+        let sink: HealthCheckEventFileSink = json::unpack(any, &path)?;
+        event_logs.push(PathBuf::from(sink.event_log_path));
+    }
     Ok(HealthCheckConfig {
+        always_log_failures: check.always_log_health_check_failures,
+        always_log_success: check.always_log_health_check_success,
+        event_logs,
         timeout: time(check.timeout, "timeout")?.ok_or_else(|| required(path, "timeout"))?,
         interval,
         initial_jitter: or(check.initial_jitter, "initial_jitter", Duration::ZERO)?,
@@ -150,6 +180,7 @@ fn http_check(check: &HttpHealthCheck, cluster: &str, path: &str) -> Result<Http
     let matcher = check.service_name_matcher.as_ref();
     Ok(HttpCheck {
         host: header_value(host, &join(path, "host"))?,
+        host_is_default: check.host.is_empty(),
         path: check.path.parse().map_err(|_| {
             FieldError::new(join(path, "path"), format!("{:?} is not the path of a request", check.path))
         })?,
@@ -218,6 +249,7 @@ fn grpc_check(check: &GrpcHealthCheck, cluster: &str, path: &str) -> Result<Grpc
     Ok(GrpcCheck {
         service_name: check.service_name.clone(),
         authority: authority(name, &join(path, "authority"))?,
+        authority_is_default: check.authority.is_empty(),
         headers: HeaderMutations {
             request_add: headers_to_add(&check.initial_metadata, path, "initial_metadata")?,
             ..HeaderMutations::default()

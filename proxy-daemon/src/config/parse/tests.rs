@@ -216,6 +216,18 @@ fn clusters_that_cannot_be_honoured_are_named() {
             "type: LOGICAL_DNS is not supported by culvert yet; it has STATIC, STRICT_DNS, EDS and ORIGINAL_DST",
         ),
         (
+            "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }, { \
+             timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }]"
+                .to_owned(),
+            "health_checks[1]: not supported by culvert yet",
+        ),
+        (
+            "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: { \
+             send: { text: abc } } }]"
+                .to_owned(),
+            "health_checks[0].tcp_health_check.send.text: invalid hex string 'abc': pairs of hexadecimal digits",
+        ),
+        (
             "outlier_detection: { detect_degraded_hosts: true }".to_owned(),
             "outlier_detection.detect_degraded_hosts: not supported by culvert yet",
         ),

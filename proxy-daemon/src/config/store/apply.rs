@@ -10,7 +10,7 @@ use crate::{
     layered_runtime::{Entry, Runtime},
     listener::Prints,
     runtime::{DataPlane, PreparedListener},
-    upstream::ClusterChange,
+    upstream::{ClusterChange, health_check::ClusterChecks},
 };
 
 /// Is told what became of something that happens later. Never called before the method that it was given to has returned.
@@ -26,6 +26,13 @@ pub trait Apply: Send + Sync + 'static {
     fn change_clusters(&self, changes: Vec<ClusterChange>);
     /// See [`DataPlane::resolve`]. Happens later.
     fn resolve(&self, config: &ClusterConfig, told: Resolved);
+    /// See [`DataPlane::check_first`]. Happens later.
+    fn check_first(
+        &self,
+        config: &ClusterConfig,
+        endpoints: &Arc<[LocalityEndpoints]>,
+        warm: Box<dyn FnOnce() + Send>,
+    ) -> Option<Arc<ClusterChecks>>;
     /// See [`DataPlane::set_endpoints`].
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]);
     /// See [`DataPlane::set_routes`].
@@ -146,6 +153,15 @@ impl Apply for Applier {
 
     fn resolve(&self, config: &ClusterConfig, told: Resolved) {
         self.plane.resolve(config.clone(), told);
+    }
+
+    fn check_first(
+        &self,
+        config: &ClusterConfig,
+        endpoints: &Arc<[LocalityEndpoints]>,
+        warm: Box<dyn FnOnce() + Send>,
+    ) -> Option<Arc<ClusterChecks>> {
+        self.plane.check_first(config, endpoints, warm)
     }
 
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {

@@ -25,7 +25,7 @@ use crate::{
         parse,
         status::Version,
     },
-    upstream::ClusterChange,
+    upstream::{ClusterChange, health_check::ClusterChecks},
 };
 
 /// How long what has been looked up waits for more of it.
@@ -101,6 +101,8 @@ pub(in crate::config) struct Warming {
     waiting: usize,
     /// Of STRICT_DNS: what its names were found to be.
     resolved: Option<Arc<[LocalityEndpoints]>>,
+    /// Its hosts are being checked, as they are before it is used.
+    checks: Option<Arc<ClusterChecks>>,
     /// What is answered once it is used.
     update: Option<UpdateId>,
 }
@@ -230,7 +232,8 @@ impl<A: Apply> ConfigStore<A> {
             (None, None) => self.0.stats.clusters.added.inc(),
             _ => self.0.stats.clusters.modified.inc(),
         }
-        let warming = Box::new(Warming { version, config: Box::new(config), waiting, resolved: None, update });
+        let warming =
+            Box::new(Warming { version, config: Box::new(config), waiting, resolved: None, checks: None, update });
         match entry.warming.replace(warming) {
             Some(replaced) => self.drop_warming_cluster(state, *replaced),
             None => state.clusters.warming += 1,
@@ -278,15 +281,44 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
+    /// Begins to check the hosts of the warming version, where it has checks: it is used when each has been checked once.
+    fn has_to_be_checked(&self, state: &mut State, name: &Arc<str>) -> bool {
+        let Some(warming) = state.clusters.by_name.get(name).and_then(|entry| entry.warming.as_ref()) else {
+            return false;
+        };
+        if warming.config.health.check.is_none() || warming.checks.is_some() {
+            return false;
+        }
+        let id = warming.version.id;
+        let endpoints = match warming.config.discovery {
+            Discovery::Static => Arc::from(warming.config.endpoints.clone()),
+            _ => warming.resolved.clone().or_else(|| state.endpoints_of(&warming.config)).unwrap_or_default(),
+        };
+        let (store, told) = (self.clone(), Arc::clone(name));
+        let warm = Box::new(move || store.changed(|state| store.cluster_settled(state, &told, id)));
+        let checks = self.0.apply.check_first(&warming.config, &endpoints, warm);
+        let begun = checks.is_some();
+        if let Some(warming) = state.clusters.by_name.get_mut(name).and_then(|entry| entry.warming.as_mut())
+            && begun
+        {
+            warming.checks = checks;
+            warming.waiting += 1;
+        }
+        begun
+    }
+
     /// The warming version is used from now on.
     fn activate_cluster(&self, state: &mut State, name: &Arc<str>) {
+        if self.has_to_be_checked(state, name) {
+            return;
+        }
         let Some(entry) = state.clusters.by_name.get_mut(name) else { return };
         let Some(warming) = entry.warming.take() else { return };
-        let Warming { version, config, update, resolved, .. } = *warming;
+        let Warming { version, config, update, resolved, checks, .. } = *warming;
         state.clusters.warming -= 1;
         let before = entry.active.replace(version);
         let endpoints = resolved.or_else(|| state.endpoints_of(&config));
-        state.changes.push(ClusterChange::Upsert(config, endpoints));
+        state.changes.push(ClusterChange::Upsert(config, endpoints, checks));
         match before {
             Some(before) => state.release(&before.needs, before.id),
             None => {

@@ -28,7 +28,7 @@ use crate::{
     layered_runtime::Entry,
     listener::Prints,
     stats::{HistogramBuckets, write_text},
-    upstream::{self, ClusterChange},
+    upstream::{self, ClusterChange, health_check::ClusterChecks},
 };
 
 /// Writes down what it is told, one line a call. What happens later is answered by [`Fixture::workers`].
@@ -90,8 +90,8 @@ impl Apply for Recorder {
         *self.batches.lock().unwrap() += 1;
         for change in &changes {
             match change {
-                ClusterChange::Upsert(config, None) => self.note(format!("cluster {}", config.name)),
-                ClusterChange::Upsert(config, Some(endpoints)) => {
+                ClusterChange::Upsert(config, None, _) => self.note(format!("cluster {}", config.name)),
+                ClusterChange::Upsert(config, Some(endpoints), _) => {
                     self.note(format!("cluster {} with {}", config.name, count(endpoints)));
                 }
                 ClusterChange::Remove(name) => self.note(format!("no cluster {name}")),
@@ -103,6 +103,14 @@ impl Apply for Recorder {
     }
     fn resolve(&self, config: &ClusterConfig, told: Resolved) {
         self.resolving.lock().unwrap().push((config.name.to_string(), told));
+    }
+    fn check_first(
+        &self,
+        _: &ClusterConfig,
+        _: &Arc<[LocalityEndpoints]>,
+        _: Box<dyn FnOnce() + Send>,
+    ) -> Option<Arc<ClusterChecks>> {
+        None
     }
     fn set_endpoints(&self, cluster: &str, endpoints: &[LocalityEndpoints]) {
         self.note(format!("{cluster} has {}", count(endpoints)));

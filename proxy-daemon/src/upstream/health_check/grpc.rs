@@ -10,11 +10,11 @@ use http_body_util::{BodyExt, Full};
 use prost::Message;
 
 use super::{
-    Failure, Outcome, Passed,
+    Failure, Outcome, Passed, Target,
     http::{HEALTH_CHECKER, HttpConnection, kept_or_new},
 };
 use crate::{
-    config::model::{EndpointAddress, GrpcCheck},
+    config::model::GrpcCheck,
     http::headers::{mutate_request, names::GRPC_STATUS},
 };
 
@@ -41,14 +41,14 @@ struct HealthCheckResponse {
 const SERVING: i32 = 1;
 
 pub(super) struct GrpcProbe {
-    address: EndpointAddress,
+    target: Target,
     reuse: bool,
     connection: Option<HttpConnection>,
 }
 
 impl GrpcProbe {
-    pub(super) fn new(address: EndpointAddress, reuse: bool) -> GrpcProbe {
-        GrpcProbe { address, reuse, connection: None }
+    pub(super) fn new(target: Target, reuse: bool) -> GrpcProbe {
+        GrpcProbe { target, reuse, connection: None }
     }
 
     pub(super) async fn probe(&mut self, check: &GrpcCheck) -> Outcome {
@@ -69,8 +69,8 @@ impl GrpcProbe {
         kept: Option<HttpConnection>,
         check: &GrpcCheck,
     ) -> Result<(bool, HttpConnection), Failure> {
-        let mut connection = kept_or_new(kept, &self.address, true).await?;
-        let (head, mut body) = connection.send(request(check)).await?.into_parts();
+        let mut connection = kept_or_new(kept, &self.target, true).await?;
+        let (head, mut body) = connection.send(request(check, self.target.host.as_ref())).await?.into_parts();
         let mut status = head.headers.get(GRPC_STATUS).cloned();
         let mut answer = Vec::new();
         while let Some(frame) = body.frame().await {
@@ -97,7 +97,9 @@ fn serving(body: &[u8]) -> bool {
     compressed == 0 && whole && HealthCheckResponse::decode(message).is_ok_and(|answer| answer.status == SERVING)
 }
 
-fn request(check: &GrpcCheck) -> Request<Full<Bytes>> {
+/// `host`: what the host is called where the check does not say it.
+fn request(check: &GrpcCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+    let host = host.filter(|_| check.authority_is_default).and_then(|host| host.as_bytes().try_into().ok());
     let message = HealthCheckRequest { service: check.service_name.clone() }.encode_to_vec();
     let mut body = Vec::with_capacity(PREFIX + message.len());
     body.put_u8(0);
@@ -109,7 +111,7 @@ fn request(check: &GrpcCheck) -> Request<Full<Bytes>> {
     *request.version_mut() = Version::HTTP_2;
     let mut uri = http::uri::Parts::default();
     uri.scheme = Some(Scheme::HTTP);
-    uri.authority = Some(check.authority.clone());
+    uri.authority = Some(host.unwrap_or_else(|| check.authority.clone()));
     uri.path_and_query = Some(PathAndQuery::from_static("/grpc.health.v1.Health/Check"));
     // All three parts: always valid.
     *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();

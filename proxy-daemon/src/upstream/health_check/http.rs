@@ -15,12 +15,8 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::task::JoinHandle;
 
-use super::{Failure, Outcome, Passed, contains, tcp::open};
-use crate::{
-    config::model::{EndpointAddress, HttpCheck},
-    http::headers::mutate_request,
-    stats::Counter,
-};
+use super::{Failure, Outcome, Passed, Target, contains, tcp::open};
+use crate::{config::model::HttpCheck, http::headers::mutate_request, stats::Counter, tls::AlpnFallback};
 
 /// What Envoy calls itself there.
 pub(super) const HEALTH_CHECKER: HeaderValue = HeaderValue::from_static("Envoy/HC");
@@ -39,8 +35,9 @@ enum Sender {
 }
 
 impl HttpConnection {
-    pub(super) async fn open(address: &EndpointAddress, http2: bool) -> Result<HttpConnection, Failure> {
-        let stream = TokioIo::new(open(address).await?);
+    pub(super) async fn open(target: &Target, http2: bool) -> Result<HttpConnection, Failure> {
+        let alpn = if http2 { AlpnFallback::Http2 } else { AlpnFallback::Http1 };
+        let stream = TokioIo::new(open(target, alpn).await?);
         if http2 {
             let handshake = http2::Builder::new(TokioExecutor::new()).handshake(stream).await;
             let (sender, driver) = handshake.map_err(|_| Failure::Network)?;
@@ -80,7 +77,7 @@ impl Drop for HttpConnection {
 /// A kept connection that is still open, else a new one.
 pub(super) async fn kept_or_new(
     kept: Option<HttpConnection>,
-    address: &EndpointAddress,
+    target: &Target,
     http2: bool,
 ) -> Result<HttpConnection, Failure> {
     if let Some(mut connection) = kept
@@ -88,19 +85,19 @@ pub(super) async fn kept_or_new(
     {
         return Ok(connection);
     }
-    HttpConnection::open(address, http2).await
+    HttpConnection::open(target, http2).await
 }
 
 pub(super) struct HttpProbe {
-    address: EndpointAddress,
+    target: Target,
     reuse: bool,
     verify_cluster: Counter,
     connection: Option<HttpConnection>,
 }
 
 impl HttpProbe {
-    pub(super) fn new(address: EndpointAddress, reuse: bool, verify_cluster: Counter) -> HttpProbe {
-        HttpProbe { address, reuse, verify_cluster, connection: None }
+    pub(super) fn new(target: Target, reuse: bool, verify_cluster: Counter) -> HttpProbe {
+        HttpProbe { target, reuse, verify_cluster, connection: None }
     }
 
     pub(super) async fn probe(&mut self, check: &HttpCheck) -> Outcome {
@@ -119,8 +116,8 @@ impl HttpProbe {
         kept: Option<HttpConnection>,
         check: &HttpCheck,
     ) -> Result<(Parts, Vec<u8>, HttpConnection), Failure> {
-        let mut connection = kept_or_new(kept, &self.address, check.http2).await?;
-        let (head, mut body) = connection.send(request(check)).await?.into_parts();
+        let mut connection = kept_or_new(kept, &self.target, check.http2).await?;
+        let (head, mut body) = connection.send(request(check, self.target.host.as_ref())).await?.into_parts();
         let limit = match check.response_buffer_size {
             _ if check.receive.is_empty() => 0,
             0 => MAX_BODY,
@@ -157,7 +154,9 @@ impl HttpProbe {
     }
 }
 
-fn request(check: &HttpCheck) -> Request<Full<Bytes>> {
+/// `host`: what the host is called where the check does not say it.
+fn request(check: &HttpCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
+    let host = host.filter(|_| check.host_is_default).unwrap_or(&check.host);
     let mut request = Request::new(Full::new(Bytes::from(check.send.clone())));
     *request.method_mut() = check.method.clone();
     let mut uri = http::uri::Parts::default();
@@ -166,9 +165,9 @@ fn request(check: &HttpCheck) -> Request<Full<Bytes>> {
     if check.http2 {
         *request.version_mut() = Version::HTTP_2;
         uri.scheme = Some(Scheme::HTTP);
-        uri.authority = check.host.as_bytes().try_into().ok();
+        uri.authority = host.as_bytes().try_into().ok();
     } else {
-        headers.insert(HOST, check.host.clone());
+        headers.insert(HOST, host.clone());
     }
     headers.insert(USER_AGENT, HEALTH_CHECKER);
     if matches!(check.method, Method::POST | Method::PUT | Method::PATCH | Method::OPTIONS) {

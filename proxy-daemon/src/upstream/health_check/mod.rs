@@ -1,14 +1,22 @@
 //! Active health checks: a task on the control runtime for each host and check, which never meets a worker.
 
+mod cluster;
+mod event_log;
 mod grpc;
 mod http;
 mod state;
 mod tcp;
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
-use tokio::{sync::watch, task::JoinHandle};
+use ::http::HeaderValue;
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 
+pub(super) use self::cluster::Changed;
+pub use self::cluster::ClusterChecks;
 pub use self::state::{Failure, Health, Outcome, Passed};
 use self::{
     grpc::GrpcProbe,
@@ -19,6 +27,7 @@ use self::{
 use crate::{
     config::model::{Check, EndpointAddress, HealthCheckConfig},
     stats::{Counter, Gauge, Lease, Scope},
+    tls::ClientTls,
 };
 
 /// No host is checked more often than this, whatever is configured.
@@ -31,6 +40,7 @@ pub struct HealthCheckStats {
     success: Counter,
     failure: Counter,
     network_failure: Counter,
+    passive_failure: Counter,
     verify_cluster: Counter,
     degraded: Gauge,
     healthy: Gauge,
@@ -43,13 +53,12 @@ impl HealthCheckStats {
     pub fn new(cluster: Scope) -> HealthCheckStats {
         let scope = cluster.child("health_check");
         let lease = Arc::new(scope.lease());
-        // There are no passive checks yet; Envoy shows it all the same.
-        scope.counter("passive_failure");
         HealthCheckStats {
             attempt: scope.counter("attempt"),
             success: scope.counter("success"),
             failure: scope.counter("failure"),
             network_failure: scope.counter("network_failure"),
+            passive_failure: scope.counter("passive_failure"),
             verify_cluster: scope.counter("verify_cluster"),
             degraded: scope.gauge("degraded"),
             healthy: scope.gauge("healthy"),
@@ -61,25 +70,84 @@ impl HealthCheckStats {
 /// Whether the cluster has had any traffic; without, its hosts are checked at leisure.
 pub type HasTraffic = Arc<dyn Fn() -> bool + Send + Sync>;
 
+/// What is checked, and how it is reached.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Where.
+    pub(crate) address: EndpointAddress,
+    /// The host's name, for TLS.
+    pub(crate) name: Box<str>,
+    /// What it is called in requests, where the check does not say it.
+    pub(crate) host: Option<HeaderValue>,
+    /// How connections are encrypted; `None`: they are plain.
+    pub(crate) tls: Option<Arc<ClientTls>>,
+}
+
+impl Target {
+    /// A host without a name, on plain connections.
+    pub fn plain(address: EndpointAddress) -> Target {
+        Target { address, name: Box::default(), host: None, tls: None }
+    }
+}
+
+/// What a check has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Report {
+    /// What was known before it.
+    pub(crate) before: Health,
+    /// What is known now.
+    pub(crate) health: Health,
+    /// It is the host's first.
+    pub(crate) first: bool,
+    /// What it came to.
+    pub(crate) result: Result<Passed, Failure>,
+}
+
+/// Is told of every check.
+type Told = Box<dyn FnMut(Report) + Send>;
+
 /// Checks one host, until it is dropped.
 #[derive(Debug)]
 pub struct HealthChecker {
     health: watch::Receiver<Health>,
+    passive: Arc<Notify>,
     task: JoinHandle<()>,
 }
 
 impl HealthChecker {
-    /// Starts to check the host at `address`, of which `health` is known from before. Must be called within the control
+    /// Starts to check a host, of which `health` is known from before. Must be called within the control
     /// runtime.
     pub fn start(
         config: Arc<HealthCheckConfig>,
-        address: EndpointAddress,
+        target: Target,
         health: Health,
         stats: HealthCheckStats,
         traffic: HasTraffic,
     ) -> HealthChecker {
+        HealthChecker::start_told(config, target, health, stats, traffic, None)
+    }
+
+    /// The same; `told` of each check.
+    fn start_told(
+        config: Arc<HealthCheckConfig>,
+        target: Target,
+        health: Health,
+        stats: HealthCheckStats,
+        traffic: HasTraffic,
+        told: Option<Told>,
+    ) -> HealthChecker {
         let (sender, receiver) = watch::channel(health);
-        HealthChecker { health: receiver, task: tokio::spawn(run(config, address, stats, traffic, sender)) }
+        let passive = Arc::new(Notify::new());
+        let (session, shown) = (Session::new(health), Shown::new(&stats, health));
+        let probe = Probe::new(&config.check, config.reuse_connection, target, &stats);
+        let running = Running { config, stats, sender, told, session, shown };
+        let task = tokio::spawn(running.run(probe, traffic, Arc::clone(&passive)));
+        HealthChecker { health: receiver, passive, task }
+    }
+
+    /// By which it is told that the host has said in a response that it is not well.
+    fn passive(&self) -> Arc<Notify> {
+        Arc::clone(&self.passive)
     }
 
     /// The host's health now.
@@ -106,11 +174,11 @@ enum Probe {
 }
 
 impl Probe {
-    fn new(check: &Check, reuse: bool, address: EndpointAddress, stats: &HealthCheckStats) -> Probe {
+    fn new(check: &Check, reuse: bool, target: Target, stats: &HealthCheckStats) -> Probe {
         match check {
-            Check::Http(_) => Probe::Http(HttpProbe::new(address, reuse, stats.verify_cluster)),
-            Check::Tcp(_) => Probe::Tcp(TcpProbe::new(address, reuse)),
-            Check::Grpc(_) => Probe::Grpc(GrpcProbe::new(address, reuse)),
+            Check::Http(_) => Probe::Http(HttpProbe::new(target, reuse, stats.verify_cluster)),
+            Check::Tcp(_) => Probe::Tcp(TcpProbe::new(target, reuse)),
+            Check::Grpc(_) => Probe::Grpc(GrpcProbe::new(target, reuse)),
         }
     }
 
@@ -134,6 +202,12 @@ struct Shown {
 }
 
 impl Shown {
+    fn new(stats: &HealthCheckStats, health: Health) -> Shown {
+        let mut shown = Shown { stats: stats.clone(), healthy: false, degraded: false };
+        shown.show(health.healthy, health.degraded);
+        shown
+    }
+
     fn show(&mut self, healthy: bool, degraded: bool) {
         for (gauge, before, now) in
             [(self.stats.healthy, self.healthy, healthy), (self.stats.degraded, self.degraded, degraded)]
@@ -154,39 +228,75 @@ impl Drop for Shown {
     }
 }
 
-async fn run(
+/// A host that is being checked.
+struct Running {
     config: Arc<HealthCheckConfig>,
-    address: EndpointAddress,
     stats: HealthCheckStats,
-    traffic: HasTraffic,
     sender: watch::Sender<Health>,
-) {
-    let mut session = Session::new(*sender.borrow());
-    let mut shown = Shown { stats: stats.clone(), healthy: false, degraded: false };
-    shown.show(session.health.healthy, session.health.degraded);
-    let mut probe = Probe::new(&config.check, config.reuse_connection, address, &stats);
-    tokio::time::sleep(part(config.initial_jitter)).await;
-    loop {
-        stats.attempt.inc();
-        let outcome = tokio::time::timeout(config.timeout, probe.probe(&config.check)).await;
-        let outcome = outcome.unwrap_or_else(|_elapsed| Failure::Timeout.into());
+    told: Option<Told>,
+    session: Session,
+    shown: Shown,
+}
+
+impl Running {
+    async fn run(mut self, mut probe: Probe, traffic: HasTraffic, passive: Arc<Notify>) {
+        let config = Arc::clone(&self.config);
+        self.wait(part(config.initial_jitter), &passive).await;
+        loop {
+            self.stats.attempt.inc();
+            let outcome = {
+                let mut checking = pin!(tokio::time::timeout(config.timeout, probe.probe(&config.check)));
+                loop {
+                    tokio::select! {
+                        biased;
+                        outcome = &mut checking => break outcome,
+                        () = passive.notified() => drop(self.record(Failure::Passive.into())),
+                    }
+                }
+            };
+            let outcome = outcome.unwrap_or_else(|_elapsed| Failure::Timeout.into());
+            let transition = self.record(outcome);
+            let wait = self.session.wait(&config, transition, outcome.result.is_ok(), traffic());
+            self.wait(wait.max(MIN_WAIT), &passive).await;
+        }
+    }
+
+    /// Waits, and takes what the host says of itself meanwhile.
+    async fn wait(&mut self, time: Duration, passive: &Notify) {
+        let mut sleep = pin!(tokio::time::sleep(time));
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut sleep => return,
+                () = passive.notified() => drop(self.record(Failure::Passive.into())),
+            }
+        }
+    }
+
+    fn record(&mut self, outcome: Outcome) -> Transition {
         match outcome.result {
-            Ok(_) => stats.success.inc(),
+            Ok(_) => self.stats.success.inc(),
             Err(failure) => {
-                stats.failure.inc();
-                if matches!(failure, Failure::Network | Failure::Timeout) {
-                    stats.network_failure.inc();
+                self.stats.failure.inc();
+                match failure {
+                    Failure::Network | Failure::Timeout => self.stats.network_failure.inc(),
+                    Failure::Passive => self.stats.passive_failure.inc(),
+                    Failure::Active | Failure::Retriable => {}
                 }
             }
         }
-        let transition = session.record(&config, outcome);
-        shown.show(session.health.healthy, session.health.degraded);
+        let (before, first) = (self.session.health, self.session.is_first());
+        let transition = self.session.record(&self.config, outcome);
+        let health = self.session.health;
+        self.shown.show(health.healthy, health.degraded);
         if transition == Transition::Changed {
-            tracing::debug!(health = ?session.health, "health changed");
+            tracing::debug!(?health, "health changed");
         }
-        sender.send_if_modified(|health| std::mem::replace(health, session.health) != session.health);
-        let wait = session.wait(&config, transition, outcome.result.is_ok(), traffic());
-        tokio::time::sleep(wait.max(MIN_WAIT)).await;
+        self.sender.send_if_modified(|known| std::mem::replace(known, health) != health);
+        if let Some(told) = &mut self.told {
+            told(Report { before, health, first, result: outcome.result });
+        }
+        transition
     }
 }
 

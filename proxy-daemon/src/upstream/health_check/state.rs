@@ -11,6 +11,8 @@ pub enum Failure {
     Active,
     /// The host says so with a status that may pass: counts towards the threshold.
     Retriable,
+    /// The host has said in a response to a request that it is not well: unhealthy at once.
+    Passive,
     /// No connection, or one that broke: counts towards the threshold.
     Network,
     /// No answer in time: counts towards the threshold.
@@ -76,6 +78,11 @@ impl Session {
         Session { health, first: true, passed: 0, failed: 0 }
     }
 
+    /// Whether nothing has been found out yet.
+    pub(super) fn is_first(&self) -> bool {
+        self.first
+    }
+
     /// Takes the result of a check.
     pub(super) fn record(&mut self, config: &HealthCheckConfig, outcome: Outcome) -> Transition {
         self.health.http_status = outcome.http_status;
@@ -117,7 +124,8 @@ impl Session {
             return Transition::Unchanged;
         }
         self.failed += 1;
-        if failure != Failure::Active && self.failed < config.unhealthy_threshold {
+        let at_once = matches!(failure, Failure::Active | Failure::Passive);
+        if !at_once && self.failed < config.unhealthy_threshold {
             return Transition::Pending;
         }
         self.health.healthy = false;

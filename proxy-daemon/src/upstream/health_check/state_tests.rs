@@ -18,6 +18,9 @@ fn config() -> HealthCheckConfig {
         unhealthy_interval: seconds(20),
         unhealthy_edge_interval: seconds(21),
         healthy_edge_interval: seconds(11),
+        always_log_failures: false,
+        always_log_success: false,
+        event_logs: Vec::new(),
         check: Check::Tcp(TcpCheck::default()),
     }
 }

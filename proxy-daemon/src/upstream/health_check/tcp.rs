@@ -2,24 +2,28 @@
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{Failure, Outcome, Passed, contains};
+use super::{Failure, Outcome, Passed, Target, contains};
 use crate::{
-    config::model::{EndpointAddress, TcpCheck},
-    upstream::{UpstreamStream, connect::connect_plain},
+    config::model::TcpCheck,
+    tls::AlpnFallback,
+    upstream::{
+        UpstreamStream,
+        connect::{connect_plain, secure},
+    },
 };
 
 /// The most that a host may send before what is waited for has come.
 const MAX_ANSWER: usize = 64 * 1024;
 
 pub(super) struct TcpProbe {
-    address: EndpointAddress,
+    target: Target,
     reuse: bool,
     connection: Option<UpstreamStream>,
 }
 
 impl TcpProbe {
-    pub(super) fn new(address: EndpointAddress, reuse: bool) -> TcpProbe {
-        TcpProbe { address, reuse, connection: None }
+    pub(super) fn new(target: Target, reuse: bool) -> TcpProbe {
+        TcpProbe { target, reuse, connection: None }
     }
 
     pub(super) async fn probe(&mut self, check: &TcpCheck) -> Outcome {
@@ -37,7 +41,7 @@ impl TcpProbe {
     async fn attempt(&self, kept: Option<UpstreamStream>, check: &TcpCheck) -> Result<UpstreamStream, Failure> {
         let mut connection = match kept {
             Some(connection) => connection,
-            None => open(&self.address).await?,
+            None => open(&self.target, AlpnFallback::None).await?,
         };
         connection.write_all(&check.send).await.map_err(|_| Failure::Network)?;
         let mut answer = Vec::new();
@@ -54,8 +58,10 @@ impl TcpProbe {
 }
 
 /// Connects; the limit is that of the whole check.
-pub(super) async fn open(address: &EndpointAddress) -> Result<UpstreamStream, Failure> {
-    connect_plain(address, None, None).await.map_err(|_| Failure::Network)
+pub(super) async fn open(target: &Target, alpn: AlpnFallback) -> Result<UpstreamStream, Failure> {
+    let stream = connect_plain(&target.address, None, None).await.map_err(|_| Failure::Network)?;
+    let Some(tls) = &target.tls else { return Ok(stream) };
+    secure(tls, stream, (&target.address, &target.name), alpn).await.map_err(|_| Failure::Network)
 }
 
 /// Whether the host has neither closed the connection since the last check nor sent what nobody waits for.
@@ -64,7 +70,7 @@ fn is_open(connection: &UpstreamStream) -> bool {
     let read = match connection {
         UpstreamStream::Tcp(stream) => stream.try_read(&mut byte),
         UpstreamStream::Unix(stream) => stream.try_read(&mut byte),
-        // Checks are not encrypted.
+        // Nobody knows what is still to come on it.
         UpstreamStream::Tls(_) => return false,
     };
     read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)

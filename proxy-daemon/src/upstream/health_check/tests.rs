@@ -31,13 +31,22 @@ fn config(check: Check) -> HealthCheckConfig {
         unhealthy_interval: often,
         unhealthy_edge_interval: often,
         healthy_edge_interval: often,
+        always_log_failures: false,
+        always_log_success: false,
+        event_logs: Vec::new(),
         check,
     }
 }
 
 fn start(config: HealthCheckConfig, address: SocketAddr, cluster: &str) -> HealthChecker {
     let stats = HealthCheckStats::new(Scope::cluster(cluster));
-    HealthChecker::start(Arc::new(config), EndpointAddress::Ip(address), Health::default(), stats, Arc::new(|| true))
+    HealthChecker::start(
+        Arc::new(config),
+        Target::plain(EndpointAddress::Ip(address)),
+        Health::default(),
+        stats,
+        Arc::new(|| true),
+    )
 }
 
 async fn until(checker: &HealthChecker, wanted: impl FnMut(&Health) -> bool) -> Health {
@@ -196,6 +205,7 @@ async fn grpc_hosts_say_whether_they_serve() {
     let check = GrpcCheck {
         service_name: "svc".to_owned(),
         authority: "a.example".parse().unwrap(),
+        authority_is_default: false,
         headers: HeaderMutations::default(),
     };
     let checker = start(config(Check::Grpc(check)), address, "grpc");

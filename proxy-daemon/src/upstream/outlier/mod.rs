@@ -66,7 +66,6 @@ impl OutlierDetector {
     }
 
     /// A host has passed an active health check while it was ejected.
-    #[expect(dead_code, reason = "active checks tell of it, which are the next step")]
     pub(super) fn passed_check(&self, vitals: &Arc<Vitals>) {
         let _ = self.shared.events.send(Event::PassedCheck(Arc::clone(vitals)));
     }

@@ -34,6 +34,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "load_balancing_policy",
             "original_dst_lb_config",
             "outlier_detection",
+            "health_checks",
+            "ignore_health_on_host_removal",
         ],
     ),
     (
@@ -75,6 +77,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "zone_aware_lb_config",
             "locality_weighted_lb_config",
             "consistent_hashing_lb_config",
+            "ignore_new_hosts_until_first_hc",
         ],
     ),
     ("envoy.config.cluster.v3.Cluster.CommonLbConfig.ZoneAwareLbConfig", ALL),
@@ -148,5 +151,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         &["locality", "metadata", "lb_endpoints", "load_balancing_weight", "priority"],
     ),
     ("envoy.config.endpoint.v3.LbEndpoint", &["endpoint", "health_status", "metadata", "load_balancing_weight"]),
-    ("envoy.config.endpoint.v3.Endpoint", &["address", "hostname"]),
+    ("envoy.config.endpoint.v3.Endpoint.HealthCheckConfig", ALL),
+    ("envoy.extensions.health_check.event_sinks.file.v3.HealthCheckEventFileSink", ALL),
+    ("envoy.config.endpoint.v3.Endpoint", &["address", "hostname", "health_check_config"]),
 ];
