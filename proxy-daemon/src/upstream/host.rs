@@ -55,6 +55,11 @@ impl Host {
         if self.hostname.is_empty() { &self.text } else { &self.hostname }
     }
 
+    /// Since when it has been healthy: what slow start goes by.
+    pub(super) fn healthy_since(&self) -> Option<Instant> {
+        self.vitals.as_ref().and_then(|vitals| vitals.well_since()).or(self.healthy_since)
+    }
+
     /// What its health makes of it now.
     pub fn standing(&self) -> Standing {
         Standing::new(self.health, self.vitals.as_deref())

@@ -1,8 +1,11 @@
 //! What is found out about a host while it is in use, besides what discovery says of it.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    sync::{
+        Arc, LazyLock, OnceLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use http::HeaderMap;
@@ -39,7 +42,12 @@ pub struct Vitals {
     monitor: OnceLock<Monitor>,
     /// Told when the host says in a response that it is not well.
     check: OnceLock<Arc<Notify>>,
+    /// When it last began to pass its checks: milliseconds since [`EPOCH`], and one; 0: it has not yet.
+    well_since: AtomicU64,
 }
+
+/// Before any host was checked.
+static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl Vitals {
     /// Of a host of which nothing bad is known yet; `monitor` where outlier detection goes by its requests.
@@ -60,6 +68,18 @@ impl Vitals {
     pub(super) fn is_checked_by(&self, check: Arc<Notify>) {
         // There is one check for each.
         let _ = self.check.set(check);
+    }
+
+    /// It passes its checks from now on.
+    pub(super) fn is_well(&self) {
+        let since = EPOCH.elapsed().as_millis() as u64;
+        self.well_since.store(since + 1, Ordering::Relaxed);
+    }
+
+    /// Since when it has passed its checks.
+    pub(super) fn well_since(&self) -> Option<Instant> {
+        let since = self.well_since.load(Ordering::Relaxed).checked_sub(1)?;
+        EPOCH.checked_add(Duration::from_millis(since))
     }
 
     /// The response has these headers: the host may say in them that it is not well.

@@ -55,6 +55,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.core.v3.HeaderValueOption.append_action",
     ),
     replaced(
+        "envoy.config.core.v3.HealthCheck.event_log_path",
+        "event_logger",
+        "envoy.config.core.v3.HealthCheck.event_logger",
+    ),
+    replaced(
         "envoy.config.core.v3.SubstitutionFormatString.text_format",
         "text_format_source",
         "envoy.config.core.v3.SubstitutionFormatString.text_format_source",

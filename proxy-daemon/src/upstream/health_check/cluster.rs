@@ -248,6 +248,9 @@ impl ClusterChecks {
                 continue;
             }
             let Health { healthy, degraded, timed_out, .. } = report.health;
+            if healthy && !report.before.healthy {
+                vitals.is_well();
+            }
             let passive = report.result == Err(Failure::Passive);
             let excluded = !healthy && (passive || vitals.has(HealthFlag::ExcludedViaImmediateHcFail));
             for (flag, on) in [

@@ -80,7 +80,7 @@ impl Group {
             }
         }
         let slow_until = making.slow_start.and_then(|slow| {
-            let newest = hosts.iter().filter_map(|host| all[*host as usize].healthy_since).max()?;
+            let newest = hosts.iter().filter_map(|host| all[*host as usize].healthy_since()).max()?;
             newest.checked_add(slow.window).filter(|until| *until > Instant::now())
         });
         Group { id, hosts: hosts.into(), weighted, classes: classes.into(), slow_until }
@@ -175,7 +175,7 @@ impl Group {
 impl SlowStart {
     /// The share of its weight that a host has now.
     fn share(&self, host: &Host, now: Instant) -> f64 {
-        let Some(since) = host.healthy_since else { return 1.0 };
+        let Some(since) = host.healthy_since() else { return 1.0 };
         let age = now.saturating_duration_since(since);
         if age >= self.window {
             return 1.0;

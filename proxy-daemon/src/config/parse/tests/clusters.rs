@@ -136,9 +136,9 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
     let error = one_cluster("{ name: a, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap_err();
     assert_eq!(error, "eds_cluster_config: eds_cluster_config set in a non-EDS cluster");
     let error = one_cluster(
-        "{ name: a, health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }] }",
+        "{ name: a, health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, custom_health_check: { name: x } }] }",
     );
-    assert_eq!(error.unwrap_err(), "health_checks: not supported by culvert yet");
+    assert_eq!(error.unwrap_err(), "health_checks[0].custom_health_check: not supported by culvert yet");
     let error = one_cluster("{ name: a, cluster_type: { name: x } }").unwrap_err();
     assert_eq!(error, "cluster_type: not supported by culvert yet");
 }
