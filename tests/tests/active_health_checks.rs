@@ -62,12 +62,14 @@ fn bootstrap(listen: u16, upstream: u16, dir: &Path) -> String {
             "              - {{match: {{path: /{name}}}, route: {{cluster: {name}, hash_policy: [{{header: {{header_name: \
              x-key}}}}]}}}}"
         );
+        // Those that wait for other bytes than come wait for as long.
+        let timeout = if name == "bytes" { 1 } else { 9 };
         let log = dir.join("events").display().to_string();
         let sink = "type.googleapis.com/envoy.extensions.health_check.event_sinks.file.v3.HealthCheckEventFileSink";
         let _ = writeln!(
             text,
             "  - name: {name}\n    lb_policy: RING_HASH\n    common_lb_config: {{healthy_panic_threshold: {{value: 0}}}}\n    \
-             health_checks: [{{{TIMES}, {check}, event_logger: [{{name: a, typed_config: {{\"@type\": {sink}, event_log_path: \
+             health_checks: [{{timeout: {timeout}s, {TIMES}, {check}, event_logger: [{{name: a, typed_config: {{\"@type\": {sink}, event_log_path: \
              {log}}}}}]}}]"
         );
         if name == "eds" {
