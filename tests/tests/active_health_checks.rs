@@ -17,7 +17,7 @@ use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use serde_json::Value;
 
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 /// Keys by which requests are sent to hosts: enough that each host has some.
 const KEYS: usize = 60;
 const TIMES: &str =

@@ -15,7 +15,7 @@ use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use serde_json::Value;
 
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 /// The hosts are `127.0.2.<number>`; nobody listens at this one.
 const DEAD: u8 = 9;
 /// Keys by which requests are sent to hosts: enough that each host has some.
@@ -166,10 +166,11 @@ fn cases() -> Vec<Case> {
 
 fn bootstrap(cases: &[Case], listen: u16, upstream: u16, log: &str) -> String {
     let (mut routes, mut clusters) = (String::new(), String::new());
-    for Case { name, detection, hosts, .. } in cases {
+    for Case { name, detection, hosts, steps, .. } in cases {
+        let timeout = if steps.iter().any(|step| step.fails == "hang") { "0.3s" } else { "15s" };
         let _ = writeln!(
             routes,
-            "              - {{match: {{path: /{name}}}, route: {{cluster: {name}, timeout: 0.3s, hash_policy: [{{header: \
+            "              - {{match: {{path: /{name}}}, route: {{cluster: {name}, timeout: {timeout}, hash_policy: [{{header: \
              {{header_name: x-key}}}}]}}}}"
         );
         let _ = writeln!(
