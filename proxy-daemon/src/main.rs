@@ -159,6 +159,7 @@ async fn run(
         let log = EventLog::open(path).map_err(anyhow::Error::msg);
         plane.set_outlier_log(log.context("cluster_manager.outlier_detection.event_log_path")?);
     }
+    plane.set_resolver(std::mem::take(&mut bootstrap.resolver));
     let state = SharedState::new();
     let shutdown = Arc::new(Notify::new());
     let (subscriptions, wanted) = Subscriptions::channel();

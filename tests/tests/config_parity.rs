@@ -38,14 +38,12 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "valid/headers/add_raw_value.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].header.raw_value",
     ),
-    ("valid/json/bool_as_string.json", "static_resources.clusters[0].respect_dns_ttl"),
     ("valid/listeners/address_v6_scope.yaml", "static_resources.listeners[0].address.socket_address.address"),
     ("valid/listeners/use_original_dst_false.yaml", "static_resources.listeners[0].use_original_dst"),
     ("valid/network_filters/empty_chain.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
     ("valid/network_filters/none.yaml", "static_resources.listeners[0].filter_chains[0].filters"),
     ("valid/not_supported/bootstrap_header_prefix.yaml", "header_prefix"),
     ("valid/not_supported/bootstrap_stats_sinks.yaml", "stats_sinks"),
-    ("valid/not_supported/cluster_logical_dns.yaml", "static_resources.clusters[0].type"),
     (
         "valid/not_supported/http_filter_lua.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].typed_config",
@@ -57,8 +55,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
     ),
     ("valid/unknown_fields/listener_config_v1.yaml", "static_resources.listeners[0].use_original_dst"),
     ("valid/sources/authorities_in_source.yaml", "dynamic_resources.cds_config.authorities"),
-    ("valid/sources/by_cluster_logical_dns_grpc.yaml", "static_resources.clusters[0].type"),
-    ("valid/sources/by_cluster_logical_dns_rest.yaml", "static_resources.clusters[0].type"),
     ("valid/sources/config_sources.yaml", "config_sources"),
     ("valid/sources/default_config_source.yaml", "default_config_source"),
     (

@@ -14,8 +14,8 @@ use super::*;
 pub(super) mod dumps;
 use crate::{
     config::model::{
-        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthOptions, HealthStatus, LbOptions, LbPolicy,
-        ListenAddress, Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, LbOptions,
+        LbPolicy, ListenAddress, Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
     },
     layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
@@ -144,6 +144,7 @@ fn cluster(name: &str) -> ClusterConfig {
         weight: 1,
         health,
         hostname: Box::default(),
+        additional_addresses: Box::default(),
         metadata: None,
         check: None,
     };
@@ -160,6 +161,7 @@ fn cluster(name: &str) -> ClusterConfig {
         circuit_breakers: [Thresholds::default(), Thresholds { max_retries: 9, ..Thresholds::default() }],
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
+        happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),
         endpoints: vec![LocalityEndpoints {

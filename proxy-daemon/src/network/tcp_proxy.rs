@@ -247,6 +247,7 @@ async fn dial(
         let how = Dial {
             source: info.source,
             keepalive: config.tcp_keepalive.as_ref(),
+            happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),
             alpn: AlpnFallback::None,

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     access_log::EventLog,
     config::model::{
-        ClusterConfig, Discovery, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig, RouteSource,
+        ClusterConfig, DnsResolver, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig, RouteSource,
         Scope,
     },
     http::filters::OffloadedTable,
@@ -31,7 +31,7 @@ use crate::{
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
-    upstream::{ClusterChange, ClusterMap, Clusters, dns, health_check::ClusterChecks, outlier},
+    upstream::{ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, outlier},
 };
 
 /// How the data plane is started.
@@ -59,6 +59,7 @@ pub struct DataPlane(Arc<Inner>);
 
 struct Inner {
     clusters: Arc<Clusters>,
+    names: Arc<Names>,
     routes: RouteSlots,
     offloaded: Arc<ArcSwap<OffloadedTable>>,
     /// What requests need, until somebody takes it.
@@ -154,6 +155,7 @@ impl DataPlane {
             })?);
         }
         Ok(DataPlane(Arc::new(Inner {
+            names: Arc::new(Names::new(Arc::clone(&clusters))),
             clusters,
             routes: RouteSlots::default(),
             offloaded,
@@ -182,6 +184,11 @@ impl DataPlane {
         let _ = self.0.outlier_log.set(log);
     }
 
+    /// Says who is asked for the addresses of names where a cluster names nobody.
+    pub fn set_resolver(&self, resolver: DnsResolver) {
+        self.0.names.set_default(resolver);
+    }
+
     /// Adds a cluster, or replaces the one of the same name.
     pub fn upsert_cluster(&self, config: ClusterConfig) {
         self.change_clusters(vec![ClusterChange::Upsert(Box::new(config), None, None)]);
@@ -189,38 +196,37 @@ impl DataPlane {
 
     /// Carries out all of these at once: workers see none of them or all.
     pub fn change_clusters(&self, changes: Vec<ClusterChange>) {
-        let resolved = changes.iter().filter_map(|change| match change {
-            ClusterChange::Upsert(config, first, _) if matches!(config.discovery, Discovery::StrictDns { .. }) => {
-                Some((ClusterConfig::clone(config), first.clone()))
+        let mut new = Vec::new();
+        for change in &changes {
+            match change {
+                ClusterChange::Upsert(config, ..) => {
+                    self.0.names.forget(&config.name);
+                    new.push(Arc::clone(&config.name));
+                }
+                ClusterChange::Remove(name) => self.0.names.forget(name),
             }
-            _ => None,
-        });
-        let resolved: Vec<_> = resolved.collect();
-        let watched = changes.iter().filter_map(|change| match change {
-            ClusterChange::Upsert(config, ..) if config.health.outlier_detection.is_some() => {
-                Some(Arc::clone(&config.name))
-            }
-            _ => None,
-        });
-        let watched: Vec<_> = watched.collect();
+        }
         // It may begin to check hosts.
         let guard = self.0.control.enter();
         self.0.clusters.change(changes);
         drop(guard);
         let map = self.0.clusters.load();
-        for cluster in watched.iter().filter_map(|name| map.get(name)) {
-            let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
-            self.0.control.spawn(outlier::watch(clusters, cluster, self.0.outlier_log.get().cloned()));
-        }
-        for (config, first) in resolved {
-            self.0.control.spawn(dns::resolve_forever(Arc::clone(&self.0.clusters), config, first));
+        for cluster in new.iter().filter_map(|name| map.get(name)) {
+            if cluster.config.discovery.dns().is_some() {
+                self.0.names.follow(cluster, &self.0.control);
+            }
+            if cluster.config.health.outlier_detection.is_some() {
+                let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
+                self.0.control.spawn(outlier::watch(clusters, cluster, self.0.outlier_log.get().cloned()));
+            }
         }
     }
 
-    /// Looks the names of a STRICT_DNS cluster up that is not in use yet, once. `told` is called later, on the control thread;
+    /// Looks the names of a cluster up that is not in use yet, once. `told` is called later, on the control thread;
     /// with `None` where a look-up failed.
     pub fn resolve(&self, config: ClusterConfig, told: impl FnOnce(Option<Arc<[LocalityEndpoints]>>) + Send + 'static) {
-        self.0.control.spawn(async move { told(dns::resolve_once(&config).await) });
+        let names = Arc::clone(&self.0.names);
+        self.0.control.spawn(async move { told(names.resolve_once(&config).await) });
     }
 
     /// Begins to check the hosts of a cluster that is not in use yet; `None` where it has no checks. `warm` is called later, on the

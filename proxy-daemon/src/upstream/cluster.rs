@@ -223,7 +223,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
                 Entry::Occupied(_) => continue,
                 Entry::Vacant(entry) => drop(entry.insert(number)),
             }
-            let known = before.by_address.get(&endpoint.address).map(|number| &before.hosts[*number as usize]);
+            let known = making.known(before, &endpoint.address);
             match known {
                 Some(known) => by_slot[known.slot as usize] = number,
                 None => new.push(number),
@@ -262,6 +262,15 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
 const FREE: u32 = u32::MAX;
 
 impl Making<'_> {
+    /// The host that has been at an address; the host of a LOGICAL_DNS cluster is the same wherever it is.
+    fn known<'a>(&self, before: &'a HostSet, address: &EndpointAddress) -> Option<&'a Arc<Host>> {
+        let number = match self.config.discovery {
+            Discovery::LogicalDns(_) => 0,
+            _ => *before.by_address.get(address)? as usize,
+        };
+        before.hosts.get(number)
+    }
+
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {
         let config = self.config;
         let given = matches!(config.discovery, Discovery::OriginalDst { .. });
@@ -307,6 +316,7 @@ impl Making<'_> {
             health: host.health,
             hostname: host.hostname.clone(),
             metadata: host.metadata.clone(),
+            additional_addresses: host.additional_addresses.clone(),
             check: None,
         };
         let group = LocalityEndpoints {
@@ -351,7 +361,9 @@ fn host(
         (before, now) => before.is_none() && now.is_none(),
     };
     let unchanged = known.filter(|host| {
-        host.weight == weight
+        host.address == endpoint.address
+            && host.additional_addresses == endpoint.additional_addresses
+            && host.weight == weight
             && host.health == endpoint.health
             && host.hostname == endpoint.hostname
             && host.metadata == endpoint.metadata
@@ -366,6 +378,7 @@ fn host(
     Arc::new(Host {
         text: Host::text_of(&endpoint.address),
         address: endpoint.address.clone(),
+        additional_addresses: endpoint.additional_addresses.clone(),
         weight,
         health: endpoint.health,
         hostname: endpoint.hostname.clone(),
@@ -515,10 +528,12 @@ impl Clusters {
         };
         let hosts = match (&config.discovery, endpoints) {
             (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, &making)),
-            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, Some(endpoints)) => {
+            (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, Some(endpoints)) => {
                 Arc::new(build(endpoints, &before, &making))
             }
-            (Discovery::StrictDns { .. } | Discovery::Eds { .. }, None) => Arc::new(making.again(&before)),
+            (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, None) => {
+                Arc::new(making.again(&before))
+            }
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
         let cluster = Cluster::new(config, stats, (outlier, checks), hosts, self.workers, &self.secrets);

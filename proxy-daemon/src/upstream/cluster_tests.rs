@@ -2,7 +2,7 @@ use super::*;
 use crate::config::model::HealthOptions;
 use crate::upstream::{PickCx, WorkerClusters};
 use crate::{
-    config::model::{LbOptions, LbPolicy, LeastRequest, Thresholds, UpstreamProtocol},
+    config::model::{HappyEyeballs, LbOptions, LbPolicy, LeastRequest, Thresholds, UpstreamProtocol},
     layered_runtime::{Layer, LayerSource, Runtime},
 };
 
@@ -20,6 +20,7 @@ fn cluster(name: &str) -> ClusterConfig {
         circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
         per_connection_buffer_limit_bytes: 0,
         tcp_keepalive: None,
+        happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),
         endpoints: Vec::new(),
@@ -64,6 +65,7 @@ fn endpoint(number: u32, weight: u32, health: HealthStatus) -> Endpoint {
         hostname: Box::default(),
         metadata: None,
         check: None,
+        additional_addresses: Box::default(),
     }
 }
 

@@ -18,9 +18,9 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
-use super::Host;
+use super::{Host, happy_eyeballs};
 use crate::{
-    config::model::{EndpointAddress, OriginalSrc, TcpKeepalive},
+    config::model::{EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive},
     tls::{AlpnFallback, ClientTls, TlsInfo},
 };
 
@@ -91,6 +91,8 @@ pub struct Dial<'a> {
     pub limit: Duration,
     /// The cluster's transport socket; `None`: plain.
     pub tls: Option<&'a ClientTls>,
+    /// Which of the host's addresses come first.
+    pub happy_eyeballs: HappyEyeballs,
     /// What is offered in the handshake.
     pub alpn: AlpnFallback,
     /// Told when the connection is there, before its TLS handshake.
@@ -119,7 +121,14 @@ impl Source {
 /// Why there is no connection.
 pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, ConnectError> {
     let attempt = async {
-        let stream = connect_plain(&host.address, dial.source, dial.keepalive).await?;
+        let stream = match &host.address {
+            EndpointAddress::Ip(first) if !host.additional_addresses.is_empty() => {
+                let all = happy_eyeballs::order(*first, &host.additional_addresses, dial.happy_eyeballs);
+                // The others cost nothing where there are none.
+                Box::pin(happy_eyeballs::race(all, |address| connect_tcp(address, dial.source, dial.keepalive))).await?
+            }
+            address => connect_plain(address, dial.source, dial.keepalive).await?,
+        };
         dial.connected.set(Some(Instant::now()));
         match dial.tls {
             None => Ok(stream),
@@ -142,12 +151,18 @@ pub(super) async fn connect_plain(
     keepalive: Option<&TcpKeepalive>,
 ) -> io::Result<UpstreamStream> {
     match address {
-        EndpointAddress::Ip(address) => {
-            Ok(UpstreamStream::Tcp(tcp_socket(*address, source, keepalive)?.connect(*address).await?))
-        }
+        EndpointAddress::Ip(address) => connect_tcp(*address, source, keepalive).await,
         EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
         EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
     }
+}
+
+async fn connect_tcp(
+    address: SocketAddr,
+    source: Option<Source>,
+    keepalive: Option<&TcpKeepalive>,
+) -> io::Result<UpstreamStream> {
+    Ok(UpstreamStream::Tcp(tcp_socket(address, source, keepalive)?.connect(address).await?))
 }
 
 /// Encrypts a connection to the host at this address, of this name.

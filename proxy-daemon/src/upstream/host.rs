@@ -1,5 +1,6 @@
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::{
         Arc, LazyLock, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -19,6 +20,8 @@ use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMe
 pub struct Host {
     /// Where it listens. Never a name: those are looked up first.
     pub address: EndpointAddress,
+    /// Where else it listens: tried in turn where `address` does not answer.
+    pub additional_addresses: Box<[SocketAddr]>,
     /// The address as logs and `/clusters` print it.
     pub text: Box<str>,
     /// Its share of the load; at least 1.

@@ -7,6 +7,7 @@ mod breakers;
 mod cluster;
 mod connect;
 pub mod dns;
+mod happy_eyeballs;
 pub mod health_check;
 mod host;
 mod lb;

@@ -51,6 +51,7 @@ impl OriginalDstHosts {
             Arc::new(Host {
                 text: Host::text_of(&EndpointAddress::Ip(destination)),
                 address: EndpointAddress::Ip(destination),
+                additional_addresses: Box::default(),
                 weight: 1,
                 health: HealthStatus::Healthy,
                 hostname: Box::default(),

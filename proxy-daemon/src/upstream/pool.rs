@@ -355,6 +355,7 @@ impl WorkerHost {
         let dial = Dial {
             source,
             keepalive: config.tcp_keepalive.as_ref(),
+            happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),
             alpn,

@@ -3,8 +3,8 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue};
 
 use super::{
-    AssignmentPolicy, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef, SecretType,
-    UpstreamTlsContext,
+    AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef,
+    SecretType, UpstreamTlsContext,
 };
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
@@ -34,11 +34,13 @@ pub struct ClusterConfig {
     pub per_connection_buffer_limit_bytes: u32,
     /// `upstream_connection_options.tcp_keepalive`.
     pub tcp_keepalive: Option<TcpKeepalive>,
+    /// Which of a host's addresses come first.
+    pub happy_eyeballs: HappyEyeballs,
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<UpstreamTlsContext>>,
     /// How its hosts are found to be well or not.
     pub health: HealthOptions,
-    /// The hosts of STATIC and STRICT_DNS clusters.
+    /// The hosts of STATIC clusters, and the names of STRICT_DNS and LOGICAL_DNS clusters.
     pub endpoints: Vec<LocalityEndpoints>,
 }
 
@@ -54,13 +56,10 @@ impl ClusterConfig {
 pub enum Discovery {
     /// Written into the cluster.
     Static,
-    /// Names are resolved, and every address is a host.
-    StrictDns {
-        /// Time between two look-ups. Default 5 s.
-        refresh_rate: Duration,
-        /// Which families are asked for.
-        family: DnsLookupFamily,
-    },
+    /// Names are looked up, and every address is a host.
+    StrictDns(DnsOptions),
+    /// One name is looked up, and what it stands for now is one host.
+    LogicalDns(DnsOptions),
     /// The endpoint discovery service.
     Eds {
         /// `service_name`, else the cluster's name, and where it comes from.
@@ -77,19 +76,14 @@ pub enum Discovery {
     },
 }
 
-/// `Cluster.DnsLookupFamily`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DnsLookupFamily {
-    /// IPv6 addresses where there are any, else IPv4.
-    Auto,
-    /// IPv4 only.
-    V4Only,
-    /// IPv6 only.
-    V6Only,
-    /// IPv4 addresses where there are any, else IPv6.
-    V4Preferred,
-    /// Both.
-    All,
+impl Discovery {
+    /// How names are looked up, where they are.
+    pub fn dns(&self) -> Option<&DnsOptions> {
+        match self {
+            Discovery::StrictDns(options) | Discovery::LogicalDns(options) => Some(options),
+            Discovery::Static | Discovery::Eds { .. } | Discovery::OriginalDst { .. } => None,
+        }
+    }
 }
 
 /// What is spoken to a cluster's hosts.
@@ -154,6 +148,21 @@ pub struct TcpKeepalive {
     pub interval: Option<Duration>,
 }
 
+/// `UpstreamConnectionOptions.HappyEyeballsConfig`: how the addresses of a host that has several take turns (RFC 8305, 4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HappyEyeballs {
+    /// Of the first family: IPv6 or not; `None`: that of the first address.
+    pub first_is_v6: Option<bool>,
+    /// So many addresses of the first family come before one of the other. Default 1.
+    pub first_count: u32,
+}
+
+impl Default for HappyEyeballs {
+    fn default() -> HappyEyeballs {
+        HappyEyeballs { first_is_v6: None, first_count: 1 }
+    }
+}
+
 /// The endpoints of one locality at one priority.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LocalityEndpoints {
@@ -185,6 +194,8 @@ pub struct Locality {
 pub struct Endpoint {
     /// Where it listens.
     pub address: EndpointAddress,
+    /// Where else it does: tried in turn where `address` does not answer.
+    pub additional_addresses: Box<[SocketAddr]>,
     /// Its share of the load; at least 1.
     pub weight: u32,
     /// What discovery says of it.
@@ -228,7 +239,7 @@ impl EndpointCheck {
 pub enum EndpointAddress {
     /// A literal address.
     Ip(SocketAddr),
-    /// A name to look up: STRICT_DNS only.
+    /// A name to look up: STRICT_DNS and LOGICAL_DNS only.
     Dns {
         /// The name.
         host: Box<str>,

@@ -3,6 +3,7 @@
 mod access_log;
 mod cidr;
 mod cluster;
+mod dns;
 mod hcm;
 mod health;
 mod health_check;
@@ -20,6 +21,7 @@ mod trust;
 pub use access_log::*;
 pub use cidr::*;
 pub use cluster::*;
+pub use dns::*;
 pub use hcm::*;
 pub use health::*;
 pub use health_check::*;

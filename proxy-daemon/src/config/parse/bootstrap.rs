@@ -27,6 +27,7 @@ use super::{
     cluster,
     common::{Result, ip, socket_address},
     config_source::{ads_source, config_source},
+    dns,
     layered_runtime::layered_runtime,
     listener, secret, secret_files,
     support::{self, join},
@@ -35,8 +36,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            ClusterConfig, ConfigSource, Discovery, HttpConnectionManagerConfig, Listener, LocalNode, Locality,
-            ResourceRef, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            ClusterConfig, ConfigSource, Discovery, DnsResolver, HttpConnectionManagerConfig, Listener, LocalNode,
+            Locality, ResourceRef, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
         },
     },
     http::filters::HttpFilterFactory,
@@ -80,6 +81,8 @@ pub struct Bootstrap {
     pub local: LocalNode,
     /// `cluster_manager.outlier_detection.event_log_path`
     pub outlier_log: Option<PathBuf>,
+    /// Who is asked for the addresses of names where a cluster names nobody.
+    pub resolver: DnsResolver,
     /// What is deprecated in it: where, and what to write instead.
     pub warnings: Vec<FieldError>,
 }
@@ -193,6 +196,7 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
         lds_collection,
         runtime,
         interception: extensions(message)?,
+        resolver: dns::of_bootstrap(message)?,
         warnings,
     })
 }
@@ -329,7 +333,7 @@ fn collection(locator: &str, from: Option<&ConfigSource>, field: &str, of: &str)
 
 /// The clusters that can be reached before anything else is known.
 fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
-    let known = clusters.iter().filter(|it| matches!(it.discovery, Discovery::Static | Discovery::StrictDns { .. }));
+    let known = clusters.iter().filter(|it| matches!(it.discovery, Discovery::Static) || it.discovery.dns().is_some());
     let server = |cluster: &ClusterConfig| {
         let endpoints = cluster.endpoints.iter().flat_map(|group| &group.endpoints);
         Server {
@@ -350,7 +354,7 @@ fn out_of_reach(clusters: &[ClusterConfig]) -> BTreeSet<String> {
     let unsupported = clusters.iter().filter(|cluster| match &cluster.discovery {
         Discovery::OriginalDst { .. } => true,
         Discovery::Eds { endpoints } => matches!(*endpoints.from.source, Source::File(_)),
-        Discovery::Static | Discovery::StrictDns { .. } => false,
+        Discovery::Static | Discovery::StrictDns(_) | Discovery::LogicalDns(_) => false,
     });
     unsupported.map(|cluster| cluster.name.to_string()).collect()
 }

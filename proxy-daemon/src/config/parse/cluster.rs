@@ -5,19 +5,25 @@ use envoy_types::pb::envoy::{
     config::{
         cluster::v3::{
             CircuitBreakers, Cluster,
-            cluster::{ClusterDiscoveryType, DiscoveryType, DnsLookupFamily as ProtoFamily, LbConfig},
+            cluster::{ClusterDiscoveryType, CustomClusterType, DiscoveryType, LbConfig},
+            upstream_connection_options::FirstAddressFamilyVersion,
         },
         core::v3::{Http1ProtocolOptions, RoutingPriority},
     },
-    extensions::upstreams::http::v3::{
-        HttpProtocolOptions,
-        http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+    extensions::{
+        clusters::dns::v3::DnsCluster,
+        upstreams::http::v3::{
+            HttpProtocolOptions,
+            http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+        },
     },
 };
+use prost::Name as _;
 
 use super::{
-    common::{Result, duration, header_name, http2, limit, number, port, required},
+    common::{Result, duration, header_name, http2, limit, number, port, required, type_name},
     config_source::config_source,
+    dns,
     endpoint::assigned,
     health_check::health_check,
     load_balancing::load_balancing,
@@ -28,7 +34,7 @@ use super::{
 use crate::config::{
     FieldError,
     model::{
-        ClusterConfig, Discovery, DnsLookupFamily, HealthOptions, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive,
+        ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive,
         Thresholds, UpstreamProtocol,
     },
 };
@@ -45,12 +51,19 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let (lb_policy, lb) = load_balancing(cluster, path)?;
     let discovery = discovery(cluster, &lb_policy, path)?;
     let assignment_path = join(path, "load_assignment");
-    let names = matches!(discovery, Discovery::StrictDns { .. });
+    let names = discovery.dns().is_some();
     let endpoints = match &cluster.load_assignment {
         Some(assignment) => assigned(assignment, names, &assignment_path)?,
         None => Vec::new(),
     };
     let health = health(cluster, &discovery, path)?;
+    if matches!(discovery, Discovery::LogicalDns(_)) && !matches!(&endpoints[..], [one] if one.endpoints.len() == 1) {
+        let text = match &cluster.load_assignment {
+            Some(_) => "LOGICAL_DNS clusters must have a single locality_lb_endpoint and a single lb_endpoint",
+            None => "LOGICAL_DNS clusters must have a single host",
+        };
+        return Err(FieldError::new(assignment_path, text));
+    }
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
@@ -81,6 +94,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
+        happy_eyeballs: happy_eyeballs(cluster, path)?,
         tls,
         health,
         endpoints,
@@ -121,10 +135,16 @@ fn hashes_by_hostname(cluster: &Cluster) -> bool {
 }
 
 fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Discovery> {
-    let kind = match &cluster.cluster_discovery_type {
-        Some(ClusterDiscoveryType::Type(kind)) => DiscoveryType::try_from(*kind).unwrap_or(DiscoveryType::Static),
-        Some(ClusterDiscoveryType::ClusterType(_)) => return Err(FieldError::unsupported(join(path, "cluster_type"))),
-        None => DiscoveryType::Static,
+    let (kind, extension) = match &cluster.cluster_discovery_type {
+        Some(ClusterDiscoveryType::Type(kind)) => {
+            (DiscoveryType::try_from(*kind).unwrap_or(DiscoveryType::Static), None)
+        }
+        Some(ClusterDiscoveryType::ClusterType(custom)) => {
+            let dns = dns_cluster(custom, cluster, &join(path, "cluster_type"))?;
+            let logical = matches!(dns, Discovery::LogicalDns(_));
+            (if logical { DiscoveryType::LogicalDns } else { DiscoveryType::StrictDns }, Some(dns))
+        }
+        None => (DiscoveryType::Static, None),
     };
     if cluster.eds_cluster_config.is_some() && kind != DiscoveryType::Eds {
         return Err(FieldError::new(join(path, "eds_cluster_config"), "eds_cluster_config set in a non-EDS cluster"));
@@ -145,20 +165,13 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
         let text = "CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither";
         return Err(FieldError::new(join(path, "lb_policy"), text));
     }
+    if let Some(discovery) = extension {
+        return Ok(discovery);
+    }
     match kind {
         DiscoveryType::Static => Ok(Discovery::Static),
-        DiscoveryType::StrictDns => {
-            #[expect(deprecated, reason = "the field that DnsCluster replaced, which Envoy still takes")]
-            let refresh = duration(cluster.dns_refresh_rate, path, "dns_refresh_rate")?;
-            let family = match ProtoFamily::try_from(cluster.dns_lookup_family) {
-                Ok(ProtoFamily::V4Only) => DnsLookupFamily::V4Only,
-                Ok(ProtoFamily::V6Only) => DnsLookupFamily::V6Only,
-                Ok(ProtoFamily::V4Preferred) => DnsLookupFamily::V4Preferred,
-                Ok(ProtoFamily::All) => DnsLookupFamily::All,
-                Ok(ProtoFamily::Auto) | Err(_) => DnsLookupFamily::Auto,
-            };
-            Ok(Discovery::StrictDns { refresh_rate: refresh.unwrap_or(Duration::from_secs(5)), family })
-        }
+        DiscoveryType::StrictDns => Ok(Discovery::StrictDns(dns::of_cluster(cluster, path)?)),
+        DiscoveryType::LogicalDns => Ok(Discovery::LogicalDns(dns::of_cluster(cluster, path)?)),
         DiscoveryType::Eds => {
             let config = cluster.eds_cluster_config.as_ref().ok_or_else(|| required(path, "eds_cluster_config"))?;
             let eds_path = join(path, "eds_cluster_config.eds_config");
@@ -167,11 +180,17 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
             Ok(Discovery::Eds { endpoints: ResourceRef::new(name, from) })
         }
         DiscoveryType::OriginalDst => original_dst(cluster, path),
-        DiscoveryType::LogicalDns => {
-            let has = "STATIC, STRICT_DNS, EDS and ORIGINAL_DST";
-            Err(FieldError::unsupported_value(join(path, "type"), kind.as_str_name(), has))
-        }
     }
+}
+
+/// The one kind of `cluster_type` that is known.
+fn dns_cluster(custom: &CustomClusterType, cluster: &Cluster, path: &str) -> Result<Discovery> {
+    let config = custom.typed_config.as_ref().ok_or_else(|| required(path, "typed_config"))?;
+    let path = join(path, "typed_config");
+    if type_name(config) != DnsCluster::full_name() {
+        return Err(FieldError::unsupported_value(path, type_name(config), &DnsCluster::full_name()));
+    }
+    dns::of_extension(cluster, config, &path)
 }
 
 fn original_dst(cluster: &Cluster, path: &str) -> Result<Discovery> {
@@ -275,6 +294,29 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
         };
     }
     Ok(limits)
+}
+
+fn happy_eyeballs(cluster: &Cluster, path: &str) -> Result<HappyEyeballs> {
+    let options = cluster.upstream_connection_options.as_ref();
+    let Some(config) = options.and_then(|options| options.happy_eyeballs_config) else {
+        return Ok(HappyEyeballs::default());
+    };
+    let path = join(path, "upstream_connection_options.happy_eyeballs_config");
+    let first_is_v6 = match FirstAddressFamilyVersion::try_from(config.first_address_family_version) {
+        Ok(FirstAddressFamilyVersion::Default) | Err(_) => None,
+        Ok(FirstAddressFamilyVersion::V4) => Some(false),
+        Ok(FirstAddressFamilyVersion::V6) => Some(true),
+        Ok(other @ (FirstAddressFamilyVersion::Pipe | FirstAddressFamilyVersion::Internal)) => {
+            let path = join(&path, "first_address_family_version");
+            return Err(FieldError::unsupported_value(path, other.as_str_name(), "DEFAULT, V4 and V6"));
+        }
+    };
+    let first_count = number(config.first_address_family_count, 1);
+    if first_count == 0 {
+        let text = "value must be greater than or equal to 1";
+        return Err(FieldError::new(join(&path, "first_address_family_count"), text));
+    }
+    Ok(HappyEyeballs { first_is_v6, first_count })
 }
 
 fn keepalive(cluster: &Cluster) -> Option<TcpKeepalive> {

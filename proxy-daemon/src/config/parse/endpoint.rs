@@ -9,11 +9,14 @@ use envoy_types::pb::envoy::config::{
 };
 
 use super::{
-    common::{Result, endpoint_address, header_value, number, port, required},
+    common::{Result, endpoint_address, header_value, ip, number, port, required, socket_address},
     support::{self, join},
 };
 use crate::{
-    config::model::{AssignmentPolicy, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+    config::{
+        FieldError,
+        model::{AssignmentPolicy, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+    },
     http::metadata::object,
 };
 
@@ -26,7 +29,7 @@ pub fn endpoints(assignment: &ClusterLoadAssignment, path: &str) -> Result<Vec<L
     assigned(assignment, false, path)
 }
 
-/// The endpoints of an assignment that has been checked; `names` are taken for STRICT_DNS.
+/// The endpoints of an assignment that has been checked; `names` are taken where they are looked up.
 pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
     let default = AssignmentPolicy::default();
     let policy = assignment.policy.as_ref().map_or(default, |policy| AssignmentPolicy {
@@ -85,8 +88,21 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         ProtoHealth::Timeout => HealthStatus::Timeout,
         ProtoHealth::Degraded => HealthStatus::Degraded,
     };
+    let also_path = join(path, "endpoint.additional_addresses");
+    if names && !host.additional_addresses.is_empty() {
+        return Err(FieldError::new(also_path, "additional_addresses are for STATIC and EDS clusters"));
+    }
+    let also = host.additional_addresses.iter().enumerate();
+    let also = also.map(|(index, also)| {
+        let path = format!("{also_path}[{index}]");
+        let address = also.address.as_ref().ok_or_else(|| required(&path, "address"))?;
+        let path = join(&path, "address");
+        let (socket, port) = socket_address(address, &path)?;
+        Ok((ip(socket, &path)?, port).into())
+    });
     Ok(Endpoint {
         address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
+        additional_addresses: also.collect::<Result<_>>()?,
         weight: number(endpoint.load_balancing_weight, 1).max(1),
         health,
         hostname: host.hostname.as_str().into(),

@@ -10,6 +10,7 @@ mod cluster;
 mod common;
 mod config_source;
 mod deprecated;
+mod dns;
 mod endpoint;
 mod forwarded_cert;
 mod hash_policy;

@@ -214,7 +214,7 @@ impl<A: Apply> ConfigStore<A> {
         let id = state.new_version();
         let needs: Box<[Need]> = cluster_needs(&config).into();
         let mut waiting = state.acquire(&needs, &Owner::Cluster(Arc::clone(&name)), id, Instant::now());
-        if matches!(config.discovery, Discovery::StrictDns { .. }) {
+        if config.discovery.dns().is_some_and(|options| options.wait_for_warm) {
             waiting += 1;
             let (store, name) = (self.clone(), Arc::clone(&name));
             let told = move |found| store.changed(|state| store.looked_up(state, LookedUp { name, id, found }));

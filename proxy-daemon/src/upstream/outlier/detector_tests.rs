@@ -49,6 +49,7 @@ impl Bench {
         let host = |number: u16| {
             let address = EndpointAddress::Ip(([10, 0, 0, 1], number).into());
             Arc::new(Host {
+                additional_addresses: Box::default(),
                 text: Host::text_of(&address),
                 address,
                 weight: 1,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::{
     config::model::{
-        ConfigSource, DnsLookupFamily, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive, Thresholds,
+        ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive, Thresholds,
     },
     layered_runtime::{DiskLayer, LayerSource},
 };
@@ -74,7 +74,11 @@ fn discovery_and_balancing() {
         "{ name: a, type: STRICT_DNS, dns_refresh_rate: 9s, dns_lookup_family: V4_ONLY, lb_policy: RANDOM }",
     );
     let config = config.unwrap();
-    let expected = Discovery::StrictDns { refresh_rate: Duration::from_secs(9), family: DnsLookupFamily::V4Only };
+    let expected = Discovery::StrictDns(DnsOptions {
+        refresh_rate: Duration::from_secs(9),
+        family: DnsLookupFamily::V4Only,
+        ..DnsOptions::default()
+    });
     assert_eq!((config.discovery, config.lb_policy), (expected, LbPolicy::Random));
     let config =
         one_cluster("{ name: a, lb_policy: LEAST_REQUEST, least_request_lb_config: { choice_count: 5 } }").unwrap();

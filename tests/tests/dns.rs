@@ -1,0 +1,381 @@
+//! Clusters whose hosts are found by name, of culvertd and of the real Envoy: both ask the same kind of name server, which says one
+//! thing and then another, and what requests meet is the same.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io::BufReader;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
+use culvert_tests::http1::{Request, Response};
+use culvert_tests::wait_until;
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What the name server says of a name.
+#[derive(Debug, Clone)]
+enum Says {
+    /// These addresses, good for so many seconds.
+    Addresses(Vec<IpAddr>, u32),
+    /// There is no such name.
+    Unknown,
+    /// That it has failed.
+    Failure,
+}
+
+/// A name server on the loopback, by UDP (RFC 1035).
+struct NameServer {
+    port: u16,
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    says: HashMap<String, Says>,
+    /// How often it was asked for each.
+    asked: HashMap<String, usize>,
+}
+
+impl NameServer {
+    fn start() -> Result<NameServer> {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let port = socket.local_addr()?.port();
+        let shared: Arc<Mutex<Shared>> = Arc::default();
+        let server = NameServer { port, shared: Arc::clone(&shared) };
+        thread::spawn(move || {
+            let mut question = [0; 512];
+            while let Ok((length, from)) = socket.recv_from(&mut question) {
+                if let Some(answer) = answer(&question[..length], &shared) {
+                    let _ = socket.send_to(&answer, from);
+                }
+            }
+        });
+        Ok(server)
+    }
+
+    fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on it says this.
+    fn say(&self, name: &str, says: Says) {
+        self.shared().says.insert(name.to_owned(), says);
+    }
+
+    /// Waits until it has been asked for a name, and until what it said then must have been taken: it is asked again.
+    fn wait_asked(&self, name: &str) -> Result<()> {
+        let asked = || self.shared().asked.get(name).copied().unwrap_or_default();
+        let before = asked();
+        // Each round may ask for both families.
+        wait_until(DEADLINE, &format!("questions for {name}"), || {
+            ensure!(asked() >= before + 5, "{} of 5", asked() - before);
+            Ok(())
+        })
+    }
+}
+
+/// The answer to a question; `None`: it is none.
+fn answer(question: &[u8], shared: &Mutex<Shared>) -> Option<Vec<u8>> {
+    let (header, mut rest) = question.split_at_checked(12)?;
+    let mut labels = Vec::new();
+    loop {
+        let (length, more) = rest.split_first()?;
+        if *length == 0 {
+            rest = more;
+            break;
+        }
+        let (label, more) = more.split_at_checked(usize::from(*length))?;
+        labels.push(String::from_utf8_lossy(label).to_lowercase());
+        rest = more;
+    }
+    let asked = &question[12..question.len() - rest.len() + 4];
+    let wants_v6 = rest.get(..2)? == [0, 28];
+    let name = labels.join(".");
+    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    *shared.asked.entry(name.clone()).or_default() += 1;
+    let (code, addresses, ttl) = match shared.says.get(&name) {
+        Some(Says::Addresses(addresses, ttl)) => (0, addresses.clone(), *ttl),
+        Some(Says::Failure) => (2, Vec::new(), 0),
+        Some(Says::Unknown) | None => (3, Vec::new(), 0),
+    };
+    let addresses: Vec<_> = addresses.into_iter().filter(|address| address.is_ipv6() == wants_v6).collect();
+    let mut bytes = header[..2].to_vec();
+    // A response, with recursion; one question, and answers but no more.
+    bytes.extend([0x81, 0x80 | code, 0, 1, 0, addresses.len() as u8, 0, 0, 0, 0]);
+    bytes.extend(asked);
+    for address in addresses {
+        bytes.extend([0xc0, 12, 0, if wants_v6 { 28 } else { 1 }, 0, 1]);
+        bytes.extend(ttl.to_be_bytes());
+        match address {
+            IpAddr::V4(address) => bytes.extend([&[0, 4], &address.octets()[..]].concat()),
+            IpAddr::V6(address) => bytes.extend([&[0, 16], &address.octets()[..]].concat()),
+        }
+    }
+    Some(bytes)
+}
+
+fn v4(last: u8) -> IpAddr {
+    Ipv4Addr::new(127, 0, 2, last).into()
+}
+
+const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
+fn addresses(last: &[u8]) -> Says {
+    Says::Addresses(last.iter().map(|last| v4(*last)).collect(), 3600)
+}
+
+/// Hosts at all addresses of the loopback, which say where they are, once for each connection.
+fn hosts() -> Result<u16> {
+    let v4 = TcpListener::bind("0.0.0.0:0")?;
+    let port = v4.local_addr()?.port();
+    let v6 = TcpListener::bind(SocketAddr::new(V6, port))?;
+    for listener in [v4, v6] {
+        thread::spawn(move || -> Result<()> {
+            for stream in listener.incoming() {
+                let mut stream = stream?;
+                let Some(_) = Request::read(&mut BufReader::new(stream.try_clone()?)).ok().flatten() else { continue };
+                let here = stream.local_addr()?.ip().to_string();
+                let mut response = Response::new(200, "text/plain", here.into_bytes());
+                response.headers.push("connection", "close");
+                let _ = response.write(&mut stream, false);
+            }
+            Ok(())
+        });
+    }
+    Ok(port)
+}
+
+/// A proxy with a path for each cluster: its name, and its fields.
+fn start(kind: Kind, clusters: &[(&str, String)]) -> Result<(Daemon, u16)> {
+    let port = free_port()?;
+    let routes: String = clusters
+        .iter()
+        .map(|(name, _)| format!("              - {{match: {{path: /{name}}}, route: {{cluster: {name}}}}}\n"))
+        .collect();
+    let clusters: String = clusters
+        .iter()
+        .map(|(name, fields)| format!("  - name: {name}\n    connect_timeout: 5s\n    {fields}\n"))
+        .collect();
+    let yaml = format!(
+        r#"static_resources:
+  listeners:
+  - name: http
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: ingress
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              routes:
+{routes}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+  clusters:
+{clusters}"#
+    );
+    Ok((Daemon::start(kind, &yaml)?, port))
+}
+
+fn endpoints(name: &str, hosts: &[(&str, u16)]) -> String {
+    let hosts: Vec<_> = hosts
+        .iter()
+        .map(|(host, port)| {
+            format!("{{endpoint: {{address: {{socket_address: {{address: {host}, port_value: {port}}}}}}}}}")
+        })
+        .collect();
+    format!("load_assignment: {{cluster_name: {name}, endpoints: [{{lb_endpoints: [{}]}}]}}", hosts.join(", "))
+}
+
+/// `typed_dns_resolver_config` with a server at this port.
+fn resolver(port: u16) -> String {
+    format!(
+        "typed_dns_resolver_config: {{name: envoy.network.dns_resolver.cares, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig, resolvers: \
+         [{{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}], dns_resolver_options: \
+         {{no_default_search_domain: true}}, query_tries: 1}}}}"
+    )
+}
+
+/// Where requests go, or what they are answered with.
+fn met(port: u16, cluster: &str) -> Result<BTreeSet<String>> {
+    let mut met = BTreeSet::new();
+    for _ in 0..8 {
+        let response = fetch(port, Request::get(&format!("/{cluster}")))?;
+        met.insert(if response.status == 200 { response.text() } else { response.status.to_string() });
+    }
+    Ok(met)
+}
+
+fn wait_met(port: u16, cluster: &str, expected: &[&str]) -> Result<()> {
+    let expected: BTreeSet<_> = expected.iter().map(|host| (*host).to_owned()).collect();
+    wait_until(DEADLINE, &format!("requests to meet {expected:?}"), || {
+        let met = met(port, cluster)?;
+        ensure!(met == expected, "they meet {met:?}");
+        Ok(())
+    })
+}
+
+const ONE: &str = "127.0.2.1";
+const TWO: &str = "127.0.2.2";
+const THREE: &str = "127.0.2.3";
+
+/// One change of what a name stands for, and whom requests meet then.
+type Step = (Says, &'static [&'static str]);
+
+fn follows(kind: Kind, cluster: &str, fields: &str, steps: &[Step]) -> Result<Daemon> {
+    let (names, hosts) = (NameServer::start()?, hosts()?);
+    let (first, steps) = steps.split_first().context("no steps")?;
+    names.say("up.example", first.0.clone());
+    let fields =
+        format!("{fields}\n    {}\n    {}", endpoints(cluster, &[("up.example", hosts)]), resolver(names.port));
+    let (daemon, port) = start(kind, &[(cluster, fields)])?;
+    wait_met(port, cluster, first.1).with_context(|| format!("{kind:?} at first"))?;
+    for (says, expected) in steps {
+        names.say("up.example", says.clone());
+        names.wait_asked("up.example")?;
+        wait_met(port, cluster, expected).with_context(|| format!("{kind:?} after {says:?}"))?;
+    }
+    Ok(daemon)
+}
+
+#[test]
+fn strict_clusters_follow_names_as_in_envoy() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let steps: [Step; 6] = [
+            (addresses(&[1, 2]), &[ONE, TWO]),
+            (addresses(&[2, 3]), &[TWO, THREE]),
+            // A server that fails says nothing of the name.
+            (Says::Failure, &[TWO, THREE]),
+            (addresses(&[1]), &[ONE]),
+            (Says::Unknown, &["503"]),
+            (addresses(&[3]), &[THREE]),
+        ];
+        let fields = "type: STRICT_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY";
+        let daemon = follows(kind, "strict", fields, &steps)?;
+        let stats = daemon.stats()?;
+        for name in ["update_attempt", "update_success", "update_failure", "update_no_rebuild", "membership_change"] {
+            ensure!(stats.get(&format!("cluster.strict.{name}")) > 0, "{kind:?}: {name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn logical_clusters_go_where_the_name_leads_as_in_envoy() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let steps: [Step; 5] = [
+            (addresses(&[1]), &[ONE]),
+            (addresses(&[2]), &[TWO]),
+            (Says::Failure, &[TWO]),
+            (Says::Unknown, &[TWO]),
+            (addresses(&[3]), &[THREE]),
+        ];
+        let fields = "type: LOGICAL_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY";
+        let daemon = follows(kind, "logical", fields, &steps)?;
+        let stats = daemon.stats()?;
+        // One host, wherever it is.
+        assert_eq!(stats.get("cluster.logical.membership_total"), 1, "{kind:?}");
+        ensure!(stats.get("cluster.logical.update_failure") > 0, "{kind:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn answers_are_good_for_as_long_as_they_say() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (names, hosts) = (NameServer::start()?, hosts()?);
+        names.say("up.example", Says::Addresses(vec![v4(1)], 1));
+        let dns = "cluster_type: {name: envoy.cluster.dns, typed_config: {\"@type\": \
+                   type.googleapis.com/envoy.extensions.clusters.dns.v3.DnsCluster, dns_refresh_rate: 3600s, \
+                   respect_dns_ttl: true, dns_lookup_family: V4_ONLY";
+        let fields = |more: &str, name: &str| {
+            format!("{dns}, {more}{}}}}}\n    {}", resolver(names.port), endpoints(name, &[("up.example", hosts)]))
+        };
+        let clusters = [
+            ("each", fields("", "each")),
+            ("all", fields("all_addresses_in_single_endpoint: true, ", "all")),
+            ("slow", fields("dns_min_refresh_rate: 3600s, ", "slow")),
+        ];
+        let (_daemon, port) = start(kind, &clusters)?;
+        for (name, _) in &clusters {
+            wait_met(port, name, &[ONE])?;
+        }
+        names.say("up.example", Says::Addresses(vec![v4(2)], 1));
+        wait_met(port, "each", &[TWO]).with_context(|| format!("{kind:?}"))?;
+        wait_met(port, "all", &[TWO]).with_context(|| format!("{kind:?}"))?;
+        wait_met(port, "slow", &[ONE]).with_context(|| format!("{kind:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn families_are_chosen_as_by_envoy() -> Result<()> {
+    let expected: [(&str, &[&str]); 5] = [
+        ("AUTO", &["::1"]),
+        ("V4_ONLY", &[ONE]),
+        ("V6_ONLY", &["::1"]),
+        ("V4_PREFERRED", &[ONE]),
+        ("ALL", &[ONE, "::1"]),
+    ];
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (names, hosts) = (NameServer::start()?, hosts()?);
+        names.say("both.example", Says::Addresses(vec![v4(1), V6], 60));
+        names.say("old.example", Says::Addresses(vec![v4(2)], 60));
+        let cluster = |name: &str, family: &str| {
+            let hosts = [("both.example", hosts)];
+            format!("type: STRICT_DNS\n    dns_lookup_family: {family}\n    {}", endpoints(name, &hosts))
+        };
+        let mut clusters: Vec<_> = expected.map(|(family, _)| (family, cluster(family, family))).into();
+        clusters.push(("old", format!("type: STRICT_DNS\n    {}", endpoints("old", &[("old.example", hosts)]))));
+        for (_, fields) in &mut clusters {
+            *fields = format!("{fields}\n    {}", resolver(names.port));
+        }
+        let (_daemon, port) = start(kind, &clusters)?;
+        for (family, expected) in expected {
+            wait_met(port, family, expected).with_context(|| format!("{kind:?}: {family}"))?;
+        }
+        wait_met(port, "old", &[TWO]).with_context(|| format!("{kind:?}: IPv4 where there is no IPv6"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn other_addresses_of_a_host_are_tried() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (names, hosts) = (NameServer::start()?, hosts()?);
+        // Nobody has this port.
+        let closed = free_port()?;
+        names.say("both.example", Says::Addresses(vec![v4(1), V6], 60));
+        let also = format!(
+            "load_assignment: {{cluster_name: also, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: \
+             {{address: {ONE}, port_value: {closed}}}}}, additional_addresses: [{{address: {{socket_address: {{address: \
+             {TWO}, port_value: {closed}}}}}}}, {{address: {{socket_address: {{address: {THREE}, port_value: \
+             {hosts}}}}}}}]}}}}]}}]}}"
+        );
+        let first = |family: &str| {
+            let endpoints = endpoints(family, &[("both.example", hosts)]);
+            format!(
+                "type: LOGICAL_DNS\n    dns_lookup_family: ALL\n    upstream_connection_options: {{happy_eyeballs_config: \
+                 {{first_address_family_version: {family}}}}}\n    {endpoints}\n    {}",
+                resolver(names.port)
+            )
+        };
+        let clusters = [("also", also), ("V4", first("V4")), ("V6", first("V6"))];
+        let (daemon, port) = start(kind, &clusters)?;
+        wait_met(port, "also", &[THREE]).with_context(|| format!("{kind:?}"))?;
+        wait_met(port, "V4", &[ONE]).with_context(|| format!("{kind:?}"))?;
+        wait_met(port, "V6", &["::1"]).with_context(|| format!("{kind:?}"))?;
+        // An address that does not answer is no failure of the connection.
+        assert_eq!(daemon.stats()?.get("cluster.also.upstream_cx_connect_fail"), 0, "{kind:?}");
+    }
+    Ok(())
+}
