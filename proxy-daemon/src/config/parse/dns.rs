@@ -161,18 +161,12 @@ fn resolver(config: &TypedExtensionConfig, path: &str) -> Result<DnsResolver> {
     let DnsResolver::Servers(common) = servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)? else {
         return Ok(DnsResolver::GetAddrInfo);
     };
-    let tries = number(config.query_tries, common.tries);
-    if tries == 0 {
-        return Err(FieldError::new(join(&path, "query_tries"), "value must be greater than or equal to 1"));
-    }
     let timeout = config.query_timeout_seconds.map_or(common.timeout, |seconds| Duration::from_secs(seconds.value));
-    if timeout.is_zero() {
-        return Err(FieldError::new(join(&path, "query_timeout_seconds"), "value must be greater than or equal to 1"));
-    }
     Ok(DnsResolver::Servers(DnsServers {
         as_fallback: config.use_resolvers_as_fallback,
-        timeout,
-        tries,
+        // Envoy takes a 0 here, and asks all the same.
+        timeout: timeout.max(Duration::from_secs(1)),
+        tries: number(config.query_tries, common.tries).max(1),
         rotate: config.rotate_nameservers,
         cache: Duration::from_secs(number(config.qcache_max_ttl, 0).into()),
         ..common
