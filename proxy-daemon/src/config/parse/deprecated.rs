@@ -25,6 +25,9 @@ const fn replaced(of: &'static str, text: &'static str, by: &'static str) -> Rep
 
 const OPTIONS: &str = "typed_extension_protocol_options";
 const BY_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+const DNS_CLUSTER: &str = "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster";
+const BY_DNS_CLUSTER: &str = "envoy.extensions.clusters.dns.v3.DnsCluster";
+const BY_RESOLVER: &str = "envoy.config.cluster.v3.Cluster.typed_dns_resolver_config";
 const CORS: &str = "typed_per_filter_config of envoy.filters.http.cors";
 const BY_CORS: &str = "envoy.extensions.filters.http.cors.v3.CorsPolicy";
 const BY_STRING_MATCH: &str = "envoy.config.route.v3.HeaderMatcher.string_match";
@@ -37,12 +40,24 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.bootstrap.v3.Admin.access_log",
     ),
     replaced(
-        "envoy.config.cluster.v3.Cluster.dns_refresh_rate",
-        "cluster_type of envoy.extensions.clusters.dns.v3.DnsCluster",
-        "envoy.extensions.clusters.dns.v3.DnsCluster",
+        "envoy.config.bootstrap.v3.Bootstrap.dns_resolution_config",
+        "typed_dns_resolver_config",
+        "envoy.config.bootstrap.v3.Bootstrap.typed_dns_resolver_config",
     ),
+    replaced(
+        "envoy.config.bootstrap.v3.Bootstrap.use_tcp_for_dns_lookups",
+        "typed_dns_resolver_config",
+        "envoy.config.bootstrap.v3.Bootstrap.typed_dns_resolver_config",
+    ),
+    replaced("envoy.config.cluster.v3.Cluster.dns_failure_refresh_rate", DNS_CLUSTER, BY_DNS_CLUSTER),
+    replaced("envoy.config.cluster.v3.Cluster.dns_jitter", DNS_CLUSTER, BY_DNS_CLUSTER),
+    replaced("envoy.config.cluster.v3.Cluster.dns_refresh_rate", DNS_CLUSTER, BY_DNS_CLUSTER),
+    replaced("envoy.config.cluster.v3.Cluster.dns_resolution_config", "typed_dns_resolver_config", BY_RESOLVER),
+    replaced("envoy.config.cluster.v3.Cluster.dns_resolvers", "typed_dns_resolver_config", BY_RESOLVER),
     replaced("envoy.config.cluster.v3.Cluster.http2_protocol_options", OPTIONS, BY_OPTIONS),
     replaced("envoy.config.cluster.v3.Cluster.max_requests_per_connection", OPTIONS, BY_OPTIONS),
+    replaced("envoy.config.cluster.v3.Cluster.respect_dns_ttl", DNS_CLUSTER, BY_DNS_CLUSTER),
+    replaced("envoy.config.cluster.v3.Cluster.use_tcp_for_dns_lookups", "typed_dns_resolver_config", BY_RESOLVER),
     replaced("envoy.config.core.v3.ApiVersion.V2", "V3", ""),
     replaced(
         "envoy.config.core.v3.ConfigSource.path",

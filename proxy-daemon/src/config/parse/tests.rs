@@ -213,7 +213,7 @@ fn clusters_that_cannot_be_honoured_are_named() {
         ),
         (
             "type: LOGICAL_DNS".to_owned(),
-            "type: LOGICAL_DNS is not supported by culvert yet; it has STATIC, STRICT_DNS, EDS and ORIGINAL_DST",
+            "load_assignment: LOGICAL_DNS clusters must have a single host",
         ),
         (
             "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }, { \

@@ -143,8 +143,15 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
         "{ name: a, health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, custom_health_check: { name: x } }] }",
     );
     assert_eq!(error.unwrap_err(), "health_checks[0].custom_health_check: not supported by culvert yet");
+    let error = one_cluster(
+        "{ name: a, cluster_type: { name: x, typed_config: { '@type': \
+         type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig, clusters: [b] } } }",
+    );
+    let expected = "cluster_type.typed_config: envoy.extensions.clusters.aggregate.v3.ClusterConfig is not supported by \
+                    culvert yet; it has envoy.extensions.clusters.dns.v3.DnsCluster";
+    assert_eq!(error.unwrap_err(), expected);
     let error = one_cluster("{ name: a, cluster_type: { name: x } }").unwrap_err();
-    assert_eq!(error, "cluster_type: not supported by culvert yet");
+    assert_eq!(error, "cluster_type.typed_config: value is required");
 }
 
 /// Envoy's own texts, seen on the real one.
