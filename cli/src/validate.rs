@@ -28,7 +28,7 @@ const MAX_DEPTH: usize = 32;
 /// Shown after the flags' help.
 pub const HELP: &str = "\
 Directories are searched for files that end in .yaml, .yml or .json. As in Envoy, a file that does not end in .yaml or .yml
-is read as JSON.
+is read as JSON. A file with a list of `resources` is one that path_config_source names: each resource of it is checked.
 
 Exits with 0 when every file is good, with 3 when one is refused. A deprecated field is a warning: the file is good.
 
@@ -40,7 +40,7 @@ Examples:
 /// Flags of `culvert validate`.
 #[derive(Debug, Args)]
 pub struct Flags {
-    /// Bootstrap files, or directories of them
+    /// Bootstrap files and files of resources, or directories of them
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 

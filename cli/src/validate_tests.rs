@@ -28,3 +28,21 @@ fn what_is_deprecated_in_a_good_file_is_shown() {
     assert_eq!(run(&flags(&file, false, Output::Text)).unwrap().text, format!("{name}: OK\n"));
     assert_eq!(run(&flags(&file, true, Output::Text)).unwrap().text, "");
 }
+
+#[test]
+fn files_of_resources_are_checked_by_resource() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("cds.yaml");
+    let cluster =
+        |more: &str| format!("- {{\"@type\": type.googleapis.com/envoy.config.cluster.v3.Cluster, name: a{more}}}\n");
+    fs::write(&file, format!("resources:\n{}", cluster(""))).unwrap();
+    let name = file.display();
+    let Outcome { text, code } = run(&flags(directory.path(), false, Output::Text)).unwrap();
+    assert_eq!((text.as_str(), code), (format!("{name}: OK\n").as_str(), 0));
+
+    fs::write(&file, format!("resources:\n{}{}", cluster(""), cluster(", preconnect_policy: {}"))).unwrap();
+    let Outcome { text, code } = run(&flags(directory.path(), false, Output::Text)).unwrap();
+    let expected = format!("{name}: resources[1].preconnect_policy: not supported by culvert yet (line 3, column ");
+    assert!(text.starts_with(&expected), "{text}");
+    assert_eq!(code, REFUSED);
+}

@@ -8,7 +8,7 @@ use std::{
 
 use culvert_proxy_daemon::config::fuzz;
 use culvert_xds_client::json::{self, Format, UnknownFields};
-use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap;
+use envoy_types::pb::envoy::config::{bootstrap::v3::Bootstrap, route::v3::RouteConfiguration};
 use prost::Message as _;
 
 /// How many mutations each target gets.
@@ -220,4 +220,74 @@ fn paths_templates_and_formats() {
         "%DYNAMIC_METADATA(a:b:c):3%%BYTES_RECEIVED%\nx",
     ]);
     with_mutations(12, &formats, header_format);
+}
+
+#[test]
+fn routes_and_matchers() {
+    use culvert_proxy_daemon::http::fuzz::routes;
+    let route = |matched: &str| format!(r#"{{"match": {{{matched}}}, "direct_response": {{"status": 200}}}}"#);
+    let host = |routes: &[String]| {
+        format!(
+            r#"{{"name": "r", "virtual_hosts": [{{"name": "v", "domains": ["*"], "routes": [{}]}}]}}"#,
+            routes.join(", ")
+        )
+    };
+    // So many that there is an index.
+    let many = [
+        r#""prefix": "/a""#,
+        r#""path": "/a/b""#,
+        r#""prefix": "/a/", "case_sensitive": false"#,
+        r#""path_separated_prefix": "/a/b""#,
+        r#""safe_regex": {"regex": "/a/[bc]+"}"#,
+        r#""prefix": "/", "headers": [{"name": "x-a", "string_match": {"contains": "b", "ignore_case": true}}]"#,
+        r#""prefix": "/", "headers": [{"name": "x-a", "range_match": {"start": "1", "end": "9"}, "invert_match": true}]"#,
+        r#""prefix": "/", "query_parameters": [{"name": "q", "present_match": true}]"#,
+        r#""prefix": "/", "cookies": [{"name": "c", "string_match": {"exact": "d"}}]"#,
+        r#""prefix": "/", "grpc": {}"#,
+        r#""connect_matcher": {}"#,
+        r#""prefix": "/", "runtime_fraction": {"default_value": {"numerator": 50}}"#,
+    ];
+    let many = host(&many.map(route));
+    let input = |name: &str| {
+        format!(
+            r#"{{"name": "i", "typed_config": {{"@type": "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": "{name}"}}}}"#
+        )
+    };
+    let action = |matched: &str| {
+        let route = route(matched).replacen('{', r#"{"@type": "type.googleapis.com/envoy.config.route.v3.Route", "#, 1);
+        format!(r#"{{"action": {{"name": "a", "typed_config": {route}}}}}"#)
+    };
+    let (path, header) = (input(":path"), input("x-a"));
+    let single = |input: &str, value: &str| {
+        format!(r#"{{"single_predicate": {{"input": {input}, "value_match": {{{value}}}}}}}"#)
+    };
+    let tree = format!(
+        r#"{{"matcher_tree": {{"input": {path}, "prefix_match_map": {{"map": {{"/a": {}, "/a/b": {{"matcher": {{"matcher_tree":
+           {{"input": {header}, "exact_match_map": {{"map": {{"b": {}}}}}}}}}}}}}}}}}, "on_no_match": {}}}"#,
+        action(r#""prefix": "/a""#),
+        action(r#""path": "/a/b""#),
+        action(r#""prefix": "/""#)
+    );
+    let list = format!(
+        r#"{{"matcher_list": {{"matchers": [{{"predicate": {{"or_matcher": {{"predicate": [{}, {{"not_matcher": {}}}]}}}}, "on_match": {}}}]}}}}"#,
+        single(&header, r#""exact": "b""#),
+        single(&path, r#""safe_regex": {"google_re2": {}, "regex": "/a.*"}"#),
+        action(r#""prefix": "/a""#)
+    );
+    let hosts = [tree, list].map(|matcher| {
+        format!(r#"{{"name": "r", "virtual_hosts": [{{"name": "v", "domains": ["*", "a.*", "*.b"], "matcher": {matcher}}}]}}"#)
+    });
+    let requests = [
+        "GET\n/a/b?q=1\nhost:a.b\nx-a:b\ncookie:c=d; e=f",
+        "POST\nhttp://a.c/A/b\nx-a:5\ncontent-type:application/grpc",
+        "CONNECT\na:80\nhost:a:80",
+    ];
+    let configs = [many, hosts[0].clone(), hosts[1].clone()];
+    let texts = configs.iter().flat_map(|config| requests.map(|request| format!("{config}\n\n{request}")));
+    let inputs: Vec<_> = texts.map(String::into_bytes).collect();
+    for config in &configs {
+        let message = json::read::<RouteConfiguration>(config, Format::Json, UnknownFields::Reject).unwrap();
+        culvert_proxy_daemon::config::parse::route_config(&message, "").unwrap();
+    }
+    with_mutations(13, &inputs, routes);
 }

@@ -6,7 +6,7 @@ use envoy_types::pb::envoy::config::{
     core::v3::{Locality, node::UserAgentVersionType},
 };
 
-use super::Flags;
+use super::{Flags, resources};
 use crate::config::parse::{self, Bootstrap};
 
 /// What stands for a file's name where the text comes from the command line.
@@ -109,17 +109,25 @@ fn refused(source: &str, error: ConfigError) -> LoadError {
     LoadError { source: source.to_owned(), error }
 }
 
-/// The verdict of `culvertd --mode validate -c path`: where the file is good, what is deprecated in it.
+/// The verdict of `culvertd --mode validate -c path`: where the file is good, what is deprecated in it. Of a `DiscoveryResponse`, which
+/// only resources are read from, the verdict on those.
 ///
 /// # Errors
 /// As [`load`].
 pub fn validate(path: &Path) -> Result<Vec<ConfigError>, LoadError> {
+    let source = path.display().to_string();
+    let format = Format::of_file(path);
+    if let Ok(text) = read(path)
+        && resources::is_response(&text, format)
+    {
+        return resources::validate(&text, format).map(|()| Vec::new()).map_err(|error| refused(&source, error));
+    }
     let flags = Flags { config_path: Some(path.to_owned()), ..Flags::default() };
     let (_, checked) = load(&flags)?;
     if checked.warnings.is_empty() {
         return Ok(Vec::new());
     }
-    let text = read(path).map_err(|error| refused(&path.display().to_string(), error))?;
+    let text = read(path).map_err(|error| refused(&source, error))?;
     let warnings = checked.warnings.into_iter();
     Ok(warnings.map(|warning| ConfigError::new(warning.path, warning.message).locate(&text)).collect())
 }

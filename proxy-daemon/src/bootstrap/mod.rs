@@ -2,6 +2,7 @@
 
 pub mod flags;
 mod load;
+mod resources;
 
 pub use flags::Flags;
 pub use load::{LoadError, load, validate};

@@ -6,7 +6,8 @@ use culvert_xds_client::{
     json::{self, Format, UnknownFields},
 };
 use envoy_types::pb::envoy::{
-    config::bootstrap::v3::Bootstrap, extensions::filters::network::http_connection_manager::v3::HttpConnectionManager,
+    config::{bootstrap::v3::Bootstrap, route::v3::RouteConfiguration},
+    extensions::filters::network::http_connection_manager::v3::HttpConnectionManager,
 };
 use prost::{Message, Name};
 
@@ -91,6 +92,13 @@ pub(crate) fn uri_templates(
     let matched = parse::uri_template::matcher(matched, "")?;
     let pieces = parse::uri_template::rewrite(rewrite, &matched, "")?;
     Ok((matched, pieces))
+}
+
+/// A route configuration in JSON, read as those of RDS are.
+pub(crate) fn routes(text: &str) -> Option<super::model::RouteConfig> {
+    let config = json::read::<RouteConfiguration>(text, Format::Json, UnknownFields::Reject).ok()?;
+    json::validate(&config).ok()?;
+    parse::route_config(&config, "").ok()
 }
 
 /// The `validate.rules` of a bootstrap that is given in protobuf's own encoding, and what comes after them.

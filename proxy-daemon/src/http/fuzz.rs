@@ -1,10 +1,12 @@
 //! What the fuzzers call: bytes in, and nothing may panic or take long, and what comes out must hold. `fuzz/` gives them to libFuzzer;
 //! `tests/mutations.rs` runs them on mutations of examples.
 
+use std::sync::Arc;
+
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri};
 
 use super::{
-    headers, normal,
+    MatchCx, RouteTable, headers, normal,
     redirect::{rewrite_path, rewrite_prefix},
 };
 use crate::{
@@ -59,6 +61,26 @@ pub fn uri_template(bytes: &[u8]) {
     assert_eq!(rewritten.is_some(), matched.is_match(path));
     if let Some(rewritten) = rewritten {
         assert!(rewritten.starts_with('/'), "{rewritten}");
+    }
+}
+
+/// A route configuration in JSON and, behind an empty line, a request: its method, its target and its headers, a line each. The route
+/// that an index finds is the first of all that match.
+pub fn routes(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let (config, request) = text.split_once("\n\n").unwrap_or((text, ""));
+    let mut lines = request.split('\n');
+    let mut request = Request::builder().method(lines.next().unwrap_or_default()).uri(lines.next().unwrap_or("/"));
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        request = request.header(name, value);
+    }
+    let Ok(request) = request.body(()) else { return };
+    let Some(config) = config::fuzz::routes(config) else { return };
+    let table = RouteTable::new(Arc::new(config));
+    let (head, ()) = request.into_parts();
+    for random in [0, u64::MAX / 3] {
+        let cx = MatchCx { random, ..MatchCx::default() };
+        assert_eq!(table.find(&head, &cx), table.find_slowly(&head, &cx), "{head:?}");
     }
 }
 

@@ -209,7 +209,26 @@ impl RouteTable {
     }
 
     /// The virtual host and what becomes of the request there.
-    fn find(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<(usize, Chosen)> {
+    pub(super) fn find(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<(usize, Chosen)> {
+        self.find_by(request, |index, list, path, routes| {
+            let holds = |at: usize| matches(&routes[at].route_match, path, request, cx);
+            self.indexes[index][list].find(path, holds)
+        })
+    }
+
+    /// The same without an index, route by route: what the fuzzers hold [`find`](Self::find) against.
+    pub(super) fn find_slowly(&self, request: &Parts, cx: &MatchCx<'_>) -> Option<(usize, Chosen)> {
+        self.find_by(request, |_, _, path, routes| {
+            routes.iter().position(|route| matches(&route.route_match, path, request, cx))
+        })
+    }
+
+    /// `find`: the first route of a list, by the numbers of the virtual host and of the list there, the path, and the routes.
+    fn find_by(
+        &self,
+        request: &Parts,
+        find: impl FnOnce(usize, usize, &str, &[Arc<Route>]) -> Option<usize>,
+    ) -> Option<(usize, Chosen)> {
         let name = match &self.config.vhost_header {
             None => authority(request),
             Some(header) => request.headers.get(header)?.to_str().ok()?,
@@ -223,15 +242,15 @@ impl RouteTable {
             true => without_parameters(request.uri.path()),
             false => Cow::Borrowed(request.uri.path()),
         };
-        let (list, first) = match &host.matcher {
-            None => (0, 0),
+        let (list, routes) = match &host.matcher {
+            None => (0, 0..host.routes.len()),
             Some(matcher) => {
                 let list = *matcher.tree.find(request)?;
-                (list, matcher.lists[list].start)
+                (list, matcher.lists[list].clone())
             }
         };
-        let holds = |at: usize| matches(&host.routes[first + at].route_match, &path, request, cx);
-        let route = self.indexes[index][list].find(&path, holds)?;
+        let first = routes.start;
+        let route = find(index, list, &path, &host.routes[routes])?;
         Some((index, Chosen::Route(first + route)))
     }
 }
@@ -246,7 +265,7 @@ fn indexes(host: &VirtualHost) -> Box<[RouteIndex]> {
 
 /// What becomes of a request at its virtual host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Chosen {
+pub(super) enum Chosen {
     /// This route.
     Route(usize),
     /// `require_tls` redirects it.

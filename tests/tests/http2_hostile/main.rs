@@ -3,6 +3,7 @@
 mod cut;
 mod floods;
 mod frames;
+mod goaways;
 mod harness;
 mod heads;
 mod wire;
@@ -32,6 +33,11 @@ fn clients_that_answer_no_pings_are_left() -> Result<()> {
 #[test]
 fn what_nobody_takes_is_reset() -> Result<()> {
     floods::not_taken()
+}
+
+#[test]
+fn hosts_may_go_away_while_requests_are_tried_again() -> Result<()> {
+    goaways::side_by_side()
 }
 
 #[test]
