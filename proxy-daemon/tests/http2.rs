@@ -2,6 +2,8 @@
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
+#[path = "support/executor.rs"]
+mod executor;
 mod support;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc};
@@ -9,9 +11,9 @@ use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 use bytes::Bytes;
 use culvert_proxy_daemon::{
     config::model::{ClusterConfig, Http2Options, LbPolicy, UpstreamProtocol},
-    http::LocalExecutor,
     runtime::{DataPlane, Options},
 };
+use executor::LocalExecutor;
 use http_body_util::{BodyExt, Full, StreamBody, channel::Channel};
 use hyper::{Request, Response, body::Frame, service::service_fn};
 use hyper_util::rt::TokioIo;

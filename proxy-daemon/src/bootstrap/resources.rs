@@ -96,10 +96,10 @@ mod tests {
         let good = format!("{cluster}}}\n");
         assert_eq!(verdict(&good), "good");
         let refused = |more: &str| verdict(&format!("{good}{cluster}, {more}}}\n"));
-        let outlier = refused("preconnect_policy: {}");
+        let refusal = refused("preconnect_policy: {}");
         assert!(
-            outlier.starts_with("resources[1].preconnect_policy: not supported by culvert yet (line 4, "),
-            "{outlier}"
+            refusal.starts_with("resources[1].preconnect_policy: not supported by culvert yet (line 4, "),
+            "{refusal}"
         );
         let unknown = refused("colour: red");
         assert!(unknown.starts_with("resources[1].colour: "), "{unknown}");

@@ -39,6 +39,7 @@ mod request_stats;
 mod retry;
 mod route_index;
 mod route_match;
+mod route_table;
 mod scopes;
 mod stats;
 pub mod stream;
@@ -53,22 +54,10 @@ mod waiting;
 
 pub use conn_manager::{ConnectionManager, serve};
 pub use node::set_node;
-pub use route_match::{MatchCx, RouteRef, RouteSlot, RouteTable};
+pub use route_match::MatchCx;
 pub(crate) use route_match::{matches_any, value_of, values_match};
+pub use route_table::{RouteRef, RouteSlot, RouteTable};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
-
-/// Runs hyper's tasks on the worker's own thread.
-#[derive(Debug, Clone, Copy)]
-pub struct LocalExecutor;
-
-impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor
-where
-    F::Output: 'static,
-{
-    fn execute(&self, future: F) {
-        tokio::task::spawn_local(future);
-    }
-}
 
 /// How access logs name a protocol.
 pub(crate) fn protocol_name(version: http::Version) -> &'static str {

@@ -17,7 +17,8 @@ use http::request::Parts;
 
 use super::{
     RouteRef, RouteSlot,
-    route_match::{MatchCx, RouteCache, authority},
+    route_match::{MatchCx, authority},
+    route_table::RouteCache,
 };
 use crate::config::model::{
     FragmentBuilder, FragmentPick, MatchedHeader, Scope, ScopeRoutes, ScopeSource, ScopedRoutes,

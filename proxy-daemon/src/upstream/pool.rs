@@ -145,8 +145,9 @@ impl Reset {
 fn h2_reason(error: &::h2::Error) -> ResetReason {
     match error.reason() {
         Some(::h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
-        // The host goes away, and says that it has not looked at this one.
-        Some(::h2::Reason::NO_ERROR) if error.is_go_away() && error.is_remote() => ResetReason::Refused,
+        // The host goes away, for whatever reason, and says that it has not looked at this one: those that it has looked at are told
+        // by the end of the connection.
+        Some(_) if error.is_go_away() && error.is_remote() => ResetReason::Refused,
         _ if is_protocol_error(error) => ResetReason::Protocol,
         Some(_) => ResetReason::Remote,
         None => ResetReason::Closed,

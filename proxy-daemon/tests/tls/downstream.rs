@@ -17,7 +17,7 @@ fn alpn_chooses_the_codec() {
         }
         let stream = connect(addresses[0], "a.test", client_config(&authority, None, &["h2"])).await.unwrap();
         let io = hyper_util::rt::TokioIo::new(stream);
-        let executor = culvert_proxy_daemon::http::LocalExecutor;
+        let executor = crate::executor::LocalExecutor;
         let (mut sender, driver) = hyper::client::conn::http2::handshake(executor, io).await.unwrap();
         tokio::task::spawn_local(driver);
         let request =

@@ -3,6 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 mod downstream;
+#[path = "../support/executor.rs"]
+mod executor;
 mod secrets;
 #[path = "../support/mod.rs"]
 mod support;

@@ -44,7 +44,7 @@ async fn https_server(issued: &Issued, clients: Option<&Authority>, alpn: &[&str
                 let io = hyper_util::rt::TokioIo::new(stream);
                 let http2 = io.inner().get_ref().1.alpn_protocol() == Some(b"h2");
                 if http2 {
-                    let executor = culvert_proxy_daemon::http::LocalExecutor;
+                    let executor = crate::executor::LocalExecutor;
                     drop(hyper::server::conn::http2::Builder::new(executor).serve_connection(io, service).await);
                 } else {
                     drop(hyper::server::conn::http1::Builder::new().serve_connection(io, service).await);

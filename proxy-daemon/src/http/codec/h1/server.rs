@@ -14,9 +14,13 @@ use http::{
     HeaderMap, Method, Request, Response, StatusCode, Version,
     header::{CONNECTION, EXPECT, HOST},
 };
-use http_body::{Body as _, Frame, SizeHint};
+use http_body::Body as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 
+mod bodies;
+
+use self::bodies::Outgoing;
+pub use self::bodies::RequestBody;
 use super::{
     buffers,
     decode::{Decoder, Item},
@@ -28,13 +32,7 @@ use crate::{
     access_log::ResponseFlags,
     config::model::HttpConnectionManagerConfig,
     http::{
-        begun::Begun,
-        body::{Body, BodyError},
-        boxed::boxed,
-        codec::Incoming,
-        conn_manager::ConnState,
-        headers,
-        stream::{LocalReply, Progress},
+        begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers, stream::LocalReply,
     },
     listener::DownstreamStream,
     stats::Metered,
@@ -448,149 +446,5 @@ impl Inner {
                 Err(error) => return Poll::Ready(Received::Refused(error)),
             }
         }
-    }
-}
-
-/// A response's body on its way to the client.
-struct Outgoing<'a> {
-    body: &'a mut Body,
-    framing: Framing,
-    enable_trailers: bool,
-    ended: bool,
-    /// The body broke off: so does the connection, once what came before is written.
-    broken: bool,
-}
-
-impl Outgoing<'_> {
-    fn poll(
-        &mut self,
-        cx: &mut Context<'_>,
-        connection: &ServerConnection,
-        writer: &mut Writer,
-    ) -> Poll<Result<(), ()>> {
-        loop {
-            let mut waiting = false;
-            while !self.ended && !waiting && writer.has_room() {
-                match Pin::new(&mut *self.body).poll_frame(cx) {
-                    Poll::Ready(frame) => self.frame(frame, writer),
-                    Poll::Pending => waiting = true,
-                }
-            }
-            let written = writer.poll_write(&mut connection.inner.borrow_mut().stream, cx);
-            match written {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(())),
-                Poll::Pending => {
-                    if connection.is_upgraded() {
-                        // A client that does not read may still have something to say.
-                        self.body.send_on(cx);
-                    }
-                    return Poll::Pending;
-                }
-            }
-            if self.ended {
-                return Poll::Ready(if self.broken { Err(()) } else { Ok(()) });
-            }
-            if waiting {
-                return connection.poll_gone(cx).map(Err);
-            }
-        }
-    }
-
-    fn frame(&mut self, frame: Option<Result<Frame<Bytes>, BodyError>>, writer: &mut Writer) {
-        match frame {
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => match &mut self.framing {
-                    Framing::None => {}
-                    Framing::Chunked => writer.data(data, true),
-                    Framing::UntilClose => writer.data(data, false),
-                    Framing::Length(left) => match left.checked_sub(data.len() as u64) {
-                        Some(rest) => {
-                            *left = rest;
-                            writer.data(data, false);
-                        }
-                        None => (self.ended, self.broken) = (true, true),
-                    },
-                },
-                Err(frame) => {
-                    let trailers = frame.into_trailers().ok().filter(|_| self.enable_trailers);
-                    self.end(trailers.as_ref(), writer);
-                }
-            },
-            None => self.end(None, writer),
-            Some(Err(_)) => (self.ended, self.broken) = (true, true),
-        }
-    }
-
-    fn end(&mut self, trailers: Option<&HeaderMap>, writer: &mut Writer) {
-        self.ended = true;
-        match self.framing {
-            Framing::Chunked => writer.last_chunk(trailers),
-            Framing::Length(1..) => self.broken = true,
-            _ => {}
-        }
-    }
-}
-
-/// A request's body, which is read when it is asked for. It never fails: when the client goes away or sends nonsense, the
-/// connection ends the stream.
-pub struct RequestBody {
-    connection: Rc<ServerConnection>,
-    serial: u64,
-    progress: Rc<Progress>,
-}
-
-impl RequestBody {
-    pub(in crate::http) fn poll_frame(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let mut inner = self.connection.inner.borrow_mut();
-        let inner = &mut *inner;
-        if inner.serial != self.serial {
-            return Poll::Ready(Some(Err("the connection has gone on".into())));
-        }
-        loop {
-            if inner.malformed || inner.eof && inner.buffer.is_empty() && !inner.decoder.is_done() {
-                if let Some(task) = inner.task.take() {
-                    task.wake();
-                }
-                return Poll::Pending;
-            }
-            match inner.decoder.decode(&mut inner.buffer, inner.limits) {
-                Ok(Some(Item::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
-                Ok(Some(Item::End(trailers))) => {
-                    let trailers = (inner.enable_trailers && !trailers.is_empty()).then_some(trailers);
-                    return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
-                }
-                Ok(None) if inner.eof => inner.buffer.clear(),
-                Ok(None) => ready!(inner.poll_fill(cx)),
-                Err(error) => {
-                    inner.malformed = true;
-                    self.progress.refuse(error);
-                }
-            }
-        }
-    }
-
-    pub(in crate::http) fn is_end_stream(&self) -> bool {
-        let inner = self.connection.inner.borrow();
-        inner.serial == self.serial && inner.decoder.is_done()
-    }
-
-    pub(in crate::http) fn size_hint(&self) -> SizeHint {
-        let inner = self.connection.inner.borrow();
-        match inner.decoder {
-            Decoder::Done => SizeHint::with_exact(0),
-            Decoder::Length(left) => SizeHint::with_exact(left),
-            Decoder::Chunked(_) | Decoder::UntilClose => SizeHint::default(),
-        }
-    }
-}
-
-impl From<CodecError> for LocalReply {
-    fn from(error: CodecError) -> LocalReply {
-        let text = error.status.canonical_reason().unwrap_or_default();
-        LocalReply::new(error.status, text, ResponseFlags::DPE, error.details)
     }
 }
