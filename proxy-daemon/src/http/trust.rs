@@ -123,6 +123,19 @@ fn tell_service(headers: &mut HeaderMap) {
     }
 }
 
+/// Of several lines one is made, without those that are empty, as in Envoy.
+fn join_certificates(headers: &mut HeaderMap) {
+    if headers.get_all(X_FORWARDED_CLIENT_CERT).iter().nth(1).is_none() {
+        return;
+    }
+    let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().map(HeaderValue::as_bytes);
+    let joined = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(&b","[..]);
+    // Valid values and commas make a valid value.
+    if let Ok(joined) = HeaderValue::from_bytes(&joined) {
+        headers.insert(X_FORWARDED_CLIENT_CERT, joined);
+    }
+}
+
 /// What a client says of its certificate is no proof of one: it is passed on, or written, only as configured.
 pub(super) fn forward_client_cert(
     head: &mut RequestHead,
@@ -135,10 +148,10 @@ pub(super) fn forward_client_cert(
     let ForwardedCert { mode, details } = found.unwrap_or(&config.forward_client_cert);
     let (mode, tls, headers) = (*mode, connection.tls(), &mut head.headers);
     if mode == ForwardClientCert::AlwaysForwardOnly {
-        return join_lines(headers, &X_FORWARDED_CLIENT_CERT);
+        return join_certificates(headers);
     }
     let tls = match tls.filter(|tls| mode != ForwardClientCert::Sanitize && tls.has_certificate()) {
-        Some(_) if mode == ForwardClientCert::ForwardOnly => return join_lines(headers, &X_FORWARDED_CLIENT_CERT),
+        Some(_) if mode == ForwardClientCert::ForwardOnly => return join_certificates(headers),
         Some(tls) => tls,
         None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
     };

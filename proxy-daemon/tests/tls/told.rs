@@ -68,8 +68,14 @@ fn what_a_client_shows_is_told_to_hosts_as_configured() {
         let uri = "set_current_client_cert_details: { subject: false, uri: true, dns: true },";
         for (mode, details, with, without, barely) in [
             ("SANITIZE", details, "-".to_owned(), "-", "-".to_owned()),
-            ("FORWARD_ONLY", details, "By=old".to_owned(), "-", "By=old".to_owned()),
-            ("ALWAYS_FORWARD_ONLY", details, "By=old".to_owned(), "By=old", "By=old".to_owned()),
+            ("FORWARD_ONLY", details, "By=old,By=older".to_owned(), "-", "By=old,By=older".to_owned()),
+            (
+                "ALWAYS_FORWARD_ONLY",
+                details,
+                "By=old,By=older".to_owned(),
+                "By=old,By=older",
+                "By=old,By=older".to_owned(),
+            ),
             ("SANITIZE_SET", "", of(&client), "-", of(&bare)),
             (
                 "APPEND_FORWARD",

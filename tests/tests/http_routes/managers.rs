@@ -181,6 +181,7 @@ fn certificates() -> Vec<Case> {
         "GET /?p=keep\nx-forwarded-client-cert: Hash=1",
         "GET /?p=ke%65p&p=no\nx-forwarded-client-cert: Hash=1\nx-forwarded-client-cert: Hash=2",
         "GET /\nx-forwarded-client-cert: keep",
+        "GET /?p=keep\nx-forwarded-client-cert: Hash=1\nx-forwarded-client-cert:\nx-forwarded-client-cert: Hash=2",
         "GET /\nx-forwarded-client-cert: Hash=1\nx-a: keep",
         "GET /\nx-forwarded-client-cert: Hash=1\nx-a: other\nx-forwarded-for: 10.1.1.1",
         "GET /x/../keep\nx-forwarded-client-cert: Hash=1",
