@@ -55,6 +55,14 @@ impl Bootstrap {
         self
     }
 
+    /// Adds a cluster of these lines `field: value`.
+    #[must_use]
+    pub fn cluster_of(mut self, name: &str, fields: &[&str]) -> Self {
+        let fields: String = fields.iter().map(|line| format!("    {line}\n")).collect();
+        self.clusters += &format!("  - name: {name}\n{fields}");
+        self
+    }
+
     /// Adds a STATIC cluster of endpoints on 127.0.0.1. `fields` are further lines `field: value`.
     #[must_use]
     pub fn cluster(mut self, name: &str, ports: &[u16], fields: &[&str]) -> Self {

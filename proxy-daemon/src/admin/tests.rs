@@ -161,6 +161,7 @@ fn cluster(name: &str) -> ClusterConfig {
         circuit_breakers: [Thresholds::default(), Thresholds { max_retries: 9, ..Thresholds::default() }],
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
+        bind: None,
         happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),

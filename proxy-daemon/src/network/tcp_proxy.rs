@@ -23,8 +23,8 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, UpstreamInfo, UpstreamStream, WorkerCluster,
-        WorkerHost, connect,
+        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, SocketSettings, UpstreamInfo, UpstreamStream,
+        WorkerCluster, WorkerHost, connect,
     },
 };
 
@@ -245,8 +245,7 @@ async fn dial(
         let open = Decrement::after_inc(stats.upstream_cx_active);
         let (since, connected) = (Instant::now(), Cell::new(None));
         let how = Dial {
-            source: info.source,
-            keepalive: config.tcp_keepalive.as_ref(),
+            socket: SocketSettings::new(config, info.source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),

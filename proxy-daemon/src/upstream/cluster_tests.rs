@@ -20,6 +20,7 @@ fn cluster(name: &str) -> ClusterConfig {
         circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
         per_connection_buffer_limit_bytes: 0,
         tcp_keepalive: None,
+        bind: None,
         happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),

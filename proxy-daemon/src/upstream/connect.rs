@@ -20,7 +20,7 @@ use tokio_rustls::client::TlsStream;
 
 use super::{Host, happy_eyeballs};
 use crate::{
-    config::model::{EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive},
+    config::model::{ClusterConfig, EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive, UpstreamBind},
     tls::{AlpnFallback, ClientTls, TlsInfo},
 };
 
@@ -83,10 +83,8 @@ impl ConnectError {
 /// How a connection is made.
 #[derive(Debug, Clone, Copy)]
 pub struct Dial<'a> {
-    /// The source address that it keeps.
-    pub source: Option<Source>,
-    /// As the cluster has it.
-    pub keepalive: Option<&'a TcpKeepalive>,
+    /// What its socket is like.
+    pub socket: SocketSettings<'a>,
     /// Limit of all of it, the TLS handshake included.
     pub limit: Duration,
     /// The cluster's transport socket; `None`: plain.
@@ -97,6 +95,24 @@ pub struct Dial<'a> {
     pub alpn: AlpnFallback,
     /// Told when the connection is there, before its TLS handshake.
     pub connected: &'a Cell<Option<Instant>>,
+}
+
+/// What the socket of a connection is like.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SocketSettings<'a> {
+    /// The source address that it keeps: wins over that of `bind`.
+    pub source: Option<Source>,
+    /// As the cluster has it.
+    pub bind: Option<&'a UpstreamBind>,
+    /// As the cluster has it.
+    pub keepalive: Option<&'a TcpKeepalive>,
+}
+
+impl<'a> SocketSettings<'a> {
+    /// As a cluster has it, for a connection that keeps this source address.
+    pub fn new(config: &'a ClusterConfig, source: Option<Source>) -> SocketSettings<'a> {
+        SocketSettings { source, bind: config.bind.as_deref(), keepalive: config.tcp_keepalive.as_ref() }
+    }
 }
 
 /// The source address that an upstream connection keeps, where the listener asks for it.
@@ -125,9 +141,9 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
             EndpointAddress::Ip(first) if !host.additional_addresses.is_empty() => {
                 let all = happy_eyeballs::order(*first, &host.additional_addresses, dial.happy_eyeballs);
                 // The others cost nothing where there are none.
-                Box::pin(happy_eyeballs::race(all, |address| connect_tcp(address, dial.source, dial.keepalive))).await?
+                Box::pin(happy_eyeballs::race(all, |address| connect_tcp(address, dial.socket))).await?
             }
-            address => connect_plain(address, dial.source, dial.keepalive).await?,
+            address => connect_plain(address, dial.socket).await?,
         };
         dial.connected.set(Some(Instant::now()));
         match dial.tls {
@@ -145,24 +161,16 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
 ///
 /// # Errors
 /// What the system says.
-pub(super) async fn connect_plain(
-    address: &EndpointAddress,
-    source: Option<Source>,
-    keepalive: Option<&TcpKeepalive>,
-) -> io::Result<UpstreamStream> {
+pub(super) async fn connect_plain(address: &EndpointAddress, how: SocketSettings<'_>) -> io::Result<UpstreamStream> {
     match address {
-        EndpointAddress::Ip(address) => connect_tcp(*address, source, keepalive).await,
+        EndpointAddress::Ip(address) => connect_tcp(*address, how).await,
         EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
         EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
     }
 }
 
-async fn connect_tcp(
-    address: SocketAddr,
-    source: Option<Source>,
-    keepalive: Option<&TcpKeepalive>,
-) -> io::Result<UpstreamStream> {
-    Ok(UpstreamStream::Tcp(tcp_socket(address, source, keepalive)?.connect(address).await?))
+async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> io::Result<UpstreamStream> {
+    Ok(UpstreamStream::Tcp(tcp_socket(address, how)?.connect(address).await?))
 }
 
 /// Encrypts a connection to the host at this address, of this name.
@@ -184,7 +192,8 @@ pub(super) async fn secure(
     Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 
-fn tcp_socket(to: SocketAddr, source: Option<Source>, keepalive: Option<&TcpKeepalive>) -> io::Result<TcpSocket> {
+fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> io::Result<TcpSocket> {
+    let SocketSettings { source, bind, keepalive } = how;
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     if let Some(keepalive) = keepalive {
@@ -201,10 +210,35 @@ fn tcp_socket(to: SocketAddr, source: Option<Source>, keepalive: Option<&TcpKeep
         socket.set_tcp_keepalive(&settings)?;
     }
     // A client of the other family cannot lend its address: the node's own is used.
-    if let Some(source) = source.filter(|source| source.address.is_ipv4() == to.is_ipv4()) {
+    let source = source.filter(|source| source.address.is_ipv4() == to.is_ipv4());
+    if let Some(bind) = bind {
+        bind_as_configured(&socket, to, bind, source.is_none())?;
+    }
+    if let Some(source) = source {
         bind_to_source(&socket, source)?;
     }
     Ok(TcpSocket::from_std_stream(socket.into()))
+}
+
+/// Sets a cluster's own options; binds to its address where it `may_bind`.
+fn bind_as_configured(socket: &Socket, to: SocketAddr, bind: &UpstreamBind, may_bind: bool) -> io::Result<()> {
+    let (source, options) = bind.choose(to);
+    let source = source.filter(|_| may_bind);
+    let set = |before_bind: bool| {
+        let mut options = options.iter().filter(|option| option.before_bind == before_bind);
+        options.try_for_each(|option| set_bytes(socket, option.level, option.name, &option.value))
+    };
+    set(true)?;
+    if let Some(source) = source {
+        if bind.freebind {
+            set_int(socket, libc::SOL_IP, libc::IP_FREEBIND, 1)?;
+        }
+        if source.port() == 0 {
+            set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        }
+        socket.bind(&SockAddr::from(source))?;
+    }
+    set(false)
 }
 
 /// Binds to the client's address and leaves the port to connect(), when the kernel knows the whole four-tuple: ports
@@ -224,9 +258,13 @@ fn bind_to_source(socket: &Socket, source: Source) -> io::Result<()> {
 
 /// Sets an integer option that socket2 has no name for.
 pub(crate) fn set_int(socket: &impl AsRawFd, level: i32, option: i32, value: libc::c_int) -> io::Result<()> {
-    let length = size_of_val(&value) as libc::socklen_t;
+    set_bytes(socket, level, option, &value.to_ne_bytes())
+}
+
+fn set_bytes(socket: &impl AsRawFd, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
     // SAFETY: the pointer and the length describe `value`, which outlives the call; the descriptor is open.
-    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const value).cast(), length) };
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value.as_ptr().cast(), length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -23,7 +23,7 @@ mod worker;
 pub use breakers::breaker_gauges;
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
-pub use connect::{ConnectError, Dial, Source, UpstreamInfo, UpstreamStream, connect};
+pub use connect::{ConnectError, Dial, SocketSettings, Source, UpstreamInfo, UpstreamStream, connect};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub use lb::TriedPriorities;
 pub(crate) use outlier::Seen;

@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, Notify};
 
 use super::{
     Cluster, ConnectError, Host, HostCounter, Issued, Seen, WorkerCluster, WorkerHost,
-    connect::{Dial, Source, UpstreamInfo, UpstreamStream, connect},
+    connect::{Dial, SocketSettings, Source, UpstreamInfo, UpstreamStream, connect},
 };
 use crate::{
     config::model::Http2Options,
@@ -354,8 +354,7 @@ impl WorkerHost {
         let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
         let open = OpenConnection::new(cluster, self, pool);
         let dial = Dial {
-            source,
-            keepalive: config.tcp_keepalive.as_ref(),
+            socket: SocketSettings::new(config, source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: cluster.cluster.tls.as_deref(),

@@ -209,6 +209,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         circuit_breakers: Default::default(),
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,
+        bind: None,
         happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),

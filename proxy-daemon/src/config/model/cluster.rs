@@ -4,7 +4,7 @@ use http::{HeaderName, HeaderValue};
 
 use super::{
     AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef,
-    SecretType, UpstreamTlsContext,
+    SecretType, UpstreamBind, UpstreamTlsContext,
 };
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
@@ -34,6 +34,8 @@ pub struct ClusterConfig {
     pub per_connection_buffer_limit_bytes: u32,
     /// `upstream_connection_options.tcp_keepalive`.
     pub tcp_keepalive: Option<TcpKeepalive>,
+    /// `upstream_bind_config`
+    pub bind: Option<Arc<UpstreamBind>>,
     /// Which of a host's addresses come first.
     pub happy_eyeballs: HappyEyeballs,
     /// How its connections are encrypted; `None`: they are plain.

@@ -1,6 +1,7 @@
 //! What the data plane reads: plain, checked, shared by `Arc`, and free of protobuf.
 
 mod access_log;
+mod bind;
 mod cidr;
 mod cluster;
 mod dns;
@@ -19,6 +20,7 @@ mod tls;
 mod trust;
 
 pub use access_log::*;
+pub use bind::*;
 pub use cidr::*;
 pub use cluster::*;
 pub use dns::*;

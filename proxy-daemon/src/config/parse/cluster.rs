@@ -21,6 +21,7 @@ use envoy_types::pb::envoy::{
 use prost::Name as _;
 
 use super::{
+    bind::upstream_bind,
     common::{Result, duration, header_name, http2, limit, number, port, required, type_name},
     config_source::config_source,
     dns,
@@ -64,6 +65,8 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         };
         return Err(FieldError::new(assignment_path, text));
     }
+    let bind = cluster.upstream_bind_config.as_ref();
+    let bind = bind.map(|bind| upstream_bind(bind, &join(path, "upstream_bind_config"))).transpose()?;
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
@@ -94,6 +97,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
+        bind: bind.map(Arc::new),
         happy_eyeballs: happy_eyeballs(cluster, path)?,
         tls,
         health,
@@ -116,7 +120,8 @@ fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Health
         cluster.common_lb_config.as_ref().is_some_and(|config| config.ignore_new_hosts_until_first_hc);
     if let Some(check) = cluster.health_checks.first() {
         let path = join(path, "health_checks[0]");
-        if matches!(discovery, Discovery::OriginalDst { .. }) {
+        // Hosts that appear with a request, or that are somewhere else now and then, are not watched.
+        if matches!(discovery, Discovery::OriginalDst { .. } | Discovery::LogicalDns(_)) {
             return Err(FieldError::unsupported(path));
         }
         options.check = Some(Arc::new(health_check(check, &cluster.name, &path)?));

@@ -5,6 +5,7 @@
 //! then read the honoured fields.
 
 mod access_log;
+mod bind;
 mod bootstrap;
 mod cluster;
 mod common;

@@ -7,7 +7,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt as _, future::join_all, stream::FuturesUnordered};
@@ -25,11 +25,17 @@ use crate::config::model::{
 pub struct Names {
     clusters: Arc<Clusters>,
     resolvers: Resolvers,
-    /// What was found for clusters that are not in use yet, by their names.
-    first: Mutex<HashMap<Arc<str>, Vec<io::Result<Answer>>>>,
+    /// What was found for clusters that are not in use yet, by their names; and when.
+    first: Mutex<HashMap<Arc<str>, (Instant, FirstAnswers)>>,
     /// What looks names up, by the clusters that they are of.
     tasks: Mutex<HashMap<Arc<str>, AbortHandle>>,
 }
+
+/// The first answers for the names of a cluster, with these names.
+type FirstAnswers = Vec<(Box<str>, io::Result<Answer>)>;
+
+/// First answers are forgotten after this: their cluster has not come into use.
+const KEPT: Duration = Duration::from_secs(300);
 
 /// A name of a cluster.
 struct Name {
@@ -72,8 +78,12 @@ impl Names {
                 }
             }
         }
-        let name = Arc::clone(&config.name);
-        self.first.lock().unwrap_or_else(PoisonError::into_inner).insert(name, answers);
+        let answers = names.iter().map(|name| name.host.clone()).zip(answers).collect();
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        first.retain(|_, (found, _)| now.duration_since(*found) < KEPT);
+        first.insert(Arc::clone(&config.name), (now, answers));
+        drop(first);
         some.then(|| endpoints(config, &names).into())
     }
 
@@ -95,11 +105,14 @@ impl Names {
         let config = mine.config.clone();
         let Some(options) = config.discovery.dns() else { return };
         let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).remove(&config.name);
+        // The cluster has begun with these, if it has waited for them.
+        let first = first.filter(|_| options.wait_for_warm).map(|(_, answers)| answers);
         let mut names = names_of(&config.endpoints);
         let mut rounds = FuturesUnordered::new();
         let mut first = first.into_iter().flatten();
         for (index, name) in names.iter_mut().enumerate() {
-            let wait = first.next().map_or(Duration::ZERO, |answer| {
+            let answer = first.next().filter(|(host, _)| *host == name.host);
+            let wait = answer.map_or(Duration::ZERO, |(_, answer)| {
                 // There was no cluster to count it before.
                 mine.stats.update_attempt.inc();
                 name.note(&answer, &mine, options).1

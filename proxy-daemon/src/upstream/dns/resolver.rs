@@ -150,7 +150,7 @@ fn make(servers: &DnsServers, family: DnsLookupFamily) -> Result<Option<TokioRes
         DnsLookupFamily::All => LookupIpStrategy::Ipv4AndIpv6,
     };
     options.timeout = servers.timeout;
-    options.attempts = servers.tries as usize - 1;
+    options.attempts = servers.tries.saturating_sub(1) as usize;
     options.num_concurrent_reqs = 1;
     options.server_ordering_strategy = match servers.rotate {
         true => ServerOrderingStrategy::RoundRobin,

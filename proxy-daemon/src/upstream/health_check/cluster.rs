@@ -12,7 +12,9 @@ use tokio::sync::mpsc;
 use super::{Failure, Health, HealthCheckStats, HealthChecker, Report, Target, event_log::Line};
 use crate::{
     access_log::EventLog,
-    config::model::{ClusterConfig, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints},
+    config::model::{
+        ClusterConfig, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints, UpstreamBind,
+    },
     stats::{Lease, Scope},
     tls::{ClientTls, Secrets},
     upstream::{
@@ -32,6 +34,7 @@ pub struct ClusterChecks {
     stats: HealthCheckStats,
     traffic: super::HasTraffic,
     tls: Option<Arc<ClientTls>>,
+    bind: Option<Arc<UpstreamBind>>,
     logs: Vec<EventLog>,
     reports: mpsc::UnboundedSender<CheckedReport>,
     inner: Mutex<Inner>,
@@ -110,6 +113,7 @@ impl ClusterChecks {
             stats: HealthCheckStats::new(scope.clone()),
             traffic: Arc::new(move || total.value() > 0),
             tls: config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), &scope, secrets)),
+            bind: config.bind.clone(),
             config: check,
             reports,
             inner: Mutex::default(),
@@ -167,6 +171,7 @@ impl ClusterChecks {
             name: endpoint.hostname.clone(),
             host: check.and_then(|check| check.hostname.clone()),
             tls: self.tls.clone(),
+            bind: self.bind.clone(),
         };
         let (reports, address, of) = (self.reports.clone(), endpoint.address.clone(), Arc::clone(&vitals));
         let told = Box::new(move |report| {

@@ -25,9 +25,10 @@ use self::{
     tcp::TcpProbe,
 };
 use crate::{
-    config::model::{Check, EndpointAddress, HealthCheckConfig},
+    config::model::{Check, EndpointAddress, HealthCheckConfig, UpstreamBind},
     stats::{Counter, Gauge, Lease, Scope},
     tls::ClientTls,
+    upstream::SocketSettings,
 };
 
 /// No host is checked more often than this, whatever is configured.
@@ -81,12 +82,18 @@ pub struct Target {
     pub(crate) host: Option<HeaderValue>,
     /// How connections are encrypted; `None`: they are plain.
     pub(crate) tls: Option<Arc<ClientTls>>,
+    /// Where connections come from.
+    pub(crate) bind: Option<Arc<UpstreamBind>>,
 }
 
 impl Target {
+    fn socket(&self) -> SocketSettings<'_> {
+        SocketSettings { bind: self.bind.as_deref(), ..SocketSettings::default() }
+    }
+
     /// A host without a name, on plain connections.
     pub fn plain(address: EndpointAddress) -> Target {
-        Target { address, name: Box::default(), host: None, tls: None }
+        Target { address, name: Box::default(), host: None, tls: None, bind: None }
     }
 }
 

@@ -59,7 +59,7 @@ impl TcpProbe {
 
 /// Connects; the limit is that of the whole check.
 pub(super) async fn open(target: &Target, alpn: AlpnFallback) -> Result<UpstreamStream, Failure> {
-    let stream = connect_plain(&target.address, None, None).await.map_err(|_| Failure::Network)?;
+    let stream = connect_plain(&target.address, target.socket()).await.map_err(|_| Failure::Network)?;
     let Some(tls) = &target.tls else { return Ok(stream) };
     secure(tls, stream, (&target.address, &target.name), alpn).await.map_err(|_| Failure::Network)
 }
