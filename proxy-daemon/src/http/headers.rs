@@ -57,6 +57,7 @@ pub(crate) mod names {
         X_ENVOY_HEDGE_ON_PER_TRY_TIMEOUT = "x-envoy-hedge-on-per-try-timeout"
         X_ENVOY_UPSTREAM_STREAM_DURATION_MS = "x-envoy-upstream-stream-duration-ms"
         X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS = "x-envoy-upstream-rq-per-try-timeout-ms"
+        X_ENVOY_UPSTREAM_ALT_STAT_NAME = "x-envoy-upstream-alt-stat-name"
         X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE = "x-envoy-upstream-rq-timeout-alt-response"
         X_ENVOY_IS_TIMEOUT_RETRY = "x-envoy-is-timeout-retry"
         X_ENVOY_RATELIMITED = "x-envoy-ratelimited"
@@ -103,8 +104,23 @@ pub(super) fn wants_upgrade(headers: &HeaderMap) -> bool {
 }
 
 fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {
+    nominated(headers).any(|nominated| nominated.eq_ignore_ascii_case(token))
+}
+
+/// What `connection` has in its lists.
+fn nominated(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|nominated| nominated.trim().eq_ignore_ascii_case(token))
+    values.flat_map(|value| value.split(',')).map(str::trim)
+}
+
+/// Whether `connection` names what trust rests on, or more than any client has reason to, by Envoy's count.
+pub(super) fn nominates_too_much(headers: &HeaderMap) -> bool {
+    const MOST: usize = 10;
+    let never = |name: &str| {
+        let known = [X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO];
+        name.starts_with(':') || known.iter().any(|known| name.eq_ignore_ascii_case(known.as_str()))
+    };
+    nominated(headers).enumerate().any(|(index, name)| index >= MOST || never(name))
 }
 
 /// Appends to a header; of several lines one is made first, as in Envoy.
@@ -135,6 +151,12 @@ pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
 /// What concerns one connection only.
 static HOP_BY_HOP: [HeaderName; 6] = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, TE];
 
+/// Whether `te` has `trailers` in its list, which gRPC needs.
+fn says_trailers(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(TE).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
+}
+
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // One look at all of them costs less than to look six up.
@@ -146,7 +168,8 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
         }
     }
     for (name, _) in HOP_BY_HOP.iter().zip(present).filter(|(_, present)| *present) {
-        if *name == TE && headers.get(TE).is_some_and(|te| te == "trailers") {
+        if *name == TE && says_trailers(headers) {
+            headers.insert(TE, HeaderValue::from_static("trailers"));
             continue;
         }
         let value = headers.remove(name);

@@ -35,6 +35,17 @@ fn hop_by_hop_headers_go_and_trust_headers_cannot_be_nominated() {
     let mut head = request("/", &[("te", "trailers")]);
     strip_hop_by_hop(&mut head.headers);
     assert!(head.headers.contains_key("te"), "gRPC needs it");
+    let mut head = request("/", &[("connection", "te"), ("te", "gzip, Trailers")]);
+    strip_hop_by_hop(&mut head.headers);
+    assert_eq!(head.headers["te"], "trailers");
+}
+
+#[test]
+fn what_trust_rests_on_may_not_be_nominated() {
+    let refused = |value: &str| nominates_too_much(&request("/", &[("connection", value)]).headers);
+    assert!(["x-forwarded-for", "close, X-Forwarded-Host", "a,x-forwarded-proto", ":path"].into_iter().all(refused));
+    assert!(!refused("close, x-forwarded-port, cookie") && !refused("a,b,c,d,e,f,g,h,i,j"));
+    assert!(refused("a,b,c,d,e,f,g,h,i,j,k"));
 }
 
 #[test]

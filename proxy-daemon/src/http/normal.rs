@@ -25,6 +25,10 @@ use crate::{
 pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), LocalReply> {
     let (config, local) = (state.config(), state.connection.local);
     let rules = &config.rules;
+    if head.version != http::Version::HTTP_2 && headers::nominates_too_much(&head.headers) {
+        state.count_protocol_error();
+        return Err(CodecError::NOMINATED.into());
+    }
     let has_underscore = |name: &http::HeaderName| name.as_str().contains('_');
     if rules.underscores != Underscores::Allow && head.headers.keys().any(has_underscore) {
         if rules.underscores == Underscores::Reject {
@@ -66,6 +70,9 @@ pub(super) fn apply(head: &mut RequestHead, state: &ConnState) -> Result<(), Loc
             reply.headers.extend(HeaderValue::from_str(path).ok().map(|path| (LOCATION, path)));
             return Err(reply);
         }
+    }
+    if config.normalize_path || config.merge_slashes {
+        headers::normalize(head, config);
     }
     if let Some(host) = host(authority(head), rules, local.port())
         && let Ok(host) = HeaderValue::from_str(&host)

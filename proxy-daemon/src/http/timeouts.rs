@@ -64,6 +64,8 @@ impl Timeouts {
             timeouts.attempt = wish(&mut head.headers, &X_ENVOY_UPSTREAM_STREAM_DURATION_MS, None);
             timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
             timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
+            // For a proxy, and not for its host; nothing is counted under it.
+            head.headers.remove(X_ENVOY_UPSTREAM_ALT_STAT_NAME);
             if head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE).is_some() {
                 timeouts.status = StatusCode::NO_CONTENT;
             }

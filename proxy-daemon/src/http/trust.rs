@@ -8,7 +8,7 @@ use http::{
 };
 
 use super::{
-    headers::{append, join_lines, names::*, normalize, strip_hop_by_hop},
+    headers::{append, join_lines, names::*, strip_hop_by_hop},
     match_input::Told,
     node, request_id,
     stream::{LocalReply, RequestHead},
@@ -105,9 +105,6 @@ pub(super) fn prepare_request(
     }
     let told = config.always_set_request_id_in_response || internal && headers.contains_key(X_ENVOY_FORCE_TRACE);
     let request_id = if told { headers.get(X_REQUEST_ID).cloned() } else { None };
-    if config.normalize_path || config.merge_slashes {
-        normalize(head, config);
-    }
     Ok(Trusted { remote, internal, request_id })
 }
 

@@ -119,19 +119,22 @@ impl HttpFilterFactory for CorsFactory {
         if !enabled {
             return Flow::Continue;
         }
-        if !valid {
-            let forwards = policies.first(|policy| policy.forward_not_matching_preflights).unwrap_or(true);
-            return if preflight && !forwards { Flow::Respond(answer()) } else { Flow::Continue };
+        if valid {
+            instances.push(Box::new(CorsFilter {
+                origin: origin.clone(),
+                credentials: policies.allow_credentials(),
+                expose_headers: policies.first(|policy| policy.expose_headers.clone()),
+            }));
         }
-        instances.push(Box::new(CorsFilter {
-            origin: origin.clone(),
-            credentials: policies.allow_credentials(),
-            expose_headers: policies.first(|policy| policy.expose_headers.clone()),
-        }));
-        if !preflight {
+        let forwards = policies.first(|policy| policy.forward_not_matching_preflights).unwrap_or(true);
+        if !preflight || !valid && forwards {
             return Flow::Continue;
         }
-        let mut reply = answer();
+        let mut reply = LocalReply::new(StatusCode::OK, "", ResponseFlags::default(), "cors_response");
+        if !valid && policies.allow_credentials() {
+            // As in Envoy: everything but the origin, without which the rest says nothing.
+            reply.headers.push((ACCESS_CONTROL_ALLOW_CREDENTIALS, TRUE));
+        }
         let methods = policies.first(|policy| policy.allow_methods.clone());
         let headers = policies.first(|policy| policy.allow_headers.clone());
         let max_age = policies.first(|policy| policy.max_age.clone());
@@ -145,10 +148,6 @@ impl HttpFilterFactory for CorsFactory {
         }
         Flow::Respond(reply)
     }
-}
-
-fn answer() -> LocalReply {
-    LocalReply::new(StatusCode::OK, "", ResponseFlags::default(), "cors_response")
 }
 
 /// A request from an origin that is allowed.

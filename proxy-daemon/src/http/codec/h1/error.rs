@@ -46,6 +46,8 @@ impl CodecError {
 
     /// `headers_with_underscores_action`
     pub const UNDERSCORE: CodecError = CodecError::bad("http1.unexpected_underscore");
+    /// `connection` names what is not this connection's, or too much.
+    pub const NOMINATED: CodecError = CodecError::bad("http1.connection_header_rejected");
     /// A request for another protocol, with a body.
     pub const UPGRADE_WITH_BODY: CodecError = CodecError::bad("http1.upgrade_with_body");
 
