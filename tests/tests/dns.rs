@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::{Request, Response};
 use culvert_tests::wait_until;
@@ -151,38 +152,13 @@ fn hosts() -> Result<u16> {
 /// A proxy with a path for each cluster: its name, and its fields.
 fn start(kind: Kind, clusters: &[(&str, String)]) -> Result<(Daemon, u16)> {
     let port = free_port()?;
-    let routes: String = clusters
-        .iter()
-        .map(|(name, _)| format!("              - {{match: {{path: /{name}}}, route: {{cluster: {name}}}}}\n"))
-        .collect();
-    let clusters: String = clusters
-        .iter()
-        .map(|(name, fields)| format!("  - name: {name}\n    connect_timeout: 5s\n    {fields}\n"))
-        .collect();
-    let yaml = format!(
-        r#"static_resources:
-  listeners:
-  - name: http
-    address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: ingress
-          route_config:
-            virtual_hosts:
-            - name: all
-              domains: ["*"]
-              routes:
-{routes}
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
-{clusters}"#
-    );
-    Ok((Daemon::start(kind, &yaml)?, port))
+    let routes: Vec<_> =
+        clusters.iter().map(|(name, _)| format!("{{match: {{path: /{name}}}, route: {{cluster: {name}}}}}")).collect();
+    let hosts = format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "));
+    let bootstrap = clusters.iter().fold(Bootstrap::new().http(port, &hosts, &[]), |bootstrap, (name, fields)| {
+        bootstrap.cluster_of(name, &[fields])
+    });
+    Ok((Daemon::start(kind, &bootstrap.yaml())?, port))
 }
 
 fn endpoints(name: &str, hosts: &[(&str, u16)]) -> String {
