@@ -132,3 +132,33 @@ fn indent(block: &str, width: usize) -> String {
     let lines = block.lines().map(|line| format!("{:width$}{}", "", line.get(own..).unwrap_or_default()));
     lines.collect::<Vec<_>>().join("\n")
 }
+
+/// A bootstrap with `head` before it, and one HTTP listener on 127.0.0.1:`listen` whose responses say in `x-host` which host they are from.
+/// `routes` and `clusters` are items of these lists, with the indentation that they have in a file.
+pub fn telling_hosts(head: &str, listen: u16, routes: &str, clusters: &str) -> String {
+    format!(
+        r#"{head}
+static_resources:
+  listeners:
+  - name: http
+    address: {{socket_address: {{address: 127.0.0.1, port_value: {listen}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: ingress
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: ["*"]
+              response_headers_to_add: [{{header: {{key: x-host, value: "%UPSTREAM_REMOTE_ADDRESS%"}}}}]
+              routes:
+{routes}
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
+  clusters:
+{clusters}"#
+    )
+}

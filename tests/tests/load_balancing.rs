@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use culvert_tests::bootstrap::telling_hosts;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 
 /// Requests for each case and proxy.
@@ -184,31 +185,7 @@ fn bootstrap(cases: &[Case], listen: u16, upstream: u16, head: &str) -> String {
         text
     });
     let clusters: String = cases.iter().map(|case| cluster(case, upstream)).collect();
-    format!(
-        r#"{head}
-static_resources:
-  listeners:
-  - name: http
-    address: {{socket_address: {{address: 127.0.0.1, port_value: {listen}}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: ingress
-          route_config:
-            virtual_hosts:
-            - name: all
-              domains: ["*"]
-              response_headers_to_add: [{{header: {{key: x-host, value: "%UPSTREAM_REMOTE_ADDRESS%"}}}}]
-              routes:
-{routes}
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
-{clusters}"#
-    )
+    telling_hosts(head, listen, &routes, &clusters)
 }
 
 /// A server on all addresses of the loopback, which says yes to every request.

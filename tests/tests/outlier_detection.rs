@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use culvert_tests::bootstrap::telling_hosts;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port, scratch_dir};
 use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
@@ -187,31 +188,11 @@ fn bootstrap(cases: &[Case], listen: u16, upstream: u16, log: &str) -> String {
         }
         clusters.push_str("        ]}]\n");
     }
-    format!(
-        r#"
-cluster_manager: {{outlier_detection: {{event_log_path: {log}}}}}
-static_resources:
-  listeners:
-  - name: http
-    address: {{socket_address: {{address: 127.0.0.1, port_value: {listen}}}}}
-    filter_chains:
-    - filters:
-      - name: envoy.filters.network.http_connection_manager
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: ingress
-          route_config:
-            virtual_hosts:
-            - name: all
-              domains: ["*"]
-              response_headers_to_add: [{{header: {{key: x-host, value: "%UPSTREAM_REMOTE_ADDRESS%"}}}}]
-              routes:
-{routes}
-          http_filters:
-          - name: envoy.filters.http.router
-            typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
-  clusters:
-{clusters}"#
+    telling_hosts(
+        &format!("cluster_manager: {{outlier_detection: {{event_log_path: {log}}}}}"),
+        listen,
+        &routes,
+        &clusters,
     )
 }
 
