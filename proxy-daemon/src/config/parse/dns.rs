@@ -36,22 +36,19 @@ pub(super) fn of_cluster(cluster: &Cluster, path: &str) -> Result<DnsOptions> {
     let failure = cluster.dns_failure_refresh_rate.as_ref();
     let failure = failure.map(|rate| (rate.base_interval, rate.max_interval));
     let typed = cluster.typed_dns_resolver_config.as_ref();
-    let resolver = match (typed, &cluster.dns_resolution_config, &cluster.dns_resolvers[..]) {
-        (Some(config), ..) => Some(resolver(config, &join(path, "typed_dns_resolver_config"))?),
-        (None, Some(config), _) => {
+    let tcp = cluster.use_tcp_for_dns_lookups;
+    let resolver = match (typed, &cluster.dns_resolution_config) {
+        (Some(config), _) => Some(resolver(config, &join(path, "typed_dns_resolver_config"))?),
+        (None, Some(config)) => {
             let path = join(path, "dns_resolution_config");
-            Some(servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)?)
+            Some(DnsResolver::Servers(servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)?))
         }
-        (None, None, []) => None,
-        (None, None, resolvers) => Some(DnsResolver::Servers(DnsServers {
-            servers: addresses(resolvers, path, "dns_resolvers")?,
-            tcp: cluster.use_tcp_for_dns_lookups,
-            ..DnsServers::default()
-        })),
+        (None, None) if cluster.dns_resolvers.is_empty() && !tcp => None,
+        (None, None) => {
+            let servers = addresses(&cluster.dns_resolvers, path, "dns_resolvers")?;
+            Some(DnsResolver::Servers(DnsServers { servers, tcp, ..DnsServers::default() }))
+        }
     };
-    let of_options = resolver.is_none() && cluster.use_tcp_for_dns_lookups;
-    let resolver = resolver
-        .or_else(|| of_options.then(|| DnsResolver::Servers(DnsServers { tcp: true, ..DnsServers::default() })));
     Ok(DnsOptions {
         refresh_rate,
         failure_refresh: failure_refresh(failure, &join(path, "dns_failure_refresh_rate"))?,
@@ -109,7 +106,10 @@ pub(super) fn of_bootstrap(bootstrap: &Bootstrap) -> Result<DnsResolver> {
         return resolver(config, "typed_dns_resolver_config");
     }
     match &bootstrap.dns_resolution_config {
-        Some(config) => servers(&config.resolvers, config.dns_resolver_options.as_ref(), "dns_resolution_config"),
+        Some(config) => {
+            let options = config.dns_resolver_options.as_ref();
+            Ok(DnsResolver::Servers(servers(&config.resolvers, options, "dns_resolution_config")?))
+        }
         None => {
             let tcp = bootstrap.use_tcp_for_dns_lookups;
             Ok(DnsResolver::Servers(DnsServers { tcp, ..DnsServers::default() }))
@@ -158,9 +158,7 @@ fn resolver(config: &TypedExtensionConfig, path: &str) -> Result<DnsResolver> {
         return Err(FieldError::new(path, text));
     }
     let config: CaresDnsResolverConfig = unpack(config, &path)?;
-    let DnsResolver::Servers(common) = servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)? else {
-        return Ok(DnsResolver::GetAddrInfo);
-    };
+    let common = servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)?;
     let timeout = config.query_timeout_seconds.map_or(common.timeout, |seconds| Duration::from_secs(seconds.value));
     Ok(DnsResolver::Servers(DnsServers {
         as_fallback: config.use_resolvers_as_fallback,
@@ -173,13 +171,13 @@ fn resolver(config: &TypedExtensionConfig, path: &str) -> Result<DnsResolver> {
     }))
 }
 
-fn servers(resolvers: &[Address], options: Option<&DnsResolverOptions>, path: &str) -> Result<DnsResolver> {
-    Ok(DnsResolver::Servers(DnsServers {
+fn servers(resolvers: &[Address], options: Option<&DnsResolverOptions>, path: &str) -> Result<DnsServers> {
+    Ok(DnsServers {
         servers: addresses(resolvers, path, "resolvers")?,
         tcp: options.is_some_and(|options| options.use_tcp_for_dns_lookups),
         no_search: options.is_some_and(|options| options.no_default_search_domain),
         ..DnsServers::default()
-    }))
+    })
 }
 
 fn addresses(resolvers: &[Address], path: &str, field: &str) -> Result<Vec<SocketAddr>> {
