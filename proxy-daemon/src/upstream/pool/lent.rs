@@ -1,0 +1,236 @@
+//! A connection that is lent out for one request, and what can become of that.
+
+use std::{
+    cell::Cell,
+    rc::{Rc, Weak},
+    time::Instant,
+};
+
+use super::{
+    Pool, SourcePool,
+    opened::{Http1Connection, Http2Connection},
+};
+use crate::{
+    http::{
+        body::Body,
+        codec::{Incoming, h1::SendError, h2, is_protocol_error},
+        headers::{is_grpc, names::GRPC_STATUS},
+    },
+    stats::Counter,
+    upstream::{Issued, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
+};
+
+/// A connection that is lent out for one request. Dropped without [`release`](Self::release), an HTTP/1 connection
+/// is closed: nobody knows what is still to come on it.
+pub struct Connection {
+    sender: Sender,
+    home: Weak<SourcePool>,
+    pool: Weak<Pool>,
+    issued: Issued,
+    max_requests: u32,
+    /// Counts connections that have carried as many.
+    worn_out: Counter,
+    /// It has carried requests before: the host may have closed it in the meantime.
+    pub reused: bool,
+}
+
+/// Why a request that was sent has no response.
+pub struct Reset {
+    /// The request, where none of it was sent.
+    pub request: Option<Box<http::Request<Body>>>,
+    /// What happened.
+    pub reason: ResetReason,
+}
+
+/// What ended a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetReason {
+    /// The connection was closed.
+    Closed,
+    /// The host does not speak the protocol as it should.
+    Protocol,
+    /// The host refused the stream without looking at it.
+    Refused,
+    /// The host reset the stream.
+    Remote,
+}
+
+impl Reset {
+    fn http1(error: SendError) -> Reset {
+        match error {
+            SendError::Unsent(request) => Reset { request: Some(request), reason: ResetReason::Closed },
+            SendError::Closed => Reset { request: None, reason: ResetReason::Closed },
+            SendError::Protocol(_) => Reset { request: None, reason: ResetReason::Protocol },
+        }
+    }
+}
+
+fn h2_reason(error: &::h2::Error) -> ResetReason {
+    match error.reason() {
+        Some(::h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
+        // The host goes away, for whatever reason, and says that it has not looked at this one: those that it has looked at are told
+        // by the end of the connection.
+        Some(_) if error.is_go_away() && error.is_remote() => ResetReason::Refused,
+        _ if is_protocol_error(error) => ResetReason::Protocol,
+        Some(_) => ResetReason::Remote,
+        None => ResetReason::Closed,
+    }
+}
+
+/// What a request is sent with.
+pub(super) enum Sender {
+    Http1(Rc<Http1Connection>),
+    Http2(Rc<Http2Connection>),
+}
+
+impl Connection {
+    pub(super) fn new(
+        host: &Rc<WorkerHost>,
+        cluster: &WorkerCluster,
+        home: &Rc<SourcePool>,
+        sender: Sender,
+        reused: bool,
+    ) -> Connection {
+        Connection {
+            sender,
+            home: Rc::downgrade(home),
+            pool: Rc::downgrade(&host.pool),
+            issued: Issued::to(host),
+            max_requests: cluster.cluster.config.max_requests_per_connection,
+            worn_out: cluster.cluster.stats.upstream_cx_max_requests,
+            reused,
+        }
+    }
+
+    /// Whether it speaks HTTP/2.
+    pub fn is_http2(&self) -> bool {
+        matches!(self.sender, Sender::Http2(_))
+    }
+
+    /// The protocol, as access logs have it.
+    pub fn protocol(&self) -> &'static str {
+        if self.is_http2() { "HTTP/2" } else { "HTTP/1.1" }
+    }
+
+    /// What access logs tell of it.
+    pub fn info(&self) -> &Rc<UpstreamInfo> {
+        match &self.sender {
+            Sender::Http1(connection) => &connection.info,
+            Sender::Http2(connection) => &connection.info,
+        }
+    }
+
+    /// Sends `first` and then `body` as they are; what the host sends is the response's body. Only of one that was had for
+    /// [`Wanted::Tcp`].
+    pub fn tunnel(&self, first: Vec<u8>, body: Body) -> http::Response<Incoming> {
+        match &self.sender {
+            Sender::Http1(connection) => connection.client.tunnel(first, body),
+            // Nobody asks for that.
+            Sender::Http2(_) => http::Response::new(Incoming::Empty),
+        }
+    }
+
+    fn count_request(&self, requests: &Cell<u32>) {
+        requests.set(requests.get() + 1);
+        if requests.get() == self.max_requests {
+            self.worn_out.inc();
+        }
+    }
+
+    /// Sends the request and waits for the response's head. `interim` is told of the 1xx that come before it.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn send(
+        &self,
+        request: http::Request<Body>,
+        interim: impl FnMut(http::StatusCode, http::HeaderMap),
+    ) -> Result<http::Response<Incoming>, Reset> {
+        let host = &self.issued.0;
+        // Only where somebody goes by it.
+        let grpc = host.host.vitals.is_some() && is_grpc(request.headers());
+        let sent = match &self.sender {
+            Sender::Http1(connection) => {
+                self.count_request(&connection.requests);
+                connection.client.send(request, interim).await.map_err(Reset::http1)
+            }
+            Sender::Http2(connection) => {
+                self.count_request(&connection.requests);
+                connection.active.set(connection.active.get() + 1);
+                connection.idle_since.set(None);
+                connection.client.send(request, interim).await.map_err(|error| match error {
+                    h2::SendError::Unsent(request, error) => {
+                        Reset { request: Some(request), reason: h2_reason(&error) }
+                    }
+                    h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
+                })
+            }
+        };
+        match &sent {
+            Ok(response) => {
+                host.saw(Seen::Status(seen_status(response, grpc)));
+                host.heard(response.headers());
+            }
+            // It died in the pool: another one is tried.
+            Err(reset) if reset.request.is_some() && self.reused => {}
+            Err(_) => host.saw(Seen::ConnectFailed),
+        }
+        sent
+    }
+
+    /// The response has passed whole: the connection may be used again.
+    pub fn release(self) {
+        let Some(home) = self.home.upgrade() else { return };
+        let retired = self.pool.upgrade().is_none_or(|pool| pool.retired.get());
+        if let Sender::Http1(connection) = &self.sender {
+            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
+            if !retired && !worn_out && connection.client.is_reusable() && connection.client.park() {
+                connection.idle_since.set(Some(Instant::now()));
+                home.idle.borrow_mut().push(Rc::clone(connection));
+            }
+        } else if let Sender::Http2(connection) = &self.sender {
+            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
+            if retired || worn_out {
+                home.forget_http2(connection);
+            }
+        }
+        home.released.notify_one();
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Sender::Http2(connection) = &self.sender {
+            let active = connection.active.get().saturating_sub(1);
+            connection.active.set(active);
+            if active == 0 {
+                connection.idle_since.set(Some(Instant::now()));
+            }
+        }
+    }
+}
+
+/// The status that a response stands for: of gRPC the one that its status in the head is mapped to, where there is one.
+fn seen_status(response: &http::Response<Incoming>, grpc: bool) -> u16 {
+    let status = response.headers().get(GRPC_STATUS).filter(|_| grpc);
+    status.map_or(response.status().as_u16(), grpc_to_http)
+}
+
+/// The HTTP status that a `grpc-status` stands for.
+fn grpc_to_http(status: &http::HeaderValue) -> u16 {
+    match status.to_str().ok().and_then(|text| text.parse::<u32>().ok()) {
+        Some(0) => 200,
+        Some(1) => 499,
+        Some(3 | 9 | 11) => 400,
+        Some(4) => 504,
+        Some(5) => 404,
+        Some(6 | 10) => 409,
+        Some(7) => 403,
+        Some(8) => 429,
+        Some(12) => 501,
+        Some(14) => 503,
+        Some(16) => 401,
+        // Unknown, Internal, DataLoss, and what is no status.
+        _ => 500,
+    }
+}
