@@ -1,6 +1,6 @@
 //! What Culvert's end-to-end tests and its demo are made of: the [`lab`] (nodes and pods out of network namespaces), the
 //! programs that run in it ([`app`], [`load`]), the [`scenario`] that both show, a daemon without a lab
-//! ([`daemon`]), [`server`]s behind it, control planes: one that the test plays ([`control_plane`]), and ones that are not ours ([`peers`]); and a
+//! ([`daemon`]), [`server`]s behind it, a [`name_server`], control planes: one that the test plays ([`control_plane`]), and ones that are not ours ([`peers`]); and a
 //! server that proxies report to ([`report_server`]).
 
 pub mod app;
@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod http1;
 pub mod lab;
 pub mod load;
+pub mod name_server;
 pub mod peers;
 #[cfg(feature = "control-plane")]
 pub mod report_server;

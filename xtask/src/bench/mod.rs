@@ -1,7 +1,9 @@
 //! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn; `cargo xtask bench idle`: memory of
-//! idle connections; `cargo xtask bench xds`: what xDS updates cost culvertd and Envoy. docs/performance.md has the method.
+//! idle connections; `cargo xtask bench xds`: what xDS updates cost culvertd and Envoy; `cargo xtask bench lb`: load balancing.
+//! docs/performance.md has the method.
 
 mod idle;
+mod lb;
 mod proxies;
 mod report;
 mod workloads;
@@ -37,6 +39,8 @@ enum Suite {
     Idle(idle::Args),
     /// CPU, memory and delay of xDS updates: culvertd and Envoy on the same pushes.
     Xds(xds::Args),
+    /// Nanoseconds per pick of each load balancing policy, memory per host, pauses while hosts are replaced: culvertd alone.
+    Lb(lb::Args),
 }
 
 /// Flags of the comparison of CPU per request.
@@ -106,6 +110,7 @@ pub fn run(args: Args) -> Result<()> {
     match args.suite {
         Some(Suite::Idle(args)) => idle::run(&args),
         Some(Suite::Xds(args)) => xds::run(args),
+        Some(Suite::Lb(args)) => lb::run(&args),
         None => requests(&args.requests),
     }
 }
