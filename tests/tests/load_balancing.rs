@@ -12,6 +12,9 @@ use anyhow::{Result, ensure};
 use culvert_tests::bootstrap::telling_hosts;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 
+#[path = "load_balancing/orca.rs"]
+mod orca;
+
 /// Requests for each case and proxy.
 const REQUESTS: usize = 1000;
 /// Keys of requests for each policy that goes by hashes.

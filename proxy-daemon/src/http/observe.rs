@@ -146,6 +146,7 @@ impl Observer for ResponseObserver {
             }
         });
         if let Some(connection) = self.connection.take() {
+            trailers.iter().for_each(|trailers| connection.heard_trailers(trailers));
             connection.release();
         }
     }

@@ -12,7 +12,7 @@ use envoy_types::pb::{
             core::v3::{
                 Address, Locality as ProtoLocality, Pipe, SocketAddress, address, socket_address::PortSpecifier,
             },
-            endpoint::v3::{ClusterStats, UpstreamEndpointStats, UpstreamLocalityStats},
+            endpoint::v3::{ClusterStats, EndpointLoadMetricStats, UpstreamEndpointStats, UpstreamLocalityStats},
         },
         service::load_stats::v3::LoadStatsResponse,
     },
@@ -100,6 +100,9 @@ impl LoadReporter {
     }
 }
 
+/// What hosts report, by name: in how many responses, and the sum of its values.
+type Metrics = BTreeMap<String, (u64, f64)>;
+
 /// Requests of one host or of many.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Load {
@@ -135,21 +138,29 @@ fn report_cluster(cluster: &Cluster, endpoints: bool) -> ClusterStats {
         _ => String::new(),
     };
     let hosts = cluster.hosts();
-    let mut localities: BTreeMap<(u32, &Locality), (Load, Vec<UpstreamEndpointStats>)> = BTreeMap::new();
+    let mut localities: BTreeMap<(u32, &Locality), (Load, Metrics, Vec<UpstreamEndpointStats>)> = BTreeMap::new();
     for host in &hosts.hosts {
         let load = Load::latch(&host.counters);
         if load == Load::default() {
             continue;
         }
-        let (total, each) = localities.entry((host.priority, &host.locality)).or_default();
+        let metrics = host.reported_metrics();
+        let (total, sums, each) = localities.entry((host.priority, &host.locality)).or_default();
         total.add(load);
+        for (name, (count, value)) in &metrics {
+            let sum = sums.entry(name.clone()).or_default();
+            *sum = (sum.0 + count, sum.1 + value);
+        }
         if endpoints {
-            each.push(endpoint_stats(host, load));
+            each.push(endpoint_stats(host, load, metrics));
         }
     }
     let mut stats: Vec<_> = localities
         .into_iter()
-        .map(|((priority, locality), (load, each))| locality_stats(priority, locality, load, each))
+        .map(|((priority, locality), (load, sums, each))| UpstreamLocalityStats {
+            load_metric_stats: metric_stats(sums),
+            ..locality_stats(priority, locality, load, each)
+        })
         .collect();
     if let Some(counters) = &cluster.original_dst {
         let load = Load::latch(counters);
@@ -185,8 +196,18 @@ fn locality_stats(
     }
 }
 
-fn endpoint_stats(host: &Host, load: Load) -> UpstreamEndpointStats {
+fn metric_stats(metrics: Metrics) -> Vec<EndpointLoadMetricStats> {
+    let stats = metrics.into_iter().map(|(metric_name, (count, total_metric_value))| EndpointLoadMetricStats {
+        metric_name,
+        num_requests_finished_with_metric: count,
+        total_metric_value,
+    });
+    stats.collect()
+}
+
+fn endpoint_stats(host: &Host, load: Load, metrics: Metrics) -> UpstreamEndpointStats {
     UpstreamEndpointStats {
+        load_metric_stats: metric_stats(metrics),
         address: Some(proto_address(&host.address)),
         total_issued_requests: load.issued,
         total_successful_requests: load.successful,

@@ -31,7 +31,7 @@ use crate::{
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
-    upstream::{ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, outlier},
+    upstream::{ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, orca, outlier},
 };
 
 /// How the data plane is started.
@@ -214,6 +214,9 @@ impl DataPlane {
         for cluster in new.iter().filter_map(|name| map.get(name)) {
             if cluster.config.discovery.dns().is_some() {
                 self.0.names.follow(cluster, &self.0.control);
+            }
+            if cluster.config.lb.weights.is_some() {
+                self.0.control.spawn(orca::watch(Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster)));
             }
             if cluster.config.health.outlier_detection.is_some() {
                 let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));

@@ -15,6 +15,7 @@ use super::{
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
     limits::{Limits, RuntimeLimits, cluster_of},
+    orca::{Orca, Reports},
     outlier::OutlierDetector,
     recent::Recent,
     vitals::Vitals,
@@ -50,6 +51,8 @@ pub struct Cluster {
     /// Which hosts are ejected; `None` where none ever is.
     pub(crate) outlier: Option<OutlierDetector>,
     checks: Option<Arc<ClusterChecks>>,
+    /// What its hosts are asked to report of their load; `None`: nothing.
+    orca: Option<Arc<Orca>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
 }
@@ -58,7 +61,7 @@ impl Cluster {
     fn new(
         config: ClusterConfig,
         stats: ClusterStats,
-        (outlier, checks): (Option<OutlierDetector>, Option<Arc<ClusterChecks>>),
+        (outlier, checks, orca): (Option<OutlierDetector>, Option<Arc<ClusterChecks>>, Option<Arc<Orca>>),
         hosts: Arc<HostSet>,
         workers: usize,
         secrets: &Arc<Secrets>,
@@ -81,6 +84,7 @@ impl Cluster {
             tls,
             outlier,
             checks,
+            orca,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
         }
@@ -170,8 +174,9 @@ impl Cluster {
     }
 
     fn making<'a>(&'a self, workers: usize, local: &'a Local) -> Making<'a> {
-        let (outlier, checks) = (self.outlier.as_ref(), self.checks.as_deref());
-        Making { config: &self.config, stats: &self.stats, workers, local, outlier, checks, keeps_vitals: true }
+        let (outlier, checks, orca) = (self.outlier.as_ref(), self.checks.as_deref(), self.orca.as_ref());
+        let (config, stats) = (&self.config, &self.stats);
+        Making { config, stats, workers, local, outlier, checks, orca, keeps_vitals: true }
     }
 
     /// Chooses anew: this node's own cluster has changed, or hosts stand otherwise.
@@ -195,6 +200,7 @@ struct Making<'a> {
     local: &'a Local,
     outlier: Option<&'a OutlierDetector>,
     checks: Option<&'a ClusterChecks>,
+    orca: Option<&'a Arc<Orca>>,
     /// The hosts before are of the same version of the cluster: what was found out about them still holds.
     keeps_vitals: bool,
 }
@@ -252,6 +258,10 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
         by_slot[free] = number;
         free += 1;
     }
+    // Hosts that the cluster begins with have the weights of the configuration until there are others, as in Envoy.
+    if making.keeps_vitals {
+        making.weigh(&mut hosts);
+    }
     let levels = lb::levels(&groups, &making.local.node.locality);
     let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None };
     set.balancer = making.balancer(&set);
@@ -286,8 +296,23 @@ impl Making<'_> {
         })
     }
 
+    /// Gives hosts the weights that are made of what they report.
+    fn weigh(&self, hosts: &mut [Arc<Host>]) {
+        if let Some(orca) = self.orca {
+            orca.apply(hosts);
+        }
+    }
+
     /// Of a host; `known`: what it was before.
     fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
+        let vitals = self.health(endpoint, group, known).or_else(|| self.orca.map(|_| Arc::default()))?;
+        if let Some(orca) = self.orca {
+            vitals.keep_reports(|| Reports::new(orca));
+        }
+        Some(vitals)
+    }
+
+    fn health(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
         if let Some(vitals) = self.checks.and_then(|checks| checks.vitals(endpoint, group)) {
             if let Some(outlier) = self.outlier {
                 vitals.watch(|| outlier.monitor());
@@ -305,14 +330,16 @@ impl Making<'_> {
 
     /// Whether a host may stay as it is.
     fn keeps(&self, host: &Host) -> bool {
-        self.keeps_vitals || (host.vitals.is_none() && self.outlier.is_none() && self.checks.is_none())
+        let finds_out = self.outlier.is_some() || self.checks.is_some() || self.orca.is_some();
+        let weighed = host.weight != host.said_weight;
+        self.keeps_vitals || (host.vitals.is_none() && !finds_out && !weighed)
     }
 
     /// A host of the version before.
     fn renewed(&self, host: &Host) -> Host {
         let endpoint = Endpoint {
             address: host.address.clone(),
-            weight: host.weight,
+            weight: host.said_weight,
             health: host.health,
             hostname: host.hostname.clone(),
             metadata: host.metadata.clone(),
@@ -324,7 +351,8 @@ impl Making<'_> {
             priority: host.priority,
             ..LocalityEndpoints::default()
         };
-        Host { vitals: self.vitals(&endpoint, &group, Some(host)), ..host.clone() }
+        let vitals = self.vitals(&endpoint, &group, Some(host));
+        Host { vitals, weight: host.said_weight, ..host.clone() }
     }
 
     /// The same hosts, chosen anew.
@@ -333,8 +361,12 @@ impl Making<'_> {
             true => Arc::clone(host),
             false => Arc::new(self.renewed(host)),
         };
+        let mut hosts: Vec<_> = before.hosts.iter().map(again).collect();
+        if self.keeps_vitals {
+            self.weigh(&mut hosts);
+        }
         let mut set = HostSet {
-            hosts: before.hosts.iter().map(again).collect(),
+            hosts,
             by_address: before.by_address.clone(),
             by_slot: before.by_slot.clone(),
             levels: before.levels.clone(),
@@ -363,7 +395,7 @@ fn host(
     let unchanged = known.filter(|host| {
         host.address == endpoint.address
             && host.additional_addresses == endpoint.additional_addresses
-            && host.weight == weight
+            && (host.weight, host.said_weight) == (weight, weight)
             && host.health == endpoint.health
             && host.hostname == endpoint.hostname
             && host.metadata == endpoint.metadata
@@ -380,6 +412,7 @@ fn host(
         address: endpoint.address.clone(),
         additional_addresses: endpoint.additional_addresses.clone(),
         weight,
+        said_weight: weight,
         health: endpoint.health,
         hostname: endpoint.hostname.clone(),
         metadata: endpoint.metadata.clone(),
@@ -517,6 +550,7 @@ impl Clusters {
         let scope = stats.scope();
         let outlier = config.health.outlier_detection.as_ref();
         let outlier = outlier.map(|outlier| OutlierDetector::new(outlier, scope.clone(), self.workers));
+        let orca = Orca::new(&config, self.workers);
         let making = Making {
             config: &config,
             stats: &stats,
@@ -524,6 +558,7 @@ impl Clusters {
             local,
             outlier: outlier.as_ref(),
             checks: checks.as_deref(),
+            orca: orca.as_ref(),
             keeps_vitals: false,
         };
         let hosts = match (&config.discovery, endpoints) {
@@ -536,7 +571,7 @@ impl Clusters {
             }
             (Discovery::OriginalDst { .. }, _) => Arc::default(),
         };
-        let cluster = Cluster::new(config, stats, (outlier, checks), hosts, self.workers, &self.secrets);
+        let cluster = Cluster::new(config, stats, (outlier, checks, orca), hosts, self.workers, &self.secrets);
         let cluster = Arc::new(cluster);
         if let Some(checks) = &cluster.checks {
             checks.used_by(&cluster);
@@ -570,6 +605,23 @@ impl Clusters {
         if change() {
             cluster.rebalance(self.workers, &local);
             stats::counter("cluster_manager.cluster_updated").inc();
+            if local.node.cluster.as_ref() == Some(name) {
+                self.follow_local(&mut local);
+            }
+        }
+        true
+    }
+
+    /// Weighs a cluster's hosts by what they report of their load. `false`: the cluster is gone or has been replaced.
+    pub(super) fn reweigh(&self, cluster: &Arc<Cluster>) -> bool {
+        let mut local = self.lock();
+        let name = &cluster.config.name;
+        if !self.map.load().get(name).is_some_and(|now| Arc::ptr_eq(now, cluster)) {
+            return false;
+        }
+        let hosts = cluster.hosts.load();
+        if cluster.orca.as_ref().is_some_and(|orca| !orca.weigh(&hosts.hosts).is_empty()) {
+            cluster.rebalance(self.workers, &local);
             if local.node.cluster.as_ref() == Some(name) {
                 self.follow_local(&mut local);
             }

@@ -13,6 +13,7 @@ fn cluster(name: &str) -> ClusterConfig {
         discovery: Discovery::Static,
         lb_policy: LbPolicy::RoundRobin,
         lb: LbOptions::default(),
+        reported_metrics: [].into(),
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,

@@ -1,5 +1,5 @@
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::{
         Arc, LazyLock, OnceLock,
@@ -26,6 +26,8 @@ pub struct Host {
     pub text: Box<str>,
     /// Its share of the load; at least 1.
     pub weight: u32,
+    /// What discovery says of that.
+    pub(super) said_weight: u32,
     /// What discovery says of it.
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
@@ -66,6 +68,13 @@ impl Host {
     /// What its health makes of it now.
     pub fn standing(&self) -> Standing {
         Standing::new(self.health, self.vitals.as_deref())
+    }
+
+    /// Which metrics it has reported since the last call, by name: in how many responses, and the sum of their values. For load
+    /// reports: there is one reporter.
+    pub(crate) fn reported_metrics(&self) -> BTreeMap<String, (u64, f64)> {
+        let reports = self.vitals.as_ref().and_then(|vitals| vitals.reports());
+        reports.map(|reports| reports.latch()).unwrap_or_default()
     }
 
     /// Whether its metadata says `canary` under `envoy.lb`.

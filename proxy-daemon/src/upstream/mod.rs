@@ -12,6 +12,7 @@ pub mod health_check;
 mod host;
 mod lb;
 mod limits;
+pub(crate) mod orca;
 mod original_dst;
 pub(crate) mod outlier;
 mod pool;

@@ -53,6 +53,7 @@ impl OriginalDstHosts {
                 address: EndpointAddress::Ip(destination),
                 additional_addresses: Box::default(),
                 weight: 1,
+                said_weight: 1,
                 health: HealthStatus::Healthy,
                 hostname: Box::default(),
                 metadata: None,

@@ -11,7 +11,10 @@ use std::{
 use http::HeaderMap;
 use tokio::sync::Notify;
 
-use super::outlier::{Monitor, Seen};
+use super::{
+    orca::Reports,
+    outlier::{Monitor, Seen},
+};
 use crate::config::model::HealthStatus;
 
 /// What may be wrong with a host; Envoy's names for `/clusters`, in Envoy's order.
@@ -42,6 +45,8 @@ pub struct Vitals {
     monitor: OnceLock<Monitor>,
     /// Told when the host says in a response that it is not well.
     check: OnceLock<Arc<Notify>>,
+    /// What it reports of its load, where somebody goes by that.
+    reports: OnceLock<Box<Reports>>,
     /// When it last began to pass its checks: milliseconds since [`EPOCH`], and one; 0: it has not yet.
     well_since: AtomicU64,
 }
@@ -62,6 +67,16 @@ impl Vitals {
     /// Outlier detection goes by its requests from now on.
     pub(super) fn watch(&self, monitor: impl FnOnce() -> Monitor) {
         self.monitor.get_or_init(monitor);
+    }
+
+    /// What it reports of its load is kept from now on.
+    pub(super) fn keep_reports(&self, reports: impl FnOnce() -> Reports) {
+        self.reports.get_or_init(|| Box::new(reports()));
+    }
+
+    /// What it has reported of its load.
+    pub(super) fn reports(&self) -> Option<&Reports> {
+        self.reports.get().map(|reports| &**reports)
     }
 
     /// It is checked.

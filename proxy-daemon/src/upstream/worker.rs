@@ -340,11 +340,17 @@ impl WorkerHost {
         }
     }
 
-    /// A response has these headers.
-    pub(crate) fn heard(&self, headers: &http::HeaderMap) {
-        if let Some(vitals) = &self.host.vitals {
-            vitals.heard(headers);
-        }
+    /// A response has these headers. Returns whether the host's load is wanted and not among them: then trailers may report it.
+    pub(crate) fn heard(&self, headers: &http::HeaderMap) -> bool {
+        let Some(vitals) = &self.host.vitals else { return false };
+        vitals.heard(headers);
+        self.reports(headers)
+    }
+
+    /// The same of what is reported alone: a response has these headers or trailers.
+    pub(crate) fn reports(&self, headers: &http::HeaderMap) -> bool {
+        let reports = self.host.vitals.as_ref().and_then(|vitals| vitals.reports());
+        reports.is_some_and(|reports| !reports.heard(self.worker, headers))
     }
 
     /// One more request is on its way to the host; [`end_request`](Self::end_request) must follow.

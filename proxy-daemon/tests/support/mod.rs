@@ -202,6 +202,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         discovery: Discovery::Static,
         lb_policy,
         lb: LbOptions::default(),
+        reported_metrics: [].into(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,

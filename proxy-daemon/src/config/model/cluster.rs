@@ -3,8 +3,8 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue};
 
 use super::{
-    AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, ResourceRef, SecretRef,
-    SecretType, UpstreamBind, UpstreamTlsContext,
+    AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, OrcaMetric,
+    ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
 };
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
@@ -20,6 +20,8 @@ pub struct ClusterConfig {
     pub lb_policy: LbPolicy,
     /// What holds for all policies alike.
     pub lb: LbOptions,
+    /// `lrs_report_endpoint_metrics`: what load reports tell of what hosts report.
+    pub reported_metrics: Arc<[OrcaMetric]>,
     /// Limit of one connect. Default 5 s.
     pub connect_timeout: Duration,
     /// What is spoken to its hosts.

@@ -2,6 +2,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
+use super::OrcaWeights;
 use crate::layered_runtime::RuntimeNumber;
 
 /// `Cluster.lb_policy`, or the first of `load_balancing_policy` that is known.
@@ -99,6 +100,8 @@ pub struct LbOptions {
     pub subsets: Option<Arc<SubsetConfig>>,
     /// Where requests may name their hosts: what is named first is used first.
     pub override_host: Arc<[OverrideSource]>,
+    /// Hosts have weights by what they report of their load, and not those of the configuration.
+    pub weights: Option<Arc<OrcaWeights>>,
 }
 
 /// `OverrideHostSource`: a list of addresses.
@@ -118,6 +121,7 @@ impl Default for LbOptions {
             slow_start: None,
             subsets: None,
             override_host: Arc::new([]),
+            weights: None,
         }
     }
 }

@@ -28,6 +28,7 @@ use super::{
     endpoint::assigned,
     health_check::health_check,
     load_balancing::load_balancing,
+    orca,
     outlier_detection::outlier_detection,
     support::{self, join},
     tls::upstream_socket,
@@ -67,6 +68,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     }
     let bind = cluster.upstream_bind_config.as_ref();
     let bind = bind.map(|bind| upstream_bind(bind, &join(path, "upstream_bind_config"))).transpose()?;
+    let reported_metrics = orca::reported(cluster, &discovery, path)?;
     let http = http_options(cluster, path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
@@ -90,6 +92,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         discovery,
         lb_policy,
         lb,
+        reported_metrics,
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),

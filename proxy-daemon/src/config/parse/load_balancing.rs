@@ -16,6 +16,7 @@ use envoy_types::pb::envoy::{
         core::v3::RuntimeDouble,
     },
     extensions::load_balancing_policies::{
+        client_side_weighted_round_robin::v3::ClientSideWeightedRoundRobin,
         cluster_provided::v3::ClusterProvided,
         common::v3::{
             ConsistentHashingLbConfig, LocalityLbConfig, SlowStartConfig,
@@ -45,6 +46,7 @@ use envoy_types::pb::google::protobuf::{Duration as ProtoDuration, UInt64Value};
 use super::{
     common::{Result, duration, header_name, number, required, type_name},
     honoured::honoured,
+    orca,
     support::join,
 };
 use crate::{
@@ -195,6 +197,12 @@ fn typed_policy(config: &Any, path: &str, depth: usize) -> Result<(LbPolicy, LbO
             let config: RoundRobin = unpack(config, path)?;
             let slow_start = slow_start(config.slow_start_config.as_ref(), &join(path, "slow_start_config"))?;
             with(LbPolicy::RoundRobin, config.locality_lb_config.as_ref(), slow_start)
+        }
+        "client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin" => {
+            let config: ClientSideWeightedRoundRobin = unpack(config, path)?;
+            let slow_start = slow_start(config.slow_start_config.as_ref(), &join(path, "slow_start_config"))?;
+            let weights = Some(Arc::new(orca::weights(&config, path)?));
+            Ok((LbPolicy::RoundRobin, LbOptions { slow_start, weights, ..LbOptions::default() }))
         }
         "least_request.v3.LeastRequest" => {
             let config: ProtoLeastRequest = unpack(config, path)?;

@@ -28,6 +28,7 @@ mod match_tree;
 pub(crate) mod matcher;
 pub(crate) mod metadata_match;
 mod mirror;
+mod orca;
 mod outlier_detection;
 mod rate_limit;
 mod retry;

@@ -53,6 +53,7 @@ impl Bench {
                 text: Host::text_of(&address),
                 address,
                 weight: 1,
+                said_weight: 1,
                 health: HealthStatus::Healthy,
                 hostname: Box::default(),
                 metadata: None,

@@ -32,6 +32,8 @@ pub struct Connection {
     worn_out: Counter,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
+    /// The host's load is wanted, and the response's headers do not report it.
+    awaits_report: Cell<bool>,
 }
 
 /// Why a request that was sent has no response.
@@ -99,6 +101,7 @@ impl Connection {
             max_requests: cluster.cluster.config.max_requests_per_connection,
             worn_out: cluster.cluster.stats.upstream_cx_max_requests,
             reused,
+            awaits_report: Cell::new(false),
         }
     }
 
@@ -169,13 +172,20 @@ impl Connection {
         match &sent {
             Ok(response) => {
                 host.saw(Seen::Status(seen_status(response, grpc)));
-                host.heard(response.headers());
+                self.awaits_report.set(host.heard(response.headers()));
             }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
             Err(_) => host.saw(Seen::ConnectFailed),
         }
         sent
+    }
+
+    /// The response has these trailers.
+    pub fn heard_trailers(&self, trailers: &http::HeaderMap) {
+        if self.awaits_report.get() {
+            self.issued.0.reports(trailers);
+        }
     }
 
     /// The response has passed whole: the connection may be used again.

@@ -9,7 +9,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("a", &[80])]));
     calls.take();
     let bad = resource::<Cluster>("a", "{ name: a, track_cluster_stats: { timeout_budgets: true } }");
-    let worse = resource::<Cluster>("c", "{ name: c, lrs_report_endpoint_metrics: [a] }");
+    let worse = resource::<Cluster>("c", "{ name: c, per_connection_buffer_high_watermark_timeout: 1s }");
     let outcome = store.update(update(Cluster::type_url(), vec![bad, eds_cluster("b"), worse]));
     store.update(update(ClusterLoadAssignment::type_url(), vec![assignment("b", &[80])]));
     let rejected = outcome.rejected();
@@ -18,7 +18,7 @@ fn one_bad_resource_does_not_hold_up_the_others() {
         rejected,
         [
             ("a", "track_cluster_stats: not supported by culvert yet"),
-            ("c", "lrs_report_endpoint_metrics: not supported by culvert yet")
+            ("c", "per_connection_buffer_high_watermark_timeout: not supported by culvert yet")
         ]
     );
     assert_eq!(calls.take(), ["cluster b with 1"]);
