@@ -1,5 +1,5 @@
 use std::{
-    collections::{HashMap, HashSet, hash_map::Entry},
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     ClusterStats,
+    by_address::ByAddress,
     health_check::{Changed, ClusterChecks},
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
@@ -166,7 +167,7 @@ impl Cluster {
         stats::counter("cluster_manager.cluster_updated").inc();
         if let Some(checks) = &self.checks {
             let hosts = self.hosts.load();
-            checks.retain(|address| hosts.by_address.contains_key(address));
+            checks.retain(|address| hosts.at(address).is_some());
         }
         if let Some(outlier) = &self.outlier {
             outlier.hosts_changed();
@@ -208,7 +209,7 @@ struct Making<'a> {
 /// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
 fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>) -> HostSet {
     let count = endpoints.iter().map(|group| group.endpoints.len()).sum();
-    let mut by_address = HashMap::with_capacity(count);
+    let mut by_address = ByAddress::with_capacity(count);
     let mut hosts: Vec<Arc<Host>> = Vec::with_capacity(count);
     let mut groups = Vec::with_capacity(endpoints.len());
     // Slots of hosts that are gone are free for those that come.
@@ -225,9 +226,8 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
             // There are never more hosts than fit.
             let number = hosts.len() as u32;
             // An address that is listed twice is one host, as in Envoy.
-            match by_address.entry(endpoint.address.clone()) {
-                Entry::Occupied(_) => continue,
-                Entry::Vacant(entry) => drop(entry.insert(number)),
+            if by_address.get(&hosts, &endpoint.address).is_some() {
+                continue;
             }
             let known = making.known(before, &endpoint.address);
             match known {
@@ -235,6 +235,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
                 None => new.push(number),
             }
             hosts.push(host(endpoint, group, &locality, known, now, making));
+            by_address.add(&hosts, number);
         }
         groups.push(Assigned {
             locality,
@@ -274,11 +275,10 @@ const FREE: u32 = u32::MAX;
 impl Making<'_> {
     /// The host that has been at an address; the host of a LOGICAL_DNS cluster is the same wherever it is.
     fn known<'a>(&self, before: &'a HostSet, address: &EndpointAddress) -> Option<&'a Arc<Host>> {
-        let number = match self.config.discovery {
-            Discovery::LogicalDns(_) => 0,
-            _ => *before.by_address.get(address)? as usize,
-        };
-        before.hosts.get(number)
+        match self.config.discovery {
+            Discovery::LogicalDns(_) => before.hosts.first(),
+            _ => before.at(address),
+        }
     }
 
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {
@@ -576,7 +576,7 @@ impl Clusters {
         if let Some(checks) = &cluster.checks {
             checks.used_by(&cluster);
             let hosts = cluster.hosts.load();
-            checks.retain(|address| hosts.by_address.contains_key(address));
+            checks.retain(|address| hosts.at(address).is_some());
         }
         cluster
     }

@@ -117,6 +117,46 @@ fn a_worker_keeps_what_stays_and_lets_go_of_the_rest() {
     assert!(mine.pick(&PickCx::default()).is_none());
 }
 
+#[tokio::test]
+async fn what_a_worker_has_of_many_hosts_moves_little_by_little() {
+    let tasks = tokio::task::LocalSet::new();
+    tasks.run_until(many_hosts_move()).await;
+}
+
+async fn many_hosts_move() {
+    let clusters = Arc::new(Clusters::new(1));
+    clusters.upsert(ClusterConfig { endpoints: vec![group(0..1000)], ..cluster("a") });
+    let worker = WorkerClusters::new(Arc::clone(&clusters), 0);
+    let mine = worker.get("a").unwrap();
+    let at = |number: u32| mine.host_at(&format!("{}:80", std::net::Ipv4Addr::from_bits(0x0a00_0000 + number)));
+    let first: Vec<_> = (0..1000).map(|number| at(number).unwrap()).collect();
+    first[10].begin_request();
+    first[990].begin_request();
+    // Every second one stays, and all of those have other weights; others come into the slots of those that go.
+    let endpoints = |weight: u32| -> Vec<_> {
+        let stay = (0..1000).step_by(2).map(|number| endpoint(number, weight, HealthStatus::Healthy));
+        let come = (2000..2100).map(|number| endpoint(number, 1, HealthStatus::Healthy));
+        vec![LocalityEndpoints { endpoints: stay.chain(come).collect(), ..LocalityEndpoints::default() }]
+    };
+    let same = |number: u32| std::rc::Rc::ptr_eq(&at(number).unwrap().pool, &first[number as usize].pool);
+    for weight in 2..12 {
+        // More often than anything is moved in between.
+        clusters.set_endpoints("a", &endpoints(weight));
+        assert!(at(11).is_none() && at(2011).is_some(), "the new hosts are those to choose from at once");
+        let (host, other) = (at(10).unwrap(), at(990).unwrap());
+        assert!(same(10) && same(990));
+        assert_eq!((host.host.weight, host.active(), other.active()), (weight, 1, 1), "as it is now, with its load");
+    }
+    assert!(mine.settles(), "what is left is gone through by a task");
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!mine.settles());
+    assert!((0..1000).step_by(2).all(same));
+    let retired: Vec<_> = (0..1000).filter(|number| first[*number as usize].pool.is_retired()).collect();
+    assert_eq!(retired, (1..1000).step_by(2).collect::<Vec<u32>>());
+}
+
 #[test]
 fn a_hundred_thousand_hosts_are_no_trouble() {
     const HOSTS: u32 = 100_000;

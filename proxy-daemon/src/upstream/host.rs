@@ -1,5 +1,5 @@
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc, LazyLock, OnceLock,
@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{
+    by_address::ByAddress,
     lb::{Balancer, Level},
     vitals::{Standing, Vitals},
 };
@@ -193,8 +194,8 @@ impl HostCounters {
 pub struct HostSet {
     /// In the order of the configuration.
     pub hosts: Vec<Arc<Host>>,
-    /// The numbers of the hosts, by their addresses.
-    pub(super) by_address: HashMap<EndpointAddress, u32>,
+    /// The same by their addresses.
+    pub(super) by_address: ByAddress,
     /// The numbers of the hosts, by their slots; `u32::MAX`: a slot that no host has.
     pub(super) by_slot: Vec<u32>,
     /// The hosts by priority and locality.
@@ -231,6 +232,11 @@ impl HostSet {
     /// The weight of a locality at a priority; 0 where none is said.
     pub fn locality_weight(&self, priority: u32, locality: &Locality) -> u32 {
         self.levels.get(priority as usize).map_or(0, |level| level.weight(locality))
+    }
+
+    /// The host at this address.
+    pub(super) fn at(&self, address: &EndpointAddress) -> Option<&Arc<Host>> {
+        self.hosts.get(self.by_address.get(&self.hosts, address)? as usize)
     }
 
     /// The host with this slot.

@@ -4,6 +4,7 @@
 //! worker needs to choose and to reach a host ([`WorkerClusters`]) is its own and is never locked.
 
 mod breakers;
+mod by_address;
 mod cluster;
 mod connect;
 pub mod dns;
@@ -12,6 +13,7 @@ pub mod health_check;
 mod host;
 mod lb;
 mod limits;
+mod mine;
 pub(crate) mod orca;
 mod original_dst;
 pub(crate) mod outlier;

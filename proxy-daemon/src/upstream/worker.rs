@@ -9,8 +9,9 @@ use std::{
 };
 
 use super::{
-    Cluster, ClusterMap, Clusters, Host, HostCounter, HostSet, Seen,
+    Cluster, ClusterMap, Clusters, Host, HostCounter, Seen,
     lb::{Pick, TriedPriorities, Turns},
+    mine::Mine,
     original_dst::OriginalDstHosts,
     pool::Pool,
 };
@@ -117,9 +118,7 @@ pub struct WorkerCluster {
     pub cluster: Arc<Cluster>,
     worker: usize,
     hosts_version: Cell<u64>,
-    set: RefCell<Arc<HostSet>>,
-    /// Those hosts that this worker has used, by their slots.
-    mine: RefCell<Vec<Option<Rc<WorkerHost>>>>,
+    mine: Rc<Mine>,
     turns: RefCell<Turns>,
     original_dst: OriginalDstHosts,
     /// What filters count below the cluster's name.
@@ -132,8 +131,7 @@ impl WorkerCluster {
             cluster,
             worker,
             hosts_version: Cell::new(0),
-            set: RefCell::default(),
-            mine: RefCell::default(),
+            mine: Rc::default(),
             turns: RefCell::default(),
             original_dst: OriginalDstHosts::default(),
             counters: RefCell::default(),
@@ -161,11 +159,11 @@ impl WorkerCluster {
 
     /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.
     fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>) -> WorkerCluster {
-        let next = WorkerCluster::new(cluster, before.worker);
+        let mut next = WorkerCluster::new(cluster, before.worker);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
             // Streams that began with the one before may choose of its hosts again.
-            next.mine.replace(before.mine.borrow().clone());
+            next.mine = Rc::new(before.mine.of_next_version());
         } else {
             before.retire();
         }
@@ -173,7 +171,7 @@ impl WorkerCluster {
     }
 
     fn retire(&self) {
-        retire(self.mine.borrow().iter().flatten().map(Rc::clone).collect());
+        self.mine.retire();
     }
 
     /// The worker's index.
@@ -196,39 +194,32 @@ impl WorkerCluster {
         if version != self.hosts_version.get() {
             self.refresh(version);
         }
-        let set = self.set.borrow();
-        let chosen = {
-            let mine = self.mine.borrow();
-            let active = |number: u32| {
-                let slot = set.hosts[number as usize].slot;
-                mine[slot as usize].as_ref().map_or(0, |host| host.active())
-            };
-            set.balancer.as_ref()?.pick(&mut Pick {
-                hosts: &set.hosts,
-                turns: &mut self.turns.borrow_mut(),
-                active: &active,
-                hash: cx.hash,
-                attempt: cx.attempt,
-                criteria: cx.metadata_match,
-                tried: cx.tried,
-                slow_start: None,
-                stats: &self.cluster.stats,
-            })
-        };
-        Some(self.mine(&set.hosts[chosen? as usize]))
+        let set = self.mine.set();
+        let active = |number: u32| self.mine.active(&set.hosts[number as usize]);
+        let chosen = set.balancer.as_ref()?.pick(&mut Pick {
+            hosts: &set.hosts,
+            turns: &mut self.turns.borrow_mut(),
+            active: &active,
+            hash: cx.hash,
+            attempt: cx.attempt,
+            criteria: cx.metadata_match,
+            tried: cx.tried,
+            slow_start: None,
+            stats: &self.cluster.stats,
+        });
+        Some(self.mine.of(&set.hosts[chosen? as usize], self.worker))
+    }
+
+    /// Whether hosts have changed and not all that was before has been gone through.
+    #[cfg(test)]
+    pub(super) fn settles(&self) -> bool {
+        self.mine.settles()
     }
 
     /// What this worker keeps for its hosts, without those that it has used.
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        let mine = self.mine.borrow().capacity() * size_of::<Option<Rc<WorkerHost>>>();
-        mine + self.turns.borrow().bytes()
-    }
-
-    /// What is this worker's of a host of the set.
-    fn mine(&self, host: &Arc<Host>) -> Rc<WorkerHost> {
-        let mine = &mut self.mine.borrow_mut()[host.slot as usize];
-        Rc::clone(mine.get_or_insert_with(|| WorkerHost::new(Arc::clone(host), self.worker)))
+        self.mine.bytes() + self.turns.borrow().bytes()
     }
 
     /// The host at this address, whatever its health; of ORIGINAL_DST clusters there is none.
@@ -241,9 +232,8 @@ impl WorkerCluster {
             Ok(address) => EndpointAddress::Ip(address),
             Err(_) => EndpointAddress::Pipe(address.into()),
         };
-        let set = self.set.borrow();
-        let number = *set.by_address.get(&address)?;
-        Some(self.mine(&set.hosts[number as usize]))
+        let set = self.mine.set();
+        Some(self.mine.of(set.at(&address)?, self.worker))
     }
 
     /// The destination of an ORIGINAL_DST pick, by Envoy's precedence: filter, header, connection.
@@ -264,36 +254,9 @@ impl WorkerCluster {
     fn refresh(&self, version: u64) {
         self.hosts_version.set(version);
         let set = self.cluster.hosts();
-        let mut mine = self.mine.borrow_mut();
-        let mut gone = Vec::new();
-        for (slot, known) in mine.iter_mut().enumerate() {
-            let Some(old) = known else { continue };
-            match set.in_slot(slot).filter(|host| Arc::ptr_eq(&host.counters, &old.host.counters)) {
-                Some(host) if Arc::ptr_eq(host, &old.host) => {}
-                Some(host) => *known = Some(old.with(Arc::clone(host))),
-                None => gone.extend(known.take()),
-            }
-        }
-        mine.resize(set.by_slot.len(), None);
         self.turns.replace(Turns::new(set.balancer.as_ref().map_or(0, |balancer| balancer.ids)));
-        self.set.replace(set).leave();
-        retire(gone);
+        self.mine.adopt(set);
     }
-}
-
-/// Closes what is idle of hosts that are gone: of many of them little by little, so that no request waits for it.
-fn retire(gone: Vec<Rc<WorkerHost>>) {
-    const AT_ONCE: usize = 64;
-    if gone.len() <= AT_ONCE {
-        gone.iter().for_each(|host| host.retire());
-        return;
-    }
-    tokio::task::spawn_local(async move {
-        for some in gone.chunks(AT_ONCE) {
-            some.iter().for_each(|host| host.retire());
-            tokio::task::yield_now().await;
-        }
-    });
 }
 
 /// A host as one worker sees it.
@@ -312,10 +275,18 @@ impl WorkerHost {
         Rc::new(WorkerHost { host, pool, worker, active })
     }
 
-    /// The same host with other attributes (weight, health): connections and load are kept.
-    fn with(&self, host: Arc<Host>) -> Rc<WorkerHost> {
+    /// Whether this is of the same host, in whatever version.
+    pub(super) fn is(&self, host: &Host) -> bool {
+        Arc::ptr_eq(&self.host.counters, &host.counters)
+    }
+
+    /// The same host as it is now. Where its attributes (weight, health) are others, connections and load are kept.
+    pub(super) fn now(self: Rc<Self>, host: &Arc<Host>) -> Rc<WorkerHost> {
+        if Arc::ptr_eq(&self.host, host) {
+            return self;
+        }
         let (pool, active) = (Rc::clone(&self.pool), Rc::clone(&self.active));
-        Rc::new(WorkerHost { host, pool, worker: self.worker, active })
+        Rc::new(WorkerHost { host: Arc::clone(host), pool, worker: self.worker, active })
     }
 
     /// Requests and connections of this worker that are using the host.

@@ -85,6 +85,11 @@ impl Pool {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.get()
+    }
+
     /// Nothing idle is kept from now on.
     pub(super) fn retire(&self) {
         self.retired.set(true);
