@@ -21,8 +21,8 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
     upstream::{
-        ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Seen, Wanted, WorkerCluster,
-        WorkerHost,
+        Chosen, ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Seen, Wanted,
+        WorkerCluster, WorkerHost,
     },
 };
 
@@ -90,14 +90,14 @@ impl Attempts<'_> {
         }
         loop {
             self.count += 1;
-            let host = self.choose(end, &head)?;
-            let kept = self.copy_for_retry(&head);
+            let chosen = self.choose(end, &head)?;
+            let kept = self.copy_for_retry(&chosen, &head);
             if let Some(replay) = self.retry.as_ref().and_then(|retry| retry.body.as_ref()) {
                 body = replay.reader();
             }
             let mut timed_out = false;
             let shared = self.shared;
-            match shared.attempt((&end.notes, &self.until), &host, (head, body), self.count, None).await {
+            match shared.attempt((&end.notes, &self.until), &chosen, (head, body), self.count, None).await {
                 Ok((response, connection)) => {
                     let (response, incoming) = response.into_parts();
                     let verdict =
@@ -139,7 +139,7 @@ impl Attempts<'_> {
                     (head, body) = *again;
                 }
             }
-            self.prepare_retry(&host, &mut head, timed_out).await;
+            self.prepare_retry(&chosen, &mut head, timed_out).await;
         }
     }
 
@@ -160,9 +160,9 @@ impl Attempts<'_> {
     }
 
     /// Waits for the next attempt's turn.
-    async fn prepare_retry(&mut self, host: &Rc<WorkerHost>, head: &mut RequestHead, timed_out: bool) {
+    async fn prepare_retry(&mut self, chosen: &Chosen, head: &mut RequestHead, timed_out: bool) {
         if let Some(retry) = &mut self.retry {
-            retry.avoid(host);
+            retry.avoid(self.shared.cluster, chosen);
             let pause = retry.pause(self.shared.cluster);
             tokio::time::sleep(pause).await;
         }
@@ -178,7 +178,7 @@ impl Attempts<'_> {
         }
     }
 
-    pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Rc<WorkerHost>, LocalReply> {
+    pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Chosen, LocalReply> {
         end.leave_host();
         self.cx.progress.attempts.set(self.count);
         let pick = PickCx {
@@ -189,28 +189,35 @@ impl Attempts<'_> {
             attempt: 0,
             metadata_match: self.metadata_match.as_deref(),
             tried: self.retry.as_ref().and_then(|retry| retry.priorities.as_ref()),
+            ..PickCx::default()
         };
-        let named = || named_host(self.cx, head, self.cluster, &self.named);
+        let choose = |attempt: u32| {
+            let (cluster, pick) = self.cluster.place(PickCx { attempt, ..pick })?;
+            let host = named_host(self.cx, head, &cluster, &self.named).or_else(|| cluster.pick(&pick))?;
+            Some(Chosen { cluster, host })
+        };
         let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
         let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
-        let mut host = match &overridden {
-            Some((_, Some(host))) if host.host.standing().is_usable() => return self.take(end, Rc::clone(host)),
+        let mut chosen = match &overridden {
+            Some((_, Some(host))) if host.host.standing().is_usable() => {
+                return self.take(end, Chosen { cluster: Rc::clone(self.cluster), host: Rc::clone(host) });
+            }
             Some((OverrideHost { strict: Some(status), .. }, host)) => {
                 // One that is there and may not be used is another matter.
                 let status = if host.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { *status };
                 return Err(self.no_host(end, status));
             }
-            Some(_) | None => named().or_else(|| self.cluster.pick(&pick)),
+            Some(_) | None => choose(0),
         };
         for attempt in 1..=self.retry.as_ref().map_or(0, RetryState::host_selection_attempts) {
-            let avoided = |host: &&Rc<WorkerHost>| self.retry.as_ref().is_some_and(|retry| retry.avoids(host));
-            if host.as_ref().filter(avoided).is_none() {
+            let avoided = |chosen: &&Chosen| self.retry.as_ref().is_some_and(|retry| retry.avoids(&chosen.host));
+            if chosen.as_ref().filter(avoided).is_none() {
                 break;
             }
-            host = named().or_else(|| self.cluster.pick(&PickCx { attempt, ..pick }));
+            chosen = choose(attempt);
         }
-        match host {
-            Some(host) => self.take(end, host),
+        match chosen {
+            Some(chosen) => self.take(end, chosen),
             None => Err(self.no_host(end, StatusCode::SERVICE_UNAVAILABLE)),
         }
     }
@@ -222,29 +229,30 @@ impl Attempts<'_> {
     }
 
     /// The attempt's host is this one, unless there are too many requests already.
-    fn take(&self, end: &mut StreamEnd, host: Rc<WorkerHost>) -> Result<Rc<WorkerHost>, LocalReply> {
-        let stats = &self.cluster.cluster.stats;
-        let limits = self.cluster.cluster.limits(self.action.high_priority);
+    fn take(&self, end: &mut StreamEnd, chosen: Chosen) -> Result<Chosen, LocalReply> {
+        let Chosen { cluster, host } = &chosen;
+        let stats = &cluster.cluster.stats;
+        let limits = cluster.cluster.limits(self.action.high_priority);
         if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
             stats.upstream_rq_pending_overflow.inc();
-            self.cluster.cluster.dropped.inc();
-            host.count_refused(self.cluster, self.action.high_priority);
+            cluster.cluster.dropped.inc();
+            host.count_refused(cluster, self.action.high_priority);
             end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
             return Err(overloaded());
         }
-        end.set_host(self.cluster, &host);
+        end.set_host(self.cluster, &chosen);
         self.cluster.cluster.attempt_begins(self.action.high_priority);
-        Ok(host)
+        Ok(chosen)
     }
 
     /// A copy of the head, where a failure after it was sent may be tried again.
-    fn copy_for_retry(&self, head: &RequestHead) -> Option<RequestHead> {
-        let http1 = matches!(protocol(self.cluster, head), Wanted::Http1);
+    fn copy_for_retry(&self, chosen: &Chosen, head: &RequestHead) -> Option<RequestHead> {
+        let http1 = matches!(protocol(&chosen.cluster, head), Wanted::Http1);
         self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
     }
 
     pub(super) fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
-        let stats = &self.cluster.cluster.stats;
+        let member = end.host.as_ref().map_or_else(|| Rc::clone(self.cluster), |(cluster, _)| Rc::clone(cluster));
         if failed.failure == Failure::MaxDuration {
             end.judge(true);
             let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
@@ -253,7 +261,7 @@ impl Attempts<'_> {
         end.charge(self.cluster, failed.status);
         if failed.failure == Failure::Overflow {
             end.excuse_host();
-            self.cluster.cluster.dropped.inc();
+            member.cluster.dropped.inc();
             return overloaded();
         }
         end.judge(true);
@@ -266,7 +274,7 @@ impl Attempts<'_> {
             return LocalReply::new(failed.status, self.timeouts.text(), failed.flags, details);
         }
         if failed.flags == ResponseFlags::UR {
-            stats.upstream_rq_rx_reset.inc();
+            member.cluster.stats.upstream_rq_rx_reset.inc();
         }
         let (retried, reason) = (self.count > 1, failed.reason);
         let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
@@ -286,19 +294,19 @@ impl Shared<'_> {
     pub(super) async fn attempt(
         self,
         (notes, until): (&Notes, &Cell<Option<Instant>>),
-        host: &Rc<WorkerHost>,
+        Chosen { cluster, host }: &Chosen,
         (head, body): (RequestHead, Body),
         number: u32,
         late: Option<&dyn Fn()>,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
         let (source, high) = (self.cx.connection.source, self.action.high_priority);
         let terminated = upgrade::terminated(self.action, &head.method);
-        let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(self.cluster, &head) };
-        let connection = match host.acquire(self.cluster, wanted, source, high).await {
+        let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
+        let connection = match host.acquire(cluster, wanted, source, high).await {
             Ok(connection) => connection,
             Err(error) => {
                 if let PoolError::Connect(_) = &error {
-                    self.cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
+                    cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
                 }
                 let failed = connect_failed(error, head, body);
                 notes.transport_failure.set(failed.transport.clone());
@@ -306,7 +314,7 @@ impl Shared<'_> {
             }
         };
         notes.upstream.set(Some(Rc::clone(connection.info())));
-        self.cluster.cluster.stats.upstream_rq_total.inc();
+        cluster.cluster.stats.upstream_rq_total.inc();
         notes.count(|stats| stats.upstream_rq_total.inc());
         if let Some(connect) = terminated {
             let (from, to) = (self.cx.connection.remote, self.cx.connection.local);
@@ -322,7 +330,7 @@ impl Shared<'_> {
         if connection.is_http2() && !connects && self.scheme_matches_upstream {
             set_scheme(request.uri_mut(), connection.info().tls.is_some());
         }
-        let stats = &self.cluster.cluster.stats;
+        let stats = &cluster.cluster.stats;
         let mut limit = self.timeouts.of_try(&self.cx.progress);
         until.set(limit.until);
         self.cx.progress.sent_first.set(Some(limit.since));
@@ -335,7 +343,7 @@ impl Shared<'_> {
                 biased;
                 sent = &mut sending => sent,
                 failure = limit.expired() => match late.filter(|_| failure == Failure::PerTryTimeout) {
-                    None => return Err(self.timed_out(host, failure)),
+                    None => return Err(self.timed_out(cluster, host, failure)),
                     Some(late) => {
                         host.saw(Seen::TimedOut(self.timeouts.status.as_u16()));
                         late();
@@ -390,10 +398,10 @@ impl Shared<'_> {
         Request::from_parts(head, body)
     }
 
-    fn timed_out(&self, host: &WorkerHost, failure: Failure) -> Failed {
+    fn timed_out(&self, cluster: &WorkerCluster, host: &WorkerHost, failure: Failure) -> Failed {
         let stats = &self.cluster.cluster.stats;
         if failure == Failure::MaxDuration {
-            stats.upstream_rq_max_duration_reached.inc();
+            cluster.cluster.stats.upstream_rq_max_duration_reached.inc();
             let complete = self.cx.progress.request_complete.get().is_some();
             let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
             let (reason, flags) = ("local reset", ResponseFlags::UMSDR);

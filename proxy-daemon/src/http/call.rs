@@ -22,7 +22,7 @@ use super::{
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
 };
-use crate::upstream::{Connection, PickCx, PoolError, Source, WorkerCluster, WorkerHost};
+use crate::upstream::{Chosen, Connection, PickCx, PoolError, Source, WorkerCluster, WorkerHost};
 
 /// Why there is no answer, or not a whole one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,16 +44,15 @@ pub(super) enum Failure {
 /// A call under way, at the circuit breaker and at its host.
 struct UnderWay {
     cluster: Rc<WorkerCluster>,
-    host: Rc<WorkerHost>,
+    chosen: Chosen,
     started: Instant,
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        let stats = &self.cluster.cluster.stats;
-        stats.upstream_rq_active.dec();
-        stats.record_time(self.started.elapsed().as_millis() as u64, true);
-        self.host.end_request();
+        self.chosen.cluster.cluster.stats.upstream_rq_active.dec();
+        self.cluster.cluster.stats.record_time(self.started.elapsed().as_millis() as u64, true);
+        self.chosen.host.end_request();
     }
 }
 
@@ -97,32 +96,35 @@ pub(super) async fn send(
     body: Body,
 ) -> Result<Answer, Failure> {
     let stats = &cluster.cluster.stats;
-    let Some(host) = cluster.pick(&PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
+    let Some(chosen) = cluster.choose(PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
         stats.upstream_cx_none_healthy.inc();
         return Err(Failure::NoHost);
     };
-    if stats.upstream_rq_active.value() >= u64::from(cluster.cluster.limits(false).max_requests()) {
-        stats.upstream_rq_pending_overflow.inc();
-        cluster.cluster.dropped.inc();
-        host.count_refused(cluster, false);
+    // An aggregate's member, which has limits of its own.
+    let (member, host) = (Rc::clone(&chosen.cluster), Rc::clone(&chosen.host));
+    let member_stats = &member.cluster.stats;
+    if member_stats.upstream_rq_active.value() >= u64::from(member.cluster.limits(false).max_requests()) {
+        member_stats.upstream_rq_pending_overflow.inc();
+        member.cluster.dropped.inc();
+        host.count_refused(&member, false);
         return Err(Failure::Overflow);
     }
-    stats.upstream_rq_active.inc();
+    member_stats.upstream_rq_active.inc();
     cluster.cluster.attempt_begins(false);
     host.begin_request();
-    let under_way = UnderWay { cluster: Rc::clone(cluster), host: Rc::clone(&host), started: Instant::now() };
+    let under_way = UnderWay { cluster: Rc::clone(cluster), chosen, started: Instant::now() };
     let failed = || {
         stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
         Failure::Reset
     };
-    let wanted = upstream_head::protocol(cluster, &head);
-    let connection = host.acquire(cluster, wanted, source, false).await.map_err(|error| {
+    let wanted = upstream_head::protocol(&member, &head);
+    let connection = host.acquire(&member, wanted, source, false).await.map_err(|error| {
         if let PoolError::Connect(_) = error {
-            stats.upstream_rq_pending_failure_eject.inc();
+            member_stats.upstream_rq_pending_failure_eject.inc();
         }
         failed()
     })?;
-    stats.upstream_rq_total.inc();
+    member_stats.upstream_rq_total.inc();
     if connection.is_http2() {
         upstream_head::to_http2(&mut head);
     } else {
@@ -145,7 +147,7 @@ impl Answer {
 
     /// What it is an answer on: its host, and the connection.
     pub(super) fn upstream(&self) -> (&Rc<WorkerHost>, &Connection) {
-        (&self.under_way.host, &self.connection)
+        (&self.under_way.chosen.host, &self.connection)
     }
 
     /// The body, which is read while something is still sent.

@@ -17,7 +17,9 @@ pub(super) fn metadata_match<'a>(
     action: &'a ForwardAction,
     cluster: &WorkerCluster,
 ) -> Option<Cow<'a, MetadataMatch>> {
-    cluster.cluster.config.lb.subsets.as_ref()?;
+    if !cluster.has_subsets() {
+        return None;
+    }
     let own = cx.weighted_options().and_then(|options| options.metadata_match.as_ref());
     let configured = own.or(action.metadata_match.as_ref());
     let metadata = cx.progress.metadata.borrow();

@@ -73,7 +73,7 @@ pub(super) async fn forward(
     timeouts.tell(&mut head, cx);
     finish_request(cx, action, &mut head)?;
     let (mut hash, mut cookies) = (None, Vec::new());
-    if !action.hash_policy.is_empty() && cluster.cluster.config.lb_policy.wants_hash() {
+    if !action.hash_policy.is_empty() && cluster.wants_hash() {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
     }
     let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());

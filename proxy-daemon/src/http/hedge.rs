@@ -4,6 +4,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
+    ops::Deref,
     pin::Pin,
     rc::Rc,
     task::Poll,
@@ -21,7 +22,7 @@ use super::{
     retry::{Failure, Verdict},
     stream::{LocalReply, RequestHead},
 };
-use crate::upstream::{Connection, HostCounter, WorkerCluster, WorkerHost};
+use crate::upstream::{Chosen, Connection, HostCounter};
 
 type Answered = Result<(Response<Incoming>, Connection), Failed>;
 
@@ -37,9 +38,14 @@ struct Try<'a> {
 }
 
 /// A host that an attempt has, and its place at the circuit breaker.
-struct Held {
-    cluster: Rc<WorkerCluster>,
-    host: Rc<WorkerHost>,
+struct Held(Rc<Chosen>);
+
+impl Deref for Held {
+    type Target = Chosen;
+
+    fn deref(&self) -> &Chosen {
+        &self.0
+    }
 }
 
 impl Drop for Held {
@@ -81,14 +87,16 @@ impl Attempts<'_> {
                     if self.count > 1 {
                         self.tell_retry(&mut head, timed_out);
                     }
-                    let host = match self.choose(end, &head) {
-                        Ok(host) => host,
+                    let chosen = match self.choose(end, &head) {
+                        Ok(chosen) => Rc::new(chosen),
                         // Others may have an answer yet.
                         Err(_) if !tries.is_empty() => continue,
                         Err(reply) => return Err(reply),
                     };
-                    let Some((cluster, _)) = end.host.take() else { continue };
-                    let held = Held { cluster, host: Rc::clone(&host) };
+                    if end.host.take().is_none() {
+                        continue;
+                    }
+                    let held = Held(Rc::clone(&chosen));
                     let replay = self.retry.as_ref().and_then(|retry| retry.body.as_ref());
                     let body = replay.map_or(Body::Empty, |replay| replay.reader());
                     let (request, number) = ((head.clone(), body), self.count);
@@ -97,7 +105,7 @@ impl Attempts<'_> {
                     let ends = Rc::clone(&until);
                     let answer = Box::pin(async move {
                         let soft = || late.borrow_mut().push_back(number);
-                        shared.attempt((&notes, &ends), &host, request, number, Some(&soft)).await
+                        shared.attempt((&notes, &ends), &chosen, request, number, Some(&soft)).await
                     });
                     tries.push(Try { number, hedged: false, answer, held, until });
                 }
@@ -107,7 +115,7 @@ impl Attempts<'_> {
                     if verdict == Verdict::Retry {
                         tries[at].hedged = true;
                         timed_out = true;
-                        pause = Some(self.next_turn(&tries[at].held.host));
+                        pause = Some(self.next_turn(&tries[at].held.0.clone()));
                     }
                 }
                 Event::Answered(at, answered) => match *answered {
@@ -128,7 +136,7 @@ impl Attempts<'_> {
                                 self.cluster.cluster.stats.count_retried(response.status.as_u16());
                                 one.held.host.count(HostCounter::RqError, 1);
                                 timed_out = false;
-                                pause = Some(self.next_turn(&one.held.host));
+                                pause = Some(self.next_turn(&one.held));
                                 continue;
                             }
                             // It may not be tried again: another one may have a better answer yet.
@@ -137,7 +145,7 @@ impl Attempts<'_> {
                                 continue;
                             }
                         }
-                        end.set_host(self.cluster, &one.held.host);
+                        end.set_host(self.cluster, &one.held);
                         end.notes.upstream.set(Some(Rc::clone(connection.info())));
                         self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
                         self.until.set(one.until.get());
@@ -165,12 +173,12 @@ impl Attempts<'_> {
                         if verdict == Verdict::Retry {
                             one.held.host.count(HostCounter::RqError, 1);
                             timed_out = matches!(failure, Failure::PerTryIdleTimeout);
-                            pause = Some(self.next_turn(&one.held.host));
+                            pause = Some(self.next_turn(&one.held));
                         } else if !tries.is_empty() || pause.is_some() {
                             one.held.host.count(HostCounter::RqError, 1);
                             end.charge(self.cluster, failed.status);
                         } else {
-                            end.set_host(self.cluster, &one.held.host);
+                            end.set_host(self.cluster, &one.held);
                             return Err(self.give_up(end, failed));
                         }
                     }
@@ -180,9 +188,9 @@ impl Attempts<'_> {
     }
 
     /// The pause before the next attempt, which is not made with this host if that can be avoided.
-    fn next_turn(&mut self, host: &Rc<WorkerHost>) -> Pin<Box<Sleep>> {
+    fn next_turn(&mut self, chosen: &Chosen) -> Pin<Box<Sleep>> {
         let pause = self.retry.as_mut().map(|retry| {
-            retry.avoid(host);
+            retry.avoid(self.shared.cluster, chosen);
             retry.pause(self.shared.cluster)
         });
         Box::pin(tokio::time::sleep(pause.unwrap_or_default()))

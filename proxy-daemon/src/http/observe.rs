@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},
-    upstream::{Connection, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
+    upstream::{Chosen, Connection, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
 /// The details of a stream that has lasted too long.
@@ -169,6 +169,7 @@ pub(super) struct StreamEnd {
     pub(super) details: Cow<'static, str>,
     /// There are details, and they are empty.
     pub(super) clears_details: bool,
+    /// The attempt's host, and the cluster that it is of.
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     pub(super) notes: Notes,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
@@ -359,7 +360,9 @@ impl StreamEnd {
     /// The upstream has said nothing for too long, in the middle of its answer.
     fn per_try_idle_expired(&mut self) {
         if let Some((cluster, host)) = &self.host {
-            cluster.cluster.stats.upstream_rq_per_try_idle_timeout.inc();
+            let aggregate = self.progress.aggregate.borrow();
+            let routed = aggregate.as_ref().unwrap_or(cluster);
+            routed.cluster.stats.upstream_rq_per_try_idle_timeout.inc();
             host.count(HostCounter::RqTimeout, 1);
             host.saw(Seen::TimedOut(StatusCode::GATEWAY_TIMEOUT.as_u16()));
         }
@@ -478,8 +481,9 @@ impl StreamEnd {
     }
 
     /// The host of the next attempt; the one before it is done with.
-    pub(super) fn set_host(&mut self, cluster: &Rc<WorkerCluster>, host: &Rc<WorkerHost>) {
+    pub(super) fn set_host(&mut self, routed: &Rc<WorkerCluster>, Chosen { cluster, host }: &Chosen) {
         self.leave_host();
+        self.progress.aggregate.replace((!Rc::ptr_eq(routed, cluster)).then(|| Rc::clone(routed)));
         cluster.cluster.stats.upstream_rq_active.inc();
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
@@ -603,7 +607,9 @@ impl Drop for StreamEnd {
             self.state.manager.count_response(status);
         }
         if let Some((cluster, host)) = &self.host {
-            cluster.cluster.stats.record_time(elapsed, self.internal);
+            let aggregate = self.progress.aggregate.borrow();
+            let routed = aggregate.as_ref().unwrap_or(cluster);
+            routed.cluster.stats.record_time(elapsed, self.internal);
             self.count(|stats| stats.upstream_rq_time.record(elapsed));
             cluster.cluster.stats.upstream_rq_active.dec();
             host.end_request();

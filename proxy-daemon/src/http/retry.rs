@@ -21,7 +21,7 @@ use crate::{
         DEFAULT_BASE_INTERVAL, LbMetadata, MatchedHeader, RateLimitedBackOff, RetryHostPredicate, RetryOn, RetryPolicy,
     },
     layered_runtime::{Key, RuntimeInteger},
-    upstream::{TriedPriorities, WorkerCluster, WorkerHost},
+    upstream::{Chosen, TriedPriorities, WorkerCluster, WorkerHost},
 };
 
 /// Milliseconds, where the policy has no base of its own.
@@ -236,12 +236,12 @@ impl<'a> RetryState<'a> {
     }
 
     /// The host of an attempt that is to be made again.
-    pub(super) fn avoid(&mut self, host: &Rc<WorkerHost>) {
+    pub(super) fn avoid(&mut self, cluster: &WorkerCluster, chosen: &Chosen) {
         if let Some(priorities) = &self.priorities {
-            priorities.add(host.host.priority);
+            priorities.add(cluster.priority_of(chosen));
         }
         if self.policy.host_predicates.iter().any(|it| matches!(it, RetryHostPredicate::PreviousHosts)) {
-            self.tried.push(Rc::clone(host));
+            self.tried.push(Rc::clone(&chosen.host));
         }
     }
 

@@ -326,6 +326,8 @@ pub struct Progress {
     pub request_complete: Cell<Option<Instant>>,
     /// How many attempts were made.
     pub attempts: Cell<u32>,
+    /// The route's cluster, where the last one's host is of another: an aggregate.
+    pub aggregate: RefCell<Option<Rc<WorkerCluster>>>,
     /// The protocol on the last one's connection.
     pub upstream_protocol: Cell<Option<&'static str>>,
     /// When the last attempt had its connection.
@@ -364,6 +366,7 @@ impl Progress {
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             attempts: Cell::new(0),
+            aggregate: RefCell::new(None),
             upstream_protocol: Cell::new(None),
             sent_first: Cell::new(None),
             answered: Cell::new(None),

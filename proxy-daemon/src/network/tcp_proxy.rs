@@ -23,8 +23,8 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, SocketSettings, UpstreamInfo, UpstreamStream,
-        WorkerCluster, WorkerHost, connect,
+        Chosen, ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, SocketSettings, UpstreamInfo,
+        UpstreamStream, WorkerCluster, WorkerHost, connect,
     },
 };
 
@@ -90,6 +90,8 @@ pub(super) struct Outcome {
     pub(super) flags: ResponseFlags,
     pub(super) host: Option<String>,
     cluster: Option<Arc<str>>,
+    /// The cluster of the host, where there is one.
+    carried_by: Option<Rc<WorkerCluster>>,
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
     transport_failure: Option<String>,
     pub(super) received: u64,
@@ -192,7 +194,7 @@ async fn carry(
     }
     // A tunnel's connection counts its own.
     if proxy.config.tunneling.is_none() {
-        let stats = &cluster.cluster.stats;
+        let stats = &outcome.carried_by.as_ref().unwrap_or(&cluster).cluster.stats;
         stats.upstream_cx_tx_bytes_total.add(outcome.received);
         stats.upstream_cx_rx_bytes_total.add(outcome.sent);
     }
@@ -226,19 +228,32 @@ async fn dial(
     info: &ConnectionInfo,
     outcome: &mut Outcome,
 ) -> Option<Dialed> {
-    let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
+    let routed = &cluster.cluster.stats;
     for attempt in 0..proxy.config.max_connect_attempts {
-        if stats.upstream_cx_active.value() >= u64::from(cluster.cluster.limits(false).max_connections()) {
-            stats.upstream_cx_overflow.inc();
+        let is_full = |cluster: &WorkerCluster| {
+            let (limit, stats) = (cluster.cluster.limits(false).max_connections(), &cluster.cluster.stats);
+            let full = stats.upstream_cx_active.value() >= u64::from(limit);
+            if full {
+                stats.upstream_cx_overflow.inc();
+            }
+            full
+        };
+        if is_full(cluster) {
             outcome.flags |= ResponseFlags::UO;
             return None;
         }
         let pick = PickCx { original_dst: info.original_dst, ..PickCx::default() };
-        let Some(host) = cluster.pick(&pick) else {
-            stats.upstream_cx_none_healthy.inc();
+        let Some(Chosen { cluster: member, host }) = cluster.choose(pick) else {
+            routed.upstream_cx_none_healthy.inc();
             outcome.flags |= ResponseFlags::UH;
             return None;
         };
+        // An aggregate's member has limits of its own.
+        if !Rc::ptr_eq(cluster, &member) && is_full(&member) {
+            outcome.flags |= ResponseFlags::UO;
+            return None;
+        }
+        let (config, stats) = (&member.cluster.config, &member.cluster.stats);
         outcome.host = Some(host.host.display().to_owned());
         stats.upstream_cx_total.inc();
         // Counted from the first SYN: connects that hang use up the limit as well.
@@ -248,7 +263,7 @@ async fn dial(
             socket: SocketSettings::new(config, info.source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
-            tls: cluster.cluster.tls.as_deref(),
+            tls: member.cluster.tls.as_deref(),
             alpn: AlpnFallback::None,
             connected: &connected,
         };
@@ -262,7 +277,8 @@ async fn dial(
                 let issued = Issued::to(&host);
                 let told = stream.info(since, connected.get());
                 (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
-                return Some(Dialed { stream, cluster: Rc::clone(cluster), host, since, _open: open, _issued: issued });
+                outcome.carried_by = Some(Rc::clone(&member));
+                return Some(Dialed { stream, cluster: member, host, since, _open: open, _issued: issued });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
@@ -278,7 +294,7 @@ async fn dial(
             }
         }
     }
-    stats.upstream_cx_connect_attempts_exceeded.inc();
+    routed.upstream_cx_connect_attempts_exceeded.inc();
     outcome.flags |= ResponseFlags::URX;
     None
 }

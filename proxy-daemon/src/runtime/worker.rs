@@ -31,7 +31,7 @@ pub struct Worker {
     /// 0 up to the number of workers.
     pub index: usize,
     /// Clusters, balancers and pools.
-    pub clusters: WorkerClusters,
+    pub clusters: Rc<WorkerClusters>,
     /// Asks the control thread for what requests need.
     pub on_demand: OnDemand,
     /// This node's own address, for `x-forwarded-for` of loopback clients.

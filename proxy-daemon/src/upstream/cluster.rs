@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 
 use super::{
     ClusterStats,
+    aggregate::{Aggregates, Plan, replan},
     by_address::ByAddress,
     health_check::{Changed, ClusterChecks},
     host::{Host, HostCounters, HostSet},
@@ -56,6 +57,8 @@ pub struct Cluster {
     orca: Option<Arc<Orca>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
+    /// Of an aggregate.
+    pub(super) plan: Option<ArcSwap<Plan>>,
 }
 
 impl Cluster {
@@ -71,6 +74,7 @@ impl Cluster {
         stats.membership_change.inc();
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
+        let plan = matches!(config.discovery, Discovery::Aggregate { .. }).then(ArcSwap::default);
         let recent = config.circuit_breakers.each_ref().map(|it| it.retry_budget.as_ref()?.interval.map(Recent::new));
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
         Cluster {
@@ -88,6 +92,7 @@ impl Cluster {
             orca,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
+            plan,
         }
     }
 
@@ -189,6 +194,11 @@ impl Cluster {
     fn set_hosts(&self, next: HostSet, workers: usize) {
         self.stats.publish_hosts(&next, Some(&self.hosts.load()), workers);
         self.hosts.store(Arc::new(next));
+        self.hosts_moved();
+    }
+
+    /// Workers have to look anew.
+    pub(super) fn hosts_moved(&self) {
         self.hosts_version.fetch_add(1, Ordering::Release);
     }
 }
@@ -283,7 +293,7 @@ impl Making<'_> {
 
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {
         let config = self.config;
-        let given = matches!(config.discovery, Discovery::OriginalDst { .. });
+        let given = matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::Aggregate { .. });
         (!given).then(|| {
             Balancer::new(&Ingredients {
                 hosts: &set.hosts,
@@ -430,6 +440,7 @@ fn host(
 struct Local {
     node: LocalNode,
     zones: Option<LocalZones>,
+    aggregates: Aggregates,
 }
 
 /// Every cluster, by name.
@@ -467,7 +478,7 @@ impl Clusters {
     /// Says where this node is, and which cluster it is of. Before there are any clusters.
     pub fn set_local_node(&self, node: LocalNode) {
         let zones = node.cluster.is_some().then(LocalZones::default);
-        *self.lock() = Local { node, zones };
+        *self.lock() = Local { node, zones, ..Local::default() };
     }
 
     fn lock(&self) -> MutexGuard<'_, Local> {
@@ -507,17 +518,25 @@ impl Clusters {
         }
         let mut local = self.lock();
         let mut next = ClusterMap::clone(&self.map.load());
-        let mut gone = Vec::new();
+        let (mut gone, mut changed) = (Vec::new(), Vec::new());
         for change in changes {
             match change {
                 ClusterChange::Upsert(config, endpoints, checks) => {
                     let name = Arc::clone(&config.name);
                     let cluster = self.build(*config, endpoints.as_deref(), checks, next.get(&name), &local);
+                    local.aggregates.add(&cluster);
+                    changed.push(Arc::clone(&name));
                     gone.extend(next.insert(name, cluster));
                 }
-                ClusterChange::Remove(name) => gone.extend(next.remove(&name)),
+                ClusterChange::Remove(name) => {
+                    gone.extend(next.remove(&name));
+                    local.aggregates.remove(&name);
+                    changed.push(name);
+                }
             }
         }
+        changed.iter().filter_map(|name| next.get(name)).for_each(|cluster| replan(cluster, &next));
+        local.aggregates.follow(changed.iter().map(|name| &**name), &next);
         self.map.store(Arc::new(next));
         self.version.fetch_add(1, Ordering::Release);
         // Requests in flight may keep a cluster for long; nobody needs to know its hosts' health any more.
@@ -569,7 +588,7 @@ impl Clusters {
             (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, None) => {
                 Arc::new(making.again(&before))
             }
-            (Discovery::OriginalDst { .. }, _) => Arc::default(),
+            (Discovery::OriginalDst { .. } | Discovery::Aggregate { .. }, _) => Arc::default(),
         };
         let cluster = Cluster::new(config, stats, (outlier, checks, orca), hosts, self.workers, &self.secrets);
         let cluster = Arc::new(cluster);
@@ -584,9 +603,11 @@ impl Clusters {
     /// Replaces a cluster's hosts; `false` where there is no such cluster.
     pub fn set_endpoints(&self, name: &str, endpoints: &[LocalityEndpoints]) -> bool {
         let mut local = self.lock();
-        let cluster = self.map.load().get(name).map(Arc::clone);
-        if let Some(cluster) = &cluster {
+        let map = self.map.load();
+        let cluster = map.get(name);
+        if let Some(cluster) = cluster {
             cluster.set_endpoints(endpoints, self.workers, &local);
+            local.aggregates.follow([name].into_iter(), &map);
         }
         if local.node.cluster.as_deref() == Some(name) {
             self.follow_local(&mut local);
@@ -604,6 +625,7 @@ impl Clusters {
         }
         if change() {
             cluster.rebalance(self.workers, &local);
+            local.aggregates.follow([&**name].into_iter(), &self.map.load());
             stats::counter("cluster_manager.cluster_updated").inc();
             if local.node.cluster.as_ref() == Some(name) {
                 self.follow_local(&mut local);
@@ -644,6 +666,7 @@ impl Clusters {
             cluster.rebalance(self.workers, &local);
             stats::counter("cluster_manager.cluster_updated").inc();
         }
+        local.aggregates.follow([&**name].into_iter(), &self.map.load());
         if local.node.cluster.as_ref() == Some(name) {
             self.follow_local(&mut local);
         }

@@ -3,6 +3,7 @@
 //! What all workers share ([`Cluster`], [`HostSet`], [`Host`]) is an immutable snapshot behind a version number; what a
 //! worker needs to choose and to reach a host ([`WorkerClusters`]) is its own and is never locked.
 
+mod aggregate;
 mod breakers;
 mod by_address;
 mod cluster;
@@ -23,6 +24,7 @@ mod stats;
 mod vitals;
 mod worker;
 
+pub use aggregate::Chosen;
 pub use breakers::breaker_gauges;
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
@@ -35,4 +37,4 @@ pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};
 pub use stats::ClusterStats;
 pub use vitals::{HealthFlag, Standing, Vitals};
 pub(crate) use worker::Issued;
-pub use worker::{PickCx, WorkerCluster, WorkerClusters, WorkerHost};
+pub use worker::{PickCx, Placed, WorkerCluster, WorkerClusters, WorkerHost};

@@ -3,14 +3,16 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    fmt,
     net::SocketAddr,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
 };
 
 use super::{
     Cluster, ClusterMap, Clusters, Host, HostCounter, Seen,
-    lb::{Pick, TriedPriorities, Turns},
+    aggregate::WorkerMembers,
+    lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
     original_dst::OriginalDstHosts,
     pool::Pool,
@@ -29,12 +31,26 @@ pub struct WorkerClusters {
     map: RefCell<Arc<ClusterMap>>,
     /// Those that this worker has used: most workers use few of thousands.
     used: RefCell<HashMap<Arc<str>, Rc<WorkerCluster>>>,
+    /// Aggregates find their members here.
+    this: Weak<WorkerClusters>,
 }
 
 impl WorkerClusters {
     /// For the worker with this index.
-    pub fn new(shared: Arc<Clusters>, worker: usize) -> WorkerClusters {
-        WorkerClusters { shared, worker, version: Cell::new(0), map: RefCell::default(), used: RefCell::default() }
+    pub fn new(shared: Arc<Clusters>, worker: usize) -> Rc<WorkerClusters> {
+        Rc::new_cyclic(|this| WorkerClusters {
+            shared,
+            worker,
+            version: Cell::new(0),
+            map: RefCell::default(),
+            used: RefCell::default(),
+            this: Weak::clone(this),
+        })
+    }
+
+    /// Grows with every cluster that is added, replaced or removed.
+    pub(super) fn version(&self) -> u64 {
+        self.shared.version()
     }
 
     /// Adopts what changed, so that connections to hosts that are gone do not wait for the next request to be closed.
@@ -68,7 +84,7 @@ impl WorkerClusters {
     fn first_use(&self, name: &str) -> Option<Rc<WorkerCluster>> {
         let map = self.map.borrow();
         let (name, shared) = map.get_key_value(name)?;
-        let cluster = Rc::new(WorkerCluster::new(Arc::clone(shared), self.worker));
+        let cluster = Rc::new(WorkerCluster::new(Arc::clone(shared), self.worker, &self.this));
         self.used.borrow_mut().insert(Arc::clone(name), Rc::clone(&cluster));
         Some(cluster)
     }
@@ -80,7 +96,7 @@ impl WorkerClusters {
         self.used.borrow_mut().retain(|name, cluster| match map.get(name) {
             Some(shared) => {
                 if !Arc::ptr_eq(&cluster.cluster, shared) {
-                    *cluster = Rc::new(WorkerCluster::replacing(cluster, Arc::clone(shared)));
+                    *cluster = Rc::new(WorkerCluster::replacing(cluster, Arc::clone(shared), &self.this));
                 }
                 true
             }
@@ -92,6 +108,10 @@ impl WorkerClusters {
         self.map.replace(map);
     }
 }
+
+/// The priority of a member that an aggregate has chosen, and whether its degraded hosts are meant.
+#[derive(Debug, Clone, Copy)]
+pub struct Placed(pub(super) Target);
 
 /// What a pick may depend on.
 #[derive(Debug, Clone, Copy, Default)]
@@ -110,6 +130,8 @@ pub struct PickCx<'a> {
     pub metadata_match: Option<&'a MetadataMatch>,
     /// The priorities of earlier attempts, where those are to be avoided.
     pub tried: Option<&'a TriedPriorities>,
+    /// What an aggregate has chosen.
+    pub target: Option<Placed>,
 }
 
 /// A cluster as one worker sees it.
@@ -121,13 +143,23 @@ pub struct WorkerCluster {
     mine: Rc<Mine>,
     turns: RefCell<Turns>,
     original_dst: OriginalDstHosts,
+    /// Of an aggregate.
+    pub(super) members: Option<WorkerMembers>,
     /// What filters count below the cluster's name.
     counters: RefCell<HashMap<Box<str>, Counter>>,
 }
 
+impl fmt::Debug for WorkerCluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("WorkerCluster").field(&self.cluster.config.name).finish()
+    }
+}
+
 impl WorkerCluster {
-    fn new(cluster: Arc<Cluster>, worker: usize) -> WorkerCluster {
+    fn new(cluster: Arc<Cluster>, worker: usize, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
+        let members = cluster.plan.is_some().then(|| WorkerMembers::new(clusters));
         WorkerCluster {
+            members,
             cluster,
             worker,
             hosts_version: Cell::new(0),
@@ -158,8 +190,8 @@ impl WorkerCluster {
     }
 
     /// A cluster whose configuration changed: hosts keep their connections only where those would be made alike.
-    fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>) -> WorkerCluster {
-        let mut next = WorkerCluster::new(cluster, before.worker);
+    fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
+        let mut next = WorkerCluster::new(cluster, before.worker, clusters);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
             // Streams that began with the one before may choose of its hosts again.
@@ -179,7 +211,7 @@ impl WorkerCluster {
         self.worker
     }
 
-    /// Chooses a host; `None` where no host may be used.
+    /// Chooses a host; `None` where no host may be used. An aggregate has none: [`choose`](Self::choose) does for all.
     pub fn pick(&self, cx: &PickCx<'_>) -> Option<Rc<WorkerHost>> {
         if let Discovery::OriginalDst { http_header, port_override, cleanup_interval } = &self.cluster.config.discovery
         {
@@ -204,6 +236,7 @@ impl WorkerCluster {
             attempt: cx.attempt,
             criteria: cx.metadata_match,
             tried: cx.tried,
+            target: cx.target.map(|Placed(target)| target),
             slow_start: None,
             stats: &self.cluster.stats,
         });

@@ -78,14 +78,26 @@ pub enum Discovery {
         /// A host without use is forgotten after this. Default 5 s.
         cleanup_interval: Duration,
     },
+    /// `envoy.clusters.aggregate`: the priorities of other clusters, one after the other.
+    Aggregate {
+        /// Their names, as configured.
+        clusters: Arc<[Arc<str>]>,
+    },
 }
 
 impl Discovery {
+    /// The cluster says itself which host a request goes to: `CLUSTER_PROVIDED`.
+    pub fn chooses_hosts(&self) -> bool {
+        matches!(self, Discovery::OriginalDst { .. } | Discovery::Aggregate { .. })
+    }
+
     /// How names are looked up, where they are.
     pub fn dns(&self) -> Option<&DnsOptions> {
         match self {
             Discovery::StrictDns(options) | Discovery::LogicalDns(options) => Some(options),
-            Discovery::Static | Discovery::Eds { .. } | Discovery::OriginalDst { .. } => None,
+            Discovery::Static | Discovery::Eds { .. } | Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } => {
+                None
+            }
         }
     }
 }

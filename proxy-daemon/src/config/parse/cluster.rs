@@ -11,7 +11,7 @@ use envoy_types::pb::envoy::{
         core::v3::{Http1ProtocolOptions, RoutingPriority},
     },
     extensions::{
-        clusters::dns::v3::DnsCluster,
+        clusters::{aggregate::v3::ClusterConfig as AggregateCluster, dns::v3::DnsCluster},
         upstreams::http::v3::{
             HttpProtocolOptions,
             http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
@@ -148,9 +148,13 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
             (DiscoveryType::try_from(*kind).unwrap_or(DiscoveryType::Static), None)
         }
         Some(ClusterDiscoveryType::ClusterType(custom)) => {
-            let dns = dns_cluster(custom, cluster, &join(path, "cluster_type"))?;
-            let logical = matches!(dns, Discovery::LogicalDns(_));
-            (if logical { DiscoveryType::LogicalDns } else { DiscoveryType::StrictDns }, Some(dns))
+            let extension = extension(custom, cluster, path)?;
+            let kind = match extension {
+                Discovery::LogicalDns(_) => DiscoveryType::LogicalDns,
+                Discovery::StrictDns(_) => DiscoveryType::StrictDns,
+                _ => DiscoveryType::Static,
+            };
+            (kind, Some(extension))
         }
         None => (DiscoveryType::Static, None),
     };
@@ -168,14 +172,20 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
         );
         return Err(FieldError::new(join(path, "common_lb_config.consistent_hashing_lb_config"), text));
     }
+    let discovery = match extension {
+        Some(discovery) => discovery,
+        None => of_type(kind, cluster, path)?,
+    };
     let provided = *lb_policy == LbPolicy::ClusterProvided;
-    if provided != (kind == DiscoveryType::OriginalDst) {
-        let text = "CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither";
+    if provided != discovery.chooses_hosts() {
+        let text =
+            "CLUSTER_PROVIDED goes with clusters that choose hosts themselves, and only with them: set both or neither";
         return Err(FieldError::new(join(path, "lb_policy"), text));
     }
-    if let Some(discovery) = extension {
-        return Ok(discovery);
-    }
+    Ok(discovery)
+}
+
+fn of_type(kind: DiscoveryType, cluster: &Cluster, path: &str) -> Result<Discovery> {
     match kind {
         DiscoveryType::Static => Ok(Discovery::Static),
         DiscoveryType::StrictDns => Ok(Discovery::StrictDns(dns::of_cluster(cluster, path)?)),
@@ -191,14 +201,30 @@ fn discovery(cluster: &Cluster, lb_policy: &LbPolicy, path: &str) -> Result<Disc
     }
 }
 
-/// The one kind of `cluster_type` that is known.
-fn dns_cluster(custom: &CustomClusterType, cluster: &Cluster, path: &str) -> Result<Discovery> {
-    let config = custom.typed_config.as_ref().ok_or_else(|| required(path, "typed_config"))?;
-    let path = join(path, "typed_config");
-    if type_name(config) != DnsCluster::full_name() {
-        return Err(FieldError::unsupported_value(path, type_name(config), &DnsCluster::full_name()));
+/// The kinds of `cluster_type` that are known.
+fn extension(custom: &CustomClusterType, cluster: &Cluster, cluster_path: &str) -> Result<Discovery> {
+    let path = join(cluster_path, "cluster_type");
+    let config = custom.typed_config.as_ref().ok_or_else(|| required(&path, "typed_config"))?;
+    let path = join(&path, "typed_config");
+    let wanted = type_name(config);
+    if wanted == DnsCluster::full_name() {
+        return dns::of_extension(cluster, config, &path);
     }
-    dns::of_extension(cluster, config, &path)
+    if wanted == AggregateCluster::full_name() {
+        for (set, field) in [
+            (cluster.load_assignment.is_some(), "load_assignment"),
+            (cluster.outlier_detection.is_some(), "outlier_detection"),
+            (!cluster.health_checks.is_empty(), "health_checks"),
+        ] {
+            if set {
+                return Err(FieldError::new(join(cluster_path, field), "an aggregate has no hosts of its own"));
+            }
+        }
+        let AggregateCluster { clusters } = unpack(config, &path)?;
+        return Ok(Discovery::Aggregate { clusters: clusters.iter().map(|name| name.as_str().into()).collect() });
+    }
+    let known = format!("{} and {}", DnsCluster::full_name(), AggregateCluster::full_name());
+    Err(FieldError::unsupported_value(path, wanted, &known))
 }
 
 fn original_dst(cluster: &Cluster, path: &str) -> Result<Discovery> {

@@ -246,11 +246,11 @@ fn clusters_that_cannot_be_honoured_are_named() {
         ("type: EDS".to_owned(), "eds_cluster_config: value is required"),
         (
             "lb_policy: CLUSTER_PROVIDED".to_owned(),
-            "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither",
+            "lb_policy: CLUSTER_PROVIDED goes with clusters that choose hosts themselves, and only with them: set both or neither",
         ),
         (
             "type: ORIGINAL_DST".to_owned(),
-            "lb_policy: CLUSTER_PROVIDED and ORIGINAL_DST go together: set both or neither",
+            "lb_policy: CLUSTER_PROVIDED goes with clusters that choose hosts themselves, and only with them: set both or neither",
         ),
         (
             "type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, original_dst_lb_config: { http_header_name: x }"

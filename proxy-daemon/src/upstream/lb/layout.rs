@@ -76,6 +76,11 @@ impl Level {
         self.localities.iter().find(|group| *group.locality == *locality).map_or(0, |group| group.weight)
     }
 
+    /// There are no hosts.
+    pub(in crate::upstream) fn is_empty(&self) -> bool {
+        self.hosts.is_empty()
+    }
+
     pub(super) fn counts(&self, hosts: &[Arc<Host>]) -> Counts {
         self.sum(hosts, |_| 1)
     }
@@ -96,7 +101,7 @@ impl Level {
     }
 
     /// As the arithmetic of priorities sees it.
-    pub(super) fn for_load(&self, hosts: &[Arc<Host>]) -> load::Level {
+    pub(in crate::upstream) fn for_load(&self, hosts: &[Arc<Host>]) -> load::Level {
         let weighted = self.policy.weighted_priority_health;
         load::Level {
             hosts: self.counts(hosts),

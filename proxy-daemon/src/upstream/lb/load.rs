@@ -2,7 +2,7 @@
 
 /// The hosts of one priority, counted: their number, or the sum of their weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub(in crate::upstream) struct Counts {
     pub(super) all: u64,
     pub(super) healthy: u64,
     pub(super) degraded: u64,
@@ -19,7 +19,7 @@ impl Counts {
 
 /// One priority, as the arithmetic sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Level {
+pub(in crate::upstream) struct Level {
     /// Of all hosts.
     pub(super) hosts: Counts,
     /// Of their weights, where `weighted_priority_health` says so.
@@ -57,9 +57,9 @@ pub(in crate::upstream) struct Shares {
 
 /// A priority, and whether its degraded hosts are meant.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Target {
-    pub(super) priority: u8,
-    pub(super) degraded: bool,
+pub(in crate::upstream) struct Target {
+    pub(in crate::upstream) priority: u16,
+    pub(in crate::upstream) degraded: bool,
 }
 
 impl Shares {
@@ -72,7 +72,7 @@ impl Shares {
             for (priority, share) in shares.iter().enumerate() {
                 sum += share;
                 if number < sum {
-                    return Target { priority: priority as u8, degraded };
+                    return Target { priority: priority as u16, degraded };
                 }
             }
         }
@@ -82,7 +82,7 @@ impl Shares {
 
 /// What the priorities of a cluster come to.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Load {
+pub(in crate::upstream) struct Load {
     pub(super) shares: Shares,
     /// Which priorities use all their hosts.
     pub(super) panic: Vec<bool>,
@@ -93,7 +93,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    pub(super) fn new(levels: &[Level], panic_threshold: u32) -> Load {
+    pub(in crate::upstream) fn new(levels: &[Level], panic_threshold: u32) -> Load {
         let availability: Vec<_> = levels.iter().map(Level::availability).collect();
         let total = total(&availability);
         let mut shares = distribute(&availability, total);
@@ -135,7 +135,7 @@ impl Load {
     }
 
     /// The target of a random number, or of a request's hash.
-    pub(super) fn target(&self, number: u64) -> Target {
+    pub(in crate::upstream) fn target(&self, number: u64) -> Target {
         self.targets[(number % 100) as usize]
     }
 }

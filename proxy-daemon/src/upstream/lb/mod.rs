@@ -19,7 +19,6 @@ use self::{
     edf::Edf,
     group::{Group, Making},
     layout::{LocalityHosts, those},
-    load::Load,
     subset::Subsets,
     zone::ZoneRouting,
 };
@@ -27,6 +26,7 @@ pub(super) use self::{
     by_hash::Spread,
     group::Turns,
     layout::{Assigned, Level, levels},
+    load::{Load, Target},
     zone::LocalZones,
 };
 use super::{ClusterStats, Host, Standing};
@@ -50,6 +50,8 @@ pub(super) struct Pick<'a> {
     pub(super) criteria: Option<&'a MetadataMatch>,
     /// Priorities that get nothing, because they have failed the request.
     pub(super) tried: Option<&'a TriedPriorities>,
+    /// What an aggregate has chosen.
+    pub(super) target: Option<Target>,
     pub(super) slow_start: Option<&'a SlowStart>,
     pub(super) stats: &'a ClusterStats,
 }
@@ -154,6 +156,12 @@ struct WeightedLocalities {
     weights: Box<[(u32, f64)]>,
 }
 
+/// Fewer hosts that may be used than so many in a hundred are no hosts to rely on.
+pub(super) fn panic_threshold(options: &LbOptions) -> u32 {
+    let threshold = Key::new("upstream.healthy_panic_threshold").integer();
+    threshold.map_or(options.panic_threshold, |percent| percent.min(100) as u32)
+}
+
 const STANDINGS: [Standing; 2] = [Standing::Healthy, Standing::Degraded];
 
 impl WeightedLocalities {
@@ -178,8 +186,7 @@ impl WeightedLocalities {
 
 impl Picker {
     fn new(of: &Ingredients<'_>, levels: &[Level], making: &mut Making<'_>) -> Picker {
-        let threshold = Key::new("upstream.healthy_panic_threshold").integer();
-        let threshold = threshold.map_or(of.options.panic_threshold, |percent| percent.min(100) as u32);
+        let threshold = panic_threshold(of.options);
         let loads: Vec<_> = levels.iter().map(|level| level.for_load(of.hosts)).collect();
         let load = Load::new(&loads, threshold);
         let priorities = levels.iter().enumerate().map(|(number, level)| {
@@ -223,7 +230,8 @@ impl Picker {
         let number = hash.unwrap_or_else(|| fastrand::u64(..));
         // Those that go by hashes do not ask, as in Envoy.
         let tried = cx.tried.filter(|_| !policy.wants_hash());
-        let target = tried.and_then(|tried| tried.target(&self.load, number));
+        let given = cx.target.filter(|_| !policy.wants_hash());
+        let target = given.or_else(|| tried.and_then(|tried| tried.target(&self.load, number)));
         let target = target.unwrap_or_else(|| self.load.target(number));
         let at = usize::from(target.priority);
         let priority = self.priorities.get(at)?;

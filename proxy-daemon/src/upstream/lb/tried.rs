@@ -9,8 +9,8 @@ use super::load::{Load, Target};
 pub struct TriedPriorities {
     /// After so many attempts more, their priorities get nothing. At least 1.
     frequency: usize,
-    tried: RefCell<Vec<u32>>,
-    excluded: RefCell<Vec<u32>>,
+    tried: RefCell<Vec<Option<u32>>>,
+    excluded: RefCell<Vec<Option<u32>>>,
 }
 
 impl TriedPriorities {
@@ -20,7 +20,8 @@ impl TriedPriorities {
     }
 
     /// An attempt has been made at this priority.
-    pub fn add(&self, priority: u32) {
+    /// `None`: at one that there is no more.
+    pub fn add(&self, priority: Option<u32>) {
         let mut tried = self.tried.borrow_mut();
         tried.push(priority);
         if tried.len().is_multiple_of(self.frequency) {
@@ -29,12 +30,12 @@ impl TriedPriorities {
     }
 
     /// Where this random number goes; `None`: as if nothing had been tried.
-    pub(super) fn target(&self, load: &Load, number: u64) -> Option<Target> {
+    pub(in crate::upstream) fn target(&self, load: &Load, number: u64) -> Option<Target> {
         let mut excluded = self.excluded.borrow_mut();
         if excluded.is_empty() {
             return None;
         }
-        let shares = load.without(|priority| excluded.contains(&(priority as u32))).or_else(|| {
+        let shares = load.without(|priority| excluded.contains(&Some(priority as u32))).or_else(|| {
             // All have been: it begins anew.
             excluded.clear();
             self.tried.borrow_mut().clear();

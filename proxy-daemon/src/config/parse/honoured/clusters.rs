@@ -181,6 +181,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.core.v3.SocketOptionsOverride", ALL),
     ("envoy.config.core.v3.SocketOption", &["description", "level", "name", "int_value", "buf_value", "state"]),
     ("envoy.config.cluster.v3.Cluster.CustomClusterType", ALL),
+    ("envoy.extensions.clusters.aggregate.v3.ClusterConfig", ALL),
     ("envoy.extensions.clusters.dns.v3.DnsCluster", ALL),
     ("envoy.extensions.clusters.dns.v3.DnsCluster.RefreshRate", ALL),
     ("envoy.config.core.v3.DnsResolutionConfig", ALL),

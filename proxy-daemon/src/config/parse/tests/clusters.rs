@@ -145,13 +145,38 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
     assert_eq!(error.unwrap_err(), "health_checks[0].custom_health_check: not supported by culvert yet");
     let error = one_cluster(
         "{ name: a, cluster_type: { name: x, typed_config: { '@type': \
-         type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig, clusters: [b] } } }",
+         type.googleapis.com/envoy.extensions.clusters.composite.v3.ClusterConfig, clusters: [{ name: b }] } } }",
     );
-    let expected = "cluster_type.typed_config: type envoy.extensions.clusters.aggregate.v3.ClusterConfig is not supported \
+    let expected = "cluster_type.typed_config: type envoy.extensions.clusters.composite.v3.ClusterConfig is not supported \
                     by culvert yet";
     assert_eq!(error.unwrap_err(), expected);
     let error = one_cluster("{ name: a, cluster_type: { name: x } }").unwrap_err();
     assert_eq!(error, "cluster_type.typed_config: value is required");
+}
+
+#[test]
+fn aggregates_name_their_members_and_nothing_else() {
+    let aggregate = |more: &str| {
+        one_cluster(&format!(
+            "{{ name: a, cluster_type: {{ name: envoy.clusters.aggregate, typed_config: {{ '@type': \
+             type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig, clusters: [b, c] }} }}, {more} }}"
+        ))
+    };
+    let config = aggregate("lb_policy: CLUSTER_PROVIDED").unwrap();
+    assert_eq!(config.discovery, Discovery::Aggregate { clusters: ["b".into(), "c".into()].into() });
+    let error = aggregate("lb_policy: ROUND_ROBIN").unwrap_err();
+    assert!(error.starts_with("lb_policy: CLUSTER_PROVIDED goes with"), "{error}");
+    for (field, value) in [
+        ("load_assignment", "{ cluster_name: a }"),
+        ("outlier_detection", "{}"),
+        (
+            "health_checks",
+            "[{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }]",
+        ),
+    ] {
+        let error = aggregate(&format!("lb_policy: CLUSTER_PROVIDED, {field}: {value}")).unwrap_err();
+        assert_eq!(error, format!("{field}: an aggregate has no hosts of its own"));
+    }
 }
 
 /// Envoy's own texts, seen on the real one.
