@@ -12,6 +12,9 @@ use crate::{
     upstream::Host,
 };
 
+/// More hosts than this are not all looked at while a request waits.
+const MANY: usize = 1000;
+
 /// Numbers of hosts, with what the policy needs to choose one of them. Shared by all workers.
 #[derive(Debug, Default)]
 pub(super) struct Group {
@@ -20,6 +23,9 @@ pub(super) struct Group {
     hosts: Box<[u32]>,
     /// Their weights differ.
     weighted: bool,
+    /// Of `LEAST_REQUEST` where weights differ and hosts are many: the weights, side by side. A schedule begins with them: to ask each of
+    /// thousands of hosts what it has to do would hold up the request that needs the schedule.
+    weights: Box<[u32]>,
     /// Of `ROUND_ROBIN` where weights differ: hosts of the same weight, which stand together, take turns among themselves.
     classes: Box<[Class]>,
     /// Until then there are new hosts among them, whose weights grow.
@@ -79,11 +85,13 @@ impl Group {
                 first += len;
             }
         }
+        let schedules = weighted && hosts.len() > MANY && matches!(making.policy, LbPolicy::LeastRequest(_));
+        let weights = hosts.iter().filter(|_| schedules).map(weight).collect();
         let slow_until = making.slow_start.and_then(|slow| {
             let newest = hosts.iter().filter_map(|host| all[*host as usize].healthy_since()).max()?;
             newest.checked_add(slow.window).filter(|until| *until > Instant::now())
         });
-        Group { id, hosts: hosts.into(), weighted, classes: classes.into(), slow_until }
+        Group { id, hosts: hosts.into(), weighted, weights, classes: classes.into(), slow_until }
     }
 
     /// The number of a host.
@@ -135,7 +143,11 @@ impl Group {
                 None => weight,
             }
         };
-        let schedule = || Edf::new((0..self.hosts.len() as u32).map(weight));
+        // Of many, those that have more requests fall behind as soon as it is their turn.
+        let schedule = || match self.weights.is_empty() || now.is_some() {
+            true => Edf::new((0..self.hosts.len() as u32).map(weight)),
+            false => Edf::new(self.weights.iter().map(|weight| f64::from(*weight))),
+        };
         let schedule = cx.turns.schedules.entry(self.id).or_insert_with(schedule);
         Some(schedule.next(weight)? as usize)
     }
