@@ -70,7 +70,10 @@ impl Daemon {
             // Envoys that share an id share a shared-memory segment; several run at a time here.
             command.arg("--disable-hot-restart");
         }
-        command.arg("-c").arg(&config).args(["--concurrency", "1", "-l", "warning"]).args(flags);
+        command.arg("-c").arg(&config).args(["-l", "warning"]).args(flags);
+        if !flags.contains(&"--concurrency") {
+            command.args(["--concurrency", "1"]);
+        }
         command.stdin(Stdio::null());
         command.stdout(fs::File::create(dir.join("out"))?).stderr(fs::File::create(dir.join("err"))?);
         let child = command.spawn().with_context(|| format!("starting {kind:?}: is it installed?"))?;

@@ -16,6 +16,9 @@ use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use serde_json::Value;
 
+#[path = "outlier_detection/connections.rs"]
+mod connections;
+
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The hosts are `127.0.2.<number>`; nobody listens at this one.
 const DEAD: u8 = 9;
@@ -25,7 +28,7 @@ const KEYS: usize = 60;
 /// How requests to a host go: what it does is said in the request.
 struct Step {
     host: u8,
-    /// A status, `grpc14`, `reset` or `hang`; empty: it answers 200.
+    /// A status, `grpc14`, `degraded` (and a status), `reset` or `hang`; empty: it answers 200.
     fails: &'static str,
     times: usize,
     /// Which hosts are used after it; none: that is not waited for.
@@ -138,6 +141,23 @@ fn cases() -> Vec<Case> {
             )
         },
         Case {
+            back: THREE,
+            ..case(
+                "degraded",
+                "{interval: 0.5s, base_ejection_time: 2s, max_ejection_percent: 50, consecutive_5xx: 3, \
+                 detect_degraded_hosts: true}",
+                vec![step(1, "degraded", 2)],
+                &[2, 3],
+            )
+        },
+        case(
+            "degraded_and_failed",
+            "{interval: 60s, max_ejection_percent: 50, consecutive_5xx: 5, detect_degraded_hosts: true}",
+            vec![step(1, "degraded500", 2), step(2, "degraded404", 1)],
+            &[1, 3],
+        ),
+        case("degraded_is_nothing", "{interval: 60s, max_ejection_percent: 50}", vec![step(1, "degraded", 2)], THREE),
+        Case {
             hosts: FIVE,
             left: &[1, 2, 3, 4],
             back: &[1, 2, 3, 4],
@@ -230,9 +250,13 @@ fn serve(stream: TcpStream, number: u8) -> Result<()> {
                     let _ = lines.read(&mut [0])?;
                     return Ok(());
                 }
-                status => match status.strip_prefix("grpc") {
-                    Some(code) => ("200", format!("content-type: application/grpc\r\ngrpc-status: {code}\r\n")),
-                    None => (status, String::new()),
+                status => match (status.strip_prefix("grpc"), status.strip_prefix("degraded")) {
+                    (Some(code), _) => ("200", format!("content-type: application/grpc\r\ngrpc-status: {code}\r\n")),
+                    (_, Some(status)) => {
+                        let status = if status.is_empty() { "200" } else { status };
+                        (status, "x-envoy-degraded: 1\r\n".to_owned())
+                    }
+                    (None, None) => (status, String::new()),
                 },
             };
             stream.write_all(format!("HTTP/1.1 {status} x\r\n{further}content-length: 0\r\n\r\n").as_bytes())?;
@@ -252,11 +276,15 @@ struct Proxy {
 
 impl Proxy {
     fn start(kind: Kind, cases: &[Case], upstream: u16) -> Result<Proxy> {
+        Proxy::start_with(kind, cases, upstream, &[])
+    }
+
+    fn start_with(kind: Kind, cases: &[Case], upstream: u16, more: &[&str]) -> Result<Proxy> {
         let (port, log) = (free_port()?, scratch_dir()?.join("events"));
         let yaml = bootstrap(cases, port, upstream, &log.display().to_string());
         // Envoy writes its log every 10 s if not told otherwise.
         let flags: &[&str] = if kind == Kind::Envoy { &["--file-flush-interval-msec", "50"] } else { &[] };
-        let daemon = Daemon::start_with(kind, &yaml, flags)?;
+        let daemon = Daemon::start_with(kind, &yaml, &[flags, more].concat())?;
         Ok(Proxy { kind, daemon, port, log })
     }
 
@@ -382,7 +410,7 @@ fn hosts_are_ejected_as_by_envoy() -> Result<()> {
     for case in &cases {
         let expected = wait_until(DEADLINE, "Envoy's lines", || {
             let lines = envoy.events(case.name)?;
-            ensure!(!lines.is_empty(), "there are none");
+            ensure!(!lines.is_empty() || case.name == "degraded_is_nothing", "there are none");
             Ok(lines)
         })?;
         assert_eq!(culvert.events(case.name)?, expected, "{}", case.name);

@@ -97,6 +97,7 @@ fn health_flags(host: &Host) -> String {
         ("/excluded_via_immediate_hc_fail", has(HealthFlag::ExcludedViaImmediateHcFail)),
         ("/active_hc_timeout", has(HealthFlag::ActiveHcTimeout)),
         ("/eds_status_draining", said(&[HealthStatus::Draining])),
+        ("/degraded_outlier_detection", has(HealthFlag::DegradedOutlier)),
     ];
     let text: String = flags.into_iter().filter(|(_, set)| *set).map(|(text, _)| text).collect();
     if text.is_empty() { "healthy".to_owned() } else { text }
@@ -185,6 +186,7 @@ fn host_status(host: &Host) -> Json {
         ("pending_active_hc", HealthFlag::PendingActiveHc),
         ("excluded_via_immediate_hc_fail", HealthFlag::ExcludedViaImmediateHcFail),
         ("active_hc_timeout", HealthFlag::ActiveHcTimeout),
+        ("failed_degraded_outlier_detection", HealthFlag::DegradedOutlier),
     ] {
         if host.vitals.as_ref().is_some_and(|vitals| vitals.has(flag)) {
             health_status[field] = true.into();

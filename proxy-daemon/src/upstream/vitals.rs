@@ -35,6 +35,8 @@ pub enum HealthFlag {
     ExcludedViaImmediateHcFail = 1 << 5,
     /// Its last active health check had no answer in time.
     ActiveHcTimeout = 1 << 6,
+    /// It has said in a response that it wants to be used last, and outlier detection goes by that.
+    DegradedOutlier = 1 << 7,
 }
 
 /// Shared by all versions of a host in one version of its cluster. Flags change under the lock of
@@ -97,9 +99,12 @@ impl Vitals {
         EPOCH.checked_add(Duration::from_millis(since))
     }
 
-    /// The response has these headers: the host may say in them that it is not well.
+    /// A response with this status has these headers: the host may say in them that it is not well.
     #[inline]
-    pub(super) fn heard(&self, headers: &HeaderMap) {
+    pub(super) fn heard(self: &Arc<Self>, status: u16, headers: &HeaderMap) {
+        if let Some(monitor) = self.monitor.get() {
+            monitor.heard(self, status, headers);
+        }
         if let Some(check) = self.check.get()
             && headers.contains_key("x-envoy-immediate-health-check-fail")
         {
@@ -164,12 +169,13 @@ impl Standing {
     pub(super) fn new(said: HealthStatus, vitals: Option<&Vitals>) -> Standing {
         const EXCLUDED: u32 = HealthFlag::PendingActiveHc as u32 | HealthFlag::ExcludedViaImmediateHcFail as u32;
         const FAILED: u32 = HealthFlag::FailedActiveHc as u32 | HealthFlag::FailedOutlierCheck as u32;
+        const DEGRADED: u32 = HealthFlag::DegradedActiveHc as u32 | HealthFlag::DegradedOutlier as u32;
         let any = |flags| vitals.is_some_and(|vitals| vitals.has_any(flags));
         if said == HealthStatus::Draining || any(EXCLUDED) {
             Standing::Excluded
         } else if matches!(said, HealthStatus::Unhealthy | HealthStatus::Timeout) || any(FAILED) {
             Standing::Unhealthy
-        } else if said == HealthStatus::Degraded || any(HealthFlag::DegradedActiveHc as u32) {
+        } else if said == HealthStatus::Degraded || any(DEGRADED) {
             Standing::Degraded
         } else {
             Standing::Healthy

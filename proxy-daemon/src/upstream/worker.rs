@@ -344,10 +344,10 @@ impl WorkerHost {
         }
     }
 
-    /// A response has these headers. Returns whether the host's load is wanted and not among them: then trailers may report it.
-    pub(crate) fn heard(&self, headers: &http::HeaderMap) -> bool {
+    /// A response with this status has these headers. Returns whether the host's load is wanted and not among them: then trailers may report it.
+    pub(crate) fn heard(&self, status: u16, headers: &http::HeaderMap) -> bool {
         let Some(vitals) = &self.host.vitals else { return false };
-        vitals.heard(headers);
+        vitals.heard(status, headers);
         self.reports(headers)
     }
 

@@ -88,4 +88,6 @@ pub struct OutlierDetection {
     pub failure_percentage_request_volume: RuntimeInteger,
     /// An ejected host that passes an active health check comes back at once. Default true.
     pub successful_active_health_check_uneject_host: bool,
+    /// `detect_degraded_hosts`: a host that says `x-envoy-degraded` in its responses is used last for a while. Default false.
+    pub detects_degraded: bool,
 }

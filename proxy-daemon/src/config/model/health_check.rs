@@ -42,6 +42,8 @@ pub struct HealthCheckConfig {
     pub always_log_success: bool,
     /// Where changes are logged.
     pub event_logs: Vec<PathBuf>,
+    /// `tls_options.alpn_protocols`: what is said in handshakes of checks instead of what the cluster says. Empty: that.
+    pub alpn_protocols: Vec<Vec<u8>>,
     /// What is asked.
     pub check: Check,
 }
@@ -55,6 +57,8 @@ pub enum Check {
     Tcp(TcpCheck),
     /// `grpc.health.v1.Health`.
     Grpc(GrpcCheck),
+    /// `envoy.health_checkers.redis`
+    Redis(RedisCheck),
 }
 
 /// `HealthCheck.HttpHealthCheck`.
@@ -106,4 +110,13 @@ pub struct GrpcCheck {
     pub authority_is_default: bool,
     /// `initial_metadata`.
     pub headers: HeaderMutations,
+}
+
+/// `envoy.extensions.health_checkers.redis.v3.Redis`.
+#[derive(Debug)]
+pub struct RedisCheck {
+    /// A host that has this key is not well; empty: it is asked with PING whether it is there.
+    pub key: Vec<u8>,
+    /// What it is told first: the user, which may be empty, and the password.
+    pub auth: Option<(Vec<u8>, Vec<u8>)>,
 }

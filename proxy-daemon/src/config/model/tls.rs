@@ -58,7 +58,7 @@ pub struct SessionTicketKeys {
 }
 
 /// A checked `UpstreamTlsContext`: how a cluster's connections are encrypted.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct UpstreamTlsContext {
     /// What both directions have.
     pub common: CommonTlsContext,
@@ -81,7 +81,7 @@ impl PartialEq for UpstreamTlsContext {
 }
 
 /// A checked `CommonTlsContext`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct CommonTlsContext {
     /// Versions and algorithms.
     pub params: TlsParameters,
@@ -123,7 +123,7 @@ pub struct TlsParameters {
 }
 
 /// Where certificates come from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Certificates {
     /// Written into the context, or into files that it names. Empty: none.
     Inline(Vec<Arc<TlsCertificate>>),
@@ -132,7 +132,7 @@ pub enum Certificates {
 }
 
 /// Where a validation context comes from.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Validation {
     /// Peers are not verified.
     None,

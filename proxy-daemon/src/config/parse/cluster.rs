@@ -30,14 +30,15 @@ use super::{
     load_balancing::load_balancing,
     orca,
     outlier_detection::outlier_detection,
+    redis,
     support::{self, join},
     tls::upstream_socket,
 };
 use crate::config::{
     FieldError,
     model::{
-        ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, ResourceRef, RetryBudget, TcpKeepalive,
-        Thresholds, UpstreamProtocol,
+        Check, ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, ResourceRef, RetryBudget,
+        TcpKeepalive, Thresholds, UpstreamProtocol,
     },
 };
 
@@ -122,15 +123,22 @@ fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Health
     options.excludes_unchecked =
         cluster.common_lb_config.as_ref().is_some_and(|config| config.ignore_new_hosts_until_first_hc);
     if let Some(check) = cluster.health_checks.first() {
-        let path = join(path, "health_checks[0]");
+        let check_path = join(path, "health_checks[0]");
         // Hosts that appear with a request, or that are somewhere else now and then, are not watched.
         if matches!(discovery, Discovery::OriginalDst { .. } | Discovery::LogicalDns(_)) {
-            return Err(FieldError::unsupported(path));
+            return Err(FieldError::unsupported(check_path));
         }
-        options.check = Some(Arc::new(health_check(check, &cluster.name, &path)?));
+        let mut config = health_check(check, &cluster.name, &check_path)?;
+        if let Check::Redis(redis) = &mut config.check {
+            redis.auth = redis::auth(cluster, path)?;
+        }
+        options.check = Some(Arc::new(config));
     }
     if cluster.health_checks.len() > 1 {
-        return Err(FieldError::unsupported(join(path, "health_checks[1]")));
+        // The field for it is newer than the messages that we know.
+        let text = "health check at index 0 is missing a name; all health checks must have a name when multiple health \
+                    checks are configured";
+        return Err(FieldError::new(join(path, "health_checks[0]"), text));
     }
     Ok(options)
 }
@@ -256,7 +264,10 @@ fn original_dst(cluster: &Cluster, path: &str) -> Result<Discovery> {
 
 fn http_options(cluster: &Cluster, path: &str) -> Result<Option<HttpProtocolOptions>> {
     let path = join(path, "typed_extension_protocol_options");
-    if let Some(name) = cluster.typed_extension_protocol_options.keys().find(|name| *name != HTTP_OPTIONS) {
+    // Nobody else asks Redis servers.
+    let redis = redis::is_checked(cluster);
+    let is_known = |name: &String| name == HTTP_OPTIONS || (redis && name == redis::OPTIONS);
+    if let Some(name) = cluster.typed_extension_protocol_options.keys().find(|name| !is_known(name)) {
         return Err(FieldError::unsupported(format!("{path}[\"{name}\"]")));
     }
     let any = cluster.typed_extension_protocol_options.get(HTTP_OPTIONS);

@@ -19,7 +19,7 @@ use http::{Method, uri::Authority};
 
 use super::{
     common::{Result, duration, endpoint_address, header_value, headers_to_add, headers_to_remove, required},
-    matcher,
+    matcher, redis,
     support::{self, join},
 };
 use crate::config::{
@@ -71,6 +71,8 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
             (check.always_log_health_check_success, "always_log_health_check_success"),
             (!check.event_log_path.is_empty(), "event_log_path"),
             (!check.event_logger.is_empty(), "event_logger"),
+            // Those checks are not encrypted.
+            (check.tls_options.is_some(), "tls_options"),
         ];
         // What is only checked for somebody else is not logged here.
         if let Some((_, field)) = logs.into_iter().find(|(set, _)| *set) {
@@ -141,6 +143,7 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
         unhealthy_interval,
         unhealthy_edge_interval: or(check.unhealthy_edge_interval, "unhealthy_edge_interval", unhealthy_interval)?,
         healthy_edge_interval: or(check.healthy_edge_interval, "healthy_edge_interval", interval)?,
+        alpn_protocols: alpn_protocols(check, path)?,
         check: match &check.health_checker {
             Some(HealthChecker::HttpHealthCheck(http)) => {
                 Check::Http(Box::new(http_check(http, cluster, &join(path, "http_health_check"))?))
@@ -149,12 +152,24 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
             Some(HealthChecker::GrpcHealthCheck(grpc)) => {
                 Check::Grpc(grpc_check(grpc, cluster, &join(path, "grpc_health_check"))?)
             }
-            Some(HealthChecker::CustomHealthCheck(_)) => {
-                return Err(FieldError::unsupported(join(path, "custom_health_check")));
+            Some(HealthChecker::CustomHealthCheck(custom)) => {
+                Check::Redis(redis::check(custom, &join(path, "custom_health_check"))?)
             }
             None => return Err(required(path, "http_health_check")),
         },
     })
+}
+
+fn alpn_protocols(check: &HealthCheck, path: &str) -> Result<Vec<Vec<u8>>> {
+    let names = check.tls_options.as_ref().map(|options| options.alpn_protocols.as_slice()).unwrap_or_default();
+    let parse = |(index, name): (usize, &String)| match name.len() {
+        1..=255 => Ok(name.clone().into_bytes()),
+        _ => {
+            let path = format!("{}[{index}]", join(path, "tls_options.alpn_protocols"));
+            Err(FieldError::new(path, "a protocol's name has 1 to 255 bytes"))
+        }
+    };
+    names.iter().enumerate().map(parse).collect()
 }
 
 fn http_check(check: &HttpHealthCheck, cluster: &str, path: &str) -> Result<HttpCheck> {

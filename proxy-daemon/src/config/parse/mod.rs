@@ -31,6 +31,7 @@ mod mirror;
 mod orca;
 mod outlier_detection;
 mod rate_limit;
+mod redis;
 mod retry;
 mod route;
 mod route_action;

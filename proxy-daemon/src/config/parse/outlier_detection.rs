@@ -40,6 +40,7 @@ pub(super) fn outlier_detection(config: &Proto, path: &str) -> Result<OutlierDet
         max_ejection_time: max,
         max_ejection_time_jitter: time(config.max_ejection_time_jitter, "max_ejection_time_jitter", Duration::ZERO)?,
         max_ejection_percent: number(config.max_ejection_percent, "max_ejection_percent", 10),
+        detects_degraded: on(config.detect_degraded_hosts, false),
         always_eject_one_host: on(config.always_eject_one_host, false),
         split_external_local_origin_errors: config.split_external_local_origin_errors,
         consecutive: [

@@ -75,7 +75,7 @@ const TYPES: &[(&str, Why)] = &[
     ("envoy.extensions.formatter.dynamic_modules.", NotForUs(CODE)),
     ("envoy.extensions.geoip_providers.", NotForUs(PLATFORM)),
     ("envoy.extensions.health_check.", NotYet("logs of health checks")),
-    ("envoy.extensions.health_checkers.", NotYet("health checkers other than HTTP, gRPC and TCP")),
+    ("envoy.extensions.health_checkers.", NotYet("health checkers other than HTTP, gRPC, TCP and Redis")),
     ("envoy.extensions.health_checkers.dynamic_modules.", NotForUs(CODE)),
     ("envoy.extensions.health_checkers.thrift.", NotForUs(PROTOCOL)),
     ("envoy.extensions.http.", NotYet("extensions of HTTP filters")),

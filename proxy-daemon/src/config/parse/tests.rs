@@ -219,7 +219,8 @@ fn clusters_that_cannot_be_honoured_are_named() {
             "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }, { \
              timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }]"
                 .to_owned(),
-            "health_checks[1]: not supported by culvert yet",
+            "health_checks[0]: health check at index 0 is missing a name; all health checks must have a name when multiple \
+             health checks are configured",
         ),
         (
             "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: { \
@@ -228,8 +229,8 @@ fn clusters_that_cannot_be_honoured_are_named() {
             "health_checks[0].tcp_health_check.send.text: invalid hex string 'abc': pairs of hexadecimal digits",
         ),
         (
-            "outlier_detection: { detect_degraded_hosts: true }".to_owned(),
-            "outlier_detection.detect_degraded_hosts: not supported by culvert yet",
+            "outlier_detection: { monitors: [{ name: a, typed_config: { '@type': type.googleapis.com/google.protobuf.Empty } }] }".to_owned(),
+            "outlier_detection.monitors: not supported by culvert yet",
         ),
         (
             "outlier_detection: { base_ejection_time: 2s, max_ejection_time: 1s }".to_owned(),
@@ -401,7 +402,7 @@ fn health_check_specifiers_are_checked() {
         ("tcp_health_check: { receive: [{ text: '0g' }] }", "tcp_health_check.receive[0].text: "),
         ("tcp_health_check: { proxy_protocol_config: {} }", "tcp_health_check.proxy_protocol_config: not supported"),
         ("grpc_health_check: { authority: 'a/b' }", "grpc_health_check.authority: "),
-        ("custom_health_check: { name: redis }", "custom_health_check: not supported"),
+        ("custom_health_check: { name: redis }", "custom_health_check.typed_config: value is required"),
         ("tcp_health_check: {}, event_log_path: /x", "event_log_path: not supported"),
         ("tcp_health_check: {}, tls_options: {}", "tls_options: not supported"),
         ("tcp_health_check: {}, no_traffic_interval: 0s", "no_traffic_interval: "),

@@ -14,6 +14,7 @@ use crate::{
     access_log::EventLog,
     config::model::{
         ClusterConfig, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints, UpstreamBind,
+        UpstreamTlsContext,
     },
     stats::{Lease, Scope},
     tls::{ClientTls, Secrets},
@@ -112,7 +113,7 @@ impl ClusterChecks {
             removes_at_once: health.ignore_on_removal,
             stats: HealthCheckStats::new(scope.clone()),
             traffic: Arc::new(move || total.value() > 0),
-            tls: config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), &scope, secrets)),
+            tls: config.tls.as_ref().map(|tls| ClientTls::new(tls_of(&check, tls), &scope, secrets)),
             bind: config.bind.clone(),
             config: check,
             reports,
@@ -314,4 +315,14 @@ async fn take_reports(
         checks.tell_warm();
         reports.clear();
     }
+}
+
+/// How connections of checks are encrypted: as the cluster's, with what the check says.
+fn tls_of(check: &HealthCheckConfig, tls: &Arc<UpstreamTlsContext>) -> Arc<UpstreamTlsContext> {
+    if check.alpn_protocols.is_empty() {
+        return Arc::clone(tls);
+    }
+    let mut own = UpstreamTlsContext::clone(tls);
+    own.common.alpn_protocols.clone_from(&check.alpn_protocols);
+    Arc::new(own)
 }

@@ -74,6 +74,7 @@ impl Line<'_> {
             Check::Http(_) => "HTTP",
             Check::Tcp(_) => "TCP",
             Check::Grpc(_) => "GRPC",
+            Check::Redis(_) => "REDIS",
         };
         let socket = |address: &str, port: u16| {
             format!(

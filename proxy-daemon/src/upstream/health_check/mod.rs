@@ -4,6 +4,7 @@ mod cluster;
 mod event_log;
 mod grpc;
 mod http;
+mod redis;
 mod state;
 mod tcp;
 
@@ -21,6 +22,7 @@ pub use self::state::{Failure, Health, Outcome, Passed};
 use self::{
     grpc::GrpcProbe,
     http::HttpProbe,
+    redis::RedisProbe,
     state::{Session, Transition, part},
     tcp::TcpProbe,
 };
@@ -178,6 +180,7 @@ enum Probe {
     Http(HttpProbe),
     Tcp(TcpProbe),
     Grpc(GrpcProbe),
+    Redis(RedisProbe),
 }
 
 impl Probe {
@@ -186,6 +189,7 @@ impl Probe {
             Check::Http(_) => Probe::Http(HttpProbe::new(target, reuse, stats.verify_cluster)),
             Check::Tcp(_) => Probe::Tcp(TcpProbe::new(target, reuse)),
             Check::Grpc(_) => Probe::Grpc(GrpcProbe::new(target, reuse)),
+            Check::Redis(_) => Probe::Redis(RedisProbe::new(target, reuse)),
         }
     }
 
@@ -195,6 +199,7 @@ impl Probe {
             (Probe::Http(probe), Check::Http(check)) => probe.probe(check).await,
             (Probe::Tcp(probe), Check::Tcp(check)) => probe.probe(check).await,
             (Probe::Grpc(probe), Check::Grpc(check)) => probe.probe(check).await,
+            (Probe::Redis(probe), Check::Redis(check)) => probe.probe(check).await,
             // A probe is made for its check and keeps it.
             _ => Failure::Network.into(),
         }

@@ -21,6 +21,7 @@ fn config() -> HealthCheckConfig {
         always_log_failures: false,
         always_log_success: false,
         event_logs: Vec::new(),
+        alpn_protocols: Vec::new(),
         check: Check::Tcp(TcpCheck::default()),
     }
 }

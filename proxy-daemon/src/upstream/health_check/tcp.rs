@@ -65,7 +65,7 @@ pub(super) async fn open(target: &Target, alpn: AlpnFallback) -> Result<Upstream
 }
 
 /// Whether the host has neither closed the connection since the last check nor sent what nobody waits for.
-fn is_open(connection: &UpstreamStream) -> bool {
+pub(super) fn is_open(connection: &UpstreamStream) -> bool {
     let mut byte = [0];
     let read = match connection {
         UpstreamStream::Tcp(stream) => stream.try_read(&mut byte),

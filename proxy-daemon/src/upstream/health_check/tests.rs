@@ -34,6 +34,7 @@ fn config(check: Check) -> HealthCheckConfig {
         always_log_failures: false,
         always_log_success: false,
         event_logs: Vec::new(),
+        alpn_protocols: Vec::new(),
         check,
     }
 }

@@ -48,6 +48,16 @@ struct Watched {
     /// How many times the base time it is ejected for.
     backoff: u64,
     jitter: u64,
+    degraded: Degraded,
+}
+
+/// What becomes of a host that wants to be used last.
+#[derive(Debug, Default)]
+struct Degraded {
+    since: Option<Instant>,
+    back_at: Option<Instant>,
+    /// How many times the base time it is used last for.
+    backoff: u64,
 }
 
 impl Watched {
@@ -88,6 +98,7 @@ impl Detector {
                     back_at: None,
                     backoff: 0,
                     jitter: 0,
+                    degraded: Degraded::default(),
                 },
             })
         });
@@ -117,6 +128,49 @@ impl Detector {
         changed
     }
 
+    /// The host wants to be used last. Returns whether hosts have to be chosen anew.
+    pub(super) fn degraded(&mut self, vitals: &Arc<Vitals>, now: Instant) -> bool {
+        let Some(monitor) = vitals.monitor() else { return false };
+        monitor.degraded_taken_up();
+        let Some(at) = self.places.get(&key(vitals)).copied() else { return false };
+        if !vitals.set(HealthFlag::DegradedOutlier, true) {
+            return false;
+        }
+        self.stats.ejections_detected_degradation.inc();
+        let (base, max) = (self.config().base_ejection_time.get(), self.config().max_ejection_time.get());
+        let degraded = &mut self.hosts[at].degraded;
+        degraded.since = Some(now);
+        if degraded.backoff.saturating_mul(base) < max.saturating_add(base) {
+            degraded.backoff += 1;
+        }
+        self.log(at, Ejection::Consecutive5xx, Action::Degrade, None, now);
+        true
+    }
+
+    /// What has been used last for long enough is used as the others are. Returns whether it is.
+    fn end_degradation_in_time(&mut self, at: usize, now: Instant) -> bool {
+        let config = Arc::clone(&self.shared.config);
+        let watched = &mut self.hosts[at];
+        let degraded = &mut watched.degraded;
+        if !watched.vitals.has(HealthFlag::DegradedOutlier) {
+            let interval = Duration::from_millis(config.interval.get());
+            if degraded.back_at.is_some_and(|back| now.saturating_duration_since(back) >= interval) {
+                degraded.backoff = degraded.backoff.saturating_sub(1);
+            }
+            return false;
+        }
+        let time = config.base_ejection_time.get().saturating_mul(degraded.backoff).min(config.max_ejection_time.get());
+        let over =
+            degraded.since.is_none_or(|since| now.saturating_duration_since(since) >= Duration::from_millis(time));
+        if over {
+            degraded.back_at = Some(now);
+            watched.vitals.set(HealthFlag::DegradedOutlier, false);
+            let last = watched.ejected_at;
+            self.log(at, Ejection::Consecutive5xx, Action::Uneject, last, now);
+        }
+        over
+    }
+
     /// The host has passed an active check. Returns whether hosts have to be chosen anew.
     pub(super) fn passed_check(&mut self, vitals: &Arc<Vitals>, now: Instant) -> bool {
         if !self.config().successful_active_health_check_uneject_host || vitals.has(HealthFlag::FailedActiveHc) {
@@ -136,6 +190,7 @@ impl Detector {
         let mut changed = false;
         for at in 0..self.hosts.len() {
             changed |= self.take_back_in_time(at, now);
+            changed |= self.end_degradation_in_time(at, now);
             let watched = &mut self.hosts[at];
             let Some(monitor) = watched.vitals.monitor() else { continue };
             let sums = monitor.sums();

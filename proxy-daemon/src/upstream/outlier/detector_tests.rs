@@ -21,6 +21,7 @@ fn config() -> OutlierDetection {
         max_ejection_time_jitter: number(0),
         max_ejection_percent: number(50),
         always_eject_one_host: false,
+        detects_degraded: false,
         split_external_local_origin_errors: false,
         consecutive: [number(5), number(3), number(4)],
         enforcing: std::array::from_fn(|_| number(100)),
@@ -85,8 +86,11 @@ impl Bench {
     fn look(&mut self, seconds: u64) -> usize {
         let (mut count, now) = (0, self.at(seconds));
         while let Ok(event) = self.events.try_recv() {
-            let Event::Consecutive(vitals, kind) = event else { continue };
-            self.detector.consecutive(&vitals, kind, now);
+            match event {
+                Event::Consecutive(vitals, kind) => self.detector.consecutive(&vitals, kind, now),
+                Event::Degraded(vitals) => self.detector.degraded(&vitals, now),
+                Event::PassedCheck(_) | Event::Hosts => continue,
+            };
             count += 1;
         }
         count
@@ -267,4 +271,39 @@ fn an_active_check_brings_a_host_back() {
     vitals.set(HealthFlag::FailedActiveHc, false);
     assert!(bench.detector.passed_check(&vitals, bench.at(1)));
     assert_eq!(bench.ejected(), [0; 0]);
+}
+
+#[test]
+fn a_host_that_wants_to_be_used_last_is_for_a_while() {
+    let mut bench = Bench::new("od_degraded", OutlierDetection { detects_degraded: true, ..config() }, 2);
+    let degraded = |bench: &Bench| bench.hosts[0].vitals.as_ref().unwrap().has(HealthFlag::DegradedOutlier);
+    let says = |bench: &Bench, status| {
+        let headers = http::HeaderMap::from_iter([("x-envoy-degraded".parse().unwrap(), "1".parse().unwrap())]);
+        bench.hosts[0].vitals.as_ref().unwrap().heard(status, &headers);
+    };
+    says(&bench, 503);
+    assert_eq!(bench.look(0), 0, "it fails");
+    let mut now = 0;
+    for (times, last) in [30, 60, 90, 100, 100].into_iter().enumerate() {
+        says(&bench, 404);
+        says(&bench, 200);
+        assert_eq!(bench.look(now), 1, "it is told once");
+        assert!(degraded(&bench) && bench.ejected().is_empty());
+        says(&bench, 200);
+        assert_eq!(bench.look(now), 0, "it is known");
+        assert!(!bench.detector.interval(bench.at(now + last - 1)));
+        assert!(bench.detector.interval(bench.at(now + last)));
+        assert!(!degraded(&bench));
+        now += last;
+        assert_eq!(bench.detector.stats.ejections_detected_degradation.value(), times as u64 + 1);
+    }
+    assert_eq!(bench.detector.stats.ejections_active.value(), 0);
+    // Each interval in peace takes one off the times.
+    for _ in 0..10 {
+        now += 10;
+        bench.detector.interval(bench.at(now));
+    }
+    says(&bench, 200);
+    bench.look(now);
+    assert!(bench.detector.interval(bench.at(now + 30)));
 }

@@ -12,8 +12,12 @@ use crate::{access_log::rfc3339, config::model::Ejection};
 /// What is done with a host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {
-    Eject { enforced: bool },
+    Eject {
+        enforced: bool,
+    },
     Uneject,
+    /// It is used last: an ejection of a type of its own in Envoy's messages.
+    Degrade,
 }
 
 /// One event.
@@ -44,6 +48,7 @@ impl Display for Line<'_> {
             Ejection::FailurePercentage => "FAILURE_PERCENTAGE",
             Ejection::FailurePercentageLocalOrigin => "FAILURE_PERCENTAGE_LOCAL_ORIGIN",
         };
+        let kind = if self.action == Action::Degrade { "DEGRADED" } else { kind };
         write!(f, "{{\"type\":\"{kind}\",\"timestamp\":\"{}\"", rfc3339(self.at))?;
         if let Some(seconds) = self.since_last {
             write!(f, ",\"secs_since_last_action\":\"{seconds}\"")?;
@@ -51,6 +56,7 @@ impl Display for Line<'_> {
         let (action, enforced) = match self.action {
             Action::Eject { enforced } => ("EJECT", enforced),
             Action::Uneject => ("UNEJECT", false),
+            Action::Degrade => ("EJECT", true),
         };
         write!(
             f,

@@ -132,6 +132,7 @@ fn handle(detector: &mut Detector, event: Event, now: std::time::Instant) -> boo
     match event {
         Event::Consecutive(vitals, kind) => detector.consecutive(&vitals, kind, now),
         Event::PassedCheck(vitals) => detector.passed_check(&vitals, now),
+        Event::Degraded(vitals) => detector.degraded(&vitals, now),
         // They have been looked at.
         Event::Hosts => false,
     }

@@ -6,11 +6,12 @@ use std::sync::{
     atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
+use http::HeaderMap;
 use tokio::sync::mpsc;
 
 use crate::{
     config::model::{Ejection, OutlierDetection},
-    upstream::vitals::Vitals,
+    upstream::vitals::{HealthFlag, Vitals},
 };
 
 /// What a request or a connection came to.
@@ -35,6 +36,8 @@ pub(super) enum Event {
     Consecutive(Arc<Vitals>, Ejection),
     /// An ejected host has passed an active health check.
     PassedCheck(Arc<Vitals>),
+    /// A host wants to be used last.
+    Degraded(Arc<Vitals>),
     /// The cluster's hosts are others.
     Hosts,
 }
@@ -60,6 +63,9 @@ impl Shared {
         Arc::new(Shared { config, events, averages, workers })
     }
 }
+
+/// Announced: the host wants to be used last. Above the bits of [`Ejection`].
+const DEGRADED: u32 = 1 << 31;
 
 /// What is counted of one host.
 #[derive(Debug)]
@@ -163,6 +169,25 @@ impl Monitor {
                 let _ = self.shared.events.send(Event::Consecutive(Arc::clone(of), kind));
             }
         }
+    }
+
+    /// A response with this status has these headers.
+    #[inline]
+    pub(in crate::upstream) fn heard(&self, of: &Arc<Vitals>, status: u16, headers: &HeaderMap) {
+        if self.shared.config.detects_degraded
+            && headers.contains_key("x-envoy-degraded")
+            && !(500..600).contains(&status)
+            && !of.has(HealthFlag::DegradedOutlier)
+            && self.announced.load(Relaxed) & DEGRADED == 0
+            && self.announced.fetch_or(DEGRADED, Relaxed) & DEGRADED == 0
+        {
+            let _ = self.shared.events.send(Event::Degraded(Arc::clone(of)));
+        }
+    }
+
+    /// The control thread has looked at a host that wants to be used last.
+    pub(super) fn degraded_taken_up(&self) {
+        self.announced.fetch_and(!DEGRADED, Relaxed);
     }
 
     /// The row is at an end, or has been looked at.

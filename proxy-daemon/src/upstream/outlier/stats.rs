@@ -16,6 +16,8 @@ pub(super) struct OutlierStats {
     pub(super) ejections_total: Counter,
     pub(super) ejections_consecutive_5xx: Counter,
     pub(super) ejections_success_rate: Counter,
+    /// Hosts that have called themselves degraded.
+    pub(super) ejections_detected_degradation: Counter,
     detected: [Counter; 7],
     enforced: [Counter; 7],
     _lease: Arc<Lease>,
@@ -37,8 +39,6 @@ impl OutlierStats {
     pub(super) fn new(cluster: Scope) -> OutlierStats {
         let scope = cluster.child("outlier_detection");
         let lease = Arc::new(scope.lease());
-        // What counts hosts that call themselves degraded; Envoy shows it whether it is configured or not.
-        scope.counter("ejections_detected_degradation");
         OutlierStats {
             ejections_active: scope.gauge("ejections_active"),
             ejections_enforced_total: scope.counter("ejections_enforced_total"),
@@ -46,6 +46,7 @@ impl OutlierStats {
             ejections_total: scope.counter("ejections_total"),
             ejections_consecutive_5xx: scope.counter("ejections_consecutive_5xx"),
             ejections_success_rate: scope.counter("ejections_success_rate"),
+            ejections_detected_degradation: scope.counter("ejections_detected_degradation"),
             detected: NAMES.map(|name| scope.counter(&format!("ejections_detected_{name}"))),
             enforced: NAMES.map(|name| scope.counter(&format!("ejections_enforced_{name}"))),
             _lease: lease,

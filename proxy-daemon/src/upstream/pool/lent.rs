@@ -171,8 +171,9 @@ impl Connection {
         };
         match &sent {
             Ok(response) => {
-                host.saw(Seen::Status(seen_status(response, grpc)));
-                self.awaits_report.set(host.heard(response.headers()));
+                let status = seen_status(response, grpc);
+                host.saw(Seen::Status(status));
+                self.awaits_report.set(host.heard(status, response.headers()));
             }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}

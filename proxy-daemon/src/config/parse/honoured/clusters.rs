@@ -76,6 +76,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "max_ejection_time_jitter",
             "successful_active_health_check_uneject_host",
             "always_eject_one_host",
+            "detect_degraded_hosts",
         ],
     ),
     ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),

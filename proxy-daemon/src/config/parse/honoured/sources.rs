@@ -92,6 +92,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "http_health_check",
             "tcp_health_check",
             "grpc_health_check",
+            "custom_health_check",
+            "tls_options",
             "no_traffic_interval",
             "no_traffic_healthy_interval",
             "unhealthy_interval",
@@ -123,4 +125,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.config.core.v3.HealthCheck.TcpHealthCheck", &["send", "receive"]),
     ("envoy.config.core.v3.HealthCheck.GrpcHealthCheck", ALL),
+    ("envoy.config.core.v3.HealthCheck.CustomHealthCheck", ALL),
+    ("envoy.config.core.v3.HealthCheck.TlsOptions", ALL),
+    ("envoy.extensions.health_checkers.redis.v3.Redis", &["key"]),
+    ("envoy.extensions.filters.network.redis_proxy.v3.RedisProtocolOptions", &["auth_username", "auth_password"]),
 ];

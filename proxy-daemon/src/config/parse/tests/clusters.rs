@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::*;
 use crate::{
     config::model::{
-        ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive, Thresholds,
+        Check, ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive,
+        Thresholds,
     },
     layered_runtime::{DiskLayer, LayerSource},
 };
@@ -142,7 +143,7 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
     let error = one_cluster(
         "{ name: a, health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, custom_health_check: { name: x } }] }",
     );
-    assert_eq!(error.unwrap_err(), "health_checks[0].custom_health_check: not supported by culvert yet");
+    assert_eq!(error.unwrap_err(), "health_checks[0].custom_health_check.typed_config: value is required");
     let error = one_cluster(
         "{ name: a, cluster_type: { name: x, typed_config: { '@type': \
          type.googleapis.com/envoy.extensions.clusters.composite.v3.ClusterConfig, clusters: [{ name: b }] } } }",
@@ -244,4 +245,33 @@ fn static_resources_that_wait_need_a_control_plane() {
     assert_eq!(error("{ name: x, type: EDS, eds_cluster_config: { eds_config: { ads: {} } } }"), unknown);
     let text = error("{ name: x, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED }");
     assert!(text.starts_with(at) && text.ends_with("not supported by culvert yet"), "{text}");
+}
+
+#[test]
+fn redis_servers_are_checked_with_what_the_cluster_says() {
+    let cluster = |check: &str, options: &str| {
+        one_cluster(&format!(
+            "{{ name: a, health_checks: [{{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, {check} }}], \
+             typed_extension_protocol_options: {{ envoy.filters.network.redis_proxy: {{ '@type': \
+             type.googleapis.com/envoy.extensions.filters.network.redis_proxy.v3.RedisProtocolOptions, {options} }} }} }}"
+        ))
+    };
+    let redis = "custom_health_check: { name: x, typed_config: { '@type': \
+                 type.googleapis.com/envoy.extensions.health_checkers.redis.v3.Redis, key: away } }";
+    let auth = |options: &str| {
+        let config = cluster(redis, options).unwrap().health.check.unwrap();
+        let Check::Redis(redis) = &config.check else { panic!("{config:?}") };
+        assert_eq!(redis.key, b"away");
+        redis.auth.clone()
+    };
+    let (user, password) = ("auth_username: { inline_string: u }", "auth_password: { inline_string: p }");
+    assert_eq!(auth(password), Some((vec![], b"p".to_vec())));
+    assert_eq!(auth(&format!("{user}, {password}")), Some((b"u".to_vec(), b"p".to_vec())));
+    assert_eq!(auth(user), None, "a user alone is told nothing");
+    // Nobody else would go by them.
+    let at = "typed_extension_protocol_options[\"envoy.filters.network.redis_proxy\"]";
+    assert_eq!(cluster("tcp_health_check: {}", password).unwrap_err(), format!("{at}: not supported by culvert yet"));
+    let other = redis.replace("health_checkers.redis.v3.Redis, key: away", "filters.http.router.v3.Router");
+    let error = cluster(&other, password).unwrap_err();
+    assert!(error.starts_with("health_checks[0].custom_health_check.typed_config: "), "{error}");
 }

@@ -1,0 +1,94 @@
+//! Checks of Redis servers: PING, or EXISTS of a key that marks those that are not to be used.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::{
+    Failure, Outcome, Passed, Target,
+    tcp::{is_open, open},
+};
+use crate::{config::model::RedisCheck, tls::AlpnFallback, upstream::UpstreamStream};
+
+/// The longest line that a server may answer with.
+const MAX_LINE: usize = 64 * 1024;
+
+pub(super) struct RedisProbe {
+    target: Target,
+    reuse: bool,
+    connection: Option<UpstreamStream>,
+}
+
+impl RedisProbe {
+    pub(super) fn new(target: Target, reuse: bool) -> RedisProbe {
+        RedisProbe { target, reuse, connection: None }
+    }
+
+    pub(super) async fn probe(&mut self, check: &RedisCheck) -> Outcome {
+        let kept = self.connection.take().filter(is_open);
+        match self.attempt(kept, check).await {
+            Ok((well, connection)) => {
+                // Of another answer more may be to come.
+                self.connection = Some(connection).filter(|_| self.reuse && well);
+                let result = if well { Ok(Passed::default()) } else { Err(Failure::Active) };
+                Outcome { result, http_status: None }
+            }
+            Err(failure) => failure.into(),
+        }
+    }
+
+    /// Whether the server says that it is well.
+    async fn attempt(
+        &self,
+        kept: Option<UpstreamStream>,
+        check: &RedisCheck,
+    ) -> Result<(bool, UpstreamStream), Failure> {
+        let (mut connection, is_new) = match kept {
+            Some(connection) => (connection, false),
+            None => (open(&self.target, AlpnFallback::None).await?, true),
+        };
+        let (mut request, mut answers) = (Vec::new(), 1);
+        if let Some((user, password)) = check.auth.as_ref().filter(|_| is_new) {
+            match user.is_empty() {
+                true => command(&mut request, &[b"auth", password]),
+                false => command(&mut request, &[b"auth", user, password]),
+            }
+            answers += 1;
+        }
+        let (asked, expected): (&[&[u8]], _) = match check.key.is_empty() {
+            true => (&[b"PING"], &b"+PONG"[..]),
+            false => (&[b"EXISTS", &check.key], &b":0"[..]),
+        };
+        command(&mut request, asked);
+        connection.write_all(&request).await.map_err(|_| Failure::Network)?;
+        let (mut answer, mut read) = (Vec::new(), Vec::new());
+        // Where the password is wrong, the server says no to what follows.
+        for _ in 0..answers {
+            answer = line(&mut connection, &mut read).await?;
+        }
+        Ok((answer == expected, connection))
+    }
+}
+
+/// Adds a command, as an array of strings.
+fn command(to: &mut Vec<u8>, words: &[&[u8]]) {
+    to.extend_from_slice(format!("*{}\r\n", words.len()).as_bytes());
+    for word in words {
+        to.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+        to.extend_from_slice(word);
+        to.extend_from_slice(b"\r\n");
+    }
+}
+
+/// The next line, without its end; `read` is what has been read beyond the lines before.
+async fn line(connection: &mut UpstreamStream, read: &mut Vec<u8>) -> Result<Vec<u8>, Failure> {
+    loop {
+        if let Some(end) = read.windows(2).position(|end| end == b"\r\n") {
+            let rest = read.split_off(end + 2);
+            let mut line = std::mem::replace(read, rest);
+            line.truncate(end);
+            return Ok(line);
+        }
+        if read.len() >= MAX_LINE || connection.read_buf(read).await.map_err(|_| Failure::Network)? == 0 {
+            return Err(Failure::Network);
+        }
+    }
+}
