@@ -42,14 +42,27 @@ impl Bootstrap {
 
     /// Adds a TCP proxy on 127.0.0.1:`port`.
     #[must_use]
-    pub fn tcp(mut self, port: u16, cluster: &str) -> Self {
+    pub fn tcp(self, port: u16, cluster: &str) -> Self {
+        self.tcp_of(port, &format!("cluster: {cluster}"))
+    }
+
+    /// Adds a TCP proxy on 127.0.0.1:`port` of these fields, in one line.
+    #[must_use]
+    pub fn tcp_of(self, port: u16, proxy: &str) -> Self {
+        self.tcp_with(port, proxy, &[])
+    }
+
+    /// The same, on a listener with further lines `field: value`.
+    #[must_use]
+    pub fn tcp_with(mut self, port: u16, proxy: &str, listener: &[&str]) -> Self {
+        let listener: String = listener.iter().map(|line| format!("    {line}\n")).collect();
         self.listeners += &format!(
             r#"  - name: tcp_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
-    filter_chains:
+{listener}    filter_chains:
     - filters:
       - name: envoy.filters.network.tcp_proxy
-        typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: tcp, cluster: {cluster}}}
+        typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: tcp, {proxy}}}
 "#
         );
         self

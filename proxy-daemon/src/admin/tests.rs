@@ -15,7 +15,7 @@ pub(super) mod dumps;
 use crate::{
     config::model::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, LbOptions,
-        LbPolicy, ListenAddress, Listener, Locality, LocalityEndpoints, Thresholds, UpstreamProtocol,
+        LbPolicy, ListenAddress, Listener, Locality, LocalityEndpoints, PoolOptions, Thresholds, UpstreamProtocol,
     },
     layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
@@ -159,6 +159,7 @@ fn cluster(name: &str) -> ClusterConfig {
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,
         idle_timeout: None,
+        pool: PoolOptions::default(),
         circuit_breakers: [Thresholds::default(), Thresholds { max_retries: 9, ..Thresholds::default() }],
         per_connection_buffer_limit_bytes: 1 << 20,
         tcp_keepalive: None,

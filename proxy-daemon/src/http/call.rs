@@ -22,7 +22,10 @@ use super::{
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
 };
-use crate::upstream::{Chosen, Connection, PickCx, PoolError, Source, WorkerCluster, WorkerHost};
+use crate::{
+    config::model::MetadataMatch,
+    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Source, WorkerCluster, WorkerHost},
+};
 
 /// Why there is no answer, or not a whole one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,11 +95,28 @@ pub(super) fn mark(head: &mut RequestHead, cx: &StreamCx) {
 pub(super) async fn send(
     cluster: &Rc<WorkerCluster>,
     source: Option<Source>,
+    head: RequestHead,
+    body: Body,
+) -> Result<Answer, Failure> {
+    send_to(cluster, source, None, head, body).await
+}
+
+/// The same, to a host whose metadata says this.
+pub(super) async fn send_to(
+    cluster: &Rc<WorkerCluster>,
+    source: Option<Source>,
+    metadata_match: Option<&MetadataMatch>,
     mut head: RequestHead,
     body: Body,
 ) -> Result<Answer, Failure> {
     let stats = &cluster.cluster.stats;
-    let Some(chosen) = cluster.choose(PickCx { headers: Some(&head.headers), ..PickCx::default() }) else {
+    if cluster.overload() != Overload::Passes {
+        cluster.cluster.dropped_overload.inc();
+        stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
+        return Err(Failure::Overflow);
+    }
+    let pick = PickCx { headers: Some(&head.headers), metadata_match, ..PickCx::default() };
+    let Some(chosen) = cluster.choose(pick) else {
         stats.upstream_cx_none_healthy.inc();
         return Err(Failure::NoHost);
     };

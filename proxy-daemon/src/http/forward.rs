@@ -3,7 +3,7 @@
 use std::{cell::Cell, rc::Rc};
 
 use http::{
-    HeaderValue, Method, Response, StatusCode, Uri,
+    HeaderName, HeaderValue, Method, Response, StatusCode, Uri,
     header::{HOST, SET_COOKIE},
     uri::Authority,
 };
@@ -33,8 +33,11 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
-    upstream::{Connection, HostCounter, Seen, WorkerCluster},
+    upstream::{Connection, HostCounter, Overload, Seen, WorkerCluster},
 };
+
+const DROP: HeaderName = HeaderName::from_static("x-envoy-drop-overload");
+const UNCONDITIONAL_DROP: HeaderName = HeaderName::from_static("x-envoy-unconditional-drop-overload");
 
 /// An upstream's answer.
 pub(super) struct Answer {
@@ -63,6 +66,10 @@ pub(super) async fn forward(
     end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, &head));
     if cluster.cluster.refuses_for_maintenance() {
         return Err(maintenance(&cluster, end));
+    }
+    match cluster.overload() {
+        Overload::Passes => {}
+        overload => return Err(dropped(cx, &cluster, end, overload == Overload::DropsAll)),
     }
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
@@ -154,6 +161,23 @@ fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
     end.charge(cluster, status);
     let mut reply = LocalReply::new(status, "maintenance mode", ResponseFlags::UO, "maintenance_mode");
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
+    reply
+}
+
+/// The answer to a request that `drop_overloads` has dropped.
+fn dropped(cx: &StreamCx, cluster: &WorkerCluster, end: &StreamEnd, all: bool) -> LocalReply {
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    end.charge(cluster, status);
+    cluster.cluster.dropped_overload.inc();
+    let (text, flags, details, header) = if all {
+        ("unconditional drop overload", ResponseFlags::UDO, "unconditional_drop_overload", UNCONDITIONAL_DROP)
+    } else {
+        ("drop overload", ResponseFlags::DO, "drop_overload", DROP)
+    };
+    let mut reply = LocalReply::new(status, text, flags, details);
+    if !cx.suppress_envoy_headers {
+        reply.headers.push((header, HeaderValue::from_static("true")));
+    }
     reply
 }
 

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     access_log::{Record, ResponseFlags},
-    config::model::HeaderAdd,
+    config::model::{HeaderAdd, MetadataMatch},
     upstream::{Source, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -31,6 +31,8 @@ pub(crate) struct Target<'a> {
     /// Further headers; formats are filled from the record.
     pub(crate) headers: &'a [HeaderAdd],
     pub(crate) record: &'a Record<'a>,
+    /// What the host's metadata has to say.
+    pub(crate) metadata_match: Option<&'a MetadataMatch>,
 }
 
 /// A tunnel that its host has agreed to.
@@ -63,12 +65,13 @@ pub(crate) async fn open<B: WrappedBody + 'static>(
     let mut added = HeaderMap::new();
     headers::add(&mut added, target.headers, target.record);
     head.headers.extend(added);
-    let answer =
-        call::send(cluster, source, head, Body::Wrapped(Box::new(body))).await.map_err(|failure| match failure {
-            Failure::NoHost => ResponseFlags::UH,
-            Failure::Overflow => ResponseFlags::UO,
-            Failure::Reset | Failure::TimedOut | Failure::Broken | Failure::TooLong => ResponseFlags::UF,
-        })?;
+    let body = Body::Wrapped(Box::new(body));
+    let answer = call::send_to(cluster, source, target.metadata_match, head, body).await;
+    let answer = answer.map_err(|failure| match failure {
+        Failure::NoHost => ResponseFlags::UH,
+        Failure::Overflow => ResponseFlags::UO,
+        Failure::Reset | Failure::TimedOut | Failure::Broken | Failure::TooLong => ResponseFlags::UF,
+    })?;
     let agreed = match answer.upstream().1.is_http2() {
         true => answer.head.status == StatusCode::OK,
         false => answer.head.status.is_success(),

@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    pin::Pin,
+    pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
@@ -16,7 +16,7 @@ use crate::{
     access_log::{AccessLog, Record, ResponseFlags, Times},
     config::{
         FieldError,
-        model::{ClusterChoice, TcpProxyConfig},
+        model::{ClusterChoice, MetadataMatch, TcpProxyConfig},
     },
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
@@ -75,10 +75,16 @@ impl TcpProxy {
         self.stats.downstream_cx_total.inc();
     }
 
-    fn choose(&self) -> Option<&Arc<str>> {
+    /// The cluster, and what the host's metadata has to say.
+    fn choose(&self) -> Option<(&Arc<str>, Option<&MetadataMatch>)> {
+        let asked = self.config.metadata_match.as_ref();
         match &self.config.cluster {
-            ClusterChoice::Cluster(name) => Some(name),
-            ClusterChoice::Weighted(weighted) => weighted.choose(fastrand::u64(..)),
+            ClusterChoice::Cluster(name) => Some((name, asked)),
+            ClusterChoice::Weighted(weighted) => {
+                let index = weighted.choose_index(fastrand::u64(..))?;
+                let own = weighted.options.get(index).and_then(|options| options.metadata_match.as_ref());
+                Some((weighted.name(index), own.or(asked)))
+            }
             ClusterChoice::Header(_) => None,
         }
     }
@@ -147,7 +153,8 @@ async fn carry(
     mut drain: DrainSignal,
 ) -> Outcome {
     let mut outcome = Outcome::default();
-    let name = proxy.choose();
+    let (name, asked) = proxy.choose().unzip();
+    let asked = asked.flatten();
     outcome.cluster = name.map(Arc::clone);
     let Some(cluster) = name.and_then(|name| worker.clusters.get(name)) else {
         proxy.stats.downstream_cx_no_route.inc();
@@ -172,12 +179,24 @@ async fn carry(
         }
     };
     let ended = if let Some(tunneling) = &proxy.config.tunneling {
-        Box::pin(tunnel::carry(downstream, proxy, tunneling, &cluster, info, ends, &mut outcome)).await
-    } else if let Some(mut upstream) = dial(proxy, &cluster, info, &mut outcome).await {
+        Box::pin(tunnel::carry(downstream, proxy, (tunneling, asked), &cluster, info, ends, &mut outcome)).await
+    } else if let Some(mut upstream) = dial(proxy, (&cluster, asked), info, &mut outcome).await {
         let mut relay = Relay::new(proxy.config.idle_timeout);
+        let carrying = Rc::clone(&upstream.cluster);
+        let old = carrying.cluster.config.pool.max_connection_duration;
+        let mut old = pin!(async {
+            // It is not used again, and a TCP proxy's never is: what is under way goes on, as in Envoy.
+            if let Some(limit) = old {
+                tokio::time::sleep(limit).await;
+                carrying.cluster.stats.upstream_cx_max_duration_reached.inc();
+            }
+            std::future::pending().await
+        });
         let ended = tokio::select! {
             ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream.stream)) => ended,
             ended = ends => ended,
+            ended = &mut old => ended,
+            () = upstream.host.pool.closed_since(upstream.closings) => Ended::HostFailed,
         };
         (outcome.received, outcome.sent) = (relay.up.bytes, relay.down.bytes);
         Some(ended)
@@ -186,7 +205,7 @@ async fn carry(
     };
     let Some(ended) = ended else { return outcome };
     match ended {
-        Ended::Whole | Ended::Drained => {}
+        Ended::Whole | Ended::Drained | Ended::HostFailed => {}
         Ended::Idle => proxy.stats.idle_timeout.inc(),
         Ended::TooOld => proxy.stats.max_downstream_connection_duration.inc(),
         Ended::Downstream => outcome.flags |= ResponseFlags::DC,
@@ -207,6 +226,8 @@ struct Dialed {
     cluster: Rc<WorkerCluster>,
     host: Rc<WorkerHost>,
     since: Instant,
+    /// How often the host's pool had been closed.
+    closings: u32,
     _open: Decrement,
     _issued: Issued,
 }
@@ -224,7 +245,7 @@ impl Drop for Dialed {
 /// Connects to a host, and to another one where that fails, as often as is configured.
 async fn dial(
     proxy: &TcpProxy,
-    cluster: &Rc<WorkerCluster>,
+    (cluster, metadata_match): (&Rc<WorkerCluster>, Option<&MetadataMatch>),
     info: &ConnectionInfo,
     outcome: &mut Outcome,
 ) -> Option<Dialed> {
@@ -242,7 +263,7 @@ async fn dial(
             outcome.flags |= ResponseFlags::UO;
             return None;
         }
-        let pick = PickCx { original_dst: info.original_dst, ..PickCx::default() };
+        let pick = PickCx { original_dst: info.original_dst, metadata_match, ..PickCx::default() };
         let Some(Chosen { cluster: member, host }) = cluster.choose(pick) else {
             routed.upstream_cx_none_healthy.inc();
             outcome.flags |= ResponseFlags::UH;
@@ -255,6 +276,7 @@ async fn dial(
         }
         let (config, stats) = (&member.cluster.config, &member.cluster.stats);
         outcome.host = Some(host.host.display().to_owned());
+        let closings = host.pool.closings();
         stats.upstream_cx_total.inc();
         // Counted from the first SYN: connects that hang use up the limit as well.
         let open = Decrement::after_inc(stats.upstream_cx_active);
@@ -278,7 +300,7 @@ async fn dial(
                 let told = stream.info(since, connected.get());
                 (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
                 outcome.carried_by = Some(Rc::clone(&member));
-                return Some(Dialed { stream, cluster: member, host, since, _open: open, _issued: issued });
+                return Some(Dialed { stream, cluster: member, host, since, closings, _open: open, _issued: issued });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
@@ -314,6 +336,8 @@ pub(super) enum Ended {
     Downstream,
     /// The host's side broke.
     Upstream,
+    /// The host was found to be ill, and the cluster has `close_connections_on_host_health_failure`.
+    HostFailed,
 }
 
 /// Both directions of a connection, each with its half-close.

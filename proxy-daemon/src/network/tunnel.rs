@@ -17,7 +17,7 @@ use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use super::tcp_proxy::{Ended, Outcome, TcpProxy};
 use crate::{
     access_log::{Record, ResponseFlags},
-    config::model::{AddedValue, Tunneling},
+    config::model::{AddedValue, MetadataMatch, Tunneling},
     http::{
         body::BodyError,
         tunnel::{self, Target, Tunnel},
@@ -89,7 +89,7 @@ impl http_body::Body for Said {
 pub(super) async fn carry(
     downstream: DownstreamStream,
     proxy: &TcpProxy,
-    tunneling: &Tunneling,
+    asked: (&Tunneling, Option<&MetadataMatch>),
     cluster: &Rc<WorkerCluster>,
     info: &ConnectionInfo,
     ends: impl Future<Output = Ended>,
@@ -105,7 +105,7 @@ pub(super) async fn carry(
         reader: RefCell::default(),
         writer: RefCell::default(),
     });
-    let mut tunnel = dial(proxy, tunneling, cluster, info, &client, outcome).await?;
+    let mut tunnel = dial(proxy, asked, cluster, info, &client, outcome).await?;
     let (host, upstream) = tunnel.upstream();
     outcome.host = Some(host.host.display().to_owned());
     outcome.upstream = Some(Rc::clone(upstream));
@@ -177,7 +177,7 @@ fn poll(client: &Client, tunnel: &mut Tunnel, pending: &mut Bytes, cx: &mut Cont
 /// Asks a host for a tunnel, and another one where it refuses, as often as is configured.
 async fn dial(
     proxy: &TcpProxy,
-    tunneling: &Tunneling,
+    (tunneling, metadata_match): (&Tunneling, Option<&MetadataMatch>),
     cluster: &Rc<WorkerCluster>,
     info: &ConnectionInfo,
     client: &Rc<Client>,
@@ -195,7 +195,7 @@ async fn dial(
     };
     for _ in 0..proxy.config.max_connect_attempts {
         let (host, post_path) = (host.clone(), tunneling.post_path.as_ref());
-        let target = Target { host, post_path, headers: &tunneling.headers, record: &record };
+        let target = Target { host, post_path, headers: &tunneling.headers, record: &record, metadata_match };
         match tunnel::open(cluster, info.source, target, Said(Rc::clone(client))).await {
             Ok(tunnel) => return Some(tunnel),
             Err(flags) => {

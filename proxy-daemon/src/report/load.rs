@@ -12,7 +12,10 @@ use envoy_types::pb::{
             core::v3::{
                 Address, Locality as ProtoLocality, Pipe, SocketAddress, address, socket_address::PortSpecifier,
             },
-            endpoint::v3::{ClusterStats, EndpointLoadMetricStats, UpstreamEndpointStats, UpstreamLocalityStats},
+            endpoint::v3::{
+                ClusterStats, EndpointLoadMetricStats, UpstreamEndpointStats, UpstreamLocalityStats,
+                cluster_stats::DroppedRequests,
+            },
         },
         service::load_stats::v3::LoadStatsResponse,
     },
@@ -168,11 +171,15 @@ fn report_cluster(cluster: &Cluster, endpoints: bool) -> ClusterStats {
             stats.push(locality_stats(0, &Locality::default(), load, Vec::new()));
         }
     }
+    let overload = cluster.dropped_overload.latch();
+    let dropped =
+        (overload > 0).then(|| DroppedRequests { category: hosts.drop_category().to_owned(), dropped_count: overload });
     ClusterStats {
         cluster_name: cluster.config.name.to_string(),
         cluster_service_name: service,
         upstream_locality_stats: stats,
-        total_dropped_requests: cluster.latch_dropped(),
+        total_dropped_requests: cluster.dropped.latch(),
+        dropped_requests: dropped.into_iter().collect(),
         ..ClusterStats::default()
     }
 }

@@ -167,7 +167,7 @@ fn dropped_requests_are_counted_once_and_begin_anew_with_the_cluster() {
     let clusters = clusters(&["dropping"]);
     let (mut reporter, now) = (LoadReporter::default(), Instant::now());
     reporter.answered(all(1), &clusters.load(), now);
-    clusters.load()["dropping"].dropped.add(3);
+    (0..3).for_each(|_| clusters.load()["dropping"].dropped.inc());
     assert_eq!(reporter.report(&clusters.load(), now)[0].total_dropped_requests, 3);
     assert_eq!(reporter.report(&clusters.load(), now)[0].total_dropped_requests, 0);
     add(&clusters, "dropping");

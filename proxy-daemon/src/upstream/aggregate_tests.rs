@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     config::model::{
         ClusterConfig, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, LbPolicy,
-        LocalityEndpoints, Thresholds, UpstreamProtocol,
+        LocalityEndpoints, PoolOptions, Thresholds, UpstreamProtocol,
     },
     upstream::Clusters,
 };
@@ -20,6 +20,7 @@ fn cluster(name: &str, discovery: Discovery, endpoints: Vec<LocalityEndpoints>) 
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,
         idle_timeout: None,
+        pool: PoolOptions::default(),
         circuit_breakers: [Thresholds::default(), Thresholds::default()],
         per_connection_buffer_limit_bytes: 0,
         tcp_keepalive: None,

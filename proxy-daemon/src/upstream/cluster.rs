@@ -10,9 +10,10 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    ClusterStats,
+    ClusterStats, Dropped,
     aggregate::{Aggregates, Plan, replan},
     by_address::ByAddress,
+    drop_overload::Drops,
     health_check::{Changed, ClusterChecks},
     host::{Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients, LocalZones},
@@ -27,7 +28,7 @@ use crate::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LocalNode, Locality, LocalityEndpoints,
     },
     layered_runtime::{observe, with_values},
-    stats::{self, HiddenCounter},
+    stats,
     tls::{ClientTls, Secrets},
 };
 
@@ -39,8 +40,9 @@ pub struct Cluster {
     /// Slots of its counters.
     pub stats: ClusterStats,
     /// Requests and connections refused at a circuit breaker, for load reports.
-    pub(crate) dropped: HiddenCounter,
-    latched_dropped: AtomicU64,
+    pub(crate) dropped: Dropped,
+    /// Requests that were dropped as `drop_overloads` says, for load reports.
+    pub(crate) dropped_overload: Dropped,
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
     limits: RuntimeLimits,
@@ -83,8 +85,8 @@ impl Cluster {
             limits,
             retries: Default::default(),
             recent,
-            dropped: HiddenCounter::new(),
-            latched_dropped: AtomicU64::new(0),
+            dropped: Dropped::new(),
+            dropped_overload: Dropped::new(),
             original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
             tls,
             outlier,
@@ -148,12 +150,6 @@ impl Cluster {
     /// The hosts now.
     pub fn hosts(&self) -> Arc<HostSet> {
         self.hosts.load_full()
-    }
-
-    /// How many requests were refused since the last call. For load reports: there is one reporter.
-    pub(crate) fn latch_dropped(&self) -> u64 {
-        let sum = self.dropped.value();
-        sum.wrapping_sub(self.latched_dropped.swap(sum, Ordering::Relaxed))
     }
 
     /// Grows with every change of the hosts, so that a worker need only compare it.
@@ -251,7 +247,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
             locality,
             weight: group.weight,
             priority: group.priority,
-            policy: group.policy,
+            policy: group.policy.clone(),
             hosts: first..hosts.len() as u32,
         });
     }
@@ -274,7 +270,7 @@ fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>)
         making.weigh(&mut hosts);
     }
     let levels = lb::levels(&groups, &making.local.node.locality);
-    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None };
+    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None, drops: Drops::new(endpoints) };
     set.balancer = making.balancer(&set);
     set
 }
@@ -381,6 +377,7 @@ impl Making<'_> {
             by_slot: before.by_slot.clone(),
             levels: before.levels.clone(),
             balancer: None,
+            drops: before.drops.clone(),
         };
         set.balancer = self.balancer(&set);
         set

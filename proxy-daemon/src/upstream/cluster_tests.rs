@@ -2,7 +2,7 @@ use super::*;
 use crate::config::model::HealthOptions;
 use crate::upstream::{PickCx, WorkerClusters};
 use crate::{
-    config::model::{HappyEyeballs, LbOptions, LbPolicy, LeastRequest, Thresholds, UpstreamProtocol},
+    config::model::{HappyEyeballs, LbOptions, LbPolicy, LeastRequest, PoolOptions, Thresholds, UpstreamProtocol},
     layered_runtime::{Layer, LayerSource, Runtime},
 };
 
@@ -18,6 +18,7 @@ fn cluster(name: &str) -> ClusterConfig {
         protocol: UpstreamProtocol::Http1,
         max_requests_per_connection: 0,
         idle_timeout: None,
+        pool: PoolOptions::default(),
         circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],
         per_connection_buffer_limit_bytes: 0,
         tcp_keepalive: None,

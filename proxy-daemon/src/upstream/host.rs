@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     by_address::ByAddress,
+    drop_overload::Drops,
     lb::{Balancer, Level},
     vitals::{Standing, Vitals},
 };
@@ -202,6 +203,8 @@ pub struct HostSet {
     pub(super) levels: Vec<Level>,
     /// How one of them is chosen; `None` in ORIGINAL_DST clusters.
     pub(super) balancer: Option<Balancer>,
+    /// The share of requests that is dropped before a host is chosen.
+    pub(super) drops: Drops,
 }
 
 impl HostSet {
@@ -226,7 +229,13 @@ impl HostSet {
 
     /// What the assignment says of overprovisioning, in percent.
     pub fn overprovisioning_factor(&self) -> u32 {
-        self.levels.first().map_or(AssignmentPolicy::default(), Level::policy).overprovisioning_factor
+        let policy = self.levels.first().map(Level::policy);
+        policy.map_or(AssignmentPolicy::default().overprovisioning_factor, |policy| policy.overprovisioning_factor)
+    }
+
+    /// What load reports call the requests that are dropped.
+    pub(crate) fn drop_category(&self) -> &str {
+        self.drops.category()
     }
 
     /// The weight of a locality at a priority; 0 where none is said.

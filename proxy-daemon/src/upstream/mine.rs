@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::{Host, HostSet, WorkerHost};
+use crate::config::model::PoolOptions;
 
 /// By the hosts' slots: those that this worker has used.
 type Slots = Vec<Option<Rc<WorkerHost>>>;
@@ -20,6 +21,7 @@ const BEHIND: usize = 4;
 /// The hosts of a cluster now, and a worker's part of each.
 #[derive(Default)]
 pub(super) struct Mine {
+    options: PoolOptions,
     set: RefCell<Arc<HostSet>>,
     slots: RefCell<Slots>,
     /// How many there are in `slots`.
@@ -29,9 +31,14 @@ pub(super) struct Mine {
 }
 
 impl Mine {
+    /// None yet, of a cluster with these options.
+    pub(super) fn new(options: PoolOptions) -> Mine {
+        Mine { options, ..Mine::default() }
+    }
+
     /// The same hosts for another version of the cluster, which has none of its own yet.
-    pub(super) fn of_next_version(&self) -> Mine {
-        let next = Mine::default();
+    pub(super) fn of_next_version(&self, options: PoolOptions) -> Mine {
+        let next = Mine::new(options);
         self.settle();
         next.slots.replace(self.slots.borrow().clone());
         next.used.set(self.used.get());
@@ -64,7 +71,8 @@ impl Mine {
             let known = slots.get_mut(slot)?;
             known.take_if(|known| known.is(host))
         });
-        let mine = known.map_or_else(|| WorkerHost::new(Arc::clone(host), worker), |known| known.now(host));
+        let mine =
+            known.map_or_else(|| WorkerHost::new(Arc::clone(host), worker), |known| known.now(host, self.options));
         self.put(slot, Rc::clone(&mine));
         mine
     }
@@ -118,7 +126,7 @@ impl Mine {
         for (slot, known) in (from..).zip(some) {
             let Some(known) = known else { continue };
             match set.in_slot(slot).filter(|host| known.is(host)) {
-                Some(host) => self.put(slot, known.now(host)),
+                Some(host) => self.put(slot, known.now(host, self.options)),
                 None => known.retire(),
             }
         }

@@ -62,7 +62,7 @@ cluster_stats! {
     counters {
         upstream_cx_total upstream_cx_http1_total upstream_cx_http2_total upstream_cx_connect_fail
         upstream_cx_connect_timeout upstream_cx_overflow upstream_cx_destroy upstream_cx_idle_timeout
-        upstream_cx_max_requests upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
+        upstream_cx_max_requests upstream_cx_max_duration_reached upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
         upstream_cx_protocol_error upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
         upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_pending_failure_eject

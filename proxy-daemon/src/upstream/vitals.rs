@@ -44,6 +44,8 @@ pub enum HealthFlag {
 #[derive(Debug, Default)]
 pub struct Vitals {
     flags: AtomicU32,
+    /// How often checks or outlier detection have found it to be ill.
+    failures: AtomicU32,
     monitor: OnceLock<Monitor>,
     /// Told when the host says in a response that it is not well.
     check: OnceLock<Arc<Notify>>,
@@ -129,7 +131,16 @@ impl Vitals {
             true => self.flags.fetch_or(flag, Ordering::Relaxed),
             false => self.flags.fetch_and(!flag, Ordering::Relaxed),
         };
-        (before & flag != 0) != on
+        let changed = (before & flag != 0) != on;
+        if changed && on && flag & (HealthFlag::FailedActiveHc as u32 | HealthFlag::FailedOutlierCheck as u32) != 0 {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        changed
+    }
+
+    /// How often checks or outlier detection have found it to be ill: other than before, and its connections are not used again.
+    pub(super) fn failures(&self) -> u32 {
+        self.failures.load(Ordering::Relaxed)
     }
 
     /// What outlier detection counts of it.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Cluster, ClusterMap, Clusters, Host, HostCounter, Seen,
+    Cluster, ClusterMap, Clusters, Host, HostCounter, Overload, Seen,
     aggregate::WorkerMembers,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
@@ -18,7 +18,7 @@ use super::{
     pool::Pool,
 };
 use crate::{
-    config::model::{Discovery, EndpointAddress, MetadataMatch},
+    config::model::{Discovery, EndpointAddress, MetadataMatch, PoolOptions},
     stats::Counter,
 };
 
@@ -158,12 +158,13 @@ impl fmt::Debug for WorkerCluster {
 impl WorkerCluster {
     fn new(cluster: Arc<Cluster>, worker: usize, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
         let members = cluster.plan.is_some().then(|| WorkerMembers::new(clusters));
+        let mine = Rc::new(Mine::new(cluster.config.pool));
         WorkerCluster {
             members,
             cluster,
             worker,
             hosts_version: Cell::new(0),
-            mine: Rc::default(),
+            mine,
             turns: RefCell::default(),
             original_dst: OriginalDstHosts::default(),
             counters: RefCell::default(),
@@ -195,7 +196,7 @@ impl WorkerCluster {
         let (old, new) = (&before.cluster.config, &next.cluster.config);
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
             // Streams that began with the one before may choose of its hosts again.
-            next.mine = Rc::new(before.mine.of_next_version());
+            next.mine = Rc::new(before.mine.of_next_version(new.pool));
         } else {
             before.retire();
         }
@@ -209,6 +210,15 @@ impl WorkerCluster {
     /// The worker's index.
     pub fn worker(&self) -> usize {
         self.worker
+    }
+
+    /// What becomes of a request by the share of them that is dropped.
+    pub fn overload(&self) -> Overload {
+        let version = self.cluster.hosts_version();
+        if version != self.hosts_version.get() {
+            self.refresh(version);
+        }
+        self.mine.set().drops.decide()
     }
 
     /// Chooses a host; `None` where no host may be used. An aggregate has none: [`choose`](Self::choose) does for all.
@@ -300,12 +310,15 @@ pub struct WorkerHost {
     pub pool: Rc<Pool>,
     worker: usize,
     active: Rc<Cell<u32>>,
+    /// How often it had failed when its connections were last looked at.
+    failures: Cell<u32>,
 }
 
 impl WorkerHost {
     pub(super) fn new(host: Arc<Host>, worker: usize) -> Rc<WorkerHost> {
         let (pool, active) = (Rc::default(), Rc::default());
-        Rc::new(WorkerHost { host, pool, worker, active })
+        let failures = Cell::new(failures(&host));
+        Rc::new(WorkerHost { host, pool, worker, active, failures })
     }
 
     /// Whether this is of the same host, in whatever version.
@@ -314,12 +327,31 @@ impl WorkerHost {
     }
 
     /// The same host as it is now. Where its attributes (weight, health) are others, connections and load are kept.
-    pub(super) fn now(self: Rc<Self>, host: &Arc<Host>) -> Rc<WorkerHost> {
+    pub(super) fn now(self: Rc<Self>, host: &Arc<Host>, options: PoolOptions) -> Rc<WorkerHost> {
         if Arc::ptr_eq(&self.host, host) {
+            self.follow(options);
             return self;
         }
         let (pool, active) = (Rc::clone(&self.pool), Rc::clone(&self.active));
-        Rc::new(WorkerHost { host: Arc::clone(host), pool, worker: self.worker, active })
+        let same = match (&self.host.vitals, &host.vitals) {
+            (Some(before), Some(now)) => Arc::ptr_eq(before, now),
+            _ => false,
+        };
+        let failures = Cell::new(if same { self.failures.get() } else { failures(host) });
+        let now = Rc::new(WorkerHost { host: Arc::clone(host), pool, worker: self.worker, active, failures });
+        now.follow(options);
+        now
+    }
+
+    /// The hosts have changed, or their health: what is kept of connections to a host that has been found to be ill is not used again.
+    fn follow(&self, options: PoolOptions) {
+        let failures = failures(&self.host);
+        let failed = self.failures.replace(failures) != failures;
+        if failed && options.closes_failed {
+            self.pool.close();
+        } else if failed || options.drains_on_change {
+            self.pool.drain();
+        }
     }
 
     /// Requests and connections of this worker that are using the host.
@@ -366,6 +398,11 @@ impl WorkerHost {
     pub fn end_request(&self) {
         self.active.set(self.active.get() - 1);
     }
+}
+
+/// How often a host has been found to be ill.
+fn failures(host: &Host) -> u32 {
+    host.vitals.as_ref().map_or(0, |vitals| vitals.failures())
 }
 
 /// A request, or a TCP proxy's connection, that a host has: from when it got a connection until it ends.

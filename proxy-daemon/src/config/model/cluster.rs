@@ -4,7 +4,7 @@ use http::{HeaderName, HeaderValue};
 
 use super::{
     AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, OrcaMetric,
-    ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
+    PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
 };
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
@@ -30,6 +30,8 @@ pub struct ClusterConfig {
     pub max_requests_per_connection: u32,
     /// An idle pooled connection is closed after this; `None`: never. Default 1 h.
     pub idle_timeout: Option<Duration>,
+    /// What else holds for connections that are kept.
+    pub pool: PoolOptions,
     /// Limits of the default and of the high priority.
     pub circuit_breakers: [Thresholds; 2],
     /// Soft limit in bytes of what is buffered for one connection.

@@ -2,7 +2,7 @@ use std::{collections::HashSet, net::SocketAddr, sync::Arc, time::Duration};
 
 use super::{
     AccessLogConfig, AddedValue, Cidr, ClusterChoice, DownstreamTlsContext, HeaderAdd, HttpConnectionManagerConfig,
-    ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
+    MetadataMatch, ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
 };
 use crate::http::filters::DiscoveredFilter;
 
@@ -231,6 +231,8 @@ pub struct TcpProxyConfig {
     pub stat_prefix: String,
     /// Where connections go. Never `ClusterChoice::Header`.
     pub cluster: ClusterChoice,
+    /// What the host's metadata has to say, where the weighted cluster says nothing of its own.
+    pub metadata_match: Option<MetadataMatch>,
     /// Without a byte in either direction for this long, the connection is closed; `None`: never. Default 1 h.
     pub idle_timeout: Option<Duration>,
     /// How many hosts are tried before the connection is given up; at least 1.

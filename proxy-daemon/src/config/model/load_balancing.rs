@@ -183,17 +183,28 @@ pub struct SlowStart {
 pub type LbMetadata = serde_json::Map<String, serde_json::Value>;
 
 /// `ClusterLoadAssignment.Policy`, as far as it is about choosing hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AssignmentPolicy {
     /// In percent: how much of a priority may fail before the next one gets a part of its load. Default 140.
     pub overprovisioning_factor: u32,
     /// The health of a priority is that of its hosts' weights, not of their number.
     pub weighted_priority_health: bool,
+    /// Requests that are dropped before a host is chosen.
+    pub drop_overload: Option<Arc<DropOverload>>,
+}
+
+/// `ClusterLoadAssignment.Policy.DropOverload`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DropOverload {
+    /// So many of a million requests.
+    pub per_million: u32,
+    /// What load reports call them.
+    pub category: Box<str>,
 }
 
 impl Default for AssignmentPolicy {
     fn default() -> AssignmentPolicy {
-        AssignmentPolicy { overprovisioning_factor: 140, weighted_priority_health: false }
+        AssignmentPolicy { overprovisioning_factor: 140, weighted_priority_health: false, drop_overload: None }
     }
 }
 

@@ -30,6 +30,7 @@ use super::{
     load_balancing::load_balancing,
     orca,
     outlier_detection::outlier_detection,
+    pool::pool,
     redis,
     support::{self, join},
     tls::upstream_socket,
@@ -76,13 +77,8 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let common_path =
         join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"].common_http_protocol_options"));
     // Honoured in a connection manager, which has the same message.
-    for (set, field) in [
-        (common.max_connection_duration.is_some(), "max_connection_duration"),
-        (common.max_headers_count.is_some(), "max_headers_count"),
-    ] {
-        if set {
-            return Err(FieldError::unsupported(join(&common_path, field)));
-        }
+    if common.max_headers_count.is_some() {
+        return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
     }
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
@@ -98,6 +94,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
+        pool: pool(cluster, &common, &common_path)?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),

@@ -3,10 +3,11 @@ use std::sync::Arc;
 use envoy_types::pb::envoy::config::{
     core::v3::{HealthStatus as ProtoHealth, Metadata},
     endpoint::v3::{
-        ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, endpoint::HealthCheckConfig,
-        lb_endpoint::HostIdentifier,
+        ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints, cluster_load_assignment::Policy,
+        endpoint::HealthCheckConfig, lb_endpoint::HostIdentifier,
     },
 };
+use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 
 use super::{
     common::{Result, endpoint_address, header_value, ip, number, port, required, socket_address},
@@ -15,7 +16,10 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{AssignmentPolicy, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality, LocalityEndpoints},
+        model::{
+            AssignmentPolicy, DropOverload, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality,
+            LocalityEndpoints,
+        },
     },
     http::metadata::object,
 };
@@ -31,11 +35,8 @@ pub fn endpoints(assignment: &ClusterLoadAssignment, path: &str) -> Result<Vec<L
 
 /// The endpoints of an assignment that has been checked; `names` are taken where they are looked up.
 pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
-    let default = AssignmentPolicy::default();
-    let policy = assignment.policy.as_ref().map_or(default, |policy| AssignmentPolicy {
-        overprovisioning_factor: number(policy.overprovisioning_factor, default.overprovisioning_factor),
-        weighted_priority_health: policy.weighted_priority_health,
-    });
+    let policy = assignment.policy.as_ref().map(|policy| assignment_policy(policy, &join(path, "policy")));
+    let policy = policy.transpose()?.unwrap_or_default();
     let parse = |(index, group): (usize, &LocalityLbEndpoints)| {
         let path = format!("{}[{index}]", join(path, "endpoints"));
         let parse = |(index, endpoint): (usize, &LbEndpoint)| {
@@ -46,12 +47,39 @@ pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &s
             locality: Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone },
             // Nothing is said of the weight of a locality that has no name.
             weight: if group.locality.is_some() { number(group.load_balancing_weight, 0) } else { 0 },
-            policy,
+            policy: policy.clone(),
             priority: group.priority,
             endpoints: group.lb_endpoints.iter().enumerate().map(parse).collect::<Result<_>>()?,
         })
     };
     assignment.endpoints.iter().enumerate().map(parse).collect()
+}
+
+fn assignment_policy(policy: &Policy, path: &str) -> Result<AssignmentPolicy> {
+    let default = AssignmentPolicy::default();
+    let drop_overload = match &policy.drop_overloads[..] {
+        [] => None,
+        [one] => {
+            let share = one.drop_percentage.unwrap_or_default();
+            let each = match share.denominator() {
+                DenominatorType::Hundred => 10_000,
+                DenominatorType::TenThousand => 100,
+                DenominatorType::Million => 1,
+            };
+            let per_million = share.numerator.saturating_mul(each).min(1_000_000);
+            Some(Arc::new(DropOverload { per_million, category: one.category.as_str().into() }))
+        }
+        several => {
+            let count = several.len();
+            let text = format!("Cluster drop_overloads config has {count} categories. Envoy only support one.");
+            return Err(FieldError::new(join(path, "drop_overloads"), text));
+        }
+    };
+    Ok(AssignmentPolicy {
+        overprovisioning_factor: number(policy.overprovisioning_factor, default.overprovisioning_factor),
+        weighted_priority_health: policy.weighted_priority_health,
+        drop_overload,
+    })
 }
 
 fn lb_metadata(metadata: &Metadata) -> Option<Arc<LbMetadata>> {

@@ -30,6 +30,7 @@ pub(crate) mod metadata_match;
 mod mirror;
 mod orca;
 mod outlier_detection;
+mod pool;
 mod rate_limit;
 mod redis;
 mod retry;

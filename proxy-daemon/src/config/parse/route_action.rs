@@ -81,7 +81,7 @@ fn path_rewrite(action: &ProtoAction, matched: &RouteMatch, path: &str) -> Resul
 }
 
 /// What metadata asks of hosts.
-fn asked_of_hosts(metadata: Option<&Metadata>) -> LbMetadata {
+pub(super) fn asked_of_hosts(metadata: Option<&Metadata>) -> LbMetadata {
     metadata.and_then(|metadata| metadata.filter_metadata.get("envoy.lb")).map(object).unwrap_or_default()
 }
 

@@ -9,18 +9,19 @@ use http::uri::PathAndQuery;
 use super::{
     access_log::access_logs,
     common::{Result, duration, header_value, headers_to_add, limit, number, required},
-    route_action::weighted,
+    route_action::{asked_of_hosts, weighted},
     support::join,
 };
 use crate::{
     access_log::HeaderFormat,
     config::{
         FieldError,
-        model::{AddedValue, ClusterChoice, TcpProxyConfig, Tunneling},
+        model::{AddedValue, ClusterChoice, MetadataMatch, TcpProxyConfig, Tunneling, WeightedOptions},
     },
 };
 
 pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> {
+    let asked = MetadataMatch::with(None, asked_of_hosts(proxy.metadata_match.as_ref()));
     let cluster = match &proxy.cluster_specifier {
         Some(ClusterSpecifier::Cluster(name)) => ClusterChoice::Cluster(Arc::from(name.as_str())),
         Some(ClusterSpecifier::WeightedClusters(clusters)) => {
@@ -29,13 +30,21 @@ pub(super) fn tcp_proxy(proxy: &TcpProxy, path: &str) -> Result<TcpProxyConfig> 
             if let Some(index) = clusters.clusters.iter().position(|cluster| cluster.name.is_empty()) {
                 return Err(required(&format!("{}[{index}]", join(&path, "clusters")), "name"));
             }
-            ClusterChoice::Weighted(weighted(weights, &path)?)
+            let mut weighted = weighted(weights, &path)?;
+            let options = clusters.clusters.iter().map(|cluster| {
+                let own = asked_of_hosts(cluster.metadata_match.as_ref());
+                let metadata_match = MetadataMatch::with(asked.as_ref(), own);
+                WeightedOptions { metadata_match, ..WeightedOptions::default() }
+            });
+            weighted.options = options.collect();
+            ClusterChoice::Weighted(weighted)
         }
         None => return Err(required(path, "cluster")),
     };
     Ok(TcpProxyConfig {
         stat_prefix: proxy.stat_prefix.clone(),
         cluster,
+        metadata_match: asked,
         idle_timeout: limit(proxy.idle_timeout, Some(Duration::from_secs(3600)), path, "idle_timeout")?,
         max_connect_attempts: number(proxy.max_connect_attempts, 1).max(1),
         max_downstream_connection_duration: duration(

@@ -44,11 +44,11 @@ const MAX_PRIORITY: u32 = 128;
 /// The priorities of a cluster: at least one. `here`: where this node is.
 pub(in crate::upstream) fn levels(groups: &[Assigned], here: &Locality) -> Vec<Level> {
     let count = groups.iter().map(|group| group.priority.min(MAX_PRIORITY) as usize + 1).max().unwrap_or(1);
-    let policy = groups.first().map(|group| group.policy).unwrap_or_default();
+    let policy = groups.first().map(|group| group.policy.clone()).unwrap_or_default();
     // By whether they are others than the node's own, and by name.
     type Localities = BTreeMap<(bool, Arc<Locality>), LocalityHosts>;
     let mut levels: Vec<(Level, Localities)> =
-        (0..count).map(|_| (Level { policy, ..Level::default() }, BTreeMap::new())).collect();
+        (0..count).map(|_| (Level { policy: policy.clone(), ..Level::default() }, BTreeMap::new())).collect();
     let known = *here != Locality::default();
     for group in groups {
         let (level, localities) = &mut levels[group.priority.min(MAX_PRIORITY) as usize];
@@ -67,8 +67,8 @@ pub(in crate::upstream) fn levels(groups: &[Assigned], here: &Locality) -> Vec<L
 }
 
 impl Level {
-    pub(in crate::upstream) fn policy(&self) -> AssignmentPolicy {
-        self.policy
+    pub(in crate::upstream) fn policy(&self) -> &AssignmentPolicy {
+        &self.policy
     }
 
     /// The weight of a locality; 0 where none is said.

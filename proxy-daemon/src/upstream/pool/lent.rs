@@ -27,6 +27,8 @@ pub struct Connection {
     home: Weak<SourcePool>,
     pool: Weak<Pool>,
     issued: Issued,
+    /// Of the pool, when it was lent.
+    age: u32,
     max_requests: u32,
     /// Counts connections that have carried as many.
     worn_out: Counter,
@@ -93,16 +95,29 @@ impl Connection {
         sender: Sender,
         reused: bool,
     ) -> Connection {
-        Connection {
+        let lent = Connection {
             sender,
             home: Rc::downgrade(home),
             pool: Rc::downgrade(&host.pool),
             issued: Issued::to(host),
+            age: host.pool.age.get(),
             max_requests: cluster.cluster.config.max_requests_per_connection,
             worn_out: cluster.cluster.stats.upstream_cx_max_requests,
             reused,
             awaits_report: Cell::new(false),
+        };
+        if let Sender::Http2(connection) = &lent.sender {
+            // Others may want it before this request has been sent.
+            lent.count_request(&connection.requests);
+            if lent.is_worn_out(&connection.requests) {
+                home.forget_http2(connection);
+            }
         }
+        lent
+    }
+
+    fn is_worn_out(&self, requests: &Cell<u32>) -> bool {
+        self.max_requests != 0 && requests.get() >= self.max_requests
     }
 
     /// Whether it speaks HTTP/2.
@@ -158,7 +173,6 @@ impl Connection {
                 connection.client.send(request, interim).await.map_err(Reset::http1)
             }
             Sender::Http2(connection) => {
-                self.count_request(&connection.requests);
                 connection.active.set(connection.active.get() + 1);
                 connection.idle_since.set(None);
                 connection.client.send(request, interim).await.map_err(|error| match error {
@@ -192,18 +206,17 @@ impl Connection {
     /// The response has passed whole: the connection may be used again.
     pub fn release(self) {
         let Some(home) = self.home.upgrade() else { return };
-        let retired = self.pool.upgrade().is_none_or(|pool| pool.retired.get());
-        if let Sender::Http1(connection) = &self.sender {
-            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
-            if !retired && !worn_out && connection.client.is_reusable() && connection.client.park() {
-                connection.idle_since.set(Some(Instant::now()));
-                home.idle.borrow_mut().push(Rc::clone(connection));
+        let usable = self.pool.upgrade().is_some_and(|pool| !pool.retired.get() && pool.age.get() == self.age);
+        match &self.sender {
+            Sender::Http1(connection) => {
+                let kept = usable && !connection.drains.get() && !self.is_worn_out(&connection.requests);
+                if kept && connection.client.is_reusable() && connection.client.park() {
+                    connection.idle_since.set(Some(Instant::now()));
+                    home.idle.borrow_mut().push(Rc::clone(connection));
+                }
             }
-        } else if let Sender::Http2(connection) = &self.sender {
-            let worn_out = self.max_requests != 0 && connection.requests.get() >= self.max_requests;
-            if retired || worn_out {
-                home.forget_http2(connection);
-            }
+            Sender::Http2(connection) if !usable => home.forget_http2(connection),
+            Sender::Http2(_) => {}
         }
         home.released.notify_one();
     }

@@ -54,6 +54,11 @@ pub struct Pool {
     direct: Rc<SourcePool>,
     by_source: RefCell<HashMap<Source, Rc<SourcePool>>>,
     retired: Cell<bool>,
+    /// Connections of earlier ages are not used again.
+    age: Cell<u32>,
+    /// How often what a TCP proxy has was to end.
+    closings: Cell<u32>,
+    closed: Notify,
 }
 
 #[derive(Default)]
@@ -93,6 +98,36 @@ impl Pool {
     /// Nothing idle is kept from now on.
     pub(super) fn retire(&self) {
         self.retired.set(true);
+        self.let_go();
+    }
+
+    /// No connection that there is now is used again: what is in flight finishes.
+    pub(super) fn drain(&self) {
+        self.age.set(self.age.get().wrapping_add(1));
+        self.let_go();
+    }
+
+    /// As [`drain`](Self::drain), and what a TCP proxy has ends at once.
+    pub(super) fn close(&self) {
+        self.drain();
+        self.closings.set(self.closings.get().wrapping_add(1));
+        self.closed.notify_waiters();
+    }
+
+    /// How often it has been closed.
+    pub fn closings(&self) -> u32 {
+        self.closings.get()
+    }
+
+    /// Waits until it is closed once more than it was at that time.
+    pub async fn closed_since(&self, closings: u32) {
+        // Nothing comes in between: all of it is of this thread.
+        while self.closings.get() == closings {
+            self.closed.notified().await;
+        }
+    }
+
+    fn let_go(&self) {
         let by_source = self.by_source.borrow();
         for pool in by_source.values().chain([&self.direct]) {
             let idle = std::mem::take(&mut *pool.idle.borrow_mut());

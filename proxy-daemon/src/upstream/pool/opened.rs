@@ -2,6 +2,7 @@
 
 use std::{
     cell::Cell,
+    pin::pin,
     rc::{Rc, Weak},
     sync::Arc,
     task::Poll,
@@ -26,6 +27,8 @@ pub(super) struct Http1Connection {
     pub(super) info: Rc<UpstreamInfo>,
     pub(super) requests: Rc<Cell<u32>>,
     pub(super) idle_since: Cell<Option<Instant>>,
+    /// It is not used again.
+    pub(super) drains: Cell<bool>,
     _open: OpenConnection,
 }
 
@@ -120,10 +123,12 @@ impl WorkerHost {
             client: Rc::new(h1::ClientConnection::new(metered(cluster, stream))),
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
+            drains: Cell::new(false),
             _open: open,
         });
         let (watched, client) = (Rc::downgrade(&connection), Rc::downgrade(&connection.client));
         let (limit, shared) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster));
+        let life = shared.config.pool.max_connection_duration;
         let home = Rc::downgrade(pool);
         // It only sleeps while the connection is in use.
         tokio::task::spawn_local(async move {
@@ -134,6 +139,11 @@ impl WorkerHost {
                 biased;
                 () = closed => {}
                 () = idle => shared.stats.upstream_cx_idle_timeout.inc(),
+                () = elapsed(life) => {
+                    shared.stats.upstream_cx_max_duration_reached.inc();
+                    // The request that has it finishes.
+                    watched.upgrade().inspect(|connection| connection.drains.set(true));
+                }
             }
             if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
                 home.idle.borrow_mut().retain(|idle| !Rc::ptr_eq(idle, &connection));
@@ -165,11 +175,21 @@ impl WorkerHost {
         pool.http2.replace(Some(Rc::clone(&connection)));
         let (watched, home) = (Rc::downgrade(&connection), Rc::downgrade(pool));
         let limit = cluster.cluster.config.idle_timeout;
+        let life = cluster.cluster.config.pool.max_connection_duration;
         tokio::task::spawn_local(async move {
             let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
+            let mut driver = pin!(driver);
             tokio::select! {
-                result = driver => log_end(result),
+                result = &mut driver => log_end(result),
                 () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
+                () = elapsed(life) => {
+                    open.cluster.stats.upstream_cx_max_duration_reached.inc();
+                    if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
+                        home.forget_http2(&connection);
+                    }
+                    // It ends with the last of its streams.
+                    log_end(driver.await);
+                }
             }
             if let Some(connection) = watched.upgrade() {
                 connection.client.close();
@@ -185,6 +205,14 @@ impl WorkerHost {
 fn metered(cluster: &WorkerCluster, stream: UpstreamStream) -> Metered<UpstreamStream> {
     let stats = &cluster.cluster.stats;
     Metered::new(stream, stats.upstream_cx_rx_bytes_total, stats.upstream_cx_tx_bytes_total)
+}
+
+/// Ends when `limit` has passed; without one, never.
+async fn elapsed(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Ends when the connection has been idle for `limit`. `idle_since` is `None` once the connection is gone, and its

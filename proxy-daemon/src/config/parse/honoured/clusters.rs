@@ -47,6 +47,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "outlier_detection",
             "health_checks",
             "ignore_health_on_host_removal",
+            "close_connections_on_host_health_failure",
         ],
     ),
     (
@@ -90,6 +91,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "locality_weighted_lb_config",
             "consistent_hashing_lb_config",
             "ignore_new_hosts_until_first_hc",
+            "close_connections_on_host_set_change",
         ],
     ),
     ("envoy.config.cluster.v3.Cluster.CommonLbConfig.ZoneAwareLbConfig", ALL),
@@ -170,7 +172,11 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     // Endpoints
     ("envoy.config.endpoint.v3.ClusterLoadAssignment", &["cluster_name", "endpoints", "policy"]),
-    ("envoy.config.endpoint.v3.ClusterLoadAssignment.Policy", &["overprovisioning_factor", "weighted_priority_health"]),
+    (
+        "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
+        &["overprovisioning_factor", "weighted_priority_health", "drop_overloads"],
+    ),
+    ("envoy.config.endpoint.v3.ClusterLoadAssignment.Policy.DropOverload", ALL),
     (
         "envoy.config.endpoint.v3.LocalityLbEndpoints",
         &["locality", "metadata", "lb_endpoints", "load_balancing_weight", "priority"],

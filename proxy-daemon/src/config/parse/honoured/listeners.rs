@@ -135,6 +135,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "max_connect_attempts",
             "max_downstream_connection_duration",
             "tunneling_config",
+            "metadata_match",
         ],
     ),
     (
@@ -142,7 +143,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         &["hostname", "use_post", "post_path", "headers_to_add"],
     ),
     ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster", ALL),
-    ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight", &["name", "weight"]),
+    ("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy.WeightedCluster.ClusterWeight", ALL),
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.SetCurrentClientCertDetails",
         ALL,

@@ -1,0 +1,12 @@
+use std::time::Duration;
+
+/// How long the connections to the hosts of a cluster are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PoolOptions {
+    /// `common_http_protocol_options.max_connection_duration`: a connection is used no more after this; `None`: there is no limit.
+    pub max_connection_duration: Option<Duration>,
+    /// `close_connections_on_host_health_failure`: what a TCP proxy has with a host ends when the host is found to be ill.
+    pub closes_failed: bool,
+    /// `common_lb_config.close_connections_on_host_set_change`: no connection is used again after a change of the hosts.
+    pub drains_on_change: bool,
+}

@@ -1,0 +1,16 @@
+//! How long connections to hosts are kept.
+
+use envoy_types::pb::envoy::config::{cluster::v3::Cluster, core::v3::HttpProtocolOptions};
+
+use super::common::{Result, limit};
+use crate::config::model::PoolOptions;
+
+/// Of a cluster, and of its `common_http_protocol_options`, which are at this path.
+pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) -> Result<PoolOptions> {
+    let lb = cluster.common_lb_config.as_ref();
+    Ok(PoolOptions {
+        max_connection_duration: limit(common.max_connection_duration, None, path, "max_connection_duration")?,
+        closes_failed: cluster.close_connections_on_host_health_failure,
+        drains_on_change: lb.is_some_and(|config| config.close_connections_on_host_set_change),
+    })
+}
