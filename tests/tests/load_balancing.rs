@@ -12,6 +12,8 @@ use anyhow::{Result, ensure};
 use culvert_tests::bootstrap::telling_hosts;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 
+#[path = "load_balancing/busy.rs"]
+mod busy;
 #[path = "load_balancing/orca.rs"]
 mod orca;
 

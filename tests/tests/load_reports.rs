@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use culvert_tests::app::App;
+use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::report_server::{LoadCall, ReportServer};
@@ -364,5 +365,105 @@ fn a_server_that_comes_late_or_goes_is_found_again() -> Result<()> {
     let issued: u64 = app.upstream_locality_stats.iter().map(|stats| stats.total_issued_requests).sum();
     ensure!(issued == 1, "{app:?}");
     ensure!(start.elapsed() < DEADLINE, "the backoff is bounded");
+    Ok(())
+}
+
+/// By locality and by endpoint, of each metric the number of reports that had it, and the sum.
+type Metrics = BTreeMap<String, BTreeMap<String, (u64, f64)>>;
+
+/// What the next reports say of metrics, until so many requests have been told of.
+fn metrics(call: &LoadCall, requests: u64) -> Result<Metrics> {
+    let (mut told, mut seen) = (0, Metrics::new());
+    while told < requests {
+        for cluster in call.next(DEADLINE)?.cluster_stats {
+            for locality in cluster.upstream_locality_stats.iter().filter(|_| cluster.cluster_name != "lrs") {
+                told += locality.total_successful_requests + locality.total_error_requests;
+                let of_endpoints =
+                    locality.upstream_endpoint_stats.iter().flat_map(|endpoint| &endpoint.load_metric_stats);
+                for (of, metric) in locality
+                    .load_metric_stats
+                    .iter()
+                    .map(|metric| ("locality", metric))
+                    .chain(of_endpoints.map(|metric| ("endpoint", metric)))
+                {
+                    let place = seen.entry(format!("{} {of}", cluster.cluster_name)).or_default();
+                    let (count, sum) = place.entry(metric.metric_name.clone()).or_default();
+                    *count += metric.num_requests_finished_with_metric;
+                    *sum += metric.total_metric_value;
+                }
+            }
+        }
+    }
+    Ok(seen)
+}
+
+/// What hosts report of their load (ORCA), as far as the cluster wants it told.
+#[test]
+fn metrics_of_hosts_are_told_as_by_envoy() -> Result<()> {
+    let run = |kind| -> Result<Vec<Metrics>> {
+        let server = ReportServer::start()?;
+        let host = server::start(|stream| {
+            let mut lines = BufReader::new(stream.try_clone()?);
+            let (mut stream, mut line, mut report) = (stream, String::new(), String::new());
+            while lines.read_line(&mut line)? > 0 {
+                if let Some(value) = line.strip_prefix("x-report: ") {
+                    report = format!("endpoint-load-metrics: {value}");
+                }
+                if line == "\r\n" {
+                    write!(stream, "HTTP/1.1 200 OK\r\n{report}content-length: 0\r\n\r\n")?;
+                    report.clear();
+                }
+                line.clear();
+            }
+            Ok(())
+        })?;
+        let http = free_port()?;
+        let names = ["none", "all", "some"];
+        let routes = names.map(|name| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}}}}}")).join(", ");
+        let hosts = format!("- {{name: all, domains: [\"*\"], routes: [{routes}]}}");
+        let http2 = "typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
+                     type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
+                     {http2_protocol_options: {}}}}";
+        let bootstrap = Bootstrap::new()
+            .http(http, &hosts, &[])
+            .cluster("lrs", &[server.port], &[http2])
+            .cluster("none", &[host], &[])
+            .cluster("all", &[host], &["lrs_report_endpoint_metrics: [\"named_metrics.*\", \"utilization.*\"]"])
+            .cluster(
+                "some",
+                &[host],
+                &["lrs_report_endpoint_metrics: [cpu_utilization, eps, named_metrics.a, request_cost.b, mem_utilization, x]"],
+            );
+        let node = "node: {id: node-1, cluster: edge}\ncluster_manager: {load_stats_config: {api_type: GRPC, \
+                    transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: lrs}}]}}\n";
+        let _daemon = Daemon::start(kind, &format!("{node}{}", bootstrap.yaml()))?;
+        let call = server.load_call(DEADLINE)?;
+        call.next(DEADLINE)?;
+        let ask = LoadStatsResponse { send_all_clusters: true, report_endpoint_granularity: true, ..answer(100) };
+        call.send(ask);
+        // It shows that the answer has been taken.
+        call.next(DEADLINE)?;
+        let reports = [
+            "TEXT cpu_utilization=0.5,eps=2,named_metrics.a=1,named_metrics.b=0.25,utilization.u=0.75",
+            "TEXT named_metrics.a=3,mem_utilization=0.125",
+            "JSON {\"request_cost\": {\"b\": 4}, \"named_metrics\": {\"c.d\": -1}}",
+            "TEXT named_metrics.a=3,named_metrics.a=3",
+        ];
+        let mut seen = Vec::new();
+        for reports in [&reports[..], &reports[1..2]] {
+            for (name, report) in names.iter().flat_map(|name| reports.iter().map(move |report| (name, report))) {
+                let answer = fetch(http, Request::get(&format!("/{name}")).header("x-report", report))?;
+                ensure!(answer.status == 200, "{kind:?}: {}", answer.status);
+            }
+            seen.push(metrics(&call, (names.len() * reports.len()) as u64)?);
+        }
+        Ok(seen)
+    };
+    let (ours, theirs) = (run(Kind::Culvert)?, run(Kind::Envoy)?);
+    assert_eq!(ours, theirs);
+    // Both are right, and not only equal.
+    let all = BTreeMap::from([("named_metrics.a".to_owned(), (2, 4.0)), ("named_metrics.b".to_owned(), (1, 0.25))]);
+    let told = &ours[0]["all locality"];
+    ensure!(all.iter().all(|(name, sums)| told.get(name) == Some(sums)) && ours[0].len() == 4, "{ours:?}");
     Ok(())
 }
