@@ -182,6 +182,7 @@ async fn run(
         followed,
         watches,
         sources,
+        bind: bootstrap.bind,
         drain_time: drain_time(flags),
     };
     let mut tasks = Tasks::default();

@@ -401,3 +401,40 @@ fn tcp_proxies_choose_hosts_by_metadata() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn connections_to_spare_are_opened() -> Result<()> {
+    const RATIOS: [(&str, f64); 3] = [("some", 1.5), ("two", 2.0), ("three", 3.0)];
+    for kind in KINDS {
+        let host = Host::start()?;
+        let web = free_port()?;
+        let mut bootstrap = Bootstrap::new().http(web, &routes(&RATIOS.map(|(name, _)| name)), &[]);
+        for (name, ratio) in RATIOS {
+            let policy = format!("preconnect_policy: {{per_upstream_preconnect_ratio: {ratio}}}");
+            bootstrap = bootstrap.cluster(name, &[host.port], &[&policy]);
+        }
+        let daemon = start(kind, &bootstrap)?;
+        for (name, ratio) in RATIOS {
+            let (active, path) = (format!("cluster.{name}.upstream_cx_active"), format!("/{name}"));
+            get(web, &path)?;
+            comes_to(&daemon, &active, ratio.ceil() as u64)?;
+            // They are used, and no more are opened than requests ask for.
+            get(web, &path)?;
+            let mut held = Vec::new();
+            for number in 1..=3_u32 {
+                let path = format!("/{name}/held");
+                held.push(thread::spawn(move || get(web, &path)));
+                comes_to(&daemon, &active, (f64::from(number) * ratio).ceil() as u64)
+                    .with_context(|| format!("{kind:?}: {name}, {number} requests"))?;
+            }
+            host.let_go.store(true, SeqCst);
+            for held in held {
+                held.join().ok().context("a panic")??;
+            }
+            host.let_go.store(false, SeqCst);
+        }
+        // The first of them had one connection, and one to spare.
+        assert_eq!(daemon.stats()?.get("cluster.two.upstream_rq_total"), 5, "{kind:?}");
+    }
+    Ok(())
+}

@@ -96,3 +96,78 @@ fn connections_come_from_where_they_are_told_to() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn what_holds_for_all_clusters_holds_where_they_say_nothing() -> Result<()> {
+    let host = host()?;
+    // TCP_MAXSEG
+    let segments = "socket_options: [{level: 6, name: 2, int_value: 500, state: STATE_PREBIND}]";
+    let usual = "socket_options: [{level: 6, name: 2, int_value: 1400, state: STATE_PREBIND}]";
+    let from = |address: &str| format!("source_address: {{address: {address}, port_value: 0}}");
+    let cases = [
+        ("silent", String::new(), "127.0.0.5 small"),
+        ("from", format!("upstream_bind_config: {{{}}}", from("127.0.0.6")), "127.0.0.6 small"),
+        ("options", format!("upstream_bind_config: {{{usual}}}"), "127.0.0.1 usual"),
+        ("all", format!("upstream_bind_config: {{{}, {usual}}}", from("127.0.0.7")), "127.0.0.7 usual"),
+    ];
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let port = free_port()?;
+        let route =
+            |(name, ..): &(&str, String, &str)| format!("{{match: {{path: /{name}}}, route: {{cluster: {name}}}}}");
+        let routes: Vec<_> = cases.iter().map(route).collect();
+        let hosts = format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "));
+        let mut bootstrap = Bootstrap::new().http(port, &hosts, &[]);
+        for (name, fields, _) in &cases {
+            let fields: &[&str] = if fields.is_empty() { &[] } else { &[fields] };
+            bootstrap = bootstrap.cluster(name, &[host], fields);
+        }
+        let manager = format!(
+            "cluster_manager: {{upstream_bind_config: {{{}, {segments}, local_address_selector: {{name: \
+             envoy.upstream.local_address_selector.default_local_address_selector, typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.config.upstream.local_address_selector.v3.DefaultLocalAddressSelector}}}}}}}}\n",
+            from("127.0.0.5")
+        );
+        let _daemon = Daemon::start(kind, &format!("{manager}{}", bootstrap.yaml()))?;
+        for (name, _, expected) in &cases {
+            let seen = fetch(port, Request::get(&format!("/{name}")))?.text();
+            assert_eq!(seen, *expected, "{kind:?}: {name}");
+        }
+    }
+    Ok(())
+}
+
+/// Needs root, as such sockets do.
+#[test]
+fn connections_come_from_the_client_where_that_is_wanted() -> Result<()> {
+    let host = host()?;
+    let filter = "          http_filters:
+          - name: envoy.filters.http.original_src
+            typed_config: {\"@type\": type.googleapis.com/envoy.extensions.filters.http.original_src.v3.OriginalSrc}
+";
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let port = free_port()?;
+        let route = "- {name: all, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster: app}}]}";
+        let bootstrap = Bootstrap::new().http(port, route, &["use_remote_address: true", "xff_num_trusted_hops: 1"]);
+        let yaml = bootstrap.cluster("app", &[host], &[]).yaml().replacen("          http_filters:\n", filter, 1);
+        let _daemon = Daemon::start(kind, &yaml)?;
+        for (client, forwarded, expected) in [
+            ("127.0.0.9", None, "127.0.0.9 usual"),
+            ("127.0.0.10", None, "127.0.0.10 usual"),
+            // What a proxy before this one says of its client.
+            ("127.0.0.9", Some("127.0.0.11"), "127.0.0.11 usual"),
+        ] {
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+            socket.bind(&SocketAddr::new(client.parse()?, 0).into())?;
+            socket.connect(&SocketAddr::from(([127, 0, 0, 1], port)).into())?;
+            let mut stream = BufReader::new(std::net::TcpStream::from(socket));
+            let mut request = Request::get("/").header("host", "a");
+            if let Some(forwarded) = forwarded {
+                request = request.header("x-forwarded-for", forwarded);
+            }
+            request.write(stream.get_mut())?;
+            let seen = Response::read(&mut stream, "GET")?;
+            assert_eq!(seen.text(), expected, "{kind:?}: {client} {forwarded:?}");
+        }
+    }
+    Ok(())
+}

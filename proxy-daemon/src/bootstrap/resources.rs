@@ -96,9 +96,9 @@ mod tests {
         let good = format!("{cluster}}}\n");
         assert_eq!(verdict(&good), "good");
         let refused = |more: &str| verdict(&format!("{good}{cluster}, {more}}}\n"));
-        let refusal = refused("preconnect_policy: {}");
+        let refusal = refused("track_cluster_stats: {}");
         assert!(
-            refusal.starts_with("resources[1].preconnect_policy: not supported by culvert yet (line 4, "),
+            refusal.starts_with("resources[1].track_cluster_stats: not supported by culvert yet (line 4, "),
             "{refusal}"
         );
         let unknown = refused("colour: red");

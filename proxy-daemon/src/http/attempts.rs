@@ -198,8 +198,9 @@ impl Attempts<'_> {
         };
         let wanted = self.cx.override_host.as_ref().filter(|_| self.count == 1);
         let overridden = wanted.map(|wanted| (wanted, self.cluster.host_at(&wanted.address)));
+        let statuses = self.cluster.cluster.config.health.override_statuses;
         let mut chosen = match &overridden {
-            Some((_, Some(host))) if host.host.standing().is_usable() => {
+            Some((_, Some(host))) if statuses.has(host.host.status()) => {
                 return self.take(end, Chosen { cluster: Rc::clone(self.cluster), host: Rc::clone(host) });
             }
             Some((OverrideHost { strict: Some(status), .. }, host)) => {
@@ -299,7 +300,7 @@ impl Shared<'_> {
         number: u32,
         late: Option<&dyn Fn()>,
     ) -> Result<(Response<Incoming>, Connection), Failed> {
-        let (source, high) = (self.cx.connection.source, self.action.high_priority);
+        let (source, high) = (self.cx.source, self.action.high_priority);
         let terminated = upgrade::terminated(self.action, &head.method);
         let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
         let connection = match host.acquire(cluster, wanted, source, high).await {

@@ -20,7 +20,7 @@ use crate::{
     listener::ConnectionInfo,
     runtime::Worker,
     tls::TlsInfo,
-    upstream::{WorkerCluster, WorkerHost},
+    upstream::{Source, WorkerCluster, WorkerHost},
 };
 
 /// `%RESPONSE_CODE_DETAILS%` of a response that a host has sent.
@@ -90,6 +90,8 @@ pub struct StreamCx {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// Where connections to hosts come from: of the connection, or set by a filter.
+    pub source: Option<Source>,
     /// Set by a filter: the first attempt goes to this host.
     pub override_host: Option<OverrideHost>,
     /// The host of the last attempt: known when there is a response.

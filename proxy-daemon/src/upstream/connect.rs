@@ -230,7 +230,7 @@ fn bind_as_configured(socket: &Socket, to: SocketAddr, bind: &UpstreamBind, may_
     };
     set(true)?;
     if let Some(source) = source {
-        if bind.freebind {
+        if bind.freebind == Some(true) {
             set_int(socket, libc::SOL_IP, libc::IP_FREEBIND, 1)?;
         }
         if source.port() == 0 {

@@ -13,7 +13,7 @@ use super::{
     by_address::ByAddress,
     drop_overload::Drops,
     lb::{Balancer, Level},
-    vitals::{Standing, Vitals},
+    vitals::{self, Standing, Vitals},
 };
 use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMetadata, Locality};
 
@@ -77,6 +77,11 @@ impl Host {
     pub(crate) fn reported_metrics(&self) -> BTreeMap<String, (u64, f64)> {
         let reports = self.vitals.as_ref().and_then(|vitals| vitals.reports());
         reports.map(|reports| reports.latch()).unwrap_or_default()
+    }
+
+    /// How it stands for requests that name it.
+    pub fn status(&self) -> HealthStatus {
+        vitals::status(self.health, self.vitals.as_deref())
     }
 
     /// Whether its metadata says `canary` under `envoy.lb`.

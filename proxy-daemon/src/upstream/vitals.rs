@@ -162,6 +162,18 @@ impl Vitals {
     }
 }
 
+/// How a host stands for requests that name it: what has been found out comes before what discovery says.
+pub(super) fn status(said: HealthStatus, vitals: Option<&Vitals>) -> HealthStatus {
+    const FAILED: u32 = HealthFlag::FailedActiveHc as u32 | HealthFlag::FailedOutlierCheck as u32;
+    let any = |flags| vitals.is_some_and(|vitals| vitals.has_any(flags));
+    match said {
+        _ if any(FAILED) => HealthStatus::Unhealthy,
+        HealthStatus::Unhealthy | HealthStatus::Draining | HealthStatus::Timeout => said,
+        _ if any(HealthFlag::DegradedActiveHc as u32) => HealthStatus::Degraded,
+        HealthStatus::Unknown | HealthStatus::Healthy | HealthStatus::Degraded => said,
+    }
+}
+
 /// What a host's health makes of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {

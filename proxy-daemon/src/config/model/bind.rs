@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 pub struct UpstreamBind {
     /// At most one of each family; none: the system chooses.
     pub addresses: Vec<BindAddress>,
-    /// Addresses may be used that this node does not have.
-    pub freebind: bool,
+    /// Addresses may be used that this node does not have; `None`: nothing is said of it.
+    pub freebind: Option<bool>,
     /// What is set on the sockets.
     pub options: Vec<SocketOption>,
 }
@@ -34,6 +34,16 @@ pub struct SocketOption {
 }
 
 impl UpstreamBind {
+    /// A cluster's own, where this holds for all that say nothing: `cluster_manager.upstream_bind_config`. Of that no addresses are taken.
+    #[must_use]
+    pub fn over(self, all: &UpstreamBind) -> UpstreamBind {
+        UpstreamBind {
+            addresses: self.addresses,
+            freebind: self.freebind.or(all.freebind),
+            options: if self.options.is_empty() { all.options.clone() } else { self.options },
+        }
+    }
+
     /// Where a connection to a host comes from, and what is set on its socket.
     pub fn choose(&self, host: SocketAddr) -> (Option<SocketAddr>, &[SocketOption]) {
         let same = self.addresses.iter().find(|source| source.address.is_ipv6() == host.is_ipv6());

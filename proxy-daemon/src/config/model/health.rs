@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use super::HealthCheckConfig;
+use super::{HealthCheckConfig, OverrideStatuses};
 use crate::layered_runtime::RuntimeInteger;
 
 /// How the hosts of a cluster are found to be well or not, besides what discovery says of them.
@@ -14,6 +14,8 @@ pub struct HealthOptions {
     pub ignore_on_removal: bool,
     /// A host is not counted before its first check: `common_lb_config.ignore_new_hosts_until_first_hc`.
     pub excludes_unchecked: bool,
+    /// How a host may stand that requests name by themselves.
+    pub override_statuses: OverrideStatuses,
 }
 
 /// What may have a host ejected: `envoy.data.cluster.v3.OutlierEjectionType`.

@@ -191,6 +191,8 @@ pub struct AssignmentPolicy {
     pub weighted_priority_health: bool,
     /// Requests that are dropped before a host is chosen.
     pub drop_overload: Option<Arc<DropOverload>>,
+    /// The endpoints are forgotten so long after they came, where nothing has come since. Of EDS only.
+    pub stale_after: Option<Duration>,
 }
 
 /// `ClusterLoadAssignment.Policy.DropOverload`
@@ -204,7 +206,12 @@ pub struct DropOverload {
 
 impl Default for AssignmentPolicy {
     fn default() -> AssignmentPolicy {
-        AssignmentPolicy { overprovisioning_factor: 140, weighted_priority_health: false, drop_overload: None }
+        AssignmentPolicy {
+            overprovisioning_factor: 140,
+            weighted_priority_health: false,
+            drop_overload: None,
+            stale_after: None,
+        }
     }
 }
 

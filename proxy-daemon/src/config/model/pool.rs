@@ -9,4 +9,7 @@ pub struct PoolOptions {
     pub closes_failed: bool,
     /// `common_lb_config.close_connections_on_host_set_change`: no connection is used again after a change of the hosts.
     pub drains_on_change: bool,
+    /// `preconnect_policy.per_upstream_preconnect_ratio`: so many connections to a host for each request that it has; `None`: those that
+    /// requests need.
+    pub preconnect: Option<f64>,
 }

@@ -1,11 +1,13 @@
 //! Where upstream connections come from, and what is set on their sockets.
 
-use envoy_types::pb::envoy::config::core::v3::{
-    Address, BindConfig, SocketAddress, SocketOption as ProtoOption, address, socket_option,
+use envoy_types::pb::envoy::config::{
+    core::v3::{Address, BindConfig, SocketAddress, SocketOption as ProtoOption, address, socket_option},
+    upstream::local_address_selector::v3::DefaultLocalAddressSelector,
 };
+use prost::Name as _;
 
 use super::{
-    common::{Result, ip, required, socket_address},
+    common::{Result, ip, required, socket_address, type_name},
     support::join,
 };
 use crate::config::{
@@ -16,6 +18,12 @@ use crate::config::{
 /// A `BindConfig`.
 pub(super) fn upstream_bind(config: &BindConfig, path: &str) -> Result<UpstreamBind> {
     let options = socket_options(&config.socket_options, path)?;
+    if let Some(config) = config.local_address_selector.as_ref().and_then(|selector| selector.typed_config.as_ref())
+        && type_name(config) != DefaultLocalAddressSelector::full_name()
+    {
+        let path = join(path, "local_address_selector.typed_config");
+        return Err(FieldError::unsupported_value(path, type_name(config), &DefaultLocalAddressSelector::full_name()));
+    }
     let mut addresses = Vec::new();
     if let Some(source) = &config.source_address {
         addresses.push(bind_address(source, None, &join(path, "source_address"))?);
@@ -38,7 +46,7 @@ pub(super) fn upstream_bind(config: &BindConfig, path: &str) -> Result<UpstreamB
         let text = "can only have one extra source address, of the other address family than source_address";
         return Err(FieldError::new(join(path, "extra_source_addresses"), text));
     }
-    Ok(UpstreamBind { addresses, freebind: config.freebind.is_some_and(|freebind| freebind.value), options })
+    Ok(UpstreamBind { addresses, freebind: config.freebind.map(|freebind| freebind.value), options })
 }
 
 fn bind_address(address: &SocketAddress, options: Option<Vec<SocketOption>>, path: &str) -> Result<BindAddress> {

@@ -24,6 +24,7 @@ use envoy_types::pb::envoy::{
 use prost::Name;
 
 use super::{
+    bind::upstream_bind,
     cluster,
     common::{Result, ip, socket_address},
     config_source::{ads_source, config_source},
@@ -37,7 +38,8 @@ use crate::{
         FieldError,
         model::{
             ClusterConfig, ConfigSource, Discovery, DnsResolver, HttpConnectionManagerConfig, Listener, LocalNode,
-            Locality, ResourceRef, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamProtocol,
+            Locality, ResourceRef, ScopeSource, Secret, SecretName, SecretRef, SecretType, UpstreamBind,
+            UpstreamProtocol,
         },
     },
     http::filters::HttpFilterFactory,
@@ -83,6 +85,8 @@ pub struct Bootstrap {
     pub outlier_log: Option<PathBuf>,
     /// Who is asked for the addresses of names where a cluster names nobody.
     pub resolver: DnsResolver,
+    /// `cluster_manager.upstream_bind_config`: where connections of all clusters come from that do not say it themselves.
+    pub bind: Option<Arc<UpstreamBind>>,
     /// What is deprecated in it: where, and what to write instead.
     pub warnings: Vec<FieldError>,
 }
@@ -180,7 +184,10 @@ pub fn bootstrap(message: &ProtoBootstrap) -> Result<Bootstrap> {
     let local = local_node(message, &clusters)?;
     let outlier = message.cluster_manager.as_ref().and_then(|manager| manager.outlier_detection.as_ref());
     let outlier_log = outlier.map(|config| PathBuf::from(&config.event_log_path));
+    let bind = message.cluster_manager.as_ref().and_then(|manager| manager.upstream_bind_config.as_ref());
+    let bind = bind.map(|bind| upstream_bind(bind, "cluster_manager.upstream_bind_config")).transpose()?;
     Ok(Bootstrap {
+        bind: bind.map(Arc::new),
         local,
         outlier_log: outlier_log.filter(|path| !path.as_os_str().is_empty()),
         sources,

@@ -25,7 +25,7 @@ use super::{
     common::{Result, duration, header_name, http2, limit, number, port, required, type_name},
     config_source::config_source,
     dns,
-    endpoint::assigned,
+    endpoint::{health_status, written},
     health_check::health_check,
     load_balancing::load_balancing,
     orca,
@@ -38,8 +38,8 @@ use super::{
 use crate::config::{
     FieldError,
     model::{
-        Check, ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, ResourceRef, RetryBudget,
-        TcpKeepalive, Thresholds, UpstreamProtocol,
+        Check, ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, OverrideStatuses, ResourceRef,
+        RetryBudget, TcpKeepalive, Thresholds, UpstreamProtocol,
     },
 };
 
@@ -57,7 +57,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let assignment_path = join(path, "load_assignment");
     let names = discovery.dns().is_some();
     let endpoints = match &cluster.load_assignment {
-        Some(assignment) => assigned(assignment, names, &assignment_path)?,
+        Some(assignment) => written(assignment, names, &assignment_path)?,
         None => Vec::new(),
     };
     let health = health(cluster, &discovery, path)?;
@@ -94,7 +94,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
-        pool: pool(cluster, &common, &common_path)?,
+        pool: pool(cluster, path, &common, &common_path)?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),
@@ -119,6 +119,9 @@ fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Health
     options.ignore_on_removal = cluster.ignore_health_on_host_removal;
     options.excludes_unchecked =
         cluster.common_lb_config.as_ref().is_some_and(|config| config.ignore_new_hosts_until_first_hc);
+    if let Some(set) = cluster.common_lb_config.as_ref().and_then(|config| config.override_host_status.as_ref()) {
+        options.override_statuses = OverrideStatuses::new(set.statuses().map(health_status));
+    }
     if let Some(check) = cluster.health_checks.first() {
         let check_path = join(path, "health_checks[0]");
         // Hosts that appear with a request, or that are somewhere else now and then, are not watched.

@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::config::{
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 
 use super::{
-    common::{Result, endpoint_address, header_value, ip, number, port, required, socket_address},
+    common::{Result, endpoint_address, header_value, ip, limit, number, port, required, socket_address},
     support::{self, join},
 };
 use crate::{
@@ -33,8 +33,17 @@ pub fn endpoints(assignment: &ClusterLoadAssignment, path: &str) -> Result<Vec<L
     assigned(assignment, false, path)
 }
 
+/// The endpoints that are written into a cluster, which has been checked; `names` are taken where they are looked up.
+pub(super) fn written(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
+    if assignment.policy.as_ref().is_some_and(|policy| policy.endpoint_stale_after.is_some()) {
+        let text = "is for EDS: what is written into a cluster stays";
+        return Err(FieldError::new(join(path, "policy.endpoint_stale_after"), text));
+    }
+    assigned(assignment, names, path)
+}
+
 /// The endpoints of an assignment that has been checked; `names` are taken where they are looked up.
-pub(super) fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
+fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Result<Vec<LocalityEndpoints>> {
     let policy = assignment.policy.as_ref().map(|policy| assignment_policy(policy, &join(path, "policy")));
     let policy = policy.transpose()?.unwrap_or_default();
     let parse = |(index, group): (usize, &LocalityLbEndpoints)| {
@@ -79,6 +88,7 @@ fn assignment_policy(policy: &Policy, path: &str) -> Result<AssignmentPolicy> {
         overprovisioning_factor: number(policy.overprovisioning_factor, default.overprovisioning_factor),
         weighted_priority_health: policy.weighted_priority_health,
         drop_overload,
+        stale_after: limit(policy.endpoint_stale_after, None, path, "endpoint_stale_after")?,
     })
 }
 
@@ -103,19 +113,22 @@ fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<Box<E
     Ok((check != EndpointCheck::default()).then(|| Box::new(check)))
 }
 
-fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
-    let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
-        return Err(required(path, "endpoint"));
-    };
-    let address = host.address.as_ref().ok_or_else(|| required(path, "endpoint.address"))?;
-    let health = match ProtoHealth::try_from(endpoint.health_status).unwrap_or(ProtoHealth::Unknown) {
+pub(super) fn health_status(status: ProtoHealth) -> HealthStatus {
+    match status {
         ProtoHealth::Unknown => HealthStatus::Unknown,
         ProtoHealth::Healthy => HealthStatus::Healthy,
         ProtoHealth::Unhealthy => HealthStatus::Unhealthy,
         ProtoHealth::Draining => HealthStatus::Draining,
         ProtoHealth::Timeout => HealthStatus::Timeout,
         ProtoHealth::Degraded => HealthStatus::Degraded,
+    }
+}
+
+fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
+    let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
+        return Err(required(path, "endpoint"));
     };
+    let address = host.address.as_ref().ok_or_else(|| required(path, "endpoint.address"))?;
     let also_path = join(path, "endpoint.additional_addresses");
     if names && !host.additional_addresses.is_empty() {
         return Err(FieldError::new(also_path, "additional_addresses are for STATIC and EDS clusters"));
@@ -132,7 +145,7 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
         additional_addresses: also.collect::<Result<_>>()?,
         weight: number(endpoint.load_balancing_weight, 1).max(1),
-        health,
+        health: health_status(endpoint.health_status()),
         hostname: host.hostname.as_str().into(),
         metadata: endpoint.metadata.as_ref().and_then(lb_metadata),
         check: host.health_check_config.as_ref().map(|check| endpoint_check(check, path)).transpose()?.flatten(),

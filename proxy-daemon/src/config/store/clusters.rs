@@ -206,10 +206,16 @@ impl<A: Apply> ConfigStore<A> {
     pub(super) fn add_cluster(
         &self,
         state: &mut State,
-        config: ClusterConfig,
+        mut config: ClusterConfig,
         stored: Option<Arc<Version>>,
         update: Option<UpdateId>,
     ) {
+        if let Some(all) = &state.bind {
+            config.bind = Some(match config.bind.take() {
+                Some(own) => Arc::new(Arc::unwrap_or_clone(own).over(all)),
+                None => Arc::clone(all),
+            });
+        }
         let name = Arc::clone(&config.name);
         let id = state.new_version();
         let needs: Box<[Need]> = cluster_needs(&config).into();
@@ -361,6 +367,9 @@ impl State {
     fn endpoints_of(&self, config: &ClusterConfig) -> Option<Arc<[LocalityEndpoints]>> {
         let Discovery::Eds { endpoints } = &config.discovery else { return None };
         let entry = self.watched(Kind::Endpoints).get(&endpoints.from.source, &endpoints.name)?;
+        if entry.freshness.over {
+            return Some(Arc::default());
+        }
         if let Some(Value::Endpoints(fresh)) = &entry.value {
             return Some(Arc::clone(fresh));
         }

@@ -43,6 +43,7 @@ mod scopes;
 mod secrets;
 mod snapshot;
 mod sourced;
+mod stale;
 mod state;
 mod subscribed;
 mod updates;
@@ -85,7 +86,7 @@ use self::{
 };
 use super::{
     FieldError,
-    model::{self, ClusterConfig, ConfigSource, SecretName, SecretType},
+    model::{self, ClusterConfig, ConfigSource, SecretName, SecretType, UpstreamBind},
 };
 use crate::{http::filters::OffloadedTable, on_demand::Waiter};
 
@@ -128,6 +129,8 @@ pub struct StartUp {
     pub watches: Arc<Watches>,
     /// The sources that there are.
     pub sources: sources::Config,
+    /// Where connections of clusters come from that do not say it themselves.
+    pub bind: Option<Arc<UpstreamBind>>,
     /// How long the connections of a listener that is replaced or removed may go on.
     pub drain_time: Duration,
 }
@@ -269,6 +272,7 @@ impl<A: Apply> ConfigStore<A> {
                     Due::Cds | Due::Lds => {}
                     Due::Drained => self.drained(state, now),
                     Due::HeldRoutes => self.end_holds(state, now),
+                    Due::Stale(source, name) => self.forget_stale(state, &source, &name, now),
                     Due::LookedUp => self.take_up_looked_up(state),
                     Due::OnDemand => state.forget_idle(now),
                     Due::Listener(name, id) => self.retry_listener(state, &name, id),

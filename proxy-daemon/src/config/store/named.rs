@@ -96,8 +96,11 @@ impl<A: Apply> ConfigStore<A> {
         let name = resource.name.clone();
         // Nobody asked for it: accepted and forgotten, as in Envoy.
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
-        if entry.is_unchanged(&resource) {
+        if !entry.freshness.over && entry.is_unchanged(&resource) {
             entry.refused = None;
+            if kind == Kind::Endpoints {
+                self.keep_fresh(state, (source, &name), None);
+            }
             self.drop_held(state, source, &name);
             return Ok(());
         }
@@ -134,6 +137,9 @@ impl<A: Apply> ConfigStore<A> {
                 }
                 filters.into_iter().for_each(|(place, factory)| self.0.apply.set_filter(&place, Some(factory)));
                 self.deliver(state, source, &name, &users, &value);
+                if kind == Kind::Endpoints {
+                    self.keep_fresh(state, (source, &name), Some(&value));
+                }
                 Ok(())
             }
             Err(error) => {

@@ -24,7 +24,7 @@ use super::{
     watched::{Asked, Owner, VersionId, Watched},
 };
 use crate::{
-    config::model::{ClusterConfig, ConfigSource, SecretType},
+    config::model::{ClusterConfig, ConfigSource, SecretType, UpstreamBind},
     upstream::ClusterChange,
 };
 
@@ -83,6 +83,8 @@ pub(super) enum Due {
     HeldRoutes,
     /// Names of clusters that have been looked up are taken up.
     LookedUp,
+    /// Endpoints have not been said again for too long.
+    Stale(Arc<Source>, Arc<str>),
     /// A listener that could not be bound is tried again.
     Listener(Arc<str>, VersionId),
 }
@@ -124,6 +126,8 @@ pub(in crate::config) struct State {
     pub(super) changes: Vec<ClusterChange>,
     due: BTreeSet<(Instant, Due)>,
     next_version: u64,
+    /// See [`StartUp::bind`].
+    pub(super) bind: Option<Arc<UpstreamBind>>,
     /// How long connections may go on: see [`StartUp::drain_time`].
     pub(super) drain_time: Duration,
 }
@@ -161,6 +165,7 @@ impl State {
             changes: Vec::new(),
             due: BTreeSet::new(),
             next_version: 0,
+            bind: start.bind.clone(),
             drain_time: start.drain_time,
         }
     }

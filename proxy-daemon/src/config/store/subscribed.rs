@@ -23,6 +23,9 @@ pub(super) struct Subscribed {
     rejected: u32,
     timeouts: u32,
     empty: u32,
+    /// Endpoints: how often they came with an end, and how often that came.
+    ending: u32,
+    stale: u32,
     /// Updates that brought something else than what was in force.
     changes: u32,
     /// When the last of them was, in milliseconds since 1970; 0: never.
@@ -52,6 +55,16 @@ impl Subscribed {
         if !version.is_empty() {
             self.version = Some(Arc::clone(version));
         }
+    }
+
+    /// Endpoints have come that are good for a while only.
+    pub(super) fn ends(&mut self) {
+        self.ending += 1;
+    }
+
+    /// Endpoints are not good any more.
+    pub(super) fn is_stale(&mut self) {
+        self.stale += 1;
     }
 
     /// Something else is in force than before.
@@ -85,6 +98,8 @@ impl Subscribed {
         self.rejected += other.rejected;
         self.timeouts += other.timeouts;
         self.empty += other.empty;
+        self.ending += other.ending;
+        self.stale += other.stale;
         self.changes += other.changes;
         self.changed = self.changed.max(other.changed);
         if other.updated >= self.updated {
@@ -175,9 +190,14 @@ impl State {
                 if kind == Kind::Endpoints {
                     let same = subscribed.successes.saturating_sub(subscribed.changes);
                     metrics.push(Metric::external(&format!("{scope}.update_no_rebuild"), same.into()));
-                    // `endpoint_stale_after` is refused, and endpoints are not cached: these do not happen.
-                    let never = ["assignment_stale", "assignment_timeout_received", "assignment_use_cached"];
-                    metrics.extend(never.map(|name| Metric::external(&format!("{scope}.{name}"), 0)));
+                    // Endpoints are not cached.
+                    let counted = [
+                        ("assignment_stale", subscribed.stale),
+                        ("assignment_timeout_received", subscribed.ending),
+                        ("assignment_use_cached", 0),
+                    ];
+                    let shown = |(name, count): (&str, u32)| Metric::external(&format!("{scope}.{name}"), count.into());
+                    metrics.extend(counted.map(shown));
                 }
             }
         }

@@ -18,6 +18,7 @@ use super::{
     kinds::{Kind, Need, Value},
     resources,
     rotation::Files,
+    stale::Freshness,
     subscribed::Subscribed,
 };
 use crate::{
@@ -63,6 +64,8 @@ pub(in crate::config) struct Entry {
     /// Until when it is waited for.
     pub(super) deadline: Option<Instant>,
     pub(super) users: Vec<User>,
+    /// EDS: how long it is good for.
+    pub(super) freshness: Freshness,
     /// ECDS: what it is for.
     pub(super) places: Places,
     pub(super) subscribed: Subscribed,
@@ -141,7 +144,20 @@ impl Watched {
             let subscribed = Subscribed::new(source);
             let (stored, refused, value, files) = (None, None, None, None);
             let _shown = (self.kind == Kind::Secrets).then(|| Box::new(counts::secret_wanted(&wanted.name)));
-            Entry { stored, refused, value, settled: false, deadline, users, places, subscribed, files, _shown }
+            let freshness = Freshness::default();
+            Entry {
+                stored,
+                refused,
+                value,
+                settled: false,
+                deadline,
+                users,
+                freshness,
+                places,
+                subscribed,
+                files,
+                _shown,
+            }
         });
         if entry.settled {
             asked = Asked::Settled;

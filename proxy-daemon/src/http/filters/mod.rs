@@ -26,6 +26,7 @@ mod jwt_authn;
 mod local_ratelimit;
 mod match_delegate;
 mod on_demand;
+mod original_src;
 mod r#override;
 mod ratelimit;
 mod rbac;
@@ -400,6 +401,12 @@ pub const REGISTRY: &[Registered] = &[
         name: "envoy.filters.http.on_demand",
         type_name: "envoy.extensions.filters.http.on_demand.v3.OnDemand",
         parse: on_demand::parse,
+        per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.original_src",
+        type_name: "envoy.extensions.filters.http.original_src.v3.OriginalSrc",
+        parse: original_src::parse,
         per_route: None,
     },
     Registered {

@@ -9,6 +9,7 @@ use std::{
 use super::{
     Pool, SourcePool,
     opened::{Http1Connection, Http2Connection},
+    preconnect::Demand,
 };
 use crate::{
     http::{
@@ -32,6 +33,7 @@ pub struct Connection {
     max_requests: u32,
     /// Counts connections that have carried as many.
     worn_out: Counter,
+    _demand: Option<Demand>,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
     /// The host's load is wanted, and the response's headers do not report it.
@@ -92,7 +94,7 @@ impl Connection {
         host: &Rc<WorkerHost>,
         cluster: &WorkerCluster,
         home: &Rc<SourcePool>,
-        sender: Sender,
+        (sender, demand): (Sender, Option<Demand>),
         reused: bool,
     ) -> Connection {
         let lent = Connection {
@@ -104,6 +106,7 @@ impl Connection {
             max_requests: cluster.cluster.config.max_requests_per_connection,
             worn_out: cluster.cluster.stats.upstream_cx_max_requests,
             reused,
+            _demand: demand,
             awaits_report: Cell::new(false),
         };
         if let Sender::Http2(connection) = &lent.sender {

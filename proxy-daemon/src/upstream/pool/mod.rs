@@ -2,6 +2,7 @@
 
 mod lent;
 mod opened;
+mod preconnect;
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,6 +18,7 @@ pub(crate) use opened::Decrement;
 use self::{
     lent::Sender,
     opened::{Http1Connection, Http2Connection},
+    preconnect::Spare,
 };
 use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, connect::Source};
 use crate::config::model::Http2Options;
@@ -71,6 +73,7 @@ struct SourcePool {
     /// The host has chosen HTTP/1.1 where it had the choice.
     chose_http1: Cell<bool>,
     open: Cell<u32>,
+    spare: Spare,
     /// Told when a connection comes back or goes, for those that wait at a circuit breaker.
     released: Notify,
 }
@@ -165,7 +168,7 @@ impl WorkerHost {
     /// A connection for one request: an idle one, or a new one within the cluster's limits.
     pub async fn acquire(
         self: &Rc<Self>,
-        cluster: &WorkerCluster,
+        cluster: &Rc<WorkerCluster>,
         wanted: Wanted<'_>,
         source: Option<Source>,
         high_priority: bool,
@@ -182,13 +185,14 @@ impl WorkerHost {
 
     async fn acquire_unseen(
         self: &Rc<Self>,
-        cluster: &WorkerCluster,
+        cluster: &Rc<WorkerCluster>,
         wanted: Wanted<'_>,
         source: Option<Source>,
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
         let pool = self.pool.source(source);
-        let lend = |sender, reused| Connection::new(self, cluster, &pool, sender, reused);
+        let mut demand = cluster.cluster.config.pool.preconnect.map(|_| pool.demand());
+        let mut lend = |sender, reused| Connection::new(self, cluster, &pool, (sender, demand.take()), reused);
         // A request without a connection is one of those that wait, while its own is opened too.
         let mut pending = None;
         let opened = loop {
@@ -200,12 +204,16 @@ impl WorkerHost {
             if http1 {
                 let idle = if matches!(wanted, Wanted::Tcp) { None } else { pool.take_idle() };
                 if let Some(idle) = idle {
+                    self.preconnect(cluster, &pool, source, 0);
                     return Ok(lend(Sender::Http1(idle), true));
                 }
                 if pending.is_none() {
                     pending = Some(wait(cluster, high_priority)?);
                 }
                 if self.may_open(cluster, &pool, high_priority).await {
+                    if !matches!(wanted, Wanted::Tcp) {
+                        self.preconnect(cluster, &pool, source, 1);
+                    }
                     break Box::pin(self.open(cluster, &pool, source, wanted)).await?;
                 }
                 continue;

@@ -48,6 +48,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "health_checks",
             "ignore_health_on_host_removal",
             "close_connections_on_host_health_failure",
+            "preconnect_policy",
         ],
     ),
     (
@@ -81,6 +82,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),
+    (
+        "envoy.config.cluster.v3.Cluster.PreconnectPolicy",
+        &["per_upstream_preconnect_ratio", "predictive_preconnect_ratio"],
+    ),
     ("envoy.config.cluster.v3.Cluster.RingHashLbConfig", ALL),
     ("envoy.config.cluster.v3.Cluster.MaglevLbConfig", ALL),
     (
@@ -92,8 +97,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "consistent_hashing_lb_config",
             "ignore_new_hosts_until_first_hc",
             "close_connections_on_host_set_change",
+            "override_host_status",
         ],
     ),
+    ("envoy.config.core.v3.HealthStatusSet", ALL),
     ("envoy.config.cluster.v3.Cluster.CommonLbConfig.ZoneAwareLbConfig", ALL),
     ("envoy.config.cluster.v3.Cluster.CommonLbConfig.LocalityWeightedLbConfig", ALL),
     ("envoy.config.cluster.v3.Cluster.CommonLbConfig.ConsistentHashingLbConfig", ALL),
@@ -174,7 +181,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.endpoint.v3.ClusterLoadAssignment", &["cluster_name", "endpoints", "policy"]),
     (
         "envoy.config.endpoint.v3.ClusterLoadAssignment.Policy",
-        &["overprovisioning_factor", "weighted_priority_health", "drop_overloads"],
+        &["overprovisioning_factor", "weighted_priority_health", "drop_overloads", "endpoint_stale_after"],
     ),
     ("envoy.config.endpoint.v3.ClusterLoadAssignment.Policy.DropOverload", ALL),
     (
@@ -183,7 +190,11 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.config.endpoint.v3.Endpoint.AdditionalAddress", ALL),
     ("envoy.config.cluster.v3.Cluster.RefreshRate", ALL),
-    ("envoy.config.core.v3.BindConfig", &["source_address", "freebind", "socket_options", "extra_source_addresses"]),
+    (
+        "envoy.config.core.v3.BindConfig",
+        &["source_address", "freebind", "socket_options", "extra_source_addresses", "local_address_selector"],
+    ),
+    ("envoy.config.upstream.local_address_selector.v3.DefaultLocalAddressSelector", ALL),
     ("envoy.config.core.v3.ExtraSourceAddress", ALL),
     ("envoy.config.core.v3.SocketOptionsOverride", ALL),
     ("envoy.config.core.v3.SocketOption", &["description", "level", "name", "int_value", "buf_value", "state"]),

@@ -74,6 +74,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.Rule", ALL),
     ("envoy.extensions.filters.http.header_to_metadata.v3.Config.KeyValuePair", ALL),
+    ("envoy.extensions.filters.http.original_src.v3.OriginalSrc", ALL),
     ("envoy.extensions.filters.http.set_metadata.v3.Config", ALL),
     ("envoy.extensions.filters.http.stateful_session.v3.StatefulSession", ALL),
     ("envoy.extensions.filters.http.stateful_session.v3.StatefulSessionPerRoute", ALL),

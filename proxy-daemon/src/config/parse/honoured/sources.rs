@@ -22,7 +22,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.config.bootstrap.v3.Bootstrap.StaticResources", &["listeners", "clusters", "secrets"]),
     ("envoy.config.bootstrap.v3.Bootstrap.DynamicResources", ALL),
-    ("envoy.config.bootstrap.v3.ClusterManager", &["load_stats_config", "local_cluster_name", "outlier_detection"]),
+    (
+        "envoy.config.bootstrap.v3.ClusterManager",
+        &["load_stats_config", "local_cluster_name", "outlier_detection", "upstream_bind_config"],
+    ),
     ("envoy.config.bootstrap.v3.ClusterManager.OutlierDetection", &["event_log_path"]),
     ("envoy.config.bootstrap.v3.Admin", &["address", "access_log_path"]),
     ("envoy.config.bootstrap.v3.LayeredRuntime", ALL),

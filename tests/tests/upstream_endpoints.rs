@@ -1,0 +1,137 @@
+//! What assignments say of endpoints besides where they are, with culvertd and with the real Envoy on the same bootstrap.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use culvert_tests::bootstrap::Bootstrap;
+use culvert_tests::daemon::{Daemon, Kind, fetch, free_port, scratch_dir};
+use culvert_tests::http1::Request;
+use culvert_tests::{server, wait_until};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const KINDS: [Kind; 2] = [Kind::Envoy, Kind::Culvert];
+
+/// A host that says its name to whoever connects.
+fn host(name: &'static str) -> Result<u16> {
+    server::start(move |mut stream| {
+        let mut lines = std::io::BufReader::new(stream.try_clone()?);
+        while Request::read(&mut lines)?.is_some() {
+            write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{name}", name.len())?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn endpoints_that_are_not_said_again_are_forgotten() -> Result<()> {
+    for kind in KINDS {
+        let (host, dir, web) = (host("a")?, scratch_dir()?, free_port()?);
+        let path = dir.join("eds.yaml");
+        let write = |after: &str| -> Result<()> {
+            let text = format!(
+                "resources:\n- {{\"@type\": type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment, cluster_name: app, policy: \
+                 {{endpoint_stale_after: {after}}}, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: \
+                 127.0.0.1, port_value: {host}}}}}}}}}]}}]}}\n"
+            );
+            fs::write(dir.join("new"), text)?;
+            Ok(fs::rename(dir.join("new"), &path)?)
+        };
+        write("600s")?;
+        let routes = "- {name: all, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster: app}}]}";
+        let eds = format!("eds_cluster_config: {{eds_config: {{path_config_source: {{path: {}}}}}}}", path.display());
+        let bootstrap = Bootstrap::new().http(web, routes, &[]).cluster_of("app", &["type: EDS", &eds]);
+        let daemon = Daemon::start(kind, &format!("node: {{id: a, cluster: b}}\n{}", bootstrap.yaml()))?;
+        let answers = |status: u16| {
+            wait_until(DEADLINE, "the answer", || {
+                let answer = fetch(web, Request::get("/"))?;
+                ensure!(answer.status == status, "{kind:?}: {} {}", answer.status, answer.text());
+                Ok(())
+            })
+        };
+        answers(200)?;
+        write("1s")?;
+        answers(503)?;
+        let stats = daemon.stats()?;
+        assert_eq!(stats.get("cluster.app.assignment_stale"), 1, "{kind:?}");
+        assert_eq!(stats.get("cluster.app.membership_total"), 0, "{kind:?}");
+        // The very same as before is news then.
+        write("600s")?;
+        answers(200)?;
+        // Envoy reads the file once more at its start.
+        ensure!(daemon.stats()?.get("cluster.app.assignment_timeout_received") >= 3, "{kind:?}");
+        assert_eq!(daemon.stats()?.get("cluster.app.assignment_stale"), 1, "{kind:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn sessions_keep_to_hosts_that_stand_as_is_said() -> Result<()> {
+    const REQUESTS: usize = 24;
+    for kind in KINDS {
+        let (first, second, web) = (host("a")?, host("b")?, free_port()?);
+        let cluster = |status: &str| {
+            let at = |port, status: &str| {
+                format!(
+                    "{{health_status: {status}, endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}"
+                )
+            };
+            format!(
+                "load_assignment: {{cluster_name: x, endpoints: [{{lb_endpoints: [{}, {}]}}]}}",
+                at(first, "HEALTHY"),
+                at(second, status)
+            )
+        };
+        let allows = |statuses: &str| format!("common_lb_config: {{override_host_status: {{statuses: [{statuses}]}}}}");
+        let clusters = [
+            ("free", "HEALTHY", String::new(), "ab"),
+            ("usual", "DRAINING", String::new(), "a"),
+            ("degraded", "DEGRADED", String::new(), "b"),
+            ("draining", "DRAINING", allows("HEALTHY, DRAINING"), "b"),
+            ("ill", "UNHEALTHY", allows("HEALTHY, UNHEALTHY"), "b"),
+            ("timeout", "TIMEOUT", allows("TIMEOUT"), "b"),
+            ("others", "TIMEOUT", allows("HEALTHY, DRAINING"), "a"),
+            ("nobody", "HEALTHY", allows("DEGRADED"), "ab"),
+        ];
+        let routes: Vec<_> = clusters
+            .iter()
+            .map(|(name, ..)| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}}}}}"))
+            .collect();
+        let hosts = format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "));
+        let mut bootstrap = Bootstrap::new().http(web, &hosts, &[]);
+        for (name, status, fields, _) in &clusters {
+            let assignment = cluster(status);
+            let fields: Vec<_> = [assignment.as_str(), fields].into_iter().filter(|it| !it.is_empty()).collect();
+            bootstrap = bootstrap.cluster_of(name, &fields);
+        }
+        let session = "          http_filters:
+          - name: envoy.filters.http.stateful_session
+            typed_config:
+              \"@type\": type.googleapis.com/envoy.extensions.filters.http.stateful_session.v3.StatefulSession
+              session_state:
+                name: envoy.http.stateful_session.header
+                typed_config: {\"@type\": type.googleapis.com/envoy.extensions.http.stateful_session.header.v3.HeaderBasedSessionState, name: x-session}
+";
+        let yaml = bootstrap.yaml().replacen("          http_filters:\n", session, 1);
+        let _daemon = Daemon::start(kind, &yaml)?;
+        let mut sessions = BTreeMap::new();
+        for _ in 0..REQUESTS {
+            let answer = fetch(web, Request::get("/free"))?;
+            let session = answer.headers.get("x-session").unwrap_or_default().to_owned();
+            sessions.insert(answer.text(), session);
+        }
+        ensure!(sessions.len() == 2, "{kind:?}: {sessions:?}");
+        for (name, .., expected) in clusters.iter().skip(1) {
+            let mut seen = BTreeSet::new();
+            for _ in 0..REQUESTS {
+                let request = Request::get(&format!("/{name}")).header("x-session", &sessions["b"]);
+                seen.insert(fetch(web, request)?.text());
+            }
+            let seen: String = seen.into_iter().collect();
+            assert_eq!(seen, *expected, "{kind:?}: {name}");
+        }
+    }
+    Ok(())
+}
