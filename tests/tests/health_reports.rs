@@ -16,10 +16,11 @@ use envoy_types::pb::envoy::config::core::v3::health_check::{
     GrpcHealthCheck, HealthChecker, HttpHealthCheck, Payload, TcpHealthCheck, payload,
 };
 use envoy_types::pb::envoy::config::core::v3::{
-    Address, HeaderValue, HeaderValueOption, HealthCheck, HealthStatus, Locality, RequestMethod, SocketAddress,
-    address, socket_address::PortSpecifier,
+    Address, BindConfig, HeaderValue, HeaderValueOption, HealthCheck, HealthStatus, Locality, RequestMethod,
+    SocketAddress, address, socket_address::PortSpecifier,
 };
 use envoy_types::pb::envoy::config::endpoint::v3::Endpoint;
+use envoy_types::pb::envoy::config::endpoint::v3::endpoint::HealthCheckConfig;
 use envoy_types::pb::envoy::service::health::v3::{
     ClusterHealthCheck, EndpointHealthResponse, HealthCheckSpecifier, LocalityEndpoints,
     health_check_request_or_endpoint_health_response::RequestType,
@@ -66,6 +67,8 @@ impl Host {
             let length = lines.iter().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap_or(0);
             let mut body = vec![0; length];
             reader.read_exact(&mut body)?;
+            // Where connections come from.
+            lines.push(format!("from {}", stream.peer_addr()?.ip()));
             lines.sort();
             self.seen.lock().unwrap_or_else(PoisonError::into_inner).entry(path.clone()).or_insert(lines);
             let hit = {
@@ -140,6 +143,13 @@ fn endpoint(port: u16) -> Endpoint {
 fn locality(zone: &str, ports: &[u16]) -> LocalityEndpoints {
     let locality = Locality { region: "r".to_owned(), zone: zone.to_owned(), sub_zone: String::new() };
     LocalityEndpoints { locality: Some(locality), endpoints: ports.iter().map(|port| endpoint(*port)).collect() }
+}
+
+/// An endpoint at `port` that is checked as `config` says.
+fn special_endpoint(name: &str, port: u16, path: &str, config: HealthCheckConfig) -> ClusterHealthCheck {
+    let mut special = cluster(name, port, HealthChecker::HttpHealthCheck(http(path)));
+    special.locality_endpoints[0].endpoints[0].health_check_config = Some(config);
+    special
 }
 
 fn cluster(name: &str, port: u16, checker: HealthChecker) -> ClusterHealthCheck {
@@ -274,7 +284,23 @@ fn work(host: u16) -> Result<Vec<ClusterHealthCheck>> {
         tcp("no connection", free_port()?, "", &[]),
         ("grpc".to_owned(), host, HealthChecker::GrpcHealthCheck(GrpcHealthCheck::default())),
     ];
-    Ok(cases.into_iter().map(|(name, port, checker)| cluster(&name, port, checker)).collect())
+    let nowhere = free_port()?;
+    let other_port = HealthCheckConfig { port_value: u32::from(host), ..HealthCheckConfig::default() };
+    let other_address = HealthCheckConfig { address: endpoint(host).address, ..HealthCheckConfig::default() };
+    let other_name = HealthCheckConfig { hostname: "told.example".to_owned(), ..HealthCheckConfig::default() };
+    let bind = SocketAddress { address: "127.0.0.7".to_owned(), ..SocketAddress::default() };
+    let bind = SocketAddress { port_specifier: Some(PortSpecifier::PortValue(0)), ..bind };
+    let bound = ClusterHealthCheck {
+        upstream_bind_config: Some(BindConfig { source_address: Some(bind), ..BindConfig::default() }),
+        ..cluster("bound", host, HealthChecker::HttpHealthCheck(http("/200?bound")))
+    };
+    let special = [
+        special_endpoint("another port", nowhere, "/200?port", other_port),
+        special_endpoint("another address", nowhere, "/503?address", other_address),
+        special_endpoint("another name", host, "/200?name", other_name),
+        bound,
+    ];
+    Ok(cases.into_iter().map(|(name, port, checker)| cluster(&name, port, checker)).chain(special).collect())
 }
 
 /// The states that were reported of each host, and the requests that each saw.
@@ -332,6 +358,10 @@ fn the_same_work_has_the_same_results_as_envoys() -> Result<()> {
     let at_once = [(Healthy, Some(200)), (Unhealthy, Some(500)), (Unhealthy, Some(200)), (Healthy, Some(200))];
     assert_eq!(ours["at once/a"], at_once);
     assert_eq!(ours["an answer/a"], [(Healthy, None)]);
+    assert_eq!(ours["another port/a"], [(Healthy, Some(200))]);
+    assert_eq!(ours["another address/a"], [(Unhealthy, Some(503))]);
+    assert!(our_requests["/200?name"].contains(&"host: told.example".to_owned()), "{our_requests:?}");
+    assert!(our_requests["/200?bound"].contains(&"from 127.0.0.7".to_owned()), "{our_requests:?}");
     Ok(())
 }
 

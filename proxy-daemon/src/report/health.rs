@@ -20,8 +20,8 @@ use super::load::proto_address;
 use crate::{
     config::{
         FieldError,
-        model::{EndpointAddress, Locality},
-        parse::{self, HealthChecks},
+        model::{EndpointAddress, Locality, UpstreamBind},
+        parse::{self, HealthCheckTarget, HealthChecks},
     },
     stats::Scope,
     upstream::health_check::{self, Health, HealthCheckStats, HealthChecker},
@@ -36,12 +36,13 @@ pub struct HealthReporter {
 #[derive(Debug)]
 struct Cluster {
     name: String,
+    bind: Option<Arc<UpstreamBind>>,
     localities: Vec<(Locality, Vec<Target>)>,
 }
 
 #[derive(Debug)]
 struct Target {
-    address: EndpointAddress,
+    endpoint: HealthCheckTarget,
     /// Each with the message that it was made from.
     checkers: Vec<(HealthCheck, HealthChecker)>,
 }
@@ -54,6 +55,9 @@ impl Target {
     }
 }
 
+/// What was checked before, by the cluster's name and the endpoint's address; with where connections came from.
+type Before = HashMap<(String, EndpointAddress), (Target, Option<Arc<UpstreamBind>>)>;
+
 impl HealthReporter {
     /// Checks what the server wants from now on, and says how often it wants to be told. What was checked in the same way
     /// before is not disturbed. Must be called within the control runtime.
@@ -62,11 +66,14 @@ impl HealthReporter {
     /// The field that is wrong or not honoured: everything stays as it was.
     pub fn assign(&mut self, specifier: &HealthCheckSpecifier) -> Result<Duration, FieldError> {
         let (interval, wanted) = parse::health_check_specifier(specifier)?;
-        let mut before: HashMap<(String, EndpointAddress), Target> = HashMap::new();
+        let mut before = Before::new();
         // Those without a name are made anew, as in Envoy: nothing tells one from another.
         for cluster in self.clusters.drain(..).filter(|cluster| !cluster.name.is_empty()) {
             let targets = cluster.localities.into_iter().flat_map(|(_, targets)| targets);
-            before.extend(targets.map(|target| ((cluster.name.clone(), target.address.clone()), target)));
+            let bind = cluster.bind.as_ref();
+            before.extend(targets.map(|target| {
+                ((cluster.name.clone(), target.endpoint.address.clone()), (target, bind.map(Arc::clone)))
+            }));
         }
         self.clusters = wanted.into_iter().map(|cluster| Cluster::new(cluster, &mut before)).collect();
         Ok(interval)
@@ -84,37 +91,38 @@ impl HealthReporter {
 }
 
 impl Cluster {
-    fn new(wanted: HealthChecks, before: &mut HashMap<(String, EndpointAddress), Target>) -> Cluster {
+    fn new(wanted: HealthChecks, before: &mut Before) -> Cluster {
         let stats = HealthCheckStats::new(Scope::cluster(&wanted.cluster));
-        let target = |address: EndpointAddress, before: &mut HashMap<_, Target>| {
-            let old = before.remove(&(wanted.cluster.clone(), address.clone()));
-            let health = old.as_ref().map(Target::health).unwrap_or_default();
-            let mut old = old.map(|old| old.checkers).unwrap_or_default();
+        let target = |endpoint: HealthCheckTarget, before: &mut Before| {
+            let old = before.remove(&(wanted.cluster.clone(), endpoint.address.clone()));
+            let health = old.as_ref().map(|(old, _)| old.health()).unwrap_or_default();
+            let same = old.filter(|(old, bind)| old.endpoint == endpoint && *bind == wanted.bind);
+            let mut old = same.map(|(old, _)| old.checkers).unwrap_or_default();
+            let check = endpoint.check.as_deref();
             let checker = |(message, config): &(HealthCheck, Arc<_>)| {
                 let same = old.iter().position(|(other, _)| other == message);
                 same.map(|index| old.swap_remove(index)).unwrap_or_else(|| {
                     // Nobody sends traffic to what is only checked: the intervals are those without traffic, as in Envoy.
                     let traffic = Arc::new(|| false);
-                    let (config, address) = (Arc::clone(config), address.clone());
-                    (
-                        message.clone(),
-                        HealthChecker::start(
-                            config,
-                            health_check::Target::plain(address),
-                            health,
-                            stats.clone(),
-                            traffic,
-                        ),
-                    )
+                    let address = check.map_or_else(|| endpoint.address.clone(), |it| it.target(&endpoint.address));
+                    let target = health_check::Target {
+                        name: endpoint.hostname.clone(),
+                        host: check.and_then(|check| check.hostname.clone()),
+                        bind: wanted.bind.clone(),
+                        ..health_check::Target::plain(address)
+                    };
+                    let config = Arc::clone(config);
+                    (message.clone(), HealthChecker::start(config, target, health, stats.clone(), traffic))
                 })
             };
-            let checkers = wanted.checks.iter().map(checker).collect();
-            Target { address, checkers }
+            let disabled = check.is_some_and(|check| check.disabled);
+            let checkers = wanted.checks.iter().filter(|_| !disabled).map(checker).collect();
+            Target { endpoint, checkers }
         };
-        let localities = wanted.localities.into_iter().map(|(locality, addresses)| {
-            (locality, addresses.into_iter().map(|address| target(address, before)).collect())
+        let localities = wanted.localities.iter().map(|(locality, endpoints)| {
+            (locality.clone(), endpoints.iter().map(|endpoint| target(endpoint.clone(), before)).collect())
         });
-        Cluster { localities: localities.collect(), name: wanted.cluster.clone() }
+        Cluster { localities: localities.collect(), bind: wanted.bind.clone(), name: wanted.cluster.clone() }
     }
 
     fn report(&self) -> ClusterEndpointsHealth {
@@ -145,7 +153,7 @@ fn endpoint_health(target: &Target) -> EndpointHealth {
         Struct { fields: [("http_status_code".to_owned(), value)].into() }
     });
     EndpointHealth {
-        endpoint: Some(Endpoint { address: Some(proto_address(&target.address)), ..Endpoint::default() }),
+        endpoint: Some(Endpoint { address: Some(proto_address(&target.endpoint.address)), ..Endpoint::default() }),
         health_status: status.into(),
         health_metadata: code,
     }

@@ -65,3 +65,42 @@ async fn of_two_clusters_of_a_name_the_first_counts() {
     let names: Vec<_> = reporter.report().cluster_endpoints_health.into_iter().map(|it| it.cluster_name).collect();
     assert_eq!(names, ["a", "b", "", ""]);
 }
+
+#[tokio::test]
+async fn an_endpoint_that_is_checked_otherwise_is_checked_anew() {
+    let mut reporter = HealthReporter::default();
+    let with = |check: &str, more: &str| {
+        let text = cluster("same", &format!("[{TCP}]"));
+        let text =
+            text.replace("port_value: 1 } }", &format!("port_value: 1 }} }}, health_check_config: {{ {check} }}"));
+        specifier(&text.replace("cluster_name: 'same',", &format!("cluster_name: 'same', {more}")))
+    };
+    let checks = |reporter: &HealthReporter| reporter.clusters[0].localities[0].1[0].checkers.len();
+    let mut watched = Vec::new();
+    let bind = "upstream_bind_config: { source_address: { address: 127.0.0.1, port_value: 0 } },";
+    for (check, more, anew) in [
+        ("port_value: 2", "", true),
+        ("port_value: 2", "", false),
+        ("port_value: 3", "", true),
+        ("hostname: a", "", true),
+        ("hostname: a", bind, true),
+        ("hostname: a", bind, false),
+    ] {
+        reporter.assign(&with(check, more)).unwrap();
+        assert_eq!(checks(&reporter), 1);
+        let watch = reporter.clusters[0].localities[0].1[0].checkers[0].1.watch();
+        let same = watched.last().is_some_and(|last: &tokio::sync::watch::Receiver<Health>| last.same_channel(&watch));
+        assert_eq!(same, !anew, "{check} {more}");
+        watched.push(watch);
+    }
+    reporter.assign(&with("disable_active_health_check: true", "")).unwrap();
+    assert_eq!(checks(&reporter), 0);
+    let report = reporter.report();
+    let endpoint = &report.cluster_endpoints_health[0].locality_endpoints_health[0].endpoints_health[0];
+    assert_eq!(endpoint.health_status(), HealthStatus::Unhealthy);
+    let error = reporter.assign(&with("port_value: 70000", "")).unwrap_err();
+    assert_eq!(
+        error.path,
+        "cluster_health_checks[0].locality_endpoints[0].endpoints[0].health_check_config.port_value"
+    );
+}

@@ -98,15 +98,14 @@ fn lb_metadata(metadata: &Metadata) -> Option<Arc<LbMetadata>> {
 }
 
 /// `None` where it says nothing.
-fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<Box<EndpointCheck>>> {
-    let path = join(path, "endpoint.health_check_config");
+pub(super) fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<Box<EndpointCheck>>> {
     let address = config.address.as_ref();
     let check = EndpointCheck {
-        address: address.map(|address| endpoint_address(address, false, &join(&path, "address"))).transpose()?,
-        port: (config.port_value > 0).then(|| port(config.port_value, &path, "port_value")).transpose()?,
+        address: address.map(|address| endpoint_address(address, false, &join(path, "address"))).transpose()?,
+        port: (config.port_value > 0).then(|| port(config.port_value, path, "port_value")).transpose()?,
         hostname: match config.hostname.as_str() {
             "" => None,
-            name => Some(header_value(name, &join(&path, "hostname"))?),
+            name => Some(header_value(name, &join(path, "hostname"))?),
         },
         disabled: config.disable_active_health_check,
     };
@@ -141,6 +140,7 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         let (socket, port) = socket_address(address, &path)?;
         Ok((ip(socket, &path)?, port).into())
     });
+    let (check, check_path) = (host.health_check_config.as_ref(), join(path, "endpoint.health_check_config"));
     Ok(Endpoint {
         address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
         additional_addresses: also.collect::<Result<_>>()?,
@@ -148,6 +148,6 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         health: health_status(endpoint.health_status()),
         hostname: host.hostname.as_str().into(),
         metadata: endpoint.metadata.as_ref().and_then(lb_metadata),
-        check: host.health_check_config.as_ref().map(|check| endpoint_check(check, path)).transpose()?.flatten(),
+        check: check.map(|check| endpoint_check(check, &check_path)).transpose()?.flatten(),
     })
 }

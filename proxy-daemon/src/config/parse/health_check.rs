@@ -18,13 +18,18 @@ use envoy_types::pb::{
 use http::{Method, uri::Authority};
 
 use super::{
+    bind::upstream_bind,
     common::{Result, duration, endpoint_address, header_value, headers_to_add, headers_to_remove, required},
+    endpoint::endpoint_check,
     matcher, redis,
     support::{self, join},
 };
 use crate::config::{
     FieldError,
-    model::{Check, EndpointAddress, GrpcCheck, HeaderMutations, HealthCheckConfig, HttpCheck, Locality, TcpCheck},
+    model::{
+        Check, EndpointAddress, EndpointCheck, GrpcCheck, HeaderMutations, HealthCheckConfig, HttpCheck, Locality,
+        TcpCheck, UpstreamBind,
+    },
 };
 
 /// One cluster's part of a checked `HealthCheckSpecifier`.
@@ -34,12 +39,22 @@ pub struct HealthChecks {
     pub cluster: String,
     /// Its checks, each with the message that it was made from: equal messages are equal checks.
     pub checks: Vec<(HealthCheck, Arc<HealthCheckConfig>)>,
+    /// Where connections come from.
+    pub bind: Option<Arc<UpstreamBind>>,
     /// Its endpoints by locality, in the order of the message.
     pub localities: Vec<(Locality, Vec<HealthCheckTarget>)>,
 }
 
 /// An endpoint to check.
-pub type HealthCheckTarget = EndpointAddress;
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheckTarget {
+    /// Where it listens.
+    pub address: EndpointAddress,
+    /// Its name; may be empty.
+    pub hostname: Box<str>,
+    /// Where it is checked, and how, if otherwise.
+    pub check: Option<Box<EndpointCheck>>,
+}
 
 /// What a management server wants checked. Of clusters of the same name only the first counts, as in Envoy.
 ///
@@ -86,18 +101,24 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
         let mut targets = Vec::new();
         for (index, endpoint) in group.endpoints.iter().enumerate() {
             let path = format!("{path}.endpoints[{index}]");
-            if endpoint.health_check_config.is_some() {
-                return Err(FieldError::unsupported(join(&path, "health_check_config")));
-            }
             let address = endpoint.address.as_ref().ok_or_else(|| required(&path, "address"))?;
-            targets.push(endpoint_address(address, false, &join(&path, "address"))?);
+            let check = endpoint.health_check_config.as_ref();
+            let check = check.map(|check| endpoint_check(check, &join(&path, "health_check_config"))).transpose()?;
+            targets.push(HealthCheckTarget {
+                address: endpoint_address(address, false, &join(&path, "address"))?,
+                hostname: endpoint.hostname.as_str().into(),
+                check: check.flatten(),
+            });
         }
         let locality = group.locality.clone().unwrap_or_default();
         let locality = Locality { region: locality.region, zone: locality.zone, sub_zone: locality.sub_zone };
         localities.push((locality, targets));
     }
+    let bind = cluster.upstream_bind_config.as_ref();
+    let bind = bind.map(|bind| upstream_bind(bind, &join(path, "upstream_bind_config"))).transpose()?;
     Ok(HealthChecks {
         cluster: cluster.cluster_name.clone(),
+        bind: bind.map(Arc::new),
         checks: cluster.health_checks.iter().enumerate().map(check).collect::<Result<_>>()?,
         localities,
     })

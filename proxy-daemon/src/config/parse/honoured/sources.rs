@@ -79,7 +79,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.core.v3.GrpcService.GoogleGrpc", &["target_uri", "stat_prefix"]),
     // Health discovery
     ("envoy.service.health.v3.HealthCheckSpecifier", ALL),
-    ("envoy.service.health.v3.ClusterHealthCheck", &["cluster_name", "health_checks", "locality_endpoints"]),
+    (
+        "envoy.service.health.v3.ClusterHealthCheck",
+        &["cluster_name", "health_checks", "locality_endpoints", "upstream_bind_config"],
+    ),
     ("envoy.service.health.v3.LocalityEndpoints", ALL),
     (
         "envoy.config.core.v3.HealthCheck",
