@@ -124,6 +124,75 @@ fn clients_that_leave_are_logged_as_by_envoy() -> Result<()> {
     Ok(())
 }
 
+/// What the ends of connections are counted by, and gauges that are 0 again.
+#[test]
+fn ends_of_connections_are_counted_as_by_envoy() -> Result<()> {
+    let counted = |kind| -> Result<Vec<String>> {
+        let (daemon, port) = start(kind, &["delayed_close_timeout: 0.2s"])?;
+        let ended = |count: u64| {
+            wait_until(Duration::from_secs(10), "the end of the connection", || {
+                let seen = daemon.stats()?.get("http.ingress.downstream_cx_destroy");
+                ensure!(seen == count, "{seen} have ended");
+                Ok(())
+            })
+        };
+        // The client goes with its answer, in the middle of it, in the middle of a head, and before it has said anything.
+        leave(port, "GET /direct HTTP/1.1\r\nhost: a\r\n\r\n", "404")?;
+        ended(1)?;
+        leave(port, "GET /part HTTP/1.1\r\nhost: a\r\n\r\n", "abc")?;
+        ended(2)?;
+        leave(port, "GET /direct HTTP/1.1\r\nho", "")?;
+        ended(3)?;
+        leave(port, "", "")?;
+        ended(4)?;
+        // The proxy closes: the client wants it, does not go, and sends what is no request.
+        ensure!(get(port, "/one")? == 200, "an answer");
+        ended(5)?;
+        ensure!(get(port, "/dead")? == 503, "a host that refuses connections");
+        ended(6)?;
+        let mut stays = TcpStream::connect(("127.0.0.1", port))?;
+        stays.write_all(b"nonsense\r\n\r\n")?;
+        ended(7)?;
+        drop(stays);
+        let of_client = ["", "_local", "_remote", "_active_rq", "_local_active_rq", "_remote_active_rq"];
+        let of_client = of_client.map(|end| format!("http.ingress.downstream_cx_destroy{end}"));
+        let of_hosts = ["", "_local", "_remote", "_with_active_rq", "_local_with_active_rq", "_remote_with_active_rq"];
+        let of_hosts = ["app", "one", "dead"]
+            .into_iter()
+            .flat_map(|cluster| of_hosts.map(|end| format!("cluster.{cluster}.upstream_cx_destroy{end}")));
+        let others = ["downstream_cx_delayed_close_timeout", "tracing.health_check", "tracing.random_sampling"];
+        let names = of_client.into_iter().chain(of_hosts).chain(others.map(|name| format!("http.ingress.{name}")));
+        let names: Vec<_> = names.collect();
+        let gone = |name| {
+            wait_until(Duration::from_secs(10), "no connection is left", || {
+                let stats = daemon.stats()?;
+                ensure!(stats.get(name) == 0, "{name} is {}", stats.get(name));
+                Ok(())
+            })
+        };
+        gone("http.ingress.downstream_cx_active")?;
+        gone("cluster.one.upstream_cx_active")?;
+        gone("cluster.app.upstream_cx_active")?;
+        let stats = daemon.stats()?;
+        let mut lines = Vec::new();
+        for name in &names {
+            ensure!(stats.has(name), "{name} is missing");
+            lines.push(format!("{name} {}", stats.get(name)));
+        }
+        let used = daemon.admin("/stats?usedonly&type=Gauges")?;
+        for gauge in
+            ["http.ingress.downstream_cx_active", "cluster.app.upstream_cx_active", "cluster.app.upstream_rq_active"]
+        {
+            lines.push(format!("{gauge} is used: {}", used.contains(&format!("{gauge}: 0\n"))));
+        }
+        lines.push(format!("http2 gauge is used: {}", used.contains("http.ingress.downstream_cx_http2_active")));
+        Ok(lines)
+    };
+    let (envoy, culvert) = (counted(Kind::Envoy)?, counted(Kind::Culvert)?);
+    assert_eq!(culvert, envoy);
+    Ok(())
+}
+
 #[test]
 fn connections_are_counted_as_by_envoy() -> Result<()> {
     let counted = |kind| -> Result<Vec<String>> {

@@ -17,7 +17,7 @@ use super::{
     io::DownstreamIo,
     logged::LoggedHeaders,
     scopes::RouteFinder,
-    stats::{CodecStats, HcmStats},
+    stats::{CodecStats, ConnectionEnd, HcmStats},
 };
 use crate::{
     access_log::AccessLog,
@@ -78,11 +78,11 @@ impl ConnectionManager {
         self.by_listener.inc(status.as_u16());
     }
 
-    /// A connection that got no further than its TLS handshake.
-    pub(crate) fn count_failed_handshake(&self) {
+    /// A connection that got no further than its TLS handshake; `by_client`: that failed, and was not ended here.
+    pub(crate) fn count_failed_handshake(&self, by_client: bool) {
         self.stats.downstream_cx_total.inc();
         self.stats.downstream_cx_ssl_total.inc();
-        self.stats.downstream_cx_destroy.inc();
+        self.stats.count_end(ConnectionEnd { by_client, in_use: false });
     }
 }
 
@@ -95,6 +95,8 @@ pub(super) struct ConnState {
     active: Cell<u32>,
     requests: Cell<u32>,
     idle_since: Cell<Instant>,
+    /// The client has closed its side, or has broken off.
+    pub(super) client_closed: Cell<bool>,
     /// When anything last passed to the client.
     pub(super) last_progress: Cell<Instant>,
     /// How long nothing may pass to the client while a stream is open: the longest idle timeout of its streams.
@@ -139,6 +141,11 @@ impl ConnState {
         }
     }
 
+    /// How the connection ends that ends now.
+    pub(super) fn end(&self) -> ConnectionEnd {
+        ConnectionEnd { by_client: self.client_closed.get(), in_use: self.active.get() > 0 }
+    }
+
     pub(super) fn stream_ends(&self) {
         self.active.set(self.active.get() - 1);
         self.idle_since.set(Instant::now());
@@ -172,14 +179,14 @@ pub async fn serve(
             let limit = manager.config.idle_timeout.unwrap_or(Duration::MAX / 4);
             // A connection that has said nothing yet loses nothing when it is closed.
             let sniffed = tokio::select! {
-                sniffed = tokio::time::timeout(limit, io.sniff_http2()) => sniffed.ok().and_then(Result::ok),
+                sniffed = tokio::time::timeout(limit, io.sniff_http2()) => sniffed.ok(),
                 () = drain.triggered() => None,
             };
             match sniffed {
-                Some(http2) => http2,
-                None => {
-                    stats.downstream_cx_destroy.inc();
-                    return;
+                Some(Ok(http2)) => http2,
+                ended => {
+                    let by_client = ended.is_some();
+                    return stats.count_end(ConnectionEnd { by_client, in_use: false });
                 }
             }
         }
@@ -192,22 +199,23 @@ pub async fn serve(
         active: Cell::new(0),
         requests: Cell::new(0),
         idle_since: Cell::new(Instant::now()),
+        client_closed: Cell::new(false),
         last_progress: Cell::new(Instant::now()),
         stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
         ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,
     });
-    if http2 {
+    let end = if http2 {
         stats.downstream_cx_http2_total.inc();
         let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http2_active);
         // Its state is much larger than what an idle connection of HTTP/1 needs.
-        Box::pin(drive_http2(io, state, drain)).await;
+        Box::pin(drive_http2(io, state, drain)).await
     } else {
         stats.downstream_cx_http1_total.inc();
         let _open = crate::upstream::Decrement::after_inc(stats.downstream_cx_http1_active);
-        drive_http1(io, state, drain).await;
-    }
-    stats.downstream_cx_destroy.inc();
+        drive_http1(io, state, drain).await
+    };
+    stats.count_end(end);
     stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
 }
 
@@ -245,10 +253,10 @@ macro_rules! drive {
             tokio::select! {
                 biased;
                 result = connection.as_mut() => {
-                    if let Err(error) = result {
+                    break result.unwrap_or_else(|error| {
                         protocol_error(&state, &error);
-                    }
-                    break;
+                        state.end()
+                    });
                 }
                 (next, reason) = aside(end_of_life(&state, &mut drain, stage, opened)), if stage != Stage::Closing => {
                     if stage == Stage::Open {
@@ -258,37 +266,34 @@ macro_rules! drive {
                     stage = next;
                     $end(connection.as_mut(), next);
                 }
-                () = drained.as_mut(), if stage != Stage::Open => break,
+                () = drained.as_mut(), if stage != Stage::Open => break state.end(),
                 () = aside(state.stalled()) => {
                     state.manager.stats.downstream_rq_idle_timeout.inc();
-                    break;
+                    break ConnectionEnd::HERE;
                 }
             }
         }
     }};
 }
 
-async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
+async fn drive_http1(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) -> ConnectionEnd {
     let (stream, read_ahead) = io.into_parts();
     let connection = h1::ServerConnection::new(stream, read_ahead, &state.manager.config);
     let of_streams = Rc::clone(&state);
     // Made where it stays: the future is large, and would be copied.
-    let serving = async {
-        Rc::clone(&connection).serve(of_streams).await;
-        Ok::<(), ::h2::Error>(())
-    };
+    let serving = async { Ok::<_, ::h2::Error>(Rc::clone(&connection).serve(of_streams).await) };
     drive!(serving, state, drain, |_, stage| match stage {
         Stage::Draining | Stage::Grace => connection.drain(),
         _ => connection.graceful_shutdown(),
-    });
+    })
 }
 
-async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) {
+async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal) -> ConnectionEnd {
     let connection = h2::ServerConnection::new(io, &state);
     // GOAWAY tells an idle client as well, and costs it nothing.
     drive!(connection, state, drain, |connection: std::pin::Pin<&mut h2::ServerConnection>, _| {
         connection.graceful_shutdown();
-    });
+    })
 }
 
 /// Ends when the connection has come to another stage: that one, and the counter that says why.

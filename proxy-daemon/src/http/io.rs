@@ -69,7 +69,13 @@ impl AsyncRead for DownstreamIo {
         let io = self.get_mut();
         let before = buf.filled().len();
         if io.read_ahead.is_empty() {
-            ready!(Pin::new(&mut io.stream).poll_read(cx, buf))?;
+            let read = ready!(Pin::new(&mut io.stream).poll_read(cx, buf));
+            if let Some(watch) = &mut io.watch
+                && (read.is_err() || buf.filled().len() == before)
+            {
+                watch.ended();
+            }
+            read?;
         } else {
             let length = buf.remaining().min(io.read_ahead.len());
             buf.put_slice(&io.read_ahead[..length]);

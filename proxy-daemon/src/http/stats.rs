@@ -16,8 +16,10 @@ macro_rules! hcm_stats {
             pub(super) fn new(stat_prefix: &str) -> HcmStats {
                 let scope = Scope::http(stat_prefix);
                 let lease = scope.lease();
-                // Envoy has it and counts redirects as direct responses.
-                scope.counter("rq_redirect");
+                for name in NEVER_COUNTED {
+                    scope.counter(name);
+                }
+                scope.gauge("downstream_cx_http3_active");
                 HcmStats {
                     $($counter: scope.counter(stringify!($counter)),)*
                     $($gauge: scope.gauge(stringify!($gauge)),)*
@@ -33,6 +35,8 @@ macro_rules! hcm_stats {
 hcm_stats! {
     counters {
         downstream_cx_total downstream_cx_ssl_total downstream_cx_http1_total downstream_cx_http2_total downstream_cx_destroy
+        downstream_cx_destroy_local downstream_cx_destroy_remote downstream_cx_destroy_active_rq
+        downstream_cx_destroy_local_active_rq downstream_cx_destroy_remote_active_rq downstream_cx_delayed_close_timeout
         downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total
         downstream_cx_protocol_error downstream_cx_idle_timeout downstream_cx_max_duration_reached
         downstream_cx_max_requests_reached downstream_cx_drain_close downstream_cx_upgrades_total
@@ -52,6 +56,52 @@ hcm_stats! {
     gauges { downstream_cx_active downstream_cx_ssl_active downstream_cx_http1_active downstream_cx_http2_active
         downstream_rq_active downstream_cx_upgrades_active }
     histograms { downstream_cx_length_ms downstream_rq_time }
+}
+
+/// What Envoy has and what never happens here: redirects count as direct responses (in Envoy too), and there is neither tracing
+/// nor an overload manager nor HTTP/3.
+const NEVER_COUNTED: [&str; 10] = [
+    "rq_redirect",
+    "tracing.client_enabled",
+    "tracing.health_check",
+    "tracing.not_traceable",
+    "tracing.random_sampling",
+    "tracing.service_forced",
+    "downstream_cx_http3_total",
+    "downstream_rq_http3_total",
+    "downstream_cx_overload_disable_keepalive",
+    "downstream_rq_overload_close",
+];
+
+/// How a client's connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ConnectionEnd {
+    /// The client closed it; otherwise it was closed here.
+    pub(super) by_client: bool,
+    /// There were requests in flight.
+    pub(super) in_use: bool,
+}
+
+impl ConnectionEnd {
+    /// Closed here, with nothing in flight.
+    pub(super) const HERE: ConnectionEnd = ConnectionEnd { by_client: false, in_use: false };
+}
+
+impl HcmStats {
+    pub(super) fn count_end(&self, end: ConnectionEnd) {
+        let ConnectionEnd { by_client, in_use } = end;
+        self.downstream_cx_destroy.inc();
+        if by_client {
+            self.downstream_cx_destroy_remote.inc()
+        } else {
+            self.downstream_cx_destroy_local.inc()
+        }
+        if in_use {
+            self.downstream_cx_destroy_active_rq.inc();
+            let active = (self.downstream_cx_destroy_local_active_rq, self.downstream_cx_destroy_remote_active_rq);
+            if by_client { active.1.inc() } else { active.0.inc() }
+        }
+    }
 }
 
 /// The slots of what codecs count, `http1.<field>` and `http2.<field>`: all connection managers have them together.

@@ -406,10 +406,11 @@ async fn serve_chain(
                 DownstreamStream::Tls(Box::new(stream))
             }
             Err(failure) => {
+                let by_client = matches!(&failure, Some(failure) if failure.starts_with("TLS_error"));
                 if let Some(failure) = failure {
                     let _ = info.learnt.transport_failure.set(failure.into());
                 }
-                chain.filter.count_failed_handshake();
+                chain.filter.count_failed_handshake(by_client);
                 return;
             }
         },
@@ -463,10 +464,10 @@ async fn shake_hands(
 
 impl ActiveChain {
     /// Envoy's filters count a connection before its handshake.
-    fn count_failed_handshake(&self) {
+    fn count_failed_handshake(&self, by_client: bool) {
         match self {
             ActiveChain::Tcp(proxy) => proxy.count_failed_handshake(),
-            ActiveChain::Http(manager) => manager.count_failed_handshake(),
+            ActiveChain::Http(manager) => manager.count_failed_handshake(by_client),
         }
     }
 }

@@ -198,6 +198,7 @@ async fn carry(
             ended = &mut old => ended,
             () = upstream.host.pool.closed_since(upstream.closings) => Ended::HostFailed,
         };
+        upstream.by_host = ended == Ended::Upstream || ended == Ended::Whole && relay.host_was_last;
         (outcome.received, outcome.sent) = (relay.up.bytes, relay.down.bytes);
         Some(ended)
     } else {
@@ -228,6 +229,8 @@ struct Dialed {
     since: Instant,
     /// How often the host's pool had been closed.
     closings: u32,
+    /// The host closed it, and not this side.
+    by_host: bool,
     _open: Decrement,
     _issued: Issued,
 }
@@ -235,7 +238,7 @@ struct Dialed {
 impl Drop for Dialed {
     fn drop(&mut self) {
         let stats = &self.cluster.cluster.stats;
-        stats.upstream_cx_destroy.inc();
+        stats.count_end(self.by_host, false);
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
         self.host.count(HostCounter::CxActive, -1);
         self.host.end_request();
@@ -300,12 +303,22 @@ async fn dial(
                 let told = stream.info(since, connected.get());
                 (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
                 outcome.carried_by = Some(Rc::clone(&member));
-                return Some(Dialed { stream, cluster: member, host, since, closings, _open: open, _issued: issued });
+                return Some(Dialed {
+                    stream,
+                    cluster: member,
+                    host,
+                    since,
+                    closings,
+                    by_host: false,
+                    _open: open,
+                    _issued: issued,
+                });
             }
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
                 host.count(HostCounter::CxConnectFail, 1);
                 let timed_out = matches!(error, ConnectError::Timeout);
+                stats.count_end(!timed_out, false);
                 if timed_out {
                     stats.upstream_cx_connect_timeout.inc();
                 }
@@ -347,6 +360,8 @@ struct Relay {
     idle: Option<Duration>,
     last_activity: Cell<Instant>,
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+    /// The client had closed its side before the host did.
+    host_was_last: bool,
 }
 
 impl Relay {
@@ -357,6 +372,7 @@ impl Relay {
             idle,
             last_activity: Cell::new(Instant::now()),
             sleep: None,
+            host_was_last: false,
         }
     }
 
@@ -366,6 +382,7 @@ impl Relay {
         U: AsyncRead + AsyncWrite + Unpin,
     {
         let before = self.up.bytes + self.down.bytes;
+        self.host_was_last |= self.up.eof && !self.down.eof;
         let up = self.up.poll(cx, downstream, upstream);
         let down = self.down.poll(cx, upstream, downstream);
         if before != self.up.bytes + self.down.bytes {

@@ -128,7 +128,7 @@ pub enum Value {
     Gauge {
         /// The sum over all threads.
         value: u64,
-        /// Whether any thread has a share other than 0.
+        /// Whether it was ever set, or counted up or down.
         used: bool,
     },
     /// A histogram's.

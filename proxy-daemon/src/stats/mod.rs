@@ -107,7 +107,7 @@ impl Gauge {
     /// Takes one away.
     #[inline]
     pub fn dec(self) {
-        slab::add(self.0, 1u64.wrapping_neg());
+        slab::take(self.0, 1);
     }
 
     /// Adds `n`.
@@ -119,7 +119,7 @@ impl Gauge {
     /// Takes `n` away.
     #[inline]
     pub fn sub(self, n: u64) {
-        slab::add(self.0, n.wrapping_neg());
+        slab::take(self.0, n);
     }
 
     /// Makes the value `n`. For gauges that the control side alone writes: what workers add meanwhile may be lost.

@@ -19,6 +19,9 @@ const MAX_CHUNKS: usize = 1024;
 /// Slabs that may exist: more than a machine has workers.
 const MAX_SLABS: usize = 4096;
 
+/// Bits of one slot.
+const BITS: usize = u64::BITS as usize;
+
 /// How many slots a table can hold.
 pub(super) const MAX_SLOTS: usize = CHUNK_SLOTS * MAX_CHUNKS;
 
@@ -83,6 +86,8 @@ impl<T: Zero> Table<T> {
 /// The values of one thread, or of all threads that are not workers.
 pub(super) struct Slab {
     values: Table<AtomicU64>,
+    /// A bit for each value: it has come back to zero.
+    emptied: Table<AtomicU64>,
     histograms: Table<AtomicPtr<Buckets>>,
     /// Whether a live worker writes it.
     leased: AtomicBool,
@@ -90,12 +95,44 @@ pub(super) struct Slab {
 
 impl Slab {
     fn new(leased: bool) -> &'static Slab {
-        Box::leak(Box::new(Slab { values: Table::new(), histograms: Table::new(), leased: AtomicBool::new(leased) }))
+        Box::leak(Box::new(Slab {
+            values: Table::new(),
+            emptied: Table::new(),
+            histograms: Table::new(),
+            leased: AtomicBool::new(leased),
+        }))
     }
 
     fn grow(&self, values: usize, histograms: usize) {
         self.values.grow(values);
+        self.emptied.grow(values.div_ceil(BITS));
         self.histograms.grow(histograms);
+    }
+
+    /// Whether the slot was ever counted up or down here.
+    pub(super) fn is_used(&self, slot: u32) -> bool {
+        let (word, bit) = bit_of(slot);
+        self.value(slot) != 0 || self.emptied.get(word).is_some_and(|word| word.load(Ordering::Relaxed) & bit != 0)
+    }
+
+    /// Notes that the slot has come back to zero: written once, and only read after that.
+    fn note_emptied(&self, slot: u32) {
+        let (word, bit) = bit_of(slot);
+        if let Some(word) = self.emptied.get(word)
+            && word.load(Ordering::Relaxed) & bit == 0
+        {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    fn clear(&self, slot: u32) {
+        let (word, bit) = bit_of(slot);
+        if let Some(value) = self.values.get(slot) {
+            value.store(0, Ordering::Relaxed);
+        }
+        if let Some(word) = self.emptied.get(word) {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        }
     }
 
     /// The slot's value; 0 where it was never written.
@@ -164,6 +201,11 @@ impl Drop for Lease {
     }
 }
 
+/// Which word of `Slab::emptied` a slot's bit is in, and the bit.
+fn bit_of(slot: u32) -> (u32, u64) {
+    (slot / u64::BITS, 1 << (slot % u64::BITS))
+}
+
 /// Every slab there is.
 pub(super) fn all() -> impl Iterator<Item = &'static Slab> {
     let count = SLABS.count.load(Ordering::Acquire);
@@ -226,9 +268,33 @@ pub(super) fn add_shared(slot: u32, delta: u64) {
     }
 }
 
-/// Makes every thread's share zero. Nobody may be writing the slot.
+/// Takes `n` from this thread's share of a slot, and remembers that there was something to be taken.
+#[inline]
+pub(super) fn take(slot: u32, n: u64) {
+    match OWN.get() {
+        Some(slab) => {
+            if let Some(value) = slab.values.get(slot) {
+                // Only this thread writes it: no locked instruction is needed.
+                let left = value.load(Ordering::Relaxed).wrapping_sub(n);
+                value.store(left, Ordering::Relaxed);
+                if left == 0 {
+                    slab.note_emptied(slot);
+                }
+            }
+        }
+        None => take_shared(slot, n),
+    }
+}
+
+#[cold]
+fn take_shared(slot: u32, n: u64) {
+    add_shared(slot, n.wrapping_neg());
+    SLABS.shared.note_emptied(slot);
+}
+
+/// Makes every thread's share zero, as if nobody had ever written it. Nobody may be writing the slot.
 pub(super) fn clear(slot: u32) {
-    all().filter_map(|slab| slab.values.get(slot)).for_each(|value| value.store(0, Ordering::Relaxed));
+    all().for_each(|slab| slab.clear(slot));
 }
 
 /// The sum of all threads' shares.

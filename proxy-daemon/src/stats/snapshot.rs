@@ -38,7 +38,7 @@ pub fn snapshot() -> Vec<Metric> {
         Kind::Counter => Value::Counter(slab::sum(slot)),
         Kind::Gauge => Value::Gauge {
             value: if set.contains(&slot) { slab::sum(slot) } else { Gauge(slot).value() },
-            used: slab::all().any(|slab| slab.value(slot) != 0),
+            used: set.contains(&slot) || slab::all().any(|slab| slab.is_used(slot)),
         },
         Kind::Histogram => Value::Histogram {
             interval: intervals.get(&slot).cloned().unwrap_or_default(),

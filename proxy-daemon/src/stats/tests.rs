@@ -260,17 +260,20 @@ fn a_query_chooses() {
     let _alone = alone();
     counter("t10.used").inc();
     counter("t10.unused");
-    gauge("t10.level").set(1);
+    gauge("t10.level").set(0);
+    let (back, _untouched) = (gauge("t10.back"), gauge("t10.untouched"));
+    back.inc();
+    back.dec();
     let chosen = |parameters: &[(&str, &str)]| {
         let query = Query::parse(parameters.iter().copied()).unwrap();
         let chosen = under("t10.").into_iter().filter(|metric| query.wants(metric));
         chosen.map(|metric| metric.name()[4..].to_owned()).collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(chosen(&[]), "level unused used");
-    assert_eq!(chosen(&[("usedonly", "")]), "level used");
+    assert_eq!(chosen(&[]), "back level untouched unused used");
+    assert_eq!(chosen(&[("usedonly", "")]), "back level used");
     assert_eq!(chosen(&[("type", "Counters")]), "unused used");
     assert_eq!(chosen(&[("filter", "use")]), "unused used");
-    assert_eq!(chosen(&[("filter", r"\.use"), ("invert_filter", "")]), "level unused");
+    assert_eq!(chosen(&[("filter", r"\.use"), ("invert_filter", "")]), "back level untouched unused");
     for (name, value, text) in [
         ("filter", "(", "Invalid re2 regex: unclosed group\n"),
         ("type", "Bogus", "invalid &type= param\n"),

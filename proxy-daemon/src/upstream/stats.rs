@@ -62,6 +62,8 @@ cluster_stats! {
     counters {
         upstream_cx_total upstream_cx_http1_total upstream_cx_http2_total upstream_cx_connect_fail
         upstream_cx_connect_timeout upstream_cx_overflow upstream_cx_destroy upstream_cx_idle_timeout
+        upstream_cx_destroy_local upstream_cx_destroy_remote upstream_cx_destroy_with_active_rq
+        upstream_cx_destroy_local_with_active_rq upstream_cx_destroy_remote_with_active_rq
         upstream_cx_max_requests upstream_cx_max_duration_reached upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
         upstream_cx_protocol_error upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
@@ -119,6 +121,22 @@ impl Usage for ClusterStats {
 }
 
 impl ClusterStats {
+    /// Counts a connection that has ended. `by_host`: the host closed it, and not this side; `in_use`: before a request on it was through.
+    pub fn count_end(&self, by_host: bool, in_use: bool) {
+        self.upstream_cx_destroy.inc();
+        if by_host {
+            self.upstream_cx_destroy_remote.inc()
+        } else {
+            self.upstream_cx_destroy_local.inc()
+        }
+        if in_use {
+            self.upstream_cx_destroy_with_active_rq.inc();
+            let active =
+                (self.upstream_cx_destroy_local_with_active_rq, self.upstream_cx_destroy_remote_with_active_rq);
+            if by_host { active.1.inc() } else { active.0.inc() }
+        }
+    }
+
     /// Counts a response, or the answer in its place; `internal`: the request was.
     pub fn charge(&self, code: u16, internal: bool) {
         self.upstream_rq.inc(code);

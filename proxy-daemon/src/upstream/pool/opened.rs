@@ -29,7 +29,14 @@ pub(super) struct Http1Connection {
     pub(super) idle_since: Cell<Option<Instant>>,
     /// It is not used again.
     pub(super) drains: Cell<bool>,
-    _open: OpenConnection,
+    open: OpenConnection,
+}
+
+impl Drop for Http1Connection {
+    fn drop(&mut self) {
+        self.open.by_host.set(self.client.is_closed_by_host());
+        self.open.in_use.set(self.client.is_in_use());
+    }
 }
 
 pub(super) struct Http2Connection {
@@ -103,9 +110,11 @@ impl WorkerHost {
             Err(error) => {
                 stats.upstream_cx_connect_fail.inc();
                 self.count(HostCounter::CxConnectFail, 1);
-                if matches!(error, ConnectError::Timeout) {
+                let timed_out = matches!(error, ConnectError::Timeout);
+                if timed_out {
                     stats.upstream_cx_connect_timeout.inc();
                 }
+                open.by_host.set(!timed_out);
                 Err(error.into())
             }
         }
@@ -124,7 +133,7 @@ impl WorkerHost {
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
             drains: Cell::new(false),
-            _open: open,
+            open,
         });
         let (watched, client) = (Rc::downgrade(&connection), Rc::downgrade(&connection.client));
         let (limit, shared) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster));
@@ -180,7 +189,11 @@ impl WorkerHost {
             let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
             let mut driver = pin!(driver);
             tokio::select! {
-                result = &mut driver => log_end(result),
+                result = &mut driver => {
+                    // It also ends when nobody holds it any more.
+                    open.by_host.set(watched.strong_count() > 0);
+                    log_end(result);
+                }
                 () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
                 () = elapsed(life) => {
                     open.cluster.stats.upstream_cx_max_duration_reached.inc();
@@ -193,6 +206,7 @@ impl WorkerHost {
             }
             if let Some(connection) = watched.upgrade() {
                 connection.client.close();
+                open.in_use.set(connection.active.get() > 0);
                 home.upgrade().inspect(|home| home.forget_http2(&connection));
             }
             drop(open);
@@ -246,6 +260,9 @@ struct OpenConnection {
     connected: Cell<Option<Instant>>,
     /// How many it has carried.
     requests: Rc<Cell<u32>>,
+    /// What its end is counted as.
+    by_host: Cell<bool>,
+    in_use: Cell<bool>,
 }
 
 impl OpenConnection {
@@ -264,6 +281,8 @@ impl OpenConnection {
             since: Instant::now(),
             connected: Cell::new(None),
             requests: Rc::default(),
+            by_host: Cell::new(false),
+            in_use: Cell::new(false),
         }
     }
 }
@@ -272,7 +291,7 @@ impl Drop for OpenConnection {
     fn drop(&mut self) {
         let stats = &self.cluster.stats;
         stats.upstream_cx_active.dec();
-        stats.upstream_cx_destroy.inc();
+        stats.count_end(self.by_host.get(), self.in_use.get());
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
         if self.requests.get() > 0 {
             stats.upstream_rq_per_cx.record(self.requests.get().into());

@@ -61,6 +61,8 @@ struct Inner {
     upload: Upload,
     /// It may carry another request after this one.
     kept: bool,
+    /// A request is out whose response's head has not come.
+    awaited: bool,
     eof: bool,
 }
 
@@ -90,6 +92,7 @@ impl ClientConnection {
             writer: Writer::default(),
             upload: Upload { ended: true, ..Upload::default() },
             kept: true,
+            awaited: false,
             eof: false,
         };
         ClientConnection { inner: RefCell::new(inner), watcher: RefCell::default(), busy: Cell::new(true) }
@@ -111,7 +114,7 @@ impl ClientConnection {
         {
             let mut inner = self.inner.borrow_mut();
             let length = BodyLength { ended: body.is_end_stream(), exact: None };
-            inner.kept = false;
+            (inner.kept, inner.awaited) = (false, true);
             inner.writer.begin();
             let framing = encode::request(inner.writer.out(), &parts, length);
             // A tunnel's end is told to the host; whoever speaks another protocol than HTTP tells it in that.
@@ -195,6 +198,7 @@ impl ClientConnection {
         }
         inner.kept = framing != Framing::UntilClose && encode::is_kept(parts.version, &parts.headers);
         inner.decoder = Decoder::new(framing);
+        inner.awaited = false;
         let done = inner.decoder.is_done();
         drop(inner);
         let body = if done { Incoming::Empty } else { Incoming::Upstream(ResponseBody(Rc::clone(self))) };
@@ -205,6 +209,17 @@ impl ClientConnection {
     pub fn is_reusable(&self) -> bool {
         let inner = self.inner.borrow();
         inner.kept && !inner.eof && inner.decoder.is_done() && inner.upload.is_done() && inner.buffer.is_empty()
+    }
+
+    /// The host has closed it.
+    pub fn is_closed_by_host(&self) -> bool {
+        self.inner.borrow().eof
+    }
+
+    /// A response has not passed whole.
+    pub fn is_in_use(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.awaited || !inner.decoder.is_done()
     }
 
     /// More has come than was asked for.

@@ -32,7 +32,8 @@ use crate::{
     access_log::ResponseFlags,
     config::model::HttpConnectionManagerConfig,
     http::{
-        begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers, stream::LocalReply,
+        begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers,
+        stats::ConnectionEnd, stream::LocalReply,
     },
     listener::DownstreamStream,
     stats::Metered,
@@ -79,7 +80,10 @@ struct Inner {
 /// What came instead of a request's head.
 enum Received {
     Head(Bytes),
-    Closed,
+    /// The connection ends. `partial`: within a head.
+    Closed {
+        partial: bool,
+    },
     Refused(CodecError),
     Late(LocalReply),
 }
@@ -92,8 +96,10 @@ enum After {
     Close,
     /// The client may still be sending.
     Linger,
-    /// Nobody is there, or the answer broke off.
-    Abort,
+    /// The client is gone.
+    Gone,
+    /// The answer broke off.
+    Broken,
 }
 
 impl ServerConnection {
@@ -133,13 +139,15 @@ impl ServerConnection {
         self.last.set(Last::Current);
     }
 
-    /// Serves requests until the connection ends.
-    pub(in crate::http) async fn serve(self: Rc<Self>, state: Rc<ConnState>) {
+    /// Serves requests until the connection ends, and says how it did.
+    pub(in crate::http) async fn serve(self: Rc<Self>, state: Rc<ConnState>) -> ConnectionEnd {
         let mut writer = Writer::default();
         loop {
             let received = self.receive(&state).await;
             let after = match received {
-                Received::Closed => return,
+                Received::Closed { partial } => {
+                    return ConnectionEnd { by_client: self.inner.borrow().eof, in_use: partial };
+                }
                 // What a request needs is there while there is one, and no longer: most connections are idle.
                 Received::Refused(error) => Box::pin(self.refuse(&state, error, &mut writer)).await,
                 Received::Late(reply) => Box::pin(self.reply(&state, reply, &mut writer)).await,
@@ -147,9 +155,13 @@ impl ServerConnection {
             };
             match after {
                 After::Next => {}
-                After::Abort => return,
-                After::Close => return self.close(Duration::ZERO).await,
-                After::Linger => return self.close(state.config().delayed_close_timeout.unwrap_or_default()).await,
+                After::Gone => return ConnectionEnd { by_client: true, in_use: true },
+                After::Broken => return ConnectionEnd::HERE,
+                After::Close => return self.close(Duration::ZERO, &state).await,
+                After::Linger => {
+                    let linger = state.config().delayed_close_timeout.unwrap_or_default();
+                    return self.close(linger, &state).await;
+                }
             }
         }
     }
@@ -159,7 +171,7 @@ impl ServerConnection {
         let first = poll_fn(|cx| {
             let mut inner = self.inner.borrow_mut();
             if self.last.get() == Last::Current && inner.buffer.is_empty() {
-                return Poll::Ready(Some(Received::Closed));
+                return Poll::Ready(Some(Received::Closed { partial: false }));
             }
             match inner.poll_head(cx) {
                 Poll::Ready(received) => Poll::Ready(Some(received)),
@@ -252,7 +264,7 @@ impl ServerConnection {
                 state.count_interim(StatusCode::CONTINUE);
                 encode::interim(writer.out(), StatusCode::CONTINUE, &HeaderMap::new());
                 if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
-                    return After::Abort;
+                    return After::Gone;
                 }
             }
         }
@@ -289,7 +301,7 @@ impl ServerConnection {
         };
         match response {
             Some(response) => self.respond(state, response, cx, writer).await,
-            None => After::Abort,
+            None => After::Gone,
         }
     }
 
@@ -338,6 +350,7 @@ impl ServerConnection {
         buffers::give_headers(parts.headers);
         let mut out = Outgoing { body: &mut body, framing, enable_trailers, ended: false, broken: false };
         let written = poll_fn(|cx| out.poll(cx, self, writer)).await;
+        let broken = out.broken;
         let complete = self.inner.borrow().decoder.is_done();
         // One that the client breaks off is counted as such.
         if !complete && (written.is_ok() || !upgraded) {
@@ -345,7 +358,8 @@ impl ServerConnection {
         }
         let ahead = !self.inner.borrow().buffer.is_empty();
         match written {
-            Err(()) => After::Abort,
+            Err(()) if broken => After::Broken,
+            Err(()) => After::Gone,
             Ok(()) if cx.close && asked && complete && !ahead => After::Close,
             Ok(()) if cx.close || framing == Framing::UntilClose => After::Linger,
             Ok(()) => After::Next,
@@ -376,14 +390,17 @@ impl ServerConnection {
 
     /// Says that nothing more will be written, and waits for the client to be done, at most so long: a connection that is closed
     /// while there is something to be read is reset, and takes the last response with it.
-    async fn close(&self, linger: Duration) {
+    async fn close(&self, linger: Duration, state: &ConnState) -> ConnectionEnd {
         // Whoever closes a socket says as much.
         if linger.is_zero() && self.inner.borrow().stream.is_plain() {
-            return;
+            return ConnectionEnd::HERE;
         }
         let shut = poll_fn(|cx| Pin::new(&mut self.inner.borrow_mut().stream).poll_shutdown(cx)).await;
-        if shut.is_err() || linger.is_zero() {
-            return;
+        if linger.is_zero() {
+            return ConnectionEnd::HERE;
+        }
+        if shut.is_err() {
+            return ConnectionEnd { by_client: true, in_use: false };
         }
         let drained = poll_fn(|cx| {
             let mut inner = self.inner.borrow_mut();
@@ -395,7 +412,11 @@ impl ServerConnection {
                 ready!(inner.poll_fill(cx));
             }
         });
-        let _ = tokio::time::timeout(linger, drained).await;
+        let by_client = tokio::time::timeout(linger, drained).await.is_ok();
+        if !by_client {
+            state.manager.stats.downstream_cx_delayed_close_timeout.inc();
+        }
+        ConnectionEnd { by_client, in_use: false }
     }
 }
 
@@ -440,7 +461,7 @@ impl Inner {
                 Ok(Some(head)) => return Poll::Ready(Received::Head(head)),
                 Ok(None) if self.eof => {
                     self.begun = None;
-                    return Poll::Ready(Received::Closed);
+                    return Poll::Ready(Received::Closed { partial: !self.buffer.is_empty() });
                 }
                 Ok(None) => ready!(self.poll_fill(cx)),
                 Err(error) => return Poll::Ready(Received::Refused(error)),

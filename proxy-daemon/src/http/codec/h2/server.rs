@@ -34,6 +34,7 @@ use crate::http::{
     conn_manager::ConnState,
     headers,
     io::DownstreamIo,
+    stats::ConnectionEnd,
 };
 
 /// So many streams are borne with before it is judged how many of them their client has reset, as in Envoy.
@@ -130,7 +131,7 @@ impl ServerConnection {
 }
 
 impl Future for ServerConnection {
-    type Output = Result<(), h2::Error>;
+    type Output = Result<ConnectionEnd, h2::Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
@@ -150,7 +151,7 @@ impl Future for ServerConnection {
                     if this.keepalive.as_mut().is_some_and(|keepalive| keepalive.poll(cx).is_ready()) {
                         // Its streams end with it.
                         this.shared.state.manager.codecs.keepalive_timeout.inc();
-                        return Poll::Ready(Ok(()));
+                        return Poll::Ready(Ok(this.shared.state.end()));
                     }
                     if this.shared.hopeless.get() && !this.expelled {
                         this.expelled = true;
@@ -162,7 +163,7 @@ impl Future for ServerConnection {
                             tokio::task::spawn_local(boxed(|| serve(shared, request, respond)));
                         }
                         Some(Err(error)) => return Poll::Ready(Err(error)),
-                        None => return Poll::Ready(Ok(())),
+                        None => return Poll::Ready(Ok(this.shared.state.end())),
                     }
                 }
             }

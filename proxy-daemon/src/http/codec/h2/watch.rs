@@ -67,6 +67,11 @@ impl Watch {
         Ok(())
     }
 
+    /// The client has closed its side, or has broken off.
+    pub(in crate::http) fn ended(&self) {
+        self.state.client_closed.set(true);
+    }
+
     fn judge(&mut self, frame: &Frame) -> Option<Counter> {
         let limits: &Http2Options = &self.state.config().http2;
         let stats = &self.state.manager.codecs;
