@@ -19,6 +19,8 @@ pub enum Says {
     Unknown,
     /// That it has failed.
     Failure,
+    /// Nothing at all.
+    Nothing,
 }
 
 /// A name server on 127.0.0.1, by UDP (RFC 1035). It runs for as long as the process.
@@ -95,6 +97,7 @@ fn answer(question: &[u8], shared: &Mutex<Shared>) -> Option<Vec<u8>> {
     *shared.asked.entry(name.clone()).or_default() += 1;
     let (code, addresses, ttl) = match shared.says.get(&name) {
         Some(Says::Addresses(addresses, ttl)) => (0, addresses.clone(), *ttl),
+        Some(Says::Nothing) => return None,
         Some(Says::Failure) => (2, Vec::new(), 0),
         Some(Says::Unknown) | None => (3, Vec::new(), 0),
     };

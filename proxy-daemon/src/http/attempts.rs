@@ -12,6 +12,7 @@ use super::{
     headers::names::*,
     observe::{Notes, StreamEnd},
     retry::{Failure, RetryState, Verdict},
+    route_match::authority,
     stream::{LocalReply, OverrideHost, RequestHead, StreamCx},
     timeouts::Timeouts,
     upgrade,
@@ -184,6 +185,7 @@ impl Attempts<'_> {
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
+            host: Some(authority(head)),
             original_dst: self.cx.connection.original_dst,
             hash: self.hash,
             attempt: 0,

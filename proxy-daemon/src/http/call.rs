@@ -19,6 +19,7 @@ use super::{
     body::Body,
     codec::Incoming,
     headers::{self, names::*},
+    route_match::authority,
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
 };
@@ -115,7 +116,8 @@ pub(super) async fn send_to(
         stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
         return Err(Failure::Overflow);
     }
-    let pick = PickCx { headers: Some(&head.headers), metadata_match, ..PickCx::default() };
+    let pick =
+        PickCx { headers: Some(&head.headers), host: Some(authority(&head)), metadata_match, ..PickCx::default() };
     let Some(chosen) = cluster.choose(pick) else {
         stats.upstream_cx_none_healthy.inc();
         return Err(Failure::NoHost);

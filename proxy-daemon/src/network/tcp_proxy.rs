@@ -266,7 +266,12 @@ async fn dial(
             outcome.flags |= ResponseFlags::UO;
             return None;
         }
-        let pick = PickCx { original_dst: info.original_dst, metadata_match, ..PickCx::default() };
+        let pick = PickCx {
+            original_dst: info.original_dst,
+            host: info.requested_server_name(),
+            metadata_match,
+            ..PickCx::default()
+        };
         let Some(Chosen { cluster: member, host }) = cluster.choose(pick) else {
             routed.upstream_cx_none_healthy.inc();
             outcome.flags |= ResponseFlags::UH;

@@ -23,8 +23,8 @@ use super::{
 use crate::{
     access_log::EventLog,
     config::model::{
-        ClusterConfig, DnsResolver, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig, RouteSource,
-        Scope,
+        ClusterConfig, Discovery, DnsResolver, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig,
+        RouteSource, Scope,
     },
     http::filters::OffloadedTable,
     intercept::Interception,
@@ -217,6 +217,9 @@ impl DataPlane {
             }
             if cluster.config.lb.weights.is_some() {
                 self.0.control.spawn(orca::watch(Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster)));
+            }
+            if let Discovery::DynamicForwardProxy { cache, .. } = &cluster.config.discovery {
+                cache.serve(cluster, &self.0.names, &self.0.control);
             }
             if cluster.config.health.outlier_detection.is_some() {
                 let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));

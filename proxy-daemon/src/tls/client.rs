@@ -21,7 +21,7 @@ use super::{
     stats::SslStats,
     verify::{Peer, PeerVerifier},
 };
-use crate::{config::model::UpstreamTlsContext, stats::Scope};
+use crate::{config::model::UpstreamTlsContext, stats::Scope, upstream::split};
 
 /// The protocols that a connection offers where its context does not say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +101,8 @@ impl ClientTls {
     /// The name that a host is asked for. `hostname` is the endpoint's own, and may be empty. Where no name is to be sent,
     /// this is an address, which rustls keeps to itself.
     pub fn server_name(&self, hostname: &str, address: IpAddr) -> ServerName<'static> {
-        let of_host = || ServerName::try_from(hostname.to_owned()).ok();
+        // Of a host that requests have named, it has a port.
+        let of_host = || ServerName::try_from(split(hostname).0.to_owned()).ok();
         let own = self.config.auto_host_sni.then(of_host).flatten().or_else(|| self.config.sni.clone());
         own.unwrap_or_else(|| ServerName::IpAddress(address.into()))
     }

@@ -73,9 +73,13 @@ impl Cluster {
         secrets: &Arc<Secrets>,
     ) -> Cluster {
         stats.publish_hosts(&hosts, None, workers);
-        stats.membership_change.inc();
+        // Hosts that requests name come later, one by one.
+        if !matches!(config.discovery, Discovery::DynamicForwardProxy { .. }) {
+            stats.membership_change.inc();
+        }
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
-        let original_dst = matches!(config.discovery, Discovery::OriginalDst { .. });
+        let original_dst =
+            matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. });
         let plan = matches!(config.discovery, Discovery::Aggregate { .. }).then(ArcSwap::default);
         let recent = config.circuit_breakers.each_ref().map(|it| it.retry_budget.as_ref()?.interval.map(Recent::new));
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
@@ -289,7 +293,7 @@ impl Making<'_> {
 
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {
         let config = self.config;
-        let given = matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::Aggregate { .. });
+        let given = config.discovery.chooses_hosts();
         (!given).then(|| {
             Balancer::new(&Ingredients {
                 hosts: &set.hosts,
@@ -585,7 +589,10 @@ impl Clusters {
             (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, None) => {
                 Arc::new(making.again(&before))
             }
-            (Discovery::OriginalDst { .. } | Discovery::Aggregate { .. }, _) => Arc::default(),
+            (
+                Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } | Discovery::DynamicForwardProxy { .. },
+                _,
+            ) => Arc::default(),
         };
         let cluster = Cluster::new(config, stats, (outlier, checks, orca), hosts, self.workers, &self.secrets);
         let cluster = Arc::new(cluster);

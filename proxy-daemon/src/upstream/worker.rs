@@ -12,6 +12,7 @@ use std::{
 use super::{
     Cluster, ClusterMap, Clusters, Host, HostCounter, Overload, Seen,
     aggregate::WorkerMembers,
+    dynamic_forward_proxy::DynamicHosts,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
     original_dst::OriginalDstHosts,
@@ -60,6 +61,9 @@ impl WorkerClusters {
             self.refresh(version);
         }
         for cluster in self.used.borrow().values() {
+            if let Discovery::DynamicForwardProxy { cache, .. } = &cluster.cluster.config.discovery {
+                cluster.dynamic.forget(cache);
+            }
             let version = cluster.cluster.hosts_version();
             // A cluster that was never used has nothing to close.
             if cluster.hosts_version.get() != 0 && version != cluster.hosts_version.get() {
@@ -120,6 +124,8 @@ pub struct PickCx<'a> {
     pub override_dst: Option<SocketAddr>,
     /// The request's headers, where there is a request.
     pub headers: Option<&'a http::HeaderMap>,
+    /// What a request calls its host; on a connection without requests what its client does.
+    pub host: Option<&'a str>,
     /// The connection's own destination, where the listener restores it.
     pub original_dst: Option<SocketAddr>,
     /// What balancers go by that hash.
@@ -143,6 +149,7 @@ pub struct WorkerCluster {
     mine: Rc<Mine>,
     turns: RefCell<Turns>,
     original_dst: OriginalDstHosts,
+    dynamic: DynamicHosts,
     /// Of an aggregate.
     pub(super) members: Option<WorkerMembers>,
     /// What filters count below the cluster's name.
@@ -167,6 +174,7 @@ impl WorkerCluster {
             mine,
             turns: RefCell::default(),
             original_dst: OriginalDstHosts::default(),
+            dynamic: DynamicHosts::default(),
             counters: RefCell::default(),
         }
     }
@@ -197,6 +205,7 @@ impl WorkerCluster {
         if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
             // Streams that began with the one before may choose of its hosts again.
             next.mine = Rc::new(before.mine.of_next_version(new.pool));
+            before.dynamic.retire();
         } else {
             before.retire();
         }
@@ -205,6 +214,12 @@ impl WorkerCluster {
 
     fn retire(&self) {
         self.mine.retire();
+        self.dynamic.retire();
+    }
+
+    /// The port of a host whose name says none.
+    pub fn default_port(&self) -> u16 {
+        if self.cluster.tls.is_some() { 443 } else { 80 }
     }
 
     /// The worker's index.
@@ -231,6 +246,15 @@ impl WorkerCluster {
             }
             let counters = self.cluster.original_dst.as_ref()?;
             return Some(self.original_dst.host(destination, self.worker, *cleanup_interval, counters));
+        }
+        if let Discovery::DynamicForwardProxy { cache, .. } = &self.cluster.config.discovery {
+            let counters = self.cluster.original_dst.as_ref()?;
+            return self.dynamic.host(
+                cache,
+                (cx.host?, self.default_port()),
+                (self.worker, self.cluster.config.pool),
+                counters,
+            );
         }
         let version = self.cluster.hosts_version();
         if version != self.hosts_version.get() {

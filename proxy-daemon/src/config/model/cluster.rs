@@ -6,6 +6,7 @@ use super::{
     AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, OrcaMetric,
     PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
 };
+use crate::upstream::DnsCache;
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -85,21 +86,33 @@ pub enum Discovery {
         /// Their names, as configured.
         clusters: Arc<[Arc<str>]>,
     },
+    /// `envoy.clusters.dynamic_forward_proxy`: the host that a request names.
+    DynamicForwardProxy {
+        /// Where names are known.
+        cache: Arc<DnsCache>,
+        /// `allow_insecure_cluster_options`
+        insecure: bool,
+    },
 }
 
 impl Discovery {
     /// The cluster says itself which host a request goes to: `CLUSTER_PROVIDED`.
     pub fn chooses_hosts(&self) -> bool {
-        matches!(self, Discovery::OriginalDst { .. } | Discovery::Aggregate { .. })
+        matches!(
+            self,
+            Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } | Discovery::DynamicForwardProxy { .. }
+        )
     }
 
     /// How names are looked up, where they are.
     pub fn dns(&self) -> Option<&DnsOptions> {
         match self {
             Discovery::StrictDns(options) | Discovery::LogicalDns(options) => Some(options),
-            Discovery::Static | Discovery::Eds { .. } | Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } => {
-                None
-            }
+            Discovery::Static
+            | Discovery::Eds { .. }
+            | Discovery::OriginalDst { .. }
+            | Discovery::Aggregate { .. }
+            | Discovery::DynamicForwardProxy { .. } => None,
         }
     }
 }

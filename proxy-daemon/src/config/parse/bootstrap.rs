@@ -359,7 +359,7 @@ fn servers(clusters: &[ClusterConfig]) -> BTreeMap<String, Server> {
 /// whose endpoints are in a file.)
 fn out_of_reach(clusters: &[ClusterConfig]) -> BTreeSet<String> {
     let unsupported = clusters.iter().filter(|cluster| match &cluster.discovery {
-        Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } => true,
+        Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } | Discovery::DynamicForwardProxy { .. } => true,
         Discovery::Eds { endpoints } => matches!(*endpoints.from.source, Source::File(_)),
         Discovery::Static | Discovery::StrictDns(_) | Discovery::LogicalDns(_) => false,
     });

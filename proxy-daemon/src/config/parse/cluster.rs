@@ -11,7 +11,10 @@ use envoy_types::pb::envoy::{
         core::v3::{Http1ProtocolOptions, RoutingPriority},
     },
     extensions::{
-        clusters::{aggregate::v3::ClusterConfig as AggregateCluster, dns::v3::DnsCluster},
+        clusters::{
+            aggregate::v3::ClusterConfig as AggregateCluster, dns::v3::DnsCluster,
+            dynamic_forward_proxy::v3::ClusterConfig as ForwardProxyCluster,
+        },
         upstreams::http::v3::{
             HttpProtocolOptions,
             http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
@@ -24,7 +27,7 @@ use super::{
     bind::upstream_bind,
     common::{Result, duration, header_name, http2, limit, number, port, required, type_name},
     config_source::config_source,
-    dns,
+    dns, dynamic_forward_proxy,
     endpoint::{health_status, written},
     health_check::health_check,
     load_balancing::load_balancing,
@@ -72,6 +75,8 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let bind = bind.map(|bind| upstream_bind(bind, &join(path, "upstream_bind_config"))).transpose()?;
     let reported_metrics = orca::reported(cluster, &discovery, path)?;
     let http = http_options(cluster, path)?;
+    let http_path = join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"]"));
+    let tls = dynamic_forward_proxy::tls(&discovery, http.as_ref(), tls, &http_path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
     let common_path =
@@ -230,6 +235,18 @@ fn extension(custom: &CustomClusterType, cluster: &Cluster, cluster_path: &str) 
         }
         let AggregateCluster { clusters } = unpack(config, &path)?;
         return Ok(Discovery::Aggregate { clusters: clusters.iter().map(|name| name.as_str().into()).collect() });
+    }
+    if wanted == ForwardProxyCluster::full_name() {
+        for (set, field) in [
+            (cluster.load_assignment.is_some(), "load_assignment"),
+            (cluster.outlier_detection.is_some(), "outlier_detection"),
+            (!cluster.health_checks.is_empty(), "health_checks"),
+        ] {
+            if set {
+                return Err(FieldError::unsupported(join(cluster_path, field)));
+            }
+        }
+        return dynamic_forward_proxy::of_extension(config, &path);
     }
     let known = format!("{} and {}", DnsCluster::full_name(), AggregateCluster::full_name());
     Err(FieldError::unsupported_value(path, wanted, &known))

@@ -144,6 +144,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
     ),
     replaced(
+        "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.dns_resolution_config",
+        "typed_dns_resolver_config",
+        "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.typed_dns_resolver_config",
+    ),
+    replaced(
+        "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.use_tcp_for_dns_lookups",
+        "typed_dns_resolver_config",
+        "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.typed_dns_resolver_config",
+    ),
+    replaced(
         "envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig.content_type",
         "content_type_matcher",
         "envoy.extensions.filters.http.compressor.v3.Compressor.CommonDirectionConfig.content_type_matcher",

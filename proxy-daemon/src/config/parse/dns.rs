@@ -12,6 +12,7 @@ use envoy_types::pb::{
         },
         extensions::{
             clusters::{common::dns::v3::DnsLookupFamily as CommonFamily, dns::v3::DnsCluster},
+            common::dynamic_forward_proxy::v3::DnsCacheConfig,
             network::dns_resolver::{cares::v3::CaresDnsResolverConfig, getaddrinfo::v3::GetAddrInfoDnsResolverConfig},
         },
     },
@@ -55,16 +56,46 @@ pub(super) fn of_cluster(cluster: &Cluster, path: &str) -> Result<DnsOptions> {
         respect_ttl: cluster.respect_dns_ttl,
         min_ttl: Duration::ZERO,
         jitter: duration(cluster.dns_jitter, path, "dns_jitter")?.unwrap_or_default(),
-        family: match ProtoFamily::try_from(cluster.dns_lookup_family) {
-            Ok(ProtoFamily::V4Only) => DnsLookupFamily::V4Only,
-            Ok(ProtoFamily::V6Only) => DnsLookupFamily::V6Only,
-            Ok(ProtoFamily::V4Preferred) => DnsLookupFamily::V4Preferred,
-            Ok(ProtoFamily::All) => DnsLookupFamily::All,
-            Ok(ProtoFamily::Auto) | Err(_) => DnsLookupFamily::Auto,
-        },
+        family: family(cluster.dns_lookup_family),
         resolver,
         wait_for_warm: waits(cluster),
     })
+}
+
+/// Of a cache of names.
+#[expect(deprecated, reason = "the fields that typed_dns_resolver_config replaced, which Envoy still takes")]
+pub(super) fn of_cache(config: &DnsCacheConfig, path: &str) -> Result<DnsOptions> {
+    let default = DnsOptions { refresh_rate: Duration::from_secs(60), ..DnsOptions::default() };
+    let failure = config.dns_failure_refresh_rate.as_ref();
+    let failure = failure.map(|rate| (rate.base_interval, rate.max_interval));
+    let resolver = match (&config.typed_dns_resolver_config, &config.dns_resolution_config) {
+        (Some(config), _) => Some(resolver(config, &join(path, "typed_dns_resolver_config"))?),
+        (None, Some(config)) => {
+            let path = join(path, "dns_resolution_config");
+            Some(DnsResolver::Servers(servers(&config.resolvers, config.dns_resolver_options.as_ref(), &path)?))
+        }
+        (None, None) if config.use_tcp_for_dns_lookups => {
+            Some(DnsResolver::Servers(DnsServers { tcp: true, ..DnsServers::default() }))
+        }
+        (None, None) => None,
+    };
+    Ok(DnsOptions {
+        refresh_rate: rate(config.dns_refresh_rate, path, "dns_refresh_rate")?.unwrap_or(default.refresh_rate),
+        failure_refresh: failure_refresh(failure, &join(path, "dns_failure_refresh_rate"))?,
+        family: family(config.dns_lookup_family),
+        resolver,
+        ..default
+    })
+}
+
+fn family(family: i32) -> DnsLookupFamily {
+    match ProtoFamily::try_from(family) {
+        Ok(ProtoFamily::V4Only) => DnsLookupFamily::V4Only,
+        Ok(ProtoFamily::V6Only) => DnsLookupFamily::V6Only,
+        Ok(ProtoFamily::V4Preferred) => DnsLookupFamily::V4Preferred,
+        Ok(ProtoFamily::All) => DnsLookupFamily::All,
+        Ok(ProtoFamily::Auto) | Err(_) => DnsLookupFamily::Auto,
+    }
 }
 
 /// A `cluster_type` of `DnsCluster`.

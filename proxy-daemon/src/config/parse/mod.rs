@@ -12,6 +12,7 @@ mod common;
 mod config_source;
 mod deprecated;
 mod dns;
+mod dynamic_forward_proxy;
 mod endpoint;
 mod forwarded_cert;
 mod hash_policy;
@@ -55,6 +56,7 @@ pub(crate) use common::{
     status,
 };
 pub use config_source::{config_source, grpc_service};
+pub(crate) use dynamic_forward_proxy::dns_cache;
 pub use endpoint::endpoints;
 pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
 pub use http_connection_manager::extension_config;

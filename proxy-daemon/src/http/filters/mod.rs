@@ -12,6 +12,7 @@ mod csrf;
 mod custom_response;
 mod decompressor;
 mod discovered;
+mod dynamic_forward_proxy;
 mod ext_authz;
 mod ext_proc;
 mod fault;
@@ -324,6 +325,15 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.decompressor.v3.Decompressor",
         parse: decompressor::parse,
         per_route: None,
+    },
+    Registered {
+        name: "envoy.filters.http.dynamic_forward_proxy",
+        type_name: "envoy.extensions.filters.http.dynamic_forward_proxy.v3.FilterConfig",
+        parse: dynamic_forward_proxy::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.dynamic_forward_proxy.v3.PerRouteConfig",
+            dynamic_forward_proxy::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.fault",

@@ -5,7 +5,7 @@ mod resolver;
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
 };
@@ -36,6 +36,14 @@ type FirstAnswers = Vec<(Box<str>, io::Result<Answer>)>;
 
 /// First answers are forgotten after this: their cluster has not come into use.
 const KEPT: Duration = Duration::from_secs(300);
+
+/// The addresses of a name; none where it has none.
+pub(super) struct Found {
+    /// Without doublets, in the order of the answer.
+    pub(super) addresses: Vec<IpAddr>,
+    /// How long they are good; `None`: nobody knows.
+    pub(super) ttl: Option<Duration>,
+}
 
 /// A name of a cluster.
 struct Name {
@@ -152,6 +160,12 @@ impl Names {
         }
     }
 
+    /// The addresses of a name that is no cluster's own.
+    pub(super) async fn ask(&self, host: &str, options: &DnsOptions) -> io::Result<Found> {
+        let Answer { addresses, ttl } = self.look_up(host, options).await?;
+        Ok(Found { addresses, ttl })
+    }
+
     async fn look_up(&self, host: &str, options: &DnsOptions) -> io::Result<Answer> {
         self.resolvers.look_up(host, options.family, options.resolver.as_ref()).await
     }
@@ -213,7 +227,7 @@ fn good_for(answer: &Answer, options: &DnsOptions) -> Duration {
 }
 
 /// When to ask again after so many failures before this one.
-fn after_failure(failures: u32, options: &DnsOptions) -> Duration {
+pub(super) fn after_failure(failures: u32, options: &DnsOptions) -> Duration {
     let Some((base, max)) = options.failure_refresh else { return options.refresh_rate };
     let most = base.saturating_mul(2_u32.saturating_pow(failures)).min(max);
     most.mul_f64(fastrand::f64()).max(Duration::from_millis(1))

@@ -136,6 +136,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.extensions.filters.http.ext_authz.v3.AuthorizationRequest", &["headers_to_add"]),
     ("envoy.extensions.filters.http.ext_authz.v3.AuthorizationResponse", ALL),
+    ("envoy.extensions.filters.http.dynamic_forward_proxy.v3.FilterConfig", &["dns_cache_config"]),
+    ("envoy.extensions.filters.http.dynamic_forward_proxy.v3.PerRouteConfig", ALL),
     ("envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute", ALL),
     (
         "envoy.extensions.filters.http.ext_authz.v3.CheckSettings",

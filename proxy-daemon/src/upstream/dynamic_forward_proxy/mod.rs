@@ -1,0 +1,106 @@
+//! `envoy.clusters.dynamic_forward_proxy`: hosts are what requests call them, found by names that are looked up when somebody asks.
+
+mod authority;
+mod cache;
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::Arc,
+};
+
+pub use self::cache::DnsCache;
+use self::cache::Entry;
+pub(crate) use self::{
+    authority::split,
+    cache::{Asked, Found, Pending},
+};
+use super::{
+    host::{Host, HostCounters},
+    worker::WorkerHost,
+};
+use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions};
+
+/// The hosts of a cluster that one worker has used.
+#[derive(Default)]
+pub(super) struct DynamicHosts {
+    seen: Cell<u64>,
+    hosts: RefCell<HashMap<Arc<str>, Used>>,
+}
+
+struct Used {
+    entry: Arc<Entry>,
+    found: Arc<Found>,
+    host: Rc<WorkerHost>,
+}
+
+impl DynamicHosts {
+    /// The host that a request asks for by `host`; `None`: it is not known. What is counted for it goes to `counters`, which all hosts of the
+    /// cluster share.
+    pub(super) fn host(
+        &self,
+        cache: &DnsCache,
+        (host, default_port): (&str, u16),
+        (worker, options): (usize, PoolOptions),
+        counters: &Arc<HostCounters>,
+    ) -> Option<Rc<WorkerHost>> {
+        self.forget(cache);
+        let authority = authority::with_port(host, default_port);
+        let entry = cache.entry(&authority)?;
+        let found = entry.found.load_full()?;
+        let mut hosts = self.hosts.borrow_mut();
+        if let Some(used) = hosts.get_mut(&*authority) {
+            if !Arc::ptr_eq(&used.found, &found) {
+                // Connections stay: new ones go to the new addresses.
+                used.host = Rc::clone(&used.host).now(&made(&entry, &found, counters)?, options);
+                used.found = found;
+            }
+            return Some(Rc::clone(&used.host));
+        }
+        let host = WorkerHost::new(made(&entry, &found, counters)?, worker);
+        hosts.insert(Arc::clone(&entry.authority), Used { entry, found, host: Rc::clone(&host) });
+        Some(host)
+    }
+
+    /// Lets go of hosts that the cache has forgotten.
+    pub(super) fn forget(&self, cache: &DnsCache) {
+        let version = cache.version();
+        if self.seen.replace(version) == version {
+            return;
+        }
+        self.hosts.borrow_mut().retain(|_, used| {
+            let keep = cache.has(&used.entry);
+            if !keep {
+                used.host.retire();
+            }
+            keep
+        });
+    }
+
+    /// The cluster is gone.
+    pub(super) fn retire(&self) {
+        self.hosts.borrow().values().for_each(|used| used.host.retire());
+    }
+}
+
+fn made(entry: &Entry, found: &Found, counters: &Arc<HostCounters>) -> Option<Arc<Host>> {
+    let (first, others) = found.addresses.split_first()?;
+    let address = EndpointAddress::Ip(*first);
+    Some(Arc::new(Host {
+        text: Host::text_of(&address),
+        address,
+        additional_addresses: others.into(),
+        weight: 1,
+        said_weight: 1,
+        health: HealthStatus::Healthy,
+        hostname: (&*entry.authority).into(),
+        metadata: None,
+        locality: Arc::new(Locality::default()),
+        priority: 0,
+        healthy_since: None,
+        slot: 0,
+        vitals: None,
+        counters: Arc::clone(counters),
+    }))
+}
