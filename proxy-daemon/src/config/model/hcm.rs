@@ -375,6 +375,12 @@ pub struct Http1Options {
     pub default_host_for_http_10: Option<HeaderValue>,
     /// Trailers pass in both directions; else they are dropped.
     pub enable_trailers: bool,
+    /// `allow_absolute_url` is false: a target that is a URL is answered with 404, as one that is no path.
+    pub refuses_absolute_url: bool,
+    /// Methods that Envoy does not know are passed on; else they are answered with 400.
+    pub allow_custom_methods: bool,
+    /// `header_key_format` is `proper_case_words`: names of headers go to the client as `Content-Length`.
+    pub proper_case_words: bool,
 }
 
 /// `Http2ProtocolOptions`, for both sides.

@@ -301,14 +301,14 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
     match &options.upstream_protocol_options {
         Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
             Some(ProtocolConfig::HttpProtocolOptions(options)) => {
-                no_trailers(Some(options), &join(&path, "explicit_http_config"))?;
+                for_clients_only(Some(options), &join(&path, "explicit_http_config"))?;
                 Ok(UpstreamProtocol::Http1)
             }
             Some(ProtocolConfig::Http2ProtocolOptions(options)) => Ok(UpstreamProtocol::Http2(http2(Some(options)))),
             _ => Err(FieldError::unsupported(join(&path, "explicit_http_config"))),
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
-            no_trailers(options.http_protocol_options.as_ref(), &join(&path, "use_downstream_protocol_config"))?;
+            for_clients_only(options.http_protocol_options.as_ref(), &join(&path, "use_downstream_protocol_config"))?;
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
         Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
@@ -316,15 +316,18 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
             Err(FieldError::new(join(&path, "auto_config"), text))
         }
         Some(UpstreamProtocolOptions::AutoConfig(options)) => {
-            no_trailers(options.http_protocol_options.as_ref(), &join(&path, "auto_config"))?;
+            for_clients_only(options.http_protocol_options.as_ref(), &join(&path, "auto_config"))?;
             Ok(UpstreamProtocol::Auto(http2(options.http2_protocol_options.as_ref())))
         }
         None => Err(required(&path, "upstream_protocol_options")),
     }
 }
 
-/// Trailers pass on connections of clients only; the other options have no meaning for a cluster.
-fn no_trailers(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()> {
+/// Trailers pass on connections of clients only, and so do names in another case; the other options have no meaning for a cluster.
+fn for_clients_only(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()> {
+    if options.is_some_and(|options| options.header_key_format.is_some()) {
+        return Err(FieldError::unsupported(join(path, "http_protocol_options.header_key_format")));
+    }
     if options.is_some_and(|options| options.enable_trailers) {
         return Err(FieldError::unsupported(join(path, "http_protocol_options.enable_trailers")));
     }

@@ -5,6 +5,7 @@ use envoy_types::pb::{
         config::core::v3::{
             ExtensionConfigSource, Http1ProtocolOptions, TypedExtensionConfig,
             http_protocol_options::HeadersWithUnderscoresAction as UnderscoresAction,
+            http1_protocol_options::header_key_format::HeaderFormat,
         },
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
@@ -213,10 +214,22 @@ fn http1(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<Http1Opti
         "" => None,
         host => Some(header_value(host, &join(path, "default_host_for_http_10"))?),
     };
+    let format = options.header_key_format.as_ref().map(|format| format.header_format.as_ref());
+    let proper_case_words = match format {
+        None => false,
+        Some(Some(HeaderFormat::ProperCaseWords(_))) => true,
+        Some(Some(HeaderFormat::StatefulFormatter(_))) => {
+            return Err(FieldError::unsupported(join(path, "header_key_format.stateful_formatter")));
+        }
+        Some(None) => return Err(required(&join(path, "header_key_format"), "header_format")),
+    };
     Ok(Http1Options {
         accept_http_10: options.accept_http_10,
         default_host_for_http_10: default_host,
         enable_trailers: options.enable_trailers,
+        refuses_absolute_url: options.allow_absolute_url.is_some_and(|allowed| !allowed.value),
+        allow_custom_methods: options.allow_custom_methods,
+        proper_case_words,
     })
 }
 

@@ -12,9 +12,10 @@ use super::{
     h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner},
     h2::{head, watch},
 };
+use crate::config::model::Http1Options;
 use crate::config::model::HttpConnectionManagerConfig;
 
-const LIMITS: Limits = Limits { bytes: 4096, headers: 32 };
+const LIMITS: Limits = Limits { bytes: 4096, headers: 32, any_method: false };
 
 /// A head that arrives whole, and the same one byte at a time: whether it is taken must not depend on that, and a head that is
 /// accepted has been read in one way only.
@@ -41,7 +42,8 @@ fn head(bytes: &[u8], kind: Kind) -> Option<bytes::Bytes> {
 /// A request's head.
 pub fn request_head(bytes: &[u8]) {
     let Some(head) = head(bytes, Kind::Request) else { return };
-    if let Ok(request) = h1::request(&head, LIMITS, true) {
+    let options = Http1Options { accept_http_10: true, ..Http1Options::default() };
+    if let Ok(request) = h1::request(&head, LIMITS, &options) {
         assert!(request.parts.headers.get_all("host").iter().count() <= 1);
         assert!(request.framing != Framing::UntilClose);
         assert!(!head[..head.len() - 4].windows(2).any(|pair| pair[1] == b'\n' && pair[0] != b'\r'));

@@ -419,8 +419,13 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "default_host_for_http_10",
             "enable_trailers",
             "override_stream_error_on_invalid_http_message",
+            "allow_absolute_url",
+            "allow_custom_methods",
+            "header_key_format",
         ],
     ),
+    ("envoy.config.core.v3.Http1ProtocolOptions.HeaderKeyFormat", &["proper_case_words"]),
+    ("envoy.config.core.v3.Http1ProtocolOptions.HeaderKeyFormat.ProperCaseWords", ALL),
     ("envoy.config.core.v3.KeepaliveSettings", &["interval", "timeout", "interval_jitter"]),
     (
         "envoy.config.core.v3.Http2ProtocolOptions",

@@ -135,6 +135,15 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
         one_cluster(&with_http(options)).unwrap_err(),
         format!("{at}.max_headers_count: not supported by culvert yet")
     );
+    let at = format!("typed_extension_protocol_options[\"{HTTP}\"].explicit_http_config.http_protocol_options");
+    for (option, field) in [
+        ("header_key_format: { proper_case_words: {} }", "header_key_format"),
+        ("enable_trailers: true", "enable_trailers"),
+    ] {
+        let options = format!("explicit_http_config: {{ http_protocol_options: {{ {option} }} }}");
+        let error = one_cluster(&with_http(&options)).unwrap_err();
+        assert_eq!(error, format!("{at}.{field}: not supported by culvert yet"));
+    }
     let error = one_cluster("{ name: a, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap_err();
     assert_eq!(error, "eds_cluster_config: eds_cluster_config set in a non-EDS cluster");
     let error = one_cluster(

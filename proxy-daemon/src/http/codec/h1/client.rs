@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// `max_response_headers_kb` is 80 KiB for HTTP/1 and `max_headers_count` 100 where nothing else is said.
-const LIMITS: Limits = Limits { bytes: 80 * 1024, headers: 100 };
+const LIMITS: Limits = Limits { bytes: 80 * 1024, headers: 100, any_method: false };
 /// So many interim responses are passed over.
 const INTERIM: u32 = 16;
 

@@ -1,6 +1,6 @@
 use super::*;
 
-const LIMITS: Limits = Limits { bytes: 1024, headers: 8 };
+const LIMITS: Limits = Limits { bytes: 1024, headers: 8, any_method: false };
 
 /// Feeds the pieces one after the other: the body, the trailers, and what is left behind it.
 fn decode(pieces: &[&[u8]]) -> Result<Option<(Vec<u8>, HeaderMap, BytesMut)>, CodecError> {

@@ -34,9 +34,28 @@ pub(super) struct Writer {
     written: usize,
     /// Something of it is out.
     started: bool,
+    /// Names of fields are written as `Content-Length`.
+    proper_case: bool,
 }
 
 impl Writer {
+    /// Writes names of fields in proper case, or as they are.
+    pub(super) fn in_case(proper_case: bool) -> Writer {
+        Writer { proper_case, ..Writer::default() }
+    }
+
+    /// Adds what `write` appends: lines of which the first is none of a field.
+    pub(super) fn head<T>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+        let proper_case = self.proper_case;
+        let out = self.out();
+        let from = out.len();
+        let result = write(out);
+        if proper_case {
+            capitalise(&mut out[from..]);
+        }
+        result
+    }
+
     /// Begins a message.
     pub(super) fn begin(&mut self) {
         self.started = false;
@@ -86,12 +105,13 @@ impl Writer {
 
     /// Ends a chunked body; only where [`has_room`](Self::has_room).
     pub(super) fn last_chunk(&mut self, trailers: Option<&HeaderMap>) {
-        let out = self.out();
-        out.extend_from_slice(b"0\r\n");
-        for (name, value) in trailers.into_iter().flatten().filter(|(name, _)| !is_framing(name)) {
-            field(out, name.as_str(), value.as_bytes());
-        }
-        out.extend_from_slice(b"\r\n");
+        self.head(|out| {
+            out.extend_from_slice(b"0\r\n");
+            for (name, value) in trailers.into_iter().flatten().filter(|(name, _)| !is_framing(name)) {
+                field(out, name.as_str(), value.as_bytes());
+            }
+            out.extend_from_slice(b"\r\n");
+        });
     }
 
     /// Writes as much as the other side takes; ready when that was all.
@@ -136,6 +156,19 @@ impl Writer {
     pub(super) fn clear(&mut self) {
         buffers::give_out(std::mem::take(&mut self.out));
         (self.large, self.tail, self.written) = (Bytes::new(), b"", 0);
+    }
+}
+
+/// Names of fields as Envoy's `proper_case_words` has them: each letter that comes after no letter and no digit is large.
+fn capitalise(lines: &mut [u8]) {
+    for line in lines.split_mut(|&byte| byte == b'\n').skip(1) {
+        let mut within = false;
+        for byte in line.iter_mut().take_while(|byte| **byte != b':') {
+            if !within {
+                byte.make_ascii_uppercase();
+            }
+            within = byte.is_ascii_alphanumeric();
+        }
     }
 }
 

@@ -134,3 +134,15 @@ impl AsyncWrite for Slow {
         Poll::Ready(Ok(()))
     }
 }
+
+#[test]
+fn names_in_proper_case() {
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-checksum-b2_c", "a:b-c".parse().unwrap());
+    let mut writer = Writer::in_case(true);
+    writer.last_chunk(Some(&trailers));
+    assert_eq!(String::from_utf8_lossy(writer.out()), "0\r\nX-Checksum-B2_C: a:b-c\r\n\r\n");
+    let mut writer = Writer::default();
+    writer.last_chunk(Some(&trailers));
+    assert_eq!(String::from_utf8_lossy(writer.out()), "0\r\nx-checksum-b2_c: a:b-c\r\n\r\n");
+}

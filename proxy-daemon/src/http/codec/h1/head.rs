@@ -12,7 +12,7 @@ use http::{
 use memchr::{memchr, memchr_iter, memmem, memrchr};
 
 use super::{buffers, error::CodecError};
-use crate::http::path::path_and_query;
+use crate::{config::model::Http1Options, http::path::path_and_query};
 
 type Result<T> = std::result::Result<T, CodecError>;
 
@@ -23,6 +23,8 @@ pub struct Limits {
     pub bytes: usize,
     /// Fields.
     pub headers: usize,
+    /// Any method; else those that Envoy knows.
+    pub any_method: bool,
 }
 
 /// How the length of a message's body is told.
@@ -46,7 +48,7 @@ pub enum Target {
     Path,
     /// A path with a fragment, which no client sends.
     Fragment,
-    /// `OPTIONS *`, and URLs without a path but with a query.
+    /// `OPTIONS *`, URLs without a path but with a query, and URLs where none are taken.
     NoPath,
     /// CONNECT's.
     Authority,
@@ -104,6 +106,7 @@ impl Scanner {
             match (buffer.first(), kind) {
                 (None | Some(b'\r'), _) => return Ok(None),
                 // Every method that there is begins so; TLS and other protocols do not.
+                (Some(_), Kind::Request) if limits.any_method => {}
                 (Some(b'A'..=b'Z'), Kind::Request) | (Some(b'H'), Kind::Response) => {}
                 (Some(_), _) => return Err(CodecError::CODEC),
             }
@@ -146,7 +149,7 @@ impl Scanner {
             }
             if !self.start_line_checked {
                 match kind {
-                    Kind::Request => drop(request_line(&buffer[..end - 1])?),
+                    Kind::Request => drop(request_line(&buffer[..end - 1], limits)?),
                     Kind::Response => drop(status_line(&buffer[..end - 1])?),
                 }
                 self.start_line_checked = true;
@@ -169,10 +172,10 @@ struct RequestLine<'a> {
     version: Version,
 }
 
-fn request_line(line: &[u8]) -> Result<RequestLine<'_>> {
+fn request_line(line: &[u8], limits: Limits) -> Result<RequestLine<'_>> {
     let space = memchr(b' ', line).ok_or(CodecError::CODEC)?;
     let (name, rest) = (&line[..space], &line[space + 1..]);
-    let method = method(name)?;
+    let method = method(name, limits.any_method)?;
     let Some(last) = memrchr(b' ', rest) else {
         // HTTP/0.9 has no version.
         return Err(if rest.starts_with(b"/") { CodecError::LOW_VERSION } else { CodecError::CODEC });
@@ -190,8 +193,8 @@ fn request_line(line: &[u8]) -> Result<RequestLine<'_>> {
     Ok(RequestLine { method, target, version })
 }
 
-/// The methods that Envoy knows: others are refused.
-fn method(name: &[u8]) -> Result<Method> {
+/// The methods that Envoy knows: others are refused, unless any will do.
+fn method(name: &[u8], any: bool) -> Result<Method> {
     match name {
         b"GET" => Ok(Method::GET),
         b"POST" => Ok(Method::POST),
@@ -201,6 +204,7 @@ fn method(name: &[u8]) -> Result<Method> {
         | b"SOURCE" | b"SUBSCRIBE" | b"UNBIND" | b"UNLINK" | b"UNLOCK" | b"UNSUBSCRIBE" => {
             Method::from_bytes(name).map_err(|_| CodecError::CODEC)
         }
+        _ if any => Method::from_bytes(name).map_err(|_| CodecError::CODEC),
         _ => Err(CodecError::CODEC),
     }
 }
@@ -309,12 +313,12 @@ pub(super) fn length(value: &[u8]) -> Option<u64> {
 ///
 /// # Errors
 /// Why it is refused.
-pub fn request(head: &Bytes, limits: Limits, accept_http_10: bool) -> Result<RequestHead> {
+pub fn request(head: &Bytes, limits: Limits, options: &Http1Options) -> Result<RequestHead> {
     let line_end = memchr(b'\n', head).filter(|&end| end > 0 && head[end - 1] == b'\r').ok_or(CodecError::CODEC)?;
-    let RequestLine { method, target, version } = request_line(&head[..line_end - 1])?;
+    let RequestLine { method, target, version } = request_line(&head[..line_end - 1], limits)?;
     let target = 1 + method.as_str().len()..1 + method.as_str().len() + target.len();
     let (mut headers, told) = fields(head, line_end + 1, limits.headers)?;
-    if version != Version::HTTP_11 && !accept_http_10 {
+    if version != Version::HTTP_11 && !options.accept_http_10 {
         return Err(CodecError::LOW_VERSION);
     }
     let framing = told.framing(Framing::None)?;
@@ -324,7 +328,7 @@ pub fn request(head: &Bytes, limits: Limits, accept_http_10: bool) -> Result<Req
     if told.hosts > 1 {
         return Err(CodecError::DUPLICATE_HOST);
     }
-    let (uri, target) = uri(head, target, &method, &mut headers)?;
+    let (uri, target) = uri(head, target, &method, &mut headers, options.refuses_absolute_url)?;
     if headers.get(HOST).is_some_and(|host| !host.as_bytes().iter().all(|&byte| is_authority(byte))) {
         return Err(CodecError::AUTHORITY);
     }
@@ -343,6 +347,7 @@ fn uri(
     target: std::ops::Range<usize>,
     method: &Method,
     headers: &mut HeaderMap,
+    relative_only: bool,
 ) -> Result<(Uri, Target)> {
     let text = &head[target.clone()];
     if text.iter().any(|&byte| byte == 0 || byte == 0x7f) {
@@ -374,6 +379,9 @@ fn uri(
         let host = rest[..end].rsplit(|&byte| byte == b'@').next().unwrap_or_default();
         if host.is_empty() || !host.iter().all(|&byte| is_authority(byte)) {
             return Err(CodecError::URL);
+        }
+        if relative_only {
+            return Ok((Uri::from(PathAndQuery::from_static("/")), Target::NoPath));
         }
         headers.insert(HOST, HeaderValue::from_bytes(host).map_err(|_| CodecError::URL)?);
         match rest.get(end) {

@@ -1,11 +1,11 @@
 use super::*;
 
-const LIMITS: Limits = Limits { bytes: 1024, headers: 8 };
+const LIMITS: Limits = Limits { bytes: 1024, headers: 8, any_method: false };
 
 fn read(bytes: &[u8]) -> Result<RequestHead> {
     let mut buffer = BytesMut::from(bytes);
     let head = Scanner::default().take(&mut buffer, Kind::Request, LIMITS)?.expect("a whole head");
-    request(&head, LIMITS, false)
+    request(&head, LIMITS, &Http1Options::default())
 }
 
 fn read_response(bytes: &[u8]) -> Result<ResponseHead> {
@@ -36,7 +36,7 @@ fn every_split_of_a_request() {
             buffer.extend_from_slice(&whole[cut..]);
             scanner.take(&mut buffer, Kind::Request, LIMITS).unwrap().expect("it is whole by now")
         });
-        assert_eq!(request(&head, LIMITS, false).unwrap().parts.uri, "/a", "cut at {cut}");
+        assert_eq!(request(&head, LIMITS, &Http1Options::default()).unwrap().parts.uri, "/a", "cut at {cut}");
         assert!(b"GET /next".starts_with(&buffer[..]), "cut at {cut}: {buffer:?}");
     }
 }
@@ -149,4 +149,31 @@ fn responses() {
     ] {
         assert!(read_response(text.as_bytes()).is_err(), "{text:?}");
     }
+}
+
+#[test]
+fn methods_that_envoy_does_not_know() {
+    let any = Limits { any_method: true, ..LIMITS };
+    let read = |line: &str, limits| {
+        let mut buffer = BytesMut::from(format!("{line} / HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes());
+        let head = Scanner::default().take(&mut buffer, Kind::Request, limits)?.ok_or(CodecError::CODEC)?;
+        request(&head, limits, &Http1Options::default()).map(|head| head.parts.method.to_string())
+    };
+    for method in ["BREW", "get", "x-a"] {
+        assert_eq!(read(method, any).unwrap(), method);
+        assert!(read(method, LIMITS).is_err(), "{method}");
+    }
+    for nonsense in ["", "B\tREW", "A(B", "\u{1}", "A\0", ":path"] {
+        assert!(read(nonsense, any).is_err(), "{nonsense:?}");
+    }
+}
+
+#[test]
+fn urls_where_only_paths_are_taken() {
+    let options = Http1Options { refuses_absolute_url: true, ..Http1Options::default() };
+    let head = Bytes::from_static(b"GET http://b/x HTTP/1.1\r\nhost: a\r\n\r\n");
+    let refused = request(&head, LIMITS, &options).unwrap();
+    assert_eq!(refused.target, Target::NoPath);
+    assert_eq!(refused.parts.headers[HOST], "a");
+    assert_eq!(request(&head, LIMITS, &Http1Options::default()).unwrap().parts.headers[HOST], "b");
 }

@@ -109,8 +109,11 @@ impl ServerConnection {
         buffer: BytesMut,
         config: &HttpConnectionManagerConfig,
     ) -> Rc<ServerConnection> {
-        let limits =
-            Limits { bytes: config.max_request_headers_kb as usize * 1024, headers: config.max_headers_count as usize };
+        let limits = Limits {
+            bytes: config.max_request_headers_kb as usize * 1024,
+            headers: config.max_headers_count as usize,
+            any_method: config.http1.allow_custom_methods,
+        };
         let inner = Inner {
             stream,
             buffer,
@@ -141,7 +144,7 @@ impl ServerConnection {
 
     /// Serves requests until the connection ends, and says how it did.
     pub(in crate::http) async fn serve(self: Rc<Self>, state: Rc<ConnState>) -> ConnectionEnd {
-        let mut writer = Writer::default();
+        let mut writer = Writer::in_case(state.config().http1.proper_case_words);
         loop {
             let received = self.receive(&state).await;
             let after = match received {
@@ -217,7 +220,7 @@ impl ServerConnection {
     /// One request and its response.
     async fn exchange(self: &Rc<Self>, state: &Rc<ConnState>, bytes: &Bytes, writer: &mut Writer) -> After {
         let (config, limits) = (state.config(), self.inner.borrow().limits);
-        let head = match head::request(bytes, limits, config.http1.accept_http_10) {
+        let head = match head::request(bytes, limits, &config.http1) {
             Ok(head) => head,
             Err(error) => return self.refuse(state, error, writer).await,
         };
@@ -262,7 +265,7 @@ impl ServerConnection {
             parts.headers.remove(EXPECT);
             if parts.version == Version::HTTP_11 {
                 state.count_interim(StatusCode::CONTINUE);
-                encode::interim(writer.out(), StatusCode::CONTINUE, &HeaderMap::new());
+                writer.head(|out| encode::interim(out, StatusCode::CONTINUE, &HeaderMap::new()));
                 if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
                     return After::Gone;
                 }
@@ -282,7 +285,7 @@ impl ServerConnection {
                 let polled = handler.as_mut().poll(cx);
                 for (status, headers) in progress.take_interim() {
                     state.count_interim(status);
-                    encode::interim(writer.out(), status, &headers);
+                    writer.head(|out| encode::interim(out, status, &headers));
                 }
                 match polled {
                     Poll::Ready(response) => Poll::Ready(Some(response)),
@@ -346,7 +349,7 @@ impl ServerConnection {
             state.count_early_response();
         }
         let length = BodyLength { ended: body.is_end_stream(), exact: body.size_hint().exact() };
-        let framing = encode::response(writer.out(), parts.status, &parts.headers, length, cx);
+        let framing = writer.head(|out| encode::response(out, parts.status, &parts.headers, length, cx));
         buffers::give_headers(parts.headers);
         let mut out = Outgoing { body: &mut body, framing, enable_trailers, ended: false, broken: false };
         let written = poll_fn(|cx| out.poll(cx, self, writer)).await;
