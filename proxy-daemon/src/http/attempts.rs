@@ -106,6 +106,9 @@ impl Attempts<'_> {
                     match kept.filter(|_| verdict == Verdict::Retry) {
                         Some(copy) => {
                             self.cluster.cluster.stats.count_retried(response.status.as_u16());
+                            if http_body::Body::is_end_stream(&incoming) {
+                                connection.release();
+                            }
                             (head, body) = (copy, Body::Empty);
                         }
                         None => {

@@ -241,13 +241,30 @@ enum Stage {
     Closing,
 }
 
+/// How a connection has come to another stage of its end.
+struct End {
+    next: Stage,
+    /// The counter that says why.
+    reason: Counter,
+    /// The daemon or the listener drains, which takes only so long.
+    is_drain: bool,
+}
+
+/// Ends when the timer does, where there is one.
+async fn elapsed(timer: std::pin::Pin<&mut Option<tokio::time::Sleep>>) {
+    match timer.as_pin_mut() {
+        Some(timer) => timer.await,
+        None => std::future::pending().await,
+    }
+}
+
 macro_rules! drive {
     ($connection:expr, $state:expr, $drain:expr, $end:expr) => {{
         let (state, mut drain) = ($state, $drain);
         let mut connection = std::pin::pin!($connection);
         let mut stage = Stage::Open;
-        // Counts from the first word of the end.
-        let mut drained = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+        // Counts from the first word of the daemon's or the listener's end. Of others streams may take their time.
+        let mut drained = std::pin::pin!(None);
         let opened = Instant::now();
         loop {
             tokio::select! {
@@ -258,15 +275,17 @@ macro_rules! drive {
                         state.end()
                     });
                 }
-                (next, reason) = aside(end_of_life(&state, &mut drain, stage, opened)), if stage != Stage::Closing => {
+                end = aside(end_of_life(&state, &mut drain, stage, opened)), if stage != Stage::Closing => {
                     if stage == Stage::Open {
-                        reason.inc();
-                        drained.set(tokio::time::sleep(state.worker.drain_time));
+                        end.reason.inc();
                     }
-                    stage = next;
-                    $end(connection.as_mut(), next);
+                    if end.is_drain && drained.is_none() {
+                        drained.set(Some(tokio::time::sleep(state.worker.drain_time)));
+                    }
+                    stage = end.next;
+                    $end(connection.as_mut(), stage);
                 }
-                () = drained.as_mut(), if stage != Stage::Open => break state.end(),
+                () = elapsed(drained.as_mut()) => break state.end(),
                 () = aside(state.stalled()) => {
                     state.manager.stats.downstream_rq_idle_timeout.inc();
                     break ConnectionEnd::HERE;
@@ -296,16 +315,17 @@ async fn drive_http2(io: DownstreamIo, state: Rc<ConnState>, drain: DrainSignal)
     })
 }
 
-/// Ends when the connection has come to another stage: that one, and the counter that says why.
-async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, opened: Instant) -> (Stage, Counter) {
+/// Ends when the connection has come to another stage.
+async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, opened: Instant) -> End {
+    let end = |next, reason, is_drain| End { next, reason, is_drain };
     let (config, stats) = (&state.manager.config, &state.manager.stats);
     if stage == Stage::Grace {
         let extra = config.drain_timeout.mul_f64(fastrand::f64() * config.drain_jitter);
-        tokio::select! {
-            () = tokio::time::sleep(config.drain_timeout + extra) => {}
-            () = drain.daemon_leaves() => {}
-        }
-        return (Stage::Closing, stats.downstream_cx_drain_close);
+        let is_drain = tokio::select! {
+            () = tokio::time::sleep(config.drain_timeout + extra) => false,
+            () = drain.daemon_leaves() => true,
+        };
+        return end(Stage::Closing, stats.downstream_cx_drain_close, is_drain);
     }
     let too_old = async {
         match config.max_connection_duration.filter(|_| stage == Stage::Open || !state.ends_softly) {
@@ -332,11 +352,12 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
         }
     };
     let aged = if state.ends_softly { Stage::Draining } else { Stage::Grace };
+    let leaving = if stage == Stage::Open { Stage::Draining } else { Stage::Closing };
     tokio::select! {
-        () = drained => (if stage == Stage::Open { Stage::Draining } else { Stage::Closing }, stats.downstream_cx_drain_close),
-        () = too_old => (aged, stats.downstream_cx_max_duration_reached),
-        () = idle => (Stage::Grace, stats.downstream_cx_idle_timeout),
-        () = state.worn_out.notified() => (Stage::Closing, stats.downstream_cx_drain_close),
+        () = drained => end(leaving, stats.downstream_cx_drain_close, true),
+        () = too_old => end(aged, stats.downstream_cx_max_duration_reached, false),
+        () = idle => end(Stage::Grace, stats.downstream_cx_idle_timeout, false),
+        () = state.worn_out.notified() => end(Stage::Closing, stats.downstream_cx_drain_close, false),
     }
 }
 

@@ -67,7 +67,7 @@ fn of_parameter(name: &str, query: Option<&str>) -> Option<u64> {
 
 fn of_cookie(wanted: &HashCookie, headers: &HeaderMap, cx: &StreamCx, made: &mut Vec<HeaderValue>) -> Option<u64> {
     if let Some(value) = cookie(headers, &wanted.name).filter(|value| !value.is_empty()) {
-        return Some(of_text(value));
+        return Some(of_text(&value));
     }
     let ttl = wanted.ttl?;
     // The same for all requests of a connection: they may come before the first answer.

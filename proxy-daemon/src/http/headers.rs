@@ -157,6 +157,16 @@ fn says_trailers(headers: &HeaderMap) -> bool {
     values.flat_map(|value| value.split(',')).any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
 }
 
+/// What of that `connection` nominates is removed: not what a client must not be able to, the headers that routing and trust rest on.
+fn removable(headers: &HeaderMap) -> Vec<HeaderName> {
+    let names = nominated(headers).filter(|name| {
+        // Most connections say one of these, which are no headers or are removed anyway.
+        !["", "close", "keep-alive", "te"].iter().any(|plain| name.eq_ignore_ascii_case(plain))
+    });
+    let names = names.filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok());
+    names.filter(|name| !name.as_str().starts_with("x-forwarded") && !name.as_str().starts_with("x-envoy")).collect()
+}
+
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // One look at all of them costs less than to look six up.
@@ -172,15 +182,9 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
             headers.insert(TE, HeaderValue::from_static("trailers"));
             continue;
         }
-        let value = headers.remove(name);
-        let Some(connection) = value.filter(|_| *name == CONNECTION) else { continue };
-        for nominated in connection.to_str().unwrap_or_default().split(',').map(str::trim) {
-            // A client must not be able to remove the headers that routing and trust rest on.
-            let plain = !matches!(nominated, "" | "close" | "keep-alive" | "te");
-            if plain && !nominated.starts_with("x-forwarded") && !nominated.starts_with("x-envoy") {
-                headers.remove(nominated);
-            }
-        }
+        let nominated = if *name == CONNECTION { removable(headers) } else { Vec::new() };
+        headers.remove(name);
+        nominated.iter().for_each(|name| drop(headers.remove(name)));
     }
 }
 
@@ -189,6 +193,11 @@ pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
 pub(super) fn normalize(head: &mut RequestHead, config: &HttpConnectionManagerConfig) {
     let path = head.uri.path();
     if !path.starts_with('/') {
+        return;
+    }
+    // Most paths are normal already. What might not be has one of these.
+    let odd = path.bytes().any(|byte| !byte.is_ascii_alphanumeric() && !matches!(byte, b'/' | b'-' | b'_' | b'~'));
+    if !odd && !path.contains("//") {
         return;
     }
     let mut normal = path.to_owned();

@@ -32,6 +32,11 @@ fn hop_by_hop_headers_go_and_trust_headers_cannot_be_nominated() {
     strip_hop_by_hop(&mut head.headers);
     let left: Vec<_> = head.headers.keys().map(HeaderName::as_str).collect();
     assert_eq!(left, ["x-forwarded-for"]);
+    let two_lines = [("connection", "keep-alive"), ("connection", "X-One, X-Envoy-Attempt-Count"), ("x-one", "1")];
+    let mut head = request("/", &[&two_lines[..], &[("x-envoy-attempt-count", "1")]].concat());
+    strip_hop_by_hop(&mut head.headers);
+    let left: Vec<_> = head.headers.keys().map(HeaderName::as_str).collect();
+    assert_eq!(left, ["x-envoy-attempt-count"], "of each line, in whatever case");
     let mut head = request("/", &[("te", "trailers")]);
     strip_hop_by_hop(&mut head.headers);
     assert!(head.headers.contains_key("te"), "gRPC needs it");

@@ -35,18 +35,21 @@ const MAX_DURATION: &str = "max_duration_timeout";
 /// Counts a request's body while it passes.
 pub(super) struct RequestObserver {
     progress: Rc<Progress>,
+    state: Rc<ConnState>,
 }
 
 impl RequestObserver {
-    pub(super) fn new(progress: Rc<Progress>) -> RequestObserver {
-        RequestObserver { progress }
+    pub(super) fn new(progress: Rc<Progress>, state: Rc<ConnState>) -> RequestObserver {
+        RequestObserver { progress, state }
     }
 }
 
 impl Observer for RequestObserver {
     fn data(&mut self, bytes: usize) {
         self.progress.received.set(self.progress.received.get() + bytes as u64);
-        self.progress.last_activity.set(Instant::now());
+        let now = Instant::now();
+        self.progress.last_activity.set(now);
+        self.state.last_progress.set(now);
     }
 
     fn idle(&mut self, _cx: &mut Context<'_>) -> Poll<BodyError> {

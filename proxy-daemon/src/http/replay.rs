@@ -74,7 +74,7 @@ impl Kept {
                             self.chunks = Vec::new();
                             self.counter.inc();
                         } else {
-                            self.chunks.push(data.clone());
+                            self.chunks.push(kept_piece(data));
                         }
                     }
                     (_, Some(trailers)) if !self.abandoned => self.trailers = Some(trailers.clone()),
@@ -88,6 +88,12 @@ impl Kept {
         }
         polled
     }
+}
+
+/// A piece as it is kept. A small one is copied: as it came, it would hold on to the whole buffer that it was read into.
+fn kept_piece(data: &Bytes) -> Bytes {
+    const SMALL: usize = 16 * 1024;
+    if data.len() < SMALL { Bytes::copy_from_slice(data) } else { data.clone() }
 }
 
 struct Reader {

@@ -96,7 +96,7 @@ pub(super) async fn handle(
     let body = if no_body {
         Body::Empty
     } else {
-        Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress))))
+        Body::observed(incoming, Box::new(RequestObserver::new(Rc::clone(&progress), Rc::clone(&state))))
     };
     let (remote, internal) = (trusted.remote, trusted.internal);
     let mut arrived = Arrived { head, body, upgrade, remote, internal, trail: None, custom_response: None };

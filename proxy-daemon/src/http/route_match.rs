@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, cell::RefCell};
 
-use http::{HeaderMap, HeaderName, Method, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, request::Parts};
 
 use super::metadata::Metadata;
 use crate::config::model::{
@@ -76,7 +76,7 @@ pub(super) fn path_matches(rule: &PathMatch, case_sensitive: bool, path: &str) -
 pub(super) fn header_matches(matcher: &HeaderMatcher, request: &Parts) -> bool {
     match &matcher.name {
         MatchedHeader::Name(name) if !is_split_cookie(name, request) => values_match(matcher, name, &request.headers),
-        name => matches_any(matcher, value_of(name, request).as_deref().into_iter()),
+        name => matches_any(matcher, value_of(name, request).into_iter()),
     }
 }
 
@@ -101,11 +101,16 @@ pub(crate) fn value_of<'a>(name: &MatchedHeader, request: &'a Parts) -> Option<C
 
 /// Whether the header `name` of a message is as the matcher wants it.
 pub(crate) fn values_match(matcher: &HeaderMatcher, name: &HeaderName, headers: &HeaderMap) -> bool {
-    matches_any(matcher, headers.get_all(name).iter().filter_map(|value| value.to_str().ok()))
+    matches_any(matcher, headers.get_all(name).iter().map(text_of))
+}
+
+/// What of a header is compared: bytes that are no UTF-8 are replaced, for a value with them is there all the same.
+fn text_of(value: &HeaderValue) -> Cow<'_, str> {
+    String::from_utf8_lossy(value.as_bytes())
 }
 
 /// Whether one of a header's values is as the matcher wants it.
-pub(crate) fn matches_any<'a>(matcher: &HeaderMatcher, values: impl Iterator<Item = &'a str>) -> bool {
+pub(crate) fn matches_any<T: AsRef<str>>(matcher: &HeaderMatcher, values: impl Iterator<Item = T>) -> bool {
     let mut values = values.peekable();
     let missing = values.peek().is_none();
     let one = |value: &str| match &matcher.value {
@@ -120,7 +125,7 @@ pub(crate) fn matches_any<'a>(matcher: &HeaderMatcher, values: impl Iterator<Ite
         (HeaderValueMatch::Present(wanted), true) => !wanted,
         // A header that is missing does not match, inverted or not, as in Envoy.
         (_, true) => return false,
-        (_, false) => values.any(one),
+        (_, false) => values.any(|value| one(value.as_ref())),
     };
     verdict != matcher.invert_match
 }
@@ -135,19 +140,23 @@ pub(super) fn query_matches(matcher: &QueryParameterMatcher, query: Option<&str>
 }
 
 fn cookie_matches(matcher: &CookieMatcher, request: &Parts) -> bool {
-    cookie(&request.headers, &matcher.name).is_some_and(|value| matcher.value.matches(value)) != matcher.invert_match
+    cookie(&request.headers, &matcher.name).is_some_and(|value| matcher.value.matches(&value)) != matcher.invert_match
 }
 
 /// The value of the first cookie of this name.
-pub(super) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<&'a str> {
-    let lines = headers.get_all(http::header::COOKIE).iter().filter_map(|line| line.to_str().ok());
-    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
-    pairs.find(|(known, _)| *known == name).map(|(_, value)| unquoted(value))
+pub(super) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<Cow<'a, str>> {
+    let lines = headers.get_all(http::header::COOKIE).iter();
+    let mut pairs = lines.flat_map(|line| line.as_bytes().split(|byte| *byte == b';')).filter_map(|pair| {
+        let pair = pair.trim_ascii();
+        let (known, value) = pair.split_at_checked(name.len())?;
+        value.strip_prefix(b"=").filter(|_| known == name.as_bytes())
+    });
+    pairs.next().map(|value| String::from_utf8_lossy(unquoted(value)))
 }
 
 /// A cookie's value without the quotes around it.
-pub(super) fn unquoted(value: &str) -> &str {
-    value.strip_prefix('"').and_then(|value| value.strip_suffix('"')).unwrap_or(value)
+fn unquoted(value: &[u8]) -> &[u8] {
+    value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
 }
 
 #[cfg(test)]

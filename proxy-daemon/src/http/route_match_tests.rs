@@ -45,6 +45,19 @@ fn header_matchers_follow_envoy() {
 }
 
 #[test]
+fn bytes_that_are_no_text_hide_nothing() {
+    let mut request = request("/", &[("cookie", "a=b")]);
+    request.headers.insert("x", HeaderValue::from_bytes(b"bad\xe9bot").unwrap());
+    request.headers.append("cookie", HeaderValue::from_bytes(b"c=\xff; d=e\xe9f").unwrap());
+    assert!(header_matches(&header(HeaderValueMatch::Present(true), false, false), &request));
+    assert!(header_matches(&header(text(StringPattern::Contains("bot".into())), false, false), &request));
+    assert!(!header_matches(&header(text(StringPattern::Exact("badbot".into())), false, false), &request));
+    assert_eq!(cookie(&request.headers, "a").as_deref(), Some("b"));
+    assert_eq!(cookie(&request.headers, "d").as_deref(), Some("e\u{fffd}f"));
+    assert_eq!(cookie(&request.headers, "x"), None);
+}
+
+#[test]
 fn query_parameters() {
     let matcher = |value: Option<&str>| QueryParameterMatcher {
         name: "debug".to_owned(),

@@ -258,25 +258,30 @@ fn unknown_client(status: StatusCode) -> LocalReply {
     LocalReply::new(status, "", ResponseFlags::default(), "rejecting_because_detection_failed")
 }
 
-/// The addresses of `x-forwarded-for`, whose lines have been joined.
-fn addresses(headers: &HeaderMap) -> Option<&str> {
-    headers.get(X_FORWARDED_FOR)?.to_str().ok()
+/// The addresses of `x-forwarded-for`, whose lines have been joined, from the right. Bytes that belong into no address are of the one that
+/// has them: a client must not be able to hide those that proxies have added.
+fn addresses(headers: &HeaderMap) -> Option<impl Iterator<Item = Option<IpAddr>>> {
+    let value = headers.get(X_FORWARDED_FOR)?.as_bytes();
+    let address = |text: &[u8]| str::from_utf8(text.trim_ascii()).ok()?.parse().ok();
+    Some(value.rsplit(|byte| *byte == b',').map(address))
+}
+
+fn is_only_one(headers: &HeaderMap) -> bool {
+    headers.get(X_FORWARDED_FOR).is_some_and(|value| !value.as_bytes().contains(&b','))
 }
 
 /// The `x-forwarded-for` address that stands `skip` places from the right, and whether it is the only one.
 fn forwarded_for(headers: &HeaderMap, skip: usize) -> Option<(IpAddr, bool)> {
-    let value = addresses(headers)?;
-    let ip = value.rsplit(',').nth(skip)?.trim().parse().ok()?;
-    Some((ip, skip == 0 && !value.contains(',')))
+    let ip = addresses(headers)?.nth(skip)??;
+    Some((ip, skip == 0 && is_only_one(headers)))
 }
 
 /// The last `x-forwarded-for` address that is none of these, or the first of all.
 fn beyond(headers: &HeaderMap, trusted: &[Cidr]) -> Option<(IpAddr, bool)> {
-    let value = addresses(headers)?;
-    let alone = !value.contains(',');
+    let alone = is_only_one(headers);
     let mut last = None;
-    for address in value.rsplit(',') {
-        let ip = address.trim().parse().ok()?;
+    for address in addresses(headers)? {
+        let ip = address?;
         last = Some((ip, alone));
         if !is_one_of(ip, trusted) {
             break;

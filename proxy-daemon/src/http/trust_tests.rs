@@ -57,6 +57,19 @@ fn without_remote_address_the_header_is_trusted_and_left_alone() {
 }
 
 #[test]
+fn bytes_that_are_no_text_do_not_hide_what_proxies_say() {
+    let config = HttpConnectionManagerConfig {
+        use_remote_address: true,
+        xff_num_trusted_hops: 1,
+        ..HttpConnectionManagerConfig::default()
+    };
+    let mut head = request("/", &[("host", "a")]);
+    head.headers.insert("x-forwarded-for", HeaderValue::from_bytes(b"\xff, 203.0.113.9").unwrap());
+    let trusted = prepare(&mut head, &config, "10.0.0.1:5000");
+    assert_eq!(trusted.remote.ip(), "203.0.113.9".parse::<IpAddr>().unwrap());
+}
+
+#[test]
 fn internal_is_one_address_in_a_configured_range() {
     let config = HttpConnectionManagerConfig {
         use_remote_address: true,

@@ -182,7 +182,7 @@ impl Cluster {
     fn making<'a>(&'a self, workers: usize, local: &'a Local) -> Making<'a> {
         let (outlier, checks, orca) = (self.outlier.as_ref(), self.checks.as_deref(), self.orca.as_ref());
         let (config, stats) = (&self.config, &self.stats);
-        Making { config, stats, workers, local, outlier, checks, orca, keeps_vitals: true }
+        Making { config, stats, workers, local, outlier, checks, orca, keeps_vitals: true, finds_the_same: true }
     }
 
     /// Chooses anew: this node's own cluster has changed, or hosts stand otherwise.
@@ -214,6 +214,8 @@ struct Making<'a> {
     orca: Option<&'a Arc<Orca>>,
     /// The hosts before are of the same version of the cluster: what was found out about them still holds.
     keeps_vitals: bool,
+    /// The hosts before were found in the same place.
+    finds_the_same: bool,
 }
 
 /// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
@@ -286,7 +288,7 @@ impl Making<'_> {
     /// The host that has been at an address; the host of a LOGICAL_DNS cluster is the same wherever it is.
     fn known<'a>(&self, before: &'a HostSet, address: &EndpointAddress) -> Option<&'a Arc<Host>> {
         match self.config.discovery {
-            Discovery::LogicalDns(_) => before.hosts.first(),
+            Discovery::LogicalDns(_) if self.finds_the_same => before.hosts.first(),
             _ => before.at(address),
         }
     }
@@ -329,8 +331,10 @@ impl Making<'_> {
             }
             return Some(vitals);
         }
+        // Those of a host that is not checked any more say what its last check found.
         if self.keeps_vitals
             && let Some(known) = known
+            && !known.vitals.as_ref().is_some_and(|vitals| vitals.is_checked())
         {
             return known.vitals.clone();
         }
@@ -565,6 +569,7 @@ impl Clusters {
         before: Option<&Arc<Cluster>>,
         local: &Local,
     ) -> Arc<Cluster> {
+        let finds_the_same = before.is_some_and(|old| old.config.finds_as(&config));
         let before = before.map(|old| old.hosts()).unwrap_or_default();
         let stats = ClusterStats::new(&config);
         let scope = stats.scope();
@@ -580,6 +585,7 @@ impl Clusters {
             checks: checks.as_deref(),
             orca: orca.as_ref(),
             keeps_vitals: false,
+            finds_the_same,
         };
         let hosts = match (&config.discovery, endpoints) {
             (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, &making)),
@@ -587,7 +593,8 @@ impl Clusters {
                 Arc::new(build(endpoints, &before, &making))
             }
             (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, None) => {
-                Arc::new(making.again(&before))
+                // Hosts from elsewhere are none of this cluster's.
+                Arc::new(if finds_the_same { making.again(&before) } else { build(&[], &before, &making) })
             }
             (
                 Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } | Discovery::DynamicForwardProxy { .. },

@@ -187,6 +187,29 @@ fn a_hundred_thousand_hosts_are_no_trouble() {
 }
 
 #[test]
+fn a_slow_start_ends_in_turns_by_weight() {
+    let clusters = Arc::new(Clusters::new(1));
+    let window = std::time::Duration::from_millis(20);
+    let aggression = crate::layered_runtime::RuntimeNumber { default: 1.0, key: None };
+    let slow_start = Some(crate::config::model::SlowStart { window, aggression, min_weight: 0.1 });
+    let endpoints =
+        [1, 1, 2, 2].iter().zip(0..).map(|(weight, number)| endpoint(number, *weight, HealthStatus::Healthy)).collect();
+    let groups = vec![LocalityEndpoints { endpoints, ..LocalityEndpoints::default() }];
+    let lb = LbOptions { slow_start, ..LbOptions::default() };
+    clusters.upsert(ClusterConfig { endpoints: groups, lb, ..cluster("a") });
+    let mine = WorkerClusters::new(clusters, 0).get("a").unwrap();
+    let begun = Instant::now();
+    let mut heavy = [0, 0];
+    while begun.elapsed() < 3 * window {
+        mine.pick(&PickCx::default()).unwrap();
+    }
+    for _ in 0..600 {
+        heavy[usize::from(mine.pick(&PickCx::default()).unwrap().host.weight == 2)] += 1;
+    }
+    assert!((398..=402).contains(&heavy[1]), "{heavy:?}");
+}
+
+#[test]
 fn weights_of_few_kinds_cost_little() {
     let bytes = heavy_hosts_get_their_share(LbPolicy::RoundRobin, 2);
     assert!(bytes <= 9, "{bytes}");

@@ -89,6 +89,11 @@ impl Vitals {
         let _ = self.check.set(check);
     }
 
+    /// Whether checks say how it is.
+    pub(super) fn is_checked(&self) -> bool {
+        self.check.get().is_some()
+    }
+
     /// It passes its checks from now on.
     pub(super) fn is_well(&self) {
         let since = EPOCH.elapsed().as_millis() as u64;

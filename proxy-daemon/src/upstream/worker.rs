@@ -202,10 +202,12 @@ impl WorkerCluster {
     fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
         let mut next = WorkerCluster::new(cluster, before.worker, clusters);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
-        if old.protocol == new.protocol && old.tcp_keepalive == new.tcp_keepalive && old.tls == new.tls {
+        if old.connects_as(new) {
             // Streams that began with the one before may choose of its hosts again.
             next.mine = Rc::new(before.mine.of_next_version(new.pool));
             before.dynamic.retire();
+            // Without a request for it, nobody would close what leads to hosts that it has no more.
+            next.refresh(next.cluster.hosts_version());
         } else {
             before.retire();
         }

@@ -52,6 +52,25 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
+    /// Whether connections of the one are as those of the other would be.
+    pub fn connects_as(&self, other: &ClusterConfig) -> bool {
+        self.protocol == other.protocol
+            && self.tcp_keepalive == other.tcp_keepalive
+            && self.tls == other.tls
+            && self.bind == other.bind
+            && self.idle_timeout == other.idle_timeout
+            && self.pool == other.pool
+    }
+
+    /// Whether what was found out about hosts for the one is true of the other: where both look in the same place.
+    pub fn finds_as(&self, other: &ClusterConfig) -> bool {
+        match (&self.discovery, &other.discovery) {
+            (Discovery::StrictDns(_), Discovery::StrictDns(_))
+            | (Discovery::LogicalDns(_), Discovery::LogicalDns(_)) => self.endpoints == other.endpoints,
+            (one, another) => one == another,
+        }
+    }
+
     /// The secrets that its connections need, with what each has to be.
     pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
         self.tls.iter().flat_map(|tls| tls.common.secrets())

@@ -82,8 +82,13 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let common_path =
         join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"].common_http_protocol_options"));
     // Honoured in a connection manager, which has the same message.
-    if common.max_headers_count.is_some() {
-        return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
+    for (set, field) in [
+        (common.max_headers_count.is_some(), "max_headers_count"),
+        (common.max_stream_duration.is_some(), "max_stream_duration"),
+    ] {
+        if set {
+            return Err(FieldError::unsupported(join(&common_path, field)));
+        }
     }
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);

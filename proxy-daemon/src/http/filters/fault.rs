@@ -296,7 +296,9 @@ impl Slowed {
 
     /// How much passes at a time.
     fn slice(&self) -> usize {
-        usize::try_from(self.bytes_per_second * SLICE.as_millis() as u64 / 1000).unwrap_or(usize::MAX).max(1)
+        usize::try_from(self.bytes_per_second.saturating_mul(SLICE.as_millis() as u64) / 1000)
+            .unwrap_or(usize::MAX)
+            .max(1)
     }
 }
 

@@ -113,7 +113,9 @@ impl Source {
                 }
                 value
             }
-            Source::Cookie(name) => cookie(headers, name).filter(|value| !value.is_empty()).map(str::to_owned),
+            Source::Cookie(name) => {
+                cookie(headers, name).filter(|value| !value.is_empty()).map(std::borrow::Cow::into_owned)
+            }
         }
     }
 }

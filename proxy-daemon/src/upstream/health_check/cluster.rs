@@ -153,11 +153,18 @@ impl ClusterChecks {
     /// What is known of a host, which is checked from now on; `None` where it shall not be.
     pub(in crate::upstream) fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints) -> Option<Arc<Vitals>> {
         let check = endpoint.check.as_deref();
-        if check.is_some_and(|check| check.disabled) || matches!(endpoint.address, EndpointAddress::Dns { .. }) {
+        if matches!(endpoint.address, EndpointAddress::Dns { .. }) {
             return None;
         }
         let group = || LocalityEndpoints { endpoints: Vec::new(), ..group.clone() };
         let mut inner = self.lock();
+        if check.is_some_and(|check| check.disabled) {
+            // It may have been checked until now.
+            if inner.hosts.remove(&endpoint.address).is_some_and(|old| old.first) {
+                inner.unchecked -= 1;
+            }
+            return None;
+        }
         if let Some(known) = inner.hosts.get_mut(&endpoint.address)
             && known.endpoint.check == endpoint.check
         {

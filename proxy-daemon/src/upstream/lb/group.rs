@@ -28,6 +28,8 @@ pub(super) struct Group {
     weights: Box<[u32]>,
     /// Of `ROUND_ROBIN` where weights differ: hosts of the same weight, which stand together, take turns among themselves.
     classes: Box<[Class]>,
+    /// Where workers keep the turns of the classes: not where those of the hosts are, which take turns by themselves in a slow start.
+    classes_id: u32,
     /// Until then there are new hosts among them, whose weights grow.
     slow_until: Option<Instant>,
 }
@@ -85,13 +87,14 @@ impl Group {
                 first += len;
             }
         }
+        let classes_id = if classes.is_empty() { id } else { making.id() };
         let schedules = weighted && hosts.len() > MANY && matches!(making.policy, LbPolicy::LeastRequest(_));
         let weights = hosts.iter().filter(|_| schedules).map(weight).collect();
         let slow_until = making.slow_start.and_then(|slow| {
             let newest = hosts.iter().filter_map(|host| all[*host as usize].healthy_since()).max()?;
             newest.checked_add(slow.window).filter(|until| *until > Instant::now())
         });
-        Group { id, hosts: hosts.into(), weighted, weights, classes: classes.into(), slow_until }
+        Group { id, hosts: hosts.into(), weighted, weights, classes: classes.into(), classes_id, slow_until }
     }
 
     /// The number of a host.
@@ -105,10 +108,10 @@ impl Group {
             LbPolicy::Random => random as usize % len,
             // The first, and for attempts that pass it over the next ones.
             LbPolicy::PickFirst { .. } => cx.attempt as usize % len,
-            LbPolicy::LeastRequest(config) if self.weighted || slow => self.by_deadline(Some(config), cx)?,
+            LbPolicy::LeastRequest(config) if self.weighted || slow => self.by_deadline(Some(config), slow, cx)?,
             LbPolicy::LeastRequest(config) if config.full_scan => self.least_of_all(cx),
             LbPolicy::LeastRequest(config) => self.least_of_some(config.choice_count, cx),
-            _ if slow => self.by_deadline(None, cx)?,
+            _ if slow => self.by_deadline(None, slow, cx)?,
             _ if self.weighted => self.by_class(cx)?,
             _ => cx.turns.next(self.id, self.hosts.len() as u32) as usize,
         };
@@ -118,15 +121,15 @@ impl Group {
     /// By weights that do not change: first a weight, then one of those that have it.
     fn by_class(&self, cx: &mut Pick<'_>) -> Option<usize> {
         let schedule = || Edf::new(self.classes.iter().map(Class::rate));
-        let class = cx.turns.schedules.entry(self.id).or_insert_with(schedule);
+        let class = cx.turns.schedules.entry(self.classes_id).or_insert_with(schedule);
         let class = &self.classes[class.next(|index| self.classes[index as usize].rate())? as usize];
         let at = if class.len > 1 { cx.turns.next(class.id, class.len) } else { 0 };
         Some((class.first + at) as usize)
     }
 
     /// By weights that change with the requests under way, and with time.
-    fn by_deadline(&self, least: Option<&LeastRequest>, cx: &mut Pick<'_>) -> Option<usize> {
-        let (hosts, active, slow) = (cx.hosts, cx.active, cx.slow_start);
+    fn by_deadline(&self, least: Option<&LeastRequest>, slow: bool, cx: &mut Pick<'_>) -> Option<usize> {
+        let (hosts, active, slow) = (cx.hosts, cx.active, cx.slow_start.filter(|_| slow));
         let bias = least.map_or(0.0, |config| config.active_request_bias.get().max(0.0));
         let now = slow.map(|_| Instant::now());
         let weight = |index: u32| {

@@ -102,6 +102,8 @@ pub(crate) async fn watch(clusters: Weak<Clusters>, cluster: Weak<Cluster>, log:
             () = tick => None,
         };
         let (Some(clusters), Some(cluster)) = (clusters.upgrade(), cluster.upgrade()) else { return };
+        // Whatever came first: with many events the interval would be over again and again without anybody noticing.
+        let overdue = due.is_none_or(|due| due <= Instant::now());
         let is_there = clusters.change_health(&cluster, || {
             let now = Instant::now().into_std();
             let version = cluster.hosts_version();
@@ -109,20 +111,20 @@ pub(crate) async fn watch(clusters: Weak<Clusters>, cluster: Weak<Cluster>, log:
                 detector.set_hosts(&cluster.hosts().hosts);
                 known = version;
             }
-            let mut changed = match first {
-                Some(event) => handle(&mut detector, event, now),
-                None => detector.interval(now),
-            };
+            let mut changed = first.is_some_and(|event| handle(&mut detector, event, now));
             // What has come meanwhile costs one balancer, and not one each.
             while let Ok(event) = events.try_recv() {
                 changed |= handle(&mut detector, event, now);
+            }
+            if overdue && due.is_some() {
+                changed |= detector.interval(now);
             }
             changed
         });
         if !is_there {
             return;
         }
-        if due.is_none_or(|due| due <= Instant::now()) {
+        if overdue {
             due = Instant::now().checked_add(wait());
         }
     }

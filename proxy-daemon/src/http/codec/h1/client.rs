@@ -79,6 +79,8 @@ struct Upload {
     paused: bool,
     /// Its end is the end of what is written.
     shuts: bool,
+    /// All of it has been written, as far as the host takes it.
+    sent: bool,
 }
 
 impl ClientConnection {
@@ -90,7 +92,7 @@ impl ClientConnection {
             scanner: Scanner::default(),
             decoder: Decoder::Done,
             writer: Writer::default(),
-            upload: Upload { ended: true, ..Upload::default() },
+            upload: Upload { ended: true, sent: true, ..Upload::default() },
             kept: true,
             awaited: false,
             eof: false,
@@ -272,6 +274,7 @@ impl Inner {
                     let _ = ready!(Pin::new(&mut self.stream).poll_shutdown(cx));
                     self.upload.shuts = false;
                 }
+                self.upload.sent = true;
                 return Poll::Ready(if self.upload.broken { Err(()) } else { Ok(()) });
             }
             if waiting {
@@ -318,8 +321,10 @@ impl Inner {
 }
 
 impl Upload {
+    /// The host has been given all of it. What has only been taken from the body may still wait for the socket: whatever came after it on
+    /// the connection would be read as its end.
     fn is_done(&self) -> bool {
-        self.ended && !self.broken
+        self.ended && self.sent && !self.broken
     }
 
     /// The host takes no more of it.
@@ -383,7 +388,7 @@ impl ResponseBody {
     /// Sends on what there is of the request, while nobody can take more of the response.
     pub(in crate::http) fn send_on(&mut self, cx: &mut Context<'_>) {
         let mut inner = self.0.inner.borrow_mut();
-        if !inner.upload.ended || inner.upload.shuts {
+        if !inner.upload.sent {
             let _ = inner.poll_upload(cx);
         }
     }
@@ -394,7 +399,7 @@ impl ResponseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let mut inner = self.0.inner.borrow_mut();
         let inner = &mut *inner;
-        if !inner.upload.ended || inner.upload.shuts {
+        if !inner.upload.sent {
             let _ = inner.poll_upload(cx);
         }
         loop {

@@ -133,8 +133,8 @@ impl Chunks {
                 if size >> 59 != 0 {
                     return Err(CodecError::CODEC);
                 }
-                // Zeros in front are no more of use than an extension.
-                if size == 0 {
+                // Zeros in front are no more of use than an extension; a size has one that matters after them, or is the last one's.
+                if size == 0 && digit == 0 {
                     self.count_extension()?;
                 }
                 Ok(State::Size(size << 4 | u64::from(digit), true))

@@ -34,6 +34,13 @@ fn every_split_of_a_chunked_body() {
 }
 
 #[test]
+fn a_body_may_have_as_many_chunks_as_it_likes() {
+    let many = [b"1\r\nx\r\n".repeat(20_000), b"0\r\n\r\n".to_vec()].concat();
+    let (body, ..) = decode(&[&many]).unwrap().expect("a whole body");
+    assert_eq!(body.len(), 20_000);
+}
+
+#[test]
 fn what_is_refused() {
     let long = format!("5;{}\r\n", "a".repeat(17_000));
     let zeros = format!("{}5\r\n", "0".repeat(17_000));

@@ -276,7 +276,8 @@ fn fields(head: &Bytes, mut at: usize, limit: usize) -> Result<(HeaderMap, Told)
         } else if name == HOST {
             told.hosts += 1;
         }
-        headers.append(name, value);
+        // The map has a limit of its own, which a configuration may be above.
+        headers.try_append(name, value).map_err(|_| CodecError::TOO_MANY_HEADERS)?;
         at = line_end + 1;
     }
     Ok((headers, told))

@@ -192,7 +192,7 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     } else if parts.headers.get(EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         parts.headers.remove(EXPECT);
         if send_interim(state, &mut respond, StatusCode::CONTINUE, HeaderMap::new()).is_err() {
-            return;
+            return shared.stream_ended(Some(started.elapsed()));
         }
     }
     let body = match stream.is_end_stream() {

@@ -78,7 +78,7 @@ pub(super) fn tokens(providers: &[Provider], of: &[usize], head: &RequestHead) -
     for &number in of {
         for name in &providers[number].places.cookies {
             if let Some(value) = cookie(&head.headers, name).filter(|value| !value.is_empty()) {
-                add(value, Place::Cookie(name.clone()), number);
+                add(&value, Place::Cookie(name.clone()), number);
             }
         }
     }

@@ -173,14 +173,14 @@ fn verdict(of: Of, rules: &[HeaderRule], event: Event<'_>) -> Option<bool> {
             (_, true) => matches_any(&rule.matcher, status.iter().map(StatusCode::as_str)),
             (MatchedHeader::Name(name), false) => values_match(&rule.matcher, name, headers),
             // What only requests have.
-            _ => matches_any(&rule.matcher, std::iter::empty()),
+            _ => matches_any::<&str>(&rule.matcher, std::iter::empty()),
         };
         rules.iter().all(holds)
     };
     match event {
         Event::RequestHeaders(head) if of == Of::RequestHeaders => {
             let holds = |rule: &HeaderRule| match rule.status {
-                true => matches_any(&rule.matcher, std::iter::empty()),
+                true => matches_any::<&str>(&rule.matcher, std::iter::empty()),
                 false => header_matches(&rule.matcher, head),
             };
             Some(rules.iter().all(holds))
