@@ -442,12 +442,10 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     };
     let (reason, status, flags): (&'static str, _, _) = match error {
         PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
-        PoolError::Connect(ConnectError::Timeout) => {
+        PoolError::Connect(error) if matches!(*error, ConnectError::Timeout) => {
             ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
-        PoolError::Connect(ConnectError::Io(_) | ConnectError::Tls(_)) => {
-            ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
-        }
+        PoolError::Connect(_) => ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF),
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     let request = Some(Box::new((head, body)));

@@ -37,8 +37,8 @@ use crate::{
 pub struct Cluster {
     /// As configured.
     pub config: ClusterConfig,
-    /// Slots of its counters.
-    pub stats: ClusterStats,
+    /// Slots of its counters. Connections hold on to them, and not to the cluster.
+    pub stats: Arc<ClusterStats>,
     /// Requests and connections refused at a circuit breaker, for load reports.
     pub(crate) dropped: Dropped,
     /// Requests that were dropped as `drop_overloads` says, for load reports.
@@ -85,7 +85,7 @@ impl Cluster {
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
         Cluster {
             config,
-            stats,
+            stats: Arc::new(stats),
             limits,
             retries: Default::default(),
             recent,

@@ -7,9 +7,9 @@ use std::{
 };
 
 use super::{
-    Pool, SourcePool,
+    Pool, Ready, SourcePool,
     opened::{Http1Connection, Http2Connection},
-    preconnect::Demand,
+    shortage::Demand,
 };
 use crate::{
     http::{
@@ -30,9 +30,7 @@ pub struct Connection {
     issued: Issued,
     /// Of the pool, when it was lent.
     age: u32,
-    max_requests: u32,
-    /// Counts connections that have carried as many.
-    worn_out: Counter,
+    wear: Wear,
     _demand: Option<Demand>,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
@@ -86,7 +84,66 @@ fn h2_reason(error: &::h2::Error) -> ResetReason {
 /// What a request is sent with.
 pub(super) enum Sender {
     Http1(Rc<Http1Connection>),
-    Http2(Rc<Http2Connection>),
+    Http2(Stream),
+}
+
+/// Room for one request on an HTTP/2 connection.
+pub(super) struct Stream {
+    pub(super) connection: Rc<Http2Connection>,
+    home: Weak<SourcePool>,
+}
+
+impl Stream {
+    pub(super) fn new(connection: &Rc<Http2Connection>, home: &Rc<SourcePool>) -> Stream {
+        connection.active.set(connection.active.get() + 1);
+        connection.idle_since.set(None);
+        // Others may want it before this request has been sent.
+        connection.wear.count(&connection.requests);
+        if connection.wear.is_out(&connection.requests) {
+            home.forget_http2(connection);
+        }
+        Stream { connection: Rc::clone(connection), home: Rc::downgrade(home) }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let active = self.connection.active.get() - 1;
+        self.connection.active.set(active);
+        if active == 0 {
+            self.connection.idle_since.set(Some(Instant::now()));
+        }
+        if let Some(home) = self.home.upgrade() {
+            home.offer(&self.connection);
+        }
+    }
+}
+
+/// `max_requests_per_connection`.
+#[derive(Clone, Copy)]
+pub(super) struct Wear {
+    /// 0: as many as there are.
+    max_requests: u32,
+    /// Counts connections that have carried as many.
+    worn_out: Counter,
+}
+
+impl Wear {
+    pub(super) fn of(cluster: &WorkerCluster) -> Wear {
+        let max_requests = cluster.cluster.config.max_requests_per_connection;
+        Wear { max_requests, worn_out: cluster.cluster.stats.upstream_cx_max_requests }
+    }
+
+    fn count(self, requests: &Cell<u32>) {
+        requests.set(requests.get() + 1);
+        if requests.get() == self.max_requests {
+            self.worn_out.inc();
+        }
+    }
+
+    fn is_out(self, requests: &Cell<u32>) -> bool {
+        self.max_requests != 0 && requests.get() >= self.max_requests
+    }
 }
 
 impl Connection {
@@ -94,33 +151,20 @@ impl Connection {
         host: &Rc<WorkerHost>,
         cluster: &WorkerCluster,
         home: &Rc<SourcePool>,
-        (sender, demand): (Sender, Option<Demand>),
-        reused: bool,
+        ready: Ready,
+        demand: Option<Demand>,
     ) -> Connection {
-        let lent = Connection {
-            sender,
+        Connection {
+            sender: ready.sender,
             home: Rc::downgrade(home),
             pool: Rc::downgrade(&host.pool),
             issued: Issued::to(host),
             age: host.pool.age.get(),
-            max_requests: cluster.cluster.config.max_requests_per_connection,
-            worn_out: cluster.cluster.stats.upstream_cx_max_requests,
-            reused,
+            wear: Wear::of(cluster),
+            reused: ready.reused,
             _demand: demand,
             awaits_report: Cell::new(false),
-        };
-        if let Sender::Http2(connection) = &lent.sender {
-            // Others may want it before this request has been sent.
-            lent.count_request(&connection.requests);
-            if lent.is_worn_out(&connection.requests) {
-                home.forget_http2(connection);
-            }
         }
-        lent
-    }
-
-    fn is_worn_out(&self, requests: &Cell<u32>) -> bool {
-        self.max_requests != 0 && requests.get() >= self.max_requests
     }
 
     /// Whether it speaks HTTP/2.
@@ -137,7 +181,7 @@ impl Connection {
     pub fn info(&self) -> &Rc<UpstreamInfo> {
         match &self.sender {
             Sender::Http1(connection) => &connection.info,
-            Sender::Http2(connection) => &connection.info,
+            Sender::Http2(stream) => &stream.connection.info,
         }
     }
 
@@ -148,13 +192,6 @@ impl Connection {
             Sender::Http1(connection) => connection.client.tunnel(first, body),
             // Nobody asks for that.
             Sender::Http2(_) => http::Response::new(Incoming::Empty),
-        }
-    }
-
-    fn count_request(&self, requests: &Cell<u32>) {
-        requests.set(requests.get() + 1);
-        if requests.get() == self.max_requests {
-            self.worn_out.inc();
         }
     }
 
@@ -172,13 +209,11 @@ impl Connection {
         let grpc = host.host.vitals.is_some() && is_grpc(request.headers());
         let sent = match &self.sender {
             Sender::Http1(connection) => {
-                self.count_request(&connection.requests);
+                self.wear.count(&connection.requests);
                 connection.client.send(request, interim).await.map_err(Reset::http1)
             }
-            Sender::Http2(connection) => {
-                connection.active.set(connection.active.get() + 1);
-                connection.idle_since.set(None);
-                connection.client.send(request, interim).await.map_err(|error| match error {
+            Sender::Http2(stream) => {
+                stream.connection.client.send(request, interim).await.map_err(|error| match error {
                     h2::SendError::Unsent(request, error) => {
                         Reset { request: Some(request), reason: h2_reason(&error) }
                     }
@@ -208,31 +243,28 @@ impl Connection {
 
     /// The response has passed whole: the connection may be used again.
     pub fn release(self) {
-        let Some(home) = self.home.upgrade() else { return };
-        let usable = self.pool.upgrade().is_some_and(|pool| !pool.retired.get() && pool.age.get() == self.age);
-        match &self.sender {
-            Sender::Http1(connection) => {
-                let kept = usable && !connection.drains.get() && !self.is_worn_out(&connection.requests);
-                if kept && connection.client.is_reusable() && connection.client.park() {
-                    connection.idle_since.set(Some(Instant::now()));
-                    home.idle.borrow_mut().push(Rc::clone(connection));
-                }
-            }
-            Sender::Http2(connection) if !usable => home.forget_http2(connection),
-            Sender::Http2(_) => {}
+        let Sender::Http1(connection) = &self.sender else { return };
+        let Some(home) = self.home.upgrade().filter(|_| self.is_of_age()) else { return };
+        let kept = connection.keeps && !connection.drains.get() && !self.wear.is_out(&connection.requests);
+        if kept && connection.client.is_reusable() && connection.client.park() {
+            connection.idle_since.set(Some(Instant::now()));
+            home.idle.borrow_mut().push(Rc::clone(connection));
+            home.hand_out();
         }
-        home.released.notify_one();
+    }
+
+    fn is_of_age(&self) -> bool {
+        self.pool.upgrade().is_some_and(|pool| pool.keeps(self.age))
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Sender::Http2(connection) = &self.sender {
-            let active = connection.active.get().saturating_sub(1);
-            connection.active.set(active);
-            if active == 0 {
-                connection.idle_since.set(Some(Instant::now()));
-            }
+        if let Sender::Http2(stream) = &self.sender
+            && !self.is_of_age()
+            && let Some(home) = self.home.upgrade()
+        {
+            home.forget_http2(&stream.connection);
         }
     }
 }

@@ -2,36 +2,37 @@
 
 mod lent;
 mod opened;
-mod preconnect;
+mod shortage;
+mod waiting;
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::HashMap,
     rc::Rc,
 };
 
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::Notify;
 
 pub use lent::{Connection, Reset, ResetReason};
 pub(crate) use opened::Decrement;
 
 use self::{
-    lent::Sender,
+    lent::{Sender, Stream},
     opened::{Http1Connection, Http2Connection},
-    preconnect::Spare,
+    waiting::Waiting,
 };
 use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, connect::Source};
 use crate::config::model::Http2Options;
 
 /// Why no connection could be had.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum PoolError {
     /// The host could not be connected to.
     #[error(transparent)]
-    Connect(#[from] ConnectError),
+    Connect(Rc<ConnectError>),
     /// The HTTP/2 preface or the first settings failed.
     #[error("protocol error: {0}")]
-    Handshake(::h2::Error),
+    Handshake(Rc<::h2::Error>),
     /// A circuit breaker is open.
     #[error("overflow")]
     Overflow,
@@ -50,11 +51,35 @@ pub enum Wanted<'a> {
     Tcp,
 }
 
-/// This worker's connections to one host, by the source address that they keep.
+/// Ways to use a host that have pools of their own, as in Envoy: what may be wanted, for each priority.
+const WAYS: usize = 8;
+
+/// What a request needs a connection for.
+#[derive(Clone, Copy)]
+struct Need<'a> {
+    cluster: &'a Rc<WorkerCluster>,
+    wanted: Wanted<'a>,
+    source: Option<Source>,
+    high: bool,
+}
+
+impl Need<'_> {
+    fn way(&self) -> usize {
+        let kind = match self.wanted {
+            Wanted::Http1 => 0,
+            Wanted::Http2(_) => 1,
+            Wanted::Auto(_) => 2,
+            Wanted::Tcp => 3,
+        };
+        kind * 2 + usize::from(self.high)
+    }
+}
+
+/// This worker's connections to one host, by what they are for and by the source address that they keep.
 #[derive(Default)]
 pub struct Pool {
-    direct: Rc<SourcePool>,
-    by_source: RefCell<HashMap<Source, Rc<SourcePool>>>,
+    direct: [OnceCell<Rc<SourcePool>>; WAYS],
+    by_source: RefCell<HashMap<(Source, usize), Rc<SourcePool>>>,
     retired: Cell<bool>,
     /// Connections of earlier ages are not used again.
     age: Cell<u32>,
@@ -67,30 +92,40 @@ pub struct Pool {
 struct SourcePool {
     /// The last one used is used first, so that the others can grow old.
     idle: RefCell<Vec<Rc<Http1Connection>>>,
-    http2: RefCell<Option<Rc<Http2Connection>>>,
-    /// One connect at a time where one connection serves all.
-    http2_connect: Mutex<()>,
+    /// Those that have room for another request. The last one has it.
+    http2: RefCell<Vec<Rc<Http2Connection>>>,
     /// The host has chosen HTTP/1.1 where it had the choice.
     chose_http1: Cell<bool>,
     open: Cell<u32>,
-    spare: Spare,
-    /// Told when a connection comes back or goes, for those that wait at a circuit breaker.
-    released: Notify,
+    /// For how many requests there will be room when the connects that are under way are through.
+    coming: Cell<u64>,
+    /// Requests that have a connection, or wait for one: counted where the cluster has connections to spare.
+    demand: Cell<u32>,
+    /// Requests without a connection. While there are any, nothing is idle, and no HTTP/2 connection has room.
+    waiting: Waiting,
+    /// Told when a connection is gone, for those that wait: there may be room for another one.
+    gone: Notify,
 }
 
 impl Pool {
-    fn source(&self, source: Option<Source>) -> Rc<SourcePool> {
-        match source {
-            None => Rc::clone(&self.direct),
+    fn of(&self, need: &Need<'_>) -> Rc<SourcePool> {
+        let way = need.way();
+        match need.source {
+            None => Rc::clone(self.direct[way].get_or_init(Rc::default)),
             Some(source) => {
                 let mut by_source = self.by_source.borrow_mut();
                 // Sources come and go, as pods do: whenever the map would grow, those without a connection leave it.
                 if by_source.len() == by_source.capacity() {
                     by_source.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
                 }
-                Rc::clone(by_source.entry(source).or_default())
+                Rc::clone(by_source.entry((source, way)).or_default())
             }
         }
+    }
+
+    /// Whether what was opened or lent at that age may be used again.
+    fn keeps(&self, age: u32) -> bool {
+        !self.retired.get() && self.age.get() == age
     }
 
     #[cfg(test)]
@@ -132,11 +167,12 @@ impl Pool {
 
     fn let_go(&self) {
         let by_source = self.by_source.borrow();
-        for pool in by_source.values().chain([&self.direct]) {
+        for pool in by_source.values().chain(self.direct.iter().filter_map(OnceCell::get)) {
             let idle = std::mem::take(&mut *pool.idle.borrow_mut());
             drop(idle);
             // Its streams finish: the last one lets go of it.
-            pool.http2.borrow_mut().take();
+            let http2 = std::mem::take(&mut *pool.http2.borrow_mut());
+            http2.iter().for_each(|connection| connection.forget());
         }
     }
 }
@@ -165,7 +201,10 @@ impl WorkerHost {
         }
     }
 
-    /// A connection for one request: an idle one, or a new one within the cluster's limits.
+    /// A connection for one request: one that has room for it, or a new one within the cluster's limits.
+    ///
+    /// # Errors
+    /// No connection may be waited for, or a connect failed: with one, all requests that wait fail.
     pub async fn acquire(
         self: &Rc<Self>,
         cluster: &Rc<WorkerCluster>,
@@ -173,7 +212,7 @@ impl WorkerHost {
         source: Option<Source>,
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
-        let acquired = self.acquire_unseen(cluster, wanted, source, high_priority).await;
+        let acquired = self.acquire_unseen(&Need { cluster, wanted, source, high: high_priority }).await;
         match &acquired {
             Ok(_) => self.saw(Seen::Connected),
             Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),
@@ -183,73 +222,56 @@ impl WorkerHost {
         acquired
     }
 
-    async fn acquire_unseen(
-        self: &Rc<Self>,
-        cluster: &Rc<WorkerCluster>,
-        wanted: Wanted<'_>,
-        source: Option<Source>,
-        high_priority: bool,
-    ) -> Result<Connection, PoolError> {
-        let pool = self.pool.source(source);
-        let mut demand = cluster.cluster.config.pool.preconnect.map(|_| pool.demand());
-        let mut lend = |sender, reused| Connection::new(self, cluster, &pool, (sender, demand.take()), reused);
-        // A request without a connection is one of those that wait, while its own is opened too.
-        let mut pending = None;
-        let opened = loop {
-            let http1 = match wanted {
-                Wanted::Http1 | Wanted::Tcp => true,
-                Wanted::Http2(_) => false,
-                Wanted::Auto(_) => pool.chose_http1.get(),
-            };
-            if http1 {
-                let idle = if matches!(wanted, Wanted::Tcp) { None } else { pool.take_idle() };
-                if let Some(idle) = idle {
-                    self.preconnect(cluster, &pool, source, 0);
-                    return Ok(lend(Sender::Http1(idle), true));
+    async fn acquire_unseen(self: &Rc<Self>, need: &Need<'_>) -> Result<Connection, PoolError> {
+        let cluster = need.cluster;
+        let pool = self.pool.of(need);
+        let demand = cluster.cluster.config.pool.preconnect.map(|_| pool.demand());
+        let ready = match pool.take_ready() {
+            Some(ready) => {
+                if demand.is_some() {
+                    self.connect_more(need, &pool);
                 }
-                if pending.is_none() {
-                    pending = Some(wait(cluster, high_priority)?);
-                }
-                if self.may_open(cluster, &pool, high_priority).await {
-                    if !matches!(wanted, Wanted::Tcp) {
-                        self.preconnect(cluster, &pool, source, 1);
-                    }
-                    break Box::pin(self.open(cluster, &pool, source, wanted)).await?;
-                }
-                continue;
+                ready
             }
-            if let Some(shared) = pool.shared_http2() {
-                return Ok(lend(Sender::Http2(shared), true));
+            None => {
+                // A request without a connection is one of those that wait, while its own is opened too.
+                let _pending = wait(cluster, need.high)?;
+                Box::pin(self.handed(need, &pool)).await?
             }
-            if pending.is_none() {
-                pending = Some(wait(cluster, high_priority)?);
-            }
-            let _one_at_a_time = pool.http2_connect.lock().await;
-            if let Some(shared) = pool.shared_http2() {
-                return Ok(lend(Sender::Http2(shared), true));
-            }
-            if matches!(wanted, Wanted::Auto(_)) && pool.chose_http1.get() {
-                continue;
-            }
-            break Box::pin(self.open(cluster, &pool, source, wanted)).await?;
         };
-        Ok(lend(opened, false))
+        Ok(Connection::new(self, cluster, &pool, ready, demand))
     }
 
-    /// Whether a connection may be opened. Where the limit is reached, waits for one to be released and says no; a
-    /// pool without any connection may always open one, as in Envoy.
-    async fn may_open(&self, cluster: &WorkerCluster, pool: &SourcePool, high: bool) -> bool {
-        let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
-        if pool.open.get() == 0 || stats.upstream_cx_active.value() < u64::from(limits.max_connections()) {
-            return true;
+    /// Waits until there is a connection: those that have waited longest have it first.
+    async fn handed(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) -> Result<Ready, PoolError> {
+        let mut waiter = pool.join(&self.pool);
+        self.connect_more(need, pool);
+        loop {
+            tokio::select! {
+                biased;
+                handed = waiter.handed() => return handed,
+                () = pool.gone.notified() => self.connect_more(need, pool),
+            }
         }
-        stats.upstream_cx_overflow.inc();
-        pool.released.notified().await;
-        false
     }
 }
 
+/// A connection that has room for a request.
+struct Ready {
+    sender: Sender,
+    /// It has carried requests before: the host may have closed it in the meantime.
+    reused: bool,
+}
+
 impl SourcePool {
+    fn take_ready(self: &Rc<Self>) -> Option<Ready> {
+        if let Some(stream) = self.take_stream() {
+            let reused = stream.connection.requests.get() > 1;
+            return Some(Ready { sender: Sender::Http2(stream), reused });
+        }
+        self.take_idle().map(|idle| Ready { sender: Sender::Http1(idle), reused: true })
+    }
+
     fn take_idle(&self) -> Option<Rc<Http1Connection>> {
         loop {
             // One that the host has closed is dropped, which the pool is told of: it must not be borrowed then.
@@ -261,18 +283,41 @@ impl SourcePool {
         }
     }
 
-    fn shared_http2(&self) -> Option<Rc<Http2Connection>> {
-        let mut slot = self.http2.borrow_mut();
-        if slot.as_ref().is_some_and(|connection| connection.client.is_closed()) {
-            *slot = None;
+    fn take_stream(self: &Rc<Self>) -> Option<Stream> {
+        loop {
+            let connection = Rc::clone(self.http2.borrow().last()?);
+            let stream = connection.has_room().then(|| Stream::new(&connection, self));
+            // Full now, or since its host has changed its mind.
+            if !connection.has_room() {
+                self.unlist(&connection);
+            }
+            if stream.is_some() {
+                return stream;
+            }
         }
-        slot.as_ref().map(Rc::clone)
     }
 
-    fn forget_http2(&self, connection: &Rc<Http2Connection>) {
-        let mut slot = self.http2.borrow_mut();
-        if slot.as_ref().is_some_and(|current| Rc::ptr_eq(current, connection)) {
-            *slot = None;
+    /// The connection may have room again.
+    fn offer(self: &Rc<Self>, connection: &Rc<Http2Connection>) {
+        if connection.has_room() && !connection.listed.replace(true) {
+            self.http2.borrow_mut().push(Rc::clone(connection));
         }
+        self.hand_out();
+    }
+
+    fn unlist(&self, connection: &Rc<Http2Connection>) {
+        if connection.listed.take() {
+            let mut listed = self.http2.borrow_mut();
+            // From the end: mostly it is the last one.
+            if let Some(at) = listed.iter().rposition(|it| Rc::ptr_eq(it, connection)) {
+                listed.remove(at);
+            }
+        }
+    }
+
+    /// It has no further requests.
+    fn forget_http2(&self, connection: &Rc<Http2Connection>) {
+        self.unlist(connection);
+        connection.forget();
     }
 }

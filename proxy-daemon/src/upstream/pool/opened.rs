@@ -9,14 +9,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{PoolError, SourcePool, Wanted, lent::Sender};
+use super::{Need, PoolError, SourcePool, Wanted, lent::Wear, shortage::Coming};
 use crate::{
     config::model::Http2Options,
     http::codec::{h1, h2},
     stats::{Gauge, Metered},
     tls::AlpnFallback,
     upstream::{
-        Cluster, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
+        ClusterStats, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
         connect::{Dial, SocketSettings, Source, UpstreamInfo, UpstreamStream, connect},
     },
 };
@@ -29,6 +29,8 @@ pub(super) struct Http1Connection {
     pub(super) idle_since: Cell<Option<Instant>>,
     /// It is not used again.
     pub(super) drains: Cell<bool>,
+    /// It may be used for several requests.
+    pub(super) keeps: bool,
     open: OpenConnection,
 }
 
@@ -46,40 +48,114 @@ pub(super) struct Http2Connection {
     /// Streams in flight, and since when there are none.
     pub(super) active: Cell<u32>,
     pub(super) idle_since: Cell<Option<Instant>>,
+    pub(super) wear: Wear,
+    /// It is among those that have room.
+    pub(super) listed: Cell<bool>,
+    /// It has no further requests.
+    forgotten: Cell<bool>,
+    /// Of the cluster, for the streams at a time.
+    most: u32,
+}
+
+impl Http2Connection {
+    /// Whether it takes one more request.
+    pub(super) fn has_room(&self) -> bool {
+        let active = self.active.get();
+        !self.forgotten.get()
+            && !self.client.is_closed()
+            && active < self.most
+            && (active as usize) < self.client.limit()
+    }
+
+    /// It has no further requests. The caller sees to it that it is not listed.
+    pub(super) fn forget(&self) {
+        self.forgotten.set(true);
+        self.listed.set(false);
+    }
+}
+
+/// What a connection is opened with.
+#[derive(Clone)]
+enum Speaks {
+    Http1,
+    Tcp,
+    Http2(Http2Options),
+    Auto(Http2Options),
+}
+
+enum Opened {
+    Http1(Rc<Http1Connection>),
+    Http2(Rc<Http2Connection>),
 }
 
 impl WorkerHost {
-    pub(super) async fn open(
+    /// Opens a connection in a task of its own: whoever waits for it may go. Those that have waited longest have it.
+    pub(super) fn begin_connect(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) {
+        let speaks = match need.wanted {
+            Wanted::Http1 => Speaks::Http1,
+            Wanted::Tcp => Speaks::Tcp,
+            Wanted::Http2(options) => Speaks::Http2(options.clone()),
+            Wanted::Auto(options) => Speaks::Auto(options.clone()),
+        };
+        // It counts from now on.
+        let open = OpenConnection::new(need.cluster, self, pool);
+        let coming = Coming::new(pool, need.room());
+        let (age, source) = (self.pool.age.get(), need.source);
+        let (host, cluster, pool) = (Rc::clone(self), Rc::clone(need.cluster), Rc::clone(pool));
+        tokio::task::spawn_local(async move {
+            let opened = host.open(&cluster, &pool, source, speaks, open).await;
+            drop(coming);
+            match opened {
+                Ok(Opened::Http1(connection)) => {
+                    // With hosts of another age those that wait are content, and nobody else.
+                    if pool.waiting.count() > 0 || host.pool.keeps(age) {
+                        pool.hand_on(connection, false);
+                    }
+                }
+                Ok(Opened::Http2(connection)) => {
+                    pool.offer(&connection);
+                    if !host.pool.keeps(age) {
+                        pool.forget_http2(&connection);
+                    }
+                }
+                Err(error) => pool.fail(&error),
+            }
+        });
+    }
+
+    async fn open(
         &self,
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
         source: Option<Source>,
-        wanted: Wanted<'_>,
-    ) -> Result<Sender, PoolError> {
-        let alpn = match wanted {
-            Wanted::Http1 => AlpnFallback::Http1,
-            Wanted::Tcp => AlpnFallback::None,
-            Wanted::Http2(_) => AlpnFallback::Http2,
-            Wanted::Auto(_) => AlpnFallback::Auto,
+        speaks: Speaks,
+        open: OpenConnection,
+    ) -> Result<Opened, PoolError> {
+        let alpn = match speaks {
+            Speaks::Http1 => AlpnFallback::Http1,
+            Speaks::Tcp => AlpnFallback::None,
+            Speaks::Http2(_) => AlpnFallback::Http2,
+            Speaks::Auto(_) => AlpnFallback::Auto,
         };
-        let (stream, open) = self.dial(cluster, pool, source, alpn).await?;
-        let http2 = match wanted {
-            Wanted::Http1 | Wanted::Tcp => None,
-            Wanted::Http2(options) => Some(options),
-            Wanted::Auto(options) => {
+        let (stream, open) = self.dial(cluster, source, alpn, open).await?;
+        let (http2, is_tcp) = match speaks {
+            Speaks::Http1 => (None, false),
+            Speaks::Tcp => (None, true),
+            Speaks::Http2(options) => (Some(options), false),
+            Speaks::Auto(options) => {
                 let options = Some(options).filter(|_| stream.alpn() == Some(b"h2"));
                 // The host may choose otherwise the next time.
                 pool.chose_http1.set(options.is_none());
-                options
+                (options, false)
             }
         };
         match http2 {
-            Some(options) => self.start_http2(cluster, pool, stream, open, options).await.map(Sender::Http2),
+            Some(options) => self.start_http2(cluster, pool, stream, open, &options).await.map(Opened::Http2),
             None => {
-                if !matches!(wanted, Wanted::Tcp) {
+                if !is_tcp {
                     cluster.cluster.stats.upstream_cx_http1_total.inc();
                 }
-                Ok(Sender::Http1(self.start_http1(cluster, pool, stream, open)))
+                Ok(Opened::Http1(self.start_http1(cluster, pool, stream, open, !is_tcp)))
             }
         }
     }
@@ -88,12 +164,11 @@ impl WorkerHost {
     async fn dial(
         &self,
         cluster: &WorkerCluster,
-        pool: &Rc<SourcePool>,
         source: Option<Source>,
         alpn: AlpnFallback,
+        open: OpenConnection,
     ) -> Result<(UpstreamStream, OpenConnection), PoolError> {
         let (config, stats) = (&cluster.cluster.config, &cluster.cluster.stats);
-        let open = OpenConnection::new(cluster, self, pool);
         let dial = Dial {
             socket: SocketSettings::new(config, source),
             happy_eyeballs: config.happy_eyeballs,
@@ -115,7 +190,7 @@ impl WorkerHost {
                     stats.upstream_cx_connect_timeout.inc();
                 }
                 open.by_host.set(!timed_out);
-                Err(error.into())
+                Err(PoolError::Connect(Rc::new(error)))
             }
         }
     }
@@ -126,6 +201,7 @@ impl WorkerHost {
         pool: &Rc<SourcePool>,
         stream: UpstreamStream,
         open: OpenConnection,
+        keeps: bool,
     ) -> Rc<Http1Connection> {
         let connection = Rc::new(Http1Connection {
             info: Rc::new(stream.info(open.since, open.connected.get())),
@@ -133,11 +209,12 @@ impl WorkerHost {
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
             drains: Cell::new(false),
+            keeps,
             open,
         });
         let (watched, client) = (Rc::downgrade(&connection), Rc::downgrade(&connection.client));
-        let (limit, shared) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster));
-        let life = shared.config.pool.max_connection_duration;
+        let (limit, stats) = (cluster.cluster.config.idle_timeout, Arc::clone(&cluster.cluster.stats));
+        let life = cluster.cluster.config.pool.max_connection_duration;
         let home = Rc::downgrade(pool);
         // It only sleeps while the connection is in use.
         tokio::task::spawn_local(async move {
@@ -147,9 +224,9 @@ impl WorkerHost {
             tokio::select! {
                 biased;
                 () = closed => {}
-                () = idle => shared.stats.upstream_cx_idle_timeout.inc(),
+                () = idle => stats.upstream_cx_idle_timeout.inc(),
                 () = elapsed(life) => {
-                    shared.stats.upstream_cx_max_duration_reached.inc();
+                    stats.upstream_cx_max_duration_reached.inc();
                     // The request that has it finishes.
                     watched.upgrade().inspect(|connection| connection.drains.set(true));
                 }
@@ -172,7 +249,7 @@ impl WorkerHost {
         let info = Rc::new(stream.info(open.since, open.connected.get()));
         let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
         let started = h2::ClientConnection::start(metered(cluster, stream), options, buffer).await;
-        let (client, driver) = started.map_err(PoolError::Handshake)?;
+        let (client, driver) = started.map_err(|error| PoolError::Handshake(Rc::new(error)))?;
         cluster.cluster.stats.upstream_cx_http2_total.inc();
         let connection = Rc::new(Http2Connection {
             client,
@@ -180,23 +257,35 @@ impl WorkerHost {
             requests: Rc::clone(&open.requests),
             active: Cell::new(0),
             idle_since: Cell::new(Some(Instant::now())),
+            wear: Wear::of(cluster),
+            listed: Cell::new(false),
+            forgotten: Cell::new(false),
+            most: options.max_concurrent_streams.max(1),
         });
-        pool.http2.replace(Some(Rc::clone(&connection)));
         let (watched, home) = (Rc::downgrade(&connection), Rc::downgrade(pool));
         let limit = cluster.cluster.config.idle_timeout;
         let life = cluster.cluster.config.pool.max_connection_duration;
         tokio::task::spawn_local(async move {
             let idle = idle_watch(limit, || watched.upgrade().map(|connection| connection.idle_since.get()));
             let mut driver = pin!(driver);
+            let mut driver = std::future::poll_fn(|cx| {
+                let polled = driver.as_mut().poll(cx);
+                if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade())
+                    && connection.client.has_new_limit()
+                {
+                    home.offer(&connection);
+                }
+                polled
+            });
             tokio::select! {
                 result = &mut driver => {
                     // It also ends when nobody holds it any more.
                     open.by_host.set(watched.strong_count() > 0);
                     log_end(result);
                 }
-                () = idle => open.cluster.stats.upstream_cx_idle_timeout.inc(),
+                () = idle => open.stats.upstream_cx_idle_timeout.inc(),
                 () = elapsed(life) => {
-                    open.cluster.stats.upstream_cx_max_duration_reached.inc();
+                    open.stats.upstream_cx_max_duration_reached.inc();
                     if let (Some(home), Some(connection)) = (home.upgrade(), watched.upgrade()) {
                         home.forget_http2(&connection);
                     }
@@ -251,7 +340,8 @@ fn log_end(result: Result<(), ::h2::Error>) {
 
 /// Counts an open connection for as long as it lives.
 struct OpenConnection {
-    cluster: Arc<Cluster>,
+    /// Not the cluster, which would stay with all of its hosts.
+    stats: Arc<ClusterStats>,
     host: Arc<Host>,
     worker: usize,
     pool: Weak<SourcePool>,
@@ -274,7 +364,7 @@ impl OpenConnection {
         host.count(HostCounter::CxActive, 1);
         pool.open.set(pool.open.get() + 1);
         OpenConnection {
-            cluster: Arc::clone(&cluster.cluster),
+            stats: Arc::clone(&cluster.cluster.stats),
             host: Arc::clone(&host.host),
             worker: cluster.worker(),
             pool: Rc::downgrade(pool),
@@ -289,7 +379,7 @@ impl OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        let stats = &self.cluster.stats;
+        let stats = &self.stats;
         stats.upstream_cx_active.dec();
         stats.count_end(self.by_host.get(), self.in_use.get());
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
@@ -299,7 +389,10 @@ impl Drop for OpenConnection {
         self.host.counters.add(self.worker, HostCounter::CxActive, -1);
         if let Some(pool) = self.pool.upgrade() {
             pool.open.set(pool.open.get() - 1);
-            pool.released.notify_one();
+            // Without anybody it would be news for whoever comes next.
+            if pool.waiting.count() > 0 {
+                pool.gone.notify_one();
+            }
         }
     }
 }

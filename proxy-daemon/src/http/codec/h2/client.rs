@@ -1,6 +1,12 @@
 //! The side that hosts are spoken to: a task for the connection, and one for each request's body that does not pass at once.
 
-use std::{cell::Cell, future::poll_fn, pin::Pin, rc::Rc, task::Poll};
+use std::{
+    cell::Cell,
+    future::poll_fn,
+    pin::Pin,
+    rc::{Rc, Weak},
+    task::Poll,
+};
 
 use h2::{
     client::{Connection, SendRequest},
@@ -43,6 +49,10 @@ pub struct ClientConnection {
     sender: SendRequest<Piece>,
     outbox: Rc<Outbox>,
     closed: Cell<bool>,
+    /// How many streams the host takes at a time; `None` before it has said so.
+    limit: Cell<Option<usize>>,
+    /// The limit is another one than before.
+    new_limit: Cell<bool>,
 }
 
 impl ClientConnection {
@@ -69,15 +79,31 @@ impl ClientConnection {
         let (sender, mut connection): (_, Connection<T, Piece>) = builder.handshake(io).await?;
         let pings = options.keepalive.and_then(|_| connection.ping_pong());
         let mut keepalive = Keepalive::new(options.keepalive, pings);
+        let client = Rc::new(ClientConnection {
+            sender,
+            outbox: Outbox::new(buffer),
+            closed: Cell::new(false),
+            limit: Cell::new(None),
+            new_limit: Cell::new(false),
+        });
+        let (watched, mut known): (Weak<ClientConnection>, _) =
+            (Rc::downgrade(&client), connection.max_concurrent_send_streams());
         let driver = poll_fn(move |cx| {
             if keepalive.as_mut().is_some_and(|keepalive| keepalive.poll(cx).is_ready()) {
                 // What is under way on it breaks off.
                 tracing::debug!("an HTTP/2 host answers no pings");
                 return Poll::Ready(Ok(()));
             }
-            Pin::new(&mut connection).poll(cx)
+            let polled = Pin::new(&mut connection).poll(cx);
+            let limit = connection.max_concurrent_send_streams();
+            if std::mem::replace(&mut known, limit) != limit
+                && let Some(client) = watched.upgrade()
+            {
+                client.limit.set(Some(limit));
+                client.new_limit.set(true);
+            }
+            polled
         });
-        let client = Rc::new(ClientConnection { sender, outbox: Outbox::new(buffer), closed: Cell::new(false) });
         Ok((client, driver))
     }
 
@@ -89,6 +115,16 @@ impl ClientConnection {
     /// Its end has come: nothing is sent on it from now on.
     pub fn close(&self) {
         self.closed.set(true);
+    }
+
+    /// How many streams the host takes at a time. Before it has said so there is no limit, as in Envoy: what is too much waits inside.
+    pub fn limit(&self) -> usize {
+        self.limit.get().unwrap_or(usize::MAX)
+    }
+
+    /// Whether the limit has changed since this was last asked.
+    pub fn has_new_limit(&self) -> bool {
+        self.new_limit.take()
     }
 
     /// Sends a request and waits for its response's head. `interim` is told of the 1xx that come before it.
@@ -140,6 +176,10 @@ impl ClientConnection {
             Pin::new(&mut response).poll(cx)
         });
         let (mut parts, received) = response.await.map_err(SendError::Reset)?.into_parts();
+        if self.limit.get().is_none() {
+            // The host's settings come before anything else: its limit is the one that is presumed.
+            self.limit.set(Some(self.sender.current_max_send_streams()));
+        }
         if let Some(mut stream) = stream {
             // Nothing is said in another protocol before the host has agreed to it.
             if parts.status.is_success() {

@@ -1,0 +1,101 @@
+//! When connections are opened: for requests that wait, and those that `preconnect_policy` has opened before a request needs them.
+
+use std::rc::{Rc, Weak};
+
+use super::{Need, SourcePool, Wanted};
+use crate::upstream::{Standing, WorkerHost};
+
+/// So many are begun at a time at most, as by Envoy.
+const AT_ONCE: u32 = 3;
+
+/// A request that has a connection, or waits for one.
+pub(super) struct Demand(Weak<SourcePool>);
+
+impl Drop for Demand {
+    fn drop(&mut self) {
+        if let Some(pool) = self.0.upgrade() {
+            pool.demand.set(pool.demand.get() - 1);
+        }
+    }
+}
+
+/// Room that there will be when a connect is through.
+pub(super) struct Coming(Rc<SourcePool>, u64);
+
+impl Coming {
+    pub(super) fn new(pool: &Rc<SourcePool>, requests: u32) -> Coming {
+        pool.coming.set(pool.coming.get() + u64::from(requests));
+        Coming(Rc::clone(pool), requests.into())
+    }
+}
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.coming.set(self.0.coming.get() - self.1);
+    }
+}
+
+impl SourcePool {
+    /// There is one more request.
+    pub(super) fn demand(self: &Rc<Self>) -> Demand {
+        self.demand.set(self.demand.get() + 1);
+        Demand(Rc::downgrade(self))
+    }
+}
+
+impl Need<'_> {
+    /// How many requests a new connection has room for. One, where that is not known yet.
+    pub(super) fn room(&self) -> u32 {
+        match self.wanted {
+            Wanted::Http1 | Wanted::Tcp | Wanted::Auto(_) => 1,
+            Wanted::Http2(options) => {
+                let most = options.max_concurrent_streams.max(1);
+                match self.cluster.cluster.config.max_requests_per_connection {
+                    0 => most,
+                    requests => most.min(requests),
+                }
+            }
+        }
+    }
+}
+
+impl WorkerHost {
+    /// Begins connects where more requests wait than those that are under way have room for, or where there are fewer to spare than
+    /// wanted. A pool without any connection may always open one, as in Envoy: its requests would wait for ever.
+    pub(super) fn connect_more(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) {
+        let (limits, stats) = (need.cluster.cluster.limits(need.high), &need.cluster.cluster.stats);
+        for _ in 0..AT_ONCE {
+            if !self.is_short(need, pool) {
+                return;
+            }
+            let fits = stats.upstream_cx_active.value() < u64::from(limits.max_connections());
+            if !fits {
+                stats.upstream_cx_overflow.inc();
+            }
+            if fits || pool.open.get() == 0 {
+                self.begin_connect(need, pool);
+            }
+            if !fits {
+                return;
+            }
+        }
+    }
+
+    fn is_short(&self, need: &Need<'_>, pool: &SourcePool) -> bool {
+        if pool.waiting.count() as u64 > pool.coming.get() {
+            return true;
+        }
+        // An HTTP/2 connection has room for many requests.
+        let spares = match need.wanted {
+            Wanted::Http1 => true,
+            Wanted::Auto(_) => pool.chose_http1.get(),
+            Wanted::Http2(_) | Wanted::Tcp => false,
+        };
+        let ratio = need.cluster.cluster.config.pool.preconnect.filter(|_| spares);
+        ratio.is_some_and(|ratio| {
+            // Only a host that is well is worth it.
+            f64::from(pool.demand.get()) * ratio > f64::from(pool.open.get())
+                && self.host.standing() == Standing::Healthy
+        })
+    }
+}

@@ -1,0 +1,230 @@
+//! Requests that wait for a connection: to hosts that take few streams at a time, to hosts that do not answer, and those that are given up;
+//! with culvertd and with the real Envoy on the same bootstrap.
+
+use std::io::{BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_tests::bootstrap::Bootstrap;
+use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
+use culvert_tests::http1::{Request, Response};
+use culvert_tests::{server, wait_until};
+use nix::sys::socket::{Backlog, listen};
+use tokio::sync::watch;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const KINDS: [Kind; 2] = [Kind::Envoy, Kind::Culvert];
+
+/// An HTTP/2 host that takes so many streams at a time. Requests for `.../held` are answered when they are let go.
+fn http2_host(streams: Option<u32>, let_go: &watch::Sender<bool>) -> Result<u16> {
+    let let_go = let_go.subscribe();
+    server::start_async(move |stream| {
+        let let_go = let_go.clone();
+        async move {
+            let mut builder = h2::server::Builder::new();
+            if let Some(streams) = streams {
+                builder.max_concurrent_streams(streams);
+            }
+            let mut connection = builder.handshake::<_, bytes::Bytes>(stream).await?;
+            while let Some(request) = connection.accept().await {
+                let (request, mut respond) = request?;
+                let mut let_go = let_go.clone();
+                tokio::spawn(async move {
+                    if request.uri().path().ends_with("/held") {
+                        let _ = let_go.wait_for(|let_go| *let_go).await;
+                    }
+                    respond.send_response(http::Response::new(()), true).map(drop)
+                });
+            }
+            Ok(())
+        }
+    })
+}
+
+fn http2_of(options: &str) -> String {
+    format!(
+        "typed_extension_protocol_options: {{envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
+         {{http2_protocol_options: {{{options}}}}}}}}}"
+    )
+}
+
+/// Routes by the first part of paths, which names the cluster.
+fn routes(clusters: &[&str]) -> String {
+    let route = |name: &&str| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}, timeout: 0s}}}}");
+    let routes: Vec<_> = clusters.iter().map(route).collect();
+    format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "))
+}
+
+fn start(kind: Kind, bootstrap: &Bootstrap) -> Result<Daemon> {
+    Daemon::start_with(kind, &format!("node: {{id: a, cluster: b}}\n{}", bootstrap.yaml()), &[])
+}
+
+fn status(port: u16, path: &str) -> Result<u16> {
+    Ok(fetch(port, Request::get(path))?.status)
+}
+
+/// So many requests, each on a thread of its own, begun one after the other.
+fn begin(port: u16, path: &str, number: usize) -> Vec<thread::JoinHandle<Result<u16>>> {
+    let one = |_| {
+        let path = path.to_owned();
+        thread::spawn(move || status(port, &path))
+    };
+    (0..number).map(one).collect()
+}
+
+fn all(requests: Vec<thread::JoinHandle<Result<u16>>>) -> Result<Vec<u16>> {
+    requests.into_iter().map(|request| request.join().ok().context("a panic")?).collect()
+}
+
+/// Waits until statistics of a cluster are these.
+fn come_to(daemon: &Daemon, cluster: &str, values: &[(&str, u64)]) -> Result<()> {
+    wait_until(DEADLINE, cluster, || {
+        let stats = daemon.stats()?;
+        for (name, value) in values {
+            let now = stats.get(&format!("cluster.{cluster}.{name}"));
+            ensure!(now == *value, "{cluster}: {name} is {now} and not {value}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn no_connection_has_more_streams_than_its_host_takes() -> Result<()> {
+    for kind in KINDS {
+        let (let_go, _) = watch::channel(false);
+        let (two, any) = (http2_host(Some(2), &let_go)?, http2_host(None, &let_go)?);
+        let web = free_port()?;
+        let limited = "circuit_breakers: {thresholds: [{max_connections: 2, max_pending_requests: 2}]}";
+        let bootstrap = Bootstrap::new()
+            .http(web, &routes(&["said", "configured", "limited"]), &[])
+            .cluster("said", &[two], &[&http2_of("")])
+            .cluster("configured", &[any], &[&http2_of("max_concurrent_streams: 1")])
+            .cluster("limited", &[two], &[&http2_of(""), limited]);
+        let daemon = start(kind, &bootstrap)?;
+        let mut held = Vec::new();
+        for (name, requests, connections) in [("said", 5, 3), ("configured", 3, 3), ("limited", 4, 2)] {
+            // After this the host's settings are known.
+            ensure!(status(web, &format!("/{name}"))? == 200);
+            // One after the other: of a connection that is new, nobody knows how many streams its host takes.
+            for number in 1..=requests {
+                held.extend(begin(web, &format!("/{name}/held"), 1));
+                come_to(&daemon, name, &[("upstream_rq_total", number + 1)])
+                    .with_context(|| format!("{kind:?}: {number} requests"))?;
+            }
+            come_to(&daemon, name, &[("upstream_cx_total", connections), ("upstream_rq_active", requests)])
+                .with_context(|| format!("{kind:?}"))?;
+        }
+        // No further connection, and no further stream on those that there are.
+        held.extend(begin(web, "/limited/held", 2));
+        let waiting = [("upstream_rq_pending_active", 2), ("upstream_rq_total", 5), ("upstream_cx_active", 2)];
+        come_to(&daemon, "limited", &waiting).with_context(|| format!("{kind:?}"))?;
+        assert_eq!(status(web, "/limited")?, 503, "{kind:?}");
+        come_to(&daemon, "limited", &[("upstream_rq_pending_overflow", 1)]).with_context(|| format!("{kind:?}"))?;
+        let_go.send_replace(true);
+        ensure!(all(held)?.iter().all(|status| *status == 200));
+        come_to(&daemon, "limited", &[("upstream_rq_pending_active", 0), ("upstream_rq_total", 7)])?;
+    }
+    Ok(())
+}
+
+/// A port that neither accepts nor refuses: whoever waits to be accepted fills the queue.
+fn fill(listener: &TcpListener) -> Result<Vec<TcpStream>> {
+    let address = listener.local_addr()?;
+    Ok((0..2).filter_map(|_| TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok()).collect())
+}
+
+fn short_queue() -> Result<TcpListener> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    listen(&listener, Backlog::new(0)?)?;
+    Ok(listener)
+}
+
+/// A cluster of one host, with that time for connects.
+fn cluster(bootstrap: Bootstrap, name: &str, port: u16, timeout: &str, further: &[&str]) -> Bootstrap {
+    let assignment = format!(
+        "load_assignment: {{cluster_name: {name}, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: \
+         {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]}}"
+    );
+    let timeout = format!("connect_timeout: {timeout}");
+    bootstrap.cluster_of(name, &[&["type: STATIC", &timeout, &assignment], further].concat())
+}
+
+#[test]
+fn all_that_wait_fail_with_a_connect() -> Result<()> {
+    for kind in KINDS {
+        let host = short_queue()?;
+        let _waiting = fill(&host)?;
+        let (web, port) = (free_port()?, host.local_addr()?.port());
+        let one = "circuit_breakers: {thresholds: [{max_connections: 1}]}";
+        let mut bootstrap = Bootstrap::new().http(web, &routes(&["one", "two"]), &[]);
+        bootstrap = cluster(bootstrap, "one", port, "6s", &[one]);
+        bootstrap = cluster(bootstrap, "two", port, "6s", &[&http2_of("")]);
+        let daemon = start(kind, &bootstrap)?;
+        for name in ["one", "two"] {
+            let requests = begin(web, &format!("/{name}"), 4);
+            come_to(&daemon, name, &[("upstream_rq_pending_active", 4), ("upstream_cx_active", 1)])?;
+            assert_eq!(all(requests)?, [503; 4], "{kind:?}: {name}");
+            let failed = [
+                ("upstream_cx_total", 1),
+                ("upstream_cx_connect_timeout", 1),
+                ("upstream_cx_connect_fail", 1),
+                ("upstream_rq_pending_failure_eject", 4),
+                ("upstream_rq_pending_active", 0),
+                ("upstream_cx_overflow", if name == "one" { 3 } else { 0 }),
+            ];
+            come_to(&daemon, name, &failed).with_context(|| format!("{kind:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Answers one request on a connection.
+fn answer(stream: &TcpStream) -> Result<()> {
+    Request::read(&mut BufReader::new(stream))?.context("a request")?;
+    Response::new(200, "text/plain", Vec::new()).write(&mut &*stream, false)?;
+    Ok((&*stream).flush()?)
+}
+
+#[test]
+fn connects_do_not_end_with_the_requests_that_they_were_for() -> Result<()> {
+    for kind in KINDS {
+        let host = short_queue()?;
+        let (web, port) = (free_port()?, host.local_addr()?.port());
+        let bootstrap = Bootstrap::new().http(web, &routes(&["one"]), &[]);
+        let daemon = start(kind, &cluster(bootstrap, "one", port, "25s", &[]))?;
+        let first = begin(web, "/one", 1);
+        let (taken, _) = host.accept()?;
+        let waiting = fill(&host)?;
+        // It has a connect of its own, and then the connection that is released meanwhile.
+        let second = begin(web, "/one", 1);
+        come_to(&daemon, "one", &[("upstream_rq_pending_active", 1), ("upstream_cx_active", 2)])?;
+        answer(&taken)?;
+        assert_eq!(all(first)?, [200], "{kind:?}");
+        come_to(&daemon, "one", &[("upstream_rq_pending_active", 0), ("upstream_rq_total", 2)])
+            .with_context(|| format!("{kind:?}"))?;
+        // A request that is given up.
+        let mut third = TcpStream::connect(("127.0.0.1", web))?;
+        third.write_all(b"GET /one HTTP/1.1\r\nhost: a\r\n\r\n")?;
+        come_to(&daemon, "one", &[("upstream_rq_pending_active", 1), ("upstream_cx_active", 2)])?;
+        drop(third);
+        come_to(&daemon, "one", &[("upstream_rq_pending_active", 0), ("upstream_cx_active", 2)])?;
+        answer(&taken)?;
+        assert_eq!(all(second)?, [200], "{kind:?}");
+        // Room in the queue: the connect is through, and the connection is one for further requests.
+        for _ in &waiting {
+            host.accept()?;
+        }
+        let (connected, _) = host.accept()?;
+        let both = begin(web, "/one", 2);
+        come_to(&daemon, "one", &[("upstream_rq_active", 2), ("upstream_rq_total", 4)])?;
+        answer(&taken)?;
+        answer(&connected)?;
+        assert_eq!(all(both)?, [200, 200], "{kind:?}");
+        come_to(&daemon, "one", &[("upstream_cx_total", 2), ("upstream_cx_connect_fail", 0)])
+            .with_context(|| format!("{kind:?}"))?;
+    }
+    Ok(())
+}
