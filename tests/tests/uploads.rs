@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::{Request, Response};
-use culvert_tests::server;
+use culvert_tests::{server, wait_until};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 const KINDS: [Kind; 2] = [Kind::Envoy, Kind::Culvert];
@@ -131,6 +131,42 @@ fn a_body_may_have_many_chunks() -> Result<()> {
         client.write_all(&chunks())?;
         let answer = Response::read(&mut BufReader::new(client), "POST").with_context(|| format!("{kind:?}"))?;
         assert_eq!((answer.status, answer.body.len()), (200, CHUNKS), "{kind:?}");
+    }
+    Ok(())
+}
+
+/// A host that sends faster than its client reads is no reason to let a request last for longer than its route says.
+#[test]
+fn a_client_that_does_not_read_is_in_time_or_cut_off() -> Result<()> {
+    for (version, kind) in [("1.1", Kind::Envoy), ("1.1", Kind::Culvert), ("2", Kind::Envoy), ("2", Kind::Culvert)] {
+        let host = server::start(|mut stream| {
+            read_head(&mut stream)?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
+            loop {
+                stream.write_all(&[b'x'; 64 * 1024])?;
+            }
+        })?;
+        let web = free_port()?;
+        let routes = ROUTES.replace("timeout: 0s", "timeout: 1s");
+        let yaml = Bootstrap::new().http(web, &routes, &[]).cluster("app", &[host], &[]).yaml();
+        let daemon = Daemon::start(kind, &yaml)?;
+        let mut client = TcpStream::connect(("127.0.0.1", web))?;
+        client.set_read_timeout(Some(DEADLINE))?;
+        match version {
+            "1.1" => client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")?,
+            // SETTINGS; GET, http, /, and an authority that is not compressed. The stream's window is never opened again.
+            _ => client.write_all(
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a",
+            )?,
+        }
+        let what = format!("{kind:?}, HTTP/{version}: the end of the request");
+        wait_until(DEADLINE, &what, || {
+            let stats = daemon.stats()?;
+            let (timeouts, active) =
+                (stats.get("cluster.app.upstream_rq_timeout"), stats.get("cluster.app.upstream_rq_active"));
+            ensure!((timeouts, active) == (1, 0), "{timeouts} timeouts, {active} requests active");
+            Ok(())
+        })?;
     }
     Ok(())
 }

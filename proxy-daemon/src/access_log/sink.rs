@@ -124,7 +124,9 @@ impl Output {
             if rest.is_empty() || !self.has_room() {
                 break Ok(());
             }
-            let piece = &rest[..piece_len(rest)];
+            // Of a line that no pipe takes at once, what there is room for: where the reader is slow, another thread's lines may come
+            // between its parts, but nobody waits.
+            let piece = &rest[..piece_len(rest).min(PIPE_BUF)];
             match (&self.file).write_all(piece) {
                 Ok(()) => written += piece.len(),
                 Err(error) => {

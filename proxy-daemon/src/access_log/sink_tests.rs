@@ -170,6 +170,19 @@ fn a_pipe_that_nobody_reads_does_not_stop_the_writer() {
 }
 
 #[test]
+fn a_line_longer_than_a_pipe_does_not_stop_the_writer_either() {
+    let (mut reader, output) = pipe();
+    // Pipes have room for 64 KiB, and may have more.
+    let mut line = [vec![b'z'; 4 << 20], b"\n".to_vec()].concat();
+    let all = line.len();
+    output.write(&mut line).unwrap();
+    assert!(0 < line.len() && line.len() < all, "{} of {all} bytes are left", line.len());
+    let mut received = vec![0; all - line.len()];
+    reader.read_exact(&mut received).unwrap();
+    assert!(received.iter().all(|byte| *byte == b'z'));
+}
+
+#[test]
 fn a_pipe_whose_reader_is_gone_is_an_error_and_keeps_nothing() {
     let (reader, output) = pipe();
     drop(reader);

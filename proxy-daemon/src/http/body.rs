@@ -61,6 +61,16 @@ impl Body {
         }
     }
 
+    /// Ready when a limit of time has passed while what came last waits for the other side to take it, where nobody polls for more: the
+    /// body is broken off then. What filters have made of a body knows no limits.
+    pub(super) fn poll_limits(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        let Body::Observed(_, observer) = self else { return Poll::Pending };
+        observer.idle(cx).map(|error| {
+            observer.error(&error);
+            error
+        })
+    }
+
     /// Puts `wrap` around what is here.
     pub fn wrap<W: WrappedBody + 'static>(&mut self, wrap: impl FnOnce(Body) -> W) {
         *self = Body::Wrapped(Box::new(wrap(std::mem::take(self))));

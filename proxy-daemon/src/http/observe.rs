@@ -101,7 +101,10 @@ impl Observer for ResponseObserver {
     fn idle(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
         self.timers.poll(cx).map(|expired| {
             let (flag, text) = match expired {
-                Expired::Route => (ResponseFlags::UT, "upstream response timeout"),
+                Expired::Route => {
+                    self.end.with(|end| end.route_expired());
+                    (ResponseFlags::UT, "upstream response timeout")
+                }
                 Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
                 Expired::Duration => {
                     self.end.with(|end| {
@@ -358,6 +361,17 @@ impl StreamEnd {
             cluster.cluster.stats.upstream_rq_max_duration_reached.inc();
         }
         self.details = Cow::Borrowed("upstream_max_stream_duration_reached");
+    }
+
+    /// The answer has not come to its end in time.
+    fn route_expired(&mut self) {
+        if let Some((cluster, host)) = &self.host {
+            let aggregate = self.progress.aggregate.borrow();
+            let routed = aggregate.as_ref().unwrap_or(cluster);
+            routed.cluster.stats.upstream_rq_timeout.inc();
+            host.count(HostCounter::RqTimeout, 1);
+        }
+        self.count(|stats| stats.upstream_rq_timeout.inc());
     }
 
     /// The upstream has said nothing for too long, in the middle of its answer.

@@ -120,6 +120,8 @@ pub(super) enum Broken {
     Off,
     /// The other side does not take the rest.
     NotTaken,
+    /// A limit of time has passed while the other side took nothing.
+    Late,
 }
 
 /// Sends a body, and what comes after it. Ends early where the other side does not want more.
@@ -151,7 +153,13 @@ pub(super) async fn send_body(
         match frame.into_data() {
             Ok(data) => {
                 let end = body.is_end_stream();
-                send_data(data, (end, flush), to, outbox).await?;
+                let sent = send_data(data, (end, flush), body, to, outbox).await;
+                if sent == Err(Broken::Late) {
+                    // It has ended: it is logged now.
+                    drop(std::mem::take(body));
+                    to.send_reset(Reason::INTERNAL_ERROR);
+                }
+                sent?;
                 if end {
                     return Ok(());
                 }
@@ -186,6 +194,7 @@ async fn break_off(to: &mut SendStream<Piece>, flush: Option<Duration>) {
 async fn send_data(
     mut data: Bytes,
     (end, flush): (bool, Option<Duration>),
+    body: &mut Body,
     to: &mut SendStream<Piece>,
     outbox: &Rc<Outbox>,
 ) -> Result<(), Broken> {
@@ -195,6 +204,11 @@ async fn send_data(
     while !data.is_empty() {
         // Only what is at hand is asked for: windows that are held in advance would be missed by other streams.
         to.reserve_capacity(data.len());
+        // The host is through with it, once this is the end.
+        let mut late = |cx: &mut Context<'_>| match end {
+            true => Poll::Pending,
+            false => body.poll_limits(cx).map(|_| Err(Broken::Late)),
+        };
         let room = poll_fn(|cx| {
             if to.poll_reset(cx).is_ready() {
                 return Poll::Ready(Err(Broken::Off));
@@ -203,10 +217,13 @@ async fn send_data(
                 match to.poll_capacity(cx) {
                     Poll::Ready(Some(Ok(_))) => {}
                     Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(Err(Broken::Off)),
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => return late(cx),
                 }
             }
-            outbox.poll_room(cx).map(|()| Ok(to.capacity()))
+            match outbox.poll_room(cx) {
+                Poll::Ready(()) => Poll::Ready(Ok(to.capacity())),
+                Poll::Pending => late(cx),
+            }
         });
         let room = match flush.filter(|_| end) {
             None => room.await?,

@@ -61,7 +61,11 @@ impl Outgoing<'_> {
                         // A client that does not read may still have something to say.
                         self.body.send_on(cx);
                     }
-                    return Poll::Pending;
+                    if self.ended {
+                        return Poll::Pending;
+                    }
+                    // A client that does not read must not keep the host's connection for longer than anybody else may.
+                    return self.body.poll_limits(cx).map(|_| Err(()));
                 }
             }
             if self.ended {
