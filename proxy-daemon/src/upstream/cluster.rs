@@ -4,7 +4,6 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use arc_swap::ArcSwap;
@@ -12,21 +11,17 @@ use arc_swap::ArcSwap;
 use super::{
     ClusterStats, Dropped,
     aggregate::{Aggregates, Plan, replan},
-    by_address::ByAddress,
-    drop_overload::Drops,
     health_check::{Changed, ClusterChecks},
-    host::{Host, HostCounters, HostSet},
-    lb::{self, Assigned, Balancer, Ingredients, LocalZones},
+    host::{HostCounters, HostSet},
+    lb::LocalZones,
     limits::{Limits, RuntimeLimits, cluster_of},
-    orca::{Orca, Reports},
+    making::{Making, build},
+    orca::Orca,
     outlier::OutlierDetector,
     recent::Recent,
-    vitals::Vitals,
 };
 use crate::{
-    config::model::{
-        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, LocalNode, Locality, LocalityEndpoints,
-    },
+    config::model::{ClusterConfig, Discovery, LocalNode, LocalityEndpoints},
     layered_runtime::{observe, with_values},
     stats,
     tls::{ClientTls, Secrets},
@@ -203,248 +198,11 @@ impl Cluster {
     }
 }
 
-/// What is as it is for all hosts of a cluster while a set of them is made.
-struct Making<'a> {
-    config: &'a ClusterConfig,
-    stats: &'a ClusterStats,
-    workers: usize,
-    local: &'a Local,
-    outlier: Option<&'a OutlierDetector>,
-    checks: Option<&'a ClusterChecks>,
-    orca: Option<&'a Arc<Orca>>,
-    /// The hosts before are of the same version of the cluster: what was found out about them still holds.
-    keeps_vitals: bool,
-    /// The hosts before were found in the same place.
-    finds_the_same: bool,
-}
-
-/// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
-fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &Making<'_>) -> HostSet {
-    let count = endpoints.iter().map(|group| group.endpoints.len()).sum();
-    let mut by_address = ByAddress::with_capacity(count);
-    let mut hosts: Vec<Arc<Host>> = Vec::with_capacity(count);
-    let mut groups = Vec::with_capacity(endpoints.len());
-    // Slots of hosts that are gone are free for those that come.
-    let mut by_slot = vec![FREE; before.by_slot.len()];
-    let mut new = Vec::new();
-    let now = Instant::now();
-    for group in endpoints {
-        let locality = Arc::new(group.locality.clone());
-        let first = hosts.len() as u32;
-        for endpoint in &group.endpoints {
-            if matches!(endpoint.address, EndpointAddress::Dns { .. }) {
-                continue;
-            }
-            // There are never more hosts than fit.
-            let number = hosts.len() as u32;
-            // An address that is listed twice is one host, as in Envoy.
-            if by_address.get(&hosts, &endpoint.address).is_some() {
-                continue;
-            }
-            let known = making.known(before, &endpoint.address);
-            match known {
-                Some(known) => by_slot[known.slot as usize] = number,
-                None => new.push(number),
-            }
-            hosts.push(host(endpoint, group, &locality, known, now, making));
-            by_address.add(&hosts, number);
-        }
-        groups.push(Assigned {
-            locality,
-            weight: group.weight,
-            priority: group.priority,
-            policy: group.policy.clone(),
-            hosts: first..hosts.len() as u32,
-        });
-    }
-    let mut free = 0;
-    for number in new {
-        while by_slot.get(free).is_some_and(|taken| *taken != FREE) {
-            free += 1;
-        }
-        if free == by_slot.len() {
-            by_slot.push(FREE);
-        }
-        if let Some(host) = Arc::get_mut(&mut hosts[number as usize]) {
-            host.slot = free as u32;
-        }
-        by_slot[free] = number;
-        free += 1;
-    }
-    // Hosts that the cluster begins with have the weights of the configuration until there are others, as in Envoy.
-    if making.keeps_vitals {
-        making.weigh(&mut hosts);
-    }
-    let levels = lb::levels(&groups, &making.local.node.locality);
-    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None, drops: Drops::new(endpoints) };
-    set.balancer = making.balancer(&set);
-    set
-}
-
-/// Stands for "no host".
-const FREE: u32 = u32::MAX;
-
-impl Making<'_> {
-    /// The host that has been at an address; the host of a LOGICAL_DNS cluster is the same wherever it is.
-    fn known<'a>(&self, before: &'a HostSet, address: &EndpointAddress) -> Option<&'a Arc<Host>> {
-        match self.config.discovery {
-            Discovery::LogicalDns(_) if self.finds_the_same => before.hosts.first(),
-            _ => before.at(address),
-        }
-    }
-
-    fn balancer(&self, set: &HostSet) -> Option<Balancer> {
-        let config = self.config;
-        let given = config.discovery.chooses_hosts();
-        (!given).then(|| {
-            Balancer::new(&Ingredients {
-                hosts: &set.hosts,
-                levels: &set.levels,
-                policy: &config.lb_policy,
-                options: &config.lb,
-                local: self.local.zones.as_ref(),
-                stats: self.stats,
-            })
-        })
-    }
-
-    /// Gives hosts the weights that are made of what they report.
-    fn weigh(&self, hosts: &mut [Arc<Host>]) {
-        if let Some(orca) = self.orca {
-            orca.apply(hosts);
-        }
-    }
-
-    /// Of a host; `known`: what it was before.
-    fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
-        let vitals = self.health(endpoint, group, known).or_else(|| self.orca.map(|_| Arc::default()))?;
-        if let Some(orca) = self.orca {
-            vitals.keep_reports(|| Reports::new(orca));
-        }
-        Some(vitals)
-    }
-
-    fn health(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
-        if let Some(vitals) = self.checks.and_then(|checks| checks.vitals(endpoint, group)) {
-            if let Some(outlier) = self.outlier {
-                vitals.watch(|| outlier.monitor());
-            }
-            return Some(vitals);
-        }
-        // Those of a host that is not checked any more say what its last check found.
-        if self.keeps_vitals
-            && let Some(known) = known
-            && !known.vitals.as_ref().is_some_and(|vitals| vitals.is_checked())
-        {
-            return known.vitals.clone();
-        }
-        let outlier = self.outlier?;
-        Some(Arc::new(Vitals::new(Some(outlier.monitor()))))
-    }
-
-    /// Whether a host may stay as it is.
-    fn keeps(&self, host: &Host) -> bool {
-        let finds_out = self.outlier.is_some() || self.checks.is_some() || self.orca.is_some();
-        let weighed = host.weight != host.said_weight;
-        self.keeps_vitals || (host.vitals.is_none() && !finds_out && !weighed)
-    }
-
-    /// A host of the version before.
-    fn renewed(&self, host: &Host) -> Host {
-        let endpoint = Endpoint {
-            address: host.address.clone(),
-            weight: host.said_weight,
-            health: host.health,
-            hostname: host.hostname.clone(),
-            metadata: host.metadata.clone(),
-            additional_addresses: host.additional_addresses.clone(),
-            check: None,
-        };
-        let group = LocalityEndpoints {
-            locality: Locality::clone(&host.locality),
-            priority: host.priority,
-            ..LocalityEndpoints::default()
-        };
-        let vitals = self.vitals(&endpoint, &group, Some(host));
-        Host { vitals, weight: host.said_weight, ..host.clone() }
-    }
-
-    /// The same hosts, chosen anew.
-    fn again(&self, before: &HostSet) -> HostSet {
-        let again = |host: &Arc<Host>| match self.keeps(host) {
-            true => Arc::clone(host),
-            false => Arc::new(self.renewed(host)),
-        };
-        let mut hosts: Vec<_> = before.hosts.iter().map(again).collect();
-        if self.keeps_vitals {
-            self.weigh(&mut hosts);
-        }
-        let mut set = HostSet {
-            hosts,
-            by_address: before.by_address.clone(),
-            by_slot: before.by_slot.clone(),
-            levels: before.levels.clone(),
-            balancer: None,
-            drops: before.drops.clone(),
-        };
-        set.balancer = self.balancer(&set);
-        set
-    }
-}
-
-/// The host that an endpoint is; `known`: its version before. One that is as it was is kept as it is.
-fn host(
-    endpoint: &Endpoint,
-    group: &LocalityEndpoints,
-    locality: &Arc<Locality>,
-    known: Option<&Arc<Host>>,
-    now: Instant,
-    making: &Making<'_>,
-) -> Arc<Host> {
-    let weight = endpoint.weight.max(1);
-    let vitals = making.vitals(endpoint, group, known.map(|host| &**host));
-    let same_vitals = |host: &Host| match (&host.vitals, &vitals) {
-        (Some(before), Some(now)) => Arc::ptr_eq(before, now),
-        (before, now) => before.is_none() && now.is_none(),
-    };
-    let unchanged = known.filter(|host| {
-        host.address == endpoint.address
-            && host.additional_addresses == endpoint.additional_addresses
-            && (host.weight, host.said_weight) == (weight, weight)
-            && host.health == endpoint.health
-            && host.hostname == endpoint.hostname
-            && host.metadata == endpoint.metadata
-            && host.priority == group.priority
-            && *host.locality == group.locality
-            && same_vitals(host)
-    });
-    if let Some(host) = unchanged {
-        return Arc::clone(host);
-    }
-    let healthy = matches!(endpoint.health, HealthStatus::Unknown | HealthStatus::Healthy);
-    Arc::new(Host {
-        text: Host::text_of(&endpoint.address),
-        address: endpoint.address.clone(),
-        additional_addresses: endpoint.additional_addresses.clone(),
-        weight,
-        said_weight: weight,
-        health: endpoint.health,
-        hostname: endpoint.hostname.clone(),
-        metadata: endpoint.metadata.clone(),
-        locality: Arc::clone(locality),
-        priority: group.priority,
-        healthy_since: known.and_then(|host| host.healthy_since).or(healthy.then_some(now)),
-        slot: known.map_or(0, |host| host.slot),
-        vitals,
-        counters: known.map_or_else(|| Arc::new(HostCounters::new(making.workers)), |host| Arc::clone(&host.counters)),
-    })
-}
-
 /// Where this node is, and what its own cluster says of zones.
 #[derive(Debug, Default)]
-struct Local {
-    node: LocalNode,
-    zones: Option<LocalZones>,
+pub(super) struct Local {
+    pub(super) node: LocalNode,
+    pub(super) zones: Option<LocalZones>,
     aggregates: Aggregates,
 }
 

@@ -1,5 +1,7 @@
+use std::time::Instant;
+
 use super::*;
-use crate::config::model::HealthOptions;
+use crate::config::model::{Endpoint, EndpointAddress, HealthOptions, HealthStatus};
 use crate::upstream::{PickCx, WorkerClusters};
 use crate::{
     config::model::{HappyEyeballs, LbOptions, LbPolicy, LeastRequest, PoolOptions, Thresholds, UpstreamProtocol},

@@ -16,6 +16,7 @@ pub mod health_check;
 mod host;
 mod lb;
 mod limits;
+mod making;
 mod mine;
 pub(crate) mod orca;
 mod original_dst;
