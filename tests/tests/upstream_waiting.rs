@@ -228,3 +228,59 @@ fn connects_do_not_end_with_the_requests_that_they_were_for() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn priorities_are_counted_apart() -> Result<()> {
+    for kind in KINDS {
+        let (let_go, _) = watch::channel(false);
+        let hosts = [http2_host(None, &let_go)?, http2_host(Some(1), &let_go)?];
+        let web = free_port()?;
+        let limits =
+            |figures| format!("circuit_breakers: {{thresholds: [{{{figures}}}, {{priority: HIGH, {figures}}}]}}");
+        let waits = "max_connections: 1, max_pending_requests: 1";
+        let clusters = [("requests", "max_requests: 2"), ("waits", waits)];
+        let route = |(name, _): &(&str, _)| {
+            format!(
+                "{{match: {{prefix: /{name}/high}}, route: {{cluster: {name}, priority: HIGH, timeout: 0s}}}}, \
+                 {{match: {{prefix: /{name}}}, route: {{cluster: {name}, timeout: 0s}}}}"
+            )
+        };
+        let routes = clusters.each_ref().map(route).join(", ");
+        let mut bootstrap =
+            Bootstrap::new().http(web, &format!("- {{name: all, domains: ['*'], routes: [{routes}]}}"), &[]);
+        for ((name, figures), host) in clusters.into_iter().zip(hosts) {
+            bootstrap = bootstrap.cluster(name, &[host], &[&http2_of(""), &limits(figures)]);
+        }
+        let daemon = start(kind, &bootstrap)?;
+        let open = |cluster: &str, breaker: &str, values: [u64; 2]| {
+            let names = ["default", "high"].map(|priority| format!("circuit_breakers.{priority}.{breaker}"));
+            come_to(&daemon, cluster, &[(&names[0], values[0]), (&names[1], values[1])])
+                .with_context(|| format!("{kind:?}"))
+        };
+        let mut held = begin(web, "/requests/held", 2);
+        come_to(&daemon, "requests", &[("upstream_rq_active", 2)])?;
+        open("requests", "rq_open", [1, 0])?;
+        assert_eq!(status(web, "/requests")?, 503, "{kind:?}");
+        held.extend(begin(web, "/requests/high/held", 2));
+        come_to(&daemon, "requests", &[("upstream_rq_active", 4)]).with_context(|| format!("{kind:?}"))?;
+        open("requests", "rq_open", [1, 1])?;
+        assert_eq!(status(web, "/requests/high")?, 503, "{kind:?}");
+        // One has the connection, and one waits for it.
+        for (path, [connections, pending], breakers) in [("", [1, 1], [1, 0]), ("/high", [2, 2], [1, 1])] {
+            ensure!(status(web, &format!("/waits{path}"))? == 200);
+            held.extend(begin(web, &format!("/waits{path}/held"), 1));
+            come_to(&daemon, "waits", &[("upstream_cx_active", connections), ("upstream_rq_total", connections * 2)])?;
+            held.extend(begin(web, &format!("/waits{path}/held"), 1));
+            come_to(&daemon, "waits", &[("upstream_rq_pending_active", pending), ("upstream_cx_active", connections)])
+                .with_context(|| format!("{kind:?}"))?;
+            open("waits", "rq_pending_open", breakers)?;
+            open("waits", "cx_open", breakers)?;
+            assert_eq!(status(web, &format!("/waits{path}"))?, 503, "{kind:?}");
+        }
+        let_go.send_replace(true);
+        ensure!(all(held)?.iter().all(|status| *status == 200));
+        open("requests", "rq_open", [0, 0])?;
+        open("waits", "rq_pending_open", [0, 0])?;
+    }
+    Ok(())
+}

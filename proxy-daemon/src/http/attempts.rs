@@ -22,7 +22,7 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
     upstream::{
-        Chosen, ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Seen, Wanted,
+        Chosen, ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Resource, Seen, Wanted,
         WorkerCluster, WorkerHost,
     },
 };
@@ -238,15 +238,14 @@ impl Attempts<'_> {
     fn take(&self, end: &mut StreamEnd, chosen: Chosen) -> Result<Chosen, LocalReply> {
         let Chosen { cluster, host } = &chosen;
         let stats = &cluster.cluster.stats;
-        let limits = cluster.cluster.limits(self.action.high_priority);
-        if stats.upstream_rq_active.value() >= u64::from(limits.max_requests()) {
+        if cluster.cluster.is_full(Resource::Requests, self.action.high_priority) {
             stats.upstream_rq_pending_overflow.inc();
             cluster.cluster.dropped.inc();
             host.count_refused(cluster, self.action.high_priority);
             end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
             return Err(overloaded());
         }
-        end.set_host(self.cluster, &chosen);
+        end.set_host(self.cluster, &chosen, self.action.high_priority);
         self.cluster.cluster.attempt_begins(self.action.high_priority);
         Ok(chosen)
     }

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     config::model::MetadataMatch,
-    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Source, WorkerCluster, WorkerHost},
+    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Resource, Source, WorkerCluster, WorkerHost},
 };
 
 /// Why there is no answer, or not a whole one.
@@ -54,7 +54,7 @@ struct UnderWay {
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.chosen.cluster.cluster.stats.upstream_rq_active.dec();
+        self.chosen.cluster.cluster.end_request(false);
         self.cluster.cluster.stats.record_time(self.started.elapsed().as_millis() as u64, true);
         self.chosen.host.end_request();
     }
@@ -125,13 +125,13 @@ pub(super) async fn send_to(
     // An aggregate's member, which has limits of its own.
     let (member, host) = (Rc::clone(&chosen.cluster), Rc::clone(&chosen.host));
     let member_stats = &member.cluster.stats;
-    if member_stats.upstream_rq_active.value() >= u64::from(member.cluster.limits(false).max_requests()) {
+    if member.cluster.is_full(Resource::Requests, false) {
         member_stats.upstream_rq_pending_overflow.inc();
         member.cluster.dropped.inc();
         host.count_refused(&member, false);
         return Err(Failure::Overflow);
     }
-    member_stats.upstream_rq_active.inc();
+    member.cluster.begin_request(false);
     cluster.cluster.attempt_begins(false);
     host.begin_request();
     let under_way = UnderWay { cluster: Rc::clone(cluster), chosen, started: Instant::now() };

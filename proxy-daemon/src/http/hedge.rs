@@ -38,19 +38,23 @@ struct Try<'a> {
 }
 
 /// A host that an attempt has, and its place at the circuit breaker.
-struct Held(Rc<Chosen>);
+struct Held {
+    chosen: Rc<Chosen>,
+    /// The priority.
+    high: bool,
+}
 
 impl Deref for Held {
     type Target = Chosen;
 
     fn deref(&self) -> &Chosen {
-        &self.0
+        &self.chosen
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.cluster.cluster.stats.upstream_rq_active.dec();
+        self.cluster.cluster.end_request(self.high);
         self.host.end_request();
     }
 }
@@ -96,7 +100,7 @@ impl Attempts<'_> {
                     if end.host.take().is_none() {
                         continue;
                     }
-                    let held = Held(Rc::clone(&chosen));
+                    let held = Held { chosen: Rc::clone(&chosen), high: self.action.high_priority };
                     let replay = self.retry.as_ref().and_then(|retry| retry.body.as_ref());
                     let body = replay.map_or(Body::Empty, |replay| replay.reader());
                     let (request, number) = ((head.clone(), body), self.count);
@@ -115,7 +119,7 @@ impl Attempts<'_> {
                     if verdict == Verdict::Retry {
                         tries[at].hedged = true;
                         timed_out = true;
-                        pause = Some(self.next_turn(&tries[at].held.0.clone()));
+                        pause = Some(self.next_turn(&tries[at].held.chosen.clone()));
                     }
                 }
                 Event::Answered(at, answered) => match *answered {
@@ -145,7 +149,7 @@ impl Attempts<'_> {
                                 continue;
                             }
                         }
-                        end.set_host(self.cluster, &one.held);
+                        end.set_host(self.cluster, &one.held, one.held.high);
                         end.notes.upstream.set(Some(Rc::clone(connection.info())));
                         self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
                         self.until.set(one.until.get());
@@ -178,7 +182,7 @@ impl Attempts<'_> {
                             one.held.host.count(HostCounter::RqError, 1);
                             end.charge(self.cluster, failed.status);
                         } else {
-                            end.set_host(self.cluster, &one.held);
+                            end.set_host(self.cluster, &one.held, one.held.high);
                             return Err(self.give_up(end, failed));
                         }
                     }

@@ -177,6 +177,8 @@ pub(super) struct StreamEnd {
     pub(super) clears_details: bool,
     /// The attempt's host, and the cluster that it is of.
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
+    /// The priority at that cluster's circuit breakers.
+    high: bool,
     pub(super) notes: Notes,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
@@ -258,6 +260,7 @@ impl StreamEnd {
             details: Cow::Borrowed(""),
             clears_details: false,
             host: None,
+            high: false,
             notes: Notes::default(),
             judged: false,
             http1: true,
@@ -468,7 +471,7 @@ impl StreamEnd {
     pub(super) fn leave_host(&mut self) {
         self.judge(true);
         if let Some((cluster, before)) = self.host.take() {
-            cluster.cluster.stats.upstream_rq_active.dec();
+            cluster.cluster.end_request(self.high);
             before.end_request();
         }
     }
@@ -498,10 +501,11 @@ impl StreamEnd {
     }
 
     /// The host of the next attempt; the one before it is done with.
-    pub(super) fn set_host(&mut self, routed: &Rc<WorkerCluster>, Chosen { cluster, host }: &Chosen) {
+    pub(super) fn set_host(&mut self, routed: &Rc<WorkerCluster>, Chosen { cluster, host }: &Chosen, high: bool) {
         self.leave_host();
         self.progress.aggregate.replace((!Rc::ptr_eq(routed, cluster)).then(|| Rc::clone(routed)));
-        cluster.cluster.stats.upstream_rq_active.inc();
+        cluster.cluster.begin_request(high);
+        self.high = high;
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
         self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
@@ -628,7 +632,7 @@ impl Drop for StreamEnd {
             let routed = aggregate.as_ref().unwrap_or(cluster);
             routed.cluster.stats.record_time(elapsed, self.internal);
             self.count(|stats| stats.upstream_rq_time.record(elapsed));
-            cluster.cluster.stats.upstream_rq_active.dec();
+            cluster.cluster.end_request(self.high);
             host.end_request();
         }
         if let Some(log) = self.log.take() {

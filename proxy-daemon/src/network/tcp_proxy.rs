@@ -23,8 +23,8 @@ use crate::{
     stats::{Counter, Gauge, Lease, Scope},
     tls::AlpnFallback,
     upstream::{
-        Chosen, ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Seen, SocketSettings, UpstreamInfo,
-        UpstreamStream, WorkerCluster, WorkerHost, connect,
+        Chosen, ConnectError, Decrement, Dial, HostCounter, Issued, PickCx, Resource, Seen, SocketSettings, Tunnelled,
+        UpstreamInfo, UpstreamStream, WorkerCluster, WorkerHost, connect,
     },
 };
 
@@ -231,7 +231,7 @@ struct Dialed {
     closings: u32,
     /// The host closed it, and not this side.
     by_host: bool,
-    _open: Decrement,
+    _open: Tunnelled,
     _issued: Issued,
 }
 
@@ -255,10 +255,9 @@ async fn dial(
     let routed = &cluster.cluster.stats;
     for attempt in 0..proxy.config.max_connect_attempts {
         let is_full = |cluster: &WorkerCluster| {
-            let (limit, stats) = (cluster.cluster.limits(false).max_connections(), &cluster.cluster.stats);
-            let full = stats.upstream_cx_active.value() >= u64::from(limit);
+            let full = cluster.cluster.is_full(Resource::Connections, false);
             if full {
-                stats.upstream_cx_overflow.inc();
+                cluster.cluster.stats.upstream_cx_overflow.inc();
             }
             full
         };
@@ -287,7 +286,7 @@ async fn dial(
         let closings = host.pool.closings();
         stats.upstream_cx_total.inc();
         // Counted from the first SYN: connects that hang use up the limit as well.
-        let open = Decrement::after_inc(stats.upstream_cx_active);
+        let open = Tunnelled::to(&member);
         let (since, connected) = (Instant::now(), Cell::new(None));
         let how = Dial {
             socket: SocketSettings::new(config, info.source),

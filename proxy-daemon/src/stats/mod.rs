@@ -93,6 +93,48 @@ impl Drop for HiddenCounter {
     }
 }
 
+/// A gauge without a name, which nothing shows. Its slot is given to others when it is dropped: nobody may have counted up what is not
+/// counted down by then.
+#[derive(Debug)]
+pub struct HiddenGauge(Gauge);
+
+impl HiddenGauge {
+    /// At zero.
+    pub fn new() -> HiddenGauge {
+        HiddenGauge(Gauge(registry::hidden_slot()))
+    }
+
+    /// Adds one.
+    #[inline]
+    pub fn inc(&self) {
+        self.0.inc();
+    }
+
+    /// Takes one away.
+    #[inline]
+    pub fn dec(&self) {
+        self.0.dec();
+    }
+
+    /// The sum over all threads, as [`Gauge::value`].
+    #[inline]
+    pub fn value(&self) -> u64 {
+        self.0.value()
+    }
+}
+
+impl Default for HiddenGauge {
+    fn default() -> Self {
+        HiddenGauge::new()
+    }
+}
+
+impl Drop for HiddenGauge {
+    fn drop(&mut self) {
+        registry::release_hidden(self.0.0);
+    }
+}
+
 /// A number that goes up and down. Every thread holds its own share, and any thread may take down what another put up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Gauge(u32);

@@ -11,6 +11,7 @@ use arc_swap::ArcSwap;
 use super::{
     ClusterStats, Dropped,
     aggregate::{Aggregates, Plan, replan},
+    breakers::{Breakers, Resource},
     health_check::{Changed, ClusterChecks},
     host::{HostCounters, HostSet},
     lb::LocalZones,
@@ -41,6 +42,8 @@ pub struct Cluster {
     /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
     pub(crate) original_dst: Option<Arc<HostCounters>>,
     limits: RuntimeLimits,
+    /// What counts at its circuit breakers. Connections hold on to it.
+    pub(crate) breakers: Arc<Breakers>,
     /// Retries under way, of the default priority and of the high one.
     retries: [AtomicU32; 2],
     /// What `budget_interval` asks for.
@@ -82,6 +85,7 @@ impl Cluster {
             config,
             stats: Arc::new(stats),
             limits,
+            breakers: Arc::default(),
             retries: Default::default(),
             recent,
             dropped: Dropped::new(),
@@ -109,7 +113,9 @@ impl Cluster {
             Some(budget) => {
                 let requests = match &self.recent[usize::from(high)] {
                     Some(recent) => recent.count(),
-                    None => self.stats.upstream_rq_active.value() + self.stats.upstream_rq_pending_active.value(),
+                    None => {
+                        [Resource::Requests, Resource::Pending].map(|it| self.breakers.in_use(it, high)).iter().sum()
+                    }
                 };
                 let share = requests as f64 * budget.percent / 100.0;
                 (share as u32).max(budget.min_concurrency)

@@ -29,6 +29,7 @@ mod worker;
 
 pub use aggregate::Chosen;
 pub use breakers::breaker_gauges;
+pub(crate) use breakers::{Resource, Tunnelled};
 pub use cluster::{Cluster, ClusterChange, ClusterMap, Clusters};
 pub(crate) use connect::set_int;
 pub use connect::{ConnectError, Dial, SocketSettings, Source, UpstreamInfo, UpstreamStream, connect};

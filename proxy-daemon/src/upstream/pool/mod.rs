@@ -21,7 +21,7 @@ use self::{
     opened::{Http1Connection, Http2Connection},
     waiting::Waiting,
 };
-use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, connect::Source};
+use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, breakers::Resource, connect::Source};
 use crate::config::model::Http2Options;
 
 /// Why no connection could be had.
@@ -181,22 +181,35 @@ impl Pool {
 ///
 /// # Errors
 /// As many wait as may.
-fn wait(cluster: &WorkerCluster, high: bool) -> Result<Decrement, PoolError> {
-    let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
-    if stats.upstream_rq_pending_active.value() >= u64::from(limits.max_pending_requests()) {
+fn wait(cluster: &WorkerCluster, high: bool) -> Result<Pending<'_>, PoolError> {
+    let stats = &cluster.cluster.stats;
+    if cluster.cluster.is_full(Resource::Pending, high) {
         stats.upstream_rq_pending_overflow.inc();
         return Err(PoolError::Overflow);
     }
     stats.upstream_rq_pending_total.inc();
-    Ok(Decrement::after_inc(stats.upstream_rq_pending_active))
+    cluster.cluster.breakers.take(Resource::Pending, high);
+    Ok(Pending { _shown: Decrement::after_inc(stats.upstream_rq_pending_active), cluster, high })
+}
+
+/// A request that waits for a connection, at the circuit breaker.
+struct Pending<'a> {
+    _shown: Decrement,
+    cluster: &'a WorkerCluster,
+    high: bool,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.cluster.cluster.breakers.give_back(Resource::Pending, self.high);
+    }
 }
 
 impl WorkerHost {
     /// A request that was meant for this host is refused because the cluster has as many as it may. Envoy, which looks only when there
     /// is a connection, counts that as the host's error, unless the request may not even wait for one.
     pub fn count_refused(&self, cluster: &WorkerCluster, high: bool) {
-        let (limits, stats) = (cluster.cluster.limits(high), &cluster.cluster.stats);
-        if stats.upstream_rq_pending_active.value() < u64::from(limits.max_pending_requests()) {
+        if !cluster.cluster.is_full(Resource::Pending, high) {
             self.count(HostCounter::RqError, 1);
         }
     }

@@ -17,6 +17,7 @@ use crate::{
     tls::AlpnFallback,
     upstream::{
         ClusterStats, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
+        breakers::{Breakers, Resource},
         connect::{Dial, SocketSettings, Source, UpstreamInfo, UpstreamStream, connect},
     },
 };
@@ -98,7 +99,7 @@ impl WorkerHost {
             Wanted::Auto(options) => Speaks::Auto(options.clone()),
         };
         // It counts from now on.
-        let open = OpenConnection::new(need.cluster, self, pool);
+        let open = OpenConnection::new(need, self, pool);
         let coming = Coming::new(pool, need.room());
         let (age, source) = (self.pool.age.get(), need.source);
         let (host, cluster, pool) = (Rc::clone(self), Rc::clone(need.cluster), Rc::clone(pool));
@@ -342,6 +343,8 @@ fn log_end(result: Result<(), ::h2::Error>) {
 struct OpenConnection {
     /// Not the cluster, which would stay with all of its hosts.
     stats: Arc<ClusterStats>,
+    /// With its priority.
+    breakers: (Arc<Breakers>, bool),
     host: Arc<Host>,
     worker: usize,
     pool: Weak<SourcePool>,
@@ -356,7 +359,9 @@ struct OpenConnection {
 }
 
 impl OpenConnection {
-    fn new(cluster: &WorkerCluster, host: &WorkerHost, pool: &Rc<SourcePool>) -> OpenConnection {
+    fn new(need: &Need<'_>, host: &WorkerHost, pool: &Rc<SourcePool>) -> OpenConnection {
+        let (cluster, high) = (need.cluster, need.high);
+        cluster.cluster.breakers.take(Resource::Connections, high);
         let stats = &cluster.cluster.stats;
         stats.upstream_cx_total.inc();
         stats.upstream_cx_active.inc();
@@ -365,6 +370,7 @@ impl OpenConnection {
         pool.open.set(pool.open.get() + 1);
         OpenConnection {
             stats: Arc::clone(&cluster.cluster.stats),
+            breakers: (Arc::clone(&cluster.cluster.breakers), high),
             host: Arc::clone(&host.host),
             worker: cluster.worker(),
             pool: Rc::downgrade(pool),
@@ -379,6 +385,8 @@ impl OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
+        let (breakers, high) = &self.breakers;
+        breakers.give_back(Resource::Connections, *high);
         let stats = &self.stats;
         stats.upstream_cx_active.dec();
         stats.count_end(self.by_host.get(), self.in_use.get());

@@ -3,7 +3,7 @@
 use std::rc::{Rc, Weak};
 
 use super::{Need, SourcePool, Wanted};
-use crate::upstream::{Standing, WorkerHost};
+use crate::upstream::{Standing, WorkerHost, breakers::Resource};
 
 /// So many are begun at a time at most, as by Envoy.
 const AT_ONCE: u32 = 3;
@@ -63,14 +63,13 @@ impl WorkerHost {
     /// Begins connects where more requests wait than those that are under way have room for, or where there are fewer to spare than
     /// wanted. A pool without any connection may always open one, as in Envoy: its requests would wait for ever.
     pub(super) fn connect_more(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) {
-        let (limits, stats) = (need.cluster.cluster.limits(need.high), &need.cluster.cluster.stats);
         for _ in 0..AT_ONCE {
             if !self.is_short(need, pool) {
                 return;
             }
-            let fits = stats.upstream_cx_active.value() < u64::from(limits.max_connections());
+            let fits = !need.cluster.cluster.is_full(Resource::Connections, need.high);
             if !fits {
-                stats.upstream_cx_overflow.inc();
+                need.cluster.cluster.stats.upstream_cx_overflow.inc();
             }
             if fits || pool.open.get() == 0 {
                 self.begin_connect(need, pool);
