@@ -17,13 +17,8 @@ const OWN_VALUES: [&str; 3] = ["date", "x-envoy-upstream-service-time", "x-reque
 const DIFFERENT_ANSWERS: [(&str, &str); 0] = [];
 
 /// Stats of Envoy's that culvertd does not have, by the end of their names: what they count does not exist in it yet.
-const MISSING_STATS: [&str; 5] = [
-    "upstream_rq_0rtt",
-    "upstream_rq_active_overflow",
-    "upstream_rq_rx_reset_no_error",
-    "downstream_rq_tx_reset",
-    "upstream_rq_504",
-];
+const MISSING_STATS: [&str; 4] =
+    ["upstream_rq_0rtt", "upstream_rq_rx_reset_no_error", "downstream_rq_tx_reset", "upstream_rq_504"];
 
 const ROUTES: &str = r#"
 - name: hosts

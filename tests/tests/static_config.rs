@@ -94,7 +94,10 @@ fn circuit_breakers_refuse_what_is_too_much() -> Result<()> {
     let statuses = statuses?;
     let refused = statuses.iter().filter(|status| **status == 503).count();
     assert!((3..5).contains(&refused), "one runs, one waits, the rest is refused: {statuses:?}");
-    assert_eq!(daemon.stats()?.get("cluster.app.upstream_rq_pending_overflow"), refused as u64);
+    let stats = daemon.stats()?;
+    let overflows = ["upstream_rq_pending_overflow", "upstream_rq_active_overflow"];
+    let counted: u64 = overflows.iter().map(|name| stats.get(&format!("cluster.app.{name}"))).sum();
+    assert_eq!(counted, refused as u64);
     Ok(())
 }
 

@@ -237,9 +237,7 @@ impl Attempts<'_> {
     /// The attempt's host is this one, unless there are too many requests already.
     fn take(&self, end: &mut StreamEnd, chosen: Chosen) -> Result<Chosen, LocalReply> {
         let Chosen { cluster, host } = &chosen;
-        let stats = &cluster.cluster.stats;
         if cluster.cluster.is_full(Resource::Requests, self.action.high_priority) {
-            stats.upstream_rq_pending_overflow.inc();
             cluster.cluster.dropped.inc();
             host.count_refused(cluster, self.action.high_priority);
             end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);

@@ -126,7 +126,6 @@ pub(super) async fn send_to(
     let (member, host) = (Rc::clone(&chosen.cluster), Rc::clone(&chosen.host));
     let member_stats = &member.cluster.stats;
     if member.cluster.is_full(Resource::Requests, false) {
-        member_stats.upstream_rq_pending_overflow.inc();
         member.cluster.dropped.inc();
         host.count_refused(&member, false);
         return Err(Failure::Overflow);

@@ -67,7 +67,8 @@ cluster_stats! {
         upstream_cx_max_requests upstream_cx_max_duration_reached upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
         upstream_cx_protocol_error upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
-        upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_pending_failure_eject
+        upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_active_overflow
+        upstream_rq_pending_failure_eject
         upstream_rq_retry upstream_rq_retry_success upstream_rq_retry_limit_exceeded upstream_rq_retry_overflow
         upstream_rq_retry_backoff_exponential upstream_rq_retry_backoff_ratelimited upstream_rq_per_try_idle_timeout
         retry_or_shadow_abandoned upstream_rq_max_duration_reached

@@ -92,6 +92,12 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     }
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
+    let protocol = protocol(cluster, http.as_ref(), tls.is_some(), path)?;
+    let asks_grpc = health.check.as_ref().is_some_and(|check| matches!(check.check, Check::Grpc(_)));
+    if asks_grpc && matches!(protocol, UpstreamProtocol::Http1) {
+        let text = format!("{} cluster must support HTTP/2 for gRPC healthchecking", cluster.name);
+        return Err(FieldError::new(join(path, "health_checks[0].grpc_health_check"), text));
+    }
     Ok(ClusterConfig {
         name: cluster.name.as_str().into(),
         stat_name: if cluster.alt_stat_name.is_empty() { &cluster.name } else { &cluster.alt_stat_name }
@@ -101,7 +107,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         lb,
         reported_metrics,
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
-        protocol: protocol(cluster, http.as_ref(), tls.is_some(), path)?,
+        protocol,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
         pool: pool(cluster, path, &common, &common_path)?,

@@ -171,6 +171,9 @@ fn policies_of(policies: &LoadBalancingPolicy, path: &str, depth: usize) -> Resu
     let configs = || policies.policies.iter().map(|policy| policy.typed_extension_config.as_ref());
     let types = configs().map(|config| config.and_then(|config| config.typed_config.as_ref()).map_or("", type_name));
     let Some(index) = first_known(types) else {
+        if policies.policies.is_empty() {
+            return Err(FieldError::new(join(path, "policies"), "there is no policy in it"));
+        }
         let names: Vec<_> = configs().map(|config| config.map_or("", |config| &config.name)).collect();
         let text = format!("none of these policies is supported by culvert yet: {}", names.join(", "));
         return Err(FieldError::new(join(path, "policies"), text));

@@ -209,7 +209,11 @@ impl WorkerHost {
     /// A request that was meant for this host is refused because the cluster has as many as it may. Envoy, which looks only when there
     /// is a connection, counts that as the host's error, unless the request may not even wait for one.
     pub fn count_refused(&self, cluster: &WorkerCluster, high: bool) {
-        if !cluster.cluster.is_full(Resource::Pending, high) {
+        let stats = &cluster.cluster.stats;
+        if cluster.cluster.is_full(Resource::Pending, high) {
+            stats.upstream_rq_pending_overflow.inc();
+        } else {
+            stats.upstream_rq_active_overflow.inc();
             self.count(HostCounter::RqError, 1);
         }
     }
