@@ -1,6 +1,7 @@
 //! culvertd: the node proxy's data plane. One folder a concern, in the order in which a request meets them;
 //! docs/architecture.md has the picture.
 
+mod grpc_status;
 #[macro_use]
 mod write_to_held;
 

@@ -7,6 +7,7 @@ use super::{
     fields::{missing, number},
     format::Part,
 };
+use crate::grpc_status;
 
 static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -64,7 +65,7 @@ impl StatusForm {
         let status = match (said, record.response_code) {
             (Some(status), _) => status,
             (None, 0) => return missing(out, record),
-            (None, code) => Some(of_http(code)),
+            (None, code) => Some(grpc_status::of_http(code).into()),
         };
         // What is no number.
         let Some(status) = status else { return out.extend_from_slice(b"-1") };
@@ -89,15 +90,4 @@ pub(super) fn header(part: Part) -> &'static HeaderName {
 fn told(headers: Option<Headers<'_>>) -> Option<Option<u64>> {
     let value = headers?.get(&GRPC_STATUS).filter(|value| !value.is_empty())?;
     Some(value.to_str().ok().and_then(|value| value.parse().ok()))
-}
-
-fn of_http(code: u16) -> u64 {
-    match code {
-        400 => 13,
-        401 => 16,
-        403 => 7,
-        404 => 12,
-        429 | 502..=504 => 14,
-        _ => 2,
-    }
 }

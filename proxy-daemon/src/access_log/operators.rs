@@ -1,14 +1,13 @@
 //! Operators of formats that take arguments of their own kinds.
 
 use std::{
-    io::Write as _,
     sync::LazyLock,
     time::{Instant, SystemTime},
 };
 
 use http::HeaderName;
 
-use crate::http::path::decode;
+use crate::http::{path::decode, request_id::random_uuid};
 
 use super::{
     Record, Times,
@@ -167,13 +166,7 @@ impl Special {
                 cut(out, record, query, *max_len);
             }
             Special::RouteMetadata(path) => path.write(out, record, record.route_metadata),
-            Special::UniqueId => {
-                let bits = fastrand::u128(..) & !(0xf << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-                let (a, b, c) = (bits >> 96, bits >> 80 & 0xffff, bits >> 64 & 0xffff);
-                // Writing to a Vec cannot fail.
-                let _ =
-                    write!(out, "{a:08x}-{b:04x}-{c:04x}-{:04x}-{:012x}", bits >> 48 & 0xffff, bits & 0xffff_ffff_ffff);
-            }
+            Special::UniqueId => out.extend_from_slice(&random_uuid()),
             Special::GrpcStatus(form) => form.write(out, record),
             Special::CommonDuration { from, to, per_second } => {
                 match Times::between(from(&record.times), to(&record.times)) {

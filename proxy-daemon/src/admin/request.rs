@@ -1,5 +1,6 @@
 use bytes::Bytes;
 use http::StatusCode;
+use percent_encoding::percent_decode_str;
 use serde_json::Value as Json;
 
 use super::pretty;
@@ -30,22 +31,7 @@ impl Parameters {
 
 /// `%41` as `A`. A `+` stays: filters are regular expressions. What is no UTF-8 becomes U+FFFD.
 fn percent_decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        let digits = after.get(..2).filter(|_| first == b'%').and_then(|digits| std::str::from_utf8(digits).ok());
-        match digits.filter(|digits| !digits.starts_with('+')).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[2..];
-            }
-            None => {
-                bytes.push(first);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 /// An answer.

@@ -1,7 +1,10 @@
 //! The descriptors of a request: what rate limits count it under.
 
+use std::borrow::Cow;
+
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderValue;
+use percent_encoding::percent_decode_str;
 
 use super::{
     node,
@@ -146,19 +149,12 @@ fn value(header: &MatchedHeader, head: &RequestHead) -> Option<Box<str>> {
 pub(super) fn parameter(head: &RequestHead, name: &str) -> Option<Box<str>> {
     let pairs = head.uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let (_, value) = { pairs }.find(|(key, _)| percent_decoded(key) == name)?;
-    Some(percent_decoded(value).into())
+    Some(percent_decoded(value).into_owned().into())
 }
 
-fn percent_decoded(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, more)) = rest.split_first() {
-        let digits = more.first_chunk::<2>().filter(|_| *first == b'%');
-        let value = digits.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok());
-        bytes.push(value.unwrap_or(*first));
-        rest = if value.is_some() { &more[2..] } else { more };
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+/// What is no UTF-8 becomes U+FFFD.
+fn percent_decoded(text: &str) -> Cow<'_, str> {
+    percent_decode_str(text).decode_utf8_lossy()
 }
 
 /// A text that filters have told.
@@ -178,9 +174,10 @@ mod tests {
     #[test]
     fn query_parameters_are_decoded() {
         let (mut head, ()) = http::Request::new(()).into_parts();
-        head.uri = http::Uri::from_static("/?a%20b=1%2f&c=%zz%4&c=2&%ff=x");
+        head.uri = http::Uri::from_static("/?a%20b=1%2f&c=%zz%4&c=2&%ff=x&e=%+f");
         assert_eq!(parameter(&head, "a b").as_deref(), Some("1/"));
         assert_eq!(parameter(&head, "c").as_deref(), Some("%zz%4"));
+        assert_eq!(parameter(&head, "e").as_deref(), Some("%+f"));
         assert_eq!(parameter(&head, "d"), None);
     }
 }

@@ -148,7 +148,7 @@ pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
     }
 }
 
-/// What concerns one connection only.
+/// What concerns one connection only; `strip_hop_by_hop` knows their places.
 static HOP_BY_HOP: [HeaderName; 6] = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE, TE];
 
 /// Whether `te` has `trailers` in its list, which gRPC needs.
@@ -170,14 +170,20 @@ fn removable(headers: &HeaderMap) -> Vec<HeaderName> {
 /// Removes what concerns one connection only, including what `connection` nominates.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     // One look at all of them costs less than to look six up.
-    let mut present = [false; HOP_BY_HOP.len()];
+    let mut present = [None; HOP_BY_HOP.len()];
     for name in headers.keys() {
-        // By text: most names differ from all of these in length.
-        if let Some(index) = HOP_BY_HOP.iter().position(|one| one.as_str() == name.as_str()) {
-            present[index] = true;
-        }
+        let index = match name.as_str() {
+            "connection" => 0,
+            "keep-alive" => 1,
+            "proxy-connection" => 2,
+            "transfer-encoding" => 3,
+            "upgrade" => 4,
+            "te" => 5,
+            _ => continue,
+        };
+        present[index] = Some(&HOP_BY_HOP[index]);
     }
-    for (name, _) in HOP_BY_HOP.iter().zip(present).filter(|(_, present)| *present) {
+    for name in present.into_iter().flatten() {
         if *name == TE && says_trailers(headers) {
             headers.insert(TE, HeaderValue::from_static("trailers"));
             continue;

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::model::LocalReplies,
+    grpc_status,
 };
 
 /// What is known of the request that is answered.
@@ -126,7 +127,7 @@ fn make(
         content_type = rewrite(&replies, end, asked, &mut head, &mut body);
     }
     if grpc {
-        let status = reply.grpc_status.unwrap_or_else(|| grpc_status(head.status));
+        let status = reply.grpc_status.unwrap_or_else(|| grpc_status::of_http(head.status.as_u16()));
         head.status = StatusCode::OK;
         head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
         head.headers.entry(GRPC_STATUS).or_insert(HeaderValue::from(status));
@@ -265,16 +266,4 @@ pub(super) fn grpc_message(text: &[u8]) -> String {
         }
         message
     })
-}
-
-/// Envoy's mapping of HTTP statuses to gRPC's.
-pub(super) fn grpc_status(status: StatusCode) -> u16 {
-    match status.as_u16() {
-        400 => 13,
-        401 => 16,
-        403 => 7,
-        404 => 12,
-        429 | 502 | 503 | 504 => 14,
-        _ => 2,
-    }
 }

@@ -34,7 +34,7 @@ mod proxy_status;
 mod redirect;
 mod replay;
 mod request;
-mod request_id;
+pub(crate) mod request_id;
 mod request_stats;
 mod retry;
 mod route_index;

@@ -31,6 +31,12 @@ pub(super) fn set(headers: &mut HeaderMap, edge: bool, config: &HttpConnectionMa
 
 /// A fresh id.
 fn generate() -> HeaderValue {
+    // Only hexadecimal digits and dashes: always a valid value.
+    HeaderValue::from_bytes(&random_uuid()).unwrap_or_else(|_| HeaderValue::from_static("-"))
+}
+
+/// The text of a random UUID.
+pub(crate) fn random_uuid() -> [u8; 36] {
     let mut bits = fastrand::u128(..);
     bits = bits & !(0xf << 76) | 0x4 << 76; // version 4
     bits = bits & !(0x3 << 62) | 0x2 << 62; // variant of RFC 9562
@@ -45,8 +51,7 @@ fn generate() -> HeaderValue {
         text[at + 1] = HEX[usize::from(byte & 15)];
         at += 2;
     }
-    // Only hexadecimal digits and dashes: always a valid value.
-    HeaderValue::from_bytes(&text).unwrap_or_else(|_| HeaderValue::from_static("-"))
+    text
 }
 
 #[cfg(test)]

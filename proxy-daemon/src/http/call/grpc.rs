@@ -20,6 +20,7 @@ use prost::Message as ProtoMessage;
 use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark, send, within};
 use crate::{
     config::{FieldError, parse},
+    grpc_status,
     http::{
         body::{Body, BodyError},
         headers::names::*,
@@ -183,14 +184,7 @@ pub(super) fn check_head(answer: &Answer) -> Result<(), Failed> {
     if head.status == StatusCode::OK || head.headers.contains_key(GRPC_STATUS) {
         return Ok(());
     }
-    Err(match head.status.as_u16() {
-        400 => INTERNAL,
-        401 => Failed(16),
-        403 => Failed(7),
-        404 => Failed(12),
-        429 | 502..=504 => UNAVAILABLE,
-        _ => UNKNOWN,
-    })
+    Err(Failed(grpc_status::of_http(head.status.as_u16()).into()))
 }
 
 /// The message of an answer to a call with one.

@@ -90,8 +90,13 @@ pub(crate) fn is_protocol_error(error: &::h2::Error) -> bool {
     error.is_library() && error.reason().is_some() || error.reason() == Some(::h2::Reason::PROTOCOL_ERROR)
 }
 
-/// The `date` of a response, made once a second.
+/// The `date` of a response.
 pub(super) fn date() -> HeaderValue {
+    with_date(HeaderValue::clone)
+}
+
+/// Shows the `date` of a response, which is made once a second.
+fn with_date<T>(see: impl FnOnce(&HeaderValue) -> T) -> T {
     thread_local! {
         static MADE: RefCell<(u64, HeaderValue)> = const { RefCell::new((u64::MAX, HeaderValue::from_static(""))) };
     }
@@ -102,6 +107,6 @@ pub(super) fn date() -> HeaderValue {
             let text = httpdate::HttpDate::from(UNIX_EPOCH + Duration::from_secs(second)).to_string();
             *made = (second, HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("")));
         }
-        made.1.clone()
+        see(&made.1)
     })
 }

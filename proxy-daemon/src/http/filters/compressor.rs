@@ -1,6 +1,7 @@
 //! `envoy.filters.http.compressor`: compresses responses, as far as their clients take that, and requests.
 
 use std::{
+    borrow::Cow,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -22,12 +23,13 @@ pub(super) use config::{parse, parse_per_route};
 
 use super::{
     Flow, HttpFilter, HttpFilterFactory, PerRoute,
-    compression::{Compress, Compressors, Library, has_token, joined},
+    compression::{Compress, Compressors, Library, has_token},
 };
 use crate::{
     config::model::StringMatcher,
     http::{
         body::{Body, BodyError},
+        headers::joined,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
     layered_runtime::RuntimeFlag,
@@ -307,7 +309,7 @@ impl HttpFilterFactory for CompressorFactory {
         let (configured, told) = (&self.0, route.most_specific::<Told>());
         let enabled = told.and_then(|told| told.enabled);
         let removes = told.and_then(|told| told.remove_accept_encoding);
-        let accept_encoding = joined(&head.headers, &ACCEPT_ENCODING);
+        let accept_encoding = joined(&head.headers, &ACCEPT_ENCODING).map(Cow::into_owned);
         // Envoy makes one line of several.
         if head.headers.get_all(ACCEPT_ENCODING).iter().nth(1).is_some()
             && let Some(Ok(one)) = accept_encoding.as_deref().map(HeaderValue::from_str)

@@ -20,12 +20,13 @@ use http_body::{Body as _, Frame};
 
 use super::{
     FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute,
-    compression::{self, Decompress, Decompressors, Library, Step, has_token, joined},
+    compression::{self, Decompress, Decompressors, Library, Step, has_token},
 };
 use crate::{
     config::{FieldError, parse},
     http::{
         body::{Body, BodyError},
+        headers::joined,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
     layered_runtime::RuntimeFlag,

@@ -25,13 +25,14 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::FieldError,
+    grpc_status,
     http::{
         body::{Body, BodyError},
         headers::{
             is_grpc,
             names::{GRPC_MESSAGE, GRPC_STATUS},
         },
-        local_reply::{grpc_message, grpc_status},
+        local_reply::grpc_message,
         stream::{LocalReply, Progress, RequestHead, ResponseHead, StreamCx},
     },
 };
@@ -107,7 +108,7 @@ fn transform(head: &mut ResponseHead, body: &mut Body, said: &[u8]) {
     if let Ok(message) = HeaderValue::from_str(&grpc_message(said)) {
         head.headers.insert(GRPC_MESSAGE, message);
     }
-    head.headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status(head.status)));
+    head.headers.insert(GRPC_STATUS, HeaderValue::from(grpc_status::of_http(head.status.as_u16())));
     head.headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
     *body = Body::Empty;
 }

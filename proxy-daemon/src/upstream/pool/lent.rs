@@ -12,6 +12,7 @@ use super::{
     shortage::Demand,
 };
 use crate::{
+    grpc_status,
     http::{
         body::Body,
         codec::{Incoming, h1::SendError, h2, is_protocol_error},
@@ -272,24 +273,7 @@ impl Drop for Connection {
 /// The status that a response stands for: of gRPC the one that its status in the head is mapped to, where there is one.
 fn seen_status(response: &http::Response<Incoming>, grpc: bool) -> u16 {
     let status = response.headers().get(GRPC_STATUS).filter(|_| grpc);
-    status.map_or(response.status().as_u16(), grpc_to_http)
-}
-
-/// The HTTP status that a `grpc-status` stands for.
-fn grpc_to_http(status: &http::HeaderValue) -> u16 {
-    match status.to_str().ok().and_then(|text| text.parse::<u32>().ok()) {
-        Some(0) => 200,
-        Some(1) => 499,
-        Some(3 | 9 | 11) => 400,
-        Some(4) => 504,
-        Some(5) => 404,
-        Some(6 | 10) => 409,
-        Some(7) => 403,
-        Some(8) => 429,
-        Some(12) => 501,
-        Some(14) => 503,
-        Some(16) => 401,
-        // Unknown, Internal, DataLoss, and what is no status.
-        _ => 500,
-    }
+    status.map_or(response.status().as_u16(), |status| {
+        grpc_status::to_http(status.to_str().ok().and_then(|text| text.parse().ok()))
+    })
 }

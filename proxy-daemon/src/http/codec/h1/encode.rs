@@ -1,11 +1,9 @@
 //! Heads and bodies, to bytes.
 
 use std::{
-    cell::RefCell,
     io::{self, IoSlice},
     pin::Pin,
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::{Buf as _, Bytes};
@@ -297,7 +295,7 @@ pub(super) fn response(
         field(out, name.as_str(), value.as_bytes());
     }
     if !dated {
-        date(out);
+        super::super::with_date(|date| field(out, DATE.as_str(), date.as_bytes()));
     }
     if upgrade || cx.to_connect && status.is_success() {
         if !upgrade && status != StatusCode::OK {
@@ -363,29 +361,6 @@ fn status_line(out: &mut Vec<u8>, version: &[u8], status: StatusCode) {
     out.push(b' ');
     out.extend_from_slice(reason(status).as_bytes());
     out.extend_from_slice(b"\r\n");
-}
-
-/// The `date` field, made once a second.
-fn date(out: &mut Vec<u8>) {
-    struct Made {
-        second: u64,
-        line: [u8; 37],
-    }
-    thread_local! {
-        static MADE: RefCell<Made> = const { RefCell::new(Made { second: u64::MAX, line: *b"date: Thu, 01 Jan 1970 00:00:00 GMT\r\n" }) };
-    }
-    let second = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
-    MADE.with(|made| {
-        let mut made = made.borrow_mut();
-        if made.second != second {
-            made.second = second;
-            let text = httpdate::HttpDate::from(UNIX_EPOCH + Duration::from_secs(second)).to_string();
-            if text.len() == 29 {
-                made.line[6..35].copy_from_slice(text.as_bytes());
-            }
-        }
-        out.extend_from_slice(&made.line);
-    });
 }
 
 /// Whether a message's `connection` fields have this token.

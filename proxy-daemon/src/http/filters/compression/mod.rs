@@ -7,7 +7,7 @@ mod zstd;
 use std::fmt::Debug;
 
 use envoy_types::pb::{envoy::config::core::v3::TypedExtensionConfig, google::protobuf::Any};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderValue;
 
 use crate::config::{FieldError, parse::type_name};
 
@@ -132,13 +132,6 @@ fn unknown(type_name: &str, path: String) -> FieldError {
 
 fn chunk(size: Option<u32>) -> usize {
     size.map_or(DEFAULT_CHUNK, |size| size as usize)
-}
-
-/// A header's values, with commas between them.
-pub(super) fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
-    let mut values = headers.get_all(name).iter().map(|value| String::from_utf8_lossy(value.as_bytes()));
-    let first = values.next()?.into_owned();
-    Some(values.fold(first, |all, value| all + "," + &value))
 }
 
 /// Whether a list of tokens has this one, in whatever case.
