@@ -26,7 +26,7 @@ fn addresses(last: &[u8]) -> Says {
     Says::Addresses(last.iter().map(|last| v4(*last)).collect(), 3600)
 }
 
-/// Hosts at all addresses of the loopback, which say where they are, once for each connection.
+/// Hosts at all addresses of the loopback, which say where they are, once for each connection. [`TWO`] fails its checks.
 fn hosts() -> Result<u16> {
     let v4 = TcpListener::bind("0.0.0.0:0")?;
     let port = v4.local_addr()?.port();
@@ -35,9 +35,11 @@ fn hosts() -> Result<u16> {
         thread::spawn(move || -> Result<()> {
             for stream in listener.incoming() {
                 let mut stream = stream?;
-                let Some(_) = Request::read(&mut BufReader::new(stream.try_clone()?)).ok().flatten() else { continue };
+                let request = Request::read(&mut BufReader::new(stream.try_clone()?)).ok().flatten();
+                let Some(request) = request else { continue };
                 let here = stream.local_addr()?.ip().to_string();
-                let mut response = Response::new(200, "text/plain", here.into_bytes());
+                let status = if request.target == "/check" && here == TWO { 500 } else { 200 };
+                let mut response = Response::new(status, "text/plain", here.into_bytes());
                 response.headers.push("connection", "close");
                 let _ = response.write(&mut stream, false);
             }
@@ -139,6 +141,29 @@ fn strict_clusters_follow_names_as_in_envoy() -> Result<()> {
         for name in ["update_attempt", "update_success", "update_failure", "update_no_rebuild", "membership_change"] {
             ensure!(stats.get(&format!("cluster.strict.{name}")) > 0, "{kind:?}: {name}");
         }
+    }
+    Ok(())
+}
+
+/// The check goes where the name leads, and what it has found out stays until another one says otherwise.
+#[test]
+fn hosts_of_logical_clusters_are_checked_as_in_envoy() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let steps: [Step; 3] = [(addresses(&[1]), &[ONE]), (addresses(&[2]), &["503"]), (addresses(&[3]), &[THREE])];
+        let fields = "type: LOGICAL_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY\n    common_lb_config: \
+                      {healthy_panic_threshold: {value: 0}}\n    health_checks: [{timeout: 5s, interval: 0.1s, \
+                      no_traffic_interval: 0.1s, unhealthy_threshold: 2, healthy_threshold: 2, http_health_check: {path: \
+                      /check, retriable_statuses: [{start: 500, end: 501}]}}]";
+        let daemon = follows(kind, "checked", fields, &steps)?;
+        let flags = "checked::127.0.2.3:";
+        let clusters = daemon.admin("/clusters")?;
+        let mut lines = clusters.lines().filter(|line| line.starts_with(flags) && line.contains("::health_flags::"));
+        ensure!(lines.next().is_some_and(|line| line.ends_with("::healthy")), "{kind:?}: {clusters}");
+        let stats = daemon.stats()?;
+        // Of the host that was well at first, one failure is not enough; then two that pass are needed.
+        ensure!(stats.get("cluster.checked.health_check.failure") >= 2, "{kind:?}");
+        ensure!(stats.get("cluster.checked.health_check.healthy") == 1, "{kind:?}");
+        ensure!(stats.get("cluster.checked.membership_change") == 3, "{kind:?}: once for each place");
     }
     Ok(())
 }

@@ -165,7 +165,7 @@ fn report_cluster(cluster: &Cluster, endpoints: bool) -> ClusterStats {
             ..locality_stats(priority, locality, load, each)
         })
         .collect();
-    if let Some(counters) = &cluster.original_dst {
+    if let Some(counters) = &cluster.unlisted {
         let load = Load::latch(counters);
         if load != Load::default() {
             stats.push(locality_stats(0, &Locality::default(), load, Vec::new()));

@@ -181,7 +181,7 @@ fn an_original_dst_cluster_is_one_locality() {
     clusters.upsert(parse::cluster(&message::<ProtoCluster>(yaml), "").unwrap());
     let (mut reporter, now) = (LoadReporter::default(), Instant::now());
     reporter.answered(all(1), &clusters.load(), now);
-    request(clusters.load()["o"].original_dst.as_ref().unwrap(), 1, HostCounter::RqSuccess);
+    request(clusters.load()["o"].unlisted.as_ref().unwrap(), 1, HostCounter::RqSuccess);
     assert_eq!(loads(&reporter.report(&clusters.load(), now)[0]), [(String::new(), 0, [1, 1, 0, 0])]);
 }
 

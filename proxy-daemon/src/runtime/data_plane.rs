@@ -31,7 +31,9 @@ use crate::{
     listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
-    upstream::{ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, orca, outlier},
+    upstream::{
+        ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, orca, original_dst, outlier,
+    },
 };
 
 /// How the data plane is started.
@@ -217,6 +219,10 @@ impl DataPlane {
             }
             if cluster.config.lb.weights.is_some() {
                 self.0.control.spawn(orca::watch(Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster)));
+            }
+            if let Discovery::OriginalDst { .. } = cluster.config.discovery {
+                let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
+                self.0.control.spawn(original_dst::watch(clusters, cluster));
             }
             if let Discovery::DynamicForwardProxy { cache, .. } = &cluster.config.discovery {
                 cache.serve(cluster, &self.0.names, &self.0.control);

@@ -13,13 +13,15 @@ use super::{
     aggregate::{Aggregates, Plan, replan},
     breakers::{Breakers, Resource},
     health_check::{Changed, ClusterChecks},
-    host::{HostCounters, HostSet},
+    host::{Host, HostCounters, HostSet},
     lb::LocalZones,
     limits::{Limits, RuntimeLimits, cluster_of},
-    making::{Making, build},
-    orca::Orca,
+    making::{Making, build, of_hosts},
+    orca::{Orca, Reports},
+    original_dst::Destinations,
     outlier::OutlierDetector,
     recent::Recent,
+    vitals::Vitals,
 };
 use crate::{
     config::model::{ClusterConfig, Discovery, LocalNode, LocalityEndpoints},
@@ -39,8 +41,10 @@ pub struct Cluster {
     pub(crate) dropped: Dropped,
     /// Requests that were dropped as `drop_overloads` says, for load reports.
     pub(crate) dropped_overload: Dropped,
-    /// What the hosts of an ORIGINAL_DST cluster count together: each worker has hosts of its own.
-    pub(crate) original_dst: Option<Arc<HostCounters>>,
+    /// What hosts that requests name, and that are not among `hosts`, count together.
+    pub(crate) unlisted: Option<Arc<HostCounters>>,
+    /// Of an ORIGINAL_DST cluster.
+    pub(super) destinations: Option<Destinations>,
     limits: RuntimeLimits,
     /// What counts at its circuit breakers. Connections hold on to it.
     pub(crate) breakers: Arc<Breakers>,
@@ -72,12 +76,13 @@ impl Cluster {
     ) -> Cluster {
         stats.publish_hosts(&hosts, None, workers);
         // Hosts that requests name come later, one by one.
-        if !matches!(config.discovery, Discovery::DynamicForwardProxy { .. }) {
+        let named = matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. });
+        if !named {
             stats.membership_change.inc();
         }
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
-        let original_dst =
-            matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. });
+        let destinations =
+            matches!(config.discovery, Discovery::OriginalDst { .. }).then(|| Destinations::new(workers));
         let plan = matches!(config.discovery, Discovery::Aggregate { .. }).then(ArcSwap::default);
         let recent = config.circuit_breakers.each_ref().map(|it| it.retry_budget.as_ref()?.interval.map(Recent::new));
         let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
@@ -90,7 +95,8 @@ impl Cluster {
             recent,
             dropped: Dropped::new(),
             dropped_overload: Dropped::new(),
-            original_dst: original_dst.then(|| Arc::new(HostCounters::new(workers))),
+            unlisted: named.then(|| Arc::new(HostCounters::new(workers))),
+            destinations,
             tls,
             outlier,
             checks,
@@ -196,6 +202,18 @@ impl Cluster {
         self.stats.publish_hosts(&next, Some(&self.hosts.load()), workers);
         self.hosts.store(Arc::new(next));
         self.hosts_moved();
+    }
+
+    /// What is found out about a host that a request has named, where anything is.
+    pub(super) fn vitals_of_new(&self) -> Option<Arc<Vitals>> {
+        if self.outlier.is_none() && self.checks.is_none() && self.orca.is_none() {
+            return None;
+        }
+        let vitals = Vitals::new(self.outlier.as_ref().map(|outlier| outlier.monitor()));
+        if let Some(orca) = &self.orca {
+            vitals.keep_reports(|| Reports::new(orca));
+        }
+        Some(Arc::new(vitals))
     }
 
     /// Workers have to look anew.
@@ -405,6 +423,33 @@ impl Clusters {
             if local.node.cluster.as_ref() == Some(name) {
                 self.follow_local(&mut local);
             }
+        }
+        true
+    }
+
+    /// Replaces the hosts of an ORIGINAL_DST cluster by those that `change` returns, the first ones of which it has already; `None`: they are
+    /// as they were. `false`: the cluster is gone or has been replaced.
+    pub(super) fn set_destinations(
+        &self,
+        cluster: &Arc<Cluster>,
+        change: impl FnOnce(&HostSet) -> Option<(Vec<Arc<Host>>, usize)>,
+    ) -> bool {
+        let local = self.lock();
+        if !self.map.load().get(&cluster.config.name).is_some_and(|now| Arc::ptr_eq(now, cluster)) {
+            return false;
+        }
+        let before = cluster.hosts.load();
+        let Some((hosts, listed)) = change(&before) else { return true };
+        let set = of_hosts(hosts, listed, &before, &local);
+        if let Some(checks) = &cluster.checks {
+            set.hosts[listed..].iter().for_each(|host| checks.check_listed(host));
+            checks.retain(|address| set.at(address).is_some());
+        }
+        cluster.set_hosts(set, self.workers);
+        cluster.stats.membership_change.inc();
+        stats::counter("cluster_manager.cluster_updated").inc();
+        if let Some(outlier) = &cluster.outlier {
+            outlier.hosts_changed();
         }
         true
     }

@@ -15,7 +15,7 @@ use super::{
     vitals::Vitals,
 };
 use crate::config::model::{
-    ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, Locality, LocalityEndpoints,
+    AssignmentPolicy, ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, Locality, LocalityEndpoints,
 };
 
 /// What is as it is for all hosts of a cluster while a set of them is made.
@@ -72,6 +72,53 @@ pub(super) fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &
             hosts: first..hosts.len() as u32,
         });
     }
+    give_slots(&mut hosts, new, &mut by_slot);
+    // Hosts that the cluster begins with have the weights of the configuration until there are others, as in Envoy.
+    if making.keeps_vitals {
+        making.weigh(&mut hosts);
+    }
+    let levels = lb::levels(&groups, &making.local.node.locality);
+    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None, drops: Drops::new(endpoints) };
+    set.balancer = making.balancer(&set);
+    set
+}
+
+/// A set of these hosts, of a cluster that finds them by itself; `before` has the first of them.
+pub(super) fn of_hosts(mut hosts: Vec<Arc<Host>>, listed: usize, before: &HostSet, local: &Local) -> HostSet {
+    let mut by_address = ByAddress::with_capacity(hosts.len());
+    let mut by_slot = vec![FREE; before.by_slot.len()];
+    // There are never more hosts than fit.
+    for (number, host) in (0..).zip(&hosts[..listed]) {
+        by_slot[host.slot as usize] = number;
+        by_address.add(&hosts, number);
+    }
+    let mut at = listed;
+    while at < hosts.len() {
+        if by_address.get(&hosts, &hosts[at].address).is_some() {
+            // Two workers have found it at the same time.
+            hosts.swap_remove(at);
+            continue;
+        }
+        // A version with a slot; whoever has found it keeps the one without until then.
+        hosts[at] = Arc::new(Host::clone(&hosts[at]));
+        by_address.add(&hosts, at as u32);
+        at += 1;
+    }
+    let new = (listed as u32..hosts.len() as u32).collect();
+    give_slots(&mut hosts, new, &mut by_slot);
+    let all = Assigned {
+        locality: Arc::default(),
+        weight: 0,
+        priority: 0,
+        policy: AssignmentPolicy::default(),
+        hosts: 0..hosts.len() as u32,
+    };
+    let levels = lb::levels(&[all], &local.node.locality);
+    HostSet { hosts, by_address, by_slot, levels, balancer: None, drops: Drops::default() }
+}
+
+/// Gives new hosts slots, of which those that are free are used first.
+fn give_slots(hosts: &mut [Arc<Host>], new: Vec<u32>, by_slot: &mut Vec<u32>) {
     let mut free = 0;
     for number in new {
         while by_slot.get(free).is_some_and(|taken| *taken != FREE) {
@@ -86,14 +133,6 @@ pub(super) fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &
         by_slot[free] = number;
         free += 1;
     }
-    // Hosts that the cluster begins with have the weights of the configuration until there are others, as in Envoy.
-    if making.keeps_vitals {
-        making.weigh(&mut hosts);
-    }
-    let levels = lb::levels(&groups, &making.local.node.locality);
-    let mut set = HostSet { hosts, by_address, by_slot, levels, balancer: None, drops: Drops::new(endpoints) };
-    set.balancer = making.balancer(&set);
-    set
 }
 
 /// Stands for "no host".

@@ -63,6 +63,16 @@ impl Mine {
 
     /// What is this worker's of a host of the set.
     pub(super) fn of(&self, host: &Arc<Host>, worker: usize) -> Rc<WorkerHost> {
+        self.of_or(host, worker, || None)
+    }
+
+    /// The same; where this has nothing of the host, it may be elsewhere.
+    pub(super) fn of_or(
+        &self,
+        host: &Arc<Host>,
+        worker: usize,
+        elsewhere: impl FnOnce() -> Option<Rc<WorkerHost>>,
+    ) -> Rc<WorkerHost> {
         let slot = host.slot as usize;
         if let Some(mine) = &self.slots.borrow()[slot] {
             return Rc::clone(mine);
@@ -71,6 +81,7 @@ impl Mine {
             let known = slots.get_mut(slot)?;
             known.take_if(|known| known.is(host))
         });
+        let known = known.or_else(elsewhere);
         let mine =
             known.map_or_else(|| WorkerHost::new(Arc::clone(host), worker), |known| known.now(host, self.options));
         self.put(slot, Rc::clone(&mine));

@@ -19,7 +19,7 @@ mod limits;
 mod making;
 mod mine;
 pub(crate) mod orca;
-mod original_dst;
+pub(crate) mod original_dst;
 pub(crate) mod outlier;
 mod pool;
 mod recent;

@@ -7,6 +7,7 @@ use std::{
     net::SocketAddr,
     rc::{Rc, Weak},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{
@@ -15,7 +16,7 @@ use super::{
     dynamic_forward_proxy::DynamicHosts,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
-    original_dst::OriginalDstHosts,
+    original_dst::NewHosts,
     pool::Pool,
 };
 use crate::{
@@ -68,6 +69,9 @@ impl WorkerClusters {
             // A cluster that was never used has nothing to close.
             if cluster.hosts_version.get() != 0 && version != cluster.hosts_version.get() {
                 cluster.refresh(version);
+            }
+            if let Discovery::OriginalDst { cleanup_interval, .. } = cluster.cluster.config.discovery {
+                cluster.settle_new(cleanup_interval);
             }
         }
     }
@@ -148,7 +152,8 @@ pub struct WorkerCluster {
     hosts_version: Cell<u64>,
     mine: Rc<Mine>,
     turns: RefCell<Turns>,
-    original_dst: OriginalDstHosts,
+    /// Of an ORIGINAL_DST cluster.
+    new_hosts: NewHosts,
     dynamic: DynamicHosts,
     /// Of an aggregate.
     pub(super) members: Option<WorkerMembers>,
@@ -173,7 +178,7 @@ impl WorkerCluster {
             hosts_version: Cell::new(0),
             mine,
             turns: RefCell::default(),
-            original_dst: OriginalDstHosts::default(),
+            new_hosts: NewHosts::default(),
             dynamic: DynamicHosts::default(),
             counters: RefCell::default(),
         }
@@ -206,6 +211,7 @@ impl WorkerCluster {
             // Streams that began with the one before may choose of its hosts again.
             next.mine = Rc::new(before.mine.of_next_version(new.pool));
             before.dynamic.retire();
+            before.new_hosts.retire();
             // Without a request for it, nobody would close what leads to hosts that it has no more.
             next.refresh(next.cluster.hosts_version());
         } else {
@@ -216,6 +222,7 @@ impl WorkerCluster {
 
     fn retire(&self) {
         self.mine.retire();
+        self.new_hosts.retire();
         self.dynamic.retire();
     }
 
@@ -240,17 +247,15 @@ impl WorkerCluster {
 
     /// Chooses a host; `None` where no host may be used. An aggregate has none: [`choose`](Self::choose) does for all.
     pub fn pick(&self, cx: &PickCx<'_>) -> Option<Rc<WorkerHost>> {
-        if let Discovery::OriginalDst { http_header, port_override, cleanup_interval } = &self.cluster.config.discovery
-        {
+        if let Discovery::OriginalDst { http_header, port_override, .. } = &self.cluster.config.discovery {
             let mut destination = self.destination(cx, http_header.as_ref())?;
             if let Some(port) = port_override {
                 destination.set_port(*port);
             }
-            let counters = self.cluster.original_dst.as_ref()?;
-            return Some(self.original_dst.host(destination, self.worker, *cleanup_interval, counters));
+            return self.host_of(destination);
         }
         if let Discovery::DynamicForwardProxy { cache, .. } = &self.cluster.config.discovery {
-            let counters = self.cluster.original_dst.as_ref()?;
+            let counters = self.cluster.unlisted.as_ref()?;
             return self.dynamic.host(
                 cache,
                 (cx.host?, self.default_port()),
@@ -317,6 +322,25 @@ impl WorkerCluster {
             }
         }
         cx.original_dst
+    }
+
+    /// The host of an ORIGINAL_DST cluster at a destination.
+    fn host_of(&self, destination: SocketAddr) -> Option<Rc<WorkerHost>> {
+        let version = self.cluster.hosts_version();
+        if version != self.hosts_version.get() {
+            self.refresh(version);
+        }
+        let set = self.mine.set();
+        match set.at(&EndpointAddress::Ip(destination)) {
+            Some(host) => Some(self.mine.of_or(host, self.worker, || self.new_hosts.take(destination))),
+            None => self.new_hosts.host(destination, &self.cluster, self.worker),
+        }
+    }
+
+    /// Lets go of hosts that this worker has made, and that the cluster has by now or nobody uses.
+    fn settle_new(&self, unused: Duration) {
+        let set = self.mine.set();
+        self.new_hosts.settle(&set, unused, |host, known| drop(self.mine.of_or(host, self.worker, || Some(known))));
     }
 
     /// Adopts the cluster's hosts: those that stay keep their connections.

@@ -63,7 +63,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         Some(assignment) => written(assignment, names, &assignment_path)?,
         None => Vec::new(),
     };
-    let health = health(cluster, &discovery, path)?;
+    let health = health(cluster, path)?;
     if matches!(discovery, Discovery::LogicalDns(_)) && !matches!(&endpoints[..], [one] if one.endpoints.len() == 1) {
         let text = match &cluster.load_assignment {
             Some(_) => "LOGICAL_DNS clusters must have a single locality_lb_endpoint and a single lb_endpoint",
@@ -122,14 +122,10 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     })
 }
 
-fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<HealthOptions> {
+fn health(cluster: &Cluster, path: &str) -> Result<HealthOptions> {
     let mut options = HealthOptions::default();
     if let Some(config) = &cluster.outlier_detection {
         let path = join(path, "outlier_detection");
-        if matches!(discovery, Discovery::OriginalDst { .. }) {
-            // Each worker has hosts of its own there.
-            return Err(FieldError::unsupported(path));
-        }
         options.outlier_detection = Some(Arc::new(outlier_detection(config, &path)?));
     }
     options.ignore_on_removal = cluster.ignore_health_on_host_removal;
@@ -140,10 +136,6 @@ fn health(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Health
     }
     if let Some(check) = cluster.health_checks.first() {
         let check_path = join(path, "health_checks[0]");
-        // Hosts that appear with a request, or that are somewhere else now and then, are not watched.
-        if matches!(discovery, Discovery::OriginalDst { .. } | Discovery::LogicalDns(_)) {
-            return Err(FieldError::unsupported(check_path));
-        }
         let mut config = health_check(check, &cluster.name, &check_path)?;
         if let Check::Redis(redis) = &mut config.check {
             redis.auth = redis::auth(cluster, path)?;

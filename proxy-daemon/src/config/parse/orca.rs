@@ -42,8 +42,8 @@ pub(super) fn weights(config: &ClientSideWeightedRoundRobin, path: &str) -> Resu
 /// `lrs_report_endpoint_metrics`
 pub(super) fn reported(cluster: &Cluster, discovery: &Discovery, path: &str) -> Result<Arc<[OrcaMetric]>> {
     let names = &cluster.lrs_report_endpoint_metrics;
-    if !names.is_empty() && matches!(discovery, Discovery::OriginalDst { .. }) {
-        // Each worker has hosts of its own there.
+    if !names.is_empty() && matches!(discovery, Discovery::DynamicForwardProxy { .. }) {
+        // Its hosts are not among those that are told of one by one.
         return Err(FieldError::unsupported(join(path, "lrs_report_endpoint_metrics")));
     }
     Ok(metrics(names).into())

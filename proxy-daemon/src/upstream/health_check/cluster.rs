@@ -9,17 +9,17 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Failure, Health, HealthCheckStats, HealthChecker, Report, Target, event_log::Line};
+use super::{Failure, Health, HealthCheckStats, HealthChecker, Place, Report, Target, event_log::Line};
 use crate::{
     access_log::EventLog,
     config::model::{
-        ClusterConfig, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints, UpstreamBind,
-        UpstreamTlsContext,
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints,
+        UpstreamBind, UpstreamTlsContext,
     },
     stats::{Lease, Scope},
     tls::{ClientTls, Secrets},
     upstream::{
-        Cluster, Clusters,
+        Cluster, Clusters, Host,
         vitals::{HealthFlag, Vitals},
     },
 };
@@ -39,6 +39,8 @@ pub struct ClusterChecks {
     logs: Vec<EventLog>,
     reports: mpsc::UnboundedSender<CheckedReport>,
     inner: Mutex<Inner>,
+    /// The name of the one host of a LOGICAL_DNS cluster, by which it is known wherever it is.
+    logical: Option<EndpointAddress>,
     /// Once it is used.
     used_by: OnceLock<Weak<Cluster>>,
     _lease: Lease,
@@ -66,13 +68,14 @@ struct Checked {
     /// Where it is, without endpoints.
     group: LocalityEndpoints,
     vitals: Arc<Vitals>,
+    place: Place,
     _checker: HealthChecker,
     first: bool,
 }
 
-/// A check of the host at this address, if it is the host with these vitals.
+/// A check of the host that is known by this, if it is the host with these vitals.
 struct CheckedReport {
-    address: EndpointAddress,
+    key: EndpointAddress,
     vitals: Arc<Vitals>,
     report: Report,
 }
@@ -117,6 +120,7 @@ impl ClusterChecks {
             bind: config.bind.clone(),
             config: check,
             reports,
+            logical: name_of(config),
             inner: Mutex::default(),
             used_by: OnceLock::new(),
             _lease: lease,
@@ -150,6 +154,11 @@ impl ClusterChecks {
         self.used_by.get()?.upgrade()
     }
 
+    /// What a host at this address is known by.
+    fn key(&self, address: &EndpointAddress) -> EndpointAddress {
+        self.logical.as_ref().unwrap_or(address).clone()
+    }
+
     /// What is known of a host, which is checked from now on; `None` where it shall not be.
     pub(in crate::upstream) fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints) -> Option<Arc<Vitals>> {
         let check = endpoint.check.as_deref();
@@ -157,50 +166,81 @@ impl ClusterChecks {
             return None;
         }
         let group = || LocalityEndpoints { endpoints: Vec::new(), ..group.clone() };
+        let key = self.key(&endpoint.address);
         let mut inner = self.lock();
         if check.is_some_and(|check| check.disabled) {
             // It may have been checked until now.
-            if inner.hosts.remove(&endpoint.address).is_some_and(|old| old.first) {
+            if inner.hosts.remove(&key).is_some_and(|old| old.first) {
                 inner.unchecked -= 1;
             }
             return None;
         }
-        if let Some(known) = inner.hosts.get_mut(&endpoint.address)
+        if let Some(known) = inner.hosts.get_mut(&key)
             && known.endpoint.check == endpoint.check
         {
+            if known.endpoint.address != endpoint.address {
+                known.place.move_to(target(endpoint));
+            }
             (known.endpoint, known.group) = (endpoint.clone(), group());
             return Some(Arc::clone(&known.vitals));
         }
         let vitals = Arc::new(Vitals::default());
-        vitals.set(HealthFlag::FailedActiveHc, true);
-        vitals.set(HealthFlag::PendingActiveHc, self.excludes_new);
+        // The host of a LOGICAL_DNS cluster is taken to be well until a check fails, as in Envoy.
+        let health = Health { healthy: self.logical.is_some(), ..Health::default() };
+        vitals.set(HealthFlag::FailedActiveHc, !health.healthy);
+        vitals.set(HealthFlag::PendingActiveHc, self.excludes_new && !health.healthy);
+        self.begin(&mut inner, key, endpoint.clone(), group(), &vitals, health);
+        Some(vitals)
+    }
+
+    /// Checks a host of an ORIGINAL_DST cluster from now on, which is taken to be well, as by Envoy.
+    pub(in crate::upstream) fn check_listed(&self, host: &Host) {
+        let Some(vitals) = &host.vitals else { return };
+        let endpoint = Endpoint {
+            address: host.address.clone(),
+            weight: host.weight,
+            health: host.health,
+            hostname: host.hostname.clone(),
+            metadata: None,
+            additional_addresses: Box::default(),
+            check: None,
+        };
+        let group = LocalityEndpoints::default();
+        let health = Health { healthy: true, ..Health::default() };
+        self.begin(&mut self.lock(), host.address.clone(), endpoint, group, vitals, health);
+    }
+
+    fn begin(
+        &self,
+        inner: &mut Inner,
+        key: EndpointAddress,
+        endpoint: Endpoint,
+        group: LocalityEndpoints,
+        vitals: &Arc<Vitals>,
+        health: Health,
+    ) {
+        let place = Place::new(target(&endpoint));
         let target = Target {
-            address: check.map_or_else(|| endpoint.address.clone(), |check| check.target(&endpoint.address)),
+            address: place.clone(),
             name: endpoint.hostname.clone(),
-            host: check.and_then(|check| check.hostname.clone()),
+            host: endpoint.check.as_ref().and_then(|check| check.hostname.clone()),
             tls: self.tls.clone(),
             bind: self.bind.clone(),
         };
-        let (reports, address, of) = (self.reports.clone(), endpoint.address.clone(), Arc::clone(&vitals));
+        let (reports, of, known_by) = (self.reports.clone(), Arc::clone(vitals), key.clone());
         let told = Box::new(move |report| {
             // The receiver ends with the cluster.
-            let _ = reports.send(CheckedReport { address: address.clone(), vitals: Arc::clone(&of), report });
+            let _ = reports.send(CheckedReport { key: known_by.clone(), vitals: Arc::clone(&of), report });
         });
         let (config, stats, traffic) = (Arc::clone(&self.config), self.stats.clone(), Arc::clone(&self.traffic));
-        let checker = HealthChecker::start_told(config, target, Health::default(), stats, traffic, Some(told));
+        let checker = HealthChecker::start_told(config, target, health, stats, traffic, Some(told));
         vitals.is_checked_by(checker.passive());
-        let checked = Checked {
-            endpoint: endpoint.clone(),
-            group: group(),
-            vitals: Arc::clone(&vitals),
-            _checker: checker,
-            first: true,
-        };
+        let vitals = Arc::clone(vitals);
+        let checked = Checked { endpoint, group, vitals, place, _checker: checker, first: true };
         inner.unchecked += 1;
-        if inner.hosts.insert(endpoint.address.clone(), checked).is_some_and(|old| old.first) {
+        if inner.hosts.insert(key, checked).is_some_and(|old| old.first) {
             inner.unchecked -= 1;
         }
-        Some(vitals)
     }
 
     /// What the cluster's endpoints are where discovery says these: those that are well stay until they fail.
@@ -209,9 +249,9 @@ impl ClusterChecks {
         let mut inner = self.lock();
         inner.said = Arc::clone(said);
         let there: HashSet<_> =
-            said.iter().flat_map(|group| &group.endpoints).map(|endpoint| endpoint.address.clone()).collect();
-        for (address, checked) in &inner.hosts {
-            let gone = !there.contains(address);
+            said.iter().flat_map(|group| &group.endpoints).map(|endpoint| self.key(&endpoint.address)).collect();
+        for (key, checked) in &inner.hosts {
+            let gone = !there.contains(key);
             let ill = checked.vitals.has(HealthFlag::FailedActiveHc)
                 || matches!(
                     checked.endpoint.health,
@@ -242,7 +282,7 @@ impl ClusterChecks {
     /// Ends the checks of all hosts but these.
     pub(in crate::upstream) fn retain(&self, is_there: impl Fn(&EndpointAddress) -> bool) {
         let mut inner = self.lock();
-        let gone: Vec<_> = inner.hosts.extract_if(|address, _| !is_there(address)).collect();
+        let gone: Vec<_> = inner.hosts.extract_if(|_, checked| !is_there(&checked.endpoint.address)).collect();
         inner.unchecked -= gone.iter().filter(|(_, checked)| checked.first).count();
     }
 
@@ -255,8 +295,8 @@ impl ClusterChecks {
     fn take(&self, reports: &[CheckedReport]) -> Changed {
         let mut changed = Changed::default();
         let mut inner = self.lock();
-        for CheckedReport { address, vitals, report } in reports {
-            let Some(checked) = inner.hosts.get_mut(address) else { continue };
+        for CheckedReport { key, vitals, report } in reports {
+            let Some(checked) = inner.hosts.get_mut(key) else { continue };
             if !Arc::ptr_eq(&checked.vitals, vitals) {
                 continue;
             }
@@ -322,6 +362,19 @@ async fn take_reports(
         checks.tell_warm();
         reports.clear();
     }
+}
+
+/// Where an endpoint is checked.
+fn target(endpoint: &Endpoint) -> EndpointAddress {
+    let check = endpoint.check.as_ref();
+    check.map_or_else(|| endpoint.address.clone(), |check| check.target(&endpoint.address))
+}
+
+/// Of a LOGICAL_DNS cluster.
+fn name_of(config: &ClusterConfig) -> Option<EndpointAddress> {
+    let logical = matches!(config.discovery, Discovery::LogicalDns(_));
+    let endpoint = config.endpoints.iter().find_map(|group| group.endpoints.first());
+    endpoint.filter(|_| logical).map(|endpoint| endpoint.address.clone())
 }
 
 /// How connections of checks are encrypted: as the cluster's, with what the check says.

@@ -11,6 +11,7 @@ mod tcp;
 use std::{pin::pin, sync::Arc, time::Duration};
 
 use ::http::HeaderValue;
+use arc_swap::ArcSwap;
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
@@ -73,11 +74,30 @@ impl HealthCheckStats {
 /// Whether the cluster has had any traffic; without, its hosts are checked at leisure.
 pub type HasTraffic = Arc<dyn Fn() -> bool + Send + Sync>;
 
+/// Where a host is: somewhere else now and then, where it is a name's.
+#[derive(Debug, Clone)]
+pub(crate) struct Place(Arc<ArcSwap<EndpointAddress>>);
+
+impl Place {
+    pub(crate) fn new(address: EndpointAddress) -> Place {
+        Place(Arc::new(ArcSwap::from_pointee(address)))
+    }
+
+    fn now(&self) -> Arc<EndpointAddress> {
+        self.0.load_full()
+    }
+
+    /// The next connection goes there.
+    fn move_to(&self, address: EndpointAddress) {
+        self.0.store(Arc::new(address));
+    }
+}
+
 /// What is checked, and how it is reached.
 #[derive(Debug, Clone)]
 pub struct Target {
     /// Where.
-    pub(crate) address: EndpointAddress,
+    pub(crate) address: Place,
     /// The host's name, for TLS.
     pub(crate) name: Box<str>,
     /// What it is called in requests, where the check does not say it.
@@ -95,7 +115,7 @@ impl Target {
 
     /// A host without a name, on plain connections.
     pub fn plain(address: EndpointAddress) -> Target {
-        Target { address, name: Box::default(), host: None, tls: None, bind: None }
+        Target { address: Place::new(address), name: Box::default(), host: None, tls: None, bind: None }
     }
 }
 
