@@ -3,10 +3,13 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 
+use crate::mesh::Protocol;
+use crate::registration::Settings;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
 
@@ -28,6 +31,8 @@ pub struct Config {
     pub http: SocketAddr,
     /// The clusters; in a conflict the first one counts.
     pub clusters: Vec<ClusterConfig>,
+    /// The registration API, if it is served.
+    pub registration: Option<Settings>,
     /// What goes into the resources.
     pub options: Options,
 }
@@ -49,6 +54,8 @@ pub struct ConfigFile {
     /// The clusters.
     #[serde(default)]
     pub clusters: Vec<ConfigFileCluster>,
+    /// The registration API.
+    pub registration: Option<ConfigFileRegistration>,
 }
 
 /// A cluster in the configuration file.
@@ -66,6 +73,52 @@ pub struct ConfigFileCluster {
 impl From<ConfigFileCluster> for ClusterConfig {
     fn from(ConfigFileCluster { name, manifests, region, zone }: ConfigFileCluster) -> Self {
         Self { info: ClusterInfo { name, region, zone }, manifests }
+    }
+}
+
+/// The registration API in the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFileRegistration {
+    storage: String,
+    /// In seconds.
+    ttl: Option<u32>,
+    env: Option<String>,
+    namespace: Option<String>,
+    port: Option<u16>,
+    protocol: Option<String>,
+    max_hosts: Option<usize>,
+}
+
+impl TryFrom<ConfigFileRegistration> for Settings {
+    type Error = anyhow::Error;
+
+    fn try_from(file: ConfigFileRegistration) -> anyhow::Result<Self> {
+        let ConfigFileRegistration { storage, ttl, env, namespace, port, protocol, max_hosts } = file;
+        let storage = storage.parse().map_err(|error| anyhow::anyhow!("registration.storage: {error}"))?;
+        let defaults = Self::new(storage);
+        let protocol = protocol.map(|name| {
+            let unknown = || format!("registration.protocol: `{name}` is not tcp, http, http2 or grpc");
+            if name == "tcp" { Ok(Protocol::Tcp) } else { Protocol::parse(&name).with_context(unknown) }
+        });
+        let settings = Self {
+            ttl: ttl.map_or(defaults.ttl, |seconds| Duration::from_secs(seconds.into())),
+            env: env.unwrap_or(defaults.env),
+            namespace: namespace.unwrap_or(defaults.namespace),
+            port: port.unwrap_or(defaults.port),
+            protocol: protocol.transpose()?.unwrap_or(defaults.protocol),
+            max_hosts: max_hosts.unwrap_or(defaults.max_hosts),
+            storage: defaults.storage,
+        };
+        ensure!(settings.ttl > Duration::ZERO, "registration.ttl: 0 would remove each host at once");
+        ensure!(settings.port != 0, "registration.port: 0 is not a port");
+        let is_label = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        ensure!(
+            !settings.namespace.is_empty() && settings.namespace.bytes().all(is_label),
+            "registration.namespace: `{}` is not a namespace (a-z, 0-9 and `-`)",
+            settings.namespace
+        );
+        Ok(settings)
     }
 }
 
@@ -110,8 +163,9 @@ pub fn parse_cluster(text: &str) -> anyhow::Result<ClusterConfig> {
 /// For no cluster, an empty or repeated name, a directory that is not there, or port 0 for proxies.
 pub fn check(config: &Config) -> anyhow::Result<()> {
     ensure!(
-        !config.clusters.is_empty(),
-        "no cluster is configured; name at least one with --cluster name=DIR or in the config file's `clusters`"
+        !config.clusters.is_empty() || config.registration.is_some(),
+        "no cluster is configured; name at least one with --cluster name=DIR or in the config file's `clusters`, or have \
+         services register themselves (--registration)"
     );
     let mut names = BTreeSet::new();
     for ClusterConfig { info, manifests } in &config.clusters {
@@ -170,6 +224,7 @@ mod tests {
             listen: ([127, 0, 0, 1], 0).into(),
             http: ([127, 0, 0, 1], 0).into(),
             clusters,
+            registration: None,
             options: Options::default(),
         };
         let good = directory.path();

@@ -1,6 +1,7 @@
 //! Joins many Kubernetes clusters into one mesh and serves it to proxies by Envoy's xDS.
 //!
 //! ```text
+//! registrations -------+
 //! source (a cluster) --+
 //! source (a cluster) --+-> registry -> mesh -> resources (a snapshot) -> one session a client stream
 //! ```
@@ -10,6 +11,7 @@ pub mod config;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
+pub mod registration;
 pub mod registry;
 pub mod resources;
 pub mod server;
@@ -26,6 +28,7 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::http::StatusPages;
+use crate::registration::Registrations;
 use crate::registry::Registry;
 use crate::resources::{Options, Snapshot};
 use crate::server::Ads;
@@ -56,6 +59,7 @@ impl Discovery {
     /// When a port cannot be listened on or a source cannot start.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         config::check(&config)?;
+        let registrations = config.registration.map(Registrations::open).transpose().context("registrations")?;
         let http = bind(config.http, "--http").await?;
         let listen = bind(config.listen, "--listen").await?;
         let (http_address, listen_address) = (http.local_addr()?, listen.local_addr()?);
@@ -69,19 +73,40 @@ impl Discovery {
         let (shutdown, asked) = watch::channel(false);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
         let clients = Clients::default();
-        let pages = StatusPages { registry: registry.clone(), snapshots: snapshots.clone(), clients: clients.clone() };
+        let pages = StatusPages {
+            registry: registry.clone(),
+            snapshots: snapshots.clone(),
+            clients: clients.clone(),
+            registrations: registrations.clone(),
+        };
         let serving_pages = pages.clone().serve(http, asked.clone());
         tasks.spawn(async move {
             serving_pages.await;
             Ok(())
         });
+        if let Some(registrations) = &registrations {
+            let following = registrations.clone().run();
+            tasks.spawn(async move {
+                following.await;
+                Ok(())
+            });
+        }
         let mut ready = registry.clone();
         tokio::select! {
             ready = ready.wait_for(|registry| registry.is_ready()) => { ready.context("the registry ended")?; }
             Some(ended) = tasks.join_next() => ended??,
         }
-        publish.send_replace(Arc::new(build(&registry.borrow(), &config.options, None)));
-        tasks.spawn(build_snapshots(registry, config.options, publish));
+        if let Some(registrations) = &registrations {
+            tokio::select! {
+                () = registrations.loaded() => {}
+                Some(ended) = tasks.join_next() => ended??,
+            }
+        }
+        let sources = Sources { registry, registrations, options: config.options };
+        // Before the first build, so that no change after it is missed.
+        let changes = sources.changes();
+        publish.send_replace(Arc::new(sources.build(None)));
+        tasks.spawn(sources.follow(changes, publish));
         let ads = Ads::new(snapshots, asked, clients);
         tasks.spawn(async move { ads.serve(listen).await.context("serving xDS") });
         info!("serving xDS on {listen_address}, status on http://{http_address}/status");
@@ -126,27 +151,62 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; is another process there? {flag} sets the address"))
 }
 
-/// Turns each new state of the registry into a snapshot.
-async fn build_snapshots(
-    mut registry: watch::Receiver<Arc<Registry>>,
+/// What snapshots are made of.
+struct Sources {
+    registry: watch::Receiver<Arc<Registry>>,
+    registrations: Option<Registrations>,
     options: Options,
-    publish: watch::Sender<Arc<Snapshot>>,
-) -> anyhow::Result<()> {
-    while registry.changed().await.is_ok() {
-        let state = registry.borrow_and_update().clone();
-        let before = publish.borrow().clone();
-        let snapshot = tokio::task::block_in_place(|| build(&state, &options, Some(&before)));
-        publish.send_replace(Arc::new(snapshot));
-    }
-    Ok(())
 }
 
-fn build(registry: &Registry, options: &Options, before: Option<&Snapshot>) -> Snapshot {
-    let mesh = mesh::join(registry);
-    for warning in &mesh.warnings {
-        if before.is_none_or(|before| !before.mesh.warnings.contains(warning)) {
-            warn!("{warning}");
+impl Sources {
+    fn changes(&self) -> Option<watch::Receiver<u64>> {
+        self.registrations.as_ref().map(Registrations::watch)
+    }
+
+    /// Turns each new state into a snapshot.
+    async fn follow(
+        mut self,
+        mut registered: Option<watch::Receiver<u64>>,
+        publish: watch::Sender<Arc<Snapshot>>,
+    ) -> anyhow::Result<()> {
+        loop {
+            let may_end = registered.is_none();
+            let registry_changed = async {
+                match self.registry.changed().await {
+                    // Without clusters nobody reports to the registry.
+                    Err(_) if !may_end => std::future::pending().await,
+                    changed => changed,
+                }
+            };
+            let registrations_changed = async {
+                match &mut registered {
+                    Some(registered) => registered.changed().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let changed = tokio::select! {
+                changed = registry_changed => changed,
+                changed = registrations_changed => changed,
+            };
+            if changed.is_err() {
+                return Ok(());
+            }
+            let before = publish.borrow().clone();
+            let snapshot = tokio::task::block_in_place(|| self.build(Some(&before)));
+            publish.send_replace(Arc::new(snapshot));
         }
     }
-    Snapshot::build(Arc::new(mesh), options)
+
+    fn build(&self, before: Option<&Snapshot>) -> Snapshot {
+        let mut mesh = mesh::join(&self.registry.borrow().clone());
+        if let Some(registrations) = &self.registrations {
+            registration::join::add(&mut mesh, &registrations.hosts(), registrations.settings());
+        }
+        for warning in &mesh.warnings {
+            if before.is_none_or(|before| !before.mesh.warnings.contains(warning)) {
+                warn!("{warning}");
+            }
+        }
+        Snapshot::build(Arc::new(mesh), &self.options)
+    }
 }

@@ -9,6 +9,8 @@ use anyhow::Context as _;
 use clap::Parser;
 use culvert_discovery::Discovery;
 use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, parse_cluster};
+use culvert_discovery::registration::Settings;
+use culvert_discovery::registration::store::Storage;
 use culvert_discovery::resources::Options;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -31,9 +33,14 @@ struct Flags {
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
 
-    /// Where /healthcheck, /ready and /status are served [default: 127.0.0.1:18001]
+    /// Where /healthcheck, /ready, /status and the registration API are served [default: 127.0.0.1:18001]
     #[arg(long, value_name = "ADDRESS:PORT")]
     http: Option<SocketAddr>,
+
+    /// Let hosts register over the v1 REST API, and keep them in: memory, redb:PATH (a file) or redis://HOST:PORT.
+    /// Whoever reaches --http can then bring endpoints into the mesh.
+    #[arg(long, value_name = "STORAGE", value_parser = str::parse::<Storage>)]
+    registration: Option<Storage>,
 
     /// A configuration file. Flags take precedence over it, clusters of both are joined.
     #[arg(short = 'c', long = "config", value_name = "FILE")]
@@ -69,6 +76,14 @@ A configuration file with every field:
   access_log: /var/log/culvert/access.log
   clusters:
   - {name: east, manifests: /etc/culvert/east, region: eu, zone: eu-1}
+  registration:
+    storage: redb:/var/lib/culvert/registrations.redb    # or memory, or redis://HOST:PORT/DB
+    ttl: 600                # seconds that a host counts after it checked in
+    env: development        # what answers state as `env`
+    namespace: default      # registered services are called by NAME.NAMESPACE ...
+    port: 80                # ... and this port
+    protocol: http          # tcp, http, http2 or grpc
+    max_hosts: 100000
 
 A proxy's bootstrap needs `ads_config` with a gRPC cluster that leads to --listen, and `ads: {}` for LDS and CDS.
 docs/discovery.md describes the manifests, the names and the status page.";
@@ -112,10 +127,18 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
     let defaults = Options::default();
     let mut clusters: Vec<ClusterConfig> = file.clusters.into_iter().map(Into::into).collect();
     clusters.extend(flags.clusters);
+    let mut registration = file.registration.map(Settings::try_from).transpose().context("the config file")?;
+    if let Some(storage) = flags.registration {
+        registration = Some(match registration {
+            Some(settings) => Settings { storage, ..settings },
+            None => Settings::new(storage),
+        });
+    }
     Ok(Config {
         listen: flags.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18000))),
         http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18001))),
         clusters,
+        registration,
         options: Options {
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
             outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),

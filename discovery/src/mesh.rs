@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU32;
 
 use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint, TargetPort};
 use crate::registry::{ClusterInfo, Registry};
@@ -34,7 +35,8 @@ impl Protocol {
         }
     }
 
-    fn parse(name: &str) -> Option<Self> {
+    /// The protocol that goes by this name.
+    pub(crate) fn parse(name: &str) -> Option<Self> {
         Some(match name.to_ascii_lowercase().as_str() {
             "http" | "ws" => Self::Http1,
             "http2" | "h2c" => Self::Http2,
@@ -90,6 +92,10 @@ pub struct Endpoint {
     pub health: Health,
     /// The cluster it was found in.
     pub cluster: String,
+    /// Its share of the requests among endpoints of one locality; `None` is as much as 1.
+    pub weight: Option<NonZeroU32>,
+    /// Whether it is marked as a canary.
+    pub canary: bool,
 }
 
 /// An endpoint that only overrides reach.
@@ -271,6 +277,8 @@ fn join_endpoints(
                 locality: Locality { region: info.region.clone(), zone },
                 health,
                 cluster: info.name.clone(),
+                weight: None,
+                canary: false,
             };
             let identity = match &listed.target_uid {
                 Some(uid) => Identity::Uid(uid),

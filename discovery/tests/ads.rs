@@ -40,6 +40,7 @@ impl Running {
             listen,
             http: ([127, 0, 0, 1], 0).into(),
             clusters: vec![ClusterConfig { info, manifests: directory.path().into() }],
+            registration: None,
             options: Options::default(),
         };
         let discovery = Discovery::start(config).await.unwrap();
@@ -365,6 +366,7 @@ async fn a_port_in_use_is_named() {
             info: ClusterInfo { name: "east".into(), region: String::new(), zone: String::new() },
             manifests: running.directory.path().into(),
         }],
+        registration: None,
         options: Options::default(),
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());

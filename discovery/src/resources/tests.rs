@@ -12,8 +12,9 @@ use envoy_types::pb::envoy::config::route::v3::route::Action;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 
 use super::*;
+use crate::kubernetes::ObjectKey;
 use crate::kubernetes::manifest::parse;
-use crate::mesh::join;
+use crate::mesh::{Protocol, join};
 use crate::registry::{Cluster as RegistryCluster, ClusterInfo, Registry, SourceHealth};
 
 const EAST: &str = "
@@ -137,6 +138,31 @@ fn endpoints_by_locality_with_health_and_without_offloaded_ones() {
     );
     let empty: ClusterLoadAssignment = get(&snapshot, ProxyKind::Foreign, type_url::ENDPOINT, "db.shop:5432");
     assert_eq!((empty.cluster_name.as_str(), empty.endpoints.len()), ("db.shop:5432", 0));
+}
+
+#[test]
+fn weights_and_canaries_are_sent() {
+    let endpoint = |last: u8, weight: Option<u32>, canary| crate::mesh::Endpoint {
+        address: ([10, 0, 0, last], 80).into(),
+        locality: crate::mesh::Locality::default(),
+        health: crate::mesh::Health::Healthy,
+        cluster: "registered".into(),
+        weight: weight.and_then(std::num::NonZeroU32::new),
+        canary,
+    };
+    let endpoints = vec![endpoint(1, Some(7), true), endpoint(2, None, false)];
+    let port = crate::mesh::MeshPort { protocol: Protocol::Http1, vips: vec![], endpoints, offloaded: vec![] };
+    let mut mesh = Mesh::default();
+    mesh.services.entry(ObjectKey::new("default", "users")).or_default().ports.insert(80, port);
+    let snapshot = Snapshot::build(Arc::new(mesh), &Options::default());
+    let assignment: ClusterLoadAssignment = get(&snapshot, ProxyKind::Culvert, type_url::ENDPOINT, "users.default:80");
+    let [locality] = &*assignment.endpoints else { panic!("one locality expected") };
+    assert_eq!(locality.load_balancing_weight.map(|weight| weight.value), Some(8));
+    let [canary, plain] = &*locality.lb_endpoints else { panic!("two endpoints expected") };
+    assert_eq!(canary.load_balancing_weight.map(|weight| weight.value), Some(7));
+    let metadata = format!("{:?}", canary.metadata);
+    assert!(metadata.contains(r#""envoy.lb": Struct"#) && metadata.contains("BoolValue(true)"), "{metadata}");
+    assert_eq!((plain.load_balancing_weight, &plain.metadata), (None, &None));
 }
 
 #[test]

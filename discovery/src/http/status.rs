@@ -1,39 +1,15 @@
-//! The status pages: `/healthcheck`, `/ready` and `/status`.
+//! The document at `/status`.
 
-use std::convert::Infallible;
+use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Duration;
 
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode, header};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
-use tracing::{debug, warn};
 
+use super::StatusPages;
 use crate::mesh::{Health, MeshPort};
-use crate::registry::{Registry, SourceHealth};
-use crate::resources::Snapshot;
-use crate::server::clients::{ClientStatus, Clients};
-
-/// How long a client may take to send a request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// The most connections at a time.
-const MAX_CONNECTIONS: usize = 256;
-
-/// What the pages show.
-#[derive(Debug, Clone)]
-pub struct StatusPages {
-    /// The clusters and their sources.
-    pub registry: watch::Receiver<Arc<Registry>>,
-    /// What is served.
-    pub snapshots: watch::Receiver<Arc<Snapshot>>,
-    /// Who is connected.
-    pub clients: Clients,
-}
+use crate::registration;
+use crate::registry::SourceHealth;
+use crate::server::clients::ClientStatus;
 
 /// The document at `/status`.
 #[derive(Debug, Serialize)]
@@ -42,6 +18,8 @@ pub struct Status {
     pub registry_version: u64,
     /// The clusters in the order of the configuration.
     pub clusters: Vec<ClusterStatus>,
+    /// How the registrations are doing, if there are any to be had.
+    pub registrations: Option<registration::Health>,
     /// The services of the mesh.
     pub services: Vec<ServiceStatus>,
     /// Inconsistencies between objects or clusters.
@@ -101,6 +79,10 @@ pub struct EndpointStatus {
     pub region: String,
     /// Its zone.
     pub zone: String,
+    /// Its share of the requests, 1 if none is stated.
+    pub weight: u32,
+    /// Whether it is marked as a canary.
+    pub canary: bool,
 }
 
 /// An offloaded endpoint at `/status`.
@@ -117,62 +99,6 @@ pub struct OffloadedStatus {
 }
 
 impl StatusPages {
-    /// Serves the pages on `listener` until `shutdown` turns true.
-    pub async fn serve(self, listener: TcpListener, mut shutdown: watch::Receiver<bool>) {
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                _ = shutdown.wait_for(|asked| *asked) => return,
-            };
-            let (connection, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of file descriptors, for example: not to be retried in a busy loop.
-                    warn!("cannot accept connections to the status pages: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
-            // Over the limit the connection is dropped: monitoring must not be able to use discovery up.
-            let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else { continue };
-            let pages = self.clone();
-            tokio::spawn(async move {
-                let service = service_fn(|request| std::future::ready(Ok::<_, Infallible>(pages.answer(&request))));
-                let served = hyper::server::conn::http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .serve_connection(TokioIo::new(connection), service)
-                    .await;
-                if let Err(error) = served {
-                    debug!("status pages: {peer}: {error}");
-                }
-                drop(slot);
-            });
-        }
-    }
-
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET && request.method() != Method::HEAD {
-            return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
-        }
-        match request.uri().path() {
-            "/healthcheck" => plain(StatusCode::OK, "OK"),
-            "/ready" if self.registry.borrow().is_ready() => plain(StatusCode::OK, "ready\n"),
-            "/ready" => plain(StatusCode::SERVICE_UNAVAILABLE, "not all clusters have been read yet\n"),
-            "/status" => match serde_json::to_vec_pretty(&self.status()) {
-                Ok(body) => {
-                    let mut response = Response::new(Full::new(body.into()));
-                    let json = header::HeaderValue::from_static("application/json");
-                    response.headers_mut().insert(header::CONTENT_TYPE, json);
-                    response
-                }
-                Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot write the status: {error}\n")),
-            },
-            _ => plain(StatusCode::NOT_FOUND, "the pages are /healthcheck, /ready and /status\n"),
-        }
-    }
-
     /// The document at `/status`.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -201,6 +127,7 @@ impl StatusPages {
         Status {
             registry_version: registry.version,
             clusters: clusters.collect(),
+            registrations: self.registrations.as_ref().map(registration::Registrations::health),
             services: services.collect(),
             warnings: mesh.warnings.clone(),
             clients: self.clients.list(),
@@ -218,6 +145,8 @@ fn endpoints(port: &MeshPort) -> Vec<EndpointStatus> {
         cluster: endpoint.cluster.clone(),
         region: endpoint.locality.region.clone(),
         zone: endpoint.locality.zone.clone(),
+        weight: endpoint.weight.map_or(1, NonZeroU32::get),
+        canary: endpoint.canary,
     });
     status.collect()
 }
@@ -230,12 +159,4 @@ fn offloaded(port: &MeshPort) -> Vec<OffloadedStatus> {
         cluster: endpoint.cluster.clone(),
     });
     status.collect()
-}
-
-fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::copy_from_slice(text.as_bytes())));
-    *response.status_mut() = status;
-    let plain = header::HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(header::CONTENT_TYPE, plain);
-    response
 }
