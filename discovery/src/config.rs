@@ -18,9 +18,21 @@ use crate::resources::Options;
 pub struct ClusterConfig {
     /// Name, region and zone.
     pub info: ClusterInfo,
-    /// The directory of its manifests.
-    pub manifests: PathBuf,
+    /// Where its objects are read.
+    pub source: SourceConfig,
+    /// Whether it starts drained.
+    pub drained: bool,
 }
+
+/// Where a cluster's objects are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceConfig {
+    /// A directory of manifests.
+    Manifests(PathBuf),
+}
+
+/// How long to wait for clusters that cannot be read, if nothing was said.
+pub const INITIAL_WAIT: Duration = Duration::from_secs(30);
 
 /// Everything that is configured.
 #[derive(Debug, Clone)]
@@ -33,6 +45,8 @@ pub struct Config {
     pub clusters: Vec<ClusterConfig>,
     /// The registration API, if it is served.
     pub registration: Option<Settings>,
+    /// How long to wait at most for clusters that cannot be read, before the others are served without them.
+    pub initial_wait: Duration,
     /// What goes into the resources.
     pub options: Options,
 }
@@ -51,6 +65,8 @@ pub struct ConfigFile {
     pub outbound_address: Option<std::net::IpAddr>,
     /// The proxies' access log file.
     pub access_log: Option<String>,
+    /// How long to wait for clusters that cannot be read, in seconds.
+    pub initial_wait: Option<u64>,
     /// The clusters.
     #[serde(default)]
     pub clusters: Vec<ConfigFileCluster>,
@@ -68,11 +84,25 @@ pub struct ConfigFileCluster {
     region: String,
     #[serde(default)]
     zone: String,
+    /// Whether its services are one with those of their names in other clusters.
+    #[serde(default = "yes")]
+    merge: bool,
+    #[serde(default)]
+    drained: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl From<ConfigFileCluster> for ClusterConfig {
-    fn from(ConfigFileCluster { name, manifests, region, zone }: ConfigFileCluster) -> Self {
-        Self { info: ClusterInfo { name, region, zone }, manifests }
+    fn from(cluster: ConfigFileCluster) -> Self {
+        let ConfigFileCluster { name, manifests, region, zone, merge, drained } = cluster;
+        Self {
+            info: ClusterInfo { name, region, zone, apart: !merge },
+            source: SourceConfig::Manifests(manifests),
+            drained,
+        }
     }
 }
 
@@ -146,7 +176,7 @@ pub fn parse_cluster(text: &str) -> anyhow::Result<ClusterConfig> {
     let mut parts = rest.split(',');
     let manifests = PathBuf::from(parts.next().unwrap_or_default());
     ensure!(!manifests.as_os_str().is_empty(), "the directory of cluster `{name}` is missing; {FORM}");
-    let mut info = ClusterInfo { name: name.to_owned(), region: String::new(), zone: String::new() };
+    let mut info = ClusterInfo { name: name.to_owned(), ..Default::default() };
     for part in parts {
         match part.split_once('=') {
             Some(("region", value)) => value.clone_into(&mut info.region),
@@ -154,7 +184,7 @@ pub fn parse_cluster(text: &str) -> anyhow::Result<ClusterConfig> {
             _ => bail!("`{part}` is not understood; {FORM} (a directory with a comma goes into the config file)"),
         }
     }
-    Ok(ClusterConfig { info, manifests })
+    Ok(ClusterConfig { info, source: SourceConfig::Manifests(manifests), drained: false })
 }
 
 /// Checks what must hold before anything starts.
@@ -168,9 +198,18 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
          services register themselves (--registration)"
     );
     let mut names = BTreeSet::new();
-    for ClusterConfig { info, manifests } in &config.clusters {
+    for ClusterConfig { info, source, .. } in &config.clusters {
+        let SourceConfig::Manifests(manifests) = source;
         ensure!(!info.name.is_empty(), "the cluster that reads {} has no name", manifests.display());
         ensure!(names.insert(&info.name), "two clusters are called `{}`; rename one of them", info.name);
+        if info.apart {
+            let label = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+            ensure!(
+                label(&info.name),
+                "cluster `{}`: with `merge: false` the name becomes a part of host names: a-z, 0-9 and `-` are possible",
+                info.name
+            );
+        }
         let metadata = std::fs::metadata(manifests)
             .with_context(|| format!("cluster `{}`: cannot read {}", info.name, manifests.display()))?;
         ensure!(metadata.is_dir(), "cluster `{}`: {} is not a directory", info.name, manifests.display());
@@ -186,8 +225,9 @@ mod tests {
     #[test]
     fn clusters_on_the_command_line() {
         let cluster = parse_cluster("east=/m/east,region=eu,zone=eu-1").unwrap();
-        let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into() };
-        assert_eq!(cluster, ClusterConfig { info, manifests: "/m/east".into() });
+        let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into(), apart: false };
+        let source = SourceConfig::Manifests("/m/east".into());
+        assert_eq!(cluster, ClusterConfig { info, source, drained: false });
         for (text, expected) in [
             ("east", "expected name=DIR"),
             ("east=", "the directory of cluster `east` is missing"),
@@ -217,14 +257,16 @@ mod tests {
     fn configurations_that_cannot_work_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let cluster = |name: &str, path: &Path| ClusterConfig {
-            info: ClusterInfo { name: name.into(), region: String::new(), zone: String::new() },
-            manifests: path.into(),
+            info: ClusterInfo { name: name.into(), ..Default::default() },
+            source: SourceConfig::Manifests(path.into()),
+            drained: false,
         };
         let config = |clusters| Config {
             listen: ([127, 0, 0, 1], 0).into(),
             http: ([127, 0, 0, 1], 0).into(),
             clusters,
             registration: None,
+            initial_wait: INITIAL_WAIT,
             options: Options::default(),
         };
         let good = directory.path();

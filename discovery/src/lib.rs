@@ -19,6 +19,7 @@ pub mod source;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -26,10 +27,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
+use crate::config::{Config, SourceConfig};
 use crate::http::StatusPages;
 use crate::registration::Registrations;
-use crate::registry::Registry;
+use crate::registry::{Registry, RegistryControl, RegistryHandle};
 use crate::resources::{Options, Snapshot};
 use crate::server::Ads;
 use crate::server::clients::Clients;
@@ -52,8 +53,8 @@ pub struct Discovery {
 impl Discovery {
     /// Reads all clusters once, then starts serving.
     ///
-    /// Nobody is served before every source has reported: a proxy must not be told to forget services that were
-    /// merely not read yet.
+    /// Nobody is served before every source has reported, or `initial_wait` is over and one has: a proxy must not be told
+    /// to forget services that were merely not read yet.
     ///
     /// # Errors
     /// When a port cannot be listened on or a source cannot start.
@@ -65,9 +66,14 @@ impl Discovery {
         let (http_address, listen_address) = (http.local_addr()?, listen.local_addr()?);
         let mut tasks = JoinSet::new();
         let (handles, registry) = registry::start(config.clusters.iter().map(|c| c.info.clone()).collect());
+        let control = handles.first().map(RegistryHandle::control);
         for (cluster, handle) in config.clusters.into_iter().zip(handles) {
             let name = cluster.info.name;
-            let source = Directory::new(cluster.manifests);
+            if cluster.drained {
+                handle.control().set_drained(&name, true).await?;
+            }
+            let SourceConfig::Manifests(manifests) = cluster.source;
+            let source = Directory::new(manifests);
             tasks.spawn(async move { source.run(handle).await.with_context(|| format!("cluster `{name}`")) });
         }
         let (shutdown, asked) = watch::channel(false);
@@ -93,7 +99,7 @@ impl Discovery {
         }
         let mut ready = registry.clone();
         tokio::select! {
-            ready = ready.wait_for(|registry| registry.is_ready()) => { ready.context("the registry ended")?; }
+            ready = wait_until_ready(&mut ready, control, config.initial_wait) => ready?,
             Some(ended) = tasks.join_next() => ended??,
         }
         if let Some(registrations) = &registrations {
@@ -132,10 +138,10 @@ impl Discovery {
         if let Err(error) = &outcome {
             error!("shutting down: {error:#}");
         }
-        tokio::time::timeout(std::time::Duration::from_secs(1), async {
+        tokio::time::timeout(Duration::from_secs(1), async {
             // Let streams end with a proper close; the sources never end by themselves.
             while !self.pages.clients.list().is_empty() {
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
         .await
@@ -143,6 +149,29 @@ impl Discovery {
         self.tasks.shutdown().await;
         outcome
     }
+}
+
+/// Waits for all clusters, then for any one: an API server that is away when discovery starts must not keep the other
+/// clusters from being served.
+async fn wait_until_ready(
+    registry: &mut watch::Receiver<Arc<Registry>>,
+    control: Option<RegistryControl>,
+    at_most: Duration,
+) -> anyhow::Result<()> {
+    let all = tokio::time::timeout(at_most, registry.wait_for(|registry| registry.is_ready())).await;
+    if let Ok(ready) = all.map(|ready| ready.map(drop)) {
+        return ready.context("the registry ended");
+    }
+    for cluster in registry.borrow().clusters.iter().filter(|cluster| cluster.objects.is_none()) {
+        let error = cluster.health.error.as_deref().unwrap_or("no answer yet");
+        warn!("cluster `{}` has not been read in {at_most:?}, and is left out until it is: {error}", cluster.info.name);
+    }
+    // Without clusters there is nothing to wait for.
+    if let Some(control) = control {
+        control.stop_waiting().await?;
+    }
+    registry.wait_for(|registry| registry.is_ready()).await.context("the registry ended")?;
+    Ok(())
 }
 
 async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {

@@ -4,11 +4,12 @@ use std::io::IsTerminal as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
 use culvert_discovery::Discovery;
-use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, parse_cluster};
+use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, INITIAL_WAIT, parse_cluster};
 use culvert_discovery::registration::Settings;
 use culvert_discovery::registration::store::Storage;
 use culvert_discovery::resources::Options;
@@ -74,8 +75,9 @@ A configuration file with every field:
   outbound_port: 15001
   outbound_address: '::'
   access_log: /var/log/culvert/access.log
+  initial_wait: 30 # seconds
   clusters:
-  - {name: east, manifests: /etc/culvert/east, region: eu, zone: eu-1}
+  - {name: east, manifests: /etc/culvert/east, region: eu, zone: eu-1, merge: true, drained: false}
   registration:
     storage: redb:/var/lib/culvert/registrations.redb    # or memory, or redis://HOST:PORT/DB
     ttl: 600                # seconds that a host counts after it checked in
@@ -139,6 +141,7 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
         http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18001))),
         clusters,
         registration,
+        initial_wait: file.initial_wait.map_or(INITIAL_WAIT, Duration::from_secs),
         options: Options {
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
             outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use culvert_discovery::Discovery;
-use culvert_discovery::config::{ClusterConfig, Config};
+use culvert_discovery::config::{ClusterConfig, Config, INITIAL_WAIT, SourceConfig};
 use culvert_discovery::registry::ClusterInfo;
 use culvert_discovery::resources::{Options, type_url};
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -35,11 +35,16 @@ struct Running {
 
 impl Running {
     async fn start(directory: tempfile::TempDir, listen: SocketAddr) -> Self {
-        let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into() };
+        let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into(), ..Default::default() };
         let config = Config {
             listen,
             http: ([127, 0, 0, 1], 0).into(),
-            clusters: vec![ClusterConfig { info, manifests: directory.path().into() }],
+            clusters: vec![ClusterConfig {
+                info,
+                source: SourceConfig::Manifests(directory.path().into()),
+                drained: false,
+            }],
+            initial_wait: INITIAL_WAIT,
             registration: None,
             options: Options::default(),
         };
@@ -363,10 +368,12 @@ async fn a_port_in_use_is_named() {
         listen: running.listen,
         http: ([127, 0, 0, 1], 0).into(),
         clusters: vec![ClusterConfig {
-            info: ClusterInfo { name: "east".into(), region: String::new(), zone: String::new() },
-            manifests: running.directory.path().into(),
+            info: ClusterInfo { name: "east".into(), ..Default::default() },
+            source: SourceConfig::Manifests(running.directory.path().into()),
+            drained: false,
         }],
         registration: None,
+        initial_wait: INITIAL_WAIT,
         options: Options::default(),
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());

@@ -1,4 +1,8 @@
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
 use super::*;
+use crate::kubernetes::{ObjectKey, ServicePort, SliceEndpoint, TargetPort};
 
 fn service(ports: &str) -> String {
     format!(
@@ -24,7 +28,7 @@ fn a_service_is_read() {
     let text = r#"
 apiVersion: v1
 kind: Service
-metadata: {name: users, namespace: shop, annotations: {whatever: else}}
+metadata: {name: users, namespace: shop, annotations: {culvert.dev/weight: '50', culvert.dev/merge: 'false', x: y}}
 spec:
   type: ClusterIP
   clusterIP: 10.0.0.1
@@ -44,21 +48,53 @@ spec:
     };
     let expected = Service {
         cluster_ips: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+        prefers_ipv6: false,
         ports: vec![
             port("http", 80, TargetPort::Name("web".into()), Some("http")),
             port("grpc", 90, TargetPort::Number(90), None),
         ],
         selector: BTreeMap::from([("app".into(), "users".into())]),
+        external_name: None,
+        publish_not_ready: false,
+        weight: Some(50),
+        merge: Some(false),
     };
-    assert_eq!(objects.services, BTreeMap::from([(ObjectKey::new("shop", "users"), expected)]));
+    assert_eq!(objects.services, BTreeMap::from([(ObjectKey::new("shop", "users"), Arc::new(expected))]));
 }
 
 #[test]
-fn headless_services_have_no_address_and_external_ones_are_passed_over() {
+fn headless_services_have_no_address_and_external_ones_a_name() {
     let headless = service("[{port: 80}]").replace("10.0.0.1", "None");
     assert_eq!(parse(&headless).unwrap().services.values().next().unwrap().cluster_ips, Vec::<IpAddr>::new());
     let external = service("[]").replace("clusterIP: 10.0.0.1", "type: ExternalName, externalName: example.org");
-    assert_eq!(parse(&external).unwrap(), Objects::default());
+    let external = parse(&external).unwrap();
+    assert_eq!(external.services.values().next().unwrap().external_name.as_deref(), Some("example.org"));
+    let families = headless.replace("clusterIP", "ipFamilies: [IPv6, IPv4], clusterIP");
+    assert!(parse(&families).unwrap().services.values().next().unwrap().prefers_ipv6);
+}
+
+#[test]
+fn pods_that_will_go_are_leaving_before_they_do() {
+    let pod = |metadata: &str, status: &str| {
+        let text = format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: a, uid: u1{metadata}}}, status: {{podIP: 10.0.0.9{status}}}}}"
+        );
+        let pod = parse(&text).unwrap().pods[&ObjectKey::new("default", "a")].clone();
+        (pod.leaving, pod.ended, pod.matters())
+    };
+    assert_eq!(pod("", ", conditions: [{type: Ready, status: 'True'}]"), (false, false, false));
+    assert_eq!(pod(", deletionTimestamp: '2024-01-01T00:00:00Z'", ""), (true, false, true));
+    assert_eq!(pod("", ", conditions: [{type: DisruptionTarget, status: 'True'}]"), (true, false, true));
+    assert_eq!(pod("", ", conditions: [{type: DisruptionTarget, status: 'False'}]"), (false, false, false));
+    assert_eq!(pod("", ", phase: Succeeded"), (false, true, true));
+    assert_eq!(pod(", annotations: {culvert.dev/weight: '0'}", ""), (false, false, true));
+}
+
+#[test]
+fn nodes_are_places() {
+    let text = "{apiVersion: v1, kind: Node, metadata: {name: n1.example, labels: {topology.kubernetes.io/zone: z}}}";
+    let node = Node { region: String::new(), zone: "z".into() };
+    assert_eq!(parse(text).unwrap().nodes, BTreeMap::from([(ObjectKey::new("", "n1.example"), Arc::new(node))]));
 }
 
 #[test]
@@ -141,6 +177,15 @@ fn mistakes_are_named_with_object_and_field() {
             slice("IPv4", "{addresses: [example.org]}"),
             "EndpointSlice default/users-1: endpoints[0].addresses[0]: `example.org`",
         ),
+        (
+            service("[]").replace("name: users", "name: users, annotations: {culvert.dev/weight: '-1'}"),
+            "metadata.annotations.culvert.dev/weight: `-1` is not a whole number from 0 to 1000",
+        ),
+        (
+            service("[]").replace("name: users", "name: users, annotations: {culvert.dev/merge: 'no'}"),
+            "metadata.annotations.culvert.dev/merge: `no` is neither",
+        ),
+        (service("[]").replace("clusterIP", "type: ExternalName, clusterIP"), "spec.externalName: `` is not the name"),
         (slice("IPv6", "{addresses: [10.0.0.1]}"), "`10.0.0.1` is not of the slice's addressType IPv6"),
         (slice("IPv4", "{addresses: []}"), "endpoints[0].addresses: is empty"),
         (slice("IPX", ""), "addressType: `IPX` is not IPv4, IPv6 or FQDN"),

@@ -1,10 +1,13 @@
-//! The part of Kubernetes' objects that discovery needs, checked: Services, EndpointSlices and Pods.
+//! The part of Kubernetes' objects that discovery needs, checked: Services, EndpointSlices, Pods and Nodes.
 
+pub(crate) mod convert;
 pub mod manifest;
+mod raw;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// The label of a pod that is kept out of load balancing and reached only by overrides, with the value `true`.
 pub const LABEL_OFFLOADED: &str = "culvert.dev/offloaded";
@@ -12,6 +15,9 @@ pub const LABEL_OFFLOADED: &str = "culvert.dev/offloaded";
 pub const LABEL_REVISION: &str = "culvert.dev/revision";
 /// The label of an EndpointSlice that says which service it belongs to.
 pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// The largest value of the annotation `culvert.dev/weight`, in hundredths of an ordinary endpoint's share.
+pub const MAX_WEIGHT: u16 = 1000;
 
 /// What identifies an object of one kind in one cluster. Ordered by namespace, then name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,15 +42,17 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// The objects of one cluster.
+/// The objects of one cluster. A copy shares them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Objects {
-    /// Services, without those of type ExternalName.
-    pub services: BTreeMap<ObjectKey, Service>,
+    /// Services.
+    pub services: BTreeMap<ObjectKey, Arc<Service>>,
     /// EndpointSlices of IP addresses.
-    pub slices: BTreeMap<ObjectKey, EndpointSlice>,
-    /// Pods.
-    pub pods: BTreeMap<ObjectKey, Pod>,
+    pub slices: BTreeMap<ObjectKey, Arc<EndpointSlice>>,
+    /// Pods. Of an API server's, only those that matter beyond their slices: [`Pod::matters`].
+    pub pods: BTreeMap<ObjectKey, Arc<Pod>>,
+    /// Nodes, without a namespace.
+    pub nodes: BTreeMap<ObjectKey, Arc<Node>>,
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.
@@ -61,10 +69,20 @@ pub enum Transport {
 pub struct Service {
     /// The virtual addresses; empty for a headless service.
     pub cluster_ips: Vec<IpAddr>,
+    /// Whether IPv6 is the first of its families.
+    pub prefers_ipv6: bool,
     /// The TCP ports.
     pub ports: Vec<ServicePort>,
     /// Labels of the pods that belong to it; a service without a selector selects nothing.
     pub selector: BTreeMap<String, String>,
+    /// The host outside of the cluster that a service of type ExternalName stands for.
+    pub external_name: Option<String>,
+    /// Whether endpoints count whatever is said about their readiness.
+    pub publish_not_ready: bool,
+    /// The share of each of its endpoints in this cluster, in hundredths; `None` is 100.
+    pub weight: Option<u16>,
+    /// Whether it is one service with those of its name in other clusters, where it says so itself.
+    pub merge: Option<bool>,
 }
 
 impl Service {
@@ -130,6 +148,8 @@ pub struct SliceEndpoint {
     pub terminating: bool,
     /// The availability zone, if stated.
     pub zone: Option<String>,
+    /// The node that it runs on, if stated.
+    pub node: Option<String>,
     /// The pod behind it, if it is a pod.
     pub pod: Option<ObjectKey>,
     /// The unique id of the object behind it.
@@ -139,17 +159,31 @@ pub struct SliceEndpoint {
 /// A Pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pod {
-    /// Its labels.
+    /// Its unique id, empty in manifests that were written by hand.
+    pub uid: Option<String>,
+    /// Its labels; kept of offloaded pods only.
     pub labels: BTreeMap<String, String>,
     /// Its addresses, one a family, the primary one first.
     pub addresses: Vec<IpAddr>,
-    /// Names of its containers' TCP ports.
+    /// Names of its containers' TCP ports; kept of offloaded pods only.
     pub ports: BTreeMap<String, u16>,
     /// Whether it can take requests: not marked unready, not ended and not being deleted.
     pub ready: bool,
+    /// Whether it is being deleted, or will be: it has a deletionTimestamp or the condition DisruptionTarget.
+    pub leaving: bool,
+    /// Whether all its containers have ended for good.
+    pub ended: bool,
+    /// Its share, in hundredths; `None` is 100, 0 takes it out.
+    pub weight: Option<u16>,
 }
 
 impl Pod {
+    /// Whether anything about the pod is not in its EndpointSlice too.
+    #[must_use]
+    pub fn matters(&self) -> bool {
+        self.is_offloaded() || self.leaving || self.ended || self.weight.is_some()
+    }
+
     /// Whether the pod is kept out of load balancing.
     #[must_use]
     pub fn is_offloaded(&self) -> bool {
@@ -170,4 +204,13 @@ impl Pod {
             TargetPort::Name(name) => self.ports.get(name).copied(),
         }
     }
+}
+
+/// A Node: where it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Node {
+    /// The label `topology.kubernetes.io/region`, empty if there is none.
+    pub region: String,
+    /// The label `topology.kubernetes.io/zone`, empty if there is none.
+    pub zone: String,
 }

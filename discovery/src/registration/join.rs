@@ -39,7 +39,7 @@ pub fn add(mesh: &mut Mesh, hosts: &[Arc<Host>], settings: &Settings) {
         match service.ports.entry(settings.port) {
             Entry::Vacant(entry) => {
                 let protocol = settings.protocol;
-                entry.insert(MeshPort { protocol, vips: Vec::new(), endpoints, offloaded: Vec::new() });
+                entry.insert(MeshPort { protocol, vips: Vec::new(), external: None, endpoints, offloaded: Vec::new() });
             }
             Entry::Occupied(entry) => {
                 let joined = entry.into_mut();
@@ -63,6 +63,7 @@ fn endpoint(host: &Host) -> Endpoint {
     let weight = host.tags.get(WEIGHT_TAG).and_then(Value::as_u64).and_then(|weight| u32::try_from(weight).ok());
     Endpoint {
         address: SocketAddr::new(host.ip_address.into(), host.port),
+        other_family: None,
         locality: Locality { region: host.tag("region").to_owned(), zone: host.tag("az").to_owned() },
         health: Health::Healthy,
         cluster: CLUSTER.to_owned(),

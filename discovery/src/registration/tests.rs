@@ -134,13 +134,20 @@ fn registered_hosts_are_services_of_the_mesh() {
     let mut mesh = Mesh::default();
     let known = |last: u8| crate::mesh::Endpoint {
         address: ([10, 0, 0, last], 8080).into(),
+        other_family: None,
         locality: crate::mesh::Locality::default(),
         health: crate::mesh::Health::Draining,
         cluster: "east".into(),
         weight: None,
         canary: false,
     };
-    let port = MeshPort { protocol: Protocol::Grpc, vips: vec![], endpoints: vec![known(1)], offloaded: vec![] };
+    let port = MeshPort {
+        protocol: Protocol::Grpc,
+        vips: vec![],
+        external: None,
+        endpoints: vec![known(1)],
+        offloaded: vec![],
+    };
     let both = crate::kubernetes::ObjectKey::new("default", "both");
     mesh.services.entry(both.clone()).or_default().ports.insert(80, port);
     let registered = [

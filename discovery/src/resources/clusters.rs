@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{
-    ClusterDiscoveryType, DiscoveryType, EdsClusterConfig, LbPolicy,
+    ClusterDiscoveryType, DiscoveryType, DnsLookupFamily, EdsClusterConfig, LbPolicy,
 };
 use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
 use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
@@ -13,6 +13,7 @@ use envoy_types::pb::envoy::config::core::v3::{
     Address, AggregatedConfigSource, ApiVersion, ConfigSource, HealthStatus, Http1ProtocolOptions,
     Http2ProtocolOptions, Locality, Metadata, SocketAddress,
 };
+use envoy_types::pb::envoy::config::endpoint::v3::endpoint::AdditionalAddress;
 use envoy_types::pb::envoy::config::endpoint::v3::lb_endpoint::HostIdentifier;
 use envoy_types::pb::envoy::config::endpoint::v3::{ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints};
 use envoy_types::pb::envoy::extensions::upstreams::http::v3::HttpProtocolOptions;
@@ -24,7 +25,7 @@ use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Any, Duration, Struct, UInt32Value, Value};
 
 use super::{ORIGINAL_DST_CLUSTER, pack};
-use crate::mesh::{Health, Mesh, Protocol, cluster_name};
+use crate::mesh::{External, Health, Mesh, Protocol, cluster_name};
 
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 const CONNECT_TIMEOUT: Duration = Duration { seconds: 1, nanos: 0 };
@@ -54,19 +55,49 @@ pub(super) fn clusters(mesh: &Mesh) -> Vec<(String, Cluster)> {
     for (key, service) in &mesh.services {
         for (port, described) in &service.ports {
             let name = cluster_name(key, *port);
+            let endpoints = match &described.external {
+                Some(external) => external_name(&name, external),
+                None => Cluster {
+                    cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
+                    eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(over_ads()), ..Default::default() }),
+                    ..Default::default()
+                },
+            };
             let cluster = Cluster {
                 name: name.clone(),
-                cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
-                eds_cluster_config: Some(EdsClusterConfig { eds_config: Some(over_ads()), ..Default::default() }),
                 connect_timeout: Some(CONNECT_TIMEOUT),
                 lb_policy: LbPolicy::RoundRobin.into(),
                 typed_extension_protocol_options: protocol_options(described.protocol),
-                ..Default::default()
+                ..endpoints
             };
             clusters.push((name, cluster));
         }
     }
     clusters
+}
+
+/// A host that is found by its name whenever a connection is made. LOGICAL_DNS, for names with many addresses, of which
+/// every answer shows some; and because gRPC's own xDS client knows it.
+fn external_name(name: &str, external: &External) -> Cluster {
+    let address = Address {
+        address: Some(AddressKind::SocketAddress(SocketAddress {
+            address: external.host.clone(),
+            port_specifier: Some(PortSpecifier::PortValue(external.port.into())),
+            ..Default::default()
+        })),
+    };
+    let endpoint = Endpoint { address: Some(address), ..Default::default() };
+    let host = LbEndpoint { host_identifier: Some(HostIdentifier::Endpoint(endpoint)), ..Default::default() };
+    Cluster {
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::LogicalDns.into())),
+        dns_lookup_family: DnsLookupFamily::V4Preferred.into(),
+        load_assignment: Some(ClusterLoadAssignment {
+            cluster_name: name.to_owned(),
+            endpoints: vec![LocalityLbEndpoints { lb_endpoints: vec![host], ..Default::default() }],
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
 }
 
 /// Connects to the destination that the client chose, or that an override names. Never by header: whoever could set
@@ -108,7 +139,7 @@ fn http_options(options: UpstreamProtocolOptions) -> HashMap<String, Any> {
 pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignment)> {
     let mut assignments = Vec::new();
     for (key, service) in &mesh.services {
-        for (port, described) in &service.ports {
+        for (port, described) in service.ports.iter().filter(|(_, described)| described.external.is_none()) {
             let mut localities: BTreeMap<_, Vec<LbEndpoint>> = BTreeMap::new();
             for endpoint in &described.endpoints {
                 let health = match endpoint.health {
@@ -116,9 +147,13 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
                     Health::Draining => HealthStatus::Draining,
                 };
                 let address = socket_address(endpoint.address.ip(), endpoint.address.port(), false);
+                let additional_addresses = endpoint.other_family.map(|address| AdditionalAddress {
+                    address: Some(socket_address(address.ip(), address.port(), false)),
+                });
                 localities.entry(&endpoint.locality).or_default().push(LbEndpoint {
                     host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
                         address: Some(address),
+                        additional_addresses: additional_addresses.into_iter().collect(),
                         ..Default::default()
                     })),
                     health_status: health.into(),

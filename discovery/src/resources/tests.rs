@@ -65,12 +65,13 @@ endpoints: [{addresses: [10.2.0.1]}]
 
 fn build(options: &Options) -> Snapshot {
     let cluster = |name: &str, region: &str, zone: &str, text| RegistryCluster {
-        info: ClusterInfo { name: name.into(), region: region.into(), zone: zone.into() },
+        info: ClusterInfo { name: name.into(), region: region.into(), zone: zone.into(), ..Default::default() },
         objects: Some(Arc::new(parse(text).unwrap())),
         health: SourceHealth::default(),
+        drained: false,
     };
     let clusters = vec![cluster("east", "eu", "eu-1a", EAST), cluster("west", "us", "us-1", WEST)];
-    Snapshot::build(Arc::new(join(&Registry { version: 1, clusters })), options)
+    Snapshot::build(Arc::new(join(&Registry { version: 1, clusters, waited: false })), options)
 }
 
 fn get<M: Message + Default>(snapshot: &Snapshot, kind: ProxyKind, type_url: &str, name: &str) -> M {
@@ -144,6 +145,7 @@ fn endpoints_by_locality_with_health_and_without_offloaded_ones() {
 fn weights_and_canaries_are_sent() {
     let endpoint = |last: u8, weight: Option<u32>, canary| crate::mesh::Endpoint {
         address: ([10, 0, 0, last], 80).into(),
+        other_family: None,
         locality: crate::mesh::Locality::default(),
         health: crate::mesh::Health::Healthy,
         cluster: "registered".into(),
@@ -151,7 +153,8 @@ fn weights_and_canaries_are_sent() {
         canary,
     };
     let endpoints = vec![endpoint(1, Some(7), true), endpoint(2, None, false)];
-    let port = crate::mesh::MeshPort { protocol: Protocol::Http1, vips: vec![], endpoints, offloaded: vec![] };
+    let port =
+        crate::mesh::MeshPort { protocol: Protocol::Http1, vips: vec![], external: None, endpoints, offloaded: vec![] };
     let mut mesh = Mesh::default();
     mesh.services.entry(ObjectKey::new("default", "users")).or_default().ports.insert(80, port);
     let snapshot = Snapshot::build(Arc::new(mesh), &Options::default());
@@ -285,4 +288,73 @@ fn versions_follow_content_and_nothing_else() {
         assert_eq!(version(&one), version(&two));
         assert_eq!(version(&one) == version(&other), type_url != type_url::LISTENER, "{type_url}");
     }
+}
+
+fn of(manifests: &str) -> Snapshot {
+    let info = ClusterInfo { name: "east".into(), ..Default::default() };
+    let objects = Some(Arc::new(parse(manifests).unwrap()));
+    let cluster = RegistryCluster { info, objects, health: SourceHealth::default(), drained: false };
+    let registry = Registry { version: 1, clusters: vec![cluster], waited: false };
+    Snapshot::build(Arc::new(join(&registry)), &Options::default())
+}
+
+#[test]
+fn an_external_name_is_a_cluster_that_proxies_resolve() {
+    let snapshot = of("
+apiVersion: v1
+kind: Service
+metadata: {name: mail}
+spec: {type: ExternalName, externalName: mail.example.org, ports: [{name: http, port: 8025}]}
+");
+    let cluster: Cluster = get(&snapshot, ProxyKind::Culvert, type_url::CLUSTER, "mail.default:8025");
+    assert_eq!(cluster.cluster_discovery_type, Some(ClusterDiscoveryType::Type(DiscoveryType::LogicalDns.into())));
+    let text = format!("{:?}", cluster.load_assignment);
+    assert!(text.contains("\"mail.example.org\"") && text.contains("8025"), "{text}");
+    assert_eq!(names(&snapshot, type_url::ENDPOINT), Vec::<String>::new());
+    let routes: RouteConfiguration = get(&snapshot, ProxyKind::Culvert, type_url::ROUTE, "outbound_http_8025");
+    assert_eq!(routes.virtual_hosts[0].name, "mail.default:8025");
+}
+
+#[test]
+fn weights_and_second_addresses_are_served_where_there_are_any() {
+    let text = |weight: &str| {
+        let text = "
+apiVersion: v1
+kind: Service
+metadata: {name: users, annotations: {WEIGHT}}
+spec: {clusterIP: 10.96.0.10, ports: [{name: http, port: 80}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: four, labels: {kubernetes.io/service-name: users}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: [10.1.0.1], targetRef: {uid: u}}, {addresses: [10.1.0.2]}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: six, labels: {kubernetes.io/service-name: users}}
+addressType: IPv6
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: ['fd00::1'], targetRef: {uid: u}}]
+";
+        text.replace("WEIGHT", weight)
+    };
+    let assignment = |weight: &str| -> ClusterLoadAssignment {
+        get(&of(&text(weight)), ProxyKind::Culvert, type_url::ENDPOINT, "users.default:80")
+    };
+    let locality = |assignment: &ClusterLoadAssignment| assignment.endpoints[0].clone();
+    let weight = |weight: &Option<envoy_types::pb::google::protobuf::UInt32Value>| weight.as_ref().map(|w| w.value);
+    let plain = locality(&assignment(""));
+    assert_eq!(
+        (weight(&plain.load_balancing_weight), weight(&plain.lb_endpoints[0].load_balancing_weight)),
+        (Some(2), None)
+    );
+    let Some(HostIdentifier::Endpoint(endpoint)) = &plain.lb_endpoints[0].host_identifier else { panic!("no address") };
+    assert!(format!("{:?}", endpoint.additional_addresses).contains("fd00::1"), "{endpoint:?}");
+    let light = locality(&assignment("culvert.dev/weight: '20'"));
+    assert_eq!(
+        (weight(&light.load_balancing_weight), weight(&light.lb_endpoints[0].load_balancing_weight)),
+        (Some(40), Some(20))
+    );
 }

@@ -36,8 +36,11 @@ endpoints: [{endpoints}]
 "
         ));
     }
-    let info = ClusterInfo { name: "east".into(), region: String::new(), zone: String::new() };
+    let info = ClusterInfo { name: "east".into(), ..Default::default() };
     let objects = Some(Arc::new(parse(&manifests).unwrap()));
-    let cluster = Cluster { info, objects, health: SourceHealth::default() };
-    Snapshot::build(Arc::new(join(&Registry { version: 1, clusters: vec![cluster] })), &Options::default())
+    let cluster = Cluster { info, objects, health: SourceHealth::default(), drained: false };
+    Snapshot::build(
+        Arc::new(join(&Registry { version: 1, clusters: vec![cluster], waited: false })),
+        &Options::default(),
+    )
 }

@@ -38,6 +38,7 @@ const EVENT_QUEUE: usize = 1024;
 pub struct Directory {
     path: PathBuf,
     files: BTreeMap<PathBuf, FileState>,
+    stale_since: Option<jiff::Timestamp>,
 }
 
 /// What is known of one manifest file.
@@ -54,7 +55,7 @@ struct FileState {
 impl Directory {
     /// A source that reads `path`, which need not be there yet.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), files: BTreeMap::new() }
+        Self { path: path.into(), files: BTreeMap::new(), stale_since: None }
     }
 
     /// Reads the directory; gives whether anything changed.
@@ -81,7 +82,9 @@ impl Directory {
     }
 
     /// The whole picture. Of an object in two files, the file whose name sorts last counts, as with `kubectl apply`.
-    fn report(&self, stale: Option<String>) -> SourceUpdate {
+    fn report(&mut self, stale: Option<String>) -> SourceUpdate {
+        self.stale_since = stale.as_ref().map(|_| self.stale_since.unwrap_or_else(jiff::Timestamp::now));
+        let stale_since = self.stale_since.map(|since| format!("{since:.0}"));
         let mut objects = Objects::default();
         let mut warnings = Vec::new();
         let mut file_errors = Vec::new();
@@ -90,6 +93,7 @@ impl Directory {
                 merge(&mut objects.services, &found.services, "Service", path, &mut warnings);
                 merge(&mut objects.slices, &found.slices, "EndpointSlice", path, &mut warnings);
                 merge(&mut objects.pods, &found.pods, "Pod", path, &mut warnings);
+                merge(&mut objects.nodes, &found.nodes, "Node", path, &mut warnings);
             }
             if let Some(error) = &file.error {
                 file_errors.push(FileError {
@@ -100,7 +104,8 @@ impl Directory {
             }
         }
         let location = self.path.display().to_string();
-        let health = SourceHealth { location, stale: stale.is_some(), error: stale, file_errors, warnings };
+        let health =
+            SourceHealth { location, stale: stale.is_some(), error: stale, stale_since, file_errors, warnings };
         SourceUpdate { objects: Arc::new(objects), health }
     }
 }

@@ -22,7 +22,7 @@ impl Watched {
         for (name, text) in files {
             fs::write(directory.path().join(name), text).unwrap();
         }
-        let info = ClusterInfo { name: "east".into(), region: String::new(), zone: String::new() };
+        let info = ClusterInfo { name: "east".into(), ..Default::default() };
         let (mut handles, registry) = registry::start(vec![info]);
         let source = Directory::new(directory.path());
         tokio::spawn(source.run(handles.remove(0)));

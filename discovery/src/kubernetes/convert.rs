@@ -1,0 +1,330 @@
+//! From objects as they are written to checked ones.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::de::{DeserializeOwned, Deserializer};
+use tracing::debug;
+
+use super::manifest::ManifestError;
+use super::raw::{
+    Annotations, HasMetadata, RawConditions, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp, RawService,
+    RawServicePort, RawSlicePort, RawTargetPort,
+};
+use super::{
+    EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
+    SlicePort, TargetPort, Transport,
+};
+
+/// A kind of object that discovery reads.
+pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
+    /// The object as it is written.
+    type Raw: DeserializeOwned + HasMetadata;
+    /// The kind's name.
+    const KIND: &'static str;
+    /// The API's group and version.
+    const API_VERSION: &'static str;
+    /// Whether its objects are in namespaces.
+    const NAMESPACED: bool = true;
+
+    /// Checks one object. `None`: it is not for us.
+    ///
+    /// # Errors
+    /// With the first field that is used and wrong.
+    fn convert(raw: Self::Raw, object: &ObjectName) -> Result<Option<Self>, ManifestError>;
+
+    /// The objects of this kind.
+    fn among(objects: &mut Objects) -> &mut BTreeMap<ObjectKey, Arc<Self>>;
+}
+
+macro_rules! kinds {
+    ($($kind:ident, $raw:ident, $api:literal, $field:ident, $namespaced:literal, $convert:ident;)*) => {$(
+        impl Kind for $kind {
+            type Raw = $raw;
+            const KIND: &'static str = stringify!($kind);
+            const API_VERSION: &'static str = $api;
+            const NAMESPACED: bool = $namespaced;
+
+            fn convert(raw: $raw, object: &ObjectName) -> Result<Option<Self>, ManifestError> {
+                $convert(raw, object)
+            }
+
+            fn among(objects: &mut Objects) -> &mut BTreeMap<ObjectKey, Arc<Self>> {
+                &mut objects.$field
+            }
+        }
+    )*};
+}
+kinds! {
+    Service, RawService, "v1", services, true, service;
+    EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", slices, true, slice;
+    Pod, RawPod, "v1", pods, true, pod;
+    Node, RawNode, "v1", nodes, false, node;
+}
+
+/// Reads one object. `None` in the place of the object: it is not for us.
+///
+/// # Errors
+/// [`ManifestError::Field`] with the object and the first field that is used and wrong.
+pub fn read<'de, K: Kind, D: Deserializer<'de>>(
+    document: D,
+    name: impl FnOnce() -> ObjectName,
+) -> Result<(ObjectKey, Option<K>), ManifestError> {
+    let raw: K::Raw = serde_path_to_error::deserialize(document)
+        .map_err(|error| name().error(error.path().to_string(), error.inner().to_string()))?;
+    let metadata = raw.metadata();
+    let namespace = match metadata.namespace.as_deref().filter(|namespace| !namespace.is_empty()) {
+        _ if !K::NAMESPACED => "",
+        Some(namespace) => namespace,
+        None => "default",
+    };
+    let key = ObjectKey::new(namespace, metadata.name.clone());
+    let object = ObjectName::new(K::KIND, &key.namespace, &key.name);
+    for (field, label) in [("metadata.name", &key.name), ("metadata.namespace", &key.namespace)] {
+        if !K::NAMESPACED && field == "metadata.namespace" {
+            continue;
+        }
+        // Pods may have dots in their names, services may not: what becomes part of a host name is checked there.
+        if label.is_empty() || label.len() > 253 || !label.bytes().all(is_name_byte) {
+            return Err(object.error(field, format!("`{label}` is not a Kubernetes name (a-z, 0-9, `-` and `.`)")));
+        }
+    }
+    Ok((key, K::convert(raw, &object)?))
+}
+
+fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.')
+}
+
+/// Kind, namespace and name of the object at hand, for errors.
+pub struct ObjectName(pub(super) String);
+
+impl ObjectName {
+    /// The name of an object as people write it.
+    pub fn new(kind: &str, namespace: &str, name: &str) -> Self {
+        let name = if name.is_empty() { "(no name)" } else { name };
+        Self(if namespace.is_empty() { format!("{kind} {name}") } else { format!("{kind} {namespace}/{name}") })
+    }
+
+    fn error(&self, field: impl Into<String>, reason: impl Into<String>) -> ManifestError {
+        ManifestError::Field { object: self.0.clone(), field: field.into(), reason: one_line(&reason.into()) }
+    }
+
+    fn address(&self, field: impl Into<String>, text: &str) -> Result<IpAddr, ManifestError> {
+        text.parse().map_err(|_| self.error(field, format!("`{text}` is not an IPv4 or IPv6 address")))
+    }
+
+    fn port(&self, field: impl Into<String>, number: i64) -> Result<u16, ManifestError> {
+        match u16::try_from(number) {
+            Ok(port) if port > 0 => Ok(port),
+            _ => Err(self.error(field, format!("port {number} is out of range, 1 to 65535 are valid"))),
+        }
+    }
+
+    fn transport(&self, field: impl Into<String>, protocol: Option<&str>) -> Result<Transport, ManifestError> {
+        match protocol.unwrap_or("TCP") {
+            "TCP" => Ok(Transport::Tcp),
+            "UDP" | "SCTP" => Ok(Transport::Other),
+            other => Err(self.error(field, format!("`{other}` is not TCP, UDP or SCTP"))),
+        }
+    }
+
+    /// `culvert.dev/weight`, in hundredths.
+    fn weight(&self, annotations: Option<&Annotations>) -> Result<Option<u16>, ManifestError> {
+        let Some(text) = annotations.and_then(|annotations| annotations.weight.as_deref()) else { return Ok(None) };
+        match text.parse() {
+            Ok(weight) if weight <= MAX_WEIGHT => Ok(Some(weight)),
+            _ => Err(self.error(
+                "metadata.annotations.culvert.dev/weight",
+                format!("`{text}` is not a whole number from 0 to {MAX_WEIGHT}; 100 is an ordinary endpoint"),
+            )),
+        }
+    }
+
+    /// `culvert.dev/merge`.
+    fn merge(&self, annotations: Option<&Annotations>) -> Result<Option<bool>, ManifestError> {
+        match annotations.and_then(|annotations| annotations.merge.as_deref()) {
+            None => Ok(None),
+            Some("true") => Ok(Some(true)),
+            Some("false") => Ok(Some(false)),
+            Some(other) => Err(self.error(
+                "metadata.annotations.culvert.dev/merge",
+                format!("`{other}` is neither \"true\" nor \"false\""),
+            )),
+        }
+    }
+
+    /// `spec.externalName`, which becomes the address of a cluster.
+    fn external_name(&self, name: Option<String>) -> Result<String, ManifestError> {
+        let name = name.unwrap_or_default();
+        let host = name.trim_end_matches('.');
+        let byte = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b':');
+        if host.is_empty() || host.len() > 253 || !host.bytes().all(byte) {
+            return Err(self.error("spec.externalName", format!("`{name}` is not the name of a host")));
+        }
+        Ok(host.to_owned())
+    }
+}
+
+fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, ManifestError> {
+    let RawService { metadata, spec } = raw;
+    if metadata.name.contains('.') || metadata.namespace.as_deref().is_some_and(|namespace| namespace.contains('.')) {
+        return Err(object.error("metadata.name", "the name and namespace of a Service cannot contain `.`"));
+    }
+    let external_name = match spec.kind.as_deref() {
+        Some("ExternalName") => Some(object.external_name(spec.external_name)?),
+        _ => None,
+    };
+    // clusterIP is the older form of clusterIPs[0].
+    let addresses: Vec<(String, &str)> = match (&spec.cluster_ips, &spec.cluster_ip) {
+        (Some(list), _) => list.iter().enumerate().map(|(i, ip)| (format!("spec.clusterIPs[{i}]"), &**ip)).collect(),
+        (None, Some(ip)) => vec![("spec.clusterIP".to_owned(), &**ip)],
+        (None, None) => Vec::new(),
+    };
+    let cluster_ips: Vec<IpAddr> = addresses
+        .into_iter()
+        .filter(|(_, text)| !text.is_empty() && *text != "None")
+        .map(|(field, text)| object.address(field, text))
+        .collect::<Result<_, _>>()?;
+    // A headless service has families, but no address that would tell them.
+    let prefers_ipv6 = match (cluster_ips.first(), spec.ip_families.as_deref()) {
+        (Some(first), _) => first.is_ipv6(),
+        (None, Some([first, ..])) => first == "IPv6",
+        (None, _) => false,
+    };
+    let mut ports = Vec::new();
+    for (i, RawServicePort { name, port, target_port, protocol, app_protocol }) in
+        spec.ports.unwrap_or_default().into_iter().enumerate()
+    {
+        let number = object.port(format!("spec.ports[{i}].port"), port)?;
+        let transport = object.transport(format!("spec.ports[{i}].protocol"), protocol.as_deref())?;
+        let target_port = match target_port {
+            None => TargetPort::Number(number),
+            Some(RawTargetPort::Number(target)) => {
+                TargetPort::Number(object.port(format!("spec.ports[{i}].targetPort"), target)?)
+            }
+            Some(RawTargetPort::Name(name)) => TargetPort::Name(name),
+        };
+        if transport == Transport::Tcp {
+            ports.push(ServicePort { name: name.unwrap_or_default(), port: number, target_port, app_protocol });
+        }
+    }
+    Ok(Some(Service {
+        cluster_ips,
+        prefers_ipv6,
+        ports,
+        selector: spec.selector.unwrap_or_default(),
+        external_name,
+        publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        weight: object.weight(metadata.annotations.as_ref())?,
+        merge: object.merge(metadata.annotations.as_ref())?,
+    }))
+}
+
+fn slice(raw: RawEndpointSlice, object: &ObjectName) -> Result<Option<EndpointSlice>, ManifestError> {
+    let RawEndpointSlice { metadata, address_type, endpoints, ports } = raw;
+    match address_type.as_str() {
+        "IPv4" | "IPv6" => {}
+        "FQDN" => {
+            debug!(object = object.0, "passed over an EndpointSlice of names");
+            return Ok(None);
+        }
+        other => return Err(object.error("addressType", format!("`{other}` is not IPv4, IPv6 or FQDN"))),
+    }
+    let mut slice_ports = Vec::new();
+    for (i, RawSlicePort { name, port, protocol }) in ports.unwrap_or_default().into_iter().enumerate() {
+        let port = port.map(|port| object.port(format!("ports[{i}].port"), port)).transpose()?;
+        if object.transport(format!("ports[{i}].protocol"), protocol.as_deref())? == Transport::Tcp {
+            slice_ports.push(SlicePort { name: name.unwrap_or_default(), port });
+        }
+    }
+    let mut slice_endpoints = Vec::new();
+    for (i, RawEndpoint { addresses, conditions, zone, node_name, target_ref }) in
+        endpoints.unwrap_or_default().into_iter().enumerate()
+    {
+        let first = addresses.first().ok_or_else(|| object.error(format!("endpoints[{i}].addresses"), "is empty"))?;
+        let address = object.address(format!("endpoints[{i}].addresses[0]"), first)?;
+        if address.is_ipv4() != (address_type == "IPv4") {
+            let reason = format!("`{address}` is not of the slice's addressType {address_type}");
+            return Err(object.error(format!("endpoints[{i}].addresses[0]"), reason));
+        }
+        let RawConditions { ready, serving, terminating } = conditions.unwrap_or_default();
+        let ready = ready.unwrap_or(true);
+        let target = target_ref.unwrap_or_default();
+        let pod = target.name.filter(|_| target.kind.as_deref() == Some("Pod")).map(|name| ObjectKey {
+            namespace: target.namespace.or_else(|| metadata.namespace.clone()).unwrap_or_else(|| "default".to_owned()),
+            name,
+        });
+        slice_endpoints.push(SliceEndpoint {
+            address,
+            ready,
+            serving: serving.unwrap_or(ready),
+            terminating: terminating.unwrap_or(false),
+            zone: zone.filter(|zone| !zone.is_empty()),
+            node: node_name.filter(|node| !node.is_empty()),
+            pod,
+            target_uid: target.uid.filter(|uid| !uid.is_empty()),
+        });
+    }
+    let service = metadata.labels.and_then(|mut labels| labels.remove(LABEL_SERVICE_NAME));
+    Ok(Some(EndpointSlice { service, ports: slice_ports, endpoints: slice_endpoints }))
+}
+
+fn pod(raw: RawPod, object: &ObjectName) -> Result<Option<Pod>, ManifestError> {
+    let RawPod { metadata, spec, status } = raw;
+    let status = status.unwrap_or_default();
+    let mut texts: Vec<(String, String)> = status
+        .pod_ips
+        .iter()
+        .flatten()
+        .enumerate()
+        .map(|(i, RawPodIp { ip })| (format!("status.podIPs[{i}].ip"), ip.clone()))
+        .collect();
+    if texts.is_empty() {
+        texts.extend(status.pod_ip.iter().map(|ip| ("status.podIP".to_owned(), ip.clone())));
+    }
+    let addresses = texts
+        .into_iter()
+        .filter(|(_, text)| !text.is_empty())
+        .map(|(field, text)| object.address(field, &text))
+        .collect::<Result<_, _>>()?;
+    let mut ports = BTreeMap::new();
+    for (c, container) in spec.and_then(|spec| spec.containers).unwrap_or_default().into_iter().enumerate() {
+        for (p, port) in container.ports.unwrap_or_default().into_iter().enumerate() {
+            let field = |name| format!("spec.containers[{c}].ports[{p}].{name}");
+            let number = object.port(field("containerPort"), port.container_port)?;
+            let transport = object.transport(field("protocol"), port.protocol.as_deref())?;
+            if let (Some(name), Transport::Tcp) = (port.name, transport) {
+                ports.insert(name, number);
+            }
+        }
+    }
+    let condition = |kind: &str, wanted: &str| {
+        status.conditions.iter().flatten().any(|condition| condition.kind == kind && condition.status == wanted)
+    };
+    let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+    let leaving = metadata.deletion_timestamp.is_some() || condition("DisruptionTarget", "True");
+    let ready = !(condition("Ready", "False") || ended || metadata.deletion_timestamp.is_some());
+    let weight = object.weight(metadata.annotations.as_ref())?;
+    let labels = metadata.labels.unwrap_or_default();
+    let uid = metadata.uid.filter(|uid| !uid.is_empty());
+    let mut pod = Pod { uid, labels, addresses, ports, ready, leaving, ended, weight };
+    if !pod.is_offloaded() {
+        // Only of offloaded pods it matters which service they belong to.
+        pod.labels.clear();
+        pod.ports.clear();
+    }
+    Ok(Some(pod))
+}
+
+fn node(raw: RawNode, _: &ObjectName) -> Result<Option<Node>, ManifestError> {
+    let mut labels = raw.metadata.labels.unwrap_or_default();
+    let mut label = |name| labels.remove(name).unwrap_or_default();
+    Ok(Some(Node { region: label("topology.kubernetes.io/region"), zone: label("topology.kubernetes.io/zone") }))
+}
+
+/// The first line of a message, so that one fault is one line of log.
+pub fn one_line(message: &str) -> String {
+    message.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default().to_owned()
+}

@@ -1,0 +1,93 @@
+//! The pods of one cluster, as far as they say more than the slices that list them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+
+use super::OffloadedEndpoint;
+use crate::kubernetes::{ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint};
+use crate::registry::ClusterInfo;
+
+/// The pods of one cluster.
+pub(super) struct Pods<'a> {
+    cluster: &'a str,
+    all: &'a BTreeMap<ObjectKey, std::sync::Arc<Pod>>,
+    offloaded: BTreeMap<&'a ObjectKey, &'a Pod>,
+    offloaded_addresses: BTreeSet<IpAddr>,
+    /// Live pods that matter, for slices that name no pod.
+    by_address: HashMap<IpAddr, &'a Pod>,
+}
+
+impl<'a> Pods<'a> {
+    pub(super) fn find(info: &'a ClusterInfo, objects: &'a Objects, warnings: &mut Vec<String>) -> Self {
+        let offloaded: BTreeMap<_, &Pod> =
+            objects.pods.iter().filter(|(_, pod)| pod.is_offloaded()).map(|(key, pod)| (key, &**pod)).collect();
+        for (key, pod) in &offloaded {
+            if pod.revision().is_none() {
+                warnings.push(format!(
+                    "Pod {key} in cluster {} is offloaded but has no label culvert.dev/revision: no request can reach it",
+                    info.name
+                ));
+            }
+        }
+        // Only a live pod owns its address: an ended one may have passed it on.
+        let offloaded_addresses =
+            offloaded.values().filter(|pod| pod.ready).flat_map(|pod| pod.addresses.iter().copied()).collect();
+        let live = objects.pods.values().filter(|pod| pod.matters() && !pod.ended);
+        let by_address = live.flat_map(|pod| pod.addresses.iter().map(|address| (*address, &**pod))).collect();
+        Self { cluster: &info.name, all: &objects.pods, offloaded, offloaded_addresses, by_address }
+    }
+
+    /// Whether an endpoint that a slice lists is an offloaded pod.
+    pub(super) fn is_offloaded(&self, endpoint: &SliceEndpoint) -> bool {
+        match &endpoint.pod {
+            Some(pod) if self.offloaded.contains_key(pod) => true,
+            _ => self.offloaded_addresses.contains(&endpoint.address),
+        }
+    }
+
+    /// The pod behind an endpoint, if it is known. A later pod of the same name, as StatefulSets make them, is another.
+    pub(super) fn behind(&self, endpoint: &SliceEndpoint) -> Option<&'a Pod> {
+        match &endpoint.pod {
+            Some(key) => self.all.get(key).map(|pod| &**pod).filter(|pod| match (&pod.uid, &endpoint.target_uid) {
+                (Some(uid), Some(target)) => uid == target,
+                _ => true,
+            }),
+            None => self.by_address.get(&endpoint.address).copied(),
+        }
+    }
+
+    /// The offloaded endpoints of a service's port, sorted.
+    pub(super) fn offloaded_of(
+        &self,
+        key: &ObjectKey,
+        service: &Service,
+        port: &ServicePort,
+        warnings: &mut Vec<String>,
+    ) -> Vec<OffloadedEndpoint> {
+        let prefers_ipv6 = service.prefers_ipv6;
+        let mut found = Vec::new();
+        for (pod_key, pod) in &self.offloaded {
+            if pod_key.namespace != key.namespace || !pod.ready || !service.selects(&pod.labels) {
+                continue;
+            }
+            let preferred = pod.addresses.iter().find(|address| address.is_ipv6() == prefers_ipv6);
+            let (Some(revision), Some(address)) = (pod.revision(), preferred.or(pod.addresses.first())) else {
+                continue;
+            };
+            let Some(number) = pod.resolve(&port.target_port) else {
+                warnings.push(format!(
+                    "Pod {pod_key} in cluster {} has no container port that port {} of Service {key} names",
+                    self.cluster, port.port
+                ));
+                continue;
+            };
+            found.push(OffloadedEndpoint {
+                revision: revision.to_owned(),
+                address: SocketAddr::new(*address, number),
+                pod: (*pod_key).clone(),
+                cluster: self.cluster.to_owned(),
+            });
+        }
+        found
+    }
+}
