@@ -14,8 +14,9 @@ use super::*;
 pub(super) mod dumps;
 use crate::{
     config::model::{
-        ClusterConfig, Discovery, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, LbOptions,
-        LbPolicy, ListenAddress, Listener, Locality, LocalityEndpoints, PoolOptions, Thresholds, UpstreamProtocol,
+        ClusterConfig, Discovery, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus,
+        Http1ClientOptions, LbOptions, LbPolicy, ListenAddress, Listener, Locality, LocalityEndpoints, PoolOptions,
+        Thresholds, UpstreamProtocol,
     },
     layered_runtime::{Entry, Layer, LayerSource},
     runtime::Options,
@@ -157,6 +158,7 @@ fn cluster(name: &str) -> ClusterConfig {
         reported_metrics: [].into(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
+        http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
         idle_timeout: None,
         pool: PoolOptions::default(),

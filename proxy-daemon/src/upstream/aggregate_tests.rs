@@ -3,8 +3,8 @@ use std::net::Ipv4Addr;
 use super::*;
 use crate::{
     config::model::{
-        ClusterConfig, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, LbPolicy,
-        LocalityEndpoints, PoolOptions, Thresholds, UpstreamProtocol,
+        ClusterConfig, Endpoint, EndpointAddress, HappyEyeballs, HealthOptions, HealthStatus, Http1ClientOptions,
+        LbPolicy, LocalityEndpoints, PoolOptions, Thresholds, UpstreamProtocol,
     },
     upstream::Clusters,
 };
@@ -18,6 +18,7 @@ fn cluster(name: &str, discovery: Discovery, endpoints: Vec<LocalityEndpoints>) 
         lb: LbOptions::default(),
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
+        http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
         idle_timeout: None,
         pool: PoolOptions::default(),

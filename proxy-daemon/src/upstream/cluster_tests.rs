@@ -4,7 +4,9 @@ use super::*;
 use crate::config::model::{Endpoint, EndpointAddress, HealthOptions, HealthStatus};
 use crate::upstream::{PickCx, WorkerClusters};
 use crate::{
-    config::model::{HappyEyeballs, LbOptions, LbPolicy, LeastRequest, PoolOptions, Thresholds, UpstreamProtocol},
+    config::model::{
+        HappyEyeballs, Http1ClientOptions, LbOptions, LbPolicy, LeastRequest, PoolOptions, Thresholds, UpstreamProtocol,
+    },
     layered_runtime::{Layer, LayerSource, Runtime},
 };
 
@@ -18,6 +20,7 @@ fn cluster(name: &str) -> ClusterConfig {
         reported_metrics: [].into(),
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
+        http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
         idle_timeout: None,
         pool: PoolOptions::default(),

@@ -205,6 +205,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         reported_metrics: [].into(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
+        http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
         idle_timeout: None,
         pool: PoolOptions::default(),

@@ -3,8 +3,8 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue};
 
 use super::{
-    AssignmentPolicy, DnsOptions, HealthOptions, Http2Options, LbMetadata, LbOptions, LbPolicy, OrcaMetric,
-    PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
+    AssignmentPolicy, DnsOptions, HealthOptions, Http1ClientOptions, Http2Options, LbMetadata, LbOptions, LbPolicy,
+    OrcaMetric, PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
 };
 use crate::upstream::DnsCache;
 
@@ -27,6 +27,8 @@ pub struct ClusterConfig {
     pub connect_timeout: Duration,
     /// What is spoken to its hosts.
     pub protocol: UpstreamProtocol,
+    /// How HTTP/1.1 is spoken to them, where it is.
+    pub http1: Http1ClientOptions,
     /// `max_requests_per_connection`; 0: no limit.
     pub max_requests_per_connection: u32,
     /// An idle pooled connection is closed after this; `None`: never. Default 1 h.

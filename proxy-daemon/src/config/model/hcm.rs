@@ -3,8 +3,8 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use http::HeaderValue;
 
 use super::{
-    AccessLogConfig, Cidr, IpDetection, LocalReplies, MatchTree, ResourceRef, RouteConfig, Scheme, ScopedRoutes,
-    UpgradeRule,
+    AccessLogConfig, Cidr, Http1Options, IpDetection, LocalReplies, MatchTree, ResourceRef, RouteConfig, Scheme,
+    ScopedRoutes, UpgradeRule,
 };
 use crate::http::{
     filters::{DiscoveredFilter, EarlyMutations, FilterSource},
@@ -364,23 +364,6 @@ pub enum ServerHeaderTransformation {
     AppendIfAbsent,
     /// The upstream's passes, and none is added.
     PassThrough,
-}
-
-/// `Http1ProtocolOptions` of a connection manager.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Http1Options {
-    /// HTTP/1.0 is served; else it is answered with 426.
-    pub accept_http_10: bool,
-    /// The host of an HTTP/1.0 request that names none.
-    pub default_host_for_http_10: Option<HeaderValue>,
-    /// Trailers pass in both directions; else they are dropped.
-    pub enable_trailers: bool,
-    /// `allow_absolute_url` is false: a target that is a URL is answered with 404, as one that is no path.
-    pub refuses_absolute_url: bool,
-    /// Methods that Envoy does not know are passed on; else they are answered with 400.
-    pub allow_custom_methods: bool,
-    /// `header_key_format` is `proper_case_words`: names of headers go to the client as `Content-Length`.
-    pub proper_case_words: bool,
 }
 
 /// `Http2ProtocolOptions`, for both sides.

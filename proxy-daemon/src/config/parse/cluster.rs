@@ -8,7 +8,7 @@ use envoy_types::pb::envoy::{
             cluster::{ClusterDiscoveryType, CustomClusterType, DiscoveryType, LbConfig},
             upstream_connection_options::FirstAddressFamilyVersion,
         },
-        core::v3::{Http1ProtocolOptions, RoutingPriority},
+        core::v3::RoutingPriority,
     },
     extensions::{
         clusters::{
@@ -30,6 +30,7 @@ use super::{
     dns, dynamic_forward_proxy,
     endpoint::{health_status, written},
     health_check::health_check,
+    http1::http1_client,
     load_balancing::load_balancing,
     orca,
     outlier_detection::outlier_detection,
@@ -108,6 +109,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         reported_metrics,
         connect_timeout: duration(cluster.connect_timeout, path, "connect_timeout")?.unwrap_or(Duration::from_secs(5)),
         protocol,
+        http1: http1_client(http.as_ref(), &http_path)?,
         max_requests_per_connection: number(max_requests, 0),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
         pool: pool(cluster, path, &common, &common_path)?,
@@ -303,15 +305,11 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
     let path = format!("{}[\"{HTTP_OPTIONS}\"]", join(path, "typed_extension_protocol_options"));
     match &options.upstream_protocol_options {
         Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
-            Some(ProtocolConfig::HttpProtocolOptions(options)) => {
-                for_clients_only(Some(options), &join(&path, "explicit_http_config"))?;
-                Ok(UpstreamProtocol::Http1)
-            }
+            Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
             Some(ProtocolConfig::Http2ProtocolOptions(options)) => Ok(UpstreamProtocol::Http2(http2(Some(options)))),
             _ => Err(FieldError::unsupported(join(&path, "explicit_http_config"))),
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
-            for_clients_only(options.http_protocol_options.as_ref(), &join(&path, "use_downstream_protocol_config"))?;
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
         Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
@@ -319,22 +317,10 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
             Err(FieldError::new(join(&path, "auto_config"), text))
         }
         Some(UpstreamProtocolOptions::AutoConfig(options)) => {
-            for_clients_only(options.http_protocol_options.as_ref(), &join(&path, "auto_config"))?;
             Ok(UpstreamProtocol::Auto(http2(options.http2_protocol_options.as_ref())))
         }
         None => Err(required(&path, "upstream_protocol_options")),
     }
-}
-
-/// Trailers pass on connections of clients only, and so do names in another case; the other options have no meaning for a cluster.
-fn for_clients_only(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<()> {
-    if options.is_some_and(|options| options.header_key_format.is_some()) {
-        return Err(FieldError::unsupported(join(path, "http_protocol_options.header_key_format")));
-    }
-    if options.is_some_and(|options| options.enable_trailers) {
-        return Err(FieldError::unsupported(join(path, "http_protocol_options.enable_trailers")));
-    }
-    Ok(())
 }
 
 fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[Thresholds; 2]> {

@@ -3,9 +3,8 @@ use std::{sync::Arc, time::Duration};
 use envoy_types::pb::{
     envoy::{
         config::core::v3::{
-            ExtensionConfigSource, Http1ProtocolOptions, TypedExtensionConfig,
+            ExtensionConfigSource, TypedExtensionConfig,
             http_protocol_options::HeadersWithUnderscoresAction as UnderscoresAction,
-            http1_protocol_options::header_key_format::HeaderFormat,
         },
         extensions::filters::network::http_connection_manager::v3::{
             HttpConnectionManager, HttpFilter,
@@ -24,7 +23,9 @@ use super::{
     access_log::access_logs,
     common::{Result, cidrs, duration, header_value, http2, limit, number, required},
     config_source::config_source,
-    forwarded_cert, hcm_extensions, local_reply,
+    forwarded_cert, hcm_extensions,
+    http1::http1,
+    local_reply,
     route::{routes, without_vhds},
     scoped_routes::scoped_routes,
     support::join,
@@ -34,8 +35,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            CodecType, EscapedSlashes, Http1Options, HttpConnectionManagerConfig, HttpFilterEntry, RequestRules,
-            ResourceRef, RouteSource, ServerHeaderTransformation, StripPort, Underscores,
+            CodecType, EscapedSlashes, HttpConnectionManagerConfig, HttpFilterEntry, RequestRules, ResourceRef,
+            RouteSource, ServerHeaderTransformation, StripPort, Underscores,
         },
     },
     http::filters::{self, DiscoveredFilter, FilterCx, FilterSource},
@@ -204,32 +205,6 @@ fn request_rules(manager: &HttpConnectionManager, path: &str) -> Result<RequestR
         escaped_slashes,
         underscores,
         append_x_forwarded_port: manager.append_x_forwarded_port,
-    })
-}
-
-fn http1(options: Option<&Http1ProtocolOptions>, path: &str) -> Result<Http1Options> {
-    let Some(options) = options else { return Ok(Http1Options::default()) };
-    let host = options.default_host_for_http_10.as_str();
-    let default_host = match host {
-        "" => None,
-        host => Some(header_value(host, &join(path, "default_host_for_http_10"))?),
-    };
-    let format = options.header_key_format.as_ref().map(|format| format.header_format.as_ref());
-    let proper_case_words = match format {
-        None => false,
-        Some(Some(HeaderFormat::ProperCaseWords(_))) => true,
-        Some(Some(HeaderFormat::StatefulFormatter(_))) => {
-            return Err(FieldError::unsupported(join(path, "header_key_format.stateful_formatter")));
-        }
-        Some(None) => return Err(required(&join(path, "header_key_format"), "header_format")),
-    };
-    Ok(Http1Options {
-        accept_http_10: options.accept_http_10,
-        default_host_for_http_10: default_host,
-        enable_trailers: options.enable_trailers,
-        refuses_absolute_url: options.allow_absolute_url.is_some_and(|allowed| !allowed.value),
-        allow_custom_methods: options.allow_custom_methods,
-        proper_case_words,
     })
 }
 

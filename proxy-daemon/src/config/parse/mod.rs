@@ -19,6 +19,7 @@ mod hash_policy;
 mod hcm_extensions;
 mod health_check;
 pub mod honoured;
+mod http1;
 mod http_connection_manager;
 mod internal_redirect;
 mod layered_runtime;

@@ -206,7 +206,7 @@ impl WorkerHost {
     ) -> Rc<Http1Connection> {
         let connection = Rc::new(Http1Connection {
             info: Rc::new(stream.info(open.since, open.connected.get())),
-            client: Rc::new(h1::ClientConnection::new(metered(cluster, stream))),
+            client: Rc::new(h1::ClientConnection::new(metered(cluster, stream), cluster.cluster.config.http1)),
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
             drains: Cell::new(false),

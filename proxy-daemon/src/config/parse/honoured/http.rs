@@ -424,8 +424,9 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "header_key_format",
         ],
     ),
-    ("envoy.config.core.v3.Http1ProtocolOptions.HeaderKeyFormat", &["proper_case_words"]),
+    ("envoy.config.core.v3.Http1ProtocolOptions.HeaderKeyFormat", ALL),
     ("envoy.config.core.v3.Http1ProtocolOptions.HeaderKeyFormat.ProperCaseWords", ALL),
+    ("envoy.extensions.http.header_formatters.preserve_case.v3.PreserveCaseFormatterConfig", ALL),
     ("envoy.config.core.v3.KeepaliveSettings", &["interval", "timeout", "interval_jitter"]),
     (
         "envoy.config.core.v3.Http2ProtocolOptions",

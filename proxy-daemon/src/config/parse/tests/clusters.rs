@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::*;
 use crate::{
     config::model::{
-        Check, ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HealthStatus, ResourceRef, TcpKeepalive,
-        Thresholds,
+        Check, ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HeaderKeyFormat, HealthStatus,
+        Http1ClientOptions, PreserveCase, ResourceRef, TcpKeepalive, Thresholds,
     },
     layered_runtime::{DiskLayer, LayerSource},
 };
@@ -127,6 +127,31 @@ fn endpoints_are_read() {
 }
 
 #[test]
+fn http1_of_a_cluster() {
+    let formatter = "stateful_formatter: { name: x, typed_config: { '@type': \
+                     type.googleapis.com/envoy.extensions.http.header_formatters.preserve_case.v3.PreserveCaseFormatterConfig, \
+                     forward_reason_phrase: true } }";
+    let kept = PreserveCase { forward_reason_phrase: true, proper_case_others: false };
+    for (format, expected) in
+        [("proper_case_words: {}", HeaderKeyFormat::ProperCaseWords), (formatter, HeaderKeyFormat::PreserveCase(kept))]
+    {
+        let options = format!("{{ enable_trailers: true, header_key_format: {{ {format} }} }}");
+        for protocol in [
+            format!("explicit_http_config: {{ http_protocol_options: {options} }}"),
+            format!("use_downstream_protocol_config: {{ http_protocol_options: {options} }}"),
+        ] {
+            let cluster = one_cluster(&with_http(&protocol)).unwrap();
+            assert_eq!(cluster.http1, Http1ClientOptions { enable_trailers: true, header_key_format: expected });
+        }
+    }
+    let options =
+        "explicit_http_config: { http_protocol_options: { header_key_format: { stateful_formatter: { name: x } } } }";
+    let at = format!("typed_extension_protocol_options[\"{HTTP}\"].explicit_http_config.http_protocol_options");
+    let expected = format!("{at}.header_key_format.stateful_formatter.typed_config: a value is required");
+    assert_eq!(one_cluster(&with_http(options)).unwrap_err(), expected);
+}
+
+#[test]
 fn what_is_honoured_elsewhere_only_is_refused_here() {
     let at = format!("typed_extension_protocol_options[\"{HTTP}\"].common_http_protocol_options");
     let options =
@@ -135,15 +160,6 @@ fn what_is_honoured_elsewhere_only_is_refused_here() {
         one_cluster(&with_http(options)).unwrap_err(),
         format!("{at}.max_headers_count: not supported by culvert yet")
     );
-    let at = format!("typed_extension_protocol_options[\"{HTTP}\"].explicit_http_config.http_protocol_options");
-    for (option, field) in [
-        ("header_key_format: { proper_case_words: {} }", "header_key_format"),
-        ("enable_trailers: true", "enable_trailers"),
-    ] {
-        let options = format!("explicit_http_config: {{ http_protocol_options: {{ {option} }} }}");
-        let error = one_cluster(&with_http(&options)).unwrap_err();
-        assert_eq!(error, format!("{at}.{field}: not supported by culvert yet"));
-    }
     let error = one_cluster("{ name: a, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap_err();
     assert_eq!(error, "eds_cluster_config: eds_cluster_config set in a non-EDS cluster");
     let error = one_cluster(

@@ -15,12 +15,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 
 use super::{
     buffers,
+    case::OriginalCase,
     decode::{Decoder, Item},
     encode::{self, BodyLength, Upgrade, Writer},
     error::CodecError,
     head::{self, Framing, Kind, Limits, Scanner, response_framing},
 };
 use crate::{
+    config::model::{HeaderKeyFormat, Http1ClientOptions},
     http::{
         body::{Body, BodyError},
         codec::Incoming,
@@ -54,6 +56,7 @@ pub struct ClientConnection {
 
 struct Inner {
     stream: Metered<UpstreamStream>,
+    options: Http1ClientOptions,
     buffer: BytesMut,
     scanner: Scanner,
     decoder: Decoder,
@@ -85,13 +88,14 @@ struct Upload {
 
 impl ClientConnection {
     /// For a connection that nothing has been said on.
-    pub fn new(stream: Metered<UpstreamStream>) -> ClientConnection {
+    pub fn new(stream: Metered<UpstreamStream>, options: Http1ClientOptions) -> ClientConnection {
         let inner = Inner {
             stream,
+            options,
             buffer: BytesMut::new(),
             scanner: Scanner::default(),
             decoder: Decoder::Done,
-            writer: Writer::default(),
+            writer: Writer::in_case(options.header_key_format),
             upload: Upload { ended: true, sent: true, ..Upload::default() },
             kept: true,
             awaited: false,
@@ -118,7 +122,8 @@ impl ClientConnection {
             let length = BodyLength { ended: body.is_end_stream(), exact: None };
             (inner.kept, inner.awaited) = (false, true);
             inner.writer.begin();
-            let framing = encode::request(inner.writer.out(), &parts, length);
+            let case = parts.extensions.get::<OriginalCase>();
+            let framing = inner.writer.head(case, |out| encode::request(out, &parts, length));
             // A tunnel's end is told to the host; whoever speaks another protocol than HTTP tells it in that.
             inner.upload =
                 Upload { body, framing, ended: length.ended, paused: upgrade, shuts: connect, ..Upload::default() };
@@ -264,7 +269,7 @@ impl Inner {
     /// Sends what can be sent; ready when all is, or nothing more can be.
     fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
         loop {
-            let waiting = self.upload.gather(cx, &mut self.writer);
+            let waiting = self.upload.gather(cx, &mut self.writer, self.options.enable_trailers);
             if self.writer.poll_write(&mut self.stream, cx).map_err(|_| self.upload.give_up())?.is_pending() {
                 return Poll::Pending;
             }
@@ -303,12 +308,20 @@ impl Inner {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<head::ResponseHead, SendError>> {
         loop {
             match self.scanner.take(&mut self.buffer, Kind::Response, LIMITS) {
-                Ok(Some(head)) => return Poll::Ready(head::response(&head, LIMITS).map_err(SendError::Protocol)),
+                Ok(Some(head)) => return Poll::Ready(self.understand(&head).map_err(SendError::Protocol)),
                 Ok(None) if self.eof => return Poll::Ready(Err(SendError::Closed)),
                 Ok(None) => ready!(self.poll_fill(cx)),
                 Err(error) => return Poll::Ready(Err(SendError::Protocol(error))),
             }
         }
+    }
+
+    fn understand(&self, head: &Bytes) -> Result<head::ResponseHead, CodecError> {
+        let mut understood = head::response(head, LIMITS)?;
+        if let HeaderKeyFormat::PreserveCase(preserve) = self.options.header_key_format {
+            understood.parts.extensions.insert(OriginalCase::of(head, preserve));
+        }
+        Ok(understood)
     }
 
     /// Ready when there is something to be read, which there should not be.
@@ -333,7 +346,7 @@ impl Upload {
     }
 
     /// Takes from the body what one write can carry; whether the body has nothing at the moment.
-    fn gather(&mut self, cx: &mut Context<'_>, writer: &mut Writer) -> bool {
+    fn gather(&mut self, cx: &mut Context<'_>, writer: &mut Writer, enable_trailers: bool) -> bool {
         while !self.ended && writer.has_room() {
             if self.paused {
                 return true;
@@ -342,10 +355,14 @@ impl Upload {
                 Poll::Pending => return true,
                 Poll::Ready(Some(Ok(frame))) => {
                     self.touched = true;
-                    if let Ok(data) = frame.into_data() {
-                        self.data(data, writer);
+                    match frame.into_data() {
+                        Ok(data) => self.data(data, writer),
+                        Err(frame) if enable_trailers && self.framing == Framing::Chunked => {
+                            writer.last_chunk(frame.trailers_ref());
+                            self.ended = true;
+                        }
+                        Err(_) => {}
                     }
-                    // Trailers are not passed on, as in Envoy where `enable_trailers` is not set.
                 }
                 Poll::Ready(Some(Err(_))) => self.give_up(),
                 Poll::Ready(None) => {
@@ -406,7 +423,9 @@ impl ResponseBody {
             match inner.decoder.decode(&mut inner.buffer, LIMITS) {
                 Ok(Some(Item::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
                 Ok(Some(Item::End(trailers))) => {
-                    // Not passed on, as in Envoy where the cluster's `enable_trailers` is not set.
+                    if inner.options.enable_trailers && !trailers.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                    }
                     buffers::give_headers(trailers);
                     return Poll::Ready(None);
                 }

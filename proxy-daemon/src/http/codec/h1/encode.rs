@@ -15,8 +15,10 @@ use tokio::io::AsyncWrite;
 
 use super::{
     buffers,
+    case::{OriginalCase, to_proper_case},
     head::{Framing, length},
 };
+use crate::config::model::HeaderKeyFormat;
 
 /// A body's piece up to this is copied behind the head: cheaper than one more slice for the kernel.
 const COPIED: usize = 4096;
@@ -32,24 +34,26 @@ pub(super) struct Writer {
     written: usize,
     /// Something of it is out.
     started: bool,
-    /// Names of fields are written as `Content-Length`.
+    /// Names of fields are written as `Content-Length`, where they are not to be as they came.
     proper_case: bool,
 }
 
 impl Writer {
-    /// Writes names of fields in proper case, or as they are.
-    pub(super) fn in_case(proper_case: bool) -> Writer {
-        Writer { proper_case, ..Writer::default() }
+    /// Writes names of fields in proper case, or in lower case.
+    pub(super) fn in_case(format: HeaderKeyFormat) -> Writer {
+        Writer { proper_case: format == HeaderKeyFormat::ProperCaseWords, ..Writer::default() }
     }
 
     /// Adds what `write` appends: lines of which the first is none of a field.
-    pub(super) fn head<T>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    pub(super) fn head<T>(&mut self, case: Option<&OriginalCase>, write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
         let proper_case = self.proper_case;
         let out = self.out();
         let from = out.len();
         let result = write(out);
-        if proper_case {
-            capitalise(&mut out[from..]);
+        match case {
+            Some(case) => case.restore(&mut out[from..]),
+            None if proper_case => to_proper_case(&mut out[from..]),
+            None => {}
         }
         result
     }
@@ -103,7 +107,7 @@ impl Writer {
 
     /// Ends a chunked body; only where [`has_room`](Self::has_room).
     pub(super) fn last_chunk(&mut self, trailers: Option<&HeaderMap>) {
-        self.head(|out| {
+        self.head(None, |out| {
             out.extend_from_slice(b"0\r\n");
             for (name, value) in trailers.into_iter().flatten().filter(|(name, _)| !is_framing(name)) {
                 field(out, name.as_str(), value.as_bytes());
@@ -154,19 +158,6 @@ impl Writer {
     pub(super) fn clear(&mut self) {
         buffers::give_out(std::mem::take(&mut self.out));
         (self.large, self.tail, self.written) = (Bytes::new(), b"", 0);
-    }
-}
-
-/// Names of fields as Envoy's `proper_case_words` has them: each letter that comes after no letter and no digit is large.
-fn capitalise(lines: &mut [u8]) {
-    for line in lines.split_mut(|&byte| byte == b'\n').skip(1) {
-        let mut within = false;
-        for byte in line.iter_mut().take_while(|byte| **byte != b':') {
-            if !within {
-                byte.make_ascii_uppercase();
-            }
-            within = byte.is_ascii_alphanumeric();
-        }
     }
 }
 
@@ -278,16 +269,16 @@ pub(super) struct ResponseCx {
     pub(super) keep_alive: bool,
 }
 
-/// Appends a response's head; how its body must be written. With [`Framing::UntilClose`] the connection must be closed: with
+/// Appends a response's head, with its reason where that is no usual one; how its body must be written. With [`Framing::UntilClose`] the connection must be closed: with
 /// 101 the client has another protocol from there on.
 pub(super) fn response(
     out: &mut Vec<u8>,
-    status: StatusCode,
+    (status, reason): (StatusCode, Option<&[u8]>),
     headers: &HeaderMap,
     body: BodyLength,
     cx: ResponseCx,
 ) -> Framing {
-    status_line(out, if cx.http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " }, status);
+    status_line(out, if cx.http_10 { b"HTTP/1.0 " } else { b"HTTP/1.1 " }, status, reason);
     let mut dated = false;
     let upgrade = status == StatusCode::SWITCHING_PROTOCOLS;
     for (name, value) in headers.iter().filter(|(name, _)| is_written(name, upgrade)) {
@@ -348,18 +339,18 @@ fn reason(status: StatusCode) -> &'static str {
 
 /// Appends the head of a response that comes before the response.
 pub(super) fn interim(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap) {
-    status_line(out, b"HTTP/1.1 ", status);
+    status_line(out, b"HTTP/1.1 ", status, None);
     for (name, value) in headers.iter().filter(|(name, _)| !is_framing(name)) {
         field(out, name.as_str(), value.as_bytes());
     }
     out.extend_from_slice(b"\r\n");
 }
 
-fn status_line(out: &mut Vec<u8>, version: &[u8], status: StatusCode) {
+fn status_line(out: &mut Vec<u8>, version: &[u8], status: StatusCode, told: Option<&[u8]>) {
     out.extend_from_slice(version);
     out.extend_from_slice(status.as_str().as_bytes());
     out.push(b' ');
-    out.extend_from_slice(reason(status).as_bytes());
+    out.extend_from_slice(told.unwrap_or_else(|| reason(status).as_bytes()));
     out.extend_from_slice(b"\r\n");
 }
 

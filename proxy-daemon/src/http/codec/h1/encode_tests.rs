@@ -18,7 +18,7 @@ fn answer(
     }
     map.insert(DATE, HeaderValue::from_static("now"));
     let mut out = Vec::new();
-    let framing = response(&mut out, StatusCode::from_u16(status).unwrap(), &map, body, cx);
+    let framing = response(&mut out, (StatusCode::from_u16(status).unwrap(), None), &map, body, cx);
     let text = String::from_utf8(out).unwrap();
     (text.replace("date: now\r\n", "").replace("\r\n", "|"), framing)
 }
@@ -79,7 +79,7 @@ fn requests_say_whether_they_have_a_body() {
 #[test]
 fn a_date_is_added_where_there_is_none() {
     let mut out = Vec::new();
-    response(&mut out, StatusCode::OK, &HeaderMap::new(), NONE, CX);
+    response(&mut out, (StatusCode::OK, None), &HeaderMap::new(), NONE, CX);
     let text = String::from_utf8(out).unwrap();
     let date = text.split("date: ").nth(1).unwrap().split("\r\n").next().unwrap();
     assert!(httpdate::parse_http_date(date).is_ok(), "{date}");
@@ -139,7 +139,7 @@ impl AsyncWrite for Slow {
 fn names_in_proper_case() {
     let mut trailers = HeaderMap::new();
     trailers.insert("x-checksum-b2_c", "a:b-c".parse().unwrap());
-    let mut writer = Writer::in_case(true);
+    let mut writer = Writer::in_case(HeaderKeyFormat::ProperCaseWords);
     writer.last_chunk(Some(&trailers));
     assert_eq!(String::from_utf8_lossy(writer.out()), "0\r\nX-Checksum-B2_C: a:b-c\r\n\r\n");
     let mut writer = Writer::default();

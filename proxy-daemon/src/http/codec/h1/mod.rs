@@ -2,6 +2,7 @@
 //! from; buffers are borrowed from the worker while there is something in them; no request has a task of its own.
 
 mod buffers;
+mod case;
 mod client;
 mod decode;
 mod encode;

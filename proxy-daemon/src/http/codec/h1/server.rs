@@ -23,6 +23,7 @@ use self::bodies::Outgoing;
 pub use self::bodies::RequestBody;
 use super::{
     buffers,
+    case::OriginalCase,
     decode::{Decoder, Item},
     encode::{self, BodyLength, ResponseCx, Upgrade, Writer},
     error::CodecError,
@@ -30,7 +31,7 @@ use super::{
 };
 use crate::{
     access_log::ResponseFlags,
-    config::model::HttpConnectionManagerConfig,
+    config::model::{HeaderKeyFormat, HttpConnectionManagerConfig},
     http::{
         begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers,
         stats::ConnectionEnd, stream::LocalReply,
@@ -144,7 +145,7 @@ impl ServerConnection {
 
     /// Serves requests until the connection ends, and says how it did.
     pub(in crate::http) async fn serve(self: Rc<Self>, state: Rc<ConnState>) -> ConnectionEnd {
-        let mut writer = Writer::in_case(state.config().http1.proper_case_words);
+        let mut writer = Writer::in_case(state.config().http1.header_key_format);
         loop {
             let received = self.receive(&state).await;
             let after = match received {
@@ -225,6 +226,9 @@ impl ServerConnection {
             Err(error) => return self.refuse(state, error, writer).await,
         };
         let head::RequestHead { mut parts, framing, target } = head;
+        if let HeaderKeyFormat::PreserveCase(preserve) = config.http1.header_key_format {
+            parts.extensions.insert(OriginalCase::of(bytes, preserve));
+        }
         let begun = self.begun(state);
         let connect = parts.method == Method::CONNECT;
         let upgrade = connect || parts.version == Version::HTTP_11 && headers::wants_upgrade(&parts.headers);
@@ -265,7 +269,7 @@ impl ServerConnection {
             parts.headers.remove(EXPECT);
             if parts.version == Version::HTTP_11 {
                 state.count_interim(StatusCode::CONTINUE);
-                writer.head(|out| encode::interim(out, StatusCode::CONTINUE, &HeaderMap::new()));
+                writer.head(None, |out| encode::interim(out, StatusCode::CONTINUE, &HeaderMap::new()));
                 if poll_fn(|cx| writer.poll_write(&mut self.inner.borrow_mut().stream, cx)).await.is_err() {
                     return After::Gone;
                 }
@@ -285,7 +289,7 @@ impl ServerConnection {
                 let polled = handler.as_mut().poll(cx);
                 for (status, headers) in progress.take_interim() {
                     state.count_interim(status);
-                    writer.head(|out| encode::interim(out, status, &headers));
+                    writer.head(None, |out| encode::interim(out, status, &headers));
                 }
                 match polled {
                     Poll::Ready(response) => Poll::Ready(Some(response)),
@@ -349,7 +353,9 @@ impl ServerConnection {
             state.count_early_response();
         }
         let length = BodyLength { ended: body.is_end_stream(), exact: body.size_hint().exact() };
-        let framing = writer.head(|out| encode::response(out, parts.status, &parts.headers, length, cx));
+        let case = parts.extensions.get::<OriginalCase>();
+        let status = (parts.status, case.and_then(OriginalCase::reason));
+        let framing = writer.head(case, |out| encode::response(out, status, &parts.headers, length, cx));
         buffers::give_headers(parts.headers);
         let mut out = Outgoing { body: &mut body, framing, enable_trailers, ended: false, broken: false };
         let written = poll_fn(|cx| out.poll(cx, self, writer)).await;
