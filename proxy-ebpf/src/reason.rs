@@ -14,10 +14,10 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// Every reason, in numeric order.
-            pub const ALL: [Self; Self::COUNT] = [$(Self::$variant),+];
-            /// How many there are.
-            pub const COUNT: usize = [$($number),+].len();
+            /// Every reason, in numeric order. There are gaps between the numbers of the programs' families.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+            /// One more than the greatest number.
+            pub const COUNT: usize = Self::ALL[Self::ALL.len() - 1] as usize + 1;
 
             /// The counter's name in stats.
             pub const fn name(self) -> &'static str {
@@ -55,4 +55,20 @@ reasons! {
     22 ShortcutResumed "shortcut.resumed" "Changes from TCP to the short cut, after the receiver had read everything.";
     23 ShortcutBlocking "shortcut.blocking" "Pods' connections not registered because the program's reads wait inside the kernel.";
     24 Reopened "reopened" "New connections with the addresses and ports of one that the daemon closed a short time ago.";
+    50 HostRedirected "host.redirected" "Connections of host processes that were sent to a worker's listener.";
+    51 HostPassedNamespace "host.passed_namespace" "Connections of processes of the configured cgroups that are in another network namespace than the node's.";
+    52 HostPassedExcluded "host.passed_excluded" "Connections of host processes to an excluded port or range, or to the host itself.";
+    53 HostFailedOpen "host.failed_open" "Connections of host processes that passed untouched because no worker listens.";
+    54 HostFailedClosed "host.failed_closed" "Connections of host processes that were refused because no worker listens.";
+    55 HostFlowNotKept "host.flow_not_kept" "Connections of host processes whose destination could not be kept for the daemon.";
+    56 HostNoMemory "host.no_memory" "Connections of host processes that were refused because the kernel had no memory to remember their destination.";
+    60 PassedBalanced "passed_balanced" "Pods' new connections to backends of services that the kernel balances.";
+    61 BalancedConnections "balanced.connections" "TCP connections that were given a backend.";
+    62 BalancedSockets "balanced.udp_sockets" "UDP sockets that were connected to a service, and given a backend.";
+    63 BalancedDatagrams "balanced.datagrams" "Datagrams to services that were given a backend, of sockets that are not connected.";
+    64 BalancedReplies "balanced.replies" "Datagrams of backends that were shown as the service's.";
+    65 BalancedMoved "balanced.moved" "UDP sockets whose next datagram got another backend because theirs was gone.";
+    66 BalancedNoBackend "balanced.no_backend" "Connections and datagrams refused because the service has no backend.";
+    67 BalancedNotKept "balanced.not_kept" "UDP sockets connected to a service that cannot be told when their backend is gone: the map is full.";
+    68 BalancedNoMemory "balanced.no_memory" "Connections and datagrams refused because the kernel had no memory to remember the service.";
 }

@@ -9,6 +9,8 @@ use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::{
     Interception as Message, interception as message,
 };
 
+use super::connect_config::{ConnectBalancing, HostMode};
+
 /// What happens to an enrolled pod's new connections while no daemon serves them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FailurePolicy {
@@ -60,6 +62,10 @@ pub struct InterceptionConfig {
     pub route_table: u32,
     /// The directory on a BPF file system where links and maps outlive the daemon's death.
     pub pin_path: PathBuf,
+    /// Host processes whose connections are redirected when they connect.
+    pub host: Option<HostMode>,
+    /// Services that the kernel balances.
+    pub balancing: Option<ConnectBalancing>,
     /// Attach by clsact filters, as kernels before 6.6 need, even where TCX exists. For tests; not in the API.
     pub force_clsact: bool,
 }
@@ -86,15 +92,22 @@ impl Default for InterceptionConfig {
             mark: DEFAULT_MARK,
             route_table: DEFAULT_ROUTE_TABLE,
             pin_path: PathBuf::from(DEFAULT_PIN_PATH),
+            host: None,
+            balancing: None,
             force_clsact: false,
         }
     }
 }
 
 /// A field's path within the message, and what is wrong with it.
-type FieldError = (String, String);
+pub(super) type FieldError = (String, String);
 
 impl InterceptionConfig {
+    /// Whether anything is done when processes connect.
+    pub(super) fn has_hooks(&self) -> bool {
+        self.host.is_some() || self.balancing.is_some()
+    }
+
     /// Checks the bootstrap extension's message. The error is a field's path within the message and what is wrong with it.
     pub fn from_proto(proto: &Message) -> Result<Self, FieldError> {
         // Every field is named, so that a new one cannot be forgotten here.
@@ -110,9 +123,11 @@ impl InterceptionConfig {
             mark,
             route_table,
             pin_path,
+            host,
+            balancing,
         } = proto;
         let default = Self::default();
-        if interfaces.is_empty() {
+        if interfaces.is_empty() && host.is_none() && balancing.is_none() {
             return Err(("interfaces".to_owned(), "at least one name or glob is needed, such as `veth*`".to_owned()));
         }
         let failure_policy = policy(*failure_policy, "failure_policy")?;
@@ -147,12 +162,14 @@ impl InterceptionConfig {
                 Some(path) => pinnable(&path).map_err(|reason| ("pin_path".to_owned(), reason))?,
                 None => default.pin_path,
             },
+            host: host.as_ref().map(|host| HostMode::from_proto(host, failure_policy)).transpose()?,
+            balancing: balancing.as_ref().map(ConnectBalancing::from_proto).transpose()?,
             force_clsact: false,
         })
     }
 }
 
-fn at(field: &str, index: usize, reason: impl Into<String>) -> FieldError {
+pub(super) fn at(field: &str, index: usize, reason: impl Into<String>) -> FieldError {
     (format!("{field}[{index}]"), reason.into())
 }
 
@@ -160,7 +177,7 @@ fn non_empty(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-fn policy(value: i32, path: &str) -> Result<FailurePolicy, FieldError> {
+pub(super) fn policy(value: i32, path: &str) -> Result<FailurePolicy, FieldError> {
     match message::FailurePolicy::try_from(value) {
         Ok(message::FailurePolicy::FailOpen) => Ok(FailurePolicy::Open),
         Ok(message::FailurePolicy::FailClosed) => Ok(FailurePolicy::Closed),
@@ -217,7 +234,7 @@ fn ranges(texts: &[String]) -> Result<Vec<Range>, FieldError> {
     texts.iter().enumerate().map(parse).collect()
 }
 
-fn absolute(path: &str) -> Result<PathBuf, String> {
+pub(super) fn absolute(path: &str) -> Result<PathBuf, String> {
     if path.starts_with('/') { Ok(PathBuf::from(path)) } else { Err(format!("`{path}` is not an absolute path")) }
 }
 

@@ -85,6 +85,8 @@ fn every_field_is_taken() {
         mark: 7,
         route_table: 8,
         pin_path: "/sys/fs/bpf/node-a".to_owned(),
+        host: None,
+        balancing: None,
     });
     let expected = InterceptionConfig {
         interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
@@ -100,6 +102,8 @@ fn every_field_is_taken() {
         mark: 7,
         route_table: 8,
         pin_path: PathBuf::from("/sys/fs/bpf/node-a"),
+        host: None,
+        balancing: None,
         force_clsact: false,
     };
     assert_eq!(config, Ok(expected));

@@ -57,6 +57,22 @@ pub enum InterceptError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A program could not be attached to a cgroup.
+    #[error("{field} {path}: {reason}")]
+    Hooks {
+        /// The field of the extension that names the cgroup.
+        field: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A map has no room.
+    #[error("the kernel's map {name} is full: fewer services or backends have to be balanced")]
+    Full {
+        /// The map.
+        name: &'static str,
+    },
     /// A listening socket cannot receive redirected connections.
     #[error("worker {worker}'s listener cannot receive redirected connections: {reason}")]
     Listener {
@@ -80,9 +96,18 @@ impl InterceptError {
         }
     }
 
+    /// A failed insertion: a full map has its own text.
+    pub(super) fn full_or(name: &'static str, error: &(dyn std::error::Error + 'static)) -> Self {
+        if caused_by(error, nix::libc::E2BIG) || caused_by(error, nix::libc::ENOSPC) {
+            Self::Full { name }
+        } else {
+            Self::load(name, error)
+        }
+    }
+
     /// A failed load: permission errors get their own text.
     pub(super) fn load(name: &str, error: &(dyn std::error::Error + 'static)) -> Self {
-        if caused_by_permission(error) {
+        if caused_by(error, nix::libc::EPERM) {
             Self::Permission { action: "load kernel programs" }
         } else {
             Self::Load { name: name.to_owned(), reason: chain(error) }
@@ -111,11 +136,11 @@ pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     }
 }
 
-fn caused_by_permission(error: &(dyn std::error::Error + 'static)) -> bool {
+fn caused_by(error: &(dyn std::error::Error + 'static), errno: i32) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if let Some(io) = error.downcast_ref::<io::Error>()
-            && io.raw_os_error() == Some(nix::libc::EPERM)
+            && io.raw_os_error() == Some(errno)
         {
             return true;
         }

@@ -8,7 +8,7 @@ use std::path::Path;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
-use aya::programs::{ProgramError, SkLookup, SkMsg, SockOps};
+use aya::programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _};
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped};
 
@@ -36,11 +36,14 @@ pub(super) fn load(
     sock_layout: &SockLayout,
 ) -> Result<Ebpf, InterceptError> {
     raise_memlock_limit();
+    let host_fails_closed = config.host.as_ref().is_some_and(|host| host.failure_policy == FailurePolicy::Closed);
     let mut ebpf = EbpfLoader::new()
         .override_global("MARK", &config.mark, true)
         .override_global("WORKERS", &workers, true)
         .override_global("NODE_NETNS", &netns_cookie, true)
         .override_global("SOCK_LAYOUT", sock_layout, true)
+        .override_global("CHOOSES_ERRORS", &u32::from(probe::hooks_choose_errors()), true)
+        .override_global("HOST_FAIL_CLOSED", &u32::from(host_fails_closed), true)
         .load(OBJECT)
         .map_err(|error| InterceptError::load("maps", &error))?;
     fill_policy(&mut ebpf, config)?;
@@ -99,6 +102,17 @@ pub(super) fn attach_reopen(ebpf: &mut Ebpf) -> Result<(), String> {
         .and_then(|()| program.attach(namespace))
         .map(drop)
         .map_err(|error| format!("reopen: {}", chain(&error)))
+}
+
+/// Tells the programs which process this is, as the kernel numbers it: the daemon's own connections go where it says.
+pub(super) fn note_daemon(ebpf: &mut Ebpf) -> Result<(), InterceptError> {
+    const NAME: &str = "note_daemon";
+    let missing = || InterceptError::Load { name: NAME.to_owned(), reason: "not in the kernel object".to_owned() };
+    let program = ebpf.program_mut(NAME).ok_or_else(missing)?;
+    let program: &mut RawTracePoint =
+        program.try_into().map_err(|error: ProgramError| InterceptError::load(NAME, &error))?;
+    program.load().map_err(|error| InterceptError::load(NAME, &error))?;
+    program.test_run(RawTracePointRunOptions::default()).map(drop).map_err(|error| InterceptError::load(NAME, &error))
 }
 
 /// Where the running kernel keeps what the short cut reads of sockets; or why it takes no short cut.
@@ -204,7 +218,7 @@ pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptErr
 }
 
 /// A map by its name, in the type that the caller asks for.
-fn map<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T, InterceptError>
+pub(super) fn map<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T, InterceptError>
 where
     T: TryFrom<&'a mut aya::maps::Map, Error = aya::maps::MapError>,
 {

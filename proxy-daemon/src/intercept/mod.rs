@@ -2,42 +2,55 @@
 //! hops that stay on the node. docs/kernel.md explains the whole; the programs are in proxy-ebpf.
 //!
 //! ```text
-//! config   what the operator asked for, checked
+//! config   what the operator asked for, checked; connect_config: of what happens when processes connect
 //! btf      where the running kernel keeps the fields of its structures
 //! probe    what the kernel and the node's set-up can do
 //! kernel   loads the programs, fills the maps, reads the counters
 //! attach   puts programs on interfaces, pinned, so that they outlive the daemon
 //! netlink  interfaces, addresses, the rule and the route
 //! watch    the thread that follows interfaces and addresses
+//! cgroups  puts programs on cgroups, pinned, and follows cgroups that appear
+//! flows    where redirected connections of host processes were going
+//! services the kernel's tables of the services that it balances; sessions: UDP sockets whose backend is gone
 //! ```
 
 mod attach;
 mod btf;
+mod cgroups;
 mod config;
+mod connect_config;
 mod error;
+mod flows;
 mod kernel;
 mod netlink;
 mod probe;
+mod services;
+mod sessions;
 mod watch;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fs, io};
 
 use aya::Ebpf;
-use culvert_proxy_ebpf::SockLayout;
+use culvert_proxy_ebpf::{Endpoint, SockLayout};
 
 pub use config::{
     DEFAULT_MARK, DEFAULT_OUTBOUND_LISTENER, DEFAULT_PIN_PATH, DEFAULT_ROUTE_TABLE, FailurePolicy, InterceptionConfig,
     Pod, Range,
 };
+pub use connect_config::{BalancedService, ConnectBalancing, HostMode};
 pub use error::InterceptError;
+pub use flows::HostFlows;
 
 use attach::{Attachment, Direction, Method};
+use cgroups::{CgroupWatcher, Hooks, Role};
 use config::glob_matches;
 use netlink::{Link, Monitor, Netlink};
+use services::Services;
 use watch::Watcher;
 
 /// Interception in force. Dropped without [`Interception::shutdown`], as in a crash, it leaves the packet programs, the
@@ -45,6 +58,7 @@ use watch::Watcher;
 pub struct Interception {
     // Stopped first: it works on the state.
     watcher: Watcher,
+    cgroups: Option<CgroupWatcher>,
     state: Arc<Mutex<State>>,
 }
 
@@ -70,7 +84,60 @@ impl Interception {
         }
         let state = Arc::new(Mutex::new(state));
         let watcher = Watcher::start(monitor, Arc::clone(&state))?;
-        Ok(Self { watcher, state })
+        let hooked = state.lock().unwrap_or_else(PoisonError::into_inner).config.has_hooks();
+        let cgroups = hooked.then(|| CgroupWatcher::start(Arc::clone(&state))).transpose()?;
+        Ok(Self { watcher, cgroups, state })
+    }
+
+    /// Where redirected connections of host processes were going, for one worker; `None`: none are redirected.
+    pub fn host_flows(&self) -> Result<Option<HostFlows>, InterceptError> {
+        let state = self.lock();
+        state.config.host.as_ref().map(|_| HostFlows::new(&state.ebpf)).transpose()
+    }
+
+    /// Which services the kernel is to balance; `None`: none.
+    pub fn balancing(&self) -> Option<ConnectBalancing> {
+        self.lock().config.balancing.clone()
+    }
+
+    /// Has the kernel balance a service, by the hosts' shares of the load; those of the other address family are left out,
+    /// and what has a share of 0 gets nothing. Without a host its connections are refused. UDP sockets that are connected
+    /// to a host that no service has any more are told.
+    ///
+    /// # Errors
+    /// A map is full: the service keeps the hosts that it had.
+    pub fn set_service(&self, service: &BalancedService, shares: &[(SocketAddr, f64)]) -> Result<(), InterceptError> {
+        let is_v4 = |address: &SocketAddr| address.ip().to_canonical().is_ipv4();
+        let usable = shares.iter().filter(|(address, _)| is_v4(address) == is_v4(&service.address));
+        let shares: Vec<_> = usable.map(|(host, share)| (services::endpoint(*host, service.udp), *share)).collect();
+        self.lock().change_service(|services, ebpf| {
+            services.set(ebpf, services::endpoint(service.address, service.udp), &shares)
+        })
+    }
+
+    /// Has the kernel forget a service: connections to it go their own way.
+    ///
+    /// # Errors
+    /// A map cannot be changed.
+    pub fn remove_service(&self, service: &BalancedService) -> Result<(), InterceptError> {
+        let service = services::endpoint(service.address, service.udp);
+        self.lock().change_service(|services, ebpf| services.remove(ebpf, service))
+    }
+
+    /// Attaches the programs that balance services: what an earlier daemon left serves until then. To be called when the
+    /// services' hosts are known.
+    pub fn balance(&self) {
+        self.lock().balances = true;
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.look();
+        }
+    }
+
+    /// How many cgroups have the programs of host mode, and how many those that balance services.
+    pub fn hooked_cgroups(&self) -> (usize, usize) {
+        let state = self.lock();
+        let of = |role: Role| state.hooks.iter().find(|hooks| hooks.role() == role).map_or(0, Hooks::len);
+        (of(Role::Host), of(Role::Balance))
     }
 
     /// Makes a worker's listening socket receive redirected connections: IPv4, IPv6 or, if it is dual-stack, both. The
@@ -81,14 +148,17 @@ impl Interception {
 
     /// Every counter of the kernel programs, since they were loaded, in the order of their numbers.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        kernel::counters(&self.lock().ebpf)
+        let state = self.lock();
+        let mut counters = kernel::counters(&state.ebpf);
+        counters.push(("interception.balanced.tables_refused", state.services.refused));
+        counters
     }
 
     /// Removes all that interception made: programs, pins, rule and route. Pods' connections go their own way again,
     /// whatever their failure policy, which is for daemons that die.
     pub fn shutdown(self) -> Result<(), InterceptError> {
-        let Self { watcher, state } = self;
-        drop(watcher);
+        let Self { watcher, cgroups, state } = self;
+        drop((watcher, cgroups));
         state.lock().unwrap_or_else(PoisonError::into_inner).remove()
     }
 
@@ -112,6 +182,11 @@ struct State {
     sock_layout: Result<SockLayout, String>,
     /// By interface index.
     attachments: HashMap<u32, Attachment>,
+    /// What is attached to cgroups.
+    hooks: Vec<Hooks>,
+    /// The services' hosts are known.
+    balances: bool,
+    services: Services,
 }
 
 impl State {
@@ -141,11 +216,16 @@ impl State {
             sock_layout,
             routed: Vec::new(),
             attachments: HashMap::new(),
+            hooks: Vec::new(),
+            balances: false,
+            services: Services::default(),
         })
     }
 
     fn install(&mut self) -> Result<(), InterceptError> {
-        self.add_routing()?;
+        if !self.config.interfaces.is_empty() {
+            self.add_routing()?;
+        }
         for directory in self.pin_directories() {
             fs::create_dir_all(&directory).map_err(|source| InterceptError::PinPath {
                 path: directory.clone(),
@@ -166,14 +246,65 @@ impl State {
         }
         self.reconcile_addresses()?;
         self.reconcile_all_links()?;
-        if self.attachments.is_empty() {
+        self.load_hooks()?;
+        if self.attachments.is_empty() && !self.config.interfaces.is_empty() {
             tracing::warn!(patterns = ?self.config.interfaces, "no interface matches yet");
         }
         Ok(())
     }
 
-    fn pin_directories(&self) -> [PathBuf; 2] {
-        [self.config.pin_path.join("links"), self.config.pin_path.join("maps")]
+    fn pin_directories(&self) -> [PathBuf; 3] {
+        ["links", "cgroups", "maps"].map(|name| self.config.pin_path.join(name))
+    }
+
+    /// Loads the programs for cgroups, and attaches those of host mode.
+    fn load_hooks(&mut self) -> Result<(), InterceptError> {
+        if !self.config.has_hooks() {
+            // What an earlier daemon with another configuration left.
+            return remove_pinned_in(&self.config.pin_path.join("cgroups"));
+        }
+        kernel::note_daemon(&mut self.ebpf)?;
+        let host = self.config.host.as_ref().map(|host| (Role::Host, host.cgroups.clone()));
+        let balance = self.config.balancing.as_ref().map(|it| (Role::Balance, it.cgroups.clone()));
+        let pins = self.config.pin_path.join("cgroups");
+        for (role, cgroups) in host.into_iter().chain(balance) {
+            self.hooks.push(Hooks::load(&mut self.ebpf, role, &cgroups, pins.clone())?);
+        }
+        for role in [Role::Host, Role::Balance] {
+            if self.hooks.iter().all(|hooks| hooks.role() != role) {
+                // What an earlier daemon with another configuration left.
+                cgroups::remove_pins_of(role, &pins)?;
+            }
+        }
+        let (_, mut errors) = self.reconcile_cgroups();
+        if let Some(error) = errors.pop() {
+            return Err(error);
+        }
+        for hooks in self.hooks.iter().filter(|hooks| hooks.role() == Role::Host && hooks.len() == 0) {
+            tracing::warn!(patterns = ?hooks.patterns(), "no cgroup of host mode is there yet");
+        }
+        Ok(())
+    }
+
+    /// Attaches to the cgroups that are there now. Returns where others may appear, and what could not be done.
+    fn reconcile_cgroups(&mut self) -> (Vec<PathBuf>, Vec<InterceptError>) {
+        let (mut parents, mut errors) = (Vec::new(), Vec::new());
+        let balances = self.balances;
+        for hooks in self.hooks.iter_mut().filter(|hooks| balances || hooks.role() != Role::Balance) {
+            let (more, failed) = hooks.reconcile(&mut self.ebpf);
+            parents.extend(more);
+            errors.extend(failed);
+        }
+        (parents, errors)
+    }
+
+    fn change_service(
+        &mut self,
+        change: impl FnOnce(&mut Services, &mut Ebpf) -> Result<Vec<Endpoint>, InterceptError>,
+    ) -> Result<(), InterceptError> {
+        let gone = change(&mut self.services, &mut self.ebpf)?;
+        sessions::end(services::connected_to(&mut self.ebpf, &gone));
+        Ok(())
     }
 
     /// Makes marked packets be delivered to this host. A host without IPv6 goes without it.
@@ -295,6 +426,15 @@ impl State {
         }
         if failures.is_empty() { Ok(()) } else { Err(InterceptError::Remove(failures.join("; "))) }
     }
+}
+
+/// Removes what is pinned in a directory.
+fn remove_pinned_in(directory: &std::path::Path) -> Result<(), InterceptError> {
+    let error = |source: io::Error| InterceptError::PinPath { path: directory.to_owned(), reason: source.to_string() };
+    for entry in fs::read_dir(directory).map_err(error)? {
+        entry.and_then(|entry| fs::remove_file(entry.path())).map_err(error)?;
+    }
+    Ok(())
 }
 
 /// Removes a directory of pins.

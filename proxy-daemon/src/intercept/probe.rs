@@ -64,6 +64,11 @@ impl KernelVersion {
     }
 }
 
+/// Whether programs at connect() and sendto() may choose the error of a call that they refuse (`bpf_set_retval`).
+pub(super) fn hooks_choose_errors() -> bool {
+    KernelVersion::running().is_ok_and(|running| running >= KernelVersion(6, 1, 0))
+}
+
 /// The cookie of the calling thread's network namespace.
 pub(super) fn netns_cookie() -> io::Result<u64> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;

@@ -331,13 +331,24 @@ async fn serve(
     let _total = crate::upstream::Decrement::after_inc(worker.total_connections);
     let remote = canonical(remote);
     let local = stream.local_addr().map(canonical).unwrap_or(remote);
-    let original_dst = active.config.use_original_dst.then(|| original_destination(&stream, local, bound)).flatten();
+    // Asked whether or not the listener wants to know: the kernel keeps it until then.
+    let host_dst = worker.host_destination(remote, local);
+    let original_dst = active
+        .config
+        .use_original_dst
+        .then(|| host_dst.or_else(|| original_destination(&stream, local, bound)))
+        .flatten();
     let info = Rc::new(ConnectionInfo {
         id: worker.next_connection_id(),
         remote,
         local: original_dst.unwrap_or(local),
         original_dst,
-        source: active.config.original_src.map(|original_src| Source::new(original_src, remote.ip())),
+        // A host process has the addresses of its host, as the daemon has.
+        source: active
+            .config
+            .original_src
+            .filter(|_| host_dst.is_none())
+            .map(|original_src| Source::new(original_src, remote.ip())),
         node_ip: worker.node_ip,
         buffer_limit: active.config.per_connection_buffer_limit_bytes,
         learnt: Learnt::default(),

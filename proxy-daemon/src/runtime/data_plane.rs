@@ -17,6 +17,7 @@ use culvert_xds_client::source::Source;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
+    balancing,
     routes::RouteSlots,
     worker::{self, Command},
 };
@@ -149,6 +150,10 @@ impl DataPlane {
                 offloaded: Arc::clone(&offloaded),
                 on_demand: asking.clone(),
                 node_ip,
+                host_flows: match &options.interception {
+                    Some((interception, _)) => interception.host_flows().map_err(std::io::Error::other)?,
+                    None => None,
+                },
                 drain_time: options.drain_time,
                 draining: draining.subscribe(),
                 // With fewer workers than processors the scheduler finds them better places than we do.
@@ -156,7 +161,8 @@ impl DataPlane {
                 commands,
             })?);
         }
-        Ok(DataPlane(Arc::new(Inner {
+        let balancing = options.interception.as_ref().and_then(|(interception, _)| interception.balancing());
+        let plane = DataPlane(Arc::new(Inner {
             names: Arc::new(Names::new(Arc::clone(&clusters))),
             clusters,
             routes: RouteSlots::default(),
@@ -172,7 +178,11 @@ impl DataPlane {
             draining,
             outlier_log: OnceLock::new(),
             control: tokio::runtime::Handle::current(),
-        })))
+        }));
+        if let Some(config) = balancing {
+            plane.0.control.spawn(balancing::follow(Arc::downgrade(&plane.0), config));
+        }
+        Ok(plane)
     }
 
     /// Says where this node is, and which cluster it is of. Before there are any clusters.
@@ -501,6 +511,24 @@ impl DataPlane {
         {
             tracing::error!(%error, "interception is not wholly removed");
         }
+    }
+}
+
+impl balancing::Plane for Inner {
+    fn with_interception(&self, work: &mut dyn FnMut(&Interception)) {
+        if let Some((interception, _)) = &*lock(&self.interception) {
+            work(interception);
+        }
+    }
+
+    fn clusters(&self) -> Arc<ClusterMap> {
+        self.clusters.load()
+    }
+
+    fn outbound(&self) -> Option<Arc<ActiveListener>> {
+        let interception = lock(&self.interception);
+        let (_, name) = interception.as_ref()?;
+        Some(lock(&self.listeners).get(name.as_str())?.shared.active.load_full())
     }
 }
 

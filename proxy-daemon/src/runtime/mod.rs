@@ -1,5 +1,6 @@
 //! Workers, and the handle by which the control thread gives them their configuration. See LIFECYCLE.md.
 
+mod balancing;
 mod data_plane;
 mod routes;
 mod worker;

@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
     thread,
@@ -20,6 +20,7 @@ use tokio::{
 use crate::{
     access_log,
     http::filters::OffloadedTable,
+    intercept::HostFlows,
     listener::{SharedListener, accept_forever},
     on_demand::OnDemand,
     stats::{self, Gauge},
@@ -40,6 +41,8 @@ pub struct Worker {
     pub drain_time: Duration,
     /// Set when the daemon drains, before it ends.
     pub draining: watch::Receiver<bool>,
+    /// Where redirected connections of host processes were going; `None`: there are none.
+    host_flows: Option<HostFlows>,
     /// `server.total_connections`
     pub(crate) total_connections: Gauge,
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
@@ -53,6 +56,14 @@ impl Worker {
         self.next_connection.set(id + 1);
         // Workers count in ranges of their own, so that they need not share a counter.
         ((self.index as u64) << 48) | id
+    }
+
+    /// Where the client of an accepted connection was going, if it is a process of this host that was redirected when it
+    /// connected. Asked once a connection: the answer is forgotten.
+    pub fn host_destination(&self, client: SocketAddr, local: SocketAddr) -> Option<SocketAddr> {
+        // Processes of this host come from the address that they go to, or from the loopback interface.
+        let near = client.ip().is_loopback() || client.ip() == local.ip();
+        self.host_flows.as_ref().filter(|_| near)?.take(client, local.port())
     }
 
     /// Looks something up in the offloaded endpoints that discovery lists.
@@ -81,6 +92,7 @@ pub(super) struct Start {
     pub(super) offloaded: Arc<ArcSwap<OffloadedTable>>,
     pub(super) on_demand: OnDemand,
     pub(super) node_ip: Option<IpAddr>,
+    pub(super) host_flows: Option<HostFlows>,
     pub(super) drain_time: Duration,
     pub(super) draining: watch::Receiver<bool>,
     /// Pins the thread to this processor.
@@ -110,6 +122,7 @@ async fn run(mut start: Start) {
         clusters: WorkerClusters::new(start.clusters, start.index),
         on_demand: start.on_demand,
         node_ip: start.node_ip,
+        host_flows: start.host_flows,
         drain_time: start.drain_time,
         draining: start.draining,
         total_connections: stats::gauge("server.total_connections"),

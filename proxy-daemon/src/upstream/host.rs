@@ -238,6 +238,13 @@ impl HostSet {
         policy.map_or(AssignmentPolicy::default().overprovisioning_factor, |policy| policy.overprovisioning_factor)
     }
 
+    /// What each host gets of the load, as long as nothing changes: those that get nothing are left out. `None`: hosts are
+    /// chosen by what only a request tells, or by the cluster itself.
+    pub fn shares(&self) -> Option<Vec<(&Arc<Host>, f64)>> {
+        let shares = self.balancer.as_ref()?.shares(&self.hosts, &self.levels)?;
+        Some(shares.into_iter().map(|(number, share)| (&self.hosts[number as usize], share)).collect())
+    }
+
     /// What load reports call the requests that are dropped.
     pub(crate) fn drop_category(&self) -> &str {
         self.drops.category()

@@ -2,6 +2,8 @@
 //! a real kernel. They need root, and fail without it.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod puppet;
+
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -133,6 +135,8 @@ pub fn enter(name: &str) {
 pub fn transparent_listener(address: &str) -> TcpListener {
     let address: SocketAddr = address.parse().expect("a socket address");
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).expect("socket");
+    // A daemon that died has left connections.
+    socket.set_reuse_address(true).expect("SO_REUSEADDR");
     if address.is_ipv4() {
         socket.set_ip_transparent_v4(true).expect("IP_TRANSPARENT");
     } else {
@@ -366,6 +370,7 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // What a failed test's daemon left pinned.
         let _ = fs::remove_dir_all(self.pin_path.join("links"));
+        let _ = fs::remove_dir_all(self.pin_path.join("cgroups"));
         let _ = fs::remove_dir_all(self.pin_path.join("maps"));
         let _ = fs::remove_dir(&self.pin_path);
     }

@@ -237,7 +237,7 @@ fn hop_of(sock: *mut bpf_sock, initial: Option<&mut Hop>) -> *mut Hop {
 /// Every field is read, and read volatile, whatever the family: else the compiler computes the field's address first,
 /// by family, and the verifier allows no computed offsets into a context.
 #[inline(always)]
-fn addresses(ctx: &SockOpsContext) -> Option<(Address, Address)> {
+pub fn addresses(ctx: &SockOpsContext) -> Option<(Address, Address)> {
     let ops = ctx.ops;
     // SAFETY: fields of the context that the kernel passed in.
     let (local_v4, remote_v4, local_v6, remote_v6) = unsafe {

@@ -115,6 +115,9 @@ pub fn exclusion(destination: &Address, port: u16) -> Option<Reason> {
     if EXCLUDED_PORTS.get_ptr(port).is_some() {
         return Some(Reason::PassedExcludedPort);
     }
+    if crate::balance::is_backend(destination, port) {
+        return Some(Reason::PassedBalanced);
+    }
     if LOCAL_ADDRESSES.get_ptr(destination).is_some() {
         return Some(Reason::PassedLocal);
     }

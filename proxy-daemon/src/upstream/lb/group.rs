@@ -97,6 +97,11 @@ impl Group {
         Group { id, hosts: hosts.into(), weighted, weights, classes: classes.into(), classes_id, slow_until }
     }
 
+    /// The numbers of its hosts.
+    pub(super) fn hosts(&self) -> &[u32] {
+        &self.hosts
+    }
+
     /// The number of a host.
     pub(super) fn pick(&self, policy: &LbPolicy, random: u64, cx: &mut Pick<'_>) -> Option<u32> {
         let len = self.hosts.len();

@@ -7,6 +7,7 @@ mod group;
 mod layout;
 mod load;
 mod mersenne;
+mod shares;
 mod subset;
 mod tried;
 mod zone;

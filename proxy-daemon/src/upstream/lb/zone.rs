@@ -103,10 +103,19 @@ impl ZoneRouting {
 
     /// Whether this request takes part.
     pub(super) fn includes(&self, config: &ZoneAware) -> bool {
-        match self.enabled.integer().unwrap_or(u64::from(config.routing_enabled)) {
+        match self.percent(config) {
             100.. => true,
             share => fastrand::u64(..100) < share,
         }
+    }
+
+    /// The share of requests that take part, of 1.
+    pub(super) fn included(&self, config: &ZoneAware) -> f64 {
+        self.percent(config).min(100) as f64 / 100.0
+    }
+
+    fn percent(&self, config: &ZoneAware) -> u64 {
+        self.enabled.integer().unwrap_or(u64::from(config.routing_enabled))
     }
 
     /// The locality for a request.

@@ -37,6 +37,9 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.core.v3.Node", &["id", "cluster", "metadata", "locality", "user_agent_name", "user_agent_version"]),
     ("envoy.config.core.v3.TypedExtensionConfig", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.ConnectBalancing", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.ConnectBalancing.Service", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.HostMode", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Pod", ALL),
     // xDS
     (

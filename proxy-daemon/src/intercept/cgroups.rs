@@ -1,0 +1,387 @@
+//! Attaches the programs that work when processes connect to cgroups: those that are there, and those that appear later.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use aya::Ebpf;
+use aya::programs::links::{CgroupAttachMode, FdLink};
+use aya::programs::{Program, ProgramError};
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+use notify::Watcher as _;
+
+use super::State;
+use super::config::glob_matches;
+use super::error::{InterceptError, chain};
+
+/// What programs are attached for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Connections of host processes go to the daemon.
+    Host,
+    /// Connections and datagrams to services go to backends.
+    Balance,
+}
+
+impl Role {
+    /// Its programs, in the order in which they are attached: those that change what others rely on come last.
+    const fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Host => &["getpeername4", "getpeername6", "host_flow", "host_connect4", "host_connect6"],
+            Self::Balance => &[
+                "getpeername4",
+                "getpeername6",
+                "balance_released",
+                "balance_recvmsg4",
+                "balance_recvmsg6",
+                "balance_sendmsg4",
+                "balance_sendmsg6",
+                "balance_connect4",
+                "balance_connect6",
+            ],
+        }
+    }
+
+    /// The field of the extension that names the cgroups.
+    const fn field(self) -> &'static str {
+        match self {
+            Self::Host => "host.cgroups",
+            Self::Balance => "balancing.cgroups",
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Balance => "balance",
+        }
+    }
+}
+
+/// Loads a program of either role.
+pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<(), InterceptError> {
+    let missing = || InterceptError::Load { name: name.to_owned(), reason: "not in the kernel object".to_owned() };
+    let result = match ebpf.program_mut(name).ok_or_else(missing)? {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        _ => return Err(missing()),
+    };
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(InterceptError::load(name, &error)),
+    }
+}
+
+/// The cgroups that have the programs of one role.
+pub(super) struct Hooks {
+    role: Role,
+    /// Absolute paths whose names may be globs.
+    patterns: Vec<PathBuf>,
+    /// Where links are pinned, as `<role>-<cgroup>-<program>`.
+    pins: PathBuf,
+    /// By the number of the cgroup's directory.
+    attached: HashMap<u64, PathBuf>,
+}
+
+impl Hooks {
+    /// Loads the role's programs; attaches nothing.
+    pub(super) fn load(
+        ebpf: &mut Ebpf,
+        role: Role,
+        patterns: &[PathBuf],
+        pins: PathBuf,
+    ) -> Result<Self, InterceptError> {
+        for name in role.programs() {
+            load_program(ebpf, name)?;
+        }
+        for path in patterns.iter().filter(|path| path.exists()) {
+            if !is_cgroup(path) {
+                return Err(InterceptError::Hooks {
+                    field: role.field(),
+                    path: path.clone(),
+                    reason: "is not a cgroup v2 directory; /proc/mounts shows where cgroup2 is mounted".to_owned(),
+                });
+            }
+        }
+        Ok(Self { role, patterns: patterns.to_vec(), pins, attached: HashMap::new() })
+    }
+
+    /// Attaches to the cgroups that match now, takes away what others have, and returns the directories in which matching
+    /// cgroups may appear. A cgroup that an earlier daemon left programs on has both for a moment, and never none.
+    pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
+        let (mut parents, mut found) = (Vec::new(), Vec::new());
+        for pattern in &self.patterns {
+            expand(pattern, &mut parents, &mut found);
+        }
+        let mut errors = Vec::new();
+        let mut here = HashSet::new();
+        for path in found.into_iter().filter(|path| is_cgroup(path)) {
+            // It may be gone again.
+            let Ok(number) = fs::metadata(&path).map(|data| data.ino()) else { continue };
+            here.insert(number);
+            if self.attached.contains_key(&number) {
+                continue;
+            }
+            match self.attach(ebpf, &path, number) {
+                Ok(()) => {
+                    tracing::info!(cgroup = %path.display(), role = self.role.name(), "attached");
+                    self.attached.insert(number, path);
+                }
+                Err(_) if !path.exists() => {}
+                Err(reason) => errors.push(InterceptError::Hooks { field: self.role.field(), path, reason }),
+            }
+        }
+        self.attached.retain(|number, _| here.contains(number));
+        if let Err(error) = self.remove_pins(|number| here.contains(&number)) {
+            errors.push(InterceptError::PinPath { path: self.pins.clone(), reason: error.to_string() });
+        }
+        (parents, errors)
+    }
+
+    /// What the programs are attached for.
+    pub(super) fn role(&self) -> Role {
+        self.role
+    }
+
+    /// What was asked for.
+    pub(super) fn patterns(&self) -> &[PathBuf] {
+        &self.patterns
+    }
+
+    /// How many cgroups have the programs.
+    pub(super) fn len(&self) -> usize {
+        self.attached.len()
+    }
+
+    fn attach(&self, ebpf: &mut Ebpf, path: &Path, number: u64) -> Result<(), String> {
+        let cgroup = fs::File::open(path).map(OwnedFd::from).map_err(|error| error.to_string())?;
+        for name in self.role.programs() {
+            let link = attach(ebpf, name, &cgroup).map_err(|reason| format!("{name}: {reason}"))?;
+            let pin = self.pins.join(format!("{}-{number}-{name}", self.role.name()));
+            // In one step: the pin of an earlier daemon's link, and with it the link, goes when this one takes its place.
+            let fresh = self.pins.join(format!("{}-{number}-{name}-new", self.role.name()));
+            let _ = fs::remove_file(&fresh);
+            link.pin(&fresh).map_err(|error| format!("{}: {}", fresh.display(), chain(&error)))?;
+            fs::rename(&fresh, &pin).map_err(|error| format!("{}: {error}", pin.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the pins, and so the links, of cgroups that are not to be kept.
+    fn remove_pins(&self, keep: impl Fn(u64) -> bool) -> io::Result<()> {
+        let prefix = format!("{}-", self.role.name());
+        for entry in fs::read_dir(&self.pins)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else { continue };
+            let kept = rest.split_once('-').and_then(|(number, program)| {
+                let known = self.role.programs().contains(&program);
+                number.parse().ok().filter(|number| known && keep(*number))
+            });
+            if kept.is_none() {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes what an earlier daemon pinned for a role that is not wanted any more.
+pub(super) fn remove_pins_of(role: Role, pins: &Path) -> Result<(), InterceptError> {
+    let nobody = Hooks { role, patterns: Vec::new(), pins: pins.to_owned(), attached: HashMap::new() };
+    let error = |error: io::Error| InterceptError::PinPath { path: pins.to_owned(), reason: error.to_string() };
+    nobody.remove_pins(|_| false).map_err(error)
+}
+
+/// Attaches a loaded program.
+fn attach(ebpf: &mut Ebpf, name: &str, cgroup: &OwnedFd) -> Result<FdLink, String> {
+    // A link refuses flags; it stacks with other programs anyway.
+    const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+    let error = |error: ProgramError| chain(&error);
+    let link = match ebpf.program_mut(name).ok_or("not in the kernel object")? {
+        Program::CgroupSockAddr(program) => {
+            let id = program.attach(cgroup, MODE).map_err(error)?;
+            program.take_link(id).map_err(error)?.try_into()
+        }
+        Program::CgroupSock(program) => {
+            let id = program.attach(cgroup, MODE).map_err(error)?;
+            program.take_link(id).map_err(error)?.try_into()
+        }
+        Program::SockOps(program) => {
+            let id = program.attach(cgroup, MODE).map_err(error)?;
+            program.take_link(id).map_err(error)?.try_into()
+        }
+        _ => return Err("not a program for cgroups".to_owned()),
+    };
+    link.map_err(|error| chain(&error))
+}
+
+fn is_cgroup(path: &Path) -> bool {
+    statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC)
+}
+
+/// Finds the directories that a pattern names, and those in which such may appear.
+fn expand(pattern: &Path, parents: &mut Vec<PathBuf>, found: &mut Vec<PathBuf>) {
+    let mut here = vec![PathBuf::from("/")];
+    for component in pattern.components() {
+        let Component::Normal(name) = component else { continue };
+        let name = name.to_string_lossy();
+        let mut next = Vec::new();
+        for directory in here {
+            if name.contains(['*', '?']) {
+                let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+                let matching = entries.filter(|entry| {
+                    glob_matches(&name, &entry.file_name().to_string_lossy())
+                        && entry.file_type().is_ok_and(|kind| kind.is_dir())
+                });
+                next.extend(matching.map(|entry| entry.path()));
+            } else {
+                let path = directory.join(&*name);
+                next.extend(path.is_dir().then_some(path));
+            }
+            if is_cgroup(&directory) && !parents.contains(&directory) {
+                parents.push(directory);
+            }
+        }
+        here = next;
+    }
+    found.extend(here.into_iter().filter(|path| !found.contains(path)).collect::<Vec<_>>());
+}
+
+/// The thread that attaches to cgroups as they appear. Dropping it stops the thread.
+pub(super) struct CgroupWatcher {
+    wake: mpsc::Sender<Event>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Event {
+    Changed,
+    Stop,
+}
+
+impl CgroupWatcher {
+    /// Starts the thread.
+    pub(super) fn start(state: Arc<Mutex<State>>) -> Result<Self, InterceptError> {
+        let failed = |reason: String| InterceptError::Load { name: "cgroups".to_owned(), reason };
+        let (wake, events) = mpsc::channel();
+        let changed = wake.clone();
+        let watcher = notify::recommended_watcher(move |_| {
+            // An error, such as events that were lost, is one more reason to look. Nobody listens when the thread ends.
+            let _ = changed.send(Event::Changed);
+        })
+        .map_err(|error| failed(format!("cannot be watched: {error}")))?;
+        // The first look, which also says what to watch.
+        let _ = wake.send(Event::Changed);
+        let thread = std::thread::Builder::new()
+            .name("intercept-cgrp".to_owned())
+            .spawn(move || follow(watcher, &events, &state))
+            .map_err(|error| failed(error.to_string()))?;
+        Ok(Self { wake, thread: Some(thread) })
+    }
+
+    /// Has the thread look again.
+    pub(super) fn look(&self) {
+        // The thread ends with this.
+        let _ = self.wake.send(Event::Changed);
+    }
+}
+
+impl Drop for CgroupWatcher {
+    fn drop(&mut self) {
+        let _ = self.wake.send(Event::Stop);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that watched cgroups had panicked");
+        }
+    }
+}
+
+fn follow(mut watcher: notify::RecommendedWatcher, events: &mpsc::Receiver<Event>, state: &Mutex<State>) {
+    let mut watched: HashSet<PathBuf> = HashSet::new();
+    while let Ok(event) = events.recv() {
+        // Many at once need one look.
+        if std::iter::once(event).chain(events.try_iter()).any(|event| matches!(event, Event::Stop)) {
+            return;
+        }
+        loop {
+            let mut wanted: HashSet<PathBuf> = HashSet::new();
+            {
+                let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+                let (parents, errors) = state.reconcile_cgroups();
+                wanted.extend(parents);
+                for error in errors {
+                    tracing::warn!(%error, "interception does not follow a change of the cgroups");
+                }
+            }
+            // A directory that went and came again is watched anew: its watch went with it.
+            watched.retain(|path| wanted.contains(path));
+            let new: Vec<_> = wanted.into_iter().filter(|path| !watched.contains(path)).collect();
+            if new.is_empty() {
+                break;
+            }
+            for path in new {
+                match watcher.watch(&path, notify::RecursiveMode::NonRecursive) {
+                    Ok(()) => {
+                        watched.insert(path);
+                    }
+                    Err(error) if !path.exists() => tracing::debug!(%error, "a cgroup is gone"),
+                    Err(error) => {
+                        tracing::warn!(cgroup = %path.display(), %error, "cgroups that appear here are not followed");
+                        // Not tried again and again.
+                        watched.insert(path);
+                    }
+                }
+            }
+            // What appeared before the watch did is seen by another look.
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_find_directories_and_where_more_may_appear() {
+        let root = tempfile::tempdir().unwrap();
+        for name in ["a/x-1", "a/x-2", "b/x-3/y", "b/z"] {
+            fs::create_dir_all(root.path().join(name)).unwrap();
+        }
+        fs::write(root.path().join("a/x-file"), "").unwrap();
+        let found = |pattern: &str| {
+            let (mut parents, mut found) = (Vec::new(), Vec::new());
+            expand(&root.path().join(pattern), &mut parents, &mut found);
+            // None is a cgroup.
+            assert!(parents.is_empty());
+            let strip = |path: PathBuf| path.strip_prefix(root.path()).unwrap().display().to_string();
+            let mut found: Vec<_> = found.into_iter().map(strip).collect();
+            found.sort();
+            found
+        };
+        assert_eq!(found("a/x-*"), ["a/x-1", "a/x-2"]);
+        assert_eq!(found("?/x-*"), ["a/x-1", "a/x-2", "b/x-3"]);
+        assert_eq!(found("b/*/y"), ["b/x-3/y"]);
+        assert_eq!(found("b/z"), ["b/z"]);
+        assert!(found("c/*").is_empty());
+    }
+
+    #[test]
+    fn cgroups_are_watched_where_more_may_appear() {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let Some(root) = fields.find(|fields| fields[2] == "cgroup2").map(|fields| PathBuf::from(fields[1])) else {
+            panic!("cgroup v2 is not mounted")
+        };
+        let (mut parents, mut found) = (Vec::new(), Vec::new());
+        expand(&root.join("no-such-slice/*.service"), &mut parents, &mut found);
+        assert!(found.is_empty());
+        assert_eq!(parents.last(), Some(&root));
+    }
+}
