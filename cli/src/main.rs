@@ -2,7 +2,9 @@
 
 mod http;
 mod overrides;
+mod services;
 mod status;
+mod table;
 mod validate;
 mod xds;
 
@@ -20,9 +22,15 @@ struct Flags {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show a service's endpoints, as culvert-discovery knows them
+    #[command(after_help = services::ENDPOINTS_HELP)]
+    Endpoints(services::EndpointsFlags),
     /// Make or read the header that sends one request's hops to offloaded revisions
     #[command(subcommand)]
     Override(overrides::Command),
+    /// Show the services of the mesh, as culvert-discovery knows them
+    #[command(after_help = services::SERVICES_HELP)]
+    Services(services::ServicesFlags),
     /// Show what culvert-discovery knows: clusters, services, endpoints, connected proxies
     Status(status::Flags),
     /// Check bootstrap files, as `culvertd --mode validate` does
@@ -50,7 +58,9 @@ impl From<String> for Outcome {
 
 fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
+        Command::Endpoints(flags) => services::endpoints(&flags).map(Outcome::from),
         Command::Override(command) => overrides::run(command).map(Outcome::from),
+        Command::Services(flags) => services::services(&flags).map(Outcome::from),
         Command::Status(flags) => status::run(&flags).map(Outcome::from),
         Command::Validate(flags) => validate::run(&flags),
         Command::Xds(command) => xds::run(&command),

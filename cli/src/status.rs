@@ -5,8 +5,9 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::http;
+use crate::table;
 
-/// Flags of `culvert status`.
+/// Whom to ask, and how to print: flags of all commands that ask culvert-discovery.
 #[derive(Debug, Args)]
 pub struct Flags {
     /// The status address of culvert-discovery (its --http)
@@ -14,7 +15,7 @@ pub struct Flags {
     discovery: String,
 
     /// How to print it
-    #[arg(long, default_value = "text")]
+    #[arg(long, short, default_value = "text")]
     output: Output,
 }
 
@@ -32,15 +33,30 @@ enum Output {
 /// # Errors
 /// When discovery cannot be asked.
 pub fn run(flags: &Flags) -> anyhow::Result<String> {
-    let body = http::get(&flags.discovery, "/status").with_context(|| {
-        format!("no status from {}; is culvert-discovery running with --http at that address?", flags.discovery)
-    })?;
-    let status: Value = serde_json::from_slice(&body)
-        .with_context(|| format!("{} is not the status page of culvert-discovery", flags.discovery))?;
-    Ok(match flags.output {
-        Output::Json => format!("{status:#}\n"),
-        Output::Text => tables(&status),
-    })
+    let status = flags.fetch()?;
+    Ok(flags.print(&status, || tables(&status)))
+}
+
+impl Flags {
+    /// The document at `/status`.
+    ///
+    /// # Errors
+    /// When discovery cannot be asked.
+    pub fn fetch(&self) -> anyhow::Result<Value> {
+        let body = http::get(&self.discovery, "/status").with_context(|| {
+            format!("no status from {}; is culvert-discovery running with --http at that address?", self.discovery)
+        })?;
+        serde_json::from_slice(&body)
+            .with_context(|| format!("{} is not the status page of culvert-discovery", self.discovery))
+    }
+
+    /// A document as it is, or as text.
+    pub fn print(&self, document: &Value, text: impl FnOnce() -> String) -> String {
+        match self.output {
+            Output::Json => format!("{document:#}\n"),
+            Output::Text => text(),
+        }
+    }
 }
 
 fn tables(status: &Value) -> String {
@@ -57,6 +73,12 @@ fn tables(status: &Value) -> String {
         services(status),
         &["ENVOY CLUSTER", "PROTOCOL", "ADDRESSES", "ENDPOINTS", "CLUSTERS"],
     );
+    if !status["registrations"].is_null() {
+        let row = ["storage", "hosts"].map(|key| cell(&status["registrations"][key]));
+        let state = if status["registrations"]["stale"] == true { "stale" } else { "ok" };
+        let rows = vec![row.into_iter().chain([state.to_owned()]).collect()];
+        section(&mut text, "REGISTRATIONS", rows, &["STORAGE", "HOSTS", "STATE"]);
+    }
     section(&mut text, "OFFLOADED", offloaded(status), &["SERVICE", "REVISION", "ADDRESS", "POD", "CLUSTER"]);
     section(&mut text, "PROXIES", proxies(status), &["NODE", "PEER", "AGENT", "VARIANT", "STATE"]);
     let problems = problems(status);
@@ -151,6 +173,9 @@ fn problems(status: &Value) -> Vec<String> {
         }
         problems.extend(list(&source["warnings"]).iter().map(cell));
     }
+    if let Some(error) = status["registrations"]["error"].as_str() {
+        problems.push(format!("registrations: {error}; what was registered stays in force"));
+    }
     problems.extend(list(&status["warnings"]).iter().map(cell));
     for client in list(&status["clients"]) {
         for (type_url, state) in client["types"].as_object().into_iter().flatten() {
@@ -164,12 +189,12 @@ fn problems(status: &Value) -> Vec<String> {
     problems
 }
 
-fn list(value: &Value) -> &[Value] {
+pub fn list(value: &Value) -> &[Value] {
     value.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
 /// A value as the text of a cell; what is empty or missing is a dash.
-fn cell(value: &Value) -> String {
+pub fn cell(value: &Value) -> String {
     match value {
         Value::String(text) if !text.is_empty() => text.clone(),
         Value::Number(number) => number.to_string(),
@@ -177,7 +202,7 @@ fn cell(value: &Value) -> String {
     }
 }
 
-fn joined(value: &Value) -> String {
+pub fn joined(value: &Value) -> String {
     let parts: Vec<_> = list(value).iter().map(cell).collect();
     if parts.is_empty() { "-".to_owned() } else { parts.join(",") }
 }
@@ -192,15 +217,7 @@ fn section(text: &mut String, title: &str, rows: Vec<Vec<String>>, columns: &[&s
         return;
     }
     text.push('\n');
-    let mut rows = rows;
-    rows.insert(0, columns.iter().map(|column| (*column).to_owned()).collect());
-    let width =
-        |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..columns.len()).map(width).collect();
-    for row in rows {
-        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        text.push_str(&format!("  {}\n", cells.join("  ").trim_end()));
-    }
+    text.push_str(&table::lines(columns, &rows, "  ", table::terminal_width()));
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ pub mod source;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::net::TcpListener;
@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, SourceConfig};
-use crate::http::StatusPages;
+use crate::http::{Activity, StatusPages};
 use crate::registration::Registrations;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
 use crate::resources::{Options, Snapshot};
@@ -84,6 +84,7 @@ impl Discovery {
             snapshots: snapshots.clone(),
             clients: clients.clone(),
             registrations: registrations.clone(),
+            activity: Arc::default(),
         };
         let serving_pages = pages.clone().serve(http, asked.clone());
         tasks.spawn(async move {
@@ -108,7 +109,8 @@ impl Discovery {
                 Some(ended) = tasks.join_next() => ended??,
             }
         }
-        let sources = Sources { registry, registrations, options: config.options };
+        let activity = Arc::clone(&pages.activity);
+        let sources = Sources { registry, registrations, options: config.options, activity };
         // Before the first build, so that no change after it is missed.
         let changes = sources.changes();
         publish.send_replace(Arc::new(sources.build(None)));
@@ -185,6 +187,7 @@ struct Sources {
     registry: watch::Receiver<Arc<Registry>>,
     registrations: Option<Registrations>,
     options: Options,
+    activity: Arc<Activity>,
 }
 
 impl Sources {
@@ -227,6 +230,7 @@ impl Sources {
     }
 
     fn build(&self, before: Option<&Snapshot>) -> Snapshot {
+        let started = Instant::now();
         let mut mesh = mesh::join(&self.registry.borrow().clone());
         if let Some(registrations) = &self.registrations {
             registration::join::add(&mut mesh, &registrations.hosts(), registrations.settings());
@@ -236,6 +240,8 @@ impl Sources {
                 warn!("{warning}");
             }
         }
-        Snapshot::build(Arc::new(mesh), &self.options)
+        let snapshot = Snapshot::build(Arc::new(mesh), &self.options);
+        self.activity.built(started.elapsed());
+        snapshot
     }
 }

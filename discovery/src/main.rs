@@ -34,7 +34,8 @@ struct Flags {
     #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
 
-    /// Where /healthcheck, /ready, /status and the registration API are served [default: 127.0.0.1:18001]
+    /// Where the pages (/, /status, /metrics, /healthcheck, /ready) and the registration API are served
+    /// [default: 127.0.0.1:18001]
     #[arg(long, value_name = "ADDRESS:PORT")]
     http: Option<SocketAddr>,
 
@@ -67,7 +68,7 @@ struct Flags {
 const AFTER_HELP: &str = "\
 Example:
   culvert-discovery --cluster east=./east,region=eu,zone=eu-1 --cluster west=./west,region=us,zone=us-1
-  curl http://127.0.0.1:18001/status      # or: culvert status
+  curl http://127.0.0.1:18001/status      # or: culvert status, or http://127.0.0.1:18001/ in a browser
 
 A configuration file with every field:
   listen: 127.0.0.1:18000

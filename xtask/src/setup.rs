@@ -81,7 +81,7 @@ const BENCH: [(&str, &str); 5] = [
     ("h2load", "nghttp2-client"),
 ];
 /// What tests start besides the lab's programs.
-const TESTS: [(&str, &str); 1] = [("redis-server", "redis-server")];
+const TESTS: [(&str, &str); 2] = [("redis-server", "redis-server"), ("chromium", "chromium")];
 /// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
 const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.

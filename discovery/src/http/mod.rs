@@ -1,5 +1,6 @@
 //! The HTTP side: status pages and the registration API.
 
+mod metrics;
 mod status;
 
 use std::convert::Infallible;
@@ -18,7 +19,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-pub use self::status::{ClusterStatus, EndpointStatus, OffloadedStatus, ServiceStatus, Status};
+pub use self::metrics::Activity;
+pub use self::status::{
+    ClusterStatus, ConnectedClient, EndpointStatus, OffloadedStatus, ServedStatus, ServiceStatus, Status,
+};
 use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
 use crate::registry::Registry;
@@ -31,6 +35,12 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CONNECTIONS: usize = 4096;
 /// Why a registration was refused.
 const ERROR_HEADER: HeaderName = HeaderName::from_static("x-culvert-error");
+/// The page for people. It is one file and needs nothing from elsewhere.
+const PAGE: &str = include_str!("page.html");
+/// What the page may do: ask this server, and nothing else. Names from outside are shown as text, never as HTML; should that
+/// ever fail, nothing can be loaded or sent elsewhere.
+const PAGE_POLICY: &str = "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; \
+                           img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// What the pages show.
@@ -44,6 +54,8 @@ pub struct StatusPages {
     pub clients: Clients,
     /// The registration API, if it is served.
     pub registrations: Option<Registrations>,
+    /// What has been done so far.
+    pub activity: Arc<Activity>,
 }
 
 impl StatusPages {
@@ -93,8 +105,10 @@ impl StatusPages {
         }
         match request.uri().path() {
             "/healthcheck" => plain(StatusCode::OK, "OK"),
-            "/ready" if self.registry.borrow().is_ready() => plain(StatusCode::OK, "ready\n"),
-            "/ready" => plain(StatusCode::SERVICE_UNAVAILABLE, "not all clusters have been read yet\n"),
+            "/" => page(),
+            "/metrics" => content(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", self.metrics()),
+            "/ready" if self.is_ready() => plain(StatusCode::OK, "ready\n"),
+            "/ready" => plain(StatusCode::SERVICE_UNAVAILABLE, "not all sources have been read yet\n"),
             "/status" => match serde_json::to_vec_pretty(&self.status()) {
                 Ok(body) => json(StatusCode::OK, body),
                 Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("cannot write the status: {error}\n")),
@@ -102,9 +116,23 @@ impl StatusPages {
             path if path.starts_with(api::PREFIX) => {
                 plain(StatusCode::NOT_FOUND, "the registration API is off; --registration turns it on\n")
             }
-            _ => plain(StatusCode::NOT_FOUND, "the pages are /healthcheck, /ready and /status\n"),
+            _ => plain(StatusCode::NOT_FOUND, "the pages are /, /status, /metrics, /healthcheck and /ready\n"),
         }
     }
+
+    /// Whether every source has been read.
+    fn is_ready(&self) -> bool {
+        self.registry.borrow().is_ready() && self.registrations.as_ref().is_none_or(Registrations::is_loaded)
+    }
+}
+
+fn page() -> Response<Full<Bytes>> {
+    let mut response = content(StatusCode::OK, "text/html; charset=utf-8", PAGE);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_POLICY));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
 }
 
 /// Answers a request of the registration API.

@@ -1,5 +1,6 @@
 //! The document at `/status`.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
@@ -9,11 +10,18 @@ use super::StatusPages;
 use crate::mesh::{Health, MeshPort};
 use crate::registration;
 use crate::registry::SourceHealth;
+use crate::resources::ProxyKind;
 use crate::server::clients::ClientStatus;
 
 /// The document at `/status`.
 #[derive(Debug, Serialize)]
 pub struct Status {
+    /// The program's version.
+    pub version: &'static str,
+    /// When it was started, in seconds since the epoch.
+    pub started: u64,
+    /// Whether every source has been read, so that clients are served.
+    pub ready: bool,
     /// Counts up with each change of a source.
     pub registry_version: u64,
     /// The clusters in the order of the configuration.
@@ -22,10 +30,22 @@ pub struct Status {
     pub registrations: Option<registration::Health>,
     /// The services of the mesh.
     pub services: Vec<ServiceStatus>,
+    /// What is served now: by kind of proxy and type URL.
+    pub served: BTreeMap<&'static str, BTreeMap<&'static str, ServedStatus>>,
     /// Inconsistencies between objects or clusters.
     pub warnings: Vec<String>,
     /// The connected xDS streams.
-    pub clients: Vec<ClientStatus>,
+    pub clients: Vec<ConnectedClient>,
+}
+
+/// A connected xDS stream at `/status`.
+#[derive(Debug, Serialize)]
+pub struct ConnectedClient {
+    /// `rejected`, `waiting` or `in sync`.
+    pub state: &'static str,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub status: ClientStatus,
 }
 
 /// A cluster at `/status`.
@@ -66,6 +86,15 @@ pub struct ServiceStatus {
     pub offloaded: Vec<OffloadedStatus>,
 }
 
+/// The resources of one type at `/status`.
+#[derive(Debug, Serialize)]
+pub struct ServedStatus {
+    /// The version of the type.
+    pub version: String,
+    /// How many resources there are.
+    pub resources: usize,
+}
+
 /// A load-balanced endpoint at `/status`.
 #[derive(Debug, Serialize)]
 pub struct EndpointStatus {
@@ -103,7 +132,15 @@ impl StatusPages {
     #[must_use]
     pub fn status(&self) -> Status {
         let registry = self.registry.borrow().clone();
-        let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+        let snapshot = Arc::clone(&self.snapshots.borrow());
+        let mesh = Arc::clone(&snapshot.mesh);
+        let served = ProxyKind::ALL.map(|kind| {
+            let types = snapshot.resources(kind).types().map(|(type_url, resources)| {
+                let status = ServedStatus { version: resources.version.clone(), resources: resources.resources.len() };
+                (type_url, status)
+            });
+            (kind.name(), types.collect())
+        });
         let clusters = registry.clusters.iter().map(|cluster| ClusterStatus {
             name: cluster.info.name.clone(),
             region: cluster.info.region.clone(),
@@ -124,13 +161,18 @@ impl StatusPages {
                 offloaded: offloaded(described),
             })
         });
+        let clients = self.clients.list().into_iter();
         Status {
+            version: env!("CARGO_PKG_VERSION"),
+            started: self.activity.started,
+            ready: self.is_ready(),
             registry_version: registry.version,
             clusters: clusters.collect(),
             registrations: self.registrations.as_ref().map(registration::Registrations::health),
             services: services.collect(),
+            served: served.into(),
             warnings: mesh.warnings.clone(),
-            clients: self.clients.list(),
+            clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
         }
     }
 }

@@ -182,10 +182,16 @@ impl Registrations {
         self.inner.changes.subscribe()
     }
 
+    /// Whether the storage has been read once.
+    #[must_use]
+    pub fn is_loaded(&self) -> bool {
+        self.copy().loaded
+    }
+
     /// Waits until the storage has been read once, which [`Self::run`] does.
     pub async fn loaded(&self) {
         let mut changes = self.watch();
-        while !self.copy().loaded {
+        while !self.is_loaded() {
             // The sender is a part of `self`.
             let _ = changes.changed().await;
         }

@@ -66,6 +66,21 @@ pub enum ProxyKind {
     Foreign,
 }
 
+impl ProxyKind {
+    /// All kinds.
+    pub const ALL: [Self; 3] = [Self::Culvert, Self::Grpc, Self::Foreign];
+
+    /// Its name for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Culvert => "culvert",
+            Self::Grpc => "grpc",
+            Self::Foreign => "foreign",
+        }
+    }
+}
+
 /// One resource, encoded once for all clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resource {
@@ -112,6 +127,11 @@ impl ResourceSet {
     #[must_use]
     pub fn of_type(&self, type_url: &str) -> Option<&Arc<TypeResources>> {
         self.types.get(type_url)
+    }
+
+    /// All types that are served, by type URL.
+    pub fn types(&self) -> impl Iterator<Item = (&'static str, &TypeResources)> {
+        self.types.iter().map(|(type_url, resources)| (*type_url, &**resources))
     }
 }
 

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::config::core::v3::node::UserAgentVersionType;
 use serde::Serialize;
 use tracing::warn;
 
@@ -25,6 +27,14 @@ pub struct ClientStatus {
     pub cluster: String,
     /// What it says it is, `envoy` or `culvert` for example.
     pub user_agent: String,
+    /// Which version of it. Empty if it does not say.
+    pub user_agent_version: String,
+    /// Since when it is connected, in seconds since the epoch.
+    pub connected_since: u64,
+    /// How many responses it was sent.
+    pub responses: u64,
+    /// How many of them it rejected.
+    pub rejections: u64,
     /// Its subscriptions by type URL.
     pub types: BTreeMap<String, TypeStatus>,
 }
@@ -56,17 +66,41 @@ impl ClientStatus {
         Self { variant, ..Self::default() }
     }
 
+    /// `rejected`, `waiting` or `in sync`: whether it has all that it was sent.
+    #[must_use]
+    pub fn state(&self) -> &'static str {
+        // A rejection that a later version has made up for is history.
+        let rejected =
+            |status: &TypeStatus| status.nack.as_ref().is_some_and(|nack| Some(&nack.version) == status.sent.as_ref());
+        if self.types.values().any(rejected) {
+            "rejected"
+        } else if self.types.values().all(|status| status.sent == status.acked) {
+            "in sync"
+        } else {
+            "waiting"
+        }
+    }
+
     /// Takes in who the client is. Only the first request of a stream need say so.
     pub(super) fn identify(&mut self, node: Option<&Node>) {
         if let Some(node) = node {
             self.node.clone_from(&node.id);
             self.cluster.clone_from(&node.cluster);
             self.user_agent.clone_from(&node.user_agent_name);
+            self.user_agent_version = match &node.user_agent_version_type {
+                Some(UserAgentVersionType::UserAgentVersion(version)) => version.clone(),
+                Some(UserAgentVersionType::UserAgentBuildVersion(build)) => {
+                    let version = build.version.unwrap_or_default();
+                    format!("{}.{}.{}", version.major_number, version.minor_number, version.patch)
+                }
+                None => String::new(),
+            };
         }
     }
 
     pub(super) fn sent(&mut self, type_url: &str, version: &str) {
         self.types.entry(type_url.to_owned()).or_default().sent = Some(version.to_owned());
+        self.responses += 1;
     }
 
     /// Takes in the answer to what was sent last.
@@ -76,6 +110,7 @@ impl ClientStatus {
         match rejection {
             None => status.acked.clone_from(&status.sent),
             Some(reason) => {
+                self.rejections += 1;
                 let version = status.sent.clone().unwrap_or_default();
                 let reason: String = reason.chars().map(|c| if c == '\n' { ' ' } else { c }).take(MAX_REASON).collect();
                 let short = type_url.rsplit('.').next().unwrap_or(type_url);
@@ -96,6 +131,16 @@ pub struct Clients {
 struct Inner {
     next_id: AtomicU64,
     connected: Mutex<BTreeMap<u64, ClientStatus>>,
+    totals: Totals,
+}
+
+/// What has happened since the start, of all clients.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Responses that were sent.
+    pub responses: AtomicU64,
+    /// Responses that were rejected.
+    pub rejections: AtomicU64,
 }
 
 impl Inner {
@@ -112,11 +157,25 @@ impl Clients {
         self.inner.connected().values().cloned().collect()
     }
 
+    /// What has happened since the start.
+    #[must_use]
+    pub fn totals(&self) -> &Totals {
+        &self.inner.totals
+    }
+
+    /// How many streams have been opened.
+    #[must_use]
+    pub fn streams(&self) -> u64 {
+        self.inner.next_id.load(Ordering::Relaxed)
+    }
+
     /// Adds a client until the handle is dropped.
     pub(super) fn connect(&self, peer: String) -> ClientHandle {
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
-        self.inner.connected().insert(id, ClientStatus { peer: peer.clone(), ..ClientStatus::default() });
-        ClientHandle { id, peer, inner: Arc::clone(&self.inner) }
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let handle = ClientHandle { id, peer, since, inner: Arc::clone(&self.inner) };
+        handle.update(&ClientStatus::default());
+        handle
     }
 }
 
@@ -125,13 +184,18 @@ impl Clients {
 pub(super) struct ClientHandle {
     id: u64,
     peer: String,
+    since: u64,
     inner: Arc<Inner>,
 }
 
 impl ClientHandle {
     pub(super) fn update(&self, status: &ClientStatus) {
-        let status = ClientStatus { peer: self.peer.clone(), ..status.clone() };
-        self.inner.connected().insert(self.id, status);
+        let (responses, rejections) = (status.responses, status.rejections);
+        let status = ClientStatus { peer: self.peer.clone(), connected_since: self.since, ..status.clone() };
+        let before = self.inner.connected().insert(self.id, status).unwrap_or_default();
+        let totals = &self.inner.totals;
+        totals.responses.fetch_add(responses.saturating_sub(before.responses), Ordering::Relaxed);
+        totals.rejections.fetch_add(rejections.saturating_sub(before.rejections), Ordering::Relaxed);
     }
 }
 

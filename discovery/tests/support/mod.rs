@@ -1,4 +1,5 @@
 //! The built program, as a process, and requests to it.
+#![allow(dead_code, reason = "each file of tests uses a part of it")]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
