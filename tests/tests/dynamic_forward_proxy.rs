@@ -144,7 +144,7 @@ fn meets(kind: Kind, up: u16) -> Result<BTreeMap<String, String>> {
     names.say("fails.example", Says::Failure);
     names.say("silent.example", Says::Nothing);
     let at = |name: &str| format!("{name}:{up}");
-    let proxy = Proxy::start(kind, &names, &at("two.example"), "max_hosts: 6, dns_query_timeout: 0.5s")?;
+    let proxy = Proxy::start(kind, &names, &at("two.example"), "max_hosts: 7, dns_query_timeout: 0.5s")?;
     let mut met = BTreeMap::new();
     for (case, target, host, header) in [
         ("first", "/", &*at("one.example"), ""),
@@ -156,6 +156,7 @@ fn meets(kind: Kind, up: u16) -> Result<BTreeMap<String, String>> {
         ("fails", "/", "fails.example", ""),
         ("silent", "/", "silent.example", ""),
         ("address", "/", &at("127.0.3.9"), ""),
+        ("address of the other family", "/", &at("[::1]"), ""),
         ("no cluster", "/direct", "other.example", ""),
         ("too many", "/", &at("seventh.example"), ""),
         ("known still", "/", &at("one.example"), ""),

@@ -222,3 +222,25 @@ fn redis_servers() -> Result<()> {
     assert_eq!(told(Kind::Culvert)?, told(Kind::Envoy)?);
     Ok(())
 }
+
+/// Commands of checks are traffic of the cluster: `no_traffic_interval`, a minute, is not waited for.
+#[test]
+fn redis_servers_are_never_checked_at_leisure() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let open = redis("", false, &Heard::default())?;
+        let check = "health_checks: [{timeout: 5s, interval: 0.1s, unhealthy_threshold: 1, healthy_threshold: 1, \
+                     custom_health_check: {name: envoy.health_checkers.redis, typed_config: {\"@type\": \
+                     type.googleapis.com/envoy.extensions.health_checkers.redis.v3.Redis}}}]";
+        let daemon = Daemon::start(kind, &Bootstrap::new().cluster("asked", &[open], &[check]).yaml())?;
+        let stats = wait_until(Duration::from_secs(20), "more checks", || {
+            let stats = daemon.stats()?;
+            let passed = stats.get("cluster.asked.health_check.success");
+            ensure!(passed > 3, "{kind:?}: {passed}");
+            Ok(stats)
+        })?;
+        ensure!(stats.get("cluster.asked.upstream_rq_total") > 3, "{kind:?}: they are requests");
+        ensure!(stats.get("cluster.asked.upstream_cx_total") == 1, "{kind:?}: on one connection");
+        ensure!(stats.get("cluster.asked.upstream_cx_active") == 1, "{kind:?}: which is kept");
+    }
+    Ok(())
+}

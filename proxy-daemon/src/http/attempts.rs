@@ -442,6 +442,9 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
         PoolError::Connect(error) if matches!(*error, ConnectError::Timeout) => {
             ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
         }
+        PoolError::Connect(error) if error.is_local() => {
+            ("local connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
+        }
         PoolError::Connect(_) => ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF),
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };

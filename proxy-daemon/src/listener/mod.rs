@@ -281,7 +281,15 @@ fn activate(
 ) -> Result<ActiveChain, FieldError> {
     let terminal = chain.filters.last().ok_or_else(|| FieldError::new("filters", "a filter chain needs a filter"))?;
     match terminal {
-        NetworkFilterConfig::TcpProxy(config) => Ok(ActiveChain::Tcp(Arc::new(TcpProxy::new(Arc::clone(config))?))),
+        NetworkFilterConfig::TcpProxy(config) => {
+            let forward = chain.filters.iter().find_map(|filter| match filter {
+                NetworkFilterConfig::SniForwardProxy(config) => Some(Arc::clone(config)),
+                NetworkFilterConfig::TcpProxy(_) | NetworkFilterConfig::HttpConnectionManager(_) => None,
+            });
+            Ok(ActiveChain::Tcp(Arc::new(TcpProxy::new(Arc::clone(config), forward)?)))
+        }
+        // The configuration has been checked.
+        NetworkFilterConfig::SniForwardProxy(_) => Err(FieldError::new("filters", "the last filter must be terminal")),
         NetworkFilterConfig::HttpConnectionManager(config) => {
             let routes = routes(&config.routes);
             Ok(ActiveChain::Http(Arc::new(ConnectionManager::new(Arc::clone(config), routes, prefix)?)))

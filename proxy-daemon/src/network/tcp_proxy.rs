@@ -11,12 +11,12 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::tunnel;
+use super::{sni_dynamic_forward_proxy, tunnel};
 use crate::{
     access_log::{AccessLog, Record, ResponseFlags, Times},
     config::{
         FieldError,
-        model::{ClusterChoice, MetadataMatch, TcpProxyConfig},
+        model::{ClusterChoice, MetadataMatch, SniForwardProxyConfig, TcpProxyConfig},
     },
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
@@ -35,6 +35,8 @@ const BUFFER: usize = 32 * 1024;
 #[derive(Debug)]
 pub struct TcpProxy {
     pub(super) config: Arc<TcpProxyConfig>,
+    /// Has names looked up before.
+    forward: Option<Arc<SniForwardProxyConfig>>,
     access_logs: Vec<AccessLog>,
     stats: TcpStats,
 }
@@ -52,8 +54,11 @@ struct TcpStats {
 }
 
 impl TcpProxy {
-    /// Takes its slots in the statistics and opens its access logs.
-    pub fn new(config: Arc<TcpProxyConfig>) -> Result<TcpProxy, FieldError> {
+    /// Takes its slots in the statistics and opens its access logs. `forward`: of the filter before it, where there is one.
+    pub fn new(
+        config: Arc<TcpProxyConfig>,
+        forward: Option<Arc<SniForwardProxyConfig>>,
+    ) -> Result<TcpProxy, FieldError> {
         let access_logs = config.access_logs.iter().map(AccessLog::new).collect::<Result<_, _>>()?;
         let scope = Scope::tcp(&config.stat_prefix);
         let lease = scope.lease();
@@ -67,7 +72,7 @@ impl TcpProxy {
             downstream_cx_active: scope.gauge("downstream_cx_active"),
             _lease: lease,
         };
-        Ok(TcpProxy { config, access_logs, stats })
+        Ok(TcpProxy { config, forward, access_logs, stats })
     }
 
     /// A connection that got no further than its TLS handshake.
@@ -153,6 +158,11 @@ async fn carry(
     mut drain: DrainSignal,
 ) -> Outcome {
     let mut outcome = Outcome::default();
+    if let Some(forward) = &proxy.forward
+        && !sni_dynamic_forward_proxy::look_up(forward, info).await
+    {
+        return outcome;
+    }
     let (name, asked) = proxy.choose().unzip();
     let asked = asked.flatten();
     outcome.cluster = name.map(Arc::clone);
@@ -232,13 +242,16 @@ struct Dialed {
     /// The host closed it, and not this side.
     by_host: bool,
     _open: Tunnelled,
+    /// It counts as one.
+    _request: Decrement,
     _issued: Issued,
 }
 
 impl Drop for Dialed {
     fn drop(&mut self) {
         let stats = &self.cluster.cluster.stats;
-        stats.count_end(self.by_host, false);
+        // As in Envoy it is a request that never ends.
+        stats.count_end(self.by_host, true);
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
         self.host.count(HostCounter::CxActive, -1);
         self.host.end_request();
@@ -268,6 +281,7 @@ async fn dial(
         let pick = PickCx {
             original_dst: info.original_dst,
             host: info.requested_server_name(),
+            port: proxy.forward.as_ref().map(|forward| forward.port),
             metadata_match,
             ..PickCx::default()
         };
@@ -285,6 +299,9 @@ async fn dial(
         outcome.host = Some(host.host.display().to_owned());
         let closings = host.pool.closings();
         stats.upstream_cx_total.inc();
+        host.count(HostCounter::CxTotal, 1);
+        stats.upstream_rq_pending_total.inc();
+        let pending = Decrement::after_inc(stats.upstream_rq_pending_active);
         // Counted from the first SYN: connects that hang use up the limit as well.
         let open = Tunnelled::to(&member);
         let (since, connected) = (Instant::now(), Cell::new(None));
@@ -299,7 +316,8 @@ async fn dial(
         match connect(&host.host, how).await {
             Ok(stream) => {
                 stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
-                host.count(HostCounter::CxTotal, 1);
+                drop(pending);
+                stats.upstream_rq_total.inc();
                 host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 host.saw(Seen::ConnectedOnly);
@@ -309,6 +327,7 @@ async fn dial(
                 outcome.carried_by = Some(Rc::clone(&member));
                 return Some(Dialed {
                     stream,
+                    _request: Decrement::after_inc(stats.upstream_rq_active),
                     cluster: member,
                     host,
                     since,
@@ -319,15 +338,15 @@ async fn dial(
                 });
             }
             Err(error) => {
-                stats.upstream_cx_connect_fail.inc();
+                stats.upstream_rq_pending_failure_eject.inc();
+                stats.count_failed_connect(&error);
                 host.count(HostCounter::CxConnectFail, 1);
                 let timed_out = matches!(error, ConnectError::Timeout);
-                stats.count_end(!timed_out, false);
-                if timed_out {
-                    stats.upstream_cx_connect_timeout.inc();
+                stats.count_end(!timed_out && !error.is_local(), false);
+                if !error.is_local() {
+                    host.saw(if timed_out { Seen::TimedOut(504) } else { Seen::ConnectFailed });
+                    outcome.flags |= ResponseFlags::UF;
                 }
-                host.saw(if timed_out { Seen::TimedOut(504) } else { Seen::ConnectFailed });
-                outcome.flags |= ResponseFlags::UF;
                 outcome.transport_failure = error.transport_failure();
                 tracing::debug!(connection = info.id, host = %host.host.display(), attempt, %error, "connect failed");
             }

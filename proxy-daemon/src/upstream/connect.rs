@@ -14,7 +14,7 @@ use std::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
     io::{AsyncRead, ReadBuf},
-    net::{TcpSocket, TcpStream, UnixStream},
+    net::{TcpStream, UnixStream},
 };
 use tokio_rustls::client::TlsStream;
 
@@ -54,9 +54,18 @@ pub enum ConnectError {
     /// `connect_timeout` passed.
     #[error("connection timeout")]
     Timeout,
-    /// The system refused.
+    /// The host, or the way to it, refused.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// The system refused at once to connect to this address.
+    #[error("{0}: {1}")]
+    Unreachable(SocketAddr, io::Error),
+    /// There is no socket with this source address.
+    #[error("{}", bind_failed(*.0, .1))]
+    Bind(SocketAddr, io::Error),
+    /// There is no socket with the options that are configured.
+    #[error("cannot make a socket: {0}")]
+    Socket(io::Error),
     /// The TLS handshake failed, or cannot begin yet.
     #[error("TLS: {}", culvert_xds_client::tls_error::describe(.0))]
     Tls(io::Error),
@@ -66,18 +75,35 @@ impl ConnectError {
     /// What the transport says of it, as access logs show it; `None` where that is nothing more.
     pub fn transport_failure(&self) -> Option<String> {
         match self {
-            ConnectError::Timeout => None,
-            // As the system words it, without the number.
-            ConnectError::Io(error) => {
-                let text = error.to_string();
-                Some(format!("delayed connect error: {}", text.split(" (os error").next().unwrap_or_default()))
+            ConnectError::Timeout | ConnectError::Socket(_) => None,
+            ConnectError::Io(error) => Some(format!("delayed connect error: {}", worded(error))),
+            ConnectError::Unreachable(address, error) => {
+                Some(format!("immediate connect error: {}|remote address:{address}", worded(error)))
             }
+            ConnectError::Bind(address, error) => Some(bind_failed(*address, error)),
             // In Envoy's frame, with the words of another library.
             ConnectError::Tls(error) => {
                 Some(format!("TLS_error:|{}:TLS_error_end", culvert_xds_client::tls_error::describe(error)))
             }
         }
     }
+}
+
+impl ConnectError {
+    /// It is this side's doing: no host has been asked for anything.
+    pub fn is_local(&self) -> bool {
+        matches!(self, ConnectError::Bind(..) | ConnectError::Socket(_))
+    }
+}
+
+fn bind_failed(address: SocketAddr, error: &io::Error) -> String {
+    format!("failed to bind to {address}: {}", worded(error))
+}
+
+/// As the system words it, without the number.
+fn worded(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 /// How a connection is made.
@@ -161,16 +187,32 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
 ///
 /// # Errors
 /// What the system says.
-pub(super) async fn connect_plain(address: &EndpointAddress, how: SocketSettings<'_>) -> io::Result<UpstreamStream> {
+pub(super) async fn connect_plain(
+    address: &EndpointAddress,
+    how: SocketSettings<'_>,
+) -> Result<UpstreamStream, ConnectError> {
     match address {
         EndpointAddress::Ip(address) => connect_tcp(*address, how).await,
         EndpointAddress::Pipe(path) => Ok(UpstreamStream::Unix(UnixStream::connect(path).await?)),
-        EndpointAddress::Dns { host, .. } => Err(io::Error::other(format!("{host} has not been looked up"))),
+        EndpointAddress::Dns { host, .. } => {
+            Err(ConnectError::Io(io::Error::other(format!("{host} has not been looked up"))))
+        }
     }
 }
 
-async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> io::Result<UpstreamStream> {
-    Ok(UpstreamStream::Tcp(tcp_socket(address, how)?.connect(address).await?))
+async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> Result<UpstreamStream, ConnectError> {
+    let socket = tcp_socket(address, how)?;
+    if let Err(error) = socket.connect(&SockAddr::from(address))
+        && error.raw_os_error() != Some(libc::EINPROGRESS)
+    {
+        return Err(ConnectError::Unreachable(address, error));
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    stream.writable().await?;
+    match stream.take_error()? {
+        None => Ok(UpstreamStream::Tcp(stream)),
+        Some(error) => Err(ConnectError::Io(error)),
+    }
 }
 
 /// Encrypts a connection to the host at this address, of this name.
@@ -192,8 +234,21 @@ pub(super) async fn secure(
     Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 
-fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> io::Result<TcpSocket> {
+fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> Result<Socket, ConnectError> {
     let SocketSettings { source, bind, keepalive } = how;
+    let socket = plain_socket(to, keepalive).map_err(ConnectError::Socket)?;
+    // A client of the other family cannot lend its address: the node's own is used.
+    let source = source.filter(|source| source.address.is_ipv4() == to.is_ipv4());
+    if let Some(bind) = bind {
+        bind_as_configured(&socket, to, bind, source.is_none())?;
+    }
+    if let Some(source) = source {
+        bind_to_source(&socket, source)?;
+    }
+    Ok(socket)
+}
+
+fn plain_socket(to: SocketAddr, keepalive: Option<&TcpKeepalive>) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
     if let Some(keepalive) = keepalive {
@@ -209,51 +264,58 @@ fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> io::Result<TcpSocket> 
         }
         socket.set_tcp_keepalive(&settings)?;
     }
-    // A client of the other family cannot lend its address: the node's own is used.
-    let source = source.filter(|source| source.address.is_ipv4() == to.is_ipv4());
-    if let Some(bind) = bind {
-        bind_as_configured(&socket, to, bind, source.is_none())?;
-    }
-    if let Some(source) = source {
-        bind_to_source(&socket, source)?;
-    }
-    Ok(TcpSocket::from_std_stream(socket.into()))
+    Ok(socket)
 }
 
 /// Sets a cluster's own options; binds to its address where it `may_bind`.
-fn bind_as_configured(socket: &Socket, to: SocketAddr, bind: &UpstreamBind, may_bind: bool) -> io::Result<()> {
+fn bind_as_configured(
+    socket: &Socket,
+    to: SocketAddr,
+    bind: &UpstreamBind,
+    may_bind: bool,
+) -> Result<(), ConnectError> {
     let (source, options) = bind.choose(to);
     let source = source.filter(|_| may_bind);
     let set = |before_bind: bool| {
-        let mut options = options.iter().filter(|option| option.before_bind == before_bind);
+        let mut options = options.iter().filter(move |option| option.before_bind == before_bind);
         options.try_for_each(|option| set_bytes(socket, option.level, option.name, &option.value))
     };
-    set(true)?;
+    set(true).map_err(ConnectError::Socket)?;
     if let Some(source) = source {
+        let set = |option| set_int(socket, libc::SOL_IP, option, 1).map_err(ConnectError::Socket);
         if bind.freebind == Some(true) {
-            set_int(socket, libc::SOL_IP, libc::IP_FREEBIND, 1)?;
+            set(libc::IP_FREEBIND)?;
         }
         if source.port() == 0 {
-            set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+            set(libc::IP_BIND_ADDRESS_NO_PORT)?;
         }
-        socket.bind(&SockAddr::from(source))?;
+        socket.bind(&SockAddr::from(source)).map_err(|error| ConnectError::Bind(source, error))?;
     }
-    set(false)
+    if let Err(error) = set(false) {
+        // As in Envoy, the connection goes on without what fails here.
+        tracing::debug!(%to, %error, "a socket option with state STATE_BOUND cannot be set");
+    }
+    Ok(())
 }
 
 /// Binds to the client's address and leaves the port to connect(), when the kernel knows the whole four-tuple: ports
 /// are then only used up per destination.
-fn bind_to_source(socket: &Socket, source: Source) -> io::Result<()> {
-    if source.address.is_ipv4() {
-        socket.set_ip_transparent_v4(true)?;
-    } else {
-        set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
-    }
-    set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
-    if source.mark != 0 {
-        socket.set_mark(source.mark)?;
-    }
-    socket.bind(&SockAddr::from(SocketAddr::new(source.address, 0)))
+fn bind_to_source(socket: &Socket, source: Source) -> Result<(), ConnectError> {
+    let set = || {
+        if source.address.is_ipv4() {
+            socket.set_ip_transparent_v4(true)?;
+        } else {
+            set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
+        }
+        set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        if source.mark != 0 {
+            socket.set_mark(source.mark)?;
+        }
+        Ok(())
+    };
+    set().map_err(ConnectError::Socket)?;
+    let address = SocketAddr::new(source.address, 0);
+    socket.bind(&SockAddr::from(address)).map_err(|error| ConnectError::Bind(address, error))
 }
 
 /// Sets an integer option that socket2 has no name for.

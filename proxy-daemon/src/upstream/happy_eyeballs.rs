@@ -30,13 +30,13 @@ pub(super) fn order(first: SocketAddr, others: &[SocketAddr], config: HappyEyeba
 ///
 /// # Errors
 /// That of the last failure, where all have failed.
-pub(super) async fn race<T, F: Future<Output = io::Result<T>>>(
+pub(super) async fn race<T, E: From<io::Error>, F: Future<Output = Result<T, E>>>(
     addresses: impl IntoIterator<Item = SocketAddr>,
     connect: impl Fn(SocketAddr) -> F,
-) -> io::Result<T> {
+) -> Result<T, E> {
     let mut waiting = addresses.into_iter();
     let mut trying = FuturesUnordered::new();
-    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    let mut last = E::from(io::ErrorKind::AddrNotAvailable.into());
     loop {
         let more = match waiting.next() {
             Some(address) => {
@@ -94,7 +94,7 @@ mod tests {
             async move {
                 match address.ip().to_string().as_str() {
                     "1.1.1.1" => pending().await,
-                    "1.1.1.2" => Err(io::ErrorKind::ConnectionRefused.into()),
+                    "1.1.1.2" => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
                     _ => Ok(address),
                 }
             }
@@ -110,6 +110,6 @@ mod tests {
             Err::<(), _>(io::Error::other(address.to_string()))
         });
         assert_eq!(failed.await.unwrap_err().to_string(), "1.1.1.2:80");
-        assert!(race([], async |_| Ok(())).await.is_err());
+        assert!(race([], async |_| Ok::<_, io::Error>(())).await.is_err());
     }
 }

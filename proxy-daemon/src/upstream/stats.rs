@@ -5,7 +5,7 @@ use std::{
 
 use culvert_xds_client::source::Usage;
 
-use super::{HostSet, Standing, lb::Balancer};
+use super::{ConnectError, HostSet, Standing, lb::Balancer};
 use crate::{
     config::model::ClusterConfig,
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
@@ -65,7 +65,7 @@ cluster_stats! {
         upstream_cx_destroy_local upstream_cx_destroy_remote upstream_cx_destroy_with_active_rq
         upstream_cx_destroy_local_with_active_rq upstream_cx_destroy_remote_with_active_rq
         upstream_cx_max_requests upstream_cx_max_duration_reached upstream_cx_none_healthy upstream_cx_rx_bytes_total upstream_cx_tx_bytes_total
-        upstream_cx_protocol_error upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
+        upstream_cx_protocol_error upstream_cx_close_notify bind_errors upstream_cx_connect_attempts_exceeded upstream_cx_pool_overflow
         upstream_rq_total upstream_rq_cancelled upstream_rq_timeout upstream_rq_per_try_timeout
         upstream_rq_pending_total upstream_rq_pending_overflow upstream_rq_active_overflow
         upstream_rq_pending_failure_eject
@@ -135,6 +135,16 @@ impl ClusterStats {
             let active =
                 (self.upstream_cx_destroy_local_with_active_rq, self.upstream_cx_destroy_remote_with_active_rq);
             if by_host { active.1.inc() } else { active.0.inc() }
+        }
+    }
+
+    /// Counts a connect that failed; what became of the connection is counted apart from that.
+    pub(crate) fn count_failed_connect(&self, error: &ConnectError) {
+        self.upstream_cx_connect_fail.inc();
+        match error {
+            ConnectError::Timeout => self.upstream_cx_connect_timeout.inc(),
+            ConnectError::Bind(..) => self.bind_errors.inc(),
+            ConnectError::Io(_) | ConnectError::Unreachable(..) | ConnectError::Socket(_) | ConnectError::Tls(_) => {}
         }
     }
 

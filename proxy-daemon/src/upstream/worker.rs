@@ -130,6 +130,8 @@ pub struct PickCx<'a> {
     pub headers: Option<&'a http::HeaderMap>,
     /// What a request calls its host; on a connection without requests what its client does.
     pub host: Option<&'a str>,
+    /// The port of that host, where its name says none; `None`: as the cluster has it.
+    pub port: Option<u16>,
     /// The connection's own destination, where the listener restores it.
     pub original_dst: Option<SocketAddr>,
     /// What balancers go by that hash.
@@ -258,7 +260,7 @@ impl WorkerCluster {
             let counters = self.cluster.unlisted.as_ref()?;
             return self.dynamic.host(
                 cache,
-                (cx.host?, self.default_port()),
+                (cx.host?, cx.port.unwrap_or_else(|| self.default_port())),
                 (self.worker, self.cluster.config.pool),
                 counters,
             );

@@ -4,7 +4,7 @@ use super::{
     AccessLogConfig, AddedValue, Cidr, ClusterChoice, DownstreamTlsContext, HeaderAdd, HttpConnectionManagerConfig,
     MetadataMatch, ResourceRef, RouteConfig, RouteSource, ScopeRoutes, ScopeSource, SecretRef, SecretType,
 };
-use crate::http::filters::DiscoveredFilter;
+use crate::{http::filters::DiscoveredFilter, upstream::DnsCache};
 
 /// A checked `envoy.config.listener.v3.Listener`.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ impl Listener {
         let chains = self.filter_chains.iter().chain(&self.default_filter_chain);
         chains.flat_map(|chain| &chain.filters).filter_map(|filter| match filter {
             NetworkFilterConfig::HttpConnectionManager(config) => Some(config),
-            NetworkFilterConfig::TcpProxy(_) => None,
+            NetworkFilterConfig::TcpProxy(_) | NetworkFilterConfig::SniForwardProxy(_) => None,
         })
     }
 
@@ -222,6 +222,17 @@ pub enum NetworkFilterConfig {
     TcpProxy(Arc<TcpProxyConfig>),
     /// `envoy.filters.network.http_connection_manager`
     HttpConnectionManager(Arc<HttpConnectionManagerConfig>),
+    /// `envoy.filters.network.sni_dynamic_forward_proxy`, before a TCP proxy.
+    SniForwardProxy(Arc<SniForwardProxyConfig>),
+}
+
+/// A checked `FilterConfig` of `envoy.filters.network.sni_dynamic_forward_proxy`.
+#[derive(Debug)]
+pub struct SniForwardProxyConfig {
+    /// Where names are known.
+    pub cache: Arc<DnsCache>,
+    /// The port at which the hosts of all names are asked for.
+    pub port: u16,
 }
 
 /// A checked `TcpProxy`.

@@ -9,12 +9,17 @@ use envoy_types::pb::envoy::{
             filter::ConfigType, filter_chain_match::ConnectionSourceType, listener_filter,
         },
     },
-    extensions::filters::listener::{original_src::v3::OriginalSrc as ProtoSrc, tls_inspector::v3::TlsInspector},
+    extensions::filters::{
+        listener::{original_src::v3::OriginalSrc as ProtoSrc, tls_inspector::v3::TlsInspector},
+        network::sni_dynamic_forward_proxy::v3::{FilterConfig as SniForwardProxy, filter_config::PortSpecifier},
+    },
 };
+use prost::Name as _;
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, duration, ip, limit, number, port, required, socket_address},
+    common::{Result, cidrs, duration, ip, limit, number, port, required, socket_address, type_name},
+    dynamic_forward_proxy::dns_cache,
     http_connection_manager::http_connection_manager,
     support::{self, join},
     tcp_proxy::tcp_proxy,
@@ -23,8 +28,8 @@ use super::{
 use crate::config::{
     FieldError,
     model::{
-        FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc, SourceType,
-        TransportProtocol,
+        FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc,
+        SniForwardProxyConfig, SourceType, TransportProtocol,
     },
 };
 
@@ -175,13 +180,22 @@ fn filter_chain(chain: &ProtoChain, path: &str) -> Result<FilterChain> {
         network_filter(filter, &format!("{}[{index}].typed_config", join(path, "filters")))
     };
     let filters: Vec<_> = chain.filters.iter().enumerate().map(parse).collect::<Result<_>>()?;
-    if filters.len() != 1 {
-        // Both filters that exist are terminal.
-        let text = match filters.len() {
-            0 => "a chain without a network filter is not supported by culvert yet",
-            _ => "a terminal filter must be the last of its chain",
-        };
-        return Err(FieldError::new(join(path, "filters"), text));
+    let filters_path = join(path, "filters");
+    let Some((last, before)) = filters.split_last() else {
+        let text = "a chain without a network filter is not supported by culvert yet";
+        return Err(FieldError::new(filters_path, text));
+    };
+    let is_terminal = |filter: &NetworkFilterConfig| !matches!(filter, NetworkFilterConfig::SniForwardProxy(_));
+    if before.iter().any(is_terminal) {
+        return Err(FieldError::new(filters_path, "a terminal filter must be the last of its chain"));
+    }
+    if !is_terminal(last) {
+        let text = "a filter that is not terminal must not be the last of its chain";
+        return Err(FieldError::new(format!("{filters_path}[{}]", before.len()), text));
+    }
+    if before.len() > 1 || (before.len() == 1 && !matches!(last, NetworkFilterConfig::TcpProxy(_))) {
+        // One goes before a TCP proxy.
+        return Err(FieldError::unsupported(format!("{filters_path}[{}]", before.len() - 1)));
     }
     let chain_match = match &chain.filter_chain_match {
         Some(chain_match) => filter_chain_match(chain_match, &join(path, "filter_chain_match"))?,
@@ -195,6 +209,10 @@ fn network_filter(filter: &Filter, path: &str) -> Result<NetworkFilterConfig> {
     let Some(ConfigType::TypedConfig(config)) = &filter.config_type else {
         return Err(FieldError::new(path, "value is required"));
     };
+    if type_name(config) == SniForwardProxy::full_name() {
+        let config = sni_forward_proxy(&unpack(config, path)?, path)?;
+        return Ok(NetworkFilterConfig::SniForwardProxy(Arc::new(config)));
+    }
     match config.type_url.rsplit('.').next() {
         Some("TcpProxy") => Ok(NetworkFilterConfig::TcpProxy(Arc::new(tcp_proxy(&unpack(config, path)?, path)?))),
         Some("HttpConnectionManager") => Ok(NetworkFilterConfig::HttpConnectionManager(Arc::new(
@@ -202,6 +220,16 @@ fn network_filter(filter: &Filter, path: &str) -> Result<NetworkFilterConfig> {
         ))),
         _ => Err(FieldError::unsupported(path)),
     }
+}
+
+fn sni_forward_proxy(proxy: &SniForwardProxy, path: &str) -> Result<SniForwardProxyConfig> {
+    let cache = proxy.dns_cache_config.as_ref().ok_or_else(|| required(path, "dns_cache_config"))?;
+    let port = match proxy.port_specifier {
+        Some(PortSpecifier::PortValue(value)) => port(value, path, "port_value")?,
+        // Envoy takes that, asks for port 0, and never has a host.
+        None => return Err(required(path, "port_value")),
+    };
+    Ok(SniForwardProxyConfig { cache: dns_cache(cache, &join(path, "dns_cache_config"))?, port })
 }
 
 fn filter_chain_match(chain: &ProtoMatch, path: &str) -> Result<FilterChainMatch> {

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -62,6 +62,10 @@ impl Resolvers {
         family: DnsLookupFamily,
         resolver: Option<&DnsResolver>,
     ) -> io::Result<Answer> {
+        // A name that is an address already is nobody's to look up. With IPv6 alone Envoy's resolver still takes IPv4 addresses.
+        if family == DnsLookupFamily::V4Only && name.parse::<Ipv6Addr>().is_ok() {
+            return Err(io::Error::other("cares_failure:Misformatted domain name"));
+        }
         let _turn = self.room.acquire().await.map_err(io::Error::other)?;
         let default = self.default.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match resolver.unwrap_or(&default) {
@@ -202,6 +206,22 @@ mod tests {
         assert_eq!(choose(both(), DnsLookupFamily::All), [v4, v6]);
         assert_eq!(choose(vec![v4], DnsLookupFamily::Auto), [v4]);
         assert!(choose(vec![v4], DnsLookupFamily::V6Only).is_empty());
+    }
+
+    #[tokio::test]
+    async fn addresses_of_the_other_family_are_not_gone_around() {
+        let resolvers = Resolvers::default();
+        for resolver in [None, Some(&DnsResolver::GetAddrInfo)] {
+            for (name, v4, all) in [("::1", false, true), ("::ffff:127.0.0.1", false, true), ("127.0.0.1", true, true)]
+            {
+                let answers = async |family| {
+                    let answer = resolvers.look_up(name, family, resolver).await;
+                    answer.is_ok_and(|answer| answer.addresses == [name.parse::<IpAddr>().unwrap()])
+                };
+                assert_eq!(answers(DnsLookupFamily::V4Only).await, v4, "{name}");
+                assert_eq!(answers(DnsLookupFamily::All).await, all, "{name}");
+            }
+        }
     }
 
     #[tokio::test]

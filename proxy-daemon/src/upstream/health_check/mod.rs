@@ -48,6 +48,8 @@ pub struct HealthCheckStats {
     verify_cluster: Counter,
     degraded: Gauge,
     healthy: Gauge,
+    /// Those of the cluster, where checks count as its traffic.
+    cluster: Scope,
     /// Every check holds it, so that the slots stay its own until it has ended.
     _lease: Arc<Lease>,
 }
@@ -55,7 +57,7 @@ pub struct HealthCheckStats {
 impl HealthCheckStats {
     /// Those of a cluster, whose scope `cluster` is.
     pub fn new(cluster: Scope) -> HealthCheckStats {
-        let scope = cluster.child("health_check");
+        let scope = cluster.clone().child("health_check");
         let lease = Arc::new(scope.lease());
         HealthCheckStats {
             attempt: scope.counter("attempt"),
@@ -66,6 +68,7 @@ impl HealthCheckStats {
             verify_cluster: scope.counter("verify_cluster"),
             degraded: scope.gauge("degraded"),
             healthy: scope.gauge("healthy"),
+            cluster,
             _lease: lease,
         }
     }
@@ -209,7 +212,7 @@ impl Probe {
             Check::Http(_) => Probe::Http(HttpProbe::new(target, reuse, stats.verify_cluster)),
             Check::Tcp(_) => Probe::Tcp(TcpProbe::new(target, reuse)),
             Check::Grpc(_) => Probe::Grpc(GrpcProbe::new(target, reuse)),
-            Check::Redis(_) => Probe::Redis(RedisProbe::new(target, reuse)),
+            Check::Redis(_) => Probe::Redis(RedisProbe::new(target, reuse, &stats.cluster)),
         }
     }
 

@@ -1,4 +1,5 @@
-//! Checks of Redis servers: PING, or EXISTS of a key that marks those that are not to be used.
+//! Checks of Redis servers: PING, or EXISTS of a key that marks those that are not to be used. As in Envoy, whose checks send them as its
+//! Redis proxy does, they are traffic of the cluster: its servers are never checked at leisure.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -6,7 +7,12 @@ use super::{
     Failure, Outcome, Passed, Target,
     tcp::{is_open, open},
 };
-use crate::{config::model::RedisCheck, tls::AlpnFallback, upstream::UpstreamStream};
+use crate::{
+    config::model::RedisCheck,
+    stats::{Counter, Gauge, Scope},
+    tls::AlpnFallback,
+    upstream::{Decrement, UpstreamStream},
+};
 
 /// The longest line that a server may answer with.
 const MAX_LINE: usize = 64 * 1024;
@@ -14,16 +20,47 @@ const MAX_LINE: usize = 64 * 1024;
 pub(super) struct RedisProbe {
     target: Target,
     reuse: bool,
-    connection: Option<UpstreamStream>,
+    connection: Option<Counted>,
+    stats: Traffic,
+}
+
+/// What the cluster counts.
+#[derive(Clone, Copy)]
+struct Traffic {
+    upstream_cx_total: Counter,
+    upstream_cx_connect_fail: Counter,
+    upstream_rq_total: Counter,
+    upstream_cx_active: Gauge,
+}
+
+/// A connection, among those of the cluster.
+struct Counted {
+    stream: UpstreamStream,
+    _active: Decrement,
 }
 
 impl RedisProbe {
-    pub(super) fn new(target: Target, reuse: bool) -> RedisProbe {
-        RedisProbe { target, reuse, connection: None }
+    pub(super) fn new(target: Target, reuse: bool, cluster: &Scope) -> RedisProbe {
+        let stats = Traffic {
+            upstream_cx_total: cluster.counter("upstream_cx_total"),
+            upstream_cx_connect_fail: cluster.counter("upstream_cx_connect_fail"),
+            upstream_rq_total: cluster.counter("upstream_rq_total"),
+            upstream_cx_active: cluster.gauge("upstream_cx_active"),
+        };
+        RedisProbe { target, reuse, connection: None, stats }
+    }
+
+    async fn connect(&self) -> Result<Counted, Failure> {
+        let stats = self.stats;
+        stats.upstream_cx_total.inc();
+        let active = Decrement::after_inc(stats.upstream_cx_active);
+        let opened = open(&self.target, AlpnFallback::None).await;
+        let stream = opened.inspect_err(|_| stats.upstream_cx_connect_fail.inc())?;
+        Ok(Counted { stream, _active: active })
     }
 
     pub(super) async fn probe(&mut self, check: &RedisCheck) -> Outcome {
-        let kept = self.connection.take().filter(is_open);
+        let kept = self.connection.take().filter(|kept| is_open(&kept.stream));
         match self.attempt(kept, check).await {
             Ok((well, connection)) => {
                 // Of another answer more may be to come.
@@ -36,14 +73,10 @@ impl RedisProbe {
     }
 
     /// Whether the server says that it is well.
-    async fn attempt(
-        &self,
-        kept: Option<UpstreamStream>,
-        check: &RedisCheck,
-    ) -> Result<(bool, UpstreamStream), Failure> {
+    async fn attempt(&self, kept: Option<Counted>, check: &RedisCheck) -> Result<(bool, Counted), Failure> {
         let (mut connection, is_new) = match kept {
             Some(connection) => (connection, false),
-            None => (open(&self.target, AlpnFallback::None).await?, true),
+            None => (self.connect().await?, true),
         };
         let (mut request, mut answers) = (Vec::new(), 1);
         if let Some((user, password)) = check.auth.as_ref().filter(|_| is_new) {
@@ -58,11 +91,12 @@ impl RedisProbe {
             false => (&[b"EXISTS", &check.key], &b":0"[..]),
         };
         command(&mut request, asked);
-        connection.write_all(&request).await.map_err(|_| Failure::Network)?;
+        self.stats.upstream_rq_total.inc();
+        connection.stream.write_all(&request).await.map_err(|_| Failure::Network)?;
         let (mut answer, mut read) = (Vec::new(), Vec::new());
         // Where the password is wrong, the server says no to what follows.
         for _ in 0..answers {
-            answer = line(&mut connection, &mut read).await?;
+            answer = line(&mut connection.stream, &mut read).await?;
         }
         Ok((answer == expected, connection))
     }

@@ -32,6 +32,8 @@ pub struct Connection {
     /// Of the pool, when it was lent.
     age: u32,
     wear: Wear,
+    /// Counts responses that say that they are a connection's last.
+    close_notify: Counter,
     _demand: Option<Demand>,
     /// It has carried requests before: the host may have closed it in the meantime.
     pub reused: bool,
@@ -162,6 +164,7 @@ impl Connection {
             issued: Issued::to(host),
             age: host.pool.age.get(),
             wear: Wear::of(cluster),
+            close_notify: cluster.cluster.stats.upstream_cx_close_notify,
             reused: ready.reused,
             _demand: demand,
             awaits_report: Cell::new(false),
@@ -211,7 +214,11 @@ impl Connection {
         let sent = match &self.sender {
             Sender::Http1(connection) => {
                 self.wear.count(&connection.requests);
-                connection.client.send(request, interim).await.map_err(Reset::http1)
+                let sent = connection.client.send(request, interim).await.map_err(Reset::http1);
+                if sent.is_ok() && connection.client.is_last() {
+                    self.close_notify.inc();
+                }
+                sent
             }
             Sender::Http2(stream) => {
                 stream.connection.client.send(request, interim).await.map_err(|error| match error {

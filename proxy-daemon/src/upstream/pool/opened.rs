@@ -138,6 +138,13 @@ impl WorkerHost {
             Speaks::Http2(_) => AlpnFallback::Http2,
             Speaks::Auto(_) => AlpnFallback::Auto,
         };
+        let stats = &cluster.cluster.stats;
+        match speaks {
+            Speaks::Http1 => stats.upstream_cx_http1_total.inc(),
+            Speaks::Http2(_) => stats.upstream_cx_http2_total.inc(),
+            // What it comes to is seen later.
+            Speaks::Auto(_) | Speaks::Tcp => {}
+        }
         let (stream, open) = self.dial(cluster, source, alpn, open).await?;
         let (http2, is_tcp) = match speaks {
             Speaks::Http1 => (None, false),
@@ -147,17 +154,16 @@ impl WorkerHost {
                 let options = Some(options).filter(|_| stream.alpn() == Some(b"h2"));
                 // The host may choose otherwise the next time.
                 pool.chose_http1.set(options.is_none());
+                match options {
+                    Some(_) => stats.upstream_cx_http2_total.inc(),
+                    None => stats.upstream_cx_http1_total.inc(),
+                }
                 (options, false)
             }
         };
         match http2 {
             Some(options) => self.start_http2(cluster, pool, stream, open, &options).await.map(Opened::Http2),
-            None => {
-                if !is_tcp {
-                    cluster.cluster.stats.upstream_cx_http1_total.inc();
-                }
-                Ok(Opened::Http1(self.start_http1(cluster, pool, stream, open, !is_tcp)))
-            }
+            None => Ok(Opened::Http1(self.start_http1(cluster, pool, stream, open, !is_tcp))),
         }
     }
 
@@ -184,13 +190,9 @@ impl WorkerHost {
                 Ok((stream, open))
             }
             Err(error) => {
-                stats.upstream_cx_connect_fail.inc();
+                stats.count_failed_connect(&error);
                 self.count(HostCounter::CxConnectFail, 1);
-                let timed_out = matches!(error, ConnectError::Timeout);
-                if timed_out {
-                    stats.upstream_cx_connect_timeout.inc();
-                }
-                open.by_host.set(!timed_out);
+                open.by_host.set(!error.is_local() && !matches!(error, ConnectError::Timeout));
                 Err(PoolError::Connect(Rc::new(error)))
             }
         }
@@ -249,9 +251,9 @@ impl WorkerHost {
     ) -> Result<Rc<Http2Connection>, PoolError> {
         let info = Rc::new(stream.info(open.since, open.connected.get()));
         let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
-        let started = h2::ClientConnection::start(metered(cluster, stream), options, buffer).await;
+        let stream = h2::Goaways::new(metered(cluster, stream), cluster.cluster.stats.upstream_cx_close_notify);
+        let started = h2::ClientConnection::start(stream, options, buffer).await;
         let (client, driver) = started.map_err(|error| PoolError::Handshake(Rc::new(error)))?;
-        cluster.cluster.stats.upstream_cx_http2_total.inc();
         let connection = Rc::new(Http2Connection {
             client,
             info,

@@ -124,6 +124,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.core.v3.Metadata", ALL),
     ("envoy.config.core.v3.Locality", ALL),
     // Network filters
+    ("envoy.extensions.filters.network.sni_dynamic_forward_proxy.v3.FilterConfig", &["dns_cache_config", "port_value"]),
     (
         "envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
         &[

@@ -180,7 +180,7 @@ fn filters_of_access_logs() {
         let bootstrap = load(&http(&logs, TO_UP))?;
         match &bootstrap.listeners[0].filter_chains[0].filters[0] {
             NetworkFilterConfig::HttpConnectionManager(manager) => Ok(format!("{:?}", manager.access_logs[0].filter)),
-            NetworkFilterConfig::TcpProxy(_) => panic!(),
+            NetworkFilterConfig::TcpProxy(_) | NetworkFilterConfig::SniForwardProxy(_) => panic!(),
         }
     };
     let shown = |filter: AccessLogFilter| format!("{filter:?}");

@@ -64,6 +64,8 @@ struct Inner {
     upload: Upload,
     /// It may carry another request after this one.
     kept: bool,
+    /// The response says that there is no further one.
+    last: bool,
     /// A request is out whose response's head has not come.
     awaited: bool,
     eof: bool,
@@ -98,6 +100,7 @@ impl ClientConnection {
             writer: Writer::in_case(options.header_key_format),
             upload: Upload { ended: true, sent: true, ..Upload::default() },
             kept: true,
+            last: false,
             awaited: false,
             eof: false,
         };
@@ -203,13 +206,19 @@ impl ClientConnection {
                 inner.upload.give_up();
             }
         }
-        inner.kept = framing != Framing::UntilClose && encode::is_kept(parts.version, &parts.headers);
+        inner.last = !encode::is_kept(parts.version, &parts.headers);
+        inner.kept = framing != Framing::UntilClose && !inner.last;
         inner.decoder = Decoder::new(framing);
         inner.awaited = false;
         let done = inner.decoder.is_done();
         drop(inner);
         let body = if done { Incoming::Empty } else { Incoming::Upstream(ResponseBody(Rc::clone(self))) };
         Ok(Response::from_parts(parts, body))
+    }
+
+    /// Whether the response whose head has come says that there is no further one.
+    pub fn is_last(&self) -> bool {
+        self.inner.borrow().last
     }
 
     /// Whether another request can be made: both sides are through with the last one, and nothing came after it.

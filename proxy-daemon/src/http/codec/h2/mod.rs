@@ -3,6 +3,7 @@
 
 mod body;
 mod client;
+mod goaways;
 pub(super) mod head;
 mod keepalive;
 mod send;
@@ -11,5 +12,6 @@ pub(super) mod watch;
 
 pub use body::ReceivedBody;
 pub use client::{ClientConnection, SendError};
+pub use goaways::Goaways;
 pub(in crate::http) use server::ServerConnection;
 pub(in crate::http) use watch::Watch;

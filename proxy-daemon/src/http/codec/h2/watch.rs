@@ -15,7 +15,7 @@ const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PRIORITY: u8 = 2;
 const RST_STREAM: u8 = 3;
-const GOAWAY: u8 = 7;
+pub(super) const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 /// Of DATA and HEADERS.
@@ -127,9 +127,9 @@ impl Watch {
 }
 
 /// A frame whose head, and what matters of its payload, has passed.
-struct Frame {
+pub(super) struct Frame {
     length: usize,
-    kind: u8,
+    pub(super) kind: u8,
     flags: u8,
     payload: [u8; LOOKED_INTO],
 }
@@ -144,7 +144,7 @@ impl Frame {
 
 /// Finds frames in a stream of bytes that comes in pieces of any size.
 #[derive(Default)]
-struct Frames {
+pub(super) struct Frames {
     /// Of the frame that passes: its head, and the beginning of its payload.
     seen: [u8; HEAD + LOOKED_INTO],
     have: usize,
@@ -153,7 +153,7 @@ struct Frames {
 }
 
 impl Frames {
-    fn next(&mut self, bytes: &mut &[u8]) -> Option<Frame> {
+    pub(super) fn next(&mut self, bytes: &mut &[u8]) -> Option<Frame> {
         loop {
             let skipped = self.skip.min(bytes.len());
             self.skip -= skipped;
