@@ -9,6 +9,7 @@ mod progress;
 mod setup;
 mod test;
 mod toolchain;
+mod vm_test;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,8 @@ enum Task {
     Demo(demo::Args),
     /// Runs every test.
     Test(test::Args),
+    /// Runs the tests of the kernel programs on Debian's kernels, in virtual machines.
+    VmTest(vm_test::Args),
     /// Compares CPU per request with Envoy, HAProxy and nginx.
     Bench(bench::Args),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Task::BuildEbpf(args) => build_ebpf::run(args),
         Task::Demo(args) => demo::run(args),
         Task::Test(args) => test::run(args),
+        Task::VmTest(args) => vm_test::run(&args),
         Task::Bench(args) => bench::run(args),
     };
     match result {

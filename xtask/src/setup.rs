@@ -18,11 +18,14 @@ pub struct Args {
     /// Also what `cargo xtask bench` compares with.
     #[arg(long)]
     bench: bool,
+    /// Also what `cargo xtask vm-test` runs machines with.
+    #[arg(long)]
+    vm: bool,
 }
 
 /// Runs the task.
 pub fn run(args: Args) -> Result<()> {
-    let needs = if args.bench { Needs::ALL } else { Needs::TEST };
+    let needs = Needs { bench: args.bench, vm: args.vm, ..Needs::TEST };
     ensure(args.yes, needs)?;
     eprintln!("all that is needed is installed");
     Ok(())
@@ -37,19 +40,21 @@ pub struct Needs {
     nextest: bool,
     /// What the benchmark compares with, and its load generators.
     bench: bool,
+    /// What runs virtual machines.
+    vm: bool,
 }
 
 impl Needs {
     /// To build.
-    pub const BUILD: Self = Self { lab: false, nextest: false, bench: false };
+    pub const BUILD: Self = Self { lab: false, nextest: false, bench: false, vm: false };
     /// To run the demo.
     pub const DEMO: Self = Self { lab: true, ..Self::BUILD };
     /// To run the tests.
     pub const TEST: Self = Self { nextest: true, ..Self::DEMO };
+    /// To run tests in virtual machines.
+    pub const VM: Self = Self { vm: true, ..Self::DEMO };
     /// To run the benchmark.
     pub const BENCH: Self = Self { bench: true, ..Self::DEMO };
-    /// To run everything.
-    pub const ALL: Self = Self { bench: true, ..Self::TEST };
 }
 
 /// A thing to install.
@@ -82,6 +87,9 @@ const BENCH: [(&str, &str); 5] = [
 ];
 /// What tests start besides the lab's programs.
 const TESTS: [(&str, &str); 2] = [("redis-server", "redis-server"), ("chromium", "chromium")];
+/// What `cargo xtask vm-test` makes machines with.
+const VM: [(&str, &str); 4] =
+    [("qemu-system-x86_64", "qemu-system-x86"), ("strip", "binutils"), ("xz", "xz-utils"), ("ldd", "libc-bin")];
 /// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
 const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.
@@ -145,11 +153,13 @@ fn missing(needs: Needs) -> Vec<Step> {
     let lab = if needs.lab { LAB.as_slice() } else { &[] };
     let bench = if needs.bench { BENCH.as_slice() } else { &[] };
     let tests = if needs.nextest { TESTS.as_slice() } else { &[] };
+    let vm = if needs.vm { VM.as_slice() } else { &[] };
     let pip = if needs.nextest || needs.bench { PIP.as_slice() } else { &[] };
     packages.extend(
         lab.iter()
             .chain(bench)
             .chain(tests)
+            .chain(vm)
             .chain(pip)
             .filter(|(program, _)| !has_program(program))
             .map(|(_, package)| package),

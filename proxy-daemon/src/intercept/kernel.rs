@@ -8,7 +8,9 @@ use std::path::Path;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
-use aya::programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _};
+use aya::programs::{
+    Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _,
+};
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped};
 
@@ -35,9 +37,24 @@ pub(super) fn load(
     netns_cookie: u64,
     sock_layout: &SockLayout,
 ) -> Result<Ebpf, InterceptError> {
+    let mut ebpf = load_object(config, workers, netns_cookie, sock_layout)?;
+    fill_policy(&mut ebpf, config)?;
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
+    }
+    Ok(ebpf)
+}
+
+/// Makes the maps, and sets the constants.
+fn load_object(
+    config: &InterceptionConfig,
+    workers: u32,
+    netns_cookie: u64,
+    sock_layout: &SockLayout,
+) -> Result<Ebpf, InterceptError> {
     raise_memlock_limit();
     let host_fails_closed = config.host.as_ref().is_some_and(|host| host.failure_policy == FailurePolicy::Closed);
-    let mut ebpf = EbpfLoader::new()
+    EbpfLoader::new()
         .override_global("MARK", &config.mark, true)
         .override_global("WORKERS", &workers, true)
         .override_global("NODE_NETNS", &netns_cookie, true)
@@ -45,12 +62,7 @@ pub(super) fn load(
         .override_global("CHOOSES_ERRORS", &u32::from(probe::hooks_choose_errors()), true)
         .override_global("HOST_FAIL_CLOSED", &u32::from(host_fails_closed), true)
         .load(OBJECT)
-        .map_err(|error| InterceptError::load("maps", &error))?;
-    fill_policy(&mut ebpf, config)?;
-    for direction in [Direction::Outbound, Direction::Inbound] {
-        classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
-    }
-    Ok(ebpf)
+        .map_err(|error| InterceptError::load("maps", &error))
 }
 
 fn fill_policy(ebpf: &mut Ebpf, config: &InterceptionConfig) -> Result<(), InterceptError> {
@@ -152,6 +164,23 @@ pub(super) fn attach_shortcut(ebpf: &mut Ebpf, cgroup: OwnedFd) -> Result<(), St
         .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
         .map_err(|error| format!("register_socket: {}", chain(&error)))?;
     Ok(())
+}
+
+/// Loads every program of the object; says which ones the running kernel refuses, and why.
+pub(super) fn refused_programs() -> Result<Vec<(String, String)>, InterceptError> {
+    let mut ebpf = load_object(&InterceptionConfig::default(), 1, 0, &SockLayout::default())?;
+    let load = |program: &mut Program| match program {
+        Program::SchedClassifier(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        Program::SkMsg(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::RawTracePoint(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    let results = ebpf.programs_mut().map(|(name, program)| (name.to_owned(), load(program)));
+    Ok(results.filter_map(|(name, result)| Some((name, chain(&result.err()?)))).collect())
 }
 
 /// Puts a listening socket into a worker's slot of each family that it accepts.

@@ -53,6 +53,11 @@ use netlink::{Link, Monitor, Netlink};
 use services::Services;
 use watch::Watcher;
 
+/// Loads every kernel program, attaches none, and returns those that the running kernel refuses, with the reasons.
+pub fn refused_programs() -> Result<Vec<(String, String)>, InterceptError> {
+    kernel::refused_programs()
+}
+
 /// Interception in force. Dropped without [`Interception::shutdown`], as in a crash, it leaves the packet programs, the
 /// rule and the route in place, so that pods get what their failure policy says.
 pub struct Interception {

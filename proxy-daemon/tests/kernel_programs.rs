@@ -1,0 +1,34 @@
+//! Every program against the running kernel's verifier, and what is said to kernels that are too old.
+
+use culvert_proxy_daemon::intercept::{self, HostMode, Interception, InterceptionConfig};
+
+fn version() -> (u32, u32) {
+    let release = nix::sys::utsname::uname().expect("uname").release().to_string_lossy().into_owned();
+    let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+#[test]
+fn every_program_passes_the_verifier() {
+    let refused = intercept::refused_programs().expect("the maps are made");
+    assert!(refused.is_empty(), "{}", refused.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>());
+}
+
+#[test]
+fn a_kernel_that_is_too_old_is_told_so() {
+    let config = InterceptionConfig {
+        host: Some(HostMode::default()),
+        pin_path: format!("/sys/fs/bpf/culvert-programs-{}", std::process::id()).into(),
+        ..InterceptionConfig::default()
+    };
+    match Interception::start(config, 1) {
+        Ok(interception) => {
+            assert!(version() >= (5, 14));
+            interception.shutdown().expect("shuts down");
+        }
+        Err(error) => {
+            assert!(version() < (5, 14), "{error}");
+            assert!(error.to_string().contains("needs Linux 5.14"), "{error}");
+        }
+    }
+}

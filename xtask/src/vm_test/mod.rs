@@ -1,0 +1,298 @@
+//! `cargo xtask vm-test`: the tests of the kernel programs on Debian's kernels, in virtual machines.
+
+mod initramfs;
+mod kernels;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::build_ebpf::{self, workspace_root};
+use crate::progress;
+use crate::setup::{self, Needs};
+use initramfs::Initramfs;
+use kernels::{Kernel, Series};
+
+/// Flags of `cargo xtask vm-test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Also Linux 5.10, 6.18 and the newest that Debian has.
+    #[arg(long)]
+    all: bool,
+    /// Only kernels whose release begins with this.
+    #[arg(long)]
+    kernel: Option<String>,
+    /// Only test binaries whose name contains this.
+    #[arg(long)]
+    binary: Option<String>,
+    /// How many machines run at a time; each has one processor.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// How many seconds a machine may take.
+    #[arg(long, default_value_t = 1200)]
+    limit: u64,
+    /// Show what the machines print.
+    #[arg(long, short)]
+    verbose: bool,
+    /// Install what is missing without asking; assumed when CI=true.
+    #[arg(long, short)]
+    yes: bool,
+    /// Handed to the test binaries: names of tests.
+    #[arg(last = true)]
+    tests: Vec<String>,
+}
+
+const DEFAULT: [Series; 2] = [Series::Of(6, 1), Series::Of(6, 12)];
+const ALL: [Series; 5] = [Series::Of(5, 10), Series::Of(6, 1), Series::Of(6, 12), Series::Of(6, 18), Series::Newest];
+
+/// A test binary: its name, the first kernel that it is for, and why others are too old.
+const BINARIES: [(&str, (u32, u32)); 5] = [
+    ("kernel_programs", (5, 10)),
+    // Interception needs SO_NETNS_COOKIE.
+    ("kernel_redirect", (5, 14)),
+    ("kernel_host", (5, 14)),
+    ("kernel_balance", (5, 14)),
+    // They look at TCX links.
+    ("kernel_lifecycle", (6, 6)),
+];
+
+/// Tests that are left out: because they are the parts that other tests' processes play, because a kernel lacks something,
+/// or because an emulated processor takes minutes for them.
+const LEFT_OUT: [&str; 2] = ["play_the_", "a_full_map_is_an_error"];
+
+/// Programs that the tests run.
+const PROGRAMS: [&str; 2] = ["ip", "tc"];
+
+/// Runs the task.
+pub fn run(args: &Args) -> Result<()> {
+    setup::ensure(args.yes, Needs::VM)?;
+    build_ebpf::ensure()?;
+    let root = workspace_root();
+    let mut kernels = kernels::ensure(&root, if args.all { &ALL } else { &DEFAULT })?;
+    if let Some(prefix) = &args.kernel {
+        kernels.retain(|kernel| kernel.release.starts_with(prefix.as_str()));
+    }
+    ensure!(!kernels.is_empty(), "no kernel has such a release");
+    let built = build(&root)?;
+
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..args.jobs.max(1) {
+            scope.spawn(|| {
+                while let Some(kernel) = kernels.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(error) = run_on(kernel, &built, args, &root) {
+                        eprintln!("{}: FAILED: {error:#}", kernel.release);
+                        failures.lock().unwrap_or_else(|it| it.into_inner()).push(kernel.release.clone());
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap_or_else(|it| it.into_inner());
+    if failures.is_empty() {
+        return Ok(());
+    }
+    bail!("failed on {}; what the machines printed is in target/vm/<release>.log", failures.join(", "));
+}
+
+/// What the machines run.
+struct Built {
+    init: PathBuf,
+    /// By name.
+    tests: Vec<(String, PathBuf)>,
+}
+
+fn build(root: &Path) -> Result<Built> {
+    let mut init = Command::new("cargo");
+    init.args(["build", "--quiet", "-p", "culvert-xtask", "--bin", "vm-init"]).current_dir(root);
+    progress::run("building the machines' first process", &mut init)?;
+    eprintln!("building the tests of the kernel programs ...");
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--no-run", "--quiet", "-p", "culvert-proxy-daemon", "--message-format=json"]);
+    cargo.args(BINARIES.iter().flat_map(|(name, _)| ["--test", name])).current_dir(root);
+    let output = cargo.stderr(Stdio::inherit()).output().context("running cargo")?;
+    ensure!(output.status.success(), "the tests cannot be built");
+    let mut tests = Vec::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+        let (name, path) = (message["target"]["name"].as_str(), message["executable"].as_str());
+        if let (Some(name), Some(path)) = (name, path)
+            && name.starts_with("kernel_")
+        {
+            tests.push((name.to_owned(), PathBuf::from(path)));
+        }
+    }
+    Ok(Built { init: root.join("target/debug/vm-init"), tests })
+}
+
+/// Boots a kernel, and judges what came of it.
+fn run_on(kernel: &Kernel, built: &Built, args: &Args, root: &Path) -> Result<()> {
+    let directory = root.join("target/vm");
+    let scratch = directory.join(format!("scratch-{}", kernel.release));
+    fs::create_dir_all(&scratch)?;
+    let mut archive = Initramfs::new();
+    archive.program("init", &built.init, &scratch)?;
+    for program in PROGRAMS {
+        archive.program(&format!("bin/{program}"), &find_program(program)?, &scratch)?;
+    }
+    let mut list = String::new();
+    for (name, contents) in kernel.modules()? {
+        archive.file(&format!("modules/{name}.ko"), &contents);
+        list.push_str(&format!("/modules/{name}.ko\n"));
+    }
+    archive.file("modules.list", list.as_bytes());
+    let mut plan = String::new();
+    let mut planned = 0;
+    for (name, path) in &built.tests {
+        let for_this = BINARIES.iter().any(|(known, first)| known == name && kernel.version() >= *first);
+        if !for_this || args.binary.as_ref().is_some_and(|part| !name.contains(part.as_str())) {
+            continue;
+        }
+        archive.program(&format!("tests/{name}"), path, &scratch)?;
+        plan.push_str(&format!("/tests/{name}\t--test-threads=1"));
+        LEFT_OUT.iter().for_each(|test| plan.push_str(&format!("\t--skip\t{test}")));
+        args.tests.iter().for_each(|test| plan.push_str(&format!("\t{test}")));
+        plan.push('\n');
+        planned += 1;
+    }
+    ensure!(planned > 0, "no test binary is for this kernel");
+    archive.file("plan", plan.as_bytes());
+    let initramfs = scratch.join("initramfs.cpio");
+    fs::write(&initramfs, archive.finish())?;
+
+    let began = Instant::now();
+    eprintln!("{}: starts", kernel.release);
+    let outcome = boot(kernel, &initramfs, args, &directory.join(format!("{}.log", kernel.release)));
+    // It is large, and quickly made again.
+    let _ = fs::remove_dir_all(&scratch);
+    let passed = judge(&outcome?, planned)?;
+    eprintln!("{}: {passed} tests passed in {:.0} s", kernel.release, began.elapsed().as_secs_f32());
+    Ok(())
+}
+
+/// What a machine did.
+struct Outcome {
+    /// qemu's exit code; `None`: it was killed, here because it took too long.
+    code: Option<i32>,
+    lines: Vec<String>,
+}
+
+fn boot(kernel: &Kernel, initramfs: &Path, args: &Args, log: &Path) -> Result<Outcome> {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        // /dev/kvm may be there and not work.
+        .args(["-accel", "tcg", "-M", "pc", "-cpu", "max", "-m", "1536", "-smp", "1", "-serial", "stdio"])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x04"])
+        .arg("-kernel")
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .args([
+            "-append",
+            "console=ttyS0 loglevel=3 panic=-1 oops=panic nokaslr mitigations=off no_timer_check tsc=reliable \
+             random.trust_cpu=on 8250.nr_uarts=1",
+        ]);
+    let child = qemu.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = Machine(child.context("running qemu-system-x86_64")?);
+    let output = child.0.stdout.take().context("qemu has no output")?;
+    let (prefix, verbose) = (kernel.release.clone(), args.verbose);
+    let reader = std::thread::spawn(move || {
+        let mut lines = Vec::new();
+        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            if verbose || line.starts_with("test ") || line.starts_with("VM-TEST") || line.contains("panicked at") {
+                eprintln!("{prefix}: {line}");
+            }
+            lines.push(line);
+        }
+        lines
+    });
+    let began = Instant::now();
+    let code = loop {
+        if let Some(status) = child.0.try_wait()? {
+            break status.code();
+        }
+        if began.elapsed() > Duration::from_secs(args.limit) {
+            eprintln!("{}: takes more than {} s: given up", kernel.release, args.limit);
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    drop(child);
+    let lines = reader.join().unwrap_or_default();
+    fs::write(log, lines.join("\n")).with_context(|| format!("writing {}", log.display()))?;
+    Ok(Outcome { code, lines })
+}
+
+/// Killed when it is dropped.
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// How many tests passed. The machine's word counts only if its last line and qemu's exit code agree: a kernel that panics
+/// ends qemu as a reboot does. And a binary that ran no test has proved nothing.
+fn judge(outcome: &Outcome, planned: usize) -> Result<usize> {
+    let marker = outcome.lines.iter().rev().find_map(|line| line.strip_prefix("VM-EXIT ")?.parse::<i32>().ok());
+    match (outcome.code, marker) {
+        (None, _) => bail!("it took too long"),
+        (Some(code), Some(marker)) if code == marker * 2 + 1 => ensure!(marker == 0, "tests failed"),
+        (code, marker) => bail!("the machine died (qemu's exit code {code:?}, the last word {marker:?})"),
+    }
+    let mut passed = Vec::new();
+    for line in outcome.lines.iter().filter_map(|line| line.strip_prefix("test result: ok. ")) {
+        passed.push(line.split(' ').next().and_then(|number| number.parse::<usize>().ok()).unwrap_or(0));
+    }
+    ensure!(passed.len() == planned, "{} of {planned} test binaries told a result", passed.len());
+    ensure!(passed.iter().all(|number| *number > 0), "a test binary ran 0 tests: {passed:?}");
+    Ok(passed.iter().sum())
+}
+
+fn find_program(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut candidates = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    candidates
+        .find_map(|directory| Some(directory.join(name)).filter(|path| path.is_file()))
+        .with_context(|| format!("no program {name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(code: Option<i32>, lines: &[&str]) -> Outcome {
+        Outcome { code, lines: lines.iter().map(|line| (*line).to_owned()).collect() }
+    }
+
+    #[test]
+    fn only_agreement_is_believed() {
+        const PASSED: &str = "test result: ok. 3 passed; 0 failed; 0 ignored";
+        const NONE: &str = "test result: ok. 0 passed; 0 failed; 9 filtered out";
+        assert_eq!(judge(&outcome(Some(1), &[PASSED, "VM-EXIT 0"]), 1).unwrap(), 3);
+        for (code, lines, words) in [
+            // The guest panicked: qemu reboots, which ends it with 0.
+            (Some(0), &[PASSED][..], "died"),
+            (Some(0), &[PASSED, "VM-EXIT 0"], "died"),
+            (Some(1), &[PASSED], "died"),
+            (Some(3), &[PASSED, "VM-EXIT 0"], "died"),
+            (Some(3), &[PASSED, "VM-EXIT 1"], "tests failed"),
+            (None, &[PASSED, "VM-EXIT 0"], "too long"),
+            (Some(1), &[NONE, "VM-EXIT 0"], "0 tests"),
+            (Some(1), &["VM-EXIT 0"], "0 of 1"),
+        ] {
+            let error = judge(&outcome(code, lines), 1).unwrap_err().to_string();
+            assert!(error.contains(words), "{code:?} {lines:?}: {error}");
+        }
+    }
+}
