@@ -12,6 +12,7 @@ use crate::mesh::Protocol;
 use crate::registration::Settings;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
+use crate::source::api_server::config::KubernetesConfig;
 
 /// A cluster and where its objects are read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct ClusterConfig {
 pub enum SourceConfig {
     /// A directory of manifests.
     Manifests(PathBuf),
+    /// An API server.
+    Kubernetes(Box<KubernetesConfig>),
 }
 
 /// How long to wait for clusters that cannot be read, if nothing was said.
@@ -79,7 +82,8 @@ pub struct ConfigFile {
 #[serde(deny_unknown_fields)]
 pub struct ConfigFileCluster {
     name: String,
-    manifests: PathBuf,
+    manifests: Option<PathBuf>,
+    kubernetes: Option<Box<KubernetesConfig>>,
     #[serde(default)]
     region: String,
     #[serde(default)]
@@ -95,14 +99,17 @@ fn yes() -> bool {
     true
 }
 
-impl From<ConfigFileCluster> for ClusterConfig {
-    fn from(cluster: ConfigFileCluster) -> Self {
-        let ConfigFileCluster { name, manifests, region, zone, merge, drained } = cluster;
-        Self {
-            info: ClusterInfo { name, region, zone, apart: !merge },
-            source: SourceConfig::Manifests(manifests),
-            drained,
-        }
+impl TryFrom<ConfigFileCluster> for ClusterConfig {
+    type Error = anyhow::Error;
+
+    fn try_from(cluster: ConfigFileCluster) -> anyhow::Result<Self> {
+        let ConfigFileCluster { name, manifests, kubernetes, region, zone, merge, drained } = cluster;
+        let source = match (manifests, kubernetes) {
+            (Some(manifests), None) => SourceConfig::Manifests(manifests),
+            (None, Some(kubernetes)) => SourceConfig::Kubernetes(kubernetes),
+            _ => bail!("cluster `{name}`: one of `manifests` and `kubernetes` is needed"),
+        };
+        Ok(Self { info: ClusterInfo { name, region, zone, apart: !merge }, source, drained })
     }
 }
 
@@ -166,25 +173,38 @@ impl ConfigFile {
     }
 }
 
-/// Reads `name=DIR[,region=R][,zone=Z]`.
+/// Reads `name=WHERE[,region=R][,zone=Z]`, where WHERE is a directory, `kubeconfig:FILE` or `in-cluster`.
 ///
 /// # Errors
 /// With what is missing or unknown.
 pub fn parse_cluster(text: &str) -> anyhow::Result<ClusterConfig> {
-    const FORM: &str = "expected name=DIR[,region=REGION][,zone=ZONE], for example east=/etc/culvert/east,zone=east-1a";
+    const FORM: &str = "expected name=DIR[,region=REGION][,zone=ZONE], for example east=/etc/culvert/east,zone=east-1a; in \
+                        the place of DIR, kubeconfig:FILE[,context=CONTEXT] or in-cluster";
     let (name, rest) = text.split_once('=').context(FORM)?;
     let mut parts = rest.split(',');
-    let manifests = PathBuf::from(parts.next().unwrap_or_default());
-    ensure!(!manifests.as_os_str().is_empty(), "the directory of cluster `{name}` is missing; {FORM}");
+    let place = parts.next().unwrap_or_default();
+    ensure!(!place.is_empty(), "the directory of cluster `{name}` is missing; {FORM}");
+    let mut source = match place.strip_prefix("kubeconfig:") {
+        Some(file) => {
+            ensure!(!file.is_empty(), "the kubeconfig of cluster `{name}` is missing; {FORM}");
+            let kubeconfig = Some(PathBuf::from(file));
+            SourceConfig::Kubernetes(Box::new(KubernetesConfig { kubeconfig, ..Default::default() }))
+        }
+        None if place == "in-cluster" => {
+            SourceConfig::Kubernetes(Box::new(KubernetesConfig { in_cluster: true, ..Default::default() }))
+        }
+        None => SourceConfig::Manifests(PathBuf::from(place)),
+    };
     let mut info = ClusterInfo { name: name.to_owned(), ..Default::default() };
     for part in parts {
-        match part.split_once('=') {
-            Some(("region", value)) => value.clone_into(&mut info.region),
-            Some(("zone", value)) => value.clone_into(&mut info.zone),
+        match (part.split_once('='), &mut source) {
+            (Some(("region", value)), _) => value.clone_into(&mut info.region),
+            (Some(("zone", value)), _) => value.clone_into(&mut info.zone),
+            (Some(("context", value)), SourceConfig::Kubernetes(config)) => config.context = Some(value.to_owned()),
             _ => bail!("`{part}` is not understood; {FORM} (a directory with a comma goes into the config file)"),
         }
     }
-    Ok(ClusterConfig { info, source: SourceConfig::Manifests(manifests), drained: false })
+    Ok(ClusterConfig { info, source, drained: false })
 }
 
 /// Checks what must hold before anything starts.
@@ -199,8 +219,11 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     );
     let mut names = BTreeSet::new();
     for ClusterConfig { info, source, .. } in &config.clusters {
-        let SourceConfig::Manifests(manifests) = source;
-        ensure!(!info.name.is_empty(), "the cluster that reads {} has no name", manifests.display());
+        let location = match source {
+            SourceConfig::Manifests(manifests) => manifests.display().to_string(),
+            SourceConfig::Kubernetes(kubernetes) => kubernetes.location(),
+        };
+        ensure!(!info.name.is_empty(), "the cluster that reads {location} has no name");
         ensure!(names.insert(&info.name), "two clusters are called `{}`; rename one of them", info.name);
         if info.apart {
             let label = |name: &str| name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
@@ -210,9 +233,16 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
                 info.name
             );
         }
-        let metadata = std::fs::metadata(manifests)
-            .with_context(|| format!("cluster `{}`: cannot read {}", info.name, manifests.display()))?;
-        ensure!(metadata.is_dir(), "cluster `{}`: {} is not a directory", info.name, manifests.display());
+        match source {
+            SourceConfig::Manifests(manifests) => {
+                let metadata = std::fs::metadata(manifests)
+                    .with_context(|| format!("cluster `{}`: cannot read {location}", info.name))?;
+                ensure!(metadata.is_dir(), "cluster `{}`: {location} is not a directory", info.name);
+            }
+            SourceConfig::Kubernetes(kubernetes) => {
+                kubernetes.check().map_err(|error| anyhow::anyhow!("cluster `{}`: {error}", info.name))?;
+            }
+        }
     }
     ensure!(config.options.outbound_port != 0, "the outbound port of proxies cannot be 0");
     Ok(())

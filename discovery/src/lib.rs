@@ -35,6 +35,7 @@ use crate::resources::{Options, Snapshot};
 use crate::server::Ads;
 use crate::server::clients::Clients;
 use crate::source::Source as _;
+use crate::source::api_server::ApiServer;
 use crate::source::directory::Directory;
 
 /// A running discovery service.
@@ -72,9 +73,14 @@ impl Discovery {
             if cluster.drained {
                 handle.control().set_drained(&name, true).await?;
             }
-            let SourceConfig::Manifests(manifests) = cluster.source;
-            let source = Directory::new(manifests);
-            tasks.spawn(async move { source.run(handle).await.with_context(|| format!("cluster `{name}`")) });
+            let source = cluster.source;
+            tasks.spawn(async move {
+                let ended = match source {
+                    SourceConfig::Manifests(manifests) => Directory::new(manifests).run(handle).await,
+                    SourceConfig::Kubernetes(config) => ApiServer::new(name.clone(), *config).run(handle).await,
+                };
+                ended.with_context(|| format!("cluster `{name}`"))
+            });
         }
         let (shutdown, asked) = watch::channel(false);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));

@@ -102,7 +102,8 @@ fn main() -> ExitCode {
 }
 
 fn run(flags: Flags) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&flags.log_level)
+    // This one repeats as errors what the sources report, at every try.
+    let filter = EnvFilter::try_new(format!("kube_client::client::builder=off,{}", flags.log_level))
         .with_context(|| format!("--log-level: `{}` is not a level or filter", flags.log_level))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -128,7 +129,8 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 fn configuration(flags: Flags) -> anyhow::Result<Config> {
     let file = flags.config.as_deref().map(ConfigFile::read).transpose()?.unwrap_or_default();
     let defaults = Options::default();
-    let mut clusters: Vec<ClusterConfig> = file.clusters.into_iter().map(Into::into).collect();
+    let clusters = file.clusters.into_iter().map(ClusterConfig::try_from).collect::<anyhow::Result<_>>();
+    let mut clusters: Vec<ClusterConfig> = clusters.context("the config file")?;
     clusters.extend(flags.clusters);
     let mut registration = file.registration.map(Settings::try_from).transpose().context("the config file")?;
     if let Some(storage) = flags.registration {

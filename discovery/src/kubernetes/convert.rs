@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer};
 use tracing::debug;
 
@@ -25,8 +26,13 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
     const KIND: &'static str;
     /// The API's group and version.
     const API_VERSION: &'static str;
+    /// Where an API server has the objects of all namespaces.
+    const PATH: &'static str;
     /// Whether its objects are in namespaces.
-    const NAMESPACED: bool = true;
+    const NAMESPACED: bool;
+
+    /// Whether an API server's object is kept.
+    fn matters(&self) -> bool;
 
     /// Checks one object. `None`: it is not for us.
     ///
@@ -39,15 +45,21 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
 }
 
 macro_rules! kinds {
-    ($($kind:ident, $raw:ident, $api:literal, $field:ident, $namespaced:literal, $convert:ident;)*) => {$(
+    ($($kind:ident, $raw:ident, $api:literal, $path:literal, $field:ident, $namespaced:literal, $convert:ident, $matters:expr;)*) => {$(
         impl Kind for $kind {
             type Raw = $raw;
             const KIND: &'static str = stringify!($kind);
             const API_VERSION: &'static str = $api;
+            const PATH: &'static str = $path;
             const NAMESPACED: bool = $namespaced;
 
             fn convert(raw: $raw, object: &ObjectName) -> Result<Option<Self>, ManifestError> {
                 $convert(raw, object)
+            }
+
+            fn matters(&self) -> bool {
+                let matters: fn(&Self) -> bool = $matters;
+                matters(self)
             }
 
             fn among(objects: &mut Objects) -> &mut BTreeMap<ObjectKey, Arc<Self>> {
@@ -57,10 +69,10 @@ macro_rules! kinds {
     )*};
 }
 kinds! {
-    Service, RawService, "v1", services, true, service;
-    EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", slices, true, slice;
-    Pod, RawPod, "v1", pods, true, pod;
-    Node, RawNode, "v1", nodes, false, node;
+    Service, RawService, "v1", "/api/v1/services", services, true, service, |_| true;
+    EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices", slices, true, slice, |_| true;
+    Pod, RawPod, "v1", "/api/v1/pods", pods, true, pod, Pod::matters;
+    Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true;
 }
 
 /// Reads one object. `None` in the place of the object: it is not for us.
@@ -91,6 +103,33 @@ pub fn read<'de, K: Kind, D: Deserializer<'de>>(
         }
     }
     Ok((key, K::convert(raw, &object)?))
+}
+
+/// Reads one object from JSON.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_json<K: Kind>(text: &str) -> Result<(ObjectKey, Option<K>), ManifestError> {
+    read(&mut serde_json::Deserializer::from_str(text), || match key_of(text) {
+        Some(key) => ObjectName::new(K::KIND, &key.namespace, &key.name),
+        None => ObjectName::new(K::KIND, "default", ""),
+    })
+}
+
+/// The namespace and name of an object that may be wrong in every other respect.
+pub fn key_of(text: &str) -> Option<ObjectKey> {
+    #[derive(Deserialize)]
+    struct Named {
+        metadata: Metadata,
+    }
+    #[derive(Deserialize)]
+    struct Metadata {
+        name: String,
+        #[serde(default)]
+        namespace: String,
+    }
+    let Named { metadata } = serde_json::from_str(text).ok()?;
+    Some(ObjectKey::new(metadata.namespace, metadata.name))
 }
 
 fn is_name_byte(byte: u8) -> bool {

@@ -1,5 +1,6 @@
 //! Where services and endpoints come from.
 
+pub mod api_server;
 pub mod directory;
 
 use std::future::Future;

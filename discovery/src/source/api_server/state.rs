@@ -1,0 +1,236 @@
+//! What is known of a cluster: what its watches write, and its registry is told.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+use crate::kubernetes::convert::Kind;
+use crate::kubernetes::{ObjectKey, Objects};
+use crate::registry::{FileError, SourceHealth};
+
+/// How many objects that cannot be used are shown.
+const MOST_SHOWN: usize = 100;
+
+/// Shared by the watches of a cluster.
+#[derive(Debug)]
+pub(super) struct Shared {
+    cluster: String,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    objects: Objects,
+    kinds: BTreeMap<&'static str, KindState>,
+    objects_changed: bool,
+}
+
+#[derive(Debug, Default)]
+struct KindState {
+    /// Whether all objects have been read once.
+    read: bool,
+    /// Since when and why they cannot be read.
+    failing: Option<(Timestamp, String)>,
+    /// Objects that cannot be used.
+    wrong: BTreeMap<ObjectKey, String>,
+}
+
+/// What there is to tell.
+pub(super) struct News {
+    /// The objects, `None` until all have been read, or when they have not changed.
+    pub(super) objects: Option<Arc<Objects>>,
+    /// Whether the objects have all been read once.
+    pub(super) read: bool,
+    /// How the source is doing.
+    pub(super) health: SourceHealth,
+}
+
+/// Objects of a kind that are being read, and those that cannot be used.
+pub(super) struct Collected<K> {
+    objects: BTreeMap<ObjectKey, Arc<K>>,
+    wrong: BTreeMap<ObjectKey, String>,
+}
+
+impl<K> Default for Collected<K> {
+    fn default() -> Self {
+        Self { objects: BTreeMap::new(), wrong: BTreeMap::new() }
+    }
+}
+
+/// One object: used, not for us, or wrong.
+pub(super) type Read<K> = Result<Option<K>, String>;
+
+impl<K: Kind> Collected<K> {
+    pub(super) fn add(&mut self, key: ObjectKey, object: Read<K>) {
+        self.remove(&key);
+        match object {
+            Ok(Some(object)) => {
+                self.objects.insert(key, Arc::new(object));
+            }
+            Ok(None) => {}
+            Err(error) => {
+                self.wrong.insert(key, error);
+            }
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: &ObjectKey) {
+        self.objects.remove(key);
+        self.wrong.remove(key);
+    }
+}
+
+impl Shared {
+    pub(super) fn new(cluster: String, kinds: &[&'static str]) -> Self {
+        let kinds = kinds.iter().map(|kind| (*kind, KindState::default())).collect();
+        let state = Mutex::new(State { kinds, ..State::default() });
+        Self { cluster, state, changed: Notify::new() }
+    }
+
+    /// Waits until there may be something to tell.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        // Every change leaves the state whole, so that a panic in one of them spoils nothing.
+        let result = change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_one();
+        result
+    }
+
+    /// Takes in all objects of a kind. An object that cannot be used any more keeps its last good version.
+    pub(super) fn replace<K: Kind>(&self, collected: Collected<K>) {
+        let Collected { mut objects, wrong } = collected;
+        self.with(|state| {
+            let known = K::among(&mut state.objects);
+            for key in wrong.keys() {
+                if let Some(last) = known.get(key) {
+                    objects.insert(key.clone(), Arc::clone(last));
+                }
+            }
+            if *known != objects {
+                *known = objects;
+                state.objects_changed = true;
+            }
+            let kind = state.kinds.entry(K::KIND).or_default();
+            for error in wrong.iter().filter(|(key, error)| kind.wrong.get(key) != Some(error)).map(|(_, error)| error)
+            {
+                warn!("cluster `{}`: {error}", self.cluster);
+            }
+            kind.wrong = wrong;
+            if !kind.read {
+                kind.read = true;
+                state.objects_changed = true;
+            }
+        });
+        self.works::<K>();
+    }
+
+    /// Takes in one object.
+    pub(super) fn add<K: Kind>(&self, key: ObjectKey, object: Read<K>) {
+        self.with(|state| {
+            let wrong = &mut state.kinds.entry(K::KIND).or_default().wrong;
+            let known = K::among(&mut state.objects);
+            match object {
+                Ok(object) => {
+                    wrong.remove(&key);
+                    // Most changes of a Pod are none to us.
+                    state.objects_changed |= match object {
+                        Some(object) if known.get(&key).is_some_and(|known| **known == object) => false,
+                        Some(object) => {
+                            known.insert(key, Arc::new(object));
+                            true
+                        }
+                        None => known.remove(&key).is_some(),
+                    };
+                }
+                Err(error) => {
+                    warn!("cluster `{}`: {error}", self.cluster);
+                    wrong.insert(key, error);
+                }
+            }
+        });
+    }
+
+    /// Forgets one object.
+    pub(super) fn remove<K: Kind>(&self, key: &ObjectKey) {
+        self.with(|state| {
+            state.kinds.entry(K::KIND).or_default().wrong.remove(key);
+            state.objects_changed |= K::among(&mut state.objects).remove(key).is_some();
+        });
+    }
+
+    /// Notes that objects of this kind can be read.
+    pub(super) fn works<K: Kind>(&self) {
+        let failing = self.with(|state| state.kinds.entry(K::KIND).or_default().failing.take());
+        if let Some((since, _)) = failing {
+            info!("cluster `{}`: {}s can be read again, for the first time since {since:.0}", self.cluster, K::KIND);
+        }
+    }
+
+    /// Notes that objects of this kind cannot be read.
+    pub(super) fn fails<K: Kind>(&self, error: &str) {
+        let news = self.with(|state| {
+            let failing = &mut state.kinds.entry(K::KIND).or_default().failing;
+            let news = failing.as_ref().is_none_or(|(_, known)| known != error);
+            let since = failing.as_ref().map_or_else(Timestamp::now, |(since, _)| *since);
+            *failing = Some((since, error.to_owned()));
+            news
+        });
+        if news {
+            warn!("cluster `{}`: {}s cannot be read: {error}", self.cluster, K::KIND);
+        }
+    }
+
+    /// What there is to tell now. Objects are told once.
+    pub(super) fn news(&self, location: String) -> News {
+        let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = state.kinds.values().all(|kind| kind.read);
+        let changed = read && std::mem::take(&mut state.objects_changed);
+        let objects = changed.then(|| Arc::new(state.objects.clone()));
+        let failing: Vec<_> =
+            state.kinds.iter().filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?))).collect();
+        let mut errors: Vec<&str> = failing.iter().map(|(_, (_, error))| &**error).collect();
+        errors.dedup();
+        let error = match (&*failing, &*errors) {
+            ([], _) => None,
+            // What is wrong with all of them is wrong with the cluster.
+            (_, [error]) if failing.len() == state.kinds.len() => Some((*error).to_owned()),
+            (failing, _) => {
+                let each: Vec<_> = failing.iter().map(|(name, (_, error))| format!("{name}s: {error}")).collect();
+                Some(each.join("; "))
+            }
+        };
+        let since = failing.iter().map(|(_, (since, _))| *since).min();
+        let mut wrong = Vec::new();
+        let known = |name: &str, key: &ObjectKey| match name {
+            "Service" => state.objects.services.contains_key(key),
+            "EndpointSlice" => state.objects.slices.contains_key(key),
+            "Pod" => state.objects.pods.contains_key(key),
+            _ => state.objects.nodes.contains_key(key),
+        };
+        for (name, kind) in &state.kinds {
+            for (key, error) in kind.wrong.iter().take(MOST_SHOWN) {
+                wrong.push(FileError {
+                    file: location.clone(),
+                    error: error.clone(),
+                    last_good_in_force: known(name, key),
+                });
+            }
+        }
+        let health = SourceHealth {
+            location,
+            stale: error.is_some(),
+            error,
+            stale_since: since.map(|since| format!("{since:.0}")),
+            file_errors: wrong,
+            warnings: Vec::new(),
+        };
+        News { objects, read, health }
+    }
+}
