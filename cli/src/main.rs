@@ -1,5 +1,6 @@
 //! `culvert`: what a person types.
 
+mod cluster;
 mod http;
 mod overrides;
 mod services;
@@ -22,6 +23,9 @@ struct Flags {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Take a cluster out of the mesh, and back in
+    #[command(subcommand, after_help = cluster::HELP)]
+    Cluster(cluster::Command),
     /// Show a service's endpoints, as culvert-discovery knows them
     #[command(after_help = services::ENDPOINTS_HELP)]
     Endpoints(services::EndpointsFlags),
@@ -58,6 +62,7 @@ impl From<String> for Outcome {
 
 fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
+        Command::Cluster(command) => cluster::run(&command),
         Command::Endpoints(flags) => services::endpoints(&flags).map(Outcome::from),
         Command::Override(command) => overrides::run(command).map(Outcome::from),
         Command::Services(flags) => services::services(&flags).map(Outcome::from),

@@ -48,6 +48,8 @@ pub struct Config {
     pub clusters: Vec<ClusterConfig>,
     /// The registration API, if it is served.
     pub registration: Option<Settings>,
+    /// How clusters are drained.
+    pub drain: crate::drain::Settings,
     /// How long to wait at most for clusters that cannot be read, before the others are served without them.
     pub initial_wait: Duration,
     /// What goes into the resources.
@@ -70,6 +72,10 @@ pub struct ConfigFile {
     pub access_log: Option<String>,
     /// How long to wait for clusters that cannot be read, in seconds.
     pub initial_wait: Option<u64>,
+    /// Where it is kept which clusters are drained.
+    pub drain_file: Option<PathBuf>,
+    /// A file with the token of operators on other hosts.
+    pub operator_token_file: Option<PathBuf>,
     /// The clusters.
     #[serde(default)]
     pub clusters: Vec<ConfigFileCluster>,
@@ -254,6 +260,11 @@ mod tests {
 
     #[test]
     fn clusters_on_the_command_line() {
+        let cluster = parse_cluster("east=kubeconfig:/k,context=c,zone=z").unwrap();
+        let SourceConfig::Kubernetes(kubernetes) = cluster.source else { panic!("not an API server") };
+        assert_eq!((kubernetes.kubeconfig, kubernetes.context.as_deref()), (Some("/k".into()), Some("c")));
+        let cluster = parse_cluster("east=in-cluster").unwrap();
+        assert!(matches!(cluster.source, SourceConfig::Kubernetes(kubernetes) if kubernetes.in_cluster));
         let cluster = parse_cluster("east=/m/east,region=eu,zone=eu-1").unwrap();
         let info = ClusterInfo { name: "east".into(), region: "eu".into(), zone: "eu-1".into(), apart: false };
         let source = SourceConfig::Manifests("/m/east".into());
@@ -261,6 +272,8 @@ mod tests {
         for (text, expected) in [
             ("east", "expected name=DIR"),
             ("east=", "the directory of cluster `east` is missing"),
+            ("east=kubeconfig:", "the kubeconfig of cluster `east` is missing"),
+            ("east=/m,context=x", "`context=x` is not understood"),
             ("east=/m,rgion=x", "`rgion=x` is not understood"),
         ] {
             let error = parse_cluster(text).unwrap_err().to_string();
@@ -297,6 +310,7 @@ mod tests {
             clusters,
             registration: None,
             initial_wait: INITIAL_WAIT,
+            drain: crate::drain::Settings::default(),
             options: Options::default(),
         };
         let good = directory.path();

@@ -8,6 +8,7 @@
 //! Each arrow is a `watch` channel: whoever is behind sees the newest state next, never a queue of older ones.
 
 pub mod config;
+pub mod drain;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
@@ -28,6 +29,7 @@ use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, SourceConfig};
+use crate::drain::Drains;
 use crate::http::{Activity, StatusPages};
 use crate::registration::Registrations;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
@@ -68,11 +70,15 @@ impl Discovery {
         let mut tasks = JoinSet::new();
         let (handles, registry) = registry::start(config.clusters.iter().map(|c| c.info.clone()).collect());
         let control = handles.first().map(RegistryHandle::control);
+        for cluster in config.clusters.iter().filter(|cluster| cluster.drained) {
+            if let Some(control) = &control {
+                control.set_drained(&cluster.info.name, true).await?;
+            }
+        }
+        // What an operator said counts over the configuration.
+        let drains = Drains::open(config.drain, control.clone(), registry.clone()).await?;
         for (cluster, handle) in config.clusters.into_iter().zip(handles) {
             let name = cluster.info.name;
-            if cluster.drained {
-                handle.control().set_drained(&name, true).await?;
-            }
             let source = cluster.source;
             tasks.spawn(async move {
                 let ended = match source {
@@ -90,6 +96,7 @@ impl Discovery {
             snapshots: snapshots.clone(),
             clients: clients.clone(),
             registrations: registrations.clone(),
+            drains,
             activity: Arc::default(),
         };
         let serving_pages = pages.clone().serve(http, asked.clone());

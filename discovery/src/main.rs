@@ -18,8 +18,8 @@ use tracing_subscriber::EnvFilter;
 
 /// Joins Kubernetes clusters into one mesh and serves it to proxies by Envoy's xDS (CDS, EDS, LDS and RDS over ADS).
 ///
-/// Each cluster is a directory of manifests (Service, EndpointSlice and Pod; *.yaml, *.yml or *.json), which is watched:
-/// an edited file takes effect at once. Services of the same name and namespace are one service, wherever they run.
+/// Each cluster is an API server, or a directory of manifests (Service, EndpointSlice and Pod; *.yaml, *.yml or *.json).
+/// Both are watched: what changes takes effect at once. Services of the same name and namespace are one service, wherever they run.
 ///
 /// Pods labelled culvert.dev/offloaded: "true" get no traffic but that of requests which name their label
 /// culvert.dev/revision: see `culvert override --help`.
@@ -27,6 +27,7 @@ use tracing_subscriber::EnvFilter;
 #[command(name = "culvert-discovery", version, after_long_help = AFTER_HELP)]
 struct Flags {
     /// A cluster, as name=DIR[,region=REGION][,zone=ZONE]. May be repeated; in a conflict the first one counts.
+    /// In the place of DIR, kubeconfig:FILE[,context=CONTEXT] or in-cluster watches an API server.
     #[arg(long = "cluster", value_name = "NAME=DIR", value_parser = parse_cluster)]
     clusters: Vec<ClusterConfig>,
 
@@ -79,6 +80,9 @@ A configuration file with every field:
   initial_wait: 30 # seconds
   clusters:
   - {name: east, manifests: /etc/culvert/east, region: eu, zone: eu-1, merge: true, drained: false}
+  - {name: west, kubernetes: {kubeconfig: /etc/culvert/west.kubeconfig, context: reader@west}}
+  drain_file: /var/lib/culvert/drained.json
+  operator_token_file: /etc/culvert/operator-token
   registration:
     storage: redb:/var/lib/culvert/registrations.redb    # or memory, or redis://HOST:PORT/DB
     ttl: 600                # seconds that a host counts after it checked in
@@ -144,6 +148,7 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
         http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18001))),
         clusters,
         registration,
+        drain: culvert_discovery::drain::Settings { file: file.drain_file, token_file: file.operator_token_file },
         initial_wait: file.initial_wait.map_or(INITIAL_WAIT, Duration::from_secs),
         options: Options {
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use culvert_discovery::Discovery;
 use culvert_discovery::config::{ClusterConfig, Config, INITIAL_WAIT, SourceConfig};
+use culvert_discovery::drain;
 use culvert_discovery::registry::ClusterInfo;
 use culvert_discovery::resources::{Options, type_url};
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -45,6 +46,7 @@ impl Running {
                 drained: false,
             }],
             initial_wait: INITIAL_WAIT,
+            drain: drain::Settings::default(),
             registration: None,
             options: Options::default(),
         };
@@ -374,6 +376,7 @@ async fn a_port_in_use_is_named() {
         }],
         registration: None,
         initial_wait: INITIAL_WAIT,
+        drain: drain::Settings::default(),
         options: Options::default(),
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());

@@ -23,6 +23,7 @@ pub use self::metrics::Activity;
 pub use self::status::{
     ClusterStatus, ConnectedClient, EndpointStatus, OffloadedStatus, ServedStatus, ServiceStatus, Status,
 };
+use crate::drain::{self, Drains};
 use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
 use crate::registry::Registry;
@@ -54,6 +55,8 @@ pub struct StatusPages {
     pub clients: Clients,
     /// The registration API, if it is served.
     pub registrations: Option<Registrations>,
+    /// Takes clusters out.
+    pub drains: Drains,
     /// What has been done so far.
     pub activity: Arc<Activity>,
 }
@@ -99,6 +102,11 @@ impl StatusPages {
             && request.uri().path().starts_with(api::PREFIX)
         {
             return register(registrations, request, peer).await;
+        }
+        if request.uri().path().starts_with(drain::PREFIX) {
+            let path = request.uri().path();
+            let (status, said) = self.drains.answer(request.method(), path, request.headers(), peer.ip()).await;
+            return plain(status, &format!("{said}\n"));
         }
         if request.method() != Method::GET && request.method() != Method::HEAD {
             return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");

@@ -53,6 +53,8 @@ pub struct ConnectedClient {
 pub struct ClusterStatus {
     /// Its name.
     pub name: String,
+    /// Whether an operator has taken it out.
+    pub drained: bool,
     /// Its region.
     pub region: String,
     /// Its zone.
@@ -143,6 +145,7 @@ impl StatusPages {
         });
         let clusters = registry.clusters.iter().map(|cluster| ClusterStatus {
             name: cluster.info.name.clone(),
+            drained: cluster.drained,
             region: cluster.info.region.clone(),
             zone: cluster.info.zone.clone(),
             services: cluster.objects.as_ref().map_or(0, |objects| objects.services.len()),
