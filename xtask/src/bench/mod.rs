@@ -1,9 +1,11 @@
 //! `cargo xtask bench`: CPU per request of culvertd, Envoy, HAProxy and nginx, in turn; `cargo xtask bench idle`: memory of
-//! idle connections; `cargo xtask bench xds`: what xDS updates cost culvertd and Envoy; `cargo xtask bench lb`: load balancing.
+//! idle connections; `cargo xtask bench xds`: what xDS updates cost culvertd and Envoy; `cargo xtask bench lb`: load balancing; `cargo xtask
+//! bench node`: two pods of one node.
 //! docs/performance.md has the method.
 
 mod idle;
 mod lb;
+mod node;
 mod proxies;
 mod report;
 mod workloads;
@@ -41,6 +43,8 @@ enum Suite {
     Xds(xds::Args),
     /// Nanoseconds per pick of each load balancing policy, memory per host, pauses while hosts are replaced: culvertd alone.
     Lb(lb::Args),
+    /// Two pods of one node: directly, balanced when they connect, and through culvertd and Envoy with and without short cuts.
+    Node(node::Args),
 }
 
 /// Flags of the comparison of CPU per request.
@@ -111,6 +115,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Suite::Idle(args)) => idle::run(&args),
         Some(Suite::Xds(args)) => xds::run(args),
         Some(Suite::Lb(args)) => lb::run(&args),
+        Some(Suite::Node(args)) => node::run(&args),
         None => requests(&args.requests),
     }
 }

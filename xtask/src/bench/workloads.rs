@@ -110,7 +110,7 @@ impl Workload {
 }
 
 /// Reads wrk's report.
-fn parse_wrk(text: &str) -> Result<Load> {
+pub(super) fn parse_wrk(text: &str) -> Result<Load> {
     ensure!(!text.contains("Non-2xx"), "not all responses are 2xx");
     ensure!(!text.contains("Socket errors"), "connections failed");
     let value = |prefix: &str| {
