@@ -363,3 +363,32 @@ fn a_host_may_say_itself_that_it_is_ill() -> Result<()> {
     }
     Ok(())
 }
+
+/// Before there is any traffic, hosts are checked at another interval; with the first request that is over.
+#[test]
+fn checks_go_by_whether_there_is_traffic_as_by_envoy() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (upstream, port) = (upstream(&Behaviour::default())?, free_port()?);
+        let routes = "              - {match: {prefix: /}, route: {cluster: idle}}\n";
+        let hosts = endpoint(1, upstream);
+        let clusters = format!(
+            "  - name: idle\n    health_checks: [{{timeout: 5s, interval: 3600s, no_traffic_interval: 0.05s, unhealthy_threshold: 2, \
+             healthy_threshold: 2, http_health_check: {{path: /check}}}}]\n    load_assignment: {{cluster_name: idle, endpoints: \
+             [{{lb_endpoints: [{hosts}]}}]}}\n"
+        );
+        let daemon = Daemon::start(kind, &telling_hosts("node: {id: a, cluster: b}", port, routes, &clusters))?;
+        let checks = || -> Result<u64> { Ok(daemon.stats()?.get("cluster.idle.health_check.attempt")) };
+        wait_until(DEADLINE, "checks without traffic", || {
+            let checks = checks()?;
+            ensure!(checks >= 5, "{checks}");
+            Ok(())
+        })?;
+        ensure!(fetch(port, Request::get("/"))?.status == 200, "{kind:?}: an answer");
+        // One is due already, and the one after it is not for an hour: in the time of twenty there is none.
+        let before = checks()?;
+        thread::sleep(Duration::from_secs(1));
+        let after = checks()?;
+        ensure!(after <= before + 1, "{kind:?}: {} checks too many", after - before);
+    }
+    Ok(())
+}

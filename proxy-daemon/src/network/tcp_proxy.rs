@@ -340,7 +340,7 @@ async fn dial(
             Err(error) => {
                 stats.upstream_rq_pending_failure_eject.inc();
                 stats.count_failed_connect(&error);
-                host.count(HostCounter::CxConnectFail, 1);
+                host.connect_failed();
                 let timed_out = matches!(error, ConnectError::Timeout);
                 stats.count_end(!timed_out && !error.is_local(), false);
                 if !error.is_local() {

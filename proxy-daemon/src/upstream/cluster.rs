@@ -352,6 +352,8 @@ impl Clusters {
         local: &Local,
     ) -> Arc<Cluster> {
         let finds_the_same = before.is_some_and(|old| old.config.finds_as(&config));
+        // What discovery said of hosts that are checked, with how each is, is still true where both look in the same place.
+        let said = before.filter(|_| finds_the_same).and_then(|old| old.checks.as_ref()).map(|checks| checks.said());
         let before = before.map(|old| old.hosts()).unwrap_or_default();
         let stats = ClusterStats::new(&config);
         let scope = stats.scope();
@@ -376,7 +378,11 @@ impl Clusters {
             }
             (Discovery::StrictDns(_) | Discovery::LogicalDns(_) | Discovery::Eds { .. }, None) => {
                 // Hosts from elsewhere are none of this cluster's.
-                Arc::new(if finds_the_same { making.again(&before) } else { build(&[], &before, &making) })
+                Arc::new(match said {
+                    Some(said) => build(&said, &before, &making),
+                    None if finds_the_same => making.again(&before),
+                    None => build(&[], &before, &making),
+                })
             }
             (
                 Discovery::OriginalDst { .. } | Discovery::Aggregate { .. } | Discovery::DynamicForwardProxy { .. },

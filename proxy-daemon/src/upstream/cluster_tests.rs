@@ -1,8 +1,11 @@
 use std::time::Instant;
 
+use envoy_types::pb::envoy::config::{cluster::v3::Cluster as ProtoCluster, endpoint::v3::ClusterLoadAssignment};
+
 use super::*;
 use crate::config::model::{Endpoint, EndpointAddress, HealthOptions, HealthStatus};
-use crate::upstream::{PickCx, WorkerClusters};
+use crate::config::parse;
+use crate::upstream::{PickCx, Standing, WorkerClusters};
 use crate::{
     config::model::{
         HappyEyeballs, Http1ClientOptions, LbOptions, LbPolicy, LeastRequest, PoolOptions, Thresholds, UpstreamProtocol,
@@ -243,4 +246,65 @@ fn heavy_hosts_get_their_share(lb_policy: LbPolicy, chance: u32) -> usize {
     // Three of four.
     assert!(heavy.abs_diff(HOSTS / 2 * 3) <= chance, "{heavy}");
     mine.bytes() / HOSTS as usize
+}
+
+#[test]
+fn pick_first_leaves_a_host_that_cannot_be_connected_to() {
+    let clusters = Arc::new(Clusters::new(1));
+    let policy = LbPolicy::PickFirst { shuffle: false };
+    clusters.upsert(ClusterConfig { lb_policy: policy, endpoints: vec![group([1, 2, 3])], ..cluster("first") });
+    let worker = WorkerClusters::new(Arc::clone(&clusters), 0);
+    let pick = || worker.get("first").unwrap().pick(&PickCx::default()).unwrap();
+    let stays = |number| (0..3).for_each(|_| assert_eq!(pick().host.display(), format!("10.0.0.{number}:80")));
+    for number in [1, 2, 3, 1] {
+        stays(number);
+        pick().connect_failed();
+    }
+    stays(2);
+    // One that was connected to after all.
+    pick().connect_failed();
+    clusters.load()["first"].hosts().hosts.iter().for_each(|host| assert_eq!(host.weight, 1));
+    stays(3);
+    clusters.set_endpoints("first", &[group([1, 2, 3, 4])]);
+    stays(1);
+}
+
+/// With the endpoints, how each is checked: where discovery says nothing of a new version, what it said last is still true.
+#[tokio::test]
+async fn a_cluster_that_keeps_its_hosts_checks_them_as_before() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (secrets, clusters) = (Arc::default(), Arc::new(Clusters::new(1)));
+    // It listens nowhere, and is checked elsewhere.
+    let yaml = format!(
+        "{{cluster_name: checked, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, \
+         port_value: 1}}}}, health_check_config: {{port_value: {}}}}}}}]}}]}}",
+        listener.local_addr().unwrap().port()
+    );
+    let assignment: ClusterLoadAssignment = culvert_xds_client::json::from_yaml(&yaml).unwrap();
+    let endpoints: Arc<[LocalityEndpoints]> = parse::endpoints(&assignment, "").unwrap().into();
+    let version = |timeout: &str| {
+        let yaml = format!(
+            "{{name: checked, type: EDS, eds_cluster_config: {{eds_config: {{ads: {{}}}}}}, connect_timeout: {timeout}, health_checks: \
+             [{{timeout: 5s, interval: 0.05s, no_traffic_interval: 0.05s, unhealthy_threshold: 1, healthy_threshold: 1, \
+             tcp_health_check: {{}}}}]}}"
+        );
+        let config: ProtoCluster = culvert_xds_client::json::from_yaml(&yaml).unwrap();
+        parse::cluster(&config, "").unwrap()
+    };
+    let is_well = async || {
+        let host = Arc::clone(&clusters.load()["checked"].hosts().hosts[0]);
+        let well = async {
+            while host.standing() != Standing::Healthy {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), well).await.is_ok()
+    };
+    for (timeout, said) in [("1s", Some(Arc::clone(&endpoints))), ("2s", None)] {
+        let config = version(timeout);
+        let begun = said.clone().unwrap_or_default();
+        let checks = ClusterChecks::start(&config, &begun, &clusters, &secrets, None);
+        clusters.change(vec![ClusterChange::Upsert(Box::new(config), said, checks)]);
+        assert!(is_well().await, "{timeout}");
+    }
 }

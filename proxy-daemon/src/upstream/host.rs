@@ -2,18 +2,20 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc, LazyLock, OnceLock,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering::Relaxed},
         mpsc,
     },
     time::Instant,
 };
 
+use once_cell::race::OnceBox;
+
 use super::{
     by_address::ByAddress,
     drop_overload::Drops,
     lb::{Balancer, Level},
-    vitals::{self, Standing, Vitals},
+    vitals::{self, Moment, Standing, Vitals},
 };
 use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMetadata, Locality};
 
@@ -41,7 +43,7 @@ pub struct Host {
     /// 0 is used first.
     pub priority: u32,
     /// Since when it has been healthy, the first time: what slow start goes by.
-    pub(super) healthy_since: Option<Instant>,
+    pub(super) healthy_since: Option<Moment>,
     /// Where workers keep what is theirs of it: the same for its earlier and later versions, and no other host's of the cluster.
     pub(super) slot: u32,
     /// What is found out about its health; `None` where nothing looks. Shared with its earlier and later versions, as long as the cluster
@@ -64,7 +66,8 @@ impl Host {
 
     /// Since when it has been healthy: what slow start goes by.
     pub(super) fn healthy_since(&self) -> Option<Instant> {
-        self.vitals.as_ref().and_then(|vitals| vitals.well_since()).or(self.healthy_since)
+        let since = self.vitals.as_ref().and_then(|vitals| vitals.well_since()).or(self.healthy_since);
+        since.and_then(Moment::instant)
     }
 
     /// What its health makes of it now.
@@ -146,7 +149,7 @@ impl HostCounter {
 /// hosts of thousands of clusters never see a request.
 #[derive(Debug)]
 pub struct HostCounters {
-    used: OnceLock<Box<Used>>,
+    used: OnceBox<Used>,
     workers: u32,
 }
 
@@ -165,7 +168,7 @@ impl HostCounters {
     /// All zero.
     pub fn new(workers: usize) -> HostCounters {
         // There are never more workers than fit.
-        HostCounters { used: OnceLock::new(), workers: workers as u32 }
+        HostCounters { used: OnceBox::new(), workers: workers as u32 }
     }
 
     fn used(&self) -> &Used {
@@ -264,5 +267,17 @@ impl HostSet {
     pub(super) fn in_slot(&self, slot: usize) -> Option<&Arc<Host>> {
         let number = *self.by_slot.get(slot)?;
         self.hosts.get(number as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With their counts of references; there may be a hundred thousand of them.
+    #[test]
+    fn hosts_are_small() {
+        assert_eq!(size_of::<Host>() + 16, 160);
+        assert_eq!(size_of::<HostCounters>() + 16, 32);
     }
 }

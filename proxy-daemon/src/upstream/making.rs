@@ -1,6 +1,6 @@
 //! How a set of a cluster's hosts is made of what discovery says, and of the set before it.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use super::{
     ClusterStats,
@@ -12,7 +12,7 @@ use super::{
     lb::{self, Assigned, Balancer, Ingredients},
     orca::{Orca, Reports},
     outlier::OutlierDetector,
-    vitals::Vitals,
+    vitals::{Moment, Vitals},
 };
 use crate::config::model::{
     AssignmentPolicy, ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, Locality, LocalityEndpoints,
@@ -42,7 +42,7 @@ pub(super) fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &
     // Slots of hosts that are gone are free for those that come.
     let mut by_slot = vec![FREE; before.by_slot.len()];
     let mut new = Vec::new();
-    let now = Instant::now();
+    let now = Moment::now();
     for group in endpoints {
         let locality = Arc::new(group.locality.clone());
         let first = hosts.len() as u32;
@@ -252,7 +252,7 @@ fn host(
     group: &LocalityEndpoints,
     locality: &Arc<Locality>,
     known: Option<&Arc<Host>>,
-    now: Instant,
+    now: Moment,
     making: &Making<'_>,
 ) -> Arc<Host> {
     let weight = endpoint.weight.max(1);

@@ -15,6 +15,8 @@ type Slots = Vec<Option<Rc<WorkerHost>>>;
 
 /// So many are moved or let go of at once; more of them little by little, so that no request waits for it.
 const AT_ONCE: usize = 64;
+/// So many slots are looked at for that: most may have nothing in them.
+const LOOKED_AT: usize = 4096;
 /// So often the hosts may change before what was before the first of these changes is done with.
 const BEHIND: usize = 4;
 
@@ -48,6 +50,12 @@ impl Mine {
     /// All hosts.
     pub(super) fn set(&self) -> Ref<'_, Arc<HostSet>> {
         self.set.borrow()
+    }
+
+    /// Whether this worker's last connect to a host of the set has failed. It is asked once for each failure.
+    pub(super) fn has_failed(&self, host: &Host) -> bool {
+        let slots = self.slots.borrow();
+        slots.get(host.slot as usize).and_then(Option::as_ref).is_some_and(|mine| mine.pool.take_failure())
     }
 
     /// Requests of this worker that a host of the set has.
@@ -125,23 +133,26 @@ impl Mine {
 
     /// Goes through some of what was before, from its end; `false`: there is nothing left of it.
     fn settle_some(&self) -> bool {
-        let mut before = self.before.borrow_mut();
-        let Some(oldest) = before.front_mut() else { return false };
-        let from = oldest.len().saturating_sub(AT_ONCE);
-        let some = oldest.split_off(from);
-        if oldest.is_empty() {
-            before.pop_front();
-        }
-        drop(before);
-        let set = self.set.borrow();
-        for (slot, known) in (from..).zip(some) {
-            let Some(known) = known else { continue };
+        let (mut looked_at, mut done) = (0, 0);
+        while looked_at < LOOKED_AT && done < AT_ONCE {
+            let mut before = self.before.borrow_mut();
+            let Some(oldest) = before.front_mut() else { return false };
+            let Some(last) = oldest.pop() else {
+                before.pop_front();
+                continue;
+            };
+            let slot = oldest.len();
+            drop(before);
+            looked_at += 1;
+            let Some(known) = last else { continue };
+            done += 1;
+            let set = self.set.borrow();
             match set.in_slot(slot).filter(|host| known.is(host)) {
                 Some(host) => self.put(slot, known.now(host, self.options)),
                 None => known.retire(),
             }
         }
-        true
+        !self.before.borrow().is_empty()
     }
 
     /// Keeps nothing idle of any host.

@@ -1,6 +1,7 @@
 //! What is found out about a host while it is in use, besides what discovery says of it.
 
 use std::{
+    num::NonZeroU64,
     sync::{
         Arc, LazyLock, OnceLock,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -51,12 +52,27 @@ pub struct Vitals {
     check: OnceLock<Arc<Notify>>,
     /// What it reports of its load, where somebody goes by that.
     reports: OnceLock<Box<Reports>>,
-    /// When it last began to pass its checks: milliseconds since [`EPOCH`], and one; 0: it has not yet.
+    /// When it last began to pass its checks, as a [`Moment`]; 0: it has not yet.
     well_since: AtomicU64,
 }
 
-/// Before any host was checked.
+/// Before any host was known.
 static EPOCH: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// A time, to the millisecond, in eight bytes: milliseconds since [`EPOCH`], and one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Moment(NonZeroU64);
+
+impl Moment {
+    pub(super) fn now() -> Moment {
+        Moment(NonZeroU64::MIN.saturating_add(EPOCH.elapsed().as_millis() as u64))
+    }
+
+    /// `None`: too far in the future for the clock, which does not happen.
+    pub(super) fn instant(self) -> Option<Instant> {
+        EPOCH.checked_add(Duration::from_millis(self.0.get() - 1))
+    }
+}
 
 impl Vitals {
     /// Of a host of which nothing bad is known yet; `monitor` where outlier detection goes by its requests.
@@ -96,14 +112,12 @@ impl Vitals {
 
     /// It passes its checks from now on.
     pub(super) fn is_well(&self) {
-        let since = EPOCH.elapsed().as_millis() as u64;
-        self.well_since.store(since + 1, Ordering::Relaxed);
+        self.well_since.store(Moment::now().0.get(), Ordering::Relaxed);
     }
 
     /// Since when it has passed its checks.
-    pub(super) fn well_since(&self) -> Option<Instant> {
-        let since = self.well_since.load(Ordering::Relaxed).checked_sub(1)?;
-        EPOCH.checked_add(Duration::from_millis(since))
+    pub(super) fn well_since(&self) -> Option<Moment> {
+        NonZeroU64::new(self.well_since.load(Ordering::Relaxed)).map(Moment)
     }
 
     /// A response with this status has these headers: the host may say in them that it is not well.

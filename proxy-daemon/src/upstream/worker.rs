@@ -271,10 +271,12 @@ impl WorkerCluster {
         }
         let set = self.mine.set();
         let active = |number: u32| self.mine.active(&set.hosts[number as usize]);
+        let failed = |number: u32| self.mine.has_failed(&set.hosts[number as usize]);
         let chosen = set.balancer.as_ref()?.pick(&mut Pick {
             hosts: &set.hosts,
             turns: &mut self.turns.borrow_mut(),
             active: &active,
+            failed: &failed,
             hash: cx.hash,
             attempt: cx.attempt,
             criteria: cx.metadata_match,
@@ -419,6 +421,12 @@ impl WorkerHost {
     /// Adds to one of the host's counters.
     pub fn count(&self, counter: HostCounter, delta: i64) {
         self.host.counters.add(self.worker, counter, delta);
+    }
+
+    /// A connect has failed.
+    pub(crate) fn connect_failed(&self) {
+        self.count(HostCounter::CxConnectFail, 1);
+        self.pool.set_failure(true);
     }
 
     /// A request or connection came to this: outlier detection goes by it.

@@ -43,6 +43,10 @@ struct Bound {
     shares: Box<[f64]>,
 }
 
+/// So many hosts are looked at while a request waits, where all of them have too much of the load. With as many hosts or fewer that is
+/// all of them, as in Envoy.
+const PROBES: u32 = 1000;
+
 /// How many entries the hosts of a table have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(in crate::upstream) struct Spread {
@@ -96,7 +100,7 @@ impl HashTable {
     }
 
     /// The host at this place, or where it has too much of the load another one: the first in an order that the hash decides that
-    /// has not, or else the one that has the least too much.
+    /// has not, or else of those that were looked at the one that has the least too much.
     fn within(&self, bound: &Bound, place: usize, hash: u64, cx: &Pick<'_>) -> usize {
         let all = cx.stats.upstream_rq_active.value();
         let slots = ((all + 1) * u64::from(bound.factor)).div_ceil(100) as f64;
@@ -114,7 +118,7 @@ impl HashTable {
         // Fisher and Yates's shuffle, of which only the places that were swapped are kept: few, unless all hosts are busy.
         let mut swapped = std::collections::HashMap::new();
         let len = self.hosts.len() as u32;
-        for index in 0..len {
+        for index in 0..len.min(PROBES) {
             let other = index + random.below(len - index);
             let next = *swapped.get(&other).unwrap_or(&other);
             let here = *swapped.get(&index).unwrap_or(&index);

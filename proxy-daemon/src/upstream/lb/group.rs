@@ -111,8 +111,7 @@ impl Group {
         let slow = self.slow_until.is_some_and(|until| Instant::now() < until);
         let at = match policy {
             LbPolicy::Random => random as usize % len,
-            // The first, and for attempts that pass it over the next ones.
-            LbPolicy::PickFirst { .. } => cx.attempt as usize % len,
+            LbPolicy::PickFirst { .. } => self.first(cx),
             LbPolicy::LeastRequest(config) if self.weighted || slow => self.by_deadline(Some(config), slow, cx)?,
             LbPolicy::LeastRequest(config) if config.full_scan => self.least_of_all(cx),
             LbPolicy::LeastRequest(config) => self.least_of_some(config.choice_count, cx),
@@ -121,6 +120,17 @@ impl Group {
             _ => cx.turns.next(self.id, self.hosts.len() as u32) as usize,
         };
         Some(self.hosts[at])
+    }
+
+    /// The first that can be connected to, as far as this worker knows, and for attempts that pass it over the next ones. It stays with
+    /// one until a connect to that fails; when the hosts change, it begins with the first again.
+    fn first(&self, cx: &mut Pick<'_>) -> usize {
+        let len = self.hosts.len();
+        let first = cx.turns.firsts.entry(self.id).or_default();
+        if (cx.failed)(self.hosts[*first as usize % len]) {
+            *first = first.wrapping_add(1);
+        }
+        (*first as usize + cx.attempt as usize) % len
     }
 
     /// By weights that do not change: first a weight, then one of those that have it.
@@ -213,6 +223,8 @@ impl SlowStart {
 pub(in crate::upstream) struct Turns {
     next: Vec<u32>,
     pub(super) schedules: HashMap<u32, Edf>,
+    /// Where those begin that stay with the first.
+    firsts: HashMap<u32, u32>,
     /// Where keys of subsets are written.
     pub(super) text: String,
 }
@@ -220,7 +232,7 @@ pub(in crate::upstream) struct Turns {
 impl Turns {
     /// For groups with ids less than `ids`. They start anywhere, so that workers do not all begin with the same host.
     pub(in crate::upstream) fn new(ids: u32) -> Turns {
-        Turns { next: vec![fastrand::u32(..); ids as usize], schedules: HashMap::new(), text: String::new() }
+        Turns { next: vec![fastrand::u32(..); ids as usize], ..Turns::default() }
     }
 
     #[cfg(test)]

@@ -43,6 +43,8 @@ pub(super) struct Pick<'a> {
     pub(super) turns: &'a mut Turns,
     /// Requests of this worker that a host has.
     pub(super) active: &'a dyn Fn(u32) -> u32,
+    /// Whether this worker's last connect to a host has failed; asked once for each failure.
+    pub(super) failed: &'a dyn Fn(u32) -> bool,
     /// Requests with the same hash go to the same host.
     pub(super) hash: Option<u64>,
     /// How many hosts have been passed over.

@@ -81,6 +81,8 @@ pub struct Pool {
     direct: [OnceCell<Rc<SourcePool>>; WAYS],
     by_source: RefCell<HashMap<(Source, usize), Rc<SourcePool>>>,
     retired: Cell<bool>,
+    /// The last connect has failed, and nobody has asked.
+    failed: Cell<bool>,
     /// Connections of earlier ages are not used again.
     age: Cell<u32>,
     /// How often what a TCP proxy has was to end.
@@ -131,6 +133,16 @@ impl Pool {
     #[cfg(test)]
     pub(super) fn is_retired(&self) -> bool {
         self.retired.get()
+    }
+
+    /// What the last connect came to.
+    pub(super) fn set_failure(&self, failed: bool) {
+        self.failed.set(failed);
+    }
+
+    /// Whether the last connect has failed; asked once for each failure.
+    pub(super) fn take_failure(&self) -> bool {
+        self.failed.take()
     }
 
     /// Nothing idle is kept from now on.

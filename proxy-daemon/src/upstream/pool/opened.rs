@@ -186,12 +186,13 @@ impl WorkerHost {
         };
         match connect(&self.host, dial).await {
             Ok(stream) => {
+                self.pool.set_failure(false);
                 stats.upstream_cx_connect_ms.record(open.since.elapsed().as_millis() as u64);
                 Ok((stream, open))
             }
             Err(error) => {
                 stats.count_failed_connect(&error);
-                self.count(HostCounter::CxConnectFail, 1);
+                self.connect_failed();
                 open.by_host.set(!error.is_local() && !matches!(error, ConnectError::Timeout));
                 Err(PoolError::Connect(Rc::new(error)))
             }
