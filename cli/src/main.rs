@@ -2,6 +2,7 @@
 
 mod cluster;
 mod http;
+mod manifest;
 mod overrides;
 mod services;
 mod status;
@@ -29,6 +30,9 @@ enum Command {
     /// Show a service's endpoints, as culvert-discovery knows them
     #[command(after_help = services::ENDPOINTS_HELP)]
     Endpoints(services::EndpointsFlags),
+    /// Check ServiceManifests, and show what they become
+    #[command(subcommand)]
+    Manifest(manifest::Command),
     /// Make or read the header that sends one request's hops to offloaded revisions
     #[command(subcommand)]
     Override(overrides::Command),
@@ -64,6 +68,7 @@ fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
         Command::Cluster(command) => cluster::run(&command),
         Command::Endpoints(flags) => services::endpoints(&flags).map(Outcome::from),
+        Command::Manifest(command) => manifest::run(&command),
         Command::Override(command) => overrides::run(command).map(Outcome::from),
         Command::Services(flags) => services::services(&flags).map(Outcome::from),
         Command::Status(flags) => status::run(&flags).map(Outcome::from),

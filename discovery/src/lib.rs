@@ -12,6 +12,7 @@ pub mod drain;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
+pub mod policy;
 pub mod registration;
 pub mod registry;
 pub mod resources;
@@ -244,10 +245,12 @@ impl Sources {
 
     fn build(&self, before: Option<&Snapshot>) -> Snapshot {
         let started = Instant::now();
-        let mut mesh = mesh::join(&self.registry.borrow().clone());
+        let registry = self.registry.borrow().clone();
+        let mut mesh = mesh::join(&registry);
         if let Some(registrations) = &self.registrations {
             registration::join::add(&mut mesh, &registrations.hosts(), registrations.settings());
         }
+        policy::apply(&mut mesh, &registry);
         for warning in &mesh.warnings {
             if before.is_none_or(|before| !before.mesh.warnings.contains(warning)) {
                 warn!("{warning}");

@@ -199,14 +199,23 @@ impl Delta {
     }
 
     async fn send(&self, type_url: &str, request: DeltaDiscoveryRequest) {
-        self.requests.send(DeltaDiscoveryRequest { node: node(), type_url: type_url.into(), ..request }).await.unwrap();
+        self.send_as(type_url, DeltaDiscoveryRequest { node: node(), ..request }).await;
+    }
+
+    async fn send_as(&self, type_url: &str, request: DeltaDiscoveryRequest) {
+        self.requests.send(DeltaDiscoveryRequest { type_url: type_url.into(), ..request }).await.unwrap();
     }
 
     /// The next response: added and removed names. It is acknowledged.
     async fn next(&mut self) -> (Vec<String>, Vec<String>) {
+        self.next_as(&node().unwrap()).await
+    }
+
+    async fn next_as(&mut self, node: &Node) -> (Vec<String>, Vec<String>) {
         let response = within("a response", self.responses.message()).await.unwrap().expect("the stream ended");
-        let ack = DeltaDiscoveryRequest { response_nonce: response.nonce, ..Default::default() };
-        self.send(&response.type_url, ack).await;
+        let ack =
+            DeltaDiscoveryRequest { node: Some(node.clone()), response_nonce: response.nonce, ..Default::default() };
+        self.send_as(&response.type_url, ack).await;
         (response.resources.into_iter().map(|resource| resource.name).collect(), response.removed_resources)
     }
 }
@@ -381,5 +390,44 @@ async fn a_port_in_use_is_named() {
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());
     assert!(error.contains(&format!("cannot listen on {}", running.listen)) && error.contains("--listen"), "{error}");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_is_given_what_its_service_may_call() {
+    let running = Running::with_service("users").await;
+    for name in ["orders", "payments"] {
+        write_service(running.directory.path(), name, "10.1.0.3");
+    }
+    let manifest = |egress: &str| {
+        let text = format!(
+            "{{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {{name: users}}, spec: {{egress: {egress}}}}}"
+        );
+        let temporary = running.directory.path().join(".tmp");
+        fs::write(&temporary, text).unwrap();
+        fs::rename(temporary, running.directory.path().join("policy.yaml")).unwrap();
+    };
+    manifest("[orders]");
+    running.status_until("the manifest", |status| status["services"][2]["manifest"] == true).await;
+    let subscribe = |node: Node| DeltaDiscoveryRequest { node: Some(node), ..Default::default() };
+    let of_users =
+        Node { id: "n".into(), cluster: "users".into(), user_agent_name: "culvert".into(), ..Default::default() };
+    let mut scoped = Delta::open(&running).await;
+    scoped.send_as(type_url::CLUSTER, subscribe(of_users.clone())).await;
+    assert_eq!(scoped.next_as(&of_users).await.0, ["orders.default:80", "original_dst", "users.default:80"]);
+    // Another one is given everything.
+    let mut all = Delta::open(&running).await;
+    all.send(type_url::CLUSTER, DeltaDiscoveryRequest::default()).await;
+    assert_eq!(all.next().await.0.len(), 4);
+    // What may be called changes.
+    manifest("[payments]");
+    let (mut added, mut removed) = scoped.next_as(&of_users).await;
+    if removed.is_empty() {
+        removed = scoped.next_as(&of_users).await.1;
+    }
+    assert_eq!(
+        (added.pop().as_deref(), removed.pop().as_deref()),
+        (Some("payments.default:80"), Some("orders.default:80"))
+    );
     running.stop().await;
 }

@@ -80,6 +80,8 @@ pub struct ServiceStatus {
     pub protocol: String,
     /// The clusters that have it.
     pub clusters: Vec<String>,
+    /// Whether a ServiceManifest says something about it.
+    pub manifest: bool,
     /// Its virtual addresses.
     pub vips: Vec<String>,
     /// Its load-balanced endpoints.
@@ -159,6 +161,7 @@ impl StatusPages {
                 envoy_cluster: crate::mesh::cluster_name(key, *port),
                 protocol: described.protocol.to_string(),
                 clusters: service.clusters.clone(),
+                manifest: service.manifest.is_some(),
                 vips: described.vips.iter().map(ToString::to_string).collect(),
                 endpoints: endpoints(described),
                 offloaded: offloaded(described),

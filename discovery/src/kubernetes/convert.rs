@@ -11,12 +11,13 @@ use tracing::debug;
 use super::manifest::ManifestError;
 use super::raw::{
     Annotations, HasMetadata, RawConditions, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp, RawService,
-    RawServicePort, RawSlicePort, RawTargetPort,
+    RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
 };
 use super::{
     EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
     SlicePort, TargetPort, Transport,
 };
+use crate::policy::ServiceManifest;
 
 /// A kind of object that discovery reads.
 pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
@@ -73,6 +74,12 @@ kinds! {
     EndpointSlice, RawEndpointSlice, "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices", slices, true, slice, |_| true;
     Pod, RawPod, "v1", "/api/v1/pods", pods, true, pod, Pod::matters;
     Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true;
+    ServiceManifest, RawServiceManifest, "culvert.dev/v1alpha1", "/apis/culvert.dev/v1alpha1/servicemanifests", manifests, true, service_manifest, |_| true;
+}
+
+/// Everything is checked where it is read.
+fn service_manifest(raw: RawServiceManifest, _: &ObjectName) -> Result<Option<ServiceManifest>, ManifestError> {
+    Ok(Some(raw.spec))
 }
 
 /// Reads one object. `None` in the place of the object: it is not for us.

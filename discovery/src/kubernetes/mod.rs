@@ -9,6 +9,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::policy::ServiceManifest;
+
 /// The label of a pod that is kept out of load balancing and reached only by overrides, with the value `true`.
 pub const LABEL_OFFLOADED: &str = "culvert.dev/offloaded";
 /// The label of an offloaded pod that says which revision it runs.
@@ -53,6 +55,8 @@ pub struct Objects {
     pub pods: BTreeMap<ObjectKey, Arc<Pod>>,
     /// Nodes, without a namespace.
     pub nodes: BTreeMap<ObjectKey, Arc<Node>>,
+    /// What is stated about services.
+    pub manifests: BTreeMap<ObjectKey, Arc<ServiceManifest>>,
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.

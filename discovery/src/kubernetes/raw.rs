@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use crate::policy::ServiceManifest;
+
 pub trait HasMetadata {
     fn metadata(&self) -> &RawMetadata;
 }
@@ -17,7 +19,7 @@ macro_rules! has_metadata {
         }
     )*};
 }
-has_metadata!(RawService, RawEndpointSlice, RawPod, RawNode);
+has_metadata!(RawService, RawEndpointSlice, RawPod, RawNode, RawServiceManifest);
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -28,6 +30,12 @@ pub struct RawMetadata {
     pub labels: Option<BTreeMap<String, String>>,
     pub annotations: Option<Annotations>,
     pub deletion_timestamp: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub struct RawServiceManifest {
+    pub metadata: RawMetadata,
+    pub spec: ServiceManifest,
 }
 
 #[derive(Deserialize)]

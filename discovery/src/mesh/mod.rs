@@ -9,10 +9,12 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use self::endpoints::EndpointsOf;
 use self::pods::Pods;
 use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Service, ServicePort};
+use crate::policy::ServiceManifest;
 use crate::registry::{ClusterInfo, Registry};
 
 /// The weight of an endpoint of which nothing was said, beside others of which it was.
@@ -152,6 +154,8 @@ pub struct MeshService {
     pub clusters: Vec<String>,
     /// Its TCP ports.
     pub ports: BTreeMap<u16, MeshPort>,
+    /// What is stated about it.
+    pub manifest: Option<Arc<ServiceManifest>>,
 }
 
 /// All services.
@@ -312,7 +316,7 @@ const MOST_NAMED: usize = 5;
 
 /// The name of a cluster's service in the mesh. One that is kept apart has the cluster's name behind its namespace: no
 /// namespace of Kubernetes has a dot, so that it cannot be taken for another.
-fn mesh_key(key: &ObjectKey, service: &Service, info: &ClusterInfo) -> ObjectKey {
+pub(crate) fn mesh_key(key: &ObjectKey, service: &Service, info: &ClusterInfo) -> ObjectKey {
     if service.merge.unwrap_or(!info.apart) {
         key.clone()
     } else {

@@ -6,6 +6,7 @@ use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{
     ClusterDiscoveryType, DiscoveryType, DnsLookupFamily, EdsClusterConfig, LbPolicy,
 };
+use envoy_types::pb::envoy::config::core::v3::HttpProtocolOptions as CoreHttpProtocolOptions;
 use envoy_types::pb::envoy::config::core::v3::address::Address as AddressKind;
 use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
 use envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier;
@@ -24,8 +25,9 @@ use envoy_types::pb::envoy::extensions::upstreams::http::v3::http_protocol_optio
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Any, Duration, Struct, UInt32Value, Value};
 
-use super::{ORIGINAL_DST_CLUSTER, pack};
+use super::{ORIGINAL_DST_CLUSTER, pack, policy};
 use crate::mesh::{External, Health, Mesh, Protocol, cluster_name};
+use crate::policy::Span;
 
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
 const CONNECT_TIMEOUT: Duration = Duration { seconds: 1, nanos: 0 };
@@ -63,13 +65,18 @@ pub(super) fn clusters(mesh: &Mesh) -> Vec<(String, Cluster)> {
                     ..Default::default()
                 },
             };
-            let cluster = Cluster {
+            let manifest = service.manifest.as_deref();
+            let idle = manifest.and_then(|manifest| manifest.timeouts.idle);
+            let mut cluster = Cluster {
                 name: name.clone(),
                 connect_timeout: Some(CONNECT_TIMEOUT),
                 lb_policy: LbPolicy::RoundRobin.into(),
-                typed_extension_protocol_options: protocol_options(described.protocol),
+                typed_extension_protocol_options: protocol_options(described.protocol, idle),
                 ..endpoints
             };
+            if let Some(manifest) = manifest {
+                policy::shape(&mut cluster, manifest, described.protocol);
+            }
             clusters.push((name, cluster));
         }
     }
@@ -109,30 +116,36 @@ fn original_dst() -> Cluster {
         connect_timeout: Some(CONNECT_TIMEOUT),
         lb_policy: LbPolicy::ClusterProvided.into(),
         // A destination that nothing is known about speaks what its client speaks.
-        typed_extension_protocol_options: http_options(UpstreamProtocolOptions::UseDownstreamProtocolConfig(
-            UseDownstreamHttpConfig {
+        typed_extension_protocol_options: http_options(
+            UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
                 http_protocol_options: Some(Http1ProtocolOptions::default()),
                 http2_protocol_options: Some(Http2ProtocolOptions::default()),
                 ..Default::default()
-            },
-        )),
+            }),
+            None,
+        ),
         ..Default::default()
     }
 }
 
-fn protocol_options(protocol: Protocol) -> HashMap<String, Any> {
+fn protocol_options(protocol: Protocol, idle: Option<Span>) -> HashMap<String, Any> {
     let protocol_config = match protocol {
         Protocol::Tcp => return HashMap::new(),
         Protocol::Http1 => ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default()),
         Protocol::Http2 | Protocol::Grpc => ProtocolConfig::Http2ProtocolOptions(Http2ProtocolOptions::default()),
     };
-    http_options(UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
-        protocol_config: Some(protocol_config),
-    }))
+    let explicit = ExplicitHttpConfig { protocol_config: Some(protocol_config) };
+    http_options(UpstreamProtocolOptions::ExplicitHttpConfig(explicit), idle)
 }
 
-fn http_options(options: UpstreamProtocolOptions) -> HashMap<String, Any> {
-    let options = HttpProtocolOptions { upstream_protocol_options: Some(options), ..Default::default() };
+fn http_options(options: UpstreamProtocolOptions, idle: Option<Span>) -> HashMap<String, Any> {
+    let common =
+        idle.map(|idle| CoreHttpProtocolOptions { idle_timeout: Some(policy::duration(idle.0)), ..Default::default() });
+    let options = HttpProtocolOptions {
+        upstream_protocol_options: Some(options),
+        common_http_protocol_options: common,
+        ..Default::default()
+    };
     HashMap::from([(HTTP_PROTOCOL_OPTIONS.to_owned(), pack(&options))])
 }
 

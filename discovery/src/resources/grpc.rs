@@ -14,6 +14,7 @@ use super::pack;
 use super::routes::to_service;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::{Mesh, Protocol, cluster_name};
+use crate::policy::ServiceManifest;
 
 pub(super) fn listeners(mesh: &Mesh) -> Vec<(String, Listener)> {
     let mut listeners = Vec::new();
@@ -23,20 +24,22 @@ pub(super) fn listeners(mesh: &Mesh) -> Vec<(String, Listener)> {
             let ObjectKey { namespace, name } = key;
             let long = format!("{name}.{namespace}.svc.cluster.local:{port}");
             listeners.extend(
-                [cluster.clone(), long].map(|name| (name.clone(), listener(name, &cluster, described.protocol))),
+                [cluster.clone(), long].map(|name| {
+                    (name.clone(), listener(name, &cluster, described.protocol, service.manifest.as_deref()))
+                }),
             );
         }
     }
     listeners
 }
 
-fn listener(name: String, cluster: &str, protocol: Protocol) -> Listener {
+fn listener(name: String, cluster: &str, protocol: Protocol, manifest: Option<&ServiceManifest>) -> Listener {
     let routes = RouteConfiguration {
         name: cluster.to_owned(),
         virtual_hosts: vec![VirtualHost {
             name: cluster.to_owned(),
             domains: vec!["*".to_owned()],
-            routes: vec![to_service(cluster, protocol)],
+            routes: vec![to_service(cluster, protocol, manifest)],
             ..Default::default()
         }],
         ..Default::default()

@@ -8,7 +8,7 @@
 //! HTTP chains match the port alone, so that a service is found by name even when its address is not known, which is
 //! the case for headless services.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
@@ -35,25 +35,29 @@ use envoy_types::pb::google::protobuf::{Any, BoolValue, UInt32Value};
 
 use super::clusters::{over_ads, socket_address};
 use super::routes::route_configuration_name;
-use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, pack};
+use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, pack, policy};
 use crate::mesh::{Mesh, cluster_name};
+use crate::policy::Span;
 
 pub(super) fn listeners(mesh: &Mesh, options: &Options, kind: ProxyKind) -> Vec<(String, Listener)> {
     let mut filter_chains = Vec::new();
-    let mut http_ports = BTreeSet::new();
+    // The ports with HTTP services, and whether requests to any of those are counted.
+    let mut http_ports: BTreeMap<u16, bool> = BTreeMap::new();
     for (key, service) in &mesh.services {
         for (port, described) in &service.ports {
             if described.protocol.is_http() {
-                http_ports.insert(*port);
+                let counted = service.manifest.as_ref().is_some_and(|manifest| manifest.rate_limit.is_some());
+                *http_ports.entry(*port).or_default() |= counted;
             } else if !described.vips.is_empty() {
-                filter_chains.push(tcp_chain(&cluster_name(key, *port), &described.vips, *port));
+                let idle = service.manifest.as_ref().and_then(|manifest| manifest.timeouts.idle);
+                filter_chains.push(tcp_chain(&cluster_name(key, *port), &described.vips, *port, idle));
             }
         }
     }
-    filter_chains.extend(http_ports.into_iter().map(|port| http_chain(port, options, kind)));
+    filter_chains.extend(http_ports.into_iter().map(|(port, counted)| http_chain(port, counted, options, kind)));
     let passthrough = FilterChain {
         name: "passthrough".to_owned(),
-        filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER)],
+        filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER, None)],
         ..Default::default()
     };
     let dual_stack = options.outbound_address.is_unspecified() && options.outbound_address.is_ipv6();
@@ -86,10 +90,11 @@ pub(super) fn http_filter(name: &str, config: Any) -> HttpFilter {
     HttpFilter { name: name.to_owned(), config_type, ..Default::default() }
 }
 
-fn tcp_proxy(stat_prefix: &str, cluster: &str) -> Filter {
+fn tcp_proxy(stat_prefix: &str, cluster: &str, idle: Option<Span>) -> Filter {
     let config = TcpProxy {
         stat_prefix: stat_prefix.to_owned(),
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
+        idle_timeout: idle.map(|idle| policy::duration(idle.0)),
         ..Default::default()
     };
     network_filter("envoy.filters.network.tcp_proxy", pack(&config))
@@ -100,7 +105,7 @@ fn matching_port(port: u16, prefix_ranges: Vec<CidrRange>) -> Option<FilterChain
     Some(FilterChainMatch { destination_port, prefix_ranges, ..Default::default() })
 }
 
-fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16) -> FilterChain {
+fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16, idle: Option<Span>) -> FilterChain {
     let ranges = vips.iter().map(|vip| CidrRange {
         address_prefix: vip.to_string(),
         prefix_len: Some(UInt32Value { value: if vip.is_ipv4() { 32 } else { 128 } }),
@@ -108,12 +113,12 @@ fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16) -> FilterChain {
     FilterChain {
         name: cluster.to_owned(),
         filter_chain_match: matching_port(port, ranges.collect()),
-        filters: vec![tcp_proxy(cluster, cluster)],
+        filters: vec![tcp_proxy(cluster, cluster, idle)],
         ..Default::default()
     }
 }
 
-fn http_chain(port: u16, options: &Options, kind: ProxyKind) -> FilterChain {
+fn http_chain(port: u16, counted: bool, options: &Options, kind: ProxyKind) -> FilterChain {
     let mut http_filters = Vec::new();
     if kind == ProxyKind::Culvert {
         let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned() };
@@ -122,6 +127,9 @@ fn http_chain(port: u16, options: &Options, kind: ProxyKind) -> FilterChain {
             value: prost::Message::encode_to_vec(&config),
         };
         http_filters.push(http_filter("culvert.filters.http.override", config));
+    }
+    if counted {
+        http_filters.push(http_filter(policy::RATE_LIMIT_FILTER, policy::rate_limit_filter()));
     }
     http_filters.push(http_filter("envoy.filters.http.router", pack(&Router::default())));
     let access_log = options.access_log.iter().map(|path| AccessLog {

@@ -4,16 +4,19 @@ mod clusters;
 mod grpc;
 mod listeners;
 mod overrides;
+mod policy;
 mod routes;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
+use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
+use crate::policy::egress_of;
 
 /// The name of the cluster that connects to whatever address the client, or an override, chose.
 pub const ORIGINAL_DST_CLUSTER: &str = "original_dst";
@@ -56,7 +59,7 @@ impl Default for Options {
 }
 
 /// Who a resource is for. Envoy itself does not know Culvert's filters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ProxyKind {
     /// A node whose `user_agent_name` is `culvert`.
     Culvert,
@@ -78,6 +81,21 @@ impl ProxyKind {
             Self::Grpc => "grpc",
             Self::Foreign => "foreign",
         }
+    }
+}
+
+/// Who asks: what a view of the resources depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Viewer {
+    /// What it is.
+    pub kind: ProxyKind,
+    /// The services whose pods call through it, as far as it says.
+    pub services: BTreeSet<ObjectKey>,
+}
+
+impl Default for Viewer {
+    fn default() -> Self {
+        Self { kind: ProxyKind::Foreign, services: BTreeSet::new() }
     }
 }
 
@@ -140,47 +158,86 @@ impl ResourceSet {
 pub struct Snapshot {
     /// The mesh that the resources describe.
     pub mesh: Arc<Mesh>,
-    culvert: ResourceSet,
-    grpc: ResourceSet,
-    foreign: ResourceSet,
+    culvert: Arc<ResourceSet>,
+    grpc: Arc<ResourceSet>,
+    foreign: Arc<ResourceSet>,
+    options: Options,
+    /// Views of those that may not call every service: made when the first one asks, shared by all that may call the same.
+    scoped: Arc<Mutex<HashMap<Scope, Arc<ResourceSet>>>>,
 }
+
+/// The most views that are kept: nodes choose of which services they say they are.
+const MAX_VIEWS: usize = 10_000;
+
+/// What a view shows: to which kind of proxy, and which services.
+type Scope = (ProxyKind, BTreeSet<ObjectKey>);
 
 impl Snapshot {
     /// Builds all resources of a mesh.
     #[must_use]
     pub fn build(mesh: Arc<Mesh>, options: &Options) -> Self {
-        fn of_type<M: Message>(
-            type_url: &'static str,
-            messages: Vec<(String, M)>,
-        ) -> (&'static str, Arc<TypeResources>) {
-            (type_url, Arc::new(TypeResources::new(type_url, messages)))
-        }
-        let shared = [
-            of_type(type_url::CLUSTER, clusters::clusters(&mesh)),
-            of_type(type_url::ENDPOINT, clusters::load_assignments(&mesh)),
-            of_type(type_url::ROUTE, routes::route_configurations(&mesh)),
-            of_type(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh)),
-        ];
-        let [culvert, grpc, foreign] = [ProxyKind::Culvert, ProxyKind::Grpc, ProxyKind::Foreign].map(|kind| {
-            let listeners = match kind {
-                ProxyKind::Grpc => grpc::listeners(&mesh),
-                ProxyKind::Culvert | ProxyKind::Foreign => listeners::listeners(&mesh, options, kind),
-            };
-            let listeners = of_type(type_url::LISTENER, listeners);
-            ResourceSet { types: shared.iter().cloned().chain([listeners]).collect() }
-        });
-        Self { mesh, culvert, grpc, foreign }
+        let shared = shared(&mesh);
+        let [culvert, grpc, foreign] =
+            ProxyKind::ALL.map(|kind| Arc::new(with_listeners(&shared, &mesh, options, kind)));
+        Self { mesh, culvert, grpc, foreign, options: options.clone(), scoped: Arc::default() }
     }
 
-    /// The resources for one kind of proxy.
+    /// The resources for one kind of proxy, of all services.
     #[must_use]
-    pub fn resources(&self, kind: ProxyKind) -> &ResourceSet {
+    pub fn resources(&self, kind: ProxyKind) -> &Arc<ResourceSet> {
         match kind {
             ProxyKind::Culvert => &self.culvert,
             ProxyKind::Grpc => &self.grpc,
             ProxyKind::Foreign => &self.foreign,
         }
     }
+
+    /// What a client is given: the services that the pods behind it may call.
+    #[must_use]
+    pub fn view(&self, viewer: &Viewer) -> Arc<ResourceSet> {
+        let Some(allowed) = egress_of(&self.mesh, &viewer.services) else {
+            return Arc::clone(self.resources(viewer.kind));
+        };
+        // Held while a view is made, so that a thousand clients that come back at once do not make the same one each.
+        let mut scoped = self.scoped.lock().unwrap_or_else(PoisonError::into_inner);
+        let scope = (viewer.kind, allowed);
+        if let Some(view) = scoped.get(&scope) {
+            return Arc::clone(view);
+        }
+        let known = scope.1.iter().filter_map(|key| self.mesh.services.get_key_value(key));
+        let services = known.map(|(key, service)| (key.clone(), service.clone())).collect();
+        let mesh = Mesh { services, ..Mesh::default() };
+        let view = Arc::new(with_listeners(&shared(&mesh), &mesh, &self.options, viewer.kind));
+        if scoped.len() < MAX_VIEWS {
+            scoped.insert(scope, Arc::clone(&view));
+        }
+        view
+    }
+}
+
+type Typed = (&'static str, Arc<TypeResources>);
+
+fn of_type<M: Message>(type_url: &'static str, messages: Vec<(String, M)>) -> Typed {
+    (type_url, Arc::new(TypeResources::new(type_url, messages)))
+}
+
+/// What is the same for all kinds of proxies.
+fn shared(mesh: &Mesh) -> [Typed; 4] {
+    [
+        of_type(type_url::CLUSTER, clusters::clusters(mesh)),
+        of_type(type_url::ENDPOINT, clusters::load_assignments(mesh)),
+        of_type(type_url::ROUTE, routes::route_configurations(mesh)),
+        of_type(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(mesh)),
+    ]
+}
+
+fn with_listeners(shared: &[Typed], mesh: &Mesh, options: &Options, kind: ProxyKind) -> ResourceSet {
+    let listeners = match kind {
+        ProxyKind::Grpc => grpc::listeners(mesh),
+        ProxyKind::Culvert | ProxyKind::Foreign => listeners::listeners(mesh, options, kind),
+    };
+    let listeners = of_type(type_url::LISTENER, listeners);
+    ResourceSet { types: shared.iter().cloned().chain([listeners]).collect() }
 }
 
 /// FNV-1a over the parts and their lengths: not secret, but the same in every build and replica.

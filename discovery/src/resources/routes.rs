@@ -11,9 +11,10 @@ use envoy_types::pb::envoy::config::route::v3::{
 };
 use envoy_types::pb::google::protobuf::{Duration, UInt32Value};
 
-use super::ORIGINAL_DST_CLUSTER;
+use super::{ORIGINAL_DST_CLUSTER, policy};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::{Mesh, Protocol, cluster_name};
+use crate::policy::ServiceManifest;
 
 /// How long a response may take. Not for gRPC, whose clients state deadlines and whose streams stay open.
 const TIMEOUT: Duration = Duration { seconds: 15, nanos: 0 };
@@ -35,7 +36,8 @@ pub(super) fn route_configurations(mesh: &Mesh) -> Vec<(String, RouteConfigurati
             by_port.entry(*port).or_default().push(VirtualHost {
                 name: cluster.clone(),
                 domains: domains(key, *port, &described.vips),
-                routes: vec![to_service(&cluster, described.protocol)],
+                routes: vec![to_service(&cluster, described.protocol, service.manifest.as_deref())],
+                typed_per_filter_config: service.manifest.as_deref().map(policy::rate_limit).unwrap_or_default(),
                 ..Default::default()
             });
         }
@@ -76,15 +78,24 @@ fn domains(key: &ObjectKey, port: u16, vips: &[IpAddr]) -> Vec<String> {
     hosts.into_iter().flat_map(|host| [host.clone(), format!("{host}:{port}")]).collect()
 }
 
-pub(super) fn to_service(cluster: &str, protocol: Protocol) -> Route {
-    everything(RouteAction {
-        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
-        timeout: Some(if protocol == Protocol::Grpc { NO_TIMEOUT } else { TIMEOUT }),
-        retry_policy: Some(RetryPolicy {
+pub(super) fn to_service(cluster: &str, protocol: Protocol, manifest: Option<&ServiceManifest>) -> Route {
+    let timeout = match manifest.and_then(|manifest| manifest.timeouts.request) {
+        Some(stated) => policy::duration(stated.0),
+        None if protocol == Protocol::Grpc => NO_TIMEOUT,
+        None => TIMEOUT,
+    };
+    let retry_policy = match manifest.and_then(|manifest| manifest.retries.as_ref()) {
+        Some(stated) => policy::retry_policy(stated, RETRY_ON),
+        None => Some(RetryPolicy {
             retry_on: RETRY_ON.to_owned(),
             num_retries: Some(UInt32Value { value: RETRIES }),
             ..Default::default()
         }),
+    };
+    everything(RouteAction {
+        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
+        timeout: Some(timeout),
+        retry_policy,
         ..Default::default()
     })
 }

@@ -19,8 +19,8 @@ use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
-use super::{Session, WILDCARD, check_name_count, in_push_order, proxy_kind, subscription};
-use crate::resources::{ProxyKind, Snapshot, TypeResources, type_url};
+use super::{Session, WILDCARD, check_name_count, in_push_order, subscription, viewer};
+use crate::resources::{Snapshot, TypeResources, Viewer, type_url};
 
 /// A response is ended when its resources have this many bytes: gRPC clients read 4 MiB unless told otherwise.
 const RESPONSE_BYTES: usize = 2 * 1024 * 1024;
@@ -28,7 +28,7 @@ const RESPONSE_BYTES: usize = 2 * 1024 * 1024;
 /// One delta stream.
 #[derive(Debug)]
 pub struct DeltaSession {
-    kind: ProxyKind,
+    viewer: Viewer,
     next_nonce: u64,
     types: BTreeMap<String, TypeState>,
     status: ClientStatus,
@@ -38,7 +38,7 @@ pub struct DeltaSession {
 impl Default for DeltaSession {
     fn default() -> Self {
         Self {
-            kind: ProxyKind::Foreign,
+            viewer: Viewer::default(),
             next_nonce: 1,
             types: BTreeMap::new(),
             status: ClientStatus::new("delta"),
@@ -133,7 +133,7 @@ impl Session for DeltaSession {
 
     fn handle(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            self.kind = proxy_kind(&node.user_agent_name);
+            self.viewer = viewer(node);
         }
         self.status.identify(request.node.as_ref());
         let state = subscription(&mut self.types, &request.type_url)?;
@@ -200,7 +200,8 @@ impl DeltaSession {
     fn poll_type(&mut self, type_url: &str, snapshot: &Snapshot) -> Option<DeltaDiscoveryResponse> {
         let hold_back = !self.users_are_settled(type_url, snapshot);
         let nothing = Arc::new(TypeResources::default());
-        let available = snapshot.resources(self.kind).of_type(type_url).unwrap_or(&nothing);
+        let view = snapshot.view(&self.viewer);
+        let available = view.of_type(type_url).unwrap_or(&nothing);
         let state = self.types.get_mut(type_url)?;
         if state.awaiting.is_some() || state.settled_version.as_ref() == Some(&available.version) {
             return None;
@@ -254,9 +255,8 @@ impl DeltaSession {
             type_url::ROUTE => &[type_url::LISTENER],
             _ => &[],
         };
-        users.iter().all(|user| {
-            self.types.get(*user).is_none_or(|state| state.is_settled(snapshot.resources(self.kind).of_type(user)))
-        })
+        let view = snapshot.view(&self.viewer);
+        users.iter().all(|user| self.types.get(*user).is_none_or(|state| state.is_settled(view.of_type(user))))
     }
 }
 

@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use envoy_types::pb::google::rpc;
 
 use super::*;
+use crate::resources::ProxyKind;
 use crate::server::test_support::{snapshot, snapshot_with};
 
 const CDS: &str = type_url::CLUSTER;

@@ -15,12 +15,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
 use envoy_types::pb::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
 };
+use envoy_types::pb::google::protobuf::value::Kind;
 use futures_util::Stream;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -30,7 +32,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info};
 
 use self::clients::{ClientStatus, Clients};
-use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot};
+use crate::kubernetes::ObjectKey;
+use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, Viewer};
 
 /// The largest request that is read, in bytes. A reconnecting delta client lists every resource that it has.
 const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
@@ -202,6 +205,34 @@ fn proxy_kind(user_agent_name: &str) -> ProxyKind {
         name if name.starts_with("gRPC ") => ProxyKind::Grpc,
         _ => ProxyKind::Foreign,
     }
+}
+
+/// The metadata of a node that names the services whose pods call through it: a list of `name.namespace`, or of `name` for
+/// those in namespace `default`.
+const SERVICES_METADATA: &str = "services";
+/// The most services of which a node can be.
+const MAX_SERVICES: usize = 1000;
+
+/// What a node is given: by its kind, and by the services that its metadata or its cluster names.
+fn viewer(node: &Node) -> Viewer {
+    let stated = node.metadata.as_ref().and_then(|metadata| metadata.fields.get(SERVICES_METADATA));
+    let names: Vec<&str> = match stated.and_then(|value| value.kind.as_ref()) {
+        Some(Kind::ListValue(list)) => list
+            .values
+            .iter()
+            .filter_map(|value| match &value.kind {
+                Some(Kind::StringValue(name)) => Some(name.as_str()),
+                _ => None,
+            })
+            .take(MAX_SERVICES)
+            .collect(),
+        _ => vec![node.cluster.as_str()],
+    };
+    let services = names.into_iter().filter(|name| !name.is_empty()).map(|name| {
+        let (name, namespace) = name.split_once('.').unwrap_or((name, "default"));
+        ObjectKey::new(namespace, name)
+    });
+    Viewer { kind: proxy_kind(&node.user_agent_name), services: services.collect() }
 }
 
 /// The state of `type_url`, made if it is new.

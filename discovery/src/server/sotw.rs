@@ -16,13 +16,13 @@ use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
-use super::{Session, WILDCARD, check_name_count, in_push_order, proxy_kind, subscription};
-use crate::resources::{ProxyKind, Resource, Snapshot, TypeResources, type_url};
+use super::{Session, WILDCARD, check_name_count, in_push_order, subscription, viewer};
+use crate::resources::{Resource, Snapshot, TypeResources, Viewer, type_url};
 
 /// One SotW stream.
 #[derive(Debug)]
 pub struct SotwSession {
-    kind: ProxyKind,
+    viewer: Viewer,
     next_nonce: u64,
     types: BTreeMap<String, TypeState>,
     status: ClientStatus,
@@ -30,7 +30,7 @@ pub struct SotwSession {
 
 impl Default for SotwSession {
     fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, next_nonce: 1, types: BTreeMap::new(), status: ClientStatus::new("sotw") }
+        Self { viewer: Viewer::default(), next_nonce: 1, types: BTreeMap::new(), status: ClientStatus::new("sotw") }
     }
 }
 
@@ -76,7 +76,7 @@ impl Session for SotwSession {
 
     fn handle(&mut self, request: DiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            self.kind = proxy_kind(&node.user_agent_name);
+            self.viewer = viewer(node);
         }
         self.status.identify(request.node.as_ref());
         let state = subscription(&mut self.types, &request.type_url)?;
@@ -120,7 +120,8 @@ impl SotwSession {
     fn poll_type(&mut self, type_url: &str, snapshot: &Snapshot) -> Option<DiscoveryResponse> {
         let hold_back = type_url == type_url::CLUSTER && !self.users_of_clusters_are_settled(snapshot);
         let nothing = Arc::new(TypeResources::default());
-        let available = snapshot.resources(self.kind).of_type(type_url).unwrap_or(&nothing);
+        let view = snapshot.view(&self.viewer);
+        let available = view.of_type(type_url).unwrap_or(&nothing);
         let state = self.types.get_mut(type_url)?;
         if state.awaiting || (!state.due && state.settled_version.as_ref() == Some(&available.version)) {
             return None;
@@ -163,11 +164,10 @@ impl SotwSession {
 
     /// Whether the client has taken in the newest listeners and routes, so that it no longer uses older clusters.
     fn users_of_clusters_are_settled(&self, snapshot: &Snapshot) -> bool {
-        [type_url::LISTENER, type_url::ROUTE].into_iter().all(|type_url| {
-            self.types
-                .get(type_url)
-                .is_none_or(|state| state.is_settled(snapshot.resources(self.kind).of_type(type_url)))
-        })
+        let view = snapshot.view(&self.viewer);
+        [type_url::LISTENER, type_url::ROUTE]
+            .into_iter()
+            .all(|type_url| self.types.get(type_url).is_none_or(|state| state.is_settled(view.of_type(type_url))))
     }
 }
 

@@ -2,6 +2,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::rpc;
 
 use super::*;
+use crate::resources::ProxyKind;
 use crate::server::test_support::snapshot;
 
 const CDS: &str = type_url::CLUSTER;

@@ -94,6 +94,7 @@ impl Directory {
                 merge(&mut objects.slices, &found.slices, "EndpointSlice", path, &mut warnings);
                 merge(&mut objects.pods, &found.pods, "Pod", path, &mut warnings);
                 merge(&mut objects.nodes, &found.nodes, "Node", path, &mut warnings);
+                merge(&mut objects.manifests, &found.manifests, "ServiceManifest", path, &mut warnings);
             }
             if let Some(error) = &file.error {
                 file_errors.push(FileError {

@@ -1,0 +1,170 @@
+//! `culvert manifest`: checks service manifests, and shows what they become.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Args, Subcommand};
+use culvert_discovery::policy::files;
+use culvert_xds_client::json::ConfigError;
+
+use crate::Outcome;
+
+/// What the program exits with where a file is refused: an error of this program is 1, of its flags 2.
+const REFUSED: u8 = 3;
+
+const CHECK_HELP: &str = "\
+Of each document one fault is shown, with line, column and field. Exits with 0 when every file is good, with 3 when one
+is refused. A warning is of something that is well formed and cannot hold: the file is good.
+
+Examples:
+  culvert manifest check users.yaml
+  culvert manifest check manifests/*.yaml";
+
+const RENDER_HELP: &str = "\
+The output is what culvert-discovery makes of the file for a culvertd: a file of Envoy resources, which `culvert validate` reads.
+A service whose Service is not in the file is taken to have the port 80.
+
+Example:
+  culvert manifest render users.yaml > resources.yaml && culvert validate resources.yaml";
+
+/// The subcommands of `culvert manifest`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Say what is wrong with files of ServiceManifests and other manifests
+    #[command(after_help = CHECK_HELP)]
+    Check(CheckFlags),
+    /// Show the clusters, listeners and routes that a file's ServiceManifests become
+    #[command(after_help = RENDER_HELP)]
+    Render(RenderFlags),
+}
+
+/// Flags of `culvert manifest check`.
+#[derive(Debug, Args)]
+pub struct CheckFlags {
+    /// Files of manifests, YAML or JSON
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+/// Flags of `culvert manifest render`.
+#[derive(Debug, Args)]
+pub struct RenderFlags {
+    /// A file of manifests, YAML or JSON
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+}
+
+/// Runs a subcommand.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn run(command: &Command) -> anyhow::Result<Outcome> {
+    match command {
+        Command::Check(flags) => check(&flags.files),
+        Command::Render(flags) => render(&flags.file),
+    }
+}
+
+fn check(paths: &[PathBuf]) -> anyhow::Result<Outcome> {
+    let (mut text, mut code) = (String::new(), 0);
+    for path in paths {
+        match files::check(&read(path)?) {
+            Ok((objects, warnings)) => {
+                for warning in warnings {
+                    text.push_str(&format!("{}: warning: {warning}\n", path.display()));
+                }
+                text.push_str(&format!("{}: OK, {} with policy\n", path.display(), objects.manifests.len()));
+            }
+            Err(faults) => {
+                text.push_str(&faults_of(path, &faults));
+                code = REFUSED;
+            }
+        }
+    }
+    Ok(Outcome { text, code })
+}
+
+fn render(path: &Path) -> anyhow::Result<Outcome> {
+    Ok(match files::render(&read(path)?) {
+        Ok(resources) => Outcome::from(serde_saphyr::to_string(&resources)?),
+        Err(faults) => {
+            // Not among what another program is to read.
+            eprint!("{}", faults_of(path, &faults));
+            Outcome { text: String::new(), code: REFUSED }
+        }
+    })
+}
+
+fn read(path: &Path) -> anyhow::Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// A line a fault: `FILE:LINE:COLUMN: FIELD: what is wrong`.
+fn faults_of(path: &Path, faults: &[ConfigError]) -> String {
+    let line = |fault: &ConfigError| {
+        let place = fault.position.map_or_else(String::new, |(line, column)| format!("{line}:{column}:"));
+        let field = if fault.path.is_empty() { String::new() } else { format!("{}: ", fault.path) };
+        format!("{}:{place} {field}{}\n", path.display(), fault.message)
+    };
+    faults.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "
+apiVersion: culvert.dev/v1alpha1
+kind: ServiceManifest
+metadata: {name: users}
+spec:
+  protocol: grpc
+  timeouts: {connect: 250ms, request: 0s, idle: 2m}
+  retries: {attempts: 3, on: [unavailable, connect-failure], perTryTimeout: 500ms}
+  circuitBreakers: {maxConnections: 10, maxPendingRequests: 20, maxRequests: 30, maxRetries: 4}
+  outlierDetection: {consecutive5xx: 7, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}
+  rateLimit: {requests: 100, per: 1s, burst: 200}
+  healthCheck: {interval: 5s, timeout: 1s}
+  egress: [orders, payments.shop]
+";
+
+    fn file(directory: &tempfile::TempDir, name: &str, text: &str) -> PathBuf {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    #[test]
+    fn each_fault_is_a_line_with_its_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let good = file(&directory, "good.yaml", GOOD);
+        let bad = file(&directory, "bad.yaml", &GOOD.replace("maxRetries: 4", "maxRetries: -4"));
+        let Outcome { text, code } = check(&[good.clone(), bad.clone()]).unwrap();
+        assert_eq!(code, REFUSED);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], format!("{}: OK, 1 with policy", good.display()));
+        let place = format!("{}:9:82: spec.circuitBreakers.maxRetries: ", bad.display());
+        assert!(lines[1].starts_with(&place) && lines[1].ends_with("(ServiceManifest default/users)"), "{text}");
+        assert_eq!(check(&[good]).unwrap().code, 0);
+        let error = format!("{:#}", check(&[directory.path().join("none.yaml")]).unwrap_err());
+        assert!(error.contains("cannot read") && error.contains("none.yaml"), "{error}");
+    }
+
+    /// What is rendered is what a culvertd takes: all of it, or this fails.
+    #[test]
+    fn what_is_rendered_is_accepted_by_the_daemon() {
+        let directory = tempfile::tempdir().unwrap();
+        let tcp = GOOD.replace("name: users", "name: db").replace("grpc", "tcp").replace("rateLimit", "# rateLimit");
+        let http = GOOD.replace("name: users", "name: web").replace("grpc", "http");
+        let http = http.replace("unavailable", "5xx").replace("healthCheck: {", "healthCheck: {path: /healthz, ");
+        let path = file(&directory, "all.yaml", &format!("{GOOD}---{tcp}---{http}"));
+        let Outcome { text, code } = render(&path).unwrap();
+        assert_eq!(code, 0);
+        assert!(text.contains("users.default:80") && text.contains("max_ejection_percent: 50"), "{text}");
+        let rendered = file(&directory, "resources.yaml", &text);
+        let verdict = culvert_proxy_daemon::bootstrap::validate(&rendered);
+        assert!(verdict.as_ref().is_ok_and(Vec::is_empty), "{verdict:?}\n{text}");
+        let refused = file(&directory, "refused.yaml", &GOOD.replace("grpc", "quic"));
+        assert_eq!(render(&refused).unwrap().code, REFUSED);
+    }
+}

@@ -1,0 +1,186 @@
+//! Manifests in files, for people: what is wrong with them, and what they become.
+
+use std::sync::Arc;
+
+use culvert_xds_client::json::{ConfigError, any_to_json};
+use serde_json::{Value, json};
+
+use super::apply;
+use crate::kubernetes::Objects;
+use crate::kubernetes::manifest::{ManifestError, parse};
+use crate::mesh::join;
+use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
+use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Snapshot, type_url};
+
+/// The port of a service that a file has a manifest for and nothing else.
+const EXAMPLE_PORT: u16 = 80;
+
+/// What is wrong with a file: one fault of each document that has any, with line, column and field.
+///
+/// Gives the objects of a file without faults, and what of it cannot hold.
+///
+/// # Errors
+/// All faults.
+pub fn check(text: &str) -> Result<(Objects, Vec<String>), Vec<ConfigError>> {
+    let mut faults = Vec::new();
+    for (first_line, document) in documents(text) {
+        if let Err(error) = parse(document) {
+            faults.push(located(error, document, first_line));
+        }
+    }
+    if !faults.is_empty() {
+        return Err(faults);
+    }
+    // What only the whole file shows: an object that is in it twice.
+    let objects = parse(text).map_err(|error| vec![located(error, text, 0)])?;
+    let (_, warnings) = mesh_of(&objects, false);
+    Ok((objects, warnings))
+}
+
+/// What the manifests of a file become for a culvertd, as a document of Envoy resources. Services that the file does not have
+/// are taken to have the port 80.
+///
+/// # Errors
+/// As [`check`].
+pub fn render(text: &str) -> Result<Value, Vec<ConfigError>> {
+    let (objects, _) = check(text)?;
+    let (snapshot, _) = mesh_of(&objects, true);
+    let set = snapshot.resources(ProxyKind::Culvert);
+    let shown =
+        [type_url::CLUSTER, type_url::LISTENER, type_url::ROUTE].into_iter().filter_map(|kind| set.of_type(kind));
+    let resources = shown.flat_map(|of_type| of_type.resources.values());
+    // The passthrough cluster is the same whatever a manifest says, but routes and chains name it.
+    Ok(json!({ "resources": resources.map(|resource| any_to_json(&resource.body)).collect::<Value>() }))
+}
+
+/// The mesh of one file's objects, and what was found about it.
+fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
+    let mut objects = objects.clone();
+    if complete {
+        for (key, manifest) in &objects.manifests.clone() {
+            let name = manifest.protocol.map_or_else(|| "http".to_owned(), |protocol| protocol.to_string());
+            let service = format!(
+                "{{apiVersion: v1, kind: Service, metadata: {{name: '{}', namespace: '{}'}}, spec: {{ports: [{{name: {name}, \
+                 port: {EXAMPLE_PORT}}}]}}}}",
+                key.name, key.namespace
+            );
+            // A name with a dot is none of a service, and there is nothing to show.
+            for (key, service) in parse(&service).map(|objects| objects.services).unwrap_or_default() {
+                objects.services.entry(key).or_insert(service);
+            }
+        }
+    }
+    let cluster = Cluster {
+        info: ClusterInfo { name: "this file".to_owned(), ..ClusterInfo::default() },
+        objects: Some(Arc::new(objects)),
+        health: SourceHealth::default(),
+        drained: false,
+    };
+    let registry = Registry { version: 1, clusters: vec![cluster], ..Registry::default() };
+    let mut mesh = join(&registry);
+    apply(&mut mesh, &registry);
+    // That a manifest's service is elsewhere is no fault of the file.
+    let mut warnings = std::mem::take(&mut mesh.warnings);
+    warnings.retain(|warning| !warning.contains("is of no service"));
+    (Snapshot::build(Arc::new(mesh), &Options::default()), warnings)
+}
+
+/// The documents of a text, each with the number of lines before it.
+fn documents(text: &str) -> Vec<(usize, &str)> {
+    let mut documents = Vec::new();
+    let (mut start, mut start_line, mut at) = (0, 0, 0);
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        if line.trim_end() == "---" {
+            documents.push((start_line, &text[start..at]));
+            (start, start_line) = (at + line.len(), index + 1);
+        }
+        at += line.len();
+    }
+    documents.push((start_line, &text[start..]));
+    documents
+}
+
+fn located(error: ManifestError, document: &str, lines_before: usize) -> ConfigError {
+    let mut located = match error {
+        ManifestError::Field { object, field, reason } => {
+            ConfigError::new(field, format!("{reason} ({object})")).locate(document)
+        }
+        other => ConfigError::new("", other.to_string()),
+    };
+    if let Some((line, _)) = &mut located.position {
+        *line += lines_before as u64;
+    } else if lines_before > 0 {
+        located.position = Some((lines_before as u64 + 1, 1));
+    }
+    located
+}
+
+/// The name of the cluster that is in every rendering.
+pub const PASSTHROUGH: &str = ORIGINAL_DST_CLUSTER;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::tests::FULL;
+
+    #[test]
+    fn faults_have_lines_and_fields() {
+        let bad = FULL.replace("per: 1s", "per: soon");
+        let text = format!("{FULL}---\n{}---{bad}", FULL.replace("idle", "idel"));
+        let faults = check(&text).unwrap_err();
+        let found: Vec<_> = faults.iter().map(|fault| (fault.position.map(|(line, _)| line), &*fault.path)).collect();
+        // FULL has 13 lines, the first of which is empty.
+        assert_eq!(found, [(Some(21), "spec.timeouts.idel"), (Some(38), "spec.rateLimit.per")], "{faults:?}");
+        assert!(faults[1].message.contains("ServiceManifest default/users"), "{faults:?}");
+        let faults = check("kind: [").unwrap_err();
+        assert!(faults[0].message.contains("not valid YAML"), "{faults:?}");
+        let twice = check(&format!("{FULL}---{FULL}")).unwrap_err();
+        assert!(twice[0].message.contains("is defined twice"), "{twice:?}");
+    }
+
+    #[test]
+    fn a_file_without_faults_may_still_not_make_sense() {
+        let tcp = FULL.replace("http2", "tcp");
+        let service = "---\n{apiVersion: v1, kind: Service, metadata: {name: users}, spec: {ports: [{port: 5432}]}}\n";
+        let (objects, warnings) = check(&format!("{tcp}{service}")).unwrap();
+        assert_eq!((objects.manifests.len(), warnings.len()), (1, 1));
+        assert!(warnings[0].contains("cannot hold for port 5432, which speaks tcp"), "{warnings:?}");
+        assert_eq!(check(FULL).unwrap().1, [""; 0]);
+    }
+
+    #[test]
+    fn a_rendering_has_what_was_stated() {
+        let rendered = render(FULL).unwrap();
+        let resources = rendered["resources"].as_array().unwrap();
+        let of =
+            |kind: &str| resources.iter().filter(|r| r["@type"].as_str().unwrap().ends_with(kind)).collect::<Vec<_>>();
+        let cluster = of(".Cluster").into_iter().find(|cluster| cluster["name"] == "users.default:80").unwrap();
+        assert_eq!(cluster["connect_timeout"], "0.250s");
+        assert_eq!(cluster["circuit_breakers"]["thresholds"][0]["max_retries"], 4);
+        assert_eq!(cluster["outlier_detection"]["max_ejection_percent"], 50);
+        let check = &cluster["health_checks"][0];
+        let http = &check["http_health_check"];
+        assert_eq!((&http["path"], &http["codec_client_type"]), (&json!("/healthz"), &json!("HTTP2")));
+        assert_eq!((&check["unhealthy_threshold"], &check["healthy_threshold"]), (&json!(4), &json!(1)));
+        let options =
+            &cluster["typed_extension_protocol_options"]["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"];
+        assert_eq!(options["common_http_protocol_options"]["idle_timeout"], "120s");
+        assert!(options["explicit_http_config"]["http2_protocol_options"].is_object(), "{options}");
+        let host = &of(".RouteConfiguration")[0]["virtual_hosts"][0];
+        let route = &host["routes"][0]["route"];
+        assert_eq!(route["timeout"], "1.500s");
+        assert_eq!(route["retry_policy"]["retry_on"], "5xx,connect-failure,retriable-4xx");
+        assert_eq!(
+            (&route["retry_policy"]["num_retries"], &route["retry_policy"]["per_try_timeout"]),
+            (&json!(3), &json!("0.500s"))
+        );
+        let limit = &host["typed_per_filter_config"]["envoy.filters.http.local_ratelimit"]["token_bucket"];
+        assert_eq!(
+            (&limit["max_tokens"], &limit["tokens_per_fill"], &limit["fill_interval"]),
+            (&json!(200), &json!(100), &json!("1s"))
+        );
+        let listener = serde_json::to_string(&of(".Listener")[0]).unwrap();
+        assert!(listener.contains("envoy.filters.http.local_ratelimit"), "{listener}");
+        assert!(resources.iter().any(|resource| resource["name"] == PASSTHROUGH));
+    }
+}

@@ -1,0 +1,180 @@
+//! What a ServiceManifest states holds for requests through the real Envoy, which is configured by the built program.
+
+mod support;
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use support::{DEADLINE, Program};
+
+/// `$ENVOY`, else the one that `cargo xtask test` installed.
+fn envoy() -> PathBuf {
+    let installed = || PathBuf::from(env!("CARGO_BIN_EXE_culvert-discovery")).join("../../envoy/envoy/_bin/envoy");
+    let path = std::env::var_os("ENVOY").map_or_else(installed, PathBuf::from);
+    assert!(path.exists(), "{} does not exist: run `cargo xtask test`, or set ENVOY", path.display());
+    path
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A running Envoy. Killed when dropped.
+struct Envoy(Child);
+
+impl Drop for Envoy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Answers `/fail` with 500, `/slow` never, and anything else with 200. Counts what it is asked.
+fn serve(asked: Arc<AtomicUsize>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let (mut connection, asked) = (connection.unwrap(), Arc::clone(&asked));
+            std::thread::spawn(move || {
+                let mut seen = Vec::new();
+                let mut bytes = [0; 4096];
+                while let Ok(count @ 1..) = connection.read(&mut bytes) {
+                    seen.extend_from_slice(&bytes[..count]);
+                    if !seen.ends_with(b"\r\n\r\n") {
+                        continue;
+                    }
+                    asked.fetch_add(1, Ordering::SeqCst);
+                    let answer = match seen.split(|byte| *byte == b' ').nth(1) {
+                        Some(b"/fail") => "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n",
+                        Some(b"/slow") => "",
+                        _ => "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+                    };
+                    let _ = connection.write_all(answer.as_bytes());
+                    seen.clear();
+                }
+            });
+        }
+    });
+    port
+}
+
+/// The whole answer of a server on this machine, if there is one.
+fn get(port: u16, path: &str) -> Option<String> {
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    connection.set_read_timeout(Some(DEADLINE)).ok()?;
+    write!(connection, "GET {path} HTTP/1.1\r\nHost: users\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+fn status(port: u16, path: &str) -> String {
+    get(port, path).and_then(|answer| answer.split(' ').nth(1).map(str::to_owned)).unwrap_or_default()
+}
+
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < DEADLINE, "not reached: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn envoy_does_as_the_manifest_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (backend, port, admin) = (serve(Arc::clone(&asked)), free_port(), free_port());
+    // The service has the port of the listener: connections to the listener itself are then to that port.
+    let objects = format!(
+        "
+apiVersion: v1
+kind: Service
+metadata: {{name: users}}
+spec: {{clusterIP: 10.96.0.1, ports: [{{name: http, port: {port}}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: users-1, labels: {{kubernetes.io/service-name: users}}}}
+addressType: IPv4
+ports: [{{name: http, port: {backend}}}]
+endpoints: [{{addresses: [127.0.0.1]}}]
+---
+apiVersion: culvert.dev/v1alpha1
+kind: ServiceManifest
+metadata: {{name: users}}
+spec:
+  timeouts: {{connect: 2s, request: 700ms, idle: 30s}}
+  retries: {{attempts: 2, on: [5xx]}}
+  circuitBreakers: {{maxConnections: 11, maxPendingRequests: 22, maxRequests: 33, maxRetries: 44}}
+  outlierDetection: {{consecutive5xx: 100, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}}
+  rateLimit: {{requests: 4, per: 1h}}
+"
+    );
+    std::fs::write(directory.path().join("all.yaml"), objects).unwrap();
+    let cluster = format!("east={}", directory.path().display());
+    let address = ["--outbound-port", &port.to_string(), "--outbound-address", "127.0.0.1"];
+    let program = Program::start(&[&["--cluster", &cluster][..], &address].concat());
+    let bootstrap = format!(
+        "
+node: {{id: test, cluster: test}}
+admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
+dynamic_resources:
+  ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
+  lds_config: {{resource_api_version: V3, ads: {{}}}}
+  cds_config: {{resource_api_version: V3, ads: {{}}}}
+static_resources:
+  clusters:
+  - name: discovery
+    connect_timeout: 1s
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {{http2_protocol_options: {{}}}}
+    load_assignment:
+      cluster_name: discovery
+      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {}}}}}}}}}]}}]
+",
+        program.listen.port()
+    );
+    let child = Command::new(envoy())
+        .args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "--config-yaml", &bootstrap])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let _envoy = Envoy(child);
+    wait_until("Envoy to serve the service", || {
+        get(admin, "/listeners").is_some_and(|listeners| listeners.contains("outbound"))
+            && get(admin, "/clusters")
+                .is_some_and(|text| text.contains(&format!("127.0.0.1:{backend}::health_flags::healthy")))
+            && get(admin, "/config_dump").is_some_and(|dump| dump.contains(&format!("outbound_http_{port}")))
+    });
+    let clusters = get(admin, "/clusters").unwrap();
+    for limit in ["max_connections::11", "max_pending_requests::22", "max_requests::33", "max_retries::44"] {
+        let line = format!("users.default:{port}::default_priority::{limit}");
+        assert!(clusters.contains(&line), "{line} is not in {clusters}");
+    }
+    let dump = get(admin, "/config_dump").unwrap();
+    assert!(dump.contains("\"max_ejection_percent\": 50") && dump.contains("\"idle_timeout\": \"30s\""), "{dump}");
+
+    // The first one may come before its routes.
+    wait_until("an answer", || status(port, "/") == "200");
+    asked.store(0, Ordering::SeqCst);
+    assert_eq!(status(port, "/fail"), "500");
+    assert_eq!(asked.load(Ordering::SeqCst), 3, "one try and two more");
+    let started = Instant::now();
+    assert_eq!(status(port, "/slow"), "504");
+    assert!(started.elapsed() >= Duration::from_millis(700));
+    // Four requests in an hour: what was answered before counts.
+    let answers: Vec<String> = (0..4).map(|_| status(port, "/")).collect();
+    assert_eq!(answers.last().map(String::as_str), Some("429"), "{answers:?}");
+    // Envoy rejected nothing of all that.
+    let clients = program.json("/status")["clients"].clone();
+    assert_eq!((&clients[0]["rejections"], &clients[0]["state"]), (&0.into(), &"in sync".into()), "{clients:#}");
+}
