@@ -277,8 +277,12 @@ impl StreamEnd {
 
     /// The client is gone before the end.
     fn client_left(&mut self) {
-        self.flags |= ResponseFlags::DC;
-        self.details = Cow::Borrowed("downstream_remote_disconnect");
+        let (flag, details) = match self.progress.reset_by_client.get() {
+            true => (ResponseFlags::DR, "http2.remote_reset"),
+            false => (ResponseFlags::DC, "downstream_remote_disconnect"),
+        };
+        self.flags |= flag;
+        self.details = Cow::Borrowed(details);
     }
 
     /// Counts under what the request is counted besides its cluster.

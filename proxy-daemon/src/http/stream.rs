@@ -322,6 +322,8 @@ pub struct Progress {
     pub(super) taps: RefCell<Vec<Rc<super::filters::tap::Trace>>>,
     /// How long a client may take for what is left of the answer, where the route says; `Some(None)`: for ever.
     pub flush: Cell<Option<Option<Duration>>>,
+    /// The client has reset the stream; its connection goes on.
+    pub reset_by_client: Cell<bool>,
     /// It is a health check: nobody's request.
     pub health_check: Cell<bool>,
     /// When the request was complete.
@@ -365,6 +367,7 @@ impl Progress {
             trailers: RefCell::new(None),
             taps: RefCell::new(Vec::new()),
             flush: Cell::new(None),
+            reset_by_client: Cell::new(false),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             attempts: Cell::new(0),

@@ -48,7 +48,7 @@ impl ReceivedBody {
         while let Some(data) = ready!(self.stream.poll_data(cx)) {
             let data = match data {
                 Ok(data) => data,
-                Err(error) => return Poll::Ready(Some(Err(error.into()))),
+                Err(error) => return self.broke_off(error),
             };
             if data.is_empty() && !self.stream.is_end_stream() {
                 continue;
@@ -66,7 +66,19 @@ impl ReceivedBody {
             progress.refuse(TRAILERS);
             return Poll::Pending;
         }
-        Poll::Ready(trailers.map_err(Into::into).transpose().map(|trailers| trailers.map(Frame::trailers)))
+        match trailers {
+            Ok(trailers) => Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers)))),
+            Err(error) => self.broke_off(error),
+        }
+    }
+
+    /// What becomes of a body whose stream is no more.
+    fn broke_off<T>(&self, error: h2::Error) -> Poll<Option<Result<T, BodyError>>> {
+        match self.whose {
+            // Its task learns of that too, and ends all that is done for it: no host is to blame, and nobody is answered.
+            Whose::Request(_) => Poll::Pending,
+            Whose::Response { .. } => Poll::Ready(Some(Err(error.into()))),
+        }
     }
 
     pub(in crate::http) fn is_end_stream(&self) -> bool {

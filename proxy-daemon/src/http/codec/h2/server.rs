@@ -210,7 +210,10 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
             match polled {
                 Poll::Ready(response) => Poll::Ready(Some(response)),
                 // The client may have lost interest, or may be gone.
-                Poll::Pending => respond.poll_reset(cx).map(|_| None),
+                Poll::Pending => respond.poll_reset(cx).map(|reset| {
+                    progress.reset_by_client.set(reset.is_ok());
+                    None
+                }),
             }
         })
         .await
@@ -222,8 +225,14 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
         // Broken off, the client has been told, or has said so itself.
         Ok(mut stream) if !end => {
             let flush = progress.flush.get().unwrap_or(state.config().stream_flush_timeout);
-            if send_body(&mut body, &mut stream, &shared.outbox, flush).await == Err(Broken::NotTaken) {
-                state.manager.codecs.tx_flush_timeout.inc();
+            match send_body(&mut body, &mut stream, &shared.outbox, flush).await {
+                Err(Broken::NotTaken) => state.manager.codecs.tx_flush_timeout.inc(),
+                // Where it was this side that has, the body has ended before.
+                Err(Broken::Off) => {
+                    let reset = stream.poll_reset(&mut Context::from_waker(Waker::noop()));
+                    progress.reset_by_client.set(matches!(reset, Poll::Ready(Ok(_))));
+                }
+                Ok(()) | Err(Broken::Late) => {}
             }
         }
         Ok(_) => {}

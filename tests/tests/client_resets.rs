@@ -1,0 +1,182 @@
+//! A client of HTTP/2 that breaks off its upload: no host is blamed for that, with culvertd and with the real Envoy on the same bootstrap.
+
+use std::io::Read as _;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use culvert_tests::bootstrap::Bootstrap;
+use culvert_tests::daemon::{Daemon, Kind, fetch, free_port, scratch_dir};
+use culvert_tests::http1::Request;
+use culvert_tests::{server, wait_until};
+use nix::sys::signal::Signal;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const ROUTES: &str =
+    "- {name: all, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster: app, timeout: 0s}}]}";
+const HOST: [&str; 2] = [
+    "common_lb_config: {healthy_panic_threshold: {value: 0}}",
+    "outlier_detection: {consecutive_5xx: 2, consecutive_gateway_failure: 2, enforcing_consecutive_gateway_failure: 100, \
+     max_ejection_percent: 100, interval: 1s}",
+];
+const BUFFER: &str = "http_filters:\n          - name: envoy.filters.http.buffer\n            typed_config: {\"@type\": \
+                      type.googleapis.com/envoy.extensions.filters.http.buffer.v3.Buffer, max_request_bytes: 1000}\n";
+
+/// When a client leaves.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum When {
+    /// Its upload is on its way to the host.
+    Upload,
+    /// A filter waits for the whole of its request.
+    Buffered,
+    /// Its answer has begun.
+    Answer,
+}
+
+/// How it leaves.
+#[derive(Debug, Clone, Copy)]
+enum Leaves {
+    /// It resets the stream.
+    Reset,
+    /// It closes the connection.
+    Closes,
+}
+
+/// Begins an upload, and leaves once `reached` says that it has come as far as it can.
+async fn upload(port: u16, leaves: Leaves, when: When, reached: impl FnOnce() -> Result<()>) -> Result<()> {
+    let stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
+    let (sender, connection) = h2::client::handshake(stream).await?;
+    let connection = tokio::spawn(connection);
+    let mut sender = sender.ready().await?;
+    let request = http::Request::post("http://a/upload").body(())?;
+    let (mut response, mut body) = sender.send_request(request, false)?;
+    body.send_data(Bytes::from_static(b"hel"), false)?;
+    tokio::task::block_in_place(reached)?;
+    if when == When::Answer {
+        let answer = tokio::time::timeout(DEADLINE, &mut response).await??;
+        assert_eq!(answer.status(), 200);
+    }
+    match leaves {
+        Leaves::Reset => {
+            body.send_reset(h2::Reason::CANCEL);
+            drop((response, body));
+            // The connection stays until the reset is out: another request on it has its answer.
+            let (answer, _) =
+                sender.ready().await?.send_request(http::Request::get("http://a/next").body(())?, true)?;
+            assert_eq!(tokio::time::timeout(DEADLINE, answer).await??.status(), 200);
+        }
+        Leaves::Closes => {
+            // The streams are dropped after the connection: before, they would be reset.
+            connection.abort();
+            let _ = connection.await;
+            drop((response, body));
+        }
+    }
+    Ok(())
+}
+
+fn seen(kind: Kind, leaves: Leaves, when: When) -> Result<Vec<String>> {
+    let (told, begun): (_, Receiver<()>) = channel();
+    let told = std::sync::Mutex::new(told);
+    let host = server::start(move |stream| {
+        let mut stream = std::io::BufReader::new(stream);
+        let mut head = Vec::new();
+        loop {
+            let mut byte = [0];
+            if stream.read(&mut byte)? == 0 {
+                return Ok(());
+            }
+            head.push(byte[0]);
+            if head.starts_with(b"POST") && head.ends_with(b"\r\n\r\n3\r\nhel\r\n") {
+                if when == When::Answer {
+                    let part = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc";
+                    std::io::Write::write_all(stream.get_mut(), part)?;
+                }
+                let _ = told.lock().map(|told| told.send(()));
+            } else if head.starts_with(b"GET") && head.ends_with(b"\r\n\r\n") {
+                std::io::Write::write_all(stream.get_mut(), b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")?;
+                head.clear();
+            }
+        }
+    })?;
+    let port = free_port()?;
+    let log = scratch_dir()?.join("access.log");
+    let access_log = format!(
+        "access_log: [{{name: file, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: {}, log_format: \
+         {{text_format_source: {{inline_string: \"%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS%\\n\"}}}}}}}}]",
+        log.display()
+    );
+    let yaml = Bootstrap::new().http(port, ROUTES, &[&access_log]).cluster("app", &[host], &HOST).yaml();
+    let yaml = if when == When::Buffered { yaml.replace("http_filters:\n", BUFFER) } else { yaml };
+    let daemon = Daemon::start(kind, &yaml)?;
+    let active = |count: u64| {
+        wait_until(DEADLINE, "requests to begin and to end", || {
+            let seen = daemon.stats()?.get("http.ingress.downstream_rq_active");
+            ensure!(seen == count, "{seen} are active");
+            Ok(())
+        })
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    for number in 1..=4 {
+        let reached = || match when {
+            When::Upload | When::Answer => begun.recv_timeout(DEADLINE).context("the upload did not reach the host"),
+            When::Buffered => active(1),
+        };
+        runtime.block_on(upload(port, leaves, when, reached))?;
+        active(0).with_context(|| format!("upload {number}"))?;
+    }
+    let answer = fetch(port, Request::get("/after"))?;
+    ensure!(answer.status == 200, "{kind:?}, {leaves:?}: after all that: {} {}", answer.status, answer.text());
+    let stats = daemon.stats()?;
+    let mut seen = Vec::new();
+    for name in [
+        "cluster.app.upstream_rq_503",
+        "cluster.app.upstream_rq_5xx",
+        "cluster.app.outlier_detection.ejections_enforced_total",
+        "cluster.app.upstream_rq_tx_reset",
+        "http.ingress.downstream_rq_4xx",
+        "http.ingress.downstream_rq_5xx",
+        "http.ingress.downstream_rq_rx_reset",
+    ] {
+        seen.push(format!("{name} {}", stats.get(name)));
+    }
+    // Both flush on SIGTERM.
+    daemon.signal(Signal::SIGTERM)?;
+    let text = wait_until(DEADLINE, "a line for each upload", || {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        ensure!(text.lines().filter(|line| line.starts_with("/upload ")).count() == 4, "{text}");
+        Ok(text)
+    })?;
+    seen.extend(text.lines().filter(|line| line.starts_with("/upload ")).map(str::to_owned));
+    Ok(seen)
+}
+
+fn beside_envoy(leaves: Leaves, when: When) -> Result<()> {
+    let (envoy, culvert) = (seen(Kind::Envoy, leaves, when)?, seen(Kind::Culvert, leaves, when)?);
+    assert_eq!(culvert, envoy, "{leaves:?}, {when:?}");
+    Ok(())
+}
+
+#[test]
+fn no_host_is_blamed_for_a_reset_upload() -> Result<()> {
+    beside_envoy(Leaves::Reset, When::Upload)
+}
+
+#[test]
+fn no_host_is_blamed_for_a_client_that_goes() -> Result<()> {
+    beside_envoy(Leaves::Closes, When::Upload)
+}
+
+#[test]
+fn a_client_that_goes_while_its_request_is_buffered_has_no_answer() -> Result<()> {
+    beside_envoy(Leaves::Reset, When::Buffered)?;
+    beside_envoy(Leaves::Closes, When::Buffered)
+}
+
+#[test]
+fn a_client_that_goes_in_the_middle_of_its_answer() -> Result<()> {
+    beside_envoy(Leaves::Reset, When::Answer)?;
+    beside_envoy(Leaves::Closes, When::Answer)
+}
