@@ -73,10 +73,20 @@ const ENDPOINTS: &[Endpoint] = &[
     Endpoint {
         path: DRAIN_LISTENERS,
         help: "drain listeners",
-        parameters: &[("graceful", "Leave the listeners open for the drain time, then drain them")],
+        parameters: &[
+            ("graceful", "Tell clients to leave with their answers for the drain time, then drain the listeners"),
+            ("skip_exit", "With graceful: leave the listeners open after that too"),
+            ("inboundonly", "Only listeners whose traffic_direction is INBOUND"),
+        ],
         mutates: true,
         // The server does it: it has to wait.
-        run: |_, _| Reply::ok(),
+        run: |_, parameters| {
+            let known = ["graceful", "skip_exit", "inboundonly"];
+            if let Some((name, _)) = parameters.iter().find(|(name, _)| !known.contains(name)) {
+                return Reply::bad_request(format!("unknown parameter {name}: {} are known\n", known.join(", ")));
+            }
+            Reply::ok()
+        },
     },
     Endpoint {
         path: "/healthcheck/fail",
@@ -85,7 +95,7 @@ const ENDPOINTS: &[Endpoint] = &[
         mutates: true,
         run: |state, _| {
             state.state.set(ServerState::Draining);
-            crate::http::filters::fail_health_checks(true);
+            crate::http::leaving::fail_health_checks(true);
             Reply::ok()
         },
     },
@@ -95,7 +105,7 @@ const ENDPOINTS: &[Endpoint] = &[
         parameters: &[],
         mutates: true,
         run: |state, _| {
-            crate::http::filters::fail_health_checks(false);
+            crate::http::leaving::fail_health_checks(false);
             // Only what `/healthcheck/fail` did is undone: a server that is still starting is not ready.
             if state.state.get() == ServerState::Draining {
                 state.state.set(ServerState::Live);
@@ -279,11 +289,6 @@ pub(super) fn handle(state: &AdminState, method: &Method, path: &str, parameters
     if endpoint.mutates && *method != Method::POST {
         let text = format!("Method {method} not allowed, POST required.");
         return Reply::error(StatusCode::METHOD_NOT_ALLOWED, text);
-    }
-    if endpoint.path == DRAIN_LISTENERS
-        && let Some((name, _)) = parameters.iter().find(|(name, _)| *name != "graceful")
-    {
-        return Reply::bad_request(format!("{name} is not supported by culvert yet: only graceful is\n"));
     }
     (endpoint.run)(state, parameters)
 }

@@ -24,7 +24,7 @@ use super::{
     request::{Parameters, Reply},
 };
 use crate::{
-    http::filters::tap,
+    http::{filters::tap, leaving},
     stats::{self, Counter, Gauge, ResponseCodes, Scope},
 };
 
@@ -158,7 +158,8 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
     let parameters = parameters(&mut request).await;
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let drain = path == DRAIN_LISTENERS && method == Method::POST;
-    let graceful = parameters.get("graceful").is_some();
+    let [graceful, skip_exit, inbound_only] =
+        ["graceful", "skip_exit", "inboundonly"].map(|name| parameters.get(name).is_some());
     let handler = {
         let server = Arc::clone(&server);
         // Thousands of statistics take longer than the control runtime should be kept waiting.
@@ -169,7 +170,7 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
         Reply::error(StatusCode::INTERNAL_SERVER_ERROR, "internal error: see the log\n")
     });
     if drain && reply.status == StatusCode::OK {
-        drain_listeners(&server, graceful).await;
+        drain_listeners(&server, Drain { graceful, skip_exit, inbound_only }).await;
     }
     server.rq.inc(reply.status.as_u16());
     server.rq_active.dec();
@@ -208,15 +209,26 @@ async fn attach_tap(request: &mut Request<Incoming>) -> Response<Body> {
     }
 }
 
-async fn drain_listeners(server: &Arc<Server>, graceful: bool) {
+/// What `/drain_listeners` is asked for.
+struct Drain {
+    graceful: bool,
+    skip_exit: bool,
+    inbound_only: bool,
+}
+
+async fn drain_listeners(server: &Arc<Server>, Drain { graceful, skip_exit, inbound_only }: Drain) {
     if !graceful {
-        return server.state.data_plane.drain_listeners().await;
+        return server.state.data_plane.drain_listeners(inbound_only).await;
+    }
+    // A second one is passed over, as by Envoy.
+    if !leaving::begin_drain(server.state.drain_time, inbound_only) || skip_exit {
+        return;
     }
     // The answer does not wait for it.
     let server = Arc::clone(server);
     task::spawn(async move {
         tokio::time::sleep(server.state.drain_time).await;
-        server.state.data_plane.drain_listeners().await;
+        server.state.data_plane.drain_listeners(inbound_only).await;
     });
 }
 

@@ -113,6 +113,7 @@ impl Admin {
 
     async fn listen(&self) {
         let listener = Listener {
+            inbound: false,
             name: "web".into(),
             addresses: vec![ListenAddress { address: "127.0.0.1:0".parse().unwrap(), ipv4_compat: false }],
             stat_prefix: String::new(),
@@ -352,11 +353,11 @@ async fn listeners_are_listed_and_drained() {
         admin.get("/listeners?format=json").await.json(),
         json!({ "listener_statuses": [{ "name": "web", "local_address": local }] })
     );
-    for bad in ["skip_exit", "inboundonly"] {
-        let answer = admin.post(&format!("/drain_listeners?{bad}")).await;
-        assert!(answer.status == 400 && answer.body.contains(bad), "{}", answer.body);
-    }
-    TcpStream::connect(address).await.expect("still open");
+    let answer = admin.post("/drain_listeners?inbound").await;
+    let expected = "unknown parameter inbound: graceful, skip_exit, inboundonly are known\n";
+    assert_eq!((answer.status, answer.body.as_str()), (400, expected));
+    assert_eq!(admin.post("/drain_listeners?inboundonly").await.body, "OK\n");
+    TcpStream::connect(address).await.expect("still open: it is not for inbound traffic");
     assert_eq!(admin.post("/drain_listeners").await.body, "OK\n");
     TcpStream::connect(address).await.expect_err("closed when the answer is there");
 

@@ -15,6 +15,7 @@ use super::{
     aside::aside,
     codec::{h1, h2},
     io::DownstreamIo,
+    leaving,
     logged::LoggedHeaders,
     scopes::RouteFinder,
     stats::{CodecStats, ConnectionEnd, HcmStats},
@@ -101,7 +102,7 @@ pub(super) struct ConnState {
     pub(super) last_progress: Cell<Instant>,
     /// How long nothing may pass to the client while a stream is open: the longest idle timeout of its streams.
     stall_limit: Cell<Option<Duration>>,
-    /// Told when the connection has served its last request.
+    /// Told when the connection has served its last request, or its client is to leave.
     worn_out: Notify,
     /// `http1_safe_max_connection_duration`, where it applies.
     ends_softly: bool,
@@ -115,8 +116,18 @@ impl ConnState {
         let limit = self.manager.config.max_requests_per_connection;
         if limit != 0 && self.requests.get() == limit {
             self.manager.stats.downstream_cx_max_requests_reached.inc();
-            self.worn_out.notify_one();
+            self.leave();
         }
+    }
+
+    /// Whether the client is told with this answer to leave.
+    pub(super) fn is_to_leave(&self) -> bool {
+        leaving::is_told(self.connection.inbound)
+    }
+
+    /// The connection ends with the streams that it has, and its client is told so.
+    pub(super) fn leave(&self) {
+        self.worn_out.notify_one();
     }
 
     /// A stream may be idle for so long; `None`: for ever.

@@ -20,6 +20,7 @@ pub(crate) mod headers;
 mod hedge;
 mod internal_redirect;
 mod io;
+pub mod leaving;
 mod live_log;
 mod local_reply;
 mod logged;

@@ -58,6 +58,8 @@ pub struct ConnectionInfo {
     pub node_ip: Option<IpAddr>,
     /// How much of a request may be kept, in bytes: the listener's `per_connection_buffer_limit_bytes`.
     pub buffer_limit: u32,
+    /// The listener's `traffic_direction` is `INBOUND`.
+    pub inbound: bool,
     /// What is known of it once its first bytes have come.
     learnt: Learnt,
 }
@@ -359,6 +361,7 @@ async fn serve(
             .map(|original_src| Source::new(original_src, remote.ip())),
         node_ip: worker.node_ip,
         buffer_limit: active.config.per_connection_buffer_limit_bytes,
+        inbound: active.config.inbound,
         learnt: Learnt::default(),
     });
     if let Some(chain) = find_chain(&stream, &active, &info).await {

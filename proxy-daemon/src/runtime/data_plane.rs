@@ -454,13 +454,20 @@ impl DataPlane {
     /// Closes all listeners for good: none is added from now on, whatever the control plane still says.
     pub async fn shut(&self) {
         self.0.draining.send_replace(true);
-        self.drain_listeners().await;
+        self.drain_listeners(false).await;
     }
 
-    /// Closes all listeners and tells all connections to finish.
-    pub async fn drain_listeners(&self) {
-        let all = std::mem::take(&mut *lock(&self.0.listeners));
-        for running in all.into_values() {
+    /// Closes all listeners, or those for inbound traffic, and tells their connections to finish.
+    pub async fn drain_listeners(&self, inbound_only: bool) {
+        let drained: BTreeMap<_, _> = {
+            let mut listeners = lock(&self.0.listeners);
+            let (drained, kept) = std::mem::take(&mut *listeners)
+                .into_iter()
+                .partition(|(_, running)| !inbound_only || running.shared.active.load().config.inbound);
+            *listeners = kept;
+            drained
+        };
+        for running in drained.into_values() {
             self.close(running).await;
             stats::counter("listener_manager.listener_stopped").inc();
         }

@@ -239,6 +239,7 @@ pub fn retry(retry_on: RetryOn, num_retries: u32) -> RetryPolicy {
 
 pub fn listener(name: &str, address: SocketAddr, filter: NetworkFilterConfig) -> Listener {
     Listener {
+        inbound: false,
         name: name.into(),
         addresses: vec![ListenAddress { address, ipv4_compat: false }],
         stat_prefix: String::new(),

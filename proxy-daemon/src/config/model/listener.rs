@@ -13,6 +13,8 @@ pub struct Listener {
     pub name: Arc<str>,
     /// Addresses to listen on: `address`, then `additional_addresses`.
     pub addresses: Vec<ListenAddress>,
+    /// `traffic_direction` is `INBOUND`: what `/drain_listeners?inboundonly` is about.
+    pub inbound: bool,
     /// What stands for the address in stats names; empty: the address itself with `:` as `_`.
     pub stat_prefix: String,
     /// Sockets accept connections to addresses that are not this host's (IP_TRANSPARENT).

@@ -3,7 +3,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::envoy::{
     config::{
-        core::v3::Address,
+        core::v3::{Address, TrafficDirection},
         listener::v3::{
             Filter, FilterChain as ProtoChain, FilterChainMatch as ProtoMatch, Listener as ProtoListener,
             filter::ConfigType, filter_chain_match::ConnectionSourceType, listener_filter,
@@ -78,6 +78,7 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
     Ok(Listener {
         name: name.into(),
         addresses,
+        inbound: listener.traffic_direction == TrafficDirection::Inbound as i32,
         stat_prefix: listener.stat_prefix.clone(),
         transparent: listener.transparent.is_some_and(|value| value.value),
         freebind: listener.freebind.is_some_and(|value| value.value),

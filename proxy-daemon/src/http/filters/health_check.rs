@@ -5,7 +5,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -21,6 +21,7 @@ use crate::{
     config::{FieldError, model::HeaderMatcher, parse},
     http::{
         body::Body,
+        leaving::health_checks_fail,
         route_match::header_matches,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
@@ -30,18 +31,6 @@ use crate::{
 const CHECKED_CLUSTER: HeaderName = HeaderName::from_static("x-envoy-upstream-healthchecked-cluster");
 const IMMEDIATE_FAIL: HeaderName = HeaderName::from_static("x-envoy-immediate-health-check-fail");
 const DEGRADED: HeaderName = HeaderName::from_static("x-envoy-degraded");
-
-/// What `/healthcheck/fail` and `/healthcheck/ok` of the admin interface say, for the whole daemon.
-static FAILED: AtomicBool = AtomicBool::new(false);
-
-/// From now on the daemon fails health checks, or passes them again.
-pub fn fail_health_checks(fail: bool) {
-    FAILED.store(fail, Ordering::Relaxed);
-}
-
-fn failed() -> bool {
-    FAILED.load(Ordering::Relaxed)
-}
 
 #[derive(Debug)]
 struct HealthCheckFactory(Arc<Configured>);
@@ -101,13 +90,13 @@ impl Cache {
 impl Configured {
     /// Whether the check is answered here.
     fn answers(&self) -> bool {
-        !self.pass_through || failed() || self.cache.as_ref().is_some_and(|cache| cache.get().is_some())
+        !self.pass_through || health_checks_fail() || self.cache.as_ref().is_some_and(|cache| cache.get().is_some())
     }
 
     fn reply(&self, cx: &StreamCx) -> LocalReply {
         let stats = &self.stats;
         stats.request_total.inc();
-        let (status, degraded, details) = if failed() {
+        let (status, degraded, details) = if health_checks_fail() {
             (StatusCode::SERVICE_UNAVAILABLE, false, "health_check_failed")
         } else if let Some((status, degraded)) = self.cache.as_ref().and_then(Cache::get) {
             stats.cached_response.inc();
@@ -164,7 +153,7 @@ impl HttpFilterFactory for HealthCheckFactory {
     ) -> Flow {
         let check = self.0.headers.iter().all(|matcher| header_matches(matcher, head));
         if !check {
-            if failed() {
+            if health_checks_fail() {
                 instances.push(Box::new(Failing));
             }
             return Flow::Continue;
@@ -203,6 +192,9 @@ impl HttpFilter for HealthCheckFilter {
         }
         let cluster = crate::http::node::this().map_or(HeaderValue::from_static(""), |node| node.cluster.clone());
         head.headers.insert(CHECKED_CLUSTER, cluster);
+        if health_checks_fail() {
+            head.headers.insert(IMMEDIATE_FAIL, HeaderValue::from_static("true"));
+        }
         Flow::Continue
     }
 }

@@ -45,7 +45,6 @@ pub(crate) use cors::of_route as cors_of_route;
 pub(super) use custom_response::{Led, RedirectPolicy};
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use header_mutation::EarlyMutations;
-pub use health_check::fail_health_checks;
 pub use on_demand::ClustersOnDemand;
 pub use r#override::OffloadedTable;
 pub use router::RouterFilter;

@@ -349,6 +349,10 @@ impl ServerConnection {
         let asked = !cx.keep_alive;
         // Nobody waits for the rest of a request that has its response.
         cx.close |= !complete || asked || self.last.get() != Last::NotYet || parts.headers.contains_key(CONNECTION);
+        if !cx.close && !upgraded && state.is_to_leave() {
+            cx.close = true;
+            state.manager.stats.downstream_cx_drain_close.inc();
+        }
         if !complete && !upgraded {
             state.count_early_response();
         }

@@ -219,6 +219,9 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
         .await
     };
     let Some(response) = response else { return shared.stream_ended(Some(started.elapsed())) };
+    if state.is_to_leave() {
+        state.leave();
+    }
     let (response, mut body) = response_head(response, to_head);
     let end = body.is_end_stream();
     match respond.send_response(response, end) {
