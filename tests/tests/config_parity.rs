@@ -27,10 +27,6 @@ const NOT_SUPPORTED: &[(&str, &str)] = &[
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters",
     ),
     (
-        "valid/hcm/router_optional.yaml",
-        "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.http_filters[0].is_optional",
-    ),
-    (
         "valid/headers/add_raw_value.yaml",
         "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.route_config.request_headers_to_add[0].header.raw_value",
     ),

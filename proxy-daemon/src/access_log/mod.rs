@@ -117,9 +117,14 @@ impl HeaderFormat {
 
     /// The value for `record`; `None` where it cannot stand in a header.
     pub fn value(&self, record: &Record<'_>) -> Option<http::HeaderValue> {
+        http::HeaderValue::from_bytes(&self.bytes(record)).ok()
+    }
+
+    /// The text for `record`, whatever it is.
+    pub fn bytes(&self, record: &Record<'_>) -> Vec<u8> {
         let mut value = Vec::new();
         self.0.write(&mut value, record);
-        http::HeaderValue::from_bytes(&value).ok()
+        value
     }
 }
 

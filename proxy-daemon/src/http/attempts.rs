@@ -10,6 +10,7 @@ use super::{
     codec::{Incoming, h1::Upgrade},
     forward::set_host,
     headers::names::*,
+    illegal,
     observe::{Notes, StreamEnd},
     retry::{Failure, RetryState, Verdict},
     route_match::authority,
@@ -327,6 +328,10 @@ impl Shared<'_> {
             return Ok((response, connection));
         }
         self.cx.progress.upstream_protocol.set(Some(connection.protocol()));
+        if let Some(reply) = illegal::refusal(&head) {
+            self.cx.progress.instead.replace(Some(Box::new(reply)));
+            return Err(unsendable());
+        }
         let connects = head.method == Method::CONNECT;
         let upgrade = head.extensions.get::<Upgrade>().is_some() && !connects;
         let mut request = self.upstream_request(host, (head, body), number, connection.is_http2());
@@ -430,6 +435,13 @@ fn overloaded() -> LocalReply {
     let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, details);
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
     reply
+}
+
+/// The request is answered in another way than this.
+fn unsendable() -> Failed {
+    let (status, flags) = (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::DPE);
+    let (failure, reason) = (Failure::BeforeRequest, "local reset");
+    Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
 }
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {

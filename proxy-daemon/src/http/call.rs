@@ -19,6 +19,7 @@ use super::{
     body::Body,
     codec::Incoming,
     headers::{self, names::*},
+    illegal,
     route_match::authority,
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
@@ -111,6 +112,9 @@ pub(super) async fn send_to(
     body: Body,
 ) -> Result<Answer, Failure> {
     let stats = &cluster.cluster.stats;
+    if illegal::refusal(&head).is_some() {
+        return Err(Failure::Reset);
+    }
     if cluster.overload() != Overload::Passes {
         cluster.cluster.dropped_overload.inc();
         stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);

@@ -1,12 +1,12 @@
-//! Changes of headers that other services ask for. What is no header name or value is passed over, and no message grows beyond what
-//! a header map holds.
+//! Changes of headers that other services ask for. A request that would get what is no header name or value is refused (see `illegal`),
+//! in responses it is passed over; and no message grows beyond what a header map holds.
 
 use envoy_types::pb::envoy::config::core::v3::{
     HeaderValueOption, header_value_option::HeaderAppendAction as ProtoAction,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header::HOST};
 
-use super::{headers::append, path::set_path, stream::RequestHead};
+use super::{headers::append, illegal, path::set_path, stream::RequestHead};
 
 /// What is changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(super) enum Place {
     Authority,
     /// `:status`
     Status,
+    /// No header has this name.
+    Nowhere(Box<str>),
 }
 
 /// How.
@@ -47,9 +49,16 @@ pub(super) struct Change {
 }
 
 impl Change {
-    /// `None` for what is no header.
-    pub(super) fn new(name: &str, value: &[u8], action: Action) -> Option<Change> {
-        Some(Change { place: place(name)?, value: HeaderValue::from_bytes(value).ok()?, action })
+    /// What is no header is so yet: requests that it changes are refused, and all else stays as it is.
+    pub(super) fn new(name: &str, value: &[u8], action: Action) -> Change {
+        let place = place(name).unwrap_or_else(|| Place::Nowhere(name.to_ascii_lowercase().into()));
+        let value = HeaderValue::from_bytes(value).unwrap_or_else(|_| illegal::value());
+        Change { place, value, action }
+    }
+
+    /// Whether it is of a header that there can be.
+    pub(super) fn is_legal(&self) -> bool {
+        !matches!(self.place, Place::Nowhere(_)) && !illegal::is_value(&self.value)
     }
 
     /// As a `HeaderValueOption` asks for it; `joins`: what `append`, the old field, stands for.
@@ -64,7 +73,7 @@ impl Change {
             (None, Ok(ProtoAction::OverwriteIfExists)) => Action::Overwrite,
         };
         let value = if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value };
-        Change::new(&header.key, value, action)
+        Some(Change::new(&header.key, value, action))
     }
 
     /// Changes a request.
@@ -72,8 +81,15 @@ impl Change {
         match &self.place {
             Place::Header(name) => self.apply(name, &mut head.headers),
             Place::Status => {}
+            Place::Nowhere(name) => {
+                if matches!(self.action, Action::Set | Action::Add | Action::AddIfAbsent) {
+                    illegal::name(head, name);
+                }
+            }
             // There is always one.
             _ if !matches!(self.action, Action::Set | Action::Overwrite) => {}
+            Place::Path if illegal::is_value(&self.value) => illegal::pseudo(head, ":path"),
+            Place::Method if illegal::is_value(&self.value) => illegal::pseudo(head, ":method"),
             Place::Path => {
                 if let Ok(path) = self.value.to_str() {
                     // Too long a path is none.
@@ -96,7 +112,9 @@ impl Change {
 
     /// Changes the headers of a response, or trailers.
     pub(super) fn apply_to_fields(&self, headers: &mut HeaderMap) {
-        if let Place::Header(name) = &self.place {
+        if let Place::Header(name) = &self.place
+            && self.is_legal()
+        {
             self.apply(name, headers);
         }
     }
@@ -148,7 +166,7 @@ mod tests {
             (HeaderName::from_static(name), HeaderValue::from_static(value))
         };
         let mut headers = HeaderMap::from_iter(before.iter().map(pair));
-        Change::new("X-A", b"new", action).unwrap().apply_to_fields(&mut headers);
+        Change::new("X-A", b"new", action).apply_to_fields(&mut headers);
         headers.get_all("x-a").iter().map(|value| value.to_str().unwrap().to_owned()).collect()
     }
 
@@ -164,8 +182,8 @@ mod tests {
         assert_eq!(applied(none, Action::AddIfAbsent), ["new"]);
         assert_eq!(applied(none, Action::Overwrite), [""; 0]);
         assert_eq!(applied(one, Action::Overwrite), ["new"]);
-        assert!(Change::new("a b", b"", Action::Set).is_none());
-        assert!(Change::new("a", b"\n", Action::Set).is_none());
+        assert!(!Change::new("a b", b"", Action::Set).is_legal());
+        assert!(!Change::new("a", b"\n", Action::Set).is_legal());
     }
 
     #[test]
@@ -173,7 +191,7 @@ mod tests {
         let (mut head, ()) = http::Request::new(()).into_parts();
         head.uri = Uri::from_static("http://a.test/x?y");
         for (name, value) in [(":path", "/z"), ("host", "b.test"), (":method", "PUT"), (":status", "1")] {
-            Change::new(name, value.as_bytes(), Action::Set).unwrap().apply_to_request(&mut head);
+            Change::new(name, value.as_bytes(), Action::Set).apply_to_request(&mut head);
         }
         assert_eq!((head.uri.to_string(), head.method.as_str()), ("/z".to_owned(), "PUT"));
         assert_eq!(head.headers[HOST], "b.test");

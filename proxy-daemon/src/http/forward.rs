@@ -15,6 +15,7 @@ use super::{
     codec::{Incoming, h1::Upgrade},
     hash_policy,
     headers::{self, names::*},
+    illegal,
     internal_redirect::Sent,
     mirror::mirror,
     observe::StreamEnd,
@@ -188,7 +189,9 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
         mutate_request(cx, head);
         // Before the path is rewritten: it may be made of that.
         let host = match &action.host_rewrite {
-            HostRewrite::Format(format) => cx.format_value(head, format, "-").filter(|host| !host.is_empty()),
+            HostRewrite::Format(format) => {
+                Some(cx.format_value(head, format, "-").unwrap_or_else(illegal::value)).filter(|host| !host.is_empty())
+            }
             HostRewrite::Literal(host) => Some(host.clone()),
             HostRewrite::Header(name) => head.headers.get(name).filter(|host| !host.is_empty()).cloned(),
             HostRewrite::PathRegex(rewrite) => HeaderValue::from_str(&rewrite.apply(head.uri.path())).ok(),
@@ -205,6 +208,9 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
             (&Method::CONNECT, _) => None,
             (_, PathRewrite::Format(format)) => {
                 let path = cx.format_value(head, format, "");
+                if path.is_none() {
+                    illegal::pseudo(head, ":path");
+                }
                 path.and_then(|path| path.to_str().ok().map(str::to_owned)).filter(|path| !path.is_empty())
             }
             _ => rewrite_path(head.uri.path(), &route.route_match.path, &action.path_rewrite),

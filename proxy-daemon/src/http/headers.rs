@@ -8,6 +8,7 @@ use http::{
 };
 
 use super::{
+    illegal,
     path::{percent_encode, set_path},
     stream::{LocalReply, RequestHead, ResponseHead},
 };
@@ -127,6 +128,10 @@ pub(super) fn nominates_too_much(headers: &HeaderMap) -> bool {
 pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue, separator: &str) {
     join_lines(headers, &name);
     let before = headers.get(&name).filter(|before| !before.is_empty());
+    if before.is_some_and(illegal::is_value) || illegal::is_value(value) {
+        headers.insert(name, illegal::value());
+        return;
+    }
     let joined = before.map(|before| [before.as_bytes(), separator.as_bytes(), value.as_bytes()].concat());
     let value = match joined {
         // Two valid values and a separator make a valid value.
@@ -139,6 +144,10 @@ pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderVa
 /// Makes one line of several.
 pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
     if headers.get_all(name).iter().nth(1).is_none() {
+        return;
+    }
+    if headers.get_all(name).iter().any(illegal::is_value) {
+        headers.insert(name, illegal::value());
         return;
     }
     let lines: Vec<_> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
@@ -309,7 +318,8 @@ pub(crate) fn mutate_request(headers: &mut HeaderMap, mutations: &HeaderMutation
         let value = match &add.value {
             AddedValue::Literal(value) => Some(value.clone()),
             AddedValue::Format(format) => {
-                format.value(&Record { request_headers: Some(Headers::All(headers)), ..*record })
+                let record = Record { request_headers: Some(Headers::All(headers)), ..*record };
+                Some(format.value(&record).unwrap_or_else(illegal::value))
             }
         };
         apply(headers, add, value);
@@ -321,7 +331,7 @@ pub(super) fn add(headers: &mut HeaderMap, added: &[HeaderAdd], record: &Record<
     for add in added {
         let value = match &add.value {
             AddedValue::Literal(value) => Some(value.clone()),
-            AddedValue::Format(format) => format.value(record),
+            AddedValue::Format(format) => Some(format.value(record).unwrap_or_else(illegal::value)),
         };
         apply(headers, add, value);
     }

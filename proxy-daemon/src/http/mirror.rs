@@ -14,7 +14,7 @@ use http_body::{Frame, SizeHint};
 use super::{
     body::{Body, BodyError},
     buffered::Buffered,
-    call,
+    call, illegal,
     route_match::authority,
     stream::{RequestHead, StreamCx},
     upstream_head,
@@ -63,6 +63,10 @@ fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<
     };
     let cluster = cx.worker.clusters.get(name)?;
     let mut head = head.clone();
+    // What is not sent has no copies either.
+    if illegal::refusal(&head).is_some() {
+        return None;
+    }
     if !policy.mutations.is_empty() {
         cx.format_request(&mut head, |headers, record| policy.mutations.apply(headers, record));
     }

@@ -18,6 +18,7 @@ pub mod fuzz;
 mod hash_policy;
 pub(crate) mod headers;
 mod hedge;
+mod illegal;
 mod internal_redirect;
 mod io;
 pub mod leaving;

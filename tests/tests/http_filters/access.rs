@@ -114,7 +114,7 @@ fn engines() -> Vec<Case> {
     let by_path = "[{url_path: {path: {prefix: /x}}}]";
     let two = "rules: {action: DENY, policies: {b two: {permissions: [{url_path: {path: {prefix: /x}}}], principals: [{any: \
                true}]}, a one: {permissions: [{url_path: {path: {prefix: /x/y}}}], principals: [{any: true}]}}}";
-    vec![
+    let cases = vec![
         case("deny", RBAC, &rules("DENY", by_path, ANY), &["GET /", "GET /x", "POST /x\n\nbody", "HEAD /x"]),
         case(
             "gRPC",
@@ -178,7 +178,9 @@ fn engines() -> Vec<Case> {
         ),
         case("two filters", RBAC, &rules("DENY", by_path, ANY), &["GET /x", "GET /y", "GET /"])
             .then(RBAC, &rules("DENY", "[{url_path: {path: {prefix: /y}}}]", ANY)),
-    ]
+    ];
+    // What others are told of it.
+    cases.into_iter().map(|case| case.of_log("%DYNAMIC_METADATA(envoy.filters.http.rbac)%")).collect()
 }
 
 /// What filters have told, and what routes say.

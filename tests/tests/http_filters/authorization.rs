@@ -209,6 +209,16 @@ fn routes() -> Vec<Case> {
             PER_ROUTE,
             "check_settings: {with_request_body: {max_request_bytes: 10}}",
         ),
+        grpc("bytes by route", ", with_request_body: {max_request_bytes: 10}", &three).told(
+            By::Route,
+            PER_ROUTE,
+            "check_settings: {with_request_body: {max_request_bytes: 80, pack_as_bytes: true}}",
+        ),
+        grpc("no bytes by route", ", with_request_body: {max_request_bytes: 10, pack_as_bytes: true}", &three).told(
+            By::Route,
+            PER_ROUTE,
+            "check_settings: {with_request_body: {max_request_bytes: 80}}",
+        ),
         grpc("no bodies by route", ", with_request_body: {max_request_bytes: 10}", &three).told(
             By::Route,
             PER_ROUTE,

@@ -30,6 +30,7 @@ fn cors() -> Vec<Case> {
         preflight("http://a.test", ""),
         preflight("http://c.test", ""),
         preflight("http://a.test", private),
+        preflight("http://a.test", "\naccess-control-request-headers: x-c, x-d"),
         "GET /direct\norigin: http://a.test".to_owned(),
         "GET /plain\norigin: http://a.test".to_owned(),
         "GET /\norigin: http://a.test\nx-do: 200+access-control-allow-origin=x+access-control-expose-headers=y"
@@ -44,6 +45,23 @@ fn cors() -> Vec<Case> {
         by_route("only origins", origins),
         by_route("an empty policy", ""),
         by_route("any origin", "allow_origin_string_match: [{exact: \"*\"}], allow_credentials: false"),
+        by_route(
+            "all that is asked for",
+            &format!("{origins}, allow_methods: \"*\", allow_headers: \"*\", expose_headers: \"*\""),
+        ),
+        by_route(
+            "all that is asked for, with credentials",
+            &format!("{origins}, allow_methods: \"*\", allow_headers: \"*\", allow_credentials: true"),
+        ),
+        by_route(
+            "several lines of one header",
+            "allow_origin_string_match: [{suffix: .test}], allow_methods: \"*\", allow_headers: \"*\"",
+        )
+        .with_requests(&[
+            &preflight("http://a.test", "\naccess-control-request-headers: x-c\naccess-control-request-headers: x-d"),
+            &preflight("http://a.test", "\norigin: http://b.test"),
+            &preflight("http://a.test", "\norigin: http://b.none").replace("OPTIONS /", "OPTIONS /direct"),
+        ]),
         by_route("private networks", &format!("{origins}, allow_private_network_access: true")),
         by_route("preflights are kept", &format!("{origins}, forward_not_matching_preflights: false")),
         by_route("not enabled", &format!("{full}, {}", share("filter_enabled", 0))),

@@ -13,6 +13,7 @@ mod faults;
 mod grpc;
 mod harness;
 mod health_checks;
+mod illegal;
 mod limits;
 mod logs;
 mod metadata;
@@ -142,6 +143,16 @@ fn what_a_service_says_too_much_of_is_no_answer() -> Result<()> {
         ensure!(log.contains(" 403 UAEX ext_authz_error"), "case {case}: {texts:?}");
     }
     Ok(())
+}
+
+#[test]
+fn what_is_no_header_is_refused_as_by_envoy() -> Result<()> {
+    harness::compare(illegal::cases())
+}
+
+#[test]
+fn filters_are_switched_as_by_envoy() -> Result<()> {
+    harness::compare(illegal::switched())
 }
 
 #[test]

@@ -153,6 +153,13 @@ fn verified() -> Vec<Case> {
         with("!"),
         with("e30.e30.e30"),
         with("YQ.e30.e30"),
+        with("aaa.bbb.ccc"),
+        with("a.bbb.ccc"),
+        with("YQ==.e30.e30"),
+        with(&format!("{}=", good())),
+        with(&format!("{}==", good())),
+        with(&format!("{}===", good())),
+        with(&good().replace('.', "=.")),
         format!("GET /\nauthorization: Bearer {}x", good()),
         with(&signed("RS256", "{\"alg\": \"HS256\"}", payload)),
     ]);
@@ -253,6 +260,15 @@ fn told() -> Vec<Case> {
             "rules: {action: ALLOW, policies: {p: {permissions: [{any: true}], principals: [{metadata: {filter: \
              envoy.filters.http.jwt_authn, path: [{key: k}, {key: t}], value: {present_match: true}}}]}}}",
         ),
+        one(
+            "a claim that is no header",
+            ", claim_to_headers: [{header_name: x-sub, claim_name: sub}]",
+            &["a\\nb", "\u{fc}", ""].map(|sub| {
+                let token = token("HS256", &format!("{{\"iss\": \"i\", \"sub\": \"{sub}\"}}"));
+                format!("{}\nx-sub: forged", with(&token))
+            }),
+        )
+        .of_log("%RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS%"),
         one("metadata of tokens", ", payload_in_metadata: k, header_in_metadata: h", &[with(&good())]),
         one(
             "routes by claims",
@@ -320,6 +336,23 @@ fn requirements() -> Vec<Case> {
         format!("GET /plain\nx-q: {j}"),
         "OPTIONS /\norigin: a\naccess-control-request-method: GET".to_owned(),
     ];
+    let headers = "forward_payload_header: x-payload, claim_to_headers: [{header_name: x-sub, claim_name: sub}]";
+    let same_headers = format!(
+        "providers: {{p: {}, q: {}}}",
+        provider(&format!(", {headers}")),
+        provider(&format!(", {headers}")).replace("issuer: i", "issuer: j, from_headers: [{name: x-q}]")
+    );
+    let both = [
+        format!("{}\nx-q: {}", with(&good()), token("HS256", "{\"iss\": \"j\", \"sub\": \"other\"}")),
+        format!(
+            "GET /?access_token={}\nauthorization: Bearer {}",
+            good(),
+            token("HS256", "{\"iss\": \"i\", \"sub\": \"o\"}")
+        ),
+    ];
+    let of_both = |name, requires: &str| {
+        jwt(name, &format!("{same_headers}, rules: [{{match: {{prefix: /}}, requires: {{{requires}}}}}]"), &both)
+    };
     let rule = |name, requires: &str| {
         jwt(
             name,
@@ -337,6 +370,10 @@ fn requirements() -> Vec<Case> {
         rule("missing allowed", "allow_missing: {}"),
         rule("failed allowed", "allow_missing_or_failed: {}"),
         rule("other audiences", "provider_and_audiences: {provider_name: p, audiences: [z]}"),
+        of_both("the same headers, any", "requires_any: {requirements: [{provider_name: p}, {provider_name: q}]}"),
+        of_both("the same headers, all", "requires_all: {requirements: [{provider_name: p}, {provider_name: q}]}"),
+        of_both("the same headers, one", "provider_name: p"),
+        of_both("the same headers, whatever", "allow_missing: {}"),
         jwt("no rules", &providers, &requests[..2]),
         jwt(
             "preflight",

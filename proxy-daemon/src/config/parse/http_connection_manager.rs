@@ -21,7 +21,7 @@ use http::HeaderValue;
 
 use super::{
     access_log::access_logs,
-    common::{Result, cidrs, duration, header_value, http2, limit, number, required},
+    common::{Result, cidrs, duration, header_value, http2, limit, number, required, type_name},
     config_source::config_source,
     forwarded_cert, hcm_extensions,
     http1::http1,
@@ -235,6 +235,10 @@ fn filter_chain(list: &[HttpFilter], stat_prefix: &str, path: &str) -> Result<Ve
         let path = format!("{path}[{index}]");
         let last = index + 1 == count;
         let source = match &filter.config_type {
+            Some(ConfigType::TypedConfig(config)) if filter.is_optional && !filters::knows(config) => {
+                tracing::warn!("{path}: there is no filter for {}, and it is optional", type_name(config));
+                return Ok(None);
+            }
             Some(ConfigType::TypedConfig(config)) => {
                 let cx = FilterCx { path: &join(&path, "typed_config"), stat_prefix };
                 let factory = filters::parse(config, &cx)?;
@@ -259,9 +263,9 @@ fn filter_chain(list: &[HttpFilter], stat_prefix: &str, path: &str) -> Result<Ve
             // Envoy's words.
             return Err(FieldError::new(join(&path, "disabled"), "terminal filter cannot be disabled"));
         }
-        Ok(HttpFilterEntry { name: filter.name.as_str().into(), disabled: filter.disabled, source })
+        Ok(Some(HttpFilterEntry { name: filter.name.as_str().into(), disabled: filter.disabled, source }))
     };
-    list.iter().enumerate().map(parse).collect()
+    list.iter().enumerate().filter_map(|entry| parse(entry).transpose()).collect()
 }
 
 /// A filter that ECDS configures. The texts of errors are Envoy's.

@@ -249,7 +249,8 @@ pub(super) fn cors(policy: &CorsPolicy, path: &str) -> Result<FilterConfigOf> {
     filters::cors_of_route(policy, &join(path, "cors"))
 }
 
-/// `typed_per_filter_config`: for each filter its own message, or a `FilterConfig` around it.
+/// `typed_per_filter_config`: for each filter its own message, or a `FilterConfig` around it. What is optional and of no use to any
+/// filter here only switches the filter on, as in Envoy.
 pub(super) fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Result<PerFilterConfigs> {
     let parse = |(name, config): (&String, &ProtoAny)| {
         let path = format!("{}[\"{name}\"]", join(path, "typed_per_filter_config"));
@@ -258,9 +259,19 @@ pub(super) fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Res
             return Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: false, config })));
         }
         let wrapped: FilterConfig = unpack(config, &path)?;
-        // Nobody is told what he is not asked to do.
-        let config = wrapped.config.filter(|_| !wrapped.disabled);
-        let config = config.map(|config| filters::parse_per_route(&config, &join(&path, "config"))).transpose()?;
+        let config = match wrapped.config {
+            // Nobody is told what he is not asked to do.
+            _ if wrapped.disabled => None,
+            // Envoy's words.
+            None => {
+                let text = format!("Empty route/virtual host per filter configuration for {name} filter");
+                return Err(FieldError::new(path, text));
+            }
+            // The filter is only switched on.
+            Some(config) if config.type_url.is_empty() => None,
+            Some(config) if wrapped.is_optional && !filters::knows_per_route(&config) => None,
+            Some(config) => Some(filters::parse_per_route(&config, &join(&path, "config"))?),
+        };
         Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: wrapped.disabled, config })))
     };
     configs.iter().map(parse).collect()

@@ -72,6 +72,10 @@ fn walk(
             return Err(FieldError::unsupported(path.as_str()));
         }
         deprecated.field(&field, value, path)?;
+        if is_skipped(message, field.name()) {
+            path.truncate(here);
+            continue;
+        }
         let at = path.len();
         match value {
             Value::EnumNumber(number) if undefined(&field, *number) => {
@@ -107,6 +111,24 @@ fn walk(
     Ok(())
 }
 
+/// Whether it is the configuration of an HTTP filter that is optional, and of which there is none here.
+fn is_skipped(message: &DynamicMessage, field: &str) -> bool {
+    let of_filter = match message.descriptor().name() {
+        "HttpFilter" => field == "typed_config",
+        "FilterConfig" => field == "config",
+        _ => false,
+    };
+    if !of_filter || message.get_field_by_name("is_optional").and_then(|value| value.as_bool()) != Some(true) {
+        return false;
+    }
+    let config = message.get_field_by_name(field);
+    let url = config.as_ref().and_then(|value| value.as_message()?.get_field_by_name("type_url"));
+    let url = url.as_ref().and_then(|url| url.as_str()).unwrap_or_default();
+    let name = url.rsplit('/').next().unwrap_or_default();
+    let by_route = |filter: &filters::Registered| filter.per_route.is_some_and(|(known, _)| known == name);
+    !filters::REGISTRY.iter().any(|filter| filter.type_name == name || by_route(filter))
+}
+
 /// Which of a list of load balancing policies counts: what is before it is not known, and what comes after it is never looked at.
 fn counting_policy(policies: &[Value]) -> Option<usize> {
     let type_of = |policy: &Value| {
@@ -136,6 +158,10 @@ fn walk_any(
     }
     let text = |field: &str| any.get_field_by_name(field).and_then(|value| value.as_str().map(str::to_owned));
     let type_url = text("type_url").unwrap_or_default();
+    // Nothing: whether there must be something is another question.
+    if type_url.is_empty() {
+        return Ok(());
+    }
     let name = type_url.rsplit('/').next().unwrap_or_default();
     // An HTTP filter that is not in the table: its own parser knows its fields.
     if honoured(name).is_none() && filters::REGISTRY.iter().any(|filter| filter.type_name == name) {

@@ -16,7 +16,7 @@ use http::{
     header::{
         ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
         ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE,
-        ACCESS_CONTROL_REQUEST_METHOD, ORIGIN,
+        ACCESS_CONTROL_REQUEST_HEADERS, ACCESS_CONTROL_REQUEST_METHOD, ORIGIN,
     },
 };
 
@@ -30,6 +30,7 @@ use crate::{
     },
     http::{
         body::Body,
+        headers::joined,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
     layered_runtime::{Fraction, RuntimeFraction},
@@ -39,6 +40,7 @@ use crate::{
 const REQUEST_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-request-private-network");
 const ALLOW_PRIVATE_NETWORK: HeaderName = HeaderName::from_static("access-control-allow-private-network");
 const TRUE: HeaderValue = HeaderValue::from_static("true");
+const EMPTY: HeaderValue = HeaderValue::from_static("");
 
 #[derive(Debug)]
 struct CorsFactory {
@@ -82,6 +84,17 @@ impl<'a> Policies<'a> {
     }
 }
 
+/// What a request says in a header, in one line.
+fn all(headers: &HeaderMap, name: &HeaderName) -> HeaderValue {
+    let mut values = headers.get_all(name).iter();
+    match (values.next(), values.next()) {
+        (None, _) => EMPTY,
+        (Some(value), None) => value.clone(),
+        // Valid values and commas make a valid value.
+        _ => joined(headers, name).and_then(|all| HeaderValue::from_bytes(all.as_bytes()).ok()).unwrap_or(EMPTY),
+    }
+}
+
 /// Stands for every origin.
 fn is_star(matcher: &StringMatcher) -> bool {
     matches!(&matcher.pattern, StringPattern::Exact(text) if &**text == "*")
@@ -110,7 +123,10 @@ impl HttpFilterFactory for CorsFactory {
         if !enabled && !policy.shadow.includes(cx.random) {
             return Flow::Continue;
         }
-        let Some(origin) = head.headers.get(ORIGIN).filter(|origin| !origin.is_empty()) else { return Flow::Continue };
+        let origin = all(&head.headers, &ORIGIN);
+        if origin.is_empty() {
+            return Flow::Continue;
+        }
         let asked = head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
         let preflight = head.method == Method::OPTIONS && asked;
         let valid = policies.allows(origin.as_bytes());
@@ -121,7 +137,7 @@ impl HttpFilterFactory for CorsFactory {
         }
         if valid {
             instances.push(Box::new(CorsFilter {
-                origin: origin.clone(),
+                origin,
                 credentials: policies.allow_credentials(),
                 expose_headers: policies.first(|policy| policy.expose_headers.clone()),
             }));
@@ -135,8 +151,15 @@ impl HttpFilterFactory for CorsFactory {
             // As in Envoy: everything but the origin, without which the rest says nothing.
             reply.headers.push((ACCESS_CONTROL_ALLOW_CREDENTIALS, TRUE));
         }
+        // For all of them stands what was asked for.
+        let named = |allowed: Option<HeaderValue>, asked| match allowed {
+            Some(star) if star == "*" => Some(all(&head.headers, &asked)),
+            allowed => allowed,
+        };
         let methods = policies.first(|policy| policy.allow_methods.clone());
+        let methods = named(methods, ACCESS_CONTROL_REQUEST_METHOD);
         let headers = policies.first(|policy| policy.allow_headers.clone());
+        let headers = named(headers, ACCESS_CONTROL_REQUEST_HEADERS);
         let max_age = policies.first(|policy| policy.max_age.clone());
         reply.headers.extend(methods.map(|methods| (ACCESS_CONTROL_ALLOW_METHODS, methods)));
         reply.headers.extend(headers.map(|headers| (ACCESS_CONTROL_ALLOW_HEADERS, headers)));

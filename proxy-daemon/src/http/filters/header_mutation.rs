@@ -139,9 +139,7 @@ impl QueryMutation {
         };
         let value = match value {
             AddedValue::Literal(value) => encode(value.as_bytes(), is_unreserved),
-            AddedValue::Format(format) => {
-                format.value(record).map(|value| encode(value.as_bytes(), is_unreserved)).unwrap_or_default()
-            }
+            AddedValue::Format(format) => encode(&format.bytes(record), is_unreserved),
         };
         let pair = format!("{}={value}", encode(self.name.as_bytes(), is_unreserved));
         let name = self.name.as_bytes();

@@ -23,8 +23,10 @@ use crate::{
     config::{FieldError, model::RegexRewrite, parse},
     http::{
         body::Body,
+        headers::joined,
         metadata::Metadata,
-        route_match::cookie,
+        redirect::scheme,
+        route_match::{authority, cookie},
         stream::{RequestHead, ResponseHead, StreamCx},
     },
     stats::{Counter, Lease, Scope},
@@ -87,6 +89,7 @@ struct Rule {
 #[derive(Debug)]
 enum Source {
     Header { name: HeaderName, remove: bool },
+    Pseudo(Pseudo),
     Cookie(String),
 }
 
@@ -102,19 +105,56 @@ struct Told {
     base64: bool,
 }
 
+/// What HTTP/2 has among the headers, and others before them. In a response there is only the status.
+#[derive(Debug, Clone, Copy)]
+enum Pseudo {
+    Path,
+    Method,
+    Authority,
+    Scheme,
+    Status,
+}
+
+/// What is looked at.
+enum Looked<'a> {
+    Request(&'a mut RequestHead),
+    Response(&'a mut ResponseHead),
+}
+
+impl Looked<'_> {
+    fn headers(&mut self) -> &mut HeaderMap {
+        match self {
+            Looked::Request(head) => &mut head.headers,
+            Looked::Response(head) => &mut head.headers,
+        }
+    }
+
+    fn pseudo(&self, wanted: Pseudo) -> Option<String> {
+        match (self, wanted) {
+            (Looked::Request(head), Pseudo::Path) => Some(head.uri.path_and_query()?.as_str().to_owned()),
+            (Looked::Request(head), Pseudo::Method) => Some(head.method.as_str().to_owned()),
+            (Looked::Request(head), Pseudo::Authority) => Some(authority(head).to_owned()),
+            (Looked::Request(head), Pseudo::Scheme) => Some(scheme(head).to_owned()),
+            (Looked::Response(head), Pseudo::Status) => Some(head.status.as_str().to_owned()),
+            _ => None,
+        }
+    }
+}
+
 impl Source {
-    fn value(&self, headers: &mut HeaderMap) -> Option<String> {
+    fn value(&self, message: &mut Looked<'_>) -> Option<String> {
         match self {
             Source::Header { name, remove } => {
-                let values: Vec<_> = headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect();
-                let value = (!values.is_empty()).then(|| values.join(","));
+                let headers = message.headers();
+                let value = joined(headers, name).map(std::borrow::Cow::into_owned);
                 if *remove {
                     headers.remove(name);
                 }
                 value
             }
+            Source::Pseudo(wanted) => message.pseudo(*wanted),
             Source::Cookie(name) => {
-                cookie(headers, name).filter(|value| !value.is_empty()).map(std::borrow::Cow::into_owned)
+                cookie(message.headers(), name).filter(|value| !value.is_empty()).map(std::borrow::Cow::into_owned)
             }
         }
     }
@@ -164,9 +204,9 @@ impl Told {
     }
 }
 
-fn apply(rules: &[Rule], stats: Option<&Stats>, headers: &mut HeaderMap, cx: &StreamCx) {
+fn apply(rules: &[Rule], stats: Option<&Stats>, mut message: Looked<'_>, cx: &StreamCx) {
     for rule in rules {
-        let value = rule.source.value(headers);
+        let value = rule.source.value(&mut message);
         if let Some(stats) = stats {
             stats.rules_processed.inc();
             if value.is_none() && rule.missing.is_some() {
@@ -195,7 +235,7 @@ impl HttpFilterFactory for HeaderToMetadataFactory {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let rules: &Arc<Rules> = route.most_specific().unwrap_or(&self.0);
-        apply(&rules.request, rules.stats.as_ref().map(|[request, _]| request), &mut head.headers, cx);
+        apply(&rules.request, rules.stats.as_ref().map(|[request, _]| request), Looked::Request(head), cx);
         instances.extend(self.stream(route));
         Flow::Continue
     }
@@ -208,7 +248,7 @@ struct HeaderToMetadataFilter(Arc<Rules>);
 impl HttpFilter for HeaderToMetadataFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
         let stats = self.0.stats.as_ref().map(|[_, response]| response);
-        apply(&self.0.response, stats, &mut head.headers, cx);
+        apply(&self.0.response, stats, Looked::Response(head), cx);
         Flow::Continue
     }
 }
@@ -249,6 +289,22 @@ fn rule(rule: &ProtoRule, path: &str) -> Result<Rule, FieldError> {
         ("", "") => return refuse("One of Cookie or Header option needs to be specified"),
         ("", _) if rule.remove => return refuse("Cannot specify remove for cookie"),
         ("", cookie) => Source::Cookie(cookie.to_owned()),
+        (header, "") if header.starts_with(':') || header.eq_ignore_ascii_case("host") => {
+            if rule.remove {
+                return Err(FieldError::new(format!("{path}.remove"), "without this header there is no message"));
+            }
+            Source::Pseudo(match header.to_ascii_lowercase().as_str() {
+                ":path" => Pseudo::Path,
+                ":method" => Pseudo::Method,
+                ":authority" | "host" => Pseudo::Authority,
+                ":scheme" => Pseudo::Scheme,
+                ":status" => Pseudo::Status,
+                _ => {
+                    let all = ":path, :method, :authority, :scheme and :status";
+                    return Err(FieldError::unsupported_value(format!("{path}.header"), header, all));
+                }
+            })
+        }
         (header, "") => {
             let bad = |_| FieldError::new(format!("{path}.header"), format!("{header:?} is not a header name"));
             Source::Header { name: HeaderName::try_from(header).map_err(bad)?, remove: rule.remove }

@@ -235,6 +235,18 @@ pub fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, Field
     }
 }
 
+/// Whether a filter can be told this by a route.
+pub fn knows_per_route(config: &Any) -> bool {
+    let wanted = type_name(config);
+    REGISTRY.iter().filter_map(|filter| filter.per_route).any(|(name, _)| name == wanted)
+}
+
+/// Whether there is a filter that is configured by this.
+pub fn knows(typed_config: &Any) -> bool {
+    let wanted = type_name(typed_config);
+    REGISTRY.iter().any(|filter| filter.type_name == wanted)
+}
+
 /// One filter that Culvert knows.
 pub struct Registered {
     /// Envoy's canonical name, for example `envoy.filters.http.router`.

@@ -186,7 +186,7 @@ fn count(cx: &StreamCx, name: &str) {
 fn added(headers: &[ProtoHeader]) -> Vec<Change> {
     // `raw_value` is not looked at, as in Envoy.
     let change = |header: &ProtoHeader| Change::new(&header.key, header.value.as_bytes(), Action::Add);
-    headers.iter().take(MAX_HEADERS).filter_map(change).collect()
+    headers.iter().take(MAX_HEADERS).map(change).collect()
 }
 
 impl RateLimitFilter {
@@ -214,7 +214,7 @@ impl RateLimitFilter {
                 cluster.cluster.stats.upstream_rq.inc(configured.status.as_u16());
             }
             if configured.says_limited {
-                response.extend(Change::new(X_ENVOY_RATELIMITED.as_str(), b"true", Action::Set));
+                response.push(Change::new(X_ENVOY_RATELIMITED.as_str(), b"true", Action::Set));
             }
         } else {
             count(cx, &configured.names.ok);
@@ -275,7 +275,7 @@ fn state(statuses: &[DescriptorStatus]) -> Vec<Change> {
         ("x-ratelimit-remaining", status.limit_remaining.to_string()),
         ("x-ratelimit-reset", reset.to_string()),
     ];
-    headers.iter().filter_map(|(name, value)| Change::new(name, value.as_bytes(), Action::Add)).collect()
+    headers.iter().map(|(name, value)| Change::new(name, value.as_bytes(), Action::Add)).collect()
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {

@@ -52,6 +52,8 @@ struct RbacFactory {
     own: Engines,
     counters: Verdicts,
     shadow_counters: Verdicts,
+    /// `rules_stat_prefix`, which stands before what others are told of rules.
+    prefix: Box<str>,
     /// `shadow_rules_stat_prefix`, which stands before what others are told of shadow rules.
     shadow_prefix: Box<str>,
     /// Both are counted wherever the filter is.
@@ -225,6 +227,19 @@ fn text(text: &str) -> Value {
     Value { kind: Some(Kind::StringValue(text.to_owned())) }
 }
 
+impl RbacFactory {
+    /// Tells the result, and the policy, as dynamic metadata of these names.
+    fn tell(&self, [result, policy]: [&str; 2], prefix: &str, verdict: &Verdict<'_>, cx: &StreamCx) {
+        let told = [(result, Some(if verdict.allowed { "allowed" } else { "denied" })), (policy, verdict.policy)];
+        cx.progress.with_metadata(|metadata| {
+            let fields = &mut metadata.namespace_mut("envoy.filters.http.rbac").fields;
+            for (name, value) in told.iter().filter_map(|(name, value)| Some((name, (*value)?))) {
+                fields.insert(format!("{prefix}{name}"), text(value));
+            }
+        });
+    }
+}
+
 impl HttpFilterFactory for RbacFactory {
     fn request(
         &self,
@@ -237,19 +252,11 @@ impl HttpFilterFactory for RbacFactory {
         let engines = route.most_specific().unwrap_or(&self.own);
         if let Some(shadow) = &engines.shadow {
             let verdict = shadow.judge(&self.shadow_counters, head, cx);
-            let told = [
-                ("shadow_engine_result", Some(if verdict.allowed { "allowed" } else { "denied" })),
-                ("shadow_effective_policy_id", verdict.policy),
-            ];
-            cx.progress.with_metadata(|metadata| {
-                let fields = &mut metadata.namespace_mut("envoy.filters.http.rbac").fields;
-                for (name, value) in told.iter().filter_map(|(name, value)| Some((name, (*value)?))) {
-                    fields.insert(format!("{}{name}", self.shadow_prefix), text(value));
-                }
-            });
+            self.tell(["shadow_engine_result", "shadow_effective_policy_id"], &self.shadow_prefix, &verdict, cx);
         }
         let Some(rules) = &engines.rules else { return Flow::Continue };
         let verdict = rules.judge(&self.counters, head, cx);
+        self.tell(["enforced_engine_result", "enforced_effective_policy_id"], &self.prefix, &verdict, cx);
         if let Some(hint) = verdict.hint {
             cx.progress.with_metadata(|metadata| {
                 let hint = Value { kind: Some(Kind::BoolValue(hint)) };
@@ -297,6 +304,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         own: Engines { rules, shadow },
         counters: counted.verdicts(),
         shadow_counters: shadow_counted.verdicts(),
+        prefix: rules_stat_prefix.into(),
         shadow_prefix: shadow_rules_stat_prefix.into(),
         _leases: [scope.lease(), shadow_scope.lease()],
     }))

@@ -5,7 +5,7 @@ use super::{ALL, Fields};
 pub(super) const FIELDS: &[(&str, Fields)] = &[
     (
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpFilter",
-        &["name", "typed_config", "config_discovery", "disabled"],
+        &["name", "typed_config", "config_discovery", "disabled", "is_optional"],
     ),
     ("envoy.config.core.v3.ExtensionConfigSource", ALL),
     ("envoy.extensions.filters.http.on_demand.v3.OnDemand", ALL),

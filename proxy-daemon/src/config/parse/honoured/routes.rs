@@ -244,7 +244,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.route.v3.RateLimit.HitsAddend", &["number", "is_negative_hits"]),
     ("envoy.type.metadata.v3.MetadataKey", ALL),
     ("envoy.type.metadata.v3.MetadataKey.PathSegment", &["key"]),
-    ("envoy.config.route.v3.FilterConfig", &["config", "disabled"]),
+    ("envoy.config.route.v3.FilterConfig", ALL),
     (
         "envoy.config.route.v3.RedirectAction",
         &[

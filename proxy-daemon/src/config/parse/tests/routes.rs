@@ -270,7 +270,7 @@ fn what_envoy_refuses_is_refused() {
         (
             "typed_per_filter_config: { a: { '@type': type.googleapis.com/envoy.config.route.v3.FilterConfig, is_optional: \
              true } }, route: { cluster: up }",
-            "typed_per_filter_config[\"a\"].is_optional: not supported by culvert yet",
+            "typed_per_filter_config[\"a\"]: Empty route/virtual host per filter configuration for a filter",
         ),
         (
             "direct_response: { status: 200, body: { filename: /none/such } }",

@@ -23,7 +23,7 @@ use crate::{
     },
     http::{
         filters::{Flow, Redirect},
-        headers, internal_redirect, redirect,
+        headers, illegal, internal_redirect, redirect,
         stream::{RequestHead, ResponseHead, StreamCx},
     },
     stats::{Counter, Lease, Scope},
@@ -59,6 +59,7 @@ impl Led {
         let host = cx.upstream_host.as_ref().map(|host| host.host.display());
         cx.format_response(head.status, &mut head.headers, host, |headers, record| {
             headers::add(headers, &policy.response_headers, record);
+            illegal::strip(headers);
         });
         head.status = policy.status.unwrap_or(*status);
     }

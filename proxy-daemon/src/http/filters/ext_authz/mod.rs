@@ -5,7 +5,8 @@
 //! answered.
 //!
 //! **Limits.** A gRPC answer has at most 4 MiB (or `max_receive_message_length`), an HTTP answer's body 1 MiB, and of each list of
-//! changes the first 1000 are carried out. What is longer is no answer, and counts as an error. What is no header is passed over.
+//! changes the first 1000 are carried out. What is longer is no answer, and counts as an error. A
+//! request that is to have what is no header, or more headers than a client may send, is refused.
 
 mod attributes;
 mod config;
@@ -15,7 +16,7 @@ mod verdict;
 use std::{collections::HashMap, sync::Arc};
 
 use envoy_types::pb::google::protobuf::{Value, value::Kind};
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, StatusCode};
 
 pub(super) use config::{parse, parse_per_route};
 
@@ -51,6 +52,8 @@ struct Stats {
     disabled: Counter,
     failure_mode_allowed: Counter,
     ignored_dynamic_metadata: Counter,
+    invalid: Counter,
+    request_header_limits_reached: Counter,
     _lease: Lease,
 }
 
@@ -58,10 +61,8 @@ impl Stats {
     fn new(scope: &Scope) -> Stats {
         // Shown, and never counted: what they count is refused.
         for name in [
-            "invalid",
             "filter_state_name_collision",
             "omitted_response_headers",
-            "request_header_limits_reached",
             "response_header_limits_reached",
             "shadow_denied",
             "shadow_error",
@@ -75,6 +76,8 @@ impl Stats {
             disabled: scope.counter("disabled"),
             failure_mode_allowed: scope.counter("failure_mode_allowed"),
             ignored_dynamic_metadata: scope.counter("ignored_dynamic_metadata"),
+            invalid: scope.counter("invalid"),
+            request_header_limits_reached: scope.counter("request_header_limits_reached"),
             _lease: scope.lease(),
         }
     }
@@ -86,6 +89,7 @@ struct ClusterCounters {
     ok: Box<str>,
     denied: Box<str>,
     error: Box<str>,
+    invalid: Box<str>,
     failure_mode_allowed: Box<str>,
 }
 
@@ -97,6 +101,7 @@ impl ClusterCounters {
             ok: name("ok"),
             denied: name("denied"),
             error: name("error"),
+            invalid: name("invalid"),
             failure_mode_allowed: name("failure_mode_allowed"),
         }
     }
@@ -146,7 +151,10 @@ impl HttpFilterFactory for ExtAuthzFactory {
                 _ => Flow::Continue,
             };
         }
-        let buffer = told.and_then(|told| told.buffer).or(settings.buffer);
+        // How it is packed is not for routes to say, as in Envoy.
+        let as_bytes = settings.buffer.is_some_and(|own| own.as_bytes);
+        let by_route = told.and_then(|told| told.buffer).map(|buffer| Buffer { as_bytes, ..buffer });
+        let buffer = by_route.or(settings.buffer);
         let no_body = http_body::Body::is_end_stream(body) || head.extensions.get::<Upgrade>().is_some();
         let skips = no_body || told.is_some_and(|told| told.without_body);
         let levels = route.all::<Told>().flat_map(|told| &told.context_extensions);
@@ -163,6 +171,11 @@ impl HttpFilterFactory for ExtAuthzFactory {
 /// The answer where nobody can say whether the request may pass.
 fn failed(settings: &Settings) -> LocalReply {
     LocalReply::new(settings.status_on_error, "", ResponseFlags::UAEX, "ext_authz_error")
+}
+
+/// The answer where the service wants what cannot be.
+fn invalid() -> LocalReply {
+    LocalReply::new(StatusCode::INTERNAL_SERVER_ERROR, "", ResponseFlags::UAEX, "ext_authz_invalid")
 }
 
 impl HttpFilter for ExtAuthzFilter {
@@ -226,13 +239,18 @@ impl ExtAuthzFilter {
             Outcome::Ok => {
                 cx.reroute = self.settings.clear_route_cache && verdict.changes_request();
                 verdict.apply(head);
+                if verdict.exceeds(head, cx.max_headers) {
+                    stats.request_header_limits_reached.inc();
+                    count(stats.invalid, &names.invalid);
+                    return Flow::Respond(invalid());
+                }
                 self.response = verdict.response;
                 count(stats.ok, &names.ok);
                 Flow::Continue
             }
             Outcome::Denied => {
                 count(stats.denied, &names.denied);
-                let status = verdict.status.unwrap_or(http::StatusCode::FORBIDDEN);
+                let status = verdict.status.unwrap_or(StatusCode::FORBIDDEN);
                 if self.settings.charge_cluster {
                     charge(cluster.as_deref(), status.as_u16());
                 }

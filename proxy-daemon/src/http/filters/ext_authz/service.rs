@@ -150,7 +150,7 @@ impl HttpService {
         verdict.metadata = (!fields.is_empty()).then_some(Struct { fields: fields.into_iter().collect() });
         let taken = |matchers: &[StringMatcher], action| {
             let wanted = headers.iter().filter(|(name, _)| any(matchers, name));
-            wanted.filter_map(|(name, value)| Change::new(name.as_str(), value.as_bytes(), action)).collect::<Vec<_>>()
+            wanted.map(|(name, value)| Change::new(name.as_str(), value.as_bytes(), action)).collect::<Vec<_>>()
         };
         if status == StatusCode::OK {
             verdict.outcome = Outcome::Ok;
@@ -167,7 +167,7 @@ impl HttpService {
             };
             let shown = headers.iter().filter(|(name, _)| shown(name));
             verdict.reply =
-                shown.filter_map(|(name, value)| Change::new(name.as_str(), value.as_bytes(), Action::Add)).collect();
+                shown.map(|(name, value)| Change::new(name.as_str(), value.as_bytes(), Action::Add)).collect();
         }
         verdict
     }

@@ -13,7 +13,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::HOST};
 use crate::http::{
     changes::{Action, Change, Place, place},
     path::set_path,
-    stream::RequestHead,
+    redirect::scheme,
+    route_match::authority,
+    stream::{MaxHeaders, RequestHead},
 };
 
 /// The most changes that are carried out of one list of them.
@@ -60,7 +62,7 @@ fn by_append(option: &HeaderValueOption, otherwise: Action) -> Option<Change> {
     let header = option.header.as_ref()?;
     #[expect(deprecated, reason = "the one that Envoy looks at")]
     let joins = option.append.is_some_and(|append| append.value);
-    Change::new(&header.key, header.value.as_bytes(), if joins { Action::Join } else { otherwise })
+    Some(Change::new(&header.key, header.value.as_bytes(), if joins { Action::Join } else { otherwise }))
 }
 
 /// As a header is removed; pseudo-headers and the host stay.
@@ -138,6 +140,27 @@ impl Verdict {
         if !(self.query_set.is_empty() && self.query_remove.is_empty()) {
             self.set_query(head);
         }
+    }
+
+    /// Whether a request that was changed has more headers than one may have, or longer ones. As Envoy counts, with what stands in the
+    /// request's line.
+    pub(super) fn exceeds(&self, head: &RequestHead, max: MaxHeaders) -> bool {
+        if self.request.is_empty() {
+            return false;
+        }
+        let path = head.uri.path_and_query().map_or(0, |path| path.as_str().len());
+        // One that is too long has not become the request's.
+        let paths = self.request.iter().filter(|change| change.place == Place::Path).map(|change| change.value.len());
+        let line = [
+            (":path", paths.chain([path]).max().unwrap_or_default()),
+            (":method", head.method.as_str().len()),
+            (":scheme", scheme(head).len()),
+            (":authority", if head.headers.contains_key(HOST) { 0 } else { authority(head).len() }),
+        ];
+        let line = &line[..if head.headers.contains_key(HOST) { 3 } else { 4 }];
+        let of_line = line.iter().map(|(name, length)| name.len() + length);
+        let bytes = of_line.chain(head.headers.iter().map(|(name, value)| name.as_str().len() + value.len()));
+        head.headers.len() + line.len() > max.count as usize || bytes.sum::<usize>() > max.kilobytes as usize * 1024
     }
 
     fn set_query(&self, head: &mut RequestHead) {

@@ -7,14 +7,13 @@ use std::{
 
 use arc_swap::ArcSwapOption;
 use aws_lc_rs::{hmac, rsa::PublicKeyComponents, signature};
-use base64::Engine as _;
 use http::{HeaderValue, Method, Request, StatusCode, Uri, header::HOST};
 use serde_json::{Map, Value};
 use tokio::sync::Mutex;
 
 use super::{
     Stats,
-    token::{BASE64, Status, Token},
+    token::{Status, Token, decode},
 };
 use crate::http::{body::Body, call, stream::StreamCx};
 
@@ -79,7 +78,7 @@ impl Keys {
 impl Key {
     fn parse(key: &Map<String, Value>) -> Option<Key> {
         let text = |name: &str| key.get(name).and_then(Value::as_str);
-        let bytes = |name: &str| BASE64.decode(text(name)?).ok().filter(|bytes| !bytes.is_empty());
+        let bytes = |name: &str| decode(text(name)?).filter(|bytes| !bytes.is_empty());
         let trimmed = |bytes: Vec<u8>| bytes.into_iter().skip_while(|byte| *byte == 0).collect::<Vec<_>>();
         let material = match text("kty")? {
             "RSA" => Material::Rsa { modulus: trimmed(bytes("n")?), exponent: trimmed(bytes("e")?) },
@@ -250,7 +249,9 @@ impl KeySource {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use base64::Engine as _;
+
+    use super::{super::token::BASE64, *};
 
     fn token(header: &str, key: &[u8]) -> Token {
         let signed = format!("{}.{}", BASE64.encode(header), BASE64.encode("{}"));

@@ -38,7 +38,7 @@ use crate::{
     access_log::ResponseFlags,
     http::{
         body::Body,
-        metadata,
+        illegal, metadata,
         redirect::scheme,
         route_match::{authority, matches},
         stream::{LocalReply, RequestHead, StreamCx},
@@ -106,11 +106,7 @@ impl HttpFilterFactory for JwtFactory {
     ) -> Flow {
         let settings = &self.0;
         // What only verified tokens say, also where none is asked for.
-        for provider in &settings.providers {
-            for name in provider.payload_header.iter().chain(provider.claims.iter().map(|(name, _)| name)) {
-                head.headers.remove(name);
-            }
-        }
+        settings.providers.iter().for_each(|provider| provider.clear(head));
         let preflight = head.method == Method::OPTIONS
             && head.headers.get(ORIGIN).is_some_and(|origin| !origin.is_empty())
             && head.headers.get(ACCESS_CONTROL_REQUEST_METHOD).is_some_and(|method| !method.is_empty());
@@ -206,6 +202,8 @@ impl Settings {
         Box::pin(async move {
             match requirement {
                 Requirement::Provider(number, audiences) => {
+                    // What another one has told there is not this one's word.
+                    self.providers[*number].clear(head);
                     let tokens = extract::tokens(&self.providers, &[*number], head);
                     self.verify_all(tokens, Some(*number), audiences.as_deref(), head, cx).await
                 }
@@ -246,6 +244,7 @@ impl Settings {
 
     /// The tokens of whatever provider.
     async fn verify_any(&self, head: &mut RequestHead, cx: &mut StreamCx) -> Result<(), Status> {
+        self.providers.iter().for_each(|provider| provider.clear(head));
         let all: Vec<_> = (0..self.providers.len()).collect();
         let tokens = extract::tokens(&self.providers, &all, head);
         self.verify_all(tokens, None, None, head, cx).await
@@ -316,6 +315,13 @@ fn same(a: &str, b: &str) -> bool {
 }
 
 impl Provider {
+    /// Takes away the headers that its tokens become.
+    fn clear(&self, head: &mut RequestHead) {
+        for name in self.payload_header.iter().chain(self.claims.iter().map(|(name, _)| name)) {
+            head.headers.remove(name);
+        }
+    }
+
     /// What a good token changes.
     fn tell(&self, token: &Token, found: &Found, head: &mut RequestHead, cx: &mut StreamCx) {
         if let Some(name) = &self.payload_header {
@@ -323,12 +329,14 @@ impl Provider {
             let padding = if self.pad_payload { (4 - text.len() % 4) % 4 } else { 0 };
             let text = format!("{text}{}", "=".repeat(padding));
             if let Ok(value) = HeaderValue::from_str(&text) {
-                head.headers.insert(name, value);
+                // A request may have several tokens.
+                let _ = head.headers.try_append(name, value);
             }
         }
         for (name, way) in &self.claims {
-            let value = claim(&token.payload, way).and_then(|text| HeaderValue::from_str(&text).ok());
-            if let Some(value) = value {
+            let text = claim(&token.payload, way).filter(|text| !text.is_empty());
+            if let Some(text) = text {
+                let value = HeaderValue::from_bytes(text.as_bytes()).unwrap_or_else(|_| illegal::value());
                 let _ = head.headers.try_append(name, value);
                 cx.reroute |= self.clear_route_cache;
             }

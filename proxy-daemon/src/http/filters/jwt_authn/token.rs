@@ -7,13 +7,26 @@ use base64::{
 };
 use serde_json::{Map, Value};
 
-/// Base64url as tokens have it: without padding, or with.
+/// Base64url as tokens have it, without its padding. As in Envoy bits of the last character that say nothing may be anything.
 pub(super) const BASE64: GeneralPurpose = GeneralPurpose::new(
     &URL_SAFE,
     GeneralPurposeConfig::new()
         .with_encode_padding(false)
-        .with_decode_padding_mode(base64::engine::DecodePaddingMode::Indifferent),
+        .with_decode_allow_trailing_bits(true)
+        .with_decode_padding_mode(base64::engine::DecodePaddingMode::RequireNone),
 );
+
+/// What a text in base64url stands for. As Envoy reads it: white space counts for nothing, and of padding there is none or all.
+pub(super) fn decode(text: &str) -> Option<Vec<u8>> {
+    let space = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0x0b;
+    let text: Vec<u8> = text.bytes().filter(|byte| !space(byte)).collect();
+    let length = text.iter().rposition(|byte| *byte != b'=').map_or(0, |last| last + 1);
+    let padding = text.len() - length;
+    if padding > 2 || padding > 0 && !text.len().is_multiple_of(4) {
+        return None;
+    }
+    BASE64.decode(&text[..length]).ok()
+}
 
 macro_rules! statuses {
     ($($name:ident $text:literal)*) => {
@@ -116,7 +129,7 @@ impl Token {
         }
         let [header_text, payload_text, signature] = sections[..] else { return Err(Status::BadFormat) };
         let object = |text: &str, bad_base64, bad_json| -> Result<Map<String, Value>, Status> {
-            let bytes = BASE64.decode(text).map_err(|_| bad_base64)?;
+            let bytes = decode(text).ok_or(bad_base64)?;
             match serde_json::from_slice(&bytes) {
                 Ok(Value::Object(fields)) => Ok(fields),
                 _ => Err(bad_json),
@@ -144,7 +157,7 @@ impl Token {
             }
             Some(_) => return Err(Status::AudNotString),
         };
-        let signature = BASE64.decode(signature).map_err(|_| Status::SignatureBadBase64)?;
+        let signature = decode(signature).ok_or(Status::SignatureBadBase64)?;
         let signed = format!("{header_text}.{payload_text}");
         Ok(Token {
             signed,
@@ -214,6 +227,16 @@ mod tests {
         assert_eq!(parsed(r#"{"alg": "none"}"#, "{}").unwrap_err(), Status::HeaderUnknownAlg);
         let nested = format!("{{\"a\": {}}}", "[".repeat(100_000));
         assert_eq!(parsed(good, &nested).unwrap_err(), Status::PayloadBadJson, "it does not take the stack");
+    }
+
+    #[test]
+    fn base64_is_read_as_envoy_reads_it() {
+        for text in ["YQ", "YQ==", "YR", " Y Q\t=="] {
+            assert_eq!(decode(text).as_deref(), Some(&b"a"[..]), "{text:?}");
+        }
+        for text in ["YQ=", "YQ===", "Y", "YWJj=", "Y+", "=", "YQ==YQ=="] {
+            assert_eq!(decode(text), None, "{text:?}");
+        }
     }
 
     #[test]
