@@ -126,7 +126,13 @@ fn run(flags: Flags) -> anyhow::Result<()> {
                 _ = interrupt.recv() => tracing::info!("SIGINT: closing"),
             }
         };
-        Discovery::start(config).await?.run(asked).await
+        tokio::pin!(asked);
+        // To start may take for ever: it waits for a cluster that can be read.
+        let discovery = tokio::select! {
+            started = Discovery::start(config) => started?,
+            () = &mut asked => return Ok(()),
+        };
+        discovery.run(asked).await
     })
 }
 

@@ -189,6 +189,34 @@ async fn a_dead_api_server_does_not_keep_the_others_from_being_served() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_waits_for_its_clusters_ends_when_it_is_told_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut east = cluster(&["10.1.0.1"]).await;
+    east.down();
+    let config = write(&directory, "discovery.yaml", &json!({ "initial_wait": 0, "clusters": [of(&east, "east")] }));
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_culvert-discovery"))
+        .args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "-c", &config])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stderr.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().contains("cluster `east`")), "it ended without a word");
+    let id = child.id().to_string();
+    assert!(std::process::Command::new("kill").arg(id).status().unwrap().success());
+    let started = Instant::now();
+    let ended = loop {
+        if let Some(ended) = child.try_wait().unwrap() {
+            break ended;
+        }
+        if started.elapsed() > DEADLINE {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(ended.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_operators_drain_clusters() {
     let directory = tempfile::tempdir().unwrap();
     let east = cluster(&["10.1.0.1"]).await;
