@@ -2,13 +2,15 @@
 
 use std::str::FromStr as _;
 
+use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderName;
 
-use crate::http::metadata::Metadata;
+use crate::http::metadata::{Metadata, Told};
 
 use super::{
     Headers, Record,
     fields::{FIELDS, Field, missing},
+    json_text,
     operators::Special,
     time::{self, TimeFormat},
 };
@@ -47,6 +49,8 @@ pub(super) enum FormatError {
     Arguments { name: String, text: String },
     #[error("%START_TIME%: {0}")]
     Time(String),
+    #[error("is nested too deeply")]
+    TooDeep,
 }
 
 #[derive(Debug)]
@@ -79,10 +83,26 @@ impl MetadataPath {
 
     /// Appends the value.
     pub(super) fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, metadata: Option<&Metadata>) {
-        match metadata.and_then(|metadata| metadata.show(&self.namespace, &self.path)) {
-            Some(told) => out.extend_from_slice(&told.as_bytes()[..told.len().min(self.max_len)]),
-            None => missing(out, record),
+        let before = out.len();
+        match metadata.and_then(|metadata| metadata.find(&self.namespace, &self.path)) {
+            Some(told) => told.write(out),
+            None => return missing(out, record),
         }
+        out.truncate(before.saturating_add(self.max_len));
+    }
+
+    /// Appends the value as JSON; false where there is none.
+    pub(super) fn write_json(&self, out: &mut Vec<u8>, metadata: Option<&Metadata>) -> bool {
+        let told = metadata.and_then(|metadata| metadata.find(&self.namespace, &self.path));
+        match told {
+            Some(Told::Value(Kind::StringValue(text))) => {
+                json_text::string(out, &text.as_bytes()[..text.len().min(self.max_len)]);
+            }
+            Some(Told::Value(kind)) => json_text::value(out, kind),
+            Some(Told::Fields(fields)) => json_text::object(out, fields),
+            None => {}
+        }
+        told.is_some()
     }
 }
 
@@ -148,8 +168,13 @@ impl Format {
         Ok(Format(ops))
     }
 
+    /// Its operators and the texts between them.
+    pub(super) fn ops(&self) -> &[Op] {
+        &self.0
+    }
+
     /// All operators, also those within others.
-    fn ops(&self) -> impl Iterator<Item = &Op> + Clone {
+    fn all_ops(&self) -> impl Iterator<Item = &Op> + Clone {
         self.0.iter().flat_map(|op| match op {
             Op::Special(Special::Coalesce(ops)) => &ops[..],
             op => std::slice::from_ref(op),
@@ -158,7 +183,7 @@ impl Format {
 
     /// The headers of a part of the messages that the format looks at.
     pub(super) fn headers(&self, part: Part) -> impl Iterator<Item = &HeaderName> {
-        let ops = self.ops();
+        let ops = self.all_ops();
         let choices = ops.clone().filter_map(move |op| match (op, part) {
             (Op::Request(choice), Part::Request)
             | (Op::Response(choice), Part::Response)
@@ -180,17 +205,6 @@ impl Format {
             [] => Some(""),
             [Op::Text(text)] => Some(text),
             _ => None,
-        }
-    }
-
-    /// Whether it is one operator, and nothing around it; and whether that one makes numbers.
-    pub(super) fn single(&self) -> (bool, bool) {
-        match self.0.as_slice() {
-            [Op::Text(_)] => (false, false),
-            [Op::Field(field)] => (true, field.is_number()),
-            [Op::Special(special)] => (true, special.is_number()),
-            [_] => (true, false),
-            _ => (false, false),
         }
     }
 

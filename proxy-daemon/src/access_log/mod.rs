@@ -9,12 +9,15 @@ mod flags;
 mod format;
 mod grpc;
 mod json;
+pub(crate) mod json_text;
 mod operators;
 mod record;
 mod sink;
 mod time;
 
 use std::{path::Path, sync::Arc};
+
+use envoy_types::pb::google::protobuf::Struct;
 
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
@@ -34,21 +37,17 @@ use crate::config::{
 /// One configured log. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AccessLog {
-    format: Arc<Format>,
+    format: Arc<Substitution>,
     sink: Arc<Sink>,
     filter: Arc<AccessLogFilter>,
 }
 
 impl AccessLog {
-    /// Compiles the format and opens the file. The error's path is relative to the log's own configuration.
+    /// Opens the file. The error's path is relative to the log's own configuration.
     pub fn new(config: &AccessLogConfig) -> Result<AccessLog, FieldError> {
-        let format = match &config.format {
-            Some(format) => Format::parse(format)
-                .map_err(|e| FieldError::new("log_format.text_format_source.inline_string", e.to_string()))?,
-            None => Format::envoy_default(),
-        };
         let sink = Sink::open(&config.sink).map_err(|e| FieldError::new("path", e))?;
-        Ok(AccessLog { format: Arc::new(format), sink, filter: Arc::new(config.filter.clone()) })
+        let format = config.format.clone().unwrap_or_else(|| Arc::new(Substitution::envoy_default()));
+        Ok(AccessLog { format, sink, filter: Arc::new(config.filter.clone()) })
     }
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
@@ -71,7 +70,7 @@ impl AccessLog {
         if !self.filter.admits(record) {
             return;
         }
-        sink::append(&self.sink, |line| self.format.write(line, record));
+        sink::append(&self.sink, |line| self.format.append(line, record));
     }
 }
 
@@ -128,9 +127,9 @@ impl HeaderFormat {
     }
 }
 
-/// A body that is made for each answer: `SubstitutionFormatString`.
+/// A line or a body that is made of a record: `SubstitutionFormatString`.
 #[derive(Debug)]
-pub struct BodyFormat {
+pub struct Substitution {
     template: Template,
     omit_empty_values: bool,
 }
@@ -141,34 +140,53 @@ enum Template {
     Json(JsonFormat),
 }
 
-impl BodyFormat {
+impl Substitution {
+    /// What a log without a format of its own writes.
+    fn envoy_default() -> Substitution {
+        Substitution { template: Template::Text(Format::envoy_default()), omit_empty_values: false }
+    }
+
     /// Compiles a text.
     ///
     /// # Errors
     /// Why it is no format.
-    pub fn text(text: &str, omit_empty_values: bool) -> Result<BodyFormat, String> {
+    pub fn text(text: &str, omit_empty_values: bool) -> Result<Substitution, String> {
         let template = Format::parse(text).map(Template::Text).map_err(|error| error.to_string())?;
-        Ok(BodyFormat { template, omit_empty_values })
+        Ok(Substitution { template, omit_empty_values })
     }
 
     /// Compiles a JSON value whose texts are formats.
     ///
     /// # Errors
     /// Why one of them is none.
-    pub fn json(template: &serde_json::Value, omit_empty_values: bool) -> Result<BodyFormat, String> {
+    pub fn json(template: &Struct, omit_empty_values: bool) -> Result<Substitution, String> {
         let template = JsonFormat::parse(template).map(Template::Json).map_err(|error| error.to_string())?;
-        Ok(BodyFormat { template, omit_empty_values })
+        Ok(Substitution { template, omit_empty_values })
     }
 
-    /// The body for `record`.
-    pub fn write(&self, record: &Record<'_>) -> Vec<u8> {
-        let mut body = Vec::new();
-        let missing = if self.omit_empty_values { "" } else { "-" };
+    /// The headers of a part of the messages that it shows.
+    fn headers(&self, part: Part) -> impl Iterator<Item = &http::HeaderName> {
+        let formats: Box<dyn Iterator<Item = &Format>> = match &self.template {
+            Template::Text(format) => Box::new(std::iter::once(format)),
+            Template::Json(format) => format.formats(),
+        };
+        formats.flat_map(move |format| format.headers(part))
+    }
+
+    /// Appends what it makes of `record`.
+    fn append(&self, out: &mut Vec<u8>, record: &Record<'_>) {
         match &self.template {
-            Template::Text(format) => format.write(&mut body, &Record { missing, ..*record }),
-            Template::Json(format) => format.write(&mut body, record, self.omit_empty_values),
+            Template::Text(format) if self.omit_empty_values => format.write(out, &Record { missing: "", ..*record }),
+            Template::Text(format) => format.write(out, record),
+            Template::Json(format) => format.write(out, record, self.omit_empty_values),
         }
-        body
+    }
+
+    /// What it makes of `record`.
+    pub fn write(&self, record: &Record<'_>) -> Vec<u8> {
+        let mut made = Vec::new();
+        self.append(&mut made, record);
+        made
     }
 }
 
@@ -177,9 +195,4 @@ pub fn rfc3339(at: std::time::SystemTime) -> String {
     let mut text = Vec::new();
     time::write_default(&mut text, at);
     String::from_utf8(text).unwrap_or_default()
-}
-
-/// Why `format` is not a format that Culvert can write; `Ok` where it is one.
-pub fn check_format(format: &str) -> Result<(), FieldError> {
-    Format::parse(format).map(drop).map_err(|e| FieldError::new("", e.to_string()))
 }

@@ -14,6 +14,7 @@ use super::{
     fields::{missing, number},
     format::{FormatError, MetadataPath, Op, Operator, Part},
     grpc,
+    json::NOTHING,
     time::{self, TimeFormat},
 };
 
@@ -180,8 +181,6 @@ impl Special {
             Special::EmitTime(None) => time::write_default(out, SystemTime::now()),
             Special::EmitTime(Some(format)) => format.write(out, SystemTime::now()),
             Special::Coalesce(ops) => {
-                /// No header's value and no other text has this.
-                const NOTHING: &str = "\0";
                 let before = out.len();
                 let asked = Record { missing: NOTHING, ..*record };
                 for op in ops {

@@ -7,7 +7,7 @@ use envoy_types::pb::{
     google::protobuf::{ListValue, Struct, Value, value::Kind},
 };
 
-use crate::config::model::value_at;
+use crate::{access_log::json_text, config::model::value_at};
 
 /// What filters have told about one stream.
 #[derive(Debug, Default)]
@@ -29,15 +29,40 @@ impl Metadata {
         Metadata(config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone())).collect())
     }
 
-    /// The value at a path below `namespace`, as access logs show it: text as it is, the rest as JSON.
-    pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
+    /// The value at a path below `namespace`; nulls are none.
+    pub fn find(&self, namespace: &str, path: &[Box<str>]) -> Option<Told<'_>> {
+        let fields = self.namespace(namespace)?;
         if path.is_empty() {
-            return Some(serde_json::Value::Object(object(self.namespace(namespace)?)).to_string());
+            return Some(Told::Fields(fields));
         }
-        match &value_at(self.namespace(namespace), path.iter().map(|key| &**key))?.kind {
-            None | Some(Kind::NullValue(_)) => None,
-            Some(Kind::StringValue(text)) => Some(text.clone()),
-            Some(kind) => Some(json(kind).to_string()),
+        let kind = value_at(Some(fields), path.iter().map(|key| &**key))?.kind.as_ref();
+        kind.filter(|kind| !matches!(kind, Kind::NullValue(_))).map(Told::Value)
+    }
+
+    /// The value at a path below `namespace`, as access logs show it.
+    pub fn show(&self, namespace: &str, path: &[Box<str>]) -> Option<String> {
+        let mut shown = Vec::new();
+        self.find(namespace, path)?.write(&mut shown);
+        String::from_utf8(shown).ok()
+    }
+}
+
+/// Something that metadata tells.
+#[derive(Debug, Clone, Copy)]
+pub enum Told<'a> {
+    /// All of a namespace.
+    Fields(&'a Struct),
+    /// No null.
+    Value(&'a Kind),
+}
+
+impl Told<'_> {
+    /// Appends it as access logs show it: text as it is, the rest as JSON.
+    pub fn write(self, out: &mut Vec<u8>) {
+        match self {
+            Told::Value(Kind::StringValue(text)) => out.extend_from_slice(text.as_bytes()),
+            Told::Value(kind) => json_text::value(out, kind),
+            Told::Fields(fields) => json_text::object(out, fields),
         }
     }
 }

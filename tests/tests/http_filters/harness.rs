@@ -42,6 +42,8 @@ pub struct Case {
     domains: &'static str,
     /// What its access log says further, of each request.
     of_log: String,
+    /// The format of its access log in the place of that: fields of the log in flow style.
+    log_format: String,
 }
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, or the whole name, `config` its fields in flow style, without the braces.
@@ -62,6 +64,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         told: Default::default(),
         domains: "domains: [\"*\"]",
         of_log: String::new(),
+        log_format: String::new(),
     }
 }
 
@@ -125,6 +128,12 @@ impl Case {
     /// With this at the end of the lines of its access log.
     pub fn of_log(mut self, format: &str) -> Case {
         self.of_log = format!(" {format}");
+        self
+    }
+
+    /// With this format of its access log, which is fields of the log in flow style.
+    pub fn of_log_format(mut self, fields: &str) -> Case {
+        self.log_format = fields.to_owned();
         self
     }
 
@@ -441,6 +450,10 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
                   %ACCESS_LOG_TYPE% %DYNAMIC_METADATA(ns)% %DYNAMIC_METADATA(ns:k)% %DYNAMIC_METADATA(ns:s:k)% %DYNAMIC_METADATA(envoy.filters.http.header_to_metadata)% \
                   %DYNAMIC_METADATA(ns:k):3% %DYNAMIC_METADATA(envoy.filters.http.ext_authz:k)% %DYNAMIC_METADATA(envoy.filters.http.ratelimit:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:k)% %DYNAMIC_METADATA(envoy.filters.http.jwt_authn:h)%";
     let format = format.replace("LENGTHS", lengths) + &case.of_log;
+    let format = match case.log_format.as_str() {
+        "" => format!("log_format: {{text_format_source: {{inline_string: \"{format}\n\"}}}}"),
+        fields => fields.to_owned(),
+    };
     format!(
         r#"  - name: http_{port}
     address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
@@ -455,7 +468,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
               path: {log}
-              log_format: {{text_format_source: {{inline_string: "{format}\n"}}}}
+              {format}
           route_config:
             name: local
             typed_per_filter_config: {{{by_config}}}

@@ -87,10 +87,48 @@ fn operators() -> Case {
         .of_log(&named(&[OPERATORS, OWN_VALUES].concat()))
 }
 
+/// Every operator of the tables alone, which keeps its type, and templates of every kind.
+fn json(name: &'static str, omit: bool) -> Case {
+    let alone = OPERATORS.iter().flat_map(|operators| operators.split("% %"));
+    let alone = alone.map(|operator| format!("%{}%", operator.trim_matches('%')));
+    let quoted = |text: &str| text.replace('"', "\\\"");
+    let alone: Vec<_> =
+        alone.enumerate().map(|(index, operator)| format!("op{index}: \"{}\"", quoted(&operator))).collect();
+    let own = "own: [\"~%REQUEST_DURATION%~\", \"~%UPSTREAM_CONNECTION_ID%~\", \"~%CONNECTION_ID%~\"]";
+    let numbers = "numbers: [1, 0, -3, 100000, 1000000, 1200000, 12000000, -100000, true, false, null, \"\"]";
+    let texts = "texts: [\"x %RESPONSE_CODE% y %REQ(x-none)%\", \"%RESPONSE_CODE%%BYTES_SENT%\", \"100%%\", \"lit \\\" \\\\ / <>& é \\t\"]";
+    let kinds = "kinds: [\"%RESPONSE_CODE%\", \"%BYTES_SENT%\", \"%BYTES_RECEIVED%\", \"%RESPONSE_FLAGS%\", \"%RESPONSE_CODE_DETAILS%\", \"%RESP(:status)%\", \"%ROUTE_NAME%\", \"%UPSTREAM_HOST%\", \"%DOWNSTREAM_LOCAL_PORT%\", \"%LOCAL_REPLY_BODY%\", \"%CUSTOM_FLAGS%\"]";
+    let metadata = "metadata: {all: \"%DYNAMIC_METADATA(ns)%\", k: \"%DYNAMIC_METADATA(ns:k):2%\", n: \"%DYNAMIC_METADATA(ns:n)%\", text: \"x%DYNAMIC_METADATA(ns:n)%\", s: \"%DYNAMIC_METADATA(ns:s)%\", l: \"%METADATA(DYNAMIC:ns:l)%\", in_text: \"of %DYNAMIC_METADATA(ns)%\", none: \"%DYNAMIC_METADATA(none)%\", null: \"%DYNAMIC_METADATA(ns:z)%\"}";
+    let headers = "headers: {\"a \\\"key\\\"\": \"%REQ(x-a)%\", text: \"of %REQ(x-a)% and\", list: [\"%REQ(x-none)%\", {k: \"%REQ(x-none)%\"}, []], empty: {}}";
+    let template =
+        [alone.join(", "), own.into(), numbers.into(), texts.into(), kinds.into(), metadata.into(), headers.into()];
+    let values = "k: set, n: 100000, m: 3, b: true, s: {t: \"a \\\" \\n\", f: [1, x]}, l: [1, [2]], z: null";
+    let metadata = format!("metadata: [{{metadata_namespace: ns, value: {{{values}}}}}]");
+    case(name, "set_metadata.v3.Config", &metadata, &[])
+        .of_routes("", "retry_policy: {retry_on: 5xx, num_retries: 2}")
+        .with_requests(&[
+            "GET /p/q?a=1&b=%20xyz&a=2&c%22=\nx-a: a \"quoted\" \\ text\tand é",
+            "GET /direct\nx-a: plain",
+            "POST /\n\nbody",
+            "GET /\nx-do: 503",
+            "GET /\nhost: a,b",
+            &called("application/grpc", "", "status 5"),
+        ])
+        .of_log_format(&format!("log_format: {{json_format: {{{}}}, omit_empty_values: {omit}}}", template.join(", ")))
+}
+
 pub fn cases() -> Vec<Case> {
     let requests = ["GET /", "POST /\nx-do: 503\n\nbody", "GET /direct", "GET /\nx-do: reset", "GET /\nhost: a,b"];
+    let told = "{z: \"%RESPONSE_CODE%\", a: \"%REQ(x-none)%\", b: \"x%REQ(x-none)%\", n: {l: [1, \"%PROTOCOL%\"]}}";
     vec![
         operators(),
+        json("json_format", false),
+        json("json_format with omit_empty_values", true),
+        of("json_format of old", "", &requests).of_log_format(&format!("json_format: {told}")),
+        of("typed_json_format of old", "", &requests).of_log_format(&format!("typed_json_format: {told}")),
+        of("text and omit_empty_values", "", &requests).of_log_format(
+            "log_format: {text_format_source: {inline_string: \"%REQ(x-none)%|%RESPONSE_FLAGS%|%RESPONSE_CODE%|%ROUTE_NAME%\\n\"}, omit_empty_values: true}",
+        ),
         of("a line at the end", "", &requests),
         of("flush_access_log_on_new_request", "flush_access_log_on_new_request: true", &requests),
         of("access_log_flush_interval", "access_log_flush_interval: 0.5s", &["GET /\nx-do: 200+delay=750", "GET /"]),

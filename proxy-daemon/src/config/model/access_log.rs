@@ -3,7 +3,7 @@ use std::{path::PathBuf, sync::Arc};
 use super::HeaderMatcher;
 
 use crate::{
-    access_log::ResponseFlags,
+    access_log::{ResponseFlags, Substitution},
     layered_runtime::{Denominator, RuntimeInteger},
 };
 
@@ -12,8 +12,8 @@ use crate::{
 pub struct AccessLogConfig {
     /// Where the lines go.
     pub sink: AccessLogSink,
-    /// Envoy's format string (`%REQ(:METHOD)% ...`); `None` is Envoy's default format.
-    pub format: Option<String>,
+    /// How lines are made; `None` is Envoy's default format.
+    pub format: Option<Arc<Substitution>>,
     /// Which requests and connections get a line.
     pub filter: AccessLogFilter,
 }

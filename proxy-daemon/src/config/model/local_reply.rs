@@ -2,7 +2,7 @@ use bytes::Bytes;
 use http::{HeaderValue, StatusCode};
 
 use super::{AccessLogFilter, HeaderMutations};
-use crate::access_log::BodyFormat;
+use crate::access_log::Substitution;
 
 /// `LocalReplyConfig`: what becomes of the answers that are made here.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub struct ReplyMapper {
 #[derive(Debug)]
 pub struct ReplyFormat {
     /// Its text or JSON.
-    pub format: BodyFormat,
+    pub format: Substitution,
     /// `content-type`
     pub content_type: HeaderValue,
 }

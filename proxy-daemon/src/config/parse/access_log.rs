@@ -1,21 +1,24 @@
 use std::sync::Arc;
 
 use culvert_xds_client::json::unpack;
-use envoy_types::pb::envoy::{
-    config::{
-        accesslog::v3::{
-            AccessLog, AccessLogFilter as ProtoFilter, ComparisonFilter, access_log::ConfigType,
-            access_log_filter::FilterSpecifier, comparison_filter::Op,
+use envoy_types::pb::{
+    envoy::{
+        config::{
+            accesslog::v3::{
+                AccessLog, AccessLogFilter as ProtoFilter, ComparisonFilter, access_log::ConfigType,
+                access_log_filter::FilterSpecifier, comparison_filter::Op,
+            },
+            core::v3::{SubstitutionFormatString, substitution_format_string::Format},
         },
-        core::v3::{SubstitutionFormatString, substitution_format_string::Format},
-    },
-    extensions::access_loggers::{
-        file::v3::{FileAccessLog, file_access_log::AccessLogFormat as FileFormat},
-        stream::v3::{
-            StderrAccessLog, StdoutAccessLog, stderr_access_log::AccessLogFormat as StderrFormat,
-            stdout_access_log::AccessLogFormat as StdoutFormat,
+        extensions::access_loggers::{
+            file::v3::{FileAccessLog, file_access_log::AccessLogFormat as FileFormat},
+            stream::v3::{
+                StderrAccessLog, StdoutAccessLog, stderr_access_log::AccessLogFormat as StderrFormat,
+                stdout_access_log::AccessLogFormat as StdoutFormat,
+            },
         },
     },
+    google::protobuf::Struct,
 };
 
 use super::{
@@ -24,7 +27,7 @@ use super::{
     support::join,
 };
 use crate::{
-    access_log::response_flags,
+    access_log::{Substitution, response_flags},
     config::{
         FieldError,
         model::{AccessLogConfig, AccessLogFilter, AccessLogSink, Comparison, ComparisonOp},
@@ -40,15 +43,22 @@ pub(super) fn access_logs(logs: &[AccessLog], path: &str) -> Result<Vec<AccessLo
 fn access_log(log: &AccessLog, path: &str) -> Result<AccessLogConfig> {
     let Some(ConfigType::TypedConfig(config)) = &log.config_type else { return Err(required(path, "typed_config")) };
     let (path, filter_path) = (join(path, "typed_config"), join(path, "filter"));
+    let log_format = |format: &SubstitutionFormatString| substitution(format, &join(&path, "log_format"));
     let (sink, format) = match config.type_url.rsplit('.').next().unwrap_or_default() {
         "FileAccessLog" => {
             let file: FileAccessLog = unpack(config, &path)?;
             #[expect(deprecated, reason = "the field that log_format replaced, which Envoy still takes")]
             let format = match &file.access_log_format {
-                Some(FileFormat::LogFormat(format)) => text_format(format, &path)?,
-                Some(FileFormat::Format(text)) => Some(text.clone()).filter(|text| !text.is_empty()),
-                Some(_) => return Err(FieldError::unsupported(join(&path, "json_format"))),
-                None => None,
+                Some(FileFormat::LogFormat(format)) => log_format(format)?,
+                Some(FileFormat::Format(text)) if !text.is_empty() => {
+                    let compiled = Substitution::text(text, false);
+                    Some(compiled.map_err(|error| FieldError::new(join(&path, "format"), error))?)
+                }
+                Some(FileFormat::JsonFormat(template)) => Some(of_json(template, false, &join(&path, "json_format"))?),
+                Some(FileFormat::TypedJsonFormat(template)) => {
+                    Some(of_json(template, false, &join(&path, "typed_json_format"))?)
+                }
+                Some(FileFormat::Format(_)) | None => None,
             };
             let sink = match file.path.as_str() {
                 "/dev/stdout" => AccessLogSink::Stdout,
@@ -59,21 +69,18 @@ fn access_log(log: &AccessLog, path: &str) -> Result<AccessLogConfig> {
         }
         "StdoutAccessLog" => {
             let log: StdoutAccessLog = unpack(config, &path)?;
-            let format = log.access_log_format.map(|StdoutFormat::LogFormat(format)| text_format(&format, &path));
+            let format = log.access_log_format.map(|StdoutFormat::LogFormat(format)| log_format(&format));
             (AccessLogSink::Stdout, format.transpose()?.flatten())
         }
         "StderrAccessLog" => {
             let log: StderrAccessLog = unpack(config, &path)?;
-            let format = log.access_log_format.map(|StderrFormat::LogFormat(format)| text_format(&format, &path));
+            let format = log.access_log_format.map(|StderrFormat::LogFormat(format)| log_format(&format));
             (AccessLogSink::Stderr, format.transpose()?.flatten())
         }
-        _ => return Err(FieldError::unsupported(path)),
+        _ => return Err(FieldError::unsupported(path.clone())),
     };
-    if let Some(format) = &format {
-        crate::access_log::check_format(format).map_err(|error| FieldError::new(path, error.to_string()))?;
-    }
     let filter = log.filter.as_ref().map(|item| filter(item, &filter_path)).transpose()?.unwrap_or_default();
-    Ok(AccessLogConfig { sink, format, filter })
+    Ok(AccessLogConfig { sink, format: format.map(Arc::new), filter })
 }
 
 /// Which answers or lines are meant.
@@ -137,19 +144,26 @@ fn comparison(filter: Option<&ComparisonFilter>, path: &str) -> Result<Compariso
     Ok(Comparison { op, value: RuntimeInteger { default: u64::from(value.default_value), key } })
 }
 
-fn text_format(format: &SubstitutionFormatString, path: &str) -> Result<Option<String>> {
-    if format.omit_empty_values {
-        return Err(FieldError::unsupported(join(path, "log_format.omit_empty_values")));
-    }
+/// How a line or a body is made; `None`: nothing is said of it.
+pub(super) fn substitution(format: &SubstitutionFormatString, path: &str) -> Result<Option<Substitution>> {
+    let omit = format.omit_empty_values;
+    let of_text = |text: &str, path: String| {
+        let compiled = Substitution::text(text, omit);
+        compiled.map(Some).map_err(|error| FieldError::new(path, error))
+    };
     #[expect(deprecated, reason = "the field that text_format_source replaced, which Envoy still takes")]
     match &format.format {
-        Some(Format::TextFormat(text)) => Ok(Some(text.clone())),
+        Some(Format::TextFormat(text)) => of_text(text, join(path, "text_format")),
         Some(Format::TextFormatSource(source)) => {
-            let path = join(path, "log_format.text_format_source");
+            let path = join(path, "text_format_source");
             let text = String::from_utf8(inline_text(source, &path)?);
-            text.map(Some).map_err(|_| FieldError::new(path, "is not UTF-8"))
+            of_text(&text.map_err(|_| FieldError::new(&path, "is not UTF-8"))?, path)
         }
-        Some(Format::JsonFormat(_)) => Err(FieldError::unsupported(join(path, "log_format.json_format"))),
+        Some(Format::JsonFormat(template)) => of_json(template, omit, &join(path, "json_format")).map(Some),
         None => Ok(None),
     }
+}
+
+fn of_json(template: &Struct, omit_empty_values: bool, path: &str) -> Result<Substitution> {
+    Substitution::json(template, omit_empty_values).map_err(|error| FieldError::new(path, error))
 }

@@ -144,6 +144,16 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
     ),
     replaced(
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.json_format",
+        "log_format",
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
+    ),
+    replaced(
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.typed_json_format",
+        "log_format",
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog.log_format",
+    ),
+    replaced(
         "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.dns_resolution_config",
         "typed_dns_resolver_config",
         "envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheConfig.typed_dns_resolver_config",

@@ -2,31 +2,21 @@
 
 use std::sync::Arc;
 
-use envoy_types::pb::{
-    envoy::{
-        config::core::v3::{SubstitutionFormatString, substitution_format_string::Format},
-        extensions::filters::network::http_connection_manager::v3::{LocalReplyConfig, ResponseMapper},
-    },
-    google::protobuf::{Struct, Value as ProtoValue, value::Kind},
+use envoy_types::pb::envoy::{
+    config::core::v3::{SubstitutionFormatString, substitution_format_string::Format},
+    extensions::filters::network::http_connection_manager::v3::{LocalReplyConfig, ResponseMapper},
 };
 use http::{HeaderValue, StatusCode};
-use serde_json::{Map, Number, Value};
 
 use super::{
-    access_log,
+    access_log::{self, substitution},
     common::{Result, header_value, headers_to_add, inline_text, required},
     support::join,
 };
-use crate::{
-    access_log::BodyFormat,
-    config::{
-        FieldError,
-        model::{HeaderMutations, LocalReplies, ReplyFormat, ReplyMapper},
-    },
+use crate::config::{
+    FieldError,
+    model::{HeaderMutations, LocalReplies, ReplyFormat, ReplyMapper},
 };
-
-/// Values of a JSON format may be as deep in each other.
-const MAX_DEPTH: usize = 32;
 
 pub(super) fn local_replies(config: Option<&LocalReplyConfig>, path: &str) -> Result<Option<Arc<LocalReplies>>> {
     let Some(config) = config else { return Ok(None) };
@@ -59,59 +49,11 @@ fn mapper(mapper: &ResponseMapper, path: &str) -> Result<ReplyMapper> {
 }
 
 pub(crate) fn body_format(format: &SubstitutionFormatString, path: &str) -> Result<ReplyFormat> {
-    let omit = format.omit_empty_values;
-    let mut content_type = HeaderValue::from_static("text/plain");
-    #[expect(deprecated, reason = "the field that text_format_source replaced, which Envoy still takes")]
-    let compiled = match &format.format {
-        Some(Format::TextFormat(text)) => {
-            BodyFormat::text(text, omit).map_err(|text| FieldError::new(join(path, "text_format"), text))?
-        }
-        Some(Format::TextFormatSource(source)) => {
-            let path = join(path, "text_format_source");
-            let text = String::from_utf8(inline_text(source, &path)?);
-            let text = text.map_err(|_| FieldError::new(&path, "is not UTF-8"))?;
-            BodyFormat::text(&text, omit).map_err(|text| FieldError::new(path, text))?
-        }
-        Some(Format::JsonFormat(template)) => {
-            content_type = HeaderValue::from_static("application/json");
-            let path = join(path, "json_format");
-            let template = object(template, MAX_DEPTH).ok_or_else(|| FieldError::new(&path, "is nested too deeply"))?;
-            BodyFormat::json(&template, omit).map_err(|text| FieldError::new(path, text))?
-        }
-        None => return Err(required(path, "format")),
+    let compiled = substitution(format, path)?.ok_or_else(|| required(path, "format"))?;
+    let content_type = match &format.format {
+        _ if !format.content_type.is_empty() => header_value(&format.content_type, &join(path, "content_type"))?,
+        Some(Format::JsonFormat(_)) => HeaderValue::from_static("application/json"),
+        _ => HeaderValue::from_static("text/plain"),
     };
-    if !format.content_type.is_empty() {
-        content_type = header_value(&format.content_type, &join(path, "content_type"))?;
-    }
     Ok(ReplyFormat { format: compiled, content_type })
-}
-
-fn object(template: &Struct, depth: usize) -> Option<Value> {
-    let depth = depth.checked_sub(1)?;
-    let fields = template.fields.iter().map(|(key, item)| Some((key.clone(), value(item, depth)?)));
-    Some(Value::Object(fields.collect::<Option<Map<_, _>>>()?))
-}
-
-fn value(template: &ProtoValue, depth: usize) -> Option<Value> {
-    let depth = depth.checked_sub(1)?;
-    Some(match &template.kind {
-        None | Some(Kind::NullValue(_)) => Value::Null,
-        Some(Kind::BoolValue(value)) => Value::Bool(*value),
-        Some(Kind::NumberValue(number)) => whole(*number).unwrap_or_else(|| {
-            // What no JSON number can be.
-            Number::from_f64(*number).map_or(Value::Null, Value::Number)
-        }),
-        Some(Kind::StringValue(text)) => Value::String(text.clone()),
-        Some(Kind::StructValue(inner)) => object(inner, depth)?,
-        Some(Kind::ListValue(list)) => {
-            Value::Array(list.values.iter().map(|item| value(item, depth)).collect::<Option<_>>()?)
-        }
-    })
-}
-
-/// A number without a fraction is written without one.
-fn whole(number: f64) -> Option<Value> {
-    // Up to here every whole number is one of these.
-    const EXACT: f64 = 9_007_199_254_740_992.0;
-    (number.fract() == 0.0 && number.abs() <= EXACT).then(|| Value::from(number as i64))
 }

@@ -153,7 +153,7 @@ fn what_a_connection_manager_cannot_do_is_named() {
         ),
         (
             "          access_log: [{ name: x, typed_config: { '@type': type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, path: /dev/null, log_format: { text_format: '%NOPE%' } } }]",
-            "@access_log[0].typed_config: ",
+            "@access_log[0].typed_config.log_format.text_format: %NOPE% is not an operator",
         ),
     ];
     for (field, expected) in cases {

@@ -469,7 +469,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.accesslog.v3.AndFilter", ALL),
     ("envoy.config.accesslog.v3.OrFilter", ALL),
     ("envoy.config.accesslog.v3.ResponseFlagFilter", ALL),
-    ("envoy.extensions.access_loggers.file.v3.FileAccessLog", &["path", "format", "log_format"]),
+    (
+        "envoy.extensions.access_loggers.file.v3.FileAccessLog",
+        &["path", "format", "json_format", "typed_json_format", "log_format"],
+    ),
     ("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", &["log_format"]),
     ("envoy.extensions.access_loggers.stream.v3.StderrAccessLog", &["log_format"]),
     (

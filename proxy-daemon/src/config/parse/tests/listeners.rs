@@ -6,7 +6,7 @@ use envoy_types::pb::envoy::config::listener::v3::Listener as Proto;
 
 use super::*;
 use crate::{
-    access_log::ResponseFlags,
+    access_log::{Record, ResponseFlags},
     config::model::{
         AccessLogFilter, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp, Listener, OriginalSrc,
         ServerHeaderTransformation, SourceType, TcpProxyConfig,
@@ -101,7 +101,8 @@ fn a_tcp_proxy() {
     assert_eq!((full.idle_timeout, full.max_connect_attempts), (None, 3));
     assert_eq!(full.max_downstream_connection_duration, Some(Duration::from_secs(60)));
     assert_eq!(full.access_logs[0].sink, AccessLogSink::Stdout);
-    assert_eq!(full.access_logs[0].format.as_deref(), Some("%START_TIME%\n"));
+    let line = full.access_logs[0].format.as_ref().unwrap().write(&Record::default());
+    assert_eq!(line, b"1970-01-01T00:00:00.000Z\n");
     let tunnel = proxy("cluster: up, tunneling_config: { hostname: 'a:80', use_post: true }").tunneling.unwrap();
     assert!(matches!(&tunnel.hostname, crate::config::model::AddedValue::Literal(host) if host == "a:80"));
     assert_eq!(tunnel.post_path.unwrap(), "/");
