@@ -1,6 +1,7 @@
 //! `culvertd`: flags, start-up, signals. What it does is in the library.
 
 use std::{
+    io::ErrorKind,
     process::ExitCode,
     sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime},
@@ -124,10 +125,7 @@ async fn serve(
     let mut signals = Signals::new()?;
     let workers = flags.workers();
     let interception = match bootstrap.interception.take() {
-        Some(config) => {
-            let listener = config.outbound_listener.clone();
-            Some((Interception::start(config, workers).context("interception")?, listener))
-        }
+        Some(config) => Some(Interception::start(config, workers).context("interception")?),
         None => None,
     };
     let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
@@ -191,14 +189,18 @@ async fn run(
     let store = ConfigStore::new(applier, start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
-        let listener = TcpListener::bind(address).await;
-        let listener = listener.with_context(|| format!("admin.address: cannot bind {address}"))?;
-        let bound = listener.local_addr().context("admin.address")?;
-        if let Some(path) = &flags.admin_address_path {
-            std::fs::write(path, bound.to_string())
-                .with_context(|| format!("--admin-address-path {}", path.display()))?;
+        let listener = match TcpListener::bind(address).await {
+            // The daemon that this one replaces gives it up when it ends.
+            Err(error) if error.kind() == ErrorKind::AddrInUse && replaces(plane) => {
+                tracing::info!(%address, "the daemon before has the admin address: waiting for it");
+                None
+            }
+            listener => Some(listener.with_context(|| format!("admin.address: cannot bind {address}"))?),
+        };
+        let path = flags.admin_address_path.clone();
+        if let Some(listener) = &listener {
+            tell_admin_address(listener, path.as_deref())?;
         }
-        tracing::info!(address = %bound, "admin interface listens");
         let (dump, kernel) = (store.clone(), plane.clone());
         let sources = Arc::clone(&source_stats);
         let snapshot = move || {
@@ -238,7 +240,19 @@ async fn run(
                 }),
             ],
         };
-        tasks.spawn("serves the admin interface", admin::run(admin, listener));
+        tasks.spawn("serves the admin interface", async move {
+            let listener = match listener {
+                Some(listener) => listener,
+                None => {
+                    let listener = bind_when_free(address).await;
+                    if let Err(error) = tell_admin_address(&listener, path.as_deref()) {
+                        tracing::error!("{error:#}");
+                    }
+                    listener
+                }
+            };
+            admin::run(admin, listener).await;
+        });
     }
 
     // The admin interface keeps it, encoded.
@@ -294,6 +308,32 @@ async fn run(
     state.set(ServerState::Draining);
     stats::gauge("server.live").set(0);
     Ok(())
+}
+
+/// Whether this daemon replaces one that still runs.
+fn replaces(plane: &DataPlane) -> bool {
+    plane.with_interception(Interception::has_predecessor).unwrap_or(false)
+}
+
+/// Says where the admin interface listens.
+fn tell_admin_address(listener: &TcpListener, path: Option<&std::path::Path>) -> Result<()> {
+    let bound = listener.local_addr().context("admin.address")?;
+    if let Some(path) = path {
+        std::fs::write(path, bound.to_string()).with_context(|| format!("--admin-address-path {}", path.display()))?;
+    }
+    tracing::info!(address = %bound, "admin interface listens");
+    Ok(())
+}
+
+/// Waits for an address that another process has.
+async fn bind_when_free(address: std::net::SocketAddr) -> TcpListener {
+    let mut tick = tokio::time::interval(Duration::from_millis(50));
+    loop {
+        tick.tick().await;
+        if let Ok(listener) = TcpListener::bind(address).await {
+            return listener;
+        }
+    }
 }
 
 /// Lets connections finish, for at most `--drain-time-s`, or until a second signal.

@@ -3,6 +3,9 @@
 //! Everything here is read by both sides as plain memory, so layouts are `repr(C)`, free of padding, and asserted.
 #![no_std]
 
+#[cfg(test)]
+extern crate std;
+
 mod connect;
 mod reason;
 
@@ -44,18 +47,52 @@ pub const MAX_EXCLUDED_PORTS: usize = 65_536;
 /// How many sockets can take the short cut at a time; later ones use TCP.
 pub const MAX_SHORTCUT_SOCKETS: usize = 262_144;
 
-/// The slot of a worker's listening socket in the map `LISTENERS`.
+/// How many users can be excluded.
+pub const MAX_EXCLUDED_UIDS: usize = 1_024;
+
+/// The layout of the pinned maps, part of their pins' path: raised with every change that an older program or reader
+/// would misread.
+pub const LAYOUT: u32 = 2;
+
+/// A pod's outbound connections, as a bit of [`PodPolicy::directions`].
+pub const OUTBOUND: u32 = 1;
+/// A pod's inbound connections, as a bit of [`PodPolicy::directions`].
+pub const INBOUND: u32 = 2;
+
+/// How many slots the map `LISTENERS` has: one for each worker, family and direction.
+pub const LISTENER_SLOTS: usize = MAX_WORKERS as usize * 4;
+
+/// The slot of a worker's listening socket in the map `LISTENERS`. `direction`: [`OUTBOUND`] or [`INBOUND`].
 #[inline(always)]
-pub const fn listener_slot(worker: u32, is_ipv6: bool) -> u32 {
-    worker * 2 + is_ipv6 as u32
+pub const fn listener_slot(worker: u32, is_ipv6: bool, direction: u32) -> u32 {
+    (direction - OUTBOUND) * MAX_WORKERS * 2 + worker * 2 + is_ipv6 as u32
 }
 
 /// What is done with an enrolled pod's connections.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PodPolicy {
-    /// 1: new connections are dropped while no worker listens. 0: they pass untouched.
+    /// 1: new connections are reset while no worker listens. 0: they pass untouched.
     pub fail_closed: u32,
+    /// Which of its connections are redirected: [`OUTBOUND`], [`INBOUND`], or both.
+    pub directions: u32,
+    /// The index of the interface that the pod's packets come over; 0: any. A later pod with this address has another
+    /// interface, and is not this one.
+    pub interface: u32,
+}
+
+/// What a pod had to do with the daemon. One per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodCounters {
+    /// Connections that it opened and that were redirected.
+    pub outbound_connections: u64,
+    /// Connections to it that were redirected.
+    pub inbound_connections: u64,
+    /// Bytes that it sent to the daemon: whole packets, and payload by the short cut.
+    pub bytes_sent: u64,
+    /// Bytes that came for it and were given to the daemon, and payload that it got by the short cut.
+    pub bytes_received: u64,
 }
 
 /// The key of a socket in the map `SOCKETS`: which end of which connection it is.
@@ -167,14 +204,18 @@ pub struct SockLayout {
 /// receiver that is this far behind gets the rest by TCP, which makes its sender wait.
 pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
-const _: () = assert!(size_of::<PodPolicy>() == 4);
+const _: () = assert!(size_of::<PodPolicy>() == 12);
+const _: () = assert!(size_of::<PodCounters>() == 32);
 const _: () = assert!(size_of::<SocketKey>() == 48);
 const _: () = assert!(size_of::<Hop>() == 128);
 const _: () = assert!(size_of::<SockLayout>() == 24);
 
 #[cfg(feature = "user")]
-// SAFETY: `repr(C)` and one u32, so every byte pattern is a valid value and there is no padding.
+// SAFETY: `repr(C)` and three u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodPolicy {}
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)` and four u64, so every byte pattern is a valid value and there is no padding.
+unsafe impl aya::Pod for PodCounters {}
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)` and six u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for SockLayout {}
@@ -209,6 +250,17 @@ mod tests {
         for (at, reason) in Reason::ALL.iter().enumerate() {
             let same = Reason::ALL[at + 1..].iter().any(|other| other.name() == reason.name());
             assert!(!same, "two reasons have the name {}", reason.name());
+        }
+    }
+
+    #[test]
+    fn listeners_have_slots_of_their_own() {
+        let mut slots = std::collections::HashSet::new();
+        for worker in 0..MAX_WORKERS {
+            for (is_ipv6, direction) in [(false, OUTBOUND), (true, OUTBOUND), (false, INBOUND), (true, INBOUND)] {
+                let slot = listener_slot(worker, is_ipv6, direction);
+                assert!((slot as usize) < LISTENER_SLOTS && slots.insert(slot));
+            }
         }
     }
 }

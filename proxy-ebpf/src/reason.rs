@@ -18,6 +18,8 @@ macro_rules! reasons {
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
             /// One more than the greatest number.
             pub const COUNT: usize = Self::ALL[Self::ALL.len() - 1] as usize + 1;
+            /// How many slots the map `COUNTERS` has: numbers below this may be given out without changing the map.
+            pub const SLOTS: usize = 128;
 
             /// The counter's name in stats.
             pub const fn name(self) -> &'static str {
@@ -55,6 +57,12 @@ reasons! {
     22 ShortcutResumed "shortcut.resumed" "Changes from TCP to the short cut, after the receiver had read everything.";
     23 ShortcutBlocking "shortcut.blocking" "Pods' connections not registered because the program's reads wait inside the kernel.";
     24 Reopened "reopened" "New connections with the addresses and ports of one that the daemon closed a short time ago.";
+    25 RedirectedInbound "redirected_inbound" "New connections to pods given to a worker's inbound listener.";
+    26 PassedExcludedUid "passed_excluded_uid" "New connections of programs whose user is excluded.";
+    27 PassedVlan "passed_vlan" "Packets with a VLAN tag, which belong to another interface.";
+    28 IcmpSteered "icmp_steered" "ICMP errors about the daemon's connections, given to this host.";
+    29 ResetFailed "reset_failed" "Failed-closed connections that were dropped because no reset could be made for them.";
+    30 OtherInterface "other_interface" "New connections from an enrolled pod's address that came over another pod's interface.";
     50 HostRedirected "host.redirected" "Connections of host processes that were sent to a worker's listener.";
     51 HostPassedNamespace "host.passed_namespace" "Connections of processes of the configured cgroups that are in another network namespace than the node's.";
     52 HostPassedExcluded "host.passed_excluded" "Connections of host processes to an excluded port or range, or to the host itself.";

@@ -8,11 +8,11 @@ use serde_json::{Value as Json, json};
 use tracing::level_filters::LevelFilter;
 
 use super::{
-    AdminState, ServerState, certs, clusters, config_dump, init_dump,
+    AdminState, ServerState, certs, clusters, config_dump, init_dump, interception,
     request::{Parameters, Reply},
     stats, version,
 };
-use crate::access_log;
+use crate::{access_log, intercept::Interception};
 
 /// One path.
 struct Endpoint {
@@ -140,6 +140,32 @@ const ENDPOINTS: &[Endpoint] = &[
         run: init_dump::reply,
     },
     Endpoint {
+        path: "/interception/enroll",
+        help: "redirect a pod's connections",
+        parameters: &[
+            ("address", "An address of the pod; may be given several times"),
+            ("name", "What the pod is called"),
+            ("direction", "outbound, inbound or both"),
+            ("failure_policy", "open or closed"),
+        ],
+        mutates: true,
+        run: interception::enroll,
+    },
+    Endpoint {
+        path: "/interception/pods",
+        help: "print the node's pods and what is intercepted of them",
+        parameters: &[],
+        mutates: false,
+        run: interception::pods,
+    },
+    Endpoint {
+        path: "/interception/unenroll",
+        help: "leave alone again what /interception/enroll redirected",
+        parameters: &[("pod", "The name or an address of the pod")],
+        mutates: true,
+        run: interception::unenroll,
+    },
+    Endpoint {
         path: "/listeners",
         help: "print listener info",
         parameters: &[FORMAT],
@@ -180,7 +206,10 @@ const ENDPOINTS: &[Endpoint] = &[
         parameters: &[],
         mutates: false,
         run: |state, _| match state.state.get() {
-            ServerState::Live => Reply::text("LIVE\n"),
+            ServerState::Live => match state.data_plane.with_interception(Interception::faults).unwrap_or_default() {
+                faults if faults.is_empty() => Reply::text("LIVE\n"),
+                faults => Reply::error(StatusCode::SERVICE_UNAVAILABLE, format!("LIVE\n{}\n", faults.join("\n"))),
+            },
             other => Reply::error(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", other.name())),
         },
     },

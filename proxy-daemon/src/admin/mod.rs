@@ -6,6 +6,7 @@ mod config_dump;
 mod csds;
 mod endpoints;
 mod init_dump;
+mod interception;
 mod mask;
 mod pretty;
 mod request;

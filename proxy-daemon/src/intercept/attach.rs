@@ -76,6 +76,15 @@ impl Attachment {
         Ok(Self { direction, interface: link.name.clone(), held })
     }
 
+    /// Leaves the program where it is: it is a successor's by now.
+    pub(super) fn leave(self) {
+        match self.held {
+            // A pin keeps its link.
+            Held::Pinned(link) => drop(link),
+            Held::Filter(link) => std::mem::forget(link),
+        }
+    }
+
     /// Detaches. An interface that is gone took its program along.
     pub(super) fn detach(self) -> Result<(), String> {
         match self.held {

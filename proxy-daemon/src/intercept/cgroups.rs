@@ -15,9 +15,9 @@ use aya::programs::{Program, ProgramError};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use notify::Watcher as _;
 
-use super::State;
 use super::config::glob_matches;
 use super::error::{InterceptError, chain};
+use super::state::State;
 
 /// What programs are attached for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

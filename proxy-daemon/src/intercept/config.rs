@@ -4,12 +4,13 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
-use culvert_proxy_ebpf::{MAX_EXCLUDED_RANGES, MAX_PODS};
+use culvert_proxy_ebpf::{INBOUND, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_PODS, OUTBOUND};
 use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::{
     Interception as Message, interception as message,
 };
 
 use super::connect_config::{ConnectBalancing, HostMode};
+use super::selectors::Enrolment;
 
 /// What happens to an enrolled pod's new connections while no daemon serves them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,8 +18,40 @@ pub enum FailurePolicy {
     /// They leave the node untouched.
     #[default]
     Open,
-    /// They are dropped.
+    /// They are reset.
     Closed,
+}
+
+/// Which of an enrolled pod's connections are redirected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Traffic {
+    /// Those that it opens.
+    #[default]
+    Outbound,
+    /// Those that others open to it.
+    Inbound,
+    /// All.
+    Both,
+}
+
+impl Traffic {
+    /// As the kernel programs know it.
+    pub(super) const fn bits(self) -> u32 {
+        match self {
+            Self::Outbound => OUTBOUND,
+            Self::Inbound => INBOUND,
+            Self::Both => OUTBOUND | INBOUND,
+        }
+    }
+}
+
+/// What is done with a pod's connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// What happens to its connections while no daemon serves them.
+    pub failure_policy: FailurePolicy,
+    /// Which connections are redirected.
+    pub traffic: Traffic,
 }
 
 /// An enrolled pod.
@@ -26,8 +59,8 @@ pub enum FailurePolicy {
 pub struct Pod {
     /// Its address.
     pub address: IpAddr,
-    /// What happens to its connections while no daemon serves them.
-    pub failure_policy: FailurePolicy,
+    /// What is done with its connections.
+    pub policy: Policy,
 }
 
 /// A range of destination addresses: those that share the first `length` bits with `address`.
@@ -44,16 +77,30 @@ pub struct Range {
 pub struct InterceptionConfig {
     /// Names of pods' host-side interfaces, as shell globs.
     pub interfaces: Vec<String>,
-    /// Names of the interfaces over which replies from other nodes come, as shell globs.
+    /// Names of the interfaces over which packets come from other nodes, as shell globs.
     pub uplinks: Vec<String>,
-    /// The pods whose connections are redirected.
+    /// The pods that are enrolled by their addresses.
     pub pods: Vec<Pod>,
+    /// What is done with connections of pods of which nothing else is said.
+    pub policy: Policy,
+    /// Which pods are enrolled by what Kubernetes says of them.
+    pub enrolment: Option<Enrolment>,
+    /// The file in which what was enrolled by command outlives a restart.
+    pub state_path: PathBuf,
     /// Destination ports that are never redirected.
     pub excluded_ports: Vec<u16>,
     /// Destination ranges that are never redirected.
     pub excluded_ranges: Vec<Range>,
-    /// The listener that receives redirected connections.
+    /// Ports of pods to which connections are never redirected.
+    pub inbound_excluded_ports: Vec<u16>,
+    /// Source ranges whose connections to pods are never redirected.
+    pub inbound_excluded_ranges: Vec<Range>,
+    /// Users whose connections are never redirected.
+    pub excluded_uids: Vec<u32>,
+    /// The listener that receives redirected connections of pods.
     pub outbound_listener: String,
+    /// The listener that receives redirected connections to pods.
+    pub inbound_listener: String,
     /// The cgroup v2 directory whose sockets may take the short cut; none: no short cut.
     pub shortcut_cgroup: Option<PathBuf>,
     /// The packet mark of redirected packets.
@@ -68,6 +115,8 @@ pub struct InterceptionConfig {
     pub balancing: Option<ConnectBalancing>,
     /// Attach by clsact filters, as kernels before 6.6 need, even where TCX exists. For tests; not in the API.
     pub force_clsact: bool,
+    /// How many addresses can be enrolled. For tests; not in the API.
+    pub max_addresses: usize,
 }
 
 /// The mark, when none is configured.
@@ -78,6 +127,10 @@ pub const DEFAULT_ROUTE_TABLE: u32 = 3095;
 pub const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/culvert";
 /// The listener, when none is configured.
 pub const DEFAULT_OUTBOUND_LISTENER: &str = "outbound";
+/// The listener of connections to pods, when none is configured.
+pub const DEFAULT_INBOUND_LISTENER: &str = "inbound";
+/// The file of what was enrolled by command, when none is configured.
+pub const DEFAULT_STATE_PATH: &str = "/run/culvert/enrolled.json";
 
 impl Default for InterceptionConfig {
     fn default() -> Self {
@@ -85,8 +138,15 @@ impl Default for InterceptionConfig {
             interfaces: Vec::new(),
             uplinks: Vec::new(),
             pods: Vec::new(),
+            policy: Policy::default(),
+            enrolment: None,
+            state_path: PathBuf::from(DEFAULT_STATE_PATH),
             excluded_ports: Vec::new(),
             excluded_ranges: Vec::new(),
+            inbound_excluded_ports: Vec::new(),
+            inbound_excluded_ranges: Vec::new(),
+            excluded_uids: Vec::new(),
+            inbound_listener: DEFAULT_INBOUND_LISTENER.to_owned(),
             outbound_listener: DEFAULT_OUTBOUND_LISTENER.to_owned(),
             shortcut_cgroup: None,
             mark: DEFAULT_MARK,
@@ -95,6 +155,7 @@ impl Default for InterceptionConfig {
             host: None,
             balancing: None,
             force_clsact: false,
+            max_addresses: MAX_PODS,
         }
     }
 }
@@ -125,26 +186,39 @@ impl InterceptionConfig {
             pin_path,
             host,
             balancing,
+            direction,
+            inbound_listener,
+            inbound_excluded_ports,
+            inbound_excluded_ranges,
+            excluded_uids,
+            enrolment,
+            state_path,
         } = proto;
         let default = Self::default();
         if interfaces.is_empty() && host.is_none() && balancing.is_none() {
             return Err(("interfaces".to_owned(), "at least one name or glob is needed, such as `veth*`".to_owned()));
         }
-        let failure_policy = policy(*failure_policy, "failure_policy")?;
+        let policy = Policy {
+            failure_policy: failure(*failure_policy, "failure_policy")?,
+            traffic: traffic(*direction, "direction")?,
+        };
         Ok(Self {
             interfaces: patterns(interfaces, "interfaces")?,
             uplinks: patterns(uplinks, "uplinks")?,
-            pods: enrolled(pods, failure_policy)?,
-            excluded_ports: excluded_ports
-                .iter()
-                .enumerate()
-                .map(|(index, port)| {
-                    let port = u16::try_from(*port).ok().filter(|port| *port != 0);
-                    port.ok_or_else(|| at("excluded_ports", index, "a TCP port is a number from 1 to 65535"))
-                })
-                .collect::<Result<_, _>>()?,
-            excluded_ranges: ranges(excluded_ranges)?,
+            pods: enrolled(pods, policy)?,
+            policy,
+            enrolment: enrolment.as_ref().map(|message| Enrolment::from_proto(message, policy)).transpose()?,
+            state_path: match non_empty(state_path) {
+                Some(path) => absolute(&path).map_err(|reason| ("state_path".to_owned(), reason))?,
+                None => default.state_path,
+            },
+            excluded_ports: ports(excluded_ports, "excluded_ports")?,
+            excluded_ranges: ranges(excluded_ranges, "excluded_ranges")?,
+            inbound_excluded_ports: ports(inbound_excluded_ports, "inbound_excluded_ports")?,
+            inbound_excluded_ranges: ranges(inbound_excluded_ranges, "inbound_excluded_ranges")?,
+            excluded_uids: users(excluded_uids)?,
             outbound_listener: non_empty(outbound_listener).unwrap_or(default.outbound_listener),
+            inbound_listener: non_empty(inbound_listener).unwrap_or(default.inbound_listener),
             shortcut_cgroup: non_empty(shortcut_cgroup)
                 .map(|path| absolute(&path).map_err(|reason| ("shortcut_cgroup".to_owned(), reason)))
                 .transpose()?,
@@ -162,10 +236,18 @@ impl InterceptionConfig {
                 Some(path) => pinnable(&path).map_err(|reason| ("pin_path".to_owned(), reason))?,
                 None => default.pin_path,
             },
-            host: host.as_ref().map(|host| HostMode::from_proto(host, failure_policy)).transpose()?,
+            host: host.as_ref().map(|host| HostMode::from_proto(host, policy.failure_policy)).transpose()?,
             balancing: balancing.as_ref().map(ConnectBalancing::from_proto).transpose()?,
             force_clsact: false,
+            max_addresses: default.max_addresses,
         })
+    }
+
+    /// Whether any pod may have connections that go this way.
+    pub(super) fn redirects(&self, direction: u32) -> bool {
+        let selectors = self.enrolment.iter().flat_map(|enrolment| &enrolment.selectors);
+        let policies = self.pods.iter().map(|pod| pod.policy).chain(selectors.map(|selector| selector.policy));
+        policies.chain([self.policy]).any(|policy| policy.traffic.bits() & direction != 0)
     }
 }
 
@@ -173,11 +255,44 @@ pub(super) fn at(field: &str, index: usize, reason: impl Into<String>) -> FieldE
     (format!("{field}[{index}]"), reason.into())
 }
 
-fn non_empty(text: &str) -> Option<String> {
+pub(super) fn non_empty(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-pub(super) fn policy(value: i32, path: &str) -> Result<FailurePolicy, FieldError> {
+fn ports(numbers: &[u32], field: &str) -> Result<Vec<u16>, FieldError> {
+    let check = |(index, port): (usize, &u32)| {
+        let port = u16::try_from(*port).ok().filter(|port| *port != 0);
+        port.ok_or_else(|| at(field, index, "a TCP port is a number from 1 to 65535"))
+    };
+    numbers.iter().enumerate().map(check).collect()
+}
+
+fn users(uids: &[u32]) -> Result<Vec<u32>, FieldError> {
+    /// What the kernel says where it does not know the user.
+    const OVERFLOW: u32 = 65_534;
+    if uids.len() > MAX_EXCLUDED_UIDS {
+        let reason = format!("{} users; there can be {MAX_EXCLUDED_UIDS} at most", uids.len());
+        return Err(("excluded_uids".to_owned(), reason));
+    }
+    match uids.iter().position(|uid| *uid == OVERFLOW) {
+        Some(index) => {
+            let reason = format!("{OVERFLOW} stands for every user that the kernel does not know");
+            Err(at("excluded_uids", index, reason))
+        }
+        None => Ok(uids.to_vec()),
+    }
+}
+
+pub(super) fn traffic(value: i32, path: &str) -> Result<Traffic, FieldError> {
+    match message::Direction::try_from(value) {
+        Ok(message::Direction::Outbound) => Ok(Traffic::Outbound),
+        Ok(message::Direction::Inbound) => Ok(Traffic::Inbound),
+        Ok(message::Direction::Both) => Ok(Traffic::Both),
+        Err(_) => Err((path.to_owned(), format!("{value} is neither OUTBOUND (0), INBOUND (1) nor BOTH (2)"))),
+    }
+}
+
+pub(super) fn failure(value: i32, path: &str) -> Result<FailurePolicy, FieldError> {
     match message::FailurePolicy::try_from(value) {
         Ok(message::FailurePolicy::FailOpen) => Ok(FailurePolicy::Open),
         Ok(message::FailurePolicy::FailClosed) => Ok(FailurePolicy::Closed),
@@ -199,38 +314,56 @@ fn patterns(globs: &[String], field: &str) -> Result<Vec<String>, FieldError> {
     Ok(globs.to_vec())
 }
 
-fn enrolled(pods: &[message::Pod], default_policy: FailurePolicy) -> Result<Vec<Pod>, FieldError> {
+/// An address that a pod may have, in the form of its own family.
+pub(super) fn pod_address(text: &str) -> Option<IpAddr> {
+    let address: IpAddr = text.parse().ok()?;
+    let address = address.to_canonical();
+    (!address.is_unspecified() && !address.is_loopback() && !address.is_multicast()).then_some(address)
+}
+
+fn enrolled(pods: &[message::Pod], default: Policy) -> Result<Vec<Pod>, FieldError> {
     if pods.len() > MAX_PODS {
         return Err(("pods".to_owned(), format!("{} pods; a node can have {MAX_PODS} at most", pods.len())));
     }
     let mut seen = HashSet::new();
     let mut enrolled = Vec::with_capacity(pods.len());
-    for (index, message::Pod { address, failure_policy }) in pods.iter().enumerate() {
+    for (index, message::Pod { address, failure_policy, direction }) in pods.iter().enumerate() {
         let path = format!("pods[{index}].address");
-        let parsed: Option<IpAddr> = address.parse().ok().map(|address: IpAddr| address.to_canonical());
-        let usable = parsed.filter(|address| !address.is_unspecified() && !address.is_loopback());
-        let Some(address) = usable.filter(|address| !address.is_multicast()) else {
+        let Some(address) = pod_address(address) else {
             return Err((path, format!("`{address}` is not the IPv4 or IPv6 address of a pod")));
         };
         if !seen.insert(address) {
             return Err((path, format!("{address} is listed twice")));
         }
-        let failure_policy = match failure_policy {
-            Some(value) => policy(*value, &format!("pods[{index}].failure_policy"))?,
-            None => default_policy,
-        };
-        enrolled.push(Pod { address, failure_policy });
+        let policy = default.overridden(*failure_policy, *direction, &format!("pods[{index}]"))?;
+        enrolled.push(Pod { address, policy });
     }
     Ok(enrolled)
 }
 
-fn ranges(texts: &[String]) -> Result<Vec<Range>, FieldError> {
+impl Policy {
+    /// With what is set in a message that is more particular; `path` is that message's.
+    pub(super) fn overridden(
+        self,
+        failure_policy: Option<i32>,
+        direction: Option<i32>,
+        path: &str,
+    ) -> Result<Self, FieldError> {
+        let failure_policy = failure_policy.map(|value| failure(value, &format!("{path}.failure_policy")));
+        let traffic = direction.map(|value| traffic(value, &format!("{path}.direction")));
+        Ok(Self {
+            failure_policy: failure_policy.transpose()?.unwrap_or(self.failure_policy),
+            traffic: traffic.transpose()?.unwrap_or(self.traffic),
+        })
+    }
+}
+
+fn ranges(texts: &[String], field: &str) -> Result<Vec<Range>, FieldError> {
     if texts.len() > MAX_EXCLUDED_RANGES {
         let reason = format!("{} ranges; there can be {MAX_EXCLUDED_RANGES} at most", texts.len());
-        return Err(("excluded_ranges".to_owned(), reason));
+        return Err((field.to_owned(), reason));
     }
-    let parse =
-        |(index, text): (usize, &String)| Range::parse(text).map_err(|reason| at("excluded_ranges", index, reason));
+    let parse = |(index, text): (usize, &String)| Range::parse(text).map_err(|reason| at(field, index, reason));
     texts.iter().enumerate().map(parse).collect()
 }
 

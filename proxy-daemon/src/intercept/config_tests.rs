@@ -44,11 +44,15 @@ fn bad_ranges_are_refused_in_words() {
     }
 }
 
+fn pod_with(address: &str, failure_policy: FailurePolicy) -> Pod {
+    Pod { address: address.parse().unwrap(), policy: Policy { failure_policy, traffic: Traffic::Inbound } }
+}
+
 /// A message that is right, for tests to spoil.
 fn good() -> Message {
     Message {
         interfaces: vec!["veth*".to_owned()],
-        pods: vec![message::Pod { address: "10.0.0.1".to_owned(), failure_policy: None }],
+        pods: vec![message::Pod { address: "10.0.0.1".to_owned(), ..message::Pod::default() }],
         ..Message::default()
     }
 }
@@ -60,7 +64,7 @@ fn what_is_left_out_has_its_default() {
         config,
         InterceptionConfig {
             interfaces: vec!["veth*".to_owned()],
-            pods: vec![Pod { address: "10.0.0.1".parse().unwrap(), failure_policy: FailurePolicy::Open }],
+            pods: vec![Pod { address: "10.0.0.1".parse().unwrap(), policy: Policy::default() }],
             ..InterceptionConfig::default()
         }
     );
@@ -74,8 +78,8 @@ fn every_field_is_taken() {
         interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
         uplinks: vec!["eth0".to_owned()],
         pods: vec![
-            message::Pod { address: "::ffff:10.0.0.1".to_owned(), failure_policy: Some(0) },
-            message::Pod { address: "fd00::1".to_owned(), failure_policy: None },
+            message::Pod { address: "::ffff:10.0.0.1".to_owned(), failure_policy: Some(0), direction: Some(1) },
+            message::Pod { address: "fd00::1".to_owned(), ..message::Pod::default() },
         ],
         excluded_ports: vec![22, 65_535],
         excluded_ranges: vec!["169.254.0.0/16".to_owned()],
@@ -87,16 +91,38 @@ fn every_field_is_taken() {
         pin_path: "/sys/fs/bpf/node-a".to_owned(),
         host: None,
         balancing: None,
+        direction: 1,
+        inbound_listener: "ingress".to_owned(),
+        inbound_excluded_ports: vec![9090],
+        inbound_excluded_ranges: vec!["fd00::/8".to_owned()],
+        excluded_uids: vec![0, 1337],
+        enrolment: Some(message::Enrolment {
+            pod_manifests: "/pods".to_owned(),
+            node_name: "node-a".to_owned(),
+            selectors: vec![message::enrolment::Selector { direction: Some(2), ..Default::default() }],
+        }),
+        state_path: "/var/lib/culvert/enrolled.json".to_owned(),
     });
     let expected = InterceptionConfig {
         interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
         uplinks: vec!["eth0".to_owned()],
-        pods: vec![
-            Pod { address: "10.0.0.1".parse().unwrap(), failure_policy: FailurePolicy::Open },
-            Pod { address: "fd00::1".parse().unwrap(), failure_policy: FailurePolicy::Closed },
-        ],
+        pods: vec![pod_with("10.0.0.1", FailurePolicy::Open), pod_with("fd00::1", FailurePolicy::Closed)],
+        policy: Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Inbound },
+        enrolment: Some(Enrolment {
+            pod_manifests: PathBuf::from("/pods"),
+            node_name: "node-a".to_owned(),
+            selectors: vec![super::super::selectors::Selector {
+                policy: Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both },
+                ..Default::default()
+            }],
+        }),
+        state_path: PathBuf::from("/var/lib/culvert/enrolled.json"),
         excluded_ports: vec![22, 65_535],
         excluded_ranges: vec![Range { address: "169.254.0.0".parse().unwrap(), length: 16 }],
+        inbound_excluded_ports: vec![9090],
+        inbound_excluded_ranges: vec![Range { address: "fd00::".parse().unwrap(), length: 8 }],
+        excluded_uids: vec![0, 1337],
+        inbound_listener: "ingress".to_owned(),
         outbound_listener: "egress".to_owned(),
         shortcut_cgroup: Some(PathBuf::from("/sys/fs/cgroup")),
         mark: 7,
@@ -105,13 +131,14 @@ fn every_field_is_taken() {
         host: None,
         balancing: None,
         force_clsact: false,
+        max_addresses: MAX_PODS,
     };
     assert_eq!(config, Ok(expected));
 }
 
 #[test]
 fn what_is_wrong_is_named_with_its_path() {
-    let pod = |address: &str| message::Pod { address: address.to_owned(), failure_policy: None };
+    let pod = |address: &str| message::Pod { address: address.to_owned(), ..message::Pod::default() };
     let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
     for (spoiled, path, words) in [
         (Message { interfaces: Vec::new(), ..good() }, "interfaces", "at least one"),
@@ -129,6 +156,8 @@ fn what_is_wrong_is_named_with_its_path() {
         (Message { excluded_ports: vec![0], ..good() }, "excluded_ports[0]", "1 to 65535"),
         (Message { excluded_ranges: texts(&["10.0.0.0/40"]), ..good() }, "excluded_ranges[0]", "0 to 32"),
         (Message { failure_policy: 2, ..good() }, "failure_policy", "FAIL_OPEN"),
+        (Message { direction: 3, ..good() }, "direction", "OUTBOUND"),
+        (Message { inbound_excluded_ranges: texts(&["x"]), ..good() }, "inbound_excluded_ranges[0]", "address range"),
         (Message { shortcut_cgroup: "pods".to_owned(), ..good() }, "shortcut_cgroup", "absolute"),
         (Message { route_table: 254, ..good() }, "route_table", "kernel's own"),
         (Message { pin_path: "bpf".to_owned(), ..good() }, "pin_path", "absolute"),

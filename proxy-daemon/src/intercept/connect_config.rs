@@ -10,7 +10,7 @@ use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::i
     self as message, connect_balancing::service::Protocol,
 };
 
-use super::config::{FailurePolicy, FieldError, absolute, at, policy};
+use super::config::{FailurePolicy, FieldError, absolute, at, failure};
 
 /// Host processes whose connections are redirected when they connect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl HostMode {
         Ok(Self {
             cgroups: cgroups(paths, "host.cgroups")?,
             failure_policy: match failure_policy {
-                Some(value) => policy(*value, "host.failure_policy")?,
+                Some(value) => failure(*value, "host.failure_policy")?,
                 None => default_policy,
             },
         })

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub enum InterceptError {
     /// The process may not load kernel programs or change routing.
     #[error(
-        "interception needs root (or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_RESOURCE) to {action}: run culvertd \
+        "interception needs root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) to {action}: run culvertd \
          as root, or remove the bootstrap extension culvert.bootstrap.interception"
     )]
     Permission {
@@ -80,6 +80,31 @@ pub enum InterceptError {
         worker: usize,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A pod cannot be enrolled, or taken out, by command.
+    #[error("{0}")]
+    Command(String),
+    /// What was enrolled by command is not known.
+    #[error("state_path {path}: {reason}")]
+    StateFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Manifests of pods cannot be followed.
+    #[error("enrolment.pod_manifests {path}: {reason}")]
+    Manifests {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A daemon works with what was to be cleaned.
+    #[error("a culvertd works with {path}: end it first (SIGTERM), it cleans up after itself")]
+    InUse {
+        /// The pin path.
+        path: PathBuf,
     },
     /// Something that interception made could not be removed.
     #[error("cannot remove what interception made: {0}")]

@@ -6,17 +6,19 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, PerCpuArray, SockHash, SockMap};
+use aya::maps::{HashMap, Map, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
 use aya::programs::{
     Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _,
 };
 use aya::{Ebpf, EbpfLoader};
-use culvert_proxy_ebpf::{Address, MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped};
+use culvert_proxy_ebpf::{
+    Address, MAX_WORKERS, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped,
+};
 
 use super::attach::{Direction, classifier};
 use super::btf::Btf;
-use super::config::{FailurePolicy, InterceptionConfig};
+use super::config::{FailurePolicy, InterceptionConfig, Range};
 use super::error::{InterceptError, chain};
 use super::probe;
 
@@ -54,7 +56,10 @@ fn load_object(
 ) -> Result<Ebpf, InterceptError> {
     raise_memlock_limit();
     let host_fails_closed = config.host.as_ref().is_some_and(|host| host.failure_policy == FailurePolicy::Closed);
+    let max_addresses = u32::try_from(config.max_addresses).unwrap_or(u32::MAX);
     EbpfLoader::new()
+        .map_max_entries("PODS", max_addresses)
+        .map_max_entries("POD_COUNTERS", max_addresses)
         .override_global("MARK", &config.mark, true)
         .override_global("WORKERS", &workers, true)
         .override_global("NODE_NETNS", &netns_cookie, true)
@@ -66,22 +71,80 @@ fn load_object(
 }
 
 fn fill_policy(ebpf: &mut Ebpf, config: &InterceptionConfig) -> Result<(), InterceptError> {
-    let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
-    for pod in &config.pods {
-        let policy = PodPolicy { fail_closed: u32::from(pod.failure_policy == FailurePolicy::Closed) };
-        pods.insert(address(pod.address), policy, 0).map_err(|error| InterceptError::load("PODS", &error))?;
+    for (name, excluded) in
+        [("EXCLUDED_PORTS", &config.excluded_ports), ("INBOUND_EXCLUDED_PORTS", &config.inbound_excluded_ports)]
+    {
+        let mut ports: HashMap<_, u16, u8> = map(ebpf, name)?;
+        for port in excluded {
+            ports.insert(port, 1, 0).map_err(|error| InterceptError::load(name, &error))?;
+        }
     }
-    let mut ports: HashMap<_, u16, u8> = map(ebpf, "EXCLUDED_PORTS")?;
-    for port in &config.excluded_ports {
-        ports.insert(port, 1, 0).map_err(|error| InterceptError::load("EXCLUDED_PORTS", &error))?;
-    }
-    let mut ranges: LpmTrie<_, Address, u8> = map(ebpf, "EXCLUDED_RANGES")?;
-    for range in &config.excluded_ranges {
-        let mapped_bits = if range.address.is_ipv4() { 96 } else { 0 };
-        let key = Key::new(u32::from(range.length) + mapped_bits, address(range.address));
-        ranges.insert(&key, 1, 0).map_err(|error| InterceptError::load("EXCLUDED_RANGES", &error))?;
+    exclude_ranges(ebpf, "EXCLUDED_RANGES", &config.excluded_ranges)?;
+    exclude_ranges(ebpf, "INBOUND_EXCLUDED_RANGES", &config.inbound_excluded_ranges)?;
+    let mut users: HashMap<_, u32, u8> = map(ebpf, "EXCLUDED_UIDS")?;
+    for uid in &config.excluded_uids {
+        users.insert(uid, 1, 0).map_err(|error| InterceptError::load("EXCLUDED_UIDS", &error))?;
     }
     Ok(())
+}
+
+fn exclude_ranges(ebpf: &mut Ebpf, name: &str, excluded: &[Range]) -> Result<(), InterceptError> {
+    let mut ranges: LpmTrie<_, Address, u8> = map(ebpf, name)?;
+    for range in excluded {
+        let mapped_bits = if range.address.is_ipv4() { 96 } else { 0 };
+        let key = Key::new(u32::from(range.length) + mapped_bits, address(range.address));
+        ranges.insert(&key, 1, 0).map_err(|error| InterceptError::load(name, &error))?;
+    }
+    Ok(())
+}
+
+/// Puts a pod's policy in force. Its counters begin at 0, unless the address is enrolled already.
+pub(super) fn set_pod(ebpf: &mut Ebpf, pod: IpAddr, policy: PodPolicy) -> Result<(), InterceptError> {
+    const NO_EXISTING: u64 = 1;
+    let key = address(pod);
+    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, "POD_COUNTERS")?;
+    let zero = vec![
+        PodCounters::default();
+        aya::util::nr_cpus().map_err(|(_, source)| {
+            InterceptError::Load { name: "POD_COUNTERS".to_owned(), reason: source.to_string() }
+        })?
+    ];
+    let zero = PerCpuValues::try_from(zero)
+        .map_err(|source| InterceptError::Load { name: "POD_COUNTERS".to_owned(), reason: source.to_string() })?;
+    match counters.insert(key, zero, NO_EXISTING) {
+        Ok(()) => {}
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(InterceptError::load("POD_COUNTERS", &error)),
+    }
+    let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
+    pods.insert(key, policy, 0).map_err(|error| InterceptError::load("PODS", &error))
+}
+
+/// Takes a pod's policy out of force, and forgets its counters.
+pub(super) fn remove_pod(ebpf: &mut Ebpf, pod: IpAddr) -> Result<(), InterceptError> {
+    let key = address(pod);
+    let gone = |name: &str, result: Result<(), MapError>| match result {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(InterceptError::load(name, &error)),
+    };
+    let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
+    gone("PODS", pods.remove(&key))?;
+    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, "POD_COUNTERS")?;
+    gone("POD_COUNTERS", counters.remove(&key))
+}
+
+/// What a pod had to do with the daemon, summed over CPUs.
+pub(super) fn pod_counters(ebpf: &Ebpf, pod: IpAddr) -> PodCounters {
+    let counters =
+        ebpf.map("POD_COUNTERS").and_then(|map| PerCpuHashMap::<_, Address, PodCounters>::try_from(map).ok());
+    let per_cpu = counters.and_then(|counters| counters.get(&address(pod), 0).ok());
+    per_cpu.iter().flat_map(|per_cpu| per_cpu.iter()).fold(PodCounters::default(), |sum, one| PodCounters {
+        outbound_connections: sum.outbound_connections + one.outbound_connections,
+        inbound_connections: sum.inbound_connections + one.inbound_connections,
+        bytes_sent: sum.bytes_sent + one.bytes_sent,
+        bytes_received: sum.bytes_received + one.bytes_received,
+    })
 }
 
 /// Replaces what the kernel programs hold for the node's own addresses.
@@ -183,8 +246,13 @@ pub(super) fn refused_programs() -> Result<Vec<(String, String)>, InterceptError
     Ok(results.filter_map(|(name, result)| Some((name, chain(&result.err()?)))).collect())
 }
 
-/// Puts a listening socket into a worker's slot of each family that it accepts.
-pub(super) fn set_listener(ebpf: &mut Ebpf, worker: usize, socket: BorrowedFd<'_>) -> Result<(), InterceptError> {
+/// Puts a listening socket into a worker's slot of a direction and of each family that it accepts.
+pub(super) fn set_listener(
+    ebpf: &mut Ebpf,
+    direction: u32,
+    worker: usize,
+    socket: BorrowedFd<'_>,
+) -> Result<(), InterceptError> {
     let error = |reason: String| InterceptError::Listener { worker, reason };
     let slot_worker = u32::try_from(worker)
         .ok()
@@ -209,7 +277,8 @@ pub(super) fn set_listener(ebpf: &mut Ebpf, worker: usize, socket: BorrowedFd<'_
     let mut listeners: SockMap<_> = map(ebpf, "LISTENERS")?;
     for (accepts, is_ipv6) in [(v4, false), (v6, true)] {
         if accepts {
-            listeners.set(listener_slot(slot_worker, is_ipv6), &socket, 0).map_err(|source| error(chain(&source)))?;
+            let slot = listener_slot(slot_worker, is_ipv6, direction);
+            listeners.set(slot, &socket, 0).map_err(|source| error(chain(&source)))?;
         }
     }
     Ok(())
@@ -244,6 +313,15 @@ pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptErr
         map.pin(&path).map_err(|source| error(&path, chain(&source)))?;
     }
     Ok(())
+}
+
+/// Whether the maps that are pinned in a directory are these.
+pub(super) fn has_pinned(ebpf: &Ebpf, directory: &Path) -> bool {
+    const ANY: &str = "COUNTERS";
+    let Some(Map::PerCpuArray(own)) = ebpf.map(ANY) else { return false };
+    let own = own.info().map(|info| info.id());
+    let pinned = MapInfo::from_pin(directory.join(ANY)).map(|info| info.id());
+    matches!((own, pinned), (Ok(own), Ok(pinned)) if own == pinned)
 }
 
 /// A map by its name, in the type that the caller asks for.

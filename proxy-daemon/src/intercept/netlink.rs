@@ -12,6 +12,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -33,6 +34,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     /// Its name, which may change.
     pub(super) name: String,
+    /// The index of the bridge that it is a port of.
+    pub(super) bridge: Option<u32>,
 }
 
 /// What happened to interfaces or addresses.
@@ -94,8 +97,37 @@ impl Netlink {
         accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// Removes what [`Self::add_rule`] added.
-    pub(super) fn delete_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<()> {
+    /// The index of the interface over which the host sends to an address; none if it does not.
+    pub(super) fn route_to(&mut self, address: IpAddr) -> io::Result<Option<u32>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(address.is_ipv6());
+        message.header.destination_prefix_length = if address.is_ipv6() { 128 } else { 32 };
+        message.attributes = vec![RouteAttribute::Destination(address.into())];
+        self.send(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST)?;
+        loop {
+            for answer in receive(&self.socket)? {
+                match answer {
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => {
+                        return Ok(route.attributes.iter().find_map(|attribute| match attribute {
+                            RouteAttribute::Oif(index) => Some(*index),
+                            _ => None,
+                        }));
+                    }
+                    NetlinkPayload::Error(error) => {
+                        return match error.to_io() {
+                            _ if error.code.is_none() => Ok(None),
+                            error if is_unreachable(&error) => Ok(None),
+                            error => Err(error),
+                        };
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Removes what [`Self::add_rule`] added; whether there was any.
+    pub(super) fn delete_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<bool> {
         accept_missing(self.request(RouteNetlinkMessage::DelRule(rule(is_ipv6, mark, table)), 0))
     }
 
@@ -105,9 +137,51 @@ impl Netlink {
         accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
     }
 
-    /// Removes what [`Self::add_local_route`] added.
-    pub(super) fn delete_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<()> {
+    /// Removes what [`Self::add_local_route`] added; whether there was any.
+    pub(super) fn delete_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<bool> {
         accept_missing(self.request(RouteNetlinkMessage::DelRoute(local_route(is_ipv6, table, loopback)), 0))
+    }
+
+    /// Removes a clsact queueing discipline that has no filter; whether there was such a one.
+    pub(super) fn delete_empty_clsact(&mut self, interface: u32) -> io::Result<bool> {
+        let mut message = TcMessage::with_index(interface.cast_signed());
+        for parent in [TcHandle { major: 0xffff, minor: 0xfff2 }, TcHandle { major: 0xffff, minor: 0xfff3 }] {
+            // Its ingress and its egress.
+            message.header.parent = parent;
+            match self.has_filters(message.clone()) {
+                Ok(false) => {}
+                Ok(true) => return Ok(false),
+                Err(error) => return accept_missing(Err(error)),
+            }
+        }
+        message.header.parent = TcHandle::CLSACT;
+        message.header.handle = TcHandle { major: 0xffff, minor: 0 };
+        message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
+        accept_missing(self.request(RouteNetlinkMessage::DelQueueDiscipline(message), 0))
+    }
+
+    /// Whether there are filters. They are only counted: this library does not understand all that others make.
+    fn has_filters(&self, message: TcMessage) -> io::Result<bool> {
+        const DONE: u16 = 3;
+        const ERROR: u16 = 2;
+        self.send(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_REQUEST | NLM_F_DUMP)?;
+        let mut found = false;
+        loop {
+            let (datagram, _) = self.socket.recv_from_full()?;
+            let mut rest = datagram.as_slice();
+            while let Some((header, body)) = rest.split_at_checked(16) {
+                let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+                match u16::from_ne_bytes([header[4], header[5]]) {
+                    DONE => return Ok(found),
+                    ERROR => {
+                        let code = body.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+                        return Err(io::Error::from_raw_os_error(-code));
+                    }
+                    _ => found = true,
+                }
+                rest = rest.get(length.max(16).next_multiple_of(4)..).unwrap_or_default();
+            }
+        }
     }
 
     /// Sends a request and waits for its acknowledgement.
@@ -217,7 +291,11 @@ fn event_of(message: RouteNetlinkMessage) -> Option<Event> {
                 LinkAttribute::IfName(name) => Some(name.clone()),
                 _ => None,
             })?;
-            Some(Event::Link(Link { index: link.header.index, name }))
+            let bridge = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Controller(index) => Some(*index),
+                _ => None,
+            });
+            Some(Event::Link(Link { index: link.header.index, name, bridge }))
         }
         // A bridge tells of a port that leaves it by the same message, under its own family.
         RouteNetlinkMessage::DelLink(link) if link.header.interface_family == AddressFamily::Unspec => {
@@ -270,9 +348,16 @@ fn accept_existing(result: io::Result<()>) -> io::Result<()> {
 }
 
 /// No such rule (ENOENT), route (ESRCH) or interface (ENODEV): nothing is left to remove.
-fn accept_missing(result: io::Result<()>) -> io::Result<()> {
-    result.or_else(|error| match error.raw_os_error() {
-        Some(nix::libc::ENOENT | nix::libc::ESRCH | nix::libc::ENODEV) => Ok(()),
+fn accept_missing(result: io::Result<()>) -> io::Result<bool> {
+    result.map(|()| true).or_else(|error| match error.raw_os_error() {
+        // EAFNOSUPPORT: a host without that family has none.
+        Some(nix::libc::ENOENT | nix::libc::ESRCH | nix::libc::ENODEV | nix::libc::EAFNOSUPPORT) => Ok(false),
         _ => Err(error),
     })
+}
+
+/// A host that does not route to an address says so in one of these ways.
+fn is_unreachable(error: &io::Error) -> bool {
+    use nix::libc::{EACCES, EAFNOSUPPORT, EHOSTUNREACH, EINVAL, ENETUNREACH};
+    matches!(error.raw_os_error(), Some(EACCES | EAFNOSUPPORT | EHOSTUNREACH | EINVAL | ENETUNREACH))
 }

@@ -2,43 +2,53 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 
-use super::State;
 use super::error::InterceptError;
 use super::netlink::{Event, Monitor};
+use super::state::State;
+
+/// How often what failed is tried again, in milliseconds.
+const RETRY: u16 = 250;
 
 /// The thread that follows. Dropping it stops the thread.
 pub(super) struct Watcher {
-    stop: Arc<EventFd>,
+    stop: Arc<AtomicBool>,
+    wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watcher {
-    /// Starts the thread; it works in the calling thread's network namespace.
-    pub(super) fn start(monitor: Monitor, state: Arc<Mutex<State>>) -> Result<Self, InterceptError> {
+    /// Starts the thread; it works in the calling thread's network namespace. `wake` has it look at the state.
+    pub(super) fn start(
+        monitor: Monitor,
+        state: Arc<Mutex<State>>,
+        wake: Arc<EventFd>,
+    ) -> Result<Self, InterceptError> {
         let failed = |source: io::Error| InterceptError::Netlink { action: "watch interfaces".to_owned(), source };
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| failed(errno.into()))?);
-        let stopped = Arc::clone(&stop);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, woken) = (Arc::clone(&stop), Arc::clone(&wake));
         let thread = std::thread::Builder::new()
             .name("intercept-watch".to_owned())
             .spawn(move || {
-                if let Err(error) = follow(&monitor, &stopped, &state) {
+                if let Err(error) = follow(&monitor, &stopped, &woken, &state) {
                     tracing::error!(%error, "interfaces and addresses are no longer followed; restart culvertd");
                 }
             })
             .map_err(failed)?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { stop, wake, thread: Some(thread) })
     }
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        if let Err(error) = self.stop.write(1) {
+        self.stop.store(true, Ordering::Release);
+        if let Err(error) = self.wake.write(1) {
             tracing::error!(%error, "cannot stop the thread that watches interfaces");
             return;
         }
@@ -50,20 +60,27 @@ impl Drop for Watcher {
     }
 }
 
-fn follow(monitor: &Monitor, stop: &EventFd, state: &Mutex<State>) -> io::Result<()> {
+fn follow(monitor: &Monitor, stop: &AtomicBool, wake: &EventFd, state: &Mutex<State>) -> io::Result<()> {
     loop {
-        let mut fds = [PollFd::new(monitor.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::NONE) {
+        let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
+        let timeout = if lock().is_settled() { PollTimeout::NONE } else { PollTimeout::from(RETRY) };
+        let mut fds = [PollFd::new(monitor.as_fd(), PollFlags::POLLIN), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
             Ok(_) => {}
             Err(nix::Error::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         }
-        if fds[1].any().unwrap_or(false) {
+        if stop.load(Ordering::Acquire) {
             return Ok(());
         }
+        if fds[1].any().unwrap_or(false) {
+            wake.read()?;
+        }
         let events = monitor.events()?;
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        for error in apply(&mut state, events) {
+        let mut state = lock();
+        let mut errors = apply(&mut state, events);
+        errors.extend(state.retry());
+        for error in errors {
             tracing::warn!(%error, "interception does not follow a change of the node");
         }
     }
@@ -72,11 +89,11 @@ fn follow(monitor: &Monitor, stop: &EventFd, state: &Mutex<State>) -> io::Result
 /// Applies what happened; returns what could not be applied.
 fn apply(state: &mut State, events: Vec<Event>) -> Vec<InterceptError> {
     let mut errors = Vec::new();
-    let mut addresses_changed = false;
+    let (mut addresses_changed, changed) = (false, !events.is_empty());
     for event in events {
         match event {
             Event::Link(link) => errors.extend(state.reconcile_link(&link).err()),
-            Event::LinkGone(index) => errors.extend(state.forget_link(index).err()),
+            Event::LinkGone(index) => errors.extend(state.link_gone(index).err()),
             // An address may be on two interfaces: only a listing tells whether the host still has it.
             Event::Address(_) | Event::AddressGone(_) => addresses_changed = true,
             Event::Lost => {
@@ -88,6 +105,9 @@ fn apply(state: &mut State, events: Vec<Event>) -> Vec<InterceptError> {
     }
     if addresses_changed {
         errors.extend(state.reconcile_addresses().err());
+    }
+    if changed {
+        state.reconcile_pods();
     }
     errors
 }

@@ -19,7 +19,7 @@ use tokio::{net::TcpStream, sync::watch};
 use tokio_rustls::server::TlsStream;
 
 pub use prints::Prints;
-pub use sockets::{BoundAddress, bind};
+pub use sockets::{BoundAddress, Intercepted, bind};
 pub use stream::DownstreamStream;
 pub(crate) use stream::eof;
 

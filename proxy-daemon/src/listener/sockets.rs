@@ -38,6 +38,13 @@ impl BoundAddress {
     }
 }
 
+/// A listener that gets its connections from the kernel programs.
+#[derive(Debug, Clone, Copy)]
+pub struct Intercepted {
+    /// An earlier daemon still runs and has the port. What is redirected finds its socket by other means: any port does.
+    pub takes_over: bool,
+}
+
 /// Binds one address of the listener for `workers` workers.
 ///
 /// Connections are spread over the workers by SO_REUSEPORT. An `intercepted` listener gets its connections from the
@@ -51,7 +58,7 @@ pub fn bind(
     listener: &Listener,
     wanted: &ListenAddress,
     workers: usize,
-    intercepted: bool,
+    intercepted: Option<Intercepted>,
     shared: bool,
     holder: impl Fn(SocketAddr) -> Option<Arc<str>>,
 ) -> Result<BoundAddress, String> {
@@ -59,12 +66,19 @@ pub fn bind(
         Some(holder) => format!("cannot bind {}: the address is in use by listener '{holder}'", wanted.address),
         None => format!("cannot bind {}: {}", wanted.address, explain(&error)),
     };
+    let mut address = wanted.address;
     if wanted.address.port() != 0 && !shared {
         // With SO_REUSEPORT a second daemon would take half of the connections unnoticed.
-        let probe = open(listener, wanted, wanted.address, false).map_err(named)?;
-        probe.listen(1).map_err(named)?;
+        let probe = open(listener, wanted, wanted.address, false).and_then(|probe| probe.listen(1));
+        match probe {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && intercepted.is_some_and(|it| it.takes_over) => {
+                tracing::info!(listener = %listener.name, %address, "the daemon before has the port: another one is used");
+                address.set_port(0);
+            }
+            probe => probe.map_err(named)?,
+        }
     }
-    let mut address = wanted.address;
+    let intercepted = intercepted.is_some();
     let mut sockets = Vec::with_capacity(workers);
     for worker in 0..workers {
         if intercepted && worker > 0 {

@@ -29,7 +29,7 @@ use crate::{
     },
     http::filters::OffloadedTable,
     intercept::Interception,
-    listener::{ActiveListener, BoundAddress, Prints, SharedListener, bind},
+    listener::{ActiveListener, BoundAddress, Intercepted, Prints, SharedListener, bind},
     on_demand, stats,
     tls::{Secrets, SocketCertificates},
     upstream::{
@@ -43,8 +43,8 @@ pub struct Options {
     pub workers: usize,
     /// How long connections of a listener that is gone may go on.
     pub drain_time: Duration,
-    /// The kernel's part, with the name of the listener that it feeds.
-    pub interception: Option<(Interception, String)>,
+    /// The kernel's part.
+    pub interception: Option<Interception>,
 }
 
 /// A listener, for people.
@@ -70,7 +70,7 @@ struct Inner {
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     listeners: Mutex<BTreeMap<Arc<str>, Running>>,
-    interception: Mutex<Option<(Interception, String)>>,
+    interception: Mutex<Option<Interception>>,
     total_connections: stats::Gauge,
     worker_count: usize,
     next_socket: AtomicU64,
@@ -151,7 +151,7 @@ impl DataPlane {
                 on_demand: asking.clone(),
                 node_ip,
                 host_flows: match &options.interception {
-                    Some((interception, _)) => interception.host_flows().map_err(std::io::Error::other)?,
+                    Some(interception) => interception.host_flows().map_err(std::io::Error::other)?,
                     None => None,
                 },
                 drain_time: options.drain_time,
@@ -161,7 +161,7 @@ impl DataPlane {
                 commands,
             })?);
         }
-        let balancing = options.interception.as_ref().and_then(|(interception, _)| interception.balancing());
+        let balancing = options.interception.as_ref().and_then(Interception::balancing);
         let plane = DataPlane(Arc::new(Inner {
             names: Arc::new(Names::new(Arc::clone(&clusters))),
             clusters,
@@ -349,7 +349,10 @@ impl DataPlane {
         let routes = |source: &RouteSource| self.0.routes.of(source);
         let active = ActiveListener::new(Arc::clone(&config), prints, before.as_deref(), routes, self.secrets());
         let active = Arc::new(active.map_err(|error| error.to_string())?);
-        let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *config.name);
+        let intercepted = lock(&self.0.interception)
+            .as_ref()
+            .filter(|interception| interception.feeds(&config.name))
+            .map(|interception| Intercepted { takes_over: interception.has_predecessor() });
         let has = |wanted: &ListenAddress| before.as_ref().is_some_and(|old| old.config.addresses.contains(wanted));
         let same = before.as_ref().is_some_and(|old| same_options(&old.config, &config));
         let new = config.addresses.iter().filter(|wanted| !(same && has(wanted)));
@@ -385,17 +388,16 @@ impl DataPlane {
         }
         let config = Arc::clone(&active.config);
         let name = Arc::clone(&config.name);
-        let intercepted = lock(&self.0.interception).as_ref().is_some_and(|(_, listener)| **listener == *name);
         let mut opened = Vec::new();
         for address in bound {
             let id = self.0.next_socket.fetch_add(1, Ordering::Relaxed);
             let open = OpenAddress { wanted: address.wanted.clone(), actual: address.address, id };
             opened.push((open, address.listen()?));
         }
-        if let Some((interception, _)) = lock(&self.0.interception).as_ref().filter(|_| intercepted) {
+        if let Some(interception) = lock(&self.0.interception).as_ref().filter(|it| it.feeds(&name)) {
             for (_, sockets) in &opened {
                 for (worker, socket) in sockets.iter().enumerate() {
-                    interception.set_listener(worker, socket.as_fd()).map_err(|error| error.to_string())?;
+                    interception.feed(&name, worker, socket.as_fd()).map_err(|error| error.to_string())?;
                 }
             }
         }
@@ -503,7 +505,12 @@ impl DataPlane {
 
     /// The kernel's counters; empty without interception.
     pub fn kernel_counters(&self) -> Vec<(&'static str, u64)> {
-        lock(&self.0.interception).as_ref().map(|(interception, _)| interception.counters()).unwrap_or_default()
+        lock(&self.0.interception).as_ref().map(Interception::counters).unwrap_or_default()
+    }
+
+    /// Calls a function with the kernel's part, if there is one.
+    pub fn with_interception<T>(&self, function: impl FnOnce(&Interception) -> T) -> Option<T> {
+        lock(&self.0.interception).as_ref().map(function)
     }
 
     /// Stops the workers, writes out their logs, and takes the kernel programs down.
@@ -513,7 +520,7 @@ impl DataPlane {
             let _ = thread.join();
         }
         crate::http::filters::tap::finish(TAPS_WRITTEN_WITHIN);
-        if let Some((interception, _)) = lock(&self.0.interception).take()
+        if let Some(interception) = lock(&self.0.interception).take()
             && let Err(error) = interception.shutdown()
         {
             tracing::error!(%error, "interception is not wholly removed");
@@ -523,7 +530,7 @@ impl DataPlane {
 
 impl balancing::Plane for Inner {
     fn with_interception(&self, work: &mut dyn FnMut(&Interception)) {
-        if let Some((interception, _)) = &*lock(&self.interception) {
+        if let Some(interception) = &*lock(&self.interception) {
             work(interception);
         }
     }
@@ -534,8 +541,8 @@ impl balancing::Plane for Inner {
 
     fn outbound(&self) -> Option<Arc<ActiveListener>> {
         let interception = lock(&self.interception);
-        let (_, name) = interception.as_ref()?;
-        Some(lock(&self.listeners).get(name.as_str())?.shared.active.load_full())
+        let name = interception.as_ref()?.outbound_listener();
+        Some(lock(&self.listeners).get(name)?.shared.active.load_full())
     }
 }
 

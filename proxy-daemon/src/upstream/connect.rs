@@ -237,8 +237,10 @@ pub(super) async fn secure(
 fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> Result<Socket, ConnectError> {
     let SocketSettings { source, bind, keepalive } = how;
     let socket = plain_socket(to, keepalive).map_err(ConnectError::Socket)?;
-    // A client of the other family cannot lend its address: the node's own is used.
-    let source = source.filter(|source| source.address.is_ipv4() == to.is_ipv4());
+    // A client of the other family cannot lend its address: the node's own is used. Nor can one that is itself the host,
+    // as a pod is that calls its own service: it would take what comes from its own address for forged.
+    let source =
+        source.filter(|source| source.address.is_ipv4() == to.is_ipv4() && source.address != to.ip().to_canonical());
     if let Some(bind) = bind {
         bind_as_configured(&socket, to, bind, source.is_none())?;
     }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod};
+use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod, Policy, Traffic};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
@@ -112,7 +112,8 @@ impl Namespace {
         self.run(|| transparent_listener(address))
     }
 
-    fn sysctl(&self, name: &str, value: &str) {
+    /// Writes a sysctl of it.
+    pub fn sysctl(&self, name: &str, value: &str) {
         let path = format!("/proc/sys/{name}");
         self.run(|| fs::write(&path, value)).unwrap_or_else(|error| panic!("{path}: {error}"));
     }
@@ -289,7 +290,8 @@ pub fn closed_config() -> InterceptionConfig {
 }
 
 fn config_with(failure_policy: FailurePolicy) -> InterceptionConfig {
-    let pod = |address: &str| Pod { address: address.parse::<IpAddr>().expect("an address"), failure_policy };
+    let policy = Policy { failure_policy, traffic: Traffic::Outbound };
+    let pod = |address: &str| Pod { address: address.parse::<IpAddr>().expect("an address"), policy };
     InterceptionConfig {
         interfaces: vec!["pod*".to_owned()],
         uplinks: vec!["up?".to_owned()],
@@ -350,9 +352,39 @@ impl Lab {
         to.ip(&format!("-6 route add default via {net6}:1"));
     }
 
+    /// Gives the client's address to a new interface, after the one before was deleted.
+    pub fn rewire_client(&self) {
+        self.wire(&self.client, "pod1", "10.201.1", "fd00:201:1:");
+    }
+
+    /// A host beyond the neighbour, who routes to it with a smaller MTU. `.2` is its address.
+    pub fn beyond(&self, net: &str, net6: &str, mtu: u32) -> Namespace {
+        let beyond = Namespace::new(self.neighbour.name.replace("-far", "-beyond"));
+        self.neighbour.sysctl("net/ipv4/ip_forward", "1");
+        self.neighbour.sysctl("net/ipv6/conf/all/forwarding", "1");
+        self.neighbour.ip(&format!("link add narrow type veth peer name eth0 netns {}", beyond.name));
+        for (namespace, interface, host) in [(&self.neighbour, "narrow", 1), (&beyond, "eth0", 2)] {
+            namespace.ip(&format!("addr add {net}.{host}/24 dev {interface}"));
+            namespace.ip(&format!("addr add {net6}:{host}/64 dev {interface} nodad"));
+            namespace.ip(&format!("link set {interface} up"));
+        }
+        self.neighbour.ip(&format!("link set narrow mtu {mtu}"));
+        beyond.ip(&format!("route add default via {net}.1"));
+        beyond.ip(&format!("-6 route add default via {net6}:1"));
+        // Forwarding made the neighbour a router, which forgets what it learned but not its routes.
+        self.node.ip(&format!("route add {net}.0/24 via {NEIGHBOUR}"));
+        self.node.ip(&format!("-6 route add {net6}:/64 via {NEIGHBOUR_V6}"));
+        beyond
+    }
+
     /// A configuration that enrols both pods.
     pub fn config(&self) -> InterceptionConfig {
-        InterceptionConfig { pin_path: self.pin_path.clone(), ..open_config() }
+        InterceptionConfig { pin_path: self.pin_path.clone(), state_path: self.state_path(), ..open_config() }
+    }
+
+    /// Where interception writes down what is enrolled by command.
+    pub fn state_path(&self) -> PathBuf {
+        std::env::temp_dir().join(self.pin_path.file_name().expect("a name")).join("enrolled.json")
     }
 
     /// Starts interception on the node.
@@ -369,10 +401,8 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         // What a failed test's daemon left pinned.
-        let _ = fs::remove_dir_all(self.pin_path.join("links"));
-        let _ = fs::remove_dir_all(self.pin_path.join("cgroups"));
-        let _ = fs::remove_dir_all(self.pin_path.join("maps"));
-        let _ = fs::remove_dir(&self.pin_path);
+        let _ = fs::remove_dir_all(&self.pin_path);
+        let _ = fs::remove_dir_all(self.state_path().parent().expect("a directory"));
     }
 }
 

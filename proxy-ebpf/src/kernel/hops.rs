@@ -17,7 +17,10 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_stor
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
 use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, from_words, v4_mapped};
 
-use crate::maps::{HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns, sock_layout};
+use crate::maps::{
+    HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns, pod_counters, sends_to_daemon,
+    sock_layout,
+};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -48,8 +51,8 @@ fn register(ctx: &SockOpsContext, active: bool) {
     let remote_port = u32::from_be(ctx.remote_port()) as u16;
     let on_a_hop = match (side, active) {
         // A pod's connection that was redirected into the daemon: seen from the pod, and from the daemon.
-        (Side::Pod, true) => is_enrolled(&local) && exclusion(&remote, remote_port).is_none(),
-        (Side::Node, false) => is_enrolled(&remote) && exclusion(&local, local_port).is_none(),
+        (Side::Pod, true) => sends_to_daemon(&local) && exclusion(&remote, remote_port).is_none(),
+        (Side::Node, false) => sends_to_daemon(&remote) && exclusion(&local, local_port).is_none(),
         // The daemon's connection to a pod of this node in the name of another: seen from the daemon, and from the pod.
         (Side::Node, true) | (Side::Pod, false) => is_enrolled(&local) && is_enrolled(&remote),
     };
@@ -163,6 +166,7 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
                 hop.lane = Lane::Shortcut as u32;
                 count(Reason::ShortcutMessages);
                 count_by(Reason::ShortcutBytes, u64::from(size));
+                count_for_pod(hop, size);
                 return SK_PASS;
             }
             Ok(()) => count(Reason::ShortcutPeerMissing),
@@ -175,6 +179,18 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
     count(Reason::ShortcutTcpMessages);
     count_by(Reason::ShortcutTcpBytes, u64::from(size));
     SK_PASS
+}
+
+/// Counts what takes the short cut for the pod at one end of the hop.
+#[inline(always)]
+fn count_for_pod(hop: &Hop, size: u32) {
+    if hop.own.side == Side::Pod as u32 {
+        if let Some(counters) = pod_counters(&hop.own.local) {
+            counters.bytes_sent += u64::from(size);
+        }
+    } else if let Some(counters) = pod_counters(&hop.own.remote) {
+        counters.bytes_received += u64::from(size);
+    }
 }
 
 /// Whether the next bytes keep their order, and the receiver its bounds, on the short cut; else why not.

@@ -12,7 +12,8 @@ use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_map_looku
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext};
 use culvert_proxy_ebpf::{
-    Address, Detour, Endpoint, FlowKey, MAX_FLOWS, MAX_WORKERS, Reason, TCP, from_words, listener_slot, v4_mapped,
+    Address, Detour, Endpoint, FlowKey, MAX_FLOWS, MAX_WORKERS, OUTBOUND, Reason, TCP, from_words, listener_slot,
+    v4_mapped,
 };
 
 use crate::connect::{
@@ -98,7 +99,7 @@ fn worker(v4: bool) -> Option<Endpoint> {
         if step >= workers {
             break;
         }
-        let slot = listener_slot((first + step) % workers, !v4);
+        let slot = listener_slot((first + step) % workers, !v4, OUTBOUND);
         // SAFETY: a map and a key on the stack; the result is a socket that is released below, or null.
         let sock = unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const slot).cast()) };
         let sock: *mut bpf_sock = sock.cast();

@@ -11,6 +11,7 @@ mod host;
 mod maps;
 mod packet;
 mod redirect;
+mod reset;
 
 use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr, classifier, raw_tracepoint, sk_lookup, sk_msg, sock_ops};
 use aya_ebpf::programs::{

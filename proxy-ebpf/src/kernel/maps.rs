@@ -1,16 +1,20 @@
 //! The maps, the constants that the daemon sets at load time, and the counters.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{HashMap, LpmTrie, PerCpuArray, SkStorage, SockHash, SockMap};
+use aya_ebpf::btf_maps::{HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, SkStorage, SockHash, SockMap};
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
-    Address, Hop, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SHORTCUT_SOCKETS,
-    MAX_WORKERS, PodPolicy, Reason, SockLayout, SocketKey,
+    Address, Hop, LISTENER_SLOTS, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES,
+    MAX_PODS, MAX_SHORTCUT_SOCKETS, OUTBOUND, PodCounters, PodPolicy, Reason, SockLayout, SocketKey,
 };
 
 /// Enrolled pods.
 #[btf_map]
 pub static PODS: HashMap<Address, PodPolicy, MAX_PODS> = HashMap::new();
+
+/// What each enrolled pod had to do with the daemon; the daemon makes the entries.
+#[btf_map]
+static POD_COUNTERS: PerCpuHashMap<Address, PodCounters, MAX_PODS, NO_PREALLOC> = PerCpuHashMap::new();
 
 /// Destination ports (host byte order) that are never redirected.
 #[btf_map]
@@ -20,6 +24,18 @@ static EXCLUDED_PORTS: HashMap<u16, u8, MAX_EXCLUDED_PORTS, NO_PREALLOC> = HashM
 #[btf_map]
 static EXCLUDED_RANGES: LpmTrie<Address, u8, MAX_EXCLUDED_RANGES> = LpmTrie::new();
 
+/// Ports of pods (host byte order) to which connections are never redirected.
+#[btf_map]
+static INBOUND_EXCLUDED_PORTS: HashMap<u16, u8, MAX_EXCLUDED_PORTS, NO_PREALLOC> = HashMap::new();
+
+/// Source ranges whose connections to pods are never redirected.
+#[btf_map]
+static INBOUND_EXCLUDED_RANGES: LpmTrie<Address, u8, MAX_EXCLUDED_RANGES> = LpmTrie::new();
+
+/// Users, as the node numbers them, whose connections are never redirected.
+#[btf_map]
+static EXCLUDED_UIDS: HashMap<u32, u8, MAX_EXCLUDED_UIDS, NO_PREALLOC> = HashMap::new();
+
 /// The node's own addresses.
 #[btf_map]
 static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new();
@@ -27,7 +43,7 @@ static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new
 /// Workers' listening sockets by `listener_slot`. The kernel empties a slot when its socket closes, so that a dead
 /// daemon leaves no slot filled.
 #[btf_map]
-pub static LISTENERS: SockMap<{ MAX_WORKERS as usize * 2 }> = SockMap::new();
+pub static LISTENERS: SockMap<LISTENER_SLOTS> = SockMap::new();
 
 /// Sockets that may take the short cut.
 #[btf_map]
@@ -43,7 +59,7 @@ pub static SOCK_ADDRESSES: HashMap<SocketKey, u64, MAX_SHORTCUT_SOCKETS, NO_PREA
 
 /// One slot a [`Reason`].
 #[btf_map]
-static COUNTERS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
+static COUNTERS: PerCpuArray<u64, { Reason::SLOTS }> = PerCpuArray::new();
 
 /// Memory for an entry is taken when it is made, not for the whole map at once.
 const NO_PREALLOC: usize = aya_ebpf::bindings::BPF_F_NO_PREALLOC as usize;
@@ -107,6 +123,47 @@ pub fn count(reason: Reason) {
 #[inline(always)]
 pub fn is_enrolled(address: &Address) -> bool {
     PODS.get_ptr(address).is_some()
+}
+
+/// Whether the connections that a pod with this address opens are redirected.
+#[inline(always)]
+pub fn sends_to_daemon(address: &Address) -> bool {
+    PODS.get_ptr(address).is_some_and(|policy| directions(policy) & OUTBOUND != 0)
+}
+
+/// Which of a pod's connections are redirected.
+#[inline(always)]
+pub fn directions(policy: *const PodPolicy) -> u32 {
+    // SAFETY: a value of the map PODS, which lives until the end of the program run.
+    unsafe { (*policy).directions }
+}
+
+/// A pod's counters on this CPU.
+#[inline(always)]
+pub fn pod_counters(address: &Address) -> Option<&'static mut PodCounters> {
+    // SAFETY: this CPU's value of a map that outlives the program run. Not atomic: see `count_by`.
+    POD_COUNTERS.get_ptr_mut(address).map(|counters| unsafe { &mut *counters })
+}
+
+/// Whether a user's connections are left alone.
+#[inline(always)]
+pub fn is_excluded_user(uid: u32) -> bool {
+    EXCLUDED_UIDS.get_ptr(uid).is_some()
+}
+
+/// Why a connection from this source to this port of an enrolled pod is not redirected, if it is not.
+#[inline(always)]
+pub fn inbound_exclusion(source: &Address, port: u16) -> Option<Reason> {
+    if INBOUND_EXCLUDED_PORTS.get_ptr(port).is_some() {
+        return Some(Reason::PassedExcludedPort);
+    }
+    if LOCAL_ADDRESSES.get_ptr(source).is_some() {
+        return Some(Reason::PassedLocal);
+    }
+    if INBOUND_EXCLUDED_RANGES.get(&Key::new(128, *source)).is_some() {
+        return Some(Reason::PassedExcludedRange);
+    }
+    None
 }
 
 /// Why an enrolled pod's connection to this destination is not redirected, if it is not.

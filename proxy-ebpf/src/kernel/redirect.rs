@@ -8,12 +8,20 @@ use aya_ebpf::bindings::{
     bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 as Ipv4Tuple, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 as Ipv6Tuple,
     sk_action::SK_PASS,
 };
-use aya_ebpf::helpers::{bpf_get_hash_recalc, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp};
+use aya_ebpf::helpers::{
+    bpf_get_hash_recalc, bpf_get_socket_uid, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_skc_lookup_tcp,
+};
 use aya_ebpf::programs::{SkLookupContext, TcContext};
-use culvert_proxy_ebpf::{Address, MAX_WORKERS, Reason, from_words, listener_slot, v4_mapped};
+use culvert_proxy_ebpf::{
+    Address, INBOUND, MAX_WORKERS, OUTBOUND, PodPolicy, Reason, from_words, listener_slot, v4_mapped,
+};
 
-use crate::maps::{LISTENERS, PODS, count, exclusion, is_enrolled, mark, workers};
+use crate::maps::{
+    LISTENERS, PODS, count, directions, exclusion, inbound_exclusion, is_enrolled, is_excluded_user, mark,
+    pod_counters, sends_to_daemon, workers,
+};
 use crate::packet::{NotOurs, Segment, parse};
+use crate::reset;
 
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
@@ -28,12 +36,15 @@ const UNTOUCHED: i32 = TC_ACT_UNSPEC;
 pub fn outbound(ctx: &TcContext) -> i32 {
     let segment = match parse(ctx) {
         Ok(segment) => segment,
-        Err(why) => return not_ours(why),
+        Err(why) => return not_ours(ctx, why),
     };
-    let policy = PODS.get_ptr(segment.source);
-    // The daemon's sockets have a pod's address at one end: the source's if it accepted the connection from this pod,
-    // the destination's if it opened it to this pod in another pod's name.
-    if (policy.is_some() || is_enrolled(&segment.destination)) && steer(ctx, &segment) {
+    let source = sender(ctx, &segment);
+    let target = PODS.get_ptr(segment.destination);
+    // The daemon's sockets have a pod's address at one end: the source's if it accepted the connection from this pod, or
+    // opened it to this pod in another's name; the destination's if it accepted a connection to that pod, or opened one
+    // in that pod's name.
+    if (source.is_some() || target.is_some()) && steer(ctx, &segment) {
+        count_bytes(ctx, &segment, source.is_some(), target.is_some());
         return TC_ACT_OK;
     }
     // Only new connections are subject to policy. What is left besides belongs to connections that others opened to
@@ -41,35 +52,111 @@ pub fn outbound(ctx: &TcContext) -> i32 {
     if !segment.opens {
         return UNTOUCHED;
     }
-    let Some(policy) = policy else {
-        count(Reason::PassedNotEnrolled);
-        return UNTOUCHED;
-    };
-    if let Some(reason) = exclusion(&segment.destination, u16::from_be(segment.destination_port)) {
-        count(reason);
-        return UNTOUCHED;
+    let mut why = Reason::PassedNotEnrolled;
+    if let Some(policy) = source
+        && directions(policy) & OUTBOUND != 0
+    {
+        match exclusion(&segment.destination, u16::from_be(segment.destination_port)).or_else(|| user_exclusion(ctx)) {
+            None => return redirect(ctx, &segment, policy, OUTBOUND),
+            Some(reason) => why = reason,
+        }
     }
-    if offer_to_worker(ctx, segment.is_ipv6) {
-        count(Reason::Redirected);
+    // What the sender's policy leaves alone is subject to the receiver's.
+    if let Some(policy) = target
+        && directions(policy) & INBOUND != 0
+    {
+        match inbound_exclusion(&segment.source, u16::from_be(segment.destination_port)) {
+            None => return redirect(ctx, &segment, policy, INBOUND),
+            Some(reason) => why = reason,
+        }
+    }
+    count(why);
+    UNTOUCHED
+}
+
+/// A packet that comes from outside the node: to a pod, or a reply to a connection that the daemon opened in a pod's name.
+#[inline(always)]
+pub fn inbound(ctx: &TcContext) -> i32 {
+    let segment = match parse(ctx) {
+        Ok(segment) => segment,
+        Err(why) => return not_ours(ctx, why),
+    };
+    let Some(policy) = PODS.get_ptr(segment.destination) else { return UNTOUCHED };
+    if steer(ctx, &segment) {
+        count_bytes(ctx, &segment, false, true);
         return TC_ACT_OK;
     }
-    // SAFETY: a value of the map PODS, which lives until the end of the program run.
-    if unsafe { (*policy).fail_closed } != 0 {
-        count(Reason::FailedClosed);
-        TC_ACT_SHOT
-    } else {
-        count(Reason::FailedOpen);
-        UNTOUCHED
+    if !segment.opens || directions(policy) & INBOUND == 0 {
+        return UNTOUCHED;
+    }
+    match inbound_exclusion(&segment.source, u16::from_be(segment.destination_port)) {
+        None => redirect(ctx, &segment, policy, INBOUND),
+        Some(reason) => {
+            count(reason);
+            UNTOUCHED
+        }
     }
 }
 
-/// A packet that comes from outside the node: replies to connections that the daemon opened in a pod's name.
+/// The policy of the pod that sent the packet. A pod is known by its address and, if that is known, its interface.
 #[inline(always)]
-pub fn inbound(ctx: &TcContext) -> i32 {
-    match parse(ctx) {
-        Ok(segment) if is_enrolled(&segment.destination) && steer(ctx, &segment) => TC_ACT_OK,
-        Ok(_) => UNTOUCHED,
-        Err(why) => not_ours(why),
+fn sender(ctx: &TcContext, segment: &Segment) -> Option<*const PodPolicy> {
+    let policy = PODS.get_ptr(segment.source)?;
+    // SAFETY: a value of the map PODS, which lives until the end of the program run; and a field of the context.
+    let (bound, interface) = unsafe { ((*policy).interface, (*ctx.skb.skb).ifindex) };
+    if bound != 0 && bound != interface {
+        if segment.opens {
+            count(Reason::OtherInterface);
+        }
+        return None;
+    }
+    Some(policy)
+}
+
+/// Whether the program that opens the connection belongs to an excluded user: the packet still has its socket here.
+#[inline(always)]
+fn user_exclusion(ctx: &TcContext) -> Option<Reason> {
+    // SAFETY: the context that the kernel passed in.
+    let uid = unsafe { bpf_get_socket_uid(ctx.skb.skb) };
+    is_excluded_user(uid).then_some(Reason::PassedExcludedUid)
+}
+
+/// Gives a packet that opens a connection to a worker; without any, does what the pod's policy says.
+#[inline(always)]
+fn redirect(ctx: &TcContext, segment: &Segment, policy: *const PodPolicy, direction: u32) -> i32 {
+    let outbound = direction == OUTBOUND;
+    if offer_to_worker(ctx, segment.is_ipv6, direction) {
+        count(if outbound { Reason::Redirected } else { Reason::RedirectedInbound });
+        if let Some(counters) = pod_counters(if outbound { &segment.source } else { &segment.destination }) {
+            if outbound {
+                counters.outbound_connections += 1;
+            } else {
+                counters.inbound_connections += 1;
+            }
+        }
+        return TC_ACT_OK;
+    }
+    // SAFETY: a value of the map PODS, which lives until the end of the program run.
+    if unsafe { (*policy).fail_closed } == 0 {
+        count(Reason::FailedOpen);
+        return UNTOUCHED;
+    }
+    count(Reason::FailedClosed);
+    if let Some(action) = reset::answer(ctx, segment) {
+        return action;
+    }
+    count(Reason::ResetFailed);
+    TC_ACT_SHOT
+}
+
+#[inline(always)]
+fn count_bytes(ctx: &TcContext, segment: &Segment, sent: bool, received: bool) {
+    let bytes = u64::from(ctx.len());
+    if sent && let Some(counters) = pod_counters(&segment.source) {
+        counters.bytes_sent += bytes;
+    }
+    if received && let Some(counters) = pod_counters(&segment.destination) {
+        counters.bytes_received += bytes;
     }
 }
 
@@ -100,19 +187,25 @@ pub fn reopen(ctx: &SkLookupContext) -> u32 {
         (v4_mapped(remote_v4.to_ne_bytes()), v4_mapped(local_v4.to_ne_bytes()))
     };
     let workers = workers();
-    if protocol != IPPROTO_TCP
-        || workers == 0
-        || !is_enrolled(&source)
-        || exclusion(&destination, local_port as u16).is_some()
-    {
+    if protocol != IPPROTO_TCP || workers == 0 {
         return SK_PASS;
     }
+    let port = local_port as u16;
+    let direction = if sends_to_daemon(&source) && exclusion(&destination, port).is_none() {
+        OUTBOUND
+    } else if PODS.get_ptr(destination).is_some_and(|policy| directions(policy) & INBOUND != 0)
+        && inbound_exclusion(&source, port).is_none()
+    {
+        INBOUND
+    } else {
+        return SK_PASS;
+    };
     let first = u32::from(remote_port) % workers;
     for step in 0..MAX_WORKERS {
         if step >= workers {
             break;
         }
-        let slot = listener_slot((first + step) % workers, is_ipv6);
+        let slot = listener_slot((first + step) % workers, is_ipv6, direction);
         if LISTENERS.redirect_sk_lookup(ctx, slot, 0).is_ok() {
             break;
         }
@@ -121,16 +214,46 @@ pub fn reopen(ctx: &SkLookupContext) -> u32 {
 }
 
 #[inline(always)]
-fn not_ours(why: NotOurs) -> i32 {
-    if let NotOurs::Counted(reason) = why {
-        count(reason);
+fn not_ours(ctx: &TcContext, why: NotOurs) -> i32 {
+    match why {
+        NotOurs::Other => UNTOUCHED,
+        NotOurs::Counted(reason) => {
+            count(reason);
+            UNTOUCHED
+        }
+        NotOurs::Icmp(answer) => icmp(ctx, &answer),
     }
-    UNTOUCHED
 }
 
-/// Gives the packet to the socket of this host that has its addresses and ports, if there is one.
+/// An ICMP error, such as that a packet was too big, goes to the address that sent the packet: a pod's, if it is about
+/// one of the daemon's connections. The pod knows nothing of that, and the daemon would never hear of it.
 #[inline(always)]
-fn steer(ctx: &TcContext, segment: &Segment) -> bool {
+fn icmp(ctx: &TcContext, answer: &Segment) -> i32 {
+    if !is_enrolled(&answer.source) && !is_enrolled(&answer.destination) {
+        return UNTOUCHED;
+    }
+    let sock = find(ctx, answer);
+    if sock.is_null() {
+        return UNTOUCHED;
+    }
+    // SAFETY: not null, held until it is released, and released once.
+    let state = unsafe {
+        let state = (*sock).state;
+        bpf_sk_release(sock.cast());
+        state
+    };
+    if state == TCP_LISTEN {
+        return UNTOUCHED;
+    }
+    count(Reason::IcmpSteered);
+    ctx.set_mark(mark());
+    TC_ACT_OK
+}
+
+/// The socket of this host that has the packet's addresses and ports; if there is none, a listener that would take it.
+/// What is not null must be released.
+#[inline(always)]
+fn find(ctx: &TcContext, segment: &Segment) -> *mut bpf_sock {
     // SAFETY: plain integers, for which zero is a value.
     let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
     let (sport, dport) = (segment.source_port, segment.destination_port);
@@ -144,8 +267,13 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
         size_of::<Ipv4Tuple>()
     };
     // SAFETY: `tuple` is initialised for `length` bytes.
-    let sock =
-        unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, length as u32, BPF_F_CURRENT_NETNS as u64, 0) };
+    unsafe { bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut tuple, length as u32, BPF_F_CURRENT_NETNS as u64, 0) }
+}
+
+/// Gives the packet to the socket of this host that has its addresses and ports, if there is one.
+#[inline(always)]
+fn steer(ctx: &TcContext, segment: &Segment) -> bool {
+    let sock = find(ctx, segment);
     if sock.is_null() {
         return false;
     }
@@ -171,7 +299,7 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
 /// Gives the packet, which opens a connection, to the listener of a worker chosen by the packet's hash, or of the next
 /// one that listens.
 #[inline(always)]
-fn offer_to_worker(ctx: &TcContext, is_ipv6: bool) -> bool {
+fn offer_to_worker(ctx: &TcContext, is_ipv6: bool, direction: u32) -> bool {
     let workers = workers();
     if workers == 0 {
         return false;
@@ -182,7 +310,7 @@ fn offer_to_worker(ctx: &TcContext, is_ipv6: bool) -> bool {
         if step >= workers {
             break;
         }
-        let slot = listener_slot((first + step) % workers, is_ipv6);
+        let slot = listener_slot((first + step) % workers, is_ipv6, direction);
         // SAFETY: a map and a key on the stack; the result is a socket that is released below, or null.
         let sock = unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const slot).cast()) };
         if !sock.is_null() && assign_and_release(ctx, sock.cast()) {

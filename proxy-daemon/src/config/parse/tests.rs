@@ -322,13 +322,18 @@ fn interception_is_checked() {
         load(&yaml("interfaces: ['veth*'], pods: [{ address: 10.1.0.2, failure_policy: FAIL_CLOSED }]")).unwrap();
     let config = config.interception.unwrap();
     assert_eq!(config.outbound_listener, "outbound");
-    assert_eq!(config.pods[0].failure_policy, crate::intercept::FailurePolicy::Closed);
+    assert_eq!(config.pods[0].policy.failure_policy, crate::intercept::FailurePolicy::Closed);
     let at = "bootstrap_extensions[0].typed_config";
     for (fields, expected) in [
         ("pods: []", "interfaces: "),
         ("interfaces: [a], pods: [{ address: x }]", "pods[0].address: "),
         ("interfaces: [a], excluded_ports: [70000]", "excluded_ports[0]: "),
         ("interfaces: [a], excluded_ranges: ['10.0.0.0/99']", "excluded_ranges[0]: "),
+        ("interfaces: [a], inbound_excluded_ports: [0]", "inbound_excluded_ports[0]: "),
+        ("interfaces: [a], inbound_excluded_ranges: [x]", "inbound_excluded_ranges[0]: "),
+        ("interfaces: [a], excluded_uids: [7, 65534]", "excluded_uids[1]: "),
+        ("interfaces: [a], state_path: x", "state_path: "),
+        ("interfaces: [a], enrolment: { pod_manifests: /pods }", "enrolment.selectors: "),
     ] {
         let error = load(&yaml(fields)).unwrap_err();
         assert!(error.starts_with(&format!("{at}.{expected}")), "{error}");

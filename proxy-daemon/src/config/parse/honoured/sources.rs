@@ -41,6 +41,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("culvert.extensions.bootstrap.interception.v1.Interception.ConnectBalancing.Service", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.HostMode", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Pod", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.Enrolment", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.Enrolment.Selector", ALL),
     // xDS
     (
         "envoy.config.core.v3.ConfigSource",

@@ -1,0 +1,48 @@
+//! The node's pods: which are enrolled, and their enrolment by command. Not one of Envoy's endpoints.
+
+use std::net::IpAddr;
+
+use http::StatusCode;
+use serde_json::json;
+
+use super::{
+    AdminState,
+    request::{Parameters, Reply},
+};
+use crate::intercept::{InterceptError, Interception};
+
+const NONE: &str = "this daemon intercepts nothing: its bootstrap has no extension culvert.bootstrap.interception\n";
+
+pub(super) fn pods(state: &AdminState, _: &Parameters) -> Reply {
+    let all = |interception: &Interception| json!({"pods": interception.pods(), "not_ready": interception.faults()});
+    match state.data_plane.with_interception(all) {
+        Some(pods) => Reply::json(&pods),
+        None => Reply::error(StatusCode::NOT_FOUND, NONE),
+    }
+}
+
+pub(super) fn enroll(state: &AdminState, parameters: &Parameters) -> Reply {
+    let mut addresses = Vec::new();
+    for (_, text) in parameters.iter().filter(|(name, _)| *name == "address") {
+        match text.parse::<IpAddr>() {
+            Ok(address) => addresses.push(address.to_canonical()),
+            Err(_) => return Reply::bad_request(format!("`{text}` is not an address\n")),
+        }
+    }
+    let name = parameters.get("name").filter(|name| !name.is_empty()).map(str::to_owned);
+    reply(state, |interception| {
+        interception.enrol(name, addresses, parameters.get("direction"), parameters.get("failure_policy"))
+    })
+}
+
+pub(super) fn unenroll(state: &AdminState, parameters: &Parameters) -> Reply {
+    reply(state, |interception| interception.unenrol(parameters.get("pod").unwrap_or_default()))
+}
+
+fn reply(state: &AdminState, change: impl FnOnce(&Interception) -> Result<(), InterceptError>) -> Reply {
+    match state.data_plane.with_interception(change) {
+        Some(Ok(())) => Reply::ok(),
+        Some(Err(error)) => Reply::bad_request(format!("{error}\n")),
+        None => Reply::error(StatusCode::NOT_FOUND, NONE),
+    }
+}

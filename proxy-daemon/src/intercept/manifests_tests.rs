@@ -1,0 +1,95 @@
+use super::super::config::{FailurePolicy, Policy, Traffic};
+use super::super::selectors::Selector;
+use super::*;
+
+fn enrolment(path: &Path) -> Enrolment {
+    let policy = Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both };
+    let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
+    Enrolment {
+        pod_manifests: path.to_owned(),
+        node_name: "node-a".to_owned(),
+        selectors: vec![Selector { namespaces: vec!["shop".to_owned()], match_labels, policy }],
+    }
+}
+
+fn pod(name: &str, labels: &str, address: &str, more: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: u-{name}, labels: {{{labels}}}}}\n\
+         spec: {{nodeName: node-a}}\nstatus: {{podIP: '{address}'{more}}}\n"
+    )
+}
+
+fn read(text: &str) -> Result<Vec<Known>, String> {
+    let pods = pods_of(text.as_bytes(), &enrolment(Path::new("/nowhere")))?;
+    Ok(pods.into_iter().map(|(_, pod)| pod).collect())
+}
+
+#[test]
+fn pods_are_read_with_both_families() {
+    let pods = read(&pod("a", "mesh: 'on'", "10.0.0.1", ", podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]")).unwrap();
+    let [pod] = pods.as_slice() else { panic!("{pods:?}") };
+    assert_eq!(pod.name, "shop/a");
+    let addresses: Vec<IpAddr> = ["10.0.0.1", "fd00::1"].map(|text| text.parse().unwrap()).to_vec();
+    assert_eq!(pod.addresses, addresses);
+    let policy = pod.wanted.as_ref().unwrap();
+    assert_eq!((policy.failure_policy, policy.traffic), (FailurePolicy::Closed, Traffic::Both));
+}
+
+#[test]
+fn what_is_not_to_be_enrolled_says_why() {
+    let host = "{apiVersion: v1, kind: Pod, metadata: {name: h, namespace: shop, labels: {mesh: 'on'}}, \
+                spec: {nodeName: node-a, hostNetwork: true}, status: {podIP: 172.31.0.1}}";
+    for (text, reason) in [
+        (pod("b", "mesh: 'off'", "10.0.0.2", ""), "no selector matches it"),
+        (pod("c", "mesh: 'on'", "10.0.0.3", ", phase: Succeeded"), "it has ended"),
+        (host.to_owned(), "it uses the node's network"),
+    ] {
+        assert_eq!(read(&text).unwrap()[0].wanted, Err(reason.to_owned()));
+    }
+    assert_eq!(read(&pod("d", "mesh: 'on'", "", "")).unwrap()[0].addresses, Vec::<IpAddr>::new());
+}
+
+#[test]
+fn other_nodes_and_other_kinds_are_passed_over() {
+    let other = pod("a", "mesh: 'on'", "10.0.0.1", "").replace("node-a", "node-b");
+    assert_eq!(read(&other).unwrap(), []);
+    assert_eq!(read("kind: Service\nmetadata: {name: a}\n---\n").unwrap(), []);
+    let list = "{kind: PodList, items: [{metadata: {name: a}, spec: {nodeName: node-a}}]}";
+    assert_eq!(read(list).unwrap()[0].name, "default/a");
+}
+
+#[test]
+fn bad_manifests_say_what_is_wrong() {
+    assert!(read("a: [").is_err());
+    assert!(read(&pod("a", "", "10.0.0.300", "")).unwrap_err().contains("`10.0.0.300` is not a pod's address"));
+    assert!(read("kind: Pod\nspec: {nodeName: node-a}").unwrap_err().contains("metadata.name"));
+    assert!(read("kind: Pod\nmetadata: {name: [a]}").is_err());
+}
+
+#[test]
+fn a_bad_file_keeps_its_pods_and_a_removed_one_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut directory = Directory { enrolment: enrolment(dir.path()), files: BTreeMap::new(), version: 0 };
+    let file = dir.path().join("a.yaml");
+    fs::write(&file, pod("a", "mesh: 'on'", "10.0.0.1", "")).unwrap();
+    fs::write(dir.path().join(".hidden.yaml"), pod("b", "", "10.0.0.2", "")).unwrap();
+    assert_eq!(directory.read().unwrap().unwrap().len(), 1);
+    assert_eq!(directory.read().unwrap(), None, "nothing changed");
+    fs::write(&file, "a: [").unwrap();
+    assert_eq!(directory.read().unwrap().unwrap().len(), 1, "the last good version");
+    fs::remove_file(&file).unwrap();
+    assert_eq!(directory.read().unwrap().unwrap(), []);
+}
+
+#[test]
+fn the_newer_pod_has_an_address() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut directory = Directory { enrolment: enrolment(dir.path()), files: BTreeMap::new(), version: 0 };
+    let dated = |name: &str, when: &str| {
+        pod(name, "mesh: 'on'", "10.0.0.1", "").replace("uid:", &format!("creationTimestamp: '{when}', uid:"))
+    };
+    fs::write(dir.path().join("a.yaml"), dated("a", "2026-02-01T00:00:00Z")).unwrap();
+    fs::write(dir.path().join("b.yaml"), dated("b", "2026-01-01T00:00:00Z")).unwrap();
+    let names: Vec<String> = directory.read().unwrap().unwrap().into_iter().map(|pod| pod.name).collect();
+    assert_eq!(names, ["shop/b", "shop/a"], "the later counts");
+}
