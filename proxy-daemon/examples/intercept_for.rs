@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 
 use anyhow::{Context as _, Result};
-use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod};
+use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig, Pod, Policy};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -18,7 +18,7 @@ fn main() -> Result<()> {
     };
     let pod = |address: &String| {
         let address = address.parse().with_context(|| format!("`{address}` is no address"))?;
-        Ok(Pod { address, failure_policy: FailurePolicy::Open })
+        Ok(Pod { address, policy: Policy::default() })
     };
     let config = InterceptionConfig {
         interfaces: vec!["veth-*".to_owned()],
