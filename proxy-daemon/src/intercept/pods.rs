@@ -24,7 +24,7 @@ pub(super) enum Origin {
     Bootstrap,
     /// A manifest.
     Manifest,
-    /// `culvert enroll`.
+    /// `POST /interception/enroll`.
     Command,
 }
 
