@@ -116,7 +116,8 @@ fn while_it_drains_in_good_order() -> Result<()> {
             })
         };
         let all_leave = inbound || !query.contains("inboundonly");
-        seen.push(until(match (all_leave, query.contains("skip_exit")) {
+        // Alone, `skip_exit` says nothing.
+        seen.push(until(match (all_leave, query.contains("graceful&skip_exit")) {
             (true, true) => "connection close",
             (true, false) => "closed",
             (false, _) => "connection -",

@@ -152,7 +152,8 @@ fn stream_limit(limits: MaxStreamDuration, otherwise: Option<Duration>, headers:
         }
         _ => limits.max.or(otherwise).filter(|max| !max.is_zero())?,
     };
-    if asked.is_some() && is_grpc(headers) {
+    // What cannot be read is told anew as well.
+    if headers.contains_key(GRPC_TIMEOUT) && is_grpc(headers) {
         headers.insert(GRPC_TIMEOUT, to_grpc_timeout(limit));
     }
     Some(limit)
@@ -258,6 +259,9 @@ mod tests {
         let mut told = headers(&[("grpc-timeout", "2S"), ("content-type", "application/grpc")]);
         stream_limit(limits, None, &mut told);
         assert_eq!(told[GRPC_TIMEOUT], "1000m");
+        let mut unreadable = headers(&[("grpc-timeout", "-1m"), ("content-type", "application/grpc")]);
+        stream_limit(limits, None, &mut unreadable);
+        assert_eq!(unreadable[GRPC_TIMEOUT], "9000m");
         assert_eq!(to_grpc_timeout(Duration::from_secs(99_999_999)), "99999999S");
         assert_eq!(to_grpc_timeout(Duration::from_secs(100_000_000)), "1666666M");
         assert_eq!(to_grpc_timeout(Duration::from_secs(1 << 60)), "99999999H", "the most that can be said");

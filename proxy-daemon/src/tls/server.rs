@@ -40,6 +40,8 @@ pub struct ServerTls {
 
 struct Context {
     config: Arc<ServerConfig>,
+    /// The same for clients that offer none of its protocols; `None`: it has none.
+    without_alpn: Option<Arc<ServerConfig>>,
     resolver: Arc<Resolver>,
     /// What judges clients' certificates; `None`: they are not asked for any.
     verifier: Option<Arc<PeerVerifier>>,
@@ -97,8 +99,10 @@ impl ServerTls {
         let config = Arc::clone(&context.config);
         // The library does not tell which certificate it has shown.
         let outcome = match context.resolver.certificates.as_slice() {
-            [only] => TlsAcceptor::from(config).accept(stream).await.map(|stream| (stream, Some(Arc::clone(only)))),
-            _ => context.choose_and_accept(config, stream).await,
+            [only] if context.without_alpn.is_none() => {
+                TlsAcceptor::from(config).accept(stream).await.map(|stream| (stream, Some(Arc::clone(only))))
+            }
+            _ => context.choose_and_accept(stream).await,
         };
         match outcome {
             Ok((stream, shown)) => {
@@ -128,13 +132,19 @@ impl Context {
         !resumed && self.verifier.as_ref().is_some_and(|verifier| verifier.finds_good(shown))
     }
 
+    /// Shakes hands in the way that the client's first message asks for.
     async fn choose_and_accept(
         &self,
-        config: Arc<ServerConfig>,
         stream: TcpStream,
     ) -> io::Result<(TlsStream<TcpStream>, Option<Arc<TlsCertificate>>)> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
-        let shown = self.resolver.choose(&start.client_hello()).cloned();
+        let hello = start.client_hello();
+        let shown = self.resolver.choose(&hello).cloned();
+        // A client of which no protocol is known here gets none, as from Envoy; the library would refuse it.
+        let knows = |offered: &[u8]| self.config.alpn_protocols.iter().any(|own| own == offered);
+        let agrees = hello.alpn().is_some_and(|mut offered| offered.any(knows));
+        let config = self.without_alpn.as_ref().filter(|_| !agrees).unwrap_or(&self.config);
+        let config = Arc::clone(config);
         Ok((start.into_stream(config).await?, shown))
     }
 }
@@ -205,8 +215,14 @@ fn build(
     {
         stats.expires(&validation.name, "unnamed_ca_cert_e3b0c442", at);
     }
+    let without_alpn = (!server.alpn_protocols.is_empty()).then(|| {
+        let mut without = server.clone();
+        without.alpn_protocols.clear();
+        Arc::new(without)
+    });
     Ok(Context {
         config: Arc::new(server),
+        without_alpn,
         resolver,
         verifier,
         shown: SocketCertificates { ca: ca.map(|(ca, _)| ca), certificates: needed.certificates },

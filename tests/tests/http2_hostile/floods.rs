@@ -191,6 +191,23 @@ fn rapid_reset() -> Result<()> {
     Ok(())
 }
 
+/// A client that opens streams and cancels them in one write: as long as they are few its other streams are served.
+#[test]
+fn a_burst_of_cancelled_streams() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let stage = Stage::start(kind, &[])?;
+        let mut connection = Connection::open(stage.port, &[])?;
+        let mut fields = get(&[]);
+        fields[2].1 = "/hang";
+        let burst: Vec<_> =
+            (1..121).step_by(2).flat_map(|stream| [headers(stream, true, &fields), reset(stream, 8)]).collect();
+        connection.send(&[burst.concat(), frame(PING, 0, 0, &[0; 8])].concat())?;
+        ensure!(answers_ping(&mut connection)?, "{kind:?} has closed the connection");
+        serves(&stage)?;
+    }
+    Ok(())
+}
+
 /// `stream_flush_timeout`, or what stands in its place: an answer that is here whole, and a client whose window has no room for it.
 pub fn not_taken() -> Result<()> {
     for (path, line) in [("/bytes/3000", "stream_flush_timeout: 0.5s"), ("/bytes/1000", "stream_flush_timeout: 60s")] {

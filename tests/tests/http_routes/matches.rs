@@ -75,6 +75,7 @@ fn paths() -> Vec<Case> {
                 "GET /api/%2f/x",
                 "GET /api/a%20b/x",
                 "GET /api/a:b@c/x",
+                "GET /api/a=b*c;d=1/x",
                 "GET /API/7/x",
             ],
         ),

@@ -235,7 +235,7 @@ fn filter_chain(list: &[HttpFilter], stat_prefix: &str, path: &str) -> Result<Ve
         let path = format!("{path}[{index}]");
         let last = index + 1 == count;
         let source = match &filter.config_type {
-            Some(ConfigType::TypedConfig(config)) if filter.is_optional && !filters::knows(config) => {
+            Some(ConfigType::TypedConfig(config)) if filter.is_optional && filters::is_nobodys(type_name(config)) => {
                 tracing::warn!("{path}: there is no filter for {}, and it is optional", type_name(config));
                 return Ok(None);
             }

@@ -269,7 +269,7 @@ pub(super) fn per_filter(configs: &HashMap<String, ProtoAny>, path: &str) -> Res
             }
             // The filter is only switched on.
             Some(config) if config.type_url.is_empty() => None,
-            Some(config) if wrapped.is_optional && !filters::knows_per_route(&config) => None,
+            Some(config) if wrapped.is_optional && filters::is_nobodys(type_name(&config)) => None,
             Some(config) => Some(filters::parse_per_route(&config, &join(&path, "config"))?),
         };
         Ok((name.as_str().into(), Arc::new(PerFilterConfig { disabled: wrapped.disabled, config })))

@@ -125,8 +125,7 @@ fn is_skipped(message: &DynamicMessage, field: &str) -> bool {
     let url = config.as_ref().and_then(|value| value.as_message()?.get_field_by_name("type_url"));
     let url = url.as_ref().and_then(|url| url.as_str()).unwrap_or_default();
     let name = url.rsplit('/').next().unwrap_or_default();
-    let by_route = |filter: &filters::Registered| filter.per_route.is_some_and(|(known, _)| known == name);
-    !filters::REGISTRY.iter().any(|filter| filter.type_name == name || by_route(filter))
+    filters::is_nobodys(name)
 }
 
 /// Which of a list of load balancing policies counts: what is before it is not known, and what comes after it is never looked at.

@@ -7,8 +7,8 @@ use regex::Regex;
 use super::common::Result;
 use crate::config::{FieldError, model::TemplatePiece};
 
-/// What a segment may consist of, but for `*` and `=`: RFC 3986's `pchar`.
-const LITERAL: &str = r"a-zA-Z0-9\-._~%!$&'()+,;:@";
+/// What a segment of a path may consist of: RFC 3986's `pchar`. Templates themselves have no `*` and `=`.
+const SEGMENT: &str = r"a-zA-Z0-9\-._~%!$&'()+,;:@=*";
 /// How many variables a template may have, and how long their names may be, as in Envoy.
 const MAX_VARIABLES: usize = 5;
 const MAX_VARIABLE_NAME: usize = 16;
@@ -75,9 +75,9 @@ impl Compiler {
         let (pattern, after) = match rest.strip_prefix("**") {
             Some(after) => {
                 self.text_glob = true;
-                (format!("[{LITERAL}/]*"), after)
+                (format!("[{SEGMENT}/]*"), after)
             }
-            None => (format!("[{LITERAL}]+"), &rest[1..]),
+            None => (format!("[{SEGMENT}]+"), &rest[1..]),
         };
         self.out.push_str(&pattern);
         Ok(after)

@@ -235,16 +235,13 @@ pub fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, Field
     }
 }
 
-/// Whether a filter can be told this by a route.
-pub fn knows_per_route(config: &Any) -> bool {
-    let wanted = type_name(config);
-    REGISTRY.iter().filter_map(|filter| filter.per_route).any(|(name, _)| name == wanted)
-}
-
-/// Whether there is a filter that is configured by this.
-pub fn knows(typed_config: &Any) -> bool {
-    let wanted = type_name(typed_config);
-    REGISTRY.iter().any(|filter| filter.type_name == wanted)
+/// Whether a filter's configuration of this type may be passed over where the filter is optional: neither Culvert nor Envoy has such a
+/// filter. What Envoy has would do something there: that is refused, optional or not.
+pub fn is_nobodys(type_name: &str) -> bool {
+    let known = |filter: &Registered| {
+        filter.type_name == type_name || filter.per_route.is_some_and(|(known, _)| known == type_name)
+    };
+    !type_name.starts_with("envoy.") && !REGISTRY.iter().any(known)
 }
 
 /// One filter that Culvert knows.

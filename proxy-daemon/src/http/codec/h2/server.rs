@@ -102,7 +102,9 @@ impl ServerConnection {
             .initial_window_size(config.http2.initial_stream_window_size)
             .initial_connection_window_size(config.http2.initial_connection_window_size)
             .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024).saturating_add(fields))
-            .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
+            .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024))
+            // Streams that are reset in the same write that opens them are judged with the others.
+            .max_pending_accept_reset_streams(STREAMS as usize);
         if let Some(size) = config.http2.hpack_table_size {
             builder.header_table_size(size);
         }
