@@ -108,7 +108,7 @@ fn while_it_drains_in_good_order() -> Result<()> {
         seen.push(post(&daemon, &format!("/drain_listeners?{query}"))?);
         // The longer it drains, the more are told.
         let until = |what: &str| {
-            wait_until(DEADLINE, "the drain", || {
+            wait_until(DEADLINE, &format!("{kind:?}, {query}, inbound: {inbound}"), || {
                 let now = connect(port).and_then(|mut client| told(&mut client, "/"));
                 let now = now.unwrap_or_else(|_| "closed".to_owned());
                 ensure!(now.contains(what), "{now}");
@@ -116,8 +116,7 @@ fn while_it_drains_in_good_order() -> Result<()> {
             })
         };
         let all_leave = inbound || !query.contains("inboundonly");
-        // Alone, `skip_exit` says nothing.
-        seen.push(until(match (all_leave, query.contains("graceful&skip_exit")) {
+        seen.push(until(match (all_leave, query.contains("skip_exit")) {
             (true, true) => "connection close",
             (true, false) => "closed",
             (false, _) => "connection -",

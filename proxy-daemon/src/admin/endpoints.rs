@@ -75,7 +75,7 @@ const ENDPOINTS: &[Endpoint] = &[
         help: "drain listeners",
         parameters: &[
             ("graceful", "Tell clients to leave with their answers for the drain time, then drain the listeners"),
-            ("skip_exit", "With graceful: leave the listeners open after that too"),
+            ("skip_exit", "As graceful, and leave the listeners open after that too"),
             ("inboundonly", "Only listeners whose traffic_direction is INBOUND"),
         ],
         mutates: true,

@@ -217,7 +217,7 @@ struct Drain {
 }
 
 async fn drain_listeners(server: &Arc<Server>, Drain { graceful, skip_exit, inbound_only }: Drain) {
-    if !graceful {
+    if !graceful && !skip_exit {
         return server.state.data_plane.drain_listeners(inbound_only).await;
     }
     // A second one is passed over, as by Envoy.
