@@ -18,7 +18,7 @@ const H2_SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 /// The log's line: the path, and why.
 const FORMAT: &str = "%REQ(:PATH)% %RESPONSE_CODE% %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% %UPSTREAM_LOCAL_ADDRESS_WITHOUT_PORT% \
-    %UPSTREAM_TRANSPORT_FAILURE_REASON%\\n";
+    %UPSTREAM_TRANSPORT_FAILURE_REASON% %UPSTREAM_HOST_NAME_WITHOUT_PORT%\\n";
 
 /// The paths that are asked for, and where they lead; `cluster` is the first part where nothing else is said.
 const ROUTES: &str = r#"
@@ -35,6 +35,14 @@ const ROUTES: &str = r#"
   - match: {prefix: /per-try-retried}
     route: {cluster: silent, timeout: 5s, retry_policy: {retry_on: 5xx, num_retries: 1, per_try_timeout: 0.3s}}
   - {match: {prefix: /idle}, route: {cluster: silent, timeout: 0s, idle_timeout: 0.3s}}
+  - {match: {prefix: /duration}, route: {cluster: silent, max_stream_duration: {max_stream_duration: 0.3s}}}
+  - {match: {prefix: /pauses-duration}, route: {cluster: pauses, max_stream_duration: {max_stream_duration: 0.3s}}}
+  - {match: {prefix: /pauses-timeout}, route: {cluster: pauses, timeout: 0.3s}}
+  - {match: {prefix: /pauses-idle}, route: {cluster: pauses, timeout: 0s, idle_timeout: 0.3s}}
+  - match: {prefix: /pauses-try-idle}
+    route: {cluster: pauses, timeout: 5s, retry_policy: {retry_on: connect-failure, per_try_idle_timeout: 0.3s}}
+  - match: {prefix: /try-idle}
+    route: {cluster: silent, timeout: 5s, retry_policy: {retry_on: connect-failure, per_try_idle_timeout: 0.3s}}
   - match: {prefix: /dead-retried}
     route: {cluster: dead, retry_policy: {retry_on: connect-failure, num_retries: 1}}
   - match: {prefix: /closes-retried}
@@ -44,7 +52,7 @@ const ROUTES: &str = r#"
 "#;
 
 /// Clusters by name, each with a route `/<name>`.
-const CLUSTERS: [&str; 20] = [
+const CLUSTERS: [&str; 21] = [
     "app",
     "dead",
     "unreachable",
@@ -56,6 +64,7 @@ const CLUSTERS: [&str; 20] = [
     "garbage",
     "half-head",
     "cut",
+    "pauses",
     "no-requests",
     "no-pending",
     "no-connections",
@@ -68,7 +77,7 @@ const CLUSTERS: [&str; 20] = [
 ];
 
 /// The requests: path and further headers.
-const REQUESTS: [(&str, &str); 35] = [
+const REQUESTS: [(&str, &str); 42] = [
     ("/app", ""),
     ("/app?status=503", ""),
     ("/status-retried?status=503", ""),
@@ -93,6 +102,13 @@ const REQUESTS: [(&str, &str); 35] = [
     ("/per-try-timeout", ""),
     ("/per-try-retried", ""),
     ("/idle", ""),
+    ("/duration", ""),
+    ("/duration?grpc", "content-type: application/grpc\r\n"),
+    ("/try-idle", ""),
+    ("/pauses-duration", ""),
+    ("/pauses-timeout", ""),
+    ("/pauses-idle", ""),
+    ("/pauses-try-idle", ""),
     ("/no-requests", ""),
     ("/no-pending", ""),
     ("/no-connections", ""),
@@ -186,6 +202,11 @@ fn upstream(cluster: &str) -> Result<Vec<u16>> {
         })?,
         "garbage" => answers(b"nonsense\r\n\r\n")?,
         "half-head" => answers(b"HTTP/1.1 200 OK\r\ncontent-le")?,
+        "pauses" => server(|mut stream| {
+            head(&mut stream)?;
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\na part")?;
+            std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
+        })?,
         "cut" => answers(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\ncut")?,
 
         "h2-refuses" => h2(&[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 7], false)?,

@@ -22,7 +22,7 @@ use envoy_types::pb::google::protobuf::Struct;
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
 pub use record::{Headers, Record, Times};
-pub use sink::{flush_thread, reopen_all};
+pub use sink::{flush_thread, flushes, reopen_all};
 
 use self::{
     format::{Format, Part},

@@ -10,6 +10,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 
 use crate::{
     config::model::AccessLogSink,
@@ -230,7 +231,15 @@ pub fn flush_thread() {
     });
 }
 
-/// Opens all log files anew, for log rotation. A file that cannot be opened stays as it was: the errors say which.
+/// Told when every thread shall write what it has buffered.
+static FLUSHES: LazyLock<watch::Sender<()>> = LazyLock::new(|| watch::Sender::new(()));
+
+/// Changes whenever threads shall call [`flush_thread`] at once.
+pub fn flushes() -> watch::Receiver<()> {
+    FLUSHES.subscribe()
+}
+
+/// Opens all log files anew, for log rotation, and has what is buffered written there. A file that cannot be opened stays as it was: the errors say which.
 pub fn reopen_all() -> Vec<String> {
     let sinks: Vec<_> = {
         let sinks = SINKS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,6 +247,7 @@ pub fn reopen_all() -> Vec<String> {
     };
     let errors: Vec<_> = sinks.iter().filter_map(|sink| sink.reopen().err()).collect();
     STATS.reopen_failed.add(errors.len() as u64);
+    FLUSHES.send_replace(());
     errors
 }
 

@@ -145,6 +145,7 @@ impl Attempts<'_> {
                 }
             }
             self.prepare_retry(&chosen, &mut head, timed_out).await;
+            end.keep_sent(&head);
         }
     }
 
@@ -186,6 +187,9 @@ impl Attempts<'_> {
     pub(super) fn choose(&self, end: &mut StreamEnd, head: &RequestHead) -> Result<Chosen, LocalReply> {
         end.leave_host();
         self.cx.progress.attempts.set(self.count);
+        if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+            end.keep_attempt(self.count);
+        }
         let pick = PickCx {
             override_dst: self.cx.override_dst,
             headers: Some(&head.headers),
@@ -242,6 +246,7 @@ impl Attempts<'_> {
             cluster.cluster.dropped.inc();
             host.count_refused(cluster, self.action.high_priority);
             end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
+            end.keep_refused(Some(Rc::clone(host)));
             return Err(overloaded());
         }
         end.set_host(self.cluster, &chosen, self.action.high_priority);
@@ -265,6 +270,7 @@ impl Attempts<'_> {
         end.charge(self.cluster, failed.status);
         if failed.failure == Failure::Overflow {
             end.excuse_host();
+            end.keep_refused(None);
             member.cluster.dropped.inc();
             return overloaded();
         }
@@ -393,6 +399,7 @@ impl Shared<'_> {
             && let Ok(name) = HeaderValue::from_str(name)
         {
             let suppress = self.cx.suppress_envoy_headers;
+            self.cx.progress.host_rewritten.set(true);
             set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
         }
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
@@ -415,16 +422,14 @@ impl Shared<'_> {
             let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
             return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
         }
-        let flags = if failure == Failure::PerTryIdleTimeout {
+        if failure == Failure::PerTryIdleTimeout {
             stats.upstream_rq_per_try_idle_timeout.inc();
-            ResponseFlags::SI
         } else {
             stats.upstream_rq_per_try_timeout.inc();
-            ResponseFlags::UT
-        };
+        }
         host.count(HostCounter::RqTimeout, 1);
         host.saw(Seen::TimedOut(self.timeouts.status.as_u16()));
-        let (status, reason) = (self.timeouts.status, "upstream request timeout");
+        let (status, reason, flags) = (self.timeouts.status, "upstream request timeout", ResponseFlags::UT);
         Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
     }
 }

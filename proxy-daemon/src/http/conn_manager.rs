@@ -100,6 +100,8 @@ pub(super) struct ConnState {
     pub(super) client_closed: Cell<bool>,
     /// When anything last passed to the client.
     pub(super) last_progress: Cell<Instant>,
+    /// HTTP/1 only: the connection is closed behind the present response.
+    pub closes: Cell<bool>,
     /// How long nothing may pass to the client while a stream is open: the longest idle timeout of its streams.
     stall_limit: Cell<Option<Duration>>,
     /// Told when the connection has served its last request, or its client is to leave.
@@ -212,6 +214,7 @@ pub async fn serve(
         idle_since: Cell::new(Instant::now()),
         client_closed: Cell::new(false),
         last_progress: Cell::new(Instant::now()),
+        closes: Cell::new(false),
         stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
         ends_softly: !http2 && manager.config.http1_safe_max_connection_duration,

@@ -32,7 +32,7 @@ use super::{
     upgrade, waiting,
 };
 use crate::{
-    access_log::ResponseFlags,
+    access_log::{Record, ResponseFlags},
     config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
     upstream::{Connection, HostCounter, Overload, Seen, WorkerCluster},
 };
@@ -59,19 +59,16 @@ pub(super) async fn forward(
     mut head: RequestHead,
     mut body: Body,
 ) -> Result<Answer, LocalReply> {
-    let config = &end.state.manager.config;
-    let Some(cluster) = cx.cluster.as_ref().map(Rc::clone) else {
-        end.state.manager.stats.no_cluster.inc();
-        return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
+    let state = Rc::clone(&end.state);
+    let config = &state.manager.config;
+    let cluster = match admitted(cx, end, action, &head) {
+        Ok(cluster) => cluster,
+        Err(reply) => {
+            end.keep_request(&head);
+            end.keep_route(cx);
+            return Err(reply);
+        }
     };
-    end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, &head));
-    if cluster.cluster.refuses_for_maintenance() {
-        return Err(maintenance(&cluster, end));
-    }
-    match cluster.overload() {
-        Overload::Passes => {}
-        overload => return Err(dropped(cx, &cluster, end, overload == Overload::DropsAll)),
-    }
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
     let mut timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
@@ -79,12 +76,20 @@ pub(super) async fn forward(
     let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
     timeouts.hedges = hedges;
     timeouts.tell(&mut head, cx);
-    finish_request(cx, action, &mut head)?;
+    let finished = finish_request(cx, action, &mut head, end.notes.counted.as_deref());
     let (mut hash, mut cookies) = (None, Vec::new());
     if !action.hash_policy.is_empty() && cluster.wants_hash() {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
     }
     let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());
+    // Taps have been told of it, unless it is not sent.
+    if finished.is_err() {
+        end.keep_request(&head)
+    } else {
+        end.keep_sent(&head)
+    }
+    end.keep_route(cx);
+    finished?;
     let limit = cx.route.as_ref().and_then(|route| route.body_buffer_limit);
     let limit = limit.or(virtual_host.and_then(|host| host.body_buffer_limit));
     let limit = limit.unwrap_or(u64::from(cx.connection.buffer_limit));
@@ -154,6 +159,27 @@ pub(super) async fn forward(
     Ok(Answer { response, connection, timers, attempts: count, sent })
 }
 
+/// The cluster that the request may go to.
+fn admitted(
+    cx: &StreamCx,
+    end: &mut StreamEnd,
+    action: &ForwardAction,
+    head: &RequestHead,
+) -> Result<Rc<WorkerCluster>, LocalReply> {
+    let Some(cluster) = cx.cluster.as_ref().map(Rc::clone) else {
+        end.state.manager.stats.no_cluster.inc();
+        return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
+    };
+    end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, head));
+    if cluster.cluster.refuses_for_maintenance() {
+        return Err(maintenance(&cluster, end));
+    }
+    match cluster.overload() {
+        Overload::Passes => Ok(cluster),
+        overload => Err(dropped(cx, &cluster, end, overload == Overload::DropsAll)),
+    }
+}
+
 /// The answer to a request that `upstream.maintenance_mode.<cluster>` refuses.
 fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
     let stats = &cluster.cluster.stats;
@@ -183,10 +209,15 @@ fn dropped(cx: &StreamCx, cluster: &WorkerCluster, end: &StreamEnd, all: bool) -
 }
 
 /// What the router does to a request's head, once for all attempts.
-fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead) -> Result<(), LocalReply> {
+fn finish_request(
+    cx: &StreamCx,
+    action: &ForwardAction,
+    head: &mut RequestHead,
+    counted: Option<&Counted>,
+) -> Result<(), LocalReply> {
     let suppress = cx.suppress_envoy_headers;
     if let Some(route) = &cx.route {
-        mutate_request(cx, head);
+        mutate_request(cx, head, counted.and_then(Counted::virtual_cluster));
         // Before the path is rewritten: it may be made of that.
         let host = match &action.host_rewrite {
             HostRewrite::Format(format) => {
@@ -235,13 +266,14 @@ fn finish_request(cx: &StreamCx, action: &ForwardAction, head: &mut RequestHead)
 }
 
 /// Applies the mutations of all levels.
-fn mutate_request(cx: &StreamCx, head: &mut RequestHead) {
+fn mutate_request(cx: &StreamCx, head: &mut RequestHead, virtual_cluster: Option<&str>) {
     if cx.header_mutations().all(HeaderMutations::is_empty) {
         return;
     }
     cx.format_request(head, |headers, record| {
+        let record = Record { virtual_cluster, ..*record };
         for mutations in cx.header_mutations() {
-            headers::mutate_request(headers, mutations, record);
+            headers::mutate_request(headers, mutations, &record);
         }
     });
 }

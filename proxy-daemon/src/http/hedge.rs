@@ -90,6 +90,7 @@ impl Attempts<'_> {
                     self.count += 1;
                     if self.count > 1 {
                         self.tell_retry(&mut head, timed_out);
+                        end.keep_sent(&head);
                     }
                     let chosen = match self.choose(end, &head) {
                         Ok(chosen) => Rc::new(chosen),

@@ -164,6 +164,7 @@ fn settle(mut end: StreamEnd, mut head: ResponseHead, mut body: Body, closes: bo
         end.tell_proxy_status(&mut head);
     }
     end.keep_response(head.status, &head.headers);
+    end.keep_length(http_body::Body::size_hint(&body).exact().unwrap_or(0));
     match &body {
         Body::Wrapped(_) => body.wrap(|body| Counted::new(body, Rc::clone(&end.progress), Some(end))),
         body => {

@@ -7,12 +7,19 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header::HOST};
 
-use super::{RouteRef, conn_manager::ConnState, live_log::LiveLog, stream::Progress};
+use super::{
+    RouteRef,
+    conn_manager::ConnState,
+    headers::names::{X_ENVOY_ATTEMPT_COUNT, X_FORWARDED_PROTO},
+    live_log::LiveLog,
+    redirect::scheme,
+    stream::{Progress, RequestHead},
+};
 use crate::{
     access_log::{AccessLog, Headers, Record, Times},
-    upstream::WorkerCluster,
+    upstream::{WorkerCluster, WorkerHost},
 };
 
 /// What is kept of a stream for its lines.
@@ -21,9 +28,13 @@ pub(super) struct LogParts {
     pub(super) started: SystemTime,
     /// None where the head never came, or could not be read.
     pub(super) target: Option<(Method, Uri)>,
+    /// None where it is not known yet.
+    pub(super) scheme: Option<&'static str>,
     pub(super) version: Version,
     pub(super) host: Option<HeaderValue>,
     pub(super) request: Vec<(HeaderName, HeaderValue)>,
+    /// A circuit breaker has refused the attempt: what is shown in the place of its host.
+    pub(super) refused_by: Option<Option<Rc<WorkerHost>>>,
     pub(super) response: Vec<(HeaderName, HeaderValue)>,
     pub(super) trailers: Vec<(HeaderName, HeaderValue)>,
     /// When the client got the response's head.
@@ -41,9 +52,11 @@ impl LogParts {
         LogParts {
             started: SystemTime::now() - started.elapsed(),
             target: None,
+            scheme: None,
             version: Version::HTTP_11,
             host: None,
             request: Vec::new(),
+            refused_by: None,
             response: Vec::new(),
             trailers: Vec::new(),
             answered: None,
@@ -51,6 +64,36 @@ impl LogParts {
             cluster: None,
             remote: None,
             live,
+        }
+    }
+
+    /// Keeps the request as it is now: its headers of these names.
+    pub(super) fn keep_request(&mut self, head: &RequestHead, names: &[HeaderName]) {
+        self.target = Some((head.method.clone(), head.uri.clone()));
+        // Without that header nobody has said it yet.
+        self.scheme = head.headers.contains_key(X_FORWARDED_PROTO).then(|| scheme(head));
+        self.version = head.version;
+        self.host = head.headers.get(HOST).cloned();
+        self.request = only(&head.headers, names);
+    }
+
+    /// The host was told that it is attempt `number`.
+    pub(super) fn keep_attempt(&mut self, number: u32, names: &[HeaderName]) {
+        if names.contains(&X_ENVOY_ATTEMPT_COUNT) {
+            self.request.retain(|(name, _)| *name != X_ENVOY_ATTEMPT_COUNT);
+            self.request.push((X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number)));
+        }
+    }
+
+    /// Adds a header that only the codec gives a response, where it has none of that name.
+    pub(super) fn complete_response(
+        &mut self,
+        name: HeaderName,
+        names: &[HeaderName],
+        make: impl FnOnce() -> HeaderValue,
+    ) {
+        if names.contains(&name) && !self.response.iter().any(|(known, _)| *known == name) {
+            self.response.push((name, make()));
         }
     }
 
@@ -72,6 +115,7 @@ impl LogParts {
             protocol: Some(super::protocol_name(self.version)),
             method: method.map(Method::as_str),
             path: uri.and_then(|uri| uri.path_and_query()).map(|path| path.as_str()),
+            scheme: self.scheme,
             authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
             request_headers: Some(Headers::Kept(&self.request)),
             response_headers: Some(Headers::Kept(&self.response)),

@@ -14,7 +14,9 @@ use http_body::{Frame, SizeHint};
 use super::{
     body::{Body, BodyError},
     buffered::Buffered,
-    call, illegal,
+    call,
+    headers::names::X_ENVOY_ATTEMPT_COUNT,
+    illegal,
     route_match::authority,
     stream::{RequestHead, StreamCx},
     upstream_head,
@@ -66,6 +68,9 @@ fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<
     // What is not sent has no copies either.
     if illegal::refusal(&head).is_some() {
         return None;
+    }
+    if cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+        head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(1));
     }
     if !policy.mutations.is_empty() {
         cx.format_request(&mut head, |headers, record| policy.mutations.apply(headers, record));

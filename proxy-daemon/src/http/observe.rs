@@ -8,11 +8,14 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderValue, StatusCode, header::HOST};
+use http::{
+    HeaderMap, HeaderValue, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, DATE},
+};
 
 use super::{
     body::{BodyError, Observer},
-    codec::{h1::CodecError, h2_error},
+    codec::{date, h1::CodecError, h2_error},
     conn_manager::ConnState,
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
@@ -105,7 +108,13 @@ impl Observer for ResponseObserver {
                     self.end.with(|end| end.route_expired());
                     (ResponseFlags::UT, "upstream response timeout")
                 }
-                Expired::Idle => (ResponseFlags::SI, "stream idle timeout"),
+                Expired::Idle => {
+                    self.end.with(|end| {
+                        end.state.manager.stats.downstream_rq_idle_timeout.inc();
+                        end.details = Cow::Borrowed("stream_idle_timeout");
+                    });
+                    (ResponseFlags::SI, "stream idle timeout")
+                }
                 Expired::Duration => {
                     self.end.with(|end| {
                         end.state.manager.stats.downstream_rq_max_duration_reached.inc();
@@ -120,7 +129,7 @@ impl Observer for ResponseObserver {
                 }
                 Expired::PerTryIdle => {
                     self.end.with(|end| end.per_try_idle_expired());
-                    (ResponseFlags::SI, "upstream idle timeout")
+                    (ResponseFlags::UT, "upstream idle timeout")
                 }
                 Expired::Answered => (ResponseFlags::default(), "the request was answered after its response began"),
                 Expired::Request => (ResponseFlags::default(), "request timeout"),
@@ -379,6 +388,7 @@ impl StreamEnd {
             host.count(HostCounter::RqTimeout, 1);
         }
         self.count(|stats| stats.upstream_rq_timeout.inc());
+        self.details = Cow::Borrowed("response_timeout");
     }
 
     /// The upstream has said nothing for too long, in the middle of its answer.
@@ -425,19 +435,33 @@ impl StreamEnd {
         !self.state.manager.access_logs.is_empty()
     }
 
-    /// Keeps the request's head for the access log.
+    /// Keeps the request's head for the access log: the last one that is kept is what a line shows.
     pub(super) fn keep_request(&mut self, head: &RequestHead) {
         self.progress.taps.borrow().iter().for_each(|tap| tap.request_now(head));
+        self.keep_sent(head);
+    }
+
+    /// As [`keep_request`](Self::keep_request), of what taps have been told already.
+    pub(super) fn keep_sent(&mut self, head: &RequestHead) {
         if self.is_logged() {
-            let live = self.log.take().and_then(|log| log.live);
-            self.log = Some(Box::new(LogParts {
-                target: Some((head.method.clone(), head.uri.clone())),
-                version: head.version,
-                host: head.headers.get(HOST).cloned(),
-                request: only(&head.headers, &self.state.manager.logged.request),
-                ..LogParts::new(self.started, live)
-            }));
+            let log = self.log.get_or_insert_with(|| Box::new(LogParts::new(self.started, None)));
+            log.keep_request(head, &self.state.manager.logged.request);
+            self.progress.host_rewritten.set(false);
             self.update_live();
+        }
+    }
+
+    /// The request is told to hosts as attempt `number`.
+    pub(super) fn keep_attempt(&mut self, number: u32) {
+        if let Some(log) = &mut self.log {
+            log.keep_attempt(number, &self.state.manager.logged.request);
+        }
+    }
+
+    /// The request would have gone to this host, or to none that is known, where it has none now.
+    pub(super) fn keep_refused(&mut self, host: Option<Rc<WorkerHost>>) {
+        if let Some(log) = &mut self.log {
+            log.refused_by = Some(host);
         }
     }
 
@@ -507,6 +531,9 @@ impl StreamEnd {
     /// The host of the next attempt; the one before it is done with.
     pub(super) fn set_host(&mut self, routed: &Rc<WorkerCluster>, Chosen { cluster, host }: &Chosen, high: bool) {
         self.leave_host();
+        if let Some(log) = &mut self.log {
+            log.refused_by = None;
+        }
         self.progress.aggregate.replace((!Rc::ptr_eq(routed, cluster)).then(|| Rc::clone(routed)));
         cluster.cluster.begin_request(high);
         self.high = high;
@@ -522,10 +549,22 @@ impl StreamEnd {
         self.status = Some(status);
         self.progress.taps.borrow().iter().for_each(|tap| tap.response_now(status, headers));
         if let Some(log) = &mut self.log {
-            log.response = only(headers, &self.state.manager.logged.response);
+            let names = &self.state.manager.logged.response;
+            log.response = only(headers, names);
+            if !self.redirected {
+                log.complete_response(DATE, names, date);
+            }
             log.answered.get_or_insert_with(Instant::now);
         }
         self.update_live();
+    }
+
+    /// A response that was made here has so long a body.
+    pub(super) fn keep_length(&mut self, length: u64) {
+        if let Some(log) = self.log.as_mut().filter(|_| length > 0) {
+            let names = &self.state.manager.logged.response;
+            log.complete_response(CONTENT_LENGTH, names, || HeaderValue::from(length));
+        }
     }
 
     /// Keeps the response's trailers.
@@ -549,6 +588,10 @@ impl StreamEnd {
         let metadata = self.progress.metadata.borrow();
         let trailers = self.progress.trailers.borrow();
         let trailers = trailers.as_deref().map_or(Headers::Kept(&log.trailers), Headers::All);
+        let host = match &log.refused_by {
+            Some(refused) => refused.as_ref(),
+            None => self.host.as_ref().map(|(_, host)| host),
+        };
         let record = Record {
             log_type,
             metadata: metadata.as_deref(),
@@ -556,8 +599,8 @@ impl StreamEnd {
             response_code: self.status.map_or(0, |status| status.as_u16()),
             response_flags: self.flags,
             response_code_details: self.told_details(),
-            upstream_host: self.host.as_ref().map(|(_, host)| host.host.display()),
-            upstream_host_name: self.host.as_ref().map(|(_, host)| host.host.name()),
+            upstream_host: host.map(|host| host.host.display()),
+            upstream_host_name: host.map(|host| host.host.name()),
             ..log.record(&self.state, &self.progress, self.started)
         };
         self.tell_upstream(&record, |record| {
@@ -639,7 +682,14 @@ impl Drop for StreamEnd {
             cluster.cluster.end_request(self.high);
             host.end_request();
         }
-        if let Some(log) = self.log.take() {
+        if let Some(mut log) = self.log.take() {
+            if let Some((_, host)) = self.host.as_ref().filter(|_| self.progress.host_rewritten.get()) {
+                log.host = HeaderValue::from_str(&host.host.hostname).ok();
+            }
+            if self.http1 && self.status.is_some() && !self.redirected && self.state.closes.get() {
+                let names = &self.state.manager.logged.response;
+                log.complete_response(CONNECTION, names, || HeaderValue::from_static("close"));
+            }
             self.write_logs(&log, "DownstreamEnd");
         }
         for tap in self.progress.taps.take() {

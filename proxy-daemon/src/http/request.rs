@@ -233,8 +233,11 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         filters.extend(unasked(entries, route.as_ref()));
         return answer_or_lead(end, reply, (grpc, is_head), &mut cx, filters).await;
     }
-    end.keep_request(&head);
-    end.keep_route(&cx);
+    // The router keeps a request that it forwards as it is sent.
+    if !matches!(cx.route.as_ref().map(|route| &route.action), Some(RouteAction::Forward(_))) {
+        end.keep_request(&head);
+        end.keep_route(&cx);
+    }
     cx.keep_request(&head);
 
     let route = cx.route.clone();
@@ -281,6 +284,16 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         if let Some(arrived) = redirected(&sent, &response, &cx, &end, trail) {
             if http_body::Body::is_end_stream(&incoming) {
                 answered.connection.release();
+            }
+            if end.is_logged() {
+                // As in Envoy, the line shows where the redirect leads.
+                end.keep_sent(&arrived.head);
+                if cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
+                    end.keep_attempt(answered.attempts);
+                }
+                cx.route = state.routes.route(&arrived.head, &cx.match_cx());
+                cx.cluster = choose_cluster(&mut cx, &arrived.head);
+                end.keep_route(&cx);
             }
             end.redirected(&response);
             end.filters = filters;

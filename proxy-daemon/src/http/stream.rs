@@ -330,6 +330,8 @@ pub struct Progress {
     pub request_complete: Cell<Option<Instant>>,
     /// How many attempts were made.
     pub attempts: Cell<u32>,
+    /// The last attempt's host was asked by its own name.
+    pub(super) host_rewritten: Cell<bool>,
     /// The route's cluster, where the last one's host is of another: an aggregate.
     pub aggregate: RefCell<Option<Rc<WorkerCluster>>>,
     /// The protocol on the last one's connection.
@@ -371,6 +373,7 @@ impl Progress {
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             attempts: Cell::new(0),
+            host_rewritten: Cell::new(false),
             aggregate: RefCell::new(None),
             upstream_protocol: Cell::new(None),
             sent_first: Cell::new(None),

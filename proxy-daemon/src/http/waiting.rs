@@ -66,7 +66,8 @@ pub(super) fn expire(state: &ConnState, progress: &Progress, expired: Expired) -
         let complete = progress.request_complete.get().is_some();
         let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
         let text = "downstream duration timeout";
-        let mut reply = LocalReply::new(status, text, ResponseFlags::DT, "max_duration_timeout");
+        // No flag, as in Envoy.
+        let mut reply = LocalReply::new(status, text, ResponseFlags::default(), "max_duration_timeout");
         reply.grpc_status = Some(DEADLINE_EXCEEDED);
         return reply;
     }

@@ -132,10 +132,14 @@ async fn run(mut start: Start) {
     let ticking = Rc::clone(&worker);
     tokio::task::spawn_local(async move {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let mut flushes = access_log::flushes();
         loop {
-            tick.tick().await;
+            tokio::select! {
+                _ = tick.tick() => ticking.clusters.tick(),
+                // Its sender is never dropped.
+                _ = flushes.changed() => {}
+            }
             access_log::flush_thread();
-            ticking.clusters.tick();
         }
     });
     let mut accepting: HashMap<Arc<str>, Vec<(u64, JoinHandle<()>)>> = HashMap::new();

@@ -513,12 +513,13 @@ fn hosts(others: &[(&'static str, u16)]) -> String {
     )
 }
 
-/// Clusters, each with its name, its port, and whether it is spoken to in HTTP/2.
+/// Clusters, each with its name, its port, and whether it is spoken to in HTTP/2. All cases together may retry as they like.
 fn clusters(clusters: &[(&str, u16, bool)]) -> String {
     let cluster = |(name, port, http2): &(&str, u16, bool)| {
         let options = if *http2 { "\n    http2_protocol_options: {}" } else { "" };
         format!(
-            "  - name: {name}\n    type: STATIC\n    connect_timeout: 10s{options}\n    load_assignment:\n      cluster_name: \
+            "  - name: {name}\n    type: STATIC\n    connect_timeout: 10s{options}\n    circuit_breakers: \
+             {{thresholds: [{{max_retries: 100}}]}}\n    load_assignment:\n      cluster_name: \
              {name}\n      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, \
              port_value: {port}}}}}}}}}]}}]\n"
         )

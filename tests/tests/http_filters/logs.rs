@@ -117,11 +117,58 @@ fn json(name: &'static str, omit: bool) -> Case {
         .of_log_format(&format!("log_format: {{json_format: {{{}}}, omit_empty_values: {omit}}}", template.join(", ")))
 }
 
+/// What lines show of requests and responses: what was sent, by whomever.
+const SENT: &[&str] = &[
+    "%REQ(:METHOD)% %REQ(:PATH)% %REQ(:AUTHORITY)% %REQ(:SCHEME)%",
+    "%REQ(x-envoy-original-path)% %REQ(x-envoy-original-host)% %REQ(x-envoy-original-url)%",
+    "%REQ(x-added)% %REQ(x-rm)% %REQ(x-vc)% %REQ(x-envoy-attempt-count)% %REQ(x-forwarded-proto)%",
+    "%REQ(x-envoy-upstream-rq-timeout-ms)% %REQ(content-length)% %REQ(transfer-encoding)% %REQ(connection)%",
+    "%RESP(content-length)% %RESP(transfer-encoding)% %RESP(connection)% %RESP(server)% %RESP(location)%",
+    "%ROUTE_NAME% %UPSTREAM_CLUSTER% %UPSTREAM_HOST% %UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+];
+
+fn sent() -> Case {
+    let rewrites = "prefix_rewrite: /new, host_rewrite_literal: new.host";
+    let changes = "request_headers_to_add: [{header: {key: x-added, value: \"%REQ(x-rm)%\"}}, {header: {key: x-vc, value: \"%VIRTUAL_CLUSTER_NAME%\"}}], request_headers_to_remove: [x-rm]";
+    let route = |prefix: &str, cluster: &str, action: &str| {
+        format!(
+            "{{match: {{prefix: {prefix}}}, name: \"of {prefix}\", route: {{cluster: {cluster}, {rewrites}{action}}}, {changes}}}"
+        )
+    };
+    let own = "exp=~%REQ(x-envoy-expected-rq-timeout-ms)%~";
+    case("what was sent", "set_metadata.v3.Config", "metadata: [{metadata_namespace: ns, value: {k: set}}]", &[])
+        .of_routes(
+            "include_request_attempt_count: true, virtual_clusters: [{name: gets, headers: [{name: \":method\", string_match: {exact: GET}}]}]",
+            "retry_policy: {retry_on: 5xx, num_retries: 2}",
+        )
+        .first(&route("/changed", "a", ""))
+        .first(&route("/dead", "dead", ", retry_policy: {retry_on: connect-failure, num_retries: 1}"))
+        .first(&route("/redirected", "a", ", internal_redirect_policy: {max_internal_redirects: 2}"))
+        .first("{match: {prefix: /nowhere}, route: {cluster_header: x-none}}")
+        .with_requests(&[
+            "GET /changed/x?q=1\nx-rm: 1",
+            "GET /changed/x\nx-rm: 1\nconnection: keep-alive, close",
+            "POST /changed\nx-envoy-upstream-rq-timeout-ms: 5000\n\nbody",
+            "GET /dead\nx-rm: 1",
+            "GET /nowhere",
+            "GET /direct",
+            "HEAD /direct",
+            "GET /created",
+            "GET /\nx-do: 503",
+            "GET /plain?a",
+            "GET /many",
+            "GET /redirected?x=1\nx-do: 302+location=http://other.test/plain?z=1,200",
+            "GET /redirected\nx-do: 302+location=/plain",
+        ])
+        .of_log(&format!("{} {own} ~%RESP(x-envoy-upstream-service-time)%~ date=%RESP(date):0%.", named(SENT)))
+}
+
 pub fn cases() -> Vec<Case> {
     let requests = ["GET /", "POST /\nx-do: 503\n\nbody", "GET /direct", "GET /\nx-do: reset", "GET /\nhost: a,b"];
     let told = "{z: \"%RESPONSE_CODE%\", a: \"%REQ(x-none)%\", b: \"x%REQ(x-none)%\", n: {l: [1, \"%PROTOCOL%\"]}}";
     vec![
         operators(),
+        sent(),
         json("json_format", false),
         json("json_format with omit_empty_values", true),
         of("json_format of old", "", &requests).of_log_format(&format!("json_format: {told}")),

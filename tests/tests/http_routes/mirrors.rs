@@ -41,6 +41,7 @@ pub fn cases() -> Vec<Case> {
             .of_host("request_mirror_policies: [{cluster: b}]")
             .settle(2),
         mirrored("mirrors of the route instead", "{cluster: c}", 2).of_host("request_mirror_policies: [{cluster: b}]"),
+        mirrored("the attempt that mirrors are told", "{cluster: b}", 2).of_host("include_request_attempt_count: true"),
         // The answers of mirrors, and their failures, are nobody's.
         case(
             "mirrors that fail",

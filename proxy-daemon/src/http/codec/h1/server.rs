@@ -213,6 +213,7 @@ impl ServerConnection {
     async fn reply(&self, state: &Rc<ConnState>, reply: LocalReply, writer: &mut Writer) -> After {
         // Nothing can be said of where a next request would begin.
         self.inner.borrow_mut().decoder = Decoder::UntilClose;
+        state.closes.set(true);
         let response = self.begun(state).answer_without_head(reply);
         let cx = ResponseCx { to_head: false, to_connect: false, http_10: false, close: true, keep_alive: false };
         self.respond(state, response, cx, writer).await
@@ -261,6 +262,7 @@ impl ServerConnection {
             inner.serial
         };
         let progress = Rc::clone(&begun.progress);
+        state.closes.set(!cx.keep_alive);
         if config.proxy_100_continue {
             if parts.version == Version::HTTP_11 {
                 progress.want_interim();
@@ -353,6 +355,7 @@ impl ServerConnection {
             cx.close = true;
             state.manager.stats.downstream_cx_drain_close.inc();
         }
+        state.closes.set(cx.close);
         if !complete && !upgraded {
             state.count_early_response();
         }
