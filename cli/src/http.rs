@@ -1,4 +1,4 @@
-//! A GET over plain HTTP: all that the status pages need.
+//! GET and POST over plain HTTP: all that the status pages and the admin interface need.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -16,6 +16,18 @@ const MAX_RESPONSE: u64 = 256 * 1024 * 1024;
 /// # Errors
 /// When the server cannot be reached or does not answer with 200.
 pub fn get(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+    request(base, "GET", path)
+}
+
+/// Posts nothing to `path` of the server at `base`, which has it do something.
+///
+/// # Errors
+/// When the server cannot be reached or does not answer with 200.
+pub fn post(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+    request(base, "POST", path)
+}
+
+fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     let authority = match base.split_once("://") {
         Some(("http", rest)) => rest,
         Some((scheme, _)) => bail!("`{scheme}` URLs are not supported, only http"),
@@ -29,7 +41,7 @@ pub fn get(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
         format!("{authority}{port}").to_socket_addrs().with_context(|| format!("cannot resolve {authority}"))?
     {
         match TcpStream::connect_timeout(&address, TIMEOUT) {
-            Ok(connection) => return exchange(connection, authority, path),
+            Ok(connection) => return exchange(connection, authority, method, path),
             Err(error) => last = Some(error),
         }
     }
@@ -44,11 +56,11 @@ fn has_port(authority: &str) -> bool {
     authority.rsplit_once(':').is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))
 }
 
-fn exchange(mut connection: TcpStream, authority: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+fn exchange(mut connection: TcpStream, authority: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     connection.set_read_timeout(Some(TIMEOUT))?;
     connection.set_write_timeout(Some(TIMEOUT))?;
     // HTTP/1.0: the body ends with the connection, without chunks.
-    let request = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\nAccept: */*\r\n\r\n");
+    let request = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nAccept: */*\r\nContent-Length: 0\r\n\r\n");
     connection.write_all(request.as_bytes()).with_context(|| format!("writing to {authority}"))?;
     let mut response = Vec::new();
     connection.take(MAX_RESPONSE).read_to_end(&mut response).with_context(|| format!("reading from {authority}"))?;

@@ -1,9 +1,12 @@
 //! `culvert`: what a person types.
 
+mod clean;
 mod cluster;
+mod enroll;
 mod http;
 mod manifest;
 mod overrides;
+mod pods;
 mod services;
 mod status;
 mod table;
@@ -39,8 +42,16 @@ enum Command {
     /// Show the services of the mesh, as culvert-discovery knows them
     #[command(after_help = services::SERVICES_HELP)]
     Services(services::ServicesFlags),
-    /// Show what culvert-discovery knows: clusters, services, endpoints, connected proxies
-    Status(status::Flags),
+    /// Have a node's daemon intercept a pod
+    #[command(after_help = enroll::HELP)]
+    Enroll(enroll::Flags),
+    /// Have a node's daemon leave a pod alone that was enrolled by command
+    Unenroll(enroll::UnenrollFlags),
+    /// Remove what a daemon that was killed left on this node
+    #[command(after_help = clean::HELP)]
+    Clean(clean::Flags),
+    /// Show what culvert-discovery knows: clusters, services, endpoints, connected proxies; with --node, a node's pods
+    Status(pods::StatusFlags),
     /// Check bootstrap files, as `culvertd --mode validate` does
     #[command(after_help = validate::HELP)]
     Validate(validate::Flags),
@@ -71,7 +82,10 @@ fn main() -> ExitCode {
         Command::Manifest(command) => manifest::run(&command),
         Command::Override(command) => overrides::run(command).map(Outcome::from),
         Command::Services(flags) => services::services(&flags).map(Outcome::from),
-        Command::Status(flags) => status::run(&flags).map(Outcome::from),
+        Command::Enroll(flags) => enroll::enroll(&flags).map(Outcome::from),
+        Command::Unenroll(flags) => enroll::unenroll(&flags).map(Outcome::from),
+        Command::Clean(flags) => clean::run(&flags).map(Outcome::from),
+        Command::Status(flags) => pods::run(&flags).map(Outcome::from),
         Command::Validate(flags) => validate::run(&flags),
         Command::Xds(command) => xds::run(&command),
     };
@@ -86,5 +100,15 @@ fn main() -> ExitCode {
             eprintln!("culvert: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_flags_of_all_commands_fit_together() {
+        super::Flags::command().debug_assert();
     }
 }

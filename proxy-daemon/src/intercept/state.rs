@@ -378,7 +378,8 @@ impl State {
             pod.name != name_or_address && address.is_none_or(|address| !pod.addresses.contains(&address))
         });
         if self.commanded.len() == before {
-            let reason = format!("{name_or_address} was not enrolled by command: /interception/pods lists what is");
+            let reason =
+                format!("{name_or_address} was not enrolled by command: `culvert status --node` lists what is");
             return Err(InterceptError::Command(reason));
         }
         self.command()
