@@ -16,6 +16,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 const ADMIN: &str = "127.0.0.1:9901";
 /// An address that only the daemon knows: connections to its port 80 go to the pod that is configured.
 const VIP: &str = "10.96.0.50";
+/// An address that the kernel balances.
+const BALANCED: &str = "10.96.0.60";
 
 /// The node under test with a pod, and a pod elsewhere.
 struct Stage {
@@ -177,6 +179,33 @@ fn exactly_the_documented_capabilities_are_enough() -> Result<()> {
     assert!(ended.status.success(), "{}", ended.stderr);
     assert!(!stage.pins().exists());
     assert!(!stage.node.run(&["ip", "rule"])?.success()?.contains("3095"));
+
+    // Processes of the node: through the daemon, and straight to a backend.
+    let cgroup = stage.node.cgroup().display();
+    let balanced = format!("services: [{{address: {BALANCED}, port: 80, cluster: pod}}]");
+    for (hooks, url, counter) in [
+        (format!("host: {{cgroups: [{cgroup}]}}"), &urls(&stage.far)[1], "interception.host.redirected"),
+        (
+            format!("balancing: {{cgroups: [{cgroup}], {balanced}}}"),
+            &format!("http://{BALANCED}/"),
+            "interception.balanced.connections",
+        ),
+    ] {
+        let mut daemon = stage.daemon(&stage.bootstrap(&format!("    {hooks}\n"), &stage.far)?, &only)?;
+        stage.wait_until_ready(&mut daemon)?;
+        // A service is known when its hosts are.
+        wait_until(DEADLINE, counter, || {
+            let before = stage.stat(counter)?;
+            let answer = stage.node.run(&["curl", "-sS", "--fail", "-m", "2", url])?.success()?;
+            ensure!(answer.contains("\"pod\":\"far\"") && stage.stat(counter)? == before + 1, "{url}: {answer}");
+            Ok(())
+        })?;
+        assert!(!daemon.stderr().contains("ERROR"), "{}", daemon.stderr());
+        daemon.signal(Signal::SIGTERM)?;
+        let ended = daemon.wait(DEADLINE)?;
+        assert!(ended.status.success(), "{}", ended.stderr);
+        assert!(!stage.pins().exists());
+    }
     Ok(())
 }
 
