@@ -198,6 +198,13 @@ impl InterceptionConfig {
         if interfaces.is_empty() && host.is_none() && balancing.is_none() {
             return Err(("interfaces".to_owned(), "at least one name or glob is needed, such as `veth*`".to_owned()));
         }
+        // The program of host mode would take the connection first, and the daemon lead it nowhere.
+        let hosts = host.as_ref().map(|host| host.cgroups.as_slice()).unwrap_or_default();
+        let balanced = balancing.as_ref().map(|balancing| balancing.cgroups.as_slice()).unwrap_or_default();
+        if let Some(index) = balanced.iter().position(|cgroup| hosts.contains(cgroup)) {
+            let reason = format!("{} is in host.cgroups already: a cgroup has one of the two", balanced[index]);
+            return Err(at("balancing.cgroups", index, reason));
+        }
         let policy = Policy {
             failure_policy: failure(*failure_policy, "failure_policy")?,
             traffic: traffic(*direction, "direction")?,

@@ -147,6 +147,26 @@ mod tests {
     }
 
     #[test]
+    fn a_cgroup_has_host_mode_or_balancing() {
+        use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::Interception;
+
+        let cgroups = |names: &[&str]| names.iter().map(|name| format!("/sys/fs/cgroup/{name}")).collect::<Vec<_>>();
+        let both = |host: &[&str], balanced: &[&str]| Interception {
+            host: Some(message::HostMode { cgroups: cgroups(host), failure_policy: None }),
+            balancing: Some(message::ConnectBalancing {
+                cgroups: cgroups(balanced),
+                ..balancing(vec![service("10.96.0.10", 53)])
+            }),
+            ..Interception::default()
+        };
+        let (path, reason) =
+            crate::intercept::InterceptionConfig::from_proto(&both(&["a", "b"], &["c", "b"])).unwrap_err();
+        assert_eq!(path, "balancing.cgroups[1]");
+        assert!(reason.contains("/sys/fs/cgroup/b is in host.cgroups already"), "{reason}");
+        crate::intercept::InterceptionConfig::from_proto(&both(&["a"], &["c", "b"])).unwrap();
+    }
+
+    #[test]
     fn what_is_wrong_is_named_with_its_path() {
         let spoiled = |spoil: fn(&mut message::connect_balancing::Service)| {
             let mut one = service("10.96.0.10", 53);
