@@ -237,9 +237,13 @@ fn hosts_are_checked_as_by_envoy() -> Result<()> {
     let upstream = upstream(&behaviour)?;
     let proxies = [Proxy::start(Kind::Envoy, upstream)?, Proxy::start(Kind::Culvert, upstream)?];
     let both = |what: &dyn Fn(&Proxy) -> Result<()>| proxies.iter().try_for_each(what);
-    let same_flags = || -> Result<()> {
-        assert_eq!(proxies[0].flags()?, proxies[1].flags()?);
-        Ok(())
+    // Each checks in its own time: what nothing has waited for yet may still be on its way with one of them.
+    let same_flags = || {
+        wait_until(DEADLINE, "the flags of both to be the same", || {
+            let (envoys, culverts) = (proxies[0].flags()?, proxies[1].flags()?);
+            ensure!(envoys == culverts, "Envoy's: {envoys:?}, Culvert's: {culverts:?}");
+            Ok(())
+        })
     };
     // Once they say that they are ready, each host has been checked: none is used that has failed.
     for (cluster, hosts) in [
