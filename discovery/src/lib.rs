@@ -32,10 +32,12 @@ use tracing::{error, info, warn};
 use crate::config::{Config, SourceConfig};
 use crate::drain::Drains;
 use crate::http::{Activity, StatusPages};
+use crate::mesh::Joiner;
 use crate::registration::Registrations;
+use crate::registration::join::Registered;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
 use crate::resources::{Options, Snapshot};
-use crate::server::Ads;
+use crate::server::Xds;
 use crate::server::clients::Clients;
 use crate::source::Source as _;
 use crate::source::api_server::ApiServer;
@@ -124,13 +126,16 @@ impl Discovery {
             }
         }
         let activity = Arc::clone(&pages.activity);
-        let sources = Sources { registry, registrations, options: config.options, activity };
+        let joiner = Joiner::default();
+        let mut sources = Sources { registry, registrations, options: config.options, joiner, activity };
         // Before the first build, so that no change after it is missed.
         let changes = sources.changes();
-        publish.send_replace(Arc::new(sources.build(None)));
+        if let Some(first) = sources.build(None) {
+            publish.send_replace(Arc::new(first));
+        }
         tasks.spawn(sources.follow(changes, publish));
-        let ads = Ads::new(snapshots, asked, clients);
-        tasks.spawn(async move { ads.serve(listen).await.context("serving xDS") });
+        let xds = Xds::new(snapshots, asked, clients);
+        tasks.spawn(async move { xds.serve(listen).await.context("serving xDS") });
         info!("serving xDS on {listen_address}, status on http://{http_address}/status");
         Ok(Self { listen: listen_address, http: http_address, pages, shutdown, tasks })
     }
@@ -196,11 +201,15 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; is another process there? {flag} sets the address"))
 }
 
+/// The shortest time between two snapshots. Changes that come one by one do not wait for it.
+const BETWEEN_SNAPSHOTS: Duration = Duration::from_millis(20);
+
 /// What snapshots are made of.
 struct Sources {
     registry: watch::Receiver<Arc<Registry>>,
     registrations: Option<Registrations>,
     options: Options,
+    joiner: Joiner,
     activity: Arc<Activity>,
 }
 
@@ -230,33 +239,48 @@ impl Sources {
                     None => std::future::pending().await,
                 }
             };
-            let changed = tokio::select! {
-                changed = registry_changed => changed,
-                changed = registrations_changed => changed,
+            let (changed, hosts_changed) = tokio::select! {
+                changed = registry_changed => (changed, false),
+                changed = registrations_changed => (changed, true),
             };
             if changed.is_err() {
                 return Ok(());
             }
+            let started = Instant::now();
             let before = publish.borrow().clone();
-            let snapshot = tokio::task::block_in_place(|| self.build(Some(&before)));
-            publish.send_replace(Arc::new(snapshot));
+            let hosts_changed = registered.as_mut().is_some_and(|registered| {
+                let changed = registered.has_changed().unwrap_or(false) || hosts_changed;
+                registered.mark_unchanged();
+                changed
+            });
+            if let Some(snapshot) = tokio::task::block_in_place(|| self.build(Some((&before, hosts_changed)))) {
+                publish.send_replace(Arc::new(snapshot));
+            }
+            // Each snapshot wakes every client. What comes in the meantime goes into the next one.
+            tokio::time::sleep_until((started + BETWEEN_SNAPSHOTS).into()).await;
         }
     }
 
-    fn build(&self, before: Option<&Snapshot>) -> Snapshot {
+    /// The newest snapshot, `None` if it would be the same as `before`. Registered hosts are only looked at if there is none
+    /// before, or they have changed since.
+    fn build(&mut self, before: Option<(&Snapshot, bool)>) -> Option<Snapshot> {
         let started = Instant::now();
-        let registry = self.registry.borrow().clone();
-        let mut mesh = mesh::join(&registry);
-        if let Some(registrations) = &self.registrations {
-            registration::join::add(&mut mesh, &registrations.hosts(), registrations.settings());
+        let registry = self.registry.borrow_and_update().clone();
+        if let Some(registrations) = &self.registrations
+            && before.is_none_or(|(_, hosts_changed)| hosts_changed)
+        {
+            self.joiner.register(Registered::new(&registrations.hosts(), registrations.settings()));
         }
-        policy::apply(&mut mesh, &registry);
-        for warning in &mesh.warnings {
-            if before.is_none_or(|before| !before.mesh.warnings.contains(warning)) {
-                warn!("{warning}");
-            }
+        let (mesh, changed) = self.joiner.update(&registry);
+        let known = before.map_or(&[][..], |(before, _)| &before.mesh.warnings);
+        for warning in mesh.warnings.iter().filter(|warning| !known.contains(warning)) {
+            warn!("{warning}");
         }
-        let snapshot = Snapshot::build(Arc::new(mesh), &self.options);
+        let snapshot = match before {
+            None => Some(Snapshot::build(mesh, &self.options)),
+            Some((before, _)) if changed.is_empty() && Arc::ptr_eq(&mesh, &before.mesh) => None,
+            Some((before, _)) => Some(before.next(mesh, &changed)),
+        };
         self.activity.built(started.elapsed());
         snapshot
     }

@@ -192,8 +192,11 @@ struct Delta {
 
 impl Delta {
     async fn open(running: &Running) -> Self {
+        Self::open_over(running.client().await).await
+    }
+
+    async fn open_over(mut client: AggregatedDiscoveryServiceClient<Channel>) -> Self {
         let (requests, stream) = mpsc::channel(16);
-        let mut client = running.client().await;
         let responses = client.delta_aggregated_resources(ReceiverStream::new(stream));
         Self { requests, responses: within("a stream", responses).await.unwrap().into_inner() }
     }
@@ -297,21 +300,53 @@ async fn a_restart_serves_the_same_versions_and_a_delta_client_is_sent_nothing_a
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_does_not_read_holds_nobody_back() {
+async fn clients_that_do_not_read_hold_nobody_back_and_get_what_is_newest() {
     let running = Running::with_service("users").await;
-    // Subscribes and never reads a response.
-    let slow = Sotw::open(&running).await;
-    slow.subscribe(type_url::CLUSTER, &[]).await;
-    let mut quick = Delta::open(&running).await;
-    quick.send(type_url::CLUSTER, DeltaDiscoveryRequest::default()).await;
-    quick.next().await;
-    for i in 0..10 {
-        write_service(running.directory.path(), &format!("s{i}"), "10.1.0.3");
-        assert_eq!(quick.next().await.0, [format!("s{i}.default:80")]);
+    // More than the windows below let through.
+    let endpoints: Vec<_> = (0..2000).map(|i| format!("{{addresses: [10.2.{}.{}]}}", i / 250, i % 250)).collect();
+    let slice = format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: big, labels: {{kubernetes.io/service-name: \
+         users}}}}\naddressType: IPv4\nports: [{{name: http, port: 8080}}]\nendpoints: [{}]\n",
+        endpoints.join(", ")
+    );
+    fs::write(running.directory.path().join("big.yaml"), slice).unwrap();
+    let has_all = |status: &serde_json::Value| status["services"][0]["endpoints"].as_array().unwrap().len() == 2001;
+    running.status_until("all endpoints", has_all).await;
+    let everything = DeltaDiscoveryRequest { resource_names_subscribe: vec!["*".into()], ..Default::default() };
+    let mut stuck = Vec::new();
+    for _ in 0..20 {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", running.listen)).unwrap();
+        let endpoint = endpoint.initial_stream_window_size(1024).initial_connection_window_size(1024);
+        let channel = within("a connection", endpoint.connect()).await.unwrap();
+        let client = Delta::open_over(AggregatedDiscoveryServiceClient::new(channel)).await;
+        client.send(type_url::ENDPOINT, everything.clone()).await;
+        stuck.push(client);
     }
-    let clients = running.status().await["clients"].as_array().unwrap().len();
-    assert_eq!(clients, 2);
+    let mut quick = Delta::open(&running).await;
+    quick.send(type_url::ENDPOINT, everything.clone()).await;
+    quick.next().await;
+    let sent = |status: &serde_json::Value| {
+        let clients = status["clients"].as_array().unwrap();
+        clients.iter().filter(|client| client["responses"] == 1).count()
+    };
+    running.status_until("all are sent something", |status| sent(status) == 21).await;
+    for i in 1..=20 {
+        write_service(running.directory.path(), "users", &format!("10.1.1.{i}"));
+        assert_eq!(quick.next().await.0, ["users.default:80"]);
+    }
+    assert_eq!(sent(&running.status().await), 20, "nothing is made for those that have not read");
+    // Whoever reads after all gets what was being sent, and then the newest.
+    let mut late = stuck.swap_remove(7);
+    for expected in ["10.1.0.1", "10.1.1.20"] {
+        let response = within("a response", late.responses.message()).await.unwrap().unwrap();
+        let body = response.resources.into_iter().next().unwrap().resource.unwrap().value;
+        assert!(body.windows(expected.len()).any(|window| window == expected.as_bytes()), "no {expected}");
+        let ack = DeltaDiscoveryRequest { response_nonce: response.nonce, ..Default::default() };
+        late.send(type_url::ENDPOINT, ack).await;
+    }
+    let stopping = Instant::now();
     running.stop().await;
+    assert!(stopping.elapsed() < DEADLINE, "nor do they hold back the end");
 }
 
 #[tokio::test(flavor = "multi_thread")]

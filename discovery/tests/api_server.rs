@@ -5,6 +5,7 @@ mod kube_api;
 use std::sync::Arc;
 use std::time::Duration;
 
+use culvert_discovery::kubernetes::ObjectKey;
 use culvert_discovery::registry::{self, Cluster, ClusterInfo, Registry};
 use culvert_discovery::source::Source as _;
 use culvert_discovery::source::api_server::ApiServer;
@@ -13,7 +14,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use self::kube_api::{KubeApi, NODES, PODS, SERVICES, SLICES, pod, service, slice};
+use self::kube_api::{KubeApi, MANIFESTS, NODES, PODS, SERVICES, SLICES, pod, service, slice};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -386,6 +387,46 @@ async fn selectors_and_nodes_are_asked_for() {
     assert_eq!(objects.nodes.values().next().unwrap().region, "eu");
     assert_eq!(api.count(SLICES, "labelSelector=mesh%3Dyes"), 1);
     assert_eq!(api.count(SERVICES, "labelSelector"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn service_manifests_are_custom_resources() {
+    let api = with_users().await;
+    let manifest = |connect: &str| {
+        json!({ "kind": "ServiceManifest", "apiVersion": "culvert.dev/v1alpha1",
+                "metadata": { "namespace": "default", "name": "users" }, "spec": { "timeouts": { "connect": connect } } })
+    };
+    api.put(MANIFESTS, manifest("250ms"));
+    let config = KubernetesConfig { server: Some(api.url()), service_manifests: true, ..Default::default() };
+    let mut watched = Watched::start(config);
+    let connect = |watched: &Watched| {
+        let mesh = culvert_discovery::mesh::join(&watched.registry.borrow());
+        let users = &mesh.services[&ObjectKey::new("default", "users")];
+        users.manifest.as_ref().map(|manifest| manifest.timeouts.connect.unwrap().0.as_millis())
+    };
+    watched.until_endpoints(&["1", "2"]).await;
+    assert_eq!(connect(&watched), Some(250));
+    api.put(MANIFESTS, manifest("2s"));
+    let is = |millis: u64| {
+        move |cluster: &Cluster| {
+            let manifests = cluster.objects.iter().flat_map(|objects| objects.manifests.values());
+            manifests.map(|m| m.timeouts.connect.unwrap().0).eq([Duration::from_millis(millis)])
+        }
+    };
+    watched.until("the change", is(2000)).await;
+    // One that the server has let pass and is wrong all the same.
+    api.put(MANIFESTS, manifest("soon"));
+    watched.until("the mistake", |cluster| !cluster.health.file_errors.is_empty()).await;
+    let error = &watched.now().health.file_errors[0];
+    assert!(error.error.contains("ServiceManifest default/users: spec.timeouts.connect: `soon`"), "{error:?}");
+    assert!(error.last_good_in_force && is(2000)(&watched.now()));
+    api.delete(MANIFESTS, "default", "users");
+    watched.until("nothing stated", |cluster| cluster.objects.as_ref().unwrap().manifests.is_empty()).await;
+    // Who is not told to read them does not ask for what may not be there.
+    let mut other = Watched::of(&api);
+    let asked = api.lists(MANIFESTS);
+    other.until_endpoints(&["1", "2"]).await;
+    assert_eq!(api.lists(MANIFESTS), asked);
 }
 
 #[tokio::test(flavor = "multi_thread")]

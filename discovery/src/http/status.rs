@@ -140,7 +140,8 @@ impl StatusPages {
         let mesh = Arc::clone(&snapshot.mesh);
         let served = ProxyKind::ALL.map(|kind| {
             let types = snapshot.resources(kind).types().map(|(type_url, resources)| {
-                let status = ServedStatus { version: resources.version.clone(), resources: resources.resources.len() };
+                let status =
+                    ServedStatus { version: resources.version.to_string(), resources: resources.resources.len() };
                 (type_url, status)
             });
             (kind.name(), types.collect())

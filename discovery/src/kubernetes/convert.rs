@@ -42,7 +42,7 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
     fn convert(raw: Self::Raw, object: &ObjectName) -> Result<Option<Self>, ManifestError>;
 
     /// The objects of this kind.
-    fn among(objects: &mut Objects) -> &mut BTreeMap<ObjectKey, Arc<Self>>;
+    fn among(objects: &mut Objects) -> &mut Arc<BTreeMap<ObjectKey, Arc<Self>>>;
 }
 
 macro_rules! kinds {
@@ -63,7 +63,7 @@ macro_rules! kinds {
                 matters(self)
             }
 
-            fn among(objects: &mut Objects) -> &mut BTreeMap<ObjectKey, Arc<Self>> {
+            fn among(objects: &mut Objects) -> &mut Arc<BTreeMap<ObjectKey, Arc<Self>>> {
                 &mut objects.$field
             }
         }

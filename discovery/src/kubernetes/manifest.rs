@@ -117,7 +117,7 @@ fn add<K: Kind>(document: Value, objects: &mut Objects) -> Result<(), ManifestEr
     let name = object.0.clone();
     let (key, converted) = convert::read::<K, _>(document, || object)?;
     if let Some(converted) = converted
-        && K::among(objects).insert(key, Arc::new(converted)).is_some()
+        && Arc::make_mut(K::among(objects)).insert(key, Arc::new(converted)).is_some()
     {
         return Err(ManifestError::Duplicate(name));
     }

@@ -59,7 +59,7 @@ spec:
         weight: Some(50),
         merge: Some(false),
     };
-    assert_eq!(objects.services, BTreeMap::from([(ObjectKey::new("shop", "users"), Arc::new(expected))]));
+    assert_eq!(*objects.services, BTreeMap::from([(ObjectKey::new("shop", "users"), Arc::new(expected))]));
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn pods_that_will_go_are_leaving_before_they_do() {
 fn nodes_are_places() {
     let text = "{apiVersion: v1, kind: Node, metadata: {name: n1.example, labels: {topology.kubernetes.io/zone: z}}}";
     let node = Node { region: String::new(), zone: "z".into() };
-    assert_eq!(parse(text).unwrap().nodes, BTreeMap::from([(ObjectKey::new("", "n1.example"), Arc::new(node))]));
+    assert_eq!(*parse(text).unwrap().nodes, BTreeMap::from([(ObjectKey::new("", "n1.example"), Arc::new(node))]));
 }
 
 #[test]

@@ -44,19 +44,19 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// The objects of one cluster. A copy shares them.
+/// The objects of one cluster. A copy shares them, and the map of each kind until it is changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Objects {
     /// Services.
-    pub services: BTreeMap<ObjectKey, Arc<Service>>,
+    pub services: Arc<BTreeMap<ObjectKey, Arc<Service>>>,
     /// EndpointSlices of IP addresses.
-    pub slices: BTreeMap<ObjectKey, Arc<EndpointSlice>>,
+    pub slices: Arc<BTreeMap<ObjectKey, Arc<EndpointSlice>>>,
     /// Pods. Of an API server's, only those that matter beyond their slices: [`Pod::matters`].
-    pub pods: BTreeMap<ObjectKey, Arc<Pod>>,
+    pub pods: Arc<BTreeMap<ObjectKey, Arc<Pod>>>,
     /// Nodes, without a namespace.
-    pub nodes: BTreeMap<ObjectKey, Arc<Node>>,
+    pub nodes: Arc<BTreeMap<ObjectKey, Arc<Node>>>,
     /// What is stated about services.
-    pub manifests: BTreeMap<ObjectKey, Arc<ServiceManifest>>,
+    pub manifests: Arc<BTreeMap<ObjectKey, Arc<ServiceManifest>>>,
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.

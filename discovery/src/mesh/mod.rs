@@ -3,17 +3,17 @@
 //! Services of the same name and namespace are one service. Where clusters disagree, the one configured first counts.
 
 mod endpoints;
+mod joiner;
 mod pods;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, btree_map};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use self::endpoints::EndpointsOf;
-use self::pods::Pods;
-use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Service, ServicePort};
+pub use self::joiner::Joiner;
+use crate::kubernetes::{ObjectKey, Service, ServicePort};
 use crate::policy::ServiceManifest;
 use crate::registry::{ClusterInfo, Registry};
 
@@ -162,7 +162,7 @@ pub struct MeshService {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mesh {
     /// The services by namespace and name.
-    pub services: BTreeMap<ObjectKey, MeshService>,
+    pub services: BTreeMap<ObjectKey, Arc<MeshService>>,
     /// What was found to be inconsistent, for people.
     pub warnings: Vec<String>,
 }
@@ -176,139 +176,7 @@ pub fn cluster_name(service: &ObjectKey, port: u16) -> String {
 /// Joins what all sources said.
 #[must_use]
 pub fn join(registry: &Registry) -> Mesh {
-    let mut joiner = Joiner::default();
-    for cluster in &registry.clusters {
-        if let Some(objects) = &cluster.objects {
-            joiner.add_cluster(&cluster.info, objects);
-        }
-    }
-    let drained: BTreeSet<&str> =
-        registry.clusters.iter().filter(|cluster| cluster.drained).map(|cluster| &*cluster.info.name).collect();
-    joiner.finish(&drained)
-}
-
-#[derive(Default)]
-struct Joiner {
-    mesh: Mesh,
-    /// Which service of which cluster a virtual address and port leads to.
-    vips: BTreeMap<(IpAddr, u16), (ObjectKey, String)>,
-}
-
-impl Joiner {
-    fn add_cluster(&mut self, info: &ClusterInfo, objects: &Objects) {
-        let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
-        for (key, slice) in &objects.slices {
-            if let Some(service) = &slice.service {
-                slices.entry((&key.namespace, service)).or_default().push(slice);
-            }
-        }
-        let pods = Pods::find(info, objects, &mut self.mesh.warnings);
-        for (key, service) in &objects.services {
-            let slices = slices.get(&(&*key.namespace, &*key.name)).map_or(&[][..], Vec::as_slice);
-            let endpoints = EndpointsOf { info, service, slices, pods: &pods, nodes: &objects.nodes };
-            let name = mesh_key(key, service, info);
-            self.mesh.services.entry(name.clone()).or_default().clusters.push(info.name.clone());
-            for port in &service.ports {
-                let described = MeshPort {
-                    protocol: Protocol::of(port),
-                    vips: self.claim_vips(&name, service, port.port, info),
-                    external: service.external_name.clone().map(|host| External { host, port: port.port }),
-                    endpoints: endpoints.of_port(port),
-                    offloaded: pods.offloaded_of(key, service, port, &mut self.mesh.warnings),
-                };
-                self.add_port(&name, port, info, described);
-            }
-        }
-    }
-
-    /// The virtual addresses that lead to this service's port and to no other's.
-    fn claim_vips(&mut self, key: &ObjectKey, service: &Service, port: u16, info: &ClusterInfo) -> Vec<IpAddr> {
-        let mut claimed = Vec::new();
-        for vip in &service.cluster_ips {
-            match self.vips.entry((*vip, port)) {
-                btree_map::Entry::Vacant(entry) => {
-                    entry.insert((key.clone(), info.name.clone()));
-                    claimed.push(*vip);
-                }
-                btree_map::Entry::Occupied(entry) => {
-                    let (owner, cluster) = entry.get();
-                    if owner != key {
-                        self.mesh.warnings.push(format!(
-                            "{} is the address of {owner} in cluster {cluster} and of {key} in cluster {}; it leads to \
-                             {owner}",
-                            SocketAddr::new(*vip, port),
-                            info.name,
-                        ));
-                    }
-                }
-            }
-        }
-        claimed
-    }
-
-    fn add_port(&mut self, key: &ObjectKey, port: &ServicePort, info: &ClusterInfo, described: MeshPort) {
-        let service = self.mesh.services.entry(key.clone()).or_default();
-        let joined = match service.ports.entry(port.port) {
-            btree_map::Entry::Vacant(entry) => {
-                entry.insert(described);
-                return;
-            }
-            btree_map::Entry::Occupied(entry) => entry.into_mut(),
-        };
-        let differs = |what: &dyn fmt::Display, before: &dyn fmt::Display| {
-            format!(
-                "port {} of Service {key} is {what} in cluster {}, and {before} in a cluster before it, which counts",
-                port.port, info.name,
-            )
-        };
-        if joined.external != described.external {
-            let kind = |external: &Option<External>| match external {
-                Some(External { host, .. }) => format!("the external name {host}"),
-                None => "in the cluster".to_owned(),
-            };
-            self.mesh.warnings.push(differs(&kind(&described.external), &kind(&joined.external)));
-            return;
-        }
-        if joined.protocol != described.protocol {
-            self.mesh.warnings.push(differs(&described.protocol, &joined.protocol));
-        }
-        joined.vips.extend(described.vips);
-        joined.endpoints.extend(described.endpoints);
-        joined.offloaded.extend(described.offloaded);
-    }
-
-    /// What can be said only when all clusters are known.
-    fn finish(mut self, drained: &BTreeSet<&str>) -> Mesh {
-        let mut only_there: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for (key, service) in &mut self.mesh.services {
-            let joined = service.clusters.len() > 1;
-            for (port, described) in &mut service.ports {
-                if joined {
-                    let mut known = HashSet::new();
-                    described.endpoints.retain(|endpoint| known.insert(endpoint.address));
-                }
-                for cluster in drain(&mut described.endpoints, drained) {
-                    only_there.entry(cluster).or_default().push(cluster_name(key, *port));
-                }
-                leave_out_excess_draining(&mut described.endpoints);
-                if described.endpoints.iter().any(|endpoint| endpoint.weight.is_some()) {
-                    for endpoint in &mut described.endpoints {
-                        endpoint.weight = endpoint.weight.or(Some(ORDINARY_WEIGHT));
-                    }
-                }
-            }
-        }
-        for (cluster, names) in only_there {
-            let shown = names[..names.len().min(MOST_NAMED)].join(", ");
-            let more = if names.len() > MOST_NAMED { ", ..." } else { "" };
-            self.mesh.warnings.push(format!(
-                "cluster {cluster} is drained, but has the only healthy endpoints of {} service ports, which keep getting \
-                 requests: {shown}{more}",
-                names.len(),
-            ));
-        }
-        self.mesh
-    }
+    Arc::unwrap_or_clone(Joiner::default().update(registry).0)
 }
 
 /// How many services a warning names.

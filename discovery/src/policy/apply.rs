@@ -1,39 +1,60 @@
 //! What manifests change of the mesh.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::ServiceManifest;
 use crate::kubernetes::ObjectKey;
-use crate::mesh::{Mesh, Protocol, mesh_key};
+use crate::mesh::{Mesh, MeshService, Protocol, mesh_key};
 use crate::registry::Registry;
 
-/// Gives the services of a mesh their manifests. Of the manifests that clusters have for a service, the first one counts.
-pub fn apply(mesh: &mut Mesh, registry: &Registry) {
-    let mut manifests: BTreeMap<ObjectKey, (&Arc<ServiceManifest>, &str)> = BTreeMap::new();
-    for (cluster, objects) in registry.clusters.iter().filter_map(|c| Some((c, c.objects.as_ref()?))) {
-        for (key, manifest) in &objects.manifests {
-            // Of a service that is kept apart only its own cluster can say something.
-            let service = objects.services.get(key);
-            let key = service.map_or_else(|| key.clone(), |service| mesh_key(key, service, &cluster.info));
-            let warning =
-                format!("ServiceManifest {key} is another one in cluster {} than in cluster", cluster.info.name);
-            let (first, owner) = *manifests.entry(key).or_insert((manifest, &cluster.info.name));
-            if first != manifest {
-                mesh.warnings.push(format!("{warning} {owner}, which counts"));
+/// What is stated about services, in all clusters.
+pub struct Manifests<'a>(&'a Registry);
+
+impl<'a> Manifests<'a> {
+    /// The manifests of these clusters.
+    #[must_use]
+    pub fn new(registry: &'a Registry) -> Self {
+        Self(registry)
+    }
+
+    /// The manifest of a service. Of those that clusters have for it, the first one counts.
+    fn of(&self, name: &ObjectKey, warnings: &mut Vec<String>) -> Option<&'a Arc<ServiceManifest>> {
+        let mut first: Option<(&Arc<ServiceManifest>, &str)> = None;
+        for (cluster, objects) in self.0.clusters.iter().filter_map(|c| Some((c, c.objects.as_ref()?))) {
+            let apart = name.namespace.strip_suffix(&*cluster.info.name).and_then(|rest| rest.strip_suffix('.'));
+            let apart = apart.map(|namespace| ObjectKey::new(namespace, name.name.clone()));
+            for key in std::iter::once(name).chain(&apart) {
+                let Some(manifest) = objects.manifests.get(key) else { continue };
+                // Of a service that is kept apart only its own cluster can say something.
+                let called = objects.services.get(key).map(|service| mesh_key(key, service, &cluster.info));
+                if called.as_ref().unwrap_or(key) != name {
+                    continue;
+                }
+                let (counts, owner) = *first.get_or_insert((manifest, &cluster.info.name));
+                if counts != manifest {
+                    let other = &cluster.info.name;
+                    warnings.push(format!(
+                        "ServiceManifest {name} is another one in cluster {other} than in cluster {owner}, which counts"
+                    ));
+                }
             }
         }
+        first.map(|(manifest, _)| manifest)
     }
-    for (key, (manifest, _)) in manifests {
-        let Some(service) = mesh.services.get_mut(&key) else {
-            mesh.warnings.push(format!("ServiceManifest {key} is of no service: there is none of this name"));
-            continue;
-        };
+
+    /// Gives a service its manifest.
+    pub fn apply(&self, key: &ObjectKey, service: &mut MeshService, warnings: &mut Vec<String>) {
+        let Some(manifest) = self.of(key, warnings) else { return };
+        if service.clusters.is_empty() {
+            warnings.push(format!("ServiceManifest {key} is of no service: there is none of this name"));
+            return;
+        }
         for (number, port) in &mut service.ports {
             port.protocol = manifest.protocol.unwrap_or(port.protocol);
             let idle = for_http_only(manifest);
             if port.protocol == Protocol::Tcp && !idle.is_empty() {
-                mesh.warnings.push(format!(
+                warnings.push(format!(
                     "ServiceManifest {key}: {} cannot hold for port {number}, which speaks tcp",
                     idle.join(" and ")
                 ));

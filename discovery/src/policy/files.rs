@@ -5,7 +5,6 @@ use std::sync::Arc;
 use culvert_xds_client::json::{ConfigError, any_to_json};
 use serde_json::{Value, json};
 
-use super::apply;
 use crate::kubernetes::Objects;
 use crate::kubernetes::manifest::{ManifestError, parse};
 use crate::mesh::join;
@@ -50,14 +49,14 @@ pub fn render(text: &str) -> Result<Value, Vec<ConfigError>> {
         [type_url::CLUSTER, type_url::LISTENER, type_url::ROUTE].into_iter().filter_map(|kind| set.of_type(kind));
     let resources = shown.flat_map(|of_type| of_type.resources.values());
     // The passthrough cluster is the same whatever a manifest says, but routes and chains name it.
-    Ok(json!({ "resources": resources.map(|resource| any_to_json(&resource.body)).collect::<Value>() }))
+    Ok(json!({ "resources": resources.map(|resource| any_to_json(&resource.body())).collect::<Value>() }))
 }
 
 /// The mesh of one file's objects, and what was found about it.
 fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
     let mut objects = objects.clone();
     if complete {
-        for (key, manifest) in &objects.manifests.clone() {
+        for (key, manifest) in &*objects.manifests.clone() {
             let name = manifest.protocol.map_or_else(|| "http".to_owned(), |protocol| protocol.to_string());
             let service = format!(
                 "{{apiVersion: v1, kind: Service, metadata: {{name: '{}', namespace: '{}'}}, spec: {{ports: [{{name: {name}, \
@@ -65,8 +64,9 @@ fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
                 key.name, key.namespace
             );
             // A name with a dot is none of a service, and there is nothing to show.
-            for (key, service) in parse(&service).map(|objects| objects.services).unwrap_or_default() {
-                objects.services.entry(key).or_insert(service);
+            for (key, service) in &*parse(&service).map(|objects| objects.services).unwrap_or_default() {
+                let services = Arc::make_mut(&mut objects.services);
+                services.entry(key.clone()).or_insert_with(|| Arc::clone(service));
             }
         }
     }
@@ -78,7 +78,6 @@ fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
     };
     let registry = Registry { version: 1, clusters: vec![cluster], ..Registry::default() };
     let mut mesh = join(&registry);
-    apply(&mut mesh, &registry);
     // That a manifest's service is elsewhere is no fault of the file.
     let mut warnings = std::mem::take(&mut mesh.warnings);
     warnings.retain(|warning| !warning.contains("is of no service"));

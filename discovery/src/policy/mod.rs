@@ -3,7 +3,7 @@
 //! It is written as a Kubernetes custom resource, among the manifests of a cluster. Every field is checked while it is read,
 //! so that an error names the field; unknown fields are errors.
 
-mod apply;
+pub(crate) mod apply;
 pub mod files;
 
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-pub use self::apply::{apply, egress_of};
+pub use self::apply::egress_of;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Protocol;
 

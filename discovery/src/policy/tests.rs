@@ -46,9 +46,7 @@ fn mesh(clusters: &[&str]) -> Mesh {
         drained: false,
     });
     let registry = Registry { version: 1, clusters: clusters.collect(), ..Default::default() };
-    let mut mesh = join(&registry);
-    apply(&mut mesh, &registry);
-    mesh
+    join(&registry)
 }
 
 #[test]
@@ -102,8 +100,8 @@ fn the_first_cluster_s_manifest_counts_and_what_cannot_hold_is_said() {
     assert_eq!(
         mesh.warnings,
         [
-            "ServiceManifest default/users is another one in cluster west than in cluster east, which counts",
             "ServiceManifest default/nobody is of no service: there is none of this name",
+            "ServiceManifest default/users is another one in cluster west than in cluster east, which counts",
         ]
     );
     let tcp = "
@@ -128,8 +126,7 @@ fn a_service_that_is_kept_apart_has_the_manifest_of_its_own_cluster() {
     };
     let clusters = vec![cluster("east", SERVICES, false), cluster("west", &text, true)];
     let registry = Registry { version: 1, clusters, ..Default::default() };
-    let mut mesh = join(&registry);
-    apply(&mut mesh, &registry);
+    let mesh = join(&registry);
     let has = |namespace: &str| mesh.services[&ObjectKey::new(namespace, "users")].manifest.is_some();
     assert_eq!((has("default"), has("default.west")), (false, true));
     assert!(!mesh.warnings.iter().any(|warning| warning.contains("ServiceManifest")), "{:?}", mesh.warnings);

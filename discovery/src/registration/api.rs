@@ -331,9 +331,11 @@ pub fn fuzz(bytes: &[u8]) {
                 let shown = python_json(&host.as_answer());
                 assert!(shown.is_ascii(), "{shown}");
                 assert_eq!(serde_json::from_str::<Value>(&shown).ok(), Some(host.as_answer()));
-                let mut mesh = crate::mesh::Mesh::default();
-                super::join::add(&mut mesh, &[host.into()], &super::Settings::new(super::store::Storage::Memory));
-                let _ = crate::resources::Snapshot::build(mesh.into(), &crate::resources::Options::default());
+                let settings = super::Settings::new(super::store::Storage::Memory);
+                let mut joiner = crate::mesh::Joiner::default();
+                joiner.register(super::join::Registered::new(&[host.into()], &settings));
+                let (mesh, _) = joiner.update(&crate::registry::Registry::default());
+                let _ = crate::resources::Snapshot::build(mesh, &crate::resources::Options::default());
             }
             Ok(_) => {}
             Err(refusal) => {

@@ -1,7 +1,7 @@
 //! Registered hosts as services of the mesh.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -11,49 +11,77 @@ use serde_json::Value;
 use super::host::Host;
 use super::{Settings, WEIGHT_TAG};
 use crate::kubernetes::ObjectKey;
-use crate::mesh::{Endpoint, Health, Locality, Mesh, MeshPort};
+use crate::mesh::{Endpoint, Health, Locality, MeshPort, MeshService, Protocol};
 
 /// What registered endpoints have as their cluster.
 pub const CLUSTER: &str = "registered";
 /// The longest name that can be a part of a host name.
 const MAX_LABEL: usize = 63;
 
-/// Adds registered hosts, ordered by service, to what the clusters have. Where a cluster has the same service and port,
-/// the hosts are further endpoints of it.
-pub fn add(mesh: &mut Mesh, hosts: &[Arc<Host>], settings: &Settings) {
-    let mut by_service: BTreeMap<&str, Vec<Endpoint>> = BTreeMap::new();
-    for host in hosts {
-        by_service.entry(&host.service).or_default().push(endpoint(host));
-    }
-    for (name, endpoints) in by_service {
-        if !is_host_label(name) {
-            mesh.warnings.push(format!(
-                "registered service {name:?} is not in the mesh: its name cannot be a part of a host name (a-z, 0-9, `-` and \
-                 `_`, at most {MAX_LABEL})"
-            ));
-            continue;
+/// Registered hosts as endpoints, by service.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Registered {
+    services: BTreeMap<ObjectKey, Vec<Endpoint>>,
+    port: u16,
+    protocol: Option<Protocol>,
+    warnings: Vec<String>,
+}
+
+impl Registered {
+    /// The endpoints that these hosts are.
+    #[must_use]
+    pub fn new(hosts: &[Arc<Host>], settings: &Settings) -> Self {
+        let (port, protocol) = (settings.port, Some(settings.protocol));
+        let mut registered = Self { port, protocol, ..Self::default() };
+        let mut by_service: BTreeMap<&str, Vec<Endpoint>> = BTreeMap::new();
+        for host in hosts {
+            by_service.entry(&host.service).or_default().push(endpoint(host));
         }
-        let key = ObjectKey::new(&*settings.namespace, name);
-        let service = mesh.services.entry(key.clone()).or_default();
+        for (name, endpoints) in by_service {
+            if is_host_label(name) {
+                registered.services.insert(ObjectKey::new(&*settings.namespace, name), endpoints);
+            } else {
+                registered.warnings.push(format!(
+                    "registered service {name:?} is not in the mesh: its name cannot be a part of a host name (a-z, 0-9, `-` \
+                     and `_`, at most {MAX_LABEL})"
+                ));
+            }
+        }
+        registered
+    }
+
+    /// What cannot be in the mesh.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The services that are not the same in both.
+    pub fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = ObjectKey> + 'a {
+        let all = self.services.keys().chain(other.services.keys());
+        all.filter(|key| self.services.get(key) != other.services.get(key)).cloned()
+    }
+
+    /// Adds a service's hosts to what the clusters have of it. Where a cluster has the same port, they are further endpoints
+    /// of it.
+    pub fn join(&self, key: &ObjectKey, service: &mut MeshService, warnings: &mut Vec<String>) {
+        let (Some(endpoints), Some(protocol)) = (self.services.get(key), self.protocol) else { return };
         service.clusters.push(CLUSTER.to_owned());
-        match service.ports.entry(settings.port) {
+        match service.ports.entry(self.port) {
             Entry::Vacant(entry) => {
-                let protocol = settings.protocol;
+                let endpoints = endpoints.clone();
                 entry.insert(MeshPort { protocol, vips: Vec::new(), external: None, endpoints, offloaded: Vec::new() });
             }
             Entry::Occupied(entry) => {
                 let joined = entry.into_mut();
-                if joined.protocol != settings.protocol {
-                    mesh.warnings.push(format!(
-                        "port {} of Service {key} is {} in a cluster, which counts; registered hosts speak {}",
-                        settings.port, joined.protocol, settings.protocol,
+                if joined.protocol != protocol {
+                    warnings.push(format!(
+                        "port {} of Service {key} is {} in a cluster, which counts; registered hosts speak {protocol}",
+                        self.port, joined.protocol,
                     ));
                 }
-                for endpoint in endpoints {
-                    if !joined.endpoints.iter().any(|known| known.address == endpoint.address) {
-                        joined.endpoints.push(endpoint);
-                    }
-                }
+                let mut known: HashSet<_> = joined.endpoints.iter().map(|endpoint| endpoint.address).collect();
+                joined.endpoints.extend(endpoints.iter().filter(|endpoint| known.insert(endpoint.address)).cloned());
             }
         }
     }

@@ -1,7 +1,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::*;
-use crate::mesh::{Mesh, MeshPort};
+use crate::mesh::{MeshPort, MeshService};
 
 fn host(service: &str, last: u8, tags: Value) -> Host {
     let mut all = json!({ "az": "eu-1a", "region": "eu", "instance_id": "i-1" });
@@ -131,7 +131,6 @@ async fn there_is_a_limit_to_hosts_and_to_what_is_merged() {
 #[test]
 fn registered_hosts_are_services_of_the_mesh() {
     let settings = Settings::new(Storage::Memory);
-    let mut mesh = Mesh::default();
     let known = |last: u8| crate::mesh::Endpoint {
         address: ([10, 0, 0, last], 8080).into(),
         other_family: None,
@@ -149,25 +148,31 @@ fn registered_hosts_are_services_of_the_mesh() {
         offloaded: vec![],
     };
     let both = crate::kubernetes::ObjectKey::new("default", "both");
-    mesh.services.entry(both.clone()).or_default().ports.insert(80, port);
     let registered = [
         host("both", 1, json!({})),
         host("both", 2, json!({})),
         host("Not_A_Label", 1, json!({})),
         host("my_users", 3, json!({ "canary": true, "load_balancing_weight": 9 })),
     ];
-    join::add(&mut mesh, &registered.map(Arc::new), &settings);
-    let found: Vec<_> = mesh.services.keys().map(ToString::to_string).collect();
+    let registered = join::Registered::new(&registered.map(Arc::new), &settings);
+    let found: Vec<_> = registered.differing(&join::Registered::default()).map(|key| key.to_string()).collect();
     assert_eq!(found, ["default/both", "default/my_users"]);
-    let users = &mesh.services[&crate::kubernetes::ObjectKey::new("default", "my_users")].ports[&80];
+    let joined = |key: &crate::kubernetes::ObjectKey, mut service: MeshService| {
+        let mut warnings = Vec::new();
+        registered.join(key, &mut service, &mut warnings);
+        (service.ports[&80].clone(), warnings)
+    };
+    let (users, warnings) = joined(&crate::kubernetes::ObjectKey::new("default", "my_users"), MeshService::default());
+    assert_eq!(warnings, [""; 0]);
     let endpoint = &users.endpoints[0];
     assert_eq!((users.protocol, endpoint.address.to_string()), (Protocol::Http1, "10.0.0.3:8080".to_owned()));
     assert_eq!((&*endpoint.locality.region, &*endpoint.locality.zone), ("eu", "eu-1a"));
     assert_eq!((endpoint.weight.map(u32::from), endpoint.canary, &*endpoint.cluster), (Some(9), true, "registered"));
     // What a cluster says of an address counts.
-    let both = &mesh.services[&both].ports[&80];
+    let known_before = MeshService { ports: [(80, port)].into(), ..Default::default() };
+    let (both, warnings) = joined(&both, known_before);
     assert_eq!((both.protocol, both.endpoints.len(), &both.endpoints[0]), (Protocol::Grpc, 2, &known(1)));
-    let [name, protocol] = &*mesh.warnings else { panic!("two warnings expected: {:?}", mesh.warnings) };
+    assert!(warnings[0].contains("is grpc in a cluster, which counts; registered hosts speak http"), "{warnings:?}");
+    let [name] = registered.warnings() else { panic!("one warning expected: {:?}", registered.warnings()) };
     assert!(name.contains("\"Not_A_Label\" is not in the mesh"), "{name}");
-    assert!(protocol.contains("is grpc in a cluster, which counts; registered hosts speak http"), "{protocol}");
 }

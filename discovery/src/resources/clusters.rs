@@ -53,7 +53,7 @@ pub(super) fn socket_address(address: std::net::IpAddr, port: u16, ipv4_compat: 
 }
 
 pub(super) fn clusters(mesh: &Mesh) -> Vec<(String, Cluster)> {
-    let mut clusters = vec![(ORIGINAL_DST_CLUSTER.to_owned(), original_dst())];
+    let mut clusters = Vec::new();
     for (key, service) in &mesh.services {
         for (port, described) in &service.ports {
             let name = cluster_name(key, *port);
@@ -109,7 +109,7 @@ fn external_name(name: &str, external: &External) -> Cluster {
 
 /// Connects to the destination that the client chose, or that an override names. Never by header: whoever could set
 /// one would reach anything.
-fn original_dst() -> Cluster {
+pub(super) fn original_dst() -> Cluster {
     Cluster {
         name: ORIGINAL_DST_CLUSTER.to_owned(),
         cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),

@@ -5,18 +5,23 @@ mod grpc;
 mod listeners;
 mod overrides;
 mod policy;
+mod resource;
 mod routes;
+mod view;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock};
 
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
+use self::resource::{Changes, History};
+pub use self::resource::{Position, Resource, TypeResources};
+use self::view::Views;
+pub use self::view::{View, Viewer};
 use crate::kubernetes::ObjectKey;
-use crate::mesh::Mesh;
-use crate::policy::egress_of;
+use crate::mesh::{Mesh, MeshPort, MeshService};
 
 /// The name of the cluster that connects to whatever address the client, or an override, chose.
 pub const ORIGINAL_DST_CLUSTER: &str = "original_dst";
@@ -84,60 +89,16 @@ impl ProxyKind {
     }
 }
 
-/// Who asks: what a view of the resources depends on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Viewer {
-    /// What it is.
-    pub kind: ProxyKind,
-    /// The services whose pods call through it, as far as it says.
-    pub services: BTreeSet<ObjectKey>,
-}
-
-impl Default for Viewer {
-    fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, services: BTreeSet::new() }
-    }
-}
-
-/// One resource, encoded once for all clients.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resource {
-    /// Its name.
-    pub name: String,
-    /// A hash of its content, the same in every replica.
-    pub version: String,
-    /// The message.
-    pub body: Any,
-}
-
-/// All resources of one type.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct TypeResources {
-    /// A hash over the names and versions of all of them.
-    pub version: String,
-    /// The resources by name.
-    pub resources: BTreeMap<String, Arc<Resource>>,
-}
-
-impl TypeResources {
-    fn new<M: Message>(type_url: &str, messages: impl IntoIterator<Item = (String, M)>) -> Self {
-        let mut resources = BTreeMap::new();
-        for (name, message) in messages {
-            let value = message.encode_to_vec();
-            let version = hex_version(&[&value]);
-            let body = Any { type_url: type_url.to_owned(), value };
-            resources.insert(name.clone(), Arc::new(Resource { name, version, body }));
-        }
-        let parts: Vec<&[u8]> = resources.values().flat_map(|r| [r.name.as_bytes(), r.version.as_bytes()]).collect();
-        let version = hex_version(&parts);
-        Self { version, resources }
-    }
-}
-
 /// Everything that one kind of proxy can subscribe to, by type URL.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct ResourceSet {
     types: BTreeMap<&'static str, Arc<TypeResources>>,
+}
+
+impl Default for ResourceSet {
+    fn default() -> Self {
+        Self { types: PUSH_ORDER.into_iter().map(|type_url| (type_url, Arc::default())).collect() }
+    }
 }
 
 impl ResourceSet {
@@ -154,7 +115,7 @@ impl ResourceSet {
 }
 
 /// All resources at one moment.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Snapshot {
     /// The mesh that the resources describe.
     pub mesh: Arc<Mesh>,
@@ -162,24 +123,150 @@ pub struct Snapshot {
     grpc: Arc<ResourceSet>,
     foreign: Arc<ResourceSet>,
     options: Options,
-    /// Views of those that may not call every service: made when the first one asks, shared by all that may call the same.
-    scoped: Arc<Mutex<HashMap<Scope, Arc<ResourceSet>>>>,
+    /// What became of each service.
+    made: BTreeMap<Arc<ObjectKey>, Arc<Made>>,
+    history: History<Change>,
+    /// Counts up when what may be called by whom changes.
+    policies: u64,
+    views: Views,
 }
 
-/// The most views that are kept: nodes choose of which services they say they are.
-const MAX_VIEWS: usize = 10_000;
+/// A service that is new, different or gone.
+#[derive(Debug)]
+struct Change {
+    service: ObjectKey,
+    /// Whether more than its endpoints changed.
+    reshaped: bool,
+}
 
-/// What a view shows: to which kind of proxy, and which services.
-type Scope = (ProxyKind, BTreeSet<ObjectKey>);
+/// What becomes of one service alone.
+#[derive(Debug, Default)]
+struct Made {
+    clusters: Vec<Arc<Resource>>,
+    assignments: Vec<Arc<Resource>>,
+    offloaded: Vec<Arc<Resource>>,
+    grpc_listeners: Vec<Arc<Resource>>,
+}
+
+impl Made {
+    /// The resources of a service. Those that endpoints do not change are taken from `before`.
+    fn new(key: &ObjectKey, service: &Arc<MeshService>, before: Option<&Self>) -> Self {
+        let services = BTreeMap::from([(key.clone(), Arc::clone(service))]);
+        let mesh = Mesh { services, ..Mesh::default() };
+        let assignments = encode(type_url::ENDPOINT, clusters::load_assignments(&mesh));
+        let offloaded = encode(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(&mesh));
+        let (clusters, grpc_listeners) = match before {
+            Some(before) => (before.clusters.clone(), before.grpc_listeners.clone()),
+            None => (
+                encode(type_url::CLUSTER, clusters::clusters(&mesh)),
+                encode(type_url::LISTENER, grpc::listeners(&mesh)),
+            ),
+        };
+        Self { clusters, assignments, offloaded, grpc_listeners }
+    }
+
+    /// The resources of a type; the listeners are gRPC's.
+    fn of_type(&self, type_url: &str) -> impl Iterator<Item = Arc<Resource>> {
+        let resources: &[_] = match type_url {
+            type_url::CLUSTER => &self.clusters,
+            type_url::ENDPOINT => &self.assignments,
+            type_url::OFFLOADED_SERVICE => &self.offloaded,
+            type_url::LISTENER => &self.grpc_listeners,
+            _ => &[],
+        };
+        resources.iter().cloned()
+    }
+}
+
+/// Types whose resources are each of one service.
+const OF_SERVICES: [&str; 3] = [type_url::CLUSTER, type_url::ENDPOINT, type_url::OFFLOADED_SERVICE];
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Self::empty(&Options::default())
+    }
+}
 
 impl Snapshot {
     /// Builds all resources of a mesh.
     #[must_use]
     pub fn build(mesh: Arc<Mesh>, options: &Options) -> Self {
-        let shared = shared(&mesh);
-        let [culvert, grpc, foreign] =
-            ProxyKind::ALL.map(|kind| Arc::new(with_listeners(&shared, &mesh, options, kind)));
-        Self { mesh, culvert, grpc, foreign, options: options.clone(), scoped: Arc::default() }
+        let all = mesh.services.keys().cloned().collect();
+        Self::empty(options).next(mesh, &all)
+    }
+
+    /// The resources of a mesh without services.
+    fn empty(options: &Options) -> Self {
+        let mut snapshot = Self {
+            mesh: Arc::default(),
+            culvert: Arc::default(),
+            grpc: Arc::default(),
+            foreign: Arc::default(),
+            options: options.clone(),
+            made: BTreeMap::new(),
+            history: History::new(),
+            policies: 0,
+            views: Views::default(),
+        };
+        let always = |type_url| always(type_url).map(|resource| (Arc::clone(&resource.name), Some(resource)));
+        for type_url in OF_SERVICES {
+            snapshot.change(&ProxyKind::ALL, type_url, always(type_url).collect());
+        }
+        snapshot.renew_listeners();
+        snapshot
+    }
+
+    /// The resources of a mesh that differs from the one before in these services, which costs what they cost.
+    #[must_use]
+    pub fn next(&self, mesh: Arc<Mesh>, changed: &BTreeSet<ObjectKey>) -> Self {
+        let mut next = Self { mesh, ..self.clone() };
+        let mut changes: BTreeMap<&'static str, Changes> = BTreeMap::new();
+        let mut history = Vec::new();
+        let mut http_ports = BTreeSet::new();
+        let mut reshaped_any = false;
+        for key in changed {
+            let services = [&self.mesh, &next.mesh].map(|mesh| mesh.services.get(key));
+            let reshaped = !has_same_shape(services);
+            reshaped_any |= reshaped;
+            if reshaped {
+                http_ports.extend(services.into_iter().flatten().flat_map(|service| service.ports.keys().copied()));
+            }
+            let egress = services.map(|service| service?.manifest.as_ref()?.egress.as_ref());
+            if egress[0] != egress[1] || services[0].is_some() != services[1].is_some() {
+                next.policies += 1;
+            }
+            let before = next.made.get(key).cloned();
+            let reused = before.as_deref().filter(|_| !reshaped);
+            let after = services[1].map(|service| Arc::new(Made::new(key, service, reused)));
+            for type_url in OF_SERVICES.into_iter().chain([type_url::LISTENER]) {
+                let changes = changes.entry(type_url).or_default();
+                let of_type = |made: &Arc<Made>| made.of_type(type_url).collect::<Vec<_>>();
+                let [before, after] = [&before, &after].map(|made| made.as_ref().map(of_type).unwrap_or_default());
+                changes.extend(before.into_iter().map(|resource| (Arc::clone(&resource.name), None)));
+                changes.extend(after.into_iter().map(|resource| (Arc::clone(&resource.name), Some(resource))));
+            }
+            match after {
+                Some(after) => next.made.insert(Arc::new(key.clone()), after),
+                None => next.made.remove(key),
+            };
+            history.push(Change { service: key.clone(), reshaped });
+        }
+        for (type_url, changes) in changes {
+            let kinds: &[_] = if type_url == type_url::LISTENER { &[ProxyKind::Grpc] } else { &ProxyKind::ALL };
+            next.change(kinds, type_url, changes);
+        }
+        if reshaped_any {
+            next.renew_routes(&http_ports);
+            next.renew_listeners();
+        }
+        next.history.push(history);
+        next
+    }
+
+    /// Which snapshot it is.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.history.position()
     }
 
     /// The resources for one kind of proxy, of all services.
@@ -192,65 +279,76 @@ impl Snapshot {
         }
     }
 
-    /// What a client is given: the services that the pods behind it may call.
-    #[must_use]
-    pub fn view(&self, viewer: &Viewer) -> Arc<ResourceSet> {
-        let Some(allowed) = egress_of(&self.mesh, &viewer.services) else {
-            return Arc::clone(self.resources(viewer.kind));
-        };
-        // Held while a view is made, so that a thousand clients that come back at once do not make the same one each.
-        let mut scoped = self.scoped.lock().unwrap_or_else(PoisonError::into_inner);
-        let scope = (viewer.kind, allowed);
-        if let Some(view) = scoped.get(&scope) {
-            return Arc::clone(view);
+    fn resources_mut(&mut self, kind: ProxyKind) -> &mut ResourceSet {
+        Arc::make_mut(match kind {
+            ProxyKind::Culvert => &mut self.culvert,
+            ProxyKind::Grpc => &mut self.grpc,
+            ProxyKind::Foreign => &mut self.foreign,
+        })
+    }
+
+    /// Changes a type, which these kinds of proxies have in common.
+    fn change(&mut self, kinds: &[ProxyKind], type_url: &'static str, changes: Changes) {
+        let Some(known) = kinds.first().and_then(|kind| self.resources(*kind).of_type(type_url)) else { return };
+        let changed = known.with(changes);
+        for kind in kinds {
+            self.resources_mut(*kind).types.insert(type_url, Arc::clone(&changed));
         }
-        let known = scope.1.iter().filter_map(|key| self.mesh.services.get_key_value(key));
-        let services = known.map(|(key, service)| (key.clone(), service.clone())).collect();
-        let mesh = Mesh { services, ..Mesh::default() };
-        let view = Arc::new(with_listeners(&shared(&mesh), &mesh, &self.options, viewer.kind));
-        if scoped.len() < MAX_VIEWS {
-            scoped.insert(scope, Arc::clone(&view));
+    }
+
+    /// Makes the routes of these ports anew.
+    fn renew_routes(&mut self, ports: &BTreeSet<u16>) {
+        let gone = ports.iter().map(|port| (routes::route_configuration_name(*port).into(), None));
+        let mut changes: Changes = gone.collect();
+        changes.extend(routes(&self.mesh, ports).into_iter().map(|(name, resource)| (name, Some(resource))));
+        self.change(&ProxyKind::ALL, type_url::ROUTE, changes);
+    }
+
+    /// Makes the proxies' listeners anew.
+    fn renew_listeners(&mut self) {
+        for kind in [ProxyKind::Culvert, ProxyKind::Foreign] {
+            let listeners = self.proxy_listeners(&self.mesh, kind);
+            let changes = listeners.into_iter().map(|(name, resource)| (name, Some(resource))).collect();
+            self.change(&[kind], type_url::LISTENER, changes);
         }
-        view
+    }
+
+    fn proxy_listeners(&self, mesh: &Mesh, kind: ProxyKind) -> BTreeMap<Arc<str>, Arc<Resource>> {
+        by_name(encode(type_url::LISTENER, listeners::listeners(mesh, &self.options, kind)))
     }
 }
 
-type Typed = (&'static str, Arc<TypeResources>);
-
-fn of_type<M: Message>(type_url: &'static str, messages: Vec<(String, M)>) -> Typed {
-    (type_url, Arc::new(TypeResources::new(type_url, messages)))
+/// Resources that there are whatever services there are.
+fn always(type_url: &str) -> impl Iterator<Item = Arc<Resource>> {
+    static PASSTHROUGH: LazyLock<Arc<Resource>> =
+        LazyLock::new(|| Arc::new(Resource::new(type_url::CLUSTER, ORIGINAL_DST_CLUSTER, &clusters::original_dst())));
+    (type_url == type_url::CLUSTER).then(|| Arc::clone(&PASSTHROUGH)).into_iter()
 }
 
-/// What is the same for all kinds of proxies.
-fn shared(mesh: &Mesh) -> [Typed; 4] {
-    [
-        of_type(type_url::CLUSTER, clusters::clusters(mesh)),
-        of_type(type_url::ENDPOINT, clusters::load_assignments(mesh)),
-        of_type(type_url::ROUTE, routes::route_configurations(mesh)),
-        of_type(type_url::OFFLOADED_SERVICE, overrides::offloaded_services(mesh)),
-    ]
+fn routes(mesh: &Mesh, ports: &BTreeSet<u16>) -> BTreeMap<Arc<str>, Arc<Resource>> {
+    by_name(encode(type_url::ROUTE, routes::route_configurations(mesh, ports)))
 }
 
-fn with_listeners(shared: &[Typed], mesh: &Mesh, options: &Options, kind: ProxyKind) -> ResourceSet {
-    let listeners = match kind {
-        ProxyKind::Grpc => grpc::listeners(mesh),
-        ProxyKind::Culvert | ProxyKind::Foreign => listeners::listeners(mesh, options, kind),
+fn encode<M: Message>(type_url: &'static str, messages: Vec<(String, M)>) -> Vec<Arc<Resource>> {
+    messages.iter().map(|(name, message)| Arc::new(Resource::new(type_url, name, message))).collect()
+}
+
+fn by_name(resources: Vec<Arc<Resource>>) -> BTreeMap<Arc<str>, Arc<Resource>> {
+    resources.into_iter().map(|resource| (Arc::clone(&resource.name), resource)).collect()
+}
+
+/// Whether two states of a service differ at most in its endpoints.
+fn has_same_shape(services: [Option<&Arc<MeshService>>; 2]) -> bool {
+    let [Some(one), Some(other)] = services else { return false };
+    let same_port = |(one, other): (&MeshPort, &MeshPort)| {
+        // Endpoints, offloaded ones too, are in resources of their own.
+        let MeshPort { protocol, vips, external, endpoints: _, offloaded: _ } = one;
+        (protocol, vips, external) == (&other.protocol, &other.vips, &other.external)
     };
-    let listeners = of_type(type_url::LISTENER, listeners);
-    ResourceSet { types: shared.iter().cloned().chain([listeners]).collect() }
-}
-
-/// FNV-1a over the parts and their lengths: not secret, but the same in every build and replica.
-fn hex_version(parts: &[&[u8]]) -> String {
-    const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
-    const PRIME: u64 = 0x0000_0100_0000_01b3;
-    let mut hash = OFFSET;
-    for part in parts {
-        for byte in part.len().to_le_bytes().iter().chain(*part) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(PRIME);
-        }
-    }
-    format!("{hash:016x}")
+    let MeshService { clusters: _, ports, manifest } = &**one;
+    *manifest == other.manifest
+        && ports.keys().eq(other.ports.keys())
+        && ports.values().zip(other.ports.values()).all(same_port)
 }
 
 /// An extension's configuration, packed.

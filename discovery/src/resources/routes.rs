@@ -1,6 +1,6 @@
 //! RDS: for each port with HTTP services, a route configuration that finds the service by the Host header.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use envoy_types::pb::envoy::config::route::v3::route::Action;
@@ -28,10 +28,12 @@ pub(super) fn route_configuration_name(port: u16) -> String {
     format!("outbound_http_{port}")
 }
 
-pub(super) fn route_configurations(mesh: &Mesh) -> Vec<(String, RouteConfiguration)> {
+/// The route configurations of these ports, as far as HTTP services use them.
+pub(super) fn route_configurations(mesh: &Mesh, ports: &BTreeSet<u16>) -> Vec<(String, RouteConfiguration)> {
     let mut by_port: BTreeMap<u16, Vec<VirtualHost>> = BTreeMap::new();
     for (key, service) in &mesh.services {
-        for (port, described) in service.ports.iter().filter(|(_, described)| described.protocol.is_http()) {
+        let wanted = service.ports.iter().filter(|(port, _)| ports.contains(port));
+        for (port, described) in wanted.filter(|(_, described)| described.protocol.is_http()) {
             let cluster = cluster_name(key, *port);
             by_port.entry(*port).or_default().push(VirtualHost {
                 name: cluster.clone(),

@@ -76,12 +76,20 @@ fn build(options: &Options) -> Snapshot {
 
 fn get<M: Message + Default>(snapshot: &Snapshot, kind: ProxyKind, type_url: &str, name: &str) -> M {
     let resource = &snapshot.resources(kind).of_type(type_url).unwrap().resources[name];
-    assert_eq!((&*resource.name, &*resource.body.type_url), (name, type_url));
-    M::decode(&*resource.body.value).unwrap()
+    let body = resource.body();
+    assert_eq!((&*resource.name, &*body.type_url), (name, type_url));
+    M::decode(&*body.value).unwrap()
 }
 
 fn names(snapshot: &Snapshot, type_url: &str) -> Vec<String> {
-    snapshot.resources(ProxyKind::Culvert).of_type(type_url).unwrap().resources.keys().cloned().collect()
+    snapshot
+        .resources(ProxyKind::Culvert)
+        .of_type(type_url)
+        .unwrap()
+        .resources
+        .keys()
+        .map(ToString::to_string)
+        .collect()
 }
 
 #[test]
@@ -156,7 +164,8 @@ fn weights_and_canaries_are_sent() {
     let port =
         crate::mesh::MeshPort { protocol: Protocol::Http1, vips: vec![], external: None, endpoints, offloaded: vec![] };
     let mut mesh = Mesh::default();
-    mesh.services.entry(ObjectKey::new("default", "users")).or_default().ports.insert(80, port);
+    let service = MeshService { ports: BTreeMap::from([(80, port)]), ..Default::default() };
+    mesh.services.insert(ObjectKey::new("default", "users"), Arc::new(service));
     let snapshot = Snapshot::build(Arc::new(mesh), &Options::default());
     let assignment: ClusterLoadAssignment = get(&snapshot, ProxyKind::Culvert, type_url::ENDPOINT, "users.default:80");
     let [locality] = &*assignment.endpoints else { panic!("one locality expected") };
@@ -219,7 +228,7 @@ fn one_listener_for_tcp_by_address_http_by_port_and_the_rest() {
 fn grpc_clients_get_an_api_listener_for_each_name_of_an_http_port() {
     let snapshot = build(&Options::default());
     let resources = snapshot.resources(ProxyKind::Grpc).of_type(type_url::LISTENER).unwrap();
-    let names: Vec<_> = resources.resources.keys().map(String::as_str).collect();
+    let names: Vec<_> = resources.resources.keys().map(|name| &**name).collect();
     let expected = [
         "headless.shop.svc.cluster.local:80",
         "headless.shop:80",

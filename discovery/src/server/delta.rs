@@ -12,15 +12,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use envoy_types::pb::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as DeltaResource,
-};
+use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
-use super::{Session, WILDCARD, check_name_count, in_push_order, subscription, viewer};
-use crate::resources::{Snapshot, TypeResources, Viewer, type_url};
+use super::response::{Response, Variant};
+use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
+use crate::resources::{Position, Snapshot, TypeResources, View, Viewer, type_url};
 
 /// A response is ended when its resources have this many bytes: gRPC clients read 4 MiB unless told otherwise.
 const RESPONSE_BYTES: usize = 2 * 1024 * 1024;
@@ -29,8 +28,9 @@ const RESPONSE_BYTES: usize = 2 * 1024 * 1024;
 #[derive(Debug)]
 pub struct DeltaSession {
     viewer: Viewer,
+    view: Option<View>,
     next_nonce: u64,
-    types: BTreeMap<String, TypeState>,
+    types: Types<TypeState>,
     status: ClientStatus,
     response_bytes: usize,
 }
@@ -39,8 +39,9 @@ impl Default for DeltaSession {
     fn default() -> Self {
         Self {
             viewer: Viewer::default(),
+            view: None,
             next_nonce: 1,
-            types: BTreeMap::new(),
+            types: Types::default(),
             status: ClientStatus::new("delta"),
             response_bytes: RESPONSE_BYTES,
         }
@@ -52,19 +53,29 @@ struct TypeState {
     /// Whether a request of this type came before.
     opened: bool,
     wildcard: bool,
-    names: BTreeSet<String>,
-    /// The versions that the client has, as far as we know.
-    sent: BTreeMap<String, String>,
+    names: BTreeSet<Arc<str>>,
+    has: Has,
+    /// Names that may have to be sent or removed. All others are known not to.
+    open: BTreeSet<Arc<str>>,
+    /// The state of the type in which `open` was brought up to date.
+    seen: Option<Position>,
     /// Names that must be answered even if nothing changed.
-    due: BTreeSet<String>,
+    due: BTreeSet<Arc<str>>,
     /// Whether an empty response is due: the client waits to hear that there is nothing.
     greeting_due: bool,
     /// The response that has not been answered yet.
     awaiting: Option<Unanswered>,
     /// The names in what the client has refused, older versions of which it may use. Which of them it objects to is not known.
-    rejected: BTreeSet<String>,
-    /// The snapshot's version of the type that the client is known to have in full.
-    settled_version: Option<String>,
+    rejected: BTreeSet<Arc<str>>,
+}
+
+/// What a client has, as far as we know. It shares what most clients have with the snapshots.
+#[derive(Debug, Default)]
+struct Has {
+    /// What it had when it had everything that it wanted.
+    all: Option<Arc<TypeResources>>,
+    /// What has become of it since, by name: a version, or nothing.
+    since: BTreeMap<Arc<str>, Option<Arc<str>>>,
 }
 
 /// A response that has not been answered.
@@ -72,18 +83,18 @@ struct TypeState {
 struct Unanswered {
     nonce: String,
     /// What it sent and removed.
-    names: Vec<String>,
+    names: Vec<Arc<str>>,
 }
 
 impl TypeState {
     /// Whether the client has taken in all that there is.
     fn is_settled(&self, available: Option<&Arc<TypeResources>>) -> bool {
-        let is_known = self.settled_version.as_ref() == available.map(|available| &available.version);
-        self.awaiting.is_none() && self.rejected.is_empty() && is_known
+        let is_known = self.seen == available.map(|available| available.position());
+        self.awaiting.is_none() && self.rejected.is_empty() && is_known && self.open.is_empty()
     }
 
     /// The client has answered a response with these names.
-    fn answered(&mut self, names: Vec<String>, accepted: bool) {
+    fn answered(&mut self, names: Vec<Arc<str>>, accepted: bool) {
         if !accepted {
             self.rejected.extend(names);
         } else if names.iter().any(|name| self.rejected.contains(name)) {
@@ -96,47 +107,167 @@ impl TypeState {
         self.wildcard || self.names.contains(name)
     }
 
-    /// Names and versions of what is to be sent now, and whether that is all.
-    fn news(&self, available: &TypeResources, response_bytes: usize) -> (Vec<String>, bool) {
-        let changed = |name: &String| {
-            available
-                .resources
-                .get(name)
-                .is_some_and(|resource| self.due.contains(name) || self.sent.get(name) != Some(&resource.version))
-        };
-        let candidates: Box<dyn Iterator<Item = &String>> =
-            if self.wildcard { Box::new(available.resources.keys()) } else { Box::new(self.names.iter()) };
-        let mut bytes = 0;
-        let mut names = Vec::new();
-        for name in candidates.filter(|name| changed(name)) {
-            let size = available.resources.get(name).map_or(0, |resource| resource.body.value.len());
-            if !names.is_empty() && bytes + size > response_bytes {
-                return (names, false);
-            }
-            bytes += size;
-            names.push(name.clone());
+    /// The version that the client has.
+    fn version(&self, name: &str) -> Option<&Arc<str>> {
+        match self.has.since.get(name) {
+            Some(version) => version.as_ref(),
+            None if self.wants(name) => self.has.all.as_ref()?.resources.get(name).map(|resource| &resource.version),
+            None => None,
         }
-        (names, true)
+    }
+
+    fn subscribe(&mut self, name: Arc<str>) {
+        // What a reconnecting client says it has need not be sent again unless it changed.
+        let known_from_before = self.version(&name).is_some() && !self.names.contains(&name);
+        if !known_from_before {
+            self.due.insert(Arc::clone(&name));
+            self.has.since.entry(Arc::clone(&name)).or_insert(None);
+        }
+        self.open.insert(Arc::clone(&name));
+        self.names.insert(name);
+    }
+
+    fn unsubscribe(&mut self, name: &str) {
+        self.names.remove(name);
+        self.rejected.remove(name);
+        self.due.remove(name);
+        self.open.remove(name);
+        if self.wildcard {
+            // The resource is still wanted, and the client may have dropped it.
+            let name = Arc::<str>::from(name);
+            self.has.since.insert(Arc::clone(&name), None);
+            self.open.insert(name);
+        } else {
+            self.has.since.remove(name);
+        }
+    }
+
+    fn subscribe_wildcard(&mut self) {
+        if !self.wildcard {
+            // Of what is shared it has its names alone.
+            self.write_down_names();
+            self.wildcard = true;
+            self.seen = None;
+        }
+    }
+
+    fn unsubscribe_wildcard(&mut self) {
+        self.write_down_names();
+        self.wildcard = false;
+        self.has.since.retain(|name, _| self.names.contains(name));
+        self.rejected.retain(|name| self.names.contains(name));
+        self.open.retain(|name| self.names.contains(name));
+    }
+
+    /// Shares what the client has with no snapshot any more.
+    fn write_down_names(&mut self) {
+        let named = self.names.iter().map(|name| (Arc::clone(name), self.version(name).cloned()));
+        let named: Vec<_> = named.collect();
+        self.has.all = None;
+        self.has.since.extend(named);
+    }
+
+    /// Finds out which names may have to be sent or removed.
+    fn look(&mut self, available: &TypeResources) {
+        if self.seen == Some(available.position()) {
+            return;
+        }
+        match self.seen.and_then(|seen| available.changed_since(seen)) {
+            Some(changed) => {
+                let wanted = changed.filter(|name| self.wildcard || self.names.contains(*name));
+                self.open.extend(wanted.cloned());
+            }
+            None => {
+                let differs = |name: &Arc<str>, version: Option<&Arc<str>>| self.version(name) != version;
+                let all = available.resources.iter().filter(|(name, _)| self.wants(name));
+                let mut open: BTreeSet<Arc<str>> = all
+                    .filter(|(name, new)| differs(name, Some(&new.version)))
+                    .map(|(name, _)| Arc::clone(name))
+                    .collect();
+                let had = self.has.all.iter().flat_map(|all| all.resources.keys()).chain(self.has.since.keys());
+                let gone = had.filter(|name| self.wants(name) && !available.resources.contains_key(*name));
+                open.extend(gone.filter(|name| differs(name, None)).cloned());
+                open.extend(self.due.iter().cloned());
+                self.open = open;
+            }
+        }
+        self.seen = Some(available.position());
+    }
+
+    /// Names of what is to be sent now, and whether that is all. What turns out to be no news is not open any more.
+    fn news(&mut self, available: &TypeResources, response_bytes: usize) -> (Vec<Arc<str>>, bool) {
+        let (mut bytes, mut complete) = (0, true);
+        let (mut names, mut same) = (Vec::new(), Vec::new());
+        for name in &self.open {
+            let Some(resource) = available.resources.get(name) else { continue };
+            if !self.due.contains(name) && self.version(name) == Some(&resource.version) {
+                same.push(Arc::clone(name));
+                continue;
+            }
+            if !names.is_empty() && bytes + resource.length() > response_bytes {
+                complete = false;
+                break;
+            }
+            bytes += resource.length();
+            names.push(Arc::clone(&resource.name));
+        }
+        for name in same {
+            self.open.remove(&name);
+        }
+        (names, complete)
     }
 
     /// Names of what does not exist: all that the client has or asked for, or only what it just asked for.
-    fn gone(&self, available: &TypeResources, only_asked: bool) -> Vec<String> {
-        let asked = self.due.iter().filter(|name| !self.sent.contains_key(*name));
-        let had = self.sent.keys().filter(|name| self.wants(name) && !only_asked);
-        asked.chain(had).filter(|name| !available.resources.contains_key(*name)).cloned().collect()
+    fn gone(&mut self, available: &TypeResources, only_asked: bool) -> Vec<Arc<str>> {
+        let missing = self.open.iter().filter(|name| !available.resources.contains_key(*name));
+        let (mut gone, mut nothing) = (Vec::new(), Vec::new());
+        for name in missing {
+            match self.version(name) {
+                Some(_) if only_asked => {}
+                Some(_) => gone.push(Arc::clone(name)),
+                None if self.due.contains(name) => gone.push(Arc::clone(name)),
+                None => nothing.push(Arc::clone(name)),
+            }
+        }
+        for name in nothing {
+            self.open.remove(&name);
+        }
+        gone
+    }
+
+    /// Notes what the client is sent of a name.
+    fn note(&mut self, name: &Arc<str>, version: Option<Arc<str>>) {
+        self.open.remove(name);
+        self.due.remove(name);
+        if self.names.contains(name) {
+            // The snapshot's name takes the place of the client's, so that a thousand clients do not have one each.
+            self.names.replace(Arc::clone(name));
+        }
+        self.has.since.insert(Arc::clone(name), version);
+    }
+
+    /// If the client has all that it wants, that is written down as a whole.
+    fn settle(&mut self, available: &Arc<TypeResources>) {
+        if self.open.is_empty() {
+            let Self { wildcard, names, has, .. } = self;
+            has.all = Some(Arc::clone(available));
+            has.since.retain(|name, version| version.is_some() && !*wildcard && !names.contains(name));
+        }
     }
 }
 
 impl Session for DeltaSession {
     type Request = DeltaDiscoveryRequest;
-    type Response = DeltaDiscoveryResponse;
 
     fn handle(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            self.viewer = viewer(node);
+            let viewer = viewer(node);
+            if viewer != self.viewer {
+                (self.viewer, self.view) = (viewer, None);
+            }
         }
         self.status.identify(request.node.as_ref());
-        let state = subscription(&mut self.types, &request.type_url)?;
+        let state = self.types.open(&request.type_url)?;
         if !request.response_nonce.is_empty() {
             if let Some(answered) = state.awaiting.take_if(|awaiting| awaiting.nonce == request.response_nonce) {
                 state.answered(answered.names, request.error_detail.is_none());
@@ -146,49 +277,38 @@ impl Session for DeltaSession {
                 debug!(client = self.status.node, nonce = request.response_nonce, "ignored a stale nonce");
             }
         }
-        let subscribes = !request.resource_names_subscribe.is_empty();
         if !state.opened {
             state.opened = true;
             check_name_count(&request.type_url, request.initial_resource_versions.len())?;
-            state.sent = request.initial_resource_versions.into_iter().collect();
-            state.greeting_due = state.sent.is_empty();
-            state.wildcard = !subscribes;
-        }
-        if subscribes || !request.resource_names_unsubscribe.is_empty() {
-            state.settled_version = None;
+            let versions = request.initial_resource_versions.into_iter();
+            state.has.since = versions.map(|(name, version)| (name.into(), Some(version.into()))).collect();
+            state.greeting_due = state.has.since.is_empty();
+            state.wildcard = request.resource_names_subscribe.is_empty();
         }
         for name in request.resource_names_unsubscribe {
             if name == WILDCARD {
-                state.wildcard = false;
-                state.sent.retain(|name, _| state.names.contains(name));
-                state.rejected.retain(|name| state.names.contains(name));
+                state.unsubscribe_wildcard();
             } else {
-                state.names.remove(&name);
-                state.rejected.remove(&name);
-                state.due.remove(&name);
-                // Under a wildcard the resource is still wanted, and the client may have dropped it.
-                state.sent.remove(&name);
+                state.unsubscribe(&name);
             }
         }
-        // What a reconnecting client says it has need not be sent again unless it changed.
         for name in request.resource_names_subscribe {
             if name == WILDCARD {
-                state.wildcard = true;
+                state.subscribe_wildcard();
             } else {
-                let known_from_before = state.sent.contains_key(&name) && !state.names.contains(&name);
-                if !known_from_before {
-                    state.due.insert(name.clone());
-                }
-                state.names.insert(name);
+                state.subscribe(name.into());
             }
         }
         check_name_count(&request.type_url, state.names.len())
     }
 
-    fn poll(&mut self, snapshot: &Snapshot) -> Option<DeltaDiscoveryResponse> {
-        let order = in_push_order(&self.types);
+    fn poll(&mut self, snapshot: &Snapshot) -> Option<Response> {
+        let view = snapshot.view(&self.viewer, self.view.as_ref());
         // Twice, because what was held back may be due once the types after it turn out to have no news.
-        order.iter().chain(&order).find_map(|type_url| self.poll_type(type_url, snapshot))
+        let types = 0..self.types.0.len();
+        let response = types.clone().chain(types).find_map(|index| self.poll_type(index, &view));
+        self.view = Some(view);
+        response
     }
 
     fn status(&self) -> &ClientStatus {
@@ -197,66 +317,52 @@ impl Session for DeltaSession {
 }
 
 impl DeltaSession {
-    fn poll_type(&mut self, type_url: &str, snapshot: &Snapshot) -> Option<DeltaDiscoveryResponse> {
-        let hold_back = !self.users_are_settled(type_url, snapshot);
-        let nothing = Arc::new(TypeResources::default());
-        let view = snapshot.view(&self.viewer);
-        let available = view.of_type(type_url).unwrap_or(&nothing);
-        let state = self.types.get_mut(type_url)?;
-        if state.awaiting.is_some() || state.settled_version.as_ref() == Some(&available.version) {
+    fn poll_type(&mut self, index: usize, view: &View) -> Option<Response> {
+        let (type_url, state) = &mut self.types.0[index];
+        if state.awaiting.is_some() {
             return None;
         }
+        let available = view.set.of_type(type_url).unwrap_or(&NOTHING);
+        state.look(available);
+        if state.open.is_empty() && !state.greeting_due {
+            state.settle(available);
+            return None;
+        }
+        let hold_back = !self.users_are_settled(index, view);
+        let (type_url, state) = &mut self.types.0[index];
         let (names, complete) = state.news(available, self.response_bytes);
         // Additions first: what takes the place of a removed resource must be there before it goes.
         let removed = if complete { state.gone(available, hold_back) } else { Vec::new() };
-        let held = complete && hold_back && state.sent.keys().any(|name| !available.resources.contains_key(name));
-        if complete && !held {
-            state.settled_version = Some(available.version.clone());
-        }
         if names.is_empty() && removed.is_empty() && !state.greeting_due {
+            state.settle(available);
             return None;
         }
-        let mut resources = Vec::with_capacity(names.len());
-        let in_response = names.iter().chain(&removed).cloned().collect();
-        for name in names {
-            let Some(resource) = available.resources.get(&name) else { continue };
-            resources.push(DeltaResource {
-                name: name.clone(),
-                version: resource.version.clone(),
-                resource: Some(resource.body.clone()),
-                ..Default::default()
-            });
-            state.due.remove(&name);
-            state.sent.insert(name, resource.version.clone());
+        let resources: Vec<_> = names.iter().filter_map(|name| available.resources.get(name)).cloned().collect();
+        for resource in &resources {
+            state.note(&resource.name, Some(Arc::clone(&resource.version)));
         }
         for name in &removed {
-            state.due.remove(name);
-            state.sent.remove(name);
+            state.note(name, None);
         }
+        state.settle(available);
         state.greeting_due = false;
         let nonce = self.next_nonce.to_string();
         self.next_nonce += 1;
+        let in_response = names.into_iter().chain(removed.iter().cloned()).collect();
         state.awaiting = Some(Unanswered { nonce: nonce.clone(), names: in_response });
-        self.status.sent(type_url, &available.version);
-        Some(DeltaDiscoveryResponse {
-            system_version_info: available.version.clone(),
-            resources,
-            type_url: type_url.to_owned(),
-            removed_resources: removed,
-            nonce,
-            ..Default::default()
-        })
+        let (version, type_url) = (Arc::clone(&available.version), type_url.clone());
+        self.status.sent(&type_url, &version);
+        Some(Response { variant: Variant::Delta, version, resources, removed, type_url, nonce })
     }
 
     /// Whether nothing of what the client has still refers to removed resources of this type.
-    fn users_are_settled(&self, type_url: &str, snapshot: &Snapshot) -> bool {
-        let users: &[&str] = match type_url {
+    fn users_are_settled(&self, index: usize, view: &View) -> bool {
+        let users: &[&str] = match &*self.types.0[index].0 {
             type_url::CLUSTER | type_url::ENDPOINT => &[type_url::LISTENER, type_url::ROUTE],
             type_url::ROUTE => &[type_url::LISTENER],
             _ => &[],
         };
-        let view = snapshot.view(&self.viewer);
-        users.iter().all(|user| self.types.get(*user).is_none_or(|state| state.is_settled(view.of_type(user))))
+        users.iter().all(|user| self.types.get(user).is_none_or(|state| state.is_settled(view.set.of_type(user))))
     }
 }
 

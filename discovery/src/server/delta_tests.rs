@@ -25,11 +25,11 @@ impl Client {
         self.send(DeltaDiscoveryRequest { resource_names_unsubscribe: owned(names), ..request(type_url) });
     }
 
-    fn ack(&mut self, response: &DeltaDiscoveryResponse) {
+    fn ack(&mut self, response: &Response) {
         self.send(DeltaDiscoveryRequest { response_nonce: response.nonce.clone(), ..request(&response.type_url) });
     }
 
-    fn nack(&mut self, response: &DeltaDiscoveryResponse) {
+    fn nack(&mut self, response: &Response) {
         self.send(DeltaDiscoveryRequest {
             response_nonce: response.nonce.clone(),
             error_detail: Some(rpc::Status { message: "no".into(), ..Default::default() }),
@@ -70,12 +70,12 @@ fn owned(names: &[&str]) -> Vec<String> {
     names.iter().map(|name| (*name).to_owned()).collect()
 }
 
-fn in_short(response: &DeltaDiscoveryResponse) -> String {
+fn in_short(response: &Response) -> String {
     let mut text = response.type_url.rsplit('.').next().unwrap().to_owned();
     for resource in &response.resources {
         text.push_str(&format!(" +{}", resource.name));
     }
-    for name in &response.removed_resources {
+    for name in &response.removed {
         text.push_str(&format!(" -{name}"));
     }
     text
@@ -167,10 +167,10 @@ fn removals_wait_while_newer_users_are_refused() {
 #[test]
 fn a_refused_part_of_a_large_change_is_not_mended_by_the_next_part() {
     let mut state = TypeState::default();
-    state.answered(owned(&["a", "b"]), false);
-    state.answered(owned(&["c"]), true);
+    state.answered(vec!["a".into(), "b".into()], false);
+    state.answered(vec!["c".into()], true);
     assert_eq!(state.rejected.len(), 2);
-    state.answered(owned(&["a"]), true);
+    state.answered(vec!["a".into()], true);
     assert!(state.rejected.is_empty());
 }
 
@@ -206,7 +206,7 @@ fn a_stale_nonce_acknowledges_nothing_but_its_subscriptions_count() {
 fn a_reconnecting_client_gets_only_what_changed() {
     let before = snapshot(&[("users", "http", 80), ("orders", "http", 81)]);
     let all = before.resources(ProxyKind::Foreign).of_type(CDS).unwrap();
-    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.clone(), r.version.clone())).collect();
+    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.to_string(), r.version.to_string())).collect();
     let reconnect = |snapshot: &Snapshot| {
         let mut client = Client::default();
         client.send(DeltaDiscoveryRequest { initial_resource_versions: versions.clone(), ..request(CDS) });
@@ -221,7 +221,7 @@ fn a_reconnecting_client_gets_only_what_changed() {
 fn a_reconnecting_client_with_names_gets_only_what_changed() {
     let before = snapshot(&[("users", "http", 80), ("orders", "http", 81)]);
     let all = before.resources(ProxyKind::Foreign).of_type(EDS).unwrap();
-    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.clone(), r.version.clone())).collect();
+    let versions: HashMap<_, _> = all.resources.values().map(|r| (r.name.to_string(), r.version.to_string())).collect();
     let mut client = Client::default();
     client.send(DeltaDiscoveryRequest {
         initial_resource_versions: versions,
@@ -234,6 +234,70 @@ fn a_reconnecting_client_with_names_gets_only_what_changed() {
         ["ClusterLoadAssignment +new.default:82 -orders.default:81"],
         "users is known and unchanged"
     );
+}
+
+#[test]
+fn a_wildcard_after_names_brings_the_rest_and_names_after_it_stay() {
+    let both = snapshot(&[("users", "http", 80), ("orders", "http", 81)]);
+    let mut client = Client::default();
+    client.subscribe(EDS, &["users.default:80"]);
+    client.take_all(&both);
+    client.subscribe(EDS, &["*"]);
+    assert_eq!(client.take_all(&both), ["ClusterLoadAssignment +orders.default:81"]);
+    client.unsubscribe(EDS, &["*"]);
+    assert_eq!(client.take_all(&both), [] as [&str; 0]);
+    let other = snapshot_with(&[("users", "http", 80), ("orders", "http", 81)], &["10.1.0.9"]);
+    assert_eq!(client.take_all(&other), ["ClusterLoadAssignment +users.default:80"]);
+    client.subscribe(EDS, &["*"]);
+    assert_eq!(client.take_all(&other), ["ClusterLoadAssignment +orders.default:81"], "it may have dropped this one");
+    // Under a wildcard, what is unsubscribed by name is wanted all the same.
+    client.unsubscribe(EDS, &["users.default:80"]);
+    assert_eq!(client.take_all(&other), ["ClusterLoadAssignment +users.default:80"]);
+}
+
+/// The snapshot that follows another, in which these services have other endpoints, or are gone.
+fn after(before: &Snapshot, services: &[(&str, &str, u16)], address: &str) -> Snapshot {
+    let mesh = snapshot_with(services, &[address]).mesh;
+    let all = before.mesh.services.keys().chain(mesh.services.keys());
+    let changed = all.filter(|key| before.mesh.services.get(*key) != mesh.services.get(*key)).cloned().collect();
+    before.next(mesh, &changed)
+}
+
+#[test]
+fn what_follows_from_a_snapshot_is_found_by_what_changed() {
+    let users_and = |port| [("users", "http", 80), ("orders", "http", port)];
+    let first = snapshot(&users_and(81));
+    let mut client = Client::in_sync(&first, &["users.default:80", "orders.default:81"], &["outbound_http_80"]);
+    let mut named = Client::default();
+    named.subscribe(EDS, &["users.default:80"]);
+    named.take_all(&first);
+    let second = after(&first, &users_and(81), "10.1.0.2");
+    let expected = ["ClusterLoadAssignment +orders.default:81 +users.default:80"];
+    assert_eq!(client.take_all(&second), expected);
+    let third = after(&second, &users_and(82), "10.1.0.2");
+    assert_eq!(named.take_all(&third), ["ClusterLoadAssignment +users.default:80"], "two changes behind");
+    let expected = [
+        "Cluster +orders.default:82",
+        "Listener +outbound",
+        "Cluster -orders.default:81",
+        "ClusterLoadAssignment -orders.default:81",
+    ];
+    assert_eq!(client.take_all(&third), expected);
+    assert_eq!(client.take_all(&third), [] as [&str; 0]);
+    // As if it had been made from nothing.
+    let scratch = snapshot_with(&users_and(82), &["10.1.0.2"]);
+    for type_url in crate::resources::PUSH_ORDER {
+        let version =
+            |snapshot: &Snapshot| snapshot.resources(ProxyKind::Culvert).of_type(type_url).unwrap().version.clone();
+        assert_eq!(version(&third), version(&scratch), "{type_url}");
+    }
+    // So far behind that nobody knows any more what has changed.
+    let mut newest = third;
+    for i in 0..200 {
+        newest = after(&newest, &users_and(82), &format!("10.1.1.{i}"));
+    }
+    assert_eq!(named.take_all(&newest), ["ClusterLoadAssignment +users.default:80"]);
+    assert_eq!(client.take_all(&newest), ["ClusterLoadAssignment +users.default:80"]);
 }
 
 #[test]
@@ -287,8 +351,7 @@ fn a_large_change_goes_in_several_responses() {
     client.subscribe(CDS, &[]);
     let (mut responses, mut resources) = (0, 0);
     while let Some(response) = client.session.poll(&snapshot) {
-        let bytes: usize =
-            response.resources.iter().filter_map(|r| r.resource.as_ref()).map(|any| any.value.len()).sum();
+        let bytes: usize = response.resources.iter().map(|resource| resource.length()).sum();
         assert!(bytes <= 1000, "{bytes} bytes in one response");
         responses += 1;
         resources += response.resources.len();

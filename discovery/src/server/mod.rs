@@ -6,43 +6,37 @@
 
 pub mod clients;
 pub mod delta;
+mod listen;
+mod response;
 pub mod sotw;
 #[cfg(test)]
 mod test_support;
 
-use std::collections::BTreeMap;
-use std::pin::Pin;
-use std::sync::Arc;
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::sync::{Arc, LazyLock};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
-use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::{
-    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-};
-use envoy_types::pb::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, DiscoveryResponse,
-};
 use envoy_types::pb::google::protobuf::value::Kind;
-use futures_util::Stream;
-use tokio::net::TcpListener;
+use http::HeaderValue;
+use hyper::body::Incoming;
+use prost::Message;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::TcpIncoming;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::body::Body;
+use tonic::codec::Codec as _;
+use tonic::{Status, Streaming};
+use tonic_prost::ProstCodec;
 use tracing::{debug, info};
 
 use self::clients::{ClientStatus, Clients};
+use self::response::{Response, ResponseBody};
 use crate::kubernetes::ObjectKey;
-use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, Viewer};
+use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
 
+const STREAM_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
+const DELTA_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 /// The largest request that is read, in bytes. A reconnecting delta client lists every resource that it has.
 const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
-/// The largest response that is sent, in bytes.
-const MAX_RESPONSE_BYTES: usize = 256 * 1024 * 1024;
-/// A client that answers no ping for this long is gone.
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
-const MAX_STREAMS_PER_CONNECTION: u32 = 64;
 /// The most types that one stream may subscribe to.
 const MAX_TYPES: usize = 32;
 /// The most names of one type that one stream may subscribe to.
@@ -50,12 +44,13 @@ const MAX_NAMES: usize = 200_000;
 /// The name that stands for all resources of a type.
 const WILDCARD: &str = "*";
 
+/// What there is of a type that is not served.
+static NOTHING: LazyLock<Arc<TypeResources>> = LazyLock::new(Arc::default);
+
 /// The protocol of one stream, without I/O.
-pub trait Session: Send + 'static {
+pub trait Session: Default + Send + 'static {
     /// What the client sends.
-    type Request: Send;
-    /// What it is sent.
-    type Response: Send + 'static;
+    type Request: Message + Default + 'static;
 
     /// Takes in a request.
     ///
@@ -64,72 +59,58 @@ pub trait Session: Send + 'static {
     fn handle(&mut self, request: Self::Request) -> Result<(), Status>;
 
     /// The next response, if anything is to be said now. To be asked again until it gives `None`.
-    fn poll(&mut self, snapshot: &Snapshot) -> Option<Self::Response>;
+    fn poll(&mut self, snapshot: &Snapshot) -> Option<Response>;
 
     /// What is known of the client.
     fn status(&self) -> &ClientStatus;
 }
 
-/// The ADS service.
+/// What is served at the xDS port.
 #[derive(Debug, Clone)]
-pub struct Ads {
+pub struct Xds {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     shutdown: watch::Receiver<bool>,
     clients: Clients,
 }
 
-impl Ads {
+impl Xds {
     /// A service that serves the newest of `snapshots` until `shutdown` turns true.
     #[must_use]
     pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, shutdown: watch::Receiver<bool>, clients: Clients) -> Self {
         Self { snapshots, shutdown, clients }
     }
 
-    /// Serves on `listener` until shutdown.
-    ///
-    /// # Errors
-    /// When the listener fails.
-    pub async fn serve(self, listener: TcpListener) -> Result<(), tonic::transport::Error> {
-        let mut shutdown = self.shutdown.clone();
-        let service = AggregatedDiscoveryServiceServer::new(self)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES);
-        tonic::transport::Server::builder()
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-            .max_concurrent_streams(MAX_STREAMS_PER_CONNECTION)
-            .add_service(service)
-            .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
-                asked(&mut shutdown).await;
-            })
-            .await
+    /// Answers a request.
+    async fn answer(self, request: http::Request<Incoming>, peer: SocketAddr) -> http::Response<Body> {
+        match request.uri().path() {
+            STREAM_ADS => self.stream::<sotw::SotwSession>(request, peer),
+            DELTA_ADS => self.stream::<delta::DeltaSession>(request, peer),
+            path => Status::unimplemented(format!("{path} is not served here")).into_http(),
+        }
     }
 
-    fn start<S: Session>(
-        &self,
-        request: Request<Streaming<S::Request>>,
-        session: S,
-    ) -> ReceiverStream<Result<S::Response, Status>> {
+    /// A stream of xDS.
+    fn stream<S: Session>(self, request: http::Request<Incoming>, peer: SocketAddr) -> http::Response<Body> {
+        let identity = |encoding: &http::HeaderValue| encoding == "identity";
+        if !request.headers().get("grpc-encoding").is_none_or(identity) {
+            return Status::unimplemented("requests are not compressed here").into_http();
+        }
+        let decoder = ProstCodec::<(), S::Request>::default().decoder();
+        let requests = Streaming::new_request(decoder, request.into_body(), None, Some(MAX_REQUEST_BYTES));
         // One response may wait for the client to read; the next is only made when it has.
         let (responses, stream) = mpsc::channel(1);
-        let peer = request.remote_addr().map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
-        let handle = self.clients.connect(peer);
-        tokio::spawn(run(
-            session,
-            request.into_inner(),
-            responses,
-            self.snapshots.clone(),
-            self.shutdown.clone(),
-            handle,
-        ));
-        ReceiverStream::new(stream)
+        let client = self.clients.connect(peer.to_string());
+        tokio::spawn(run(S::default(), requests, responses, self.snapshots, self.shutdown, client));
+        let mut response = http::Response::new(Body::new(ResponseBody::new(stream)));
+        response.headers_mut().insert(http::header::CONTENT_TYPE, GRPC);
+        response
     }
 }
 
 async fn run<S: Session>(
     mut session: S,
     mut requests: Streaming<S::Request>,
-    responses: mpsc::Sender<Result<S::Response, Status>>,
+    responses: mpsc::Sender<Result<Response, Status>>,
     mut snapshots: watch::Receiver<Arc<Snapshot>>,
     mut shutdown: watch::Receiver<bool>,
     client: clients::ClientHandle,
@@ -175,28 +156,6 @@ async fn asked(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|asked| *asked).await;
 }
 
-type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Ads {
-    type StreamAggregatedResourcesStream = ResponseStream<DiscoveryResponse>;
-    type DeltaAggregatedResourcesStream = ResponseStream<DeltaDiscoveryResponse>;
-
-    async fn stream_aggregated_resources(
-        &self,
-        request: Request<Streaming<DiscoveryRequest>>,
-    ) -> Result<Response<Self::StreamAggregatedResourcesStream>, Status> {
-        Ok(Response::new(Box::pin(self.start(request, sotw::SotwSession::default()))))
-    }
-
-    async fn delta_aggregated_resources(
-        &self,
-        request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        Ok(Response::new(Box::pin(self.start(request, delta::DeltaSession::default()))))
-    }
-}
-
 /// Who the client is, by what its node says.
 fn proxy_kind(user_agent_name: &str) -> ProxyKind {
     match user_agent_name {
@@ -235,15 +194,51 @@ fn viewer(node: &Node) -> Viewer {
     Viewer { kind: proxy_kind(&node.user_agent_name), services: services.collect() }
 }
 
-/// The state of `type_url`, made if it is new.
-fn subscription<'a, T: Default>(types: &'a mut BTreeMap<String, T>, type_url: &str) -> Result<&'a mut T, Status> {
-    if type_url.is_empty() {
-        return Err(Status::invalid_argument("type_url is missing; on an ADS stream every request needs it"));
+/// The subscribed types of a stream, in the order in which they are pushed.
+#[derive(Debug)]
+struct Types<T>(Vec<(String, T)>);
+
+impl<T> Default for Types<T> {
+    fn default() -> Self {
+        Self(Vec::new())
     }
-    if !types.contains_key(type_url) && types.len() == MAX_TYPES {
-        return Err(Status::resource_exhausted(format!("more than {MAX_TYPES} resource types on one stream")));
+}
+
+impl<T: Default> Types<T> {
+    fn get(&self, type_url: &str) -> Option<&T> {
+        self.0.iter().find(|(known, _)| known == type_url).map(|(_, state)| state)
     }
-    Ok(types.entry(type_url.to_owned()).or_default())
+
+    /// The state of `type_url`, made if it is new.
+    fn open(&mut self, type_url: &str) -> Result<&mut T, Status> {
+        if type_url.is_empty() {
+            return Err(Status::invalid_argument("type_url is missing; on an ADS stream every request needs it"));
+        }
+        let index = match self.0.iter().position(|(known, _)| known == type_url) {
+            Some(index) => index,
+            None if self.0.len() == MAX_TYPES => {
+                return Err(Status::resource_exhausted(format!("more than {MAX_TYPES} resource types on one stream")));
+            }
+            None => {
+                let rank = |type_url: &str| PUSH_ORDER.iter().position(|known| *known == type_url);
+                let place = |type_url: &str| (rank(type_url).unwrap_or(PUSH_ORDER.len()), type_url.to_owned());
+                let index = self.0.partition_point(|(known, _)| place(known) < place(type_url));
+                self.0.insert(index, (type_url.to_owned(), T::default()));
+                index
+            }
+        };
+        // The index is that of an entry that was found or made.
+        Ok(&mut self.0[index].1)
+    }
+}
+
+#[cfg(test)]
+impl<T: Default> std::ops::Index<&str> for Types<T> {
+    type Output = T;
+
+    fn index(&self, type_url: &str) -> &T {
+        self.get(type_url).unwrap()
+    }
 }
 
 fn check_name_count(type_url: &str, count: usize) -> Result<(), Status> {
@@ -251,11 +246,4 @@ fn check_name_count(type_url: &str, count: usize) -> Result<(), Status> {
         return Err(Status::resource_exhausted(format!("more than {MAX_NAMES} names of {type_url} on one stream")));
     }
     Ok(())
-}
-
-/// The subscribed types in the order in which they are pushed.
-fn in_push_order<T>(types: &BTreeMap<String, T>) -> Vec<String> {
-    let known = PUSH_ORDER.iter().copied().filter(|type_url| types.contains_key(*type_url)).map(str::to_owned);
-    let others = types.keys().filter(|type_url| !PUSH_ORDER.contains(&type_url.as_str())).cloned();
-    known.chain(others).collect()
 }

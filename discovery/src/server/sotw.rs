@@ -11,26 +11,34 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use envoy_types::pb::envoy::service::discovery::v3::{DiscoveryRequest, DiscoveryResponse};
+use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
 use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
-use super::{Session, WILDCARD, check_name_count, in_push_order, subscription, viewer};
-use crate::resources::{Resource, Snapshot, TypeResources, Viewer, type_url};
+use super::response::{Response, Variant};
+use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
+use crate::resources::{Resource, Snapshot, TypeResources, View, Viewer, type_url};
 
 /// One SotW stream.
 #[derive(Debug)]
 pub struct SotwSession {
     viewer: Viewer,
+    view: Option<View>,
     next_nonce: u64,
-    types: BTreeMap<String, TypeState>,
+    types: Types<TypeState>,
     status: ClientStatus,
 }
 
 impl Default for SotwSession {
     fn default() -> Self {
-        Self { viewer: Viewer::default(), next_nonce: 1, types: BTreeMap::new(), status: ClientStatus::new("sotw") }
+        Self {
+            viewer: Viewer::default(),
+            view: None,
+            next_nonce: 1,
+            types: Types::default(),
+            status: ClientStatus::new("sotw"),
+        }
     }
 }
 
@@ -49,17 +57,17 @@ struct TypeState {
     /// Whether a response is due even if nothing changed.
     due: bool,
     /// What the newest response held.
-    sent: BTreeMap<String, Arc<Resource>>,
+    sent: BTreeMap<Arc<str>, Arc<Resource>>,
     /// The snapshot's version of the type that `sent` is known to agree with.
-    settled_version: Option<String>,
+    settled_version: Option<Arc<str>>,
 }
 
 impl TypeState {
-    fn wanted(&self, available: &TypeResources) -> BTreeMap<String, Arc<Resource>> {
+    fn wanted(&self, available: &TypeResources) -> BTreeMap<Arc<str>, Arc<Resource>> {
         if self.wildcard {
             return available.resources.clone();
         }
-        let named = self.names.iter().filter_map(|name| available.resources.get_key_value(name));
+        let named = self.names.iter().filter_map(|name| available.resources.get_key_value(&**name));
         named.map(|(name, resource)| (name.clone(), Arc::clone(resource))).collect()
     }
 
@@ -72,14 +80,16 @@ impl TypeState {
 
 impl Session for SotwSession {
     type Request = DiscoveryRequest;
-    type Response = DiscoveryResponse;
 
     fn handle(&mut self, request: DiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            self.viewer = viewer(node);
+            let viewer = viewer(node);
+            if viewer != self.viewer {
+                (self.viewer, self.view) = (viewer, None);
+            }
         }
         self.status.identify(request.node.as_ref());
-        let state = subscription(&mut self.types, &request.type_url)?;
+        let state = self.types.open(&request.type_url)?;
         let first = state.nonce.is_none();
         if !first && !request.response_nonce.is_empty() && state.nonce.as_ref() != Some(&request.response_nonce) {
             debug!(client = self.status.node, nonce = request.response_nonce, "ignored a stale nonce");
@@ -105,10 +115,13 @@ impl Session for SotwSession {
         Ok(())
     }
 
-    fn poll(&mut self, snapshot: &Snapshot) -> Option<DiscoveryResponse> {
-        let order = in_push_order(&self.types);
+    fn poll(&mut self, snapshot: &Snapshot) -> Option<Response> {
+        let view = snapshot.view(&self.viewer, self.view.as_ref());
         // Twice, because what was held back may be due once the types after it turn out to have no news.
-        order.iter().chain(&order).find_map(|type_url| self.poll_type(type_url, snapshot))
+        let types = 0..self.types.0.len();
+        let response = types.clone().chain(types).find_map(|index| self.poll_type(index, &view));
+        self.view = Some(view);
+        response
     }
 
     fn status(&self) -> &ClientStatus {
@@ -117,17 +130,16 @@ impl Session for SotwSession {
 }
 
 impl SotwSession {
-    fn poll_type(&mut self, type_url: &str, snapshot: &Snapshot) -> Option<DiscoveryResponse> {
-        let hold_back = type_url == type_url::CLUSTER && !self.users_of_clusters_are_settled(snapshot);
-        let nothing = Arc::new(TypeResources::default());
-        let view = snapshot.view(&self.viewer);
-        let available = view.of_type(type_url).unwrap_or(&nothing);
-        let state = self.types.get_mut(type_url)?;
+    fn poll_type(&mut self, index: usize, view: &View) -> Option<Response> {
+        let hold_back = self.types.0[index].0 == type_url::CLUSTER && !self.users_of_clusters_are_settled(view);
+        let (type_url, state) = &mut self.types.0[index];
+        let type_url = type_url.as_str();
+        let available = view.set.of_type(type_url).unwrap_or(&NOTHING);
         if state.awaiting || (!state.due && state.settled_version.as_ref() == Some(&available.version)) {
             return None;
         }
         let mut wanted = state.wanted(available);
-        let mut version = available.version.clone();
+        let mut version = Arc::clone(&available.version);
         // Clusters that are gone stay until nothing refers to them any more.
         let gone = state.sent.iter().any(|(name, _)| !wanted.contains_key(name));
         let held = hold_back && gone && state.wildcard;
@@ -135,7 +147,7 @@ impl SotwSession {
             for (name, resource) in &state.sent {
                 wanted.entry(name.clone()).or_insert_with(|| Arc::clone(resource));
             }
-            version.push_str("-before-removals");
+            version = format!("{version}-before-removals").into();
         }
         if !state.due && is_no_news(type_url, &state.sent, &wanted) {
             if !held {
@@ -150,24 +162,24 @@ impl SotwSession {
         state.awaiting = true;
         state.due = false;
         state.settled_version = (!held).then(|| version.clone());
-        let resources = wanted.values().map(|resource| resource.body.clone()).collect();
+        let resources = wanted.values().cloned().collect();
         state.sent = wanted;
         self.status.sent(type_url, &version);
-        Some(DiscoveryResponse {
-            version_info: version,
+        Some(Response {
+            variant: Variant::Sotw,
+            version,
             resources,
+            removed: Vec::new(),
             type_url: type_url.to_owned(),
             nonce,
-            ..Default::default()
         })
     }
 
     /// Whether the client has taken in the newest listeners and routes, so that it no longer uses older clusters.
-    fn users_of_clusters_are_settled(&self, snapshot: &Snapshot) -> bool {
-        let view = snapshot.view(&self.viewer);
+    fn users_of_clusters_are_settled(&self, view: &View) -> bool {
         [type_url::LISTENER, type_url::ROUTE]
             .into_iter()
-            .all(|type_url| self.types.get(type_url).is_none_or(|state| state.is_settled(view.of_type(type_url))))
+            .all(|type_url| self.types.get(type_url).is_none_or(|state| state.is_settled(view.set.of_type(type_url))))
     }
 }
 
@@ -175,8 +187,8 @@ impl SotwSession {
 /// of a response; of other types only what is new or changed counts.
 fn is_no_news(
     type_url: &str,
-    sent: &BTreeMap<String, Arc<Resource>>,
-    wanted: &BTreeMap<String, Arc<Resource>>,
+    sent: &BTreeMap<Arc<str>, Arc<Resource>>,
+    wanted: &BTreeMap<Arc<str>, Arc<Resource>>,
 ) -> bool {
     let all_known = wanted.iter().all(|(name, new)| sent.get(name).is_some_and(|old| old.version == new.version));
     let full_state = type_url != type_url::ENDPOINT && type_url != type_url::ROUTE;

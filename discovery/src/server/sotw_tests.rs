@@ -34,7 +34,7 @@ impl Client {
         self.request(type_url, nonce, None);
     }
 
-    fn ack(&mut self, response: &DiscoveryResponse) {
+    fn ack(&mut self, response: &Response) {
         let type_url = [CDS, EDS, LDS, RDS].into_iter().find(|url| *url == response.type_url).unwrap();
         self.request(type_url, &response.nonce, None);
     }
@@ -61,12 +61,11 @@ impl Client {
     }
 }
 
-fn names(response: &DiscoveryResponse, snapshot: &Snapshot) -> Vec<String> {
+fn names(response: &Response, snapshot: &Snapshot) -> Vec<String> {
     let all = snapshot.resources(ProxyKind::Foreign).of_type(&response.type_url).unwrap();
-    let name_of = |body: &envoy_types::pb::google::protobuf::Any| {
-        all.resources.values().find(|resource| resource.body == *body).map(|resource| resource.name.clone())
-    };
-    response.resources.iter().map(|body| name_of(body).unwrap_or_else(|| "(older)".to_owned())).collect()
+    let is_newest = |resource: &Arc<Resource>| all.resources.get(&resource.name) == Some(resource);
+    let name_of = |resource| if is_newest(resource) { resource.name.to_string() } else { "(older)".to_owned() };
+    response.resources.iter().map(name_of).collect()
 }
 
 #[test]
@@ -154,11 +153,11 @@ fn a_rejected_version_is_not_sent_again_but_the_next_one_is() {
     let status = client.session.status().types[CDS].clone();
     assert_eq!(status.acked, None);
     let nack = status.nack.unwrap();
-    assert_eq!((nack.version, &*nack.reason), (response.version_info, "clusters[0]: no thank you"));
+    assert_eq!((&*nack.version, &*nack.reason), (&*response.version, "clusters[0]: no thank you"));
     let good = snapshot(&[("orders", "http", 80)]);
     let response = client.session.poll(&good).unwrap();
     client.ack(&response);
-    assert_eq!(client.session.status().types[CDS].acked, Some(response.version_info));
+    assert_eq!(client.session.status().types[CDS].acked.as_deref(), Some(&*response.version));
 }
 
 #[test]
@@ -276,7 +275,7 @@ fn culvert_proxies_get_the_override_filter_and_others_do_not() {
         let node = Node { user_agent_name: agent.into(), id: "n".into(), ..Default::default() };
         let request = DiscoveryRequest { type_url: LDS.into(), node: Some(node), ..Default::default() };
         session.handle(request).unwrap();
-        let body = session.poll(&snapshot).unwrap().resources.remove(0).value;
+        let body = session.poll(&snapshot).unwrap().resources.remove(0).body().value;
         let name = b"culvert.filters.http.override";
         assert_eq!(body.windows(name.len()).any(|window| window == name), expected, "{agent}");
     }

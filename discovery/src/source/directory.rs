@@ -90,11 +90,11 @@ impl Directory {
         let mut file_errors = Vec::new();
         for (path, file) in &self.files {
             if let Some(found) = &file.objects {
-                merge(&mut objects.services, &found.services, "Service", path, &mut warnings);
-                merge(&mut objects.slices, &found.slices, "EndpointSlice", path, &mut warnings);
-                merge(&mut objects.pods, &found.pods, "Pod", path, &mut warnings);
-                merge(&mut objects.nodes, &found.nodes, "Node", path, &mut warnings);
-                merge(&mut objects.manifests, &found.manifests, "ServiceManifest", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.services), &found.services, "Service", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.slices), &found.slices, "EndpointSlice", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.pods), &found.pods, "Pod", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.nodes), &found.nodes, "Node", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.manifests), &found.manifests, "ServiceManifest", path, &mut warnings);
             }
             if let Some(error) = &file.error {
                 file_errors.push(FileError {

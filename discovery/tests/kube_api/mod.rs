@@ -24,6 +24,7 @@ pub const SERVICES: &str = "/api/v1/services";
 pub const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const PODS: &str = "/api/v1/pods";
 pub const NODES: &str = "/api/v1/nodes";
+pub const MANIFESTS: &str = "/apis/culvert.dev/v1alpha1/servicemanifests";
 
 /// Namespace and name.
 type Key = (String, String);
@@ -304,7 +305,7 @@ impl Serving {
         if !behaviour.tokens.is_empty() && !token.is_some_and(|token| behaviour.tokens.contains(token)) {
             return refuse(401, "Unauthorized", "Unauthorized");
         }
-        let Some(resource) = [SERVICES, SLICES, PODS, NODES].into_iter().find(|known| *known == path) else {
+        let Some(resource) = [SERVICES, SLICES, PODS, NODES, MANIFESTS].into_iter().find(|known| *known == path) else {
             return refuse(404, "NotFound", "the server could not find the requested resource");
         };
         if behaviour.no_pods && resource == PODS {
@@ -451,6 +452,7 @@ fn bookmark(resource: &str, version: u64, end: bool) -> Value {
         SERVICES => "Service",
         SLICES => "EndpointSlice",
         PODS => "Pod",
+        MANIFESTS => "ServiceManifest",
         _ => "Node",
     };
     let mut metadata = json!({ "resourceVersion": version.to_string(), "creationTimestamp": null });

@@ -3,6 +3,7 @@
 //! bench node`: two pods of one node.
 //! docs/performance.md has the method.
 
+mod discovery;
 mod idle;
 mod lb;
 mod node;
@@ -45,6 +46,8 @@ enum Suite {
     Lb(lb::Args),
     /// Two pods of one node: directly, balanced when they connect, and through culvertd and Envoy with and without short cuts.
     Node(node::Args),
+    /// Discovery at scale: memory, CPU, and how long changes of endpoints take to its clients.
+    Discovery(discovery::Args),
 }
 
 /// Flags of the comparison of CPU per request.
@@ -116,6 +119,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(Suite::Xds(args)) => xds::run(args),
         Some(Suite::Lb(args)) => lb::run(&args),
         Some(Suite::Node(args)) => node::run(&args),
+        Some(Suite::Discovery(args)) => discovery::run(&args),
         None => requests(&args.requests),
     }
 }

@@ -38,6 +38,9 @@ pub struct KubernetesConfig {
     /// Whether Nodes are read, for the region and zone in their labels.
     #[serde(default)]
     pub nodes: bool,
+    /// Whether ServiceManifests are read, the kind of which has to be defined there.
+    #[serde(default)]
+    pub service_manifests: bool,
 }
 
 /// A client-go credential plugin.

@@ -1,4 +1,4 @@
-//! A cluster whose API server is watched: Services, EndpointSlices, Pods and, if asked, Nodes.
+//! A cluster whose API server is watched: Services, EndpointSlices, Pods and, if asked, Nodes and ServiceManifests.
 //!
 //! Each kind is listed and watched by a task of its own ([`watch`]); what they find is in one place ([`state`]), from
 //! which the registry is told the whole picture a moment after the first change of a burst. What is not used of an
@@ -22,6 +22,7 @@ use self::watch::Watch;
 use super::{Source, SourceError};
 use crate::kubernetes::convert::Kind;
 use crate::kubernetes::{EndpointSlice, Node, Pod, Service};
+use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
 
 /// How long changes are gathered: a rollout changes a slice and some pods in a row.
@@ -49,6 +50,9 @@ impl Source for ApiServer {
         if config.nodes {
             kinds.push(Node::KIND);
         }
+        if config.service_manifests {
+            kinds.push(ServiceManifest::KIND);
+        }
         let shared = Arc::new(Shared::new(cluster, &kinds));
         let access = Arc::new(Access::new(config.clone()));
         let mut watches = JoinSet::new();
@@ -58,6 +62,9 @@ impl Source for ApiServer {
         watches.spawn(Watch::<Pod>::new(Arc::clone(a), Arc::clone(s), config.pod_selector).run());
         if config.nodes {
             watches.spawn(Watch::<Node>::new(Arc::clone(a), Arc::clone(s), String::new()).run());
+        }
+        if config.service_manifests {
+            watches.spawn(Watch::<ServiceManifest>::new(Arc::clone(a), Arc::clone(s), String::new()).run());
         }
         let mut last = None;
         let mut objects = None;

@@ -113,8 +113,8 @@ impl Shared {
                     objects.insert(key.clone(), Arc::clone(last));
                 }
             }
-            if *known != objects {
-                *known = objects;
+            if **known != objects {
+                *known = Arc::new(objects);
                 state.objects_changed = true;
             }
             let kind = state.kinds.entry(K::KIND).or_default();
@@ -143,10 +143,10 @@ impl Shared {
                     state.objects_changed |= match object {
                         Some(object) if known.get(&key).is_some_and(|known| **known == object) => false,
                         Some(object) => {
-                            known.insert(key, Arc::new(object));
+                            Arc::make_mut(known).insert(key, Arc::new(object));
                             true
                         }
-                        None => known.remove(&key).is_some(),
+                        None => known.contains_key(&key) && Arc::make_mut(known).remove(&key).is_some(),
                     };
                 }
                 Err(error) => {
@@ -161,7 +161,8 @@ impl Shared {
     pub(super) fn remove<K: Kind>(&self, key: &ObjectKey) {
         self.with(|state| {
             state.kinds.entry(K::KIND).or_default().wrong.remove(key);
-            state.objects_changed |= K::among(&mut state.objects).remove(key).is_some();
+            let known = K::among(&mut state.objects);
+            state.objects_changed |= known.contains_key(key) && Arc::make_mut(known).remove(key).is_some();
         });
     }
 
@@ -212,6 +213,7 @@ impl Shared {
             "Service" => state.objects.services.contains_key(key),
             "EndpointSlice" => state.objects.slices.contains_key(key),
             "Pod" => state.objects.pods.contains_key(key),
+            "ServiceManifest" => state.objects.manifests.contains_key(key),
             _ => state.objects.nodes.contains_key(key),
         };
         for (name, kind) in &state.kinds {

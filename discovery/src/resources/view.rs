@@ -1,0 +1,132 @@
+//! Views: what a client is given that may not call every service.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::resource::Position;
+use super::{ProxyKind, ResourceSet, Snapshot, type_url};
+use crate::kubernetes::ObjectKey;
+use crate::mesh::Mesh;
+use crate::policy::egress_of;
+
+/// Above this many views that are in use, further ones are made for each client: nodes choose which services they say they
+/// are of.
+const MOST_SHARED: usize = 10_000;
+
+/// Who asks: what a view of the resources depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Viewer {
+    /// What it is.
+    pub kind: ProxyKind,
+    /// The services whose pods call through it, as far as it says.
+    pub services: BTreeSet<ObjectKey>,
+}
+
+impl Default for Viewer {
+    fn default() -> Self {
+        Self { kind: ProxyKind::Foreign, services: BTreeSet::new() }
+    }
+}
+
+/// What a client is given: the services that the pods behind it may call.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// The resources.
+    pub set: Arc<ResourceSet>,
+    position: Position,
+    /// Of which state of the policies `allowed` is.
+    policies: u64,
+    /// The services; `None` is all.
+    allowed: Option<Scope>,
+}
+
+type Scope = Arc<BTreeSet<ObjectKey>>;
+type Shared = HashMap<(ProxyKind, Scope), (Position, Weak<ResourceSet>)>;
+
+/// The views that are in use, shared by all that may call the same, and by all snapshots of a series.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Views(Arc<Mutex<Shared>>);
+
+impl Snapshot {
+    /// What a client is given now. `before` is what it was given last: a view that no change touches is found without
+    /// looking further.
+    #[must_use]
+    pub fn view(&self, viewer: &Viewer, before: Option<&View>) -> View {
+        let before = before.filter(|before| self.position().includes(before.position));
+        let (position, policies) = (self.position(), self.policies);
+        if let Some(before) = before.filter(|before| before.position == position) {
+            return before.clone();
+        }
+        let allowed = match before {
+            Some(before) if before.policies == policies => before.allowed.clone(),
+            _ => egress_of(&self.mesh, &viewer.services).map(Arc::new),
+        };
+        let Some(scope) = allowed else {
+            return View { set: Arc::clone(self.resources(viewer.kind)), position, policies, allowed: None };
+        };
+        let same_scope = before.filter(|before| before.allowed.as_ref() == Some(&scope));
+        let set = match same_scope {
+            Some(before) if !self.touches(&scope, before.position) => Arc::clone(&before.set),
+            _ => self.shared(viewer.kind, &scope),
+        };
+        View { set, position, policies, allowed: Some(scope) }
+    }
+
+    /// Whether any of these services has changed since.
+    fn touches(&self, scope: &Scope, since: Position) -> bool {
+        self.history.since(since).is_none_or(|mut changes| changes.any(|change| scope.contains(&change.service)))
+    }
+
+    /// The view of this scope that all share.
+    fn shared(&self, kind: ProxyKind, scope: &Scope) -> Arc<ResourceSet> {
+        // Held while a view is made, so that a thousand clients that come back at once do not make the same one each.
+        let mut shared = self.views.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (kind, Arc::clone(scope));
+        let known = shared.get(&key).and_then(|(position, set)| Some((*position, set.upgrade()?)));
+        // One that another client has made of a newer snapshot stays; this client gets there in a moment.
+        let is_newest = known.as_ref().is_none_or(|(position, _)| self.position().includes(*position));
+        let before = known.filter(|_| is_newest);
+        let set = match before {
+            Some((position, set)) if !self.touches(scope, position) => set,
+            before => Arc::new(self.scoped(kind, scope, before.as_ref().map(|(position, set)| (*position, &**set)))),
+        };
+        if shared.len() >= shared.capacity() {
+            shared.retain(|_, (_, set)| set.strong_count() > 0);
+        }
+        if is_newest && (shared.len() < MOST_SHARED || shared.contains_key(&key)) {
+            shared.insert(key, (self.position(), Arc::downgrade(&set)));
+        }
+        set
+    }
+
+    /// Makes a view, from what it was before if that is known.
+    fn scoped(&self, kind: ProxyKind, scope: &Scope, before: Option<(Position, &ResourceSet)>) -> ResourceSet {
+        let known = scope.iter().filter_map(|key| self.mesh.services.get_key_value(key));
+        let services: BTreeMap<_, _> = known.map(|(key, service)| (key.clone(), Arc::clone(service))).collect();
+        let mesh = Mesh { services, ..Mesh::default() };
+        let reshaped = before.is_none_or(|(position, _)| {
+            let changes = self.history.since(position);
+            changes.is_none_or(|mut all| all.any(|change| change.reshaped && scope.contains(&change.service)))
+        });
+        let before = before.map(|(_, set)| set.clone()).unwrap_or_default();
+        let mut set = ResourceSet::default();
+        for (type_url, known) in &before.types {
+            let replaced = match *type_url {
+                type_url::LISTENER if kind != ProxyKind::Grpc && !reshaped => Arc::clone(known),
+                type_url::LISTENER if kind != ProxyKind::Grpc => known.replaced(self.proxy_listeners(&mesh, kind)),
+                type_url::ROUTE if !reshaped => Arc::clone(known),
+                type_url::ROUTE => {
+                    let ports = mesh.services.values().flat_map(|service| service.ports.keys().copied()).collect();
+                    known.replaced(super::routes(&mesh, &ports))
+                }
+                type_url => {
+                    let made = mesh.services.keys().filter_map(|key| self.made.get(key));
+                    let resources = made.flat_map(|made| made.of_type(type_url)).chain(super::always(type_url));
+                    known.replaced(resources.map(|resource| (Arc::clone(&resource.name), resource)).collect())
+                }
+            };
+            set.types.insert(type_url, replaced);
+        }
+        set
+    }
+}
