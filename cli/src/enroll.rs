@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use nix::sched::{CloneFlags, setns};
 
+use crate::acceleration::Level;
 use crate::http;
 
 /// Shown after the flags' help of `culvert enroll`.
@@ -50,6 +51,10 @@ pub struct Flags {
     #[arg(long, value_enum)]
     failure_policy: Option<FailurePolicy>,
 
+    /// How far its payload may go past TCP; the default is as configured
+    #[arg(long, value_enum)]
+    acceleration: Option<Level>,
+
     #[command(flatten)]
     admin: Admin,
 }
@@ -60,6 +65,13 @@ pub struct Admin {
     /// The admin address of culvertd
     #[arg(long, value_name = "URL", env = "CULVERT_ADMIN", default_value = "http://127.0.0.1:9901")]
     admin: String,
+}
+
+impl Admin {
+    /// Its URL.
+    pub fn url(&self) -> &str {
+        &self.admin
+    }
 }
 
 /// Flags of `culvert unenroll`.
@@ -113,6 +125,7 @@ pub fn enroll(flags: &Flags) -> anyhow::Result<String> {
     query.extend(direction.map(|it| format!("direction={it}")));
     let policy = value(flags.failure_policy.and_then(|it| it.to_possible_value()));
     query.extend(policy.map(|it| format!("failure_policy={it}")));
+    query.extend(flags.acceleration.map(|level| format!("acceleration={}", level.name())));
     http::post(&flags.admin.admin, &format!("/interception/enroll?{}", query.join("&")))?;
     let shown: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     Ok(format!("enrolled {}\n", shown.join(" ")))
@@ -157,7 +170,7 @@ fn is_reachable(address: &IpAddr) -> bool {
 }
 
 /// A value for the query of a URL.
-fn encoded(value: &str) -> String {
+pub fn encoded(value: &str) -> String {
     let byte = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b':' | b'/' => char::from(byte).to_string(),
         other => format!("%{other:02X}"),

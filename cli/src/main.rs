@@ -1,5 +1,6 @@
 //! `culvert`: what a person types.
 
+mod acceleration;
 mod clean;
 mod cluster;
 mod enroll;
@@ -27,6 +28,9 @@ struct Flags {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Say how far payload between a node's pods may go past TCP, until its daemon ends
+    #[command(after_help = acceleration::HELP)]
+    Acceleration(acceleration::Flags),
     /// Take a cluster out of the mesh, and back in
     #[command(subcommand, after_help = cluster::HELP)]
     Cluster(cluster::Command),
@@ -77,6 +81,7 @@ impl From<String> for Outcome {
 
 fn main() -> ExitCode {
     let outcome = match Flags::parse().command {
+        Command::Acceleration(flags) => acceleration::run(&flags).map(Outcome::from),
         Command::Cluster(command) => cluster::run(&command),
         Command::Endpoints(flags) => services::endpoints(&flags).map(Outcome::from),
         Command::Manifest(command) => manifest::run(&command),

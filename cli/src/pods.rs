@@ -37,7 +37,7 @@ fn text(status: &Value) -> String {
         let state = if pod["enrolled"] == true { "enrolled" } else { "not enrolled" };
         let addresses: Vec<String> = list(&pod["addresses"]).iter().map(cell).collect();
         let mut row = vec![cell(&pod["name"]), addresses.join(","), state.to_owned()];
-        row.extend(["since", "direction", "failure_policy", "origin"].map(|key| cell(&pod[key])));
+        row.extend(["since", "direction", "failure_policy", "acceleration", "origin"].map(|key| cell(&pod[key])));
         row.extend(["outbound_connections", "inbound_connections", "bytes_sent"].map(|key| cell(&pod[key])));
         row.extend(["bytes_received", "reason"].map(|key| cell(&pod[key])));
         row
@@ -49,6 +49,7 @@ fn text(status: &Value) -> String {
         "SINCE",
         "DIRECTION",
         "FAILS",
+        "PAST TCP",
         "BY",
         "OUTBOUND",
         "INBOUND",
@@ -61,6 +62,19 @@ fn text(status: &Value) -> String {
         [] => "no pods are known\n".to_owned(),
         rows => table::lines(&columns, rows, "", table::terminal_width()),
     };
+    let acceleration = &status["acceleration"];
+    if acceleration["available"] == false {
+        let (number, reason) = (cell(&acceleration["reason_number"]), cell(&acceleration["reason"]));
+        text.push_str(&format!("\nPAST TCP: off, reason {number}: {reason}\n"));
+    }
+    for listener in list(&acceleration["listeners"]).iter().filter(|_| acceleration["available"] == true) {
+        let [name, level, configured, said] =
+            ["name", "in_force", "configured", "run_time"].map(|key| cell(&listener[key]));
+        text.push_str(&format!("\nPAST TCP: listener {name}: {level} (configured {configured}, at run time {said})"));
+    }
+    if acceleration["available"] == true {
+        text.push('\n');
+    }
     let faults = list(&status["not_ready"]);
     if !faults.is_empty() {
         text.push_str("\nNOT READY\n");
@@ -89,23 +103,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn listeners_say_how_far_payload_goes() {
+        let listener = json!({"name": "outbound", "configured": "joined", "run_time": "off", "in_force": "off"});
+        let status = json!({"pods": [], "acceleration": {"available": true, "listeners": [listener]}});
+        let expected = "PAST TCP: listener outbound: off (configured joined, at run time off)\n";
+        assert!(text(&status).ends_with(expected), "{}", text(&status));
+    }
+
+    #[test]
     fn pods_say_why_they_are_not_enrolled() {
         let status = json!({
             "pods": [
                 {"name": "shop/web", "origin": "manifest", "addresses": ["10.0.0.1", "fd00::1"], "enrolled": true,
                  "since": "2026-01-01T00:00:00.000Z", "reason": null, "direction": "both", "failure_policy": "open",
-                 "outbound_connections": 7, "inbound_connections": 0, "bytes_sent": 512, "bytes_received": 9},
+                 "acceleration": "joined", "outbound_connections": 7, "inbound_connections": 0, "bytes_sent": 512, "bytes_received": 9},
                 {"name": "shop/db", "origin": "manifest", "addresses": ["10.0.0.2"], "reason": "no interface"},
             ],
             "not_ready": ["pod shop/db (10.0.0.2): no interface"],
+            "acceleration": {"available": false, "reason_number": 2, "reason": "kernel 6.1.1 has known sockmap bugs"},
         });
         let text = text(&status);
         let web = text.lines().find(|line| line.contains("shop/web")).unwrap();
         let words: Vec<_> = web.split_whitespace().collect();
         assert_eq!(words[1..4], ["10.0.0.1,fd00::1", "enrolled", "2026-01-01T00:00:00.000Z"]);
-        assert_eq!(words[4..], ["both", "open", "manifest", "7", "0", "512", "9", "-"]);
+        assert_eq!(words[4..], ["both", "open", "joined", "manifest", "7", "0", "512", "9", "-"]);
         let db = text.lines().find(|line| line.starts_with("shop/db")).unwrap();
         assert!(db.contains("not enrolled") && db.ends_with("no interface"), "{db}");
+        assert!(text.contains("PAST TCP: off, reason 2: kernel 6.1.1 has known sockmap bugs\n"), "{text}");
         assert!(text.ends_with("NOT READY\n  pod shop/db (10.0.0.2): no interface\n"), "{text}");
     }
 }

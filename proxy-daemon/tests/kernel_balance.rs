@@ -3,14 +3,13 @@
 mod kernel_lab;
 
 use std::collections::HashMap;
-use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use culvert_proxy_daemon::intercept::{BalancedService, ConnectBalancing, Interception, InterceptionConfig};
+use kernel_lab::process::role;
 use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::*;
 
@@ -43,6 +42,20 @@ fn attached(interception: Interception) -> Interception {
     eventually("attached", || interception.hooked_cgroups().1 == 1);
     interception
 }
+
+/// A service by UDP, with two backends.
+struct NameService {
+    vip: &'static str,
+    /// What a client of this family binds to.
+    any: &'static str,
+    backends: [&'static str; 2],
+}
+
+/// One of each family.
+const NAME_SERVICES: [NameService; 2] = [
+    NameService { vip: "10.96.0.10:53", any: "0.0.0.0:0", backends: ["10.201.2.2:5301", "10.201.2.2:5302"] },
+    NameService { vip: "[fd00:96::10]:53", any: "[::]:0", backends: ["[fd00:201:2::2]:5301", "[fd00:201:2::2]:5302"] },
+];
 
 /// A backend that answers each datagram with its own name.
 fn name_server(namespace: &Namespace, address: &str, name: &'static str) -> UdpSocket {
@@ -157,10 +170,7 @@ fn datagrams_and_their_answers_bear_the_services_address() {
     let lab = Lab::new();
     let group = Group::new(None, "pods");
     let interception = start(&lab, &group);
-    for (vip, any, [one, two]) in [
-        ("10.96.0.10:53", "0.0.0.0:0", ["10.201.2.2:5301", "10.201.2.2:5302"]),
-        ("[fd00:96::10]:53", "[::]:0", ["[fd00:201:2::2]:5301", "[fd00:201:2::2]:5302"]),
-    ] {
+    for NameService { vip, any, backends: [one, two] } in NAME_SERVICES {
         let _servers = [(one, "one"), (two, "two")].map(|(address, name)| name_server(&lab.server, address, name));
         let vip_service = service(vip, true);
         interception.set_service(&vip_service, &shares(&[(one, 1.0), (two, 1.0)])).unwrap();
@@ -207,10 +217,7 @@ fn connected_udp_is_not_pinned_to_a_dead_backend() {
     let lab = Lab::new();
     let group = Group::new(None, "pods");
     let interception = start(&lab, &group);
-    for (vip, any, [one, two]) in [
-        ("10.96.0.10:53", "0.0.0.0:0", ["10.201.2.2:5301", "10.201.2.2:5302"]),
-        ("[fd00:96::10]:53", "[::]:0", ["[fd00:201:2::2]:5301", "[fd00:201:2::2]:5302"]),
-    ] {
+    for NameService { vip, any, backends: [one, two] } in NAME_SERVICES {
         let _servers = [(one, "one"), (two, "two")].map(|(address, name)| name_server(&lab.server, address, name));
         let vip_service = service(vip, true);
         interception.set_service(&vip_service, &shares(&[(one, 1.0)])).unwrap();
@@ -285,34 +292,15 @@ fn a_full_map_is_an_error_and_the_service_keeps_its_backends() {
     interception.set_service(&service("10.96.0.11:80", false), &many[..200_000]).expect("taken");
 }
 
-/// Set for the process that plays the daemon: the namespace, the pin path and the cgroup.
-const DAEMON: &str = "CULVERT_TEST_BALANCING_DAEMON";
-
 /// Not a test of its own: what the process does that plays a daemon that is killed.
 #[test]
 fn play_the_daemon() {
-    let Ok(role) = std::env::var(DAEMON) else { return };
-    let [namespace, pin_path, cgroup] = role.split(',').collect::<Vec<_>>().try_into().expect("three words");
-    enter(namespace);
-    let interception = Interception::start(config(Path::new(pin_path), Path::new(cgroup)), 1).expect("starts");
+    let Some([namespace, pin_path, cgroup]) = role() else { return };
+    enter(&namespace);
+    let interception = Interception::start(config(Path::new(&pin_path), Path::new(&cgroup)), 1).expect("starts");
     interception.set_service(&service("10.96.0.10:80", false), &shares(&[("10.201.2.2:8001", 1.0)])).unwrap();
     let _interception = attached(interception);
-    println!("balancing");
-    loop {
-        std::thread::park();
-    }
-}
-
-fn daemon(lab: &Lab, cgroup: &Group) -> Child {
-    let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "play_the_daemon", "--nocapture"])
-        .env(DAEMON, format!("{},{},{}", lab.node.name, lab.pin_path.display(), cgroup.path().display()))
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
-    assert!(lines.any(|line| line.contains("balancing")), "the daemon did not start");
-    child
+    process::serve(std::thread::park);
 }
 
 #[test]
@@ -320,7 +308,8 @@ fn services_stay_balanced_while_the_daemon_is_replaced() {
     let lab = Lab::new();
     let group = Group::new(None, "pods");
     let backend = lab.server.listen("10.201.2.2:8001");
-    let mut dying = daemon(&lab, &group);
+    let mut dying =
+        process::daemon(&[&lab.node.name, &lab.pin_path.display().to_string(), &group.path().display().to_string()]);
     let mut app = Puppet::new(&lab.client, &group);
     let mut works = |when: &str| {
         app.connect("10.96.0.10:80").unwrap_or_else(|errno| panic!("{when}: {errno}"));

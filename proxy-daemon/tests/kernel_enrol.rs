@@ -14,6 +14,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use culvert_proxy_daemon::intercept::{
     Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector, clean,
 };
+use culvert_proxy_ebpf::LAYOUT;
 use kernel_lab::*;
 
 /// A directory of manifests, and a configuration that enrols the pods in it that have the label `mesh: on`.
@@ -210,12 +211,12 @@ fn pods_are_enrolled_by_command_and_a_restart_keeps_it() {
         (address(CLIENT), Some("up"), "outbound, inbound or both"),
         (vec![CLIENT.parse().unwrap(), SERVER.parse().unwrap()], None, "another interface"),
     ] {
-        let error = interception.enrol(None, addresses, direction, None).unwrap_err().to_string();
+        let error = interception.enrol(None, addresses, direction, None, None).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
     assert!(interception.faults().is_empty(), "what was refused leaves nothing: {:?}", interception.faults());
     let both = vec![CLIENT.parse().unwrap(), CLIENT_V6.parse().unwrap()];
-    interception.enrol(Some("web".to_owned()), both, Some("both"), Some("closed")).expect("enrols");
+    interception.enrol(Some("web".to_owned()), both, Some("both"), Some("closed"), Some("joined")).expect("enrols");
     assert!(is_redirected(&lab, &interception));
 
     // A crash and a restart.
@@ -228,7 +229,7 @@ fn pods_are_enrolled_by_command_and_a_restart_keeps_it() {
     assert!(interception.unenrol("web").unwrap_err().to_string().contains("was not enrolled by command"));
 
     // What is on another interface when the daemon comes back is another pod.
-    interception.enrol(Some("web".to_owned()), address(CLIENT), None, None).expect("enrols");
+    interception.enrol(Some("web".to_owned()), address(CLIENT), None, None, None).expect("enrols");
     drop((interception, worker));
     lab.node.ip("link delete pod1");
     lab.rewire_client();
@@ -243,7 +244,7 @@ fn a_removed_interface_takes_its_pod_out_and_a_renamed_one_does_not() {
     let lab = Lab::new();
     let config = InterceptionConfig { pods: Vec::new(), ..lab.config() };
     let (interception, _worker) = start(&lab, config);
-    interception.enrol(None, vec![CLIENT.parse().unwrap()], None, None).expect("enrols");
+    interception.enrol(None, vec![CLIENT.parse().unwrap()], None, None, None).expect("enrols");
     lab.node.ip("link set pod1 down");
     lab.node.ip("link set pod1 name podx");
     lab.node.ip("link set podx up");
@@ -311,7 +312,7 @@ fn an_older_layout_is_replaced() {
     let lab = Lab::new();
     let (first, old) = start(&lab, lab.config());
     // The first version's place, and a map that this version does not know.
-    let (current, older) = (lab.pin_path.join("maps-2"), lab.pin_path.join("maps"));
+    let (current, older) = (lab.pin_path.join(format!("maps-{LAYOUT}")), lab.pin_path.join("maps"));
     fs::create_dir(&older).unwrap();
     for entry in fs::read_dir(&current).unwrap() {
         let path = entry.unwrap().path();
@@ -342,7 +343,7 @@ fn a_crash_in_the_middle_of_attaching_is_mended() {
     pins.sort();
     fs::remove_file(&pins[0]).unwrap();
     fs::rename(&pins[1], links.join("9999")).unwrap();
-    fs::remove_file(lab.pin_path.join("maps-2/PODS")).unwrap();
+    fs::remove_file(lab.pin_path.join(format!("maps-{LAYOUT}/PODS"))).unwrap();
     let (second, worker) = start(&lab, lab.config());
     for interface in ["pod1", "pod2", "up0"] {
         assert_eq!(attached(&lab, interface), 1, "{interface}");

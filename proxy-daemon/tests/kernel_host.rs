@@ -3,14 +3,14 @@
 mod kernel_lab;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::time::Instant;
 
 use culvert_proxy_daemon::intercept::{FailurePolicy, HostFlows, HostMode, Interception, InterceptionConfig, Range};
+use kernel_lab::process::role;
 use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::*;
 
@@ -240,42 +240,24 @@ fn a_directory_that_is_no_cgroup_is_refused_in_words() {
     assert!(!lab.pin_path.exists());
 }
 
-/// Set for the process that plays the daemon: the namespace, the pin path and the cgroup.
-const DAEMON: &str = "CULVERT_TEST_HOST_DAEMON";
-
 /// Not a test of its own: what the process does that plays a daemon that is killed.
 #[test]
 fn play_the_daemon() {
-    let Ok(role) = std::env::var(DAEMON) else { return };
-    let [namespace, pin_path, cgroup] = role.split(',').collect::<Vec<_>>().try_into().expect("three words");
-    enter(namespace);
-    let config = host_config(Path::new(pin_path), &PathBuf::from(cgroup), FailurePolicy::Closed);
+    let Some([namespace, pin_path, cgroup]) = role() else { return };
+    enter(&namespace);
+    let config = host_config(Path::new(&pin_path), Path::new(&cgroup), FailurePolicy::Closed);
     let interception = Interception::start(config, 1).expect("interception starts");
     let worker = transparent_listener("[::]:15001");
     interception.set_listener(0, worker.as_fd()).expect("listener");
-    println!("listening");
-    loop {
-        std::mem::forget(worker.accept());
-    }
-}
-
-fn daemon(lab: &Lab, cgroup: &Group) -> Child {
-    let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "play_the_daemon", "--nocapture"])
-        .env(DAEMON, format!("{},{},{}", lab.node.name, lab.pin_path.display(), cgroup.path().display()))
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
-    assert!(lines.any(|line| line.contains("listening")), "the daemon did not start");
-    child
+    process::serve(|| std::mem::forget(worker.accept()));
 }
 
 #[test]
 fn a_daemon_that_dies_leaves_its_policy_and_its_successor_takes_over() {
     let lab = Lab::new();
     let group = Group::new(None, "apps");
-    let mut dying = daemon(&lab, &group);
+    let mut dying =
+        process::daemon(&[&lab.node.name, &lab.pin_path.display().to_string(), &group.path().display().to_string()]);
     let mut app = Puppet::new(&lab.node, &group);
     app.connect("10.96.0.10:80").expect("the daemon serves");
     dying.kill().unwrap();

@@ -4,34 +4,28 @@
 mod kernel_lab;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd as _;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig};
+use kernel_lab::process::role;
 use kernel_lab::*;
-
-/// Set for the process that plays the daemon: the namespace, the pin path, and the pods' failure policy.
-const DAEMON: &str = "CULVERT_TEST_DAEMON";
 
 /// Not a test of its own: what the process does that plays the daemon.
 #[test]
 fn play_the_daemon() {
-    let Ok(role) = std::env::var(DAEMON) else { return };
-    let [namespace, pin_path, policy] = role.split(',').collect::<Vec<_>>().try_into().expect("three words");
-    enter(namespace);
-    let config = config_of(pin_path, policy == "closed");
+    let Some([namespace, pin_path, policy]) = role() else { return };
+    enter(&namespace);
+    let config = config_of(&pin_path, policy == "closed");
     let interception = Interception::start(config, 1).expect("interception starts");
     let worker = transparent_listener("[::]:15001");
     interception.set_listener(0, worker.as_fd()).expect("listener");
-    println!("listening");
-    loop {
-        // Accepted connections stay open as long as this process lives.
-        std::mem::forget(worker.accept());
-    }
+    // Accepted connections stay open as long as this process lives.
+    process::serve(|| std::mem::forget(worker.accept()));
 }
 
 fn config_of(pin_path: &str, closed: bool) -> InterceptionConfig {
@@ -40,18 +34,9 @@ fn config_of(pin_path: &str, closed: bool) -> InterceptionConfig {
     config
 }
 
-/// A daemon in a process of its own, to be killed.
+/// A daemon with a failure policy, to be killed.
 fn daemon(lab: &Lab, policy: &str) -> Child {
-    let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--exact", "play_the_daemon", "--nocapture"])
-        .env(DAEMON, format!("{},{},{policy}", lab.node.name, lab.pin_path.display()))
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let output = BufReader::new(child.stdout.take().expect("a pipe"));
-    let mut lines = output.lines().map_while(Result::ok);
-    assert!(lines.any(|line| line.contains("listening")), "the daemon did not start");
-    child
+    process::daemon(&[&lab.node.name, &lab.pin_path.display().to_string(), policy])
 }
 
 /// How many programs see what comes in on an interface of the node.

@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
-use culvert_proxy_daemon::intercept::Interception;
+use culvert_proxy_daemon::intercept::{Acceleration, Interception};
 use kernel_lab::*;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -392,4 +392,55 @@ fn a_program_that_waits_inside_the_kernel_is_left_to_tcp() {
     // Their bytes are known when they close: question and answer, SYN and FIN.
     eventually("the bytes are counted", || (20 * 14..20 * 18).contains(&counter(&interception, "shortcut.tcp_bytes")));
     lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn a_kernel_with_known_bugs_has_no_short_cut_and_says_why() {
+    let mut lab = Lab::new();
+    let mut config = lab.config();
+    config.shortcut_cgroup = Some(lab.cgroup());
+    config.kernel_release = Some("6.12.79-amd64".to_owned());
+    let interception = lab.start(config, 1);
+    let worker = lab.node.listen_transparent("[::]:15001");
+    interception.set_listener(0, worker.as_fd()).expect("listener");
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    send(&mut client, 1, 10_000);
+    receive(&mut down, 1, 10_000, false);
+    assert!(tcp_bytes_sent(&client) >= 10_000);
+    assert_eq!(counter(&interception, "acceleration.withheld"), 2);
+    assert_eq!(counter(&interception, "shortcut.sockets"), 0);
+    let status = interception.acceleration();
+    assert_eq!((status.available, status.reason_number), (false, Some(2)));
+    assert!(status.reason.as_ref().is_some_and(|reason| reason.contains("6.12.79")), "{status:?}");
+    let error = interception.accelerate("shortcut", None).unwrap_err().to_string();
+    assert!(error.contains("known sockmap bugs"), "{error}");
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn listeners_and_pods_can_have_the_short_cut_off() {
+    let mut lab = Lab::new();
+    let mut config = lab.config();
+    config.shortcut_cgroup = Some(lab.cgroup());
+    for (pods, listener, sockets) in [
+        (Acceleration::Off, Acceleration::Joined, 0),
+        (Acceleration::Shortcut, Acceleration::Off, 0),
+        (Acceleration::Shortcut, Acceleration::Shortcut, 2),
+    ] {
+        config.pods.iter_mut().for_each(|pod| pod.policy.acceleration = pods);
+        config.listener_acceleration[0] = listener;
+        let interception = lab.start(config.clone(), 1);
+        let worker = lab.node.listen_transparent("[::]:15001");
+        interception.set_listener(0, worker.as_fd()).expect("listener");
+        let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+        let (mut down, _) = accept(&worker);
+        send(&mut client, 1, 10_000);
+        receive(&mut down, 1, 10_000, false);
+        assert_eq!(counter(&interception, "shortcut.sockets"), sockets, "{pods:?} {listener:?}");
+        assert_eq!(counter(&interception, "shortcut.sockets_off"), 2 - sockets);
+        assert_eq!(counter(&interception, "shortcut.bytes") > 0, sockets > 0);
+        drop((client, down, worker));
+        lab.node.run(|| interception.shutdown()).expect("shuts down");
+    }
 }

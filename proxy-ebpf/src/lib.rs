@@ -52,7 +52,7 @@ pub const MAX_EXCLUDED_UIDS: usize = 1_024;
 
 /// The layout of the pinned maps, part of their pins' path: raised with every change that an older program or reader
 /// would misread.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// A pod's outbound connections, as a bit of [`PodPolicy::directions`].
 pub const OUTBOUND: u32 = 1;
@@ -79,6 +79,45 @@ pub struct PodPolicy {
     /// The index of the interface that the pod's packets come over; 0: any. A later pod with this address has another
     /// interface, and is not this one.
     pub interface: u32,
+    /// How far its payload may go past TCP, see [`Acceleration`].
+    pub acceleration: u32,
+}
+
+/// How far payload of hops that stay on the node may go past TCP. Of a connection's two pods, its listener and what is said
+/// at run time, the least counts.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Acceleration {
+    /// All of it by TCP.
+    Off = 0,
+    /// Between the daemon and pods: the short cut.
+    #[default]
+    Shortcut = 1,
+    /// From pod to pod, past the daemon, where it has nothing left to look at.
+    Joined = 2,
+}
+
+/// How many slots the map `SWITCHES` has: how far payload of a listener's connections may go, by direction.
+pub const SWITCHES: usize = INBOUND as usize + 1;
+
+/// A direction of two connections that the daemon has joined, in the map `JOINS` by its sender's key. Written by the daemon.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Join {
+    /// The socket at the far end, to which the daemon forwards what the sender sends.
+    pub target: SocketKey,
+    /// How many of the sender's bytes the daemon has forwarded.
+    pub forwarded: u64,
+}
+
+/// What went from socket to socket in one direction, in the map `JOINED` by its sender's key. Written by the kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JoinedCounters {
+    /// Bytes.
+    pub bytes: u64,
+    /// When the last ones went, in nanoseconds of the monotonic clock.
+    pub last: u64,
 }
 
 /// What a pod had to do with the daemon. One per CPU.
@@ -176,6 +215,17 @@ pub struct Hop {
     pub peer_sock: u64,
     /// How many of the bytes that it sent by TCP are counted.
     pub tcp_counted: u64,
+    /// How many bytes it sent to its peer by the short cut.
+    pub shortcut_sent: u64,
+    /// Of a joined connection: where the socket is that gets what this one sends, and the daemon's end of that hop; 0 as
+    /// long as that is not known.
+    pub target_sock: u64,
+    /// See `target_sock`.
+    pub target_peer_sock: u64,
+    /// Whose listener's connection it belongs to: [`OUTBOUND`] or [`INBOUND`].
+    pub direction: u32,
+    /// 1: `first_sent` in `own` is where its stream begins, so that what it sent can be counted.
+    pub countable: u32,
     /// See [`Lane`].
     pub lane: u32,
     /// 1: the other end is not registered, so this one is only watched, to count its bytes when it closes.
@@ -198,26 +248,43 @@ pub struct SockLayout {
     pub file: u32,
     /// `f_flags`, in `struct file`: `O_NONBLOCK` and others.
     pub file_flags: u32,
+    /// `__sk_common.skc_state`: the state of the connection, a byte.
+    pub state: u32,
 }
 
 /// How many unread bytes the short cut puts into one socket's receive queue. The kernel itself sets no bound there: a
 /// receiver that is this far behind gets the rest by TCP, which makes its sender wait.
 pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
-const _: () = assert!(size_of::<PodPolicy>() == 12);
+const _: () = assert!(size_of::<PodPolicy>() == 16);
 const _: () = assert!(size_of::<PodCounters>() == 32);
 const _: () = assert!(size_of::<SocketKey>() == 48);
-const _: () = assert!(size_of::<Hop>() == 128);
-const _: () = assert!(size_of::<SockLayout>() == 24);
+const _: () = assert!(size_of::<Join>() == 56);
+const _: () = assert!(size_of::<JoinedCounters>() == 16);
+const _: () = assert!(size_of::<Hop>() == 160);
+const _: () = assert!(size_of::<SockLayout>() == 28);
 
 #[cfg(feature = "user")]
-// SAFETY: `repr(C)` and three u32, so every byte pattern is a valid value and there is no padding.
+// SAFETY: `repr(C)` and four u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodPolicy {}
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)` and four u64, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodCounters {}
 #[cfg(feature = "user")]
-// SAFETY: `repr(C)` and six u32, so every byte pattern is a valid value and there is no padding.
+// SAFETY: `repr(C)`, numbers and arrays of bytes whose sizes add up, so every byte pattern is a valid value and there is no
+// padding.
+unsafe impl aya::Pod for SocketKey {}
+#[cfg(feature = "user")]
+// SAFETY: as of `SocketKey`.
+unsafe impl aya::Pod for Hop {}
+#[cfg(feature = "user")]
+// SAFETY: as of `SocketKey`.
+unsafe impl aya::Pod for Join {}
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)` and two u64, so every byte pattern is a valid value and there is no padding.
+unsafe impl aya::Pod for JoinedCounters {}
+#[cfg(feature = "user")]
+// SAFETY: `repr(C)` and seven u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for SockLayout {}
 
 #[cfg(test)]

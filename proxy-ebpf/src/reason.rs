@@ -63,6 +63,21 @@ reasons! {
     28 IcmpSteered "icmp_steered" "ICMP errors about the daemon's connections, given to this host.";
     29 ResetFailed "reset_failed" "Failed-closed connections that were dropped because no reset could be made for them.";
     30 OtherInterface "other_interface" "New connections from an enrolled pod's address that came over another pod's interface.";
+    31 ShortcutSocketsOff "shortcut.sockets_off" "Sockets not registered because their pod, their listener or the run-time switch has the short cut off.";
+    32 ShortcutOff "shortcut.switched_off" "Messages of registered sockets that went by TCP because the short cut was switched off.";
+    33 JoinedMessages "joined.messages" "Messages that went from pod to pod past the daemon.";
+    34 JoinedBytes "joined.bytes" "Bytes that went from pod to pod past the daemon.";
+    35 JoinedNotForwarded "joined.not_forwarded" "Messages of joined connections given to the daemon because it had not forwarded all before them.";
+    36 JoinedUnread "joined.unread" "Messages of joined connections given to the daemon because the receiver had not read all that came by TCP.";
+    37 JoinedReceiverBehind "joined.receiver_behind" "Messages of joined connections given to the daemon because the receiver had a full window to read.";
+    38 JoinedReceiverWaits "joined.receiver_waits" "Messages of joined connections given to the daemon because the receiver's program may wait inside TCP for the rest of what came before.";
+    39 JoinedPeerMissing "joined.peer_missing" "Messages of joined connections given to the daemon because the receiver was not registered, or no longer.";
+    40 JoinedConnections "joined.connections" "Connections whose pods were joined.";
+    41 JoinRefusedOff "joined.refused_off" "Connections not joined because a pod, their listener or the run-time switch does not have it on.";
+    42 JoinRefusedClient "joined.refused_client" "Connections not joined because the client's socket is not registered: not on this node, not in the cgroup, or its program waits inside the kernel.";
+    43 JoinRefusedServer "joined.refused_server" "Connections not joined because the daemon's connection to the server is not registered: not to an enrolled pod of this node, or not in a pod's name.";
+    44 JoinRefusedNoMemory "joined.refused_no_memory" "Connections not joined because a map is full.";
+    45 JoinGivenUp "joined.given_up" "Directions of joined connections that were left to the daemon for good because nothing went past it.";
     50 HostRedirected "host.redirected" "Connections of host processes that were sent to a worker's listener.";
     51 HostPassedNamespace "host.passed_namespace" "Connections of processes of the configured cgroups that are in another network namespace than the node's.";
     52 HostPassedExcluded "host.passed_excluded" "Connections of host processes to an excluded port or range, or to the host itself.";
@@ -79,4 +94,11 @@ reasons! {
     66 BalancedNoBackend "balanced.no_backend" "Connections and datagrams refused because the service has no backend.";
     67 BalancedNotKept "balanced.not_kept" "UDP sockets connected to a service that cannot be told when their backend is gone: the map is full.";
     68 BalancedNoMemory "balanced.no_memory" "Connections and datagrams refused because the kernel had no memory to remember the service.";
+}
+
+impl Reason {
+    /// Whether the daemon's workers count it, and not the programs.
+    pub const fn is_daemons(self) -> bool {
+        matches!(self as u32, 40..=45)
+    }
 }

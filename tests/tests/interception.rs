@@ -292,6 +292,16 @@ fn pods_are_enrolled_and_the_node_says_when_one_is_not() -> Result<()> {
     call(&stage.pod, &urls(&stage.far)[0])?;
     assert_eq!(redirected()?, before);
 
+    // How far payload may go past TCP is switched, and shown.
+    stage.culvert(&["acceleration", "off", "--listener", "outbound"])?;
+    let status = stage.culvert(&["status", "--node"])?;
+    for line in ["outbound: off (configured joined, at run time off)", "inbound: joined (configured joined"] {
+        assert!(status.contains(line), "{status}");
+    }
+    let refused = stage.culvert(&["acceleration", "off", "--listener", "nobody"]).unwrap_err();
+    assert!(format!("{refused:#}").contains("listener is outbound or inbound"), "{refused:#}");
+    stage.culvert(&["acceleration", "joined"])?;
+
     // What a killed daemon leaves, `culvert clean` removes, and says so.
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait(DEADLINE)?;

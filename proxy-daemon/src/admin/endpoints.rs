@@ -140,6 +140,13 @@ const ENDPOINTS: &[Endpoint] = &[
         run: init_dump::reply,
     },
     Endpoint {
+        path: "/interception/acceleration",
+        help: "say how far payload of pods may go past TCP until the daemon ends",
+        parameters: &[("level", "off, shortcut or joined"), ("listener", "Of this listener's connections only")],
+        mutates: true,
+        run: interception::accelerate,
+    },
+    Endpoint {
         path: "/interception/enroll",
         help: "redirect a pod's connections",
         parameters: &[
@@ -147,6 +154,7 @@ const ENDPOINTS: &[Endpoint] = &[
             ("name", "What the pod is called"),
             ("direction", "outbound, inbound or both"),
             ("failure_policy", "open or closed"),
+            ("acceleration", "off, shortcut or joined"),
         ],
         mutates: true,
         run: interception::enroll,

@@ -14,7 +14,13 @@ use crate::intercept::{InterceptError, Interception};
 const NONE: &str = "this daemon intercepts nothing: its bootstrap has no extension culvert.bootstrap.interception\n";
 
 pub(super) fn pods(state: &AdminState, _: &Parameters) -> Reply {
-    let all = |interception: &Interception| json!({"pods": interception.pods(), "not_ready": interception.faults()});
+    let all = |interception: &Interception| {
+        json!({
+            "pods": interception.pods(),
+            "not_ready": interception.faults(),
+            "acceleration": interception.acceleration(),
+        })
+    };
     match state.data_plane.with_interception(all) {
         Some(pods) => Reply::json(&pods),
         None => Reply::error(StatusCode::NOT_FOUND, NONE),
@@ -30,13 +36,17 @@ pub(super) fn enroll(state: &AdminState, parameters: &Parameters) -> Reply {
         }
     }
     let name = parameters.get("name").filter(|name| !name.is_empty()).map(str::to_owned);
-    reply(state, |interception| {
-        interception.enrol(name, addresses, parameters.get("direction"), parameters.get("failure_policy"))
-    })
+    let [direction, policy, level] = ["direction", "failure_policy", "acceleration"].map(|name| parameters.get(name));
+    reply(state, |interception| interception.enrol(name, addresses, direction, policy, level))
 }
 
 pub(super) fn unenroll(state: &AdminState, parameters: &Parameters) -> Reply {
     reply(state, |interception| interception.unenrol(parameters.get("pod").unwrap_or_default()))
+}
+
+pub(super) fn accelerate(state: &AdminState, parameters: &Parameters) -> Reply {
+    let level = parameters.get("level").unwrap_or_default();
+    reply(state, |interception| interception.accelerate(level, parameters.get("listener")))
 }
 
 fn reply(state: &AdminState, change: impl FnOnce(&Interception) -> Result<(), InterceptError>) -> Reply {

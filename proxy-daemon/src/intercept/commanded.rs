@@ -5,10 +5,11 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
+use culvert_proxy_ebpf::Acceleration;
 use serde::{Deserialize, Serialize};
 
 use super::config::{FailurePolicy, Policy, Traffic};
-use super::pods::{Known, Origin};
+use super::pods::{Known, Origin, acceleration_name, acceleration_of_name};
 
 /// A pod that was enrolled by command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,20 +20,29 @@ pub(super) struct Commanded {
     pub(super) addresses: Vec<IpAddr>,
     direction: String,
     failure_policy: String,
+    /// Missing in files of earlier versions.
+    #[serde(default = "shortcut")]
+    acceleration: String,
     /// The interface that it had then: who has its address on another one is another pod.
     pub(super) interface: u32,
+}
+
+fn shortcut() -> String {
+    acceleration_name(Acceleration::default()).to_owned()
 }
 
 impl Commanded {
     pub(super) fn new(name: String, addresses: Vec<IpAddr>, policy: Policy, interface: u32) -> Self {
         let (direction, failure_policy) = (policy.traffic.name().to_owned(), policy.failure_policy.name().to_owned());
-        Self { name, addresses, direction, failure_policy, interface }
+        let acceleration = acceleration_name(policy.acceleration).to_owned();
+        Self { name, addresses, direction, failure_policy, acceleration, interface }
     }
 
     fn policy(&self) -> Option<Policy> {
         Some(Policy {
             failure_policy: FailurePolicy::of_name(&self.failure_policy)?,
             traffic: Traffic::of_name(&self.direction)?,
+            acceleration: acceleration_of_name(&self.acceleration)?,
         })
     }
 
@@ -59,7 +69,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<Commanded>, String> {
     };
     let pods: Vec<Commanded> = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
     match pods.iter().find(|pod| pod.policy().is_none()) {
-        Some(pod) => Err(format!("{}: its direction or failure_policy is unknown", pod.name)),
+        Some(pod) => Err(format!("{}: its direction, failure_policy or acceleration is unknown", pod.name)),
         None => Ok(pods),
     }
 }
@@ -83,7 +93,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state/enrolled.json");
         assert_eq!(read(&path), Ok(Vec::new()));
-        let policy = Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both };
+        let acceleration = Acceleration::Off;
+        let policy = Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both, acceleration };
         let pods = vec![Commanded::new("a".to_owned(), vec!["10.0.0.1".parse().unwrap()], policy, 7)];
         write(&path, &pods).unwrap();
         assert_eq!(read(&path), Ok(pods.clone()));

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 
-use culvert_proxy_ebpf::{INBOUND, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_PODS, OUTBOUND};
+use culvert_proxy_ebpf::{Acceleration, INBOUND, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_PODS, OUTBOUND};
 use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::{
     Interception as Message, interception as message,
 };
@@ -52,6 +52,8 @@ pub struct Policy {
     pub failure_policy: FailurePolicy,
     /// Which connections are redirected.
     pub traffic: Traffic,
+    /// How far their payload may go past TCP.
+    pub acceleration: Acceleration,
 }
 
 /// An enrolled pod.
@@ -103,6 +105,8 @@ pub struct InterceptionConfig {
     pub inbound_listener: String,
     /// The cgroup v2 directory whose sockets may take the short cut; none: no short cut.
     pub shortcut_cgroup: Option<PathBuf>,
+    /// How far payload of the connections of the outbound and of the inbound listener may go past TCP.
+    pub listener_acceleration: [Acceleration; 2],
     /// The packet mark of redirected packets.
     pub mark: u32,
     /// The routing table that delivers marked packets to this host.
@@ -117,6 +121,8 @@ pub struct InterceptionConfig {
     pub force_clsact: bool,
     /// How many addresses can be enrolled. For tests; not in the API.
     pub max_addresses: usize,
+    /// The kernel's release, if it is to be taken for another. For tests; not in the API.
+    pub kernel_release: Option<String>,
 }
 
 /// The mark, when none is configured.
@@ -149,6 +155,7 @@ impl Default for InterceptionConfig {
             inbound_listener: DEFAULT_INBOUND_LISTENER.to_owned(),
             outbound_listener: DEFAULT_OUTBOUND_LISTENER.to_owned(),
             shortcut_cgroup: None,
+            listener_acceleration: [Acceleration::Joined; 2],
             mark: DEFAULT_MARK,
             route_table: DEFAULT_ROUTE_TABLE,
             pin_path: PathBuf::from(DEFAULT_PIN_PATH),
@@ -156,6 +163,7 @@ impl Default for InterceptionConfig {
             balancing: None,
             force_clsact: false,
             max_addresses: MAX_PODS,
+            kernel_release: None,
         }
     }
 }
@@ -193,6 +201,9 @@ impl InterceptionConfig {
             excluded_uids,
             enrolment,
             state_path,
+            acceleration,
+            outbound_acceleration,
+            inbound_acceleration,
         } = proto;
         let default = Self::default();
         if interfaces.is_empty() && host.is_none() && balancing.is_none() {
@@ -201,14 +212,36 @@ impl InterceptionConfig {
         // The program of host mode would take the connection first, and the daemon lead it nowhere.
         let hosts = host.as_ref().map(|host| host.cgroups.as_slice()).unwrap_or_default();
         let balanced = balancing.as_ref().map(|balancing| balancing.cgroups.as_slice()).unwrap_or_default();
-        if let Some(index) = balanced.iter().position(|cgroup| hosts.contains(cgroup)) {
-            let reason = format!("{} is in host.cgroups already: a cgroup has one of the two", balanced[index]);
-            return Err(at("balancing.cgroups", index, reason));
+        for (index, cgroup) in balanced.iter().enumerate() {
+            if let Some(host) = hosts.iter().find(|host| nests(host, cgroup)) {
+                let reason = if host == cgroup {
+                    format!("{cgroup} is in host.cgroups already: a cgroup has one of the two")
+                } else {
+                    format!("{cgroup} and {host} of host.cgroups are one below the other: a process has one of the two")
+                };
+                return Err(at("balancing.cgroups", index, reason));
+            }
         }
         let policy = Policy {
             failure_policy: failure(*failure_policy, "failure_policy")?,
             traffic: traffic(*direction, "direction")?,
+            acceleration: level(*acceleration, "acceleration")?,
         };
+        let of_listener = |value: &Option<i32>, path: &str| {
+            value.map_or(Ok(Acceleration::Joined), |value| {
+                if shortcut_cgroup.is_empty() {
+                    return Err(needs_cgroup(path));
+                }
+                level(value, path)
+            })
+        };
+        let listener_acceleration = [
+            of_listener(outbound_acceleration, "outbound_acceleration")?,
+            of_listener(inbound_acceleration, "inbound_acceleration")?,
+        ];
+        if policy.acceleration != Acceleration::default() && shortcut_cgroup.is_empty() {
+            return Err(needs_cgroup("acceleration"));
+        }
         Ok(Self {
             interfaces: patterns(interfaces, "interfaces")?,
             uplinks: patterns(uplinks, "uplinks")?,
@@ -229,6 +262,7 @@ impl InterceptionConfig {
             shortcut_cgroup: non_empty(shortcut_cgroup)
                 .map(|path| absolute(&path).map_err(|reason| ("shortcut_cgroup".to_owned(), reason)))
                 .transpose()?,
+            listener_acceleration,
             mark: if *mark == 0 { default.mark } else { *mark },
             route_table: match *route_table {
                 0 => default.route_table,
@@ -247,6 +281,7 @@ impl InterceptionConfig {
             balancing: balancing.as_ref().map(ConnectBalancing::from_proto).transpose()?,
             force_clsact: false,
             max_addresses: default.max_addresses,
+            kernel_release: None,
         })
     }
 
@@ -256,6 +291,12 @@ impl InterceptionConfig {
         let policies = self.pods.iter().map(|pod| pod.policy).chain(selectors.map(|selector| selector.policy));
         policies.chain([self.policy]).any(|policy| policy.traffic.bits() & direction != 0)
     }
+}
+
+/// Whether a cgroup that one pattern names may be a cgroup that the other names, or be above or below it.
+fn nests(one: &str, other: &str) -> bool {
+    let names = |path| Path::new(path).components().map(|name| name.as_os_str().to_string_lossy());
+    names(one).zip(names(other)).all(|(one, other)| glob_matches(&one, &other) || glob_matches(&other, &one))
 }
 
 pub(super) fn at(field: &str, index: usize, reason: impl Into<String>) -> FieldError {
@@ -307,6 +348,19 @@ pub(super) fn failure(value: i32, path: &str) -> Result<FailurePolicy, FieldErro
     }
 }
 
+pub(super) fn level(value: i32, path: &str) -> Result<Acceleration, FieldError> {
+    match message::Acceleration::try_from(value) {
+        Ok(message::Acceleration::Shortcut) => Ok(Acceleration::Shortcut),
+        Ok(message::Acceleration::Off) => Ok(Acceleration::Off),
+        Ok(message::Acceleration::Joined) => Ok(Acceleration::Joined),
+        Err(_) => Err((path.to_owned(), format!("{value} is neither SHORTCUT (0), OFF (1) nor JOINED (2)"))),
+    }
+}
+
+fn needs_cgroup(path: &str) -> FieldError {
+    (path.to_owned(), "nothing goes past TCP without `shortcut_cgroup`".to_owned())
+}
+
 fn patterns(globs: &[String], field: &str) -> Result<Vec<String>, FieldError> {
     /// `IFNAMSIZ`, without the byte that ends the name.
     const LONGEST_NAME: usize = 15;
@@ -334,7 +388,7 @@ fn enrolled(pods: &[message::Pod], default: Policy) -> Result<Vec<Pod>, FieldErr
     }
     let mut seen = HashSet::new();
     let mut enrolled = Vec::with_capacity(pods.len());
-    for (index, message::Pod { address, failure_policy, direction }) in pods.iter().enumerate() {
+    for (index, message::Pod { address, failure_policy, direction, acceleration }) in pods.iter().enumerate() {
         let path = format!("pods[{index}].address");
         let Some(address) = pod_address(address) else {
             return Err((path, format!("`{address}` is not the IPv4 or IPv6 address of a pod")));
@@ -342,7 +396,7 @@ fn enrolled(pods: &[message::Pod], default: Policy) -> Result<Vec<Pod>, FieldErr
         if !seen.insert(address) {
             return Err((path, format!("{address} is listed twice")));
         }
-        let policy = default.overridden(*failure_policy, *direction, &format!("pods[{index}]"))?;
+        let policy = default.overridden(*failure_policy, *direction, *acceleration, &format!("pods[{index}]"))?;
         enrolled.push(Pod { address, policy });
     }
     Ok(enrolled)
@@ -354,13 +408,16 @@ impl Policy {
         self,
         failure_policy: Option<i32>,
         direction: Option<i32>,
+        acceleration: Option<i32>,
         path: &str,
     ) -> Result<Self, FieldError> {
         let failure_policy = failure_policy.map(|value| failure(value, &format!("{path}.failure_policy")));
         let traffic = direction.map(|value| traffic(value, &format!("{path}.direction")));
+        let acceleration = acceleration.map(|value| level(value, &format!("{path}.acceleration")));
         Ok(Self {
             failure_policy: failure_policy.transpose()?.unwrap_or(self.failure_policy),
             traffic: traffic.transpose()?.unwrap_or(self.traffic),
+            acceleration: acceleration.transpose()?.unwrap_or(self.acceleration),
         })
     }
 }

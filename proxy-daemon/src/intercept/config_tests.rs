@@ -44,8 +44,11 @@ fn bad_ranges_are_refused_in_words() {
     }
 }
 
-fn pod_with(address: &str, failure_policy: FailurePolicy) -> Pod {
-    Pod { address: address.parse().unwrap(), policy: Policy { failure_policy, traffic: Traffic::Inbound } }
+fn pod_with(address: &str, failure_policy: FailurePolicy, acceleration: Acceleration) -> Pod {
+    Pod {
+        address: address.parse().unwrap(),
+        policy: Policy { failure_policy, traffic: Traffic::Inbound, acceleration },
+    }
 }
 
 /// A message that is right, for tests to spoil.
@@ -78,7 +81,12 @@ fn every_field_is_taken() {
         interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
         uplinks: vec!["eth0".to_owned()],
         pods: vec![
-            message::Pod { address: "::ffff:10.0.0.1".to_owned(), failure_policy: Some(0), direction: Some(1) },
+            message::Pod {
+                address: "::ffff:10.0.0.1".to_owned(),
+                failure_policy: Some(0),
+                direction: Some(1),
+                acceleration: Some(2),
+            },
             message::Pod { address: "fd00::1".to_owned(), ..message::Pod::default() },
         ],
         excluded_ports: vec![22, 65_535],
@@ -102,17 +110,31 @@ fn every_field_is_taken() {
             selectors: vec![message::enrolment::Selector { direction: Some(2), ..Default::default() }],
         }),
         state_path: "/var/lib/culvert/enrolled.json".to_owned(),
+        acceleration: 1,
+        outbound_acceleration: Some(0),
+        inbound_acceleration: None,
     });
     let expected = InterceptionConfig {
         interfaces: vec!["veth*".to_owned(), "cali?".to_owned()],
         uplinks: vec!["eth0".to_owned()],
-        pods: vec![pod_with("10.0.0.1", FailurePolicy::Open), pod_with("fd00::1", FailurePolicy::Closed)],
-        policy: Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Inbound },
+        pods: vec![
+            pod_with("10.0.0.1", FailurePolicy::Open, Acceleration::Joined),
+            pod_with("fd00::1", FailurePolicy::Closed, Acceleration::Off),
+        ],
+        policy: Policy {
+            failure_policy: FailurePolicy::Closed,
+            traffic: Traffic::Inbound,
+            acceleration: Acceleration::Off,
+        },
         enrolment: Some(Enrolment {
             pod_manifests: PathBuf::from("/pods"),
             node_name: "node-a".to_owned(),
             selectors: vec![super::super::selectors::Selector {
-                policy: Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both },
+                policy: Policy {
+                    failure_policy: FailurePolicy::Closed,
+                    traffic: Traffic::Both,
+                    acceleration: Acceleration::Off,
+                },
                 ..Default::default()
             }],
         }),
@@ -132,6 +154,8 @@ fn every_field_is_taken() {
         balancing: None,
         force_clsact: false,
         max_addresses: MAX_PODS,
+        listener_acceleration: [Acceleration::Shortcut, Acceleration::Joined],
+        kernel_release: None,
     };
     assert_eq!(config, Ok(expected));
 }
@@ -159,6 +183,9 @@ fn what_is_wrong_is_named_with_its_path() {
         (Message { direction: 3, ..good() }, "direction", "OUTBOUND"),
         (Message { inbound_excluded_ranges: texts(&["x"]), ..good() }, "inbound_excluded_ranges[0]", "address range"),
         (Message { shortcut_cgroup: "pods".to_owned(), ..good() }, "shortcut_cgroup", "absolute"),
+        (Message { acceleration: 3, ..good() }, "acceleration", "JOINED"),
+        (Message { acceleration: 2, ..good() }, "acceleration", "shortcut_cgroup"),
+        (Message { inbound_acceleration: Some(1), ..good() }, "inbound_acceleration", "shortcut_cgroup"),
         (Message { route_table: 254, ..good() }, "route_table", "kernel's own"),
         (Message { pin_path: "bpf".to_owned(), ..good() }, "pin_path", "absolute"),
         (Message { pin_path: "/sys/fs/bpf/v1.0".to_owned(), ..good() }, "pin_path", "no dots"),
@@ -167,5 +194,22 @@ fn what_is_wrong_is_named_with_its_path() {
         let (found_path, found_words) = InterceptionConfig::from_proto(&spoiled).expect_err(path);
         assert_eq!(found_path, path);
         assert!(found_words.contains(words), "{path}: {found_words}");
+    }
+}
+
+#[test]
+fn cgroups_that_are_one_below_the_other_are_noticed() {
+    for (one, other, expected) in [
+        ("/cg/a", "/cg/a", true),
+        ("/cg/a", "/cg/a/b", true),
+        ("/cg/a/b", "/cg", true),
+        ("/cg/a", "/cg/b", false),
+        ("/cg/a", "/cg/ab", false),
+        ("/cg/shop-*.service", "/cg/shop-web.service/inner", true),
+        ("/cg/shop-?", "/cg/shop-10", false),
+        ("/cg/a/c", "/cg/*/b", false),
+    ] {
+        assert_eq!(nests(one, other), expected, "{one} and {other}");
+        assert_eq!(nests(other, one), expected, "{other} and {one}");
     }
 }

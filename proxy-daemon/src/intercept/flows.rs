@@ -2,14 +2,13 @@
 
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd as _;
 
 use aya::Ebpf;
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::{HashMap, MapData, MapError};
 use culvert_proxy_ebpf::{Address, Endpoint, FlowKey, TCP};
 
 use super::error::{InterceptError, chain};
-use super::kernel;
+use super::{joins, kernel};
 
 /// One worker's view of the connections that host processes were redirected with.
 ///
@@ -22,14 +21,7 @@ impl HostFlows {
     /// Of the loaded programs.
     pub(super) fn new(ebpf: &Ebpf) -> Result<Self, InterceptError> {
         const NAME: &str = "FLOWS";
-        let error = |reason: String| InterceptError::Load { name: NAME.to_owned(), reason };
-        let map = ebpf.map(NAME).ok_or_else(|| error("not in the kernel object".to_owned()))?;
-        let typed = HashMap::<&MapData, FlowKey, Endpoint>::try_from(map);
-        typed.map_err(|source| InterceptError::load(NAME, &source))?;
-        let Map::LruHashMap(data) = map else { return Err(error("is of another type".to_owned())) };
-        let own = data.fd().as_fd().try_clone_to_owned().map_err(|source| error(chain(&source)))?;
-        let own = MapData::from_fd(own).map_err(|source| InterceptError::load(NAME, &source))?;
-        let own = HashMap::try_from(Map::LruHashMap(own)).map_err(|source| InterceptError::load(NAME, &source))?;
+        let own = HashMap::try_from(joins::own(ebpf, NAME)?).map_err(|source| InterceptError::load(NAME, &source))?;
         Ok(Self(RefCell::new(own)))
     }
 

@@ -6,16 +6,17 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, Map, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap};
+use aya::maps::{Array, HashMap, Map, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap};
 use aya::programs::links::CgroupAttachMode;
 use aya::programs::{
     Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _,
 };
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{
-    Address, MAX_WORKERS, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped,
+    Acceleration, Address, MAX_WORKERS, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped,
 };
 
+use super::acceleration::Withheld;
 use super::attach::{Direction, classifier};
 use super::btf::Btf;
 use super::config::{FailurePolicy, InterceptionConfig, Range};
@@ -191,8 +192,17 @@ pub(super) fn note_daemon(ebpf: &mut Ebpf) -> Result<(), InterceptError> {
 }
 
 /// Where the running kernel keeps what the short cut reads of sockets; or why it takes no short cut.
-pub(super) fn sock_layout() -> Result<SockLayout, String> {
-    probe::KernelVersion::running().map_err(|error| error.to_string())?.has_sound_sockmap()?;
+pub(super) fn sock_layout(config: &InterceptionConfig) -> Result<SockLayout, Withheld> {
+    let version = match &config.kernel_release {
+        Some(release) => probe::KernelVersion::of_release(release),
+        None => probe::KernelVersion::running(),
+    };
+    let version = version.map_err(|error| Withheld::KernelBugs(error.to_string()))?;
+    version.has_sound_sockmap().map_err(Withheld::KernelBugs)?;
+    read_sock_layout().map_err(Withheld::NoTypes)
+}
+
+fn read_sock_layout() -> Result<SockLayout, String> {
     let types = Btf::of_kernel()?;
     Ok(SockLayout {
         rmem_alloc: types.offset_of("sock", &["sk_backlog", "rmem_alloc"])?,
@@ -201,7 +211,14 @@ pub(super) fn sock_layout() -> Result<SockLayout, String> {
         socket: types.offset_of("sock", &["sk_socket"])?,
         file: types.offset_of("socket", &["file"])?,
         file_flags: types.offset_of("file", &["f_flags"])?,
+        state: types.offset_of("sock", &["__sk_common", "skc_state"])?,
     })
+}
+
+/// Sets how far payload of a direction's connections may go past TCP.
+pub(super) fn set_switch(ebpf: &mut Ebpf, direction: u32, level: Acceleration) -> Result<(), InterceptError> {
+    let mut switches: Array<_, u32> = map(ebpf, "SWITCHES")?;
+    switches.set(direction, level as u32, 0).map_err(|error| InterceptError::load("SWITCHES", &error))
 }
 
 /// Attaches the short cut to a cgroup, or says why the kernel does not take it. It lives as long as the daemon: its maps
@@ -291,6 +308,7 @@ pub(super) fn counters(ebpf: &Ebpf) -> Vec<(&'static str, u64)> {
     };
     Reason::ALL
         .iter()
+        .filter(|reason| !reason.is_daemons())
         .map(|reason| {
             let value = counters.get(&(*reason as u32), 0).map(|per_cpu| per_cpu.iter().sum()).unwrap_or(0);
             (reason.name(), value)

@@ -3,7 +3,7 @@ use super::super::selectors::Selector;
 use super::*;
 
 fn enrolment(path: &Path) -> Enrolment {
-    let policy = Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both };
+    let policy = Policy { failure_policy: FailurePolicy::Closed, traffic: Traffic::Both, ..Policy::default() };
     let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
     Enrolment {
         pod_manifests: path.to_owned(),

@@ -17,10 +17,13 @@
 //! commanded  pods that were enrolled by command
 //! clean      removes all that a daemon left
 //! cgroups    puts programs on cgroups, pinned, and follows cgroups that appear
+//! acceleration  how far payload may go past TCP, and why not; joins: connections whose payload goes past the daemon;
+//!            lanes: reads of sockets into which the short cut puts payload
 //! flows      where redirected connections of host processes were going
 //! services   the kernel's tables of the services that it balances; sessions: UDP sockets whose backend is gone
 //! ```
 
+mod acceleration;
 mod attach;
 mod btf;
 mod cgroups;
@@ -30,7 +33,9 @@ mod config;
 mod connect_config;
 mod error;
 mod flows;
+mod joins;
 mod kernel;
+pub(crate) mod lanes;
 mod lease;
 mod manifests;
 mod netlink;
@@ -46,8 +51,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use culvert_proxy_ebpf::Acceleration;
 use culvert_proxy_ebpf::{INBOUND, OUTBOUND};
 
+pub use acceleration::{AccelerationStatus, ListenerAcceleration};
 pub use clean::clean;
 pub use config::{
     DEFAULT_INBOUND_LISTENER, DEFAULT_MARK, DEFAULT_OUTBOUND_LISTENER, DEFAULT_PIN_PATH, DEFAULT_ROUTE_TABLE,
@@ -56,6 +63,7 @@ pub use config::{
 pub use connect_config::{BalancedService, ConnectBalancing, HostMode};
 pub use error::InterceptError;
 pub use flows::HostFlows;
+pub use joins::{Joined, Joins, Past};
 pub use pods::PodStatus;
 pub use selectors::{Enrolment, Selector};
 
@@ -122,6 +130,26 @@ impl Interception {
     pub fn host_flows(&self) -> Result<Option<HostFlows>, InterceptError> {
         let state = self.lock();
         state.config.host.as_ref().map(|_| HostFlows::new(&state.ebpf)).transpose()
+    }
+
+    /// By which one worker joins connections; `None`: nothing goes past TCP.
+    pub fn joins(&self) -> Result<Option<Joins>, InterceptError> {
+        let state = self.lock();
+        state.accelerates().then(|| Joins::new(&state.ebpf)).transpose()
+    }
+
+    /// How far payload may go past TCP, and why not farther.
+    pub fn acceleration(&self) -> AccelerationStatus {
+        self.lock().acceleration()
+    }
+
+    /// Says until the daemon ends how far payload may go past TCP: `off`, `shortcut` or `joined`, of all connections or of
+    /// those of a listener. Off holds at once; what was not registered before is not registered later.
+    ///
+    /// # Errors
+    /// There is no such listener or word, or nothing can go past TCP.
+    pub fn accelerate(&self, level: &str, listener: Option<&str>) -> Result<(), InterceptError> {
+        self.lock().accelerate(level, listener)
     }
 
     /// Which services the kernel is to balance; `None`: none.
@@ -223,8 +251,9 @@ impl Interception {
         addresses: Vec<IpAddr>,
         direction: Option<&str>,
         failure_policy: Option<&str>,
+        acceleration: Option<&str>,
     ) -> Result<(), InterceptError> {
-        self.lock().enrol(name, addresses, direction, failure_policy)
+        self.lock().enrol(name, addresses, direction, failure_policy, acceleration)
     }
 
     /// Takes out what was enrolled by command: a pod by its name, or by one of its addresses.
@@ -238,6 +267,11 @@ impl Interception {
         let Self { watcher, follower, cgroups, state, .. } = self;
         drop((watcher, follower, cgroups));
         state.lock().unwrap_or_else(PoisonError::into_inner).remove()
+    }
+
+    /// The packet mark of redirected packets.
+    pub fn mark(&self) -> u32 {
+        self.lock().config.mark
     }
 
     /// The name of the listener that receives redirected connections of pods and of host processes.

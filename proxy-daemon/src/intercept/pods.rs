@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::time::SystemTime;
 
 use aya::Ebpf;
-use culvert_proxy_ebpf::PodPolicy;
+use culvert_proxy_ebpf::{Acceleration, PodPolicy};
 use serde::Serialize;
 
 use super::config::{FailurePolicy, Policy, Traffic};
@@ -101,6 +101,7 @@ pub struct PodStatus {
     pub reason: Option<String>,
     direction: Option<&'static str>,
     failure_policy: Option<&'static str>,
+    acceleration: Option<&'static str>,
     interface: Option<String>,
     /// Connections that it opened and that were redirected.
     pub outbound_connections: u64,
@@ -220,6 +221,7 @@ impl Pods {
             reason: None,
             direction: pod.wanted.as_ref().ok().map(|policy| policy.traffic.name()),
             failure_policy: pod.wanted.as_ref().ok().map(|policy| policy.failure_policy.name()),
+            acceleration: pod.wanted.as_ref().ok().map(|policy| acceleration_name(policy.acceleration)),
             interface: pod.addresses.iter().filter_map(of).map(|in_force| in_force.interface.clone()).next(),
             outbound_connections: 0,
             inbound_connections: 0,
@@ -296,6 +298,7 @@ impl Policy {
             fail_closed: u32::from(self.failure_policy == FailurePolicy::Closed),
             directions: self.traffic.bits(),
             interface,
+            acceleration: self.acceleration as u32,
         }
     }
 }
@@ -329,4 +332,19 @@ impl FailurePolicy {
     pub(super) fn of_name(name: &str) -> Option<Self> {
         [Self::Open, Self::Closed].into_iter().find(|policy| policy.name() == name)
     }
+}
+
+/// For people and for the state file.
+pub(super) const fn acceleration_name(level: Acceleration) -> &'static str {
+    match level {
+        Acceleration::Off => "off",
+        Acceleration::Shortcut => "shortcut",
+        Acceleration::Joined => "joined",
+    }
+}
+
+/// How far payload may go, by its name.
+pub(super) fn acceleration_of_name(name: &str) -> Option<Acceleration> {
+    let all = [Acceleration::Off, Acceleration::Shortcut, Acceleration::Joined];
+    all.into_iter().find(|level| acceleration_name(*level) == name)
 }

@@ -34,8 +34,12 @@ impl KernelVersion {
     /// The running kernel's.
     pub(super) fn running() -> io::Result<Self> {
         let name = nix::sys::utsname::uname()?;
-        let release = name.release().to_string_lossy();
-        Self::parse(&release).ok_or_else(|| io::Error::other(format!("kernel release `{release}` is not a version")))
+        Self::of_release(&name.release().to_string_lossy())
+    }
+
+    /// Of a release's name.
+    pub(super) fn of_release(release: &str) -> io::Result<Self> {
+        Self::parse(release).ok_or_else(|| io::Error::other(format!("kernel release `{release}` is not a version")))
     }
 
     /// Reads `6.12.94+deb13-amd64` and the like. A missing patch number is 0.

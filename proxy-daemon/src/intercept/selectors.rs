@@ -40,14 +40,19 @@ impl Enrolment {
             return Err(under(("selectors".to_owned(), "without a selector no pod is enrolled".to_owned())));
         }
         let read = |(index, selector): (usize, &message::Selector)| {
-            let message::Selector { namespaces, match_labels, failure_policy, direction } = selector;
+            let message::Selector { namespaces, match_labels, failure_policy, direction, acceleration } = selector;
             if namespaces.iter().any(String::is_empty) || match_labels.keys().any(String::is_empty) {
                 return Err(at("selectors", index, "a namespace or a label has no name"));
             }
             Ok(Selector {
                 namespaces: namespaces.clone(),
                 match_labels: match_labels.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
-                policy: default.overridden(*failure_policy, *direction, &format!("selectors[{index}]"))?,
+                policy: default.overridden(
+                    *failure_policy,
+                    *direction,
+                    *acceleration,
+                    &format!("selectors[{index}]"),
+                )?,
             })
         };
         let selectors = selectors.iter().enumerate().map(read).collect::<Result<_, _>>().map_err(under)?;

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use aya::Ebpf;
-use culvert_proxy_ebpf::{Endpoint, INBOUND, LAYOUT, OUTBOUND, SockLayout};
+use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, LAYOUT, OUTBOUND, SockLayout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::acceleration::{AccelerationStatus, Switches, Withheld};
 use super::attach::{self, Attachment, Direction, Method};
 use super::cgroups::{Hooks, Role};
 use super::commanded::{self, Commanded};
@@ -19,9 +20,9 @@ use super::config::{FailurePolicy, InterceptionConfig, Policy, Traffic, glob_mat
 use super::error::InterceptError;
 use super::lease::Lease;
 use super::netlink::{Link, Netlink};
-use super::pods::{Known, Origin, Place, PodStatus, Pods};
+use super::pods::{Known, Origin, Place, PodStatus, Pods, acceleration_of_name};
 use super::services::Services;
-use super::{cgroups, kernel, probe, services, sessions};
+use super::{cgroups, kernel, lanes, probe, services, sessions};
 
 /// How long programs of an earlier daemon stay where our listeners do not come.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -40,7 +41,9 @@ pub(super) struct State {
     /// The address families that have our rule and route; true: IPv6.
     routed: Vec<bool>,
     /// What the short cut needs to know of the running kernel, or why there is none.
-    sock_layout: Result<SockLayout, String>,
+    sock_layout: Result<SockLayout, Withheld>,
+    /// How far payload may go past TCP, as said at run time.
+    switches: Switches,
     /// By interface index.
     attachments: HashMap<u32, Attachment>,
     /// What is attached to cgroups.
@@ -68,8 +71,8 @@ impl State {
             InterceptError::netlink("read the network namespace's cookie (needs Linux 5.14)", source)
         })?;
         let sock_layout = match &config.shortcut_cgroup {
-            Some(_) => kernel::sock_layout(),
-            None => Err("not configured".to_owned()),
+            Some(_) => kernel::sock_layout(&config),
+            None => Err(Withheld::NotConfigured),
         };
         let unused = SockLayout::default();
         let ebpf = kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
@@ -93,6 +96,7 @@ impl State {
             netlink,
             loopback,
             sock_layout,
+            switches: Switches::default(),
             routed: Vec::new(),
             attachments: HashMap::new(),
             hooks: Vec::new(),
@@ -121,12 +125,24 @@ impl State {
         }
         if let Some(path) = &self.config.shortcut_cgroup {
             let cgroup = probe::open_cgroup(path)?;
-            let attached = self.sock_layout.clone().and_then(|_| kernel::attach_shortcut(&mut self.ebpf, cgroup));
-            match attached {
-                Ok(()) => tracing::info!(cgroup = %path.display(), "hops that stay on the node take the short cut"),
-                Err(reason) => tracing::warn!(reason, "no short cut for hops that stay on the node: they use TCP"),
+            if self.sock_layout.is_ok()
+                && let Err(reason) = kernel::attach_shortcut(&mut self.ebpf, cgroup)
+            {
+                self.sock_layout = Err(Withheld::Refused(reason));
+            }
+            match &self.sock_layout {
+                Ok(_) => {
+                    lanes::look_at_both();
+                    tracing::info!(cgroup = %path.display(), "hops that stay on the node take the short cut");
+                }
+                Err(withheld) => tracing::warn!(
+                    reason_number = withheld.number(),
+                    reason = %withheld,
+                    "no short cut for hops that stay on the node: they use TCP"
+                ),
             }
         }
+        self.set_switches()?;
         self.reconcile_addresses()?;
         let bootstrap = self.config.pods.iter().map(|pod| Known {
             name: pod.address.to_string(),
@@ -248,8 +264,44 @@ impl State {
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         let mut counters = kernel::counters(&self.ebpf);
         counters.push(("interception.balanced.tables_refused", self.services.refused));
+        let withheld = self.sock_layout.as_ref().err().map_or(0, Withheld::number);
+        counters.push(("interception.acceleration.withheld", withheld.into()));
         counters.extend(self.pods.counts());
         counters
+    }
+
+    /// Whether anything goes past TCP.
+    pub(super) fn accelerates(&self) -> bool {
+        self.sock_layout.is_ok()
+    }
+
+    pub(super) fn acceleration(&self) -> AccelerationStatus {
+        AccelerationStatus::new(&self.config, &self.switches, self.sock_layout.as_ref().err())
+    }
+
+    pub(super) fn accelerate(&mut self, level: &str, listener: Option<&str>) -> Result<(), InterceptError> {
+        if let Err(withheld) = &self.sock_layout {
+            return Err(InterceptError::Command(format!("nothing can go past TCP here: {withheld}")));
+        }
+        let Some(level) = acceleration_of_name(level) else {
+            return Err(InterceptError::Command("level is off, shortcut or joined".to_owned()));
+        };
+        let names = [&self.config.outbound_listener, &self.config.inbound_listener];
+        let meant = names.map(|name| listener.is_none_or(|listener| listener == name));
+        if meant == [false; 2] {
+            let reason = format!("listener is {} or {}", names[0], names[1]);
+            return Err(InterceptError::Command(reason));
+        }
+        for (switch, _) in self.switches.listeners.iter_mut().zip(meant).filter(|(_, meant)| *meant) {
+            *switch = level;
+        }
+        self.set_switches()
+    }
+
+    fn set_switches(&mut self) -> Result<(), InterceptError> {
+        let [outbound, inbound]: [Acceleration; 2] = self.switches.in_force(&self.config);
+        kernel::set_switch(&mut self.ebpf, OUTBOUND, outbound)?;
+        kernel::set_switch(&mut self.ebpf, INBOUND, inbound)
     }
 
     pub(super) fn pods(&self) -> Vec<PodStatus> {
@@ -328,6 +380,7 @@ impl State {
         mut addresses: Vec<IpAddr>,
         direction: Option<&str>,
         failure_policy: Option<&str>,
+        acceleration: Option<&str>,
     ) -> Result<(), InterceptError> {
         let refuse = |reason: String| Err(InterceptError::Command(reason));
         let default = self.config.policy;
@@ -336,6 +389,8 @@ impl State {
         };
         let failure = failure_policy.map_or(Some(default.failure_policy), FailurePolicy::of_name);
         let Some(failure_policy) = failure else { return refuse("failure_policy is open or closed".to_owned()) };
+        let level = acceleration.map_or(Some(default.acceleration), acceleration_of_name);
+        let Some(acceleration) = level else { return refuse("acceleration is off, shortcut or joined".to_owned()) };
         addresses.sort_unstable();
         addresses.dedup();
         let Some(first) = addresses.first() else { return refuse("an address is needed".to_owned()) };
@@ -355,7 +410,7 @@ impl State {
         }
         // At least one address: the loop ran.
         let Some(interface) = interface else { return refuse("an address is needed".to_owned()) };
-        let policy = Policy { failure_policy, traffic };
+        let policy = Policy { failure_policy, traffic, acceleration };
         let before = self.commanded.clone();
         self.commanded
             .retain(|pod| pod.name != name && pod.addresses.iter().all(|address| !addresses.contains(address)));

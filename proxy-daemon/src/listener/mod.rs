@@ -456,7 +456,7 @@ async fn shake_hands(
     active: &ActiveListener,
     drain: &mut DrainSignal,
     drain_time: Duration,
-) -> Result<(TlsStream<TcpStream>, TlsInfo), Option<String>> {
+) -> Result<(TlsStream<DownstreamStream>, TlsInfo), Option<String>> {
     let expired = async {
         match chain.handshake_limit {
             Some(limit) => tokio::time::sleep(limit).await,
@@ -468,7 +468,7 @@ async fn shake_hands(
         tokio::time::sleep(drain_time).await;
     };
     tokio::select! {
-        result = tls.accept(stream) => match result {
+        result = tls.accept(DownstreamStream::Plain(stream)) => match result {
             Ok(secured) => Ok(secured),
             Err(error) => {
                 let error = culvert_xds_client::tls_error::describe(&error);

@@ -12,13 +12,15 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
+use crate::intercept::lanes;
+
 /// A downstream connection as filters see it.
 #[derive(Debug)]
 pub enum DownstreamStream {
     /// As it comes.
     Plain(TcpStream),
     /// Through TLS, after the handshake.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<DownstreamStream>>),
 }
 
 impl DownstreamStream {
@@ -39,7 +41,7 @@ impl DownstreamStream {
 impl AsyncRead for DownstreamStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            DownstreamStream::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            DownstreamStream::Plain(stream) => lanes::poll_read(stream, cx, buf),
             DownstreamStream::Tls(stream) => Pin::new(stream).poll_read(cx, buf).map(eof),
         }
     }

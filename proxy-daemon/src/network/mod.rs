@@ -1,5 +1,6 @@
 //! Network (L4) filters, one file each.
 
+mod relay;
 mod sni_dynamic_forward_proxy;
 pub mod tcp_proxy;
 mod tunnel;

@@ -154,6 +154,10 @@ impl DataPlane {
                     Some(interception) => interception.host_flows().map_err(std::io::Error::other)?,
                     None => None,
                 },
+                joins: match &options.interception {
+                    Some(interception) => interception.joins().map_err(std::io::Error::other)?,
+                    None => None,
+                },
                 drain_time: options.drain_time,
                 draining: draining.subscribe(),
                 // With fewer workers than processors the scheduler finds them better places than we do.
@@ -343,6 +347,16 @@ impl DataPlane {
     pub fn prepare_listener(&self, config: Arc<Listener>, prints: Option<Prints>) -> Result<PreparedListener, String> {
         if *self.0.draining.borrow() {
             return Err("the daemon is draining: no listener is added any more".to_owned());
+        }
+        if let Some(source) = &config.original_src
+            && self.with_interception(|interception| interception.mark() == source.mark) == Some(true)
+        {
+            // The kernel would deliver the daemon's own connections to the daemon.
+            return Err(format!(
+                "listener_filters: original_src.mark {:#x} is the mark of culvert.bootstrap.interception: connections with it \
+                 would come back to this daemon; leave it out, or choose another",
+                source.mark
+            ));
         }
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
         let before = before.map(|before| before.active.load_full());

@@ -4,6 +4,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     net::{IpAddr, SocketAddr},
+    os::fd::AsRawFd,
     rc::Rc,
     sync::Arc,
     thread,
@@ -20,7 +21,7 @@ use tokio::{
 use crate::{
     access_log,
     http::filters::OffloadedTable,
-    intercept::HostFlows,
+    intercept::{HostFlows, Joined, Joins},
     listener::{SharedListener, accept_forever},
     on_demand::OnDemand,
     stats::{self, Gauge},
@@ -43,6 +44,8 @@ pub struct Worker {
     pub draining: watch::Receiver<bool>,
     /// Where redirected connections of host processes were going; `None`: there are none.
     host_flows: Option<HostFlows>,
+    /// By which connections are joined; `None`: none are.
+    joins: Option<Rc<Joins>>,
     /// `server.total_connections`
     pub(crate) total_connections: Gauge,
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
@@ -64,6 +67,12 @@ impl Worker {
         // Processes of this host come from the address that they go to, or from the loopback interface.
         let near = client.ip().is_loopback() || client.ip() == local.ip();
         self.host_flows.as_ref().filter(|_| near)?.take(client, local.port())
+    }
+
+    /// Has payload go from a client's pod to a server's and back past this process, which would only copy it. `None`: it comes
+    /// here as before.
+    pub fn join(&self, client: &impl AsRawFd, server: &impl AsRawFd) -> Option<Joined> {
+        self.joins.as_ref()?.join(client, server)
     }
 
     /// Looks something up in the offloaded endpoints that discovery lists.
@@ -93,6 +102,7 @@ pub(super) struct Start {
     pub(super) on_demand: OnDemand,
     pub(super) node_ip: Option<IpAddr>,
     pub(super) host_flows: Option<HostFlows>,
+    pub(super) joins: Option<Joins>,
     pub(super) drain_time: Duration,
     pub(super) draining: watch::Receiver<bool>,
     /// Pins the thread to this processor.
@@ -123,6 +133,7 @@ async fn run(mut start: Start) {
         on_demand: start.on_demand,
         node_ip: start.node_ip,
         host_flows: start.host_flows,
+        joins: start.joins.map(Rc::new),
         drain_time: start.drain_time,
         draining: start.draining,
         total_connections: stats::gauge("server.total_connections"),

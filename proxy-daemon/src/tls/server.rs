@@ -15,7 +15,6 @@ use rustls::{
     },
     sign::CertifiedKey,
 };
-use tokio::net::TcpStream;
 use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, server::TlsStream};
 
 use super::{
@@ -27,6 +26,7 @@ use super::{
     verify::{Peer, PeerVerifier, covers},
 };
 use crate::config::model::{DownstreamTlsContext, SessionTicketKeys, SessionTickets, TlsCertificate};
+use crate::listener::DownstreamStream;
 
 /// A filter chain's transport socket, shared by all workers.
 pub struct ServerTls {
@@ -91,7 +91,7 @@ impl ServerTls {
     ///
     /// # Errors
     /// Counted: a secret is missing, or the handshake failed.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<(TlsStream<TcpStream>, TlsInfo)> {
+    pub async fn accept(&self, stream: DownstreamStream) -> io::Result<(TlsStream<DownstreamStream>, TlsInfo)> {
         let Some(context) = self.current.load_full() else {
             self.stats.downstream_context_secrets_not_ready.inc();
             return Err(io::Error::other("the certificates have not arrived yet"));
@@ -135,8 +135,8 @@ impl Context {
     /// Shakes hands in the way that the client's first message asks for.
     async fn choose_and_accept(
         &self,
-        stream: TcpStream,
-    ) -> io::Result<(TlsStream<TcpStream>, Option<Arc<TlsCertificate>>)> {
+        stream: DownstreamStream,
+    ) -> io::Result<(TlsStream<DownstreamStream>, Option<Arc<TlsCertificate>>)> {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let hello = start.client_hello();
         let shown = self.resolver.choose(&hello).cloned();

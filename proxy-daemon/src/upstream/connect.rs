@@ -366,7 +366,7 @@ impl UpstreamStream {
 impl AsyncRead for UpstreamStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            UpstreamStream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            UpstreamStream::Tcp(stream) => crate::intercept::lanes::poll_read(stream, cx, buf),
             UpstreamStream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             UpstreamStream::Tls(stream) => Pin::new(stream).poll_read(cx, buf).map(crate::listener::eof),
         }

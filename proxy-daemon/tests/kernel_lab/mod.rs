@@ -2,6 +2,7 @@
 //! a real kernel. They need root, and fail without it.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod process;
 pub mod puppet;
 
 use std::fs::{self, File};
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod, Policy, Traffic};
+use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod, Policy};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
@@ -206,6 +207,14 @@ fn wait(socket: &impl AsFd, flags: PollFlags, time: Duration) -> std::io::Result
     }
 }
 
+/// Connects from one of the addresses of the calling thread's namespace.
+pub fn connect_from(from: &str, to: &str) -> std::io::Result<Stream> {
+    let (from, to) = (format!("{from}:0"), to.parse::<SocketAddr>().expect("a socket address"));
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.bind(&from.parse::<SocketAddr>().expect("a socket address").into())?;
+    finish_connecting(socket, to, DEADLINE)
+}
+
 /// Connects in another's name from the calling thread's namespace.
 pub fn connect_as(from: &str, to: &str) -> std::io::Result<Stream> {
     connect_nonblocking(Some(from), to, DEADLINE)
@@ -214,8 +223,6 @@ pub fn connect_as(from: &str, to: &str) -> std::io::Result<Stream> {
 fn connect_nonblocking(from: Option<&str>, to: &str, time: Duration) -> std::io::Result<Stream> {
     let to: SocketAddr = to.parse().expect("a socket address");
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
     if let Some(from) = from {
         if to.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
@@ -225,6 +232,12 @@ fn connect_nonblocking(from: Option<&str>, to: &str, time: Duration) -> std::io:
         socket.set_reuse_address(true)?;
         socket.bind(&from.parse::<SocketAddr>().expect("a socket address").into())?;
     }
+    finish_connecting(socket, to, time)
+}
+
+fn finish_connecting(socket: Socket, to: SocketAddr, time: Duration) -> std::io::Result<Stream> {
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
     match socket.connect(&to.into()) {
         Err(error) if error.raw_os_error() == Some(nix::libc::EINPROGRESS) => {
             wait(&socket, PollFlags::POLLOUT, time)?;
@@ -290,7 +303,7 @@ pub fn closed_config() -> InterceptionConfig {
 }
 
 fn config_with(failure_policy: FailurePolicy) -> InterceptionConfig {
-    let policy = Policy { failure_policy, traffic: Traffic::Outbound };
+    let policy = Policy { failure_policy, ..Policy::default() };
     let pod = |address: &str| Pod { address: address.parse::<IpAddr>().expect("an address"), policy };
     InterceptionConfig {
         interfaces: vec!["pod*".to_owned()],

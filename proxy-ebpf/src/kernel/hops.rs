@@ -15,11 +15,15 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
-use culvert_proxy_ebpf::{Address, Hop, Lane, Reason, SHORTCUT_WINDOW, Side, SocketKey, from_words, v4_mapped};
+use culvert_proxy_ebpf::{
+    Acceleration, Address, Hop, INBOUND, Lane, OUTBOUND, Reason, SHORTCUT_WINDOW, Side, SocketKey, from_words,
+    v4_mapped,
+};
 
+use crate::joins;
 use crate::maps::{
-    HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, node_netns, pod_counters, sends_to_daemon,
-    sock_layout,
+    HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, may_short_cut, node_netns, pod_counters,
+    sends_to_daemon, sock_layout, switch,
 };
 
 const AF_INET: u32 = 2;
@@ -59,10 +63,17 @@ fn register(ctx: &SockOpsContext, active: bool) {
     if !on_a_hop {
         return;
     }
+    // A connection between two pods is the outbound listener's if the sender's policy is for it: see `redirect`.
+    let client = if active { &local } else { &remote };
+    let direction = if sends_to_daemon(client) { OUTBOUND } else { INBOUND };
+    if switch(direction) == Acceleration::Off as u32 || !may_short_cut(&local, &remote) {
+        count(Reason::ShortcutSocketsOff);
+        return;
+    }
     // SAFETY: fields of the context that the kernel passed in.
-    let (first_sent, first_received, sock) = unsafe {
+    let (first_sent, first_received, acknowledged, sock) = unsafe {
         let ops = &*ctx.ops;
-        (ops.snd_nxt, ops.rcv_nxt, ops.__bindgen_anon_2.sk)
+        (ops.snd_nxt, ops.rcv_nxt, ops.bytes_acked, ops.__bindgen_anon_2.sk)
     };
     if sock.is_null() {
         return;
@@ -75,6 +86,12 @@ fn register(ctx: &SockOpsContext, active: bool) {
         own_sock,
         peer_sock: 0,
         tcp_counted: 0,
+        shortcut_sent: 0,
+        target_sock: 0,
+        target_peer_sock: 0,
+        direction,
+        // The SYN counts as a byte; one with payload (TCP Fast Open) hides where the stream begins.
+        countable: (acknowledged <= 1) as u32,
         lane: Lane::Unsettled as u32,
         only_counted: 0,
     };
@@ -113,7 +130,7 @@ fn register(ctx: &SockOpsContext, active: bool) {
 /// A read that waits on a socket in a sockmap is given up with `EAGAIN` when anything wakes it up, be it no more than
 /// the acknowledgement of a half close: programs that let the kernel wait do not expect that.
 #[inline(always)]
-fn is_nonblocking(sock: u64) -> bool {
+pub fn is_nonblocking(sock: u64) -> bool {
     let layout = sock_layout();
     let flags = pointer(sock, layout.socket)
         .and_then(|socket| pointer(socket, layout.file))
@@ -157,13 +174,18 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
     // SAFETY: not null: the socket's own storage, which lives as long as the socket. The socket is locked.
     let hop = unsafe { &mut *hop };
     let size = ctx.size();
+    let level = switch(hop.direction);
+    if level == Acceleration::Joined as u32 && hop.own.side == Side::Pod as u32 && joins::redirected(ctx, hop, size) {
+        return SK_PASS;
+    }
     if hop.lane != Lane::TcpForGood as u32 {
-        match check(hop, size) {
+        match check(hop, size, level) {
             Ok(()) if SOCKETS.redirect_msg(ctx, hop.peer, u64::from(BPF_F_INGRESS)) as u32 == SK_PASS => {
                 if hop.lane == Lane::Tcp as u32 {
                     count(Reason::ShortcutResumed);
                 }
                 hop.lane = Lane::Shortcut as u32;
+                hop.shortcut_sent += u64::from(size);
                 count(Reason::ShortcutMessages);
                 count_by(Reason::ShortcutBytes, u64::from(size));
                 count_for_pod(hop, size);
@@ -195,22 +217,34 @@ fn count_for_pod(hop: &Hop, size: u32) {
 
 /// Whether the next bytes keep their order, and the receiver its bounds, on the short cut; else why not.
 #[inline(always)]
-fn check(hop: &mut Hop, size: u32) -> Result<(), Reason> {
+fn check(hop: &mut Hop, size: u32, level: u32) -> Result<(), Reason> {
+    if level == Acceleration::Off as u32 {
+        return Err(Reason::ShortcutOff);
+    }
     if hop.peer_sock == 0 {
-        let address = SOCK_ADDRESSES.get_ptr(hop.peer).ok_or(Reason::ShortcutPeerMissing)?;
-        // SAFETY: a value of the map SOCK_ADDRESSES, which lives until the end of the program run.
-        hop.peer_sock = unsafe { *address };
+        hop.peer_sock = sock_address(&hop.peer).ok_or(Reason::ShortcutPeerMissing)?;
     }
     let layout = sock_layout();
     // What is read of a peer that closed meanwhile may be anything: the redirect then finds no peer, and fails.
     if hop.lane == Lane::Shortcut as u32 {
-        let unread = field(hop.peer_sock, layout.rmem_alloc)?;
-        // A message larger than the window passes when nothing waits.
-        let fits = unread == 0 || unread.saturating_add(size) <= SHORTCUT_WINDOW;
-        return if fits { Ok(()) } else { Err(Reason::ShortcutReceiverBehind) };
+        return if fits(hop.peer_sock, size)? { Ok(()) } else { Err(Reason::ShortcutReceiverBehind) };
     }
     let all_read = field(hop.peer_sock, layout.copied_seq)? == field(hop.own_sock, layout.write_seq)?;
     if all_read { Ok(()) } else { Err(Reason::ShortcutTcpUnread) }
+}
+
+/// Whether a receiver has room for a message. One larger than the window passes when nothing waits.
+#[inline(always)]
+pub fn fits(receiver: u64, size: u32) -> Result<bool, Reason> {
+    let unread = field(receiver, sock_layout().rmem_alloc)?;
+    Ok(unread == 0 || unread.saturating_add(size) <= SHORTCUT_WINDOW)
+}
+
+/// Where a registered socket is in the kernel's memory.
+#[inline(always)]
+pub fn sock_address(key: &SocketKey) -> Option<u64> {
+    // SAFETY: a value of the map SOCK_ADDRESSES, which lives until the end of the program run.
+    SOCK_ADDRESSES.get_ptr(key).map(|address| unsafe { *address })
 }
 
 /// Drops what is remembered of a socket.
@@ -222,7 +256,7 @@ fn forget_hop_of(sock: *mut bpf_sock) {
 
 /// A 32-bit field of a structure in the kernel's memory.
 #[inline(always)]
-fn field(structure: u64, offset: u32) -> Result<u32, Reason> {
+pub fn field(structure: u64, offset: u32) -> Result<u32, Reason> {
     // SAFETY: the helper reads any address, or fails.
     unsafe { bpf_probe_read_kernel((structure + u64::from(offset)) as *const u32) }
         .map_err(|_| Reason::ShortcutPeerMissing)

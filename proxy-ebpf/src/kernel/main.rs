@@ -8,6 +8,7 @@ mod balance;
 mod connect;
 mod hops;
 mod host;
+mod joins;
 mod maps;
 mod packet;
 mod redirect;

@@ -1,11 +1,12 @@
 //! The maps, the constants that the daemon sets at load time, and the counters.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, SkStorage, SockHash, SockMap};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, SkStorage, SockHash, SockMap};
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
-    Address, Hop, LISTENER_SLOTS, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES,
-    MAX_PODS, MAX_SHORTCUT_SOCKETS, OUTBOUND, PodCounters, PodPolicy, Reason, SockLayout, SocketKey,
+    Acceleration, Address, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES,
+    MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SHORTCUT_SOCKETS, OUTBOUND, PodCounters, PodPolicy, Reason,
+    SWITCHES as SWITCH_SLOTS, SockLayout, SocketKey,
 };
 
 /// Enrolled pods.
@@ -57,6 +58,18 @@ pub static HOPS: SkStorage<Hop> = SkStorage::new();
 #[btf_map]
 pub static SOCK_ADDRESSES: HashMap<SocketKey, u64, MAX_SHORTCUT_SOCKETS, NO_PREALLOC> = HashMap::new();
 
+/// How far payload of connections may go past TCP, by the direction of their listener; changed at run time.
+#[btf_map]
+static SWITCHES: Array<u32, SWITCH_SLOTS> = Array::new();
+
+/// Directions of joined connections, by their sender.
+#[btf_map]
+pub static JOINS: HashMap<SocketKey, Join, MAX_SHORTCUT_SOCKETS, NO_PREALLOC> = HashMap::new();
+
+/// What went past the daemon, by the sender; the daemon makes and removes the entries.
+#[btf_map]
+pub static JOINED: HashMap<SocketKey, JoinedCounters, MAX_SHORTCUT_SOCKETS, NO_PREALLOC> = HashMap::new();
+
 /// One slot a [`Reason`].
 #[btf_map]
 static COUNTERS: PerCpuArray<u64, { Reason::SLOTS }> = PerCpuArray::new();
@@ -73,7 +86,7 @@ static WORKERS: u32 = 0;
 static NODE_NETNS: u64 = 0;
 #[unsafe(no_mangle)]
 static SOCK_LAYOUT: SockLayout =
-    SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0, socket: 0, file: 0, file_flags: 0 };
+    SockLayout { rmem_alloc: 0, copied_seq: 0, write_seq: 0, socket: 0, file: 0, file_flags: 0, state: 0 };
 
 /// The packet mark that the routing rule delivers to this host.
 #[inline(always)]
@@ -129,6 +142,24 @@ pub fn is_enrolled(address: &Address) -> bool {
 #[inline(always)]
 pub fn sends_to_daemon(address: &Address) -> bool {
     PODS.get_ptr(address).is_some_and(|policy| directions(policy) & OUTBOUND != 0)
+}
+
+/// How far payload of a listener's connections may go past TCP now.
+#[inline(always)]
+pub fn switch(direction: u32) -> u32 {
+    // SAFETY: a value of the map SWITCHES, which lives until the end of the program run; volatile because the daemon may
+    // write it meanwhile.
+    SWITCHES.get_ptr(direction).map_or(Acceleration::Off as u32, |level| unsafe { core::ptr::read_volatile(level) })
+}
+
+/// Whether payload of the pods with these addresses may go past TCP; an address that is not enrolled asks for nothing else.
+#[inline(always)]
+pub fn may_short_cut(one: &Address, other: &Address) -> bool {
+    let is_on = |address: &Address| {
+        // SAFETY: a value of the map PODS, which lives until the end of the program run.
+        PODS.get_ptr(address).is_none_or(|policy| unsafe { (*policy).acceleration } != Acceleration::Off as u32)
+    };
+    is_on(one) && is_on(other)
 }
 
 /// Which of a pod's connections are redirected.

@@ -1,0 +1,203 @@
+//! Both directions of a connection between a client and a host, byte for byte.
+
+use std::{
+    cell::Cell,
+    pin::Pin,
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::intercept::Joined;
+
+/// Bytes read at a time in each direction.
+const BUFFER: usize = 32 * 1024;
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// Both sides closed after all had been delivered.
+    Whole,
+    /// No byte passed for `idle_timeout`.
+    Idle,
+    /// `max_downstream_connection_duration` passed.
+    TooOld,
+    /// The listener is gone, and the drain time is over.
+    Drained,
+    /// The client's side broke.
+    Downstream,
+    /// The host's side broke.
+    Upstream,
+    /// The host was found to be ill, and the cluster has `close_connections_on_host_health_failure`.
+    HostFailed,
+}
+
+/// Both directions of a connection, each with its half-close.
+pub(super) struct Relay {
+    up: Pipe,
+    down: Pipe,
+    /// Payload may go past this process.
+    joined: Option<Joined>,
+    idle: Option<Duration>,
+    last_activity: Cell<Instant>,
+    sleep: Option<Pin<Box<tokio::time::Sleep>>>,
+    /// The client had closed its side before the host did.
+    pub(super) host_was_last: bool,
+}
+
+impl Relay {
+    pub(super) fn new(idle: Option<Duration>, joined: Option<Joined>) -> Relay {
+        Relay {
+            up: Pipe::default(),
+            down: Pipe::default(),
+            joined,
+            idle,
+            last_activity: Cell::new(Instant::now()),
+            sleep: None,
+            host_was_last: false,
+        }
+    }
+
+    pub(super) fn poll<D, U>(&mut self, cx: &mut Context<'_>, downstream: &mut D, upstream: &mut U) -> Poll<Ended>
+    where
+        D: AsyncRead + AsyncWrite + Unpin,
+        U: AsyncRead + AsyncWrite + Unpin,
+    {
+        let before = self.up.bytes + self.down.bytes;
+        self.host_was_last |= self.up.eof && !self.down.eof;
+        let up = self.up.poll(cx, downstream, upstream);
+        let down = self.down.poll(cx, upstream, downstream);
+        if before != self.up.bytes + self.down.bytes {
+            self.last_activity.set(Instant::now());
+        }
+        match (up, down) {
+            (Poll::Ready(Err(Broken::Reading)), _) | (_, Poll::Ready(Err(Broken::Writing))) => {
+                return Poll::Ready(Ended::Downstream);
+            }
+            (Poll::Ready(Err(Broken::Writing)), _) | (_, Poll::Ready(Err(Broken::Reading))) => {
+                return Poll::Ready(Ended::Upstream);
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(Ended::Whole),
+            _ => {}
+        }
+        if let Some(joined) = &mut self.joined {
+            if self.up.is_empty() {
+                joined.forwarded_up(self.up.bytes);
+            }
+            if self.down.is_empty() {
+                joined.forwarded_down(self.down.bytes);
+            }
+        }
+        self.poll_idle(cx)
+    }
+
+    /// Lets no more bytes pass, and says how many did: the client's, and the host's.
+    pub(super) fn end(&mut self) -> (u64, u64) {
+        let past = self.joined.take().map(Joined::end).unwrap_or_default();
+        (self.up.bytes + past.up, self.down.bytes + past.down)
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let Some(limit) = self.idle else { return Poll::Pending };
+        loop {
+            let at: tokio::time::Instant = (self.last_activity.get() + limit).into();
+            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            match sleep.as_mut().poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(()) if sleep.deadline() < at => sleep.as_mut().reset(at),
+                Poll::Ready(()) => match self.joined.as_ref().and_then(Joined::last_activity) {
+                    // The kernel's clock is coarse.
+                    Some(last) if last > self.last_activity.get() + Duration::from_millis(1) => {
+                        self.last_activity.set(last)
+                    }
+                    _ => return Poll::Ready(Ended::Idle),
+                },
+            }
+        }
+    }
+}
+
+/// Which side of a pipe broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Broken {
+    Reading,
+    Writing,
+}
+
+/// One direction: a buffer that is filled from one side and emptied into the other.
+#[derive(Default)]
+struct Pipe {
+    /// Allocated with the first byte, so that idle directions cost nothing.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    eof: bool,
+    shut: bool,
+    /// The writing side may hold bytes back.
+    unflushed: bool,
+    bytes: u64,
+}
+
+impl Pipe {
+    /// Whether all that was read has been written, and more may come.
+    fn is_empty(&self) -> bool {
+        self.start == self.end && !self.unflushed && !self.eof
+    }
+
+    /// Ready when the reading side has ended, all has been written, and the writing side has been shut down.
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<Result<(), Broken>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            while self.start < self.end {
+                let chunk = &self.buffer[self.start..self.end];
+                match Pin::new(&mut *to).poll_write(cx, chunk) {
+                    Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
+                    Poll::Ready(Ok(written)) => {
+                        self.start += written;
+                        self.bytes += written as u64;
+                        self.unflushed = true;
+                    }
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            // TLS takes bytes before it can send them. What comes next is read meanwhile only into an empty buffer.
+            if self.unflushed {
+                match Pin::new(&mut *to).poll_flush(cx) {
+                    Poll::Ready(Ok(())) => self.unflushed = false,
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Writing)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            if self.eof {
+                if !self.shut {
+                    match Pin::new(&mut *to).poll_shutdown(cx) {
+                        Poll::Pending => return Poll::Pending,
+                        // A peer that is gone already needs no half-close.
+                        Poll::Ready(_) => self.shut = true,
+                    }
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if self.buffer.is_empty() {
+                self.buffer.resize(BUFFER, 0);
+            }
+            let mut space = ReadBuf::new(&mut self.buffer);
+            match Pin::new(&mut *from).poll_read(cx, &mut space) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Reading)),
+                Poll::Ready(Ok(())) => {
+                    (self.start, self.end) = (0, space.filled().len());
+                    self.eof = self.end == 0;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "relay_tests.rs"]
+mod tests;

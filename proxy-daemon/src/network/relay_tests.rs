@@ -1,0 +1,63 @@
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+use super::*;
+
+fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+#[test]
+fn carries_both_ways_and_keeps_half_close() {
+    run(async {
+        let (mut client, mut downstream) = duplex(100);
+        let (mut upstream, mut server) = duplex(100);
+        let mut relay = Relay::new(None, None);
+        let sent: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
+        let expected = sent.clone();
+        let proxy = async { std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream)).await };
+        let client_side = async {
+            client.write_all(&sent).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).await.unwrap();
+            answer
+        };
+        let server_side = async {
+            let mut got = Vec::new();
+            server.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, expected);
+            // The client has closed its half: the other one still works.
+            server.write_all(b"answer").await.unwrap();
+            server.shutdown().await.unwrap();
+        };
+        let (ended, answer, ()) = futures_util::join!(proxy, client_side, server_side);
+        assert_eq!(ended, Ended::Whole);
+        assert_eq!(answer, b"answer");
+        assert_eq!((relay.up.bytes, relay.down.bytes), (100_000, 6));
+    });
+}
+
+#[test]
+fn ends_when_nothing_passes_for_too_long() {
+    run(async {
+        let (mut client, mut downstream) = duplex(100);
+        let (mut upstream, _server) = duplex(100);
+        client.write_all(b"x").await.unwrap();
+        let mut relay = Relay::new(Some(Duration::from_millis(20)), None);
+        let ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream)).await;
+        assert_eq!(ended, Ended::Idle);
+    });
+}
+
+#[test]
+fn tells_which_side_broke() {
+    run(async {
+        let (mut client, mut downstream) = duplex(100);
+        let (mut upstream, server) = duplex(100);
+        drop(server);
+        client.write_all(b"x").await.unwrap();
+        let mut relay = Relay::new(None, None);
+        let ended = std::future::poll_fn(|cx| relay.poll(cx, &mut downstream, &mut upstream)).await;
+        assert_eq!(ended, Ended::Upstream);
+    });
+}
