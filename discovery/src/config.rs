@@ -12,6 +12,9 @@ use crate::mesh::Protocol;
 use crate::registration::Settings;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
+use crate::server;
+use crate::server::authorization::Rule;
+use crate::server::tls::TlsFiles;
 use crate::source::api_server::config::KubernetesConfig;
 
 /// A cluster and where its objects are read.
@@ -40,7 +43,7 @@ pub const INITIAL_WAIT: Duration = Duration::from_secs(30);
 /// Everything that is configured.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where xDS is served, over gRPC without TLS.
+    /// Where xDS is served.
     pub listen: SocketAddr,
     /// Where the status pages are served.
     pub http: SocketAddr,
@@ -54,6 +57,8 @@ pub struct Config {
     pub initial_wait: Duration,
     /// What goes into the resources.
     pub options: Options,
+    /// How xDS is served.
+    pub serving: server::Settings,
 }
 
 /// The configuration file. A flag of the same name takes precedence; clusters of both are joined.
@@ -76,6 +81,13 @@ pub struct ConfigFile {
     pub drain_file: Option<PathBuf>,
     /// A file with the token of operators on other hosts.
     pub operator_token_file: Option<PathBuf>,
+    /// TLS of the xDS port.
+    pub tls: Option<TlsFiles>,
+    /// Who may have what.
+    #[serde(default)]
+    pub authorization: Vec<Rule>,
+    /// How often proxies report loads, in seconds.
+    pub load_report_interval: Option<std::num::NonZeroU32>,
     /// The clusters.
     #[serde(default)]
     pub clusters: Vec<ConfigFileCluster>,
@@ -250,6 +262,11 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
             }
         }
     }
+    let has_authorities = config.serving.tls.as_ref().is_some_and(|tls| tls.client_authorities.is_some());
+    ensure!(
+        config.serving.rules.is_empty() || has_authorities,
+        "authorization: goes by clients' certificates, and none are asked for; name `tls.client_authorities`"
+    );
     ensure!(config.options.outbound_port != 0, "the outbound port of proxies cannot be 0");
     Ok(())
 }
@@ -312,10 +329,15 @@ mod tests {
             initial_wait: INITIAL_WAIT,
             drain: crate::drain::Settings::default(),
             options: Options::default(),
+            serving: server::Settings::default(),
         };
         let good = directory.path();
         let missing = directory.path().join("missing");
         assert!(check(&config(vec![cluster("a", good)])).is_ok());
+        let mut unknown = config(vec![cluster("a", good)]);
+        unknown.serving.rules = serde_saphyr::from_str("[{identity: 'spiffe://mesh/*'}]").unwrap();
+        let error = check(&unknown).unwrap_err().to_string();
+        assert!(error.contains("name `tls.client_authorities`"), "{error}");
         for (clusters, expected) in [
             (vec![], "no cluster is configured"),
             (vec![cluster("a", good), cluster("a", good)], "two clusters are called `a`"),

@@ -38,7 +38,10 @@ use crate::registration::join::Registered;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
 use crate::resources::{Options, Snapshot};
 use crate::server::Xds;
+use crate::server::authorization::Authorization;
 use crate::server::clients::Clients;
+use crate::server::loads::Loads;
+use crate::server::tls::Tls;
 use crate::source::Source as _;
 use crate::source::api_server::ApiServer;
 use crate::source::directory::Directory;
@@ -91,6 +94,10 @@ impl Discovery {
                 ended.with_context(|| format!("cluster `{name}`"))
             });
         }
+        let server::Settings { tls, rules, load_report_interval } = config.serving;
+        let tls = tls.map(Tls::new).transpose()?;
+        let authorization = Arc::new(Authorization::new(rules));
+        let loads = Loads::default();
         let (shutdown, asked) = watch::channel(false);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
         let clients = Clients::default();
@@ -101,6 +108,8 @@ impl Discovery {
             registrations: registrations.clone(),
             drains,
             activity: Arc::default(),
+            authorization: Arc::clone(&authorization),
+            loads: loads.clone(),
         };
         let serving_pages = pages.clone().serve(http, asked.clone());
         tasks.spawn(async move {
@@ -134,8 +143,8 @@ impl Discovery {
             publish.send_replace(Arc::new(first));
         }
         tasks.spawn(sources.follow(changes, publish));
-        let xds = Xds::new(snapshots, asked, clients);
-        tasks.spawn(async move { xds.serve(listen).await.context("serving xDS") });
+        let xds = Xds { snapshots, shutdown: asked, clients, authorization, loads, load_report_interval };
+        tasks.spawn(async move { xds.serve(listen, tls).await.context("serving xDS") });
         info!("serving xDS on {listen_address}, status on http://{http_address}/status");
         Ok(Self { listen: listen_address, http: http_address, pages, shutdown, tasks })
     }

@@ -83,6 +83,10 @@ A configuration file with every field:
   - {name: west, kubernetes: {kubeconfig: /etc/culvert/west.kubeconfig, context: reader@west}}
   drain_file: /var/lib/culvert/drained.json
   operator_token_file: /etc/culvert/operator-token
+  tls: {certificate: /etc/culvert/tls.crt, private_key: /etc/culvert/tls.key, client_authorities: /etc/culvert/ca.crt}
+  authorization:
+  - {identity: 'spiffe://mesh/ns/*/sa/culvertd', nodes: ['node-*'], services: [users, payments.shop], status: false}
+  load_report_interval: 10 # seconds
   registration:
     storage: redb:/var/lib/culvert/registrations.redb    # or memory, or redis://HOST:PORT/DB
     ttl: 600                # seconds that a host counts after it checked in
@@ -160,6 +164,15 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
             outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),
             access_log: flags.access_log.or(file.access_log),
+        },
+        serving: culvert_discovery::server::Settings {
+            tls: file.tls,
+            rules: file.authorization,
+            load_report_interval: file
+                .load_report_interval
+                .map_or(culvert_discovery::server::loads::INTERVAL, |seconds| {
+                    Duration::from_secs(seconds.get().into())
+                }),
         },
     })
 }

@@ -13,6 +13,7 @@ use culvert_discovery::config::{ClusterConfig, Config, INITIAL_WAIT, SourceConfi
 use culvert_discovery::drain;
 use culvert_discovery::registry::ClusterInfo;
 use culvert_discovery::resources::{Options, type_url};
+use culvert_discovery::server;
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use envoy_types::pb::envoy::service::discovery::v3::{
@@ -49,6 +50,7 @@ impl Running {
             drain: drain::Settings::default(),
             registration: None,
             options: Options::default(),
+            serving: server::Settings::default(),
         };
         let discovery = Discovery::start(config).await.unwrap();
         let (stop, stopped) = oneshot::channel();
@@ -422,6 +424,7 @@ async fn a_port_in_use_is_named() {
         initial_wait: INITIAL_WAIT,
         drain: drain::Settings::default(),
         options: Options::default(),
+        serving: server::Settings::default(),
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());
     assert!(error.contains(&format!("cannot listen on {}", running.listen)) && error.contains("--listen"), "{error}");

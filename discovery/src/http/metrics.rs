@@ -1,14 +1,17 @@
 //! `/metrics`: counters and gauges in Prometheus' text format.
 
 use std::fmt::{Display, Write as _};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::StatusPages;
-use crate::mesh::{Health, MeshPort};
+use crate::mesh::{Health, MeshPort, cluster_name};
 use crate::registry::Cluster;
 use crate::resources::ProxyKind;
+use crate::server::authorization::Refusal;
 use crate::server::clients::ClientStatus;
+use crate::server::loads::Load;
 
 /// The kernel's ticks a second in `/proc`, the same on every machine that this runs on.
 const TICKS: f64 = 100.0;
@@ -87,6 +90,7 @@ impl StatusPages {
         self.write_sources(&mut to);
         self.write_mesh(&mut to);
         self.write_clients(&mut to);
+        self.write_loads(&mut to);
         self.write_registrations(&mut to);
         let seconds = Duration::from_micros(self.activity.build_microseconds.load(Ordering::Relaxed)).as_secs_f64();
         let builds = self.activity.builds.load(Ordering::Relaxed);
@@ -167,6 +171,38 @@ impl StatusPages {
         to.counter("culvert_discovery_responses_total", "xDS responses that were sent.", responses);
         let rejections = totals.rejections.load(Ordering::Relaxed);
         to.counter("culvert_discovery_rejections_total", "xDS responses that clients rejected.", rejections);
+        let polls = totals.polls.load(Ordering::Relaxed);
+        to.counter("culvert_discovery_polls_total", "Requests for xDS over REST.", polls);
+        let refused = Refusal::ALL.map(|why| ([("reason", why.name().to_owned())], self.authorization.refused(why)));
+        to.family(
+            "culvert_discovery_refused_total",
+            "counter",
+            "Clients that may not have what they asked for.",
+            refused,
+        );
+        let handshakes = self.authorization.failed_handshakes();
+        to.counter(
+            "culvert_discovery_tls_failures_total",
+            "Connections for xDS without an agreement on TLS.",
+            handshakes,
+        );
+    }
+
+    fn write_loads(&self, to: &mut Exposition) {
+        to.counter("culvert_discovery_load_reports_total", "Load reports of proxies.", self.loads.reports());
+        // Proxies report on clusters of their own as well, whose names are not ours to make series of.
+        let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+        let ports = mesh.services.iter().flat_map(|(key, service)| service.ports.keys().map(move |port| (key, *port)));
+        let reported = self.loads.clusters();
+        let loads: Vec<_> = ports
+            .filter_map(|(key, port)| reported.get_key_value(&cluster_name(key, port)))
+            .flat_map(|(name, load)| {
+                let Load { issued, succeeded, failed, dropped } = *load;
+                let results = [("issued", issued), ("succeeded", succeeded), ("failed", failed), ("dropped", dropped)];
+                results.map(|(what, count)| ([("cluster", name.clone()), ("what", what.to_owned())], count))
+            })
+            .collect();
+        to.family("culvert_discovery_load_requests_total", "counter", "Requests that proxies reported.", loads);
     }
 
     fn write_registrations(&self, to: &mut Exposition) {

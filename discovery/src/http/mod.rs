@@ -28,7 +28,9 @@ use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
 use crate::registry::Registry;
 use crate::resources::Snapshot;
+use crate::server::authorization::Authorization;
 use crate::server::clients::Clients;
+use crate::server::loads::Loads;
 
 /// How long a client may take to send a request's head, and then its body.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,6 +61,10 @@ pub struct StatusPages {
     pub drains: Drains,
     /// What has been done so far.
     pub activity: Arc<Activity>,
+    /// Who was refused.
+    pub authorization: Arc<Authorization>,
+    /// What proxies report.
+    pub loads: Loads,
 }
 
 impl StatusPages {

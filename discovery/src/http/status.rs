@@ -12,6 +12,7 @@ use crate::registration;
 use crate::registry::SourceHealth;
 use crate::resources::ProxyKind;
 use crate::server::clients::ClientStatus;
+use crate::server::loads::Load;
 
 /// The document at `/status`.
 #[derive(Debug, Serialize)]
@@ -36,6 +37,8 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// The connected xDS streams.
     pub clients: Vec<ConnectedClient>,
+    /// What proxies have reported of the requests to each Envoy cluster, since the start.
+    pub loads: BTreeMap<String, Load>,
 }
 
 /// A connected xDS stream at `/status`.
@@ -180,6 +183,7 @@ impl StatusPages {
             served: served.into(),
             warnings: mesh.warnings.clone(),
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
+            loads: self.loads.clusters(),
         }
     }
 }

@@ -200,6 +200,15 @@ impl TypeResources {
         self.history.since(position)
     }
 
+    /// Of these names the resources that there are, and a version of all of them.
+    #[must_use]
+    pub fn only(&self, names: &[String]) -> (Arc<str>, Vec<Arc<Resource>>) {
+        let chosen: BTreeMap<_, _> =
+            names.iter().filter_map(|name| Some((&**name, self.resources.get(&**name)?))).collect();
+        let sum = chosen.values().fold(0u64, |sum, resource| sum.wrapping_add(share(resource)));
+        (hex(sum).into(), chosen.into_values().cloned().collect())
+    }
+
     /// The resources after some changes, or the same if they change nothing.
     pub(super) fn with(self: &Arc<Self>, mut changes: Changes) -> Arc<Self> {
         changes.retain(|name, new| {

@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::config::core::v3::node::UserAgentVersionType;
 use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
+
+use super::csds::Held;
 
 /// The longest rejection that is kept and logged, in characters.
 const MAX_REASON: usize = 1000;
@@ -112,13 +116,18 @@ impl ClientStatus {
             Some(reason) => {
                 self.rejections += 1;
                 let version = status.sent.clone().unwrap_or_default();
-                let reason: String = reason.chars().map(|c| if c == '\n' { ' ' } else { c }).take(MAX_REASON).collect();
+                let reason = one_line(reason);
                 let short = type_url.rsplit('.').next().unwrap_or(type_url);
                 warn!("client {node}: rejected {short} version {version}: {reason}");
                 status.nack = Some(Nack { version, reason });
             }
         }
     }
+}
+
+/// What a client says, for a log.
+fn one_line(reason: &str) -> String {
+    reason.chars().map(|c| if c == '\n' { ' ' } else { c }).take(MAX_REASON).collect()
 }
 
 /// All connected clients.
@@ -130,8 +139,19 @@ pub struct Clients {
 #[derive(Debug, Default)]
 struct Inner {
     next_id: AtomicU64,
-    connected: Mutex<BTreeMap<u64, ClientStatus>>,
+    connected: Mutex<BTreeMap<u64, Entry>>,
     totals: Totals,
+}
+
+/// What a stream is asked: which resources its client has. It answers between two responses.
+pub(super) type Question = oneshot::Sender<Vec<Held>>;
+/// How long a stream may take to answer. It has to be busy, or gone, not to do so at once.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+struct Entry {
+    status: ClientStatus,
+    questions: mpsc::Sender<Question>,
 }
 
 /// What has happened since the start, of all clients.
@@ -141,10 +161,12 @@ pub struct Totals {
     pub responses: AtomicU64,
     /// Responses that were rejected.
     pub rejections: AtomicU64,
+    /// Requests of clients that poll, over REST.
+    pub polls: AtomicU64,
 }
 
 impl Inner {
-    fn connected(&self) -> MutexGuard<'_, BTreeMap<u64, ClientStatus>> {
+    fn connected(&self) -> MutexGuard<'_, BTreeMap<u64, Entry>> {
         // The map is whole after every operation on it, so a panic elsewhere does not spoil it.
         self.connected.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,7 +176,40 @@ impl Clients {
     /// The clients that are connected now, in the order in which they came.
     #[must_use]
     pub fn list(&self) -> Vec<ClientStatus> {
-        self.inner.connected().values().cloned().collect()
+        self.inner.connected().values().map(|entry| entry.status.clone()).collect()
+    }
+
+    /// The clients that are wanted, each with the resources that it has.
+    pub(super) async fn held(&self, wanted: impl Fn(&ClientStatus) -> bool) -> Vec<(ClientStatus, Vec<Held>)> {
+        let entries: Vec<_> = {
+            let connected = self.inner.connected();
+            let entries = connected.values().filter(|entry| wanted(&entry.status));
+            entries.map(|entry| (entry.status.clone(), entry.questions.clone())).collect()
+        };
+        let mut asked = Vec::with_capacity(entries.len());
+        for (status, questions) in entries {
+            let (question, answer) = oneshot::channel();
+            // One that has ended, or been asked a lot, has no answer.
+            let _ = questions.try_send(question);
+            asked.push((status, answer));
+        }
+        let until = Instant::now() + PATIENCE;
+        let mut held = Vec::with_capacity(asked.len());
+        for (status, answer) in asked {
+            if let Ok(Ok(resources)) = timeout_at(until, answer).await {
+                held.push((status, resources));
+            }
+        }
+        held
+    }
+
+    /// Notes a request over REST, and what the client says about the version before.
+    pub(super) fn polled(&self, node: &str, rejection: Option<String>) {
+        self.inner.totals.polls.fetch_add(1, Ordering::Relaxed);
+        if let Some(reason) = rejection {
+            self.inner.totals.rejections.fetch_add(1, Ordering::Relaxed);
+            warn!("client {node}: rejected what it polled: {}", one_line(&reason));
+        }
     }
 
     /// What has happened since the start.
@@ -170,12 +225,13 @@ impl Clients {
     }
 
     /// Adds a client until the handle is dropped.
-    pub(super) fn connect(&self, peer: String) -> ClientHandle {
+    pub(super) fn connect(&self, peer: String) -> (ClientHandle, mpsc::Receiver<Question>) {
         let id = self.inner.next_id.fetch_add(1, Ordering::Relaxed);
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let handle = ClientHandle { id, peer, since, inner: Arc::clone(&self.inner) };
-        handle.update(&ClientStatus::default());
-        handle
+        let (questions, asked) = mpsc::channel(4);
+        let status = ClientStatus { peer, connected_since: since, ..ClientStatus::default() };
+        self.inner.connected().insert(id, Entry { status, questions });
+        (ClientHandle { id, inner: Arc::clone(&self.inner) }, asked)
     }
 }
 
@@ -183,19 +239,19 @@ impl Clients {
 #[derive(Debug)]
 pub(super) struct ClientHandle {
     id: u64,
-    peer: String,
-    since: u64,
     inner: Arc<Inner>,
 }
 
 impl ClientHandle {
     pub(super) fn update(&self, status: &ClientStatus) {
         let (responses, rejections) = (status.responses, status.rejections);
-        let status = ClientStatus { peer: self.peer.clone(), connected_since: self.since, ..status.clone() };
-        let before = self.inner.connected().insert(self.id, status).unwrap_or_default();
+        let mut connected = self.inner.connected();
+        let Some(Entry { status: known, .. }) = connected.get_mut(&self.id) else { return };
         let totals = &self.inner.totals;
-        totals.responses.fetch_add(responses.saturating_sub(before.responses), Ordering::Relaxed);
-        totals.rejections.fetch_add(rejections.saturating_sub(before.rejections), Ordering::Relaxed);
+        totals.responses.fetch_add(responses.saturating_sub(known.responses), Ordering::Relaxed);
+        totals.rejections.fetch_add(rejections.saturating_sub(known.rejections), Ordering::Relaxed);
+        let (peer, connected_since) = (std::mem::take(&mut known.peer), known.connected_since);
+        *known = ClientStatus { peer, connected_since, ..status.clone() };
     }
 }
 
@@ -207,6 +263,7 @@ impl Drop for ClientHandle {
 
 impl fmt::Display for ClientHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "client {}", self.peer)
+        let connected = self.inner.connected();
+        write!(f, "client {}", connected.get(&self.id).map_or("unknown", |entry| entry.status.peer.as_str()))
     }
 }

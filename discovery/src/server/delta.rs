@@ -12,11 +12,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
+use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
 use crate::resources::{Position, Snapshot, TypeResources, View, Viewer, type_url};
@@ -313,6 +315,36 @@ impl Session for DeltaSession {
 
     fn status(&self) -> &ClientStatus {
         &self.status
+    }
+
+    fn held(&self) -> Vec<Held> {
+        let mut held = Vec::new();
+        for (type_url, state) in &self.types.0 {
+            let shared = state.has.all.iter().flat_map(|all| all.resources.keys());
+            let known: BTreeSet<&Arc<str>> =
+                shared.chain(state.has.since.keys()).chain(&state.names).filter(|name| state.wants(name)).collect();
+            let sent = |name: &Arc<str>| state.awaiting.as_ref().is_some_and(|sent| sent.names.contains(name));
+            let available = self.view.as_ref().and_then(|view| view.set.of_type(type_url));
+            for name in known {
+                let version = state.version(name).cloned();
+                let outcome = match &version {
+                    None if state.names.contains(name) => HeldState::Missing,
+                    None => continue,
+                    Some(_) if sent(name) => HeldState::Sent,
+                    Some(_) if state.rejected.contains(name) => HeldState::Refused,
+                    Some(_) => HeldState::Accepted,
+                };
+                let resource = available.and_then(|available| available.resources.get(name)).cloned();
+                let resource = resource.filter(|resource| Some(&resource.version) == version.as_ref());
+                let (type_url, name) = (type_url.clone(), Arc::clone(name));
+                held.push(Held { type_url, name, version, state: outcome, resource });
+            }
+        }
+        held
+    }
+
+    fn node(request: &DeltaDiscoveryRequest) -> Option<&Node> {
+        request.node.as_ref()
     }
 }
 

@@ -4,18 +4,26 @@
 //! requests and asks it for one response at a time, always against the newest snapshot. A client that does not read
 //! or does not acknowledge therefore costs no queue and delays nobody: when it comes back it gets what is newest.
 
+pub mod authorization;
 pub mod clients;
+pub mod csds;
 pub mod delta;
 mod listen;
+pub mod loads;
 mod response;
+mod rest;
 pub mod sotw;
 #[cfg(test)]
 mod test_support;
+pub mod tls;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::load_stats::v3::load_reporting_service_server::LoadReportingServiceServer;
+use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer;
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderValue;
 use hyper::body::Incoming;
@@ -23,17 +31,24 @@ use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tonic::body::Body;
 use tonic::codec::Codec as _;
+use tonic::codegen::Service;
 use tonic::{Status, Streaming};
 use tonic_prost::ProstCodec;
 use tracing::{debug, info};
 
-use self::clients::{ClientStatus, Clients};
+use self::authorization::{Authorization, Rule};
+use self::clients::{ClientStatus, Clients, Question};
+use self::csds::{Csds, Held};
+use self::loads::{Loads, Lrs};
 use self::response::{Response, ResponseBody};
+use self::tls::{Identity, TlsFiles};
 use crate::kubernetes::ObjectKey;
 use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
 
 const STREAM_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
 const DELTA_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const CSDS: &str = "/envoy.service.status.v3.ClientStatusDiscoveryService/";
+const LRS: &str = "/envoy.service.load_stats.v3.LoadReportingService/";
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 /// The largest request that is read, in bytes. A reconnecting delta client lists every resource that it has.
 const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
@@ -63,34 +78,79 @@ pub trait Session: Default + Send + 'static {
 
     /// What is known of the client.
     fn status(&self) -> &ClientStatus;
+
+    /// The resources that the client has, or wants.
+    fn held(&self) -> Vec<Held>;
+
+    /// The node that a request states.
+    fn node(request: &Self::Request) -> Option<&Node>;
+}
+
+/// How xDS is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// With TLS, if files for it are named.
+    pub tls: Option<TlsFiles>,
+    /// Who may have what; all may have everything, if there is no rule.
+    pub rules: Vec<Rule>,
+    /// How often proxies are asked to report loads.
+    pub load_report_interval: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { tls: None, rules: Vec::new(), load_report_interval: loads::INTERVAL }
+    }
 }
 
 /// What is served at the xDS port.
 #[derive(Debug, Clone)]
 pub struct Xds {
-    snapshots: watch::Receiver<Arc<Snapshot>>,
-    shutdown: watch::Receiver<bool>,
-    clients: Clients,
+    /// The resources; the newest count.
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    /// Turns true when everything ends.
+    pub shutdown: watch::Receiver<bool>,
+    /// Who is connected.
+    pub clients: Clients,
+    /// Who may have what.
+    pub authorization: Arc<Authorization>,
+    /// What proxies report.
+    pub loads: Loads,
+    /// How often they are asked to.
+    pub load_report_interval: Duration,
+}
+
+/// Who sent a request.
+#[derive(Debug, Clone)]
+struct Peer {
+    address: SocketAddr,
+    identity: Arc<Identity>,
 }
 
 impl Xds {
-    /// A service that serves the newest of `snapshots` until `shutdown` turns true.
-    #[must_use]
-    pub fn new(snapshots: watch::Receiver<Arc<Snapshot>>, shutdown: watch::Receiver<bool>, clients: Clients) -> Self {
-        Self { snapshots, shutdown, clients }
-    }
-
     /// Answers a request.
-    async fn answer(self, request: http::Request<Incoming>, peer: SocketAddr) -> http::Response<Body> {
+    async fn answer(self, request: http::Request<Incoming>, peer: Peer) -> http::Response<Body> {
         match request.uri().path() {
             STREAM_ADS => self.stream::<sotw::SotwSession>(request, peer),
             DELTA_ADS => self.stream::<delta::DeltaSession>(request, peer),
+            path if path.starts_with(rest::PREFIX) => self.poll(request, &peer.identity).await,
+            path if path.starts_with(CSDS) => {
+                if let Err(refusal) = self.authorization.check_status(&peer.identity) {
+                    return refusal.into_http();
+                }
+                served(ClientStatusDiscoveryServiceServer::new(Csds(self.clients)), request).await
+            }
+            path if path.starts_with(LRS) => {
+                let Self { loads, load_report_interval: interval, authorization, shutdown, .. } = self;
+                let lrs = Lrs { loads, interval, authorization, identity: peer.identity, shutdown };
+                served(LoadReportingServiceServer::new(lrs), request).await
+            }
             path => Status::unimplemented(format!("{path} is not served here")).into_http(),
         }
     }
 
     /// A stream of xDS.
-    fn stream<S: Session>(self, request: http::Request<Incoming>, peer: SocketAddr) -> http::Response<Body> {
+    fn stream<S: Session>(self, request: http::Request<Incoming>, peer: Peer) -> http::Response<Body> {
         let identity = |encoding: &http::HeaderValue| encoding == "identity";
         if !request.headers().get("grpc-encoding").is_none_or(identity) {
             return Status::unimplemented("requests are not compressed here").into_http();
@@ -99,56 +159,104 @@ impl Xds {
         let requests = Streaming::new_request(decoder, request.into_body(), None, Some(MAX_REQUEST_BYTES));
         // One response may wait for the client to read; the next is only made when it has.
         let (responses, stream) = mpsc::channel(1);
-        let client = self.clients.connect(peer.to_string());
-        tokio::spawn(run(S::default(), requests, responses, self.snapshots, self.shutdown, client));
+        let (client, questions) = self.clients.connect(peer.address.to_string());
+        let stream_of = StreamOf { xds: self, peer, client, questions, known: false };
+        tokio::spawn(stream_of.run(S::default(), requests, responses));
         let mut response = http::Response::new(Body::new(ResponseBody::new(stream)));
         response.headers_mut().insert(http::header::CONTENT_TYPE, GRPC);
         response
     }
 }
 
-async fn run<S: Session>(
-    mut session: S,
-    mut requests: Streaming<S::Request>,
-    responses: mpsc::Sender<Result<Response, Status>>,
-    mut snapshots: watch::Receiver<Arc<Snapshot>>,
-    mut shutdown: watch::Receiver<bool>,
+/// Answers a request by a service that tonic has made.
+async fn served<T>(mut service: T, request: http::Request<Incoming>) -> http::Response<Body>
+where
+    T: Service<http::Request<Body>, Response = http::Response<Body>, Error = std::convert::Infallible>,
+{
+    match service.call(request.map(Body::new)).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+/// What one stream of xDS is run with.
+struct StreamOf {
+    xds: Xds,
+    peer: Peer,
     client: clients::ClientHandle,
-) {
-    info!("{client}: stream opened");
-    loop {
+    questions: mpsc::Receiver<Question>,
+    /// Whether the client may have what it is given.
+    known: bool,
+}
+
+impl StreamOf {
+    async fn run<S: Session>(
+        mut self,
+        mut session: S,
+        mut requests: Streaming<S::Request>,
+        responses: mpsc::Sender<Result<Response, Status>>,
+    ) {
+        let mut snapshots = self.xds.snapshots.clone();
+        let mut shutdown = self.xds.shutdown.clone();
+        info!("{}: stream opened", self.client);
         loop {
-            let snapshot = snapshots.borrow_and_update().clone();
-            let Some(response) = session.poll(&snapshot) else { break };
-            client.update(session.status());
+            loop {
+                let snapshot = snapshots.borrow_and_update().clone();
+                let Some(response) = session.poll(&snapshot) else { break };
+                self.client.update(session.status());
+                let sending = responses.reserve();
+                tokio::pin!(sending);
+                let place = loop {
+                    tokio::select! {
+                        place = &mut sending => match place {
+                            Ok(place) => break place,
+                            Err(_) => return,
+                        },
+                        Some(question) = self.questions.recv() => answer(&session, question),
+                        () = asked(&mut shutdown) => return,
+                    }
+                };
+                place.send(Ok(response));
+            }
             tokio::select! {
-                sent = responses.send(Ok(response)) => if sent.is_err() { return },
-                () = asked(&mut shutdown) => return,
+                request = requests.message() => match request {
+                    Ok(Some(request)) => {
+                        let outcome = self.take_in(&mut session, request);
+                        self.client.update(session.status());
+                        if let Err(status) = outcome {
+                            info!("{}: stream ended: {}", self.client, status.message());
+                            let _ = responses.send(Err(status)).await;
+                            return;
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(status) => {
+                        debug!("{}: {status}", self.client);
+                        break;
+                    }
+                },
+                changed = snapshots.changed() => if changed.is_err() { break },
+                Some(question) = self.questions.recv() => answer(&session, question),
+                () = responses.closed() => break,
+                () = asked(&mut shutdown) => break,
             }
         }
-        tokio::select! {
-            request = requests.message() => match request {
-                Ok(Some(request)) => {
-                    let outcome = session.handle(request);
-                    client.update(session.status());
-                    if let Err(status) = outcome {
-                        info!("{client}: stream ended: {}", status.message());
-                        let _ = responses.send(Err(status)).await;
-                        return;
-                    }
-                }
-                Ok(None) => break,
-                Err(status) => {
-                    debug!("{client}: {status}");
-                    break;
-                }
-            },
-            changed = snapshots.changed() => if changed.is_err() { break },
-            () = responses.closed() => break,
-            () = asked(&mut shutdown) => break,
-        }
+        info!("{}: stream closed", self.client);
     }
-    info!("{client}: stream closed");
+
+    fn take_in<S: Session>(&mut self, session: &mut S, request: S::Request) -> Result<(), Status> {
+        let node = S::node(&request);
+        if node.is_some() || !self.known {
+            self.xds.authorization.check(&self.peer.identity, node)?;
+            self.known = true;
+        }
+        session.handle(request)
+    }
+}
+
+fn answer<S: Session>(session: &S, question: Question) {
+    // Whoever asked may have gone.
+    let _ = question.send(session.held());
 }
 
 /// Waits until shutdown is asked for. That whoever could ask is gone is shutdown too.

@@ -11,11 +11,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
 use tonic::Status;
 use tracing::debug;
 
 use super::clients::ClientStatus;
+use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
 use crate::resources::{Resource, Snapshot, TypeResources, View, Viewer, type_url};
@@ -126,6 +128,32 @@ impl Session for SotwSession {
 
     fn status(&self) -> &ClientStatus {
         &self.status
+    }
+
+    fn held(&self) -> Vec<Held> {
+        let mut held = Vec::new();
+        for (type_url, state) in &self.types.0 {
+            let outcome = match state {
+                TypeState { awaiting: true, .. } => HeldState::Sent,
+                TypeState { rejected: true, .. } => HeldState::Refused,
+                _ => HeldState::Accepted,
+            };
+            let describe = |name: Arc<str>, resource: Option<Arc<Resource>>| Held {
+                type_url: type_url.clone(),
+                name,
+                version: resource.as_ref().map(|resource| Arc::clone(&resource.version)),
+                state: if resource.is_some() { outcome } else { HeldState::Missing },
+                resource,
+            };
+            held.extend(state.sent.iter().map(|(name, sent)| describe(Arc::clone(name), Some(Arc::clone(sent)))));
+            let missing = state.names.iter().filter(|name| !state.sent.contains_key(&***name));
+            held.extend(missing.map(|name| describe(name.as_str().into(), None)));
+        }
+        held
+    }
+
+    fn node(request: &DiscoveryRequest) -> Option<&Node> {
+        request.node.as_ref()
     }
 }
 

@@ -1,0 +1,250 @@
+//! What a client may have, by who it is.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use envoy_types::pb::envoy::config::core::v3::Node;
+use serde::Deserialize;
+use tonic::Status;
+
+use super::tls::Identity;
+use super::viewer;
+use crate::kubernetes::ObjectKey;
+use crate::policy::ServiceName;
+
+/// Who may be which nodes, of which services. The first rule for an identity of a client that lets its node pass counts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    /// A URI name of the client's certificate, `spiffe://...`, or `dns:` and a DNS name of it.
+    pub identity: Pattern,
+    /// The ids of nodes that it may have; all, if nothing is said.
+    pub nodes: Option<Vec<Pattern>>,
+    /// The services that its nodes may be of. If nothing is said: all, and none.
+    pub services: Option<Vec<ServiceName>>,
+    /// Whether it may ask what other clients have (CSDS).
+    #[serde(default)]
+    pub status: bool,
+}
+
+/// A text, in which each `*` stands for any text without `/`, and one at the end for any text.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Pattern(String);
+
+impl Pattern {
+    fn matches(&self, text: &str) -> bool {
+        fn rest(pattern: &str, text: &str) -> bool {
+            let Some((before, after)) = pattern.split_once('*') else { return pattern == text };
+            let Some(text) = text.strip_prefix(before) else { return false };
+            if after.is_empty() {
+                return true;
+            }
+            let end = text.find('/').unwrap_or(text.len());
+            (0..=end).filter(|at| text.is_char_boundary(*at)).any(|at| rest(after, &text[at..]))
+        }
+        rest(&self.0, text)
+    }
+}
+
+impl Rule {
+    fn is_for(&self, identity: &Identity) -> bool {
+        match self.identity.0.strip_prefix("dns:") {
+            Some(name) => {
+                let pattern = Pattern(name.to_ascii_lowercase());
+                identity.dns.iter().any(|name| pattern.matches(name))
+            }
+            None => identity.uris.iter().any(|uri| self.identity.matches(uri)),
+        }
+    }
+
+    fn check(&self, node: &Node) -> Result<(), Refusal> {
+        if self.nodes.as_ref().is_some_and(|nodes| !nodes.iter().any(|pattern| pattern.matches(&node.id))) {
+            return Err(Refusal::Node);
+        }
+        let Some(services) = &self.services else { return Ok(()) };
+        let may: BTreeSet<ObjectKey> = services.iter().map(|name| name.seen_from("default")).collect();
+        let states = viewer(node).services;
+        if states.is_empty() || !states.is_subset(&may) { Err(Refusal::Services) } else { Ok(()) }
+    }
+}
+
+/// Why a client is not served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// No rule is for its certificate.
+    Identity,
+    /// It may not be this node.
+    Node,
+    /// Its node may not be of these services.
+    Services,
+    /// It has not said which node it is.
+    Nameless,
+    /// It may not ask what others have.
+    Status,
+}
+
+impl Refusal {
+    /// All there are.
+    pub const ALL: [Self; 5] = [Self::Identity, Self::Node, Self::Services, Self::Nameless, Self::Status];
+
+    /// Its name in statistics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Identity => "identity",
+            Self::Node => "node",
+            Self::Services => "services",
+            Self::Nameless => "nameless",
+            Self::Status => "status",
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Identity => "no rule is for the names in this certificate",
+            Self::Node => "this certificate may not be used by a node of this id",
+            Self::Services => "this certificate may not be used by a node of these services, or of none",
+            Self::Nameless => "the first request needs a node",
+            Self::Status => "this certificate may not be used to ask what others have",
+        })
+    }
+}
+
+/// The rules, and how often they refused.
+#[derive(Debug, Default)]
+pub struct Authorization {
+    rules: Vec<Rule>,
+    refused: [AtomicU64; Refusal::ALL.len()],
+    failed_handshakes: AtomicU64,
+}
+
+impl Authorization {
+    /// These rules. Without any, all may have everything.
+    #[must_use]
+    pub fn new(rules: Vec<Rule>) -> Self {
+        Self { rules, ..Self::default() }
+    }
+
+    /// How often clients were refused for a reason.
+    #[must_use]
+    pub fn refused(&self, why: Refusal) -> u64 {
+        self.refused[why as usize].load(Ordering::Relaxed)
+    }
+
+    /// How often a client and this server did not come to terms on TLS: clients without a good certificate, for example.
+    #[must_use]
+    pub fn failed_handshakes(&self) -> u64 {
+        self.failed_handshakes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn handshake_failed(&self) {
+        self.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the client may have what this node is given.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, which is counted.
+    pub fn check(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Status> {
+        if self.rules.is_empty() {
+            return Ok(());
+        }
+        let mut outcome = Err(Refusal::Identity);
+        match node {
+            None => outcome = Err(Refusal::Nameless),
+            Some(node) => {
+                for rule in self.rules.iter().filter(|rule| rule.is_for(identity)) {
+                    outcome = rule.check(node);
+                    if outcome.is_ok() {
+                        break;
+                    }
+                }
+            }
+        }
+        outcome.map_err(|why| self.refuse(why, node.map(|node| node.id.as_str()).unwrap_or_default()))
+    }
+
+    /// Whether the client may ask what others have.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, which is counted.
+    pub fn check_status(&self, identity: &Identity) -> Result<(), Status> {
+        let may = self.rules.is_empty() || self.rules.iter().any(|rule| rule.status && rule.is_for(identity));
+        if may { Ok(()) } else { Err(self.refuse(Refusal::Status, "")) }
+    }
+
+    fn refuse(&self, why: Refusal, id: &str) -> Status {
+        self.refused[why as usize].fetch_add(1, Ordering::Relaxed);
+        Status::permission_denied(format!("node `{id}`: {why}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_stand_for_parts_of_paths_and_for_the_rest() {
+        for (pattern, text, expected) in [
+            ("spiffe://mesh/node", "spiffe://mesh/node", true),
+            ("spiffe://mesh/node", "spiffe://mesh/node/2", false),
+            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/sa/proxy", true),
+            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/x/sa/proxy", false),
+            ("spiffe://mesh/ns/*", "spiffe://mesh/ns/shop/sa/proxy", true),
+            ("spiffe://mesh/*", "spiffe://meshes/ns", false),
+            ("*.nodes.example", "a.nodes.example", true),
+            ("*.nodes.example", "nodes.example", false),
+            ("node-*-*", "node-é-", true),
+            ("", "x", false),
+        ] {
+            assert_eq!(Pattern(pattern.to_owned()).matches(text), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn a_node_is_what_its_certificate_lets_it_be() {
+        let rules = "
+- {identity: 'spiffe://mesh/ns/*/sa/proxy', nodes: ['node-*'], services: [users, payments.shop]}
+- {identity: 'spiffe://mesh/ns/*/sa/proxy', nodes: [edge]}
+- {identity: 'dns:*.Nodes.example'}
+- {identity: 'spiffe://mesh/operator', nodes: [], status: true}
+";
+        let authorization = Authorization::new(serde_saphyr::from_str(rules).unwrap());
+        let proxy = Identity { uris: vec!["spiffe://mesh/ns/a/sa/proxy".into()], dns: vec![] };
+        let host = Identity { uris: vec![], dns: vec!["a.nodes.example".into()] };
+        let other = Identity { uris: vec!["spiffe://other/ns/a/sa/proxy".into()], dns: vec!["x".into()] };
+        let node = |id: &str, cluster: &str| Node { id: id.into(), cluster: cluster.into(), ..Default::default() };
+        for (identity, node, expected) in [
+            (&proxy, Some(node("node-1", "users")), None),
+            (&proxy, Some(node("node-1", "payments.shop")), None),
+            (&proxy, Some(node("node-1", "orders")), Some("edge")),
+            (&proxy, Some(node("node-1", "")), Some("edge")),
+            (&proxy, Some(node("edge", "")), None),
+            (&proxy, None, Some("needs a node")),
+            (&host, Some(node("anything", "")), None),
+            (&other, Some(node("node-1", "users")), Some("no rule is for")),
+        ] {
+            match (authorization.check(identity, node.as_ref()), expected) {
+                (Ok(()), None) => {}
+                (Err(status), Some("edge")) => {
+                    // The last rule that is for it says why.
+                    assert!(status.message().contains("may not be used by a node of this id"), "{status}");
+                }
+                (Err(status), Some(text)) => assert!(status.message().contains(text), "{status}"),
+                (outcome, _) => panic!("{identity:?} {node:?}: {outcome:?}"),
+            }
+        }
+        let counts = Refusal::ALL.map(|why| authorization.refused(why));
+        assert_eq!(counts, [1, 2, 0, 1, 0]);
+        let status = authorization.check_status(&host).unwrap_err();
+        assert!(status.message().contains("may not be used to ask"), "{status}");
+        let operator = Identity { uris: vec!["spiffe://mesh/operator".into()], dns: vec![] };
+        assert!(authorization.check_status(&operator).is_ok());
+        assert!(authorization.check(&operator, Some(&node("node-1", "users"))).is_err());
+        assert!(Authorization::default().check(&other, None).is_ok(), "without rules nobody is refused");
+    }
+}

@@ -1,0 +1,100 @@
+//! The real Envoy as a client, and servers behind it.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::DEADLINE;
+
+/// `$ENVOY`, else the one that `cargo xtask test` installed.
+pub fn envoy() -> PathBuf {
+    let installed = || PathBuf::from(env!("CARGO_BIN_EXE_culvert-discovery")).join("../../envoy/envoy/_bin/envoy");
+    let path = std::env::var_os("ENVOY").map_or_else(installed, PathBuf::from);
+    assert!(path.exists(), "{} does not exist: run `cargo xtask test`, or set ENVOY", path.display());
+    path
+}
+
+/// A port that is free.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A running Envoy. Killed when dropped.
+pub struct Envoy(Child);
+
+impl Envoy {
+    /// Starts it with this bootstrap.
+    pub fn start(bootstrap: &str) -> Self {
+        let child = Command::new(envoy())
+            .args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "error", "--config-yaml", bootstrap])
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+}
+
+impl Drop for Envoy {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Answers `/fail` with 500, `/slow` never, and anything else with 200. Counts what it is asked.
+pub fn serve(asked: Arc<AtomicUsize>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let (mut connection, asked) = (connection.unwrap(), Arc::clone(&asked));
+            std::thread::spawn(move || {
+                let mut seen = Vec::new();
+                let mut bytes = [0; 4096];
+                while let Ok(count @ 1..) = connection.read(&mut bytes) {
+                    seen.extend_from_slice(&bytes[..count]);
+                    if !seen.ends_with(b"\r\n\r\n") {
+                        continue;
+                    }
+                    asked.fetch_add(1, Ordering::SeqCst);
+                    let answer = match seen.split(|byte| *byte == b' ').nth(1) {
+                        Some(b"/fail") => "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n",
+                        Some(b"/slow") => "",
+                        _ => "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+                    };
+                    let _ = connection.write_all(answer.as_bytes());
+                    seen.clear();
+                }
+            });
+        }
+    });
+    port
+}
+
+/// The whole answer of a server on this machine, if there is one.
+pub fn get(port: u16, path: &str) -> Option<String> {
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    connection.set_read_timeout(Some(DEADLINE)).ok()?;
+    write!(connection, "GET {path} HTTP/1.1\r\nHost: users\r\nConnection: close\r\n\r\n").ok()?;
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).ok()?;
+    Some(answer)
+}
+
+/// The status of an answer, empty without one.
+pub fn status(port: u16, path: &str) -> String {
+    get(port, path).and_then(|answer| answer.split(' ').nth(1).map(str::to_owned)).unwrap_or_default()
+}
+
+/// Waits, not for ever.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < DEADLINE, "not reached: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
