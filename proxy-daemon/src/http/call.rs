@@ -222,10 +222,28 @@ pub(super) async fn within<T>(
     limit: Option<Duration>,
     call: impl Future<Output = Result<T, Failure>>,
 ) -> Result<T, Failure> {
-    let Some(limit) = limit else { return call.await };
-    tokio::time::timeout(limit, call).await.unwrap_or_else(|_| {
-        cluster.cluster.stats.upstream_rq_timeout.inc();
-        cluster.cluster.stats.charge(StatusCode::GATEWAY_TIMEOUT.as_u16(), true);
-        Err(Failure::TimedOut)
-    })
+    match limit {
+        None => call.await,
+        Some(limit) => until(cluster, tokio::time::sleep(limit), call).await,
+    }
+}
+
+/// What becomes of a call that may take until `expired`.
+///
+/// # Errors
+/// As [`within`].
+pub(super) async fn until<T>(
+    cluster: &WorkerCluster,
+    expired: impl Future<Output = ()>,
+    call: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    tokio::select! {
+        biased;
+        called = call => called,
+        () = expired => {
+            cluster.cluster.stats.upstream_rq_timeout.inc();
+            cluster.cluster.stats.charge(StatusCode::GATEWAY_TIMEOUT.as_u16(), true);
+            Err(Failure::TimedOut)
+        }
+    }
 }

@@ -1,4 +1,9 @@
 //! Requests that further clusters get a copy of: `request_mirror_policies`. Nobody waits for what comes of a copy.
+//!
+//! A copy is sent while its request passes. What the copy's host has not taken yet is kept, up to the limit of the request's body and a
+//! piece more; a copy that is further behind breaks off (Envoy has the request wait).
+
+mod pipe;
 
 use std::{
     pin::Pin,
@@ -7,13 +12,13 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, header::HOST};
+use bytes::Bytes;
+use http::{HeaderValue, header::HOST};
 use http_body::{Frame, SizeHint};
 
+use self::pipe::{Writer, pipe};
 use super::{
     body::{Body, BodyError},
-    buffered::Buffered,
     call,
     headers::names::X_ENVOY_ATTEMPT_COUNT,
     illegal,
@@ -27,17 +32,20 @@ use crate::{
     upstream::{Source, WorkerCluster},
 };
 
-/// A copy that waits for its request's body.
+/// So much may always wait for a copy's host, in bytes: what passes at once of a body that comes quickly.
+const LEAST_KEPT: u64 = 256 * 1024;
+
+/// A copy of a request's head, and where it goes.
 struct Copy {
     cluster: Rc<WorkerCluster>,
     source: Option<Source>,
     head: RequestHead,
-    /// How long its answer may take.
+    /// How long its answer may take, from the request's end.
     limit: Duration,
 }
 
-/// Copies a request as `policies` say: now where it has no body, otherwise once that has passed whole. Of a body over `kept` bytes
-/// there are no copies, which `abandoned` is told.
+/// Copies a request as `policies` say. About `kept` bytes of its body may wait for each copy's host; `abandoned` is told of copies that
+/// fall further behind.
 pub(super) fn mirror(
     policies: &[MirrorPolicy],
     cx: &StreamCx,
@@ -47,15 +55,22 @@ pub(super) fn mirror(
     (kept, abandoned): (u64, Counter),
 ) {
     let wanted = policies.iter().filter(|policy| policy.share.as_ref().is_none_or(|share| share.includes(cx.random)));
-    let copies: Vec<_> = wanted.filter_map(|policy| copy(policy, cx, head, limit)).collect();
-    if copies.is_empty() {
-        return;
-    }
+    let copies = wanted.filter_map(|policy| copy(policy, cx, head, limit));
     if matches!(body, Body::Empty) {
-        send_all(copies, &Bytes::new(), None);
+        copies.for_each(|copy| copy.send(Body::Empty, std::future::ready(())));
         return;
     }
-    body.wrap(|body| Tee { body, copies, data: BytesMut::new(), limit: kept, abandoned });
+    let (kept, length) = (kept.max(LEAST_KEPT), http_body::Body::size_hint(body));
+    let begin = |copy: Copy| {
+        let (writer, reader) = pipe(kept, length);
+        let ended = reader.original_ended();
+        copy.send(Body::Wrapped(Box::new(reader)), ended);
+        writer
+    };
+    let copies: Vec<_> = copies.map(begin).collect();
+    if !copies.is_empty() {
+        body.wrap(|body| Tee { body, copies, abandoned, gave_way: false });
+    }
 }
 
 fn copy(policy: &MirrorPolicy, cx: &StreamCx, head: &RequestHead, limit: Option<Duration>) -> Option<Copy> {
@@ -97,21 +112,21 @@ fn shadow_host(host: &str) -> String {
     }
 }
 
-fn send_all(copies: Vec<Copy>, data: &Bytes, trailers: Option<&HeaderMap>) {
-    for copy in copies {
-        let body = match trailers {
-            None if data.is_empty() => Body::Empty,
-            None => Body::Full(data.clone()),
-            Some(trailers) => Body::Wrapped(Box::new(Buffered::new(data.clone(), Some(trailers.clone())))),
-        };
+impl Copy {
+    /// Sends it; its answer is waited for from when the request has `ended`.
+    fn send(self, body: Body, ended: impl Future<Output = ()> + 'static) {
         tokio::task::spawn_local(async move {
-            let Copy { cluster, source, head, limit } = copy;
+            let Copy { cluster, source, head, limit } = self;
             let answered = async {
                 call::send(&cluster, source, head, body).await?.discard().await;
                 Ok(())
             };
+            let expired = async {
+                ended.await;
+                tokio::time::sleep(limit).await;
+            };
             // The cluster has counted what came of it.
-            let _ = call::within(&cluster, Some(limit), answered).await;
+            let _ = call::until(&cluster, expired, answered).await;
         });
     }
 }
@@ -119,10 +134,31 @@ fn send_all(copies: Vec<Copy>, data: &Bytes, trailers: Option<&HeaderMap>) {
 /// A body that is copied while it passes.
 struct Tee {
     body: Body,
-    copies: Vec<Copy>,
-    data: BytesMut,
-    limit: u64,
+    copies: Vec<Writer>,
     abandoned: Counter,
+    /// The copies have had their turn since the last piece.
+    gave_way: bool,
+}
+
+impl Tee {
+    /// Gives the copies what has passed.
+    fn passed(&mut self, frame: &Frame<Bytes>) {
+        let ended = frame.is_trailers() || http_body::Body::is_end_stream(&self.body);
+        let abandoned = self.abandoned;
+        self.copies.retain(|copy| {
+            if copy.is_left() {
+                return false;
+            }
+            if !copy.push(frame) {
+                abandoned.inc();
+                return false;
+            }
+            if ended {
+                copy.end();
+            }
+            true
+        });
+    }
 }
 
 impl http_body::Body for Tee {
@@ -130,31 +166,20 @@ impl http_body::Body for Tee {
     type Error = BodyError;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
-        if self.copies.is_empty() {
-            return polled;
+        // Copies run on the same thread: without a turn between two pieces they could not but fall behind.
+        if !self.gave_way && self.copies.iter().any(Writer::is_pressed) {
+            self.gave_way = true;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
         match &polled {
             Poll::Ready(Some(Ok(frame))) => {
-                if let Some(data) = frame.data_ref() {
-                    if (self.data.len() + data.len()) as u64 > self.limit {
-                        self.copies.clear();
-                        self.data = BytesMut::new();
-                        self.abandoned.inc();
-                        return polled;
-                    }
-                    self.data.extend_from_slice(data);
-                }
-                if frame.is_trailers() || self.body.is_end_stream() {
-                    let data = std::mem::take(&mut self.data).freeze();
-                    send_all(std::mem::take(&mut self.copies), &data, frame.trailers_ref());
-                }
+                self.gave_way = false;
+                self.passed(frame);
             }
-            Poll::Ready(None) => {
-                let data = std::mem::take(&mut self.data).freeze();
-                send_all(std::mem::take(&mut self.copies), &data, None);
-            }
-            // What is not whole is not copied.
+            Poll::Ready(None) => self.copies.drain(..).for_each(|copy| copy.end()),
+            // What breaks off has no whole copies.
             Poll::Ready(Some(Err(_))) => self.copies.clear(),
             Poll::Pending => {}
         }

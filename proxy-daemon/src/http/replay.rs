@@ -91,7 +91,7 @@ impl Kept {
 }
 
 /// A piece as it is kept. A small one is copied: as it came, it would hold on to the whole buffer that it was read into.
-fn kept_piece(data: &Bytes) -> Bytes {
+pub(super) fn kept_piece(data: &Bytes) -> Bytes {
     const SMALL: usize = 16 * 1024;
     if data.len() < SMALL { Bytes::copy_from_slice(data) } else { data.clone() }
 }
