@@ -50,7 +50,7 @@ pub(super) enum Field {
     VirtualClusterName,
     /// Of attempts.
     Attempted(OfAttempt),
-    /// What nothing here has: traces, fingerprints of TLS clients.
+    /// What nothing here has: traces, fingerprints of TLS clients, what filters of connections say of their end.
     Never,
     /// Something of which there is none here, written as no text.
     Nothing,
@@ -175,6 +175,7 @@ pub(super) const FIELDS: &[(&str, Field)] = &[
     ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS", Field::Address(Which::DownstreamLocal)),
     ("DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT", Field::AddressWithoutPort(Which::DownstreamLocal)),
     ("DOWNSTREAM_DIRECT_LOCAL_PORT", Field::Port(Which::DownstreamLocal)),
+    ("CONNECTION_TERMINATION_DETAILS", Field::Never),
     ("TRACE_ID", Field::Never),
     ("SPAN_ID", Field::Never),
     ("TLS_JA3_FINGERPRINT", Field::Never),

@@ -5,7 +5,7 @@ use std::str::FromStr as _;
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderName;
 
-use crate::http::metadata::{Metadata, Told};
+use crate::http::metadata::{Metadata, Told, read_from};
 
 use super::{
     Headers, Record,
@@ -78,7 +78,7 @@ impl MetadataPath {
     /// Reads what is in the brackets.
     pub(super) fn parse(text: &str, max_len: usize) -> MetadataPath {
         let mut parts = text.split(':').map(Box::from);
-        MetadataPath { namespace: parts.next().unwrap_or_default(), path: parts.collect(), max_len }
+        MetadataPath { namespace: read_from(&parts.next().unwrap_or_default()), path: parts.collect(), max_len }
     }
 
     /// Appends the value.

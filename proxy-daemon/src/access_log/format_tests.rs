@@ -27,6 +27,7 @@ fn the_default_line_of_a_request_is_envoys() {
         local_reply_body: b"a body",
         metadata: None,
         health_check: false,
+        grpc_messages: None,
         missing: "-",
         start: start(),
         duration: Duration::from_micros(2999),
@@ -76,6 +77,7 @@ fn every_operator_is_written() {
         local_reply_body: b"a body",
         metadata: None,
         health_check: false,
+        grpc_messages: None,
         missing: "-",
         start: start(),
         duration: Duration::from_millis(1500),
@@ -194,7 +196,10 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
     // Those that Envoy refuses too, and a time letter that it would print as it stands.
     for (format, expected) in [
         ("%BOGUS%", "%BOGUS% is not an operator"),
-        ("%FILTER_STATE(a:PLAIN):3%", "%FILTER_STATE% is not supported by culvert yet"),
+        (
+            "%FILTER_STATE(a:PLAIN):3%",
+            "%FILTER_STATE%: only envoy.filters.http.grpc_stats:PLAIN is supported by culvert yet",
+        ),
         ("%DOWNSTREAM_PEER_CHAIN_SERIALS%", "%DOWNSTREAM_PEER_CHAIN_SERIALS% is not supported by culvert yet"),
         ("%REQ(x%", "position 0"),
         ("%REQ%", "needs a header's name"),

@@ -47,6 +47,8 @@ pub(super) enum Special {
     GrpcStatus(grpc::StatusForm),
     /// `COMMON_DURATION`
     CommonDuration { from: TimePoint, to: TimePoint, per_second: u128 },
+    /// `FILTER_STATE(envoy.filters.http.grpc_stats:PLAIN)`
+    GrpcMessages { max_len: usize },
     /// `COALESCE`: the first that has something to say.
     Coalesce(Box<[Op]>),
 }
@@ -101,6 +103,10 @@ impl Special {
                 Some(("DYNAMIC", _)) => return Ok(None),
                 _ => return Err(refuse("only DYNAMIC and ROUTE are supported by culvert yet")),
             },
+            "FILTER_STATE" if arguments == "envoy.filters.http.grpc_stats:PLAIN" => Special::GrpcMessages { max_len },
+            "FILTER_STATE" => {
+                return Err(refuse("only envoy.filters.http.grpc_stats:PLAIN is supported by culvert yet"));
+            }
             "UNIQUE_ID" if operator.arguments.is_none() && operator.length.is_none() => Special::UniqueId,
             "EMIT_TIME" => {
                 without_length()?;
@@ -177,6 +183,10 @@ impl Special {
                     }
                     None => missing(out, record),
                 }
+            }
+            Special::GrpcMessages { max_len } => {
+                let text = record.grpc_messages.map(|(requests, responses)| format!("{requests},{responses}"));
+                cut(out, record, text.as_deref(), *max_len);
             }
             Special::EmitTime(None) => time::write_default(out, SystemTime::now()),
             Special::EmitTime(Some(format)) => format.write(out, SystemTime::now()),

@@ -127,6 +127,8 @@ pub struct Record<'a> {
     pub times: Times,
     /// The response's trailers.
     pub response_trailers: Option<Headers<'a>>,
+    /// How many messages of gRPC the request and the response had, where `grpc_stats` tells.
+    pub grpc_messages: Option<(u64, u64)>,
     /// How many attempts were made at it.
     pub attempts: u32,
     /// The connection to the host: its protocol.
@@ -168,6 +170,7 @@ impl Default for Record<'_> {
             upstream_host_name: None,
             times: Times::default(),
             response_trailers: None,
+            grpc_messages: None,
             attempts: 0,
             upstream_protocol: None,
             upstream_connection_id: None,

@@ -161,6 +161,7 @@ fn cluster(name: &str) -> ClusterConfig {
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
+        max_stream_duration: None,
         idle_timeout: None,
         pool: PoolOptions::default(),
         circuit_breakers: [Thresholds::default(), Thresholds { max_retries: 9, ..Thresholds::default() }],

@@ -14,7 +14,7 @@ use super::{
     observe::{Notes, StreamEnd},
     retry::{Failure, RetryState, Verdict},
     route_match::authority,
-    stream::{LocalReply, OverrideHost, RequestHead, StreamCx},
+    stream::{HostRewritten, LocalReply, OverrideHost, RequestHead, StreamCx},
     timeouts::Timeouts,
     upgrade,
     upstream_head::{protocol, set_scheme, to_http1, to_http2},
@@ -345,12 +345,14 @@ impl Shared<'_> {
             set_scheme(request.uri_mut(), connection.info().tls.is_some());
         }
         let stats = &cluster.cluster.stats;
-        let mut limit = self.timeouts.of_try(&self.cx.progress);
+        let mut limit = self.timeouts.of_try(cluster.cluster.config.max_stream_duration, &self.cx.progress);
         until.set(limit.until);
         self.cx.progress.sent_first.set(Some(limit.since));
         let sent = {
             let mut sending = std::pin::pin!(connection.send(request, |status, headers| {
-                notes.charge(self.cluster, status, self.cx.internal);
+                if !self.cx.progress.health_check.get() {
+                    notes.charge(self.cluster, status, self.cx.internal);
+                }
                 self.cx.progress.interim(status, headers);
             }));
             tokio::select! {
@@ -399,8 +401,14 @@ impl Shared<'_> {
             && let Ok(name) = HeaderValue::from_str(name)
         {
             let suppress = self.cx.suppress_envoy_headers;
-            self.cx.progress.host_rewritten.set(true);
-            set_host(&mut head, name, self.action.append_x_forwarded_host, suppress);
+            let forwarded = self.action.append_x_forwarded_host;
+            self.cx.progress.host_rewritten.set(Some(HostRewritten { forwarded, suppress }));
+            let before = HeaderValue::from_str(authority(&head)).ok().filter(|before| !before.is_empty());
+            set_host(&mut head, name, forwarded, suppress);
+            // Also where it is the same.
+            if let Some(before) = before.filter(|_| !suppress) {
+                head.headers.insert(X_ENVOY_ORIGINAL_HOST, before);
+            }
         }
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
             head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number));

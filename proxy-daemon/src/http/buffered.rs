@@ -54,14 +54,14 @@ pub(super) enum Unread {
     /// It is longer than it may be.
     TooLong,
     /// It broke off.
-    Broken,
+    Broken(BodyError),
 }
 
 /// Reads a body to its end.
 pub(super) async fn read(body: &mut Body, limit: usize) -> Result<(Bytes, Option<HeaderMap>), Unread> {
     let (mut first, mut more, mut trailers) = (Bytes::new(), BytesMut::new(), None);
     while let Some(frame) = body.frame().await {
-        match frame.map_err(|_| Unread::Broken)?.into_data() {
+        match frame.map_err(Unread::Broken)?.into_data() {
             Ok(data) => {
                 if first.len() + more.len() + data.len() > limit {
                     return Err(Unread::TooLong);
@@ -122,7 +122,7 @@ pub(super) async fn peek(body: &mut Body, enough: usize) -> Result<(Bytes, bool)
             *body = Body::Full(data.clone());
             return Ok((data, true));
         };
-        match frame.map_err(|_| Unread::Broken.into_reply())?.into_data() {
+        match frame.map_err(|error| Unread::Broken(error).into_reply())?.into_data() {
             Ok(data) => read.extend_from_slice(&data),
             Err(frame) => {
                 let data = read.freeze();
@@ -159,7 +159,7 @@ impl Unread {
                 LocalReply::new(status, "Payload Too Large", ResponseFlags::default(), "request_payload_too_large")
             }
             // Nobody is there to read it.
-            Unread::Broken => LocalReply::new(StatusCode::BAD_REQUEST, "", ResponseFlags::DPE, "request_broken_off"),
+            Unread::Broken(_) => LocalReply::new(StatusCode::BAD_REQUEST, "", ResponseFlags::DPE, "request_broken_off"),
         }
     }
 }

@@ -32,7 +32,7 @@ use super::{
     upgrade, waiting,
 };
 use crate::{
-    access_log::{Record, ResponseFlags},
+    access_log::ResponseFlags,
     config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
     upstream::{Connection, HostCounter, Overload, Seen, WorkerCluster},
 };
@@ -270,10 +270,9 @@ fn mutate_request(cx: &StreamCx, head: &mut RequestHead, virtual_cluster: Option
     if cx.header_mutations().all(HeaderMutations::is_empty) {
         return;
     }
-    cx.format_request(head, |headers, record| {
-        let record = Record { virtual_cluster, ..*record };
+    cx.format_counted(head, virtual_cluster, |headers, record| {
         for mutations in cx.header_mutations() {
-            headers::mutate_request(headers, mutations, &record);
+            headers::mutate_request(headers, mutations, record);
         }
     });
 }

@@ -106,14 +106,19 @@ fn make(
     is_head: bool,
     asked: &Asked<'_>,
 ) -> (ResponseHead, Body, bool) {
-    // What follows may be no HTTP either, whatever becomes of the answer.
-    let closes = end.http1 && reply.status == StatusCode::BAD_REQUEST && !end.state.config().http1_stays_open;
+    // What follows may be no HTTP either, whatever becomes of the answer. Of a body that is too long nobody takes the rest.
+    let closes = end.http1
+        && (reply.status == StatusCode::BAD_REQUEST && !end.state.config().http1_stays_open
+            || reply.details == "request_payload_too_large");
     end.flags |= reply.flags;
+    // What a service says by these statuses is its own matter.
+    match &*reply.details {
+        "request_payload_too_large" => end.state.manager.stats.downstream_rq_too_large.inc(),
+        "response_payload_too_large" => end.state.manager.stats.rs_too_large.inc(),
+        _ => {}
+    }
     if end.details.is_empty() {
         end.details = reply.details;
-    }
-    if reply.status == StatusCode::PAYLOAD_TOO_LARGE {
-        end.state.manager.stats.downstream_rq_too_large.inc();
     }
     let (mut head, ()) = Response::new(()).into_parts();
     head.status = reply.status;

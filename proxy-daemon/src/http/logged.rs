@@ -12,10 +12,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header::HOS
 use super::{
     RouteRef,
     conn_manager::ConnState,
-    headers::names::{X_ENVOY_ATTEMPT_COUNT, X_FORWARDED_PROTO},
+    headers::names::{X_ENVOY_ATTEMPT_COUNT, X_ENVOY_ORIGINAL_HOST, X_FORWARDED_HOST, X_FORWARDED_PROTO},
     live_log::LiveLog,
     redirect::scheme,
-    stream::{Progress, RequestHead},
+    stream::{HostRewritten, Progress, RequestHead},
 };
 use crate::{
     access_log::{AccessLog, Headers, Record, Times},
@@ -85,6 +85,36 @@ impl LogParts {
         }
     }
 
+    /// The host was asked by its own `name`, and told what the request was for.
+    pub(super) fn rewrite_host(&mut self, name: &str, told: HostRewritten, names: &[HeaderName]) {
+        let Ok(name) = HeaderValue::from_str(name) else { return };
+        let target = self.target.as_ref().and_then(|(_, uri)| uri.authority());
+        let before = target.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok()).or(self.host.take());
+        if let Some(before) = before.filter(|before| !before.is_empty()) {
+            if told.forwarded && names.contains(&X_FORWARDED_HOST) {
+                let first = self.request.iter_mut().find(|(name, _)| *name == X_FORWARDED_HOST);
+                match first {
+                    None => self.request.push((X_FORWARDED_HOST, before.clone())),
+                    Some((_, first)) => {
+                        let joined = [first.as_bytes(), before.as_bytes()].join(&b","[..]);
+                        // Valid values with a comma between them are one.
+                        *first = HeaderValue::from_bytes(&joined).unwrap_or_else(|_| first.clone());
+                    }
+                }
+            }
+            if !told.suppress && names.contains(&X_ENVOY_ORIGINAL_HOST) {
+                self.request.retain(|(name, _)| *name != X_ENVOY_ORIGINAL_HOST);
+                self.request.push((X_ENVOY_ORIGINAL_HOST, before));
+            }
+        }
+        if let Some((_, uri)) = &mut self.target
+            && let Some(path) = uri.path_and_query().filter(|_| uri.authority().is_some())
+        {
+            *uri = Uri::from(path.clone());
+        }
+        self.host = Some(name);
+    }
+
     /// Adds a header that only the codec gives a response, where it has none of that name.
     pub(super) fn complete_response(
         &mut self,
@@ -108,6 +138,7 @@ impl LogParts {
             start: self.started,
             duration: started.elapsed(),
             attempts: progress.attempts.get(),
+            grpc_messages: progress.grpc_messages.get(),
             upstream_protocol: progress.upstream_protocol.get(),
             times: Times { sent_first: self.answered, end: Some(Instant::now()), ..progress.times(started) },
             response_trailers: Some(Headers::Kept(&self.trailers)),

@@ -1,6 +1,9 @@
 //! Dynamic metadata: what filters tell about a stream, by namespace.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use envoy_types::pb::{
     envoy::config::core::v3::Metadata as ConfigMetadata,
@@ -8,6 +11,25 @@ use envoy_types::pb::{
 };
 
 use crate::{access_log::json_text, config::model::value_at};
+
+/// Where rbac tells its verdicts.
+pub(crate) const RBAC: &str = "envoy.filters.http.rbac";
+
+/// Something that was configured reads what rbac tells. It stays so when that is configured no more.
+static RBAC_IS_READ: AtomicBool = AtomicBool::new(false);
+
+/// The name of a namespace that configuration reads. Whoever tells something with each request need not where nobody does.
+pub(crate) fn read_from(namespace: &str) -> Box<str> {
+    if namespace == RBAC {
+        RBAC_IS_READ.store(true, Ordering::Relaxed);
+    }
+    namespace.into()
+}
+
+/// Whether anybody reads rbac's verdicts.
+pub(super) fn rbac_is_read() -> bool {
+    RBAC_IS_READ.load(Ordering::Relaxed)
+}
 
 /// What filters have told about one stream.
 #[derive(Debug, Default)]

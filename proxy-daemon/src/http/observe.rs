@@ -24,7 +24,7 @@ use super::{
     proxy_status,
     request_stats::{Counted, RequestStats},
     stats::HcmStats,
-    stream::{Progress, RequestHead, ResponseHead, VIA_UPSTREAM},
+    stream::{LocalReply, Progress, RequestHead, ResponseHead, VIA_UPSTREAM},
     timers::{Expired, Timers},
 };
 use crate::{
@@ -253,6 +253,38 @@ fn grpc_failed(status: Option<&HeaderValue>) -> bool {
     matches!(code, UNKNOWN | 4 | 12..=15 | 17..)
 }
 
+/// How a response's body broke off.
+enum Broken {
+    /// The host has reset the stream.
+    Reset,
+    /// The connection has broken.
+    Closed,
+    /// What came is no message, or not all of one.
+    Malformed,
+}
+
+impl Broken {
+    fn of(error: &BodyError) -> Broken {
+        match h2_error(&**error) {
+            Some(error) if error.is_remote() && error.reason().is_some() => Broken::Reset,
+            Some(error) if error.is_io() => Broken::Closed,
+            // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
+            _ => Broken::Malformed,
+        }
+    }
+}
+
+/// The answer in the place of a response that broke off before any of it was sent, and that nobody is told of otherwise.
+pub(super) fn broken_response(error: &BodyError) -> LocalReply {
+    let (status, flags, reason) = match Broken::of(error) {
+        Broken::Reset => (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR, "remote reset"),
+        Broken::Closed => (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC, "connection termination"),
+        Broken::Malformed => (StatusCode::BAD_GATEWAY, ResponseFlags::UPE, "protocol error"),
+    };
+    let text = format!("upstream connect error or disconnect/reset before headers. reset reason: {reason}");
+    LocalReply::new(status, text, flags, "")
+}
+
 impl StreamEnd {
     pub(super) fn new(state: Rc<ConnState>, progress: Rc<Progress>, started: Instant) -> StreamEnd {
         let stats = &state.manager.stats;
@@ -301,7 +333,10 @@ impl StreamEnd {
 
     /// Counts a response of the cluster's, or the answer in its place.
     pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
-        self.notes.charge(cluster, status, self.internal);
+        // Health checks are nobody's requests.
+        if !self.progress.health_check.get() {
+            self.notes.charge(cluster, status, self.internal);
+        }
     }
 
     /// What logs say of why the response is what it is.
@@ -408,15 +443,10 @@ impl StreamEnd {
         self.complete = true;
         self.judge(true);
         if self.flags.is_empty() && self.details != MAX_DURATION {
-            // An HTTP/1 body that ends too early is a protocol error, as in Envoy.
-            let (flag, details) = match h2_error(&**error) {
-                Some(error) if error.is_remote() && error.reason().is_some() => {
-                    (ResponseFlags::UR, "upstream_reset_after_response_started{remote_reset}")
-                }
-                Some(error) if error.is_io() => {
-                    (ResponseFlags::UC, "upstream_reset_after_response_started{connection_termination}")
-                }
-                _ => (ResponseFlags::UPE, "upstream_reset_after_response_started{protocol_error}"),
+            let (flag, details) = match Broken::of(error) {
+                Broken::Reset => (ResponseFlags::UR, "upstream_reset_after_response_started{remote_reset}"),
+                Broken::Closed => (ResponseFlags::UC, "upstream_reset_after_response_started{connection_termination}"),
+                Broken::Malformed => (ResponseFlags::UPE, "upstream_reset_after_response_started{protocol_error}"),
             };
             self.flags |= flag;
             self.details = Cow::Borrowed(details);
@@ -446,7 +476,7 @@ impl StreamEnd {
         if self.is_logged() {
             let log = self.log.get_or_insert_with(|| Box::new(LogParts::new(self.started, None)));
             log.keep_request(head, &self.state.manager.logged.request);
-            self.progress.host_rewritten.set(false);
+            self.progress.host_rewritten.set(None);
             self.update_live();
         }
     }
@@ -677,14 +707,16 @@ impl Drop for StreamEnd {
         if let Some((cluster, host)) = &self.host {
             let aggregate = self.progress.aggregate.borrow();
             let routed = aggregate.as_ref().unwrap_or(cluster);
-            routed.cluster.stats.record_time(elapsed, self.internal);
-            self.count(|stats| stats.upstream_rq_time.record(elapsed));
+            if !self.progress.health_check.get() {
+                routed.cluster.stats.record_time(elapsed, self.internal);
+                self.count(|stats| stats.upstream_rq_time.record(elapsed));
+            }
             cluster.cluster.end_request(self.high);
             host.end_request();
         }
         if let Some(mut log) = self.log.take() {
-            if let Some((_, host)) = self.host.as_ref().filter(|_| self.progress.host_rewritten.get()) {
-                log.host = HeaderValue::from_str(&host.host.hostname).ok();
+            if let (Some((_, host)), Some(rewritten)) = (&self.host, self.progress.host_rewritten.get()) {
+                log.rewrite_host(&host.host.hostname, rewritten, &self.state.manager.logged.request);
             }
             if self.http1 && self.status.is_some() && !self.redirected && self.state.closes.get() {
                 let names = &self.state.manager.logged.response;

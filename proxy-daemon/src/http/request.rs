@@ -545,10 +545,10 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
 
 /// What the router and the connection manager do to an upstream's response.
 fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, attempts: u32) {
-    // Envoy counts from the request's end, which one for another protocol does not have.
-    let tunnel = response.extensions.get::<Upgrade>().is_some();
-    if !cx.suppress_envoy_headers && !tunnel && end.upgrade.is_none() {
-        let milliseconds = cx.started.elapsed().as_millis() as u64;
+    // Counted from the request's end, as in Envoy: one that has not ended yet has no such time, nor has one for another protocol.
+    let tunnel = response.extensions.get::<Upgrade>().is_some() || end.upgrade.is_some();
+    if let Some(complete) = cx.progress.request_complete.get().filter(|_| !cx.suppress_envoy_headers && !tunnel) {
+        let milliseconds = complete.elapsed().as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }
     if let Some(route) = &cx.route

@@ -45,7 +45,7 @@ hcm_stats! {
         downstream_rq_header_timeout downstream_rq_response_before_rq_complete downstream_rq_non_relative_path
         downstream_rq_rejected_via_ip_detection
         downstream_rq_failed_path_normalization downstream_rq_redirected_with_normalized_path
-        downstream_rq_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
+        downstream_rq_too_large rs_too_large downstream_rq_rx_reset downstream_rq_timeout downstream_rq_idle_timeout
         downstream_rq_max_duration_reached downstream_rq_too_many_premature_resets
         no_route no_cluster rq_direct_response rq_total
         rq_reset_after_downstream_response_started

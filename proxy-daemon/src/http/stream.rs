@@ -184,10 +184,21 @@ impl StreamCx {
 
     /// Changes a request's headers by what formats can tell of the request as it is now.
     pub(super) fn format_request(&self, head: &mut RequestHead, change: impl FnOnce(&mut HeaderMap, &Record<'_>)) {
+        self.format_counted(head, None, change);
+    }
+
+    /// As [`format_request`](Self::format_request), of a request that is counted under this virtual cluster.
+    pub(super) fn format_counted(
+        &self,
+        head: &mut RequestHead,
+        virtual_cluster: Option<&str>,
+        change: impl FnOnce(&mut HeaderMap, &Record<'_>),
+    ) {
         let (uri, host) = (head.uri.clone(), authority(head).to_owned());
         let route = self.route.as_ref().map(|route| route.name.as_str());
         let metadata = self.progress.metadata.borrow();
         let record = Record {
+            virtual_cluster,
             metadata: metadata.as_deref(),
             method: Some(head.method.as_str()),
             path: uri.path_and_query().map(|path| path.as_str()),
@@ -284,6 +295,7 @@ impl StreamCx {
             start: SystemTime::now(),
             duration: self.started.elapsed(),
             attempts: self.progress.attempts.get(),
+            grpc_messages: self.progress.grpc_messages.get(),
             upstream_protocol: self.progress.upstream_protocol.get(),
             times: self.progress.times(self.started),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
@@ -303,6 +315,15 @@ impl StreamCx {
             metadata: Some(&self.progress.metadata),
         }
     }
+}
+
+/// What the last attempt's host was told of the host that the request was for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HostRewritten {
+    /// In `x-forwarded-host`.
+    pub(super) forwarded: bool,
+    /// Not in `x-envoy-original-host`.
+    pub(super) suppress: bool,
 }
 
 /// How far the two bodies have come.
@@ -328,10 +349,12 @@ pub struct Progress {
     pub health_check: Cell<bool>,
     /// When the request was complete.
     pub request_complete: Cell<Option<Instant>>,
+    /// How many messages of gRPC there were in each direction, where `grpc_stats` tells.
+    pub grpc_messages: Cell<Option<(u64, u64)>>,
     /// How many attempts were made.
     pub attempts: Cell<u32>,
     /// The last attempt's host was asked by its own name.
-    pub(super) host_rewritten: Cell<bool>,
+    pub(super) host_rewritten: Cell<Option<HostRewritten>>,
     /// The route's cluster, where the last one's host is of another: an aggregate.
     pub aggregate: RefCell<Option<Rc<WorkerCluster>>>,
     /// The protocol on the last one's connection.
@@ -372,8 +395,9 @@ impl Progress {
             reset_by_client: Cell::new(false),
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
+            grpc_messages: Cell::new(None),
             attempts: Cell::new(0),
-            host_rewritten: Cell::new(false),
+            host_rewritten: Cell::new(None),
             aggregate: RefCell::new(None),
             upstream_protocol: Cell::new(None),
             sent_first: Cell::new(None),

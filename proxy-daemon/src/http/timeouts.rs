@@ -25,7 +25,7 @@ pub(super) struct Timeouts {
     pub(super) hedges: bool,
     /// Of an upstream's silence.
     pub(super) per_try_idle: Option<Duration>,
-    /// Of each attempt, from the moment that it has a connection to the end of its answer.
+    /// Of each attempt, from the moment that it has a connection to the end of its answer, where the client says: 0 is no limit.
     attempt: Option<Duration>,
     /// Of the whole stream, from its beginning.
     pub(super) stream: Option<Duration>,
@@ -61,7 +61,9 @@ impl Timeouts {
             status: StatusCode::GATEWAY_TIMEOUT,
         };
         if head.headers.keys().any(|name| name.as_str().starts_with("x-envoy-upstream-")) {
-            timeouts.attempt = wish(&mut head.headers, &X_ENVOY_UPSTREAM_STREAM_DURATION_MS, None);
+            let asked = head.headers.remove(&X_ENVOY_UPSTREAM_STREAM_DURATION_MS);
+            let asked = asked.and_then(|value| value.to_str().ok()?.trim().parse().ok());
+            timeouts.attempt = asked.map(Duration::from_millis);
             timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
             timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
             // For a proxy, and not for its host; nothing is counted under it.
@@ -121,13 +123,13 @@ impl Timeouts {
         if self.status == StatusCode::GATEWAY_TIMEOUT { "upstream request timeout" } else { "" }
     }
 
-    /// The limits of an attempt that has a connection now.
-    pub(super) fn of_try(&self, progress: &Rc<Progress>) -> TryLimit {
+    /// The limits of an attempt that has a connection now. `duration`: its cluster's, where the client does not say.
+    pub(super) fn of_try(&self, duration: Option<Duration>, progress: &Rc<Progress>) -> TryLimit {
         let both = [(self.per_try, Failure::PerTryTimeout), (self.per_try_idle, Failure::PerTryIdleTimeout)];
         let first = both.into_iter().filter_map(|(limit, failure)| Some((limit?, failure)));
         let limit = first.min_by_key(|(limit, _)| *limit);
         let since = Instant::now();
-        let until = self.attempt.map(|limit| since + limit);
+        let until = self.attempt.or(duration).filter(|limit| !limit.is_zero()).map(|limit| since + limit);
         TryLimit { progress: Rc::clone(progress), limit, since, until, sleep: None }
     }
 }

@@ -25,6 +25,7 @@ fn cluster(name: &str) -> ClusterConfig {
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
+        max_stream_duration: None,
         idle_timeout: None,
         pool: PoolOptions::default(),
         circuit_breakers: [Thresholds { max_requests: 7, ..Thresholds::default() }, Thresholds::default()],

@@ -192,6 +192,11 @@ fn bodies() -> Vec<Case> {
             ", with_request_body: {max_request_bytes: 6, allow_partial_message: true}",
             &requests[..3],
         ),
+        grpc(
+            "bodies that are too long, on a connection that could go on",
+            ", with_request_body: {max_request_bytes: 6}",
+            &["POST /\nconnection: keep-alive\n\nsome body"].map(str::to_owned),
+        ),
         grpc("bodies as bytes", ", with_request_body: {max_request_bytes: 80, pack_as_bytes: true}", &requests),
     ]
 }

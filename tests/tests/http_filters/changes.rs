@@ -167,6 +167,12 @@ fn buffer() -> Vec<Case> {
     vec![
         case("buffer", BUFFER, "max_request_bytes: 1000", &requests),
         case("buffer, too small", BUFFER, "max_request_bytes: 6", &requests),
+        case(
+            "buffer, too small, on a connection that could go on",
+            BUFFER,
+            "max_request_bytes: 6",
+            &["POST /\nconnection: keep-alive\n\nsome body", "POST /\nconnection: keep-alive\n\nbody"],
+        ),
         case("buffer, by route", BUFFER, "max_request_bytes: 6", &requests)
             .told(By::Route, BUFFER_PER_ROUTE, "buffer: {max_request_bytes: 5}")
             .told(By::Host, BUFFER_PER_ROUTE, "disabled: true"),

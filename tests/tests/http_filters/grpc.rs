@@ -68,6 +68,9 @@ fn stats() -> Vec<Case> {
             "stats_for_all_methods: true, replace_dots_in_grpc_service_name: true",
             &requests,
         ),
+        case("emit_filter_state", STATS, "emit_filter_state: true", &listed).of_log(
+            "%FILTER_STATE(envoy.filters.http.grpc_stats:PLAIN)% %FILTER_STATE(envoy.filters.http.grpc_stats:PLAIN):2%",
+        ),
         case(
             "individual_method_stats_allowlist",
             STATS,

@@ -520,7 +520,7 @@ fn clusters(clusters: &[(&str, u16, bool)]) -> String {
         format!(
             "  - name: {name}\n    type: STATIC\n    connect_timeout: 10s{options}\n    circuit_breakers: \
              {{thresholds: [{{max_retries: 100}}]}}\n    load_assignment:\n      cluster_name: \
-             {name}\n      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, \
+             {name}\n      endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: {name}.service, address: {{socket_address: {{address: 127.0.0.1, \
              port_value: {port}}}}}}}}}]}}]\n"
         )
     };

@@ -27,7 +27,7 @@ const OPERATORS: &[&str] = &[
     "%RESPONSE_FLAGS_LONG%",
     "%UPSTREAM_HOST_NAME% %UPSTREAM_HOST_NAME_WITHOUT_PORT%",
     "%UPSTREAM_CLUSTER_RAW% %UPSTREAM_REMOTE_ADDRESS_WITHOUT_PORT% %UPSTREAM_REMOTE_PORT%",
-    "%BYTES_RETRANSMITTED% %TRACE_ID% %SPAN_ID% %TLS_JA3_FINGERPRINT% %TLS_JA4_FINGERPRINT% %CUSTOM_FLAGS%",
+    "%CONNECTION_TERMINATION_DETAILS% %BYTES_RETRANSMITTED% %TRACE_ID% %SPAN_ID% %TLS_JA3_FINGERPRINT% %TLS_JA4_FINGERPRINT% %CUSTOM_FLAGS%",
     "%METADATA(ROUTE:ns:k)% %METADATA(DYNAMIC:ns:k)%",
     "%COALESCE({\"operators\": [\"ROUTE_NAME\", {\"command\": \"REQ\", \"param\": \"x-a\", \"max_length\": 2}]})%",
     "%DOWNSTREAM_DIRECT_LOCAL_ADDRESS% %DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT% %DOWNSTREAM_DIRECT_LOCAL_PORT%",
@@ -48,6 +48,27 @@ const OWN_VALUES: &[&str] = &[
     "~%COMMON_DURATION(US_CX_END:US_HS_END:us)%~ ~%COMMON_DURATION(DS_TX_END:DS_RX_BEG:ns)%~",
     "~%UPSTREAM_CONNECTION_ID%~ ~%UPSTREAM_CONNECTION_IDS_ATTEMPTED%~ ~%STREAM_ID%~",
 ];
+
+/// Hosts that are asked by their own names.
+fn rewritten() -> Vec<Case> {
+    let requests = [
+        "GET /",
+        "GET /\nhost: a.service",
+        "GET /\nx-forwarded-host: before.test",
+        "GET /\nx-envoy-original-host: forged.test",
+        "GET /\nx-do: 503",
+    ];
+    let of = |name, action: &str| {
+        case(name, "set_metadata.v3.Config", "metadata: [{metadata_namespace: ns, value: {k: set}}]", &requests)
+            .of_routes("", action)
+            .of_log("%REQ(:AUTHORITY)% %REQ(HOST)% %REQ(X-ENVOY-ORIGINAL-HOST)% %REQ(X-FORWARDED-HOST)%")
+    };
+    vec![
+        of("auto_host_rewrite", "auto_host_rewrite: true"),
+        of("auto_host_rewrite, and the host before", "auto_host_rewrite: true, append_x_forwarded_host: true"),
+        of("host_rewrite_literal", "host_rewrite_literal: other.test, append_x_forwarded_host: true"),
+    ]
+}
 
 /// Those of the tables, with a name each.
 fn named(operators: &[&str]) -> String {
@@ -166,7 +187,8 @@ fn sent() -> Case {
 pub fn cases() -> Vec<Case> {
     let requests = ["GET /", "POST /\nx-do: 503\n\nbody", "GET /direct", "GET /\nx-do: reset", "GET /\nhost: a,b"];
     let told = "{z: \"%RESPONSE_CODE%\", a: \"%REQ(x-none)%\", b: \"x%REQ(x-none)%\", n: {l: [1, \"%PROTOCOL%\"]}}";
-    vec![
+    let mut cases = rewritten();
+    cases.extend([
         operators(),
         sent(),
         json("json_format", false),
@@ -182,7 +204,8 @@ pub fn cases() -> Vec<Case> {
         old("flush_access_log_on_new_request of old", "flush_access_log_on_new_request: true", &requests),
         old("access_log_flush_interval of old", "access_log_flush_interval: 0.5s", &["GET /\nx-do: 200+delay=750"]),
         of("no tunnel", "flush_log_on_tunnel_successfully_established: true", &requests),
-    ]
+    ]);
+    cases
 }
 
 /// Of culvertd alone: the lines at the ends of tunnels are another matter.

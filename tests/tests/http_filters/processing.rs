@@ -9,7 +9,8 @@ const PER_ROUTE: &str = "ext_proc.v3.ExtProcPerRoute";
 const NOTHING: &str = r#"[{"request_headers": {}}, {"response_headers": {}}]"#;
 
 pub fn cases() -> Vec<Case> {
-    [headers(), answers(), failures(), bodies(), trailers(), modes(), settings(), routes(), attributes()].concat()
+    [headers(), answers(), failures(), broken(), bodies(), trailers(), modes(), settings(), routes(), attributes()]
+        .concat()
 }
 
 /// A request, with the service's answers.
@@ -142,6 +143,20 @@ fn headers() -> Vec<Case> {
             &ruled,
         ),
         of("disallow_is_error", &rules("disallow_is_error: true"), &ruled),
+    ]
+}
+
+/// Hosts that break off in the middle of a response, of which nothing has been sent yet.
+fn broken() -> Vec<Case> {
+    let cut = ["200+cut=length", "200+cut=chunk", "503+cut=length"];
+    let of_each = |answers: &str| cut.map(|how| shown(&format!("GET /\nx-do: {how}"), answers));
+    // How the host frames its response is not shown to the processor here.
+    let unframed = ", forward_rules: {disallowed_headers: {patterns: [{exact: transfer-encoding}]}}";
+    let buffered = mode("response_body_mode: BUFFERED") + unframed;
+    let waits = of_each(r#"[{"request_headers": {}}, null]"#);
+    vec![
+        of("responses that break off before they are whole", &buffered, &of_each(NOTHING)).shown(&[2; 3]),
+        of("responses that break off while their headers wait", unframed, &waits).shown(&[2; 3]),
     ]
 }
 

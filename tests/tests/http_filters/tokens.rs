@@ -1,6 +1,7 @@
 //! jwt_authn: tokens of all kinds, good and bad ones.
 
 use std::sync::LazyLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::hmac;
 use aws_lc_rs::rand::SystemRandom;
@@ -119,7 +120,7 @@ fn one(name: &'static str, more: &str, requests: &[String]) -> Case {
 }
 
 pub fn cases() -> Vec<Case> {
-    [verified(), places(), told(), requirements(), remote()].concat()
+    [verified(), limited(), places(), told(), failures(), requirements(), remote()].concat()
 }
 
 fn verified() -> Vec<Case> {
@@ -192,6 +193,73 @@ fn verified() -> Vec<Case> {
         one("tokens", "", &requests),
         one("audiences", ", audiences: [a, c]", &audiences),
         one("a provider of any issuer", "", &requests[..2]).of_manager("via: v"),
+    ]
+}
+
+/// What tokens must be besides good.
+fn limited() -> Vec<Case> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let of = |claims: &str| with(&token("HS256", &format!("{{\"iss\": \"i\"{claims}}}")));
+    let times =
+        ["", ", \"exp\": 4000000000", &format!(", \"exp\": {}", now + 600), &format!(", \"exp\": {}", now - 30)];
+    let times = times.map(of);
+    let subjects = ["", ", \"sub\": \"\"", ", \"sub\": \"spiffe://a/b\"", ", \"sub\": \"other\""].map(of);
+    vec![
+        one("require_expiration", ", require_expiration: true", &times),
+        one("max_lifetime", ", max_lifetime: 3600s", &times),
+        one("max_lifetime and require_expiration", ", max_lifetime: 5000000000s, require_expiration: true", &times),
+        one("subjects", ", subjects: {prefix: \"spiffe://\"}", &subjects),
+        one("any subject", ", subjects: {safe_regex: {regex: \".*\"}}", &subjects),
+    ]
+}
+
+/// What is wrong with tokens, as others are told.
+fn failures() -> Vec<Case> {
+    let requests = [
+        "GET /".to_owned(),
+        with(&good()),
+        with("bad"),
+        with(&token("HS384", "{\"iss\": \"i\"}")),
+        with(&token("HS256", "{\"iss\": \"other\"}")),
+        with(&token("HS256", "{\"iss\": \"i\", \"exp\": 1}")),
+        with(&token("HS256", "{\"iss\": \"i\", \"aud\": \"x\"}")),
+        with(&signed("RS256", "{\"alg\": \"HS256\"}", "{\"iss\": \"i\", \"aud\": \"a\"}")),
+        with(&signed("RS256", "{\"alg\": \"RS256\", \"kid\": \"x\"}", "{\"iss\": \"i\", \"aud\": \"a\"}")),
+        format!("{}\nx-q: bad", with(&good())),
+    ];
+    let told = ", audiences: [a], failed_status_in_metadata: k";
+    let of_two = |name, requires: &str| {
+        let providers = format!(
+            "providers: {{p: {}, q: {}}}",
+            provider(told),
+            provider(", failed_status_in_metadata: h").replace("issuer: i", "issuer: j, from_headers: [{name: x-q}]")
+        );
+        jwt(name, &format!("{providers}, rules: [{{match: {{prefix: /}}, requires: {{{requires}}}}}]"), &requests)
+    };
+    let of_one = |name, requires: &str| {
+        let providers = format!("providers: {{p: {}}}", provider(told));
+        jwt(name, &format!("{providers}, rules: [{{match: {{prefix: /}}, requires: {{{requires}}}}}]"), &requests)
+    };
+    vec![
+        one("failed_status_in_metadata", told, &requests),
+        of_one("failures that are allowed", "allow_missing_or_failed: {}"),
+        of_one("tokens that may be missing", "allow_missing: {}"),
+        of_two("failures of one of two", "requires_any: {requirements: [{provider_name: p}, {provider_name: q}]}"),
+        of_two("failures that are allowed, of two", "allow_missing_or_failed: {}"),
+        jwt(
+            "strip_failure_response",
+            &format!(
+                "strip_failure_response: true, providers: {{p: {}}}, rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]",
+                provider(told)
+            ),
+            &requests,
+        ),
+        jwt(
+            "strip_failure_response, and a wrong name by route",
+            &format!("strip_failure_response: true, providers: {{p: {}}}", provider("")),
+            &requests[..1],
+        )
+        .told(By::Route, PER_ROUTE, "requirement_name: other"),
     ]
 }
 
@@ -269,6 +337,12 @@ fn told() -> Vec<Case> {
             }),
         )
         .of_log("%RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS%"),
+        one(
+            "lists in the payload",
+            ", payload_in_metadata: k, normalize_payload_in_metadata: {space_delimited_claims: [scope, none]}",
+            &["\"a b  c\"", "\"\"", "\" \"", "\"a\"", "[\"x y\"]", "1"]
+                .map(|scope| with(&token("HS256", &format!("{{\"iss\": \"i\", \"scope\": {scope}}}")))),
+        ),
         one("metadata of tokens", ", payload_in_metadata: k, header_in_metadata: h", &[with(&good())]),
         one(
             "routes by claims",
@@ -402,14 +476,30 @@ fn requirements() -> Vec<Case> {
 }
 
 fn remote() -> Vec<Case> {
-    let remote = |name, path: &str, cluster: &str| {
+    let remote_with = |name, path: &str, cluster: &str, more: &str| {
         let config = format!(
-            "providers: {{p: {{issuer: i, remote_jwks: {{http_uri: {{uri: \"http://keys.test{path}\", cluster: {cluster}, timeout: 10s}}}}}}}}, \
+            "providers: {{p: {{issuer: i, remote_jwks: {{http_uri: {{uri: \"http://keys.test{path}\", cluster: {cluster}, timeout: 10s}}{more}}}}}}}, \
              rules: [{{match: {{prefix: /}}, requires: {{provider_name: p}}}}]"
         );
         jwt(name, &config, &[with(&good()), with(&token("RS256", "{\"iss\": \"i\"}")), "GET /".to_owned()])
     };
+    let remote = |name, path: &str, cluster: &str| remote_with(name, path, cluster, "");
     vec![
+        remote_with("async_fetch", "/keys", "keys", ", async_fetch: {}"),
+        remote_with(
+            "async_fetch, fast_listener",
+            "/keys",
+            "keys",
+            ", async_fetch: {fast_listener: true, failed_refetch_duration: 2s}",
+        ),
+        remote_with("retry_policy", "/keys", "keys", ", retry_policy: {}"),
+        remote_with(
+            "retry_policy, and nobody there",
+            "/keys",
+            "dead",
+            ", retry_policy: {num_retries: 2, retry_back_off: {base_interval: 0.01s, max_interval: 0.1s}}",
+        ),
+        remote_with("retry_policy, and not found", "/missing", "keys", ", retry_policy: {num_retries: 2}"),
         remote("fetched", "/keys", "keys"),
         remote("fetched, and no keys", "/none", "keys"),
         remote("fetched, and not found", "/missing", "keys"),

@@ -129,6 +129,10 @@ impl Stage {
         clusters += "    typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
                      type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
                      {http2_protocol_options: {}}}}\n";
+        clusters += &cluster("brief", ports_of[0]);
+        clusters += "    typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
+                     type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, common_http_protocol_options: \
+                     {max_stream_duration: 1s}, explicit_http_config: {http_protocol_options: {}}}}\n";
         let mut listeners: BTreeMap<_, (u16, String)> = BTreeMap::new();
         let mut ports = Vec::new();
         for (index, case) in cases.iter().enumerate() {

@@ -137,7 +137,18 @@ fn attempts() -> Vec<Case> {
     let trusted = requests.map(|request| request.replacen("x-do", "x-forwarded-for: 10.0.0.1\nx-do", 1));
     let trusted: Vec<_> = trusted.iter().map(String::as_str).collect();
     let with = |name, fields: &str| of(name, fields, &trusted);
+    let brief = [
+        "GET /\nx-do: hang",
+        "GET /\nx-do: 200",
+        "POST /\nx-do: hang\n\nbody",
+        "GET /\nx-do: hang\ncontent-type: application/grpc",
+        "GET /\nx-do: hang\nx-forwarded-for: 10.0.0.1\nx-envoy-upstream-stream-duration-ms: 300",
+        "GET /\nx-do: 200+delay=1500\nx-forwarded-for: 10.0.0.1\nx-envoy-upstream-stream-duration-ms: 0",
+        "GET /\nx-do: hang\nx-forwarded-for: 10.0.0.1\nx-envoy-upstream-stream-duration-ms: soon",
+    ];
     vec![
+        case("a cluster's max_stream_duration", "- {match: {prefix: /}, route: {cluster: brief, timeout: 3s}}", &brief)
+            .of_manager("internal_address_config: {cidr_ranges: [{address_prefix: 10.0.0.0, prefix_len: 8}]}"),
         of("x-envoy-upstream-stream-duration-ms of strangers", "timeout: 0.6s", &requests),
         with("x-envoy-upstream-stream-duration-ms", "timeout: 1.5s"),
         with(

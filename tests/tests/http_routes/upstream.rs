@@ -52,7 +52,7 @@ fn describe(service: &str, request: &Request) -> String {
 /// The request's header `x-do` says what it does: a step for each request of the same `x-id`, `,` between them, the last for all
 /// further ones. A step is a status (after 101 whatever comes is sent back in capitals, up to `bye`), `reset` (closes without an answer) or `hang` (answers after five seconds), and may be
 /// followed by `+name=value` for response headers, of which `interim` (a response with that status, before the response), `delay` (milliseconds), `bytes` (a body of so many), `frames` (of gRPC, so many), and
-/// `gzip`, `br` and `zstd` (a body that is compressed, of so many) are told to the service. `x-do-a` is for the service `a` alone.
+/// `gzip`, `br` and `zstd` (a body that is compressed, of so many), and `cut` (closes in the middle of a body: `length` or `chunk`) are told to the service. `x-do-a` is for the service `a` alone.
 pub fn start(name: &'static str, seen: Arc<Seen>) -> Result<u16> {
     server::start(move |stream| serve(name, stream, &seen))
 }
@@ -74,6 +74,7 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
         }
         let mut response =
             Response::new(what.parse().unwrap_or(200), "text/plain", format!("from {name}\n").into_bytes());
+        let mut cut = None;
         if what == "hang" {
             thread::sleep(Duration::from_secs(5));
         }
@@ -88,6 +89,7 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
                     response.headers.0.retain(|(name, _)| !name.eq_ignore_ascii_case("content-type"));
                     response.headers.push(name, value);
                 }
+                ("cut", _) => cut = Some(value),
                 ("frames", Ok(frames)) => response.body = b"\0\0\0\0\x03abc".repeat(usize::try_from(frames)?),
                 // Text that becomes a good deal shorter.
                 ("gzip" | "br" | "zstd", Ok(bytes)) => {
@@ -96,6 +98,14 @@ fn serve(name: &str, mut stream: TcpStream, seen: &Seen) -> Result<()> {
                 }
                 _ => response.headers.push(name, value),
             }
+        }
+        if let Some(cut) = cut {
+            let text = response.text();
+            let (framing, body) = match cut {
+                "chunk" => ("transfer-encoding: chunked", format!("64\r\n{text}")),
+                _ => ("content-length: 100", text),
+            };
+            return Ok(write!(stream, "HTTP/1.1 {} OK\r\n{framing}\r\n\r\n{body}", response.status)?);
         }
         response.write(&mut stream, request.method == "HEAD")?;
         stream.flush()?;

@@ -31,6 +31,8 @@ pub struct ClusterConfig {
     pub http1: Http1ClientOptions,
     /// `max_requests_per_connection`; 0: no limit.
     pub max_requests_per_connection: u32,
+    /// `common_http_protocol_options.max_stream_duration`: of an attempt, from its connection on.
+    pub max_stream_duration: Option<Duration>,
     /// An idle pooled connection is closed after this; `None`: never. Default 1 h.
     pub idle_timeout: Option<Duration>,
     /// What else holds for connections that are kept.

@@ -83,14 +83,10 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let common_path =
         join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"].common_http_protocol_options"));
     // Honoured in a connection manager, which has the same message.
-    for (set, field) in [
-        (common.max_headers_count.is_some(), "max_headers_count"),
-        (common.max_stream_duration.is_some(), "max_stream_duration"),
-    ] {
-        if set {
-            return Err(FieldError::unsupported(join(&common_path, field)));
-        }
+    if common.max_headers_count.is_some() {
+        return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
     }
+    let max_stream_duration = duration(common.max_stream_duration, &common_path, "max_stream_duration")?;
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
     let protocol = protocol(cluster, http.as_ref(), tls.is_some(), path)?;
@@ -111,6 +107,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         protocol,
         http1: http1_client(http.as_ref(), &http_path)?,
         max_requests_per_connection: number(max_requests, 0),
+        max_stream_duration: max_stream_duration.filter(|limit| !limit.is_zero()),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
         pool: pool(cluster, path, &common, &common_path)?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,

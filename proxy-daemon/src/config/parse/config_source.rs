@@ -223,6 +223,9 @@ fn google_grpc(google: &GoogleGrpc, initial_metadata: Vec<(String, String)>, pat
 }
 
 fn backoff(policy: Option<&RetryPolicy>, path: &str) -> Result<Option<BackoffLimits>> {
+    if policy.is_some_and(|policy| policy.num_retries.is_some()) {
+        return Err(FieldError::unsupported(join(path, "num_retries")));
+    }
     let Some(back_off) = policy.and_then(|policy| policy.retry_back_off.as_ref()) else { return Ok(None) };
     let path = join(path, "retry_back_off");
     let base = duration(back_off.base_interval, &path, "base_interval")?.unwrap_or(Duration::from_millis(500));

@@ -57,7 +57,7 @@ use crate::{
             SelectorFallback, SlowStart, SubsetConfig, SubsetFallback, SubsetSelector, ZoneAware,
         },
     },
-    http::metadata::object,
+    http::metadata::{object, read_from},
     layered_runtime::{Key, RuntimeNumber},
 };
 
@@ -301,7 +301,7 @@ fn override_sources(config: &OverrideHost, path: &str) -> Result<Arc<[OverrideSo
                     Some(Segment::Index(_)) => Err(FieldError::unsupported(join(&path, "metadata.path.index"))),
                     None => Err(required(&path, "metadata.path.key")),
                 });
-                Ok(OverrideSource::Metadata(key.key.as_str().into(), steps.collect::<Result<_>>()?))
+                Ok(OverrideSource::Metadata(read_from(&key.key), steps.collect::<Result<_>>()?))
             }
             (_, Some(_)) => Err(FieldError::new(path, "Only one override source must be set")),
         }

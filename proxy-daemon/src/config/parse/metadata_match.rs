@@ -10,9 +10,12 @@ use super::{
     matcher::string,
     support::join,
 };
-use crate::config::{
-    FieldError,
-    model::{MetadataMatcher, ValueMatch},
+use crate::{
+    config::{
+        FieldError,
+        model::{MetadataMatcher, ValueMatch},
+    },
+    http::metadata::read_from,
 };
 
 /// How deep matchers may be in each other.
@@ -33,7 +36,7 @@ pub(crate) fn metadata(matcher: &ProtoMetadata, path: &str) -> Result<MetadataMa
     let keys = matcher.path.iter().map(|it| &it.segment).enumerate().map(key).collect::<Result<_>>()?;
     let value = matcher.value.as_ref().ok_or_else(|| required(path, "value"))?;
     let value = self::value(value, &join(path, "value"))?;
-    Ok(MetadataMatcher { filter: matcher.filter.as_str().into(), path: keys, value, invert: matcher.invert })
+    Ok(MetadataMatcher { filter: read_from(&matcher.filter), path: keys, value, invert: matcher.invert })
 }
 
 /// A `ValueMatcher`, checked.

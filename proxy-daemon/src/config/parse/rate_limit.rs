@@ -22,6 +22,7 @@ use crate::{
         FieldError,
         model::{RateLimit, RateLimitAction},
     },
+    http::metadata::read_from,
     layered_runtime::{Fraction, Key, RuntimeFraction},
 };
 
@@ -163,7 +164,7 @@ fn metadata(metadata: &MetaData, path: &str) -> Result<RateLimitAction> {
     });
     Ok(RateLimitAction::Metadata {
         key: metadata.descriptor_key.as_str().into(),
-        namespace: from.key.as_str().into(),
+        namespace: read_from(&from.key),
         path: segments.collect::<Result<_>>()?,
         default: metadata.default_value.as_str().into(),
         skip_if_absent: metadata.skip_if_absent,

@@ -18,6 +18,7 @@ use crate::{
             is_grpc,
             names::{GRPC_MESSAGE, GRPC_STATUS},
         },
+        observe::broken_response,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
     },
 };
@@ -93,10 +94,7 @@ impl HttpFilter for Bridge {
                     let (status, details) = (StatusCode::INTERNAL_SERVER_ERROR, "response_payload_too_large");
                     Flow::Respond(LocalReply::new(status, "Internal Server Error", flags, details))
                 }
-                Err(Unread::Broken) => {
-                    let text = "upstream connect error or disconnect/reset before headers";
-                    Flow::Respond(LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, flags, ""))
-                }
+                Err(Unread::Broken(error)) => Flow::Respond(broken_response(&error)),
             }
         })
     }

@@ -26,7 +26,7 @@ use crate::{
     http::{
         body::{Body, BodyError},
         headers::{is_grpc, names::GRPC_STATUS},
-        stream::{RequestHead, ResponseHead, StreamCx},
+        stream::{Progress, RequestHead, ResponseHead, StreamCx},
     },
     stats::Counter,
 };
@@ -39,10 +39,18 @@ enum Methods {
 }
 
 #[derive(Debug)]
-struct GrpcStatsFactory(Methods);
+struct GrpcStatsFactory {
+    methods: Methods,
+    /// `emit_filter_state`: access logs are told how many messages there were.
+    emits: bool,
+}
 
 /// A gRPC call.
-struct GrpcStatsFilter(Rc<Call>);
+struct GrpcStatsFilter {
+    /// Where it is counted; `None`: it is only told.
+    call: Option<Rc<Call>>,
+    told: Option<Rc<Progress>>,
+}
 
 impl HttpFilterFactory for GrpcStatsFactory {
     fn request(
@@ -56,18 +64,20 @@ impl HttpFilterFactory for GrpcStatsFactory {
         if !is_grpc(&head.headers) {
             return Flow::Continue;
         }
-        let Some((service, method)) = service_and_method(head) else { return Flow::Continue };
-        let call = match &self.0 {
-            Methods::All { replace_dots: true } => Call::new(cx, "grpc", Some((&service.replace('.', "_"), method))),
-            Methods::All { replace_dots: false } => Call::new(cx, "grpc", Some((service, method))),
+        let own = |name: &str, method: &str| Call::new(cx, "grpc", Some((name, method)));
+        let call = service_and_method(head).and_then(|(service, method)| match &self.methods {
+            Methods::All { replace_dots: true } => own(&service.replace('.', "_"), method),
+            Methods::All { replace_dots: false } => own(service, method),
             Methods::Listed(listed) => {
                 let is_listed = listed.contains(&(service.to_owned(), method.to_owned()));
                 Call::new(cx, "grpc", is_listed.then_some((service, method)))
             }
-        };
-        if let Some(call) = call.map(Rc::new) {
-            count(body, &call, "request_message_count", false);
-            instances.push(Box::new(GrpcStatsFilter(call)));
+        });
+        let told = self.emits.then(|| Rc::clone(&cx.progress));
+        let filter = GrpcStatsFilter { call: call.map(Rc::new), told };
+        if filter.call.is_some() || filter.told.is_some() {
+            filter.count(body, Direction::Request);
+            instances.push(Box::new(filter));
         }
         Flow::Continue
     }
@@ -75,32 +85,62 @@ impl HttpFilterFactory for GrpcStatsFactory {
 
 impl HttpFilter for GrpcStatsFilter {
     fn response(&mut self, head: &mut ResponseHead, body: &mut Body, _cx: &mut StreamCx) -> Flow {
-        self.0.charge(head.headers.get(GRPC_STATUS));
+        if let Some(call) = &self.call {
+            call.charge(head.headers.get(GRPC_STATUS));
+        }
         if head.status == StatusCode::OK && is_grpc(&head.headers) {
-            count(body, &self.0, "response_message_count", true);
+            self.count(body, Direction::Response);
         }
         Flow::Continue
     }
 }
 
-/// Counts the messages of this body.
-fn count(body: &mut Body, call: &Rc<Call>, what: &'static str, ends_call: bool) {
-    if !body.is_end_stream() {
-        let call = Rc::clone(call);
-        body.wrap(|body| Counting { body, messages: Messages::default(), call, what, counter: None, ends_call });
+impl GrpcStatsFilter {
+    /// Counts the messages of this body.
+    fn count(&self, body: &mut Body, direction: Direction) {
+        if !body.is_end_stream() {
+            let (call, told) = (self.call.clone(), self.told.clone());
+            body.wrap(|body| Counting { body, messages: Messages::default(), call, told, direction, counter: None });
+        }
     }
+}
+
+/// Which way a body goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Request,
+    Response,
 }
 
 /// A body whose messages are counted.
 struct Counting {
     body: Body,
     messages: Messages,
-    call: Rc<Call>,
-    what: &'static str,
+    call: Option<Rc<Call>>,
+    told: Option<Rc<Progress>>,
+    direction: Direction,
     /// Found with the first message: without any there is none.
     counter: Option<Counter>,
-    /// Its trailers tell how the call ended.
-    ends_call: bool,
+}
+
+impl Counting {
+    /// So many messages have begun.
+    fn begun(&mut self, begun: u64) {
+        if let Some(call) = &self.call {
+            let what = match self.direction {
+                Direction::Request => "request_message_count",
+                Direction::Response => "response_message_count",
+            };
+            self.counter.get_or_insert_with(|| call.counter(what)).add(begun);
+        }
+        if let Some(told) = &self.told {
+            let (requests, responses) = told.grpc_messages.get().unwrap_or_default();
+            told.grpc_messages.set(Some(match self.direction {
+                Direction::Request => (requests + begun, responses),
+                Direction::Response => (requests, responses + begun),
+            }));
+        }
+    }
 }
 
 impl http_body::Body for Counting {
@@ -112,14 +152,14 @@ impl http_body::Body for Counting {
         if let Some(data) = frame.as_ref().and_then(Frame::data_ref) {
             let begun = self.messages.begun(data);
             if begun > 0 {
-                let counter = self.counter.unwrap_or_else(|| self.call.counter(self.what));
-                counter.add(begun);
-                self.counter = Some(counter);
+                self.begun(begun);
             }
         } else if let Some(trailers) = frame.as_ref().and_then(Frame::trailers_ref)
-            && self.ends_call
+            && self.direction == Direction::Response
+            && let Some(call) = &self.call
         {
-            self.call.charge(trailers.get(GRPC_STATUS));
+            // They tell how the call ended.
+            call.charge(trailers.get(GRPC_STATUS));
         }
         Poll::Ready(frame.map(Ok))
     }
@@ -134,8 +174,8 @@ impl http_body::Body for Counting {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    // emit_filter_state and enable_upstream_stats are refused by the table of honoured fields.
-    let FilterConfig { per_method_stat_specifier, replace_dots_in_grpc_service_name, .. } =
+    // enable_upstream_stats is refused by the table of honoured fields.
+    let FilterConfig { per_method_stat_specifier, replace_dots_in_grpc_service_name, emit_filter_state, .. } =
         unpack(typed_config, cx.path)?;
     let methods = match per_method_stat_specifier {
         Some(PerMethodStatSpecifier::StatsForAllMethods(all)) if all.value => {
@@ -150,5 +190,5 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         }
         Some(PerMethodStatSpecifier::StatsForAllMethods(_)) | None => Methods::Listed(HashSet::new()),
     };
-    Ok(Arc::new(GrpcStatsFactory(methods)))
+    Ok(Arc::new(GrpcStatsFactory { methods, emits: emit_filter_state }))
 }

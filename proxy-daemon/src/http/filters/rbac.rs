@@ -32,7 +32,7 @@ use crate::{
     http::{
         body::Body,
         match_input::{RequestInput, Told},
-        metadata::Metadata,
+        metadata::{self, Metadata},
         route_match::header_matches,
         stream::{LocalReply, RequestHead, StreamCx},
     },
@@ -230,9 +230,13 @@ fn text(text: &str) -> Value {
 impl RbacFactory {
     /// Tells the result, and the policy, as dynamic metadata of these names.
     fn tell(&self, [result, policy]: [&str; 2], prefix: &str, verdict: &Verdict<'_>, cx: &StreamCx) {
+        // A map and its strings for each request, of which most are told to nobody.
+        if !metadata::rbac_is_read() {
+            return;
+        }
         let told = [(result, Some(if verdict.allowed { "allowed" } else { "denied" })), (policy, verdict.policy)];
-        cx.progress.with_metadata(|metadata| {
-            let fields = &mut metadata.namespace_mut("envoy.filters.http.rbac").fields;
+        cx.progress.with_metadata(|all| {
+            let fields = &mut all.namespace_mut(metadata::RBAC).fields;
             for (name, value) in told.iter().filter_map(|(name, value)| Some((name, (*value)?))) {
                 fields.insert(format!("{prefix}{name}"), text(value));
             }

@@ -13,7 +13,7 @@ use crate::{
     config::FieldError,
     http::{
         body::Body,
-        metadata,
+        metadata::{self, read_from},
         stream::{RequestHead, StreamCx},
     },
     stats::{Counter, Lease, Scope},
@@ -63,9 +63,9 @@ impl HttpFilterFactory for SetMetadataFactory {
 #[expect(deprecated, reason = "the fields that metadata replaced, which Envoy still takes")]
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let Config { metadata_namespace, value, metadata } = unpack(typed_config, cx.path)?;
-    let old = value.map(|value| Entry { namespace: metadata_namespace.into(), allow_overwrite: true, value });
+    let old = value.map(|value| Entry { namespace: read_from(&metadata_namespace), allow_overwrite: true, value });
     let entries = metadata.into_iter().map(|entry| Entry {
-        namespace: entry.metadata_namespace.into(),
+        namespace: read_from(&entry.metadata_namespace),
         allow_overwrite: entry.allow_overwrite,
         value: entry.value.unwrap_or_default(),
     });

@@ -79,7 +79,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         "envoy.config.core.v3.GrpcService.EnvoyGrpc",
         &["cluster_name", "authority", "max_receive_message_length", "retry_policy", "skip_envoy_headers"],
     ),
-    ("envoy.config.core.v3.RetryPolicy", &["retry_back_off"]),
+    ("envoy.config.core.v3.RetryPolicy", &["retry_back_off", "num_retries"]),
     ("envoy.config.core.v3.BackoffStrategy", ALL),
     ("envoy.config.core.v3.GrpcService.GoogleGrpc", &["target_uri", "stat_prefix"]),
     // Health discovery

@@ -224,6 +224,9 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     if state.is_to_leave() {
         state.leave();
     }
+    if progress.request_complete.get().is_none() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        state.count_early_response();
+    }
     let (response, mut body) = response_head(response, to_head);
     let end = body.is_end_stream();
     match respond.send_response(response, end) {

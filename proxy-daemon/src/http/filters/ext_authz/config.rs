@@ -29,6 +29,7 @@ use crate::{
     http::{
         call::grpc,
         filters::{FilterCx, HttpFilterFactory, PerRouteConfig},
+        metadata::read_from,
     },
     layered_runtime::{Fraction, RuntimeFlag, RuntimeFraction},
     stats::Scope,
@@ -114,7 +115,7 @@ pub(in crate::http::filters) fn parse(
         buffer: config.with_request_body.map(Buffer::of),
         clear_route_cache: config.clear_route_cache,
         status_on_error: parse::status(config.status_on_error.map(|it| it.code), 100, StatusCode::FORBIDDEN),
-        metadata_namespaces: config.metadata_context_namespaces.into_iter().map(Into::into).collect(),
+        metadata_namespaces: config.metadata_context_namespaces.iter().map(|name| read_from(name)).collect(),
         enabled: config.filter_enabled.as_ref().map_or(everything, parse::runtime_fraction),
         deny_at_disable: config.deny_at_disable.as_ref().map(parse::runtime_flag),
         include_peer_certificate: config.include_peer_certificate,

@@ -21,6 +21,7 @@ use crate::{
     http::{
         call::grpc::Service,
         filters::{FilterCx, HttpFilterFactory},
+        metadata::read_from,
     },
     stats::{Counter, Lease, Scope},
 };
@@ -151,7 +152,7 @@ pub(in crate::http::filters) fn parse(
     let written_mode = config.processing_mode.unwrap_or_default();
     let options = config.metadata_options.unwrap_or_default();
     let names = |namespaces: Option<MetadataNamespaces>| {
-        namespaces.unwrap_or_default().untyped.into_iter().map(Into::into).collect()
+        namespaces.unwrap_or_default().untyped.iter().map(|name| read_from(name)).collect()
     };
     let scope = Scope::http(cx.stat_prefix).child("ext_proc");
     let scope = if config.stat_prefix.is_empty() { scope } else { scope.child(&config.stat_prefix) };

@@ -28,6 +28,7 @@ use crate::{
     http::{
         body::{Body, BodyError},
         buffered::Unread,
+        observe::broken_response,
         stream::LocalReply,
     },
 };
@@ -39,17 +40,17 @@ struct Collected {
     bytes: usize,
     trailers: Option<HeaderMap>,
     ended: bool,
-    broken: bool,
+    broken: Option<BodyError>,
 }
 
 impl Collected {
     /// Reads on, up to the limit.
     fn poll(&mut self, body: &mut Body, limit: usize, cx: &mut Context<'_>) {
-        while !self.ended && !self.broken && self.bytes <= limit {
+        while !self.ended && self.broken.is_none() && self.bytes <= limit {
             match Pin::new(&mut *body).poll_frame(cx) {
                 Poll::Pending => return,
                 Poll::Ready(None) => self.ended = true,
-                Poll::Ready(Some(Err(_))) => self.broken = true,
+                Poll::Ready(Some(Err(error))) => self.broken = Some(error),
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
                         self.bytes += data.len();
@@ -129,13 +130,17 @@ impl Passage<'_> {
         if shown.body == BodyMode::Buffered && !read.ended {
             poll_fn(|cx| {
                 read.poll(body, session.buffer_limit, cx);
-                let done = read.ended || read.broken || read.bytes > session.buffer_limit || session.is_over();
+                let done =
+                    read.ended || read.broken.is_some() || read.bytes > session.buffer_limit || session.is_over();
                 if done { Poll::Ready(()) } else { Poll::Pending }
             })
             .await;
             if read.bytes > session.buffer_limit {
                 session.close();
                 return Err(too_long(side));
+            }
+            if let Some(reply) = self.broken(&read) {
+                return Err(reply);
             }
         }
         if read.ended && shown.body != BodyMode::None {
@@ -212,9 +217,17 @@ impl Passage<'_> {
         let mut timer: Option<Pin<Box<Sleep>>> = None;
         poll_fn(|cx| {
             read.poll(body, self.session.buffer_limit, cx);
-            self.session.poll_reply(self.side, &mut timer, cx)
+            match self.broken(read) {
+                Some(reply) => Poll::Ready(Outcome::Answer(reply)),
+                None => self.session.poll_reply(self.side, &mut timer, cx),
+            }
         })
         .await
+    }
+
+    /// The answer in the place of a response that has broken off, of which nothing has been sent.
+    fn broken(&self, read: &Collected) -> Option<LocalReply> {
+        read.broken.as_ref().filter(|_| self.side == Side::Response).map(broken_response)
     }
 
     /// What a processor says to headers, or to a body that comes with them.

@@ -18,6 +18,7 @@ use crate::{
     http::{
         call::grpc::Service,
         filters::{PerRoute, PerRouteConfig},
+        metadata::read_from,
     },
 };
 
@@ -117,7 +118,9 @@ fn told(overrides: &ExtProcOverrides, path: &str) -> Result<Told, FieldError> {
         mode,
         service: service.map(Arc::new),
         metadata: metadata.collect::<Result<_, _>>()?,
-        forwarded: options.forwarding_namespaces.map(|names| names.untyped.into_iter().map(Into::into).collect()),
+        forwarded: options
+            .forwarding_namespaces
+            .map(|names| names.untyped.iter().map(|name| read_from(name)).collect()),
         received: options.receiving_namespaces.map(|names| names.untyped.into_iter().map(Into::into).collect()),
         failure_mode_allow: overrides.failure_mode_allow.map(|allow| allow.value),
     })

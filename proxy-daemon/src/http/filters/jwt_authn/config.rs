@@ -9,7 +9,7 @@ use std::{
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::http_uri::HttpUpstreamType,
+        config::core::v3::{RetryPolicy, http_uri::HttpUpstreamType},
         extensions::filters::http::jwt_authn::v3::{
             JwtAuthentication, JwtProvider, JwtRequirement, PerRouteConfig as ProtoPerRoute, RemoteJwks,
             jwt_provider::JwksSourceSpecifier, jwt_requirement::RequiresType, per_route_config::RequirementSpecifier,
@@ -23,16 +23,22 @@ use http::{HeaderName, Uri};
 use super::{
     JwtFactory, Stats, Told,
     extract::Places,
-    jwks::{KeySource, Keys, Remote},
+    jwks::{KeySource, Keys, Remote, Retry, State},
 };
 use crate::{
-    config::{FieldError, model::RouteMatch, parse},
+    config::{
+        FieldError,
+        model::{RouteMatch, StringMatcher},
+        parse,
+    },
     http::filters::{FilterCx, HttpFilterFactory, PerRouteConfig},
     stats::Scope,
 };
 
 const DEFAULT_SKEW: u64 = 60;
 const DEFAULT_CACHE: Duration = Duration::from_secs(600);
+const DEFAULT_FAILED_REFETCH: Duration = Duration::from_secs(1);
+const DEFAULT_BASE_INTERVAL: Duration = Duration::from_secs(1);
 
 type Result<T> = std::result::Result<T, FieldError>;
 
@@ -50,6 +56,12 @@ pub(super) struct Provider {
     pub(super) payload_header: Option<HeaderName>,
     pub(super) pad_payload: bool,
     pub(super) payload_in_metadata: Box<str>,
+    /// Claims that are lists there: texts with blanks between the items.
+    pub(super) lists: Box<[String]>,
+    pub(super) failed_status_in_metadata: Box<str>,
+    pub(super) subjects: Option<StringMatcher>,
+    /// How long a token may still be valid for; `Some(None)`: for any time that has an end.
+    pub(super) max_lifetime: Option<Option<Duration>>,
     pub(super) header_in_metadata: Box<str>,
     pub(super) skew: u64,
     pub(super) claims: Box<[ClaimToHeader]>,
@@ -78,6 +90,8 @@ pub(super) struct Settings {
     pub(super) rules: Vec<(RouteMatch, Option<Arc<Requirement>>)>,
     pub(super) named: BTreeMap<Box<str>, Arc<Requirement>>,
     pub(super) bypass_cors_preflight: bool,
+    /// Clients are not told what is wrong with their tokens.
+    pub(super) strip_failure_response: bool,
     pub(super) stats: Stats,
 }
 
@@ -126,6 +140,7 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
         rules,
         named,
         bypass_cors_preflight: config.bypass_cors_preflight,
+        strip_failure_response: config.strip_failure_response,
         stats: Stats::new(&scope),
     }))))
 }
@@ -191,7 +206,7 @@ fn provider(name: &str, provider: &JwtProvider, path: &str) -> Result<Provider> 
             KeySource::Local(keys.map_err(wrong)?)
         }
         Some(JwksSourceSpecifier::RemoteJwks(remote)) => {
-            KeySource::Remote(self::remote(remote, &format!("{path}.remote_jwks"))?)
+            KeySource::Remote(Arc::new(self::remote(remote, &format!("{path}.remote_jwks"))?))
         }
         None => return Err(FieldError::new(format!("{path}.jwks_source_specifier"), "value is required")),
     };
@@ -220,6 +235,9 @@ fn provider(name: &str, provider: &JwtProvider, path: &str) -> Result<Provider> 
     });
     let payload_header = Some(provider.forward_payload_header.as_str()).filter(|name| !name.is_empty());
     let payload_header = payload_header.map(|name| header_name(name, &format!("{path}.forward_payload_header")));
+    let subjects = provider.subjects.as_ref();
+    let subjects = subjects.map(|matcher| parse::matcher::string(matcher, &format!("{path}.subjects")));
+    let max_lifetime = parse::duration(provider.max_lifetime, path, "max_lifetime")?;
     Ok(Provider {
         issuer: provider.issuer.as_str().into(),
         audiences: provider.audiences.clone().into(),
@@ -229,6 +247,10 @@ fn provider(name: &str, provider: &JwtProvider, path: &str) -> Result<Provider> 
         payload_header: payload_header.transpose()?,
         pad_payload: provider.pad_forward_payload_header,
         payload_in_metadata: provider.payload_in_metadata.as_str().into(),
+        lists: provider.normalize_payload_in_metadata.clone().unwrap_or_default().space_delimited_claims.into(),
+        failed_status_in_metadata: provider.failed_status_in_metadata.as_str().into(),
+        subjects: subjects.transpose()?,
+        max_lifetime: max_lifetime.map(Some).or_else(|| provider.require_expiration.then_some(None)),
         header_in_metadata: provider.header_in_metadata.as_str().into(),
         skew: match provider.clock_skew_seconds {
             0 => DEFAULT_SKEW,
@@ -251,5 +273,32 @@ fn remote(remote: &RemoteJwks, path: &str) -> Result<Remote> {
         uri.ok_or_else(|| FieldError::new(format!("{path}.http_uri.uri"), format!("{:?} is no URI", http.uri)))?;
     let timeout = parse::duration(http.timeout, &format!("{path}.http_uri"), "timeout")?;
     let cache = parse::duration(remote.cache_duration, path, "cache_duration")?.unwrap_or(DEFAULT_CACHE);
-    Ok(Remote::new(cluster, uri, timeout.filter(|limit| !limit.is_zero()), cache))
+    let retry =
+        remote.retry_policy.as_ref().map(|policy| retry(policy, &format!("{path}.retry_policy"))).transpose()?;
+    let renewed = remote.async_fetch.as_ref().map(|renewed| -> Result<Duration> {
+        let path = format!("{path}.async_fetch");
+        let failed = parse::duration(renewed.failed_refetch_duration, &path, "failed_refetch_duration")?;
+        Ok(failed.unwrap_or(DEFAULT_FAILED_REFETCH))
+    });
+    Ok(Remote {
+        cluster: cluster.as_str().into(),
+        uri,
+        timeout: timeout.filter(|limit| !limit.is_zero()),
+        cache_duration: cache,
+        retry,
+        renewed: renewed.transpose()?,
+        state: State::default(),
+    })
+}
+
+fn retry(policy: &RetryPolicy, path: &str) -> Result<Retry> {
+    let path = format!("{path}.retry_back_off");
+    let back_off = policy.retry_back_off.unwrap_or_default();
+    let base = parse::duration(back_off.base_interval, &path, "base_interval")?.unwrap_or(DEFAULT_BASE_INTERVAL);
+    let max = parse::duration(back_off.max_interval, &path, "max_interval")?.unwrap_or(base.saturating_mul(10));
+    if max < base {
+        let text = "max_interval must be greater than or equal to the base_interval";
+        return Err(FieldError::new(format!("{path}.max_interval"), text));
+    }
+    Ok(Retry { retries: policy.num_retries.map_or(1, |retries| retries.value), base, max })
 }

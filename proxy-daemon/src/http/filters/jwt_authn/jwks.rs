@@ -1,13 +1,17 @@
 //! Keys (RFC 7517), and where they come from.
 
 use std::{
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
 use aws_lc_rs::{hmac, rsa::PublicKeyComponents, signature};
-use http::{HeaderValue, Method, Request, StatusCode, Uri, header::HOST};
+use http::{
+    HeaderValue, Method, Request, StatusCode, Uri,
+    header::{HOST, USER_AGENT},
+};
 use serde_json::{Map, Value};
 use tokio::sync::Mutex;
 
@@ -15,7 +19,15 @@ use super::{
     Stats,
     token::{Status, Token, decode},
 };
-use crate::http::{body::Body, call, stream::StreamCx};
+use crate::{
+    http::{
+        body::Body,
+        call,
+        stream::{RequestHead, StreamCx},
+    },
+    stats::Counter,
+    upstream::WorkerCluster,
+};
 
 /// The longest set of keys that is fetched: 1 MiB.
 const MAX_LENGTH: usize = 1 << 20;
@@ -155,19 +167,44 @@ pub(super) enum KeySource {
     /// Written into the configuration.
     Local(Keys),
     /// Another service.
-    Remote(Remote),
+    Remote(Arc<Remote>),
 }
 
-/// `RemoteJwks`: fetched by the first request that needs the keys, for all workers, and again when they are too old.
+/// `RemoteJwks`: fetched by the first request that needs the keys, for all workers, and again when they are too old; with `async_fetch`
+/// that is done beside requests, which go by the old keys meanwhile.
 #[derive(Debug)]
 pub(super) struct Remote {
-    cluster: Box<str>,
-    uri: Uri,
-    timeout: Option<Duration>,
-    cache_duration: Duration,
+    pub(super) cluster: Box<str>,
+    pub(super) uri: Uri,
+    pub(super) timeout: Option<Duration>,
+    pub(super) cache_duration: Duration,
+    pub(super) retry: Option<Retry>,
+    /// `async_fetch`, and how long after a failed fetch the next one is made.
+    pub(super) renewed: Option<Duration>,
+    pub(super) state: State,
+}
+
+/// How often and when a fetch that fails is tried again.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Retry {
+    pub(super) retries: u32,
+    pub(super) base: Duration,
+    pub(super) max: Duration,
+}
+
+impl Retry {
+    /// How long the next attempt waits after so many.
+    fn pause(&self, made: u32) -> Duration {
+        let longest = self.base.saturating_mul(1 << made.min(20)).min(self.max);
+        longest.mul_f64(fastrand::f64())
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
     current: ArcSwapOption<Fetched>,
     /// When a fetch last failed. One fetch at a time: the others wait for it.
-    fetch: Mutex<Option<Instant>>,
+    fetch: Arc<Mutex<Option<Instant>>>,
 }
 
 #[derive(Debug)]
@@ -176,59 +213,114 @@ struct Fetched {
     at: Instant,
 }
 
+/// So long before keys are too old others are fetched beside requests, as in Envoy.
+const AHEAD: Duration = Duration::from_secs(5);
+
 impl Remote {
-    pub(super) fn new(cluster: &str, uri: Uri, timeout: Option<Duration>, cache_duration: Duration) -> Remote {
-        let (current, fetch) = (ArcSwapOption::empty(), Mutex::new(None));
-        Remote { cluster: cluster.into(), uri, timeout, cache_duration, current, fetch }
-    }
-
     fn is_fresh(&self, fetched: &Fetched) -> bool {
-        fetched.at.elapsed() < self.cache_duration
+        self.renewed.is_some() || fetched.at.elapsed() < self.cache_duration
     }
 
-    async fn verify(&self, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
+    async fn verify(self: &Arc<Self>, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
         // The usual way, which no other worker takes notice of.
-        if let Some(fetched) = self.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
+        if let Some(fetched) = self.state.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
+            self.renew(fetched, cx, stats);
             return fetched.keys.verify(token);
         }
         self.get(cx, stats).await?.keys.verify(token)
     }
 
+    /// Has the keys fetched again beside this request where they will be too old soon.
+    fn renew(self: &Arc<Self>, fetched: &Fetched, cx: &StreamCx, stats: &Stats) {
+        let Some(after_failure) = self.renewed else { return };
+        let after = if self.cache_duration > AHEAD { self.cache_duration - AHEAD } else { self.cache_duration };
+        if fetched.at.elapsed() < after {
+            return;
+        }
+        let Ok(mut failed_at) = Arc::clone(&self.state.fetch).try_lock_owned() else { return };
+        if failed_at.is_some_and(|at| at.elapsed() < after_failure) {
+            return;
+        }
+        let (remote, counters) = (Arc::clone(self), [stats.jwks_fetch_success, stats.jwks_fetch_failed]);
+        let request = self.request(cx);
+        tokio::task::spawn_local(async move {
+            let keys = remote.load(request).await;
+            remote.arrived(keys, &mut failed_at, counters);
+        });
+    }
+
     async fn get(&self, cx: &StreamCx, stats: &Stats) -> Result<Arc<Fetched>, Status> {
         let began = Instant::now();
-        let mut failed_at = self.fetch.lock().await;
+        let mut failed_at = self.state.fetch.lock().await;
         // Somebody else has been faster.
-        if let Some(fetched) = self.current.load_full().filter(|fetched| self.is_fresh(fetched)) {
+        if let Some(fetched) = self.state.current.load_full().filter(|fetched| self.is_fresh(fetched)) {
             return Ok(fetched);
         }
         // What has failed since this request began to wait would fail again.
         if failed_at.is_some_and(|at| at >= began) {
             return Err(Status::FetchFailed);
         }
-        let keys = self.load(cx).await;
-        let Some(keys) = keys else {
-            stats.jwks_fetch_failed.inc();
-            *failed_at = Some(Instant::now());
-            return Err(Status::FetchFailed);
-        };
-        stats.jwks_fetch_success.inc();
-        let fetched = Arc::new(Fetched { keys, at: Instant::now() });
-        self.current.store(Some(Arc::clone(&fetched)));
-        Ok(fetched)
+        let keys = self.load(self.request(cx)).await;
+        let counters = [stats.jwks_fetch_success, stats.jwks_fetch_failed];
+        self.arrived(keys, &mut failed_at, counters).ok_or(Status::FetchFailed)
     }
 
-    async fn load(&self, cx: &StreamCx) -> Option<Keys> {
+    /// Keeps what a fetch has come to.
+    fn arrived(
+        &self,
+        keys: Option<Keys>,
+        failed_at: &mut Option<Instant>,
+        [success, failed]: [Counter; 2],
+    ) -> Option<Arc<Fetched>> {
+        let Some(keys) = keys else {
+            failed.inc();
+            *failed_at = Some(Instant::now());
+            return None;
+        };
+        success.inc();
+        *failed_at = None;
+        let fetched = Arc::new(Fetched { keys, at: Instant::now() });
+        self.state.current.store(Some(Arc::clone(&fetched)));
+        Some(fetched)
+    }
+
+    /// What keys are asked for with, and where.
+    fn request(&self, cx: &StreamCx) -> Option<(Rc<WorkerCluster>, RequestHead)> {
         let cluster = cx.worker.clusters.get(&self.cluster)?;
         let (mut head, ()) = Request::new(()).into_parts();
         head.method = Method::GET;
         head.uri = self.uri.path_and_query().map_or_else(Uri::default, |path| Uri::from(path.clone()));
         let host = self.uri.authority().map_or("", |authority| authority.as_str());
         head.headers.insert(HOST, HeaderValue::from_str(host).ok()?);
+        head.headers.insert(USER_AGENT, HeaderValue::from_static("Go-browser"));
         call::mark(&mut head, cx);
         if let Some(limit) = self.timeout {
             call::expect_within(&mut head, limit);
         }
-        let call = async { call::send(&cluster, None, head, Body::Empty).await?.read(MAX_LENGTH).await };
+        Some((cluster, head))
+    }
+
+    async fn load(&self, request: Option<(Rc<WorkerCluster>, RequestHead)>) -> Option<Keys> {
+        let (cluster, head) = request?;
+        let call = async {
+            let mut made = 0;
+            loop {
+                let answer = match call::send(&cluster, None, head.clone(), Body::Empty).await {
+                    Ok(answer) => answer.read(MAX_LENGTH).await,
+                    Err(failure) => Err(failure),
+                };
+                let failed = answer.as_ref().map_or(true, |(head, ..)| head.status.is_server_error());
+                match self.retry.filter(|retry| failed && made < retry.retries) {
+                    None => return answer,
+                    Some(retry) => {
+                        cluster.cluster.stats.upstream_rq_retry.inc();
+                        cluster.cluster.stats.upstream_rq_retry_backoff_exponential.inc();
+                        tokio::time::sleep(retry.pause(made)).await;
+                        made += 1;
+                    }
+                }
+            }
+        };
         let (answer, body, _) = call::within(&cluster, self.timeout, call).await.ok()?;
         if answer.status != StatusCode::OK {
             return None;

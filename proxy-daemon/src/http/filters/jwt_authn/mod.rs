@@ -19,7 +19,7 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use envoy_types::pb::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
+use envoy_types::pb::google::protobuf::{ListValue, Struct, Value as ProtoValue, value::Kind};
 use http::{
     HeaderValue, Method, StatusCode,
     header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, WWW_AUTHENTICATE},
@@ -141,7 +141,9 @@ fn unknown_requirement(settings: &Settings, name: &str) -> Flow {
     settings.stats.denied.inc();
     let known: Vec<_> = settings.named.keys().map(|name| &**name).collect();
     let text = format!("Wrong requirement_name: {name}. It should be one of [{}]", known.join(","));
-    let (details, text) = (details(&text), format!("Failed JWT authentication: {text}"));
+    let details = details(&text);
+    let text =
+        if settings.strip_failure_response { String::new() } else { format!("Failed JWT authentication: {text}") };
     Flow::Respond(LocalReply::new(StatusCode::FORBIDDEN, text, ResponseFlags::default(), details))
 }
 
@@ -166,7 +168,7 @@ impl HttpFilter for JwtFilter {
                 }
                 Err(status) => {
                     settings.stats.denied.inc();
-                    Flow::Respond(denied(status, &uri))
+                    Flow::Respond(denied(status, &uri, settings.strip_failure_response))
                 }
             }
         })
@@ -180,9 +182,13 @@ fn asked_uri(head: &RequestHead) -> String {
     format!("{}://{}{path}", scheme(head), authority(head))
 }
 
-fn denied(status: Status, uri: &str) -> LocalReply {
+fn denied(status: Status, uri: &str, strip: bool) -> LocalReply {
     let code = if status == Status::AudienceNotAllowed { StatusCode::FORBIDDEN } else { StatusCode::UNAUTHORIZED };
-    let mut reply = LocalReply::new(code, status.text(), ResponseFlags::default(), details(status.text()));
+    let text = if strip { "" } else { status.text() };
+    let mut reply = LocalReply::new(code, text, ResponseFlags::default(), details(status.text()));
+    if strip {
+        return reply;
+    }
     let error = if status == Status::Missing { "" } else { ", error=\"invalid_token\"" };
     if let Ok(value) = HeaderValue::from_str(&format!("Bearer realm=\"{uri}\"{error}")) {
         reply.headers.push((WWW_AUTHENTICATE, value));
@@ -259,6 +265,10 @@ impl Settings {
         head: &mut RequestHead,
         cx: &mut StreamCx,
     ) -> Result<(), Status> {
+        if tokens.is_empty() {
+            // As in Envoy, no provider has missed it, unless there is but one.
+            self.tell_failure(None, Status::Missing, cx);
+        }
         let mut last = Err(Status::Missing);
         // As Envoy does, from the last.
         for found in tokens.into_iter().rev() {
@@ -282,6 +292,24 @@ impl Settings {
         head: &mut RequestHead,
         cx: &mut StreamCx,
     ) -> Result<(), Status> {
+        // The one whose token it should be, and then the one whose it is: that one tells what is wrong with it.
+        let mut provider = of.map(|number| &self.providers[number]);
+        let verified = self.verify_of(found, of, audiences, head, cx, &mut provider).await;
+        if let Err(status) = verified {
+            self.tell_failure(provider, status, cx);
+        }
+        verified
+    }
+
+    async fn verify_of<'a>(
+        &'a self,
+        found: &Found,
+        of: Option<usize>,
+        audiences: Option<&[String]>,
+        head: &mut RequestHead,
+        cx: &mut StreamCx,
+        blamed: &mut Option<&'a Provider>,
+    ) -> Result<(), Status> {
         let token = Token::parse(&found.text)?;
         let by_issuer = |number: &&usize| {
             let issuer = &*self.providers[**number].issuer;
@@ -292,8 +320,15 @@ impl Settings {
             None => found.providers.iter().find(by_issuer).copied(),
         };
         let provider = number.map(|number| &self.providers[number]).ok_or(Status::UnknownIssuer)?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        token.check_time(now, provider.skew)?;
+        *blamed = Some(provider);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        token.check_time(now.as_secs(), provider.skew)?;
+        if let Some(longest) = provider.max_lifetime {
+            token.check_lifetime(now, longest)?;
+        }
+        if provider.subjects.as_ref().is_some_and(|subjects| !subjects.matches(&token.subject)) {
+            return Err(Status::VerificationFails);
+        }
         let allowed = audiences.unwrap_or(&provider.audiences);
         let has = |audience: &String| token.audiences.iter().any(|it| same(it, audience));
         if !allowed.is_empty() && !allowed.iter().any(has) {
@@ -303,6 +338,31 @@ impl Settings {
         provider.tell(&token, found, head, cx);
         Ok(())
     }
+
+    /// Tells other filters what is wrong with a provider's tokens, where it wants that. Where none is known it is the only one.
+    fn tell_failure(&self, provider: Option<&Provider>, status: Status, cx: &StreamCx) {
+        let only = match &*self.providers {
+            [only] => Some(only),
+            _ => None,
+        };
+        let name = provider.or(only).map_or("", |provider| &provider.failed_status_in_metadata);
+        if name.is_empty() {
+            return;
+        }
+        let fields = [
+            ("code", Kind::NumberValue(status.number().into())),
+            ("message", Kind::StringValue(status.text().to_owned())),
+        ];
+        let fields = fields.map(|(name, kind)| (name.to_owned(), ProtoValue { kind: Some(kind) })).into();
+        tell(name, Struct { fields }, cx);
+    }
+}
+
+/// Tells other filters something under this name.
+fn tell(name: &str, fields: Struct, cx: &StreamCx) {
+    let value = ProtoValue { kind: Some(Kind::StructValue(fields)) };
+    let told = Struct { fields: [(name.to_owned(), value)].into() };
+    cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
 }
 
 /// Audiences are the same whether or not they begin with a scheme or end with a slash.
@@ -345,12 +405,27 @@ impl Provider {
         if !self.forward {
             extract::remove(&found.place, head);
         }
-        let told = [(&self.payload_in_metadata, &token.payload), (&self.header_in_metadata, &token.header)];
-        for (name, fields) in told.into_iter().filter(|(name, _)| !name.is_empty()) {
-            let value = ProtoValue { kind: Some(Kind::StructValue(metadata::from_json(fields))) };
-            let told = Struct { fields: [(name.to_string(), value)].into() };
-            cx.progress.with_metadata(|all| metadata::update(all.namespace_mut(NAMESPACE), &told));
+        if !self.header_in_metadata.is_empty() {
+            tell(&self.header_in_metadata, metadata::from_json(&token.header), cx);
         }
+        if !self.payload_in_metadata.is_empty() {
+            tell(&self.payload_in_metadata, self.payload_as_told(token), cx);
+        }
+    }
+
+    /// The payload as metadata: of claims that are lists in one text (`space_delimited_claims`) the lists.
+    fn payload_as_told(&self, token: &Token) -> Struct {
+        let mut payload = metadata::from_json(&token.payload);
+        for name in &self.lists {
+            let Some(ProtoValue { kind: Some(kind) }) = payload.fields.get_mut(name) else { continue };
+            let Kind::StringValue(text) = &*kind else { continue };
+            let item = |item: &str| ProtoValue { kind: Some(Kind::StringValue(item.to_owned())) };
+            let values: Vec<_> = text.split(' ').filter(|item| !item.is_empty()).map(item).collect();
+            if !values.is_empty() {
+                *kind = Kind::ListValue(ListValue { values });
+            }
+        }
+        payload
     }
 }
 

@@ -1,5 +1,7 @@
 //! Tokens (RFC 7519), and what may be wrong with them, in Envoy's words.
 
+use std::time::Duration;
+
 use base64::{
     Engine as _,
     alphabet::URL_SAFE,
@@ -29,7 +31,7 @@ pub(super) fn decode(text: &str) -> Option<Vec<u8>> {
 }
 
 macro_rules! statuses {
-    ($($name:ident $text:literal)*) => {
+    ($($name:ident $number:literal $text:literal)*) => {
         /// What is wrong with a token, or with a request's.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(super) enum Status {
@@ -43,38 +45,45 @@ macro_rules! statuses {
                     $(Status::$name => $text,)*
                 }
             }
+
+            /// As other filters are told.
+            pub(super) fn number(self) -> u8 {
+                match self {
+                    $(Status::$name => $number,)*
+                }
+            }
         }
     };
 }
 
 statuses! {
-    Missing "Jwt is missing"
-    NotYetValid "Jwt not yet valid"
-    Expired "Jwt is expired"
-    BadFormat "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections"
-    HeaderBadBase64 "Jwt header is an invalid Base64url encoded"
-    HeaderBadJson "Jwt header is an invalid JSON"
-    HeaderBadAlg "Jwt header [alg] field is required and must be a string"
-    HeaderUnknownAlg "Jwt header [alg] is not supported"
-    HeaderBadKid "Jwt header [kid] field is not a string"
-    PayloadBadBase64 "Jwt payload is an invalid Base64url encoded"
-    PayloadBadJson "Jwt payload is an invalid JSON"
-    IssNotString "Jwt payload [iss] field is not a string"
-    SubNotString "Jwt payload [sub] field is not a string"
-    IatNotInteger "Jwt payload [iat] field is not an integer"
-    IatOutOfRange "Jwt payload [iat] field is not a positive 64 bit integer"
-    NbfNotInteger "Jwt payload [nbf] field is not an integer"
-    NbfOutOfRange "Jwt payload [nbf] field is not a positive 64 bit integer"
-    ExpNotInteger "Jwt payload [exp] field is not an integer"
-    ExpOutOfRange "Jwt payload [exp] field is not a positive 64 bit integer"
-    JtiNotString "Jwt payload [jti] field is not a string"
-    AudNotString "Jwt payload [aud] field is not a string or string list"
-    SignatureBadBase64 "Jwt signature is an invalid Base64url encoded"
-    UnknownIssuer "Jwt issuer is not configured"
-    AudienceNotAllowed "Audiences in Jwt are not allowed"
-    VerificationFails "Jwt verification fails"
-    FetchFailed "Jwks remote fetch is failed"
-    NoSuchKey "Jwks doesn't have key to match kid or alg from Jwt"
+    Missing 1 "Jwt is missing"
+    NotYetValid 2 "Jwt not yet valid"
+    Expired 3 "Jwt is expired"
+    BadFormat 4 "Jwt is not in the form of Header.Payload.Signature with two dots and 3 sections"
+    HeaderBadBase64 5 "Jwt header is an invalid Base64url encoded"
+    HeaderBadJson 6 "Jwt header is an invalid JSON"
+    HeaderBadAlg 7 "Jwt header [alg] field is required and must be a string"
+    HeaderUnknownAlg 8 "Jwt header [alg] is not supported"
+    HeaderBadKid 9 "Jwt header [kid] field is not a string"
+    PayloadBadBase64 10 "Jwt payload is an invalid Base64url encoded"
+    PayloadBadJson 11 "Jwt payload is an invalid JSON"
+    IssNotString 12 "Jwt payload [iss] field is not a string"
+    SubNotString 13 "Jwt payload [sub] field is not a string"
+    IatNotInteger 14 "Jwt payload [iat] field is not an integer"
+    IatOutOfRange 15 "Jwt payload [iat] field is not a positive 64 bit integer"
+    NbfNotInteger 16 "Jwt payload [nbf] field is not an integer"
+    NbfOutOfRange 17 "Jwt payload [nbf] field is not a positive 64 bit integer"
+    ExpNotInteger 18 "Jwt payload [exp] field is not an integer"
+    ExpOutOfRange 19 "Jwt payload [exp] field is not a positive 64 bit integer"
+    JtiNotString 20 "Jwt payload [jti] field is not a string"
+    AudNotString 21 "Jwt payload [aud] field is not a string or string list"
+    SignatureBadBase64 22 "Jwt signature is an invalid Base64url encoded"
+    UnknownIssuer 24 "Jwt issuer is not configured"
+    AudienceNotAllowed 25 "Audiences in Jwt are not allowed"
+    VerificationFails 26 "Jwt verification fails"
+    FetchFailed 40 "Jwks remote fetch is failed"
+    NoSuchKey 32 "Jwks doesn't have key to match kid or alg from Jwt"
 }
 
 const ALGORITHMS: [&str; 13] = [
@@ -90,6 +99,7 @@ pub(super) struct Token {
     pub(super) algorithm: String,
     pub(super) key_id: String,
     pub(super) issuer: String,
+    pub(super) subject: String,
     pub(super) audiences: Vec<String>,
     pub(super) not_before: u64,
     pub(super) expires: u64,
@@ -143,7 +153,7 @@ impl Token {
         let key_id = text(&header, "kid", Status::HeaderBadKid)?;
         let payload = object(payload_text, Status::PayloadBadBase64, Status::PayloadBadJson)?;
         let issuer = text(&payload, "iss", Status::IssNotString)?;
-        text(&payload, "sub", Status::SubNotString)?;
+        let subject = text(&payload, "sub", Status::SubNotString)?;
         time(&payload, "iat", Status::IatNotInteger, Status::IatOutOfRange)?;
         let not_before = time(&payload, "nbf", Status::NbfNotInteger, Status::NbfOutOfRange)?;
         let expires = time(&payload, "exp", Status::ExpNotInteger, Status::ExpOutOfRange)?;
@@ -165,6 +175,7 @@ impl Token {
             algorithm: algorithm.clone(),
             key_id,
             issuer,
+            subject,
             audiences,
             not_before,
             expires,
@@ -185,6 +196,15 @@ impl Token {
         }
         if self.expires > 0 && now > self.expires.saturating_add(skew) {
             return Err(Status::Expired);
+        }
+        Ok(())
+    }
+
+    /// Whether it is not valid for longer than that after `now`, in seconds; `None`: than for ever.
+    pub(super) fn check_lifetime(&self, now: Duration, longest: Option<Duration>) -> Result<(), Status> {
+        let left = Duration::from_secs(self.expires).saturating_sub(now);
+        if self.expires == 0 || longest.is_some_and(|longest| left >= longest) {
+            return Err(Status::VerificationFails);
         }
         Ok(())
     }
@@ -246,5 +266,11 @@ mod tests {
         assert_eq!(token.check_time(40, 10), Ok(()));
         assert_eq!(token.check_time(110, 10), Ok(()));
         assert_eq!(token.check_time(111, 10), Err(Status::Expired));
+        let (now, seconds) = (Duration::from_secs(90), Duration::from_secs);
+        assert_eq!(token.check_lifetime(now, Some(seconds(11))), Ok(()));
+        assert_eq!(token.check_lifetime(now, Some(seconds(10))), Err(Status::VerificationFails));
+        assert_eq!(token.check_lifetime(now, None), Ok(()));
+        let forever = parsed(r#"{"alg": "RS256"}"#, "{}").unwrap();
+        assert_eq!(forever.check_lifetime(now, None), Err(Status::VerificationFails));
     }
 }
