@@ -207,6 +207,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
         max_requests_per_connection: 0,
+        max_stream_duration: None,
         idle_timeout: None,
         pool: PoolOptions::default(),
         circuit_breakers: Default::default(),
