@@ -1,82 +1,40 @@
 //! `culvert override`: makes and reads the headers that carry overrides.
 
-use std::collections::BTreeMap;
+mod doctor;
+mod explain;
+mod header;
+
 use std::fmt::Write as _;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::{Args, Subcommand, ValueEnum};
 use culvert_xds_client::overrides::{
-    BAGGAGE_ITEM, Overrides, SpanContext, decode_ot_span_context, encode_ot_span_context, format_baggage, parse_baggage,
+    BAGGAGE_ITEM, Override, Overrides, SpanContext, decode_ot_span_context, find, parse_baggage,
 };
+use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
 const OT_SPAN_CONTEXT: &str = "x-ot-span-context";
 const OT_BAGGAGE_OVERRIDES: &str = "ot-baggage-overrides";
 const BAGGAGE: &str = "baggage";
-
-const HEADER_HELP: &str = "\
-Examples:
-  culvert override header --set users=feature-x
-  culvert override header --set users=feature-x --set orders.shop=r2 --format baggage
-  curl $(culvert override header --set users=feature-x --output curl) http://front/
-
-The request's hop to the service `users` then goes to the offloaded pod whose label culvert.dev/revision is feature-x,
-at every place the header reaches: services must pass it on, as they do with their other trace headers. A service or
-revision that discovery does not list is ignored. `culvert status` shows what can be named; docs/overrides.md has the
-format.";
+const UBERCTX_OVERRIDES: &str = "uberctx-overrides";
+const JAEGER_BAGGAGE: &str = "jaeger-baggage";
+const BAGGAGE_OVERRIDES: &str = "baggage-overrides";
 
 /// The subcommands of `culvert override`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Print the header that names revisions of services
-    #[command(after_help = HEADER_HELP)]
-    Header(HeaderFlags),
+    #[command(after_help = header::HELP)]
+    Header(Box<header::HeaderFlags>),
     /// Say what a header means
     Decode(DecodeFlags),
-}
-
-/// Flags of `culvert override header`.
-#[derive(Debug, Args)]
-pub struct HeaderFlags {
-    /// A service (name, or name.namespace) and the revision it is to be. May be repeated.
-    #[arg(long = "set", value_name = "SERVICE=REVISION", required = true, value_parser = parse_set)]
-    set: Vec<(String, String)>,
-
-    /// Which header to make; both by default, as a service may pass on only one of them
-    #[arg(long, alias = "header")]
-    format: Option<Format>,
-
-    /// How to print it
-    #[arg(long, default_value = "text")]
-    output: Output,
-
-    /// The trace id of x-ot-span-context, in hexadecimal; random by default
-    #[arg(long, value_name = "HEX", value_parser = parse_hex)]
-    trace_id: Option<u64>,
-
-    /// The span id of x-ot-span-context, in hexadecimal; random by default
-    #[arg(long, value_name = "HEX", value_parser = parse_hex)]
-    span_id: Option<u64>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// The span context of Envoy's original tracers
-    #[value(name = OT_SPAN_CONTEXT)]
-    OtSpanContext,
-    /// The W3C baggage header
-    Baggage,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// A line `name: value` a header
-    #[value(alias = "plain")]
-    Text,
-    /// Arguments for curl, which need no quotes
-    Curl,
-    /// A JSON object of names and values
-    Json,
+    /// Say what a header means, and what proxies would do about it
+    #[command(after_help = explain::HELP)]
+    Explain(explain::ExplainFlags),
+    /// Say which services do not pass on what they are sent
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::DoctorFlags),
 }
 
 /// Flags of `culvert override decode`.
@@ -106,46 +64,18 @@ enum DecodeOutput {
 /// With what is wrong with the flags or the header.
 pub fn run(command: Command) -> anyhow::Result<String> {
     match command {
-        Command::Header(flags) => header(&flags),
+        Command::Header(flags) => header::run(&flags),
         Command::Decode(flags) => decode(&flags),
+        Command::Explain(flags) => explain::run(&flags),
+        Command::Doctor(flags) => doctor::run(&flags),
     }
-}
-
-fn header(flags: &HeaderFlags) -> anyhow::Result<String> {
-    let overrides = Overrides::new(flags.set.iter().cloned())
-        .context("--set (overrides are numbered from 0, in the order of the flags)")?;
-    let item = overrides.to_baggage_item();
-    let mut headers = Vec::new();
-    if flags.format != Some(Format::Baggage) {
-        let context = SpanContext {
-            trace_id: flags.trace_id.unwrap_or_else(|| fastrand::u64(1..)),
-            span_id: flags.span_id.unwrap_or_else(|| fastrand::u64(1..)),
-            sampled: false,
-            baggage: BTreeMap::from([(BAGGAGE_ITEM.to_owned(), item.clone())]),
-        };
-        headers.push((OT_SPAN_CONTEXT, encode_ot_span_context(&context)));
-    }
-    if flags.format != Some(Format::OtSpanContext) {
-        headers.push((BAGGAGE, format_baggage([(BAGGAGE_ITEM, &*item)])));
-    }
-    Ok(match flags.output {
-        Output::Text => headers.iter().map(|(name, value)| format!("{name}: {value}\n")).collect(),
-        // Neither space nor quote nor pattern is in it, so that it survives `$(...)` as well as being pasted.
-        Output::Curl => {
-            let arguments: Vec<_> = headers.iter().map(|(name, value)| format!("-H {name}:{value}")).collect();
-            arguments.join(" ") + "\n"
-        }
-        Output::Json => {
-            let object: serde_json::Map<_, _> =
-                headers.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
-            format!("{:#}\n", Value::Object(object))
-        }
-    })
 }
 
 /// What a header says.
 struct Decoded {
     header: &'static str,
+    /// The key of the signature that it has, which nothing here verifies.
+    key_id: Option<String>,
     /// The ids of the trace and the span, and whether the trace is recorded.
     span: Option<(u64, u64, bool)>,
     overrides: Option<Overrides>,
@@ -167,8 +97,12 @@ fn decode_header(text: &str) -> anyhow::Result<Decoded> {
             OT_SPAN_CONTEXT => span_context(value),
             OT_BAGGAGE_OVERRIDES => bare_item(value),
             BAGGAGE => w3c(value),
+            UBERCTX_OVERRIDES => item_of(UBERCTX_OVERRIDES, value),
+            JAEGER_BAGGAGE => item_of(JAEGER_BAGGAGE, value),
+            BAGGAGE_OVERRIDES => item_of(BAGGAGE_OVERRIDES, value),
             other => bail!(
-                "`{other}` carries no overrides; the headers that do are {OT_SPAN_CONTEXT}, {OT_BAGGAGE_OVERRIDES} and {BAGGAGE}"
+                "`{other}` carries no overrides; the headers that do are {OT_SPAN_CONTEXT}, {OT_BAGGAGE_OVERRIDES}, {BAGGAGE}, \
+                 {UBERCTX_OVERRIDES}, {JAEGER_BAGGAGE} and {BAGGAGE_OVERRIDES}"
             ),
         };
     }
@@ -184,23 +118,42 @@ fn decode_header(text: &str) -> anyhow::Result<Decoded> {
 
 fn span_context(value: &str) -> anyhow::Result<Decoded> {
     let SpanContext { trace_id, span_id, sampled, mut baggage } = decode_ot_span_context(value.as_bytes())?;
-    let overrides = baggage.remove(BAGGAGE_ITEM).map(|item| Overrides::from_baggage_item(&item)).transpose()?;
+    let item = baggage.remove(BAGGAGE_ITEM);
     let span = Some((trace_id, span_id, sampled));
-    Ok(Decoded { header: OT_SPAN_CONTEXT, span, overrides, other_baggage: baggage.into_iter().collect() })
+    decoded(OT_SPAN_CONTEXT, span, item.as_deref(), baggage.into_iter().collect())
 }
 
 fn bare_item(value: &str) -> anyhow::Result<Decoded> {
-    let overrides = Some(Overrides::from_baggage_item(value)?);
-    Ok(Decoded { header: OT_BAGGAGE_OVERRIDES, span: None, overrides, other_baggage: Vec::new() })
+    decoded(OT_BAGGAGE_OVERRIDES, None, Some(value), Vec::new())
+}
+
+/// A header that the proxy's own reader takes apart.
+fn item_of(header: &'static str, value: &str) -> anyhow::Result<Decoded> {
+    let mut headers = HeaderMap::new();
+    headers.insert(HeaderName::from_static(header), HeaderValue::from_str(value)?);
+    let found = find(&headers, usize::MAX).transpose()?;
+    decoded(header, None, found.as_ref().map(|found| &*found.value), Vec::new())
 }
 
 fn w3c(value: &str) -> anyhow::Result<Decoded> {
-    let baggage = parse_baggage(value.as_bytes())?;
-    let (items, other_baggage): (Vec<_>, Vec<_>) =
-        baggage.members.into_iter().partition(|(key, _)| key == BAGGAGE_ITEM);
-    // The first one counts, as in the proxy.
-    let overrides = items.first().map(|(_, item)| Overrides::from_baggage_item(item)).transpose()?;
-    Ok(Decoded { header: BAGGAGE, span: None, overrides, other_baggage })
+    // It says what is wrong with the item, as the proxy would.
+    let mut decoded = item_of(BAGGAGE, value)?;
+    let members = parse_baggage(value.as_bytes())?.members;
+    decoded.other_baggage = members.into_iter().filter(|(key, _)| key != BAGGAGE_ITEM).collect();
+    Ok(decoded)
+}
+
+fn decoded(
+    header: &'static str,
+    span: Option<(u64, u64, bool)>,
+    item: Option<&str>,
+    other_baggage: Vec<(String, String)>,
+) -> anyhow::Result<Decoded> {
+    let overrides = item.map(Overrides::from_baggage_item).transpose()?;
+    let signed = overrides.as_ref().and_then(|overrides| overrides.signed.as_ref());
+    let key_id = signed.map(|signed| signed.key_id.clone());
+    let inner = signed.map(|signed| signed.message()).transpose()?;
+    Ok(Decoded { header, key_id, span, overrides: inner.or(overrides), other_baggage })
 }
 
 fn in_words(decoded: &Decoded) -> String {
@@ -210,12 +163,22 @@ fn in_words(decoded: &Decoded) -> String {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "  trace {trace:016x}, span {span:016x}, {sampled}");
     }
+    if let Some(key) = &decoded.key_id {
+        let _ = writeln!(text, "  signed with key {key} (not verified here)");
+    }
     match &decoded.overrides {
         None => text.push_str("  no overrides\n"),
-        Some(overrides) if overrides.overrides.is_empty() => text.push_str("  an empty list of overrides\n"),
         Some(overrides) => {
+            if overrides.expires != 0 {
+                let _ = writeln!(text, "  {}", expiry(overrides.expires, header::now()));
+            }
+            if overrides.overrides.is_empty() {
+                text.push_str("  an empty list of overrides\n");
+            }
             for entry in &overrides.overrides {
-                let _ = writeln!(text, "  {} -> revision {}", entry.service, entry.revision);
+                for action in entry.actions() {
+                    let _ = writeln!(text, "  {} -> {}", entry.service, entry.in_words(action));
+                }
             }
         }
     }
@@ -225,14 +188,57 @@ fn in_words(decoded: &Decoded) -> String {
     text
 }
 
+/// When a message ends.
+fn expiry(expires: u64, now: u64) -> String {
+    match expires.checked_sub(now) {
+        Some(left) if left > 0 => format!("expires in {left} s"),
+        _ => format!("expired {} s ago", now.saturating_sub(expires)),
+    }
+}
+
+/// One override; what it does not ask for is left out.
+fn entry_json(entry: &Override) -> Value {
+    let mut object = serde_json::Map::from_iter([("service".to_owned(), entry.service.clone().into())]);
+    let mut put = |name: &str, value: Value| drop(object.insert(name.to_owned(), value));
+    if !entry.revision.is_empty() {
+        put("revision", entry.revision.clone().into());
+    }
+    if !entry.address.is_empty() {
+        put("address", entry.address.clone().into());
+    }
+    if let Some(fault) = &entry.fault {
+        put("fault", json!({ "http_status": fault.http_status, "grpc_status": fault.grpc_status }));
+    }
+    if entry.delay_ms != 0 {
+        put("delay_ms", entry.delay_ms.into());
+    }
+    if entry.timeout_ms != 0 {
+        put("timeout_ms", entry.timeout_ms.into());
+    }
+    if entry.debug {
+        put("debug", true.into());
+    }
+    if let Some(sample) = entry.sample {
+        put("sample", sample.into());
+    }
+    if !entry.config.is_empty() {
+        let values = entry.config.iter().map(|it| (it.name.clone(), it.value.clone().into()));
+        put("config", Value::Object(values.collect()));
+    }
+    Value::Object(object)
+}
+
 fn as_json(decoded: &Decoded) -> Value {
     let overrides = decoded.overrides.as_ref().map(|overrides| {
-        let entries: Vec<_> = overrides
-            .overrides
-            .iter()
-            .map(|entry| json!({ "service": entry.service, "revision": entry.revision }))
-            .collect();
-        json!({ "version": overrides.version, "overrides": entries })
+        let entries: Vec<_> = overrides.overrides.iter().map(entry_json).collect();
+        let mut object = json!({ "version": overrides.version, "overrides": entries });
+        if overrides.expires != 0 {
+            object["expires"] = overrides.expires.into();
+        }
+        if let Some(key) = &decoded.key_id {
+            object["signed_with"] = key.clone().into();
+        }
+        object
     });
     let span = decoded.span.map(|(trace, span, sampled)| {
         json!({ "trace_id": format!("{trace:016x}"), "span_id": format!("{span:016x}"), "sampled": sampled })
@@ -240,20 +246,6 @@ fn as_json(decoded: &Decoded) -> Value {
     let baggage: serde_json::Map<_, _> =
         decoded.other_baggage.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
     json!({ "header": decoded.header, "span": span, "overrides": overrides, "other_baggage": baggage })
-}
-
-fn parse_set(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((service, revision)) if !service.is_empty() && !revision.is_empty() => {
-            Ok((service.to_owned(), revision.to_owned()))
-        }
-        _ => Err("expected SERVICE=REVISION, for example users=feature-x".to_owned()),
-    }
-}
-
-fn parse_hex(text: &str) -> Result<u64, String> {
-    u64::from_str_radix(text.trim_start_matches("0x"), 16)
-        .map_err(|_| "expected up to 16 hexadecimal digits".to_owned())
 }
 
 #[cfg(test)]

@@ -64,12 +64,99 @@ fn one_format_can_be_chosen() {
 }
 
 #[test]
+fn everything_that_can_be_asked_for_is_told() {
+    let line = [
+        "header",
+        "--set",
+        "users=x",
+        "--delay",
+        "users=1.5s",
+        "--timeout",
+        "users.default=200ms",
+        "--debug",
+        "users",
+        "--sample",
+        "users=false",
+        "--config",
+        "users:a.b=c=d",
+        "--fault",
+        "orders.shop=grpc:14",
+        "--address",
+        "front=10.0.0.1:80",
+        "--expires",
+        "30m",
+    ];
+    for (format, name) in [
+        ("baggage", "baggage"),
+        ("x-ot-span-context", "x-ot-span-context"),
+        ("ot-baggage-overrides", "ot-baggage-overrides"),
+        ("jaeger", "uberctx-overrides"),
+        ("b3", "baggage-overrides"),
+    ] {
+        let text = culvert_override(&[&line[..], &["--format", format]].concat()).unwrap();
+        assert!(text.starts_with(&format!("{name}: ")) && text.lines().count() == 1, "{text}");
+        let decoded = culvert_override(&["decode", text.trim()]).unwrap();
+        for expected in [
+            "expires in 1",
+            "users -> revision x",
+            "users -> delayed by 1500 ms",
+            "users -> 200 ms for the answer",
+            "users -> logged",
+            "users -> trace not recorded",
+            "users -> told a.b=c%3Dd",
+            "orders.shop -> answered with gRPC status 14",
+            "front -> address 10.0.0.1:80",
+        ] {
+            assert!(decoded.contains(expected), "{format}: {expected} is not in {decoded}");
+        }
+    }
+    let text = culvert_override(&[&line[..], &["--format", "baggage"]].concat()).unwrap();
+    let json: Value = serde_json::from_str(&culvert_override(&["decode", &text, "--output", "json"]).unwrap()).unwrap();
+    let users = json!({ "service": "users", "revision": "x", "delay_ms": 1500, "timeout_ms": 200, "debug": true,
+                        "sample": false, "config": { "a.b": "c=d" } });
+    assert_eq!(json["overrides"]["overrides"][0], users);
+}
+
+#[test]
+fn headers_are_printed_for_browsers_and_grpc() {
+    let make =
+        |output| culvert_override(&["header", "--set", "a=b", "--format", "baggage", "--output", output]).unwrap();
+    let browser = make("browser");
+    assert!(browser.starts_with("fetch(location.href, {\"headers\":{\"baggage\":\"overrides="), "{browser}");
+    assert!(make("grpcurl").starts_with("-H baggage:overrides="));
+}
+
+#[test]
+fn what_is_signed_says_by_which_key() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{}\n", "k".repeat(32))).unwrap();
+    let key = format!("dev-1={}", file.path().display());
+    let text = culvert_override(&["header", "--set", "users=x", "--sign-key", &key, "--format", "baggage"]).unwrap();
+    let decoded = culvert_override(&["decode", &text]).unwrap();
+    assert!(decoded.contains("  signed with key dev-1 (not verified here)\n  expires in "), "{decoded}");
+    assert!(decoded.contains("  users -> revision x\n"), "{decoded}");
+    std::fs::write(file.path(), "short").unwrap();
+    let error = format!("{:#}", culvert_override(&["header", "--set", "users=x", "--sign-key", &key]).unwrap_err());
+    assert!(error.contains("at least 32 bytes"), "{error}");
+}
+
+#[test]
 fn mistakes_are_named() {
     for (arguments, expected) in [
-        (&["header"][..], "--set"),
+        (&["header"][..], "nothing is asked for: name a service with --set"),
         (&["header", "--set", "users"], "expected SERVICE=REVISION"),
         (&["header", "--set", "Users=x"], "overrides[0].service `Users`"),
         (&["header", "--set", "users=a", "--set", "users.default=b"], "overridden twice"),
+        (&["header", "--set", "users=a", "--address", "users=10.0.0.1"], "beside a revision"),
+        (&["header", "--fault", "users=abc"], "`abc` is no status"),
+        (&["header", "--fault", "users=99"], "overrides[0].fault is not one HTTP status"),
+        (&["header", "--delay", "users=-1s"], "`-1s` is not a time"),
+        (&["header", "--delay", "users=0s"], "`0s` is not a time"),
+        (&["header", "--config", "users=a"], "expected SERVICE:NAME=VALUE"),
+        (&["header", "--config", "users:A=b"], "a name that is not"),
+        (&["header", "--sample", "users=maybe"], "true or false"),
+        (&["header", "--set", "users=a", "--expires", "soon"], "`soon` is not a time"),
+        (&["header", "--set", "users=a", "--sign-key", "k=/nowhere/key"], "cannot read /nowhere/key"),
         (&["header", "--set", "users=a", "--trace-id", "xyz"], "hexadecimal"),
         (&["decode", "x-request-id: 1"], "`x-request-id` carries no overrides"),
         (&["decode", "x-ot-span-context: !"], "not standard padded base64"),

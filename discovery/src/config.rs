@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
+use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
+use culvert_xds_client::json;
 use serde::Deserialize;
 
 use crate::mesh::Protocol;
@@ -93,6 +95,8 @@ pub struct ConfigFile {
     pub clusters: Vec<ConfigFileCluster>,
     /// The registration API.
     pub registration: Option<ConfigFileRegistration>,
+    /// The proxies' override filter: the fields of `culvert.extensions.filters.http.overrides.v1.Override`.
+    pub override_filter: Option<serde_json::Value>,
 }
 
 /// A cluster in the configuration file.
@@ -175,6 +179,17 @@ impl TryFrom<ConfigFileRegistration> for Settings {
         );
         Ok(settings)
     }
+}
+
+/// Reads `override_filter`.
+///
+/// # Errors
+/// The field that is unknown or of the wrong kind.
+pub fn override_filter(stated: Option<serde_json::Value>) -> anyhow::Result<Override> {
+    let Some(stated) = stated else { return Ok(Override::default()) };
+    let config: Override = json::from_json(stated).map_err(|error| anyhow::anyhow!("override_filter.{error}"))?;
+    ensure!(config.original_dst_cluster.is_empty(), "override_filter.original_dst_cluster: discovery has its own");
+    Ok(config)
 }
 
 impl ConfigFile {
@@ -295,6 +310,22 @@ mod tests {
         ] {
             let error = parse_cluster(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{error:?} does not contain {expected:?}");
+        }
+    }
+
+    #[test]
+    fn the_override_filter_is_configured_by_its_own_fields() {
+        let stated = |json: serde_json::Value| override_filter(Some(json)).map_err(|error| error.to_string());
+        let config = stated(serde_json::json!({ "actions": ["DELAY"], "limits": { "delay_ms": 5 } })).unwrap();
+        assert_eq!(config.limits.unwrap().delay_ms, Some(5));
+        assert_eq!(override_filter(None).unwrap(), Override::default());
+        for (json, expected) in [
+            (serde_json::json!({ "action": ["DELAY"] }), "override_filter.action: "),
+            (serde_json::json!({ "actions": ["EVERYTHING"] }), "override_filter.actions[0]: "),
+            (serde_json::json!({ "original_dst_cluster": "x" }), "discovery has its own"),
+        ] {
+            let error = stated(json).unwrap_err();
+            assert!(error.contains(expected), "{error}");
         }
     }
 

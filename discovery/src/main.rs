@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use culvert_discovery::Discovery;
-use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, INITIAL_WAIT, parse_cluster};
+use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, INITIAL_WAIT, override_filter, parse_cluster};
 use culvert_discovery::registration::Settings;
 use culvert_discovery::registration::store::Storage;
 use culvert_discovery::resources::Options;
@@ -95,6 +95,9 @@ A configuration file with every field:
     port: 80                # ... and this port
     protocol: http          # tcp, http, http2 or grpc
     max_hosts: 100000
+  override_filter:          # what requests may ask for: docs/overrides.md
+    actions: [DELAY, FAULT]
+    debug_response: true
 
 A proxy's bootstrap needs `ads_config` with a gRPC cluster that leads to --listen, and `ads: {}` for LDS and CDS.
 docs/discovery.md describes the manifests, the names and the status page.";
@@ -161,6 +164,7 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
         drain: culvert_discovery::drain::Settings { file: file.drain_file, token_file: file.operator_token_file },
         initial_wait: file.initial_wait.map_or(INITIAL_WAIT, Duration::from_secs),
         options: Options {
+            overrides: override_filter(file.override_filter).context("the config file")?,
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
             outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),
             access_log: flags.access_log.or(file.access_log),

@@ -72,6 +72,7 @@ fn for_http_only(manifest: &ServiceManifest) -> Vec<&'static str> {
         ("spec.retries", manifest.retries.is_some()),
         ("spec.rateLimit", manifest.rate_limit.is_some()),
         ("spec.healthCheck.path", path.is_some()),
+        ("spec.overrides", manifest.overrides.is_some()),
     ];
     stated.into_iter().filter(|(_, stated)| *stated).map(|(field, _)| field).collect()
 }

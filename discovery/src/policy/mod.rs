@@ -5,6 +5,7 @@
 
 pub(crate) mod apply;
 pub mod files;
+mod overrides;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,6 +16,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 pub use self::apply::egress_of;
+pub use self::overrides::{OverrideAction, OverridePolicy, OverrideSources};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Protocol;
 
@@ -44,6 +46,8 @@ pub struct ServiceManifest {
     pub health_check: Option<HealthCheck>,
     /// The services that its pods may call; all if it is not stated.
     pub egress: Option<Egress>,
+    /// What requests may ask for that name it in overrides.
+    pub overrides: Option<OverridePolicy>,
 }
 
 /// How long things may take.

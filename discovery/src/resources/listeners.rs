@@ -121,7 +121,7 @@ fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16, idle: Option<Span>) -> F
 fn http_chain(port: u16, counted: bool, options: &Options, kind: ProxyKind) -> FilterChain {
     let mut http_filters = Vec::new();
     if kind == ProxyKind::Culvert {
-        let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned() };
+        let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned(), ..options.overrides.clone() };
         let config = Any {
             type_url: "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override".to_owned(),
             value: prost::Message::encode_to_vec(&config),

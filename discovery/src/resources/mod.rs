@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
+use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
@@ -55,11 +56,18 @@ pub struct Options {
     pub outbound_port: u16,
     /// The file into which proxies write their HTTP access log, if any.
     pub access_log: Option<String>,
+    /// How the proxies' override filters are configured, but for `original_dst_cluster`.
+    pub overrides: Override,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { outbound_address: std::net::Ipv6Addr::UNSPECIFIED.into(), outbound_port: 15001, access_log: None }
+        Self {
+            outbound_address: std::net::Ipv6Addr::UNSPECIFIED.into(),
+            outbound_port: 15001,
+            access_log: None,
+            overrides: Override::default(),
+        }
     }
 }
 

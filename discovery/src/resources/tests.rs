@@ -1,6 +1,6 @@
 use std::net::Ipv4Addr;
 
-use culvert_xds_client::api::culvert::overrides::v1::OffloadedService;
+use culvert_xds_client::api::culvert::overrides::v1::{Action as OverrideAction, OffloadedService, Policy};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
 use envoy_types::pb::envoy::config::core::v3::HealthStatus;
@@ -253,6 +253,32 @@ fn the_access_log_is_an_option() {
     };
     assert!(!contains(&Options::default()));
     assert!(contains(&Options { access_log: Some("/a/b/path".into()), ..Options::default() }));
+}
+
+#[test]
+fn override_filters_are_configured_for_culvert_alone() {
+    let overrides = Override { require_opt_in: true, ..Override::default() };
+    let options = Options { overrides, ..Options::default() };
+    let config =
+        Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned(), require_opt_in: true, ..Override::default() };
+    let config = config.encode_to_vec();
+    let contains = |kind| {
+        let listener: Listener = get(&build(&options), kind, type_url::LISTENER, OUTBOUND_LISTENER);
+        listener.encode_to_vec().windows(config.len()).any(|window| window == config)
+    };
+    assert!(contains(ProxyKind::Culvert) && !contains(ProxyKind::Foreign));
+}
+
+#[test]
+fn a_service_says_what_may_be_asked_for() {
+    let snapshot = of("
+{apiVersion: v1, kind: Service, metadata: {name: users}, spec: {clusterIP: 10.0.0.1, ports: [{name: http, port: 80}]}}
+---
+{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {name: users}, spec: {overrides: {allowed: true,
+  actions: [delay]}}}");
+    let told: OffloadedService = get(&snapshot, ProxyKind::Culvert, type_url::OFFLOADED_SERVICE, "users.default:80");
+    let policy = Policy { allowed: true, actions: vec![OverrideAction::Delay.into()], sources: None };
+    assert_eq!((told.endpoints.len(), told.policy), (0, Some(policy)));
 }
 
 #[test]

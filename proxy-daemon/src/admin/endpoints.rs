@@ -199,6 +199,13 @@ const ENDPOINTS: &[Endpoint] = &[
         run: |_, _| stats::memory(),
     },
     Endpoint {
+        path: "/overrides",
+        help: "print what discovery has told of overrides: offloaded endpoints and policies, by cluster",
+        parameters: &[],
+        mutates: false,
+        run: overrides,
+    },
+    Endpoint {
         path: "/quitquitquit",
         help: "exit the server",
         parameters: &[],
@@ -317,6 +324,13 @@ pub(super) const TAP: &str = "/tap";
 
 /// The one endpoint that waits for the workers: the server does it.
 pub(super) const DRAIN_LISTENERS: &str = "/drain_listeners";
+
+/// What discovery has told of overrides. Not one of Envoy's endpoints.
+fn overrides(state: &AdminState, _: &Parameters) -> Reply {
+    let table = state.data_plane.offloaded();
+    let services: Vec<Json> = table.resources().iter().map(culvert_xds_client::json::to_json).collect();
+    Reply::json(&json!({ "services": services }))
+}
 
 /// Answers a request, but for what `/drain_listeners` does. Looks many numbers up: not for a thread that must not wait.
 pub(super) fn handle(state: &AdminState, method: &Method, path: &str, parameters: &Parameters) -> Reply {

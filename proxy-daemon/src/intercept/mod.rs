@@ -51,6 +51,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arc_swap::ArcSwap;
 pub use culvert_proxy_ebpf::Acceleration;
 use culvert_proxy_ebpf::{INBOUND, OUTBOUND};
 
@@ -64,7 +65,7 @@ pub use connect_config::{BalancedService, ConnectBalancing, HostMode};
 pub use error::InterceptError;
 pub use flows::HostFlows;
 pub use joins::{Joined, Joins, Past};
-pub use pods::PodStatus;
+pub use pods::{PodNames, PodStatus};
 pub use selectors::{Enrolment, Selector};
 
 use cgroups::{CgroupWatcher, Hooks, Role};
@@ -150,6 +151,11 @@ impl Interception {
     /// There is no such listener or word, or nothing can go past TCP.
     pub fn accelerate(&self, level: &str, listener: Option<&str>) -> Result<(), InterceptError> {
         self.lock().accelerate(level, listener)
+    }
+
+    /// The names of the pods that are enrolled, which follow them.
+    pub fn pod_names(&self) -> Arc<ArcSwap<PodNames>> {
+        self.lock().pod_names()
     }
 
     /// Which services the kernel is to balance; `None`: none.

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use aya::Ebpf;
@@ -72,6 +73,9 @@ struct InForce {
     interface: String,
     since: SystemTime,
 }
+
+/// The names of enrolled pods (`namespace/name`; of those that are known by their addresses alone, that) by their addresses.
+pub type PodNames = HashMap<IpAddr, Arc<str>>;
 
 /// All pods, in the order in which they count.
 #[derive(Default)]
@@ -201,6 +205,18 @@ impl Pods {
             ("interception.enrolment_missing", self.faults.len() as u64),
             ("interception.enrolment_failed", self.failures),
         ]
+    }
+
+    /// The names of the pods whose addresses are enrolled.
+    pub(super) fn names(&self) -> PodNames {
+        let mut names = PodNames::new();
+        for pod in self.known.values() {
+            let mine = pod.addresses.iter().filter(|address| {
+                self.in_force.get(*address).is_some_and(|in_force| in_force.identity == pod.identity)
+            });
+            names.extend(mine.map(|address| (*address, Arc::from(&*pod.name))));
+        }
+        names
     }
 
     /// Every pod, for people.

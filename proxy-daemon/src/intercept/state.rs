@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use arc_swap::ArcSwap;
 use aya::Ebpf;
 use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, LAYOUT, OUTBOUND, SockLayout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -20,7 +21,7 @@ use super::config::{FailurePolicy, InterceptionConfig, Policy, Traffic, glob_mat
 use super::error::InterceptError;
 use super::lease::Lease;
 use super::netlink::{Link, Netlink};
-use super::pods::{Known, Origin, Place, PodStatus, Pods, acceleration_of_name};
+use super::pods::{Known, Origin, Place, PodNames, PodStatus, Pods, acceleration_of_name};
 use super::services::Services;
 use super::{cgroups, kernel, lanes, probe, services, sessions};
 
@@ -54,6 +55,8 @@ pub(super) struct State {
     /// Interfaces that should have programs and have not, by index.
     unattached: BTreeMap<u32, String>,
     pods: Pods,
+    /// What they are called, for those who serve them.
+    pod_names: Arc<ArcSwap<PodNames>>,
     commanded: Vec<Commanded>,
     /// None before there is a pin path.
     lease: Option<Lease>,
@@ -104,12 +107,17 @@ impl State {
             services: Services::default(),
             unattached: BTreeMap::new(),
             pods: Pods::default(),
+            pod_names: Arc::default(),
             commanded: Vec::new(),
             lease: Some(lease),
             waits: None,
             listening: 0,
             wake: Arc::new(wake),
         })
+    }
+
+    pub(super) fn pod_names(&self) -> Arc<ArcSwap<PodNames>> {
+        Arc::clone(&self.pod_names)
     }
 
     pub(super) fn wake(&self) -> Arc<EventFd> {
@@ -354,6 +362,10 @@ impl State {
                 None => Place::Missing("no interface: it has just gone".to_owned()),
             }
         });
+        let names = self.pods.names();
+        if **self.pod_names.load() != names {
+            self.pod_names.store(Arc::new(names));
+        }
     }
 
     /// Reads what was enrolled by command, and forgets what is on another interface by now.

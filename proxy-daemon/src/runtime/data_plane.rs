@@ -136,6 +136,7 @@ impl DataPlane {
         let clusters = Arc::new(Clusters::new(options.workers));
         clusters.follow_runtime();
         let offloaded = Arc::new(ArcSwap::from_pointee(OffloadedTable::default()));
+        let pods = options.interception.as_ref().map(Interception::pod_names).unwrap_or_default();
         let (asking, messages) = on_demand::channel();
         let (mut senders, mut threads) = (Vec::new(), Vec::new());
         let cpus = processors();
@@ -148,6 +149,7 @@ impl DataPlane {
                 index,
                 clusters: Arc::clone(&clusters),
                 offloaded: Arc::clone(&offloaded),
+                pods: Arc::clone(&pods),
                 on_demand: asking.clone(),
                 node_ip,
                 host_flows: match &options.interception {
@@ -321,6 +323,11 @@ impl DataPlane {
     /// What requests need that is had on demand. There is one taker.
     pub fn on_demand(&self) -> Option<on_demand::Messages> {
         lock(&self.0.on_demand).take()
+    }
+
+    /// What discovery has told of overrides.
+    pub fn offloaded(&self) -> Arc<OffloadedTable> {
+        self.0.offloaded.load_full()
     }
 
     /// Replaces the offloaded endpoints.

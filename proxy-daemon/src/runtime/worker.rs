@@ -20,8 +20,8 @@ use tokio::{
 
 use crate::{
     access_log,
-    http::filters::OffloadedTable,
-    intercept::{HostFlows, Joined, Joins},
+    http::filters::{OffloadedTable, OverrideState},
+    intercept::{HostFlows, Joined, Joins, PodNames},
     listener::{SharedListener, accept_forever},
     on_demand::OnDemand,
     stats::{self, Gauge},
@@ -48,7 +48,10 @@ pub struct Worker {
     joins: Option<Rc<Joins>>,
     /// `server.total_connections`
     pub(crate) total_connections: Gauge,
+    /// What filters for overrides keep.
+    pub overrides: OverrideState,
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
+    pods: RefCell<Cache<Arc<ArcSwap<PodNames>>, Arc<PodNames>>>,
     next_connection: Cell<u64>,
 }
 
@@ -79,6 +82,11 @@ impl Worker {
     pub fn with_offloaded<T>(&self, look_up: impl FnOnce(&OffloadedTable) -> T) -> T {
         look_up(self.offloaded.borrow_mut().load())
     }
+
+    /// Looks at the name of the pod of this node that has the address and is enrolled; false where there is none.
+    pub fn with_pod_name(&self, address: IpAddr, look: impl FnOnce(&str) -> bool) -> bool {
+        self.pods.borrow_mut().load().get(&address).is_some_and(|name| look(name))
+    }
 }
 
 /// What the control thread tells a worker.
@@ -99,6 +107,7 @@ pub(super) struct Start {
     pub(super) index: usize,
     pub(super) clusters: Arc<Clusters>,
     pub(super) offloaded: Arc<ArcSwap<OffloadedTable>>,
+    pub(super) pods: Arc<ArcSwap<PodNames>>,
     pub(super) on_demand: OnDemand,
     pub(super) node_ip: Option<IpAddr>,
     pub(super) host_flows: Option<HostFlows>,
@@ -137,7 +146,9 @@ async fn run(mut start: Start) {
         drain_time: start.drain_time,
         draining: start.draining,
         total_connections: stats::gauge("server.total_connections"),
+        overrides: OverrideState::default(),
         offloaded: RefCell::new(Cache::new(start.offloaded)),
+        pods: RefCell::new(Cache::new(start.pods)),
         next_connection: Cell::new(1),
     });
     let ticking = Rc::clone(&worker);

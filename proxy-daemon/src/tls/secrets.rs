@@ -5,9 +5,11 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, Weak},
 };
 
+use arc_swap::ArcSwap;
+
 use crate::config::model::{
-    CertificateValidationContext, Certificates, CommonTlsContext, Secret, SecretName, SecretRef, SecretType,
-    SessionTicketKeys, TlsCertificate, Validation,
+    CertificateValidationContext, Certificates, CommonTlsContext, GenericSecret, Secret, SecretName, SecretRef,
+    SecretType, SessionTicketKeys, TlsCertificate, Validation,
 };
 
 /// Uses secrets, and wants to be told when one changes.
@@ -25,6 +27,8 @@ pub struct Secrets {
     known: Mutex<Known>,
     /// Held while users are told.
     telling: Mutex<()>,
+    /// The generic ones among them, for filters to read without a lock.
+    generic: ArcSwap<HashMap<SecretName, Arc<GenericSecret>>>,
 }
 
 #[derive(Default)]
@@ -95,6 +99,7 @@ impl Secrets {
     pub fn put(&self, name: SecretName, secret: Secret) {
         let users: Vec<_> = {
             let mut known = self.lock();
+            self.share(&name, Some(&secret));
             let entry = known.entries.entry(name).or_default();
             entry.secret = Some(secret);
             entry.users.iter().map(|(id, user)| (*id, Weak::clone(user))).collect()
@@ -123,12 +128,36 @@ impl Secrets {
     /// Forgets a secret. Contexts that were built of it stay as they are.
     pub fn remove(&self, name: &SecretName) {
         let mut known = self.lock();
+        self.share(name, None);
         if let Some(entry) = known.entries.get_mut(name) {
             entry.secret = None;
             if entry.users.is_empty() {
                 known.entries.remove(name);
             }
         }
+    }
+
+    /// Has filters see a generic secret, or see it no more. Called under the lock.
+    fn share(&self, name: &SecretName, secret: Option<&Secret>) {
+        let before = self.generic.load();
+        let generic = match secret {
+            Some(Secret::Generic(generic)) => Some(generic),
+            _ => None,
+        };
+        if generic.is_none() && !before.contains_key(name) {
+            return;
+        }
+        let mut next = HashMap::clone(&before);
+        match generic {
+            Some(generic) => drop(next.insert(name.clone(), Arc::clone(generic))),
+            None => drop(next.remove(name)),
+        }
+        self.generic.store(Arc::new(next));
+    }
+
+    /// The generic secret of this name, where it has arrived. Takes no lock.
+    pub fn generic(&self, name: &SecretName) -> Option<Arc<GenericSecret>> {
+        self.generic.load().get(name).map(Arc::clone)
     }
 
     /// The secret of this name, where it has arrived.

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     config::model::{Discovery, EndpointAddress, MetadataMatch, PoolOptions},
     stats::Counter,
+    tls::Secrets,
 };
 
 /// All clusters as one worker sees them.
@@ -48,6 +49,11 @@ impl WorkerClusters {
             used: RefCell::default(),
             this: Weak::clone(this),
         })
+    }
+
+    /// The secrets of the process.
+    pub fn secrets(&self) -> &Arc<Secrets> {
+        self.shared.secrets()
     }
 
     /// Grows with every cluster that is added, replaced or removed.

@@ -1,27 +1,37 @@
 //! What a request says about overrides: the codec of the [`Overrides`] message and of the headers that carry it.
 //!
 //! The message travels in the baggage item [`BAGGAGE_ITEM`], as standard padded base64 of its bytes. Baggage rides in
-//! one of three headers, in this order of precedence:
+//! one of these headers, in this order of precedence:
 //!
 //! 1. `x-ot-span-context` (see [`SpanContext`]),
 //! 2. `ot-baggage-overrides`, the item's own header of the text form of the same propagation format,
-//! 3. `baggage` (see [`Baggage`]).
+//! 3. `baggage` (see [`Baggage`]),
+//! 4. `uberctx-overrides`, the item's own header of Jaeger's format, percent-encoded,
+//! 5. `jaeger-baggage`, which Jaeger's clients take from people and write like W3C's,
+//! 6. `baggage-overrides`, the item's own header beside B3.
 //!
 //! All of it comes from outside: every function here bounds what it reads and none panics on any input.
 
+mod carriers;
+mod fuzz;
+mod message;
 mod ot_span_context;
+mod signature;
+mod trace;
 mod w3c_baggage;
-
-use std::collections::BTreeSet;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use http::{HeaderMap, HeaderName};
-use prost::Message as _;
+use http::HeaderName;
 
+pub use self::carriers::{Found, carries_overrides, find, overrides_from_headers, strip};
+#[doc(hidden)]
+pub use self::fuzz::fuzz;
 pub use self::ot_span_context::{SpanContext, decode_ot_span_context, encode_ot_span_context};
+pub use self::signature::{MIN_KEY_BYTES, key_of_file};
+pub use self::trace::{has_trace_context, set_sampled};
 pub use self::w3c_baggage::{Baggage, MAX_BAGGAGE_BYTES, MAX_BAGGAGE_MEMBERS, format_baggage, parse_baggage};
-pub use crate::api::culvert::overrides::v1::{Override, Overrides};
+pub use crate::api::culvert::overrides::v1::{Action, ConfigValue, Fault, Override, Overrides, Signed};
 
 /// The header that carries a whole span context, baggage included.
 pub const OT_SPAN_CONTEXT: HeaderName = HeaderName::from_static("x-ot-span-context");
@@ -29,9 +39,25 @@ pub const OT_SPAN_CONTEXT: HeaderName = HeaderName::from_static("x-ot-span-conte
 pub const OT_BAGGAGE_OVERRIDES: HeaderName = HeaderName::from_static("ot-baggage-overrides");
 /// The W3C baggage header.
 pub const BAGGAGE: HeaderName = HeaderName::from_static("baggage");
+/// The header of Jaeger's format that carries only the baggage item [`BAGGAGE_ITEM`].
+pub const UBERCTX_OVERRIDES: HeaderName = HeaderName::from_static("uberctx-overrides");
+/// The header in which Jaeger's clients take baggage from people.
+pub const JAEGER_BAGGAGE: HeaderName = HeaderName::from_static("jaeger-baggage");
+/// The header beside B3 that carries only the baggage item [`BAGGAGE_ITEM`].
+pub const BAGGAGE_OVERRIDES: HeaderName = HeaderName::from_static("baggage-overrides");
+/// All headers that may carry overrides, in the order of their precedence.
+pub const CARRIERS: [HeaderName; 6] =
+    [OT_SPAN_CONTEXT, OT_BAGGAGE_OVERRIDES, BAGGAGE, UBERCTX_OVERRIDES, JAEGER_BAGGAGE, BAGGAGE_OVERRIDES];
+/// What a service is told for one request: members as in W3C baggage.
+pub const CONFIG: HeaderName = HeaderName::from_static("x-culvert-config");
+/// The request header by which a client asks what was done about its overrides.
+pub const DEBUG: HeaderName = HeaderName::from_static("x-culvert-override-debug");
+/// The response header that says so.
+pub const OUTCOME: HeaderName = HeaderName::from_static("x-culvert-override");
 
 /// The key of the baggage item that holds an [`Overrides`] message.
 pub const BAGGAGE_ITEM: &str = "overrides";
+const BAGGAGE_ITEM_NAME: &str = "baggage item `overrides`";
 /// The one version of [`Overrides`] that is defined.
 pub const VERSION: u32 = 1;
 /// The most entries an [`Overrides`] message may have.
@@ -40,6 +66,12 @@ pub const MAX_OVERRIDES: usize = 64;
 pub const MAX_SERVICE_BYTES: usize = 253;
 /// The longest revision, in bytes: that of a Kubernetes label value.
 pub const MAX_REVISION_BYTES: usize = 63;
+/// The most settings that one override may pass on.
+pub const MAX_CONFIG_VALUES: usize = 16;
+/// The longest name of a setting, in bytes.
+pub const MAX_CONFIG_NAME_BYTES: usize = 64;
+/// The longest value of a setting, in bytes.
+pub const MAX_CONFIG_VALUE_BYTES: usize = 256;
 /// The longest header value that is looked at, in bytes. An `Overrides` message at its limits fits.
 pub const MAX_HEADER_BYTES: usize = 64 * 1024;
 
@@ -113,102 +145,31 @@ pub enum ContextError {
     /// Two entries for one service.
     #[error("service `{0}` is overridden twice")]
     DuplicateService(String),
-}
-
-impl Overrides {
-    /// A checked message of the current version from pairs of service and revision.
-    ///
-    /// # Errors
-    /// Whatever [`Overrides::from_baggage_item`] would refuse on the receiving side.
-    pub fn new<S: Into<String>, R: Into<String>>(
-        entries: impl IntoIterator<Item = (S, R)>,
-    ) -> Result<Self, ContextError> {
-        let overrides = entries
-            .into_iter()
-            .map(|(service, revision)| Override { service: service.into(), revision: revision.into() })
-            .collect();
-        let message = Self { version: VERSION, overrides };
-        message.check()?;
-        Ok(message)
-    }
-
-    /// Decodes and checks the value of the baggage item `overrides`.
-    ///
-    /// # Errors
-    /// [`ContextError`] with the part that is wrong; nothing of a message with an error in it is used.
-    pub fn from_baggage_item(value: &str) -> Result<Self, ContextError> {
-        const WHAT: &str = "baggage item `overrides`";
-        let bytes = decode_base64(WHAT, value.as_bytes())?;
-        let message = Self::decode(bytes.as_slice()).map_err(|error| ContextError::Protobuf {
-            what: WHAT,
-            message: "culvert.overrides.v1.Overrides",
-            reason: error.to_string(),
-        })?;
-        message.check()?;
-        Ok(message)
-    }
-
-    /// The value of the baggage item `overrides` that says this message.
-    #[must_use]
-    pub fn to_baggage_item(&self) -> String {
-        STANDARD.encode(self.encode_to_vec())
-    }
-
-    /// The revision that is wanted of `service`, which is given as `name.namespace`.
-    #[must_use]
-    pub fn revision_of(&self, service: &str) -> Option<&str> {
-        let (name, namespace) = service.split_once('.')?;
-        self.overrides.iter().find(|entry| split_service(&entry.service) == (name, namespace)).map(|e| &*e.revision)
-    }
-
-    fn check(&self) -> Result<(), ContextError> {
-        if self.version != VERSION {
-            return Err(ContextError::UnknownVersion(self.version));
-        }
-        if self.overrides.len() > MAX_OVERRIDES {
-            return Err(ContextError::TooManyOverrides(self.overrides.len()));
-        }
-        let mut seen = BTreeSet::new();
-        for (index, Override { service, revision }) in self.overrides.iter().enumerate() {
-            if !is_service(service) {
-                return Err(ContextError::BadService { index, service: shorten(service) });
-            }
-            if !is_revision(revision) {
-                return Err(ContextError::BadRevision { index, revision: shorten(revision) });
-            }
-            if !seen.insert(split_service(service)) {
-                return Err(ContextError::DuplicateService(service.clone()));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The overrides that a request's headers name. `None`, at the cost of three lookups, when no header carries any.
-///
-/// The first header that has the item wins. An unreadable header of a higher precedence is an error, not a
-/// reason to look further: what a request means must not depend on which of its headers was damaged.
-#[must_use]
-pub fn overrides_from_headers(headers: &HeaderMap) -> Option<Result<Overrides, ContextError>> {
-    if let Some(value) = headers.get(OT_SPAN_CONTEXT) {
-        match decode_ot_span_context(value.as_bytes()) {
-            Err(error) => return Some(Err(error)),
-            Ok(context) => {
-                if let Some(item) = context.baggage.get(BAGGAGE_ITEM) {
-                    return Some(Overrides::from_baggage_item(item));
-                }
-            }
-        }
-    }
-    if let Some(value) = headers.get(OT_BAGGAGE_OVERRIDES) {
-        // Anything that is not text is not base64 either, so the lossy form keeps the error.
-        return Some(Overrides::from_baggage_item(&String::from_utf8_lossy(value.as_bytes())));
-    }
-    if headers.contains_key(BAGGAGE) {
-        return w3c_baggage::find_item(headers.get_all(BAGGAGE).iter().map(|value| value.as_bytes()), BAGGAGE_ITEM)
-            .map(|item| item.and_then(|item| Overrides::from_baggage_item(&item)));
-    }
-    None
+    /// An override that says a service, and not what is to be different about it.
+    #[error("overrides[{index}] asks for nothing")]
+    NothingAsked {
+        /// Position of the entry.
+        index: usize,
+    },
+    /// A part of an override that is not what it has to be.
+    #[error("overrides[{index}].{field} {reason}")]
+    BadField {
+        /// Position of the entry.
+        index: usize,
+        /// Which part.
+        field: &'static str,
+        /// What it has to be.
+        reason: &'static str,
+    },
+    /// A header, or a member of one, is there twice and does not say the same.
+    #[error("{what} is there twice, and says different things")]
+    Contradicts {
+        /// Which header.
+        what: &'static str,
+    },
+    /// A message with a signature that is not formed as it has to be.
+    #[error("the signed message {0}")]
+    BadSigned(&'static str),
 }
 
 /// `name` and `name.namespace` split, with the default namespace filled in.

@@ -25,7 +25,7 @@ pub struct Baggage {
 /// When the header has more than [`MAX_BAGGAGE_BYTES`] bytes or [`MAX_BAGGAGE_MEMBERS`] members.
 pub fn parse_baggage(value: &[u8]) -> Result<Baggage, ContextError> {
     let mut baggage = Baggage::default();
-    for member in members(std::iter::once(value)) {
+    for member in members(LIMITS, std::iter::once(value)) {
         match member? {
             Some((key, value)) => match decode_percent(value) {
                 Some(value) => baggage.members.push((key.to_owned(), value.into_owned())),
@@ -60,23 +60,58 @@ pub fn format_baggage<'a>(members: impl IntoIterator<Item = (&'a str, &'a str)>)
     header
 }
 
-/// The decoded value of the first member named `item` in a request's `baggage` headers.
+/// What a header is called, and how many bytes of it are looked at.
+type Limits = (&'static str, usize);
+
+const LIMITS: Limits = ("baggage", MAX_BAGGAGE_BYTES);
+
+/// The decoded value of the member named `item` in a request's headers of one name. Where it is there twice, it has to say the same.
 pub(super) fn find_item<'a>(
+    (what, limit): Limits,
     headers: impl Iterator<Item = &'a [u8]>,
     item: &str,
 ) -> Option<Result<Cow<'a, str>, ContextError>> {
-    for member in members(headers) {
+    let mut found = None;
+    for member in members((what, limit.min(MAX_BAGGAGE_BYTES)), headers) {
         match member {
             Err(error) => return Some(Err(error)),
-            Ok(Some((key, value))) if key == item => return Some(decode_percent(value).ok_or(ContextError::Percent)),
+            Ok(Some((key, value))) if key == item => {
+                let Some(value) = decode_percent(value) else { return Some(Err(ContextError::Percent)) };
+                if found.as_ref().is_some_and(|found| *found != value) {
+                    return Some(Err(ContextError::Contradicts { what }));
+                }
+                found = Some(value);
+            }
             Ok(_) => {}
         }
     }
-    None
+    found.map(Ok)
+}
+
+/// A header's value without the members named `item`, and those that somebody might read as that; `None`: there are none.
+/// `Some(None)`: nothing is left, or it has more than is looked at.
+pub(super) fn without(value: &[u8], item: &str) -> Option<Option<String>> {
+    if value.len() > MAX_BAGGAGE_BYTES {
+        return Some(None);
+    }
+    let is_item = |member: &[u8]| {
+        let key = member.split(|b| matches!(b, b'=' | b';')).next().unwrap_or_default().trim_ascii();
+        decode_percent(key).is_none_or(|key| key.trim().eq_ignore_ascii_case(item))
+    };
+    let members = || value.split(|b| *b == b',').map(<[u8]>::trim_ascii).filter(|member| !member.is_empty());
+    if members().count() > MAX_BAGGAGE_MEMBERS {
+        return Some(None);
+    }
+    if !members().any(is_item) {
+        return None;
+    }
+    let left: Vec<_> = members().filter(|member| !is_item(member)).map(String::from_utf8_lossy).collect();
+    Some(Some(left.join(",")).filter(|left| !left.is_empty()))
 }
 
 /// The members of all headers: key and still encoded value, `None` for a malformed one. Ends after the first error.
 fn members<'a>(
+    (what, limit): Limits,
     headers: impl Iterator<Item = &'a [u8]>,
 ) -> impl Iterator<Item = Result<Option<(&'a str, &'a [u8])>, ContextError>> {
     let mut bytes = 0;
@@ -85,11 +120,7 @@ fn members<'a>(
     headers
         .flat_map(move |header| {
             bytes += header.len();
-            let too_long = (bytes > MAX_BAGGAGE_BYTES).then_some(ContextError::TooLong {
-                what: "baggage",
-                bytes,
-                limit: MAX_BAGGAGE_BYTES,
-            });
+            let too_long = (bytes > limit).then_some(ContextError::TooLong { what, bytes, limit });
             let readable: &[u8] = if too_long.is_some() { &[] } else { header };
             let members = readable.split(|b| *b == b',').map(<[u8]>::trim_ascii).filter(|member| !member.is_empty());
             too_long.into_iter().map(Err).chain(members.map(Ok))
@@ -115,7 +146,7 @@ fn is_token(byte: u8) -> bool {
 }
 
 /// Undoes percent-encoding; `None` for a broken sequence or for bytes that are not UTF-8.
-fn decode_percent(value: &[u8]) -> Option<Cow<'_, str>> {
+pub(super) fn decode_percent(value: &[u8]) -> Option<Cow<'_, str>> {
     if !value.contains(&b'%') {
         return std::str::from_utf8(value).ok().map(Cow::Borrowed);
     }

@@ -4,7 +4,7 @@ use http::HeaderValue;
 
 use super::{
     AccessLogConfig, Cidr, Http1Options, IpDetection, LocalReplies, MatchTree, ResourceRef, RouteConfig, Scheme,
-    ScopedRoutes, UpgradeRule,
+    ScopedRoutes, SecretRef, SecretType, UpgradeRule,
 };
 use crate::http::{
     filters::{DiscoveredFilter, EarlyMutations, FilterSource},
@@ -314,6 +314,12 @@ impl HttpConnectionManagerConfig {
             RouteSource::Scoped(scoped) => Some(scoped),
             RouteSource::Static(_) | RouteSource::Rds(_) => None,
         }
+    }
+
+    /// The secrets that its filters need.
+    pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
+        let secrets = self.http_filters.iter().filter_map(|entry| entry.source.secret());
+        secrets.map(|secret| (SecretType::GenericSecret, secret))
     }
 
     /// The filters that ECDS configures.

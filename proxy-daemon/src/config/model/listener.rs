@@ -62,7 +62,8 @@ impl Listener {
 
     /// The secrets that its connections need, with what each has to be.
     pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
-        self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.secrets())
+        let of_chains = self.chains().filter_map(|chain| chain.tls.as_ref()).flat_map(|tls| tls.secrets());
+        of_chains.chain(self.connection_managers().flat_map(|manager| manager.secrets()))
     }
 
     /// The HTTP filters that ECDS configures.

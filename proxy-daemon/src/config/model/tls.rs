@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use culvert_xds_client::source::Source;
 use rustls::{
@@ -183,6 +183,8 @@ pub enum SecretType {
     ValidationContext,
     /// `session_ticket_keys`
     SessionTicketKeys,
+    /// `generic_secret`
+    GenericSecret,
 }
 
 impl SecretType {
@@ -192,6 +194,7 @@ impl SecretType {
             SecretType::TlsCertificate => "tls_certificate",
             SecretType::ValidationContext => "validation_context",
             SecretType::SessionTicketKeys => "session_ticket_keys",
+            SecretType::GenericSecret => "generic_secret",
         }
     }
 }
@@ -203,6 +206,7 @@ impl Secret {
             Secret::TlsCertificate(_) => SecretType::TlsCertificate,
             Secret::ValidationContext(_) => SecretType::ValidationContext,
             Secret::SessionTicketKeys(_) => SecretType::SessionTicketKeys,
+            Secret::Generic(_) => SecretType::GenericSecret,
         }
     }
 }
@@ -216,6 +220,21 @@ pub enum Secret {
     ValidationContext(Arc<CertificateValidationContext>),
     /// Keys of session tickets.
     SessionTicketKeys(Arc<SessionTicketKeys>),
+    /// What filters use: keys by their ids.
+    Generic(Arc<GenericSecret>),
+}
+
+/// `generic_secret.secrets`: keys of signatures, by their ids.
+#[derive(Clone, Default)]
+pub struct GenericSecret {
+    /// Each as it is used: a line end at its end is gone.
+    pub keys: HashMap<String, Box<[u8]>>,
+}
+
+impl std::fmt::Debug for GenericSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.keys.keys()).finish()
+    }
 }
 
 /// A checked `TlsCertificate`: chain and key belong together.

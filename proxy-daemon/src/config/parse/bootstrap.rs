@@ -230,7 +230,8 @@ fn static_secrets(messages: &[ProtoSecret]) -> Result<Vec<StaticSecret>> {
         if secrets.iter().any(|known| known.name == name) {
             return Err(FieldError::new(join(&path, "name"), format!("duplicate name '{}'", message.name)));
         }
-        let followed = secret_files::watched_directory(message).map(|directory| (message.clone(), directory));
+        let directory = secret_files::followed_directory(message, &path)?;
+        let followed = directory.map(|directory| (message.clone(), directory));
         secrets.push(StaticSecret { name, secret, followed });
     }
     Ok(secrets)

@@ -30,16 +30,20 @@ pub struct SecretWithFiles {
 }
 
 /// The sources of a secret that may be files, with their paths.
-fn sources(message: &mut ProtoSecret) -> Vec<(&'static str, &mut DataSource)> {
+fn sources(message: &mut ProtoSecret) -> Vec<(String, &mut DataSource)> {
     let sources = match &mut message.r#type {
+        Some(Type::GenericSecret(it)) => {
+            let path = |id: &String| format!("generic_secret.secrets[\"{id}\"]");
+            return it.secrets.iter_mut().map(|(id, source)| (path(id), source)).collect();
+        }
         Some(Type::TlsCertificate(it)) => vec![
             ("tls_certificate.certificate_chain", &mut it.certificate_chain),
             ("tls_certificate.private_key", &mut it.private_key),
         ],
         Some(Type::ValidationContext(it)) => vec![("validation_context.trusted_ca", &mut it.trusted_ca)],
-        Some(Type::SessionTicketKeys(_) | Type::GenericSecret(_)) | None => Vec::new(),
+        Some(Type::SessionTicketKeys(_)) | None => Vec::new(),
     };
-    sources.into_iter().filter_map(|(path, source)| source.as_mut().map(|source| (path, source))).collect()
+    sources.into_iter().filter_map(|(path, source)| source.as_mut().map(|source| (path.to_owned(), source))).collect()
 }
 
 fn directory(watched: Option<&WatchedDirectory>) -> Option<PathBuf> {
@@ -52,6 +56,22 @@ pub fn watched_directory(message: &ProtoSecret) -> Option<PathBuf> {
         Some(Type::TlsCertificate(it)) => directory(it.watched_directory.as_ref()),
         Some(Type::ValidationContext(it)) => directory(it.watched_directory.as_ref()),
         _ => None,
+    }
+}
+
+/// The directory that a secret of the bootstrap is read again for: the one that it names; of a generic secret, which can name none, that
+/// of its files.
+///
+/// # Errors
+/// A generic secret has files in several directories.
+pub(super) fn followed_directory(message: &ProtoSecret, path: &str) -> Result<Option<PathBuf>> {
+    if !matches!(message.r#type, Some(Type::GenericSecret(_))) {
+        return Ok(watched_directory(message));
+    }
+    let mut directories = watched_directories(message).into_iter();
+    match (directories.next(), directories.next()) {
+        (directory, None) => Ok(directory),
+        _ => Err(FieldError::new(join(path, "generic_secret.secrets"), "its files have to be in one directory")),
     }
 }
 
@@ -93,7 +113,7 @@ pub fn discovered_secret(message: &ProtoSecret, path: &str) -> Result<SecretWith
         }
     }
     for (field, source) in sources(&mut resolved) {
-        if let Some(bytes) = content.remove(field) {
+        if let Some(bytes) = content.remove(&field) {
             source.specifier = Some(Specifier::InlineBytes(bytes));
         }
     }
@@ -125,10 +145,10 @@ pub fn with_origins(mut secret: Secret, message: &ProtoSecret) -> Secret {
 }
 
 /// What is in the files now, by the field that names them.
-fn read(message: &mut ProtoSecret, path: &str) -> Result<BTreeMap<&'static str, Vec<u8>>> {
+fn read(message: &mut ProtoSecret, path: &str) -> Result<BTreeMap<String, Vec<u8>>> {
     let files = sources(message).into_iter().filter_map(|(field, source)| match &source.specifier {
         Some(Specifier::Filename(_)) => {
-            Some(tls::material(source, &join(path, field)).map(|material| (field, material.bytes)))
+            Some(tls::material(source, &join(path, &field)).map(|material| (field, material.bytes)))
         }
         _ => None,
     });

@@ -3,14 +3,18 @@
 use std::{path::Path, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use culvert_xds_client::{json::unpack, regular_file};
+use culvert_xds_client::{
+    json::unpack,
+    overrides::{MIN_KEY_BYTES, key_of_file},
+    regular_file,
+};
 use envoy_types::pb::envoy::{
     config::core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
     extensions::transport_sockets::tls::v3::{
         CertificateValidationContext as ProtoValidation, CommonTlsContext as ProtoCommon,
-        DownstreamTlsContext as ProtoDownstream, SdsSecretConfig, Secret as ProtoSecret,
-        SubjectAltNameMatcher as ProtoMatcher, TlsCertificate as ProtoCertificate, TlsParameters as ProtoParameters,
-        TlsSessionTicketKeys as ProtoTicketKeys, UpstreamTlsContext as ProtoUpstream,
+        DownstreamTlsContext as ProtoDownstream, GenericSecret as ProtoGenericSecret, SdsSecretConfig,
+        Secret as ProtoSecret, SubjectAltNameMatcher as ProtoMatcher, TlsCertificate as ProtoCertificate,
+        TlsParameters as ProtoParameters, TlsSessionTicketKeys as ProtoTicketKeys, UpstreamTlsContext as ProtoUpstream,
         certificate_validation_context::TrustChainVerification,
         common_tls_context::{CombinedCertificateValidationContext, ValidationContextType},
         downstream_tls_context::SessionTicketKeysType,
@@ -32,9 +36,9 @@ use crate::{
     config::{
         FieldError,
         model::{
-            CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, ResourceRef, SanType,
-            Secret, SecretRef, SessionTicketKeys, SessionTickets, SubjectAltNameMatcher, TlsCertificate, TlsParameters,
-            UpstreamTlsContext, Validation,
+            CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, GenericSecret,
+            ResourceRef, SanType, Secret, SecretRef, SessionTicketKeys, SessionTickets, SubjectAltNameMatcher,
+            TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
         },
     },
     tls::{self, Material, TicketKey},
@@ -243,9 +247,28 @@ pub fn secret(message: &ProtoSecret, path: &str) -> Result<Secret> {
         Some(secret::Type::SessionTicketKeys(keys)) => {
             Ok(Secret::SessionTicketKeys(Arc::new(session_ticket_keys(keys, &join(path, "session_ticket_keys"))?)))
         }
-        Some(secret::Type::GenericSecret(_)) => Err(FieldError::unsupported(join(path, "generic_secret"))),
+        Some(secret::Type::GenericSecret(generic)) => {
+            Ok(Secret::Generic(Arc::new(generic_secret(generic, &join(path, "generic_secret"))?)))
+        }
         None => Err(required(path, "tls_certificate")),
     }
+}
+
+/// Keys of signatures: what else a generic secret may be is not honoured.
+fn generic_secret(message: &ProtoGenericSecret, path: &str) -> Result<GenericSecret> {
+    if message.secrets.is_empty() {
+        return Err(required(path, "secrets"));
+    }
+    let keys = message.secrets.iter().map(|(id, source)| {
+        let path = format!("{path}.secrets[\"{id}\"]");
+        let bytes = material(source, &path)?.bytes;
+        let key = key_of_file(&bytes);
+        if key.len() < MIN_KEY_BYTES {
+            return Err(FieldError::new(path, format!("a key of at least {MIN_KEY_BYTES} bytes is needed")));
+        }
+        Ok((id.clone(), key.into()))
+    });
+    Ok(GenericSecret { keys: keys.collect::<Result<_>>()? })
 }
 
 fn session_ticket_keys(message: &ProtoTicketKeys, path: &str) -> Result<SessionTicketKeys> {

@@ -274,7 +274,15 @@ fn secrets_are_read_or_refused() {
     let context = read("name: v\nvalidation_context: { trusted_ca: { inline_string: $CA } }").unwrap();
     assert!(matches!(context, Secret::ValidationContext(context) if context.trusted_ca.is_some()));
     for (text, expected) in [
-        ("name: g\ngeneric_secret: { secret: { inline_string: x } }", "generic_secret: not supported by culvert yet"),
+        (
+            "name: g\ngeneric_secret: { secret: { inline_string: x } }",
+            "generic_secret.secret: not supported by culvert yet",
+        ),
+        ("name: g\ngeneric_secret: {}", "generic_secret.secrets: value is required"),
+        (
+            "name: g\ngeneric_secret: { secrets: { k: { inline_string: short } } }",
+            "generic_secret.secrets[\"k\"]: a key of at least 32 bytes is needed",
+        ),
         (
             "name: t\nsession_ticket_keys: { keys: [{ inline_string: x }] }",
             "session_ticket_keys.keys[0]: Incorrect TLS session ticket key length. Length 1, expected length 80.",

@@ -57,6 +57,8 @@ impl State {
             let secrets = chain.tls.iter().flat_map(|tls| tls.secrets());
             self.check_static(secrets).map_err(|text| FieldError::new(format!("{path}.transport_socket"), text))?;
         }
+        let of_filters = listener.connection_managers().flat_map(|manager| manager.secrets());
+        self.check_static(of_filters).map_err(|text| FieldError::new("http_filters", text))?;
         for (path, routes) in listener.own_routes() {
             let within = |error: FieldError| FieldError::new(format!("{path}.{}", error.path), error.message);
             self.check_routes(routes, true).map_err(within)?;

@@ -17,7 +17,7 @@ use super::{Factory, FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, Pe
 use crate::{
     config::{
         FieldError,
-        model::{ConfigSource, MatchTree},
+        model::{ConfigSource, MatchTree, SecretRef},
         parse::{self, MatchParts, type_name},
     },
     http::{
@@ -68,6 +68,10 @@ impl HttpFilterFactory for MatchDelegate {
 
     fn needs_offloaded_services(&self) -> bool {
         self.inner.needs_offloaded_services()
+    }
+
+    fn secret(&self) -> Option<&SecretRef> {
+        self.inner.secret()
     }
 
     fn source(&self) -> Option<(&ConfigSource, &'static str)> {

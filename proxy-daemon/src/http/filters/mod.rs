@@ -46,7 +46,7 @@ pub(super) use custom_response::{Led, RedirectPolicy};
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use header_mutation::EarlyMutations;
 pub use on_demand::ClustersOnDemand;
-pub use r#override::OffloadedTable;
+pub use r#override::{Explained, OffloadedTable, OverrideState, explain};
 pub use router::RouterFilter;
 
 use super::{
@@ -56,7 +56,7 @@ use super::{
 };
 use crate::config::{
     FieldError,
-    model::{ConfigSource, PerFilterConfig},
+    model::{ConfigSource, PerFilterConfig, SecretRef},
     parse::type_name,
 };
 
@@ -163,6 +163,11 @@ pub trait HttpFilterFactory: Debug + Send + Sync {
     /// Whether the filter looks at the offloaded services that discovery lists, which are then subscribed to.
     fn needs_offloaded_services(&self) -> bool {
         false
+    }
+
+    /// The generic secret that the filter needs.
+    fn secret(&self) -> Option<&SecretRef> {
+        None
     }
 
     /// Where the filter has resources asked for when requests need them, and of which type.

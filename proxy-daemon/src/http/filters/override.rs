@@ -1,67 +1,58 @@
-//! `culvert.filters.http.override`: sends a request whose baggage names an offloaded revision of the chosen service to
-//! that revision. docs/overrides.md has the messages and the rules.
+//! `culvert.filters.http.override`: does for one request what its baggage asks for, such as sending it to an offloaded revision of the
+//! chosen service. docs/overrides.md has the messages and the rules.
 //!
-//! Only an endpoint that discovery lists as offloaded *for the very cluster that the route chose* can be reached. Whatever
-//! else a request asks for is counted and ignored, and the request goes where it would have gone.
+//! Only an endpoint that discovery lists as offloaded *for the very cluster that the route chose* can be reached, and only what the
+//! filter and the service's policy allow is done. Whatever else a request asks for is counted and ignored, and the request goes
+//! where it would have gone.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+mod explain;
+mod offloaded;
+mod refusal;
+mod settings;
+mod state;
+mod stream;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use culvert_xds_client::{
-    api::culvert::{extensions::filters::http::overrides::v1::Override as Config, overrides::v1::OffloadedService},
+    api::culvert::{
+        extensions::filters::http::overrides::v1::{Override as Config, r#override::Edge},
+        overrides::v1::{Action, Fault, Override},
+    },
     json::unpack,
-    overrides::{DEFAULT_NAMESPACE, Overrides, overrides_from_headers},
+    overrides::{
+        CONFIG, ContextError, DEBUG, DEFAULT_NAMESPACE, Found, Overrides, Signed, find, has_trace_context, set_sampled,
+        strip,
+    },
 };
 use envoy_types::pb::google::protobuf::Any;
+use http::{HeaderValue, StatusCode};
 
+pub use self::{
+    explain::{Explained, explain},
+    offloaded::OffloadedTable,
+    state::OverrideState,
+};
+use self::{
+    offloaded::Policy,
+    refusal::{Refusal, Stats},
+    settings::Settings,
+    state::Carries,
+    stream::{Outcome, OverrideStream, described},
+};
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
 use crate::{
-    config::FieldError,
+    access_log::ResponseFlags,
+    config::{FieldError, model::SecretRef},
     http::{
         body::Body,
-        headers::names::X_ENVOY_ORIGINAL_DST_HOST,
-        stream::{RequestHead, StreamCx},
+        headers::names::{X_ENVOY_ORIGINAL_DST_HOST, X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS},
+        stream::{LocalReply, RequestHead, StreamCx},
     },
-    stats::{Counter, Lease, Scope},
 };
-
-/// Every offloaded endpoint that discovery lists: by cluster, then by revision.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct OffloadedTable {
-    by_cluster: HashMap<String, HashMap<String, Vec<SocketAddr>>>,
-}
-
-impl OffloadedTable {
-    /// The table of some resources.
-    ///
-    /// # Errors
-    /// The first endpoint that cannot be reached: a bad address or port.
-    pub fn from_resources<'a>(
-        resources: impl IntoIterator<Item = &'a OffloadedService>,
-    ) -> Result<OffloadedTable, FieldError> {
-        let mut table = OffloadedTable::default();
-        for service in resources {
-            let revisions = table.by_cluster.entry(service.cluster_name.clone()).or_default();
-            for (index, endpoint) in service.endpoints.iter().enumerate() {
-                let path = |field| format!("endpoints[{index}].{field}");
-                let ip = endpoint.address.parse().map_err(|_| {
-                    FieldError::new(path("address"), format!("\"{}\" is not an IP address", endpoint.address))
-                })?;
-                let port = u16::try_from(endpoint.port)
-                    .ok()
-                    .filter(|port| *port != 0)
-                    .ok_or_else(|| FieldError::new(path("port"), format!("{} is not a TCP port", endpoint.port)))?;
-                revisions.entry(endpoint.revision.clone()).or_default().push(SocketAddr::new(ip, port));
-            }
-        }
-        Ok(table)
-    }
-
-    /// One of the offloaded endpoints of a cluster's service and revision.
-    fn find(&self, cluster: &str, revision: &str) -> Option<SocketAddr> {
-        let endpoints = self.by_cluster.get(cluster)?.get(revision)?;
-        endpoints.get(fastrand::usize(..endpoints.len().max(1))).copied()
-    }
-}
 
 /// The full name of its configuration message.
 pub(super) const TYPE_NAME: &str = "culvert.extensions.filters.http.overrides.v1.Override";
@@ -69,91 +60,270 @@ pub(super) const TYPE_NAME: &str = "culvert.extensions.filters.http.overrides.v1
 /// What is configured. Streams hold on to it: what they count in must last.
 #[derive(Debug)]
 struct Configured {
-    original_dst_cluster: Box<str>,
+    settings: Settings,
     stats: Stats,
-    _lease: Lease,
-}
-
-/// One stream's filter.
-#[derive(Debug)]
-struct OverrideFilter(Arc<Configured>);
-
-#[derive(Debug, Clone, Copy)]
-struct Stats {
-    /// Requests that were sent to an offloaded endpoint.
-    applied: Counter,
-    /// Requests whose target is not an offloaded endpoint of the service.
-    rejected: Counter,
-    /// Requests whose headers could not be read.
-    undecodable: Counter,
-    /// Requests that carried `x-envoy-original-dst-host`, which was removed.
-    header_removed: Counter,
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    let Config { original_dst_cluster } = unpack(typed_config, cx.path)?;
-    if original_dst_cluster.is_empty() {
-        return Err(FieldError::new(format!("{}.original_dst_cluster", cx.path), "must name an ORIGINAL_DST cluster"));
-    }
-    let scope = Scope::http(cx.stat_prefix);
-    let lease = scope.lease();
-    let counter = |name: &str| scope.counter(&format!("override.{name}"));
-    let stats = Stats {
-        applied: counter("applied"),
-        rejected: counter("rejected"),
-        undecodable: counter("undecodable"),
-        header_removed: counter("header_removed"),
-    };
-    let configured = Configured { original_dst_cluster: original_dst_cluster.into(), stats, _lease: lease };
-    Ok(Arc::new(OverrideFactory(Arc::new(configured))))
+    let config: Config = unpack(typed_config, cx.path)?;
+    let settings = Settings::parse(&config, cx.path)?;
+    Ok(Arc::new(OverrideFactory(Arc::new(Configured { settings, stats: Stats::new(cx.stat_prefix) }))))
 }
 
 #[derive(Debug)]
 struct OverrideFactory(Arc<Configured>);
 
 impl HttpFilterFactory for OverrideFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(OverrideFilter(Arc::clone(&self.0))))
+    fn request(
+        &self,
+        head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        _route: PerRoute<'_>,
+        instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        let Configured { settings, stats } = &*self.0;
+        // Envoy obeys this header in any ORIGINAL_DST cluster and strips it nowhere: whoever can set it reaches anything.
+        if head.headers.remove(X_ENVOY_ORIGINAL_DST_HOST).is_some() {
+            stats.header_removed.inc();
+        }
+        // Services may trust what it says: policies have let it pass.
+        if head.headers.remove(CONFIG).is_some() {
+            stats.config_removed.inc();
+        }
+        let strips = match settings.edge {
+            Edge::Keep => false,
+            Edge::Strip => true,
+            Edge::StripExternal => !cx.internal,
+        };
+        if strips {
+            head.headers.remove(DEBUG);
+            if strip(&mut head.headers) {
+                stats.refused(Refusal::Stripped);
+            }
+        }
+        let found = find(&head.headers, settings.limits.header_bytes);
+        if settings.watch_context {
+            let carries = match &found {
+                Some(_) => Carries::Overrides,
+                None if has_trace_context(&head.headers) => Carries::Trace,
+                None => Carries::Nothing,
+            };
+            let cluster = cx.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name);
+            cx.worker.overrides.count(cluster, cx.connection.remote.ip().to_canonical(), carries);
+        }
+        let tells = settings.debug_response && head.headers.get(DEBUG).is_some_and(|value| value == "1");
+        if found.is_none() && !tells {
+            return Flow::Continue;
+        }
+        let hop = cx.cluster.as_ref().map_or_else(|| "no cluster".into(), |it| Arc::clone(&it.cluster.config.name));
+        let mut stream = OverrideStream { delay: Duration::ZERO, fault: None, told: None, logged: None };
+        let mut outcome = Outcome::default();
+        if let Some(found) = found {
+            match self.0.open(found, cx) {
+                Ok(overrides) => self.0.apply(&overrides, head, cx, (&mut stream, &mut outcome)),
+                Err(refusal) => {
+                    stats.refused(refusal);
+                    match refusal {
+                        Refusal::Undecodable | Refusal::TooLarge | Refusal::Contradiction => stats.undecodable.inc(),
+                        _ => stats.rejected.inc(),
+                    }
+                    outcome.refused(None, refusal);
+                }
+            }
+        }
+        if let Some(logged) = &stream.logged {
+            tracing::info!("override: {logged}: {}", outcome.in_words(&hop));
+        }
+        stream.told = tells.then(|| outcome.in_words(&hop));
+        let flow = stream.begin(cx);
+        if stream.is_needed() {
+            instances.push(Box::new(stream));
+        }
+        flow
     }
 
     fn needs_offloaded_services(&self) -> bool {
         true
     }
-}
 
-impl HttpFilter for OverrideFilter {
-    fn request(&mut self, head: &mut RequestHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
-        // Envoy obeys this header in any ORIGINAL_DST cluster and strips it nowhere: whoever can set it reaches anything.
-        if head.headers.remove(X_ENVOY_ORIGINAL_DST_HOST).is_some() {
-            self.0.stats.header_removed.inc();
-        }
-        match overrides_from_headers(&head.headers) {
-            None => {}
-            Some(Ok(overrides)) => self.apply(&overrides, cx),
-            Some(Err(error)) => {
-                tracing::debug!(%error, "overrides ignored");
-                self.0.stats.undecodable.inc();
-            }
-        }
-        Flow::Continue
+    fn secret(&self) -> Option<&SecretRef> {
+        self.0.settings.signing.as_ref().map(|signing| &signing.secret)
     }
 }
 
-impl OverrideFilter {
-    fn apply(&self, overrides: &Overrides, cx: &mut StreamCx) {
+impl Configured {
+    /// The message that counts, if it may be obeyed at all.
+    fn open(&self, found: Result<Found, ContextError>, cx: &StreamCx) -> Result<Overrides, Refusal> {
+        let settings = &self.settings;
+        if settings.refuses_all {
+            return Err(Refusal::Production);
+        }
+        if settings.sources.as_ref().is_some_and(|sources| !sources.include(cx)) {
+            return Err(Refusal::Source);
+        }
+        let read = |error: ContextError| {
+            tracing::debug!(%error, "overrides ignored");
+            Refusal::from(&error)
+        };
+        let found = found.map_err(read)?;
+        let message = Overrides::from_baggage_item(&found.value).map_err(read)?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let message = match (&message.signed, &settings.signing) {
+            (None, Some(signing)) if signing.required => return Err(Refusal::NotSigned),
+            (None, _) => message,
+            // Without keys it says no more than one that is not signed.
+            (Some(signed), None) => signed.message().map_err(read)?,
+            (Some(signed), Some(signing)) => {
+                let keys = cx.worker.clusters.secrets().generic(&signing.name);
+                let key = keys.as_ref().and_then(|keys| keys.keys.get(&signed.key_id));
+                let message = verified(signed, key.ok_or(Refusal::UnknownKey)?)
+                    .map_err(|error| error.map_or(Refusal::BadSignature, read))?;
+                if message.expires.saturating_sub(now) > signing.max_lifetime {
+                    return Err(Refusal::LastsTooLong);
+                }
+                message
+            }
+        };
+        if message.is_expired(now) {
+            return Err(Refusal::Expired);
+        }
+        if message.overrides.len() > settings.limits.overrides {
+            return Err(Refusal::TooMany);
+        }
+        Ok(message)
+    }
+
+    /// Does what is asked of the service of this hop, as far as that is allowed.
+    fn apply(
+        &self,
+        overrides: &Overrides,
+        head: &mut RequestHead,
+        cx: &mut StreamCx,
+        (stream, outcome): (&mut OverrideStream, &mut Outcome),
+    ) {
         let Some(cluster) = &cx.cluster else { return };
-        let name = &*cluster.cluster.config.name;
-        let Some(wanted) = overrides.overrides.iter().find(|entry| names(&entry.service, name)) else { return };
-        let target = cx.worker.with_offloaded(|table| table.find(name, &wanted.revision));
-        match (target, cx.worker.clusters.get(&self.0.original_dst_cluster)) {
-            (Some(target), Some(original_dst)) => {
-                self.0.stats.applied.inc();
+        let name = Arc::clone(&cluster.cluster.config.name);
+        let Some(wanted) = overrides.overrides.iter().find(|entry| names(&entry.service, &name)) else { return };
+        let policy = cx.worker.with_offloaded(|table| table.policy(&name));
+        let excludes = |sources: &settings::Sources| !sources.include(cx);
+        let refused = if !self.settings.opts_in(policy.as_deref()) {
+            Some(Refusal::NotOptedIn)
+        } else {
+            let sources = policy.as_ref().and_then(|policy| policy.sources.as_ref());
+            sources.is_some_and(excludes).then_some(Refusal::ServiceSource)
+        };
+        if let Some(refusal) = refused {
+            self.stats.refused(refusal);
+            self.stats.rejected.inc();
+            outcome.refused(None, refusal);
+            return;
+        }
+        let mut rejected = false;
+        for action in wanted.actions() {
+            // What is answered here goes nowhere.
+            if action == Action::Route && stream.fault.is_some() {
+                continue;
+            }
+            let allowed = self.settings.allows(action, wanted, policy.as_deref());
+            match allowed.and_then(|()| self.act(action, wanted, head, cx, stream)) {
+                Ok(()) => {
+                    self.stats.done(action);
+                    outcome.done(&wanted.in_words(action));
+                }
+                Err(refusal) => {
+                    self.stats.refused(refusal);
+                    outcome.refused(Some(action), refusal);
+                    rejected = true;
+                }
+            }
+        }
+        if rejected {
+            self.stats.rejected.inc();
+        }
+    }
+
+    fn act(
+        &self,
+        action: Action,
+        wanted: &Override,
+        head: &mut RequestHead,
+        cx: &mut StreamCx,
+        stream: &mut OverrideStream,
+    ) -> Result<(), Refusal> {
+        let Settings { limits, original_dst_cluster, .. } = &self.settings;
+        match action {
+            Action::Debug => {
+                if !cx.worker.overrides.may_log(Instant::now(), limits.debug_per_second) {
+                    return Err(Refusal::DebugBusy);
+                }
+                stream.logged = Some(described(head, cx));
+            }
+            Action::Sample => {
+                set_sampled(&mut head.headers, wanted.sample == Some(true));
+            }
+            Action::Config => {
+                let config = HeaderValue::try_from(wanted.config_header()).map_err(|_| Refusal::OverLimit)?;
+                head.headers.insert(CONFIG, config);
+            }
+            // The router takes it out again, and has it in the place of the route's.
+            Action::Timeout => {
+                head.headers.insert(X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, HeaderValue::from(wanted.timeout_ms));
+            }
+            Action::Delay => stream.delay = Duration::from_millis(wanted.delay_ms.into()),
+            Action::Fault => stream.fault = wanted.fault.as_ref().map(reply),
+            Action::Route => {
+                let Some(cluster) = &cx.cluster else { return Err(Refusal::Unlisted) };
+                let name = &*cluster.cluster.config.name;
+                let target = cx.worker.with_offloaded(|table| table.find(name, wanted)).ok_or(Refusal::Unlisted)?;
+                let original_dst = cx.worker.clusters.get(original_dst_cluster).ok_or(Refusal::Unlisted)?;
                 cx.override_dst = Some(target);
                 cx.cluster = Some(original_dst);
             }
-            _ => self.0.stats.rejected.inc(),
+            Action::Unspecified => {}
         }
+        Ok(())
     }
+}
+
+impl Settings {
+    /// Whether the filter and the service allow this, and it is within the limits.
+    fn allows(&self, action: Action, wanted: &Override, policy: Option<&Policy>) -> Result<(), Refusal> {
+        let Settings { actions, limits, .. } = self;
+        if !actions.contains(action) {
+            return Err(Refusal::ActionNotAllowed);
+        }
+        if policy.and_then(|policy| policy.actions).is_some_and(|actions| !actions.contains(action)) {
+            return Err(Refusal::ActionNotOptedIn);
+        }
+        let is_within = match action {
+            Action::Delay => wanted.delay_ms <= limits.delay_ms,
+            Action::Timeout => wanted.timeout_ms <= limits.timeout_ms,
+            Action::Config => wanted.config_header().len() <= limits.config_bytes,
+            _ => true,
+        };
+        if is_within { Ok(()) } else { Err(Refusal::OverLimit) }
+    }
+
+    /// Whether a service's requests may be overridden, where its policy names no sources that the client is not one of.
+    fn opts_in(&self, policy: Option<&Policy>) -> bool {
+        policy.map_or(!self.require_opt_in, |policy| policy.allowed)
+    }
+}
+
+/// The message of a signature that is the key's; `None`: it is not.
+fn verified(signed: &Signed, key: &[u8]) -> Result<Overrides, Option<ContextError>> {
+    if signed.is_of(key) { signed.message().map_err(Some) } else { Err(None) }
+}
+
+/// The answer that a fault is.
+fn reply(fault: &Fault) -> LocalReply {
+    let status = fault.http_status.and_then(|status| StatusCode::from_u16(u16::try_from(status).ok()?).ok());
+    let details = "override_fault";
+    let mut reply =
+        LocalReply::new(status.unwrap_or(StatusCode::OK), "fault of an override", ResponseFlags::FI, details);
+    reply.grpc_status = fault.grpc_status.and_then(|status| u16::try_from(status).ok());
+    reply
 }
 
 /// Whether `service` (`name` or `name.namespace`) is the service of the cluster `name.namespace:port`.
@@ -168,8 +338,6 @@ fn names(service: &str, cluster: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use culvert_xds_client::api::culvert::overrides::v1::OffloadedEndpoint;
-
     use super::*;
 
     #[test]
@@ -183,26 +351,10 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_listed_for_the_cluster_is_found() {
-        let endpoint = |revision: &str, address: &str, port| OffloadedEndpoint {
-            revision: revision.to_owned(),
-            address: address.to_owned(),
-            port,
-            pod: String::new(),
-        };
-        let service = |endpoint| OffloadedService {
-            cluster_name: "users.default:80".to_owned(),
-            service: "users.default".to_owned(),
-            endpoints: vec![endpoint],
-        };
-        let table = OffloadedTable::from_resources([&service(endpoint("feature-x", "10.1.0.9", 8080))]).unwrap();
-        assert_eq!(table.find("users.default:80", "feature-x"), Some("10.1.0.9:8080".parse().unwrap()));
-        assert_eq!(table.find("users.default:80", "feature-y"), None);
-        assert_eq!(table.find("front.default:80", "feature-x"), None);
-
-        let error = OffloadedTable::from_resources([&service(endpoint("x", "nowhere", 80))]).unwrap_err();
-        assert_eq!(error.to_string(), "endpoints[0].address: \"nowhere\" is not an IP address");
-        let error = OffloadedTable::from_resources([&service(endpoint("x", "10.0.0.1", 70000))]).unwrap_err();
-        assert_eq!(error.to_string(), "endpoints[0].port: 70000 is not a TCP port");
+    fn faults_are_answers() {
+        let http = reply(&Fault { http_status: Some(418), grpc_status: None });
+        assert_eq!((http.status.as_u16(), http.grpc_status, http.flags), (418, None, ResponseFlags::FI));
+        let grpc = reply(&Fault { http_status: None, grpc_status: Some(14) });
+        assert_eq!((grpc.status, grpc.grpc_status), (StatusCode::OK, Some(14)));
     }
 }

@@ -114,8 +114,9 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.transport_sockets.tls.v3.SdsSecretConfig", ALL),
     (
         "envoy.extensions.transport_sockets.tls.v3.Secret",
-        &["name", "tls_certificate", "validation_context", "session_ticket_keys"],
+        &["name", "tls_certificate", "validation_context", "session_ticket_keys", "generic_secret"],
     ),
+    ("envoy.extensions.transport_sockets.tls.v3.GenericSecret", &["secrets"]),
     ("envoy.extensions.transport_sockets.tls.v3.TlsSessionTicketKeys", ALL),
     ("envoy.config.core.v3.Address", &["socket_address", "pipe"]),
     ("envoy.config.core.v3.SocketAddress", &["protocol", "address", "port_value", "ipv4_compat"]),
