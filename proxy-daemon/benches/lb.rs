@@ -196,8 +196,7 @@ fn group(numbers: std::ops::Range<u32>, weights: u32) -> LocalityEndpoints {
         weight: 1 + number % weights,
         health: HealthStatus::Healthy,
         hostname: Box::default(),
-        metadata: None,
-        check: None,
+        details: None,
         additional_addresses: Box::default(),
     };
     LocalityEndpoints { endpoints: numbers.map(endpoint).collect(), ..LocalityEndpoints::default() }

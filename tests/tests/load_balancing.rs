@@ -16,6 +16,8 @@ use culvert_tests::daemon::{Daemon, Kind, free_port};
 mod busy;
 #[path = "load_balancing/orca.rs"]
 mod orca;
+#[path = "load_balancing/orca_stream.rs"]
+mod orca_stream;
 
 /// Requests for each case and proxy.
 const REQUESTS: usize = 1000;

@@ -147,8 +147,7 @@ fn cluster(name: &str) -> ClusterConfig {
         health,
         hostname: Box::default(),
         additional_addresses: Box::default(),
-        metadata: None,
-        check: None,
+        details: None,
     };
     ClusterConfig {
         name: name.into(),
@@ -157,6 +156,7 @@ fn cluster(name: &str) -> ClusterConfig {
         lb_policy: LbPolicy::RoundRobin,
         lb: LbOptions::default(),
         reported_metrics: [].into(),
+        socket_matches: Default::default(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),

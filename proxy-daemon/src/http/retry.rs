@@ -253,7 +253,7 @@ impl<'a> RetryState<'a> {
 
     /// Whether the host is to be passed over.
     pub(super) fn avoids(&self, host: &WorkerHost) -> bool {
-        let metadata = host.host.metadata.as_deref();
+        let metadata = host.host.metadata();
         self.policy.host_predicates.iter().any(|predicate| match predicate {
             RetryHostPredicate::PreviousHosts => self.tried.iter().any(|it| it.host.address == host.host.address),
             RetryHostPredicate::OmitCanaryHosts => metadata.is_some_and(|it| it.get("canary") == Some(&true.into())),

@@ -308,7 +308,7 @@ async fn dial(
             socket: SocketSettings::new(config, info.source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
-            tls: member.cluster.tls.as_deref(),
+            tls: member.cluster.tls_of(&host.host),
             alpn: AlpnFallback::None,
             connected: &connected,
         };

@@ -98,7 +98,7 @@ impl Cluster {
             let health = old.as_ref().map(|(old, _)| old.health()).unwrap_or_default();
             let same = old.filter(|(old, bind)| old.endpoint == endpoint && *bind == wanted.bind);
             let mut old = same.map(|(old, _)| old.checkers).unwrap_or_default();
-            let check = endpoint.check.as_deref();
+            let check = endpoint.check.as_ref();
             let checker = |(message, config): &(HealthCheck, Arc<_>)| {
                 let same = old.iter().position(|(other, _)| other == message);
                 same.map(|index| old.swap_remove(index)).unwrap_or_else(|| {

@@ -144,7 +144,7 @@ fn give(interception: &Interception, service: &BalancedService, cluster: &Cluste
         let removed = interception.remove_service(service).map_err(|error| error.to_string());
         removed.and_then(|()| Err(format!("the cluster {why}")))
     };
-    if cluster.tls.is_some() {
+    if cluster.sockets.encrypted().next().is_some() {
         return refused("is encrypted");
     }
     let hosts = cluster.hosts();

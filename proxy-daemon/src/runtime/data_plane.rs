@@ -235,6 +235,7 @@ impl DataPlane {
             }
             if cluster.config.lb.weights.is_some() {
                 self.0.control.spawn(orca::watch(Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster)));
+                self.0.control.spawn(orca::outside::watch(Arc::downgrade(cluster)));
             }
             if let Discovery::OriginalDst { .. } = cluster.config.discovery {
                 let (clusters, cluster) = (Arc::downgrade(&self.0.clusters), Arc::downgrade(cluster));
@@ -296,7 +297,8 @@ impl DataPlane {
             lock(&self.0.listeners).values().map(|running| running.shared.active.load_full()).collect();
         let downstream = listeners.iter().flat_map(|it| it.transport_sockets()).filter_map(|tls| tls.certificates());
         let clusters = self.clusters();
-        let upstream = clusters.values().filter_map(|cluster| cluster.tls.as_ref()?.certificates());
+        let upstream =
+            clusters.values().flat_map(|cluster| cluster.sockets.encrypted()).filter_map(|tls| tls.certificates());
         downstream.chain(upstream).collect()
     }
 

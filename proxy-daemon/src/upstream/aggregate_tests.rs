@@ -31,6 +31,7 @@ fn cluster(name: &str, discovery: Discovery, endpoints: Vec<LocalityEndpoints>) 
         tls: None,
         health: HealthOptions::default(),
         reported_metrics: [].into(),
+        socket_matches: Default::default(),
         endpoints,
     }
 }
@@ -47,8 +48,7 @@ fn level(priority: u32, hosts: &[(u8, HealthStatus)]) -> LocalityEndpoints {
         weight: 1,
         health: *health,
         hostname: Box::default(),
-        metadata: None,
-        check: None,
+        details: None,
         additional_addresses: Box::default(),
     };
     LocalityEndpoints { priority, endpoints: hosts.iter().map(endpoint).collect(), ..LocalityEndpoints::default() }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tokio::sync::watch;
 
 use super::{
     ClusterStats, Dropped,
@@ -21,10 +22,11 @@ use super::{
     original_dst::Destinations,
     outlier::OutlierDetector,
     recent::Recent,
+    sockets::Sockets,
     vitals::Vitals,
 };
 use crate::{
-    config::model::{ClusterConfig, Discovery, LocalNode, LocalityEndpoints},
+    config::model::{ClusterConfig, Discovery, LocalNode, LocalityEndpoints, SocketIndex},
     layered_runtime::{observe, with_values},
     stats,
     tls::{ClientTls, Secrets},
@@ -52,13 +54,15 @@ pub struct Cluster {
     retries: [AtomicU32; 2],
     /// What `budget_interval` asks for.
     recent: [Option<Recent>; 2],
-    /// How its connections are encrypted; `None`: they are plain.
-    pub tls: Option<Arc<ClientTls>>,
+    /// How its connections are encrypted.
+    pub sockets: Sockets,
     /// Which hosts are ejected; `None` where none ever is.
     pub(crate) outlier: Option<OutlierDetector>,
     checks: Option<Arc<ClusterChecks>>,
     /// What its hosts are asked to report of their load; `None`: nothing.
     orca: Option<Arc<Orca>>,
+    /// Where hosts report their load apart from responses: tells of changes of the hosts; `true`: it is not used any more.
+    pub(super) outside: Option<watch::Sender<bool>>,
     hosts: ArcSwap<HostSet>,
     hosts_version: AtomicU64,
     /// Of an aggregate.
@@ -74,18 +78,20 @@ impl Cluster {
         workers: usize,
         secrets: &Arc<Secrets>,
     ) -> Cluster {
-        stats.publish_hosts(&hosts, None, workers);
+        stats.publish_hosts(&config, &hosts, None, workers);
         // Hosts that requests name come later, one by one.
         let named = matches!(config.discovery, Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. });
         if !named {
-            stats.membership_change.inc();
+            stats.membership_change.add(hosts.priorities_other_than(&HostSet::default()));
         }
         let limits = with_values(|values| RuntimeLimits::new(&config, values));
         let destinations =
             matches!(config.discovery, Discovery::OriginalDst { .. }).then(|| Destinations::new(workers));
         let plan = matches!(config.discovery, Discovery::Aggregate { .. }).then(ArcSwap::default);
         let recent = config.circuit_breakers.each_ref().map(|it| it.retry_budget.as_ref()?.interval.map(Recent::new));
-        let tls = config.tls.as_ref().map(|tls| ClientTls::new(Arc::clone(tls), stats.scope(), secrets));
+        let has_stream = config.lb.weights.as_ref().is_some_and(|weights| weights.stream.is_some());
+        let outside = has_stream.then(watch::Sender::default);
+        let sockets = Sockets::new(&config, stats.scope(), secrets, Arc::clone);
         Cluster {
             config,
             stats: Arc::new(stats),
@@ -97,10 +103,11 @@ impl Cluster {
             dropped_overload: Dropped::new(),
             unlisted: named.then(|| Arc::new(HostCounters::new(workers))),
             destinations,
-            tls,
+            sockets,
             outlier,
             checks,
             orca,
+            outside,
             hosts: ArcSwap::new(hosts),
             hosts_version: AtomicU64::new(1),
             plan,
@@ -173,8 +180,9 @@ impl Cluster {
         let kept = self.checks.as_ref().map(|checks| checks.with_kept(&endpoints.into()));
         let endpoints = kept.as_deref().unwrap_or(endpoints);
         let making = self.making(workers, local);
-        self.set_hosts(build(endpoints, &self.hosts.load(), &making), workers);
-        self.stats.membership_change.inc();
+        let before = self.hosts.load();
+        self.set_hosts(build(endpoints, &before, &making), workers);
+        self.stats.membership_change.add(self.hosts.load().priorities_other_than(&before));
         // What EDS and DNS say first is what the cluster begins with: this is of one in use.
         stats::counter("cluster_manager.cluster_updated").inc();
         if let Some(checks) = &self.checks {
@@ -199,9 +207,21 @@ impl Cluster {
     }
 
     fn set_hosts(&self, next: HostSet, workers: usize) {
-        self.stats.publish_hosts(&next, Some(&self.hosts.load()), workers);
+        self.stats.publish_hosts(&self.config, &next, Some(&self.hosts.load()), workers);
         self.hosts.store(Arc::new(next));
         self.hosts_moved();
+    }
+
+    /// How connections to a host are encrypted.
+    pub fn tls_of(&self, host: &Host) -> Option<&ClientTls> {
+        self.sockets.get(host.socket).map(|tls| &**tls)
+    }
+
+    /// How connections to a host are encrypted that a request has named: nothing is said of it.
+    pub(super) fn socket_of_new(&self) -> SocketIndex {
+        let socket = self.config.socket_matches.of(None);
+        self.stats.count_socket(socket);
+        socket
     }
 
     /// What is found out about a host that a request has named, where anything is.
@@ -219,6 +239,9 @@ impl Cluster {
     /// Workers have to look anew.
     pub(super) fn hosts_moved(&self) {
         self.hosts_version.fetch_add(1, Ordering::Release);
+        if let Some(outside) = &self.outside {
+            outside.send_modify(|_| {});
+        }
     }
 }
 
@@ -328,6 +351,9 @@ impl Clusters {
         self.version.fetch_add(1, Ordering::Release);
         // Requests in flight may keep a cluster for long; nobody needs to know its hosts' health any more.
         gone.iter().filter_map(|cluster| cluster.checks.as_ref()).for_each(|checks| checks.stop());
+        gone.iter()
+            .filter_map(|cluster| cluster.outside.as_ref())
+            .for_each(|outside| outside.send_modify(|over| *over = true));
         self.follow_local(&mut local);
     }
 

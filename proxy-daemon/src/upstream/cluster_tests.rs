@@ -3,7 +3,10 @@ use std::time::Instant;
 use envoy_types::pb::envoy::config::{cluster::v3::Cluster as ProtoCluster, endpoint::v3::ClusterLoadAssignment};
 
 use super::*;
-use crate::config::model::{Endpoint, EndpointAddress, HealthOptions, HealthStatus};
+use crate::config::model::{
+    DnsOptions, Endpoint, EndpointAddress, EndpointCheck, EndpointDetails, HealthOptions, HealthStatus, SocketMatch,
+    SocketMatches,
+};
 use crate::config::parse;
 use crate::upstream::{PickCx, Standing, WorkerClusters};
 use crate::{
@@ -21,6 +24,7 @@ fn cluster(name: &str) -> ClusterConfig {
         lb_policy: LbPolicy::RoundRobin,
         lb: LbOptions::default(),
         reported_metrics: [].into(),
+        socket_matches: Default::default(),
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
@@ -75,8 +79,7 @@ fn endpoint(number: u32, weight: u32, health: HealthStatus) -> Endpoint {
         weight,
         health,
         hostname: Box::default(),
-        metadata: None,
-        check: None,
+        details: None,
         additional_addresses: Box::default(),
     }
 }
@@ -308,4 +311,61 @@ async fn a_cluster_that_keeps_its_hosts_checks_them_as_before() {
         clusters.change(vec![ClusterChange::Upsert(Box::new(config), said, checks)]);
         assert!(is_well().await, "{timeout}");
     }
+}
+
+#[test]
+fn hosts_whose_cluster_is_replaced_keep_what_is_said_of_them() {
+    let labels = |value: &str| serde_json::Map::from_iter([("tls".to_owned(), value.into())]);
+    let matches = |value: &str| {
+        let one = SocketMatch { name: value.into(), labels: labels(value), tls: None };
+        SocketMatches(Arc::new([SocketMatch { name: "other".into(), labels: labels("other"), tls: None }, one]))
+    };
+    let dns = |value: &str| ClusterConfig {
+        discovery: Discovery::StrictDns(DnsOptions::default()),
+        socket_matches: matches(value),
+        ..cluster("a")
+    };
+    let details = EndpointDetails {
+        socket_labels: Some(labels("on")),
+        check: Some(EndpointCheck { disabled: true, ..EndpointCheck::default() }),
+        ..EndpointDetails::default()
+    };
+    let host = Endpoint { details: Some(Arc::new(details)), ..endpoint(1, 1, HealthStatus::Healthy) };
+    let found = LocalityEndpoints { endpoints: vec![host], ..LocalityEndpoints::default() };
+    let clusters = Clusters::new(1);
+    clusters.upsert(dns("off"));
+    assert!(clusters.set_endpoints("a", &[found]));
+    let host = || Arc::clone(&clusters.load()["a"].hosts().hosts[0]);
+    assert_eq!(host().socket, SocketIndex(0), "none fits");
+    // Nothing is looked up between.
+    clusters.upsert(dns("on"));
+    assert_eq!(host().socket, SocketIndex(2));
+    assert!(host().details.as_ref().and_then(|details| details.check.as_ref()).is_some_and(|check| check.disabled));
+}
+
+#[test]
+fn the_membership_changes_once_for_each_priority() {
+    let at = |priority, numbers: std::ops::Range<u32>| LocalityEndpoints { priority, ..group(numbers) };
+    let clusters = Clusters::new(1);
+    let config = ClusterConfig { endpoints: vec![at(0, 0..2), at(1, 2..3), at(2, 0..0)], ..cluster("members") };
+    let dns = ClusterConfig { discovery: Discovery::StrictDns(DnsOptions::default()), ..cluster("members") };
+    clusters.upsert(config);
+    let mut before = 0;
+    let mut more = || {
+        let count = clusters.load()["members"].stats.membership_change.value();
+        count - std::mem::replace(&mut before, count)
+    };
+    assert_eq!(more(), 2, "a priority without hosts has no change");
+    clusters.upsert(dns);
+    assert_eq!(more(), 0);
+    let mut set = |groups: &[LocalityEndpoints]| {
+        assert!(clusters.set_endpoints("members", groups));
+        more()
+    };
+    assert_eq!(set(&[at(0, 0..2), at(1, 2..3)]), 2);
+    assert_eq!(clusters.load()["members"].stats.max_host_weight.value(), 1);
+    assert_eq!(set(&[at(0, 0..2), at(1, 2..4)]), 1);
+    assert_eq!(set(&[at(0, 0..2), at(1, 2..4)]), 0, "they are the same");
+    assert_eq!(set(&[at(0, 0..1), at(1, 1..4)]), 2, "one has moved");
+    assert_eq!(set(&[]), 2);
 }

@@ -1,5 +1,5 @@
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::{
         Arc, LazyLock,
@@ -17,7 +17,9 @@ use super::{
     lb::{Balancer, Level},
     vitals::{self, Moment, Standing, Vitals},
 };
-use crate::config::model::{AssignmentPolicy, EndpointAddress, HealthStatus, LbMetadata, Locality};
+use crate::config::model::{
+    AssignmentPolicy, EndpointAddress, EndpointDetails, HealthStatus, LbMetadata, Locality, SocketIndex,
+};
 
 /// One endpoint of a cluster.
 #[derive(Debug, Clone)]
@@ -36,8 +38,10 @@ pub struct Host {
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
     pub hostname: Box<str>,
-    /// What its metadata says under `envoy.lb`.
-    pub metadata: Option<Arc<LbMetadata>>,
+    /// What else discovery says of it, where it says anything.
+    pub details: Option<Arc<EndpointDetails>>,
+    /// How connections to it are encrypted.
+    pub(super) socket: SocketIndex,
     /// Where it is.
     pub locality: Arc<Locality>,
     /// 0 is used first.
@@ -87,15 +91,19 @@ impl Host {
         vitals::status(self.health, self.vitals.as_deref())
     }
 
+    /// What its metadata says under `envoy.lb`.
+    pub fn metadata(&self) -> Option<&LbMetadata> {
+        self.details.as_ref()?.metadata.as_ref()
+    }
+
     /// Whether its metadata says `canary` under `envoy.lb`.
     pub fn is_canary(&self) -> bool {
-        let metadata = self.metadata.as_ref();
-        metadata.and_then(|metadata| metadata.get("canary")?.as_bool()).unwrap_or(false)
+        self.metadata().and_then(|metadata| metadata.get("canary")?.as_bool()).unwrap_or(false)
     }
 
     /// What it is hashed by: what its metadata says, or its name, or its address.
     pub(super) fn hash_key(&self, by_hostname: bool) -> &str {
-        let said = self.metadata.as_ref().and_then(|metadata| metadata.get("hash_key")?.as_str());
+        let said = self.metadata().and_then(|metadata| metadata.get("hash_key")?.as_str());
         said.unwrap_or(if by_hostname { &self.hostname } else { &self.text })
     }
 
@@ -190,6 +198,13 @@ impl HostCounters {
         lines.iter().fold(0, |sum, line| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
     }
 
+    /// The sum over all workers but this one: a look at a cache line of each.
+    pub fn of_others(&self, worker: usize, counter: HostCounter) -> u64 {
+        let lines = self.used.get().map(|used| &*used.lines).unwrap_or_default();
+        let others = lines.iter().enumerate().filter(|(other, _)| *other != worker);
+        others.fold(0, |sum, (_, line)| sum.wrapping_add(line.0[counter as usize].load(Relaxed)))
+    }
+
     /// What was counted since the last call for this counter. For load reports: there is one reporter.
     pub fn latch(&self, counter: HostCounter) -> u64 {
         let Some(used) = self.used.get() else { return 0 };
@@ -263,6 +278,18 @@ impl HostSet {
         self.hosts.get(self.by_address.get(&self.hosts, address)? as usize)
     }
 
+    /// How many priorities have other hosts than they had before, which is what Envoy calls a change of the membership.
+    pub(super) fn priorities_other_than(&self, before: &HostSet) -> u64 {
+        let mut changed = BTreeSet::new();
+        for slot in 0..self.by_slot.len().max(before.by_slot.len()) {
+            match (before.in_slot(slot), self.in_slot(slot)) {
+                (Some(old), Some(new)) if old.priority == new.priority && old.address == new.address => {}
+                (old, new) => changed.extend(old.into_iter().chain(new).map(|host| host.priority)),
+            }
+        }
+        changed.len() as u64
+    }
+
     /// The host with this slot.
     pub(super) fn in_slot(&self, slot: usize) -> Option<&Arc<Host>> {
         let number = *self.by_slot.get(slot)?;
@@ -273,6 +300,18 @@ impl HostSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_sees_what_the_others_have() {
+        let counters = HostCounters::new(3);
+        assert_eq!(counters.of_others(0, HostCounter::RqActive), 0);
+        counters.add(0, HostCounter::RqActive, 5);
+        counters.add(1, HostCounter::RqActive, 2);
+        counters.add(2, HostCounter::RqActive, 1);
+        counters.add(2, HostCounter::RqTotal, 9);
+        let seen = [0, 1, 2].map(|worker| counters.of_others(worker, HostCounter::RqActive));
+        assert_eq!(seen, [3, 6, 7]);
+    }
 
     /// With their counts of references; there may be a hundred thousand of them.
     #[test]

@@ -15,7 +15,8 @@ use super::{
     vitals::{Moment, Vitals},
 };
 use crate::config::model::{
-    AssignmentPolicy, ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthStatus, Locality, LocalityEndpoints,
+    AssignmentPolicy, ClusterConfig, Discovery, Endpoint, EndpointAddress, EndpointDetails, HealthStatus, Locality,
+    LocalityEndpoints, SocketIndex,
 };
 
 /// What is as it is for all hosts of a cluster while a set of them is made.
@@ -169,6 +170,13 @@ impl Making<'_> {
         }
     }
 
+    /// How connections to a host are encrypted of which this is said.
+    fn socket(&self, details: Option<&EndpointDetails>) -> SocketIndex {
+        let socket = self.config.socket_matches.of(details);
+        self.stats.count_socket(socket);
+        socket
+    }
+
     /// Of a host; `known`: what it was before.
     fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints, known: Option<&Host>) -> Option<Arc<Vitals>> {
         let vitals = self.health(endpoint, group, known).or_else(|| self.orca.map(|_| Arc::default()))?;
@@ -196,23 +204,22 @@ impl Making<'_> {
         Some(Arc::new(Vitals::new(Some(outlier.monitor()))))
     }
 
-    /// Whether a host may stay as it is.
-    fn keeps(&self, host: &Host) -> bool {
+    /// Whether a host of the version before may stay as it is.
+    fn keeps(&self, host: &Host, socket: SocketIndex) -> bool {
         let finds_out = self.outlier.is_some() || self.checks.is_some() || self.orca.is_some();
         let weighed = host.weight != host.said_weight;
-        self.keeps_vitals || (host.vitals.is_none() && !finds_out && !weighed)
+        host.vitals.is_none() && !finds_out && !weighed && host.socket == socket
     }
 
     /// A host of the version before.
-    fn renewed(&self, host: &Host) -> Host {
+    fn renewed(&self, host: &Host, socket: SocketIndex) -> Host {
         let endpoint = Endpoint {
             address: host.address.clone(),
             weight: host.said_weight,
             health: host.health,
             hostname: host.hostname.clone(),
-            metadata: host.metadata.clone(),
+            details: host.details.clone(),
             additional_addresses: host.additional_addresses.clone(),
-            check: None,
         };
         let group = LocalityEndpoints {
             locality: Locality::clone(&host.locality),
@@ -220,14 +227,17 @@ impl Making<'_> {
             ..LocalityEndpoints::default()
         };
         let vitals = self.vitals(&endpoint, &group, Some(host));
-        Host { vitals, weight: host.said_weight, ..host.clone() }
+        Host { vitals, weight: host.said_weight, socket, ..host.clone() }
     }
 
     /// The same hosts, chosen anew.
     pub(super) fn again(&self, before: &HostSet) -> HostSet {
-        let again = |host: &Arc<Host>| match self.keeps(host) {
-            true => Arc::clone(host),
-            false => Arc::new(self.renewed(host)),
+        let again = |host: &Arc<Host>| {
+            if self.keeps_vitals {
+                return Arc::clone(host);
+            }
+            let socket = self.socket(host.details.as_deref());
+            if self.keeps(host, socket) { Arc::clone(host) } else { Arc::new(self.renewed(host, socket)) }
         };
         let mut hosts: Vec<_> = before.hosts.iter().map(again).collect();
         if self.keeps_vitals {
@@ -261,13 +271,15 @@ fn host(
         (Some(before), Some(now)) => Arc::ptr_eq(before, now),
         (before, now) => before.is_none() && now.is_none(),
     };
+    let socket = making.socket(endpoint.details.as_deref());
     let unchanged = known.filter(|host| {
         host.address == endpoint.address
             && host.additional_addresses == endpoint.additional_addresses
             && (host.weight, host.said_weight) == (weight, weight)
             && host.health == endpoint.health
             && host.hostname == endpoint.hostname
-            && host.metadata == endpoint.metadata
+            && host.details == endpoint.details
+            && host.socket == socket
             && host.priority == group.priority
             && *host.locality == group.locality
             && same_vitals(host)
@@ -284,7 +296,8 @@ fn host(
         said_weight: weight,
         health: endpoint.health,
         hostname: endpoint.hostname.clone(),
-        metadata: endpoint.metadata.clone(),
+        details: endpoint.details.clone(),
+        socket,
         locality: Arc::clone(locality),
         priority: group.priority,
         healthy_since: known.and_then(|host| host.healthy_since).or(healthy.then_some(now)),

@@ -23,6 +23,7 @@ pub(crate) mod original_dst;
 pub(crate) mod outlier;
 mod pool;
 mod recent;
+mod sockets;
 mod stats;
 mod vitals;
 mod worker;

@@ -7,7 +7,7 @@ use culvert_xds_client::source::Usage;
 
 use super::{ConnectError, HostSet, Standing, lb::Balancer};
 use crate::{
-    config::model::ClusterConfig,
+    config::model::{ClusterConfig, Discovery, SocketIndex},
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
 };
 
@@ -33,6 +33,8 @@ macro_rules! cluster_stats {
             retry: Arc<OnceLock<ResponseCodes>>,
             /// `external.upstream_rq_200` and so on, and `internal.`: by where requests come from.
             origins: Arc<[OnceLock<Origin>; 2]>,
+            /// `<name>.total_match_count` of its transport sockets, by their places.
+            socket_matches: Arc<[Counter]>,
             scope: Scope,
             _lease: Arc<Lease>,
         }
@@ -50,6 +52,7 @@ macro_rules! cluster_stats {
                     upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
                     retry: Arc::default(),
                     origins: Arc::default(),
+                    socket_matches: socket_matches(config, &scope),
                     scope,
                     _lease: lease,
                 }
@@ -81,7 +84,7 @@ cluster_stats! {
         lb_zone_routing_cross_zone
         lb_subsets_created lb_subsets_removed lb_subsets_selected lb_subsets_fallback lb_subsets_fallback_panic
     }
-    gauges { lb_subsets_active upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
+    gauges { lb_subsets_active max_host_weight upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
     histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_per_cx upstream_rq_time }
 }
@@ -121,7 +124,18 @@ impl Usage for ClusterStats {
     }
 }
 
+/// `<name>.total_match_count` of a cluster's transport sockets, by their places. As in Envoy they are right below the cluster's name.
+pub(super) fn socket_matches(config: &ClusterConfig, scope: &Scope) -> Arc<[Counter]> {
+    let names = std::iter::once("default").chain(config.socket_matches.0.iter().map(|it| &*it.name));
+    names.map(|name| scope.counter(&format!("{name}.total_match_count"))).collect()
+}
+
 impl ClusterStats {
+    /// A host's connections go by the transport socket in this place.
+    pub(super) fn count_socket(&self, index: SocketIndex) {
+        self.socket_matches.get(usize::from(index.0)).inspect(|counter| counter.inc());
+    }
+
     /// Counts a connection that has ended. `by_host`: the host closed it, and not this side; `in_use`: before a request on it was through.
     pub fn count_end(&self, by_host: bool, in_use: bool) {
         self.upstream_cx_destroy.inc();
@@ -184,7 +198,16 @@ impl ClusterStats {
     /// Shows the hosts in the membership gauges.
     ///
     /// As in Envoy every worker counts its subsets, and so does the main thread.
-    pub(super) fn publish_hosts(&self, hosts: &HostSet, before: Option<&HostSet>, workers: usize) {
+    pub(super) fn publish_hosts(
+        &self,
+        config: &ClusterConfig,
+        hosts: &HostSet,
+        before: Option<&HostSet>,
+        workers: usize,
+    ) {
+        if matches!(config.discovery, Discovery::StrictDns(_) | Discovery::Eds { .. }) {
+            self.max_host_weight.set(hosts.hosts.iter().map(|host| host.said_weight.into()).max().unwrap_or(1));
+        }
         let before = before.and_then(|before| before.balancer.as_ref());
         if let Some((all, new, duplicates)) = hosts.balancer.as_ref().and_then(|balancer| balancer.subsets(before)) {
             let known = before.and_then(|before| before.subsets(None)).map_or(0, |(all, ..)| all);

@@ -236,7 +236,7 @@ impl WorkerCluster {
 
     /// The port of a host whose name says none.
     pub fn default_port(&self) -> u16 {
-        if self.cluster.tls.is_some() { 443 } else { 80 }
+        if self.cluster.sockets.own().is_some() { 443 } else { 80 }
     }
 
     /// The worker's index.
@@ -268,7 +268,7 @@ impl WorkerCluster {
                 cache,
                 (cx.host?, cx.port.unwrap_or_else(|| self.default_port())),
                 (self.worker, self.cluster.config.pool),
-                counters,
+                (counters, self.cluster.config.socket_matches.of(None)),
             );
         }
         let version = self.cluster.hosts_version();
@@ -276,7 +276,12 @@ impl WorkerCluster {
             self.refresh(version);
         }
         let set = self.mine.set();
-        let active = |number: u32| self.mine.active(&set.hosts[number as usize]);
+        // What is this worker's counts from when a host is chosen, what is the others' when it has got a connection.
+        let active = |number: u32| {
+            let host = &set.hosts[number as usize];
+            let others = host.counters.of_others(self.worker, HostCounter::RqActive);
+            self.mine.active(host).saturating_add(u32::try_from(others).unwrap_or(u32::MAX))
+        };
         let failed = |number: u32| self.mine.has_failed(&set.hosts[number as usize]);
         let chosen = set.balancer.as_ref()?.pick(&mut Pick {
             hosts: &set.hosts,

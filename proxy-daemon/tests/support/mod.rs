@@ -193,8 +193,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         health: HealthStatus::Healthy,
         hostname: Box::default(),
         additional_addresses: Box::default(),
-        metadata: None,
-        check: None,
+        details: None,
     };
     ClusterConfig {
         name: name.into(),
@@ -203,6 +202,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         lb_policy,
         lb: LbOptions::default(),
         reported_metrics: [].into(),
+        socket_matches: Default::default(),
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),

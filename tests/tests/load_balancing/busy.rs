@@ -164,3 +164,62 @@ fn the_first_host_is_picked() -> Result<()> {
     }
     Ok(())
 }
+
+/// With several workers, each of which has few requests: a host that has a long one of another worker's gets no other while there are hosts
+/// with nothing to do.
+#[test]
+fn workers_see_what_the_others_have_under_way() -> Result<()> {
+    const WORKERS: usize = 4;
+    const REQUESTS: usize = 400;
+    // Host 1 answers nobody; the others do at once.
+    let (told, asked) = mpsc::channel();
+    let upstream = server(move |mut stream, number| {
+        let (mut lines, mut line) = (BufReader::new(stream.try_clone()?), String::new());
+        while lines.read_line(&mut line)? > 0 {
+            if line == "\r\n" {
+                told.send(number)?;
+                if number != 1 {
+                    write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")?;
+                }
+            }
+            line.clear();
+        }
+        Ok(())
+    })?;
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let port = free_port()?;
+        let policy = typed("LeastRequest", "selection_method: FULL_SCAN");
+        // Without a limit.
+        let case = Case { route: "timeout: 0s", ..case("least", policy, weighted(&[1, 1, 1])) };
+        let yaml = bootstrap(&[case], port, upstream, "");
+        let daemon = Daemon::start_with(kind, &yaml, &["--concurrency", &WORKERS.to_string()])?;
+        let ask = |stream: &mut TcpStream| stream.write_all(b"GET /least HTTP/1.1\r\nhost: a\r\n\r\n");
+        // Requests until one has gone to host 1, which keeps it.
+        let kept = loop {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            ask(&mut stream)?;
+            if asked.recv_timeout(DEADLINE)? == 1 {
+                break stream;
+            }
+            stream.set_read_timeout(Some(DEADLINE))?;
+            ensure!(stream.read(&mut [0])? == 1, "{kind:?} closes");
+        };
+        wait_until(DEADLINE, "one request under way", || {
+            let active = daemon.stats()?.get("cluster.least.upstream_rq_active");
+            ensure!(active == 1, "{kind:?}: {active}");
+            Ok(())
+        })?;
+        // Each on a connection of its own, so that all workers have some.
+        for number in 0..REQUESTS {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            ask(&mut stream)?;
+            let mut start = [0; 12];
+            stream.read_exact(&mut start).map_err(|error| anyhow::anyhow!("{kind:?}: request {number}: {error}"))?;
+            assert_eq!(&start, b"HTTP/1.1 200", "{kind:?}");
+            assert_ne!(asked.recv_timeout(DEADLINE)?, 1, "{kind:?}: request {number}");
+        }
+        drop(kept);
+    }
+    Ok(())
+}

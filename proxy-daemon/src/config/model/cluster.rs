@@ -49,6 +49,8 @@ pub struct ClusterConfig {
     pub happy_eyeballs: HappyEyeballs,
     /// How its connections are encrypted; `None`: they are plain.
     pub tls: Option<Arc<UpstreamTlsContext>>,
+    /// `transport_socket_matches`: how connections to hosts are encrypted of which this is said.
+    pub socket_matches: SocketMatches,
     /// How its hosts are found to be well or not.
     pub health: HealthOptions,
     /// The hosts of STATIC clusters, and the names of STRICT_DNS and LOGICAL_DNS clusters.
@@ -61,6 +63,7 @@ impl ClusterConfig {
         self.protocol == other.protocol
             && self.tcp_keepalive == other.tcp_keepalive
             && self.tls == other.tls
+            && self.socket_matches == other.socket_matches
             && self.bind == other.bind
             && self.idle_timeout == other.idle_timeout
             && self.pool == other.pool
@@ -77,7 +80,12 @@ impl ClusterConfig {
 
     /// The secrets that its connections need, with what each has to be.
     pub fn secrets(&self) -> impl Iterator<Item = (SecretType, &SecretRef)> {
-        self.tls.iter().flat_map(|tls| tls.common.secrets())
+        self.sockets().flatten().flat_map(|tls| tls.common.secrets())
+    }
+
+    /// How connections are encrypted, by [`SocketIndex`].
+    pub fn sockets(&self) -> impl Iterator<Item = Option<&Arc<UpstreamTlsContext>>> {
+        std::iter::once(self.tls.as_ref()).chain(self.socket_matches.0.iter().map(|it| it.tls.as_ref()))
     }
 }
 
@@ -256,11 +264,66 @@ pub struct Endpoint {
     pub health: HealthStatus,
     /// For `auto_host_rewrite`; may be empty.
     pub hostname: Box<str>,
-    /// What its metadata says under `envoy.lb`.
-    pub metadata: Option<Arc<LbMetadata>>,
-    /// How it is checked, where that is other than how it is used.
-    pub check: Option<Box<EndpointCheck>>,
+    /// What else is said of it, where anything is.
+    pub details: Option<Arc<EndpointDetails>>,
 }
+
+impl Endpoint {
+    /// How it is checked, where that is other than how it is used.
+    pub fn check(&self) -> Option<&EndpointCheck> {
+        self.details.as_ref()?.check.as_ref()
+    }
+}
+
+/// What is said of few endpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct EndpointDetails {
+    /// What its metadata says under `envoy.lb`.
+    pub metadata: Option<LbMetadata>,
+    /// What its metadata says under `envoy.transport_socket_match`.
+    pub socket_labels: Option<LbMetadata>,
+    /// What that of its locality says there.
+    pub locality_socket_labels: Option<Arc<LbMetadata>>,
+    /// How it is checked, where that is other than how it is used.
+    pub check: Option<EndpointCheck>,
+}
+
+/// `Cluster.TransportSocketMatch`: how connections to some of the hosts are encrypted.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SocketMatch {
+    /// Its name, in statistics.
+    pub name: Box<str>,
+    /// What a host's metadata has to say.
+    pub labels: LbMetadata,
+    /// `None`: they are plain.
+    pub tls: Option<Arc<UpstreamTlsContext>>,
+}
+
+/// `Cluster.transport_socket_matches`
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SocketMatches(pub Arc<[SocketMatch]>);
+
+impl SocketMatches {
+    /// How connections to a host are encrypted of which this is said.
+    pub fn of(&self, details: Option<&EndpointDetails>) -> SocketIndex {
+        let own = details.and_then(|details| details.socket_labels.as_ref());
+        self.by(own, details.and_then(|details| details.locality_socket_labels.as_deref()))
+    }
+
+    /// The first match of what is said of a host itself, else of what is said of its locality.
+    pub fn by(&self, own: Option<&LbMetadata>, localitys: Option<&LbMetadata>) -> SocketIndex {
+        let has = |said: Option<&LbMetadata>, wanted: &LbMetadata| {
+            wanted.iter().all(|(name, value)| said.and_then(|said| said.get(name)) == Some(value))
+        };
+        let first = |said| self.0.iter().position(|it| has(said, &it.labels));
+        // There are never more than fit: the configuration is refused otherwise.
+        SocketIndex(first(own).or_else(|| first(localitys)).map_or(0, |number| number as u16 + 1))
+    }
+}
+
+/// The place of a transport socket among those of a cluster: 0 is the cluster's own, and then come its matches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SocketIndex(pub u16);
 
 /// `Endpoint.HealthCheckConfig`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -5,7 +5,7 @@ use http::{
     uri::{Authority, PathAndQuery},
 };
 
-use super::{HeaderMutations, StringMatcher};
+use super::{HeaderMutations, LbMetadata, StringMatcher};
 
 /// A checked `envoy.config.core.v3.HealthCheck`.
 #[derive(Debug)]
@@ -44,6 +44,8 @@ pub struct HealthCheckConfig {
     pub event_logs: Vec<PathBuf>,
     /// `tls_options.alpn_protocols`: what is said in handshakes of checks instead of what the cluster says. Empty: that.
     pub alpn_protocols: Vec<Vec<u8>>,
+    /// `transport_socket_match_criteria`: what chooses the transport socket instead of what hosts say of themselves.
+    pub socket_labels: Option<LbMetadata>,
     /// What is asked.
     pub check: Check,
 }

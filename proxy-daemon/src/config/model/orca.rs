@@ -1,4 +1,8 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
+
+use http::uri::Authority;
+
+use super::LbMetadata;
 
 /// A metric of hosts' load reports (`xds.data.orca.v3.OrcaLoadReport`), as configuration names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,4 +101,19 @@ pub struct OrcaWeights {
     pub expiration_period: Duration,
     /// Weights are made anew so often. At least 100 ms. Default 1 s.
     pub update_period: Duration,
+    /// `enable_oob_load_report`: hosts report on a stream too, and not only with their responses.
+    pub stream: Option<Arc<OrcaStream>>,
+}
+
+/// The stream on which hosts report: `oob_reporting_period` and `oob_reporting_config`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OrcaStream {
+    /// They shall report so often. Default 10 s.
+    pub period: Duration,
+    /// The port of that; `None`: that of the host.
+    pub port: Option<u16>,
+    /// What hosts are called there; `None`: by their names, or their addresses.
+    pub authority: Option<Authority>,
+    /// What chooses the transport socket instead of what hosts say of themselves.
+    pub socket_labels: Option<LbMetadata>,
 }

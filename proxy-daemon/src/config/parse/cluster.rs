@@ -37,7 +37,7 @@ use super::{
     pool::pool,
     redis,
     support::{self, join},
-    tls::upstream_socket,
+    tls::{socket_matches, upstream_socket},
 };
 use crate::config::{
     FieldError,
@@ -55,7 +55,8 @@ const HTTP_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptio
 /// The field that is wrong or not honoured.
 pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     support::check(cluster, path)?;
-    let tls = upstream_socket(cluster.transport_socket.as_ref(), path)?;
+    let mut tls = upstream_socket(cluster.transport_socket.as_ref(), path)?;
+    let mut socket_matches = socket_matches(cluster, path)?;
     let (lb_policy, lb) = load_balancing(cluster, path)?;
     let discovery = discovery(cluster, &lb_policy, path)?;
     let assignment_path = join(path, "load_assignment");
@@ -77,7 +78,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let reported_metrics = orca::reported(cluster, &discovery, path)?;
     let http = http_options(cluster, path)?;
     let http_path = join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"]"));
-    let tls = dynamic_forward_proxy::tls(&discovery, http.as_ref(), tls, &http_path)?;
+    dynamic_forward_proxy::tls(&discovery, http.as_ref(), &mut tls, &mut socket_matches, &http_path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
     let common_path =
@@ -89,7 +90,8 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let max_stream_duration = duration(common.max_stream_duration, &common_path, "max_stream_duration")?;
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
-    let protocol = protocol(cluster, http.as_ref(), tls.is_some(), path)?;
+    let encrypted = tls.is_some() && socket_matches.0.iter().all(|it| it.tls.is_some());
+    let protocol = protocol(cluster, http.as_ref(), encrypted, path)?;
     let asks_grpc = health.check.as_ref().is_some_and(|check| matches!(check.check, Check::Grpc(_)));
     if asks_grpc && matches!(protocol, UpstreamProtocol::Http1) {
         let text = format!("{} cluster must support HTTP/2 for gRPC healthchecking", cluster.name);
@@ -116,6 +118,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         bind: bind.map(Arc::new),
         happy_eyeballs: happy_eyeballs(cluster, path)?,
         tls,
+        socket_matches,
         health,
         endpoints,
     })
@@ -310,7 +313,7 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
         Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
-            let text = "lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket";
+            let text = "lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket, and no match with another";
             Err(FieldError::new(join(&path, "auto_config"), text))
         }
         Some(UpstreamProtocolOptions::AutoConfig(options)) => {
@@ -321,12 +324,17 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
 }
 
 fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[Thresholds; 2]> {
-    let mut limits: [Thresholds; 2] = Default::default();
+    let mut limits: [Option<Thresholds>; 2] = Default::default();
     let all = breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default();
     for (index, thresholds) in all.iter().enumerate() {
         let default = Thresholds::default();
         let high = thresholds.priority == RoutingPriority::High as i32;
-        limits[usize::from(high)] = Thresholds {
+        let limits = &mut limits[usize::from(high)];
+        // As in Envoy the first of a priority counts.
+        if limits.is_some() {
+            continue;
+        }
+        *limits = Some(Thresholds {
             max_connections: number(thresholds.max_connections, default.max_connections),
             max_pending_requests: number(thresholds.max_pending_requests, default.max_pending_requests),
             max_requests: number(thresholds.max_requests, default.max_requests),
@@ -342,9 +350,9 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
                     })
                 }
             },
-        };
+        });
     }
-    Ok(limits)
+    Ok(limits.map(Option::unwrap_or_default))
 }
 
 fn happy_eyeballs(cluster: &Cluster, path: &str) -> Result<HappyEyeballs> {

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{Discovery, DnsCacheOptions, UpstreamTlsContext, Validation},
+        model::{Discovery, DnsCacheOptions, SocketMatches, UpstreamTlsContext, Validation},
     },
     upstream::DnsCache,
 };
@@ -45,19 +45,20 @@ pub(super) fn of_extension(config: &Any, path: &str) -> Result<Discovery> {
     Ok(Discovery::DynamicForwardProxy { cache, insecure: config.allow_insecure_cluster_options })
 }
 
-/// The transport socket of such a cluster: hosts are asked for by the names that requests call them, and must have certificates for them.
+/// What holds for the transport sockets of such a cluster: hosts are asked for by the names that requests call them, and must have certificates for them.
 pub(super) fn tls(
     discovery: &Discovery,
     http: Option<&HttpProtocolOptions>,
-    mut tls: Option<Arc<UpstreamTlsContext>>,
+    tls: &mut Option<Arc<UpstreamTlsContext>>,
+    matches: &mut SocketMatches,
     path: &str,
-) -> Result<Option<Arc<UpstreamTlsContext>>> {
+) -> Result<()> {
     let options = http.and_then(|http| http.upstream_http_protocol_options.as_ref());
     let Discovery::DynamicForwardProxy { insecure, .. } = discovery else {
         if options.is_some() {
             return Err(FieldError::unsupported(join(path, "upstream_http_protocol_options")));
         }
-        return Ok(tls);
+        return Ok(());
     };
     let (sni, names) = match (http, options) {
         (None, _) => (true, true),
@@ -69,12 +70,13 @@ pub(super) fn tls(
                     allow_insecure_cluster_options is set.";
         return Err(FieldError::new(join(path, "upstream_http_protocol_options"), text));
     }
-    // It has just been made: nobody else has it.
-    if let Some(tls) = tls.as_mut().and_then(Arc::get_mut) {
+    // They have just been made: nobody else has them.
+    let matches = Arc::get_mut(&mut matches.0).into_iter().flatten().filter_map(|it| it.tls.as_mut());
+    for tls in tls.iter_mut().chain(matches).filter_map(Arc::get_mut) {
         tls.auto_host_sni |= sni;
         tls.auto_sni_san_validation |= names && !matches!(tls.common.validation, Validation::None);
     }
-    Ok(tls)
+    Ok(())
 }
 
 /// The cache of a `DnsCacheConfig`.

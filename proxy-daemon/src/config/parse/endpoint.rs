@@ -17,8 +17,8 @@ use crate::{
     config::{
         FieldError,
         model::{
-            AssignmentPolicy, DropOverload, Endpoint, EndpointCheck, HealthStatus, LbMetadata, Locality,
-            LocalityEndpoints,
+            AssignmentPolicy, DropOverload, Endpoint, EndpointCheck, EndpointDetails, HealthStatus, LbMetadata,
+            Locality, LocalityEndpoints,
         },
     },
     http::metadata::object,
@@ -48,8 +48,9 @@ fn assigned(assignment: &ClusterLoadAssignment, names: bool, path: &str) -> Resu
     let policy = policy.transpose()?.unwrap_or_default();
     let parse = |(index, group): (usize, &LocalityLbEndpoints)| {
         let path = format!("{}[{index}]", join(path, "endpoints"));
+        let labels = said(group.metadata.as_ref(), SOCKET_LABELS).map(Arc::new);
         let parse = |(index, endpoint): (usize, &LbEndpoint)| {
-            lb_endpoint(endpoint, names, &format!("{}[{index}]", join(&path, "lb_endpoints")))
+            lb_endpoint(endpoint, (names, labels.as_ref()), &format!("{}[{index}]", join(&path, "lb_endpoints")))
         };
         let locality = group.locality.clone().unwrap_or_default();
         Ok(LocalityEndpoints {
@@ -92,13 +93,15 @@ fn assignment_policy(policy: &Policy, path: &str) -> Result<AssignmentPolicy> {
     })
 }
 
-fn lb_metadata(metadata: &Metadata) -> Option<Arc<LbMetadata>> {
-    let fields = metadata.filter_metadata.get("envoy.lb")?;
-    Some(Arc::new(object(fields)))
+/// Where metadata says which of a cluster's transport sockets is meant.
+const SOCKET_LABELS: &str = "envoy.transport_socket_match";
+
+fn said(metadata: Option<&Metadata>, namespace: &str) -> Option<LbMetadata> {
+    metadata?.filter_metadata.get(namespace).map(object)
 }
 
 /// `None` where it says nothing.
-pub(super) fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<Box<EndpointCheck>>> {
+pub(super) fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<Option<EndpointCheck>> {
     let address = config.address.as_ref();
     let check = EndpointCheck {
         address: address.map(|address| endpoint_address(address, false, &join(path, "address"))).transpose()?,
@@ -109,7 +112,7 @@ pub(super) fn endpoint_check(config: &HealthCheckConfig, path: &str) -> Result<O
         },
         disabled: config.disable_active_health_check,
     };
-    Ok((check != EndpointCheck::default()).then(|| Box::new(check)))
+    Ok((check != EndpointCheck::default()).then_some(check))
 }
 
 pub(super) fn health_status(status: ProtoHealth) -> HealthStatus {
@@ -123,7 +126,12 @@ pub(super) fn health_status(status: ProtoHealth) -> HealthStatus {
     }
 }
 
-fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoint> {
+/// `names`: it may have one; `labels`: what its locality's metadata says of transport sockets.
+fn lb_endpoint(
+    endpoint: &LbEndpoint,
+    (names, labels): (bool, Option<&Arc<LbMetadata>>),
+    path: &str,
+) -> Result<Endpoint> {
     let Some(HostIdentifier::Endpoint(host)) = &endpoint.host_identifier else {
         return Err(required(path, "endpoint"));
     };
@@ -140,14 +148,20 @@ fn lb_endpoint(endpoint: &LbEndpoint, names: bool, path: &str) -> Result<Endpoin
         let (socket, port) = socket_address(address, &path)?;
         Ok((ip(socket, &path)?, port).into())
     });
+    let metadata = endpoint.metadata.as_ref();
     let (check, check_path) = (host.health_check_config.as_ref(), join(path, "endpoint.health_check_config"));
+    let details = EndpointDetails {
+        metadata: said(metadata, "envoy.lb"),
+        socket_labels: said(metadata, SOCKET_LABELS),
+        locality_socket_labels: labels.cloned(),
+        check: check.map(|check| endpoint_check(check, &check_path)).transpose()?.flatten(),
+    };
     Ok(Endpoint {
         address: endpoint_address(address, names, &join(path, "endpoint.address"))?,
         additional_addresses: also.collect::<Result<_>>()?,
         weight: number(endpoint.load_balancing_weight, 1).max(1),
         health: health_status(endpoint.health_status()),
         hostname: host.hostname.as_str().into(),
-        metadata: endpoint.metadata.as_ref().and_then(lb_metadata),
-        check: check.map(|check| endpoint_check(check, &check_path)).transpose()?.flatten(),
+        details: (details != EndpointDetails::default()).then(|| Arc::new(details)),
     })
 }

@@ -24,12 +24,15 @@ use super::{
     matcher, redis,
     support::{self, join},
 };
-use crate::config::{
-    FieldError,
-    model::{
-        Check, EndpointAddress, EndpointCheck, GrpcCheck, HeaderMutations, HealthCheckConfig, HttpCheck, Locality,
-        TcpCheck, UpstreamBind,
+use crate::{
+    config::{
+        FieldError,
+        model::{
+            Check, EndpointAddress, EndpointCheck, GrpcCheck, HeaderMutations, HealthCheckConfig, HttpCheck, Locality,
+            TcpCheck, UpstreamBind,
+        },
     },
+    http::metadata::object,
 };
 
 /// One cluster's part of a checked `HealthCheckSpecifier`.
@@ -53,7 +56,7 @@ pub struct HealthCheckTarget {
     /// Its name; may be empty.
     pub hostname: Box<str>,
     /// Where it is checked, and how, if otherwise.
-    pub check: Option<Box<EndpointCheck>>,
+    pub check: Option<EndpointCheck>,
 }
 
 /// What a management server wants checked. Of clusters of the same name only the first counts, as in Envoy.
@@ -88,6 +91,7 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
             (!check.event_logger.is_empty(), "event_logger"),
             // Those checks are not encrypted.
             (check.tls_options.is_some(), "tls_options"),
+            (check.transport_socket_match_criteria.is_some(), "transport_socket_match_criteria"),
         ];
         // What is only checked for somebody else is not logged here.
         if let Some((_, field)) = logs.into_iter().find(|(set, _)| *set) {
@@ -165,6 +169,7 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
         unhealthy_edge_interval: or(check.unhealthy_edge_interval, "unhealthy_edge_interval", unhealthy_interval)?,
         healthy_edge_interval: or(check.healthy_edge_interval, "healthy_edge_interval", interval)?,
         alpn_protocols: alpn_protocols(check, path)?,
+        socket_labels: check.transport_socket_match_criteria.as_ref().map(object),
         check: match &check.health_checker {
             Some(HealthChecker::HttpHealthCheck(http)) => {
                 Check::Http(Box::new(http_check(http, cluster, &join(path, "http_health_check"))?))

@@ -8,12 +8,15 @@ use envoy_types::pb::envoy::{
 };
 
 use super::{
-    common::{Result, duration},
+    common::{Result, duration, port},
     support::join,
 };
-use crate::config::{
-    FieldError,
-    model::{Discovery, OrcaMetric, OrcaWeights},
+use crate::{
+    config::{
+        FieldError,
+        model::{Discovery, OrcaMetric, OrcaStream, OrcaWeights},
+    },
+    http::metadata::object,
 };
 
 /// Weights are not made anew more often than this.
@@ -21,9 +24,7 @@ const MIN_UPDATE_PERIOD: Duration = Duration::from_millis(100);
 
 /// What `ClientSideWeightedRoundRobin` says; `path` is its own. Its fields have been checked against what is honoured.
 pub(super) fn weights(config: &ClientSideWeightedRoundRobin, path: &str) -> Result<OrcaWeights> {
-    if config.enable_oob_load_report.is_some_and(|enabled| enabled.value) {
-        return Err(FieldError::unsupported(join(path, "enable_oob_load_report")));
-    }
+    let has_stream = config.enable_oob_load_report.is_some_and(|enabled| enabled.value);
     let period = |value, field, default| -> Result<Duration> { Ok(duration(value, path, field)?.unwrap_or(default)) };
     let update_period = period(config.weight_update_period, "weight_update_period", Duration::from_secs(1))?;
     Ok(OrcaWeights {
@@ -36,6 +37,28 @@ pub(super) fn weights(config: &ClientSideWeightedRoundRobin, path: &str) -> Resu
             Duration::from_secs(180),
         )?,
         update_period: update_period.max(MIN_UPDATE_PERIOD),
+        stream: has_stream.then(|| stream(config, path).map(Arc::new)).transpose()?,
+    })
+}
+
+/// How hosts report apart from responses.
+fn stream(config: &ClientSideWeightedRoundRobin, path: &str) -> Result<OrcaStream> {
+    let period = duration(config.oob_reporting_period, path, "oob_reporting_period")?;
+    let path = join(path, "oob_reporting_config");
+    let options = config.oob_reporting_config.clone().unwrap_or_default();
+    let authority = match options.authority.as_str() {
+        "" => None,
+        name => Some(
+            name.parse()
+                .map_err(|_| FieldError::new(join(&path, "authority"), format!("{name:?} is not an authority")))?,
+        ),
+    };
+    let wanted = options.port_value;
+    Ok(OrcaStream {
+        period: period.filter(|period| !period.is_zero()).unwrap_or(Duration::from_secs(10)),
+        port: (wanted > 0).then(|| port(wanted, &path, "port_value")).transpose()?,
+        authority,
+        socket_labels: options.transport_socket_match_criteria.as_ref().map(object),
     })
 }
 

@@ -9,7 +9,10 @@ use culvert_xds_client::{
     regular_file,
 };
 use envoy_types::pb::envoy::{
-    config::core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
+    config::{
+        cluster::v3::{Cluster, cluster::TransportSocketMatch},
+        core::v3::{DataSource, TransportSocket, data_source::Specifier, transport_socket::ConfigType},
+    },
     extensions::transport_sockets::tls::v3::{
         CertificateValidationContext as ProtoValidation, CommonTlsContext as ProtoCommon,
         DownstreamTlsContext as ProtoDownstream, GenericSecret as ProtoGenericSecret, SdsSecretConfig,
@@ -37,10 +40,11 @@ use crate::{
         FieldError,
         model::{
             CertificateValidationContext, Certificates, CommonTlsContext, DownstreamTlsContext, GenericSecret,
-            ResourceRef, SanType, Secret, SecretRef, SessionTicketKeys, SessionTickets, SubjectAltNameMatcher,
-            TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
+            ResourceRef, SanType, Secret, SecretRef, SessionTicketKeys, SessionTickets, SocketMatch, SocketMatches,
+            SubjectAltNameMatcher, TlsCertificate, TlsParameters, UpstreamTlsContext, Validation,
         },
     },
+    http::metadata::object,
     tls::{self, Material, TicketKey},
 };
 
@@ -118,6 +122,27 @@ pub(super) fn upstream_socket(socket: Option<&TransportSocket>, path: &str) -> R
         auto_sni_san_validation: message.auto_sni_san_validation,
         max_session_keys: kept.min(10_000) as usize,
     })))
+}
+
+/// The transport sockets that a cluster has for some of its hosts.
+pub(super) fn socket_matches(cluster: &Cluster, path: &str) -> Result<SocketMatches> {
+    let all = join(path, "transport_socket_matches");
+    let parse = |(index, item): (usize, &TransportSocketMatch)| {
+        let path = format!("{all}[{index}]");
+        if item.transport_socket.is_none() {
+            return Err(required(&path, "transport_socket"));
+        }
+        Ok(SocketMatch {
+            name: item.name.as_str().into(),
+            labels: item.r#match.as_ref().map(object).unwrap_or_default(),
+            tls: upstream_socket(item.transport_socket.as_ref(), &path)?,
+        })
+    };
+    let matches: Arc<[_]> = cluster.transport_socket_matches.iter().enumerate().map(parse).collect::<Result<_>>()?;
+    if matches.len() >= usize::from(u16::MAX) {
+        return Err(FieldError::new(all, "there are more than 65,534 of them"));
+    }
+    Ok(SocketMatches(matches))
 }
 
 /// The typed configuration of a TLS socket, with its path.

@@ -144,7 +144,7 @@ fn the_host_may_choose_the_protocol() {
     let error = parse::cluster(&plain, "").unwrap_err().to_string();
     assert!(
         error.ends_with(
-            "auto_config: lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket"
+            "auto_config: lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket, and no match with another"
         ),
         "{error}"
     );

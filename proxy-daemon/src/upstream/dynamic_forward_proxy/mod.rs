@@ -20,7 +20,7 @@ use super::{
     host::{Host, HostCounters},
     worker::WorkerHost,
 };
-use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions};
+use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions, SocketIndex};
 
 /// The hosts of a cluster that one worker has used.
 #[derive(Default)]
@@ -37,13 +37,13 @@ struct Used {
 
 impl DynamicHosts {
     /// The host that a request asks for by `host`; `None`: it is not known. What is counted for it goes to `counters`, which all hosts of the
-    /// cluster share.
+    /// cluster share; connections to it are encrypted as `socket` says.
     pub(super) fn host(
         &self,
         cache: &DnsCache,
         (host, default_port): (&str, u16),
         (worker, options): (usize, PoolOptions),
-        counters: &Arc<HostCounters>,
+        (counters, socket): (&Arc<HostCounters>, SocketIndex),
     ) -> Option<Rc<WorkerHost>> {
         self.forget(cache);
         let authority = authority::with_port(host, default_port);
@@ -53,12 +53,12 @@ impl DynamicHosts {
         if let Some(used) = hosts.get_mut(&*authority) {
             if !Arc::ptr_eq(&used.found, &found) {
                 // Connections stay: new ones go to the new addresses.
-                used.host = Rc::clone(&used.host).now(&made(&entry, &found, counters)?, options);
+                used.host = Rc::clone(&used.host).now(&made(&entry, &found, (counters, socket))?, options);
                 used.found = found;
             }
             return Some(Rc::clone(&used.host));
         }
-        let host = WorkerHost::new(made(&entry, &found, counters)?, worker);
+        let host = WorkerHost::new(made(&entry, &found, (counters, socket))?, worker);
         hosts.insert(Arc::clone(&entry.authority), Used { entry, found, host: Rc::clone(&host) });
         Some(host)
     }
@@ -84,7 +84,7 @@ impl DynamicHosts {
     }
 }
 
-fn made(entry: &Entry, found: &Found, counters: &Arc<HostCounters>) -> Option<Arc<Host>> {
+fn made(entry: &Entry, found: &Found, (counters, socket): (&Arc<HostCounters>, SocketIndex)) -> Option<Arc<Host>> {
     let (first, others) = found.addresses.split_first()?;
     let address = EndpointAddress::Ip(*first);
     Some(Arc::new(Host {
@@ -95,7 +95,8 @@ fn made(entry: &Entry, found: &Found, counters: &Arc<HostCounters>) -> Option<Ar
         said_weight: 1,
         health: HealthStatus::Healthy,
         hostname: (&*entry.authority).into(),
-        metadata: None,
+        details: None,
+        socket,
         locality: Arc::new(Locality::default()),
         priority: 0,
         healthy_since: None,

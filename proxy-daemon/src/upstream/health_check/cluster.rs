@@ -9,17 +9,19 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Failure, Health, HealthCheckStats, HealthChecker, Place, Report, Target, event_log::Line};
+use super::{Failure, Health, HealthCheckStats, HealthChecker, Place, Report, Target, Way, event_log::Line};
 use crate::{
     access_log::EventLog,
     config::model::{
         ClusterConfig, Discovery, Endpoint, EndpointAddress, HealthCheckConfig, HealthStatus, LocalityEndpoints,
-        UpstreamBind, UpstreamTlsContext,
+        SocketMatches, UpstreamBind, UpstreamTlsContext,
     },
-    stats::{Lease, Scope},
-    tls::{ClientTls, Secrets},
+    stats::{Counter, Lease, Scope},
+    tls::Secrets,
     upstream::{
         Cluster, Clusters, Host,
+        sockets::Sockets,
+        stats::socket_matches,
         vitals::{HealthFlag, Vitals},
     },
 };
@@ -34,7 +36,10 @@ pub struct ClusterChecks {
     removes_at_once: bool,
     stats: HealthCheckStats,
     traffic: super::HasTraffic,
-    tls: Option<Arc<ClientTls>>,
+    sockets: Sockets,
+    matches: SocketMatches,
+    /// What counts connections by their sockets.
+    matched: Arc<[Counter]>,
     bind: Option<Arc<UpstreamBind>>,
     logs: Vec<EventLog>,
     reports: mpsc::UnboundedSender<CheckedReport>,
@@ -116,7 +121,9 @@ impl ClusterChecks {
             removes_at_once: health.ignore_on_removal,
             stats: HealthCheckStats::new(scope.clone()),
             traffic: Arc::new(move || total.value() > 0),
-            tls: config.tls.as_ref().map(|tls| ClientTls::new(tls_of(&check, tls), &scope, secrets)),
+            sockets: Sockets::new(config, &scope, secrets, |tls| tls_of(&check, tls)),
+            matches: config.socket_matches.clone(),
+            matched: socket_matches(config, &scope),
             bind: config.bind.clone(),
             config: check,
             reports,
@@ -159,9 +166,22 @@ impl ClusterChecks {
         self.logical.as_ref().unwrap_or(address).clone()
     }
 
+    /// How an endpoint is reached for checks.
+    fn way(&self, endpoint: &Endpoint) -> Way {
+        let details = endpoint.details.as_deref();
+        let labels = self.config.socket_labels.as_ref();
+        let localitys = details.and_then(|details| details.locality_socket_labels.as_deref());
+        let index = match labels {
+            Some(labels) => self.matches.by(Some(labels), localitys),
+            None => self.matches.of(details),
+        };
+        let chosen = labels.and_then(|_| self.matched.get(usize::from(index.0)).copied());
+        Way { address: target(endpoint), tls: self.sockets.get(index).cloned(), chosen }
+    }
+
     /// What is known of a host, which is checked from now on; `None` where it shall not be.
     pub(in crate::upstream) fn vitals(&self, endpoint: &Endpoint, group: &LocalityEndpoints) -> Option<Arc<Vitals>> {
-        let check = endpoint.check.as_deref();
+        let check = endpoint.check();
         if matches!(endpoint.address, EndpointAddress::Dns { .. }) {
             return None;
         }
@@ -176,10 +196,10 @@ impl ClusterChecks {
             return None;
         }
         if let Some(known) = inner.hosts.get_mut(&key)
-            && known.endpoint.check == endpoint.check
+            && known.endpoint.check() == endpoint.check()
         {
-            if known.endpoint.address != endpoint.address {
-                known.place.move_to(target(endpoint));
+            if known.endpoint.address != endpoint.address || known.endpoint.details != endpoint.details {
+                known.place.move_to(self.way(endpoint));
             }
             (known.endpoint, known.group) = (endpoint.clone(), group());
             return Some(Arc::clone(&known.vitals));
@@ -201,9 +221,8 @@ impl ClusterChecks {
             weight: host.weight,
             health: host.health,
             hostname: host.hostname.clone(),
-            metadata: None,
+            details: host.details.clone(),
             additional_addresses: Box::default(),
-            check: None,
         };
         let group = LocalityEndpoints::default();
         let health = Health { healthy: true, ..Health::default() };
@@ -219,12 +238,11 @@ impl ClusterChecks {
         vitals: &Arc<Vitals>,
         health: Health,
     ) {
-        let place = Place::new(target(&endpoint));
+        let place = Place::new(self.way(&endpoint));
         let target = Target {
-            address: place.clone(),
+            place: place.clone(),
             name: endpoint.hostname.clone(),
-            host: endpoint.check.as_ref().and_then(|check| check.hostname.clone()),
-            tls: self.tls.clone(),
+            host: endpoint.check().and_then(|check| check.hostname.clone()),
             bind: self.bind.clone(),
         };
         let (reports, of, known_by) = (self.reports.clone(), Arc::clone(vitals), key.clone());
@@ -366,7 +384,7 @@ async fn take_reports(
 
 /// Where an endpoint is checked.
 fn target(endpoint: &Endpoint) -> EndpointAddress {
-    let check = endpoint.check.as_ref();
+    let check = endpoint.check();
     check.map_or_else(|| endpoint.address.clone(), |check| check.target(&endpoint.address))
 }
 

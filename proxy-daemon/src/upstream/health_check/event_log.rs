@@ -90,10 +90,10 @@ impl Line<'_> {
                 format!("{{\"pipe\":{{\"path\":{},\"mode\":0}}}}", json!(path.display().to_string()))
             }
         };
-        let metadata = endpoint.metadata.as_ref().map(|metadata| {
+        let metadata = endpoint.details.as_ref().and_then(|details| details.metadata.as_ref()).map(|metadata| {
             format!(
                 "\"metadata\":{{\"filter_metadata\":{{\"envoy.lb\":{}}},\"typed_filter_metadata\":{{}}}}",
-                json!(**metadata)
+                json!(*metadata)
             )
         });
         let parts = [

@@ -24,7 +24,7 @@ pub(super) const HEALTH_CHECKER: HeaderValue = HeaderValue::from_static("Envoy/H
 const MAX_BODY: u64 = 1024 * 1024;
 
 /// A connection that speaks HTTP. Dropped, it is closed.
-pub(super) struct HttpConnection {
+pub(in crate::upstream) struct HttpConnection {
     sender: Sender,
     driver: JoinHandle<()>,
 }
@@ -35,7 +35,7 @@ enum Sender {
 }
 
 impl HttpConnection {
-    pub(super) async fn open(target: &Target, http2: bool) -> Result<HttpConnection, Failure> {
+    pub(in crate::upstream) async fn open(target: &Target, http2: bool) -> Result<HttpConnection, Failure> {
         let alpn = if http2 { AlpnFallback::Http2 } else { AlpnFallback::Http1 };
         let stream = TokioIo::new(open(target, alpn).await?);
         if http2 {
@@ -59,7 +59,10 @@ impl HttpConnection {
         }
     }
 
-    pub(super) async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<http::Response<Incoming>, Failure> {
+    pub(in crate::upstream) async fn send(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<http::Response<Incoming>, Failure> {
         let response = match &mut self.sender {
             Sender::Http1(sender) => sender.send_request(request).await,
             Sender::Http2(sender) => sender.send_request(request).await,

@@ -19,12 +19,14 @@ use tokio::{
 
 pub(super) use self::cluster::Changed;
 pub use self::cluster::ClusterChecks;
+pub(super) use self::http::HttpConnection;
+pub(super) use self::state::part;
 pub use self::state::{Failure, Health, Outcome, Passed};
 use self::{
     grpc::GrpcProbe,
     http::HttpProbe,
     redis::RedisProbe,
-    state::{Session, Transition, part},
+    state::{Session, Transition},
     tcp::TcpProbe,
 };
 use crate::{
@@ -77,22 +79,32 @@ impl HealthCheckStats {
 /// Whether the cluster has had any traffic; without, its hosts are checked at leisure.
 pub type HasTraffic = Arc<dyn Fn() -> bool + Send + Sync>;
 
-/// Where a host is: somewhere else now and then, where it is a name's.
+/// Where a host is, and how connections to it are encrypted: otherwise now and then.
 #[derive(Debug, Clone)]
-pub(crate) struct Place(Arc<ArcSwap<EndpointAddress>>);
+pub(crate) struct Place(Arc<ArcSwap<Way>>);
+
+/// How a host is reached.
+#[derive(Debug)]
+pub(crate) struct Way {
+    pub(crate) address: EndpointAddress,
+    /// `None`: connections are plain.
+    pub(crate) tls: Option<Arc<ClientTls>>,
+    /// Counts connections, where the check itself has chosen how they are encrypted.
+    pub(crate) chosen: Option<Counter>,
+}
 
 impl Place {
-    pub(crate) fn new(address: EndpointAddress) -> Place {
-        Place(Arc::new(ArcSwap::from_pointee(address)))
+    pub(crate) fn new(way: Way) -> Place {
+        Place(Arc::new(ArcSwap::from_pointee(way)))
     }
 
-    fn now(&self) -> Arc<EndpointAddress> {
+    fn now(&self) -> Arc<Way> {
         self.0.load_full()
     }
 
     /// The next connection goes there.
-    fn move_to(&self, address: EndpointAddress) {
-        self.0.store(Arc::new(address));
+    fn move_to(&self, way: Way) {
+        self.0.store(Arc::new(way));
     }
 }
 
@@ -100,25 +112,29 @@ impl Place {
 #[derive(Debug, Clone)]
 pub struct Target {
     /// Where.
-    pub(crate) address: Place,
+    pub(crate) place: Place,
     /// The host's name, for TLS.
     pub(crate) name: Box<str>,
     /// What it is called in requests, where the check does not say it.
     pub(crate) host: Option<HeaderValue>,
-    /// How connections are encrypted; `None`: they are plain.
-    pub(crate) tls: Option<Arc<ClientTls>>,
     /// Where connections come from.
     pub(crate) bind: Option<Arc<UpstreamBind>>,
 }
 
 impl Target {
+    /// Whether its next connection is encrypted.
+    pub(super) fn is_encrypted(&self) -> bool {
+        self.place.now().tls.is_some()
+    }
+
     fn socket(&self) -> SocketSettings<'_> {
         SocketSettings { bind: self.bind.as_deref(), ..SocketSettings::default() }
     }
 
     /// A host without a name, on plain connections.
     pub fn plain(address: EndpointAddress) -> Target {
-        Target { address: Place::new(address), name: Box::default(), host: None, tls: None, bind: None }
+        let place = Place::new(Way { address, tls: None, chosen: None });
+        Target { place, name: Box::default(), host: None, bind: None }
     }
 }
 

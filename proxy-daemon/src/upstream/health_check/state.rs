@@ -156,7 +156,7 @@ impl Session {
 }
 
 /// A random part of a duration.
-pub(super) fn part(duration: Duration) -> Duration {
+pub(in crate::upstream) fn part(duration: Duration) -> Duration {
     // At most a random factor below 1: cannot overflow.
     duration.mul_f64(fastrand::f64())
 }

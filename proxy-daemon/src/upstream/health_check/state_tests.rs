@@ -22,6 +22,7 @@ fn config() -> HealthCheckConfig {
         always_log_success: false,
         event_logs: Vec::new(),
         alpn_protocols: Vec::new(),
+        socket_labels: None,
         check: Check::Tcp(TcpCheck::default()),
     }
 }

@@ -59,10 +59,11 @@ impl TcpProbe {
 
 /// Connects; the limit is that of the whole check.
 pub(super) async fn open(target: &Target, alpn: AlpnFallback) -> Result<UpstreamStream, Failure> {
-    let address = target.address.now();
-    let stream = connect_plain(&address, target.socket()).await.map_err(|_| Failure::Network)?;
-    let Some(tls) = &target.tls else { return Ok(stream) };
-    secure(tls, stream, (&address, &target.name), alpn).await.map_err(|_| Failure::Network)
+    let way = target.place.now();
+    way.chosen.inspect(|counter| counter.inc());
+    let stream = connect_plain(&way.address, target.socket()).await.map_err(|_| Failure::Network)?;
+    let Some(tls) = &way.tls else { return Ok(stream) };
+    secure(tls, stream, (&way.address, &target.name), alpn).await.map_err(|_| Failure::Network)
 }
 
 /// Whether the host has neither closed the connection since the last check nor sent what nobody waits for.

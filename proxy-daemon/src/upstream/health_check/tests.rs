@@ -35,6 +35,7 @@ fn config(check: Check) -> HealthCheckConfig {
         always_log_success: false,
         event_logs: Vec::new(),
         alpn_protocols: Vec::new(),
+        socket_labels: None,
         check,
     }
 }

@@ -107,10 +107,10 @@ impl Balancer {
         }
     }
 
-    /// What the hash table of the first priority is called and looks like, where there is one.
+    /// What the hash table of the last priority with hosts is called and looks like, where there is one: Envoy makes it last.
     pub(super) fn spread(&self) -> Option<(&'static str, &'static str, Spread)> {
         let Kind::Whole(picker) = &self.kind else { return None };
-        let table = picker.priorities.first()?.table.as_ref()?;
+        let table = picker.priorities.iter().rev().find_map(|priority| priority.table.as_ref())?;
         let (lb, unit) = table.names();
         Some((lb, unit, table.spread))
     }

@@ -183,7 +183,7 @@ fn members(config: &SubsetConfig, hosts: &[Arc<Host>]) -> Members {
     let (mut many, mut singles, mut duplicates) = (HashMap::<Box<str>, Vec<u32>>::new(), HashMap::new(), 0);
     // Whichever selector makes a subset first says what kind it is.
     for (number, host) in (0_u32..).zip(hosts) {
-        let Some(metadata) = &host.metadata else { continue };
+        let Some(metadata) = host.metadata() else { continue };
         for selector in &config.selectors {
             for key in keys_of(metadata, &selector.keys, config.list_as_any) {
                 let key = Box::<str>::from(key);
@@ -232,7 +232,7 @@ fn keys_of(metadata: &LbMetadata, keys: &BTreeSet<Box<str>>, list_as_any: bool) 
 
 /// Whether a host has all of this metadata.
 fn has(host: &Host, wanted: &LbMetadata, list_as_any: bool) -> bool {
-    wanted.iter().all(|(name, value)| match host.metadata.as_ref().and_then(|metadata| metadata.get(name)) {
+    wanted.iter().all(|(name, value)| match host.metadata().and_then(|metadata| metadata.get(name)) {
         Some(Json::Array(items)) if list_as_any => items.contains(value),
         Some(there) => there == value,
         None => false,

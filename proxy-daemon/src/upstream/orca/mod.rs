@@ -1,9 +1,11 @@
 //! What hosts report of their load (ORCA): the weights that `client_side_weighted_round_robin` makes of it, and the metrics that
 //! load reports tell (`lrs_report_endpoint_metrics`).
 //!
-//! A worker reads a report and keeps what it comes to in a cache line of its own ([`Reports`]). At intervals the control thread makes
+//! A worker reads a report and keeps what it comes to in a cache line of its own ([`Reports`]); or the control thread has hosts report
+//! apart from responses ([`outside`]). At intervals the control thread makes
 //! weights of that, and a balancer where some are others than before ([`watch`]).
 
+pub(crate) mod outside;
 mod report;
 
 use std::{
@@ -96,7 +98,7 @@ pub(super) struct Reports {
     lines: OnceLock<Box<[Line]>>,
 }
 
-/// What a host has reported to one worker, which alone writes it, but for [`first`](Self::first).
+/// What a host has reported to one worker, or apart from responses; whoever it is alone writes it, but for [`first`](Self::first).
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Line {
@@ -121,20 +123,25 @@ impl Reports {
     /// A response has these headers or trailers. Returns whether they report anything. `worker` must be the calling worker.
     pub(super) fn heard(&self, worker: usize, headers: &HeaderMap) -> bool {
         let Some(report) = LoadReport::of(headers) else { return false };
-        let lines = self.lines.get_or_init(|| (0..self.orca.workers).map(|_| Line::default()).collect());
-        let line = &lines[worker];
+        let line = self.line(worker);
         if let Some(weight) = self.orca.weights.as_ref().and_then(|config| weight(&report, config)) {
-            let now = stamp(Instant::now());
-            line.weight.store(weight, Relaxed);
-            line.last.store(now, Relaxed);
-            if line.first.load(Relaxed) == 0 {
-                line.first.store(now, Relaxed);
-            }
+            line.weigh(weight);
         }
         if !self.orca.told.is_empty() {
             line.add(&self.orca.told, &report);
         }
         true
+    }
+
+    /// The host has reported this apart from responses. Returns whether it makes a weight. Of the control thread.
+    fn told_outside(&self, report: &LoadReport) -> bool {
+        let weight = self.orca.weights.as_ref().and_then(|config| weight(report, config));
+        weight.inspect(|weight| self.line(self.orca.workers).weigh(*weight)).is_some()
+    }
+
+    /// What a worker writes; that of the control thread comes after those of all workers.
+    fn line(&self, number: usize) -> &Line {
+        &self.lines.get_or_init(|| (0..=self.orca.workers).map(|_| Line::default()).collect())[number]
     }
 
     /// The weight that the host has now; `None` where it has not reported for long enough, or not of late.
@@ -169,6 +176,15 @@ impl Reports {
 }
 
 impl Line {
+    fn weigh(&self, weight: u32) {
+        let now = stamp(Instant::now());
+        self.weight.store(weight, Relaxed);
+        self.last.store(now, Relaxed);
+        if self.first.load(Relaxed) == 0 {
+            self.first.store(now, Relaxed);
+        }
+    }
+
     fn add(&self, metrics: &[OrcaMetric], report: &LoadReport) {
         let mut told = self.told.swap(None).unwrap_or_default();
         // Nobody else has it: whoever takes it out of its place has it alone.

@@ -9,6 +9,7 @@ fn config() -> OrcaWeights {
         blackout_period: Duration::from_secs(10),
         expiration_period: Duration::from_secs(100),
         update_period: Duration::from_secs(1),
+        stream: None,
     }
 }
 

@@ -180,7 +180,7 @@ impl WorkerHost {
             socket: SocketSettings::new(config, source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
-            tls: cluster.cluster.tls.as_deref(),
+            tls: cluster.cluster.tls_of(&self.host),
             alpn,
             connected: &open.connected,
         };

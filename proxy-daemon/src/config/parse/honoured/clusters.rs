@@ -33,6 +33,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "dns_lookup_family",
             "cleanup_interval",
             "transport_socket",
+            "transport_socket_matches",
             "metadata",
             "upstream_connection_options",
             "least_request_lb_config",
@@ -82,6 +83,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),
+    ("envoy.config.cluster.v3.Cluster.TransportSocketMatch", ALL),
     (
         "envoy.config.cluster.v3.Cluster.PreconnectPolicy",
         &["per_upstream_preconnect_ratio", "predictive_preconnect_ratio"],
@@ -112,18 +114,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.cluster.v3.LoadBalancingPolicy", ALL),
     ("envoy.config.cluster.v3.LoadBalancingPolicy.Policy", ALL),
     ("envoy.extensions.load_balancing_policies.round_robin.v3.RoundRobin", ALL),
-    (
-        "envoy.extensions.load_balancing_policies.client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin",
-        &[
-            "enable_oob_load_report",
-            "blackout_period",
-            "weight_expiration_period",
-            "weight_update_period",
-            "error_utilization_penalty",
-            "metric_names_for_computing_utilization",
-            "slow_start_config",
-        ],
-    ),
+    ("envoy.extensions.load_balancing_policies.client_side_weighted_round_robin.v3.ClientSideWeightedRoundRobin", ALL),
     ("envoy.extensions.load_balancing_policies.least_request.v3.LeastRequest", ALL),
     ("envoy.extensions.load_balancing_policies.random.v3.Random", ALL),
     ("envoy.extensions.load_balancing_policies.ring_hash.v3.RingHash", ALL),
@@ -143,6 +134,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.load_balancing_policies.common.v3.LocalityLbConfig.ZoneAwareLbConfig.ForceLocalZone", ALL),
     ("envoy.extensions.load_balancing_policies.common.v3.LocalityLbConfig.LocalityWeightedLbConfig", ALL),
     ("envoy.extensions.load_balancing_policies.common.v3.SlowStartConfig", ALL),
+    ("envoy.extensions.load_balancing_policies.common.v3.OrcaOobReportingConfig", ALL),
     (
         "envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig",
         &["use_hostname_for_hashing", "hash_balance_factor"],

@@ -105,6 +105,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "grpc_health_check",
             "custom_health_check",
             "tls_options",
+            "transport_socket_match_criteria",
             "no_traffic_interval",
             "no_traffic_healthy_interval",
             "unhealthy_interval",

@@ -35,7 +35,7 @@ fn defaults_are_envoys() {
 fn limits_and_timeouts() {
     let config = one_cluster(
         "{ name: a, alt_stat_name: 's:1', connect_timeout: 0.25s, per_connection_buffer_limit_bytes: 5, circuit_breakers: { \
-         thresholds: [{ max_connections: 1, max_pending_requests: 2 }, { priority: HIGH, max_requests: 3, max_retries: 4 }] \
+         thresholds: [{ max_connections: 1, max_pending_requests: 2 }, { priority: HIGH, max_requests: 3, max_retries: 4 }, { max_connections: 9 }] \
          }, upstream_connection_options: { tcp_keepalive: { keepalive_probes: 2, keepalive_time: 30 } } }",
     )
     .unwrap();
