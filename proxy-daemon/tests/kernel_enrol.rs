@@ -33,6 +33,7 @@ impl Manifests {
         let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
         let enrolment = Enrolment {
             pod_manifests: self.directory.clone(),
+            kubernetes: None,
             node_name: String::new(),
             selectors: vec![Selector { match_labels, policy: Policy::default(), ..Selector::default() }],
         };

@@ -285,6 +285,22 @@ impl InterceptionConfig {
         })
     }
 
+    /// Has pods of an API server be those of the node with this id, where nothing else is said: a watch of all pods of a
+    /// cluster on each of its nodes would be too much for its API server. The error is as of [`Self::from_proto`].
+    pub fn on_node(mut self, id: &str) -> Result<Self, FieldError> {
+        if let Some(enrolment) = &mut self.enrolment
+            && enrolment.kubernetes.is_some()
+            && enrolment.node_name.is_empty()
+        {
+            if id.is_empty() {
+                let reason = "it, or the node's id (--service-node), is needed beside `kubernetes`".to_owned();
+                return Err(("enrolment.node_name".to_owned(), reason));
+            }
+            enrolment.node_name = id.to_owned();
+        }
+        Ok(self)
+    }
+
     /// Whether any pod may have connections that go this way.
     pub(super) fn redirects(&self, direction: u32) -> bool {
         let selectors = self.enrolment.iter().flat_map(|enrolment| &enrolment.selectors);

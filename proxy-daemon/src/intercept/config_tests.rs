@@ -106,6 +106,7 @@ fn every_field_is_taken() {
         excluded_uids: vec![0, 1337],
         enrolment: Some(message::Enrolment {
             pod_manifests: "/pods".to_owned(),
+            kubernetes: None,
             node_name: "node-a".to_owned(),
             selectors: vec![message::enrolment::Selector { direction: Some(2), ..Default::default() }],
         }),
@@ -128,6 +129,7 @@ fn every_field_is_taken() {
         },
         enrolment: Some(Enrolment {
             pod_manifests: PathBuf::from("/pods"),
+            kubernetes: None,
             node_name: "node-a".to_owned(),
             selectors: vec![super::super::selectors::Selector {
                 policy: Policy {
@@ -212,4 +214,15 @@ fn cgroups_that_are_one_below_the_other_are_noticed() {
         assert_eq!(nests(one, other), expected, "{one} and {other}");
         assert_eq!(nests(other, one), expected, "{other} and {one}");
     }
+}
+
+#[test]
+fn pods_of_an_api_server_are_those_of_one_node() {
+    let enrolment = Enrolment { kubernetes: Some(Default::default()), ..Enrolment::default() };
+    let config = InterceptionConfig { enrolment: Some(enrolment), ..InterceptionConfig::default() };
+    assert_eq!(config.clone().on_node("").unwrap_err().0, "enrolment.node_name");
+    let name = |config: InterceptionConfig| config.enrolment.unwrap().node_name;
+    let told = config.on_node("node-a").unwrap();
+    assert_eq!(name(told.clone()), "node-a");
+    assert_eq!(name(told.on_node("node-b").unwrap()), "node-a");
 }

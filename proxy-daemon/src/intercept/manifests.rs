@@ -33,7 +33,7 @@ const MAX_FILE: u64 = 32 * 1024 * 1024;
 /// What is read of a pod.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-struct RawPod {
+pub(super) struct RawPod {
     metadata: Metadata,
     spec: Spec,
     status: Status,
@@ -72,8 +72,15 @@ struct PodIp {
     ip: String,
 }
 
+impl RawPod {
+    /// Its namespace and name.
+    pub(super) fn key(&self) -> String {
+        format!("{}/{}", self.metadata.namespace, self.metadata.name)
+    }
+}
+
 /// A pod, and when it was made.
-type Dated = (Option<String>, Known);
+pub(super) type Dated = (Option<String>, Known);
 
 /// The directory, and what was read of it.
 struct Directory {
@@ -169,7 +176,7 @@ fn pods_of(text: &[u8], enrolment: &Enrolment) -> Result<Vec<Dated>, String> {
 }
 
 /// A pod as enrolment sees it; none of another node's.
-fn known(pod: RawPod, enrolment: &Enrolment) -> Result<Option<Dated>, String> {
+pub(super) fn known(pod: RawPod, enrolment: &Enrolment) -> Result<Option<Dated>, String> {
     let RawPod { metadata, spec, status } = pod;
     if !enrolment.node_name.is_empty() && spec.node_name != enrolment.node_name {
         return Ok(None);

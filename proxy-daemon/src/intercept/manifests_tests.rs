@@ -7,6 +7,7 @@ fn enrolment(path: &Path) -> Enrolment {
     let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
     Enrolment {
         pod_manifests: path.to_owned(),
+        kubernetes: None,
         node_name: "node-a".to_owned(),
         selectors: vec![Selector { namespaces: vec!["shop".to_owned()], match_labels, policy }],
     }

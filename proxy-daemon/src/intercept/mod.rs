@@ -13,7 +13,7 @@
 //! netlink    interfaces, addresses, the rule and the route
 //! watch      the thread that follows interfaces and addresses
 //! pods       which pods there are, and which are enrolled
-//! manifests  the thread that follows manifests of pods
+//! manifests  the thread that follows manifests of pods; api_server: the one that follows those of an API server
 //! commanded  pods that were enrolled by command
 //! clean      removes all that a daemon left
 //! cgroups    puts programs on cgroups, pinned, and follows cgroups that appear
@@ -24,6 +24,7 @@
 //! ```
 
 mod acceleration;
+mod api_server;
 mod attach;
 mod btf;
 mod cgroups;
@@ -68,6 +69,7 @@ pub use joins::{Joined, Joins, Past};
 pub use pods::{PodNames, PodStatus};
 pub use selectors::{Enrolment, Selector};
 
+use api_server::ApiFollower;
 use cgroups::{CgroupWatcher, Hooks, Role};
 use manifests::Follower;
 use netlink::Monitor;
@@ -84,11 +86,17 @@ pub fn refused_programs() -> Result<Vec<(String, String)>, InterceptError> {
 pub struct Interception {
     // Stopped first: they work on the state.
     watcher: Watcher,
-    follower: Option<Follower>,
+    follower: Option<PodFollower>,
     cgroups: Option<CgroupWatcher>,
     state: Arc<Mutex<State>>,
     /// The listeners' names with the directions that they serve.
     listeners: [(String, u32); 2],
+}
+
+/// Follows the pods that Kubernetes has on this node, until it is dropped.
+enum PodFollower {
+    Manifests(#[expect(dead_code, reason = "held for its thread")] Follower),
+    Api(#[expect(dead_code, reason = "held for its thread")] ApiFollower),
 }
 
 impl Interception {
@@ -119,8 +127,11 @@ impl Interception {
         let watcher = Watcher::start(monitor, Arc::clone(&state), wake)?;
         let follow = |enrolment: Enrolment| {
             let path = enrolment.pod_manifests.clone();
-            Follower::start(enrolment, Arc::clone(&state))
-                .map_err(|error| InterceptError::Manifests { path, reason: error.to_string() })
+            let started = match enrolment.kubernetes.clone() {
+                Some(kubernetes) => ApiFollower::start(enrolment, kubernetes, Arc::clone(&state)).map(PodFollower::Api),
+                None => Follower::start(enrolment, Arc::clone(&state)).map(PodFollower::Manifests),
+            };
+            started.map_err(|error| InterceptError::Manifests { path, reason: error.to_string() })
         };
         let follower = enrolment.map(follow).transpose()?;
         let cgroups = hooked.then(|| CgroupWatcher::start(Arc::clone(&state))).transpose()?;

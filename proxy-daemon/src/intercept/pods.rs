@@ -25,6 +25,8 @@ pub(super) enum Origin {
     Bootstrap,
     /// A manifest.
     Manifest,
+    /// An API server.
+    Kubernetes,
     /// `POST /interception/enroll`.
     Command,
 }
@@ -149,7 +151,7 @@ impl Pods {
             let Ok(wanted) = &pod.wanted else { continue };
             let found = match pod.origin {
                 Origin::Bootstrap => Ok((0, String::new())),
-                Origin::Manifest | Origin::Command => {
+                Origin::Manifest | Origin::Kubernetes | Origin::Command => {
                     place(address).bound().and_then(|found| bind(&mut self.bound, pod, address, found))
                 }
             };
@@ -280,7 +282,7 @@ fn bind(
     let now = Bound { identity: pod.identity.clone(), version: pod.version, interface };
     if let Some(before) = bound.get(&address)
         && before.interface != interface
-        && before.version == pod.version
+        && (before.version == pod.version || pod.leaving)
     {
         return Err(format!(
             "its address is on another interface now ({name}), and nothing says that it is still its own"

@@ -7,14 +7,18 @@ use culvert_xds_client::api::culvert::extensions::bootstrap::interception::v1::i
     Enrolment as Message, enrolment as message,
 };
 
+use culvert_kube_api::KubernetesConfig;
+
 use super::config::{FieldError, Policy, absolute, at};
 
 /// Where pods are read from, and which of them are enrolled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Enrolment {
-    /// A directory of manifests.
+    /// A directory of manifests; empty where `kubernetes` is.
     pub pod_manifests: PathBuf,
-    /// Only pods of this node; empty: all.
+    /// An API server.
+    pub kubernetes: Option<KubernetesConfig>,
+    /// Only pods of this node; empty: all that the manifests have.
     pub node_name: String,
     /// The first that matches a pod counts.
     pub selectors: Vec<Selector>,
@@ -33,9 +37,16 @@ pub struct Selector {
 
 impl Enrolment {
     pub(super) fn from_proto(proto: &Message, default: Policy) -> Result<Self, FieldError> {
-        let Message { pod_manifests, node_name, selectors } = proto;
+        let Message { pod_manifests, node_name, selectors, kubernetes } = proto;
         let under = |(field, reason): FieldError| (format!("enrolment.{field}"), reason);
-        let pod_manifests = absolute(pod_manifests).map_err(|reason| under(("pod_manifests".to_owned(), reason)))?;
+        let kubernetes = kubernetes.as_ref().map(api_server).transpose().map_err(under)?;
+        let pod_manifests = match (&kubernetes, pod_manifests.is_empty()) {
+            (Some(_), true) => PathBuf::new(),
+            (Some(_), false) => {
+                return Err(under(("pod_manifests".to_owned(), "is not possible beside `kubernetes`".to_owned())));
+            }
+            (None, _) => absolute(pod_manifests).map_err(|reason| under(("pod_manifests".to_owned(), reason)))?,
+        };
         if selectors.is_empty() {
             return Err(under(("selectors".to_owned(), "without a selector no pod is enrolled".to_owned())));
         }
@@ -56,13 +67,30 @@ impl Enrolment {
             })
         };
         let selectors = selectors.iter().enumerate().map(read).collect::<Result<_, _>>().map_err(under)?;
-        Ok(Self { pod_manifests, node_name: node_name.clone(), selectors })
+        Ok(Self { pod_manifests, kubernetes, node_name: node_name.clone(), selectors })
     }
 
     /// What is done with the connections of a pod with these labels, if it is to be enrolled.
     pub(super) fn policy_of(&self, namespace: &str, labels: &BTreeMap<String, String>) -> Option<Policy> {
         self.selectors.iter().find(|selector| selector.matches(namespace, labels)).map(|selector| selector.policy)
     }
+}
+
+/// Where the API server is, and who the daemon is to it.
+fn api_server(proto: &message::Kubernetes) -> Result<KubernetesConfig, FieldError> {
+    let message::Kubernetes { in_cluster, kubeconfig, context, server, certificate_authority, token_file } = proto;
+    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+    let config = KubernetesConfig {
+        kubeconfig: given(kubeconfig).map(PathBuf::from),
+        context: given(context),
+        in_cluster: *in_cluster,
+        server: given(server),
+        certificate_authority: given(certificate_authority).map(PathBuf::from),
+        token_file: given(token_file).map(PathBuf::from),
+        ..KubernetesConfig::default()
+    };
+    config.check().map_err(|reason| ("kubernetes".to_owned(), reason))?;
+    Ok(config)
 }
 
 impl Selector {
@@ -93,6 +121,24 @@ mod tests {
         assert!(!selector.matches("shop", &labels(&[("mesh", "off")])));
         assert!(!selector.matches("shop", &labels(&[])));
         assert!(super::Selector::default().matches("any", &labels(&[])));
+    }
+
+    #[test]
+    fn pods_are_read_from_one_place() {
+        let kubernetes = message::Kubernetes { in_cluster: true, ..Default::default() };
+        let message = Message {
+            node_name: "node-a".to_owned(),
+            selectors: vec![message::Selector::default()],
+            kubernetes: Some(kubernetes.clone()),
+            ..Message::default()
+        };
+        let read = Enrolment::from_proto(&message, Policy::default()).unwrap();
+        assert!(read.kubernetes.is_some_and(|kubernetes| kubernetes.in_cluster));
+        let refused = |message: &Message| Enrolment::from_proto(message, Policy::default()).unwrap_err().0;
+        let both = Message { pod_manifests: "/pods".to_owned(), ..message.clone() };
+        assert_eq!(refused(&both), "enrolment.pod_manifests");
+        let two = message::Kubernetes { server: "https://a".to_owned(), ..kubernetes };
+        assert_eq!(refused(&Message { kubernetes: Some(two), ..message }), "enrolment.kubernetes");
     }
 
     #[test]

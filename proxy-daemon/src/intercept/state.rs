@@ -57,6 +57,8 @@ pub(super) struct State {
     pods: Pods,
     /// What they are called, for those who serve them.
     pod_names: Arc<ArcSwap<PodNames>>,
+    /// Why it is not known which pods there are.
+    pub(super) source_fault: Option<String>,
     commanded: Vec<Commanded>,
     /// None before there is a pin path.
     lease: Option<Lease>,
@@ -108,6 +110,7 @@ impl State {
             unattached: BTreeMap::new(),
             pods: Pods::default(),
             pod_names: Arc::default(),
+            source_fault: None,
             commanded: Vec::new(),
             lease: Some(lease),
             waits: None,
@@ -318,7 +321,7 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().cloned();
-        self.pods.faults().into_iter().chain(unattached).collect()
+        self.source_fault.iter().cloned().chain(self.pods.faults()).chain(unattached).collect()
     }
 
     /// Replaces the pods of one origin, and enrols them.

@@ -1,27 +1,24 @@
 //! A cluster whose API server is watched: Services, EndpointSlices, Pods and, if asked, Nodes and ServiceManifests.
 //!
-//! Each kind is listed and watched by a task of its own ([`watch`]); what they find is in one place ([`state`]), from
+//! Each kind is listed and watched by a task of its own ([`culvert_kube_api`]); what they find is in one place ([`state`]), from
 //! which the registry is told the whole picture a moment after the first change of a burst. What is not used of an
 //! object is dropped as it is read.
 
-pub mod auth;
-pub mod config;
-mod connection;
 mod state;
-mod watch;
 
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 
-use self::config::KubernetesConfig;
-use self::connection::Access;
-use self::state::{News, Shared};
-use self::watch::Watch;
+pub use culvert_kube_api::config;
+use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Watch};
+
+use self::state::{Collected, News, Read, Shared};
 use super::{Source, SourceError};
-use crate::kubernetes::convert::Kind;
-use crate::kubernetes::{EndpointSlice, Node, Pod, Service};
+use crate::kubernetes::convert::{self, Kind};
+use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service};
 use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
 
@@ -56,15 +53,14 @@ impl Source for ApiServer {
         let shared = Arc::new(Shared::new(cluster, &kinds));
         let access = Arc::new(Access::new(config.clone()));
         let mut watches = JoinSet::new();
-        let (a, s) = (&access, &shared);
-        watches.spawn(Watch::<Service>::new(Arc::clone(a), Arc::clone(s), config.service_selector).run());
-        watches.spawn(Watch::<EndpointSlice>::new(Arc::clone(a), Arc::clone(s), config.endpoint_slice_selector).run());
-        watches.spawn(Watch::<Pod>::new(Arc::clone(a), Arc::clone(s), config.pod_selector).run());
+        watches.spawn(watch::<Service>(&access, &shared, config.service_selector).run());
+        watches.spawn(watch::<EndpointSlice>(&access, &shared, config.endpoint_slice_selector).run());
+        watches.spawn(watch::<Pod>(&access, &shared, config.pod_selector).run());
         if config.nodes {
-            watches.spawn(Watch::<Node>::new(Arc::clone(a), Arc::clone(s), String::new()).run());
+            watches.spawn(watch::<Node>(&access, &shared, String::new()).run());
         }
         if config.service_manifests {
-            watches.spawn(Watch::<ServiceManifest>::new(Arc::clone(a), Arc::clone(s), String::new()).run());
+            watches.spawn(watch::<ServiceManifest>(&access, &shared, String::new()).run());
         }
         let mut last = None;
         let mut objects = None;
@@ -86,5 +82,79 @@ impl Source for ApiServer {
                 return Ok(());
             }
         }
+    }
+}
+
+fn watch<K: Kind>(access: &Arc<Access>, shared: &Arc<Shared>, labels: String) -> Watch<Told<K>> {
+    let told = Told { shared: Arc::clone(shared), kind: PhantomData };
+    Watch::new(Arc::clone(access), Arc::new(told), Selection { labels, fields: String::new() })
+}
+
+/// Tells of the objects of one kind.
+struct Told<K> {
+    shared: Arc<Shared>,
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K: Kind> Objects for Told<K> {
+    const KIND: &'static str = K::KIND;
+    const PATH: &'static str = K::PATH;
+    type Picture = Collected<K>;
+
+    fn collect(picture: &mut Collected<K>, object: &Object<'_>) {
+        let (key, object) = read(object);
+        picture.add(key, object);
+    }
+
+    fn discard(picture: &mut Collected<K>, object: &Object<'_>) {
+        picture.remove(&key_of(object));
+    }
+
+    fn replace(&self, picture: Collected<K>) {
+        self.shared.replace(picture);
+    }
+
+    fn add(&self, object: &Object<'_>) {
+        let (key, object) = read::<K>(object);
+        self.shared.add(key, object);
+    }
+
+    fn remove(&self, object: &Object<'_>) {
+        self.shared.remove::<K>(&key_of(object));
+    }
+
+    fn works(&self) {
+        self.shared.works::<K>();
+    }
+
+    fn fails(&self, error: &str) {
+        self.shared.fails::<K>(error);
+    }
+}
+
+/// An object's key; one for all objects that do not say their name.
+fn key_of(object: &Object<'_>) -> ObjectKey {
+    convert::key_of(object.text).unwrap_or_else(|| ObjectKey::new("", ""))
+}
+
+/// Reads one object, which others do not suffer from.
+fn read<K: Kind>(object: &Object<'_>) -> (ObjectKey, Read<K>) {
+    if let Some(kind) = object.foreign {
+        let key = key_of(object);
+        let error = format!("a watch of {}s brought a {}: {key}", K::KIND, kind.escape_debug());
+        return (key, Err(error));
+    }
+    match convert::read_json::<K>(object.text) {
+        Ok((key, read)) => (key, Ok(read.filter(K::matters))),
+        Err(error) => match convert::key_of(object.text) {
+            Some(key) => (key, Err(error.to_string())),
+            None => {
+                let place = match object.index {
+                    Some(index) => format!("object {index} of a list"),
+                    None => "an object of a watch".to_owned(),
+                };
+                (key_of(object), Err(format!("{place}: {error}")))
+            }
+        },
     }
 }

@@ -442,6 +442,7 @@ fn static_sources(listeners: &[Listener], clusters: &[ClusterConfig], sources: &
 }
 
 fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
+    let node = message.node.as_ref().map(|node| node.id.clone()).unwrap_or_default();
     let mut found = None;
     for (index, extension) in message.bootstrap_extensions.iter().enumerate() {
         let path = format!("bootstrap_extensions[{index}].typed_config");
@@ -453,7 +454,7 @@ fn extensions(message: &ProtoBootstrap) -> Result<Option<InterceptionConfig>> {
             return Err(FieldError::new(path, "there is one interception extension already"));
         }
         let message = unpack(config, &path)?;
-        let checked = InterceptionConfig::from_proto(&message);
+        let checked = InterceptionConfig::from_proto(&message).and_then(|config| config.on_node(&node));
         found = Some(checked.map_err(|(field, message)| FieldError::new(join(&path, &field), message))?);
     }
     Ok(found)

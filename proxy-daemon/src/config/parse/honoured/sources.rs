@@ -42,6 +42,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("culvert.extensions.bootstrap.interception.v1.Interception.HostMode", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Pod", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Enrolment", ALL),
+    ("culvert.extensions.bootstrap.interception.v1.Interception.Enrolment.Kubernetes", ALL),
     ("culvert.extensions.bootstrap.interception.v1.Interception.Enrolment.Selector", ALL),
     // xDS
     (

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 
 use super::{AuthError, ClusterAuth, Credential, Remembered};
-use crate::source::api_server::config::ExecConfig;
+use crate::config::ExecConfig;
 
 /// How long the program may take.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -16,8 +16,8 @@ use serde::Deserialize;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-use super::auth::{AuthError, AwsIam, ClusterAuth, Credential, Exec, Fixed, Identity, TokenFile};
-use super::config::KubernetesConfig;
+use crate::auth::{AuthError, AwsIam, ClusterAuth, Credential, Exec, Fixed, Identity, TokenFile};
+use crate::config::KubernetesConfig;
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -65,7 +65,7 @@ pub enum RequestError {
 }
 
 /// An API server and who we are to it. All watches of a cluster share one.
-pub(super) struct Access {
+pub struct Access {
     config: KubernetesConfig,
     /// The URL of the API server, or what leads to it.
     location: std::sync::Mutex<String>,
@@ -81,26 +81,27 @@ struct Connection {
 }
 
 impl Access {
-    pub(super) fn new(config: KubernetesConfig) -> Self {
+    /// Nothing is read or asked before the first request.
+    pub fn new(config: KubernetesConfig) -> Self {
         let location = std::sync::Mutex::new(config.location());
         Self { config, location, connection: Mutex::new(None) }
     }
 
     /// The URL of the API server, or what leads to it.
-    pub(super) fn location(&self) -> String {
+    pub fn location(&self) -> String {
         self.location.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Has what says where the API server is read again before the next request: it may have moved, and certificates
     /// may have been renewed. Credentials that are remembered stay.
-    pub(super) async fn renew(&self) {
+    pub async fn renew(&self) {
         if let Some(connection) = &mut *self.connection.lock().await {
             connection.client = None;
         }
     }
 
     /// Asks for `path`. A credential that is refused is got anew once.
-    pub(super) async fn get(&self, path: &str) -> Result<Response<Body>, RequestError> {
+    pub async fn get(&self, path: &str) -> Result<Response<Body>, RequestError> {
         let (client, auth, credential) = self.prepare().await?;
         let refusal = match send_as(&client, path, &credential).await {
             Err(error @ RequestError::Status { status: StatusCode::UNAUTHORIZED, .. }) => error,
@@ -248,7 +249,7 @@ fn client(config: kube::Config) -> Result<kube::Client, RequestError> {
 }
 
 /// Sends a request to some other service by HTTP or HTTPS, and reads its answer.
-pub(super) async fn fetch(method: Method, base: &str, path: &str, headers: HeaderMap) -> Result<Bytes, RequestError> {
+pub async fn fetch(method: Method, base: &str, path: &str, headers: HeaderMap) -> Result<Bytes, RequestError> {
     let uri = base.parse().map_err(|error| RequestError::Config(format!("{base}: {error}")))?;
     let mut config = kube::Config::new(uri);
     config.connect_timeout = Some(CONNECT_TIMEOUT);
@@ -266,8 +267,7 @@ async fn send(
     *request.method_mut() = method;
     *request.uri_mut() = path.parse().map_err(|error| RequestError::Config(format!("{path}: {error}")))?;
     *request.headers_mut() = headers;
-    let defaults =
-        [(ACCEPT, "application/json"), (USER_AGENT, concat!("culvert-discovery/", env!("CARGO_PKG_VERSION")))];
+    let defaults = [(ACCEPT, "application/json"), (USER_AGENT, concat!("culvert/", env!("CARGO_PKG_VERSION")))];
     for (name, value) in defaults {
         request.headers_mut().entry(name).or_insert(HeaderValue::from_static(value));
     }
@@ -297,7 +297,7 @@ fn message(body: &[u8]) -> String {
 }
 
 /// Reads a whole body.
-pub(super) async fn read_body(mut body: Body, at_most: usize) -> Result<Bytes, RequestError> {
+pub async fn read_body(mut body: Body, at_most: usize) -> Result<Bytes, RequestError> {
     let mut read = BytesMut::new();
     while let Some(data) = next_data(&mut body, BODY_TIMEOUT).await? {
         if read.len() + data.len() > at_most {
@@ -309,7 +309,7 @@ pub(super) async fn read_body(mut body: Body, at_most: usize) -> Result<Bytes, R
 }
 
 /// Reads a list's page.
-pub(super) async fn read_page(body: Body) -> Result<Bytes, RequestError> {
+pub async fn read_page(body: Body) -> Result<Bytes, RequestError> {
     read_body(body, MAX_BODY).await
 }
 
@@ -330,7 +330,7 @@ async fn next_data(body: &mut Body, patience: Duration) -> Result<Option<Bytes>,
 }
 
 /// The lines of a watch.
-pub(super) struct Lines {
+pub struct Lines {
     body: Body,
     buffer: BytesMut,
     /// How much of the buffer is known to have no end of a line.
@@ -338,7 +338,8 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    pub(super) fn new(body: Body) -> Self {
+    /// The lines of an answer.
+    pub fn new(body: Body) -> Self {
         Self { body, buffer: BytesMut::new(), searched: 0 }
     }
 
@@ -347,7 +348,7 @@ impl Lines {
     ///
     /// # Errors
     /// [`RequestError::Timeout`] when nothing came for `patience`, which does not end the stream.
-    pub(super) async fn next(&mut self, patience: Duration) -> Result<Option<Bytes>, RequestError> {
+    pub async fn next(&mut self, patience: Duration) -> Result<Option<Bytes>, RequestError> {
         loop {
             let unsearched = self.buffer.get(self.searched..).unwrap_or_default();
             if let Some(end) = unsearched.iter().position(|byte| *byte == b'\n') {

@@ -6,7 +6,6 @@
 //! ```
 
 use std::borrow::Cow;
-use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,10 +17,7 @@ use serde_json::value::RawValue;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
-use super::connection::{Access, Lines, RequestError, read_page};
-use super::state::{Collected, Read, Shared};
-use crate::kubernetes::ObjectKey;
-use crate::kubernetes::convert::{self, Kind};
+use crate::connection::{Access, Lines, RequestError, read_page};
 
 /// How many objects a page has.
 const PAGE: u32 = 500;
@@ -42,16 +38,60 @@ const GOOD_LIFE: Duration = Duration::from_secs(5);
 /// After that many failures in a row at one place everything is read anew.
 const MOST_RESUMES: u32 = 5;
 
+/// Objects of one kind, and who wants to know of them.
+pub trait Objects: Send + Sync + 'static {
+    /// The kind's name.
+    const KIND: &'static str;
+    /// Where an API server has the objects of all namespaces.
+    const PATH: &'static str;
+    /// All objects, while they are being read.
+    type Picture: Default + Send;
+
+    /// Puts an object into a picture.
+    fn collect(picture: &mut Self::Picture, object: &Object<'_>);
+    /// Takes an object out of a picture again.
+    fn discard(picture: &mut Self::Picture, object: &Object<'_>);
+    /// Takes in all objects that there are.
+    fn replace(&self, picture: Self::Picture);
+    /// Takes in an object that is new or has changed.
+    fn add(&self, object: &Object<'_>);
+    /// Forgets an object.
+    fn remove(&self, object: &Object<'_>);
+    /// Notes that objects can be read.
+    fn works(&self);
+    /// Notes that they cannot, and why.
+    fn fails(&self, error: &str);
+}
+
+/// One object as it came.
+#[derive(Debug)]
+pub struct Object<'a> {
+    /// Its JSON.
+    pub text: &'a str,
+    /// What it is, if that is not what was asked for.
+    pub foreign: Option<&'a str>,
+    /// Its place in a list; `None`: it came by a watch.
+    pub index: Option<usize>,
+}
+
+/// Which objects are read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// A selector of labels; empty: any.
+    pub labels: String,
+    /// A selector of fields; empty: any.
+    pub fields: String,
+}
+
 /// Watches the objects of one kind in one cluster.
-pub(super) struct Watch<K> {
+pub struct Watch<O> {
     access: Arc<Access>,
-    shared: Arc<Shared>,
-    selector: String,
+    objects: Arc<O>,
+    selection: Selection,
     /// Whether the server is asked to stream the first picture too. Not any more once it would not.
     streams_lists: bool,
     /// Where to resume.
     version: Option<String>,
-    kind: PhantomData<K>,
 }
 
 /// Why a list or a watch ended early.
@@ -129,13 +169,14 @@ struct Failure {
     message: Option<String>,
 }
 
-impl<K: Kind> Watch<K> {
-    pub(super) fn new(access: Arc<Access>, shared: Arc<Shared>, selector: String) -> Self {
-        Self { access, shared, selector, streams_lists: true, version: None, kind: PhantomData }
+impl<O: Objects> Watch<O> {
+    /// A watch that has not begun.
+    pub fn new(access: Arc<Access>, objects: Arc<O>, selection: Selection) -> Self {
+        Self { access, objects, selection, streams_lists: true, version: None }
     }
 
     /// Runs until it is dropped.
-    pub(super) async fn run(mut self) {
+    pub async fn run(mut self) {
         let mut failures: u32 = 0;
         loop {
             let started = Instant::now();
@@ -158,18 +199,18 @@ impl<K: Kind> Watch<K> {
                 }
                 Ok(()) => {}
                 Err(Broken::Gone) => {
-                    debug!("{}s: what is known is too old; reading all anew", K::KIND);
+                    debug!("{}s: what is known is too old; reading all anew", O::KIND);
                     self.version = None;
                 }
                 Err(Broken::NoWatchList) => {
-                    debug!("{}s: the server does not stream lists", K::KIND);
+                    debug!("{}s: the server does not stream lists", O::KIND);
                     self.streams_lists = false;
                     continue;
                 }
                 // The first time is for nothing but to connect again.
-                Err(Broken::CutOff(error)) if failures == 0 => debug!("{}s: {error}", K::KIND),
+                Err(Broken::CutOff(error)) if failures == 0 => debug!("{}s: {error}", O::KIND),
                 Err(Broken::CutOff(error) | Broken::Failed(error)) => {
-                    self.shared.fails::<K>(&error.to_string());
+                    self.objects.fails(&error.to_string());
                     if let RequestError::Status { retry_after: Some(after), .. } = &error {
                         at_least = (*after).min(LONGEST_RETRY_AFTER);
                     }
@@ -185,10 +226,14 @@ impl<K: Kind> Watch<K> {
     }
 
     fn path(&self, query: &str) -> String {
-        let mut path = format!("{}?{query}", K::PATH);
-        if !self.selector.is_empty() {
-            path.push_str("&labelSelector=");
-            path.extend(utf8_percent_encode(&self.selector, NON_ALPHANUMERIC));
+        let mut path = format!("{}?{query}", O::PATH);
+        for (name, selector) in [("labelSelector", &self.selection.labels), ("fieldSelector", &self.selection.fields)] {
+            if !selector.is_empty() {
+                path.push('&');
+                path.push_str(name);
+                path.push('=');
+                path.extend(utf8_percent_encode(selector, NON_ALPHANUMERIC));
+            }
         }
         path
     }
@@ -200,7 +245,7 @@ impl<K: Kind> Watch<K> {
 
     /// Reads all objects page by page.
     async fn list_all(&mut self) -> Result<(), Broken> {
-        let mut collected = Collected::default();
+        let mut picture = O::Picture::default();
         let mut next = String::new();
         loop {
             let mut query = format!("limit={PAGE}");
@@ -210,10 +255,9 @@ impl<K: Kind> Watch<K> {
             }
             let text = read_page(self.access.get(&self.path(&query)).await?.into_body()).await?;
             let page: Page<'_> = serde_json::from_slice(&text)
-                .map_err(|error| nonsense(format!("the server's answer is no list of {}s: {error}", K::KIND)))?;
+                .map_err(|error| nonsense(format!("the server's answer is no list of {}s: {error}", O::KIND)))?;
             for (i, item) in page.items.into_iter().flatten().enumerate() {
-                let (key, object) = read::<K>(item.get(), || format!("object {i} of a list"));
-                collected.add(key, object);
+                O::collect(&mut picture, &Object { text: item.get(), foreign: None, index: Some(i) });
             }
             match page.metadata.next.filter(|next| !next.is_empty()) {
                 Some(more) => next = more,
@@ -221,7 +265,7 @@ impl<K: Kind> Watch<K> {
                     let version = page.metadata.resource_version.filter(|version| !version.is_empty());
                     self.version =
                         Some(version.ok_or_else(|| nonsense("the list has no metadata.resourceVersion".to_owned()))?);
-                    self.shared.replace(collected);
+                    self.objects.replace(picture);
                     return Ok(());
                 }
             }
@@ -245,7 +289,7 @@ impl<K: Kind> Watch<K> {
             Err(error) => return Err(error.into()),
         };
         let mut lines = Lines::new(response.into_body());
-        let mut collected = Collected::default();
+        let mut picture = O::Picture::default();
         loop {
             let line = match lines.next(SILENCE).await {
                 Ok(Some(line)) => line,
@@ -256,11 +300,8 @@ impl<K: Kind> Watch<K> {
             };
             let (event, seen) = parse(&line)?;
             match &*event.kind {
-                "ADDED" | "MODIFIED" => {
-                    let (key, object) = read_event::<K>(&event, &seen);
-                    collected.add(key, object);
-                }
-                "DELETED" => collected.remove(&convert::key_of(event.object.get()).unwrap_or_else(unknown)),
+                "ADDED" | "MODIFIED" => O::collect(&mut picture, &object::<O>(&event, &seen)),
+                "DELETED" => O::discard(&mut picture, &object::<O>(&event, &seen)),
                 "BOOKMARK" => {
                     if let Some(annotations) = &seen.metadata.annotations
                         && annotations.initial_events_end.as_deref() == Some("true")
@@ -272,7 +313,7 @@ impl<K: Kind> Watch<K> {
                 _ => return Err(failure(&event)),
             }
         }
-        self.shared.replace(collected);
+        self.objects.replace(picture);
         self.follow_lines(lines).await
     }
 
@@ -280,7 +321,7 @@ impl<K: Kind> Watch<K> {
     async fn follow(&mut self, version: &str) -> Result<(), Broken> {
         let version = utf8_percent_encode(version, NON_ALPHANUMERIC);
         let response = self.access.get(&self.watch_path(&format!("resourceVersion={version}"))).await?;
-        self.shared.works::<K>();
+        self.objects.works();
         self.follow_lines(Lines::new(response.into_body())).await
     }
 
@@ -298,11 +339,8 @@ impl<K: Kind> Watch<K> {
             };
             let (event, seen) = parse(&line)?;
             match &*event.kind {
-                "ADDED" | "MODIFIED" => {
-                    let (key, object) = read_event::<K>(&event, &seen);
-                    self.shared.add(key, object);
-                }
-                "DELETED" => self.shared.remove::<K>(&convert::key_of(event.object.get()).unwrap_or_else(unknown)),
+                "ADDED" | "MODIFIED" => self.objects.add(&object::<O>(&event, &seen)),
+                "DELETED" => self.objects.remove(&object::<O>(&event, &seen)),
                 "BOOKMARK" => {}
                 _ => return Err(failure(&event)),
             }
@@ -322,7 +360,7 @@ impl<K: Kind> Watch<K> {
         let asked = async { read_page(self.access.get(&self.path("limit=1")).await?.into_body()).await };
         match timeout(PROBE_TIMEOUT, asked).await {
             Ok(Ok(_)) => {
-                self.shared.works::<K>();
+                self.objects.works();
                 Ok(())
             }
             Ok(Err(error)) => Err(error.into()),
@@ -356,32 +394,9 @@ fn failure(event: &Event<'_>) -> Broken {
     RequestError::Status { status, message, retry_after: None }.into()
 }
 
-fn read_event<K: Kind>(event: &Event<'_>, seen: &Seen<'_>) -> (ObjectKey, Read<K>) {
-    let text = event.object.get();
-    match seen.kind.as_deref() {
-        Some(kind) if kind != K::KIND => {
-            let key = convert::key_of(text).unwrap_or_else(unknown);
-            let error = format!("a watch of {}s brought a {}: {key}", K::KIND, kind.escape_debug());
-            (key, Err(error))
-        }
-        _ => read(text, || "an object of a watch".to_owned()),
-    }
-}
-
-/// The key of all objects that do not say their name.
-fn unknown() -> ObjectKey {
-    ObjectKey::new("", "")
-}
-
-/// Reads one object, which others do not suffer from.
-fn read<K: Kind>(text: &str, place: impl Fn() -> String) -> (ObjectKey, Read<K>) {
-    match convert::read_json::<K>(text) {
-        Ok((key, object)) => (key, Ok(object.filter(K::matters))),
-        Err(error) => match convert::key_of(text) {
-            Some(key) => (key, Err(error.to_string())),
-            None => (unknown(), Err(format!("{}: {error}", place()))),
-        },
-    }
+fn object<'a, O: Objects>(event: &Event<'a>, seen: &'a Seen<'_>) -> Object<'a> {
+    let foreign = seen.kind.as_deref().filter(|kind| *kind != O::KIND);
+    Object { text: event.object.get(), foreign, index: None }
 }
 
 /// How long to wait after so many failures.

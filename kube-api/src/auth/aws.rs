@@ -17,8 +17,8 @@ use serde::Deserialize;
 
 use super::sigv4::{AwsCredentials, EMPTY_PAYLOAD, Request, presign};
 use super::{AuthError, ClusterAuth, Credential, RENEW_BEFORE, Remembered};
-use crate::source::api_server::config::AwsIamConfig;
-use crate::source::api_server::connection::fetch;
+use crate::config::AwsIamConfig;
+use crate::connection::fetch;
 
 /// How long a token is good for after it was signed, whatever the URL says.
 const TOKEN_LIFE: Duration = Duration::from_secs(15 * 60);

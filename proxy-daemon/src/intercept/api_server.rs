@@ -1,0 +1,215 @@
+//! Follows the pods of this node in an API server.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Watch};
+use tokio::sync::{Notify, oneshot};
+
+use super::manifests::{Dated, RawPod, known};
+use super::pods::Origin;
+use super::selectors::Enrolment;
+use super::state::State;
+
+/// How long changes are gathered: a pod that starts changes some times in a row.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// The thread that follows an API server. Dropping it stops the thread.
+pub(super) struct ApiFollower {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ApiFollower {
+    /// Starts the thread. Until it has read all pods the node is not ready.
+    pub(super) fn start(
+        enrolment: Enrolment,
+        kubernetes: KubernetesConfig,
+        state: Arc<Mutex<State>>,
+    ) -> io::Result<Self> {
+        let pods = Arc::new(NodePods { enrolment, found: Mutex::default(), changed: Notify::new() });
+        pods.tell(&state);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("intercept-pods".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = follow(pods, kubernetes, &state) => {}
+                    _ = stopped => {}
+                }
+            });
+        })?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for ApiFollower {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            // Fails only when the thread is gone.
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that followed the API server's pods had panicked");
+        }
+    }
+}
+
+async fn follow(pods: Arc<NodePods>, kubernetes: KubernetesConfig, state: &Mutex<State>) {
+    let fields = format!("spec.nodeName={}", pods.enrolment.node_name);
+    let selection = Selection { labels: String::new(), fields };
+    let watch = Watch::new(Arc::new(Access::new(kubernetes)), Arc::clone(&pods), selection);
+    let tell = async {
+        loop {
+            pods.changed.notified().await;
+            tokio::time::sleep(GATHER).await;
+            pods.tell(state);
+        }
+    };
+    tokio::select! {
+        () = watch.run() => {}
+        () = tell => {}
+    }
+}
+
+/// What the API server says of this node's pods.
+struct NodePods {
+    enrolment: Enrolment,
+    found: Mutex<Found>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Found {
+    /// By namespace and name.
+    pods: BTreeMap<String, Dated>,
+    /// All of them have been read once.
+    is_whole: bool,
+    /// Why they cannot be read.
+    failing: Option<String>,
+    /// Counts what is told.
+    version: u64,
+}
+
+/// A pod as it came, by its key; or what is wrong with it.
+type Picture = BTreeMap<String, Result<RawPod, String>>;
+
+impl NodePods {
+    fn with(&self, change: impl FnOnce(&mut Found)) {
+        change(&mut self.found.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_one();
+    }
+
+    /// Takes in a pod. One that cannot be used keeps its last good version.
+    fn take(&self, found: &mut Found, key: String, pod: Result<RawPod, String>, before: Option<Dated>) {
+        found.version += 1;
+        match pod.and_then(|pod| known(pod, &self.enrolment)) {
+            Ok(Some((created, mut pod))) => {
+                (pod.origin, pod.version) = (Origin::Kubernetes, found.version);
+                found.pods.insert(key, (created, pod));
+            }
+            Ok(None) => {}
+            Err(reason) => {
+                tracing::warn!(pod = key, reason, "a pod of the API server stays as it was");
+                found.pods.extend(before.map(|before| (key, before)));
+            }
+        }
+    }
+
+    /// Puts in force what is known.
+    fn tell(&self, state: &Mutex<State>) {
+        let (fault, pods) = {
+            let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+            let fault = match &found.failing {
+                _ if found.is_whole => None,
+                Some(reason) => Some(format!("pods cannot be read from the API server: {reason}")),
+                None => Some("pods have not been read from the API server yet".to_owned()),
+            };
+            let mut pods: Vec<Dated> = found.pods.values().cloned().collect();
+            // Of two pods with one address the newer has it.
+            pods.sort_by(|(one, _), (other, _)| one.cmp(other));
+            (fault, pods.into_iter().map(|(_, pod)| pod).collect())
+        };
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.source_fault = fault;
+        state.set_pods(Origin::Kubernetes, pods);
+    }
+}
+
+fn read(object: &Object<'_>) -> (String, Result<RawPod, String>) {
+    if let Some(kind) = object.foreign {
+        return (String::new(), Err(format!("a watch of Pods brought a {}", kind.escape_debug())));
+    }
+    match serde_json::from_str::<RawPod>(object.text) {
+        Ok(pod) => (pod.key(), Ok(pod)),
+        Err(error) => (key_of(object), Err(error.to_string())),
+    }
+}
+
+/// The key of an object that may be wrong in every other respect.
+fn key_of(object: &Object<'_>) -> String {
+    let object: serde_json::Value = serde_json::from_str(object.text).unwrap_or_default();
+    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
+    format!("{}/{}", text("namespace"), text("name"))
+}
+
+impl Objects for NodePods {
+    const KIND: &'static str = "Pod";
+    const PATH: &'static str = "/api/v1/pods";
+    type Picture = Picture;
+
+    fn collect(picture: &mut Picture, object: &Object<'_>) {
+        let (key, pod) = read(object);
+        picture.insert(key, pod);
+    }
+
+    fn discard(picture: &mut Picture, object: &Object<'_>) {
+        picture.remove(&key_of(object));
+    }
+
+    fn replace(&self, picture: Picture) {
+        self.with(|found| {
+            let mut before = std::mem::take(&mut found.pods);
+            for (key, pod) in picture {
+                let last = before.remove(&key);
+                self.take(found, key, pod, last);
+            }
+            (found.is_whole, found.failing) = (true, None);
+        });
+    }
+
+    fn add(&self, object: &Object<'_>) {
+        let (key, pod) = read(object);
+        self.with(|found| {
+            let before = found.pods.remove(&key);
+            self.take(found, key, pod, before);
+        });
+    }
+
+    fn remove(&self, object: &Object<'_>) {
+        self.with(|found| {
+            found.pods.remove(&key_of(object));
+        });
+    }
+
+    fn works(&self) {
+        let failing = self.found.lock().unwrap_or_else(PoisonError::into_inner).failing.take();
+        if failing.is_some() {
+            tracing::info!("the API server's pods can be read again");
+        }
+    }
+
+    fn fails(&self, error: &str) {
+        self.with(|found| {
+            if found.failing.as_deref() != Some(error) {
+                tracing::warn!(error, "the API server's pods cannot be read, and stay as they were");
+                found.failing = Some(error.to_owned());
+            }
+        });
+    }
+}
