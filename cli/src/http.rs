@@ -1,4 +1,4 @@
-//! GET and POST over plain HTTP: all that the status pages and the admin interface need.
+//! Requests over plain HTTP: all that the status pages, discovery's own API and the admin interface need.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -27,7 +27,11 @@ pub fn post(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     request(base, "POST", path)
 }
 
-fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+/// Sends a request with further header lines, each with its line end, and a body. Gives status and body of the answer.
+///
+/// # Errors
+/// When the server cannot be reached or does not answer in HTTP.
+pub fn send(base: &str, method: &str, path: &str, headers: &str, body: &str) -> anyhow::Result<(u16, Vec<u8>)> {
     let authority = match base.split_once("://") {
         Some(("http", rest)) => rest,
         Some((scheme, _)) => bail!("`{scheme}` URLs are not supported, only http"),
@@ -41,7 +45,7 @@ fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
         format!("{authority}{port}").to_socket_addrs().with_context(|| format!("cannot resolve {authority}"))?
     {
         match TcpStream::connect_timeout(&address, TIMEOUT) {
-            Ok(connection) => return exchange(connection, authority, method, path),
+            Ok(connection) => return exchange(connection, authority, (method, path), headers, body),
             Err(error) => last = Some(error),
         }
     }
@@ -51,16 +55,32 @@ fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     }
 }
 
+fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+    let (status, body) = send(base, method, path, "", "")?;
+    let text = String::from_utf8_lossy(&body[..body.len().min(200)]).trim().to_owned();
+    ensure!(status == 200, "{base} answered {path} with {status}: {text}");
+    Ok(body)
+}
+
 fn has_port(authority: &str) -> bool {
     // In an IPv6 address without a port, the last colon is inside of the brackets.
     authority.rsplit_once(':').is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))
 }
 
-fn exchange(mut connection: TcpStream, authority: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
+fn exchange(
+    mut connection: TcpStream,
+    authority: &str,
+    (method, path): (&str, &str),
+    headers: &str,
+    body: &str,
+) -> anyhow::Result<(u16, Vec<u8>)> {
     connection.set_read_timeout(Some(TIMEOUT))?;
     connection.set_write_timeout(Some(TIMEOUT))?;
     // HTTP/1.0: the body ends with the connection, without chunks.
-    let request = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nAccept: */*\r\nContent-Length: 0\r\n\r\n");
+    let length = body.len();
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\nHost: {authority}\r\nAccept: */*\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
+    );
     connection.write_all(request.as_bytes()).with_context(|| format!("writing to {authority}"))?;
     let mut response = Vec::new();
     connection.take(MAX_RESPONSE).read_to_end(&mut response).with_context(|| format!("reading from {authority}"))?;
@@ -69,12 +89,11 @@ fn exchange(mut connection: TcpStream, authority: &str, method: &str, path: &str
     let head = String::from_utf8_lossy(&response[..end]).into_owned();
     let body = response.split_off(end + 4);
     let status = head.split_whitespace().nth(1).unwrap_or_default();
-    let text = String::from_utf8_lossy(&body[..body.len().min(200)]).trim().to_owned();
-    ensure!(status == "200", "{authority} answered {path} with {status}: {text}");
+    let status = status.parse().with_context(|| format!("{authority} does not speak HTTP"))?;
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
     });
     ensure!(length.is_none_or(|length| length == body.len()), "{authority} ended its answer to {path} too early");
-    Ok(body)
+    Ok((status, body))
 }

@@ -1,18 +1,26 @@
-//! `culvert override`: makes and reads the headers that carry overrides.
+//! `culvert override`: makes and reads the headers that carry overrides, and what goes with them.
 
+mod access;
+mod connect;
 mod doctor;
 mod explain;
 mod header;
+mod list;
+mod proxy;
+mod share;
+mod terminal;
 
 use std::fmt::Write as _;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use culvert_xds_client::overrides::{
     BAGGAGE_ITEM, Override, Overrides, SpanContext, decode_ot_span_context, find, parse_baggage,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
+
+pub use self::terminal::time;
 
 const OT_SPAN_CONTEXT: &str = "x-ot-span-context";
 const OT_BAGGAGE_OVERRIDES: &str = "ot-baggage-overrides";
@@ -35,6 +43,18 @@ pub enum Command {
     /// Say which services do not pass on what they are sent
     #[command(after_help = doctor::HELP)]
     Doctor(doctor::DoctorFlags),
+    /// Show what can be named: the offloaded revisions of services
+    #[command(after_help = list::HELP)]
+    List(list::ListFlags),
+    /// Run a local HTTP proxy that adds the header to everything
+    #[command(after_help = proxy::HELP)]
+    Proxy(proxy::Flags),
+    /// Keep sets of overrides at discovery, each with a short token that stands for it
+    #[command(subcommand, after_help = share::HELP)]
+    Share(share::Command),
+    /// Have a program on this machine answer for a revision of a service, through a tunnel
+    #[command(after_help = connect::HELP)]
+    Connect(connect::Flags),
 }
 
 /// Flags of `culvert override decode`.
@@ -68,6 +88,20 @@ pub fn run(command: Command) -> anyhow::Result<String> {
         Command::Decode(flags) => decode(&flags),
         Command::Explain(flags) => explain::run(&flags),
         Command::Doctor(flags) => doctor::run(&flags),
+        Command::List(flags) => list::run(&flags),
+        Command::Proxy(flags) => proxy::run(flags),
+        Command::Share(command) => share::run(command),
+        Command::Connect(flags) => connect::run(flags),
+    }
+}
+
+/// The message of some revisions and a share.
+fn message(set: &[(String, String)], share: Option<&str>) -> anyhow::Result<Overrides> {
+    let overrides = Overrides::new(set.iter().cloned())
+        .context("--set (overrides are numbered from 0, in the order of the flags)")?;
+    match share {
+        Some(token) => overrides.with_share(token).context("--share (`culvert override share list` shows the tokens)"),
+        None => Ok(overrides),
     }
 }
 
@@ -172,7 +206,9 @@ fn in_words(decoded: &Decoded) -> String {
             if overrides.expires != 0 {
                 let _ = writeln!(text, "  {}", expiry(overrides.expires, header::now()));
             }
-            if overrides.overrides.is_empty() {
+            if !overrides.share.is_empty() {
+                let _ = writeln!(text, "  share {}", overrides.share);
+            } else if overrides.overrides.is_empty() {
                 text.push_str("  an empty list of overrides\n");
             }
             for entry in &overrides.overrides {
@@ -237,6 +273,9 @@ fn as_json(decoded: &Decoded) -> Value {
         }
         if let Some(key) = &decoded.key_id {
             object["signed_with"] = key.clone().into();
+        }
+        if !overrides.share.is_empty() {
+            object["share"] = overrides.share.as_str().into();
         }
         object
     });

@@ -51,7 +51,14 @@ pub struct EndpointsFlags {
 pub fn services(flags: &ServicesFlags) -> anyhow::Result<String> {
     let status = flags.from.fetch()?;
     let found = find(&status, flags.name.as_deref())?;
-    Ok(flags.from.print(&Value::Array(found.clone()), || services_table(&found, table::terminal_width())))
+    let shown = || {
+        let mut text = services_table(&found, table::terminal_width());
+        if flags.name.is_none() {
+            text.push_str(&beside(&status));
+        }
+        text
+    };
+    Ok(flags.from.print(&Value::Array(found.clone()), shown))
 }
 
 /// Runs `culvert endpoints`.
@@ -83,6 +90,21 @@ fn find(status: &Value, name: Option<&str>) -> anyhow::Result<Vec<Value>> {
         }
     }
     Ok(found)
+}
+
+/// What only overrides reach, and what they are kept in, as far as there is any.
+fn beside(status: &Value) -> String {
+    let mut text = String::new();
+    for (title, rows, columns) in [
+        ("OFFLOADED", status::offloaded(status), status::OFFLOADED_COLUMNS),
+        ("TUNNELS", status::tunnels(status), status::TUNNEL_COLUMNS),
+        ("SHARES", status::shares(status), status::SHARE_COLUMNS),
+    ] {
+        if !rows.is_empty() {
+            status::section(&mut text, title, rows, columns);
+        }
+    }
+    if text.is_empty() { text } else { format!("\n{text}") }
 }
 
 fn services_table(services: &[Value], width: Option<usize>) -> String {

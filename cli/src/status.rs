@@ -5,6 +5,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::http;
+use crate::overrides::time;
 use crate::table;
 
 /// Whom to ask, and how to print: flags of all commands that ask culvert-discovery.
@@ -79,7 +80,9 @@ fn tables(status: &Value) -> String {
         let rows = vec![row.into_iter().chain([state.to_owned()]).collect()];
         section(&mut text, "REGISTRATIONS", rows, &["STORAGE", "HOSTS", "STATE"]);
     }
-    section(&mut text, "OFFLOADED", offloaded(status), &["SERVICE", "REVISION", "ADDRESS", "POD", "CLUSTER"]);
+    section(&mut text, "OFFLOADED", offloaded(status), OFFLOADED_COLUMNS);
+    section(&mut text, "TUNNELS", tunnels(status), TUNNEL_COLUMNS);
+    section(&mut text, "SHARES", shares(status), SHARE_COLUMNS);
     section(&mut text, "PROXIES", proxies(status), &["NODE", "PEER", "AGENT", "VARIANT", "STATE"]);
     let problems = problems(status);
     if !problems.is_empty() {
@@ -124,7 +127,11 @@ fn services(status: &Value) -> Vec<Vec<String>> {
     list(&status["services"]).iter().map(row).collect()
 }
 
-fn offloaded(status: &Value) -> Vec<Vec<String>> {
+/// The columns of [`offloaded`].
+pub const OFFLOADED_COLUMNS: &[&str] = &["SERVICE", "REVISION", "ADDRESS", "POD", "CLUSTER"];
+
+/// Endpoints that only overrides reach.
+pub fn offloaded(status: &Value) -> Vec<Vec<String>> {
     let rows = |service: &Value| {
         let name = cell(&service["envoy_cluster"]);
         let row = move |endpoint: &Value| {
@@ -135,6 +142,35 @@ fn offloaded(status: &Value) -> Vec<Vec<String>> {
         list(&service["offloaded"]).iter().map(row).collect::<Vec<_>>()
     };
     list(&status["services"]).iter().flat_map(rows).collect()
+}
+
+/// The columns of [`tunnels`].
+pub const TUNNEL_COLUMNS: &[&str] = &["SERVICE", "REVISION", "FROM", "CONNECTIONS", "SINCE"];
+
+/// Tunnels to developers' machines.
+pub fn tunnels(status: &Value) -> Vec<Vec<String>> {
+    let row = |tunnel: &Value| {
+        let mut row: Vec<_> = ["envoy_cluster", "revision", "peer", "connections"].map(|key| cell(&tunnel[key])).into();
+        row.push(time(tunnel["since"].as_i64().unwrap_or_default()));
+        row
+    };
+    list(&status["tunnels"]).iter().map(row).collect()
+}
+
+/// The columns of [`shares`].
+pub const SHARE_COLUMNS: &[&str] = &["NAME", "UNTIL", "OVERRIDES"];
+
+/// Stored sets of overrides.
+pub fn shares(status: &Value) -> Vec<Vec<String>> {
+    let row = |share: &Value| {
+        let entries = list(&share["overrides"]).iter();
+        let entries: Vec<_> =
+            entries.map(|entry| format!("{}={}", cell(&entry["service"]), cell(&entry["revision"]))).collect();
+        let expires = time(share["expires"].as_i64().unwrap_or_default());
+        let until = if share["expired"] == true { format!("ended {expires}") } else { expires };
+        vec![cell(&share["name"]), until, entries.join(",")]
+    };
+    list(&status["shares"]).iter().map(row).collect()
 }
 
 fn proxies(status: &Value) -> Vec<Vec<String>> {
@@ -176,6 +212,9 @@ fn problems(status: &Value) -> Vec<String> {
     if let Some(error) = status["registrations"]["error"].as_str() {
         problems.push(format!("registrations: {error}; what was registered stays in force"));
     }
+    if let Some(error) = status["share_storage"]["error"].as_str() {
+        problems.push(format!("shares: {error}; what was stored last stays in force"));
+    }
     problems.extend(list(&status["warnings"]).iter().map(cell));
     for client in list(&status["clients"]) {
         for (type_url, state) in client["types"].as_object().into_iter().flatten() {
@@ -207,7 +246,8 @@ pub fn joined(value: &Value) -> String {
     if parts.is_empty() { "-".to_owned() } else { parts.join(",") }
 }
 
-fn section(text: &mut String, title: &str, rows: Vec<Vec<String>>, columns: &[&str]) {
+/// A table under a title; what has no rows is said to be none.
+pub fn section(text: &mut String, title: &str, rows: Vec<Vec<String>>, columns: &[&str]) {
     if !text.is_empty() {
         text.push('\n');
     }

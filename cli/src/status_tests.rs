@@ -63,7 +63,10 @@ fn tables_show_what_matters() {
 
 #[test]
 fn an_empty_mesh_is_not_an_error() {
-    assert_eq!(tables(&json!({})), "CLUSTERS: none\n\nSERVICES: none\n\nOFFLOADED: none\n\nPROXIES: none\n");
+    assert_eq!(
+        tables(&json!({})),
+        "CLUSTERS: none\n\nSERVICES: none\n\nOFFLOADED: none\n\nTUNNELS: none\n\nSHARES: none\n\nPROXIES: none\n"
+    );
 }
 
 #[test]

@@ -11,7 +11,9 @@ use culvert_xds_client::json;
 use serde::Deserialize;
 
 use crate::mesh::Protocol;
+use crate::overrides::{self, tunnels};
 use crate::registration::Settings;
+use crate::registration::store::Storage;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
 use crate::server;
@@ -53,6 +55,8 @@ pub struct Config {
     pub clusters: Vec<ClusterConfig>,
     /// The registration API, if it is served.
     pub registration: Option<Settings>,
+    /// Shares of overrides and tunnels.
+    pub overrides: crate::overrides::Settings,
     /// How clusters are drained.
     pub drain: crate::drain::Settings,
     /// How long to wait at most for clusters that cannot be read, before the others are served without them.
@@ -97,6 +101,51 @@ pub struct ConfigFile {
     pub registration: Option<ConfigFileRegistration>,
     /// The proxies' override filter: the fields of `culvert.extensions.filters.http.overrides.v1.Override`.
     pub override_filter: Option<serde_json::Value>,
+    /// Shares of overrides and tunnels.
+    pub overrides: Option<ConfigFileOverrides>,
+}
+
+/// Shares of overrides and tunnels in the configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFileOverrides {
+    storage: Option<String>,
+    token_file: Option<PathBuf>,
+    max_shares: Option<usize>,
+    tunnels: Option<ConfigFileTunnels>,
+}
+
+/// Where tunnels are, in the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFileTunnels {
+    address: std::net::IpAddr,
+    /// `FIRST-LAST`.
+    ports: String,
+    max_connections: Option<usize>,
+}
+
+impl TryFrom<ConfigFileOverrides> for overrides::Settings {
+    type Error = anyhow::Error;
+
+    fn try_from(file: ConfigFileOverrides) -> anyhow::Result<Self> {
+        let ConfigFileOverrides { storage, token_file, max_shares, tunnels } = file;
+        let defaults = Self::default();
+        let storage = storage.map(|text| text.parse()).transpose();
+        let tunnels = tunnels.map(|ConfigFileTunnels { address, ports, max_connections }| {
+            let settings: tunnels::Settings = format!("[{address}]:{ports}").parse()?;
+            let max_connections = max_connections.unwrap_or(settings.max_connections);
+            tunnels::Settings { max_connections, ..settings }.checked()
+        });
+        Ok(Self {
+            storage: storage
+                .map_err(|error| anyhow::anyhow!("overrides.storage: {error}"))?
+                .unwrap_or(defaults.storage),
+            token_file,
+            max_shares: max_shares.unwrap_or(defaults.max_shares),
+            tunnels: tunnels.transpose().map_err(|error| anyhow::anyhow!("overrides.tunnels: {error}"))?,
+        })
+    }
 }
 
 /// A cluster in the configuration file.
@@ -282,6 +331,18 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         config.serving.rules.is_empty() || has_authorities,
         "authorization: goes by clients' certificates, and none are asked for; name `tls.client_authorities`"
     );
+    if let (Some(registration), Storage::Embedded(path)) = (&config.registration, &config.overrides.storage) {
+        let other = &registration.storage;
+        ensure!(
+            *other != Storage::Embedded(path.clone()),
+            "registrations and shares of overrides cannot be in one file ({}): name another for one of them",
+            path.display()
+        );
+    }
+    ensure!(
+        config.overrides.tunnels.is_none() || config.overrides.token_file.is_some(),
+        "tunnels need the developers' token: `overrides.token_file` (--developer-token-file)"
+    );
     ensure!(config.options.outbound_port != 0, "the outbound port of proxies cannot be 0");
     Ok(())
 }
@@ -345,6 +406,55 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_and_shares_are_configured() {
+        let read = |text: &str| {
+            let file: ConfigFile = serde_saphyr::from_str(text).unwrap();
+            overrides::Settings::try_from(file.overrides.unwrap()).map_err(|error| error.to_string())
+        };
+        let settings = read(
+            "overrides: {storage: 'redb:/x', token_file: /t, max_shares: 5, tunnels: {address: 10.0.0.5, ports: 7-9}}",
+        );
+        let expected = overrides::Settings {
+            storage: Storage::Embedded("/x".into()),
+            token_file: Some("/t".into()),
+            max_shares: 5,
+            tunnels: Some("10.0.0.5:7-9".parse().unwrap()),
+        };
+        assert_eq!(settings, Ok(expected));
+        assert_eq!(read("overrides: {}"), Ok(overrides::Settings::default()));
+        for (text, expected) in [
+            ("overrides: {storage: disk}", "overrides.storage: `disk` is not"),
+            ("overrides: {tunnels: {address: '::', ports: 7-9}}", "overrides.tunnels: :: is not an address"),
+            ("overrides: {tunnels: {address: '::1', ports: 9-7}}", "overrides.tunnels: 9-7 has no port"),
+            ("overrides: {tunnels: {address: '::1', ports: '7', max_connections: 0}}", "0 connections"),
+        ] {
+            let error = read(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+        let config = |registration: Option<&str>, overrides: overrides::Settings| {
+            let registration = registration.map(|text| Settings::new(text.parse().unwrap()));
+            check(&Config {
+                listen: ([127, 0, 0, 1], 0).into(),
+                http: ([127, 0, 0, 1], 0).into(),
+                clusters: Vec::new(),
+                registration: registration.or_else(|| Some(Settings::new(Storage::Memory))),
+                serving: server::Settings::default(),
+                overrides,
+                initial_wait: INITIAL_WAIT,
+                drain: crate::drain::Settings::default(),
+                options: Options::default(),
+            })
+        };
+        let stored = |text: &str| overrides::Settings { storage: text.parse().unwrap(), ..Default::default() };
+        assert!(config(Some("redb:/x"), stored("redb:/y")).is_ok());
+        let error = config(Some("redb:/x"), stored("redb:/x")).unwrap_err().to_string();
+        assert!(error.contains("cannot be in one file (/x)"), "{error}");
+        let tunnels = overrides::Settings { tunnels: "10.0.0.5:7-9".parse().ok(), ..Default::default() };
+        let error = config(None, tunnels).unwrap_err().to_string();
+        assert!(error.contains("tunnels need the developers' token"), "{error}");
+    }
+
+    #[test]
     fn configurations_that_cannot_work_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         let cluster = |name: &str, path: &Path| ClusterConfig {
@@ -357,6 +467,7 @@ mod tests {
             http: ([127, 0, 0, 1], 0).into(),
             clusters,
             registration: None,
+            overrides: overrides::Settings::default(),
             initial_wait: INITIAL_WAIT,
             drain: crate::drain::Settings::default(),
             options: Options::default(),

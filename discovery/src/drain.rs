@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode};
 use tokio::sync::{Mutex, watch};
 use tracing::info;
 
+use crate::access;
 use crate::registry::{Registry, RegistryControl};
 
 /// What the paths begin with.
@@ -98,26 +99,10 @@ impl Drains {
     }
 
     fn admit(&self, headers: &HeaderMap, peer: IpAddr) -> Result<(), Answer> {
-        let forbidden = |reason: &str| Err((StatusCode::FORBIDDEN, reason.to_owned()));
         if !headers.contains_key(OPERATOR) {
-            return forbidden("the header x-culvert-operator is missing");
+            return Err((StatusCode::FORBIDDEN, "the header x-culvert-operator is missing".to_owned()));
         }
-        let Some(path) = &self.settings.token_file else {
-            return match peer.to_canonical().is_loopback() {
-                true => Ok(()),
-                false => forbidden("only from the host itself, or with `operator_token_file` in the configuration"),
-            };
-        };
-        let token = match std::fs::read_to_string(path) {
-            Ok(token) if !token.trim().is_empty() => token,
-            _ => return forbidden("the operators' token cannot be read here"),
-        };
-        let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-        let sent = sent.unwrap_or_default().trim().as_bytes();
-        match aws_lc_rs::constant_time::verify_slices_are_equal(sent, token.trim().as_bytes()) {
-            Ok(()) => Ok(()),
-            Err(_) => Err((StatusCode::UNAUTHORIZED, "the operators' token is needed".to_owned())),
-        }
+        access::admit(self.settings.token_file.as_deref(), headers, peer, "operators'", "operator_token_file")
     }
 
     async fn set(&self, control: &RegistryControl, cluster: &str, drained: bool) -> anyhow::Result<String> {

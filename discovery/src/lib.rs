@@ -1,17 +1,20 @@
 //! Joins many Kubernetes clusters into one mesh and serves it to proxies by Envoy's xDS.
 //!
 //! ```text
+//! shares and tunnels --+
 //! registrations -------+
 //! source (a cluster) --+
 //! source (a cluster) --+-> registry -> mesh -> resources (a snapshot) -> one session a client stream
 //! ```
 //! Each arrow is a `watch` channel: whoever is behind sees the newest state next, never a queue of older ones.
 
+pub mod access;
 pub mod config;
 pub mod drain;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
+pub mod overrides;
 pub mod policy;
 pub mod registration;
 pub mod registry;
@@ -33,6 +36,7 @@ use crate::config::{Config, SourceConfig};
 use crate::drain::Drains;
 use crate::http::{Activity, StatusPages};
 use crate::mesh::Joiner;
+use crate::overrides::Overrides;
 use crate::registration::Registrations;
 use crate::registration::join::Registered;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
@@ -70,6 +74,8 @@ impl Discovery {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         config::check(&config)?;
         let registrations = config.registration.map(Registrations::open).transpose().context("registrations")?;
+        let (shutdown, asked) = watch::channel(false);
+        let overrides = Overrides::open(config.overrides, asked.clone()).context("shares of overrides")?;
         let http = bind(config.http, "--http").await?;
         let listen = bind(config.listen, "--listen").await?;
         let (http_address, listen_address) = (http.local_addr()?, listen.local_addr()?);
@@ -98,7 +104,6 @@ impl Discovery {
         let tls = tls.map(Tls::new).transpose()?;
         let authorization = Arc::new(Authorization::new(rules));
         let loads = Loads::default();
-        let (shutdown, asked) = watch::channel(false);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
         let clients = Clients::default();
         let pages = StatusPages {
@@ -106,6 +111,7 @@ impl Discovery {
             snapshots: snapshots.clone(),
             clients: clients.clone(),
             registrations: registrations.clone(),
+            overrides: overrides.clone(),
             drains,
             activity: Arc::default(),
             authorization: Arc::clone(&authorization),
@@ -123,6 +129,13 @@ impl Discovery {
                 Ok(())
             });
         }
+        // As far as they can be read now: the mesh does not wait for them.
+        overrides.shares.refresh().await;
+        let following = overrides.shares.clone().run();
+        tasks.spawn(async move {
+            following.await;
+            Ok(())
+        });
         let mut ready = registry.clone();
         tokio::select! {
             ready = wait_until_ready(&mut ready, control, config.initial_wait) => ready?,
@@ -136,7 +149,7 @@ impl Discovery {
         }
         let activity = Arc::clone(&pages.activity);
         let joiner = Joiner::default();
-        let mut sources = Sources { registry, registrations, options: config.options, joiner, activity };
+        let mut sources = Sources { registry, registrations, overrides, options: config.options, joiner, activity };
         // Before the first build, so that no change after it is missed.
         let changes = sources.changes();
         if let Some(first) = sources.build(None) {
@@ -217,20 +230,21 @@ const BETWEEN_SNAPSHOTS: Duration = Duration::from_millis(20);
 struct Sources {
     registry: watch::Receiver<Arc<Registry>>,
     registrations: Option<Registrations>,
+    overrides: Overrides,
     options: Options,
     joiner: Joiner,
     activity: Arc<Activity>,
 }
 
 impl Sources {
-    fn changes(&self) -> Option<watch::Receiver<u64>> {
-        self.registrations.as_ref().map(Registrations::watch)
+    fn changes(&self) -> (Option<watch::Receiver<u64>>, watch::Receiver<u64>) {
+        (self.registrations.as_ref().map(Registrations::watch), self.overrides.watch())
     }
 
     /// Turns each new state into a snapshot.
     async fn follow(
         mut self,
-        mut registered: Option<watch::Receiver<u64>>,
+        (mut registered, mut overrides): (Option<watch::Receiver<u64>>, watch::Receiver<u64>),
         publish: watch::Sender<Arc<Snapshot>>,
     ) -> anyhow::Result<()> {
         loop {
@@ -251,6 +265,7 @@ impl Sources {
             let (changed, hosts_changed) = tokio::select! {
                 changed = registry_changed => (changed, false),
                 changed = registrations_changed => (changed, true),
+                changed = overrides.changed() => (changed, false),
             };
             if changed.is_err() {
                 return Ok(());
@@ -280,7 +295,12 @@ impl Sources {
         {
             self.joiner.register(Registered::new(&registrations.hosts(), registrations.settings()));
         }
+        self.joiner.offer(self.overrides.tunnels.offered());
+        self.joiner.share(self.overrides.shares.list());
         let (mesh, changed) = self.joiner.update(&registry);
+        if before.is_none() || !changed.is_empty() {
+            self.activity.saw(&mesh);
+        }
         let known = before.map_or(&[][..], |(before, _)| &before.mesh.warnings);
         for warning in mesh.warnings.iter().filter(|warning| !known.contains(warning)) {
             warn!("{warning}");

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use culvert_discovery::Discovery;
 use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, INITIAL_WAIT, override_filter, parse_cluster};
+use culvert_discovery::overrides::{self, tunnels};
 use culvert_discovery::registration::Settings;
 use culvert_discovery::registration::store::Storage;
 use culvert_discovery::resources::Options;
@@ -44,6 +45,20 @@ struct Flags {
     /// Whoever reaches --http can then bring endpoints into the mesh.
     #[arg(long, value_name = "STORAGE", value_parser = str::parse::<Storage>)]
     registration: Option<Storage>,
+
+    /// Keep shares of overrides (`culvert override share`) in: memory, redb:PATH (a file) or redis://HOST:PORT
+    /// [default: memory]
+    #[arg(long, value_name = "STORAGE", value_parser = str::parse::<Storage>)]
+    shares: Option<Storage>,
+
+    /// A file with the token that developers need for shares from other hosts, and for tunnels from any
+    #[arg(long, value_name = "FILE")]
+    developer_token_file: Option<PathBuf>,
+
+    /// Let developers' machines answer for revisions of services (`culvert override connect`): an address of this host that
+    /// the proxies can reach, and a port for each tunnel. Needs --developer-token-file.
+    #[arg(long, value_name = "ADDRESS:FIRST-LAST", value_parser = str::parse::<tunnels::Settings>)]
+    tunnels: Option<tunnels::Settings>,
 
     /// A configuration file. Flags take precedence over it, clusters of both are joined.
     #[arg(short = 'c', long = "config", value_name = "FILE")]
@@ -98,6 +113,11 @@ A configuration file with every field:
   override_filter:          # what requests may ask for: docs/overrides.md
     actions: [DELAY, FAULT]
     debug_response: true
+  overrides:
+    storage: redb:/var/lib/culvert/shares.redb           # or memory, or redis://HOST:PORT/DB
+    token_file: /etc/culvert/developer-token
+    max_shares: 1000
+    tunnels: {address: 10.0.0.5, ports: 19000-19099, max_connections: 128}
 
 A proxy's bootstrap needs `ads_config` with a gRPC cluster that leads to --listen, and `ads: {}` for LDS and CDS.
 docs/discovery.md describes the manifests, the names and the status page.";
@@ -156,11 +176,17 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
             None => Settings::new(storage),
         });
     }
+    let mut overrides =
+        file.overrides.map(overrides::Settings::try_from).transpose().context("the config file")?.unwrap_or_default();
+    overrides.storage = flags.shares.unwrap_or(overrides.storage);
+    overrides.token_file = flags.developer_token_file.or(overrides.token_file);
+    overrides.tunnels = flags.tunnels.or(overrides.tunnels);
     Ok(Config {
         listen: flags.listen.or(file.listen).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18000))),
         http: flags.http.or(file.http).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 18001))),
         clusters,
         registration,
+        overrides,
         drain: culvert_discovery::drain::Settings { file: file.drain_file, token_file: file.operator_token_file },
         initial_wait: file.initial_wait.map_or(INITIAL_WAIT, Duration::from_secs),
         options: Options {

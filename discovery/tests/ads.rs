@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use culvert_discovery::Discovery;
 use culvert_discovery::config::{ClusterConfig, Config, INITIAL_WAIT, SourceConfig};
 use culvert_discovery::drain;
+use culvert_discovery::overrides;
 use culvert_discovery::registry::ClusterInfo;
 use culvert_discovery::resources::{Options, type_url};
 use culvert_discovery::server;
@@ -48,6 +49,7 @@ impl Running {
             }],
             initial_wait: INITIAL_WAIT,
             drain: drain::Settings::default(),
+            overrides: overrides::Settings::default(),
             registration: None,
             options: Options::default(),
             serving: server::Settings::default(),
@@ -423,6 +425,7 @@ async fn a_port_in_use_is_named() {
         registration: None,
         initial_wait: INITIAL_WAIT,
         drain: drain::Settings::default(),
+        overrides: overrides::Settings::default(),
         options: Options::default(),
         serving: server::Settings::default(),
     };

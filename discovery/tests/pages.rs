@@ -40,6 +40,8 @@ fn program(directory: &Path) -> Program {
     let form = format!("ip=10.0.0.1&port=80&revision=r&{tags}");
     assert_eq!(program.post(&format!("/v1/registration/{HOSTILE}"), &form).0, 200);
     assert_eq!(program.post("/v1/registration/orders", &form).0, 200);
+    let share = r#"{"name": "checkout", "overrides": [{"service": "users", "revision": "feature-x"}]}"#;
+    assert_eq!(program.request("POST", "/overrides/shares", "Content-Type: application/json\r\n", share).0, 201);
     program.until("/status", "all services", |status| {
         status["services"].as_array().unwrap().len() == 2 && !status["warnings"].as_array().unwrap().is_empty()
     });
@@ -75,6 +77,8 @@ fn metrics_are_prometheus_text() {
         "culvert_discovery_endpoints{health=\"healthy\"} 2",
         "culvert_discovery_endpoints{health=\"draining\"} 1",
         "culvert_discovery_offloaded_endpoints 1",
+        "culvert_discovery_override_shares 1",
+        "culvert_discovery_tunnels 0",
         "culvert_discovery_resources{kind=\"culvert\",type=\"Cluster\"} 3",
         "culvert_discovery_clients{agent=\"envoy\",variant=\"delta\"} 0",
         "culvert_discovery_registered_hosts 2",
@@ -150,6 +154,9 @@ fn the_page_shows_everything_and_escapes_names() {
     let expected = "<th scope=\"row\">10.1.0.2:8080</th><td>draining</td><td>east</td><td>eu</td>";
     assert!(endpoints.contains(expected) && endpoints.contains("2 endpoints of users.default:80"), "{endpoints}");
     assert!(part(&page, "offloaded").contains("feature-x"), "{page}");
+    let shares = part(&page, "shares");
+    assert!(shares.contains("checkout") && shares.contains("users=feature-x"), "{shares}");
+    assert!(part(&page, "tunnels").contains("None."), "{page}");
     assert!(part(&page, "clients").contains("None."), "{page}");
 }
 

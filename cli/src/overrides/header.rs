@@ -38,6 +38,10 @@ pub struct HeaderFlags {
     #[arg(long = "set", value_name = "SERVICE=REVISION", value_parser = parse_set)]
     set: Vec<(String, String)>,
 
+    /// The token of a share (`culvert override share`); what the other flags say counts before what the share says
+    #[arg(long, value_name = "TOKEN")]
+    share: Option<String>,
+
     /// The same by the address of an offloaded pod that discovery lists
     #[arg(long, value_name = "SERVICE=IP[:PORT]", value_parser = parse_set)]
     address: Vec<(String, String)>,
@@ -218,11 +222,18 @@ fn message(flags: &HeaderFlags) -> anyhow::Result<Overrides> {
         };
         entries.of(service).config.push(ConfigValue { name: name.to_owned(), value: value.to_owned() });
     }
-    ensure!(!entries.0.is_empty(), "nothing is asked for: name a service with --set, --fault, --delay or another flag");
+    ensure!(
+        !entries.0.is_empty() || flags.share.is_some(),
+        "nothing is asked for: name a service with --set, --fault, --delay or another flag"
+    );
     let lasts = flags.expires.or_else(|| flags.sign_key.is_some().then_some(SIGNED_FOR));
     let expires = lasts.map_or(0, |seconds| now().saturating_add(seconds));
     let message =
         Overrides::of(entries.0, expires).context("overrides are numbered from 0, in the order of the flags")?;
+    let message = match &flags.share {
+        Some(token) => message.with_share(token).context("--share (`culvert override share list` shows the tokens)")?,
+        None => message,
+    };
     let Some((id, file)) = &flags.sign_key else { return Ok(message) };
     let file = PathBuf::from(file);
     let key = std::fs::read(&file).with_context(|| format!("--sign-key: cannot read {}", file.display()))?;
@@ -244,7 +255,7 @@ impl Entries {
     }
 }
 
-fn parse_set(text: &str) -> Result<(String, String), String> {
+pub(super) fn parse_set(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((service, revision)) if !service.is_empty() && !revision.is_empty() => {
             Ok((service.to_owned(), revision.to_owned()))

@@ -1,12 +1,15 @@
 //! `/metrics`: counters and gauges in Prometheus' text format.
 
+use std::collections::HashMap;
 use std::fmt::{Display, Write as _};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::StatusPages;
-use crate::mesh::{Health, MeshPort, cluster_name};
+use crate::mesh::{Health, Mesh, MeshPort, OffloadedEndpoint, cluster_name};
 use crate::registry::Cluster;
 use crate::resources::ProxyKind;
 use crate::server::authorization::Refusal;
@@ -23,12 +26,18 @@ pub struct Activity {
     pub started: u64,
     builds: AtomicU64,
     build_microseconds: AtomicU64,
+    /// Since when which offloaded endpoints are there, in seconds since the epoch.
+    offloaded: Mutex<HashMap<Offloaded, i64>>,
 }
+
+/// Cluster, revision and address of an offloaded endpoint.
+type Offloaded = (String, String, SocketAddr);
 
 impl Default for Activity {
     fn default() -> Self {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Self { started, builds: AtomicU64::new(0), build_microseconds: AtomicU64::new(0) }
+        let (builds, build_microseconds) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { started, builds, build_microseconds, offloaded: Mutex::default() }
     }
 }
 
@@ -39,6 +48,31 @@ impl Activity {
         let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.build_microseconds.fetch_add(took, Ordering::Relaxed);
     }
+
+    /// Notes which offloaded endpoints there are.
+    pub fn saw(&self, mesh: &Mesh) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        let mut known = self.offloaded();
+        let ports = mesh.services.values().flat_map(|service| service.ports.values());
+        let there = ports.flat_map(|port| &port.offloaded).map(key);
+        *known =
+            there.map(|key| (known.get(&key).copied().unwrap_or(now), key)).map(|(since, key)| (key, since)).collect();
+    }
+
+    /// Since when an offloaded endpoint is there, in seconds since the epoch.
+    pub fn offloaded_since(&self, endpoint: &OffloadedEndpoint) -> i64 {
+        self.offloaded().get(&key(endpoint)).copied().unwrap_or_default()
+    }
+
+    fn offloaded(&self) -> MutexGuard<'_, HashMap<Offloaded, i64>> {
+        // The map is replaced as a whole, so a panic elsewhere does not spoil it.
+        self.offloaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn key(endpoint: &OffloadedEndpoint) -> Offloaded {
+    (endpoint.cluster.clone(), endpoint.revision.clone(), endpoint.address)
 }
 
 /// The text being written.
@@ -92,6 +126,7 @@ impl StatusPages {
         self.write_clients(&mut to);
         self.write_loads(&mut to);
         self.write_registrations(&mut to);
+        self.write_overrides(&mut to);
         let seconds = Duration::from_micros(self.activity.build_microseconds.load(Ordering::Relaxed)).as_secs_f64();
         let builds = self.activity.builds.load(Ordering::Relaxed);
         to.counter("culvert_discovery_builds_total", "How often the mesh and its resources were made.", builds);
@@ -203,6 +238,18 @@ impl StatusPages {
             })
             .collect();
         to.family("culvert_discovery_load_requests_total", "counter", "Requests that proxies reported.", loads);
+    }
+
+    fn write_overrides(&self, to: &mut Exposition) {
+        let shares = self.overrides.shares.list();
+        let live = shares.iter().filter(|share| !share.is_expired()).count();
+        to.gauge("culvert_discovery_override_shares", "Shares of overrides that have not ended.", live);
+        let stale = u8::from(self.overrides.shares.health().error.is_some());
+        to.gauge("culvert_discovery_override_shares_stale", "Whether their storage cannot be used.", stale);
+        let tunnels = self.overrides.tunnels.status();
+        to.gauge("culvert_discovery_tunnels", "Tunnels to developers' machines.", tunnels.len());
+        let connections: usize = tunnels.iter().map(|tunnel| tunnel.connections).sum();
+        to.gauge("culvert_discovery_tunnel_connections", "Connections in them.", connections);
     }
 
     fn write_registrations(&self, to: &mut Exposition) {

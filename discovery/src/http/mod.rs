@@ -21,9 +21,11 @@ use tracing::{debug, warn};
 
 pub use self::metrics::Activity;
 pub use self::status::{
-    ClusterStatus, ConnectedClient, EndpointStatus, OffloadedStatus, ServedStatus, ServiceStatus, Status,
+    ClusterStatus, ConnectedClient, EndpointStatus, OffloadedStatus, ServedStatus, ServiceStatus, ShareStatus, Status,
 };
+use crate::access::Denied;
 use crate::drain::{self, Drains};
+use crate::overrides::{self, Overrides, tunnels};
 use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
 use crate::registry::Registry;
@@ -57,6 +59,8 @@ pub struct StatusPages {
     pub clients: Clients,
     /// The registration API, if it is served.
     pub registrations: Option<Registrations>,
+    /// Shares of overrides and tunnels.
+    pub overrides: Overrides,
     /// Takes clusters out.
     pub drains: Drains,
     /// What has been done so far.
@@ -94,6 +98,7 @@ impl StatusPages {
                     .timer(TokioTimer::new())
                     .header_read_timeout(READ_TIMEOUT)
                     .serve_connection(TokioIo::new(connection), service)
+                    .with_upgrades()
                     .await;
                 if let Err(error) = served {
                     debug!("status pages: {peer}: {error}");
@@ -114,6 +119,9 @@ impl StatusPages {
             let (status, said) = self.drains.answer(request.method(), path, request.headers(), peer.ip()).await;
             return plain(status, &format!("{said}\n"));
         }
+        if request.uri().path().starts_with(overrides::PREFIX) {
+            return self.answer_overrides(request, peer).await;
+        }
         if request.method() != Method::GET && request.method() != Method::HEAD {
             return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
         }
@@ -132,6 +140,32 @@ impl StatusPages {
             }
             _ => plain(StatusCode::NOT_FOUND, "the pages are /, /status, /metrics, /healthcheck and /ready\n"),
         }
+    }
+
+    async fn answer_overrides(&self, mut request: Request<Incoming>, peer: SocketAddr) -> Response<Full<Bytes>> {
+        let denied = |(status, reason): Denied| {
+            let text = serde_json::json!({ "error": reason }).to_string();
+            json(status, text + "\n")
+        };
+        let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+        if request.uri().path() == tunnels::PATH {
+            let begun = match self.overrides.admit_tunnel(request.headers()) {
+                Ok(()) => self.overrides.tunnels.begin(&mut request, peer, &mesh).await,
+                Err(refusal) => Err(refusal),
+            };
+            return begun.map_or_else(denied, |response| response.map(|()| Full::default()));
+        }
+        if let Err(refusal) = self.overrides.admit(request.headers(), peer) {
+            return denied(refusal);
+        }
+        let (head, body) = request.into_parts();
+        let body = match read_body(body).await {
+            Ok(body) => body,
+            Err(refusal) => return reply(refusal.into()),
+        };
+        let (method, path) = (&head.method, head.uri.path());
+        let answered = self.overrides.answer(method, path, &head.headers, &body, &mesh).await;
+        answered.map_or_else(denied, |(status, answer)| json(status, format!("{answer:#}\n")))
     }
 
     /// Whether every source has been read.

@@ -8,6 +8,8 @@ use serde::Serialize;
 
 use super::StatusPages;
 use crate::mesh::{Health, MeshPort};
+use crate::overrides::shares;
+use crate::overrides::tunnels::TunnelStatus;
 use crate::registration;
 use crate::registry::SourceHealth;
 use crate::resources::ProxyKind;
@@ -29,6 +31,12 @@ pub struct Status {
     pub clusters: Vec<ClusterStatus>,
     /// How the registrations are doing, if there are any to be had.
     pub registrations: Option<registration::Health>,
+    /// How the storage of shares is doing.
+    pub share_storage: shares::Health,
+    /// Stored sets of overrides. Without their tokens: who may see those may use them.
+    pub shares: Vec<ShareStatus>,
+    /// Tunnels to developers' machines, of this replica.
+    pub tunnels: Vec<TunnelStatus>,
     /// The services of the mesh.
     pub services: Vec<ServiceStatus>,
     /// What is served now: by kind of proxy and type URL.
@@ -49,6 +57,21 @@ pub struct ConnectedClient {
     /// What is known of it.
     #[serde(flatten)]
     pub status: ClientStatus,
+}
+
+/// A stored set of overrides at `/status`.
+#[derive(Debug, Serialize)]
+pub struct ShareStatus {
+    /// Its name.
+    pub name: String,
+    /// Which services are of which revision.
+    pub overrides: Vec<serde_json::Value>,
+    /// When it was made, in seconds since the epoch.
+    pub created: i64,
+    /// When it ends, in seconds since the epoch.
+    pub expires: i64,
+    /// Whether its time is over.
+    pub expired: bool,
 }
 
 /// A cluster at `/status`.
@@ -128,10 +151,12 @@ pub struct OffloadedStatus {
     pub revision: String,
     /// Address and port.
     pub address: String,
-    /// `namespace/name` of the pod.
+    /// `namespace/name` of the pod; of a tunnel, `tunnel/REVISION`.
     pub pod: String,
-    /// The cluster it was found in.
+    /// The cluster it was found in; of a tunnel, `tunnel`.
     pub cluster: String,
+    /// Since when the pod or the tunnel is there, else since when this replica has seen it, in seconds since the epoch.
+    pub since: i64,
 }
 
 impl StatusPages {
@@ -168,10 +193,17 @@ impl StatusPages {
                 manifest: service.manifest.is_some(),
                 vips: described.vips.iter().map(ToString::to_string).collect(),
                 endpoints: endpoints(described),
-                offloaded: offloaded(described),
+                offloaded: self.offloaded(described),
             })
         });
         let clients = self.clients.list().into_iter();
+        let shares = self.overrides.shares.list().into_iter().map(|share| ShareStatus {
+            name: share.name.clone(),
+            overrides: share.entries(),
+            created: share.created,
+            expires: share.expires,
+            expired: share.is_expired(),
+        });
         Status {
             version: env!("CARGO_PKG_VERSION"),
             started: self.activity.started,
@@ -179,12 +211,28 @@ impl StatusPages {
             registry_version: registry.version,
             clusters: clusters.collect(),
             registrations: self.registrations.as_ref().map(registration::Registrations::health),
+            share_storage: self.overrides.shares.health(),
+            shares: shares.collect(),
+            tunnels: self.overrides.tunnels.status(),
             services: services.collect(),
             served: served.into(),
             warnings: mesh.warnings.clone(),
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
             loads: self.loads.clusters(),
         }
+    }
+}
+
+impl StatusPages {
+    fn offloaded(&self, port: &MeshPort) -> Vec<OffloadedStatus> {
+        let status = port.offloaded.iter().map(|endpoint| OffloadedStatus {
+            revision: endpoint.revision.clone(),
+            address: endpoint.address.to_string(),
+            pod: endpoint.pod.to_string(),
+            cluster: endpoint.cluster.clone(),
+            since: endpoint.since.unwrap_or_else(|| self.activity.offloaded_since(endpoint)),
+        });
+        status.collect()
     }
 }
 
@@ -200,16 +248,6 @@ fn endpoints(port: &MeshPort) -> Vec<EndpointStatus> {
         zone: endpoint.locality.zone.clone(),
         weight: endpoint.weight.map_or(1, NonZeroU32::get),
         canary: endpoint.canary,
-    });
-    status.collect()
-}
-
-fn offloaded(port: &MeshPort) -> Vec<OffloadedStatus> {
-    let status = port.offloaded.iter().map(|endpoint| OffloadedStatus {
-        revision: endpoint.revision.clone(),
-        address: endpoint.address.to_string(),
-        pod: endpoint.pod.to_string(),
-        cluster: endpoint.cluster.clone(),
     });
     status.collect()
 }

@@ -355,11 +355,15 @@ fn pod(raw: RawPod, object: &ObjectName) -> Result<Option<Pod>, ManifestError> {
     let weight = object.weight(metadata.annotations.as_ref())?;
     let labels = metadata.labels.unwrap_or_default();
     let uid = metadata.uid.filter(|uid| !uid.is_empty());
-    let mut pod = Pod { uid, labels, addresses, ports, ready, leaving, ended, weight };
+    // For people only: what is no time is left out.
+    let created = metadata.creation_timestamp.and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    let created = created.map(jiff::Timestamp::as_second);
+    let mut pod = Pod { uid, labels, addresses, ports, ready, leaving, ended, weight, created };
     if !pod.is_offloaded() {
         // Only of offloaded pods it matters which service they belong to.
         pod.labels.clear();
         pod.ports.clear();
+        pod.created = None;
     }
     Ok(Some(pod))
 }

@@ -179,6 +179,8 @@ pub struct Pod {
     pub ended: bool,
     /// Its share, in hundredths; `None` is 100, 0 takes it out.
     pub weight: Option<u16>,
+    /// When it was made, in seconds since the epoch; kept of offloaded pods only.
+    pub created: Option<i64>,
 }
 
 impl Pod {

@@ -30,6 +30,7 @@ pub struct RawMetadata {
     pub labels: Option<BTreeMap<String, String>>,
     pub annotations: Option<Annotations>,
     pub deletion_timestamp: Option<String>,
+    pub creation_timestamp: Option<String>,
 }
 
 #[derive(Deserialize)]

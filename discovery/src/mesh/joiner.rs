@@ -16,6 +16,8 @@ use super::{
     leave_out_excess_draining, mesh_key,
 };
 use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, ServicePort};
+use crate::overrides::shares::Share;
+use crate::overrides::tunnels::Offered;
 use crate::policy::apply::Manifests;
 use crate::registration::join::Registered;
 use crate::registry::{Cluster, ClusterInfo, Registry};
@@ -25,6 +27,7 @@ use crate::registry::{Cluster, ClusterInfo, Registry};
 pub struct Joiner {
     clusters: Vec<Known>,
     registered: Registered,
+    offered: Offered,
     /// Which service of which cluster a virtual address and port leads to.
     vips: Vips,
     vip_warnings: Vec<String>,
@@ -60,6 +63,19 @@ impl Joiner {
     pub fn register(&mut self, registered: Registered) {
         let before = std::mem::replace(&mut self.registered, registered);
         self.marked.extend(before.differing(&self.registered));
+    }
+
+    /// Takes in what tunnels offer.
+    pub fn offer(&mut self, offered: Offered) {
+        let before = std::mem::replace(&mut self.offered, offered);
+        self.marked.extend(before.differing(&self.offered));
+    }
+
+    /// Takes in the stored sets of overrides.
+    pub fn share(&mut self, shares: Vec<Arc<Share>>) {
+        if self.mesh.shares != shares {
+            Arc::make_mut(&mut self.mesh).shares = shares;
+        }
     }
 
     /// Takes in a state of the registry. Gives the mesh, and which of its services are new, different or gone.
@@ -137,6 +153,7 @@ impl Joiner {
                 }
                 finish(&key, &mut service, registry, &mut remarks);
                 self.registered.join(&key, &mut service, &mut remarks.warnings);
+                self.offered.join(&key, &mut service, &mut remarks.warnings);
                 manifests.apply(&key, &mut service, &mut remarks.warnings);
                 joined.push((key, service, remarks));
             }

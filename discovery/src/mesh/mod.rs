@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 pub use self::joiner::Joiner;
 use crate::kubernetes::{ObjectKey, Service, ServicePort};
+use crate::overrides::shares::Share;
 use crate::policy::ServiceManifest;
 use crate::registry::{ClusterInfo, Registry};
 
@@ -130,6 +131,8 @@ pub struct OffloadedEndpoint {
     pub pod: ObjectKey,
     /// The cluster it was found in.
     pub cluster: String,
+    /// Since when the pod, or the tunnel, is there, in seconds since the epoch, as far as it is known.
+    pub since: Option<i64>,
 }
 
 /// A port of a mesh service: one Envoy cluster.
@@ -163,6 +166,8 @@ pub struct MeshService {
 pub struct Mesh {
     /// The services by namespace and name.
     pub services: BTreeMap<ObjectKey, Arc<MeshService>>,
+    /// Stored sets of overrides, by name.
+    pub shares: Vec<Arc<Share>>,
     /// What was found to be inconsistent, for people.
     pub warnings: Vec<String>,
 }

@@ -86,6 +86,7 @@ impl<'a> Pods<'a> {
                 address: SocketAddr::new(*address, number),
                 pod: (*pod_key).clone(),
                 cluster: self.cluster.to_owned(),
+                since: pod.created,
             });
         }
         found

@@ -41,11 +41,19 @@ pub mod type_url {
     pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
     /// Endpoints that only overrides reach.
     pub const OFFLOADED_SERVICE: &str = "type.googleapis.com/culvert.overrides.v1.OffloadedService";
+    /// Stored sets of overrides.
+    pub const OVERRIDE_SHARE: &str = "type.googleapis.com/culvert.overrides.v1.OverrideShare";
 }
 
 /// The order in which changes are pushed, so that nothing refers to what is not there yet. Other types come after.
-pub const PUSH_ORDER: [&str; 5] =
-    [type_url::CLUSTER, type_url::ENDPOINT, type_url::LISTENER, type_url::ROUTE, type_url::OFFLOADED_SERVICE];
+pub const PUSH_ORDER: [&str; 6] = [
+    type_url::CLUSTER,
+    type_url::ENDPOINT,
+    type_url::LISTENER,
+    type_url::ROUTE,
+    type_url::OFFLOADED_SERVICE,
+    type_url::OVERRIDE_SHARE,
+];
 
 /// What is the same for all services and comes from the command line.
 #[derive(Debug, Clone)]
@@ -139,10 +147,10 @@ pub struct Snapshot {
     views: Views,
 }
 
-/// A service that is new, different or gone.
+/// A service that is new, different or gone; without a name, something that every view has.
 #[derive(Debug)]
 struct Change {
-    service: ObjectKey,
+    service: Option<ObjectKey>,
     /// Whether more than its endpoints changed.
     reshaped: bool,
 }
@@ -257,7 +265,7 @@ impl Snapshot {
                 Some(after) => next.made.insert(Arc::new(key.clone()), after),
                 None => next.made.remove(key),
             };
-            history.push(Change { service: key.clone(), reshaped });
+            history.push(Change { service: Some(key.clone()), reshaped });
         }
         for (type_url, changes) in changes {
             let kinds: &[_] = if type_url == type_url::LISTENER { &[ProxyKind::Grpc] } else { &ProxyKind::ALL };
@@ -266,6 +274,15 @@ impl Snapshot {
         if reshaped_any {
             next.renew_routes(&http_ports);
             next.renew_listeners();
+        }
+        if self.mesh.shares != next.mesh.shares {
+            let shares = |mesh: &Mesh| encode(type_url::OVERRIDE_SHARE, overrides::shares(mesh));
+            let gone = shares(&self.mesh).into_iter().map(|resource| (Arc::clone(&resource.name), None));
+            let mut changes: Changes = gone.collect();
+            let there = shares(&next.mesh).into_iter();
+            changes.extend(there.map(|resource| (Arc::clone(&resource.name), Some(resource))));
+            next.change(&ProxyKind::ALL, type_url::OVERRIDE_SHARE, changes);
+            history.push(Change { service: None, reshaped: false });
         }
         next.history.push(history);
         next

@@ -1,6 +1,7 @@
-//! Culvert's own resource type: the endpoints that only overrides reach, and what their services allow.
+//! Culvert's own resource types: the endpoints that only overrides reach, with what their services allow; and stored sets of
+//! overrides.
 
-use culvert_xds_client::api::culvert::overrides::v1::{OffloadedEndpoint, OffloadedService};
+use culvert_xds_client::api::culvert::overrides::v1::{OffloadedEndpoint, OffloadedService, OverrideShare};
 
 use crate::mesh::{Mesh, cluster_name};
 use crate::policy::OverridePolicy;
@@ -31,4 +32,18 @@ pub(super) fn offloaded_services(mesh: &Mesh) -> Vec<(String, OffloadedService)>
         }
     }
     resources
+}
+
+/// Those that have ended too: so that their tokens are known to be such.
+pub(super) fn shares(mesh: &Mesh) -> Vec<(String, OverrideShare)> {
+    let resource = |share: &crate::overrides::shares::Share| {
+        let resource = OverrideShare {
+            token: share.token.clone(),
+            name: share.name.clone(),
+            expires: share.expires,
+            overrides: Some(share.overrides()?),
+        };
+        Some((share.token.clone(), resource))
+    };
+    mesh.shares.iter().filter_map(|share| resource(share)).collect()
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::resource::Position;
-use super::{ProxyKind, ResourceSet, Snapshot, type_url};
+use super::{Change, ProxyKind, ResourceSet, Snapshot, type_url};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
 use crate::policy::egress_of;
@@ -74,7 +74,9 @@ impl Snapshot {
 
     /// Whether any of these services has changed since.
     fn touches(&self, scope: &Scope, since: Position) -> bool {
-        self.history.since(since).is_none_or(|mut changes| changes.any(|change| scope.contains(&change.service)))
+        self.history.since(since).is_none_or(|mut changes| {
+            changes.any(|change| change.service.as_ref().is_none_or(|service| scope.contains(service)))
+        })
     }
 
     /// The view of this scope that all share.
@@ -106,7 +108,10 @@ impl Snapshot {
         let mesh = Mesh { services, ..Mesh::default() };
         let reshaped = before.is_none_or(|(position, _)| {
             let changes = self.history.since(position);
-            changes.is_none_or(|mut all| all.any(|change| change.reshaped && scope.contains(&change.service)))
+            let reshaped = |change: &Change| {
+                change.reshaped && change.service.as_ref().is_some_and(|service| scope.contains(service))
+            };
+            changes.is_none_or(|mut all| all.any(reshaped))
         });
         let before = before.map(|(_, set)| set.clone()).unwrap_or_default();
         let mut set = ResourceSet::default();
@@ -119,6 +124,8 @@ impl Snapshot {
                     let ports = mesh.services.values().flat_map(|service| service.ports.keys().copied()).collect();
                     known.replaced(super::routes(&mesh, &ports))
                 }
+                // The same for all.
+                type_url::OVERRIDE_SHARE => Arc::clone(self.resources(kind).of_type(type_url).unwrap_or(known)),
                 type_url => {
                     let made = mesh.services.keys().filter_map(|key| self.made.get(key));
                     let resources = made.flat_map(|made| made.of_type(type_url)).chain(super::always(type_url));

@@ -12,6 +12,7 @@
 mod bootstrap;
 mod manifests;
 mod steps;
+mod tools;
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -45,6 +46,10 @@ const APP_PORT: u16 = 8080;
 const XDS_PORT: u16 = 18000;
 /// The port of discovery's status pages, on the control node.
 const STATUS_PORT: u16 = 18001;
+/// The ports of discovery's tunnels, on the control node.
+const TUNNEL_PORTS: &str = "19000-19009";
+/// The developers' token, in a file of [`Scenario::token_file`].
+const DEVELOPER_TOKEN: &str = "demo";
 /// culvertd's admin interface, inside its node.
 pub const ADMIN: &str = "127.0.0.1:9901";
 
@@ -217,6 +222,16 @@ impl Scenario {
         self.manifests.join(name)
     }
 
+    /// Discovery's status address, for programs on the control node and in pods.
+    pub fn discovery_url(&self) -> String {
+        format!("http://{}:{STATUS_PORT}", self.control.ipv4())
+    }
+
+    /// The file with the developers' token.
+    pub fn token_file(&self) -> String {
+        token_file(&self.manifests)
+    }
+
     /// Leaves everything running when this is dropped.
     pub fn keep(&self) {
         self.lab.keep();
@@ -233,10 +248,24 @@ impl Scenario {
         let client = format!("ip netns exec {} ", self.client.netns());
         let node = format!("ip netns exec {} ", self.nodes[0].netns());
         let culvert = binary_arg("culvert").unwrap_or_else(|_| "culvert".to_owned());
+        let culvert_here = format!(
+            "ip netns exec {} env CULVERT_DEVELOPER_TOKEN_FILE={} {culvert}",
+            self.control.netns(),
+            self.token_file()
+        );
         vec![
             format!("{client}curl -s --resolve users:80:{USERS_VIP} http://users/"),
             format!(
                 "{client}curl -s --resolve front:80:{FRONT_VIP} http://front/ \\\n      $({culvert} override header --set users=feature-x --output curl)"
+            ),
+            format!("{culvert_here} override list"),
+            format!("{culvert_here} override share create mine --set users=feature-x"),
+            format!(
+                "{client}{culvert} override proxy --set users=feature-x    # and, elsewhere: {client}curl -s -x http://127.0.0.1:8888 http://front/"
+            ),
+            format!(
+                "{culvert_here} override connect users=localhost:8080 --revision me    # with a program of yours in {}",
+                self.control.netns()
             ),
             format!("{node}curl -s http://{ADMIN}/stats | grep -E 'interception|override'"),
             format!("{node}curl -s http://{ADMIN}/clusters"),
@@ -274,6 +303,11 @@ impl Scenario {
     }
 }
 
+/// The file with the developers' token.
+fn token_file(manifests: &std::path::Path) -> String {
+    manifests.with_file_name("developer-token").display().to_string()
+}
+
 fn start_app(pod: &Pod, revision: &str, upstream: Option<&str>) -> Result<Process> {
     let lab_http = binary_arg("lab-http")?;
     let listen = format!("[::]:{APP_PORT}");
@@ -288,9 +322,14 @@ fn spawn_discovery(control: &Node, manifests: &std::path::Path) -> Result<Proces
     for cluster in ["a", "b"] {
         fs::create_dir_all(manifests.join(cluster))?;
     }
+    let token = token_file(manifests);
+    fs::write(&token, DEVELOPER_TOKEN).with_context(|| format!("writing {token}"))?;
+    let tunnels = format!("{}:{TUNNEL_PORTS}", control.ipv4());
     let discovery = binary_arg("culvert-discovery")?;
     let cluster = |name: &str| format!("{name}={}/{name},region=region-{name},zone=zone-{name}", manifests.display());
     let (a, b) = (cluster("a"), cluster("b"));
     let (listen, http) = (format!("0.0.0.0:{XDS_PORT}"), format!("0.0.0.0:{STATUS_PORT}"));
-    control.spawn("discovery", &[&discovery, "--cluster", &a, "--cluster", &b, "--listen", &listen, "--http", &http])
+    let developers = ["--developer-token-file", &token, "--tunnels", &tunnels];
+    let flags = ["--cluster", &a, "--cluster", &b, "--listen", &listen, "--http", &http];
+    control.spawn("discovery", &[&[discovery.as_str()], &flags[..], &developers].concat())
 }

@@ -1,4 +1,4 @@
-//! The eight steps of the demo.
+//! The steps of the demo.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{ECHO_PORT, FRONT_VIP, Scenario, USERS_VIP, USERS_VIP_V6};
+use super::{ECHO_PORT, FRONT_VIP, Scenario, USERS_VIP, USERS_VIP_V6, tools};
 use crate::binaries::binary_arg;
 use crate::lab::{Pod, Process};
 use crate::load::{Report, unix_ms};
@@ -48,6 +48,9 @@ pub const STEPS: &[Step] = &[
         title: "with the header, and only then, the hop front -> users reaches the offloaded pod",
         run: override_hop,
     },
+    Step { title: "what can be named is listed, and a share's token stands for a set of overrides", run: tools::share },
+    Step { title: "a phone reaches the offloaded pod through a proxy that adds the header", run: tools::phone },
+    Step { title: "a program on a laptop answers for a revision, through a tunnel", run: tools::laptop },
     Step { title: "a forged target is refused and counted", run: forged_target },
     Step { title: "TCP passes through untouched", run: plain_tcp },
     Step { title: "an endpoint is removed under load: no failed request", run: endpoint_removed },
@@ -73,15 +76,15 @@ impl Log {
         Ok(())
     }
 
-    fn sent(&mut self, what: impl AsRef<str>) {
+    pub(super) fn sent(&mut self, what: impl AsRef<str>) {
         self.lines.push(format!("> {}", what.as_ref()));
     }
 
-    fn got(&mut self, what: impl AsRef<str>) {
+    pub(super) fn got(&mut self, what: impl AsRef<str>) {
         self.lines.push(format!("< {}", what.as_ref()));
     }
 
-    fn expect(&mut self, holds: bool, what: impl Into<String>) {
+    pub(super) fn expect(&mut self, holds: bool, what: impl Into<String>) {
         if !holds {
             self.failures.push(format!("does not hold: {}", what.into()));
         }
@@ -246,11 +249,16 @@ const OVERRIDE_FORMATS: [&str; 2] = ["x-ot-span-context", "baggage"];
 
 /// The lines `name: value` that `culvert override header` makes.
 fn override_header(log: &mut Log, set: &str, format: &str) -> Result<Vec<String>> {
+    header_of(log, &["--set", set, "--format", format])
+}
+
+/// The same for any flags.
+pub(super) fn header_of(log: &mut Log, flags: &[&str]) -> Result<Vec<String>> {
     let culvert = binary_arg("culvert")?;
-    let arguments = ["override", "header", "--set", set, "--format", format, "--output", "text"];
+    let arguments = [&["override", "header"], flags, &["--output", "text"]].concat();
     log.sent(format!("culvert {}", arguments.join(" ")));
     let output =
-        std::process::Command::new(&culvert).args(arguments).output().with_context(|| format!("running {culvert}"))?;
+        std::process::Command::new(&culvert).args(&arguments).output().with_context(|| format!("running {culvert}"))?;
     ensure!(output.status.success(), "culvert override header: {}", String::from_utf8_lossy(&output.stderr).trim());
     let headers: Vec<String> = String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect();
     headers.iter().for_each(|header| log.got(header));
@@ -258,7 +266,7 @@ fn override_header(log: &mut Log, set: &str, format: &str) -> Result<Vec<String>
 }
 
 /// One request by curl; the answer of the lab's service.
-fn get(pod: &Pod, log: &mut Log, url: &str, headers: &[&str]) -> Result<Value> {
+pub(super) fn get(pod: &Pod, log: &mut Log, url: &str, headers: &[&str]) -> Result<Value> {
     let mut command = vec!["curl", "-sS", "--fail-with-body", "-m", "10", url];
     for header in headers {
         command.extend(["-H", header]);
@@ -277,7 +285,7 @@ fn get(pod: &Pod, log: &mut Log, url: &str, headers: &[&str]) -> Result<Value> {
 }
 
 /// `front (from 10.0.0.1) -> users-a (from 10.0.0.2)`.
-fn summary(answer: &Value) -> String {
+pub(super) fn summary(answer: &Value) -> String {
     let text = |name: &str| answer[name].as_str().unwrap_or("?").to_owned();
     let own = format!("{} {} (called from {})", text("pod"), text("revision"), text("peer"));
     if answer["upstream"].is_null() { own } else { format!("{own} -> {}", summary(&answer["upstream"])) }

@@ -10,7 +10,7 @@ use prost::Message as _;
 use super::{
     Action, BAGGAGE_ITEM_NAME, ConfigValue, ContextError, Fault, MAX_CONFIG_NAME_BYTES, MAX_CONFIG_VALUE_BYTES,
     MAX_CONFIG_VALUES, MAX_OVERRIDES, Override, Overrides, VERSION, decode_base64, format_baggage, is_revision,
-    is_service, shorten, split_service,
+    is_service, is_share_token, shorten, split_service,
 };
 
 impl Overrides {
@@ -83,6 +83,49 @@ impl Overrides {
         self.expires != 0 && self.expires <= now
     }
 
+    /// This message with the token of a share, which stands for what discovery keeps under it.
+    ///
+    /// # Errors
+    /// When it is no token.
+    pub fn with_share(mut self, token: impl Into<String>) -> Result<Self, ContextError> {
+        self.share = token.into();
+        self.check()?;
+        Ok(self)
+    }
+
+    /// What this message says together with what its share stands for: of two entries for one service, this message's
+    /// counts.
+    ///
+    /// # Errors
+    /// When both together say too much.
+    pub fn joined_with(&self, share: &Overrides) -> Result<Self, ContextError> {
+        // Fields of one message after those of another: the later ones count, entries follow each other.
+        let mut joined = share.clone();
+        let taken = |entry: &Override| {
+            self.overrides.iter().any(|own| split_service(&own.service) == split_service(&entry.service))
+        };
+        joined.overrides.retain(|entry| !taken(entry));
+        // What was encoded a moment ago can be decoded.
+        let _ = joined.merge(self.encode_to_vec().as_slice());
+        joined.share = String::new();
+        joined.check()?;
+        Ok(joined)
+    }
+
+    /// Checks a message that a share stands for.
+    ///
+    /// # Errors
+    /// What [`Self::from_baggage_item`] refuses, a share, and a signature: who may make shares vouches for them.
+    pub fn check_shared(&self) -> Result<(), ContextError> {
+        if !self.share.is_empty() {
+            return Err(ContextError::NestedShare);
+        }
+        if self.signed.is_some() {
+            return Err(ContextError::BadSigned("cannot be what a share stands for"));
+        }
+        self.check()
+    }
+
     pub(super) fn check(&self) -> Result<(), ContextError> {
         if self.version != VERSION {
             return Err(ContextError::UnknownVersion(self.version));
@@ -96,6 +139,9 @@ impl Overrides {
         }
         if self.overrides.len() > MAX_OVERRIDES {
             return Err(ContextError::TooManyOverrides(self.overrides.len()));
+        }
+        if !self.share.is_empty() && !is_share_token(&self.share) {
+            return Err(ContextError::BadShare(shorten(&self.share)));
         }
         let mut seen = BTreeSet::new();
         for (index, entry) in self.overrides.iter().enumerate() {

@@ -31,7 +31,7 @@ pub use self::ot_span_context::{SpanContext, decode_ot_span_context, encode_ot_s
 pub use self::signature::{MIN_KEY_BYTES, key_of_file};
 pub use self::trace::{has_trace_context, set_sampled};
 pub use self::w3c_baggage::{Baggage, MAX_BAGGAGE_BYTES, MAX_BAGGAGE_MEMBERS, format_baggage, parse_baggage};
-pub use crate::api::culvert::overrides::v1::{Action, ConfigValue, Fault, Override, Overrides, Signed};
+pub use crate::api::culvert::overrides::v1::{Action, ConfigValue, Fault, Override, OverrideShare, Overrides, Signed};
 
 /// The header that carries a whole span context, baggage included.
 pub const OT_SPAN_CONTEXT: HeaderName = HeaderName::from_static("x-ot-span-context");
@@ -54,6 +54,9 @@ pub const CONFIG: HeaderName = HeaderName::from_static("x-culvert-config");
 pub const DEBUG: HeaderName = HeaderName::from_static("x-culvert-override-debug");
 /// The response header that says so.
 pub const OUTCOME: HeaderName = HeaderName::from_static("x-culvert-override");
+
+/// The shortest and the longest token of a share, in bytes.
+pub const SHARE_TOKEN_BYTES: std::ops::RangeInclusive<usize> = 8..=64;
 
 /// The key of the baggage item that holds an [`Overrides`] message.
 pub const BAGGAGE_ITEM: &str = "overrides";
@@ -81,6 +84,12 @@ pub const DEFAULT_NAMESPACE: &str = "default";
 /// Why a header or an `Overrides` message cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ContextError {
+    /// A token that is none.
+    #[error("share `{0}` is not a token (8 to 64 of a-z0-9)")]
+    BadShare(String),
+    /// A share that stands for a share.
+    #[error("a share cannot stand for another share")]
+    NestedShare,
     /// The header value is longer than is looked at.
     #[error("{what} is {bytes} bytes long, at most {limit} are read")]
     TooLong {
@@ -197,6 +206,12 @@ fn is_dns_label(label: &str) -> bool {
         && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
         && bytes.first() != Some(&b'-')
         && bytes.last() != Some(&b'-')
+}
+
+/// Whether `token` can be that of a share.
+#[must_use]
+pub fn is_share_token(token: &str) -> bool {
+    SHARE_TOKEN_BYTES.contains(&token.len()) && token.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
 }
 
 fn is_revision(revision: &str) -> bool {

@@ -480,3 +480,26 @@ proptest! {
         let _ = Overrides::from_baggage_item(&STANDARD.encode(&bytes));
     }
 }
+
+#[test]
+fn a_share_is_a_token_and_the_message_itself_counts_before_it() {
+    let entries = |entries: &[(&str, &str)]| Overrides::new(entries.iter().copied()).unwrap();
+    let none = entries(&[]);
+    for token in ["", "abcd2345", &"a".repeat(64)] {
+        let item = none.clone().with_share(token).unwrap().to_baggage_item();
+        assert_eq!(Overrides::from_baggage_item(&item).unwrap().share, token);
+    }
+    for token in ["abcd234", &"a".repeat(65), "ABCD2345", "abcd 2345", "abcd-2345"] {
+        let error = none.clone().with_share(token).unwrap_err();
+        assert!(matches!(error, ContextError::BadShare(_)), "{token}: {error}");
+    }
+    let share = entries(&[("users", "a"), ("orders.shop", "b"), ("front", "c")]);
+    let own = entries(&[("users.default", "mine"), ("pay", "d")]).with_share("abcd2345").unwrap();
+    let joined = own.joined_with(&share).unwrap();
+    assert_eq!(joined, entries(&[("orders.shop", "b"), ("front", "c"), ("users.default", "mine"), ("pay", "d")]));
+    assert_eq!(none.with_share("abcd2345").unwrap().joined_with(&share).unwrap(), share);
+    assert!(own.check_shared() == Err(ContextError::NestedShare) && share.check_shared().is_ok());
+    let many: Vec<_> = (0..MAX_OVERRIDES).map(|i| (format!("s{i}"), "r")).collect();
+    let many = Overrides::new(many).unwrap();
+    assert_eq!(own.joined_with(&many), Err(ContextError::TooManyOverrides(MAX_OVERRIDES + 2)));
+}

@@ -2,7 +2,7 @@
 
 mod embedded;
 mod memory;
-mod redis;
+pub(crate) mod redis;
 
 use std::fmt;
 use std::path::PathBuf;

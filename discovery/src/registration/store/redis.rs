@@ -21,7 +21,8 @@ use crate::registration::host::{Host, HostKey};
 
 const SERVICES: &str = "{culvert}:services";
 const VERSION: &str = "{culvert}:version";
-const INCARNATION: &str = "{culvert}:incarnation";
+/// Shared by everything that is kept in Redis.
+pub(crate) const INCARNATION: &str = "{culvert}:incarnation";
 /// How long a connection and an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a change is tried again because another replica changed the same host.
@@ -46,28 +47,27 @@ static COMPARE_AND_SET: LazyLock<Script> = LazyLock::new(|| {
     )
 });
 
-/// A Redis server.
-pub(super) struct Redis {
+/// The one connection to a Redis server, which heals itself once it was made.
+pub(crate) struct Connection {
     client: Client,
     connection: OnceCell<ConnectionManager>,
 }
 
 /// Without the client, which holds a password.
-impl std::fmt::Debug for Redis {
+impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Redis").finish_non_exhaustive()
     }
 }
 
-impl Redis {
-    pub(super) fn new(url: &str) -> Result<Self, StoreError> {
+impl Connection {
+    pub(crate) fn new(url: &str) -> Result<Self, StoreError> {
         let client =
             Client::open(url).map_err(|error| StoreError(format!("the address of the Redis server: {error}")))?;
         Ok(Self { client, connection: OnceCell::new() })
     }
 
-    /// The one connection, which heals itself once it was made.
-    async fn connection(&self) -> Result<ConnectionManager, StoreError> {
+    pub(crate) async fn get(&self) -> Result<ConnectionManager, StoreError> {
         let connect = || {
             let config = ConnectionManagerConfig::new()
                 .set_number_of_retries(0)
@@ -76,6 +76,16 @@ impl Redis {
             self.client.get_connection_manager_with_config(config)
         };
         Ok(self.connection.get_or_try_init(connect).await?.clone())
+    }
+}
+
+/// Hosts in a Redis server.
+#[derive(Debug)]
+pub(super) struct Redis(Connection);
+
+impl Redis {
+    pub(super) fn new(url: &str) -> Result<Self, StoreError> {
+        Connection::new(url).map(Self)
     }
 }
 
@@ -99,7 +109,7 @@ fn read(values: Vec<String>) -> Vec<Host> {
 #[tonic::async_trait]
 impl Store for Redis {
     async fn all(&self) -> Result<Vec<Host>, StoreError> {
-        let mut connection = self.connection().await?;
+        let mut connection = self.0.get().await?;
         let services: Vec<String> = redis::cmd("SMEMBERS").arg(SERVICES).query_async(&mut connection).await?;
         let mut hosts = Vec::new();
         // In parts, so that no answer is so large that it holds up heartbeats.
@@ -115,12 +125,12 @@ impl Store for Redis {
     }
 
     async fn of_service(&self, service: &str) -> Result<Vec<Host>, StoreError> {
-        let mut connection = self.connection().await?;
+        let mut connection = self.0.get().await?;
         Ok(read(redis::cmd("HVALS").arg(hosts_key(service)).query_async(&mut connection).await?))
     }
 
     async fn update(&self, key: &HostKey, change: &Changer<'_>) -> Result<Outcome, StoreError> {
-        let mut connection = self.connection().await?;
+        let mut connection = self.0.get().await?;
         let (hosts, address) = (hosts_key(&key.service), key.ip_address.to_string());
         for _ in 0..TRIES {
             let found: Option<String> =
@@ -145,7 +155,7 @@ impl Store for Redis {
     }
 
     async fn version(&self) -> Result<Version, StoreError> {
-        let mut connection = self.connection().await?;
+        let mut connection = self.0.get().await?;
         let fresh = std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), 0) >> 1;
         let (incarnation, count): (u64, Option<u64>) = redis::pipe()
             .cmd("SET")

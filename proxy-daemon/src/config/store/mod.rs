@@ -60,7 +60,7 @@ use std::{
 
 use culvert_xds_client::{
     ads::{Counted, Done, Interest, Sink, Update, type_url},
-    api::culvert::overrides::v1::OffloadedService,
+    api::culvert::overrides::v1::{OffloadedService, OverrideShare},
     json::{self, UnknownFields},
     source::Source,
     sources::{self, Subscriptions},
@@ -321,7 +321,9 @@ impl<A: Apply> ConfigStore<A> {
         let overriding = state.overriding > 0;
         if std::mem::replace(&mut state.asks_for_overrides, overriding) != overriding {
             let interest = if overriding { Interest::Wildcard } else { Interest::None };
-            self.0.subscriptions.set(Source::Ads, OffloadedService::type_url(), interest);
+            for type_url in [OffloadedService::type_url(), OverrideShare::type_url()] {
+                self.0.subscriptions.set(Source::Ads, type_url, interest.clone());
+            }
         }
         if std::mem::take(&mut state.scopes_changed) {
             state.count_scopes();
@@ -376,7 +378,27 @@ impl<A: Apply> ConfigStore<A> {
         for name in update.removed {
             state.offloaded.remove(&name);
         }
-        match OffloadedTable::from_resources(state.offloaded.values()) {
+        self.set_offloaded(state);
+    }
+
+    fn shares(&self, state: &mut State, update: Update, id: UpdateId) {
+        for resource in update.added {
+            let parsed = json::unpack::<OverrideShare>(&resource.body, "").map_err(FieldError::from);
+            let table = OffloadedTable::default();
+            match parsed.and_then(|share| table.with_shares([&share]).map(|_| share)) {
+                Ok(share) => drop(state.shares.insert(resource.name, share)),
+                Err(error) => state.updates.reject(id, &resource.name, error.to_string()),
+            }
+        }
+        for name in update.removed {
+            state.shares.remove(&name);
+        }
+        self.set_offloaded(state);
+    }
+
+    fn set_offloaded(&self, state: &State) {
+        let table = OffloadedTable::from_resources(state.offloaded.values());
+        match table.and_then(|table| table.with_shares(state.shares.values())) {
             Ok(table) => self.0.apply.set_offloaded(table),
             // Each was checked by itself above.
             Err(error) => tracing::error!(%error, "offloaded services are inconsistent"),
@@ -429,6 +451,8 @@ impl<A: Apply> Sink for ConfigStore<A> {
                 self.take_named(state, kind, source, (update, read), id);
             } else if type_url == OffloadedService::type_url() {
                 self.offloaded(state, update, id);
+            } else if type_url == OverrideShare::type_url() {
+                self.shares(state, update, id);
             }
             state.updates.part_done(id);
         });

@@ -6,7 +6,12 @@ use std::{
     time::Duration,
 };
 
-use culvert_xds_client::{ads::Interest, api::culvert::overrides::v1::OffloadedService, source::Source, sources};
+use culvert_xds_client::{
+    ads::Interest,
+    api::culvert::overrides::v1::{OffloadedService, OverrideShare},
+    source::Source,
+    sources,
+};
 use tokio::time::Instant;
 
 use super::{
@@ -113,6 +118,7 @@ pub(in crate::config) struct State {
     /// The sources that there are.
     pub(super) sources: sources::Config,
     pub(super) offloaded: BTreeMap<String, OffloadedService>,
+    pub(super) shares: BTreeMap<String, OverrideShare>,
     /// Versions of listeners that need the offloaded services.
     pub(super) overriding: usize,
     pub(super) asks_for_overrides: bool,
@@ -155,6 +161,7 @@ impl State {
             static_files: Vec::new(),
             sources: start.sources.clone(),
             offloaded: BTreeMap::new(),
+            shares: BTreeMap::new(),
             overriding: 0,
             asks_for_overrides: false,
             demanded: Demanded::default(),

@@ -185,6 +185,14 @@ impl Configured {
                 message
             }
         };
+        // What was signed is the token: who may make shares vouches for what it stands for.
+        let message = match &*message.share {
+            "" => message,
+            token => cx.worker.with_offloaded(|table| match table.share(token, now) {
+                Ok(share) => message.joined_with(share).map_err(read),
+                Err(refusal) => Err(refusal),
+            })?,
+        };
         if message.is_expired(now) {
             return Err(Refusal::Expired);
         }

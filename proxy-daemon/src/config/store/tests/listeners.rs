@@ -54,6 +54,7 @@ fn the_override_filter_subscribes_to_offloaded_services() {
     let with_filter = resource::<Listener>("in", &listener_yaml("in", "web", filter));
     let outcome = store.update(update(Listener::type_url(), vec![with_filter]));
     assert_eq!(names(&outcome, OffloadedService::type_url()), ["*"]);
+    assert_eq!(names(&outcome, OverrideShare::type_url()), ["*"]);
 
     let service = |address: &str| {
         let endpoint = format!("{{ revision: r, address: {address}, port: 80 }}");
@@ -65,6 +66,18 @@ fn the_override_filter_subscribes_to_offloaded_services() {
     assert_eq!(outcome.rejected()[0].message, "endpoints[0].address: \"nowhere\" is not an IP address");
     assert_eq!(calls.take(), ["offloaded true"], "the last good one stays");
     store.update(removal(OffloadedService::type_url(), "users"));
+    assert_eq!(calls.take(), ["offloaded false"]);
+
+    let share = |token: &str| {
+        let overrides = "{ version: 1, overrides: [{ service: users, revision: r }] }";
+        resource::<OverrideShare>("s", &format!("{{ token: {token}, expires: 1, overrides: {overrides} }}"))
+    };
+    store.update(update(OverrideShare::type_url(), vec![share("abcd2345")]));
+    assert_eq!(calls.take(), ["offloaded true"]);
+    let outcome = store.update(update(OverrideShare::type_url(), vec![share("x")]));
+    assert_eq!(outcome.rejected()[0].message, "token: must be 8 to 64 of a-z0-9");
+    assert_eq!(calls.take(), ["offloaded true"], "the last good one stays");
+    store.update(removal(OverrideShare::type_url(), "s"));
     assert_eq!(calls.take(), ["offloaded false"]);
 }
 

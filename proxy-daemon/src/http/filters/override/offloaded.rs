@@ -6,9 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use culvert_xds_client::api::culvert::overrides::v1::{OffloadedService, Override};
+use culvert_xds_client::{
+    api::culvert::overrides::v1::{OffloadedService, Override, OverrideShare},
+    overrides::{Overrides, is_share_token},
+};
 
-use super::settings::{Actions, Sources};
+use super::{
+    refusal::Refusal,
+    settings::{Actions, Sources},
+};
 use crate::config::FieldError;
 
 /// Every offloaded endpoint that discovery lists, by cluster, with the services' policies.
@@ -17,6 +23,16 @@ pub struct OffloadedTable {
     by_cluster: HashMap<String, Offloaded>,
     /// What it is made of, to be shown.
     resources: Vec<OffloadedService>,
+    /// By token.
+    shares: HashMap<String, Share>,
+}
+
+/// A stored set of overrides.
+#[derive(Debug, PartialEq)]
+struct Share {
+    /// In seconds since the epoch.
+    expires: i64,
+    overrides: Overrides,
 }
 
 /// What is known of one cluster.
@@ -70,6 +86,32 @@ impl OffloadedTable {
             }
         }
         Ok(table)
+    }
+
+    /// This table with some shares.
+    ///
+    /// # Errors
+    /// The first share with a token or overrides that make no sense.
+    pub fn with_shares<'a>(
+        mut self,
+        shares: impl IntoIterator<Item = &'a OverrideShare>,
+    ) -> Result<OffloadedTable, FieldError> {
+        for share in shares {
+            if !is_share_token(&share.token) {
+                return Err(FieldError::new("token", "must be 8 to 64 of a-z0-9"));
+            }
+            let overrides = share.overrides.clone().ok_or_else(|| FieldError::new("overrides", "is missing"))?;
+            overrides.check_shared().map_err(|error| FieldError::new("overrides", error.to_string()))?;
+            self.shares.insert(share.token.clone(), Share { expires: share.expires, overrides });
+        }
+        Ok(self)
+    }
+
+    /// What a share stands for at a time in seconds since the epoch.
+    pub(super) fn share(&self, token: &str, now: u64) -> Result<&Overrides, Refusal> {
+        let share = self.shares.get(token).ok_or(Refusal::ShareUnknown)?;
+        let ended = i64::try_from(now).is_ok_and(|now| now >= share.expires);
+        if ended { Err(Refusal::ShareExpired) } else { Ok(&share.overrides) }
     }
 
     /// What it is made of.
@@ -155,5 +197,30 @@ mod tests {
         assert!(
             error(good(), Some(policy)).starts_with("policy.sources.ranges[0]: \"10.0.0.0\" is not an address range")
         );
+    }
+
+    #[test]
+    fn a_share_stands_for_its_overrides_until_it_ends() {
+        let share = |token: &str, overrides| OverrideShare {
+            token: token.to_owned(),
+            name: "checkout".to_owned(),
+            expires: 100,
+            overrides,
+        };
+        let overrides = Overrides::new([("users", "feature-x")]).unwrap();
+        let table = OffloadedTable::default().with_shares([&share("abcd2345", Some(overrides.clone()))]).unwrap();
+        assert_eq!(table.share("abcd2345", 99), Ok(&overrides));
+        assert_eq!(table.share("abcd2345", 100), Err(Refusal::ShareExpired));
+        assert_eq!(table.share("abcd2346", 99), Err(Refusal::ShareUnknown));
+
+        let nested = overrides.clone().with_share("abcd2345").unwrap();
+        for (bad, expected) in [
+            (share("x", Some(overrides)), "token: must be 8 to 64 of a-z0-9"),
+            (share("abcd2345", None), "overrides: is missing"),
+            (share("abcd2345", Some(nested)), "overrides: a share cannot stand for another share"),
+        ] {
+            let error = OffloadedTable::default().with_shares([&bad]).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+        }
     }
 }

@@ -20,6 +20,8 @@ pub(super) enum Refusal {
     BadSignature,
     Expired,
     LastsTooLong,
+    ShareUnknown,
+    ShareExpired,
     // Of one override, or of a part of it.
     NotOptedIn,
     ServiceSource,
@@ -31,7 +33,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    pub(super) const ALL: [Refusal; 19] = [
+    pub(super) const ALL: [Refusal; 21] = [
         Refusal::Production,
         Refusal::Stripped,
         Refusal::Undecodable,
@@ -44,6 +46,8 @@ impl Refusal {
         Refusal::BadSignature,
         Refusal::Expired,
         Refusal::LastsTooLong,
+        Refusal::ShareUnknown,
+        Refusal::ShareExpired,
         Refusal::NotOptedIn,
         Refusal::ServiceSource,
         Refusal::ActionNotAllowed,
@@ -68,6 +72,8 @@ impl Refusal {
             Refusal::BadSignature => "bad_signature",
             Refusal::Expired => "expired",
             Refusal::LastsTooLong => "lasts_too_long",
+            Refusal::ShareUnknown => "share_unknown",
+            Refusal::ShareExpired => "share_expired",
             Refusal::NotOptedIn => "not_opted_in",
             Refusal::ServiceSource => "service_source",
             Refusal::ActionNotAllowed => "action_not_allowed",

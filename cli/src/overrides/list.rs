@@ -1,0 +1,146 @@
+//! `culvert override list`: the offloaded revisions that discovery knows.
+
+use std::collections::BTreeMap;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::terminal::time;
+use crate::status::{self, cell, list};
+use crate::table;
+
+/// Shown after the help.
+pub const HELP: &str = "\
+Examples:
+  culvert override list
+  culvert override list users                  of one service: name, name.namespace or name.namespace:port
+  culvert override list --output json | jq -r '.[] | .service + \"=\" + .revision'
+
+A line is a revision of a service in one cluster, with all its pods. `tunnel` as the cluster is a developer's machine
+(`culvert override connect`). Name one of them in a request: `culvert override header --set SERVICE=REVISION`.";
+
+/// Flags of `culvert override list`.
+#[derive(Debug, Args)]
+pub struct ListFlags {
+    /// A service: name, name.namespace or name.namespace:port
+    #[arg(value_name = "SERVICE")]
+    service: Option<String>,
+
+    #[command(flatten)]
+    from: status::Flags,
+}
+
+/// Runs the command; gives what is to be printed.
+///
+/// # Errors
+/// When discovery cannot be asked.
+pub fn run(flags: &ListFlags) -> anyhow::Result<String> {
+    let found = deployments(&flags.from.fetch()?, flags.service.as_deref());
+    Ok(flags
+        .from
+        .print(&Value::Array(found.clone()), || text(&found, flags.service.as_deref(), table::terminal_width())))
+}
+
+/// A service's revision in a cluster.
+#[derive(Debug, Default)]
+struct Deployment {
+    pods: Vec<String>,
+    addresses: Vec<String>,
+    since: Option<i64>,
+}
+
+fn deployments(status: &Value, service: Option<&str>) -> Vec<Value> {
+    let mut found: BTreeMap<[String; 3], Deployment> = BTreeMap::new();
+    for port in list(&status["services"]) {
+        let name = cell(&port["envoy_cluster"]);
+        let full = name.rsplit_once(':').map_or(&*name, |(full, _)| full);
+        let short = full.split_once('.').map_or(full, |(short, _)| short);
+        if service.is_some_and(|wanted| ![&*name, full, short].contains(&wanted)) {
+            continue;
+        }
+        for endpoint in list(&port["offloaded"]) {
+            let key = [name.clone(), cell(&endpoint["revision"]), cell(&endpoint["cluster"])];
+            let deployment = found.entry(key).or_default();
+            deployment.pods.push(cell(&endpoint["pod"]));
+            deployment.addresses.push(cell(&endpoint["address"]));
+            // A deployment is there since its first pod is.
+            deployment.since = [deployment.since, endpoint["since"].as_i64()].into_iter().flatten().min();
+        }
+    }
+    let deployment =
+        |([service, revision, cluster], Deployment { pods, addresses, since }): ([String; 3], Deployment)| {
+            let name = service.rsplit_once(':').map_or(&*service, |(name, _)| name).to_owned();
+            json!({
+                "service": name, "envoy_cluster": service, "revision": revision, "cluster": cluster, "pods": pods,
+                "addresses": addresses, "since": since.map(time),
+            })
+        };
+    found.into_iter().map(deployment).collect()
+}
+
+fn text(found: &[Value], service: Option<&str>, width: Option<usize>) -> String {
+    if found.is_empty() {
+        let of = service.map(|name| format!(" of {name}")).unwrap_or_default();
+        return format!(
+            "nothing{of} is offloaded; a pod with the labels culvert.dev/offloaded: \"true\" and culvert.dev/revision: NAME is, \
+             and so is what `culvert override connect` offers\n"
+        );
+    }
+    let joined = |value: &Value| list(value).iter().map(cell).collect::<Vec<_>>().join(",");
+    let rows: Vec<Vec<String>> = found
+        .iter()
+        .map(|deployment| {
+            let mut row: Vec<_> = ["envoy_cluster", "revision", "cluster"].map(|key| cell(&deployment[key])).into();
+            row.extend([joined(&deployment["pods"]), joined(&deployment["addresses"]), cell(&deployment["since"])]);
+            row
+        })
+        .collect();
+    table::lines(&["SERVICE", "REVISION", "CLUSTER", "PODS", "ADDRESSES", "SINCE"], &rows, "", width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Value {
+        let pod = |revision: &str, pod: &str, address: &str, cluster: &str, since: i64| json!({ "revision": revision, "pod": pod, "address": address, "cluster": cluster, "since": since });
+        let users = [
+            pod("x", "default/u2", "10.1.0.2:80", "east", 2000),
+            pod("x", "default/u1", "10.1.0.1:80", "east", 1000),
+            pod("x", "default/u3", "10.2.0.1:80", "west", 3000),
+            pod("me", "tunnel/me", "10.9.0.1:19000", "tunnel", 4000),
+        ];
+        json!({ "services": [
+            { "envoy_cluster": "users.default:80", "offloaded": users },
+            { "envoy_cluster": "front.shop:80", "offloaded": [pod("y", "shop/f", "10.1.0.7:80", "east", 1)] },
+            { "envoy_cluster": "echo.default:7", "offloaded": [] },
+        ]})
+    }
+
+    #[test]
+    fn pods_of_one_revision_and_cluster_are_one_line() {
+        let found = deployments(&status(), None);
+        assert_eq!(found.len(), 4);
+        let expected = json!({
+            "service": "users.default", "envoy_cluster": "users.default:80", "revision": "x", "cluster": "east",
+            "pods": ["default/u2", "default/u1"], "addresses": ["10.1.0.2:80", "10.1.0.1:80"],
+            "since": "1970-01-01T00:16:40Z",
+        });
+        assert_eq!(found[2], expected);
+        let count = |name| deployments(&status(), Some(name)).len();
+        assert_eq!(
+            ["users", "users.default", "users.default:80", "front", "echo", "nobody"].map(count),
+            [3, 3, 3, 1, 0, 0]
+        );
+    }
+
+    #[test]
+    fn the_table_says_what_to_do_when_there_is_nothing() {
+        let shown = text(&deployments(&status(), None), None, None);
+        let rows: Vec<Vec<_>> = shown.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1], ["front.shop:80", "y", "east", "shop/f", "10.1.0.7:80", "1970-01-01T00:00:01Z"]);
+        assert_eq!(rows[2][..3], ["users.default:80", "me", "tunnel"]);
+        let nothing = text(&deployments(&status(), Some("echo")), Some("echo"), None);
+        assert!(nothing.starts_with("nothing of echo is offloaded; a pod with the labels"), "{nothing}");
+    }
+}

@@ -1,0 +1,169 @@
+//! `culvert override connect`: a program on a developer's machine answers for a revision.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use culvert_tests::app::App;
+use culvert_tests::wait_until;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use super::harness::{DEADLINE, Discovery, Mesh, Running, culvert, header, refused};
+
+fn connect(discovery: &Discovery, target: &str, revision: &str) -> Result<Running> {
+    let access = ["--discovery", &discovery.url, "--token-file", &discovery.token_file];
+    Running::spawn("culvert", &[&["override", "connect", target, "--revision", revision], &access[..]].concat())
+}
+
+fn laptop() -> Result<u16> {
+    App { pod: "laptop".into(), revision: "laptop".into(), upstream: None }.start()
+}
+
+#[test]
+fn requests_reach_the_laptop_while_the_tunnel_is_there() -> Result<()> {
+    let mut mesh = Mesh::start()?;
+    let port = laptop()?;
+    let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{port}"), "me")?;
+    let line = tunnel.until_said("open: ")?;
+    assert!(line.contains(&format!("users.default:80, revision me -> 127.0.0.1:{port}")), "{line}");
+    let headers = header(&["--set", "users=me"])?;
+    mesh.until_revision(&headers, "laptop")?;
+    assert_eq!(mesh.revision(&[])?, "main");
+    assert_eq!(mesh.revision(&header(&["--set", "users=feature-x"])?)?, "feature-x");
+
+    // It shows wherever offloaded deployments do.
+    let status = mesh.discovery.status()?;
+    let tunnels = status["tunnels"].as_array().unwrap();
+    assert_eq!(
+        (tunnels.len(), &tunnels[0]["revision"], &tunnels[0]["envoy_cluster"]),
+        (1, &json!("me"), &json!("users.default:80"))
+    );
+    assert!(tunnels[0]["connections_total"].as_u64() > Some(0), "{tunnels:?}");
+    let listed = culvert(&["override", "list", "--discovery", &mesh.discovery.url])?;
+    assert!(listed.contains("tunnel/me"), "{listed}");
+    let services = culvert(&["services", "--discovery", &mesh.discovery.url])?;
+    let tunnels = services.split_once("TUNNELS").map(|(_, rest)| rest).unwrap_or_default();
+    assert!(tunnels.contains("users.default:80") && tunnels.contains("127.0.0.1"), "{services}");
+
+    // Discovery goes and comes back: the tunnel is made again by itself.
+    mesh.discovery.restart()?;
+    tunnel.until_said("down: users")?;
+    wait_until(DEADLINE, "the tunnel to be open again", || {
+        ensure!(tunnel.said().matches("open: ").count() == 2, "{}", tunnel.said());
+        Ok(())
+    })?;
+    mesh.until_revision(&headers, "laptop")?;
+
+    // The laptop is closed: the revision is gone, and its requests go where they would have gone.
+    tunnel.signal(Signal::SIGKILL)?;
+    tunnel.wait()?;
+    let closed = Instant::now();
+    mesh.until_revision(&headers, "main")?;
+    assert!(closed.elapsed() < Duration::from_secs(10), "{:?}", closed.elapsed());
+    assert_eq!(mesh.discovery.status()?["tunnels"], json!([]));
+    Ok(())
+}
+
+/// A machine that sleeps closes nothing: only pings tell.
+#[test]
+fn a_laptop_that_falls_asleep_is_gone_within_seconds() -> Result<()> {
+    let mesh = Mesh::start()?;
+    let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{}", laptop()?), "me")?;
+    tunnel.until_said("open: ")?;
+    let headers = header(&["--set", "users=me"])?;
+    mesh.until_revision(&headers, "laptop")?;
+    tunnel.signal(Signal::SIGSTOP)?;
+    let asleep = Instant::now();
+    wait_until(DEADLINE, "requests to go where they would have gone", || {
+        // Requests that meet the dead tunnel end, one way or another.
+        let response = mesh.ask(&headers)?;
+        ensure!(response.status == 200 && response.text().contains("\"main\""), "{}", response.status);
+        Ok(())
+    })?;
+    assert!(asleep.elapsed() < Duration::from_secs(25), "{:?}", asleep.elapsed());
+    // It wakes up, and is back.
+    tunnel.signal(Signal::SIGCONT)?;
+    mesh.until_revision(&headers, "laptop")?;
+    Ok(())
+}
+
+#[test]
+fn large_bodies_pass_and_a_program_that_is_not_there_is_said() -> Result<()> {
+    let mesh = Mesh::start()?;
+    let held = TcpListener::bind("127.0.0.1:0")?;
+    let port = held.local_addr()?.port();
+    drop(held);
+    let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{port}"), "me")?;
+    tunnel.until_said("open: ")?;
+    let headers = header(&["--set", "users=me"])?;
+    wait_until(DEADLINE, "the daemon to know the revision", || {
+        let response = mesh.ask(&headers)?;
+        ensure!(response.status == 503, "{}", response.status);
+        Ok(())
+    })?;
+    let line = tunnel.until_said("cannot be reached")?;
+    assert!(line.contains("is your program running?"), "{line}");
+
+    // Now it is there, and sends more than any buffer on the way holds.
+    const SIZE: usize = 8 << 20;
+    let listener = TcpListener::bind(("127.0.0.1", port))?;
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut stream = stream;
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = write!(stream, "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {SIZE}\r\n\r\n");
+            let _ = stream.write_all(&vec![b'x'; SIZE]);
+        }
+    });
+    let response = mesh.ask(&headers)?;
+    assert_eq!((response.status, response.body.len()), (200, SIZE));
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_what_to_do() -> Result<()> {
+    let mesh = Mesh::start()?;
+    let (url, file) = (&*mesh.discovery.url, &*mesh.discovery.token_file);
+    let wrong = std::path::Path::new(file).with_file_name("wrong");
+    std::fs::write(&wrong, "something-else")?;
+    let wrong = wrong.display().to_string();
+    let tell = |target: &str, revision: &str, file: &str| {
+        let flags = ["override", "connect", target, "--revision", revision, "--discovery", url, "--token-file", file];
+        refused(&flags)
+    };
+    for (target, revision, file, expected) in [
+        (
+            "users=localhost:1",
+            "me",
+            &*wrong,
+            "the developers' token is needed; give the file that it is in with --token-file",
+        ),
+        ("nobody=localhost:1", "me", file, "there is no service nobody.default; `culvert services` lists"),
+        ("users:81=localhost:1", "me", file, "no port 81 that speaks HTTP"),
+        ("users=localhost:1", "feature-x", file, "is pod default/users-x; choose another with --revision"),
+        ("users=localhost", "me", file, "expected SERVICE=HOST:PORT"),
+    ] {
+        let error = tell(target, revision, file)?;
+        assert!(error.contains(expected), "{target}: {error}");
+    }
+    let mut first = connect(&mesh.discovery, "users=localhost:1", "me")?;
+    first.until_said("open: ")?;
+    let error = tell("users=localhost:1", "me", file)?;
+    // There is one port: a second tunnel finds none, or the revision taken.
+    assert!(error.contains("is a tunnel from 127.0.0.1") || error.contains("is free for another tunnel"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn without_a_token_in_the_configuration_there_are_no_tunnels() -> Result<()> {
+    let bin = culvert_tests::binaries::binary("culvert-discovery")?;
+    let output = std::process::Command::new(bin)
+        .args(["--registration", "memory", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"])
+        .args(["--tunnels", "127.0.0.1:19000-19001"])
+        .output()?;
+    let error = String::from_utf8(output.stderr)?;
+    assert!(!output.status.success() && error.contains("tunnels need the developers' token"), "{error}");
+    Ok(())
+}
