@@ -121,3 +121,61 @@ fn health_checks_are_not_counted_as_by_envoy() -> Result<()> {
     assert_eq!(seen[0][0].1, 1, "{seen:?}");
     Ok(())
 }
+
+/// `respect_expected_rq_timeout`: how long a request may take is what the proxy before this one expects.
+#[test]
+fn expectations_are_respected_as_by_envoy() -> Result<()> {
+    const TRUSTED: &str = "x-forwarded-for: 10.0.0.1\r\n";
+    let requests = [
+        ("/hang", format!("{TRUSTED}x-envoy-expected-rq-timeout-ms: 300\r\n")),
+        ("/hang", format!("{TRUSTED}x-envoy-expected-rq-timeout-ms: 300\r\nx-envoy-upstream-rq-timeout-ms: 9000\r\n")),
+        ("/hang", format!("{TRUSTED}x-envoy-upstream-rq-timeout-ms: 300\r\n")),
+        ("/slow", format!("{TRUSTED}x-envoy-expected-rq-timeout-ms: soon\r\nx-envoy-upstream-rq-timeout-ms: 0\r\n")),
+        ("/slow", format!("{TRUSTED}x-envoy-expected-rq-timeout-ms: 0\r\n")),
+        ("/slow", format!("{TRUSTED}x-envoy-expected-rq-timeout-ms: 9000\r\n")),
+        ("/hang", "x-envoy-expected-rq-timeout-ms: 9000\r\n".to_owned()),
+        ("/", String::new()),
+    ];
+    let mut seen = Vec::new();
+    for kind in KINDS {
+        let (told, heads) = std::sync::mpsc::channel();
+        let host = server::start(move |stream| {
+            let mut stream = BufReader::new(stream);
+            while let Some(request) = Request::read(&mut stream)? {
+                let of_time = |name: &&str| name.ends_with("timeout-ms");
+                let names = request.headers.0.iter().map(|(name, value)| format!("{name}: {value}"));
+                let mut names: Vec<_> =
+                    names.filter(|line| line.split(':').next().is_some_and(|name| of_time(&name))).collect();
+                names.sort();
+                told.send(names)?;
+                // It is the host that is slow.
+                std::thread::sleep(Duration::from_millis(match request.target.as_str() {
+                    "/hang" => 5000,
+                    "/slow" => 1500,
+                    _ => 0,
+                }));
+                Response::new(200, "text/plain", b"ok".to_vec()).write(stream.get_mut(), false)?;
+            }
+            Ok(())
+        })?;
+        let web = free_port()?;
+        let routes = ROUTES.replace("timeout: 0s", "timeout: 1s");
+        let internal = "internal_address_config: {cidr_ranges: [{address_prefix: 10.0.0.0, prefix_len: 8}]}";
+        let yaml = Bootstrap::new().http(web, &routes, &[internal]).cluster("app", &[host], &[]).yaml();
+        let yaml = yaml.replace("router.v3.Router}", "router.v3.Router, respect_expected_rq_timeout: true}");
+        let _daemon = Daemon::start(kind, &yaml)?;
+        for (path, headers) in &requests {
+            let mut client = TcpStream::connect(("127.0.0.1", web))?;
+            client.set_read_timeout(Some(DEADLINE))?;
+            write!(client, "GET {path} HTTP/1.1\r\nhost: a.test\r\n{headers}connection: close\r\n\r\n")?;
+            let answer =
+                Response::read(&mut BufReader::new(client), "GET").with_context(|| format!("{kind:?}: {path}"))?;
+            let head = heads.recv_timeout(DEADLINE)?;
+            seen.push(format!("{path} {headers:?}: {} {}, {head:?}", answer.status, answer.text()));
+        }
+    }
+    let (envoy, culvert) = seen.split_at(requests.len());
+    assert_eq!(envoy, culvert);
+    assert!(envoy[0].contains(" 504 ") && envoy[5].contains(" 200 ok"), "{envoy:?}");
+    Ok(())
+}

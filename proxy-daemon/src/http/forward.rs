@@ -71,7 +71,8 @@ pub(super) async fn forward(
     };
     let virtual_host = cx.route.as_ref().map(RouteRef::virtual_host);
     let policy = action.retry_policy.as_deref().or(virtual_host.and_then(|host| host.retry_policy.as_deref()));
-    let mut timeouts = Timeouts::take(action, policy, config.max_stream_duration, &mut head);
+    let mut timeouts =
+        Timeouts::take(action, policy, (config.max_stream_duration, cx.respects_expected_timeout), &mut head);
     let hedges = action.hedge_on_per_try_timeout;
     let hedges = hedges.unwrap_or_else(|| virtual_host.is_some_and(|host| host.hedge_on_per_try_timeout));
     timeouts.hedges = hedges;

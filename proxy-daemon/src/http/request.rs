@@ -145,6 +145,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         local_reply: None,
         flags: ResponseFlags::default(),
         suppress_envoy_headers: false,
+        respects_expected_timeout: false,
         keeps_request: config.local_replies.is_some(),
         reroute: false,
         max_headers: MaxHeaders { count: config.max_headers_count, kilobytes: config.max_request_headers_kb },
@@ -186,6 +187,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
         let flow = entry.source.with(|factory| {
             cx.suppress_envoy_headers |= factory.suppresses_envoy_headers();
+            cx.respects_expected_timeout |= factory.respects_expected_timeout();
             factory.request(&mut head, &mut body, &mut cx, told, &mut filters)
         });
         let flow = match (flow, filters.last_mut()) {

@@ -102,6 +102,8 @@ pub struct StreamCx {
     pub flags: ResponseFlags,
     /// `suppress_envoy_headers` of the stream's router.
     pub suppress_envoy_headers: bool,
+    /// `respect_expected_rq_timeout` of the stream's router.
+    pub(super) respects_expected_timeout: bool,
     /// The stream's random number: routes and weighted clusters are chosen by it.
     pub random: u64,
     /// When the first byte of the request's head was seen, at the latest.

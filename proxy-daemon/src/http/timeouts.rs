@@ -37,11 +37,11 @@ pub(super) struct Timeouts {
 
 impl Timeouts {
     /// Takes the client's wishes out of the request. Only trusted clients' have come so far.
-    /// `stream`: how long the stream may last where its route does not say.
+    /// `stream`: how long the stream may last where its route does not say. `respects`: what the proxy before this one expects counts for more.
     pub(super) fn take(
         action: &ForwardAction,
         policy: Option<&RetryPolicy>,
-        stream: Option<Duration>,
+        (stream, respects): (Option<Duration>, bool),
         head: &mut RequestHead,
     ) -> Timeouts {
         let mut timeouts = Timeouts {
@@ -64,13 +64,19 @@ impl Timeouts {
             let asked = head.headers.remove(&X_ENVOY_UPSTREAM_STREAM_DURATION_MS);
             let asked = asked.and_then(|value| value.to_str().ok()?.trim().parse().ok());
             timeouts.attempt = asked.map(Duration::from_millis);
-            timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
+            // As in Envoy it stays then, and says nothing.
+            if !respects || !head.headers.contains_key(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
+                timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
+            }
             timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
             // For a proxy, and not for its host; nothing is counted under it.
             head.headers.remove(X_ENVOY_UPSTREAM_ALT_STAT_NAME);
             if head.headers.remove(X_ENVOY_UPSTREAM_RQ_TIMEOUT_ALT_RESPONSE).is_some() {
                 timeouts.status = StatusCode::NO_CONTENT;
             }
+        }
+        if respects && head.headers.contains_key(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
+            timeouts.global = said(head.headers.get(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS), timeouts.global);
         }
         // One that is no shorter says nothing.
         timeouts.per_try = timeouts.per_try.filter(|limit| timeouts.global.is_none_or(|global| *limit < global));
@@ -192,8 +198,12 @@ pub(super) fn to_grpc_timeout(limit: Duration) -> HeaderValue {
 
 /// A header's milliseconds, where it has any; 0 is no limit. The header goes.
 fn wish(headers: &mut HeaderMap, name: &HeaderName, otherwise: Option<Duration>) -> Option<Duration> {
-    let asked = headers.remove(name);
-    match asked.and_then(|value| value.to_str().ok()?.trim().parse().ok()) {
+    said(headers.remove(name).as_ref(), otherwise)
+}
+
+/// A header's milliseconds, where it has any; 0 is no limit.
+fn said(value: Option<&HeaderValue>, otherwise: Option<Duration>) -> Option<Duration> {
+    match value.and_then(|value| value.to_str().ok()?.trim().parse().ok()) {
         Some(0) => None,
         Some(milliseconds) => Some(Duration::from_millis(milliseconds)),
         None => otherwise,

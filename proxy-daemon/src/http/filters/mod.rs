@@ -179,6 +179,11 @@ pub trait HttpFilterFactory: Debug + Send + Sync {
     fn suppresses_envoy_headers(&self) -> bool {
         false
     }
+
+    /// `respect_expected_rq_timeout` of the router.
+    fn respects_expected_timeout(&self) -> bool {
+        false
+    }
 }
 
 /// What a filter's parser may use.

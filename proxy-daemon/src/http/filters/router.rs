@@ -12,6 +12,7 @@ use crate::config::FieldError;
 #[derive(Debug)]
 pub struct RouterFilter {
     suppress_envoy_headers: bool,
+    respect_expected_rq_timeout: bool,
 }
 
 #[expect(deprecated, reason = "a deprecated field that is set must be refused, not passed over")]
@@ -34,14 +35,13 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         ("upstream_log", !upstream_log.is_empty()),
         ("upstream_log_options", upstream_log_options.is_some()),
         ("strict_check_headers", !strict_check_headers.is_empty()),
-        ("respect_expected_rq_timeout", respect_expected_rq_timeout),
         ("suppress_grpc_request_failure_code_stats", suppress_grpc_request_failure_code_stats),
         ("upstream_http_filters", !upstream_http_filters.is_empty()),
         ("reject_connect_request_early_data", reject_connect_request_early_data.is_some_and(|value| value.value)),
     ];
     match refused.iter().find(|(_, set)| *set) {
         Some((field, _)) => Err(FieldError::unsupported(format!("{}.{field}", cx.path))),
-        None => Ok(Arc::new(RouterFilter { suppress_envoy_headers })),
+        None => Ok(Arc::new(RouterFilter { suppress_envoy_headers, respect_expected_rq_timeout })),
     }
 }
 
@@ -52,5 +52,9 @@ impl HttpFilterFactory for RouterFilter {
 
     fn suppresses_envoy_headers(&self) -> bool {
         self.suppress_envoy_headers
+    }
+
+    fn respects_expected_timeout(&self) -> bool {
+        self.respect_expected_rq_timeout
     }
 }
