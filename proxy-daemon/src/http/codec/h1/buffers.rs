@@ -1,9 +1,14 @@
 //! Buffers that the connections of a worker take turns with, so that an idle connection has none and a busy one allocates none.
 
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    pin::pin,
+    task::{Context, Poll},
+};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// Bytes of a read buffer: a body of 64 KiB and its head come in one read.
 pub(super) const READ_SIZE: usize = 68 * 1024;
@@ -28,8 +33,22 @@ fn with<R>(act: impl FnOnce(&mut Buffers) -> R) -> R {
     BUFFERS.with(|buffers| act(&mut buffers.borrow_mut()))
 }
 
+/// Reads once into a buffer, which it has only while there is something in it. `false`: the other side has ended the connection, or it broke.
+pub(super) fn poll_fill(
+    stream: &mut (impl AsyncRead + Unpin),
+    buffer: &mut BytesMut,
+    cx: &mut Context<'_>,
+) -> Poll<bool> {
+    prepare(buffer);
+    let read = pin!(stream.read_buf(buffer)).poll(cx);
+    if read.is_pending() {
+        give_back(buffer);
+    }
+    read.map(|read| read.is_ok_and(|bytes| bytes > 0))
+}
+
 /// Makes room to read into.
-pub(super) fn prepare(buffer: &mut BytesMut) {
+fn prepare(buffer: &mut BytesMut) {
     if buffer.capacity() == 0 {
         *buffer = with(|buffers| buffers.read.pop()).unwrap_or_else(|| BytesMut::with_capacity(READ_SIZE));
     } else if buffer.capacity() - buffer.len() < 1024 && !buffer.try_reclaim(READ_SIZE - buffer.len().min(READ_SIZE)) {

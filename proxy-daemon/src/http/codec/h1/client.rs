@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
-    pin::{Pin, pin},
+    pin::Pin,
     rc::Rc,
     task::{Context, Poll, Waker, ready},
 };
@@ -11,7 +11,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::{Body as _, Frame, SizeHint};
-use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
+use tokio::io::AsyncWrite as _;
 
 use super::{
     buffers,
@@ -298,20 +298,8 @@ impl Inner {
     }
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        buffers::prepare(&mut self.buffer);
-        let read = pin!(self.stream.read_buf(&mut self.buffer)).poll(cx);
-        match read {
-            Poll::Ready(read) => {
-                if !read.is_ok_and(|bytes| bytes > 0) {
-                    self.eof = true;
-                }
-                Poll::Ready(())
-            }
-            Poll::Pending => {
-                buffers::give_back(&mut self.buffer);
-                Poll::Pending
-            }
-        }
+        self.eof |= !ready!(buffers::poll_fill(&mut self.stream, &mut self.buffer, cx));
+        Poll::Ready(())
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<head::ResponseHead, SendError>> {

@@ -15,7 +15,7 @@ use http::{
     header::{CONNECTION, EXPECT, HOST},
 };
 use http_body::Body as _;
-use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
+use tokio::io::AsyncWrite as _;
 
 mod bodies;
 
@@ -455,20 +455,8 @@ fn refused(target: Target, state: &ConnState) -> Option<LocalReply> {
 impl Inner {
     /// Reads once. The end of the connection is noted.
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        buffers::prepare(&mut self.buffer);
-        let read = pin!(self.stream.read_buf(&mut self.buffer)).poll(cx);
-        match read {
-            Poll::Ready(read) => {
-                if !read.is_ok_and(|bytes| bytes > 0) {
-                    self.eof = true;
-                }
-                Poll::Ready(())
-            }
-            Poll::Pending => {
-                buffers::give_back(&mut self.buffer);
-                Poll::Pending
-            }
-        }
+        self.eof |= !ready!(buffers::poll_fill(&mut self.stream, &mut self.buffer, cx));
+        Poll::Ready(())
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
