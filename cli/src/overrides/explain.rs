@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use culvert_proxy_daemon::http::filters::{Explained, OffloadedTable, explain};
 use culvert_xds_client::api::culvert::{
@@ -23,6 +23,10 @@ Examples:
 Each daemon's override filters and what discovery has told it (its admin pages /config_dump and /overrides) say what would become
 of a request. What depends on the client, and whether a signature is good, only the daemon knows: that is named. A request with
 `x-culvert-override-debug: 1` is told by the daemon itself, where the mesh allows that.";
+
+/// What helps where no daemon answers.
+const ASK: &str =
+    "name the admin interface of a daemon with --admin; `culvert override decode` says what a header means without one";
 
 /// Flags of `culvert override explain`.
 #[derive(Debug, Args)]
@@ -53,7 +57,7 @@ pub fn run(flags: &ExplainFlags) -> anyhow::Result<String> {
     let mut hops = Vec::new();
     for admin in &flags.admin {
         let read = |path: &str| -> anyhow::Result<Value> {
-            let body = http::get(admin, path)?;
+            let body = http::get(admin, path).map_err(|error| anyhow!("{error:#}; {ASK}"))?;
             serde_json::from_slice(&body).with_context(|| format!("{admin}{path} is not what a culvertd answers"))
         };
         hops.extend(of_daemon(admin, &read("/config_dump")?, &read("/overrides")?, &decoded)?);
@@ -77,7 +81,7 @@ fn of_daemon(daemon: &str, dump: &Value, told: &Value, decoded: &Decoded) -> any
     let services = told["services"].as_array().map(Vec::as_slice).unwrap_or_default();
     let services: Vec<OffloadedService> =
         services.iter().map(|service| json::from_json(service.clone())).collect::<Result<_, _>>()?;
-    let table = OffloadedTable::from_resources(&services).map_err(|error| anyhow::anyhow!("{daemon}: {error}"))?;
+    let table = OffloadedTable::from_resources(&services).map_err(|error| anyhow!("{daemon}: {error}"))?;
     let mut filters = Vec::new();
     collect(dump, "", &mut filters);
     ensure!(!filters.is_empty(), "{daemon} has no override filter");
@@ -86,7 +90,7 @@ fn of_daemon(daemon: &str, dump: &Value, told: &Value, decoded: &Decoded) -> any
     let mut hops: Vec<Hop> = Vec::new();
     for (listener, config) in filters {
         let config: Config = json::from_json(config)?;
-        let lines = explain(&config, &table, message, when).map_err(|error| anyhow::anyhow!("{daemon}: {error}"))?;
+        let lines = explain(&config, &table, message, when).map_err(|error| anyhow!("{daemon}: {error}"))?;
         // A listener has a filter for each port: most do the same.
         match hops.iter_mut().find(|hop| hop.listener == listener && hop.lines == lines) {
             Some(_) => {}
