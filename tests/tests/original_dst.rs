@@ -198,6 +198,9 @@ fn hosts_that_fail_are_ejected_as_by_envoy() -> Result<()> {
         let outlier = "outlier_detection: {consecutive_5xx: 3, interval: 0.2s, base_ejection_time: 1s, max_ejection_percent: 100}";
         let proxy = Proxy::start(kind, outlier)?;
         ensure!(proxy.ask(&well)? == 200, "{kind:?}");
+        // Failures count from the moment on in which the control thread has the host, in Envoy too.
+        ensure!(proxy.ask(&destination)? == 200, "{kind:?}");
+        proxy.wait_flags("it to be listed", upstream.port, "healthy")?;
         upstream.status.store(500, Ordering::Relaxed);
         for _ in 0..3 {
             ensure!(proxy.ask(&destination)? == 500, "{kind:?}");
