@@ -17,7 +17,7 @@ use redis::Script;
 use tokio::task::block_in_place;
 
 use super::Share;
-use crate::registration::store::redis::{Connection, INCARNATION};
+use crate::registration::store::redis::Connection;
 use crate::registration::store::{Storage, StoreError, Version};
 
 /// Keeps shares.
@@ -216,20 +216,6 @@ impl Store for Redis {
     }
 
     async fn version(&self) -> Result<Version, StoreError> {
-        let mut connection = self.0.get().await?;
-        let fresh = std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), 0) >> 1;
-        let (incarnation, count): (u64, Option<u64>) = redis::pipe()
-            .cmd("SET")
-            .arg(INCARNATION)
-            .arg(fresh)
-            .arg("NX")
-            .ignore()
-            .cmd("GET")
-            .arg(INCARNATION)
-            .cmd("GET")
-            .arg(VERSION)
-            .query_async(&mut connection)
-            .await?;
-        Ok(Version { incarnation, count: count.unwrap_or(0) })
+        self.0.version(VERSION).await
     }
 }

@@ -21,8 +21,7 @@ use crate::registration::host::{Host, HostKey};
 
 const SERVICES: &str = "{culvert}:services";
 const VERSION: &str = "{culvert}:version";
-/// Shared by everything that is kept in Redis.
-pub(crate) const INCARNATION: &str = "{culvert}:incarnation";
+const INCARNATION: &str = "{culvert}:incarnation";
 /// How long a connection and an answer may take.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// How often a change is tried again because another replica changed the same host.
@@ -76,6 +75,25 @@ impl Connection {
             self.client.get_connection_manager_with_config(config)
         };
         Ok(self.connection.get_or_try_init(connect).await?.clone())
+    }
+
+    /// The version of what counts its changes in the key `count`. The incarnation is that of the whole server.
+    pub(crate) async fn version(&self, count: &str) -> Result<Version, StoreError> {
+        let mut connection = self.get().await?;
+        let fresh = std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), 0) >> 1;
+        let (incarnation, count): (u64, Option<u64>) = redis::pipe()
+            .cmd("SET")
+            .arg(INCARNATION)
+            .arg(fresh)
+            .arg("NX")
+            .ignore()
+            .cmd("GET")
+            .arg(INCARNATION)
+            .cmd("GET")
+            .arg(count)
+            .query_async(&mut connection)
+            .await?;
+        Ok(Version { incarnation, count: count.unwrap_or(0) })
     }
 }
 
@@ -155,20 +173,6 @@ impl Store for Redis {
     }
 
     async fn version(&self) -> Result<Version, StoreError> {
-        let mut connection = self.0.get().await?;
-        let fresh = std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), 0) >> 1;
-        let (incarnation, count): (u64, Option<u64>) = redis::pipe()
-            .cmd("SET")
-            .arg(INCARNATION)
-            .arg(fresh)
-            .arg("NX")
-            .ignore()
-            .cmd("GET")
-            .arg(INCARNATION)
-            .cmd("GET")
-            .arg(VERSION)
-            .query_async(&mut connection)
-            .await?;
-        Ok(Version { incarnation, count: count.unwrap_or(0) })
+        self.0.version(VERSION).await
     }
 }
