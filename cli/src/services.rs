@@ -115,17 +115,16 @@ fn services_table(services: &[Value], width: Option<usize>) -> String {
         .iter()
         .map(|service| {
             let endpoints = list(&service["endpoints"]);
-            let draining = endpoints.iter().filter(|endpoint| endpoint["health"] == "draining").count();
-            let offloaded = list(&service["offloaded"]).len();
+            let count = |health: &str| endpoints.iter().filter(|endpoint| endpoint["health"] == health).count();
+            let counts = ["healthy", "unhealthy", "draining"].map(count).into_iter();
             let [name, protocol] = ["envoy_cluster", "protocol"].map(|key| cell(&service[key]));
-            let counts = [endpoints.len() - draining, draining, offloaded].map(|count| count.to_string());
             let mut row = vec![name, protocol];
-            row.extend(counts);
+            row.extend(counts.chain([list(&service["offloaded"]).len()]).map(|count| count.to_string()));
             row.extend([joined(&service["vips"]), joined(&service["clusters"])]);
             row
         })
         .collect();
-    let columns = ["NAME", "PROTOCOL", "HEALTHY", "DRAINING", "OFFLOADED", "ADDRESSES", "CLUSTERS"];
+    let columns = ["NAME", "PROTOCOL", "HEALTHY", "UNHEALTHY", "DRAINING", "OFFLOADED", "ADDRESSES", "CLUSTERS"];
     table::lines(&columns, &rows, "", width)
 }
 
@@ -196,8 +195,8 @@ mod tests {
         let services = find(&status(), None).unwrap();
         let text = services_table(&services, None);
         let rows = words(&text);
-        assert_eq!(rows[1], ["users.shop:80", "http", "1", "1", "1", "10.96.0.1", "east,west"]);
-        assert_eq!(rows[2], ["users.default:80", "grpc", "0", "0", "0", "-", "-"]);
+        assert_eq!(rows[1], ["users.shop:80", "http", "1", "0", "1", "1", "10.96.0.1", "east,west"]);
+        assert_eq!(rows[2], ["users.default:80", "grpc", "0", "0", "0", "0", "-", "-"]);
         let text = endpoints_table(&services, None);
         let rows = words(&text);
         assert_eq!(rows[2], ["users.shop:80", "10.1.0.2:80", "draining", "eu", "-", "1", "east", "-"]);

@@ -116,11 +116,13 @@ fn clusters(status: &Value) -> Vec<Vec<String>> {
 fn services(status: &Value) -> Vec<Vec<String>> {
     let row = |service: &Value| {
         let endpoints = list(&service["endpoints"]);
-        let draining = endpoints.iter().filter(|endpoint| endpoint["health"] == "draining").count();
-        let count = match draining {
-            0 => endpoints.len().to_string(),
-            _ => format!("{} (+{draining} draining)", endpoints.len() - draining),
-        };
+        let of = |health: &str| endpoints.iter().filter(|endpoint| endpoint["health"] == health).count();
+        let (draining, unhealthy) = (of("draining"), of("unhealthy"));
+        let others = [(draining, "draining"), (unhealthy, "unhealthy")].map(|(count, health)| match count {
+            0 => String::new(),
+            _ => format!(" (+{count} {health})"),
+        });
+        let count = format!("{}{}", endpoints.len() - draining - unhealthy, others.concat());
         let [name, protocol] = ["envoy_cluster", "protocol"].map(|key| cell(&service[key]));
         vec![name, protocol, joined(&service["vips"]), count, joined(&service["clusters"])]
     };

@@ -94,6 +94,10 @@ pub struct ConfigFile {
     pub authorization: Vec<Rule>,
     /// How often proxies report loads, in seconds.
     pub load_report_interval: Option<std::num::NonZeroU32>,
+    /// How often proxies that check endpoints report, in seconds.
+    pub health_report_interval: Option<std::num::NonZeroU32>,
+    /// How many proxies check each endpoint.
+    pub health_checkers: Option<std::num::NonZeroUsize>,
     /// The clusters.
     #[serde(default)]
     pub clusters: Vec<ConfigFileCluster>,

@@ -11,6 +11,7 @@
 pub mod access;
 pub mod config;
 pub mod drain;
+pub mod health;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
@@ -34,6 +35,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{Config, SourceConfig};
 use crate::drain::Drains;
+use crate::health::Checks;
 use crate::http::{Activity, StatusPages};
 use crate::mesh::Joiner;
 use crate::overrides::Overrides;
@@ -100,10 +102,11 @@ impl Discovery {
                 ended.with_context(|| format!("cluster `{name}`"))
             });
         }
-        let server::Settings { tls, rules, load_report_interval } = config.serving;
+        let server::Settings { tls, rules, load_report_interval, health } = config.serving;
         let tls = tls.map(Tls::new).transpose()?;
         let authorization = Arc::new(Authorization::new(rules));
         let loads = Loads::default();
+        let checks = Checks::new(health);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::default()));
         let clients = Clients::default();
         let pages = StatusPages {
@@ -116,6 +119,7 @@ impl Discovery {
             activity: Arc::default(),
             authorization: Arc::clone(&authorization),
             loads: loads.clone(),
+            checks: checks.clone(),
         };
         let serving_pages = pages.clone().serve(http, asked.clone());
         tasks.spawn(async move {
@@ -149,14 +153,27 @@ impl Discovery {
         }
         let activity = Arc::clone(&pages.activity);
         let joiner = Joiner::default();
-        let mut sources = Sources { registry, registrations, overrides, options: config.options, joiner, activity };
+        let mut sources = Sources {
+            registry,
+            registrations,
+            overrides,
+            checks: checks.clone(),
+            options: config.options,
+            joiner,
+            activity,
+        };
         // Before the first build, so that no change after it is missed.
         let changes = sources.changes();
         if let Some(first) = sources.build(None) {
             publish.send_replace(Arc::new(first));
         }
         tasks.spawn(sources.follow(changes, publish));
-        let xds = Xds { snapshots, shutdown: asked, clients, authorization, loads, load_report_interval };
+        let dividing = checks.clone().run(snapshots.clone());
+        tasks.spawn(async move {
+            dividing.await;
+            Ok(())
+        });
+        let xds = Xds { snapshots, shutdown: asked, clients, authorization, loads, load_report_interval, checks };
         tasks.spawn(async move { xds.serve(listen, tls).await.context("serving xDS") });
         info!("serving xDS on {listen_address}, status on http://{http_address}/status");
         Ok(Self { listen: listen_address, http: http_address, pages, shutdown, tasks })
@@ -226,25 +243,37 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 /// The shortest time between two snapshots. Changes that come one by one do not wait for it.
 const BETWEEN_SNAPSHOTS: Duration = Duration::from_millis(20);
 
+/// What tells that there is something new beside the registry.
+struct Changes {
+    registered: Option<watch::Receiver<u64>>,
+    overrides: watch::Receiver<u64>,
+    checks: watch::Receiver<u64>,
+}
+
 /// What snapshots are made of.
 struct Sources {
     registry: watch::Receiver<Arc<Registry>>,
     registrations: Option<Registrations>,
     overrides: Overrides,
+    checks: Checks,
     options: Options,
     joiner: Joiner,
     activity: Arc<Activity>,
 }
 
 impl Sources {
-    fn changes(&self) -> (Option<watch::Receiver<u64>>, watch::Receiver<u64>) {
-        (self.registrations.as_ref().map(Registrations::watch), self.overrides.watch())
+    fn changes(&self) -> Changes {
+        Changes {
+            registered: self.registrations.as_ref().map(Registrations::watch),
+            overrides: self.overrides.watch(),
+            checks: self.checks.watch(),
+        }
     }
 
     /// Turns each new state into a snapshot.
     async fn follow(
         mut self,
-        (mut registered, mut overrides): (Option<watch::Receiver<u64>>, watch::Receiver<u64>),
+        Changes { mut registered, mut overrides, mut checks }: Changes,
         publish: watch::Sender<Arc<Snapshot>>,
     ) -> anyhow::Result<()> {
         loop {
@@ -266,6 +295,7 @@ impl Sources {
                 changed = registry_changed => (changed, false),
                 changed = registrations_changed => (changed, true),
                 changed = overrides.changed() => (changed, false),
+                changed = checks.changed() => (changed, false),
             };
             if changed.is_err() {
                 return Ok(());
@@ -295,6 +325,7 @@ impl Sources {
         {
             self.joiner.register(Registered::new(&registrations.hosts(), registrations.settings()));
         }
+        self.joiner.mark_failed(self.checks.failed());
         self.joiner.offer(self.overrides.tunnels.offered());
         self.joiner.share(self.overrides.shares.list());
         let (mesh, changed) = self.joiner.update(&registry);

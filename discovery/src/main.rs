@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal as _;
 use std::net::{IpAddr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use anyhow::Context as _;
 use clap::Parser;
 use culvert_discovery::Discovery;
 use culvert_discovery::config::{ClusterConfig, Config, ConfigFile, INITIAL_WAIT, override_filter, parse_cluster};
+use culvert_discovery::health;
 use culvert_discovery::overrides::{self, tunnels};
 use culvert_discovery::registration::Settings;
 use culvert_discovery::registration::store::Storage;
@@ -100,8 +102,10 @@ A configuration file with every field:
   operator_token_file: /etc/culvert/operator-token
   tls: {certificate: /etc/culvert/tls.crt, private_key: /etc/culvert/tls.key, client_authorities: /etc/culvert/ca.crt}
   authorization:
-  - {identity: 'spiffe://mesh/ns/*/sa/culvertd', nodes: ['node-*'], services: [users, payments.shop], status: false}
+  - {identity: 'spiffe://mesh/ns/*/sa/culvertd', nodes: ['node-*'], services: [users, payments.shop], status: false, health: true}
   load_report_interval: 10 # seconds
+  health_report_interval: 2 # seconds, of proxies that check endpoints
+  health_checkers: 3        # how many check each
   registration:
     storage: redb:/var/lib/culvert/registrations.redb    # or memory, or redis://HOST:PORT/DB
     ttl: 600                # seconds that a host counts after it checked in
@@ -163,6 +167,14 @@ fn run(flags: Flags) -> anyhow::Result<()> {
     })
 }
 
+fn health(interval: Option<NonZeroU32>, checkers: Option<NonZeroUsize>) -> health::Settings {
+    let defaults = health::Settings::default();
+    health::Settings {
+        interval: interval.map_or(defaults.interval, |seconds| Duration::from_secs(seconds.get().into())),
+        checkers: checkers.map_or(defaults.checkers, NonZeroUsize::get),
+    }
+}
+
 fn configuration(flags: Flags) -> anyhow::Result<Config> {
     let file = flags.config.as_deref().map(ConfigFile::read).transpose()?.unwrap_or_default();
     let defaults = Options::default();
@@ -203,6 +215,7 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
                 .map_or(culvert_discovery::server::loads::INTERVAL, |seconds| {
                     Duration::from_secs(seconds.get().into())
                 }),
+            health: health(file.health_report_interval, file.health_checkers),
         },
     })
 }

@@ -125,6 +125,7 @@ impl StatusPages {
         self.write_mesh(&mut to);
         self.write_clients(&mut to);
         self.write_loads(&mut to);
+        self.write_checks(&mut to);
         self.write_registrations(&mut to);
         self.write_overrides(&mut to);
         let seconds = Duration::from_micros(self.activity.build_microseconds.load(Ordering::Relaxed)).as_secs_f64();
@@ -163,7 +164,8 @@ impl StatusPages {
         };
         to.gauge("culvert_discovery_services", "Services of the mesh.", mesh.services.len());
         to.gauge("culvert_discovery_service_ports", "Ports of services of the mesh.", ports.len());
-        let endpoints = [("healthy", Health::Healthy), ("draining", Health::Draining)];
+        let endpoints =
+            [("healthy", Health::Healthy), ("draining", Health::Draining), ("unhealthy", Health::Unhealthy)];
         let endpoints = endpoints.map(|(name, health)| ([("health", name.to_owned())], with(health)));
         to.family("culvert_discovery_endpoints", "gauge", "Load-balanced endpoints.", endpoints);
         let offloaded: usize = ports.iter().map(|port| port.offloaded.len()).sum();
@@ -238,6 +240,15 @@ impl StatusPages {
             })
             .collect();
         to.family("culvert_discovery_load_requests_total", "counter", "Requests that proxies reported.", loads);
+    }
+
+    fn write_checks(&self, to: &mut Exposition) {
+        let reporting = self.checks.status().iter().filter(|checker| checker.reports).count();
+        to.gauge("culvert_discovery_health_checkers", "Nodes that check endpoints and report.", reporting);
+        let (reports, ignored) = self.checks.counts();
+        to.counter("culvert_discovery_health_reports_total", "Reports of such nodes.", reports);
+        let help = "Endpoints in reports that were not given to who reported.";
+        to.counter("culvert_discovery_health_ignored_total", help, ignored);
     }
 
     fn write_overrides(&self, to: &mut Exposition) {

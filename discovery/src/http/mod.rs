@@ -25,6 +25,7 @@ pub use self::status::{
 };
 use crate::access::Denied;
 use crate::drain::{self, Drains};
+use crate::health::Checks;
 use crate::overrides::{self, Overrides, tunnels};
 use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
@@ -69,6 +70,8 @@ pub struct StatusPages {
     pub authorization: Arc<Authorization>,
     /// What proxies report.
     pub loads: Loads,
+    /// What they check.
+    pub checks: Checks,
 }
 
 impl StatusPages {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::StatusPages;
+use crate::health::CheckerStatus;
 use crate::mesh::{Health, MeshPort};
 use crate::overrides::shares;
 use crate::overrides::tunnels::TunnelStatus;
@@ -47,6 +48,8 @@ pub struct Status {
     pub clients: Vec<ConnectedClient>,
     /// What proxies have reported of the requests to each Envoy cluster, since the start.
     pub loads: BTreeMap<String, Load>,
+    /// The nodes that check endpoints.
+    pub checkers: Vec<CheckerStatus>,
 }
 
 /// A connected xDS stream at `/status`.
@@ -130,7 +133,7 @@ pub struct ServedStatus {
 pub struct EndpointStatus {
     /// Address and port.
     pub address: String,
-    /// `healthy` or `draining`.
+    /// `healthy`, `draining` or `unhealthy`.
     pub health: &'static str,
     /// The cluster it was found in.
     pub cluster: String,
@@ -219,6 +222,7 @@ impl StatusPages {
             warnings: mesh.warnings.clone(),
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
             loads: self.loads.clusters(),
+            checkers: self.checks.status(),
         }
     }
 }
@@ -242,6 +246,7 @@ fn endpoints(port: &MeshPort) -> Vec<EndpointStatus> {
         health: match endpoint.health {
             Health::Healthy => "healthy",
             Health::Draining => "draining",
+            Health::Unhealthy => "unhealthy",
         },
         cluster: endpoint.cluster.clone(),
         region: endpoint.locality.region.clone(),

@@ -15,6 +15,7 @@ use super::{
     External, MOST_NAMED, Mesh, MeshPort, MeshService, ORDINARY_WEIGHT, Protocol, cluster_name, drain,
     leave_out_excess_draining, mesh_key,
 };
+use crate::health::Failed;
 use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, ServicePort};
 use crate::overrides::shares::Share;
 use crate::overrides::tunnels::Offered;
@@ -28,6 +29,7 @@ pub struct Joiner {
     clusters: Vec<Known>,
     registered: Registered,
     offered: Offered,
+    failed: Failed,
     /// Which service of which cluster a virtual address and port leads to.
     vips: Vips,
     vip_warnings: Vec<String>,
@@ -69,6 +71,12 @@ impl Joiner {
     pub fn offer(&mut self, offered: Offered) {
         let before = std::mem::replace(&mut self.offered, offered);
         self.marked.extend(before.differing(&self.offered));
+    }
+
+    /// Takes in which endpoints do not work.
+    pub fn mark_failed(&mut self, failed: Failed) {
+        let before = std::mem::replace(&mut self.failed, failed);
+        self.marked.extend(before.differing(&self.failed));
     }
 
     /// Takes in the stored sets of overrides.
@@ -151,8 +159,11 @@ impl Joiner {
                 for ((known, cluster), pods) in known.iter().zip(&pods) {
                     known.join(&key, &cluster.info, pods, &self.vips, &mut service, &mut remarks.warnings);
                 }
+                // Before it is decided which endpoints drain, and of those that have registered themselves.
+                self.failed.mark(&key, &mut service);
                 finish(&key, &mut service, registry, &mut remarks);
                 self.registered.join(&key, &mut service, &mut remarks.warnings);
+                self.failed.mark(&key, &mut service);
                 self.offered.join(&key, &mut service, &mut remarks.warnings);
                 manifests.apply(&key, &mut service, &mut remarks.warnings);
                 joined.push((key, service, remarks));

@@ -81,10 +81,12 @@ pub enum Health {
     Healthy,
     /// It finishes what it has and takes no more.
     Draining,
+    /// Proxies that check it have found that it does not work.
+    Unhealthy,
 }
 
 /// The place of an endpoint.
-#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Locality {
     /// The region. Empty if not known.
     pub region: String,
@@ -217,9 +219,9 @@ fn drain<'a>(endpoints: &mut [Endpoint], drained: &BTreeSet<&'a str>) -> Vec<&'a
 /// the draining ones would get new requests after all. What they have already is finished either way.
 fn leave_out_excess_draining(endpoints: &mut Vec<Endpoint>) {
     let draining = endpoints.iter().filter(|endpoint| endpoint.health == Health::Draining).count();
-    let healthy = endpoints.len() - draining;
-    if healthy > 0 && draining > healthy {
-        endpoints.retain(|endpoint| endpoint.health == Health::Healthy);
+    let healthy = endpoints.iter().filter(|endpoint| endpoint.health == Health::Healthy).count();
+    if healthy > 0 && draining > 0 && endpoints.len() > 2 * healthy {
+        endpoints.retain(|endpoint| endpoint.health != Health::Draining);
     }
 }
 

@@ -176,6 +176,36 @@ pub struct HealthCheck {
     pub unhealthy_threshold: Option<NonZeroU32>,
     /// After how many successes it works again (2).
     pub healthy_threshold: Option<NonZeroU32>,
+    /// Who checks.
+    #[serde(default)]
+    pub by: CheckedBy,
+}
+
+/// Who checks endpoints.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum CheckedBy {
+    /// Both of the others.
+    #[default]
+    Everyone,
+    /// Each proxy that calls the service, for itself.
+    Callers,
+    /// The proxies that check for discovery (HDS), for all.
+    Checkers,
+}
+
+impl CheckedBy {
+    /// Whether proxies that call the service check it for themselves.
+    #[must_use]
+    pub fn by_callers(self) -> bool {
+        self != Self::Checkers
+    }
+
+    /// Whether proxies check it that do so for discovery.
+    #[must_use]
+    pub fn by_checkers(self) -> bool {
+        self != Self::Callers
+    }
 }
 
 /// A time above zero, written `250ms`, `1.5s`, `2m` or `1h`.

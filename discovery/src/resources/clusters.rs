@@ -41,7 +41,7 @@ pub(super) fn over_ads() -> ConfigSource {
     }
 }
 
-pub(super) fn socket_address(address: std::net::IpAddr, port: u16, ipv4_compat: bool) -> Address {
+pub(crate) fn socket_address(address: std::net::IpAddr, port: u16, ipv4_compat: bool) -> Address {
     Address {
         address: Some(AddressKind::SocketAddress(SocketAddress {
             address: address.to_string(),
@@ -158,6 +158,7 @@ pub(super) fn load_assignments(mesh: &Mesh) -> Vec<(String, ClusterLoadAssignmen
                 let health = match endpoint.health {
                     Health::Healthy => HealthStatus::Healthy,
                     Health::Draining => HealthStatus::Draining,
+                    Health::Unhealthy => HealthStatus::Unhealthy,
                 };
                 let address = socket_address(endpoint.address.ip(), endpoint.address.port(), false);
                 let additional_addresses = endpoint.other_family.map(|address| AdditionalAddress {

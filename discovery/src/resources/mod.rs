@@ -17,6 +17,8 @@ use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::
 use envoy_types::pb::google::protobuf::Any;
 use prost::Message;
 
+pub(crate) use self::clusters::socket_address;
+pub(crate) use self::policy::{duration, health_check};
 use self::resource::{Changes, History};
 pub use self::resource::{Position, Resource, TypeResources};
 use self::view::Views;

@@ -23,7 +23,8 @@ use crate::policy::{self, Retries, ServiceManifest};
 pub(super) const RATE_LIMIT_FILTER: &str = "envoy.filters.http.local_ratelimit";
 const RATE_LIMIT_STATS: &str = "service";
 
-pub(super) fn duration(time: Time) -> Duration {
+/// A time in the proto's form.
+pub(crate) fn duration(time: Time) -> Duration {
     // At most a day.
     let seconds = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
     Duration { seconds, nanos: i32::try_from(time.subsec_nanos()).unwrap_or_default() }
@@ -60,11 +61,13 @@ pub(super) fn shape(cluster: &mut Cluster, manifest: &ServiceManifest, protocol:
             ..Default::default()
         }
     });
-    cluster.health_checks = manifest.health_check.iter().map(|check| health_check(check, protocol)).collect();
+    let checks = manifest.health_check.iter().filter(|check| check.by.by_callers());
+    cluster.health_checks = checks.map(|check| health_check(check, protocol)).collect();
 }
 
-fn health_check(check: &policy::HealthCheck, protocol: Protocol) -> HealthCheck {
-    let policy::HealthCheck { path, interval, timeout, unhealthy_threshold, healthy_threshold } = check;
+/// How an endpoint that speaks this protocol is checked.
+pub(crate) fn health_check(check: &policy::HealthCheck, protocol: Protocol) -> HealthCheck {
+    let policy::HealthCheck { path, interval, timeout, unhealthy_threshold, healthy_threshold, by: _ } = check;
     let checker = match (path, protocol) {
         // Nothing is known to be asked: connecting is all that can be tried.
         (_, Protocol::Tcp) | (None, Protocol::Http1 | Protocol::Http2) => {

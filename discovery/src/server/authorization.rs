@@ -26,6 +26,9 @@ pub struct Rule {
     /// Whether it may ask what other clients have (CSDS).
     #[serde(default)]
     pub status: bool,
+    /// Whether its nodes' word on the health of endpoints counts (HDS).
+    #[serde(default)]
+    pub health: bool,
 }
 
 /// A text, in which each `*` stands for any text without `/`, and one at the end for any text.
@@ -83,11 +86,13 @@ pub enum Refusal {
     Nameless,
     /// It may not ask what others have.
     Status,
+    /// It may not say which endpoints work.
+    Health,
 }
 
 impl Refusal {
     /// All there are.
-    pub const ALL: [Self; 5] = [Self::Identity, Self::Node, Self::Services, Self::Nameless, Self::Status];
+    pub const ALL: [Self; 6] = [Self::Identity, Self::Node, Self::Services, Self::Nameless, Self::Status, Self::Health];
 
     /// Its name in statistics.
     #[must_use]
@@ -98,6 +103,7 @@ impl Refusal {
             Self::Services => "services",
             Self::Nameless => "nameless",
             Self::Status => "status",
+            Self::Health => "health",
         }
     }
 }
@@ -110,6 +116,7 @@ impl fmt::Display for Refusal {
             Self::Services => "this certificate may not be used by a node of these services, or of none",
             Self::Nameless => "the first request needs a node",
             Self::Status => "this certificate may not be used to ask what others have",
+            Self::Health => "this certificate may not be used to say which endpoints work",
         })
     }
 }
@@ -150,6 +157,24 @@ impl Authorization {
     /// # Errors
     /// `PERMISSION_DENIED`, which is counted.
     pub fn check(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Status> {
+        self.check_by(identity, node, |_| None)
+    }
+
+    /// Whether the client's word on the health of endpoints counts.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, which is counted.
+    pub fn check_health(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Status> {
+        self.check_by(identity, node, |rule| (!rule.health).then_some(Refusal::Health))
+    }
+
+    /// Whether a rule lets the node pass for which there is no further objection.
+    fn check_by(
+        &self,
+        identity: &Identity,
+        node: Option<&Node>,
+        objection: impl Fn(&Rule) -> Option<Refusal>,
+    ) -> Result<(), Status> {
         if self.rules.is_empty() {
             return Ok(());
         }
@@ -158,7 +183,7 @@ impl Authorization {
             None => outcome = Err(Refusal::Nameless),
             Some(node) => {
                 for rule in self.rules.iter().filter(|rule| rule.is_for(identity)) {
-                    outcome = rule.check(node);
+                    outcome = rule.check(node).and_then(|()| objection(rule).map_or(Ok(()), Err));
                     if outcome.is_ok() {
                         break;
                     }
@@ -239,12 +264,19 @@ mod tests {
             }
         }
         let counts = Refusal::ALL.map(|why| authorization.refused(why));
-        assert_eq!(counts, [1, 2, 0, 1, 0]);
+        assert_eq!(counts, [1, 2, 0, 1, 0, 0]);
         let status = authorization.check_status(&host).unwrap_err();
         assert!(status.message().contains("may not be used to ask"), "{status}");
         let operator = Identity { uris: vec!["spiffe://mesh/operator".into()], dns: vec![] };
         assert!(authorization.check_status(&operator).is_ok());
         assert!(authorization.check(&operator, Some(&node("node-1", "users"))).is_err());
+        let reporting = "[{identity: 'dns:a.nodes.example', health: true}, {identity: 'spiffe://mesh/*'}]";
+        let reporting = Authorization::new(serde_saphyr::from_str(reporting).unwrap());
+        assert!(reporting.check_health(&host, Some(&node("n", ""))).is_ok());
+        assert!(reporting.check(&proxy, Some(&node("n", ""))).is_ok());
+        let status = reporting.check_health(&proxy, Some(&node("n", ""))).unwrap_err();
+        assert!(status.message().contains("may not be used to say which endpoints work"), "{status}");
+        assert_eq!(reporting.refused(Refusal::Health), 1);
         assert!(Authorization::default().check(&other, None).is_ok(), "without rules nobody is refused");
     }
 }

@@ -8,6 +8,7 @@ pub mod authorization;
 pub mod clients;
 pub mod csds;
 pub mod delta;
+mod hds;
 mod listen;
 pub mod loads;
 mod response;
@@ -22,6 +23,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::health::v3::health_discovery_service_server::HealthDiscoveryServiceServer;
 use envoy_types::pb::envoy::service::load_stats::v3::load_reporting_service_server::LoadReportingServiceServer;
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer;
 use envoy_types::pb::google::protobuf::value::Kind;
@@ -39,9 +41,11 @@ use tracing::{debug, info};
 use self::authorization::{Authorization, Rule};
 use self::clients::{ClientStatus, Clients, Question};
 use self::csds::{Csds, Held};
+use self::hds::Hds;
 use self::loads::{Loads, Lrs};
 use self::response::{Response, ResponseBody};
 use self::tls::{Identity, TlsFiles};
+use crate::health::{self, Checks};
 use crate::kubernetes::ObjectKey;
 use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
 
@@ -49,6 +53,7 @@ const STREAM_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService
 const DELTA_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const CSDS: &str = "/envoy.service.status.v3.ClientStatusDiscoveryService/";
 const LRS: &str = "/envoy.service.load_stats.v3.LoadReportingService/";
+const HDS: &str = "/envoy.service.health.v3.HealthDiscoveryService/";
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 /// The largest request that is read, in bytes. A reconnecting delta client lists every resource that it has.
 const MAX_REQUEST_BYTES: usize = 8 * 1024 * 1024;
@@ -95,11 +100,14 @@ pub struct Settings {
     pub rules: Vec<Rule>,
     /// How often proxies are asked to report loads.
     pub load_report_interval: Duration,
+    /// How endpoints are checked by proxies.
+    pub health: health::Settings,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { tls: None, rules: Vec::new(), load_report_interval: loads::INTERVAL }
+        let health = health::Settings::default();
+        Self { tls: None, rules: Vec::new(), load_report_interval: loads::INTERVAL, health }
     }
 }
 
@@ -118,6 +126,8 @@ pub struct Xds {
     pub loads: Loads,
     /// How often they are asked to.
     pub load_report_interval: Duration,
+    /// What they check.
+    pub checks: Checks,
 }
 
 /// Who sent a request.
@@ -144,6 +154,12 @@ impl Xds {
                 let Self { loads, load_report_interval: interval, authorization, shutdown, .. } = self;
                 let lrs = Lrs { loads, interval, authorization, identity: peer.identity, shutdown };
                 served(LoadReportingServiceServer::new(lrs), request).await
+            }
+            path if path.starts_with(HDS) => {
+                let Self { checks, authorization, shutdown, .. } = self;
+                let hds = Hds { checks, authorization, identity: peer.identity, shutdown };
+                let service = HealthDiscoveryServiceServer::new(hds).max_decoding_message_size(MAX_REQUEST_BYTES);
+                served(service, request).await
             }
             path => Status::unimplemented(format!("{path} is not served here")).into_http(),
         }
@@ -281,7 +297,7 @@ const SERVICES_METADATA: &str = "services";
 const MAX_SERVICES: usize = 1000;
 
 /// What a node is given: by its kind, and by the services that its metadata or its cluster names.
-fn viewer(node: &Node) -> Viewer {
+pub(crate) fn viewer(node: &Node) -> Viewer {
     let stated = node.metadata.as_ref().and_then(|metadata| metadata.fields.get(SERVICES_METADATA));
     let names: Vec<&str> = match stated.and_then(|value| value.kind.as_ref()) {
         Some(Kind::ListValue(list)) => list
