@@ -1,9 +1,44 @@
-//! Who may change what discovery holds: whoever has a token, else whoever is on the same host.
+//! Who may do what: whoever has a token, else whoever is on the same host; and patterns of names.
 
 use std::net::IpAddr;
 use std::path::Path;
 
 use http::{HeaderMap, StatusCode, header};
+use serde::Deserialize;
+
+/// A text, in which each `*` stands for any text without `/`, and one at the end for any text.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Pattern(String);
+
+impl Pattern {
+    /// The pattern that is written so.
+    #[must_use]
+    pub fn new(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether a text is of this form.
+    #[must_use]
+    pub fn matches(&self, text: &str) -> bool {
+        fn rest(pattern: &str, text: &str) -> bool {
+            let Some((before, after)) = pattern.split_once('*') else { return pattern == text };
+            let Some(text) = text.strip_prefix(before) else { return false };
+            if after.is_empty() {
+                return true;
+            }
+            let end = text.find('/').unwrap_or(text.len());
+            (0..=end).filter(|at| text.is_char_boundary(*at)).any(|at| rest(after, &text[at..]))
+        }
+        rest(&self.0, text)
+    }
+}
 
 /// A refusal: a status and one line.
 pub type Denied = (StatusCode, String);
@@ -40,9 +75,9 @@ pub fn bearer(path: &Path, headers: &HeaderMap, whose: &str) -> Result<(), Denie
         _ => return Err((StatusCode::FORBIDDEN, format!("the {whose} token cannot be read here"))),
     };
     let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-    let sent = sent.unwrap_or_default().trim().as_bytes();
-    aws_lc_rs::constant_time::verify_slices_are_equal(sent, token.trim().as_bytes())
-        .map_err(|_| (StatusCode::UNAUTHORIZED, format!("the {whose} token is needed")))
+    let Some(sent) = sent else { return Err((StatusCode::UNAUTHORIZED, format!("the {whose} token is needed"))) };
+    aws_lc_rs::constant_time::verify_slices_are_equal(sent.trim().as_bytes(), token.trim().as_bytes())
+        .map_err(|_| (StatusCode::UNAUTHORIZED, format!("the token that was sent is not the {whose} token")))
 }
 
 #[cfg(test)]
@@ -50,6 +85,24 @@ mod tests {
     use http::HeaderValue;
 
     use super::*;
+
+    #[test]
+    fn stars_stand_for_parts_of_paths_and_for_the_rest() {
+        for (pattern, text, expected) in [
+            ("spiffe://mesh/node", "spiffe://mesh/node", true),
+            ("spiffe://mesh/node", "spiffe://mesh/node/2", false),
+            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/sa/proxy", true),
+            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/x/sa/proxy", false),
+            ("spiffe://mesh/ns/*", "spiffe://mesh/ns/shop/sa/proxy", true),
+            ("spiffe://mesh/*", "spiffe://meshes/ns", false),
+            ("*.nodes.example", "a.nodes.example", true),
+            ("*.nodes.example", "nodes.example", false),
+            ("node-*-*", "node-é-", true),
+            ("", "x", false),
+        ] {
+            assert_eq!(Pattern::new(pattern).matches(text), expected, "{pattern} {text}");
+        }
+    }
 
     #[test]
     fn the_token_counts_if_there_is_one_else_the_host() {

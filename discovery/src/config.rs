@@ -17,7 +17,7 @@ use crate::registration::store::Storage;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
 use crate::server;
-use crate::server::authorization::Rule;
+use crate::server::authorization::{Authorization, Rule};
 use crate::server::tls::TlsFiles;
 use crate::source::api_server::config::KubernetesConfig;
 
@@ -65,6 +65,8 @@ pub struct Config {
     pub options: Options,
     /// How xDS is served.
     pub serving: server::Settings,
+    /// A directory of secrets.
+    pub secrets: Option<PathBuf>,
 }
 
 /// The configuration file. A flag of the same name takes precedence; clusters of both are joined.
@@ -94,6 +96,8 @@ pub struct ConfigFile {
     pub authorization: Vec<Rule>,
     /// How often proxies report loads, in seconds.
     pub load_report_interval: Option<std::num::NonZeroU32>,
+    /// Where secrets are.
+    pub secrets: Option<ConfigFileSecrets>,
     /// How often proxies that check endpoints report, in seconds.
     pub health_report_interval: Option<std::num::NonZeroU32>,
     /// How many proxies check each endpoint.
@@ -107,6 +111,14 @@ pub struct ConfigFile {
     pub override_filter: Option<serde_json::Value>,
     /// Shares of overrides and tunnels.
     pub overrides: Option<ConfigFileOverrides>,
+}
+
+/// Where secrets are, in the configuration file.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigFileSecrets {
+    /// A directory with a directory for each.
+    pub directory: PathBuf,
 }
 
 /// Shares of overrides and tunnels in the configuration file.
@@ -335,6 +347,14 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         config.serving.rules.is_empty() || has_authorities,
         "authorization: goes by clients' certificates, and none are asked for; name `tls.client_authorities`"
     );
+    let read = config.clusters.iter().any(|cluster| match &cluster.source {
+        SourceConfig::Kubernetes(kubernetes) => kubernetes.secrets,
+        SourceConfig::Manifests(_) => false,
+    });
+    ensure!(
+        !(read || config.secrets.is_some()) || Authorization::gives_secrets(&config.serving.rules),
+        "secrets are read, and nobody may have any: say in `authorization` who may (`secrets`, `own_secret`)"
+    );
     if let (Some(registration), Storage::Embedded(path)) = (&config.registration, &config.overrides.storage) {
         let other = &registration.storage;
         ensure!(
@@ -443,6 +463,7 @@ mod tests {
                 clusters: Vec::new(),
                 registration: registration.or_else(|| Some(Settings::new(Storage::Memory))),
                 serving: server::Settings::default(),
+                secrets: None,
                 overrides,
                 initial_wait: INITIAL_WAIT,
                 drain: crate::drain::Settings::default(),
@@ -476,6 +497,7 @@ mod tests {
             drain: crate::drain::Settings::default(),
             options: Options::default(),
             serving: server::Settings::default(),
+            secrets: None,
         };
         let good = directory.path();
         let missing = directory.path().join("missing");
@@ -484,6 +506,10 @@ mod tests {
         unknown.serving.rules = serde_saphyr::from_str("[{identity: 'spiffe://mesh/*'}]").unwrap();
         let error = check(&unknown).unwrap_err().to_string();
         assert!(error.contains("name `tls.client_authorities`"), "{error}");
+        let mut secrets = config(vec![cluster("a", good)]);
+        secrets.secrets = Some(good.into());
+        let error = check(&secrets).unwrap_err().to_string();
+        assert!(error.contains("nobody may have any"), "{error}");
         for (clusters, expected) in [
             (vec![], "no cluster is configured"),
             (vec![cluster("a", good), cluster("a", good)], "two clusters are called `a`"),

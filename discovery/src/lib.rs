@@ -20,6 +20,7 @@ pub mod policy;
 pub mod registration;
 pub mod registry;
 pub mod resources;
+pub mod secrets;
 pub mod server;
 pub mod source;
 
@@ -43,6 +44,7 @@ use crate::registration::Registrations;
 use crate::registration::join::Registered;
 use crate::registry::{Registry, RegistryControl, RegistryHandle};
 use crate::resources::{Options, Snapshot};
+use crate::secrets::files::SecretFiles;
 use crate::server::Xds;
 use crate::server::authorization::Authorization;
 use crate::server::clients::Clients;
@@ -78,6 +80,8 @@ impl Discovery {
         let registrations = config.registration.map(Registrations::open).transpose().context("registrations")?;
         let (shutdown, asked) = watch::channel(false);
         let overrides = Overrides::open(config.overrides, asked.clone()).context("shares of overrides")?;
+        let secrets =
+            SecretFiles::open(config.secrets).map_err(|error| anyhow::anyhow!("secrets.directory: {error}"))?;
         let http = bind(config.http, "--http").await?;
         let listen = bind(config.listen, "--listen").await?;
         let (http_address, listen_address) = (http.local_addr()?, listen.local_addr()?);
@@ -120,6 +124,7 @@ impl Discovery {
             authorization: Arc::clone(&authorization),
             loads: loads.clone(),
             checks: checks.clone(),
+            secrets: secrets.clone(),
         };
         let serving_pages = pages.clone().serve(http, asked.clone());
         tasks.spawn(async move {
@@ -158,6 +163,7 @@ impl Discovery {
             registrations,
             overrides,
             checks: checks.clone(),
+            secrets: secrets.clone(),
             options: config.options,
             joiner,
             activity,
@@ -168,6 +174,10 @@ impl Discovery {
             publish.send_replace(Arc::new(first));
         }
         tasks.spawn(sources.follow(changes, publish));
+        tasks.spawn(async move {
+            secrets.run().await;
+            Ok(())
+        });
         let dividing = checks.clone().run(snapshots.clone());
         tasks.spawn(async move {
             dividing.await;
@@ -193,6 +203,10 @@ impl Discovery {
                 Err(error) => Err(error.into()),
             },
         };
+        // While the streams are there: nobody can tell proxies of it later.
+        if self.pages.overrides.tunnels.withdraw() {
+            tokio::time::sleep(FAREWELL).await;
+        }
         // Nobody listening is as good as everybody having heard.
         let _ = self.shutdown.send(true);
         if let Err(error) = &outcome {
@@ -218,6 +232,8 @@ async fn wait_until_ready(
     control: Option<RegistryControl>,
     at_most: Duration,
 ) -> anyhow::Result<()> {
+    let waiting: Vec<_> = registry.borrow().clusters.iter().map(|cluster| cluster.info.name.clone()).collect();
+    info!("reading the clusters for the first time, for {at_most:?} at most: {}", waiting.join(", "));
     let all = tokio::time::timeout(at_most, registry.wait_for(|registry| registry.is_ready())).await;
     if let Ok(ready) = all.map(|ready| ready.map(drop)) {
         return ready.context("the registry ended");
@@ -240,6 +256,9 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
         .with_context(|| format!("cannot listen on {address}; is another process there? {flag} sets the address"))
 }
 
+/// How long proxies have to hear that there are no tunnels any more.
+const FAREWELL: Duration = Duration::from_millis(300);
+
 /// The shortest time between two snapshots. Changes that come one by one do not wait for it.
 const BETWEEN_SNAPSHOTS: Duration = Duration::from_millis(20);
 
@@ -248,6 +267,7 @@ struct Changes {
     registered: Option<watch::Receiver<u64>>,
     overrides: watch::Receiver<u64>,
     checks: watch::Receiver<u64>,
+    secrets: watch::Receiver<u64>,
 }
 
 /// What snapshots are made of.
@@ -256,6 +276,7 @@ struct Sources {
     registrations: Option<Registrations>,
     overrides: Overrides,
     checks: Checks,
+    secrets: SecretFiles,
     options: Options,
     joiner: Joiner,
     activity: Arc<Activity>,
@@ -267,13 +288,14 @@ impl Sources {
             registered: self.registrations.as_ref().map(Registrations::watch),
             overrides: self.overrides.watch(),
             checks: self.checks.watch(),
+            secrets: self.secrets.watch(),
         }
     }
 
     /// Turns each new state into a snapshot.
     async fn follow(
         mut self,
-        Changes { mut registered, mut overrides, mut checks }: Changes,
+        Changes { mut registered, mut overrides, mut checks, mut secrets }: Changes,
         publish: watch::Sender<Arc<Snapshot>>,
     ) -> anyhow::Result<()> {
         loop {
@@ -296,6 +318,7 @@ impl Sources {
                 changed = registrations_changed => (changed, true),
                 changed = overrides.changed() => (changed, false),
                 changed = checks.changed() => (changed, false),
+                changed = secrets.changed() => (changed, false),
             };
             if changed.is_err() {
                 return Ok(());
@@ -325,6 +348,7 @@ impl Sources {
         {
             self.joiner.register(Registered::new(&registrations.hosts(), registrations.settings()));
         }
+        self.joiner.keep(self.secrets.secrets());
         self.joiner.mark_failed(self.checks.failed());
         self.joiner.offer(self.overrides.tunnels.offered());
         self.joiner.share(self.overrides.shares.list());

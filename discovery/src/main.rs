@@ -102,7 +102,9 @@ A configuration file with every field:
   operator_token_file: /etc/culvert/operator-token
   tls: {certificate: /etc/culvert/tls.crt, private_key: /etc/culvert/tls.key, client_authorities: /etc/culvert/ca.crt}
   authorization:
-  - {identity: 'spiffe://mesh/ns/*/sa/culvertd', nodes: ['node-*'], services: [users, payments.shop], status: false, health: true}
+  - {identity: 'spiffe://mesh/ns/*/sa/culvertd', nodes: ['node-*'], services: [users, payments.shop], status: false, health: true,
+     secrets: [users, 'shop/*'], own_secret: shop/culvertd}
+  secrets: {directory: /etc/culvert/secrets}
   load_report_interval: 10 # seconds
   health_report_interval: 2 # seconds, of proxies that check endpoints
   health_checkers: 3        # how many check each
@@ -217,5 +219,6 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
                 }),
             health: health(file.health_report_interval, file.health_checkers),
         },
+        secrets: file.secrets.map(|secrets| secrets.directory),
     })
 }

@@ -53,6 +53,7 @@ impl Running {
             registration: None,
             options: Options::default(),
             serving: server::Settings::default(),
+            secrets: None,
         };
         let discovery = Discovery::start(config).await.unwrap();
         let (stop, stopped) = oneshot::channel();
@@ -428,6 +429,7 @@ async fn a_port_in_use_is_named() {
         overrides: overrides::Settings::default(),
         options: Options::default(),
         serving: server::Settings::default(),
+        secrets: None,
     };
     let error = format!("{:#}", Discovery::start(config).await.unwrap_err());
     assert!(error.contains(&format!("cannot listen on {}", running.listen)) && error.contains("--listen"), "{error}");

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -11,14 +9,10 @@ use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 use envoy_types::pb::envoy::service::status::v3::ClientStatusRequest;
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_client::ClientStatusDiscoveryServiceClient;
-use hyper_util::rt::TokioIo;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use support::certificates::{Authority, channel, host, uri};
 use support::envoy::{Envoy, free_port, get, wait_until};
 use support::{DEADLINE, Program};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
@@ -38,39 +32,6 @@ kind: ServiceManifest
 metadata: {name: users}
 spec: {egress: []}
 ";
-
-/// Certificates, all by one authority, as files of a directory.
-struct Authority(Issuer<'static, KeyPair>);
-
-impl Authority {
-    fn new(directory: &Path, name: &str) -> Self {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        std::fs::write(directory.join(format!("{name}.crt")), params.self_signed(&key).unwrap().pem()).unwrap();
-        Self(Issuer::new(params, key))
-    }
-
-    fn issue(&self, directory: &Path, name: &str, names: &[SanType]) {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.subject_alt_names = names.to_vec();
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.0).unwrap();
-        // The key first: what is read in between does not go together, and what was there before stays.
-        std::fs::write(directory.join(format!("{name}.key")), key.serialize_pem()).unwrap();
-        std::fs::write(directory.join(format!("{name}.crt")), certificate.pem()).unwrap();
-    }
-}
-
-fn uri(text: &str) -> SanType {
-    SanType::URI(text.try_into().unwrap())
-}
-
-fn host() -> SanType {
-    SanType::IpAddress([127, 0, 0, 1].into())
-}
 
 struct Stage {
     directory: tempfile::TempDir,
@@ -107,33 +68,7 @@ authorization:
 
     /// A connection with this certificate, which trusts this authority.
     async fn connect(&self, name: Option<&str>, authority: &str) -> Result<Channel, tonic::transport::Error> {
-        let path = |file: String| self.directory.path().join(file);
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(path(format!("{authority}.crt"))).unwrap()).unwrap();
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-        let builder = builder.with_root_certificates(roots);
-        let mut config = match name {
-            None => builder.with_no_client_auth(),
-            Some(name) => {
-                let chain = vec![CertificateDer::from_pem_file(path(format!("{name}.crt"))).unwrap()];
-                let key = PrivateKeyDer::from_pem_file(path(format!("{name}.key"))).unwrap();
-                builder.with_client_auth_cert(chain, key).unwrap()
-            }
-        };
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-        let address = self.program.listen;
-        let connect = move |_| {
-            let connector = connector.clone();
-            async move {
-                let connection = tokio::net::TcpStream::connect(address).await?;
-                let server = rustls::pki_types::ServerName::from(address.ip());
-                connector.connect(server, connection).await.map(TokioIo::new)
-            }
-        };
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-        endpoint.connect_with_connector(tower::service_fn(connect)).await
+        channel(self.directory.path(), self.program.listen, name, authority).await
     }
 
     /// The names of the clusters that a node is given.

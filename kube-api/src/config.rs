@@ -41,6 +41,9 @@ pub struct KubernetesConfig {
     /// Whether ServiceManifests are read, the kind of which has to be defined there.
     #[serde(default)]
     pub service_manifests: bool,
+    /// Whether Secrets are read that are labelled for it.
+    #[serde(default)]
+    pub secrets: bool,
 }
 
 /// A client-go credential plugin.

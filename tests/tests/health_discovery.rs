@@ -62,7 +62,7 @@ kind: EndpointSlice
 metadata: {{name: users-{index}, labels: {{kubernetes.io/service-name: users}}}}
 addressType: IPv4
 ports: [{{name: http, port: {}}}]
-endpoints: [{{addresses: [127.0.0.1]}}]",
+endpoints: [{{addresses: [127.0.0.1], targetRef: {{kind: Pod, name: users-{index}, uid: u{index}}}}}]",
                 host.port
             )
         });

@@ -158,8 +158,8 @@ pub(super) fn divide<'a>(mesh: &'a Mesh, candidates: &[Candidate<'_>], count: us
     // Most services can be checked by everybody.
     let for_all = Rings::new(candidates, |_| true);
     for (key, service) in &mesh.services {
-        let check = service.manifest.as_ref().and_then(|manifest| manifest.health_check.as_ref());
-        let Some(check) = check.filter(|check| check.by.by_checkers()) else { continue };
+        let check = service.manifest.as_ref().and_then(|manifest| manifest.checks_of_checkers());
+        let Some(check) = check else { continue };
         for (port, described) in service.ports.iter().filter(|(_, described)| described.external.is_none()) {
             let by_http = is_by_http(check, described.protocol);
             let can = |candidate: &Candidate<'_>| candidate.can_check(key, by_http);

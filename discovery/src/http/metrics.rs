@@ -126,6 +126,7 @@ impl StatusPages {
         self.write_clients(&mut to);
         self.write_loads(&mut to);
         self.write_checks(&mut to);
+        self.write_secrets(&mut to);
         self.write_registrations(&mut to);
         self.write_overrides(&mut to);
         let seconds = Duration::from_micros(self.activity.build_microseconds.load(Ordering::Relaxed)).as_secs_f64();
@@ -249,6 +250,18 @@ impl StatusPages {
         to.counter("culvert_discovery_health_reports_total", "Reports of such nodes.", reports);
         let help = "Endpoints in reports that were not given to who reported.";
         to.counter("culvert_discovery_health_ignored_total", help, ignored);
+    }
+
+    fn write_secrets(&self, to: &mut Exposition) {
+        let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+        to.gauge("culvert_discovery_secrets", "Secrets that proxies may be given.", mesh.secrets.len());
+        let help = "Secrets of files that cannot be used as they are.";
+        to.gauge("culvert_discovery_secret_errors", help, self.secrets.errors().len());
+        let expires = mesh.secrets.values().filter_map(|secret| secret.not_after()).min();
+        if let Some(expires) = expires {
+            let help = "When the first of their certificates ends, since the epoch.";
+            to.gauge("culvert_discovery_secrets_expire_seconds", help, expires);
+        }
     }
 
     fn write_overrides(&self, to: &mut Exposition) {

@@ -31,6 +31,7 @@ use crate::registration::Registrations;
 use crate::registration::api::{self, Refusal, Reply, Sent};
 use crate::registry::Registry;
 use crate::resources::Snapshot;
+use crate::secrets::files::SecretFiles;
 use crate::server::authorization::Authorization;
 use crate::server::clients::Clients;
 use crate::server::loads::Loads;
@@ -72,6 +73,8 @@ pub struct StatusPages {
     pub loads: Loads,
     /// What they check.
     pub checks: Checks,
+    /// The secrets of files.
+    pub secrets: SecretFiles,
 }
 
 impl StatusPages {

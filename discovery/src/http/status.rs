@@ -14,6 +14,7 @@ use crate::overrides::tunnels::TunnelStatus;
 use crate::registration;
 use crate::registry::SourceHealth;
 use crate::resources::ProxyKind;
+use crate::secrets::Secret;
 use crate::server::clients::ClientStatus;
 use crate::server::loads::Load;
 
@@ -50,6 +51,21 @@ pub struct Status {
     pub loads: BTreeMap<String, Load>,
     /// The nodes that check endpoints.
     pub checkers: Vec<CheckerStatus>,
+    /// What proxies may be given of secrets. Nothing of what is secret about them.
+    pub secrets: Vec<SecretStatus>,
+    /// What cannot be used of the directory of secrets, by name.
+    pub secret_errors: BTreeMap<String, String>,
+}
+
+/// A secret at `/status`.
+#[derive(Debug, Serialize)]
+pub struct SecretStatus {
+    /// Its name.
+    pub name: String,
+    /// What it has: a certificate, authorities, values.
+    pub has: Vec<&'static str>,
+    /// Until when its certificate is valid, in seconds since the epoch.
+    pub expires: Option<i64>,
 }
 
 /// A connected xDS stream at `/status`.
@@ -223,6 +239,8 @@ impl StatusPages {
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
             loads: self.loads.clusters(),
             checkers: self.checks.status(),
+            secrets: mesh.secrets.iter().map(|(name, secret)| secret_status(name, secret)).collect(),
+            secret_errors: self.secrets.errors(),
         }
     }
 }
@@ -238,6 +256,10 @@ impl StatusPages {
         });
         status.collect()
     }
+}
+
+fn secret_status(name: &str, secret: &Secret) -> SecretStatus {
+    SecretStatus { name: name.to_owned(), has: secret.kinds(), expires: secret.not_after() }
 }
 
 fn endpoints(port: &MeshPort) -> Vec<EndpointStatus> {

@@ -4,20 +4,23 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer};
 use tracing::debug;
 
 use super::manifest::ManifestError;
 use super::raw::{
-    Annotations, HasMetadata, RawConditions, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp, RawService,
-    RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
+    Annotations, HasMetadata, RawConditions, RawEndpoint, RawEndpointSlice, RawNode, RawPod, RawPodIp, RawSecret,
+    RawService, RawServiceManifest, RawServicePort, RawSlicePort, RawTargetPort,
 };
 use super::{
     EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
     SlicePort, TargetPort, Transport,
 };
 use crate::policy::ServiceManifest;
+use crate::secrets::{self, Secret};
 
 /// A kind of object that discovery reads.
 pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
@@ -75,11 +78,28 @@ kinds! {
     Pod, RawPod, "v1", "/api/v1/pods", pods, true, pod, Pod::matters;
     Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true;
     ServiceManifest, RawServiceManifest, "culvert.dev/v1alpha1", "/apis/culvert.dev/v1alpha1/servicemanifests", manifests, true, service_manifest, |_| true;
+    Secret, RawSecret, "v1", "/api/v1/secrets", secrets, true, secret, |_| true;
 }
 
 /// Everything is checked where it is read.
 fn service_manifest(raw: RawServiceManifest, _: &ObjectName) -> Result<Option<ServiceManifest>, ManifestError> {
     Ok(Some(raw.spec))
+}
+
+/// Only of those that are marked. No part is quoted in errors.
+fn secret(raw: RawSecret, object: &ObjectName) -> Result<Option<Secret>, ManifestError> {
+    let RawSecret { metadata, data, string_data } = raw;
+    let labels = metadata.labels.unwrap_or_default();
+    if labels.get(secrets::LABEL).is_none_or(|value| value != "true") {
+        return Ok(None);
+    }
+    let mut parts = BTreeMap::new();
+    for (name, text) in data.unwrap_or_default() {
+        let bytes = BASE64_STANDARD.decode(text).map_err(|_| object.error(format!("data.{name}"), "is not base64"))?;
+        parts.insert(name, bytes);
+    }
+    parts.extend(string_data.unwrap_or_default().into_iter().map(|(name, text)| (name, text.into_bytes())));
+    Secret::new(parts).map(Some).map_err(|error| object.error("data", error))
 }
 
 /// Reads one object. `None` in the place of the object: it is not for us.

@@ -11,6 +11,7 @@ use tracing::debug;
 use super::convert::{self, Kind, ObjectName, one_line};
 use super::{EndpointSlice, Node, Objects, Pod, Service};
 use crate::policy::ServiceManifest;
+use crate::secrets::Secret;
 
 /// The largest manifest file that is read, in bytes.
 pub const MAX_MANIFEST_BYTES: u64 = 32 * 1024 * 1024;
@@ -99,6 +100,7 @@ fn add_document(document: Value, position: usize, objects: &mut Objects) -> Resu
         (EndpointSlice::API_VERSION, EndpointSlice::KIND) => add::<EndpointSlice>(document, objects),
         (Pod::API_VERSION, Pod::KIND) => add::<Pod>(document, objects),
         (Node::API_VERSION, Node::KIND) => add::<Node>(document, objects),
+        (Secret::API_VERSION, Secret::KIND) => add::<Secret>(document, objects),
         (ServiceManifest::API_VERSION, ServiceManifest::KIND) => add::<ServiceManifest>(document, objects),
         _ => {
             debug!(%api_version, %kind, "passed over an object of a kind that is not needed");

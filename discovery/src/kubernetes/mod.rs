@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::policy::ServiceManifest;
+use crate::secrets::Secret;
 
 /// The label of a pod that is kept out of load balancing and reached only by overrides, with the value `true`.
 pub const LABEL_OFFLOADED: &str = "culvert.dev/offloaded";
@@ -57,6 +58,8 @@ pub struct Objects {
     pub nodes: Arc<BTreeMap<ObjectKey, Arc<Node>>>,
     /// What is stated about services.
     pub manifests: Arc<BTreeMap<ObjectKey, Arc<ServiceManifest>>>,
+    /// What proxies may be given of secrets.
+    pub secrets: Arc<BTreeMap<ObjectKey, Arc<Secret>>>,
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.

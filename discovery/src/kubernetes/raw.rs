@@ -19,7 +19,7 @@ macro_rules! has_metadata {
         }
     )*};
 }
-has_metadata!(RawService, RawEndpointSlice, RawPod, RawNode, RawServiceManifest);
+has_metadata!(RawService, RawEndpointSlice, RawPod, RawNode, RawServiceManifest, RawSecret);
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -37,6 +37,16 @@ pub struct RawMetadata {
 pub struct RawServiceManifest {
     pub metadata: RawMetadata,
     pub spec: ServiceManifest,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RawSecret {
+    pub metadata: RawMetadata,
+    /// Base64.
+    pub data: Option<BTreeMap<String, String>>,
+    /// As it is: in manifests that people write.
+    pub string_data: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Deserialize)]

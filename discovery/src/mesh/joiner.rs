@@ -22,6 +22,7 @@ use crate::overrides::tunnels::Offered;
 use crate::policy::apply::Manifests;
 use crate::registration::join::Registered;
 use crate::registry::{Cluster, ClusterInfo, Registry};
+use crate::secrets::{self, Secrets};
 
 /// Joins states of the registry into meshes.
 #[derive(Debug, Default)]
@@ -30,6 +31,8 @@ pub struct Joiner {
     registered: Registered,
     offered: Offered,
     failed: Failed,
+    /// Of files.
+    secrets: Arc<Secrets>,
     /// Which service of which cluster a virtual address and port leads to.
     vips: Vips,
     vip_warnings: Vec<String>,
@@ -79,6 +82,11 @@ impl Joiner {
         self.marked.extend(before.differing(&self.failed));
     }
 
+    /// Takes in the secrets of files.
+    pub fn keep(&mut self, secrets: Arc<Secrets>) {
+        self.secrets = secrets;
+    }
+
     /// Takes in the stored sets of overrides.
     pub fn share(&mut self, shares: Vec<Arc<Share>>) {
         if self.mesh.shares != shares {
@@ -97,7 +105,11 @@ impl Joiner {
             self.claim_vips(registry);
         }
         let changed = self.join_marked(registry);
-        let warnings = self.warnings(registry);
+        let mut warnings = self.warnings(registry);
+        let secrets = secrets::joined(&self.secrets, registry, &mut warnings);
+        if secrets != self.mesh.secrets {
+            Arc::make_mut(&mut self.mesh).secrets = secrets;
+        }
         if !changed.is_empty() || warnings != self.mesh.warnings {
             // The map of services was replaced where it had to be.
             Arc::make_mut(&mut self.mesh).warnings = warnings;

@@ -91,7 +91,7 @@ fn a_mesh_that_is_kept_up_to_date_is_the_one_made_from_nothing() {
     let mut views = Vec::new();
     for viewer in [&["users"][..], &["users", "db"], &[]] {
         let services = viewer.iter().map(|name| ObjectKey::new("default", *name)).collect();
-        views.push((Viewer { kind: ProxyKind::Culvert, services }, None));
+        views.push((Viewer { kind: ProxyKind::Culvert, services, ..Viewer::default() }, None));
     }
     let mut seen = [0; 3];
     for step in 0..250 {

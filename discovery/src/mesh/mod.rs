@@ -17,6 +17,7 @@ use crate::kubernetes::{ObjectKey, Service, ServicePort};
 use crate::overrides::shares::Share;
 use crate::policy::ServiceManifest;
 use crate::registry::{ClusterInfo, Registry};
+use crate::secrets::Secrets;
 
 /// The weight of an endpoint of which nothing was said, beside others of which it was.
 const ORDINARY_WEIGHT: NonZeroU32 = NonZeroU32::new(100).unwrap();
@@ -170,6 +171,8 @@ pub struct Mesh {
     pub services: BTreeMap<ObjectKey, Arc<MeshService>>,
     /// Stored sets of overrides, by name.
     pub shares: Vec<Arc<Share>>,
+    /// What proxies may be given of secrets, by name.
+    pub secrets: Secrets,
     /// What was found to be inconsistent, for people.
     pub warnings: Vec<String>,
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::ServiceManifest;
+use super::{CheckedBy, ServiceManifest};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::{Mesh, MeshService, Protocol, mesh_key};
 use crate::registry::Registry;
@@ -59,6 +59,12 @@ impl<'a> Manifests<'a> {
                     idle.join(" and ")
                 ));
             }
+        }
+        let by = manifest.health_check.as_ref().map(|check| check.by);
+        if manifest.mtls.is_some() && by == Some(CheckedBy::Checkers) {
+            warnings.push(format!(
+                "ServiceManifest {key}: spec.healthCheck.by: checkers cannot hold with spec.mtls; each caller checks for itself"
+            ));
         }
         service.manifest = Some(Arc::clone(manifest));
     }

@@ -44,6 +44,8 @@ pub struct ServiceManifest {
     pub rate_limit: Option<RateLimit>,
     /// How proxies find out which endpoints work.
     pub health_check: Option<HealthCheck>,
+    /// How its endpoints are spoken to over TLS.
+    pub mtls: Option<Mtls>,
     /// The services that its pods may call; all if it is not stated.
     pub egress: Option<Egress>,
     /// What requests may ask for that name it in overrides.
@@ -181,6 +183,52 @@ pub struct HealthCheck {
     pub by: CheckedBy,
 }
 
+/// TLS between a proxy and the endpoints of a service, with secrets that proxies are given (SDS).
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Mtls {
+    /// The secret whose authorities sign the endpoints' certificates.
+    pub authority: SecretName,
+    /// What an endpoint's certificate has to have one of: SPIFFE IDs and other URIs, or DNS names.
+    pub subject_alt_names: SubjectAltNames,
+    /// The secret with the certificate that the proxy shows; the node's own one without it.
+    pub certificate: Option<SecretName>,
+}
+
+/// The name of a secret: that of a directory, or `namespace/name`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct SecretName(pub String);
+
+/// At least one name.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Vec<String>")]
+pub struct SubjectAltNames(pub Vec<String>);
+
+impl TryFrom<String> for SecretName {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let part =
+            |part: &str| !part.is_empty() && part.len() <= 253 && part.bytes().all(|byte| byte.is_ascii_graphic());
+        let good = text.split('/').count() <= 2 && text.split('/').all(part);
+        if good {
+            Ok(Self(text))
+        } else {
+            Err(format!("`{}` is not a secret: NAME, or NAMESPACE/NAME", text.escape_debug()))
+        }
+    }
+}
+
+impl TryFrom<Vec<String>> for SubjectAltNames {
+    type Error = String;
+    fn try_from(names: Vec<String>) -> Result<Self, String> {
+        if names.is_empty() || names.iter().any(String::is_empty) {
+            return Err("without a name anybody would do whom the authority has signed".to_owned());
+        }
+        Ok(Self(names))
+    }
+}
+
 /// Who checks endpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -194,17 +242,17 @@ pub enum CheckedBy {
     Checkers,
 }
 
-impl CheckedBy {
-    /// Whether proxies that call the service check it for themselves.
+impl ServiceManifest {
+    /// How proxies that call the service check it for themselves.
     #[must_use]
-    pub fn by_callers(self) -> bool {
-        self != Self::Checkers
+    pub fn checks_of_callers(&self) -> Option<&HealthCheck> {
+        self.health_check.as_ref().filter(|check| check.by != CheckedBy::Checkers || self.mtls.is_some())
     }
 
-    /// Whether proxies check it that do so for discovery.
+    /// How proxies check it that do so for discovery. They have no certificates for it.
     #[must_use]
-    pub fn by_checkers(self) -> bool {
-        self != Self::Callers
+    pub fn checks_of_checkers(&self) -> Option<&HealthCheck> {
+        self.health_check.as_ref().filter(|check| check.by != CheckedBy::Callers && self.mtls.is_none())
     }
 }
 

@@ -43,6 +43,8 @@ pub mod type_url {
     pub const ROUTE: &str = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration";
     /// Endpoints that only overrides reach.
     pub const OFFLOADED_SERVICE: &str = "type.googleapis.com/culvert.overrides.v1.OffloadedService";
+    /// Certificates, authorities and other secrets.
+    pub const SECRET: &str = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret";
     /// Stored sets of overrides.
     pub const OVERRIDE_SHARE: &str = "type.googleapis.com/culvert.overrides.v1.OverrideShare";
 }
@@ -140,6 +142,8 @@ pub struct Snapshot {
     culvert: Arc<ResourceSet>,
     grpc: Arc<ResourceSet>,
     foreign: Arc<ResourceSet>,
+    /// All that anybody may have, who may have it.
+    secrets: Arc<TypeResources>,
     options: Options,
     /// What became of each service.
     made: BTreeMap<Arc<ObjectKey>, Arc<Made>>,
@@ -220,6 +224,7 @@ impl Snapshot {
             culvert: Arc::default(),
             grpc: Arc::default(),
             foreign: Arc::default(),
+            secrets: Arc::default(),
             options: options.clone(),
             made: BTreeMap::new(),
             history: History::new(),
@@ -286,6 +291,10 @@ impl Snapshot {
             next.change(&ProxyKind::ALL, type_url::OVERRIDE_SHARE, changes);
             history.push(Change { service: None, reshaped: false });
         }
+        if self.mesh.secrets != next.mesh.secrets {
+            let messages = next.mesh.secrets.iter().flat_map(|(name, secret)| secret.messages(name));
+            next.secrets = next.secrets.replaced(by_name(encode(type_url::SECRET, messages.collect())));
+        }
         next.history.push(history);
         next
     }
@@ -294,6 +303,12 @@ impl Snapshot {
     #[must_use]
     pub fn position(&self) -> Position {
         self.history.position()
+    }
+
+    /// All secrets.
+    #[must_use]
+    pub fn secrets(&self) -> &Arc<TypeResources> {
+        &self.secrets
     }
 
     /// The resources for one kind of proxy, of all services.

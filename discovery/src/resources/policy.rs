@@ -8,16 +8,28 @@ use envoy_types::pb::envoy::config::cluster::v3::{CircuitBreakers, Cluster, Outl
 use envoy_types::pb::envoy::config::core::v3::health_check::{
     GrpcHealthCheck, HealthChecker, HttpHealthCheck, TcpHealthCheck,
 };
-use envoy_types::pb::envoy::config::core::v3::{HealthCheck, RuntimeFractionalPercent};
+use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType;
+use envoy_types::pb::envoy::config::core::v3::{HealthCheck, RuntimeFractionalPercent, TransportSocket};
 use envoy_types::pb::envoy::config::route::v3::RetryPolicy;
 use envoy_types::pb::envoy::extensions::filters::http::local_ratelimit::v3::LocalRateLimit;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_context::{
+    CombinedCertificateValidationContext, ValidationContextType,
+};
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::subject_alt_name_matcher::SanType;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
+    CertificateValidationContext, CommonTlsContext, SdsSecretConfig, SubjectAltNameMatcher, UpstreamTlsContext,
+};
+use envoy_types::pb::envoy::r#type::matcher::v3::StringMatcher;
+use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 use envoy_types::pb::envoy::r#type::v3::{CodecClientType, FractionalPercent, TokenBucket};
 use envoy_types::pb::google::protobuf::{Any, Duration, UInt32Value};
 
+use super::clusters::over_ads;
 use super::pack;
 use crate::mesh::Protocol;
 use crate::policy::{self, Retries, ServiceManifest};
+use crate::secrets;
 
 /// The name of the filter that counts requests.
 pub(super) const RATE_LIMIT_FILTER: &str = "envoy.filters.http.local_ratelimit";
@@ -61,8 +73,9 @@ pub(super) fn shape(cluster: &mut Cluster, manifest: &ServiceManifest, protocol:
             ..Default::default()
         }
     });
-    let checks = manifest.health_check.iter().filter(|check| check.by.by_callers());
+    let checks = manifest.checks_of_callers().into_iter();
     cluster.health_checks = checks.map(|check| health_check(check, protocol)).collect();
+    cluster.transport_socket = manifest.mtls.as_ref().map(|mtls| transport_socket(mtls, protocol));
 }
 
 /// How an endpoint that speaks this protocol is checked.
@@ -91,6 +104,40 @@ pub(crate) fn health_check(check: &policy::HealthCheck, protocol: Protocol) -> H
         health_checker: Some(checker),
         ..Default::default()
     }
+}
+
+/// TLS, with secrets that come over the stream that this comes over.
+fn transport_socket(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket {
+    let policy::Mtls { authority, subject_alt_names, certificate } = mtls;
+    let secret = |name: String| SdsSecretConfig { name, sds_config: Some(over_ads()) };
+    let names = subject_alt_names.0.iter().map(|name| {
+        let san_type = if name.contains("://") { SanType::Uri } else { SanType::Dns };
+        let matcher = StringMatcher { match_pattern: Some(MatchPattern::Exact(name.clone())), ..Default::default() };
+        SubjectAltNameMatcher { san_type: san_type.into(), matcher: Some(matcher), ..Default::default() }
+    });
+    let validation = CombinedCertificateValidationContext {
+        default_validation_context: Some(CertificateValidationContext {
+            match_typed_subject_alt_names: names.collect(),
+            ..Default::default()
+        }),
+        validation_context_sds_secret_config: Some(secret(secrets::authorities_of(&authority.0))),
+        ..Default::default()
+    };
+    let own = certificate.as_ref().map_or(secrets::OWN, |name| &name.0);
+    let alpn: &[&str] = match protocol {
+        Protocol::Tcp => &[],
+        Protocol::Http1 => &["http/1.1"],
+        Protocol::Http2 | Protocol::Grpc => &["h2"],
+    };
+    let common = CommonTlsContext {
+        tls_certificate_sds_secret_configs: vec![secret(own.to_owned())],
+        validation_context_type: Some(ValidationContextType::CombinedValidationContext(validation)),
+        alpn_protocols: alpn.iter().map(|name| (*name).to_owned()).collect(),
+        ..Default::default()
+    };
+    let context = UpstreamTlsContext { common_tls_context: Some(common), ..Default::default() };
+    let config = Some(ConfigType::TypedConfig(pack(&context)));
+    TransportSocket { name: "envoy.transport_sockets.tls".to_owned(), config_type: config }
 }
 
 /// What is tried again. `otherwise` holds where the manifest does not say of what.

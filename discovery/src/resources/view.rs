@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::resource::Position;
-use super::{Change, ProxyKind, ResourceSet, Snapshot, type_url};
+use super::{Change, ProxyKind, ResourceSet, Snapshot, TypeResources, by_name, encode, type_url};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
 use crate::policy::egress_of;
+use crate::secrets::{self, Access};
 
 /// Above this many views that are in use, further ones are made for each client: nodes choose which services they say they
 /// are of.
@@ -20,24 +21,36 @@ pub struct Viewer {
     pub kind: ProxyKind,
     /// The services whose pods call through it, as far as it says.
     pub services: BTreeSet<ObjectKey>,
+    /// The secrets that it may have, by who it is.
+    pub secrets: Arc<Access>,
 }
 
 impl Default for Viewer {
     fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, services: BTreeSet::new() }
+        Self { kind: ProxyKind::Foreign, services: BTreeSet::new(), secrets: Arc::default() }
     }
 }
 
 /// What a client is given: the services that the pods behind it may call.
 #[derive(Debug, Clone)]
 pub struct View {
-    /// The resources.
+    /// The resources but for secrets.
     pub set: Arc<ResourceSet>,
+    /// The secrets that it may have, and of which state of all of them they are.
+    secrets: (Arc<TypeResources>, Position),
     position: Position,
     /// Of which state of the policies `allowed` is.
     policies: u64,
     /// The services; `None` is all.
     allowed: Option<Scope>,
+}
+
+impl View {
+    /// The resources of a type, `None` for a type that is not served.
+    #[must_use]
+    pub fn of_type(&self, type_url: &str) -> Option<&Arc<TypeResources>> {
+        if type_url == type_url::SECRET { Some(&self.secrets.0) } else { self.set.of_type(type_url) }
+    }
 }
 
 type Scope = Arc<BTreeSet<ObjectKey>>;
@@ -61,15 +74,33 @@ impl Snapshot {
             Some(before) if before.policies == policies => before.allowed.clone(),
             _ => egress_of(&self.mesh, &viewer.services).map(Arc::new),
         };
+        let secrets = self.secrets_of(&viewer.secrets, before);
         let Some(scope) = allowed else {
-            return View { set: Arc::clone(self.resources(viewer.kind)), position, policies, allowed: None };
+            return View { set: Arc::clone(self.resources(viewer.kind)), secrets, position, policies, allowed: None };
         };
         let same_scope = before.filter(|before| before.allowed.as_ref() == Some(&scope));
         let set = match same_scope {
             Some(before) if !self.touches(&scope, before.position) => Arc::clone(&before.set),
             _ => self.shared(viewer.kind, &scope),
         };
-        View { set, position, policies, allowed: Some(scope) }
+        View { set, secrets, position, policies, allowed: Some(scope) }
+    }
+
+    /// The secrets that somebody may have, and of which state of all of them they are.
+    fn secrets_of(&self, access: &Access, before: Option<&View>) -> (Arc<TypeResources>, Position) {
+        let position = self.secrets.position();
+        if let Some(before) = before.filter(|before| before.secrets.1 == position) {
+            return before.secrets.clone();
+        }
+        let all = self.secrets.resources.iter();
+        let allowed = all.filter(|(name, _)| access.allows(name));
+        let mut resources: BTreeMap<_, _> =
+            allowed.map(|(name, resource)| (Arc::clone(name), Arc::clone(resource))).collect();
+        let own = access.own.as_ref().and_then(|name| self.mesh.secrets.get(&**name));
+        let own = own.into_iter().flat_map(|secret| secret.messages(secrets::OWN));
+        resources.extend(by_name(encode(type_url::SECRET, own.collect())));
+        let known = before.map(|before| Arc::clone(&before.secrets.0)).unwrap_or_default();
+        (known.replaced(resources), position)
     }
 
     /// Whether any of these services has changed since.

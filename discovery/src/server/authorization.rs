@@ -10,8 +10,10 @@ use tonic::Status;
 
 use super::tls::Identity;
 use super::viewer;
+use crate::access::Pattern;
 use crate::kubernetes::ObjectKey;
 use crate::policy::ServiceName;
+use crate::secrets;
 
 /// Who may be which nodes, of which services. The first rule for an identity of a client that lets its node pass counts.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -29,33 +31,18 @@ pub struct Rule {
     /// Whether its nodes' word on the health of endpoints counts (HDS).
     #[serde(default)]
     pub health: bool,
-}
-
-/// A text, in which each `*` stands for any text without `/`, and one at the end for any text.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(transparent)]
-pub struct Pattern(String);
-
-impl Pattern {
-    fn matches(&self, text: &str) -> bool {
-        fn rest(pattern: &str, text: &str) -> bool {
-            let Some((before, after)) = pattern.split_once('*') else { return pattern == text };
-            let Some(text) = text.strip_prefix(before) else { return false };
-            if after.is_empty() {
-                return true;
-            }
-            let end = text.find('/').unwrap_or(text.len());
-            (0..=end).filter(|at| text.is_char_boundary(*at)).any(|at| rest(after, &text[at..]))
-        }
-        rest(&self.0, text)
-    }
+    /// The secrets that its nodes are given (SDS); none, if nothing is said.
+    #[serde(default)]
+    pub secrets: Vec<Pattern>,
+    /// The secret that its nodes are given as `own`.
+    pub own_secret: Option<String>,
 }
 
 impl Rule {
     fn is_for(&self, identity: &Identity) -> bool {
-        match self.identity.0.strip_prefix("dns:") {
+        match self.identity.as_str().strip_prefix("dns:") {
             Some(name) => {
-                let pattern = Pattern(name.to_ascii_lowercase());
+                let pattern = Pattern::new(&name.to_ascii_lowercase());
                 identity.dns.iter().any(|name| pattern.matches(name))
             }
             None => identity.uris.iter().any(|uri| self.identity.matches(uri)),
@@ -193,6 +180,23 @@ impl Authorization {
         outcome.map_err(|why| self.refuse(why, node.map(|node| node.id.as_str()).unwrap_or_default()))
     }
 
+    /// Which secrets the client may have when it is this node: those of each rule that lets it pass.
+    #[must_use]
+    pub fn secrets(&self, identity: &Identity, node: &Node) -> secrets::Access {
+        let mut access = secrets::Access::default();
+        for rule in self.rules.iter().filter(|rule| rule.is_for(identity) && rule.check(node).is_ok()) {
+            access.names.extend(rule.secrets.iter().cloned());
+            access.own = access.own.or_else(|| rule.own_secret.clone());
+        }
+        access
+    }
+
+    /// Whether any rule gives any secret.
+    #[must_use]
+    pub fn gives_secrets(rules: &[Rule]) -> bool {
+        rules.iter().any(|rule| !rule.secrets.is_empty() || rule.own_secret.is_some())
+    }
+
     /// Whether the client may ask what others have.
     ///
     /// # Errors
@@ -211,24 +215,6 @@ impl Authorization {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn stars_stand_for_parts_of_paths_and_for_the_rest() {
-        for (pattern, text, expected) in [
-            ("spiffe://mesh/node", "spiffe://mesh/node", true),
-            ("spiffe://mesh/node", "spiffe://mesh/node/2", false),
-            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/sa/proxy", true),
-            ("spiffe://mesh/ns/*/sa/proxy", "spiffe://mesh/ns/shop/x/sa/proxy", false),
-            ("spiffe://mesh/ns/*", "spiffe://mesh/ns/shop/sa/proxy", true),
-            ("spiffe://mesh/*", "spiffe://meshes/ns", false),
-            ("*.nodes.example", "a.nodes.example", true),
-            ("*.nodes.example", "nodes.example", false),
-            ("node-*-*", "node-é-", true),
-            ("", "x", false),
-        ] {
-            assert_eq!(Pattern(pattern.to_owned()).matches(text), expected, "{pattern} {text}");
-        }
-    }
 
     #[test]
     fn a_node_is_what_its_certificate_lets_it_be() {
@@ -277,6 +263,15 @@ mod tests {
         let status = reporting.check_health(&proxy, Some(&node("n", ""))).unwrap_err();
         assert!(status.message().contains("may not be used to say which endpoints work"), "{status}");
         assert_eq!(reporting.refused(Refusal::Health), 1);
+        let giving = "
+- {identity: 'spiffe://mesh/*', nodes: [node-1], secrets: [users], own_secret: shop/a}
+- {identity: 'spiffe://mesh/*', secrets: ['shop/*']}
+";
+        let giving = Authorization::new(serde_saphyr::from_str(giving).unwrap());
+        let given = |id: &str| giving.secrets(&proxy, &node(id, "").clone());
+        assert_eq!((given("node-1").names.len(), given("node-1").own.as_deref()), (2, Some("shop/a")));
+        assert_eq!((given("node-2").names.len(), given("node-2").own), (1, None));
+        assert_eq!(giving.secrets(&other, &node("node-1", "")), secrets::Access::default());
         assert!(Authorization::default().check(&other, None).is_ok(), "without rules nobody is refused");
     }
 }

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::clients::{ClientStatus, Clients};
-use crate::resources::Resource;
+use crate::resources::{Resource, type_url};
 
 /// One resource of a client, as far as we know.
 #[derive(Debug, Clone)]
@@ -80,11 +80,13 @@ fn describe(held: Held, without_content: bool) -> GenericXdsConfig {
         HeldState::Refused => ConfigStatus::Error,
         HeldState::Missing => ConfigStatus::NotSent,
     };
+    // Who may know who has what may not have everything.
+    let is_secret = type_url == type_url::SECRET;
     GenericXdsConfig {
         type_url,
         name: name.to_string(),
         version_info: version.map(|version| version.to_string()).unwrap_or_default(),
-        xds_config: resource.filter(|_| !without_content).map(|resource| resource.body()),
+        xds_config: resource.filter(|_| !without_content && !is_secret).map(|resource| resource.body()),
         config_status: status.into(),
         ..Default::default()
     }

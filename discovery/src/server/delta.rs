@@ -22,6 +22,7 @@ use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
 use crate::resources::{Position, Snapshot, TypeResources, View, Viewer, type_url};
+use crate::secrets::Access;
 
 /// A response is ended when its resources have this many bytes: gRPC clients read 4 MiB unless told otherwise.
 const RESPONSE_BYTES: usize = 2 * 1024 * 1024;
@@ -263,7 +264,7 @@ impl Session for DeltaSession {
 
     fn handle(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            let viewer = viewer(node);
+            let viewer = Viewer { secrets: Arc::clone(&self.viewer.secrets), ..viewer(node) };
             if viewer != self.viewer {
                 (self.viewer, self.view) = (viewer, None);
             }
@@ -304,6 +305,13 @@ impl Session for DeltaSession {
         check_name_count(&request.type_url, state.names.len())
     }
 
+    fn allow(&mut self, secrets: Access) {
+        if *self.viewer.secrets != secrets {
+            self.viewer.secrets = Arc::new(secrets);
+            self.view = None;
+        }
+    }
+
     fn poll(&mut self, snapshot: &Snapshot) -> Option<Response> {
         let view = snapshot.view(&self.viewer, self.view.as_ref());
         // Twice, because what was held back may be due once the types after it turn out to have no news.
@@ -324,7 +332,7 @@ impl Session for DeltaSession {
             let known: BTreeSet<&Arc<str>> =
                 shared.chain(state.has.since.keys()).chain(&state.names).filter(|name| state.wants(name)).collect();
             let sent = |name: &Arc<str>| state.awaiting.as_ref().is_some_and(|sent| sent.names.contains(name));
-            let available = self.view.as_ref().and_then(|view| view.set.of_type(type_url));
+            let available = self.view.as_ref().and_then(|view| view.of_type(type_url));
             for name in known {
                 let version = state.version(name).cloned();
                 let outcome = match &version {
@@ -354,7 +362,7 @@ impl DeltaSession {
         if state.awaiting.is_some() {
             return None;
         }
-        let available = view.set.of_type(type_url).unwrap_or(&NOTHING);
+        let available = view.of_type(type_url).unwrap_or(&NOTHING);
         state.look(available);
         if state.open.is_empty() && !state.greeting_due {
             state.settle(available);
@@ -394,7 +402,7 @@ impl DeltaSession {
             type_url::ROUTE => &[type_url::LISTENER],
             _ => &[],
         };
-        users.iter().all(|user| self.types.get(user).is_none_or(|state| state.is_settled(view.set.of_type(user))))
+        users.iter().all(|user| self.types.get(user).is_none_or(|state| state.is_settled(view.of_type(user))))
     }
 }
 

@@ -48,9 +48,12 @@ use self::tls::{Identity, TlsFiles};
 use crate::health::{self, Checks};
 use crate::kubernetes::ObjectKey;
 use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
+use crate::secrets::Access;
 
 const STREAM_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
 const DELTA_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+const STREAM_SDS: &str = "/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets";
+const DELTA_SDS: &str = "/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets";
 const CSDS: &str = "/envoy.service.status.v3.ClientStatusDiscoveryService/";
 const LRS: &str = "/envoy.service.load_stats.v3.LoadReportingService/";
 const HDS: &str = "/envoy.service.health.v3.HealthDiscoveryService/";
@@ -77,6 +80,9 @@ pub trait Session: Default + Send + 'static {
     /// # Errors
     /// The status that ends the stream, for a client that breaks the protocol or asks for too much.
     fn handle(&mut self, request: Self::Request) -> Result<(), Status>;
+
+    /// Which secrets the client may have.
+    fn allow(&mut self, secrets: Access);
 
     /// The next response, if anything is to be said now. To be asked again until it gives `None`.
     fn poll(&mut self, snapshot: &Snapshot) -> Option<Response>;
@@ -141,8 +147,8 @@ impl Xds {
     /// Answers a request.
     async fn answer(self, request: http::Request<Incoming>, peer: Peer) -> http::Response<Body> {
         match request.uri().path() {
-            STREAM_ADS => self.stream::<sotw::SotwSession>(request, peer),
-            DELTA_ADS => self.stream::<delta::DeltaSession>(request, peer),
+            STREAM_ADS | STREAM_SDS => self.stream::<sotw::SotwSession>(request, peer),
+            DELTA_ADS | DELTA_SDS => self.stream::<delta::DeltaSession>(request, peer),
             path if path.starts_with(rest::PREFIX) => self.poll(request, &peer.identity).await,
             path if path.starts_with(CSDS) => {
                 if let Err(refusal) = self.authorization.check_status(&peer.identity) {
@@ -265,6 +271,9 @@ impl StreamOf {
         if node.is_some() || !self.known {
             self.xds.authorization.check(&self.peer.identity, node)?;
             self.known = true;
+            if let Some(node) = node {
+                session.allow(self.xds.authorization.secrets(&self.peer.identity, node));
+            }
         }
         session.handle(request)
     }
@@ -315,7 +324,7 @@ pub(crate) fn viewer(node: &Node) -> Viewer {
         let (name, namespace) = name.split_once('.').unwrap_or((name, "default"));
         ObjectKey::new(namespace, name)
     });
-    Viewer { kind: proxy_kind(&node.user_agent_name), services: services.collect() }
+    Viewer { kind: proxy_kind(&node.user_agent_name), services: services.collect(), ..Viewer::default() }
 }
 
 /// The subscribed types of a stream, in the order in which they are pushed.

@@ -21,6 +21,7 @@ use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
 use crate::resources::{Resource, Snapshot, TypeResources, View, Viewer, type_url};
+use crate::secrets::Access;
 
 /// One SotW stream.
 #[derive(Debug)]
@@ -85,7 +86,7 @@ impl Session for SotwSession {
 
     fn handle(&mut self, request: DiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            let viewer = viewer(node);
+            let viewer = Viewer { secrets: Arc::clone(&self.viewer.secrets), ..viewer(node) };
             if viewer != self.viewer {
                 (self.viewer, self.view) = (viewer, None);
             }
@@ -115,6 +116,13 @@ impl Session for SotwSession {
         state.wildcard = wildcard;
         state.names = names;
         Ok(())
+    }
+
+    fn allow(&mut self, secrets: Access) {
+        if *self.viewer.secrets != secrets {
+            self.viewer.secrets = Arc::new(secrets);
+            self.view = None;
+        }
     }
 
     fn poll(&mut self, snapshot: &Snapshot) -> Option<Response> {
@@ -162,7 +170,7 @@ impl SotwSession {
         let hold_back = self.types.0[index].0 == type_url::CLUSTER && !self.users_of_clusters_are_settled(view);
         let (type_url, state) = &mut self.types.0[index];
         let type_url = type_url.as_str();
-        let available = view.set.of_type(type_url).unwrap_or(&NOTHING);
+        let available = view.of_type(type_url).unwrap_or(&NOTHING);
         if state.awaiting || (!state.due && state.settled_version.as_ref() == Some(&available.version)) {
             return None;
         }
@@ -207,7 +215,7 @@ impl SotwSession {
     fn users_of_clusters_are_settled(&self, view: &View) -> bool {
         [type_url::LISTENER, type_url::ROUTE]
             .into_iter()
-            .all(|type_url| self.types.get(type_url).is_none_or(|state| state.is_settled(view.set.of_type(type_url))))
+            .all(|type_url| self.types.get(type_url).is_none_or(|state| state.is_settled(view.of_type(type_url))))
     }
 }
 
@@ -219,7 +227,7 @@ fn is_no_news(
     wanted: &BTreeMap<Arc<str>, Arc<Resource>>,
 ) -> bool {
     let all_known = wanted.iter().all(|(name, new)| sent.get(name).is_some_and(|old| old.version == new.version));
-    let full_state = type_url != type_url::ENDPOINT && type_url != type_url::ROUTE;
+    let full_state = ![type_url::ENDPOINT, type_url::ROUTE, type_url::SECRET].contains(&type_url);
     all_known && (!full_state || sent.len() == wanted.len())
 }
 

@@ -95,6 +95,7 @@ impl Directory {
                 merge(Arc::make_mut(&mut objects.pods), &found.pods, "Pod", path, &mut warnings);
                 merge(Arc::make_mut(&mut objects.nodes), &found.nodes, "Node", path, &mut warnings);
                 merge(Arc::make_mut(&mut objects.manifests), &found.manifests, "ServiceManifest", path, &mut warnings);
+                merge(Arc::make_mut(&mut objects.secrets), &found.secrets, "Secret", path, &mut warnings);
             }
             if let Some(error) = &file.error {
                 file_errors.push(FileError {

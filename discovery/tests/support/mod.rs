@@ -1,6 +1,7 @@
 //! The built program, as a process, and requests to it.
 #![allow(dead_code, reason = "each file of tests uses a part of it")]
 
+pub mod certificates;
 pub mod envoy;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};

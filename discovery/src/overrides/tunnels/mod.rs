@@ -262,6 +262,18 @@ impl Tunnels {
         status.collect()
     }
 
+    /// Has proxies be told that there are no tunnels, before they end. Gives whether there are any.
+    pub fn withdraw(&self) -> bool {
+        let mut withdrawn = false;
+        for tunnel in self.open().values_mut() {
+            withdrawn |= std::mem::take(&mut tunnel.listed);
+        }
+        if withdrawn {
+            self.0.changes.send_modify(|count| *count += 1);
+        }
+        withdrawn
+    }
+
     /// What the tunnels offer.
     #[must_use]
     pub fn offered(&self) -> Offered {

@@ -1,6 +1,7 @@
 //! Registrations in a file, by the embedded database redb: they survive a restart.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition};
 use tokio::task::block_in_place;
@@ -10,6 +11,14 @@ use crate::registration::host::{Host, HostKey};
 
 /// Service, NUL and address to the host as JSON.
 const HOSTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("hosts");
+
+/// How long another process may take to end that has the database, and how often it is looked.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+fn is_taken(error: &redb::Error) -> bool {
+    matches!(error, redb::Error::DatabaseAlreadyOpen)
+}
 
 /// A database file, which one process at a time can open.
 #[derive(Debug)]
@@ -27,11 +36,17 @@ impl Embedded {
             transaction.commit()?;
             Ok(database)
         };
-        let database = open().map_err(|error| {
-            StoreError(format!(
-                "cannot open the database {}: {error} (one process can use it at a time)",
-                path.display()
-            ))
+        // One that was killed may hold it for a moment longer.
+        let started = Instant::now();
+        let opened = loop {
+            match open() {
+                Err(error) if is_taken(&error) && started.elapsed() < LOCK_PATIENCE => std::thread::sleep(LOCK_RETRY),
+                opened => break opened,
+            }
+        };
+        let database = opened.map_err(|error| {
+            let hint = if is_taken(&error) { " (one process can use it at a time)" } else { "" };
+            StoreError(format!("cannot open the database {}: {error}{hint}", path.display()))
         })?;
         Ok(Self { database })
     }

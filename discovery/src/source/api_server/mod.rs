@@ -21,6 +21,7 @@ use crate::kubernetes::convert::{self, Kind};
 use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service};
 use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
+use crate::secrets::{self, Secret};
 
 /// How long changes are gathered: a rollout changes a slice and some pods in a row.
 const GATHER: Duration = Duration::from_millis(10);
@@ -50,6 +51,9 @@ impl Source for ApiServer {
         if config.service_manifests {
             kinds.push(ServiceManifest::KIND);
         }
+        if config.secrets {
+            kinds.push(Secret::KIND);
+        }
         let shared = Arc::new(Shared::new(cluster, &kinds));
         let access = Arc::new(Access::new(config.clone()));
         let mut watches = JoinSet::new();
@@ -61,6 +65,10 @@ impl Source for ApiServer {
         }
         if config.service_manifests {
             watches.spawn(watch::<ServiceManifest>(&access, &shared, String::new()).run());
+        }
+        if config.secrets {
+            // Others do not even come here.
+            watches.spawn(watch::<Secret>(&access, &shared, format!("{}=true", secrets::LABEL)).run());
         }
         let mut last = None;
         let mut objects = None;

@@ -214,6 +214,7 @@ impl Shared {
             "EndpointSlice" => state.objects.slices.contains_key(key),
             "Pod" => state.objects.pods.contains_key(key),
             "ServiceManifest" => state.objects.manifests.contains_key(key),
+            "Secret" => state.objects.secrets.contains_key(key),
             _ => state.objects.nodes.contains_key(key),
         };
         for (name, kind) in &state.kinds {
