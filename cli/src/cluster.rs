@@ -41,7 +41,7 @@ pub struct Flags {
     #[arg(long, value_name = "URL", env = "CULVERT_DISCOVERY", default_value = "http://127.0.0.1:18001")]
     discovery: String,
 
-    /// A file with the operators' token, which discovery wants from other hosts
+    /// A file with the operators' token, if discovery has one (its operator_token_file)
     #[arg(long, value_name = "FILE", env = "CULVERT_OPERATOR_TOKEN_FILE")]
     token_file: Option<PathBuf>,
 }
@@ -115,6 +115,10 @@ fn exchange(address: SocketAddr, request: &str) -> anyhow::Result<String> {
     connection.take(64 * 1024).read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("it does not speak HTTP")?;
     let status = head.split_whitespace().nth(1).unwrap_or_default();
-    ensure!(status == "200", "{status}: {}", body.trim());
+    let advice = match (status, body.trim().ends_with("is needed")) {
+        ("401", true) => "; give the file that it is in with --token-file, or CULVERT_OPERATOR_TOKEN_FILE",
+        _ => "",
+    };
+    ensure!(status == "200", "{status}: {}{advice}", body.trim());
     Ok(body.trim().to_owned())
 }

@@ -75,6 +75,10 @@ pub fn endpoints(flags: &EndpointsFlags) -> anyhow::Result<String> {
 fn find(status: &Value, name: Option<&str>) -> anyhow::Result<Vec<Value>> {
     let all = list(&status["services"]);
     let Some(name) = name else { return Ok(all.to_vec()) };
+    // As clients in Kubernetes write it.
+    let (host, port) = name.split_once(':').map_or((name, String::new()), |(host, port)| (host, format!(":{port}")));
+    let short = host.trim_end_matches(".cluster.local").trim_end_matches(".svc");
+    let name = &*format!("{short}{port}");
     let is_meant = |service: &&Value| {
         let port = service["envoy_cluster"].as_str().unwrap_or_default();
         let full = port.rsplit_once(':').map_or(port, |(full, _)| full);
@@ -181,9 +185,17 @@ mod tests {
     #[test]
     fn services_are_found_by_each_of_their_names() {
         let count = |name| find(&status(), name).map(|found| found.len()).unwrap_or_default();
-        let names =
-            [None, Some("users"), Some("users.shop"), Some("users.shop:80"), Some("users.shop:81"), Some("user")];
-        assert_eq!(names.map(count), [2, 2, 1, 1, 0, 0]);
+        let names = [
+            None,
+            Some("users"),
+            Some("users.shop"),
+            Some("users.shop:80"),
+            Some("users.shop:81"),
+            Some("user"),
+            Some("users.shop.svc:80"),
+            Some("users.shop.svc.cluster.local"),
+        ];
+        assert_eq!(names.map(count), [2, 2, 1, 1, 0, 0, 1, 1]);
         let error = find(&status(), Some("shop")).unwrap_err().to_string();
         assert!(error.ends_with("there is users.shop:80"), "{error}");
         let error = find(&status(), Some("orders")).unwrap_err().to_string();

@@ -47,8 +47,9 @@ impl Flags {
         let body = http::get(&self.discovery, "/status").with_context(|| {
             format!("no status from {}; is culvert-discovery running with --http at that address?", self.discovery)
         })?;
-        serde_json::from_slice(&body)
-            .with_context(|| format!("{} is not the status page of culvert-discovery", self.discovery))
+        serde_json::from_slice(&body).with_context(|| {
+            format!("{} is not the status page of culvert-discovery: is that its --http address?", self.discovery)
+        })
     }
 
     /// A document as it is, or as text.
@@ -105,6 +106,11 @@ fn clusters(status: &Value) -> Vec<Vec<String>> {
                 1 => "1 bad file".to_owned(),
                 bad => format!("{bad} bad files"),
             }
+        };
+        let state = match (cluster["drained"] == true, &*state) {
+            (true, "ok") => "drained".to_owned(),
+            (true, _) => format!("drained, {state}"),
+            (false, _) => state,
         };
         let mut row: Vec<_> = ["name", "region", "zone", "services", "pods"].map(|key| cell(&cluster[key])).into();
         row.extend([cell(&source["location"]), state]);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use serde_json::Value;
 
@@ -39,6 +39,19 @@ impl Access {
     /// # Errors
     /// When it cannot be reached, or refuses.
     pub fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        self.try_ask(method, path, body)?.map_err(|(_, said)| anyhow!(said))
+    }
+
+    /// Asks discovery; gives what it answers, or the status of a refusal and what it says.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub fn try_ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Result<Value, (u16, String)>> {
         let mut headers = String::new();
         if let Some(token) = self.token()? {
             headers.push_str(&format!("Authorization: Bearer {token}\r\n"));
@@ -52,9 +65,10 @@ impl Access {
         })?;
         if (200..300).contains(&status) {
             return serde_json::from_slice(&answer)
+                .map(Ok)
                 .with_context(|| format!("{} is not culvert-discovery, or an older one", self.discovery));
         }
-        bail!("{}", refusal(status, &answer))
+        Ok(Err((status, refusal(status, &answer))))
     }
 }
 
@@ -64,7 +78,7 @@ pub fn refusal(status: u16, answer: &[u8]) -> String {
     let said = said.as_ref().and_then(|said| said["error"].as_str().map(str::to_owned));
     let said = said.unwrap_or_else(|| String::from_utf8_lossy(&answer[..answer.len().min(200)]).trim().to_owned());
     match status {
-        401 => format!("{said}; give the file that it is in with --token-file"),
+        401 if said.ends_with("is needed") => format!("{said}; give the file that it is in with --token-file"),
         405 => format!("discovery is an older one without shares and tunnels ({status}: {said})"),
         _ => said,
     }
@@ -81,6 +95,8 @@ mod tests {
             refusal(401, answer),
             "the developers' token is needed; give the file that it is in with --token-file"
         );
+        let answer = br#"{"error": "the token that was sent is not the developers' token"}"#;
+        assert_eq!(refusal(401, answer), "the token that was sent is not the developers' token");
         assert_eq!(refusal(409, br#"{"error": "taken"}"#), "taken");
         assert!(refusal(405, b"only GET is answered here\n").contains("older one"));
     }

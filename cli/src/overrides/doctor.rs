@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -19,7 +19,7 @@ Examples:
   culvert override doctor --admin http://node-a:9901 --admin http://node-b:9901
 
 Name the daemons of all nodes: what comes in to a service is counted where its callers are, and what it sends where its own pods
-are. Numbers are since the daemons started. The override filters have to have `watch_context` set.";
+are. Numbers are since the daemons started; with fewer than 20 requests that came with overrides, nothing is said of shares. The override filters have to have `watch_context` set.";
 
 /// So many requests have to have come in before shares are compared.
 const ENOUGH: u64 = 20;
@@ -78,9 +78,17 @@ struct Finding {
 /// Looks; gives what is to be printed.
 pub fn run(flags: &DoctorFlags) -> anyhow::Result<String> {
     let mut counted = Counted::default();
+    let mut silent = Vec::new();
     for admin in &flags.admin {
-        let stats = http::get(admin, "/stats?filter=%5Eoverride_context%5C.")?;
-        counted.read(&String::from_utf8_lossy(&stats));
+        match http::get(admin, "/stats?filter=%5Eoverride_context%5C.") {
+            Ok(stats) => counted.read(&String::from_utf8_lossy(&stats)),
+            Err(error) => silent.push(format!("{admin}: {error:#}")),
+        }
+    }
+    ensure!(silent.len() < flags.admin.len(), "{}", silent.join("; "));
+    // The others' numbers are worth having all the same.
+    for daemon in &silent {
+        eprintln!("left out: {daemon}");
     }
     let status = http::get(&flags.discovery, "/status")
         .with_context(|| format!("no status from {}; name culvert-discovery with --discovery", flags.discovery))?;
@@ -170,10 +178,13 @@ impl Finding {
             u128::from(went.overrides) * u128::from(came.total()),
             u128::from(came.overrides) * u128::from(went.total()),
         );
-        if came.overrides >= ENOUGH && 2 * out_share < in_share {
-            return ("passes on some, and may drop others", true);
+        let less = 2 * out_share < in_share;
+        match (came.overrides >= ENOUGH, less) {
+            (true, true) => ("passes on some, and may drop others", true),
+            (true, false) => ("passes them on", false),
+            (false, true) => ("passes on some; too few have come to say more", false),
+            (false, false) => ("passes on what came so far", false),
         }
-        ("passes them on", false)
     }
 }
 
@@ -252,7 +263,7 @@ mod tests {
         let found = findings(&counted, &status());
         let verdicts: Vec<_> = found.iter().map(|it| (&*it.service, it.verdict())).collect();
         let expected = [
-            ("front.default", ("passes them on", false)),
+            ("front.default", ("passes on what came so far", false)),
             ("leaf.default", ("calls nobody that is seen", false)),
             ("orders.default", ("DROPS them", true)),
             ("users.default", ("DROPS them: it passes on trace headers, but not their baggage", true)),
@@ -269,5 +280,7 @@ mod tests {
         assert!(!finding(carried(19, 0), carried(1, 99)).verdict().1);
         assert!(finding(carried(20, 0), carried(1, 99)).verdict().1);
         assert!(!finding(carried(20, 80), carried(11, 89)).verdict().1);
+        let few = finding(carried(14, 0), Carried { overrides: 3, trace_only: 6, nothing: 0 });
+        assert_eq!(few.verdict(), ("passes on some; too few have come to say more", false));
     }
 }

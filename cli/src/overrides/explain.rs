@@ -2,15 +2,18 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
+use culvert_discovery::overrides::SHARES;
 use culvert_proxy_daemon::http::filters::{Explained, OffloadedTable, explain};
 use culvert_xds_client::api::culvert::{
     extensions::filters::http::overrides::v1::Override as Config, overrides::v1::OffloadedService,
 };
 use culvert_xds_client::json;
+use culvert_xds_client::overrides::Overrides;
 use serde_json::{Value, json};
 
+use super::access::Access;
 use super::{DecodeOutput, Decoded, as_json, decode_header, header::now, in_words};
 use crate::http;
 
@@ -21,7 +24,7 @@ Examples:
   culvert override explain \"$HEADER\" --admin http://127.0.0.1:9901 --admin http://node-b:9901
 
 Each daemon's override filters and what discovery has told it (its admin pages /config_dump and /overrides) say what would become
-of a request. What depends on the client, and whether a signature is good, only the daemon knows: that is named. A request with
+of a request. What a share stands for says discovery, which may want the developers' token for it. What depends on the client, and whether a signature is good, only the daemon knows: that is named. A request with
 `x-culvert-override-debug: 1` is told by the daemon itself, where the mesh allows that.";
 
 /// What helps where no daemon answers.
@@ -42,6 +45,18 @@ pub struct ExplainFlags {
     /// How to print it
     #[arg(long, default_value = "text")]
     output: DecodeOutput,
+
+    /// Discovery, which is asked what a share stands for
+    #[command(flatten)]
+    access: Access,
+}
+
+/// What discovery says of the share that a header names.
+enum Shared {
+    /// It stands for these.
+    Stands { name: String, overrides: Overrides },
+    /// Daemons refuse all that a request asks for with it, for this reason.
+    Refused(&'static str),
 }
 
 /// What one filter would do.
@@ -53,27 +68,67 @@ struct Hop {
 
 /// Explains; gives what is to be printed.
 pub fn run(flags: &ExplainFlags) -> anyhow::Result<String> {
-    let decoded = decode_header(flags.header.trim())?;
-    let mut hops = Vec::new();
+    let mut decoded = decode_header(flags.header.trim())?;
+    let mut text = in_words(&decoded);
+    let mut object = as_json(&decoded);
+    if let Some(message) = decoded.overrides.as_mut().filter(|message| !message.share.is_empty()) {
+        match share(&flags.access, &message.share)? {
+            Shared::Refused(reason) => {
+                object["share"] = json!({ "refused": reason });
+                let _ = writeln!(text, "the share's token: all of it would be refused: {reason}");
+                // Whatever else the header says.
+                decoded.overrides = None;
+            }
+            Shared::Stands { name, overrides } => {
+                let routes = overrides.overrides.iter().map(|entry| format!("{}={}", entry.service, entry.revision));
+                let routes = routes.collect::<Vec<_>>();
+                let _ = writeln!(text, "its share is `{name}`: {}", routes.join(", "));
+                object["share"] = json!({ "name": name, "overrides": routes });
+                *message = message.joined_with(&overrides)?;
+            }
+        }
+    }
+    let (mut hops, mut silent) = (Vec::new(), Vec::new());
     for admin in &flags.admin {
         let read = |path: &str| -> anyhow::Result<Value> {
-            let body = http::get(admin, path).map_err(|error| anyhow!("{error:#}; {ASK}"))?;
+            let body = http::get(admin, path)?;
             serde_json::from_slice(&body).with_context(|| format!("{admin}{path} is not what a culvertd answers"))
         };
-        hops.extend(of_daemon(admin, &read("/config_dump")?, &read("/overrides")?, &decoded)?);
+        match read("/config_dump").and_then(|dump| of_daemon(admin, &dump, &read("/overrides")?, &decoded)) {
+            Ok(found) => hops.extend(found),
+            Err(error) => silent.push(format!("{admin}: {error:#}")),
+        }
+    }
+    ensure!(silent.len() < flags.admin.len(), "{}; {ASK}", silent.join("; "));
+    // What the others would do is worth knowing all the same.
+    for daemon in &silent {
+        eprintln!("left out: {daemon}");
     }
     Ok(match flags.output {
         DecodeOutput::Text => {
-            let mut text = in_words(&decoded);
             hops.iter().for_each(|hop| hop_in_words(hop, &mut text));
             text
         }
         DecodeOutput::Json => {
-            let mut object = as_json(&decoded);
             object["hops"] = hops.iter().map(hop_as_json).collect();
             format!("{object:#}\n")
         }
     })
+}
+
+/// What discovery keeps under a token.
+fn share(access: &Access, token: &str) -> anyhow::Result<Shared> {
+    let answer = match access.try_ask("GET", &format!("{SHARES}/{token}"), None)? {
+        Ok(answer) => answer,
+        Err((404, _)) => return Ok(Shared::Refused("share_unknown")),
+        Err((_, said)) => bail!("what the share stands for is not told: {said}"),
+    };
+    if answer["expired"] == true {
+        return Ok(Shared::Refused("share_expired"));
+    }
+    let item = answer["item"].as_str().unwrap_or_default();
+    let overrides = Overrides::from_baggage_item(item).context("what discovery keeps under the token")?;
+    Ok(Shared::Stands { name: answer["name"].as_str().unwrap_or_default().to_owned(), overrides })
 }
 
 /// What the filters of one daemon would do.
@@ -114,7 +169,9 @@ fn collect(value: &Value, listener: &str, found: &mut Vec<(String, Value)>) {
             let is_listener = type_url.ends_with("envoy.config.listener.v3.Listener");
             let name = object.get("name").and_then(Value::as_str).filter(|_| is_listener).unwrap_or(listener);
             // What was refused is told beside what is in force, and does not count.
-            let counts = |key: &String| key != "error_state" && key != "warming_state" && key != "draining_state";
+            // The listeners of the bootstrap are among the others, too.
+            let passed_over = ["error_state", "warming_state", "draining_state", "bootstrap"];
+            let counts = |key: &String| !passed_over.contains(&key.as_str());
             object.iter().filter(|(key, _)| counts(key)).for_each(|(_, value)| collect(value, name, found));
         }
         Value::Array(items) => items.iter().for_each(|item| collect(item, listener, found)),
@@ -177,7 +234,11 @@ mod tests {
             "name": "outbound",
             "filter_chains": [{ "filters": [{ "typed_config": { "http_filters": [{ "typed_config": filter }] } }] }],
         });
-        json!({ "configs": [{ "dynamic_listeners": [{
+        let bootstrap = json!({ "static_resources": { "listeners": [{
+            "name": "outbound",
+            "filter_chains": [{ "filters": [{ "typed_config": { "http_filters": [{ "typed_config": filter }] } }] }],
+        }] } });
+        json!({ "configs": [{ "bootstrap": bootstrap }, { "dynamic_listeners": [{
             "name": "outbound",
             "active_state": { "listener": listener },
             "error_state": { "failed_configuration": listener },

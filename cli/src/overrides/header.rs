@@ -75,7 +75,7 @@ pub struct HeaderFlags {
     expires: Option<u64>,
 
     /// Sign what is asked for with the key in this file, which proxies know by this id
-    #[arg(long, value_name = "ID=FILE", value_parser = parse_set)]
+    #[arg(long, value_name = "ID=FILE", value_parser = parse_key)]
     sign_key: Option<(String, String)>,
 
     /// Which header to make; span context and W3C baggage by default, as a service may pass on only one of them
@@ -264,6 +264,10 @@ pub(super) fn parse_set(text: &str) -> Result<(String, String), String> {
     }
 }
 
+fn parse_key(text: &str) -> Result<(String, String), String> {
+    parse_set(text).map_err(|_| "expected ID=FILE, for example 2026-11=/etc/culvert/keys/2026-11".to_owned())
+}
+
 fn parse_hex(text: &str) -> Result<u64, String> {
     u64::from_str_radix(text.trim_start_matches("0x"), 16)
         .map_err(|_| "expected up to 16 hexadecimal digits".to_owned())
@@ -278,6 +282,7 @@ fn time(text: &str) -> Option<f64> {
         "s" => 1000.0,
         "m" => 60_000.0,
         "h" => 3_600_000.0,
+        "d" => 86_400_000.0,
         _ => return None,
     };
     // Neither signs nor exponents.
@@ -295,5 +300,5 @@ fn milliseconds(text: &str) -> anyhow::Result<u32> {
 fn parse_time(text: &str) -> Result<u64, String> {
     let seconds = time(text).map(|time| (time / 1000.0).ceil()).filter(|time| (1.0..=1e9).contains(time));
     // In range.
-    seconds.map(|seconds| seconds as u64).ok_or_else(|| format!("`{text}` is not a time such as 30m or 8h"))
+    seconds.map(|seconds| seconds as u64).ok_or_else(|| format!("`{text}` is not a time such as 30m, 8h or 2d"))
 }

@@ -134,12 +134,7 @@ fn what_cannot_be_is_refused_with_what_to_do() -> Result<()> {
         refused(&flags)
     };
     for (target, revision, file, expected) in [
-        (
-            "users=localhost:1",
-            "me",
-            &*wrong,
-            "the developers' token is needed; give the file that it is in with --token-file",
-        ),
+        ("users=localhost:1", "me", &*wrong, "the token that was sent is not the developers' token"),
         ("nobody=localhost:1", "me", file, "there is no service nobody.default; `culvert services` lists"),
         ("users:81=localhost:1", "me", file, "no port 81 that speaks HTTP"),
         ("users=localhost:1", "feature-x", file, "is pod default/users-x; choose another with --revision"),

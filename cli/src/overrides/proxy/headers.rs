@@ -18,7 +18,12 @@ const SAID: &str = "x-culvert-override";
 pub(super) struct Added {
     item: String,
     baggage: HeaderValue,
+    /// Whether each hop is asked what it did.
+    debug: bool,
 }
+
+/// Asks each hop what it did with overrides.
+const DEBUG: &str = "x-culvert-override-debug";
 
 impl Added {
     pub(super) fn of(overrides: &Overrides) -> Self {
@@ -26,7 +31,12 @@ impl Added {
         let baggage = HeaderValue::from_str(&format_baggage([(BAGGAGE_ITEM, &*item)]));
         // Percent-encoded, and so a header's value.
         let baggage = baggage.unwrap_or_else(|_| HeaderValue::from_static(""));
-        Self { item, baggage }
+        Self { item, baggage, debug: false }
+    }
+
+    /// With the question what each hop did, if that is wanted.
+    pub(super) fn asking(self, debug: bool) -> Self {
+        Self { debug, ..self }
     }
 
     /// Adds the overrides in both forms: a service may pass on only one of them. Other baggage, and the trace, stay.
@@ -48,6 +58,9 @@ impl Added {
         headers.insert(BAGGAGE, self.baggage.clone());
         for value in before {
             headers.append(BAGGAGE, value);
+        }
+        if self.debug {
+            headers.insert(DEBUG, HeaderValue::from_static("1"));
         }
     }
 }
@@ -114,6 +127,9 @@ mod tests {
         let overrides = Overrides::new([("users", "feature-x")]).unwrap();
         let other = Overrides::new([("users", "other")]).unwrap();
         let added = Added::of(&overrides);
+        let mut asking = HeaderMap::new();
+        Added::of(&overrides).asking(true).add(&mut asking);
+        assert_eq!(asking.get(DEBUG).map(HeaderValue::as_bytes), Some(b"1".as_slice()));
         let context = |baggage: &[(&str, &str)]| {
             let baggage = baggage.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
             encode_ot_span_context(&SpanContext { trace_id: 7, span_id: 8, sampled: true, baggage })

@@ -94,6 +94,11 @@ pub struct Flags {
     #[arg(long, value_name = "NUMBER", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_connections: u32,
 
+    /// Ask each hop what it did with the overrides (x-culvert-override-debug), and log what they answer. The mesh has to
+    /// have debug_response
+    #[arg(long)]
+    debug: bool,
+
     /// Only how it stands, no line for each request
     #[arg(long, short)]
     quiet: bool,
@@ -128,7 +133,7 @@ struct Counts {
 /// # Errors
 /// When the flags make no sense or the address cannot be listened on.
 pub fn run(flags: Flags) -> anyhow::Result<String> {
-    let added = Added::new(message(&flags.set, flags.share.as_deref())?)?;
+    let added = Added::new(message(&flags.set, flags.share.as_deref())?)?.asking(flags.debug);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start")?;
     LocalSet::new().block_on(&runtime, async {
         let listener = TcpListener::bind(flags.listen).await.with_context(|| {
