@@ -35,8 +35,12 @@ pub struct Flags {
 pub enum Level {
     /// Not at all
     Off,
-    /// Between the daemon and pods
+    /// From pods to the daemon where the kernel keeps it from programs
+    Automatic,
+    /// From pods to the daemon
     Shortcut,
+    /// And from the daemon to pods
+    BothWays,
     /// From pod to pod past the daemon, where it has nothing left to look at
     Joined,
 }
@@ -46,7 +50,9 @@ impl Level {
     pub fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
+            Self::Automatic => "automatic",
             Self::Shortcut => "shortcut",
+            Self::BothWays => "both-ways",
             Self::Joined => "joined",
         }
     }

@@ -73,7 +73,8 @@ fn text(status: &Value) -> String {
         text.push_str(&format!("\nPAST TCP: listener {name}: {level} (configured {configured}, at run time {said})"));
     }
     if acceleration["available"] == true {
-        text.push('\n');
+        let [pods, automatic] = ["pods", "automatic"].map(|key| cell(&acceleration[key]));
+        text.push_str(&format!("\nPAST TCP: pods that say nothing: {pods}; automatic here: {automatic}\n"));
     }
     let faults = list(&status["not_ready"]);
     if !faults.is_empty() {
@@ -105,8 +106,10 @@ mod tests {
     #[test]
     fn listeners_say_how_far_payload_goes() {
         let listener = json!({"name": "outbound", "configured": "joined", "run_time": "off", "in_force": "off"});
-        let status = json!({"pods": [], "acceleration": {"available": true, "listeners": [listener]}});
-        let expected = "PAST TCP: listener outbound: off (configured joined, at run time off)\n";
+        let status = json!({"pods": [], "acceleration": {"available": true, "listeners": [listener],
+            "pods": "automatic", "automatic": "shortcut"}});
+        let expected = "PAST TCP: listener outbound: off (configured joined, at run time off)
+PAST TCP: pods that say nothing: automatic; automatic here: shortcut\n";
         assert!(text(&status).ends_with(expected), "{}", text(&status));
     }
 

@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig};
+use culvert_proxy_daemon::intercept::{Acceleration, Interception, InterceptionConfig};
 use kernel_lab::process::role;
 use kernel_lab::*;
 
@@ -96,7 +96,8 @@ fn a_listener_that_is_made_anew_elsewhere_serves_at_once() {
 #[test]
 fn sockets_are_registered_again_after_a_restart() {
     let mut lab = Lab::new();
-    let config = InterceptionConfig { shortcut_cgroup: Some(lab.cgroup()), ..lab.config() };
+    let mut config = InterceptionConfig { shortcut_cgroup: Some(lab.cgroup()), ..lab.config() };
+    config.pods.iter_mut().for_each(|pod| pod.policy.acceleration = Acceleration::BothWays);
     let mut kept = Vec::new();
     for _ in 0..3 {
         let (interception, worker) = start(&lab, config.clone());

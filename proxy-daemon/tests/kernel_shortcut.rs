@@ -13,9 +13,15 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 const MIB: u64 = 1 << 20;
 
-/// A node with the short cut on, and its worker's listener.
+/// A node with the short cut on, both ways, and its worker's listener.
 fn start(lab: &mut Lab) -> (Interception, TcpListener) {
+    start_with(lab, Acceleration::BothWays)
+}
+
+/// Likewise, with pods of this level.
+fn start_with(lab: &mut Lab, level: Acceleration) -> (Interception, TcpListener) {
     let mut config = lab.config();
+    config.pods.iter_mut().for_each(|pod| pod.policy.acceleration = level);
     config.shortcut_cgroup = Some(lab.cgroup());
     config.excluded_ports = vec![9090];
     let interception = lab.start(config, 1);
@@ -391,6 +397,112 @@ fn a_program_that_waits_inside_the_kernel_is_left_to_tcp() {
     assert_eq!(counter(&interception, "shortcut.sockets"), 0);
     // Their bytes are known when they close: question and answer, SYN and FIN.
     eventually("the bytes are counted", || (20 * 14..20 * 18).contains(&counter(&interception, "shortcut.tcp_bytes")));
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// How many bytes a socket has for its program, as the kernel tells programs that ask.
+fn waiting(stream: &Stream) -> usize {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: the request writes an int.
+    let result = unsafe { nix::libc::ioctl(stream.0.as_raw_fd(), nix::libc::FIONREAD, &raw mut bytes) };
+    assert_eq!(result, 0, "FIONREAD");
+    bytes as usize
+}
+
+/// splice(2) looks at TCP's queue only.
+#[test]
+fn pods_read_from_tcp_unless_told_otherwise() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start_with(&mut lab, Acceleration::Shortcut);
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    let (from, to) = nix::unistd::pipe().expect("a pipe");
+    for round in 0..100 {
+        send(&mut client, round, 300);
+        receive(&mut down, round, 300, false);
+        send(&mut down, round ^ 99, 2000);
+        eventually("all of it is there", || client.peek(&mut [0; 4000]).is_ok_and(|length| length == 2000));
+        let (socket, pipe, nowhere) = (client.0.as_raw_fd(), to.as_raw_fd(), std::ptr::null_mut());
+        // SAFETY: two open descriptors, and no offsets.
+        let moved = unsafe { nix::libc::splice(socket, nowhere, pipe, nowhere, 2000, 0) };
+        assert_eq!(moved, 2000, "{}", std::io::Error::last_os_error());
+        let mut got = [0; 2000];
+        let mut at = 0;
+        while at < got.len() {
+            at += nix::unistd::read(&from, &mut got[at..]).expect("reads the pipe");
+        }
+        assert!((0..2000).all(|at| got[at] == byte_at(round ^ 99, at as u64)));
+    }
+    assert_eq!(tcp_bytes_sent(&down), 100 * 2000);
+    assert!(tcp_bytes_sent(&client) <= 300, "{}", tcp_bytes_sent(&client));
+    assert!(counter(&interception, "shortcut.bytes") >= 99 * 300);
+    drop((client, down));
+    eventually("what went by TCP is counted", || counter(&interception, "shortcut.tcp_bytes") >= 100 * 2000 - 8);
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// Newer kernels say that nothing is there to read on a socket in a sockmap, whatever came by TCP; nginx believes it.
+#[test]
+fn by_default_programs_are_told_what_there_is_to_read() {
+    let mut lab = Lab::new();
+    let (interception, worker) = start_with(&mut lab, Acceleration::default());
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    let (mut down, _) = accept(&worker);
+    for round in 0..10 {
+        send(&mut client, round, 300);
+        receive(&mut down, round, 300, false);
+        send(&mut down, round ^ 99, 2000);
+        eventually("the client is told how much there is", || waiting(&client) == 2000);
+        receive(&mut client, round ^ 99, 2000, false);
+    }
+    let automatic = interception.acceleration().automatic;
+    println!("automatic is {automatic} on this kernel");
+    assert_eq!(counter(&interception, "shortcut.bytes") > 0, automatic == "shortcut");
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// A read that waits on a socket in a sockmap ends with EAGAIN when anything wakes it up.
+#[test]
+fn a_server_that_waits_inside_the_kernel_is_left_to_tcp() {
+    let mut lab = Lab::new();
+    let (interception, _worker) = start_with(&mut lab, Acceleration::Shortcut);
+    let (waits, polls) = (lab.server.listen("0.0.0.0:8080"), lab.server.listen("0.0.0.0:8081"));
+    for _ in 0..20 {
+        let mut up = lab.node.run(|| connect_as(&format!("{CLIENT}:0"), &format!("{SERVER}:8080"))).expect("connects");
+        let (served, _) = waits.accept().expect("accepts");
+        served.set_read_timeout(Some(DEADLINE)).expect("a deadline");
+        let mut reader = served.try_clone().unwrap();
+        std::thread::scope(|scope| {
+            let rest = scope.spawn(move || {
+                let mut rest = Vec::new();
+                reader.read_to_end(&mut rest).map(|_| rest)
+            });
+            (&served).write_all(b"greeting").unwrap();
+            // Its acknowledgement wakes the reader up.
+            served.shutdown(Shutdown::Write).unwrap();
+            let mut greeting = Vec::new();
+            up.read_to_end(&mut greeting).unwrap();
+            assert_eq!(greeting, b"greeting");
+            up.write_all(b"rest").unwrap();
+            up.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(rest.join().unwrap().expect("reads"), b"rest");
+        });
+    }
+    assert_eq!(counter(&interception, "shortcut.bytes"), 0);
+    // A program that waits in poll(2) is known by its first connection's first answer.
+    eventually("a later connection's answers take the short cut", || {
+        let mut up = lab.node.run(|| connect_as(&format!("{CLIENT}:0"), &format!("{SERVER}:8081"))).expect("connects");
+        let (mut served, _) = accept(&polls);
+        for round in 0..3 {
+            send(&mut up, round, 100);
+            receive(&mut served, round, 100, false);
+            send(&mut served, round ^ 99, 2000);
+            receive(&mut up, round ^ 99, 2000, false);
+        }
+        assert_eq!(tcp_bytes_sent(&up), 300, "the pod reads from TCP");
+        tcp_bytes_sent(&served) == 0
+    });
+    assert!(counter(&interception, "shortcut.bytes") >= 6000);
     lab.node.run(|| interception.shutdown()).expect("shuts down");
 }
 

@@ -44,6 +44,8 @@ pub const MAX_LOCAL_ADDRESSES: usize = 4_096;
 pub const MAX_EXCLUDED_RANGES: usize = 4_096;
 /// How many destination ports can be excluded.
 pub const MAX_EXCLUDED_PORTS: usize = 65_536;
+/// Of how many servers the kernel remembers whether their programs let it wait; it forgets the least used.
+pub const MAX_SERVERS: usize = 16_384;
 /// How many sockets can take the short cut at a time; later ones use TCP.
 pub const MAX_SHORTCUT_SOCKETS: usize = 262_144;
 
@@ -52,7 +54,7 @@ pub const MAX_EXCLUDED_UIDS: usize = 1_024;
 
 /// The layout of the pinned maps, part of their pins' path: raised with every change that an older program or reader
 /// would misread.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// A pod's outbound connections, as a bit of [`PodPolicy::directions`].
 pub const OUTBOUND: u32 = 1;
@@ -90,14 +92,21 @@ pub struct PodPolicy {
 pub enum Acceleration {
     /// All of it by TCP.
     Off = 0,
-    /// Between the daemon and pods: the short cut.
+    /// As the next one where no program in a pod can notice: see [`NOTICED`]. Else all of it by TCP.
     #[default]
-    Shortcut = 1,
+    Automatic = 1,
+    /// From pods to the daemon: the short cut. Pods themselves read from TCP only.
+    Shortcut = 2,
+    /// From the daemon to pods too.
+    BothWays = 3,
     /// From pod to pod, past the daemon, where it has nothing left to look at.
-    Joined = 2,
+    Joined = 4,
 }
 
-/// How many slots the map `SWITCHES` has: how far payload of a listener's connections may go, by direction.
+/// The slot of the map `SWITCHES` that says whether a program notices that its socket is registered, even if all that it
+/// reads comes by TCP: 1 where the kernel tells it that nothing is there to read (FIONREAD).
+pub const NOTICED: u32 = 0;
+/// How many slots the map `SWITCHES` has: [`NOTICED`], and how far payload of a listener's connections may go, by direction.
 pub const SWITCHES: usize = INBOUND as usize + 1;
 
 /// A direction of two connections that the daemon has joined, in the map `JOINS` by its sender's key. Written by the daemon.
@@ -196,8 +205,9 @@ pub enum Lane {
     Shortcut = 1,
     /// By TCP, until the receiver has read everything. For the daemon as receiver.
     Tcp = 2,
-    /// By TCP, for good. For pods as receivers: a program that waits inside the kernel for a number of bytes
-    /// (`MSG_WAITALL`), some of which came by TCP, would not see the rest come by the short cut.
+    /// By TCP, for good. For pods as receivers, which read from TCP only unless they are said to read from both; and then too
+    /// a program that waits inside the kernel for a number of bytes (`MSG_WAITALL`), some of which came by TCP, would not see
+    /// the rest come by the short cut.
     TcpForGood = 3,
 }
 
@@ -228,8 +238,20 @@ pub struct Hop {
     pub countable: u32,
     /// See [`Lane`].
     pub lane: u32,
-    /// 1: the other end is not registered, so this one is only watched, to count its bytes when it closes.
-    pub only_counted: u32,
+    /// Whether it is only watched, and not registered: see [`Watched`].
+    pub watched: u32,
+}
+
+/// Why a socket is only watched, as stored in [`Hop::watched`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watched {
+    /// It is registered.
+    No = 0,
+    /// The other end is not registered: it counts the bytes of both when it closes.
+    ForBoth = 1,
+    /// It is a server's, of which it is not known yet whether its program lets the kernel wait.
+    ForWaiting = 2,
 }
 
 /// Where the fields that the short cut reads are in the kernel's `struct sock` and `struct tcp_sock`, in bytes.

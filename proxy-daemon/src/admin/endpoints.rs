@@ -142,7 +142,10 @@ const ENDPOINTS: &[Endpoint] = &[
     Endpoint {
         path: "/interception/acceleration",
         help: "say how far payload of pods may go past TCP until the daemon ends",
-        parameters: &[("level", "off, shortcut or joined"), ("listener", "Of this listener's connections only")],
+        parameters: &[
+            ("level", "off, automatic, shortcut, both-ways or joined"),
+            ("listener", "Of this listener's connections only"),
+        ],
         mutates: true,
         run: interception::accelerate,
     },
@@ -154,7 +157,7 @@ const ENDPOINTS: &[Endpoint] = &[
             ("name", "What the pod is called"),
             ("direction", "outbound, inbound or both"),
             ("failure_policy", "open or closed"),
-            ("acceleration", "off, shortcut or joined"),
+            ("acceleration", "off, automatic, shortcut, both-ways or joined"),
         ],
         mutates: true,
         run: interception::enroll,

@@ -71,6 +71,8 @@ pub struct AccelerationStatus {
     pub reason: Option<String>,
     /// Of pods of which nothing else is said.
     pub pods: &'static str,
+    /// What `automatic` is on this kernel: `shortcut`, or `off` where programs would notice.
+    pub automatic: &'static str,
     /// Each listener for redirected connections.
     pub listeners: Vec<ListenerAcceleration>,
 }
@@ -89,7 +91,13 @@ pub struct ListenerAcceleration {
 }
 
 impl AccelerationStatus {
-    pub(super) fn new(config: &InterceptionConfig, switches: &Switches, withheld: Option<&Withheld>) -> Self {
+    pub(super) fn new(
+        config: &InterceptionConfig,
+        switches: &Switches,
+        withheld: Option<&Withheld>,
+        noticed: bool,
+    ) -> Self {
+        let automatic = if noticed || withheld.is_some() { Acceleration::Off } else { Acceleration::Shortcut };
         let in_force = switches.in_force(config);
         let names = [&config.outbound_listener, &config.inbound_listener];
         let listener = |index: usize| ListenerAcceleration {
@@ -103,6 +111,7 @@ impl AccelerationStatus {
             reason_number: withheld.map(Withheld::number),
             reason: withheld.map(ToString::to_string),
             pods: acceleration_name(config.policy.acceleration),
+            automatic: acceleration_name(automatic),
             listeners: [0, 1].map(listener).to_vec(),
         }
     }
@@ -120,14 +129,17 @@ mod tests {
         config.listener_acceleration[1] = Acceleration::Off;
         switches.listeners = [Acceleration::Shortcut; 2];
         assert_eq!(switches.in_force(&config), [Acceleration::Shortcut, Acceleration::Off]);
-        let status = AccelerationStatus::new(&config, &switches, None);
+        let status = AccelerationStatus::new(&config, &switches, None, false);
         assert_eq!((status.listeners[0].run_time, status.listeners[1].in_force), ("shortcut", "off"));
+        assert_eq!((status.pods, status.automatic), ("automatic", "shortcut"));
+        assert_eq!(AccelerationStatus::new(&config, &switches, None, true).automatic, "off");
     }
 
     #[test]
     fn what_is_withheld_has_its_number() {
         let withheld = Withheld::KernelBugs("bugs".to_owned());
-        let status = AccelerationStatus::new(&InterceptionConfig::default(), &Switches::default(), Some(&withheld));
+        let status =
+            AccelerationStatus::new(&InterceptionConfig::default(), &Switches::default(), Some(&withheld), false);
         assert_eq!((status.available, status.reason_number), (false, Some(2)));
         assert_eq!(status.reason.as_deref(), Some("bugs"));
         assert!(status.listeners.iter().all(|listener| listener.in_force == "off"));

@@ -366,8 +366,10 @@ pub(super) fn failure(value: i32, path: &str) -> Result<FailurePolicy, FieldErro
 
 pub(super) fn level(value: i32, path: &str) -> Result<Acceleration, FieldError> {
     match message::Acceleration::try_from(value) {
+        Ok(message::Acceleration::Automatic) => Ok(Acceleration::Automatic),
         Ok(message::Acceleration::Shortcut) => Ok(Acceleration::Shortcut),
         Ok(message::Acceleration::Off) => Ok(Acceleration::Off),
+        Ok(message::Acceleration::BothWays) => Ok(Acceleration::BothWays),
         Ok(message::Acceleration::Joined) => Ok(Acceleration::Joined),
         Err(_) => Err((path.to_owned(), format!("{value} is neither SHORTCUT (0), OFF (1) nor JOINED (2)"))),
     }

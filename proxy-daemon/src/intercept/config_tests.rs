@@ -156,7 +156,7 @@ fn every_field_is_taken() {
         balancing: None,
         force_clsact: false,
         max_addresses: MAX_PODS,
-        listener_acceleration: [Acceleration::Shortcut, Acceleration::Joined],
+        listener_acceleration: [Acceleration::Automatic, Acceleration::Joined],
         kernel_release: None,
     };
     assert_eq!(config, Ok(expected));
@@ -185,7 +185,7 @@ fn what_is_wrong_is_named_with_its_path() {
         (Message { direction: 3, ..good() }, "direction", "OUTBOUND"),
         (Message { inbound_excluded_ranges: texts(&["x"]), ..good() }, "inbound_excluded_ranges[0]", "address range"),
         (Message { shortcut_cgroup: "pods".to_owned(), ..good() }, "shortcut_cgroup", "absolute"),
-        (Message { acceleration: 3, ..good() }, "acceleration", "JOINED"),
+        (Message { acceleration: 9, ..good() }, "acceleration", "JOINED"),
         (Message { acceleration: 2, ..good() }, "acceleration", "shortcut_cgroup"),
         (Message { inbound_acceleration: Some(1), ..good() }, "inbound_acceleration", "shortcut_cgroup"),
         (Message { route_table: 254, ..good() }, "route_table", "kernel's own"),

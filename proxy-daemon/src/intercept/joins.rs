@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, SkStorage};
-use culvert_proxy_ebpf::{Acceleration, Address, Hop, Join, JoinedCounters, PodPolicy, Reason, Side, SocketKey};
+use culvert_proxy_ebpf::{
+    Acceleration, Address, Hop, Join, JoinedCounters, PodPolicy, Reason, Side, SocketKey, Watched,
+};
 
 use super::error::{InterceptError, chain};
 use crate::stats::{Counter, counter};
@@ -98,7 +100,7 @@ impl Joins {
     }
 
     fn try_join(self: &Rc<Self>, client: &impl AsRawFd, server: &impl AsRawFd) -> Result<Joined, Counter> {
-        let is_daemons = |hop: &Hop| hop.own.side == Side::Node as u32 && hop.only_counted == 0;
+        let is_daemons = |hop: &Hop| hop.own.side == Side::Node as u32 && hop.watched == Watched::No as u32;
         let of = |socket: RawFd| self.hops.get(&socket, 0).ok().filter(is_daemons);
         let down_hop = of(client.as_raw_fd()).ok_or(self.refused_client)?;
         let is_joined = |level: u32| level == Acceleration::Joined as u32;

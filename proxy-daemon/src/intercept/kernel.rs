@@ -1,19 +1,24 @@
 //! Loads the kernel programs, fills their maps, and reads their counters.
 
 use std::fs;
-use std::net::IpAddr;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, HashMap, Map, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap};
+use aya::maps::{
+    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap,
+};
 use aya::programs::links::CgroupAttachMode;
 use aya::programs::{
     Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SkLookup, SkMsg, SockOps, TestRun as _,
 };
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{
-    Acceleration, Address, MAX_WORKERS, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot, v4_mapped,
+    Acceleration, Address, MAX_WORKERS, NOTICED, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot,
+    v4_mapped,
 };
 
 use super::acceleration::Withheld;
@@ -244,6 +249,43 @@ pub(super) fn attach_shortcut(ebpf: &mut Ebpf, cgroup: OwnedFd) -> Result<(), St
         .and_then(|()| program.attach(cgroup, CgroupAttachMode::Single))
         .map_err(|error| format!("register_socket: {}", chain(&error)))?;
     Ok(())
+}
+
+/// Notes whether a program can notice that its socket is registered, although it reads from TCP only: newer kernels count for
+/// FIONREAD what came past TCP and nothing else, and nginx takes its answer for an empty socket. Tried out with a socket.
+pub(super) fn note_noticed(ebpf: &mut Ebpf) -> Result<bool, InterceptError> {
+    let mut sockets: SockHash<_, [u8; size_of::<SocketKey>()]> = map(ebpf, "SOCKETS")?;
+    let noticed = !tells_what_tcp_has(&mut sockets).unwrap_or_else(|error| {
+        tracing::debug!(error, "whether FIONREAD is right cannot be tried out");
+        false
+    });
+    let mut switches: Array<_, u32> = map(ebpf, "SWITCHES")?;
+    switches.set(NOTICED, u32::from(noticed), 0).map_err(|error| InterceptError::load("SWITCHES", &error))?;
+    Ok(noticed)
+}
+
+/// Whether FIONREAD of a registered socket counts what came by TCP.
+fn tells_what_tcp_has(sockets: &mut SockHash<&mut MapData, [u8; size_of::<SocketKey>()]>) -> Result<bool, String> {
+    const BYTES: [u8; 3] = [0; 3];
+    let io = |error: std::io::Error| error.to_string();
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(io)?;
+    let mut from = TcpStream::connect(listener.local_addr().map_err(io)?).map_err(io)?;
+    let (to, _) = listener.accept().map_err(io)?;
+    // No socket's own key: its two ends are one.
+    let key = [0; size_of::<SocketKey>()];
+    sockets.insert(key, to.as_raw_fd(), 0).map_err(|error| chain(&error))?;
+    let told = from.write_all(&BYTES).and_then(|()| {
+        // They are there when this returns.
+        to.set_read_timeout(Some(Duration::from_secs(1)))?;
+        to.peek(&mut [0; BYTES.len()])?;
+        let mut told: nix::libc::c_int = 0;
+        // SAFETY: the request writes an int.
+        let result = unsafe { nix::libc::ioctl(to.as_raw_fd(), nix::libc::FIONREAD, &raw mut told) };
+        if result == 0 { Ok(told) } else { Err(std::io::Error::last_os_error()) }
+    });
+    // Fails only if it is gone.
+    let _ = sockets.remove(&key);
+    Ok(told.map_err(io)? as usize == BYTES.len())
 }
 
 /// Loads every program of the object; says which ones the running kernel refuses, and why.

@@ -356,13 +356,15 @@ impl FailurePolicy {
 pub(super) const fn acceleration_name(level: Acceleration) -> &'static str {
     match level {
         Acceleration::Off => "off",
+        Acceleration::Automatic => "automatic",
         Acceleration::Shortcut => "shortcut",
+        Acceleration::BothWays => "both-ways",
         Acceleration::Joined => "joined",
     }
 }
 
 /// How far payload may go, by its name.
 pub(super) fn acceleration_of_name(name: &str) -> Option<Acceleration> {
-    let all = [Acceleration::Off, Acceleration::Shortcut, Acceleration::Joined];
-    all.into_iter().find(|level| acceleration_name(*level) == name)
+    use Acceleration::{Automatic, BothWays, Joined, Off, Shortcut};
+    [Off, Automatic, Shortcut, BothWays, Joined].into_iter().find(|level| acceleration_name(*level) == name)
 }

@@ -43,6 +43,8 @@ pub(super) struct State {
     routed: Vec<bool>,
     /// What the short cut needs to know of the running kernel, or why there is none.
     sock_layout: Result<SockLayout, Withheld>,
+    /// A program can notice that its socket is registered: see [`culvert_proxy_ebpf::NOTICED`].
+    noticed: bool,
     /// How far payload may go past TCP, as said at run time.
     switches: Switches,
     /// By interface index.
@@ -101,6 +103,7 @@ impl State {
             netlink,
             loopback,
             sock_layout,
+            noticed: false,
             switches: Switches::default(),
             routed: Vec::new(),
             attachments: HashMap::new(),
@@ -144,7 +147,9 @@ impl State {
             match &self.sock_layout {
                 Ok(_) => {
                     lanes::look_at_both();
-                    tracing::info!(cgroup = %path.display(), "hops that stay on the node take the short cut");
+                    self.noticed = kernel::note_noticed(&mut self.ebpf)?;
+                    let cgroup = path.display();
+                    tracing::info!(%cgroup, noticed = self.noticed, "hops that stay on the node may take the short cut");
                 }
                 Err(withheld) => tracing::warn!(
                     reason_number = withheld.number(),
@@ -287,7 +292,7 @@ impl State {
     }
 
     pub(super) fn acceleration(&self) -> AccelerationStatus {
-        AccelerationStatus::new(&self.config, &self.switches, self.sock_layout.as_ref().err())
+        AccelerationStatus::new(&self.config, &self.switches, self.sock_layout.as_ref().err(), self.noticed)
     }
 
     pub(super) fn accelerate(&mut self, level: &str, listener: Option<&str>) -> Result<(), InterceptError> {
@@ -295,7 +300,7 @@ impl State {
             return Err(InterceptError::Command(format!("nothing can go past TCP here: {withheld}")));
         }
         let Some(level) = acceleration_of_name(level) else {
-            return Err(InterceptError::Command("level is off, shortcut or joined".to_owned()));
+            return Err(InterceptError::Command("level is off, automatic, shortcut, both-ways or joined".to_owned()));
         };
         let names = [&self.config.outbound_listener, &self.config.inbound_listener];
         let meant = names.map(|name| listener.is_none_or(|listener| listener == name));
@@ -405,7 +410,9 @@ impl State {
         let failure = failure_policy.map_or(Some(default.failure_policy), FailurePolicy::of_name);
         let Some(failure_policy) = failure else { return refuse("failure_policy is open or closed".to_owned()) };
         let level = acceleration.map_or(Some(default.acceleration), acceleration_of_name);
-        let Some(acceleration) = level else { return refuse("acceleration is off, shortcut or joined".to_owned()) };
+        let Some(acceleration) = level else {
+            return refuse("acceleration is off, automatic, shortcut, both-ways or joined".to_owned());
+        };
         addresses.sort_unstable();
         addresses.dedup();
         let Some(first) = addresses.first() else { return refuse("an address is needed".to_owned()) };

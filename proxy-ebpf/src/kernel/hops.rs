@@ -10,20 +10,20 @@ use core::ptr::read_volatile;
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_INGRESS, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB,
-    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock,
-    sk_action::SK_PASS,
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB,
+    BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock, sk_action::SK_PASS,
 };
 use aya_ebpf::helpers::{bpf_get_netns_cookie, bpf_probe_read_kernel, bpf_sk_storage_delete, bpf_sk_storage_get};
 use aya_ebpf::programs::{SkMsgContext, SockOpsContext};
 use culvert_proxy_ebpf::{
-    Acceleration, Address, Hop, INBOUND, Lane, OUTBOUND, Reason, SHORTCUT_WINDOW, Side, SocketKey, from_words,
-    v4_mapped,
+    Acceleration, Address, Endpoint, Hop, INBOUND, Lane, NOTICED, OUTBOUND, Reason, SHORTCUT_WINDOW, Side, SocketKey,
+    TCP, Watched, from_words, v4_mapped,
 };
 
 use crate::joins;
 use crate::maps::{
-    HOPS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, may_short_cut, node_netns, pod_counters,
-    sends_to_daemon, sock_layout, switch,
+    HOPS, RECEIVERS, SERVERS, SOCK_ADDRESSES, SOCKETS, count, count_by, exclusion, is_enrolled, level_of_pods,
+    node_netns, pod_counters, sends_to_daemon, sock_layout, switch,
 };
 
 const AF_INET: u32 = 2;
@@ -38,6 +38,7 @@ pub fn socket_event(ctx: &SockOpsContext) {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => register(ctx, true),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => register(ctx, false),
         BPF_SOCK_OPS_STATE_CB => state_changed(ctx),
+        BPF_SOCK_OPS_RTT_CB => acknowledged(ctx),
         _ => {}
     }
 }
@@ -66,10 +67,13 @@ fn register(ctx: &SockOpsContext, active: bool) {
     // A connection between two pods is the outbound listener's if the sender's policy is for it: see `redirect`.
     let client = if active { &local } else { &remote };
     let direction = if sends_to_daemon(client) { OUTBOUND } else { INBOUND };
-    if switch(direction) == Acceleration::Off as u32 || !may_short_cut(&local, &remote) {
+    let level = switch(direction).min(level_of_pods(&local, &remote));
+    if level == Acceleration::Off as u32 || (level == Acceleration::Automatic as u32 && switch(NOTICED) != 0) {
         count(Reason::ShortcutSocketsOff);
         return;
     }
+    // What a pod gets comes by TCP unless it is said to read both: splice(2), FIONREAD and others look at TCP's queue only.
+    let only_receives = matches!(side, Side::Node) && level < Acceleration::BothWays as u32;
     // SAFETY: fields of the context that the kernel passed in.
     let (first_sent, first_received, acknowledged, sock) = unsafe {
         let ops = &*ctx.ops;
@@ -79,11 +83,10 @@ fn register(ctx: &SockOpsContext, active: bool) {
         return;
     }
     let own = SocketKey { local, remote, local_port, remote_port, side: side as u32, first_sent, first_received };
-    let own_sock = sock as u64;
     let mut hop = Hop {
         own,
         peer: own.peer(),
-        own_sock,
+        own_sock: sock as u64,
         peer_sock: 0,
         tcp_counted: 0,
         shortcut_sent: 0,
@@ -92,12 +95,19 @@ fn register(ctx: &SockOpsContext, active: bool) {
         direction,
         // The SYN counts as a byte; one with payload (TCP Fast Open) hides where the stream begins.
         countable: (acknowledged <= 1) as u32,
-        lane: Lane::Unsettled as u32,
-        only_counted: 0,
+        lane: if only_receives { Lane::TcpForGood } else { Lane::Unsettled } as u32,
+        watched: Watched::No as u32,
     };
     // The end that opened a connection was registered before the end that accepted it.
-    if matches!((side, active), (Side::Node, false)) && SOCK_ADDRESSES.get_ptr(hop.peer).is_none() {
-        hop.only_counted = 1;
+    if matches!((side, active), (Side::Node, false)) && SOCK_ADDRESSES.get_ptr(&hop.peer).is_none() {
+        hop.watched = Watched::ForBoth as u32;
+    }
+    // A connection that is not accepted yet has no program; its server's other ones tell.
+    if matches!((side, active), (Side::Pod, false))
+        && level < Acceleration::BothWays as u32
+        && SERVERS.get_ptr(Endpoint::new(local, local_port, TCP)).is_none()
+    {
+        hop.watched = Watched::ForWaiting as u32;
     }
     let stored = hop_of(sock, Some(&mut hop));
     if stored.is_null() {
@@ -107,35 +117,68 @@ fn register(ctx: &SockOpsContext, active: bool) {
     // SAFETY: not null: the socket's own storage. Read back from there because the verifier lets nobody compute with
     // the pointer to a socket, but with a number that a map holds.
     let address = unsafe { read_volatile(&raw const (*stored).own_sock) };
-    if matches!((side, active), (Side::Pod, true)) && !is_nonblocking(address) {
+    if matches!((side, active), (Side::Pod, true)) && waits(address) != Ok(false) {
         count(Reason::ShortcutBlocking);
         forget_hop_of(sock);
         return;
     }
-    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
-    if hop.only_counted != 0 {
+    let learns = if hop.watched == Watched::ForWaiting as u32 { BPF_SOCK_OPS_RTT_CB_FLAG } else { 0 };
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG | learns) as i32);
+    if hop.watched != Watched::No as u32 {
         return;
     }
-    // SAFETY: the context that the kernel passed in, borrowed by nobody else during the call.
-    if SOCK_ADDRESSES.insert(own, own_sock, 0).is_err() || SOCKETS.update(own, unsafe { &mut *ctx.ops }, 0).is_err() {
+    let entered = SOCK_ADDRESSES.insert(&hop.own, &hop.own_sock, 0).and_then(|()| {
+        // SAFETY: the context that the kernel passed in, borrowed by nobody else during the call.
+        let ops = unsafe { &mut *ctx.ops };
+        let key = &mut hop.own;
+        if only_receives { RECEIVERS.update(key, ops, 0) } else { SOCKETS.update(key, ops, 0) }
+    });
+    if entered.is_err() {
         count(Reason::SocketNotRegistered);
-        let _ = SOCK_ADDRESSES.remove(own);
+        let _ = SOCK_ADDRESSES.remove(&hop.own);
         return;
     }
     count(Reason::SocketRegistered);
 }
 
-/// Whether a program reads its socket without waiting inside the kernel.
+/// What a server has sent was acknowledged: by then its program has made of its socket what it wants, and shows whether it
+/// lets the kernel wait. (A function of its own: the stack of the program has no room for it.)
+#[inline(never)]
+fn acknowledged(ctx: &SockOpsContext) {
+    // SAFETY: a field of the context that the kernel passed in.
+    let sock = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    if sock.is_null() {
+        return;
+    }
+    let hop = hop_of(sock, None);
+    if hop.is_null() {
+        return;
+    }
+    // SAFETY: not null: the socket's own storage, which lives as long as the socket.
+    let hop = unsafe { &mut *hop };
+    if hop.watched != Watched::ForWaiting as u32 || hop.lane == Lane::TcpForGood as u32 {
+        return;
+    }
+    let Ok(waits) = waits(hop.own_sock) else { return };
+    if !waits {
+        // One that does not fit is asked again.
+        let _ = SERVERS.insert(Endpoint::new(hop.own.local, hop.own.local_port, TCP), 1, 0);
+    }
+    // Once is enough. (The flag stays: another program may have set it too.)
+    hop.lane = Lane::TcpForGood as u32;
+}
+
+/// Whether a program lets the kernel wait when it reads a socket; an error as long as no program has it.
 ///
 /// A read that waits on a socket in a sockmap is given up with `EAGAIN` when anything wakes it up, be it no more than
 /// the acknowledgement of a half close: programs that let the kernel wait do not expect that.
 #[inline(always)]
-pub fn is_nonblocking(sock: u64) -> bool {
+pub fn waits(sock: u64) -> Result<bool, Reason> {
     let layout = sock_layout();
     let flags = pointer(sock, layout.socket)
         .and_then(|socket| pointer(socket, layout.file))
-        .and_then(|file| field(file, layout.file_flags));
-    flags.is_ok_and(|flags| flags & O_NONBLOCK != 0)
+        .and_then(|file| field(file, layout.file_flags))?;
+    Ok(flags & O_NONBLOCK == 0)
 }
 
 /// A registered socket changed its state: one that closes is forgotten. (The kernel itself takes it out of `SOCKETS` and
@@ -153,7 +196,7 @@ fn state_changed(ctx: &SockOpsContext) {
     }
     // SAFETY: not null: the socket's own storage, which lives as long as the socket; and fields of the context.
     let (hop, received, acknowledged) = unsafe { (&*hop, (*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
-    if hop.only_counted != 0 {
+    if hop.watched == Watched::ForBoth as u32 {
         count_by(Reason::ShortcutTcpBytes, received + acknowledged);
         return;
     }
@@ -178,9 +221,13 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
     if level == Acceleration::Joined as u32 && hop.own.side == Side::Pod as u32 && joins::redirected(ctx, hop, size) {
         return SK_PASS;
     }
+    if hop.lane == Lane::Unsettled as u32 && hop.own.side == Side::Pod as u32 && waits(hop.own_sock) != Ok(false) {
+        // Another program than the one that was seen there. Of one that opened the connection nothing is known there.
+        let _ = SERVERS.remove(&Endpoint::new(hop.own.local, hop.own.local_port, TCP));
+    }
     if hop.lane != Lane::TcpForGood as u32 {
         match check(hop, size, level) {
-            Ok(()) if SOCKETS.redirect_msg(ctx, hop.peer, u64::from(BPF_F_INGRESS)) as u32 == SK_PASS => {
+            Ok(()) if redirected_to_peer(ctx, hop) => {
                 if hop.lane == Lane::Tcp as u32 {
                     count(Reason::ShortcutResumed);
                 }
@@ -203,6 +250,16 @@ pub fn message(ctx: &SkMsgContext) -> u32 {
     SK_PASS
 }
 
+/// Puts a message into the peer's receive queue, if the peer is registered.
+#[inline(always)]
+fn redirected_to_peer(ctx: &SkMsgContext, hop: &Hop) -> bool {
+    let ingress = u64::from(BPF_F_INGRESS);
+    if hop.peer.side == Side::Node as u32 && RECEIVERS.redirect_msg(ctx, hop.peer, ingress) as u32 == SK_PASS {
+        return true;
+    }
+    SOCKETS.redirect_msg(ctx, hop.peer, ingress) as u32 == SK_PASS
+}
+
 /// Counts what takes the short cut for the pod at one end of the hop.
 #[inline(always)]
 fn count_for_pod(hop: &Hop, size: u32) {
@@ -218,7 +275,8 @@ fn count_for_pod(hop: &Hop, size: u32) {
 /// Whether the next bytes keep their order, and the receiver its bounds, on the short cut; else why not.
 #[inline(always)]
 fn check(hop: &mut Hop, size: u32, level: u32) -> Result<(), Reason> {
-    if level == Acceleration::Off as u32 {
+    let least = if hop.own.side == Side::Pod as u32 { Acceleration::Automatic } else { Acceleration::BothWays };
+    if level < least as u32 {
         return Err(Reason::ShortcutOff);
     }
     if hop.peer_sock == 0 {

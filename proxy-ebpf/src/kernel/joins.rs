@@ -17,7 +17,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::programs::SkMsgContext;
 use culvert_proxy_ebpf::{Hop, Join, Reason};
 
-use crate::hops::{field, fits, is_nonblocking, sock_address};
+use crate::hops::{field, fits, sock_address, waits};
 use crate::maps::{JOINED, JOINS, SOCKETS, count, count_by, pod_counters, sock_layout};
 
 /// Sends a pod's message straight to the other pod, if its connection is joined and the order allows it.
@@ -82,7 +82,7 @@ fn check(hop: &mut Hop, join: &Join, size: u32) -> Result<(), Reason> {
         return Err(Reason::JoinedUnread);
     }
     // A program that waits inside TCP for a number of bytes, some of which came by TCP, would not see the rest come.
-    if written != join.target.first_received && !is_nonblocking(hop.target_sock) {
+    if written != join.target.first_received && waits(hop.target_sock) != Ok(false) {
         return Err(Reason::JoinedReceiverWaits);
     }
     if fits(hop.target_sock, size)? { Ok(()) } else { Err(Reason::JoinedReceiverBehind) }

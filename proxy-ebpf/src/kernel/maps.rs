@@ -1,12 +1,14 @@
 //! The maps, the constants that the daemon sets at load time, and the counters.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, SkStorage, SockHash, SockMap};
+use aya_ebpf::btf_maps::{
+    Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, SkStorage, SockHash, SockMap,
+};
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
-    Acceleration, Address, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS, MAX_EXCLUDED_RANGES,
-    MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SHORTCUT_SOCKETS, OUTBOUND, PodCounters, PodPolicy, Reason,
-    SWITCHES as SWITCH_SLOTS, SockLayout, SocketKey,
+    Acceleration, Address, Endpoint, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS,
+    MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SERVERS, MAX_SHORTCUT_SOCKETS, OUTBOUND,
+    PodCounters, PodPolicy, Reason, SWITCHES as SWITCH_SLOTS, SockLayout, SocketKey,
 };
 
 /// Enrolled pods.
@@ -46,9 +48,13 @@ static LOCAL_ADDRESSES: HashMap<Address, u8, MAX_LOCAL_ADDRESSES> = HashMap::new
 #[btf_map]
 pub static LISTENERS: SockMap<LISTENER_SLOTS> = SockMap::new();
 
-/// Sockets that may take the short cut.
+/// Sockets whose messages may take the short cut: `shortcut` is asked for each.
 #[btf_map]
 pub static SOCKETS: SockHash<SocketKey, MAX_SHORTCUT_SOCKETS> = SockHash::new();
+
+/// Sockets of the daemon that only receive by the short cut: no program is asked when they send.
+#[btf_map]
+pub static RECEIVERS: SockHash<SocketKey, MAX_SHORTCUT_SOCKETS> = SockHash::new();
 
 /// What is remembered of each socket in `SOCKETS`.
 #[btf_map]
@@ -57,6 +63,10 @@ pub static HOPS: SkStorage<Hop> = SkStorage::new();
 /// Where each registered socket is in the kernel's memory, by its key.
 #[btf_map]
 pub static SOCK_ADDRESSES: HashMap<SocketKey, u64, MAX_SHORTCUT_SOCKETS, NO_PREALLOC> = HashMap::new();
+
+/// Servers in pods whose programs do not let the kernel wait, as their accepted connections show.
+#[btf_map]
+pub static SERVERS: LruHashMap<Endpoint, u8, MAX_SERVERS> = LruHashMap::new();
 
 /// How far payload of connections may go past TCP, by the direction of their listener; changed at run time.
 #[btf_map]
@@ -152,14 +162,14 @@ pub fn switch(direction: u32) -> u32 {
     SWITCHES.get_ptr(direction).map_or(Acceleration::Off as u32, |level| unsafe { core::ptr::read_volatile(level) })
 }
 
-/// Whether payload of the pods with these addresses may go past TCP; an address that is not enrolled asks for nothing else.
+/// How far payload of the pods with these addresses may go past TCP; an address that is not enrolled sets no limit.
 #[inline(always)]
-pub fn may_short_cut(one: &Address, other: &Address) -> bool {
-    let is_on = |address: &Address| {
+pub fn level_of_pods(one: &Address, other: &Address) -> u32 {
+    let level = |address: &Address| {
         // SAFETY: a value of the map PODS, which lives until the end of the program run.
-        PODS.get_ptr(address).is_none_or(|policy| unsafe { (*policy).acceleration } != Acceleration::Off as u32)
+        PODS.get_ptr(address).map_or(Acceleration::Joined as u32, |policy| unsafe { (*policy).acceleration })
     };
-    is_on(one) && is_on(other)
+    level(one).min(level(other))
 }
 
 /// Which of a pod's connections are redirected.

@@ -60,6 +60,7 @@ bootstrap_extensions:
     uplinks: [eth0]
     failure_policy: {failure_policy}
     shortcut_cgroup: {cgroup}
+    acceleration: BOTH_WAYS
     pin_path: {pins}
     pods:
 {pods}"#

@@ -285,7 +285,7 @@ fn extension(way: Way, node: &Node, pods: [&Pod; 2]) -> String {
         Way::Connect => format!(
             "balancing: {{cgroups: [\"{cgroup}\"], services: [{{address: {BALANCED}, port: 80, cluster: server}}]}}"
         ),
-        Way::Culvert { shortcut: true, .. } => format!("shortcut_cgroup: \"{cgroup}\""),
+        Way::Culvert { shortcut: true, .. } => format!("shortcut_cgroup: \"{cgroup}\", acceleration: BOTH_WAYS"),
         _ => String::new(),
     };
     let pods: String = pods.map(|pod| format!("{{address: {}}}, ", pod.ipv4())).concat();
