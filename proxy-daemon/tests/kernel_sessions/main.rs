@@ -1,5 +1,5 @@
-//! Payload past TCP beside plain connections: random sessions through `culvertd`, with the short cut off, on, and with pods
-//! joined, must come to what they come to without a proxy.
+//! Payload past TCP beside plain connections: random sessions through `culvertd`, with the short cut off, on, on both ways,
+//! and with pods joined, must come to what they come to without a proxy.
 //!
 //! The seed of a run is printed; `CULVERT_SESSIONS_SEED` takes it, `CULVERT_SESSIONS` another number of sessions.
 
@@ -13,10 +13,11 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use kernel_lab::*;
-use session::{Outcome, Session};
+use session::{Outcome, Run, Session};
 
 /// Connections to these ports pass the daemon by.
 const DIRECT: u16 = 9000;
@@ -24,7 +25,7 @@ const DIRECT: u16 = 9000;
 const PROXIED: u16 = 8000;
 /// Sessions that run at a time.
 const LANES: u16 = 8;
-/// A second address of each pod, whose payload goes by TCP: programs that splice(2) need that.
+/// A second address of each pod, which gets its payload by TCP: programs that splice(2) need that.
 const TCP_CLIENT: &str = "10.201.1.3";
 const TCP_SERVER: &str = "10.201.2.3";
 
@@ -73,8 +74,8 @@ bootstrap_extensions:
     pods:
     - {{address: {CLIENT}}}
     - {{address: {SERVER}}}
-    - {{address: {TCP_CLIENT}, acceleration: "OFF"}}
-    - {{address: {TCP_SERVER}, acceleration: "OFF"}}
+    - {{address: {TCP_CLIENT}, acceleration: SHORTCUT}}
+    - {{address: {TCP_SERVER}, acceleration: SHORTCUT}}
     acceleration: JOINED
     excluded_ports: [{direct}]
     shortcut_cgroup: {cgroup}
@@ -140,6 +141,21 @@ impl Daemon {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
+    /// What there is to know when something does not go on: the sockets, with what waits in them, and the counters.
+    fn describe(&self) -> String {
+        let sockets = |name: &str| {
+            let output = Command::new("ip")
+                .args(["netns", "exec", name, "ss", "-tnmoi", "state", "connected", "exclude", "time-wait"])
+                .output();
+            output.map_or_else(|error| error.to_string(), |output| String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let places = [&self.lab.client, &self.lab.node, &self.lab.server];
+        let mut text: String =
+            places.iter().map(|place| format!("{}:\n{}", place.name, sockets(&place.name))).collect();
+        text.push_str(&self.ask("GET", "/stats?filter=interception").unwrap_or_else(|| "no statistics".to_owned()));
+        text
+    }
+
     fn log(&self) -> PathBuf {
         self.dir.path().join("access.log")
     }
@@ -166,23 +182,29 @@ impl Drop for Daemon {
     }
 }
 
-/// Runs all sessions, and returns what each came to.
-fn run_all(lab: &Lab, sessions: &[Session], first_port: u16) -> Vec<Outcome> {
-    let lanes: Vec<Vec<(usize, Outcome)>> = std::thread::scope(|scope| {
+/// Runs all sessions, and returns what each came to. Of the first failure on none is begun any more.
+fn run_all(daemon: &Daemon, seed: u64, level: &'static str, sessions: &[Session], first_port: u16) -> Vec<Outcome> {
+    let lab = &daemon.lab;
+    let run = Run { seed, level, failed: OnceLock::new(), describe: &|| daemon.describe() };
+    let lanes: Vec<std::thread::Result<Vec<(usize, Outcome)>>> = std::thread::scope(|scope| {
         let lane = |lane: u16| {
+            let run = &run;
             scope.spawn(move || {
-                let listener = lab.server.listen(&format!("0.0.0.0:{}", first_port + lane));
+                let port = first_port + lane;
+                let listener = lab.server.listen(&format!("0.0.0.0:{port}"));
                 let own = sessions.iter().enumerate().skip(lane.into()).step_by(LANES.into());
-                own.map(|(number, session)| (number, session.run(lab, &listener, first_port + lane))).collect()
+                own.take_while(|_| run.failed.get().is_none())
+                    .map(|(number, session)| (number, session.run(run, number, lab, &listener, port)))
+                    .collect()
             })
         };
         let threads: Vec<_> = (0..LANES).map(lane).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
+        threads.into_iter().map(|thread| thread.join()).collect()
     });
-    let mut all: Vec<_> = lanes.into_iter().flatten().collect();
+    // Said once more, as the last word.
+    assert!(run.failed.get().is_none(), "{}", run.failed.get().expect("not none"));
+    let lane = |lane: std::thread::Result<_>| lane.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    let mut all: Vec<_> = lanes.into_iter().flat_map(lane).collect();
     all.sort_by_key(|(number, _)| *number);
     all.into_iter().map(|(_, outcome)| outcome).collect()
 }
@@ -199,13 +221,13 @@ fn random_sessions_come_to_what_plain_connections_come_to() {
     let sessions: Vec<Session> = (0..count).map(|number| Session::random(seed, number)).collect();
     let daemon = Daemon::start("3600s");
     let began = Instant::now();
-    let plain = run_all(&daemon.lab, &sessions, DIRECT);
+    let plain = run_all(&daemon, seed, "plain", &sessions, DIRECT);
     println!("plain: {:?}", began.elapsed());
-    for level in ["off", "shortcut", "joined"] {
+    for level in ["off", "shortcut", "both-ways", "joined"] {
         daemon.accelerate(level);
         let before = ["shortcut.bytes", "joined.bytes", "joined.connections"].map(|name| daemon.stat(name));
         let began = Instant::now();
-        let outcomes = run_all(&daemon.lab, &sessions, PROXIED);
+        let outcomes = run_all(&daemon, seed, level, &sessions, PROXIED);
         let after = ["shortcut.bytes", "joined.bytes", "joined.connections"].map(|name| daemon.stat(name));
         let [short, joined, connections] = [0, 1, 2].map(|index| after[index] - before[index]);
         println!("{level}: {:?}, {short} bytes by the short cut, {joined} joined, of {connections}", began.elapsed());
@@ -213,7 +235,11 @@ fn random_sessions_come_to_what_plain_connections_come_to() {
         assert_eq!((joined > 0, connections > 0), (level == "joined", level == "joined"));
         for (number, (outcome, plain)) in outcomes.iter().zip(&plain).enumerate() {
             let session = &sessions[number];
-            assert!(outcome.agrees_with(plain), "{level}, session {number}: {outcome:?}, plain {plain:?}: {session:?}");
+            let agrees = outcome.agrees_with(plain);
+            assert!(
+                agrees,
+                "CULVERT_SESSIONS_SEED={seed}, {level}, session {number}: {outcome:?}, plain {plain:?}: {session:?}"
+            );
         }
         let expected: Vec<_> = outcomes.iter().filter_map(Outcome::logged).collect();
         eventually("the access log has every connection, with its bytes", || {
@@ -370,7 +396,10 @@ fn the_switch_holds_at_once() {
     assert_eq!(daemon.stat("shortcut.sockets"), sockets);
     assert!(daemon.stat("shortcut.sockets_off") > 0);
     let answer = daemon.ask("POST", "/interception/acceleration?level=up").expect("answers");
-    assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("off, shortcut or joined"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 400") && answer.contains("off, automatic, shortcut, both-ways or joined"),
+        "{answer}"
+    );
     let answer = daemon.ask("POST", "/interception/acceleration?level=off&listener=x").expect("answers");
     assert!(answer.contains("listener is outbound or inbound"), "{answer}");
     let status = daemon.ask("GET", "/interception/pods").expect("answers");

@@ -4,8 +4,9 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use culvert_proxy_daemon::tls::provider;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,6 +17,70 @@ use super::kernel_lab::*;
 use super::{TCP_CLIENT, TCP_SERVER};
 
 const MIB: u64 = 1 << 20;
+/// How long no byte of a session may move: much longer than the machine may be busy otherwise.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// All sessions of a run by one way.
+pub struct Run<'a> {
+    pub seed: u64,
+    /// Which way it is.
+    pub level: &'static str,
+    /// The first failure: the other ones may follow from it.
+    pub failed: OnceLock<String>,
+    /// What is to be known of the machine when something has failed.
+    pub describe: &'a (dyn Fn() -> String + Sync),
+}
+
+/// Whose failure it is.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    run: &'a Run<'a>,
+    number: usize,
+    side: &'static str,
+    session: &'a Session,
+    /// How many bytes both sides have moved: a side that waits for the other one's end may have to wait for long.
+    moved: &'a AtomicU64,
+}
+
+impl Place<'_> {
+    fn moved(&self, bytes: usize) {
+        self.moved.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Waits, a second at a time, until something is ready; `false`: no byte of the session has moved for too long.
+    fn wait(&self, mut is_ready: impl FnMut(u16) -> bool) -> bool {
+        let (mut since, mut before) = (Instant::now(), self.moved.load(Ordering::Relaxed));
+        while since.elapsed() < PATIENCE {
+            if is_ready(1_000) {
+                return true;
+            }
+            let moved = self.moved.load(Ordering::Relaxed);
+            if moved != before {
+                (since, before) = (Instant::now(), moved);
+            }
+        }
+        false
+    }
+
+    /// Ends the run.
+    fn fail(&self, what: &str) -> ! {
+        let Self { run, number, side, session, moved } = self;
+        let moved = moved.load(Ordering::Relaxed);
+        let own = format!(
+            "CULVERT_SESSIONS_SEED={}, {}, session {number}, {side}: {what}, after {moved} bytes of both sides",
+            run.seed, run.level
+        );
+        let mut is_first = false;
+        let first = run.failed.get_or_init(|| {
+            is_first = true;
+            own.clone()
+        });
+        if is_first {
+            panic!("{own}: {session:?}\n{}", (run.describe)());
+        }
+        panic!("{own}; after {first}");
+    }
+}
 
 /// What both sides do.
 #[derive(Clone, Debug)]
@@ -92,9 +157,10 @@ impl Session {
                 length,
                 edge_triggered: dice.u8(0..100) < 30,
                 splices: dice.u8(0..100) < 8 && !tls,
-                pauses: dice.u8(0..100) < 15,
+                // Bytes by the thousand, with pauses, would take the greatest one a minute on a busy machine.
+                pauses: dice.u8(0..100) < 15 && number != 500,
                 waits: is_server && dice.u8(0..100) < 50,
-                piece: [1_000, 16_384, 70_000, 300_000][dice.usize(0..4)],
+                piece: [if number == 500 { 16_000 } else { 1_000 }, 16_384, 70_000, 300_000][dice.usize(0..4)],
             }
         };
         let (mut client, mut server) = (side(false), side(true));
@@ -113,8 +179,13 @@ impl Session {
     }
 
     /// Runs it.
-    pub fn run(&self, lab: &Lab, listener: &TcpListener, port: u16) -> Outcome {
-        let address = |side: &Side, usual: &'static str, by_tcp| if side.splices { by_tcp } else { usual };
+    pub fn run(&self, run: &Run, number: usize, lab: &Lab, listener: &TcpListener, port: u16) -> Outcome {
+        let moved = &AtomicU64::new(0);
+        let at = |side: &'static str| Place { run, number, side, session: self, moved };
+        // Where pods read from TCP, so do programs that splice(2); else such a program needs a pod that does.
+        let reads_tcp = !matches!(run.level, "both-ways" | "joined");
+        let address =
+            |side: &Side, usual: &'static str, by_tcp| if side.splices && !reads_tcp { by_tcp } else { usual };
         let from = address(&self.client, CLIENT, TCP_CLIENT);
         let to = format!("{}:{port}", address(&self.server, SERVER, TCP_SERVER));
         let connected = if self.blocking_client {
@@ -122,40 +193,40 @@ impl Session {
         } else {
             lab.client.run(|| connect_from(from, &to))
         };
-        let client = connected.unwrap_or_else(|error| panic!("{self:?}: connects: {error}"));
+        let client = connected.unwrap_or_else(|error| at("client").fail(&format!("connects: {error}")));
         let name = client.local_addr().expect("an address").to_string();
-        let (served, _) = accept(listener);
+        let Some((served, _)) = accept_within(listener, DEADLINE) else { at("server").fail("no connection came") };
         let was_reset = self.client.resets_after.or(self.server.resets_after).is_some();
         let (up, down) = std::thread::scope(|scope| {
-            let served = scope.spawn(move || self.side(served, true));
-            let down = self.side(client, false);
+            let served = scope.spawn(move || self.side(at("server"), served, true));
+            let down = self.side(at("client"), client, false);
             (served.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), down)
         });
-        if !was_reset {
-            assert_eq!((up, down), (self.client.length, self.server.length), "{self:?}");
+        if !was_reset && (up, down) != (self.client.length, self.server.length) {
+            at("server and client").fail(&format!("got {up} and {down} bytes"));
         }
         Outcome { client: name, up, down, was_reset, tls: self.tls }
     }
 
     /// One side of it; returns how much it got.
-    fn side(&self, stream: Stream, is_server: bool) -> u64 {
+    fn side(&self, at: Place<'_>, stream: Stream, is_server: bool) -> u64 {
         let (own, other) = if is_server { (&self.server, &self.client) } else { (&self.client, &self.server) };
         let (sends, gets) = if is_server { (self.seed ^ 1, self.seed) } else { (self.seed, self.seed ^ 1) };
         let may_break = self.client.resets_after.or(self.server.resets_after).is_some();
         if self.tls {
-            return self.tls_side(stream, is_server);
+            return self.tls_side(at, stream, is_server);
         }
         if let Some(after) = own.resets_after {
-            send(&stream, own, sends, after, may_break);
+            send(at, &stream, own, sends, after, may_break);
             socket2::SockRef::from(&stream.0).set_linger(Some(Duration::ZERO)).expect("SO_LINGER");
             return 0;
         }
         let send_all = || {
-            send(&stream, own, sends, own.length, may_break);
+            send(at, &stream, own, sends, own.length, may_break);
             // Fails where the other side has reset the connection.
             let _ = stream.shutdown(Shutdown::Write);
         };
-        let receive_all = || receive(&stream, own, gets, other.length, may_break);
+        let receive_all = || receive(at, &stream, own, gets, other.length, may_break);
         if own.waits {
             let got = receive_all();
             send_all();
@@ -167,7 +238,7 @@ impl Session {
         })
     }
 
-    fn tls_side(&self, stream: Stream, is_server: bool) -> u64 {
+    fn tls_side(&self, at: Place<'_>, stream: Stream, is_server: bool) -> u64 {
         let (own, other) = if is_server { (&self.server, &self.client) } else { (&self.client, &self.server) };
         let (sends, gets) = if is_server { (self.seed ^ 1, self.seed) } else { (self.seed, self.seed ^ 1) };
         let (clients, servers) = tls_configs();
@@ -181,23 +252,25 @@ impl Session {
         };
         let put = |stream: &mut dyn ReadWrite| {
             for piece in pieces(own, own.length, sends) {
-                stream.write_all(&pattern(sends, piece.start, piece.end - piece.start)).expect("TLS writes");
+                let bytes = pattern(sends, piece.start, piece.end - piece.start);
+                let wrote = stream.write_all(&bytes);
+                wrote.unwrap_or_else(|error| at.fail(&format!("TLS writes from {}: {error}", piece.start)));
             }
-            stream.flush().expect("TLS writes");
+            stream.flush().unwrap_or_else(|error| at.fail(&format!("TLS writes: {error}")));
         };
         let get = |stream: &mut dyn ReadWrite| {
             let mut buffer = vec![0; own.piece];
-            let mut at = 0;
-            while at < other.length {
-                let most = buffer.len().min((other.length - at) as usize);
+            let mut place = 0;
+            while place < other.length {
+                let most = buffer.len().min((other.length - place) as usize);
                 let got = stream.read(&mut buffer[..most]);
-                let got =
-                    got.unwrap_or_else(|error| panic!("{self:?}: TLS reads at {at}, server {is_server}: {error}"));
-                assert_ne!(got, 0, "the stream ended at {at} of {}", other.length);
-                assert!(is_pattern(gets, at, &buffer[..got]), "wrong bytes at {at}");
-                at += got as u64;
+                let got = got.unwrap_or_else(|error| at.fail(&format!("TLS reads at {place}: {error}")));
+                if got == 0 || !is_pattern(gets, place, &buffer[..got]) {
+                    at.fail(&format!("TLS reads: the end or wrong bytes at {place} of {}", other.length));
+                }
+                place += got as u64;
             }
-            at
+            place
         };
         if is_server {
             let got = get(&mut *stream);
@@ -277,7 +350,7 @@ fn pieces(side: &Side, length: u64, seed: u64) -> impl Iterator<Item = std::ops:
     })
 }
 
-fn send(stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) {
+fn send(at: Place<'_>, stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) {
     let epoll = side.edge_triggered.then(|| {
         let epoll = Epoll::new(EpollCreateFlags::empty()).expect("epoll");
         epoll.add(&stream.0, EpollEvent::new(EpollFlags::EPOLLOUT | EpollFlags::EPOLLET, 1)).expect("epoll");
@@ -289,18 +362,26 @@ fn send(stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) {
         let mut rest = bytes.as_slice();
         while !rest.is_empty() {
             match (&stream.0).write(rest) {
-                Ok(wrote) => rest = &rest[wrote..],
-                Err(error) if error.kind() == ErrorKind::WouldBlock => match &epoll {
-                    Some(epoll) => {
-                        let mut events = [EpollEvent::empty()];
-                        let woken = epoll.wait(&mut events, EpollTimeout::from(20_000_u16)).expect("epoll");
-                        assert_eq!(woken, 1, "no EPOLLOUT at {} of {length}", range.end - rest.len() as u64);
+                Ok(wrote) => {
+                    at.moved(wrote);
+                    rest = &rest[wrote..];
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let woken = at.wait(|time| match &epoll {
+                        Some(epoll) => {
+                            epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::from(time)).expect("epoll") == 1
+                        }
+                        None => is_ready(stream, PollFlags::POLLOUT, time),
+                    });
+                    if !woken {
+                        let place = range.end - rest.len() as u64;
+                        at.fail(&format!("may not write on at {place} of {length}, by epoll: {}", epoll.is_some()));
                     }
-                    None => wait_for(stream, PollFlags::POLLOUT),
-                },
+                }
+                Err(_) if may_break => return,
                 Err(error) => {
-                    assert!(may_break, "write at {}: {error}", range.end - rest.len() as u64);
-                    return;
+                    let place = range.end - rest.len() as u64;
+                    at.fail(&format!("write at {place} of {length}: {error}"));
                 }
             }
         }
@@ -311,10 +392,10 @@ fn send(stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) {
 }
 
 /// Reads to the end, and compares each byte; returns how many there were.
-fn receive(stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) -> u64 {
+fn receive(at: Place<'_>, stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool) -> u64 {
     let pipe = side.splices.then(|| nix::unistd::pipe().expect("a pipe"));
     let mut dice = fastrand::Rng::with_seed(seed ^ 3);
-    let (mut at, mut buffer) = (0, vec![0; side.piece]);
+    let (mut place, mut buffer) = (0, vec![0; side.piece]);
     loop {
         let got = match &pipe {
             None => (&stream.0).read(&mut buffer),
@@ -326,25 +407,26 @@ fn receive(stream: &Stream, side: &Side, seed: u64, length: u64, may_break: bool
         match got {
             Ok(0) => break,
             Ok(got) => {
-                assert!(
-                    is_pattern(seed, at, &buffer[..got]),
-                    "wrong bytes from {at} to {} of {length}",
-                    at + got as u64
-                );
-                at += got as u64;
+                let end = place + got as u64;
+                if end > length || !is_pattern(seed, place, &buffer[..got]) {
+                    at.fail(&format!("wrong bytes from {place} to {end} of {length}"));
+                }
+                place = end;
+                at.moved(got);
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => wait_for(stream, PollFlags::POLLIN),
-            Err(error) => {
-                assert!(may_break, "read at {at} of {length}: {error}");
-                break;
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if !at.wait(|time| is_ready(stream, PollFlags::POLLIN, time)) {
+                    at.fail(&format!("nothing to read at {place} of {length}"));
+                }
             }
+            Err(_) if may_break => break,
+            Err(error) => at.fail(&format!("read at {place} of {length}: {error}")),
         }
         if side.pauses && dice.u8(0..100) < 10 {
             std::thread::sleep(Duration::from_millis(dice.u64(1..4)));
         }
     }
-    assert!(at <= length, "{at} bytes of {length}");
-    at
+    place
 }
 
 /// splice(2) from a socket to a pipe, without waiting.
@@ -356,9 +438,9 @@ fn splice(from: &Stream, to: &std::os::fd::OwnedFd, most: usize) -> std::io::Res
     usize::try_from(moved).map_err(|_| std::io::Error::last_os_error())
 }
 
-fn wait_for(stream: &Stream, flags: PollFlags) {
-    let ready = poll(&mut [PollFd::new(stream.0.as_fd(), flags)], PollTimeout::from(20_000_u16)).expect("poll");
-    assert_eq!(ready, 1, "nothing happened until the deadline: {flags:?}");
+/// Waits for a socket, for so many milliseconds; `false`: nothing happened.
+fn is_ready(stream: &Stream, flags: PollFlags, time: u16) -> bool {
+    poll(&mut [PollFd::new(stream.0.as_fd(), flags)], PollTimeout::from(time)).expect("poll") == 1
 }
 
 fn tls_configs() -> &'static (Arc<rustls::ClientConfig>, Arc<rustls::ServerConfig>) {
