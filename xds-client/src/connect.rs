@@ -111,11 +111,12 @@ pub(crate) enum ConnectError {
     Protocol(String, &'static str),
 }
 
-/// Connects to `address`, one of the server's: host:port, or `unix:` and a path. `protocol` is what is going to be spoken,
-/// in ALPN's spelling.
+/// Connects to `address`, one of the server's: host:port, or `unix:` and a path. `authority` is what calls it, `protocol` what is going
+/// to be spoken, in ALPN's spelling.
 pub(crate) async fn connect(
     server: &Server,
     address: &str,
+    authority: &str,
     protocol: &'static str,
 ) -> Result<Connection, ConnectError> {
     let limit = server.connect_timeout;
@@ -123,7 +124,7 @@ pub(crate) async fn connect(
         usage.connecting(protocol == "h2");
         Counted { usage, since: Instant::now() }
     });
-    let connection = tokio::time::timeout(limit, open(server.tls.as_deref(), address, protocol)).await;
+    let connection = tokio::time::timeout(limit, open(server.tls.as_deref(), (address, authority), protocol)).await;
     let connection = connection.unwrap_or(Err(ConnectError::Timeout(limit)));
     if let Some(Counted { usage, since }) = &counted {
         match &connection {
@@ -134,11 +135,16 @@ pub(crate) async fn connect(
     connection.map(|stream| Connection { stream, heard: None, _counted: counted })
 }
 
-async fn open(tls: Option<&dyn Tls>, address: &str, protocol: &'static str) -> Result<Box<dyn Stream>, ConnectError> {
+async fn open(
+    tls: Option<&dyn Tls>,
+    names: (&str, &str),
+    protocol: &'static str,
+) -> Result<Box<dyn Stream>, ConnectError> {
+    let address = names.0;
     if let Some(path) = address.strip_prefix("unix:") {
         let stream = UnixStream::connect(path).await.map_err(ConnectError::Connect)?;
         // Without an address of its own: any will do, none is sent.
-        return secure(tls, address, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
+        return secure(tls, names, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
     }
     let stream = TcpStream::connect(address).await.map_err(ConnectError::Connect)?;
     let peer = stream.peer_addr().map_err(ConnectError::Connect)?.ip();
@@ -146,23 +152,22 @@ async fn open(tls: Option<&dyn Tls>, address: &str, protocol: &'static str) -> R
     let (idle, interval, retries) = TCP_KEEPALIVE;
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(retries);
     SockRef::from(&stream).set_tcp_keepalive(&keepalive).map_err(ConnectError::Connect)?;
-    secure(tls, address, peer, stream, protocol).await
+    secure(tls, names, peer, stream, protocol).await
 }
 
 async fn secure<T: Stream + 'static>(
     tls: Option<&dyn Tls>,
-    address: &str,
+    (address, authority): (&str, &str),
     peer: std::net::IpAddr,
     stream: T,
     protocol: &'static str,
 ) -> Result<Box<dyn Stream>, ConnectError> {
     let Some(tls) = tls else { return Ok(Box::new(stream)) };
-    let mut config = tls.config().ok_or(ConnectError::NoCertificates)?;
+    let (mut config, name) = tls.handshake(authority, address, peer).ok_or(ConnectError::NoCertificates)?;
     if config.alpn_protocols.is_empty() {
         let config: &mut ClientConfig = Arc::make_mut(&mut config);
         config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
     }
-    let name = tls.server_name(address, peer);
     let stream = TlsConnector::from(config).connect(name, stream).await;
     tls.done(stream.as_ref().map(|stream| stream.get_ref().1));
     let stream = stream.map_err(ConnectError::Handshake)?;

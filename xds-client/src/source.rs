@@ -201,11 +201,15 @@ impl Drop for UnderWay {
 pub trait Tls: fmt::Debug + Send + Sync {
     /// Asked for each connection, so that certificates may change. `None`: they have not arrived yet, and no connection is
     /// possible. The protocols to offer (ALPN) are set by the transport where the configuration has none.
-    fn config(&self) -> Option<Arc<ClientConfig>>;
-
-    /// The name that the server is asked for: `endpoint` is its address as in [`Server::endpoints`], `peer` where it was
-    /// found. An IP address is not sent.
-    fn server_name(&self, endpoint: &str, peer: IpAddr) -> ServerName<'static>;
+    ///
+    /// With it comes the name that the server is asked for: `authority` is what calls it, `endpoint` its address as in
+    /// [`Server::endpoints`], `peer` where it was found. An IP address is not sent.
+    fn handshake(
+        &self,
+        authority: &str,
+        endpoint: &str,
+        peer: IpAddr,
+    ) -> Option<(Arc<ClientConfig>, ServerName<'static>)>;
 
     /// Told of each handshake.
     fn done(&self, handshake: Result<&ClientConnection, &io::Error>);

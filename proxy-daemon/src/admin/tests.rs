@@ -157,6 +157,7 @@ fn cluster(name: &str) -> ClusterConfig {
         lb: LbOptions::default(),
         reported_metrics: [].into(),
         socket_matches: Default::default(),
+        peer_name: None,
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),

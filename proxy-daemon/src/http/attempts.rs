@@ -22,6 +22,7 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
+    tls::PeerName,
     upstream::{
         Chosen, ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Resource, Seen, Wanted,
         WorkerCluster, WorkerHost,
@@ -35,6 +36,8 @@ pub(super) struct Shared<'a> {
     pub(super) cluster: &'a Rc<WorkerCluster>,
     pub(super) action: &'a ForwardAction,
     pub(super) timeouts: &'a Timeouts,
+    /// What the request calls its hosts, where handshakes with them go by that.
+    pub(super) peer: Option<&'a PeerName>,
     /// `scheme_header_transformation.match_upstream`
     pub(super) scheme_matches_upstream: bool,
 }
@@ -312,7 +315,7 @@ impl Shared<'_> {
         let (source, high) = (self.cx.source, self.action.high_priority);
         let terminated = upgrade::terminated(self.action, &head.method);
         let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
-        let connection = match host.acquire(cluster, wanted, source, high).await {
+        let connection = match host.acquire(cluster, wanted, (source, self.peer), high).await {
             Ok(connection) => connection,
             Err(error) => {
                 if let PoolError::Connect(_) = &error {

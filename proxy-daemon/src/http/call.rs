@@ -143,7 +143,8 @@ pub(super) async fn send_to(
         Failure::Reset
     };
     let wanted = upstream_head::protocol(&member, &head);
-    let connection = host.acquire(&member, wanted, source, false).await.map_err(|error| {
+    let peer = upstream_head::peer_name(cluster, &head);
+    let connection = host.acquire(&member, wanted, (source, peer.as_ref()), false).await.map_err(|error| {
         if let PoolError::Connect(_) = error {
             member_stats.upstream_rq_pending_failure_eject.inc();
         }

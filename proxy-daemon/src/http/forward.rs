@@ -29,7 +29,9 @@ use super::{
     stream::{LocalReply, RequestHead, StreamCx},
     timeouts::Timeouts,
     timers::{Expired, Timers},
-    upgrade, waiting,
+    upgrade,
+    upstream_head::peer_name,
+    waiting,
 };
 use crate::{
     access_log::ResponseFlags,
@@ -130,7 +132,9 @@ pub(super) async fn forward(
 
     timers.limit_duration(timeouts.stream);
     let scheme_matches_upstream = config.scheme_matches_upstream;
-    let shared = Shared { cx, cluster: &cluster, action, timeouts: &timeouts, scheme_matches_upstream };
+    let peer = peer_name(&cluster, &head);
+    let peer = peer.as_ref();
+    let shared = Shared { cx, cluster: &cluster, action, timeouts: &timeouts, peer, scheme_matches_upstream };
     let metadata_match = choice::metadata_match(cx, action, &cluster);
     let (under_way, until) = (Cell::new(1), Cell::new(None));
     let mut attempts =

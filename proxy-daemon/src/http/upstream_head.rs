@@ -2,9 +2,10 @@
 
 use http::{HeaderValue, Method, Uri, Version, header::HOST};
 
-use super::{redirect, route_match::authority, stream::RequestHead};
+use super::{redirect, route_match::{authority, value_of}, stream::RequestHead};
 use crate::{
     config::model::UpstreamProtocol,
+    tls::PeerName,
     upstream::{Wanted, WorkerCluster},
 };
 
@@ -17,6 +18,13 @@ pub(super) fn protocol<'a>(cluster: &'a WorkerCluster, head: &RequestHead) -> Wa
         UpstreamProtocol::Downstream(_) => Wanted::Http1,
         UpstreamProtocol::Auto(options) => Wanted::Auto(options),
     }
+}
+
+/// What a request calls its host, where the cluster has the handshake go by that.
+pub(super) fn peer_name(cluster: &WorkerCluster, head: &RequestHead) -> Option<PeerName> {
+    let options = cluster.cluster.config.peer_name.as_ref()?;
+    let said = options.header.as_ref().and_then(|header| value_of(header, head)).filter(|said| !said.is_empty());
+    options.of(said.as_deref().unwrap_or_else(|| authority(head)))
 }
 
 /// Origin form and a `host` header.

@@ -304,11 +304,13 @@ async fn dial(
         // Counted from the first SYN: connects that hang use up the limit as well.
         let open = Tunnelled::to(&member);
         let (since, connected) = (Instant::now(), Cell::new(None));
+        let peer = member.peer_of_connection(info.requested_server_name());
         let how = Dial {
             socket: SocketSettings::new(config, info.source),
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: member.cluster.tls_of(&host.host),
+            peer: peer.as_ref(),
             alpn: AlpnFallback::None,
             connected: &connected,
         };

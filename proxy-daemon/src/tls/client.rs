@@ -16,10 +16,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
+    PeerName,
     certificate::{self, SocketCertificates},
     secrets::{Needed, SecretUser, Secrets, Subscribed},
     stats::SslStats,
-    verify::{Peer, PeerVerifier},
+    verify::{NameVerifier, Peer, PeerVerifier},
 };
 use crate::{config::model::UpstreamTlsContext, stats::Scope, upstream::split};
 
@@ -62,6 +63,8 @@ pub struct ClientTls {
 struct Context {
     /// By [`AlpnFallback`].
     configs: [Arc<ClientConfig>; AlpnFallback::ALL.len()],
+    /// Judges hosts of which a request has said the name, which they are asked for.
+    by_name: Arc<NameVerifier>,
     shown: SocketCertificates,
 }
 
@@ -93,14 +96,40 @@ impl ClientTls {
         Ok(true)
     }
 
-    /// rustls' configuration for one connection; `None` for as long as a secret is missing.
-    pub fn config(&self, alpn: AlpnFallback) -> Option<Arc<ClientConfig>> {
-        self.current.load().as_ref().map(|context| Arc::clone(&context.configs[alpn as usize]))
+    /// rustls' configuration for one connection, to a host that is asked for `sent`, and that a request calls `peer`; `None` for as long as a
+    /// secret is missing.
+    pub fn config(
+        &self,
+        alpn: AlpnFallback,
+        peer: Option<&PeerName>,
+        sent: &ServerName<'_>,
+    ) -> Option<Arc<ClientConfig>> {
+        let current = self.current.load();
+        let context = current.as_ref()?;
+        let config = &context.configs[alpn as usize];
+        let Some(peer) = peer.filter(|peer| peer.checked) else { return Some(Arc::clone(config)) };
+        let mut config = ClientConfig::clone(config);
+        let is_sent = matches!(sent, ServerName::DnsName(name) if name.as_ref().eq_ignore_ascii_case(&peer.name));
+        // Sessions are only resumed with the verifier that they began with, and are found by the name that was sent.
+        let verifier = match is_sent {
+            true => Arc::clone(&context.by_name),
+            false => {
+                config.resumption = Resumption::disabled();
+                Arc::new(context.by_name.of(&peer.name))
+            }
+        };
+        config.dangerous().set_certificate_verifier(verifier);
+        Some(Arc::new(config))
     }
 
-    /// The name that a host is asked for. `hostname` is the endpoint's own, and may be empty. Where no name is to be sent,
-    /// this is an address, which rustls keeps to itself.
-    pub fn server_name(&self, hostname: &str, address: IpAddr) -> ServerName<'static> {
+    /// The name that a host is asked for. `hostname` is the endpoint's own, and may be empty; `peer` is what a request calls it. Where no
+    /// name is to be sent, this is an address, which rustls keeps to itself.
+    pub fn server_name(&self, hostname: &str, address: IpAddr, peer: Option<&PeerName>) -> ServerName<'static> {
+        let sent = peer.filter(|peer| peer.sent).and_then(|peer| ServerName::try_from(peer.name.to_string()).ok());
+        // What is no name of DNS cannot be sent.
+        if let Some(sent @ ServerName::DnsName(_)) = sent {
+            return sent;
+        }
         // Of a host that requests have named, it has a port.
         let of_host = || ServerName::try_from(split(hostname).0.to_owned()).ok();
         let own = self.config.auto_host_sni.then(of_host).flatten().or_else(|| self.config.sni.clone());
@@ -120,7 +149,7 @@ impl ClientTls {
         self.stats.upstream_context_secrets_not_ready.inc();
     }
 
-    /// Shakes hands with a host.
+    /// Shakes hands with a host; `peer` is what a request calls it.
     ///
     /// # Errors
     /// Counted: a secret is missing, or the handshake failed.
@@ -129,16 +158,17 @@ impl ClientTls {
         stream: S,
         hostname: &str,
         address: IpAddr,
-        alpn: AlpnFallback,
+        (alpn, peer): (AlpnFallback, Option<&PeerName>),
     ) -> std::io::Result<TlsStream<S>>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let Some(config) = self.config(alpn) else {
+        let name = self.server_name(hostname, address, peer);
+        let Some(config) = self.config(alpn, peer, &name) else {
             self.not_ready();
             return Err(std::io::Error::other("the certificates have not arrived yet"));
         };
-        let stream = TlsConnector::from(config).connect(self.server_name(hostname, address), stream).await;
+        let stream = TlsConnector::from(config).connect(name, stream).await;
         self.count(stream.as_ref().map(|stream| -> &CommonState { stream.get_ref().1 }));
         stream
     }
@@ -167,12 +197,14 @@ fn build(config: &UpstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> 
     let common = &config.common;
     let provider = super::restricted(&common.params);
     let peer = Peer::Server { by_name: config.auto_sni_san_validation };
-    let verifier = PeerVerifier::new(peer, needed.validation.clone(), Arc::clone(&provider), Arc::clone(stats));
+    let verifier =
+        Arc::new(PeerVerifier::new(peer, needed.validation.clone(), Arc::clone(&provider), Arc::clone(stats)));
+    let by_name = Arc::new(NameVerifier::new(Arc::clone(&verifier)));
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&super::versions(&common.params))
         .map_err(|error| error.to_string())?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier));
+        .with_custom_certificate_verifier(verifier);
     let mut base = match needed.certificates.first() {
         Some(certificate) => {
             builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(CertifiedKey::clone(&certificate.key))))
@@ -204,5 +236,5 @@ fn build(config: &UpstreamTlsContext, needed: Needed, stats: &Arc<SslStats>) -> 
         stats.expires(&validation.name, "unnamed_ca_cert_e3b0c442", at);
     }
     let ca = needed.validation.and_then(|validation| validation.trusted_ca.clone());
-    Ok(Context { configs, shown: SocketCertificates { ca, certificates: needed.certificates } })
+    Ok(Context { configs, by_name, shown: SocketCertificates { ca, certificates: needed.certificates } })
 }

@@ -15,7 +15,7 @@ use super::{
     secrets::Secrets,
 };
 use crate::{
-    config::model::{ClusterConfig, EndpointAddress},
+    config::model::{ClusterConfig, EndpointAddress, PeerNameOptions},
     stats::Scope,
 };
 
@@ -29,12 +29,8 @@ pub fn not_ready() -> Arc<dyn Tls> {
 }
 
 impl Tls for NotReady {
-    fn config(&self) -> Option<Arc<ClientConfig>> {
+    fn handshake(&self, _: &str, _: &str, _: IpAddr) -> Option<(Arc<ClientConfig>, ServerName<'static>)> {
         None
-    }
-
-    fn server_name(&self, _: &str, peer: IpAddr) -> ServerName<'static> {
-        ServerName::IpAddress(peer.into())
     }
 
     fn done(&self, _: Result<&ClientConnection, &io::Error>) {}
@@ -46,19 +42,25 @@ struct ServerTls {
     tls: Arc<ClientTls>,
     /// Names of endpoints, by address.
     hostnames: HashMap<String, String>,
+    /// What calls make of the handshake.
+    peer_name: Option<PeerNameOptions>,
 }
 
 impl Tls for ServerTls {
-    fn config(&self) -> Option<Arc<ClientConfig>> {
-        let config = self.tls.config(AlpnFallback::None);
+    fn handshake(
+        &self,
+        authority: &str,
+        endpoint: &str,
+        peer: IpAddr,
+    ) -> Option<(Arc<ClientConfig>, ServerName<'static>)> {
+        let called = self.peer_name.as_ref().and_then(|options| options.of(authority));
+        let hostname = self.hostnames.get(endpoint).map_or("", String::as_str);
+        let name = self.tls.server_name(hostname, peer, called.as_ref());
+        let config = self.tls.config(AlpnFallback::None, called.as_ref(), &name);
         if config.is_none() {
             self.tls.not_ready();
         }
-        config
-    }
-
-    fn server_name(&self, endpoint: &str, peer: IpAddr) -> ServerName<'static> {
-        self.tls.server_name(self.hostnames.get(endpoint).map_or("", String::as_str), peer)
+        Some((config?, name))
     }
 
     fn done(&self, handshake: Result<&ClientConnection, &io::Error>) {
@@ -81,6 +83,6 @@ pub fn secure_servers(servers: &mut BTreeMap<String, Server>, clusters: &[Cluste
         });
         let hostnames = hostnames.collect();
         let tls = ClientTls::new(Arc::clone(config), &Scope::cluster(&cluster.stat_name), secrets);
-        server.tls = Some(Arc::new(ServerTls { tls, hostnames }));
+        server.tls = Some(Arc::new(ServerTls { tls, hostnames, peer_name: cluster.peer_name.clone() }));
     }
 }

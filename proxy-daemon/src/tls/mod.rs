@@ -33,6 +33,17 @@ pub use self::{
 };
 use crate::config::model::TlsParameters;
 
+/// What a request calls its host, which the handshake with that goes by (`upstream_http_protocol_options`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerName {
+    /// In lower case.
+    pub name: Box<str>,
+    /// The host is asked for it, instead of any other name.
+    pub sent: bool,
+    /// The host's certificate has to be for it.
+    pub checked: bool,
+}
+
 /// The library's algorithms.
 pub fn provider() -> &'static Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();

@@ -36,6 +36,15 @@ pub(super) enum Peer {
     },
 }
 
+/// What a certificate has to be for.
+#[derive(Debug, Clone, Copy, Default)]
+struct Names<'a> {
+    /// The name that was sent, where it takes the place of those that are configured.
+    asked_for: Option<&'a str>,
+    /// What a request calls the host. The configured names count besides.
+    called: Option<&'a str>,
+}
+
 /// Verifies the certificates of one context's peers, and counts what fails.
 #[derive(Debug)]
 pub(super) struct PeerVerifier {
@@ -86,20 +95,35 @@ impl PeerVerifier {
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        asked_for: Option<&str>,
+        Names { asked_for, called }: Names<'_>,
         now: UnixTime,
     ) -> Result<(), Unfit> {
         let Some(context) = &self.context else {
-            // A client's certificate that is demanded must be good for something.
+            // A client's certificate that is demanded must be good for something, and so must one that has to be for a name.
             return match self.peer {
-                Peer::Client { .. } => Err((Mismatch::NotValidated.error(), None)),
-                Peer::Server { .. } => Ok(()),
+                Peer::Server { .. } if called.is_none() => Ok(()),
+                Peer::Client { .. } | Peer::Server { .. } => Err((Mismatch::NotValidated.error(), None)),
             };
         };
+        if called.is_some() && !context.verifies() {
+            return Err((Mismatch::NotValidated.error(), None));
+        }
         let mut validated = false;
         if context.trusted_ca.is_some() {
             let chain = self.chain(context, end_entity, intermediates, now);
             chain.map_err(|error| (error, Some(self.stats.fail_verify_error)))?;
+            validated = true;
+        }
+        if let Some(called) = called {
+            let unfit = |error| (error, Some(self.stats.fail_verify_san));
+            let names = names(end_entity).map_err(unfit)?;
+            let fits = |(kind, known): &(SanType, String)| match kind {
+                SanType::Dns => covers(known, called),
+                SanType::Email | SanType::Uri | SanType::IpAddress => known == called,
+            };
+            if !names.iter().any(fits) {
+                return Err(unfit(Mismatch::San(other_names(Some(called), &names)).error()));
+            }
             validated = true;
         }
         let matchers = &context.match_typed_subject_alt_names;
@@ -126,14 +150,23 @@ impl PeerVerifier {
         if enough { Ok(()) } else { Err((Mismatch::NotValidated.error(), None)) }
     }
 
+    /// The name that was sent, where certificates have to be for it.
+    fn asked_for<'a>(&self, server_name: &'a ServerName<'_>) -> Option<&'a str> {
+        match server_name {
+            ServerName::DnsName(name) if self.peer == Peer::Server { by_name: true } => Some(name.as_ref()),
+            // An address stands for no name: nothing was sent then.
+            _ => None,
+        }
+    }
+
     fn verify(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        asked_for: Option<&str>,
+        names: Names<'_>,
         now: UnixTime,
     ) -> Result<(), Error> {
-        let verdict = self.judge(end_entity, intermediates, asked_for, now).map_err(|(error, counter)| {
+        let verdict = self.judge(end_entity, intermediates, names, now).map_err(|(error, counter)| {
             if let Some(counter) = counter {
                 counter.inc();
             }
@@ -147,7 +180,7 @@ impl PeerVerifier {
         let Some((end_entity, intermediates)) = shown.split_first() else { return false };
         // What is not let in otherwise need not be looked at again.
         let accepts = self.context.as_ref().is_some_and(|context| context.accept_untrusted);
-        !accepts || self.judge(end_entity, intermediates, None, UnixTime::now()).is_ok()
+        !accepts || self.judge(end_entity, intermediates, Names::default(), UnixTime::now()).is_ok()
     }
 
     /// A path from the certificate to a trusted one; that may be the certificate itself.
@@ -216,16 +249,16 @@ fn chain_error(error: webpki::Error) -> Error {
     Error::InvalidCertificate(kind)
 }
 
-type Names = Vec<(SanType, String)>;
+type Known = Vec<(SanType, String)>;
 
-fn names(certificate: &CertificateDer<'_>) -> Result<Names, Error> {
+fn names(certificate: &CertificateDer<'_>) -> Result<Known, Error> {
     let parsed = X509Certificate::from_der(certificate);
     let (_, parsed) = parsed.map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
     Ok(peer::alternative_names(&parsed))
 }
 
 /// What a certificate is for instead, for the log: as much of it as anybody would read.
-fn other_names(asked_for: Option<&str>, names: &Names) -> String {
+fn other_names(asked_for: Option<&str>, names: &Known) -> String {
     const NAMES: usize = 5;
     const CHARACTERS: usize = 100;
     let shown = names.iter().take(NAMES).map(|(kind, name)| {
@@ -254,7 +287,7 @@ fn other_names(asked_for: Option<&str>, names: &Names) -> String {
 }
 
 /// Whether one of the names matches.
-fn matches(matcher: &SubjectAltNameMatcher, names: &Names) -> bool {
+fn matches(matcher: &SubjectAltNameMatcher, names: &Known) -> bool {
     names.iter().any(|(kind, name)| {
         if matcher.san_type.is_some_and(|wanted| wanted != *kind) {
             return false;
@@ -335,16 +368,70 @@ impl ServerCertVerifier for PeerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        // An address stands for no name: nothing was sent then.
-        let name = match server_name {
-            ServerName::DnsName(name) if self.peer == Peer::Server { by_name: true } => Some(name.as_ref()),
-            _ => None,
-        };
-        self.verify(end_entity, intermediates, name, now)?;
+        let names = Names { asked_for: self.asked_for(server_name), called: None };
+        self.verify(end_entity, intermediates, names, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
     signatures!();
+}
+
+/// Judges the certificates of hosts that have to be for what a request calls them, too.
+#[derive(Debug)]
+pub(super) struct NameVerifier {
+    verifier: Arc<PeerVerifier>,
+    /// `None`: what they are asked for.
+    called: Option<Box<str>>,
+}
+
+impl NameVerifier {
+    pub(super) fn new(verifier: Arc<PeerVerifier>) -> NameVerifier {
+        NameVerifier { verifier, called: None }
+    }
+
+    /// The same for a host that is called so, and asked for otherwise.
+    pub(super) fn of(&self, called: &str) -> NameVerifier {
+        NameVerifier { verifier: Arc::clone(&self.verifier), called: Some(called.into()) }
+    }
+}
+
+impl ServerCertVerifier for NameVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let sent = server_name.to_str();
+        let called = self.called.as_deref().unwrap_or(&sent);
+        let names = Names { asked_for: self.verifier.asked_for(server_name), called: Some(called) };
+        self.verifier.verify(end_entity, intermediates, names, now)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls12_signature(&*self.verifier, message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        ServerCertVerifier::verify_tls13_signature(&*self.verifier, message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ServerCertVerifier::supported_verify_schemes(&*self.verifier)
+    }
 }
 
 impl ClientCertVerifier for PeerVerifier {
@@ -369,7 +456,7 @@ impl ClientCertVerifier for PeerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.verify(end_entity, intermediates, None, now)?;
+        self.verify(end_entity, intermediates, Names::default(), now)?;
         Ok(ClientCertVerified::assertion())
     }
 

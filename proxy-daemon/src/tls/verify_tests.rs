@@ -39,7 +39,7 @@ const SERVER: Peer = Peer::Server { by_name: false };
 const CLIENT: Peer = Peer::Client { required: true };
 
 fn verdict(peer: Peer, context: CertificateValidationContext, issued: &Issued) -> Result<(), CertificateError> {
-    match verifier(peer, Some(context)).verify(&der(issued), &[], None, now()) {
+    match verifier(peer, Some(context)).verify(&der(issued), &[], Names::default(), now()) {
         Ok(()) => Ok(()),
         Err(Error::InvalidCertificate(error)) => Err(error),
         Err(other) => panic!("{other}"),
@@ -138,8 +138,8 @@ fn pins_stand_beside_the_chain_or_alone() {
 fn without_anything_to_verify_by_hosts_pass_and_demanded_clients_do_not() {
     let issued = Authority::new("ca").issue(&["a.test"], &[]);
     for context in [None, Some(CertificateValidationContext::default())] {
-        assert!(verifier(SERVER, context.clone()).verify(&der(&issued), &[], None, now()).is_ok());
-        assert!(verifier(CLIENT, context).verify(&der(&issued), &[], None, now()).is_err());
+        assert!(verifier(SERVER, context.clone()).verify(&der(&issued), &[], Names::default(), now()).is_ok());
+        assert!(verifier(CLIENT, context).verify(&der(&issued), &[], Names::default(), now()).is_err());
     }
 }
 
@@ -175,10 +175,10 @@ fn a_wrong_name_is_told_in_words_and_within_bounds() {
         "x".repeat(91)
     );
     assert_eq!(text, expected);
-    let many: Names = (0..100).map(|n| (SanType::Dns, format!("{n}.test"))).collect();
+    let many: Known = (0..100).map(|n| (SanType::Dns, format!("{n}.test"))).collect();
     let text = other_names(None, &many);
     assert!(text.ends_with("DNS:4.test and 95 more") && text.len() < 120, "{text}");
-    assert_eq!(other_names(None, &Names::new()), "the certificate has no alternative names");
+    assert_eq!(other_names(None, &Known::new()), "the certificate has no alternative names");
     // As it is logged.
     let error = std::io::Error::other(Mismatch::San("it is another".to_owned()).error());
     let described = culvert_xds_client::tls_error::describe(&error);

@@ -32,6 +32,7 @@ fn cluster(name: &str, discovery: Discovery, endpoints: Vec<LocalityEndpoints>) 
         health: HealthOptions::default(),
         reported_metrics: [].into(),
         socket_matches: Default::default(),
+        peer_name: None,
         endpoints,
     }
 }

@@ -25,6 +25,7 @@ fn cluster(name: &str) -> ClusterConfig {
         lb: LbOptions::default(),
         reported_metrics: [].into(),
         socket_matches: Default::default(),
+        peer_name: None,
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
@@ -323,6 +324,7 @@ fn hosts_whose_cluster_is_replaced_keep_what_is_said_of_them() {
     let dns = |value: &str| ClusterConfig {
         discovery: Discovery::StrictDns(DnsOptions::default()),
         socket_matches: matches(value),
+        peer_name: None,
         ..cluster("a")
     };
     let details = EndpointDetails {

@@ -21,7 +21,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Host, happy_eyeballs};
 use crate::{
     config::model::{ClusterConfig, EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive, UpstreamBind},
-    tls::{AlpnFallback, ClientTls, TlsInfo},
+    tls::{AlpnFallback, ClientTls, PeerName, TlsInfo},
 };
 
 /// A connection to a host.
@@ -115,6 +115,8 @@ pub struct Dial<'a> {
     pub limit: Duration,
     /// The cluster's transport socket; `None`: plain.
     pub tls: Option<&'a ClientTls>,
+    /// What a request calls the host, where the handshake goes by that.
+    pub peer: Option<&'a PeerName>,
     /// Which of the host's addresses come first.
     pub happy_eyeballs: HappyEyeballs,
     /// What is offered in the handshake.
@@ -174,7 +176,7 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
         dial.connected.set(Some(Instant::now()));
         match dial.tls {
             None => Ok(stream),
-            Some(tls) => secure(tls, stream, (&host.address, &host.hostname), dial.alpn).await,
+            Some(tls) => secure(tls, stream, (&host.address, &host.hostname), (dial.alpn, dial.peer)).await,
         }
     };
     match tokio::time::timeout(dial.limit, attempt).await {
@@ -215,7 +217,7 @@ async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> Result<Ups
     }
 }
 
-/// Encrypts a connection to the host at this address, of this name.
+/// Encrypts a connection to the host at this address, of this name. `how`: what is offered, and what a request calls the host.
 ///
 /// # Errors
 /// The handshake failed, or cannot begin yet.
@@ -223,14 +225,14 @@ pub(super) async fn secure(
     tls: &ClientTls,
     stream: UpstreamStream,
     (address, name): (&EndpointAddress, &str),
-    alpn: AlpnFallback,
+    how: (AlpnFallback, Option<&PeerName>),
 ) -> Result<UpstreamStream, ConnectError> {
     let address = match address {
         EndpointAddress::Ip(address) => address.ip(),
         // No name is made of it: rustls only wants one to remember sessions by.
         EndpointAddress::Dns { .. } | EndpointAddress::Pipe(_) => Ipv4Addr::UNSPECIFIED.into(),
     };
-    let stream = tls.connect(stream, name, address, alpn).await.map_err(ConnectError::Tls)?;
+    let stream = tls.connect(stream, name, address, how).await.map_err(ConnectError::Tls)?;
     Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 

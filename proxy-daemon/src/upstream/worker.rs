@@ -22,7 +22,7 @@ use super::{
 use crate::{
     config::model::{Discovery, EndpointAddress, MetadataMatch, PoolOptions},
     stats::Counter,
-    tls::Secrets,
+    tls::{PeerName, Secrets},
 };
 
 /// All clusters as one worker sees them.
@@ -242,6 +242,12 @@ impl WorkerCluster {
     /// The worker's index.
     pub fn worker(&self) -> usize {
         self.worker
+    }
+
+    /// What a TCP proxy's connection calls its host, where that is found by the name that the client has asked for.
+    pub(crate) fn peer_of_connection(&self, name: Option<&str>) -> Option<PeerName> {
+        let Discovery::DynamicForwardProxy { .. } = &self.cluster.config.discovery else { return None };
+        self.cluster.config.peer_name.as_ref()?.of(name?)
     }
 
     /// What becomes of a request by the share of them that is dropped.

@@ -131,17 +131,18 @@ pub(super) async fn connect(
     if let Ok(origin) = uri(authority) {
         endpoint = endpoint.origin(origin);
     }
-    let (server, address) = (server.clone(), address.to_owned());
+    let (server, address, authority) = (server.clone(), address.to_owned(), authority.to_owned());
     // Tonic would connect again by itself, without waiting.
     let used = AtomicBool::new(false);
     let connector = tower::service_fn(move |_| {
-        let (server, address, again) = (server.clone(), address.clone(), used.swap(true, Relaxed));
+        let (server, address, authority) = (server.clone(), address.clone(), authority.clone());
+        let again = used.swap(true, Relaxed);
         let heard = Arc::clone(&heard);
         async move {
             if again {
                 return Err(ConnectError::Lost);
             }
-            connect::connect(&server, &address, "h2").await.map(|it| TokioIo::new(it.heard_by(heard)))
+            connect::connect(&server, &address, &authority, "h2").await.map(|it| TokioIo::new(it.heard_by(heard)))
         }
     });
     endpoint.connect_with_connector(connector).await.map_err(Lost::Connect)

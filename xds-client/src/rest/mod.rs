@@ -223,7 +223,7 @@ async fn fetch(
     let address = address.ok_or(Failed::NoAddress)?;
     let body = Full::new(Bytes::from(json::to_json(&request).to_string()));
     let protocol = if server.http2 { "h2" } else { "http/1.1" };
-    let stream = TokioIo::new(connect::connect(&server, &address, protocol).await?);
+    let stream = TokioIo::new(connect::connect(&server, &address, &rest.cluster, protocol).await?);
     let _under_way = server.request();
     let request = http::Request::post(path).header(header::CONTENT_TYPE, "application/json");
     let (response, _driver) = if server.http2 {

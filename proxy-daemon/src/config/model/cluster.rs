@@ -1,12 +1,20 @@
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderName, HeaderValue};
 
 use super::{
     AssignmentPolicy, DnsOptions, HealthOptions, Http1ClientOptions, Http2Options, LbMetadata, LbOptions, LbPolicy,
-    OrcaMetric, PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
+    MatchedHeader, OrcaMetric, PoolOptions, ResourceRef, SecretRef, SecretType, UpstreamBind, UpstreamTlsContext,
 };
-use crate::upstream::DnsCache;
+use crate::{
+    tls::PeerName,
+    upstream::{DnsCache, split},
+};
 
 /// A checked `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone)]
@@ -51,6 +59,8 @@ pub struct ClusterConfig {
     pub tls: Option<Arc<UpstreamTlsContext>>,
     /// `transport_socket_matches`: how connections to hosts are encrypted of which this is said.
     pub socket_matches: SocketMatches,
+    /// `upstream_http_protocol_options`: what a request makes of the handshake with its host; `None`: nothing.
+    pub peer_name: Option<PeerNameOptions>,
     /// How its hosts are found to be well or not.
     pub health: HealthOptions,
     /// The hosts of STATIC clusters, and the names of STRICT_DNS and LOGICAL_DNS clusters.
@@ -64,6 +74,7 @@ impl ClusterConfig {
             && self.tcp_keepalive == other.tcp_keepalive
             && self.tls == other.tls
             && self.socket_matches == other.socket_matches
+            && self.peer_name == other.peer_name
             && self.bind == other.bind
             && self.idle_timeout == other.idle_timeout
             && self.pool == other.pool
@@ -159,6 +170,30 @@ pub enum UpstreamProtocol {
     Downstream(Http2Options),
     /// What the host chooses in the TLS handshake.
     Auto(Http2Options),
+}
+
+/// `UpstreamHttpProtocolOptions`: the name that a request calls its host, in the TLS handshake with that. Something of it is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerNameOptions {
+    /// `auto_sni`: it is sent, unless it is an address.
+    pub sent: bool,
+    /// `auto_san_validation`: the host's certificate must be for it.
+    pub checked: bool,
+    /// `override_auto_sni_header`: where the name is, if that says anything; `None`: the request's host.
+    pub header: Option<MatchedHeader>,
+}
+
+impl PeerNameOptions {
+    /// What a host is called where a request's host, or what is in its place, is this; `None`: the handshake does not go by it.
+    pub fn of(&self, authority: &str) -> Option<PeerName> {
+        let name = split(authority).0;
+        let sent = self.sent && name.parse::<IpAddr>().is_err();
+        (sent || self.checked).then(|| PeerName {
+            name: name.to_ascii_lowercase().into(),
+            sent,
+            checked: self.checked,
+        })
+    }
 }
 
 /// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries.

@@ -270,6 +270,14 @@ pub struct CertificateValidationContext {
 }
 
 impl CertificateValidationContext {
+    /// Whether it looks at certificates at all.
+    pub fn verifies(&self) -> bool {
+        self.trusted_ca.is_some()
+            || !self.match_typed_subject_alt_names.is_empty()
+            || !self.verify_certificate_hash.is_empty()
+            || !self.verify_certificate_spki.is_empty()
+    }
+
     /// This one with `over` merged into it as protobuf merges messages: lists append, what is set replaces.
     pub fn merged(&self, over: &CertificateValidationContext) -> CertificateValidationContext {
         let mut merged = self.clone();

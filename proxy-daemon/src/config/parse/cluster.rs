@@ -34,6 +34,7 @@ use super::{
     load_balancing::load_balancing,
     orca,
     outlier_detection::outlier_detection,
+    peer_name,
     pool::pool,
     redis,
     support::{self, join},
@@ -79,6 +80,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let http = http_options(cluster, path)?;
     let http_path = join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"]"));
     dynamic_forward_proxy::tls(&discovery, http.as_ref(), &mut tls, &mut socket_matches, &http_path)?;
+    let peer_name = peer_name::options(&discovery, http.as_ref(), &http_path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
     let common_path =
@@ -119,6 +121,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         happy_eyeballs: happy_eyeballs(cluster, path)?,
         tls,
         socket_matches,
+        peer_name,
         health,
         endpoints,
     })

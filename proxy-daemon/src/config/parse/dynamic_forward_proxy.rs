@@ -25,7 +25,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{Discovery, DnsCacheOptions, SocketMatches, UpstreamTlsContext, Validation},
+        model::{Discovery, DnsCacheOptions, SocketMatches, UpstreamTlsContext},
     },
     upstream::DnsCache,
 };
@@ -45,7 +45,8 @@ pub(super) fn of_extension(config: &Any, path: &str) -> Result<Discovery> {
     Ok(Discovery::DynamicForwardProxy { cache, insecure: config.allow_insecure_cluster_options })
 }
 
-/// What holds for the transport sockets of such a cluster: hosts are asked for by the names that requests call them, and must have certificates for them.
+/// What holds for the transport sockets of such a cluster: hosts are asked for by the names that requests call them. That they must have
+/// certificates for them is said by [`peer_name::options`](super::peer_name::options).
 pub(super) fn tls(
     discovery: &Discovery,
     http: Option<&HttpProtocolOptions>,
@@ -54,12 +55,7 @@ pub(super) fn tls(
     path: &str,
 ) -> Result<()> {
     let options = http.and_then(|http| http.upstream_http_protocol_options.as_ref());
-    let Discovery::DynamicForwardProxy { insecure, .. } = discovery else {
-        if options.is_some() {
-            return Err(FieldError::unsupported(join(path, "upstream_http_protocol_options")));
-        }
-        return Ok(());
-    };
+    let Discovery::DynamicForwardProxy { insecure, .. } = discovery else { return Ok(()) };
     let (sni, names) = match (http, options) {
         (None, _) => (true, true),
         (Some(_), options) => options.map_or((false, false), |options| (options.auto_sni, options.auto_san_validation)),
@@ -74,7 +70,6 @@ pub(super) fn tls(
     let matches = Arc::get_mut(&mut matches.0).into_iter().flatten().filter_map(|it| it.tls.as_mut());
     for tls in tls.iter_mut().chain(matches).filter_map(Arc::get_mut) {
         tls.auto_host_sni |= sni;
-        tls.auto_sni_san_validation |= names && !matches!(tls.common.validation, Validation::None);
     }
     Ok(())
 }

@@ -32,6 +32,7 @@ pub(crate) mod metadata_match;
 mod mirror;
 mod orca;
 mod outlier_detection;
+mod peer_name;
 mod pool;
 mod rate_limit;
 mod redis;

@@ -63,7 +63,7 @@ pub(super) async fn open(target: &Target, alpn: AlpnFallback) -> Result<Upstream
     way.chosen.inspect(|counter| counter.inc());
     let stream = connect_plain(&way.address, target.socket()).await.map_err(|_| Failure::Network)?;
     let Some(tls) = &way.tls else { return Ok(stream) };
-    secure(tls, stream, (&way.address, &target.name), alpn).await.map_err(|_| Failure::Network)
+    secure(tls, stream, (&way.address, &target.name), (alpn, None)).await.map_err(|_| Failure::Network)
 }
 
 /// Whether the host has neither closed the connection since the last check nor sent what nobody waits for.

@@ -7,10 +7,11 @@ mod waiting;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},
-    collections::HashMap,
+    hash::RandomState,
     rc::Rc,
 };
 
+use hashbrown::Equivalent;
 use tokio::sync::Notify;
 
 pub use lent::{Connection, Reset, ResetReason};
@@ -22,7 +23,7 @@ use self::{
     waiting::Waiting,
 };
 use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, breakers::Resource, connect::Source};
-use crate::config::model::Http2Options;
+use crate::{config::model::Http2Options, tls::PeerName};
 
 /// Why no connection could be had.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -60,6 +61,8 @@ struct Need<'a> {
     cluster: &'a Rc<WorkerCluster>,
     wanted: Wanted<'a>,
     source: Option<Source>,
+    /// What the request calls the host, where the handshake goes by that.
+    peer: Option<&'a PeerName>,
     high: bool,
 }
 
@@ -75,11 +78,34 @@ impl Need<'_> {
     }
 }
 
-/// This worker's connections to one host, by what they are for and by the source address that they keep.
+/// What makes connections of one kind different from each other.
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    source: Option<Source>,
+    peer: Option<Box<str>>,
+    way: usize,
+}
+
+/// The same, borrowed.
+#[derive(Hash)]
+struct KeyRef<'a> {
+    source: Option<Source>,
+    peer: Option<&'a str>,
+    way: usize,
+}
+
+impl Equivalent<Key> for KeyRef<'_> {
+    fn equivalent(&self, key: &Key) -> bool {
+        (self.source, self.peer, self.way) == (key.source, key.peer.as_deref(), key.way)
+    }
+}
+
+/// This worker's connections to one host, by what they are for, by the source address that they keep, and by what the host has been
+/// called in the TLS handshake.
 #[derive(Default)]
 pub struct Pool {
     direct: [OnceCell<Rc<SourcePool>>; WAYS],
-    by_source: RefCell<HashMap<(Source, usize), Rc<SourcePool>>>,
+    by_key: RefCell<hashbrown::HashMap<Key, Rc<SourcePool>, RandomState>>,
     retired: Cell<bool>,
     /// The last connect has failed, and nobody has asked.
     failed: Cell<bool>,
@@ -112,17 +138,21 @@ struct SourcePool {
 impl Pool {
     fn of(&self, need: &Need<'_>) -> Rc<SourcePool> {
         let way = need.way();
-        match need.source {
-            None => Rc::clone(self.direct[way].get_or_init(Rc::default)),
-            Some(source) => {
-                let mut by_source = self.by_source.borrow_mut();
-                // Sources come and go, as pods do: whenever the map would grow, those without a connection leave it.
-                if by_source.len() == by_source.capacity() {
-                    by_source.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
-                }
-                Rc::clone(by_source.entry((source, way)).or_default())
-            }
+        if need.source.is_none() && need.peer.is_none() {
+            return Rc::clone(self.direct[way].get_or_init(Rc::default));
         }
+        let (source, peer) = (need.source, need.peer.map(|peer| &*peer.name));
+        let mut by_key = self.by_key.borrow_mut();
+        if let Some(known) = by_key.get(&KeyRef { source, peer, way }) {
+            return Rc::clone(known);
+        }
+        // Sources come and go, as pods do, and so do names: whenever the map would grow, those without a connection leave it.
+        if by_key.len() == by_key.capacity() {
+            by_key.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
+        }
+        let new: Rc<SourcePool> = Rc::default();
+        by_key.insert(Key { source, peer: peer.map(Into::into), way }, Rc::clone(&new));
+        new
     }
 
     /// Whether what was opened or lent at that age may be used again.
@@ -178,8 +208,8 @@ impl Pool {
     }
 
     fn let_go(&self) {
-        let by_source = self.by_source.borrow();
-        for pool in by_source.values().chain(self.direct.iter().filter_map(OnceCell::get)) {
+        let by_key = self.by_key.borrow();
+        for pool in by_key.values().chain(self.direct.iter().filter_map(OnceCell::get)) {
             let idle = std::mem::take(&mut *pool.idle.borrow_mut());
             drop(idle);
             // Its streams finish: the last one lets go of it.
@@ -230,7 +260,8 @@ impl WorkerHost {
         }
     }
 
-    /// A connection for one request: one that has room for it, or a new one within the cluster's limits.
+    /// A connection for one request: one that has room for it, or a new one within the cluster's limits. `peer`: what the request calls the
+    /// host, where the handshake goes by that.
     ///
     /// # Errors
     /// No connection may be waited for, or a connect failed: with one, all requests that wait fail.
@@ -238,10 +269,12 @@ impl WorkerHost {
         self: &Rc<Self>,
         cluster: &Rc<WorkerCluster>,
         wanted: Wanted<'_>,
-        source: Option<Source>,
+        (source, peer): (Option<Source>, Option<&PeerName>),
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
-        let acquired = self.acquire_unseen(&Need { cluster, wanted, source, high: high_priority }).await;
+        // Without TLS nobody is asked for anything.
+        let peer = peer.filter(|_| cluster.cluster.tls_of(&self.host).is_some());
+        let acquired = self.acquire_unseen(&Need { cluster, wanted, source, peer, high: high_priority }).await;
         match &acquired {
             Ok(_) => self.saw(Seen::Connected),
             Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),

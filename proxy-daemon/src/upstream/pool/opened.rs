@@ -14,7 +14,7 @@ use crate::{
     config::model::Http2Options,
     http::codec::{h1, h2},
     stats::{Gauge, Metered},
-    tls::AlpnFallback,
+    tls::{AlpnFallback, PeerName},
     upstream::{
         ClusterStats, ConnectError, Host, HostCounter, WorkerCluster, WorkerHost,
         breakers::{Breakers, Resource},
@@ -101,10 +101,10 @@ impl WorkerHost {
         // It counts from now on.
         let open = OpenConnection::new(need, self, pool);
         let coming = Coming::new(pool, need.room());
-        let (age, source) = (self.pool.age.get(), need.source);
+        let (age, way) = (self.pool.age.get(), (need.source, need.peer.cloned()));
         let (host, cluster, pool) = (Rc::clone(self), Rc::clone(need.cluster), Rc::clone(pool));
         tokio::task::spawn_local(async move {
-            let opened = host.open(&cluster, &pool, source, speaks, open).await;
+            let opened = host.open(&cluster, &pool, way, speaks, open).await;
             drop(coming);
             match opened {
                 Ok(Opened::Http1(connection)) => {
@@ -128,7 +128,7 @@ impl WorkerHost {
         &self,
         cluster: &WorkerCluster,
         pool: &Rc<SourcePool>,
-        source: Option<Source>,
+        (source, peer): (Option<Source>, Option<PeerName>),
         speaks: Speaks,
         open: OpenConnection,
     ) -> Result<Opened, PoolError> {
@@ -145,7 +145,7 @@ impl WorkerHost {
             // What it comes to is seen later.
             Speaks::Auto(_) | Speaks::Tcp => {}
         }
-        let (stream, open) = self.dial(cluster, source, alpn, open).await?;
+        let (stream, open) = self.dial(cluster, (source, peer.as_ref()), alpn, open).await?;
         let (http2, is_tcp) = match speaks {
             Speaks::Http1 => (None, false),
             Speaks::Tcp => (None, true),
@@ -171,7 +171,7 @@ impl WorkerHost {
     async fn dial(
         &self,
         cluster: &WorkerCluster,
-        source: Option<Source>,
+        (source, peer): (Option<Source>, Option<&PeerName>),
         alpn: AlpnFallback,
         open: OpenConnection,
     ) -> Result<(UpstreamStream, OpenConnection), PoolError> {
@@ -181,6 +181,7 @@ impl WorkerHost {
             happy_eyeballs: config.happy_eyeballs,
             limit: config.connect_timeout,
             tls: cluster.cluster.tls_of(&self.host),
+            peer,
             alpn,
             connected: &open.connected,
         };

@@ -221,7 +221,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.extensions.common.dynamic_forward_proxy.v3.DnsCacheCircuitBreakers", ALL),
-    ("envoy.config.core.v3.UpstreamHttpProtocolOptions", &["auto_sni", "auto_san_validation"]),
+    ("envoy.config.core.v3.UpstreamHttpProtocolOptions", ALL),
     ("envoy.extensions.clusters.dns.v3.DnsCluster", ALL),
     ("envoy.extensions.clusters.dns.v3.DnsCluster.RefreshRate", ALL),
     ("envoy.config.core.v3.DnsResolutionConfig", ALL),
