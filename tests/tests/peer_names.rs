@@ -133,15 +133,12 @@ fn cases(ca: &str) -> Vec<Case> {
             "header",
             over,
             "",
-            &[
-                ("a.test", "o.test"),
-                ("b.test", "o.test:44"),
-                ("a.test", "10.0.0.1"),
-                ("a.test", ""),
-                ("o.test", ""),
-            ],
+            &[("a.test", "o.test"), ("b.test", "o.test:44"), ("a.test", "10.0.0.1"), ("a.test", ""), ("o.test", "")],
         ),
-        Case { route: ", request_headers_to_add: [{header: {key: x-name, value: added.test}}]", ..case("added", over, "", some) },
+        Case {
+            route: ", request_headers_to_add: [{header: {key: x-name, value: added.test}}]",
+            ..case("added", over, "", some)
+        },
         Case { route: "host_rewrite_literal: lit.test", ..case("literal", sni, "", some) },
         Case { route: "auto_host_rewrite: true", ..case("rewritten", sni, "", some) },
         Case { tls: None, ..case("plain", both, "", some) },
@@ -168,9 +165,10 @@ impl Case {
         let hosts = format!(
             "load_assignment: {{cluster_name: x, endpoints: [{{lb_endpoints: [{{endpoint: {{hostname: ep.test, {address}}}}}]}}]}}"
         );
-        let tls = self.tls.as_ref().map(|tls| {
-            format!("transport_socket: {{name: tls, typed_config: {{\"@type\": {TLS}{tls}}}}}")
-        });
+        let tls = self
+            .tls
+            .as_ref()
+            .map(|tls| format!("transport_socket: {{name: tls, typed_config: {{\"@type\": {TLS}{tls}}}}}"));
         [options, hosts].into_iter().chain(tls).collect()
     }
 }
@@ -217,7 +215,8 @@ fn hosts_are_asked_for_what_requests_call_them() -> Result<()> {
             found.insert(case.name.to_owned(), answers.join(", "));
         }
         let stats = daemon.stats()?;
-        let counted = stats.names().filter(|name| name.contains(".ssl.fail_") || name.ends_with("upstream_cx_connect_fail"));
+        let counted =
+            stats.names().filter(|name| name.contains(".ssl.fail_") || name.ends_with("upstream_cx_connect_fail"));
         found.extend(counted.map(|name| (name.to_owned(), stats.get(name).to_string())));
         seen.push(found);
     }

@@ -284,3 +284,83 @@ fn priorities_are_counted_apart() -> Result<()> {
     }
     Ok(())
 }
+
+/// Answers each line with itself, and closes with the client.
+fn echo() -> Result<u16> {
+    server::start(|mut stream| {
+        let mut from = BufReader::new(stream.try_clone()?);
+        std::io::copy(&mut from, &mut stream)?;
+        Ok(())
+    })
+}
+
+fn echoes(stream: &mut TcpStream) -> Result<()> {
+    use std::io::Read as _;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    stream.write_all(b"hello")?;
+    let mut back = [0; 5];
+    stream.read_exact(&mut back)?;
+    ensure!(&back == b"hello", "{back:?}");
+    Ok(())
+}
+
+/// `per_host_thresholds`, and `track_remaining`.
+#[test]
+fn no_host_has_more_connections_than_it_may() -> Result<()> {
+    for kind in KINDS {
+        let (let_go, _) = watch::channel(false);
+        let hosts = [http2_host(None, &let_go)?, http2_host(None, &let_go)?];
+        let (web, tcp) = (free_port()?, free_port()?);
+        let limited = "circuit_breakers: {thresholds: [{track_remaining: true, max_connections: 9, max_pending_requests: 1}], \
+                       per_host_thresholds: [{max_connections: 2}, {max_connections: 7}, {priority: HIGH, max_connections: 1}]}";
+        let one =
+            "circuit_breakers: {thresholds: [{max_pending_requests: 1}], per_host_thresholds: [{max_connections: 1}]}";
+        let bootstrap = Bootstrap::new()
+            .http(web, &routes(&["limited"]), &[])
+            .tcp(tcp, "one")
+            .cluster("limited", &hosts, &[&http2_of("max_concurrent_streams: 1"), limited])
+            .cluster("one", &[echo()?], &[one]);
+        let daemon = start(kind, &bootstrap)?;
+        let cx = |kind: Kind| move || format!("{kind:?}");
+        let mut held = Vec::new();
+        for number in 1..=4 {
+            held.extend(begin(web, "/limited/held", 1));
+            let connected =
+                [("upstream_cx_active", number), ("upstream_rq_total", number), ("upstream_cx_overflow", 0)];
+            come_to(&daemon, "limited", &connected).with_context(cx(kind))?;
+        }
+        held.extend(begin(web, "/limited/held", 1));
+        let waits = [
+            ("upstream_cx_active", 4),
+            ("upstream_rq_total", 4),
+            ("upstream_rq_pending_active", 1),
+            ("upstream_cx_overflow", 1),
+            ("circuit_breakers.default.remaining_cx", 5),
+            ("circuit_breakers.default.remaining_pending", 0),
+            ("circuit_breakers.default.remaining_rq", 1020),
+            ("circuit_breakers.default.remaining_retries", 3),
+            ("circuit_breakers.default.cx_open", 0),
+            ("circuit_breakers.default.rq_pending_open", 1),
+        ];
+        come_to(&daemon, "limited", &waits).with_context(cx(kind))?;
+        ensure!(!daemon.stats()?.has("cluster.one.circuit_breakers.default.remaining_cx"), "{kind:?}: nobody asked");
+        assert_eq!(status(web, "/limited")?, 503, "{kind:?}: no more may wait");
+        let_go.send_replace(true);
+        ensure!(all(held)?.iter().all(|status| *status == 200));
+        come_to(&daemon, "limited", &[("upstream_cx_total", 4), ("upstream_rq_total", 5)]).with_context(cx(kind))?;
+
+        let mut first = TcpStream::connect(("127.0.0.1", tcp))?;
+        echoes(&mut first)?;
+        let mut second = TcpStream::connect(("127.0.0.1", tcp))?;
+        let waits = [("upstream_cx_active", 1), ("upstream_rq_pending_active", 1), ("upstream_cx_overflow", 1)];
+        come_to(&daemon, "one", &waits).with_context(cx(kind))?;
+        let mut third = TcpStream::connect(("127.0.0.1", tcp))?;
+        third.set_read_timeout(Some(DEADLINE))?;
+        ensure!(matches!(std::io::Read::read(&mut third, &mut [0]), Ok(0) | Err(_)), "{kind:?}: it has a connection");
+        come_to(&daemon, "one", &[("upstream_rq_pending_overflow", 1)]).with_context(cx(kind))?;
+        drop(first);
+        echoes(&mut second).with_context(cx(kind))?;
+        come_to(&daemon, "one", &[("upstream_cx_total", 2), ("upstream_cx_active", 1)]).with_context(cx(kind))?;
+    }
+    Ok(())
+}

@@ -74,6 +74,7 @@ pub(super) fn refresh(state: &AdminState) {
     set("server.uptime", state.started.elapsed().as_secs());
     set("server.concurrency", state.concurrency as u64);
     set("server.hot_restart_epoch", 0);
+    set("server.tasks", state.data_plane.tasks() as u64);
     set("cluster_manager.active_clusters", state.data_plane.clusters().len() as u64);
     set("listener_manager.total_listeners_active", state.data_plane.listeners().len() as u64);
     set("listener_manager.workers_started", 1);

@@ -2,7 +2,11 @@
 
 use http::{HeaderValue, Method, Uri, Version, header::HOST};
 
-use super::{redirect, route_match::{authority, value_of}, stream::RequestHead};
+use super::{
+    redirect,
+    route_match::{authority, value_of},
+    stream::RequestHead,
+};
 use crate::{
     config::model::UpstreamProtocol,
     tls::PeerName,

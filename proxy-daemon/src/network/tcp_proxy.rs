@@ -252,7 +252,6 @@ impl Drop for Dialed {
         // As in Envoy it is a request that never ends.
         stats.count_end(self.by_host, true);
         stats.upstream_cx_length_ms.record(self.since.elapsed().as_millis() as u64);
-        self.host.count(HostCounter::CxActive, -1);
         self.host.end_request();
     }
 }
@@ -296,13 +295,16 @@ async fn dial(
         }
         let (config, stats) = (&member.cluster.config, &member.cluster.stats);
         outcome.host = Some(host.host.display().to_owned());
-        let closings = host.pool.closings();
-        stats.upstream_cx_total.inc();
-        host.count(HostCounter::CxTotal, 1);
         stats.upstream_rq_pending_total.inc();
         let pending = Decrement::after_inc(stats.upstream_rq_pending_active);
         // Counted from the first SYN: connects that hang use up the limit as well.
-        let open = Tunnelled::to(&member);
+        let Some(open) = Tunnelled::to(&member, &host).await else {
+            outcome.flags |= ResponseFlags::UO;
+            return None;
+        };
+        let closings = host.pool.closings();
+        stats.upstream_cx_total.inc();
+        host.count(HostCounter::CxTotal, 1);
         let (since, connected) = (Instant::now(), Cell::new(None));
         let peer = member.peer_of_connection(info.requested_server_name());
         let how = Dial {
@@ -319,7 +321,6 @@ async fn dial(
                 stats.upstream_cx_connect_ms.record(since.elapsed().as_millis() as u64);
                 drop(pending);
                 stats.upstream_rq_total.inc();
-                host.count(HostCounter::CxActive, 1);
                 host.begin_request();
                 host.saw(Seen::ConnectedOnly);
                 let issued = Issued::to(&host);

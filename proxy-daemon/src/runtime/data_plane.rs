@@ -69,6 +69,8 @@ struct Inner {
     on_demand: Mutex<Option<on_demand::Messages>>,
     workers: Mutex<Vec<mpsc::UnboundedSender<Command>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Those of the workers that have begun.
+    runtimes: Vec<Arc<OnceLock<tokio::runtime::Handle>>>,
     listeners: Mutex<BTreeMap<Arc<str>, Running>>,
     interception: Mutex<Option<Interception>>,
     total_connections: stats::Gauge,
@@ -142,11 +144,15 @@ impl DataPlane {
         let cpus = processors();
         let node_ip = node_ip();
         let draining = watch::Sender::new(false);
+        let mut runtimes = Vec::with_capacity(options.workers);
         for index in 0..options.workers {
             let (sender, commands) = mpsc::unbounded_channel();
             senders.push(sender);
+            let runtime = Arc::default();
+            runtimes.push(Arc::clone(&runtime));
             threads.push(worker::spawn(worker::Start {
                 index,
+                runtime,
                 clusters: Arc::clone(&clusters),
                 offloaded: Arc::clone(&offloaded),
                 pods: Arc::clone(&pods),
@@ -176,6 +182,7 @@ impl DataPlane {
             on_demand: Mutex::new(Some(messages)),
             workers: Mutex::new(senders),
             threads: Mutex::new(threads),
+            runtimes,
             listeners: Mutex::default(),
             interception: Mutex::new(options.interception),
             total_connections: stats::gauge("server.total_connections"),
@@ -519,6 +526,12 @@ impl DataPlane {
             addresses: running.addresses.iter().map(|open| open.actual).collect(),
         };
         listeners.iter().map(status).collect()
+    }
+
+    /// Tasks of the workers and of the control thread that have not ended: connections, streams, look-ups, checks and so on.
+    pub fn tasks(&self) -> usize {
+        let runtimes = self.0.runtimes.iter().filter_map(|runtime| runtime.get()).chain([&self.0.control]);
+        runtimes.map(|runtime| runtime.metrics().num_alive_tasks()).sum()
     }
 
     /// Open downstream connections.

@@ -6,14 +6,14 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread,
     time::Duration,
 };
 
 use arc_swap::{ArcSwap, Cache};
 use tokio::{
-    runtime::{Builder, LocalOptions},
+    runtime::{Builder, Handle, LocalOptions},
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
 };
@@ -114,6 +114,8 @@ pub(super) struct Start {
     pub(super) joins: Option<Joins>,
     pub(super) drain_time: Duration,
     pub(super) draining: watch::Receiver<bool>,
+    /// Where the worker says what it runs on.
+    pub(super) runtime: Arc<OnceLock<Handle>>,
     /// Pins the thread to this processor.
     pub(super) cpu: Option<usize>,
     pub(super) commands: mpsc::UnboundedReceiver<Command>,
@@ -128,7 +130,11 @@ pub(super) fn spawn(start: Start) -> std::io::Result<thread::JoinHandle<()>> {
         }
         stats::register_worker(start.index);
         match runtime() {
-            Ok(runtime) => runtime.block_on(run(start)),
+            Ok(runtime) => {
+                // It is empty: there is one worker to it.
+                let _ = start.runtime.set(runtime.handle().clone());
+                runtime.block_on(run(start));
+            }
             Err(error) => tracing::error!(worker = start.index, %error, "cannot start a worker"),
         }
         access_log::flush_thread();

@@ -3,7 +3,7 @@
 
 use std::rc::Rc;
 
-use super::{Cluster, ClusterMap, WorkerCluster};
+use super::{Cluster, ClusterMap, HostCounter, WorkerCluster, WorkerHost};
 use crate::stats::{HiddenGauge, Metric};
 
 /// What there may be only so much of.
@@ -46,21 +46,71 @@ impl Breakers {
     }
 }
 
-/// A connection of a TCP proxy, at the circuit breaker of the default priority for as long as this lives.
-pub(crate) struct Tunnelled(Rc<WorkerCluster>);
+/// A connection of a TCP proxy, at the circuit breaker of the default priority and at its host for as long as this lives.
+pub(crate) struct Tunnelled {
+    cluster: Rc<WorkerCluster>,
+    host: Rc<WorkerHost>,
+}
 
 impl Tunnelled {
-    pub(crate) fn to(cluster: &Rc<WorkerCluster>) -> Tunnelled {
-        cluster.cluster.stats.upstream_cx_active.inc();
+    /// Waits while the host has as many connections as it may, and this worker's TCP proxies have some of them. `None`: no more may wait.
+    pub(crate) async fn to(cluster: &Rc<WorkerCluster>, host: &Rc<WorkerHost>) -> Option<Tunnelled> {
+        let (stats, mut waits) = (&cluster.cluster.stats, None);
+        while host.is_full(&cluster.cluster, false) && host.pool.tunnels.get() > 0 {
+            if waits.is_none() {
+                stats.upstream_cx_overflow.inc();
+                waits = Some(Pending::new(cluster, false)?);
+            }
+            host.pool.tunnel_ended.notified().await;
+        }
+        stats.upstream_cx_active.inc();
         cluster.cluster.breakers.take(Resource::Connections, false);
-        Tunnelled(Rc::clone(cluster))
+        host.count(HostCounter::CxActive, 1);
+        host.pool.tunnels.set(host.pool.tunnels.get() + 1);
+        Some(Tunnelled { cluster: Rc::clone(cluster), host: Rc::clone(host) })
     }
 }
 
 impl Drop for Tunnelled {
     fn drop(&mut self) {
-        self.0.cluster.stats.upstream_cx_active.dec();
-        self.0.cluster.breakers.give_back(Resource::Connections, false);
+        let Tunnelled { cluster, host } = self;
+        cluster.cluster.stats.upstream_cx_active.dec();
+        cluster.cluster.breakers.give_back(Resource::Connections, false);
+        host.count(HostCounter::CxActive, -1);
+        host.pool.tunnels.set(host.pool.tunnels.get() - 1);
+        host.pool.tunnel_ended.notify_one();
+    }
+}
+
+/// A request, or a connection, that waits for a connection to a host, at the circuit breaker for as long as this lives.
+pub(super) struct Pending<'a> {
+    cluster: &'a WorkerCluster,
+    high: bool,
+}
+
+impl Pending<'_> {
+    /// `None`: as many wait as may, which is counted.
+    pub(super) fn new(cluster: &WorkerCluster, high: bool) -> Option<Pending<'_>> {
+        if cluster.cluster.is_full(Resource::Pending, high) {
+            cluster.cluster.stats.upstream_rq_pending_overflow.inc();
+            return None;
+        }
+        cluster.cluster.breakers.take(Resource::Pending, high);
+        Some(Pending { cluster, high })
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.cluster.cluster.breakers.give_back(Resource::Pending, self.high);
+    }
+}
+
+impl WorkerHost {
+    /// Whether the host may have no more connections of that priority: those of all workers count, and of all priorities, as by Envoy.
+    pub(super) fn is_full(&self, cluster: &Cluster, high: bool) -> bool {
+        let most = cluster.config.circuit_breakers[usize::from(high)].max_connections_per_host;
+        most.is_some_and(|most| self.host.counters.sum(HostCounter::CxActive) >= u64::from(most))
     }
 }
 
@@ -68,13 +118,19 @@ impl Cluster {
     /// Whether there may be no more of it in that priority.
     #[inline]
     pub(crate) fn is_full(&self, resource: Resource, high: bool) -> bool {
+        self.left(resource, high) == 0
+    }
+
+    /// How much more of it there may be in that priority.
+    #[inline]
+    fn left(&self, resource: Resource, high: bool) -> u64 {
         let limits = self.limits(high);
         let most = match resource {
             Resource::Connections => limits.max_connections(),
             Resource::Pending => limits.max_pending_requests(),
             Resource::Requests => limits.max_requests(),
         };
-        self.breakers.in_use(resource, high) >= u64::from(most)
+        u64::from(most).saturating_sub(self.breakers.in_use(resource, high))
     }
 
     /// One more request is under way; [`end_request`](Self::end_request) must follow.
@@ -105,6 +161,20 @@ pub fn breaker_gauges(clusters: &ClusterMap) -> Vec<Metric> {
             add("rq_pending_open", cluster.is_full(Resource::Pending, high));
             add("rq_open", cluster.is_full(Resource::Requests, high));
             add("rq_retry_open", cluster.retries_are_exhausted(high));
+            if !cluster.config.circuit_breakers[usize::from(high)].tracks_remaining {
+                continue;
+            }
+            let mut add = |name: &str, left: u64| {
+                gauges.push(Metric::gauge_in(scope, &format!("circuit_breakers.{priority}.{name}"), left));
+            };
+            add("remaining_cx", cluster.left(Resource::Connections, high));
+            add("remaining_cx_pools", u64::MAX);
+            add("remaining_pending", cluster.left(Resource::Pending, high));
+            // As by Envoy, those that wait for a connection do not count yet.
+            let waiting = cluster.breakers.in_use(Resource::Pending, high);
+            let most = u64::from(cluster.limits(high).max_requests());
+            add("remaining_rq", (cluster.left(Resource::Requests, high) + waiting).min(most));
+            add("remaining_retries", cluster.retries_left(high).into());
         }
     }
     gauges

@@ -126,9 +126,8 @@ impl Cluster {
             Some(budget) => {
                 let requests = match &self.recent[usize::from(high)] {
                     Some(recent) => recent.count(),
-                    None => {
-                        [Resource::Requests, Resource::Pending].map(|it| self.breakers.in_use(it, high)).iter().sum()
-                    }
+                    // Those that wait for a connection are among them.
+                    None => self.breakers.in_use(Resource::Requests, high),
                 };
                 let share = requests as f64 * budget.percent / 100.0;
                 (share as u32).max(budget.min_concurrency)
@@ -145,7 +144,12 @@ impl Cluster {
 
     /// There may be no further retry now.
     pub(super) fn retries_are_exhausted(&self, high: bool) -> bool {
-        self.retries[usize::from(high)].load(Ordering::Relaxed) >= self.retry_limit(high)
+        self.retries_left(high) == 0
+    }
+
+    /// How many more retries there may be now.
+    pub(super) fn retries_left(&self, high: bool) -> u32 {
+        self.retry_limit(high).saturating_sub(self.retries[usize::from(high)].load(Ordering::Relaxed))
     }
 
     /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.

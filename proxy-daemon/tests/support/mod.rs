@@ -203,6 +203,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         lb: LbOptions::default(),
         reported_metrics: [].into(),
         socket_matches: Default::default(),
+        peer_name: None,
         connect_timeout: Duration::from_secs(5),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),

@@ -1,6 +1,6 @@
-//! Hosts and clusters that come and go all the time, as a control plane says: a change every 10 ms, and 10,000 of them.
+//! Hosts and clusters that come and go all the time, as a control plane says: a change every 10 ms, and 10,000 clusters with their endpoints.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -117,7 +117,7 @@ fn bootstrap(plane: &ControlPlane, api_type: &str, fields: &str, rest: Bootstrap
 }
 
 /// Waits for a request that is asked for; none may refuse anything.
-fn requested(stream: &Stream, what: &str, wanted: impl Fn(&Asked) -> bool) -> Result<()> {
+fn requested(stream: &Stream, what: &str, mut wanted: impl FnMut(&Asked) -> bool) -> Result<()> {
     loop {
         let request = stream.next(DEADLINE)?.with_context(|| format!("no {what}"))?;
         ensure!(request.error.is_none(), "refused: {request:?}");
@@ -180,6 +180,7 @@ fn hosts_that_come_and_go_fail_nothing() -> Result<()> {
 struct Held {
     files: usize,
     threads: usize,
+    tasks: u64,
     memory: u64,
     stats: usize,
 }
@@ -187,17 +188,19 @@ struct Held {
 fn held(proxy: &Daemon) -> Result<Held> {
     let directory = format!("/proc/{}", proxy.pid());
     let count = |name: &str| -> Result<usize> { Ok(fs::read_dir(format!("{directory}/{name}"))?.count()) };
-    let stats = proxy.admin("/stats")?.lines().count();
-    Ok(Held { files: count("fd")?, threads: count("task")?, memory: proxy.memory()?, stats })
+    let (tasks, stats) = (proxy.stats()?.get("server.tasks"), proxy.admin("/stats")?.lines().count());
+    ensure!(tasks > 0, "nobody counts tasks");
+    Ok(Held { files: count("fd")?, threads: count("task")?, tasks, memory: proxy.memory()?, stats })
 }
 
 /// Clusters of new names come, are used and go, with endpoints that change meanwhile.
 #[test]
-fn ten_thousand_changes_leave_nothing_behind() -> Result<()> {
-    const CHANGES: usize = 10_000;
+fn ten_thousand_cycles_leave_nothing_behind() -> Result<()> {
+    const CYCLES: usize = 10_000;
     /// The first ones fill what is kept for the next.
     const WARM: usize = 2_000;
-    const CLUSTERS: usize = 8;
+    /// So many clusters live through the same cycle.
+    const AT_ONCE: usize = 16;
     let (plane, (port, hosts), listen) = (ControlPlane::start()?, Hosts::start()?, free_port()?);
     let routes = "- {name: all, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster_header: x-cluster}}]}";
     let cds = ", cds_config: {resource_api_version: V3, ads: {}}";
@@ -220,38 +223,49 @@ fn ten_thousand_changes_leave_nothing_behind() -> Result<()> {
         config_source_specifier: Some(ConfigSourceSpecifier::Ads(AggregatedConfigSource {})),
         ..Default::default()
     };
-    let mut live = VecDeque::new();
+    let mut live: Vec<String> = Vec::new();
     let mut before = None;
-    // Each cycle adds a cluster, says its endpoints twice, and removes another: four changes.
-    for cycle in 0..CHANGES / 4 {
-        let name = format!("cluster-{cycle}");
-        let eds = EdsClusterConfig { eds_config: Some(ads.clone()), ..Default::default() };
-        let cluster = Cluster {
-            name: name.clone(),
-            cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
-            eds_cluster_config: Some(eds),
-            ..Default::default()
+    // In each cycle a cluster comes, is said its endpoints twice, is used, and goes.
+    for cycle in (0..CYCLES).step_by(AT_ONCE) {
+        let names: Vec<_> = (cycle..cycle + AT_ONCE).map(|number| format!("cluster-{number}")).collect();
+        let cluster = |name: &String| {
+            let eds = EdsClusterConfig { eds_config: Some(ads.clone()), ..Default::default() };
+            let cluster = Cluster {
+                name: name.clone(),
+                cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Eds.into())),
+                eds_cluster_config: Some(eds),
+                ..Default::default()
+            };
+            resource(name, cycle, &cluster)
         };
-        let gone = if live.len() == CLUSTERS { live.pop_front() } else { None };
-        let changed = push(&clusters, vec![resource(&name, cycle, &cluster)], gone.into_iter().collect());
-        let with = |number: usize| {
-            let numbers = (0..3).map(move |host| (cycle + number + host) % HOSTS);
-            vec![resource(&name, number, &assignment(&name, port, numbers))]
+        let gone = std::mem::replace(&mut live, names);
+        let changed = push(&clusters, live.iter().map(cluster).collect(), gone);
+        let with = |version: usize| {
+            let numbers = |number: usize| (0..3).map(move |host| (number + version + host) % HOSTS);
+            let said = |(number, name): (usize, &String)| {
+                resource(name, version, &assignment(name, port, numbers(cycle + number)))
+            };
+            live.iter().enumerate().map(said).collect()
         };
-        requested(&stream, "question for endpoints", |request| request.names.contains(&name))?;
-        // The cluster warms until it has them.
+        let mut unasked: HashSet<&String> = live.iter().collect();
+        requested(&stream, "question for endpoints", |request| {
+            unasked.retain(|name| !request.names.contains(name));
+            unasked.is_empty()
+        })?;
+        // The clusters warm until they have them.
         push(&endpoints, with(0), Vec::new());
         acknowledged(&stream, &changed)?;
         let changed = push(&endpoints, with(1), Vec::new());
-        let used = Request::get("/").header("x-cluster", &name);
-        wait_until(DEADLINE, "the new cluster to serve", || {
-            let status = fetch(listen, used.clone())?.status;
-            ensure!(status == 200, "{name} answers {status}");
-            Ok(())
-        })?;
         acknowledged(&stream, &changed)?;
-        live.push_back(name);
-        if cycle == WARM / 4 {
+        for name in &live {
+            let used = Request::get("/").header("x-cluster", name);
+            wait_until(DEADLINE, "the new cluster to serve", || {
+                let status = fetch(listen, used.clone())?.status;
+                ensure!(status == 200, "{name} answers {status}");
+                Ok(())
+            })?;
+        }
+        if cycle == WARM {
             before = Some(held(&proxy)?);
         }
     }
@@ -261,6 +275,7 @@ fn ten_thousand_changes_leave_nothing_behind() -> Result<()> {
         after = held(&proxy)?;
         ensure!(after.files <= before.files + 8, "open files: {} and {}", before.files, after.files);
         ensure!(after.threads <= before.threads, "threads: {} and {}", before.threads, after.threads);
+        ensure!(after.tasks <= before.tasks + 16, "tasks: {} and {}", before.tasks, after.tasks);
         ensure!(after.stats <= before.stats + 100, "statistics: {} and {}", before.stats, after.stats);
         // A cluster of three hosts that were used costs more than 10 KiB.
         ensure!(after.memory <= before.memory + 8 * 1024 * 1024, "bytes: {} and {}", before.memory, after.memory);

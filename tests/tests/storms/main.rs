@@ -32,15 +32,38 @@ const ROUTES: &str = "- {name: all, domains: ['*'], routes: [
     {match: {path: /retried}, route: {cluster: app, timeout: 5s, retry_policy: {retry_on: '5xx,reset,connect-failure', num_retries: 4,
       per_try_timeout: 0.25s, host_selection_retry_max_attempts: 5, retry_host_predicate: [{name: envoy.retry_host_predicates.previous_hosts,
       typed_config: {'@type': type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate}}]}}}]}";
-const FIELDS: [&str; 5] = [
+const FIELDS: [&str; 3] = [
     "connect_timeout: 0.25s",
     "circuit_breakers: {thresholds: [{max_retries: 1000}]}",
-    "outlier_detection: {consecutive_5xx: 3, interval: 0.1s, base_ejection_time: 0.5s, max_ejection_time: 2s, max_ejection_percent: 80}",
-    "health_checks: [{timeout: 0.25s, interval: 0.1s, unhealthy_threshold: 2, healthy_threshold: 1, http_health_check: {path: /check}}]",
     "common_lb_config: {healthy_panic_threshold: {value: 20}}",
 ];
+const OUTLIERS: &str = "outlier_detection: {consecutive_5xx: 3, interval: 0.1s, base_ejection_time: 0.5s, max_ejection_time: 2s, \
+                        max_ejection_percent: 80}";
+const CHECKS: &str = "health_checks: [{timeout: 0.25s, interval: 0.1s, unhealthy_threshold: 2, healthy_threshold: 1, \
+                      http_health_check: {path: /check}}]";
+/// Within this all hosts are to be used again once they are well: the longest ejection, a check, and a busy machine's share.
+const RECOVERY: Duration = Duration::from_secs(7);
 
-fn bootstrap(listen: u16, port: u16, priorities: bool) -> String {
+/// By what hosts are found to be ill: what one of them finds out hides what the other does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watch {
+    Both,
+    Checks,
+    Outliers,
+}
+
+impl Watch {
+    fn fields(self) -> Vec<&'static str> {
+        let watching: &[&str] = match self {
+            Watch::Both => &[OUTLIERS, CHECKS],
+            Watch::Checks => &[CHECKS],
+            Watch::Outliers => &[OUTLIERS],
+        };
+        [&FIELDS, watching].concat()
+    }
+}
+
+fn bootstrap(listen: u16, port: u16, watch: Watch, priorities: bool) -> String {
     let group = |priority: u8, numbers: &[u8]| {
         let endpoint = |number: &u8| {
             format!("{{endpoint: {{address: {{socket_address: {{address: 127.0.3.{number}, port_value: {port}}}}}}}}}")
@@ -56,22 +79,22 @@ fn bootstrap(listen: u16, port: u16, priorities: bool) -> String {
         false => group(0, ALL),
     };
     let assignment = format!("load_assignment: {{cluster_name: app, endpoints: [{groups}]}}");
-    let fields: Vec<_> = FIELDS.into_iter().chain([assignment.as_str()]).collect();
+    let fields: Vec<_> = watch.fields().into_iter().chain([assignment.as_str()]).collect();
     Bootstrap::new().http(listen, ROUTES, &[]).cluster_of("app", &fields).yaml()
 }
 
 /// One proxy in a storm: what came back without retries, and with them.
-fn weather(kind: Kind, script: Script, priorities: bool) -> Result<[Count; 2]> {
+fn weather(kind: Kind, script: Script, watch: Watch, priorities: bool) -> Result<[Count; 2]> {
     let (hosts, listen) = (Hosts::start(HOSTS)?, free_port()?);
-    let proxy = Daemon::start(kind, &bootstrap(listen, hosts.port, priorities))?;
-    let healthy = |number: u64| {
-        wait_until(DEADLINE, "the hosts to be found well", || {
+    let proxy = Daemon::start(kind, &bootstrap(listen, hosts.port, watch, priorities))?;
+    let healthy = |number: u64, limit: Duration| {
+        wait_until(limit, "the hosts to be found well", || {
             let found = proxy.stats()?.get("cluster.app.membership_healthy");
             ensure!(found == number, "{found} of {number} are");
             Ok(())
         })
     };
-    healthy(HOSTS.into())?;
+    healthy(HOSTS.into(), DEADLINE)?;
     let clients = Clients::start(listen, &["/plain", "/retried"]);
     let begun = Instant::now();
     for (at, numbers, mood) in script {
@@ -79,10 +102,11 @@ fn weather(kind: Kind, script: Script, priorities: bool) -> Result<[Count; 2]> {
         std::thread::sleep(Duration::from_millis(*at).saturating_sub(begun.elapsed()));
         hosts.set(numbers, *mood);
     }
-    healthy(HOSTS.into()).context("after the storm")?;
+    let well = Instant::now();
+    healthy(HOSTS.into(), RECOVERY).context("after the storm")?;
     let used: &[u8] = if priorities { &ALL[..5] } else { ALL };
     let before = hosts.served();
-    wait_until(DEADLINE, "all hosts to be used again", || {
+    wait_until(RECOVERY.saturating_sub(well.elapsed()), "all hosts to be used again", || {
         let now = hosts.served();
         let unused: Vec<_> =
             used.iter().filter(|number| now[usize::from(**number) - 1] == before[usize::from(**number) - 1]).collect();
@@ -93,9 +117,9 @@ fn weather(kind: Kind, script: Script, priorities: bool) -> Result<[Count; 2]> {
     counts.try_into().map_err(|_| anyhow::anyhow!("two counts"))
 }
 
-fn storm(name: &str, script: Script, priorities: bool) -> Result<()> {
-    let envoy = weather(Kind::Envoy, script, priorities).context("Envoy")?;
-    let culvert = weather(Kind::Culvert, script, priorities).context("culvertd")?;
+fn storm(name: &str, script: Script, watch: Watch, priorities: bool) -> Result<()> {
+    let envoy = weather(Kind::Envoy, script, watch, priorities).context("Envoy")?;
+    let culvert = weather(Kind::Culvert, script, watch, priorities).context("culvertd")?;
     for (kind, [plain, retried]) in [("Envoy", &envoy), ("culvertd", &culvert)] {
         println!("{name}, {kind}: without retries {plain:?}, with retries {retried:?}");
     }
@@ -103,7 +127,11 @@ fn storm(name: &str, script: Script, priorities: bool) -> Result<()> {
         [("without retries", &envoy[0], &culvert[0]), ("with retries", &envoy[1], &culvert[1])]
     {
         // What is under way when a host turns is chance: one request a client, and a part of a percent.
-        let chance = 8 + envoy.requests / 200;
+        let chance = match watch {
+            Watch::Both => 8 + envoy.requests / 200,
+            // And when a check comes, or the third failure in a row; without anybody who looks it would be a tenth of all.
+            Watch::Checks | Watch::Outliers => 8 + envoy.requests / 30,
+        };
         ensure!(culvert.requests > 100, "{name} {which}: {culvert:?}");
         ensure!(
             culvert.failed() <= envoy.failed() + chance,
@@ -117,27 +145,27 @@ const BAD: &[u8] = &[1, 2, 3];
 
 #[test]
 fn hosts_crash() -> Result<()> {
-    storm("crash", &[(500, BAD, Mood::Crashed), (2500, BAD, Mood::Well)], false)
+    storm("crash", &[(500, BAD, Mood::Crashed), (2500, BAD, Mood::Well)], Watch::Both, false)
 }
 
 #[test]
 fn hosts_hang() -> Result<()> {
-    storm("hang", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], false)
+    storm("hang", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], Watch::Both, false)
 }
 
 #[test]
 fn hosts_answer_late() -> Result<()> {
-    storm("slow", &[(500, BAD, Mood::Slow), (2500, BAD, Mood::Well)], false)
+    storm("slow", &[(500, BAD, Mood::Slow), (2500, BAD, Mood::Well)], Watch::Both, false)
 }
 
 #[test]
 fn hosts_reset() -> Result<()> {
-    storm("reset", &[(500, BAD, Mood::Resets), (2500, BAD, Mood::Well)], false)
+    storm("reset", &[(500, BAD, Mood::Resets), (2500, BAD, Mood::Well)], Watch::Both, false)
 }
 
 #[test]
 fn hosts_fail() -> Result<()> {
-    storm("fail", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], false)
+    storm("fail", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], Watch::Both, false)
 }
 
 #[test]
@@ -156,10 +184,35 @@ fn everything_happens_at_once() -> Result<()> {
         (2300, &[6, 7], Mood::Resets),
         (3000, ALL, Mood::Well),
     ];
-    storm("all at once", SCRIPT, false)
+    storm("all at once", SCRIPT, Watch::Both, false)
 }
 
 #[test]
 fn a_locality_disappears() -> Result<()> {
-    storm("locality", &[(500, &[1, 2, 3, 4, 5], Mood::Crashed), (2500, ALL, Mood::Well)], true)
+    storm("locality", &[(500, &[1, 2, 3, 4, 5], Mood::Crashed), (2500, ALL, Mood::Well)], Watch::Both, true)
+}
+
+#[test]
+fn hosts_fail_and_only_outlier_detection_sees_it() -> Result<()> {
+    storm("fail, outliers", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], Watch::Outliers, false)
+}
+
+#[test]
+fn hosts_crash_and_only_outlier_detection_sees_it() -> Result<()> {
+    storm("crash, outliers", &[(500, BAD, Mood::Crashed), (2500, BAD, Mood::Well)], Watch::Outliers, false)
+}
+
+#[test]
+fn hosts_hang_and_only_outlier_detection_sees_it() -> Result<()> {
+    storm("hang, outliers", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], Watch::Outliers, false)
+}
+
+#[test]
+fn hosts_fail_and_only_checks_see_it() -> Result<()> {
+    storm("fail, checks", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], Watch::Checks, false)
+}
+
+#[test]
+fn hosts_hang_and_only_checks_see_it() -> Result<()> {
+    storm("hang, checks", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], Watch::Checks, false)
 }

@@ -188,11 +188,7 @@ impl PeerNameOptions {
     pub fn of(&self, authority: &str) -> Option<PeerName> {
         let name = split(authority).0;
         let sent = self.sent && name.parse::<IpAddr>().is_err();
-        (sent || self.checked).then(|| PeerName {
-            name: name.to_ascii_lowercase().into(),
-            sent,
-            checked: self.checked,
-        })
+        (sent || self.checked).then(|| PeerName { name: name.to_ascii_lowercase().into(), sent, checked: self.checked })
     }
 }
 
@@ -201,6 +197,8 @@ impl PeerNameOptions {
 pub struct Thresholds {
     /// Connections to all hosts.
     pub max_connections: u32,
+    /// Connections to each host, of `per_host_thresholds`.
+    pub max_connections_per_host: Option<u32>,
     /// Requests that wait for a connection.
     pub max_pending_requests: u32,
     /// Requests at a time.
@@ -209,6 +207,8 @@ pub struct Thresholds {
     pub max_retries: u32,
     /// Counts instead of `max_retries`.
     pub retry_budget: Option<RetryBudget>,
+    /// `track_remaining`: statistics tell how much more there may be.
+    pub tracks_remaining: bool,
 }
 
 /// `CircuitBreakers.Thresholds.RetryBudget`
@@ -226,10 +226,12 @@ impl Default for Thresholds {
     fn default() -> Thresholds {
         Thresholds {
             max_connections: 1024,
+            max_connections_per_host: None,
             max_pending_requests: 1024,
             max_requests: 1024,
             max_retries: 3,
             retry_budget: None,
+            tracks_remaining: false,
         }
     }
 }

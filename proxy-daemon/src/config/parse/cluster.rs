@@ -5,6 +5,7 @@ use envoy_types::pb::envoy::{
     config::{
         cluster::v3::{
             CircuitBreakers, Cluster,
+            circuit_breakers::Thresholds as CircuitBreakersThresholds,
             cluster::{ClusterDiscoveryType, CustomClusterType, DiscoveryType, LbConfig},
             upstream_connection_options::FirstAddressFamilyVersion,
         },
@@ -80,6 +81,9 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let http = http_options(cluster, path)?;
     let http_path = join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"]"));
     dynamic_forward_proxy::tls(&discovery, http.as_ref(), &mut tls, &mut socket_matches, &http_path)?;
+    if breakers_of_hosts_that_requests_name(cluster, &discovery) {
+        return Err(FieldError::unsupported(join(path, "circuit_breakers.per_host_thresholds")));
+    }
     let peer_name = peer_name::options(&discovery, http.as_ref(), &http_path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
@@ -125,6 +129,12 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         health,
         endpoints,
     })
+}
+
+/// What such hosts have is not counted for each of them.
+fn breakers_of_hosts_that_requests_name(cluster: &Cluster, discovery: &Discovery) -> bool {
+    let named = matches!(discovery, Discovery::OriginalDst { .. } | Discovery::DynamicForwardProxy { .. });
+    named && cluster.circuit_breakers.as_ref().is_some_and(|breakers| !breakers.per_host_thresholds.is_empty())
 }
 
 fn health(cluster: &Cluster, path: &str) -> Result<HealthOptions> {
@@ -328,6 +338,7 @@ fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, pa
 
 fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[Thresholds; 2]> {
     let mut limits: [Option<Thresholds>; 2] = Default::default();
+    let of_each_host = breakers.map(|breakers| of_each_host(breakers, path)).transpose()?.unwrap_or_default();
     let all = breakers.map(|breakers| breakers.thresholds.as_slice()).unwrap_or_default();
     for (index, thresholds) in all.iter().enumerate() {
         let default = Thresholds::default();
@@ -339,6 +350,7 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
         }
         *limits = Some(Thresholds {
             max_connections: number(thresholds.max_connections, default.max_connections),
+            max_connections_per_host: of_each_host[usize::from(high)].flatten(),
             max_pending_requests: number(thresholds.max_pending_requests, default.max_pending_requests),
             max_requests: number(thresholds.max_requests, default.max_requests),
             max_retries: number(thresholds.max_retries, default.max_retries),
@@ -353,9 +365,34 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
                     })
                 }
             },
+            tracks_remaining: thresholds.track_remaining,
         });
     }
-    Ok(limits.map(Option::unwrap_or_default))
+    let [default, high] = limits;
+    let all = [(default, of_each_host[0]), (high, of_each_host[1])];
+    Ok(all.map(|(limits, of_each)| {
+        let of_each = of_each.flatten();
+        limits.unwrap_or_else(|| Thresholds { max_connections_per_host: of_each, ..Thresholds::default() })
+    }))
+}
+
+/// What `per_host_thresholds` say of connections, for the default priority and for the high one: the first of a priority counts.
+fn of_each_host(breakers: &CircuitBreakers, path: &str) -> Result<[Option<Option<u32>>; 2]> {
+    let mut limits = [None; 2];
+    for (index, thresholds) in breakers.per_host_thresholds.iter().enumerate() {
+        let only = CircuitBreakersThresholds {
+            priority: thresholds.priority,
+            max_connections: thresholds.max_connections,
+            ..Default::default()
+        };
+        if *thresholds != only {
+            let path = format!("{}[{index}]", join(path, "per_host_thresholds"));
+            return Err(FieldError::new(path, "Unsupported field in per_host_thresholds"));
+        }
+        let high = thresholds.priority == RoutingPriority::High as i32;
+        limits[usize::from(high)].get_or_insert(thresholds.max_connections.map(|most| most.value));
+    }
+    Ok(limits)
 }
 
 fn happy_eyeballs(cluster: &Cluster, path: &str) -> Result<HappyEyeballs> {

@@ -22,7 +22,11 @@ use self::{
     opened::{Http1Connection, Http2Connection},
     waiting::Waiting,
 };
-use super::{ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost, breakers::Resource, connect::Source};
+use super::{
+    ConnectError, HostCounter, Seen, WorkerCluster, WorkerHost,
+    breakers::{Pending, Resource},
+    connect::Source,
+};
 use crate::{config::model::Http2Options, tls::PeerName};
 
 /// Why no connection could be had.
@@ -114,6 +118,10 @@ pub struct Pool {
     /// How often what a TCP proxy has was to end.
     closings: Cell<u32>,
     closed: Notify,
+    /// Connections of TCP proxies, which are not of the pools.
+    pub(super) tunnels: Cell<u32>,
+    /// Told of the end of each.
+    pub(super) tunnel_ended: Notify,
 }
 
 #[derive(Default)]
@@ -223,28 +231,11 @@ impl Pool {
 ///
 /// # Errors
 /// As many wait as may.
-fn wait(cluster: &WorkerCluster, high: bool) -> Result<Pending<'_>, PoolError> {
+fn wait(cluster: &WorkerCluster, high: bool) -> Result<(Decrement, Pending<'_>), PoolError> {
     let stats = &cluster.cluster.stats;
-    if cluster.cluster.is_full(Resource::Pending, high) {
-        stats.upstream_rq_pending_overflow.inc();
-        return Err(PoolError::Overflow);
-    }
+    let counted = Pending::new(cluster, high).ok_or(PoolError::Overflow)?;
     stats.upstream_rq_pending_total.inc();
-    cluster.cluster.breakers.take(Resource::Pending, high);
-    Ok(Pending { _shown: Decrement::after_inc(stats.upstream_rq_pending_active), cluster, high })
-}
-
-/// A request that waits for a connection, at the circuit breaker.
-struct Pending<'a> {
-    _shown: Decrement,
-    cluster: &'a WorkerCluster,
-    high: bool,
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        self.cluster.cluster.breakers.give_back(Resource::Pending, self.high);
-    }
+    Ok((Decrement::after_inc(stats.upstream_rq_pending_active), counted))
 }
 
 impl WorkerHost {

@@ -67,7 +67,8 @@ impl WorkerHost {
             if !self.is_short(need, pool) {
                 return;
             }
-            let fits = !need.cluster.cluster.is_full(Resource::Connections, need.high);
+            let cluster = &need.cluster.cluster;
+            let fits = !cluster.is_full(Resource::Connections, need.high) && !self.is_full(cluster, need.high);
             if !fits {
                 need.cluster.cluster.stats.upstream_cx_overflow.inc();
             }

@@ -35,14 +35,16 @@ fn defaults_are_envoys() {
 fn limits_and_timeouts() {
     let config = one_cluster(
         "{ name: a, alt_stat_name: 's:1', connect_timeout: 0.25s, per_connection_buffer_limit_bytes: 5, circuit_breakers: { \
-         thresholds: [{ max_connections: 1, max_pending_requests: 2 }, { priority: HIGH, max_requests: 3, max_retries: 4 }, { max_connections: 9 }] \
+         thresholds: [{ max_connections: 1, max_pending_requests: 2 }, { priority: HIGH, max_requests: 3, max_retries: 4 }, { max_connections: 9 }], \
+         per_host_thresholds: [{ priority: HIGH, max_connections: 5 }, { priority: HIGH, max_connections: 6 }] \
          }, upstream_connection_options: { tcp_keepalive: { keepalive_probes: 2, keepalive_time: 30 } } }",
     )
     .unwrap();
     assert_eq!((config.stat_name.as_str(), config.connect_timeout), ("s_1", Duration::from_millis(250)));
     assert_eq!(config.per_connection_buffer_limit_bytes, 5);
     let default = Thresholds { max_connections: 1, max_pending_requests: 2, ..Thresholds::default() };
-    let high = Thresholds { max_requests: 3, max_retries: 4, ..Thresholds::default() };
+    let high =
+        Thresholds { max_requests: 3, max_retries: 4, max_connections_per_host: Some(5), ..Thresholds::default() };
     assert_eq!(config.circuit_breakers, [default, high]);
     let keepalive = TcpKeepalive { probes: Some(2), time: Some(Duration::from_secs(30)), interval: None };
     assert_eq!(config.tcp_keepalive, Some(keepalive));
@@ -296,4 +298,32 @@ fn redis_servers_are_checked_with_what_the_cluster_says() {
     let other = redis.replace("health_checkers.redis.v3.Redis, key: away", "filters.http.router.v3.Router");
     let error = cluster(&other, password).unwrap_err();
     assert!(error.starts_with("health_checks[0].custom_health_check.typed_config: "), "{error}");
+}
+
+#[test]
+fn what_hosts_may_have_of_their_own_is_connections() {
+    let refused = |fields: &str| one_cluster(&format!("{{ name: a, {fields} }}")).unwrap_err().to_string();
+    let said = refused("circuit_breakers: { per_host_thresholds: [{}, { max_requests: 1 }] }");
+    assert!(said.contains("per_host_thresholds[1]: Unsupported field in per_host_thresholds"), "{said}");
+    let said =
+        refused("type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, circuit_breakers: { per_host_thresholds: [{}] }");
+    assert!(said.contains("circuit_breakers.per_host_thresholds: not supported"), "{said}");
+}
+
+#[test]
+fn requests_name_their_hosts() {
+    let of = |options: &str| {
+        let text = format!(
+            "explicit_http_config: {{ http_protocol_options: {{}} }}, upstream_http_protocol_options: {{ {options} }}"
+        );
+        one_cluster(&with_http(&text)).unwrap().peer_name
+    };
+    assert_eq!(of("override_auto_sni_header: x"), None, "nothing goes by it");
+    let options = of("auto_sni: true").unwrap();
+    let named = |authority| options.of(authority).map(|peer| (peer.name.to_string(), peer.sent, peer.checked));
+    assert_eq!(named("A.test:80"), Some(("a.test".to_owned(), true, false)));
+    assert_eq!(named("10.0.0.1:80"), None);
+    let options = of("auto_sni: true, auto_san_validation: true").unwrap();
+    let named = |authority| options.of(authority).map(|peer| (peer.name.to_string(), peer.sent, peer.checked));
+    assert_eq!(named("[::1]:80"), Some(("::1".to_owned(), false, true)));
 }
