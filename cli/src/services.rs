@@ -124,7 +124,10 @@ fn services_table(services: &[Value], width: Option<usize>) -> String {
             let [name, protocol] = ["envoy_cluster", "protocol"].map(|key| cell(&service[key]));
             let mut row = vec![name, protocol];
             row.extend(counts.chain([list(&service["offloaded"]).len()]).map(|count| count.to_string()));
-            row.extend([joined(&service["vips"]), joined(&service["clusters"])]);
+            // An external name has no endpoints: proxies resolve it.
+            let addresses =
+                service["external"].as_str().map_or_else(|| joined(&service["vips"]), |name| format!("-> {name}"));
+            row.extend([addresses, joined(&service["clusters"])]);
             row
         })
         .collect();
@@ -136,6 +139,19 @@ fn endpoints_table(services: &[Value], width: Option<usize>) -> String {
     let mut rows = Vec::new();
     for service in services {
         let name = cell(&service["envoy_cluster"]);
+        if let Some(external) = service["external"].as_str() {
+            let dash = || "-".to_owned();
+            rows.push(vec![
+                name.clone(),
+                external.to_owned(),
+                "external".to_owned(),
+                dash(),
+                dash(),
+                dash(),
+                joined(&service["clusters"]),
+                "proxies resolve it".to_owned(),
+            ]);
+        }
         for endpoint in list(&service["endpoints"]) {
             let mut row = vec![name.clone()];
             row.extend(["address", "health", "region", "zone", "weight", "cluster"].map(|key| cell(&endpoint[key])));

@@ -146,13 +146,28 @@ async fn open(
         // Without an address of its own: any will do, none is sent.
         return secure(tls, names, std::net::Ipv4Addr::LOCALHOST.into(), stream, protocol).await;
     }
-    let stream = TcpStream::connect(address).await.map_err(ConnectError::Connect)?;
+    let stream = connect_to_any(address).await.map_err(ConnectError::Connect)?;
     let peer = stream.peer_addr().map_err(ConnectError::Connect)?.ip();
     stream.set_nodelay(true).map_err(ConnectError::Connect)?;
     let (idle, interval, retries) = TCP_KEEPALIVE;
     let keepalive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(retries);
     SockRef::from(&stream).set_tcp_keepalive(&keepalive).map_err(ConnectError::Connect)?;
     secure(tls, names, peer, stream, protocol).await
+}
+
+/// Connects to one of the addresses of a name. Which one is tried first is left to chance, so that clients are spread over them
+/// however the name is resolved.
+async fn connect_to_any(address: &str) -> io::Result<TcpStream> {
+    let mut addresses: Vec<_> = tokio::net::lookup_host(address).await?.collect();
+    fastrand::shuffle(&mut addresses);
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in addresses {
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 async fn secure<T: Stream + 'static>(

@@ -129,6 +129,8 @@ pub struct ServiceStatus {
     pub manifest: bool,
     /// Its virtual addresses.
     pub vips: Vec<String>,
+    /// The host outside of all clusters that it stands for, with its port, in the place of endpoints.
+    pub external: Option<String>,
     /// Its load-balanced endpoints.
     pub endpoints: Vec<EndpointStatus>,
     /// Its endpoints that only overrides reach.
@@ -211,6 +213,7 @@ impl StatusPages {
                 clusters: service.clusters.clone(),
                 manifest: service.manifest.is_some(),
                 vips: described.vips.iter().map(ToString::to_string).collect(),
+                external: described.external.as_ref().map(|external| format!("{}:{}", external.host, external.port)),
                 endpoints: endpoints(described),
                 offloaded: self.offloaded(described),
             })

@@ -20,7 +20,7 @@ use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, Service
 use crate::overrides::shares::Share;
 use crate::overrides::tunnels::Offered;
 use crate::policy::apply::Manifests;
-use crate::registration::join::Registered;
+use crate::registration::join::{CLUSTER as REGISTERED, Registered};
 use crate::registry::{Cluster, ClusterInfo, Registry};
 use crate::secrets::{self, Secrets};
 
@@ -36,12 +36,17 @@ pub struct Joiner {
     /// Which service of which cluster a virtual address and port leads to.
     vips: Vips,
     vip_warnings: Vec<String>,
+    /// Who may call what is not there.
+    egress_warnings: Vec<String>,
     /// Services that have to be joined anew.
     marked: BTreeSet<ObjectKey>,
     mesh: Arc<Mesh>,
     /// Of services of which there is anything to say.
     remarks: BTreeMap<ObjectKey, Remarks>,
 }
+
+/// What is said of a name that means nothing here.
+pub(crate) const NO_SERVICE: &str = "which is no service of the mesh";
 
 type Vips = HashMap<(IpAddr, u16), (ObjectKey, String)>;
 type Keys = BTreeSet<ObjectKey>;
@@ -105,6 +110,9 @@ impl Joiner {
             self.claim_vips(registry);
         }
         let changed = self.join_marked(registry);
+        if !changed.is_empty() {
+            self.egress_warnings = unknown_egress(&self.mesh);
+        }
         let mut warnings = self.warnings(registry);
         let secrets = secrets::joined(&self.secrets, registry, &mut warnings);
         if secrets != self.mesh.secrets {
@@ -120,6 +128,7 @@ impl Joiner {
     /// Decides which virtual address leads to which service, and marks the services for which that is news.
     fn claim_vips(&mut self, registry: &Registry) {
         let mut vips: Vips = HashMap::with_capacity(self.vips.len());
+        let mut contested = HashSet::new();
         self.vip_warnings.clear();
         for (info, objects) in clusters(registry) {
             for (key, service) in &*objects.services {
@@ -130,9 +139,10 @@ impl Joiner {
                     let (owner, cluster) =
                         vips.entry((*vip, port.port)).or_insert_with(|| (name.clone(), info.name.clone()));
                     if *owner != name {
+                        contested.insert((*vip, port.port));
                         self.vip_warnings.push(format!(
-                            "{} is the address of {owner} in cluster {cluster} and of {name} in cluster {}; it leads to \
-                             {owner}",
+                            "{} is the address of {owner} in cluster {cluster} and of {name} in cluster {}; what goes there \
+                             is passed through, to the one of its own cluster",
                             SocketAddr::new(*vip, port.port),
                             info.name,
                         ));
@@ -140,6 +150,9 @@ impl Joiner {
                 }
             }
         }
+        // Clusters often have the same range of addresses. Where a proxy is is not known here, what the address leads to
+        // where it is, is.
+        vips.retain(|address, _| !contested.contains(address));
         let before = std::mem::replace(&mut self.vips, vips);
         let (old, new) = (&before, &self.vips);
         for (address, owner) in old.iter().filter(|(address, owner)| new.get(address) != Some(owner)) {
@@ -175,6 +188,7 @@ impl Joiner {
                 self.failed.mark(&key, &mut service);
                 finish(&key, &mut service, registry, &mut remarks);
                 self.registered.join(&key, &mut service, &mut remarks.warnings);
+                weigh(&mut service);
                 self.failed.mark(&key, &mut service);
                 self.offered.join(&key, &mut service, &mut remarks.warnings);
                 manifests.apply(&key, &mut service, &mut remarks.warnings);
@@ -207,6 +221,7 @@ impl Joiner {
             Pods::find(info, objects, &mut warnings);
         }
         warnings.extend_from_slice(&self.vip_warnings);
+        warnings.extend_from_slice(&self.egress_warnings);
         warnings.extend_from_slice(self.registered.warnings());
         warnings.extend(self.remarks.values().flat_map(|remarks| remarks.warnings.iter().cloned()));
         let mut only_there: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -229,6 +244,20 @@ impl Joiner {
 /// The clusters that have been read.
 fn clusters(registry: &Registry) -> impl Iterator<Item = (&ClusterInfo, &Objects)> {
     registry.clusters.iter().filter_map(|cluster| Some((&cluster.info, &**cluster.objects.as_ref()?)))
+}
+
+/// What is said of services that may call others which there are not.
+fn unknown_egress(mesh: &Mesh) -> Vec<String> {
+    let stated =
+        mesh.services.iter().filter_map(|(key, service)| Some((key, service.manifest.as_ref()?.egress.as_ref()?)));
+    let unknown = stated.flat_map(|(key, egress)| {
+        let named = egress.0.iter().map(|name| name.seen_from(&key.namespace));
+        let missing = named.filter(|name| !mesh.services.contains_key(name));
+        missing.map(move |name| {
+            format!("ServiceManifest {key}: spec.egress names {name}, {NO_SERVICE}: what goes there is passed through")
+        })
+    });
+    unknown.collect()
 }
 
 /// The names that a cluster's service may have in the mesh: its own, and the one with which it is kept apart.
@@ -446,7 +475,15 @@ fn finish(key: &ObjectKey, service: &mut MeshService, registry: &Registry, remar
             remarks.only_there.push((cluster.to_owned(), cluster_name(key, *port)));
         }
         leave_out_excess_draining(&mut described.endpoints);
-        if described.endpoints.iter().any(|endpoint| endpoint.weight.is_some()) {
+    }
+}
+
+/// Of endpoints some of which have a weight, registered or not, the others are ordinary ones. Where all have registered
+/// themselves, one without a weight has 1, as for readers of their own API.
+fn weigh(service: &mut MeshService) {
+    for described in service.ports.values_mut() {
+        let all_registered = described.endpoints.iter().all(|endpoint| endpoint.cluster == REGISTERED);
+        if !all_registered && described.endpoints.iter().any(|endpoint| endpoint.weight.is_some()) {
             for endpoint in &mut described.endpoints {
                 endpoint.weight = endpoint.weight.or(Some(ORDINARY_WEIGHT));
             }

@@ -151,3 +151,27 @@ fn a_mesh_that_is_kept_up_to_date_is_the_one_made_from_nothing() {
     }
     assert!(seen.iter().all(|count| *count > 50), "nothing much happened: {seen:?}");
 }
+
+#[test]
+fn registered_hosts_and_pods_weigh_on_one_scale() {
+    let endpoint = |cluster: &str, weight: Option<u32>| crate::mesh::Endpoint {
+        address: ([10, 0, 0, 1], 80).into(),
+        other_family: None,
+        locality: crate::mesh::Locality::default(),
+        health: crate::mesh::Health::Healthy,
+        cluster: cluster.to_owned(),
+        weight: weight.and_then(std::num::NonZeroU32::new),
+        canary: false,
+    };
+    let weights = |endpoints: Vec<crate::mesh::Endpoint>| {
+        let port = MeshPort { protocol: Protocol::Http1, vips: vec![], external: None, endpoints, offloaded: vec![] };
+        let mut service = MeshService { ports: [(80, port)].into(), ..Default::default() };
+        weigh(&mut service);
+        let endpoints = &service.ports[&80].endpoints;
+        endpoints.iter().map(|endpoint| endpoint.weight.map(u32::from)).collect::<Vec<_>>()
+    };
+    let half = || endpoint(REGISTERED, Some(50));
+    assert_eq!(weights(vec![endpoint("east", None), half()]), [Some(100), Some(50)]);
+    assert_eq!(weights(vec![endpoint(REGISTERED, None), half()]), [None, Some(50)], "as in their own API");
+    assert_eq!(weights(vec![endpoint("east", None), endpoint(REGISTERED, None)]), [None, None]);
+}

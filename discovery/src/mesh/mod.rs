@@ -13,6 +13,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 pub use self::joiner::Joiner;
+pub(crate) use self::joiner::NO_SERVICE;
 use crate::kubernetes::{ObjectKey, Service, ServicePort};
 use crate::overrides::shares::Share;
 use crate::policy::ServiceManifest;

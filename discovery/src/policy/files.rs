@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::kubernetes::Objects;
 use crate::kubernetes::manifest::{ManifestError, parse};
-use crate::mesh::join;
+use crate::mesh::{NO_SERVICE, join};
 use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
 use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Snapshot, type_url};
 
@@ -80,7 +80,7 @@ fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
     let mut mesh = join(&registry);
     // That a manifest's service is elsewhere is no fault of the file.
     let mut warnings = std::mem::take(&mut mesh.warnings);
-    warnings.retain(|warning| !warning.contains("is of no service"));
+    warnings.retain(|warning| !warning.contains("is of no service") && !warning.contains(NO_SERVICE));
     (Snapshot::build(Arc::new(mesh), &Options::default()), warnings)
 }
 

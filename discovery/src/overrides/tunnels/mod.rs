@@ -14,6 +14,7 @@
 pub mod relay;
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -124,7 +125,7 @@ impl Settings {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Key {
     service: ObjectKey,
     port: u16,
@@ -366,7 +367,7 @@ impl Tunnels {
             None => Ok(()),
         };
         taken(&self.open())?;
-        let listener = listen(settings).await?;
+        let listener = listen(settings, &key).await?;
         let address = listener.local_addr();
         let address = address.map_err(|error| (StatusCode::SERVICE_UNAVAILABLE, error.to_string()))?;
         let traffic = Arc::<Traffic>::default();
@@ -445,11 +446,15 @@ fn find(mesh: &Mesh, wanted: &str, revision: &str) -> Result<Key, Denied> {
     }
 }
 
-/// A free port for a tunnel. The search begins anywhere: a port that was a tunnel's a moment ago may still be known.
-async fn listen(settings: &Settings) -> Result<TcpListener, Denied> {
+/// A free port for a tunnel. The search begins where the revision's name says: proxies that have not heard yet that discovery was
+/// restarted, or a tunnel closed, must not find another revision at the port that they know.
+async fn listen(settings: &Settings, key: &Key) -> Result<TcpListener, Denied> {
     let ports = settings.ports.clone();
     let count = ports.len();
-    let start = fastrand::usize(..count);
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    // Less than there are ports, so that nothing is lost.
+    let start = (hasher.finish() % count as u64) as usize;
     let mut last = None;
     for port in ports.clone().cycle().skip(start).take(count) {
         match TcpListener::bind((settings.address, port)).await {
@@ -663,7 +668,8 @@ status: {podIP: 10.1.0.9}
         let holder = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = holder.local_addr().unwrap().port();
         let settings = Settings { ports: port..=port, ..settings() };
-        let (status, reason) = listen(&settings).await.unwrap_err();
+        let key = Key { service: ObjectKey::new("default", "users"), port: 80, revision: "me".to_owned() };
+        let (status, reason) = listen(&settings, &key).await.unwrap_err();
         assert!(status == 503 && reason.contains("is free for another tunnel (the last one: Address"), "{reason}");
     }
 }
