@@ -2,7 +2,10 @@
 
 use std::borrow::Cow;
 
-use envoy_types::pb::google::protobuf::value::Kind;
+use envoy_types::pb::{
+    envoy::r#type::v3::RateLimitUnit,
+    google::protobuf::{Struct, value::Kind},
+};
 use http::HeaderValue;
 use percent_encoding::percent_decode_str;
 
@@ -13,7 +16,7 @@ use super::{
     stream::{RequestHead, StreamCx},
 };
 use crate::config::model::{
-    Cidr, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits, value_at,
+    Cidr, LimitOverride, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits, value_at,
 };
 
 /// Keys and values, in the order of the actions.
@@ -75,8 +78,29 @@ fn of<'a>(
                 Entry::None => return None,
             }
         }
-        (!entries.is_empty()).then_some(Descriptor { entries, limit: limit.limit, hits: limit.hits })
+        let overridden = || limit.limit.as_ref().and_then(|limit| overridden(limit, cx));
+        (!entries.is_empty()).then(|| Descriptor { entries, limit: overridden(), hits: limit.hits })
     })
+}
+
+/// The limit that is to be in the place of the service's.
+fn overridden(limit: &LimitOverride, cx: &StreamCx) -> Option<(u32, i32)> {
+    let (namespace, path) = match limit {
+        LimitOverride::Fixed(requests, unit) => return Some((*requests, *unit)),
+        LimitOverride::Metadata { namespace, path } => (namespace, path),
+    };
+    let metadata = cx.progress.metadata.borrow();
+    let path = path.iter().map(|key| &**key);
+    let told = value_at(metadata.as_ref()?.namespace(namespace), path)?;
+    let Some(Kind::StructValue(told)) = &told.kind else { return None };
+    let field = |name: &str| told.fields.get(name)?.kind.as_ref();
+    match (field("requests_per_unit")?, field("unit")?) {
+        // Numbers that are none of requests end at the limits of what can be told.
+        (Kind::NumberValue(requests), Kind::StringValue(unit)) => {
+            Some((*requests as u32, RateLimitUnit::from_str_name(unit)?.into()))
+        }
+        _ => None,
+    }
 }
 
 fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
@@ -124,8 +148,19 @@ fn entry(action: &RateLimitAction, head: &RequestHead, cx: &StreamCx) -> Entry {
             let all = parameters.iter().all(|matcher| query_matches(matcher, head.uri.query()));
             if_so(all == *expect_match, key, value)
         }
-        RateLimitAction::Metadata { key, namespace, path, default, skip_if_absent } => {
-            match told(cx, namespace, path).or_else(|| (!default.is_empty()).then(|| default.clone())) {
+        RateLimitAction::RemoteAddressMatch { key, value, ranges, inverted } => {
+            let address = cx.remote.ip().to_canonical();
+            if_so(ranges.iter().any(|range| range.contains(address)) != *inverted, key, value)
+        }
+        RateLimitAction::Metadata { of_route, key, namespace, path, default, skip_if_absent } => {
+            let told = if *of_route {
+                let metadata = cx.route.as_ref().and_then(|route| route.metadata.as_deref());
+                text_at(metadata.and_then(|metadata| metadata.namespace(namespace)), path)
+            } else {
+                let metadata = cx.progress.metadata.borrow();
+                text_at(metadata.as_ref().and_then(|metadata| metadata.namespace(namespace)), path)
+            };
+            match told.or_else(|| (!default.is_empty()).then(|| default.clone())) {
                 Some(value) => Entry::Some(key.clone(), value),
                 None => absent(skip_if_absent),
             }
@@ -157,10 +192,8 @@ fn percent_decoded(text: &str) -> Cow<'_, str> {
     percent_decode_str(text).decode_utf8_lossy()
 }
 
-/// A text that filters have told.
-fn told(cx: &StreamCx, namespace: &str, path: &[Box<str>]) -> Option<Box<str>> {
-    let metadata = cx.progress.metadata.borrow();
-    let namespace = metadata.as_ref()?.namespace(namespace);
+/// A text in metadata.
+fn text_at(namespace: Option<&Struct>, path: &[Box<str>]) -> Option<Box<str>> {
     match &value_at(namespace, path.iter().map(|key| &**key))?.kind {
         Some(Kind::StringValue(text)) if !text.is_empty() => Some(text.as_str().into()),
         _ => None,

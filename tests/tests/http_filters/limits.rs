@@ -100,6 +100,9 @@ fn settings() -> Vec<Case> {
     ]
 }
 
+/// What the route's metadata says.
+const OF_ROUTE: &str = ", {metadata: {descriptor_key: a, source: ROUTE_ENTRY, metadata_key: {key: ns, path: [{key: k}]}, skip_if_absent: true}}";
+
 fn actions() -> Vec<Case> {
     let requests = [
         "GET /a%20b?q=1%202&r&q=3\nx-a: one\nx-a: two\nx-b: yes",
@@ -120,6 +123,24 @@ fn actions() -> Vec<Case> {
         action("a parameter, or none", "{query_parameters: {query_parameter_name: q, descriptor_key: k, skip_if_absent: true}}"),
         action("addresses", "{remote_address: {}}, {masked_remote_address: {}}, {masked_remote_address: {v4_prefix_mask_len: 9}}"),
         action("keys", "{generic_key: {descriptor_key: k, descriptor_value: v}}"),
+        action("keys are no formats", "{generic_key: {descriptor_value: \"%REQ(x-b)%\", default_value: d}}, \
+               {header_value_match: {descriptor_value: \"%%\", default_value: d, headers: [{name: x-b, present_match: true, invert_match: true}], expect_match: false}}"),
+        action("an address matched", "{remote_address_match: {descriptor_value: v, address_matcher: {ranges: [{address_prefix: \"::1\", prefix_len: 128}, {address_prefix: 10.9.0.0, prefix_len: 16}]}}}")
+            .of_manager("use_remote_address: false"),
+        action("an address not matched", "{remote_address_match: {descriptor_key: k, descriptor_value: v, address_matcher: {ranges: [{address_prefix: 127.0.0.0, prefix_len: 8}], invert_match: true}}}"),
+        case("metadata of routes", RATELIMIT, SERVICE, &["GET /told", "GET /told-none"])
+            .first(&format!("{{match: {{prefix: /told-none}}, route: {{cluster: a, {}}}}}", limits(OF_ROUTE)))
+            .first(&format!("{{match: {{prefix: /told}}, metadata: {{filter_metadata: {{ns: {{k: text}}}}}}, route: {{cluster: a, {}}}}}", limits(OF_ROUTE))),
+        case(
+            "a limit of metadata's",
+            "set_metadata.v3.Config",
+            "metadata: [{metadata_namespace: ns, value: {good: {requests_per_unit: 5, unit: HOUR}, bad: {requests_per_unit: x, unit: HOUR}, odd: {requests_per_unit: 5.7, unit: EON}}}]",
+            &["GET /"],
+        )
+        .then(RATELIMIT, SERVICE)
+        .of_routes("", &format!("rate_limits: [{}]", ["good", "bad", "odd", "none"].map(|name| format!(
+            "{{limit: {{dynamic_metadata: {{metadata_key: {{key: ns, path: [{{key: {name}}}]}}}}}}, actions: [{KNOWN}, {{generic_key: {{descriptor_value: {name}}}}}]}}"
+        )).join(", "))),
         action("headers matched", "{header_value_match: {descriptor_value: v, headers: [{name: x-b, string_match: {exact: \"yes\"}}]}}"),
         action("headers not matched", "{header_value_match: {descriptor_key: k, descriptor_value: v, expect_match: false, headers: [{name: x-b, string_match: {exact: \"yes\"}}]}}"),
         action("parameters matched", "{query_parameter_value_match: {descriptor_value: v, query_parameters: [{name: p, string_match: {prefix: \"3\"}}]}}"),

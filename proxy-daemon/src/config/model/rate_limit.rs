@@ -1,6 +1,6 @@
 //! `rate_limits` of routes, virtual hosts and filters: what requests are counted under.
 
-use super::{HeaderMatcher, MatchedHeader, QueryParameterMatcher};
+use super::{Cidr, HeaderMatcher, MatchedHeader, QueryParameterMatcher};
 use crate::layered_runtime::RuntimeFraction;
 
 /// `RateLimit`: makes a descriptor of a request, out of what its actions say, or none where one of them has nothing to say.
@@ -12,10 +12,24 @@ pub struct RateLimit {
     pub enabled: Option<RuntimeFraction>,
     /// Each makes an entry.
     pub actions: Box<[RateLimitAction]>,
-    /// `limit`: the limit itself, in the place of the service's: requests, and the number of the unit.
-    pub limit: Option<(u32, i32)>,
+    /// `limit`: the limit itself, in the place of the service's.
+    pub limit: Option<LimitOverride>,
     /// `hits_addend`: what the request counts for, and whether that is given back.
     pub hits: Option<(u64, bool)>,
+}
+
+/// `RateLimit.Override`.
+#[derive(Debug)]
+pub enum LimitOverride {
+    /// `rate_limit`: requests, and the number of the unit.
+    Fixed(u32, i32),
+    /// `dynamic_metadata`: what filters have told there, where it is a limit.
+    Metadata {
+        /// Where it is.
+        namespace: Box<str>,
+        /// Below the namespace.
+        path: Box<[Box<str>]>,
+    },
 }
 
 /// `RateLimit.Action`.
@@ -81,8 +95,21 @@ pub enum RateLimitAction {
         /// What is matched.
         parameters: Box<[QueryParameterMatcher]>,
     },
-    /// `metadata`, which filters have told.
+    /// `remote_address_match`
+    RemoteAddressMatch {
+        /// The entry's.
+        key: Box<str>,
+        /// The entry's.
+        value: Box<str>,
+        /// Where the client's address is to be.
+        ranges: Box<[Cidr]>,
+        /// Where it is not to be.
+        inverted: bool,
+    },
+    /// `metadata`, which filters have told, or the route's configuration.
     Metadata {
+        /// The route's configuration.
+        of_route: bool,
         /// The entry's.
         key: Box<str>,
         /// Where it is.

@@ -1,15 +1,18 @@
 //! `rate_limits`
 
-use envoy_types::pb::envoy::{
-    config::route::v3::{
-        HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RateLimit as ProtoLimit,
-        rate_limit::{
-            Action, Override,
-            action::{ActionSpecifier, MetaData, meta_data::Source},
-            r#override::OverrideSpecifier,
+use envoy_types::pb::{
+    envoy::{
+        config::route::v3::{
+            HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RateLimit as ProtoLimit,
+            rate_limit::{
+                Action, Override,
+                action::{ActionSpecifier, MetaData, meta_data::Source},
+                r#override::OverrideSpecifier,
+            },
         },
+        r#type::metadata::v3::{MetadataKey, metadata_key::path_segment::Segment},
     },
-    r#type::metadata::v3::metadata_key::path_segment::Segment,
+    xds::core::v3::CidrRange,
 };
 
 use super::{
@@ -20,7 +23,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{RateLimit, RateLimitAction},
+        model::{Cidr, LimitOverride, RateLimit, RateLimitAction},
     },
     http::metadata::read_from,
     layered_runtime::{Fraction, Key, RuntimeFraction},
@@ -65,22 +68,25 @@ fn rate_limit(limit: &ProtoLimit, path: &str) -> Result<RateLimit> {
         limit: match &limit.limit {
             None => None,
             Some(Override { override_specifier: Some(OverrideSpecifier::RateLimit(limit)) }) => {
-                Some((limit.requests_per_unit, limit.unit))
+                Some(LimitOverride::Fixed(limit.requests_per_unit, limit.unit))
             }
-            Some(_) => return Err(FieldError::unsupported(join(path, "limit.dynamic_metadata"))),
+            Some(Override { override_specifier: Some(OverrideSpecifier::DynamicMetadata(limit)) }) => {
+                let (namespace, path) = place(limit.metadata_key.as_ref(), &join(path, "limit.dynamic_metadata"))?;
+                Some(LimitOverride::Metadata { namespace, path })
+            }
+            Some(Override { override_specifier: None }) => {
+                return Err(required(&join(path, "limit"), "override_specifier"));
+            }
         },
         hits,
     })
 }
 
 /// A value that formats would fill.
-fn literal(value: &str, default: &str, path: &str) -> Result<Box<str>> {
+fn literal(value: &str, path: &str) -> Result<Box<str>> {
     if value.contains('%') {
         let text = "format strings (%...%) in descriptors are not supported by culvert yet";
         return Err(FieldError::new(join(path, "descriptor_value"), text));
-    }
-    if !default.is_empty() {
-        return Err(FieldError::unsupported(join(path, "default_value")));
     }
     Ok(value.into())
 }
@@ -121,13 +127,14 @@ fn action(action: &Action, path: &str) -> Result<RateLimitAction> {
         }
         ActionSpecifier::GenericKey(generic) => RateLimitAction::GenericKey {
             key: key(&generic.descriptor_key, "generic_key"),
-            value: literal(&generic.descriptor_value, &generic.default_value, &join(path, "generic_key"))?,
+            // No format, as in Envoy, whose default_value is for formats.
+            value: generic.descriptor_value.as_str().into(),
         },
         ActionSpecifier::HeaderValueMatch(matched) => {
             let path = join(path, "header_value_match");
             RateLimitAction::HeaderValueMatch {
                 key: key(&matched.descriptor_key, "header_match"),
-                value: literal(&matched.descriptor_value, &matched.default_value, &path)?,
+                value: matched.descriptor_value.as_str().into(),
                 expect_match: matched.expect_match.is_none_or(|value| value.value),
                 headers: headers(&matched.headers, &path)?,
             }
@@ -136,14 +143,30 @@ fn action(action: &Action, path: &str) -> Result<RateLimitAction> {
             let path = join(path, "query_parameter_value_match");
             RateLimitAction::QueryParameterValueMatch {
                 key: key(&matched.descriptor_key, "query_match"),
-                value: literal(&matched.descriptor_value, &matched.default_value, &path)?,
+                value: matched.descriptor_value.as_str().into(),
                 expect_match: matched.expect_match.is_none_or(|value| value.value),
                 parameters: parameters(&matched.query_parameters, &path)?,
             }
         }
         ActionSpecifier::Metadata(metadata) => self::metadata(metadata, &join(path, "metadata"))?,
-        ActionSpecifier::RemoteAddressMatch(_) => {
-            return Err(FieldError::unsupported(join(path, "remote_address_match")));
+        ActionSpecifier::RemoteAddressMatch(matched) => {
+            let path = join(path, "remote_address_match");
+            let matcher = matched.address_matcher.as_ref().ok_or_else(|| required(&path, "address_matcher"))?;
+            let range = |(index, range): (usize, &CidrRange)| {
+                let path = format!("{path}.address_matcher.ranges[{index}]");
+                let length = range.prefix_len.map_or(0, |length| length.value);
+                let parsed = range.address_prefix.parse().ok().zip(u8::try_from(length).ok());
+                let text = || format!("{}/{length} is not a range of addresses", range.address_prefix);
+                parsed
+                    .and_then(|(address, length)| Cidr::new(address, length))
+                    .ok_or_else(|| FieldError::new(path, text()))
+            };
+            RateLimitAction::RemoteAddressMatch {
+                key: key(&matched.descriptor_key, "remote_address_match"),
+                value: literal(&matched.descriptor_value, &path)?,
+                ranges: matcher.ranges.iter().enumerate().map(range).collect::<Result<_>>()?,
+                inverted: matcher.invert_match,
+            }
         }
         ActionSpecifier::Extension(_) => return Err(FieldError::unsupported(join(path, "extension"))),
         #[expect(deprecated, reason = "Envoy refuses it too")]
@@ -152,21 +175,32 @@ fn action(action: &Action, path: &str) -> Result<RateLimitAction> {
 }
 
 fn metadata(metadata: &MetaData, path: &str) -> Result<RateLimitAction> {
-    if metadata.source != Source::Dynamic as i32 {
-        let name = Source::try_from(metadata.source).map_or("a source that is not known", |it| it.as_str_name());
-        return Err(FieldError::unsupported_value(join(path, "source"), name, "DYNAMIC"));
-    }
-    let from = metadata.metadata_key.as_ref().ok_or_else(|| required(path, "metadata_key"))?;
+    let of_route = match Source::try_from(metadata.source) {
+        Ok(Source::Dynamic) => false,
+        Ok(Source::RouteEntry) => true,
+        other => {
+            let name = other.map_or("a source that is not known", |it| it.as_str_name());
+            return Err(FieldError::unsupported_value(join(path, "source"), name, "DYNAMIC and ROUTE_ENTRY"));
+        }
+    };
+    let (namespace, path) = place(metadata.metadata_key.as_ref(), path)?;
+    Ok(RateLimitAction::Metadata {
+        of_route,
+        key: metadata.descriptor_key.as_str().into(),
+        namespace,
+        path,
+        default: metadata.default_value.as_str().into(),
+        skip_if_absent: metadata.skip_if_absent,
+    })
+}
+
+/// A namespace, and the path below it.
+fn place(from: Option<&MetadataKey>, path: &str) -> Result<(Box<str>, Box<[Box<str>]>)> {
+    let from = from.ok_or_else(|| required(path, "metadata_key"))?;
     let segments = from.path.iter().map(|segment| match &segment.segment {
         Some(Segment::Key(key)) => Ok(key.as_str().into()),
         // An index is refused by the table of honoured fields.
         _ => Err(required(&join(path, "metadata_key.path"), "key")),
     });
-    Ok(RateLimitAction::Metadata {
-        key: metadata.descriptor_key.as_str().into(),
-        namespace: read_from(&from.key),
-        path: segments.collect::<Result<_>>()?,
-        default: metadata.default_value.as_str().into(),
-        skip_if_absent: metadata.skip_if_absent,
-    })
+    Ok((read_from(&from.key), segments.collect::<Result<_>>()?))
 }
