@@ -122,6 +122,7 @@ async fn serve(
     let (started, started_at) = (Instant::now(), SystemTime::now());
     let (id, cluster) = message.node.as_ref().map(|node| (&*node.id, &*node.cluster)).unwrap_or_default();
     culvert_proxy_daemon::http::set_node(id, cluster);
+    culvert_proxy_daemon::access_log::set_log_node(bootstrap.sources.node.clone());
     let mut signals = Signals::new()?;
     let workers = flags.workers();
     let interception = match bootstrap.interception.take() {

@@ -330,7 +330,8 @@ impl HeaderChoice {
 }
 
 impl Header {
-    fn parse(operator: &'static str, name: &str) -> Result<Header, FormatError> {
+    /// `operator`: the one that it stands in; it knows pseudo-headers.
+    pub(super) fn parse(operator: &'static str, name: &str) -> Result<Header, FormatError> {
         Ok(match (operator, name.to_ascii_lowercase().as_str()) {
             ("REQ", ":method") => Header::Method,
             ("REQ", ":path") => Header::Path,
@@ -344,7 +345,8 @@ impl Header {
         })
     }
 
-    fn value<'a>(&self, record: &Record<'a>, headers: Option<Headers<'a>>) -> Option<&'a [u8]> {
+    /// The first value; none of `:status`.
+    pub(super) fn value<'a>(&self, record: &Record<'a>, headers: Option<Headers<'a>>) -> Option<&'a [u8]> {
         match self {
             // Of several values the first, as in Envoy.
             Header::Name(name) => headers?.get(name).map(|value| value.as_bytes()),

@@ -1,7 +1,8 @@
 //! Access logs: one line a request or connection, in Envoy's format language.
 //!
 //! A format is compiled when configuration is applied. A worker formats straight into its own buffer of the log's sink
-//! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between.
+//! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between. What goes to a service is an entry
+//! in the place of a line.
 
 mod fields;
 mod filter;
@@ -12,6 +13,7 @@ mod json;
 pub(crate) mod json_text;
 mod operators;
 mod record;
+mod service;
 mod sink;
 mod time;
 
@@ -21,7 +23,8 @@ use envoy_types::pb::google::protobuf::Struct;
 
 pub use filter::response_flags;
 pub use flags::ResponseFlags;
-pub use record::{Headers, Record, Times};
+pub use record::{HeaderBytes, Headers, Record, Times};
+pub use service::{EntryKind, EntryParts, LogService, ServiceLogs, set_log_node};
 pub use sink::{flush_thread, flushes, reopen_all};
 
 use self::{
@@ -31,38 +34,63 @@ use self::{
 };
 use crate::config::{
     FieldError,
-    model::{AccessLogConfig, AccessLogFilter, AccessLogSink},
+    model::{AccessLogConfig, AccessLogFilter, AccessLogOutput, AccessLogSink},
 };
 
 /// One configured log. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct AccessLog {
-    format: Arc<Substitution>,
-    sink: Arc<Sink>,
+    output: Output,
     filter: Arc<AccessLogFilter>,
+}
+
+#[derive(Debug, Clone)]
+enum Output {
+    Lines { format: Arc<Substitution>, sink: Arc<Sink> },
+    Entries { service: Arc<LogService>, parts: Arc<EntryParts> },
 }
 
 impl AccessLog {
     /// Opens the file. The error's path is relative to the log's own configuration.
     pub fn new(config: &AccessLogConfig) -> Result<AccessLog, FieldError> {
-        let sink = Sink::open(&config.sink).map_err(|e| FieldError::new("path", e))?;
-        let format = config.format.clone().unwrap_or_else(|| Arc::new(Substitution::envoy_default()));
-        Ok(AccessLog { format, sink, filter: Arc::new(config.filter.clone()) })
+        let output = match &config.output {
+            AccessLogOutput::Lines { sink, format } => {
+                let sink = Sink::open(sink).map_err(|e| FieldError::new("path", e))?;
+                let format = format.clone().unwrap_or_else(|| Arc::new(Substitution::envoy_default()));
+                Output::Lines { format, sink }
+            }
+            AccessLogOutput::Entries { service, parts } => {
+                Output::Entries { service: service::share(service), parts: Arc::clone(parts) }
+            }
+        };
+        Ok(AccessLog { output, filter: Arc::new(config.filter.clone()) })
+    }
+
+    fn headers(&self, part: Part) -> Box<dyn Iterator<Item = &http::HeaderName> + '_> {
+        match &self.output {
+            Output::Lines { format, .. } => Box::new(format.headers(part)),
+            Output::Entries { parts, .. } => parts.headers(part),
+        }
+    }
+
+    /// Whether it shows how long headers are.
+    pub fn shows_header_bytes(&self) -> bool {
+        matches!(self.output, Output::Entries { .. })
     }
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
     pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(Part::Request).chain(self.filter.request_headers())
+        self.headers(Part::Request).chain(self.filter.request_headers())
     }
 
     /// The response headers that its lines show.
     pub fn response_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(Part::Response)
+        self.headers(Part::Response)
     }
 
     /// The trailers of responses that its lines show.
     pub fn response_trailers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.format.headers(Part::Trailers)
+        self.headers(Part::Trailers)
     }
 
     /// Adds a line to this thread's buffer, where the log's filter lets it; it is written when the buffer is full or [`flush_thread`] is called.
@@ -70,7 +98,10 @@ impl AccessLog {
         if !self.filter.admits(record) {
             return;
         }
-        sink::append(&self.sink, |line| self.format.append(line, record));
+        match &self.output {
+            Output::Lines { format, sink } => sink::append(sink, |line| format.append(line, record)),
+            Output::Entries { service, parts } => service::append(service, parts, record),
+        }
     }
 }
 

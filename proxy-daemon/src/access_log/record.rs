@@ -13,7 +13,7 @@ use crate::{http::metadata::Metadata, tls::TlsInfo};
 pub enum Headers<'a> {
     /// All.
     All(&'a HeaderMap),
-    /// A few, each once: looked through, which takes less than to find them by their hash.
+    /// A few: looked through, which takes less than to find them by their hash.
     Kept(&'a [(HeaderName, HeaderValue)]),
 }
 
@@ -24,6 +24,16 @@ impl<'a> Headers<'a> {
             Headers::All(headers) => headers.get(name),
             Headers::Kept(headers) => headers.iter().find(|(known, _)| known == name).map(|(_, value)| value),
         }
+    }
+
+    /// All values of a header.
+    pub fn all(self, name: &HeaderName) -> impl Iterator<Item = &'a HeaderValue> {
+        let (of_map, of_list) = match self {
+            Headers::All(headers) => (Some(headers.get_all(name).into_iter()), &[][..]),
+            Headers::Kept(headers) => (None, headers),
+        };
+        let of_list = of_list.iter().filter(move |(known, _)| known == name).map(|(_, value)| value);
+        of_map.into_iter().flatten().chain(of_list)
     }
 }
 
@@ -60,6 +70,17 @@ impl Times {
     }
 }
 
+/// How long the names and values of headers are together, with those of pseudo-headers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeaderBytes {
+    /// Of the request.
+    pub request: u64,
+    /// Of the response.
+    pub response: u64,
+    /// Of the response's trailers.
+    pub trailers: u64,
+}
+
 /// What a line tells of one request, or of one TCP connection: then the HTTP fields stay empty and are written as `-`.
 #[derive(Debug, Clone, Copy)]
 pub struct Record<'a> {
@@ -85,6 +106,8 @@ pub struct Record<'a> {
     pub request_headers: Option<Headers<'a>>,
     /// The response's headers.
     pub response_headers: Option<Headers<'a>>,
+    /// How long names and values of the request's headers, the response's and its trailers' are, where a log shows it.
+    pub header_bytes: HeaderBytes,
     /// The response's status; 0 where there was none.
     pub response_code: u16,
     /// Why it was not an ordinary response.
@@ -161,6 +184,7 @@ impl Default for Record<'_> {
             scheme: None,
             request_headers: None,
             response_headers: None,
+            header_bytes: HeaderBytes::default(),
             response_code: 0,
             response_flags: ResponseFlags::default(),
             response_code_details: None,

@@ -12,7 +12,7 @@ use std::{
 use super::*;
 use crate::{
     access_log::{AccessLog, Record, Substitution},
-    config::model::{AccessLogConfig, AccessLogFilter},
+    config::model::{AccessLogConfig, AccessLogFilter, AccessLogOutput},
 };
 
 /// A directory of one test, removed at its end.
@@ -29,11 +29,9 @@ impl Dir {
 
     fn log(&self, format: &str) -> (AccessLog, PathBuf) {
         let path = self.0.join("access.log");
-        let config = AccessLogConfig {
-            sink: AccessLogSink::File(path.clone()),
-            format: Some(Arc::new(Substitution::text(format, false).unwrap())),
-            filter: AccessLogFilter::Always,
-        };
+        let (sink, format) = (AccessLogSink::File(path.clone()), Substitution::text(format, false).unwrap());
+        let output = AccessLogOutput::Lines { sink, format: Some(Arc::new(format)) };
+        let config = AccessLogConfig { output, filter: AccessLogFilter::Always };
         (AccessLog::new(&config).unwrap(), path)
     }
 }
@@ -134,11 +132,9 @@ fn a_rotated_file_is_opened_anew() {
 
 #[test]
 fn a_path_that_cannot_be_opened_is_named() {
-    let config = AccessLogConfig {
-        sink: AccessLogSink::File("/proc/no/such/dir/access.log".into()),
-        format: None,
-        filter: AccessLogFilter::Always,
-    };
+    let sink = AccessLogSink::File("/proc/no/such/dir/access.log".into());
+    let output = AccessLogOutput::Lines { sink, format: None };
+    let config = AccessLogConfig { output, filter: AccessLogFilter::Always };
     let error = AccessLog::new(&config).unwrap_err().to_string();
     assert!(error.starts_with("path: cannot open the access log /proc/no/such/dir/access.log"), "{error}");
 }

@@ -3,10 +3,11 @@
 //! They go by the cluster's circuit breakers, balancer, pools and statistics, like those of clients. What comes back is read up to a
 //! bound, and for a time. Whoever drops a call breaks it off: an HTTP/2 stream is reset, an HTTP/1 connection closed.
 
-pub(super) mod grpc;
-pub(super) mod grpc_stream;
+pub(crate) mod grpc;
+pub(crate) mod grpc_stream;
 
 use std::{
+    net::IpAddr,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -83,8 +84,17 @@ pub(super) fn expect_within(head: &mut RequestHead, limit: Duration) {
 
 /// Marks a request as one that a proxy has made: `x-envoy-internal`, and the node in `x-forwarded-for`.
 pub(super) fn mark(head: &mut RequestHead, cx: &StreamCx) {
+    mark_from(head, own_address(cx));
+}
+
+/// This node's address, as those are told it that a stream's calls go to.
+fn own_address(cx: &StreamCx) -> IpAddr {
+    cx.connection.node_ip.unwrap_or_else(|| cx.connection.local.ip())
+}
+
+/// [`mark`], of a call that no stream makes.
+fn mark_from(head: &mut RequestHead, own: IpAddr) {
     mark_internal(head);
-    let own = cx.connection.node_ip.unwrap_or_else(|| cx.connection.local.ip());
     if let Ok(own) = HeaderValue::from_str(&own.to_string()) {
         headers::append(&mut head.headers, X_FORWARDED_FOR, &own, ",");
     }

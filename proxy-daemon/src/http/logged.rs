@@ -7,7 +7,10 @@ use std::{
     time::{Instant, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header::HOST};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
+    header::{CONNECTION, CONTENT_LENGTH, DATE, HOST},
+};
 
 use super::{
     RouteRef,
@@ -18,7 +21,7 @@ use super::{
     stream::{HostRewritten, Progress, RequestHead},
 };
 use crate::{
-    access_log::{AccessLog, Headers, Record, Times},
+    access_log::{AccessLog, HeaderBytes, Headers, Record, Times},
     upstream::{WorkerCluster, WorkerHost},
 };
 
@@ -37,6 +40,8 @@ pub(super) struct LogParts {
     pub(super) refused_by: Option<Option<Rc<WorkerHost>>>,
     pub(super) response: Vec<(HeaderName, HeaderValue)>,
     pub(super) trailers: Vec<(HeaderName, HeaderValue)>,
+    /// Counted where a log shows them.
+    pub(super) header_bytes: HeaderBytes,
     /// When the client got the response's head.
     pub(super) answered: Option<Instant>,
     pub(super) route: Option<RouteRef>,
@@ -59,6 +64,7 @@ impl LogParts {
             refused_by: None,
             response: Vec::new(),
             trailers: Vec::new(),
+            header_bytes: HeaderBytes::default(),
             answered: None,
             route: None,
             cluster: None,
@@ -67,27 +73,49 @@ impl LogParts {
         }
     }
 
-    /// Keeps the request as it is now: its headers of these names.
-    pub(super) fn keep_request(&mut self, head: &RequestHead, names: &[HeaderName]) {
+    /// Keeps the request as it is now: its headers that are logged.
+    pub(super) fn keep_request(&mut self, head: &RequestHead, logged: &LoggedHeaders) {
         self.target = Some((head.method.clone(), head.uri.clone()));
         // Without that header nobody has said it yet.
         self.scheme = head.headers.contains_key(X_FORWARDED_PROTO).then(|| scheme(head));
         self.version = head.version;
         self.host = head.headers.get(HOST).cloned();
-        self.request = only(&head.headers, names);
+        self.request = only(&head.headers, &logged.request);
+        if logged.bytes {
+            self.header_bytes.request = request_bytes(head);
+        }
+    }
+
+    /// Keeps a response's headers that are logged.
+    pub(super) fn keep_response(&mut self, status: StatusCode, headers: &HeaderMap, logged: &LoggedHeaders) {
+        self.response = only(headers, &logged.response);
+        if logged.bytes {
+            self.header_bytes.response = bytes_of(headers) + (":status".len() + status.as_str().len()) as u64;
+        }
+    }
+
+    /// Keeps a response's trailers that are logged.
+    pub(super) fn keep_trailers(&mut self, trailers: &HeaderMap, logged: &LoggedHeaders) {
+        self.trailers = only(trailers, &logged.trailers);
+        if logged.bytes {
+            self.header_bytes.trailers = bytes_of(trailers);
+        }
     }
 
     /// The host was told that it is attempt `number`.
     pub(super) fn keep_attempt(&mut self, number: u32, names: &[HeaderName]) {
         if names.contains(&X_ENVOY_ATTEMPT_COUNT) {
+            let before = kept_bytes(&self.request);
             self.request.retain(|(name, _)| *name != X_ENVOY_ATTEMPT_COUNT);
             self.request.push((X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number)));
+            replace_bytes(&mut self.header_bytes.request, before, kept_bytes(&self.request));
         }
     }
 
     /// The host was asked by its own `name`, and told what the request was for.
     pub(super) fn rewrite_host(&mut self, name: &str, told: HostRewritten, names: &[HeaderName]) {
         let Ok(name) = HeaderValue::from_str(name) else { return };
+        let bytes_before = kept_bytes(&self.request) + self.authority_bytes();
         let target = self.target.as_ref().and_then(|(_, uri)| uri.authority());
         let before = target.and_then(|authority| HeaderValue::from_str(authority.as_str()).ok()).or(self.host.take());
         if let Some(before) = before.filter(|before| !before.is_empty()) {
@@ -113,6 +141,15 @@ impl LogParts {
             *uri = Uri::from(path.clone());
         }
         self.host = Some(name);
+        let bytes = kept_bytes(&self.request) + self.authority_bytes();
+        replace_bytes(&mut self.header_bytes.request, bytes_before, bytes);
+    }
+
+    /// How long the host is that the request asks for.
+    fn authority_bytes(&self) -> u64 {
+        let target =
+            self.target.as_ref().and_then(|(_, uri)| uri.authority()).map(|authority| authority.as_str().len());
+        target.or(self.host.as_ref().map(HeaderValue::len)).unwrap_or(0) as u64
     }
 
     /// Adds a header that only the codec gives a response, where it has none of that name.
@@ -123,7 +160,9 @@ impl LogParts {
         make: impl FnOnce() -> HeaderValue,
     ) {
         if names.contains(&name) && !self.response.iter().any(|(known, _)| *known == name) {
-            self.response.push((name, make()));
+            let (name, value) = (name, make());
+            self.header_bytes.response += (name.as_str().len() + value.len()) as u64;
+            self.response.push((name, value));
         }
     }
 
@@ -150,6 +189,7 @@ impl LogParts {
             authority: uri.and_then(|uri| uri.authority()).map(|authority| authority.as_str()).or(host),
             request_headers: Some(Headers::Kept(&self.request)),
             response_headers: Some(Headers::Kept(&self.response)),
+            header_bytes: self.header_bytes,
             bytes_received: progress.received.get(),
             bytes_sent: progress.sent.get(),
             upstream_cluster: self.cluster.as_ref().map(|cluster| &*cluster.cluster.config.name),
@@ -166,20 +206,62 @@ pub(super) struct LoggedHeaders {
     pub(super) request: Vec<HeaderName>,
     pub(super) response: Vec<HeaderName>,
     pub(super) trailers: Vec<HeaderName>,
+    /// They show how long all of them are.
+    pub(super) bytes: bool,
 }
 
 impl LoggedHeaders {
     pub(super) fn new(logs: &[AccessLog]) -> LoggedHeaders {
-        let unique = |names: BTreeSet<&str>| names.into_iter().filter_map(|name| name.parse().ok()).collect();
-        LoggedHeaders {
-            request: unique(logs.iter().flat_map(AccessLog::request_headers).map(HeaderName::as_str).collect()),
-            response: unique(logs.iter().flat_map(AccessLog::response_headers).map(HeaderName::as_str).collect()),
-            trailers: unique(logs.iter().flat_map(AccessLog::response_trailers).map(HeaderName::as_str).collect()),
+        let bytes = logs.iter().any(AccessLog::shows_header_bytes);
+        // What is added to them after they were counted has to be known, to be counted as well.
+        let (mut request, mut response) = (BTreeSet::new(), BTreeSet::new());
+        let (of_request, of_response) =
+            ([X_ENVOY_ATTEMPT_COUNT, X_FORWARDED_HOST, X_ENVOY_ORIGINAL_HOST], [DATE, CONTENT_LENGTH, CONNECTION]);
+        if bytes {
+            request.extend(of_request.iter().map(HeaderName::as_str));
+            response.extend(of_response.iter().map(HeaderName::as_str));
         }
+        request.extend(logs.iter().flat_map(AccessLog::request_headers).map(HeaderName::as_str));
+        response.extend(logs.iter().flat_map(AccessLog::response_headers).map(HeaderName::as_str));
+        let trailers = logs.iter().flat_map(AccessLog::response_trailers).map(HeaderName::as_str).collect();
+        let parse = |names: BTreeSet<&str>| names.into_iter().filter_map(|name| name.parse().ok()).collect();
+        LoggedHeaders { request: parse(request), response: parse(response), trailers: parse(trailers), bytes }
     }
 }
 
-/// Only these headers; of several values the first, which is the one that logs show.
-pub(super) fn only(headers: &HeaderMap, names: &[HeaderName]) -> Vec<(HeaderName, HeaderValue)> {
-    names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()
+/// Only these headers.
+fn only(headers: &HeaderMap, names: &[HeaderName]) -> Vec<(HeaderName, HeaderValue)> {
+    let mut kept = Vec::new();
+    for name in names {
+        kept.extend(headers.get_all(name).into_iter().map(|value| (name.clone(), value.clone())));
+    }
+    kept
+}
+
+/// How long their names and values are.
+fn bytes_of(headers: &HeaderMap) -> u64 {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>() as u64
+}
+
+fn kept_bytes(headers: &[(HeaderName, HeaderValue)]) -> u64 {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>() as u64
+}
+
+/// What was as long as `before` is as long as `after`, where anything is counted.
+fn replace_bytes(total: &mut u64, before: u64, after: u64) {
+    if *total > 0 {
+        *total = (*total + after).saturating_sub(before);
+    }
+}
+
+/// How long the names and values of a request's headers are, with its pseudo-headers.
+fn request_bytes(head: &RequestHead) -> u64 {
+    let host = head.headers.get(HOST).map_or(0, HeaderValue::len);
+    // The name of the host's pseudo-header is the longer one.
+    let of_headers = bytes_of(&head.headers) - if host > 0 { ("host".len() + host) as u64 } else { 0 };
+    let authority = head.uri.authority().map_or(host, |authority| authority.as_str().len());
+    let path = head.uri.path_and_query().map_or(0, |path| ":path".len() + path.as_str().len());
+    let authority = if authority > 0 { ":authority".len() + authority } else { 0 };
+    let method = ":method".len() + head.method.as_str().len();
+    of_headers + (method + path + authority + ":scheme".len() + scheme(head).len()) as u64
 }

@@ -26,6 +26,11 @@ pub(crate) fn read_from(namespace: &str) -> Box<str> {
     namespace.into()
 }
 
+/// All that is told will be read.
+pub(crate) fn read_all() {
+    RBAC_IS_READ.store(true, Ordering::Relaxed);
+}
+
 /// Whether anybody reads rbac's verdicts.
 pub(super) fn rbac_is_read() -> bool {
     RBAC_IS_READ.load(Ordering::Relaxed)
@@ -44,6 +49,11 @@ impl Metadata {
     /// The fields of `namespace`, to be added to.
     pub fn namespace_mut(&mut self, namespace: &str) -> &mut Struct {
         self.0.entry(namespace.into()).or_default()
+    }
+
+    /// All namespaces.
+    pub fn namespaces(&self) -> impl Iterator<Item = (&str, &Struct)> {
+        self.0.iter().map(|(name, fields)| (&**name, fields))
     }
 
     /// What a resource's configuration says.

@@ -6,7 +6,7 @@ mod begun;
 pub mod body;
 mod boxed;
 mod buffered;
-mod call;
+pub(crate) mod call;
 mod changes;
 mod choice;
 pub mod codec;

@@ -20,7 +20,7 @@ use super::{
     filters::HttpFilter,
     headers::names::GRPC_STATUS,
     live_log::{LiveLog, Told},
-    logged::{LogParts, only},
+    logged::LogParts,
     proxy_status,
     request_stats::{Counted, RequestStats},
     stats::HcmStats,
@@ -475,7 +475,7 @@ impl StreamEnd {
     pub(super) fn keep_sent(&mut self, head: &RequestHead) {
         if self.is_logged() {
             let log = self.log.get_or_insert_with(|| Box::new(LogParts::new(self.started, None)));
-            log.keep_request(head, &self.state.manager.logged.request);
+            log.keep_request(head, &self.state.manager.logged);
             self.progress.host_rewritten.set(None);
             self.update_live();
         }
@@ -580,7 +580,7 @@ impl StreamEnd {
         self.progress.taps.borrow().iter().for_each(|tap| tap.response_now(status, headers));
         if let Some(log) = &mut self.log {
             let names = &self.state.manager.logged.response;
-            log.response = only(headers, names);
+            log.keep_response(status, headers, &self.state.manager.logged);
             if !self.redirected {
                 log.complete_response(DATE, names, date);
             }
@@ -600,7 +600,7 @@ impl StreamEnd {
     /// Keeps the response's trailers.
     fn keep_trailers(&mut self, trailers: &HeaderMap) {
         if let Some(log) = &mut self.log {
-            log.trailers = only(trailers, &self.state.manager.logged.trailers);
+            log.keep_trailers(trailers, &self.state.manager.logged);
         }
     }
 

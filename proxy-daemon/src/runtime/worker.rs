@@ -157,6 +157,7 @@ async fn run(mut start: Start) {
         pods: RefCell::new(Cache::new(start.pods)),
         next_connection: Cell::new(1),
     });
+    let _service_logs = access_log::ServiceLogs::new(Rc::clone(&worker.clusters), worker.node_ip);
     let ticking = Rc::clone(&worker);
     tokio::task::spawn_local(async move {
         let mut tick = tokio::time::interval(Duration::from_secs(1));

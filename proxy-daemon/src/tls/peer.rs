@@ -26,6 +26,8 @@ pub struct TlsInfo {
     pub version: &'static str,
     /// The cipher suite, as Envoy names it.
     pub cipher: &'static str,
+    /// The cipher suite's number; 0: none.
+    pub cipher_id: u16,
     /// What the peer has shown, its own certificate first; empty: nothing.
     chain: Vec<CertificateDer<'static>>,
     /// What the peer was shown, where we know.
@@ -80,6 +82,7 @@ impl TlsInfo {
         TlsInfo {
             version: version_name(connection.protocol_version()),
             cipher: connection.negotiated_cipher_suite().map_or("", |suite| cipher_name(suite.suite())),
+            cipher_id: connection.negotiated_cipher_suite().map_or(0, |suite| suite.suite().into()),
             chain: chain.to_vec(),
             local,
             text: OnceCell::new(),
@@ -217,6 +220,11 @@ fn url_encoded_pem(der: &[u8]) -> String {
 }
 
 impl PeerText {
+    /// Its URI names.
+    pub fn uris(&self) -> &[String] {
+        &self.uris
+    }
+
     /// Its URI names, then its DNS names.
     pub fn uri_and_dns_names(&self) -> impl Iterator<Item = &str> {
         self.uris.iter().chain(&self.dns_names).map(String::as_str)

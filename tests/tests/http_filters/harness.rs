@@ -44,6 +44,8 @@ pub struct Case {
     of_log: String,
     /// The format of its access log in the place of that: fields of the log in flow style.
     log_format: String,
+    /// Further access logs, in flow style.
+    further_logs: String,
 }
 
 /// `filter` is the message's name below `envoy.extensions.filters.http.`, or the whole name, `config` its fields in flow style, without the braces.
@@ -65,6 +67,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         domains: "domains: [\"*\"]",
         of_log: String::new(),
         log_format: String::new(),
+        further_logs: String::new(),
     }
 }
 
@@ -134,6 +137,16 @@ impl Case {
     /// With this format of its access log, which is fields of the log in flow style.
     pub fn of_log_format(mut self, fields: &str) -> Case {
         self.log_format = fields.to_owned();
+        self
+    }
+
+    /// With a log whose entries go to the gRPC server, of the fields `config`. It is shown each as soon as it is made.
+    pub fn of_log_service(mut self, config: &str) -> Case {
+        self.further_logs += &format!(
+            "          - {{name: grpc, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig, \
+             common_config: {{log_name: $case, buffer_size_bytes: 0, transport_api_version: V3, grpc_service: {{envoy_grpc: {{cluster_name: grpc}}}}}}, \
+             {config}}}}}\n"
+        );
         self
     }
 
@@ -469,7 +482,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
               "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
               path: {log}
               {format}
-          route_config:
+{further_logs}          route_config:
             name: local
             typed_per_filter_config: {{{by_config}}}
             virtual_hosts:
@@ -487,6 +500,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
 "#,
         of_manager = case.of_manager,
+        further_logs = case.further_logs.replace("$case", &format!("case{index}")),
         domains = case.domains,
         first = case.first,
         log = log.display(),

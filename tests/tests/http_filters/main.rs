@@ -8,7 +8,9 @@ mod bandwidth;
 mod browsers;
 mod changes;
 mod compression;
+mod connections;
 mod delegates;
+mod entries;
 mod faults;
 mod grpc;
 mod harness;
@@ -99,6 +101,11 @@ fn tunnels_have_a_line_of_their_own() -> Result<()> {
     let expected = "0-0 101 - via_upstream 0 0 DownstreamTunnelSuccessfullyEstablished ";
     ensure!(lines.len() == 1 && lines[0].starts_with(expected), "{texts:#?}");
     Ok(())
+}
+
+#[test]
+fn log_services_are_told_what_envoy_tells() -> Result<()> {
+    harness::compare(entries::cases())
 }
 
 #[test]

@@ -104,6 +104,7 @@ fn hide(message: &mut Value) {
             if let Some(Value::Object(source)) = fields.get_mut("source") {
                 hide_port(source);
             }
+            super::entries::hide(fields);
             for (name, value) in fields.iter_mut() {
                 if let (true, Value::Array(list)) = (name == "headers", &mut *value) {
                     // Their order is a proxy's own, but for values of one name.
@@ -124,7 +125,7 @@ fn hide(message: &mut Value) {
     }
 }
 
-fn hide_port(fields: &mut serde_json::Map<String, Value>) {
+pub fn hide_port(fields: &mut serde_json::Map<String, Value>) {
     for (name, value) in fields.iter_mut() {
         match value {
             Value::Object(inner) => hide_port(inner),

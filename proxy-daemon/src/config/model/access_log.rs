@@ -3,19 +3,36 @@ use std::{path::PathBuf, sync::Arc};
 use super::HeaderMatcher;
 
 use crate::{
-    access_log::{ResponseFlags, Substitution},
+    access_log::{EntryParts, LogService, ResponseFlags, Substitution},
     layered_runtime::{Denominator, RuntimeInteger},
 };
 
 /// One `access_log` entry.
 #[derive(Debug, Clone)]
 pub struct AccessLogConfig {
-    /// Where the lines go.
-    pub sink: AccessLogSink,
-    /// How lines are made; `None` is Envoy's default format.
-    pub format: Option<Arc<Substitution>>,
+    /// What is written, and where to.
+    pub output: AccessLogOutput,
     /// Which requests and connections get a line.
     pub filter: AccessLogFilter,
+}
+
+/// What an access log writes.
+#[derive(Debug, Clone)]
+pub enum AccessLogOutput {
+    /// Lines of text.
+    Lines {
+        /// Where they go.
+        sink: AccessLogSink,
+        /// How they are made; `None` is Envoy's default format.
+        format: Option<Arc<Substitution>>,
+    },
+    /// Entries for a service.
+    Entries {
+        /// Where they go.
+        service: Arc<LogService>,
+        /// What they tell.
+        parts: Arc<EntryParts>,
+    },
 }
 
 /// Where an access log's lines go.

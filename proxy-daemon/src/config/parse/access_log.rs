@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
@@ -8,10 +8,11 @@ use envoy_types::pb::{
                 AccessLog, AccessLogFilter as ProtoFilter, ComparisonFilter, access_log::ConfigType,
                 access_log_filter::FilterSpecifier, comparison_filter::Op,
             },
-            core::v3::{SubstitutionFormatString, substitution_format_string::Format},
+            core::v3::{ApiVersion, SubstitutionFormatString, substitution_format_string::Format},
         },
         extensions::access_loggers::{
             file::v3::{FileAccessLog, file_access_log::AccessLogFormat as FileFormat},
+            grpc::v3::{CommonGrpcAccessLogConfig, HttpGrpcAccessLogConfig, TcpGrpcAccessLogConfig},
             stream::v3::{
                 StderrAccessLog, StdoutAccessLog, stderr_access_log::AccessLogFormat as StderrFormat,
                 stdout_access_log::AccessLogFormat as StdoutFormat,
@@ -22,16 +23,17 @@ use envoy_types::pb::{
 };
 
 use super::{
-    common::{Result, fraction, inline_text, required},
+    common::{Result, duration, fraction, inline_text, required},
     matcher,
     support::join,
 };
 use crate::{
-    access_log::{Substitution, response_flags},
+    access_log::{EntryKind, EntryParts, LogService, Substitution, response_flags},
     config::{
         FieldError,
-        model::{AccessLogConfig, AccessLogFilter, AccessLogSink, Comparison, ComparisonOp},
+        model::{AccessLogConfig, AccessLogFilter, AccessLogOutput, AccessLogSink, Comparison, ComparisonOp},
     },
+    http::{call::grpc::Service, metadata},
     layered_runtime::{Key, RuntimeInteger},
 };
 
@@ -44,7 +46,8 @@ fn access_log(log: &AccessLog, path: &str) -> Result<AccessLogConfig> {
     let Some(ConfigType::TypedConfig(config)) = &log.config_type else { return Err(required(path, "typed_config")) };
     let (path, filter_path) = (join(path, "typed_config"), join(path, "filter"));
     let log_format = |format: &SubstitutionFormatString| substitution(format, &join(&path, "log_format"));
-    let (sink, format) = match config.type_url.rsplit('.').next().unwrap_or_default() {
+    let lines = |sink, format: Option<Substitution>| AccessLogOutput::Lines { sink, format: format.map(Arc::new) };
+    let output = match config.type_url.rsplit('.').next().unwrap_or_default() {
         "FileAccessLog" => {
             let file: FileAccessLog = unpack(config, &path)?;
             #[expect(deprecated, reason = "the field that log_format replaced, which Envoy still takes")]
@@ -65,22 +68,64 @@ fn access_log(log: &AccessLog, path: &str) -> Result<AccessLogConfig> {
                 "/dev/stderr" => AccessLogSink::Stderr,
                 file => AccessLogSink::File(file.into()),
             };
-            (sink, format)
+            lines(sink, format)
         }
         "StdoutAccessLog" => {
             let log: StdoutAccessLog = unpack(config, &path)?;
             let format = log.access_log_format.map(|StdoutFormat::LogFormat(format)| log_format(&format));
-            (AccessLogSink::Stdout, format.transpose()?.flatten())
+            lines(AccessLogSink::Stdout, format.transpose()?.flatten())
         }
         "StderrAccessLog" => {
             let log: StderrAccessLog = unpack(config, &path)?;
             let format = log.access_log_format.map(|StderrFormat::LogFormat(format)| log_format(&format));
-            (AccessLogSink::Stderr, format.transpose()?.flatten())
+            lines(AccessLogSink::Stderr, format.transpose()?.flatten())
+        }
+        "HttpGrpcAccessLogConfig" => {
+            let log: HttpGrpcAccessLogConfig = unpack(config, &path)?;
+            let headers = [
+                log.additional_request_headers_to_log.as_slice(),
+                &log.additional_response_headers_to_log,
+                &log.additional_response_trailers_to_log,
+            ];
+            entries(EntryKind::Http, log.common_config.as_ref(), headers, &path)?
+        }
+        "TcpGrpcAccessLogConfig" => {
+            let log: TcpGrpcAccessLogConfig = unpack(config, &path)?;
+            entries(EntryKind::Tcp, log.common_config.as_ref(), Default::default(), &path)?
         }
         _ => return Err(FieldError::unsupported(path.clone())),
     };
     let filter = log.filter.as_ref().map(|item| filter(item, &filter_path)).transpose()?.unwrap_or_default();
-    Ok(AccessLogConfig { sink, format: format.map(Arc::new), filter })
+    Ok(AccessLogConfig { output, filter })
+}
+
+/// Entries for a service.
+fn entries(
+    kind: EntryKind,
+    config: Option<&CommonGrpcAccessLogConfig>,
+    headers: [&[String]; 3],
+    path: &str,
+) -> Result<AccessLogOutput> {
+    let config = config.ok_or_else(|| required(path, "common_config"))?;
+    let parts = EntryParts::parse(headers, &config.filter_state_objects_to_log, path)?;
+    let path = join(path, "common_config");
+    #[expect(deprecated, reason = "this is where it is refused")]
+    const V2: i32 = ApiVersion::V2 as i32;
+    if config.transport_api_version == V2 {
+        return Err(FieldError::unsupported_value(join(&path, "transport_api_version"), "V2", "V3"));
+    }
+    let service = config.grpc_service.as_ref().ok_or_else(|| required(&path, "grpc_service"))?;
+    let flush_interval = duration(config.buffer_flush_interval, &path, "buffer_flush_interval")?;
+    // All that filters tell is in the entries.
+    metadata::read_all();
+    let service = LogService {
+        kind,
+        log_name: config.log_name.as_str().into(),
+        service: Service::parse(service, None, &join(&path, "grpc_service"))?,
+        flush_interval: flush_interval.unwrap_or(Duration::from_secs(1)),
+        buffer_bytes: config.buffer_size_bytes.map_or(16384, |bytes| bytes.value as usize),
+    };
+    Ok(AccessLogOutput::Entries { service: Arc::new(service), parts: Arc::new(parts) })
 }
 
 /// Which answers or lines are meant.

@@ -37,7 +37,7 @@ const TYPES: &[(&str, Why)] = &[
     ("envoy.config.metrics.v3.HystrixSink", NotForUs("Hystrix is no longer developed")),
     ("envoy.config.trace.v3.", NotYet("tracing")),
     ("envoy.config.upstream.local_address_selector.", NotYet("upstream bind addresses")),
-    ("envoy.extensions.access_loggers.", NotYet("access logs other than files and standard streams")),
+    ("envoy.extensions.access_loggers.", NotYet("access logs other than files, standard streams and gRPC services")),
     ("envoy.extensions.access_loggers.dynamic_modules.", NotForUs(CODE)),
     ("envoy.extensions.access_loggers.wasm.", NotForUs(CODE)),
     ("envoy.extensions.bootstrap.dynamic_modules.", NotForUs(CODE)),

@@ -2,6 +2,7 @@
 //! comes.
 
 use std::{
+    net::IpAddr,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -17,7 +18,7 @@ use http::{
 use http_body::Frame;
 use prost::Message as ProtoMessage;
 
-use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark, send, within};
+use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark_from, own_address, send, within};
 use crate::{
     config::{FieldError, parse},
     grpc_status,
@@ -27,6 +28,7 @@ use crate::{
         stream::{RequestHead, StreamCx},
         timeouts::to_grpc_timeout,
     },
+    upstream::WorkerClusters,
 };
 
 /// The longest message that is taken from a service, where `max_receive_message_length` says nothing: 4 MiB.
@@ -36,8 +38,8 @@ const MAX_MESSAGE: usize = 4 << 20;
 const FRAME_HEAD: usize = 5;
 
 /// A service that is asked by gRPC, by way of a cluster.
-#[derive(Debug)]
-pub(in crate::http) struct Service {
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Service {
     cluster: Box<str>,
     authority: HeaderValue,
     metadata: Box<[(HeaderName, HeaderValue)]>,
@@ -48,7 +50,7 @@ pub(in crate::http) struct Service {
 
 /// Why a call failed: gRPC's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::http) struct Failed(pub(in crate::http) u32);
+pub(crate) struct Failed(pub(in crate::http) u32);
 
 pub(super) const UNKNOWN: Failed = Failed(2);
 const RESOURCE_EXHAUSTED: Failed = Failed(8);
@@ -71,7 +73,7 @@ impl Service {
     ///
     /// # Errors
     /// The field that is wrong or not honoured, below `path`.
-    pub(in crate::http) fn parse(
+    pub(crate) fn parse(
         service: &GrpcService,
         default_timeout: Option<Duration>,
         path: &str,
@@ -110,7 +112,7 @@ impl Service {
     }
 
     /// A call's head. `path` is the method's.
-    fn head(&self, path: &'static str, timeout: Option<Duration>, cx: &StreamCx) -> RequestHead {
+    fn head(&self, path: &'static str, timeout: Option<Duration>, own: IpAddr) -> RequestHead {
         let (mut head, ()) = Request::new(()).into_parts();
         head.method = Method::POST;
         head.uri = Uri::from_static(path);
@@ -125,15 +127,20 @@ impl Service {
             head.headers.append(name, value.clone());
         }
         if !self.skip_envoy_headers {
-            mark(&mut head, cx);
+            mark_from(&mut head, own);
         }
         head
     }
 
     /// A stream of this method's, which may begin later. It has no time limit.
     pub(in crate::http) fn prepare(&self, path: &'static str, cx: &StreamCx) -> Prepared {
-        let cluster = cx.worker.clusters.get(&self.cluster);
-        Prepared { cluster, head: self.head(path, None, cx), max_message: self.max_message }
+        self.prepare_from(path, &cx.worker.clusters, own_address(cx))
+    }
+
+    /// The same, where no request is the reason. `own`: this node's address.
+    pub(crate) fn prepare_from(&self, path: &'static str, clusters: &WorkerClusters, own: IpAddr) -> Prepared {
+        let cluster = clusters.get(&self.cluster);
+        Prepared { cluster, head: self.head(path, None, own), max_message: self.max_message }
     }
 
     /// Asks, and waits for the answer.
@@ -147,7 +154,7 @@ impl Service {
         cx: &StreamCx,
     ) -> Result<A, Failed> {
         let cluster = cx.worker.clusters.get(&self.cluster).ok_or(UNAVAILABLE)?;
-        let head = self.head(path, self.timeout, cx);
+        let head = self.head(path, self.timeout, own_address(cx));
         let call = async {
             let answer = send(&cluster, None, head, Body::Wrapped(Box::new(Message(frame(request))))).await?;
             if let Err(failed) = check_head(&answer) {

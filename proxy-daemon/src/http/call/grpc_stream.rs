@@ -30,11 +30,11 @@ use crate::{
 
 /// How a stream ended.
 #[derive(Debug)]
-pub(in crate::http) struct Ended {
+pub(crate) struct Ended {
     /// gRPC's status.
-    pub(in crate::http) status: u32,
+    pub(crate) status: u32,
     /// What was said of it.
-    pub(in crate::http) message: String,
+    pub(crate) message: String,
 }
 
 impl From<Failed> for Ended {
@@ -44,23 +44,25 @@ impl From<Failed> for Ended {
 }
 
 /// A stream that has not begun.
-pub(in crate::http) struct Prepared {
+pub(crate) struct Prepared {
     pub(super) cluster: Option<Rc<WorkerCluster>>,
     pub(super) head: RequestHead,
     pub(super) max_message: usize,
 }
 
 impl Prepared {
+    /// Whether there is a cluster that it could go to.
+    pub(crate) fn has_cluster(&self) -> bool {
+        self.cluster.is_some()
+    }
+
     /// The headers that it begins with.
-    pub(in crate::http) fn headers(&mut self) -> &mut HeaderMap {
+    pub(crate) fn headers(&mut self) -> &mut HeaderMap {
         &mut self.head.headers
     }
 
     /// Begins. `told` gets each message that comes, and last how the stream has ended; not before this returns.
-    pub(in crate::http) fn open<A: ProtoMessage + Default + 'static>(
-        self,
-        told: impl Fn(Result<A, Ended>) + 'static,
-    ) -> Stream {
+    pub(crate) fn open<A: ProtoMessage + Default + 'static>(self, told: impl Fn(Result<A, Ended>) + 'static) -> Stream {
         let outbox = Rc::new(Outbox::default());
         let sending = Rc::clone(&outbox);
         let task = tokio::task::spawn_local(async move {
@@ -128,14 +130,14 @@ async fn converse<A: ProtoMessage + Default>(
 }
 
 /// A stream under way. Dropped, it is broken off.
-pub(in crate::http) struct Stream {
+pub(crate) struct Stream {
     outbox: Rc<Outbox>,
     task: Option<JoinHandle<()>>,
 }
 
 impl Stream {
     /// Sends a message, as soon as the service takes it.
-    pub(in crate::http) fn send(&self, message: &impl ProtoMessage) {
+    pub(crate) fn send(&self, message: &impl ProtoMessage) {
         let frame = frame(message);
         let mut state = self.outbox.0.borrow_mut();
         state.bytes += frame.len();
@@ -144,23 +146,23 @@ impl Stream {
     }
 
     /// How many bytes the service has not taken.
-    pub(in crate::http) fn queued(&self) -> usize {
+    pub(crate) fn queued(&self) -> usize {
         self.outbox.0.borrow().bytes
     }
 
     /// Wakes a task when the service takes something.
-    pub(in crate::http) fn wake_when_taken(&self, waker: &Waker) {
+    pub(crate) fn wake_when_taken(&self, waker: &Waker) {
         self.outbox.0.borrow_mut().writer = Some(waker.clone());
     }
 
     /// Ends our side; the service may go on for so long.
-    pub(in crate::http) fn finish(mut self, limit: Duration) {
+    pub(crate) fn finish(mut self, limit: Duration) {
         self.outbox.0.borrow_mut().ended = true;
         self.expire(limit, None);
     }
 
     /// The stream goes on for so long, and is broken off then; `then` is called at that time.
-    pub(in crate::http) fn linger(mut self, limit: Duration, then: impl FnOnce() + 'static) {
+    pub(crate) fn linger(mut self, limit: Duration, then: impl FnOnce() + 'static) {
         self.outbox.0.borrow_mut().lingers = true;
         self.expire(limit, Some(Box::new(then)));
     }

@@ -485,6 +485,19 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         "envoy.extensions.access_loggers.file.v3.FileAccessLog",
         &["path", "format", "json_format", "typed_json_format", "log_format"],
     ),
+    ("envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig", ALL),
+    ("envoy.extensions.access_loggers.grpc.v3.TcpGrpcAccessLogConfig", ALL),
+    (
+        "envoy.extensions.access_loggers.grpc.v3.CommonGrpcAccessLogConfig",
+        &[
+            "log_name",
+            "grpc_service",
+            "transport_api_version",
+            "buffer_flush_interval",
+            "buffer_size_bytes",
+            "filter_state_objects_to_log",
+        ],
+    ),
     ("envoy.extensions.access_loggers.stream.v3.StdoutAccessLog", &["log_format"]),
     ("envoy.extensions.access_loggers.stream.v3.StderrAccessLog", &["log_format"]),
     (

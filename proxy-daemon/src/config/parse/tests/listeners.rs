@@ -8,8 +8,8 @@ use super::*;
 use crate::{
     access_log::{Record, ResponseFlags},
     config::model::{
-        AccessLogFilter, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp, Listener, OriginalSrc,
-        ServerHeaderTransformation, SourceType, TcpProxyConfig,
+        AccessLogFilter, AccessLogOutput, AccessLogSink, ClusterChoice, CodecType, Comparison, ComparisonOp, Listener,
+        OriginalSrc, ServerHeaderTransformation, SourceType, TcpProxyConfig,
     },
     layered_runtime::{Denominator, Key, RuntimeInteger},
 };
@@ -100,8 +100,9 @@ fn a_tcp_proxy() {
     assert!(matches!(&full.cluster, ClusterChoice::Weighted(clusters) if clusters.total() == 3));
     assert_eq!((full.idle_timeout, full.max_connect_attempts), (None, 3));
     assert_eq!(full.max_downstream_connection_duration, Some(Duration::from_secs(60)));
-    assert_eq!(full.access_logs[0].sink, AccessLogSink::Stdout);
-    let line = full.access_logs[0].format.as_ref().unwrap().write(&Record::default());
+    let AccessLogOutput::Lines { sink, format } = &full.access_logs[0].output else { panic!() };
+    assert_eq!(*sink, AccessLogSink::Stdout);
+    let line = format.as_ref().unwrap().write(&Record::default());
     assert_eq!(line, b"1970-01-01T00:00:00.000Z\n");
     let tunnel = proxy("cluster: up, tunneling_config: { hostname: 'a:80', use_post: true }").tunneling.unwrap();
     assert!(matches!(&tunnel.hostname, crate::config::model::AddedValue::Literal(host) if host == "a:80"));
