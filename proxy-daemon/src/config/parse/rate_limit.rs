@@ -195,7 +195,9 @@ fn metadata(metadata: &MetaData, path: &str) -> Result<RateLimitAction> {
 }
 
 /// A namespace, and the path below it.
-fn place(from: Option<&MetadataKey>, path: &str) -> Result<(Box<str>, Box<[Box<str>]>)> {
+type Place = (Box<str>, Box<[Box<str>]>);
+
+fn place(from: Option<&MetadataKey>, path: &str) -> Result<Place> {
     let from = from.ok_or_else(|| required(path, "metadata_key"))?;
     let segments = from.path.iter().map(|segment| match &segment.segment {
         Some(Segment::Key(key)) => Ok(key.as_str().into()),
