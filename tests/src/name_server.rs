@@ -1,7 +1,8 @@
 //! A name server on the loopback whose every answer the test decides.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -17,13 +18,15 @@ pub enum Says {
     Addresses(Vec<IpAddr>, u32),
     /// There is no such name.
     Unknown,
+    /// The same, with addresses nevertheless.
+    UnknownWith(Vec<IpAddr>),
     /// That it has failed.
     Failure,
     /// Nothing at all.
     Nothing,
 }
 
-/// A name server on 127.0.0.1, by UDP (RFC 1035). It runs for as long as the process.
+/// A name server on 127.0.0.1, by UDP and TCP (RFC 1035). It runs for as long as the process.
 pub struct NameServer {
     /// Its port of 127.0.0.1.
     pub port: u16,
@@ -40,9 +43,16 @@ struct Shared {
 impl NameServer {
     /// Starts one on a free port, which knows no names.
     pub fn start() -> Result<NameServer> {
-        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let (socket, listener) = bind()?;
         let port = socket.local_addr()?.port();
         let shared: Arc<Mutex<Shared>> = Arc::default();
+        let by_tcp = Arc::clone(&shared);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = Arc::clone(&by_tcp);
+                thread::spawn(move || drop(serve(stream, &shared)));
+            }
+        });
         let server = NameServer { port, shared: Arc::clone(&shared) };
         thread::spawn(move || {
             let mut question = [0; 512];
@@ -76,6 +86,30 @@ impl NameServer {
     }
 }
 
+/// A port that is free for both.
+fn bind() -> Result<(UdpSocket, TcpListener)> {
+    loop {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        if let Ok(listener) = TcpListener::bind(socket.local_addr()?) {
+            return Ok((socket, listener));
+        }
+    }
+}
+
+/// Answers each question of a connection.
+fn serve(mut stream: TcpStream, shared: &Mutex<Shared>) -> Result<()> {
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let mut question = vec![0; u16::from_be_bytes(length).into()];
+        stream.read_exact(&mut question)?;
+        if let Some(answer) = answer(&question, shared) {
+            let length = u16::try_from(answer.len())?;
+            stream.write_all(&[&length.to_be_bytes()[..], &answer].concat())?;
+        }
+    }
+}
+
 /// The answer to a question; `None`: it is none.
 fn answer(question: &[u8], shared: &Mutex<Shared>) -> Option<Vec<u8>> {
     let (header, mut rest) = question.split_at_checked(12)?;
@@ -99,6 +133,7 @@ fn answer(question: &[u8], shared: &Mutex<Shared>) -> Option<Vec<u8>> {
         Some(Says::Addresses(addresses, ttl)) => (0, addresses.clone(), *ttl),
         Some(Says::Nothing) => return None,
         Some(Says::Failure) => (2, Vec::new(), 0),
+        Some(Says::UnknownWith(addresses)) => (3, addresses.clone(), 60),
         Some(Says::Unknown) | None => (3, Vec::new(), 0),
     };
     let addresses: Vec<_> = addresses.into_iter().filter(|address| address.is_ipv6() == wants_v6).collect();

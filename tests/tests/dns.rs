@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::io::BufReader;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::{Request, Response};
@@ -126,7 +128,7 @@ fn follows(kind: Kind, cluster: &str, fields: &str, steps: &[Step]) -> Result<Da
 #[test]
 fn strict_clusters_follow_names_as_in_envoy() -> Result<()> {
     for kind in [Kind::Envoy, Kind::Culvert] {
-        let steps: [Step; 6] = [
+        let steps: [Step; 8] = [
             (addresses(&[1, 2]), &[ONE, TWO]),
             (addresses(&[2, 3]), &[TWO, THREE]),
             // A server that fails says nothing of the name.
@@ -134,12 +136,20 @@ fn strict_clusters_follow_names_as_in_envoy() -> Result<()> {
             (addresses(&[1]), &[ONE]),
             (Says::Unknown, &["503"]),
             (addresses(&[3]), &[THREE]),
+            (Says::UnknownWith(vec![v4(2)]), &["503"]),
+            (addresses(&[3]), &[THREE]),
         ];
         let fields = "type: STRICT_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY";
         let daemon = follows(kind, "strict", fields, &steps)?;
         let stats = daemon.stats()?;
         for name in ["update_attempt", "update_success", "update_failure", "update_no_rebuild", "membership_change"] {
             ensure!(stats.get(&format!("cluster.strict.{name}")) > 0, "{kind:?}: {name}");
+        }
+        if kind == Kind::Culvert {
+            // Many look-ups have failed in the meantime.
+            ensure!(stats.get("cluster.strict.update_failure") > 1, "{}", daemon.stderr());
+            let warnings = daemon.stderr().matches("DNS look-up failed").count();
+            assert_eq!(warnings, 1, "{}", daemon.stderr());
         }
     }
     Ok(())
@@ -276,5 +286,104 @@ fn other_addresses_of_a_host_are_tried() -> Result<()> {
         // An address that does not answer is no failure of the connection.
         assert_eq!(daemon.stats()?.get("cluster.also.upstream_cx_connect_fail"), 0, "{kind:?}");
     }
+    Ok(())
+}
+
+/// A server that says more at a time than it was asked for is heard nevertheless.
+#[test]
+fn long_answers_are_taken_as_by_envoy() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let names = NameServer::start()?;
+        names.say("many.example", Says::Addresses((1..=200).map(v4).collect(), 60));
+        let cluster = format!(
+            "type: STRICT_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY\n    {}\n    {}",
+            endpoints("many", &[("many.example", 80)]),
+            resolver(names.port)
+        );
+        let (daemon, _) = start(kind, &[("many", cluster)])?;
+        names.wait_asked("many.example", DEADLINE)?;
+        let stats = daemon.stats()?;
+        assert_eq!(stats.get("cluster.many.membership_total"), 200, "{kind:?}");
+        assert_eq!(stats.get("cluster.many.update_failure"), 0, "{kind:?}");
+    }
+    Ok(())
+}
+
+/// Hosts at all addresses of the loopback, which keep their connections and say where they are, those asked for `?held` when they may.
+fn kept_hosts(held: Receiver<()>) -> Result<u16> {
+    let held = Arc::new(Mutex::new(held));
+    let listener = TcpListener::bind("0.0.0.0:0")?;
+    let port = listener.local_addr()?.port();
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let held = Arc::clone(&held);
+            thread::spawn(move || -> Result<()> {
+                let here = stream.local_addr()?.ip().to_string();
+                let mut requests = BufReader::new(stream.try_clone()?);
+                while let Some(request) = Request::read(&mut requests)? {
+                    if request.target.ends_with("?held") {
+                        let _ = held.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    }
+                    Response::new(200, "text/plain", here.clone().into_bytes()).write(&mut stream, false)?;
+                }
+                Ok(())
+            });
+        }
+    });
+    Ok(port)
+}
+
+/// The host is another one with each change of its addresses: what is under way there ends, and nothing new begins there.
+#[test]
+fn connections_of_logical_clusters_end_with_the_address_as_in_envoy() -> Result<()> {
+    let met = |kind| -> Result<Vec<(u64, u64, u64, String)>> {
+        let (release, held) = mpsc::channel();
+        let (names, hosts) = (NameServer::start()?, kept_hosts(held)?);
+        names.say("up.example", addresses(&[1, 2]));
+        let more = "dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY";
+        let end = format!("{}\n    {}", endpoints("x", &[("up.example", hosts)]), resolver(names.port));
+        let (daemon, port) = start(kind, &[("kept", format!("type: LOGICAL_DNS\n    {more}\n    {end}"))])?;
+        wait_met(port, "kept", &[ONE])?;
+        let under_way = thread::spawn(move || fetch(port, Request::get("/kept?held")));
+        wait_until(DEADLINE, "the request that is held", || {
+            let active = daemon.stats()?.get("cluster.kept.upstream_rq_active");
+            ensure!(active == 1, "{active} are active");
+            Ok(())
+        })?;
+        let mut counted = Vec::new();
+        let steps =
+            [(addresses(&[2, 1]), TWO), (addresses(&[2, 3]), TWO), (addresses(&[2]), TWO), (addresses(&[3]), THREE)];
+        for (says, host) in steps {
+            let before = daemon.stats()?.get("cluster.kept.membership_change");
+            names.say("up.example", says);
+            wait_until(DEADLINE, "the change", || {
+                let stats = daemon.stats()?;
+                ensure!(stats.get("cluster.kept.membership_change") == before + 1, "there is none");
+                Ok(())
+            })?;
+            wait_met(port, "kept", &[host])?;
+            let stats = daemon.stats()?;
+            let clusters = daemon.admin("/clusters")?;
+            let total = clusters.lines().find(|line| line.contains("::cx_total::")).context("no host")?;
+            counted.push((
+                stats.get("cluster.kept.upstream_cx_total"),
+                stats.get("cluster.kept.upstream_cx_destroy_local"),
+                stats.get("cluster.kept.upstream_cx_active"),
+                total.replace(&hosts.to_string(), "PORT"),
+            ));
+        }
+        release.send(())?;
+        let response = under_way.join().map_err(|_| anyhow!("it has panicked"))??;
+        ensure!(response.status == 200 && response.text() == ONE, "{kind:?}: {} {}", response.status, response.text());
+        wait_until(DEADLINE, "the end of its connection", || {
+            let active = daemon.stats()?.get("cluster.kept.upstream_cx_active");
+            ensure!(active == 1, "{active} are open");
+            Ok(())
+        })?;
+        ensure!(daemon.stats()?.get("cluster.kept.update_no_rebuild") > 0, "{kind:?}");
+        Ok(counted)
+    };
+    let (envoy, culvert) = (met(Kind::Envoy)?, met(Kind::Culvert)?);
+    assert_eq!(culvert, envoy);
     Ok(())
 }

@@ -135,3 +135,69 @@ fn sessions_keep_to_hosts_that_stand_as_is_said() -> Result<()> {
     }
     Ok(())
 }
+
+/// Canaries are hosts whose metadata says so, and responses that do.
+#[test]
+fn responses_of_canaries_are_counted_as_by_envoy() -> Result<()> {
+    let host = || {
+        server::start(|mut stream| {
+            let mut lines = std::io::BufReader::new(stream.try_clone()?);
+            while let Some(request) = Request::read(&mut lines)? {
+                let said = request.headers.get("x-say").map(|said| format!("x-envoy-upstream-canary: {said}\r\n"));
+                if request.headers.get("x-hang").is_some() {
+                    continue;
+                }
+                write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n{}\r\nok", said.unwrap_or_default())?;
+            }
+            Ok(())
+        })
+    };
+    let met = |kind| -> Result<Vec<String>> {
+        let (host, closed, web) = (host()?, free_port()?, free_port()?);
+        let cluster = |port: u16, canary: bool| {
+            format!(
+                "load_assignment: {{cluster_name: x, endpoints: [{{lb_endpoints: [{{metadata: {{filter_metadata: {{envoy.lb: {{canary: \
+                 {canary}}}}}}}, endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]}}"
+            )
+        };
+        let clusters = [("meta", host, true), ("header", host, false), ("plain", host, false), ("gone", closed, true)];
+        let route = |name: &str| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}, timeout: 0.5s}}}}");
+        let routes = clusters.map(|(name, ..)| route(name)).join(", ");
+        let hosts = format!("- {{name: all, domains: ['*'], routes: [{routes}]}}");
+        let bootstrap =
+            clusters.iter().fold(Bootstrap::new().http(web, &hosts, &[]), |bootstrap, (name, port, canary)| {
+                bootstrap.cluster_of(name, &[&cluster(*port, *canary)])
+            });
+        let daemon = Daemon::start(kind, &bootstrap.yaml())?;
+        let requests = [
+            ("meta", "", 200),
+            ("meta", "x-say: false", 200),
+            ("meta", "x-hang: 1", 504),
+            ("header", "", 200),
+            ("header", "x-say: true", 200),
+            ("header", "x-say: true", 200),
+            ("header", "x-say: True", 200),
+            ("header", "x-hang: 1", 504),
+            ("plain", "x-say: false", 200),
+            ("gone", "", 503),
+        ];
+        for (name, header, status) in requests {
+            let mut request = Request::get(&format!("/{name}"));
+            if let Some((name, value)) = header.split_once(": ") {
+                request = request.header(name, value);
+            }
+            assert_eq!(fetch(web, request)?.status, status, "{kind:?}: {name} {header}");
+        }
+        let stats = daemon.admin("/stats?filter=canary")?;
+        ensure!(stats.contains("cluster.header.canary.upstream_rq_time"), "{kind:?}: {stats}");
+        // What was measured Envoy says some seconds later.
+        let counters = stats.lines().filter(|line| !line.contains("upstream_rq_time"));
+        let mut counted: Vec<_> = counters.map(str::to_owned).collect();
+        counted.sort();
+        Ok(counted)
+    };
+    let (envoy, culvert) = (met(Kind::Envoy)?, met(Kind::Culvert)?);
+    assert_eq!(culvert, envoy);
+    ensure!(envoy.contains(&"cluster.header.canary.upstream_rq_200: 2".to_owned()), "{envoy:?}");
+    Ok(())
+}

@@ -237,7 +237,7 @@ impl Attempts<'_> {
     }
 
     fn no_host(&self, end: &StreamEnd, status: StatusCode) -> LocalReply {
-        end.charge(self.cluster, status);
+        end.charge(self.cluster, status, None);
         self.cluster.cluster.stats.upstream_cx_none_healthy.inc();
         LocalReply::new(status, "no healthy upstream", ResponseFlags::UH, "no_healthy_upstream")
     }
@@ -248,7 +248,7 @@ impl Attempts<'_> {
         if cluster.cluster.is_full(Resource::Requests, self.action.high_priority) {
             cluster.cluster.dropped.inc();
             host.count_refused(cluster, self.action.high_priority);
-            end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE);
+            end.charge(self.cluster, StatusCode::SERVICE_UNAVAILABLE, Some(host));
             end.keep_refused(Some(Rc::clone(host)));
             return Err(overloaded());
         }
@@ -270,7 +270,7 @@ impl Attempts<'_> {
             let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
             return LocalReply::new(failed.status, text, failed.flags, details);
         }
-        end.charge(self.cluster, failed.status);
+        end.charge(self.cluster, failed.status, end.attempted());
         if failed.failure == Failure::Overflow {
             end.excuse_host();
             end.keep_refused(None);
@@ -354,7 +354,7 @@ impl Shared<'_> {
         let sent = {
             let mut sending = std::pin::pin!(connection.send(request, |status, headers| {
                 if !self.cx.progress.health_check.get() {
-                    notes.charge(self.cluster, status, self.cx.internal);
+                    notes.charge(self.cluster, status, (self.cx.internal, host.host.answers_as_canary(&headers)));
                 }
                 self.cx.progress.interim(status, headers);
             }));

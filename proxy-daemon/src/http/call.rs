@@ -52,12 +52,18 @@ struct UnderWay {
     cluster: Rc<WorkerCluster>,
     chosen: Chosen,
     started: Instant,
+    /// The answer is a canary's.
+    canary: bool,
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
         self.chosen.cluster.cluster.end_request(false);
-        self.cluster.cluster.stats.record_time(self.started.elapsed().as_millis() as u64, true);
+        let (stats, elapsed) = (&self.cluster.cluster.stats, self.started.elapsed().as_millis() as u64);
+        stats.record_time(elapsed, true);
+        if self.canary {
+            stats.record_canary_time(elapsed);
+        }
         self.chosen.host.end_request();
     }
 }
@@ -147,9 +153,13 @@ pub(super) async fn send_to(
     member.cluster.begin_request(false);
     cluster.cluster.attempt_begins(false);
     host.begin_request();
-    let under_way = UnderWay { cluster: Rc::clone(cluster), chosen, started: Instant::now() };
+    let mut under_way = UnderWay { cluster: Rc::clone(cluster), chosen, started: Instant::now(), canary: false };
     let failed = || {
-        stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
+        let code = StatusCode::SERVICE_UNAVAILABLE.as_u16();
+        stats.charge(code, true);
+        if host.host.is_canary() {
+            stats.charge_canary(code);
+        }
         Failure::Reset
     };
     let wanted = upstream_head::protocol(&member, &head);
@@ -166,9 +176,20 @@ pub(super) async fn send_to(
     } else {
         upstream_head::to_http1(&mut head);
     }
-    let sent = connection.send(Request::from_parts(head, body), |status, _| stats.charge(status.as_u16(), true)).await;
+    let charge = |status: StatusCode, headers: &HeaderMap| {
+        stats.charge(status.as_u16(), true);
+        let canary = host.host.answers_as_canary(headers);
+        if canary {
+            stats.charge_canary(status.as_u16());
+        }
+        canary
+    };
+    let interim = |status, headers: HeaderMap| {
+        charge(status, &headers);
+    };
+    let sent = connection.send(Request::from_parts(head, body), interim).await;
     let (head, body) = sent.map_err(|_| failed())?.into_parts();
-    stats.charge(head.status.as_u16(), true);
+    under_way.canary = charge(head.status, &head.headers);
     Ok(Answer { head, body, connection, under_way })
 }
 

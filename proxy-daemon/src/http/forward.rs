@@ -190,7 +190,7 @@ fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
     let stats = &cluster.cluster.stats;
     stats.upstream_rq_maintenance_mode.inc();
     let status = StatusCode::SERVICE_UNAVAILABLE;
-    end.charge(cluster, status);
+    end.charge(cluster, status, None);
     let mut reply = LocalReply::new(status, "maintenance mode", ResponseFlags::UO, "maintenance_mode");
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
     reply
@@ -199,7 +199,7 @@ fn maintenance(cluster: &WorkerCluster, end: &StreamEnd) -> LocalReply {
 /// The answer to a request that `drop_overloads` has dropped.
 fn dropped(cx: &StreamCx, cluster: &WorkerCluster, end: &StreamEnd, all: bool) -> LocalReply {
     let status = StatusCode::SERVICE_UNAVAILABLE;
-    end.charge(cluster, status);
+    end.charge(cluster, status, None);
     cluster.cluster.dropped_overload.inc();
     let (text, flags, details, header) = if all {
         ("unconditional drop overload", ResponseFlags::UDO, "unconditional_drop_overload", UNCONDITIONAL_DROP)
@@ -318,7 +318,7 @@ fn expire(
             for _ in 0..attempts.max(1) {
                 cluster.cluster.stats.upstream_rq_timeout.inc();
                 end.count(|stats| stats.upstream_rq_timeout.inc());
-                end.charge(cluster, timeouts.status);
+                end.charge(cluster, timeouts.status, end.attempted());
             }
             end.judge(true);
             if let Some((_, host)) = &end.host {

@@ -181,7 +181,7 @@ impl Attempts<'_> {
                             pause = Some(self.next_turn(&one.held));
                         } else if !tries.is_empty() || pause.is_some() {
                             one.held.host.count(HostCounter::RqError, 1);
-                            end.charge(self.cluster, failed.status);
+                            end.charge(self.cluster, failed.status, Some(&one.held.host));
                         } else {
                             end.set_host(self.cluster, &one.held, one.held.high);
                             return Err(self.give_up(end, failed));

@@ -197,6 +197,8 @@ pub(super) struct StreamEnd {
     pub(super) grpc: bool,
     /// The request is internal.
     pub(super) internal: bool,
+    /// The response is a canary's.
+    canary: bool,
     pub(super) complete: bool,
     /// It ends with a redirect that is followed here, which no client sees.
     redirected: bool,
@@ -237,9 +239,13 @@ impl Notes {
         connected
     }
 
-    /// Counts a response of the cluster's, or the answer in its place; `internal`: the request is.
-    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode, internal: bool) {
-        cluster.cluster.stats.charge(status.as_u16(), internal);
+    /// Counts a response of the cluster's, or the answer in its place; `internal`: the request is; `canary`: the host is one.
+    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode, (internal, canary): (bool, bool)) {
+        let stats = &cluster.cluster.stats;
+        stats.charge(status.as_u16(), internal);
+        if canary {
+            stats.charge_canary(status.as_u16());
+        }
         self.count(|stats| stats.upstream_rq.inc(status.as_u16()));
     }
 }
@@ -307,6 +313,7 @@ impl StreamEnd {
             http1: true,
             grpc: false,
             internal: false,
+            canary: false,
             complete: false,
             redirected: false,
             switched: false,
@@ -331,12 +338,27 @@ impl StreamEnd {
         self.notes.count(count);
     }
 
-    /// Counts a response of the cluster's, or the answer in its place.
-    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode) {
+    /// Counts the answer in the place of a response of this host's, where one was chosen.
+    pub(super) fn charge(&self, cluster: &WorkerCluster, status: StatusCode, host: Option<&WorkerHost>) {
+        self.charge_as(cluster, status, host.is_some_and(|host| host.host.is_canary()));
+    }
+
+    /// Counts the response of the attempt's host.
+    pub(super) fn charge_response(&mut self, cluster: &WorkerCluster, status: StatusCode, headers: &HeaderMap) {
+        self.canary = self.host.as_ref().is_some_and(|(_, host)| host.host.answers_as_canary(headers));
+        self.charge_as(cluster, status, self.canary);
+    }
+
+    fn charge_as(&self, cluster: &WorkerCluster, status: StatusCode, canary: bool) {
         // Health checks are nobody's requests.
         if !self.progress.health_check.get() {
-            self.notes.charge(cluster, status, self.internal);
+            self.notes.charge(cluster, status, (self.internal, canary));
         }
+    }
+
+    /// The attempt's host.
+    pub(super) fn attempted(&self) -> Option<&WorkerHost> {
+        self.host.as_ref().map(|(_, host)| &**host)
     }
 
     /// What logs say of why the response is what it is.
@@ -709,6 +731,9 @@ impl Drop for StreamEnd {
             let routed = aggregate.as_ref().unwrap_or(cluster);
             if !self.progress.health_check.get() {
                 routed.cluster.stats.record_time(elapsed, self.internal);
+                if self.canary {
+                    routed.cluster.stats.record_canary_time(elapsed);
+                }
                 self.count(|stats| stats.upstream_rq_time.record(elapsed));
             }
             cluster.cluster.end_request(self.high);

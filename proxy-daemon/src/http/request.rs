@@ -305,7 +305,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
     }
     if let Some(cluster) = &cx.cluster {
-        end.charge(cluster, response.status);
+        end.charge_response(cluster, response.status, &response.headers);
     }
     if let Some(upgrade) = &upgrade {
         upgrade.settle(&mut response, &mut incoming);

@@ -201,7 +201,7 @@ impl Cluster {
     fn making<'a>(&'a self, workers: usize, local: &'a Local) -> Making<'a> {
         let (outlier, checks, orca) = (self.outlier.as_ref(), self.checks.as_deref(), self.orca.as_ref());
         let (config, stats) = (&self.config, &self.stats);
-        Making { config, stats, workers, local, outlier, checks, orca, keeps_vitals: true, finds_the_same: true }
+        Making { config, stats, workers, local, outlier, checks, orca, keeps_vitals: true }
     }
 
     /// Chooses anew: this node's own cluster has changed, or hosts stand otherwise.
@@ -399,7 +399,6 @@ impl Clusters {
             checks: checks.as_deref(),
             orca: orca.as_ref(),
             keeps_vitals: false,
-            finds_the_same,
         };
         let hosts = match (&config.discovery, endpoints) {
             (Discovery::Static, _) => Arc::new(build(&config.endpoints, &before, &making)),

@@ -9,6 +9,7 @@ use std::{
     time::Instant,
 };
 
+use http::{HeaderMap, HeaderName};
 use once_cell::race::OnceBox;
 
 use super::{
@@ -20,6 +21,9 @@ use super::{
 use crate::config::model::{
     AssignmentPolicy, EndpointAddress, EndpointDetails, HealthStatus, LbMetadata, Locality, SocketIndex,
 };
+
+/// By which a host says that it is a canary.
+static CANARY: HeaderName = HeaderName::from_static("x-envoy-upstream-canary");
 
 /// One endpoint of a cluster.
 #[derive(Debug, Clone)]
@@ -99,6 +103,11 @@ impl Host {
     /// Whether its metadata says `canary` under `envoy.lb`.
     pub fn is_canary(&self) -> bool {
         self.metadata().and_then(|metadata| metadata.get("canary")?.as_bool()).unwrap_or(false)
+    }
+
+    /// Whether a response of its is counted as a canary's: one that says `x-envoy-upstream-canary`, or any of a host that is one.
+    pub(crate) fn answers_as_canary(&self, headers: &HeaderMap) -> bool {
+        headers.get(&CANARY).is_some_and(|said| said == "true") || self.is_canary()
     }
 
     /// What it is hashed by: what its metadata says, or its name, or its address.
@@ -283,7 +292,8 @@ impl HostSet {
         let mut changed = BTreeSet::new();
         for slot in 0..self.by_slot.len().max(before.by_slot.len()) {
             match (before.in_slot(slot), self.in_slot(slot)) {
-                (Some(old), Some(new)) if old.priority == new.priority && old.address == new.address => {}
+                (Some(old), Some(new)) if old.priority == new.priority && Arc::ptr_eq(&old.counters, &new.counters) => {
+                }
                 (old, new) => changed.extend(old.into_iter().chain(new).map(|host| host.priority)),
             }
         }

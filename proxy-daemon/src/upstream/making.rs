@@ -30,8 +30,6 @@ pub(super) struct Making<'a> {
     pub(super) orca: Option<&'a Arc<Orca>>,
     /// The hosts before are of the same version of the cluster: what was found out about them still holds.
     pub(super) keeps_vitals: bool,
-    /// The hosts before were found in the same place.
-    pub(super) finds_the_same: bool,
 }
 
 /// A set of these endpoints. Hosts that `before` has at the same addresses keep their counters and their slots.
@@ -57,7 +55,7 @@ pub(super) fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &
             if by_address.get(&hosts, &endpoint.address).is_some() {
                 continue;
             }
-            let known = making.known(before, &endpoint.address);
+            let known = making.known(before, endpoint);
             match known {
                 Some(known) => by_slot[known.slot as usize] = number,
                 None => new.push(number),
@@ -140,12 +138,12 @@ fn give_slots(hosts: &mut [Arc<Host>], new: Vec<u32>, by_slot: &mut Vec<u32>) {
 const FREE: u32 = u32::MAX;
 
 impl Making<'_> {
-    /// The host that has been at an address; the host of a LOGICAL_DNS cluster is the same wherever it is.
-    fn known<'a>(&self, before: &'a HostSet, address: &EndpointAddress) -> Option<&'a Arc<Host>> {
-        match self.config.discovery {
-            Discovery::LogicalDns(_) if self.finds_the_same => before.hosts.first(),
-            _ => before.at(address),
-        }
+    /// The host that an endpoint has been. That of a LOGICAL_DNS cluster is another one when any of its addresses is, as in Envoy: nothing
+    /// goes to where the name does not lead any more.
+    fn known<'a>(&self, before: &'a HostSet, endpoint: &Endpoint) -> Option<&'a Arc<Host>> {
+        let logical = matches!(self.config.discovery, Discovery::LogicalDns(_));
+        let known = before.at(&endpoint.address);
+        known.filter(|host| !logical || host.additional_addresses == endpoint.additional_addresses)
     }
 
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {

@@ -11,11 +11,17 @@ use crate::{
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
 };
 
-/// What is counted of the responses to requests of one origin.
+/// What is counted of the responses to requests of one origin, and of those of canaries.
 #[derive(Debug)]
 struct Origin {
     codes: ResponseCodes,
     time: Histogram,
+}
+
+impl Origin {
+    fn new(scope: &Scope, prefix: &'static str) -> Origin {
+        Origin { codes: ResponseCodes::new(scope, prefix), time: scope.histogram(&format!("{prefix}_time")) }
+    }
 }
 
 macro_rules! cluster_stats {
@@ -33,6 +39,8 @@ macro_rules! cluster_stats {
             retry: Arc<OnceLock<ResponseCodes>>,
             /// `external.upstream_rq_200` and so on, and `internal.`: by where requests come from.
             origins: Arc<[OnceLock<Origin>; 2]>,
+            /// `canary.upstream_rq_200` and so on: of canaries.
+            canary: Arc<OnceLock<Origin>>,
             /// `<name>.total_match_count` of its transport sockets, by their places.
             socket_matches: Arc<[Counter]>,
             scope: Scope,
@@ -52,6 +60,7 @@ macro_rules! cluster_stats {
                     upstream_rq: ResponseCodes::new(&scope, "upstream_rq"),
                     retry: Arc::default(),
                     origins: Arc::default(),
+                    canary: Arc::default(),
                     socket_matches: socket_matches(config, &scope),
                     scope,
                     _lease: lease,
@@ -174,15 +183,27 @@ impl ClusterStats {
         self.origin(internal).time.record(milliseconds);
     }
 
+    /// Counts a response of a canary, besides [`charge`](Self::charge).
+    pub fn charge_canary(&self, code: u16) {
+        self.canary().codes.inc(code);
+    }
+
+    /// A canary took so many milliseconds for a request, besides [`record_time`](Self::record_time).
+    pub fn record_canary_time(&self, milliseconds: u64) {
+        self.canary().time.record(milliseconds);
+    }
+
     /// Made with the first request of that origin: most clusters never see one of the other.
     fn origin(&self, internal: bool) -> &Origin {
-        self.origins[usize::from(internal)].get_or_init(|| {
-            let (codes, time) = match internal {
-                true => ("internal.upstream_rq", "internal.upstream_rq_time"),
-                false => ("external.upstream_rq", "external.upstream_rq_time"),
-            };
-            Origin { codes: ResponseCodes::new(&self.scope, codes), time: self.scope.histogram(time) }
+        self.origins[usize::from(internal)].get_or_init(|| match internal {
+            true => Origin::new(&self.scope, "internal.upstream_rq"),
+            false => Origin::new(&self.scope, "external.upstream_rq"),
         })
+    }
+
+    /// Made with the first response of a canary: most clusters have none.
+    fn canary(&self) -> &Origin {
+        self.canary.get_or_init(|| Origin::new(&self.scope, "canary.upstream_rq"))
     }
 
     /// Counts a response that is tried again.

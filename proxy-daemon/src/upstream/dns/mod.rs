@@ -53,6 +53,8 @@ struct Name {
     addresses: Vec<SocketAddr>,
     /// So often in a row nobody has answered.
     failures: u32,
+    /// The last look-up has failed, and the log says so.
+    failing: bool,
 }
 
 impl Names {
@@ -120,6 +122,7 @@ impl Names {
         let mut first = first.into_iter().flatten();
         for (index, name) in names.iter_mut().enumerate() {
             let answer = first.next().filter(|(host, _)| *host == name.host);
+            name.failing = matches!(answer, Some((_, Err(_))));
             let wait = answer.map_or(Duration::ZERO, |(_, answer)| {
                 // There was no cluster to count it before.
                 mine.stats.update_attempt.inc();
@@ -130,10 +133,7 @@ impl Names {
         drop(mine);
         while let Some(Some((index, answer))) = rounds.next().await {
             let Some(mine) = self.in_use(&cluster) else { return };
-            if let Err(error) = &answer {
-                let name = &names[index].host;
-                tracing::warn!(cluster = %config.name, %name, %error, "DNS look-up failed; the last addresses stay in use");
-            }
+            names[index].tell(&config.name, &answer);
             let (changed, wait) = names[index].note(&answer, &mine, options);
             if changed {
                 self.clusters.set_endpoints(&config.name, &endpoints(&config, &names));
@@ -192,6 +192,19 @@ impl Name {
         changed
     }
 
+    /// Says in the log when look-ups begin to fail, and when they do not any more.
+    fn tell(&mut self, cluster: &str, answer: &io::Result<Answer>) {
+        let (name, before) = (&self.host, std::mem::replace(&mut self.failing, answer.is_err()));
+        match answer {
+            Err(error) if before => tracing::debug!(%cluster, %name, %error, "DNS look-up failed again"),
+            Err(error) => {
+                tracing::warn!(%cluster, %name, %error, "DNS look-up failed; the last addresses stay in use");
+            }
+            Ok(_) if before => tracing::info!(%cluster, %name, "DNS look-ups succeed again"),
+            Ok(_) => {}
+        }
+    }
+
     /// Takes an answer: whether it is another one, and how long it is good.
     fn note(&mut self, answer: &io::Result<Answer>, cluster: &Cluster, options: &DnsOptions) -> (bool, Duration) {
         let stats = &cluster.stats;
@@ -202,7 +215,7 @@ impl Name {
                 stats.update_success.inc();
                 self.failures = 0;
                 let changed = self.take(answer, logical);
-                if !changed && !logical {
+                if !changed {
                     stats.update_no_rebuild.inc();
                 }
                 (changed, good_for(answer, options))
@@ -237,7 +250,7 @@ fn names_of(groups: &[LocalityEndpoints]) -> Vec<Name> {
     let endpoints = groups.iter().flat_map(|group| &group.endpoints);
     let names = endpoints.filter_map(|endpoint| match &endpoint.address {
         EndpointAddress::Dns { host, port } => {
-            Some(Name { host: host.clone(), port: *port, addresses: Vec::new(), failures: 0 })
+            Some(Name { host: host.clone(), port: *port, addresses: Vec::new(), failures: 0, failing: false })
         }
         EndpointAddress::Ip(_) | EndpointAddress::Pipe(_) => None,
     });

@@ -13,6 +13,7 @@ use hickory_resolver::{
     config::{LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts, ServerOrderingStrategy},
     net::NetError,
     net::runtime::TokioRuntimeProvider,
+    proto::op::ResponseCode,
 };
 use tokio::sync::Semaphore;
 
@@ -80,7 +81,20 @@ impl Resolvers {
             // It has one in any case.
             resolver.clear_cache();
         }
-        let found = match resolver.lookup_ip(name).await {
+        let mut found = resolver.lookup_ip(name).await;
+        if let Err(NetError::Proto(_)) = found
+            && !servers.tcp
+            && let Some(over_tcp) = self.resolver(&DnsServers { tcp: true, ..servers.clone() }, family)?
+        {
+            // Of an answer that is longer than was asked for, only the beginning has come.
+            over_tcp.clear_cache();
+            found = over_tcp.lookup_ip(name).await.or(found);
+        }
+        let found = match found {
+            // It goes by this, whatever else it says, as in Envoy.
+            Ok(found) if found.as_lookup().message().response_code == ResponseCode::NXDomain => {
+                return Ok(Answer::default());
+            }
             Ok(found) => found,
             Err(error) if error.is_no_records_found() => return Ok(Answer::default()),
             Err(error) => {

@@ -9,7 +9,7 @@ fn answer(addresses: &[&str], ttl: Option<u64>) -> Answer {
 }
 
 fn name() -> Name {
-    Name { host: "up".into(), port: 80, addresses: Vec::new(), failures: 0 }
+    Name { host: "up".into(), port: 80, addresses: Vec::new(), failures: 0, failing: false }
 }
 
 /// A cluster whose only endpoint is the name `up`.
