@@ -1,6 +1,7 @@
 //! Connections to hosts that fail before a host is asked, or that a host says the end of, beside the real Envoy: what clients and logs are
 //! told of them, and what is counted.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufReader, Read as _, Write as _};
 use std::net::TcpStream;
@@ -51,7 +52,7 @@ fn log(path: &str, text: &str) -> String {
     format!(
         "access_log: [{{name: file, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog, \
          path: {path}, log_format: {{text_format_source: {{inline_string: \"{text} %RESPONSE_FLAGS% %RESPONSE_CODE_DETAILS% \
-         %UPSTREAM_TRANSPORT_FAILURE_REASON% %UPSTREAM_HOST%\\n\"}}}}}}}}]"
+         %UPSTREAM_TRANSPORT_FAILURE_REASON% %UPSTREAM_HOST% %UPSTREAM_REQUEST_ATTEMPT_COUNT%\\n\"}}}}}}}}]"
     )
 }
 
@@ -158,5 +159,35 @@ fn a_host_that_says_that_it_closes_is_counted_as_by_envoy() -> Result<()> {
     let (envoy, culvert) = (counted(Kind::Envoy)?, counted(Kind::Culvert)?);
     assert_eq!(culvert, envoy);
     assert_eq!(envoy.last(), Some(&3));
+    Ok(())
+}
+
+/// Of a TCP proxy that had to connect twice, the log says so, and why.
+#[test]
+fn hosts_that_tcp_proxies_had_to_try_are_logged_as_by_envoy() -> Result<()> {
+    let app = || server::start(|mut stream| Ok(stream.write_all(b"ok")?));
+    // In their turn: some connections meet the host that is none first.
+    let (one, two) = (app()?, app()?);
+    let lines = |kind| -> Result<BTreeSet<String>> {
+        let (tcp, closed, path) = (free_port()?, free_port()?, scratch_dir()?.join("log"));
+        let proxy = format!("cluster: app, max_connect_attempts: 2, {}", log(&path.display().to_string(), "tcp"));
+        let bootstrap = Bootstrap::new().tcp_of(tcp, &proxy).cluster("app", &[one, two, closed], &[]);
+        let flags: &[&str] = if kind == Kind::Envoy { &["--file-flush-interval-msec", "50"] } else { &[] };
+        let _daemon = Daemon::start_with(kind, &bootstrap.yaml(), flags)?;
+        wait_until(DEADLINE, "lines of both kinds", || {
+            let mut answer = String::new();
+            let mut stream = TcpStream::connect(("127.0.0.1", tcp))?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            stream.read_to_string(&mut answer)?;
+            ensure!(answer == "ok", "{answer}");
+            let text =
+                fs::read_to_string(&path)?.replace(&format!(":{one}"), ":APP").replace(&format!(":{two}"), ":APP");
+            let lines: BTreeSet<_> = text.lines().map(str::to_owned).collect();
+            ensure!(lines.len() == 2, "{text}");
+            Ok(lines)
+        })
+    };
+    let (envoy, culvert) = (lines(Kind::Envoy)?, lines(Kind::Culvert)?);
+    assert_eq!(culvert, envoy);
     Ok(())
 }

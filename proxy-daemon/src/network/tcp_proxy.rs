@@ -99,7 +99,10 @@ pub(super) struct Outcome {
     /// The cluster of the host, where there is one.
     carried_by: Option<Rc<WorkerCluster>>,
     pub(super) upstream: Option<Rc<UpstreamInfo>>,
+    /// Of the last connect that failed, also where another one did not.
     transport_failure: Option<String>,
+    /// So many hosts were connected to.
+    pub(super) attempts: u32,
     pub(super) received: u64,
     pub(super) sent: u64,
 }
@@ -129,6 +132,7 @@ pub async fn serve(
         bytes_received: outcome.received,
         bytes_sent: outcome.sent,
         upstream_host: outcome.host.as_deref(),
+        attempts: outcome.attempts,
         upstream_cluster: outcome.cluster.as_deref(),
         upstream_local_address: outcome.upstream.as_ref().and_then(|upstream| upstream.local),
         upstream_tls: outcome.upstream.as_ref().and_then(|upstream| upstream.tls.as_ref()),
@@ -295,6 +299,7 @@ async fn dial(
         }
         let (config, stats) = (&member.cluster.config, &member.cluster.stats);
         outcome.host = Some(host.host.display().to_owned());
+        outcome.attempts += 1;
         stats.upstream_rq_pending_total.inc();
         let pending = Decrement::after_inc(stats.upstream_rq_pending_active);
         // Counted from the first SYN: connects that hang use up the limit as well.
@@ -325,7 +330,7 @@ async fn dial(
                 host.saw(Seen::ConnectedOnly);
                 let issued = Issued::to(&host);
                 let told = stream.info(since, connected.get());
-                (outcome.upstream, outcome.transport_failure) = (Some(Rc::new(told)), None);
+                outcome.upstream = Some(Rc::new(told));
                 outcome.carried_by = Some(Rc::clone(&member));
                 return Some(Dialed {
                     stream,
