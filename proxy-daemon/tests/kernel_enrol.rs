@@ -258,6 +258,38 @@ fn a_removed_interface_takes_its_pod_out_and_a_renamed_one_does_not() {
     stop(&lab, interception);
 }
 
+#[test]
+fn a_state_file_that_cannot_be_written_keeps_nothing_in_force_that_must_go() {
+    let lab = Lab::new();
+    let config = InterceptionConfig { pods: Vec::new(), ..lab.config() };
+    let (interception, _worker) = start(&lab, config);
+    let enrol = |name: &str, address: &str| {
+        interception.enrol(Some(name.to_owned()), vec![address.parse().unwrap()], None, None, None)
+    };
+    enrol("web", CLIENT).expect("enrols");
+    // It is written there first.
+    let beside = lab.state_path().with_extension("new");
+    fs::create_dir(&beside).expect("a directory");
+    assert!(enrol("users", SERVER).unwrap_err().to_string().contains("enrolled.json"));
+    assert!(interception.unenrol("web").unwrap_err().to_string().contains("enrolled.json"));
+    assert!(is_enrolled(&interception, "web") && pod(&interception, "users").is_none());
+
+    // It takes the program along.
+    lab.node.ip(&format!("link set pod1 netns {}", lab.client.name));
+    eventually("the pod is forgotten", || pod(&interception, "web").is_none());
+    let in_pod = || lab.client.run(|| SchedClassifier::query_tcx("pod1", TcAttachType::Ingress)).unwrap().1.len();
+    eventually("detached", || in_pod() == 0);
+    assert_eq!(interception.faults(), Vec::<String>::new());
+
+    // What was refused does not come with the next command.
+    fs::remove_dir(&beside).unwrap();
+    enrol("other", SERVER_V6).expect("enrols");
+    assert!(pod(&interception, "users").is_none());
+    let written = fs::read_to_string(lab.state_path()).expect("the state file");
+    assert!(written.contains("other") && !written.contains("users") && !written.contains("web"), "{written}");
+    stop(&lab, interception);
+}
+
 /// What one daemon has in force stays until its successor's listeners are there; then it is the successor's, and the end of
 /// the first takes nothing away. istio#51126, kmesh#1346, cilium#36063.
 #[test]

@@ -219,6 +219,7 @@ fn cgroups_that_appear_later_are_attached() {
     Puppet::new(&lab.node, &other).connect("10.201.9.2:80").expect("passes");
     accept(&own);
     assert_eq!(pins(), 5);
+    eventually("what does not change is not looked at", || sleeps("intercept-cgrp"));
     drop(inner);
     drop(web);
     eventually("the pins are gone", || pins() == 0);
@@ -229,6 +230,43 @@ fn cgroups_that_appear_later_are_attached() {
     stage.accepted();
     lab.node.run(|| stage.interception.shutdown()).expect("shuts down");
     assert!(!lab.pin_path.exists());
+}
+
+#[test]
+fn cgroups_that_appear_after_a_daemon_took_over_are_attached() {
+    let lab = Lab::new();
+    let slice = Group::new(None, "slice");
+    let host = HostMode { cgroups: vec![slice.path().join("shop-*")], failure_policy: FailurePolicy::Open };
+    let config = || InterceptionConfig { host: Some(host.clone()), ..lab.config() };
+    let worker = lab.node.listen_transparent("[::]:15001");
+    let first = lab.start(config(), 1);
+    lab.node.run(|| first.set_listener(0, worker.as_fd())).expect("listener");
+    // As in a crash: its programs stay.
+    drop(first);
+    let second = lab.start(config(), 1);
+    eventually("the first look is over", || sleeps("intercept-cgrp"));
+    lab.node.run(|| second.set_listener(0, worker.as_fd())).expect("listener");
+    let _web = Group::new(Some(&slice), "shop-web");
+    eventually("attached", || second.hooked_cgroups().0 == 1);
+    lab.node.run(|| second.shutdown()).expect("shuts down");
+}
+
+#[test]
+fn a_cgroup_without_programs_is_told_and_tried_again() {
+    let lab = Lab::new();
+    let slice = Group::new(None, "slice");
+    let stage = start(&lab, &slice.path().join("shop-*"), FailurePolicy::Closed);
+    assert_eq!(stage.interception.faults(), Vec::<String>::new());
+    let pins = lab.pin_path.join("cgroups");
+    fs::remove_dir(&pins).expect("nothing is pinned");
+    let web = Group::new(Some(&slice), "shop-web");
+    let told = format!("host.cgroups {}: ", web.path().display());
+    eventually("the node is not ready", || stage.interception.faults().iter().any(|fault| fault.starts_with(&told)));
+    assert_eq!(stage.interception.hooked_cgroups(), (0, 0));
+    fs::create_dir(&pins).expect("a directory");
+    eventually("ready", || stage.interception.faults().is_empty());
+    assert_eq!(stage.interception.hooked_cgroups(), (1, 0));
+    lab.node.run(|| stage.interception.shutdown()).expect("shuts down");
 }
 
 #[test]

@@ -11,9 +11,11 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use culvert_proxy_daemon::intercept::{Interception, InterceptionConfig};
+use culvert_proxy_daemon::intercept::{Enrolment, FailurePolicy, HostMode, Interception, InterceptionConfig, Selector};
 use kernel_lab::process::role;
+use kernel_lab::puppet::Group;
 use kernel_lab::*;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Not a test of its own: what the process does that plays the daemon.
 #[test]
@@ -249,6 +251,64 @@ fn a_start_that_fails_leaves_nothing() {
 
     let too_many = lab.node.run(|| Interception::start(lab.config(), 129)).err().expect("refused").to_string();
     assert!(too_many.contains("--concurrency"), "{too_many}");
+}
+
+/// Each step opens something: with fewer and fewer files the start fails earlier and earlier.
+#[test]
+fn a_start_that_fails_late_leaves_nothing() {
+    let lab = Lab::new();
+    let group = Group::new(None, "apps");
+    let manifests = tempfile::tempdir().expect("a directory");
+    let config = || InterceptionConfig {
+        host: Some(HostMode { cgroups: vec![group.path().to_owned()], failure_policy: FailurePolicy::Closed }),
+        enrolment: Some(Enrolment {
+            pod_manifests: manifests.path().to_owned(),
+            kubernetes: None,
+            node_name: String::new(),
+            selectors: vec![Selector::default()],
+        }),
+        ..closed(&lab)
+    };
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("getrlimit");
+    let start = |limit: u64| {
+        lab.node.run(|| {
+            setrlimit(Resource::RLIMIT_NOFILE, limit, hard).expect("setrlimit");
+            let started = Interception::start(config(), 1);
+            setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("setrlimit");
+            started
+        })
+    };
+    let interception = start(soft).expect("starts");
+    let files = fs::read_dir("/proc/self/fd").expect("files").map(|file| file.unwrap().file_name());
+    let top = files.filter_map(|name| name.to_str()?.parse::<u64>().ok()).max().expect("files");
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+    let mut reasons = Vec::new();
+    let mut starts = |limit: u64| {
+        let started = start(limit);
+        let starts = started.is_ok();
+        match started {
+            Ok(interception) => lab.node.run(|| interception.shutdown()).expect("shuts down"),
+            Err(error) => reasons.push(error.to_string()),
+        }
+        assert_eq!(routing(&lab), "", "{reasons:?}");
+        assert!(!lab.pin_path.exists(), "{reasons:?}");
+        for interface in ["pod1", "pod2", "up0"] {
+            assert_eq!(attached(&lab, interface), 0, "{interface}: {reasons:?}");
+        }
+        starts
+    };
+    // How few suffice.
+    let (mut too_few, mut enough) = (3, top + 1);
+    while too_few + 1 < enough {
+        let middle = u64::midpoint(too_few, enough);
+        *if starts(middle) { &mut enough } else { &mut too_few } = middle;
+    }
+    for fewer in 0..10 {
+        assert!(!starts(too_few - fewer));
+    }
+    for late in ["cgroups", &manifests.path().display().to_string()] {
+        assert!(reasons.iter().any(|reason| reason.contains(late)), "{late}: {reasons:#?}");
+    }
 }
 
 #[test]

@@ -13,9 +13,6 @@ use super::{EndpointSlice, Node, Objects, Pod, Service};
 use crate::policy::ServiceManifest;
 use crate::secrets::Secret;
 
-/// The largest manifest file that is read, in bytes.
-pub const MAX_MANIFEST_BYTES: u64 = 32 * 1024 * 1024;
-
 /// Why a manifest cannot be used. Its text is one line; the file is named by whoever reads files.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {

@@ -5,6 +5,8 @@ pub mod directory;
 
 use std::future::Future;
 
+use culvert_kube_api::directory::WatchError;
+
 use crate::registry::RegistryHandle;
 
 /// Describes one cluster to the registry, for as long as it runs.
@@ -23,6 +25,6 @@ pub trait Source: Send + 'static {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// No file system watcher could be made.
-    #[error("cannot watch directories: {0}; see fs.inotify.max_user_instances and max_user_watches in sysctl")]
-    Watcher(#[source] notify::Error),
+    #[error(transparent)]
+    Watcher(#[from] WatchError),
 }

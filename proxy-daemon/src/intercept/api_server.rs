@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Watch};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
+use super::follower::Follower;
 use super::manifests::{Dated, RawPod, known};
 use super::pods::Origin;
 use super::selectors::Enrolment;
@@ -17,50 +17,18 @@ use super::state::State;
 /// How long changes are gathered: a pod that starts changes some times in a row.
 const GATHER: Duration = Duration::from_millis(10);
 
-/// The thread that follows an API server. Dropping it stops the thread.
-pub(super) struct ApiFollower {
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+/// Starts the thread that follows an API server. Until it has read all pods the node is not ready.
+pub(super) fn follow(
+    enrolment: Enrolment,
+    kubernetes: KubernetesConfig,
+    state: Arc<Mutex<State>>,
+) -> io::Result<Follower> {
+    let pods = Arc::new(NodePods { enrolment, found: Mutex::default(), changed: Notify::new() });
+    pods.tell(&state);
+    Follower::start(move || async move { watch(pods, kubernetes, &state).await })
 }
 
-impl ApiFollower {
-    /// Starts the thread. Until it has read all pods the node is not ready.
-    pub(super) fn start(
-        enrolment: Enrolment,
-        kubernetes: KubernetesConfig,
-        state: Arc<Mutex<State>>,
-    ) -> io::Result<Self> {
-        let pods = Arc::new(NodePods { enrolment, found: Mutex::default(), changed: Notify::new() });
-        pods.tell(&state);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("intercept-pods".to_owned()).spawn(move || {
-            runtime.block_on(async {
-                tokio::select! {
-                    () = follow(pods, kubernetes, &state) => {}
-                    _ = stopped => {}
-                }
-            });
-        })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
-    }
-}
-
-impl Drop for ApiFollower {
-    fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            // Fails only when the thread is gone.
-            let _ = stop.send(());
-        }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the thread that followed the API server's pods had panicked");
-        }
-    }
-}
-
-async fn follow(pods: Arc<NodePods>, kubernetes: KubernetesConfig, state: &Mutex<State>) {
+async fn watch(pods: Arc<NodePods>, kubernetes: KubernetesConfig, state: &Mutex<State>) {
     let fields = format!("spec.nodeName={}", pods.enrolment.node_name);
     let selection = Selection { labels: String::new(), fields };
     let watch = Watch::new(Arc::new(Access::new(kubernetes)), Arc::clone(&pods), selection);

@@ -13,7 +13,8 @@ use aya::Ebpf;
 use aya::programs::links::{CgroupAttachMode, FdLink};
 use aya::programs::{Program, ProgramError};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
-use notify::Watcher as _;
+use notify::event::ModifyKind;
+use notify::{EventKind, Watcher as _};
 
 use super::config::glob_matches;
 use super::error::{InterceptError, chain};
@@ -87,6 +88,8 @@ pub(super) struct Hooks {
     pins: PathBuf,
     /// By the number of the cgroup's directory.
     attached: HashMap<u64, PathBuf>,
+    /// What the last look could not do.
+    faults: Vec<String>,
 }
 
 impl Hooks {
@@ -109,16 +112,28 @@ impl Hooks {
                 });
             }
         }
-        Ok(Self { role, patterns: patterns.to_vec(), pins, attached: HashMap::new() })
+        Ok(Self { role, patterns: patterns.to_vec(), pins, attached: HashMap::new(), faults: Vec::new() })
     }
 
-    /// Attaches to the cgroups that match now, takes away what others have, and returns the directories in which matching
-    /// cgroups may appear. A cgroup that an earlier daemon left programs on has both for a moment, and never none.
-    pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
+    /// Finds the cgroups that match now, and the directories in which such may appear.
+    fn expand(&self) -> (Vec<PathBuf>, Vec<PathBuf>) {
         let (mut parents, mut found) = (Vec::new(), Vec::new());
         for pattern in &self.patterns {
             expand(pattern, &mut parents, &mut found);
         }
+        (parents, found)
+    }
+
+    /// The directories in which matching cgroups may appear.
+    pub(super) fn parents(&self) -> Vec<PathBuf> {
+        self.expand().0
+    }
+
+    /// Attaches to the cgroups that match now, takes away what others have, and returns the directories in which matching
+    /// cgroups may appear. A cgroup that an earlier daemon left programs on has both for a moment, and never none.
+    /// Of the errors those are returned that are news; all are [`Self::faults`] until a look goes well.
+    pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
+        let (parents, found) = self.expand();
         let mut errors = Vec::new();
         let mut here = HashSet::new();
         for path in found.into_iter().filter(|path| is_cgroup(path)) {
@@ -141,7 +156,15 @@ impl Hooks {
         if let Err(error) = self.remove_pins(|number| here.contains(&number)) {
             errors.push(InterceptError::PinPath { path: self.pins.clone(), reason: error.to_string() });
         }
+        let faults = errors.iter().map(ToString::to_string).collect();
+        let known = std::mem::replace(&mut self.faults, faults);
+        errors.retain(|error| !known.contains(&error.to_string()));
         (parents, errors)
+    }
+
+    /// What the last look could not do, to be tried again.
+    pub(super) fn faults(&self) -> &[String] {
+        &self.faults
     }
 
     /// What the programs are attached for.
@@ -194,7 +217,8 @@ impl Hooks {
 
 /// Removes what an earlier daemon pinned for a role that is not wanted any more.
 pub(super) fn remove_pins_of(role: Role, pins: &Path) -> Result<(), InterceptError> {
-    let nobody = Hooks { role, patterns: Vec::new(), pins: pins.to_owned(), attached: HashMap::new() };
+    let (patterns, attached, faults) = (Vec::new(), HashMap::new(), Vec::new());
+    let nobody = Hooks { role, patterns, pins: pins.to_owned(), attached, faults };
     let error = |error: io::Error| InterceptError::PinPath { path: pins.to_owned(), reason: error.to_string() };
     nobody.remove_pins(|_| false).map_err(error)
 }
@@ -261,8 +285,27 @@ pub(super) struct CgroupWatcher {
 }
 
 enum Event {
+    /// Cgroups may have appeared.
     Changed,
+    /// These went, and with them their watches, if they had any.
+    Gone(Vec<PathBuf>),
+    /// Nobody knows what happened.
+    Lost,
     Stop,
+}
+
+impl Event {
+    /// What an event of a watched directory means, if it is a reason to look.
+    fn of(event: notify::Result<notify::Event>) -> Option<Self> {
+        let Ok(event) = event else { return Some(Self::Lost) };
+        match event.kind {
+            _ if event.need_rescan() => Some(Self::Lost),
+            EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)) => Some(Self::Gone(event.paths)),
+            // Our own look causes the ones; the others are of what the kernel tells in the files of a cgroup.
+            EventKind::Access(_) | EventKind::Modify(_) => None,
+            _ => Some(Self::Changed),
+        }
+    }
 }
 
 impl CgroupWatcher {
@@ -271,9 +314,11 @@ impl CgroupWatcher {
         let failed = |reason: String| InterceptError::Load { name: "cgroups".to_owned(), reason };
         let (wake, events) = mpsc::channel();
         let changed = wake.clone();
-        let watcher = notify::recommended_watcher(move |_| {
-            // An error, such as events that were lost, is one more reason to look. Nobody listens when the thread ends.
-            let _ = changed.send(Event::Changed);
+        let watcher = notify::recommended_watcher(move |event| {
+            if let Some(event) = Event::of(event) {
+                // Nobody listens when the thread ends.
+                let _ = changed.send(event);
+            }
         })
         .map_err(|error| failed(format!("cannot be watched: {error}")))?;
         // The first look, which also says what to watch.
@@ -303,49 +348,98 @@ impl Drop for CgroupWatcher {
     }
 }
 
-fn follow(mut watcher: notify::RecommendedWatcher, events: &mpsc::Receiver<Event>, state: &Mutex<State>) {
-    let mut watched: HashSet<PathBuf> = HashSet::new();
+fn follow(watcher: notify::RecommendedWatcher, events: &mpsc::Receiver<Event>, state: &Mutex<State>) {
+    let mut watches = Watches { watcher, known: HashMap::new() };
     while let Ok(event) = events.recv() {
         // Many at once need one look.
-        if std::iter::once(event).chain(events.try_iter()).any(|event| matches!(event, Event::Stop)) {
-            return;
+        for event in std::iter::once(event).chain(events.try_iter()) {
+            match event {
+                Event::Changed => {}
+                Event::Gone(paths) => paths.iter().for_each(|path| watches.forget(path)),
+                Event::Lost => watches.forget_all(),
+                Event::Stop => return,
+            }
         }
         loop {
-            let mut wanted: HashSet<PathBuf> = HashSet::new();
-            {
+            let parents = {
                 let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                 let (parents, errors) = state.reconcile_cgroups();
-                wanted.extend(parents);
+                if !errors.is_empty() {
+                    state.try_again_soon();
+                }
                 for error in errors {
                     tracing::warn!(%error, "interception does not follow a change of the cgroups");
                 }
-            }
-            // A directory that went and came again is watched anew: its watch went with it.
-            watched.retain(|path| wanted.contains(path));
-            let new: Vec<_> = wanted.into_iter().filter(|path| !watched.contains(path)).collect();
-            if new.is_empty() {
+                parents
+            };
+            // What appeared before a watch did is seen by another look.
+            if !watches.set(parents) {
                 break;
             }
-            for path in new {
-                match watcher.watch(&path, notify::RecursiveMode::NonRecursive) {
-                    Ok(()) => {
-                        watched.insert(path);
-                    }
-                    Err(error) if !path.exists() => tracing::debug!(%error, "a cgroup is gone"),
-                    Err(error) => {
-                        tracing::warn!(cgroup = %path.display(), %error, "cgroups that appear here are not followed");
-                        // Not tried again and again.
-                        watched.insert(path);
-                    }
-                }
-            }
-            // What appeared before the watch did is seen by another look.
         }
+    }
+}
+
+/// The directories that are watched.
+struct Watches {
+    watcher: notify::RecommendedWatcher,
+    /// With the number of the directory that had the path then.
+    known: HashMap<PathBuf, u64>,
+}
+
+impl Watches {
+    /// Watches these directories and no others; returns whether any of them is watched anew. One that went and came again
+    /// is: its watch went with it.
+    fn set(&mut self, wanted: Vec<PathBuf>) -> bool {
+        let numbered = |path: PathBuf| fs::metadata(&path).ok().map(|data| (path, data.ino()));
+        let wanted: HashMap<PathBuf, u64> = wanted.into_iter().filter_map(numbered).collect();
+        let stale: Vec<PathBuf> = self
+            .known
+            .iter()
+            .filter(|(path, number)| wanted.get(*path) != Some(*number))
+            .map(|(path, _)| path.clone())
+            .collect();
+        stale.iter().for_each(|path| self.forget(path));
+        let mut is_new = false;
+        for (path, number) in wanted {
+            if self.known.contains_key(&path) {
+                continue;
+            }
+            is_new = true;
+            match self.watcher.watch(&path, notify::RecursiveMode::NonRecursive) {
+                Err(error) if !path.exists() => {
+                    tracing::debug!(%error, "a cgroup is gone");
+                    continue;
+                }
+                Err(error) => {
+                    // Said once, and not tried again and again.
+                    tracing::warn!(cgroup = %path.display(), %error, "cgroups that appear here are not followed");
+                }
+                Ok(()) => {}
+            }
+            self.known.insert(path, number);
+        }
+        is_new
+    }
+
+    /// Has a directory watched anew, if it is wanted.
+    fn forget(&mut self, path: &Path) {
+        if self.known.remove(path).is_some() {
+            // Fails where the watch is gone already.
+            let _ = self.watcher.unwatch(path);
+        }
+    }
+
+    fn forget_all(&mut self) {
+        let known: Vec<PathBuf> = self.known.keys().cloned().collect();
+        known.iter().for_each(|path| self.forget(path));
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -372,16 +466,60 @@ mod tests {
         assert!(found("c/*").is_empty());
     }
 
-    #[test]
-    fn cgroups_are_watched_where_more_may_appear() {
+    /// Where cgroup v2 is mounted.
+    fn root() -> PathBuf {
         let mounts = fs::read_to_string("/proc/mounts").unwrap();
         let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-        let Some(root) = fields.find(|fields| fields[2] == "cgroup2").map(|fields| PathBuf::from(fields[1])) else {
-            panic!("cgroup v2 is not mounted")
-        };
+        PathBuf::from(fields.find(|fields| fields[2] == "cgroup2").expect("cgroup v2 is mounted")[1])
+    }
+
+    #[test]
+    fn cgroups_are_watched_where_more_may_appear() {
+        let root = root();
         let (mut parents, mut found) = (Vec::new(), Vec::new());
         expand(&root.join("no-such-slice/*.service"), &mut parents, &mut found);
         assert!(found.is_empty());
         assert_eq!(parents.last(), Some(&root));
+    }
+
+    #[test]
+    fn a_directory_that_went_and_came_again_is_watched_anew() {
+        const DEADLINE: Duration = Duration::from_secs(10);
+        struct Slice(PathBuf);
+        impl Drop for Slice {
+            fn drop(&mut self) {
+                let _ = fs::remove_dir(self.0.join("inner"));
+                let _ = fs::remove_dir(&self.0);
+            }
+        }
+        let (sender, events) = mpsc::channel();
+        let watcher = notify::recommended_watcher(move |event| {
+            let _ = sender.send(event);
+        });
+        let mut watches = Watches { watcher: watcher.unwrap(), known: HashMap::new() };
+        let slice = Slice(root().join(format!("culvert-watches-{}", std::process::id())));
+        fs::create_dir(&slice.0).unwrap();
+        assert!(watches.set(vec![slice.0.clone()]));
+        assert!(!watches.set(vec![slice.0.clone()]), "it is watched");
+
+        // Both before anybody looks.
+        fs::remove_dir(&slice.0).unwrap();
+        fs::create_dir(&slice.0).unwrap();
+        assert!(watches.set(vec![slice.0.clone()]), "by the number");
+        watches.forget(&slice.0);
+        assert!(watches.set(vec![slice.0.clone()]), "because something said so");
+
+        fs::create_dir(slice.0.join("inner")).unwrap();
+        let appeared = |event: notify::Result<notify::Event>| matches!(Event::of(event), Some(Event::Changed));
+        while !appeared(events.recv_timeout(DEADLINE).expect("what appears is told")) {}
+        // A look at it is no reason to look.
+        fs::read_dir(&slice.0).unwrap().for_each(drop);
+        fs::remove_dir(slice.0.join("inner")).unwrap();
+        let next = loop {
+            if let Some(event) = Event::of(events.recv_timeout(DEADLINE).expect("the removal is told")) {
+                break event;
+            }
+        };
+        assert!(matches!(next, Event::Gone(_)));
     }
 }

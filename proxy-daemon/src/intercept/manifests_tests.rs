@@ -1,3 +1,6 @@
+use std::fs;
+use std::path::Path;
+
 use super::super::config::{FailurePolicy, Policy, Traffic};
 use super::super::selectors::Selector;
 use super::*;
@@ -21,7 +24,7 @@ fn pod(name: &str, labels: &str, address: &str, more: &str) -> String {
 }
 
 fn read(text: &str) -> Result<Vec<Known>, String> {
-    let pods = pods_of(text.as_bytes(), &enrolment(Path::new("/nowhere")))?;
+    let pods = pods_of(text, &enrolment(Path::new("/nowhere")))?;
     Ok(pods.into_iter().map(|(_, pod)| pod).collect())
 }
 
@@ -70,27 +73,34 @@ fn bad_manifests_say_what_is_wrong() {
 #[test]
 fn a_bad_file_keeps_its_pods_and_a_removed_one_does_not() {
     let dir = tempfile::tempdir().unwrap();
-    let mut directory = Directory { enrolment: enrolment(dir.path()), files: BTreeMap::new(), version: 0 };
+    let mut directory = directory_of(enrolment(dir.path())).unwrap();
     let file = dir.path().join("a.yaml");
     fs::write(&file, pod("a", "mesh: 'on'", "10.0.0.1", "")).unwrap();
     fs::write(dir.path().join(".hidden.yaml"), pod("b", "", "10.0.0.2", "")).unwrap();
-    assert_eq!(directory.read().unwrap().unwrap().len(), 1);
-    assert_eq!(directory.read().unwrap(), None, "nothing changed");
+    assert!(directory.read());
+    assert_eq!(pods(&directory).len(), 1);
     fs::write(&file, "a: [").unwrap();
-    assert_eq!(directory.read().unwrap().unwrap().len(), 1, "the last good version");
+    assert!(directory.read());
+    assert_eq!(pods(&directory).len(), 1, "the last good version");
+    fs::write(&file, pod("a", "mesh: 'on'", "10.0.0.2", "")).unwrap();
+    assert!(directory.read());
+    let [changed] = &pods(&directory)[..] else { panic!("one pod") };
+    assert_eq!(changed.version, 3, "each version has its number");
     fs::remove_file(&file).unwrap();
-    assert_eq!(directory.read().unwrap().unwrap(), []);
+    assert!(directory.read());
+    assert_eq!(pods(&directory), []);
 }
 
 #[test]
 fn the_newer_pod_has_an_address() {
     let dir = tempfile::tempdir().unwrap();
-    let mut directory = Directory { enrolment: enrolment(dir.path()), files: BTreeMap::new(), version: 0 };
+    let mut directory = directory_of(enrolment(dir.path())).unwrap();
     let dated = |name: &str, when: &str| {
         pod(name, "mesh: 'on'", "10.0.0.1", "").replace("uid:", &format!("creationTimestamp: '{when}', uid:"))
     };
     fs::write(dir.path().join("a.yaml"), dated("a", "2026-02-01T00:00:00Z")).unwrap();
     fs::write(dir.path().join("b.yaml"), dated("b", "2026-01-01T00:00:00Z")).unwrap();
-    let names: Vec<String> = directory.read().unwrap().unwrap().into_iter().map(|pod| pod.name).collect();
+    directory.read();
+    let names: Vec<String> = pods(&directory).into_iter().map(|pod| pod.name).collect();
     assert_eq!(names, ["shop/b", "shop/a"], "the later counts");
 }

@@ -13,7 +13,8 @@
 //! netlink    interfaces, addresses, the rule and the route
 //! watch      the thread that follows interfaces and addresses
 //! pods       which pods there are, and which are enrolled
-//! manifests  the thread that follows manifests of pods; api_server: the one that follows those of an API server
+//! follower   the thread that follows the pods of the node: manifests: those of a directory; api_server: those of an API
+//!            server
 //! commanded  pods that were enrolled by command
 //! clean      removes all that a daemon left
 //! cgroups    puts programs on cgroups, pinned, and follows cgroups that appear
@@ -34,6 +35,7 @@ mod config;
 mod connect_config;
 mod error;
 mod flows;
+mod follower;
 mod joins;
 mod kernel;
 pub(crate) mod lanes;
@@ -69,9 +71,8 @@ pub use joins::{Joined, Joins, Past};
 pub use pods::{PodNames, PodStatus};
 pub use selectors::{Enrolment, Selector};
 
-use api_server::ApiFollower;
 use cgroups::{CgroupWatcher, Hooks, Role};
-use manifests::Follower;
+use follower::Follower;
 use netlink::Monitor;
 use state::State;
 use watch::Watcher;
@@ -85,18 +86,40 @@ pub fn refused_programs() -> Result<Vec<(String, String)>, InterceptError> {
 /// rule and the route in place, so that pods get what their failure policy says.
 pub struct Interception {
     // Stopped first: they work on the state.
-    watcher: Watcher,
-    follower: Option<PodFollower>,
-    cgroups: Option<CgroupWatcher>,
+    threads: Threads,
     state: Arc<Mutex<State>>,
     /// The listeners' names with the directions that they serve.
     listeners: [(String, u32); 2],
 }
 
-/// Follows the pods that Kubernetes has on this node, until it is dropped.
-enum PodFollower {
-    Manifests(#[expect(dead_code, reason = "held for its thread")] Follower),
-    Api(#[expect(dead_code, reason = "held for its thread")] ApiFollower),
+/// What follows the node, until it is dropped.
+struct Threads {
+    #[expect(dead_code, reason = "held for its thread")]
+    watcher: Watcher,
+    #[expect(dead_code, reason = "held for its thread")]
+    follower: Option<Follower>,
+    cgroups: Option<CgroupWatcher>,
+}
+
+impl Threads {
+    fn start(monitor: Monitor, state: &Arc<Mutex<State>>) -> Result<Self, InterceptError> {
+        let (wake, enrolment, hooked) = {
+            let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            (state.wake(), state.config.enrolment.clone(), state.config.has_hooks())
+        };
+        let watcher = Watcher::start(monitor, Arc::clone(state), wake)?;
+        let follow = |enrolment: Enrolment| {
+            let path = enrolment.pod_manifests.clone();
+            let started = match enrolment.kubernetes.clone() {
+                Some(kubernetes) => api_server::follow(enrolment, kubernetes, Arc::clone(state)),
+                None => manifests::follow(enrolment, Arc::clone(state)),
+            };
+            started.map_err(|error| InterceptError::Manifests { path, reason: error.to_string() })
+        };
+        let follower = enrolment.map(follow).transpose()?;
+        let cgroups = hooked.then(|| CgroupWatcher::start(Arc::clone(state))).transpose()?;
+        Ok(Self { watcher, follower, cgroups })
+    }
 }
 
 impl Interception {
@@ -114,28 +137,17 @@ impl Interception {
         // Before the first listing, so that nothing is missed in between.
         let monitor = Monitor::open().map_err(|source| InterceptError::netlink("watch interfaces", source))?;
         let listeners = [(config.outbound_listener.clone(), OUTBOUND), (config.inbound_listener.clone(), INBOUND)];
-        let (enrolment, hooked) = (config.enrolment.clone(), config.has_hooks());
-        let mut state = State::load(config, workers)?;
-        if let Err(error) = state.install() {
-            if let Err(error) = state.remove() {
+        let state = Arc::new(Mutex::new(State::load(config, workers)?));
+        let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
+        // A statement of its own: the threads lock the state, too.
+        let installed = lock().install();
+        let started = installed.and_then(|()| Threads::start(monitor, &state));
+        let threads = started.inspect_err(|_| {
+            if let Err(error) = lock().remove() {
                 tracing::error!(%error, "cannot undo a failed start of interception");
             }
-            return Err(error);
-        }
-        let wake = state.wake();
-        let state = Arc::new(Mutex::new(state));
-        let watcher = Watcher::start(monitor, Arc::clone(&state), wake)?;
-        let follow = |enrolment: Enrolment| {
-            let path = enrolment.pod_manifests.clone();
-            let started = match enrolment.kubernetes.clone() {
-                Some(kubernetes) => ApiFollower::start(enrolment, kubernetes, Arc::clone(&state)).map(PodFollower::Api),
-                None => Follower::start(enrolment, Arc::clone(&state)).map(PodFollower::Manifests),
-            };
-            started.map_err(|error| InterceptError::Manifests { path, reason: error.to_string() })
-        };
-        let follower = enrolment.map(follow).transpose()?;
-        let cgroups = hooked.then(|| CgroupWatcher::start(Arc::clone(&state))).transpose()?;
-        Ok(Self { watcher, follower, cgroups, state, listeners })
+        })?;
+        Ok(Self { threads, state, listeners })
     }
 
     /// Where redirected connections of host processes were going, for one worker; `None`: none are redirected.
@@ -202,7 +214,7 @@ impl Interception {
     /// services' hosts are known.
     pub fn balance(&self) {
         self.lock().balances = true;
-        if let Some(cgroups) = &self.cgroups {
+        if let Some(cgroups) = &self.threads.cgroups {
             cgroups.look();
         }
     }
@@ -255,7 +267,8 @@ impl Interception {
         self.lock().pods()
     }
 
-    /// Why the node is not ready: each pod that should be enrolled and is not.
+    /// Why the node is not ready: each pod that should be enrolled and is not, and each interface and cgroup that should
+    /// have programs and has not.
     pub fn faults(&self) -> Vec<String> {
         self.lock().faults()
     }
@@ -281,8 +294,8 @@ impl Interception {
     /// Removes all that interception made: programs, pins, rule and route. Pods' connections go their own way again,
     /// whatever their failure policy, which is for daemons that die. What a successor has taken over is left to it.
     pub fn shutdown(self) -> Result<(), InterceptError> {
-        let Self { watcher, follower, cgroups, state, .. } = self;
-        drop((watcher, follower, cgroups));
+        let Self { threads, state, .. } = self;
+        drop(threads);
         state.lock().unwrap_or_else(PoisonError::into_inner).remove()
     }
 

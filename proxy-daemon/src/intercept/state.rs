@@ -83,19 +83,21 @@ impl State {
         };
         let unused = SockLayout::default();
         let ebpf = kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
-        probe::prepare_pin_path(&config.pin_path)?;
         let tcx =
             !config.force_clsact && probe::KernelVersion::running().is_ok_and(|running| running >= probe::TCX_FLOOR);
         let method = if tcx { Method::Tcx(config.pin_path.join("links")) } else { Method::Clsact };
         let netlink = Netlink::open().map_err(|source| InterceptError::netlink("open a netlink socket", source))?;
         let loopback = nix::net::if_::if_nametoindex("lo")
             .map_err(|errno| InterceptError::netlink("find the interface lo", errno.into()))?;
-        let lease = Lease::take(&config.pin_path).map_err(|source| InterceptError::PinPath {
-            path: config.pin_path.clone(),
-            reason: format!("cannot be locked: {source}"),
-        })?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| InterceptError::netlink("watch interfaces", errno.into()))?;
+        // Last, so that a failure leaves nothing behind.
+        probe::prepare_pin_path(&config.pin_path)?;
+        let lease = Lease::take(&config.pin_path).map_err(|source| {
+            // Fails where there is something of an earlier daemon in it.
+            let _ = fs::remove_dir(&config.pin_path);
+            InterceptError::PinPath { path: config.pin_path.clone(), reason: format!("cannot be locked: {source}") }
+        })?;
         Ok(Self {
             config,
             ebpf,
@@ -197,9 +199,9 @@ impl State {
         }
         kernel::pin_maps(&self.ebpf, &maps)?;
         self.reconcile_all_links()?;
-        let (_, mut errors) = self.reconcile_cgroups();
-        if let Some(error) = errors.pop() {
-            return Err(error);
+        for error in self.reconcile_cgroups().1 {
+            // Tried again until it works.
+            tracing::error!(%error, "a cgroup keeps the programs of an earlier daemon, or has none");
         }
         for other in map_directories(&self.config.pin_path).into_iter().filter(|other| *other != maps) {
             if let Err(error) = remove_pins(&other) {
@@ -253,7 +255,11 @@ impl State {
 
     /// Whether there is nothing to try again.
     pub(super) fn is_settled(&self) -> bool {
-        self.waits.is_none() && !self.has_predecessor() && !self.pods.has_faults() && self.unattached.is_empty()
+        self.waits.is_none()
+            && !self.has_predecessor()
+            && !self.pods.has_faults()
+            && self.unattached.is_empty()
+            && self.hooks.iter().all(|hooks| hooks.faults().is_empty())
     }
 
     /// Tries again what failed, and ends what lasted long enough.
@@ -274,7 +280,16 @@ impl State {
         if self.pods.has_faults() {
             self.reconcile_pods();
         }
+        if self.hooks.iter().any(|hooks| !hooks.faults().is_empty()) {
+            errors.extend(self.reconcile_cgroups().1);
+        }
         errors
+    }
+
+    /// Has the thread that follows the node try again what failed.
+    pub(super) fn try_again_soon(&self) {
+        // Only a full counter would refuse it, and then it wakes up anyway.
+        let _ = self.wake.write(1);
     }
 
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -325,7 +340,7 @@ impl State {
     }
 
     pub(super) fn faults(&self) -> Vec<String> {
-        let unattached = self.unattached.values().cloned();
+        let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
         self.source_fault.iter().cloned().chain(self.pods.faults()).chain(unattached).collect()
     }
 
@@ -334,8 +349,7 @@ impl State {
         self.pods.set(origin, pods);
         self.reconcile_pods();
         if !self.is_settled() {
-            // Only a full counter would refuse it, and then it wakes up anyway.
-            let _ = self.wake.write(1);
+            self.try_again_soon();
         }
     }
 
@@ -434,15 +448,14 @@ impl State {
         let Some(interface) = interface else { return refuse("an address is needed".to_owned()) };
         let policy = Policy { failure_policy, traffic, acceleration };
         let before = self.commanded.clone();
-        self.commanded
-            .retain(|pod| pod.name != name && pod.addresses.iter().all(|address| !addresses.contains(address)));
-        let pod = Commanded::new(name.clone(), addresses, policy, interface);
-        self.commanded.push(pod);
-        self.command()?;
+        let mut wanted = before.clone();
+        wanted.retain(|pod| pod.name != name && pod.addresses.iter().all(|address| !addresses.contains(address)));
+        wanted.push(Commanded::new(name.clone(), addresses, policy, interface));
+        self.command(wanted)?;
         let failed = self.pods().into_iter().find(|pod| pod.name == name && pod.is_commanded() && !pod.enrolled);
         if let Some(pod) = failed {
-            self.commanded = before;
-            self.command()?;
+            self.set_commanded(before);
+            self.write_commanded(&self.commanded)?;
             return refuse(pod.reason.unwrap_or_default());
         }
         Ok(())
@@ -450,25 +463,34 @@ impl State {
 
     pub(super) fn unenrol(&mut self, name_or_address: &str) -> Result<(), InterceptError> {
         let address: Option<IpAddr> = name_or_address.parse().ok();
-        let before = self.commanded.len();
-        self.commanded.retain(|pod| {
+        let mut wanted = self.commanded.clone();
+        wanted.retain(|pod| {
             pod.name != name_or_address && address.is_none_or(|address| !pod.addresses.contains(&address))
         });
-        if self.commanded.len() == before {
+        if wanted.len() == self.commanded.len() {
             let reason =
                 format!("{name_or_address} was not enrolled by command: `culvert status --node` lists what is");
             return Err(InterceptError::Command(reason));
         }
-        self.command()
+        self.command(wanted)
     }
 
-    /// Puts in force and writes down what is enrolled by command.
-    fn command(&mut self) -> Result<(), InterceptError> {
-        let path = &self.config.state_path;
-        commanded::write(path, &self.commanded)
-            .map_err(|error| InterceptError::StateFile { path: path.clone(), reason: error.to_string() })?;
-        self.set_pods(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
+    /// Writes down and puts in force what is to be enrolled by command. What cannot be written down is not put in force.
+    fn command(&mut self, wanted: Vec<Commanded>) -> Result<(), InterceptError> {
+        self.write_commanded(&wanted)?;
+        self.set_commanded(wanted);
         Ok(())
+    }
+
+    fn write_commanded(&self, pods: &[Commanded]) -> Result<(), InterceptError> {
+        let path = &self.config.state_path;
+        commanded::write(path, pods)
+            .map_err(|error| InterceptError::StateFile { path: path.clone(), reason: error.to_string() })
+    }
+
+    fn set_commanded(&mut self, pods: Vec<Commanded>) {
+        self.commanded = pods;
+        self.set_pods(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
     }
 
     /// Loads the programs for cgroups, and attaches those of host mode, unless an earlier daemon's stay for now.
@@ -501,7 +523,8 @@ impl State {
         Ok(())
     }
 
-    /// Attaches to the cgroups that are there now. Returns where others may appear, and what could not be done.
+    /// Attaches to the cgroups that are there now, where an earlier daemon's programs are not to stay for now. Returns
+    /// where others may appear, also where it is too early to attach, and what could not be done and was not said yet.
     pub(super) fn reconcile_cgroups(&mut self) -> (Vec<PathBuf>, Vec<InterceptError>) {
         let (mut parents, mut errors) = (Vec::new(), Vec::new());
         let (balances, redirects) = (self.balances, self.waits.is_none());
@@ -509,7 +532,11 @@ impl State {
             Role::Host => redirects,
             Role::Balance => balances,
         };
-        for hooks in self.hooks.iter_mut().filter(|hooks| is_due(hooks.role())) {
+        for hooks in &mut self.hooks {
+            if !is_due(hooks.role()) {
+                parents.extend(hooks.parents());
+                continue;
+            }
             let (more, failed) = hooks.reconcile(&mut self.ebpf);
             parents.extend(more);
             errors.extend(failed);
@@ -594,11 +621,14 @@ impl State {
     /// An interface is gone: and with it the pod that it belonged to.
     pub(super) fn link_gone(&mut self, index: u32) -> Result<(), InterceptError> {
         self.unattached.remove(&index);
-        if self.commanded.iter().any(|pod| pod.interface == index) {
-            self.commanded.retain(|pod| pod.interface != index);
-            self.command()?;
+        // First of all what matters: it does not wait for a disk.
+        let forgotten = self.forget_link(index);
+        if self.commanded.iter().all(|pod| pod.interface != index) {
+            return forgotten;
         }
-        self.forget_link(index)
+        let stay = self.commanded.iter().filter(|pod| pod.interface != index).cloned().collect();
+        self.set_commanded(stay);
+        forgotten.and(self.write_commanded(&self.commanded))
     }
 
     /// Detaches from an interface. One that moved to another network namespace took the program along, which must not

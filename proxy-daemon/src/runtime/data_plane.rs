@@ -133,26 +133,22 @@ impl DataPlane {
     /// Starts the workers. Must be called within the control runtime, which looks up names for them.
     ///
     /// # Errors
-    /// A thread could not be started.
+    /// A thread could not be started, or a map of the kernel's not be used; interception is over then.
     pub fn start(options: Options) -> std::io::Result<DataPlane> {
         let clusters = Arc::new(Clusters::new(options.workers));
         clusters.follow_runtime();
         let offloaded = Arc::new(ArcSwap::from_pointee(OffloadedTable::default()));
         let pods = options.interception.as_ref().map(Interception::pod_names).unwrap_or_default();
         let (asking, messages) = on_demand::channel();
-        let (mut senders, mut threads) = (Vec::new(), Vec::new());
         let cpus = processors();
         let node_ip = node_ip();
         let draining = watch::Sender::new(false);
-        let mut runtimes = Vec::with_capacity(options.workers);
-        for index in 0..options.workers {
+        let spawn = |index: usize| {
             let (sender, commands) = mpsc::unbounded_channel();
-            senders.push(sender);
             let runtime = Arc::default();
-            runtimes.push(Arc::clone(&runtime));
-            threads.push(worker::spawn(worker::Start {
+            let thread = worker::spawn(worker::Start {
                 index,
-                runtime,
+                runtime: Arc::clone(&runtime),
                 clusters: Arc::clone(&clusters),
                 offloaded: Arc::clone(&offloaded),
                 pods: Arc::clone(&pods),
@@ -171,8 +167,17 @@ impl DataPlane {
                 // With fewer workers than processors the scheduler finds them better places than we do.
                 cpu: (options.workers >= cpus.len()).then(|| cpus.get(index % cpus.len().max(1)).copied()).flatten(),
                 commands,
-            })?);
-        }
+            })?;
+            Ok((sender, (thread, runtime)))
+        };
+        let spawned: std::io::Result<Vec<_>> = (0..options.workers).map(spawn).collect();
+        let (senders, (threads, runtimes)): (Vec<_>, (Vec<_>, Vec<_>)) = match spawned {
+            Ok(workers) => workers.into_iter().unzip(),
+            Err(error) => {
+                end_interception(options.interception);
+                return Err(error);
+            }
+        };
         let balancing = options.interception.as_ref().and_then(Interception::balancing);
         let plane = DataPlane(Arc::new(Inner {
             names: Arc::new(Names::new(Arc::clone(&clusters))),
@@ -556,11 +561,16 @@ impl DataPlane {
             let _ = thread.join();
         }
         crate::http::filters::tap::finish(TAPS_WRITTEN_WITHIN);
-        if let Some(interception) = lock(&self.0.interception).take()
-            && let Err(error) = interception.shutdown()
-        {
-            tracing::error!(%error, "interception is not wholly removed");
-        }
+        end_interception(lock(&self.0.interception).take());
+    }
+}
+
+/// Has pods' connections go their own way again.
+fn end_interception(interception: Option<Interception>) {
+    if let Some(interception) = interception
+        && let Err(error) = interception.shutdown()
+    {
+        tracing::error!(%error, "interception is not wholly removed");
     }
 }
 

@@ -273,6 +273,21 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Whether the threads of this process that have this name have nothing to do: they slept for a while.
+pub fn sleeps(name: &str) -> bool {
+    let switches = || -> Vec<String> {
+        let tasks = fs::read_dir("/proc/self/task").expect("tasks").map(|task| task.expect("a task").path());
+        let named = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name));
+        let status = named.filter_map(|task| fs::read_to_string(task.join("status")).ok());
+        let lines = |text: String| text.lines().filter(|line| line.contains("ctxt_switches")).collect::<String>();
+        status.map(lines).collect()
+    };
+    let before = switches();
+    std::thread::sleep(Duration::from_millis(100));
+    // A thread that has just begun has no name yet.
+    !before.is_empty() && before == switches()
+}
+
 /// Runs `ip`; panics with its words if it fails.
 pub fn ip(arguments: &str) -> String {
     command("ip", arguments)
