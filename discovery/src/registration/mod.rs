@@ -13,8 +13,8 @@ pub mod host;
 pub mod join;
 pub mod store;
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -122,6 +122,8 @@ struct LocalCopy {
     loaded: bool,
     /// The store's version that the copy is known to hold.
     version: Option<Version>,
+    /// The hosts that changed here, by more than a heartbeat, since the store was last begun to be read.
+    touched: BTreeSet<HostKey>,
     /// Why the store cannot be used.
     error: Option<String>,
     /// Since when hosts have been able to check in, in microseconds since the epoch: silence before it is not theirs.
@@ -135,10 +137,14 @@ impl Registrations {
     /// When the storage cannot ever work: a file that is no database, or a wrong address.
     pub fn open(settings: Settings) -> Result<Self, StoreError> {
         let store = settings.storage.open()?;
+        Ok(Self::with(settings, store))
+    }
+
+    fn with(settings: Settings, store: Box<dyn Store>) -> Self {
         let copy = Mutex::new(LocalCopy { available_since: now(), ..LocalCopy::default() });
         let (changes, _) = watch::channel(0);
         let inner = Inner { settings, store, copy, changes, counters: Counters::default() };
-        Ok(Self { inner: Arc::new(inner) })
+        Self { inner: Arc::new(inner) }
     }
 
     fn copy(&self) -> MutexGuard<'_, LocalCopy> {
@@ -213,7 +219,11 @@ impl Registrations {
 
     /// Reads the store if others have changed it.
     async fn refresh(&self) {
-        let known = self.copy().version;
+        let known = {
+            let mut copy = self.copy();
+            copy.touched.clear();
+            copy.version
+        };
         // The version first: what changes while all is read is read again the next time.
         let version = match self.inner.store.version().await {
             Ok(version) => version,
@@ -257,8 +267,18 @@ impl Registrations {
                 }
             }
         }
+        // Who has the last word on these nobody knows: what was done here, until the store is read again.
+        let touched = std::mem::take(&mut copy.touched);
+        if touched.is_empty() {
+            copy.version = Some(version);
+        }
+        for key in touched {
+            match copy.hosts.get(&key) {
+                Some(host) => found.insert(key, Arc::clone(host)),
+                None => found.remove(&key),
+            };
+        }
         copy.hosts = found;
-        copy.version = Some(version);
         copy.loaded = true;
         lost
     }
@@ -311,6 +331,9 @@ impl Registrations {
             }
             None => copy.hosts.remove(key).is_some(),
         };
+        if changed || outcome.is_news() {
+            copy.touched.insert(key.clone());
+        }
         drop(copy);
         if changed {
             self.inner.changes.send_modify(|count| *count += 1);

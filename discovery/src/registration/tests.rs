@@ -1,5 +1,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
+use tokio::sync::Notify;
+
 use super::*;
 use crate::mesh::{MeshPort, MeshService};
 
@@ -126,6 +128,76 @@ async fn there_is_a_limit_to_hosts_and_to_what_is_merged() {
     assert_eq!((refused.status, &*refused.body), (400, "{}\n"));
     assert_eq!(registrations.counters().refused.load(Relaxed), 2);
     assert!(!registrations.hosts()[0].tags.contains_key("b"));
+}
+
+/// A store that lets others work between the reading of its hosts and the answer.
+#[derive(Debug, Default)]
+struct Slow {
+    hosts: Mutex<BTreeMap<HostKey, Host>>,
+    was_read: Notify,
+    answers: Notify,
+}
+
+#[tonic::async_trait]
+impl Store for Arc<Slow> {
+    async fn all(&self) -> Result<Vec<Host>, StoreError> {
+        let hosts = self.hosts.lock().unwrap().values().cloned().collect();
+        self.was_read.notify_one();
+        self.answers.notified().await;
+        Ok(hosts)
+    }
+
+    async fn of_service(&self, _service: &str) -> Result<Vec<Host>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn update(&self, key: &HostKey, change: &Changer<'_>) -> Result<Outcome, StoreError> {
+        let mut hosts = self.hosts.lock().unwrap();
+        let before = hosts.get(key).cloned();
+        match change(before.as_ref()) {
+            Change::Keep => {}
+            Change::Put(host) => drop(hosts.insert(key.clone(), host)),
+            Change::Remove => drop(hosts.remove(key)),
+        }
+        Ok(Outcome { before, after: hosts.get(key).cloned() })
+    }
+
+    async fn version(&self) -> Result<Version, StoreError> {
+        Ok(Version { incarnation: 1, count: 1 })
+    }
+}
+
+#[tokio::test]
+async fn what_changes_while_the_store_is_read_is_not_undone() {
+    let store = Arc::new(Slow::default());
+    let registrations = Registrations::with(Settings::new(Storage::Memory), Box::new(Arc::clone(&store)));
+    registrations.carry_out(Call::CheckIn(host("users", 1, json!({})))).await;
+    let last = |registrations: &Registrations| -> Vec<u8> {
+        registrations.hosts().iter().map(|host| host.ip_address.octets()[3]).collect()
+    };
+    let refresh = || {
+        let registrations = registrations.clone();
+        tokio::spawn(async move { registrations.refresh().await })
+    };
+    let refreshing = refresh();
+    store.was_read.notified().await;
+    registrations.carry_out(Call::CheckIn(host("users", 2, json!({})))).await;
+    registrations.carry_out(Call::Remove(host("users", 1, json!({})).key())).await;
+    store.answers.notify_one();
+    refreshing.await.unwrap();
+    assert_eq!(last(&registrations), [2]);
+
+    // It is read again, and once more others have the word, heartbeats or not.
+    let other = host("users", 3, json!({}));
+    store.hosts.lock().unwrap().insert(other.key(), other);
+    let refreshing = refresh();
+    store.was_read.notified().await;
+    registrations.carry_out(Call::CheckIn(host("users", 2, json!({})))).await;
+    store.answers.notify_one();
+    refreshing.await.unwrap();
+    assert_eq!(last(&registrations), [2, 3]);
+    // And then it is known.
+    tokio::time::timeout(Duration::from_secs(20), refresh()).await.expect("it is not read").unwrap();
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl Outcome {
     }
 
     /// Whether others have to hear of it: heartbeats are too many.
-    fn is_news(&self) -> bool {
+    pub(super) fn is_news(&self) -> bool {
         match (&self.before, &self.after) {
             (Some(before), Some(after)) => before.differs_in_more_than_time(after),
             (None, None) => false,
