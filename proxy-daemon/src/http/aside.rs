@@ -9,39 +9,37 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
-use futures_util::task::AtomicWaker;
-
 pin_project_lite::pin_project! {
 /// A future that is polled only when it was woken itself, not whenever its task runs: a drain signal takes a lock that workers
 /// share, and a timer's check is not free, so neither may be looked at once a request.
 pub(super) struct Aside<F> {
     #[pin]
     future: F,
-    shared: Arc<Shared>,
-    waker: Waker,
+    // What the future was given to wake, once it was polled.
+    given: Option<(Arc<Bell>, Waker)>,
 }
 }
 
-struct Shared {
-    woken: AtomicBool,
-    task: AtomicWaker,
+/// Wakes a task, and says that it did.
+struct Bell {
+    rung: AtomicBool,
+    task: Waker,
 }
 
-impl Wake for Shared {
+impl Wake for Bell {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.woken.store(true, Ordering::Release);
-        self.task.wake();
+        self.rung.store(true, Ordering::Release);
+        self.task.wake_by_ref();
     }
 }
 
 /// Sets `future` aside.
 pub(super) fn aside<F: Future>(future: F) -> Aside<F> {
-    let shared = Arc::new(Shared { woken: AtomicBool::new(true), task: AtomicWaker::new() });
-    Aside { future, waker: Waker::from(Arc::clone(&shared)), shared }
+    Aside { future, given: None }
 }
 
 impl<F: Future> Future for Aside<F> {
@@ -49,11 +47,21 @@ impl<F: Future> Future for Aside<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.project();
-        this.shared.task.register(cx.waker());
-        if !this.shared.woken.swap(false, Ordering::AcqRel) {
-            return Poll::Pending;
+        match this.given {
+            Some((bell, _)) if bell.task.will_wake(cx.waker()) => {
+                // Rung after this, it wakes the task once more.
+                if !bell.rung.load(Ordering::Relaxed) {
+                    return Poll::Pending;
+                }
+                bell.rung.swap(false, Ordering::AcqRel);
+            }
+            _ => {
+                let bell = Arc::new(Bell { rung: AtomicBool::new(false), task: cx.waker().clone() });
+                *this.given = Some((Arc::clone(&bell), Waker::from(bell)));
+            }
         }
-        this.future.poll(&mut Context::from_waker(this.waker))
+        let Some((_, waker)) = this.given else { return Poll::Pending };
+        this.future.poll(&mut Context::from_waker(waker))
     }
 }
 

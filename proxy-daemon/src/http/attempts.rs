@@ -84,6 +84,7 @@ pub(super) struct Failed {
 
 impl Attempts<'_> {
     /// The answer of the first attempt that is not to be followed by another.
+    #[inline(always)]
     pub(super) async fn run(
         &mut self,
         end: &mut StreamEnd,
@@ -304,6 +305,7 @@ impl Attempts<'_> {
 
 impl Shared<'_> {
     /// One attempt. `late`: it is told where an answer takes longer than it may, and the attempt goes on.
+    #[inline(always)]
     pub(super) async fn attempt(
         self,
         (notes, until): (&Notes, &Cell<Option<Instant>>),

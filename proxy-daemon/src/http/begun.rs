@@ -31,6 +31,7 @@ impl Begun {
     }
 
     /// Its head is here.
+    #[inline(always)]
     pub(super) fn handle(
         self,
         request: Request<Incoming>,

@@ -24,7 +24,7 @@ use crate::{
     access_log::AccessLog,
     config::model::{CodecType, HttpConnectionManagerConfig},
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
-    runtime::Worker,
+    runtime::{Worker, clock},
     stats::{Counter, Lease, Metered, ResponseCodes, Scope},
 };
 
@@ -113,7 +113,7 @@ pub(super) struct ConnState {
 impl ConnState {
     pub(super) fn stream_begins(&self) {
         self.active.set(self.active.get() + 1);
-        self.last_progress.set(Instant::now());
+        self.last_progress.set(clock::now());
         self.requests.set(self.requests.get().saturating_add(1));
         let limit = self.manager.config.max_requests_per_connection;
         if limit != 0 && self.requests.get() == limit {
@@ -146,11 +146,11 @@ impl ConnState {
             };
             // The body's timer comes first where it can.
             let limit = limit + Duration::from_secs(1);
-            let left = limit.saturating_sub(self.last_progress.get().elapsed());
+            let left = limit.saturating_sub(clock::since(self.last_progress.get()));
             if left.is_zero() && self.active.get() > 0 {
                 return;
             }
-            tokio::time::sleep(if left.is_zero() { limit } else { left }).await;
+            self.worker.sleeps.sleep(if left.is_zero() { limit } else { left }).await;
         }
     }
 
@@ -161,7 +161,7 @@ impl ConnState {
 
     pub(super) fn stream_ends(&self) {
         self.active.set(self.active.get() - 1);
-        self.idle_since.set(Instant::now());
+        self.idle_since.set(clock::now());
     }
 }
 
@@ -180,7 +180,7 @@ pub async fn serve(
         stats.downstream_cx_ssl_total.inc();
         crate::upstream::Decrement::after_inc(stats.downstream_cx_ssl_active)
     });
-    let started = Instant::now();
+    let started = clock::now();
     let chosen = stream.alpn().map(|protocol| protocol == b"h2");
     let (read, written) = (stats.downstream_cx_rx_bytes_total, stats.downstream_cx_tx_bytes_total);
     let mut io = DownstreamIo::new(Metered::new(stream, read, written));
@@ -190,9 +190,11 @@ pub async fn serve(
         (CodecType::Auto, Some(http2)) => http2,
         (CodecType::Auto, None) => {
             let limit = manager.config.idle_timeout.unwrap_or(Duration::MAX / 4);
-            // A connection that has said nothing yet loses nothing when it is closed.
+            // A connection that has said nothing yet loses nothing when it is closed. Most have said something.
             let sniffed = tokio::select! {
-                sniffed = tokio::time::timeout(limit, io.sniff_http2()) => sniffed.ok(),
+                biased;
+                sniffed = io.sniff_http2() => Some(sniffed),
+                () = async { worker.sleeps.sleep(limit).await } => None,
                 () = drain.triggered() => None,
             };
             match sniffed {
@@ -211,9 +213,9 @@ pub async fn serve(
         worker,
         active: Cell::new(0),
         requests: Cell::new(0),
-        idle_since: Cell::new(Instant::now()),
+        idle_since: Cell::new(clock::now()),
         client_closed: Cell::new(false),
-        last_progress: Cell::new(Instant::now()),
+        last_progress: Cell::new(clock::now()),
         closes: Cell::new(false),
         stall_limit: Cell::new(stall_limit(&manager.config, http2)),
         worn_out: Notify::new(),
@@ -230,7 +232,7 @@ pub async fn serve(
         drive_http1(io, state, drain).await
     };
     stats.count_end(end);
-    stats.downstream_cx_length_ms.record(started.elapsed().as_millis() as u64);
+    stats.downstream_cx_length_ms.record(clock::since(started).as_millis() as u64);
 }
 
 /// How long nothing may pass to a client that does not read, before its route says otherwise.
@@ -279,7 +281,7 @@ macro_rules! drive {
         let mut stage = Stage::Open;
         // Counts from the first word of the daemon's or the listener's end. Of others streams may take their time.
         let mut drained = std::pin::pin!(None);
-        let opened = Instant::now();
+        let opened = clock::now();
         loop {
             tokio::select! {
                 biased;
@@ -343,7 +345,7 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
     }
     let too_old = async {
         match config.max_connection_duration.filter(|_| stage == Stage::Open || !state.ends_softly) {
-            Some(limit) => tokio::time::sleep(limit.saturating_sub(opened.elapsed())).await,
+            Some(limit) => tokio::time::sleep(limit.saturating_sub(clock::since(opened))).await,
             None => std::future::pending().await,
         }
     };
@@ -351,11 +353,11 @@ async fn end_of_life(state: &ConnState, drain: &mut DrainSignal, stage: Stage, o
         let Some(limit) = config.idle_timeout else { return std::future::pending().await };
         loop {
             let busy = state.active.get() > 0;
-            let left = if busy { limit } else { limit.saturating_sub(state.idle_since.get().elapsed()) };
+            let left = if busy { limit } else { limit.saturating_sub(clock::since(state.idle_since.get())) };
             if left.is_zero() {
                 return;
             }
-            tokio::time::sleep(left).await;
+            state.worker.sleeps.sleep(left).await;
         }
     };
     let drained = async {

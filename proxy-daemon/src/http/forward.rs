@@ -53,7 +53,8 @@ pub(super) struct Answer {
     pub(super) sent: Option<Box<Sent>>,
 }
 
-/// Sends the request that `head` and `body` are.
+/// Sends the request that `head` and `body` are. The future is made where it stays, see [`boxed`](super::boxed).
+#[inline(always)]
 pub(super) async fn forward(
     cx: &StreamCx,
     end: &mut StreamEnd,
@@ -128,7 +129,9 @@ pub(super) async fn forward(
         cx.progress.flush.set(Some(flush));
         end.state.allow_stall(flush);
     }
-    let mut timers = Timers::new(Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
+    let sleeps = &cx.worker.sleeps;
+    let mut timers =
+        Timers::new(sleeps, Rc::clone(&cx.progress), cx.started, timeouts.global, idle, config.request_timeout);
 
     timers.limit_duration(timeouts.stream);
     let scheme_matches_upstream = config.scheme_matches_upstream;

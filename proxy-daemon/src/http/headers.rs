@@ -9,6 +9,7 @@ use http::{
 
 use super::{
     illegal,
+    look::Look as _,
     path::{percent_encode, set_path},
     stream::{LocalReply, RequestHead, ResponseHead},
 };
@@ -71,7 +72,7 @@ use names::*;
 
 /// Whether a message carries gRPC.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
-    let Some(value) = headers.get(CONTENT_TYPE) else { return false };
+    let Some(value) = headers.first(&CONTENT_TYPE) else { return false };
     let rest = value.as_bytes().strip_prefix(b"application/grpc");
     rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'+')
 }
@@ -91,7 +92,7 @@ pub(super) fn check_request(
         return Ok(());
     }
     // CONNECT's target is its host.
-    let host = head.method == Method::CONNECT || head.headers.contains_key(HOST);
+    let host = head.method == Method::CONNECT || head.headers.has(&HOST);
     if !host || connection_nominates(&head.headers, "host") {
         return Err(LocalReply::new(StatusCode::BAD_REQUEST, "", none, "missing_host_header"));
     }
@@ -100,7 +101,7 @@ pub(super) fn check_request(
 
 /// Whether a client asks for another protocol. An offer of HTTP/2 is passed over, as RFC 9113 lets a server do.
 pub(super) fn wants_upgrade(headers: &HeaderMap) -> bool {
-    headers.get(UPGRADE).is_some_and(|to| !to.as_bytes().eq_ignore_ascii_case(b"h2c"))
+    headers.first(&UPGRADE).is_some_and(|to| !to.as_bytes().eq_ignore_ascii_case(b"h2c"))
         && connection_nominates(headers, "upgrade")
 }
 
@@ -110,7 +111,7 @@ fn connection_nominates(headers: &HeaderMap, token: &str) -> bool {
 
 /// What `connection` has in its lists.
 fn nominated(headers: &HeaderMap) -> impl Iterator<Item = &str> {
-    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let values = headers.every(&CONNECTION).into_iter().flatten().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).map(str::trim)
 }
 
@@ -143,7 +144,7 @@ pub(super) fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderVa
 
 /// Makes one line of several.
 pub(super) fn join_lines(headers: &mut HeaderMap, name: &HeaderName) {
-    if headers.get_all(name).iter().nth(1).is_none() {
+    if !headers.repeats(name) {
         return;
     }
     if headers.get_all(name).iter().any(illegal::is_value) {
@@ -162,7 +163,7 @@ static HOP_BY_HOP: [HeaderName; 6] = [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, 
 
 /// Whether `te` has `trailers` in its list, which gRPC needs.
 fn says_trailers(headers: &HeaderMap) -> bool {
-    let values = headers.get_all(TE).iter().filter_map(|value| value.to_str().ok());
+    let values = headers.every(&TE).into_iter().flatten().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|coding| coding.trim().eq_ignore_ascii_case("trailers"))
 }
 

@@ -17,11 +17,13 @@ use super::{
     conn_manager::ConnState,
     headers::names::{X_ENVOY_ATTEMPT_COUNT, X_ENVOY_ORIGINAL_HOST, X_FORWARDED_HOST, X_FORWARDED_PROTO},
     live_log::LiveLog,
+    look::Look as _,
     redirect::scheme,
     stream::{HostRewritten, Progress, RequestHead},
 };
 use crate::{
     access_log::{AccessLog, HeaderBytes, Headers, Record, Times},
+    runtime::clock,
     upstream::{WorkerCluster, WorkerHost},
 };
 
@@ -55,7 +57,7 @@ impl LogParts {
     /// Of a stream without a head.
     pub(super) fn new(started: Instant, live: Option<Rc<LiveLog>>) -> LogParts {
         LogParts {
-            started: SystemTime::now() - started.elapsed(),
+            started: clock::wall(started),
             target: None,
             scheme: None,
             version: Version::HTTP_11,
@@ -77,9 +79,9 @@ impl LogParts {
     pub(super) fn keep_request(&mut self, head: &RequestHead, logged: &LoggedHeaders) {
         self.target = Some((head.method.clone(), head.uri.clone()));
         // Without that header nobody has said it yet.
-        self.scheme = head.headers.contains_key(X_FORWARDED_PROTO).then(|| scheme(head));
+        self.scheme = head.headers.has(&X_FORWARDED_PROTO).then(|| scheme(head));
         self.version = head.version;
-        self.host = head.headers.get(HOST).cloned();
+        self.host = head.headers.first(&HOST).cloned();
         self.request = only(&head.headers, &logged.request);
         if logged.bytes {
             self.header_bytes.request = request_bytes(head);
@@ -175,11 +177,11 @@ impl LogParts {
         Record {
             health_check: progress.health_check.get(),
             start: self.started,
-            duration: started.elapsed(),
+            duration: clock::since(started),
             attempts: progress.attempts.get(),
             grpc_messages: progress.grpc_messages.get(),
             upstream_protocol: progress.upstream_protocol.get(),
-            times: Times { sent_first: self.answered, end: Some(Instant::now()), ..progress.times(started) },
+            times: Times { sent_first: self.answered, end: Some(clock::now()), ..progress.times(started) },
             response_trailers: Some(Headers::Kept(&self.trailers)),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             protocol: Some(super::protocol_name(self.version)),
@@ -256,7 +258,7 @@ fn replace_bytes(total: &mut u64, before: u64, after: u64) {
 
 /// How long the names and values of a request's headers are, with its pseudo-headers.
 fn request_bytes(head: &RequestHead) -> u64 {
-    let host = head.headers.get(HOST).map_or(0, HeaderValue::len);
+    let host = head.headers.first(&HOST).map_or(0, HeaderValue::len);
     // The name of the host's pseudo-header is the longer one.
     let of_headers = bytes_of(&head.headers) - if host > 0 { ("host".len() + host) as u64 } else { 0 };
     let authority = head.uri.authority().map_or(host, |authority| authority.as_str().len());

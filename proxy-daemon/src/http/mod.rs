@@ -25,6 +25,7 @@ pub mod leaving;
 mod live_log;
 mod local_reply;
 mod logged;
+pub(crate) mod look;
 pub mod match_input;
 pub mod metadata;
 mod mirror;

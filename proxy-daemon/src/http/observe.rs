@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     rc::Rc,
     task::{Context, Poll},
-    time::{Instant, SystemTime},
+    time::Instant,
 };
 
 use http::{
@@ -21,6 +21,7 @@ use super::{
     headers::names::GRPC_STATUS,
     live_log::{LiveLog, Told},
     logged::LogParts,
+    look::Look as _,
     proxy_status,
     request_stats::{Counted, RequestStats},
     stats::HcmStats,
@@ -29,6 +30,7 @@ use super::{
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},
+    runtime::clock,
     upstream::{Chosen, Connection, Decrement, HostCounter, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
 
@@ -50,7 +52,7 @@ impl RequestObserver {
 impl Observer for RequestObserver {
     fn data(&mut self, bytes: usize) {
         self.progress.received.set(self.progress.received.get() + bytes as u64);
-        let now = Instant::now();
+        let now = clock::now();
         self.progress.last_activity.set(now);
         self.state.last_progress.set(now);
     }
@@ -382,9 +384,9 @@ impl StreamEnd {
 
     /// The stream that follows this one with the same client: its request is here whole.
     pub(super) fn renewed(&self) -> StreamEnd {
-        let progress = Progress::new(Instant::now(), true);
+        let progress = Progress::new(clock::now(), true);
         progress.received.set(self.progress.received.get());
-        let mut next = StreamEnd::new(Rc::clone(&self.state), progress, Instant::now());
+        let mut next = StreamEnd::new(Rc::clone(&self.state), progress, clock::now());
         self.state.count_request(self.http1);
         (next.http1, next.grpc, next.request_id) = (self.http1, self.grpc, self.request_id.clone());
         next
@@ -422,7 +424,7 @@ impl StreamEnd {
         if !progress.sent_otherwise.get() {
             progress.sent.set(progress.sent.get() + bytes as u64);
         }
-        let now = Instant::now();
+        let now = clock::now();
         progress.last_activity.set(now);
         progress.last_response.set(now);
         self.state.last_progress.set(now);
@@ -576,7 +578,7 @@ impl StreamEnd {
         if failed || !self.grpc {
             self.judge(failed);
         } else if ended {
-            self.judge(grpc_failed(head.headers.get(GRPC_STATUS)));
+            self.judge(grpc_failed(head.headers.first(&GRPC_STATUS)));
         }
     }
 
@@ -606,7 +608,7 @@ impl StreamEnd {
             if !self.redirected {
                 log.complete_response(DATE, names, date);
             }
-            log.answered.get_or_insert_with(Instant::now);
+            log.answered.get_or_insert_with(clock::now);
         }
         self.update_live();
     }
@@ -629,11 +631,7 @@ impl StreamEnd {
     /// What can be told of a stream of which nothing is known but its connection.
     pub(super) fn connection_record(&self) -> Record<'_> {
         let connection = &self.state.connection;
-        Record {
-            start: SystemTime::now() - self.started.elapsed(),
-            duration: self.started.elapsed(),
-            ..connection.record()
-        }
+        Record { start: clock::wall(self.started), duration: clock::since(self.started), ..connection.record() }
     }
 
     fn write_logs(&self, log: &LogParts, log_type: &'static str) {
@@ -715,7 +713,7 @@ impl Drop for StreamEnd {
     fn drop(&mut self) {
         let stats = &self.state.manager.stats;
         stats.downstream_rq_active.dec();
-        let elapsed = self.started.elapsed().as_millis() as u64;
+        let elapsed = clock::since(self.started).as_millis() as u64;
         stats.downstream_rq_time.record(elapsed);
         if !self.complete {
             stats.downstream_rq_rx_reset.inc();

@@ -6,6 +6,7 @@ use http::{HeaderValue, header::LOCATION};
 
 use super::{
     headers::names::X_FORWARDED_PROTO,
+    look::Look as _,
     route_match::authority,
     stream::{LocalReply, RequestHead},
 };
@@ -31,7 +32,7 @@ pub(super) fn own_url(request: &RequestHead) -> Option<HeaderValue> {
 
 /// The scheme that the client used: `x-forwarded-proto` has been set or checked by now.
 pub(super) fn scheme(request: &RequestHead) -> &'static str {
-    match request.headers.get(X_FORWARDED_PROTO) {
+    match request.headers.first(&X_FORWARDED_PROTO) {
         Some(value) if value == "https" => "https",
         _ => "http",
     }

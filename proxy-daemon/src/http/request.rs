@@ -39,6 +39,7 @@ use crate::{
     },
     listener::ConnectionInfo,
     on_demand::Wanted,
+    runtime::clock,
     upstream::WorkerCluster,
 };
 
@@ -46,6 +47,7 @@ use crate::{
 const MAX_PAUSES: u8 = 8;
 
 /// One request, from its head to its response's head. `refused`: the codec has found it wanting.
+#[inline(always)]
 pub(super) async fn handle(
     begun: Begun,
     request: Request<codec::Incoming>,
@@ -122,7 +124,8 @@ struct Arrived {
 }
 
 /// Takes a request through filters and router to its response's head, or to a redirect that is followed here: the stream that
-/// begins then.
+/// begins then. The future is made where it stays, see [`boxed`](super::boxed).
+#[inline(always)]
 async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, Box<(StreamEnd, Arrived)>> {
     let Arrived { mut head, mut body, upgrade, remote, internal, trail, custom_response } = arrived;
     let (state, progress) = (Rc::clone(&end.state), Rc::clone(&end.progress));
@@ -550,7 +553,7 @@ fn finish_response(response: &mut ResponseHead, cx: &StreamCx, end: &StreamEnd, 
     // Counted from the request's end, as in Envoy: one that has not ended yet has no such time, nor has one for another protocol.
     let tunnel = response.extensions.get::<Upgrade>().is_some() || end.upgrade.is_some();
     if let Some(complete) = cx.progress.request_complete.get().filter(|_| !cx.suppress_envoy_headers && !tunnel) {
-        let milliseconds = complete.elapsed().as_millis() as u64;
+        let milliseconds = clock::since(complete).as_millis() as u64;
         response.headers.insert(X_ENVOY_UPSTREAM_SERVICE_TIME, HeaderValue::from(milliseconds));
     }
     if let Some(route) = &cx.route

@@ -1,6 +1,6 @@
 //! `x-request-id`: a random UUID (RFC 9562, version 4).
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, header::Entry};
 
 use super::headers::names::X_REQUEST_ID;
 use crate::config::model::HttpConnectionManagerConfig;
@@ -12,20 +12,26 @@ const REASON: usize = 14;
 
 /// Gives the request an id, where it has none or none that is to be kept.
 pub(super) fn set(headers: &mut HeaderMap, edge: bool, config: &HttpConnectionManagerConfig) {
-    match headers.get_mut(X_REQUEST_ID) {
-        Some(_) if !edge => {}
-        Some(id) if config.preserve_external_request_id => {
-            // It is not traced, whatever it says.
-            if config.pack_trace_reason && id.len() == 36 && id.as_bytes()[REASON] != b'4' {
-                let mut bytes = [b'-'; 36];
-                bytes.copy_from_slice(id.as_bytes());
-                bytes[REASON] = b'4';
-                // A digit in a valid value leaves it valid.
-                *id = HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| generate());
-            }
+    let mut known = match headers.entry(X_REQUEST_ID) {
+        Entry::Vacant(place) => {
+            place.insert(generate());
+            return;
         }
-        Some(id) => *id = generate(),
-        None => drop(headers.insert(X_REQUEST_ID, generate())),
+        Entry::Occupied(known) => known,
+    };
+    let id = known.get_mut();
+    if !edge {
+        return;
+    }
+    if !config.preserve_external_request_id {
+        *id = generate();
+    } else if config.pack_trace_reason && id.len() == 36 && id.as_bytes()[REASON] != b'4' {
+        // It is not traced, whatever it says.
+        let mut bytes = [b'-'; 36];
+        bytes.copy_from_slice(id.as_bytes());
+        bytes[REASON] = b'4';
+        // A digit in a valid value leaves it valid.
+        *id = HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| generate());
     }
 }
 

@@ -4,7 +4,7 @@ use std::{borrow::Cow, cell::RefCell};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, request::Parts};
 
-use super::metadata::Metadata;
+use super::{look::Look as _, metadata::Metadata};
 use crate::config::model::{
     CookieMatcher, HeaderMatcher, HeaderValueMatch, MatchedHeader, MetadataMatcher, PathMatch, QueryParameterMatch,
     QueryParameterMatcher, RouteMatch,
@@ -38,7 +38,7 @@ impl MatchCx<'_> {
 pub fn authority(request: &Parts) -> &str {
     match request.uri.authority() {
         Some(authority) => authority.as_str(),
-        None => request.headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default(),
+        None => request.headers.first(&http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
     rc::Rc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -18,7 +18,7 @@ use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},
     config::model::{AddedValue, HeaderAdd, HeaderMutations, ReplyFormat, WeightedOptions},
     listener::ConnectionInfo,
-    runtime::Worker,
+    runtime::{Worker, clock},
     tls::TlsInfo,
     upstream::{Source, WorkerCluster, WorkerHost},
 };
@@ -294,8 +294,8 @@ impl StreamCx {
     pub(super) fn record(&self) -> Record<'_> {
         Record {
             missing: "",
-            start: SystemTime::now(),
-            duration: self.started.elapsed(),
+            start: clock::wall(clock::now()),
+            duration: clock::since(self.started),
             attempts: self.progress.attempts.get(),
             grpc_messages: self.progress.grpc_messages.get(),
             upstream_protocol: self.progress.upstream_protocol.get(),
@@ -481,7 +481,7 @@ impl Progress {
 
     /// The request has passed whole.
     pub fn complete(&self) {
-        let now = Instant::now();
+        let now = clock::now();
         self.last_activity.set(now);
         if self.request_complete.replace(Some(now)).is_none()
             && let Some(waker) = self.waker.take()

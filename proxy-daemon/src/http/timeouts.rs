@@ -11,10 +11,14 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use super::{
     headers::{is_grpc, names::*},
+    look::Look as _,
     retry::Failure,
     stream::{Progress, RequestHead, StreamCx},
 };
-use crate::config::model::{ForwardAction, GrpcTimeout, MaxStreamDuration, RetryPolicy};
+use crate::{
+    config::model::{ForwardAction, GrpcTimeout, MaxStreamDuration, RetryPolicy},
+    runtime::clock,
+};
 
 /// The limits of one request.
 pub(super) struct Timeouts {
@@ -65,7 +69,7 @@ impl Timeouts {
             let asked = asked.and_then(|value| value.to_str().ok()?.trim().parse().ok());
             timeouts.attempt = asked.map(Duration::from_millis);
             // As in Envoy it stays then, and says nothing.
-            if !respects || !head.headers.contains_key(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
+            if !respects || !head.headers.has(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
                 timeouts.global = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_TIMEOUT_MS, timeouts.global);
             }
             timeouts.per_try = wish(&mut head.headers, &X_ENVOY_UPSTREAM_RQ_PER_TRY_TIMEOUT_MS, timeouts.per_try);
@@ -75,7 +79,7 @@ impl Timeouts {
                 timeouts.status = StatusCode::NO_CONTENT;
             }
         }
-        if respects && head.headers.contains_key(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
+        if respects && head.headers.has(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS) {
             timeouts.global = said(head.headers.get(&X_ENVOY_EXPECTED_RQ_TIMEOUT_MS), timeouts.global);
         }
         // One that is no shorter says nothing.
@@ -95,7 +99,7 @@ impl Timeouts {
 
     /// Tells the upstream of a further attempt how long it has.
     pub(super) fn tell_again(&self, head: &mut RequestHead, cx: &StreamCx) {
-        let elapsed = cx.progress.request_complete.get().map_or(Duration::ZERO, |since| since.elapsed());
+        let elapsed = cx.progress.request_complete.get().map_or(Duration::ZERO, clock::since);
         self.tell_after(elapsed, head, cx);
     }
 
@@ -134,7 +138,7 @@ impl Timeouts {
         let both = [(self.per_try, Failure::PerTryTimeout), (self.per_try_idle, Failure::PerTryIdleTimeout)];
         let first = both.into_iter().filter_map(|(limit, failure)| Some((limit?, failure)));
         let limit = first.min_by_key(|(limit, _)| *limit);
-        let since = Instant::now();
+        let since = clock::now();
         let until = self.attempt.or(duration).filter(|limit| !limit.is_zero()).map(|limit| since + limit);
         TryLimit { progress: Rc::clone(progress), limit, since, until, sleep: None }
     }
@@ -142,7 +146,7 @@ impl Timeouts {
 
 /// How long a gRPC request may take; `None`: no limit.
 fn of_grpc(limits: GrpcTimeout, headers: &HeaderMap) -> Option<Duration> {
-    let asked = headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    let asked = headers.first(&GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
     // An offset that leaves nothing is none: 0 is no limit.
     let asked = asked.map(|asked| if limits.offset < asked { asked - limits.offset } else { asked });
     let asked = asked.filter(|asked| !asked.is_zero());
@@ -152,7 +156,7 @@ fn of_grpc(limits: GrpcTimeout, headers: &HeaderMap) -> Option<Duration> {
 
 /// How long the stream may last; the upstream of a gRPC request is told.
 fn stream_limit(limits: MaxStreamDuration, otherwise: Option<Duration>, headers: &mut HeaderMap) -> Option<Duration> {
-    let asked = headers.get(GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
+    let asked = headers.first(&GRPC_TIMEOUT).and_then(|timeout| grpc_timeout(timeout.to_str().ok()?));
     let limit = match (asked, limits.grpc_max) {
         (Some(asked), Some(most)) => {
             let capped = if most.is_zero() { asked } else { asked.min(most) };
@@ -161,7 +165,7 @@ fn stream_limit(limits: MaxStreamDuration, otherwise: Option<Duration>, headers:
         _ => limits.max.or(otherwise).filter(|max| !max.is_zero())?,
     };
     // What cannot be read is told anew as well.
-    if headers.contains_key(GRPC_TIMEOUT) && is_grpc(headers) {
+    if headers.has(&GRPC_TIMEOUT) && is_grpc(headers) {
         headers.insert(GRPC_TIMEOUT, to_grpc_timeout(limit));
     }
     Some(limit)

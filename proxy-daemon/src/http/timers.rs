@@ -7,9 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::time::Sleep;
-
 use super::{codec::h1::CodecError, stream::Progress};
+use crate::runtime::{Lent, Sleeps, clock};
 
 /// Which limit passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +33,7 @@ pub(super) enum Expired {
 
 /// The limits, and the one timer that is set to the first of them.
 pub(super) struct Timers {
+    sleeps: Rc<Sleeps>,
     progress: Rc<Progress>,
     started: Instant,
     route: Option<Duration>,
@@ -42,11 +42,12 @@ pub(super) struct Timers {
     per_try_idle: Option<Duration>,
     duration: Option<Duration>,
     attempt: Option<Instant>,
-    sleep: Option<Pin<Box<Sleep>>>,
+    sleep: Option<Lent>,
 }
 
 impl Timers {
     pub(super) fn new(
+        sleeps: &Rc<Sleeps>,
         progress: Rc<Progress>,
         started: Instant,
         route: Option<Duration>,
@@ -54,6 +55,7 @@ impl Timers {
         request: Option<Duration>,
     ) -> Timers {
         Timers {
+            sleeps: Rc::clone(sleeps),
             progress,
             started,
             route,
@@ -69,7 +71,7 @@ impl Timers {
     /// The upstream may pause for so long from now on, while its answer lasts.
     pub(super) fn limit_pauses(&mut self, per_try_idle: Option<Duration>) {
         self.per_try_idle = per_try_idle;
-        let now = Instant::now();
+        let now = clock::now();
         self.progress.last_response.set(now);
         self.progress.answered.set(Some(now));
     }
@@ -117,16 +119,15 @@ impl Timers {
         }
         loop {
             let Some((at, kind)) = self.next() else { return Poll::Pending };
-            let at: tokio::time::Instant = at.into();
-            let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(at)));
+            let sleep = self.sleep.get_or_insert_with(|| self.sleeps.until(at));
             // A timer that is early is left alone: moving it with every byte would cost more than one wake-up.
             if sleep.deadline() > at {
-                sleep.as_mut().reset(at);
+                sleep.reset(at);
             }
-            match sleep.as_mut().poll(cx) {
+            match Pin::new(&mut *sleep).poll(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(()) if sleep.deadline() >= at => return Poll::Ready(kind),
-                Poll::Ready(()) => sleep.as_mut().reset(at),
+                Poll::Ready(()) => sleep.reset(at),
             }
         }
     }

@@ -9,6 +9,7 @@ use http::{
 
 use super::{
     headers::{append, join_lines, names::*, strip_hop_by_hop},
+    look::Look as _,
     match_input::Told,
     node, request_id,
     stream::{LocalReply, RequestHead},
@@ -103,7 +104,7 @@ pub(super) fn prepare_request(
     if let Some(via) = &config.via {
         append(headers, VIA, via, ", ");
     }
-    let told = config.always_set_request_id_in_response || internal && headers.contains_key(X_ENVOY_FORCE_TRACE);
+    let told = config.always_set_request_id_in_response || internal && headers.has(&X_ENVOY_FORCE_TRACE);
     let request_id = if told { headers.get(X_REQUEST_ID).cloned() } else { None };
     Ok(Trusted { remote, internal, request_id })
 }
@@ -122,7 +123,7 @@ fn tell_service(headers: &mut HeaderMap) {
 
 /// Of several lines one is made, without those that are empty, as in Envoy.
 fn join_certificates(headers: &mut HeaderMap) {
-    if headers.get_all(X_FORWARDED_CLIENT_CERT).iter().nth(1).is_none() {
+    if !headers.repeats(&X_FORWARDED_CLIENT_CERT) {
         return;
     }
     let lines = headers.get_all(X_FORWARDED_CLIENT_CERT).into_iter().map(HeaderValue::as_bytes);
@@ -150,7 +151,7 @@ pub(super) fn forward_client_cert(
     let tls = match tls.filter(|tls| mode != ForwardClientCert::Sanitize && tls.has_certificate()) {
         Some(_) if mode == ForwardClientCert::ForwardOnly => return join_certificates(headers),
         Some(tls) => tls,
-        None => return drop(headers.remove(X_FORWARDED_CLIENT_CERT)),
+        None => return drop(headers.take(&X_FORWARDED_CLIENT_CERT)),
     };
     let mut before = Vec::new();
     if mode == ForwardClientCert::AppendForward {
@@ -191,7 +192,7 @@ fn resolve_client(
     // Only one address can be internal: with others before it, it is some proxy's.
     let mut alone = false;
     if config.use_remote_address {
-        alone = !headers.contains_key(X_FORWARDED_FOR);
+        alone = !headers.has(&X_FORWARDED_FOR);
         appends = !config.skip_xff_append;
         if hops > 0 {
             found = forwarded_for(headers, hops - 1).map(|(ip, _)| ip);
@@ -261,13 +262,13 @@ fn unknown_client(status: StatusCode) -> LocalReply {
 /// The addresses of `x-forwarded-for`, whose lines have been joined, from the right. Bytes that belong into no address are of the one that
 /// has them: a client must not be able to hide those that proxies have added.
 fn addresses(headers: &HeaderMap) -> Option<impl Iterator<Item = Option<IpAddr>>> {
-    let value = headers.get(X_FORWARDED_FOR)?.as_bytes();
+    let value = headers.first(&X_FORWARDED_FOR)?.as_bytes();
     let address = |text: &[u8]| str::from_utf8(text.trim_ascii()).ok()?.parse().ok();
     Some(value.rsplit(|byte| *byte == b',').map(address))
 }
 
 fn is_only_one(headers: &HeaderMap) -> bool {
-    headers.get(X_FORWARDED_FOR).is_some_and(|value| !value.as_bytes().contains(&b','))
+    headers.first(&X_FORWARDED_FOR).is_some_and(|value| !value.as_bytes().contains(&b','))
 }
 
 /// The `x-forwarded-for` address that stands `skip` places from the right, and whether it is the only one.

@@ -3,6 +3,7 @@
 use http::{HeaderValue, Method, Uri, Version, header::HOST};
 
 use super::{
+    look::Look as _,
     redirect,
     route_match::{authority, value_of},
     stream::RequestHead,
@@ -50,7 +51,7 @@ pub(super) fn to_http1(head: &mut RequestHead) {
 pub(super) fn to_http2(head: &mut RequestHead) {
     if head.method == Method::CONNECT {
         head.headers.remove(HOST);
-    } else if let Some(host) = head.headers.remove(HOST).filter(|_| head.uri.authority().is_none()) {
+    } else if let Some(host) = head.headers.take(&HOST).filter(|_| head.uri.authority().is_none()) {
         let https = redirect::scheme(head) == "https";
         let mut parts = std::mem::take(&mut head.uri).into_parts();
         parts.scheme = Some(if https { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });

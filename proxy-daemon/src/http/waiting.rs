@@ -30,7 +30,8 @@ pub(super) fn limits(state: &ConnState, cx: &StreamCx) -> Timers {
         Some(RouteAction::Forward(action)) => action.idle_timeout.unwrap_or(config.stream_idle_timeout),
         _ => config.stream_idle_timeout,
     };
-    let mut limits = Timers::new(Rc::clone(&cx.progress), cx.started, None, idle, config.request_timeout);
+    let mut limits =
+        Timers::new(&cx.worker.sleeps, Rc::clone(&cx.progress), cx.started, None, idle, config.request_timeout);
     limits.limit_duration(config.max_stream_duration);
     limits
 }

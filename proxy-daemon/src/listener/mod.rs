@@ -35,7 +35,7 @@ use crate::{
     },
     http::{ConnectionManager, Routes},
     network::TcpProxy,
-    runtime::Worker,
+    runtime::{Worker, clock},
     stats::{Counter, Gauge, Histogram, Lease, Scope},
     tls::{Secrets, ServerTls, SslStats, TlsInfo, TlsInspectorStats},
     upstream::Source,
@@ -443,7 +443,7 @@ async fn serve_chain(
             Box::pin(crate::network::tcp_proxy::serve(stream, Arc::clone(proxy), Rc::clone(info), worker, drain)).await;
         }
         ActiveChain::Http(manager) => {
-            crate::http::serve(stream, Arc::clone(manager), Rc::clone(info), worker, drain).await;
+            clock::in_turns(crate::http::serve(stream, Arc::clone(manager), Rc::clone(info), worker, drain)).await;
         }
     }
 }

@@ -18,6 +18,7 @@ use tokio::{
     task::JoinHandle,
 };
 
+use super::Sleeps;
 use crate::{
     access_log,
     http::filters::{OffloadedTable, OverrideState},
@@ -53,6 +54,8 @@ pub struct Worker {
     offloaded: RefCell<Cache<Arc<ArcSwap<OffloadedTable>>, Arc<OffloadedTable>>>,
     pods: RefCell<Cache<Arc<ArcSwap<PodNames>>, Arc<PodNames>>>,
     next_connection: Cell<u64>,
+    /// Timers for its streams and connections.
+    pub(crate) sleeps: Rc<Sleeps>,
 }
 
 impl Worker {
@@ -156,6 +159,7 @@ async fn run(mut start: Start) {
         offloaded: RefCell::new(Cache::new(start.offloaded)),
         pods: RefCell::new(Cache::new(start.pods)),
         next_connection: Cell::new(1),
+        sleeps: Rc::default(),
     });
     let _service_logs = access_log::ServiceLogs::new(Rc::clone(&worker.clusters), worker.node_ip);
     let ticking = Rc::clone(&worker);

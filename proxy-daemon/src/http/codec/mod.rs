@@ -9,7 +9,7 @@ use std::{
     cell::RefCell,
     pin::Pin,
     task::{Context, Poll},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
@@ -17,6 +17,7 @@ use http::HeaderValue;
 use http_body::{Body, Frame, SizeHint};
 
 use super::body::BodyError;
+use crate::runtime::clock;
 
 /// A body as it comes from a connection.
 #[derive(Default)]
@@ -100,7 +101,7 @@ fn with_date<T>(see: impl FnOnce(&HeaderValue) -> T) -> T {
     thread_local! {
         static MADE: RefCell<(u64, HeaderValue)> = const { RefCell::new((u64::MAX, HeaderValue::from_static(""))) };
     }
-    let second = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    let second = clock::wall(clock::now()).duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
     MADE.with(|made| {
         let mut made = made.borrow_mut();
         if made.0 != second {

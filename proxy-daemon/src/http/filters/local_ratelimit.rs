@@ -30,6 +30,7 @@ use crate::{
         token_bucket::TokenBucket,
     },
     layered_runtime::{Fraction, RuntimeFraction},
+    runtime::clock,
     stats::{Counter, Lease, Scope},
 };
 
@@ -163,7 +164,7 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         if !configured.enabled.includes(cx.random) {
             return Flow::Continue;
         }
-        let now = Instant::now();
+        let now = clock::now();
         let taken = configured.take(head, cx, now);
         if let Some((descriptor, _)) = taken.bucket.filter(|_| configured.shows_bucket) {
             let (configured, descriptor) = (Arc::clone(configured), descriptor.cloned());
@@ -180,7 +181,7 @@ impl HttpFilter for LocalRateLimitFilter {
             None => self.configured.bucket.as_ref(),
         };
         let Some(bucket) = bucket else { return Flow::Continue };
-        let now = Instant::now();
+        let now = clock::now();
         let remaining = bucket.remaining(now);
         head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens()));
         head.headers.insert(X_RATELIMIT_REMAINING, HeaderValue::from(remaining as u64));

@@ -3,7 +3,6 @@
 use std::{
     cell::Cell,
     rc::{Rc, Weak},
-    time::Instant,
 };
 
 use super::{
@@ -17,7 +16,9 @@ use crate::{
         body::Body,
         codec::{Incoming, h1::SendError, h2, is_protocol_error},
         headers::{is_grpc, names::GRPC_STATUS},
+        look::Look as _,
     },
+    runtime::clock,
     stats::Counter,
     upstream::{Issued, Seen, UpstreamInfo, WorkerCluster, WorkerHost},
 };
@@ -114,7 +115,7 @@ impl Drop for Stream {
         let active = self.connection.active.get() - 1;
         self.connection.active.set(active);
         if active == 0 {
-            self.connection.idle_since.set(Some(Instant::now()));
+            self.connection.idle_since.set(Some(clock::now()));
         }
         if let Some(home) = self.home.upgrade() {
             home.offer(&self.connection);
@@ -255,7 +256,7 @@ impl Connection {
         let Some(home) = self.home.upgrade().filter(|_| self.is_of_age()) else { return };
         let kept = connection.keeps && !connection.drains.get() && !self.wear.is_out(&connection.requests);
         if kept && connection.client.is_reusable() && connection.client.park() {
-            connection.idle_since.set(Some(Instant::now()));
+            connection.idle_since.set(Some(clock::now()));
             home.idle.borrow_mut().push(Rc::clone(connection));
             home.hand_out();
         }
@@ -279,7 +280,7 @@ impl Drop for Connection {
 
 /// The status that a response stands for: of gRPC the one that its status in the head is mapped to, where there is one.
 fn seen_status(response: &http::Response<Incoming>, grpc: bool) -> u16 {
-    let status = response.headers().get(GRPC_STATUS).filter(|_| grpc);
+    let status = response.headers().first(&GRPC_STATUS).filter(|_| grpc);
     status.map_or(response.status().as_u16(), |status| {
         grpc_status::to_http(status.to_str().ok().and_then(|text| text.parse().ok()))
     })

@@ -18,7 +18,7 @@ use super::{
     case::{OriginalCase, to_proper_case},
     head::{Framing, length},
 };
-use crate::config::model::HeaderKeyFormat;
+use crate::{config::model::HeaderKeyFormat, http::look::Look as _};
 
 /// A body's piece up to this is copied behind the head: cheaper than one more slice for the kernel.
 const COPIED: usize = 4096;
@@ -198,9 +198,8 @@ fn is_written(name: &HeaderName, upgrade: bool) -> bool {
 
 /// The length that the headers tell, where they tell one.
 fn told_length(headers: &HeaderMap) -> Option<u64> {
-    let mut values = headers.get_all(CONTENT_LENGTH).iter();
-    let told = values.next()?;
-    if values.next().is_some() { None } else { length(told.as_bytes()) }
+    let told = headers.first(&CONTENT_LENGTH)?;
+    if headers.repeats(&CONTENT_LENGTH) { None } else { length(told.as_bytes()) }
 }
 
 /// In the extensions of a request that asks for another protocol, or for a tunnel: its body is what follows it, until the connection ends.
@@ -356,7 +355,7 @@ fn status_line(out: &mut Vec<u8>, version: &[u8], status: StatusCode, told: Opti
 
 /// Whether a message's `connection` fields have this token.
 pub(super) fn connection_says(headers: &HeaderMap, token: &str) -> bool {
-    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let values = headers.every(&CONNECTION).into_iter().flatten().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).any(|word| word.trim().eq_ignore_ascii_case(token))
 }
 

@@ -12,7 +12,10 @@ use http::{
 use memchr::{memchr, memchr_iter, memmem, memrchr};
 
 use super::{buffers, error::CodecError};
-use crate::{config::model::Http1Options, http::path::path_and_query};
+use crate::{
+    config::model::Http1Options,
+    http::{look::Look as _, path::path_and_query},
+};
 
 type Result<T> = std::result::Result<T, CodecError>;
 
@@ -330,7 +333,7 @@ pub fn request(head: &Bytes, limits: Limits, options: &Http1Options) -> Result<R
         return Err(CodecError::DUPLICATE_HOST);
     }
     let (uri, target) = uri(head, target, &method, &mut headers, options.refuses_absolute_url)?;
-    if headers.get(HOST).is_some_and(|host| !host.as_bytes().iter().all(|&byte| is_authority(byte))) {
+    if headers.first(&HOST).is_some_and(|host| !host.as_bytes().iter().all(|&byte| is_authority(byte))) {
         return Err(CodecError::AUTHORITY);
     }
     let (mut parts, ()) = http::Request::new(()).into_parts();

@@ -6,7 +6,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -33,10 +33,11 @@ use crate::{
     access_log::ResponseFlags,
     config::model::{HeaderKeyFormat, HttpConnectionManagerConfig},
     http::{
-        begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers,
+        begun::Begun, body::Body, boxed::boxed, codec::Incoming, conn_manager::ConnState, headers, look::Look as _,
         stats::ConnectionEnd, stream::LocalReply,
     },
     listener::DownstreamStream,
+    runtime::clock,
     stats::Metered,
 };
 
@@ -187,7 +188,7 @@ impl ServerConnection {
             return received;
         }
         // Its first bytes are here: the request has begun, and its time runs.
-        let mut begun = Begun::new(state, Instant::now(), Version::HTTP_11);
+        let mut begun = Begun::new(state, clock::now(), Version::HTTP_11);
         let late = Box::pin(begun.late_head());
         self.inner.borrow_mut().begun = Some(Box::new(begun));
         tokio::select! {
@@ -199,7 +200,7 @@ impl ServerConnection {
 
     fn begun(&self, state: &Rc<ConnState>) -> Begun {
         let begun = self.inner.borrow_mut().begun.take();
-        begun.map_or_else(|| Begun::new(state, Instant::now(), Version::HTTP_11), |begun| *begun)
+        begun.map_or_else(|| Begun::new(state, clock::now(), Version::HTTP_11), |begun| *begun)
     }
 
     /// Answers what is no request.
@@ -267,7 +268,7 @@ impl ServerConnection {
             if parts.version == Version::HTTP_11 {
                 progress.want_interim();
             }
-        } else if parts.headers.get(EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        } else if parts.headers.first(&EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
             parts.headers.remove(EXPECT);
             if parts.version == Version::HTTP_11 {
                 state.count_interim(StatusCode::CONTINUE);
@@ -350,7 +351,7 @@ impl ServerConnection {
         };
         let asked = !cx.keep_alive;
         // Nobody waits for the rest of a request that has its response.
-        cx.close |= !complete || asked || self.last.get() != Last::NotYet || parts.headers.contains_key(CONNECTION);
+        cx.close |= !complete || asked || self.last.get() != Last::NotYet || parts.headers.has(&CONNECTION);
         if !cx.close && !upgraded && state.is_to_leave() {
             cx.close = true;
             state.manager.stats.downstream_cx_drain_close.inc();

@@ -11,7 +11,7 @@ use http::{HeaderMap, StatusCode, header::CONTENT_LENGTH};
 use http_body::{Frame, SizeHint};
 
 use super::{head::is_trailer, send::Sending};
-use crate::http::{body::BodyError, codec::h1::CodecError, stream::Progress};
+use crate::http::{body::BodyError, codec::h1::CodecError, look::Look as _, stream::Progress};
 
 /// A request's or a response's body. The other side's window is opened again by what has been taken.
 pub struct ReceivedBody {
@@ -91,5 +91,5 @@ impl ReceivedBody {
 }
 
 fn told_length(headers: &HeaderMap) -> Option<u64> {
-    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+    headers.first(&CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -30,6 +30,7 @@ use crate::{
         body::Body,
         codec::{Incoming, h1::Upgrade},
         headers::{self, names::X_REQUEST_ID},
+        look::Look as _,
     },
 };
 
@@ -146,7 +147,7 @@ impl ClientConnection {
         let (mut parts, mut body) = request.into_parts();
         let upgrade = parts.extensions.remove::<Upgrade>().is_some();
         // RFC 8441: what is an upgrade in HTTP/1.1.
-        let protocol = parts.headers.get(UPGRADE).filter(|_| upgrade && parts.method != Method::CONNECT).cloned();
+        let protocol = parts.headers.first(&UPGRADE).filter(|_| upgrade && parts.method != Method::CONNECT).cloned();
         headers::strip_hop_by_hop(&mut parts.headers);
         if let Some(protocol) = protocol.as_ref().and_then(|protocol| protocol.to_str().ok()) {
             parts.method = Method::CONNECT;

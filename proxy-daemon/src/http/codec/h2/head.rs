@@ -9,7 +9,7 @@ use http::{
 
 use crate::{
     config::model::{HttpConnectionManagerConfig, Underscores},
-    http::codec::h1::Upgrade,
+    http::{codec::h1::Upgrade, look::Look as _},
 };
 
 /// Why a stream is reset instead of answered: how its client is told, and Envoy's word for it.
@@ -39,14 +39,14 @@ pub(in crate::http::codec) fn settle(head: &mut Parts, config: &HttpConnectionMa
             return Err(MESSAGE);
         }
         // It says the same, or is not to be believed.
-        headers.remove(HOST);
+        headers.take(&HOST);
     } else if connects || headers.get_all(HOST).iter().count() != 1 {
         return Err(MESSAGE);
     }
     if !connects && !uri.path().starts_with('/') && *method != Method::OPTIONS {
         return Err(MESSAGE);
     }
-    if headers.get_all(CONTENT_LENGTH).iter().nth(1).is_some() {
+    if headers.repeats(&CONTENT_LENGTH) {
         return Err(MESSAGE);
     }
     if headers.len() + PSEUDO_HEADERS > config.max_headers_count as usize {
@@ -80,7 +80,7 @@ pub(in crate::http::codec) fn downgrade(head: &mut Parts) {
 
 /// RFC 9113, section 8.2.3: crumbs are one field again where they go on by HTTP/1.1.
 fn join_cookies(headers: &mut HeaderMap) {
-    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+    if !headers.repeats(&COOKIE) {
         return;
     }
     let crumbs: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
@@ -93,5 +93,5 @@ fn join_cookies(headers: &mut HeaderMap) {
 /// Whether trailers say what only a head may say: of the message's length, or of where it goes.
 pub(super) fn is_trailer(trailers: &HeaderMap) -> bool {
     const OF_HEADS: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, HOST, TE];
-    !OF_HEADS.iter().any(|name| trailers.contains_key(name))
+    !OF_HEADS.iter().any(|name| trailers.has(name))
 }

@@ -6,7 +6,7 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker, ready},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use h2::{
@@ -26,15 +26,19 @@ use super::{
     send::{Broken, Outbox, Piece, send_body},
     watch::Watch,
 };
-use crate::http::{
-    begun::Begun,
-    body::Body,
-    boxed::boxed,
-    codec::{Incoming, date},
-    conn_manager::ConnState,
-    headers,
-    io::DownstreamIo,
-    stats::ConnectionEnd,
+use crate::{
+    http::{
+        begun::Begun,
+        body::Body,
+        boxed::boxed,
+        codec::{Incoming, date},
+        conn_manager::ConnState,
+        headers,
+        io::DownstreamIo,
+        look::Look as _,
+        stats::ConnectionEnd,
+    },
+    runtime::clock,
 };
 
 /// So many streams are borne with before it is judged how many of them their client has reset, as in Envoy.
@@ -162,7 +166,7 @@ impl Future for ServerConnection {
                     match ready!(connection.poll_accept(cx)) {
                         Some(Ok((request, respond))) => {
                             let shared = Rc::clone(&this.shared);
-                            tokio::task::spawn_local(boxed(|| serve(shared, request, respond)));
+                            tokio::task::spawn_local(boxed(|| clock::in_turns(serve(shared, request, respond))));
                         }
                         Some(Err(error)) => return Poll::Ready(Err(error)),
                         None => return Poll::Ready(Ok(this.shared.state.end())),
@@ -175,7 +179,7 @@ impl Future for ServerConnection {
 
 /// One stream.
 async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: SendResponse<Piece>) {
-    let (state, started) = (&shared.state, Instant::now());
+    let (state, started) = (&shared.state, clock::now());
     let begun = Begun::new(state, started, Version::HTTP_2);
     let (mut parts, stream) = request.into_parts();
     if let Err(malformed) = head::settle(&mut parts, state.config()) {
@@ -191,10 +195,10 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
     let progress = Rc::clone(&begun.progress);
     if state.config().proxy_100_continue {
         progress.want_interim();
-    } else if parts.headers.get(EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+    } else if parts.headers.first(&EXPECT).is_some_and(|it| it.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         parts.headers.remove(EXPECT);
         if send_interim(state, &mut respond, StatusCode::CONTINUE, HeaderMap::new()).is_err() {
-            return shared.stream_ended(Some(started.elapsed()));
+            return shared.stream_ended(Some(clock::since(started)));
         }
     }
     let body = match stream.is_end_stream() {
@@ -220,7 +224,7 @@ async fn serve(shared: Rc<Shared>, request: Request<RecvStream>, mut respond: Se
         })
         .await
     };
-    let Some(response) = response else { return shared.stream_ended(Some(started.elapsed())) };
+    let Some(response) = response else { return shared.stream_ended(Some(clock::since(started))) };
     if state.is_to_leave() {
         state.leave();
     }
