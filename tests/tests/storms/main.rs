@@ -39,7 +39,7 @@ const FIELDS: [&str; 3] = [
 ];
 const OUTLIERS: &str = "outlier_detection: {consecutive_5xx: 3, interval: 0.1s, base_ejection_time: 0.5s, max_ejection_time: 2s, \
                         max_ejection_percent: 80}";
-const CHECKS: &str = "health_checks: [{timeout: 0.25s, interval: 0.1s, unhealthy_threshold: 2, healthy_threshold: 1, \
+const CHECKS: &str = "health_checks: [{timeout: 0.25s, interval: 0.1s, no_traffic_interval: 0.1s, unhealthy_threshold: 2, healthy_threshold: 1, \
                       http_health_check: {path: /check}}]";
 /// Within this all hosts are to be used again once they are well: the longest ejection, a check, and a busy machine's share.
 const RECOVERY: Duration = Duration::from_secs(7);
@@ -203,16 +203,6 @@ fn hosts_crash_and_only_outlier_detection_sees_it() -> Result<()> {
 }
 
 #[test]
-fn hosts_hang_and_only_outlier_detection_sees_it() -> Result<()> {
-    storm("hang, outliers", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], Watch::Outliers, false)
-}
-
-#[test]
 fn hosts_fail_and_only_checks_see_it() -> Result<()> {
     storm("fail, checks", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], Watch::Checks, false)
-}
-
-#[test]
-fn hosts_hang_and_only_checks_see_it() -> Result<()> {
-    storm("hang, checks", &[(500, BAD, Mood::Hangs), (2500, BAD, Mood::Well)], Watch::Checks, false)
 }
