@@ -26,6 +26,7 @@ use super::{
 use crate::{
     http::{filters::tap, leaving},
     stats::{self, Counter, Gauge, ResponseCodes, Scope},
+    upstream::Decrement,
 };
 
 /// A request's head must be there within this.
@@ -141,18 +142,17 @@ async fn serve(server: Arc<Server>, stream: TcpStream) -> hyper::Result<()> {
 
 async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Response<Body> {
     server.rq_total.inc();
-    server.rq_active.inc();
+    // Also where the client leaves before it is answered.
+    let _active = Decrement::after_inc(server.rq_active);
     if request.uri().path().starts_with(csds::PATH) {
         let mut service = server.csds.clone();
         let Ok(response) = service.call(request).await;
         server.rq.inc(response.status().as_u16());
-        server.rq_active.dec();
         return response;
     }
     if request.uri().path() == TAP && request.method() == Method::POST && tap::is_registered() {
         let response = attach_tap(&mut request).await;
         server.rq.inc(response.status().as_u16());
-        server.rq_active.dec();
         return response;
     }
     let parameters = parameters(&mut request).await;
@@ -173,7 +173,6 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
         drain_listeners(&server, Drain { graceful, skip_exit, inbound_only }).await;
     }
     server.rq.inc(reply.status.as_u16());
-    server.rq_active.dec();
     response(reply)
 }
 

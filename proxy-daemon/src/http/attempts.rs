@@ -111,9 +111,7 @@ impl Attempts<'_> {
                     match kept.filter(|_| verdict == Verdict::Retry) {
                         Some(copy) => {
                             self.cluster.cluster.stats.count_retried(response.status.as_u16());
-                            if http_body::Body::is_end_stream(&incoming) {
-                                connection.release();
-                            }
+                            set_aside(&incoming, connection);
                             (head, body) = (copy, Body::Empty);
                         }
                         None => {
@@ -453,6 +451,13 @@ fn overloaded() -> LocalReply {
     let mut reply = LocalReply::new(StatusCode::SERVICE_UNAVAILABLE, text, ResponseFlags::UO, details);
     reply.headers.push((X_ENVOY_OVERLOADED, HeaderValue::from_static("true")));
     reply
+}
+
+/// A response is not the client's. Its connection may be used again, unless there is more of it to come.
+pub(super) fn set_aside(incoming: &Incoming, connection: Connection) {
+    if http_body::Body::is_end_stream(incoming) {
+        connection.release();
+    }
 }
 
 /// The request is answered in another way than this.

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     config::model::MetadataMatch,
-    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Resource, Source, WorkerCluster, WorkerHost},
+    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Reset, Resource, Source, WorkerCluster, WorkerHost},
 };
 
 /// Why there is no answer, or not a whole one.
@@ -125,11 +125,16 @@ pub(super) async fn send_to(
     source: Option<Source>,
     metadata_match: Option<&MetadataMatch>,
     mut head: RequestHead,
-    body: Body,
+    mut body: Body,
 ) -> Result<Answer, Failure> {
     let stats = &cluster.cluster.stats;
     if illegal::refusal(&head).is_some() {
         return Err(Failure::Reset);
+    }
+    if cluster.cluster.refuses_for_maintenance() {
+        stats.upstream_rq_maintenance_mode.inc();
+        stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
+        return Err(Failure::Overflow);
     }
     if cluster.overload() != Overload::Passes {
         cluster.cluster.dropped_overload.inc();
@@ -164,33 +169,41 @@ pub(super) async fn send_to(
     };
     let wanted = upstream_head::protocol(&member, &head);
     let peer = upstream_head::peer_name(cluster, &head);
-    let connection = host.acquire(&member, wanted, (source, peer.as_ref()), false).await.map_err(|error| {
-        if let PoolError::Connect(_) = error {
-            member_stats.upstream_rq_pending_failure_eject.inc();
+    loop {
+        let connection = host.acquire(&member, wanted, (source, peer.as_ref()), false).await.map_err(|error| {
+            if let PoolError::Connect(_) = error {
+                member_stats.upstream_rq_pending_failure_eject.inc();
+            }
+            failed()
+        })?;
+        member_stats.upstream_rq_total.inc();
+        if connection.is_http2() {
+            upstream_head::to_http2(&mut head);
+        } else {
+            upstream_head::to_http1(&mut head);
         }
-        failed()
-    })?;
-    member_stats.upstream_rq_total.inc();
-    if connection.is_http2() {
-        upstream_head::to_http2(&mut head);
-    } else {
-        upstream_head::to_http1(&mut head);
+        let charge = |status: StatusCode, headers: &HeaderMap| {
+            stats.charge(status.as_u16(), true);
+            let canary = host.host.answers_as_canary(headers);
+            if canary {
+                stats.charge_canary(status.as_u16());
+            }
+            canary
+        };
+        let interim = |status, headers: HeaderMap| {
+            charge(status, &headers);
+        };
+        match connection.send(Request::from_parts(head, body), interim).await {
+            Ok(response) => {
+                let (head, body) = response.into_parts();
+                under_way.canary = charge(head.status, &head.headers);
+                return Ok(Answer { head, body, connection, under_way });
+            }
+            // It died in the pool: another one is tried, until one is new.
+            Err(Reset { request: Some(unsent), .. }) if connection.reused => (head, body) = unsent.into_parts(),
+            Err(_) => return Err(failed()),
+        }
     }
-    let charge = |status: StatusCode, headers: &HeaderMap| {
-        stats.charge(status.as_u16(), true);
-        let canary = host.host.answers_as_canary(headers);
-        if canary {
-            stats.charge_canary(status.as_u16());
-        }
-        canary
-    };
-    let interim = |status, headers: HeaderMap| {
-        charge(status, &headers);
-    };
-    let sent = connection.send(Request::from_parts(head, body), interim).await;
-    let (head, body) = sent.map_err(|_| failed())?.into_parts();
-    under_way.canary = charge(head.status, &head.headers);
-    Ok(Answer { head, body, connection, under_way })
 }
 
 impl Answer {

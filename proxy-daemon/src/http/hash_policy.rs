@@ -1,12 +1,12 @@
 //! What a request is hashed by where its cluster's load balancer wants a hash: `hash_policy`. All hashes are Envoy's.
 
-use std::fmt::Write as _;
+use std::{borrow::Cow, fmt::Write as _};
 
 use http::{HeaderMap, HeaderValue};
 use twox_hash::XxHash64;
 
 use super::{
-    route_match::{authority, cookie},
+    route_match::{authority, cookie_bytes},
     stream::{RequestHead, StreamCx},
 };
 use crate::config::model::{HashCookie, HashPolicy, HashSource, MatchedHeader, RegexRewrite};
@@ -23,7 +23,7 @@ pub(super) fn hash(
         let next = match &policy.source {
             HashSource::Header { name, rewrite } => of_header(name, rewrite.as_deref(), head),
             HashSource::Cookie(wanted) => of_cookie(wanted, &head.headers, cx, made),
-            HashSource::SourceIp => Some(of_text(&cx.remote.ip().to_canonical().to_string())),
+            HashSource::SourceIp => Some(of_bytes(cx.remote.ip().to_canonical().to_string().as_bytes())),
             HashSource::QueryParameter(name) => of_parameter(name, head.uri.query()),
         };
         if let Some(next) = next {
@@ -37,42 +37,47 @@ pub(super) fn hash(
     hash
 }
 
-fn of_text(text: &str) -> u64 {
-    XxHash64::oneshot(0, text.as_bytes())
+fn of_bytes(bytes: &[u8]) -> u64 {
+    XxHash64::oneshot(0, bytes)
 }
 
 fn of_header(name: &MatchedHeader, rewrite: Option<&RegexRewrite>, head: &RequestHead) -> Option<u64> {
-    let rewritten = |text: &str| rewrite.map_or_else(|| text.to_owned(), |rewrite| rewrite.apply(text));
+    // What is no text is hashed as it is.
+    let rewritten = |value| match (rewrite, str::from_utf8(value)) {
+        (Some(rewrite), Ok(text)) => Cow::Owned(rewrite.apply(text).into_bytes()),
+        _ => Cow::Borrowed(value),
+    };
     let single = match name {
         MatchedHeader::Method => head.method.as_str(),
         MatchedHeader::Path => head.uri.path_and_query()?.as_str(),
         MatchedHeader::Authority => authority(head),
         MatchedHeader::Scheme => head.uri.scheme_str().unwrap_or_else(|| super::redirect::scheme(head)),
         MatchedHeader::Name(name) => {
-            let values = head.headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
-            let mut values: Vec<String> = values.map(rewritten).collect();
+            let mut values = head.headers.get_all(name).iter().map(|value| rewritten(value.as_bytes()));
+            let first = values.next()?;
+            let Some(second) = values.next() else { return Some(of_bytes(&first)) };
+            let mut values: Vec<_> = [first, second].into_iter().chain(values).collect();
             values.sort_unstable();
-            let chained = values.iter().fold(0, |seed, value| XxHash64::oneshot(seed, value.as_bytes()));
-            return (!values.is_empty()).then_some(chained);
+            return Some(values.iter().fold(0, |seed, value| XxHash64::oneshot(seed, value)));
         }
     };
-    Some(of_text(&rewritten(single)))
+    Some(of_bytes(&rewritten(single.as_bytes())))
 }
 
 fn of_parameter(name: &str, query: Option<&str>) -> Option<u64> {
     let pairs = query?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
     let mut values = pairs.filter(|(known, _)| *known == name);
-    values.next().map(|(_, value)| of_text(value))
+    values.next().map(|(_, value)| of_bytes(value.as_bytes()))
 }
 
 fn of_cookie(wanted: &HashCookie, headers: &HeaderMap, cx: &StreamCx, made: &mut Vec<HeaderValue>) -> Option<u64> {
-    if let Some(value) = cookie(headers, &wanted.name).filter(|value| !value.is_empty()) {
-        return Some(of_text(&value));
+    if let Some(value) = cookie_bytes(headers, &wanted.name).filter(|value| !value.is_empty()) {
+        return Some(of_bytes(value));
     }
     let ttl = wanted.ttl?;
     // The same for all requests of a connection: they may come before the first answer.
     let value = format!("{}{}", cx.remote, cx.connection.local);
-    let value = format!("{:016x}", of_text(&value));
+    let value = format!("{:016x}", of_bytes(value.as_bytes()));
     let mut text = format!("{}=\"{value}\"", wanted.name);
     // Writing to a String cannot fail.
     if ttl.as_secs() > 0 {
@@ -89,5 +94,5 @@ fn of_cookie(wanted: &HashCookie, headers: &HeaderMap, cx: &StreamCx, made: &mut
     }
     text.push_str("; HttpOnly");
     made.extend(HeaderValue::from_str(&text).ok());
-    Some(of_text(&value))
+    Some(of_bytes(value.as_bytes()))
 }

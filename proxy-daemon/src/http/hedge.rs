@@ -15,7 +15,7 @@ use http::Response;
 use tokio::time::Sleep;
 
 use super::{
-    attempts::{Attempts, Failed},
+    attempts::{Attempts, Failed, set_aside},
     body::Body,
     codec::Incoming,
     observe::{Notes, StreamEnd},
@@ -132,6 +132,7 @@ impl Attempts<'_> {
                             // Its retry is under way already.
                             if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
                                 one.held.host.count(HostCounter::RqError, 1);
+                                set_aside(&incoming, connection);
                                 continue;
                             }
                         } else {
@@ -140,6 +141,7 @@ impl Attempts<'_> {
                             if verdict == Verdict::Retry {
                                 self.cluster.cluster.stats.count_retried(response.status.as_u16());
                                 one.held.host.count(HostCounter::RqError, 1);
+                                set_aside(&incoming, connection);
                                 timed_out = false;
                                 pause = Some(self.next_turn(&one.held));
                                 continue;
@@ -147,6 +149,7 @@ impl Attempts<'_> {
                             // It may not be tried again: another one may have a better answer yet.
                             if others && self.retry.as_ref().is_some_and(|retry| retry.wants_response(&response)) {
                                 one.held.host.count(HostCounter::RqError, 1);
+                                set_aside(&incoming, connection);
                                 continue;
                             }
                         }

@@ -522,7 +522,6 @@ fn cluster_name<'a>(cx: &'a StreamCx, head: &'a RequestHead) -> Option<&'a str> 
 
 /// Has asked for what the request lacks, and waits. Whether it is there now.
 async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &RequestHead) -> Result<bool, LocalReply> {
-    let idle = state.manager.config.stream_idle_timeout;
     let (wanted, limit) = match &missing {
         Flow::NeedsRoute => (state.routes.on_demand(head), None),
         Flow::NeedsCluster(clusters) => {
@@ -533,13 +532,12 @@ async fn wait_for(missing: Flow, state: &ConnState, cx: &mut StreamCx, head: &Re
         Flow::Continue | Flow::Respond(_) | Flow::Replace(_) | Flow::Redirect(_) | Flow::Wait => (None, None),
     };
     let Some(mut wait) = wanted.and_then(|wanted| cx.worker.on_demand.ask(wanted)) else { return Ok(false) };
-    let earlier = limit.into_iter().chain(idle).min().unwrap_or(Duration::MAX / 4);
-    let over = tokio::time::timeout(earlier, wait.over()).await;
-    if over.is_err() && limit != Some(earlier) {
-        state.manager.stats.downstream_rq_idle_timeout.inc();
-        let complete = cx.progress.request_complete.get().is_some();
-        let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
-        return Err(LocalReply::new(status, "stream timeout", ResponseFlags::SI, "stream_idle_timeout"));
+    let mut limits = waiting::limits(state, cx);
+    tokio::select! {
+        biased;
+        // Where nothing has come until then, the request goes without it.
+        _ = tokio::time::timeout(limit.unwrap_or(Duration::MAX / 4), wait.over()) => {}
+        expired = limits.expired() => return Err(waiting::expire(state, &cx.progress, expired)),
     }
     if let Flow::NeedsRoute = missing {
         cx.route = state.routes.route(head, &cx.match_cx());

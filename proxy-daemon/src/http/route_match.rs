@@ -143,15 +143,20 @@ fn cookie_matches(matcher: &CookieMatcher, request: &Parts) -> bool {
     cookie(&request.headers, &matcher.name).is_some_and(|value| matcher.value.matches(&value)) != matcher.invert_match
 }
 
-/// The value of the first cookie of this name.
+/// The value of the first cookie of this name, as text.
 pub(super) fn cookie<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<Cow<'a, str>> {
+    cookie_bytes(headers, name).map(String::from_utf8_lossy)
+}
+
+/// The value of the first cookie of this name.
+pub(super) fn cookie_bytes<'a>(headers: &'a http::HeaderMap, name: &str) -> Option<&'a [u8]> {
     let lines = headers.get_all(http::header::COOKIE).iter();
     let mut pairs = lines.flat_map(|line| line.as_bytes().split(|byte| *byte == b';')).filter_map(|pair| {
         let pair = pair.trim_ascii();
         let (known, value) = pair.split_at_checked(name.len())?;
         value.strip_prefix(b"=").filter(|_| known == name.as_bytes())
     });
-    pairs.next().map(|value| String::from_utf8_lossy(unquoted(value)))
+    pairs.next().map(unquoted)
 }
 
 /// A cookie's value without the quotes around it.

@@ -294,7 +294,7 @@ impl StreamCx {
     pub(super) fn record(&self) -> Record<'_> {
         Record {
             missing: "",
-            start: clock::wall(clock::now()),
+            start: clock::wall(self.started),
             duration: clock::since(self.started),
             attempts: self.progress.attempts.get(),
             grpc_messages: self.progress.grpc_messages.get(),

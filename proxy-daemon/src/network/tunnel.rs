@@ -145,6 +145,8 @@ fn poll(client: &Client, tunnel: &mut Tunnel, pending: &mut Bytes, cx: &mut Cont
         };
         drop(stream);
         match written {
+            // Nothing was left to write: that is no activity.
+            Poll::Ready(Ok(0)) if pending.is_empty() => {}
             Poll::Ready(Ok(written)) => {
                 client.passed(&client.sent, written);
                 pending.advance(written);

@@ -5,7 +5,7 @@
 //! pick after that ([`WorkerMembers`]), and a pick is one more look-up than in the member.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, Ref, RefCell},
     collections::HashMap,
     rc::{Rc, Weak},
     sync::Arc,
@@ -138,7 +138,7 @@ impl WorkerMembers {
     }
 
     /// Adopts what has changed.
-    fn plan(&self, cluster: &Cluster) -> Arc<Plan> {
+    fn plan(&self, cluster: &Cluster) -> Ref<'_, Plan> {
         if let (Some(clusters), Some(plan)) = (self.clusters.upgrade(), &cluster.plan) {
             let versions = (clusters.version(), cluster.hosts_version());
             if versions != self.seen.get() {
@@ -148,7 +148,7 @@ impl WorkerMembers {
                 self.plan.replace(plan);
             }
         }
-        Arc::clone(&self.plan.borrow())
+        Ref::map(self.plan.borrow(), |plan| &**plan)
     }
 }
 

@@ -50,10 +50,7 @@ pub struct Cluster {
     limits: RuntimeLimits,
     /// What counts at its circuit breakers. Connections hold on to it.
     pub(crate) breakers: Arc<Breakers>,
-    /// Retries under way, of the default priority and of the high one.
-    retries: [AtomicU32; 2],
-    /// What `budget_interval` asks for.
-    recent: [Option<Recent>; 2],
+    retries: Retries,
     /// How its connections are encrypted.
     pub sockets: Sockets,
     /// Which hosts are ejected; `None` where none ever is.
@@ -67,6 +64,17 @@ pub struct Cluster {
     hosts_version: AtomicU64,
     /// Of an aggregate.
     pub(super) plan: Option<ArcSwap<Plan>>,
+}
+
+/// What retries are limited by, of the default priority and of the high one. Workers share it, as the limit is the cluster's; what every request
+/// reads is on other cache lines.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Retries {
+    /// Retries under way.
+    active: [AtomicU32; 2],
+    /// What `budget_interval` asks for, which all attempts write.
+    recent: [Option<Recent>; 2],
 }
 
 impl Cluster {
@@ -97,8 +105,7 @@ impl Cluster {
             stats: Arc::new(stats),
             limits,
             breakers: Arc::default(),
-            retries: Default::default(),
-            recent,
+            retries: Retries { active: Default::default(), recent },
             dropped: Dropped::new(),
             dropped_overload: Dropped::new(),
             unlisted: named.then(|| Arc::new(HostCounters::new(workers))),
@@ -124,7 +131,7 @@ impl Cluster {
         match &self.config.circuit_breakers[usize::from(high)].retry_budget {
             None => self.limits(high).max_retries(),
             Some(budget) => {
-                let requests = match &self.recent[usize::from(high)] {
+                let requests = match &self.retries.recent[usize::from(high)] {
                     Some(recent) => recent.count(),
                     // Those that wait for a connection are among them.
                     None => self.breakers.in_use(Resource::Requests, high),
@@ -137,7 +144,7 @@ impl Cluster {
 
     /// A request, or another attempt at it, has got a host.
     pub(crate) fn attempt_begins(&self, high: bool) {
-        if let Some(recent) = &self.recent[usize::from(high)] {
+        if let Some(recent) = &self.retries.recent[usize::from(high)] {
             recent.begun();
         }
     }
@@ -149,19 +156,19 @@ impl Cluster {
 
     /// How many more retries there may be now.
     pub(super) fn retries_left(&self, high: bool) -> u32 {
-        self.retry_limit(high).saturating_sub(self.retries[usize::from(high)].load(Ordering::Relaxed))
+        self.retry_limit(high).saturating_sub(self.retries.active[usize::from(high)].load(Ordering::Relaxed))
     }
 
     /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.
     pub(crate) fn begin_retry(&self, high: bool) -> bool {
         let limit = self.retry_limit(high);
         let more = |retries| (retries < limit).then_some(retries + 1);
-        self.retries[usize::from(high)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+        self.retries.active[usize::from(high)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 
     /// A retry that began is over.
     pub(crate) fn end_retry(&self, high: bool) {
-        self.retries[usize::from(high)].fetch_sub(1, Ordering::Relaxed);
+        self.retries.active[usize::from(high)].fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Whether this request is among those that `upstream.maintenance_mode.<cluster>` refuses.

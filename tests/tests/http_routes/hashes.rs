@@ -23,6 +23,10 @@ fn by_policies() -> Vec<Case> {
         "GET /\nx-h: user-8-of-9\nx-g: one",
         "GET /\nx-h: one\nx-g: one",
         "GET /\nx-h: two\nx-g: three",
+        // What is no ASCII is hashed like anything else.
+        "GET /\nx-h: k/1/é",
+        "GET /\nx-h: k/1/é\nx-h: k/2/ü",
+        "GET /\nx-h: user-7-of-é",
     ];
     let paths = [
         "GET /",
@@ -41,6 +45,7 @@ fn by_policies() -> Vec<Case> {
         "GET /\ncookie: d=1; c=\"three\"",
         "GET /\ncookie: d=1\ncookie: c=four",
         "GET /\ncookie: c=five\ncookie: c=six",
+        "GET /\ncookie: c=k/1/é",
     ];
     let addresses = [
         "GET /\nx-forwarded-for: 192.0.2.1",

@@ -5,7 +5,10 @@ mod clients;
 mod hosts;
 
 use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::TcpStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::daemon::{Daemon, Kind, free_port};
@@ -22,6 +25,9 @@ pub fn shown(name: &str, value: &str) -> String {
     let name = name.to_lowercase();
     if OWN_VALUES.contains(&name.as_str()) { name } else { format!("{name}: {value}") }
 }
+
+/// How long tunnels may be idle where that is limited.
+const IDLE: Duration = Duration::from_secs(4);
 
 const ROUTES: &str = r#"
 - match: {connect_matcher: {}, headers: [{name: ":authority", string_match: {prefix: end}}]}
@@ -128,13 +134,15 @@ fn listeners_of() -> Vec<(&'static str, String)> {
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
 "#
     );
-    let tunnel = |cluster: &str, tunneling: &str| {
+    let proxy = |cluster: &str, tunneling: &str, more: &str| {
         format!(
             "      - name: envoy.filters.network.tcp_proxy\n        typed_config: {{\"@type\": \
              type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: tcp, cluster: {cluster}, \
-             tunneling_config: {{{tunneling}}}}}\n"
+             tunneling_config: {{{tunneling}}}{more}}}\n"
         )
     };
+    let tunnel = |cluster: &str, tunneling: &str| proxy(cluster, tunneling, "");
+    let idle = |cluster: &str| proxy(cluster, "hostname: \"host:80\"", &format!(", idle_timeout: {}s", IDLE.as_secs()));
     let added = "headers_to_add: [{header: {key: x-from, value: \"%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%\"}}]";
     vec![
         ("http", manager),
@@ -145,6 +153,8 @@ fn listeners_of() -> Vec<(&'static str, String)> {
         ("formatted", tunnel("http1", &format!("hostname: \"%DOWNSTREAM_LOCAL_ADDRESS_WITHOUT_PORT%:7\", {added}"))),
         ("refused by http1", tunnel("http1", "hostname: \"refused:80\"")),
         ("refused by http2", tunnel("http2", "hostname: \"refused:80\"")),
+        ("idle by http1", idle("http1")),
+        ("idle by http2", idle("http2")),
     ]
 }
 
@@ -241,4 +251,28 @@ fn tcp_passes_in_tunnels() -> Result<()> {
     let ask = Ask::tcp(&["hello", "again"]);
     compare(&["by http1", "post by http1", "formatted"], &[ask.clone().broken_off()])?;
     compare(&["by http2", "post by http2", "refused by http1", "refused by http2"], &[ask])
+}
+
+#[test]
+fn idle_tunnels_end() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let stage = Stage::start(kind)?;
+        let mut clients = Vec::new();
+        for listener in ["idle by http1", "idle by http2"].repeat(4) {
+            let mut client = TcpStream::connect(("127.0.0.1", *stage.ports.get(listener).context("a listener")?))?;
+            client.write_all(b"hello")?;
+            client.read_exact(&mut [0; 5])?;
+            clients.push((listener, client));
+        }
+        // Nobody says anything more: the proxy ends them, in one way or another, and not only when their time has come again.
+        let began = Instant::now();
+        for (listener, mut client) in clients {
+            let left = (IDLE * 5 / 2).saturating_sub(began.elapsed()).max(Duration::from_millis(1));
+            client.set_read_timeout(Some(left))?;
+            let ended = client.read(&mut [0; 5]);
+            let open = matches!(&ended, Err(error) if error.kind() == ErrorKind::WouldBlock);
+            ensure!(!open, "{kind:?}, {listener}: open after its time");
+        }
+    }
+    Ok(())
 }

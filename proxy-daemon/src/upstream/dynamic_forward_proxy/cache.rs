@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::sync::{mpsc, oneshot};
 
@@ -260,9 +260,18 @@ impl DnsCache {
         self.version.load(Relaxed)
     }
 
+    /// What is known now, for [`Self::used`].
+    pub(super) fn entries(&self) -> Guard<Arc<HashMap<Arc<str>, Arc<Entry>>>> {
+        self.entries.load()
+    }
+
     /// A name whose addresses are known, which is used.
-    pub(super) fn entry(&self, authority: &str) -> Option<Arc<Entry>> {
-        let entry = Arc::clone(self.entries.load().get(authority)?);
+    pub(super) fn used<'a>(
+        &self,
+        entries: &'a HashMap<Arc<str>, Arc<Entry>>,
+        authority: &str,
+    ) -> Option<&'a Arc<Entry>> {
+        let entry = entries.get(authority)?;
         if !entry.is_known() {
             return None;
         }

@@ -45,21 +45,23 @@ impl DynamicHosts {
         (worker, options): (usize, PoolOptions),
         (counters, socket): (&Arc<HostCounters>, SocketIndex),
     ) -> Option<Rc<WorkerHost>> {
-        self.forget(cache);
         let authority = authority::with_port(host, default_port);
-        let entry = cache.entry(&authority)?;
-        let found = entry.found.load_full()?;
+        let entries = cache.entries();
+        let entry = cache.used(&entries, &authority)?;
+        let found = entry.found.load();
+        let found = found.as_ref()?;
         let mut hosts = self.hosts.borrow_mut();
         if let Some(used) = hosts.get_mut(&*authority) {
-            if !Arc::ptr_eq(&used.found, &found) {
+            if !Arc::ptr_eq(&used.found, found) {
                 // Connections stay: new ones go to the new addresses.
-                used.host = Rc::clone(&used.host).now(&made(&entry, &found, (counters, socket))?, options);
-                used.found = found;
+                let host = Rc::clone(&used.host).now(&made(entry, found, (counters, socket))?, options);
+                *used = Used { entry: Arc::clone(entry), found: Arc::clone(found), host };
             }
             return Some(Rc::clone(&used.host));
         }
-        let host = WorkerHost::new(made(&entry, &found, (counters, socket))?, worker);
-        hosts.insert(Arc::clone(&entry.authority), Used { entry, found, host: Rc::clone(&host) });
+        let host = WorkerHost::new(made(entry, found, (counters, socket))?, worker);
+        let used = Used { entry: Arc::clone(entry), found: Arc::clone(found), host: Rc::clone(&host) };
+        hosts.insert(Arc::clone(&entry.authority), used);
         Some(host)
     }
 

@@ -133,7 +133,7 @@ impl ClientConnection {
         }
         // Until a byte is out, the request can be had back.
         let mut parts = Some(parts);
-        let result = poll_fn(|cx| {
+        let mut poll_answer = |cx: &mut Context<'_>| {
             let mut inner = self.inner.borrow_mut();
             let writing = inner.poll_upload(cx);
             if inner.writer.has_started() {
@@ -152,10 +152,9 @@ impl ClientConnection {
                 }
                 polled => polled,
             }
-        });
-        let mut result = result.await;
+        };
         for _ in 0..INTERIM {
-            match result {
+            match poll_fn(&mut poll_answer).await {
                 Ok(head) if upgrade && !connect && head.parts.status == StatusCode::SWITCHING_PROTOCOLS => {
                     return self.begin_response(head, to_head, connect);
                 }
@@ -165,12 +164,6 @@ impl ClientConnection {
                     if status == StatusCode::SWITCHING_PROTOCOLS {
                         return Err(SendError::Protocol(CodecError::CODEC));
                     }
-                    result = poll_fn(|cx| {
-                        let mut inner = self.inner.borrow_mut();
-                        let _ = inner.poll_upload(cx);
-                        inner.poll_head(cx)
-                    })
-                    .await;
                 }
                 result => return self.begin_response(result?, to_head, connect),
             }
