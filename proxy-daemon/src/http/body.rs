@@ -10,7 +10,7 @@ use http_body::{Body as _, Frame, SizeHint};
 
 use super::codec::Incoming;
 
-/// Boxed, because it passes through hyper, which wants one for both sides.
+/// Why a body broke off. Boxed: what breaks it may be a codec, a filter, a limit or the other side.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Looks at what passes: how much, that it ended, that it failed.
