@@ -51,17 +51,20 @@ impl DynamicHosts {
         let found = entry.found.load();
         let found = found.as_ref()?;
         let mut hosts = self.hosts.borrow_mut();
-        if let Some(used) = hosts.get_mut(&*authority) {
+        if let Some(used) = hosts.get_mut(&*authority).filter(|used| Arc::ptr_eq(&used.entry, entry)) {
             if !Arc::ptr_eq(&used.found, found) {
                 // Connections stay: new ones go to the new addresses.
-                let host = Rc::clone(&used.host).now(&made(entry, found, (counters, socket))?, options);
-                *used = Used { entry: Arc::clone(entry), found: Arc::clone(found), host };
+                used.host = Rc::clone(&used.host).now(&made(entry, found, (counters, socket))?, options);
+                used.found = Arc::clone(found);
             }
             return Some(Rc::clone(&used.host));
         }
         let host = WorkerHost::new(made(entry, found, (counters, socket))?, worker);
         let used = Used { entry: Arc::clone(entry), found: Arc::clone(found), host: Rc::clone(&host) };
-        hosts.insert(Arc::clone(&entry.authority), used);
+        // The name was forgotten in the meantime, and its connections with it.
+        if let Some(forgotten) = hosts.insert(Arc::clone(&entry.authority), used) {
+            forgotten.host.retire();
+        }
         Some(host)
     }
 
