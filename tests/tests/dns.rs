@@ -380,7 +380,10 @@ fn connections_of_logical_clusters_end_with_the_address_as_in_envoy() -> Result<
             ensure!(active == 1, "{active} are open");
             Ok(())
         })?;
-        ensure!(daemon.stats()?.get("cluster.kept.update_no_rebuild") > 0, "{kind:?}");
+        wait_until(DEADLINE, "an answer like the one before", || {
+            ensure!(daemon.stats()?.get("cluster.kept.update_no_rebuild") > 0, "{kind:?}");
+            Ok(())
+        })?;
         Ok(counted)
     };
     let (envoy, culvert) = (met(Kind::Envoy)?, met(Kind::Culvert)?);

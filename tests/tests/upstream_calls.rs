@@ -115,7 +115,8 @@ fn a_request_that_breaks_after_an_interim_answer_is_refused_as_by_envoy() -> Res
             }
             stream.write_all(b"HTTP/1.1 103 Early Hints\r\nlink: </style.css>\r\n\r\n")?;
             // It answers when it has the whole request.
-            Ok(drop(reader.read_to_end(&mut Vec::new())))
+            drop(reader.read_to_end(&mut Vec::new()));
+            Ok(())
         })?;
         let routes =
             "- {name: all, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster: app, timeout: 0s}}]}";

@@ -181,7 +181,8 @@ impl LogParts {
             attempts: progress.attempts.get(),
             grpc_messages: progress.grpc_messages.get(),
             upstream_protocol: progress.upstream_protocol.get(),
-            times: Times { sent_first: self.answered, end: Some(clock::now()), ..progress.times(started) },
+            // The end is later than what else was noted in this turn.
+            times: Times { sent_first: self.answered, end: Some(Instant::now()), ..progress.times(started) },
             response_trailers: Some(Headers::Kept(&self.trailers)),
             route_metadata: self.route.as_ref().and_then(|route| route.metadata.as_deref()),
             protocol: Some(super::protocol_name(self.version)),

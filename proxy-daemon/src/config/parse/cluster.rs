@@ -93,6 +93,9 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     if common.max_headers_count.is_some() {
         return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
     }
+    // What it is does not matter: no update is held back.
+    let window = cluster.common_lb_config.as_ref().and_then(|config| config.update_merge_window);
+    duration(window, &join(path, "common_lb_config"), "update_merge_window")?;
     let max_stream_duration = duration(common.max_stream_duration, &common_path, "max_stream_duration")?;
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
@@ -158,10 +161,8 @@ fn health(cluster: &Cluster, path: &str) -> Result<HealthOptions> {
         options.check = Some(Arc::new(config));
     }
     if cluster.health_checks.len() > 1 {
-        // The field for it is newer than the messages that we know.
-        let text = "health check at index 0 is missing a name; all health checks must have a name when multiple health \
-                    checks are configured";
-        return Err(FieldError::new(join(path, "health_checks[0]"), text));
+        // Envoy wants names for them, in a field that is newer than the messages that we know.
+        return Err(FieldError::unsupported(join(path, "health_checks[1]")));
     }
     Ok(options)
 }

@@ -1,0 +1,168 @@
+//! Which pods are enrolled: by the bootstrap, by manifests and API servers, and by command.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::State;
+use super::links::direction_of;
+use crate::intercept::attach::Direction;
+use crate::intercept::commanded::{self, Commanded};
+use crate::intercept::config::{FailurePolicy, Policy, Traffic};
+use crate::intercept::error::InterceptError;
+use crate::intercept::netlink::Link;
+use crate::intercept::pods::{Known, Origin, Place, PodStatus, acceleration_of_name};
+
+impl State {
+    pub(in crate::intercept) fn pods(&self) -> Vec<PodStatus> {
+        self.pods.status(&self.ebpf)
+    }
+
+    /// Replaces the pods of one origin, and enrols them.
+    pub(in crate::intercept) fn set_pods(&mut self, origin: Origin, pods: Vec<Known>) {
+        self.pods.set(origin, pods);
+        self.reconcile_pods();
+        if !self.is_settled() {
+            self.try_again_soon();
+        }
+    }
+
+    /// Puts in force what is wanted of pods, as the node's interfaces and routes are now.
+    pub(in crate::intercept) fn reconcile_pods(&mut self) {
+        let Self { pods, ebpf, netlink, unattached, config, .. } = self;
+        let mut links = None;
+        pods.reconcile(ebpf, |address| {
+            let links = links.get_or_insert_with(|| netlink.links());
+            let links = match links {
+                Ok(links) => links,
+                Err(error) => return Place::Missing(format!("interfaces cannot be listed: {error}")),
+            };
+            let index = match netlink.route_to(address) {
+                Ok(Some(index)) => index,
+                Ok(None) => return Place::Missing("no interface: the node has no route to it".to_owned()),
+                Err(error) => return Place::Missing(format!("its interface cannot be found: {error}")),
+            };
+            if let Some(reason) = unattached.get(&index) {
+                return Place::Missing(reason.clone());
+            }
+            let is_pods = |link: &Link| direction_of(config, &link.name) == Some(Direction::Outbound);
+            match links.iter().find(|link| link.index == index) {
+                Some(link) if is_pods(link) => Place::Interface(index, link.name.clone()),
+                Some(bridge) if links.iter().any(|link| link.bridge == Some(index) && is_pods(link)) => {
+                    Place::Bridge(bridge.name.clone())
+                }
+                Some(link) => Place::Missing(format!(
+                    "no interface: the node reaches it over {}, which `interfaces` does not name",
+                    link.name
+                )),
+                None => Place::Missing("no interface: it has just gone".to_owned()),
+            }
+        });
+        let names = self.pods.names();
+        if **self.pod_names.load() != names {
+            self.pod_names.store(Arc::new(names));
+        }
+    }
+
+    /// Reads what was enrolled by command, and forgets what is on another interface by now.
+    pub(super) fn recall(&mut self) -> Result<(), InterceptError> {
+        let path = self.config.state_path.clone();
+        self.commanded =
+            commanded::read(&path).map_err(|reason| InterceptError::StateFile { path: path.clone(), reason })?;
+        let netlink = &mut self.netlink;
+        self.commanded.retain(|pod| {
+            let stays =
+                pod.addresses.iter().all(|it| matches!(netlink.route_to(*it), Ok(Some(to)) if to == pod.interface));
+            if !stays {
+                tracing::warn!(pod = pod.name, "was enrolled by command, and is not any more: its interface is gone");
+            }
+            stays
+        });
+        self.pods.set(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
+        Ok(())
+    }
+
+    pub(in crate::intercept) fn enrol(
+        &mut self,
+        name: Option<String>,
+        mut addresses: Vec<IpAddr>,
+        direction: Option<&str>,
+        failure_policy: Option<&str>,
+        acceleration: Option<&str>,
+    ) -> Result<(), InterceptError> {
+        let refuse = |reason: String| Err(InterceptError::Command(reason));
+        let default = self.config.policy;
+        let Some(traffic) = direction.map_or(Some(default.traffic), Traffic::of_name) else {
+            return refuse("direction is outbound, inbound or both".to_owned());
+        };
+        let failure = failure_policy.map_or(Some(default.failure_policy), FailurePolicy::of_name);
+        let Some(failure_policy) = failure else { return refuse("failure_policy is open or closed".to_owned()) };
+        let level = acceleration.map_or(Some(default.acceleration), acceleration_of_name);
+        let Some(acceleration) = level else {
+            return refuse("acceleration is off, automatic, shortcut, both-ways or joined".to_owned());
+        };
+        addresses.sort_unstable();
+        addresses.dedup();
+        let Some(first) = addresses.first() else { return refuse("an address is needed".to_owned()) };
+        let name = name.unwrap_or_else(|| first.to_string());
+        let mut interface = None;
+        for address in &addresses {
+            let to = self.netlink.route_to(*address);
+            let to =
+                to.map_err(|source| InterceptError::netlink(format!("find the interface of {address}"), source))?;
+            match (to, interface) {
+                (None, _) => return refuse(format!("the node has no route to {address}")),
+                (Some(to), Some(other)) if to != other => {
+                    return refuse(format!("{address} is on another interface than {first}: enrol it for itself"));
+                }
+                (to, _) => interface = to,
+            }
+        }
+        // At least one address: the loop ran.
+        let Some(interface) = interface else { return refuse("an address is needed".to_owned()) };
+        let policy = Policy { failure_policy, traffic, acceleration };
+        let before = self.commanded.clone();
+        let mut wanted = before.clone();
+        wanted.retain(|pod| pod.name != name && pod.addresses.iter().all(|address| !addresses.contains(address)));
+        wanted.push(Commanded::new(name.clone(), addresses, policy, interface));
+        self.command(wanted)?;
+        let failed = self.pods().into_iter().find(|pod| pod.name == name && pod.is_commanded() && !pod.enrolled);
+        if let Some(pod) = failed {
+            self.set_commanded(before);
+            self.write_commanded(&self.commanded)?;
+            return refuse(pod.reason.unwrap_or_default());
+        }
+        Ok(())
+    }
+
+    pub(in crate::intercept) fn unenrol(&mut self, name_or_address: &str) -> Result<(), InterceptError> {
+        let address: Option<IpAddr> = name_or_address.parse().ok();
+        let mut wanted = self.commanded.clone();
+        wanted.retain(|pod| {
+            pod.name != name_or_address && address.is_none_or(|address| !pod.addresses.contains(&address))
+        });
+        if wanted.len() == self.commanded.len() {
+            let reason =
+                format!("{name_or_address} was not enrolled by command: `culvert status --node` lists what is");
+            return Err(InterceptError::Command(reason));
+        }
+        self.command(wanted)
+    }
+
+    /// Writes down and puts in force what is to be enrolled by command. What cannot be written down is not put in force.
+    fn command(&mut self, wanted: Vec<Commanded>) -> Result<(), InterceptError> {
+        self.write_commanded(&wanted)?;
+        self.set_commanded(wanted);
+        Ok(())
+    }
+
+    pub(super) fn write_commanded(&self, pods: &[Commanded]) -> Result<(), InterceptError> {
+        let path = &self.config.state_path;
+        commanded::write(path, pods)
+            .map_err(|error| InterceptError::StateFile { path: path.clone(), reason: error.to_string() })
+    }
+
+    pub(super) fn set_commanded(&mut self, pods: Vec<Commanded>) {
+        self.commanded = pods;
+        self.set_pods(Origin::Command, self.commanded.iter().map(Commanded::known).collect());
+    }
+}

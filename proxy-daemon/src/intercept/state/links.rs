@@ -1,0 +1,145 @@
+//! The node's interfaces, addresses and routing.
+
+use std::io;
+
+use super::State;
+use crate::intercept::attach::{self, Attachment, Direction, Method};
+use crate::intercept::config::{InterceptionConfig, glob_matches};
+use crate::intercept::error::InterceptError;
+use crate::intercept::netlink::Link;
+use crate::intercept::{kernel, probe};
+
+impl State {
+    /// Makes marked packets be delivered to this host. A host without IPv6 goes without it.
+    pub(super) fn add_routing(&mut self) -> Result<(), InterceptError> {
+        let (mark, table) = (self.config.mark, self.config.route_table);
+        for is_ipv6 in [false, true] {
+            let family = if is_ipv6 { "IPv6" } else { "IPv4" };
+            let added = self
+                .netlink
+                .add_local_route(is_ipv6, table, self.loopback)
+                .map_err(|error| {
+                    (format!("add the {family} route `local default dev lo table {table}` (is lo up?)"), error)
+                })
+                .and_then(|()| {
+                    self.netlink.add_rule(is_ipv6, mark, table).map_err(|error| {
+                        (format!("add the {family} routing rule `fwmark {mark:#x} lookup {table}`"), error)
+                    })
+                });
+            match added {
+                Ok(()) if self.routed.contains(&is_ipv6) => {}
+                Ok(()) => self.routed.push(is_ipv6),
+                Err((_, error)) if is_ipv6 && is_unsupported(&error) => {
+                    tracing::warn!(%error, "this host has no IPv6: only IPv4 is redirected");
+                }
+                Err((action, error)) => return Err(InterceptError::netlink(action, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches to, leaves alone, or detaches from an interface, as its name asks for.
+    pub(in crate::intercept) fn reconcile_link(&mut self, link: &Link) -> Result<(), InterceptError> {
+        if self.waits.is_some() {
+            return Ok(());
+        }
+        let wanted = direction_of(&self.config, &link.name);
+        if let Some(attachment) = self.attachments.get_mut(&link.index) {
+            if wanted == Some(attachment.direction) {
+                if !attachment.is_on(&link.name) {
+                    attachment.rename(&link.name);
+                }
+                return Ok(());
+            }
+            self.forget_link(link.index)?;
+        }
+        let Some(direction) = wanted else {
+            self.unattached.remove(&link.index);
+            return Ok(());
+        };
+        let attachment = match Attachment::new(&mut self.ebpf, link, direction, &self.method) {
+            Ok(attachment) => attachment,
+            // Interfaces come and go faster than events are read.
+            Err(_) if nix::net::if_::if_nametoindex(link.name.as_str()).is_err() => return Ok(()),
+            Err(error) => {
+                // Tried again until it works; said once.
+                let reason = error.to_string();
+                let known = self.unattached.insert(link.index, reason.clone());
+                return if known == Some(reason) { Ok(()) } else { Err(error) };
+            }
+        };
+        self.unattached.remove(&link.index);
+        tracing::info!(interface = link.name, program = direction.program(), "attached");
+        probe::log_hostile_sysctls(&link.name);
+        self.attachments.insert(link.index, attachment);
+        Ok(())
+    }
+
+    /// An interface is gone: and with it the pod that it belonged to.
+    pub(in crate::intercept) fn link_gone(&mut self, index: u32) -> Result<(), InterceptError> {
+        self.unattached.remove(&index);
+        // First of all what matters: it does not wait for a disk.
+        let forgotten = self.forget_link(index);
+        if self.commanded.iter().all(|pod| pod.interface != index) {
+            return forgotten;
+        }
+        let stay = self.commanded.iter().filter(|pod| pod.interface != index).cloned().collect();
+        self.set_commanded(stay);
+        forgotten.and(self.write_commanded(&self.commanded))
+    }
+
+    /// Detaches from an interface. One that moved to another network namespace took the program along, which must not
+    /// work there.
+    pub(in crate::intercept) fn forget_link(&mut self, index: u32) -> Result<(), InterceptError> {
+        match self.attachments.remove(&index) {
+            Some(attachment) => attachment.detach().map_err(InterceptError::Remove),
+            None => Ok(()),
+        }
+    }
+
+    pub(in crate::intercept) fn reconcile_all_links(&mut self) -> Result<(), InterceptError> {
+        if self.waits.is_some() {
+            return Ok(());
+        }
+        let links = self.netlink.links().map_err(|source| InterceptError::netlink("list interfaces", source))?;
+        let gone: Vec<u32> =
+            self.attachments.keys().copied().filter(|index| links.iter().all(|link| link.index != *index)).collect();
+        for index in gone {
+            self.link_gone(index)?;
+        }
+        self.unattached.retain(|index, _| links.iter().any(|link| link.index == *index));
+        for link in &links {
+            self.reconcile_link(link)?;
+        }
+        if let Method::Tcx(directory) = &self.method {
+            attach::remove_stale_pins(directory, |index| self.attachments.contains_key(&index))
+                .map_err(|source| InterceptError::PinPath { path: directory.clone(), reason: source.to_string() })?;
+        }
+        Ok(())
+    }
+
+    pub(in crate::intercept) fn reconcile_addresses(&mut self) -> Result<(), InterceptError> {
+        let addresses = self.netlink.addresses().map_err(|source| InterceptError::netlink("list addresses", source))?;
+        kernel::set_local_addresses(&mut self.ebpf, &addresses)
+    }
+}
+
+/// Which program an interface of this name gets, if any.
+pub(super) fn direction_of(config: &InterceptionConfig, name: &str) -> Option<Direction> {
+    let any = |patterns: &[String]| patterns.iter().any(|pattern| glob_matches(pattern, name));
+    if any(&config.interfaces) {
+        Some(Direction::Outbound)
+    } else if any(&config.uplinks) {
+        Some(Direction::Inbound)
+    } else {
+        None
+    }
+}
+
+/// Errors by which a kernel without an address family answers.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EAFNOSUPPORT | nix::libc::EOPNOTSUPP | nix::libc::EPROTONOSUPPORT | nix::libc::EACCES)
+    )
+}

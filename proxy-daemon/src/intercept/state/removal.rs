@@ -1,0 +1,87 @@
+//! What becomes of all this when the daemon ends, and of what earlier ones left.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use super::{NEXT, State};
+use crate::intercept::error::InterceptError;
+use crate::intercept::kernel;
+
+impl State {
+    /// Whether another daemon has taken over, or is about to.
+    fn is_superseded(&self) -> bool {
+        if self.waits.is_some() {
+            return self.has_predecessor();
+        }
+        if self.config.pin_path.join(NEXT).exists() {
+            return true;
+        }
+        let directories = map_directories(&self.config.pin_path);
+        !directories.is_empty() && !directories.iter().any(|directory| kernel::has_pinned(&self.ebpf, directory))
+    }
+
+    /// Removes all that was made, as far as possible, unless it is another daemon's by now.
+    pub(in crate::intercept) fn remove(&mut self) -> Result<(), InterceptError> {
+        if self.is_superseded() {
+            tracing::info!("another daemon has taken over: kernel programs and routing are left to it");
+            self.attachments.drain().for_each(|(_, attachment)| attachment.leave());
+            if self.waits.is_some() {
+                let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
+            }
+            return Ok(());
+        }
+        let mut failures: Vec<String> = Vec::new();
+        // Programs first: without rule and route, what they redirect would go astray.
+        for (_, attachment) in self.attachments.drain() {
+            failures.extend(attachment.detach().err());
+        }
+        let mut directories = map_directories(&self.config.pin_path);
+        directories.extend(["links", "cgroups"].map(|name| self.config.pin_path.join(name)));
+        for directory in directories {
+            failures.extend(remove_pins(&directory).err().map(|error| format!("{}: {error}", directory.display())));
+        }
+        let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
+        if let Err(error) = fs::remove_dir(&self.config.pin_path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            failures.push(format!("{}: {error}", self.config.pin_path.display()));
+        }
+        for is_ipv6 in std::mem::take(&mut self.routed) {
+            let (mark, table) = (self.config.mark, self.config.route_table);
+            let rule = self.netlink.delete_rule(is_ipv6, mark, table);
+            failures.extend(rule.err().map(|error| format!("rule of mark {mark:#x}: {error}")));
+            let route = self.netlink.delete_local_route(is_ipv6, table, self.loopback);
+            failures.extend(route.err().map(|error| format!("route of table {table}: {error}")));
+        }
+        if failures.is_empty() { Ok(()) } else { Err(InterceptError::Remove(failures.join("; "))) }
+    }
+}
+
+/// The directories of maps below a pin path, of whatever layout.
+pub(super) fn map_directories(pin_path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
+    // The first layout had no number.
+    let is_ours = |name: &[u8]| name == b"maps" || name.starts_with(b"maps-");
+    entries.filter(|entry| is_ours(entry.file_name().as_encoded_bytes())).map(|entry| entry.path()).collect()
+}
+
+/// Removes what is pinned in a directory.
+pub(super) fn remove_pinned_in(directory: &Path) -> Result<(), InterceptError> {
+    let error = |source: io::Error| InterceptError::PinPath { path: directory.to_owned(), reason: source.to_string() };
+    for entry in fs::read_dir(directory).map_err(error)? {
+        entry.and_then(|entry| fs::remove_file(entry.path())).map_err(error)?;
+    }
+    Ok(())
+}
+
+/// Removes a directory of pins.
+pub(in crate::intercept) fn remove_pins(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        fs::remove_file(entry?.path())?;
+    }
+    fs::remove_dir(directory)
+}
