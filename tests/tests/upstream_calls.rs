@@ -11,19 +11,17 @@ use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::{server, wait_until};
+use socket2::SockRef;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 const KINDS: [Kind; 2] = [Kind::Envoy, Kind::Culvert];
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
-/// A host that answers `requests` requests of each connection like this, and closes it then.
-fn host(answer: &'static [u8], requests: usize) -> Result<u16> {
+/// A host that answers all requests like this.
+fn host(answer: &'static [u8]) -> Result<u16> {
     server::start(move |mut stream| {
         let mut reader = BufReader::new(stream.try_clone()?);
-        for _ in 0..requests {
-            if Request::read(&mut reader)?.is_none() {
-                break;
-            }
+        while Request::read(&mut reader)?.is_some() {
             stream.write_all(answer)?;
         }
         Ok(())
@@ -46,8 +44,16 @@ fn asking(web: u16, app: u16, authz: u16) -> String {
 }
 
 #[test]
-fn a_call_does_not_fail_with_a_connection_that_died_in_the_pool() -> Result<()> {
-    let (web, app, authz) = (free_port()?, host(ANSWER, usize::MAX)?, host(ANSWER, 1)?);
+fn a_call_does_not_fail_with_a_connection_that_died_with_its_answer() -> Result<()> {
+    let authz = server::start(|mut stream| {
+        if Request::read(&mut BufReader::new(stream.try_clone()?))?.is_some() {
+            // The FIN is in the packet of the answer: later, it might cross the next request, of which nobody knows what became.
+            SockRef::from(&stream).set_tcp_cork(true)?;
+            stream.write_all(ANSWER)?;
+        }
+        Ok(())
+    })?;
+    let (web, app) = (free_port()?, host(ANSWER)?);
     let daemon = Daemon::start(Kind::Culvert, &asking(web, app, authz))?;
     for number in 0..300 {
         let response = fetch(web, Request::get("/"))?;
@@ -60,7 +66,7 @@ fn a_call_does_not_fail_with_a_connection_that_died_in_the_pool() -> Result<()> 
 #[test]
 fn calls_go_by_maintenance_mode_as_by_envoy() -> Result<()> {
     let outcome = |kind| -> Result<String> {
-        let (web, app, authz) = (free_port()?, host(ANSWER, usize::MAX)?, host(ANSWER, usize::MAX)?);
+        let (web, app, authz) = (free_port()?, host(ANSWER)?, host(ANSWER)?);
         let runtime =
             "layered_runtime: {layers: [{name: static, static_layer: {upstream.maintenance_mode.authz: 100}}]}\n";
         let daemon = Daemon::start(kind, &format!("{runtime}{}", asking(web, app, authz)))?;
@@ -81,7 +87,7 @@ fn calls_go_by_maintenance_mode_as_by_envoy() -> Result<()> {
 fn connections_of_answers_that_are_tried_again_are_used_again() -> Result<()> {
     for hedging in ["", "hedge_policy: {hedge_on_per_try_timeout: true}, "] {
         for kind in KINDS {
-            let app = host(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n", usize::MAX)?;
+            let app = host(b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n")?;
             let route = format!(
                 "route: {{cluster: app, {hedging}retry_policy: {{retry_on: 5xx, num_retries: 3, per_try_timeout: 10s, \
                  retry_back_off: {{base_interval: 0.001s}}}}}}"
