@@ -51,7 +51,10 @@ pub fn ensure(root: &Path, series: &[Series]) -> Result<Vec<Kernel>> {
         }
         let unpacked = directory.join(name);
         if !unpacked.join("complete").exists() {
-            apt.unpack(name, &unpacked)?;
+            let _ = fs::remove_dir_all(&unpacked);
+            for package in parts(&names, name) {
+                apt.unpack(package, &unpacked)?;
+            }
             fs::write(unpacked.join("complete"), "")?;
         }
         kernels.push(Kernel::find(&unpacked)?);
@@ -72,6 +75,13 @@ fn newest(names: &BTreeSet<String>, series: Series) -> Option<&str> {
     };
     let found = names.iter().filter_map(|name| Some((numbers(name)?, name)));
     found.filter(|(numbers, _)| wanted(numbers)).max().map(|(_, name)| name.as_str())
+}
+
+/// The packages that a kernel comes in: since 7.3 what boots and the modules are in packages of their own.
+fn parts<'a>(names: &'a BTreeSet<String>, image: &'a str) -> Vec<&'a str> {
+    let release = image.strip_prefix("linux-image-").unwrap_or_default();
+    let others = ["binary", "modules"].map(|part| names.get(&format!("linux-{part}-{release}")).map(String::as_str));
+    [Some(image)].into_iter().chain(others).flatten().collect()
 }
 
 /// apt, with lists and a cache of our own.
@@ -112,10 +122,9 @@ impl Apt {
         command
     }
 
-    /// Every package with a kernel for clouds, which boots fast.
+    /// Every package of kernels.
     fn names(&self) -> Result<BTreeSet<String>> {
-        let output =
-            self.command("apt-cache").args(["pkgnames", "linux-image-"]).output().context("running apt-cache")?;
+        let output = self.command("apt-cache").args(["pkgnames", "linux-"]).output().context("running apt-cache")?;
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
     }
 
@@ -131,7 +140,6 @@ impl Apt {
         };
         let package = fs::read_dir(&downloads)?.flatten().map(|entry| entry.path()).find(is_it);
         let package = package.with_context(|| format!("{name} is not in {}", downloads.display()))?;
-        let _ = fs::remove_dir_all(to);
         let mut unpack = Command::new("dpkg-deb");
         unpack.arg("--extract").arg(&package).arg(to);
         progress::run(&format!("unpacking {name}"), &mut unpack)?;
