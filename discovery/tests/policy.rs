@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use support::Program;
-use support::envoy::{Envoy, free_port, get, serve, status, wait_until};
+use support::envoy::{Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
 
 #[test]
 fn envoy_does_as_the_manifest_says() {
@@ -15,32 +15,18 @@ fn envoy_does_as_the_manifest_says() {
     let asked = Arc::new(AtomicUsize::new(0));
     let (backend, port, admin) = (serve(Arc::clone(&asked)), free_port(), free_port());
     // The service has the port of the listener: connections to the listener itself are then to that port.
-    let objects = format!(
-        "
-apiVersion: v1
-kind: Service
-metadata: {{name: users}}
-spec: {{clusterIP: 10.96.0.1, ports: [{{name: http, port: {port}}}]}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: users-1, labels: {{kubernetes.io/service-name: users}}}}
-addressType: IPv4
-ports: [{{name: http, port: {backend}}}]
-endpoints: [{{addresses: [127.0.0.1]}}]
----
+    let manifest = "---
 apiVersion: culvert.dev/v1alpha1
 kind: ServiceManifest
-metadata: {{name: users}}
+metadata: {name: users}
 spec:
-  timeouts: {{connect: 2s, request: 700ms, idle: 30s}}
-  retries: {{attempts: 2, on: [5xx]}}
-  circuitBreakers: {{maxConnections: 11, maxPendingRequests: 22, maxRequests: 33, maxRetries: 44}}
-  outlierDetection: {{consecutive5xx: 100, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}}
-  rateLimit: {{requests: 4, per: 1h}}
-"
-    );
-    std::fs::write(directory.path().join("all.yaml"), objects).unwrap();
+  timeouts: {connect: 2s, request: 700ms, idle: 30s}
+  retries: {attempts: 2, on: [5xx]}
+  circuitBreakers: {maxConnections: 11, maxPendingRequests: 22, maxRequests: 33, maxRetries: 44}
+  outlierDetection: {consecutive5xx: 100, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}
+  rateLimit: {requests: 4, per: 1h}
+";
+    write_manifests(directory.path(), &(users(port, backend) + manifest));
     let cluster = format!("east={}", directory.path().display());
     let address = ["--outbound-port", &port.to_string(), "--outbound-address", "127.0.0.1"];
     let program = Program::start(&[&["--cluster", &cluster][..], &address].concat());

@@ -23,7 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use support::certificates::{Authority, channel, host, uri};
-use support::envoy::{Envoy, free_port, get, wait_until};
+use support::envoy::{Envoy, free_port, get, users, wait_until, write_manifests};
 use support::{DEADLINE, Program};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -239,34 +239,19 @@ fn serve_with_tls(path: &Path) -> u16 {
 #[test]
 fn envoy_speaks_tls_with_secrets_it_is_given() {
     let port = free_port();
-    let objects = |backend: u16, names: &str| {
-        format!(
-            "
-apiVersion: v1
-kind: Service
-metadata: {{name: users}}
-spec: {{clusterIP: 10.96.0.1, ports: [{{name: http, port: {port}}}]}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: users-1, labels: {{kubernetes.io/service-name: users}}}}
-addressType: IPv4
-ports: [{{name: http, port: {backend}}}]
-endpoints: [{{addresses: [127.0.0.1]}}]
----
+    let stage = Stage::new("", port);
+    let path = stage.directory.path();
+    let backend = serve_with_tls(path);
+    let write = |names: &str| {
+        let manifest = format!(
+            "---
 apiVersion: culvert.dev/v1alpha1
 kind: ServiceManifest
 metadata: {{name: users}}
 spec: {{mtls: {{authority: users, subjectAltNames: [{names}]}}}}
 "
-        )
-    };
-    let stage = Stage::new("", port);
-    let path = stage.directory.path();
-    let backend = serve_with_tls(path);
-    let write = |names: &str| {
-        std::fs::write(path.join("manifests/.new"), objects(backend, names)).unwrap();
-        std::fs::rename(path.join("manifests/.new"), path.join("manifests/all.yaml")).unwrap();
+        );
+        write_manifests(&path.join("manifests"), &(users(port, backend) + &manifest));
     };
     write("'spiffe://mesh/users/1'");
     let (admin, xds, directory) = (free_port(), stage.program.listen.port(), path.display());

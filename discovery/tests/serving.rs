@@ -17,7 +17,7 @@ use envoy_types::pb::envoy::service::status::v3::{ClientStatusRequest, ConfigSta
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{NodeMatcher, StringMatcher};
 use serde_json::{Value, json};
-use support::envoy::{Envoy, free_port, get, serve, status, wait_until};
+use support::envoy::{Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
 use support::{DEADLINE, Program};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,23 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 const CLUSTER: &str = "type.googleapis.com/envoy.config.cluster.v3.Cluster";
 
 fn write_users(directory: &Path, port: u16, backend: u16) {
-    let objects = format!(
-        "
-apiVersion: v1
-kind: Service
-metadata: {{name: users}}
-spec: {{clusterIP: 10.96.0.1, ports: [{{name: http, port: {port}}}]}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: users-1, labels: {{kubernetes.io/service-name: users}}}}
-addressType: IPv4
-ports: [{{name: http, port: {backend}}}]
-endpoints: [{{addresses: [127.0.0.1]}}]
-"
-    );
-    std::fs::write(directory.join(".new"), objects).unwrap();
-    std::fs::rename(directory.join(".new"), directory.join("all.yaml")).unwrap();
+    write_manifests(directory, &users(port, backend));
 }
 
 fn start(directory: &Path, port: u16) -> Program {

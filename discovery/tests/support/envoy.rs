@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -97,4 +97,29 @@ pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
         assert!(started.elapsed() < DEADLINE, "not reached: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Manifests of a service `users` at `port` with one endpoint, on this machine at `backend`.
+pub fn users(port: u16, backend: u16) -> String {
+    format!(
+        "
+apiVersion: v1
+kind: Service
+metadata: {{name: users}}
+spec: {{clusterIP: 10.96.0.1, ports: [{{name: http, port: {port}}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: users-1, labels: {{kubernetes.io/service-name: users}}}}
+addressType: IPv4
+ports: [{{name: http, port: {backend}}}]
+endpoints: [{{addresses: [127.0.0.1]}}]
+"
+    )
+}
+
+/// Puts these manifests in the place of those that a directory has, at once.
+pub fn write_manifests(directory: &Path, manifests: &str) {
+    std::fs::write(directory.join(".new"), manifests).unwrap();
+    std::fs::rename(directory.join(".new"), directory.join("all.yaml")).unwrap();
 }
