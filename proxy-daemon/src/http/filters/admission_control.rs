@@ -22,7 +22,11 @@ use http::{HeaderMap, StatusCode};
 use http_body::Body as _;
 use thread_local::ThreadLocal;
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, trailers::with_trailers};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute,
+    shared::{Kept, Shared},
+    trailers::with_trailers,
+};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, parse},
@@ -47,7 +51,7 @@ const MAX_GRPC_STATUS: u32 = 16;
 const GRPC_SUCCESS: [u32; 11] = [0, 1, 2, 3, 5, 6, 7, 9, 11, 12, 16];
 
 #[derive(Debug)]
-struct AdmissionControlFactory(Arc<Configured>);
+struct AdmissionControlFactory(Shared<Configured>);
 
 /// What is configured. Streams hold on to it: it learns from their answers.
 #[derive(Debug)]
@@ -189,11 +193,11 @@ impl Configured {
 }
 
 /// The stream of a request whose answer counts.
-struct AdmissionControlFilter(Arc<Configured>);
+struct AdmissionControlFilter(Kept<Configured>);
 
 impl HttpFilterFactory for AdmissionControlFactory {
     fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(AdmissionControlFilter(Arc::clone(&self.0))))
+        Some(Box::new(AdmissionControlFilter(self.0.keep())))
     }
 
     fn request(
@@ -233,7 +237,7 @@ impl HttpFilter for AdmissionControlFilter {
         } else if head.headers.contains_key(GRPC_STATUS) {
             configured.record(configured.criteria.grpc(grpc_status(&head.headers)));
         } else {
-            let configured = Arc::clone(configured);
+            let configured = configured.clone();
             with_trailers(body, move |trailers| configured.record(configured.criteria.grpc(grpc_status(trailers))));
         }
         Flow::Continue
@@ -270,7 +274,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     };
     let window = parse::duration(config.sampling_window, path, "sampling_window")?.unwrap_or(DEFAULT_WINDOW);
     let scope = Scope::http(cx.stat_prefix).child("admission_control");
-    Ok(Arc::new(AdmissionControlFactory(Arc::new(Configured {
+    Ok(Arc::new(AdmissionControlFactory(Shared::new(Configured {
         enabled: parse::runtime_switch(config.enabled.as_ref()),
         criteria: self::criteria(criteria, &format!("{path}.success_criteria"))?,
         window: Duration::from_secs(window.as_secs().max(1)),

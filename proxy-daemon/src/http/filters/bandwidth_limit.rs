@@ -19,7 +19,10 @@ use http::{HeaderMap, HeaderName};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     config::{FieldError, parse},
     http::{
@@ -94,19 +97,19 @@ struct Delays {
 }
 
 #[derive(Debug)]
-struct BandwidthLimitFactory(Arc<Configured>);
+struct BandwidthLimitFactory(Shared<Configured>);
 
 /// One stream's filter, for its response.
 #[derive(Debug)]
 struct BandwidthLimitFilter {
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     delays: Rc<Delays>,
 }
 
 impl BandwidthLimitFactory {
     fn filter(&self, route: PerRoute<'_>) -> BandwidthLimitFilter {
-        let configured = route.most_specific::<Arc<Configured>>().unwrap_or(&self.0);
-        BandwidthLimitFilter { configured: Arc::clone(configured), delays: Rc::default() }
+        let configured = route.most_specific::<Shared<Configured>>().unwrap_or(&self.0);
+        BandwidthLimitFilter { configured: configured.keep(), delays: Rc::default() }
     }
 }
 
@@ -140,7 +143,7 @@ impl BandwidthLimitFilter {
         if body.is_end_stream() {
             return;
         }
-        let (configured, delays) = (Arc::clone(&self.configured), Rc::clone(&self.delays));
+        let (configured, delays) = (self.configured.clone(), Rc::clone(&self.delays));
         let stats = if of_response { configured.response } else { configured.request };
         let in_memory = matches!(body, Body::Full(_));
         body.wrap(|body| Limited {
@@ -176,7 +179,7 @@ struct Limited {
     body: Body,
     /// It was made here, and comes in one piece.
     in_memory: bool,
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     delays: Rc<Delays>,
     stats: Stats,
     of_response: bool,
@@ -301,7 +304,7 @@ impl http_body::Body for Limited {
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let config: BandwidthLimit = unpack(typed_config, cx.path)?;
-    Ok(Arc::new(BandwidthLimitFactory(Arc::new(configured(&config, cx.path)?))))
+    Ok(Arc::new(BandwidthLimitFactory(Shared::new(configured(&config, cx.path)?))))
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
@@ -309,7 +312,7 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
     if config.limit_kbps.is_none() {
         return Err(FieldError::new(format!("{path}.limit_kbps"), "limit must be set for per route filter config"));
     }
-    Ok(Arc::new(Arc::new(configured(&config, path)?)))
+    Ok(Arc::new(Shared::new(configured(&config, path)?)))
 }
 
 fn configured(config: &BandwidthLimit, path: &str) -> Result<Configured, FieldError> {

@@ -13,7 +13,7 @@ fn filter(name: &str, mode: EnableMode) -> BandwidthLimitFilter {
         response_trailer_prefix: "x".to_owned(),
         ..BandwidthLimit::default()
     };
-    BandwidthLimitFilter { configured: Arc::new(configured(&config, "c").unwrap()), delays: Rc::default() }
+    BandwidthLimitFilter { configured: Shared::new(configured(&config, "c").unwrap()).keep(), delays: Rc::default() }
 }
 
 /// A body that has come whole, with trailers.

@@ -3,7 +3,6 @@
 use std::{
     borrow::Cow,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -24,6 +23,7 @@ pub(super) use config::{parse, parse_per_route};
 use super::{
     Flow, HttpFilter, HttpFilterFactory, PerRoute,
     compression::{Compress, Compressors, Library, has_token},
+    shared::{Kept, Shared},
 };
 use crate::{
     config::model::StringMatcher,
@@ -113,7 +113,7 @@ struct Told {
 /// The compressors of a stream, in their order, and which encoding has been chosen, once it has.
 #[derive(Debug, Clone, Default)]
 struct InChain {
-    compressors: Vec<Arc<Configured>>,
+    compressors: Vec<Kept<Configured>>,
     /// How many of them the request has come to. Those behind come before them when the response does.
     asked: usize,
     decision: Option<Decision>,
@@ -129,12 +129,12 @@ enum Decision {
 }
 
 #[derive(Debug)]
-struct CompressorFactory(Arc<Configured>);
+struct CompressorFactory(Shared<Configured>);
 
 /// One stream's filter.
 #[derive(Debug)]
 struct CompressorFilter {
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     enabled: Option<bool>,
     asked: bool,
     accept_encoding: Option<String>,
@@ -244,7 +244,7 @@ impl Configured {
 }
 
 /// Chooses among the compressors of a chain by a client's `accept-encoding`.
-fn choose(accept_encoding: &str, headers: &HeaderMap, compressors: &[Arc<Configured>]) -> Decision {
+fn choose(accept_encoding: &str, headers: &HeaderMap, compressors: &[Kept<Configured>]) -> Decision {
     // Of several with the same encoding the first counts.
     let mut allowed: Vec<(&str, &Configured)> = Vec::new();
     for compressor in compressors {
@@ -294,7 +294,7 @@ fn choose(accept_encoding: &str, headers: &HeaderMap, compressors: &[Arc<Configu
 impl HttpFilterFactory for CompressorFactory {
     fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         let enabled = route.most_specific::<Told>().and_then(|told| told.enabled);
-        let configured = Arc::clone(&self.0);
+        let configured = self.0.keep();
         Some(Box::new(CompressorFilter { configured, enabled, asked: false, accept_encoding: None }))
     }
 
@@ -322,10 +322,10 @@ impl HttpFilterFactory for CompressorFactory {
             head.headers.remove(ACCEPT_ENCODING);
         }
         let chain = cx.shared.get_or_insert_default::<InChain>();
-        chain.compressors.push(Arc::clone(configured));
+        chain.compressors.push(configured.keep());
         chain.asked += 1;
         configured.request(head, body);
-        let configured = Arc::clone(configured);
+        let configured = configured.keep();
         instances.push(Box::new(CompressorFilter { configured, enabled, asked: true, accept_encoding }));
         Flow::Continue
     }
@@ -361,7 +361,7 @@ impl HttpFilter for CompressorFilter {
         let configured = &self.configured;
         if !self.asked {
             let chain = cx.shared.get_or_insert_default::<InChain>();
-            chain.compressors.insert(chain.asked, Arc::clone(configured));
+            chain.compressors.insert(chain.asked, configured.clone());
         }
         let stats = &configured.response_stats;
         let headers = &mut head.headers;

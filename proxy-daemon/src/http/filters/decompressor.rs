@@ -21,6 +21,7 @@ use http_body::{Body as _, Frame};
 use super::{
     FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute,
     compression::{self, Decompress, Decompressors, Library, Step, has_token},
+    shared::{Kept, Shared},
 };
 use crate::{
     config::{FieldError, parse},
@@ -66,11 +67,11 @@ struct Reporting {
 }
 
 #[derive(Debug)]
-struct DecompressorFactory(Arc<Configured>);
+struct DecompressorFactory(Shared<Configured>);
 
 /// One stream's filter, for its response.
 #[derive(Debug)]
-struct DecompressorFilter(Arc<Configured>);
+struct DecompressorFilter(Kept<Configured>);
 
 #[derive(Debug, Clone, Copy)]
 enum Way {
@@ -87,22 +88,23 @@ impl Configured {
     }
 
     /// Decompresses a message if it is to be.
-    fn pass(self: &Arc<Self>, headers: &mut HeaderMap, body: &mut Body, way: Way) {
+    fn pass(configured: &Kept<Self>, headers: &mut HeaderMap, body: &mut Body, way: Way) {
         if body.is_end_stream() {
             return;
         }
-        let direction = self.direction(way);
+        let direction = configured.direction(way);
         let kept = || joined(headers, &CACHE_CONTROL).is_some_and(|control| has_token(&control, "no-transform"));
         let codings = || joined(headers, &CONTENT_ENCODING).unwrap_or_default();
         let rest = || {
             let codings = codings();
             let (first, rest) = codings.split_once(',').unwrap_or((&codings, ""));
-            let own = self.library.encoding.as_bytes().eq_ignore_ascii_case(first.trim().as_bytes());
+            let own = configured.library.encoding.as_bytes().eq_ignore_ascii_case(first.trim().as_bytes());
             own.then(|| rest.trim().to_owned())
         };
         let wanted = direction.enabled.get() && (direction.ignore_no_transform || !kept());
         let rest = wanted.then(rest).flatten();
-        let Some((rest, decompressor)) = rest.and_then(|rest| Some((rest, self.library.codecs.decompressor()?))) else {
+        let Some((rest, decompressor)) = rest.and_then(|rest| Some((rest, configured.library.codecs.decompressor()?)))
+        else {
             direction.not_decompressed.inc();
             return;
         };
@@ -112,7 +114,7 @@ impl Configured {
             Ok(rest) if !rest.is_empty() => drop(headers.insert(CONTENT_ENCODING, rest)),
             _ => drop(headers.remove(CONTENT_ENCODING)),
         }
-        let configured = Arc::clone(self);
+        let configured = configured.clone();
         body.wrap(|body| Decompressed {
             body,
             decompressor,
@@ -130,7 +132,7 @@ impl Configured {
 
 impl HttpFilterFactory for DecompressorFactory {
     fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(DecompressorFilter(Arc::clone(&self.0))))
+        Some(Box::new(DecompressorFilter(self.0.keep())))
     }
 
     fn request(
@@ -138,15 +140,15 @@ impl HttpFilterFactory for DecompressorFactory {
         head: &mut RequestHead,
         body: &mut Body,
         _cx: &mut StreamCx,
-        route: PerRoute<'_>,
+        _route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let configured = &self.0;
+        let configured = self.0.keep();
         if configured.advertise && configured.response.enabled.get() {
             advertise(&mut head.headers, &configured.library.encoding);
         }
-        configured.pass(&mut head.headers, body, Way::Up);
-        instances.extend(self.stream(route));
+        Configured::pass(&configured, &mut head.headers, body, Way::Up);
+        instances.push(Box::new(DecompressorFilter(configured)));
         Flow::Continue
     }
 }
@@ -164,7 +166,7 @@ fn advertise(headers: &mut HeaderMap, encoding: &HeaderValue) {
 
 impl HttpFilter for DecompressorFilter {
     fn response(&mut self, head: &mut ResponseHead, body: &mut Body, _cx: &mut StreamCx) -> Flow {
-        self.0.pass(&mut head.headers, body, Way::Down);
+        Configured::pass(&self.0, &mut head.headers, body, Way::Down);
         Flow::Continue
     }
 }
@@ -182,7 +184,7 @@ struct Decompressed {
     compressed: u64,
     uncompressed: u64,
     ended: bool,
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     way: Way,
 }
 
@@ -287,7 +289,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let request = request_direction_config.unwrap_or_default();
     let response = response_direction_config.unwrap_or_default();
     let advertise = request.advertise_accept_encoding.is_none_or(|value| value.value);
-    Ok(Arc::new(DecompressorFactory(Arc::new(Configured {
+    Ok(Arc::new(DecompressorFactory(Shared::new(Configured {
         request: direction(request.common_config.as_ref(), &scope.clone().child("request")),
         response: direction(response.common_config.as_ref(), &scope.clone().child("response")),
         library,

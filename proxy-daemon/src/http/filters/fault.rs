@@ -21,7 +21,10 @@ use http::StatusCode;
 use http_body::Frame;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::HeaderMatcher, parse},
@@ -39,9 +42,9 @@ const SLICE: Duration = Duration::from_millis(50);
 
 #[derive(Debug)]
 struct FaultFactory {
-    configured: Arc<Configured>,
+    configured: Shared<Configured>,
     /// The filter's, also for faults of routes: streams with a fault hold on to them.
-    stats: Arc<Stats>,
+    stats: Shared<Stats>,
 }
 
 /// What is configured: of the filter, or of a route in its place. Streams with a fault hold on to it.
@@ -180,13 +183,13 @@ impl Configured {
     }
 
     /// A place among the faults that there may be at a time.
-    fn begin(self: &Arc<Self>, stats: &Arc<Stats>) -> Option<FaultFilter> {
-        if stats.active_faults.value() >= self.max_active.get() {
+    fn begin(configured: &Shared<Configured>, stats: &Shared<Stats>) -> Option<FaultFilter> {
+        if stats.active_faults.value() >= configured.max_active.get() {
             stats.faults_overflow.inc();
             return None;
         }
         stats.active_faults.inc();
-        let (configured, stats) = (Arc::clone(self), Arc::clone(stats));
+        let (configured, stats) = (configured.keep(), stats.keep());
         Some(FaultFilter { configured, stats, delay: Duration::ZERO, rate: None })
     }
 }
@@ -201,14 +204,14 @@ impl HttpFilterFactory for FaultFactory {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let stats = &self.stats;
-        let configured: &Arc<Configured> = route.most_specific().unwrap_or(&self.configured);
+        let configured: &Shared<Configured> = route.most_specific().unwrap_or(&self.configured);
         if !configured.concerns(head, cx) {
             return Flow::Continue;
         }
         // All faults of a request are one.
         let mut fault: Option<FaultFilter> = None;
         if let Some(rate) = configured.rate(head) {
-            fault = configured.begin(stats);
+            fault = Configured::begin(configured, stats);
             if let Some(fault) = &mut fault {
                 stats.response_rl_injected.inc();
                 fault.rate = Some(rate);
@@ -216,7 +219,7 @@ impl HttpFilterFactory for FaultFactory {
         }
         let mut flow = Flow::Continue;
         if let Some(delay) = configured.delay(head) {
-            fault = fault.or_else(|| configured.begin(stats));
+            fault = fault.or_else(|| Configured::begin(configured, stats));
             if let Some(fault) = &mut fault {
                 stats.delays_injected.inc();
                 cx.flags |= ResponseFlags::DI;
@@ -225,7 +228,7 @@ impl HttpFilterFactory for FaultFactory {
             }
         }
         if let (Flow::Continue, Some(reply)) = (&flow, configured.abort(head)) {
-            fault = fault.or_else(|| configured.begin(stats));
+            fault = fault.or_else(|| Configured::begin(configured, stats));
             if fault.is_some() {
                 flow = stats.answer(reply);
             }
@@ -240,8 +243,8 @@ impl HttpFilterFactory for FaultFactory {
 /// A stream with a fault.
 #[derive(Debug)]
 struct FaultFilter {
-    configured: Arc<Configured>,
-    stats: Arc<Stats>,
+    configured: Kept<Configured>,
+    stats: Kept<Stats>,
     delay: Duration,
     rate: Option<u64>,
 }
@@ -349,9 +352,9 @@ impl http_body::Body for Slowed {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    let configured = Arc::new(configured(typed_config, cx.path)?);
+    let configured = Shared::new(configured(typed_config, cx.path)?);
     let scope = Scope::http(cx.stat_prefix).child("fault");
-    let stats = Arc::new(Stats {
+    let stats = Shared::new(Stats {
         delays_injected: scope.counter("delays_injected"),
         aborts_injected: scope.counter("aborts_injected"),
         response_rl_injected: scope.counter("response_rl_injected"),
@@ -363,7 +366,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
-    Ok(Arc::new(Arc::new(configured(config, path)?)))
+    Ok(Arc::new(Shared::new(configured(config, path)?)))
 }
 
 fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {

@@ -25,7 +25,10 @@ use envoy_types::pb::{
 use http::{HeaderMap, HeaderName, header::HOST};
 use http_body::{Body as _, Frame, SizeHint};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::{Headers, Record},
     config::{
@@ -43,7 +46,7 @@ use crate::{
 
 #[derive(Debug)]
 struct HeaderMutationFactory {
-    own: Arc<Mutations>,
+    own: Shared<Mutations>,
     most_specific_wins: bool,
 }
 
@@ -181,7 +184,7 @@ fn mutate_query(head: &mut RequestHead, mutations: &[QueryMutation], cx: &Stream
 
 /// One stream's filter, where responses are changed: in this order.
 #[derive(Debug)]
-struct HeaderMutationFilter(Vec<Arc<Mutations>>);
+struct HeaderMutationFilter(Vec<Kept<Mutations>>);
 
 type Append = fn(&mut HeaderMap, &HeaderMutations, &Record<'_>);
 
@@ -200,7 +203,7 @@ fn mutate(headers: &mut HeaderMap, mutations: &[Mutation], record: &Record<'_>, 
 }
 
 /// Changes a body's trailers, where it has some. `of_response`: it is the response's, and its stream is told.
-fn mutate_trailers(body: &mut Body, mutations: Arc<Mutations>, of_response: Option<&Rc<Progress>>) {
+fn mutate_trailers(body: &mut Body, mutations: Kept<Mutations>, of_response: Option<&Rc<Progress>>) {
     if !body.is_end_stream() {
         let of_response = of_response.map(Rc::clone);
         body.wrap(|body| WithTrailers { body, mutations, of_response });
@@ -209,7 +212,7 @@ fn mutate_trailers(body: &mut Body, mutations: Arc<Mutations>, of_response: Opti
 
 struct WithTrailers {
     body: Body,
-    mutations: Arc<Mutations>,
+    mutations: Kept<Mutations>,
     of_response: Option<Rc<Progress>>,
 }
 
@@ -245,7 +248,7 @@ impl http_body::Body for WithTrailers {
 
 impl HeaderMutationFactory {
     /// The filter's own, then those of the levels, of which the last wins.
-    fn in_order<'a>(&'a self, route: PerRoute<'a>, mut each: impl FnMut(&'a Arc<Mutations>)) {
+    fn in_order<'a>(&'a self, route: PerRoute<'a>, mut each: impl FnMut(&'a Shared<Mutations>)) {
         each(&self.own);
         if self.most_specific_wins {
             route.all().for_each(each);
@@ -260,7 +263,7 @@ impl HttpFilterFactory for HeaderMutationFactory {
         let mut changing = Vec::new();
         self.in_order(route, |mutations| {
             if !mutations.response.is_empty() || !mutations.response_trailers.is_empty() {
-                changing.push(Arc::clone(mutations));
+                changing.push(mutations.keep());
             }
         });
         (!changing.is_empty()).then(|| Box::new(HeaderMutationFilter(changing)) as _)
@@ -283,7 +286,7 @@ impl HttpFilterFactory for HeaderMutationFactory {
                 mutate_query(head, &mutations.query, cx);
             }
             if !mutations.request_trailers.is_empty() {
-                mutate_trailers(body, Arc::clone(mutations), None);
+                mutate_trailers(body, mutations.keep(), None);
             }
         });
         instances.extend(self.stream(route));
@@ -300,7 +303,7 @@ impl HttpFilter for HeaderMutationFilter {
             }
         });
         for mutations in self.0.iter().filter(|mutations| !mutations.response_trailers.is_empty()) {
-            mutate_trailers(body, Arc::clone(mutations), Some(&cx.progress));
+            mutate_trailers(body, mutations.clone(), Some(&cx.progress));
         }
         Flow::Continue
     }
@@ -308,13 +311,13 @@ impl HttpFilter for HeaderMutationFilter {
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let HeaderMutation { mutations, most_specific_header_mutations_wins } = unpack(typed_config, cx.path)?;
-    let own = Arc::new(self::mutations(mutations.unwrap_or_default(), cx.path)?);
+    let own = Shared::new(self::mutations(mutations.unwrap_or_default(), cx.path)?);
     Ok(Arc::new(HeaderMutationFactory { own, most_specific_wins: most_specific_header_mutations_wins }))
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
     let HeaderMutationPerRoute { mutations } = unpack(config, path)?;
-    Ok(Arc::new(Arc::new(self::mutations(mutations.unwrap_or_default(), path)?)))
+    Ok(Arc::new(Shared::new(self::mutations(mutations.unwrap_or_default(), path)?)))
 }
 
 fn mutations(mutations: ProtoMutations, path: &str) -> Result<Mutations, FieldError> {

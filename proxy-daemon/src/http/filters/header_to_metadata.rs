@@ -18,7 +18,10 @@ use envoy_types::pb::{
 use http::{HeaderMap, HeaderName};
 use prost::Message;
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     config::{FieldError, model::RegexRewrite, parse},
     http::{
@@ -41,7 +44,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 );
 
 #[derive(Debug)]
-struct HeaderToMetadataFactory(Arc<Rules>);
+struct HeaderToMetadataFactory(Shared<Rules>);
 
 /// Streams hold on to it.
 #[derive(Debug)]
@@ -222,8 +225,8 @@ fn apply(rules: &[Rule], stats: Option<&Stats>, mut message: Looked<'_>, cx: &St
 
 impl HttpFilterFactory for HeaderToMetadataFactory {
     fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        let rules = route.most_specific().unwrap_or(&self.0);
-        (!rules.response.is_empty()).then(|| Box::new(HeaderToMetadataFilter(Arc::clone(rules))) as _)
+        let rules: &Shared<Rules> = route.most_specific().unwrap_or(&self.0);
+        (!rules.response.is_empty()).then(|| Box::new(HeaderToMetadataFilter(rules.keep())) as _)
     }
 
     fn request(
@@ -234,7 +237,7 @@ impl HttpFilterFactory for HeaderToMetadataFactory {
         route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let rules: &Arc<Rules> = route.most_specific().unwrap_or(&self.0);
+        let rules: &Shared<Rules> = route.most_specific().unwrap_or(&self.0);
         apply(&rules.request, rules.stats.as_ref().map(|[request, _]| request), Looked::Request(head), cx);
         instances.extend(self.stream(route));
         Flow::Continue
@@ -243,7 +246,7 @@ impl HttpFilterFactory for HeaderToMetadataFactory {
 
 /// One stream's filter, where responses tell something.
 #[derive(Debug)]
-struct HeaderToMetadataFilter(Arc<Rules>);
+struct HeaderToMetadataFilter(Kept<Rules>);
 
 impl HttpFilter for HeaderToMetadataFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
@@ -254,7 +257,7 @@ impl HttpFilter for HeaderToMetadataFilter {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    Ok(Arc::new(HeaderToMetadataFactory(Arc::new(rules(typed_config, cx.path)?))))
+    Ok(Arc::new(HeaderToMetadataFactory(Shared::new(rules(typed_config, cx.path)?))))
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
@@ -265,7 +268,7 @@ pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig
             "header_to_metadata_filter: Per filter configs must at least specify either request or response rules",
         ));
     }
-    Ok(Arc::new(Arc::new(rules)))
+    Ok(Arc::new(Shared::new(rules)))
 }
 
 fn rules(config: &Any, path: &str) -> Result<Rules, FieldError> {

@@ -15,7 +15,10 @@ use envoy_types::pb::{envoy::extensions::filters::http::health_check::v3::Health
 use http::{HeaderName, HeaderValue, StatusCode};
 use http_body_util::BodyExt;
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::HeaderMatcher, parse},
@@ -33,7 +36,7 @@ const IMMEDIATE_FAIL: HeaderName = HeaderName::from_static("x-envoy-immediate-he
 const DEGRADED: HeaderName = HeaderName::from_static("x-envoy-degraded");
 
 #[derive(Debug)]
-struct HealthCheckFactory(Arc<Configured>);
+struct HealthCheckFactory(Shared<Configured>);
 
 #[derive(Debug)]
 struct Configured {
@@ -159,7 +162,7 @@ impl HttpFilterFactory for HealthCheckFactory {
             return Flow::Continue;
         }
         cx.progress.health_check.set(true);
-        instances.push(Box::new(HealthCheckFilter(Arc::clone(&self.0))));
+        instances.push(Box::new(HealthCheckFilter(self.0.keep())));
         match (self.0.answers(), http_body::Body::is_end_stream(body)) {
             (false, _) => Flow::Continue,
             (true, true) => Flow::Respond(self.0.reply(cx)),
@@ -170,7 +173,7 @@ impl HttpFilterFactory for HealthCheckFactory {
 
 /// A health check.
 #[derive(Debug)]
-struct HealthCheckFilter(Arc<Configured>);
+struct HealthCheckFilter(Kept<Configured>);
 
 impl HttpFilter for HealthCheckFilter {
     fn wait_request<'a>(
@@ -233,7 +236,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         failed_cluster_unhealthy: counter("failed_cluster_unhealthy"),
         degraded: counter("degraded"),
     };
-    Ok(Arc::new(HealthCheckFactory(Arc::new(Configured {
+    Ok(Arc::new(HealthCheckFactory(Shared::new(Configured {
         stats,
         _lease: scope.lease(),
         pass_through,

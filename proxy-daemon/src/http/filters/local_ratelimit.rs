@@ -13,7 +13,10 @@ use envoy_types::pb::{
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
@@ -77,12 +80,12 @@ struct Stats {
 }
 
 #[derive(Debug)]
-struct LocalRateLimitFactory(Arc<Configured>);
+struct LocalRateLimitFactory(Shared<Configured>);
 
 /// One stream's filter, where responses tell of the bucket. Answers to requests that an earlier filter has kept from this one do not.
 #[derive(Debug)]
 struct LocalRateLimitFilter {
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     /// Which one that is; `None`: that of all requests.
     descriptor: Option<Entries>,
 }
@@ -160,14 +163,14 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         // A route's bucket is in the place of the filter's own.
-        let configured: &Arc<Configured> = route.most_specific().unwrap_or(&self.0);
+        let configured: &Shared<Configured> = route.most_specific().unwrap_or(&self.0);
         if !configured.enabled.includes(cx.random) {
             return Flow::Continue;
         }
         let now = clock::now();
         let taken = configured.take(head, cx, now);
         if let Some((descriptor, _)) = taken.bucket.filter(|_| configured.shows_bucket) {
-            let (configured, descriptor) = (Arc::clone(configured), descriptor.cloned());
+            let (configured, descriptor) = (configured.keep(), descriptor.cloned());
             instances.push(Box::new(LocalRateLimitFilter { configured, descriptor }));
         }
         configured.decide(&taken, now, head, cx)
@@ -191,11 +194,11 @@ impl HttpFilter for LocalRateLimitFilter {
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
-    Ok(Arc::new(LocalRateLimitFactory(Arc::new(configured(typed_config, cx.path)?))))
+    Ok(Arc::new(LocalRateLimitFactory(Shared::new(configured(typed_config, cx.path)?))))
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
-    Ok(Arc::new(Arc::new(configured(config, path)?)))
+    Ok(Arc::new(Shared::new(configured(config, path)?)))
 }
 
 fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {

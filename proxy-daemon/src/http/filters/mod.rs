@@ -33,6 +33,7 @@ mod ratelimit;
 mod rbac;
 mod router;
 mod set_metadata;
+mod shared;
 mod stateful_session;
 pub(crate) mod tap;
 mod trailers;

@@ -32,10 +32,6 @@ pub struct ClustersOnDemand {
 #[derive(Debug)]
 struct OnDemandFactory(Option<Arc<ClustersOnDemand>>);
 
-/// One stream's filter.
-#[derive(Debug)]
-struct OnDemandFilter(Option<Arc<ClustersOnDemand>>);
-
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let OnDemand { odcds } = unpack(typed_config, cx.path)?;
     let path = format!("{}.odcds", cx.path);
@@ -54,23 +50,24 @@ fn clusters_on_demand(config: &OnDemandCds, path: &str) -> Result<ClustersOnDema
 }
 
 impl HttpFilterFactory for OnDemandFactory {
-    fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        Some(Box::new(OnDemandFilter(self.0.clone())))
+    fn request(
+        &self,
+        _head: &mut RequestHead,
+        _body: &mut Body,
+        cx: &mut StreamCx,
+        _route: PerRoute<'_>,
+        _instances: &mut Vec<Box<dyn HttpFilter>>,
+    ) -> Flow {
+        if cx.route.is_none() {
+            return Flow::NeedsRoute;
+        }
+        match &self.0 {
+            Some(clusters) if cx.cluster.is_none() => Flow::NeedsCluster(Arc::clone(clusters)),
+            _ => Flow::Continue,
+        }
     }
 
     fn source(&self) -> Option<(&ConfigSource, &'static str)> {
         self.0.as_ref().map(|clusters| (&clusters.from, type_url::CLUSTER))
-    }
-}
-
-impl HttpFilter for OnDemandFilter {
-    fn request(&mut self, _head: &mut RequestHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
-        if cx.route.is_none() {
-            return Flow::NeedsRoute;
-        }
-        match self.0.take() {
-            Some(clusters) if cx.cluster.is_none() => Flow::NeedsCluster(clusters),
-            _ => Flow::Continue,
-        }
     }
 }

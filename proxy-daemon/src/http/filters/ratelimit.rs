@@ -29,7 +29,10 @@ use envoy_types::pb::{
 };
 use http::{HeaderMap, StatusCode};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
@@ -97,12 +100,12 @@ struct Told {
 }
 
 #[derive(Debug)]
-struct RateLimitFactory(Arc<Configured>);
+struct RateLimitFactory(Shared<Configured>);
 
 /// A stream that is asked about.
 #[derive(Debug)]
 struct RateLimitFilter {
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     domain: Option<Box<str>>,
     descriptors: Vec<Descriptor>,
     /// What the response gets.
@@ -132,7 +135,7 @@ impl HttpFilterFactory for RateLimitFactory {
             return Flow::Continue;
         }
         instances.push(Box::new(RateLimitFilter {
-            configured: Arc::clone(configured),
+            configured: configured.keep(),
             domain: told.map(|told| told.domain.clone()).filter(|domain| !domain.is_empty()),
             descriptors,
             response: Vec::new(),
@@ -306,7 +309,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let deny =
         RuntimeFraction { default: Fraction::percent(if config.failure_mode_deny { 100 } else { 0 }), key: None };
     let response_add = parse::headers_to_add(&config.response_headers_to_add, cx.path, "response_headers_to_add")?;
-    Ok(Arc::new(RateLimitFactory(Arc::new(Configured {
+    Ok(Arc::new(RateLimitFactory(Shared::new(Configured {
         service,
         domain: config.domain.into(),
         stage: config.stage,

@@ -22,7 +22,10 @@ use envoy_types::pb::{
 use http::{HeaderName, HeaderValue, StatusCode, header::SET_COOKIE};
 use prost::{Message as _, Name as _};
 
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::ResponseFlags,
     config::{
@@ -38,7 +41,7 @@ use crate::{
 };
 
 #[derive(Debug)]
-struct StatefulSessionFactory(Arc<Configured>);
+struct StatefulSessionFactory(Shared<Configured>);
 
 /// What is configured, here or by a route. Streams hold on to it.
 #[derive(Debug)]
@@ -82,7 +85,7 @@ struct Cookie {
 
 /// What is in a cookie, as Envoy has it: the two may take turns.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-struct Kept {
+struct InCookie {
     #[prost(string, tag = "1")]
     address: String,
     /// Seconds since 1970; 0: never.
@@ -112,7 +115,7 @@ impl Cookie {
 
     fn address(&self, head: &RequestHead, now: i64) -> Option<String> {
         let kept = decode(cookie(&head.headers, &self.name)?.as_bytes())?;
-        match Kept::decode(kept.as_slice()) {
+        match InCookie::decode(kept.as_slice()) {
             Ok(kept) if kept.expires != 0 && now > kept.expires => None,
             Ok(kept) => Some(kept.address),
             // Older ones have nothing else in them.
@@ -123,7 +126,7 @@ impl Cookie {
     fn with(&self, address: &str, now: i64) -> String {
         let ttl = i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX);
         let expires = if ttl == 0 { 0 } else { now.saturating_add(ttl) };
-        let kept = Kept { address: address.to_owned(), expires }.encode_to_vec();
+        let kept = InCookie { address: address.to_owned(), expires }.encode_to_vec();
         format!("{}=\"{}\"{}", self.name, STANDARD.encode(kept), self.attributes)
     }
 }
@@ -192,7 +195,7 @@ fn open(head: &mut RequestHead, name: &HeaderName) -> Option<String> {
 
 /// A request's session.
 struct StatefulSessionFilter {
-    configured: Arc<Configured>,
+    configured: Kept<Configured>,
     /// The host that it had, if it had one.
     address: Option<String>,
 }
@@ -206,7 +209,7 @@ impl HttpFilterFactory for StatefulSessionFactory {
         route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
-        let configured = match route.most_specific::<Option<Arc<Configured>>>() {
+        let configured = match route.most_specific::<Option<Shared<Configured>>>() {
             Some(None) => return Flow::Continue,
             Some(Some(configured)) => configured,
             None => &self.0,
@@ -220,7 +223,7 @@ impl HttpFilterFactory for StatefulSessionFactory {
         if let Some(address) = &address {
             cx.override_host = Some(OverrideHost { address: address.as_str().into(), strict: configured.strict });
         }
-        instances.push(Box::new(StatefulSessionFilter { configured: Arc::clone(configured), address }));
+        instances.push(Box::new(StatefulSessionFilter { configured: configured.keep(), address }));
         Flow::Continue
     }
 }
@@ -257,17 +260,17 @@ impl HttpFilter for StatefulSessionFilter {
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let config: StatefulSession = unpack(typed_config, cx.path)?;
     let scope = Scope::http(cx.stat_prefix).child("stateful_session");
-    Ok(Arc::new(StatefulSessionFactory(Arc::new(configured(&config, scope, cx.path)?))))
+    Ok(Arc::new(StatefulSessionFactory(Shared::new(configured(&config, scope, cx.path)?))))
 }
 
 /// `None`: there are no sessions on this route.
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
     let config: StatefulSessionPerRoute = unpack(config, path)?;
-    let configured: Option<Arc<Configured>> = match config.r#override {
+    let configured: Option<Shared<Configured>> = match config.r#override {
         Some(Override::Disabled(true)) => None,
         Some(Override::StatefulSession(session)) => {
             let path = format!("{path}.stateful_session");
-            Some(Arc::new(configured(&session, Scope::new("stateful_session"), &path)?))
+            Some(Shared::new(configured(&session, Scope::new("stateful_session"), &path)?))
         }
         Some(Override::Disabled(false)) => return Err(FieldError::new(format!("{path}.disabled"), "can only be true")),
         None => return Err(FieldError::new(path, "says nothing: `disabled` or `stateful_session` is needed")),

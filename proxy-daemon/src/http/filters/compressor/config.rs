@@ -15,7 +15,7 @@ use envoy_types::pb::{
 use super::{AcceptStats, CompressorFactory, Configured, Direction, Stats, Told, Types};
 use crate::{
     config::{FieldError, parse},
-    http::filters::{FilterCx, HttpFilterFactory, PerRouteConfig, compression},
+    http::filters::{FilterCx, HttpFilterFactory, PerRouteConfig, compression, shared::Shared},
     stats::Scope,
 };
 
@@ -69,7 +69,7 @@ pub(in crate::http::filters) fn parse(
         uncompressible_response_codes,
         status_header_enabled: _,
     } = response_direction_config.unwrap_or_default();
-    Ok(Arc::new(CompressorFactory(Arc::new(Configured {
+    Ok(Arc::new(CompressorFactory(Shared::new(Configured {
         library,
         request: request.transpose()?,
         request_stats: Stats::new(&scope.clone().child("request")),

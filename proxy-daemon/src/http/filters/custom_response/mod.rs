@@ -22,7 +22,10 @@ use prost::Name as _;
 
 use self::matcher::{Input, Told};
 pub(in crate::http) use self::redirect::{Led, RedirectPolicy};
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
@@ -39,7 +42,7 @@ use crate::{
 };
 
 /// The policies, of the filter or of a level of routes. Streams hold on to them.
-type Policies = Arc<MatchTree<Input, Policy>>;
+type Policies = Shared<MatchTree<Input, Policy>>;
 
 #[derive(Debug)]
 struct CustomResponseFactory(Policies);
@@ -47,7 +50,7 @@ struct CustomResponseFactory(Policies);
 #[derive(Debug)]
 enum Policy {
     Local(Box<LocalPolicy>),
-    Redirect(Arc<RedirectPolicy>),
+    Redirect(Shared<RedirectPolicy>),
 }
 
 /// `LocalResponsePolicy`: the answer is made here.
@@ -71,14 +74,14 @@ enum Details {
 
 /// A stream, with what its route says. The most specific comes first, the filter's own last.
 struct CustomResponseFilter {
-    policies: Vec<Policies>,
+    policies: Vec<Kept<MatchTree<Input, Policy>>>,
     /// The request has come past it.
     seen: bool,
 }
 
 impl HttpFilterFactory for CustomResponseFactory {
     fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
-        let policies = route.all::<Policies>().rev().chain([&self.0]).map(Arc::clone).collect();
+        let policies = route.all::<Policies>().rev().chain([&self.0]).map(Shared::keep).collect();
         Some(Box::new(CustomResponseFilter { policies, seen: false }))
     }
 }
@@ -105,7 +108,7 @@ impl HttpFilter for CustomResponseFilter {
         match policy {
             Some(Policy::Local(policy)) => Flow::Replace(policy.answer(head, body, cx)),
             // It must have come past here: of what others have answered before nothing is known.
-            Some(Policy::Redirect(policy)) if self.seen => policy.lead(head.status, cx),
+            Some(Policy::Redirect(policy)) if self.seen => RedirectPolicy::lead(policy, head.status, cx),
             Some(Policy::Redirect(_)) => Flow::Continue,
             None => Flow::Continue,
         }
@@ -155,7 +158,7 @@ fn policies(config: &Any, path: &str, scope: &Scope) -> Result<Policies, FieldEr
     let path = format!("{path}.custom_response_matcher");
     let tree = custom_response_matcher.as_ref();
     let tree = tree.map(|tree| parse::match_tree(tree, &path, &mut matcher::Policies(scope))).transpose()?;
-    Ok(Arc::new(tree.unwrap_or_else(MatchTree::empty)))
+    Ok(Shared::new(tree.unwrap_or_else(MatchTree::empty)))
 }
 
 fn policy(config: &Any, path: &str, scope: &Scope) -> Result<Policy, FieldError> {

@@ -1,7 +1,5 @@
 //! `RedirectPolicy`: the answer is another route's, to which the request is led as one that begins anew.
 
-use std::sync::Arc;
-
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::extensions::http::custom_response::redirect_policy::v3::{
@@ -14,6 +12,7 @@ use http::{
     header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING},
 };
 
+use crate::http::filters::shared::{Kept, Shared};
 use crate::{
     access_log::{Headers, Record},
     config::{
@@ -47,7 +46,7 @@ pub(in crate::http) struct RedirectPolicy {
 #[derive(Debug, Clone)]
 pub(in crate::http) struct Led {
     /// By what.
-    pub(in crate::http) policy: Arc<RedirectPolicy>,
+    pub(in crate::http) policy: Kept<RedirectPolicy>,
     /// The status of the response in whose place the other comes.
     status: StatusCode,
 }
@@ -73,13 +72,13 @@ enum Target {
 
 impl RedirectPolicy {
     /// What becomes of a response that the policy is for: the request is led on, where it can be.
-    pub(super) fn lead(self: &Arc<Self>, status: StatusCode, cx: &StreamCx) -> Flow {
+    pub(super) fn lead(policy: &Shared<RedirectPolicy>, status: StatusCode, cx: &StreamCx) -> Flow {
         // Without the request, or with a part of it, nothing can be asked for again.
         let Some(mut head) = cx.kept_request().as_deref().cloned() else { return Flow::Continue };
         if cx.progress.request_complete.get().is_none() {
             return Flow::Continue;
         }
-        let uri = match &self.to {
+        let uri = match &policy.to {
             Target::Uri(uri) => Some(uri.clone()),
             Target::Made(action) => {
                 let location = HeaderValue::from_str(&redirect::location(&head, None, action, "")).ok();
@@ -87,7 +86,7 @@ impl RedirectPolicy {
             }
         };
         let Some(uri) = uri else {
-            self.invalid_uri.inc();
+            policy.invalid_uri.inc();
             return Flow::Continue;
         };
         head.headers.remove(HOST);
@@ -96,9 +95,9 @@ impl RedirectPolicy {
         let before = head.headers.clone();
         cx.format_request(&mut head, |headers, record| {
             let record = Record { request_headers: Some(Headers::All(&before)), ..*record };
-            headers::add(headers, &self.request_headers, &record);
+            headers::add(headers, &policy.request_headers, &record);
         });
-        let led = Led { policy: Arc::clone(self), status };
+        let led = Led { policy: policy.keep(), status };
         Flow::Redirect(Redirect { head: Box::new(head), led })
     }
 
@@ -115,7 +114,7 @@ impl RedirectPolicy {
     }
 }
 
-pub(super) fn parse(config: &Any, path: &str, scope: &Scope) -> Result<Arc<RedirectPolicy>, FieldError> {
+pub(super) fn parse(config: &Any, path: &str, scope: &Scope) -> Result<Shared<RedirectPolicy>, FieldError> {
     let config: ProtoPolicy = unpack(config, path)?;
     let to = match &config.redirect_action_specifier {
         Some(RedirectActionSpecifier::Uri(uri)) => {
@@ -148,7 +147,7 @@ pub(super) fn parse(config: &Any, path: &str, scope: &Scope) -> Result<Arc<Redir
         let status = status.and_then(|code| StatusCode::from_u16(code).ok());
         status.ok_or_else(|| FieldError::new(format!("{path}.status_code"), "is not from 200 to 999"))
     });
-    Ok(Arc::new(RedirectPolicy {
+    Ok(Shared::new(RedirectPolicy {
         to,
         status: status.transpose()?,
         request_headers: parse::headers_to_add(&config.request_headers_to_add, path, "request_headers_to_add")?,

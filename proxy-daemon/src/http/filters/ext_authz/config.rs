@@ -20,6 +20,7 @@ use super::{
     ClusterCounters, ExtAuthzFactory, Stats, Told,
     service::{HttpService, Service},
 };
+use crate::http::filters::shared::Shared;
 use crate::{
     config::{
         FieldError,
@@ -128,7 +129,7 @@ pub(in crate::http::filters) fn parse(
         stats: Stats::new(&scope),
         of_cluster: ClusterCounters::new(prefix),
     };
-    Ok(Arc::new(ExtAuthzFactory(Arc::new(settings))))
+    Ok(Arc::new(ExtAuthzFactory(Shared::new(settings))))
 }
 
 pub(in crate::http::filters) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {

@@ -13,7 +13,7 @@ mod config;
 mod service;
 mod verdict;
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use envoy_types::pb::google::protobuf::{Value, value::Kind};
 use http::{HeaderName, HeaderValue, StatusCode};
@@ -25,7 +25,10 @@ use self::{
     config::{Buffer, Settings},
     verdict::{Outcome, Verdict},
 };
-use super::{Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use super::{
+    Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::ResponseFlags,
     http::{
@@ -117,12 +120,12 @@ struct Told {
 }
 
 #[derive(Debug)]
-struct ExtAuthzFactory(Arc<Settings>);
+struct ExtAuthzFactory(Shared<Settings>);
 
 /// A stream that is asked about.
 #[derive(Debug)]
 struct ExtAuthzFilter {
-    settings: Arc<Settings>,
+    settings: Kept<Settings>,
     context_extensions: HashMap<String, String>,
     /// How much of its body is read first.
     buffer: Option<Buffer>,
@@ -159,7 +162,7 @@ impl HttpFilterFactory for ExtAuthzFactory {
         let skips = no_body || told.is_some_and(|told| told.without_body);
         let levels = route.all::<Told>().flat_map(|told| &told.context_extensions);
         instances.push(Box::new(ExtAuthzFilter {
-            settings: Arc::clone(settings),
+            settings: settings.keep(),
             context_extensions: levels.map(|(key, value)| (key.clone(), value.clone())).collect(),
             buffer: buffer.filter(|_| !skips),
             response: Vec::new(),

@@ -16,6 +16,7 @@ use envoy_types::pb::{
 use http::StatusCode;
 
 use super::{ExtProcFactory, attributes::Attributes, mode::Mode, rules::Rules};
+use crate::http::filters::shared::Shared;
 use crate::{
     config::{FieldError, model::StringMatcher, parse},
     http::{
@@ -29,7 +30,7 @@ use crate::{
 /// What is configured. Streams hold on to it.
 #[derive(Debug)]
 pub(super) struct Settings {
-    pub(super) service: Arc<Service>,
+    pub(super) service: Shared<Service>,
     pub(super) failure_mode_allow: bool,
     pub(super) mode: Mode,
     /// As it is written.
@@ -50,8 +51,8 @@ pub(super) struct Settings {
     pub(super) allow_content_length: bool,
     pub(super) request_attributes: Attributes,
     pub(super) response_attributes: Attributes,
-    pub(super) forwarded: Arc<[Box<str>]>,
-    pub(super) received: Arc<[Box<str>]>,
+    pub(super) forwarded: Shared<Box<[Box<str>]>>,
+    pub(super) received: Shared<Box<[Box<str>]>>,
     pub(super) stats: Stats,
 }
 
@@ -157,7 +158,7 @@ pub(in crate::http::filters) fn parse(
     let scope = Scope::http(cx.stat_prefix).child("ext_proc");
     let scope = if config.stat_prefix.is_empty() { scope } else { scope.child(&config.stat_prefix) };
     let settings = Settings {
-        service: Arc::new(Service::parse(service, None, &field("grpc_service"))?),
+        service: Shared::new(Service::parse(service, None, &field("grpc_service"))?),
         failure_mode_allow: config.failure_mode_allow,
         mode: Mode::parse(&written_mode, &field("processing_mode"))?,
         written_mode,
@@ -187,7 +188,7 @@ pub(in crate::http::filters) fn parse(
         received: names(options.receiving_namespaces),
         stats: Stats::new(&scope),
     };
-    Ok(Arc::new(ExtProcFactory(Arc::new(settings))))
+    Ok(Arc::new(ExtProcFactory(Shared::new(settings))))
 }
 
 fn forward_rules(rules: Option<&HeaderForwardingRules>, path: &str) -> Result<ForwardRules, FieldError> {

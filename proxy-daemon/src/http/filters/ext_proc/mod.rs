@@ -19,7 +19,7 @@ mod rules;
 mod session;
 mod told;
 
-use std::{cell::RefCell, collections::VecDeque, rc::Rc, sync::Arc};
+use std::{cell::RefCell, collections::VecDeque, rc::Rc};
 
 use envoy_types::pb::envoy::{
     extensions::filters::http::ext_proc::v3::external_processor::RouteCacheAction,
@@ -39,7 +39,10 @@ use self::{
     session::{Await, Session},
     told::Merged,
 };
-use super::{Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use super::{
+    Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::http::{
     body::Body,
     codec::h1::Upgrade,
@@ -47,7 +50,7 @@ use crate::http::{
 };
 
 #[derive(Debug)]
-struct ExtProcFactory(Arc<Settings>);
+struct ExtProcFactory(Shared<Settings>);
 
 impl Settings {
     /// Whether a reply asks for another route, and may.
@@ -74,7 +77,7 @@ impl Settings {
 
 /// A stream that is shown.
 struct ExtProcFilter {
-    settings: Arc<Settings>,
+    settings: Kept<Settings>,
     /// Until the session begins.
     merged: RefCell<Option<Merged>>,
     session: Option<Rc<Session>>,
@@ -85,7 +88,7 @@ struct ExtProcFilter {
 impl HttpFilterFactory for ExtProcFactory {
     fn stream(&self, route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         let merged = Merged::new(&self.0, route)?;
-        let settings = Arc::clone(&self.0);
+        let settings = self.0.keep();
         Some(Box::new(ExtProcFilter { settings, merged: RefCell::new(Some(merged)), session: None, upgrade: false }))
     }
 }
@@ -102,7 +105,7 @@ impl ExtProcFilter {
                 Limits { count: cx.max_headers.count as usize, bytes: cx.max_headers.kilobytes as usize * 1024 };
             let buffer_limit = cx.connection.buffer_limit as usize;
             let progress = Rc::clone(&cx.progress);
-            let settings = Arc::clone(&self.settings);
+            let settings = self.settings.clone();
             self.session = Some(Session::new(settings, merged, Some(prepared), progress, limits, buffer_limit));
         }
         self.session.clone()

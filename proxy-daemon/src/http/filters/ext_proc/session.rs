@@ -4,7 +4,6 @@ use std::{
     cell::{Cell, RefCell},
     pin::Pin,
     rc::Rc,
-    sync::Arc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -26,6 +25,7 @@ use super::{
     rules::{Limits, Target},
     told::Merged,
 };
+use crate::http::filters::shared::Kept;
 use crate::{
     access_log::ResponseFlags,
     config::parse,
@@ -80,7 +80,7 @@ struct SideState {
 
 /// The stream, from before it is opened.
 pub(super) struct Session {
-    pub(super) settings: Arc<Settings>,
+    pub(super) settings: Kept<Settings>,
     pub(super) merged: Merged,
     pub(super) mode: Cell<Mode>,
     pub(super) progress: Rc<Progress>,
@@ -97,7 +97,7 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(
-        settings: Arc<Settings>,
+        settings: Kept<Settings>,
         merged: Merged,
         prepared: Option<Prepared>,
         progress: Rc<Progress>,

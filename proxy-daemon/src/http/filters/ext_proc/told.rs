@@ -13,6 +13,7 @@ use envoy_types::pb::{
 use http::{HeaderName, HeaderValue};
 
 use super::{config::Settings, mode::Mode};
+use crate::http::filters::shared::{Kept, Shared};
 use crate::{
     config::FieldError,
     http::{
@@ -27,10 +28,10 @@ use crate::{
 pub(super) struct Told {
     disabled: bool,
     mode: Option<Mode>,
-    service: Option<Arc<Service>>,
+    service: Option<Shared<Service>>,
     metadata: Vec<(HeaderName, HeaderValue)>,
-    forwarded: Option<Arc<[Box<str>]>>,
-    received: Option<Arc<[Box<str>]>>,
+    forwarded: Option<Shared<Box<[Box<str>]>>>,
+    received: Option<Shared<Box<[Box<str>]>>>,
     failure_mode_allow: Option<bool>,
 }
 
@@ -38,13 +39,13 @@ pub(super) struct Told {
 #[derive(Debug)]
 pub(super) struct Merged {
     pub(super) mode: Option<Mode>,
-    pub(super) service: Arc<Service>,
+    pub(super) service: Kept<Service>,
     /// Further headers of the stream.
     pub(super) metadata: Vec<(HeaderName, HeaderValue)>,
     /// Which metadata the processor is told.
-    pub(super) forwarded: Arc<[Box<str>]>,
+    pub(super) forwarded: Kept<Box<[Box<str>]>>,
     /// Which it may write.
-    pub(super) received: Arc<[Box<str>]>,
+    pub(super) received: Kept<Box<[Box<str>]>>,
     pub(super) failure_mode_allow: bool,
 }
 
@@ -53,10 +54,10 @@ impl Merged {
     pub(super) fn new(settings: &Settings, route: PerRoute<'_>) -> Option<Merged> {
         let mut merged = Merged {
             mode: None,
-            service: Arc::clone(&settings.service),
+            service: settings.service.keep(),
             metadata: Vec::new(),
-            forwarded: Arc::clone(&settings.forwarded),
-            received: Arc::clone(&settings.received),
+            forwarded: settings.forwarded.keep(),
+            received: settings.received.keep(),
             failure_mode_allow: settings.failure_mode_allow,
         };
         let mut disabled = false;
@@ -68,15 +69,15 @@ impl Merged {
                 continue;
             }
             merged.mode = told.mode.or(merged.mode);
-            let replace = |into: &mut Arc<[Box<str>]>, from: &Option<Arc<[Box<str>]>>| {
+            let replace = |into: &mut Kept<Box<[Box<str>]>>, from: &Option<Shared<Box<[Box<str>]>>>| {
                 if let Some(from) = from {
-                    *into = Arc::clone(from);
+                    *into = from.keep();
                 }
             };
             replace(&mut merged.forwarded, &told.forwarded);
             replace(&mut merged.received, &told.received);
             if let Some(service) = &told.service {
-                merged.service = Arc::clone(service);
+                merged.service = service.keep();
             }
             merged.failure_mode_allow = told.failure_mode_allow.unwrap_or(merged.failure_mode_allow);
             for (name, value) in &told.metadata {
@@ -116,7 +117,7 @@ fn told(overrides: &ExtProcOverrides, path: &str) -> Result<Told, FieldError> {
     Ok(Told {
         disabled: false,
         mode,
-        service: service.map(Arc::new),
+        service: service.map(Shared::new),
         metadata: metadata.collect::<Result<_, _>>()?,
         forwarded: options
             .forwarding_namespaces

@@ -25,6 +25,7 @@ use super::{
     extract::Places,
     jwks::{KeySource, Keys, Remote, Retry, State},
 };
+use crate::http::filters::shared::Shared;
 use crate::{
     config::{
         FieldError,
@@ -87,8 +88,10 @@ pub(super) enum Requirement {
 #[derive(Debug)]
 pub(super) struct Settings {
     pub(super) providers: Vec<Provider>,
-    pub(super) rules: Vec<(RouteMatch, Option<Arc<Requirement>>)>,
-    pub(super) named: BTreeMap<Box<str>, Arc<Requirement>>,
+    /// What `rules` and `named` mean, by their numbers.
+    pub(super) requirements: Vec<Requirement>,
+    pub(super) rules: Vec<(RouteMatch, Option<usize>)>,
+    pub(super) named: BTreeMap<Box<str>, usize>,
     pub(super) bypass_cors_preflight: bool,
     /// Clients are not told what is wrong with their tokens.
     pub(super) strip_failure_response: bool,
@@ -106,11 +109,16 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
         names.insert(name.as_str(), providers.len());
         providers.push(provider(name, config, &field(&format!("providers[\"{name}\"]")))?);
     }
-    let requirements = config.requirement_map.iter().map(|(name, it)| {
+    let mut requirements = Vec::new();
+    let mut number = |requirement| {
+        requirements.push(requirement);
+        requirements.len() - 1
+    };
+    let of_names = config.requirement_map.iter().map(|(name, it)| {
         let path = field(&format!("requirement_map[\"{name}\"]"));
-        Ok((name.as_str().into(), Arc::new(requirement(it, &names, &path)?)))
+        Ok((name.as_str().into(), number(requirement(it, &names, &path)?)))
     });
-    let named: BTreeMap<Box<str>, Arc<Requirement>> = requirements.collect::<Result<_>>()?;
+    let named: BTreeMap<Box<str>, usize> = of_names.collect::<Result<_>>()?;
     let rules = config.rules.iter().enumerate().map(|(index, rule)| {
         let path = field(&format!("rules[{index}]"));
         let required = |name| FieldError::new(format!("{path}.{name}"), "value is required");
@@ -120,10 +128,10 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
             None => None,
             Some(RequirementType::Requires(requires)) if requires.requires_type.is_none() => None,
             Some(RequirementType::Requires(requires)) => {
-                Some(Arc::new(requirement(requires, &names, &format!("{path}.requires"))?))
+                Some(number(requirement(requires, &names, &format!("{path}.requires"))?))
             }
             Some(RequirementType::RequirementName(name)) => match named.get(name.as_str()) {
-                Some(requirement) => Some(Arc::clone(requirement)),
+                Some(known) => Some(*known),
                 None => {
                     let text = format!("Wrong requirement_name: {name}. It should be in requirement_map");
                     return Err(FieldError::new(format!("{path}.requirement_name"), text));
@@ -132,11 +140,12 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
         };
         Ok((matched, requires))
     });
-    let rules = rules.collect::<Result<_>>()?;
+    let rules = rules.collect::<Result<Vec<_>>>()?;
     let scope = Scope::http(cx.stat_prefix).child("jwt_authn");
     let scope = if config.stat_prefix.is_empty() { scope } else { scope.child(&config.stat_prefix) };
-    Ok(Arc::new(JwtFactory(Arc::new(Settings {
+    Ok(Arc::new(JwtFactory(Shared::new(Settings {
         providers,
+        requirements,
         rules,
         named,
         bypass_cors_preflight: config.bypass_cors_preflight,

@@ -14,14 +14,13 @@ mod token;
 
 use std::{
     pin::Pin,
-    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use envoy_types::pb::google::protobuf::{ListValue, Struct, Value as ProtoValue, value::Kind};
 use http::{
-    HeaderValue, Method, StatusCode,
+    HeaderValue, Method, StatusCode, Uri,
     header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, WWW_AUTHENTICATE},
 };
 use serde_json::{Map, Value};
@@ -33,7 +32,10 @@ use self::{
     extract::Found,
     token::{Status, Token},
 };
-use super::{Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting};
+use super::{
+    Flow, HttpFilter, HttpFilterFactory, PerRoute, Waiting,
+    shared::{Kept, Shared},
+};
 use crate::{
     access_log::ResponseFlags,
     http::{
@@ -86,13 +88,14 @@ enum Told {
 }
 
 #[derive(Debug)]
-struct JwtFactory(Arc<Settings>);
+struct JwtFactory(Shared<Settings>);
 
 /// A stream that needs a token.
 #[derive(Debug)]
 struct JwtFilter {
-    settings: Arc<Settings>,
-    requirement: Arc<Requirement>,
+    settings: Kept<Settings>,
+    /// Its number.
+    requirement: usize,
 }
 
 impl HttpFilterFactory for JwtFactory {
@@ -118,21 +121,20 @@ impl HttpFilterFactory for JwtFactory {
         let requirement = match route.most_specific::<Told>() {
             Some(Told::Disabled) => None,
             Some(Told::Requirement(name)) => match settings.named.get(name) {
-                Some(requirement) => Some(requirement),
+                Some(requirement) => Some(*requirement),
                 None => return unknown_requirement(settings, name),
             },
             None => {
                 let (path, by) = (head.uri.path(), cx.match_cx());
                 let rule = settings.rules.iter().find(|(rule, _)| matches(rule, path, head, &by));
-                rule.and_then(|(_, requirement)| requirement.as_ref())
+                rule.and_then(|(_, requirement)| *requirement)
             }
         };
         let Some(requirement) = requirement else {
             settings.stats.allowed.inc();
             return Flow::Continue;
         };
-        let requirement = Arc::clone(requirement);
-        instances.push(Box::new(JwtFilter { settings: Arc::clone(settings), requirement }));
+        instances.push(Box::new(JwtFilter { settings: settings.keep(), requirement }));
         Flow::Wait
     }
 }
@@ -160,24 +162,25 @@ impl HttpFilter for JwtFilter {
         cx: &'a mut StreamCx,
     ) -> Waiting<'a> {
         Box::pin(async move {
-            let (uri, settings) = (asked_uri(head), Arc::clone(&self.settings));
-            match settings.verify(&self.requirement, head, cx).await {
+            // Tokens in its query are taken away.
+            let (asked, settings) = (head.uri.clone(), &*self.settings);
+            match settings.verify(&settings.requirements[self.requirement], head, cx).await {
                 Ok(()) => {
                     settings.stats.allowed.inc();
                     Flow::Continue
                 }
                 Err(status) => {
                     settings.stats.denied.inc();
-                    Flow::Respond(denied(status, &uri, settings.strip_failure_response))
+                    Flow::Respond(denied(status, &asked_uri(&asked, head), settings.strip_failure_response))
                 }
             }
         })
     }
 }
 
-fn asked_uri(head: &RequestHead) -> String {
+fn asked_uri(asked: &Uri, head: &RequestHead) -> String {
     let path = head.headers.get("x-envoy-original-path").and_then(|path| path.to_str().ok());
-    let path = path.or_else(|| head.uri.path_and_query().map(|path| path.as_str())).unwrap_or_default();
+    let path = path.or_else(|| asked.path_and_query().map(|path| path.as_str())).unwrap_or_default();
     let path: String = path.chars().take(MAX_URI).collect();
     format!("{}://{}{path}", scheme(head), authority(head))
 }
@@ -367,10 +370,10 @@ fn tell(name: &str, fields: Struct, cx: &StreamCx) {
 
 /// Audiences are the same whether or not they begin with a scheme or end with a slash.
 fn same(a: &str, b: &str) -> bool {
-    let plain = |text: &str| {
+    fn plain(text: &str) -> &str {
         let text = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://")).unwrap_or(text);
-        text.strip_suffix('/').unwrap_or(text).to_owned()
-    };
+        text.strip_suffix('/').unwrap_or(text)
+    }
     plain(a) == plain(b)
 }
 

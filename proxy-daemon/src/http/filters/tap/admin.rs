@@ -31,6 +31,7 @@ use super::{
     tap_config,
 };
 use crate::config::{FieldError, parse};
+use crate::http::filters::shared::{Kept, Shared};
 
 /// Envoy's word for a client that comes while another one is there.
 const ATTACHED: &str = "An attached /tap admin stream already exists. Detach it.";
@@ -40,14 +41,14 @@ const ATTACHED: &str = "An attached /tap admin stream already exists. Detach it.
 pub(super) struct Slot {
     /// Looked at by each stream.
     is_set: AtomicBool,
-    config: ArcSwapOption<TapConfig>,
+    config: ArcSwapOption<Shared<TapConfig>>,
 }
 
 /// The filters by their `config_id`, and the client.
 #[derive(Debug, Default)]
 struct Registry {
     slots: HashMap<String, Vec<Weak<Slot>>>,
-    attached: Option<(String, Arc<TapConfig>)>,
+    attached: Option<(String, Arc<Shared<TapConfig>>)>,
 }
 
 static REGISTRY: Mutex<Option<Registry>> = Mutex::new(None);
@@ -86,11 +87,11 @@ impl Slot {
     }
 
     /// What is to be tapped now.
-    pub(super) fn current(&self) -> Option<Arc<TapConfig>> {
-        self.is_set.load(Ordering::Relaxed).then(|| self.config.load_full()).flatten()
+    pub(super) fn current(&self) -> Option<Kept<TapConfig>> {
+        self.is_set.load(Ordering::Relaxed).then(|| self.config.load().as_ref().map(|config| config.keep())).flatten()
     }
 
-    fn set(&self, config: Option<Arc<TapConfig>>) {
+    fn set(&self, config: Option<Arc<Shared<TapConfig>>>) {
         self.is_set.store(config.is_some(), Ordering::Relaxed);
         self.config.store(config);
     }
@@ -149,7 +150,7 @@ pub(crate) fn attach(request: &[u8]) -> Result<Attached, String> {
         let text = "admin output only supports JSON or length delimited proto formats";
         return Err(FieldError::new(path, text).to_string());
     }
-    let config = Arc::new(config);
+    let config = Arc::new(Shared::new(config));
     with(|registry| {
         // Another client may have come meanwhile.
         if registry.attached.is_some() {

@@ -35,7 +35,10 @@ use self::{
     sink::{Sink, Target},
     trace::Tapped,
 };
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
+use super::{
+    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute,
+    shared::{Kept, Shared},
+};
 use crate::{
     config::{FieldError, parse},
     http::{
@@ -76,7 +79,7 @@ struct Recorded {
 /// What is to be tapped.
 #[derive(Debug)]
 enum Source {
-    Static(Arc<TapConfig>),
+    Static(Shared<TapConfig>),
     /// What a client of the admin interface asks for, as long as there is one.
     Admin(Arc<Slot>),
 }
@@ -91,7 +94,7 @@ struct TapFactory {
 }
 
 struct TapFilter {
-    config: Arc<TapConfig>,
+    config: Kept<TapConfig>,
     recorded: Recorded,
     rq_tapped: Counter,
     /// `None`: nothing has come yet.
@@ -101,7 +104,7 @@ struct TapFilter {
 impl HttpFilterFactory for TapFactory {
     fn stream(&self, _route: PerRoute<'_>) -> Option<Box<dyn HttpFilter>> {
         let config = match &self.source {
-            Source::Static(config) => Arc::clone(config),
+            Source::Static(config) => config.keep(),
             Source::Admin(slot) => slot.current()?,
         };
         if config.enabled.as_ref().is_some_and(|share| !share.includes(fastrand::u64(..))) {
@@ -117,7 +120,7 @@ impl TapFilter {
     fn trace(&mut self, cx: &StreamCx) -> Rc<Trace> {
         let make = || {
             let downstream = (cx.connection.local, cx.connection.remote);
-            let trace = Trace::new(Arc::clone(&self.config), self.recorded, self.rq_tapped, cx.random, downstream);
+            let trace = Trace::new(self.config.clone(), self.recorded, self.rq_tapped, cx.random, downstream);
             cx.progress.taps.borrow_mut().push(Rc::clone(&trace));
             trace
         };
@@ -151,7 +154,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
                 OutputSinkType::FilePerTap(sink) => files(&sink.path_prefix, path),
                 _ => Err(FieldError::new(path, "admin output must be configured via admin")),
             };
-            Source::Static(Arc::new(tap_config(&config, &path, target)?))
+            Source::Static(Shared::new(tap_config(&config, &path, target)?))
         }
         Some(ConfigType::AdminConfig(config)) => Source::Admin(Slot::register(&config.config_id)),
         None => return Err(FieldError::new(path, "needs admin_config or static_config")),

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::SystemTime,
 };
@@ -35,6 +34,7 @@ use super::{
     matcher::{Event, Statuses},
     output::text_of,
 };
+use crate::http::filters::shared::Kept;
 use crate::{
     http::{
         body::{Body, BodyError},
@@ -47,7 +47,7 @@ use crate::{
 
 /// A tap of one stream.
 pub(in crate::http) struct Trace {
-    config: Arc<TapConfig>,
+    config: Kept<TapConfig>,
     recorded: Recorded,
     rq_tapped: Counter,
     id: u64,
@@ -104,7 +104,7 @@ impl fmt::Debug for Trace {
 
 impl Trace {
     pub(super) fn new(
-        config: Arc<TapConfig>,
+        config: Kept<TapConfig>,
         recorded: Recorded,
         rq_tapped: Counter,
         id: u64,
