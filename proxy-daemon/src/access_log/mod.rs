@@ -1,8 +1,8 @@
 //! Access logs: one line a request or connection, in Envoy's format language.
 //!
 //! A format is compiled when configuration is applied. A worker formats straight into its own buffer of the log's sink
-//! and writes whole lines from time to time ([`flush_thread`]): no lock, no thread in between. What goes to a service is an entry
-//! in the place of a line.
+//! and hands whole lines over from time to time ([`flush_thread`]) to the thread that writes the file. What goes to a service is an
+//! entry in the place of a line.
 
 mod fields;
 mod filter;
@@ -16,6 +16,7 @@ mod record;
 mod service;
 mod sink;
 mod time;
+mod writer;
 
 use std::{path::Path, sync::Arc};
 
@@ -26,6 +27,7 @@ pub use flags::ResponseFlags;
 pub use record::{HeaderBytes, Headers, Record, Times};
 pub use service::{EntryKind, EntryParts, LogService, ServiceLogs, set_log_node};
 pub use sink::{flush_thread, flushes, reopen_all};
+pub(crate) use writer::finish;
 
 use self::{
     format::{Format, Part},
@@ -93,7 +95,7 @@ impl AccessLog {
         self.headers(Part::Trailers)
     }
 
-    /// Adds a line to this thread's buffer, where the log's filter lets it; it is written when the buffer is full or [`flush_thread`] is called.
+    /// Adds a line to this thread's buffer, where the log's filter lets it; it is handed over when the buffer is full or [`flush_thread`] is called.
     pub fn write(&self, record: &Record<'_>) {
         if !self.filter.admits(record) {
             return;

@@ -22,7 +22,7 @@ use super::{
     worker::{self, Command},
 };
 use crate::{
-    access_log::EventLog,
+    access_log::{self, EventLog},
     config::model::{
         ClusterConfig, Discovery, DnsResolver, ListenAddress, Listener, LocalNode, LocalityEndpoints, RouteConfig,
         RouteSource, Scope,
@@ -126,8 +126,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// How long the end waits for taps to be written.
-const TAPS_WRITTEN_WITHIN: Duration = Duration::from_secs(1);
+/// How long the end waits for access logs, and for taps, to be written.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(1);
 
 impl DataPlane {
     /// Starts the workers. Must be called within the control runtime, which looks up names for them.
@@ -560,7 +560,8 @@ impl DataPlane {
         for thread in lock(&self.0.threads).drain(..) {
             let _ = thread.join();
         }
-        crate::http::filters::tap::finish(TAPS_WRITTEN_WITHIN);
+        access_log::finish(WRITTEN_WITHIN);
+        crate::http::filters::tap::finish(WRITTEN_WITHIN);
         end_interception(lock(&self.0.interception).take());
     }
 }
