@@ -3,16 +3,16 @@
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
-    pin::Pin,
+    pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker, ready},
     time::{Instant, SystemTime},
 };
 
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use http::HeaderValue;
 use http_body::Frame;
-use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _};
 
 use super::tcp_proxy::{Ended, Outcome, TcpProxy};
 use crate::{
@@ -52,27 +52,32 @@ impl Client {
 }
 
 /// What a client says, as a request's body.
-struct Said(Rc<Client>);
+struct Said {
+    client: Rc<Client>,
+    /// Without memory while the client says nothing.
+    buffer: BytesMut,
+}
 
 impl http_body::Body for Said {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let client = &self.0;
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Said { client, buffer } = &mut *self;
         if !client.open.get() {
             client.reader.replace(Some(cx.waker().clone()));
             return Poll::Pending;
         }
-        let mut buffer = [0; BUFFER];
-        let mut space = ReadBuf::new(&mut buffer);
-        let read = ready!(Pin::new(&mut *client.stream.borrow_mut()).poll_read(cx, &mut space));
-        let data = space.filled();
+        buffer.reserve(BUFFER);
+        let Poll::Ready(read) = pin!(client.stream.borrow_mut().read_buf(buffer)).poll(cx) else {
+            *buffer = BytesMut::new();
+            return Poll::Pending;
+        };
         Poll::Ready(match read {
-            Ok(()) if data.is_empty() => None,
-            Ok(()) => {
-                client.passed(&client.received, data.len());
-                Some(Ok(Frame::data(Bytes::copy_from_slice(data))))
+            Ok(0) => None,
+            Ok(read) => {
+                client.passed(&client.received, read);
+                Some(Ok(Frame::data(buffer.split().freeze())))
             }
             Err(error) => {
                 client.broken.set(true);
@@ -198,7 +203,8 @@ async fn dial(
     for _ in 0..proxy.config.max_connect_attempts {
         let (host, post_path) = (host.clone(), tunneling.post_path.as_ref());
         let target = Target { host, post_path, headers: &tunneling.headers, record: &record, metadata_match };
-        match tunnel::open(cluster, info.source, target, Said(Rc::clone(client))).await {
+        let said = Said { client: Rc::clone(client), buffer: BytesMut::new() };
+        match tunnel::open(cluster, info.source, target, said).await {
             Ok(tunnel) => return Some(tunnel),
             Err(flags) => {
                 outcome.flags |= flags;

@@ -371,3 +371,17 @@ fn the_membership_changes_once_for_each_priority() {
     assert_eq!(set(&[at(0, 0..1), at(1, 1..4)]), 2, "one has moved");
     assert_eq!(set(&[]), 2);
 }
+
+#[test]
+fn counters_that_clients_name_are_bounded_over_all_versions_of_a_cluster() {
+    let clusters = Arc::new(Clusters::new(1));
+    let worker = WorkerClusters::new(Arc::clone(&clusters), 0);
+    for (version, most) in [(1, 2), (2, 2), (3, 2)] {
+        clusters.upsert(ClusterConfig { max_requests_per_connection: version, ..cluster("a") });
+        let of_version = |method: &str| {
+            let cluster = worker.get("a").unwrap();
+            cluster.counter_within(&format!("grpc.{method}{version}.total"), most).is_some()
+        };
+        assert_eq!((of_version("x"), of_version("y"), of_version("z")), (version == 1, version == 1, false));
+    }
+}

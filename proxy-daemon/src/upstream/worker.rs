@@ -165,8 +165,8 @@ pub struct WorkerCluster {
     dynamic: DynamicHosts,
     /// Of an aggregate.
     pub(super) members: Option<WorkerMembers>,
-    /// What filters count below the cluster's name.
-    counters: RefCell<HashMap<Box<str>, Counter>>,
+    /// What filters count below the cluster's name: those of clients' making are bounded over all of its versions.
+    counters: Rc<RefCell<HashMap<Box<str>, Counter>>>,
 }
 
 impl fmt::Debug for WorkerCluster {
@@ -188,7 +188,7 @@ impl WorkerCluster {
             turns: RefCell::default(),
             new_hosts: NewHosts::default(),
             dynamic: DynamicHosts::default(),
-            counters: RefCell::default(),
+            counters: Rc::default(),
         }
     }
 
@@ -215,6 +215,9 @@ impl WorkerCluster {
     fn replacing(before: &WorkerCluster, cluster: Arc<Cluster>, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
         let mut next = WorkerCluster::new(cluster, before.worker, clusters);
         let (old, new) = (&before.cluster.config, &next.cluster.config);
+        if old.stat_name == new.stat_name {
+            next.counters = Rc::clone(&before.counters);
+        }
         if old.connects_as(new) {
             // Streams that began with the one before may choose of its hosts again.
             next.mine = Rc::new(before.mine.of_next_version(new.pool));

@@ -1,6 +1,6 @@
 //! Counters of gRPC calls below a cluster's name: `cluster.<name>.grpc.<service>.<method>.<what>`.
 
-use std::rc::Rc;
+use std::{cell::RefCell, rc::Rc};
 
 use http::HeaderValue;
 
@@ -16,12 +16,15 @@ const MAX_COUNTERS: usize = 10_000;
 /// The longest name of a service or method that has counters of its own, in bytes.
 const MAX_NAME: usize = 256;
 
+/// The longest of what a call's counters are called: `request_message_count`, `response_message_count`.
+const MAX_WHAT: usize = 32;
+
 /// Where one call is counted.
 pub(super) struct Call {
     cluster: Rc<WorkerCluster>,
     protocol: &'static str,
-    /// `<service>.<method>`; `None`: the counters of all calls.
-    method: Option<String>,
+    /// `<protocol>.<service>.<method>.`, to which names are put; empty: the counters of all calls.
+    own: RefCell<String>,
 }
 
 /// The service and the method that a path names.
@@ -35,15 +38,26 @@ impl Call {
     /// A call of the stream's cluster, if it has one.
     pub(super) fn new(cx: &StreamCx, protocol: &'static str, method: Option<(&str, &str)>) -> Option<Call> {
         let short = |(service, method): &(&str, &str)| service.len() <= MAX_NAME && method.len() <= MAX_NAME;
-        let method = method.filter(short).map(|(service, method)| format!("{service}.{method}"));
-        Some(Call { cluster: Rc::clone(cx.cluster.as_ref()?), protocol, method })
+        let cluster = Rc::clone(cx.cluster.as_ref()?);
+        let mut own = String::new();
+        if let Some((service, method)) = method.filter(short) {
+            own.reserve(protocol.len() + service.len() + method.len() + 3 + MAX_WHAT);
+            own.extend([protocol, ".", service, ".", method, "."]);
+        }
+        Some(Call { cluster, protocol, own: RefCell::new(own) })
     }
 
     /// The call's counter of this name.
     pub(super) fn counter(&self, what: &str) -> Counter {
-        let Call { cluster, protocol, method } = self;
-        let own = method.as_ref().map(|method| format!("{protocol}.{method}.{what}"));
-        let counter = own.and_then(|own| cluster.counter_within(&own, MAX_COUNTERS));
+        let Call { cluster, protocol, own } = self;
+        let mut own = own.borrow_mut();
+        let shared = own.len();
+        let mut counter = None;
+        if shared > 0 {
+            own.push_str(what);
+            counter = cluster.counter_within(&own, MAX_COUNTERS);
+            own.truncate(shared);
+        }
         counter.unwrap_or_else(|| cluster.counter(&format!("{protocol}.{what}")))
     }
 

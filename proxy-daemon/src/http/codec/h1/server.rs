@@ -44,6 +44,9 @@ use crate::{
 /// What a client has sent ahead of its turn is read up to this, in bytes; the rest waits in the kernel.
 const PIPELINED: usize = 16 * 1024;
 
+/// As much of a body is looked at before its request is forwarded.
+const LOOKED_AT: usize = 4 * 1024;
+
 /// A client's connection.
 pub(in crate::http) struct ServerConnection {
     inner: RefCell<Inner>,
@@ -315,13 +318,14 @@ impl ServerConnection {
         }
     }
 
-    /// Looks at as much of a chunked body as is there already: where that is malformed, nothing is forwarded.
+    /// Looks at the beginning of a chunked body, as far as it is there already: where that is malformed, nothing is forwarded.
     fn malformed_start(&self, framing: Framing, state: &ConnState) -> Option<LocalReply> {
         let inner = self.inner.borrow();
         if framing != Framing::Chunked || inner.buffer.is_empty() {
             return None;
         }
-        let (mut decoder, mut copy) = (Decoder::new(framing), BytesMut::from(&inner.buffer[..]));
+        let (mut decoder, mut copy) =
+            (Decoder::new(framing), BytesMut::from(&inner.buffer[..inner.buffer.len().min(LOOKED_AT)]));
         loop {
             match decoder.decode(&mut copy, inner.limits) {
                 Ok(Some(Item::Data(_))) => {}
