@@ -1,7 +1,7 @@
 //! Requests over plain HTTP: all that the status pages, discovery's own API and the admin interface need.
 
 use std::io::{Read as _, Write as _};
-use std::net::{TcpStream, ToSocketAddrs as _};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs as _};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -19,6 +19,36 @@ pub fn get(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     request(base, "GET", path)
 }
 
+/// Fetches `path` from each address of the name in `base`: from all replicas, where it is that of a headless Service.
+///
+/// # Errors
+/// When the name has no address. What is said by whom is in the list.
+pub fn get_all(base: &str, path: &str) -> anyhow::Result<Vec<(SocketAddr, anyhow::Result<Vec<u8>>)>> {
+    let mut addresses: Vec<_> = resolve(base)?.1.collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    let ask = |address: SocketAddr| (address, get(&address.to_string(), path));
+    let mut said: Vec<_> = addresses.into_iter().map(ask).collect();
+    let some = said.iter().any(|(_, answer)| answer.is_ok());
+    // `localhost` has an address in each family, of which discovery may have one.
+    said.retain(|(address, answer)| answer.is_ok() || !some || !address.ip().is_loopback());
+    Ok(said)
+}
+
+/// The authority of a URL, and its addresses.
+fn resolve(base: &str) -> anyhow::Result<(&str, impl Iterator<Item = SocketAddr>)> {
+    let authority = match base.split_once("://") {
+        Some(("http", rest)) => rest,
+        Some((scheme, _)) => bail!("`{scheme}` URLs are not supported, only http"),
+        None => base,
+    };
+    let authority = authority.trim_end_matches('/');
+    ensure!(!authority.is_empty() && !authority.contains('/'), "`{base}` is not of the form http://HOST:PORT");
+    let port = if has_port(authority) { "" } else { ":80" };
+    let addresses = format!("{authority}{port}").to_socket_addrs();
+    Ok((authority, addresses.with_context(|| format!("cannot resolve {authority}"))?))
+}
+
 /// Posts nothing to `path` of the server at `base`, which has it do something.
 ///
 /// # Errors
@@ -32,18 +62,9 @@ pub fn post(base: &str, path: &str) -> anyhow::Result<Vec<u8>> {
 /// # Errors
 /// When the server cannot be reached or does not answer in HTTP.
 pub fn send(base: &str, method: &str, path: &str, headers: &str, body: &str) -> anyhow::Result<(u16, Vec<u8>)> {
-    let authority = match base.split_once("://") {
-        Some(("http", rest)) => rest,
-        Some((scheme, _)) => bail!("`{scheme}` URLs are not supported, only http"),
-        None => base,
-    };
-    let authority = authority.trim_end_matches('/');
-    ensure!(!authority.is_empty() && !authority.contains('/'), "`{base}` is not of the form http://HOST:PORT");
-    let port = if has_port(authority) { String::new() } else { ":80".to_owned() };
+    let (authority, addresses) = resolve(base)?;
     let mut last = None;
-    for address in
-        format!("{authority}{port}").to_socket_addrs().with_context(|| format!("cannot resolve {authority}"))?
-    {
+    for address in addresses {
         match TcpStream::connect_timeout(&address, TIMEOUT) {
             Ok(connection) => return exchange(connection, authority, (method, path), headers, body),
             Err(error) => last = Some(error),

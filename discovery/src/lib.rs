@@ -139,6 +139,7 @@ impl Discovery {
             });
         }
         // As far as they can be read now: the mesh does not wait for them.
+        let contexts = overrides.contexts.clone();
         overrides.shares.refresh().await;
         let following = overrides.shares.clone().run();
         tasks.spawn(async move {
@@ -183,7 +184,8 @@ impl Discovery {
             dividing.await;
             Ok(())
         });
-        let xds = Xds { snapshots, shutdown: asked, clients, authorization, loads, load_report_interval, checks };
+        let xds =
+            Xds { snapshots, shutdown: asked, clients, authorization, loads, contexts, load_report_interval, checks };
         tasks.spawn(async move { xds.serve(listen, tls).await.context("serving xDS") });
         info!("serving xDS on {listen_address}, status on http://{http_address}/status");
         Ok(Self { listen: listen_address, http: http_address, pages, shutdown, tasks })

@@ -6,7 +6,13 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use support::Program;
+use culvert_xds_client::overrides::contexts::{CLUSTER, Carried, Counted, report};
+use envoy_types::pb::envoy::config::core::v3::Node;
+use envoy_types::pb::envoy::service::load_stats::v3::LoadStatsRequest;
+use envoy_types::pb::envoy::service::load_stats::v3::load_reporting_service_client::LoadReportingServiceClient;
+use support::{DEADLINE, Program};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 
 const SERVICES: &str = "
 apiVersion: v1
@@ -158,6 +164,63 @@ fn the_page_shows_everything_and_escapes_names() {
     assert!(shares.contains("checkout") && shares.contains("users=feature-x"), "{shares}");
     assert!(part(&page, "tunnels").contains("None."), "{page}");
     assert!(part(&page, "clients").contains("None."), "{page}");
+}
+
+/// Reports contexts as a daemon does that was asked to.
+async fn report_contexts(program: &Program, counted: Vec<(Counted, Carried)>) {
+    let mut client = LoadReportingServiceClient::connect(format!("http://{}", program.listen)).await.unwrap();
+    let (sender, requests) = mpsc::channel(2);
+    let node = Some(Node { id: "n".to_owned(), ..Node::default() });
+    sender.send(LoadStatsRequest { node, cluster_stats: Vec::new() }).await.unwrap();
+    let mut answers = client.stream_load_stats(ReceiverStream::new(requests)).await.unwrap().into_inner();
+    let asked = answers.message().await.unwrap().unwrap();
+    assert!(asked.send_all_clusters && asked.clusters == [CLUSTER], "{asked:?}");
+    let cluster_stats = vec![report(counted, Default::default())];
+    sender.send(LoadStatsRequest { node: None, cluster_stats }).await.unwrap();
+    // Discovery ends the stream when it has read everything.
+    drop(sender);
+    assert_eq!(answers.message().await.unwrap(), None);
+}
+
+#[test]
+fn who_drops_contexts_is_shown() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = program(directory.path());
+    if let Some(page) = seen_by_chromium(&program, "") {
+        let contexts = part(&page, "contexts");
+        assert!(contexts.contains("No proxy reports: "), "{contexts}");
+    }
+    let carried = |overrides, trace_only, nothing| Carried { overrides, trace_only, nothing };
+    let counted = vec![
+        (Counted::To("users.default:80".to_owned()), carried(3, 0, 4)),
+        (Counted::From("10.1.0.1".to_owned()), carried(0, 2, 0)),
+        (Counted::From("10.1.0.9".to_owned()), carried(0, 1, 5)),
+        (Counted::To("orders.default:80".to_owned()), carried(0, 0, 9)),
+        (Counted::To("<img>".to_owned()), carried(1, 0, 0)),
+    ];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(DEADLINE, report_contexts(&program, counted)).await.unwrap() });
+    let contexts = program.json("/status")["contexts"].clone();
+    let verdict = "DROPS them: it passes on trace headers, but not their baggage";
+    let expected = serde_json::json!({ "reports": 1, "services": [{
+        "service": "users.default", "drops": true, "verdict": verdict,
+        "came": { "overrides": 3, "trace_only": 0, "nothing": 4 }, "went": { "overrides": 0, "trace_only": 3, "nothing": 5 },
+    }] });
+    assert_eq!(contexts, expected);
+    let metrics = program.page("/metrics");
+    for line in [
+        "culvert_discovery_context_reports_total 1",
+        "culvert_discovery_context_requests_total{service=\"users.default\",direction=\"went\",carried=\"trace_only\"} 3",
+        "culvert_discovery_context_requests_total{service=\"orders.default\",direction=\"came\",carried=\"nothing\"} 9",
+        "culvert_discovery_context_dropped{service=\"users.default\"} 1",
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
+    assert!(!program.json("/status")["loads"].to_string().contains(CLUSTER));
+    let Some(page) = seen_by_chromium(&program, "") else { return };
+    let contexts = part(&page, "contexts");
+    let row = "<th scope=\"row\">users.default</th><td>3</td><td>7</td><td>0</td><td>3</td><td>8</td>";
+    assert!(contexts.contains(row) && contexts.contains(&format!("<td class=\"bad\">{verdict}</td>")), "{contexts}");
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! `culvert override doctor`: which services do not pass on what they are sent.
 //!
 //! A daemon counts the requests that leave enrolled pods, by the service that they go to and by the address that they come from, and by
-//! what they carry. What comes in to a service is told by the daemons of those who call it, what goes out by the daemons of its
-//! own pods. Nobody knows which request was made because of which: these are shares.
+//! what they carry, and reports that to discovery. Daemons that do not are asked themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, ensure};
 use clap::Args;
-use serde_json::{Value, json};
+use culvert_discovery::overrides::contexts::{ContextStatus, ContextsStatus, Passed};
+use culvert_xds_client::overrides::contexts::Carried;
+use serde_json::Value;
 
 use super::DecodeOutput;
 use crate::{http, table};
@@ -16,19 +17,19 @@ use crate::{http, table};
 /// What is printed below the flags.
 pub const HELP: &str = "\
 Examples:
+  culvert override doctor                                                     what daemons have reported to discovery
   culvert override doctor --admin http://node-a:9901 --admin http://node-b:9901
 
-Name the daemons of all nodes: what comes in to a service is counted where its callers are, and what it sends where its own pods
-are. Numbers are since the daemons started; with fewer than 20 requests that came with overrides, nothing is said of shares. The override filters have to have `watch_context` set.";
-
-/// So many requests have to have come in before shares are compared.
-const ENOUGH: u64 = 20;
+The override filters have to have `watch_context` set. Daemons whose `load_stats_config` names discovery report to it what they count, and
+if the name in --discovery has several addresses, as that of a headless Service has, all replicas are asked. Numbers are since
+discovery was started; with --admin, since those daemons were. Name the daemons of all nodes then: what comes in to a service is counted where its
+callers are, and what it sends where its own pods are. With fewer than 20 requests that came with overrides, nothing is said of shares.";
 
 /// Flags of `culvert override doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorFlags {
-    /// The admin interface of a daemon. May be repeated
-    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:9901")]
+    /// Ask a daemon itself, at its admin interface, in the place of what was reported. May be repeated
+    #[arg(long, value_name = "URL")]
     admin: Vec<String>,
 
     /// The status address of culvert-discovery (its --http), which knows whose addresses are whose
@@ -40,26 +41,6 @@ pub struct DoctorFlags {
     output: DecodeOutput,
 }
 
-/// Requests, by what they carried.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Carried {
-    overrides: u64,
-    trace_only: u64,
-    nothing: u64,
-}
-
-impl Carried {
-    fn total(self) -> u64 {
-        self.overrides + self.trace_only + self.nothing
-    }
-
-    fn add(&mut self, other: Carried) {
-        self.overrides += other.overrides;
-        self.trace_only += other.trace_only;
-        self.nothing += other.nothing;
-    }
-}
-
 /// What the daemons have counted: to services by their clusters, and from addresses.
 #[derive(Debug, Default)]
 struct Counted {
@@ -67,16 +48,52 @@ struct Counted {
     from: BTreeMap<String, Carried>,
 }
 
-/// What is known of one service.
-#[derive(Debug)]
-struct Finding {
-    service: String,
-    came: Carried,
-    went: Carried,
-}
-
 /// Looks; gives what is to be printed.
 pub fn run(flags: &DoctorFlags) -> anyhow::Result<String> {
+    let found = if flags.admin.is_empty() { reported(&flags.discovery)? } else { asked(flags)? };
+    Ok(match flags.output {
+        DecodeOutput::Text => in_words(&found),
+        DecodeOutput::Json => format!("{:#}\n", serde_json::to_value(&found)?),
+    })
+}
+
+/// What proxies have reported to discovery, to all replicas together.
+fn reported(discovery: &str) -> anyhow::Result<ContextsStatus> {
+    let mut silent = Vec::new();
+    let mut services: BTreeMap<String, Passed> = BTreeMap::new();
+    let (mut reports, mut answers) = (0, 0);
+    for (address, answer) in http::get_all(discovery, "/status")? {
+        let answer = answer.and_then(|body| {
+            let status: Value = serde_json::from_slice(&body)?;
+            let contexts =
+                status.get("contexts").context("it says nothing of contexts; is it older than this command?")?;
+            Ok(serde_json::from_value::<ContextsStatus>(contexts.clone())?)
+        });
+        let found = match answer {
+            Ok(found) => found,
+            Err(error) => {
+                silent.push(format!("{address}: {error:#}"));
+                continue;
+            }
+        };
+        answers += 1;
+        reports += found.reports;
+        for ContextStatus { service, passed, .. } in found.services {
+            let sum = services.entry(service).or_default();
+            sum.came += passed.came;
+            sum.went += passed.went;
+        }
+    }
+    ensure!(answers > 0, "no status from {discovery}; name culvert-discovery with --discovery: {}", silent.join("; "));
+    for replica in &silent {
+        eprintln!("left out: {replica}");
+    }
+    let services = services.into_iter().map(|(service, passed)| ContextStatus::new(service, passed));
+    Ok(ContextsStatus { reports, services: services.collect() })
+}
+
+/// What these daemons say themselves.
+fn asked(flags: &DoctorFlags) -> anyhow::Result<ContextsStatus> {
     let mut counted = Counted::default();
     let mut silent = Vec::new();
     for admin in &flags.admin {
@@ -93,11 +110,7 @@ pub fn run(flags: &DoctorFlags) -> anyhow::Result<String> {
     let status = http::get(&flags.discovery, "/status")
         .with_context(|| format!("no status from {}; name culvert-discovery with --discovery", flags.discovery))?;
     let status: Value = serde_json::from_slice(&status).context("the status of culvert-discovery")?;
-    let findings = findings(&counted, &status);
-    Ok(match flags.output {
-        DecodeOutput::Text => in_words(&findings),
-        DecodeOutput::Json => format!("{:#}\n", as_json(&findings)),
-    })
+    Ok(findings(&counted, &status))
 }
 
 impl Counted {
@@ -139,96 +152,61 @@ fn address_of(endpoint: &Value) -> Option<&str> {
 }
 
 /// What is known of the services that requests with overrides came to.
-fn findings(counted: &Counted, status: &Value) -> Vec<Finding> {
+fn findings(counted: &Counted, status: &Value) -> ContextsStatus {
     let mut services: BTreeMap<&str, (Carried, BTreeSet<&str>)> = BTreeMap::new();
     for port in status["services"].as_array().into_iter().flatten() {
         let (Some(service), Some(cluster)) = (port["service"].as_str(), port["envoy_cluster"].as_str()) else {
             continue;
         };
         let (came, addresses) = services.entry(service).or_default();
-        came.add(counted.to.get(&in_stats(cluster)).copied().unwrap_or_default());
+        *came += counted.to.get(&in_stats(cluster)).copied().unwrap_or_default();
         let listed = ["endpoints", "offloaded"].into_iter().flat_map(|key| port[key].as_array().into_iter().flatten());
         addresses.extend(listed.filter_map(address_of));
     }
     let finding = |(service, (came, addresses)): (&str, (Carried, BTreeSet<&str>))| {
         let mut went = Carried::default();
         for address in addresses {
-            went.add(counted.from.get(&in_stats(address)).copied().unwrap_or_default());
+            went += counted.from.get(&in_stats(address)).copied().unwrap_or_default();
         }
-        Finding { service: service.to_owned(), came, went }
+        ContextStatus::new(service.to_owned(), Passed { came, went })
     };
-    services.into_iter().filter(|(_, (came, _))| came.overrides > 0).map(finding).collect()
+    let services = services.into_iter().filter(|(_, (came, _))| came.overrides > 0).map(finding).collect();
+    // Each daemon that answered counts as a report.
+    ContextsStatus { reports: 1, services }
 }
 
-impl Finding {
-    /// What that means, in words; and whether the service drops what it is sent.
-    fn verdict(&self) -> (&'static str, bool) {
-        let Finding { came, went, .. } = self;
-        if went.total() == 0 {
-            return ("calls nobody that is seen", false);
-        }
-        if went.overrides == 0 && went.trace_only > 0 {
-            return ("DROPS them: it passes on trace headers, but not their baggage", true);
-        }
-        if went.overrides == 0 {
-            return ("DROPS them", true);
-        }
-        // The share that goes out is less than half of the share that comes in.
-        let (out_share, in_share) = (
-            u128::from(went.overrides) * u128::from(came.total()),
-            u128::from(came.overrides) * u128::from(went.total()),
-        );
-        let less = 2 * out_share < in_share;
-        match (came.overrides >= ENOUGH, less) {
-            (true, true) => ("passes on some, and may drop others", true),
-            (true, false) => ("passes them on", false),
-            (false, true) => ("passes on some; too few have come to say more", false),
-            (false, false) => ("passes on what came so far", false),
-        }
+fn in_words(found: &ContextsStatus) -> String {
+    if found.reports == 0 {
+        return "no daemon has reported to discovery what requests carry: their `load_stats_config` has to name it, and their override \
+                filters to have watch_context set; or name daemons with --admin\n"
+            .to_owned();
     }
-}
-
-fn in_words(findings: &[Finding]) -> String {
-    if findings.is_empty() {
+    if found.services.is_empty() {
         return "no request with overrides has been seen on its way to a service that discovery knows; do the override filters \
                 have watch_context set?\n"
             .to_owned();
     }
     let heading = ["SERVICE", "CAME WITH", "OF", "WENT WITH", "TRACE ONLY", "OF", "IT"];
-    let rows = findings.iter().map(|finding| {
+    let rows = found.services.iter().map(|it| {
         let number = |number: u64| number.to_string();
-        let Finding { service, came, went } = finding;
+        let Passed { came, went } = it.passed;
         vec![
-            service.clone(),
+            it.service.clone(),
             number(came.overrides),
             number(came.total()),
             number(went.overrides),
             number(went.trace_only),
             number(went.total()),
-            finding.verdict().0.to_owned(),
+            it.verdict.clone(),
         ]
     });
     table::lines(&heading, &rows.collect::<Vec<_>>(), "", table::terminal_width())
 }
 
-fn as_json(findings: &[Finding]) -> Value {
-    let carried =
-        |it: Carried| json!({ "overrides": it.overrides, "trace_only": it.trace_only, "nothing": it.nothing });
-    let services = findings.iter().map(|finding| {
-        let (verdict, drops) = finding.verdict();
-        json!({
-            "service": finding.service,
-            "came": carried(finding.came),
-            "went": carried(finding.went),
-            "drops": drops,
-            "verdict": verdict,
-        })
-    });
-    json!({ "services": services.collect::<Vec<_>>() })
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn status() -> Value {
@@ -261,26 +239,15 @@ mod tests {
              override_context.to.other.overrides: 1\nhttp.x.override.applied: 4\nnonsense\n",
         );
         let found = findings(&counted, &status());
-        let verdicts: Vec<_> = found.iter().map(|it| (&*it.service, it.verdict())).collect();
+        let verdicts: Vec<_> = found.services.iter().map(|it| (&*it.service, &*it.verdict, it.drops)).collect();
         let expected = [
-            ("front.default", ("passes on what came so far", false)),
-            ("leaf.default", ("calls nobody that is seen", false)),
-            ("orders.default", ("DROPS them", true)),
-            ("users.default", ("DROPS them: it passes on trace headers, but not their baggage", true)),
+            ("front.default", "passes on what came so far", false),
+            ("leaf.default", "calls nobody that is seen", false),
+            ("orders.default", "DROPS them", true),
+            ("users.default", "DROPS them: it passes on trace headers, but not their baggage", true),
         ];
         assert_eq!(verdicts, expected);
-        assert_eq!(found[0].went, Carried { overrides: 3, trace_only: 5, nothing: 0 });
+        assert_eq!(found.services[0].passed.went, Carried { overrides: 3, trace_only: 5, nothing: 0 });
         assert!(in_words(&found).lines().nth(1).unwrap().starts_with("front.default"));
-    }
-
-    #[test]
-    fn shares_are_compared_where_there_are_enough() {
-        let finding = |came, went| Finding { service: String::new(), came, went };
-        let carried = |overrides, nothing| Carried { overrides, trace_only: 0, nothing };
-        assert!(!finding(carried(19, 0), carried(1, 99)).verdict().1);
-        assert!(finding(carried(20, 0), carried(1, 99)).verdict().1);
-        assert!(!finding(carried(20, 80), carried(11, 89)).verdict().1);
-        let few = finding(carried(14, 0), Carried { overrides: 3, trace_only: 6, nothing: 0 });
-        assert_eq!(few.verdict(), ("passes on some; too few have come to say more", false));
     }
 }

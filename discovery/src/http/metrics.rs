@@ -8,8 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use culvert_xds_client::overrides::contexts::Carried;
+
 use super::StatusPages;
 use crate::mesh::{Health, Mesh, MeshPort, OffloadedEndpoint, cluster_name};
+use crate::overrides::contexts::Passed;
 use crate::registry::Cluster;
 use crate::resources::ProxyKind;
 use crate::server::authorization::Refusal;
@@ -129,6 +132,7 @@ impl StatusPages {
         self.write_secrets(&mut to);
         self.write_registrations(&mut to);
         self.write_overrides(&mut to);
+        self.write_contexts(&mut to);
         let seconds = Duration::from_micros(self.activity.build_microseconds.load(Ordering::Relaxed)).as_secs_f64();
         let builds = self.activity.builds.load(Ordering::Relaxed);
         to.counter("culvert_discovery_builds_total", "How often the mesh and its resources were made.", builds);
@@ -274,6 +278,33 @@ impl StatusPages {
         to.gauge("culvert_discovery_tunnels", "Tunnels to developers' machines.", tunnels.len());
         let connections: usize = tunnels.iter().map(|tunnel| tunnel.connections).sum();
         to.gauge("culvert_discovery_tunnel_connections", "Connections in them.", connections);
+    }
+
+    fn write_contexts(&self, to: &mut Exposition) {
+        let contexts = &self.overrides.contexts;
+        let help = "Reports of proxies about contexts of overrides.";
+        to.counter("culvert_discovery_context_reports_total", help, contexts.reports());
+        let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+        let services = contexts.services(&mesh);
+        let requests = services.iter().flat_map(|(service, Passed { came, went })| {
+            [("came", came), ("went", went)].into_iter().flat_map(move |(direction, carried)| {
+                let Carried { overrides, trace_only, nothing } = *carried;
+                [("overrides", overrides), ("trace_only", trace_only), ("nothing", nothing)].map(|(what, count)| {
+                    let labels = [
+                        ("service", service.clone()),
+                        ("direction", direction.to_owned()),
+                        ("carried", what.to_owned()),
+                    ];
+                    (labels, count)
+                })
+            })
+        });
+        let help = "Requests that came to services and went out from their pods, by the context that they carried.";
+        to.family("culvert_discovery_context_requests_total", "counter", help, requests);
+        let drops = contexts.status(&mesh).services.into_iter();
+        let drops = drops.map(|it| ([("service", it.service)], u8::from(it.drops)));
+        let help = "Whether a service that requests with overrides came to drops them.";
+        to.family("culvert_discovery_context_dropped", "gauge", help, drops);
     }
 
     fn write_registrations(&self, to: &mut Exposition) {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::StatusPages;
 use crate::health::CheckerStatus;
 use crate::mesh::{Health, MeshPort};
+use crate::overrides::contexts::ContextsStatus;
 use crate::overrides::shares;
 use crate::overrides::tunnels::TunnelStatus;
 use crate::registration;
@@ -49,6 +50,8 @@ pub struct Status {
     pub clients: Vec<ConnectedClient>,
     /// What proxies have reported of the requests to each Envoy cluster, since the start.
     pub loads: BTreeMap<String, Load>,
+    /// Which services pass contexts of overrides on.
+    pub contexts: ContextsStatus,
     /// The nodes that check endpoints.
     pub checkers: Vec<CheckerStatus>,
     /// What proxies may be given of secrets. Nothing of what is secret about them.
@@ -241,6 +244,7 @@ impl StatusPages {
             warnings: mesh.warnings.clone(),
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
             loads: self.loads.clusters(),
+            contexts: self.overrides.contexts.status(&mesh),
             checkers: self.checks.status(),
             secrets: mesh.secrets.iter().map(|(name, secret)| secret_status(name, secret)).collect(),
             secret_errors: self.secrets.errors(),

@@ -1,4 +1,5 @@
-//! What developers keep at discovery for their overrides: shares, which are stored, and tunnels, which are connections.
+//! What developers keep at discovery for their overrides: shares, which are stored, and tunnels, which are connections. And what proxies
+//! report of who passes contexts on.
 //!
 //! ```text
 //! GET    /overrides/shares         all shares
@@ -8,6 +9,7 @@
 //! GET    /overrides/tunnels        with `Upgrade: culvert-tunnel`: begins a tunnel
 //! ```
 
+pub mod contexts;
 pub mod shares;
 pub mod tunnels;
 
@@ -19,6 +21,7 @@ use http::{HeaderMap, Method, StatusCode, header};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use self::contexts::Contexts;
 use self::shares::Shares;
 use self::tunnels::Tunnels;
 use crate::access::{self, Denied};
@@ -62,6 +65,8 @@ pub struct Overrides {
     pub shares: Shares,
     /// The tunnels.
     pub tunnels: Tunnels,
+    /// Who passes contexts on.
+    pub contexts: Contexts,
     token_file: Option<Arc<PathBuf>>,
     changes: watch::Sender<u64>,
 }
@@ -76,7 +81,7 @@ impl Overrides {
         let changes = watch::channel(0).0;
         let shares = Shares::open(storage, max_shares, changes.clone())?;
         let tunnels = Tunnels::new(tunnels, changes.clone(), shutdown);
-        Ok(Self { shares, tunnels, token_file: token_file.map(Arc::new), changes })
+        Ok(Self { shares, tunnels, contexts: Contexts::default(), token_file: token_file.map(Arc::new), changes })
     }
 
     /// Changes each time that proxies are to be told something else.

@@ -1,10 +1,11 @@
-//! LRS: takes in what proxies report of the requests to each cluster.
+//! LRS: takes in what proxies report of the requests to each cluster, and of contexts of overrides.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use culvert_xds_client::overrides::contexts::CLUSTER;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterStats;
 use envoy_types::pb::envoy::service::load_stats::v3::load_reporting_service_server::LoadReportingService;
 use envoy_types::pb::envoy::service::load_stats::v3::{LoadStatsRequest, LoadStatsResponse};
@@ -18,6 +19,8 @@ use tracing::{debug, info};
 use super::asked;
 use super::authorization::Authorization;
 use super::tls::Identity;
+use crate::overrides::contexts::Contexts;
+use crate::resources::Snapshot;
 
 /// How often proxies are asked to report, if nothing was said.
 pub const INTERVAL: Duration = Duration::from_secs(10);
@@ -88,6 +91,8 @@ impl Loads {
 #[derive(Debug, Clone)]
 pub(super) struct Lrs {
     pub(super) loads: Loads,
+    pub(super) contexts: Contexts,
+    pub(super) snapshots: watch::Receiver<Arc<Snapshot>>,
     pub(super) interval: Duration,
     pub(super) authorization: Arc<Authorization>,
     pub(super) identity: Arc<Identity>,
@@ -127,6 +132,8 @@ impl Lrs {
                 };
                 let wanted = LoadStatsResponse {
                     send_all_clusters: true,
+                    // Others than culvertd do not look at it beside all clusters.
+                    clusters: vec![CLUSTER.to_owned()],
                     load_reporting_interval: Some(interval),
                     ..Default::default()
                 };
@@ -134,9 +141,15 @@ impl Lrs {
                     return;
                 }
             }
+            let (contexts, loads): (Vec<_>, Vec<_>) =
+                cluster_stats.into_iter().partition(|stats| stats.cluster_name == CLUSTER);
+            if !contexts.is_empty() {
+                let mesh = Arc::clone(&self.snapshots.borrow().mesh);
+                contexts.iter().for_each(|report| self.contexts.add(report, &mesh));
+            }
             // The first message is a report where there were loads before the stream.
-            if !cluster_stats.is_empty() {
-                self.loads.add(cluster_stats);
+            if !loads.is_empty() {
+                self.loads.add(loads);
             }
         }
     }

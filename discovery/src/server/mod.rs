@@ -47,6 +47,7 @@ use self::response::{Response, ResponseBody};
 use self::tls::{Identity, TlsFiles};
 use crate::health::{self, Checks};
 use crate::kubernetes::ObjectKey;
+use crate::overrides::contexts::Contexts;
 use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
 use crate::secrets::Access;
 
@@ -130,6 +131,8 @@ pub struct Xds {
     pub authorization: Arc<Authorization>,
     /// What proxies report.
     pub loads: Loads,
+    /// Who passes contexts of overrides on.
+    pub contexts: Contexts,
     /// How often they are asked to.
     pub load_report_interval: Duration,
     /// What they check.
@@ -157,8 +160,11 @@ impl Xds {
                 served(ClientStatusDiscoveryServiceServer::new(Csds(self.clients)), request).await
             }
             path if path.starts_with(LRS) => {
-                let Self { loads, load_report_interval: interval, authorization, shutdown, .. } = self;
-                let lrs = Lrs { loads, interval, authorization, identity: peer.identity, shutdown };
+                let Self {
+                    loads, contexts, snapshots, load_report_interval: interval, authorization, shutdown, ..
+                } = self;
+                let identity = peer.identity;
+                let lrs = Lrs { loads, contexts, snapshots, interval, authorization, identity, shutdown };
                 served(LoadReportingServiceServer::new(lrs), request).await
             }
             path if path.starts_with(HDS) => {

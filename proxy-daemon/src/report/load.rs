@@ -22,6 +22,9 @@ use envoy_types::pb::{
     google::protobuf::Duration as ProtoDuration,
 };
 
+use culvert_xds_client::overrides::contexts;
+
+use super::contexts::ContextReporter;
 use crate::{
     config::model::{Discovery, EndpointAddress, Locality},
     upstream::{Cluster, ClusterMap, Host, HostCounter, HostCounters},
@@ -39,6 +42,7 @@ pub struct LoadReporter {
     wanted: Option<Wanted>,
     /// The clusters that the next report is about, with the time of their last one.
     since: BTreeMap<Arc<str>, Instant>,
+    contexts: ContextReporter,
 }
 
 #[derive(Debug)]
@@ -47,6 +51,8 @@ struct Wanted {
     clusters: Option<Vec<Arc<str>>>,
     interval: Duration,
     endpoints: bool,
+    /// Who carries contexts of overrides.
+    contexts: bool,
 }
 
 impl LoadReporter {
@@ -58,6 +64,8 @@ impl LoadReporter {
             clusters: (!answer.send_all_clusters).then(|| names.collect()),
             interval: interval.unwrap_or_default().clamp(MIN_INTERVAL, MAX_INTERVAL),
             endpoints: answer.report_endpoint_granularity,
+            // Beside all clusters too: it is none of them.
+            contexts: answer.clusters.iter().any(|name| name == contexts::CLUSTER),
         });
         self.begin(clusters, now);
     }
@@ -79,6 +87,9 @@ impl LoadReporter {
             reports.push(stats);
         }
         self.begin(clusters, now);
+        if self.wanted.as_ref().is_some_and(|wanted| wanted.contexts) {
+            reports.extend(self.contexts.report(now));
+        }
         reports
     }
 
@@ -250,7 +261,7 @@ fn std_duration(duration: &ProtoDuration) -> Duration {
 }
 
 /// In whole microseconds, as Envoy has it.
-fn microseconds(duration: Duration) -> ProtoDuration {
+pub(super) fn microseconds(duration: Duration) -> ProtoDuration {
     ProtoDuration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         nanos: duration.subsec_micros().cast_signed() * 1000,

@@ -1,5 +1,6 @@
 //! What control planes are told: load (LRS) and the health of hosts (HDS). docs/xds.md says what is reported when.
 
+mod contexts;
 mod health;
 mod health_stream;
 mod load;

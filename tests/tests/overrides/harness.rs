@@ -166,6 +166,7 @@ pub struct Mesh {
     pub port: u16,
     /// Where revision feature-x is.
     pub feature: u16,
+    main: u16,
 }
 
 impl Mesh {
@@ -181,16 +182,16 @@ impl Mesh {
         let discovery = Discovery::start(flags)?;
         discovery.write("users.yaml", &service(feature))?;
         discovery.write("users-x.yaml", OFFLOADED)?;
-        let port = free_port()?;
-        let daemon = Daemon::start_with(
-            Kind::Culvert,
-            &bootstrap(port, main, discovery.xds),
-            &["--service-node", "n", "--service-cluster", "c"],
-        )?;
-        let mesh = Mesh { discovery, daemon, port, feature };
+        let (daemon, port) = daemon("n", main, discovery.xds)?;
+        let mesh = Mesh { discovery, daemon, port, feature, main };
         let header = header(&["--set", "users=feature-x"])?;
         mesh.until_revision(&header, "feature-x")?;
         Ok(mesh)
+    }
+
+    /// A further node's daemon, and where it takes requests.
+    pub fn node(&self, name: &str, xds: u16) -> Result<(Daemon, u16)> {
+        daemon(name, self.main, xds)
     }
 
     /// One request for `users`, with some headers.
@@ -242,7 +243,13 @@ spec: {{clusterIP: 10.96.0.1, selector: {{app: users}}, ports: [{{name: http, po
     )
 }
 
-/// A daemon whose routes are its own, and which is told by discovery what can be named.
+fn daemon(name: &str, main: u16, xds: u16) -> Result<(Daemon, u16)> {
+    let port = free_port()?;
+    let yaml = bootstrap(port, main, xds);
+    Ok((Daemon::start_with(Kind::Culvert, &yaml, &["--service-node", name, "--service-cluster", "c"])?, port))
+}
+
+/// A daemon whose routes are its own, and which is told by discovery what can be named. `/front` leads to another service.
 fn bootstrap(port: u16, main: u16, xds: u16) -> String {
     let endpoint = |port: u16| {
         format!(
@@ -253,6 +260,8 @@ fn bootstrap(port: u16, main: u16, xds: u16) -> String {
     format!(
         r#"dynamic_resources:
   ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
+cluster_manager:
+  load_stats_config: {{api_type: GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
 static_resources:
   listeners:
   - name: in
@@ -265,16 +274,22 @@ static_resources:
           stat_prefix: ingress
           route_config:
             virtual_hosts:
-            - {{name: all, domains: ["*"], routes: [{{match: {{prefix: /}}, route: {{cluster: "users.default:80"}}}}]}}
+            - name: all
+              domains: ["*"]
+              routes:
+              - {{match: {{path: /front}}, route: {{cluster: "front.default:80"}}}}
+              - {{match: {{prefix: /}}, route: {{cluster: "users.default:80"}}}}
           http_filters:
           - name: culvert.filters.http.override
             typed_config:
               "@type": type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override
               original_dst_cluster: original_dst
+              watch_context: true
           - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
   clusters:
   - {{name: "users.default:80", type: STATIC, load_assignment: {{cluster_name: users, endpoints: {main}}}}}
+  - {{name: "front.default:80", type: STATIC, load_assignment: {{cluster_name: front, endpoints: {main}}}}}
   - {{name: original_dst, type: ORIGINAL_DST, lb_policy: CLUSTER_PROVIDED, connect_timeout: 1s}}
   - name: discovery
     type: STATIC

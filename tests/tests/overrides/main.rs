@@ -1,6 +1,7 @@
 //! What goes with overrides: `culvert override list`, shares, the local proxy and tunnels, with the built programs: discovery,
 //! a culvertd that is told by it what can be named, and the command line.
 
+mod contexts;
 mod harness;
 mod proxies;
 mod shares;

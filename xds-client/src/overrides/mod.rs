@@ -13,6 +13,7 @@
 //! All of it comes from outside: every function here bounds what it reads and none panics on any input.
 
 mod carriers;
+pub mod contexts;
 mod fuzz;
 mod message;
 mod ot_span_context;

@@ -47,7 +47,7 @@ pub(super) use custom_response::{Led, RedirectPolicy};
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub use header_mutation::EarlyMutations;
 pub use on_demand::ClustersOnDemand;
-pub use r#override::{Explained, OffloadedTable, OverrideState, explain};
+pub use r#override::{Explained, OffloadedTable, OverrideState, counted_contexts, explain};
 pub use router::RouterFilter;
 
 use super::{

@@ -34,7 +34,7 @@ use http::{HeaderValue, StatusCode};
 pub use self::{
     explain::{Explained, explain},
     offloaded::OffloadedTable,
-    state::OverrideState,
+    state::{OverrideState, counted_contexts},
 };
 use self::{
     offloaded::Policy,

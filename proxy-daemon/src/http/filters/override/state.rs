@@ -2,16 +2,33 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
+
+use culvert_xds_client::overrides::contexts::{Carried, Counted};
 
 use crate::stats::{Counter, Scope};
 
 /// The most services, and the most addresses, that are counted on their own. The rest counts as `other`.
 const MAX_COUNTED: usize = 500;
+const OTHER: &str = "other";
+const TO: &str = "to";
+const FROM: &str = "from";
 const SECOND: Duration = Duration::from_secs(1);
+
+/// What all workers count, for reports. A worker is here once for each service and address that it meets.
+static COUNTED: Mutex<BTreeMap<Counted, Contexts>> = Mutex::new(BTreeMap::new());
+
+/// The requests that all workers have counted since the daemon was started, by service and by address. Those beyond the first few hundred
+/// are not told.
+pub fn counted_contexts() -> Vec<(Counted, Carried)> {
+    // The map is whole after every change, so a panic elsewhere does not spoil it.
+    let counted = COUNTED.lock().unwrap_or_else(PoisonError::into_inner);
+    counted.iter().map(|(whose, contexts)| (whose.clone(), contexts.carried())).collect()
+}
 
 /// What a worker keeps for the override filters. Lives on the worker's thread.
 #[derive(Debug, Default)]
@@ -47,6 +64,21 @@ impl Contexts {
         Contexts { overrides: counter("overrides"), trace: counter("trace_only"), nothing: counter("nothing") }
     }
 
+    /// The same, which reports tell.
+    fn told(whose: Counted) -> Contexts {
+        let contexts = match &whose {
+            Counted::To(cluster) => Contexts::new(TO, cluster),
+            Counted::From(address) => Contexts::new(FROM, address),
+        };
+        COUNTED.lock().unwrap_or_else(PoisonError::into_inner).insert(whose, contexts);
+        contexts
+    }
+
+    fn carried(self) -> Carried {
+        let Contexts { overrides, trace, nothing } = self;
+        Carried { overrides: overrides.value(), trace_only: trace.value(), nothing: nothing.value() }
+    }
+
     fn count(self, carries: Carries) {
         match carries {
             Carries::Overrides => self.overrides.inc(),
@@ -73,19 +105,24 @@ impl OverrideState {
             let known = self.to.borrow().get(cluster).copied();
             let counters = known.unwrap_or_else(|| {
                 let mut to = self.to.borrow_mut();
-                let name = if to.len() < MAX_COUNTED { cluster } else { "other" };
-                *to.entry(name.into()).or_insert_with(|| Contexts::new("to", name))
+                if to.len() < MAX_COUNTED {
+                    *to.entry(cluster.into()).or_insert_with(|| Contexts::told(Counted::To(cluster.to_owned())))
+                } else {
+                    *to.entry(OTHER.into()).or_insert_with(|| Contexts::new(TO, OTHER))
+                }
             });
             counters.count(carries);
         }
         let known = self.from.borrow().get(&source).copied();
         let counters = known.unwrap_or_else(|| {
             let mut from = self.from.borrow_mut();
-            let is_room = from.len() < MAX_COUNTED;
-            // The unspecified address stands for the rest: nobody comes from it.
-            let key = if is_room { source } else { IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED) };
-            let name = if is_room { source.to_string() } else { "other".to_owned() };
-            *from.entry(key).or_insert_with(|| Contexts::new("from", &name))
+            if from.len() < MAX_COUNTED {
+                *from.entry(source).or_insert_with(|| Contexts::told(Counted::From(source.to_string())))
+            } else {
+                // The unspecified address stands for the rest: nobody comes from it.
+                let rest = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
+                *from.entry(rest).or_insert_with(|| Contexts::new(FROM, OTHER))
+            }
         });
         counters.count(carries);
     }
@@ -112,7 +149,12 @@ mod tests {
             state.count(Some(&format!("override-state-{index}")), source, Carries::Trace);
         }
         assert_eq!((state.to.borrow().len(), state.from.borrow().len()), (MAX_COUNTED + 1, MAX_COUNTED + 1));
-        let other = Contexts::new("to", "other");
+        let other = Contexts::new(TO, OTHER);
         assert_eq!(other.trace.value(), MAX_COUNTED as u64);
+        let told = counted_contexts();
+        let one = Carried { trace_only: 1, ..Carried::default() };
+        assert!(told.contains(&(Counted::To("override-state-7".to_owned()), one)), "{told:?}");
+        assert!(told.contains(&(Counted::From("10.0.0.7".to_owned()), one)), "{told:?}");
+        assert!(!told.iter().any(|(whose, _)| *whose == Counted::To(OTHER.to_owned())), "{told:?}");
     }
 }

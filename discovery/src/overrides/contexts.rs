@@ -1,0 +1,354 @@
+//! Who passes contexts on: what proxies report of the requests that came to each service and went out from its pods.
+//!
+//! What comes in to a service is told by the proxies of those who call it, what goes out by those of its own pods. Nobody knows which
+//! request was made because of which: these are shares.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use culvert_xds_client::overrides::contexts::{Carried, Counted, read};
+use culvert_xds_client::overrides::split_service;
+use envoy_types::pb::envoy::config::endpoint::v3::ClusterStats;
+use serde::{Deserialize, Serialize};
+
+use super::tunnels;
+use crate::kubernetes::ObjectKey;
+use crate::mesh::Mesh;
+
+/// So many requests with overrides have to have come in before shares are compared.
+pub const ENOUGH: u64 = 20;
+/// How old the picture of whose addresses are whose may be, where the mesh has changed since.
+const MAX_AGE: Duration = Duration::from_secs(2);
+/// The most addresses of which numbers are kept until that picture is new.
+const MAX_PENDING: usize = 10_000;
+
+/// A service's requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passed {
+    /// Those that came to it.
+    #[serde(with = "CarriedJson")]
+    pub came: Carried,
+    /// Those that its pods sent.
+    #[serde(with = "CarriedJson")]
+    pub went: Carried,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Carried")]
+struct CarriedJson {
+    overrides: u64,
+    trace_only: u64,
+    nothing: u64,
+}
+
+impl Passed {
+    /// What that means, in words; and whether the service drops what it is sent.
+    #[must_use]
+    pub fn verdict(&self) -> (&'static str, bool) {
+        let Passed { came, went } = self;
+        if went.total() == 0 {
+            return ("calls nobody that is seen", false);
+        }
+        if went.overrides == 0 && went.trace_only > 0 {
+            return ("DROPS them: it passes on trace headers, but not their baggage", true);
+        }
+        if went.overrides == 0 {
+            return ("DROPS them", true);
+        }
+        // The share that goes out is less than half of the share that comes in.
+        let (out_share, in_share) = (
+            u128::from(went.overrides) * u128::from(came.total()),
+            u128::from(came.overrides) * u128::from(went.total()),
+        );
+        let less = 2 * out_share < in_share;
+        match (came.overrides >= ENOUGH, less) {
+            (true, true) => ("passes on some, and may drop others", true),
+            (true, false) => ("passes them on", false),
+            (false, true) => ("passes on some; too few have come to say more", false),
+            (false, false) => ("passes on what came so far", false),
+        }
+    }
+}
+
+/// What is known of all services.
+#[derive(Debug, Clone, Default)]
+pub struct Contexts(Arc<Mutex<Seen>>);
+
+#[derive(Debug, Default)]
+struct Seen {
+    reports: u64,
+    services: BTreeMap<ObjectKey, Passed>,
+    owners: Owners,
+    /// What came from addresses that may be those of pods that are newer than the picture.
+    pending: HashMap<IpAddr, Carried>,
+}
+
+/// Whose addresses are whose.
+#[derive(Debug, Default)]
+struct Owners {
+    mesh: Weak<Mesh>,
+    read: Option<Instant>,
+    by_address: HashMap<IpAddr, Vec<ObjectKey>>,
+}
+
+/// Contexts at `/status`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContextsStatus {
+    /// How many reports of proxies there were since the start.
+    pub reports: u64,
+    /// The services that requests with overrides came to.
+    pub services: Vec<ContextStatus>,
+}
+
+/// What is known of one service at `/status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContextStatus {
+    /// `name.namespace`.
+    pub service: String,
+    /// Its requests.
+    #[serde(flatten)]
+    pub passed: Passed,
+    /// Whether it drops contexts.
+    pub drops: bool,
+    /// What that means, in words.
+    pub verdict: String,
+}
+
+impl ContextStatus {
+    /// With what it means.
+    #[must_use]
+    pub fn new(service: String, passed: Passed) -> Self {
+        let (verdict, drops) = passed.verdict();
+        Self { service, passed, drops, verdict: verdict.to_owned() }
+    }
+}
+
+impl Contexts {
+    fn with<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
+        // Sums are whole after every change, so a panic elsewhere does not spoil them.
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes in what a proxy reports. What is of no service of the mesh is passed over.
+    pub fn add(&self, report: &ClusterStats, mesh: &Arc<Mesh>) {
+        self.with(|seen| {
+            seen.reports += 1;
+            let is_new = seen.know(mesh);
+            for (whose, carried) in read(report) {
+                match whose {
+                    Counted::To(cluster) => {
+                        let service = cluster.rsplit_once(':').map_or(&*cluster, |(service, _)| service);
+                        let (name, namespace) = split_service(service);
+                        let key = ObjectKey::new(namespace, name);
+                        if mesh.services.contains_key(&key) {
+                            seen.services.entry(key).or_default().came += carried;
+                        }
+                    }
+                    Counted::From(address) => {
+                        let Ok(address) = address.parse::<IpAddr>() else { continue };
+                        let address = address.to_canonical();
+                        if !seen.went(address, carried) && !is_new && seen.pending.len() < MAX_PENDING {
+                            *seen.pending.entry(address).or_default() += carried;
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// How many reports there were.
+    #[must_use]
+    pub fn reports(&self) -> u64 {
+        self.with(|seen| seen.reports)
+    }
+
+    /// What is known, by service.
+    #[must_use]
+    pub fn services(&self, mesh: &Arc<Mesh>) -> Vec<(String, Passed)> {
+        let name = |key: &ObjectKey| format!("{}.{}", key.name, key.namespace);
+        self.with(|seen| {
+            if !seen.pending.is_empty() {
+                seen.know(mesh);
+            }
+            seen.services.iter().map(|(key, passed)| (name(key), *passed)).collect()
+        })
+    }
+
+    /// What `/status` says.
+    #[must_use]
+    pub fn status(&self, mesh: &Arc<Mesh>) -> ContextsStatus {
+        let services = self.services(mesh).into_iter().filter(|(_, passed)| passed.came.overrides > 0);
+        let services = services.map(|(service, passed)| ContextStatus::new(service, passed));
+        ContextsStatus { reports: self.reports(), services: services.collect() }
+    }
+}
+
+impl Seen {
+    /// Counts what the pods with this address sent; gives whether there are any.
+    fn went(&mut self, address: IpAddr, carried: Carried) -> bool {
+        let Some(owners) = self.owners.by_address.get(&address) else { return false };
+        for key in owners {
+            self.services.entry(key.clone()).or_default().went += carried;
+        }
+        true
+    }
+
+    /// Reads whose addresses are whose, if that may have changed, and forgets services that are gone. Gives whether it is as new as the mesh.
+    fn know(&mut self, mesh: &Arc<Mesh>) -> bool {
+        if self.owners.mesh.ptr_eq(&Arc::downgrade(mesh)) {
+            return true;
+        }
+        // A mesh of a hundred thousand endpoints may change fifty times a second.
+        if self.owners.read.is_some_and(|read| read.elapsed() < MAX_AGE) {
+            return false;
+        }
+        let mut by_address: HashMap<IpAddr, Vec<ObjectKey>> = HashMap::new();
+        for (key, service) in &mesh.services {
+            for port in service.ports.values() {
+                let endpoints = port.endpoints.iter().flat_map(|endpoint| {
+                    std::iter::once(endpoint.address).chain(endpoint.other_family).map(|address| address.ip())
+                });
+                // What comes from the address of a tunnel comes from discovery.
+                let pods = port.offloaded.iter().filter(|endpoint| endpoint.cluster != tunnels::CLUSTER_OF_TUNNELS);
+                for address in endpoints.chain(pods.map(|endpoint| endpoint.address.ip())) {
+                    let owners = by_address.entry(address.to_canonical()).or_default();
+                    // Services come one after the other.
+                    if owners.last() != Some(key) {
+                        owners.push(key.clone());
+                    }
+                }
+            }
+        }
+        self.services.retain(|key, _| mesh.services.contains_key(key));
+        self.owners = Owners { mesh: Arc::downgrade(mesh), read: Some(Instant::now()), by_address };
+        for (address, carried) in std::mem::take(&mut self.pending) {
+            self.went(address, carried);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use culvert_xds_client::overrides::contexts::report;
+    use envoy_types::pb::google::protobuf;
+
+    use super::*;
+    use crate::mesh::{Endpoint, Health, Locality, MeshPort, MeshService, Protocol};
+
+    fn carried(overrides: u64, trace_only: u64, nothing: u64) -> Carried {
+        Carried { overrides, trace_only, nothing }
+    }
+
+    fn mesh(services: &[(&str, &str)]) -> Arc<Mesh> {
+        let service = |address: &str| {
+            let endpoint = Endpoint {
+                address: address.parse().unwrap(),
+                other_family: None,
+                locality: Locality::default(),
+                health: Health::Healthy,
+                cluster: "east".to_owned(),
+                weight: None,
+                canary: false,
+            };
+            let port = MeshPort {
+                protocol: Protocol::Http1,
+                vips: Vec::new(),
+                external: None,
+                endpoints: vec![endpoint],
+                offloaded: Vec::new(),
+            };
+            MeshService { ports: [(80, port)].into(), ..MeshService::default() }
+        };
+        let services = services.iter().map(|(name, it)| (ObjectKey::new("default", *name), Arc::new(service(it))));
+        Arc::new(Mesh { services: services.collect(), ..Mesh::default() })
+    }
+
+    fn told(contexts: &Contexts, mesh: &Arc<Mesh>, counted: &[(Counted, Carried)]) {
+        contexts.add(&report(counted.iter().cloned(), protobuf::Duration::default()), mesh);
+    }
+
+    #[test]
+    fn who_drops_is_found_over_several_proxies() {
+        let mesh = mesh(&[
+            ("front", "10.0.0.1:8080"),
+            ("users", "10.0.0.2:8080"),
+            ("orders", "[fd00::3]:8080"),
+            ("quiet", "10.0.0.4:8080"),
+            ("leaf", "10.0.0.5:8080"),
+        ]);
+        let to = |name: &str| Counted::To(format!("{name}.default:80"));
+        let from = |address: &str| Counted::From(address.to_owned());
+        let contexts = Contexts::default();
+        told(
+            &contexts,
+            &mesh,
+            &[
+                (to("front"), carried(3, 0, 7)),
+                (from("10.0.0.1"), carried(2, 5, 0)),
+                (to("users"), carried(2, 0, 0)),
+                (from("10.0.0.2"), carried(0, 4, 0)),
+                (to("quiet"), carried(0, 0, 9)),
+            ],
+        );
+        told(
+            &contexts,
+            &mesh,
+            &[
+                (from("fd00::3"), carried(0, 0, 6)),
+                (to("orders"), carried(1, 0, 0)),
+                (from("::ffff:10.0.0.1"), carried(1, 0, 0)),
+                (to("leaf"), carried(1, 0, 0)),
+                // Somebody's own cluster, and an address of nobody.
+                (to("other"), carried(1, 0, 0)),
+                (from("10.9.9.9"), carried(1, 0, 0)),
+                (from("nonsense"), carried(1, 0, 0)),
+            ],
+        );
+        let status = contexts.status(&mesh);
+        let verdicts: Vec<_> = status.services.iter().map(|it| (&*it.service, &*it.verdict, it.drops)).collect();
+        let expected = [
+            ("front.default", "passes on what came so far", false),
+            ("leaf.default", "calls nobody that is seen", false),
+            ("orders.default", "DROPS them", true),
+            ("users.default", "DROPS them: it passes on trace headers, but not their baggage", true),
+        ];
+        assert_eq!((status.reports, verdicts), (2, expected.to_vec()));
+        assert_eq!(status.services[0].passed.went, carried(3, 5, 0));
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["services"][0]["came"], serde_json::json!({"overrides": 3, "trace_only": 0, "nothing": 7}));
+        assert_eq!(serde_json::from_value::<ContextsStatus>(json).unwrap(), status);
+    }
+
+    #[test]
+    fn pods_come_later_and_services_go() {
+        let contexts = Contexts::default();
+        let ages = || contexts.with(|seen| seen.owners.read = None);
+        told(&contexts, &mesh(&[("front", "10.0.0.1:80")]), &[(Counted::From("10.0.0.2".into()), carried(1, 0, 0))]);
+        let later = mesh(&[("front", "10.0.0.2:80")]);
+        told(&contexts, &later, &[(Counted::From("10.0.0.2".into()), carried(2, 0, 0))]);
+        assert_eq!(contexts.services(&later), [], "the picture is not so old yet");
+        ages();
+        let went = Passed { came: Carried::default(), went: carried(2, 0, 0) };
+        assert_eq!(
+            contexts.services(&later),
+            [("front.default".to_owned(), went)],
+            "at first the address was nobody's"
+        );
+        ages();
+        told(&contexts, &mesh(&[]), &[]);
+        assert_eq!(contexts.services(&later), []);
+    }
+
+    #[test]
+    fn shares_are_compared_where_there_are_enough() {
+        let verdict = |came, went| Passed { came, went }.verdict();
+        assert!(!verdict(carried(19, 0, 0), carried(1, 0, 99)).1);
+        assert!(verdict(carried(20, 0, 0), carried(1, 0, 99)).1);
+        assert!(!verdict(carried(20, 0, 80), carried(11, 0, 89)).1);
+        let few = verdict(carried(14, 0, 0), carried(3, 6, 0));
+        assert_eq!(few, ("passes on some; too few have come to say more", false));
+    }
+}
