@@ -170,7 +170,7 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
         Reply::error(StatusCode::INTERNAL_SERVER_ERROR, "internal error: see the log\n")
     });
     if drain && reply.status == StatusCode::OK {
-        drain_listeners(&server, Drain { graceful, skip_exit, inbound_only }).await;
+        drain_listeners(&server, DrainRequest { graceful, skip_exit, inbound_only }).await;
     }
     server.rq.inc(reply.status.as_u16());
     response(reply)
@@ -209,13 +209,13 @@ async fn attach_tap(request: &mut Request<Incoming>) -> Response<Body> {
 }
 
 /// What `/drain_listeners` is asked for.
-struct Drain {
+struct DrainRequest {
     graceful: bool,
     skip_exit: bool,
     inbound_only: bool,
 }
 
-async fn drain_listeners(server: &Arc<Server>, Drain { graceful, skip_exit, inbound_only }: Drain) {
+async fn drain_listeners(server: &Arc<Server>, DrainRequest { graceful, skip_exit, inbound_only }: DrainRequest) {
     if !graceful && !skip_exit {
         return server.state.data_plane.drain_listeners(inbound_only).await;
     }

@@ -9,9 +9,9 @@ use super::{
     codec::Incoming,
     conn_manager::ConnState,
     local_reply::{self, Asked},
-    observe::StreamEnd,
     request,
     stream::{LocalReply, Progress, RequestHead},
+    stream_end::StreamEnd,
 };
 use crate::{access_log::ResponseFlags, config::model::HttpConnectionManagerConfig};
 

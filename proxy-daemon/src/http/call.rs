@@ -159,12 +159,15 @@ pub(super) async fn send_to(
     cluster.cluster.attempt_begins(false);
     host.begin_request();
     let mut under_way = UnderWay { cluster: Rc::clone(cluster), chosen, started: Instant::now(), canary: false };
-    let failed = || {
-        let code = StatusCode::SERVICE_UNAVAILABLE.as_u16();
-        stats.charge(code, true);
-        if host.host.is_canary() {
-            stats.charge_canary(code);
+    let charge = |status: StatusCode, canary: bool| {
+        stats.charge(status.as_u16(), true);
+        if canary {
+            stats.charge_canary(status.as_u16());
         }
+        canary
+    };
+    let failed = || {
+        charge(StatusCode::SERVICE_UNAVAILABLE, host.host.is_canary());
         Failure::Reset
     };
     let wanted = upstream_head::protocol(&member, &head);
@@ -182,21 +185,13 @@ pub(super) async fn send_to(
         } else {
             upstream_head::to_http1(&mut head);
         }
-        let charge = |status: StatusCode, headers: &HeaderMap| {
-            stats.charge(status.as_u16(), true);
-            let canary = host.host.answers_as_canary(headers);
-            if canary {
-                stats.charge_canary(status.as_u16());
-            }
-            canary
-        };
         let interim = |status, headers: HeaderMap| {
-            charge(status, &headers);
+            charge(status, host.host.answers_as_canary(&headers));
         };
         match connection.send(Request::from_parts(head, body), interim).await {
             Ok(response) => {
                 let (head, body) = response.into_parts();
-                under_way.canary = charge(head.status, &head.headers);
+                under_way.canary = charge(head.status, host.host.answers_as_canary(&head.headers));
                 return Ok(Answer { head, body, connection, under_way });
             }
             // It died in the pool: another one is tried, until one is new.

@@ -18,9 +18,9 @@ use super::{
     attempts::{Attempts, Failed, set_aside},
     body::Body,
     codec::Incoming,
-    observe::{Notes, StreamEnd},
     retry::{Failure, Verdict},
     stream::{LocalReply, RequestHead},
+    stream_end::{Notes, StreamEnd},
 };
 use crate::upstream::{Chosen, Connection, HostCounter};
 

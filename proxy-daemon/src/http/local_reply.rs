@@ -12,10 +12,10 @@ use super::{
     body::Body,
     filters::{Flow, HttpFilter, Redirect},
     headers::{self, names::*},
-    observe::StreamEnd,
     redirect,
     route_match::authority,
     stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+    stream_end::StreamEnd,
     waiting::Counted,
 };
 use crate::{

@@ -46,6 +46,7 @@ mod route_table;
 mod scopes;
 mod stats;
 pub mod stream;
+mod stream_end;
 mod timeouts;
 mod timers;
 mod token_bucket;

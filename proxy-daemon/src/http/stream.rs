@@ -12,7 +12,8 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 
 use super::{
-    MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, observe::StreamEnd, route_match::authority,
+    MatchCx, RouteRef, codec::h1::CodecError, headers, metadata::Metadata, route_match::authority,
+    stream_end::StreamEnd,
 };
 use crate::{
     access_log::{Headers, Record, ResponseFlags, Times},

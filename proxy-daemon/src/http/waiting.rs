@@ -14,8 +14,8 @@ use super::{
     body::{Body, BodyError},
     conn_manager::ConnState,
     filters::{Flow, Waiting},
-    observe::StreamEnd,
     stream::{LocalReply, Progress, StreamCx},
+    stream_end::StreamEnd,
     timers::{Expired, Timers},
 };
 use crate::{access_log::ResponseFlags, config::model::RouteAction};

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, sync::Arc};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
@@ -229,6 +229,10 @@ impl PeerVerifier {
         if fits { Ok(()) } else { Err(bad(CertificateError::InvalidPurpose)) }
     }
 
+    fn signatures(&self) -> &WebPkiSupportedAlgorithms {
+        &self.provider.signature_verification_algorithms
+    }
+
     fn count_signature(&self, signature: &DigitallySignedStruct) {
         self.stats.sigalg(signature.scheme);
     }
@@ -331,30 +335,31 @@ pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     digest
 }
 
+/// The methods that both traits of rustls want; `$verifier`: where the [`PeerVerifier`] is that does it.
 macro_rules! signatures {
-    () => {
+    ($self:ident => $verifier:expr) => {
         fn verify_tls12_signature(
-            &self,
+            &$self,
             message: &[u8],
             cert: &CertificateDer<'_>,
             dss: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            self.count_signature(dss);
-            verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+            $verifier.count_signature(dss);
+            verify_tls12_signature(message, cert, dss, $verifier.signatures())
         }
 
         fn verify_tls13_signature(
-            &self,
+            &$self,
             message: &[u8],
             cert: &CertificateDer<'_>,
             dss: &DigitallySignedStruct,
         ) -> Result<HandshakeSignatureValid, Error> {
-            self.count_signature(dss);
-            verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+            $verifier.count_signature(dss);
+            verify_tls13_signature(message, cert, dss, $verifier.signatures())
         }
 
-        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            self.provider.signature_verification_algorithms.supported_schemes()
+        fn supported_verify_schemes(&$self) -> Vec<SignatureScheme> {
+            $verifier.signatures().supported_schemes()
         }
     };
 }
@@ -373,7 +378,7 @@ impl ServerCertVerifier for PeerVerifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    signatures!();
+    signatures!(self => self);
 }
 
 /// Judges the certificates of hosts that have to be for what a request calls them, too.
@@ -411,27 +416,7 @@ impl ServerCertVerifier for NameVerifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ServerCertVerifier::verify_tls12_signature(&*self.verifier, message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        ServerCertVerifier::verify_tls13_signature(&*self.verifier, message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ServerCertVerifier::supported_verify_schemes(&*self.verifier)
-    }
+    signatures!(self => self.verifier);
 }
 
 impl ClientCertVerifier for PeerVerifier {
@@ -460,7 +445,7 @@ impl ClientCertVerifier for PeerVerifier {
         Ok(ClientCertVerified::assertion())
     }
 
-    signatures!();
+    signatures!(self => self);
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ use crate::{
             is_grpc,
             names::{GRPC_MESSAGE, GRPC_STATUS},
         },
-        observe::broken_response,
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
+        stream_end::broken_response,
     },
 };
 

@@ -28,8 +28,8 @@ use crate::{
     http::{
         body::{Body, BodyError},
         buffered::Unread,
-        observe::broken_response,
         stream::LocalReply,
+        stream_end::broken_response,
     },
 };
 
