@@ -1,17 +1,18 @@
 //! Resources that are polled over HTTP (`api_type: REST`).
 
+mod session;
+
 use std::{convert::Infallible, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use envoy_types::pb::envoy::{config::core::v3::Node, service::discovery::v3::DiscoveryRequest};
-use http::{StatusCode, Uri, header};
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::client::conn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use http::StatusCode;
+use http_body_util::{BodyExt, Limited};
 
+use self::session::Session;
 use crate::{
     ads::{Counted, Request, Sink, Variant},
-    connect::{self, ConnectError},
+    connect::ConnectError,
     document::{Documents, Encoding, Judged},
     driver::{Came, Driver, Event, Interests},
     grpc::MAX_RESPONSE_BYTES,
@@ -61,6 +62,8 @@ pub(crate) struct RestClient<S> {
     path: &'static str,
     documents: Documents,
     driver: Driver<S>,
+    /// The connection of the last poll, if that was answered.
+    session: Option<Session>,
     next_address: usize,
     well: bool,
 }
@@ -78,7 +81,7 @@ impl<S: Sink> RestClient<S> {
         let documents = Documents::new(only.type_url, format!("cluster {}, {path}", rest.cluster), unknown);
         let driver = Driver::new(Source::Rest(rest.clone()), node, Variant::Sotw, sink);
         driver.stats.set_server("REST", format!("cluster {}", rest.cluster));
-        Some(RestClient { rest, server, path, documents, driver, next_address: 0, well: false })
+        Some(RestClient { rest, server, path, documents, driver, session: None, next_address: 0, well: false })
     }
 
     pub(crate) fn stats(&self) -> Arc<ClientStats> {
@@ -140,7 +143,7 @@ impl<S: Sink> RestClient<S> {
         request.response_nonce.clear();
         let limit = self.rest.request_timeout;
         let address = self.server.endpoints.get(self.next_address).cloned();
-        let fetched = fetch(self.rest.clone(), self.server.clone(), address, self.path, request);
+        let fetched = fetch(self.session.take(), self.rest.clone(), self.server.clone(), address, self.path, request);
         let mut fetched = pin!(tokio::time::timeout(limit, fetched));
         let mut polled = Polled::All;
         let fetched = loop {
@@ -156,7 +159,8 @@ impl<S: Sink> RestClient<S> {
             }
         };
         match fetched.unwrap_or(Err(Failed::Timeout(limit))) {
-            Ok(body) => {
+            Ok((body, session)) => {
+                self.session = Some(session);
                 self.driver.stats.set_connected(Ok(()));
                 self.answered(body);
             }
@@ -212,49 +216,43 @@ impl<S: Sink> RestClient<S> {
     }
 }
 
-/// One request; `None`: nothing has changed.
+/// What a poll brought, `None` where nothing has changed, and the connection for the next one.
+type Fetched = (Option<Bytes>, Session);
+
+/// One request, on the connection of the poll before where that is still open.
 async fn fetch(
+    kept: Option<Session>,
     rest: RestSource,
     server: Server,
     address: Option<String>,
     path: &'static str,
     request: DiscoveryRequest,
-) -> Result<Option<Bytes>, Failed> {
+) -> Result<Fetched, Failed> {
     let address = address.ok_or(Failed::NoAddress)?;
-    let body = Full::new(Bytes::from(json::to_json(&request).to_string()));
-    let protocol = if server.http2 { "h2" } else { "http/1.1" };
-    let stream = TokioIo::new(connect::connect(&server, &address, &rest.cluster, protocol).await?);
+    let body = Bytes::from(json::to_json(&request).to_string());
     let _under_way = server.request();
-    let request = http::Request::post(path).header(header::CONTENT_TYPE, "application/json");
-    let (response, _driver) = if server.http2 {
-        let (mut sender, connection) = conn::http2::handshake(TokioExecutor::new(), stream).await?;
-        let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
-        let scheme = if server.tls.is_some() { "https" } else { "http" };
-        let authority = rest.cluster.as_str();
-        let uri = Uri::builder().scheme(scheme).authority(authority).path_and_query(path).build()?;
-        (sender.send_request(request.uri(uri).body(body)?).await?, driver)
-    } else {
-        let (mut sender, connection) = conn::http1::handshake(stream).await?;
-        let driver = AbortOnDrop(tokio::spawn(async move { drop(connection.await) }));
-        let request = request.header(header::HOST, rest.cluster.as_str());
-        (sender.send_request(request.body(body)?).await?, driver)
+    let mut answered = None;
+    if let Some(mut session) = kept
+        && session.leads_to(&address).await
+    {
+        // The server may close it meanwhile: that is no fault of the next one.
+        let response = session.post(&server, &rest.cluster, path, body.clone()).await;
+        answered = response.ok().map(|response| (response, session));
+    }
+    let (response, session) = match answered {
+        Some(answered) => answered,
+        None => {
+            let mut session = Session::open(&server, &address, &rest.cluster).await?;
+            (session.post(&server, &rest.cluster, path, body).await?, session)
+        }
     };
     match response.status() {
         StatusCode::OK => {}
-        StatusCode::NOT_MODIFIED => return Ok(None),
+        StatusCode::NOT_MODIFIED => return Ok((None, session)),
         status => return Err(Failed::Status(status)),
     }
     let body = Limited::new(response.into_body(), MAX_RESPONSE_BYTES).collect().await.map_err(Failed::Body)?;
-    Ok(Some(body.to_bytes()))
-}
-
-/// A task that ends with its owner.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    Ok((Some(body.to_bytes()), session))
 }
 
 #[cfg(test)]

@@ -2,10 +2,16 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, atomic::Ordering::Relaxed},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
-use hyper::{body::Incoming, service::service_fn};
+use http::header;
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpListener;
 
@@ -23,6 +29,14 @@ type Requests = Arc<Mutex<Vec<(String, String, Value)>>>;
 
 /// A server that plays a script, over HTTP/1.1.
 async fn server(script: &[(u16, String)]) -> (String, Requests) {
+    let (address, requests, _) = counting_server(script, true).await;
+    (address, requests)
+}
+
+/// The same, with how many connections there have been; they may last for more than a request.
+async fn counting_server(script: &[(u16, String)], keep_alive: bool) -> (String, Requests, Arc<AtomicUsize>) {
+    let connections = Arc::new(AtomicUsize::new(0));
+    let accepted = Arc::clone(&connections);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let script: Script = Arc::new(Mutex::new(script.iter().cloned().collect()));
@@ -31,6 +45,7 @@ async fn server(script: &[(u16, String)]) -> (String, Requests) {
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
+            accepted.fetch_add(1, Relaxed);
             let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
             let service = service_fn(move |request: http::Request<Incoming>| {
                 let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
@@ -50,10 +65,12 @@ async fn server(script: &[(u16, String)]) -> (String, Requests) {
                     Ok::<_, hyper::Error>(response.body(Full::new(Bytes::from(body))).unwrap())
                 }
             });
-            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service));
+            let connection =
+                http1::Builder::new().keep_alive(keep_alive).serve_connection(TokioIo::new(stream), service);
+            tokio::spawn(connection);
         }
     });
-    (address, requests)
+    (address, requests, connections)
 }
 
 struct Running {
@@ -98,6 +115,17 @@ async fn a_poll_says_who_asks_and_what_is_in_force() {
     assert_eq!(first["version_info"], Value::Null);
     assert_eq!(requests[1].2["version_info"], "1");
     assert_eq!(requests[2].2["version_info"], "2");
+}
+
+#[tokio::test]
+async fn polls_share_a_connection_as_long_as_the_server_lets_them() {
+    for (keep_alive, shares) in [(true, true), (false, false)] {
+        let (address, requests, connections) = counting_server(&[(200, clusters("1", &["a"]))], keep_alive).await;
+        let running = start(&[&address]);
+        wait(|| requests.lock().unwrap().len() >= 5).await;
+        assert_eq!(connections.load(Relaxed) == 1, shares, "{connections:?}");
+        assert_eq!(running.stats.of(CLUSTER).update_failure.load(Relaxed), 0, "a closed connection is no fault");
+    }
 }
 
 #[tokio::test]
