@@ -1,5 +1,6 @@
 //! Generates two things into `OUT_DIR`:
-//! - `envoy.fds`: the descriptor set that the crate `envoy-types` ships, without comments (a third of its size);
+//! - `envoy.fds`: the descriptor set that the crate `envoy-types` ships, without comments (a third of its size), and with the fields of
+//!   Envoy's API that are newer than it (`proto/newer`);
 //! - `api.rs` and `culvert.fds`: the Rust types and descriptors of the protos in `proto/`.
 
 use std::error::Error;
@@ -10,6 +11,7 @@ use std::{env, fs};
 use prost::Message as _;
 use prost::bytes::Buf as _;
 use prost::encoding::{self, DecodeContext, WireType};
+use prost_types::{DescriptorProto, FileDescriptorProto, FileDescriptorSet};
 
 /// Culvert's own API, and after it what is only needed as descriptors.
 const PROTOS: [&str; 5] = [
@@ -20,6 +22,9 @@ const PROTOS: [&str; 5] = [
     "udpa/type/v1/typed_struct.proto",
 ];
 
+/// Fields that are newer than the messages of `envoy-types`, by message.
+const NEWER: [&str; 1] = ["health_check.proto"];
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=Cargo.toml");
@@ -29,7 +34,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let shipped = envoy_types_dir(&manifest_dir)?.join("src/generated/types.bin");
     println!("cargo:rerun-if-changed={}", shipped.display());
-    fs::write(out_dir.join("envoy.fds"), strip_source_info(&fs::read(&shipped)?)?)?;
+    let newer = protox::Compiler::new([manifest_dir.join("proto/newer")])?.open_files(NEWER)?.file_descriptor_set();
+    let envoy = add_fields(&strip_source_info(&fs::read(&shipped)?)?, &newer)?;
+    fs::write(out_dir.join("envoy.fds"), envoy)?;
 
     let mut compiler = protox::Compiler::new([manifest_dir.join("proto")])?;
     let mut descriptors = compiler.include_source_info(true).open_files(PROTOS)?.file_descriptor_set();
@@ -103,4 +110,73 @@ fn strip_source_info(mut set: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
         stripped.extend_from_slice(&kept);
     }
     Ok(stripped)
+}
+
+/// The number of a field that is a message, and what is in it.
+type Part<'a> = (u32, &'a [u8]);
+
+/// The parts of a message that has messages and strings only.
+fn parts(mut message: &[u8]) -> Result<Vec<Part<'_>>, Box<dyn Error>> {
+    let mut parts = Vec::new();
+    while message.has_remaining() {
+        let (tag, wire_type) = encoding::decode_key(&mut message)?;
+        if wire_type != WireType::LengthDelimited {
+            return Err(format!("unexpected type of field {tag}").into());
+        }
+        let length = usize::try_from(encoding::decode_varint(&mut message)?)?;
+        let (part, rest) = message.split_at_checked(length).ok_or("truncated message")?;
+        parts.push((tag, part));
+        message = rest;
+    }
+    Ok(parts)
+}
+
+fn put(tag: u32, part: &[u8], to: &mut Vec<u8>) {
+    encoding::encode_key(tag, WireType::LengthDelimited, to);
+    encoding::encode_varint(part.len() as u64, to);
+    to.extend_from_slice(part);
+}
+
+/// Adds the fields of the messages of `newer` to the messages of the same name in an encoded `FileDescriptorSet`: on the wire, as
+/// [`strip_source_info`].
+fn add_fields(set: &[u8], newer: &FileDescriptorSet) -> Result<Vec<u8>, Box<dyn Error>> {
+    const FILE: u32 = 1;
+    const MESSAGE_TYPE: u32 = 4;
+    const FIELD: u32 = 2;
+    let mut missing: Vec<(&str, &DescriptorProto)> = Vec::new();
+    for file in &newer.file {
+        missing.extend(file.message_type.iter().map(|message| (file.package(), message)));
+    }
+    let mut whole = Vec::with_capacity(set.len());
+    for (_, file) in parts(set)? {
+        let package = FileDescriptorProto::decode(file)?.package().to_owned();
+        if missing.iter().all(|(of, _)| *of != package) {
+            put(FILE, file, &mut whole);
+            continue;
+        }
+        let mut changed = Vec::with_capacity(file.len());
+        for (tag, part) in parts(file)? {
+            let known = if tag == MESSAGE_TYPE { Some(DescriptorProto::decode(part)?) } else { None };
+            let at = known.as_ref().and_then(|known| {
+                missing.iter().position(|(of, message)| *of == package && message.name() == known.name())
+            });
+            let (Some(known), Some(at)) = (known, at) else {
+                put(tag, part, &mut changed);
+                continue;
+            };
+            let mut message = part.to_vec();
+            for field in &missing.swap_remove(at).1.field {
+                if known.field.iter().any(|it| it.number() == field.number()) {
+                    return Err(format!("{}.{} is in envoy-types now", known.name(), field.name()).into());
+                }
+                put(FIELD, &field.encode_to_vec(), &mut message);
+            }
+            put(tag, &message, &mut changed);
+        }
+        put(FILE, &changed, &mut whole);
+    }
+    match missing.first() {
+        Some((package, message)) => Err(format!("envoy-types has no {package}.{}", message.name()).into()),
+        None => Ok(whole),
+    }
 }

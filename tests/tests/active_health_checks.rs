@@ -18,6 +18,9 @@ use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use serde_json::Value;
 
+#[path = "active_health_checks/several.rs"]
+mod several;
+
 const DEADLINE: Duration = Duration::from_secs(60);
 /// Keys by which requests are sent to hosts: enough that each host has some.
 const KEYS: usize = 60;

@@ -92,7 +92,7 @@ impl HealthReporter {
 
 impl Cluster {
     fn new(wanted: HealthChecks, before: &mut Before) -> Cluster {
-        let stats = HealthCheckStats::new(Scope::cluster(&wanted.cluster));
+        let stats = HealthCheckStats::new(Scope::cluster(&wanted.cluster), "");
         let target = |endpoint: HealthCheckTarget, before: &mut Before| {
             let old = before.remove(&(wanted.cluster.clone(), endpoint.address.clone()));
             let health = old.as_ref().map(|(old, _)| old.health()).unwrap_or_default();

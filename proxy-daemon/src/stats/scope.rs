@@ -76,6 +76,12 @@ impl Scope {
         self.labelled(value, None, (label, value.into()))
     }
 
+    /// The scope `<this>.name.<name>`, with the label `envoy_health_check_name`.
+    pub fn health_check(self, name: &str) -> Scope {
+        let name = name.replace(':', "_");
+        self.labelled(&format!("name.{name}"), None, ("envoy_health_check_name", name.into()))
+    }
+
     /// The scope `<this>.worker_<index>`, with the label `envoy_worker_id`.
     pub fn worker(self, index: usize) -> Scope {
         self.labelled(&format!("worker_{index}"), Some("worker"), ("envoy_worker_id", index.to_string().into()))

@@ -8,7 +8,7 @@ use prost_reflect::{DynamicMessage, ReflectMessage as _, Value};
 use super::decode::Decoder;
 use super::path::Path;
 use super::tree::Node;
-use super::{ConfigError, UnknownFields, dynamic, encode, from_node, pool};
+use super::{ConfigError, UnknownFields, dynamic, encode, from_node, newer, pool};
 use crate::Any;
 
 /// Both names of the message that carries a config as a JSON-like struct; the second is its older one.
@@ -30,7 +30,8 @@ pub fn unpack<T: Message + Name + Default>(any: &Any, path: &str) -> Result<T, C
     let path = Path::below(path);
     let found = message_name(&any.type_url);
     if found == T::full_name() {
-        return T::decode(any.value.as_slice()).map_err(|error| path.error(format!("cannot decode {found}: {error}")));
+        return newer::decode(any.value.as_slice())
+            .map_err(|error| path.error(format!("cannot decode {found}: {error}")));
     }
     let (type_url, value) = match typed_struct(any) {
         Some(Ok(inner)) => inner,
@@ -57,6 +58,7 @@ pub fn resolve_typed_structs<T: Message + Name + Default + Clone>(
     }
     let mut dynamic = dynamic(message)?;
     resolve(&mut dynamic, &Path::ROOT, unknown, 0)?;
+    newer::hide(&mut dynamic);
     let resolved = dynamic.transcode_to().map_err(|error| ConfigError::new("", error.to_string()))?;
     Ok(Cow::Owned(resolved))
 }
@@ -134,7 +136,7 @@ fn resolve_any(
 
 /// Puts a message into an `Any`, under its `type.googleapis.com/` URL.
 pub fn pack<T: Message + Name>(message: &T) -> Any {
-    Any { type_url: format!("type.googleapis.com/{}", T::full_name()), value: message.encode_to_vec() }
+    Any { type_url: format!("type.googleapis.com/{}", T::full_name()), value: newer::encode(message) }
 }
 
 /// An `Any` as [`to_json`](super::to_json) shows one.

@@ -11,6 +11,7 @@ mod any;
 mod decode;
 mod encode;
 mod lexer;
+pub mod newer;
 mod path;
 mod redact;
 mod rules;
@@ -183,7 +184,8 @@ fn from_node<T: Message + Name + Default>(
     path: &Path<'_>,
     unknown: UnknownFields,
 ) -> Result<T, ConfigError> {
-    let message = Decoder { unknown }.message(node, &descriptor::<T>(path)?, path)?;
+    let mut message = Decoder { unknown }.message(node, &descriptor::<T>(path)?, path)?;
+    newer::hide(&mut message);
     message.transcode_to::<T>().map_err(|error| {
         let text = error.to_string();
         // The error has a step for each of the levels.
@@ -201,6 +203,7 @@ fn descriptor<T: Name>(path: &Path<'_>) -> Result<MessageDescriptor, ConfigError
 fn dynamic<T: Message + Name>(message: &T) -> Result<DynamicMessage, ConfigError> {
     let mut dynamic = DynamicMessage::new(descriptor::<T>(&Path::ROOT)?);
     dynamic.transcode_from(message).map_err(|error| ConfigError::new("", error.to_string()))?;
+    newer::show(&mut dynamic);
     Ok(dynamic)
 }
 

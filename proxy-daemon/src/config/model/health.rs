@@ -8,8 +8,8 @@ use crate::layered_runtime::RuntimeInteger;
 pub struct HealthOptions {
     /// By how requests fare: `Cluster.outlier_detection`.
     pub outlier_detection: Option<Arc<OutlierDetection>>,
-    /// By asking them: `Cluster.health_checks`.
-    pub check: Option<Arc<HealthCheckConfig>>,
+    /// By asking them: `Cluster.health_checks`. All have to pass.
+    pub checks: Vec<Arc<HealthCheckConfig>>,
     /// A host that discovery does not have any more goes, also where it passes its checks: `ignore_health_on_host_removal`.
     pub ignore_on_removal: bool,
     /// A host is not counted before its first check: `common_lb_config.ignore_new_hosts_until_first_hc`.

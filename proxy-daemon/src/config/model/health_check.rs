@@ -10,6 +10,8 @@ use super::{HeaderMutations, LbMetadata, StringMatcher};
 /// A checked `envoy.config.core.v3.HealthCheck`.
 #[derive(Debug)]
 pub struct HealthCheckConfig {
+    /// What it is called in statistics; empty: nothing, and there is no other check.
+    pub name: String,
     /// Limit of one check, its connect included.
     pub timeout: Duration,
     /// Between checks of a host that is as it was.

@@ -30,7 +30,7 @@ use super::{
     config_source::config_source,
     dns, dynamic_forward_proxy,
     endpoint::{health_status, written},
-    health_check::health_check,
+    health_check::health_checks_of,
     http1::http1_client,
     load_balancing::load_balancing,
     orca,
@@ -101,10 +101,12 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
     let encrypted = tls.is_some() && socket_matches.0.iter().all(|it| it.tls.is_some());
     let protocol = protocol(cluster, http.as_ref(), encrypted, path)?;
-    let asks_grpc = health.check.as_ref().is_some_and(|check| matches!(check.check, Check::Grpc(_)));
-    if asks_grpc && matches!(protocol, UpstreamProtocol::Http1) {
+    let asks_grpc = health.checks.iter().position(|check| matches!(check.check, Check::Grpc(_)));
+    if let Some(index) = asks_grpc
+        && matches!(protocol, UpstreamProtocol::Http1)
+    {
         let text = format!("{} cluster must support HTTP/2 for gRPC healthchecking", cluster.name);
-        return Err(FieldError::new(join(path, "health_checks[0].grpc_health_check"), text));
+        return Err(FieldError::new(join(path, &format!("health_checks[{index}].grpc_health_check")), text));
     }
     Ok(ClusterConfig {
         name: cluster.name.as_str().into(),
@@ -152,18 +154,7 @@ fn health(cluster: &Cluster, path: &str) -> Result<HealthOptions> {
     if let Some(set) = cluster.common_lb_config.as_ref().and_then(|config| config.override_host_status.as_ref()) {
         options.override_statuses = OverrideStatuses::new(set.statuses().map(health_status));
     }
-    if let Some(check) = cluster.health_checks.first() {
-        let check_path = join(path, "health_checks[0]");
-        let mut config = health_check(check, &cluster.name, &check_path)?;
-        if let Check::Redis(redis) = &mut config.check {
-            redis.auth = redis::auth(cluster, path)?;
-        }
-        options.check = Some(Arc::new(config));
-    }
-    if cluster.health_checks.len() > 1 {
-        // Envoy wants names for them, in a field that is newer than the messages that we know.
-        return Err(FieldError::unsupported(join(path, "health_checks[1]")));
-    }
+    options.checks = health_checks_of(cluster, path)?;
     Ok(options)
 }
 

@@ -3,10 +3,13 @@ use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
 use culvert_xds_client::json;
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::{
-            HealthCheck, RequestMethod,
-            health_check::{
-                GrpcHealthCheck, HealthChecker, HttpHealthCheck, Payload, TcpHealthCheck, payload::Payload as Bytes,
+        config::{
+            cluster::v3::Cluster,
+            core::v3::{
+                HealthCheck, RequestMethod,
+                health_check::{
+                    GrpcHealthCheck, HealthChecker, HttpHealthCheck, Payload, TcpHealthCheck, payload::Payload as Bytes,
+                },
             },
         },
         extensions::health_check::event_sinks::file::v3::HealthCheckEventFileSink,
@@ -34,6 +37,9 @@ use crate::{
     },
     http::metadata::object,
 };
+
+/// How many checks a cluster may have, as Envoy.
+const MAX_HEALTH_CHECKS: usize = 8;
 
 /// One cluster's part of a checked `HealthCheckSpecifier`.
 #[derive(Debug)]
@@ -128,6 +134,39 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
     })
 }
 
+/// The health checks of a cluster.
+pub(super) fn health_checks_of(cluster: &Cluster, path: &str) -> Result<Vec<Arc<HealthCheckConfig>>> {
+    let several = cluster.health_checks.len() > 1;
+    if cluster.health_checks.len() > MAX_HEALTH_CHECKS {
+        let text = format!("value must contain no more than {MAX_HEALTH_CHECKS} item(s)");
+        return Err(FieldError::new(join(path, "health_checks"), text));
+    }
+    let mut names = HashSet::new();
+    let mut checks = Vec::new();
+    for (index, check) in cluster.health_checks.iter().enumerate() {
+        let path_of = join(path, &format!("health_checks[{index}]"));
+        let name = json::newer::health_check_name(check);
+        let wrong = |text| Err(FieldError::new(join(&path_of, "name"), text));
+        if several && name.is_empty() {
+            return wrong(format!(
+                "health check at index {index} is missing a name; all health checks must have a name when multiple health \
+                 checks are configured"
+            ));
+        }
+        if !names.insert(name) {
+            return wrong(format!(
+                "duplicate health check name '{name}' at index {index}; all health check names must be unique within a cluster"
+            ));
+        }
+        let mut config = health_check(check, &cluster.name, &path_of)?;
+        if let Check::Redis(redis) = &mut config.check {
+            redis.auth = redis::auth(cluster, path)?;
+        }
+        checks.push(Arc::new(config));
+    }
+    Ok(checks)
+}
+
 /// A health check of the cluster with this name. Its fields have been checked against what is honoured.
 pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Result<HealthCheckConfig> {
     let time = |value, field| duration(value, path, field);
@@ -145,13 +184,14 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
     if !path_of_old.is_empty() {
         event_logs.push(PathBuf::from(path_of_old));
     }
-    for (index, logger) in check.event_logger.iter().enumerate() {
+    for (index, logger) in json::newer::event_loggers(check) {
         let path = format!("{}[{index}].typed_config", join(path, "event_logger"));
         let any = logger.typed_config.as_ref().ok_or_else(|| FieldError::new(&path, "a value is required"))?;
         let sink: HealthCheckEventFileSink = json::unpack(any, &path)?;
         event_logs.push(PathBuf::from(sink.event_log_path));
     }
     Ok(HealthCheckConfig {
+        name: json::newer::health_check_name(check).to_owned(),
         always_log_failures: check.always_log_health_check_failures,
         always_log_success: check.always_log_health_check_success,
         event_logs,

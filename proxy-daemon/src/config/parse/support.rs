@@ -36,11 +36,10 @@ pub(super) fn check_bootstrap<M: Message + Name>(message: &M) -> Result<Vec<Fiel
 }
 
 fn checked<M: Message + Name>(message: &M, path: &str) -> Result<(DynamicMessage, Deprecated), FieldError> {
-    let descriptor = json::pool()
-        .get_message_by_name(&M::full_name())
-        .ok_or_else(|| FieldError::new(path, format!("{} has no descriptor", M::full_name())))?;
-    let mut dynamic = DynamicMessage::new(descriptor);
-    dynamic.transcode_from(message).map_err(|error| FieldError::new(path, error.to_string()))?;
+    let dynamic = json::to_dynamic(message);
+    if dynamic.descriptor().full_name() != M::full_name() {
+        return Err(FieldError::new(path, format!("{} has no descriptor", M::full_name())));
+    }
     let mut deprecated = Deprecated::default();
     walk(&dynamic, &mut path.to_owned(), &mut deprecated, 0)?;
     Ok((dynamic, deprecated))

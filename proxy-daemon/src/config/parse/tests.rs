@@ -199,6 +199,19 @@ fn clusters_are_read() {
     assert_eq!(http_header.unwrap(), "x-envoy-original-dst-host");
 }
 
+/// A health check that connects.
+const CONNECT: &str = "timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {}";
+
+#[test]
+fn health_checks_have_names() {
+    let names = |checks: &str| {
+        let config = one_cluster(&format!("{{ name: a, health_checks: [{checks}] }}")).unwrap();
+        config.health.checks.iter().map(|check| check.name.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&format!("{{ {CONNECT} }}")), [""]);
+    assert_eq!(names(&format!("{{ name: a, {CONNECT} }}, {{ {CONNECT}, name: 'b:c' }}")), ["a", "b:c"]);
+}
+
 #[test]
 fn clusters_that_cannot_be_honoured_are_named() {
     let at = |address: &str| {
@@ -216,10 +229,18 @@ fn clusters_that_cannot_be_honoured_are_named() {
             "load_assignment: LOGICAL_DNS clusters must have a single host",
         ),
         (
-            "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }, { \
-             timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {} }]"
-                .to_owned(),
-            "health_checks[1]: not supported by culvert yet",
+            format!("health_checks: [{{ name: a, {CONNECT} }}, {{ {CONNECT} }}]"),
+            "health_checks[1].name: health check at index 1 is missing a name; all health checks must have a name when multiple \
+             health checks are configured",
+        ),
+        (
+            format!("health_checks: [{{ name: a, {CONNECT} }}, {{ name: b, {CONNECT} }}, {{ name: a, {CONNECT} }}]"),
+            "health_checks[2].name: duplicate health check name 'a' at index 2; all health check names must be unique within a \
+             cluster",
+        ),
+        (
+            format!("health_checks: [{}]", vec![format!("{{ {CONNECT} }}"); 9].join(", ")),
+            "health_checks: value must contain no more than 8 item(s)",
         ),
         (
             "health_checks: [{ timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: { \

@@ -292,7 +292,7 @@ impl<A: Apply> ConfigStore<A> {
         let Some(warming) = state.clusters.by_name.get(name).and_then(|entry| entry.warming.as_ref()) else {
             return false;
         };
-        if warming.config.health.check.is_none() || warming.checks.is_some() {
+        if warming.config.health.checks.is_empty() || warming.checks.is_some() {
             return false;
         }
         let id = warming.version.id;

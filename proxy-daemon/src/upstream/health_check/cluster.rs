@@ -9,7 +9,9 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Failure, Health, HealthCheckStats, HealthChecker, Place, Report, Target, Way, event_log::Line};
+use super::{
+    Failure, Gauges, Health, HealthCheckStats, HealthChecker, Place, Report, Shown, Target, Way, event_log::Line,
+};
 use crate::{
     access_log::EventLog,
     config::model::{
@@ -28,20 +30,20 @@ use crate::{
 
 /// The checks of one version of a cluster.
 pub struct ClusterChecks {
-    config: Arc<HealthCheckConfig>,
+    /// Which there are; at least one.
+    checks: Box<[OneCheck]>,
+    /// Hosts by what all checks together say, where there are several.
+    gauges: Option<Gauges>,
     cluster: Arc<str>,
     /// Hosts that have not been checked are not counted: `ignore_new_hosts_until_first_hc`.
     excludes_new: bool,
     /// Hosts that are well do not stay where discovery does not have them: `ignore_health_on_host_removal`.
     removes_at_once: bool,
-    stats: HealthCheckStats,
     traffic: super::HasTraffic,
-    sockets: Sockets,
     matches: SocketMatches,
     /// What counts connections by their sockets.
     matched: Arc<[Counter]>,
     bind: Option<Arc<UpstreamBind>>,
-    logs: Vec<EventLog>,
     reports: mpsc::UnboundedSender<CheckedReport>,
     inner: Mutex<Inner>,
     /// The name of the one host of a LOGICAL_DNS cluster, by which it is known wherever it is.
@@ -49,6 +51,14 @@ pub struct ClusterChecks {
     /// Once it is used.
     used_by: OnceLock<Weak<Cluster>>,
     _lease: Lease,
+}
+
+/// What every host is asked.
+struct OneCheck {
+    config: Arc<HealthCheckConfig>,
+    stats: HealthCheckStats,
+    sockets: Sockets,
+    logs: Vec<EventLog>,
 }
 
 impl std::fmt::Debug for ClusterChecks {
@@ -60,7 +70,7 @@ impl std::fmt::Debug for ClusterChecks {
 #[derive(Default)]
 struct Inner {
     hosts: HashMap<EndpointAddress, Checked>,
-    /// How many of them have not been checked once.
+    /// How many of them have not been checked once by each check.
     unchecked: usize,
     /// Told when there are none of those.
     warm: Option<Box<dyn FnOnce() + Send>>,
@@ -73,15 +83,50 @@ struct Checked {
     /// Where it is, without endpoints.
     group: LocalityEndpoints,
     vitals: Arc<Vitals>,
-    place: Place,
-    _checker: HealthChecker,
-    first: bool,
+    /// By each check, in their order.
+    by_check: Box<[ByCheck]>,
+    /// How many of them have said nothing yet.
+    awaited: usize,
+    /// Counts it where there are several checks, once all have said something.
+    shown: Option<Shown>,
 }
 
-/// A check of the host that is known by this, if it is the host with these vitals.
+/// What one check has found out about a host.
+struct ByCheck {
+    place: Place,
+    checker: HealthChecker,
+    first: bool,
+    health: Health,
+    /// It has said in a response that it is not well.
+    excluded: bool,
+}
+
+/// What all checks together have found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Found {
+    healthy: bool,
+    degraded: bool,
+    timed_out: bool,
+    excluded: bool,
+}
+
+impl Checked {
+    fn found(&self) -> Found {
+        let any = |is: fn(&ByCheck) -> bool| self.by_check.iter().any(is);
+        Found {
+            healthy: !any(|it| !it.health.healthy),
+            degraded: any(|it| it.health.degraded),
+            timed_out: any(|it| it.health.timed_out && !it.health.healthy),
+            excluded: any(|it| it.excluded),
+        }
+    }
+}
+
+/// A result of a check, by its number, of the host that is known by this, if it is the host with these vitals.
 struct CheckedReport {
     key: EndpointAddress,
     vitals: Arc<Vitals>,
+    check: usize,
     report: Report,
 }
 
@@ -105,7 +150,9 @@ impl ClusterChecks {
         warm: Option<Box<dyn FnOnce() + Send>>,
     ) -> Option<Arc<ClusterChecks>> {
         let health = &config.health;
-        let check = Arc::clone(health.check.as_ref()?);
+        if health.checks.is_empty() {
+            return None;
+        }
         let scope = Scope::cluster(&config.stat_name);
         let lease = scope.lease();
         let total = scope.counter("upstream_cx_total");
@@ -114,18 +161,22 @@ impl ClusterChecks {
             opened.inspect_err(|error| tracing::warn!(cluster = %config.name, "health check events: {error}")).ok()
         };
         let (reports, received) = mpsc::unbounded_channel();
-        let checks = Arc::new(ClusterChecks {
+        let one = |check: &Arc<HealthCheckConfig>| OneCheck {
+            stats: HealthCheckStats::new(scope.clone(), &check.name),
+            sockets: Sockets::new(config, &scope, secrets, |tls| tls_of(check, tls)),
             logs: check.event_logs.iter().filter_map(open).collect(),
+            config: Arc::clone(check),
+        };
+        let checks = Arc::new(ClusterChecks {
+            checks: health.checks.iter().map(one).collect(),
+            gauges: (health.checks.len() > 1).then(|| Gauges::new(&scope.clone().child("health_check"))),
             cluster: Arc::clone(&config.name),
             excludes_new: health.excludes_unchecked,
             removes_at_once: health.ignore_on_removal,
-            stats: HealthCheckStats::new(scope.clone()),
             traffic: Arc::new(move || total.value() > 0),
-            sockets: Sockets::new(config, &scope, secrets, |tls| tls_of(&check, tls)),
             matches: config.socket_matches.clone(),
             matched: socket_matches(config, &scope),
             bind: config.bind.clone(),
-            config: check,
             reports,
             logical: name_of(config),
             inner: Mutex::default(),
@@ -166,17 +217,18 @@ impl ClusterChecks {
         self.logical.as_ref().unwrap_or(address).clone()
     }
 
-    /// How an endpoint is reached for checks.
-    fn way(&self, endpoint: &Endpoint) -> Way {
+    /// How an endpoint is reached for a check.
+    fn way(&self, check: &OneCheck, endpoint: &Endpoint) -> Way {
         let details = endpoint.details.as_deref();
-        let labels = self.config.socket_labels.as_ref();
+        let labels = check.config.socket_labels.as_ref();
         let localitys = details.and_then(|details| details.locality_socket_labels.as_deref());
         let index = match labels {
             Some(labels) => self.matches.by(Some(labels), localitys),
             None => self.matches.of(details),
         };
         let chosen = labels.and_then(|_| self.matched.get(usize::from(index.0)).copied());
-        Way { address: target(endpoint), tls: self.sockets.get(index).cloned(), chosen }
+        let (host, tls) = (Host::text_of(&endpoint.address), check.sockets.get(index).cloned());
+        Way { address: target(endpoint), host, tls, chosen }
     }
 
     /// What is known of a host, which is checked from now on; `None` where it shall not be.
@@ -190,7 +242,7 @@ impl ClusterChecks {
         let mut inner = self.lock();
         if check.is_some_and(|check| check.disabled) {
             // It may have been checked until now.
-            if inner.hosts.remove(&key).is_some_and(|old| old.first) {
+            if inner.hosts.remove(&key).is_some_and(|old| old.awaited > 0) {
                 inner.unchecked -= 1;
             }
             return None;
@@ -199,7 +251,9 @@ impl ClusterChecks {
             && known.endpoint.check() == endpoint.check()
         {
             if known.endpoint.address != endpoint.address || known.endpoint.details != endpoint.details {
-                known.place.move_to(self.way(endpoint));
+                for (check, known) in self.checks.iter().zip(&known.by_check) {
+                    known.place.move_to(self.way(check, endpoint));
+                }
             }
             (known.endpoint, known.group) = (endpoint.clone(), group());
             return Some(Arc::clone(&known.vitals));
@@ -238,25 +292,33 @@ impl ClusterChecks {
         vitals: &Arc<Vitals>,
         health: Health,
     ) {
-        let place = Place::new(self.way(&endpoint));
-        let target = Target {
-            place: place.clone(),
-            name: endpoint.hostname.clone(),
-            host: endpoint.check().and_then(|check| check.hostname.clone()),
-            bind: self.bind.clone(),
+        let by_check = |(number, check): (usize, &OneCheck)| {
+            let place = Place::new(self.way(check, &endpoint));
+            let target = Target {
+                place: place.clone(),
+                name: endpoint.hostname.clone(),
+                host: endpoint.check().and_then(|check| check.hostname.clone()),
+                bind: self.bind.clone(),
+            };
+            let (reports, of, known_by) = (self.reports.clone(), Arc::clone(vitals), key.clone());
+            let told = Box::new(move |report| {
+                let (key, vitals) = (known_by.clone(), Arc::clone(&of));
+                // The receiver ends with the cluster.
+                let _ = reports.send(CheckedReport { key, vitals, check: number, report });
+            });
+            let (config, stats, traffic) = (Arc::clone(&check.config), check.stats.clone(), Arc::clone(&self.traffic));
+            let checker = HealthChecker::start_told(config, target, health, stats, traffic, Some(told));
+            ByCheck { place, checker, first: true, health, excluded: false }
         };
-        let (reports, of, known_by) = (self.reports.clone(), Arc::clone(vitals), key.clone());
-        let told = Box::new(move |report| {
-            // The receiver ends with the cluster.
-            let _ = reports.send(CheckedReport { key: known_by.clone(), vitals: Arc::clone(&of), report });
-        });
-        let (config, stats, traffic) = (Arc::clone(&self.config), self.stats.clone(), Arc::clone(&self.traffic));
-        let checker = HealthChecker::start_told(config, target, health, stats, traffic, Some(told));
-        vitals.is_checked_by(checker.passive());
-        let vitals = Arc::clone(vitals);
-        let checked = Checked { endpoint, group, vitals, place, _checker: checker, first: true };
+        let by_check: Box<[_]> = self.checks.iter().enumerate().map(by_check).collect();
+        // What a host says of itself goes to one of several, as in Envoy.
+        if let Some(last) = by_check.last() {
+            vitals.is_checked_by(last.checker.passive());
+        }
+        let (vitals, awaited) = (Arc::clone(vitals), by_check.len());
+        let checked = Checked { endpoint, group, vitals, by_check, awaited, shown: None };
         inner.unchecked += 1;
-        if inner.hosts.insert(key, checked).is_some_and(|old| old.first) {
+        if inner.hosts.insert(key, checked).is_some_and(|old| old.awaited > 0) {
             inner.unchecked -= 1;
         }
     }
@@ -301,7 +363,7 @@ impl ClusterChecks {
     pub(in crate::upstream) fn retain(&self, is_there: impl Fn(&EndpointAddress) -> bool) {
         let mut inner = self.lock();
         let gone: Vec<_> = inner.hosts.extract_if(|_, checked| !is_there(&checked.endpoint.address)).collect();
-        inner.unchecked -= gone.iter().filter(|(_, checked)| checked.first).count();
+        inner.unchecked -= gone.iter().filter(|(_, checked)| checked.awaited > 0).count();
     }
 
     /// Ends all checks.
@@ -313,34 +375,41 @@ impl ClusterChecks {
     fn take(&self, reports: &[CheckedReport]) -> Changed {
         let mut changed = Changed::default();
         let mut inner = self.lock();
-        for CheckedReport { key, vitals, report } in reports {
-            let Some(checked) = inner.hosts.get_mut(key) else { continue };
-            if !Arc::ptr_eq(&checked.vitals, vitals) {
+        for CheckedReport { key, vitals, check, report } in reports {
+            let Some(checked) = inner.hosts.get_mut(key).filter(|it| Arc::ptr_eq(&it.vitals, vitals)) else { continue };
+            let (Some(by), Some(check)) = (checked.by_check.get_mut(*check), self.checks.get(*check)) else { continue };
+            by.health = report.health;
+            by.excluded = !report.health.healthy && (report.result == Err(Failure::Passive) || by.excluded);
+            let first = std::mem::take(&mut by.first);
+            if !check.logs.is_empty() {
+                let line = Line { config: &check.config, cluster: &self.cluster, report };
+                for event in line.events(&checked.endpoint, &checked.group.locality) {
+                    check.logs.iter().for_each(|log| log.write(&event));
+                }
+            }
+            checked.awaited -= usize::from(first);
+            if checked.awaited > 0 {
                 continue;
             }
-            let Health { healthy, degraded, timed_out, .. } = report.health;
-            if healthy && !report.before.healthy {
+            let Found { healthy, degraded, timed_out, excluded } = checked.found();
+            if healthy && vitals.has(HealthFlag::FailedActiveHc) {
                 vitals.is_well();
             }
-            let passive = report.result == Err(Failure::Passive);
-            let excluded = !healthy && (passive || vitals.has(HealthFlag::ExcludedViaImmediateHcFail));
+            if let Some(gauges) = &self.gauges {
+                let shown = checked.shown.get_or_insert_with(|| Shown::new(gauges, Health::default()));
+                shown.show(healthy, degraded);
+            }
             for (flag, on) in [
                 (HealthFlag::FailedActiveHc, !healthy),
                 (HealthFlag::DegradedActiveHc, degraded),
-                (HealthFlag::ActiveHcTimeout, timed_out && !healthy),
+                (HealthFlag::ActiveHcTimeout, timed_out),
                 (HealthFlag::PendingActiveHc, false),
                 (HealthFlag::ExcludedViaImmediateHcFail, excluded),
             ] {
                 changed.standing |= vitals.set(flag, on);
             }
             changed.leave |= !healthy && vitals.has(HealthFlag::PendingDynamicRemoval);
-            if !self.logs.is_empty() {
-                let line = Line { config: &self.config, cluster: &self.cluster, report };
-                for event in line.events(&checked.endpoint, &checked.group.locality) {
-                    self.logs.iter().for_each(|log| log.write(&event));
-                }
-            }
-            if std::mem::take(&mut checked.first) {
+            if first {
                 inner.unchecked -= 1;
             }
         }

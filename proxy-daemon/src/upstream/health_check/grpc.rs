@@ -70,7 +70,7 @@ impl GrpcProbe {
         check: &GrpcCheck,
     ) -> Result<(bool, HttpConnection), Failure> {
         let mut connection = kept_or_new(kept, &self.target, true).await?;
-        let (head, mut body) = connection.send(request(check, self.target.host.as_ref())).await?.into_parts();
+        let (head, mut body) = connection.send(request(check, &self.target)).await?.into_parts();
         let mut status = head.headers.get(GRPC_STATUS).cloned();
         let mut answer = Vec::new();
         while let Some(frame) = body.frame().await {
@@ -97,9 +97,9 @@ fn serving(body: &[u8]) -> bool {
     compressed == 0 && whole && HealthCheckResponse::decode(message).is_ok_and(|answer| answer.status == SERVING)
 }
 
-/// `host`: what the host is called where the check does not say it.
-fn request(check: &GrpcCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
-    let host = host.filter(|_| check.authority_is_default).and_then(|host| host.as_bytes().try_into().ok());
+fn request(check: &GrpcCheck, target: &Target) -> Request<Full<Bytes>> {
+    let host =
+        target.host.as_ref().filter(|_| check.authority_is_default).and_then(|host| host.as_bytes().try_into().ok());
     let message = HealthCheckRequest { service: check.service_name.clone() }.encode_to_vec();
     let mut body = Vec::with_capacity(PREFIX + message.len());
     body.put_u8(0);
@@ -119,7 +119,7 @@ fn request(check: &GrpcCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     headers.insert(TE, HeaderValue::from_static("trailers"));
     headers.insert(USER_AGENT, HEALTH_CHECKER);
-    mutate_request(&mut headers, &check.headers, &crate::access_log::Record::default());
+    target.told("HTTP/2", |record| mutate_request(&mut headers, &check.headers, record));
     *request.headers_mut() = headers;
     request
 }

@@ -120,7 +120,7 @@ impl HttpProbe {
         check: &HttpCheck,
     ) -> Result<(Parts, Vec<u8>, HttpConnection), Failure> {
         let mut connection = kept_or_new(kept, &self.target, check.http2).await?;
-        let (head, mut body) = connection.send(request(check, self.target.host.as_ref())).await?.into_parts();
+        let (head, mut body) = connection.send(request(check, &self.target)).await?.into_parts();
         let limit = match check.response_buffer_size {
             _ if check.receive.is_empty() => 0,
             0 => MAX_BODY,
@@ -157,9 +157,8 @@ impl HttpProbe {
     }
 }
 
-/// `host`: what the host is called where the check does not say it.
-fn request(check: &HttpCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>> {
-    let host = host.filter(|_| check.host_is_default).unwrap_or(&check.host);
+fn request(check: &HttpCheck, target: &Target) -> Request<Full<Bytes>> {
+    let host = target.host.as_ref().filter(|_| check.host_is_default).unwrap_or(&check.host);
     let mut request = Request::new(Full::new(Bytes::from(check.send.clone())));
     *request.method_mut() = check.method.clone();
     let mut uri = http::uri::Parts::default();
@@ -176,7 +175,8 @@ fn request(check: &HttpCheck, host: Option<&HeaderValue>) -> Request<Full<Bytes>
     if matches!(check.method, Method::POST | Method::PUT | Method::PATCH | Method::OPTIONS) {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(check.send.len()));
     }
-    mutate_request(&mut headers, &check.headers, &crate::access_log::Record::default());
+    let protocol = if check.http2 { "HTTP/2" } else { "HTTP/1.1" };
+    target.told(protocol, |record| mutate_request(&mut headers, &check.headers, record));
     // A path alone, or all three: the authority was checked with the configuration.
     *request.uri_mut() = Uri::from_parts(uri).unwrap_or_default();
     *request.headers_mut() = headers;

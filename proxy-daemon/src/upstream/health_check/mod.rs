@@ -8,7 +8,12 @@ mod redis;
 mod state;
 mod tcp;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use ::http::HeaderValue;
 use arc_swap::ArcSwap;
@@ -30,10 +35,11 @@ use self::{
     tcp::TcpProbe,
 };
 use crate::{
+    access_log::Record,
     config::model::{Check, EndpointAddress, HealthCheckConfig, UpstreamBind},
     stats::{Counter, Gauge, Lease, Scope},
     tls::ClientTls,
-    upstream::SocketSettings,
+    upstream::{Host, SocketSettings},
 };
 
 /// No host is checked more often than this, whatever is configured.
@@ -48,8 +54,7 @@ pub struct HealthCheckStats {
     network_failure: Counter,
     passive_failure: Counter,
     verify_cluster: Counter,
-    degraded: Gauge,
-    healthy: Gauge,
+    gauges: Gauges,
     /// Those of the cluster, where checks count as its traffic.
     cluster: Scope,
     /// Every check holds it, so that the slots stay its own until it has ended.
@@ -57,9 +62,10 @@ pub struct HealthCheckStats {
 }
 
 impl HealthCheckStats {
-    /// Those of a cluster, whose scope `cluster` is.
-    pub fn new(cluster: Scope) -> HealthCheckStats {
+    /// Those of a cluster, whose scope `cluster` is, for the check of this name; it may have none.
+    pub fn new(cluster: Scope, name: &str) -> HealthCheckStats {
         let scope = cluster.clone().child("health_check");
+        let scope = if name.is_empty() { scope } else { scope.health_check(name) };
         let lease = Arc::new(scope.lease());
         HealthCheckStats {
             attempt: scope.counter("attempt"),
@@ -68,11 +74,25 @@ impl HealthCheckStats {
             network_failure: scope.counter("network_failure"),
             passive_failure: scope.counter("passive_failure"),
             verify_cluster: scope.counter("verify_cluster"),
-            degraded: scope.gauge("degraded"),
-            healthy: scope.gauge("healthy"),
+            gauges: Gauges::new(&scope),
             cluster,
             _lease: lease,
         }
+    }
+}
+
+/// How many hosts pass, and how many of all want to be used last.
+#[derive(Debug, Clone)]
+struct Gauges {
+    degraded: Gauge,
+    healthy: Gauge,
+    _lease: Arc<Lease>,
+}
+
+impl Gauges {
+    fn new(scope: &Scope) -> Gauges {
+        let lease = Arc::new(scope.lease());
+        Gauges { degraded: scope.gauge("degraded"), healthy: scope.gauge("healthy"), _lease: lease }
     }
 }
 
@@ -87,6 +107,8 @@ pub(crate) struct Place(Arc<ArcSwap<Way>>);
 #[derive(Debug)]
 pub(crate) struct Way {
     pub(crate) address: EndpointAddress,
+    /// What the host is called: checks may go elsewhere.
+    pub(crate) host: Box<str>,
     /// `None`: connections are plain.
     pub(crate) tls: Option<Arc<ClientTls>>,
     /// Counts connections, where the check itself has chosen how they are encrypted.
@@ -127,13 +149,29 @@ impl Target {
         self.place.now().tls.is_some()
     }
 
+    /// What there is to tell in headers of a check, as in Envoy: nobody has asked for it but this process.
+    fn told<R>(&self, protocol: &str, tell: impl FnOnce(&Record<'_>) -> R) -> R {
+        let (way, nobody) = (self.place.now(), Some(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+        tell(&Record {
+            start: SystemTime::now(),
+            protocol: Some(protocol),
+            upstream_host: Some(&way.host),
+            upstream_host_name: Some(if self.name.is_empty() { &way.host } else { &self.name }),
+            downstream_remote_address: nobody,
+            downstream_direct_remote_address: nobody,
+            downstream_local_address: nobody,
+            ..Record::default()
+        })
+    }
+
     fn socket(&self) -> SocketSettings<'_> {
         SocketSettings { bind: self.bind.as_deref(), ..SocketSettings::default() }
     }
 
     /// A host without a name, on plain connections.
     pub fn plain(address: EndpointAddress) -> Target {
-        let place = Place::new(Way { address, tls: None, chosen: None });
+        let host = Host::text_of(&address);
+        let place = Place::new(Way { address, host, tls: None, chosen: None });
         Target { place, name: Box::default(), host: None, bind: None }
     }
 }
@@ -186,7 +224,7 @@ impl HealthChecker {
     ) -> HealthChecker {
         let (sender, receiver) = watch::channel(health);
         let passive = Arc::new(Notify::new());
-        let (session, shown) = (Session::new(health), Shown::new(&stats, health));
+        let (session, shown) = (Session::new(health), Shown::new(&stats.gauges, health));
         let probe = Probe::new(&config.check, config.reuse_connection, target, &stats);
         let running = Running { config, stats, sender, told, session, shown };
         let task = tokio::spawn(running.run(probe, traffic, Arc::clone(&passive)));
@@ -247,21 +285,21 @@ impl Probe {
 
 /// Counts a host in the gauges for as long as it is checked.
 struct Shown {
-    stats: HealthCheckStats,
+    gauges: Gauges,
     healthy: bool,
     degraded: bool,
 }
 
 impl Shown {
-    fn new(stats: &HealthCheckStats, health: Health) -> Shown {
-        let mut shown = Shown { stats: stats.clone(), healthy: false, degraded: false };
+    fn new(gauges: &Gauges, health: Health) -> Shown {
+        let mut shown = Shown { gauges: gauges.clone(), healthy: false, degraded: false };
         shown.show(health.healthy, health.degraded);
         shown
     }
 
     fn show(&mut self, healthy: bool, degraded: bool) {
         for (gauge, before, now) in
-            [(self.stats.healthy, self.healthy, healthy), (self.stats.degraded, self.degraded, degraded)]
+            [(self.gauges.healthy, self.healthy, healthy), (self.gauges.degraded, self.degraded, degraded)]
         {
             match (before, now) {
                 (false, true) => gauge.inc(),

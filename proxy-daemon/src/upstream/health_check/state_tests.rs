@@ -5,6 +5,7 @@ use crate::config::model::{Check, TcpCheck};
 fn config() -> HealthCheckConfig {
     let seconds = Duration::from_secs;
     HealthCheckConfig {
+        name: String::new(),
         timeout: seconds(1),
         interval: seconds(10),
         initial_jitter: Duration::ZERO,

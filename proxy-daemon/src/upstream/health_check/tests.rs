@@ -18,6 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 fn config(check: Check) -> HealthCheckConfig {
     let often = Duration::from_millis(20);
     HealthCheckConfig {
+        name: String::new(),
         timeout: Duration::from_secs(5),
         interval: often,
         initial_jitter: Duration::ZERO,
@@ -41,7 +42,7 @@ fn config(check: Check) -> HealthCheckConfig {
 }
 
 fn start(config: HealthCheckConfig, address: SocketAddr, cluster: &str) -> HealthChecker {
-    let stats = HealthCheckStats::new(Scope::cluster(cluster));
+    let stats = HealthCheckStats::new(Scope::cluster(cluster), "");
     HealthChecker::start(
         Arc::new(config),
         Target::plain(EndpointAddress::Ip(address)),

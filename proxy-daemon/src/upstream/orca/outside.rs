@@ -136,7 +136,7 @@ fn begin(host: &Host, vitals: &Arc<Vitals>, cluster: &Cluster, counted: Counted)
     let authority = config.authority.clone().or_else(|| host.hostname.parse().ok()).or_else(|| text.parse().ok());
     let authority = authority.unwrap_or_else(|| Authority::from_static("localhost"));
     let tls = cluster.sockets.get(socket).cloned();
-    let place = Place::new(Way { address, tls, chosen: None });
+    let place = Place::new(Way { address, host: host.text.clone(), tls, chosen: None });
     let target = Target { place, name: host.hostname.clone(), host: None, bind: cluster.config.bind.clone() };
     let stream = Stream { config, target, authority, vitals: Arc::clone(vitals), counted };
     counted.active_sessions.inc();

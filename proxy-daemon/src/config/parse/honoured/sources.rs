@@ -93,6 +93,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     (
         "envoy.config.core.v3.HealthCheck",
         &[
+            "name",
             "timeout",
             "interval",
             "initial_jitter",

@@ -283,7 +283,7 @@ fn redis_servers_are_checked_with_what_the_cluster_says() {
     let redis = "custom_health_check: { name: x, typed_config: { '@type': \
                  type.googleapis.com/envoy.extensions.health_checkers.redis.v3.Redis, key: away } }";
     let auth = |options: &str| {
-        let config = cluster(redis, options).unwrap().health.check.unwrap();
+        let config = cluster(redis, options).unwrap().health.checks.remove(0);
         let Check::Redis(redis) = &config.check else { panic!("{config:?}") };
         assert_eq!(redis.key, b"away");
         redis.auth.clone()
