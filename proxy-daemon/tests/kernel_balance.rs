@@ -330,3 +330,61 @@ fn services_stay_balanced_while_the_daemon_is_replaced() {
     assert!(!lab.pin_path.exists());
     eventually("nothing is balanced any more", || app.order("tcp-briefly 10.96.0.10:80").is_err());
 }
+
+/// What is known of sockets that an earlier daemon's programs led to backends is not lost with it.
+#[test]
+fn sockets_of_an_earlier_daemon_keep_their_services() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let first = start(&lab, &group);
+    let web = service("10.96.0.10:80", false);
+    let _listener = lab.server.listen("10.201.2.2:8001");
+    first.set_service(&web, &shares(&[("10.201.2.2:8001", 1.0)])).unwrap();
+    let mut app = Puppet::new(&lab.client, &group);
+    let (stream, _) = app.connect("10.96.0.10:80").expect("connects");
+    let mut sockets = Vec::new();
+    let _servers: Vec<UdpSocket> = NAME_SERVICES
+        .iter()
+        .flat_map(|NameService { backends: [one, two], .. }| [(*one, "one"), (*two, "two")])
+        .map(|(address, name)| name_server(&lab.server, address, name))
+        .collect();
+    for NameService { vip, any, backends: [one, two] } in &NAME_SERVICES {
+        first.set_service(&service(vip, true), &shares(&[(one, 1.0), (two, 1.0)])).unwrap();
+        let free = app.order(&format!("udp {any}")).unwrap();
+        app.order(&format!("sendto {free} {vip} who")).expect("sends");
+        let name = app.order(&format!("receive {free}")).expect("answered");
+        let connected = app.order(&format!("udp {any}")).unwrap();
+        app.order(&format!("associate {connected} {vip}")).expect("connects");
+        app.order(&format!("send {connected} who")).expect("sends");
+        let backend = app.order(&format!("receive {connected}")).expect("answered");
+        sockets.push((free, name, connected, backend));
+    }
+    // As in a crash.
+    drop(first);
+
+    let second = lab.start(config(&lab.pin_path, group.path()), 1);
+    second.set_service(&web, &shares(&[("10.201.2.2:8001", 1.0)])).unwrap();
+    for ((_, _, _, backend), NameService { vip, backends: [one, two], .. }) in sockets.iter().zip(&NAME_SERVICES) {
+        // Those who are connected to the one that is gone have to hear of it.
+        let left = if backend.ends_with("one") { two } else { one };
+        second.set_service(&service(vip, true), &shares(&[(left, 1.0)])).unwrap();
+    }
+    let second = attached(second);
+    assert_eq!(app.order(&format!("peer {stream}")).as_deref(), Ok("10.96.0.10:80"));
+    for ((free, name, connected, backend), NameService { vip, .. }) in sockets.iter().zip(&NAME_SERVICES) {
+        eventually("the connected socket is told", || {
+            matches!(
+                app.order(&format!("send {connected} who")),
+                Err(nix::libc::ECONNABORTED | nix::libc::EDESTADDRREQ | nix::libc::ENOTCONN)
+            )
+        });
+        // The other one stays with its backend, if that is there, and moves if not: both are counted.
+        let moved = counter(&second, "balanced.moved");
+        app.order(&format!("sendto {free} {vip} who")).expect("sends");
+        let answer = app.order(&format!("receive {free}")).expect("answered");
+        assert!(answer.starts_with(vip), "{answer}");
+        let stays = name != backend;
+        assert_eq!((answer == *name, counter(&second, "balanced.moved") == moved), (stays, stays), "{answer}, {name}");
+    }
+    lab.node.run(|| second.shutdown()).expect("shuts down");
+}

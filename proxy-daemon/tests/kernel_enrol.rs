@@ -117,6 +117,38 @@ fn pods_are_enrolled_by_their_labels_as_they_come_and_go() {
     stop(&lab, interception);
 }
 
+/// istio#61182: nobody hears of the pods of a directory that is not there.
+#[test]
+fn without_its_directory_of_manifests_the_node_is_not_ready() {
+    let lab = Lab::new();
+    let manifests = Manifests::new(&lab);
+    fs::remove_dir(&manifests.directory).expect("remove");
+    let (interception, _worker) = start(&lab, manifests.config(&lab));
+    let fault = |reason: &str| format!("enrolment.pod_manifests {}: {reason}", manifests.directory.display());
+    let missing = vec![fault("cannot read the directory: No such file or directory (os error 2)")];
+    assert_eq!(interception.faults(), missing);
+    fs::create_dir(&manifests.directory).expect("a directory");
+    manifests.write("client", "on", CLIENT, "");
+    eventually("enrolled and ready", || {
+        is_enrolled(&interception, "default/client") && interception.faults().is_empty()
+    });
+    // Away again: what is known stays, but more may have come.
+    let aside = manifests.directory.with_file_name("aside");
+    fs::rename(&manifests.directory, &aside).expect("rename");
+    eventually("not ready", || interception.faults() == missing);
+    assert!(is_enrolled(&interception, "default/client"));
+    // A file in its place cannot be read as one.
+    fs::write(&manifests.directory, "").expect("write");
+    eventually("not ready", || {
+        interception.faults() == [fault("cannot read the directory: Not a directory (os error 20)")]
+    });
+    fs::remove_file(&manifests.directory).expect("remove");
+    fs::rename(&aside, &manifests.directory).expect("rename");
+    eventually("ready", || interception.faults().is_empty());
+    assert!(is_enrolled(&interception, "default/client"));
+    stop(&lab, interception);
+}
+
 /// istio#46628.
 #[test]
 fn an_address_that_is_used_again_does_not_inherit_the_policy() {

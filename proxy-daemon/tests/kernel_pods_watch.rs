@@ -4,13 +4,20 @@ mod kernel_lab;
 #[path = "../../discovery/tests/kube_api/mod.rs"]
 mod kube_api;
 
+use std::fs::{self, File};
 use std::net::TcpListener;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
 
 use culvert_kube_api::KubernetesConfig;
 use culvert_proxy_daemon::intercept::{Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector};
 use kernel_lab::*;
 use kube_api::{KubeApi, PODS};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 use tokio::runtime::Runtime;
 
@@ -23,12 +30,16 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
+        Self::with(KubeApi::start())
+    }
+
+    fn with(api: impl Future<Output = KubeApi> + Send) -> Self {
         let lab = Lab::new();
         let (runtime, api) = lab.node.run(|| {
             // Its threads are in the node's namespace as well.
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
             let runtime = runtime.expect("a runtime");
-            let api = runtime.block_on(KubeApi::start());
+            let api = runtime.block_on(api);
             (runtime, api)
         });
         Self { runtime, api, lab }
@@ -50,20 +61,23 @@ impl Stage {
     }
 
     fn start(&self) -> (Interception, TcpListener) {
+        let kubernetes = KubernetesConfig { server: Some(self.api.url()), ..KubernetesConfig::default() };
+        let interception = self.lab.start(self.config(kubernetes), 1);
+        let worker = self.lab.node.listen_transparent("[::]:0");
+        interception.set_listener(0, worker.as_fd()).expect("listener");
+        (interception, worker)
+    }
+
+    fn config(&self, kubernetes: KubernetesConfig) -> InterceptionConfig {
         let match_labels = [("mesh".to_owned(), "on".to_owned())].into();
         let selector = Selector { namespaces: vec!["shop".to_owned()], match_labels, policy: Policy::default() };
-        let kubernetes = KubernetesConfig { server: Some(self.api.url()), ..KubernetesConfig::default() };
         let enrolment = Enrolment {
             kubernetes: Some(kubernetes),
             node_name: "node-a".to_owned(),
             selectors: vec![selector],
             ..Enrolment::default()
         };
-        let config = InterceptionConfig { pods: Vec::new(), enrolment: Some(enrolment), ..self.lab.config() };
-        let interception = self.lab.start(config, 1);
-        let worker = self.lab.node.listen_transparent("[::]:0");
-        interception.set_listener(0, worker.as_fd()).expect("listener");
-        (interception, worker)
+        InterceptionConfig { pods: Vec::new(), enrolment: Some(enrolment), ..self.lab.config() }
     }
 }
 
@@ -155,5 +169,113 @@ fn without_the_api_server_the_node_is_not_ready_or_keeps_what_it_knows() {
     stage.api.down();
     assert!(is_redirected(&stage.lab, &interception));
     assert!(is_enrolled(&interception, "shop/client") && interception.faults().is_empty());
+    stage.lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// A pod's service account: files that the kubelet replaces all at once, in a file system that only one thread and those
+/// that it starts see.
+struct ServiceAccount {
+    directory: File,
+}
+
+impl ServiceAccount {
+    /// For the calling thread.
+    fn mount(authority: &str) -> Self {
+        const PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).expect("private");
+        mount(Some("tmpfs"), "/var/run", Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("a tmpfs");
+        fs::create_dir_all(PATH).expect("a directory");
+        let account = Self { directory: File::open(PATH).expect("the directory") };
+        for (name, target) in [("token", "..data/token"), ("ca.crt", "ca")] {
+            symlink(target, account.path().join(name)).expect("a link");
+        }
+        fs::write(account.path().join("ca"), authority).expect("the authority");
+        account
+    }
+
+    /// The directory, whatever the calling thread sees.
+    fn path(&self) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.directory.as_raw_fd().to_string())
+    }
+
+    /// As the kubelet does it: another directory takes the place of the one before.
+    fn renew(&self, token: &str) {
+        let (data, fresh) = (self.path().join(format!("..{token}")), self.path().join("..data_tmp"));
+        fs::create_dir(&data).expect("a directory");
+        fs::write(data.join("token"), token).expect("the token");
+        symlink(format!("..{token}"), &fresh).expect("a link");
+        fs::rename(&fresh, self.path().join("..data")).expect("renamed");
+    }
+}
+
+/// A certificate for 127.0.0.1, and the server's configuration with it.
+fn self_signed() -> (String, Arc<rustls::ServerConfig>) {
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+    let certificate = params.self_signed(&key).expect("a certificate");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let key = key.serialize_der().try_into().expect("a key");
+    let config = config.expect("versions").with_no_client_auth().with_single_cert(vec![certificate.der().clone()], key);
+    (certificate.pem(), Arc::new(config.expect("a certificate")))
+}
+
+/// As in a pod: the server's place in the environment, the authority and a token that is renewed in the service account.
+#[test]
+fn in_a_cluster_the_service_account_is_used_as_it_is_renewed() {
+    const NAME: &str = "in_a_cluster_the_service_account_is_used_as_it_is_renewed";
+    const VARIABLE: &str = "KUBERNETES_SERVICE_HOST";
+    const PORT: u16 = 6443;
+    if std::env::var_os(VARIABLE).is_none() {
+        // Once more, in an environment that a pod has.
+        let mut again = Command::new(std::env::current_exe().expect("this program"));
+        again.args(["--exact", NAME, "--nocapture"]).env(VARIABLE, "127.0.0.1");
+        let status = again.env("KUBERNETES_SERVICE_PORT", PORT.to_string()).status().expect("starts");
+        assert!(status.success(), "{status}");
+        return;
+    }
+    let (authority, tls) = self_signed();
+    let stage = Stage::with(async move {
+        let mut api = KubeApi::start_with(Some(tls)).await;
+        api.down();
+        api.address.set_port(PORT);
+        api.up().await;
+        api
+    });
+    let takes = |token: &str| stage.api.behave(|behaviour| behaviour.tokens = [token.to_owned()].into());
+    stage.put("client", "on", CLIENT, json!({}));
+    takes("one");
+    let config = stage.config(KubernetesConfig { in_cluster: true, ..KubernetesConfig::default() });
+    let (account, interception) = stage.lab.node.run(|| {
+        let account = ServiceAccount::mount(&authority);
+        account.renew("zero");
+        (account, Interception::start(config, 1).expect("starts"))
+    });
+    let worker = stage.lab.node.listen_transparent("[::]:0");
+    interception.set_listener(0, worker.as_fd()).expect("listener");
+    eventually("the refusal is told", || {
+        interception.faults() == ["pods cannot be read from the API server: 401 Unauthorized: Unauthorized"]
+    });
+    account.renew("one");
+    eventually("enrolled", || is_enrolled(&interception, "shop/client") && interception.faults().is_empty());
+
+    // The new token is there before the old one ends.
+    account.renew("two");
+    takes("two");
+    stage.api.end_watches();
+    stage.put("second", "off", SERVER, json!({}));
+    eventually("the second is known", || pod(&interception, "shop/second").is_some());
+
+    // The old one ends first: nothing that is known is lost, and what is new is known with the new token.
+    takes("three");
+    stage.api.cut_watches();
+    let asked = stage.api.requests().len();
+    eventually("it is refused", || stage.api.requests().len() > asked + 1);
+    stage.put("third", "off", NEIGHBOUR, json!({}));
+    assert!(is_enrolled(&interception, "shop/client") && interception.faults().is_empty());
+    assert!(is_redirected(&stage.lab, &interception));
+    account.renew("three");
+    eventually("the third is known", || pod(&interception, "shop/third").is_some());
     stage.lab.node.run(|| interception.shutdown()).expect("shuts down");
 }

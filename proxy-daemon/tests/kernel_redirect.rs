@@ -269,7 +269,11 @@ fn a_port_may_be_used_again_while_the_daemon_remembers_its_last_connection() {
         assert_eq!(client.read(&mut [0]).expect("the end"), 0);
         drop(client);
     }
-    assert_eq!(counter(&interception, "reopened"), 2);
+    assert_eq!((counter(&interception, "redirected"), counter(&interception, "reopened")), (2, 2));
+    for own in [CLIENT, CLIENT_V6] {
+        let pod = interception.pods().into_iter().find(|pod| pod.name == own).expect("the pod is known");
+        assert_eq!(pod.outbound_connections, 2, "{own}: each is one of its connections");
+    }
     lab.node.run(|| interception.shutdown()).expect("shuts down");
 }
 

@@ -148,7 +148,7 @@ macro_rules! pod {
 }
 
 #[cfg(feature = "user")]
-pod!(Endpoint, FlowKey, Service, SlotKey, Slot, Connected);
+pod!(Endpoint, FlowKey, Service, SlotKey, Slot, ReplyKey, Connected);
 
 #[cfg(test)]
 mod tests {

@@ -54,7 +54,7 @@ pub const MAX_EXCLUDED_UIDS: usize = 1_024;
 
 /// The layout of the pinned maps, part of their pins' path: raised with every change that an older program or reader
 /// would misread.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// A pod's outbound connections, as a bit of [`PodPolicy::directions`].
 pub const OUTBOUND: u32 = 1;
@@ -129,7 +129,7 @@ pub struct JoinedCounters {
     pub last: u64,
 }
 
-/// What a pod had to do with the daemon. One per CPU.
+/// What a pod had to do with the daemon, and whose account this is. One per CPU. Later daemons go on with it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PodCounters {
@@ -141,6 +141,10 @@ pub struct PodCounters {
     pub bytes_sent: u64,
     /// Bytes that came for it and were given to the daemon, and payload that it got by the short cut.
     pub bytes_received: u64,
+    /// A hash of what makes the pod another one than an earlier pod with its address. Written by the daemon only.
+    pub identity: u64,
+    /// Since when it is enrolled, in nanoseconds since 1970. Written by the daemon only.
+    pub since: u64,
 }
 
 /// The key of a socket in the map `SOCKETS`: which end of which connection it is.
@@ -279,7 +283,7 @@ pub struct SockLayout {
 pub const SHORTCUT_WINDOW: u32 = 512 * 1024;
 
 const _: () = assert!(size_of::<PodPolicy>() == 16);
-const _: () = assert!(size_of::<PodCounters>() == 32);
+const _: () = assert!(size_of::<PodCounters>() == 48);
 const _: () = assert!(size_of::<SocketKey>() == 48);
 const _: () = assert!(size_of::<Join>() == 56);
 const _: () = assert!(size_of::<JoinedCounters>() == 16);
@@ -290,7 +294,7 @@ const _: () = assert!(size_of::<SockLayout>() == 28);
 // SAFETY: `repr(C)` and four u32, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodPolicy {}
 #[cfg(feature = "user")]
-// SAFETY: `repr(C)` and four u64, so every byte pattern is a valid value and there is no padding.
+// SAFETY: `repr(C)` and six u64, so every byte pattern is a valid value and there is no padding.
 unsafe impl aya::Pod for PodCounters {}
 #[cfg(feature = "user")]
 // SAFETY: `repr(C)`, numbers and arrays of bytes whose sizes add up, so every byte pattern is a valid value and there is no

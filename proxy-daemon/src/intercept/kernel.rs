@@ -4,12 +4,12 @@ use std::fs;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{
-    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap,
+    Array, HashMap, MapData, MapError, MapInfo, PerCpuArray, PerCpuHashMap, PerCpuValues, SockHash, SockMap,
 };
 use aya::programs::links::CgroupAttachMode;
 use aya::programs::{
@@ -26,7 +26,9 @@ use super::attach::{Direction, classifier};
 use super::btf::Btf;
 use super::config::{FailurePolicy, InterceptionConfig, Range};
 use super::error::{InterceptError, chain};
-use super::probe;
+use super::{inherit, probe};
+
+const POD_COUNTERS: &str = "POD_COUNTERS";
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert.bpf.o"));
 
@@ -38,32 +40,60 @@ pub(super) const fn address(address: IpAddr) -> Address {
     }
 }
 
-/// Loads the packet programs, with their constants set and their policy maps filled. Nothing is attached.
+/// The loaded packet programs.
+pub(super) struct Loaded {
+    pub(super) ebpf: Ebpf,
+    /// What is known of UDP sockets that are connected to backends is an earlier daemon's.
+    pub(super) inherits_sockets: bool,
+}
+
+/// Loads the packet programs, with their constants set and their policy maps filled; what an earlier daemon left of the
+/// maps that outlive daemons takes the place of these. Nothing is attached.
 pub(super) fn load(
     config: &InterceptionConfig,
     workers: u32,
     netns_cookie: u64,
     sock_layout: &SockLayout,
-) -> Result<Ebpf, InterceptError> {
-    let mut ebpf = load_object(config, workers, netns_cookie, sock_layout)?;
+) -> Result<Loaded, InterceptError> {
+    let mut ebpf = load_object(config, workers, netns_cookie, sock_layout, &[])?;
+    let mut inherited = inherit::usable(&ebpf, &config.pin_path);
+    if !inherited.is_empty() {
+        match load_object(config, workers, netns_cookie, sock_layout, &inherited) {
+            Ok(with) => ebpf = with,
+            // They went in between, with a daemon that ended.
+            Err(error) => {
+                tracing::warn!(%error, "an earlier daemon's maps cannot be used: counters begin anew");
+                inherited.clear();
+            }
+        }
+    }
+    let inherits = |map: &str| inherited.iter().any(|(name, _)| *name == map);
+    if !inherits(inherit::COUNTERS) {
+        inherit::carry_counters_on(&mut ebpf, &config.pin_path);
+    }
     fill_policy(&mut ebpf, config)?;
     for direction in [Direction::Outbound, Direction::Inbound] {
         classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
     }
-    Ok(ebpf)
+    Ok(Loaded { ebpf, inherits_sockets: inherits(inherit::CONNECTED) })
 }
 
-/// Makes the maps, and sets the constants.
+/// Makes the maps, but for those that are pinned elsewhere already, and sets the constants.
 fn load_object(
     config: &InterceptionConfig,
     workers: u32,
     netns_cookie: u64,
     sock_layout: &SockLayout,
+    pinned: &[(&str, PathBuf)],
 ) -> Result<Ebpf, InterceptError> {
     raise_memlock_limit();
     let host_fails_closed = config.host.as_ref().is_some_and(|host| host.failure_policy == FailurePolicy::Closed);
     let max_addresses = u32::try_from(config.max_addresses).unwrap_or(u32::MAX);
-    EbpfLoader::new()
+    let mut loader = EbpfLoader::new();
+    for (name, path) in pinned {
+        loader.map_pin_path(name, path.as_path());
+    }
+    loader
         .map_max_entries("PODS", max_addresses)
         .map_max_entries("POD_COUNTERS", max_addresses)
         .override_global("MARK", &config.mark, true)
@@ -104,26 +134,48 @@ fn exclude_ranges(ebpf: &mut Ebpf, name: &str, excluded: &[Range]) -> Result<(),
     Ok(())
 }
 
-/// Puts a pod's policy in force. Its counters begin at 0, unless the address is enrolled already.
-pub(super) fn set_pod(ebpf: &mut Ebpf, pod: IpAddr, policy: PodPolicy) -> Result<(), InterceptError> {
-    const NO_EXISTING: u64 = 1;
+/// Puts a pod's policy in force, and returns since when it is enrolled: since now, with counters that begin at 0; or since
+/// this daemon or an earlier one enrolled it.
+pub(super) fn set_pod(
+    ebpf: &mut Ebpf,
+    pod: IpAddr,
+    identity: u64,
+    policy: PodPolicy,
+) -> Result<SystemTime, InterceptError> {
     let key = address(pod);
-    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, "POD_COUNTERS")?;
-    let zero = vec![
-        PodCounters::default();
-        aya::util::nr_cpus().map_err(|(_, source)| {
-            InterceptError::Load { name: "POD_COUNTERS".to_owned(), reason: source.to_string() }
-        })?
-    ];
-    let zero = PerCpuValues::try_from(zero)
-        .map_err(|source| InterceptError::Load { name: "POD_COUNTERS".to_owned(), reason: source.to_string() })?;
-    match counters.insert(key, zero, NO_EXISTING) {
-        Ok(()) => {}
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == std::io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(InterceptError::load("POD_COUNTERS", &error)),
-    }
+    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, POD_COUNTERS)?;
+    let known = counters.get(&key, 0).ok().and_then(|per_cpu| per_cpu.first().copied());
+    let since = match known.filter(|known| known.identity == identity) {
+        Some(known) => known.since,
+        None => {
+            let failed = |reason: String| InterceptError::Load { name: POD_COUNTERS.to_owned(), reason };
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            // Until the year 2554.
+            let since = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+            let cpus = aya::util::nr_cpus().map_err(|(_, source)| failed(source.to_string()))?;
+            let begins = vec![PodCounters { identity, since, ..PodCounters::default() }; cpus];
+            let begins = PerCpuValues::try_from(begins).map_err(|source| failed(source.to_string()))?;
+            counters.insert(key, begins, 0).map_err(|error| InterceptError::load(POD_COUNTERS, &error))?;
+            since
+        }
+    };
     let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
-    pods.insert(key, policy, 0).map_err(|error| InterceptError::load("PODS", &error))
+    pods.insert(key, policy, 0).map_err(|error| InterceptError::load("PODS", &error))?;
+    Ok(UNIX_EPOCH + Duration::from_nanos(since))
+}
+
+/// Forgets the counters of all pods that are not to be kept, by their addresses and identities.
+pub(super) fn forget_pods(ebpf: &mut Ebpf, keep: impl Fn(&Address, u64) -> bool) -> Result<(), InterceptError> {
+    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, POD_COUNTERS)?;
+    let is_kept = |key: &Address| {
+        let identity = counters.get(key, 0).ok().and_then(|per_cpu| per_cpu.first().map(|it| it.identity));
+        identity.is_none_or(|identity| keep(key, identity))
+    };
+    let gone: Vec<Address> = counters.keys().filter_map(Result::ok).filter(|key| !is_kept(key)).collect();
+    for key in gone {
+        counters.remove(&key).map_err(|error| InterceptError::load(POD_COUNTERS, &error))?;
+    }
+    Ok(())
 }
 
 /// Takes a pod's policy out of force, and forgets its counters.
@@ -136,20 +188,20 @@ pub(super) fn remove_pod(ebpf: &mut Ebpf, pod: IpAddr) -> Result<(), InterceptEr
     };
     let mut pods: HashMap<_, Address, PodPolicy> = map(ebpf, "PODS")?;
     gone("PODS", pods.remove(&key))?;
-    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, "POD_COUNTERS")?;
-    gone("POD_COUNTERS", counters.remove(&key))
+    let mut counters: PerCpuHashMap<_, Address, PodCounters> = map(ebpf, POD_COUNTERS)?;
+    gone(POD_COUNTERS, counters.remove(&key))
 }
 
 /// What a pod had to do with the daemon, summed over CPUs.
 pub(super) fn pod_counters(ebpf: &Ebpf, pod: IpAddr) -> PodCounters {
-    let counters =
-        ebpf.map("POD_COUNTERS").and_then(|map| PerCpuHashMap::<_, Address, PodCounters>::try_from(map).ok());
+    let counters = ebpf.map(POD_COUNTERS).and_then(|map| PerCpuHashMap::<_, Address, PodCounters>::try_from(map).ok());
     let per_cpu = counters.and_then(|counters| counters.get(&address(pod), 0).ok());
     per_cpu.iter().flat_map(|per_cpu| per_cpu.iter()).fold(PodCounters::default(), |sum, one| PodCounters {
         outbound_connections: sum.outbound_connections + one.outbound_connections,
         inbound_connections: sum.inbound_connections + one.inbound_connections,
         bytes_sent: sum.bytes_sent + one.bytes_sent,
         bytes_received: sum.bytes_received + one.bytes_received,
+        ..*one
     })
 }
 
@@ -290,7 +342,7 @@ fn tells_what_tcp_has(sockets: &mut SockHash<&mut MapData, [u8; size_of::<Socket
 
 /// Loads every program of the object; says which ones the running kernel refuses, and why.
 pub(super) fn refused_programs() -> Result<Vec<(String, String)>, InterceptError> {
-    let mut ebpf = load_object(&InterceptionConfig::default(), 1, 0, &SockLayout::default())?;
+    let mut ebpf = load_object(&InterceptionConfig::default(), 1, 0, &SockLayout::default(), &[])?;
     let load = |program: &mut Program| match program {
         Program::SchedClassifier(program) => program.load(),
         Program::SkLookup(program) => program.load(),
@@ -358,30 +410,28 @@ pub(super) fn counters(ebpf: &Ebpf) -> Vec<(&'static str, u64)> {
         .collect()
 }
 
-/// Pins every map in a directory, in place of those of an earlier daemon. For people with bpftool: nothing reads them.
+/// Pins every map in a directory, each in one step in place of that of an earlier daemon: for later daemons, and for people
+/// with bpftool.
 pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptError> {
     let error = |path: &Path, reason: String| InterceptError::PinPath { path: path.to_owned(), reason };
     for (name, map) in ebpf.maps() {
         // The object's read-only data is a map too, whose name (.rodata) the BPF file system does not take.
         let path = directory.join(name.trim_start_matches('.'));
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error(&path, source.to_string()));
-            }
-            _ => {}
-        }
-        map.pin(&path).map_err(|source| error(&path, chain(&source)))?;
+        let fresh = directory.join(format!("{}-new", name.trim_start_matches('.')));
+        // What a daemon left that died just here.
+        let _ = fs::remove_file(&fresh);
+        map.pin(&fresh).map_err(|source| error(&fresh, chain(&source)))?;
+        fs::rename(&fresh, &path).map_err(|source| error(&path, source.to_string()))?;
     }
     Ok(())
 }
 
-/// Whether the maps that are pinned in a directory are these.
+/// Whether the maps that are pinned in a directory are these. One decides that no two daemons share.
 pub(super) fn has_pinned(ebpf: &Ebpf, directory: &Path) -> bool {
-    const ANY: &str = "COUNTERS";
-    let Some(Map::PerCpuArray(own)) = ebpf.map(ANY) else { return false };
-    let own = own.info().map(|info| info.id());
-    let pinned = MapInfo::from_pin(directory.join(ANY)).map(|info| info.id());
-    matches!((own, pinned), (Ok(own), Ok(pinned)) if own == pinned)
+    const OWN: &str = "PODS";
+    let own = inherit::info(ebpf, OWN).map(|info| info.id());
+    let pinned = MapInfo::from_pin(directory.join(OWN)).map(|info| info.id());
+    matches!((own, pinned), (Some(own), Ok(pinned)) if own == pinned)
 }
 
 /// A map by its name, in the type that the caller asks for.

@@ -180,10 +180,15 @@ pub(super) fn follow(enrolment: Enrolment, state: Arc<Mutex<State>>) -> io::Resu
     })
 }
 
-/// Puts in force what is new in the directory.
+/// Puts in force what is new in the directory. As long as it cannot be read, pods may start of which nobody hears: the node
+/// is not ready.
 fn tell(directory: &mut Directory, state: &Mutex<State>) {
     if directory.read() {
-        state.lock().unwrap_or_else(PoisonError::into_inner).set_pods(Origin::Manifest, pods(directory));
+        let path = directory.path().display();
+        let fault = directory.fault().map(|fault| format!("enrolment.pod_manifests {path}: {fault}"));
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.source_fault = fault;
+        state.set_pods(Origin::Manifest, pods(directory));
     }
 }
 

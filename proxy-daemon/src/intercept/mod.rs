@@ -6,7 +6,7 @@
 //! selectors  which pods are enrolled by what Kubernetes says of them
 //! btf        where the running kernel keeps the fields of its structures
 //! probe      what the kernel and the node's set-up can do
-//! kernel     loads the programs, fills the maps, reads the counters
+//! kernel     loads the programs, fills the maps, reads the counters; inherit: what it takes over of an earlier daemon's maps
 //! attach     puts programs on interfaces, pinned, so that they outlive the daemon
 //! state      what is in force: the programs, the rule, the route, the pods
 //! lease      who works with a pin path
@@ -36,6 +36,7 @@ mod connect_config;
 mod error;
 mod flows;
 mod follower;
+mod inherit;
 mod joins;
 mod kernel;
 pub(crate) mod lanes;
@@ -196,9 +197,14 @@ impl Interception {
         let is_v4 = |address: &SocketAddr| address.ip().to_canonical().is_ipv4();
         let usable = shares.iter().filter(|(address, _)| is_v4(address) == is_v4(&service.address));
         let shares: Vec<_> = usable.map(|(host, share)| (services::endpoint(*host, service.udp), *share)).collect();
-        self.lock().change_service(|services, ebpf| {
-            services.set(ebpf, services::endpoint(service.address, service.udp), &shares)
-        })
+        let service = services::endpoint(service.address, service.udp);
+        let mut state = self.lock();
+        let is_new = !state.services.knows(service);
+        state.change_service(|services, ebpf| services.set(ebpf, service, &shares))?;
+        if is_new {
+            state.end_stranded(Some(service));
+        }
+        Ok(())
     }
 
     /// Has the kernel forget a service: connections to it go their own way.
@@ -211,7 +217,7 @@ impl Interception {
     }
 
     /// Attaches the programs that balance services: what an earlier daemon left serves until then. To be called when the
-    /// services' hosts are known.
+    /// services' hosts are known. UDP sockets that an earlier daemon connected to hosts that are gone are told.
     pub fn balance(&self) {
         self.lock().balances = true;
         if let Some(cgroups) = &self.threads.cgroups {

@@ -4,16 +4,18 @@
 //! addresses; that of a pod from manifests or by command only for packets of the interface that it has now. So whoever
 //! gets the address later, on an interface of its own, does not inherit it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use aya::Ebpf;
-use culvert_proxy_ebpf::{Acceleration, PodPolicy};
+use culvert_proxy_ebpf::{Acceleration, Address, PodPolicy};
 use serde::Serialize;
+use twox_hash::XxHash64;
 
 use super::config::{FailurePolicy, Policy, Traffic};
+use super::error::InterceptError;
 use super::kernel;
 use crate::access_log::rfc3339;
 
@@ -161,8 +163,8 @@ impl Pods {
                 if before.is_some_and(|before| before.policy == policy) {
                     return Ok(());
                 }
-                kernel::set_pod(ebpf, address, policy).map_err(|error| error.to_string())?;
-                let since = before.map_or_else(SystemTime::now, |before| before.since);
+                let since = kernel::set_pod(ebpf, address, number_of(&pod.identity), policy)
+                    .map_err(|error| error.to_string())?;
                 let identity = pod.identity.clone();
                 self.in_force.insert(address, InForce { identity, policy, interface: name, since });
                 tracing::info!(pod = pod.name, %address, "enrolled");
@@ -185,6 +187,15 @@ impl Pods {
             faults.insert(address, reason);
         }
         self.faults = faults;
+    }
+
+    /// Forgets what earlier daemons counted for pods that are not to be enrolled any more. To be called when all pods are known.
+    pub(super) fn forget_others(&self, ebpf: &mut Ebpf) -> Result<(), InterceptError> {
+        let wanted = self.known.values().filter(|pod| pod.wanted.is_ok());
+        let kept: HashSet<(Address, u64)> = wanted
+            .flat_map(|pod| pod.addresses.iter().map(|it| (kernel::address(*it), number_of(&pod.identity))))
+            .collect();
+        kernel::forget_pods(ebpf, |address, identity| kept.contains(&(*address, identity)))
     }
 
     /// Whether trying again may help.
@@ -266,6 +277,11 @@ impl Pods {
         }
         status
     }
+}
+
+/// What makes a pod another one, as the kernel keeps it.
+fn number_of(identity: &str) -> u64 {
+    XxHash64::oneshot(0, identity.as_bytes())
 }
 
 /// Binds a pod's address to the interface that it is on. It moves to another one only when the pod was told of since:

@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapError};
-use culvert_proxy_ebpf::{Connected, Endpoint, Service, Slot, SlotKey, TCP, UDP};
+use culvert_proxy_ebpf::{Connected, Endpoint, ReplyKey, Service, Slot, SlotKey, TCP, UDP};
 
 use super::error::{InterceptError, chain};
+use super::inherit::CONNECTED;
 use super::kernel::{self, map};
 
 /// What was written.
@@ -77,6 +78,27 @@ impl Services {
         self.count_out(ebpf, &old.backends)
     }
 
+    /// Whether it is balanced.
+    pub(super) fn knows(&self, service: Endpoint) -> bool {
+        self.tables.contains_key(&service)
+    }
+
+    /// UDP sockets that are connected to a backend that no service has, though their service, this one or any, is known.
+    pub(super) fn stranded(&self, ebpf: &mut Ebpf, service: Option<Endpoint>) -> Vec<(u64, Connected)> {
+        let Ok(connected) = map::<HashMap<_, u64, Connected>>(ebpf, CONNECTED) else { return Vec::new() };
+        let mut stranded: Vec<(u64, Connected)> = connected.iter().filter_map(Result::ok).collect();
+        stranded.retain(|(_, connected)| !self.backends.contains_key(&connected.backend));
+        if stranded.is_empty() {
+            return stranded;
+        }
+        let Ok(replies) = map::<HashMap<_, ReplyKey, Endpoint>>(ebpf, "REPLIES") else { return Vec::new() };
+        stranded.retain(|(cookie, connected)| {
+            let of = replies.get(&ReplyKey { cookie: *cookie, from: connected.backend, unused: 0 }, 0);
+            of.is_ok_and(|of| self.knows(of) && service.is_none_or(|service| service == of))
+        });
+        stranded
+    }
+
     /// Notes that one more service has these backends.
     fn count_in(&mut self, ebpf: &mut Ebpf, backends: &HashSet<Endpoint>) -> Result<(), InterceptError> {
         for (done, backend) in backends.iter().enumerate() {
@@ -115,7 +137,7 @@ pub(super) fn connected_to(ebpf: &mut Ebpf, backends: &[Endpoint]) -> Vec<(u64, 
     if backends.iter().all(|backend| backend.protocol != UDP) {
         return Vec::new();
     }
-    let Ok(connected) = map::<HashMap<_, u64, Connected>>(ebpf, "CONNECTED") else { return Vec::new() };
+    let Ok(connected) = map::<HashMap<_, u64, Connected>>(ebpf, CONNECTED) else { return Vec::new() };
     let all = connected.iter().filter_map(Result::ok);
     all.filter(|(_, connected)| backends.contains(&connected.backend)).collect()
 }

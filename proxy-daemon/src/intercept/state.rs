@@ -13,7 +13,7 @@ use std::{fs, io};
 
 use arc_swap::ArcSwap;
 use aya::Ebpf;
-use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, LAYOUT, OUTBOUND, SockLayout};
+use culvert_proxy_ebpf::{Acceleration, Endpoint, INBOUND, OUTBOUND, SockLayout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::acceleration::{AccelerationStatus, Switches, Withheld};
@@ -26,9 +26,9 @@ use super::lease::Lease;
 use super::netlink::Netlink;
 use super::pods::{Known, Origin, PodNames, Pods, acceleration_of_name};
 use super::services::Services;
-use super::{cgroups, kernel, lanes, probe, services, sessions};
-pub(super) use removal::remove_pins;
-use removal::{map_directories, remove_pinned_in};
+use super::{cgroups, inherit, kernel, lanes, probe, services, sessions};
+use removal::remove_pinned_in;
+pub(super) use removal::{map_directories, remove_pins};
 
 /// How long programs of an earlier daemon stay where our listeners do not come.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -58,7 +58,11 @@ pub(super) struct State {
     pub(super) hooks: Vec<Hooks>,
     /// The services' hosts are known.
     pub(super) balances: bool,
-    services: Services,
+    pub(super) services: Services,
+    /// Some UDP sockets may have been connected to backends by an earlier daemon's programs.
+    inherits_sockets: bool,
+    /// Those of them were told whose backends are gone.
+    told_stranded: bool,
     /// Interfaces that should have programs and have not, by index.
     unattached: BTreeMap<u32, String>,
     pods: Pods,
@@ -67,10 +71,16 @@ pub(super) struct State {
     /// Why it is not known which pods there are.
     pub(super) source_fault: Option<String>,
     commanded: Vec<Commanded>,
+    /// What earlier daemons counted for pods that have gone since is forgotten.
+    forgot_others: bool,
     /// None before there is a pin path.
     lease: Option<Lease>,
+    /// That this daemon is about to take over: others see that it lives.
+    next: Option<Lease>,
     /// Until when programs of an earlier daemon stay attached, if they do.
     waits: Option<Instant>,
+    /// The pins are ours, or were.
+    took_over: bool,
     /// The directions whose listeners are there.
     listening: u32,
     /// Has the thread that follows the node look at this.
@@ -87,7 +97,8 @@ impl State {
             None => Err(Withheld::NotConfigured),
         };
         let unused = SockLayout::default();
-        let ebpf = kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
+        let kernel::Loaded { ebpf, inherits_sockets } =
+            kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
         let tcx =
             !config.force_clsact && probe::KernelVersion::running().is_ok_and(|running| running >= probe::TCX_FLOOR);
         let method = if tcx { Method::Tcx(config.pin_path.join("links")) } else { Method::Clsact };
@@ -103,6 +114,7 @@ impl State {
             let _ = fs::remove_dir(&config.pin_path);
             InterceptError::PinPath { path: config.pin_path.clone(), reason: format!("cannot be locked: {source}") }
         })?;
+        let source_fault = config.enrolment.is_some().then(|| "pods have not been read yet".to_owned());
         Ok(Self {
             config,
             ebpf,
@@ -117,13 +129,18 @@ impl State {
             hooks: Vec::new(),
             balances: false,
             services: Services::default(),
+            inherits_sockets,
+            told_stranded: false,
             unattached: BTreeMap::new(),
             pods: Pods::default(),
             pod_names: Arc::default(),
-            source_fault: None,
+            source_fault,
             commanded: Vec::new(),
+            forgot_others: false,
             lease: Some(lease),
+            next: None,
             waits: None,
+            took_over: false,
             listening: 0,
             wake: Arc::new(wake),
         })
@@ -183,7 +200,9 @@ impl State {
         let earlier = matches!(&self.method, Method::Tcx(links) if has_entries(links));
         if earlier {
             tracing::info!("programs of an earlier daemon stay attached until the listeners are there");
-            self.make_directory(&self.config.pin_path.join(NEXT))?;
+            let next = self.config.pin_path.join(NEXT);
+            self.make_directory(&next)?;
+            self.next = Lease::take(&next).ok();
             self.waits = Some(Instant::now() + PATIENCE);
         }
         self.make_directory(&self.config.pin_path.join("cgroups"))?;
@@ -198,11 +217,12 @@ impl State {
         if !self.config.interfaces.is_empty() {
             self.add_routing()?;
         }
-        let maps = self.maps_directory();
+        let maps = inherit::maps_directory(&self.config.pin_path);
         for directory in [self.config.pin_path.join("links"), self.config.pin_path.join("cgroups"), maps.clone()] {
             self.make_directory(&directory)?;
         }
         kernel::pin_maps(&self.ebpf, &maps)?;
+        self.took_over = true;
         self.reconcile_all_links()?;
         for error in self.reconcile_cgroups().1 {
             // Tried again until it works.
@@ -213,11 +233,13 @@ impl State {
                 tracing::warn!(path = %other.display(), %error, "maps of an earlier layout are left");
             }
         }
+        self.next = None;
         if let Err(error) = fs::remove_dir(self.config.pin_path.join(NEXT))
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(%error, "the mark of a take-over is left");
         }
+        self.forget_others();
         if self.attachments.is_empty() && !self.config.interfaces.is_empty() {
             tracing::warn!(patterns = ?self.config.interfaces, "no interface matches yet");
         }
@@ -229,11 +251,6 @@ impl State {
             path: path.to_owned(),
             reason: format!("cannot be created: {source}"),
         })
-    }
-
-    /// Where this layout's maps are pinned.
-    fn maps_directory(&self) -> PathBuf {
-        self.config.pin_path.join(format!("maps-{LAYOUT}"))
     }
 
     /// Puts a worker's socket in place. With the first one of each direction that is needed, an earlier daemon's
@@ -384,14 +401,19 @@ impl State {
             Role::Host => redirects,
             Role::Balance => balances,
         };
+        let followed = self.is_followed();
         for hooks in &mut self.hooks {
-            if !is_due(hooks.role()) {
+            if followed || !is_due(hooks.role()) {
                 parents.extend(hooks.parents());
                 continue;
             }
             let (more, failed) = hooks.reconcile(&mut self.ebpf);
             parents.extend(more);
             errors.extend(failed);
+        }
+        // Now that our programs choose: whoever is told connects again at once.
+        if balances && !std::mem::replace(&mut self.told_stranded, true) {
+            self.end_stranded(None);
         }
         (parents, errors)
     }
@@ -401,8 +423,20 @@ impl State {
         change: impl FnOnce(&mut Services, &mut Ebpf) -> Result<Vec<Endpoint>, InterceptError>,
     ) -> Result<(), InterceptError> {
         let gone = change(&mut self.services, &mut self.ebpf)?;
-        sessions::end(services::connected_to(&mut self.ebpf, &gone));
+        // Sockets are a successor's as soon as it has taken over.
+        if !gone.is_empty() && !self.is_followed() {
+            sessions::end(services::connected_to(&mut self.ebpf, &gone));
+        }
         Ok(())
+    }
+
+    /// Tells UDP sockets that were connected to a backend by an earlier daemon's programs if their service, which is this one
+    /// or any that is known, does not have that backend any more.
+    pub(super) fn end_stranded(&mut self, service: Option<Endpoint>) {
+        // Before, the earlier daemon's tables count.
+        if self.inherits_sockets && self.told_stranded {
+            sessions::end(self.services.stranded(&mut self.ebpf, service));
+        }
     }
 }
 

@@ -156,6 +156,7 @@ fn obey(words: &[&str], streams: &mut Vec<Option<TcpStream>>, sockets: &mut Vec<
             stream.read_exact(&mut word)?;
             Ok(String::from_utf8_lossy(&word).into_owned())
         }
+        ["peer", of] => Ok(streams[number(of)].as_ref().expect("open").peer_addr()?.to_string()),
         ["close", of] => {
             streams[number(of)] = None;
             Ok(String::new())

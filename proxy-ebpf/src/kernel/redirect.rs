@@ -127,13 +127,7 @@ fn redirect(ctx: &TcContext, segment: &Segment, policy: *const PodPolicy, direct
     let outbound = direction == OUTBOUND;
     if offer_to_worker(ctx, segment.is_ipv6, direction) {
         count(if outbound { Reason::Redirected } else { Reason::RedirectedInbound });
-        if let Some(counters) = pod_counters(if outbound { &segment.source } else { &segment.destination }) {
-            if outbound {
-                counters.outbound_connections += 1;
-            } else {
-                counters.inbound_connections += 1;
-            }
-        }
+        count_connection(segment, outbound);
         return TC_ACT_OK;
     }
     // SAFETY: a value of the map PODS, which lives until the end of the program run.
@@ -147,6 +141,17 @@ fn redirect(ctx: &TcContext, segment: &Segment, policy: *const PodPolicy, direct
     }
     count(Reason::ResetFailed);
     TC_ACT_SHOT
+}
+
+#[inline(always)]
+fn count_connection(segment: &Segment, outbound: bool) {
+    if let Some(counters) = pod_counters(if outbound { &segment.source } else { &segment.destination }) {
+        if outbound {
+            counters.outbound_connections += 1;
+        } else {
+            counters.inbound_connections += 1;
+        }
+    }
 }
 
 #[inline(always)]
@@ -282,6 +287,7 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
     if segment.opens && state == TCP_TIME_WAIT {
         // Goes to its predecessor all the same: see `reopen`.
         count(Reason::Reopened);
+        count_connection(segment, sends_to_daemon(&segment.source));
     }
     // A listener is found by its port alone: policy decides about new connections.
     if state == TCP_LISTEN {

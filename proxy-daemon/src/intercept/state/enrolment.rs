@@ -21,6 +21,7 @@ impl State {
     pub(in crate::intercept) fn set_pods(&mut self, origin: Origin, pods: Vec<Known>) {
         self.pods.set(origin, pods);
         self.reconcile_pods();
+        self.forget_others();
         if !self.is_settled() {
             self.try_again_soon();
         }
@@ -28,6 +29,9 @@ impl State {
 
     /// Puts in force what is wanted of pods, as the node's interfaces and routes are now.
     pub(in crate::intercept) fn reconcile_pods(&mut self) {
+        if self.is_followed() {
+            return;
+        }
         let Self { pods, ebpf, netlink, unattached, config, .. } = self;
         let mut links = None;
         pods.reconcile(ebpf, |address| {
@@ -60,6 +64,18 @@ impl State {
         let names = self.pods.names();
         if **self.pod_names.load() != names {
             self.pod_names.store(Arc::new(names));
+        }
+    }
+
+    /// Forgets, once, what earlier daemons counted for pods that have gone since: as soon as it is known which those are, and
+    /// as no other daemon serves them.
+    pub(super) fn forget_others(&mut self) {
+        if self.forgot_others || self.waits.is_some() || self.source_fault.is_some() {
+            return;
+        }
+        self.forgot_others = true;
+        if let Err(error) = self.pods.forget_others(&mut self.ebpf) {
+            tracing::warn!(%error, "counters of pods that are gone are left");
         }
     }
 
@@ -150,6 +166,10 @@ impl State {
 
     /// Writes down and puts in force what is to be enrolled by command. What cannot be written down is not put in force.
     fn command(&mut self, wanted: Vec<Commanded>) -> Result<(), InterceptError> {
+        if self.is_followed() {
+            let reason = "another daemon has taken over: it answers here when this one has ended".to_owned();
+            return Err(InterceptError::Command(reason));
+        }
         self.write_commanded(&wanted)?;
         self.set_commanded(wanted);
         Ok(())

@@ -40,7 +40,7 @@ impl State {
 
     /// Attaches to, leaves alone, or detaches from an interface, as its name asks for.
     pub(in crate::intercept) fn reconcile_link(&mut self, link: &Link) -> Result<(), InterceptError> {
-        if self.waits.is_some() {
+        if self.waits.is_some() || self.is_followed() {
             return Ok(());
         }
         let wanted = direction_of(&self.config, &link.name);
@@ -77,6 +77,9 @@ impl State {
 
     /// An interface is gone: and with it the pod that it belonged to.
     pub(in crate::intercept) fn link_gone(&mut self, index: u32) -> Result<(), InterceptError> {
+        if self.is_followed() {
+            return Ok(());
+        }
         self.unattached.remove(&index);
         // First of all what matters: it does not wait for a disk.
         let forgotten = self.forget_link(index);
@@ -98,7 +101,7 @@ impl State {
     }
 
     pub(in crate::intercept) fn reconcile_all_links(&mut self) -> Result<(), InterceptError> {
-        if self.waits.is_some() {
+        if self.waits.is_some() || self.is_followed() {
             return Ok(());
         }
         let links = self.netlink.links().map_err(|source| InterceptError::netlink("list interfaces", source))?;

@@ -6,6 +6,7 @@ use std::{fs, io};
 use super::{NEXT, State};
 use crate::intercept::error::InterceptError;
 use crate::intercept::kernel;
+use crate::intercept::lease::Lease;
 
 impl State {
     /// Whether another daemon has taken over, or is about to.
@@ -13,9 +14,20 @@ impl State {
         if self.waits.is_some() {
             return self.has_predecessor();
         }
-        if self.config.pin_path.join(NEXT).exists() {
+        // Who marked it and died takes over nothing.
+        let next = self.config.pin_path.join(NEXT);
+        if next.exists() && Lease::take(&next).is_ok_and(|lease| !lease.is_held()) {
             return true;
         }
+        self.others_are_pinned()
+    }
+
+    /// Whether another daemon has taken over from this one, so that nothing of the node is to be changed any more.
+    pub(in crate::intercept) fn is_followed(&self) -> bool {
+        self.took_over && self.others_are_pinned()
+    }
+
+    fn others_are_pinned(&self) -> bool {
         let directories = map_directories(&self.config.pin_path);
         !directories.is_empty() && !directories.iter().any(|directory| kernel::has_pinned(&self.ebpf, directory))
     }
@@ -26,6 +38,7 @@ impl State {
             tracing::info!("another daemon has taken over: kernel programs and routing are left to it");
             self.attachments.drain().for_each(|(_, attachment)| attachment.leave());
             if self.waits.is_some() {
+                self.next = None;
                 let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
             }
             return Ok(());
@@ -58,7 +71,7 @@ impl State {
 }
 
 /// The directories of maps below a pin path, of whatever layout.
-pub(super) fn map_directories(pin_path: &Path) -> Vec<PathBuf> {
+pub(in crate::intercept) fn map_directories(pin_path: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
     // The first layout had no number.
     let is_ours = |name: &[u8]| name == b"maps" || name.starts_with(b"maps-");
