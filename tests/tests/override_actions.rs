@@ -18,6 +18,8 @@ use culvert_xds_client::overrides::{
     Action, BAGGAGE_ITEM, ConfigValue, Fault, Override, Overrides, Signed, SpanContext, encode_ot_span_context,
     format_baggage,
 };
+use envoy_types::pb::envoy::config::core::v3::{DataSource, data_source::Specifier};
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{GenericSecret, Secret, secret};
 use envoy_types::pb::google::protobuf::Any;
 use prost::{Message as _, Name as _};
 
@@ -56,13 +58,23 @@ struct Mesh {
 impl Mesh {
     /// `filter`: fields of the filter's configuration. `secrets`: those of the bootstrap.
     fn start(filter: &str, secrets: &str) -> Result<Mesh> {
+        Mesh::start_with(filter, secrets, None)
+    }
+
+    /// The same with a secret that is told over ADS.
+    fn start_with(filter: &str, secrets: &str, secret: Option<Push>) -> Result<Mesh> {
         let control = ControlPlane::start()?;
         let (users, feature, port) = (service("users")?, service("feature-x")?, free_port()?);
         let yaml = bootstrap(control.address.port(), port, users, filter, secrets);
         let started = std::thread::scope(|scope| {
             // It is ready when the control plane has answered.
             let daemon = scope.spawn(|| Daemon::start(Kind::Culvert, &yaml));
-            let stream = asked_for_services(&control).inspect(|stream| stream.push(offloaded(0, feature, None)));
+            let asked_for = [OffloadedService::type_url(), Secret::type_url()];
+            let asked_for = &asked_for[..1 + usize::from(secret.is_some())];
+            let stream = stream_that_asks(&control, asked_for).inspect(|stream| {
+                stream.push(offloaded(0, feature, None));
+                secret.into_iter().for_each(|secret| stream.push(secret));
+            });
             let daemon = daemon.join().map_err(|_| anyhow::anyhow!("the start panicked"))??;
             anyhow::Ok((daemon, stream?))
         });
@@ -106,14 +118,35 @@ impl Mesh {
     }
 }
 
-/// The stream on which the daemon asks for what overrides reach.
-fn asked_for_services(control: &ControlPlane) -> Result<Stream> {
+/// The stream on which the daemon asks for resources, when it has asked for all these types.
+fn stream_that_asks(control: &ControlPlane, types: &[String]) -> Result<Stream> {
     let stream = control.stream(DEADLINE)?;
-    loop {
+    let mut missing = types.to_vec();
+    while !missing.is_empty() {
         let request = stream.next(DEADLINE)?.context("it asks for nothing")?;
-        if request.type_url == OffloadedService::type_url() {
-            return Ok(stream);
-        }
+        missing.retain(|type_url| *type_url != request.type_url);
+    }
+    Ok(stream)
+}
+
+/// The signing keys `overrides`, by their ids.
+fn keys(number: u32, keys: &[(&str, &str)]) -> Push {
+    let inline = |key: &str| DataSource {
+        specifier: Some(Specifier::InlineBytes(key.as_bytes().to_vec())),
+        ..DataSource::default()
+    };
+    let secrets = keys.iter().map(|(id, key)| ((*id).to_owned(), inline(key))).collect();
+    let secret = Secret {
+        name: "overrides".to_owned(),
+        r#type: Some(secret::Type::GenericSecret(GenericSecret { secret: None, secrets })),
+    };
+    let body = Any { type_url: Secret::type_url(), value: secret.encode_to_vec() };
+    Push {
+        type_url: Secret::type_url(),
+        version: number.to_string(),
+        nonce: format!("secret-{number}"),
+        resources: vec![Resource { name: "overrides".to_owned(), version: number.to_string(), body }],
+        removed: Vec::new(),
     }
 }
 
@@ -130,6 +163,7 @@ fn offloaded(number: u32, port: u16, policy: Option<Policy>) -> Push {
         address: "127.0.0.1".to_owned(),
         port: port.into(),
         pod: "default/users-fx".to_owned(),
+        tunnel: false,
     };
     let service = OffloadedService {
         cluster_name: USERS.to_owned(),
@@ -491,6 +525,40 @@ fn signatures_are_verified_and_keys_rotate() -> Result<()> {
     })?;
     assert_eq!(mesh.outcome(&ends(600).sign("k1", other)?)?.0, "feature-x");
     fs::remove_dir_all(dir)?;
+    Ok(())
+}
+
+#[test]
+fn keys_are_told_and_rotated_over_ads() -> Result<()> {
+    let filter = "signing: {secret: overrides, ads: true, required: true}\n              debug_response: true";
+    let mesh = Mesh::start_with(filter, "", Some(keys(1, &[("k1", KEY)])))?;
+    let set = || Overrides::of(feature_x().overrides, now() + 600);
+    let (by_first, by_second) = (set()?.sign("k1", KEY.as_bytes())?, set()?.sign("k2", OTHER_KEY.as_bytes())?);
+    assert_eq!(mesh.outcome(&by_first)?, outcome("feature-x", "applied revision feature-x"));
+    assert_eq!(mesh.outcome(&by_second)?, outcome("users", "refused unknown_key"));
+    let until = |message: &Overrides, expected: (String, String)| {
+        wait_until(DEADLINE, &format!("{expected:?}"), || {
+            let found = mesh.outcome(message)?;
+            ensure!(found == expected, "{found:?}");
+            Ok(())
+        })
+    };
+    // The new key beside the old one, then alone.
+    mesh.stream.push(keys(2, &[("k1", KEY), ("k2", OTHER_KEY)]));
+    until(&by_second, outcome("feature-x", "applied revision feature-x"))?;
+    assert_eq!(mesh.outcome(&by_first)?.0, "feature-x");
+    mesh.stream.push(keys(3, &[("k2", OTHER_KEY)]));
+    until(&by_first, outcome("users", "refused unknown_key"))?;
+    assert_eq!(mesh.outcome(&by_second)?.0, "feature-x");
+    // A key that is too short to sign anything leaves the last good ones in force.
+    mesh.stream.push(keys(4, &[("k2", "short")]));
+    wait_until(DEADLINE, "the short key to be refused", || {
+        let request = mesh.stream.next(DEADLINE)?.context("the stream ended")?;
+        let refused = request.error.is_some() && request.nonce == "secret-4";
+        ensure!(refused, "{request:?}");
+        Ok(())
+    })?;
+    assert_eq!(mesh.outcome(&by_second)?.0, "feature-x");
     Ok(())
 }
 

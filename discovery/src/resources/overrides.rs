@@ -4,6 +4,7 @@
 use culvert_xds_client::api::culvert::overrides::v1::{OffloadedEndpoint, OffloadedService, OverrideShare};
 
 use crate::mesh::{Mesh, cluster_name};
+use crate::overrides::tunnels::CLUSTER_OF_TUNNELS;
 use crate::policy::OverridePolicy;
 
 pub(super) fn offloaded_services(mesh: &Mesh) -> Vec<(String, OffloadedService)> {
@@ -21,6 +22,7 @@ pub(super) fn offloaded_services(mesh: &Mesh) -> Vec<(String, OffloadedService)>
                 address: endpoint.address.ip().to_string(),
                 port: endpoint.address.port().into(),
                 pod: endpoint.pod.to_string(),
+                tunnel: endpoint.cluster == CLUSTER_OF_TUNNELS,
             });
             let resource = OffloadedService {
                 cluster_name: name.clone(),

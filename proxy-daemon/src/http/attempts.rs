@@ -6,7 +6,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode};
 
 use super::{
     body::Body,
-    choice::named_host,
+    choice::{self, named_host},
     codec::{Incoming, h1::Upgrade},
     forward::set_host,
     headers::names::*,
@@ -38,6 +38,8 @@ pub(super) struct Shared<'a> {
     pub(super) timeouts: &'a Timeouts,
     /// What the request calls its hosts, where handshakes with them go by that.
     pub(super) peer: Option<&'a PeerName>,
+    /// The same of `unless_connected`.
+    pub(super) other_peer: Option<&'a PeerName>,
     /// `scheme_header_transformation.match_upstream`
     pub(super) scheme_matches_upstream: bool,
 }
@@ -80,6 +82,26 @@ pub(super) struct Failed {
     request: Option<Box<(RequestHead, Body)>>,
     /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
     pub(super) stale: bool,
+}
+
+impl Failed {
+    /// There was nobody at the address, or nobody who took connections.
+    fn is_unconnected(&self) -> bool {
+        self.failure == Failure::Connect && self.flags == ResponseFlags::UF
+    }
+}
+
+impl<'a> Attempts<'a> {
+    /// Nobody could be connected to in a tunnel: from here on the request goes where it would have gone. Gives whether it can.
+    fn leave_tunnel(&mut self) -> bool {
+        let Shared { cx, action, other_peer, .. } = self.shared;
+        let Some(cluster) = cx.unless_connected.as_ref().filter(|_| !cx.progress.left_tunnel.replace(true)) else {
+            return false;
+        };
+        self.shared = Shared { cluster, peer: other_peer, ..self.shared };
+        self.metadata_match = choice::metadata_match(cx, action, cluster);
+        true
+    }
 }
 
 impl Attempts<'_> {
@@ -132,6 +154,14 @@ impl Attempts<'_> {
                         Some(again) if failed.stale => {
                             self.count -= 1;
                             end.excuse_host();
+                            (head, body) = *again;
+                            continue;
+                        }
+                        request => request,
+                    };
+                    let request = match request {
+                        Some(again) if failed.is_unconnected() && self.leave_tunnel() => {
+                            self.count -= 1;
                             (head, body) = *again;
                             continue;
                         }
@@ -193,7 +223,7 @@ impl Attempts<'_> {
             end.keep_attempt(self.count);
         }
         let pick = PickCx {
-            override_dst: self.cx.override_dst,
+            override_dst: self.cx.override_dst.filter(|_| !self.cx.progress.left_tunnel.get()),
             headers: Some(&head.headers),
             host: Some(authority(head)),
             original_dst: self.cx.connection.original_dst,
@@ -320,6 +350,7 @@ impl Shared<'_> {
             Err(error) => {
                 if let PoolError::Connect(_) = &error {
                     cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
+                    self.note_tunnel();
                 }
                 let failed = connect_failed(error, head, body);
                 notes.transport_failure.set(failed.transport.clone());
@@ -388,6 +419,15 @@ impl Shared<'_> {
                 }
                 Err(reset(error, connection.reused))
             }
+        }
+    }
+
+    /// If it was in a tunnel that nobody could be connected to, the next requests need not try.
+    fn note_tunnel(self) {
+        if let (Some(address), Some(_), false) =
+            (self.cx.override_dst, &self.cx.unless_connected, self.cx.progress.left_tunnel.get())
+        {
+            self.cx.worker.overrides.tunnel_failed(address, Instant::now());
         }
     }
 

@@ -82,7 +82,9 @@ pub(super) async fn forward(
     timeouts.tell(&mut head, cx);
     let finished = finish_request(cx, action, &mut head, end.notes.counted.as_deref());
     let (mut hash, mut cookies) = (None, Vec::new());
-    if !action.hash_policy.is_empty() && cluster.wants_hash() {
+    let wants_hash = |cluster: &Rc<WorkerCluster>| cluster.wants_hash();
+    if !action.hash_policy.is_empty() && (wants_hash(&cluster) || cx.unless_connected.as_ref().is_some_and(wants_hash))
+    {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
     }
     let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());
@@ -137,7 +139,10 @@ pub(super) async fn forward(
     let scheme_matches_upstream = config.scheme_matches_upstream;
     let peer = peer_name(&cluster, &head);
     let peer = peer.as_ref();
-    let shared = Shared { cx, cluster: &cluster, action, timeouts: &timeouts, peer, scheme_matches_upstream };
+    let other_peer = cx.unless_connected.as_ref().and_then(|cluster| peer_name(cluster, &head));
+    let other_peer = other_peer.as_ref();
+    let shared =
+        Shared { cx, cluster: &cluster, action, timeouts: &timeouts, peer, other_peer, scheme_matches_upstream };
     let metadata_match = choice::metadata_match(cx, action, &cluster);
     let (under_way, until) = (Cell::new(1), Cell::new(None));
     let mut attempts =
@@ -145,7 +150,9 @@ pub(super) async fn forward(
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
-        expired = timers.expired() => Err(expire(end, &cluster, expired, (&timeouts, attempts.under_way.get()))),
+        expired = timers.expired() => {
+            Err(expire(end, attempts.shared.cluster, expired, (&timeouts, attempts.under_way.get())))
+        }
     };
     let (count, until) = (attempts.count, attempts.until.get());
     drop(attempts);

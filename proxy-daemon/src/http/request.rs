@@ -143,6 +143,7 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         random,
         cluster: None,
         override_dst: None,
+        unless_connected: None,
         source: state.connection.source,
         override_host: None,
         upstream_host: None,

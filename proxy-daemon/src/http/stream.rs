@@ -91,6 +91,8 @@ pub struct StreamCx {
     pub cluster: Option<Rc<WorkerCluster>>,
     /// Set by a filter: the request goes here, through an ORIGINAL_DST cluster.
     pub override_dst: Option<SocketAddr>,
+    /// Set with it: the cluster that the request goes to if nobody can be connected to there.
+    pub unless_connected: Option<Rc<WorkerCluster>>,
     /// Where connections to hosts come from: of the connection, or set by a filter.
     pub source: Option<Source>,
     /// Set by a filter: the first attempt goes to this host.
@@ -354,6 +356,8 @@ pub struct Progress {
     pub request_complete: Cell<Option<Instant>>,
     /// How many messages of gRPC there were in each direction, where `grpc_stats` tells.
     pub grpc_messages: Cell<Option<(u64, u64)>>,
+    /// Nobody could be connected to in a tunnel, and the request went where it would have gone.
+    pub left_tunnel: Cell<bool>,
     /// How many attempts were made.
     pub attempts: Cell<u32>,
     /// The last attempt's host was asked by its own name.
@@ -399,6 +403,7 @@ impl Progress {
             health_check: Cell::new(false),
             request_complete: Cell::new(complete.then_some(started)),
             grpc_messages: Cell::new(None),
+            left_tunnel: Cell::new(false),
             attempts: Cell::new(0),
             host_rewritten: Cell::new(None),
             aggregate: RefCell::new(None),

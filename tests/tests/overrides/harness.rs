@@ -30,14 +30,24 @@ pub struct Running {
 
 impl Running {
     pub fn spawn(program: &str, arguments: &[&str]) -> Result<Running> {
+        let mut command = Command::new(binary(program)?);
+        command.args(arguments);
+        Running::spawn_command(command).with_context(|| format!("starting {program}"))
+    }
+
+    /// The same where these lines are /etc/hosts.
+    pub fn spawn_with_hosts(hosts: &str, program: &str, arguments: &[&str]) -> Result<Running> {
+        let file = scratch_dir()?.join("hosts");
+        fs::write(&file, hosts)?;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\""]);
+        command.arg(file).arg(binary(program)?).args(arguments);
+        Running::spawn_command(command).context("unshare and mount are needed")
+    }
+
+    fn spawn_command(mut command: Command) -> Result<Running> {
         let err = scratch_dir()?.join("err");
-        let child = Command::new(binary(program)?)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&err)?)
-            .spawn()
-            .with_context(|| format!("starting {program}"))?;
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&err)?).spawn()?;
         Ok(Running { child, err })
     }
 
@@ -83,25 +93,32 @@ pub struct Discovery {
     pub manifests: PathBuf,
     pub token_file: String,
     pub xds: u16,
+    /// The port of its status address.
+    pub http: u16,
     flags: Vec<String>,
 }
 
 impl Discovery {
     pub fn start(further: &[&str]) -> Result<Discovery> {
+        Discovery::start_at("127.0.0.1", free_port()?, further)
+    }
+
+    /// With its status address here.
+    pub fn start_at(address: &str, http: u16, further: &[&str]) -> Result<Discovery> {
         let dir = scratch_dir()?;
         let manifests = dir.join("east");
         fs::create_dir(&manifests)?;
         let token_file = dir.join("token");
         fs::write(&token_file, TOKEN)?;
         let token_file = token_file.display().to_string();
-        let (xds, http, tunnel) = (free_port()?, free_port()?, free_port()?);
+        let (xds, tunnel) = (free_port()?, free_port()?);
         let mut flags = vec![
             "--cluster".to_owned(),
             format!("east={}", manifests.display()),
             "--listen".to_owned(),
             format!("127.0.0.1:{xds}"),
             "--http".to_owned(),
-            format!("127.0.0.1:{http}"),
+            format!("{address}:{http}"),
             "--developer-token-file".to_owned(),
             token_file.clone(),
             "--tunnels".to_owned(),
@@ -109,8 +126,8 @@ impl Discovery {
         ];
         flags.extend(further.iter().map(|flag| (*flag).to_owned()));
         let running = spawn(&flags)?;
-        let url = format!("http://127.0.0.1:{http}");
-        let discovery = Discovery { running, url, manifests, token_file, xds, flags };
+        let url = format!("http://{address}:{http}");
+        let discovery = Discovery { running, url, manifests, token_file, xds, http, flags };
         discovery.wait_until_ready()?;
         Ok(discovery)
     }
@@ -180,13 +197,19 @@ impl Mesh {
             |pod: &str, revision: &str| App { pod: pod.into(), revision: revision.into(), upstream: None }.start();
         let (main, feature) = (app("users-1", "main")?, app("users-x", "feature-x")?);
         let discovery = Discovery::start(flags)?;
-        discovery.write("users.yaml", &service(feature))?;
-        discovery.write("users-x.yaml", OFFLOADED)?;
+        tell_of_users(&discovery, feature)?;
         let (daemon, port) = daemon("n", main, discovery.xds)?;
         let mesh = Mesh { discovery, daemon, port, feature, main };
         let header = header(&["--set", "users=feature-x"])?;
         mesh.until_revision(&header, "feature-x")?;
         Ok(mesh)
+    }
+
+    /// A further replica of discovery, at another address and the same port.
+    pub fn replica(&self, address: &str) -> Result<Discovery> {
+        let replica = Discovery::start_at(address, self.discovery.http, &[])?;
+        tell_of_users(&replica, self.feature)?;
+        Ok(replica)
     }
 
     /// A further node's daemon, and where it takes requests.
@@ -196,30 +219,49 @@ impl Mesh {
 
     /// One request for `users`, with some headers.
     pub fn ask(&self, headers: &[(String, String)]) -> Result<Response> {
-        let request = headers.iter().fold(Request::get("/"), |request, (name, value)| request.header(name, value));
-        fetch(self.port, request)
+        ask(self.port, headers)
     }
 
     /// The revision that answers a request.
     pub fn revision(&self, headers: &[(String, String)]) -> Result<String> {
-        let response = self.ask(headers)?;
-        ensure!(response.status == 200, "{}: {}", response.status, response.text());
-        let answer: Value = serde_json::from_str(&response.text())?;
-        Ok(answer["revision"].as_str().unwrap_or_default().to_owned())
+        revision(self.port, headers)
     }
 
     /// Waits until a revision answers.
     pub fn until_revision(&self, headers: &[(String, String)], wanted: &str) -> Result<()> {
-        wait_until(DEADLINE, &format!("revision {wanted} to answer"), || {
-            let found = self.revision(headers)?;
-            ensure!(found == wanted, "{found} answers");
-            Ok(())
-        })
+        until_revision(self.port, headers, wanted)
     }
 
     pub fn stat(&self, name: &str) -> Result<u64> {
         Ok(self.daemon.stats()?.get(&format!("http.ingress.override.{name}")))
     }
+}
+
+fn ask(port: u16, headers: &[(String, String)]) -> Result<Response> {
+    let request = headers.iter().fold(Request::get("/"), |request, (name, value)| request.header(name, value));
+    fetch(port, request)
+}
+
+/// The revision that answers a request to a daemon's port.
+pub fn revision(port: u16, headers: &[(String, String)]) -> Result<String> {
+    let response = ask(port, headers)?;
+    ensure!(response.status == 200, "{}: {}", response.status, response.text());
+    let answer: Value = serde_json::from_str(&response.text())?;
+    Ok(answer["revision"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Waits until a revision answers at a daemon's port.
+pub fn until_revision(port: u16, headers: &[(String, String)], wanted: &str) -> Result<()> {
+    wait_until(DEADLINE, &format!("revision {wanted} to answer"), || {
+        let found = revision(port, headers)?;
+        ensure!(found == wanted, "{found} answers");
+        Ok(())
+    })
+}
+
+fn tell_of_users(discovery: &Discovery, feature: u16) -> Result<()> {
+    discovery.write("users.yaml", &service(feature))?;
+    discovery.write("users-x.yaml", OFFLOADED)
 }
 
 const OFFLOADED: &str = "
@@ -285,6 +327,7 @@ static_resources:
               "@type": type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override
               original_dst_cluster: original_dst
               watch_context: true
+              debug_response: true
           - name: envoy.filters.http.router
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
   clusters:

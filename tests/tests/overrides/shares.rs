@@ -132,3 +132,30 @@ fn a_share_that_has_ended_is_refused_as_such() -> Result<()> {
     assert_eq!(json(&mesh.discovery, &["create", "old", "--set", "users=y"])?["expired"], false);
     Ok(())
 }
+
+/// What a node may call limits what overrides do there, whoever made the share.
+#[test]
+fn a_share_does_at_a_node_what_that_may_call() -> Result<()> {
+    let mesh = Mesh::start()?;
+    let may_call = |services: &str| {
+        let manifest = format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: c}}, spec: {{ports: [{{name: http, port: 80}}]}}}}\n---\n\
+             {{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {{name: c}}, spec: {{egress: [{services}]}}}}\n"
+        );
+        mesh.discovery.write("c.yaml", &manifest)
+    };
+    let made = json(&mesh.discovery, &["create", "checkout", "--set", "users=feature-x"])?;
+    let headers = header(&["--share", made["token"].as_str().unwrap_or_default()])?;
+    mesh.until_revision(&headers, "feature-x")?;
+    // The daemon's node is of the service c, and goes on without what it may not call.
+    may_call("c")?;
+    mesh.until_revision(&headers, "main")?;
+    let overrides = mesh.daemon.admin("/overrides")?;
+    ensure!(!overrides.contains("users.default:80"), "{overrides}");
+    let refused = mesh.stat("refused.unlisted")?;
+    assert_eq!(mesh.revision(&headers)?, "main");
+    assert_eq!((mesh.stat("refused.unlisted")?, mesh.stat("refused.share_unknown")?), (refused + 1, 0));
+    // It is the same share, as soon as it may.
+    may_call("c, users")?;
+    mesh.until_revision(&headers, "feature-x")
+}

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use culvert_tests::app::App;
+use culvert_tests::daemon::fetch;
+use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use super::harness::{DEADLINE, Discovery, Mesh, Running, culvert, header, refused};
+use super::harness::{DEADLINE, Discovery, Mesh, Running, culvert, header, refused, revision, until_revision};
 
 fn connect(discovery: &Discovery, target: &str, revision: &str) -> Result<Running> {
     let access = ["--discovery", &discovery.url, "--token-file", &discovery.token_file];
@@ -87,6 +89,76 @@ fn a_laptop_that_falls_asleep_is_gone_within_seconds() -> Result<()> {
     tunnel.signal(Signal::SIGCONT)?;
     mesh.until_revision(&headers, "laptop")?;
     Ok(())
+}
+
+/// Nobody is left who could tell proxies that the tunnel is gone.
+#[test]
+fn requests_leave_a_tunnel_whose_discovery_is_killed() -> Result<()> {
+    let mut mesh = Mesh::start()?;
+    let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{}", laptop()?), "me")?;
+    tunnel.until_said("open: ")?;
+    let mut headers = header(&["--set", "users=me"])?;
+    headers.push(("x-culvert-override-debug".to_owned(), "1".to_owned()));
+    mesh.until_revision(&headers, "laptop")?;
+    mesh.discovery.kill()?;
+    // From the first request on, with its body, and also when it is tried again whether the tunnel is there.
+    let gone = "users.default:80: refused route tunnel_gone";
+    let began = Instant::now();
+    let mut requests = 0;
+    while requests < 5 || began.elapsed() < Duration::from_secs(5) {
+        let request = Request { method: "POST".to_owned(), body: b"four".to_vec(), ..Request::get("/") };
+        let request = headers.iter().fold(request, |request, (name, value)| request.header(name, value));
+        let response = fetch(mesh.port, request)?;
+        let answer: serde_json::Value = serde_json::from_str(&response.text())?;
+        assert_eq!((response.status, &answer["revision"], &answer["body_bytes"]), (200, &json!("main"), &json!(4)));
+        assert_eq!(response.headers.get("x-culvert-override"), Some(gone), "request {requests}");
+        requests += 1;
+    }
+    assert_eq!((mesh.stat("refused.tunnel_gone")?, mesh.stat("rejected")?), (requests, requests));
+    // Pods are there all the same, and so is the tunnel when discovery is.
+    assert_eq!(mesh.revision(&header(&["--set", "users=feature-x"])?)?, "feature-x");
+    mesh.discovery.start_again()?;
+    mesh.until_revision(&headers, "laptop")
+}
+
+/// A laptop is connected to each replica, so that the proxies of all of them reach it.
+#[test]
+fn each_replica_has_the_tunnel() -> Result<()> {
+    let mut mesh = Mesh::start()?;
+    let replica = mesh.replica("127.0.0.2")?;
+    let (other, port) = mesh.node("other", replica.xds)?;
+    until_revision(port, &header(&["--set", "users=feature-x"])?, "feature-x")?;
+    let target = format!("users=127.0.0.1:{}", laptop()?);
+
+    // By the address of one: the other one's proxies do not know it, and say so.
+    let mut alone = connect(&mesh.discovery, &target, "alone")?;
+    let headers = header(&["--set", "users=alone"])?;
+    mesh.until_revision(&headers, "laptop")?;
+    assert_eq!(revision(port, &headers)?, "main");
+    assert_eq!(other.stats()?.get("http.ingress.override.refused.unlisted"), 1);
+    alone.signal(Signal::SIGKILL)?;
+    alone.wait()?;
+    mesh.until_revision(&headers, "main")?;
+
+    // By a name that has the addresses of both.
+    let hosts = "127.0.0.1 localhost\n127.0.0.1 discovery.test\n127.0.0.2 discovery.test\n";
+    let (url, file) = (format!("http://discovery.test:{}", mesh.discovery.http), mesh.discovery.token_file.clone());
+    let arguments = ["override", "connect", &target, "--revision", "me", "--discovery", &url, "--token-file", &file];
+    let tunnel = Running::spawn_with_hosts(hosts, "culvert", &arguments)?;
+    let headers = header(&["--set", "users=me"])?;
+    mesh.until_revision(&headers, "laptop")?;
+    until_revision(port, &headers, "laptop")?;
+    for address in ["127.0.0.1", "127.0.0.2"] {
+        ensure!(tunnel.said().contains(&format!("(by {address}:")), "{}", tunnel.said());
+    }
+    // One of them ends: the laptop is reached through the other.
+    mesh.discovery.kill()?;
+    mesh.until_revision(&headers, "main")?;
+    for _ in 0..20 {
+        assert_eq!(revision(port, &headers)?, "laptop");
+    }
+    mesh.discovery.start_again()?;
+    mesh.until_revision(&headers, "laptop")
 }
 
 #[test]

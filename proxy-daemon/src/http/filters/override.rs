@@ -13,6 +13,7 @@ mod state;
 mod stream;
 
 use std::{
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -41,7 +42,7 @@ use self::{
     refusal::{Refusal, Stats},
     settings::Settings,
     state::Carries,
-    stream::{Outcome, OverrideStream, described},
+    stream::{Outcome, OverrideStream, Tunnelled, described},
 };
 use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
 use crate::{
@@ -117,7 +118,7 @@ impl HttpFilterFactory for OverrideFactory {
             return Flow::Continue;
         }
         let hop = cx.cluster.as_ref().map_or_else(|| "no cluster".into(), |it| Arc::clone(&it.cluster.config.name));
-        let mut stream = OverrideStream { delay: Duration::ZERO, fault: None, told: None, logged: None };
+        let mut stream = OverrideStream { delay: Duration::ZERO, fault: None, told: None, tunnel: None, logged: None };
         let mut outcome = Outcome::default();
         if let Some(found) = found {
             match self.0.open(found, cx) {
@@ -135,7 +136,7 @@ impl HttpFilterFactory for OverrideFactory {
         if let Some(logged) = &stream.logged {
             tracing::info!("override: {logged}: {}", outcome.in_words(&hop));
         }
-        stream.told = tells.then(|| outcome.in_words(&hop));
+        stream.told = tells.then_some((hop, outcome));
         let flow = stream.begin(cx);
         if stream.is_needed() {
             instances.push(Box::new(stream));
@@ -204,7 +205,7 @@ impl Configured {
 
     /// Does what is asked of the service of this hop, as far as that is allowed.
     fn apply(
-        &self,
+        self: &Arc<Self>,
         overrides: &Overrides,
         head: &mut RequestHead,
         cx: &mut StreamCx,
@@ -237,7 +238,7 @@ impl Configured {
             match allowed.and_then(|()| self.act(action, wanted, head, cx, stream)) {
                 Ok(()) => {
                     self.stats.done(action);
-                    outcome.done(&wanted.in_words(action));
+                    outcome.done(wanted.in_words(action));
                 }
                 Err(refusal) => {
                     self.stats.refused(refusal);
@@ -252,7 +253,7 @@ impl Configured {
     }
 
     fn act(
-        &self,
+        self: &Arc<Self>,
         action: Action,
         wanted: &Override,
         head: &mut RequestHead,
@@ -285,7 +286,14 @@ impl Configured {
                 let name = &*cluster.cluster.config.name;
                 let target = cx.worker.with_offloaded(|table| table.find(name, wanted)).ok_or(Refusal::Unlisted)?;
                 let original_dst = cx.worker.clusters.get(original_dst_cluster).ok_or(Refusal::Unlisted)?;
-                cx.override_dst = Some(target);
+                if target.tunnel {
+                    if cx.worker.overrides.is_gone(target.address, Instant::now()) {
+                        return Err(Refusal::TunnelGone);
+                    }
+                    cx.unless_connected = Some(Rc::clone(cluster));
+                    stream.tunnel = Some(Tunnelled { by: Arc::clone(self), what: wanted.in_words(action) });
+                }
+                cx.override_dst = Some(target.address);
                 cx.cluster = Some(original_dst);
             }
             Action::Unspecified => {}

@@ -96,7 +96,7 @@ pub fn explain(
                     Err(refusal) => line.refused.push((Some(action), refusal.name())),
                     Ok(()) if action != Action::Route => line.applied.push(wanted.in_words(action)),
                     Ok(()) => match found() {
-                        Some(address) => line.applied.push(format!("{} ({address})", wanted.in_words(action))),
+                        Some(target) => line.applied.push(format!("{} ({})", wanted.in_words(action), target.address)),
                         None => line.refused.push((Some(action), Refusal::Unlisted.name())),
                     },
                 }
@@ -122,6 +122,7 @@ mod tests {
             address: "10.0.0.9".to_owned(),
             port: 8080,
             pod: String::new(),
+            tunnel: false,
         };
         OffloadedTable::from_resources([&OffloadedService {
             cluster_name: "users.default:80".to_owned(),

@@ -35,10 +35,18 @@ struct Share {
     overrides: Overrides,
 }
 
+/// An endpoint that overrides reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) address: SocketAddr,
+    /// It is a tunnel's port, which nobody listens at once the tunnel is gone.
+    pub(super) tunnel: bool,
+}
+
 /// What is known of one cluster.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Offloaded {
-    by_revision: HashMap<String, Vec<SocketAddr>>,
+    by_revision: HashMap<String, Vec<Target>>,
     policy: Option<Arc<Policy>>,
 }
 
@@ -73,7 +81,8 @@ impl OffloadedTable {
                     .ok()
                     .filter(|port| *port != 0)
                     .ok_or_else(|| FieldError::new(path("port"), format!("{} is not a TCP port", endpoint.port)))?;
-                cluster.by_revision.entry(endpoint.revision.clone()).or_default().push(SocketAddr::new(ip, port));
+                let target = Target { address: SocketAddr::new(ip, port), tunnel: endpoint.tunnel };
+                cluster.by_revision.entry(endpoint.revision.clone()).or_default().push(target);
             }
             if let Some(policy) = &service.policy {
                 let sources = policy.sources.as_ref().map(|sources| Sources::parse(sources, "policy.sources"));
@@ -130,7 +139,7 @@ impl OffloadedTable {
     }
 
     /// The endpoint that an override asks for, of those of a cluster: one of the revision's, or the one at the address.
-    pub(super) fn find(&self, cluster: &str, wanted: &Override) -> Option<SocketAddr> {
+    pub(super) fn find(&self, cluster: &str, wanted: &Override) -> Option<Target> {
         let revisions = &self.by_cluster.get(cluster)?.by_revision;
         if wanted.revision.is_empty() {
             let (ip, port) = wanted.wanted_address()?;
@@ -142,9 +151,9 @@ impl OffloadedTable {
 }
 
 /// The listed endpoint at an address. A service has few that are offloaded.
-fn at(revisions: &HashMap<String, Vec<SocketAddr>>, ip: IpAddr, port: Option<u16>) -> Option<SocketAddr> {
-    let mut all = revisions.values().flatten();
-    all.find(|listed| listed.ip() == ip && port.is_none_or(|port| port == listed.port())).copied()
+fn at(revisions: &HashMap<String, Vec<Target>>, ip: IpAddr, port: Option<u16>) -> Option<Target> {
+    let is = |listed: SocketAddr| listed.ip() == ip && port.is_none_or(|port| port == listed.port());
+    revisions.values().flatten().find(|listed| is(listed.address)).copied()
 }
 
 #[cfg(test)]
@@ -163,7 +172,13 @@ mod tests {
     }
 
     fn endpoint(revision: &str, address: &str, port: u32) -> OffloadedEndpoint {
-        OffloadedEndpoint { revision: revision.to_owned(), address: address.to_owned(), port, pod: String::new() }
+        OffloadedEndpoint {
+            revision: revision.to_owned(),
+            address: address.to_owned(),
+            port,
+            pod: String::new(),
+            tunnel: false,
+        }
     }
 
     #[test]
@@ -171,7 +186,7 @@ mod tests {
         let table = OffloadedTable::from_resources([&service(endpoint("feature-x", "10.1.0.9", 8080), None)]).unwrap();
         let revision = |revision: &str| Override { revision: revision.to_owned(), ..Override::default() };
         let address = |address: &str| Override { address: address.to_owned(), ..Override::default() };
-        let listed = Some("10.1.0.9:8080".parse().unwrap());
+        let listed = Some(Target { address: "10.1.0.9:8080".parse().unwrap(), tunnel: false });
         assert_eq!(table.find("users.default:80", &revision("feature-x")), listed);
         assert_eq!(table.find("users.default:80", &revision("feature-y")), None);
         assert_eq!(table.find("front.default:80", &revision("feature-x")), None);

@@ -29,11 +29,12 @@ pub(super) enum Refusal {
     ActionNotOptedIn,
     OverLimit,
     Unlisted,
+    TunnelGone,
     DebugBusy,
 }
 
 impl Refusal {
-    pub(super) const ALL: [Refusal; 21] = [
+    pub(super) const ALL: [Refusal; 22] = [
         Refusal::Production,
         Refusal::Stripped,
         Refusal::Undecodable,
@@ -54,6 +55,7 @@ impl Refusal {
         Refusal::ActionNotOptedIn,
         Refusal::OverLimit,
         Refusal::Unlisted,
+        Refusal::TunnelGone,
         Refusal::DebugBusy,
     ];
 
@@ -80,6 +82,7 @@ impl Refusal {
             Refusal::ActionNotOptedIn => "action_not_opted_in",
             Refusal::OverLimit => "over_limit",
             Refusal::Unlisted => "unlisted",
+            Refusal::TunnelGone => "tunnel_gone",
             Refusal::DebugBusy => "debug_busy",
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,6 +18,8 @@ const OTHER: &str = "other";
 const TO: &str = "to";
 const FROM: &str = "from";
 const SECOND: Duration = Duration::from_secs(1);
+/// For so long a tunnel that nobody could be connected to counts as gone, before a request tries again.
+const GONE: Duration = Duration::from_secs(2);
 
 /// What all workers count, for reports. A worker is here once for each service and address that it meets.
 static COUNTED: Mutex<BTreeMap<Counted, Contexts>> = Mutex::new(BTreeMap::new());
@@ -35,6 +37,8 @@ pub fn counted_contexts() -> Vec<(Counted, Carried)> {
 pub struct OverrideState {
     /// When the second began that is counted, and how many requests were logged in it.
     logged: Cell<Option<(Instant, u32)>>,
+    /// When nobody could be connected to at tunnels.
+    gone: RefCell<HashMap<SocketAddr, Instant>>,
     to: RefCell<HashMap<Box<str>, Contexts>>,
     from: RefCell<HashMap<IpAddr, Contexts>>,
 }
@@ -99,6 +103,18 @@ impl OverrideState {
         count < most
     }
 
+    /// Nobody could be connected to at a tunnel.
+    pub(crate) fn tunnel_failed(&self, address: SocketAddr, now: Instant) {
+        let mut gone = self.gone.borrow_mut();
+        gone.retain(|_, since| now.saturating_duration_since(*since) < GONE);
+        gone.insert(address, now);
+    }
+
+    /// Whether a tunnel is gone, as far as was seen.
+    pub(super) fn is_gone(&self, address: SocketAddr, now: Instant) -> bool {
+        self.gone.borrow().get(&address).is_some_and(|since| now.saturating_duration_since(*since) < GONE)
+    }
+
     /// Counts a request to a cluster from an address.
     pub(super) fn count(&self, cluster: Option<&str>, source: IpAddr, carries: Carries) {
         if let Some(cluster) = cluster {
@@ -139,6 +155,17 @@ mod tests {
         assert_eq!([logs(Duration::ZERO), logs(SECOND / 2), logs(SECOND / 2)], [true, true, false]);
         assert!(logs(SECOND) && logs(SECOND) && !logs(SECOND));
         assert!(!state.may_log(now + 9 * SECOND, 0));
+    }
+
+    #[test]
+    fn a_tunnel_is_gone_for_a_while() {
+        let (state, now) = (OverrideState::default(), Instant::now());
+        let [one, other] = [1, 2].map(|port| SocketAddr::from(([10, 0, 0, 1], port)));
+        assert!(!state.is_gone(one, now));
+        state.tunnel_failed(one, now);
+        assert!(state.is_gone(one, now + GONE / 2) && !state.is_gone(other, now) && !state.is_gone(one, now + GONE));
+        state.tunnel_failed(other, now + GONE);
+        assert_eq!(state.gone.borrow().len(), 1);
     }
 
     #[test]

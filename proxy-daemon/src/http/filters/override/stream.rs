@@ -1,12 +1,13 @@
 //! What goes on with a request after it was decided what to do about it: delays, answers, and what is told of it.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{fmt::Write as _, sync::Arc, time::Duration};
 
 use culvert_xds_client::{api::culvert::overrides::v1::Action, overrides::OUTCOME};
 use http::HeaderValue;
 
 use super::{
     super::{Flow, HttpFilter, Waiting},
+    Configured,
     refusal::Refusal,
 };
 use crate::{
@@ -26,28 +27,27 @@ const LONGEST: usize = 200;
 /// over_limit`.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    applied: String,
-    refused: String,
+    applied: Vec<String>,
+    refused: Vec<String>,
 }
 
 impl Outcome {
-    pub(super) fn done(&mut self, what: &str) {
-        if !self.applied.is_empty() {
-            self.applied.push_str(", ");
-        }
-        self.applied.push_str(what);
+    pub(super) fn done(&mut self, what: String) {
+        self.applied.push(what);
+    }
+
+    /// What seemed to be done was not, after all.
+    fn undone(&mut self, what: &str, action: Action, refusal: Refusal) {
+        self.applied.retain(|done| done != what);
+        self.refused(Some(action), refusal);
     }
 
     /// `action`: `None` of a whole message or override.
     pub(super) fn refused(&mut self, action: Option<Action>, refusal: Refusal) {
-        if !self.refused.is_empty() {
-            self.refused.push_str(", ");
-        }
-        if let Some(action) = action {
-            self.refused.push_str(action.name());
-            self.refused.push(' ');
-        }
-        self.refused.push_str(refusal.name());
+        self.refused.push(match action {
+            Some(action) => format!("{} {}", action.name(), refusal.name()),
+            None => refusal.name().to_owned(),
+        });
     }
 
     pub(super) fn in_words(&self, hop: &str) -> String {
@@ -57,11 +57,11 @@ impl Outcome {
             (applied, refused) => {
                 if !applied {
                     text.push_str("applied ");
-                    text.push_str(&self.applied);
+                    text.push_str(&self.applied.join(", "));
                 }
                 if !refused {
                     text.push_str(if applied { "refused " } else { "; refused " });
-                    text.push_str(&self.refused);
+                    text.push_str(&self.refused.join(", "));
                 }
             }
         }
@@ -74,15 +74,25 @@ pub(super) struct OverrideStream {
     pub(super) delay: Duration,
     /// The answer in the place of the service's.
     pub(super) fault: Option<LocalReply>,
-    /// What the client is told.
-    pub(super) told: Option<String>,
+    /// What the client is told: the hop, and what was decided.
+    pub(super) told: Option<(Arc<str>, Outcome)>,
+    /// The request goes into a tunnel, by this override.
+    pub(super) tunnel: Option<Tunnelled>,
     /// What is logged about it begins so.
     pub(super) logged: Option<String>,
 }
 
+/// A request that goes into a tunnel, or where it would have gone if the tunnel is gone.
+pub(super) struct Tunnelled {
+    pub(super) by: Arc<Configured>,
+    /// In words.
+    pub(super) what: String,
+}
+
 impl OverrideStream {
     pub(super) fn is_needed(&self) -> bool {
-        !self.delay.is_zero() || self.fault.is_some() || self.told.is_some() || self.logged.is_some()
+        let OverrideStream { delay, fault, told, tunnel, logged } = self;
+        !delay.is_zero() || fault.is_some() || told.is_some() || tunnel.is_some() || logged.is_some()
     }
 
     /// What the request comes to at this filter.
@@ -131,8 +141,17 @@ impl HttpFilter for OverrideStream {
     }
 
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, cx: &mut StreamCx) -> Flow {
-        if let Some(told) = self.told.take()
-            && let Ok(told) = HeaderValue::try_from(told)
+        if let Some(Tunnelled { by, what }) = self.tunnel.take()
+            && cx.progress.left_tunnel.get()
+        {
+            by.stats.refused(Refusal::TunnelGone);
+            by.stats.rejected.inc();
+            if let Some((_, outcome)) = &mut self.told {
+                outcome.undone(&what, Action::Route, Refusal::TunnelGone);
+            }
+        }
+        if let Some((hop, outcome)) = self.told.take()
+            && let Ok(told) = HeaderValue::try_from(outcome.in_words(&hop))
         {
             head.headers.append(OUTCOME, told);
         }
@@ -170,10 +189,13 @@ mod tests {
         assert_eq!(outcome.in_words("a:80"), "a:80: nothing asked");
         outcome.refused(Some(Action::Fault), Refusal::OverLimit);
         assert_eq!(outcome.in_words("a:80"), "a:80: refused fault over_limit");
-        outcome.done("revision x");
-        outcome.done("delayed by 5 ms");
+        outcome.done("revision x".to_owned());
+        outcome.done("delayed by 5 ms".to_owned());
         outcome.refused(None, Refusal::Unlisted);
         let expected = "a:80: applied revision x, delayed by 5 ms; refused fault over_limit, unlisted";
+        assert_eq!(outcome.in_words("a:80"), expected);
+        outcome.undone("revision x", Action::Route, Refusal::TunnelGone);
+        let expected = "a:80: applied delayed by 5 ms; refused fault over_limit, unlisted, route tunnel_gone";
         assert_eq!(outcome.in_words("a:80"), expected);
     }
 
