@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
-use culvert_discovery::policy::files;
+use culvert_discovery::policy::files::{self, is_manifest};
 use culvert_xds_client::json::ConfigError;
 
 use crate::Outcome;
@@ -13,12 +13,13 @@ use crate::Outcome;
 const REFUSED: u8 = 3;
 
 const CHECK_HELP: &str = "\
-Of each document one fault is shown, with line, column and field. Exits with 0 when every file is good, with 3 when one
+Of each document the faults are shown, with line, column and field. Of a directory the files that culvert-discovery would read are
+looked at: *.yaml, *.yml and *.json directly in it. Exits with 0 when every file is good, with 3 when one
 is refused. A warning is of something that is well formed and cannot hold: the file is good.
 
 Examples:
   culvert manifest check users.yaml
-  culvert manifest check manifests/*.yaml";
+  culvert manifest check manifests/";
 
 const RENDER_HELP: &str = "\
 The output is what culvert-discovery makes of the file for a culvertd: a file of Envoy resources, which `culvert validate` reads.
@@ -41,7 +42,7 @@ pub enum Command {
 /// Flags of `culvert manifest check`.
 #[derive(Debug, Args)]
 pub struct CheckFlags {
-    /// Files of manifests, YAML or JSON
+    /// Files of manifests, YAML or JSON, or directories of them
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
 }
@@ -67,8 +68,8 @@ pub fn run(command: &Command) -> anyhow::Result<Outcome> {
 
 fn check(paths: &[PathBuf]) -> anyhow::Result<Outcome> {
     let (mut text, mut code) = (String::new(), 0);
-    for path in paths {
-        match files::check(&read(path)?) {
+    for path in files_of(paths)? {
+        match files::check(&read(&path)?) {
             Ok((objects, warnings)) => {
                 for warning in warnings {
                     text.push_str(&format!("{}: warning: {warning}\n", path.display()));
@@ -76,12 +77,30 @@ fn check(paths: &[PathBuf]) -> anyhow::Result<Outcome> {
                 text.push_str(&format!("{}: OK, {} with policy\n", path.display(), objects.manifests.len()));
             }
             Err(faults) => {
-                text.push_str(&faults_of(path, &faults));
+                text.push_str(&faults_of(&path, &faults));
                 code = REFUSED;
             }
         }
     }
     Ok(Outcome { text, code })
+}
+
+/// The files that are meant, those of directories in the order of their names.
+fn files_of(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        if !path.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let read = std::fs::read_dir(path).and_then(|entries| entries.map(|it| Ok(it?.path())).collect());
+        let mut found: Vec<PathBuf> = read.with_context(|| format!("cannot read {}", path.display()))?;
+        found.retain(|path| is_manifest(path));
+        ensure!(!found.is_empty(), "{} has no *.yaml, *.yml or *.json", path.display());
+        found.sort();
+        files.extend(found);
+    }
+    Ok(files)
 }
 
 fn render(path: &Path) -> anyhow::Result<Outcome> {
@@ -145,7 +164,13 @@ spec:
         assert_eq!(lines[0], format!("{}: OK, 1 with policy", good.display()));
         let place = format!("{}:9:82: spec.circuitBreakers.maxRetries: ", bad.display());
         assert!(lines[1].starts_with(&place) && lines[1].ends_with("(ServiceManifest default/users)"), "{text}");
-        assert_eq!(check(&[good]).unwrap().code, 0);
+        assert_eq!(check(std::slice::from_ref(&good)).unwrap().code, 0);
+        // A directory: what discovery would read of it.
+        file(&directory, ".hidden.yaml", "kind: [");
+        file(&directory, "notes.txt", "kind: [");
+        assert_eq!(check(&[directory.path().to_owned()]).unwrap().text, lines[1].to_owned() + "\n" + lines[0] + "\n");
+        let empty = tempfile::tempdir().unwrap();
+        assert!(check(&[empty.path().to_owned()]).unwrap_err().to_string().ends_with("has no *.yaml, *.yml or *.json"));
         let error = format!("{:#}", check(&[directory.path().join("none.yaml")]).unwrap_err());
         assert!(error.contains("cannot read") && error.contains("none.yaml"), "{error}");
     }

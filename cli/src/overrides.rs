@@ -6,6 +6,7 @@ mod doctor;
 mod explain;
 mod header;
 mod list;
+mod offered;
 mod proxy;
 mod share;
 mod terminal;

@@ -72,7 +72,10 @@ pub fn endpoints(flags: &EndpointsFlags) -> anyhow::Result<String> {
 }
 
 /// The service ports that go by a name; all without one.
-fn find(status: &Value, name: Option<&str>) -> anyhow::Result<Vec<Value>> {
+///
+/// # Errors
+/// When there is none.
+pub fn find(status: &Value, name: Option<&str>) -> anyhow::Result<Vec<Value>> {
     let all = list(&status["services"]);
     let Some(name) = name else { return Ok(all.to_vec()) };
     // As clients in Kubernetes write it.

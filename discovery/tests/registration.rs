@@ -40,6 +40,18 @@ fn exercise(program: &Program) {
     // The heartbeat after it.
     assert_eq!(program.post("/v1/registration/users", &form("10.0.0.1", "")), ok());
 
+    // As `curl -F` sends it, by curl itself.
+    let tags = r#"tags={"az": "eu-1a", "region": "eu", "instance_id": "i-1"}"#;
+    let fields =
+        ["-F", "ip=10.0.0.2", "-F", "port=9211", "-F", "revision=0123abcd", "-F", "service_repo_name=users-repo"];
+    let curl = std::process::Command::new("curl")
+        .args(["-sS", "-m", "20", "-w", "%{http_code}"])
+        .args(fields)
+        .args(["-F", tags, &format!("http://{}/v1/registration/users", program.http)])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&curl.stdout), "{}\n200", "{curl:?}");
+
     let answer = program.json("/v1/registration/users");
     let mut host = answer["hosts"][0].clone();
     let heard = host.as_object_mut().unwrap().remove("last_check_in").unwrap();

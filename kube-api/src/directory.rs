@@ -316,7 +316,7 @@ fn note_event(event: &notify::Event, being_written: &mut BTreeSet<PathBuf>, wake
 }
 
 /// Whether a file's name makes it a manifest: `*.yaml`, `*.yml` or `*.json`, and not hidden.
-fn is_manifest(path: &Path) -> bool {
+pub fn is_manifest(path: &Path) -> bool {
     let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
     !hidden && path.extension().is_some_and(|it| it == "yaml" || it == "yml" || it == "json")
 }

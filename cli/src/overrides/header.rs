@@ -12,6 +12,7 @@ use culvert_xds_client::overrides::{
 };
 use serde_json::{Value, json};
 
+use super::offered::Look;
 use super::{BAGGAGE, BAGGAGE_OVERRIDES, OT_BAGGAGE_OVERRIDES, OT_SPAN_CONTEXT, UBERCTX_OVERRIDES};
 
 /// What is printed below the flags.
@@ -93,6 +94,9 @@ pub struct HeaderFlags {
     /// The span id of x-ot-span-context, in hexadecimal; random by default
     #[arg(long, value_name = "HEX", value_parser = parse_hex)]
     span_id: Option<u64>,
+
+    #[command(flatten)]
+    look: Look,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -138,6 +142,10 @@ pub(super) fn now() -> u64 {
 /// Makes the headers; gives what is to be printed.
 pub fn run(flags: &HeaderFlags) -> anyhow::Result<String> {
     let item = message(flags)?.to_baggage_item();
+    // Beside the headers, which other programs read.
+    for warning in flags.look.warnings(&flags.set, flags.share.as_deref()) {
+        eprintln!("warning: {warning}");
+    }
     let wants = |format| flags.format == Some(format);
     let mut headers = Vec::new();
     if flags.format.is_none() || wants(Format::OtSpanContext) {

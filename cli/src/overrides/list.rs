@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::terminal::time;
 use crate::status::{self, cell, list};
-use crate::table;
+use crate::{services, table};
 
 /// Shown after the help.
 pub const HELP: &str = "\
@@ -33,9 +33,12 @@ pub struct ListFlags {
 /// Runs the command; gives what is to be printed.
 ///
 /// # Errors
-/// When discovery cannot be asked.
+/// When discovery cannot be asked, or has no such service.
 pub fn run(flags: &ListFlags) -> anyhow::Result<String> {
-    let found = deployments(&flags.from.fetch()?, flags.service.as_deref());
+    let status = flags.from.fetch()?;
+    // Of a service that there is not, nothing could be offloaded.
+    services::find(&status, flags.service.as_deref())?;
+    let found = deployments(&status, flags.service.as_deref());
     Ok(flags
         .from
         .print(&Value::Array(found.clone()), || text(&found, flags.service.as_deref(), table::terminal_width())))

@@ -111,7 +111,7 @@ pub fn read<'de, K: Kind, D: Deserializer<'de>>(
     name: impl FnOnce() -> ObjectName,
 ) -> Result<(ObjectKey, Option<K>), ManifestError> {
     let raw: K::Raw = serde_path_to_error::deserialize(document)
-        .map_err(|error| name().error(error.path().to_string(), error.inner().to_string()))?;
+        .map_err(|error| name().error(error.path().to_string(), in_words(&error.inner().to_string())))?;
     let metadata = raw.metadata();
     let namespace = match metadata.namespace.as_deref().filter(|namespace| !namespace.is_empty()) {
         _ if !K::NAMESPACED => "",
@@ -157,6 +157,14 @@ pub fn key_of(text: &str) -> Option<ObjectKey> {
     }
     let Named { metadata } = serde_json::from_str(text).ok()?;
     Some(ObjectKey::new(metadata.namespace, metadata.name))
+}
+
+/// What the library says of numbers of Rust, for people.
+fn in_words(reason: &str) -> String {
+    match reason.split_once(", expected a nonzero ") {
+        Some((found, _)) => format!("{found}, expected a number above 0"),
+        None => reason.to_owned(),
+    }
 }
 
 fn is_name_byte(byte: u8) -> bool {

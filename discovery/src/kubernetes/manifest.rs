@@ -47,6 +47,28 @@ pub enum ManifestError {
 /// # Errors
 /// [`ManifestError`] for the first thing that is wrong.
 pub fn parse(text: &str) -> Result<Objects, ManifestError> {
+    let mut objects = Objects::default();
+    for (index, document) in documents(text)?.into_iter().enumerate() {
+        if !document.is_null() {
+            add_document(document, index + 1, &mut objects)?;
+        }
+    }
+    Ok(objects)
+}
+
+/// Says whether one document can be used.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn check(document: Value) -> Result<(), ManifestError> {
+    if document.is_null() { Ok(()) } else { add_document(document, 1, &mut Objects::default()) }
+}
+
+/// The documents of one file.
+///
+/// # Errors
+/// [`ManifestError::Yaml`]
+pub(crate) fn documents(text: &str) -> Result<Vec<Value>, ManifestError> {
     let options = serde_saphyr::options! {
         with_snippet: false,
         // A pod may be called `y` or `no`: only `true` and `false` are booleans.
@@ -56,20 +78,11 @@ pub fn parse(text: &str) -> Result<Objects, ManifestError> {
         budget: serde_saphyr::budget! { max_documents: 100_000, max_nodes: 8_000_000, max_events: 20_000_000 },
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
     };
-    let documents: Vec<Value> = serde_saphyr::from_multiple_with_options(text, options)
-        // The library also tells programmers which of its options to set.
-        .map_err(|error| {
-            ManifestError::Yaml(
-                one_line(&error.to_string()).replace(", set DuplicateKeyPolicy in Options if acceptable", ""),
-            )
-        })?;
-    let mut objects = Objects::default();
-    for (index, document) in documents.into_iter().enumerate() {
-        if !document.is_null() {
-            add_document(document, index + 1, &mut objects)?;
-        }
-    }
-    Ok(objects)
+    // The library also tells programmers which of its options to set.
+    serde_saphyr::from_multiple_with_options(text, options).map_err(|error| {
+        let error = one_line(&error.to_string());
+        ManifestError::Yaml(error.replace(", set DuplicateKeyPolicy in Options if acceptable", ""))
+    })
 }
 
 fn add_document(document: Value, position: usize, objects: &mut Objects) -> Result<(), ManifestError> {

@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
+pub use culvert_kube_api::directory::is_manifest;
 use culvert_xds_client::json::{ConfigError, any_to_json};
 use serde_json::{Value, json};
 
 use crate::kubernetes::Objects;
-use crate::kubernetes::manifest::{ManifestError, parse};
+use crate::kubernetes::manifest::{self, ManifestError, parse};
 use crate::mesh::{NO_SERVICE, join};
 use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
 use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Snapshot, type_url};
 
 /// The port of a service that a file has a manifest for and nothing else.
 const EXAMPLE_PORT: u16 = 80;
+/// The most faults of a document that are told.
+const MAX_FAULTS: usize = 20;
 
-/// What is wrong with a file: one fault of each document that has any, with line, column and field.
+/// What is wrong with a file, with line, column and field: of each document the first few faults, as far as they can be told apart.
 ///
 /// Gives the objects of a file without faults, and what of it cannot hold.
 ///
@@ -23,9 +26,11 @@ const EXAMPLE_PORT: u16 = 80;
 pub fn check(text: &str) -> Result<(Objects, Vec<String>), Vec<ConfigError>> {
     let mut faults = Vec::new();
     for (first_line, document) in documents(text) {
-        if let Err(error) = parse(document) {
-            faults.push(located(error, document, first_line));
-        }
+        let mut of_document: Vec<_> =
+            faults_of(document).into_iter().map(|error| located(error, document, first_line)).collect();
+        // They were found in the order of the fields' names.
+        of_document.sort_by_key(|fault| fault.position);
+        faults.extend(of_document);
     }
     if !faults.is_empty() {
         return Err(faults);
@@ -34,6 +39,50 @@ pub fn check(text: &str) -> Result<(Objects, Vec<String>), Vec<ConfigError>> {
     let objects = parse(text).map_err(|error| vec![located(error, text, 0)])?;
     let (_, warnings) = mesh_of(&objects, false);
     Ok((objects, warnings))
+}
+
+/// The faults of one document: a field that is wrong is taken out, and it is looked again.
+fn faults_of(document: &str) -> Vec<ManifestError> {
+    let mut values = match manifest::documents(document) {
+        Ok(values) => values,
+        Err(error) => return vec![error],
+    };
+    let mut faults = Vec::new();
+    for value in &mut values {
+        let mut taken_out: Vec<String> = Vec::new();
+        while let Err(error) = manifest::check(value.clone()) {
+            let field = match &error {
+                ManifestError::Field { field, .. } if faults.len() < MAX_FAULTS => field.clone(),
+                _ => {
+                    faults.push(error);
+                    break;
+                }
+            };
+            // What is missing since it was taken out was no fault.
+            let within = |taken: &String| taken.strip_prefix(&*field).is_some_and(|rest| rest.starts_with(['.', '[']));
+            if !taken_out.iter().any(within) {
+                faults.push(error);
+            }
+            if !take_out(value, &field) {
+                break;
+            }
+            taken_out.push(field);
+        }
+    }
+    faults
+}
+
+/// Takes a field out, by its path as errors have it: `spec.retries.on[1]`. Gives whether it was there.
+fn take_out(value: &mut Value, path: &str) -> bool {
+    let (parent, last) = path.rsplit_once('.').unwrap_or(("", path));
+    // Of a list with a fault nothing is looked at any more.
+    let last = last.split('[').next().unwrap_or_default();
+    let mut at = value;
+    for part in parent.split('.').filter(|part| !part.is_empty()) {
+        let Some(next) = at.get_mut(part) else { return false };
+        at = next;
+    }
+    at.as_object_mut().is_some_and(|fields| fields.remove(last).is_some())
 }
 
 /// What the manifests of a file become for a culvertd, as a document of Envoy resources. Services that the file does not have
@@ -131,6 +180,23 @@ mod tests {
         // FULL has 13 lines, the first of which is empty.
         assert_eq!(found, [(Some(21), "spec.timeouts.idel"), (Some(38), "spec.rateLimit.per")], "{faults:?}");
         assert!(faults[1].message.contains("ServiceManifest default/users"), "{faults:?}");
+        let faults = check(
+            "apiVersion: culvert.dev/v1alpha1\nkind: ServiceManifest\nmetadata: {name: users}\nspec:\n  protocol: quic\n  \
+             timeouts: {connect: soon, idel: 2m}\n  rateLimit: {requests: 0, per: 1s}\n  retries: {attempts: 1, on: [5xx, what]}\n",
+        );
+        let found: Vec<_> =
+            faults.unwrap_err().into_iter().map(|it| (it.position.unwrap().0, it.path, it.message)).collect();
+        let expected = [
+            (5, "spec.protocol", "`quic` is not tcp"),
+            (6, "spec.timeouts.connect", "`soon` is not a time"),
+            (6, "spec.timeouts.idel", "unknown field `idel`"),
+            (7, "spec.rateLimit.requests", "expected a number above 0"),
+            (8, "spec.retries.on[1]", "unknown variant `what`"),
+        ];
+        let is = |((line, path, message), expected): (&(u64, String, String), &(u64, &str, &str))| {
+            *line == expected.0 && path == expected.1 && message.contains(expected.2)
+        };
+        assert!(found.len() == expected.len() && found.iter().zip(&expected).all(is), "{found:#?}");
         let faults = check("kind: [").unwrap_err();
         assert!(faults[0].message.contains("not valid YAML"), "{faults:?}");
         let twice = check(&format!("{FULL}---{FULL}")).unwrap_err();

@@ -77,7 +77,7 @@ fn what_is_wrong_is_named_with_its_field() {
         ("{timeouts: {connect: 0s}}", "spec.timeouts.connect", "a time above zero is needed"),
         ("{retries: {attempts: 300}}", "spec.retries.attempts", "300"),
         ("{retries: {attempts: 1, on: [sometimes]}}", "spec.retries.on[0]", "unknown variant `sometimes`"),
-        ("{rateLimit: {requests: 0, per: 1s}}", "spec.rateLimit.requests", "nonzero"),
+        ("{rateLimit: {requests: 0, per: 1s}}", "spec.rateLimit.requests", "a number above 0"),
         ("{rateLimit: {requests: 1, per: 1ms}}", "spec.rateLimit.per", "at least 50ms is needed"),
         ("{rateLimit: {requests: 1}}", "spec.rateLimit", "missing field `per`"),
         ("{outlierDetection: {maxEjectionPercent: 101}}", "spec.outlierDetection.maxEjectionPercent", "more than 100"),

@@ -3,9 +3,12 @@
 //! Paths, status codes and bodies are those of that service, so that the cron jobs made for it work unchanged. Where it
 //! answered `{}` and left the caller guessing, the reason is in the response header `x-culvert-error`.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
+use bytes::Bytes;
+use futures_util::{FutureExt as _, stream};
 use percent_encoding::percent_decode_str;
 use serde::Serialize as _;
 use serde_json::ser::{CharEscape, Formatter};
@@ -176,12 +179,12 @@ struct Form(Vec<(String, String)>);
 
 impl Form {
     fn new(sent: Sent<'_>) -> Self {
-        // Without this type there are no fields, as in Flask.
         let kind = sent.content_type.split(';').next().unwrap_or_default().trim();
-        if !kind.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
-            return Self(Vec::new());
+        if kind.eq_ignore_ascii_case("application/x-www-form-urlencoded") {
+            return Self(form_urlencoded::parse(sent.body).into_owned().collect());
         }
-        Self(form_urlencoded::parse(sent.body).into_owned().collect())
+        // Without one of these types there are no fields, as in Flask, nor in one that breaks off.
+        Self(multipart(sent).unwrap_or_default())
     }
 
     /// A field, `None` if it is missing or empty.
@@ -193,6 +196,24 @@ impl Form {
     fn has(&self, name: &str) -> bool {
         self.0.iter().any(|(key, _)| key == name)
     }
+}
+
+/// The fields of a body of the type `multipart/form-data`. Files are none, as in Flask.
+fn multipart(sent: Sent<'_>) -> Option<Vec<(String, String)>> {
+    let boundary = multer::parse_boundary(sent.content_type).ok()?;
+    let body = Bytes::copy_from_slice(sent.body);
+    let mut parts = multer::Multipart::new(stream::iter([Ok::<_, Infallible>(body)]), boundary);
+    let read = async move {
+        let mut fields = Vec::new();
+        while let Some(part) = parts.next_field().await.ok()? {
+            let Some(name) = part.name().filter(|_| part.file_name().is_none()).map(str::to_owned) else { continue };
+            let value = part.bytes().await.ok()?;
+            fields.push((name, String::from_utf8_lossy(&value).into_owned()));
+        }
+        Some(fields)
+    };
+    // The whole body is there: nothing is waited for.
+    read.now_or_never().flatten()
 }
 
 /// A number as Python's `int` reads it.
@@ -209,7 +230,9 @@ fn check_in(service: String, form: &Form, remote: &str) -> Result<Host, Refusal>
         Some(text) => text.parse().map_err(|_| Refusal::bare(format!("ip `{text}` is not an IPv4 address")))?,
         None if form.get("auto_ip").is_some() => automatic(remote)?,
         None if form.0.is_empty() => {
-            return Err(Refusal::bare("the body is no form (content-type application/x-www-form-urlencoded)"));
+            return Err(Refusal::bare(
+                "the body is no form (content-type application/x-www-form-urlencoded or multipart/form-data)",
+            ));
         }
         None => return Err(Refusal::bare("ip is missing, and so is auto_ip")),
     };
@@ -322,7 +345,10 @@ fn python_json(value: &Value) -> String {
 pub fn fuzz(bytes: &[u8]) {
     let (path, body) = bytes.split_at(bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len()));
     let path = String::from_utf8_lossy(path);
-    let sent = Sent { content_type: "application/x-www-form-urlencoded", body, remote: &path };
+    // What begins as a multipart body does is one.
+    let multipart = body.starts_with(b"\n--x");
+    let content_type = if multipart { "multipart/form-data; boundary=x" } else { "application/x-www-form-urlencoded" };
+    let sent = Sent { content_type, body, remote: &path };
     for method in ["GET", "POST", "DELETE", "PUT"] {
         match parse(method, &format!("{PREFIX}{path}"), sent) {
             Ok(Call::CheckIn(host)) => {

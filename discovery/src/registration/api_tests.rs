@@ -28,6 +28,44 @@ fn a_registration_is_read() {
     assert_eq!((&*host.service, host.port, &*host.service_repo_name), ("my service", 80, ""));
 }
 
+/// As `curl -F` and Python's `requests(files=...)` send it.
+fn multipart(fields: &[(&str, &str)]) -> String {
+    let part = |(name, value): &(&str, &str)| {
+        format!("--x\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
+    };
+    fields.iter().map(part).collect::<String>() + "--x--\r\n"
+}
+
+const JSON_TAGS: &str = r#"{"az": "a", "region": "r", "instance_id": "ü"}"#;
+
+#[test]
+fn a_multipart_form_is_a_form() {
+    let call = |content_type, body: &str| {
+        parse("POST", "/v1/registration/users", Sent { content_type, body: body.as_bytes(), remote: "10.0.0.9" })
+    };
+    let fields = [("ip", "10.0.0.1"), ("port", "80"), ("revision", "a\r\nb"), ("port", "81"), ("tags", JSON_TAGS)];
+    let good = multipart(&fields);
+    let Ok(Call::CheckIn(host)) = call("multipart/form-data; boundary=x", &good) else { panic!("refused") };
+    assert_eq!((host.ip_address.to_string(), host.port, &*host.revision), ("10.0.0.1".to_owned(), 80, "a\r\nb"));
+    assert_eq!(host.tag("instance_id"), "ü");
+    // A file is no field; nor is anything of what breaks off, or has another boundary or none.
+    let file = good.replace("name=\"ip\"", "name=\"ip\"; filename=\"f\"");
+    let cut = &good[..good.len() - 20];
+    for (content_type, body, expected) in [
+        ("multipart/form-data; boundary=x", &*file, "ip is missing"),
+        ("multipart/form-data; boundary=x", cut, "the body is no form"),
+        ("multipart/form-data; boundary=y", &good, "the body is no form"),
+        ("multipart/form-data", &good, "the body is no form"),
+        ("multipart/mixed; boundary=x", &good, "the body is no form"),
+    ] {
+        let error = call(content_type, body).unwrap_err();
+        assert!(error.reason.contains(expected), "{content_type}: {error:?}");
+    }
+    // As many parts as fit into a body.
+    let many: Vec<_> = (0..MAX_BODY / 60).map(|_| ("ip", "")).collect();
+    assert!(call("multipart/form-data; boundary=x", &multipart(&many)).is_err());
+}
+
 #[test]
 fn what_is_wrong_is_answered_as_ever_with_the_reason_in_a_header() {
     let tags = |json: &str| {
@@ -152,9 +190,11 @@ fn answers_are_written_as_python_writes_them() {
 fn the_fuzzer_s_function_takes_what_is_good_and_what_is_not() {
     fuzz(format!("registration/users\nip=10.0.0.1&port=80&revision=r&{TAGS}").as_bytes());
     let mut seed = fastrand::Rng::with_seed(7);
-    let good = format!("registration/users\nip=10.0.0.1&port=80&revision=r&auto_ip=1&{TAGS}").into_bytes();
-    for _ in 0..2000 {
-        let mut bytes = good.clone();
+    let urlencoded = format!("registration/users\nip=10.0.0.1&port=80&revision=r&auto_ip=1&{TAGS}").into_bytes();
+    let fields = [("ip", "10.0.0.1"), ("port", "80"), ("revision", "r"), ("tags", JSON_TAGS)];
+    let multipart = format!("registration/users\n{}", multipart(&fields)).into_bytes();
+    for round in 0..2000 {
+        let mut bytes = if round % 2 == 0 { urlencoded.clone() } else { multipart.clone() };
         for _ in 0..seed.usize(1..6) {
             let at = seed.usize(..bytes.len());
             bytes[at] = seed.u8(..);

@@ -102,6 +102,15 @@ impl ClientStatus {
         }
     }
 
+    /// The client came with all that there is of a type, in this version.
+    pub(super) fn came_with(&mut self, type_url: &str, version: &str) {
+        if !self.types.contains_key(type_url) {
+            let version = Some(version.to_owned());
+            let status = TypeStatus { sent: version.clone(), acked: version, nack: None };
+            self.types.insert(type_url.to_owned(), status);
+        }
+    }
+
     pub(super) fn sent(&mut self, type_url: &str, version: &str) {
         self.types.entry(type_url.to_owned()).or_default().sent = Some(version.to_owned());
         self.responses += 1;

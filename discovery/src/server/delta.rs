@@ -366,6 +366,7 @@ impl DeltaSession {
         state.look(available);
         if state.open.is_empty() && !state.greeting_due {
             state.settle(available);
+            self.status.came_with(type_url, &available.version);
             return None;
         }
         let hold_back = !self.users_are_settled(index, view);
@@ -375,6 +376,9 @@ impl DeltaSession {
         let removed = if complete { state.gone(available, hold_back) } else { Vec::new() };
         if names.is_empty() && removed.is_empty() && !state.greeting_due {
             state.settle(available);
+            if state.open.is_empty() {
+                self.status.came_with(type_url, &available.version);
+            }
             return None;
         }
         let resources: Vec<_> = names.iter().filter_map(|name| available.resources.get(name)).cloned().collect();

@@ -210,11 +210,19 @@ fn a_reconnecting_client_gets_only_what_changed() {
     let reconnect = |snapshot: &Snapshot| {
         let mut client = Client::default();
         client.send(DeltaDiscoveryRequest { initial_resource_versions: versions.clone(), ..request(CDS) });
-        client.take_all(snapshot)
+        (client.take_all(snapshot), client.session)
     };
-    assert_eq!(reconnect(&before), [] as [&str; 0]);
+    let (sent, session) = reconnect(&before);
+    assert_eq!(sent, [] as [&str; 0]);
+    // What it has is known all the same.
+    let status = &session.status().types[CDS];
+    let version = Some(all.version.to_string());
+    assert_eq!((&status.sent, &status.acked), (&version, &version));
+    let held = session.held();
+    assert_eq!(held.len(), all.resources.len());
+    assert!(held.iter().all(|held| held.state == HeldState::Accepted && held.resource.is_some()), "{held:?}");
     let after = snapshot(&[("users", "grpc", 80), ("new", "http", 82)]);
-    assert_eq!(reconnect(&after), ["Cluster +new.default:82 +users.default:80 -orders.default:81"]);
+    assert_eq!(reconnect(&after).0, ["Cluster +new.default:82 +users.default:80 -orders.default:81"]);
 }
 
 #[test]

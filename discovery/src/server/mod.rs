@@ -230,7 +230,14 @@ impl StreamOf {
         loop {
             loop {
                 let snapshot = snapshots.borrow_and_update().clone();
-                let Some(response) = session.poll(&snapshot) else { break };
+                let known = session.status().types.len();
+                let Some(response) = session.poll(&snapshot) else {
+                    // It may have come with what there is.
+                    if session.status().types.len() != known {
+                        self.client.update(session.status());
+                    }
+                    break;
+                };
                 self.client.update(session.status());
                 let sending = responses.reserve();
                 tokio::pin!(sending);

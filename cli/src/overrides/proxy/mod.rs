@@ -9,7 +9,7 @@ mod headers;
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +34,7 @@ use self::body::Watched;
 use self::headers::Added;
 use super::header::parse_set;
 use super::message;
+use super::offered::Look;
 use super::terminal::{Terminal, bytes};
 
 /// Shown after the help.
@@ -102,6 +103,9 @@ pub struct Flags {
     /// Only how it stands, no line for each request
     #[arg(long, short)]
     quiet: bool,
+
+    #[command(flatten)]
+    look: Look,
 }
 
 type Answer = Response<body::Any>;
@@ -180,10 +184,35 @@ fn parse_target(text: &str) -> Result<Uri, String> {
     }
 }
 
+/// The addresses of this machine at which others reach what listens at all of them.
+fn own_addresses(listen: SocketAddr) -> Vec<SocketAddr> {
+    let mut found = Vec::new();
+    // Without them the address that was asked for is shown.
+    for interface in nix::ifaddrs::getifaddrs().into_iter().flatten() {
+        let Some(address) = interface.address else { continue };
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        let v6 = address.as_sockaddr_in6().map(|address| address.ip()).filter(|ip| !ip.is_unicast_link_local());
+        let v6 = v6.filter(|_| listen.is_ipv6()).map(IpAddr::V6);
+        found.extend(v4.or(v6).filter(|ip| !ip.is_loopback()).map(|ip| SocketAddr::new(ip, listen.port())));
+    }
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
 impl Proxy {
     fn greet(&self, flags: &Flags) {
         let terminal = &self.terminal;
         terminal.plain(&format!("listening on http://{}", self.listen));
+        // The address that stands for all is none that a phone could be given.
+        let mut reached_at = vec![self.listen];
+        if self.listen.ip().is_unspecified() {
+            reached_at = own_addresses(self.listen);
+            for address in &reached_at {
+                terminal.plain(&format!("  other machines reach it at http://{address}"));
+            }
+        }
+        let example = reached_at.first().unwrap_or(&self.listen);
         for (service, revision) in &flags.set {
             terminal.plain(&format!("  {service} -> revision {revision}"));
         }
@@ -191,8 +220,11 @@ impl Proxy {
             terminal.plain(&format!("  share {token}"));
         }
         match &self.target {
-            Some(target) => terminal.plain(&format!("everything goes to {target}; try: curl http://{}/", self.listen)),
-            None => terminal.plain(&format!("try: curl -x http://{} http://SERVICE/", self.listen)),
+            Some(target) => terminal.plain(&format!("everything goes to {target}; try: curl http://{example}/")),
+            None => terminal.plain(&format!("try: curl -x http://{example} http://SERVICE/")),
+        }
+        for warning in flags.look.warnings(&flags.set, flags.share.as_deref()) {
+            terminal.plain(&format!("warning: {warning}"));
         }
         if !self.listen.ip().is_loopback() {
             terminal.plain("note: whoever reaches this address can use it, and reach what this machine reaches");

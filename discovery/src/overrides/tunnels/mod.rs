@@ -11,32 +11,27 @@
 //! within seconds, the port is closed and the revision is gone. Nothing is shared between replicas: the command line
 //! connects to each.
 
+mod asked;
+mod carry;
 pub mod relay;
+mod settings;
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
-use std::net::{IpAddr, SocketAddr};
-use std::ops::RangeInclusive;
-use std::str::FromStr;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
-use http_body_util::Empty;
+use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
-use hyper::client::conn::http2::{Builder, SendRequest};
-use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Serialize;
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
-use tracing::{debug, info};
+use tracing::info;
 
+use self::asked::{asked, find};
+use self::carry::listen;
+pub use self::settings::{MAX_CONNECTIONS, Settings};
 use super::shares::now;
 use crate::access::Denied;
 use crate::kubernetes::ObjectKey;
@@ -73,57 +68,6 @@ pub(crate) const CLUSTER_OF_TUNNELS: &str = "tunnel";
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest header that is looked at, in bytes.
 const MAX_HEADER: usize = 320;
-
-/// What is configured about tunnels.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Settings {
-    /// An address of this host that proxies can reach.
-    pub address: IpAddr,
-    /// The ports for tunnels: one each.
-    pub ports: RangeInclusive<u16>,
-    /// The most connections of one tunnel at a time.
-    pub max_connections: usize,
-}
-
-/// The most connections of one tunnel, if nothing is said.
-pub const MAX_CONNECTIONS: usize = 128;
-
-/// `ADDRESS:FIRST-LAST`.
-impl FromStr for Settings {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (address, ports) = text.rsplit_once(':').unwrap_or_default();
-        let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
-        let address = address.trim_start_matches('[').trim_end_matches(']').parse();
-        match (address, first.parse(), last.parse()) {
-            (Ok(address), Ok(first), Ok(last)) => {
-                Settings { address, ports: first..=last, max_connections: MAX_CONNECTIONS }.checked()
-            }
-            _ => Err(format!("`{text}` is not ADDRESS:FIRST-LAST, such as 10.0.0.5:19000-19099")),
-        }
-    }
-}
-
-impl Settings {
-    /// These settings if they make sense.
-    ///
-    /// # Errors
-    /// What does not.
-    pub fn checked(self) -> Result<Self, String> {
-        let Settings { address, ports, max_connections } = &self;
-        if address.is_unspecified() || address.is_multicast() {
-            return Err(format!("{address} is not an address that proxies could connect to"));
-        }
-        if ports.is_empty() || *ports.start() == 0 {
-            return Err(format!("{}-{} has no port", ports.start(), ports.end()));
-        }
-        if *max_connections == 0 {
-            return Err("0 connections would let nothing through".to_owned());
-        }
-        Ok(self)
-    }
-}
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct Key {
@@ -393,283 +337,5 @@ impl Tunnels {
     }
 }
 
-/// What a request says: service, revision and session.
-fn asked(headers: &HeaderMap) -> Result<(&str, &str, &str), Denied> {
-    let get = |name: &str| {
-        let value = headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        match value.is_empty() || value.len() > MAX_HEADER {
-            true => Err((StatusCode::BAD_REQUEST, format!("the header {name} is missing or too long"))),
-            false => Ok(value),
-        }
-    };
-    Ok((get(SERVICE)?, get(REVISION)?, get(SESSION)?))
-}
-
-/// The service's port that is meant.
-fn find(mesh: &Mesh, wanted: &str, revision: &str) -> Result<Key, Denied> {
-    let bad = |reason: String| Err((StatusCode::BAD_REQUEST, reason));
-    let (name, port) = match wanted.split_once(':') {
-        None => (wanted, None),
-        Some((name, port)) => match port.parse::<u16>() {
-            Ok(port) => (name, Some(port)),
-            Err(_) => return bad(format!("`{port}` of `{wanted}` is not a port")),
-        },
-    };
-    // What a header could not say would be of no use.
-    if let Err(error) = culvert_xds_client::overrides::Overrides::new([(name, revision)]) {
-        return bad(error.to_string());
-    }
-    let (name, namespace) = culvert_xds_client::overrides::split_service(name);
-    let service = ObjectKey::new(namespace, name);
-    let Some(known) = mesh.services.get(&service) else {
-        let mut names =
-            mesh.services.keys().filter(|key| key.name == name).map(|key| format!("{}.{}", key.name, key.namespace));
-        let hint = match names.next() {
-            Some(other) => format!("; there is {other}"),
-            None => "; `culvert services` lists those that there are".to_owned(),
-        };
-        return Err((StatusCode::NOT_FOUND, format!("there is no service {name}.{namespace}{hint}")));
-    };
-    let http: Vec<u16> =
-        known.ports.iter().filter(|(_, port)| port.protocol.is_http()).map(|(port, _)| *port).collect();
-    match (port, http.as_slice()) {
-        (Some(port), _) if http.contains(&port) => Ok(Key { service, port, revision: revision.to_owned() }),
-        (Some(port), _) => {
-            bad(format!("{name}.{namespace} has no port {port} that speaks HTTP: overrides are for HTTP"))
-        }
-        (None, [port]) => Ok(Key { service, port: *port, revision: revision.to_owned() }),
-        (None, []) => bad(format!("{name}.{namespace} has no port that speaks HTTP: overrides are for HTTP")),
-        (None, several) => {
-            let several: Vec<_> = several.iter().map(|port| format!("{wanted}:{port}")).collect();
-            bad(format!("{name}.{namespace} has several ports; say {}", several.join(" or ")))
-        }
-    }
-}
-
-/// A free port for a tunnel. The search begins where the revision's name says: proxies that have not heard yet that discovery was
-/// restarted, or a tunnel closed, must not find another revision at the port that they know.
-async fn listen(settings: &Settings, key: &Key) -> Result<TcpListener, Denied> {
-    let ports = settings.ports.clone();
-    let count = ports.len();
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    // Less than there are ports, so that nothing is lost.
-    let start = (hasher.finish() % count as u64) as usize;
-    let mut last = None;
-    for port in ports.clone().cycle().skip(start).take(count) {
-        match TcpListener::bind((settings.address, port)).await {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = Some(error),
-        }
-    }
-    let why = last.map(|error| format!(" (the last one: {error})")).unwrap_or_default();
-    let reason = format!("no port of {}-{} is free for another tunnel{why}", ports.start(), ports.end());
-    Err((StatusCode::SERVICE_UNAVAILABLE, reason))
-}
-
-impl Place {
-    /// Runs the tunnel to its end; says why it ended.
-    async fn serve(&self, upgrade: OnUpgrade, listener: TcpListener, most: usize) -> &'static str {
-        let Ok(Ok(upgraded)) = timeout(PATIENCE, upgrade).await else { return "the connection was not handed over" };
-        let handshake = Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(PING)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(TUNNEL_WINDOW)
-            .max_send_buf_size(SEND_BUFFER)
-            .handshake::<_, Empty<Bytes>>(upgraded);
-        let Ok(Ok((requests, connection))) = timeout(PATIENCE, handshake).await else {
-            return "it does not speak HTTP/2";
-        };
-        tokio::pin!(connection);
-        if let Some(tunnel) = self.tunnels.open().get_mut(&self.key)
-            && Arc::ptr_eq(&tunnel.traffic, &self.traffic)
-        {
-            tunnel.listed = true;
-        }
-        self.tunnels.0.changes.send_modify(|count| *count += 1);
-        let (mut replaced, mut shutdown) = (self.replaced.clone(), self.tunnels.0.shutdown.clone());
-        // Ended with the tunnel: dropped.
-        let mut carried = JoinSet::new();
-        loop {
-            tokio::select! {
-                _ = &mut connection => return "closed",
-                () = turned(&mut replaced) => return "the same client has opened it anew",
-                () = turned(&mut shutdown) => return "discovery ends",
-                Some(_) = carried.join_next() => {}
-                accepted = listener.accept() => {
-                    let Ok((stream, peer)) = accepted else {
-                        // Out of file descriptors, for example: not to be retried in a busy loop.
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    };
-                    if carried.len() >= most {
-                        self.traffic.refused.fetch_add(1, Ordering::Relaxed);
-                        debug!("tunnel for revision {}: {most} connections are open, {peer} is refused", self.key.revision);
-                        continue;
-                    }
-                    let traffic = Arc::clone(&self.traffic);
-                    carried.spawn(carry(requests.clone(), stream, peer, traffic));
-                }
-            }
-        }
-    }
-}
-
-/// Waits until something turns true. That whoever could turn it is gone is as good.
-async fn turned(is: &mut watch::Receiver<bool>) {
-    let _ = is.wait_for(|is| *is).await;
-}
-
-/// Counts a connection while it is open.
-struct Open(Arc<Traffic>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Carries one connection of a proxy through the tunnel.
-async fn carry(mut requests: SendRequest<Empty<Bytes>>, stream: TcpStream, peer: SocketAddr, traffic: Arc<Traffic>) {
-    traffic.open.fetch_add(1, Ordering::Relaxed);
-    traffic.total.fetch_add(1, Ordering::Relaxed);
-    let _open = Open(Arc::clone(&traffic));
-    // A proxy's node that is gone says nothing any more. That a socket cannot be set up so is no reason not to use it.
-    let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10));
-    let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
-    let _ = stream.set_nodelay(true);
-    let begin = async {
-        let request = Request::connect("localhost:80").header("x-forwarded-for", peer.to_string()).body(Empty::new());
-        let response = requests.send_request(request.ok()?).await.ok()?;
-        if response.status() != StatusCode::OK {
-            return None;
-        }
-        hyper::upgrade::on(response).await.ok()
-    };
-    match timeout(PATIENCE, begin).await {
-        Ok(Some(upgraded)) => {
-            relay::relay(TokioIo::new(upgraded), stream, IDLE).await;
-        }
-        _ => {
-            traffic.refused.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kubernetes::manifest::parse;
-    use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
-
-    const MANIFESTS: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: users}
-spec: {clusterIP: 10.96.0.1, selector: {app: users}, ports: [{name: http, port: 80}, {name: tcp-x, port: 81}]}
----
-apiVersion: v1
-kind: Service
-metadata: {name: orders, namespace: shop}
-spec: {clusterIP: 10.96.0.2, ports: [{name: http, port: 80}, {name: grpc, port: 90}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: users-x, labels: {app: users, culvert.dev/offloaded: 'true', culvert.dev/revision: taken}}
-status: {podIP: 10.1.0.9}
-";
-
-    fn mesh() -> Mesh {
-        let info = ClusterInfo { name: "east".into(), ..ClusterInfo::default() };
-        let objects = Some(parse(MANIFESTS).unwrap().into());
-        let cluster = Cluster { info, objects, health: SourceHealth::default(), drained: false };
-        crate::mesh::join(&Registry { version: 1, clusters: vec![cluster], waited: false })
-    }
-
-    fn settings() -> Settings {
-        // Any ports that are free, as far as that can be: a test that shares the host.
-        "127.0.0.1:20000-32000".parse().unwrap()
-    }
-
-    #[test]
-    fn services_are_found_by_their_names_and_ports() {
-        let mesh = mesh();
-        for (wanted, port) in [("users", 80), ("users.default", 80), ("users:80", 80), ("orders.shop:90", 90)] {
-            assert_eq!(find(&mesh, wanted, "me").unwrap().port, port, "{wanted}");
-        }
-        for (wanted, revision, status, expected) in [
-            ("user", "me", 404, "no service user.default; `culvert services`"),
-            ("orders", "me", 404, "there is orders.shop"),
-            ("orders.shop", "me", 400, "say orders.shop:80 or orders.shop:90"),
-            ("users:81", "me", 400, "no port 81 that speaks HTTP"),
-            ("users:x", "me", 400, "`x` of `users:x` is not a port"),
-            ("users", "m e", 400, "revision `m e`"),
-            ("../x", "me", 400, "service `../x`"),
-        ] {
-            let (found, reason) = find(&mesh, wanted, revision).unwrap_err();
-            assert!(found == status && reason.contains(expected), "{wanted}: {found} {reason}");
-        }
-    }
-
-    #[test]
-    fn settings_say_where() {
-        let settings: Settings = "[fd00::1]:19000-19001".parse().unwrap();
-        assert_eq!((settings.address, settings.ports), ("fd00::1".parse().unwrap(), 19000..=19001));
-        assert_eq!("10.0.0.1:7".parse::<Settings>().unwrap().ports, 7..=7);
-        for text in ["", "10.0.0.1", "10.0.0.1:x", "10.0.0.1:9-8", "0.0.0.0:1-2", "host:1-2", "10.0.0.1:0-2"] {
-            assert!(text.parse::<Settings>().is_err(), "{text}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_revision_has_one_tunnel_and_the_same_client_may_come_again() {
-        let (mesh, settings) = (mesh(), settings());
-        let (_shutdown, asked) = watch::channel(false);
-        let tunnels = Tunnels::new(Some(settings.clone()), watch::channel(0).0, asked);
-        let peer = SocketAddr::from(([10, 0, 0, 1], 1));
-        let reserve = async |revision: &str, session: &str| {
-            let key = find(&mesh, "users", revision).unwrap();
-            tunnels.reserve(&settings, key, session, peer, &mesh).await
-        };
-        let refused = |result: Result<(Place, TcpListener), Denied>| result.err().unwrap();
-        let (status, reason) = refused(reserve("taken", "a").await);
-        assert!(status == 409 && reason.contains("is pod default/users-x; choose another with --revision"), "{reason}");
-        let (first, _listener) = reserve("me", "a").await.unwrap();
-        let (status, reason) = refused(reserve("me", "b").await);
-        assert!(status == 409 && reason.contains("is a tunnel from 10.0.0.1:1 already"), "{reason}");
-        let (second, _listener) = reserve("me", "a").await.unwrap();
-        assert!(*first.replaced.borrow() && !*second.replaced.borrow());
-        // The first one's end is not the second one's.
-        drop(first);
-        assert!(refused(reserve("me", "b").await).0 == 409);
-        // Nobody is told of it before the other side is there.
-        assert_eq!(tunnels.status(), []);
-        tunnels.open().values_mut().for_each(|tunnel| tunnel.listed = true);
-        let key = ObjectKey::new("default", "users");
-        let offered = tunnels.offered();
-        let (mut service, mut warnings) = (MeshService::clone(&mesh.services[&key]), Vec::new());
-        offered.join(&key, &mut service, &mut warnings);
-        let offloaded = &service.ports[&80].offloaded;
-        assert_eq!((offloaded.len(), &*offloaded[1].revision, &*offloaded[1].cluster), (2, "me", "tunnel"));
-        offered.join(&key, &mut MeshService::default(), &mut warnings);
-        assert!(warnings.len() == 1 && warnings[0].contains("users.default:80, which is gone"), "{warnings:?}");
-        assert_eq!(offered.differing(&Offered::default()).collect::<Vec<_>>(), [key]);
-        assert_eq!(offered.differing(&tunnels.offered()).next(), None);
-        drop(second);
-        assert_eq!(tunnels.status(), []);
-        reserve("me", "b").await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn ports_run_out() {
-        let holder = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = holder.local_addr().unwrap().port();
-        let settings = Settings { ports: port..=port, ..settings() };
-        let key = Key { service: ObjectKey::new("default", "users"), port: 80, revision: "me".to_owned() };
-        let (status, reason) = listen(&settings, &key).await.unwrap_err();
-        assert!(status == 503 && reason.contains("is free for another tunnel (the last one: Address"), "{reason}");
-    }
-}
+mod tests;
