@@ -57,7 +57,7 @@ fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> st
         for (counter, stat) in HostCounter::ALL {
             writeln!(out, "{name}::{address}::{stat}::{}", host.counters.sum(counter))?;
         }
-        writeln!(out, "{name}::{address}::hostname::{}", host.hostname)?;
+        writeln!(out, "{name}::{address}::hostname::{}", host.hostname())?;
         writeln!(out, "{name}::{address}::health_flags::{}", health_flags(host))?;
         writeln!(out, "{name}::{address}::weight::{}", host.weight)?;
         writeln!(out, "{name}::{address}::region::{}", host.locality.region)?;
@@ -213,8 +213,8 @@ fn host_status(host: &Host) -> Json {
             status[field] = json!({ "value": rate });
         }
     }
-    if !host.hostname.is_empty() {
-        status["hostname"] = (*host.hostname).into();
+    if !host.hostname().is_empty() {
+        status["hostname"] = host.hostname().into();
     }
     if host.priority > 0 {
         status["priority"] = host.priority.into();

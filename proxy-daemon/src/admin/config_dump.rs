@@ -302,7 +302,7 @@ fn lb_endpoint(host: &Host) -> LbEndpoint {
         host_identifier: Some(HostIdentifier::Endpoint(Endpoint {
             address: Some(Address { address: Some(address) }),
             health_check_config: Some(HealthCheckConfig::default()),
-            hostname: host.hostname.to_string(),
+            hostname: host.hostname().to_owned(),
             ..Default::default()
         })),
         health_status: health.into(),

@@ -439,7 +439,7 @@ impl Shared<'_> {
         number: u32,
         http2: bool,
     ) -> Request<Body> {
-        let name = Some(&host.host.hostname).filter(|name| !name.is_empty());
+        let name = Some(host.host.hostname()).filter(|name| !name.is_empty());
         if let (HostRewrite::Auto, Some(name)) = (&self.action.host_rewrite, name)
             && let Ok(name) = HeaderValue::from_str(name)
         {

@@ -418,7 +418,7 @@ impl Drop for StreamEnd {
         }
         if let Some(mut log) = self.log.take() {
             if let (Some((_, host)), Some(rewritten)) = (&self.host, self.progress.host_rewritten.get()) {
-                log.rewrite_host(&host.host.hostname, rewritten, &self.state.manager.logged.request);
+                log.rewrite_host(host.host.hostname(), rewritten, &self.state.manager.logged.request);
             }
             if self.http1 && self.status.is_some() && !self.redirected && self.state.closes.get() {
                 let names = &self.state.manager.logged.response;

@@ -166,8 +166,8 @@ impl Source {
 pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, ConnectError> {
     let attempt = async {
         let stream = match &host.address {
-            EndpointAddress::Ip(first) if !host.additional_addresses.is_empty() => {
-                let all = happy_eyeballs::order(*first, &host.additional_addresses, dial.happy_eyeballs);
+            EndpointAddress::Ip(first) if !host.additional_addresses().is_empty() => {
+                let all = happy_eyeballs::order(*first, host.additional_addresses(), dial.happy_eyeballs);
                 // The others cost nothing where there are none.
                 Box::pin(happy_eyeballs::race(all, |address| connect_tcp(address, dial.socket))).await?
             }
@@ -176,7 +176,7 @@ pub async fn connect(host: &Host, dial: Dial<'_>) -> Result<UpstreamStream, Conn
         dial.connected.set(Some(Instant::now()));
         match dial.tls {
             None => Ok(stream),
-            Some(tls) => secure(tls, stream, (&host.address, &host.hostname), (dial.alpn, dial.peer)).await,
+            Some(tls) => secure(tls, stream, (&host.address, host.hostname()), (dial.alpn, dial.peer)).await,
         }
     };
     match tokio::time::timeout(dial.limit, attempt).await {

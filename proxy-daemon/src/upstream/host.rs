@@ -19,7 +19,7 @@ use super::{
     vitals::{self, Moment, Standing, Vitals},
 };
 use crate::config::model::{
-    AssignmentPolicy, EndpointAddress, EndpointDetails, HealthStatus, LbMetadata, Locality, SocketIndex,
+    AssignmentPolicy, Endpoint, EndpointAddress, EndpointDetails, HealthStatus, LbMetadata, Locality, SocketIndex,
 };
 
 /// By which a host says that it is a canary.
@@ -30,8 +30,6 @@ static CANARY: HeaderName = HeaderName::from_static("x-envoy-upstream-canary");
 pub struct Host {
     /// Where it listens. Never a name: those are looked up first.
     pub address: EndpointAddress,
-    /// Where else it listens: tried in turn where `address` does not answer.
-    pub additional_addresses: Box<[SocketAddr]>,
     /// The address as logs and `/clusters` print it.
     pub text: Box<str>,
     /// Its share of the load; at least 1.
@@ -40,10 +38,8 @@ pub struct Host {
     pub(super) said_weight: u32,
     /// What discovery says of it.
     pub health: HealthStatus,
-    /// For `auto_host_rewrite`; may be empty.
-    pub hostname: Box<str>,
-    /// What else discovery says of it, where it says anything.
-    pub details: Option<Arc<EndpointDetails>>,
+    /// What discovery says of few hosts: a hundred thousand others have no room for it.
+    pub(super) extras: Option<Box<Extras>>,
     /// How connections to it are encrypted.
     pub(super) socket: SocketIndex,
     /// Where it is.
@@ -61,7 +57,62 @@ pub struct Host {
     pub counters: Arc<HostCounters>,
 }
 
+/// What discovery says of a host besides its address.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Extras {
+    hostname: Box<str>,
+    additional_addresses: Box<[SocketAddr]>,
+    details: Option<Arc<EndpointDetails>>,
+}
+
+impl Extras {
+    /// `None` where there is nothing of all that.
+    pub(super) fn new(
+        hostname: Box<str>,
+        additional_addresses: Box<[SocketAddr]>,
+        details: Option<Arc<EndpointDetails>>,
+    ) -> Option<Box<Extras>> {
+        let extras = Extras { hostname, additional_addresses, details };
+        (extras != Extras::default()).then(|| Box::new(extras))
+    }
+
+    /// What an endpoint has.
+    pub(super) fn of(endpoint: &Endpoint) -> Option<Box<Extras>> {
+        let Endpoint { hostname, additional_addresses, details, .. } = endpoint;
+        Extras::new(hostname.clone(), additional_addresses.clone(), details.clone())
+    }
+
+    /// Whether an endpoint has just these.
+    pub(super) fn are_of(extras: Option<&Extras>, endpoint: &Endpoint) -> bool {
+        match extras {
+            Some(Extras { hostname, additional_addresses, details }) => {
+                *hostname == endpoint.hostname
+                    && *additional_addresses == endpoint.additional_addresses
+                    && *details == endpoint.details
+            }
+            None => {
+                endpoint.hostname.is_empty() && endpoint.additional_addresses.is_empty() && endpoint.details.is_none()
+            }
+        }
+    }
+}
+
 impl Host {
+    /// For `auto_host_rewrite`; may be empty.
+    pub fn hostname(&self) -> &str {
+        self.extras.as_ref().map_or("", |extras| &extras.hostname)
+    }
+
+    /// Where else it listens: tried in turn where `address` does not answer.
+    pub fn additional_addresses(&self) -> &[SocketAddr] {
+        self.extras.as_ref().map_or(&[], |extras| &extras.additional_addresses)
+    }
+
+    /// What else discovery says of it, where it says anything.
+    pub fn details(&self) -> Option<&Arc<EndpointDetails>> {
+        self.extras.as_ref()?.details.as_ref()
+    }
+
     /// The address as logs and `/clusters` print it.
     pub fn display(&self) -> &str {
         &self.text
@@ -69,7 +120,7 @@ impl Host {
 
     /// Its name, or its address where it has none.
     pub fn name(&self) -> &str {
-        if self.hostname.is_empty() { &self.text } else { &self.hostname }
+        if self.hostname().is_empty() { &self.text } else { self.hostname() }
     }
 
     /// Since when it has been healthy: what slow start goes by.
@@ -97,7 +148,7 @@ impl Host {
 
     /// What its metadata says under `envoy.lb`.
     pub fn metadata(&self) -> Option<&LbMetadata> {
-        self.details.as_ref()?.metadata.as_ref()
+        self.details()?.metadata.as_ref()
     }
 
     /// Whether its metadata says `canary` under `envoy.lb`.
@@ -113,7 +164,7 @@ impl Host {
     /// What it is hashed by: what its metadata says, or its name, or its address.
     pub(super) fn hash_key(&self, by_hostname: bool) -> &str {
         let said = self.metadata().and_then(|metadata| metadata.get("hash_key")?.as_str());
-        said.unwrap_or(if by_hostname { &self.hostname } else { &self.text })
+        said.unwrap_or(if by_hostname { self.hostname() } else { &self.text })
     }
 
     /// What [`display`](Self::display) shows of an address.
@@ -326,7 +377,7 @@ mod tests {
     /// With their counts of references; there may be a hundred thousand of them.
     #[test]
     fn hosts_are_small() {
-        assert_eq!(size_of::<Host>() + 16, 160);
+        assert_eq!(size_of::<Host>() + 16, 128);
         assert_eq!(size_of::<HostCounters>() + 16, 32);
     }
 }

@@ -8,7 +8,7 @@ use super::{
     cluster::Local,
     drop_overload::Drops,
     health_check::ClusterChecks,
-    host::{Host, HostCounters, HostSet},
+    host::{Extras, Host, HostCounters, HostSet},
     lb::{self, Assigned, Balancer, Ingredients},
     orca::{Orca, Reports},
     outlier::OutlierDetector,
@@ -143,7 +143,7 @@ impl Making<'_> {
     fn known<'a>(&self, before: &'a HostSet, endpoint: &Endpoint) -> Option<&'a Arc<Host>> {
         let logical = matches!(self.config.discovery, Discovery::LogicalDns(_));
         let known = before.at(&endpoint.address);
-        known.filter(|host| !logical || host.additional_addresses == endpoint.additional_addresses)
+        known.filter(|host| !logical || *host.additional_addresses() == *endpoint.additional_addresses)
     }
 
     fn balancer(&self, set: &HostSet) -> Option<Balancer> {
@@ -215,9 +215,9 @@ impl Making<'_> {
             address: host.address.clone(),
             weight: host.said_weight,
             health: host.health,
-            hostname: host.hostname.clone(),
-            details: host.details.clone(),
-            additional_addresses: host.additional_addresses.clone(),
+            hostname: host.hostname().into(),
+            details: host.details().cloned(),
+            additional_addresses: host.additional_addresses().into(),
         };
         let group = LocalityEndpoints {
             locality: Locality::clone(&host.locality),
@@ -234,7 +234,7 @@ impl Making<'_> {
             if self.keeps_vitals {
                 return Arc::clone(host);
             }
-            let socket = self.socket(host.details.as_deref());
+            let socket = self.socket(host.details().map(|details| &**details));
             if self.keeps(host, socket) { Arc::clone(host) } else { Arc::new(self.renewed(host, socket)) }
         };
         let mut hosts: Vec<_> = before.hosts.iter().map(again).collect();
@@ -272,11 +272,9 @@ fn host(
     let socket = making.socket(endpoint.details.as_deref());
     let unchanged = known.filter(|host| {
         host.address == endpoint.address
-            && host.additional_addresses == endpoint.additional_addresses
             && (host.weight, host.said_weight) == (weight, weight)
             && host.health == endpoint.health
-            && host.hostname == endpoint.hostname
-            && host.details == endpoint.details
+            && Extras::are_of(host.extras.as_deref(), endpoint)
             && host.socket == socket
             && host.priority == group.priority
             && *host.locality == group.locality
@@ -289,12 +287,10 @@ fn host(
     Arc::new(Host {
         text: Host::text_of(&endpoint.address),
         address: endpoint.address.clone(),
-        additional_addresses: endpoint.additional_addresses.clone(),
         weight,
         said_weight: weight,
         health: endpoint.health,
-        hostname: endpoint.hostname.clone(),
-        details: endpoint.details.clone(),
+        extras: Extras::of(endpoint),
         socket,
         locality: Arc::clone(locality),
         priority: group.priority,

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Cluster, Clusters, HostSet,
-    host::{Host, HostCounter, HostCounters},
+    host::{Extras, Host, HostCounter, HostCounters},
     worker::WorkerHost,
 };
 use crate::config::model::{Discovery, EndpointAddress, HealthStatus, Locality};
@@ -115,14 +115,12 @@ fn made(destination: SocketAddr, cluster: &Cluster, counters: Arc<HostCounters>)
     let text = Host::text_of(&address);
     Host {
         // As Envoy calls it.
-        hostname: format!("{}{text}", cluster.config.name).into(),
+        extras: Extras::new(format!("{}{text}", cluster.config.name).into(), Box::default(), None),
         text,
         address,
-        additional_addresses: Box::default(),
         weight: 1,
         said_weight: 1,
         health: HealthStatus::Unknown,
-        details: None,
         socket: cluster.socket_of_new(),
         locality: Arc::new(Locality::default()),
         priority: 0,

@@ -17,7 +17,7 @@ pub(crate) use self::{
     cache::{Asked, Found, Pending},
 };
 use super::{
-    host::{Host, HostCounters},
+    host::{Extras, Host, HostCounters},
     worker::WorkerHost,
 };
 use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions, SocketIndex};
@@ -95,12 +95,10 @@ fn made(entry: &Entry, found: &Found, (counters, socket): (&Arc<HostCounters>, S
     Some(Arc::new(Host {
         text: Host::text_of(&address),
         address,
-        additional_addresses: others.into(),
         weight: 1,
         said_weight: 1,
         health: HealthStatus::Healthy,
-        hostname: (&*entry.authority).into(),
-        details: None,
+        extras: Extras::new((&*entry.authority).into(), others.into(), None),
         socket,
         locality: Arc::new(Locality::default()),
         priority: 0,

@@ -274,8 +274,8 @@ impl ClusterChecks {
             address: host.address.clone(),
             weight: host.weight,
             health: host.health,
-            hostname: host.hostname.clone(),
-            details: host.details.clone(),
+            hostname: host.hostname().into(),
+            details: host.details().cloned(),
             additional_addresses: Box::default(),
         };
         let group = LocalityEndpoints::default();

@@ -116,7 +116,7 @@ pub(crate) async fn watch(cluster: Weak<Cluster>) {
 
 fn begin(host: &Host, vitals: &Arc<Vitals>, cluster: &Cluster, counted: Counted) -> Option<Running> {
     let config = cluster.config.lb.weights.as_ref()?.stream.clone()?;
-    let details = host.details.as_deref();
+    let details = host.details();
     let socket = match &config.socket_labels {
         Some(labels) => {
             let localitys = details.and_then(|details| details.locality_socket_labels.as_deref());
@@ -133,11 +133,11 @@ fn begin(host: &Host, vitals: &Arc<Vitals>, cluster: &Cluster, counted: Counted)
         EndpointAddress::Dns { .. } | EndpointAddress::Pipe(_) => cluster.config.name.to_string(),
     };
     // What no request can say is said by none.
-    let authority = config.authority.clone().or_else(|| host.hostname.parse().ok()).or_else(|| text.parse().ok());
+    let authority = config.authority.clone().or_else(|| host.hostname().parse().ok()).or_else(|| text.parse().ok());
     let authority = authority.unwrap_or_else(|| Authority::from_static("localhost"));
     let tls = cluster.sockets.get(socket).cloned();
     let place = Place::new(Way { address, host: host.text.clone(), tls, chosen: None });
-    let target = Target { place, name: host.hostname.clone(), host: None, bind: cluster.config.bind.clone() };
+    let target = Target { place, name: host.hostname().into(), host: None, bind: cluster.config.bind.clone() };
     let stream = Stream { config, target, authority, vitals: Arc::clone(vitals), counted };
     counted.active_sessions.inc();
     Some(Running { task: tokio::spawn(stream.run()), active: counted.active_sessions })

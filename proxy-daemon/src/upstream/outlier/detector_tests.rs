@@ -50,14 +50,12 @@ impl Bench {
         let host = |number: u16| {
             let address = EndpointAddress::Ip(([10, 0, 0, 1], number).into());
             Arc::new(Host {
-                additional_addresses: Box::default(),
                 text: Host::text_of(&address),
                 address,
                 weight: 1,
                 said_weight: 1,
                 health: HealthStatus::Healthy,
-                hostname: Box::default(),
-                details: None,
+                extras: None,
                 socket: Default::default(),
                 locality: Arc::new(Locality::default()),
                 priority: 0,
