@@ -291,3 +291,46 @@ fn routes_and_matchers() {
     }
     with_mutations(13, &inputs, routes);
 }
+
+#[test]
+fn tokens_and_messages() {
+    use culvert_proxy_daemon::http::fuzz::{grpc_messages, token};
+    // {"alg":"HS256","kid":"k"} and {"iss":"i","aud":["a"],"exp":1,"nbf":2.5}
+    let signed = "eyJhbGciOiJIUzI1NiIsImtpZCI6ImsifQ.eyJpc3MiOiJpIiwiYXVkIjpbImEiXSwiZXhwIjoxLCJuYmYiOjIuNX0.c2ln";
+    let keys = [
+        r#"{"keys":[{"kty":"oct","kid":"k","k":"c2VjcmV0"}]}"#,
+        r#"{"keys":[{"kty":"RSA","n":"AQAB","e":"AQAB"},{"kty":"EC","crv":"P-256","x":"AQ","y":"AQ"}]}"#,
+        r#"{"keys":[{"kty":"OKP","crv":"Ed25519","x":"AQ"}]}"#,
+    ];
+    let tokens = keys.map(|keys| format!("{signed}\n{keys}"));
+    with_mutations(14, &bytes(&tokens.each_ref().map(String::as_str)), token);
+    let messages = bytes(&["\x03\0\0\0\0\x02ab\x01\0\0\0\0", "\x01\0\0\0\0\x01a\x02", "\x02\0\x7f\0\0\0"]);
+    with_mutations(15, &messages, grpc_messages);
+}
+
+#[test]
+fn first_bytes_of_clients() {
+    use culvert_proxy_daemon::listener::fuzz_client_hello;
+    use rustls::{ClientConfig, ClientConnection, RootCertStore};
+    let config = ClientConfig::builder().with_root_certificates(RootCertStore::empty()).with_no_client_auth();
+    let mut client = ClientConnection::new(std::sync::Arc::new(config), "a.example".try_into().unwrap()).unwrap();
+    let mut hello = Vec::new();
+    client.write_tls(&mut hello).unwrap();
+    assert!(hello.len() > 100);
+    with_mutations(
+        16,
+        &[hello, b"GET / HTTP/1.1\r\n".to_vec(), b"\x16\x03\x01\0\x04\x01\0\0\0".to_vec()],
+        fuzz_client_hello,
+    );
+}
+
+#[test]
+fn load_reports() {
+    let reports = bytes(&[
+        "TEXT rps_fractional=100, cpu_utilization:0.5, named_metrics.a=1",
+        r#"JSON {"rpsFractional": 100, "cpu_utilization": "0.5", "named_metrics": {"a": 1}}"#,
+        "BIN CQAAAAAAAOA/MQAAAAAAAFlA",
+        "CQAAAAAAAOA/MQAAAAAAAFlAOQAAAAAAAABAQg4KA3JpZhEAAAAAAAAQQA",
+    ]);
+    with_mutations(17, &reports, culvert_proxy_daemon::upstream::fuzz_load_report);
+}

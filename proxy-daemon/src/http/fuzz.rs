@@ -6,7 +6,7 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri};
 
 use super::{
-    MatchCx, RouteTable, headers, normal,
+    MatchCx, RouteTable, filters, headers, normal,
     redirect::{rewrite_path, rewrite_prefix},
 };
 use crate::{
@@ -16,6 +16,16 @@ use crate::{
         model::{HttpConnectionManagerConfig, PathMatch, PathRewrite},
     },
 };
+
+/// A JSON Web Token, and the keys that it may be signed by.
+pub fn token(bytes: &[u8]) {
+    filters::fuzz_token(bytes);
+}
+
+/// The messages of a gRPC body.
+pub fn grpc_messages(bytes: &[u8]) {
+    filters::fuzz_grpc_messages(bytes);
+}
 
 /// A path as a connection manager makes it a normal one; the first byte says how it is configured. What is normal stays as it is, and
 /// nothing is left of what servers could read differently.

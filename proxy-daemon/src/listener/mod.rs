@@ -22,6 +22,7 @@ pub use prints::Prints;
 pub use sockets::{BoundAddress, Intercepted, bind};
 pub use stream::DownstreamStream;
 pub(crate) use stream::eof;
+pub use tls_inspector::fuzz as fuzz_client_hello;
 
 use self::{
     chain_match::{ChainIndex, Facts},

@@ -150,6 +150,20 @@ fn read_hello(bytes: &[u8]) -> Option<Hello> {
     })
 }
 
+/// What the fuzzer `client_hello` feeds: what a client may begin with. More bytes never change what was clear before.
+pub fn fuzz(bytes: &[u8]) {
+    let seen = look(bytes);
+    for end in 0..bytes.len().min(64) {
+        let before = look(&bytes[..end]);
+        assert!(before == Seen::Part || before == seen, "{before:?} at {end}, then {seen:?}");
+    }
+    if seen == Seen::Whole
+        && let Some(hello) = read_hello(bytes)
+    {
+        assert!(hello.tls);
+    }
+}
+
 #[cfg(test)]
 #[path = "tls_inspector_tests.rs"]
 mod tests;

@@ -342,7 +342,7 @@ fn hosts_whose_cluster_is_replaced_keep_what_is_said_of_them() {
     // Nothing is looked up between.
     clusters.upsert(dns("on"));
     assert_eq!(host().socket, SocketIndex(2));
-    assert!(host().details.as_ref().and_then(|details| details.check.as_ref()).is_some_and(|check| check.disabled));
+    assert!(host().details().and_then(|details| details.check.as_ref()).is_some_and(|check| check.disabled));
 }
 
 #[test]

@@ -40,6 +40,7 @@ pub use dynamic_forward_proxy::DnsCache;
 pub(crate) use dynamic_forward_proxy::{Asked, Found, Pending, split};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub use lb::TriedPriorities;
+pub use orca::fuzz as fuzz_load_report;
 pub(crate) use outlier::Seen;
 pub(crate) use pool::Decrement;
 pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};

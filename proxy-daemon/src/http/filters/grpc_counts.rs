@@ -117,6 +117,15 @@ impl Messages {
     }
 }
 
+/// What the fuzzer `grpc_messages` feeds: a body, whose first byte says how it is parted. It makes no difference where.
+pub(in crate::http) fn fuzz(bytes: &[u8]) {
+    let Some((parts, body)) = bytes.split_first() else { return };
+    let whole = Messages::default().begun(body);
+    let mut messages = Messages::default();
+    let parted: u64 = body.chunks(usize::from(*parts).max(1)).map(|piece| messages.begun(piece)).sum();
+    assert_eq!(whole, parted);
+}
+
 #[cfg(test)]
 #[path = "grpc_counts_tests.rs"]
 mod tests;

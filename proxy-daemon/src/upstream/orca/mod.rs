@@ -21,6 +21,7 @@ use arc_swap::ArcSwapOption;
 use http::HeaderMap;
 
 use self::report::LoadReport;
+pub use self::report::fuzz;
 use super::{Cluster, Clusters, Host};
 use crate::config::model::{ClusterConfig, OrcaMetric, OrcaWeights};
 

@@ -1,13 +1,13 @@
 //! Load reports of hosts (ORCA) in the headers or trailers of their responses, read as Envoy reads them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use base64::{
     Engine as _,
     alphabet::STANDARD,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName, HeaderValue};
 use prost::Message;
 use serde_json::Value;
 
@@ -64,14 +64,13 @@ impl LoadReport {
     /// `name=value`, or `name:value`, with commas between them. One that is wrong, or is there twice, spoils the report.
     fn text(text: &str) -> Option<LoadReport> {
         let mut report = LoadReport::default();
-        let mut names = Vec::new();
+        let mut names = HashSet::new();
         for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
             let (name, value) = item.split_once(['=', ':'])?;
             let value: f64 = value.trim().parse().ok()?;
-            if !value.is_finite() || value < 0.0 || names.contains(&name) {
+            if !value.is_finite() || value < 0.0 || !names.insert(name) {
                 return None;
             }
-            names.push(name);
             match (OrcaField::named(name), name.split_once('.')) {
                 (Some(field), _) => *report.field_mut(field) = value,
                 // What a request costs cannot be told so.
@@ -162,6 +161,18 @@ impl LoadReport {
                     self.map(*map).iter().for_each(|(key, value)| tell((map.name(), key), *value));
                 }
             }
+        }
+    }
+}
+
+/// What the fuzzer `load_report` feeds: the value of a header that says in which format the rest is.
+pub fn fuzz(bytes: &[u8]) {
+    let Ok(value) = HeaderValue::from_bytes(bytes) else { return };
+    for name in ["endpoint-load-metrics", "endpoint-load-metrics-bin"] {
+        let headers = HeaderMap::from_iter([(HeaderName::from_static(name), value.clone())]);
+        if let Some(report) = LoadReport::of(&headers) {
+            // What was read can be told.
+            assert!(LoadReport::decode(&*report.encode_to_vec()).is_ok());
         }
     }
 }

@@ -14,7 +14,7 @@ mod token;
 
 use std::{
     pin::Pin,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -30,6 +30,7 @@ pub(super) use config::{parse, parse_per_route};
 use self::{
     config::{Provider, Requirement, Settings},
     extract::Found,
+    jwks::Keys,
     token::{Status, Token},
 };
 use super::{
@@ -445,5 +446,17 @@ fn claim(payload: &Map<String, Value>, way: &[Box<str>]) -> Option<String> {
         Value::Bool(value) => Some(value.to_string()),
         Value::Number(number) => Some(number.to_string()),
         parts @ (Value::Array(_) | Value::Object(_)) => Some(STANDARD.encode(parts.to_string())),
+    }
+}
+/// What the fuzzer `token` feeds: a token, and after a line's end a set of keys.
+pub(in crate::http) fn fuzz(bytes: &[u8]) {
+    let (token, keys) = bytes.split_at(bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len()));
+    let keys = Keys::parse(keys);
+    let Some(Ok(token)) = std::str::from_utf8(token).ok().map(Token::parse) else { return };
+    // A time of no account: none may overflow.
+    let _ = token.check_time(u64::MAX, u64::MAX);
+    let _ = token.check_lifetime(Duration::MAX, Some(Duration::ZERO));
+    if let Ok(keys) = keys {
+        let _ = keys.verify(&token);
     }
 }
