@@ -117,6 +117,19 @@ static_resources:
     }
 }
 
+impl Proxy {
+    /// What `/clusters` says of the cluster's hosts whose addresses begin so.
+    fn hosts(&self, address: &str) -> Result<String> {
+        let text = self.daemon.admin("/clusters")?;
+        let begins = format!("dynamic::{address}");
+        // A host's requests that wait are not told of here.
+        let told = |line: &&str| line.starts_with(&begins) && !line.contains("::rq_pending_active::");
+        let mut lines: Vec<_> = text.lines().filter(told).collect();
+        lines.sort_unstable();
+        Ok(lines.join("\n"))
+    }
+}
+
 const COUNTED: [&str; 17] = [
     "dns_cache.names.dns_query_attempt",
     "dns_cache.names.dns_query_success",
@@ -167,6 +180,7 @@ fn meets(kind: Kind, up: u16) -> Result<BTreeMap<String, String>> {
     for name in COUNTED {
         met.insert(name.to_owned(), stats.get(name).to_string());
     }
+    met.extend(proxy.hosts("127.0.")?.lines().map(|line| (line.to_owned(), String::new())));
     let full = Proxy::start(kind, &names, "x", "dns_cache_circuit_breaker: {max_pending_requests: 0}")?;
     met.insert("pending".to_owned(), full.get("pending", "/", &at("one.example"), "")?);
     let stats = full.daemon.stats()?;
@@ -180,10 +194,6 @@ fn meets(kind: Kind, up: u16) -> Result<BTreeMap<String, String>> {
             Ok(text)
         })?;
         for line in lines.lines() {
-            // Why a server has failed each library says in its own words.
-            let line = line.split_once("{cares_failure").map_or(line, |(line, _)| line);
-            let line =
-                if line.starts_with("fails") { line.split_once('{').map_or(line, |(line, _)| line) } else { line };
             met.insert(format!("log: {}", line.split(" 50").next().unwrap_or(line)), line.to_owned());
         }
     }
@@ -200,6 +210,12 @@ fn requests_meet_the_hosts_that_they_name_as_in_envoy() -> Result<()> {
         .map(|(what, met)| format!("{what}: Envoy {met:?}, Culvert {:?}", ours.get(what)))
         .collect();
     ensure!(different.is_empty(), "{}", different.join("\n"));
+    ensure!(
+        ours.len() == theirs.len(),
+        "{:?}",
+        ours.keys().filter(|what| !theirs.contains_key(*what)).collect::<Vec<_>>()
+    );
+    assert!(theirs.contains_key(&format!("dynamic::127.0.3.1:{up}::rq_success::4")), "{theirs:?}");
     assert_eq!(theirs["first"], format!("200 127.0.3.1 for one.example:{up}"));
     assert_eq!(theirs["literal"], format!("200 127.0.3.2 for two.example:{up}"));
     Ok(())
@@ -246,7 +262,12 @@ fn names_are_looked_up_again_and_forgotten_as_in_envoy() -> Result<()> {
             ensure!(stats.get("cluster.dynamic.membership_total") == 1, "{kind:?}");
             Ok(())
         })?;
+        let left = proxy.hosts("")?;
+        ensure!(left.contains(&format!("dynamic::127.0.3.1:{up}::hostname::early.example:{up}")), "{kind:?}: {left}");
+        ensure!(!left.contains("moves.example") && !left.contains("comes.example"), "{kind:?}: {left}");
         ensure!(proxy.get("a", "/", &moves, "")?.starts_with("200 127.0.3.2"), "{kind:?}");
+        let moved = proxy.hosts("127.0.3.2")?;
+        ensure!(moved.contains("rq_total::1"), "{kind:?}: {moved}");
     }
     Ok(())
 }

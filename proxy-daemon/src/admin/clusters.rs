@@ -52,7 +52,7 @@ fn write_cluster(out: &mut String, cluster: &Cluster, added_via_api: bool) -> st
     if let Some(service) = eds_service_name(cluster) {
         writeln!(out, "{name}::eds_service_name::{service}")?;
     }
-    for host in &cluster.hosts().hosts {
+    for host in cluster.hosts().hosts.iter().chain(&cluster.named.all()) {
         let address = host.display();
         for (counter, stat) in HostCounter::ALL {
             writeln!(out, "{name}::{address}::{stat}::{}", host.counters.sum(counter))?;
@@ -124,11 +124,13 @@ fn cluster_status(cluster: &Cluster, added_via_api: bool) -> Json {
         }
         json
     });
+    let (hosts, named) = (cluster.hosts(), cluster.named.all());
+    let hosts = hosts.hosts.iter().chain(&named);
     let mut status = json!({
         "name": &*cluster.config.name,
         "observability_name": observability_name(cluster),
         "circuit_breakers": { "thresholds": thresholds },
-        "host_statuses": cluster.hosts().hosts.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
+        "host_statuses": hosts.map(|host| host_status(host)).collect::<Vec<_>>(),
     });
     if let Some(outlier) = &cluster.outlier {
         for (field, local) in

@@ -151,9 +151,9 @@ fn report_cluster(cluster: &Cluster, endpoints: bool) -> ClusterStats {
         Discovery::Eds { endpoints } if endpoints.name != cluster.config.name => endpoints.name.to_string(),
         _ => String::new(),
     };
-    let hosts = cluster.hosts();
+    let (hosts, named) = (cluster.hosts(), cluster.named.all());
     let mut localities: BTreeMap<(u32, &Locality), (Load, Metrics, Vec<UpstreamEndpointStats>)> = BTreeMap::new();
-    for host in &hosts.hosts {
+    for host in hosts.hosts.iter().chain(&named) {
         let load = Load::latch(&host.counters);
         if load == Load::default() {
             continue;

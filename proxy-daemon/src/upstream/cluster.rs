@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use super::{
-    ClusterStats, Dropped,
+    ClusterStats, Dropped, NamedHosts,
     aggregate::{Aggregates, Plan, replan},
     breakers::{Breakers, Resource},
     health_check::{Changed, ClusterChecks},
@@ -45,6 +45,8 @@ pub struct Cluster {
     pub(crate) dropped_overload: Dropped,
     /// What hosts that requests name, and that are not among `hosts`, count together.
     pub(crate) unlisted: Option<Arc<HostCounters>>,
+    /// The hosts of a dynamic forward proxy.
+    pub(crate) named: NamedHosts,
     /// Of an ORIGINAL_DST cluster.
     pub(super) destinations: Option<Destinations>,
     limits: RuntimeLimits,
@@ -109,6 +111,7 @@ impl Cluster {
             dropped: Dropped::new(),
             dropped_overload: Dropped::new(),
             unlisted: named.then(|| Arc::new(HostCounters::new(workers))),
+            named: NamedHosts::default(),
             destinations,
             sockets,
             outlier,

@@ -239,6 +239,11 @@ impl HostCounters {
         HostCounters { used: OnceBox::new(), workers: workers as u32 }
     }
 
+    /// Others, of a host of the same cluster: all zero.
+    pub(super) fn of_another(&self) -> HostCounters {
+        HostCounters { used: OnceBox::new(), workers: self.workers }
+    }
+
     fn used(&self) -> &Used {
         self.used.get_or_init(|| {
             let lines = (0..self.workers).map(|_| Line::default()).collect();

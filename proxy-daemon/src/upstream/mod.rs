@@ -37,7 +37,7 @@ pub use connect::{ConnectError, Dial, SocketSettings, Source, UpstreamInfo, Upst
 pub(crate) use drop_overload::Dropped;
 pub use drop_overload::Overload;
 pub use dynamic_forward_proxy::DnsCache;
-pub(crate) use dynamic_forward_proxy::{Asked, Found, Pending, split};
+pub(crate) use dynamic_forward_proxy::{Asked, Found, NamedHosts, Pending, split};
 pub use host::{Host, HostCounter, HostCounters, HostSet};
 pub use lb::TriedPriorities;
 pub use orca::fuzz as fuzz_load_report;

@@ -41,6 +41,8 @@ macro_rules! cluster_stats {
             origins: Arc<[OnceLock<Origin>; 2]>,
             /// `canary.upstream_rq_200` and so on: of canaries.
             canary: Arc<OnceLock<Origin>>,
+            /// Whether the counters of its HTTP/1 connections are there.
+            http1: Arc<OnceLock<()>>,
             /// `<name>.total_match_count` of its transport sockets, by their places.
             socket_matches: Arc<[Counter]>,
             scope: Scope,
@@ -61,6 +63,7 @@ macro_rules! cluster_stats {
                     retry: Arc::default(),
                     origins: Arc::default(),
                     canary: Arc::default(),
+                    http1: Arc::default(),
                     socket_matches: socket_matches(config, &scope),
                     scope,
                     _lease: lease,
@@ -88,12 +91,13 @@ cluster_stats! {
         upstream_internal_redirect_succeeded_total upstream_internal_redirect_failed_total
         original_dst_host_invalid
         membership_change update_attempt update_success update_failure update_empty update_no_rebuild
+        assignment_stale assignment_timeout_received assignment_use_cached upstream_cx_preconnect_skipped
         lb_healthy_panic lb_local_cluster_not_ok lb_recalculate_zone_structures lb_zone_cluster_too_small
         lb_zone_no_capacity_left lb_zone_number_differs lb_zone_routing_all_directly lb_zone_routing_sampled
         lb_zone_routing_cross_zone
         lb_subsets_created lb_subsets_removed lb_subsets_selected lb_subsets_fallback lb_subsets_fallback_panic
     }
-    gauges { lb_subsets_active max_host_weight upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
+    gauges { warming_state version upstream_queue_overloaded lb_subsets_active max_host_weight upstream_cx_active upstream_rq_active upstream_rq_pending_active membership_total membership_healthy
         membership_degraded membership_excluded }
     histograms { upstream_cx_connect_ms upstream_cx_length_ms upstream_rq_per_cx upstream_rq_time }
 }
@@ -103,7 +107,7 @@ impl Usage for ClusterStats {
     fn connecting(&self, http2: bool) {
         self.upstream_cx_total.inc();
         self.upstream_cx_active.inc();
-        if http2 { self.upstream_cx_http2_total.inc() } else { self.upstream_cx_http1_total.inc() }
+        if http2 { self.upstream_cx_http2_total.inc() } else { self.count_http1() }
     }
 
     fn connected(&self, took: Duration) {
@@ -204,6 +208,22 @@ impl ClusterStats {
     /// Made with the first response of a canary: most clusters have none.
     fn canary(&self) -> &Origin {
         self.canary.get_or_init(|| Origin::new(&self.scope, "canary.upstream_rq"))
+    }
+
+    /// Counts a connection that speaks HTTP/1. With the first one come, as in Envoy, the counters of its codec, nothing of which happens
+    /// on the side of hosts, or with the messages that pass here.
+    pub fn count_http1(&self) {
+        self.upstream_cx_http1_total.inc();
+        self.http1.get_or_init(|| {
+            for name in [
+                "dropped_headers_with_underscores",
+                "metadata_not_supported_error",
+                "requests_rejected_with_underscores_in_headers",
+                "response_flood",
+            ] {
+                let _: Counter = self.scope.counter(&format!("http1.{name}"));
+            }
+        });
     }
 
     /// Counts a response that is tried again.

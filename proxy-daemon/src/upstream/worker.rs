@@ -272,12 +272,10 @@ impl WorkerCluster {
             return self.host_of(destination);
         }
         if let Discovery::DynamicForwardProxy { cache, .. } = &self.cluster.config.discovery {
-            let counters = self.cluster.unlisted.as_ref()?;
             return self.dynamic.host(
-                cache,
+                (&*self.cluster, &**cache),
                 (cx.host?, cx.port.unwrap_or_else(|| self.default_port())),
                 (self.worker, self.cluster.config.pool),
-                (counters, self.cluster.config.socket_matches.of(None)),
             );
         }
         let version = self.cluster.hosts_version();

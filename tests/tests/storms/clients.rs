@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -41,10 +41,15 @@ impl Count {
 impl Clients {
     /// Some for each of these paths, of a proxy at a port of 127.0.0.1.
     pub fn start(port: u16, paths: &[&'static str]) -> Clients {
+        Clients::start_telling(port, paths, &Arc::default())
+    }
+
+    /// The same; each request says in `x-step` what `step` was when it was sent.
+    pub fn start_telling(port: u16, paths: &[&'static str], step: &Arc<AtomicUsize>) -> Clients {
         let stop = Arc::<AtomicBool>::default();
         let threads = paths.iter().map(|path| {
-            let (path, stop) = (*path, Arc::clone(&stop));
-            thread::spawn(move || run(port, path, &stop))
+            let (path, stop, step) = (*path, Arc::clone(&stop), Arc::clone(step));
+            thread::spawn(move || run(port, path, &stop, &step))
         });
         Clients { threads: threads.collect(), stop }
     }
@@ -59,10 +64,11 @@ impl Clients {
     }
 }
 
-fn run(port: u16, path: &'static str, stop: &Arc<AtomicBool>) -> Result<Count> {
+fn run(port: u16, path: &'static str, stop: &Arc<AtomicBool>, step: &Arc<AtomicUsize>) -> Result<Count> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let clients: JoinSet<_> = (0..CLIENTS).map(|_| client(port, path, Arc::clone(stop))).collect();
+        let clients: JoinSet<_> =
+            (0..CLIENTS).map(|_| client(port, path, Arc::clone(stop), Arc::clone(step))).collect();
         let mut all = Count::default();
         for count in clients.join_all().await {
             all.requests += count.requests;
@@ -74,14 +80,14 @@ fn run(port: u16, path: &'static str, stop: &Arc<AtomicBool>) -> Result<Count> {
     })
 }
 
-async fn client(port: u16, path: &'static str, stop: Arc<AtomicBool>) -> Count {
+async fn client(port: u16, path: &'static str, stop: Arc<AtomicBool>, step: Arc<AtomicUsize>) -> Count {
     let (mut count, mut connection) = (Count::default(), None);
     let mut pace = tokio::time::interval(PACE);
     pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !stop.load(Ordering::Relaxed) {
         pace.tick().await;
         count.requests += 1;
-        let asked = tokio::time::timeout(PATIENCE, ask(&mut connection, port, path)).await;
+        let asked = tokio::time::timeout(PATIENCE, ask(&mut connection, port, path, &step)).await;
         match asked.unwrap_or_else(|_| Err(anyhow!("no response within {PATIENCE:?}"))) {
             Ok(200) => {}
             Ok(status) => *count.failures.entry(status.to_string()).or_default() += 1,
@@ -95,7 +101,7 @@ async fn client(port: u16, path: &'static str, stop: Arc<AtomicBool>) -> Count {
 }
 
 /// The status of one response, over the connection that there is.
-async fn ask(connection: &mut Option<TcpStream>, port: u16, path: &str) -> Result<u16> {
+async fn ask(connection: &mut Option<TcpStream>, port: u16, path: &str, step: &AtomicUsize) -> Result<u16> {
     let stream = match connection {
         Some(stream) => stream,
         None => {
@@ -104,7 +110,9 @@ async fn ask(connection: &mut Option<TcpStream>, port: u16, path: &str) -> Resul
             connection.insert(stream)
         }
     };
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: storm.test\r\n\r\n").as_bytes()).await?;
+    let step = step.load(Ordering::SeqCst);
+    let request = format!("GET {path} HTTP/1.1\r\nhost: storm.test\r\nx-step: {step}\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
     let (mut response, mut end) = (Vec::new(), None);
     while end.is_none_or(|end| response.len() < end) {
         ensure!(stream.read_buf(&mut response).await? > 0, "the proxy closed the connection");

@@ -40,7 +40,16 @@ pub struct Hosts {
 
 struct Host {
     mood: watch::Sender<Mood>,
-    served: Arc<AtomicU64>,
+    seen: Arc<Seen>,
+}
+
+/// What a host counts, health checks apart.
+#[derive(Default)]
+struct Seen {
+    /// Requests, whatever became of them.
+    asked: AtomicU64,
+    /// Requests that it has answered with 200.
+    served: AtomicU64,
 }
 
 impl Hosts {
@@ -51,10 +60,10 @@ impl Hosts {
         for number in 1..=count {
             let address = SocketAddr::from((Ipv4Addr::new(127, 0, 3, number), port));
             let (mood, changes) = watch::channel(Mood::Well);
-            let served = Arc::<AtomicU64>::default();
+            let seen = Arc::<Seen>::default();
             let listener = runtime.block_on(async { listen(address) })?;
-            runtime.spawn(run(address, listener, changes, Arc::clone(&served)));
-            hosts.push(Host { mood, served });
+            runtime.spawn(run(address, listener, changes, Arc::clone(&seen)));
+            hosts.push(Host { mood, seen });
         }
         Ok(Hosts { port, hosts, _runtime: runtime })
     }
@@ -68,7 +77,13 @@ impl Hosts {
 
     /// How many requests each has answered with 200, health checks apart.
     pub fn served(&self) -> Vec<u64> {
-        self.hosts.iter().map(|host| host.served.load(Ordering::Relaxed)).collect()
+        self.hosts.iter().map(|host| host.seen.served.load(Ordering::Relaxed)).collect()
+    }
+
+    /// How many requests these have got, health checks apart.
+    pub fn asked(&self, numbers: &[u8]) -> u64 {
+        let hosts = numbers.iter().map(|number| &self.hosts[usize::from(*number) - 1]);
+        hosts.map(|host| host.seen.asked.load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -83,7 +98,7 @@ async fn run(
     address: SocketAddr,
     mut listener: TcpListener,
     mut mood: watch::Receiver<Mood>,
-    served: Arc<AtomicU64>,
+    seen: Arc<Seen>,
 ) -> Result<()> {
     loop {
         let mut connections = JoinSet::new();
@@ -92,7 +107,7 @@ async fn run(
             tokio::select! {
                 accepted = listener.accept() => {
                     let (stream, _) = accepted?;
-                    connections.spawn(serve(stream, mood.clone(), Arc::clone(&served)));
+                    connections.spawn(serve(stream, mood.clone(), Arc::clone(&seen)));
                 }
                 Some(_) = connections.join_next() => {}
                 _ = changes.wait_for(|mood| *mood == Mood::Crashed) => break,
@@ -105,7 +120,7 @@ async fn run(
     }
 }
 
-async fn serve(mut stream: TcpStream, mood: watch::Receiver<Mood>, served: Arc<AtomicU64>) -> Result<()> {
+async fn serve(mut stream: TcpStream, mood: watch::Receiver<Mood>, seen: Arc<Seen>) -> Result<()> {
     stream.set_nodelay(true)?;
     // Whatever ends this resets the connection, except for the end that the client makes.
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
@@ -116,6 +131,10 @@ async fn serve(mut stream: TcpStream, mood: watch::Receiver<Mood>, served: Arc<A
             if stream.read_buf(&mut head).await? == 0 {
                 return Ok(());
             }
+        }
+        let is_check = head.starts_with(b"GET /check ");
+        if !is_check {
+            seen.asked.fetch_add(1, Ordering::Relaxed);
         }
         let mood = *mood.borrow();
         match mood {
@@ -133,8 +152,8 @@ async fn serve(mut stream: TcpStream, mood: watch::Receiver<Mood>, served: Arc<A
             Mood::Resets | Mood::Crashed => return Ok(()),
         }
         stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await?;
-        if !head.starts_with(b"GET /check ") {
-            served.fetch_add(1, Ordering::Relaxed);
+        if !is_check {
+            seen.served.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

@@ -206,3 +206,50 @@ fn hosts_crash_and_only_outlier_detection_sees_it() -> Result<()> {
 fn hosts_fail_and_only_checks_see_it() -> Result<()> {
     storm("fail, checks", &[(500, BAD, Mood::Fails), (2500, BAD, Mood::Well)], Watch::Checks, false)
 }
+
+/// Hosts that checks have found to be ill get nothing, for as long as they are; and once they are well, they are used within a few checks.
+fn known_to_be_ill(kind: Kind) -> Result<()> {
+    let (hosts, listen) = (Hosts::start(HOSTS)?, free_port()?);
+    let proxy = Daemon::start(kind, &bootstrap(listen, hosts.port, Watch::Checks, false))?;
+    let healthy = |number: u64| {
+        wait_until(DEADLINE, "the hosts to be found so", || {
+            let found = proxy.stats()?.get("cluster.app.membership_healthy");
+            ensure!(found == number, "{found} of {number} are well");
+            Ok(())
+        })
+    };
+    healthy(HOSTS.into())?;
+    let clients = Clients::start(listen, &["/plain", "/retried"]);
+    wait_until(DEADLINE, "them to be used", || {
+        ensure!(hosts.asked(BAD) > 10, "{}", hosts.asked(BAD));
+        Ok(())
+    })?;
+    hosts.set(BAD, Mood::Fails);
+    healthy(u64::from(HOSTS) - BAD.len() as u64)?;
+    // What was under way to them; and Envoy's workers are told within its `update_merge_window`, a second after its main thread knows.
+    std::thread::sleep(Duration::from_millis(if kind == Kind::Envoy { 2000 } else { 300 }));
+    let before = [hosts.asked(BAD), hosts.asked(ALL)];
+    wait_until(DEADLINE, "the others to be used", || {
+        ensure!(hosts.asked(ALL) > before[1] + 500, "{} and {}", before[1], hosts.asked(ALL));
+        Ok(())
+    })?;
+    let [ill, all] = [hosts.asked(BAD) - before[0], hosts.asked(ALL) - before[1]];
+    ensure!(ill == 0, "{kind:?}: {ill} of {all} requests went to hosts that were known to be ill");
+    hosts.set(BAD, Mood::Well);
+    let (well, before) = (Instant::now(), hosts.asked(BAD));
+    healthy(HOSTS.into())?;
+    wait_until(DEADLINE, "them to be used again", || {
+        ensure!(hosts.asked(BAD) > before + 10, "{before} and {}", hosts.asked(BAD));
+        Ok(())
+    })?;
+    // A check comes every tenth of a second, and one that passes is enough; the rest is for a busy machine.
+    ensure!(well.elapsed() < Duration::from_secs(4), "{kind:?}: it took {:?}", well.elapsed());
+    clients.stop()?;
+    Ok(())
+}
+
+#[test]
+fn hosts_that_are_known_to_be_ill_get_nothing() -> Result<()> {
+    known_to_be_ill(Kind::Envoy)?;
+    known_to_be_ill(Kind::Culvert)
+}

@@ -6,7 +6,7 @@ use envoy_types::pb::envoy::{
         cluster::v3::{
             CircuitBreakers, Cluster,
             circuit_breakers::Thresholds as CircuitBreakersThresholds,
-            cluster::{ClusterDiscoveryType, CustomClusterType, DiscoveryType, LbConfig},
+            cluster::{ClusterDiscoveryType, ClusterProtocolSelection, CustomClusterType, DiscoveryType, LbConfig},
             upstream_connection_options::FirstAddressFamilyVersion,
         },
         core::v3::RoutingPriority,
@@ -18,7 +18,10 @@ use envoy_types::pb::envoy::{
         },
         upstreams::http::v3::{
             HttpProtocolOptions,
-            http_protocol_options::{UpstreamProtocolOptions, explicit_http_config::ProtocolConfig},
+            http_protocol_options::{
+                ExplicitHttpConfig, UpstreamProtocolOptions, UseDownstreamHttpConfig,
+                explicit_http_config::ProtocolConfig,
+            },
         },
     },
 };
@@ -78,8 +81,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let bind = cluster.upstream_bind_config.as_ref();
     let bind = bind.map(|bind| upstream_bind(bind, &join(path, "upstream_bind_config"))).transpose()?;
     let reported_metrics = orca::reported(cluster, &discovery, path)?;
-    let http = http_options(cluster, path)?;
-    let http_path = join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"]"));
+    let (http, http_path) = http_options(cluster, path)?;
     dynamic_forward_proxy::tls(&discovery, http.as_ref(), &mut tls, &mut socket_matches, &http_path)?;
     if breakers_of_hosts_that_requests_name(cluster, &discovery) {
         return Err(FieldError::unsupported(join(path, "circuit_breakers.per_host_thresholds")));
@@ -87,8 +89,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let peer_name = peer_name::options(&discovery, http.as_ref(), &http_path)?;
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
-    let common_path =
-        join(path, &format!("typed_extension_protocol_options[\"{HTTP_OPTIONS}\"].common_http_protocol_options"));
+    let common_path = join(&http_path, "common_http_protocol_options");
     // Honoured in a connection manager, which has the same message.
     if common.max_headers_count.is_some() {
         return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
@@ -100,7 +101,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
     let max_requests = common.max_requests_per_connection.or(cluster.max_requests_per_connection);
     let encrypted = tls.is_some() && socket_matches.0.iter().all(|it| it.tls.is_some());
-    let protocol = protocol(cluster, http.as_ref(), encrypted, path)?;
+    let protocol = protocol(http.as_ref(), encrypted, &http_path)?;
     let asks_grpc = health.checks.iter().position(|check| matches!(check.check, Check::Grpc(_)));
     if let Some(index) = asks_grpc
         && matches!(protocol, UpstreamProtocol::Http1)
@@ -289,42 +290,80 @@ fn original_dst(cluster: &Cluster, path: &str) -> Result<Discovery> {
     Ok(Discovery::OriginalDst { http_header, port_override, cleanup_interval })
 }
 
-fn http_options(cluster: &Cluster, path: &str) -> Result<Option<HttpProtocolOptions>> {
-    let path = join(path, "typed_extension_protocol_options");
+/// How a cluster speaks HTTP, and where that stands; `None`: as it does where nothing is said.
+fn http_options(cluster: &Cluster, cluster_path: &str) -> Result<(Option<HttpProtocolOptions>, String)> {
+    let path = join(cluster_path, "typed_extension_protocol_options");
     // Nobody else asks Redis servers.
     let redis = redis::is_checked(cluster);
     let is_known = |name: &String| name == HTTP_OPTIONS || (redis && name == redis::OPTIONS);
     if let Some(name) = cluster.typed_extension_protocol_options.keys().find(|name| !is_known(name)) {
         return Err(FieldError::unsupported(format!("{path}[\"{name}\"]")));
     }
-    let any = cluster.typed_extension_protocol_options.get(HTTP_OPTIONS);
-    any.map(|any| Ok(unpack(any, &format!("{path}[\"{HTTP_OPTIONS}\"]"))?)).transpose()
+    let at = format!("{path}[\"{HTTP_OPTIONS}\"]");
+    match cluster.typed_extension_protocol_options.get(HTTP_OPTIONS) {
+        Some(any) => Ok((Some(unpack(any, &at)?), at)),
+        None => Ok((old_http_options(cluster, cluster_path)?, cluster_path.to_owned())),
+    }
 }
 
-fn protocol(cluster: &Cluster, http: Option<&HttpProtocolOptions>, tls: bool, path: &str) -> Result<UpstreamProtocol> {
-    #[expect(deprecated, reason = "the field that HttpProtocolOptions replaced, which Envoy still takes")]
-    let old = cluster.http2_protocol_options.as_ref();
-    let Some(options) = http else {
-        return Ok(old.map_or(UpstreamProtocol::Http1, |options| UpstreamProtocol::Http2(http2(Some(options)))));
+/// What the fields say that `HttpProtocolOptions` has replaced. As in Envoy they do not count beside it.
+#[expect(deprecated, reason = "Envoy still takes them")]
+fn old_http_options(cluster: &Cluster, path: &str) -> Result<Option<HttpProtocolOptions>> {
+    let as_the_client = cluster.protocol_selection == ClusterProtocolSelection::UseDownstreamProtocol as i32;
+    let (one, two) = (cluster.http_protocol_options.clone(), cluster.http2_protocol_options.clone());
+    if one.is_some() && two.is_some() && !as_the_client {
+        let text =
+            "cluster: Both HTTP1 and HTTP2 options may only be configured with non-default 'protocol_selection' values";
+        return Err(FieldError::new(join(path, "http_protocol_options"), text));
+    }
+    let common = cluster.common_http_protocol_options;
+    let names = cluster.upstream_http_protocol_options.clone();
+    if one.is_none() && two.is_none() && common.is_none() && names.is_none() && !as_the_client {
+        return Ok(None);
+    }
+    let protocol = match (as_the_client, two) {
+        (true, http2_protocol_options) => {
+            UpstreamProtocolOptions::UseDownstreamProtocolConfig(UseDownstreamHttpConfig {
+                http_protocol_options: one,
+                http2_protocol_options,
+                ..UseDownstreamHttpConfig::default()
+            })
+        }
+        (false, Some(two)) => UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+            protocol_config: Some(ProtocolConfig::Http2ProtocolOptions(two)),
+        }),
+        (false, None) => UpstreamProtocolOptions::ExplicitHttpConfig(ExplicitHttpConfig {
+            protocol_config: Some(ProtocolConfig::HttpProtocolOptions(one.unwrap_or_default())),
+        }),
     };
-    let path = format!("{}[\"{HTTP_OPTIONS}\"]", join(path, "typed_extension_protocol_options"));
+    Ok(Some(HttpProtocolOptions {
+        common_http_protocol_options: common,
+        upstream_http_protocol_options: names,
+        upstream_protocol_options: Some(protocol),
+        ..HttpProtocolOptions::default()
+    }))
+}
+
+/// Of the options at `path`.
+fn protocol(http: Option<&HttpProtocolOptions>, tls: bool, path: &str) -> Result<UpstreamProtocol> {
+    let Some(options) = http else { return Ok(UpstreamProtocol::Http1) };
     match &options.upstream_protocol_options {
         Some(UpstreamProtocolOptions::ExplicitHttpConfig(explicit)) => match &explicit.protocol_config {
             Some(ProtocolConfig::HttpProtocolOptions(_)) => Ok(UpstreamProtocol::Http1),
             Some(ProtocolConfig::Http2ProtocolOptions(options)) => Ok(UpstreamProtocol::Http2(http2(Some(options)))),
-            _ => Err(FieldError::unsupported(join(&path, "explicit_http_config"))),
+            _ => Err(FieldError::unsupported(join(path, "explicit_http_config"))),
         },
         Some(UpstreamProtocolOptions::UseDownstreamProtocolConfig(options)) => {
             Ok(UpstreamProtocol::Downstream(http2(options.http2_protocol_options.as_ref())))
         }
         Some(UpstreamProtocolOptions::AutoConfig(_)) if !tls => {
             let text = "lets the TLS handshake choose the protocol: the cluster needs a TLS transport_socket, and no match with another";
-            Err(FieldError::new(join(&path, "auto_config"), text))
+            Err(FieldError::new(join(path, "auto_config"), text))
         }
         Some(UpstreamProtocolOptions::AutoConfig(options)) => {
             Ok(UpstreamProtocol::Auto(http2(options.http2_protocol_options.as_ref())))
         }
-        None => Err(required(&path, "upstream_protocol_options")),
+        None => Err(required(path, "upstream_protocol_options")),
     }
 }
 

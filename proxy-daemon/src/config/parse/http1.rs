@@ -58,7 +58,9 @@ pub(super) fn http1_client(http: Option<&HttpProtocolOptions>, path: &str) -> Re
         None => (None, ""),
     };
     let Some(options) = options else { return Ok(Http1ClientOptions::default()) };
-    let path = join(&join(path, place), "http_protocol_options");
+    // The field of a cluster itself stands for the one that it was replaced by.
+    let path = if path.ends_with(']') { join(path, place) } else { path.to_owned() };
+    let path = join(&path, "http_protocol_options");
     Ok(Http1ClientOptions {
         enable_trailers: options.enable_trailers,
         header_key_format: header_key_format(options.header_key_format.as_ref(), &path)?,

@@ -67,6 +67,14 @@ pub(in crate::config) struct Entry {
     pub(in crate::config) warming: Option<Box<Warming>>,
 }
 
+impl Clusters {
+    /// What the clusters that are warming are called in statistics.
+    pub(super) fn warming_stat_names(&self) -> impl Iterator<Item = &str> {
+        let warming = self.by_name.values().filter(|_| self.warming > 0).filter_map(|entry| entry.warming.as_ref());
+        warming.map(|warming| &*warming.version.stat_name)
+    }
+}
+
 impl Entry {
     /// A source has it.
     fn is_had_from(&mut self, source: &Arc<Source>) {

@@ -108,6 +108,14 @@ impl<A: Apply> ConfigStore<A> {
         let parsed = read.unwrap_or_else(|| kind.parse(&name, &resource.body));
         let parsed = parsed.and_then(|value| state.check(&value, (source, &name), &users).map(|()| value));
         let Some(entry) = state.watched[kind as usize].get_mut(source, &name) else { return Ok(()) };
+        if let Ok(Value::Endpoints(endpoints)) = &parsed
+            && !entry.freshness.over
+            && entry.has_in_another_order(&name, &resource, endpoints)
+        {
+            (entry.stored, entry.refused) = (Some(resources::version(resource)), None);
+            self.keep_fresh(state, (source, &name), None);
+            return Ok(());
+        }
         let parsed = parsed.and_then(|value| entry.places.parse(&value).map(|filters| (value, filters)));
         let parsed = parsed.and_then(|(value, filters)| {
             filters.iter().try_for_each(|(_, filter)| state.check_filter(&**filter, &resource.body))?;

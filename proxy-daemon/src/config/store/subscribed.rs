@@ -170,7 +170,11 @@ impl<A: Apply> ConfigStore<A> {
 impl State {
     fn subscriptions_now(&self) -> Vec<Metric> {
         // What a cluster that stays the same cluster had of an earlier source is not added up.
-        let mut metrics = Vec::new();
+        let mut metrics: Vec<_> = self
+            .clusters
+            .warming_stat_names()
+            .map(|name| Metric::external_gauge(&format!("cluster.{}.warming_state", name.replace(':', "_")), 1))
+            .collect();
         for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::ExtensionConfigs) {
             let mut all: BTreeMap<String, Subscribed> = BTreeMap::new();
             for (source, name, entry) in self.watched(kind).entries() {

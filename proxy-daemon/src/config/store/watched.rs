@@ -1,7 +1,7 @@
 //! Resources of one type that are asked for by name, from any number of sources.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     config::{
-        model::ResourceRef,
+        model::{LocalityEndpoints, ResourceRef},
         status::{Failure, Version},
     },
     stats::Lease,
@@ -231,6 +231,30 @@ impl Entry {
             }
             _ => false,
         }
+    }
+
+    /// Whether these endpoints are those that are known already, in whatever order.
+    pub(super) fn has_in_another_order(&self, name: &str, resource: &Resource, new: &[LocalityEndpoints]) -> bool {
+        let Some(stored) = &self.stored else { return false };
+        // What is only said in another order is as long.
+        if stored.body.value.len() != resource.body.value.len() {
+            return false;
+        }
+        let Ok(Value::Endpoints(old)) = Kind::Endpoints.parse(name, &stored.body) else { return false };
+        let of = |group: &LocalityEndpoints| (group.priority, group.locality.clone());
+        let groups: HashMap<_, _> = old.iter().map(|group| (of(group), group)).collect();
+        // Where a locality or an endpoint is said twice it matters which comes first.
+        groups.len() == old.len()
+            && old.len() == new.len()
+            && new.iter().all(|group| {
+                let Some(old) = groups.get(&of(group)) else { return false };
+                let known: HashMap<_, _> = old.endpoints.iter().map(|it| (&it.address, it)).collect();
+                old.weight == group.weight
+                    && old.policy == group.policy
+                    && known.len() == old.endpoints.len()
+                    && known.len() == group.endpoints.len()
+                    && group.endpoints.iter().all(|it| known.get(&it.address).is_some_and(|known| **known == *it))
+            })
     }
 
     /// The resource is not waited for any more: who waited for it until now.

@@ -11,8 +11,8 @@ use std::{
 use hickory_resolver::{
     TokioResolver,
     config::{LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts, ServerOrderingStrategy},
-    net::NetError,
     net::runtime::TokioRuntimeProvider,
+    net::{DnsError, NetError},
     proto::op::ResponseCode,
 };
 use tokio::sync::Semaphore;
@@ -100,7 +100,7 @@ impl Resolvers {
             Err(error) => {
                 // The system's servers may be others by now: they are read anew.
                 self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(&(servers.clone(), family));
-                return Err(io::Error::other(error));
+                return Err(in_envoys_words(error));
             }
         };
         let mut answer = Answer::default();
@@ -128,6 +128,23 @@ impl Resolvers {
         made.insert((servers.clone(), family), Arc::clone(&resolver));
         Ok(Some(resolver))
     }
+}
+
+/// Why nobody has answered, as Envoy's resolver says it, which access logs tell. What it has no words for is told in those that there are.
+fn in_envoys_words(error: NetError) -> io::Error {
+    let words = match &error {
+        NetError::Dns(DnsError::ResponseCode(code)) => match code {
+            ResponseCode::ServFail => "DNS server returned general failure",
+            ResponseCode::FormErr => "DNS server claims query was misformatted",
+            ResponseCode::NotImp => "DNS server does not implement requested operation",
+            ResponseCode::Refused => "DNS server refused query",
+            _ => return io::Error::other(error),
+        },
+        NetError::Timeout => "Timeout while contacting DNS servers",
+        NetError::NoConnections | NetError::Io(_) => "Could not contact DNS servers",
+        _ => return io::Error::other(error),
+    };
+    io::Error::other(format!("cares_failure:{words}"))
 }
 
 fn make(servers: &DnsServers, family: DnsLookupFamily) -> Result<Option<TokioResolver>, NetError> {

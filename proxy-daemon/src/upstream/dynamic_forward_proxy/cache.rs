@@ -209,6 +209,8 @@ impl DnsCache {
         let known = self.entries.load().values().filter(|entry| entry.is_known()).count();
         cluster.stats.membership_total.set(known as u64);
         cluster.stats.membership_healthy.set(known as u64);
+        // Before it is told of changes.
+        cluster.named.set(cluster, self.known(None));
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
         clusters.retain(|cluster| cluster.strong_count() > 0);
         clusters.push(Arc::downgrade(cluster));
@@ -287,7 +289,27 @@ impl DnsCache {
         self.entries.load().get(&entry.authority).is_some_and(|known| Arc::ptr_eq(known, entry))
     }
 
-    /// Of the clusters' hosts, so many more or fewer.
+    /// What names stand for that have addresses; `next`: what one of them will be.
+    fn known<'a>(
+        &self,
+        next: Option<(&'a Arc<Entry>, &'a Arc<Found>)>,
+    ) -> impl Iterator<Item = (Arc<Entry>, Arc<Found>)> + use<'a> {
+        let entries: Vec<_> = self.entries.load().values().cloned().collect();
+        entries.into_iter().filter_map(move |entry| {
+            let next = next.filter(|(of, _)| Arc::ptr_eq(of, &entry)).map(|(_, found)| Arc::clone(found));
+            let found = next.or_else(|| entry.found.load_full()).filter(|found| !found.addresses.is_empty())?;
+            Some((entry, found))
+        })
+    }
+
+    /// Tells the clusters of their hosts, one of which will be `next`.
+    fn publish(&self, next: Option<(&Arc<Entry>, &Arc<Found>)>) {
+        for cluster in self.clusters.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
+            cluster.named.set(&cluster, self.known(next));
+        }
+    }
+
+    /// Of the clusters' hosts, one more or fewer.
     fn membership_changed(&self, added: bool) {
         for cluster in self.clusters.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
             let stats = &cluster.stats;
@@ -416,6 +438,7 @@ impl Resolving {
                 stats.num_hosts.dec();
                 cache.change(|entries| drop(entries.remove(&entry.authority)));
                 if entry.is_known() {
+                    cache.publish(None);
                     cache.membership_changed(false);
                 }
                 return;
@@ -448,7 +471,10 @@ impl Resolving {
         let differ = addresses.len() != had.len() || addresses.iter().any(|address| !had.contains(address));
         if !addresses.is_empty() && differ {
             let is_new = had.is_empty();
-            entry.found.store(Some(Arc::new(Found { addresses: addresses.into(), details })));
+            let found = Arc::new(Found { addresses: addresses.into(), details });
+            // Before workers find it.
+            cache.publish(Some((entry, &found)));
+            entry.found.store(Some(found));
             stats.host_address_changed.inc();
             cache.moved();
             if is_new {

@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+use arc_swap::ArcSwap;
+
 pub use self::cache::DnsCache;
 use self::cache::Entry;
 pub(crate) use self::{
@@ -17,10 +19,57 @@ pub(crate) use self::{
     cache::{Asked, Found, Pending},
 };
 use super::{
+    Cluster,
     host::{Extras, Host, HostCounters},
     worker::WorkerHost,
 };
 use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions, SocketIndex};
+
+/// The hosts of a cluster, by what requests call them: written by the cache's task before workers find a name.
+#[derive(Debug, Default)]
+pub(crate) struct NamedHosts(ArcSwap<HashMap<Arc<str>, Named>>);
+
+#[derive(Debug, Clone)]
+struct Named {
+    entry: Arc<Entry>,
+    found: Arc<Found>,
+    host: Arc<Host>,
+}
+
+impl NamedHosts {
+    /// They are these from now on. A name that leads elsewhere stays the same host; one that was forgotten begins anew.
+    pub(super) fn set(&self, cluster: &Cluster, known: impl Iterator<Item = (Arc<Entry>, Arc<Found>)>) {
+        let Some(shared) = &cluster.unlisted else { return };
+        let before = self.0.load();
+        let socket = cluster.config.socket_matches.of(None);
+        let named = |(entry, found): (Arc<Entry>, Arc<Found>)| {
+            let same = before.get(&entry.authority).filter(|named| Arc::ptr_eq(&named.entry, &entry));
+            if let Some(named) = same.filter(|named| Arc::ptr_eq(&named.found, &found)) {
+                return Some((Arc::clone(&entry.authority), named.clone()));
+            }
+            let counters = same.map(|named| Arc::clone(&named.host.counters));
+            let counters = counters.unwrap_or_else(|| Arc::new(shared.of_another()));
+            let host = made(&entry, &found, (&counters, socket))?;
+            Some((Arc::clone(&entry.authority), Named { entry, found, host }))
+        };
+        self.0.store(Arc::new(known.filter_map(named).collect()));
+    }
+
+    /// All of them, by their names.
+    pub(crate) fn all(&self) -> Vec<Arc<Host>> {
+        let hosts = self.0.load();
+        let mut all: Vec<_> = hosts.values().map(|named| Arc::clone(&named.host)).collect();
+        all.sort_by(|a, b| a.hostname.cmp(&b.hostname));
+        all
+    }
+
+    fn get(&self, entry: &Arc<Entry>, found: &Arc<Found>) -> Option<Arc<Host>> {
+        let hosts = self.0.load();
+        let named = hosts.get(&entry.authority)?;
+        let same = Arc::ptr_eq(&named.entry, entry) && Arc::ptr_eq(&named.found, found);
+        same.then(|| Arc::clone(&named.host))
+    }
+}
 
 /// The hosts of a cluster that one worker has used.
 #[derive(Default)]
@@ -36,30 +85,33 @@ struct Used {
 }
 
 impl DynamicHosts {
-    /// The host that a request asks for by `host`; `None`: it is not known. What is counted for it goes to `counters`, which all hosts of the
-    /// cluster share; connections to it are encrypted as `socket` says.
+    /// The host of `cluster` that a request asks for by `host`; `None`: it is not known.
     pub(super) fn host(
         &self,
-        cache: &DnsCache,
+        (cluster, cache): (&Cluster, &DnsCache),
         (host, default_port): (&str, u16),
         (worker, options): (usize, PoolOptions),
-        (counters, socket): (&Arc<HostCounters>, SocketIndex),
     ) -> Option<Rc<WorkerHost>> {
         let authority = authority::with_port(host, default_port);
         let entries = cache.entries();
         let entry = cache.used(&entries, &authority)?;
         let found = entry.found.load();
         let found = found.as_ref()?;
+        // A cluster that is new may not have been told of what the cache knows: for a moment, all of its hosts are counted as one.
+        let made = || {
+            let socket = cluster.config.socket_matches.of(None);
+            cluster.named.get(entry, found).or_else(|| made(entry, found, (cluster.unlisted.as_ref()?, socket)))
+        };
         let mut hosts = self.hosts.borrow_mut();
         if let Some(used) = hosts.get_mut(&*authority).filter(|used| Arc::ptr_eq(&used.entry, entry)) {
             if !Arc::ptr_eq(&used.found, found) {
                 // Connections stay: new ones go to the new addresses.
-                used.host = Rc::clone(&used.host).now(&made(entry, found, (counters, socket))?, options);
+                used.host = Rc::clone(&used.host).now(&made()?, options);
                 used.found = Arc::clone(found);
             }
             return Some(Rc::clone(&used.host));
         }
-        let host = WorkerHost::new(made(entry, found, (counters, socket))?, worker);
+        let host = WorkerHost::new(made()?, worker);
         let used = Used { entry: Arc::clone(entry), found: Arc::clone(found), host: Rc::clone(&host) };
         // The name was forgotten in the meantime, and its connections with it.
         if let Some(forgotten) = hosts.insert(Arc::clone(&entry.authority), used) {

@@ -140,7 +140,7 @@ impl WorkerHost {
         };
         let stats = &cluster.cluster.stats;
         match speaks {
-            Speaks::Http1 => stats.upstream_cx_http1_total.inc(),
+            Speaks::Http1 => stats.count_http1(),
             Speaks::Http2(_) => stats.upstream_cx_http2_total.inc(),
             // What it comes to is seen later.
             Speaks::Auto(_) | Speaks::Tcp => {}
@@ -156,7 +156,7 @@ impl WorkerHost {
                 pool.chose_http1.set(options.is_none());
                 match options {
                     Some(_) => stats.upstream_cx_http2_total.inc(),
-                    None => stats.upstream_cx_http1_total.inc(),
+                    None => stats.count_http1(),
                 }
                 (options, false)
             }

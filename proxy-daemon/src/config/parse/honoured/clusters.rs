@@ -47,6 +47,11 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "original_dst_lb_config",
             "outlier_detection",
             "health_checks",
+            "common_http_protocol_options",
+            "http_protocol_options",
+            "upstream_http_protocol_options",
+            "protocol_selection",
+            "upstream_config",
             "ignore_health_on_host_removal",
             "close_connections_on_host_health_failure",
             "preconnect_policy",
@@ -147,9 +152,10 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ),
     ("envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget", ALL),
     ("envoy.type.v3.Percent", ALL),
-    ("envoy.config.cluster.v3.UpstreamConnectionOptions", &["tcp_keepalive", "happy_eyeballs_config"]),
+    ("envoy.config.cluster.v3.UpstreamConnectionOptions", ALL),
     ("envoy.config.cluster.v3.UpstreamConnectionOptions.HappyEyeballsConfig", ALL),
     ("envoy.config.core.v3.TcpKeepalive", ALL),
+    ("envoy.extensions.upstreams.http.generic.v3.GenericConnectionPoolProto", ALL),
     (
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         &[

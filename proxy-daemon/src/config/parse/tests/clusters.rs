@@ -327,3 +327,35 @@ fn requests_name_their_hosts() {
     let named = |authority| options.of(authority).map(|peer| (peer.name.to_string(), peer.sent, peer.checked));
     assert_eq!(named("[::1]:80"), Some(("::1".to_owned(), false, true)));
 }
+
+#[test]
+fn old_fields_of_http_say_what_their_successor_says() {
+    let old = |fields: &str| one_cluster(&format!("{{ name: a, {fields} }}"));
+    let new = |fields: &str| {
+        one_cluster(&format!(
+            "{{ name: a, typed_extension_protocol_options: {{ envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {{ '@type': \
+             type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, {fields} }} }} }}"
+        ))
+    };
+    let common = "common_http_protocol_options: { idle_timeout: 5s, max_connection_duration: 60s, max_requests_per_connection: 7 }";
+    let one = "http_protocol_options: { enable_trailers: true, header_key_format: { proper_case_words: {} } }";
+    let two = "http2_protocol_options: { max_concurrent_streams: 9 }";
+    let explicit = |options: &str| format!("explicit_http_config: {{ {options} }}");
+    for (fields, successor) in [
+        (common.to_owned(), format!("{common}, {}", explicit("http_protocol_options: {}"))),
+        (one.to_owned(), explicit(one)),
+        (two.to_owned(), explicit(two)),
+        (format!("{common}, {two}"), format!("{common}, {}", explicit(two))),
+        (
+            format!("protocol_selection: USE_DOWNSTREAM_PROTOCOL, {one}, {two}"),
+            format!("use_downstream_protocol_config: {{ {one}, {two} }}"),
+        ),
+    ] {
+        let (old, new) = (old(&fields).unwrap(), new(&successor).unwrap());
+        assert_eq!(format!("{old:?}"), format!("{new:?}"), "{fields}");
+    }
+    let error = old(&format!("{one}, {two}")).unwrap_err();
+    assert!(error.starts_with("http_protocol_options: cluster: Both HTTP1 and HTTP2 options may only be "), "{error}");
+    let error = old("common_http_protocol_options: { max_headers_count: 9 }").unwrap_err();
+    assert_eq!(error, "common_http_protocol_options.max_headers_count: not supported by culvert yet");
+}
