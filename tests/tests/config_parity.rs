@@ -14,9 +14,6 @@ use culvert_tests::binaries::{binary, envoy};
 /// Files that Envoy takes and that use a feature which Culvert lacks, each with the field that culvertd must name. A file
 /// that is taken by now must leave the list.
 const NOT_SUPPORTED: &[(&str, &str)] = &[
-    ("valid/deprecated/common_http.yaml", "static_resources.clusters[0].common_http_protocol_options"),
-    ("valid/deprecated/hash_balance_on_requests.yaml", "static_resources.clusters[0].http_protocol_options"),
-    ("valid/deprecated/upstream_http.yaml", "static_resources.clusters[0].upstream_http_protocol_options"),
     (
         "valid/endpoints/health_status_number_unknown.yaml",
         "static_resources.clusters[0].load_assignment.endpoints[0].lb_endpoints[0].health_status",

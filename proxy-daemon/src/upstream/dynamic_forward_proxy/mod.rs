@@ -59,7 +59,7 @@ impl NamedHosts {
     pub(crate) fn all(&self) -> Vec<Arc<Host>> {
         let hosts = self.0.load();
         let mut all: Vec<_> = hosts.values().map(|named| Arc::clone(&named.host)).collect();
-        all.sort_by(|a, b| a.hostname.cmp(&b.hostname));
+        all.sort_by(|a, b| a.hostname().cmp(b.hostname()));
         all
     }
 
