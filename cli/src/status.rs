@@ -47,9 +47,13 @@ impl Flags {
         let body = http::get(&self.discovery, "/status").with_context(|| {
             format!("no status from {}; is culvert-discovery running with --http at that address?", self.discovery)
         })?;
-        serde_json::from_slice(&body).with_context(|| {
+        let status: Value = serde_json::from_slice(&body).with_context(|| {
             format!("{} is not the status page of culvert-discovery: is that its --http address?", self.discovery)
-        })
+        })?;
+        if status["ready"] == false {
+            eprintln!("note: discovery has not read all of its clusters yet, and does not know everything");
+        }
+        Ok(status)
     }
 
     /// A document as it is, or as text.

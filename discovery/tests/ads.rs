@@ -436,6 +436,59 @@ async fn a_port_in_use_is_named() {
     running.stop().await;
 }
 
+/// A proxy asks for a cluster by its name, beside what it is given, and gets all that goes with it; then it wants it no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_is_given_the_rest_when_it_asks() {
+    let running = Running::with_service("users").await;
+    for name in ["orders", "payments"] {
+        write_service(running.directory.path(), name, "10.1.0.3");
+    }
+    let manifest = "{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {name: users}, spec: {egress: [], onDemand: true}}";
+    fs::write(running.directory.path().join("policy.yaml"), manifest).unwrap();
+    running.status_until("the manifest", |status| status["services"][2]["manifest"] == true).await;
+    let of_users =
+        Node { id: "n".into(), cluster: "users".into(), user_agent_name: "culvert".into(), ..Default::default() };
+    let mut proxy = Delta::open(&running).await;
+    let node = || Some(of_users.clone());
+    proxy.send_as(type_url::CLUSTER, DeltaDiscoveryRequest { node: node(), ..Default::default() }).await;
+    assert_eq!(proxy.next_as(&of_users).await.0, ["original_dst", "users.default:80"]);
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let ask = DeltaDiscoveryRequest {
+        node: node(),
+        resource_names_subscribe: names(&["orders.default:80", "nobody.default:80"]),
+        ..Default::default()
+    };
+    proxy.send_as(type_url::CLUSTER, ask).await;
+    let (added, removed) = proxy.next_as(&of_users).await;
+    assert_eq!((added, removed), (names(&["orders.default:80"]), names(&["nobody.default:80"])));
+    // Its endpoints, and what its policy is.
+    let ask = DeltaDiscoveryRequest {
+        node: node(),
+        resource_names_subscribe: names(&["orders.default:80", "payments.default:80"]),
+        ..Default::default()
+    };
+    proxy.send_as(type_url::ENDPOINT, ask).await;
+    let (added, removed) = proxy.next_as(&of_users).await;
+    assert_eq!((added, removed), (names(&["orders.default:80"]), names(&["payments.default:80"])));
+    // The routes know all of them.
+    let ask = DeltaDiscoveryRequest {
+        node: node(),
+        resource_names_subscribe: names(&["outbound_http_80"]),
+        ..Default::default()
+    };
+    proxy.send_as(type_url::ROUTE, ask).await;
+    assert_eq!(proxy.next_as(&of_users).await.0, ["outbound_http_80"]);
+    let leave = DeltaDiscoveryRequest {
+        node: node(),
+        resource_names_unsubscribe: names(&["orders.default:80", "nobody.default:80"]),
+        ..Default::default()
+    };
+    proxy.send_as(type_url::CLUSTER, leave).await;
+    let (added, removed) = proxy.next_as(&of_users).await;
+    assert_eq!((added, removed), (names(&[]), names(&["orders.default:80"])));
+    running.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_is_given_what_its_service_may_call() {
     let running = Running::with_service("users").await;

@@ -2,6 +2,7 @@
 
     xds_client.py serve NAME            answers every call with NAME; prints {"port"}
     xds_client.py call TARGET           calls TARGET once for each line on standard input; prints {"answer"} or {"failed"}
+    xds_client.py ask TARGET            the same, without waiting for a service that there is not
 
 The caller's control plane is in GRPC_XDS_BOOTSTRAP_CONFIG.
 """
@@ -29,14 +30,18 @@ def serve(name):
     server.wait_for_termination()
 
 
-def call(target):
+def call(target, timeout=5, wait=True):
     with grpc.insecure_channel(target) as channel:
         name = channel.unary_unary(METHOD)
         for _ in sys.stdin:
             try:
-                say(answer=name(b"", timeout=5, wait_for_ready=True).decode())
+                say(answer=name(b"", timeout=timeout, wait_for_ready=wait).decode())
             except grpc.RpcError as error:
                 say(failed=f"{error.code().name}: {error.details()}")
 
 
-{"serve": serve, "call": call}[sys.argv[1]](sys.argv[2])
+def ask(target):
+    call(target, timeout=25, wait=False)
+
+
+{"serve": serve, "call": call, "ask": ask}[sys.argv[1]](sys.argv[2])

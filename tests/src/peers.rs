@@ -49,6 +49,15 @@ impl Peer {
     /// A caller that finds `target` by gRPC's own xDS client, at the control plane on that port of 127.0.0.1; see
     /// [`Peer::call`].
     pub fn grpc_caller(target: &str, control_plane: u16) -> Result<Peer> {
+        Peer::grpc_client("call", target, control_plane)
+    }
+
+    /// The same, that does not wait for a service that there is not, and reads what a control plane says of missing resources.
+    pub fn grpc_asker(target: &str, control_plane: u16) -> Result<Peer> {
+        Peer::grpc_client("ask", target, control_plane)
+    }
+
+    fn grpc_client(mode: &str, target: &str, control_plane: u16) -> Result<Peer> {
         let bootstrap = json!({
             "node": { "id": "grpc-1", "cluster": "callers" },
             "xds_servers": [{
@@ -58,7 +67,10 @@ impl Peer {
             }],
         });
         let mut command = script("xds_client.py")?;
-        command.args(["call", target]).env("GRPC_XDS_BOOTSTRAP_CONFIG", bootstrap.to_string());
+        command.args([mode, target]).env("GRPC_XDS_BOOTSTRAP_CONFIG", bootstrap.to_string());
+        if mode == "ask" {
+            command.env("GRPC_EXPERIMENTAL_XDS_DATA_ERROR_HANDLING", "true");
+        }
         Peer::reporting(command, scratch_dir()?)
     }
 

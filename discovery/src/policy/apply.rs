@@ -66,6 +66,9 @@ impl<'a> Manifests<'a> {
                 "ServiceManifest {key}: spec.healthCheck.by: checkers cannot hold with spec.mtls; each caller checks for itself"
             ));
         }
+        if manifest.on_demand && manifest.egress.is_none() {
+            warnings.push(format!("ServiceManifest {key}: spec.onDemand means nothing without spec.egress, as its pods are given everything"));
+        }
         service.manifest = Some(Arc::clone(manifest));
     }
 }
@@ -96,4 +99,11 @@ pub fn egress_of(mesh: &Mesh, callers: &BTreeSet<ObjectKey>) -> Option<BTreeSet<
         allowed.extend(egress.0.iter().map(|name| name.seen_from(&caller.namespace)));
     }
     Some(allowed)
+}
+
+/// Whether what pods of these services may not call ahead is given to their proxies when they ask for it: all of them state so.
+#[must_use]
+pub fn is_rest_on_demand(mesh: &Mesh, callers: &BTreeSet<ObjectKey>) -> bool {
+    let manifest = |caller| mesh.services.get(caller)?.manifest.as_ref();
+    callers.iter().all(|caller| manifest(caller).is_some_and(|manifest| manifest.on_demand))
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-pub use self::apply::egress_of;
+pub use self::apply::{egress_of, is_rest_on_demand};
 pub use self::overrides::{OverrideAction, OverridePolicy, OverrideSources};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Protocol;
@@ -48,6 +48,8 @@ pub struct ServiceManifest {
     pub mtls: Option<Mtls>,
     /// The services that its pods may call; all if it is not stated.
     pub egress: Option<Egress>,
+    /// Whether proxies of its pods are given the rest when a request needs it; else that is passed through.
+    pub on_demand: bool,
     /// What requests may ask for that name it in overrides.
     pub overrides: Option<OverridePolicy>,
 }

@@ -5,6 +5,9 @@
 //! HTTP port     port alone             -> HTTP connection manager, routes of that port by Host (and address)
 //! anything else                        -> tcp_proxy to where the client wanted to go
 //! ```
+//! A proxy that may ask for what it was not given has HTTP chains for the ports of all services: its routes know their names, and the filter
+//! `envoy.filters.http.on_demand` asks for their clusters.
+//!
 //! HTTP chains match the port alone, so that a service is found by name even when its address is not known, which is
 //! the case for headless services.
 
@@ -19,6 +22,7 @@ use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as FilterCo
 use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType as ListenerFilterConfig;
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter};
 use envoy_types::pb::envoy::extensions::access_loggers::file::v3::FileAccessLog;
+use envoy_types::pb::envoy::extensions::filters::http::on_demand::v3::{OnDemand, OnDemandCds};
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
 use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
@@ -39,22 +43,32 @@ use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, pack, p
 use crate::mesh::{Mesh, cluster_name};
 use crate::policy::Span;
 
-pub(super) fn listeners(mesh: &Mesh, options: &Options, kind: ProxyKind) -> Vec<(String, Listener)> {
+pub(super) fn listeners(
+    mesh: &Mesh,
+    rest: Option<&Mesh>,
+    options: &Options,
+    kind: ProxyKind,
+) -> Vec<(String, Listener)> {
     let mut filter_chains = Vec::new();
     // The ports with HTTP services, and whether requests to any of those are counted.
     let mut http_ports: BTreeMap<u16, bool> = BTreeMap::new();
     for (key, service) in &mesh.services {
         for (port, described) in &service.ports {
-            if described.protocol.is_http() {
-                let counted = service.manifest.as_ref().is_some_and(|manifest| manifest.rate_limit.is_some());
-                *http_ports.entry(*port).or_default() |= counted;
-            } else if !described.vips.is_empty() {
+            if !described.protocol.is_http() && !described.vips.is_empty() {
                 let idle = service.manifest.as_ref().and_then(|manifest| manifest.timeouts.idle);
                 filter_chains.push(tcp_chain(&cluster_name(key, *port), &described.vips, *port, idle));
             }
         }
     }
-    filter_chains.extend(http_ports.into_iter().map(|(port, counted)| http_chain(port, counted, options, kind)));
+    for service in rest.unwrap_or(mesh).services.values() {
+        let counted = service.manifest.as_ref().is_some_and(|manifest| manifest.rate_limit.is_some());
+        for (port, _) in service.ports.iter().filter(|(_, described)| described.protocol.is_http()) {
+            *http_ports.entry(*port).or_default() |= counted;
+        }
+    }
+    let asks = rest.is_some();
+    filter_chains
+        .extend(http_ports.into_iter().map(|(port, counted)| http_chain(port, (counted, asks), options, kind)));
     let passthrough = FilterChain {
         name: "passthrough".to_owned(),
         filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER, None)],
@@ -118,8 +132,17 @@ fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16, idle: Option<Span>) -> F
     }
 }
 
-fn http_chain(port: u16, counted: bool, options: &Options, kind: ProxyKind) -> FilterChain {
+/// `counted`: requests to some of its services are. `asks`: for the clusters of others, on demand.
+fn http_chain(port: u16, (counted, asks): (bool, bool), options: &Options, kind: ProxyKind) -> FilterChain {
     let mut http_filters = Vec::new();
+    if asks {
+        // Before the others, which a request meets anew when its cluster is there.
+        let config = OnDemand {
+            odcds: Some(OnDemandCds { source: Some(over_ads()), ..Default::default() }),
+            ..Default::default()
+        };
+        http_filters.push(http_filter("envoy.filters.http.on_demand", pack(&config)));
+    }
     if kind == ProxyKind::Culvert {
         let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned(), ..options.overrides.clone() };
         let config = Any {

@@ -254,7 +254,10 @@ impl Snapshot {
             if reshaped {
                 http_ports.extend(services.into_iter().flatten().flat_map(|service| service.ports.keys().copied()));
             }
-            let egress = services.map(|service| service?.manifest.as_ref()?.egress.as_ref());
+            let egress = services.map(|service| {
+                let manifest = service?.manifest.as_ref()?;
+                Some((manifest.egress.as_ref(), manifest.on_demand))
+            });
             if egress[0] != egress[1] || services[0].is_some() != services[1].is_some() {
                 next.policies += 1;
             }
@@ -349,14 +352,15 @@ impl Snapshot {
     /// Makes the proxies' listeners anew.
     fn renew_listeners(&mut self) {
         for kind in [ProxyKind::Culvert, ProxyKind::Foreign] {
-            let listeners = self.proxy_listeners(&self.mesh, kind);
+            let listeners = self.proxy_listeners(&self.mesh, None, kind);
             let changes = listeners.into_iter().map(|(name, resource)| (name, Some(resource))).collect();
             self.change(&[kind], type_url::LISTENER, changes);
         }
     }
 
-    fn proxy_listeners(&self, mesh: &Mesh, kind: ProxyKind) -> BTreeMap<Arc<str>, Arc<Resource>> {
-        by_name(encode(type_url::LISTENER, listeners::listeners(mesh, &self.options, kind)))
+    /// `rest`: everything, where a proxy of this mesh may ask for it.
+    fn proxy_listeners(&self, mesh: &Mesh, rest: Option<&Mesh>, kind: ProxyKind) -> BTreeMap<Arc<str>, Arc<Resource>> {
+        by_name(encode(type_url::LISTENER, listeners::listeners(mesh, rest, &self.options, kind)))
     }
 }
 

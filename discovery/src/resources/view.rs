@@ -7,7 +7,7 @@ use super::resource::Position;
 use super::{Change, ProxyKind, ResourceSet, Snapshot, TypeResources, by_name, encode, type_url};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
-use crate::policy::egress_of;
+use crate::policy::{egress_of, is_rest_on_demand};
 use crate::secrets::{self, Access};
 
 /// Above this many views that are in use, further ones are made for each client: nodes choose which services they say they
@@ -23,11 +23,13 @@ pub struct Viewer {
     pub services: BTreeSet<ObjectKey>,
     /// The secrets that it may have, by who it is.
     pub secrets: Arc<Access>,
+    /// The services that it has asked for by name; `None`: it cannot ask on demand.
+    pub on_demand: Option<BTreeSet<ObjectKey>>,
 }
 
 impl Default for Viewer {
     fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, services: BTreeSet::new(), secrets: Arc::default() }
+        Self { kind: ProxyKind::Foreign, services: BTreeSet::new(), secrets: Arc::default(), on_demand: None }
     }
 }
 
@@ -45,6 +47,32 @@ pub struct View {
     allowed: Option<Scope>,
 }
 
+/// The services that a view is of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Scope {
+    services: Arc<BTreeSet<ObjectKey>>,
+    /// Whether there are routes to the rest, whose clusters are asked for when a request needs them.
+    rest_on_demand: bool,
+}
+
+impl Scope {
+    /// What somebody may have; `None` is all.
+    fn of(mesh: &Mesh, viewer: &Viewer) -> Option<Scope> {
+        let mut services = egress_of(mesh, &viewer.services)?;
+        // gRPC's own client asks for each service by its name, which its listeners are.
+        let asked_for = viewer.on_demand.as_ref().filter(|_| viewer.kind != ProxyKind::Grpc);
+        let asked_for = asked_for.filter(|_| is_rest_on_demand(mesh, &viewer.services));
+        services.extend(asked_for.into_iter().flatten().cloned());
+        Some(Scope { services: Arc::new(services), rest_on_demand: asked_for.is_some() })
+    }
+
+    /// Whether a change is one of the view.
+    fn has(&self, change: &Change) -> bool {
+        let of_scope = change.service.as_ref().is_none_or(|service| self.services.contains(service));
+        of_scope || (self.rest_on_demand && change.reshaped)
+    }
+}
+
 impl View {
     /// The resources of a type, `None` for a type that is not served.
     #[must_use]
@@ -53,7 +81,6 @@ impl View {
     }
 }
 
-type Scope = Arc<BTreeSet<ObjectKey>>;
 type Shared = HashMap<(ProxyKind, Scope), (Position, Weak<ResourceSet>)>;
 
 /// The views that are in use, shared by all that may call the same, and by all snapshots of a series.
@@ -72,7 +99,7 @@ impl Snapshot {
         }
         let allowed = match before {
             Some(before) if before.policies == policies => before.allowed.clone(),
-            _ => egress_of(&self.mesh, &viewer.services).map(Arc::new),
+            _ => Scope::of(&self.mesh, viewer),
         };
         let secrets = self.secrets_of(&viewer.secrets, before);
         let Some(scope) = allowed else {
@@ -105,16 +132,14 @@ impl Snapshot {
 
     /// Whether any of these services has changed since.
     fn touches(&self, scope: &Scope, since: Position) -> bool {
-        self.history.since(since).is_none_or(|mut changes| {
-            changes.any(|change| change.service.as_ref().is_none_or(|service| scope.contains(service)))
-        })
+        self.history.since(since).is_none_or(|mut changes| changes.any(|change| scope.has(change)))
     }
 
     /// The view of this scope that all share.
     fn shared(&self, kind: ProxyKind, scope: &Scope) -> Arc<ResourceSet> {
         // Held while a view is made, so that a thousand clients that come back at once do not make the same one each.
         let mut shared = self.views.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (kind, Arc::clone(scope));
+        let key = (kind, scope.clone());
         let known = shared.get(&key).and_then(|(position, set)| Some((*position, set.upgrade()?)));
         // One that another client has made of a newer snapshot stays; this client gets there in a moment.
         let is_newest = known.as_ref().is_none_or(|(position, _)| self.position().includes(*position));
@@ -134,14 +159,12 @@ impl Snapshot {
 
     /// Makes a view, from what it was before if that is known.
     fn scoped(&self, kind: ProxyKind, scope: &Scope, before: Option<(Position, &ResourceSet)>) -> ResourceSet {
-        let known = scope.iter().filter_map(|key| self.mesh.services.get_key_value(key));
+        let known = scope.services.iter().filter_map(|key| self.mesh.services.get_key_value(key));
         let services: BTreeMap<_, _> = known.map(|(key, service)| (key.clone(), Arc::clone(service))).collect();
         let mesh = Mesh { services, ..Mesh::default() };
         let reshaped = before.is_none_or(|(position, _)| {
             let changes = self.history.since(position);
-            let reshaped = |change: &Change| {
-                change.reshaped && change.service.as_ref().is_some_and(|service| scope.contains(service))
-            };
+            let reshaped = |change: &Change| change.reshaped && change.service.is_some() && scope.has(change);
             changes.is_none_or(|mut all| all.any(reshaped))
         });
         let before = before.map(|(_, set)| set.clone()).unwrap_or_default();
@@ -149,7 +172,14 @@ impl Snapshot {
         for (type_url, known) in &before.types {
             let replaced = match *type_url {
                 type_url::LISTENER if kind != ProxyKind::Grpc && !reshaped => Arc::clone(known),
-                type_url::LISTENER if kind != ProxyKind::Grpc => known.replaced(self.proxy_listeners(&mesh, kind)),
+                type_url::LISTENER if kind != ProxyKind::Grpc => {
+                    let rest = scope.rest_on_demand.then_some(&*self.mesh);
+                    known.replaced(self.proxy_listeners(&mesh, rest, kind))
+                }
+                // The same for all.
+                type_url::ROUTE if scope.rest_on_demand => {
+                    Arc::clone(self.resources(kind).of_type(type_url).unwrap_or(known))
+                }
                 type_url::ROUTE if !reshaped => Arc::clone(known),
                 type_url::ROUTE => {
                     let ports = mesh.services.values().flat_map(|service| service.ports.keys().copied()).collect();

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use culvert_xds_client::overrides::split_service;
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use tonic::Status;
@@ -21,6 +22,7 @@ use super::clients::ClientStatus;
 use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
+use crate::kubernetes::ObjectKey;
 use crate::resources::{Position, Snapshot, TypeResources, View, Viewer, type_url};
 use crate::secrets::Access;
 
@@ -41,7 +43,7 @@ pub struct DeltaSession {
 impl Default for DeltaSession {
     fn default() -> Self {
         Self {
-            viewer: Viewer::default(),
+            viewer: Viewer { on_demand: Some(BTreeSet::new()), ..Viewer::default() },
             view: None,
             next_nonce: 1,
             types: Types::default(),
@@ -259,12 +261,19 @@ impl TypeState {
     }
 }
 
+/// The service that an Envoy cluster is called after, whether there is one or not.
+fn service_of(cluster: &str) -> ObjectKey {
+    let (name, namespace) = split_service(cluster.rsplit_once(':').map_or(cluster, |(service, _)| service));
+    ObjectKey::new(namespace, name)
+}
+
 impl Session for DeltaSession {
     type Request = DeltaDiscoveryRequest;
 
     fn handle(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
         if let Some(node) = &request.node {
-            let viewer = Viewer { secrets: Arc::clone(&self.viewer.secrets), ..viewer(node) };
+            let Viewer { secrets, on_demand, .. } = self.viewer.clone();
+            let viewer = Viewer { secrets, on_demand, ..viewer(node) };
             if viewer != self.viewer {
                 (self.viewer, self.view) = (viewer, None);
             }
@@ -302,7 +311,14 @@ impl Session for DeltaSession {
                 state.subscribe(name.into());
             }
         }
-        check_name_count(&request.type_url, state.names.len())
+        check_name_count(&request.type_url, state.names.len())?;
+        if request.type_url == type_url::CLUSTER {
+            let named = state.names.iter().map(|name| service_of(name)).collect();
+            if self.viewer.on_demand.as_ref() != Some(&named) {
+                (self.viewer.on_demand, self.view) = (Some(named), None);
+            }
+        }
+        Ok(())
     }
 
     fn allow(&mut self, secrets: Access) {

@@ -7,8 +7,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
+use envoy_types::pb::envoy::service::discovery::v3::{ResourceError, ResourceName};
+use envoy_types::pb::google::rpc;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame};
+use prost::Message as _;
 use prost::encoding::encode_varint;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -20,6 +23,10 @@ const VERSION: u8 = 0x0a;
 const TYPE_URL: u8 = 0x22;
 const NONCE: u8 = 0x2a;
 const REMOVED: u8 = 0x32;
+/// The same of `resource_errors`, which responses of the state of the world have.
+const ERROR: u8 = 0x3a;
+/// gRPC's NOT_FOUND.
+const NOT_FOUND: i32 = 5;
 /// What is shorter is copied into a frame with others: each frame has its own head and its own part of a system call.
 const COPIED: usize = 1024;
 /// About how long a frame of copies becomes.
@@ -43,7 +50,7 @@ pub struct Response {
     pub version: Arc<str>,
     /// The resources that are sent.
     pub resources: Vec<Arc<Resource>>,
-    /// The names of those that are gone. Only for [`Variant::Delta`].
+    /// The names of those that are gone; in the state of the world, of those that there are not.
     pub removed: Vec<Arc<str>>,
     /// The type.
     pub type_url: String,
@@ -56,7 +63,7 @@ impl Response {
     pub fn into_parts(self) -> Message {
         let Self { variant, version, resources, removed, type_url, nonce } = self;
         let mut head = BytesMut::new();
-        put(&mut head, VERSION, &version);
+        put(&mut head, VERSION, &*version);
         let mut parts = VecDeque::with_capacity(resources.len() + 2);
         parts.extend(resources.iter().map(|resource| match variant {
             Variant::Sotw => resource.in_sotw(),
@@ -65,7 +72,12 @@ impl Response {
         let mut tail = BytesMut::new();
         put(&mut tail, TYPE_URL, &type_url);
         put(&mut tail, NONCE, &nonce);
-        removed.iter().for_each(|name| put(&mut tail, REMOVED, name));
+        for name in &removed {
+            match variant {
+                Variant::Delta => put(&mut tail, REMOVED, name.as_bytes()),
+                Variant::Sotw => put(&mut tail, ERROR, missing(name)),
+            }
+        }
         parts.push_back(tail.freeze());
         let length = head.len() + parts.iter().map(Bytes::len).sum::<usize>();
         let mut first = BytesMut::with_capacity(5 + head.len());
@@ -79,10 +91,20 @@ impl Response {
     }
 }
 
-fn put(to: &mut BytesMut, key: u8, text: &str) {
+/// That there is no resource of a name.
+fn missing(name: &str) -> Vec<u8> {
+    let error = ResourceError {
+        resource_name: Some(ResourceName { name: name.to_owned(), ..Default::default() }),
+        error_detail: Some(rpc::Status { code: NOT_FOUND, message: "does not exist".to_owned(), ..Default::default() }),
+    };
+    error.encode_to_vec()
+}
+
+fn put(to: &mut BytesMut, key: u8, value: impl AsRef<[u8]>) {
+    let value = value.as_ref();
     to.put_u8(key);
-    encode_varint(text.len() as u64, to);
-    to.put_slice(text.as_bytes());
+    encode_varint(value.len() as u64, to);
+    to.put_slice(value);
 }
 
 /// A gRPC message that is being written.
@@ -160,12 +182,10 @@ fn trailers(status: &Status) -> HeaderMap {
 
 #[cfg(test)]
 mod tests {
-    use envoy_types::pb::envoy::config::cluster::v3::Cluster;
-    use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, DiscoveryResponse};
-    use prost::Message as _;
-
     use super::*;
     use crate::resources::type_url::CLUSTER;
+    use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+    use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryResponse, DiscoveryResponse};
 
     #[test]
     fn what_is_written_is_what_prost_reads() {
@@ -179,7 +199,7 @@ mod tests {
                 variant,
                 version: "v".into(),
                 resources: resources.clone(),
-                removed: if variant == Variant::Delta { vec!["e".into(), "f".into()] } else { Vec::new() },
+                removed: vec!["e".into(), "f".into()],
                 type_url: CLUSTER.to_owned(),
                 nonce: "7".to_owned(),
             };
@@ -200,6 +220,10 @@ mod tests {
                     let read = DiscoveryResponse::decode(&whole[5..]).unwrap();
                     assert_eq!((&*read.version_info, &*read.type_url, &*read.nonce), ("v", CLUSTER, "7"));
                     assert_eq!(read.resources, bodies);
+                    let errors = read.resource_errors.into_iter();
+                    let errors = errors.map(|it| (it.resource_name.unwrap().name, it.error_detail.unwrap().code));
+                    let names = ["e", "f"].map(str::to_owned);
+                    assert_eq!(errors.collect::<Vec<_>>(), names.map(|name| (name, NOT_FOUND)));
                 }
                 Variant::Delta => {
                     let read = DeltaDiscoveryResponse::decode(&whole[5..]).unwrap();

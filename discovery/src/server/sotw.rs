@@ -20,7 +20,7 @@ use super::clients::ClientStatus;
 use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
-use crate::resources::{Resource, Snapshot, TypeResources, View, Viewer, type_url};
+use crate::resources::{ProxyKind, Resource, Snapshot, TypeResources, View, Viewer, type_url};
 use crate::secrets::Access;
 
 /// One SotW stream.
@@ -199,13 +199,23 @@ impl SotwSession {
         state.due = false;
         state.settled_version = (!held).then(|| version.clone());
         let resources = wanted.values().cloned().collect();
+        let missing = match self.viewer.kind {
+            // It waits 15 s for what is merely not among the resources.
+            ProxyKind::Grpc => state
+                .names
+                .iter()
+                .filter(|name| !wanted.contains_key(&***name))
+                .map(|name| name.as_str().into())
+                .collect(),
+            ProxyKind::Culvert | ProxyKind::Foreign => Vec::new(),
+        };
         state.sent = wanted;
         self.status.sent(type_url, &version);
         Some(Response {
             variant: Variant::Sotw,
             version,
             resources,
-            removed: Vec::new(),
+            removed: missing,
             type_url: type_url.to_owned(),
             nonce,
         })

@@ -354,6 +354,14 @@ pub fn culvert(arguments: &[&str]) -> Result<String> {
     }
 }
 
+/// Runs `culvert` to its end; gives what it says beside what it prints.
+pub fn warned(arguments: &[&str]) -> Result<String> {
+    match run(arguments)? {
+        (true, _, err) => Ok(err),
+        (false, _, err) => bail!("culvert {arguments:?}: {err}"),
+    }
+}
+
 /// Runs `culvert`, which is to fail; gives what it says.
 pub fn refused(arguments: &[&str]) -> Result<String> {
     match run(arguments)? {

@@ -134,3 +134,19 @@ fn mistakes_say_what_to_do() -> Result<()> {
     }
     Ok(())
 }
+
+/// What it says is what a phone can be given.
+#[test]
+fn at_all_addresses_it_names_those_that_others_reach() -> Result<()> {
+    let flags = ["override", "proxy", "--set", "users=feature-x", "--listen", "0.0.0.0:0"];
+    let mut running = Running::spawn("culvert", &flags)?;
+    running.until_said("try: curl")?;
+    let said = running.said();
+    let own = std::process::Command::new("hostname").arg("-I").output()?;
+    let own = String::from_utf8(own.stdout)?;
+    for address in own.split_whitespace().filter(|address| !address.contains(':')) {
+        ensure!(said.contains(&format!("other machines reach it at http://{address}:")), "{address}: {said}");
+    }
+    ensure!(own.trim().is_empty() || !said.contains("curl -x http://0.0.0.0"), "{said}");
+    Ok(())
+}
