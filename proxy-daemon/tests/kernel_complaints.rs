@@ -205,6 +205,46 @@ fn large_datagrams_pass() {
     stop(&lab, interception);
 }
 
+/// cilium#33168: interfaces of all sizes, and ends of a way that do not agree.
+#[test]
+fn odd_mtus_lose_nothing() {
+    const BYTES: usize = 1 << 20;
+    let lab = Lab::new();
+    let (interception, worker) = start(&lab, lab.config());
+    // Of the client, of the node towards it, and of both ends of the server's link.
+    for (number, (client, node, server)) in
+        [(1280, 1280, 9000), (9000, 9000, 1281), (1400, 1501, 1313), (65_535, 65_535, 1500)].into_iter().enumerate()
+    {
+        lab.client.ip(&format!("link set eth0 mtu {client}"));
+        lab.node.ip(&format!("link set pod1 mtu {node}"));
+        lab.server.ip(&format!("link set eth0 mtu {server}"));
+        lab.node.ip(&format!("link set pod2 mtu {server}"));
+        for (own, to) in [("10.201.1.2:0", "10.201.2.2:8080"), ("[fd00:201:1::2]:0", "[fd00:201:2::2]:8080")] {
+            let app = lab.server.listen(to);
+            let client = lab.client.connect(to).unwrap_or_else(|error| panic!("{to}: {error}"));
+            let (down, _) = accept(&worker);
+            let up = lab.node.run(|| connect_as(own, to)).expect("upstream");
+            let (served, _) = accept(&app);
+            let payload: Vec<u8> = (0..BYTES).map(|place| (place * 7 + place / 251 + number) as u8).collect();
+            // Both hops, both ways at a time.
+            std::thread::scope(|scope| {
+                for (from, to) in [(&client, &down), (&down, &client), (&up, &served), (&served, &up)] {
+                    let (mut from, mut to) = (from.try_clone().expect("a clone"), to.try_clone().expect("a clone"));
+                    let sent = &payload;
+                    scope.spawn(move || from.write_all(sent).expect("writes"));
+                    scope.spawn(move || {
+                        let mut received = vec![0; BYTES];
+                        to.read_exact(&mut received).expect("reads");
+                        assert!(received == *sent, "other bytes than were sent");
+                    });
+                }
+            });
+        }
+    }
+    assert_eq!(counter(&interception, "redirected"), 8);
+    stop(&lab, interception);
+}
+
 /// The list names tests that there are.
 #[test]
 fn every_complaint_has_a_test() {

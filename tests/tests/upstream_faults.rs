@@ -181,6 +181,13 @@ fn hosts_that_speak_first_are_heard() -> Result<()> {
     const WAITS: Duration = Duration::from_millis(600);
     let tls = "listener_filters: [{name: i, typed_config: {\"@type\": \
                type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector}}]";
+    let disabled = |rule: &str| tls.replace("name: i,", &format!("name: i, filter_disabled: {rule},"));
+    const LOW: &str = "destination_port_range: {start: 1, end: 1024}";
+    let every = disabled("{any_match: true}");
+    let other = disabled(&format!("{{not_match: {{{LOW}}}}}"));
+    let neither = disabled(&format!(
+        "{{and_match: {{rules: [{{any_match: true}}, {{or_match: {{rules: [{{{LOW}}}, {{not_match: {{any_match: true}}}}]}}}}]}}}}"
+    ));
     for kind in KINDS {
         let told = std::sync::Arc::new(AtomicUsize::new(0));
         let counted = std::sync::Arc::clone(&told);
@@ -196,6 +203,10 @@ fn hosts_that_speak_first_are_heard() -> Result<()> {
             (vec![], Some(Duration::ZERO)),
             (vec![tls, "listener_filters_timeout: 0.7s", "continue_on_listener_filters_timeout: true"], Some(WAITS)),
             (vec![tls, "listener_filters_timeout: 0.7s"], None),
+            // Not waited for at all, or waited for: by the port.
+            (vec![&*every, "listener_filters_timeout: 600s"], Some(Duration::ZERO)),
+            (vec![&*other, "listener_filters_timeout: 600s"], Some(Duration::ZERO)),
+            (vec![&*neither, "listener_filters_timeout: 0.7s"], None),
         ];
         let mut bootstrap = Bootstrap::new().cluster("app", &[host], &[]);
         let mut ports = Vec::new();
@@ -223,7 +234,7 @@ fn hosts_that_speak_first_are_heard() -> Result<()> {
             }
         }
         // Where the client was shut out the host was not asked.
-        assert_eq!(told.load(SeqCst), 2, "{kind:?}");
+        assert_eq!(told.load(SeqCst), 4, "{kind:?}");
     }
     Ok(())
 }

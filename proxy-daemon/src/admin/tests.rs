@@ -123,6 +123,7 @@ impl Admin {
             use_original_dst: false,
             original_src: None,
             tls_inspector: None,
+            not_inspected: None,
             listener_filters_timeout: None,
             continue_on_listener_filters_timeout: false,
             filter_chains: Vec::new(),

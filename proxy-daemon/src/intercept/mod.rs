@@ -20,6 +20,7 @@
 //! cgroups    puts programs on cgroups, pinned, and follows cgroups that appear
 //! acceleration  how far payload may go past TCP, and why not; joins: connections whose payload goes past the daemon;
 //!            lanes: reads of sockets into which the short cut puts payload
+//! mark       which mark the daemon's own connections must not have
 //! flows      where redirected connections of host processes were going
 //! services   the kernel's tables of the services that it balances; sessions: UDP sockets whose backend is gone
 //! ```
@@ -42,6 +43,7 @@ mod kernel;
 pub(crate) mod lanes;
 mod lease;
 mod manifests;
+pub(crate) mod mark;
 mod netlink;
 mod pods;
 mod probe;
@@ -143,6 +145,7 @@ impl Interception {
         // A statement of its own: the threads lock the state, too.
         let installed = lock().install();
         let started = installed.and_then(|()| Threads::start(monitor, &state));
+        mark::note(lock().config.mark);
         let threads = started.inspect_err(|_| {
             if let Err(error) = lock().remove() {
                 tracing::error!(%error, "cannot undo a failed start of interception");

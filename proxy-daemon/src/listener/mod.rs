@@ -380,7 +380,8 @@ async fn serve(
 /// The listener filters, and the choice of a chain; `None`: the connection is to be closed.
 async fn find_chain(stream: &TcpStream, active: &ActiveListener, info: &ConnectionInfo) -> Option<Arc<Chain>> {
     let mut hello = Hello::default();
-    if let (Some(max), Some(stats)) = (active.config.tls_inspector, &active.inspector_stats) {
+    let inspects = !active.config.not_inspected.as_ref().is_some_and(|rule| rule.holds(info.local.port()));
+    if let (Some(max), Some(stats), true) = (active.config.tls_inspector, &active.inspector_stats, inspects) {
         let _inspected = crate::upstream::Decrement::after_inc(active.stats.downstream_pre_cx_active);
         let inspected = tls_inspector::inspect(stream, max, active.config.listener_filters_timeout, stats);
         match Box::pin(inspected).await {

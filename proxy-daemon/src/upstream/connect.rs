@@ -21,6 +21,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Host, happy_eyeballs};
 use crate::{
     config::model::{ClusterConfig, EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive, UpstreamBind},
+    intercept::mark,
     tls::{AlpnFallback, ClientTls, PeerName, TlsInfo},
 };
 
@@ -282,7 +283,14 @@ fn bind_as_configured(
     let source = source.filter(|_| may_bind);
     let set = |before_bind: bool| {
         let mut options = options.iter().filter(move |option| option.before_bind == before_bind);
-        options.try_for_each(|option| set_bytes(socket, option.level, option.name, &option.value))
+        options.try_for_each(|option| {
+            if (option.level, option.name) == (libc::SOL_SOCKET, libc::SO_MARK)
+                && let Ok(value) = <[u8; 4]>::try_from(&*option.value)
+            {
+                mark::check(u32::from_ne_bytes(value))?;
+            }
+            set_bytes(socket, option.level, option.name, &option.value)
+        })
     };
     set(true).map_err(ConnectError::Socket)?;
     if let Some(source) = source {
@@ -313,6 +321,7 @@ fn bind_to_source(socket: &Socket, source: Source) -> Result<(), ConnectError> {
         }
         set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
         if source.mark != 0 {
+            mark::check(source.mark)?;
             socket.set_mark(source.mark)?;
         }
         Ok(())

@@ -109,6 +109,11 @@ impl Daemon {
         let dir = tempfile::tempdir().expect("a directory");
         let config = bootstrap(&mut lab, dir.path(), idle);
         let process = culvertd(&lab, dir.path(), &config).spawn().expect("culvertd starts");
+        Self::of(process, dir, lab)
+    }
+
+    /// When it is ready.
+    fn of(process: Child, dir: tempfile::TempDir, lab: Lab) -> Self {
         let daemon = Self { process, dir, lab };
         let start = Instant::now();
         while !daemon.ask("GET", "/ready").is_some_and(|answer| answer.contains("LIVE")) {
@@ -419,15 +424,10 @@ fn when_the_daemon_dies_joined_connections_end() {
     fails_to_write(&client);
 }
 
-/// Its connections would come back to itself, and time out.
-#[test]
-fn original_src_with_the_mark_of_interception_is_refused() {
-    let mut lab = Lab::new();
-    let dir = tempfile::tempdir().expect("a directory");
-    let config = bootstrap(&mut lab, dir.path(), "1s").replace("v3.OriginalSrc}", "v3.OriginalSrc, mark: 0xC17}");
-    assert!(config.contains("mark: 0xC17"));
-    let said = fs::File::create(dir.path().join("said")).expect("a file");
-    let mut process = culvertd(&lab, dir.path(), &config).stderr(said).spawn().expect("starts");
+/// What a daemon says that ends at once, with this bootstrap; none: it serves.
+fn refusal(lab: &Lab, dir: &Path, config: &str) -> Option<String> {
+    let said = fs::File::create(dir.join("said")).expect("a file");
+    let mut process = culvertd(lab, dir, config).stderr(said).spawn().expect("starts");
     let start = Instant::now();
     let status = loop {
         match process.try_wait().expect("waits") {
@@ -438,7 +438,50 @@ fn original_src_with_the_mark_of_interception_is_refused() {
     };
     let _ = process.kill();
     let _ = process.wait();
-    let said = fs::read_to_string(dir.path().join("said")).expect("text");
-    assert!(status.is_some_and(|status| !status.success()), "{said}");
-    assert!(said.contains("original_src.mark 0xc17 is the mark of culvert.bootstrap.interception"), "{said}");
+    status.filter(|status| !status.success()).map(|_| fs::read_to_string(dir.join("said")).expect("text"))
+}
+
+/// Its connections would come back to itself, and time out.
+#[test]
+fn original_src_with_the_mark_of_interception_is_refused() {
+    const FILTER: &str = "{name: src, typed_config: {\"@type\": \
+                          type.googleapis.com/envoy.extensions.filters.http.original_src.v3.OriginalSrc, mark: 0xC17}}";
+    let mut lab = Lab::new();
+    let dir = tempfile::tempdir().expect("a directory");
+    let plain = bootstrap(&mut lab, dir.path(), "1s");
+    let manager = format!(
+        "default_filter_chain: {{filters: [{{name: http, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager, \
+         stat_prefix: http, route_config: {{}}, http_filters: [{FILTER}, {{name: router, typed_config: {{\"@type\": \
+         type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}}}]}}}}]}}"
+    );
+    for (config, place) in [
+        (plain.replace("v3.OriginalSrc}", "v3.OriginalSrc, mark: 0xC17}"), "listener_filters"),
+        (plain.replace("    filter_chains:\n", &format!("    {manager}\n    filter_chains:\n")), "http_filters"),
+    ] {
+        assert!(config.contains("mark: 0xC17"));
+        let said = refusal(&lab, dir.path(), &config).expect("it is refused");
+        let expected = format!("{place}: original_src.mark 0xc17 is the mark of culvert.bootstrap.interception");
+        assert!(said.contains(&expected), "{said}");
+    }
+}
+
+/// A mark that a cluster sets itself: the connection fails at once, and does not come back again and again.
+#[test]
+fn a_clusters_own_mark_of_interception_fails_its_connections() {
+    let mut lab = Lab::new();
+    let dir = tempfile::tempdir().expect("a directory");
+    // SOL_SOCKET, SO_MARK; 0xC17.
+    const BIND: &str = "upstream_bind_config: {socket_options: [{level: 1, name: 36, int_value: 3095}]}";
+    let config = bootstrap(&mut lab, dir.path(), "1s");
+    let config = config.replace("connect_timeout: 10s", &format!("connect_timeout: 10s, {BIND}"));
+    // The client's address would come before it.
+    let own = config.lines().filter(|line| !line.contains("name: src")).collect::<Vec<_>>().join("\n");
+    let process = culvertd(&lab, dir.path(), &own).spawn().expect("culvertd starts");
+    let daemon = Daemon::of(process, dir, lab);
+    let begun = Instant::now();
+    let mut client = daemon.lab.client.connect("10.201.2.2:8000").expect("connects");
+    assert!(matches!(client.read(&mut [0]), Ok(0) | Err(_)));
+    assert!(begun.elapsed() < DEADLINE / 2, "it waited for the timeout of the connection");
+    assert_eq!(daemon.stat("redirected"), 1);
 }

@@ -251,6 +251,7 @@ pub fn listener(name: &str, address: SocketAddr, filter: NetworkFilterConfig) ->
         use_original_dst: false,
         original_src: None,
         tls_inspector: None,
+        not_inspected: None,
         listener_filters_timeout: None,
         continue_on_listener_filters_timeout: false,
         filter_chains: vec![Arc::new(FilterChain {

@@ -161,10 +161,12 @@ impl Kernel {
         Ok(Self { release, image, modules: entry.path() })
     }
 
-    /// Major and minor number.
-    pub fn version(&self) -> (u32, u32) {
-        let mut numbers = self.release.split(['.', '-', '+']).map(|number| number.parse().unwrap_or(0));
-        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    /// Major and minor number, and patch; Debian 12 and older do not tell that in the release.
+    pub fn version(&self) -> (u32, u32, u32) {
+        let version = self.release.split(['-', '+']).next().unwrap_or_default();
+        let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        (next(), next(), next())
     }
 
     /// The modules that tests need, each with its name and after those that it needs.

@@ -31,6 +31,9 @@ pub struct Listener {
     /// `envoy.filters.listener.tls_inspector`: how much of a client's first message may be looked at, in bytes; `None`: it is
     /// not looked at.
     pub tls_inspector: Option<usize>,
+    /// `filter_disabled` of that filter: connections whose first message is not waited for, so that servers that speak first are heard
+    /// at once.
+    pub not_inspected: Option<PortRule>,
     /// A connection whose listener filters have not finished after this is closed; `None`: never. Default 15 s.
     pub listener_filters_timeout: Option<Duration>,
     /// Such a connection is served with what is known of it.
@@ -115,6 +118,35 @@ pub struct ListenAddress {
     pub address: SocketAddr,
     /// An IPv6 socket that takes IPv4 connections as well.
     pub ipv4_compat: bool,
+}
+
+/// `envoy.config.listener.v3.ListenerFilterChainMatchPredicate`: a rule by the port that a connection was going to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortRule {
+    /// One of them holds.
+    Any(Vec<PortRule>),
+    /// All of them hold.
+    All(Vec<PortRule>),
+    /// It does not hold.
+    Not(Box<PortRule>),
+    /// It holds for all ports.
+    Always,
+    /// From the first to before the second.
+    Ports(i32, i32),
+}
+
+impl PortRule {
+    /// Whether it holds for this port.
+    #[must_use]
+    pub fn holds(&self, port: u16) -> bool {
+        match self {
+            Self::Any(rules) => rules.iter().any(|rule| rule.holds(port)),
+            Self::All(rules) => rules.iter().all(|rule| rule.holds(port)),
+            Self::Not(rule) => !rule.holds(port),
+            Self::Always => true,
+            Self::Ports(start, end) => (*start..*end).contains(&i32::from(port)),
+        }
+    }
 }
 
 /// Upstream connections keep the downstream connection's source address.

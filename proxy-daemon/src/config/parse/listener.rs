@@ -6,7 +6,8 @@ use envoy_types::pb::envoy::{
         core::v3::{Address, TrafficDirection},
         listener::v3::{
             Filter, FilterChain as ProtoChain, FilterChainMatch as ProtoMatch, Listener as ProtoListener,
-            filter::ConfigType, filter_chain_match::ConnectionSourceType, listener_filter,
+            ListenerFilterChainMatchPredicate as ProtoPortRule, filter::ConfigType,
+            filter_chain_match::ConnectionSourceType, listener_filter, listener_filter_chain_match_predicate,
         },
     },
     extensions::filters::{
@@ -28,7 +29,7 @@ use super::{
 use crate::config::{
     FieldError,
     model::{
-        FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc,
+        FilterChain, FilterChainMatch, ListenAddress, Listener, NetworkFilterConfig, OriginalSrc, PortRule,
         SniForwardProxyConfig, SourceType, TransportProtocol,
     },
 };
@@ -86,6 +87,7 @@ pub fn listener(listener: &ProtoListener, path: &str) -> Result<Listener> {
         use_original_dst: filters.original_dst,
         original_src: filters.original_src,
         tls_inspector: filters.tls_inspector,
+        not_inspected: filters.not_inspected,
         listener_filters_timeout: limit(
             listener.listener_filters_timeout,
             Some(Duration::from_secs(15)),
@@ -138,16 +140,22 @@ struct ListenerFilters {
     original_dst: bool,
     original_src: Option<OriginalSrc>,
     tls_inspector: Option<usize>,
+    not_inspected: Option<PortRule>,
 }
 
-fn listener_filters(listener: &ProtoListener, path: &str) -> Result<ListenerFilters> {
+fn listener_filters(listener: &ProtoListener, path_of: &str) -> Result<ListenerFilters> {
     let mut filters = ListenerFilters::default();
     for (index, filter) in listener.listener_filters.iter().enumerate() {
-        let path = format!("{}[{index}].typed_config", join(path, "listener_filters"));
+        let path = format!("{}[{index}].typed_config", join(path_of, "listener_filters"));
         let Some(listener_filter::ConfigType::TypedConfig(config)) = &filter.config_type else {
             return Err(FieldError::new(path, "value is required"));
         };
-        match config.type_url.rsplit('.').next() {
+        let kind = config.type_url.rsplit('.').next();
+        if filter.filter_disabled.is_some() && kind != Some("TlsInspector") {
+            let path = format!("{}[{index}].filter_disabled", join(path_of, "listener_filters"));
+            return Err(FieldError::unsupported(path));
+        }
+        match kind {
             Some("OriginalDst") => filters.original_dst = true,
             Some("OriginalSrc") => {
                 let ProtoSrc { mark, .. } = unpack(config, &path)?;
@@ -157,11 +165,34 @@ fn listener_filters(listener: &ProtoListener, path: &str) -> Result<ListenerFilt
                 let inspector: TlsInspector = unpack(config, &path)?;
                 let most = inspector.max_client_hello_size.map_or(MAX_CLIENT_HELLO, |size| size.value as usize);
                 filters.tls_inspector = Some(most.min(MAX_CLIENT_HELLO));
+                filters.not_inspected = filter
+                    .filter_disabled
+                    .as_ref()
+                    .map(|rule| {
+                        port_rule(rule, &format!("{}[{index}].filter_disabled", join(path_of, "listener_filters")))
+                    })
+                    .transpose()?;
             }
             _ => return Err(FieldError::unsupported(path)),
         }
     }
     Ok(filters)
+}
+
+fn port_rule(rule: &ProtoPortRule, path: &str) -> Result<PortRule> {
+    use listener_filter_chain_match_predicate::Rule;
+    let all = |rules: &[ProtoPortRule], field: &str| -> Result<Vec<PortRule>> {
+        let rule = |(index, rule)| port_rule(rule, &format!("{path}.{field}.rules[{index}]"));
+        rules.iter().enumerate().map(rule).collect()
+    };
+    Ok(match &rule.rule {
+        Some(Rule::OrMatch(set)) => PortRule::Any(all(&set.rules, "or_match")?),
+        Some(Rule::AndMatch(set)) => PortRule::All(all(&set.rules, "and_match")?),
+        Some(Rule::NotMatch(rule)) => PortRule::Not(Box::new(port_rule(rule, &format!("{path}.not_match"))?)),
+        Some(Rule::AnyMatch(_)) => PortRule::Always,
+        Some(Rule::DestinationPortRange(range)) => PortRule::Ports(range.start, range.end),
+        None => return Err(FieldError::new(path, "a rule is required")),
+    })
 }
 
 /// Whether the rule looks at what only a TLS client's first message tells.

@@ -8,7 +8,7 @@ use envoy_types::pb::google::protobuf::Any;
 use super::{FilterCx, HttpFilterFactory, Registered, find, r#override};
 use crate::config::{
     FieldError,
-    model::{ResourceRef, SecretRef},
+    model::{OriginalSrc, ResourceRef, SecretRef},
     parse::type_name,
 };
 
@@ -135,6 +135,14 @@ impl FilterSource {
         match self {
             FilterSource::Discovered(place) => Some(place),
             FilterSource::Fixed(_) => None,
+        }
+    }
+
+    /// From where the filter has connections to hosts come, as far as that is known.
+    pub fn original_src(&self) -> Option<OriginalSrc> {
+        match self {
+            FilterSource::Fixed(factory) => factory.original_src(),
+            FilterSource::Discovered(place) => place.default.as_ref()?.original_src(),
         }
     }
 

@@ -17,7 +17,7 @@ use super::{Factory, FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, Pe
 use crate::{
     config::{
         FieldError,
-        model::{ConfigSource, MatchTree, SecretRef},
+        model::{ConfigSource, MatchTree, OriginalSrc, SecretRef},
         parse::{self, MatchParts, type_name},
     },
     http::{
@@ -68,6 +68,10 @@ impl HttpFilterFactory for MatchDelegate {
 
     fn needs_offloaded_services(&self) -> bool {
         self.inner.needs_offloaded_services()
+    }
+
+    fn original_src(&self) -> Option<OriginalSrc> {
+        self.inner.original_src()
     }
 
     fn secret(&self) -> Option<&SecretRef> {

@@ -59,7 +59,7 @@ use super::{
 };
 use crate::config::{
     FieldError,
-    model::{ConfigSource, PerFilterConfig, SecretRef},
+    model::{ConfigSource, OriginalSrc, PerFilterConfig, SecretRef},
     parse::type_name,
 };
 
@@ -166,6 +166,11 @@ pub trait HttpFilterFactory: Debug + Send + Sync {
     /// Whether the filter looks at the offloaded services that discovery lists, which are then subscribed to.
     fn needs_offloaded_services(&self) -> bool {
         false
+    }
+
+    /// From where the filter has connections to hosts come, if it does that.
+    fn original_src(&self) -> Option<OriginalSrc> {
+        None
     }
 
     /// The generic secret that the filter needs.

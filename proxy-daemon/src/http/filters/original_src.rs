@@ -33,6 +33,10 @@ impl HttpFilterFactory for OriginalSrcFactory {
         cx.source = Some(Source::new(self.0, cx.remote.ip()));
         Flow::Continue
     }
+
+    fn original_src(&self) -> Option<OriginalSrc> {
+        Some(self.0)
+    }
 }
 
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {

@@ -84,15 +84,17 @@ impl DataPlane {
         if *self.0.draining.borrow() {
             return Err("the daemon is draining: no listener is added any more".to_owned());
         }
-        if let Some(source) = &config.original_src
-            && self.with_interception(|interception| interception.mark() == source.mark) == Some(true)
-        {
-            // The kernel would deliver the daemon's own connections to the daemon.
-            return Err(format!(
-                "listener_filters: original_src.mark {:#x} is the mark of culvert.bootstrap.interception: connections with it \
-                 would come back to this daemon; leave it out, or choose another",
-                source.mark
-            ));
+        let managers = config.connection_managers().flat_map(|manager| &manager.http_filters);
+        let by_filters = managers.filter_map(|filter| Some(("http_filters", filter.source.original_src()?)));
+        for (place, source) in config.original_src.map(|it| ("listener_filters", it)).into_iter().chain(by_filters) {
+            if self.with_interception(|interception| interception.mark() == source.mark) == Some(true) {
+                // The kernel would deliver the daemon's own connections to the daemon.
+                return Err(format!(
+                    "{place}: original_src.mark {:#x} is the mark of culvert.bootstrap.interception: connections with it \
+                     would come back to this daemon; leave it out, or choose another",
+                    source.mark
+                ));
+            }
         }
         let before = lock(&self.0.listeners).get(&config.name).map(|running| Arc::clone(&running.shared));
         let before = before.map(|before| before.active.load_full());

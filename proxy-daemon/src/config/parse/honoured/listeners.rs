@@ -28,7 +28,9 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.config.listener.v3.AdditionalAddress", &["address"]),
-    ("envoy.config.listener.v3.ListenerFilter", &["name", "typed_config"]),
+    ("envoy.config.listener.v3.ListenerFilter", &["name", "typed_config", "filter_disabled"]),
+    ("envoy.config.listener.v3.ListenerFilterChainMatchPredicate", ALL),
+    ("envoy.config.listener.v3.ListenerFilterChainMatchPredicate.MatchSet", ALL),
     ("envoy.extensions.filters.listener.original_dst.v3.OriginalDst", ALL),
     ("envoy.extensions.filters.listener.original_src.v3.OriginalSrc", &["mark"]),
     (

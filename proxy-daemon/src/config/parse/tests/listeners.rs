@@ -58,6 +58,29 @@ fn a_listener_and_its_sockets() {
 }
 
 #[test]
+fn ports_that_are_not_inspected() {
+    let filter = |kind: &str, rule: &str| {
+        let config = format!("'@type': type.googleapis.com/envoy.extensions.filters.listener.{kind}");
+        with(&format!("listener_filters: [{{ name: f, filter_disabled: {rule}, typed_config: {{ {config} }} }}],"), "")
+    };
+    let inspector = "tls_inspector.v3.TlsInspector";
+    let holds = |rule: &str| {
+        let rule = filter(inspector, rule).unwrap().not_inspected.unwrap();
+        [24, 25, 26, 3306].map(|port| rule.holds(port))
+    };
+    const MAIL: &str = "{ destination_port_range: { start: 25, end: 26 } }";
+    const DATABASE: &str = "{ destination_port_range: { start: 3306, end: 3307 } }";
+    assert_eq!(holds(MAIL), [false, true, false, false]);
+    assert_eq!(holds(&format!("{{ or_match: {{ rules: [{MAIL}, {DATABASE}] }} }}")), [false, true, false, true]);
+    assert_eq!(holds(&format!("{{ and_match: {{ rules: [{MAIL}, {DATABASE}] }} }}")), [false; 4]);
+    assert_eq!(holds(&format!("{{ not_match: {MAIL} }}")), [true, false, true, true]);
+    assert_eq!(holds("{ any_match: true }"), [true; 4]);
+    assert_eq!(with("", "").unwrap().not_inspected, None);
+    let refused = filter("original_dst.v3.OriginalDst", MAIL).unwrap_err();
+    assert!(refused.contains("listener_filters[0].filter_disabled"), "{refused}");
+}
+
+#[test]
 fn a_chain_and_what_it_matches() {
     let chain = with(
         "",
