@@ -414,7 +414,7 @@ impl Shared<'_> {
             }),
             Ok(response) => Ok((response, connection)),
             Err(error) => {
-                if error.reason == ResetReason::Protocol {
+                if error.reason == ResetReason::Protocol && !connection.counts_streams() {
                     stats.upstream_cx_protocol_error.inc();
                 }
                 Err(reset(error, connection.reused))

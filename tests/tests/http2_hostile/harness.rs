@@ -37,11 +37,14 @@ pub struct Case {
     pub stream: u32,
     /// Its frames begin with a request that nothing is wrong with.
     pub begins_well: bool,
+    /// What is wrong is wrong with stream 1 alone (RFC 9113, section 8.1.1): the connection goes on.
+    pub alone: bool,
 }
 
 /// Frames after which stream 1 ends.
 pub fn case(name: &'static str, frames: &[Vec<u8>]) -> Case {
-    Case { name, bytes: frames.concat(), expect: Expect::AsEnvoy("PROTOCOL_ERROR"), stream: 1, begins_well: false }
+    let expect = Expect::AsEnvoy("PROTOCOL_ERROR");
+    Case { name, bytes: frames.concat(), expect, stream: 1, begins_well: false, alone: false }
 }
 
 /// The headers of a GET.
@@ -60,7 +63,7 @@ pub fn post<'a>(more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
 
 /// A GET on stream 1 with these headers, and no others.
 pub fn request(name: &'static str, fields: &[(&str, &str)]) -> Case {
-    case(name, &[wire::headers(1, true, fields)])
+    case(name, &[wire::headers(1, true, fields)]).alone()
 }
 
 impl Case {
@@ -78,6 +81,12 @@ impl Case {
     /// What is refused is refused with this code.
     pub fn code(mut self, code: &'static str) -> Case {
         self.expect = Expect::AsEnvoy(code);
+        self
+    }
+
+    /// Only stream 1 may suffer from it.
+    pub fn alone(mut self) -> Case {
+        self.alone = true;
         self
     }
 
@@ -270,7 +279,8 @@ pub fn compare(cases: &[Case], manager: &[&str]) -> Result<()> {
                 let goaway = format!("goaway {code}");
                 let (seen, forwarded) =
                     seen.split_once("; forwarded").map_or((&*seen, false), |(seen, _)| (seen, true));
-                if ![reset, goaway].contains(&seen.to_owned()) || forwarded && !case.begins_well {
+                let refused = seen == reset || !case.alone && seen == goaway;
+                if !refused || forwarded && !case.begins_well {
                     differ("not refused as it should be");
                     continue;
                 }
@@ -293,6 +303,21 @@ pub fn compare(cases: &[Case], manager: &[&str]) -> Result<()> {
                     differ(&format!("expected {own}: {why}"));
                 }
             }
+        }
+    }
+    ensure!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    Ok(())
+}
+
+/// Fails with all cases in which one of the two resets the stream alone, and the other does not.
+pub fn compare_resets(cases: &[Case], manager: &[&str]) -> Result<()> {
+    let (envoy, culvert) = (Stage::start(Kind::Envoy, manager)?, Stage::start(Kind::Culvert, manager)?);
+    let mut wrong = Vec::new();
+    for case in cases {
+        let (expected, seen) = (envoy.outcome(case)?, culvert.outcome(case)?);
+        let alone = |outcome: &str| outcome.contains("reset") && outcome.ends_with("the connection serves");
+        if alone(&expected) != alone(&seen) {
+            wrong.push(format!("--- {}\nEnvoy:    {expected}\nculvertd: {seen}", case.name));
         }
     }
     ensure!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), cases.len(), wrong.join("\n"));

@@ -1,5 +1,6 @@
 //! HTTP/2 that is wrong, or meant to hurt, frame by frame, sent to culvertd and to the real Envoy.
 
+mod answers;
 mod cut;
 mod floods;
 mod frames;
@@ -59,4 +60,18 @@ fn header_blocks_are_hpack() -> Result<()> {
 fn underscores_are_refused_where_they_shall_be() -> Result<()> {
     let options = "common_http_protocol_options: {headers_with_underscores_action: REJECT_REQUEST}";
     harness::compare(&heads::underscores(), &[options])
+}
+
+/// Where Envoy is told that what is malformed is its stream's matter alone, it is so there as well.
+#[test]
+fn malformed_heads_cost_their_stream() -> Result<()> {
+    harness::compare_resets(
+        &heads::fields(),
+        &["http2_protocol_options: {override_stream_error_on_invalid_http_message: true}"],
+    )
+}
+
+#[test]
+fn malformed_answers_cost_their_stream() -> Result<()> {
+    answers::side_by_side()
 }

@@ -40,7 +40,7 @@ pub fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     for (name, value) in fields {
         bytes.push(0);
         for text in [name, value] {
-            integer(&mut bytes, text.len());
+            integer(&mut bytes, text.chars().count());
             // Bytes above ASCII are written as in Latin-1.
             bytes.extend(text.chars().map(|character| u8::try_from(u32::from(character)).unwrap_or(b'?')));
         }

@@ -393,6 +393,9 @@ pub struct Http2Options {
     pub hpack_table_size: Option<u32>,
     /// `connection_keepalive`; `None`: there are no pings.
     pub keepalive: Option<Http2Keepalive>,
+    /// `override_stream_error_on_invalid_http_message`: what is malformed is no matter of the connection. That it costs its stream alone
+    /// is so in any case; this says what is counted.
+    pub counts_streams: bool,
 }
 
 /// Pings of an HTTP/2 connection: `KeepaliveSettings`.
@@ -418,6 +421,7 @@ impl Default for Http2Options {
             max_inbound_window_update_frames_per_data_frame_sent: 10,
             hpack_table_size: None,
             keepalive: None,
+            counts_streams: false,
         }
     }
 }

@@ -286,6 +286,7 @@ pub(super) fn http2(options: Option<&Http2ProtocolOptions>) -> Http2Options {
         ),
         hpack_table_size: options.hpack_table_size.map(|size| size.value),
         keepalive: options.connection_keepalive.as_ref().and_then(keepalive),
+        counts_streams: options.override_stream_error_on_invalid_http_message.is_some_and(|value| value.value),
     }
 }
 

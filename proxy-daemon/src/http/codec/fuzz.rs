@@ -10,7 +10,7 @@ use http::{
 
 use super::{
     h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner},
-    h2::{head, watch},
+    h2::{head, scrub, watch},
 };
 use crate::config::model::Http1Options;
 use crate::config::model::HttpConnectionManagerConfig;
@@ -80,11 +80,13 @@ fn decode(bytes: &[u8], step: usize) -> Option<(Vec<u8>, bool)> {
     Some((body, false))
 }
 
-/// Frames, whole and in pieces: the same ones are found.
+/// Frames, whole and in pieces: the same ones are found, and the same is made of their header blocks.
 pub fn http2_frames(bytes: &[u8]) {
     let whole = watch::frames(bytes, bytes.len().max(1));
+    let scrubbed = scrub::scrubbed(bytes, bytes.len().max(1));
     for size in [1, 7, 9, 10] {
         assert_eq!(watch::frames(bytes, size), whole, "in pieces of {size}");
+        assert_eq!(scrub::scrubbed(bytes, size), scrubbed, "in pieces of {size}");
     }
 }
 

@@ -172,6 +172,11 @@ impl Connection {
         }
     }
 
+    /// Whether what is malformed is counted as its stream's, and not as the connection's.
+    pub fn counts_streams(&self) -> bool {
+        matches!(&self.sender, Sender::Http2(stream) if stream.connection.counts_streams)
+    }
+
     /// Whether it speaks HTTP/2.
     pub fn is_http2(&self) -> bool {
         matches!(self.sender, Sender::Http2(_))

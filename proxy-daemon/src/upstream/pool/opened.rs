@@ -56,6 +56,8 @@ pub(super) struct Http2Connection {
     forgotten: Cell<bool>,
     /// Of the cluster, for the streams at a time.
     most: u32,
+    /// What is malformed is counted as its stream's.
+    pub(super) counts_streams: bool,
 }
 
 impl Http2Connection {
@@ -266,6 +268,7 @@ impl WorkerHost {
             listed: Cell::new(false),
             forgotten: Cell::new(false),
             most: options.max_concurrent_streams.max(1),
+            counts_streams: options.counts_streams,
         });
         let (watched, home) = (Rc::downgrade(&connection), Rc::downgrade(pool));
         let limit = cluster.cluster.config.idle_timeout;

@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     body::ReceivedBody,
     keepalive::Keepalive,
+    scrub::Scrubbed,
     send::{Outbox, Piece, Sending},
 };
 use crate::{
@@ -77,7 +78,8 @@ impl ClientConnection {
         if let Some(size) = options.hpack_table_size {
             builder.header_table_size(size);
         }
-        let (sender, mut connection): (_, Connection<T, Piece>) = builder.handshake(io).await?;
+        let (sender, mut connection): (_, Connection<Scrubbed<T>, Piece>) =
+            builder.handshake(Scrubbed::host(io, HEADERS)).await?;
         let pings = options.keepalive.and_then(|_| connection.ping_pong());
         let mut keepalive = Keepalive::new(options.keepalive, pings);
         let client = Rc::new(ClientConnection {

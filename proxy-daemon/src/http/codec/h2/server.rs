@@ -23,6 +23,7 @@ use super::{
     body::ReceivedBody,
     head,
     keepalive::Keepalive,
+    scrub::Scrubbed,
     send::{Broken, Outbox, Piece, send_body},
     watch::Watch,
 };
@@ -57,8 +58,8 @@ pub(in crate::http) struct ServerConnection {
 }
 
 enum Stage {
-    Handshake(Handshake<DownstreamIo, Piece>),
-    Serving(Connection<DownstreamIo, Piece>),
+    Handshake(Handshake<Scrubbed<DownstreamIo>, Piece>),
+    Serving(Connection<Scrubbed<DownstreamIo>, Piece>),
 }
 
 /// What a connection's streams share.
@@ -100,12 +101,13 @@ impl ServerConnection {
         let buffer = state.connection.buffer_limit;
         // The crate counts 32 bytes more for each field, and answers by itself what is beyond its limit: it comes second.
         let fields = config.max_headers_count.saturating_mul(32).saturating_add(4096);
+        let list = config.max_request_headers_kb.saturating_mul(1024).saturating_add(fields);
         let mut builder = h2::server::Builder::new();
         builder
             .max_concurrent_streams(config.http2.max_concurrent_streams)
             .initial_window_size(config.http2.initial_stream_window_size)
             .initial_connection_window_size(config.http2.initial_connection_window_size)
-            .max_header_list_size(config.max_request_headers_kb.saturating_mul(1024).saturating_add(fields))
+            .max_header_list_size(list)
             .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024))
             // Streams that are reset in the same write that opens them are judged with the others.
             .max_pending_accept_reset_streams(STREAMS as usize);
@@ -115,7 +117,7 @@ impl ServerConnection {
         if config.http2.allow_connect {
             builder.enable_connect_protocol();
         }
-        let stage = Stage::Handshake(builder.handshake(io));
+        let stage = Stage::Handshake(builder.handshake(Scrubbed::client(io, list)));
         let shared = Rc::new(Shared {
             state: Rc::clone(state),
             outbox: Outbox::new(buffer),

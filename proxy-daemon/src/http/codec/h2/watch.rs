@@ -6,7 +6,7 @@ use std::{io, rc::Rc};
 use crate::{config::model::Http2Options, http::conn_manager::ConnState, stats::Counter};
 
 /// `PRI * HTTP/2.0...`
-const PREFACE: usize = 24;
+pub(super) const PREFACE: usize = 24;
 const HEAD: usize = 9;
 /// The longest that is looked into: GOAWAY's stream and code.
 const LOOKED_INTO: usize = 8;
