@@ -2,7 +2,7 @@
 
 use std::{io::Write as _, net::SocketAddr, time::Instant};
 
-use super::{Record, Times};
+use super::{HeaderBytes, Record, Times};
 use crate::tls::PeerText;
 
 /// What an operator without arguments writes.
@@ -48,6 +48,12 @@ pub(super) enum Field {
     UpstreamProtocol,
     UpstreamConnectionId,
     VirtualClusterName,
+    /// Of the connection's listener.
+    ListenerName,
+    /// Of the connection's filter chain.
+    FilterChainName,
+    /// How long names and values of headers are.
+    HeaderBytes(fn(&HeaderBytes) -> u64),
     /// Of attempts.
     Attempted(OfAttempt),
     /// What nothing here has: traces, fingerprints of TLS clients, what filters of connections say of their end.
@@ -164,6 +170,11 @@ pub(super) const FIELDS: &[(&str, Field)] = &[
     ("UPSTREAM_HOST_NAMES_ATTEMPTED_WITHOUT_PORT", Field::Attempted(OfAttempt::Name { with_port: false })),
     ("UPSTREAM_CONNECTION_IDS_ATTEMPTED", Field::Attempted(OfAttempt::Connection)),
     ("VIRTUAL_CLUSTER_NAME", Field::VirtualClusterName),
+    ("LISTENER_NAME", Field::ListenerName),
+    ("FILTER_CHAIN_NAME", Field::FilterChainName),
+    ("REQUEST_HEADERS_BYTES", Field::HeaderBytes(|bytes| bytes.request)),
+    ("RESPONSE_HEADERS_BYTES", Field::HeaderBytes(|bytes| bytes.response)),
+    ("RESPONSE_TRAILERS_BYTES", Field::HeaderBytes(|bytes| bytes.trailers)),
     ("CUSTOM_FLAGS", Field::Nothing),
     ("BYTES_RETRANSMITTED", Field::Zero),
     ("UPSTREAM_CLUSTER_RAW", Field::UpstreamCluster),
@@ -209,12 +220,15 @@ impl Field {
     /// Whether it is a number: JSON writes it without quotes.
     pub(super) fn is_number(self) -> bool {
         use Field::{
-            Attempts, BytesReceived, BytesSent, ConnectionId, Duration, Port, ResponseCode, ResponseTxDuration, Until,
-            UpstreamConnectionId, UpstreamRemotePort, Zero,
+            Attempts, BytesReceived, BytesSent, ConnectionId, Duration, HeaderBytes, Port, ResponseCode,
+            ResponseTxDuration, Until, UpstreamConnectionId, UpstreamRemotePort, Zero,
         };
         let counts = matches!(self, Attempts | BytesReceived | BytesSent | ConnectionId | ResponseCode | Zero);
         let times = matches!(self, Duration | Until(_) | ResponseTxDuration);
-        counts || times || matches!(self, Port(_) | UpstreamRemotePort | UpstreamConnectionId)
+        counts
+            || times
+            || matches!(self, HeaderBytes(_))
+            || matches!(self, Port(_) | UpstreamRemotePort | UpstreamConnectionId)
     }
 
     /// Appends what `record` says.
@@ -256,6 +270,9 @@ impl Field {
             Field::UpstreamHost => text(out, record, record.upstream_host),
             Field::UpstreamCluster => text(out, record, record.upstream_cluster),
             Field::RouteName => text(out, record, record.route_name),
+            Field::ListenerName => text(out, record, record.listener_name.filter(|name| !name.is_empty())),
+            Field::FilterChainName => text(out, record, record.filter_chain_name.filter(|name| !name.is_empty())),
+            Field::HeaderBytes(of) => number(out, of(&record.header_bytes)),
             Field::ConnectionId => number(out, record.connection_id),
             Field::RequestedServerName => text(out, record, record.requested_server_name),
             Field::DownstreamTransportFailureReason => {

@@ -2,10 +2,10 @@
 
 use http::HeaderName;
 
-use super::{Headers, Record, ResponseFlags};
+use super::{Record, ResponseFlags};
 use crate::{
     config::model::{AccessLogFilter, Comparison, ComparisonOp, HeaderMatcher, MatchedHeader},
-    http::{matches_any, values_match},
+    http::matches_any,
 };
 
 static X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -55,11 +55,8 @@ fn header_matches(matcher: &HeaderMatcher, record: &Record<'_>) -> bool {
         MatchedHeader::Authority => record.authority,
         MatchedHeader::Scheme => record.scheme,
         MatchedHeader::Name(name) => {
-            if let Some(Headers::All(headers)) = record.request_headers {
-                return values_match(matcher, name, headers);
-            }
-            // Of what was kept for a log there is one value each.
-            record.request_headers.and_then(|headers| headers.get(name)?.to_str().ok())
+            let values = record.request_headers.into_iter().flat_map(|headers| headers.all(name));
+            return matches_any(matcher, values.map(|value| String::from_utf8_lossy(value.as_bytes())));
         }
     };
     matches_any(matcher, single.into_iter())

@@ -181,6 +181,11 @@ impl Format {
         })
     }
 
+    /// Whether it shows how long headers are.
+    pub(super) fn shows_header_bytes(&self) -> bool {
+        self.all_ops().any(|op| matches!(op, Op::Field(Field::HeaderBytes(_))))
+    }
+
     /// The headers of a part of the messages that the format looks at.
     pub(super) fn headers(&self, part: Part) -> impl Iterator<Item = &HeaderName> {
         let ops = self.all_ops();
@@ -197,6 +202,11 @@ impl Format {
             _ => None,
         });
         named.chain(special.flatten())
+    }
+
+    /// Whether it is one operator, or one text.
+    pub(super) fn is_single(&self) -> bool {
+        self.0.len() == 1
     }
 
     /// The text, where it is always the same.

@@ -77,7 +77,10 @@ impl AccessLog {
 
     /// Whether it shows how long headers are.
     pub fn shows_header_bytes(&self) -> bool {
-        matches!(self.output, Output::Entries { .. })
+        match &self.output {
+            Output::Lines { format, .. } => format.formats().any(Format::shows_header_bytes),
+            Output::Entries { .. } => true,
+        }
     }
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
@@ -147,6 +150,11 @@ impl HeaderFormat {
         })
     }
 
+    /// Whether it is a single operator.
+    pub fn is_single(&self) -> bool {
+        self.0.is_single()
+    }
+
     /// The value for `record`; `None` where it cannot stand in a header.
     pub fn value(&self, record: &Record<'_>) -> Option<http::HeaderValue> {
         http::HeaderValue::from_bytes(&self.bytes(record)).ok()
@@ -199,11 +207,14 @@ impl Substitution {
 
     /// The headers of a part of the messages that it shows.
     fn headers(&self, part: Part) -> impl Iterator<Item = &http::HeaderName> {
-        let formats: Box<dyn Iterator<Item = &Format>> = match &self.template {
+        self.formats().flat_map(move |format| format.headers(part))
+    }
+
+    fn formats(&self) -> Box<dyn Iterator<Item = &Format> + '_> {
+        match &self.template {
             Template::Text(format) => Box::new(std::iter::once(format)),
             Template::Json(format) => format.formats(),
-        };
-        formats.flat_map(move |format| format.headers(part))
+        }
     }
 
     /// Appends what it makes of `record`.

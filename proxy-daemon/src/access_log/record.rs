@@ -168,6 +168,10 @@ pub struct Record<'a> {
     pub health_check: bool,
     /// Why there was no TLS handshake with the client.
     pub downstream_transport_failure_reason: Option<&'a str>,
+    /// The connection's listener.
+    pub listener_name: Option<&'a str>,
+    /// The connection's filter chain.
+    pub filter_chain_name: Option<&'a str>,
 }
 
 impl Default for Record<'_> {
@@ -215,6 +219,8 @@ impl Default for Record<'_> {
             metadata: None,
             health_check: false,
             downstream_transport_failure_reason: None,
+            listener_name: None,
+            filter_chain_name: None,
         }
     }
 }

@@ -25,6 +25,20 @@ pub(super) enum Place {
     Nowhere(Box<str>),
 }
 
+impl Place {
+    /// The header's name, in lower case.
+    pub(super) fn name(&self) -> &str {
+        match self {
+            Place::Header(name) => name.as_str(),
+            Place::Path => ":path",
+            Place::Method => ":method",
+            Place::Authority => ":authority",
+            Place::Status => ":status",
+            Place::Nowhere(name) => name,
+        }
+    }
+}
+
 /// How.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {

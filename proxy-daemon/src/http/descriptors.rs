@@ -15,9 +15,16 @@ use super::{
     route_match::{authority, header_matches, query_matches},
     stream::{RequestHead, StreamCx},
 };
-use crate::config::model::{
-    Cidr, LimitOverride, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits, value_at,
+use crate::{
+    access_log::{Headers, Record},
+    config::model::{
+        Cidr, HitsAmount, LimitOverride, MatchedHeader, RateLimit, RateLimitAction, RouteAction, VirtualHostRateLimits,
+        value_at,
+    },
 };
+
+/// The most that a request may count for, as in Envoy.
+const MOST_HITS: f64 = 1e9;
 
 /// Keys and values, in the order of the actions.
 pub(super) type Entries = Vec<(Box<str>, Box<str>)>;
@@ -44,13 +51,15 @@ pub(super) fn of_request(
     own: &[RateLimit],
     stage: u32,
     of_host: VirtualHostRateLimits,
-    head: &RequestHead,
+    head: &mut RequestHead,
     cx: &StreamCx,
 ) -> Vec<Descriptor> {
-    let Some(route) = &cx.route else { return Vec::new() };
-    let RouteAction::Forward(action) = &route.action else { return Vec::new() };
+    let mut found = Vec::new();
+    let Some(route) = &cx.route else { return found };
+    let RouteAction::Forward(action) = &route.action else { return found };
     if !own.is_empty() {
-        return of(own, stage, head, cx).collect();
+        find(&mut found, own, stage, head, cx);
+        return found;
     }
     let of_host = if action.include_vh_rate_limits { VirtualHostRateLimits::Include } else { of_host };
     let host: &[RateLimit] = match of_host {
@@ -58,29 +67,52 @@ pub(super) fn of_request(
         VirtualHostRateLimits::Override if action.rate_limits.is_empty() => &route.virtual_host().rate_limits,
         VirtualHostRateLimits::Override | VirtualHostRateLimits::Ignore => &[],
     };
-    of(&action.rate_limits, stage, head, cx).chain(of(host, stage, head, cx)).collect()
+    find(&mut found, &action.rate_limits, stage, head, cx);
+    find(&mut found, host, stage, head, cx);
+    found
 }
 
-fn of<'a>(
-    limits: &'a [RateLimit],
-    stage: u32,
-    head: &'a RequestHead,
-    cx: &'a StreamCx,
-) -> impl Iterator<Item = Descriptor> + 'a {
-    let wanted = limits.iter().filter(move |limit| limit.stage == stage);
-    let wanted = wanted.filter(|limit| limit.enabled.as_ref().is_none_or(|share| share.includes(fastrand::u64(..))));
-    wanted.filter_map(|limit| {
-        let mut entries = Vec::with_capacity(limit.actions.len());
-        for action in &limit.actions {
-            match entry(action, head, cx) {
-                Entry::Some(key, value) => entries.push((key, value)),
-                Entry::Skipped => {}
-                Entry::None => return None,
-            }
+fn find(found: &mut Vec<Descriptor>, limits: &[RateLimit], stage: u32, head: &mut RequestHead, cx: &StreamCx) {
+    let wanted = limits.iter().filter(|limit| limit.stage == stage);
+    for limit in wanted.filter(|limit| limit.enabled.as_ref().is_none_or(|share| share.includes(fastrand::u64(..)))) {
+        let Some(entries) = entries(&limit.actions, head, cx).filter(|entries| !entries.is_empty()) else { continue };
+        let hits = match &limit.hits {
+            None => None,
+            Some(hits) => match amount(&hits.amount, head, cx) {
+                Some(amount) => Some((amount, hits.negative)),
+                None => continue,
+            },
+        };
+        let overridden = limit.limit.as_ref().and_then(|limit| overridden(limit, cx));
+        found.push(Descriptor { entries, limit: overridden, hits });
+    }
+}
+
+/// `None` where an action has nothing to say.
+fn entries(actions: &[RateLimitAction], head: &RequestHead, cx: &StreamCx) -> Option<Entries> {
+    let mut entries = Vec::with_capacity(actions.len());
+    for action in actions {
+        match entry(action, head, cx) {
+            Entry::Some(key, value) => entries.push((key, value)),
+            Entry::Skipped => {}
+            Entry::None => return None,
         }
-        let overridden = || limit.limit.as_ref().and_then(|limit| overridden(limit, cx));
-        (!entries.is_empty()).then(|| Descriptor { entries, limit: overridden(), hits: limit.hits })
-    })
+    }
+    Some(entries)
+}
+
+/// What a request counts for; `None`: that is no number, or too large.
+fn amount(amount: &HitsAmount, head: &mut RequestHead, cx: &StreamCx) -> Option<u64> {
+    let format = match amount {
+        HitsAmount::Fixed(amount) => return Some(*amount),
+        HitsAmount::Format(format) => format,
+    };
+    let mut text = Vec::new();
+    cx.format_request(head, |headers, record| {
+        text = format.bytes(&Record { missing: "", request_headers: Some(Headers::All(headers)), ..*record });
+    });
+    let number: f64 = std::str::from_utf8(&text).ok()?.trim().parse().ok()?;
+    (0.0..=MOST_HITS).contains(&number).then_some(number as u64)
 }
 
 /// The limit that is to be in the place of the service's.

@@ -7,8 +7,9 @@ use envoy_types::pb::{
     envoy::{
         extensions::matching::common_inputs::{
             network::v3::{
-                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, ServerNameInput, SourceIpInput,
-                SourcePortInput,
+                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, DynamicMetadataInput, ServerNameInput,
+                SourceIpInput, SourcePortInput,
+                dynamic_metadata_input::{PathSegment, path_segment::Segment},
             },
             ssl::v3::{DnsSanInput, SubjectInput, UriSanInput},
         },
@@ -18,11 +19,16 @@ use envoy_types::pb::{
 };
 use prost::Name as _;
 
-use super::{descriptors, route_match::value_of, stream::RequestHead};
+use super::{
+    descriptors,
+    metadata::{Metadata, read_from},
+    route_match::value_of,
+    stream::RequestHead,
+};
 use crate::{
     config::{
         FieldError,
-        model::{MatchInput, MatchedHeader},
+        model::{MatchInput, MatchedHeader, ValueMatch, value_at},
         parse::{self, type_name},
     },
     listener::ConnectionInfo,
@@ -36,6 +42,8 @@ pub struct Told<'a> {
     pub(super) connection: &'a ConnectionInfo,
     /// The client.
     pub(super) remote: SocketAddr,
+    /// What filters have told.
+    pub(super) metadata: Option<&'a Metadata>,
 }
 
 /// What a value is taken from.
@@ -59,6 +67,8 @@ pub enum RequestInput {
     ServerName,
     /// Something of the client's certificate.
     Certificate(fn(&PeerText) -> &String),
+    /// What filters have told under this namespace, at this path.
+    DynamicMetadata(Box<str>, Box<[Box<str>]>),
 }
 
 impl MatchInput for RequestInput {
@@ -78,8 +88,20 @@ impl MatchInput for RequestInput {
             RequestInput::DirectSourceIp => connection.remote.ip().to_canonical().to_string().into(),
             RequestInput::ServerName => connection.requested_server_name()?.into(),
             RequestInput::Certificate(part) => part(connection.tls()?.peer()?).as_str().into(),
+            // It is no text.
+            RequestInput::DynamicMetadata(..) => return None,
         })
         .filter(|value: &Cow<'_, str>| !value.is_empty())
+    }
+
+    fn is_metadata(&self) -> bool {
+        matches!(self, RequestInput::DynamicMetadata(..))
+    }
+
+    fn metadata_matches(&self, told: &Told<'_>, wanted: &ValueMatch) -> bool {
+        let RequestInput::DynamicMetadata(namespace, path) = self else { return false };
+        let fields = told.metadata.and_then(|metadata| metadata.namespace(namespace));
+        wanted.matches(value_at(fields, path.iter().map(|key| &**key)))
     }
 }
 
@@ -104,6 +126,30 @@ pub(crate) fn request_input(config: &Any, path: &str) -> Result<Option<RequestIn
         return Ok(Some(RequestInput::Header(parse::request_header_input(config, path)?)));
     }
     Ok(inputs.into_iter().find(|(name, _)| name == wanted).map(|(_, input)| input))
+}
+
+/// The same, with what filters have told.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn policy_input(config: &Any, path: &str) -> Result<Option<RequestInput>, FieldError> {
+    if type_name(config) != DynamicMetadataInput::full_name() {
+        return request_input(config, path);
+    }
+    let input: DynamicMetadataInput = unpack(config, path)?;
+    let key = |segment: PathSegment| match segment.segment {
+        Some(Segment::Key(key)) => key.into(),
+        None => Box::default(),
+    };
+    let keys: Box<[Box<str>]> = input.path.into_iter().map(key).collect();
+    for (field, empty) in
+        [("filter", input.filter.is_empty()), ("path", keys.iter().any(|key| key.is_empty()) || keys.is_empty())]
+    {
+        if empty {
+            return Err(FieldError::new(format!("{path}.{field}"), "value is required"));
+        }
+    }
+    Ok(Some(RequestInput::DynamicMetadata(read_from(&input.filter), keys)))
 }
 
 /// The same, with those that policies of `rbac` cannot have in Envoy.

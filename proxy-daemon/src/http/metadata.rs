@@ -7,7 +7,7 @@ use std::{
 
 use envoy_types::pb::{
     envoy::config::core::v3::Metadata as ConfigMetadata,
-    google::protobuf::{ListValue, Struct, Value, value::Kind},
+    google::protobuf::{Any, ListValue, Struct, Value, value::Kind},
 };
 
 use crate::{access_log::json_text, config::model::value_at};
@@ -36,29 +36,51 @@ pub(super) fn rbac_is_read() -> bool {
     RBAC_IS_READ.load(Ordering::Relaxed)
 }
 
-/// What filters have told about one stream.
+/// What filters have told about one stream, or what a resource's configuration says.
 #[derive(Debug, Default)]
-pub struct Metadata(BTreeMap<Box<str>, Struct>);
+pub struct Metadata {
+    fields: BTreeMap<Box<str>, Struct>,
+    /// Messages, which no filter tells.
+    typed: BTreeMap<Box<str>, Any>,
+}
 
 impl Metadata {
     /// What is there under `namespace`.
     pub fn namespace(&self, namespace: &str) -> Option<&Struct> {
-        self.0.get(namespace)
+        self.fields.get(namespace)
     }
 
     /// The fields of `namespace`, to be added to.
     pub fn namespace_mut(&mut self, namespace: &str) -> &mut Struct {
-        self.0.entry(namespace.into()).or_default()
+        self.fields.entry(namespace.into()).or_default()
     }
 
     /// All namespaces.
     pub fn namespaces(&self) -> impl Iterator<Item = (&str, &Struct)> {
-        self.0.iter().map(|(name, fields)| (&**name, fields))
+        self.fields.iter().map(|(name, fields)| (&**name, fields))
     }
 
     /// What a resource's configuration says.
     pub fn of_config(config: &ConfigMetadata) -> Metadata {
-        Metadata(config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone())).collect())
+        let fields = config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone()));
+        let typed = config.typed_filter_metadata.iter().map(|(name, message)| (name.as_str().into(), message.clone()));
+        Metadata { fields: fields.collect(), typed: typed.collect() }
+    }
+
+    /// The message that is there under `namespace`.
+    pub fn typed(&self, namespace: &str) -> Option<&Any> {
+        self.typed.get(namespace)
+    }
+
+    /// Those of these namespaces that are there, as another message has them.
+    pub fn select<'a>(
+        &self,
+        namespaces: impl IntoIterator<Item = &'a str>,
+        typed: impl IntoIterator<Item = &'a str>,
+    ) -> ConfigMetadata {
+        let fields = namespaces.into_iter().filter_map(|name| Some((name.to_owned(), self.namespace(name)?.clone())));
+        let typed = typed.into_iter().filter_map(|name| Some((name.to_owned(), self.typed(name)?.clone())));
+        ConfigMetadata { filter_metadata: fields.collect(), typed_filter_metadata: typed.collect() }
     }
 
     /// The value at a path below `namespace`; nulls are none.

@@ -59,7 +59,7 @@ mod waiting;
 pub use conn_manager::{ConnectionManager, serve};
 pub use node::set_node;
 pub use route_match::MatchCx;
-pub(crate) use route_match::{matches_any, value_of, values_match};
+pub(crate) use route_match::{matches_any, value_of};
 pub use route_table::{RouteRef, RouteSlot, RouteTable};
 pub use scopes::{Routes, ScopeSlot, ScopeTable};
 

@@ -33,6 +33,18 @@ impl TokenBucket {
         self.take_up_to(1, now) == 1
     }
 
+    /// Takes so many tokens, unless there are fewer at `now`. As in Envoy, there are never none to be had.
+    pub fn take_all(&self, wanted: u64, now: Instant) -> bool {
+        let now = self.nanoseconds(now);
+        let full = now - self.max_tokens * self.per_token;
+        let next = |bits| {
+            let empty_at = f64::from_bits(bits).max(full);
+            let there = ((now - empty_at) / self.per_token).floor();
+            (wanted > 0 && there >= wanted as f64).then_some((empty_at + wanted as f64 * self.per_token).to_bits())
+        };
+        self.empty_at.try_update(Ordering::Relaxed, Ordering::Relaxed, next).is_ok()
+    }
+
     /// Takes the tokens that there are at `now`, at most `wanted`; says how many.
     pub fn take_up_to(&self, wanted: usize, now: Instant) -> usize {
         let now = self.nanoseconds(now);
@@ -102,6 +114,16 @@ mod tests {
         );
         assert_eq!((bucket.take_up_to(600, at(250)), bucket.take_up_to(0, at(500))), (250, 0));
         assert_eq!(bucket.take_up_to(usize::MAX, at(60_000)), 1000);
+    }
+
+    #[test]
+    fn a_bucket_gives_all_that_is_wanted_or_none() {
+        let bucket = TokenBucket::new(5, 5, Duration::from_secs(1));
+        let at = |milliseconds| bucket.since + Duration::from_millis(milliseconds);
+        assert_eq!([3, 3, 2, 1].map(|wanted| bucket.take_all(wanted, at(0))), [true, false, true, false]);
+        assert_eq!([2, 1].map(|wanted| bucket.take_all(wanted, at(200))), [false, true]);
+        assert!(!bucket.take_all(u64::MAX, at(60_000)), "more than it holds");
+        assert!(!bucket.take_all(0, at(60_000)));
     }
 
     #[test]

@@ -142,7 +142,7 @@ pub(super) fn forward_client_cert(
 ) {
     let remote = connection.remote;
     let matcher = config.forward_client_cert_matcher.as_ref();
-    let found = matcher.and_then(|matcher| matcher.find(&Told { head, connection, remote }));
+    let found = matcher.and_then(|matcher| matcher.find(&Told { head, connection, remote, metadata: None }));
     let ForwardedCert { mode, details } = found.unwrap_or(&config.forward_client_cert);
     let (mode, tls, headers) = (*mode, connection.tls(), &mut head.headers);
     if mode == ForwardClientCert::AlwaysForwardOnly {

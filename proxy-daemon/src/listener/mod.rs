@@ -61,6 +61,8 @@ pub struct ConnectionInfo {
     pub buffer_limit: u32,
     /// The listener's `traffic_direction` is `INBOUND`.
     pub inbound: bool,
+    /// The listener's name.
+    listener: Arc<str>,
     /// What is known of it once its first bytes have come.
     learnt: Learnt,
 }
@@ -71,6 +73,7 @@ struct Learnt {
     requested_server_name: OnceCell<Box<str>>,
     tls: OnceCell<Box<TlsInfo>>,
     transport_failure: OnceCell<Box<str>>,
+    chain: OnceCell<Arc<str>>,
 }
 
 impl ConnectionInfo {
@@ -99,6 +102,8 @@ impl ConnectionInfo {
             requested_server_name: self.requested_server_name(),
             tls: self.tls(),
             downstream_transport_failure_reason: self.transport_failure(),
+            listener_name: Some(&self.listener),
+            filter_chain_name: self.learnt.chain.get().map(AsRef::as_ref),
             ..Record::default()
         }
     }
@@ -139,6 +144,7 @@ pub struct ActiveFilterChain {
     pub tls: Option<Arc<ServerTls>>,
     handshake_limit: Option<Duration>,
     filter: ActiveChain,
+    name: Arc<str>,
 }
 
 /// The terminal filter of a chain.
@@ -221,6 +227,7 @@ impl ActiveListener {
                 tls: chain.tls.as_ref().map(socket).transpose()?,
                 handshake_limit: chain.transport_socket_connect_timeout,
                 filter: activate(chain, &mut routes, &prefix)?,
+                name: Arc::clone(&chain.name),
             })
         };
         let mut built: Vec<(Option<u64>, Arc<Chain>)> = Vec::new();
@@ -363,6 +370,7 @@ async fn serve(
         node_ip: worker.node_ip,
         buffer_limit: active.config.per_connection_buffer_limit_bytes,
         inbound: active.config.inbound,
+        listener: Arc::clone(&active.config.name),
         learnt: Learnt::default(),
     });
     if let Some(chain) = find_chain(&stream, &active, &info).await {
@@ -421,6 +429,7 @@ async fn serve_chain(
 ) {
     let mut drain = DrainSignal::new(chain.drain.subscribe(), worker.draining.clone());
     let chain = &chain.active;
+    let _ = info.learnt.chain.set(Arc::clone(&chain.name));
     let stream = match &chain.tls {
         None => DownstreamStream::Plain(stream),
         // What only the handshake needs does not stay with the connection.

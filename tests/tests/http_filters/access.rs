@@ -292,6 +292,27 @@ fn matchers() -> Vec<Case> {
         let config = format!("matcher: {}", single(&network(input), value, &action("ALLOW")));
         cases.push(case(name, RBAC, &config, &["GET /", "GET /\nx-forwarded-for: 10.1.2.3"]));
     }
+    for (name, path, value) in [
+        ("metadata", "{key: k}", "value: {string_match: {exact: text}}"),
+        ("other metadata", "{key: k}", "value: {string_match: {exact: other}}"),
+        ("any other metadata", "{key: k}", "value: {string_match: {exact: other}}, invert: true"),
+        ("deep metadata", "{key: o}, {key: count}", "value: {double_match: {exact: 3}}"),
+        ("a list of metadata", "{key: l}", "value: {list_match: {one_of: {string_match: {prefix: b}}}}"),
+        ("metadata that is there", "{key: o}", "value: {present_match: true}"),
+        ("no metadata", "{key: none}", "value: {string_match: {exact: text}}"),
+        ("no metadata, inverted", "{key: none}", "value: {string_match: {exact: text}}, invert: true"),
+        ("absent metadata", "{key: none}", "value: {present_match: false}"),
+        ("null metadata", "{key: none}", "value: {null_match: {}}"),
+    ] {
+        let input = network(&format!("DynamicMetadataInput, filter: ns, path: [{path}]"));
+        let value = format!(
+            "custom_match: {{name: m, typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.matching.input_matchers.metadata.v3.Metadata, {value}}}}}"
+        );
+        let single = single(&input, "", &action("ALLOW")).replace("value_match: {}", &value);
+        let told = "metadata: [{metadata_namespace: ns, value: {k: text, o: {count: 3}, l: [a, bc]}}]";
+        cases.push(case(name, RBAC, &format!("matcher: {single}"), &["GET /"]).before("set_metadata.v3.Config", told));
+    }
     cases
 }
 

@@ -22,7 +22,7 @@ fn grpc(name: &'static str, more: &str, requests: &[String]) -> Case {
 }
 
 pub fn cases() -> Vec<Case> {
-    [verdicts(), failures(), settings(), bodies(), routes(), http()].concat()
+    [verdicts(), failures(), settings(), bodies(), routes(), http(), untrusted(), overridden()].concat()
 }
 
 fn header(name: &str, value: &str, action: &str) -> String {
@@ -228,6 +228,153 @@ fn routes() -> Vec<Case> {
             By::Route,
             PER_ROUTE,
             "check_settings: {disable_request_body_buffering: true}",
+        ),
+    ]
+}
+
+/// Services that are not believed all.
+fn untrusted() -> Vec<Case> {
+    let ok = |fields: &str| asked("GET /a?z=1\nx-a: 1\nx-b: 2", &format!("{{\"ok_response\": {{{fields}}}}}"));
+    let sets = |name: &str, value: &str| ok(&format!("\"headers\": [{}]", header(name, value, "")));
+    let joins = |name: &str, value: &str| ok(&format!("\"headers\": [{}]", header(name, value, ", \"append\": true")));
+    let query = |key: &str, value: &str| {
+        ok(&format!("\"query_parameters_to_set\": [{{\"key\": \"{key}\", \"value\": \"{value}\"}}]"))
+    };
+    let denied =
+        |fields: &str| asked("GET /", &format!("{{\"status\": {{\"code\": 7}}, \"denied_response\": {{{fields}}}}}"));
+    let invalid = [
+        sets("x-c", "fine"),
+        sets("x c", "3"),
+        sets("x-c", "a\\u0000b"),
+        joins("x-b", "a\\nb"),
+        sets(":path", "/other"),
+        ok("\"headers_to_remove\": [\"x a\", \"x-b\"]"),
+        ok(&format!("\"response_headers_to_add\": [{}]", header("x-r", "a\\nb", ""))),
+        ok(&format!("\"response_headers_to_add\": [{}]", header("x r", "ab", ""))),
+        query("k", "v"),
+        query("a b", "v"),
+        query("k", "a b"),
+        query("k", "a&b=c"),
+        query("k", "a%20b"),
+        query("k", "a%2"),
+        query("k=", "v"),
+        query("k", "a*b"),
+        query("k", "a+b"),
+        query("k", "a-b_c.d~e"),
+        query("k", "a/b?c#d"),
+        query("k-._~!$'()*+,;:@", "v"),
+        denied(&format!("\"headers\": [{}]", header("x-d", "fine", ""))),
+        denied(&format!("\"headers\": [{}]", header("x d", "1", ""))),
+        denied(&format!("\"headers\": [{}]", header("x-d", "a\\nb", ""))),
+        asked(
+            "GET /",
+            &format!(
+                "{{\"status\": {{\"code\": 7}}, \"error_response\": {{\"headers\": [{}], \"body\": \"a long text\"}}}}",
+                header("x-d", "a\\nb", "")
+            ),
+        ),
+    ];
+    let changes = [
+        sets("x-c", "3"),
+        sets("x-envoy-c", "3"),
+        sets("x-no", "3"),
+        sets(":path", "/other"),
+        sets("host", "other.test"),
+        sets(":method", "PUT"),
+        joins("x-b", "3"),
+        joins("x-no", "3"),
+        joins(":path", "/other"),
+        ok("\"headers_to_remove\": [\"x-a\", \"x-no\", \"host\", \":path\", \"x-envoy-a\"]"),
+        ok("\"headers_to_remove\": [\"x-b\"]"),
+    ];
+    let rules = |name, rules: &str| grpc(name, &format!(", decoder_header_mutation_rules: {{{rules}}}"), &changes);
+    let long = [
+        denied("\"body\": \"0123456789\""),
+        denied("\"body\": \"0123\""),
+        invalid[invalid.len() - 1].replace("a\\nb", "ab"),
+    ];
+    vec![
+        grpc("what is no header, validated", ", validate_mutations: true", &invalid),
+        rules("rules for changes", ""),
+        rules("rules that forbid", "disallow_expression: {regex: x-no}"),
+        rules("rules that refuse", "disallow_expression: {regex: x-no}, disallow_is_error: true"),
+        rules(
+            "rules that refuse much",
+            "disallow_all: true, allow_expression: {regex: 'x-[bc]'}, disallow_is_error: true",
+        ),
+        rules("rules that allow much", "allow_all_routing: true, allow_envoy: true"),
+        rules("rules against pseudo-headers", "disallow_system: true"),
+        grpc("short answers", ", max_denied_response_body_bytes: 5", &long),
+    ]
+}
+
+/// What is told of metadata, and asked by it; other services for routes.
+fn overridden() -> Vec<Case> {
+    let plain = |name, more: &str| grpc(name, more, &["GET /\nx-a: 1\nx-b: 2\nx-b: 3".to_owned()]);
+    let by = |value: &str| {
+        format!(
+            "filter_enabled_metadata: {{filter: ns, path: [{{key: k}}], value: {{string_match: {{exact: {value}}}}}}}"
+        )
+    };
+    let told = |name, more: &str| {
+        let set = "metadata: [{metadata_namespace: ns, value: {k: v}}]";
+        case(name, "set_metadata.v3.Config", set, &["GET /", "GET /plain"]).then(EXT_AUTHZ, &format!("{GRPC}, {more}"))
+    };
+    let of_route = "{match: {path: /told}, metadata: {filter_metadata: {ns: {k: [1, {a: b}]}, other: {x: 1}}, typed_filter_metadata: {ty: {\"@type\": \
+                    type.googleapis.com/envoy.type.v3.HttpStatus, code: 404}}}, route: {cluster: a}}";
+    let http = "{server_uri: {uri: \"http://authz.test\", cluster: authz, timeout: 10s}}";
+    let requests = ["GET /\nx-a: 1", "GET /plain", "GET /\nx-do: 403"].map(str::to_owned);
+    let raw = "encode_raw_headers: true, allowed_headers: {patterns: [{exact: x-b}, {exact: x-do}]}";
+    vec![
+        plain("raw headers", ", encode_raw_headers: true, allowed_headers: {patterns: [{exact: x-b}]}"),
+        grpc(
+            "raw headers and a body",
+            ", encode_raw_headers: true, allowed_headers: {patterns: [{exact: x-b}]}, with_request_body: {max_request_bytes: 3, allow_partial_message: true}",
+            &["POST /\nx-b: 1\nx-b: 2\n\nbody".to_owned()],
+        ),
+        case(
+            "raw headers by HTTP",
+            EXT_AUTHZ,
+            &format!("transport_api_version: V3, stat_prefix: $case, {raw}, http_service: {http}"),
+            &["GET /\nx-b: 1\nx-b: 2\nx-a: 3"],
+        ),
+        case(
+            "allowed headers of the service",
+            EXT_AUTHZ,
+            &format!(
+                "transport_api_version: V3, stat_prefix: $case, http_service: {}",
+                http.replace("}}", "}, authorization_request: {allowed_headers: {patterns: [{prefix: x-}]}}}")
+            ),
+            &["GET /\nx-b: 1\nx-b: 2\nc: 3"],
+        ),
+        told("enabled by metadata", &by("v")),
+        told("not enabled by metadata", &by("w")),
+        told("denied by metadata", &format!("{}, deny_at_disable: {{default_value: true, runtime_key: no.such}}", by("w"))),
+        told("enabled where metadata is none", &by("v").replace("filter: ns", "invert: true, filter: none")),
+        grpc(
+            "metadata of the route",
+            ", route_metadata_context_namespaces: [ns, none], route_typed_metadata_context_namespaces: [ty, ns], typed_metadata_context_namespaces: [ty]",
+            &["GET /told".to_owned(), "GET /".to_owned()],
+        )
+        .first(of_route),
+        grpc("another service by route", "", &requests).told(
+            By::Route,
+            PER_ROUTE,
+            &format!("check_settings: {{http_service: {http}}}"),
+        ),
+        grpc("another service by host", "", &requests)
+            .told(By::Host, PER_ROUTE, "check_settings: {grpc_service: {envoy_grpc: {cluster_name: dead}}}")
+            .told(By::Route, PER_ROUTE, "check_settings: {context_extensions: {a: b}}"),
+        case(
+            "a gRPC service by route",
+            EXT_AUTHZ,
+            &format!("transport_api_version: V3, stat_prefix: $case, http_service: {http}"),
+            &requests.each_ref().map(|request| &**request),
+        )
+        .told(
+            By::Route,
+            PER_ROUTE,
+            "check_settings: {grpc_service: {envoy_grpc: {cluster_name: grpc}, timeout: 10s}, context_extensions: {a: b}}",
         ),
     ]
 }

@@ -58,6 +58,19 @@ const HEADERS: &str = "additional_request_headers_to_log: [x-id, X-A, \":path\",
      additional_response_headers_to_log: [x-envoy-upstream-service-time, content-type, \":status\", x-twice, date], \
      additional_response_trailers_to_log: [grpc-status, x-t]";
 
+const SET: &str = "metadata: [{metadata_namespace: ns, value: {k: set}}]";
+const VALUES: [&str; 4] = ["GET /\nx-a: one", "GET /\nx-a: one\nx-a: two", "GET /\nx-a: two", "GET /"];
+
+/// Tags of all kinds.
+const TAGS: &str = "{tag: literal, literal: {value: always}}, {tag: none, environment: {name: NO_SUCH_VARIABLE}}, {tag: variable, environment: {name: \
+     NO_SUCH_VARIABLE, default_value: d}}, {tag: header, request_header: {name: x-a, default_value: none}}, {tag: path, request_header: {name: \
+     ':path'}}, {tag: no-header, request_header: {name: x-none}}, {tag: text, metadata: {kind: {request: {}}, metadata_key: {key: ns, path: [{key: \
+     k}]}}}, {tag: number, metadata: {kind: {request: {}}, metadata_key: {key: ns, path: [{key: 'n'}]}}}, {tag: list, metadata: {kind: {request: \
+     {}}, metadata_key: {key: ns, path: [{key: l}]}}}, {tag: no-metadata, metadata: {kind: {request: {}}, metadata_key: {key: ns, path: [{key: \
+     x}]}, default_value: d}}, {tag: route, metadata: {kind: {route: {}}, metadata_key: {key: r, path: [{key: k}]}}}, {tag: route-number, \
+     metadata: {kind: {route: {}}, metadata_key: {key: r, path: [{key: 'n'}]}, default_value: d}}, {tag: format, value: \
+     '%REQ(x-b)%/%RESPONSE_CODE%/%REQ(x-none)%'}, {tag: nothing, value: '%REQ(x-none)%'}";
+
 fn of(name: &'static str, requests: &[&str]) -> Case {
     let metadata = "metadata: [{metadata_namespace: ns, value: {k: set, n: 1.5, l: [a, {b: true}]}}]";
     case(name, "set_metadata.v3.Config", metadata, requests).of_log_service(HEADERS).shown(&vec![1; requests.len()])
@@ -96,6 +109,12 @@ pub fn cases() -> Vec<Case> {
             .first("{match: {prefix: /rewritten}, name: rewritten, route: {cluster: a, prefix_rewrite: /, auto_host_rewrite: true, append_x_forwarded_host: true}}")
             .first("{match: {prefix: /nowhere}, route: {cluster_header: x-none}}"),
         of("entries of gRPC", &calls).shown(&[2, 2, 2]),
+        of("tags", &["GET /told\nx-a: one\nx-a: two", "GET /", "GET /direct\nx-a: \u{e9}"])
+            .of_tags(TAGS)
+            .first("{match: {path: /told}, metadata: {filter_metadata: {r: {k: {a: [1, 2]}, n: 7}}}, route: {cluster: a}}"),
+        case("several values of a header", "set_metadata.v3.Config", SET, &VALUES)
+            .of_filtered_log("{header_filter: {header: {name: x-a, string_match: {exact: two}}}}")
+            .shown(&[0, 1, 1, 0]),
         of("entries of the beginning", &["GET /", "GET /direct"])
             .of_manager("access_log_options: {flush_access_log_on_new_request: true}")
             .shown(&[2, 2]),

@@ -150,6 +150,23 @@ impl Case {
         self
     }
 
+    /// With tags in the entries of its log service, in flow style.
+    pub fn of_tags(mut self, tags: &str) -> Case {
+        self.further_logs =
+            self.further_logs.replace("log_name: $case", &format!("log_name: $case, custom_tags: [{tags}]"));
+        self
+    }
+
+    /// A log of the requests that this filter admits, in flow style.
+    pub fn of_filtered_log(mut self, filter: &str) -> Case {
+        self.further_logs += &format!(
+            "          - {{name: grpc, filter: {filter}, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig, \
+             common_config: {{log_name: $case, buffer_size_bytes: 0, transport_api_version: V3, grpc_service: {{envoy_grpc: {{cluster_name: grpc}}}}}}, \
+             additional_request_headers_to_log: [x-id], additional_response_headers_to_log: [x-envoy-upstream-service-time]}}}}\n"
+        );
+        self
+    }
+
     /// Of these domains alone.
     pub fn only_domains(mut self, domains: &'static str) -> Case {
         self.domains = domains;

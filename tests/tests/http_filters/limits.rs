@@ -159,6 +159,12 @@ fn actions() -> Vec<Case> {
         case("a limit of its own", RATELIMIT, SERVICE, &["GET /"])
             .of_routes("", &limits("").replace("{actions", "{limit: {rate_limit: {requests_per_unit: 5, unit: HOUR}}, actions")),
         case("hits", RATELIMIT, &format!("{SERVICE}, {}", limits("").replace("{actions", "{hits_addend: {number: 3}, actions")), &["GET /"]),
+        case(
+            "hits of a format",
+            RATELIMIT,
+            &format!("{SERVICE}, {}", limits("").replace("{actions", "{hits_addend: {format: '%REQ(x-hits)%'}, actions")),
+            &["GET /", "GET /\nx-hits: 17", "GET /\nx-hits: 1000000001", "GET /\nx-hits: none", "GET /\nx-hits: 2.5"],
+        ),
         case("hits given back", RATELIMIT, &format!("{SERVICE}, {}", limits("").replace("{actions", "{hits_addend: {number: 3, is_negative_hits: true}, actions")), &["GET /"]),
         case("several", RATELIMIT, SERVICE, &requests)
             .of_routes("", &format!("rate_limits: [{{actions: [{KNOWN}]}}, {{actions: [{{request_headers: {{header_name: x-b, descriptor_key: b}}}}]}}, {{disable_key: x, actions: [{{generic_key: {{descriptor_value: g}}}}]}}]")),
@@ -204,6 +210,18 @@ fn local() -> Vec<Case> {
     let by_header = "{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}, {actions: [{request_headers: {header_name: x-a, \
                      descriptor_key: a}}, {generic_key: {descriptor_value: g}}]}";
     let limits = format!("rate_limits: [{by_header}]");
+    let hits = [
+        "GET /\nx-a: 1\nx-hits: 4",
+        "GET /\nx-a: 1\nx-hits: 7",
+        "GET /\nx-a: 1\nx-hits: 6",
+        "GET /\nx-a: 1\nx-hits: 1",
+        "GET /\nx-a: 2\nx-hits: 0",
+        "GET /\nx-a: 3\nx-hits: many",
+        "GET /\nx-a: 3\nx-hits: -1",
+        "GET /\nx-a: 3\nx-hits: 1.9",
+        "GET /\nx-a: 3\nx-hits: 9",
+        "GET /\nx-a: 4",
+    ];
     let requests = [
         "GET /\nx-a: one",
         "GET /\nx-a: one",
@@ -234,5 +252,57 @@ fn local() -> Vec<Case> {
         .of_routes("", &limits),
         case("local descriptors of another stage", LOCAL, &format!("{on}, {descriptors}, stage: 1"), &requests)
             .of_routes("", &limits),
+        case(
+            "local wildcards",
+            LOCAL,
+            &format!("{on}, descriptors: [{}, {}]", bucket("{key: a}", 1), bucket("{key: a, value: one}", 3)),
+            &["one", "one", "one", "one", "two", "two", "three", "three", "two"]
+                .map(|a| as_a(a))
+                .each_ref()
+                .map(|it| &**it),
+        )
+        .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}]"),
+        case(
+            "local wildcards in part",
+            LOCAL,
+            &format!("{on}, descriptors: [{}]", bucket("{key: a}, {key: generic_key, value: g}", 2)),
+            &requests,
+        )
+        .of_routes("", &limits),
+        case(
+            "the last local wildcards",
+            LOCAL,
+            &format!(
+                "{}, max_dynamic_descriptors: 2, descriptors: [{}]",
+                on.replace("max_tokens: 4", "max_tokens: 40"),
+                bucket("{key: a}", 1)
+            ),
+            &["1", "2", "1", "3", "1", "2", "2", "3"].map(|a| as_a(a)).each_ref().map(|it| &**it),
+        )
+        .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}]"),
+        case(
+            "local hits",
+            LOCAL,
+            &format!(
+                "{on}, {}, rate_limits: [{{actions: [{{request_headers: {{header_name: x-a, descriptor_key: a}}}}], hits_addend: \
+                 {{format: '%REQ(x-hits)%'}}}}]",
+                format!("descriptors: [{}]", bucket("{key: a}", 10))
+            ),
+            &hits,
+        ),
+        case(
+            "a number of local hits",
+            LOCAL,
+            &format!(
+                "{on}, descriptors: [{}], rate_limits: [{{actions: [{{request_headers: {{header_name: x-a, descriptor_key: a}}}}], \
+                 hits_addend: {{number: 3}}}}]",
+                bucket("{key: a, value: one}", 7)
+            ),
+            &["GET /\nx-a: one"; 3],
+        ),
     ]
+}
+
+fn as_a(value: &str) -> String {
+    format!("GET /\nx-a: {value}")
 }

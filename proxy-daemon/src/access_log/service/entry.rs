@@ -23,12 +23,14 @@ use envoy_types::pb::{
             },
         },
         extensions::filters::http::grpc_stats::v3::FilterObject,
+        r#type::tracing::v3::CustomTag,
     },
     google::protobuf::{Any, Duration as ProtoDuration, Timestamp, UInt32Value},
 };
 use http::{HeaderName, HeaderValue};
 use prost::Name as _;
 
+use super::tags::Tag;
 use crate::{
     access_log::{
         Headers, Record, ResponseFlags, Times,
@@ -96,6 +98,8 @@ pub struct EntryParts {
     trailers: ShownHeaders,
     /// `filter_state_objects_to_log` has what `grpc_stats` counts.
     grpc_stats: bool,
+    /// `custom_tags`
+    tags: Box<[Tag]>,
 }
 
 impl EntryParts {
@@ -117,18 +121,30 @@ impl EntryParts {
             response: ShownHeaders::parse("RESP", response, &field("additional_response_headers_to_log"))?,
             trailers: ShownHeaders::parse("TRAILER", trailers, &field("additional_response_trailers_to_log"))?,
             grpc_stats: !filter_state.is_empty(),
+            tags: Box::default(),
         })
+    }
+
+    /// With these tags, which are at `path`.
+    ///
+    /// # Errors
+    /// One that is none.
+    pub fn with_tags(mut self, tags: &[CustomTag], path: &str) -> Result<EntryParts, FieldError> {
+        let parse = |(index, tag): (usize, &CustomTag)| Tag::parse(tag, &format!("{path}[{index}]"));
+        self.tags = tags.iter().enumerate().map(parse).collect::<Result<_, _>>()?;
+        Ok(self)
     }
 
     /// The headers of a part of the messages that entries show.
     pub(in crate::access_log) fn headers(&self, part: Part) -> Box<dyn Iterator<Item = &HeaderName> + '_> {
+        let of_tags = self.tags.iter().flat_map(move |tag| tag.headers(part));
         match part {
             Part::Request => {
                 let always = [&USER_AGENT, &REFERER, &FORWARDED_FOR, &REQUEST_ID, &ORIGINAL_PATH];
-                Box::new(always.into_iter().chain(self.request.names()))
+                Box::new(always.into_iter().chain(self.request.names()).chain(of_tags))
             }
-            Part::Response => Box::new(self.response.names()),
-            Part::Trailers => Box::new(self.trailers.names()),
+            Part::Response => Box::new(self.response.names().chain(of_tags)),
+            Part::Trailers => Box::new(self.trailers.names().chain(of_tags)),
         }
     }
 
@@ -238,6 +254,7 @@ impl EntryParts {
             upstream_request_attempt_count: record.attempts,
             stream_id: request_id.map(|id| text(id.as_bytes())).unwrap_or_default(),
             filter_state_objects: state.into_iter().collect(),
+            custom_tags: self.tags.iter().filter_map(|tag| tag.of(record)).collect(),
             intermediate_log_entry: !is_over,
             access_log_type: log_type.into(),
             ..AccessLogCommon::default()
@@ -246,7 +263,7 @@ impl EntryParts {
 }
 
 /// A header's value; each byte that is no UTF-8 becomes an exclamation mark, as in Envoy.
-fn text(value: &[u8]) -> String {
+pub(super) fn text(value: &[u8]) -> String {
     value.utf8_chunks().fold(String::with_capacity(value.len()), |mut text, chunk| {
         text.push_str(chunk.valid());
         text.extend(chunk.invalid().iter().map(|_| '!'));

@@ -5,6 +5,7 @@
 //! stream; further entries are dropped, and counted.
 
 mod entry;
+mod tags;
 
 use std::{
     cell::{Cell, RefCell},

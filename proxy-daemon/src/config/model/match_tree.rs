@@ -2,7 +2,7 @@ use std::{borrow::Cow, collections::HashMap, fmt::Debug, net::IpAddr};
 
 use twox_hash::XxHash64;
 
-use super::{Cidr, StringMatcher};
+use super::{Cidr, StringMatcher, ValueMatch};
 use crate::{layered_runtime::RuntimeFraction, stats::Counter};
 
 /// What a [`MatchTree`] takes values from: an `input` of `xds.type.matcher.v3.Matcher`.
@@ -12,6 +12,16 @@ pub trait MatchInput: Debug {
 
     /// The value; `None` where there is none, which is not the same as an empty one.
     fn value<'a>(&'a self, of: &'a Self::Of<'_>) -> Option<Cow<'a, str>>;
+
+    /// Whether what it takes are values of metadata, which are no texts.
+    fn is_metadata(&self) -> bool {
+        false
+    }
+
+    /// Whether what is there in metadata, if anything, is as `wanted`.
+    fn metadata_matches(&self, _of: &Self::Of<'_>, _wanted: &ValueMatch) -> bool {
+        false
+    }
 }
 
 /// `xds.type.matcher.v3.Matcher`: finds an action of type `A` by values that inputs of type `I` take.
@@ -81,6 +91,13 @@ pub enum ValueMatcher {
         /// The share.
         share: RuntimeFraction,
     },
+    /// Such a value of metadata; `invert`: any other one, or none.
+    Metadata {
+        /// The value.
+        value: ValueMatch,
+        /// Another one.
+        invert: bool,
+    },
 }
 
 /// Texts of which those are found that a text begins with, the longest first: a look-up by hash for each length that occurs.
@@ -123,6 +140,8 @@ impl ValueMatcher {
             ValueMatcher::ConsistentHashing { seed, threshold, modulo } => {
                 XxHash64::oneshot(*seed, value.as_bytes()) % modulo >= *threshold
             }
+            // Values of metadata have no text.
+            ValueMatcher::Metadata { .. } => false,
             ValueMatcher::RuntimeFraction { seed, share } => share.includes(XxHash64::oneshot(*seed, value.as_bytes())),
         }
     }
@@ -142,6 +161,9 @@ fn holds(range: &Cidr, address: IpAddr) -> bool {
 impl<I: MatchInput> Predicate<I> {
     fn holds(&self, of: &I::Of<'_>) -> bool {
         match self {
+            Predicate::Single(input, ValueMatcher::Metadata { value, invert }) => {
+                input.metadata_matches(of, value) != *invert
+            }
             Predicate::Single(input, matcher) => input.value(of).is_some_and(|value| matcher.matches(&value)),
             Predicate::Any(all) => all.iter().any(|predicate| predicate.holds(of)),
             Predicate::All(all) => all.iter().all(|predicate| predicate.holds(of)),

@@ -1,7 +1,7 @@
 //! `rate_limits` of routes, virtual hosts and filters: what requests are counted under.
 
 use super::{Cidr, HeaderMatcher, MatchedHeader, QueryParameterMatcher};
-use crate::layered_runtime::RuntimeFraction;
+use crate::{access_log::HeaderFormat, layered_runtime::RuntimeFraction};
 
 /// `RateLimit`: makes a descriptor of a request, out of what its actions say, or none where one of them has nothing to say.
 #[derive(Debug)]
@@ -14,8 +14,26 @@ pub struct RateLimit {
     pub actions: Box<[RateLimitAction]>,
     /// `limit`: the limit itself, in the place of the service's.
     pub limit: Option<LimitOverride>,
-    /// `hits_addend`: what the request counts for, and whether that is given back.
-    pub hits: Option<(u64, bool)>,
+    /// `hits_addend`: what the request counts for.
+    pub hits: Option<Hits>,
+}
+
+/// `RateLimit.HitsAddend`.
+#[derive(Debug)]
+pub struct Hits {
+    /// How much.
+    pub amount: HitsAmount,
+    /// `is_negative_hits`: it is given back.
+    pub negative: bool,
+}
+
+/// How much a request counts for.
+#[derive(Debug)]
+pub enum HitsAmount {
+    /// `number`
+    Fixed(u64),
+    /// `format`: what this makes of the request, where it is a number.
+    Format(HeaderFormat),
 }
 
 /// `RateLimit.Override`.

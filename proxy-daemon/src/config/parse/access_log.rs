@@ -109,6 +109,7 @@ fn entries(
     let config = config.ok_or_else(|| required(path, "common_config"))?;
     let parts = EntryParts::parse(headers, &config.filter_state_objects_to_log, path)?;
     let path = join(path, "common_config");
+    let parts = parts.with_tags(&config.custom_tags, &join(&path, "custom_tags"))?;
     #[expect(deprecated, reason = "this is where it is refused")]
     const V2: i32 = ApiVersion::V2 as i32;
     if config.transport_api_version == V2 {

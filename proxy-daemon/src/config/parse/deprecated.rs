@@ -183,6 +183,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager.access_log_options",
     ),
     replaced(
+        "envoy.extensions.filters.http.ext_authz.v3.AuthorizationRequest.allowed_headers",
+        "allowed_headers of ExtAuthz",
+        "envoy.extensions.filters.http.ext_authz.v3.ExtAuthz.allowed_headers",
+    ),
+    replaced(
         "envoy.extensions.filters.http.set_metadata.v3.Config.metadata_namespace",
         "metadata",
         "envoy.extensions.filters.http.set_metadata.v3.Metadata",

@@ -4,7 +4,8 @@ use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
         extensions::matching::input_matchers::{
-            consistent_hashing::v3::ConsistentHashing, ip::v3::Ip, runtime_fraction::v3::RuntimeFraction,
+            consistent_hashing::v3::ConsistentHashing, ip::v3::Ip, metadata::v3::Metadata,
+            runtime_fraction::v3::RuntimeFraction,
         },
         r#type::matcher::v3::{
             RegexMatcher, StringMatcher as EnvoyString,
@@ -36,7 +37,7 @@ use prost::Name as _;
 
 use super::{
     common::{Result, cidr, required, runtime_fraction, type_name},
-    matcher,
+    matcher, metadata_match,
     support::join,
 };
 use crate::{
@@ -49,6 +50,9 @@ use crate::{
 
 /// How deep matchers may be in each other, and predicates.
 const MAX_DEPTH: usize = 32;
+
+/// Metadata is matched by its own matcher, and by no other.
+const MISFIT: &str = "Unsupported data input type: values of metadata go with the metadata matcher, and only they do";
 
 /// What a matcher is made of, besides what all have.
 pub(crate) trait MatchParts {
@@ -109,6 +113,9 @@ impl<P: MatchParts> Parser<'_, P> {
             Some(MatcherType::MatcherTree(tree)) => {
                 let path = join(path, "matcher_tree");
                 let input = self.input(tree.input.as_ref(), &join(&path, "input"))?;
+                if input.is_metadata() {
+                    return Err(FieldError::new(join(&path, "input"), MISFIT));
+                }
                 match &tree.tree_type {
                     Some(TreeType::ExactMatchMap(map)) => {
                         let entries = self.entries(map, &join(&path, "exact_match_map"))?;
@@ -158,7 +165,11 @@ impl<P: MatchParts> Parser<'_, P> {
             Some(MatchType::SinglePredicate(single)) => {
                 let path = join(path, "single_predicate");
                 let matcher = value_matcher(single, &path)?;
-                Predicate::Single(self.input(single.input.as_ref(), &join(&path, "input"))?, matcher)
+                let input = self.input(single.input.as_ref(), &join(&path, "input"))?;
+                if input.is_metadata() != matches!(matcher, ValueMatcher::Metadata { .. }) {
+                    return Err(FieldError::new(path, MISFIT));
+                }
+                Predicate::Single(input, matcher)
             }
             Some(MatchType::OrMatcher(any)) => {
                 Predicate::Any(self.predicates(any, &join(path, "or_matcher"), depth)?)
@@ -225,6 +236,10 @@ fn value_matcher(single: &SinglePredicate, path: &str) -> Result<ValueMatcher> {
             return Err(FieldError::new(join(&path, "threshold"), "must not be greater than modulo"));
         }
         ValueMatcher::ConsistentHashing { seed: hashing.seed, threshold, modulo }
+    } else if wanted == Metadata::full_name() {
+        let Metadata { value, invert } = unpack(&config, &path)?;
+        let value = value.as_ref().ok_or_else(|| required(&path, "value"))?;
+        ValueMatcher::Metadata { value: metadata_match::value(value, &join(&path, "value"))?, invert }
     } else if wanted == RuntimeFraction::full_name() {
         let fraction: RuntimeFraction = unpack(&config, &path)?;
         let share = fraction.runtime_fraction.as_ref().ok_or_else(|| required(&path, "runtime_fraction"))?;

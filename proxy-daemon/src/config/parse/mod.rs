@@ -67,7 +67,7 @@ pub use listener::listener;
 pub(crate) use local_reply::body_format;
 pub(crate) use match_tree::{MatchParts, match_tree};
 pub(crate) use matcher::{request_header_input, unknown_action};
-pub(crate) use rate_limit::rate_limits;
+pub(crate) use rate_limit::{metadata_place, rate_limits};
 pub(crate) use route::redirect;
 pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;

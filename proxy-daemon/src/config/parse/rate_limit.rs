@@ -5,7 +5,7 @@ use envoy_types::pb::{
         config::route::v3::{
             HeaderMatcher as ProtoHeader, QueryParameterMatcher as ProtoQuery, RateLimit as ProtoLimit,
             rate_limit::{
-                Action, Override,
+                Action, HitsAddend, Override,
                 action::{ActionSpecifier, MetaData, meta_data::Source},
                 r#override::OverrideSpecifier,
             },
@@ -21,9 +21,10 @@ use super::{
     support::join,
 };
 use crate::{
+    access_log::HeaderFormat,
     config::{
         FieldError,
-        model::{Cidr, LimitOverride, RateLimit, RateLimitAction},
+        model::{Cidr, Hits, HitsAmount, LimitOverride, RateLimit, RateLimitAction},
     },
     http::metadata::read_from,
     layered_runtime::{Fraction, Key, RuntimeFraction},
@@ -54,13 +55,7 @@ fn rate_limit(limit: &ProtoLimit, path: &str) -> Result<RateLimit> {
             key: Some(Key::new(&format!("ratelimit.{key}.http_filter_enabled"))),
         }),
     };
-    let hits = match &limit.hits_addend {
-        Some(hits) if !hits.format.is_empty() => {
-            return Err(FieldError::unsupported(join(path, "hits_addend.format")));
-        }
-        Some(hits) => hits.number.map(|number| (number.value, hits.is_negative_hits)),
-        None => None,
-    };
+    let hits = limit.hits_addend.as_ref().map(|hits| hits_addend(hits, &join(path, "hits_addend"))).transpose()?;
     Ok(RateLimit {
         stage: number(limit.stage, 0),
         enabled,
@@ -71,15 +66,31 @@ fn rate_limit(limit: &ProtoLimit, path: &str) -> Result<RateLimit> {
                 Some(LimitOverride::Fixed(limit.requests_per_unit, limit.unit))
             }
             Some(Override { override_specifier: Some(OverrideSpecifier::DynamicMetadata(limit)) }) => {
-                let (namespace, path) = place(limit.metadata_key.as_ref(), &join(path, "limit.dynamic_metadata"))?;
+                let (namespace, path) =
+                    metadata_place(limit.metadata_key.as_ref(), &join(path, "limit.dynamic_metadata"))?;
                 Some(LimitOverride::Metadata { namespace, path })
             }
             Some(Override { override_specifier: None }) => {
                 return Err(required(&join(path, "limit"), "override_specifier"));
             }
         },
-        hits,
+        hits: hits.flatten(),
     })
+}
+
+fn hits_addend(hits: &HitsAddend, path: &str) -> Result<Option<Hits>> {
+    let negative = hits.is_negative_hits;
+    if hits.format.is_empty() {
+        return Ok(hits.number.map(|number| Hits { amount: HitsAmount::Fixed(number.value), negative }));
+    }
+    let at = join(path, "format");
+    if hits.number.is_some() {
+        return Err(FieldError::new(at, "only one of number and format may be set"));
+    }
+    match HeaderFormat::parse(&hits.format).map_err(|text| FieldError::new(&*at, text))? {
+        Ok(format) if format.is_single() => Ok(Some(Hits { amount: HitsAmount::Format(format), negative })),
+        _ => Err(FieldError::new(at, "must be a single substitution")),
+    }
 }
 
 /// A value that formats would fill.
@@ -183,7 +194,7 @@ fn metadata(metadata: &MetaData, path: &str) -> Result<RateLimitAction> {
             return Err(FieldError::unsupported_value(join(path, "source"), name, "DYNAMIC and ROUTE_ENTRY"));
         }
     };
-    let (namespace, path) = place(metadata.metadata_key.as_ref(), path)?;
+    let (namespace, path) = metadata_place(metadata.metadata_key.as_ref(), path)?;
     Ok(RateLimitAction::Metadata {
         of_route,
         key: metadata.descriptor_key.as_str().into(),
@@ -197,7 +208,8 @@ fn metadata(metadata: &MetaData, path: &str) -> Result<RateLimitAction> {
 /// A namespace, and the path below it.
 type Place = (Box<str>, Box<[Box<str>]>);
 
-fn place(from: Option<&MetadataKey>, path: &str) -> Result<Place> {
+/// Where in metadata something is: the namespace, and the keys below it.
+pub(crate) fn metadata_place(from: Option<&MetadataKey>, path: &str) -> Result<Place> {
     let from = from.ok_or_else(|| required(path, "metadata_key"))?;
     let segments = from.path.iter().map(|segment| match &segment.segment {
         Some(Segment::Key(key)) => Ok(key.as_str().into()),

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, path::Path};
 
 use super::{
     super::honoured::{all, table},
@@ -46,6 +46,60 @@ fn what_files_are_not_watched_by_is_refused() {
         let source: ConfigSource = json::from_yaml(&source).unwrap();
         let error = check(&source, "").unwrap_err().to_string();
         assert_eq!(error, format!("path_config_source.{refused}: not supported by culvert yet"));
+    }
+}
+
+/// Whoever lists a field and forgets to read it accepts and ignores it: each name has to occur in the code, also as the name of a
+/// variant, or in the document's paragraph of what has no effect. (That it occurs does not show that it is obeyed.)
+#[test]
+fn every_honoured_field_is_read_or_said_to_have_no_effect() {
+    let mut words = BTreeSet::new();
+    for folder in ["src", "../xds-client/src"] {
+        words_of_code(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut words);
+    }
+    let document = std::fs::read_to_string(DOCUMENT).unwrap();
+    let (_, rest) = document.split_once("\nNo effect, here as in Envoy: ").unwrap();
+    let (paragraph, _) = rest.split_once("\n## ").unwrap();
+    words.extend(words_of(paragraph));
+    let mut unread = Vec::new();
+    for (name, fields) in all() {
+        let message = json::pool().get_message_by_name(name).unwrap();
+        let listed = |field: &str| fields == ALL || fields.contains(&field);
+        for field in message.fields().filter(|field| listed(field.name())) {
+            let variant: String = field.name().split('_').map(capitalised).collect();
+            if !words.contains(field.name()) && !words.contains(&variant) {
+                unread.push(format!("{name}.{}", field.name()));
+            }
+        }
+    }
+    assert!(unread.is_empty(), "nobody reads {unread:#?}");
+}
+
+fn capitalised(word: &str) -> String {
+    let mut letters = word.chars();
+    letters.next().map(|first| first.to_ascii_uppercase()).into_iter().chain(letters).collect()
+}
+
+fn words_of(text: &str) -> impl Iterator<Item = String> {
+    text.split(|letter: char| !letter.is_alphanumeric() && letter != '_').map(str::to_owned)
+}
+
+/// The words of all code below `folder` but tests and comments, and but lists of names.
+fn words_of_code(folder: &Path, words: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if path.is_dir() && !["honoured", "tests"].contains(&name) {
+            words_of_code(&path, words);
+        } else if name.ends_with(".rs")
+            && !name.ends_with("tests.rs")
+            && !["deprecated.rs", "support_doc.rs"].contains(&name)
+        {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let code = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+            let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+            lines.for_each(|line| words.extend(words_of(line)));
+        }
     }
 }
 

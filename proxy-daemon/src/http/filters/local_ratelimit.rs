@@ -1,8 +1,8 @@
 //! `envoy.filters.http.local_ratelimit`: a token bucket that all workers share.
 
 use std::{
-    collections::HashMap,
-    sync::Arc,
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -27,7 +27,7 @@ use crate::{
     http::{
         body::Body,
         changes::list,
-        descriptors::{self, Entries},
+        descriptors::{self, Descriptor, Entries},
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
         token_bucket::TokenBucket,
@@ -47,14 +47,16 @@ const SHORTEST_FILL: Duration = Duration::from_millis(50);
 /// gRPC's RESOURCE_EXHAUSTED.
 const RESOURCE_EXHAUSTED: u16 = 8;
 
-/// What is configured. Streams that show the state of the bucket hold on to it.
+/// What is configured.
 #[derive(Debug)]
 struct Configured {
     status: StatusCode,
     grpc_status: Option<u16>,
-    bucket: Option<TokenBucket>,
+    bucket: Option<Shared<TokenBucket>>,
     /// By the descriptors that requests have.
-    buckets: HashMap<Entries, TokenBucket>,
+    buckets: HashMap<Entries, Shared<TokenBucket>>,
+    /// For those that have none there.
+    wildcards: Box<[Wildcard]>,
     /// What makes them, in the place of what routes say.
     own: Box<[RateLimit]>,
     stage: u32,
@@ -82,41 +84,148 @@ struct Stats {
 #[derive(Debug)]
 struct LocalRateLimitFactory(Shared<Configured>);
 
+/// A descriptor with entries that have any value: each of those that requests have gets a bucket of its own.
+#[derive(Debug)]
+struct Wildcard {
+    /// Keys, and values where they are told.
+    entries: Box<[(Box<str>, Option<Box<str>>)]>,
+    limit: Limit,
+    buckets: Mutex<Recent>,
+}
+
+/// The buckets of a wildcard that were used last. Beyond `most` of them the one that has not been used for the longest time is forgotten.
+#[derive(Debug)]
+struct Recent {
+    most: usize,
+    uses: u64,
+    buckets: HashMap<Arc<Entries>, (u64, Arc<TokenBucket>)>,
+    /// By their last uses.
+    by_use: BTreeMap<u64, Arc<Entries>>,
+}
+
+/// `TokenBucket`
+#[derive(Debug, Clone, Copy)]
+struct Limit {
+    max_tokens: u64,
+    tokens_per_fill: u64,
+    interval: Duration,
+}
+
+impl Limit {
+    fn bucket(self) -> TokenBucket {
+        TokenBucket::new(self.max_tokens, self.tokens_per_fill, self.interval)
+    }
+}
+
+impl Wildcard {
+    /// The bucket of a descriptor; `None`: it is another one.
+    fn bucket(&self, descriptor: &Entries) -> Option<Arc<TokenBucket>> {
+        let matches = |((key, value), (own, wanted)): (&(Box<str>, Box<str>), &(Box<str>, Option<Box<str>>))| {
+            key == own && wanted.as_ref().is_none_or(|wanted| wanted == value)
+        };
+        let all = descriptor.len() == self.entries.len() && descriptor.iter().zip(&self.entries).all(matches);
+        // What is kept there is whole at any time.
+        all.then(|| self.buckets.lock().unwrap_or_else(PoisonError::into_inner).get(descriptor, self.limit))
+    }
+}
+
+impl Recent {
+    fn new(most: usize) -> Recent {
+        Recent { most, uses: 0, buckets: HashMap::new(), by_use: BTreeMap::new() }
+    }
+
+    fn get(&mut self, descriptor: &Entries, limit: Limit) -> Arc<TokenBucket> {
+        self.uses += 1;
+        if let Some((used, bucket)) = self.buckets.get_mut(descriptor) {
+            if let Some(name) = self.by_use.remove(used) {
+                self.by_use.insert(self.uses, name);
+            }
+            *used = self.uses;
+            return Arc::clone(bucket);
+        }
+        let (name, bucket) = (Arc::new(descriptor.clone()), Arc::new(limit.bucket()));
+        self.buckets.insert(Arc::clone(&name), (self.uses, Arc::clone(&bucket)));
+        self.by_use.insert(self.uses, name);
+        if self.buckets.len() > self.most
+            && let Some((_, oldest)) = self.by_use.pop_first()
+        {
+            self.buckets.remove(&oldest);
+        }
+        bucket
+    }
+}
+
 /// One stream's filter, where responses tell of the bucket. Answers to requests that an earlier filter has kept from this one do not.
 #[derive(Debug)]
-struct LocalRateLimitFilter {
-    configured: Kept<Configured>,
-    /// Which one that is; `None`: that of all requests.
-    descriptor: Option<Entries>,
+struct LocalRateLimitFilter(Shown);
+
+/// The bucket that is shown.
+#[derive(Debug)]
+enum Shown {
+    Known(Kept<TokenBucket>),
+    OfWildcard(Arc<TokenBucket>),
+}
+
+/// A bucket that counts a request.
+#[derive(Clone)]
+enum Bucket<'a> {
+    Known(&'a Shared<TokenBucket>),
+    OfWildcard(Arc<TokenBucket>),
+}
+
+impl Bucket<'_> {
+    fn get(&self) -> &TokenBucket {
+        match self {
+            Bucket::Known(bucket) => bucket,
+            Bucket::OfWildcard(bucket) => bucket,
+        }
+    }
+
+    fn keep(&self) -> Shown {
+        match self {
+            Bucket::Known(bucket) => Shown::Known(bucket.keep()),
+            Bucket::OfWildcard(bucket) => Shown::OfWildcard(Arc::clone(bucket)),
+        }
+    }
 }
 
 /// What became of a request.
 struct Taken<'a> {
     allowed: bool,
-    /// The bucket that decided, with its descriptor.
-    bucket: Option<(Option<&'a Entries>, &'a TokenBucket)>,
+    /// The bucket that decided.
+    bucket: Option<Bucket<'a>>,
 }
 
 impl Configured {
     /// Takes the tokens of a request, of all buckets that count it.
-    fn take(&self, head: &RequestHead, cx: &StreamCx, now: Instant) -> Taken<'_> {
-        let default = self.bucket.as_ref().map(|bucket| (None, bucket));
+    fn take(&self, head: &mut RequestHead, cx: &StreamCx, now: Instant) -> Taken<'_> {
+        let default = self.bucket.as_ref().map(Bucket::Known);
         let mut buckets = Vec::new();
-        if !self.buckets.is_empty() {
+        if !self.buckets.is_empty() || !self.wildcards.is_empty() {
             let descriptors = descriptors::of_request(&self.own, self.stage, self.of_host, head, cx);
-            let known = descriptors.iter().filter_map(|it| self.buckets.get_key_value(&it.entries));
-            buckets = known.map(|(descriptor, bucket)| (Some(descriptor), bucket)).collect();
+            let counted =
+                |it: &Descriptor| Some((self.of_descriptor(&it.entries)?, it.hits.map_or(1, |(hits, _)| hits)));
+            buckets = descriptors.iter().filter_map(counted).collect();
             // The slowest first, as in Envoy.
-            buckets.sort_by_key(|(_, bucket)| std::cmp::Reverse(bucket.per_token()));
+            buckets.sort_by_key(|(bucket, _)| std::cmp::Reverse(bucket.get().per_token()));
         }
-        let first = buckets.first().copied();
         let counts_all = buckets.is_empty() || self.always_default;
-        for bucket in buckets.into_iter().chain(default.filter(|_| counts_all)) {
-            if !bucket.1.take(now) {
-                return Taken { allowed: false, bucket: Some(bucket) };
+        for (bucket, hits) in &buckets {
+            if !bucket.get().take_all(*hits, now) {
+                return Taken { allowed: false, bucket: Some(bucket.clone()) };
             }
         }
-        Taken { allowed: true, bucket: first.or(default) }
+        if let Some(default) = default.as_ref().filter(|_| counts_all)
+            && !default.get().take(now)
+        {
+            return Taken { allowed: false, bucket: Some(default.clone()) };
+        }
+        Taken { allowed: true, bucket: buckets.into_iter().next().map(|(bucket, _)| bucket).or(default) }
+    }
+
+    fn of_descriptor(&self, descriptor: &Entries) -> Option<Bucket<'_>> {
+        let of_wildcards = || self.wildcards.iter().find_map(|wildcard| wildcard.bucket(descriptor));
+        self.buckets.get(descriptor).map(Bucket::Known).or_else(|| of_wildcards().map(Bucket::OfWildcard))
     }
 
     /// The answer to a request for which there is no token.
@@ -140,8 +249,8 @@ impl Configured {
             let record = Record { request_headers: Some(Headers::All(request)), ..*record };
             mutate_response(&mut headers, &self.response_headers, &record);
         });
-        if let Some((_, bucket)) = taken.bucket.filter(|_| self.says_when) {
-            headers.insert(http::header::RETRY_AFTER, seconds(bucket.next(now)));
+        if let Some(bucket) = taken.bucket.as_ref().filter(|_| self.says_when) {
+            headers.insert(http::header::RETRY_AFTER, seconds(bucket.get().next(now)));
         }
         reply.headers = list(headers);
         Flow::Respond(reply)
@@ -169,9 +278,8 @@ impl HttpFilterFactory for LocalRateLimitFactory {
         }
         let now = clock::now();
         let taken = configured.take(head, cx, now);
-        if let Some((descriptor, _)) = taken.bucket.filter(|_| configured.shows_bucket) {
-            let (configured, descriptor) = (configured.keep(), descriptor.cloned());
-            instances.push(Box::new(LocalRateLimitFilter { configured, descriptor }));
+        if let Some(bucket) = taken.bucket.as_ref().filter(|_| configured.shows_bucket) {
+            instances.push(Box::new(LocalRateLimitFilter(bucket.keep())));
         }
         configured.decide(&taken, now, head, cx)
     }
@@ -179,11 +287,10 @@ impl HttpFilterFactory for LocalRateLimitFactory {
 
 impl HttpFilter for LocalRateLimitFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
-        let bucket = match &self.descriptor {
-            Some(descriptor) => self.configured.buckets.get(descriptor),
-            None => self.configured.bucket.as_ref(),
+        let bucket: &TokenBucket = match &self.0 {
+            Shown::Known(bucket) => bucket,
+            Shown::OfWildcard(bucket) => bucket,
         };
-        let Some(bucket) = bucket else { return Flow::Continue };
         let now = clock::now();
         let remaining = bucket.remaining(now);
         head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens()));
@@ -205,23 +312,30 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     // What is not here is refused by the table of honoured fields.
     let config: LocalRateLimit = unpack(config, path)?;
     let field = |name: &str| format!("{path}.{name}");
-    let bucket = config.token_bucket.as_ref().map(|bucket| token_bucket(bucket, &field("token_bucket"))).transpose()?;
-    let buckets = config.descriptors.iter().enumerate().map(|(index, descriptor)| {
-        let path = format!("{path}.descriptors[{index}]");
-        let entries = descriptor.entries.iter().map(|entry| match entry.value.as_str() {
-            "" => Err(FieldError::new(
-                format!("{path}.entries"),
-                "entries without a value, which stand for all values, are not supported by culvert yet",
-            )),
-            value => Ok((entry.key.as_str().into(), value.into())),
-        });
+    let bucket = config.token_bucket.as_ref().map(|bucket| limit(bucket, &field("token_bucket"))).transpose()?;
+    let most = config.max_dynamic_descriptors.map_or(20, |most| most.value as usize);
+    let (mut buckets, mut wildcards) = (HashMap::new(), Vec::new());
+    for (index, descriptor) in config.descriptors.iter().enumerate() {
+        let at = format!("{path}.descriptors[{index}]");
         let bucket = descriptor.token_bucket.as_ref();
-        let bucket = bucket.ok_or_else(|| FieldError::new(format!("{path}.token_bucket"), "value is required"))?;
-        Ok((entries.collect::<Result<_, _>>()?, token_bucket(bucket, &format!("{path}.token_bucket"))?))
-    });
-    let buckets = buckets.collect::<Result<HashMap<_, _>, FieldError>>()?;
-    if buckets.len() < config.descriptors.len() {
-        return Err(FieldError::new(field("descriptors"), "duplicate descriptor in the local rate limit descriptor"));
+        let bucket = bucket.ok_or_else(|| FieldError::new(format!("{at}.token_bucket"), "value is required"))?;
+        let limit = limit(bucket, &format!("{at}.token_bucket"))?;
+        let pairs = descriptor.entries.iter().map(|entry| (entry.key.as_str(), entry.value.as_str()));
+        let is_known = if descriptor.entries.iter().any(|entry| entry.value.is_empty()) {
+            let value = |value: &str| (!value.is_empty()).then(|| value.into());
+            let entries: Box<[(Box<str>, Option<Box<str>>)]> =
+                pairs.map(|(key, text)| (key.into(), value(text))).collect();
+            let is_known = wildcards.iter().any(|wildcard: &Wildcard| wildcard.entries == entries);
+            wildcards.push(Wildcard { entries, limit, buckets: Mutex::new(Recent::new(most)) });
+            is_known
+        } else {
+            let entries: Entries = pairs.map(|(key, value)| (key.into(), value.into())).collect();
+            buckets.insert(entries, Shared::new(limit.bucket())).is_some()
+        };
+        if is_known {
+            let text = "duplicate descriptor in the local rate limit descriptor";
+            return Err(FieldError::new(field("descriptors"), text));
+        }
     }
     let never = RuntimeFraction { default: Fraction::percent(0), key: None };
     let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
@@ -251,8 +365,9 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     Ok(Configured {
         status,
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
-        bucket,
+        bucket: bucket.map(|limit| Shared::new(limit.bucket())),
         buckets,
+        wildcards: wildcards.into(),
         own: parse::rate_limits(&config.rate_limits, path, "rate_limits")?,
         stage: config.stage,
         of_host: super::ratelimit::of_host(config.vh_rate_limits),
@@ -268,12 +383,53 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     })
 }
 
-fn token_bucket(bucket: &ProtoBucket, path: &str) -> Result<TokenBucket, FieldError> {
+fn limit(bucket: &ProtoBucket, path: &str) -> Result<Limit, FieldError> {
     let interval = parse::duration(bucket.fill_interval, path, "fill_interval")?.unwrap_or_default();
     if interval < SHORTEST_FILL {
         let text = "local rate limit token bucket fill timer must be >= 50ms";
         return Err(FieldError::new(format!("{path}.fill_interval"), text));
     }
     let tokens = bucket.tokens_per_fill.map_or(1, |tokens| tokens.value);
-    Ok(TokenBucket::new(bucket.max_tokens.into(), tokens.into(), interval))
+    Ok(Limit { max_tokens: bucket.max_tokens.into(), tokens_per_fill: tokens.into(), interval })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOURLY: Limit = Limit { max_tokens: 1, tokens_per_fill: 1, interval: Duration::from_secs(3600) };
+
+    fn entries(pairs: &[(&str, &str)]) -> Entries {
+        pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
+    }
+
+    #[test]
+    fn wildcards_have_a_bucket_for_each_value() {
+        let wildcard = Wildcard {
+            entries: [("user".into(), None), ("plan".into(), Some("free".into()))].into(),
+            limit: HOURLY,
+            buckets: Mutex::new(Recent::new(20)),
+        };
+        let bucket = |pairs: &[(&str, &str)]| wildcard.bucket(&entries(pairs));
+        let (one, other) = ([("user", "1"), ("plan", "free")], [("user", "2"), ("plan", "free")]);
+        assert!(bucket(&one).unwrap().take(Instant::now()));
+        assert!(!bucket(&one).unwrap().take(Instant::now()), "it is the same bucket");
+        assert!(bucket(&other).unwrap().take(Instant::now()), "it is another one");
+        assert!(bucket(&[("user", "1"), ("plan", "paid")]).is_none());
+        assert!(bucket(&[("plan", "free"), ("user", "1")]).is_none());
+        assert!(bucket(&[("user", "1")]).is_none());
+    }
+
+    #[test]
+    fn what_was_not_used_for_long_is_forgotten() {
+        let mut recent = Recent::new(2);
+        let mut is_new = |value: &str| recent.get(&entries(&[("user", value)]), HOURLY).take(Instant::now());
+        assert!(is_new("1") && is_new("2"));
+        assert!(!is_new("1"));
+        assert!(is_new("3"), "in the place of 2");
+        assert!(!is_new("1"));
+        assert!(is_new("2"), "in the place of 3");
+        assert!(!is_new("1") && !is_new("2"));
+        assert_eq!((recent.buckets.len(), recent.by_use.len()), (2, 2));
+    }
 }

@@ -59,7 +59,7 @@ impl HttpFilterFactory for MatchDelegate {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let Some(skipped) = self.skipped(route) else { return Flow::Continue };
-        let told = Told { head, connection: &cx.connection, remote: cx.remote };
+        let told = Told { head, connection: &cx.connection, remote: cx.remote, metadata: None };
         match skipped.find(&told) {
             Some(()) => Flow::Continue,
             None => self.inner.request(head, body, cx, route, instances),

@@ -206,7 +206,9 @@ impl Engine {
                 (verdict, policy.and_then(|policy| policy.tracked))
             }
             Engine::Matcher { tree, logs } => {
-                let found = tree.find(&Told { head, connection: &cx.connection, remote: cx.remote });
+                let metadata = cx.progress.metadata.borrow();
+                let metadata = metadata.as_deref();
+                let found = tree.find(&Told { head, connection: &cx.connection, remote: cx.remote, metadata });
                 let action = found.map_or(Action::Deny, |found| found.action);
                 let hint = logs.then_some(action == Action::Log);
                 let policy = found.map(|found| &*found.name);

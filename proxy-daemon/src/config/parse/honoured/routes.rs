@@ -243,7 +243,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.config.route.v3.RateLimit.Override", ALL),
     ("envoy.config.route.v3.RateLimit.Override.RateLimitOverride", ALL),
     ("envoy.config.route.v3.RateLimit.Override.DynamicMetadata", ALL),
-    ("envoy.config.route.v3.RateLimit.HitsAddend", &["number", "is_negative_hits"]),
+    ("envoy.config.route.v3.RateLimit.HitsAddend", ALL),
     ("envoy.type.metadata.v3.MetadataKey", ALL),
     ("envoy.type.metadata.v3.MetadataKey.PathSegment", &["key"]),
     ("envoy.config.route.v3.FilterConfig", ALL),

@@ -9,7 +9,9 @@ use std::{
 use bytes::Bytes;
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::{Address, Metadata, SocketAddress, address, socket_address::PortSpecifier},
+        config::core::v3::{
+            Address, HeaderMap, HeaderValue, Metadata, SocketAddress, address, socket_address::PortSpecifier,
+        },
         service::auth::v3::{
             AttributeContext, CheckRequest,
             attribute_context::{HttpRequest, Peer, Request, TlsSession},
@@ -61,9 +63,13 @@ pub(super) fn request(
     let started = SystemTime::now().checked_sub(cx.started.elapsed()).unwrap_or(UNIX_EPOCH);
     let since = started.duration_since(UNIX_EPOCH).unwrap_or_default();
     let told = cx.progress.metadata.borrow();
-    let namespaces = settings.metadata_namespaces.iter().map(|name| &**name);
-    let namespace = |name: &str| Some((name.to_owned(), told.as_ref()?.namespace(name)?.clone()));
-    let metadata = Metadata { filter_metadata: namespaces.filter_map(namespace).collect(), ..Metadata::default() };
+    let select = |told: Option<&crate::http::metadata::Metadata>, fields: &[Box<str>], typed: &[Box<str>]| {
+        let (fields, typed) = (fields.iter().map(|name| &**name), typed.iter().map(|name| &**name));
+        told.map_or_else(Metadata::default, |told| told.select(fields, typed))
+    };
+    let metadata = select(told.as_deref(), &settings.metadata_namespaces, &settings.typed_namespaces);
+    let of_route = cx.route.as_ref().and_then(|route| route.metadata.as_deref());
+    let of_route = select(of_route, &settings.route_namespaces, &settings.route_typed_namespaces);
     let sni = || connection.requested_server_name().unwrap_or_default().to_owned();
     let tls_session = settings.include_tls_session.then(|| TlsSession { sni: sni() });
     CheckRequest {
@@ -79,7 +85,7 @@ pub(super) fn request(
             }),
             context_extensions,
             metadata_context: Some(metadata),
-            route_metadata_context: Some(Metadata::default()),
+            route_metadata_context: Some(of_route),
             tls_session,
         }),
     }
@@ -113,7 +119,17 @@ fn http_request(settings: &Settings, head: &RequestHead, cx: &StreamCx, body: Op
     for (name, value) in pseudo.into_iter().filter(|(name, _)| is_told(name)) {
         headers.insert(name.to_owned(), value.to_owned());
     }
+    let mut raw: Vec<HeaderValue> = Vec::new();
+    let bytes =
+        |key: &str, value: &[u8]| HeaderValue { key: key.to_owned(), raw_value: value.to_vec(), ..Default::default() };
+    if settings.raw_headers {
+        raw.extend(headers.drain().map(|(name, value)| bytes(&name, value.as_bytes())));
+    }
     for (name, value) in head.headers.iter().filter(|(name, _)| **name != HOST && is_told(name.as_str())) {
+        if settings.raw_headers {
+            raw.push(bytes(name.as_str(), value.as_bytes()));
+            continue;
+        }
         let value = text(value.as_bytes());
         headers.entry(name.as_str().to_owned()).and_modify(|all| *all += &format!(",{value}")).or_insert(value);
     }
@@ -132,7 +148,10 @@ fn http_request(settings: &Settings, head: &RequestHead, cx: &StreamCx, body: Op
     if let Some(Read { data, whole, buffer }) = body {
         let part = &data[..data.len().min(buffer.max_bytes)];
         let partial = part.len() < data.len() || !whole;
-        headers.insert(PARTIAL_BODY.to_owned(), partial.to_string());
+        match settings.raw_headers {
+            true => raw.push(bytes(PARTIAL_BODY, partial.to_string().as_bytes())),
+            false => drop(headers.insert(PARTIAL_BODY.to_owned(), partial.to_string())),
+        }
         if buffer.as_bytes {
             request.raw_body = part.to_vec();
         } else {
@@ -140,6 +159,7 @@ fn http_request(settings: &Settings, head: &RequestHead, cx: &StreamCx, body: Op
         }
     }
     request.headers = headers;
+    request.header_map = settings.raw_headers.then_some(HeaderMap { headers: raw });
     request
 }
 

@@ -5,10 +5,11 @@ use std::{sync::Arc, time::Duration};
 use culvert_xds_client::json::unpack;
 use envoy_types::pb::{
     envoy::{
-        config::core::v3::ApiVersion,
+        config::core::v3::{ApiVersion, GrpcService},
         extensions::filters::http::ext_authz::v3::{
             AuthorizationRequest, AuthorizationResponse, BufferSettings, ExtAuthz, ExtAuthzPerRoute,
-            HttpService as ProtoHttp, ext_authz::Services, ext_authz_per_route::Override,
+            HttpService as ProtoHttp, check_settings::ServiceOverride, ext_authz::Services,
+            ext_authz_per_route::Override,
         },
         r#type::matcher::v3::ListStringMatcher,
     },
@@ -24,12 +25,12 @@ use crate::http::filters::shared::Shared;
 use crate::{
     config::{
         FieldError,
-        model::{HeaderMutations, StringMatcher, StringPattern},
+        model::{HeaderMutations, MetadataMatcher, StringMatcher, StringPattern},
         parse,
     },
     http::{
         call::grpc,
-        filters::{FilterCx, HttpFilterFactory, PerRouteConfig},
+        filters::{FilterCx, HttpFilterFactory, PerRouteConfig, ext_proc::rules::Rules},
         metadata::read_from,
     },
     layered_runtime::{Fraction, RuntimeFlag, RuntimeFraction},
@@ -46,6 +47,19 @@ pub(super) struct Settings {
     pub(super) clear_route_cache: bool,
     pub(super) status_on_error: StatusCode,
     pub(super) metadata_namespaces: Box<[Box<str>]>,
+    pub(super) typed_namespaces: Box<[Box<str>]>,
+    pub(super) route_namespaces: Box<[Box<str>]>,
+    pub(super) route_typed_namespaces: Box<[Box<str>]>,
+    /// What filters before this one must have told.
+    pub(super) enabled_metadata: Option<MetadataMatcher>,
+    /// Headers are told one by one, as they are.
+    pub(super) raw_headers: bool,
+    /// What is no header is refused.
+    pub(super) validates: bool,
+    /// Which headers of requests the service may change.
+    pub(super) rules: Option<Rules>,
+    /// The longest body of an answer to a request that may not pass.
+    pub(super) max_denied_body: usize,
     pub(super) enabled: RuntimeFraction,
     pub(super) deny_at_disable: Option<RuntimeFlag>,
     pub(super) include_peer_certificate: bool,
@@ -88,16 +102,22 @@ pub(in crate::http::filters) fn parse(
     if config.transport_api_version == V2 {
         return Err(FieldError::unsupported_value(field("transport_api_version"), "V2", "V3"));
     }
+    let mut of_service = None;
     let service = match &config.services {
-        Some(Services::GrpcService(grpc)) => {
-            let limit = Some(Duration::from_millis(200));
-            Service::Grpc(grpc::Service::parse(grpc, limit, &field("grpc_service"))?)
+        Some(Services::GrpcService(service)) => grpc_service(service, &field("grpc_service"))?,
+        Some(Services::HttpService(http)) => {
+            #[expect(deprecated, reason = "Envoy still obeys it")]
+            let list = http.authorization_request.as_ref().and_then(|request| request.allowed_headers.as_ref());
+            of_service = list.map(|list| (list, field("http_service.authorization_request.allowed_headers")));
+            Service::Http(Box::new(http_service(http, &field("http_service"))?))
         }
-        Some(Services::HttpService(http)) => Service::Http(Box::new(http_service(http, &field("http_service"))?)),
         None => return Err(FieldError::new(field("services"), "value is required")),
     };
-    let mut allowed =
-        config.allowed_headers.as_ref().map(|list| matchers(list, &field("allowed_headers"))).transpose()?;
+    let own = config.allowed_headers.as_ref().map(|list| (list, field("allowed_headers")));
+    if let (Some(_), Some((_, path))) = (&own, &of_service) {
+        return Err(FieldError::new(&**path, "Invalid duplicate configuration for allowed_headers."));
+    }
+    let mut allowed = own.or(of_service).map(|(list, path)| matchers(list, &path)).transpose()?;
     if let Service::Http(_) = service {
         // What no service can do without.
         let always = [":authority", ":method", ":path", "authorization"];
@@ -117,6 +137,21 @@ pub(in crate::http::filters) fn parse(
         clear_route_cache: config.clear_route_cache,
         status_on_error: parse::status(config.status_on_error.map(|it| it.code), 100, StatusCode::FORBIDDEN),
         metadata_namespaces: config.metadata_context_namespaces.iter().map(|name| read_from(name)).collect(),
+        typed_namespaces: names(&config.typed_metadata_context_namespaces),
+        route_namespaces: names(&config.route_metadata_context_namespaces),
+        route_typed_namespaces: names(&config.route_typed_metadata_context_namespaces),
+        enabled_metadata: (config.filter_enabled_metadata.as_ref())
+            .map(|matcher| parse::metadata_match::metadata(matcher, &field("filter_enabled_metadata")))
+            .transpose()?,
+        raw_headers: config.encode_raw_headers,
+        validates: config.validate_mutations,
+        rules: (config.decoder_header_mutation_rules.as_ref())
+            .map(|rules| Rules::parse(Some(rules), &field("decoder_header_mutation_rules")))
+            .transpose()?,
+        max_denied_body: match config.max_denied_response_body_bytes {
+            0 => usize::MAX,
+            bytes => bytes as usize,
+        },
         enabled: config.filter_enabled.as_ref().map_or(everything, parse::runtime_fraction),
         deny_at_disable: config.deny_at_disable.as_ref().map(parse::runtime_flag),
         include_peer_certificate: config.include_peer_certificate,
@@ -145,8 +180,17 @@ pub(in crate::http::filters) fn parse_per_route(config: &Any, path: &str) -> Res
                             with_request_body can be set.";
                 return Err(FieldError::new(format!("{path}.check_settings"), text));
             }
+            let at = |field: &str| format!("{path}.check_settings.{field}");
+            let service = match &settings.service_override {
+                None => None,
+                Some(ServiceOverride::GrpcService(service)) => Some(grpc_service(service, &at("grpc_service"))?),
+                Some(ServiceOverride::HttpService(service)) => {
+                    Some(Service::Http(Box::new(http_service(service, &at("http_service"))?)))
+                }
+            };
             Told {
                 disabled: false,
+                service: service.map(Shared::new),
                 context_extensions: settings.context_extensions,
                 without_body: settings.disable_request_body_buffering,
                 buffer: settings.with_request_body.map(Buffer::of),
@@ -154,6 +198,15 @@ pub(in crate::http::filters) fn parse_per_route(config: &Any, path: &str) -> Res
         }
         None => return Err(FieldError::new(format!("{path}.override"), "value is required")),
     }))
+}
+
+fn names(names: &[String]) -> Box<[Box<str>]> {
+    names.iter().map(|name| name.as_str().into()).collect()
+}
+
+fn grpc_service(service: &GrpcService, path: &str) -> Result<Service, FieldError> {
+    let limit = Some(Duration::from_millis(200));
+    Ok(Service::Grpc(grpc::Service::parse(service, limit, path)?))
 }
 
 fn http_service(service: &ProtoHttp, path: &str) -> Result<HttpService, FieldError> {

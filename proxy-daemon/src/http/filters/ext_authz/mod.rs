@@ -23,6 +23,7 @@ pub(super) use config::{parse, parse_per_route};
 use self::{
     attributes::Read,
     config::{Buffer, Settings},
+    service::Service,
     verdict::{Outcome, Verdict},
 };
 use super::{
@@ -114,6 +115,8 @@ impl ClusterCounters {
 #[derive(Debug, Default)]
 struct Told {
     disabled: bool,
+    /// Who is asked in the place of the filter's own service.
+    service: Option<Shared<Service>>,
     context_extensions: HashMap<String, String>,
     without_body: bool,
     buffer: Option<Buffer>,
@@ -126,6 +129,8 @@ struct ExtAuthzFactory(Shared<Settings>);
 #[derive(Debug)]
 struct ExtAuthzFilter {
     settings: Kept<Settings>,
+    /// In the place of the settings'.
+    service: Option<Kept<Service>>,
     context_extensions: HashMap<String, String>,
     /// How much of its body is read first.
     buffer: Option<Buffer>,
@@ -138,7 +143,7 @@ impl HttpFilterFactory for ExtAuthzFactory {
         &self,
         head: &mut RequestHead,
         body: &mut Body,
-        _cx: &mut StreamCx,
+        cx: &mut StreamCx,
         route: PerRoute<'_>,
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
@@ -147,7 +152,12 @@ impl HttpFilterFactory for ExtAuthzFactory {
         if told.is_some_and(|told| told.disabled) {
             return Flow::Continue;
         }
-        if !settings.enabled.includes(fastrand::u64(..)) {
+        let told_so = || {
+            let metadata = cx.progress.metadata.borrow();
+            let namespace = |filter: &str| metadata.as_ref().and_then(|metadata| metadata.namespace(filter));
+            settings.enabled_metadata.as_ref().is_none_or(|matcher| matcher.matches(namespace(&matcher.filter)))
+        };
+        if !settings.enabled.includes(fastrand::u64(..)) || !told_so() {
             settings.stats.disabled.inc();
             return match &settings.deny_at_disable {
                 Some(deny) if deny.get() => Flow::Respond(failed(settings)),
@@ -163,6 +173,7 @@ impl HttpFilterFactory for ExtAuthzFactory {
         let levels = route.all::<Told>().flat_map(|told| &told.context_extensions);
         instances.push(Box::new(ExtAuthzFilter {
             settings: settings.keep(),
+            service: told.and_then(|told| told.service.as_ref()).map(Shared::keep),
             context_extensions: levels.map(|(key, value)| (key.clone(), value.clone())).collect(),
             buffer: buffer.filter(|_| !skips),
             response: Vec::new(),
@@ -196,7 +207,8 @@ impl HttpFilter for ExtAuthzFilter {
             let began = std::time::Instant::now();
             let extensions = std::mem::take(&mut self.context_extensions);
             let request = attributes::request(&self.settings, head, cx, read.as_ref(), extensions);
-            let verdict = self.settings.service.check(request, head, cx).await;
+            let service = self.service.as_deref().unwrap_or(&self.settings.service);
+            let verdict = service.check(request, head, cx).await;
             self.settle(verdict, head, cx, began.elapsed().as_millis() as f64)
         })
     }
@@ -238,8 +250,13 @@ impl ExtAuthzFilter {
                 stats.ignored_dynamic_metadata.inc();
             }
         }
+        let illegal = self.settings.validates && verdict.reply.iter().any(|change| !change.is_legal());
         match verdict.outcome {
             Outcome::Ok => {
+                if !verdict.restrict(self.settings.validates, self.settings.rules.as_ref()) {
+                    count(stats.invalid, &names.invalid);
+                    return Flow::Respond(invalid());
+                }
                 cx.reroute = self.settings.clear_route_cache && verdict.changes_request();
                 verdict.apply(head);
                 if verdict.exceeds(head, cx.max_headers) {
@@ -253,11 +270,16 @@ impl ExtAuthzFilter {
             }
             Outcome::Denied => {
                 count(stats.denied, &names.denied);
+                if illegal {
+                    count(stats.invalid, &names.invalid);
+                    return Flow::Respond(invalid());
+                }
                 let status = verdict.status.unwrap_or(StatusCode::FORBIDDEN);
                 if self.settings.charge_cluster {
                     charge(cluster.as_deref(), status.as_u16());
                 }
                 let headers = verdict.reply_headers();
+                verdict.body.truncate(self.settings.max_denied_body);
                 let mut reply = LocalReply::new(status, verdict.body, ResponseFlags::UAEX, "ext_authz_denied");
                 reply.headers = headers;
                 Flow::Respond(reply)
@@ -272,6 +294,10 @@ impl ExtAuthzFilter {
                     return Flow::Continue;
                 }
                 let mut reply = failed(&self.settings);
+                if illegal {
+                    return Flow::Respond(reply);
+                }
+                verdict.body.truncate(self.settings.max_denied_body);
                 reply.status = verdict.status.unwrap_or(reply.status);
                 reply.headers = verdict.reply_headers();
                 reply.body = verdict.body;

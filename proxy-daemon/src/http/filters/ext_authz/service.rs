@@ -103,15 +103,17 @@ impl HttpService {
         let (mut asking, ()) = Request::new(()).into_parts();
         let body = if told.raw_body.is_empty() { Bytes::from(told.body) } else { Bytes::from(told.raw_body) };
         let mut path = "/".to_owned();
-        for (name, value) in told.headers {
+        let raw = told.header_map.unwrap_or_default().headers.into_iter().map(|header| (header.key, header.raw_value));
+        let joined = told.headers.into_iter().map(|(name, value)| (name, value.into_bytes()));
+        for (name, value) in joined.chain(raw) {
             match name.as_str() {
-                ":path" => path = value,
-                ":method" => asking.method = Method::from_bytes(value.as_bytes()).unwrap_or(Method::GET),
-                ":authority" => asking.headers.extend(HeaderValue::from_str(&value).ok().map(|host| (HOST, host))),
+                ":path" => path = String::from_utf8_lossy(&value).into_owned(),
+                ":method" => asking.method = Method::from_bytes(&value).unwrap_or(Method::GET),
+                ":authority" => asking.headers.extend(HeaderValue::from_bytes(&value).ok().map(|host| (HOST, host))),
                 ":scheme" | "content-length" => {}
                 _ => {
                     if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(value)) {
-                        asking.headers.insert(name, value);
+                        asking.headers.append(name, value);
                     }
                 }
             }

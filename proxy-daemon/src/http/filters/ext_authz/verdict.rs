@@ -10,6 +10,7 @@ use envoy_types::pb::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::HOST};
 
+use super::super::ext_proc::rules::{Rules, is_value};
 use crate::http::{
     changes::{Action, Change, Place, place},
     path::set_path,
@@ -63,6 +64,11 @@ fn by_append(option: &HeaderValueOption, otherwise: Action) -> Option<Change> {
     #[expect(deprecated, reason = "the one that Envoy looks at")]
     let joins = option.append.is_some_and(|append| append.value);
     Some(Change::new(&header.key, header.value.as_bytes(), if joins { Action::Join } else { otherwise }))
+}
+
+/// Whether a query can hold it as it is. As in Envoy, what is percent-encoded already would be once more.
+fn is_encoded(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.*".contains(&byte))
 }
 
 /// As a header is removed; pseudo-headers and the host stay.
@@ -121,6 +127,31 @@ impl Verdict {
             && self.remove.is_empty()
             && self.query_set.is_empty()
             && self.query_remove.is_empty())
+    }
+
+    /// Leaves out what the service may not change of the request; whether the rest may be.
+    pub(super) fn restrict(&mut self, validates: bool, rules: Option<&Rules>) -> bool {
+        if validates {
+            let legal = |change: &Change| change.is_legal();
+            let told = self.query_set.iter().all(|(key, value)| is_encoded(key) && is_encoded(value));
+            if !(self.request.iter().all(legal) && self.response.iter().all(legal) && told) {
+                return false;
+            }
+        }
+        let Some(rules) = rules else { return true };
+        let allows = |change: &Change| {
+            let name = change.place.name();
+            // There is no joining to what stands in the request's line.
+            let appends = name.starts_with(':') && change.action != Action::Set;
+            !appends && rules.allows(name, false) && is_value(name, &change.value)
+        };
+        let removes = |name: &HeaderName| rules.allows(name.as_str(), true);
+        if rules.is_error() && !(self.request.iter().all(allows) && self.remove.iter().all(removes)) {
+            return false;
+        }
+        self.request.retain(allows);
+        self.remove.retain(removes);
+        true
     }
 
     /// Changes a request that may pass.

@@ -15,7 +15,7 @@ mod config;
 mod messages;
 mod mode;
 mod process;
-mod rules;
+pub(super) mod rules;
 mod session;
 mod told;
 

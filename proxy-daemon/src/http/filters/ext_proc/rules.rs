@@ -18,7 +18,7 @@ use crate::{
 
 /// `HeaderMutationRules`
 #[derive(Debug)]
-pub(super) struct Rules {
+pub(in crate::http::filters) struct Rules {
     all_routing: bool,
     envoy: bool,
     no_system: bool,
@@ -75,7 +75,10 @@ impl Target<'_> {
 impl Rules {
     /// # Errors
     /// An expression that is none, below `path`.
-    pub(super) fn parse(rules: Option<&HeaderMutationRules>, path: &str) -> Result<Rules, FieldError> {
+    pub(in crate::http::filters) fn parse(
+        rules: Option<&HeaderMutationRules>,
+        path: &str,
+    ) -> Result<Rules, FieldError> {
         let rules = rules.cloned().unwrap_or_default();
         let set = |value: Option<envoy_types::pb::google::protobuf::BoolValue>| value.is_some_and(|value| value.value);
         let regex = |matcher: &Option<_>, field: &str| {
@@ -92,7 +95,13 @@ impl Rules {
         })
     }
 
-    fn allows(&self, name: &str, removes: bool) -> bool {
+    /// Whether what is not allowed refuses all else with it.
+    pub(in crate::http::filters) fn is_error(&self) -> bool {
+        self.is_error
+    }
+
+    /// Whether a header of this name, in lower case, may be set, or removed.
+    pub(in crate::http::filters) fn allows(&self, name: &str, removes: bool) -> bool {
         let system = name.starts_with(':');
         if removes && (system || name == "host") {
             return false;
@@ -184,7 +193,7 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Whether a pseudo-header, or the host, can have such a value.
-fn is_value(name: &str, value: &HeaderValue) -> bool {
+pub(in crate::http::filters) fn is_value(name: &str, value: &HeaderValue) -> bool {
     match name {
         ":authority" | "host" => Authority::try_from(value.as_bytes()).is_ok(),
         ":scheme" => matches!(value.as_bytes(), b"http" | b"https"),

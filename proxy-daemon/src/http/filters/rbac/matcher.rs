@@ -12,7 +12,7 @@ use crate::{
         FieldError,
         parse::{self, MatchParts, type_name},
     },
-    http::match_input::{RequestInput, request_input},
+    http::match_input::{RequestInput, policy_input},
     stats::Counter,
 };
 
@@ -42,7 +42,7 @@ impl MatchParts for Parts<'_> {
     type Action = Found;
 
     fn input(&mut self, config: &Any, path: &str) -> Result<Option<RequestInput>> {
-        request_input(config, path)
+        policy_input(config, path)
     }
 
     fn action(&mut self, config: &Any, path: &str) -> Result<Found> {

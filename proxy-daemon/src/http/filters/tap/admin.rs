@@ -136,7 +136,8 @@ pub(crate) fn attach(request: &[u8]) -> Result<Attached, String> {
                 let timeout = parse::duration(sink.timeout, path, "timeout")?.filter(|timeout| !timeout.is_zero());
                 buffered = Some(Buffered::new(usize::try_from(sink.max_traces).unwrap_or(usize::MAX), timeout));
             }
-            _ => {}
+            OutputSinkType::StreamingAdmin(_) => {}
+            _ => return Err(FieldError::unsupported(path)),
         }
         let (target, traces) = Target::admin();
         receiver = Some(traces);
