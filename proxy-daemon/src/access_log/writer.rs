@@ -4,10 +4,13 @@ use std::{
     collections::VecDeque,
     fs::File,
     io::{self, Write as _},
+    os::fd::AsFd as _,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
     time::{Duration, Instant},
 };
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::sink::STATS;
 
@@ -66,8 +69,25 @@ impl Output {
     fn write(&self, mut lines: &[u8]) -> io::Result<()> {
         while !lines.is_empty() {
             let (piece, rest) = lines.split_at(if self.is_regular { lines.len() } else { piece_len(lines) });
-            (&self.file).write_all(piece)?;
+            self.write_piece(piece)?;
             lines = rest;
+        }
+        Ok(())
+    }
+
+    fn write_piece(&self, mut piece: &[u8]) -> io::Result<()> {
+        while !piece.is_empty() {
+            match (&self.file).write(piece) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => piece = &piece[written..],
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Whoever started the daemon may share the output with it, and have made it so.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut room = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+                    poll(&mut room, PollTimeout::NONE)?;
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
@@ -122,10 +142,12 @@ impl Writer {
                     }
                 }
                 Some(Item::Reopened(reopened)) => output = reopened,
-                None if queue.closed => return,
                 None => {
                     // For those who wait for this.
                     self.changed.notify_all();
+                    if queue.closed {
+                        return;
+                    }
                     queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
             }
@@ -151,7 +173,13 @@ impl Writer {
 
     /// What is handed over from now on goes to this file.
     pub(super) fn reopened(&self, output: Output) {
-        self.queue().items.push_back(Item::Reopened(output));
+        let mut queue = self.queue();
+        match queue.items.back_mut() {
+            // Nothing was written for the one before.
+            Some(Item::Reopened(before)) => *before = output,
+            _ => queue.items.push_back(Item::Reopened(output)),
+        }
+        drop(queue);
         self.changed.notify_all();
     }
 

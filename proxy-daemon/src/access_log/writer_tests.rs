@@ -1,5 +1,7 @@
 use std::{io::Read as _, os::fd::OwnedFd};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
 use super::*;
 
 /// The writer of a pipe, and the pipe's other end.
@@ -30,6 +32,31 @@ fn a_pipe_that_nobody_reads_holds_up_its_own_thread_alone() {
     let queue = writer.queue();
     assert_eq!((queue.bytes, queue.busy, queue.items.len()), (0, false, 0));
     assert!(received.chunks(100).all(|line| line.ends_with(b"y\n")));
+}
+
+#[test]
+fn an_output_that_does_not_block_loses_nothing() {
+    let (mut reader, output) = io::pipe().unwrap();
+    fcntl(&output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let writer = Writer::start(Output::new(File::from(OwnedFd::from(output))).unwrap()).unwrap();
+    hand(&writer, 20_000);
+    let mut received = vec![0; 2_000_000];
+    reader.read_exact(&mut received).unwrap();
+    assert!(received.chunks(100).all(|line| line.ends_with(b"y\n")));
+}
+
+#[test]
+fn who_waits_is_told_when_the_last_is_written() {
+    let (reader, writer) = pipe();
+    hand(&writer, 20_000);
+    writer.close();
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| writer.finish(Instant::now() + Duration::from_secs(60)));
+        // Its thread ends with the last line.
+        std::thread::spawn(move || io::copy(&mut { reader }, &mut io::sink()));
+    });
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
 }
 
 #[test]
