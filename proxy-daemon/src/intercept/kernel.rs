@@ -426,12 +426,12 @@ pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptErr
     Ok(())
 }
 
-/// Whether the maps that are pinned in a directory are these. One decides that no two daemons share.
-pub(super) fn has_pinned(ebpf: &Ebpf, directory: &Path) -> bool {
+/// Whether the maps that are pinned in a directory are these; `None`: none are, or that cannot be read. One decides that no two daemons
+/// share.
+pub(super) fn has_pinned(ebpf: &Ebpf, directory: &Path) -> Option<bool> {
     const OWN: &str = "PODS";
-    let own = inherit::info(ebpf, OWN).map(|info| info.id());
-    let pinned = MapInfo::from_pin(directory.join(OWN)).map(|info| info.id());
-    matches!((own, pinned), (Some(own), Ok(pinned)) if own == pinned)
+    let own = inherit::info(ebpf, OWN)?.id();
+    Some(MapInfo::from_pin(directory.join(OWN)).ok()?.id() == own)
 }
 
 /// A map by its name, in the type that the caller asks for.

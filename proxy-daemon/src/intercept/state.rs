@@ -434,7 +434,7 @@ impl State {
     /// or any that is known, does not have that backend any more.
     pub(super) fn end_stranded(&mut self, service: Option<Endpoint>) {
         // Before, the earlier daemon's tables count.
-        if self.inherits_sockets && self.told_stranded {
+        if self.inherits_sockets && self.told_stranded && !self.is_followed() {
             sessions::end(self.services.stranded(&mut self.ebpf, service));
         }
     }

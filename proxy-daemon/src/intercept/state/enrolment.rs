@@ -70,12 +70,12 @@ impl State {
     /// Forgets, once, what earlier daemons counted for pods that have gone since: as soon as it is known which those are, and
     /// as no other daemon serves them.
     pub(super) fn forget_others(&mut self) {
-        if self.forgot_others || self.waits.is_some() || self.source_fault.is_some() {
+        if self.forgot_others || self.waits.is_some() || self.source_fault.is_some() || self.is_followed() {
             return;
         }
-        self.forgot_others = true;
-        if let Err(error) = self.pods.forget_others(&mut self.ebpf) {
-            tracing::warn!(%error, "counters of pods that are gone are left");
+        match self.pods.forget_others(&mut self.ebpf) {
+            Ok(()) => self.forgot_others = true,
+            Err(error) => tracing::warn!(%error, "counters of pods that are gone are left until pods change"),
         }
     }
 

@@ -29,7 +29,10 @@ impl State {
 
     fn others_are_pinned(&self) -> bool {
         let directories = map_directories(&self.config.pin_path);
-        !directories.is_empty() && !directories.iter().any(|directory| kernel::has_pinned(&self.ebpf, directory))
+        let ours: Vec<_> =
+            directories.iter().filter_map(|directory| kernel::has_pinned(&self.ebpf, directory)).collect();
+        // What is gone, or cannot be read, says nothing of another daemon.
+        !ours.is_empty() && !ours.contains(&true)
     }
 
     /// Removes all that was made, as far as possible, unless it is another daemon's by now.
