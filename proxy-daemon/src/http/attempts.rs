@@ -8,7 +8,7 @@ use super::{
     body::Body,
     choice::{self, named_host},
     codec::{Incoming, h1::Upgrade},
-    forward::set_host,
+    forward::{admits, set_host},
     headers::names::*,
     illegal,
     retry::{Failure, RetryState, Verdict},
@@ -92,15 +92,22 @@ impl Failed {
 }
 
 impl<'a> Attempts<'a> {
-    /// Nobody could be connected to in a tunnel: from here on the request goes where it would have gone. Gives whether it can.
-    fn leave_tunnel(&mut self) -> bool {
+    /// Where nobody could be connected to in a tunnel, the request goes where it would have gone from here on, as its first attempt. Gives
+    /// whether it does.
+    ///
+    /// # Errors
+    /// The answer of a cluster that takes no requests now.
+    pub(super) fn leaves_tunnel(&mut self, failed: &Failed, end: &StreamEnd) -> Result<bool, LocalReply> {
         let Shared { cx, action, other_peer, .. } = self.shared;
-        let Some(cluster) = cx.unless_connected.as_ref().filter(|_| !cx.progress.left_tunnel.replace(true)) else {
-            return false;
-        };
+        let Some(cluster) = cx.unless_connected.as_ref().filter(|_| failed.is_unconnected()) else { return Ok(false) };
+        if cx.progress.left_tunnel.replace(true) {
+            return Ok(false);
+        }
+        self.count -= 1;
         self.shared = Shared { cluster, peer: other_peer, ..self.shared };
         self.metadata_match = choice::metadata_match(cx, action, cluster);
-        true
+        admits(cx, end, cluster)?;
+        Ok(true)
     }
 }
 
@@ -160,8 +167,7 @@ impl Attempts<'_> {
                         request => request,
                     };
                     let request = match request {
-                        Some(again) if failed.is_unconnected() && self.leave_tunnel() => {
-                            self.count -= 1;
+                        Some(again) if self.leaves_tunnel(&failed, end)? => {
                             (head, body) = *again;
                             continue;
                         }

@@ -186,12 +186,21 @@ fn admitted(
         return Err(LocalReply::new(action.cluster_not_found_status, "", ResponseFlags::NC, "cluster_not_found"));
     };
     end.notes.counted = cx.route.as_ref().and_then(|route| Counted::of(route, head));
+    admits(cx, end, &cluster)?;
+    Ok(cluster)
+}
+
+/// Whether a cluster takes requests now.
+///
+/// # Errors
+/// The answer in the place of its response.
+pub(super) fn admits(cx: &StreamCx, end: &StreamEnd, cluster: &WorkerCluster) -> Result<(), LocalReply> {
     if cluster.cluster.refuses_for_maintenance() {
-        return Err(maintenance(&cluster, end));
+        return Err(maintenance(cluster, end));
     }
     match cluster.overload() {
-        Overload::Passes => Ok(cluster),
-        overload => Err(dropped(cx, &cluster, end, overload == Overload::DropsAll)),
+        Overload::Passes => Ok(()),
+        overload => Err(dropped(cx, cluster, end, overload == Overload::DropsAll)),
     }
 }
 

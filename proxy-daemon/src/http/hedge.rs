@@ -76,7 +76,6 @@ impl Attempts<'_> {
         end: &mut StreamEnd,
         mut head: RequestHead,
     ) -> Result<(Response<Incoming>, Connection), LocalReply> {
-        let shared = self.shared;
         let late: Rc<RefCell<VecDeque<u32>>> = Rc::default();
         let mut tries: Vec<Try<'_>> = Vec::new();
         // The pause before the next attempt.
@@ -106,6 +105,7 @@ impl Attempts<'_> {
                     let body = replay.map_or(Body::Empty, |replay| replay.reader());
                     let (request, number) = ((head.clone(), body), self.count);
                     let notes = Notes { counted: end.notes.counted.clone(), ..Notes::default() };
+                    let shared = self.shared;
                     let (late, until) = (Rc::clone(&late), Rc::new(Cell::new(None)));
                     let ends = Rc::clone(&until);
                     let answer = Box::pin(async move {
@@ -168,6 +168,11 @@ impl Attempts<'_> {
                         if failed.stale {
                             // The next attempt is free.
                             self.count -= 1;
+                            pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
+                            continue;
+                        }
+                        if self.leaves_tunnel(&failed, end)? {
+                            one.held.host.count(HostCounter::RqError, 1);
                             pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
                             continue;
                         }

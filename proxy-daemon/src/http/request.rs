@@ -280,6 +280,13 @@ async fn serve(mut end: StreamEnd, arrived: Arrived) -> Result<Response<Body>, B
         }
         Some(RouteAction::Forward(action)) => forward(&cx, &mut end, action, head, body).await,
     };
+    // From here on it is the request of the cluster that it has gone to.
+    if cx.progress.left_tunnel.get()
+        && let Some(cluster) = cx.unless_connected.take()
+    {
+        cx.cluster = Some(cluster);
+        end.keep_route(&cx);
+    }
     let answered = match result {
         Ok(answered) => answered,
         Err(reply) => return answer_or_lead(end, reply, (grpc, is_head), &mut cx, filters).await,
@@ -463,6 +470,8 @@ fn unasked<'a>(
 }
 
 fn choose_cluster(cx: &mut StreamCx, head: &RequestHead) -> Option<Rc<WorkerCluster>> {
+    // What a filter has asked for belongs to the cluster that the request goes to no more.
+    (cx.override_dst, cx.unless_connected) = (None, None);
     let RouteAction::Forward(action) = &cx.route.as_ref()?.action else { return None };
     match &action.cluster {
         ClusterChoice::Cluster(name) => cx.worker.clusters.get(name),

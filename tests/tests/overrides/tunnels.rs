@@ -115,6 +115,10 @@ fn requests_leave_a_tunnel_whose_discovery_is_killed() -> Result<()> {
         requests += 1;
     }
     assert_eq!((mesh.stat("refused.tunnel_gone")?, mesh.stat("rejected")?), (requests, requests));
+    // They are the service's, which has answered them.
+    let users = "cluster.users.default_80";
+    let answered = |mesh: &Mesh| Ok::<_, anyhow::Error>(mesh.daemon.stats()?.get(&format!("{users}.upstream_rq_200")));
+    assert_eq!(answered(&mesh)?, requests);
     // Pods are there all the same, and so is the tunnel when discovery is.
     assert_eq!(mesh.revision(&header(&["--set", "users=feature-x"])?)?, "feature-x");
     mesh.discovery.start_again()?;
