@@ -438,3 +438,43 @@ fn connections_to_spare_are_opened() -> Result<()> {
     }
     Ok(())
 }
+
+/// Before a request needs them, there are connections to the hosts that the next ones will get.
+#[test]
+fn connections_are_opened_for_requests_to_come() -> Result<()> {
+    let mut seen = Vec::new();
+    for (kind, policy) in [
+        (Kind::Envoy, "ROUND_ROBIN"),
+        (Kind::Culvert, "ROUND_ROBIN"),
+        (Kind::Envoy, "MAGLEV"),
+        (Kind::Culvert, "MAGLEV"),
+    ] {
+        let hosts = [Host::start()?, Host::start()?, Host::start()?];
+        let (web, ports) = (free_port()?, hosts.each_ref().map(|host| host.port));
+        let policy = format!("lb_policy: {policy}");
+        let fields = ["preconnect_policy: {predictive_preconnect_ratio: 2}", &policy];
+        let bootstrap = Bootstrap::new().http(web, &routes(&["ahead"]), &[]).cluster("ahead", &ports, &fields);
+        let daemon = start(kind, &bootstrap)?;
+        let (mut counts, mut clients) = (Vec::new(), Vec::new());
+        for held in 1..=5 {
+            clients.push(thread::spawn(move || get(web, "/ahead/held")));
+            comes_to(&daemon, "cluster.ahead.upstream_rq_active", held)?;
+            // Those for the next ones are begun before the request itself has one.
+            counts.push(daemon.stats()?.get("cluster.ahead.upstream_cx_total"));
+        }
+        hosts.iter().for_each(|host| host.let_go.store(true, SeqCst));
+        for client in clients {
+            client.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        // They serve those that come then. Without hashes MAGLEV chooses any host, which may have none.
+        for _ in (0..6).filter(|_| policy.contains("ROUND_ROBIN")) {
+            get(web, "/ahead")?;
+        }
+        counts.push(daemon.stats()?.get("cluster.ahead.upstream_cx_total"));
+        comes_to(&daemon, "cluster.ahead.upstream_cx_connect_fail", 0)?;
+        seen.push(counts);
+    }
+    ensure!(seen[0] == seen[1] && seen[2] == seen[3], "{seen:?}");
+    ensure!(seen[0][0] > 1 && seen[2][0] == 1, "{seen:?}");
+    Ok(())
+}

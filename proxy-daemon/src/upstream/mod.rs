@@ -4,6 +4,7 @@
 //! worker needs to choose and to reach a host ([`WorkerClusters`]) is its own and is never locked.
 
 mod aggregate;
+mod ahead;
 mod breakers;
 mod by_address;
 mod cluster;

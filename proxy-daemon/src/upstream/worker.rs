@@ -13,6 +13,7 @@ use std::{
 use super::{
     Cluster, ClusterMap, Clusters, Host, HostCounter, Overload, Seen,
     aggregate::WorkerMembers,
+    ahead::Ahead,
     dynamic_forward_proxy::DynamicHosts,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
@@ -163,6 +164,8 @@ pub struct WorkerCluster {
     /// Of an ORIGINAL_DST cluster.
     new_hosts: NewHosts,
     dynamic: DynamicHosts,
+    /// Where connections are opened before requests need them, whichever host they are for.
+    pub(super) ahead: Option<(f64, Ahead)>,
     /// Of an aggregate.
     pub(super) members: Option<WorkerMembers>,
     /// What filters count below the cluster's name: those of clients' making are bounded over all of its versions.
@@ -179,6 +182,7 @@ impl WorkerCluster {
     fn new(cluster: Arc<Cluster>, worker: usize, clusters: &Weak<WorkerClusters>) -> WorkerCluster {
         let members = cluster.plan.is_some().then(|| WorkerMembers::new(clusters));
         let mine = Rc::new(Mine::new(cluster.config.pool));
+        let ahead = Ahead::ratio(&cluster.config).map(|ratio| (ratio, Ahead::default()));
         WorkerCluster {
             members,
             cluster,
@@ -188,6 +192,7 @@ impl WorkerCluster {
             turns: RefCell::default(),
             new_hosts: NewHosts::default(),
             dynamic: DynamicHosts::default(),
+            ahead,
             counters: Rc::default(),
         }
     }
@@ -282,6 +287,20 @@ impl WorkerCluster {
         if version != self.hosts_version.get() {
             self.refresh(version);
         }
+        if let Some(host) = self.ahead.as_ref().and_then(|(_, ahead)| ahead.take(cx)) {
+            return Some(host);
+        }
+        self.balance(cx)
+    }
+
+    /// The host that the next request will get, as it seems.
+    pub(super) fn choose_ahead(&self) -> Option<Rc<WorkerHost>> {
+        let (_, ahead) = self.ahead.as_ref()?;
+        ahead.add(self.mine.set().hosts.len(), || self.balance(&PickCx::default()))
+    }
+
+    /// Has the balancer choose.
+    fn balance(&self, cx: &PickCx<'_>) -> Option<Rc<WorkerHost>> {
         let set = self.mine.set();
         // What is this worker's counts from when a host is chosen, what is the others' when it has got a connection.
         let active = |number: u32| {
@@ -368,6 +387,7 @@ impl WorkerCluster {
     /// Adopts the cluster's hosts: those that stay keep their connections.
     fn refresh(&self, version: u64) {
         self.hosts_version.set(version);
+        self.ahead.as_ref().inspect(|(_, ahead)| ahead.forget());
         let set = self.cluster.hosts();
         self.turns.replace(Turns::new(set.balancer.as_ref().map_or(0, |balancer| balancer.ids)));
         self.mine.adopt(set);

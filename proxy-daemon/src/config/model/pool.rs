@@ -12,4 +12,7 @@ pub struct PoolOptions {
     /// `preconnect_policy.per_upstream_preconnect_ratio`: so many connections to a host for each request that it has; `None`: those that
     /// requests need.
     pub preconnect: Option<f64>,
+    /// `preconnect_policy.predictive_preconnect_ratio`: so many connections to all hosts for each request that they have, the next one
+    /// included; `None`: those that requests need.
+    pub predictive: Option<f64>,
 }

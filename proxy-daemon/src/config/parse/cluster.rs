@@ -123,7 +123,7 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         max_requests_per_connection: number(max_requests, 0),
         max_stream_duration: max_stream_duration.filter(|limit| !limit.is_zero()),
         idle_timeout: limit(common.idle_timeout, hour, &common_path, "idle_timeout")?,
-        pool: pool(cluster, path, &common, &common_path)?,
+        pool: pool(cluster, &common, &common_path)?,
         circuit_breakers: circuit_breakers(cluster.circuit_breakers.as_ref(), &join(path, "circuit_breakers"))?,
         per_connection_buffer_limit_bytes: number(cluster.per_connection_buffer_limit_bytes, 1 << 20),
         tcp_keepalive: keepalive(cluster),

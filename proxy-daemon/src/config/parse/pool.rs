@@ -2,18 +2,13 @@
 
 use envoy_types::pb::envoy::config::{cluster::v3::Cluster, core::v3::HttpProtocolOptions};
 
-use super::{
-    common::{Result, limit},
-    support::join,
-};
-use crate::config::{FieldError, model::PoolOptions};
+use super::common::{Result, limit};
+use crate::config::model::PoolOptions;
 
-/// Of a cluster at `at`, and of its `common_http_protocol_options`, which are at `path`.
-pub(super) fn pool(cluster: &Cluster, at: &str, common: &HttpProtocolOptions, path: &str) -> Result<PoolOptions> {
+/// Of a cluster, and of its `common_http_protocol_options`, which are at `path`.
+pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) -> Result<PoolOptions> {
     let preconnect = cluster.preconnect_policy.as_ref();
-    if preconnect.and_then(|policy| policy.predictive_preconnect_ratio).is_some_and(|ratio| ratio.value > 1.0) {
-        return Err(FieldError::unsupported(join(at, "preconnect_policy.predictive_preconnect_ratio")));
-    }
+    let predictive = preconnect.and_then(|policy| policy.predictive_preconnect_ratio).map(|ratio| ratio.value);
     let ratio = preconnect.and_then(|policy| policy.per_upstream_preconnect_ratio).map(|ratio| ratio.value);
     let lb = cluster.common_lb_config.as_ref();
     Ok(PoolOptions {
@@ -21,5 +16,6 @@ pub(super) fn pool(cluster: &Cluster, at: &str, common: &HttpProtocolOptions, pa
         closes_failed: cluster.close_connections_on_host_health_failure,
         drains_on_change: lb.is_some_and(|config| config.close_connections_on_host_set_change),
         preconnect: ratio.filter(|ratio| *ratio > 1.0),
+        predictive: predictive.filter(|ratio| *ratio > 1.0),
     })
 }

@@ -278,7 +278,8 @@ impl WorkerHost {
     async fn acquire_unseen(self: &Rc<Self>, need: &Need<'_>) -> Result<Connection, PoolError> {
         let cluster = need.cluster;
         let pool = self.pool.of(need);
-        let demand = cluster.cluster.config.pool.preconnect.map(|_| pool.demand());
+        WorkerHost::connect_ahead(need);
+        let demand = pool.demand(cluster);
         let ready = match pool.take_ready() {
             Some(ready) => {
                 if demand.is_some() {

@@ -355,6 +355,8 @@ struct OpenConnection {
     host: Arc<Host>,
     worker: usize,
     pool: Weak<SourcePool>,
+    /// Those of all of the cluster's pools, where somebody counts them.
+    of_cluster: Option<Rc<Cell<u32>>>,
     since: Instant,
     /// When it was there, before its TLS handshake.
     connected: Cell<Option<Instant>>,
@@ -375,7 +377,10 @@ impl OpenConnection {
         host.count(HostCounter::CxTotal, 1);
         host.count(HostCounter::CxActive, 1);
         pool.open.set(pool.open.get() + 1);
+        let of_cluster = cluster.ahead.as_ref().map(|(_, ahead)| Rc::clone(&ahead.open));
+        of_cluster.as_ref().inspect(|open| open.set(open.get() + 1));
         OpenConnection {
+            of_cluster,
             stats: Arc::clone(&cluster.cluster.stats),
             breakers: (Arc::clone(&cluster.cluster.breakers), high),
             host: Arc::clone(&host.host),
@@ -402,6 +407,9 @@ impl Drop for OpenConnection {
             stats.upstream_rq_per_cx.record(self.requests.get().into());
         }
         self.host.counters.add(self.worker, HostCounter::CxActive, -1);
+        if let Some(open) = &self.of_cluster {
+            open.set(open.get() - 1);
+        }
         if let Some(pool) = self.pool.upgrade() {
             pool.open.set(pool.open.get() - 1);
             // Without anybody it would be news for whoever comes next.

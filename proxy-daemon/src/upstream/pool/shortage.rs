@@ -1,20 +1,30 @@
 //! When connections are opened: for requests that wait, and those that `preconnect_policy` has opened before a request needs them.
 
-use std::rc::{Rc, Weak};
+use std::{
+    cell::Cell,
+    rc::{Rc, Weak},
+};
 
 use super::{Need, SourcePool, Wanted};
-use crate::upstream::{Standing, WorkerHost, breakers::Resource};
+use crate::upstream::{Standing, WorkerCluster, WorkerHost, ahead::wants_more, breakers::Resource};
 
 /// So many are begun at a time at most, as by Envoy.
 const AT_ONCE: u32 = 3;
 
 /// A request that has a connection, or waits for one.
-pub(super) struct Demand(Weak<SourcePool>);
+pub(super) struct Demand {
+    pool: Weak<SourcePool>,
+    /// Those of all of the cluster's pools.
+    of_cluster: Option<Rc<Cell<u32>>>,
+}
 
 impl Drop for Demand {
     fn drop(&mut self) {
-        if let Some(pool) = self.0.upgrade() {
+        if let Some(pool) = self.pool.upgrade() {
             pool.demand.set(pool.demand.get() - 1);
+        }
+        if let Some(of_cluster) = &self.of_cluster {
+            of_cluster.set(of_cluster.get() - 1);
         }
     }
 }
@@ -36,14 +46,28 @@ impl Drop for Coming {
 }
 
 impl SourcePool {
-    /// There is one more request.
-    pub(super) fn demand(self: &Rc<Self>) -> Demand {
+    /// There is one more request; `None`: nobody counts them.
+    pub(super) fn demand(self: &Rc<Self>, cluster: &WorkerCluster) -> Option<Demand> {
+        let of_cluster = cluster.ahead.as_ref().map(|(_, ahead)| Rc::clone(&ahead.demand));
+        if of_cluster.is_none() && cluster.cluster.config.pool.preconnect.is_none() {
+            return None;
+        }
         self.demand.set(self.demand.get() + 1);
-        Demand(Rc::downgrade(self))
+        of_cluster.as_ref().inspect(|of_cluster| of_cluster.set(of_cluster.get() + 1));
+        Some(Demand { pool: Rc::downgrade(self), of_cluster })
     }
 }
 
 impl Need<'_> {
+    /// Whether connections are opened that no request needs. An HTTP/2 connection has room for many requests.
+    fn spares(&self, pool: &SourcePool) -> bool {
+        match self.wanted {
+            Wanted::Http1 => true,
+            Wanted::Auto(_) => pool.chose_http1.get(),
+            Wanted::Http2(_) | Wanted::Tcp => false,
+        }
+    }
+
     /// How many requests a new connection has room for. One, where that is not known yet.
     pub(super) fn room(&self) -> u32 {
         match self.wanted {
@@ -64,18 +88,37 @@ impl WorkerHost {
     /// wanted. A pool without any connection may always open one, as in Envoy: its requests would wait for ever.
     pub(super) fn connect_more(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) {
         for _ in 0..AT_ONCE {
-            if !self.is_short(need, pool) {
+            if !self.is_short(need, pool) || !self.connect_one(need, pool) {
                 return;
             }
-            let cluster = &need.cluster.cluster;
-            let fits = !cluster.is_full(Resource::Connections, need.high) && !self.is_full(cluster, need.high);
-            if !fits {
-                need.cluster.cluster.stats.upstream_cx_overflow.inc();
+        }
+    }
+
+    /// Begins one connect; `false`: there are as many connections as there may be.
+    fn connect_one(self: &Rc<Self>, need: &Need<'_>, pool: &Rc<SourcePool>) -> bool {
+        let cluster = &need.cluster.cluster;
+        let fits = !cluster.is_full(Resource::Connections, need.high) && !self.is_full(cluster, need.high);
+        if !fits {
+            need.cluster.cluster.stats.upstream_cx_overflow.inc();
+        }
+        if fits || pool.open.get() == 0 {
+            self.begin_connect(need, pool);
+        }
+        fits
+    }
+
+    /// Connects to the hosts of requests to come, where there are fewer connections to all hosts than wanted: before a request itself has
+    /// one, as in Envoy.
+    pub(super) fn connect_ahead(need: &Need<'_>) {
+        let Some((ratio, ahead)) = &need.cluster.ahead else { return };
+        for _ in 0..AT_ONCE {
+            if !wants_more(ahead.demand.get(), ahead.open.get(), *ratio) {
+                return;
             }
-            if fits || pool.open.get() == 0 {
-                self.begin_connect(need, pool);
-            }
-            if !fits {
+            let Some(host) = need.cluster.choose_ahead() else { return };
+            let pool = host.pool.of(need);
+            let is_short = need.spares(&pool) && wants_more(pool.demand.get(), pool.open.get(), *ratio);
+            if !is_short || host.host.standing() != Standing::Healthy || !host.connect_one(need, &pool) {
                 return;
             }
         }
@@ -85,13 +128,7 @@ impl WorkerHost {
         if pool.waiting.count() as u64 > pool.coming.get() {
             return true;
         }
-        // An HTTP/2 connection has room for many requests.
-        let spares = match need.wanted {
-            Wanted::Http1 => true,
-            Wanted::Auto(_) => pool.chose_http1.get(),
-            Wanted::Http2(_) | Wanted::Tcp => false,
-        };
-        let ratio = need.cluster.cluster.config.pool.preconnect.filter(|_| spares);
+        let ratio = need.cluster.cluster.config.pool.preconnect.filter(|_| need.spares(pool));
         ratio.is_some_and(|ratio| {
             // Only a host that is well is worth it.
             f64::from(pool.demand.get()) * ratio > f64::from(pool.open.get())
