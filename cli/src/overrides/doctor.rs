@@ -60,8 +60,7 @@ pub fn run(flags: &DoctorFlags) -> anyhow::Result<String> {
 /// What proxies have reported to discovery, to all replicas together.
 fn reported(discovery: &str) -> anyhow::Result<ContextsStatus> {
     let mut silent = Vec::new();
-    let mut services: BTreeMap<String, Passed> = BTreeMap::new();
-    let (mut reports, mut answers) = (0, 0);
+    let mut all = Vec::new();
     for (address, answer) in http::get_all(discovery, "/status")? {
         let answer = answer.and_then(|body| {
             let status: Value = serde_json::from_slice(&body)?;
@@ -69,27 +68,34 @@ fn reported(discovery: &str) -> anyhow::Result<ContextsStatus> {
                 status.get("contexts").context("it says nothing of contexts; is it older than this command?")?;
             Ok(serde_json::from_value::<ContextsStatus>(contexts.clone())?)
         });
-        let found = match answer {
-            Ok(found) => found,
-            Err(error) => {
-                silent.push(format!("{address}: {error:#}"));
-                continue;
-            }
-        };
-        answers += 1;
-        reports += found.reports;
-        for ContextStatus { service, passed, .. } in found.services {
-            let sum = services.entry(service).or_default();
-            sum.came += passed.came;
-            sum.went += passed.went;
+        match answer {
+            Ok(found) => all.push(found),
+            Err(error) => silent.push(format!("{address}: {error:#}")),
         }
     }
-    ensure!(answers > 0, "no status from {discovery}; name culvert-discovery with --discovery: {}", silent.join("; "));
+    ensure!(
+        !all.is_empty(),
+        "no status from {discovery}; name culvert-discovery with --discovery: {}",
+        silent.join("; ")
+    );
     for replica in &silent {
         eprintln!("left out: {replica}");
     }
-    let services = services.into_iter().map(|(service, passed)| ContextStatus::new(service, passed));
-    Ok(ContextsStatus { reports, services: services.collect() })
+    Ok(together(all))
+}
+
+/// What all replicas were told: one of them may know what came to a service, and another one what its pods sent.
+fn together(all: Vec<ContextsStatus>) -> ContextsStatus {
+    let reports = all.iter().map(|one| one.reports).sum();
+    let mut services: BTreeMap<String, Passed> = BTreeMap::new();
+    for ContextStatus { service, passed, .. } in all.into_iter().flat_map(|one| one.services) {
+        let sum = services.entry(service).or_default();
+        sum.came += passed.came;
+        sum.went += passed.went;
+    }
+    let services = services.into_iter().filter(|(_, passed)| passed.came.overrides > 0);
+    let services = services.map(|(service, passed)| ContextStatus::new(service, passed));
+    ContextsStatus { reports, services: services.collect() }
 }
 
 /// What these daemons say themselves.
@@ -249,5 +255,18 @@ mod tests {
         assert_eq!(verdicts, expected);
         assert_eq!(found.services[0].passed.went, Carried { overrides: 3, trace_only: 5, nothing: 0 });
         assert!(in_words(&found).lines().nth(1).unwrap().starts_with("front.default"));
+    }
+
+    #[test]
+    fn replicas_know_halves() {
+        let carried = |overrides| Carried { overrides, ..Carried::default() };
+        let one = |came, went| ContextsStatus {
+            reports: 1,
+            services: vec![ContextStatus::new("users.default".to_owned(), Passed { came, went })],
+        };
+        let found = together(vec![one(carried(30), carried(0)), one(carried(0), carried(30))]);
+        assert_eq!(found.reports, 2);
+        assert_eq!(found.services[0].verdict, "passes them on");
+        assert_eq!(together(vec![one(carried(0), carried(30))]).services, []);
     }
 }

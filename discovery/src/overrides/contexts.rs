@@ -48,6 +48,9 @@ impl Passed {
     #[must_use]
     pub fn verdict(&self) -> (&'static str, bool) {
         let Passed { came, went } = self;
+        if came.overrides == 0 {
+            return ("none came to it", false);
+        }
         if went.total() == 0 {
             return ("calls nobody that is seen", false);
         }
@@ -98,7 +101,7 @@ struct Owners {
 pub struct ContextsStatus {
     /// How many reports of proxies there were since the start.
     pub reports: u64,
-    /// The services that requests with overrides came to.
+    /// The services that requests came to, or went out from: another replica may have been told the other half.
     pub services: Vec<ContextStatus>,
 }
 
@@ -179,8 +182,7 @@ impl Contexts {
     /// What `/status` says.
     #[must_use]
     pub fn status(&self, mesh: &Arc<Mesh>) -> ContextsStatus {
-        let services = self.services(mesh).into_iter().filter(|(_, passed)| passed.came.overrides > 0);
-        let services = services.map(|(service, passed)| ContextStatus::new(service, passed));
+        let services = self.services(mesh).into_iter().map(|(service, passed)| ContextStatus::new(service, passed));
         ContextsStatus { reports: self.reports(), services: services.collect() }
     }
 }
@@ -313,6 +315,7 @@ mod tests {
             ("front.default", "passes on what came so far", false),
             ("leaf.default", "calls nobody that is seen", false),
             ("orders.default", "DROPS them", true),
+            ("quiet.default", "none came to it", false),
             ("users.default", "DROPS them: it passes on trace headers, but not their baggage", true),
         ];
         assert_eq!((status.reports, verdicts), (2, expected.to_vec()));

@@ -77,7 +77,10 @@ impl http_body::Body for Said {
             Ok(0) => None,
             Ok(read) => {
                 client.passed(&client.received, read);
-                Some(Ok(Frame::data(buffer.split().freeze())))
+                let data = buffer.split();
+                // As it was read, little would hold on to all of the buffer.
+                let data = if read < BUFFER / 4 { Bytes::copy_from_slice(&data) } else { data.freeze() };
+                Some(Ok(Frame::data(data)))
             }
             Err(error) => {
                 client.broken.set(true);

@@ -38,11 +38,13 @@ impl Session {
 
     /// Whether it leads to this address and is still open.
     pub(super) async fn leads_to(&mut self, address: &str) -> bool {
-        let ready = match &mut self.sender {
-            Sender::Http1(sender) => sender.ready().await,
-            Sender::Http2(sender) => sender.ready().await,
-        };
-        self.address == address && ready.is_ok()
+        if self.address != address {
+            return false;
+        }
+        match &mut self.sender {
+            Sender::Http1(sender) => sender.ready().await.is_ok(),
+            Sender::Http2(sender) => sender.ready().await.is_ok(),
+        }
     }
 
     /// Sends a JSON document, and waits for the head of the answer.

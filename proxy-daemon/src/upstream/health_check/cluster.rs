@@ -388,7 +388,9 @@ impl ClusterChecks {
                 }
             }
             checked.awaited -= usize::from(first);
-            if checked.awaited > 0 {
+            // Before each check has said something a host may get worse, as one that was taken to be well, and no better.
+            let pending = checked.awaited > 0;
+            if pending && report.health.healthy {
                 continue;
             }
             let Found { healthy, degraded, timed_out, excluded } = checked.found();
@@ -403,13 +405,13 @@ impl ClusterChecks {
                 (HealthFlag::FailedActiveHc, !healthy),
                 (HealthFlag::DegradedActiveHc, degraded),
                 (HealthFlag::ActiveHcTimeout, timed_out),
-                (HealthFlag::PendingActiveHc, false),
+                (HealthFlag::PendingActiveHc, pending && vitals.has(HealthFlag::PendingActiveHc)),
                 (HealthFlag::ExcludedViaImmediateHcFail, excluded),
             ] {
                 changed.standing |= vitals.set(flag, on);
             }
             changed.leave |= !healthy && vitals.has(HealthFlag::PendingDynamicRemoval);
-            if first {
+            if first && !pending {
                 inner.unchecked -= 1;
             }
         }
