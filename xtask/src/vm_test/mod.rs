@@ -103,7 +103,8 @@ pub fn run(args: &Args) -> Result<()> {
         kernels.retain(|kernel| kernel.release.starts_with(prefix.as_str()));
     }
     ensure!(!kernels.is_empty(), "no kernel has such a release");
-    let built = build(&root)?;
+    ensure!(BINARIES.iter().any(|(name, _)| args.wants(name)), "no test binary has such a name");
+    let built = build(&root, args)?;
 
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
@@ -133,7 +134,14 @@ struct Built {
     tests: Vec<(String, PathBuf)>,
 }
 
-fn build(root: &Path) -> Result<Built> {
+impl Args {
+    /// Whether a test binary is to be run at all.
+    fn wants(&self, name: &str) -> bool {
+        self.binary.as_ref().is_none_or(|part| name.contains(part.as_str()))
+    }
+}
+
+fn build(root: &Path, args: &Args) -> Result<Built> {
     let mut init = Command::new("cargo");
     init.args(["build", "--quiet", "--workspace", "--bin", "vm-init", "--bin", "culvertd"]).current_dir(root);
     progress::run("building the machines' first process, and the daemon", &mut init)?;
@@ -141,7 +149,8 @@ fn build(root: &Path) -> Result<Built> {
     let mut cargo = Command::new("cargo");
     // With the features of the whole workspace, so that what is built is what other builds built.
     cargo.args(["test", "--no-run", "--quiet", "--workspace", "--message-format=json"]);
-    cargo.args(BINARIES.iter().flat_map(|(name, _)| ["--test", name])).current_dir(root);
+    let wanted = BINARIES.iter().map(|(name, _)| *name).filter(|name| args.wants(name));
+    cargo.args(wanted.flat_map(|name| ["--test", name])).current_dir(root);
     let output = cargo.stderr(Stdio::inherit()).output().context("running cargo")?;
     ensure!(output.status.success(), "the tests cannot be built");
     let mut tests = Vec::new();
@@ -177,7 +186,7 @@ fn run_on(kernel: &Kernel, built: &Built, args: &Args, root: &Path) -> Result<()
     let mut planned = 0;
     for (name, path) in &built.tests {
         let for_this = BINARIES.iter().any(|(known, first)| known == name && kernel.version() >= *first);
-        if !for_this || args.binary.as_ref().is_some_and(|part| !name.contains(part.as_str())) {
+        if !for_this || !args.wants(name) {
             continue;
         }
         archive.program(&format!("tests/{name}"), path, &scratch)?;
