@@ -84,11 +84,13 @@ struct Stats {
 #[derive(Debug)]
 struct LocalRateLimitFactory(Shared<Configured>);
 
+/// A key, and its value; `None`: any.
+type Wanted = (Box<str>, Option<Box<str>>);
+
 /// A descriptor with entries that have any value: each of those that requests have gets a bucket of its own.
 #[derive(Debug)]
 struct Wildcard {
-    /// Keys, and values where they are told.
-    entries: Box<[(Box<str>, Option<Box<str>>)]>,
+    entries: Box<[Wanted]>,
     limit: Limit,
     buckets: Mutex<Recent>,
 }
@@ -120,10 +122,9 @@ impl Limit {
 impl Wildcard {
     /// The bucket of a descriptor; `None`: it is another one.
     fn bucket(&self, descriptor: &Entries) -> Option<Arc<TokenBucket>> {
-        let matches = |((key, value), (own, wanted)): (&(Box<str>, Box<str>), &(Box<str>, Option<Box<str>>))| {
-            key == own && wanted.as_ref().is_none_or(|wanted| wanted == value)
-        };
-        let all = descriptor.len() == self.entries.len() && descriptor.iter().zip(&self.entries).all(matches);
+        let mut pairs = descriptor.iter().zip(&self.entries);
+        let all = descriptor.len() == self.entries.len()
+            && pairs.all(|((key, value), (own, wanted))| key == own && wanted.as_ref().is_none_or(|it| it == value));
         // What is kept there is whole at any time.
         all.then(|| self.buckets.lock().unwrap_or_else(PoisonError::into_inner).get(descriptor, self.limit))
     }
@@ -323,8 +324,7 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
         let pairs = descriptor.entries.iter().map(|entry| (entry.key.as_str(), entry.value.as_str()));
         let is_known = if descriptor.entries.iter().any(|entry| entry.value.is_empty()) {
             let value = |value: &str| (!value.is_empty()).then(|| value.into());
-            let entries: Box<[(Box<str>, Option<Box<str>>)]> =
-                pairs.map(|(key, text)| (key.into(), value(text))).collect();
+            let entries: Box<[Wanted]> = pairs.map(|(key, text)| (key.into(), value(text))).collect();
             let is_known = wildcards.iter().any(|wildcard: &Wildcard| wildcard.entries == entries);
             wildcards.push(Wildcard { entries, limit, buckets: Mutex::new(Recent::new(most)) });
             is_known
