@@ -137,8 +137,7 @@ fn http_chain(port: u16, (counted, asks): (bool, bool), options: &Options, kind:
     let mut http_filters = Vec::new();
     if asks {
         // Before the others, which a request meets anew when its cluster is there.
-        let odcds = OnDemandCds { source: Some(over_ads()), ..Default::default() };
-        let config = OnDemand { odcds: Some(odcds) };
+        let config = OnDemand { odcds: Some(OnDemandCds { source: Some(over_ads()), ..Default::default() }) };
         http_filters.push(http_filter("envoy.filters.http.on_demand", pack(&config)));
     }
     if kind == ProxyKind::Culvert {

@@ -9,21 +9,26 @@ use thread_local::ThreadLocal;
 #[derive(Debug)]
 pub(super) struct Shared<T: Send + Sync> {
     value: Arc<T>,
-    of_threads: ThreadLocal<Arc<Arc<T>>>,
+    // It is large.
+    of_threads: Box<ThreadLocal<Arc<OfThread<T>>>>,
 }
+
+/// What a thread's streams share: one reference to the value.
+#[derive(Debug)]
+struct OfThread<T>(Arc<T>);
 
 /// What a stream holds on to: it may outlive the filter, which ECDS replaces while it serves.
 #[derive(Debug)]
-pub(in crate::http) struct Kept<T>(Arc<Arc<T>>);
+pub(in crate::http) struct Kept<T>(Arc<OfThread<T>>);
 
 impl<T: Send + Sync> Shared<T> {
     pub(super) fn new(value: T) -> Shared<T> {
-        Shared { value: Arc::new(value), of_threads: ThreadLocal::new() }
+        Shared { value: Arc::new(value), of_threads: Box::default() }
     }
 
     /// For a stream of this thread's.
     pub(super) fn keep(&self) -> Kept<T> {
-        Kept(Arc::clone(self.of_threads.get_or(|| Arc::new(Arc::clone(&self.value)))))
+        Kept(Arc::clone(self.of_threads.get_or(|| Arc::new(OfThread(Arc::clone(&self.value))))))
     }
 }
 
@@ -51,7 +56,7 @@ impl<T> Deref for Kept<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        &self.0
+        &self.0.0
     }
 }
 
