@@ -202,7 +202,12 @@ fn who_drops_contexts_is_shown() {
     runtime.block_on(async { tokio::time::timeout(DEADLINE, report_contexts(&program, counted)).await.unwrap() });
     let contexts = program.json("/status")["contexts"].clone();
     let verdict = "DROPS them: it passes on trace headers, but not their baggage";
-    let expected = serde_json::json!({ "reports": 1, "services": [{
+    // Also what none came to here: another replica may know more.
+    let orders = serde_json::json!({
+        "service": "orders.default", "drops": false, "verdict": "none came to it",
+        "came": { "overrides": 0, "trace_only": 0, "nothing": 9 }, "went": { "overrides": 0, "trace_only": 0, "nothing": 0 },
+    });
+    let expected = serde_json::json!({ "reports": 1, "services": [orders, {
         "service": "users.default", "drops": true, "verdict": verdict,
         "came": { "overrides": 3, "trace_only": 0, "nothing": 4 }, "went": { "overrides": 0, "trace_only": 3, "nothing": 5 },
     }] });
@@ -216,10 +221,12 @@ fn who_drops_contexts_is_shown() {
     ] {
         assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
     }
+    assert!(!metrics.contains("culvert_discovery_context_dropped{service=\"orders.default\"}"), "{metrics}");
     assert!(!program.json("/status")["loads"].to_string().contains(CLUSTER));
     let Some(page) = seen_by_chromium(&program, "") else { return };
     let contexts = part(&page, "contexts");
     let row = "<th scope=\"row\">users.default</th><td>3</td><td>7</td><td>0</td><td>3</td><td>8</td>";
+    assert!(!contexts.contains("orders.default"), "{contexts}");
     assert!(contexts.contains(row) && contexts.contains(&format!("<td class=\"bad\">{verdict}</td>")), "{contexts}");
 }
 
