@@ -133,8 +133,10 @@ fn a_host_that_is_never_reached_goes_as_well() -> Result<()> {
         for _ in 0..3 {
             ensure!(proxy.ask(&nobody)? == 503, "{kind:?}");
         }
-        proxy.wait_stat("membership_change", 2)?;
         proxy.wait_stat("membership_total", 0)?;
+        // It came and went: more than once where the requests took longer than the interval.
+        let changes = proxy.stat("membership_change")?;
+        ensure!(changes >= 2 && changes % 2 == 0, "{kind:?}: {changes}");
     }
     Ok(())
 }

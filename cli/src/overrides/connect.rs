@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -82,7 +83,7 @@ fn parse_target(text: &str) -> Result<Target, String> {
 }
 
 /// What one connection is about.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Wanted {
     target: Target,
     revision: String,
@@ -91,6 +92,8 @@ struct Wanted {
     authority: String,
     /// Tells this program's connection to an address from others'.
     session: String,
+    /// The port of discovery that the last connection had, which proxies may still know; 0: there was none.
+    port: AtomicU16,
 }
 
 /// What happened to a connection.
@@ -243,6 +246,7 @@ impl Connector<'_> {
                         token: self.token.clone(),
                         authority: self.authority.clone(),
                         session: format!("{:016x}-{address}", self.session),
+                        port: AtomicU16::new(0),
                     };
                     let task = tasks.spawn(keep_connected(key, Arc::new(wanted), events.clone()));
                     State { open: false, told: false, task }
@@ -380,6 +384,7 @@ async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, hyper::up
         .header(tunnels::SERVICE, &wanted.target.service)
         .header(tunnels::REVISION, &wanted.revision)
         .header(tunnels::SESSION, &wanted.session)
+        .header(tunnels::PORT, wanted.port.load(Relaxed))
         .body(Empty::<Bytes>::new())
         .map_err(|error| away(&error))?;
     let response = requests.send_request(request).await.map_err(|error| away(&error))?;
@@ -389,7 +394,9 @@ async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, hyper::up
         let body = body.map(|body| body.to_bytes()).unwrap_or_default();
         return Err(Down::Refused(refusal(status.as_u16(), &body)));
     }
-    let cluster = response.headers().get(tunnels::CLUSTER).and_then(|value| value.to_str().ok());
+    let told = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+    wanted.port.store(told(tunnels::PORT).and_then(|port| port.parse().ok()).unwrap_or_default(), Relaxed);
+    let cluster = told(tunnels::CLUSTER);
     let cluster = cluster.unwrap_or(&wanted.target.service).to_owned();
     let upgraded = hyper::upgrade::on(response).await.map_err(|error| away(&error))?;
     Ok((cluster, upgraded))

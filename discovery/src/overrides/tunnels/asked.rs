@@ -2,13 +2,21 @@
 
 use http::{HeaderMap, StatusCode};
 
-use super::{Key, MAX_HEADER, REVISION, SERVICE, SESSION};
+use super::{Key, MAX_HEADER, PORT, REVISION, SERVICE, SESSION};
 use crate::access::Denied;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
 
-/// What a request says: service, revision and session.
-pub(super) fn asked(headers: &HeaderMap) -> Result<(&str, &str, &str), Denied> {
+/// What a request says.
+pub(super) struct Asked<'a> {
+    pub(super) service: &'a str,
+    pub(super) revision: &'a str,
+    pub(super) session: &'a str,
+    /// The port of the client's last tunnel.
+    pub(super) port: Option<u16>,
+}
+
+pub(super) fn asked(headers: &HeaderMap) -> Result<Asked<'_>, Denied> {
     let get = |name: &str| {
         let value = headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         match value.is_empty() || value.len() > MAX_HEADER {
@@ -16,7 +24,9 @@ pub(super) fn asked(headers: &HeaderMap) -> Result<(&str, &str, &str), Denied> {
             false => Ok(value),
         }
     };
-    Ok((get(SERVICE)?, get(REVISION)?, get(SESSION)?))
+    // Older clients do not say it.
+    let port = headers.get(PORT).and_then(|value| value.to_str().ok()?.parse().ok());
+    Ok(Asked { service: get(SERVICE)?, revision: get(REVISION)?, session: get(SESSION)?, port })
 }
 
 /// The service's port that is meant.

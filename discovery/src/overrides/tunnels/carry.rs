@@ -24,9 +24,9 @@ use super::{
 };
 use crate::access::Denied;
 
-/// A free port for a tunnel. The search begins where the revision's name says: proxies that have not heard yet that discovery was
-/// restarted, or a tunnel closed, must not find another revision at the port that they know.
-pub(super) async fn listen(settings: &Settings, key: &Key) -> Result<TcpListener, Denied> {
+/// A free port for a tunnel: the one that its client had `before`, or else the search begins where the revision's name says. Proxies that have
+/// not heard yet that discovery was restarted, or a tunnel closed, must not find another revision at the port that they know.
+pub(super) async fn listen(settings: &Settings, key: &Key, before: Option<u16>) -> Result<TcpListener, Denied> {
     let ports = settings.ports.clone();
     let count = ports.len();
     let mut hasher = DefaultHasher::new();
@@ -34,7 +34,8 @@ pub(super) async fn listen(settings: &Settings, key: &Key) -> Result<TcpListener
     // Less than there are ports, so that nothing is lost.
     let start = (hasher.finish() % count as u64) as usize;
     let mut last = None;
-    for port in ports.clone().cycle().skip(start).take(count) {
+    let before = before.filter(|port| ports.contains(port));
+    for port in before.into_iter().chain(ports.clone().cycle().skip(start).take(count)) {
         match TcpListener::bind((settings.address, port)).await {
             Ok(listener) => return Ok(listener),
             Err(error) => last = Some(error),

@@ -29,7 +29,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tracing::info;
 
-use self::asked::{asked, find};
+use self::asked::{Asked, asked, find};
 use self::carry::listen;
 pub use self::settings::{MAX_CONNECTIONS, Settings};
 use super::shares::now;
@@ -49,6 +49,9 @@ pub const REVISION: &str = "x-culvert-revision";
 pub const SESSION: &str = "x-culvert-session";
 /// The header of the answer that says which service's port it is: `name.namespace:port`.
 pub const CLUSTER: &str = "x-culvert-cluster";
+/// The header with a port of discovery: in the answer the tunnel's, in a request that of the client's last tunnel, which it is to have again
+/// where it is free; 0: there was none.
+pub const PORT: &str = "x-culvert-tunnel-port";
 /// How often both sides ask whether the other one is there.
 pub const PING: Duration = Duration::from_secs(2);
 /// How long an answer to that may take.
@@ -259,15 +262,16 @@ impl Tunnels {
             let reason = format!("this is asked for with `Connection: upgrade` and `Upgrade: {PROTOCOL}`");
             return Err((StatusCode::UPGRADE_REQUIRED, reason));
         }
-        let (service, revision, session) = asked(request.headers())?;
+        let Asked { service, revision, session, port } = asked(request.headers())?;
         let key = find(mesh, service, revision)?;
-        let (place, listener) = self.reserve(settings, key, session, peer, mesh).await?;
+        let (place, listener, port) = self.reserve(settings, key, (session, port), peer, mesh).await?;
         let name = cluster_name(&place.key.service, place.key.port);
         let response = Response::builder()
             .status(StatusCode::SWITCHING_PROTOCOLS)
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, PROTOCOL)
             .header(CLUSTER, &name)
+            .header(PORT, port)
             .body(())
             .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
         let upgrade = hyper::upgrade::on(request);
@@ -285,10 +289,10 @@ impl Tunnels {
         &self,
         settings: &Settings,
         key: Key,
-        session: &str,
+        (session, port): (&str, Option<u16>),
         peer: SocketAddr,
         mesh: &Mesh,
-    ) -> Result<(Place, TcpListener), Denied> {
+    ) -> Result<(Place, TcpListener, u16), Denied> {
         let offloaded = mesh.services[&key.service].ports.get(&key.port).map(|port| &port.offloaded);
         let pod = offloaded
             .into_iter()
@@ -311,7 +315,7 @@ impl Tunnels {
             None => Ok(()),
         };
         taken(&self.open())?;
-        let listener = listen(settings, &key).await?;
+        let listener = listen(settings, &key, port).await?;
         let address = listener.local_addr();
         let address = address.map_err(|error| (StatusCode::SERVICE_UNAVAILABLE, error.to_string()))?;
         let traffic = Arc::<Traffic>::default();
@@ -333,7 +337,7 @@ impl Tunnels {
             before.replaced.send_replace(true);
         }
         drop(open);
-        Ok((Place { tunnels: self.clone(), key, traffic, replaced: place_replaced }, listener))
+        Ok((Place { tunnels: self.clone(), key, traffic, replaced: place_replaced }, listener, address.port()))
     }
 }
 

@@ -71,15 +71,15 @@ async fn a_revision_has_one_tunnel_and_the_same_client_may_come_again() {
     let peer = SocketAddr::from(([10, 0, 0, 1], 1));
     let reserve = async |revision: &str, session: &str| {
         let key = find(&mesh, "users", revision).unwrap();
-        tunnels.reserve(&settings, key, session, peer, &mesh).await
+        tunnels.reserve(&settings, key, (session, None), peer, &mesh).await
     };
-    let refused = |result: Result<(Place, TcpListener), Denied>| result.err().unwrap();
+    let refused = |result: Result<(Place, TcpListener, u16), Denied>| result.err().unwrap();
     let (status, reason) = refused(reserve("taken", "a").await);
     assert!(status == 409 && reason.contains("is pod default/users-x; choose another with --revision"), "{reason}");
-    let (first, _listener) = reserve("me", "a").await.unwrap();
+    let (first, _listener, _) = reserve("me", "a").await.unwrap();
     let (status, reason) = refused(reserve("me", "b").await);
     assert!(status == 409 && reason.contains("is a tunnel from 10.0.0.1:1 already"), "{reason}");
-    let (second, _listener) = reserve("me", "a").await.unwrap();
+    let (second, _listener, _) = reserve("me", "a").await.unwrap();
     assert!(*first.replaced.borrow() && !*second.replaced.borrow());
     // The first one's end is not the second one's.
     drop(first);
@@ -108,6 +108,32 @@ async fn ports_run_out() {
     let port = holder.local_addr().unwrap().port();
     let settings = Settings { ports: port..=port, ..settings() };
     let key = Key { service: ObjectKey::new("default", "users"), port: 80, revision: "me".to_owned() };
-    let (status, reason) = listen(&settings, &key).await.unwrap_err();
+    let (status, reason) = listen(&settings, &key, None).await.unwrap_err();
     assert!(status == 503 && reason.contains("is free for another tunnel (the last one: Address"), "{reason}");
+}
+
+/// Whoever comes back first after a crash must not get the port that proxies know another revision by.
+#[tokio::test]
+async fn a_client_that_comes_again_has_the_port_that_it_had() {
+    let settings = Settings { ports: 19_400..=19_403, ..settings() };
+    let key =
+        |revision: &str| Key { service: ObjectKey::new("default", "users"), port: 80, revision: revision.to_owned() };
+    let port_of = |listener: &TcpListener| listener.local_addr().unwrap().port();
+    let names: Vec<String> = (0..4).map(|number| format!("r{number}")).collect();
+    let mut open = Vec::new();
+    for name in &names {
+        open.push(listen(&settings, &key(name), None).await.unwrap());
+    }
+    let before: Vec<u16> = open.iter().map(port_of).collect();
+    drop(open);
+    // In the other order.
+    let mut again = Vec::new();
+    for (name, port) in names.iter().zip(&before).rev() {
+        again.push(listen(&settings, &key(name), Some(*port)).await.unwrap());
+    }
+    again.reverse();
+    assert_eq!(again.iter().map(port_of).collect::<Vec<_>>(), before);
+    drop(again);
+    let elsewhere = listen(&settings, &key("r0"), Some(1)).await.unwrap();
+    assert!(settings.ports.contains(&port_of(&elsewhere)), "a client chooses of these alone");
 }
