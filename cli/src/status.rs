@@ -227,6 +227,9 @@ fn problems(status: &Value) -> Vec<String> {
     if let Some(error) = status["share_storage"]["error"].as_str() {
         problems.push(format!("shares: {error}; what was stored last stays in force"));
     }
+    for (name, error) in status["secret_errors"].as_object().into_iter().flatten() {
+        problems.push(format!("secret {name}: {}; what was there before stays in force", cell(error)));
+    }
     problems.extend(list(&status["warnings"]).iter().map(cell));
     for client in list(&status["clients"]) {
         for (type_url, state) in client["types"].as_object().into_iter().flatten() {

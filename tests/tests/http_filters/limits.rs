@@ -256,10 +256,7 @@ fn local() -> Vec<Case> {
             "local wildcards",
             LOCAL,
             &format!("{on}, descriptors: [{}, {}]", bucket("{key: a}", 1), bucket("{key: a, value: one}", 3)),
-            &["one", "one", "one", "one", "two", "two", "three", "three", "two"]
-                .map(|a| as_a(a))
-                .each_ref()
-                .map(|it| &**it),
+            &["one", "one", "one", "one", "two", "two", "three", "three", "two"].map(as_a).each_ref().map(|it| &**it),
         )
         .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}]"),
         case(
@@ -277,16 +274,16 @@ fn local() -> Vec<Case> {
                 on.replace("max_tokens: 4", "max_tokens: 40"),
                 bucket("{key: a}", 1)
             ),
-            &["1", "2", "1", "3", "1", "2", "2", "3"].map(|a| as_a(a)).each_ref().map(|it| &**it),
+            &["1", "2", "1", "3", "1", "2", "2", "3"].map(as_a).each_ref().map(|it| &**it),
         )
         .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}]"),
         case(
             "local hits",
             LOCAL,
             &format!(
-                "{on}, {}, rate_limits: [{{actions: [{{request_headers: {{header_name: x-a, descriptor_key: a}}}}], hits_addend: \
-                 {{format: '%REQ(x-hits)%'}}}}]",
-                format!("descriptors: [{}]", bucket("{key: a}", 10))
+                "{on}, descriptors: [{}], rate_limits: [{{actions: [{{request_headers: {{header_name: x-a, descriptor_key: a}}}}], \
+                 hits_addend: {{format: '%REQ(x-hits)%'}}}}]",
+                bucket("{key: a}", 10)
             ),
             &hits,
         ),

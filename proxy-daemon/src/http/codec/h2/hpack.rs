@@ -292,20 +292,21 @@ mod tests {
 
     #[test]
     fn what_cannot_is_replaced() {
-        let bad: &[(&[u8], &[u8], &[u8], &[u8])] = &[
-            (b"X-A", b"b", b"xxx", b"x"),
-            (b"x a", b"b", b"xxx", b"x"),
-            (b":evil", b"b", b"xxxxx", b"x"),
-            (b"x-a", b"a\nb", b"x-a", b"xxx"),
-            (b"x-a", b"\x7f", b"x-a", b"x"),
-            (b":method", b"G T", b":method", b"xxx"),
-            (b":method", b"", b"xxxxxxx", b""),
-            (b":status", b"20", b"xxxxxxx", b"xx"),
-            (b":status", b"101", b"xxxxxxx", b"xxx"),
-            (b":path", b"/\xff", b":path", b"xx"),
-            (b":path", b"/#", b":path", b"xx"),
+        // A name and a value, and what they become.
+        let bad: [[&[u8]; 4]; 11] = [
+            [b"X-A", b"b", b"xxx", b"x"],
+            [b"x a", b"b", b"xxx", b"x"],
+            [b":evil", b"b", b"xxxxx", b"x"],
+            [b"x-a", b"a\nb", b"x-a", b"xxx"],
+            [b"x-a", b"\x7f", b"x-a", b"x"],
+            [b":method", b"G T", b":method", b"xxx"],
+            [b":method", b"", b"xxxxxxx", b""],
+            [b":status", b"20", b"xxxxxxx", b"xx"],
+            [b":status", b"101", b"xxxxxxx", b"xxx"],
+            [b":path", b"/\xff", b":path", b"xx"],
+            [b":path", b"/#", b":path", b"xx"],
         ];
-        for (name, value, other_name, other_value) in bad {
+        for [name, value, other_name, other_value] in bad {
             let mut table = Table::default();
             for first in [0x40, 0x00] {
                 let block = [&[0x82][..], &literal(first, name, value), &[0x84]].concat();
