@@ -6,7 +6,6 @@ mod demo;
 mod envoy;
 mod peers;
 mod progress;
-mod release;
 mod setup;
 mod test;
 mod toolchain;
@@ -36,8 +35,6 @@ enum Task {
     Test(test::Args),
     /// Runs the tests of the kernel programs on Debian's kernels, in virtual machines.
     VmTest(vm_test::Args),
-    /// Builds the programs as they are shipped, to target/dist.
-    Release(release::Args),
     /// Compares CPU per request with Envoy, HAProxy and nginx.
     Bench(bench::Args),
 }
@@ -49,7 +46,6 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(args),
         Task::Test(args) => test::run(args),
         Task::VmTest(args) => vm_test::run(&args),
-        Task::Release(args) => release::run(&args),
         Task::Bench(args) => bench::run(args),
     };
     match result {

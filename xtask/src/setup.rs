@@ -42,21 +42,17 @@ pub struct Needs {
     bench: bool,
     /// What runs virtual machines.
     vm: bool,
-    /// The load generators, and what reads the compiler's profiles.
-    release: bool,
 }
 
 impl Needs {
     /// To build.
-    pub const BUILD: Self = Self { lab: false, nextest: false, bench: false, vm: false, release: false };
+    pub const BUILD: Self = Self { lab: false, nextest: false, bench: false, vm: false };
     /// To run the demo.
     pub const DEMO: Self = Self { lab: true, ..Self::BUILD };
     /// To run the tests.
     pub const TEST: Self = Self { nextest: true, ..Self::DEMO };
     /// To run tests in virtual machines.
     pub const VM: Self = Self { vm: true, ..Self::DEMO };
-    /// To build what is shipped.
-    pub const RELEASE: Self = Self { release: true, ..Self::BUILD };
     /// To run the benchmark.
     pub const BENCH: Self = Self { bench: true, ..Self::DEMO };
 }
@@ -72,8 +68,6 @@ enum Step {
     Linker(LinkerLlvm),
     /// cargo-nextest.
     Nextest,
-    /// The compiler's own llvm-profdata.
-    Profdata,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,11 +78,10 @@ enum LinkerLlvm {
 
 /// A program (or the absolute path of a file) and the Debian package that has it.
 const LAB: [(&str, &str); 3] = [("ip", "iproute2"), ("socat", "socat"), ("curl", "curl")];
-const BENCH: [(&str, &str); 1] = [("haproxy", "haproxy")];
-/// What makes the benchmark's load, and answers it.
-const LOAD: [(&str, &str); 4] = [
+const BENCH: [(&str, &str); 5] = [
     ("nginx", "nginx-light"),
     ("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream"),
+    ("haproxy", "haproxy"),
     ("wrk", "wrk"),
     ("h2load", "nghttp2-client"),
 ];
@@ -159,14 +152,12 @@ fn missing(needs: Needs) -> Vec<Step> {
     }
     let lab = if needs.lab { LAB.as_slice() } else { &[] };
     let bench = if needs.bench { BENCH.as_slice() } else { &[] };
-    let load = if needs.bench || needs.release { LOAD.as_slice() } else { &[] };
     let tests = if needs.nextest { TESTS.as_slice() } else { &[] };
     let vm = if needs.vm { VM.as_slice() } else { &[] };
     let pip = if needs.nextest || needs.bench { PIP.as_slice() } else { &[] };
     packages.extend(
         lab.iter()
             .chain(bench)
-            .chain(load)
             .chain(tests)
             .chain(vm)
             .chain(pip)
@@ -175,9 +166,6 @@ fn missing(needs: Needs) -> Vec<Step> {
     );
     if needs.nextest && !has_program("cargo-nextest") {
         steps.push(Step::Nextest);
-    }
-    if needs.release && toolchain::host().ok().and_then(|host| toolchain::profdata(&host)).is_none() {
-        steps.push(Step::Profdata);
     }
     if !packages.is_empty() {
         // First: the others build with them.
@@ -196,7 +184,6 @@ fn describe(step: &Step) -> String {
             }
             None => format!("bpf-linker {BPF_LINKER_VERSION}; set HOME, so that there is a place for it"),
         },
-        Step::Profdata => "rustup's component llvm-tools".to_owned(),
         Step::Nextest => "cargo-nextest, by cargo install (a few minutes)".to_owned(),
     }
 }
@@ -233,9 +220,6 @@ fn install(step: &Step) -> Result<()> {
                 cargo.args(["--no-default-features", "--features", "llvm-22"]).env("LLVM_PREFIX", DEBIAN_LLVM);
             }
             progress::run("building bpf-linker", &mut cargo)
-        }
-        Step::Profdata => {
-            progress::run("installing llvm-tools", Command::new("rustup").args(["component", "add", "llvm-tools"]))
         }
         Step::Nextest => progress::run("building cargo-nextest", cargo_install().arg("cargo-nextest")),
     }

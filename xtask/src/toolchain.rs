@@ -4,8 +4,6 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result};
-
 /// The release of bpf-linker that `setup` builds.
 pub const BPF_LINKER_VERSION: &str = "0.13.0";
 /// Where Debian's rustc-web puts the compiler; a rustup compiler comes first in most people's PATH.
@@ -59,22 +57,6 @@ impl Toolchain {
         command.env("PATH", path);
         command
     }
-}
-
-/// What the compiler calls this machine, for example `x86_64-unknown-linux-gnu`.
-pub fn host() -> Result<String> {
-    let output = Command::new("rustc").arg("-vV").output().context("running rustc")?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(str::to_owned).context("rustc -vV names no host")
-}
-
-/// Finds the llvm-profdata of the compiler's own LLVM: another version may not read what it writes.
-pub fn profdata(host: &str) -> Option<PathBuf> {
-    let output = Command::new("rustc").args(["--print", "sysroot"]).output().ok()?;
-    let sysroot = String::from_utf8(output.stdout).ok()?;
-    let program = Path::new(sysroot.trim()).join("lib/rustlib").join(host).join("bin/llvm-profdata");
-    program.exists().then_some(program)
 }
 
 /// Finds a compiler.

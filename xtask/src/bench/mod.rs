@@ -12,7 +12,7 @@ mod report;
 mod workloads;
 mod xds;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -92,12 +92,10 @@ struct Stage {
 impl Stage {
     fn set_up(common: &Common) -> Result<Stage> {
         setup::ensure(common.yes, Needs::BENCH)?;
-        let envoy = envoy::ensure(&workspace_root())?;
-        Stage::of(culvertd(common.culvertd.clone())?, envoy)
-    }
-
-    fn of(culvertd: PathBuf, envoy: PathBuf) -> Result<Stage> {
-        let dir = workspace_root().join("target/bench");
+        let root = workspace_root();
+        let envoy = envoy::ensure(&root)?;
+        let culvertd = culvertd(common.culvertd.clone())?;
+        let dir = root.join("target/bench");
         std::fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         std::fs::write(dir.join("64k"), vec![b'x'; 64 * 1024])?;
         // Uncompressed, 26 bytes long.
@@ -124,20 +122,6 @@ pub fn run(args: Args) -> Result<()> {
         Some(Suite::Discovery(args)) => discovery::run(&args),
         None => requests(&args.requests),
     }
-}
-
-/// Has a culvertd pass all workloads, each for a short while.
-pub(crate) fn pass_workloads(culvertd: &Path) -> Result<()> {
-    const WHILE: Duration = Duration::from_secs(3);
-    // Envoy has no part in it.
-    let stage = Stage::of(culvertd.to_owned(), PathBuf::new())?;
-    let Programs { ports, dir, .. } = &stage.programs;
-    for workload in &WORKLOADS {
-        eprintln!("passing {} ...", workload.name);
-        let _server = Server::start(Contender::Culvert, &stage.programs)?;
-        workload.run(ports, WHILE, dir)?;
-    }
-    Ok(())
 }
 
 /// The culvertd that is named, or else one that is built now.
