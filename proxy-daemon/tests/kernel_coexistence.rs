@@ -4,12 +4,12 @@
 mod kernel_lab;
 
 use std::ffi::CString;
-use std::net::{TcpListener, UdpSocket};
-use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use culvert_proxy_daemon::intercept::{BalancedService, ConnectBalancing, Interception, InterceptionConfig, clean};
+use culvert_proxy_daemon::intercept::{BalancedService, ConnectBalancing, InterceptionConfig, clean};
 use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::*;
 
@@ -17,13 +17,6 @@ use kernel_lab::*;
 #[test]
 fn play_the_puppet() {
     puppet::play();
-}
-
-fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, TcpListener) {
-    let interception = lab.start(config, 1);
-    let worker = lab.node.listen_transparent("[::]:0");
-    lab.node.run(|| interception.set_listener(0, worker.as_fd())).expect("listener");
-    (interception, worker)
 }
 
 /// Whether a datagram of the pod gets to the neighbour.

@@ -5,7 +5,6 @@ mod kernel_lab;
 use std::collections::HashSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
@@ -35,17 +34,6 @@ fn play_the_daemon() {
 
 fn daemon(lab: &Lab) -> std::process::Child {
     process::daemon(&[&lab.node.name, &lab.pin_path.display().to_string()])
-}
-
-fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, TcpListener) {
-    let interception = lab.start(config, 1);
-    let worker = lab.node.listen_transparent("[::]:0");
-    lab.node.run(|| interception.set_listener(0, worker.as_fd())).expect("listener");
-    (interception, worker)
-}
-
-fn stop(lab: &Lab, interception: Interception) {
-    lab.node.run(|| interception.shutdown()).expect("shuts down");
 }
 
 fn say(from: &mut Stream, to: &mut Stream) {

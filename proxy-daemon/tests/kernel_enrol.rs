@@ -4,7 +4,6 @@
 mod kernel_lab;
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -62,17 +61,6 @@ fn pod(interception: &Interception, name: &str) -> Option<PodStatus> {
 
 fn is_enrolled(interception: &Interception, name: &str) -> bool {
     pod(interception, name).is_some_and(|pod| pod.enrolled)
-}
-
-fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, TcpListener) {
-    let interception = lab.start(config, 1);
-    let worker = lab.node.listen_transparent("[::]:0");
-    lab.node.run(|| interception.set_listener(0, worker.as_fd())).expect("listener");
-    (interception, worker)
-}
-
-fn stop(lab: &Lab, interception: Interception) {
-    lab.node.run(|| interception.shutdown()).expect("shuts down");
 }
 
 /// Whether what the client pod opens is redirected now.

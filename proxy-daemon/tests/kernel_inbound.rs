@@ -28,10 +28,6 @@ fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, [TcpListener; 
     (interception, listeners)
 }
 
-fn stop(lab: &Lab, interception: Interception) {
-    lab.node.run(|| interception.shutdown()).expect("shuts down");
-}
-
 fn talk(one: &mut Stream, other: &mut Stream) {
     for _ in 0..2 {
         one.write_all(b"hello").expect("write");

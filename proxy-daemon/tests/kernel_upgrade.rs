@@ -17,17 +17,6 @@ use culvert_proxy_daemon::intercept::{
 use culvert_proxy_ebpf::{Address, LAYOUT, PodCounters};
 use kernel_lab::*;
 
-fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, TcpListener) {
-    let interception = lab.start(config, 1);
-    let worker = lab.node.listen_transparent("[::]:0");
-    lab.node.run(|| interception.set_listener(0, worker.as_fd())).expect("listener");
-    (interception, worker)
-}
-
-fn stop(lab: &Lab, interception: Interception) {
-    lab.node.run(|| interception.shutdown()).expect("shuts down");
-}
-
 /// The client opens connections, all of which are redirected, and says something by each.
 fn connect(lab: &Lab, worker: &TcpListener, times: usize) {
     for _ in 0..times {

@@ -250,6 +250,19 @@ fn finish_connecting(socket: Socket, to: SocketAddr, time: Duration) -> std::io:
     Ok(Stream(socket.into()))
 }
 
+/// Starts interception with one worker, and its listener for outbound connections.
+pub fn start(lab: &Lab, config: InterceptionConfig) -> (Interception, TcpListener) {
+    let interception = lab.start(config, 1);
+    let worker = lab.node.listen_transparent("[::]:0");
+    lab.node.run(|| interception.set_listener(0, worker.as_fd())).expect("listener");
+    (interception, worker)
+}
+
+/// Takes it down.
+pub fn stop(lab: &Lab, interception: Interception) {
+    lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
 /// Accepts within the deadline.
 pub fn accept(listener: &TcpListener) -> (Stream, SocketAddr) {
     accept_within(listener, DEADLINE).expect("no connection arrived")

@@ -2,14 +2,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::thread;
 
 use anyhow::{Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, free_port};
 use culvert_tests::server;
 
-use super::harness::{get, watch};
+use super::harness::{compare_outcomes, get, watch};
 use super::wire::{self, ACK, Connection, END_HEADERS, HEADERS, PING, SETTINGS, data, frame, headers, settings};
 
 const OK: (&str, &str) = (":status", "200");
@@ -130,15 +129,5 @@ fn outcomes(kind: Kind) -> Result<Vec<String>> {
 }
 
 pub fn side_by_side() -> Result<()> {
-    let envoy = thread::spawn(|| outcomes(Kind::Envoy));
-    let culvert = outcomes(Kind::Culvert)?;
-    let envoy = envoy.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
-    let different: Vec<String> = envoy
-        .iter()
-        .zip(&culvert)
-        .filter(|(theirs, ours)| theirs != ours)
-        .map(|(theirs, ours)| format!("Envoy:    {theirs}\nculvertd: {ours}"))
-        .collect();
-    ensure!(different.is_empty(), "{} of {}:\n{}", different.len(), envoy.len(), different.join("\n"));
-    Ok(())
+    compare_outcomes(outcomes)
 }

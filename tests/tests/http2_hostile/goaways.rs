@@ -12,6 +12,7 @@ use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::server;
 
+use super::harness::compare_outcomes;
 use super::wire::{ACK, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, frame, headers, reset, settings};
 
 /// What a host does with a request.
@@ -232,15 +233,5 @@ fn outcomes(kind: Kind) -> Result<Vec<String>> {
 }
 
 pub fn side_by_side() -> Result<()> {
-    let envoy = thread::spawn(|| outcomes(Kind::Envoy));
-    let culvert = outcomes(Kind::Culvert)?;
-    let envoy = envoy.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
-    let different: Vec<String> = envoy
-        .iter()
-        .zip(&culvert)
-        .filter(|(theirs, ours)| theirs != ours)
-        .map(|(theirs, ours)| format!("Envoy:    {theirs}\nculvertd: {ours}"))
-        .collect();
-    ensure!(different.is_empty(), "{} of {}:\n{}", different.len(), envoy.len(), different.join("\n"));
-    Ok(())
+    compare_outcomes(outcomes)
 }

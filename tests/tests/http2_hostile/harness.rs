@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::BufReader;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -321,5 +322,20 @@ pub fn compare_resets(cases: &[Case], manager: &[&str]) -> Result<()> {
         }
     }
     ensure!(wrong.is_empty(), "{} of {} differ:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
+    Ok(())
+}
+
+/// Holds what becomes of culvertd's streams against what becomes of Envoy's, line by line.
+pub fn compare_outcomes(outcomes: fn(Kind) -> Result<Vec<String>>) -> Result<()> {
+    let envoy = thread::spawn(move || outcomes(Kind::Envoy));
+    let culvert = outcomes(Kind::Culvert)?;
+    let envoy = envoy.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+    let different: Vec<String> = envoy
+        .iter()
+        .zip(&culvert)
+        .filter(|(theirs, ours)| theirs != ours)
+        .map(|(theirs, ours)| format!("Envoy:    {theirs}\nculvertd: {ours}"))
+        .collect();
+    ensure!(different.is_empty(), "{} of {}:\n{}", different.len(), envoy.len(), different.join("\n"));
     Ok(())
 }
