@@ -5,9 +5,10 @@ mod kernel_lab;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use aya::programs::links::{FdLink, PinnedLink};
 use culvert_proxy_daemon::intercept::{BalancedService, ConnectBalancing, Interception, InterceptionConfig};
 use kernel_lab::process::role;
 use kernel_lab::puppet::{self, Group, Puppet};
@@ -386,5 +387,141 @@ fn sockets_of_an_earlier_daemon_keep_their_services() {
         let stays = name != backend;
         assert_eq!((answer == *name, counter(&second, "balanced.moved") == moved), (stays, stays), "{answer}, {name}");
     }
+    lab.node.run(|| second.shutdown()).expect("shuts down");
+}
+
+/// What is pinned, and the numbers of the link and of its program.
+fn links(lab: &Lab) -> Vec<(PathBuf, u32, u32)> {
+    let entries =
+        std::fs::read_dir(lab.pin_path.join("cgroups")).expect("pins").map(|entry| entry.expect("one").path());
+    let link = |path: PathBuf| {
+        let info = FdLink::from(PinnedLink::from_pin(&path).expect("a link")).info().expect("is known");
+        (path, info.id(), info.program_id())
+    };
+    let mut links: Vec<_> = entries.map(link).collect();
+    links.sort();
+    links
+}
+
+/// With both on a cgroup, the earlier daemon's would choose first, among the hosts that it knew.
+#[test]
+fn a_successors_programs_take_the_places_of_the_earlier_ones() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let (vip, [one, two]) = (service("10.96.0.10:80", false), ["10.201.2.2:8001", "10.201.2.2:8002"]);
+    let listeners = [one, two].map(|address| lab.server.listen(address));
+    let mut app = Puppet::new(&lab.client, &group);
+    let first = start(&lab, &group);
+    first.set_service(&vip, &shares(&[(one, 1.0)])).unwrap();
+    app.connect("10.96.0.10:80").expect("connects");
+    accept(&listeners[0]);
+    let before = links(&lab);
+    assert_eq!(before.len(), 9);
+    // As in a crash.
+    drop(first);
+
+    let second = lab.start(config(&lab.pin_path, group.path()), 1);
+    second.set_service(&vip, &shares(&[(two, 1.0)])).unwrap();
+    let second = attached(second);
+    for _ in 0..10 {
+        app.connect("10.96.0.10:80").expect("connects");
+        accept(&listeners[1]);
+    }
+    let after = links(&lab);
+    let places =
+        |links: &[(PathBuf, u32, u32)]| links.iter().map(|(path, id, _)| (path.clone(), *id)).collect::<Vec<_>>();
+    assert_eq!(places(&before), places(&after), "the links are the same");
+    assert!(before.iter().zip(&after).all(|(before, after)| before.2 != after.2), "{before:?}, {after:?}");
+    lab.node.run(|| second.shutdown()).expect("shuts down");
+    // Not some time later.
+    assert!(app.order("tcp-briefly 10.96.0.10:80").is_err(), "nothing is balanced any more");
+}
+
+/// A connected UDP socket that has heard of a service's backend.
+fn associated(app: &mut Puppet, NameService { vip, any, .. }: &NameService) -> (String, String) {
+    let socket = app.order(&format!("udp {any}")).unwrap();
+    app.order(&format!("associate {socket} {vip}")).expect("connects");
+    let backend = ask(app, &socket);
+    (socket, backend)
+}
+
+/// Asks by a connected socket who answers.
+fn ask(app: &mut Puppet, socket: &str) -> String {
+    app.order(&format!("send {socket} who")).expect("sends");
+    app.order(&format!("receive {socket}")).expect("answered")
+}
+
+/// The hosts of services come when discovery tells them, which may be long after the programs were replaced.
+#[test]
+fn sockets_of_a_service_that_is_known_late_hear_of_a_backend_that_is_gone() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let first = start(&lab, &group);
+    let mut app = Puppet::new(&lab.client, &group);
+    let [stays, goes] = &NAME_SERVICES;
+    let mut servers = Vec::new();
+    for NameService { vip, backends: [one, two], .. } in &NAME_SERVICES {
+        servers.extend([(one, "one"), (two, "two")].map(|(address, name)| name_server(&lab.server, address, name)));
+        first.set_service(&service(vip, true), &shares(&[(one, 1.0)])).unwrap();
+    }
+    let (stayed, _) = associated(&mut app, stays);
+    let (gone, _) = associated(&mut app, goes);
+    drop(first);
+
+    let second = attached(lab.start(config(&lab.pin_path, group.path()), 1));
+    for (socket, vip) in [(&stayed, stays.vip), (&gone, goes.vip)] {
+        assert_eq!(ask(&mut app, socket), format!("{vip} one"), "nobody knows better");
+    }
+    second.set_service(&service(goes.vip, true), &shares(&[(goes.backends[1], 1.0)])).unwrap();
+    eventually("the socket is told", || {
+        matches!(
+            app.order(&format!("send {gone} who")),
+            Err(nix::libc::ECONNABORTED | nix::libc::EDESTADDRREQ | nix::libc::ENOTCONN)
+        )
+    });
+    second.set_service(&service(stays.vip, true), &shares(&[(stays.backends[0], 1.0)])).unwrap();
+    for _ in 0..20 {
+        assert_eq!(ask(&mut app, &stayed), format!("{} one", stays.vip));
+    }
+    lab.node.run(|| second.shutdown()).expect("shuts down");
+}
+
+/// What it hears of services while it drains says nothing of its successor's sockets.
+#[test]
+fn a_daemon_that_was_replaced_ends_no_sockets() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let mut app = Puppet::new(&lab.client, &group);
+    let [known, unknown] = &NAME_SERVICES;
+    let mut servers = Vec::new();
+    let set = |daemon: &Interception, of: &NameService, backend: usize| {
+        daemon.set_service(&service(of.vip, true), &shares(&[(of.backends[backend], 1.0)])).expect("taken");
+    };
+    let zeroth = start(&lab, &group);
+    for of in &NAME_SERVICES {
+        servers.extend([(0, "one"), (1, "two")].map(|(at, name)| name_server(&lab.server, of.backends[at], name)));
+        set(&zeroth, of, 0);
+    }
+    let sockets = [associated(&mut app, known).0, associated(&mut app, unknown).0];
+    drop(zeroth);
+    // This one inherits the sockets, and knows one of the services.
+    let first = lab.start(config(&lab.pin_path, group.path()), 1);
+    set(&first, known, 0);
+    let first = attached(first);
+    let second = lab.start(config(&lab.pin_path, group.path()), 1);
+    NAME_SERVICES.iter().for_each(|of| set(&second, of, 0));
+    let second = attached(second);
+    for of in &NAME_SERVICES {
+        set(&first, of, 1);
+    }
+    for _ in 0..100 {
+        for (socket, of) in sockets.iter().zip(&NAME_SERVICES) {
+            assert_eq!(ask(&mut app, socket), format!("{} one", of.vip));
+        }
+    }
+    // Who has replaced it does end them.
+    set(&second, known, 1);
+    eventually("the socket is told", || app.order(&format!("send {} who", sockets[0])).is_err());
+    lab.node.run(|| first.shutdown()).expect("shuts down");
     lab.node.run(|| second.shutdown()).expect("shuts down");
 }

@@ -127,6 +127,33 @@ fn a_pod_that_starts_without_a_daemon_has_its_network_and_is_enrolled_later() {
     stop(&lab, interception);
 }
 
+/// istio#60882: of what a daemon made nothing outlives a reboot, and nothing of it is needed.
+#[test]
+fn after_a_reboot_everything_is_in_force_again() {
+    let lab = Lab::new();
+    let config = || InterceptionConfig { pin_path: lab.pin_path.clone(), ..closed_config() };
+    let (interception, worker) = start(&lab, config());
+    let mut client = lab.client.connect("10.96.0.10:80").expect("connects");
+    say(&mut client, &mut accept(&worker).0);
+    drop((interception, worker, client));
+    // Pins, and with them programs and maps; the rules and routes; the pods' interfaces.
+    fs::remove_dir_all(&lab.pin_path).expect("unpins");
+    for family in ["-4", "-6"] {
+        lab.node.ip(&format!("{family} rule delete fwmark 0xc17 lookup 3095"));
+        lab.node.ip(&format!("{family} route flush table 3095"));
+    }
+    lab.node.ip("link delete pod1");
+    lab.rewire_client();
+    let (interception, worker) = start(&lab, config());
+    for to in ["10.96.0.10:80", "[fd00:96::10]:80"] {
+        let mut client = lab.client.connect(to).expect("connects");
+        say(&mut client, &mut accept(&worker).0);
+    }
+    assert_eq!(counter(&interception, "redirected"), 2);
+    assert_eq!(interception.faults(), Vec::<String>::new());
+    stop(&lab, interception);
+}
+
 /// cilium#30406: one worker, and many connections in one pod's name to one server.
 #[test]
 fn one_pod_has_many_connections_to_one_server() {

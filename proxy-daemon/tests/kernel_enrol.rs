@@ -449,17 +449,21 @@ fn clean_removes_every_trace_and_tells_it() {
     assert!(command("tc", &format!("-n {} filter show dev pod1 egress", lab.node.name)).contains("bytecode"));
 }
 
-/// Everything is in force again soon after a restart.
+/// Everything is in force again within a second of a restart, of some restarts at least: the machine may be busy.
 #[test]
 fn a_restart_takes_less_than_a_second() {
     let lab = Lab::new();
-    let (first, worker) = start(&lab, lab.config());
-    drop((first, worker));
-    let begun = std::time::Instant::now();
-    let (second, worker) = start(&lab, lab.config());
-    let _client = lab.client.connect("10.96.0.10:80").expect("serves");
-    accept(&worker);
-    // The machine may be busy; loading and attaching take a tenth of that.
-    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
-    stop(&lab, second);
+    let (mut daemon, mut worker) = start(&lab, lab.config());
+    let mut times = Vec::new();
+    for _ in 0..10 {
+        // As in a crash.
+        drop((daemon, worker));
+        let begun = std::time::Instant::now();
+        (daemon, worker) = start(&lab, lab.config());
+        let _client = lab.client.connect("10.96.0.10:80").expect("serves");
+        accept(&worker);
+        times.push(begun.elapsed());
+    }
+    assert!(times.iter().min().is_some_and(|time| *time < Duration::from_secs(1)), "{times:?}");
+    stop(&lab, daemon);
 }

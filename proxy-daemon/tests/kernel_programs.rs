@@ -8,9 +8,16 @@ fn version() -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
+/// The programs of the short cut ask for what older kernels do not have: `bpf_get_netns_cookie` of a socket's events,
+/// `bpf_ktime_get_coarse_ns`. There, they are not even tried: the short cut is off for the kernel's bugs, which is said at the
+/// start, and hops use TCP.
+const SHORT_CUT: (&[&str], (u32, u32)) = (&["register_socket", "shortcut"], (5, 15));
+
 #[test]
 fn every_program_passes_the_verifier() {
-    let refused = intercept::refused_programs().expect("the maps are made");
+    let mut refused = intercept::refused_programs().expect("the maps are made");
+    let (programs, since) = SHORT_CUT;
+    refused.retain(|(name, _)| version() >= since || !programs.contains(&name.as_str()));
     assert!(refused.is_empty(), "{}", refused.iter().map(|(name, why)| format!("{name}: {why}\n")).collect::<String>());
 }
 
@@ -28,7 +35,9 @@ fn a_kernel_that_is_too_old_is_told_so() {
         }
         Err(error) => {
             assert!(version() < (5, 14), "{error}");
-            assert!(error.to_string().contains("needs Linux 5.14"), "{error}");
+            let (words, lines) = (error.to_string(), error.to_string().lines().count());
+            assert!(words.starts_with("interception needs Linux 5.14, and this is 5."), "{error}");
+            assert_eq!(lines, 1, "{error}");
         }
     }
 }

@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
-use aya::maps::{Map, MapData, PerCpuHashMap};
+use aya::maps::{Map, MapData, MapInfo, PerCpuHashMap};
 use aya::programs::{SchedClassifier, TcAttachType};
 use culvert_proxy_daemon::intercept::{
     Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector, Traffic,
@@ -44,6 +44,12 @@ fn accounts(lab: &Lab) -> Vec<Address> {
     map.keys().collect::<Result<_, _>>().expect("can be listed")
 }
 
+/// The numbers of the maps that outlive daemons.
+fn inherited(lab: &Lab) -> [u32; 6] {
+    let names = ["COUNTERS", "POD_COUNTERS", "DETOURS", "CHOICES", "REPLIES", "CONNECTED"];
+    names.map(|name| MapInfo::from_pin(maps(lab).join(name)).unwrap_or_else(|error| panic!("{name}: {error}")).id())
+}
+
 fn maps(lab: &Lab) -> PathBuf {
     lab.pin_path.join(format!("maps-{LAYOUT}"))
 }
@@ -56,10 +62,12 @@ fn counters_and_pods_accounts_outlive_a_crash() {
     let (redirected, before) = (counter(&first, "redirected"), pod(&first, CLIENT));
     assert_eq!((redirected, before.outbound_connections), (3, 3));
     assert!(before.bytes_sent > 0 && before.since.is_some(), "{before:?}");
+    let kept = inherited(&lab);
     // As in a crash.
     drop((first, worker));
 
     let (second, worker) = start(&lab, lab.config());
+    assert_eq!(inherited(&lab), kept, "they are the same maps");
     assert_eq!(counter(&second, "redirected"), 3);
     let after = pod(&second, CLIENT);
     assert_eq!(account(&after), account(&before));
@@ -196,6 +204,28 @@ fn another_pod_with_the_address_begins_anew() {
     let (fourth, _worker) = start(&lab, manifests.config(&lab));
     eventually("forgotten", || accounts(&lab).is_empty());
     stop(&lab, fourth);
+}
+
+/// What the old daemon's programs count until the new one's take their places is not lost either.
+#[test]
+fn counters_of_another_layout_go_on_through_an_upgrade() {
+    let lab = Lab::new();
+    let (first, old) = start(&lab, lab.config());
+    connect(&lab, &old, 3);
+    move_pins(&lab, &lab.pin_path.join("maps-1")).expect("moves");
+    let second = lab.start(lab.config(), 1);
+    assert_eq!(counter(&second, "redirected"), 3);
+    // The old daemon's programs count in its own map.
+    connect(&lab, &old, 4);
+    assert_eq!([&first, &second].map(|daemon| counter(daemon, "redirected")), [7, 3]);
+    let new = lab.node.listen_transparent("[::]:0");
+    lab.node.run(|| second.set_listener(0, new.as_fd())).expect("listener");
+    assert_eq!(counter(&second, "redirected"), 7);
+    connect(&lab, &new, 2);
+    assert_eq!(counter(&second, "redirected"), 9);
+    stop(&lab, first);
+    stop(&lab, second);
+    assert!(!lab.pin_path.exists());
 }
 
 #[test]

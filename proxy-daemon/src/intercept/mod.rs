@@ -7,7 +7,8 @@
 //! btf        where the running kernel keeps the fields of its structures
 //! probe      what the kernel and the node's set-up can do
 //! kernel     loads the programs, fills the maps, reads the counters; inherit: what it takes over of an earlier daemon's maps
-//! attach     puts programs on interfaces, pinned, so that they outlive the daemon
+//! attach     puts programs on interfaces, pinned, so that they outlive the daemon; pinned: other programs for pinned links,
+//!            and their end
 //! state      what is in force: the programs, the rule, the route, the pods
 //! lease      who works with a pin path
 //! netlink    interfaces, addresses, the rule and the route
@@ -45,6 +46,7 @@ mod lease;
 mod manifests;
 pub(crate) mod mark;
 mod netlink;
+mod pinned;
 mod pods;
 mod probe;
 mod selectors;
@@ -202,11 +204,8 @@ impl Interception {
         let shares: Vec<_> = usable.map(|(host, share)| (services::endpoint(*host, service.udp), *share)).collect();
         let service = services::endpoint(service.address, service.udp);
         let mut state = self.lock();
-        let is_new = !state.services.knows(service);
         state.change_service(|services, ebpf| services.set(ebpf, service, &shares))?;
-        if is_new {
-            state.end_stranded(Some(service));
-        }
+        state.end_stranded(service);
         Ok(())
     }
 

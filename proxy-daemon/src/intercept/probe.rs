@@ -33,8 +33,7 @@ impl std::fmt::Display for KernelVersion {
 impl KernelVersion {
     /// The running kernel's.
     pub(super) fn running() -> io::Result<Self> {
-        let name = nix::sys::utsname::uname()?;
-        Self::of_release(&name.release().to_string_lossy())
+        Self::of_release(&release())
     }
 
     /// Of a release's name.
@@ -66,6 +65,11 @@ impl KernelVersion {
             floors.join(", ")
         ))
     }
+}
+
+/// The release of the running kernel, as it calls itself.
+pub(super) fn release() -> String {
+    nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default()
 }
 
 /// Whether programs at connect() and sendto() may choose the error of a call that they refuse (`bpf_set_retval`).

@@ -21,6 +21,9 @@ pub(super) struct Services {
     backends: Map<Endpoint, u32>,
     /// Tables that the kernel did not take.
     pub(super) refused: u64,
+    /// By services that are not known yet: UDP sockets that an earlier daemon's programs connected to backends of theirs that
+    /// no service has.
+    waiting: Map<Endpoint, Vec<(u64, Connected)>>,
 }
 
 struct Table {
@@ -78,13 +81,9 @@ impl Services {
         self.count_out(ebpf, &old.backends)
     }
 
-    /// Whether it is balanced.
-    pub(super) fn knows(&self, service: Endpoint) -> bool {
-        self.tables.contains_key(&service)
-    }
-
-    /// UDP sockets that are connected to a backend that no service has, though their service, this one or any, is known.
-    pub(super) fn stranded(&self, ebpf: &mut Ebpf, service: Option<Endpoint>) -> Vec<(u64, Connected)> {
+    /// UDP sockets that an earlier daemon's programs connected to a backend that their service does not have. Those whose
+    /// service is not known wait for it: [`Self::take_stranded`].
+    pub(super) fn stranded(&mut self, ebpf: &mut Ebpf) -> Vec<(u64, Connected)> {
         let Ok(connected) = map::<HashMap<_, u64, Connected>>(ebpf, CONNECTED) else { return Vec::new() };
         let mut stranded: Vec<(u64, Connected)> = connected.iter().filter_map(Result::ok).collect();
         stranded.retain(|(_, connected)| !self.backends.contains_key(&connected.backend));
@@ -94,8 +93,20 @@ impl Services {
         let Ok(replies) = map::<HashMap<_, ReplyKey, Endpoint>>(ebpf, "REPLIES") else { return Vec::new() };
         stranded.retain(|(cookie, connected)| {
             let of = replies.get(&ReplyKey { cookie: *cookie, from: connected.backend, unused: 0 }, 0);
-            of.is_ok_and(|of| self.knows(of) && service.is_none_or(|service| service == of))
+            let Ok(service) = of else { return false };
+            let known = self.tables.contains_key(&service);
+            if !known {
+                self.waiting.entry(service).or_default().push((*cookie, *connected));
+            }
+            known
         });
+        stranded
+    }
+
+    /// Those of them that waited for this service, and are connected to a backend that no service has.
+    pub(super) fn take_stranded(&mut self, service: Endpoint) -> Vec<(u64, Connected)> {
+        let mut stranded = self.waiting.remove(&service).unwrap_or_default();
+        stranded.retain(|(_, connected)| !self.backends.contains_key(&connected.backend));
         stranded
     }
 

@@ -59,10 +59,10 @@ pub(super) struct State {
     /// The services' hosts are known.
     pub(super) balances: bool,
     pub(super) services: Services,
-    /// Some UDP sockets may have been connected to backends by an earlier daemon's programs.
+    /// What an earlier daemon's programs count of which maps have another layout.
+    carried: Option<inherit::Carried>,
+    /// Some UDP sockets may have been connected to backends by an earlier daemon's programs, and were not looked at yet.
     inherits_sockets: bool,
-    /// Those of them were told whose backends are gone.
-    told_stranded: bool,
     /// Interfaces that should have programs and have not, by index.
     unattached: BTreeMap<u32, String>,
     pods: Pods,
@@ -89,15 +89,17 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn load(config: InterceptionConfig, workers: u32) -> Result<Self, InterceptError> {
-        let cookie = probe::netns_cookie().map_err(|source| {
-            InterceptError::netlink("read the network namespace's cookie (needs Linux 5.14)", source)
+        let cookie = probe::netns_cookie().map_err(|source| match source.raw_os_error() {
+            // The option is not known.
+            Some(nix::libc::ENOPROTOOPT) => InterceptError::TooOld { release: probe::release() },
+            _ => InterceptError::netlink("read the network namespace's cookie", source),
         })?;
         let sock_layout = match &config.shortcut_cgroup {
             Some(_) => kernel::sock_layout(&config),
             None => Err(Withheld::NotConfigured),
         };
         let unused = SockLayout::default();
-        let kernel::Loaded { ebpf, inherits_sockets } =
+        let kernel::Loaded { ebpf, carried, inherits_sockets } =
             kernel::load(&config, workers, cookie, sock_layout.as_ref().unwrap_or(&unused))?;
         let tcx =
             !config.force_clsact && probe::KernelVersion::running().is_ok_and(|running| running >= probe::TCX_FLOOR);
@@ -129,8 +131,8 @@ impl State {
             hooks: Vec::new(),
             balances: false,
             services: Services::default(),
+            carried,
             inherits_sockets,
-            told_stranded: false,
             unattached: BTreeMap::new(),
             pods: Pods::default(),
             pod_names: Arc::default(),
@@ -227,6 +229,9 @@ impl State {
         for error in self.reconcile_cgroups().1 {
             // Tried again until it works.
             tracing::error!(%error, "a cgroup keeps the programs of an earlier daemon, or has none");
+        }
+        if let Some(carried) = self.carried.take() {
+            carried.add_rest(&mut self.ebpf);
         }
         for other in map_directories(&self.config.pin_path).into_iter().filter(|other| *other != maps) {
             if let Err(error) = remove_pins(&other) {
@@ -411,9 +416,10 @@ impl State {
             parents.extend(more);
             errors.extend(failed);
         }
-        // Now that our programs choose: whoever is told connects again at once.
-        if balances && !std::mem::replace(&mut self.told_stranded, true) {
-            self.end_stranded(None);
+        // Now that our programs choose: whoever is told connects again at once. Before, the earlier daemon's tables count, and
+        // of a daemon that is followed the successor's.
+        if balances && std::mem::take(&mut self.inherits_sockets) && !followed {
+            sessions::end(self.services.stranded(&mut self.ebpf));
         }
         (parents, errors)
     }
@@ -430,12 +436,12 @@ impl State {
         Ok(())
     }
 
-    /// Tells UDP sockets that were connected to a backend by an earlier daemon's programs if their service, which is this one
-    /// or any that is known, does not have that backend any more.
-    pub(super) fn end_stranded(&mut self, service: Option<Endpoint>) {
-        // Before, the earlier daemon's tables count.
-        if self.inherits_sockets && self.told_stranded && !self.is_followed() {
-            sessions::end(self.services.stranded(&mut self.ebpf, service));
+    /// Now that a service is known, tells UDP sockets that an earlier daemon's programs connected to a backend that it does not
+    /// have any more.
+    pub(super) fn end_stranded(&mut self, service: Endpoint) {
+        let stranded = self.services.take_stranded(service);
+        if !stranded.is_empty() && !self.is_followed() {
+            sessions::end(stranded);
         }
     }
 }

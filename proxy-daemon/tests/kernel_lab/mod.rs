@@ -15,7 +15,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use aya::maps::{Map, MapData, PerCpuArray};
 use culvert_proxy_daemon::intercept::{FailurePolicy, Interception, InterceptionConfig, Pod, Policy};
+use culvert_proxy_ebpf::{LAYOUT, Reason};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
@@ -292,13 +294,15 @@ pub fn sleeps(name: &str) -> bool {
         let tasks = fs::read_dir("/proc/self/task").expect("tasks").map(|task| task.expect("a task").path());
         let named = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name));
         let status = named.filter_map(|task| fs::read_to_string(task.join("status")).ok());
-        let lines = |text: String| text.lines().filter(|line| line.contains("ctxt_switches")).collect::<String>();
+        let tells = |line: &&str| line.contains("ctxt_switches") || line.starts_with("State:");
+        let lines = |text: String| text.lines().filter(tells).collect::<String>();
         status.map(lines).collect()
     };
     let before = switches();
     std::thread::sleep(Duration::from_millis(100));
-    // A thread that has just begun has no name yet.
-    !before.is_empty() && before == switches()
+    // A thread that has just begun has no name yet; one that has work may wait for a processor all this time.
+    let sleep = before.iter().all(|status| status.contains("(sleeping)"));
+    !before.is_empty() && sleep && before == switches()
 }
 
 /// Runs `ip`; panics with its words if it fails.
@@ -445,6 +449,14 @@ impl Drop for Lab {
         let _ = fs::remove_dir_all(&self.pin_path);
         let _ = fs::remove_dir_all(self.state_path().parent().expect("a directory"));
     }
+}
+
+/// The value of a counter of the pinned maps, which outlive daemons.
+pub fn pinned_counter(lab: &Lab, reason: Reason) -> u64 {
+    let path = lab.pin_path.join(format!("maps-{LAYOUT}/COUNTERS"));
+    let map = Map::from_map_data(MapData::from_pin(path).expect("pinned")).expect("a map");
+    let counters = PerCpuArray::<_, u64>::try_from(map).expect("of this kind");
+    counters.get(&(reason as u32), 0).expect("readable").iter().sum()
 }
 
 /// The value of a counter.

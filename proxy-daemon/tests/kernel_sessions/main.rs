@@ -2,6 +2,7 @@
 //! and with pods joined, must come to what they come to without a proxy.
 //!
 //! The seed of a run is printed; `CULVERT_SESSIONS_SEED` takes it, `CULVERT_SESSIONS` another number of sessions.
+//! `CULVERT_SESSIONS_MIB` says how much a receiver is to have no room for.
 
 #[path = "../kernel_lab/mod.rs"]
 mod kernel_lab;
@@ -253,8 +254,9 @@ fn random_sessions_come_to_what_plain_connections_come_to() {
         });
     }
     // What cannot join is carried all the same, and counted: programs that wait inside the kernel, and pods that have it off.
+    // Among a few sessions there may be none of these.
     let refused = ["joined.refused_client", "joined.refused_off"].map(|name| daemon.stat(name));
-    assert!(refused.iter().all(|count| *count > 0), "{refused:?}");
+    assert!(count < 200 || refused.iter().all(|count| *count > 0), "{refused:?}");
 }
 
 /// A connection whose pods are joined: at first bytes pass the daemon, and then they do not.
@@ -339,12 +341,12 @@ fn a_reset_of_a_joined_connection_reaches_the_other_side() {
 
 #[test]
 fn the_daemon_gets_what_a_receiver_has_no_room_for() {
-    const LENGTH: usize = 24 << 20;
+    let length = usize::try_from(number_from("CULVERT_SESSIONS_MIB", 24) << 20).expect("a length");
     let daemon = Daemon::start("3600s");
     let (mut client, mut served) = joined(&daemon);
+    let piece: Vec<u8> = (0..length).map(|at| session::byte_at(7, at as u64)).collect();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let piece: Vec<u8> = (0..LENGTH).map(|at| session::byte_at(7, at as u64)).collect();
             client.write_all(&piece).expect("writes");
             client.shutdown(Shutdown::Write).expect("half close");
         });
@@ -352,8 +354,8 @@ fn the_daemon_gets_what_a_receiver_has_no_room_for() {
         eventually("the receiver is behind", || daemon.stat("joined.receiver_behind") > 0);
         let mut got = Vec::new();
         served.read_to_end(&mut got).expect("reads");
-        assert_eq!(got.len(), LENGTH);
-        assert!((0..LENGTH).all(|at| got[at] == session::byte_at(7, at as u64)));
+        assert_eq!(got.len(), length);
+        assert!((0..length).all(|at| got[at] == session::byte_at(7, at as u64)));
     });
 }
 

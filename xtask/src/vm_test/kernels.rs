@@ -18,7 +18,20 @@ deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian
 ";
 
 /// What tests need that kernels have as modules; one that a kernel does not have is built into it.
-const MODULES: [&str; 5] = ["veth", "sch_ingress", "cls_bpf", "inet_diag", "udp_diag"];
+const MODULES: [&str; 11] = [
+    "veth",
+    "8021q",
+    "sch_ingress",
+    "cls_bpf",
+    "inet_diag",
+    "udp_diag",
+    // What other people's rules consist of.
+    "nf_tables",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_ct",
+    "nft_counter",
+];
 
 /// Which kernel of a series: its newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

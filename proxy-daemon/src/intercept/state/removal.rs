@@ -7,6 +7,7 @@ use super::{NEXT, State};
 use crate::intercept::error::InterceptError;
 use crate::intercept::kernel;
 use crate::intercept::lease::Lease;
+use crate::intercept::pinned;
 
 impl State {
     /// Whether another daemon has taken over, or is about to.
@@ -85,7 +86,7 @@ pub(in crate::intercept) fn map_directories(pin_path: &Path) -> Vec<PathBuf> {
 pub(super) fn remove_pinned_in(directory: &Path) -> Result<(), InterceptError> {
     let error = |source: io::Error| InterceptError::PinPath { path: directory.to_owned(), reason: source.to_string() };
     for entry in fs::read_dir(directory).map_err(error)? {
-        entry.and_then(|entry| fs::remove_file(entry.path())).map_err(error)?;
+        entry.and_then(|entry| pinned::remove(&entry.path())).map_err(error)?;
     }
     Ok(())
 }
@@ -97,7 +98,7 @@ pub(in crate::intercept) fn remove_pins(directory: &Path) -> io::Result<()> {
         entries => entries?,
     };
     for entry in entries {
-        fs::remove_file(entry?.path())?;
+        pinned::remove(&entry?.path())?;
     }
     fs::remove_dir(directory)
 }
