@@ -221,6 +221,8 @@ fn in_cluster(host: &str, port: &str, account: &Path) -> Result<(kube::Config, A
 fn trust(config: &mut kube::Config, path: &Path) -> Result<(), RequestError> {
     std::fs::metadata(path).map_err(|error| RequestError::Config(format!("{}: {error}", path.display())))?;
     config.root_cert_file = Some(path.to_owned());
+    // The file decides. Without this the system's authorities would be loaded as well, and small images have none.
+    config.root_cert = Some(Vec::new());
     Ok(())
 }
 
@@ -243,7 +245,11 @@ fn of_kubeconfig(config: &mut kube::Config) -> Result<Arc<dyn ClusterAuth>, Requ
     })
 }
 
-fn client(config: kube::Config) -> Result<kube::Client, RequestError> {
+fn client(mut config: kube::Config) -> Result<kube::Client, RequestError> {
+    if config.cluster_url.scheme_str() == Some("http") {
+        // No authority is needed, and so none of the system's is.
+        config.root_cert.get_or_insert_default();
+    }
     let builder = ClientBuilder::try_from(config).map_err(|error| RequestError::Config(chain(&error)))?;
     Ok(builder.build())
 }
