@@ -233,8 +233,10 @@ fn in_a_cluster_the_service_account_is_used_as_it_is_renewed() {
         again.args(["--exact", NAME, "--nocapture"]).env(VARIABLE, "127.0.0.1");
         // A small image has no authorities but the cluster's.
         again.envs([("SSL_CERT_FILE", "/nonexistent"), ("SSL_CERT_DIR", "/nonexistent")]);
-        let status = again.env("KUBERNETES_SERVICE_PORT", PORT.to_string()).status().expect("starts");
-        assert!(status.success(), "{status}");
+        // What it says of its result is not this binary's.
+        let output = again.env("KUBERNETES_SERVICE_PORT", PORT.to_string()).output().expect("starts");
+        let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+        assert!(output.status.success(), "{}: {said}", output.status);
         return;
     }
     let (authority, tls) = self_signed();
