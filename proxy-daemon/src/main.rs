@@ -40,6 +40,7 @@ use culvert_xds_client::{
 use envoy_types::pb::envoy::config::bootstrap::v3::Bootstrap as BootstrapMessage;
 use tokio::{
     net::TcpListener,
+    runtime::Handle,
     signal::unix::{SignalKind, signal},
     sync::Notify,
 };
@@ -81,13 +82,15 @@ fn start(flags: &Flags) -> Result<()> {
         println!("configuration '{file}' OK");
         return Ok(());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .thread_name("control")
-        .enable_all()
-        .build()
-        .context("cannot start the control thread")?;
-    runtime.block_on(serve(flags, message, bootstrap, log_level))
+    let runtime = |name: &str| {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let built = builder.worker_threads(1).thread_name(name).enable_all().build();
+        built.with_context(|| format!("cannot start the {name} thread"))
+    };
+    // Whoever asks whether this daemon is ready is not kept waiting while it reads an update.
+    let admin = runtime("admin")?;
+    let control = runtime("control")?;
+    control.block_on(serve(flags, message, bootstrap, (log_level, admin.handle().clone())))
 }
 
 fn start_logging(flags: &Flags) -> Result<LogControl> {
@@ -117,7 +120,7 @@ async fn serve(
     flags: &Flags,
     message: BootstrapMessage,
     mut bootstrap: Bootstrap,
-    log_level: LogControl,
+    admin: (LogControl, Handle),
 ) -> Result<()> {
     let (started, started_at) = (Instant::now(), SystemTime::now());
     let (id, cluster) = message.node.as_ref().map(|node| (&*node.id, &*node.cluster)).unwrap_or_default();
@@ -131,7 +134,7 @@ async fn serve(
     };
     let plane = DataPlane::start(Options { workers, drain_time: drain_time(flags), interception })
         .context("cannot start the workers")?;
-    let result = run(flags, message, bootstrap, log_level, &plane, &mut signals, (started, started_at)).await;
+    let result = run(flags, message, bootstrap, admin, &plane, &mut signals, (started, started_at)).await;
     // After a failure whoever starts it again is not kept waiting.
     if result.is_ok() {
         drain(flags, &plane, &mut signals).await;
@@ -146,7 +149,7 @@ async fn run(
     flags: &Flags,
     message: BootstrapMessage,
     mut bootstrap: Bootstrap,
-    log_level: LogControl,
+    (log_level, admin_thread): (LogControl, Handle),
     plane: &DataPlane,
     signals: &mut Signals,
     (started, started_at): (Instant, SystemTime),
@@ -190,7 +193,8 @@ async fn run(
     let store = ConfigStore::new(applier, start_up, subscriptions);
 
     if let Some(address) = bootstrap.admin {
-        let listener = match TcpListener::bind(address).await {
+        let bound = admin_thread.spawn(TcpListener::bind(address)).await.context("the admin thread")?;
+        let listener = match bound {
             // The daemon that this one replaces gives it up when it ends.
             Err(error) if error.kind() == ErrorKind::AddrInUse && replaces(plane) => {
                 tracing::info!(%address, "the daemon before has the admin address: waiting for it");
@@ -241,7 +245,7 @@ async fn run(
                 }),
             ],
         };
-        tasks.spawn("serves the admin interface", async move {
+        let serving = async move {
             let listener = match listener {
                 Some(listener) => listener,
                 None => {
@@ -253,7 +257,8 @@ async fn run(
                 }
             };
             admin::run(admin, listener).await;
-        });
+        };
+        tasks.spawn_on("serves the admin interface", serving, &admin_thread);
     }
 
     // The admin interface keeps it, encoded.

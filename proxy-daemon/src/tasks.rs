@@ -2,7 +2,7 @@
 
 use std::future::pending;
 
-use tokio::task::JoinSet;
+use tokio::{runtime::Handle, task::JoinSet};
 
 /// Tasks of which none may end before the process does: what it does would silently not be done any more. Dropped, they go on.
 #[derive(Debug, Default)]
@@ -11,10 +11,16 @@ pub struct Tasks(JoinSet<&'static str>);
 impl Tasks {
     /// Starts one. `what` it does is for the log. Must be called within a runtime.
     pub fn spawn<T>(&mut self, what: &'static str, task: impl Future<Output = T> + Send + 'static) {
-        self.0.spawn(async move {
+        self.spawn_on(what, task, &Handle::current());
+    }
+
+    /// The same on another runtime.
+    pub fn spawn_on<T>(&mut self, what: &'static str, task: impl Future<Output = T> + Send + 'static, on: &Handle) {
+        let task = async move {
             drop(task.await);
             what
-        });
+        };
+        self.0.spawn_on(task, on);
     }
 
     /// Waits until one has ended, and says which, or of what it panicked. Cancelling this loses nothing.

@@ -7,12 +7,15 @@ use prost::Message as _;
 
 use crate::{
     ads::{Response, Token},
+    aside::aside,
     json::{self, ConfigError, Format, UnknownFields},
     stats::ClientStats,
 };
 
 /// What a resource with a time to live is wrapped in.
 const WRAPPER: &str = "envoy.service.discovery.v3.Resource";
+/// Bytes that take too long to read for other tasks of the thread to wait.
+const LONG: usize = 64 << 10;
 
 /// Why a document is not used.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +140,9 @@ impl Documents {
                 }
             };
         }
-        match read(bytes, encoding, self.unknown) {
+        let unknown = self.unknown;
+        let read = || read(bytes, encoding, unknown);
+        match if bytes.len() >= LONG { aside(read) } else { read() } {
             Ok(response) => {
                 stats.set_fault(None);
                 let version = response.version_info.clone();

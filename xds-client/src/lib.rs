@@ -10,6 +10,7 @@
 //! - [`overrides`]: how a request carries staging overrides.
 
 pub mod ads;
+mod aside;
 mod connect;
 mod document;
 mod driver;
@@ -34,4 +35,5 @@ pub mod api {
     include!(concat!(env!("OUT_DIR"), "/api.rs"));
 }
 
+pub use aside::aside;
 pub use envoy_types::pb::google::protobuf::Any;

@@ -1,4 +1,4 @@
-//! The admin interface: Envoy's endpoints, texts and status codes, on the control runtime.
+//! The admin interface: Envoy's endpoints, texts and status codes, on a thread of its own.
 
 mod certs;
 mod clusters;

@@ -48,7 +48,7 @@ struct Server {
     csds: csds::Server,
 }
 
-/// Serves the admin interface until the future is dropped. Must be called within the control runtime.
+/// Serves the admin interface until the future is dropped. Must be called within a runtime.
 pub async fn run(state: AdminState, listener: TcpListener) {
     let scope = Scope::http("admin");
     // Listeners may use the same prefix, and go.
@@ -162,7 +162,7 @@ async fn respond(server: Arc<Server>, mut request: Request<Incoming>) -> Respons
         ["graceful", "skip_exit", "inboundonly"].map(|name| parameters.get(name).is_some());
     let handler = {
         let server = Arc::clone(&server);
-        // Thousands of statistics take longer than the control runtime should be kept waiting.
+        // Thousands of statistics take longer than other clients should be kept waiting.
         task::spawn_blocking(move || endpoints::handle(&server.state, &method, &path, &parameters))
     };
     let reply = handler.await.unwrap_or_else(|error| {

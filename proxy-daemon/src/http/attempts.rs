@@ -82,7 +82,12 @@ pub(super) struct Failed {
     request: Option<Box<(RequestHead, Body)>>,
     /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
     pub(super) stale: bool,
+    /// The host has gone away, and says that it has not looked at the request.
+    gone_away: bool,
 }
+
+/// How often a request is sent again because its host went away without having looked at it.
+const MAX_MOVES: u32 = 3;
 
 impl Failed {
     /// There was nobody at the address, or nobody who took connections.
@@ -123,10 +128,11 @@ impl Attempts<'_> {
         if self.retry.as_ref().is_some_and(|retry| retry.hedges) && self.timeouts.has_per_try() {
             return Box::pin(self.run_hedged(end, head)).await;
         }
+        let mut moves = 0;
         loop {
             self.count += 1;
             let chosen = self.choose(end, &head)?;
-            let kept = self.copy_for_retry(&chosen, &head);
+            let kept = self.copy_for_retry(&chosen, (&head, &body));
             if let Some(replay) = self.retry.as_ref().and_then(|retry| retry.body.as_ref()) {
                 body = replay.reader();
             }
@@ -175,8 +181,19 @@ impl Attempts<'_> {
                     };
                     let failure = failed.failure;
                     let verdict = self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high));
-                    let Some(again) = request.filter(|_| verdict == Verdict::Retry) else {
-                        return Err(self.give_up(end, failed));
+                    let again = match request {
+                        Some(again) if verdict == Verdict::Retry => again,
+                        // It is as if it had not been sent there.
+                        Some(again)
+                            if verdict == Verdict::No && failed.gone_away && moves < MAX_MOVES && self.has_body() =>
+                        {
+                            moves += 1;
+                            self.count -= 1;
+                            end.excuse_host();
+                            (head, body) = *again;
+                            continue;
+                        }
+                        _ => return Err(self.give_up(end, failed)),
                     };
                     timed_out = matches!(failure, Failure::PerTryTimeout | Failure::PerTryIdleTimeout);
                     (head, body) = *again;
@@ -292,10 +309,18 @@ impl Attempts<'_> {
         Ok(chosen)
     }
 
-    /// A copy of the head, where a failure after it was sent may be tried again.
-    fn copy_for_retry(&self, chosen: &Chosen, head: &RequestHead) -> Option<RequestHead> {
-        let http1 = matches!(protocol(&chosen.cluster, head), Wanted::Http1);
-        self.retry.as_ref().filter(|retry| retry.needs_copy(http1)).map(|_| head.clone())
+    /// A copy of the head, where a failure after it was sent may be tried again, or its host may go away without having looked at it.
+    fn copy_for_retry(&self, chosen: &Chosen, (head, body): (&RequestHead, &Body)) -> Option<RequestHead> {
+        let http1 = || matches!(protocol(&chosen.cluster, head), Wanted::Http1);
+        let retry = self.retry.as_ref();
+        let may_move = chosen.host.pool.loses()
+            && (http_body::Body::is_end_stream(body) || retry.is_some_and(|retry| retry.body.is_some()));
+        (may_move || retry.is_some_and(|retry| retry.needs_copy(http1()))).then(|| head.clone())
+    }
+
+    /// Whether all of the request's body that has been sent can be sent again, where it has one.
+    fn has_body(&self) -> bool {
+        self.retry.as_ref().and_then(|retry| retry.body.as_ref()).is_none_or(|replay| !replay.is_abandoned())
     }
 
     pub(super) fn give_up(&self, end: &mut StreamEnd, failed: Failed) -> LocalReply {
@@ -417,6 +442,7 @@ impl Shared<'_> {
                 flags: ResponseFlags::UPE,
                 request: None,
                 stale: false,
+                gone_away: false,
             }),
             Ok(response) => Ok((response, connection)),
             Err(error) => {
@@ -477,7 +503,16 @@ impl Shared<'_> {
             let complete = self.cx.progress.request_complete.get().is_some();
             let status = if complete { StatusCode::GATEWAY_TIMEOUT } else { StatusCode::REQUEST_TIMEOUT };
             let (reason, flags) = ("local reset", ResponseFlags::UMSDR);
-            return Failed { failure, reason, transport: None, status, flags, request: None, stale: false };
+            return Failed {
+                failure,
+                reason,
+                transport: None,
+                status,
+                flags,
+                request: None,
+                stale: false,
+                gone_away: false,
+            };
         }
         if failure == Failure::PerTryIdleTimeout {
             stats.upstream_rq_per_try_idle_timeout.inc();
@@ -487,7 +522,7 @@ impl Shared<'_> {
         host.count(HostCounter::RqTimeout, 1);
         host.saw(Seen::TimedOut(self.timeouts.status.as_u16()));
         let (status, reason, flags) = (self.timeouts.status, "upstream request timeout", ResponseFlags::UT);
-        Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
+        Failed { failure, reason, transport: None, status, flags, request: None, stale: false, gone_away: false }
     }
 }
 
@@ -510,7 +545,7 @@ pub(super) fn set_aside(incoming: &Incoming, connection: Connection) {
 fn unsendable() -> Failed {
     let (status, flags) = (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::DPE);
     let (failure, reason) = (Failure::BeforeRequest, "local reset");
-    Failed { failure, reason, transport: None, status, flags, request: None, stale: false }
+    Failed { failure, reason, transport: None, status, flags, request: None, stale: false, gone_away: false }
 }
 
 fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
@@ -531,22 +566,25 @@ fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     };
     let request = Some(Box::new((head, body)));
     let failure = if reason == "overflow" { Failure::Overflow } else { Failure::Connect };
-    Failed { failure, reason, transport, status, flags, request, stale: false }
+    Failed { failure, reason, transport, status, flags, request, stale: false, gone_away: false }
 }
 
-fn reset(Reset { request, reason }: Reset, reused: bool) -> Failed {
+fn reset(Reset { request, reason: cause }: Reset, reused: bool) -> Failed {
     let unsent = request.is_some();
-    let failure = match (unsent, reason) {
+    let failure = match (unsent, cause) {
         (true, _) => Failure::BeforeRequest,
-        (false, ResetReason::Refused) => Failure::Refused,
+        (false, ResetReason::Refused | ResetReason::GoneAway) => Failure::Refused,
         (false, _) => Failure::AfterRequest,
     };
-    let (reason, status, flags) = match reason {
+    let (reason, status, flags) = match cause {
         ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
-        ResetReason::Refused => ("remote refused stream reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
+        ResetReason::Refused | ResetReason::GoneAway => {
+            ("remote refused stream reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR)
+        }
         ResetReason::Remote => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
         ResetReason::Closed => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     let request = request.map(|request| Box::new(request.into_parts()));
-    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused }
+    let gone_away = cause == ResetReason::GoneAway;
+    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused, gone_away }
 }

@@ -12,7 +12,6 @@ use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::server;
 
-use super::harness::compare_outcomes;
 use super::wire::{ACK, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, frame, headers, reset, settings};
 
 /// What a host does with a request.
@@ -232,6 +231,32 @@ fn outcomes(kind: Kind) -> Result<Vec<String>> {
     Ok(outcomes)
 }
 
+/// Whether Envoy loses the request, of which the host has said that it has not looked at it.
+fn is_lost(action: &str, steps: &[Step]) -> bool {
+    let unseen = matches!(steps, [Step::Unseen | Step::UnseenRefused | Step::UnseenError, ..]);
+    unseen && ["none", "connect", "before"].contains(&action)
+}
+
 pub fn side_by_side() -> Result<()> {
-    compare_outcomes(outcomes)
+    let envoy = thread::spawn(move || outcomes(Kind::Envoy));
+    let culvert = outcomes(Kind::Culvert)?;
+    let envoy = envoy.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+    let (mut different, mut lost) = (Vec::new(), 0);
+    for ((action, steps), (theirs, ours)) in scripts().iter().zip(envoy.iter().zip(&culvert)) {
+        let mut wanted = theirs.clone();
+        if is_lost(action, steps) {
+            ensure!(theirs.contains(": 503, "), "Envoy does not lose it: {theirs}");
+            lost += 1;
+            // culvertd loses the first one of a host, and has seen then that this happens.
+            if lost > 1 {
+                let seen: Vec<String> = steps.iter().map(|step| format!("{step:?}")).collect();
+                wanted = format!("{action} {steps:?}: 200, attempts 1, \"\"; {}", seen.join(", "));
+            }
+        }
+        if wanted != *ours {
+            different.push(format!("Envoy:    {theirs}\nculvertd: {ours}"));
+        }
+    }
+    ensure!(different.is_empty(), "{} of {}:\n{}", different.len(), envoy.len(), different.join("\n"));
+    Ok(())
 }

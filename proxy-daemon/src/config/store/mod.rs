@@ -434,7 +434,8 @@ impl<A: Apply> Sink for ConfigStore<A> {
         let timed = matches!(source, Source::Ads | Source::Grpc(_)).then(Instant::now);
         let read = read_ahead::read(&update);
         let kind = update.type_url.clone();
-        self.changed(|state| {
+        let long = read_ahead::is_long(&update);
+        let take = |state: &mut State| {
             let id = state.updates.begin(done);
             let type_url = update.type_url.clone();
             let is_cds = state.cds.is(source);
@@ -455,7 +456,11 @@ impl<A: Apply> Sink for ConfigStore<A> {
                 self.shares(state, update, id);
             }
             state.updates.part_done(id);
-        });
+        };
+        match long {
+            true => read_ahead::aside(|| self.changed(take)),
+            false => self.changed(take),
+        }
         let stats = &self.0.stats;
         match (timed, kind.as_str()) {
             (Some(start), type_url::CLUSTER) => stats.clusters.took(start.elapsed()),

@@ -1,29 +1,34 @@
-//! Secrets are read and parsed before the store is locked: their files may be slow, and certificates take a while.
+//! Secrets are read and parsed before the store is locked: their files may be slow, and certificates take a while. So are large endpoints.
 
 use std::collections::HashMap;
 
 use culvert_xds_client::ads::{Update, type_url};
-use tokio::runtime::{Handle, RuntimeFlavor};
+pub(super) use culvert_xds_client::aside;
 
 use super::kinds::{Kind, Value};
 use crate::config::FieldError;
 
-/// What the secrets of an update were read as, by name. Nothing of other types.
+/// What the secrets and the large endpoints of an update were read as, by name. Nothing of other types.
 pub(super) type Read = HashMap<String, Result<Value, FieldError>>;
 
-/// Reads the secrets of an update.
+/// Bytes of an update that take too long for other tasks of the control thread to wait.
+const LONG: usize = 64 << 10;
+
+/// Reads the secrets and the large endpoints of an update.
 pub(super) fn read(update: &Update) -> Read {
-    if update.type_url != type_url::SECRET || update.added.is_empty() {
+    let (kind, least) = match &*update.type_url {
+        type_url::SECRET => (Kind::Secrets, 0),
+        type_url::ENDPOINT => (Kind::Endpoints, LONG),
+        _ => return Read::new(),
+    };
+    let mut all = update.added.iter().filter(|it| it.body.value.len() >= least).peekable();
+    if all.peek().is_none() {
         return Read::new();
     }
-    let all = update.added.iter();
-    aside(|| all.map(|it| (it.name.clone(), Kind::Secrets.parse(&it.name, &it.body))).collect())
+    aside(|| all.map(|it| (it.name.clone(), kind.parse(&it.name, &it.body))).collect())
 }
 
-/// Does what may take long. The other tasks of this thread go on elsewhere meanwhile, where there are such.
-pub(super) fn aside<T>(work: impl FnOnce() -> T) -> T {
-    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
-    }
+/// Whether it takes a while to take the update.
+pub(super) fn is_long(update: &Update) -> bool {
+    update.added.iter().map(|it| it.body.value.len()).sum::<usize>() >= LONG
 }

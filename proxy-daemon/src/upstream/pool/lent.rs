@@ -59,6 +59,8 @@ pub enum ResetReason {
     Protocol,
     /// The host refused the stream without looking at it.
     Refused,
+    /// The host goes away, and says that it has not looked at the stream (RFC 9113, section 6.8).
+    GoneAway,
     /// The host reset the stream.
     Remote,
 }
@@ -76,9 +78,8 @@ impl Reset {
 fn h2_reason(error: &::h2::Error) -> ResetReason {
     match error.reason() {
         Some(::h2::Reason::REFUSED_STREAM) => ResetReason::Refused,
-        // The host goes away, for whatever reason, and says that it has not looked at this one: those that it has looked at are told
-        // by the end of the connection.
-        Some(_) if error.is_go_away() && error.is_remote() => ResetReason::Refused,
+        // For whatever reason: those that it has looked at are told by the end of the connection.
+        Some(_) if error.is_go_away() && error.is_remote() => ResetReason::GoneAway,
         _ if is_protocol_error(error) => ResetReason::Protocol,
         Some(_) => ResetReason::Remote,
         None => ResetReason::Closed,
@@ -243,7 +244,12 @@ impl Connection {
             }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
-            Err(_) => host.saw(Seen::ConnectFailed),
+            Err(reset) => {
+                if reset.reason == ResetReason::GoneAway {
+                    host.pool.set_loses();
+                }
+                host.saw(Seen::ConnectFailed);
+            }
         }
         sent
     }
