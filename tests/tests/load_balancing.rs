@@ -18,6 +18,8 @@ mod busy;
 mod orca;
 #[path = "load_balancing/orca_stream.rs"]
 mod orca_stream;
+#[path = "load_balancing/own_hash.rs"]
+mod own_hash;
 
 /// Requests for each case and proxy.
 const REQUESTS: usize = 1000;
@@ -352,8 +354,14 @@ fn hashes_choose_the_very_same_hosts() -> Result<()> {
         ("maglev", typed("Maglev", "table_size: 1009, consistent_hashing_lb_config: {hash_balance_factor: 110}")),
         ("ring_zones", typed("RingHash", "hash_function: MURMUR_HASH_2, locality_weighted_lb_config: {}")),
     ];
-    let cases: Vec<_> =
-        cases.into_iter().map(|(name, fields)| Case { route: hashed, ..case(name, fields, spread()) }).collect();
+    let own = "consistent_hashing_lb_config: {hash_policy: [{query_parameter: {name: none}}, {header: {header_name: x-key}}]}";
+    let own = [("own_maglev", typed("Maglev", own)), ("own_ring", typed("RingHash", own))];
+    // What the route says does not count then.
+    let other = "hash_policy: [{header: {header_name: x-other}}]";
+    let cases: Vec<_> = (cases.into_iter().map(|case| (hashed, case)))
+        .chain(own.into_iter().map(|case| (other, case)))
+        .map(|(route, (name, fields))| Case { route, ..case(name, fields, spread()) })
+        .collect();
     let culvert = Proxy::start(Kind::Culvert, &cases, upstream, "")?;
     let envoy = Proxy::start(Kind::Envoy, &cases, upstream, "")?;
     for (number, case) in cases.iter().enumerate() {

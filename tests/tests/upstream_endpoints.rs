@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write as _;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
@@ -199,5 +200,62 @@ fn responses_of_canaries_are_counted_as_by_envoy() -> Result<()> {
     let (envoy, culvert) = (met(Kind::Envoy)?, met(Kind::Culvert)?);
     assert_eq!(culvert, envoy);
     ensure!(envoy.contains(&"cluster.header.canary.upstream_rq_200: 2".to_owned()), "{envoy:?}");
+    Ok(())
+}
+
+/// Whoever asks whether a daemon is ready is not kept waiting by what it is told of hosts.
+#[test]
+fn many_new_hosts_do_not_keep_the_admin_interface_waiting() -> Result<()> {
+    const HOSTS: u32 = 20_000;
+    let dir = scratch_dir()?;
+    let path = dir.join("eds.json");
+    let write = |from: u32| -> Result<()> {
+        let hosts: Vec<String> = (from..from + HOSTS)
+            .map(|host| {
+                let [_, a, b, c] = host.to_be_bytes();
+                format!("{{\"endpoint\":{{\"address\":{{\"socket_address\":{{\"address\":\"10.{a}.{b}.{c}\",\"port_value\":80}}}}}}}}")
+            })
+            .collect();
+        let text = format!(
+            "{{\"resources\":[{{\"@type\":\"type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment\",\
+             \"cluster_name\":\"app\",\"endpoints\":[{{\"lb_endpoints\":[{}]}}]}}]}}",
+            hosts.join(",")
+        );
+        fs::write(dir.join("new"), text)?;
+        Ok(fs::rename(dir.join("new"), &path)?)
+    };
+    write(0)?;
+    let eds = format!("eds_cluster_config: {{eds_config: {{path_config_source: {{path: {}}}}}}}", path.display());
+    let bootstrap = Bootstrap::new().cluster_of("app", &["type: EDS", &eds]);
+    let daemon = Daemon::start(Kind::Culvert, &format!("node: {{id: a, cluster: b}}\n{}", bootstrap.yaml()))?;
+    let updates = || -> Result<u64> { Ok(daemon.stats()?.get("cluster.app.update_success")) };
+    let before = updates()?;
+    write(7)?;
+    let (began, done) = (Instant::now(), AtomicBool::new(false));
+    let worst = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| {
+            let mut worst = Duration::ZERO;
+            while !done.load(Ordering::SeqCst) {
+                let asked = Instant::now();
+                if daemon.admin("/ready").is_err() {
+                    return DEADLINE;
+                }
+                worst = worst.max(asked.elapsed());
+            }
+            worst
+        });
+        let updated = wait_until(DEADLINE, "the update", || {
+            ensure!(updates()? > before, "not yet");
+            Ok(())
+        });
+        done.store(true, Ordering::SeqCst);
+        updated.map(|()| asked.join().unwrap_or(DEADLINE))
+    })?;
+    let took = began.elapsed();
+    // On a fast machine the whole update takes less.
+    ensure!(
+        worst < Duration::from_millis(500).max(took / 3),
+        "/ready took {worst:?} of the {took:?} that the update did"
+    );
     Ok(())
 }

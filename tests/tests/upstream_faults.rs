@@ -238,3 +238,62 @@ fn hosts_that_speak_first_are_heard() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn heads_of_responses_have_their_limits() -> Result<()> {
+    // So many headers, or one of so many bytes, as the path says.
+    let serve = |mut stream: TcpStream| {
+        let mut requests = BufReader::new(stream.try_clone()?);
+        while let Some(request) = Request::read(&mut requests)? {
+            let mut parts = request.target.trim_start_matches('/').split('/');
+            let mut number = || parts.next().and_then(|part| part.parse::<usize>().ok()).unwrap_or(0);
+            let (count, size) = (number(), number());
+            let mut head = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n".to_owned();
+            (0..count).for_each(|at| head += &format!("x-{at}: v\r\n"));
+            if size > 0 {
+                head += &format!("x-large: {}\r\n", "v".repeat(size));
+            }
+            stream.write_all(format!("{head}\r\n").as_bytes())?;
+        }
+        Ok(())
+    };
+    let host = server::start(serve)?;
+    let options = |common: &str| {
+        format!(
+            "typed_extension_protocol_options: {{envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, common_http_protocol_options: \
+             {{{common}}}, explicit_http_config: {{http_protocol_options: {{}}}}}}}}"
+        )
+    };
+    let clusters = [
+        ("none", options("")),
+        ("few", options("max_headers_count: 10")),
+        ("many", options("max_headers_count: 300")),
+        ("small", options("max_response_headers_kb: 4")),
+        ("large", options("max_response_headers_kb: 200")),
+    ];
+    let outcomes = |kind: Kind| -> Result<Vec<String>> {
+        let web = free_port()?;
+        let routes: Vec<String> = clusters
+            .iter()
+            .map(|(name, _)| format!("{{match: {{prefix: /{name}/}}, route: {{cluster: {name}, prefix_rewrite: /}}}}"))
+            .collect();
+        let hosts = format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "));
+        let bootstrap = clusters.iter().fold(Bootstrap::new().http(web, &hosts, &[]), |bootstrap, (name, fields)| {
+            bootstrap.cluster(name, &[host], &[fields])
+        });
+        let _daemon = Daemon::start(kind, &bootstrap.yaml())?;
+        let mut outcomes = Vec::new();
+        for (name, _) in &clusters {
+            for path in ["5", "8", "12", "90", "150", "320", "0/3000", "0/6000", "0/70000", "0/120000", "0/300000"] {
+                let answer = fetch(web, Request::get(&format!("/{name}/{path}")))?;
+                outcomes.push(format!("{name}/{path}: {} {:?}", answer.status, answer.text()));
+            }
+        }
+        Ok(outcomes)
+    };
+    let (theirs, ours) = (outcomes(Kind::Envoy)?, outcomes(Kind::Culvert)?);
+    let different: Vec<_> = theirs.iter().zip(&ours).filter(|(theirs, ours)| theirs != ours).collect();
+    ensure!(different.is_empty(), "Envoy and culvertd: {different:#?}");
+    Ok(())
+}

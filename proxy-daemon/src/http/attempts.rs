@@ -1,6 +1,12 @@
 //! The attempts at a request: one host each, as many as the retry policy allows, and the answer where the last one fails.
 
-use std::{borrow::Cow, cell::Cell, ops::Deref, rc::Rc, time::Instant};
+use std::{
+    borrow::Cow,
+    cell::{Cell, RefCell},
+    ops::Deref,
+    rc::Rc,
+    time::Instant,
+};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
@@ -9,6 +15,7 @@ use super::{
     choice::{self, named_host},
     codec::{Incoming, h1::Upgrade},
     forward::{admits, set_host},
+    hash_policy,
     headers::names::*,
     illegal,
     retry::{Failure, RetryState, Verdict},
@@ -53,6 +60,8 @@ pub(super) struct Attempts<'a> {
     pub(super) under_way: Cell<usize>,
     /// What balancers go by that hash.
     pub(super) hash: Option<u64>,
+    /// Those that were made for a balancer with a policy of its own, the last time that it chose.
+    pub(super) cookies: RefCell<Vec<HeaderValue>>,
     /// What balancers with subsets go by.
     pub(super) metadata_match: Option<Cow<'a, MetadataMatch>>,
     /// How many of the hosts that the request names have had their turn.
@@ -257,7 +266,13 @@ impl Attempts<'_> {
             ..PickCx::default()
         };
         let choose = |attempt: u32| {
-            let (cluster, pick) = self.cluster.place(PickCx { attempt, ..pick })?;
+            let (cluster, mut pick) = self.cluster.place(PickCx { attempt, ..pick })?;
+            let policies = &*cluster.cluster.config.lb.hash_policy;
+            if !policies.is_empty() {
+                let mut made = Vec::new();
+                pick.hash = hash_policy::hash(policies, head, self.cx, &mut made);
+                self.cookies.replace(made);
+            }
             let host = named_host(self.cx, head, &cluster, &self.named).or_else(|| cluster.pick(&pick))?;
             Some(Chosen { cluster, host })
         };

@@ -19,6 +19,7 @@ use http_body_util::BodyExt as _;
 use super::{
     body::Body,
     codec::Incoming,
+    hash_policy::hash_of,
     headers::{self, names::*},
     illegal,
     route_match::authority,
@@ -26,7 +27,7 @@ use super::{
     upstream_head,
 };
 use crate::{
-    config::model::MetadataMatch,
+    config::model::{HashPolicy, MetadataMatch},
     upstream::{Chosen, Connection, Overload, PickCx, PoolError, Reset, Resource, Source, WorkerCluster, WorkerHost},
 };
 
@@ -143,7 +144,8 @@ pub(super) async fn send_to(
     }
     let pick =
         PickCx { headers: Some(&head.headers), host: Some(authority(&head)), metadata_match, ..PickCx::default() };
-    let Some(chosen) = cluster.choose(pick) else {
+    let hash = |policies: &[HashPolicy]| hash_of(policies, Some(&head), None, &mut Vec::new());
+    let Some(chosen) = cluster.choose(pick, hash) else {
         stats.upstream_cx_none_healthy.inc();
         return Err(Failure::NoHost);
     };

@@ -1,6 +1,9 @@
 //! Sends a request to its cluster within its time limits, as its route wants it to look.
 
-use std::{cell::Cell, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
 
 use http::{
     HeaderName, HeaderValue, Method, Response, StatusCode, Uri,
@@ -145,8 +148,17 @@ pub(super) async fn forward(
         Shared { cx, cluster: &cluster, action, timeouts: &timeouts, peer, other_peer, scheme_matches_upstream };
     let metadata_match = choice::metadata_match(cx, action, &cluster);
     let (under_way, until) = (Cell::new(1), Cell::new(None));
-    let mut attempts =
-        Attempts { shared, retry, hash, count: 0, under_way, metadata_match, named: Cell::new(0), until };
+    let mut attempts = Attempts {
+        shared,
+        retry,
+        hash,
+        cookies: RefCell::default(),
+        count: 0,
+        under_way,
+        metadata_match,
+        named: Cell::new(0),
+        until,
+    };
     let result = tokio::select! {
         biased;
         result = attempts.run(end, head, body) => result,
@@ -155,6 +167,7 @@ pub(super) async fn forward(
         }
     };
     let (count, until) = (attempts.count, attempts.until.get());
+    cookies.append(&mut attempts.cookies.take());
     drop(attempts);
     let (mut response, connection) = result.map_err(|mut reply| {
         if virtual_host.is_some_and(|host| host.include_attempt_count_in_response) {

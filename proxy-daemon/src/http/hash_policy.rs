@@ -1,8 +1,9 @@
-//! What a request is hashed by where its cluster's load balancer wants a hash: `hash_policy`. All hashes are Envoy's.
+//! What a request is hashed by where its cluster's load balancer wants a hash: `hash_policy` of routes, or of the load balancer. All hashes are
+//! Envoy's.
 
-use std::{borrow::Cow, fmt::Write as _};
+use std::{borrow::Cow, fmt::Write as _, net::SocketAddr};
 
-use http::{HeaderMap, HeaderValue};
+use http::HeaderValue;
 use twox_hash::XxHash64;
 
 use super::{
@@ -18,13 +19,23 @@ pub(super) fn hash(
     cx: &StreamCx,
     made: &mut Vec<HeaderValue>,
 ) -> Option<u64> {
+    hash_of(policies, Some(head), Some((cx.remote, cx.connection.local)), made)
+}
+
+/// The same of what may be no request (`head`), or no client's (`ends`: the client, and our end).
+pub(crate) fn hash_of(
+    policies: &[HashPolicy],
+    head: Option<&RequestHead>,
+    ends: Option<(SocketAddr, SocketAddr)>,
+    made: &mut Vec<HeaderValue>,
+) -> Option<u64> {
     let mut hash: Option<u64> = None;
     for policy in policies {
         let next = match &policy.source {
-            HashSource::Header { name, rewrite } => of_header(name, rewrite.as_deref(), head),
-            HashSource::Cookie(wanted) => of_cookie(wanted, &head.headers, cx, made),
-            HashSource::SourceIp => Some(of_bytes(cx.remote.ip().to_canonical().to_string().as_bytes())),
-            HashSource::QueryParameter(name) => of_parameter(name, head.uri.query()),
+            HashSource::Header { name, rewrite } => head.and_then(|head| of_header(name, rewrite.as_deref(), head)),
+            HashSource::Cookie(wanted) => of_cookie(wanted, head, ends, made),
+            HashSource::SourceIp => ends.map(|(remote, _)| of_bytes(remote.ip().to_canonical().to_string().as_bytes())),
+            HashSource::QueryParameter(name) => head.and_then(|head| of_parameter(name, head.uri.query())),
         };
         if let Some(next) = next {
             // Equal parts do not cancel each other out.
@@ -70,13 +81,20 @@ fn of_parameter(name: &str, query: Option<&str>) -> Option<u64> {
     values.next().map(|(_, value)| of_bytes(value.as_bytes()))
 }
 
-fn of_cookie(wanted: &HashCookie, headers: &HeaderMap, cx: &StreamCx, made: &mut Vec<HeaderValue>) -> Option<u64> {
-    if let Some(value) = cookie_bytes(headers, &wanted.name).filter(|value| !value.is_empty()) {
+fn of_cookie(
+    wanted: &HashCookie,
+    head: Option<&RequestHead>,
+    ends: Option<(SocketAddr, SocketAddr)>,
+    made: &mut Vec<HeaderValue>,
+) -> Option<u64> {
+    let value = head.and_then(|head| cookie_bytes(&head.headers, &wanted.name));
+    if let Some(value) = value.filter(|value| !value.is_empty()) {
         return Some(of_bytes(value));
     }
     let ttl = wanted.ttl?;
     // The same for all requests of a connection: they may come before the first answer.
-    let value = format!("{}{}", cx.remote, cx.connection.local);
+    let (remote, local) = ends?;
+    let value = format!("{remote}{local}");
     let value = format!("{:016x}", of_bytes(value.as_bytes()));
     let mut text = format!("{}=\"{value}\"", wanted.name);
     // Writing to a String cannot fail.

@@ -15,7 +15,7 @@ mod descriptors;
 pub mod filters;
 mod forward;
 pub mod fuzz;
-mod hash_policy;
+pub(crate) mod hash_policy;
 pub(crate) mod headers;
 mod hedge;
 mod illegal;

@@ -14,8 +14,9 @@ use crate::{
     access_log::{AccessLog, Record, ResponseFlags, Times},
     config::{
         FieldError,
-        model::{ClusterChoice, MetadataMatch, SniForwardProxyConfig, TcpProxyConfig},
+        model::{ClusterChoice, HashPolicy, MetadataMatch, SniForwardProxyConfig, TcpProxyConfig},
     },
+    http::hash_policy::hash_of,
     listener::{ConnectionInfo, DownstreamStream, DrainSignal},
     runtime::Worker,
     stats::{Counter, Gauge, Lease, Scope},
@@ -287,7 +288,8 @@ async fn dial(
             metadata_match,
             ..PickCx::default()
         };
-        let Some(Chosen { cluster: member, host }) = cluster.choose(pick) else {
+        let hash = |policies: &[HashPolicy]| hash_of(policies, None, Some((info.remote, info.local)), &mut Vec::new());
+        let Some(Chosen { cluster: member, host }) = cluster.choose(pick, hash) else {
             routed.upstream_cx_none_healthy.inc();
             outcome.flags |= ResponseFlags::UH;
             return None;

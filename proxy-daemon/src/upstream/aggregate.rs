@@ -15,7 +15,7 @@ use super::{
     Cluster, ClusterMap, PickCx, Placed, TriedPriorities, WorkerCluster, WorkerClusters, WorkerHost,
     lb::{self, Load, Target},
 };
-use crate::config::model::{Discovery, LbOptions};
+use crate::config::model::{Discovery, HashPolicy, LbOptions};
 
 /// A priority of an aggregate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub(super) struct Plan {
     places: Box<[Place]>,
     /// `None`: there are no hosts at all.
     load: Option<Load>,
-    /// A member goes by hashes.
+    /// A member goes by hashes, and by routes' policies.
     wants_hash: bool,
     /// A member has subsets.
     has_subsets: bool,
@@ -48,7 +48,7 @@ impl Plan {
         for (member, cluster) in
             (0_u32..).zip(members.iter()).filter_map(|(number, name)| Some((number, map.get(name)?)))
         {
-            wants_hash |= cluster.config.lb_policy.wants_hash();
+            wants_hash |= cluster.config.wants_hash();
             has_subsets |= cluster.config.lb.subsets.is_some();
             let hosts = cluster.hosts();
             for (priority, level) in (0_u16..).zip(&hosts.levels).filter(|(_, level)| !level.is_empty()) {
@@ -171,9 +171,14 @@ impl WorkerCluster {
         Some((member, PickCx { target, tried: None, ..cx }))
     }
 
-    /// Chooses a host, of an aggregate one of a member's; `None` where no host may be used.
-    pub fn choose(self: &Rc<Self>, cx: PickCx<'_>) -> Option<Chosen> {
-        let (cluster, cx) = self.place(cx)?;
+    /// Chooses a host, of an aggregate one of a member's; `None` where no host may be used. `hash`: what a load balancer hashes by that has
+    /// policies of its own.
+    pub fn choose(self: &Rc<Self>, cx: PickCx<'_>, hash: impl FnOnce(&[HashPolicy]) -> Option<u64>) -> Option<Chosen> {
+        let (cluster, mut cx) = self.place(cx)?;
+        let policies = &*cluster.cluster.config.lb.hash_policy;
+        if !policies.is_empty() {
+            cx.hash = hash(policies);
+        }
         let host = cluster.pick(&cx)?;
         Some(Chosen { cluster, host })
     }
@@ -191,10 +196,10 @@ impl WorkerCluster {
         plan.places.iter().rposition(is_it).map(|priority| priority as u32)
     }
 
-    /// Whether hashes of requests have a say.
+    /// Whether hashes of requests by what routes say have a say.
     pub fn wants_hash(&self) -> bool {
         match &self.members {
-            None => self.cluster.config.lb_policy.wants_hash(),
+            None => self.cluster.config.wants_hash(),
             Some(members) => members.plan(&self.cluster).wants_hash,
         }
     }

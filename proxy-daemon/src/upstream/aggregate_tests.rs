@@ -75,7 +75,7 @@ impl Shared {
         let mut shares: HashMap<(String, u8), u32> = HashMap::new();
         let cluster = self.worker.get(name).unwrap();
         for _ in 0..1000 {
-            let Some(chosen) = cluster.choose(PickCx::default()) else { continue };
+            let Some(chosen) = cluster.choose(PickCx::default(), |_| None) else { continue };
             let EndpointAddress::Ip(address) = chosen.host.host.address else { panic!("no address") };
             let std::net::IpAddr::V4(ip) = address.ip() else { panic!("IPv6") };
             *shares.entry((chosen.cluster.cluster.config.name.to_string(), ip.octets()[3])).or_default() += 1;
@@ -157,7 +157,7 @@ fn a_retry_goes_to_priorities_that_have_not_been() {
     let (cluster, tried) = (shared.worker.get("all").unwrap(), TriedPriorities::new(1));
     let mut names = Vec::new();
     for _ in 0..4 {
-        let chosen = cluster.choose(PickCx { tried: Some(&tried), ..PickCx::default() }).unwrap();
+        let chosen = cluster.choose(PickCx { tried: Some(&tried), ..PickCx::default() }, |_| None).unwrap();
         names.push(chosen.host.host.text.to_string());
         tried.add(cluster.priority_of(&chosen));
     }

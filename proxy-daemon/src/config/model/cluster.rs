@@ -68,6 +68,11 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
+    /// Whether hosts are chosen by hashes of what routes say.
+    pub fn wants_hash(&self) -> bool {
+        self.lb_policy.wants_hash() && self.lb.hash_policy.is_empty()
+    }
+
     /// Whether connections of the one are as those of the other would be.
     pub fn connects_as(&self, other: &ClusterConfig) -> bool {
         self.protocol == other.protocol

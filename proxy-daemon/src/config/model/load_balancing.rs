@@ -2,7 +2,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use http::HeaderName;
 
-use super::OrcaWeights;
+use super::{HashPolicy, OrcaWeights};
 use crate::layered_runtime::RuntimeNumber;
 
 /// `Cluster.lb_policy`, or the first of `load_balancing_policy` that is known.
@@ -102,6 +102,8 @@ pub struct LbOptions {
     pub override_host: Arc<[OverrideSource]>,
     /// Hosts have weights by what they report of their load, and not those of the configuration.
     pub weights: Option<Arc<OrcaWeights>>,
+    /// What balancers that go by hashes hash requests by, in the place of routes' policies; empty: those of the routes.
+    pub hash_policy: Arc<[HashPolicy]>,
 }
 
 /// `OverrideHostSource`: a list of addresses.
@@ -122,6 +124,7 @@ impl Default for LbOptions {
             subsets: None,
             override_host: Arc::new([]),
             weights: None,
+            hash_policy: Arc::new([]),
         }
     }
 }

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-/// How long the connections to the hosts of a cluster are kept.
+/// How long the connections to the hosts of a cluster are kept, and what they may bring.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PoolOptions {
     /// `common_http_protocol_options.max_connection_duration`: a connection is used no more after this; `None`: there is no limit.
@@ -15,4 +15,20 @@ pub struct PoolOptions {
     /// `preconnect_policy.predictive_preconnect_ratio`: so many connections to all hosts for each request that they have, the next one
     /// included; `None`: those that requests need.
     pub predictive: Option<f64>,
+    /// How large heads of responses may be.
+    pub heads: HeadLimits,
+}
+
+/// Of a cluster's `common_http_protocol_options`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeadLimits {
+    /// `max_response_headers_kb`, in KiB; `None`: 80 of HTTP/1, 60 of HTTP/2.
+    pub kilobytes: Option<u32>,
+    /// `max_headers_count`; `None`: 100.
+    pub count: Option<u32>,
+}
+
+impl HeadLimits {
+    /// `max_headers_count` where nothing else is said.
+    pub const COUNT: u32 = 100;
 }

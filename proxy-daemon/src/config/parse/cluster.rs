@@ -90,10 +90,6 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
     let hour = Some(Duration::from_secs(3600));
     let common = http.as_ref().and_then(|options| options.common_http_protocol_options).unwrap_or_default();
     let common_path = join(&http_path, "common_http_protocol_options");
-    // Honoured in a connection manager, which has the same message.
-    if common.max_headers_count.is_some() {
-        return Err(FieldError::unsupported(join(&common_path, "max_headers_count")));
-    }
     // What it is does not matter: no update is held back.
     let window = cluster.common_lb_config.as_ref().and_then(|config| config.update_merge_window);
     duration(window, &join(path, "common_lb_config"), "update_merge_window")?;

@@ -62,6 +62,10 @@ pub(super) fn http_connection_manager(
     };
     let common = manager.common_http_protocol_options.unwrap_or_default();
     let common_path = join(path, "common_http_protocol_options");
+    // Of clusters, which have the same message.
+    if common.max_response_headers_kb.is_some() {
+        return Err(FieldError::unsupported(join(&common_path, "max_response_headers_kb")));
+    }
     let seconds = |seconds| Some(Duration::from_secs(seconds));
     let set = |value: &str, field: &str| -> Result<Option<HeaderValue>> {
         if value.is_empty() { Ok(None) } else { header_value(value, &join(path, field)).map(Some) }

@@ -45,6 +45,7 @@ use envoy_types::pb::google::protobuf::{Duration as ProtoDuration, UInt64Value};
 
 use super::{
     common::{Result, duration, header_name, number, required, type_name},
+    hash_policy::hash_policies,
     honoured::honoured,
     orca,
     support::join,
@@ -191,9 +192,11 @@ fn typed_policy(config: &Any, path: &str, depth: usize) -> Result<(LbPolicy, LbO
     let with = |policy, locality: Option<&LocalityLbConfig>, slow_start: Option<SlowStart>| {
         Ok((policy, LbOptions { locality: locality_of(locality), slow_start, ..LbOptions::default() }))
     };
-    let weighted = |policy, weighted: bool| {
+    let weighted = |policy, hashing: Option<&ConsistentHashingLbConfig>, weighted: bool| {
         let locality = if weighted { LocalityLb::Weighted } else { LocalityLb::default() };
-        Ok((policy, LbOptions { locality, ..LbOptions::default() }))
+        let policies = hashing.map(|config| &*config.hash_policy).unwrap_or_default();
+        let hash_policy = hash_policies(policies, &join(path, "consistent_hashing_lb_config"))?.into();
+        Ok((policy, LbOptions { locality, hash_policy, ..LbOptions::default() }))
     };
     match type_name(config).strip_prefix(POLICIES).unwrap_or_default() {
         "round_robin.v3.RoundRobin" => {
@@ -228,16 +231,18 @@ fn typed_policy(config: &Any, path: &str, depth: usize) -> Result<(LbPolicy, LbO
             #[expect(deprecated, reason = "the fields that consistent_hashing_lb_config replaced")]
             let old = (config.use_hostname_for_hashing, config.hash_balance_factor.map(|factor| factor.value));
             let old = ConsistentHashing { by_hostname: old.0, balance_factor: old.1 };
-            let hashing = config.consistent_hashing_lb_config.as_ref().map_or(old, consistent);
+            let consistent = config.consistent_hashing_lb_config.as_ref();
+            let hashing = consistent.map_or(old, self::consistent);
             let murmur = config.hash_function == TypedFunction::MurmurHash2 as i32;
             let policy = ring_hash((config.minimum_ring_size, config.maximum_ring_size), murmur, hashing, path)?;
-            weighted(policy, config.locality_weighted_lb_config.is_some())
+            weighted(policy, consistent, config.locality_weighted_lb_config.is_some())
         }
         "maglev.v3.Maglev" => {
             let config: Maglev = unpack(config, path)?;
-            let hashing = config.consistent_hashing_lb_config.as_ref().map(consistent).unwrap_or_default();
+            let consistent = config.consistent_hashing_lb_config.as_ref();
+            let hashing = consistent.map(self::consistent).unwrap_or_default();
             let policy = maglev(config.table_size, hashing, path)?;
-            weighted(policy, config.locality_weighted_lb_config.is_some())
+            weighted(policy, consistent, config.locality_weighted_lb_config.is_some())
         }
         "cluster_provided.v3.ClusterProvided" => {
             let ClusterProvided {} = unpack(config, path)?;

@@ -1,9 +1,9 @@
-//! How long connections to hosts are kept.
+//! How long connections to hosts are kept, and what they may bring.
 
 use envoy_types::pb::envoy::config::{cluster::v3::Cluster, core::v3::HttpProtocolOptions};
 
 use super::common::{Result, limit};
-use crate::config::model::PoolOptions;
+use crate::config::model::{HeadLimits, PoolOptions};
 
 /// Of a cluster, and of its `common_http_protocol_options`, which are at `path`.
 pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) -> Result<PoolOptions> {
@@ -17,5 +17,9 @@ pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) 
         drains_on_change: lb.is_some_and(|config| config.close_connections_on_host_set_change),
         preconnect: ratio.filter(|ratio| *ratio > 1.0),
         predictive: predictive.filter(|ratio| *ratio > 1.0),
+        heads: HeadLimits {
+            kilobytes: common.max_response_headers_kb.map(|limit| limit.value),
+            count: common.max_headers_count.map(|limit| limit.value),
+        },
     })
 }

@@ -233,6 +233,7 @@ impl Connection {
                         Reset { request: Some(request), reason: h2_reason(&error) }
                     }
                     h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
+                    h2::SendError::TooMany => Reset { request: None, reason: ResetReason::Protocol },
                 })
             }
         };

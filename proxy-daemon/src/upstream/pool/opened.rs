@@ -210,9 +210,10 @@ impl WorkerHost {
         open: OpenConnection,
         keeps: bool,
     ) -> Rc<Http1Connection> {
+        let config = &cluster.cluster.config;
         let connection = Rc::new(Http1Connection {
             info: Rc::new(stream.info(open.since, open.connected.get())),
-            client: Rc::new(h1::ClientConnection::new(metered(cluster, stream), cluster.cluster.config.http1)),
+            client: Rc::new(h1::ClientConnection::new(metered(cluster, stream), config.http1, config.pool.heads)),
             requests: Rc::clone(&open.requests),
             idle_since: Cell::new(None),
             drains: Cell::new(false),
@@ -256,7 +257,7 @@ impl WorkerHost {
         let info = Rc::new(stream.info(open.since, open.connected.get()));
         let buffer = cluster.cluster.config.per_connection_buffer_limit_bytes;
         let stream = h2::Goaways::new(metered(cluster, stream), cluster.cluster.stats.upstream_cx_close_notify);
-        let started = h2::ClientConnection::start(stream, options, buffer).await;
+        let started = h2::ClientConnection::start(stream, options, buffer, cluster.cluster.config.pool.heads).await;
         let (client, driver) = started.map_err(|error| PoolError::Handshake(Rc::new(error)))?;
         let connection = Rc::new(Http2Connection {
             client,

@@ -2,8 +2,8 @@ use std::time::Duration;
 
 use super::{MatchedHeader, RegexRewrite};
 
-/// One of `RouteAction.hash_policy`: a part of what a request is hashed by.
-#[derive(Debug)]
+/// One of `RouteAction.hash_policy`, or of a load balancer's: a part of what a request is hashed by.
+#[derive(Debug, PartialEq)]
 pub struct HashPolicy {
     /// What is hashed.
     pub source: HashSource,
@@ -12,7 +12,7 @@ pub struct HashPolicy {
 }
 
 /// `HashPolicy.policy_specifier`.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub enum HashSource {
     /// All values of a header, in any order.
     Header {
@@ -30,7 +30,7 @@ pub enum HashSource {
 }
 
 /// `HashPolicy.Cookie`
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct HashCookie {
     /// Its name.
     pub name: Box<str>,

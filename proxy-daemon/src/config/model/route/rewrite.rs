@@ -27,6 +27,12 @@ pub struct RegexRewrite {
     pub substitution: Vec<SubstitutionPiece>,
 }
 
+impl PartialEq for RegexRewrite {
+    fn eq(&self, other: &RegexRewrite) -> bool {
+        (self.pattern.as_str(), &self.substitution) == (other.pattern.as_str(), &other.substitution)
+    }
+}
+
 /// A piece of a substitution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SubstitutionPiece {

@@ -129,10 +129,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
     ("envoy.extensions.load_balancing_policies.common.v3.LocalityLbConfig.LocalityWeightedLbConfig", ALL),
     ("envoy.extensions.load_balancing_policies.common.v3.SlowStartConfig", ALL),
     ("envoy.extensions.load_balancing_policies.common.v3.OrcaOobReportingConfig", ALL),
-    (
-        "envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig",
-        &["use_hostname_for_hashing", "hash_balance_factor"],
-    ),
+    ("envoy.extensions.load_balancing_policies.common.v3.ConsistentHashingLbConfig", ALL),
     (
         "envoy.config.cluster.v3.Cluster.OriginalDstLbConfig",
         &["use_http_header", "http_header_name", "upstream_port_override"],

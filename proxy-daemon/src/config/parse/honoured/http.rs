@@ -431,6 +431,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "idle_timeout",
             "max_connection_duration",
             "max_headers_count",
+            "max_response_headers_kb",
             "max_requests_per_connection",
             "max_stream_duration",
             "headers_with_underscores_action",

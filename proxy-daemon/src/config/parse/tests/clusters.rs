@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::*;
 use crate::{
     config::model::{
-        Check, ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HeaderKeyFormat, HealthStatus,
+        Check, ConfigSource, DnsLookupFamily, DnsOptions, EndpointAddress, HeadLimits, HeaderKeyFormat, HealthStatus,
         Http1ClientOptions, PreserveCase, ResourceRef, TcpKeepalive, Thresholds,
     },
     layered_runtime::{DiskLayer, LayerSource},
@@ -155,13 +155,6 @@ fn http1_of_a_cluster() {
 
 #[test]
 fn what_is_honoured_elsewhere_only_is_refused_here() {
-    let at = format!("typed_extension_protocol_options[\"{HTTP}\"].common_http_protocol_options");
-    let options =
-        "explicit_http_config: { http_protocol_options: {} }, common_http_protocol_options: { max_headers_count: 5 }";
-    assert_eq!(
-        one_cluster(&with_http(options)).unwrap_err(),
-        format!("{at}.max_headers_count: not supported by culvert yet")
-    );
     let error = one_cluster("{ name: a, eds_cluster_config: { eds_config: { ads: {} } } }").unwrap_err();
     assert_eq!(error, "eds_cluster_config: eds_cluster_config set in a non-EDS cluster");
     let error = one_cluster(
@@ -356,6 +349,6 @@ fn old_fields_of_http_say_what_their_successor_says() {
     }
     let error = old(&format!("{one}, {two}")).unwrap_err();
     assert!(error.starts_with("http_protocol_options: cluster: Both HTTP1 and HTTP2 options may only be "), "{error}");
-    let error = old("common_http_protocol_options: { max_headers_count: 9 }").unwrap_err();
-    assert_eq!(error, "common_http_protocol_options.max_headers_count: not supported by culvert yet");
+    let limited = old("common_http_protocol_options: { max_headers_count: 9, max_response_headers_kb: 7 }").unwrap();
+    assert_eq!(limited.pool.heads, HeadLimits { count: Some(9), kilobytes: Some(7) });
 }

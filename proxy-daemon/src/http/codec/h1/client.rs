@@ -22,7 +22,7 @@ use super::{
     head::{self, Framing, Kind, Limits, Scanner, response_framing},
 };
 use crate::{
-    config::model::{HeaderKeyFormat, Http1ClientOptions},
+    config::model::{HeadLimits, HeaderKeyFormat, Http1ClientOptions},
     http::{
         body::{Body, BodyError},
         codec::Incoming,
@@ -31,8 +31,8 @@ use crate::{
     upstream::UpstreamStream,
 };
 
-/// `max_response_headers_kb` is 80 KiB for HTTP/1 and `max_headers_count` 100 where nothing else is said.
-const LIMITS: Limits = Limits { bytes: 80 * 1024, headers: 100, any_method: false };
+/// `max_response_headers_kb` where nothing else is said.
+const KILOBYTES: u32 = 80;
 /// So many interim responses are passed over.
 const INTERIM: u32 = 16;
 
@@ -57,6 +57,7 @@ pub struct ClientConnection {
 struct Inner {
     stream: Metered<UpstreamStream>,
     options: Http1ClientOptions,
+    limits: Limits,
     buffer: BytesMut,
     scanner: Scanner,
     decoder: Decoder,
@@ -90,10 +91,16 @@ struct Upload {
 
 impl ClientConnection {
     /// For a connection that nothing has been said on.
-    pub fn new(stream: Metered<UpstreamStream>, options: Http1ClientOptions) -> ClientConnection {
+    pub fn new(stream: Metered<UpstreamStream>, options: Http1ClientOptions, heads: HeadLimits) -> ClientConnection {
+        let limits = Limits {
+            bytes: heads.kilobytes.unwrap_or(KILOBYTES) as usize * 1024,
+            headers: heads.count.unwrap_or(HeadLimits::COUNT) as usize,
+            any_method: false,
+        };
         let inner = Inner {
             stream,
             options,
+            limits,
             buffer: BytesMut::new(),
             scanner: Scanner::default(),
             decoder: Decoder::Done,
@@ -297,7 +304,7 @@ impl Inner {
 
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<head::ResponseHead, SendError>> {
         loop {
-            match self.scanner.take(&mut self.buffer, Kind::Response, LIMITS) {
+            match self.scanner.take(&mut self.buffer, Kind::Response, self.limits) {
                 Ok(Some(head)) => return Poll::Ready(self.understand(&head).map_err(SendError::Protocol)),
                 Ok(None) if self.eof => return Poll::Ready(Err(SendError::Closed)),
                 Ok(None) => ready!(self.poll_fill(cx)),
@@ -307,7 +314,7 @@ impl Inner {
     }
 
     fn understand(&self, head: &Bytes) -> Result<head::ResponseHead, CodecError> {
-        let mut understood = head::response(head, LIMITS)?;
+        let mut understood = head::response(head, self.limits)?;
         if let HeaderKeyFormat::PreserveCase(preserve) = self.options.header_key_format {
             understood.parts.extensions.insert(OriginalCase::of(head, preserve));
         }
@@ -410,7 +417,7 @@ impl ResponseBody {
             let _ = inner.poll_upload(cx);
         }
         loop {
-            match inner.decoder.decode(&mut inner.buffer, LIMITS) {
+            match inner.decoder.decode(&mut inner.buffer, inner.limits) {
                 Ok(Some(Item::Data(data))) => return Poll::Ready(Some(Ok(Frame::data(data)))),
                 Ok(Some(Item::End(trailers))) => {
                     if inner.options.enable_trailers && !trailers.is_empty() {

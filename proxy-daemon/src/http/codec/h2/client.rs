@@ -26,7 +26,7 @@ use super::{
     send::{Outbox, Piece, Sending},
 };
 use crate::{
-    config::model::Http2Options,
+    config::model::{HeadLimits, Http2Options},
     http::{
         body::Body,
         codec::{Incoming, h1::Upgrade},
@@ -35,8 +35,8 @@ use crate::{
     },
 };
 
-/// `max_response_headers_kb` where nothing else is said, in bytes.
-const HEADERS: u32 = 60 * 1024;
+/// `max_response_headers_kb` where nothing else is said.
+const KILOBYTES: u32 = 60;
 
 /// Why there is no response.
 pub enum SendError {
@@ -44,6 +44,8 @@ pub enum SendError {
     Unsent(Box<Request<Body>>, h2::Error),
     /// The stream or the connection broke.
     Reset(h2::Error),
+    /// The response has more headers than it may.
+    TooMany,
 }
 
 /// A connection to a host, which carries many requests at a time.
@@ -55,6 +57,8 @@ pub struct ClientConnection {
     limit: Cell<Option<usize>>,
     /// The limit is another one than before.
     new_limit: Cell<bool>,
+    /// How many headers a response may have.
+    most_headers: usize,
 }
 
 impl ClientConnection {
@@ -67,19 +71,24 @@ impl ClientConnection {
         io: T,
         options: &Http2Options,
         buffer: u32,
+        heads: HeadLimits,
     ) -> Result<(Rc<ClientConnection>, impl Future<Output = Result<(), h2::Error>> + use<T>), h2::Error> {
+        let most_headers = heads.count.unwrap_or(HeadLimits::COUNT);
+        // The crate counts 32 bytes more for each field.
+        let list =
+            heads.kilobytes.unwrap_or(KILOBYTES).saturating_mul(1024).saturating_add(most_headers.saturating_mul(32));
         let mut builder = h2::client::Builder::new();
         builder
             .enable_push(false)
             .initial_window_size(options.initial_stream_window_size)
             .initial_connection_window_size(options.initial_connection_window_size)
-            .max_header_list_size(HEADERS)
+            .max_header_list_size(list)
             .max_send_buffer_size((buffer as usize).clamp(16 * 1024, 256 * 1024));
         if let Some(size) = options.hpack_table_size {
             builder.header_table_size(size);
         }
         let (sender, mut connection): (_, Connection<Scrubbed<T>, Piece>) =
-            builder.handshake(Scrubbed::host(io, HEADERS)).await?;
+            builder.handshake(Scrubbed::host(io, list)).await?;
         let pings = options.keepalive.and_then(|_| connection.ping_pong());
         let mut keepalive = Keepalive::new(options.keepalive, pings);
         let client = Rc::new(ClientConnection {
@@ -88,6 +97,7 @@ impl ClientConnection {
             closed: Cell::new(false),
             limit: Cell::new(None),
             new_limit: Cell::new(false),
+            most_headers: most_headers as usize,
         });
         let (watched, mut known): (Weak<ClientConnection>, _) =
             (Rc::downgrade(&client), connection.max_concurrent_send_streams());
@@ -179,6 +189,10 @@ impl ClientConnection {
             Pin::new(&mut response).poll(cx)
         });
         let (mut parts, received) = response.await.map_err(SendError::Reset)?.into_parts();
+        // `:status` counts as one.
+        if parts.headers.len() + 1 > self.most_headers {
+            return Err(SendError::TooMany);
+        }
         if self.limit.get().is_none() {
             // The host's settings come before anything else: its limit is the one that is presumed.
             self.limit.set(Some(self.sender.current_max_send_streams()));

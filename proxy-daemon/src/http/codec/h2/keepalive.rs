@@ -59,7 +59,7 @@ mod tests {
 
     use super::super::ClientConnection;
     use super::*;
-    use crate::config::model::Http2Options;
+    use crate::config::model::{HeadLimits, Http2Options};
 
     /// How long a connection to such a host lasts, if it ends at all.
     async fn lasts(host: impl AsyncFnOnce(DuplexStream)) -> Option<Duration> {
@@ -72,7 +72,7 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let began = Instant::now();
         let connection = async {
-            let (_client, driver) = ClientConnection::start(ours, &options, 65536).await.ok()?;
+            let (_client, driver) = ClientConnection::start(ours, &options, 65536, HeadLimits::default()).await.ok()?;
             driver.await.ok()?;
             Some(began.elapsed())
         };
