@@ -40,9 +40,9 @@ fn files_of_resources_are_checked_by_resource() {
     let Outcome { text, code } = run(&flags(directory.path(), false, Output::Text)).unwrap();
     assert_eq!((text.as_str(), code), (format!("{name}: OK\n").as_str(), 0));
 
-    fs::write(&file, format!("resources:\n{}{}", cluster(""), cluster(", track_cluster_stats: {}"))).unwrap();
+    fs::write(&file, format!("resources:\n{}{}", cluster(""), cluster(", lrs_server: {self: {}}"))).unwrap();
     let Outcome { text, code } = run(&flags(directory.path(), false, Output::Text)).unwrap();
-    let expected = format!("{name}: resources[1].track_cluster_stats: not supported by culvert yet (line 3, column ");
+    let expected = format!("{name}: resources[1].lrs_server: not supported by culvert yet (line 3, column ");
     assert!(text.starts_with(&expected), "{text}");
     assert_eq!(code, REFUSED);
 }

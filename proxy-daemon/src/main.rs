@@ -240,6 +240,10 @@ async fn run(
                     move || upstream::breaker_gauges(&plane.clusters())
                 }),
                 Box::new({
+                    let plane = plane.clone();
+                    move || upstream::endpoint_metrics(&plane.clusters())
+                }),
+                Box::new({
                     let store = store.clone();
                     move || store.metrics()
                 }),

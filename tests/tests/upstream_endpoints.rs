@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write as _;
+use std::io::{BufReader, Read as _, Write as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ const KINDS: [Kind; 2] = [Kind::Envoy, Kind::Culvert];
 /// A host that says its name to whoever connects.
 fn host(name: &'static str) -> Result<u16> {
     server::start(move |mut stream| {
-        let mut lines = std::io::BufReader::new(stream.try_clone()?);
+        let mut lines = BufReader::new(stream.try_clone()?);
         while Request::read(&mut lines)?.is_some() {
             write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{name}", name.len())?;
         }
@@ -142,7 +142,7 @@ fn sessions_keep_to_hosts_that_stand_as_is_said() -> Result<()> {
 fn responses_of_canaries_are_counted_as_by_envoy() -> Result<()> {
     let host = || {
         server::start(|mut stream| {
-            let mut lines = std::io::BufReader::new(stream.try_clone()?);
+            let mut lines = BufReader::new(stream.try_clone()?);
             while let Some(request) = Request::read(&mut lines)? {
                 let said = request.headers.get("x-say").map(|said| format!("x-envoy-upstream-canary: {said}\r\n"));
                 if request.headers.get("x-hang").is_some() {
@@ -257,5 +257,76 @@ fn many_new_hosts_do_not_keep_the_admin_interface_waiting() -> Result<()> {
         worst < Duration::from_millis(500).max(took / 3),
         "/ready took {worst:?} of the {took:?} that the update did"
     );
+    Ok(())
+}
+
+/// The lines of `/stats` or `/stats/prometheus` that have this in them.
+fn lines(text: &str, part: &str) -> Vec<String> {
+    text.lines().filter(|line| line.contains(part) && !line.starts_with('#')).map(str::to_owned).collect()
+}
+
+#[test]
+fn what_is_tracked_only_where_somebody_asks() -> Result<()> {
+    let host = server::start(|mut stream| {
+        let mut requests = BufReader::new(stream.try_clone()?);
+        while let Some(request) = Request::read(&mut requests)? {
+            if request.target.ends_with("hang") {
+                // Until the proxy breaks it off.
+                while requests.read(&mut [0; 64])? > 0 {}
+                return Ok(());
+            }
+            if request.target.ends_with("slow") {
+                std::thread::sleep(Duration::from_millis(800));
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
+        }
+        Ok(())
+    })?;
+    let routes = "- {name: all, domains: ['*'], routes: [{match: {prefix: /plain}, route: {cluster: app, timeout: 2s}}, \
+                  {match: {prefix: /try}, route: {cluster: app, timeout: 4s, retry_policy: {retry_on: 5xx, num_retries: 1, \
+                  per_try_timeout: 1s}}}, {match: {prefix: /}, route: {cluster: other}}]}";
+    let told = |kind: Kind| -> Result<Vec<String>> {
+        let web = free_port()?;
+        let tracked = "track_cluster_stats: {timeout_budgets: true, per_endpoint_stats: true}";
+        let bootstrap = Bootstrap::new().http(web, routes, &[]).cluster("app", &[host], &[tracked]);
+        let daemon = Daemon::start(kind, &bootstrap.cluster("other", &[host], &[]).yaml())?;
+        let paths = [
+            ("/plain/fast", 200),
+            ("/plain/slow", 200),
+            ("/plain/hang", 504),
+            ("/try/hang", 504),
+            ("/try/slow", 200),
+            ("/other", 200),
+        ];
+        for (path, status) in paths {
+            assert_eq!(fetch(web, Request::get(path))?.status, status, "{kind:?}: {path}");
+        }
+        let mut told = Vec::new();
+        wait_until(DEADLINE, "the statistics", || {
+            let text = daemon.admin("/stats/prometheus")?;
+            let value = |name: &str, end: &str| -> Result<f64> {
+                let found = lines(&text, &format!("envoy_cluster_upstream_rq_timeout_budget_{name}_{end}"));
+                ensure!(found.len() == 1, "{kind:?}: {found:?}");
+                Ok(found[0].rsplit(' ').next().unwrap_or_default().parse()?)
+            };
+            // Requests: 0 %, 40 %, 100 %, 50 %, 20 %. Attempts: none of the one whose request was over, two of 100 %, one of 80 %.
+            for (name, sum) in [("percent_used", 210.0), ("per_try_percent_used", 280.0)] {
+                let (count, got) = (value(name, "count")?, value(name, "sum")?);
+                ensure!(count == 5.0, "{kind:?}: {name}: {count}");
+                ensure!((got - sum).abs() < 60.0, "{kind:?}: {name}: {got}, and not {sum}");
+            }
+            let stats = daemon.admin("/stats?filter=endpoint")?;
+            told = lines(&stats, ".endpoint.").into_iter().filter(|line| !line.contains("cx_")).collect();
+            told.sort();
+            let names = lines(&text, "envoy_cluster_endpoint_");
+            told.extend(names.iter().filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())));
+            told.sort();
+            ensure!(told.iter().any(|line| line.ends_with("rq_active: 0")), "{kind:?}: {told:?}");
+            Ok(())
+        })?;
+        Ok(told)
+    };
+    let (ours, theirs) = (told(Kind::Culvert)?, told(Kind::Envoy)?);
+    ensure!(ours == theirs, "culvertd: {ours:#?}\nEnvoy: {theirs:#?}");
     Ok(())
 }

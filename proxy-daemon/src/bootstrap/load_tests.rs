@@ -35,16 +35,12 @@ fn error(arguments: &[&str]) -> String {
 
 #[test]
 fn a_wrong_field_is_named_with_its_line() {
-    let file = TempFile::new(
-        "field.yaml",
-        "static_resources:\n  clusters:\n  - name: up\n    track_cluster_stats: { timeout_budgets: true }\n",
-    );
+    let file =
+        TempFile::new("field.yaml", "static_resources:\n  clusters:\n  - name: up\n    lrs_server: { self: {} }\n");
     let path = file.0.display().to_string();
     assert_eq!(
         error(&["-c", &path]),
-        format!(
-            "{path}: static_resources.clusters[0].track_cluster_stats: not supported by culvert yet (line 4, column 5)"
-        )
+        format!("{path}: static_resources.clusters[0].lrs_server: not supported by culvert yet (line 4, column 5)")
     );
 }
 

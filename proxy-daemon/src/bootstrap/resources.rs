@@ -96,11 +96,8 @@ mod tests {
         let good = format!("{cluster}}}\n");
         assert_eq!(verdict(&good), "good");
         let refused = |more: &str| verdict(&format!("{good}{cluster}, {more}}}\n"));
-        let refusal = refused("track_cluster_stats: {}");
-        assert!(
-            refusal.starts_with("resources[1].track_cluster_stats: not supported by culvert yet (line 4, "),
-            "{refusal}"
-        );
+        let refusal = refused("lrs_server: { self: {} }");
+        assert!(refusal.starts_with("resources[1].lrs_server: not supported by culvert yet (line 4, "), "{refusal}");
         let unknown = refused("colour: red");
         assert!(unknown.starts_with("resources[1].colour: "), "{unknown}");
         let rule = refused("circuit_breakers: {thresholds: [{priority: 7}]}");

@@ -29,7 +29,7 @@ use super::{
     route_match::authority,
     route_table::RouteRef,
     stream::{LocalReply, RequestHead, StreamCx},
-    stream_end::StreamEnd,
+    stream_end::{Budget, StreamEnd},
     timeouts::Timeouts,
     timers::{Expired, Timers},
     upgrade,
@@ -39,6 +39,7 @@ use super::{
 use crate::{
     access_log::ResponseFlags,
     config::model::{ForwardAction, HeaderMutations, HostRewrite, PathRewrite},
+    runtime::clock,
     upstream::{Connection, HostCounter, Overload, Seen, WorkerCluster},
 };
 
@@ -89,6 +90,9 @@ pub(super) async fn forward(
     if !action.hash_policy.is_empty() && (wants_hash(&cluster) || cx.unless_connected.as_ref().is_some_and(wants_hash))
     {
         hash = hash_policy::hash(&action.hash_policy, &head, cx, &mut cookies);
+    }
+    if cluster.cluster.stats.budgets.is_some() {
+        end.budget = Some(Budget { global: timeouts.global, per_try: timeouts.per_try(), attempt: clock::now() });
     }
     let mut retry = RetryState::take((policy, hedges), &mut head, end.notes.counted.clone());
     // Taps have been told of it, unless it is not sent.

@@ -2,7 +2,12 @@
 
 mod logs;
 
-use std::{borrow::Cow, cell::Cell, rc::Rc, time::Instant};
+use std::{
+    borrow::Cow,
+    cell::Cell,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONNECTION};
 
@@ -44,6 +49,8 @@ pub(super) struct StreamEnd {
     pub(super) host: Option<(Rc<WorkerCluster>, Rc<WorkerHost>)>,
     /// The priority at that cluster's circuit breakers.
     high: bool,
+    /// What the request and the attempt may take, where that is told of.
+    pub(super) budget: Option<Budget>,
     pub(super) notes: Notes,
     /// The host's part in the current attempt is settled: a success, an error, or neither.
     judged: bool,
@@ -56,6 +63,8 @@ pub(super) struct StreamEnd {
     /// The response is a canary's.
     canary: bool,
     pub(super) complete: bool,
+    /// The response's body has not come whole.
+    broke_off: bool,
     /// It ends with a redirect that is followed here, which no client sees.
     redirected: bool,
     /// The response is in another protocol than HTTP.
@@ -66,6 +75,17 @@ pub(super) struct StreamEnd {
     pub(super) upgrade: Option<Decrement>,
     /// They live as long as the stream.
     pub(super) filters: Vec<Box<dyn HttpFilter>>,
+}
+
+/// How long a request and each of its attempts may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Budget {
+    /// Of all attempts together.
+    pub(super) global: Option<Duration>,
+    /// Of each.
+    pub(super) per_try: Option<Duration>,
+    /// When the current one began.
+    pub(super) attempt: Instant,
 }
 
 /// What attempts note of themselves while they are under way.
@@ -164,6 +184,7 @@ impl StreamEnd {
             clears_details: false,
             host: None,
             high: false,
+            budget: None,
             notes: Notes::default(),
             judged: false,
             http1: true,
@@ -171,6 +192,7 @@ impl StreamEnd {
             internal: false,
             canary: false,
             complete: false,
+            broke_off: false,
             redirected: false,
             switched: false,
             request_id: None,
@@ -318,7 +340,7 @@ impl StreamEnd {
 
     /// The response's body broke off.
     pub(super) fn response_failed(&mut self, error: &BodyError) {
-        self.complete = true;
+        (self.complete, self.broke_off) = (true, true);
         self.judge(true);
         if self.flags.is_empty() && self.details != MAX_DURATION {
             let (flag, details) = match Broken::of(error) {
@@ -342,8 +364,38 @@ impl StreamEnd {
     pub(super) fn leave_host(&mut self) {
         self.judge(true);
         if let Some((cluster, before)) = self.host.take() {
+            if let Some(budget) = self.budget {
+                self.tell_attempt(&cluster, budget);
+            }
             cluster.cluster.end_request(self.high);
             before.end_request();
+        }
+    }
+
+    /// Tells how much of its time the attempt has used.
+    fn tell_attempt(&self, cluster: &Rc<WorkerCluster>, budget: Budget) {
+        let aggregate = self.progress.aggregate.borrow();
+        let routed = aggregate.as_ref().unwrap_or(cluster);
+        if let Some(budgets) = &routed.cluster.stats.budgets {
+            budgets.attempt(clock::since(budget.attempt), budget.per_try);
+        }
+    }
+
+    /// Tells how much of their time the request and its last attempt have used.
+    fn tell_budgets(&self, cluster: &Rc<WorkerCluster>, budget: Budget) {
+        let timed_out = self.flags.contains(ResponseFlags::UT);
+        let answered = self.complete && self.progress.answered.get().is_some() && !self.broke_off;
+        if timed_out || answered {
+            let aggregate = self.progress.aggregate.borrow();
+            let routed = aggregate.as_ref().unwrap_or(cluster);
+            let began = self.progress.request_complete.get().unwrap_or(self.started);
+            if let Some(budgets) = &routed.cluster.stats.budgets {
+                budgets.request(clock::since(began), budget.global);
+            }
+        }
+        // Where the request was over before there was an answer, that says nothing of the attempt.
+        if !(timed_out && self.details == "response_timeout") {
+            self.tell_attempt(cluster, budget);
         }
     }
 
@@ -382,6 +434,9 @@ impl StreamEnd {
         self.high = high;
         host.begin_request();
         self.host = Some((Rc::clone(cluster), Rc::clone(host)));
+        if let Some(budget) = &mut self.budget {
+            budget.attempt = clock::now();
+        }
         self.notes = Notes { counted: self.notes.counted.take(), ..Notes::default() };
         self.judged = false;
         self.update_live();
@@ -412,6 +467,9 @@ impl Drop for StreamEnd {
                     routed.cluster.stats.record_canary_time(elapsed);
                 }
                 self.count(|stats| stats.upstream_rq_time.record(elapsed));
+            }
+            if let Some(budget) = self.budget {
+                self.tell_budgets(cluster, budget);
             }
             cluster.cluster.end_request(self.high);
             host.end_request();

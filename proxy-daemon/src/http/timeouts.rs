@@ -92,6 +92,11 @@ impl Timeouts {
         self.per_try.is_some()
     }
 
+    /// Of each attempt.
+    pub(super) fn per_try(&self) -> Option<Duration> {
+        self.per_try
+    }
+
     /// Tells the upstream of the first attempt how long it has.
     pub(super) fn tell(&self, head: &mut RequestHead, cx: &StreamCx) {
         self.tell_after(Duration::ZERO, head, cx);

@@ -57,6 +57,12 @@ impl Metric {
         Metric { name, kind: Kind::Gauge, value: Value::Gauge { value, used: true } }
     }
 
+    /// The same of a counter.
+    pub fn counter_in(scope: &Scope, leaf: &str, value: u64) -> Metric {
+        let name = Name::Whole(Arc::new(scope.whole(leaf)));
+        Metric { name, kind: Kind::Counter, value: Value::Counter(value) }
+    }
+
     /// A text that somebody else keeps.
     pub fn external_text(name: &str, text: &str) -> Metric {
         Metric::whole(name, Kind::TextReadout, Value::Text(text.into()))

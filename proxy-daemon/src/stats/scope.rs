@@ -82,6 +82,18 @@ impl Scope {
         self.labelled(&format!("name.{name}"), None, ("envoy_health_check_name", name.into()))
     }
 
+    /// The scope `<this>.endpoint.<address>`, with the labels `envoy_endpoint_address` and, where it has a name, `envoy_endpoint_hostname`.
+    pub fn endpoint(self, address: &str, hostname: &str) -> Scope {
+        let part = format!("endpoint.{}", address.replace(':', "_"));
+        let scope = self.labelled(&part, Some("endpoint"), ("envoy_endpoint_address", address.into()));
+        if hostname.is_empty() {
+            return scope;
+        }
+        let Root { name, base, labels } = &*scope.root;
+        let labels = labels.iter().cloned().chain([("envoy_endpoint_hostname", hostname.into())]).collect();
+        Scope { root: Arc::new(Root { name: name.clone(), base: base.clone(), labels }), tail: scope.tail }
+    }
+
     /// The scope `<this>.worker_<index>`, with the label `envoy_worker_id`.
     pub fn worker(self, index: usize) -> Scope {
         self.labelled(&format!("worker_{index}"), Some("worker"), ("envoy_worker_id", index.to_string().into()))

@@ -19,6 +19,7 @@ fn cluster(name: &str, discovery: Discovery, endpoints: Vec<LocalityEndpoints>) 
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
+        tracked: Default::default(),
         max_requests_per_connection: 0,
         max_stream_duration: None,
         idle_timeout: None,

@@ -29,6 +29,7 @@ fn cluster(name: &str) -> ClusterConfig {
         connect_timeout: std::time::Duration::from_secs(1),
         protocol: UpstreamProtocol::Http1,
         http1: Http1ClientOptions::default(),
+        tracked: Default::default(),
         max_requests_per_connection: 0,
         max_stream_duration: None,
         idle_timeout: None,

@@ -24,6 +24,37 @@ impl Origin {
     }
 }
 
+/// How much of their time requests and attempts have used, in percent; 0 where there is no limit.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Budgets {
+    percent_used: Histogram,
+    per_try_percent_used: Histogram,
+}
+
+impl Budgets {
+    fn new(scope: &Scope) -> Budgets {
+        Budgets {
+            percent_used: scope.histogram("upstream_rq_timeout_budget_percent_used"),
+            per_try_percent_used: scope.histogram("upstream_rq_timeout_budget_per_try_percent_used"),
+        }
+    }
+
+    /// A request took so long; `limit`: of all attempts.
+    pub(crate) fn request(&self, took: Duration, limit: Option<Duration>) {
+        self.percent_used.record(percent(took, limit));
+    }
+
+    /// An attempt took so long.
+    pub(crate) fn attempt(&self, took: Duration, limit: Option<Duration>) {
+        self.per_try_percent_used.record(percent(took, limit));
+    }
+}
+
+fn percent(took: Duration, limit: Option<Duration>) -> u64 {
+    let limit = limit.map_or(0, |limit| limit.as_millis());
+    took.as_millis().saturating_mul(100).checked_div(limit).unwrap_or(0) as u64
+}
+
 macro_rules! cluster_stats {
     (counters { $($counter:ident)* } gauges { $($gauge:ident)* } histograms { $($histogram:ident)* }) => {
         /// The slots of a cluster's statistics: `cluster.<name>.<field>`, as Envoy names them.
@@ -43,6 +74,8 @@ macro_rules! cluster_stats {
             canary: Arc<OnceLock<Origin>>,
             /// Whether the counters of its HTTP/1 connections are there.
             http1: Arc<OnceLock<()>>,
+            /// `timeout_budgets`; `None`: nobody wants to know.
+            pub(crate) budgets: Option<Budgets>,
             /// `<name>.total_match_count` of its transport sockets, by their places.
             socket_matches: Arc<[Counter]>,
             scope: Scope,
@@ -64,6 +97,7 @@ macro_rules! cluster_stats {
                     origins: Arc::default(),
                     canary: Arc::default(),
                     http1: Arc::default(),
+                    budgets: config.tracked.timeout_budgets.then(|| Budgets::new(&scope)),
                     socket_matches: socket_matches(config, &scope),
                     scope,
                     _lease: lease,

@@ -14,8 +14,8 @@ use super::wire::{self, ACK, Connection, END_HEADERS, HEADERS, PING, SETTINGS, d
 const OK: (&str, &str) = (":status", "200");
 
 /// A head with so many headers.
-fn fields(count: usize, value: &str) -> Vec<(&'static str, &str)> {
-    std::iter::once(OK).chain(std::iter::repeat_n(("x-a", value), count)).collect()
+fn fields(count: usize) -> Vec<(&'static str, &'static str)> {
+    std::iter::once(OK).chain(std::iter::repeat_n(("x-a", ""), count)).collect()
 }
 
 /// What a host answers on a stream, by the request's path.
@@ -24,10 +24,8 @@ fn answers(stream: u32) -> Vec<(&'static str, Vec<u8>)> {
     let then = |frames: &[Vec<u8>]| [headers(stream, false, &[OK]), frames.concat()].concat();
     vec![
         ("/plain", head(&[OK])),
-        ("/many", head(&fields(99, ""))),
-        ("/too-many", head(&fields(100, ""))),
-        ("/wide", head(&fields(10, &"v".repeat(4000)))),
-        ("/too-wide", head(&fields(20, &"v".repeat(4000)))),
+        ("/many", head(&fields(99))),
+        ("/too-many", head(&fields(100))),
         ("/trailers", then(&[data(stream, false, b"ok"), headers(stream, true, &[("x-t", "1")])])),
         ("/capitals", head(&[OK, ("X-A", "b")])),
         ("/blank", head(&[OK, ("x a", "b")])),

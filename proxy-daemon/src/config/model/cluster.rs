@@ -63,8 +63,19 @@ pub struct ClusterConfig {
     pub peer_name: Option<PeerNameOptions>,
     /// How its hosts are found to be well or not.
     pub health: HealthOptions,
+    /// `track_cluster_stats`: statistics that clusters do not have unless they are asked for.
+    pub tracked: TrackedStats,
     /// The hosts of STATIC clusters, and the names of STRICT_DNS and LOGICAL_DNS clusters.
     pub endpoints: Vec<LocalityEndpoints>,
+}
+
+/// `TrackClusterStats`
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TrackedStats {
+    /// How much of their time requests have used.
+    pub timeout_budgets: bool,
+    /// What each host counts.
+    pub per_endpoint: bool,
 }
 
 impl ClusterConfig {

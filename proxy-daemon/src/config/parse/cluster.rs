@@ -48,7 +48,7 @@ use crate::config::{
     FieldError,
     model::{
         Check, ClusterConfig, Discovery, HappyEyeballs, HealthOptions, LbPolicy, OverrideStatuses, ResourceRef,
-        RetryBudget, TcpKeepalive, Thresholds, UpstreamProtocol,
+        RetryBudget, TcpKeepalive, Thresholds, TrackedStats, UpstreamProtocol,
     },
 };
 
@@ -129,8 +129,16 @@ pub fn cluster(cluster: &Cluster, path: &str) -> Result<ClusterConfig> {
         socket_matches,
         peer_name,
         health,
+        tracked: tracked(cluster),
         endpoints,
     })
+}
+
+fn tracked(cluster: &Cluster) -> TrackedStats {
+    let tracked = cluster.track_cluster_stats.unwrap_or_default();
+    #[expect(deprecated, reason = "the field that track_cluster_stats replaced, which Envoy still takes")]
+    let timeout_budgets = tracked.timeout_budgets || cluster.track_timeout_budgets;
+    TrackedStats { timeout_budgets, per_endpoint: tracked.per_endpoint_stats }
 }
 
 /// What such hosts have is not counted for each of them.

@@ -58,6 +58,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
     replaced("envoy.config.cluster.v3.Cluster.http2_protocol_options", OPTIONS, BY_OPTIONS),
     replaced("envoy.config.cluster.v3.Cluster.http_protocol_options", OPTIONS, BY_OPTIONS),
     replaced("envoy.config.cluster.v3.Cluster.max_requests_per_connection", OPTIONS, BY_OPTIONS),
+    replaced(
+        "envoy.config.cluster.v3.Cluster.track_timeout_budgets",
+        "track_cluster_stats",
+        "envoy.config.cluster.v3.TrackClusterStats.timeout_budgets",
+    ),
     replaced("envoy.config.cluster.v3.Cluster.protocol_selection", OPTIONS, BY_OPTIONS),
     replaced("envoy.config.cluster.v3.Cluster.respect_dns_ttl", DNS_CLUSTER, BY_DNS_CLUSTER),
     replaced("envoy.config.cluster.v3.Cluster.upstream_http_protocol_options", OPTIONS, BY_OPTIONS),

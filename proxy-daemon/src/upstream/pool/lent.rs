@@ -233,7 +233,8 @@ impl Connection {
                         Reset { request: Some(request), reason: h2_reason(&error) }
                     }
                     h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
-                    h2::SendError::TooMany => Reset { request: None, reason: ResetReason::Protocol },
+                    // As if the host had reset it, as in Envoy.
+                    h2::SendError::TooMany => Reset { request: None, reason: ResetReason::Remote },
                 })
             }
         };

@@ -55,6 +55,8 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "ignore_health_on_host_removal",
             "close_connections_on_host_health_failure",
             "preconnect_policy",
+            "track_timeout_budgets",
+            "track_cluster_stats",
         ],
     ),
     (
@@ -87,6 +89,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "detect_degraded_hosts",
         ],
     ),
+    ("envoy.config.cluster.v3.TrackClusterStats", &["timeout_budgets", "per_endpoint_stats"]),
     ("envoy.config.cluster.v3.Cluster.EdsClusterConfig", ALL),
     ("envoy.config.cluster.v3.Cluster.TransportSocketMatch", ALL),
     (
