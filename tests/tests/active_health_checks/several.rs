@@ -3,6 +3,7 @@
 use super::*;
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::http1::Response;
+use culvert_tests::name_server::{NameServer, Says};
 use culvert_tests::server;
 use nix::sys::signal::Signal;
 
@@ -24,6 +25,10 @@ fn host(answers: &Answers, told: &Arc<Mutex<BTreeSet<String>>>) -> Result<u16> {
             if line == "\r\n" {
                 told.lock().map_err(|_| anyhow::anyhow!("poisoned"))?.extend(headers.drain(..));
                 let answers = answers.lock().map_err(|_| anyhow::anyhow!("poisoned"))?;
+                if answers.get(path.as_str()) == Some(&"hang") {
+                    line.clear();
+                    continue;
+                }
                 let (status, header) = match (path.as_str(), answers.get(path.as_str()).copied()) {
                     ("/request", _) => ("200", "x-envoy-immediate-health-check-fail: true\r\n"),
                     (_, Some("degraded")) => ("200", "x-envoy-degraded: true\r\n"),
@@ -165,6 +170,56 @@ fn a_host_is_well_where_it_passes_all_its_checks() -> Result<()> {
     assert_eq!(culvert.3, envoy.3);
     assert_eq!(envoy.4.len(), 3);
     assert_eq!(culvert.4, envoy.4);
+    Ok(())
+}
+
+/// Hosts of such clusters are taken to be well until a check fails: the first that fails counts, also where another one has not said anything.
+#[test]
+fn one_failure_is_enough_while_another_check_hangs() -> Result<()> {
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (answers, told, names) = (Answers::default(), Arc::default(), NameServer::start()?);
+        names.say("both.test", Says::Unknown);
+        answers.lock().map_err(|_| anyhow::anyhow!("poisoned"))?.extend([("/a", "503"), ("/b", "hang")]);
+        let (upstream, port) = (host(&answers, &told)?, free_port()?);
+        let check = |name: &str| {
+            format!(
+                "{{name: {name}, timeout: 600s, interval: 0.1s, no_traffic_interval: 0.1s, unhealthy_threshold: 1, \
+                 healthy_threshold: 1, http_health_check: {{path: /{name}}}}}"
+            )
+        };
+        let checks = format!("health_checks: [{}, {}]", check("a"), check("b"));
+        let resolver = format!(
+            "typed_dns_resolver_config: {{name: envoy.network.dns_resolver.cares, typed_config: {{\"@type\": \
+             type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig, resolvers: \
+             [{{socket_address: {{address: 127.0.0.1, port_value: {}}}}}], dns_resolver_options: \
+             {{no_default_search_domain: true}}}}}}",
+            names.port
+        );
+        let assignment = format!(
+            "load_assignment: {{cluster_name: both, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: \
+             {{address: both.test, port_value: {upstream}}}}}}}}}]}}]}}"
+        );
+        let (panic, rate) = ("common_lb_config: {healthy_panic_threshold: {value: 0}}", "dns_refresh_rate: 0.2s");
+        let logical = ["type: LOGICAL_DNS", "dns_lookup_family: V4_ONLY", rate, panic, &resolver, &assignment, &checks];
+        let named = [
+            "type: ORIGINAL_DST",
+            "lb_policy: CLUSTER_PROVIDED",
+            "original_dst_lb_config: {use_http_header: true}",
+            &checks,
+        ];
+        for fields in [&logical[..], &named] {
+            let bootstrap = Bootstrap::new()
+                .http(port, "- {name: a, domains: ['*'], routes: [{match: {prefix: /}, route: {cluster: both}}]}", &[])
+                .cluster_of("both", fields);
+            let proxy = Several { kind, daemon: Daemon::start(kind, &bootstrap.yaml())?, port };
+            // Before it has an address, so that nobody waits for its checks.
+            names.say("both.test", Says::Addresses(vec![Ipv4Addr::LOCALHOST.into()], 1));
+            let request = Request::get("/").header("x-envoy-original-dst-host", &format!("127.0.0.1:{upstream}"));
+            fetch(port, request)?;
+            proxy.waits_for("/failed_active_hc", &[("membership_healthy", 0), ("health_check.healthy", 0)])?;
+            names.say("both.test", Says::Unknown);
+        }
+    }
     Ok(())
 }
 

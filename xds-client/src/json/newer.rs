@@ -1,8 +1,8 @@
 //! Fields of Envoy's API that are newer than the messages of `envoy-types`.
 //!
 //! The build script adds those of `proto/newer` to the descriptors: they are read, checked and printed as all others. A typed message
-//! has no place for them. There they travel in another field, in a form that no configuration that passes its checks has:
-//! [`hide`] puts them there, [`show`] takes them out again, and the code that reads typed messages asks the functions here.
+//! has no place for them. There they travel in another field, in a form that no configuration that passes its checks has, and that is
+//! changed where somebody writes it: [`hide`] puts them there, [`show`] takes them out again, and the code that reads typed messages asks the functions here.
 
 use std::borrow::Cow;
 
@@ -17,17 +17,29 @@ const STATIC_RESOURCES: &str = "envoy.config.bootstrap.v3.Bootstrap.StaticResour
 const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
 const HEALTH_CHECK: &str = "envoy.config.core.v3.HealthCheck";
 
-/// Begins the name of the extension, among the `event_logger` of a health check, that carries the check's own name.
+/// Begins the name of the extension, among the `event_logger` of a health check, that carries the check's own name. It has no
+/// `typed_config`, which those that are configured must have.
 const CARRIED_NAME: &str = "culvert.newer.HealthCheck.name=";
+
+/// The name that an extension carries.
+fn carried(logger: &TypedExtensionConfig) -> Option<&str> {
+    logger.name.strip_prefix(CARRIED_NAME).filter(|_| logger.typed_config.is_none())
+}
+
+/// The same of a message.
+fn carried_in(logger: &Value) -> Option<String> {
+    let logger = logger.as_message().filter(|logger| !logger.has_field_by_name("typed_config"))?;
+    logger.get_field_by_name("name")?.as_str()?.strip_prefix(CARRIED_NAME).map(str::to_owned)
+}
 
 /// What `HealthCheck.name` says; empty where nothing.
 pub fn health_check_name(check: &HealthCheck) -> &str {
-    check.event_logger.iter().find_map(|logger| logger.name.strip_prefix(CARRIED_NAME)).unwrap_or_default()
+    check.event_logger.iter().find_map(carried).unwrap_or_default()
 }
 
 /// `HealthCheck.event_logger`, each with its number.
 pub fn event_loggers(check: &HealthCheck) -> impl Iterator<Item = (usize, &TypedExtensionConfig)> {
-    check.event_logger.iter().enumerate().filter(|(_, logger)| !logger.name.starts_with(CARRIED_NAME))
+    check.event_logger.iter().enumerate().filter(|(_, logger)| carried(logger).is_none())
 }
 
 /// Of a cluster, only what [`decode`] looks for.
@@ -45,8 +57,10 @@ struct HealthCheckPart {
 
 /// A typed message from bytes in which newer fields stand where Envoy has them.
 pub(super) fn decode<T: Message + Name + Default>(bytes: &[u8]) -> Result<T, DecodeError> {
+    let is_written = || memchr::memmem::find(bytes, CARRIED_NAME.as_bytes()).is_some();
+    let is_named = |cluster: ClusterPart| cluster.health_checks.iter().any(|check| !check.name.is_empty());
     if T::full_name() == CLUSTER
-        && ClusterPart::decode(bytes)?.health_checks.iter().any(|check| !check.name.is_empty())
+        && (is_named(ClusterPart::decode(bytes)?) || is_written())
         && let Some(descriptor) = pool().get_message_by_name(CLUSTER)
     {
         let mut message = DynamicMessage::decode(descriptor, bytes)?;
@@ -68,6 +82,14 @@ pub(super) fn encode<T: Message + Name>(message: &T) -> Vec<u8> {
 /// Puts newer fields where a typed message has a place for them.
 pub(super) fn hide(message: &mut DynamicMessage) {
     each_health_check(message, &|check| {
+        // Who writes what is ours alone has an extension without a configuration, which is refused by its place.
+        if check.has_field_by_name("event_logger")
+            && let Some(Value::List(loggers)) = check.get_field_by_name_mut("event_logger")
+        {
+            for logger in loggers.iter_mut().filter(|logger| carried_in(logger).is_some()) {
+                logger.as_message_mut().into_iter().for_each(|logger| logger.clear_field_by_name("name"));
+            }
+        }
         let name = check.get_field_by_name("name").map(Cow::into_owned);
         let (Some(Value::String(name)), Some(descriptor)) =
             (name, pool().get_message_by_name(&TypedExtensionConfig::full_name()))
@@ -93,11 +115,8 @@ pub(super) fn show(message: &mut DynamicMessage) {
             return;
         }
         let Some(Value::List(loggers)) = check.get_field_by_name_mut("event_logger") else { return };
-        let carried = |logger: &Value| {
-            let name = logger.as_message()?.get_field_by_name("name")?;
-            name.as_str()?.strip_prefix(CARRIED_NAME).map(str::to_owned)
-        };
-        let Some((at, name)) = loggers.iter().enumerate().find_map(|(at, it)| Some((at, carried(it)?))) else { return };
+        let named = loggers.iter().enumerate().find_map(|(at, logger)| Some((at, carried_in(logger)?)));
+        let Some((at, name)) = named else { return };
         loggers.remove(at);
         check.set_field_by_name("name", Value::String(name));
     });
@@ -173,6 +192,27 @@ mod tests {
         assert_eq!(found, ["one", "", "three"].map(|name| Value::String(name.to_owned())));
         assert_eq!(unpack::<Cluster>(&any, "").unwrap(), cluster);
         assert_eq!(super::super::any_to_json(&any)["health_checks"][2]["name"], json!("three"));
+    }
+
+    #[test]
+    fn what_carries_names_cannot_be_written() {
+        let written = |logger: &str| {
+            let cluster = CLUSTER_OF_THREE.replace("name: l,", logger);
+            validate(&from_yaml::<Cluster>(&cluster).unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!(written("name: l,"), Ok(()));
+        // One with a configuration is an extension like all others: it carries nothing.
+        let cluster = CLUSTER_OF_THREE.replace("name: l,", &format!("name: {CARRIED_NAME}other,"));
+        let cluster: Cluster = from_yaml(&cluster).unwrap();
+        assert_eq!((names(&cluster)[0], event_loggers(&cluster.health_checks[0]).count()), ("one", 1));
+        // One without is refused, also in bytes.
+        let empty = format!("name: '{CARRIED_NAME}other' }}, {{ name: l,");
+        assert!(written(&empty).unwrap_err().contains("event_logger[0]"), "{:?}", written(&empty));
+        let mut cluster: Cluster = from_yaml("{ name: c }").unwrap();
+        let carrier = TypedExtensionConfig { name: format!("{CARRIED_NAME}other"), typed_config: None };
+        cluster.health_checks.push(HealthCheck { event_logger: vec![carrier], ..HealthCheck::default() });
+        let read: Cluster = decode(cluster.encode_to_vec().as_slice()).unwrap();
+        assert_eq!((names(&read), event_loggers(&read.health_checks[0]).count()), (vec![""], 1));
     }
 
     #[test]

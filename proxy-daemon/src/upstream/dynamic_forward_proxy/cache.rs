@@ -16,7 +16,10 @@ use arc_swap::{ArcSwap, ArcSwapOption, Guard};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::sync::{mpsc, oneshot};
 
-use super::authority::{split, with_port};
+use super::{
+    ByName,
+    authority::{split, with_port},
+};
 use crate::{
     config::model::DnsCacheOptions,
     stats::{Counter, Gauge, Lease, Scope},
@@ -54,14 +57,14 @@ pub struct DnsCache {
     pub options: DnsCacheOptions,
     stats: CacheStats,
     began: Instant,
-    entries: ArcSwap<HashMap<Arc<str>, Arc<Entry>>>,
+    entries: ArcSwap<ByName<Arc<Entry>>>,
     /// Grows when a name is new or forgotten, or leads elsewhere.
     version: AtomicU64,
     pending: AtomicU32,
     questions: mpsc::UnboundedSender<Question>,
     /// Until somebody answers them.
     unanswered: Mutex<Option<mpsc::UnboundedReceiver<Question>>>,
-    /// Whose hosts these are.
+    /// Whose hosts these are. Held while their hosts change.
     clusters: Mutex<Vec<Weak<Cluster>>>,
 }
 
@@ -209,9 +212,9 @@ impl DnsCache {
         let known = self.entries.load().values().filter(|entry| entry.is_known()).count();
         cluster.stats.membership_total.set(known as u64);
         cluster.stats.membership_healthy.set(known as u64);
-        // Before it is told of changes.
-        cluster.named.set(cluster, self.known(None));
         let mut clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before it is told of changes.
+        cluster.named.add(cluster, self.known());
         clusters.retain(|cluster| cluster.strong_count() > 0);
         clusters.push(Arc::downgrade(cluster));
         drop(clusters);
@@ -243,7 +246,7 @@ impl DnsCache {
         if let Some(found) = entries.get(&*authority).and_then(|entry| entry.found.load_full()) {
             return Asked::Known(found);
         }
-        if entries.len() >= options.max_hosts as usize {
+        if entries.size() >= options.max_hosts as usize {
             self.stats.host_overflow.inc();
             return Asked::HostOverflow;
         }
@@ -263,16 +266,12 @@ impl DnsCache {
     }
 
     /// What is known now, for [`Self::used`].
-    pub(super) fn entries(&self) -> Guard<Arc<HashMap<Arc<str>, Arc<Entry>>>> {
+    pub(super) fn entries(&self) -> Guard<Arc<ByName<Arc<Entry>>>> {
         self.entries.load()
     }
 
     /// A name whose addresses are known, which is used.
-    pub(super) fn used<'a>(
-        &self,
-        entries: &'a HashMap<Arc<str>, Arc<Entry>>,
-        authority: &str,
-    ) -> Option<&'a Arc<Entry>> {
+    pub(super) fn used<'a>(&self, entries: &'a ByName<Arc<Entry>>, authority: &str) -> Option<&'a Arc<Entry>> {
         let entry = entries.get(authority)?;
         if !entry.is_known() {
             return None;
@@ -289,23 +288,29 @@ impl DnsCache {
         self.entries.load().get(&entry.authority).is_some_and(|known| Arc::ptr_eq(known, entry))
     }
 
-    /// What names stand for that have addresses; `next`: what one of them will be.
-    fn known<'a>(
-        &self,
-        next: Option<(&'a Arc<Entry>, &'a Arc<Found>)>,
-    ) -> impl Iterator<Item = (Arc<Entry>, Arc<Found>)> + use<'a> {
+    /// What names stand for that have addresses.
+    fn known(&self) -> impl Iterator<Item = (Arc<Entry>, Arc<Found>)> + use<> {
         let entries: Vec<_> = self.entries.load().values().cloned().collect();
-        entries.into_iter().filter_map(move |entry| {
-            let next = next.filter(|(of, _)| Arc::ptr_eq(of, &entry)).map(|(_, found)| Arc::clone(found));
-            let found = next.or_else(|| entry.found.load_full()).filter(|found| !found.addresses.is_empty())?;
+        entries.into_iter().filter_map(|entry| {
+            let found = entry.found.load_full().filter(|found| !found.addresses.is_empty())?;
             Some((entry, found))
         })
     }
 
-    /// Tells the clusters of their hosts, one of which will be `next`.
-    fn publish(&self, next: Option<(&Arc<Entry>, &Arc<Found>)>) {
+    /// A name stands for this from now on. The clusters are told first, before workers find it.
+    fn publish(&self, entry: &Arc<Entry>, found: Arc<Found>) {
+        let clusters = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
+        for cluster in clusters.iter().filter_map(Weak::upgrade) {
+            cluster.named.add(&cluster, std::iter::once((Arc::clone(entry), Arc::clone(&found))));
+        }
+        // A cluster that comes meanwhile finds it afterwards.
+        entry.found.store(Some(found));
+    }
+
+    /// The clusters have this host no more.
+    fn retract(&self, entry: &Entry) {
         for cluster in self.clusters.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
-            cluster.named.set(&cluster, self.known(next));
+            cluster.named.remove(&entry.authority);
         }
     }
 
@@ -320,9 +325,8 @@ impl DnsCache {
         }
     }
 
-    fn change(&self, change: impl FnOnce(&mut HashMap<Arc<str>, Arc<Entry>>)) {
-        let mut entries = HashMap::clone(&self.entries.load());
-        change(&mut entries);
+    /// The names are these from now on.
+    fn set_entries(&self, entries: ByName<Arc<Entry>>) {
         self.entries.store(Arc::new(entries));
         self.moved();
     }
@@ -397,7 +401,7 @@ impl Resolving {
         cache.stats.host_added.inc();
         cache.stats.num_hosts.inc();
         self.hosts.insert(Arc::clone(&authority), (waits.into_iter().collect(), 0));
-        cache.change(|entries| drop(entries.insert(authority, Arc::clone(&entry))));
+        cache.set_entries(cache.entries.load().insert(authority, Arc::clone(&entry)));
         self.look_up(cache, entry, Duration::ZERO);
     }
 
@@ -436,9 +440,9 @@ impl Resolving {
                 self.hosts.remove(&entry.authority);
                 stats.host_removed.inc();
                 stats.num_hosts.dec();
-                cache.change(|entries| drop(entries.remove(&entry.authority)));
+                cache.set_entries(cache.entries.load().remove(&entry.authority));
                 if entry.is_known() {
-                    cache.publish(None);
+                    cache.retract(entry);
                     cache.membership_changed(false);
                 }
                 return;
@@ -472,9 +476,7 @@ impl Resolving {
         if !addresses.is_empty() && differ {
             let is_new = had.is_empty();
             let found = Arc::new(Found { addresses: addresses.into(), details });
-            // Before workers find it.
-            cache.publish(Some((entry, &found)));
-            entry.found.store(Some(found));
+            cache.publish(entry, found);
             stats.host_address_changed.inc();
             cache.moved();
             if is_new {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use rpds::HashTrieMapSync;
 
 pub use self::cache::DnsCache;
 use self::cache::Entry;
@@ -27,7 +28,10 @@ use crate::config::model::{EndpointAddress, HealthStatus, Locality, PoolOptions,
 
 /// The hosts of a cluster, by what requests call them: written by the cache's task before workers find a name.
 #[derive(Debug, Default)]
-pub(crate) struct NamedHosts(ArcSwap<HashMap<Arc<str>, Named>>);
+pub(crate) struct NamedHosts(ArcSwap<ByName<Named>>);
+
+/// What belongs to names. A copy shares what it has with the original: one more name costs little, however many there are.
+type ByName<T> = HashTrieMapSync<Arc<str>, T>;
 
 #[derive(Debug, Clone)]
 struct Named {
@@ -37,22 +41,26 @@ struct Named {
 }
 
 impl NamedHosts {
-    /// They are these from now on. A name that leads elsewhere stays the same host; one that was forgotten begins anew.
-    pub(super) fn set(&self, cluster: &Cluster, known: impl Iterator<Item = (Arc<Entry>, Arc<Found>)>) {
+    /// These are among them from now on. A name that leads elsewhere stays the same host; one that was forgotten begins anew. Called by one
+    /// thread at a time.
+    pub(super) fn add(&self, cluster: &Cluster, known: impl Iterator<Item = (Arc<Entry>, Arc<Found>)>) {
         let Some(shared) = &cluster.unlisted else { return };
-        let before = self.0.load();
+        let mut hosts = ByName::clone(&self.0.load());
         let socket = cluster.config.socket_matches.of(None);
-        let named = |(entry, found): (Arc<Entry>, Arc<Found>)| {
-            let same = before.get(&entry.authority).filter(|named| Arc::ptr_eq(&named.entry, &entry));
-            if let Some(named) = same.filter(|named| Arc::ptr_eq(&named.found, &found)) {
-                return Some((Arc::clone(&entry.authority), named.clone()));
-            }
+        for (entry, found) in known {
+            let same = hosts.get(&entry.authority).filter(|named| Arc::ptr_eq(&named.entry, &entry));
             let counters = same.map(|named| Arc::clone(&named.host.counters));
             let counters = counters.unwrap_or_else(|| Arc::new(shared.of_another()));
-            let host = made(&entry, &found, (&counters, socket))?;
-            Some((Arc::clone(&entry.authority), Named { entry, found, host }))
-        };
-        self.0.store(Arc::new(known.filter_map(named).collect()));
+            if let Some(host) = made(&entry, &found, (&counters, socket)) {
+                hosts.insert_mut(Arc::clone(&entry.authority), Named { entry, found, host });
+            }
+        }
+        self.0.store(Arc::new(hosts));
+    }
+
+    /// This is none of them any more. Called by one thread at a time.
+    pub(super) fn remove(&self, authority: &str) {
+        self.0.store(Arc::new(self.0.load().remove(authority)));
     }
 
     /// All of them, by their names.
