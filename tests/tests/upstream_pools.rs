@@ -478,3 +478,31 @@ fn connections_are_opened_for_requests_to_come() -> Result<()> {
     ensure!(seen[0][0] > 1 && seen[2][0] == 1, "{seen:?}");
     Ok(())
 }
+
+#[test]
+fn clients_have_connections_of_their_own_where_that_is_wanted() -> Result<()> {
+    for kind in KINDS {
+        let (host, port) = (Host::start()?, free_port()?);
+        let own = "connection_pool_per_downstream_connection: true";
+        let bootstrap = Bootstrap::new()
+            .http(port, &routes(&["own", "shared"]), &[])
+            .cluster("own", &[host.port], &[own])
+            .cluster("shared", &[host.port], &[]);
+        let _daemon = start_with(kind, &bootstrap, &["--concurrency", "1"], "")?;
+        let clients = [TcpStream::connect(("127.0.0.1", port))?, TcpStream::connect(("127.0.0.1", port))?];
+        let ask = |client: &TcpStream, path: &str| -> Result<String> {
+            let mut client = client;
+            client.write_all(format!("GET /{path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes())?;
+            Ok(Response::read(&mut BufReader::new(client), "GET")?.text())
+        };
+        let mut seen = Vec::new();
+        for path in ["own", "shared"] {
+            for client in [0, 1, 0, 1] {
+                seen.push(ask(&clients[client], path)?);
+            }
+        }
+        // A connection for each client, and then one that they share.
+        assert_eq!(seen, ["0", "1", "0", "1", "2", "2", "2", "2"], "{kind:?}");
+    }
+    Ok(())
+}

@@ -391,18 +391,19 @@ impl Shared<'_> {
         let (source, high) = (self.cx.source, self.action.high_priority);
         let terminated = upgrade::terminated(self.action, &head.method);
         let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
-        let connection = match host.acquire(cluster, wanted, (source, self.peer), high).await {
-            Ok(connection) => connection,
-            Err(error) => {
-                if let PoolError::Connect(_) = &error {
-                    cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
-                    self.note_tunnel();
+        let connection =
+            match host.acquire(cluster, wanted, (source, self.peer, Some(self.cx.connection.id)), high).await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    if let PoolError::Connect(_) = &error {
+                        cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
+                        self.note_tunnel();
+                    }
+                    let failed = connect_failed(error, head, body);
+                    notes.transport_failure.set(failed.transport.clone());
+                    return Err(failed);
                 }
-                let failed = connect_failed(error, head, body);
-                notes.transport_failure.set(failed.transport.clone());
-                return Err(failed);
-            }
-        };
+            };
         notes.upstream.set(Some(Rc::clone(connection.info())));
         cluster.cluster.stats.upstream_rq_total.inc();
         notes.count(|stats| stats.upstream_rq_total.inc());

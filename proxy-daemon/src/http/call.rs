@@ -175,12 +175,13 @@ pub(super) async fn send_to(
     let wanted = upstream_head::protocol(&member, &head);
     let peer = upstream_head::peer_name(cluster, &head);
     loop {
-        let connection = host.acquire(&member, wanted, (source, peer.as_ref()), false).await.map_err(|error| {
-            if let PoolError::Connect(_) = error {
-                member_stats.upstream_rq_pending_failure_eject.inc();
-            }
-            failed()
-        })?;
+        let connection =
+            host.acquire(&member, wanted, (source, peer.as_ref(), None), false).await.map_err(|error| {
+                if let PoolError::Connect(_) = error {
+                    member_stats.upstream_rq_pending_failure_eject.inc();
+                }
+                failed()
+            })?;
         member_stats.upstream_rq_total.inc();
         if connection.is_http2() {
             upstream_head::to_http2(&mut head);

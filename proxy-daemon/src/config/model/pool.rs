@@ -15,6 +15,8 @@ pub struct PoolOptions {
     /// `preconnect_policy.predictive_preconnect_ratio`: so many connections to all hosts for each request that they have, the next one
     /// included; `None`: those that requests need.
     pub predictive: Option<f64>,
+    /// `connection_pool_per_downstream_connection`: requests of different clients' connections share no connection.
+    pub per_client: bool,
     /// How large heads of responses may be.
     pub heads: HeadLimits,
 }

@@ -17,6 +17,7 @@ pub(super) fn pool(cluster: &Cluster, common: &HttpProtocolOptions, path: &str) 
         drains_on_change: lb.is_some_and(|config| config.close_connections_on_host_set_change),
         preconnect: ratio.filter(|ratio| *ratio > 1.0),
         predictive: predictive.filter(|ratio| *ratio > 1.0),
+        per_client: cluster.connection_pool_per_downstream_connection,
         heads: HeadLimits {
             kilobytes: common.max_response_headers_kb.map(|limit| limit.value),
             count: common.max_headers_count.map(|limit| limit.value),

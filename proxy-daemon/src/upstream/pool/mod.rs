@@ -67,6 +67,8 @@ struct Need<'a> {
     source: Option<Source>,
     /// What the request calls the host, where the handshake goes by that.
     peer: Option<&'a PeerName>,
+    /// The client's connection, where each has pools of its own.
+    client: Option<u64>,
     high: bool,
 }
 
@@ -87,6 +89,7 @@ impl Need<'_> {
 struct Key {
     source: Option<Source>,
     peer: Option<Box<str>>,
+    client: Option<u64>,
     way: usize,
 }
 
@@ -95,17 +98,18 @@ struct Key {
 struct KeyRef<'a> {
     source: Option<Source>,
     peer: Option<&'a str>,
+    client: Option<u64>,
     way: usize,
 }
 
 impl Equivalent<Key> for KeyRef<'_> {
     fn equivalent(&self, key: &Key) -> bool {
-        (self.source, self.peer, self.way) == (key.source, key.peer.as_deref(), key.way)
+        (self.source, self.peer, self.client, self.way) == (key.source, key.peer.as_deref(), key.client, key.way)
     }
 }
 
-/// This worker's connections to one host, by what they are for, by the source address that they keep, and by what the host has been
-/// called in the TLS handshake.
+/// This worker's connections to one host, by what they are for, by the source address that they keep, by what the host has been
+/// called in the TLS handshake, and by whom they are for.
 #[derive(Default)]
 pub struct Pool {
     direct: [OnceCell<Rc<SourcePool>>; WAYS],
@@ -148,20 +152,20 @@ struct SourcePool {
 impl Pool {
     fn of(&self, need: &Need<'_>) -> Rc<SourcePool> {
         let way = need.way();
-        if need.source.is_none() && need.peer.is_none() {
+        if need.source.is_none() && need.peer.is_none() && need.client.is_none() {
             return Rc::clone(self.direct[way].get_or_init(Rc::default));
         }
-        let (source, peer) = (need.source, need.peer.map(|peer| &*peer.name));
+        let (source, peer, client) = (need.source, need.peer.map(|peer| &*peer.name), need.client);
         let mut by_key = self.by_key.borrow_mut();
-        if let Some(known) = by_key.get(&KeyRef { source, peer, way }) {
+        if let Some(known) = by_key.get(&KeyRef { source, peer, client, way }) {
             return Rc::clone(known);
         }
-        // Sources come and go, as pods do, and so do names: whenever the map would grow, those without a connection leave it.
+        // Sources come and go, as pods do, and so do names and clients: whenever the map would grow, those without a connection leave it.
         if by_key.len() == by_key.capacity() {
             by_key.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
         }
         let new: Rc<SourcePool> = Rc::default();
-        by_key.insert(Key { source, peer: peer.map(Into::into), way }, Rc::clone(&new));
+        by_key.insert(Key { source, peer: peer.map(Into::into), client, way }, Rc::clone(&new));
         new
     }
 
@@ -263,7 +267,7 @@ impl WorkerHost {
     }
 
     /// A connection for one request: one that has room for it, or a new one within the cluster's limits. `peer`: what the request calls the
-    /// host, where the handshake goes by that.
+    /// host, where the handshake goes by that; `client`: the connection that it came on.
     ///
     /// # Errors
     /// No connection may be waited for, or a connect failed: with one, all requests that wait fail.
@@ -271,12 +275,13 @@ impl WorkerHost {
         self: &Rc<Self>,
         cluster: &Rc<WorkerCluster>,
         wanted: Wanted<'_>,
-        (source, peer): (Option<Source>, Option<&PeerName>),
+        (source, peer, client): (Option<Source>, Option<&PeerName>, Option<u64>),
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
         // Without TLS nobody is asked for anything.
         let peer = peer.filter(|_| cluster.cluster.tls_of(&self.host).is_some());
-        let acquired = self.acquire_unseen(&Need { cluster, wanted, source, peer, high: high_priority }).await;
+        let client = client.filter(|_| cluster.cluster.config.pool.per_client);
+        let acquired = self.acquire_unseen(&Need { cluster, wanted, source, peer, client, high: high_priority }).await;
         match &acquired {
             Ok(_) => self.saw(Seen::Connected),
             Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),

@@ -56,6 +56,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "close_connections_on_host_health_failure",
             "preconnect_policy",
             "track_timeout_budgets",
+            "connection_pool_per_downstream_connection",
             "track_cluster_stats",
         ],
     ),
