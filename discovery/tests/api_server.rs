@@ -308,6 +308,38 @@ async fn lies_are_not_believed_and_the_truth_is_found_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_lies_each_time_stays_stale_until_it_does_not() {
+    let api = with_users().await;
+    let mut watched = Watched::of(&api);
+    watched.until_endpoints(&["1", "2"]).await;
+    let mut registry = watched.registry.clone();
+    let seen = tokio::spawn(async move {
+        let mut seen = vec![false];
+        while registry.changed().await.is_ok() {
+            let stale = registry.borrow_and_update().clusters[0].health.stale;
+            if seen.last() != Some(&stale) {
+                seen.push(stale);
+            }
+        }
+        seen
+    });
+    for _ in 0..6 {
+        let before = api.count(SLICES, "watch=true");
+        let lie_until_there_is_a_new_one = || {
+            api.inject(SLICES, "<html>busy</html>");
+            api.count(SLICES, "watch=true") > before
+        };
+        eventually("a new watch", lie_until_there_is_a_new_one).await;
+        // Meanwhile all can be listed, and the next watch has begun.
+        watched.until("stale", |cluster| cluster.health.stale).await;
+    }
+    assert_eq!(endpoints(&watched.now()), ["1", "2"]);
+    watched.until("a quiet watch", |cluster| !cluster.health.stale).await;
+    drop(watched);
+    assert_eq!(seen.await.unwrap(), [false, true, false], "it flaps");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_token_is_read_again_when_it_is_refused() {
     let api = with_users().await;
     api.behave(|behaviour| behaviour.tokens = ["one".to_owned()].into());

@@ -51,13 +51,13 @@ pub trait Objects: Send + Sync + 'static {
     fn collect(picture: &mut Self::Picture, object: &Object<'_>);
     /// Takes an object out of a picture again.
     fn discard(picture: &mut Self::Picture, object: &Object<'_>);
-    /// Takes in all objects that there are.
+    /// Takes in all objects that there are. That they could be read once does not say that they can be watched.
     fn replace(&self, picture: Self::Picture);
     /// Takes in an object that is new or has changed.
     fn add(&self, object: &Object<'_>);
     /// Forgets an object.
     fn remove(&self, object: &Object<'_>);
-    /// Notes that objects can be read.
+    /// Notes that objects can be read again, after `fails`.
     fn works(&self);
     /// Notes that they cannot, and why.
     fn fails(&self, error: &str);
@@ -92,6 +92,8 @@ pub struct Watch<O> {
     streams_lists: bool,
     /// Where to resume.
     version: Option<String>,
+    /// Whether it was said that objects cannot be read, and not since then that they can.
+    failing: bool,
 }
 
 /// Why a list or a watch ended early.
@@ -172,7 +174,7 @@ struct Failure {
 impl<O: Objects> Watch<O> {
     /// A watch that has not begun.
     pub fn new(access: Arc<Access>, objects: Arc<O>, selection: Selection) -> Self {
-        Self { access, objects, selection, streams_lists: true, version: None }
+        Self { access, objects, selection, streams_lists: true, version: None, failing: false }
     }
 
     /// Runs until it is dropped.
@@ -210,6 +212,7 @@ impl<O: Objects> Watch<O> {
                 // The first time is for nothing but to connect again.
                 Err(Broken::CutOff(error)) if failures == 0 => debug!("{}s: {error}", O::KIND),
                 Err(Broken::CutOff(error) | Broken::Failed(error)) => {
+                    self.failing = true;
                     self.objects.fails(&error.to_string());
                     if let RequestError::Status { retry_after: Some(after), .. } = &error {
                         at_least = (*after).min(LONGEST_RETRY_AFTER);
@@ -321,13 +324,15 @@ impl<O: Objects> Watch<O> {
     async fn follow(&mut self, version: &str) -> Result<(), Broken> {
         let version = utf8_percent_encode(version, NON_ALPHANUMERIC);
         let response = self.access.get(&self.watch_path(&format!("resourceVersion={version}"))).await?;
-        self.objects.works();
         self.follow_lines(Lines::new(response.into_body())).await
     }
 
+    /// After a failure, that objects can be read again is shown by an event, or by a watch that lives for a while on a server that answers:
+    /// lists alone may be all that works.
     async fn follow_lines(&mut self, mut lines: Lines) -> Result<(), Broken> {
         loop {
-            let line = match lines.next(SILENCE).await {
+            let silence = if self.failing { GOOD_LIFE } else { SILENCE };
+            let line = match lines.next(silence).await {
                 Ok(Some(line)) => line,
                 Ok(None) => return Ok(()),
                 Err(RequestError::Timeout(_)) => {
@@ -338,13 +343,23 @@ impl<O: Objects> Watch<O> {
                 Err(error) => return Err(Broken::CutOff(error)),
             };
             let (event, seen) = parse(&line)?;
+            let object = object::<O>(&event, &seen);
             match &*event.kind {
-                "ADDED" | "MODIFIED" => self.objects.add(&object::<O>(&event, &seen)),
-                "DELETED" => self.objects.remove(&object::<O>(&event, &seen)),
+                "ADDED" | "MODIFIED" => self.objects.add(&object),
+                "DELETED" => self.objects.remove(&object),
                 "BOOKMARK" => {}
                 _ => return Err(failure(&event)),
             }
+            if object.foreign.is_none() {
+                self.works();
+            }
             self.note_version(&seen);
+        }
+    }
+
+    fn works(&mut self) {
+        if std::mem::take(&mut self.failing) {
+            self.objects.works();
         }
     }
 
@@ -356,11 +371,11 @@ impl<O: Objects> Watch<O> {
 
     /// Asks whether a server that says nothing is there at all: a watch on a machine that hangs looks like one
     /// without news.
-    async fn probe(&self) -> Result<(), Broken> {
+    async fn probe(&mut self) -> Result<(), Broken> {
         let asked = async { read_page(self.access.get(&self.path("limit=1")).await?.into_body()).await };
         match timeout(PROBE_TIMEOUT, asked).await {
             Ok(Ok(_)) => {
-                self.objects.works();
+                self.works();
                 Ok(())
             }
             Ok(Err(error)) => Err(error.into()),

@@ -257,9 +257,9 @@ impl KubeApi {
         self.requests().iter().filter(|path| path.starts_with(&begins) && path.contains(containing)).count()
     }
 
-    /// Lists, rather than watches, of a resource.
+    /// Lists, rather than watches, of a resource; not what only asks whether the server is there.
     pub fn lists(&self, resource: &str) -> usize {
-        self.count(resource, "limit=") + self.count(resource, "sendInitialEvents=")
+        self.count(resource, "limit=500") + self.count(resource, "sendInitialEvents=")
     }
 }
 

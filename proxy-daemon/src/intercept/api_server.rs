@@ -147,7 +147,7 @@ impl Objects for NodePods {
                 let last = before.remove(&key);
                 self.take(found, key, pod, last);
             }
-            (found.is_whole, found.failing) = (true, None);
+            found.is_whole = true;
         });
     }
 

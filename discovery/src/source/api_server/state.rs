@@ -128,7 +128,6 @@ impl Shared {
                 state.objects_changed = true;
             }
         });
-        self.works::<K>();
     }
 
     /// Takes in one object.
