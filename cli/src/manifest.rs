@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 use culvert_discovery::policy::files::{self, is_manifest};
+use culvert_discovery::resources::Role;
 use culvert_xds_client::json::ConfigError;
 
 use crate::Outcome;
@@ -23,10 +24,11 @@ Examples:
 
 const RENDER_HELP: &str = "\
 The output is what culvert-discovery makes of the file for a culvertd: a file of Envoy resources, which `culvert validate` reads.
-A service whose Service is not in the file is taken to have the port 80.
+A service whose Service is not in the file is taken to have the port 80, an edge proxy to listen to 8080.
 
-Example:
-  culvert manifest render users.yaml > resources.yaml && culvert validate resources.yaml";
+Examples:
+  culvert manifest render users.yaml > resources.yaml && culvert validate resources.yaml
+  culvert manifest render --proxy edge users.yaml";
 
 /// The subcommands of `culvert manifest`.
 #[derive(Debug, Subcommand)]
@@ -53,6 +55,10 @@ pub struct RenderFlags {
     /// A file of manifests, YAML or JSON
     #[arg(value_name = "FILE")]
     file: PathBuf,
+
+    /// For which proxy: a node's, a sidecar of pods of the file's services, or one at the edge
+    #[arg(long, value_name = "node|sidecar|edge", default_value_t)]
+    proxy: Role,
 }
 
 /// Runs a subcommand.
@@ -62,7 +68,7 @@ pub struct RenderFlags {
 pub fn run(command: &Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Check(flags) => check(&flags.files),
-        Command::Render(flags) => render(&flags.file),
+        Command::Render(flags) => render(&flags.file, flags.proxy),
     }
 }
 
@@ -103,8 +109,8 @@ fn files_of(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn render(path: &Path) -> anyhow::Result<Outcome> {
-    Ok(match files::render(&read(path)?) {
+fn render(path: &Path, proxy: Role) -> anyhow::Result<Outcome> {
+    Ok(match files::render(&read(path)?, proxy) {
         Ok(resources) => Outcome::from(serde_saphyr::to_string(&resources)?),
         Err(faults) => {
             // Not among what another program is to read.
@@ -182,14 +188,21 @@ spec:
         let tcp = GOOD.replace("name: users", "name: db").replace("grpc", "tcp").replace("rateLimit", "# rateLimit");
         let http = GOOD.replace("name: users", "name: web").replace("grpc", "http");
         let http = http.replace("unavailable", "5xx").replace("healthCheck: {", "healthCheck: {path: /healthz, ");
+        let http = http + "  edge: {domains: [shop.example, '*.shop.example'], prefix: /web}\n";
         let path = file(&directory, "all.yaml", &format!("{GOOD}---{tcp}---{http}"));
-        let Outcome { text, code } = render(&path).unwrap();
-        assert_eq!(code, 0);
-        assert!(text.contains("users.default:80") && text.contains("max_ejection_percent: 50"), "{text}");
-        let rendered = file(&directory, "resources.yaml", &text);
-        let verdict = culvert_proxy_daemon::bootstrap::validate(&rendered);
-        assert!(verdict.as_ref().is_ok_and(Vec::is_empty), "{verdict:?}\n{text}");
+        for (proxy, shown) in [
+            (Role::Node, "max_ejection_percent: 50"),
+            (Role::Sidecar, "name: inbound_db.default:80"),
+            (Role::Edge, "path_separated_prefix: /web"),
+        ] {
+            let Outcome { text, code } = render(&path, proxy).unwrap();
+            assert_eq!(code, 0);
+            assert!(text.contains("web.default:80") && text.contains(shown), "{text}");
+            let rendered = file(&directory, "resources.yaml", &text);
+            let verdict = culvert_proxy_daemon::bootstrap::validate(&rendered);
+            assert!(verdict.as_ref().is_ok_and(Vec::is_empty), "{verdict:?}\n{text}");
+        }
         let refused = file(&directory, "refused.yaml", &GOOD.replace("grpc", "quic"));
-        assert_eq!(render(&refused).unwrap().code, REFUSED);
+        assert_eq!(render(&refused, Role::Node).unwrap().code, REFUSED);
     }
 }

@@ -16,6 +16,7 @@ use crate::registration::Settings;
 use crate::registration::store::Storage;
 use crate::registry::ClusterInfo;
 use crate::resources::Options;
+use crate::resources::edge::EdgeOptions;
 use crate::server;
 use crate::server::authorization::{Authorization, Rule};
 use crate::server::tls::TlsFiles;
@@ -81,6 +82,10 @@ pub struct ConfigFile {
     pub outbound_port: Option<u16>,
     /// The address of the proxies' outbound listener.
     pub outbound_address: Option<std::net::IpAddr>,
+    /// The port of sidecars' inbound listener.
+    pub inbound_port: Option<u16>,
+    /// How edge proxies are configured.
+    pub edge: Option<EdgeOptions>,
     /// The proxies' access log file.
     pub access_log: Option<String>,
     /// How long to wait for clusters that cannot be read, in seconds.
@@ -367,8 +372,11 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
         config.overrides.tunnels.is_none() || config.overrides.token_file.is_some(),
         "tunnels need the developers' token: `overrides.token_file` (--developer-token-file)"
     );
-    ensure!(config.options.outbound_port != 0, "the outbound port of proxies cannot be 0");
-    Ok(())
+    let Options { outbound_port, inbound_port, edge, .. } = &config.options;
+    ensure!(*outbound_port != 0, "the outbound port of proxies cannot be 0");
+    ensure!(*inbound_port != 0, "inbound_port: 0 is not a port");
+    ensure!(outbound_port != inbound_port, "inbound_port: {inbound_port} is the outbound port of proxies, too");
+    edge.as_ref().map_or(Ok(()), EdgeOptions::check).map_err(anyhow::Error::msg)
 }
 
 #[cfg(test)]

@@ -93,6 +93,12 @@ A configuration file with every field:
   http: 127.0.0.1:18001
   outbound_port: 15001
   outbound_address: '::'
+  inbound_port: 15006       # of sidecars
+  edge:                     # what edge proxies listen to
+    listeners: [{port: 8080}, {address: '::', port: 8443, tls: shop/edge}]
+    overrides: strip        # or strip_external, keep
+    internal_ranges: [10.0.0.0/8]
+    trusted_hops: 0
   access_log: /var/log/culvert/access.log
   initial_wait: 30 # seconds
   clusters:
@@ -207,6 +213,8 @@ fn configuration(flags: Flags) -> anyhow::Result<Config> {
             overrides: override_filter(file.override_filter).context("the config file")?,
             outbound_address: flags.outbound_address.or(file.outbound_address).unwrap_or(defaults.outbound_address),
             outbound_port: flags.outbound_port.or(file.outbound_port).unwrap_or(defaults.outbound_port),
+            inbound_port: file.inbound_port.unwrap_or(defaults.inbound_port),
+            edge: file.edge,
             access_log: flags.access_log.or(file.access_log),
         },
         serving: culvert_discovery::server::Settings {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use support::Program;
-use support::envoy::{Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
+use support::envoy::{Asks, Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
 
 #[test]
 fn envoy_does_as_the_manifest_says() {
@@ -30,28 +30,7 @@ spec:
     let cluster = format!("east={}", directory.path().display());
     let address = ["--outbound-port", &port.to_string(), "--outbound-address", "127.0.0.1"];
     let program = Program::start(&[&["--cluster", &cluster][..], &address].concat());
-    let bootstrap = format!(
-        "
-node: {{id: test, cluster: test}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
-dynamic_resources:
-  ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
-  lds_config: {{resource_api_version: V3, ads: {{}}}}
-  cds_config: {{resource_api_version: V3, ads: {{}}}}
-static_resources:
-  clusters:
-  - name: discovery
-    connect_timeout: 1s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    load_assignment:
-      cluster_name: discovery
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {}}}}}}}}}]}}]
-",
-        program.listen.port()
-    );
+    let bootstrap = Asks { admin, xds: program.listen.port(), ..Asks::default() }.bootstrap();
     let _envoy = Envoy::start(&bootstrap);
     wait_until("Envoy to serve the service", || {
         get(admin, "/listeners").is_some_and(|listeners| listeners.contains("outbound"))

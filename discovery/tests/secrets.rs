@@ -23,7 +23,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 use support::certificates::{Authority, channel, host, uri};
-use support::envoy::{Envoy, free_port, get, users, wait_until, write_manifests};
+use support::envoy::{Asks, Envoy, free_port, get, users, wait_until, write_manifests};
 use support::{DEADLINE, Program};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -238,6 +238,12 @@ fn serve_with_tls(path: &Path) -> u16 {
 
 #[test]
 fn envoy_speaks_tls_with_secrets_it_is_given() {
+    for by in ["DELTA_GRPC", "REST"] {
+        speaks_tls(by);
+    }
+}
+
+fn speaks_tls(by: &str) {
     let port = free_port();
     let stage = Stage::new("", port);
     let path = stage.directory.path();
@@ -254,35 +260,9 @@ spec: {{mtls: {{authority: users, subjectAltNames: [{names}]}}}}
         write_manifests(&path.join("manifests"), &(users(port, backend) + &manifest));
     };
     write("'spiffe://mesh/users/1'");
-    let (admin, xds, directory) = (free_port(), stage.program.listen.port(), path.display());
-    let bootstrap = format!(
-        "
-node: {{id: node-1, cluster: front}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
-dynamic_resources:
-  ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
-  cds_config: {{resource_api_version: V3, ads: {{}}}}
-  lds_config: {{resource_api_version: V3, ads: {{}}}}
-static_resources:
-  clusters:
-  - name: discovery
-    connect_timeout: 5s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    transport_socket:
-      name: tls
-      typed_config:
-        \"@type\": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
-        common_tls_context:
-          tls_certificates: [{{certificate_chain: {{filename: {directory}/proxy.crt}}, private_key: {{filename: {directory}/proxy.key}}}}]
-          validation_context: {{trusted_ca: {{filename: {directory}/ca.crt}}}}
-    load_assignment:
-      cluster_name: discovery
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {xds}}}}}}}}}]}}]
-"
-    );
+    let (admin, xds) = (free_port(), stage.program.listen.port());
+    let (node, certificate) = ("id: node-1, cluster: front", Some((path, "proxy")));
+    let bootstrap = Asks { node, admin, xds, by, certificate, ..Asks::default() }.bootstrap();
     let _envoy = Envoy::start(&bootstrap);
     let body =
         || get(port, "/").and_then(|answer| Some(answer.split_once("\r\n\r\n")?.1.to_owned())).unwrap_or_default();

@@ -17,7 +17,7 @@ use envoy_types::pb::envoy::service::status::v3::{ClientStatusRequest, ConfigSta
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::matcher::v3::{NodeMatcher, StringMatcher};
 use serde_json::{Value, json};
-use support::envoy::{Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
+use support::envoy::{Asks, Envoy, free_port, get, serve, status, users, wait_until, write_manifests};
 use support::{DEADLINE, Program};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,25 +38,6 @@ fn start(directory: &Path, port: u16) -> Program {
     Program::start(&["-c", config.to_str().unwrap()])
 }
 
-fn discovery_cluster(program: &Program, http2: bool) -> String {
-    let options = "typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {'@type': \
-                   type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
-                   {http2_protocol_options: {}}}}";
-    let port = program.listen.port();
-    format!(
-        "
-  - name: {}
-    connect_timeout: 1s
-    {}
-    load_assignment:
-      cluster_name: discovery
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]
-",
-        if http2 { "discovery_grpc" } else { "discovery_rest" },
-        if http2 { options } else { "" },
-    )
-}
-
 #[test]
 fn envoy_polls_over_rest() {
     let directory = tempfile::tempdir().unwrap();
@@ -65,19 +46,8 @@ fn envoy_polls_over_rest() {
     let (port, admin) = (free_port(), free_port());
     write_users(directory.path(), port, first);
     let program = start(directory.path(), port);
-    let source = "{resource_api_version: V3, api_config_source: {api_type: REST, transport_api_version: V3, refresh_delay: \
-                  0.2s, cluster_names: [discovery_rest]}}";
-    let bootstrap = format!(
-        "
-node: {{id: test, cluster: test, metadata: {{discovery_cluster: discovery_rest}}}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
-dynamic_resources: {{lds_config: {source}, cds_config: {source}}}
-static_resources:
-  clusters:{}
-",
-        discovery_cluster(&program, false)
-    );
-    let _envoy = Envoy::start(&bootstrap);
+    let asks = Asks { admin, xds: program.listen.port(), by: "REST", ..Asks::default() };
+    let _envoy = Envoy::start(&asks.bootstrap());
     wait_until("an answer through Envoy", || status(port, "/") == "200");
     assert!(asked[0].load(Ordering::SeqCst) > 0);
     // All that it was given came over REST, and nothing was refused.
@@ -130,10 +100,16 @@ fn polls_are_answered_by_version_name_and_node() {
     let listeners = read(poll(&program, "listeners", &json!({ "node": { "id": "n", "user_agent_name": "culvert" } })));
     assert!(listeners.to_string().contains("culvert.filters.http.override"), "{listeners}");
     assert!(!listeners.to_string().contains("\"ads\""), "{listeners}");
-    assert_eq!(poll(&program, "secrets", &json!({})).0, 404);
+    assert_eq!(poll(&program, "runtime", &json!({})).0, 404);
+    let elsewhere = json!({ "node": { "id": "n", "metadata": { "discovery_cluster": "control" } } });
+    let listeners = read(poll(&program, "listeners", &elsewhere)).to_string();
+    assert!(listeners.contains("\"cluster_names\":[\"control\"]"), "{listeners}");
+    let gateway = json!({ "node": { "id": "n", "metadata": { "culvert.proxy": "gateway" } } });
+    let (status, said) = poll(&program, "listeners", &gateway);
+    assert!(status == 400 && said.contains("`gateway` is not node, sidecar or edge"), "{status} {said}");
     assert_eq!(poll(&program, "routes", &json!({ "type_url": CLUSTER })).0, 400);
     assert_eq!(poll(&program, "routes", &json!([1])).0, 400);
-    assert!(program.page("/metrics").contains("\nculvert_discovery_polls_total 4\n"));
+    assert!(program.page("/metrics").contains("\nculvert_discovery_polls_total 5\n"));
 }
 
 #[test]
@@ -143,22 +119,12 @@ fn envoy_reports_its_loads() {
     let (port, admin) = (free_port(), free_port());
     write_users(directory.path(), port, backend);
     let program = start(directory.path(), port);
-    let bootstrap = format!(
-        "
-node: {{id: test, cluster: test}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
-dynamic_resources:
-  ads_config: {{api_type: GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery_grpc}}}}]}}
-  lds_config: {{resource_api_version: V3, ads: {{}}}}
-  cds_config: {{resource_api_version: V3, ads: {{}}}}
-cluster_manager:
-  load_stats_config: {{api_type: GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery_grpc}}}}]}}
-static_resources:
-  clusters:{}
-",
-        discovery_cluster(&program, true)
-    );
-    let _envoy = Envoy::start(&bootstrap);
+    let services = "[{envoy_grpc: {cluster_name: discovery}}]";
+    let reports =
+        format!("load_stats_config: {{api_type: GRPC, transport_api_version: V3, grpc_services: {services}}}");
+    let more = format!("cluster_manager: {{{reports}}}");
+    let asks = Asks { admin, xds: program.listen.port(), by: "GRPC", more: &more, ..Asks::default() };
+    let _envoy = Envoy::start(&asks.bootstrap());
     wait_until("an answer through Envoy", || status(port, "/") == "200");
     // Envoy counts for this from its first report on.
     let name = format!("users.default:{port}");

@@ -16,7 +16,7 @@ use crate::registration;
 use crate::registry::SourceHealth;
 use crate::resources::ProxyKind;
 use crate::secrets::Secret;
-use crate::server::clients::ClientStatus;
+use crate::server::clients::{ClientProblem, ClientStatus};
 use crate::server::loads::Load;
 
 /// The document at `/status`.
@@ -48,6 +48,8 @@ pub struct Status {
     pub warnings: Vec<String>,
     /// The connected xDS streams.
     pub clients: Vec<ConnectedClient>,
+    /// What keeps nodes from being given what they ask for.
+    pub client_problems: Vec<ClientProblem>,
     /// What proxies have reported of the requests to each Envoy cluster, since the start.
     pub loads: BTreeMap<String, Load>,
     /// Which services pass contexts of overrides on.
@@ -101,6 +103,8 @@ pub struct ShareStatus {
 pub struct ClusterStatus {
     /// Its name.
     pub name: String,
+    /// Whether it has been read.
+    pub read: bool,
     /// Whether an operator has taken it out.
     pub drained: bool,
     /// Its region.
@@ -200,6 +204,7 @@ impl StatusPages {
         });
         let clusters = registry.clusters.iter().map(|cluster| ClusterStatus {
             name: cluster.info.name.clone(),
+            read: cluster.objects.is_some(),
             drained: cluster.drained,
             region: cluster.info.region.clone(),
             zone: cluster.info.zone.clone(),
@@ -242,6 +247,7 @@ impl StatusPages {
             services: services.collect(),
             served: served.into(),
             warnings: mesh.warnings.clone(),
+            client_problems: self.clients.problems(&mesh),
             clients: clients.map(|status| ConnectedClient { state: status.state(), status }).collect(),
             loads: self.loads.clusters(),
             contexts: self.overrides.contexts.status(&mesh),

@@ -1,6 +1,6 @@
 //! The endpoints of one service in one cluster.
 
-use std::collections::{BTreeMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -61,6 +61,19 @@ impl EndpointsOf<'_> {
         endpoints.sort_by_key(|endpoint| (endpoint.address, endpoint.health));
         endpoints.dedup_by_key(|endpoint| endpoint.address);
         endpoints
+    }
+
+    /// The ports at which its pods take connections to one port: the number that it states, and what slices say of one that has a name.
+    pub(super) fn targets(&self, port: &ServicePort) -> BTreeSet<u16> {
+        if self.service.external_name.is_some() {
+            return BTreeSet::new();
+        }
+        let stated = match port.target_port {
+            TargetPort::Number(number) => Some(number),
+            TargetPort::Name(_) => None,
+        };
+        let of_slices = self.slices.iter().filter_map(|slice| slice.ports.iter().find(|p| p.name == port.name)?.port);
+        of_slices.chain(stated).collect()
     }
 
     /// Joins what two slices say of one endpoint: the better state counts. A dual-stack pod is in one slice a family under

@@ -19,7 +19,7 @@ use crate::health::Failed;
 use crate::kubernetes::{EndpointSlice, ObjectKey, Objects, Pod, Service, ServicePort};
 use crate::overrides::shares::Share;
 use crate::overrides::tunnels::Offered;
-use crate::policy::apply::Manifests;
+use crate::policy::apply::{Manifests, contested_at_the_edge};
 use crate::registration::join::{CLUSTER as REGISTERED, Registered};
 use crate::registry::{Cluster, ClusterInfo, Registry};
 use crate::secrets::{self, Secrets};
@@ -38,6 +38,8 @@ pub struct Joiner {
     vip_warnings: Vec<String>,
     /// Who may call what is not there.
     egress_warnings: Vec<String>,
+    /// Who is called the same from outside.
+    edge_warnings: Vec<String>,
     /// Services that have to be joined anew.
     marked: BTreeSet<ObjectKey>,
     mesh: Arc<Mesh>,
@@ -112,6 +114,7 @@ impl Joiner {
         let changed = self.join_marked(registry);
         if !changed.is_empty() {
             self.egress_warnings = unknown_egress(&self.mesh);
+            self.edge_warnings = contested_at_the_edge(&self.mesh);
         }
         let mut warnings = self.warnings(registry);
         let secrets = secrets::joined(&self.secrets, registry, &mut warnings);
@@ -222,6 +225,7 @@ impl Joiner {
         }
         warnings.extend_from_slice(&self.vip_warnings);
         warnings.extend_from_slice(&self.egress_warnings);
+        warnings.extend_from_slice(&self.edge_warnings);
         warnings.extend_from_slice(self.registered.warnings());
         warnings.extend(self.remarks.values().flat_map(|remarks| remarks.warnings.iter().cloned()));
         let mut only_there: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -343,12 +347,16 @@ impl Known {
                 let leads_here = |vip: &&IpAddr| {
                     vips.get(&(**vip, port.port)).is_some_and(|(owner, of)| owner == name && *of == info.name)
                 };
+                let offloaded = pods.offloaded_of(key, service, port, warnings);
+                let mut targets = endpoints.targets(port);
+                targets.extend(offloaded.iter().map(|endpoint| endpoint.address.port()));
                 let described = MeshPort {
                     protocol: Protocol::of(port),
                     vips: service.cluster_ips.iter().filter(leads_here).copied().collect(),
                     external: service.external_name.clone().map(|host| External { host, port: port.port }),
                     endpoints: endpoints.of_port(port),
-                    offloaded: pods.offloaded_of(key, service, port, warnings),
+                    offloaded,
+                    targets,
                 };
                 add_port(name, joined, port, info, described, warnings);
             }
@@ -459,6 +467,7 @@ fn add_port(
     joined.vips.extend(described.vips);
     joined.endpoints.extend(described.endpoints);
     joined.offloaded.extend(described.offloaded);
+    joined.targets.extend(described.targets);
 }
 
 /// What can be said of a service only when all clusters are known.

@@ -4,7 +4,7 @@ use super::*;
 use crate::kubernetes::manifest::parse;
 use crate::mesh::join;
 use crate::registry::SourceHealth;
-use crate::resources::{Options, PUSH_ORDER, ProxyKind, Snapshot, Viewer};
+use crate::resources::{Options, PUSH_ORDER, ProxyKind, Role, Snapshot, Viewer};
 
 const NAMES: [&str; 4] = ["users", "orders", "mail", "db"];
 
@@ -63,7 +63,11 @@ fn document(random: &mut fastrand::Rng, cluster: usize, index: usize, kind: usiz
             "" => String::new(),
             _ => format!(
                 "{{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {{name: {name}}}, spec: {{{}}}}}\n---\n",
-                one_of(&["egress: [orders]", "protocol: grpc", "timeouts: {connect: 1s}, egress: []"])
+                one_of(&[
+                    "egress: [orders]",
+                    "protocol: grpc, edge: {domains: [a.example]}",
+                    "timeouts: {connect: 1s}, egress: []"
+                ])
             ),
         },
         _ => match one_of(&["", "a", "b"]) {
@@ -89,9 +93,18 @@ fn a_mesh_that_is_kept_up_to_date_is_the_one_made_from_nothing() {
     let mut joiner = Joiner::default();
     let mut snapshot = Snapshot::default();
     let mut views = Vec::new();
-    for viewer in [&["users"][..], &["users", "db"], &[]] {
-        let services = viewer.iter().map(|name| ObjectKey::new("default", *name)).collect();
-        views.push((Viewer { kind: ProxyKind::Culvert, services, ..Viewer::default() }, None));
+    let viewers = [
+        (Role::Node, &["users"][..]),
+        (Role::Node, &["users", "db"]),
+        (Role::Node, &[]),
+        (Role::Sidecar, &["users"]),
+        (Role::Sidecar, &["orders", "db"]),
+        (Role::Edge, &[]),
+        (Role::Edge, &["users"]),
+    ];
+    for (role, services) in viewers {
+        let services = services.iter().map(|name| ObjectKey::new("default", *name)).collect();
+        views.push((Viewer { kind: ProxyKind::Culvert, role, services, ..Viewer::default() }, None));
     }
     let mut seen = [0; 3];
     for step in 0..250 {
@@ -164,7 +177,14 @@ fn registered_hosts_and_pods_weigh_on_one_scale() {
         canary: false,
     };
     let weights = |endpoints: Vec<crate::mesh::Endpoint>| {
-        let port = MeshPort { protocol: Protocol::Http1, vips: vec![], external: None, endpoints, offloaded: vec![] };
+        let port = MeshPort {
+            protocol: Protocol::Http1,
+            vips: vec![],
+            external: None,
+            endpoints,
+            offloaded: vec![],
+            targets: [80].into(),
+        };
         let mut service = MeshService { ports: [(80, port)].into(), ..Default::default() };
         weigh(&mut service);
         let endpoints = &service.ports[&80].endpoints;

@@ -152,6 +152,8 @@ pub struct MeshPort {
     pub endpoints: Vec<Endpoint>,
     /// Its endpoints that only overrides reach.
     pub offloaded: Vec<OffloadedEndpoint>,
+    /// The ports at which its pods take its connections: what a sidecar of such a pod goes by.
+    pub targets: BTreeSet<u16>,
 }
 
 /// A service, joined from all clusters that have it.

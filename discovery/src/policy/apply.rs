@@ -7,6 +7,7 @@ use super::{CheckedBy, ServiceManifest};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::{Mesh, MeshService, Protocol, mesh_key};
 use crate::registry::Registry;
+use crate::resources::edge::{claims, exposed};
 
 /// What is stated about services, in all clusters.
 pub struct Manifests<'a>(&'a Registry);
@@ -66,6 +67,14 @@ impl<'a> Manifests<'a> {
                 "ServiceManifest {key}: spec.healthCheck.by: checkers cannot hold with spec.mtls; each caller checks for itself"
             ));
         }
+        if let Some(stated) = &manifest.edge
+            && !service.ports.iter().any(|(number, port)| {
+                port.protocol.is_http() && stated.port.is_none_or(|stated| stated.get() == *number)
+            })
+        {
+            let which = stated.port.map_or_else(|| "no port of it".to_owned(), |port| format!("no port {port} of it"));
+            warnings.push(format!("ServiceManifest {key}: spec.edge cannot hold, as {which} speaks HTTP"));
+        }
         if manifest.on_demand && manifest.egress.is_none() {
             warnings.push(format!("ServiceManifest {key}: spec.onDemand means nothing without spec.egress, as its pods are given everything"));
         }
@@ -99,6 +108,24 @@ pub fn egress_of(mesh: &Mesh, callers: &BTreeSet<ObjectKey>) -> Option<BTreeSet<
         allowed.extend(egress.0.iter().map(|name| name.seen_from(&caller.namespace)));
     }
     Some(allowed)
+}
+
+/// What is said of services that want the same calls from outside.
+#[must_use]
+pub fn contested_at_the_edge(mesh: &Mesh) -> Vec<String> {
+    let mut warnings = Vec::new();
+    claims(mesh, |owner, other, domain, prefix| {
+        warnings.push(format!(
+            "ServiceManifest {other}: spec.edge: {domain}{prefix} is what ServiceManifest {owner} has, which counts"
+        ));
+    });
+    warnings
+}
+
+/// The services that are called from outside.
+#[must_use]
+pub fn exposed_services(mesh: &Mesh) -> BTreeSet<ObjectKey> {
+    mesh.services.iter().filter(|(_, service)| exposed(service).is_some()).map(|(key, _)| key.clone()).collect()
 }
 
 /// Whether what pods of these services may not call ahead is given to their proxies when they ask for it: all of them state so.

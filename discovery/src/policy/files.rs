@@ -1,5 +1,6 @@
 //! Manifests in files, for people: what is wrong with them, and what they become.
 
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 pub use culvert_kube_api::directory::is_manifest;
@@ -10,10 +11,13 @@ use crate::kubernetes::Objects;
 use crate::kubernetes::manifest::{self, ManifestError, parse};
 use crate::mesh::{NO_SERVICE, join};
 use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
-use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Snapshot, type_url};
+use crate::resources::edge::{EdgeListener, EdgeOptions};
+use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Role, Snapshot, Viewer, type_url};
 
 /// The port of a service that a file has a manifest for and nothing else.
 const EXAMPLE_PORT: u16 = 80;
+/// The port of an edge proxy of which only manifests are known.
+const EXAMPLE_EDGE_PORT: u16 = 8080;
 /// The most faults of a document that are told.
 const MAX_FAULTS: usize = 20;
 
@@ -85,15 +89,22 @@ fn take_out(value: &mut Value, path: &str) -> bool {
     at.as_object_mut().is_some_and(|fields| fields.remove(last).is_some())
 }
 
-/// What the manifests of a file become for a culvertd, as a document of Envoy resources. Services that the file does not have
-/// are taken to have the port 80.
+/// What the manifests of a file become for a culvertd that is for this, as a document of Envoy resources. Services that the file
+/// does not have are taken to have the port 80; a sidecar is one of them all.
 ///
 /// # Errors
 /// As [`check`].
-pub fn render(text: &str) -> Result<Value, Vec<ConfigError>> {
+pub fn render(text: &str, role: Role) -> Result<Value, Vec<ConfigError>> {
     let (objects, _) = check(text)?;
     let (snapshot, _) = mesh_of(&objects, true);
-    let set = snapshot.resources(ProxyKind::Culvert);
+    let set = match role {
+        Role::Node => Arc::clone(snapshot.resources(ProxyKind::Culvert)),
+        role => {
+            let services =
+                if role == Role::Sidecar { objects.manifests.keys().cloned().collect() } else { Default::default() };
+            snapshot.view(&Viewer { kind: ProxyKind::Culvert, role, services, ..Viewer::default() }, None).set
+        }
+    };
     let shown =
         [type_url::CLUSTER, type_url::LISTENER, type_url::ROUTE].into_iter().filter_map(|kind| set.of_type(kind));
     let resources = shown.flat_map(|of_type| of_type.resources.values());
@@ -130,7 +141,9 @@ fn mesh_of(objects: &Objects, complete: bool) -> (Snapshot, Vec<String>) {
     // That a manifest's service is elsewhere is no fault of the file.
     let mut warnings = std::mem::take(&mut mesh.warnings);
     warnings.retain(|warning| !warning.contains("is of no service") && !warning.contains(NO_SERVICE));
-    (Snapshot::build(Arc::new(mesh), &Options::default()), warnings)
+    let listener = EdgeListener { address: Ipv6Addr::UNSPECIFIED.into(), port: EXAMPLE_EDGE_PORT, tls: None };
+    let edge = Some(EdgeOptions { listeners: vec![listener], ..EdgeOptions::default() });
+    (Snapshot::build(Arc::new(mesh), &Options { edge, ..Options::default() }), warnings)
 }
 
 /// The documents of a text, each with the number of lines before it.
@@ -215,7 +228,7 @@ mod tests {
 
     #[test]
     fn a_rendering_has_what_was_stated() {
-        let rendered = render(FULL).unwrap();
+        let rendered = render(FULL, Role::Node).unwrap();
         let resources = rendered["resources"].as_array().unwrap();
         let of =
             |kind: &str| resources.iter().filter(|r| r["@type"].as_str().unwrap().ends_with(kind)).collect::<Vec<_>>();

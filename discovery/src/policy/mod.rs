@@ -4,6 +4,7 @@
 //! so that an error names the field; unknown fields are errors.
 
 pub(crate) mod apply;
+mod edge;
 pub mod files;
 mod overrides;
 
@@ -15,8 +16,9 @@ use std::time::Duration;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-pub use self::apply::{egress_of, is_rest_on_demand};
-pub use self::overrides::{OverrideAction, OverridePolicy, OverrideSources};
+pub use self::apply::{egress_of, exposed_services, is_rest_on_demand};
+pub use self::edge::{Domains, Edge, Prefix};
+pub use self::overrides::{AddressRange, OverrideAction, OverridePolicy, OverrideSources};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Protocol;
 
@@ -52,6 +54,8 @@ pub struct ServiceManifest {
     pub on_demand: bool,
     /// What requests may ask for that name it in overrides.
     pub overrides: Option<OverridePolicy>,
+    /// Where it is found from outside the mesh; nowhere if it is not stated.
+    pub edge: Option<Edge>,
 }
 
 /// How long things may take.

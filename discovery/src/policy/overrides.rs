@@ -41,7 +41,7 @@ pub struct OverrideSources {
     /// URI or DNS names of clients' certificates; a `*` at the end stands for any rest.
     pub principals: Vec<Pattern>,
     /// Clients' addresses.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<AddressRange>,
 }
 
 /// A name, or how names begin.
@@ -52,7 +52,18 @@ pub struct Pattern(String);
 /// An address range.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct Range(String);
+pub struct AddressRange(String);
+
+impl AddressRange {
+    /// An address and how many of its bits count.
+    #[must_use]
+    pub fn parts(&self) -> (IpAddr, u8) {
+        // It was looked at when it was read.
+        let parts =
+            self.0.split_once('/').and_then(|(address, bits)| Some((address.parse().ok()?, bits.parse().ok()?)));
+        parts.unwrap_or((std::net::Ipv4Addr::BROADCAST.into(), 32))
+    }
+}
 
 impl TryFrom<String> for Pattern {
     type Error = String;
@@ -65,7 +76,7 @@ impl TryFrom<String> for Pattern {
     }
 }
 
-impl TryFrom<String> for Range {
+impl TryFrom<String> for AddressRange {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {
         let wrong = || format!("`{text}` is not an address range such as 10.0.0.0/8 or fd00::/8");

@@ -82,6 +82,12 @@ fn what_is_wrong_is_named_with_its_field() {
         ("{rateLimit: {requests: 1}}", "spec.rateLimit", "missing field `per`"),
         ("{outlierDetection: {maxEjectionPercent: 101}}", "spec.outlierDetection.maxEjectionPercent", "more than 100"),
         ("{healthCheck: {path: healthz, interval: 1s, timeout: 1s}}", "spec.healthCheck.path", "begins with `/`"),
+        ("{edge: {domains: []}}", "spec.edge.domains", "without a host name"),
+        ("{edge: {domains: [a.example, 'a.example:80']}}", "spec.edge.domains", "`a.example:80` is not a host name"),
+        ("{edge: {domains: ['a.*']}}", "spec.edge.domains", "`a.*` is not a host name"),
+        ("{edge: {domains: [a], prefix: /a/}}", "spec.edge.prefix", "does not end with it"),
+        ("{edge: {domains: [a], prefix: a}}", "spec.edge.prefix", "begins with `/`"),
+        ("{edge: {domains: [a], port: 0}}", "spec.edge.port", "a number above 0"),
         ("{egress: [orders, 'a..c']}", "spec.egress[1]", "`a..c` is not a service"),
     ] {
         let error = spec(text).unwrap_err();

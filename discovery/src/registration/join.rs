@@ -70,7 +70,8 @@ impl Registered {
         match service.ports.entry(self.port) {
             Entry::Vacant(entry) => {
                 let endpoints = endpoints.clone();
-                entry.insert(MeshPort { protocol, vips: Vec::new(), external: None, endpoints, offloaded: Vec::new() });
+                let (offloaded, targets) = Default::default();
+                entry.insert(MeshPort { protocol, vips: Vec::new(), external: None, endpoints, offloaded, targets });
             }
             Entry::Occupied(entry) => {
                 let joined = entry.into_mut();

@@ -218,6 +218,7 @@ fn registered_hosts_are_services_of_the_mesh() {
         external: None,
         endpoints: vec![known(1)],
         offloaded: vec![],
+        targets: [8080].into(),
     };
     let both = crate::kubernetes::ObjectKey::new("default", "both");
     let registered = [

@@ -30,7 +30,7 @@ use crate::mesh::{External, Health, Mesh, Protocol, cluster_name};
 use crate::policy::Span;
 
 const HTTP_PROTOCOL_OPTIONS: &str = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
-const CONNECT_TIMEOUT: Duration = Duration { seconds: 1, nanos: 0 };
+pub(super) const CONNECT_TIMEOUT: Duration = Duration { seconds: 1, nanos: 0 };
 
 /// "Ask for it on the stream that this came from."
 pub(super) fn over_ads() -> ConfigSource {
@@ -128,7 +128,7 @@ pub(super) fn original_dst() -> Cluster {
     }
 }
 
-fn protocol_options(protocol: Protocol, idle: Option<Span>) -> HashMap<String, Any> {
+pub(super) fn protocol_options(protocol: Protocol, idle: Option<Span>) -> HashMap<String, Any> {
     let protocol_config = match protocol {
         Protocol::Tcp => return HashMap::new(),
         Protocol::Http1 => ProtocolConfig::HttpProtocolOptions(Http1ProtocolOptions::default()),

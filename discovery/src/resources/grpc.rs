@@ -5,11 +5,10 @@
 
 use envoy_types::pb::envoy::config::listener::v3::{ApiListener, Listener};
 use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, VirtualHost};
-use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::RouteSpecifier;
 
-use super::listeners::http_filter;
+use super::listeners::router;
 use super::pack;
 use super::routes::to_service;
 use crate::kubernetes::ObjectKey;
@@ -46,7 +45,7 @@ fn listener(name: String, cluster: &str, protocol: Protocol, manifest: Option<&S
     };
     let manager = HttpConnectionManager {
         route_specifier: Some(RouteSpecifier::RouteConfig(routes)),
-        http_filters: vec![http_filter("envoy.filters.http.router", pack(&Router::default()))],
+        http_filters: vec![router()],
         ..Default::default()
     };
     let api_listener = Some(ApiListener { api_listener: Some(pack(&manager)) });

@@ -1,4 +1,4 @@
-//! LDS: the one listener that takes the pods' redirected outbound connections.
+//! LDS: the listener of node proxies and sidecars that takes the pods' redirected outbound connections.
 //!
 //! ```text
 //! TCP service   virtual address + port -> tcp_proxy to the service's cluster
@@ -39,16 +39,17 @@ use envoy_types::pb::google::protobuf::{Any, BoolValue, UInt32Value};
 
 use super::clusters::{over_ads, socket_address};
 use super::routes::route_configuration_name;
-use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, pack, policy};
+use super::{ORIGINAL_DST_CLUSTER, OUTBOUND_LISTENER, Options, ProxyKind, Role, pack, policy, sidecar};
 use crate::mesh::{Mesh, cluster_name};
 use crate::policy::Span;
 
-pub(super) fn listeners(
+/// `rest`: everything, where a proxy of this mesh may ask for it.
+pub(super) fn outbound(
     mesh: &Mesh,
     rest: Option<&Mesh>,
     options: &Options,
-    kind: ProxyKind,
-) -> Vec<(String, Listener)> {
+    (kind, role): (ProxyKind, Role),
+) -> Listener {
     let mut filter_chains = Vec::new();
     // The ports with HTTP services, and whether requests to any of those are counted.
     let mut http_ports: BTreeMap<u16, bool> = BTreeMap::new();
@@ -69,25 +70,39 @@ pub(super) fn listeners(
     let asks = rest.is_some();
     filter_chains
         .extend(http_ports.into_iter().map(|(port, counted)| http_chain(port, (counted, asks), options, kind)));
-    let passthrough = FilterChain {
+    let mut listener = Listener {
+        name: OUTBOUND_LISTENER.to_owned(),
+        listener_filters: vec![original_dst_filter()],
+        default_filter_chain: Some(passthrough()),
+        ..Default::default()
+    };
+    if role == Role::Sidecar {
+        let addresses = sidecar::outbound_addresses(options);
+        sidecar::listen_at(&mut listener, &addresses, options.outbound_port);
+        filter_chains.push(sidecar::itself(options.outbound_port, &addresses));
+    } else {
+        let dual_stack = options.outbound_address.is_unspecified() && options.outbound_address.is_ipv6();
+        listener.address = Some(socket_address(options.outbound_address, options.outbound_port, dual_stack));
+        listener.transparent = Some(BoolValue { value: true });
+        let original_src = listener_filter("envoy.filters.listener.original_src", pack(&OriginalSrc::default()));
+        listener.listener_filters.push(original_src);
+    }
+    listener.filter_chains = filter_chains;
+    listener
+}
+
+/// Where the client wanted to go, by what the kernel knows of redirected connections.
+pub(super) fn original_dst_filter() -> ListenerFilter {
+    listener_filter("envoy.filters.listener.original_dst", pack(&OriginalDst::default()))
+}
+
+/// The chain to where the client wanted to go.
+pub(super) fn passthrough() -> FilterChain {
+    FilterChain {
         name: "passthrough".to_owned(),
         filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER, None)],
         ..Default::default()
-    };
-    let dual_stack = options.outbound_address.is_unspecified() && options.outbound_address.is_ipv6();
-    let listener = Listener {
-        name: OUTBOUND_LISTENER.to_owned(),
-        address: Some(socket_address(options.outbound_address, options.outbound_port, dual_stack)),
-        transparent: Some(BoolValue { value: true }),
-        listener_filters: vec![
-            listener_filter("envoy.filters.listener.original_dst", pack(&OriginalDst::default())),
-            listener_filter("envoy.filters.listener.original_src", pack(&OriginalSrc::default())),
-        ],
-        filter_chains,
-        default_filter_chain: Some(passthrough),
-        ..Default::default()
-    };
-    vec![(OUTBOUND_LISTENER.to_owned(), listener)]
+    }
 }
 
 fn listener_filter(name: &str, config: Any) -> ListenerFilter {
@@ -104,7 +119,41 @@ pub(super) fn http_filter(name: &str, config: Any) -> HttpFilter {
     HttpFilter { name: name.to_owned(), config_type, ..Default::default() }
 }
 
-fn tcp_proxy(stat_prefix: &str, cluster: &str, idle: Option<Span>) -> Filter {
+/// The filter that every list of HTTP filters ends with.
+pub(super) fn router() -> HttpFilter {
+    http_filter("envoy.filters.http.router", pack(&Router::default()))
+}
+
+/// The filter that only culvertd knows.
+pub(super) fn override_filter(configured: Override) -> HttpFilter {
+    let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned(), ..configured };
+    let config = Any {
+        type_url: "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override".to_owned(),
+        value: prost::Message::encode_to_vec(&config),
+    };
+    http_filter("culvert.filters.http.override", config)
+}
+
+/// A connection manager as a filter, for either version of HTTP.
+pub(super) fn manager_filter(manager: HttpConnectionManager) -> Filter {
+    let manager = HttpConnectionManager { codec_type: CodecType::Auto.into(), ..manager };
+    network_filter("envoy.filters.network.http_connection_manager", pack(&manager))
+}
+
+/// Where proxies write what they are asked, if they are to.
+pub(super) fn access_log(options: &Options) -> Vec<AccessLog> {
+    let log = options.access_log.iter().map(|path| AccessLog {
+        name: "envoy.access_loggers.file".to_owned(),
+        config_type: Some(AccessLogConfig::TypedConfig(pack(&FileAccessLog {
+            path: path.clone(),
+            access_log_format: None,
+        }))),
+        ..Default::default()
+    });
+    log.collect()
+}
+
+pub(super) fn tcp_proxy(stat_prefix: &str, cluster: &str, idle: Option<Span>) -> Filter {
     let config = TcpProxy {
         stat_prefix: stat_prefix.to_owned(),
         cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
@@ -114,19 +163,20 @@ fn tcp_proxy(stat_prefix: &str, cluster: &str, idle: Option<Span>) -> Filter {
     network_filter("envoy.filters.network.tcp_proxy", pack(&config))
 }
 
-fn matching_port(port: u16, prefix_ranges: Vec<CidrRange>) -> Option<FilterChainMatch> {
+/// Connections to a port, of these addresses if there are any.
+pub(super) fn matching_port(port: u16, addresses: &[IpAddr]) -> Option<FilterChainMatch> {
     let destination_port = Some(UInt32Value { value: port.into() });
-    Some(FilterChainMatch { destination_port, prefix_ranges, ..Default::default() })
+    let ranges = addresses.iter().map(|address| CidrRange {
+        address_prefix: address.to_string(),
+        prefix_len: Some(UInt32Value { value: if address.is_ipv4() { 32 } else { 128 } }),
+    });
+    Some(FilterChainMatch { destination_port, prefix_ranges: ranges.collect(), ..Default::default() })
 }
 
 fn tcp_chain(cluster: &str, vips: &[IpAddr], port: u16, idle: Option<Span>) -> FilterChain {
-    let ranges = vips.iter().map(|vip| CidrRange {
-        address_prefix: vip.to_string(),
-        prefix_len: Some(UInt32Value { value: if vip.is_ipv4() { 32 } else { 128 } }),
-    });
     FilterChain {
         name: cluster.to_owned(),
-        filter_chain_match: matching_port(port, ranges.collect()),
+        filter_chain_match: matching_port(port, vips),
         filters: vec![tcp_proxy(cluster, cluster, idle)],
         ..Default::default()
     }
@@ -141,41 +191,27 @@ fn http_chain(port: u16, (counted, asks): (bool, bool), options: &Options, kind:
         http_filters.push(http_filter("envoy.filters.http.on_demand", pack(&config)));
     }
     if kind == ProxyKind::Culvert {
-        let config = Override { original_dst_cluster: ORIGINAL_DST_CLUSTER.to_owned(), ..options.overrides.clone() };
-        let config = Any {
-            type_url: "type.googleapis.com/culvert.extensions.filters.http.overrides.v1.Override".to_owned(),
-            value: prost::Message::encode_to_vec(&config),
-        };
-        http_filters.push(http_filter("culvert.filters.http.override", config));
+        http_filters.push(override_filter(options.overrides.clone()));
     }
     if counted {
         http_filters.push(http_filter(policy::RATE_LIMIT_FILTER, policy::rate_limit_filter()));
     }
-    http_filters.push(http_filter("envoy.filters.http.router", pack(&Router::default())));
-    let access_log = options.access_log.iter().map(|path| AccessLog {
-        name: "envoy.access_loggers.file".to_owned(),
-        config_type: Some(AccessLogConfig::TypedConfig(pack(&FileAccessLog {
-            path: path.clone(),
-            access_log_format: None,
-        }))),
-        ..Default::default()
-    });
+    http_filters.push(router());
     let name = route_configuration_name(port);
     let manager = HttpConnectionManager {
-        codec_type: CodecType::Auto.into(),
         stat_prefix: name.clone(),
         route_specifier: Some(RouteSpecifier::Rds(Rds {
             config_source: Some(over_ads()),
             route_config_name: name.clone(),
         })),
         http_filters,
-        access_log: access_log.collect(),
+        access_log: access_log(options),
         ..Default::default()
     };
     FilterChain {
         name,
-        filter_chain_match: matching_port(port, Vec::new()),
-        filters: vec![network_filter("envoy.filters.network.http_connection_manager", pack(&manager))],
+        filter_chain_match: matching_port(port, &[]),
+        filters: vec![manager_filter(manager)],
         ..Default::default()
     }
 }

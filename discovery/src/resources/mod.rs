@@ -1,12 +1,15 @@
 //! Envoy's view of the mesh: the xDS resources that discovery serves, as immutable snapshots.
 
 mod clusters;
+pub mod edge;
 mod grpc;
 mod listeners;
 mod overrides;
 mod policy;
 mod resource;
+pub mod role;
 mod routes;
+mod sidecar;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +24,7 @@ pub(crate) use self::clusters::socket_address;
 pub(crate) use self::policy::{duration, health_check};
 use self::resource::{Changes, History};
 pub use self::resource::{Position, Resource, TypeResources};
+pub use self::role::Role;
 use self::view::Views;
 pub use self::view::{View, Viewer};
 use crate::kubernetes::ObjectKey;
@@ -30,6 +34,10 @@ use crate::mesh::{Mesh, MeshPort, MeshService};
 pub const ORIGINAL_DST_CLUSTER: &str = "original_dst";
 /// The name of the listener that serves redirected outbound connections.
 pub const OUTBOUND_LISTENER: &str = "outbound";
+/// The name of a sidecar's listener for what calls its pod.
+pub const INBOUND_LISTENER: &str = "inbound";
+/// The name of the routes of edge proxies.
+pub const EDGE_ROUTES: &str = "edge";
 
 /// Type URLs of the resources that are served.
 pub mod type_url {
@@ -66,6 +74,10 @@ pub struct Options {
     pub outbound_address: IpAddr,
     /// The port of the outbound listener.
     pub outbound_port: u16,
+    /// The port of sidecars' inbound listener.
+    pub inbound_port: u16,
+    /// How edge proxies are configured, if there are any.
+    pub edge: Option<edge::EdgeOptions>,
     /// The file into which proxies write their HTTP access log, if any.
     pub access_log: Option<String>,
     /// How the proxies' override filters are configured, but for `original_dst_cluster`.
@@ -77,6 +89,8 @@ impl Default for Options {
         Self {
             outbound_address: std::net::Ipv6Addr::UNSPECIFIED.into(),
             outbound_port: 15001,
+            inbound_port: 15006,
+            edge: None,
             access_log: None,
             overrides: Override::default(),
         }
@@ -258,7 +272,8 @@ impl Snapshot {
                 let manifest = service?.manifest.as_ref()?;
                 Some((manifest.egress.as_ref(), manifest.on_demand))
             });
-            if egress[0] != egress[1] || services[0].is_some() != services[1].is_some() {
+            let exposed = services.map(|service| edge::exposed(service?));
+            if egress[0] != egress[1] || exposed[0] != exposed[1] || services[0].is_some() != services[1].is_some() {
                 next.policies += 1;
             }
             let before = next.made.get(key).cloned();
@@ -352,15 +367,17 @@ impl Snapshot {
     /// Makes the proxies' listeners anew.
     fn renew_listeners(&mut self) {
         for kind in [ProxyKind::Culvert, ProxyKind::Foreign] {
-            let listeners = self.proxy_listeners(&self.mesh, None, kind);
+            let outbound = listeners::outbound(&self.mesh, None, &self.options, (kind, Role::Node));
+            let listeners = by_name(encode(type_url::LISTENER, vec![(OUTBOUND_LISTENER.to_owned(), outbound)]));
             let changes = listeners.into_iter().map(|(name, resource)| (name, Some(resource))).collect();
             self.change(&[kind], type_url::LISTENER, changes);
         }
     }
 
-    /// `rest`: everything, where a proxy of this mesh may ask for it.
-    fn proxy_listeners(&self, mesh: &Mesh, rest: Option<&Mesh>, kind: ProxyKind) -> BTreeMap<Arc<str>, Arc<Resource>> {
-        by_name(encode(type_url::LISTENER, listeners::listeners(mesh, rest, &self.options, kind)))
+    /// How edge proxies are configured.
+    #[must_use]
+    pub fn edge(&self) -> Option<&edge::EdgeOptions> {
+        self.options.edge.as_ref()
     }
 }
 
@@ -388,8 +405,8 @@ fn has_same_shape(services: [Option<&Arc<MeshService>>; 2]) -> bool {
     let [Some(one), Some(other)] = services else { return false };
     let same_port = |(one, other): (&MeshPort, &MeshPort)| {
         // Endpoints, offloaded ones too, are in resources of their own.
-        let MeshPort { protocol, vips, external, endpoints: _, offloaded: _ } = one;
-        (protocol, vips, external) == (&other.protocol, &other.vips, &other.external)
+        let MeshPort { protocol, vips, external, endpoints: _, offloaded: _, targets } = one;
+        (protocol, vips, external, targets) == (&other.protocol, &other.vips, &other.external, &other.targets)
     };
     let MeshService { clusters: _, ports, manifest } = &**one;
     *manifest == other.manifest
@@ -402,5 +419,7 @@ fn pack<M: Message + prost::Name>(message: &M) -> Any {
     Any { type_url: format!("type.googleapis.com/{}", M::full_name()), value: message.encode_to_vec() }
 }
 
+#[cfg(test)]
+mod role_tests;
 #[cfg(test)]
 mod tests;

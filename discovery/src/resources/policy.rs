@@ -17,13 +17,14 @@ use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_c
 };
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::subject_alt_name_matcher::SanType;
 use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
-    CertificateValidationContext, CommonTlsContext, SdsSecretConfig, SubjectAltNameMatcher, UpstreamTlsContext,
+    CertificateValidationContext, CommonTlsContext, DownstreamTlsContext, SdsSecretConfig, SubjectAltNameMatcher,
+    UpstreamTlsContext,
 };
 use envoy_types::pb::envoy::r#type::matcher::v3::StringMatcher;
 use envoy_types::pb::envoy::r#type::matcher::v3::string_matcher::MatchPattern;
 use envoy_types::pb::envoy::r#type::v3::fractional_percent::DenominatorType;
 use envoy_types::pb::envoy::r#type::v3::{CodecClientType, FractionalPercent, TokenBucket};
-use envoy_types::pb::google::protobuf::{Any, Duration, UInt32Value};
+use envoy_types::pb::google::protobuf::{Any, BoolValue, Duration, UInt32Value};
 
 use super::clusters::over_ads;
 use super::pack;
@@ -51,18 +52,7 @@ pub(super) fn shape(cluster: &mut Cluster, manifest: &ServiceManifest, protocol:
     if let Some(connect) = manifest.timeouts.connect {
         cluster.connect_timeout = Some(duration(connect.0));
     }
-    let policy::CircuitBreakers { max_connections, max_pending_requests, max_requests, max_retries } =
-        manifest.circuit_breakers;
-    if manifest.circuit_breakers != policy::CircuitBreakers::default() {
-        let thresholds = Thresholds {
-            max_connections: max_connections.map(number),
-            max_pending_requests: max_pending_requests.map(number),
-            max_requests: max_requests.map(number),
-            max_retries: max_retries.map(number),
-            ..Default::default()
-        };
-        cluster.circuit_breakers = Some(CircuitBreakers { thresholds: vec![thresholds], ..Default::default() });
-    }
+    cluster.circuit_breakers = circuit_breakers(manifest);
     cluster.outlier_detection = manifest.outlier_detection.as_ref().map(|outliers| {
         let policy::OutlierDetection { consecutive_5xx, interval, base_ejection_time, max_ejection_percent } = outliers;
         OutlierDetection {
@@ -76,6 +66,21 @@ pub(super) fn shape(cluster: &mut Cluster, manifest: &ServiceManifest, protocol:
     let checks = manifest.checks_of_callers().into_iter();
     cluster.health_checks = checks.map(|check| health_check(check, protocol)).collect();
     cluster.transport_socket = manifest.mtls.as_ref().map(|mtls| transport_socket(mtls, protocol));
+}
+
+/// How much may be under way at a time, if that is stated.
+pub(super) fn circuit_breakers(manifest: &ServiceManifest) -> Option<CircuitBreakers> {
+    let policy::CircuitBreakers { max_connections, max_pending_requests, max_requests, max_retries } =
+        manifest.circuit_breakers;
+    let thresholds = || Thresholds {
+        max_connections: max_connections.map(number),
+        max_pending_requests: max_pending_requests.map(number),
+        max_requests: max_requests.map(number),
+        max_retries: max_retries.map(number),
+        ..Default::default()
+    };
+    let stated = manifest.circuit_breakers != policy::CircuitBreakers::default();
+    stated.then(|| CircuitBreakers { thresholds: vec![thresholds()], ..Default::default() })
 }
 
 /// How an endpoint that speaks this protocol is checked.
@@ -106,10 +111,50 @@ pub(crate) fn health_check(check: &policy::HealthCheck, protocol: Protocol) -> H
     }
 }
 
-/// TLS, with secrets that come over the stream that this comes over.
+/// A secret that comes over the stream that this comes over.
+fn secret(name: String) -> SdsSecretConfig {
+    SdsSecretConfig { name, sds_config: Some(over_ads()) }
+}
+
+fn tls(context: Any) -> TransportSocket {
+    let config_type = Some(ConfigType::TypedConfig(context));
+    TransportSocket { name: "envoy.transport_sockets.tls".to_owned(), config_type }
+}
+
+fn alpn(protocols: &[&str]) -> Vec<String> {
+    protocols.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// How the sidecar of an endpoint is spoken to: with its own certificate, by those whose certificates the same authority has signed.
+pub(super) fn downstream_tls(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket {
+    let context = CommonTlsContext {
+        tls_certificate_sds_secret_configs: vec![secret(secrets::OWN.to_owned())],
+        validation_context_type: Some(ValidationContextType::ValidationContextSdsSecretConfig(secret(
+            secrets::authorities_of(&mtls.authority.0),
+        ))),
+        alpn_protocols: if protocol.is_http() { alpn(&["h2", "http/1.1"]) } else { Vec::new() },
+        ..Default::default()
+    };
+    tls(pack(&DownstreamTlsContext {
+        common_tls_context: Some(context),
+        require_client_certificate: Some(BoolValue { value: true }),
+        ..Default::default()
+    }))
+}
+
+/// How an edge proxy is spoken to.
+pub(super) fn edge_tls(certificate: &str) -> TransportSocket {
+    let context = CommonTlsContext {
+        tls_certificate_sds_secret_configs: vec![secret(certificate.to_owned())],
+        alpn_protocols: alpn(&["h2", "http/1.1"]),
+        ..Default::default()
+    };
+    tls(pack(&DownstreamTlsContext { common_tls_context: Some(context), ..Default::default() }))
+}
+
+/// How an endpoint is spoken to.
 fn transport_socket(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket {
     let policy::Mtls { authority, subject_alt_names, certificate } = mtls;
-    let secret = |name: String| SdsSecretConfig { name, sds_config: Some(over_ads()) };
     let names = subject_alt_names.0.iter().map(|name| {
         let san_type = if name.contains("://") { SanType::Uri } else { SanType::Dns };
         let matcher = StringMatcher { match_pattern: Some(MatchPattern::Exact(name.clone())), ..Default::default() };
@@ -124,7 +169,7 @@ fn transport_socket(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket 
         ..Default::default()
     };
     let own = certificate.as_ref().map_or(secrets::OWN, |name| &name.0);
-    let alpn: &[&str] = match protocol {
+    let protocols: &[&str] = match protocol {
         Protocol::Tcp => &[],
         Protocol::Http1 => &["http/1.1"],
         Protocol::Http2 | Protocol::Grpc => &["h2"],
@@ -132,12 +177,10 @@ fn transport_socket(mtls: &policy::Mtls, protocol: Protocol) -> TransportSocket 
     let common = CommonTlsContext {
         tls_certificate_sds_secret_configs: vec![secret(own.to_owned())],
         validation_context_type: Some(ValidationContextType::CombinedValidationContext(validation)),
-        alpn_protocols: alpn.iter().map(|name| (*name).to_owned()).collect(),
+        alpn_protocols: alpn(protocols),
         ..Default::default()
     };
-    let context = UpstreamTlsContext { common_tls_context: Some(common), ..Default::default() };
-    let config = Some(ConfigType::TypedConfig(pack(&context)));
-    TransportSocket { name: "envoy.transport_sockets.tls".to_owned(), config_type: config }
+    tls(pack(&UpstreamTlsContext { common_tls_context: Some(common), ..Default::default() }))
 }
 
 /// What is tried again. `otherwise` holds where the manifest does not say of what.

@@ -102,6 +102,15 @@ pub(super) fn to_service(cluster: &str, protocol: Protocol, manifest: Option<&Se
     })
 }
 
+/// To the pod of a sidecar. How long that may take its callers decide.
+pub(super) fn to_own_port(cluster: &str) -> Route {
+    everything(RouteAction {
+        cluster_specifier: Some(ClusterSpecifier::Cluster(cluster.to_owned())),
+        timeout: Some(NO_TIMEOUT),
+        ..Default::default()
+    })
+}
+
 fn everything(action: RouteAction) -> Route {
     Route {
         r#match: Some(RouteMatch { path_specifier: Some(PathSpecifier::Prefix("/".to_owned())), ..Default::default() }),

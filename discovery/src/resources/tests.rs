@@ -161,8 +161,14 @@ fn weights_and_canaries_are_sent() {
         canary,
     };
     let endpoints = vec![endpoint(1, Some(7), true), endpoint(2, None, false)];
-    let port =
-        crate::mesh::MeshPort { protocol: Protocol::Http1, vips: vec![], external: None, endpoints, offloaded: vec![] };
+    let port = crate::mesh::MeshPort {
+        protocol: Protocol::Http1,
+        vips: vec![],
+        external: None,
+        endpoints,
+        offloaded: vec![],
+        targets: [80].into(),
+    };
     let mut mesh = Mesh::default();
     let service = MeshService { ports: BTreeMap::from([(80, port)]), ..Default::default() };
     mesh.services.insert(ObjectKey::new("default", "users"), Arc::new(service));

@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use super::resource::Position;
-use super::{Change, ProxyKind, ResourceSet, Snapshot, TypeResources, by_name, encode, type_url};
+use super::{
+    Change, INBOUND_LISTENER, OUTBOUND_LISTENER, ProxyKind, Resource, ResourceSet, Role, Snapshot, TypeResources,
+    by_name, edge, encode, listeners, sidecar, type_url,
+};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
-use crate::policy::{egress_of, is_rest_on_demand};
+use crate::policy::{egress_of, exposed_services, is_rest_on_demand};
 use crate::secrets::{self, Access};
 
 /// Above this many views that are in use, further ones are made for each client: nodes choose which services they say they
@@ -19,6 +22,8 @@ const MOST_SHARED: usize = 10_000;
 pub struct Viewer {
     /// What it is.
     pub kind: ProxyKind,
+    /// What it is for. Of gRPC's own client that does not count.
+    pub role: Role,
     /// The services whose pods call through it, as far as it says.
     pub services: BTreeSet<ObjectKey>,
     /// The secrets that it may have, by who it is.
@@ -29,7 +34,8 @@ pub struct Viewer {
 
 impl Default for Viewer {
     fn default() -> Self {
-        Self { kind: ProxyKind::Foreign, services: BTreeSet::new(), secrets: Arc::default(), on_demand: None }
+        let (kind, role) = (ProxyKind::Foreign, Role::Node);
+        Self { kind, role, services: BTreeSet::new(), secrets: Arc::default(), on_demand: None }
     }
 }
 
@@ -43,32 +49,60 @@ pub struct View {
     position: Position,
     /// Of which state of the policies `allowed` is.
     policies: u64,
-    /// The services; `None` is all.
+    /// What it is of; `None` is everything, for a node.
     allowed: Option<Scope>,
 }
 
-/// The services that a view is of.
+/// What a view is of.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Scope {
-    services: Arc<BTreeSet<ObjectKey>>,
+    /// The services; `None` is all.
+    services: Option<Arc<BTreeSet<ObjectKey>>>,
     /// Whether there are routes to the rest, whose clusters are asked for when a request needs them.
     rest_on_demand: bool,
+    role: Role,
+    /// Of a sidecar: the services of its pod.
+    own: Arc<BTreeSet<ObjectKey>>,
 }
 
 impl Scope {
-    /// What somebody may have; `None` is all.
+    /// What somebody may have; `None` is everything, for a node.
     fn of(mesh: &Mesh, viewer: &Viewer) -> Option<Scope> {
-        let mut services = egress_of(mesh, &viewer.services)?;
+        let role = if viewer.kind == ProxyKind::Grpc { Role::Node } else { viewer.role };
+        let mut services = egress_of(mesh, &viewer.services);
+        if role == Role::Edge {
+            let exposed = exposed_services(mesh);
+            let services = match services {
+                Some(allowed) => exposed.intersection(&allowed).cloned().collect(),
+                None => exposed,
+            };
+            return Some(Scope {
+                services: Some(Arc::new(services)),
+                rest_on_demand: false,
+                role,
+                own: Arc::default(),
+            });
+        }
         // gRPC's own client asks for each service by its name, which its listeners are.
-        let asked_for = viewer.on_demand.as_ref().filter(|_| viewer.kind != ProxyKind::Grpc);
+        let asked_for = viewer.on_demand.as_ref().filter(|_| viewer.kind != ProxyKind::Grpc && services.is_some());
         let asked_for = asked_for.filter(|_| is_rest_on_demand(mesh, &viewer.services));
-        services.extend(asked_for.into_iter().flatten().cloned());
-        Some(Scope { services: Arc::new(services), rest_on_demand: asked_for.is_some() })
+        if let Some(services) = &mut services {
+            services.extend(asked_for.into_iter().flatten().cloned());
+        }
+        if services.is_none() && role == Role::Node {
+            return None;
+        }
+        let own = if role == Role::Sidecar { viewer.services.clone() } else { BTreeSet::new() };
+        let rest_on_demand = asked_for.is_some();
+        Some(Scope { services: services.map(Arc::new), rest_on_demand, role, own: Arc::new(own) })
     }
 
     /// Whether a change is one of the view.
     fn has(&self, change: &Change) -> bool {
-        let of_scope = change.service.as_ref().is_none_or(|service| self.services.contains(service));
+        let of_scope = match (&change.service, &self.services) {
+            (Some(service), Some(services)) => services.contains(service),
+            (None, _) | (_, None) => true,
+        };
         of_scope || (self.rest_on_demand && change.reshaped)
     }
 }
@@ -159,42 +193,70 @@ impl Snapshot {
 
     /// Makes a view, from what it was before if that is known.
     fn scoped(&self, kind: ProxyKind, scope: &Scope, before: Option<(Position, &ResourceSet)>) -> ResourceSet {
-        let known = scope.services.iter().filter_map(|key| self.mesh.services.get_key_value(key));
-        let services: BTreeMap<_, _> = known.map(|(key, service)| (key.clone(), Arc::clone(service))).collect();
-        let mesh = Mesh { services, ..Mesh::default() };
+        let mesh = match &scope.services {
+            None => Arc::clone(&self.mesh),
+            Some(services) => {
+                let known = services.iter().filter_map(|key| self.mesh.services.get_key_value(key));
+                let services = known.map(|(key, service)| (key.clone(), Arc::clone(service))).collect();
+                Arc::new(Mesh { services, ..Mesh::default() })
+            }
+        };
         let reshaped = before.is_none_or(|(position, _)| {
             let changes = self.history.since(position);
             let reshaped = |change: &Change| change.reshaped && change.service.is_some() && scope.has(change);
             changes.is_none_or(|mut all| all.any(reshaped))
         });
         let before = before.map(|(_, set)| set.clone()).unwrap_or_default();
+        let of_all = self.resources(kind);
         let mut set = ResourceSet::default();
         for (type_url, known) in &before.types {
+            let the_same_for_all = || Arc::clone(of_all.of_type(type_url).unwrap_or(known));
             let replaced = match *type_url {
+                type_url::OVERRIDE_SHARE => the_same_for_all(),
                 type_url::LISTENER if kind != ProxyKind::Grpc && !reshaped => Arc::clone(known),
-                type_url::LISTENER if kind != ProxyKind::Grpc => {
-                    let rest = scope.rest_on_demand.then_some(&*self.mesh);
-                    known.replaced(self.proxy_listeners(&mesh, rest, kind))
+                type_url::LISTENER if kind != ProxyKind::Grpc => known.replaced(self.listeners(&mesh, kind, scope)),
+                type_url::ROUTE if scope.role == Role::Edge && !reshaped => Arc::clone(known),
+                type_url::ROUTE if scope.role == Role::Edge => {
+                    let routes = edge::route_configuration(&mesh, &self.options, kind);
+                    known.replaced(by_name(encode(type_url::ROUTE, vec![routes])))
                 }
-                // The same for all.
-                type_url::ROUTE if scope.rest_on_demand => {
-                    Arc::clone(self.resources(kind).of_type(type_url).unwrap_or(known))
-                }
+                type_url::ROUTE if scope.rest_on_demand || scope.services.is_none() => the_same_for_all(),
                 type_url::ROUTE if !reshaped => Arc::clone(known),
                 type_url::ROUTE => {
                     let ports = mesh.services.values().flat_map(|service| service.ports.keys().copied()).collect();
                     known.replaced(super::routes(&mesh, &ports))
                 }
-                // The same for all.
-                type_url::OVERRIDE_SHARE => Arc::clone(self.resources(kind).of_type(type_url).unwrap_or(known)),
+                type_url::CLUSTER if scope.role == Role::Sidecar && !reshaped => Arc::clone(known),
+                type_url if scope.services.is_none() && type_url != type_url::CLUSTER => the_same_for_all(),
                 type_url => {
                     let made = mesh.services.keys().filter_map(|key| self.made.get(key));
-                    let resources = made.flat_map(|made| made.of_type(type_url)).chain(super::always(type_url));
+                    let of_services = made.flat_map(|made| made.of_type(type_url)).chain(super::always(type_url));
+                    let is_sidecars = type_url == type_url::CLUSTER && scope.role == Role::Sidecar;
+                    let own = is_sidecars.then(|| {
+                        let own = sidecar::clusters(&self.mesh, &scope.own, &self.options);
+                        encode(type_url::CLUSTER, own)
+                    });
+                    let resources = of_services.chain(own.into_iter().flatten());
                     known.replaced(resources.map(|resource| (Arc::clone(&resource.name), resource)).collect())
                 }
             };
             set.types.insert(type_url, replaced);
         }
         set
+    }
+
+    /// The listeners of a proxy with this scope. `mesh`: what there is in it.
+    fn listeners(&self, mesh: &Mesh, kind: ProxyKind, scope: &Scope) -> BTreeMap<Arc<str>, Arc<Resource>> {
+        let listeners = match scope.role {
+            Role::Edge => edge::listeners(mesh, &self.options, kind),
+            role => {
+                let rest = scope.rest_on_demand.then_some(&*self.mesh);
+                let outbound = listeners::outbound(mesh, rest, &self.options, (kind, role));
+                let inbound = (role == Role::Sidecar)
+                    .then(|| (INBOUND_LISTENER.to_owned(), sidecar::inbound(&self.mesh, &scope.own, &self.options)));
+                [(OUTBOUND_LISTENER.to_owned(), outbound)].into_iter().chain(inbound).collect()
+            }
+        };
+        by_name(encode(type_url::LISTENER, listeners))
     }
 }

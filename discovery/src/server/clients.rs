@@ -1,6 +1,6 @@
 //! The connected clients, for the status endpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +14,10 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::csds::Held;
+use super::viewer;
+use crate::kubernetes::ObjectKey;
+use crate::mesh::Mesh;
+use crate::resources::{Role, Viewer};
 
 /// The longest rejection that is kept and logged, in characters.
 const MAX_REASON: usize = 1000;
@@ -31,6 +35,11 @@ pub struct ClientStatus {
     pub cluster: String,
     /// What it says it is, `envoy` or `culvert` for example.
     pub user_agent: String,
+    /// What it is for.
+    pub role: Role,
+    /// Of a sidecar: the services of its pod.
+    #[serde(skip)]
+    pub own_services: BTreeSet<ObjectKey>,
     /// Which version of it. Empty if it does not say.
     pub user_agent_version: String,
     /// Since when it is connected, in seconds since the epoch.
@@ -52,6 +61,15 @@ pub struct TypeStatus {
     pub acked: Option<String>,
     /// The last version that it rejected.
     pub nack: Option<Nack>,
+}
+
+/// What keeps a node from being given what it asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ClientProblem {
+    /// The id of the node.
+    pub node: String,
+    /// What it is.
+    pub problem: String,
 }
 
 /// A rejection.
@@ -91,6 +109,9 @@ impl ClientStatus {
             self.node.clone_from(&node.id);
             self.cluster.clone_from(&node.cluster);
             self.user_agent.clone_from(&node.user_agent_name);
+            let Viewer { role, services, .. } = viewer(node);
+            self.role = role;
+            self.own_services = if role == Role::Sidecar { services } else { BTreeSet::new() };
             self.user_agent_version = match &node.user_agent_version_type {
                 Some(UserAgentVersionType::UserAgentVersion(version)) => version.clone(),
                 Some(UserAgentVersionType::UserAgentBuildVersion(build)) => {
@@ -149,8 +170,15 @@ pub struct Clients {
 struct Inner {
     next_id: AtomicU64,
     connected: Mutex<BTreeMap<u64, Entry>>,
+    /// Who was refused, by id, when last and why.
+    refused: Mutex<BTreeMap<String, (Instant, String)>>,
     totals: Totals,
 }
+
+/// How long it is told that a node was refused. Who tries again does so within half a minute.
+const TOLD: Duration = Duration::from_secs(120);
+/// The most nodes that this is told of.
+const MOST_TOLD: usize = 100;
 
 /// What a stream is asked: which resources its client has. It answers between two responses.
 pub(super) type Question = oneshot::Sender<Vec<Held>>;
@@ -219,6 +247,38 @@ impl Clients {
             self.inner.totals.rejections.fetch_add(1, Ordering::Relaxed);
             warn!("client {node}: rejected what it polled: {}", one_line(&reason));
         }
+    }
+
+    /// Notes why a node is not served.
+    pub(super) fn refused(&self, node: &str, why: &str) {
+        let mut refused = self.inner.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.retain(|_, (when, _)| when.elapsed() < TOLD);
+        if refused.len() < MOST_TOLD || refused.contains_key(node) {
+            let news = refused.insert(node.to_owned(), (Instant::now(), why.to_owned()));
+            if news.is_none_or(|(_, known)| known != why) {
+                warn!("node `{}` is not served: {why}", one_line(node));
+            }
+        }
+    }
+
+    /// What keeps nodes from being given what they ask for.
+    #[must_use]
+    pub fn problems(&self, mesh: &Mesh) -> Vec<ClientProblem> {
+        let refused = self.inner.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let refused = refused.into_iter().filter(|(_, (when, _))| when.elapsed() < TOLD);
+        let mut problems: Vec<_> = refused.map(|(node, (_, why))| (node, why)).collect();
+        for entry in self.inner.connected().values().filter(|entry| entry.status.role == Role::Sidecar) {
+            let ClientStatus { node, own_services: own, .. } = &entry.status;
+            if !own.iter().any(|key| mesh.services.contains_key(key)) {
+                let named: Vec<_> = own.iter().map(ToString::to_string).collect();
+                let named = if named.is_empty() { "none".to_owned() } else { named.join(", ") };
+                problems.push((node.clone(), format!(
+                    "is a sidecar of no service of the mesh (its metadata `services`, else its cluster: {named}): what comes in \
+                     is passed through"
+                )));
+            }
+        }
+        problems.into_iter().map(|(node, problem)| ClientProblem { node, problem }).collect()
     }
 
     /// What has happened since the start.

@@ -48,7 +48,8 @@ use self::tls::{Identity, TlsFiles};
 use crate::health::{self, Checks};
 use crate::kubernetes::ObjectKey;
 use crate::overrides::contexts::Contexts;
-use crate::resources::{PUSH_ORDER, ProxyKind, Snapshot, TypeResources, Viewer};
+use crate::resources::role::METADATA;
+use crate::resources::{PUSH_ORDER, ProxyKind, Role, Snapshot, TypeResources, Viewer};
 use crate::secrets::Access;
 
 const STREAM_ADS: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
@@ -177,6 +178,20 @@ impl Xds {
         }
     }
 
+    /// Looks whether there is something for what a node says it is for; if not, `/status` says so for a while.
+    ///
+    /// # Errors
+    /// What is wrong.
+    fn check_role(&self, node: &Node) -> Result<(), String> {
+        let checked = match Role::of(node) {
+            Ok(Role::Edge) if self.snapshots.borrow().edge().is_none() => {
+                Err(format!("node.metadata `{METADATA}`: is edge, and discovery is configured without `edge`"))
+            }
+            role => role.map(drop),
+        };
+        checked.inspect_err(|problem| self.clients.refused(&node.id, problem))
+    }
+
     /// A stream of xDS.
     fn stream<S: Session>(self, request: http::Request<Incoming>, peer: Peer) -> http::Response<Body> {
         let identity = |encoding: &http::HeaderValue| encoding == "identity";
@@ -285,6 +300,7 @@ impl StreamOf {
             self.xds.authorization.check(&self.peer.identity, node)?;
             self.known = true;
             if let Some(node) = node {
+                self.xds.check_role(node).map_err(Status::invalid_argument)?;
                 session.allow(self.xds.authorization.secrets(&self.peer.identity, node));
             }
         }
@@ -337,7 +353,13 @@ pub(crate) fn viewer(node: &Node) -> Viewer {
         let (name, namespace) = name.split_once('.').unwrap_or((name, "default"));
         ObjectKey::new(namespace, name)
     });
-    Viewer { kind: proxy_kind(&node.user_agent_name), services: services.collect(), ..Viewer::default() }
+    Viewer {
+        kind: proxy_kind(&node.user_agent_name),
+        // One that is none is not served.
+        role: Role::of(node).unwrap_or_default(),
+        services: services.collect(),
+        ..Viewer::default()
+    }
 }
 
 /// The subscribed types of a stream, in the order in which they are pushed.

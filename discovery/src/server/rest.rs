@@ -3,16 +3,23 @@
 //! What a client is given names where the rest is to be had, which is here, by REST again: in the place of ADS, clusters and
 //! listeners have a source of that kind. Its cluster is what the client calls this server.
 
-use culvert_xds_client::json::{Format, UnknownFields, any_to_json, read};
+use std::sync::Arc;
+
+use culvert_xds_client::json::{Format, UnknownFields, read, to_json_with_secrets};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::core::v3::config_source::ConfigSourceSpecifier;
+use envoy_types::pb::envoy::config::core::v3::transport_socket::ConfigType as SocketConfig;
 use envoy_types::pb::envoy::config::core::v3::{
-    ApiConfigSource, ApiVersion, ConfigSource, Node, api_config_source::ApiType,
+    ApiConfigSource, ApiVersion, ConfigSource, Node, TransportSocket, api_config_source::ApiType,
 };
 use envoy_types::pb::envoy::config::listener::v3::Listener;
-use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType;
+use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as FilterConfig;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::RouteSpecifier;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::common_tls_context::ValidationContextType as Validation;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3::{
+    CommonTlsContext, DownstreamTlsContext, UpstreamTlsContext,
+};
 use envoy_types::pb::envoy::service::discovery::v3::DiscoveryRequest;
 use envoy_types::pb::google::protobuf::value::Kind;
 use envoy_types::pb::google::protobuf::{Any, Duration};
@@ -20,13 +27,13 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Response, StatusCode};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
-use prost::{Message as _, Name as _};
+use prost::{Message, Name};
 use serde_json::json;
 use tonic::body::Body;
 
 use super::tls::Identity;
 use super::{MAX_REQUEST_BYTES, WILDCARD, Xds, viewer};
-use crate::resources::type_url;
+use crate::resources::{Viewer, type_url};
 
 /// What the paths begin with.
 pub(super) const PREFIX: &str = "/v3/discovery:";
@@ -61,8 +68,10 @@ impl Xds {
             Some("endpoints") => type_url::ENDPOINT,
             Some("listeners") => type_url::LISTENER,
             Some("routes") => type_url::ROUTE,
+            Some("secrets") => type_url::SECRET,
             _ => {
-                let paths = "/v3/discovery:clusters, :endpoints, :listeners and :routes are what there is".to_owned();
+                let paths =
+                    "/v3/discovery:clusters, :endpoints, :listeners, :routes and :secrets are what there is".to_owned();
                 return Err((StatusCode::NOT_FOUND, paths));
             }
         };
@@ -83,10 +92,12 @@ impl Xds {
         self.authorization
             .check(identity, Some(&node))
             .map_err(|status| (StatusCode::FORBIDDEN, status.message().to_owned()))?;
+        self.check_role(&node).map_err(|error| wrong(&error))?;
         self.clients.polled(&node.id, error_detail.map(|error| error.message));
         let snapshot = self.snapshots.borrow().clone();
-        let view = snapshot.view(&viewer(&node), None);
-        let Some(available) = view.set.of_type(type_url) else { return Ok(None) };
+        let secrets = Arc::new(self.authorization.secrets(identity, &node));
+        let view = snapshot.view(&Viewer { secrets, ..viewer(&node) }, None);
+        let Some(available) = view.of_type(type_url) else { return Ok(None) };
         let (version, resources) = if resource_names.is_empty() || resource_names.iter().any(|name| name == WILDCARD) {
             (available.version.clone(), available.resources.values().cloned().collect())
         } else {
@@ -96,8 +107,9 @@ impl Xds {
             return Ok(None);
         }
         let source = source(&node);
+        // Who may have a secret gets it: what is not shown otherwise is what was asked for.
         let resources: Vec<_> =
-            resources.iter().map(|resource| any_to_json(&by_rest(resource.body(), &source))).collect();
+            resources.iter().map(|resource| to_json_with_secrets(&by_rest(resource.body(), &source))).collect();
         let answer = json!({ "version_info": &*version, "resources": resources, "type_url": type_url });
         serde_json::to_vec(&answer).map(Some).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
     }
@@ -130,20 +142,19 @@ fn by_rest(body: Any, source: &ConfigSource) -> Any {
             if let Some(eds) = &mut cluster.eds_cluster_config {
                 eds.eds_config = Some(source.clone());
             }
+            secrets_by_rest(cluster.transport_socket.as_mut(), source);
             cluster.encode_to_vec()
         }),
         type_url::LISTENER => Listener::decode(&*body.value).ok().map(|mut listener| {
-            let filters = listener.filter_chains.iter_mut().flat_map(|chain| &mut chain.filters);
-            for filter in filters {
-                let Some(ConfigType::TypedConfig(any)) = &mut filter.config_type else { continue };
-                if any.type_url != HttpConnectionManager::type_url() {
-                    continue;
-                }
-                if let Ok(mut manager) = HttpConnectionManager::decode(&*any.value) {
-                    if let Some(RouteSpecifier::Rds(rds)) = &mut manager.route_specifier {
-                        rds.config_source = Some(source.clone());
-                    }
-                    any.value = manager.encode_to_vec();
+            for chain in &mut listener.filter_chains {
+                secrets_by_rest(chain.transport_socket.as_mut(), source);
+                for filter in &mut chain.filters {
+                    let Some(FilterConfig::TypedConfig(any)) = &mut filter.config_type else { continue };
+                    change::<HttpConnectionManager>(any, |manager| {
+                        if let Some(RouteSpecifier::Rds(rds)) = &mut manager.route_specifier {
+                            rds.config_source = Some(source.clone());
+                        }
+                    });
                 }
             }
             listener.encode_to_vec()
@@ -151,6 +162,34 @@ fn by_rest(body: Any, source: &ConfigSource) -> Any {
         _ => None,
     };
     Any { value: changed.unwrap_or(body.value), type_url: body.type_url }
+}
+
+/// The secrets of a TLS context, from this source.
+fn secrets_by_rest(socket: Option<&mut TransportSocket>, source: &ConfigSource) {
+    let Some(SocketConfig::TypedConfig(any)) = socket.and_then(|socket| socket.config_type.as_mut()) else { return };
+    let from_source = |context: &mut Option<CommonTlsContext>| {
+        let Some(context) = context else { return };
+        let validation = match &mut context.validation_context_type {
+            Some(Validation::ValidationContextSdsSecretConfig(secret)) => Some(secret),
+            Some(Validation::CombinedValidationContext(both)) => both.validation_context_sds_secret_config.as_mut(),
+            _ => None,
+        };
+        for secret in context.tls_certificate_sds_secret_configs.iter_mut().chain(validation) {
+            secret.sds_config = Some(source.clone());
+        }
+    };
+    change::<UpstreamTlsContext>(any, |tls| from_source(&mut tls.common_tls_context));
+    change::<DownstreamTlsContext>(any, |tls| from_source(&mut tls.common_tls_context));
+}
+
+/// Changes a packed message, if it is of this type.
+fn change<M: Message + Name + Default>(any: &mut Any, change: impl FnOnce(&mut M)) {
+    if any.type_url == M::type_url()
+        && let Ok(mut message) = M::decode(&*any.value)
+    {
+        change(&mut message);
+        any.value = message.encode_to_vec();
+    }
 }
 
 fn respond(status: StatusCode, kind: &'static str, body: Vec<u8>) -> Response<Body> {

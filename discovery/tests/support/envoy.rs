@@ -45,6 +45,89 @@ impl Drop for Envoy {
     }
 }
 
+/// How an Envoy asks discovery.
+pub struct Asks<'a> {
+    /// The fields of its node.
+    pub node: &'a str,
+    /// The port of its admin pages.
+    pub admin: u16,
+    /// The port of discovery's xDS.
+    pub xds: u16,
+    /// `DELTA_GRPC` or `GRPC`, over ADS, or `REST`.
+    pub by: &'a str,
+    /// Whether it wants listeners beside clusters.
+    pub listeners: bool,
+    /// Where its certificate is and what it is called, if discovery wants one.
+    pub certificate: Option<(&'a Path, &'a str)>,
+    /// Further lines of the bootstrap.
+    pub more: &'a str,
+}
+
+impl Default for Asks<'_> {
+    fn default() -> Self {
+        let node = "id: test, cluster: test";
+        Self { node, admin: 0, xds: 0, by: "DELTA_GRPC", listeners: true, certificate: None, more: "" }
+    }
+}
+
+impl Asks<'_> {
+    /// The bootstrap. Its cluster `discovery` leads there.
+    pub fn bootstrap(&self) -> String {
+        let Self { node, admin, xds, by, listeners, certificate, more } = self;
+        let (ads, source, http) = match *by {
+            "REST" => {
+                let rest = "api_type: REST, transport_api_version: V3, refresh_delay: 0.2s, cluster_names: [discovery]";
+                (
+                    String::new(),
+                    format!("{{resource_api_version: V3, api_config_source: {{{rest}}}}}"),
+                    "http_protocol_options",
+                )
+            }
+            by => {
+                let services = "[{envoy_grpc: {cluster_name: discovery}}]";
+                let ads =
+                    format!("ads_config: {{api_type: {by}, transport_api_version: V3, grpc_services: {services}}}, ");
+                (ads, "{resource_api_version: V3, ads: {}}".to_owned(), "http2_protocol_options")
+            }
+        };
+        let lds = if *listeners { format!(", lds_config: {source}") } else { String::new() };
+        let tls = certificate.map_or_else(String::new, |(path, name)| {
+            let path = path.display();
+            format!(
+                "
+    transport_socket:
+      name: tls
+      typed_config:
+        \"@type\": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
+        common_tls_context:
+          tls_certificates: [{{certificate_chain: {{filename: {path}/{name}.crt}}, private_key: {{filename: {path}/{name}.key}}}}]
+          validation_context:
+            trusted_ca: {{filename: {path}/ca.crt}}
+            match_typed_subject_alt_names: [{{san_type: IP_ADDRESS, matcher: {{exact: 127.0.0.1}}}}]"
+            )
+        });
+        format!(
+            "
+node: {{{node}}}
+admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
+dynamic_resources: {{{ads}cds_config: {source}{lds}}}
+{more}
+static_resources:
+  clusters:
+  - name: discovery
+    connect_timeout: 5s
+    typed_extension_protocol_options:
+      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
+        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+        explicit_http_config: {{{http}: {{}}}}{tls}
+    load_assignment:
+      cluster_name: discovery
+      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {xds}}}}}}}}}]}}]
+"
+        )
+    }
+}
+
 /// Answers `/fail` with 500, `/slow` never, and anything else with 200. Counts what it is asked.
 pub fn serve(asked: Arc<AtomicUsize>) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -18,6 +19,8 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 /// A running culvert-discovery. Killed when dropped.
 pub struct Program {
     child: Child,
+    /// What it has logged since it serves.
+    said: Arc<Mutex<String>>,
     /// Where xDS is served.
     pub listen: SocketAddr,
     /// Where the pages are served.
@@ -53,8 +56,15 @@ impl Program {
             seen.push(line);
         };
         // The rest is read so that the program never waits for its log to be.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { child, listen, http }
+        let said = Arc::<Mutex<String>>::default();
+        let into = Arc::clone(&said);
+        std::thread::spawn(move || lines.flatten().for_each(|line| into.lock().unwrap().push_str(&(line + "\n"))));
+        Self { child, said, listen, http }
+    }
+
+    /// Whether it has logged this since it serves.
+    pub fn has_said(&self, text: &str) -> bool {
+        self.said.lock().unwrap().contains(text)
     }
 
     /// Ends the program without a farewell.

@@ -10,19 +10,32 @@ use super::decode::has_special_form;
 use super::redact;
 use super::scalar::format_duration;
 
-/// A message as JSON. Of `Any`s that are too deep in each other the inner ones stay encoded.
-pub(super) fn message(message: &DynamicMessage) -> Json {
-    message_in(message, 0)
+/// How a message is shown.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    /// How many `Any`s it is in.
+    anys: usize,
+    /// Whether secrets are shown as they are.
+    secrets: bool,
 }
 
-/// `anys`: how many `Any`s the message is in.
-fn message_in(message: &DynamicMessage, anys: usize) -> Json {
+/// A message as JSON. Of `Any`s that are too deep in each other the inner ones stay encoded.
+pub(super) fn message(message: &DynamicMessage) -> Json {
+    message_in(message, How { anys: 0, secrets: false })
+}
+
+/// The same, with its secrets.
+pub(super) fn message_with_secrets(message: &DynamicMessage) -> Json {
+    message_in(message, How { anys: 0, secrets: true })
+}
+
+fn message_in(message: &DynamicMessage, how: How) -> Json {
     let desc = message.descriptor();
     match desc.full_name().strip_prefix("google.protobuf.") {
-        Some("Any") => return any(message, anys),
-        Some("Struct") => return first_field(message, anys, Json::Object(Map::new())),
-        Some("ListValue") => return first_field(message, anys, Json::Array(Vec::new())),
-        Some("Value") => return first_field(message, anys, Json::Null),
+        Some("Any") => return any(message, how),
+        Some("Struct") => return first_field(message, how, Json::Object(Map::new())),
+        Some("ListValue") => return first_field(message, how, Json::Array(Vec::new())),
+        Some("Value") => return first_field(message, how, Json::Null),
         Some("Duration") => return Json::String(format_duration(integer(message, "seconds"), nanos(message))),
         Some("Timestamp") => {
             let time = prost_types::Timestamp { seconds: integer(message, "seconds"), nanos: nanos(message) };
@@ -36,15 +49,15 @@ fn message_in(message: &DynamicMessage, anys: usize) -> Json {
         Some(_) if has_special_form(desc.full_name()) => {
             // A wrapper: its default is printed too, the message's presence being the information.
             let Some(field) = desc.get_field_by_name("value") else { return Json::Null };
-            return single(&message.get_field(&field), &field.kind(), anys);
+            return single(&message.get_field(&field), &field.kind(), how);
         }
         _ => {}
     }
     let shown = message.fields().filter_map(|(field, value)| {
-        let json = if redact::is_sensitive(&field) {
-            field_value(&redact::value(value, anys)?, &field, anys)
+        let json = if !how.secrets && redact::is_sensitive(&field) {
+            field_value(&redact::value(value, how.anys)?, &field, how)
         } else {
-            field_value(value, &field, anys)
+            field_value(value, &field, how)
         };
         Some((field.name().to_owned(), json))
     });
@@ -52,7 +65,7 @@ fn message_in(message: &DynamicMessage, anys: usize) -> Json {
 }
 
 /// An `Any` of type `type_url` with the message `value` decoded from its bytes; `None` where the type is unknown.
-fn any(message: &DynamicMessage, anys: usize) -> Json {
+fn any(message: &DynamicMessage, how: How) -> Json {
     let type_url = message.get_field_by_name("type_url");
     let bytes = message.get_field_by_name("value");
     let type_url = type_url.as_deref().and_then(Value::as_str).unwrap_or_default();
@@ -60,34 +73,35 @@ fn any(message: &DynamicMessage, anys: usize) -> Json {
     if type_url.is_empty() {
         return Json::Object(Map::new());
     }
-    let name = type_url.rsplit('/').next().filter(|_| anys < MAX_ANYS);
+    let name = type_url.rsplit('/').next().filter(|_| how.anys < MAX_ANYS);
     let inner = name
         .and_then(|name| message.descriptor().parent_pool().get_message_by_name(name))
         .and_then(|desc| DynamicMessage::decode(desc, bytes.clone()).ok());
+    let inner_of = How { anys: how.anys + 1, ..how };
     let mut object = match inner {
-        Some(inner) if !has_special_form(inner.descriptor().full_name()) => match message_in(&inner, anys + 1) {
+        Some(inner) if !has_special_form(inner.descriptor().full_name()) => match message_in(&inner, inner_of) {
             Json::Object(object) => object,
             other => Map::from_iter([("value".to_owned(), other)]),
         },
-        Some(inner) => Map::from_iter([("value".to_owned(), message_in(&inner, anys + 1))]),
+        Some(inner) => Map::from_iter([("value".to_owned(), message_in(&inner, inner_of))]),
         None => Map::from_iter([("value".to_owned(), Json::String(STANDARD.encode(bytes)))]),
     };
     object.insert("@type".to_owned(), Json::String(type_url.to_owned()));
     Json::Object(object)
 }
 
-fn field_value(value: &Value, field: &FieldDescriptor, anys: usize) -> Json {
+fn field_value(value: &Value, field: &FieldDescriptor, how: How) -> Json {
     match (value, field.kind()) {
-        (Value::List(items), kind) => Json::Array(items.iter().map(|item| single(item, &kind, anys)).collect()),
+        (Value::List(items), kind) => Json::Array(items.iter().map(|item| single(item, &kind, how)).collect()),
         (Value::Map(map), Kind::Message(entry)) => {
             let kind = entry.map_entry_value_field().kind();
-            Json::Object(map.iter().map(|(key, value)| (map_key(key), single(value, &kind, anys))).collect())
+            Json::Object(map.iter().map(|(key, value)| (map_key(key), single(value, &kind, how))).collect())
         }
-        (value, kind) => single(value, &kind, anys),
+        (value, kind) => single(value, &kind, how),
     }
 }
 
-fn single(value: &Value, kind: &Kind, anys: usize) -> Json {
+fn single(value: &Value, kind: &Kind, how: How) -> Json {
     match value {
         Value::Bool(value) => Json::Bool(*value),
         Value::I32(value) => Json::Number((*value).into()),
@@ -107,7 +121,7 @@ fn single(value: &Value, kind: &Kind, anys: usize) -> Json {
                 None => Json::Number((*number).into()),
             },
         },
-        Value::Message(value) => message_in(value, anys),
+        Value::Message(value) => message_in(value, how),
         // Lists and maps occur only as fields.
         Value::List(_) | Value::Map(_) => Json::Null,
     }
@@ -138,8 +152,8 @@ fn map_key(key: &MapKey) -> String {
 }
 
 /// The one field that is set of a message whose JSON form is that field.
-fn first_field(message: &DynamicMessage, anys: usize, otherwise: Json) -> Json {
-    message.fields().next().map_or(otherwise, |(field, value)| field_value(value, &field, anys))
+fn first_field(message: &DynamicMessage, how: How, otherwise: Json) -> Json {
+    message.fields().next().map_or(otherwise, |(field, value)| field_value(value, &field, how))
 }
 
 fn integer(message: &DynamicMessage, field: &str) -> i64 {

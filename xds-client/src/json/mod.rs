@@ -167,6 +167,14 @@ pub fn to_json<T: Message + Name>(message: &T) -> serde_json::Value {
     }
 }
 
+/// As [`to_json`], with what is sensitive: for who is to use it, not for people.
+pub fn to_json_with_secrets<T: Message + Name>(message: &T) -> serde_json::Value {
+    match dynamic(message) {
+        Ok(message) => encode::message_with_secrets(&message),
+        Err(error) => serde_json::json!({ "error": error.to_string() }),
+    }
+}
+
 /// A message behind its descriptor, for those who pick fields by name.
 ///
 /// Empty where the type is not in the [`pool()`], which those of Envoy's API and of Culvert's are.

@@ -1,0 +1,174 @@
+//! What a sidecar is given beside the listener for what its pod calls: a listener for what calls its pod.
+//!
+//! ```text
+//! port of the pod that is one of its service's   -> its protocol, limits and mTLS -> where the client wanted to go, which is the pod
+//! any other                                      -> where the client wanted to go
+//! ```
+//! Connections are redirected by the pod's own NAT rules, for both listeners. Whoever connects to a listener itself is turned away: the
+//! proxy would connect to itself for ever.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use envoy_types::pb::envoy::config::cluster::v3::Cluster;
+use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
+use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
+use envoy_types::pb::envoy::config::listener::v3::{AdditionalAddress, FilterChain, Listener};
+use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, VirtualHost};
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
+use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::RouteSpecifier;
+
+use super::clusters::{CONNECT_TIMEOUT, protocol_options, socket_address};
+use super::listeners::{
+    access_log, http_filter, manager_filter, matching_port, original_dst_filter, passthrough, router, tcp_proxy,
+};
+use super::routes::to_own_port;
+use super::{INBOUND_LISTENER, Options, policy};
+use crate::kubernetes::ObjectKey;
+use crate::mesh::{Mesh, MeshPort, cluster_name};
+use crate::policy::ServiceManifest;
+
+/// The cluster without endpoints, for connections to a listener itself.
+const NOWHERE: &str = "nowhere";
+
+/// The cluster that leads to the pod's own port of a service's port.
+fn own_cluster(key: &ObjectKey, port: u16) -> String {
+    format!("inbound_{}", cluster_name(key, port))
+}
+
+/// The ports of the pod that services of these have, by the pod's numbers. Of services that share one, the first counts.
+fn own_ports<'a>(mesh: &'a Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -> BTreeMap<u16, OwnPort<'a>> {
+    let mut ports = BTreeMap::new();
+    for (key, service) in own.iter().filter_map(|key| mesh.services.get_key_value(key)) {
+        for (port, described) in &service.ports {
+            for target in described.targets.iter().filter(|target| **target != options.inbound_port) {
+                let manifest = service.manifest.as_deref();
+                ports.entry(*target).or_insert_with(|| OwnPort {
+                    cluster: own_cluster(key, *port),
+                    described,
+                    manifest,
+                });
+            }
+        }
+    }
+    ports
+}
+
+struct OwnPort<'a> {
+    cluster: String,
+    described: &'a MeshPort,
+    manifest: Option<&'a ServiceManifest>,
+}
+
+/// The clusters that only a sidecar of pods of these services has.
+pub(super) fn clusters(mesh: &Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -> Vec<(String, Cluster)> {
+    let nowhere = Cluster {
+        name: NOWHERE.to_owned(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::Static.into())),
+        connect_timeout: Some(CONNECT_TIMEOUT),
+        load_assignment: Some(ClusterLoadAssignment { cluster_name: NOWHERE.to_owned(), ..Default::default() }),
+        ..Default::default()
+    };
+    let mut clusters = BTreeMap::from([(NOWHERE.to_owned(), nowhere)]);
+    for OwnPort { cluster: name, described, manifest } in own_ports(mesh, own, options).into_values() {
+        let idle = manifest.and_then(|manifest| manifest.timeouts.idle);
+        let cluster = Cluster {
+            name: name.clone(),
+            cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
+            connect_timeout: Some(CONNECT_TIMEOUT),
+            lb_policy: LbPolicy::ClusterProvided.into(),
+            typed_extension_protocol_options: protocol_options(described.protocol, idle),
+            circuit_breakers: manifest.and_then(policy::circuit_breakers),
+            ..Default::default()
+        };
+        clusters.insert(name, cluster);
+    }
+    clusters.into_iter().collect()
+}
+
+/// Where the outbound listener is: at the loopback addresses of the families that proxies have, which is where redirected connections of
+/// the pod itself come; at an address that is configured, there.
+pub(super) fn outbound_addresses(options: &Options) -> Vec<IpAddr> {
+    match options.outbound_address {
+        IpAddr::V6(address) if address.is_unspecified() => vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+        IpAddr::V4(address) if address.is_unspecified() => vec![Ipv4Addr::LOCALHOST.into()],
+        address => vec![address],
+    }
+}
+
+/// Gives a listener these addresses, of which there is one at least.
+pub(super) fn listen_at(listener: &mut Listener, addresses: &[IpAddr], port: u16) {
+    let mut addresses = addresses.iter().map(|address| socket_address(*address, port, false));
+    listener.address = addresses.next();
+    let more = addresses.map(|address| AdditionalAddress { address: Some(address), ..Default::default() });
+    listener.additional_addresses = more.collect();
+}
+
+/// The chain for connections to a listener itself. `addresses`: its own, unless it is at all of them.
+pub(super) fn itself(port: u16, addresses: &[IpAddr]) -> FilterChain {
+    FilterChain {
+        name: "itself".to_owned(),
+        filter_chain_match: matching_port(port, addresses),
+        filters: vec![tcp_proxy("itself", NOWHERE, None)],
+        ..Default::default()
+    }
+}
+
+/// The listener for what calls the pod.
+pub(super) fn inbound(mesh: &Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -> Listener {
+    let own_ports = own_ports(mesh, own, options);
+    let chains = own_ports.iter().map(|(target, port)| chain(*target, port, options));
+    let dual_stack = options.outbound_address.is_unspecified() && options.outbound_address.is_ipv6();
+    Listener {
+        name: INBOUND_LISTENER.to_owned(),
+        address: Some(socket_address(options.outbound_address, options.inbound_port, dual_stack)),
+        listener_filters: vec![original_dst_filter()],
+        filter_chains: chains.chain([itself(options.inbound_port, &[])]).collect(),
+        default_filter_chain: Some(passthrough()),
+        ..Default::default()
+    }
+}
+
+fn chain(target: u16, port: &OwnPort<'_>, options: &Options) -> FilterChain {
+    let OwnPort { cluster, described, manifest } = port;
+    let name = format!("inbound_{target}");
+    let idle = manifest.and_then(|manifest| manifest.timeouts.idle);
+    let filter =
+        if described.protocol.is_http() { http(&name, port, options) } else { tcp_proxy(&name, cluster, idle) };
+    let mtls = manifest.and_then(|manifest| manifest.mtls.as_ref());
+    FilterChain {
+        name,
+        filter_chain_match: matching_port(target, &[]),
+        filters: vec![filter],
+        transport_socket: mtls.map(|mtls| policy::downstream_tls(mtls, described.protocol)),
+        ..Default::default()
+    }
+}
+
+/// The connection manager of a port. Timeouts and retries are the callers'.
+fn http(name: &str, port: &OwnPort<'_>, options: &Options) -> envoy_types::pb::envoy::config::listener::v3::Filter {
+    let limits = port.manifest.map(policy::rate_limit).unwrap_or_default();
+    let mut http_filters = Vec::new();
+    if !limits.is_empty() {
+        http_filters.push(http_filter(policy::RATE_LIMIT_FILTER, policy::rate_limit_filter()));
+    }
+    http_filters.push(router());
+    let routes = RouteConfiguration {
+        name: name.to_owned(),
+        virtual_hosts: vec![VirtualHost {
+            name: port.cluster.clone(),
+            domains: vec!["*".to_owned()],
+            routes: vec![to_own_port(&port.cluster)],
+            typed_per_filter_config: limits,
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    manager_filter(HttpConnectionManager {
+        stat_prefix: name.to_owned(),
+        route_specifier: Some(RouteSpecifier::RouteConfig(routes)),
+        http_filters,
+        access_log: access_log(options),
+        ..Default::default()
+    })
+}
