@@ -184,6 +184,11 @@ impl Discovery {
             dividing.await;
             Ok(())
         });
+        let owners = contexts.clone().run(snapshots.clone());
+        tasks.spawn(async move {
+            owners.await;
+            Ok(())
+        });
         let xds =
             Xds { snapshots, shutdown: asked, clients, authorization, loads, contexts, load_report_interval, checks };
         tasks.spawn(async move { xds.serve(listen, tls).await.context("serving xDS") });

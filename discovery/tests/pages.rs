@@ -192,7 +192,7 @@ fn who_drops_contexts_is_shown() {
     }
     let carried = |overrides, trace_only, nothing| Carried { overrides, trace_only, nothing };
     let counted = vec![
-        (Counted::To("users.default:80".to_owned()), carried(3, 0, 4)),
+        (Counted::To("users.default:80".to_owned()), carried(23, 0, 4)),
         (Counted::From("10.1.0.1".to_owned()), carried(0, 2, 0)),
         (Counted::From("10.1.0.9".to_owned()), carried(0, 1, 5)),
         (Counted::To("orders.default:80".to_owned()), carried(0, 0, 9)),
@@ -200,7 +200,9 @@ fn who_drops_contexts_is_shown() {
     ];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async { tokio::time::timeout(DEADLINE, report_contexts(&program, counted)).await.unwrap() });
-    let contexts = program.json("/status")["contexts"].clone();
+    // Whose addresses are whose is found out aside.
+    let told = |status: &serde_json::Value| status["contexts"]["services"][1]["went"]["trace_only"] == 3;
+    let contexts = program.until("/status", "whose addresses they are", told)["contexts"].clone();
     let verdict = "DROPS them: it passes on trace headers, but not their baggage";
     // Also what none came to here: another replica may know more.
     let orders = serde_json::json!({
@@ -209,7 +211,7 @@ fn who_drops_contexts_is_shown() {
     });
     let expected = serde_json::json!({ "reports": 1, "services": [orders, {
         "service": "users.default", "drops": true, "verdict": verdict,
-        "came": { "overrides": 3, "trace_only": 0, "nothing": 4 }, "went": { "overrides": 0, "trace_only": 3, "nothing": 5 },
+        "came": { "overrides": 23, "trace_only": 0, "nothing": 4 }, "went": { "overrides": 0, "trace_only": 3, "nothing": 5 },
     }] });
     assert_eq!(contexts, expected);
     let metrics = program.page("/metrics");
@@ -225,7 +227,7 @@ fn who_drops_contexts_is_shown() {
     assert!(!program.json("/status")["loads"].to_string().contains(CLUSTER));
     let Some(page) = seen_by_chromium(&program, "") else { return };
     let contexts = part(&page, "contexts");
-    let row = "<th scope=\"row\">users.default</th><td>3</td><td>7</td><td>0</td><td>3</td><td>8</td>";
+    let row = "<th scope=\"row\">users.default</th><td>23</td><td>27</td><td>0</td><td>3</td><td>8</td>";
     assert!(!contexts.contains("orders.default"), "{contexts}");
     assert!(contexts.contains(row) && contexts.contains(&format!("<td class=\"bad\">{verdict}</td>")), "{contexts}");
 }

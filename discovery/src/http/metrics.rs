@@ -301,8 +301,8 @@ impl StatusPages {
         });
         let help = "Requests that came to services and went out from their pods, by the context that they carried.";
         to.family("culvert_discovery_context_requests_total", "counter", help, requests);
-        let drops = contexts.status(&mesh).services.into_iter().filter(|it| it.passed.came.overrides > 0);
-        let drops = drops.map(|it| ([("service", it.service)], u8::from(it.drops)));
+        let drops = services.iter().filter(|(_, passed)| passed.came.overrides > 0);
+        let drops = drops.map(|(service, passed)| ([("service", service.clone())], u8::from(passed.verdict().1)));
         let help =
             "Whether a service that requests with overrides came to drops them, by the reports to this replica alone.";
         to.family("culvert_discovery_context_dropped", "gauge", help, drops);

@@ -6,16 +6,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use culvert_xds_client::overrides::contexts::{Carried, Counted, read};
 use culvert_xds_client::overrides::split_service;
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterStats;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
 
 use super::tunnels;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
+use crate::resources::Snapshot;
 
 /// So many requests with overrides have to have come in before shares are compared.
 pub const ENOUGH: u64 = 20;
@@ -54,11 +56,16 @@ impl Passed {
         if went.total() == 0 {
             return ("calls nobody that is seen", false);
         }
-        if went.overrides == 0 && went.trace_only > 0 {
-            return ("DROPS them: it passes on trace headers, but not their baggage", true);
-        }
-        if went.overrides == 0 {
-            return ("DROPS them", true);
+        // A few may have been answered without calls of others, and what went out may have been on its own account. Nor are the reports of
+        // what came and what went of one moment.
+        match (went.overrides, came.overrides >= ENOUGH, went.trace_only > 0) {
+            (1.., _, _) => {}
+            (0, true, true) => return ("DROPS them: it passes on trace headers, but not their baggage", true),
+            (0, true, false) => return ("DROPS them", true),
+            (0, false, true) => {
+                return ("passed on none so far, only trace headers; too few have come to say more", false);
+            }
+            (0, false, false) => return ("passed on none so far; too few have come to say more", false),
         }
         // The share that goes out is less than half of the share that comes in.
         let (out_share, in_share) = (
@@ -77,7 +84,14 @@ impl Passed {
 
 /// What is known of all services.
 #[derive(Debug, Clone, Default)]
-pub struct Contexts(Arc<Mutex<Seen>>);
+pub struct Contexts(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    seen: Mutex<Seen>,
+    /// Somebody needs to know whose addresses are whose in the newest mesh.
+    wanted: Notify,
+}
 
 #[derive(Debug, Default)]
 struct Seen {
@@ -92,7 +106,6 @@ struct Seen {
 #[derive(Debug, Default)]
 struct Owners {
     mesh: Weak<Mesh>,
-    read: Option<Instant>,
     by_address: HashMap<IpAddr, Vec<ObjectKey>>,
 }
 
@@ -131,14 +144,43 @@ impl ContextStatus {
 impl Contexts {
     fn with<T>(&self, change: impl FnOnce(&mut Seen) -> T) -> T {
         // Sums are whole after every change, so a panic elsewhere does not spoil them.
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        change(&mut self.0.seen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Keeps the picture of whose addresses are whose as new as reports need it, until snapshots end.
+    pub async fn run(self, snapshots: watch::Receiver<Arc<Snapshot>>) {
+        while snapshots.has_changed().is_ok() {
+            self.0.wanted.notified().await;
+            let mesh = Arc::clone(&snapshots.borrow().mesh);
+            // A hundred thousand endpoints are read on a thread that may take its time, and while nobody waits.
+            let Ok(owners) = tokio::task::spawn_blocking(move || Owners::of(&mesh)).await else { return };
+            self.learn(owners);
+            // A mesh may change fifty times a second.
+            tokio::time::sleep(MAX_AGE).await;
+        }
+    }
+
+    /// Takes in whose addresses are whose.
+    fn learn(&self, owners: Owners) {
+        let before = self.with(|seen| {
+            let before = std::mem::replace(&mut seen.owners, owners);
+            for (address, carried) in std::mem::take(&mut seen.pending) {
+                seen.went(address, carried);
+            }
+            if let Some(mesh) = seen.owners.mesh.upgrade() {
+                seen.services.retain(|key, _| mesh.services.contains_key(key));
+            }
+            before
+        });
+        // A large one is let go of where nobody waits for it.
+        drop(before);
     }
 
     /// Takes in what a proxy reports. What is of no service of the mesh is passed over.
     pub fn add(&self, report: &ClusterStats, mesh: &Arc<Mesh>) {
-        self.with(|seen| {
+        let is_new = self.with(|seen| {
             seen.reports += 1;
-            let is_new = seen.know(mesh);
+            let is_new = seen.owners.mesh.ptr_eq(&Arc::downgrade(mesh));
             for (whose, carried) in read(report) {
                 match whose {
                     Counted::To(cluster) => {
@@ -158,7 +200,11 @@ impl Contexts {
                     }
                 }
             }
+            is_new
         });
+        if !is_new {
+            self.0.wanted.notify_one();
+        }
     }
 
     /// How many reports there were.
@@ -169,19 +215,17 @@ impl Contexts {
 
     /// What is known, by service.
     #[must_use]
-    pub fn services(&self, mesh: &Arc<Mesh>) -> Vec<(String, Passed)> {
+    pub fn services(&self, mesh: &Mesh) -> Vec<(String, Passed)> {
         let name = |key: &ObjectKey| format!("{}.{}", key.name, key.namespace);
         self.with(|seen| {
-            if !seen.pending.is_empty() {
-                seen.know(mesh);
-            }
-            seen.services.iter().map(|(key, passed)| (name(key), *passed)).collect()
+            let there = seen.services.iter().filter(|(key, _)| mesh.services.contains_key(*key));
+            there.map(|(key, passed)| (name(key), *passed)).collect()
         })
     }
 
     /// What `/status` says.
     #[must_use]
-    pub fn status(&self, mesh: &Arc<Mesh>) -> ContextsStatus {
+    pub fn status(&self, mesh: &Mesh) -> ContextsStatus {
         let services = self.services(mesh).into_iter().map(|(service, passed)| ContextStatus::new(service, passed));
         ContextsStatus { reports: self.reports(), services: services.collect() }
     }
@@ -196,16 +240,11 @@ impl Seen {
         }
         true
     }
+}
 
-    /// Reads whose addresses are whose, if that may have changed, and forgets services that are gone. Gives whether it is as new as the mesh.
-    fn know(&mut self, mesh: &Arc<Mesh>) -> bool {
-        if self.owners.mesh.ptr_eq(&Arc::downgrade(mesh)) {
-            return true;
-        }
-        // A mesh of a hundred thousand endpoints may change fifty times a second.
-        if self.owners.read.is_some_and(|read| read.elapsed() < MAX_AGE) {
-            return false;
-        }
+impl Owners {
+    /// Reads them off a mesh.
+    fn of(mesh: &Arc<Mesh>) -> Owners {
         let mut by_address: HashMap<IpAddr, Vec<ObjectKey>> = HashMap::new();
         for (key, service) in &mesh.services {
             for port in service.ports.values() {
@@ -223,12 +262,7 @@ impl Seen {
                 }
             }
         }
-        self.services.retain(|key, _| mesh.services.contains_key(key));
-        self.owners = Owners { mesh: Arc::downgrade(mesh), read: Some(Instant::now()), by_address };
-        for (address, carried) in std::mem::take(&mut self.pending) {
-            self.went(address, carried);
-        }
-        true
+        Owners { mesh: Arc::downgrade(mesh), by_address }
     }
 }
 
@@ -261,6 +295,7 @@ mod tests {
                 external: None,
                 endpoints: vec![endpoint],
                 offloaded: Vec::new(),
+                targets: Default::default(),
             };
             MeshService { ports: [(80, port)].into(), ..MeshService::default() }
         };
@@ -268,8 +303,10 @@ mod tests {
         Arc::new(Mesh { services: services.collect(), ..Mesh::default() })
     }
 
+    /// Takes a report in, and then who is who.
     fn told(contexts: &Contexts, mesh: &Arc<Mesh>, counted: &[(Counted, Carried)]) {
         contexts.add(&report(counted.iter().cloned(), protobuf::Duration::default()), mesh);
+        contexts.learn(Owners::of(mesh));
     }
 
     #[test]
@@ -290,7 +327,7 @@ mod tests {
             &[
                 (to("front"), carried(3, 0, 7)),
                 (from("10.0.0.1"), carried(2, 5, 0)),
-                (to("users"), carried(2, 0, 0)),
+                (to("users"), carried(20, 0, 0)),
                 (from("10.0.0.2"), carried(0, 4, 0)),
                 (to("quiet"), carried(0, 0, 9)),
             ],
@@ -314,7 +351,7 @@ mod tests {
         let expected = [
             ("front.default", "passes on what came so far", false),
             ("leaf.default", "calls nobody that is seen", false),
-            ("orders.default", "DROPS them", true),
+            ("orders.default", "passed on none so far; too few have come to say more", false),
             ("quiet.default", "none came to it", false),
             ("users.default", "DROPS them: it passes on trace headers, but not their baggage", true),
         ];
@@ -328,21 +365,45 @@ mod tests {
     #[test]
     fn pods_come_later_and_services_go() {
         let contexts = Contexts::default();
-        let ages = || contexts.with(|seen| seen.owners.read = None);
-        told(&contexts, &mesh(&[("front", "10.0.0.1:80")]), &[(Counted::From("10.0.0.2".into()), carried(1, 0, 0))]);
+        let from_2 = |overrides| [(Counted::From("10.0.0.2".into()), carried(overrides, 0, 0))];
+        let before = mesh(&[("front", "10.0.0.1:80")]);
+        told(&contexts, &before, &from_2(1));
+        let add = |mesh: &Arc<Mesh>, counted: &[(Counted, Carried)]| {
+            contexts.add(&report(counted.iter().cloned(), protobuf::Duration::default()), mesh);
+        };
+        add(&before, &from_2(1));
         let later = mesh(&[("front", "10.0.0.2:80")]);
-        told(&contexts, &later, &[(Counted::From("10.0.0.2".into()), carried(2, 0, 0))]);
-        assert_eq!(contexts.services(&later), [], "the picture is not so old yet");
-        ages();
+        add(&later, &from_2(2));
+        assert_eq!(contexts.services(&later), [], "whose it is is not known yet");
+        contexts.learn(Owners::of(&later));
         let went = Passed { came: Carried::default(), went: carried(2, 0, 0) };
         assert_eq!(
             contexts.services(&later),
             [("front.default".to_owned(), went)],
             "at first the address was nobody's"
         );
-        ages();
-        told(&contexts, &mesh(&[]), &[]);
+        assert_eq!(contexts.services(&mesh(&[])), []);
+        let nothing = mesh(&[]);
+        contexts.learn(Owners::of(&nothing));
         assert_eq!(contexts.services(&later), []);
+    }
+
+    #[tokio::test]
+    async fn who_is_who_is_read_aside_when_somebody_needs_it() {
+        let mesh = mesh(&[("front", "10.0.0.1:80")]);
+        let (_publish, snapshots) =
+            watch::channel(Arc::new(Snapshot::build(Arc::clone(&mesh), &crate::resources::Options::default())));
+        let contexts = Contexts::default();
+        let running = tokio::spawn(contexts.clone().run(snapshots));
+        let counted = [(Counted::From("10.0.0.1".into()), carried(1, 0, 0))];
+        contexts.add(&report(counted.iter().cloned(), protobuf::Duration::default()), &mesh);
+        let known = async {
+            while contexts.services(&mesh).is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), known).await.unwrap();
+        running.abort();
     }
 
     #[test]
@@ -351,6 +412,9 @@ mod tests {
         assert!(!verdict(carried(19, 0, 0), carried(1, 0, 99)).1);
         assert!(verdict(carried(20, 0, 0), carried(1, 0, 99)).1);
         assert!(!verdict(carried(20, 0, 80), carried(11, 0, 89)).1);
+        assert_eq!(verdict(carried(20, 0, 0), carried(0, 0, 1)), ("DROPS them", true));
+        assert!(!verdict(carried(19, 0, 0), carried(0, 0, 99)).1);
+        assert!(!verdict(carried(19, 0, 0), carried(0, 99, 0)).1);
         let few = verdict(carried(14, 0, 0), carried(3, 6, 0));
         assert_eq!(few, ("passes on some; too few have come to say more", false));
     }

@@ -66,7 +66,7 @@ pub const TUNNEL_WINDOW: u32 = 4 * 1024 * 1024;
 pub const SEND_BUFFER: usize = 64 * 1024;
 
 /// The cluster of endpoints that are tunnels.
-pub(crate) const CLUSTER_OF_TUNNELS: &str = "tunnel";
+pub const CLUSTER_OF_TUNNELS: &str = "tunnel";
 /// How long the other side may take to begin, and to connect to what it leads to.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest header that is looked at, in bytes.
