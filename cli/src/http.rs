@@ -83,6 +83,17 @@ fn request(base: &str, method: &str, path: &str) -> anyhow::Result<Vec<u8>> {
     Ok(body)
 }
 
+/// An answer that has to be JSON.
+///
+/// # Errors
+/// What it is in its place, for people.
+pub fn json(body: &[u8]) -> Result<serde_json::Value, String> {
+    if body.trim_ascii().is_empty() {
+        return Err("nothing".to_owned());
+    }
+    serde_json::from_slice(body).map_err(|error| format!("what is no JSON ({error})"))
+}
+
 fn has_port(authority: &str) -> bool {
     // In an IPv6 address without a port, the last colon is inside of the brackets.
     authority.rsplit_once(':').is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))

@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use culvert_xds_client::overrides::{
-    BAGGAGE_ITEM, Override, Overrides, SpanContext, decode_ot_span_context, find, parse_baggage,
+    BAGGAGE_ITEM, ContextError, Override, Overrides, SpanContext, decode_ot_span_context, find, parse_baggage,
 };
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
@@ -98,11 +98,30 @@ pub fn run(command: Command) -> anyhow::Result<String> {
 
 /// The message of some revisions and a share.
 fn message(set: &[(String, String)], share: Option<&str>) -> anyhow::Result<Overrides> {
-    let overrides = Overrides::new(set.iter().cloned())
-        .context("--set (overrides are numbered from 0, in the order of the flags)")?;
+    let services: Vec<_> = set.iter().map(|(service, _)| service.clone()).collect();
+    let flag = |service: &str, _: &str| {
+        let revision = set.iter().find(|(of, _)| of == service).map_or("", |(_, revision)| revision);
+        format!("--set {service}={revision}")
+    };
+    let overrides = Overrides::new(set.iter().cloned()).map_err(|error| by_flag(&error, &services, flag))?;
     match share {
         Some(token) => overrides.with_share(token).context("--share (`culvert override share list` shows the tokens)"),
         None => Ok(overrides),
+    }
+}
+
+/// What is wrong with a message, which numbers what it says of services, by the flags that said so. `flag` gives the one of a service and
+/// a field.
+fn by_flag(error: &ContextError, services: &[String], flag: impl Fn(&str, &str) -> String) -> anyhow::Error {
+    let text = error.to_string();
+    let numbered = text.strip_prefix("overrides[").and_then(|rest| rest.split_once(']'));
+    let found = numbered.and_then(|(index, rest)| Some((services.get(index.parse::<usize>().ok()?)?, rest)));
+    match found {
+        Some((service, rest)) => {
+            let rest = rest.trim_start_matches(['.', ' ']);
+            anyhow::anyhow!("{}: {rest}", flag(service, rest))
+        }
+        None => anyhow::anyhow!(text),
     }
 }
 

@@ -47,8 +47,11 @@ impl Flags {
         let body = http::get(&self.discovery, "/status").with_context(|| {
             format!("no status from {}; is culvert-discovery running with --http at that address?", self.discovery)
         })?;
-        let status: Value = serde_json::from_slice(&body).with_context(|| {
-            format!("{} is not the status page of culvert-discovery: is that its --http address?", self.discovery)
+        let status = http::json(&body).map_err(|found| {
+            anyhow::anyhow!(
+                "{} is not the status page of culvert-discovery: is that its --http address? It answered with {found}",
+                self.discovery
+            )
         })?;
         if status["ready"] == false {
             eprintln!("note: discovery has not read all of its clusters yet, and does not know everything");
@@ -209,7 +212,12 @@ fn problems(status: &Value) -> Vec<String> {
     for cluster in list(&status["clusters"]) {
         let (name, source) = (cell(&cluster["name"]), &cluster["source"]);
         if let Some(error) = source["error"].as_str() {
-            problems.push(format!("cluster {name}: {error}; its last objects stay in force"));
+            let meanwhile = if cluster["read"] == false {
+                "it has never been read, and is left out"
+            } else {
+                "its last objects stay in force"
+            };
+            problems.push(format!("cluster {name}: {error}; {meanwhile}"));
         }
         for file in list(&source["file_errors"]) {
             let kept = if file["last_good_in_force"] == true {
@@ -231,6 +239,9 @@ fn problems(status: &Value) -> Vec<String> {
         problems.push(format!("secret {name}: {}; what was there before stays in force", cell(error)));
     }
     problems.extend(list(&status["warnings"]).iter().map(cell));
+    for it in list(&status["client_problems"]) {
+        problems.push(format!("node {}: {}", cell(&it["node"]), cell(&it["problem"])));
+    }
     for client in list(&status["clients"]) {
         for (type_url, state) in client["types"].as_object().into_iter().flatten() {
             if !state["nack"].is_null() {

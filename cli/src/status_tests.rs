@@ -62,6 +62,23 @@ fn tables_show_what_matters() {
 }
 
 #[test]
+fn what_was_never_read_does_not_stay_in_force() {
+    let cluster = |name: &str, read: bool| json!({ "name": name, "read": read, "source": { "error": "refused" } });
+    let status = json!({
+        "clusters": [cluster("east", true), cluster("west", false)],
+        "client_problems": [{ "node": "n1", "problem": "is a gateway" }],
+    });
+    assert_eq!(
+        problems(&status),
+        [
+            "cluster east: refused; its last objects stay in force",
+            "cluster west: refused; it has never been read, and is left out",
+            "node n1: is a gateway",
+        ]
+    );
+}
+
+#[test]
 fn an_empty_mesh_is_not_an_error() {
     assert_eq!(
         tables(&json!({})),
@@ -87,6 +104,7 @@ fn failures_say_what_to_do_next() {
         ("http://".to_owned(), "is not of the form http://HOST:PORT"),
         (serve_once("HTTP/1.0 404 Not Found\r\n\r\nno such page".to_owned()), "404: no such page"),
         (serve_once("HTTP/1.0 200 OK\r\n\r\n<html>".to_owned()), "is not the status page of culvert-discovery"),
+        (serve_once("HTTP/1.0 200 OK\r\n\r\n".to_owned()), "is that its --http address? It answered with nothing"),
         (serve_once("HTTP/1.0 200 OK\r\ncontent-length: 9\r\n\r\n{}".to_owned()), "too early"),
         (serve_once("SSH-2.0-OpenSSH\r\n".to_owned()), "does not speak HTTP"),
     ];

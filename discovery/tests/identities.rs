@@ -10,7 +10,7 @@ use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, Disc
 use envoy_types::pb::envoy::service::status::v3::ClientStatusRequest;
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_client::ClientStatusDiscoveryServiceClient;
 use support::certificates::{Authority, channel, host, uri};
-use support::envoy::{Envoy, free_port, get, wait_until};
+use support::envoy::{Asks, Envoy, free_port, get, wait_until};
 use support::{DEADLINE, Program};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -104,7 +104,12 @@ async fn a_client_is_given_what_its_certificate_may_have() {
         ("proxy", node("node-1", "orders"), "services", "may not be used by a node of these services"),
         ("proxy", node("node-1", ""), "services", "or of none"),
         ("proxy", None, "nameless", "the first request needs a node"),
-        ("stranger", node("node-1", "users"), "identity", "no rule is for the names in this certificate"),
+        (
+            "stranger",
+            node("node-1", "users"),
+            "identity",
+            "names in this certificate: spiffe://elsewhere/ns/shop/sa/proxy",
+        ),
     ] {
         let metric = format!("culvert_discovery_refused_total{{reason=\"{reason}\"}} ");
         let before = stage.metric(&metric);
@@ -167,45 +172,26 @@ async fn no_certificate_or_a_forged_one_is_no_connection_and_files_are_read_agai
     // A certificate without its key changes nothing.
     std::fs::write(path.join("server.key"), "nothing").unwrap();
     stage.authority.issue(path, "unused", &[host()]);
-    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let started = Instant::now();
+    // It looks when somebody connects.
+    while !stage.program.has_said("what was there before stays in force") {
+        assert!(stage.connect(Some("proxy"), "newer-ca").await.is_ok());
+        assert!(started.elapsed() < DEADLINE, "it was not looked at");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
     assert!(stage.connect(Some("proxy"), "newer-ca").await.is_ok());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn envoy_shows_its_certificate() {
     let stage = Stage::new();
-    let (path, port) = (stage.directory.path().display(), stage.program.listen.port());
+    let (path, port) = (stage.directory.path(), stage.program.listen.port());
     for (id, expected) in [("node-1", true), ("edge", false)] {
         let admin = free_port();
-        let bootstrap = format!(
-            "
-node: {{id: {id}, cluster: users}}
-admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {admin}}}}}}}
-dynamic_resources:
-  ads_config: {{api_type: DELTA_GRPC, transport_api_version: V3, grpc_services: [{{envoy_grpc: {{cluster_name: discovery}}}}]}}
-  cds_config: {{resource_api_version: V3, ads: {{}}}}
-static_resources:
-  clusters:
-  - name: discovery
-    connect_timeout: 5s
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        \"@type\": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{}}}}
-    transport_socket:
-      name: tls
-      typed_config:
-        \"@type\": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext
-        common_tls_context:
-          tls_certificates: [{{certificate_chain: {{filename: {path}/proxy.crt}}, private_key: {{filename: {path}/proxy.key}}}}]
-          validation_context:
-            trusted_ca: {{filename: {path}/ca.crt}}
-            match_typed_subject_alt_names: [{{san_type: IP_ADDRESS, matcher: {{exact: 127.0.0.1}}}}]
-    load_assignment:
-      cluster_name: discovery
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]
-"
-        );
+        let node = format!("id: {id}, cluster: users");
+        let certificate = Some((path, "proxy"));
+        let asks = Asks { node: &node, admin, xds: port, listeners: false, certificate, ..Asks::default() };
+        let bootstrap = asks.bootstrap();
         let _envoy = Envoy::start(&bootstrap);
         let page = |path: &str| tokio::task::block_in_place(|| get(admin, path)).unwrap_or_default();
         if expected {

@@ -64,9 +64,9 @@ impl Access {
             format!("no answer from {}; is culvert-discovery running with --http at that address?", self.discovery)
         })?;
         if (200..300).contains(&status) {
-            return serde_json::from_slice(&answer)
-                .map(Ok)
-                .with_context(|| format!("{} is not culvert-discovery, or an older one", self.discovery));
+            return http::json(&answer).map(Ok).map_err(|found| {
+                anyhow!("{} is not culvert-discovery, or an older one: it answered with {found}", self.discovery)
+            });
         }
         Ok(Err((status, refusal(status, &answer))))
     }

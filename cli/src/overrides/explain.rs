@@ -72,14 +72,21 @@ pub fn run(flags: &ExplainFlags) -> anyhow::Result<String> {
     let mut text = in_words(&decoded);
     let mut object = as_json(&decoded);
     if let Some(message) = decoded.overrides.as_mut().filter(|message| !message.share.is_empty()) {
-        match share(&flags.access, &message.share)? {
-            Shared::Refused(reason) => {
+        match share(&flags.access, &message.share) {
+            // What the header says itself is worth knowing all the same.
+            Err(error) => {
+                let _ = writeln!(text, "its share: not known: {error:#}");
+                let _ = writeln!(text, "what daemons would do without the share:");
+                object["share"] = json!({ "error": format!("{error:#}") });
+                message.share.clear();
+            }
+            Ok(Shared::Refused(reason)) => {
                 object["share"] = json!({ "refused": reason });
                 let _ = writeln!(text, "the share's token: all of it would be refused: {reason}");
                 // Whatever else the header says.
                 decoded.overrides = None;
             }
-            Shared::Stands { name, overrides } => {
+            Ok(Shared::Stands { name, overrides }) => {
                 let routes = overrides.overrides.iter().map(|entry| format!("{}={}", entry.service, entry.revision));
                 let routes = routes.collect::<Vec<_>>();
                 let _ = writeln!(text, "its share is `{name}`: {}", routes.join(", "));

@@ -13,7 +13,7 @@ use culvert_xds_client::overrides::{
 use serde_json::{Value, json};
 
 use super::offered::Look;
-use super::{BAGGAGE, BAGGAGE_OVERRIDES, OT_BAGGAGE_OVERRIDES, OT_SPAN_CONTEXT, UBERCTX_OVERRIDES};
+use super::{BAGGAGE, BAGGAGE_OVERRIDES, OT_BAGGAGE_OVERRIDES, OT_SPAN_CONTEXT, UBERCTX_OVERRIDES, by_flag};
 
 /// What is printed below the flags.
 pub const HELP: &str = "\
@@ -31,6 +31,10 @@ shows what can be named, `culvert override explain` what would be done; docs/ove
 
 /// Without `--expires`, what is signed ends after this, in seconds.
 const SIGNED_FOR: u64 = 3600;
+/// How long a signed header may hold where daemons are told nothing else, in seconds.
+const SIGNED_AT_MOST: u64 = 86_400;
+/// How long any header may hold, in seconds: as long as a share.
+const LONGEST: u64 = 30 * 86_400;
 
 /// Flags of `culvert override header`.
 #[derive(Debug, Args)]
@@ -235,9 +239,17 @@ fn message(flags: &HeaderFlags) -> anyhow::Result<Overrides> {
         "nothing is asked for: name a service with --set, --fault, --delay or another flag"
     );
     let lasts = flags.expires.or_else(|| flags.sign_key.is_some().then_some(SIGNED_FOR));
+    ensure!(lasts.is_none_or(|seconds| seconds <= LONGEST), "--expires: at most 30d are possible, as of a share");
+    if flags.sign_key.is_some() && lasts.is_some_and(|seconds| seconds > SIGNED_AT_MOST) {
+        eprintln!(
+            "warning: daemons refuse what is signed for more than 24h (lasts_too_long), unless their filters' \
+             signing.max_lifetime_s says otherwise"
+        );
+    }
     let expires = lasts.map_or(0, |seconds| now().saturating_add(seconds));
-    let message =
-        Overrides::of(entries.0, expires).context("overrides are numbered from 0, in the order of the flags")?;
+    let services: Vec<_> = entries.0.iter().map(|entry| entry.service.clone()).collect();
+    let message = Overrides::of(entries.0, expires)
+        .map_err(|error| by_flag(&error, &services, |service, field| flag_of(flags, service, field)))?;
     let message = match &flags.share {
         Some(token) => message.with_share(token).context("--share (`culvert override share list` shows the tokens)")?,
         None => message,
@@ -246,6 +258,19 @@ fn message(flags: &HeaderFlags) -> anyhow::Result<Overrides> {
     let file = PathBuf::from(file);
     let key = std::fs::read(&file).with_context(|| format!("--sign-key: cannot read {}", file.display()))?;
     message.sign(id, key_of_file(&key)).context("--sign-key")
+}
+
+/// The flag that asked for a field of what is said of a service, as it was given; the first one of that service if no flag is the field's.
+fn flag_of(flags: &HeaderFlags, service: &str, field: &str) -> String {
+    let HeaderFlags { set, address, fault, delay, timeout, .. } = flags;
+    let pairs = [("set", set), ("address", address), ("fault", fault), ("delay", delay), ("timeout", timeout)];
+    let pairs = pairs.into_iter().flat_map(|(flag, all)| all.iter().map(move |(of, value)| (flag, of, value)));
+    let mut of_service: Vec<_> = pairs.filter(|(_, of, _)| of == &service).collect();
+    of_service.sort_by_key(|(flag, _, _)| !field.starts_with(flag));
+    match of_service.first() {
+        Some((flag, of, value)) => format!("--{flag} {of}={value}"),
+        None => service.to_owned(),
+    }
 }
 
 /// What is asked for, a service each, in the order in which they are first named.

@@ -177,7 +177,7 @@ impl Authorization {
                 }
             }
         }
-        outcome.map_err(|why| self.refuse(why, node.map(|node| node.id.as_str()).unwrap_or_default()))
+        outcome.map_err(|why| self.refuse(why, node.map(|node| node.id.as_str()).unwrap_or_default(), identity))
     }
 
     /// Which secrets the client may have when it is this node: those of each rule that lets it pass.
@@ -203,13 +203,27 @@ impl Authorization {
     /// `PERMISSION_DENIED`, which is counted.
     pub fn check_status(&self, identity: &Identity) -> Result<(), Status> {
         let may = self.rules.is_empty() || self.rules.iter().any(|rule| rule.status && rule.is_for(identity));
-        if may { Ok(()) } else { Err(self.refuse(Refusal::Status, "")) }
+        if may { Ok(()) } else { Err(self.refuse(Refusal::Status, "", identity)) }
     }
 
-    fn refuse(&self, why: Refusal, id: &str) -> Status {
+    fn refuse(&self, why: Refusal, id: &str, identity: &Identity) -> Status {
         self.refused[why as usize].fetch_add(1, Ordering::Relaxed);
-        Status::permission_denied(format!("node `{id}`: {why}"))
+        let names = if why == Refusal::Identity { format!(": {}", names_of(identity)) } else { String::new() };
+        Status::permission_denied(format!("node `{id}`: {why}{names}"))
     }
+}
+
+/// The names of a certificate as rules have them, the first few and not at any length.
+fn names_of(identity: &Identity) -> String {
+    const MOST: usize = 4;
+    const LONGEST: usize = 200;
+    let uris = identity.uris.iter().cloned();
+    let names = uris.chain(identity.dns.iter().map(|name| format!("dns:{name}")));
+    let shown =
+        names.take(MOST).map(|name| name.chars().take(LONGEST).flat_map(char::escape_debug).collect::<String>());
+    let shown = shown.collect::<Vec<_>>().join(", ");
+    let more = if identity.uris.len() + identity.dns.len() > MOST { ", ..." } else { "" };
+    if shown.is_empty() { "it has no URI and no DNS name".to_owned() } else { shown + more }
 }
 
 #[cfg(test)]
