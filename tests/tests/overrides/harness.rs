@@ -121,9 +121,11 @@ impl Discovery {
             format!("{address}:{http}"),
             "--developer-token-file".to_owned(),
             token_file.clone(),
-            "--tunnels".to_owned(),
-            format!("127.0.0.1:{tunnel}"),
         ];
+        // One, unless the test says which.
+        if !further.contains(&"--tunnels") {
+            flags.extend(["--tunnels".to_owned(), format!("127.0.0.1:{tunnel}")]);
+        }
         flags.extend(further.iter().map(|flag| (*flag).to_owned()));
         let running = spawn(&flags)?;
         let url = format!("http://{address}:{http}");

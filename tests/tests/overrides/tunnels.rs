@@ -1,16 +1,17 @@
 //! `culvert override connect`: a program on a developer's machine answers for a revision.
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use culvert_tests::app::App;
-use culvert_tests::daemon::fetch;
+use culvert_tests::daemon::{fetch, free_port};
 use culvert_tests::http1::Request;
 use culvert_tests::wait_until;
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::harness::{DEADLINE, Discovery, Mesh, Running, culvert, header, refused, revision, until_revision};
 
@@ -123,6 +124,85 @@ fn requests_leave_a_tunnel_whose_discovery_is_killed() -> Result<()> {
     assert_eq!(mesh.revision(&header(&["--set", "users=feature-x"])?)?, "feature-x");
     mesh.discovery.start_again()?;
     mesh.until_revision(&headers, "laptop")
+}
+
+/// Two ports in a row.
+fn two_ports() -> Result<u16> {
+    wait_until(DEADLINE, "two free ports in a row", || {
+        let port = free_port()?;
+        let next = port.checked_add(1).context("there is no port after it")?;
+        TcpListener::bind(("127.0.0.1", next))?;
+        Ok(port)
+    })
+}
+
+/// The ports of the tunnels, by revision.
+fn ports(discovery: &Discovery) -> Result<BTreeMap<String, String>> {
+    let status = discovery.status()?;
+    let services = status["services"].as_array().context("services")?;
+    let offloaded = services.iter().flat_map(|service| service["offloaded"].as_array().into_iter().flatten());
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let tunnels =
+        offloaded.filter(|it| it["cluster"] == "tunnel").map(|it| (text(&it["revision"]), text(&it["address"])));
+    Ok(tunnels.collect())
+}
+
+/// A proxy that has not heard of anything since discovery was killed sends requests to the ports that tunnels had.
+#[test]
+fn after_a_crash_nobody_answers_at_anothers_port() -> Result<()> {
+    let first = two_ports()?;
+    let mut mesh = Mesh::start_with(&["--tunnels", &format!("127.0.0.1:{first}-{}", first + 1)])?;
+    let names = ["bob", "me"];
+    let connected = |name: &str| -> Result<Running> {
+        let port = App { pod: name.into(), revision: name.into(), upstream: None }.start()?;
+        let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{port}"), name)?;
+        tunnel.until_said("open: ")?;
+        Ok(tunnel)
+    };
+    let [bob, me] = [connected("bob")?, connected("me")?];
+    let headers = |name: &str| header(&["--set", &format!("users={name}")]);
+    for name in names {
+        mesh.until_revision(&headers(name)?, name)?;
+    }
+    let before = ports(&mesh.discovery)?;
+    assert_eq!(before.len(), 2, "{before:?}");
+
+    // The daemon hears of nothing, and they come back in the other order.
+    mesh.daemon.signal(Signal::SIGSTOP)?;
+    mesh.discovery.kill()?;
+    bob.signal(Signal::SIGSTOP)?;
+    mesh.discovery.start_again()?;
+    for (tunnel, was_held) in [(&me, false), (&bob, true)] {
+        if was_held {
+            tunnel.signal(Signal::SIGCONT)?;
+        }
+        wait_until(DEADLINE, "the tunnel to be open again", || {
+            ensure!(tunnel.said().matches("open: ").count() == 2, "{}", tunnel.said());
+            Ok(())
+        })?;
+    }
+    assert_eq!(ports(&mesh.discovery)?, before);
+
+    // What is asked now is answered before the daemon hears of the new tunnels, or after it.
+    let asking: Vec<_> = names
+        .iter()
+        .cycle()
+        .take(12)
+        .map(|name| {
+            let (name, port, headers) = ((*name).to_owned(), mesh.port, headers(name)?);
+            Ok(std::thread::spawn(move || (name, revision(port, &headers))))
+        })
+        .collect::<Result<_>>()?;
+    mesh.daemon.signal(Signal::SIGCONT)?;
+    for asked in asking {
+        let (wanted, answered) = asked.join().map_err(|_| anyhow::anyhow!("a request panicked"))?;
+        let answered = answered?;
+        assert!(answered == wanted || answered == "main", "{wanted}'s request was answered by {answered}");
+    }
+    for name in names {
+        mesh.until_revision(&headers(name)?, name)?;
+    }
+    Ok(())
 }
 
 /// A laptop is connected to each replica, so that the proxies of all of them reach it.
