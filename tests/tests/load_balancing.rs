@@ -122,6 +122,12 @@ fn cases() -> Vec<Case> {
     vec![
         case("rr", "", weighted(&[1, 1, 1, 1])),
         case("rr_weighted", "", weighted(&[1, 2, 2, 5, 10])),
+        case("twice", "", vec![group("a", 1, 0, &[(1, 1, OK), (1, 5, OK), (2, 1, OK)])]),
+        case(
+            "twice_over",
+            "lb_policy: LEAST_REQUEST",
+            vec![group("a", 1, 0, &[(1, 1, OK), (2, 1, BAD)]), group("a", 1, 1, &[(2, 1, OK), (1, 1, OK), (1, 1, OK)])],
+        ),
         case("random", "lb_policy: RANDOM", weighted(&[1, 2, 7, 1, 1, 1])),
         case("random_typed", typed("Random", ""), priorities(&["hhhuuuu", "hhh"])),
         case("least", "lb_policy: LEAST_REQUEST", weighted(&[1, 1, 1, 1])),

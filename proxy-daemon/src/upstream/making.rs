@@ -51,17 +51,20 @@ pub(super) fn build(endpoints: &[LocalityEndpoints], before: &HostSet, making: &
             }
             // There are never more hosts than fit.
             let number = hosts.len() as u32;
-            // An address that is listed twice is one host, as in Envoy.
-            if by_address.get(&hosts, &endpoint.address).is_some() {
+            // An address that is listed twice is one host, but where the configuration itself lists it: as in Envoy.
+            let twin = by_address.get(&hosts, &endpoint.address).map(|twin| Arc::clone(&hosts[twin as usize]));
+            if twin.is_some() && !matches!(making.config.discovery, Discovery::Static) {
                 continue;
             }
-            let known = making.known(before, endpoint);
+            let known = if twin.is_none() { making.known(before, endpoint) } else { None };
             match known {
                 Some(known) => by_slot[known.slot as usize] = number,
                 None => new.push(number),
             }
-            hosts.push(host(endpoint, group, &locality, known, now, making));
-            by_address.add(&hosts, number);
+            hosts.push(host(endpoint, group, &locality, known, twin.as_deref(), now, making));
+            if twin.is_none() {
+                by_address.add(&hosts, number);
+            }
         }
         groups.push(Assigned {
             locality,
@@ -254,17 +257,22 @@ impl Making<'_> {
     }
 }
 
-/// The host that an endpoint is; `known`: its version before. One that is as it was is kept as it is.
+/// The host that an endpoint is; `known`: its version before. One that is as it was is kept as it is. `twin`: another at the same address, of
+/// which all is true that is found out about this one.
 fn host(
     endpoint: &Endpoint,
     group: &LocalityEndpoints,
     locality: &Arc<Locality>,
     known: Option<&Arc<Host>>,
+    twin: Option<&Host>,
     now: Moment,
     making: &Making<'_>,
 ) -> Arc<Host> {
     let weight = endpoint.weight.max(1);
-    let vitals = making.vitals(endpoint, group, known.map(|host| &**host));
+    let vitals = match twin {
+        Some(twin) => twin.vitals.clone(),
+        None => making.vitals(endpoint, group, known.map(|host| &**host)),
+    };
     let same_vitals = |host: &Host| match (&host.vitals, &vitals) {
         (Some(before), Some(now)) => Arc::ptr_eq(before, now),
         (before, now) => before.is_none() && now.is_none(),

@@ -76,7 +76,11 @@ fn assignment_policy(policy: &Policy, path: &str) -> Result<AssignmentPolicy> {
                 DenominatorType::TenThousand => 100,
                 DenominatorType::Million => 1,
             };
-            let per_million = share.numerator.saturating_mul(each).min(1_000_000);
+            let per_million = share.numerator.saturating_mul(each);
+            if per_million > 1_000_000 {
+                let path = join(&join(path, "drop_overloads[0]"), "drop_percentage");
+                return Err(FieldError::new(path, "the numerator is greater than the denominator"));
+            }
             Some(Arc::new(DropOverload { per_million, category: one.category.as_str().into() }))
         }
         several => {
