@@ -75,11 +75,18 @@ fn endpoints(name: &str, hosts: &[(&str, u16)]) -> String {
 
 /// `typed_dns_resolver_config` with a server at this port.
 fn resolver(port: u16) -> String {
+    resolvers(&[port], "query_tries: 1")
+}
+
+/// The same with servers at these ports, and further fields.
+fn resolvers(ports: &[u16], more: &str) -> String {
+    let servers: Vec<_> =
+        ports.iter().map(|port| format!("{{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}")).collect();
+    let servers = servers.join(", ");
     format!(
         "typed_dns_resolver_config: {{name: envoy.network.dns_resolver.cares, typed_config: {{\"@type\": \
          type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig, resolvers: \
-         [{{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}], dns_resolver_options: \
-         {{no_default_search_domain: true}}, query_tries: 1}}}}"
+         [{servers}], dns_resolver_options: {{no_default_search_domain: true}}, {more}}}}}"
     )
 }
 
@@ -285,6 +292,37 @@ fn other_addresses_of_a_host_are_tried() -> Result<()> {
         wait_met(port, "V6", &["::1"]).with_context(|| format!("{kind:?}"))?;
         // An address that does not answer is no failure of the connection.
         assert_eq!(daemon.stats()?.get("cluster.also.upstream_cx_connect_fail"), 0, "{kind:?}");
+    }
+    Ok(())
+}
+
+/// As long as one of them answers, it does not matter which.
+#[test]
+fn dead_name_servers_are_gone_around_as_by_envoy() -> Result<()> {
+    let fields = "type: STRICT_DNS\n    dns_refresh_rate: 0.05s\n    dns_lookup_family: V4_ONLY";
+    for kind in [Kind::Envoy, Kind::Culvert] {
+        let (hosts, silent, answers) = (hosts()?, NameServer::start()?, NameServer::start()?);
+        let all = [free_port()?, silent.port, answers.port];
+        silent.say("up.example", Says::Nothing);
+        answers.say("up.example", addresses(&[1]));
+        let cluster = |name, ports: &[u16]| {
+            let (endpoints, resolvers) =
+                (endpoints(name, &[("up.example", hosts)]), resolvers(ports, "query_timeout_seconds: 1"));
+            (name, format!("{fields}\n    wait_for_warm_on_init: false\n    {endpoints}\n    {resolvers}"))
+        };
+        let clusters = [cluster("some", &all), cluster("dies", &[answers.port, silent.port])];
+        let (_daemon, port) = start(kind, &clusters)?;
+        wait_met(port, "some", &[ONE]).with_context(|| format!("{kind:?} with two that are dead"))?;
+        wait_met(port, "dies", &[ONE]).with_context(|| format!("{kind:?} with the first"))?;
+        // It has answered until now.
+        answers.say("up.example", Says::Nothing);
+        silent.say("up.example", addresses(&[3]));
+        wait_met(port, "dies", &[THREE]).with_context(|| format!("{kind:?} with the second"))?;
+        wait_met(port, "some", &[THREE]).with_context(|| format!("{kind:?} with one that was dead"))?;
+        // And back again.
+        silent.say("up.example", Says::Failure);
+        answers.say("up.example", addresses(&[2]));
+        wait_met(port, "dies", &[TWO]).with_context(|| format!("{kind:?} with the first again"))?;
     }
     Ok(())
 }

@@ -239,14 +239,8 @@ fn extension(custom: &CustomClusterType, cluster: &Cluster, cluster_path: &str) 
         return dns::of_extension(cluster, config, &path);
     }
     if wanted == AggregateCluster::full_name() {
-        for (set, field) in [
-            (cluster.load_assignment.is_some(), "load_assignment"),
-            (cluster.outlier_detection.is_some(), "outlier_detection"),
-            (!cluster.health_checks.is_empty(), "health_checks"),
-        ] {
-            if set {
-                return Err(FieldError::new(join(cluster_path, field), "an aggregate has no hosts of its own"));
-            }
+        if cluster.load_assignment.is_some() {
+            return Err(FieldError::new(join(cluster_path, "load_assignment"), "an aggregate has no hosts of its own"));
         }
         let AggregateCluster { clusters } = unpack(config, &path)?;
         return Ok(Discovery::Aggregate { clusters: clusters.iter().map(|name| name.as_str().into()).collect() });

@@ -1,6 +1,7 @@
 //! STRICT_DNS and LOGICAL_DNS: looks the names of clusters up again and again, on the control thread.
 
 mod resolver;
+mod servers;
 
 use std::{
     collections::HashMap,

@@ -8,15 +8,10 @@ use std::{
     time::Duration,
 };
 
-use hickory_resolver::{
-    TokioResolver,
-    config::{LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts, ServerOrderingStrategy},
-    net::runtime::TokioRuntimeProvider,
-    net::{DnsError, NetError},
-    proto::op::ResponseCode,
-};
+use hickory_resolver::proto::op::ResponseCode;
 use tokio::sync::Semaphore;
 
+use super::servers::{Servers, in_envoys_words};
 use crate::config::model::{DnsLookupFamily, DnsResolver, DnsServers};
 
 /// So many names are looked up at a time; the others wait.
@@ -37,7 +32,7 @@ pub(super) struct Answer {
 #[derive(Debug)]
 pub(super) struct Resolvers {
     default: Mutex<DnsResolver>,
-    made: Mutex<HashMap<(DnsServers, DnsLookupFamily), Arc<TokioResolver>>>,
+    made: Mutex<HashMap<(DnsServers, DnsLookupFamily), Arc<Servers>>>,
     room: Semaphore,
 }
 
@@ -76,21 +71,8 @@ impl Resolvers {
     }
 
     async fn by_servers(&self, name: &str, family: DnsLookupFamily, servers: &DnsServers) -> io::Result<Answer> {
-        let Some(resolver) = self.resolver(servers, family)? else { return by_library(name, family).await };
-        if servers.cache.is_zero() {
-            // It has one in any case.
-            resolver.clear_cache();
-        }
-        let mut found = resolver.lookup_ip(name).await;
-        if let Err(NetError::Proto(_)) = found
-            && !servers.tcp
-            && let Some(over_tcp) = self.resolver(&DnsServers { tcp: true, ..servers.clone() }, family)?
-        {
-            // Of an answer that is longer than was asked for, only the beginning has come.
-            over_tcp.clear_cache();
-            found = over_tcp.lookup_ip(name).await.or(found);
-        }
-        let found = match found {
+        let Some(known) = self.servers(servers, family)? else { return by_library(name, family).await };
+        let found = match known.look_up(name).await {
             // It goes by this, whatever else it says, as in Envoy.
             Ok(found) if found.as_lookup().message().response_code == ResponseCode::NXDomain => {
                 return Ok(Answer::default());
@@ -98,8 +80,10 @@ impl Resolvers {
             Ok(found) => found,
             Err(error) if error.is_no_records_found() => return Ok(Answer::default()),
             Err(error) => {
-                // The system's servers may be others by now: they are read anew.
-                self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(&(servers.clone(), family));
+                if known.are_the_systems {
+                    // They may be others by now: they are read anew.
+                    self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(&(servers.clone(), family));
+                }
                 return Err(in_envoys_words(error));
             }
         };
@@ -117,88 +101,17 @@ impl Resolvers {
         Ok(answer)
     }
 
-    /// `None`: there are no servers, and the system's library may know better.
-    fn resolver(&self, servers: &DnsServers, family: DnsLookupFamily) -> io::Result<Option<Arc<TokioResolver>>> {
+    /// `None`: there are none, and the system's library may know better.
+    fn servers(&self, servers: &DnsServers, family: DnsLookupFamily) -> io::Result<Option<Arc<Servers>>> {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = made.get(&(servers.clone(), family)) {
             return Ok(Some(Arc::clone(known)));
         }
-        let Some(resolver) = make(servers, family).map_err(io::Error::other)? else { return Ok(None) };
-        let resolver = Arc::new(resolver);
-        made.insert((servers.clone(), family), Arc::clone(&resolver));
-        Ok(Some(resolver))
+        let Some(new) = Servers::new(servers, family).map_err(io::Error::other)? else { return Ok(None) };
+        let new = Arc::new(new);
+        made.insert((servers.clone(), family), Arc::clone(&new));
+        Ok(Some(new))
     }
-}
-
-/// Why nobody has answered, as Envoy's resolver says it, which access logs tell. What it has no words for is told in those that there are.
-fn in_envoys_words(error: NetError) -> io::Error {
-    let words = match &error {
-        NetError::Dns(DnsError::ResponseCode(code)) => match code {
-            ResponseCode::ServFail => "DNS server returned general failure",
-            ResponseCode::FormErr => "DNS server claims query was misformatted",
-            ResponseCode::NotImp => "DNS server does not implement requested operation",
-            ResponseCode::Refused => "DNS server refused query",
-            _ => return io::Error::other(error),
-        },
-        NetError::Timeout => "Timeout while contacting DNS servers",
-        NetError::NoConnections | NetError::Io(_) => "Could not contact DNS servers",
-        _ => return io::Error::other(error),
-    };
-    io::Error::other(format!("cares_failure:{words}"))
-}
-
-fn make(servers: &DnsServers, family: DnsLookupFamily) -> Result<Option<TokioResolver>, NetError> {
-    let system = hickory_resolver::system_conf::read_system_conf().ok();
-    let (system, mut options) = system.unwrap_or_else(|| {
-        let none = ResolverConfig::from_parts(None, Vec::new(), Vec::new());
-        (none, ResolverOpts::default())
-    });
-    let given = servers.servers.iter().map(|address| {
-        let mut server = NameServerConfig::udp_and_tcp(address.ip());
-        server.connections.iter_mut().for_each(|connection| connection.port = address.port());
-        server
-    });
-    let own = system.name_servers();
-    let mut used: Vec<_> = match () {
-        () if servers.servers.is_empty() || servers.as_fallback && !own.is_empty() => own.to_vec(),
-        () => given.collect(),
-    };
-    if used.is_empty() {
-        return Ok(None);
-    }
-    if servers.tcp {
-        for server in &mut used {
-            server
-                .connections
-                .retain(|connection| matches!(connection.protocol, hickory_resolver::config::ProtocolConfig::Tcp));
-        }
-    }
-    let (domain, search) = match servers.no_search {
-        true => (None, Vec::new()),
-        false => (system.domain().cloned(), system.search().to_vec()),
-    };
-    options.ip_strategy = match family {
-        DnsLookupFamily::Auto => LookupIpStrategy::Ipv6thenIpv4,
-        DnsLookupFamily::V4Only => LookupIpStrategy::Ipv4Only,
-        DnsLookupFamily::V6Only => LookupIpStrategy::Ipv6Only,
-        DnsLookupFamily::V4Preferred => LookupIpStrategy::Ipv4thenIpv6,
-        DnsLookupFamily::All => LookupIpStrategy::Ipv4AndIpv6,
-    };
-    options.timeout = servers.timeout;
-    options.attempts = servers.tries.saturating_sub(1) as usize;
-    options.num_concurrent_reqs = 1;
-    options.server_ordering_strategy = match servers.rotate {
-        true => ServerOrderingStrategy::RoundRobin,
-        false => ServerOrderingStrategy::UserProvidedOrder,
-    };
-    options.use_hosts_file = ResolveHosts::Always;
-    if !servers.cache.is_zero() {
-        (options.positive_max_ttl, options.negative_max_ttl) = (Some(servers.cache), Some(servers.cache));
-    }
-    let config = ResolverConfig::from_parts(domain, search, used);
-    let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
-    *builder.options_mut() = options;
-    Ok(Some(builder.build()?))
 }
 
 /// What the system's own library says, on a thread of its own.
