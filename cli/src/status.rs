@@ -91,7 +91,7 @@ fn tables(status: &Value) -> String {
     section(&mut text, "OFFLOADED", offloaded(status), OFFLOADED_COLUMNS);
     section(&mut text, "TUNNELS", tunnels(status), TUNNEL_COLUMNS);
     section(&mut text, "SHARES", shares(status), SHARE_COLUMNS);
-    section(&mut text, "PROXIES", proxies(status), &["NODE", "PEER", "AGENT", "VARIANT", "STATE"]);
+    section(&mut text, "PROXIES", proxies(status), &["NODE", "PEER", "AGENT", "ROLE", "VARIANT", "STATE"]);
     let problems = problems(status);
     if !problems.is_empty() {
         text.push_str("\nPROBLEMS\n");
@@ -200,7 +200,7 @@ fn proxies(status: &Value) -> Vec<Vec<String>> {
         } else {
             "has not answered yet"
         };
-        let mut row: Vec<_> = ["node", "peer", "user_agent", "variant"].map(|key| cell(&client[key])).into();
+        let mut row: Vec<_> = ["node", "peer", "user_agent", "role", "variant"].map(|key| cell(&client[key])).into();
         row.push(state.to_owned());
         row
     };

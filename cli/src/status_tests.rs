@@ -21,7 +21,7 @@ fn status() -> Value {
         }],
         "warnings": ["something is odd"],
         "clients": [{
-            "node": "n1", "peer": "127.0.0.1:5", "user_agent": "envoy", "variant": "delta",
+            "node": "n1", "peer": "127.0.0.1:5", "user_agent": "envoy", "role": "edge", "variant": "delta",
             "types": {"a.v3.Cluster": {"sent": "2", "acked": "1", "nack": {"version": "2", "reason": "no"}}},
         }],
     })
@@ -53,7 +53,7 @@ fn tables_show_what_matters() {
         &["east", "eu", "-", "1", "2", "/m/east", "1", "bad", "file"][..],
         &["users.default:80", "http", "10.0.0.1", "1", "(+1", "draining)", "east,west"],
         &["users.default:80", "x", "10.1.0.9:80", "default/u", "east"],
-        &["n1", "127.0.0.1:5", "envoy", "delta", "rejected", "the", "newest", "configuration"],
+        &["n1", "127.0.0.1:5", "envoy", "edge", "delta", "rejected", "the", "newest", "configuration"],
     ] {
         assert!(rows.iter().any(|found| found == row), "{row:?} is not in\n{text}");
     }

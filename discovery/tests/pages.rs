@@ -3,6 +3,7 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 
@@ -143,10 +144,19 @@ fn part<'a>(page: &'a str, id: &str) -> &'a str {
 fn the_page_shows_everything_and_escapes_names() {
     let directory = tempfile::tempdir().unwrap();
     let program = program(directory.path());
+    // A node that says that it is for what there is not.
+    let body = r#"{"node": {"id": "n7", "metadata": {"culvert.proxy": "gateway"}}}"#;
+    let mut poll = std::net::TcpStream::connect(program.listen).unwrap();
+    let head = "POST /v3/discovery:clusters HTTP/1.1\r\nHost: discovery\r\nConnection: close\r\nContent-Length";
+    write!(poll, "{head}: {}\r\n\r\n{body}", body.len()).unwrap();
+    let mut answer = String::new();
+    poll.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
     let Some(page) = seen_by_chromium(&program, "#users.default%3A80") else { return };
-    assert!(part(&page, "summary").contains("ready: 1 cluster, 2 service ports, 0 clients, 2 problems."), "{page}");
+    assert!(part(&page, "summary").contains("ready: 1 cluster, 2 service ports, 0 clients, 3 problems."), "{page}");
     let problems = part(&page, "problems");
     assert!(problems.contains("bad.yaml: not valid YAML") && problems.contains("(not in force)"), "{problems}");
+    assert!(problems.contains("node n7: ") && problems.contains("is not node, sidecar or edge"), "{problems}");
     assert!(problems.contains("&lt;img src=x onerror=") && !page.contains("<img"), "{problems}");
     assert!(page.contains("<title>culvert-discovery</title>"));
     assert!(part(&page, "clusters").contains("<th scope=\"row\">east</th><td>eu</td>"), "{page}");
