@@ -70,10 +70,8 @@ pub(super) fn load(
         }
     }
     let inherits = |map: &str| inherited.iter().any(|(name, _)| *name == map);
-    let carried = match inherits(inherit::COUNTERS) {
-        true => None,
-        false => inherit::carry_counters_on(&mut ebpf, &config.pin_path),
-    };
+    let carried =
+        if inherits(inherit::COUNTERS) { None } else { inherit::carry_counters_on(&mut ebpf, &config.pin_path) };
     fill_policy(&mut ebpf, config)?;
     for direction in [Direction::Outbound, Direction::Inbound] {
         classifier(&mut ebpf, direction)?.load().map_err(|error| InterceptError::load(direction.program(), &error))?;
