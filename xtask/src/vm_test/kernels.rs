@@ -18,7 +18,7 @@ deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian
 ";
 
 /// What tests need that kernels have as modules; one that a kernel does not have is built into it.
-const MODULES: [&str; 11] = [
+const MODULES: [&str; 12] = [
     "veth",
     "8021q",
     "sch_ingress",
@@ -31,6 +31,7 @@ const MODULES: [&str; 11] = [
     "nft_nat",
     "nft_ct",
     "nft_counter",
+    "nft_objref",
 ];
 
 /// Which kernel of a series: its newest.
