@@ -1,5 +1,7 @@
 //! The attempts at a request: one host each, as many as the retry policy allows, and the answer where the last one fails.
 
+mod failed;
+
 use std::{
     borrow::Cow,
     cell::{Cell, RefCell},
@@ -10,6 +12,8 @@ use std::{
 
 use http::{HeaderValue, Method, Request, Response, StatusCode};
 
+pub(super) use self::failed::Failed;
+use self::failed::{connect_failed, reset, unsendable};
 use super::{
     body::Body,
     choice::{self, named_host},
@@ -31,8 +35,8 @@ use crate::{
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
     tls::PeerName,
     upstream::{
-        Chosen, ConnectError, Connection, HostCounter, PickCx, PoolError, Reset, ResetReason, Resource, Seen, Wanted,
-        WorkerCluster, WorkerHost,
+        Chosen, Connection, HostCounter, PickCx, PoolError, ResetReason, Resource, Seen, Wanted, WorkerCluster,
+        WorkerHost,
     },
 };
 
@@ -78,32 +82,8 @@ impl<'a> Deref for Attempts<'a> {
     }
 }
 
-/// How one attempt failed.
-pub(super) struct Failed {
-    pub(super) failure: Failure,
-    /// As Envoy words it.
-    reason: &'static str,
-    /// What the transport said of it, where that is known.
-    transport: Option<Box<str>>,
-    pub(super) status: StatusCode,
-    flags: ResponseFlags,
-    /// The request, where it can be sent again.
-    request: Option<Box<(RequestHead, Body)>>,
-    /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
-    pub(super) stale: bool,
-    /// The host has gone away, and says that it has not looked at the request.
-    gone_away: bool,
-}
-
 /// How often a request is sent again because its host went away without having looked at it.
 const MAX_MOVES: u32 = 3;
-
-impl Failed {
-    /// There was nobody at the address, or nobody who took connections.
-    fn is_unconnected(&self) -> bool {
-        self.failure == Failure::Connect && self.flags == ResponseFlags::UF
-    }
-}
 
 impl<'a> Attempts<'a> {
     /// Where nobody could be connected to in a tunnel, the request goes where it would have gone from here on, as its first attempt. Gives
@@ -555,52 +535,4 @@ pub(super) fn set_aside(incoming: &Incoming, connection: Connection) {
     if http_body::Body::is_end_stream(incoming) {
         connection.release();
     }
-}
-
-/// The request is answered in another way than this.
-fn unsendable() -> Failed {
-    let (status, flags) = (StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::DPE);
-    let (failure, reason) = (Failure::BeforeRequest, "local reset");
-    Failed { failure, reason, transport: None, status, flags, request: None, stale: false, gone_away: false }
-}
-
-fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
-    let transport = match &error {
-        PoolError::Connect(error) => error.transport_failure().map(Into::into),
-        PoolError::Handshake(_) | PoolError::Overflow => None,
-    };
-    let (reason, status, flags): (&'static str, _, _) = match error {
-        PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
-        PoolError::Connect(error) if matches!(*error, ConnectError::Timeout) => {
-            ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
-        }
-        PoolError::Connect(error) if error.is_local() => {
-            ("local connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
-        }
-        PoolError::Connect(_) => ("remote connection failure", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF),
-        PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
-    };
-    let request = Some(Box::new((head, body)));
-    let failure = if reason == "overflow" { Failure::Overflow } else { Failure::Connect };
-    Failed { failure, reason, transport, status, flags, request, stale: false, gone_away: false }
-}
-
-fn reset(Reset { request, reason: cause }: Reset, reused: bool) -> Failed {
-    let unsent = request.is_some();
-    let failure = match (unsent, cause) {
-        (true, _) => Failure::BeforeRequest,
-        (false, ResetReason::Refused | ResetReason::GoneAway) => Failure::Refused,
-        (false, _) => Failure::AfterRequest,
-    };
-    let (reason, status, flags) = match cause {
-        ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
-        ResetReason::Refused | ResetReason::GoneAway => {
-            ("remote refused stream reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR)
-        }
-        ResetReason::Remote => ("remote reset", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UR),
-        ResetReason::Closed => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
-    };
-    let request = request.map(|request| Box::new(request.into_parts()));
-    let gone_away = cause == ResetReason::GoneAway;
-    Failed { failure, reason, transport: None, status, flags, request, stale: unsent && reused, gone_away }
 }
