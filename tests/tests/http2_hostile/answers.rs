@@ -1,6 +1,5 @@
 //! Hosts whose answers are malformed: what becomes of them, and of the other answers on their connection, beside the real Envoy.
 
-use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
 use anyhow::{Result, ensure};
@@ -9,7 +8,7 @@ use culvert_tests::daemon::{Daemon, Kind, free_port};
 use culvert_tests::server;
 
 use super::harness::{compare_outcomes, get, watch};
-use super::wire::{self, ACK, Connection, END_HEADERS, HEADERS, PING, SETTINGS, data, frame, headers, settings};
+use super::wire::{self, Connection, END_HEADERS, Frame, HEADERS, Served, data, headers};
 
 const OK: (&str, &str) = (":status", "200");
 
@@ -45,29 +44,31 @@ fn answers(stream: u32) -> Vec<(&'static str, Vec<u8>)> {
         ("/only-hints", head(&[(":status", "103")])),
         ("/second", then(&[headers(stream, false, &[OK]), data(stream, true, b"ok")])),
         ("/middle", then(&[headers(stream, false, &[("x-t", "1")]), data(stream, true, b"ok")])),
+        ("/status-in-trailers", then(&[data(stream, false, b"ok"), headers(stream, true, &[(":status", "200")])])),
+        (
+            "/path-in-trailers",
+            then(&[data(stream, false, b"ok"), headers(stream, true, &[("x-t", "1"), (":path", "/")])]),
+        ),
+        (
+            "/interim-then-empty",
+            [
+                headers(stream, false, &[(":status", "103"), ("x-early", "1")]),
+                headers(stream, true, &[(":status", "204")]),
+            ]
+            .concat(),
+        ),
         ("/capitals-in-trailers", then(&[data(stream, false, b"ok"), headers(stream, true, &[("X-T", "1")])])),
         ("/longer", [headers(stream, false, &[OK, ("content-length", "1")]), data(stream, true, b"ok")].concat()),
         ("/shorter", [headers(stream, false, &[OK, ("content-length", "3")]), data(stream, true, b"ok")].concat()),
     ]
 }
 
-fn serve(mut socket: TcpStream) -> Result<()> {
-    socket.read_exact(&mut [0; 24])?;
+fn serve(socket: TcpStream) -> Result<()> {
     // Requests' fields come without HPACK's table, but for Huffman's code: their paths are told by their order.
-    socket.write_all(&settings(&[(1, 0)]))?;
+    let mut host = Served::begin(socket, &[(1, 0)])?;
     let (mut requests, mut slow, mut case) = (0, 0, 0);
-    loop {
-        let mut head = [0; 9];
-        if socket.read_exact(&mut head).is_err() {
-            return Ok(());
-        }
-        let [a, b, c, kind, flags, stream @ ..] = head;
-        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
-        socket.read_exact(&mut payload)?;
-        let stream = u32::from_be_bytes(stream);
+    while let Some(Frame { kind, flags, stream, payload }) = host.next()? {
         match kind {
-            SETTINGS if flags & ACK == 0 => socket.write_all(&frame(SETTINGS, ACK, 0, &[]))?,
-            PING if flags & ACK == 0 => socket.write_all(&frame(PING, ACK, 0, &payload))?,
             HEADERS => {
                 ensure!(flags & END_HEADERS != 0, "more than a frame");
                 match requests % 3 {
@@ -75,22 +76,23 @@ fn serve(mut socket: TcpStream) -> Result<()> {
                         slow = stream;
                         // Which case it is, its body says.
                         case = 0;
-                        socket.write_all(&headers(stream, false, &[OK]))?;
+                        host.send(&headers(stream, false, &[OK]))?;
                     }
                     1 => case = stream,
-                    _ => socket.write_all(&[data(slow, true, b"slow"), headers(stream, true, &[OK])].concat())?,
+                    _ => host.send(&[data(slow, true, b"slow"), headers(stream, true, &[OK])].concat())?,
                 }
                 requests += 1;
             }
             wire::DATA if stream == case => {
                 let which = String::from_utf8_lossy(&payload).into_owned();
                 if let Some((_, answer)) = answers(stream).into_iter().find(|(path, _)| *path == which) {
-                    socket.write_all(&answer)?;
+                    host.send(&answer)?;
                 }
             }
             _ => {}
         }
     }
+    Ok(())
 }
 
 /// What a client gets for a request that is answered wrongly, for one whose answer had begun before, and for one that comes later.

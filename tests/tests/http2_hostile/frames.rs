@@ -139,6 +139,9 @@ pub fn compression() -> Vec<Case> {
         blocks("a code that is none", &[0, 1, b'x', 0x84, 0xff, 0xff, 0xff, 0xff]),
         blocks("padding of zeros in a code", &[0, 1, b'x', 0x81, 0]),
         blocks("a new size of the table after fields", &[0x20]),
+        blocks("a size of the table that was not settled", &[0x3f, 0xe2, 0x1f]),
+        blocks("a size of the table without an end", &[0x3f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]),
+        blocks("a value beyond the block", &[0, 1, b'x', 0x7f, 0xff, 0x7f]),
         case(
             "a table that is too large",
             &[frame(HEADERS, END_HEADERS | END_STREAM, 1, &[&[0x3f, 0xe2, 0x1f], &block(&get(&[]))[..]].concat())],

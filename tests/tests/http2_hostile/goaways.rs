@@ -1,7 +1,7 @@
 //! Hosts that say GOAWAY while requests to them are tried again and hedged: what clients get and what hosts see, beside the real Envoy.
 
 use std::collections::VecDeque;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::TcpStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -12,7 +12,7 @@ use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
 use culvert_tests::server;
 
-use super::wire::{ACK, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, SETTINGS, frame, headers, reset, settings};
+use super::wire::{END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, Served, frame, headers, reset};
 
 /// What a host does with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,73 +59,60 @@ fn answer(stream: u32, status: u16) -> Vec<u8> {
     headers(stream, true, &[(":status", &status.to_string())])
 }
 
-fn serve(mut socket: TcpStream, script: &Mutex<Script>) -> Result<()> {
+fn serve(socket: TcpStream, script: &Mutex<Script>) -> Result<()> {
     let connection = {
         let mut script = lock(script);
         script.connections += 1;
         script.connections
     };
-    let mut preface = [0; 24];
-    socket.read_exact(&mut preface)?;
-    socket.write_all(&settings(&[]))?;
-    loop {
-        let mut head = [0; 9];
-        if socket.read_exact(&mut head).is_err() {
-            return Ok(());
+    let mut host = Served::begin(socket, &[])?;
+    while let Some(Frame { kind, flags, stream, .. }) = host.next()? {
+        if kind != HEADERS {
+            continue;
         }
-        let [a, b, c, kind, flags, stream @ ..] = head;
-        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
-        socket.read_exact(&mut payload)?;
-        let stream = u32::from_be_bytes(stream);
-        match kind {
-            SETTINGS if flags & ACK == 0 => socket.write_all(&frame(SETTINGS, ACK, 0, &[]))?,
-            PING if flags & ACK == 0 => socket.write_all(&frame(PING, ACK, 0, &payload))?,
-            HEADERS => {
-                ensure!(flags & (END_HEADERS | END_STREAM) == END_HEADERS | END_STREAM, "more than a head");
-                let step = {
-                    let mut script = lock(script);
-                    let step = script.steps.pop_front().unwrap_or(Step::Answer(200));
-                    script.seen.push(format!("connection {connection}: {step:?}"));
-                    step
-                };
-                let before = stream.saturating_sub(2);
-                match step {
-                    Step::Answer(status) => socket.write_all(&answer(stream, status))?,
-                    Step::Silent => {}
-                    Step::LastAnswer(status) => {
-                        socket.write_all(&[goaway(stream, 0), answer(stream, status)].concat())?;
-                    }
-                    Step::Late(delay, status) | Step::LastLate(delay, status) => {
-                        if let Step::LastLate(..) = step {
-                            socket.write_all(&goaway(stream, 0))?;
-                        }
-                        let mut socket = socket.try_clone()?;
-                        thread::spawn(move || {
-                            thread::sleep(Duration::from_millis(delay));
-                            // Nobody may wait for it any more.
-                            let _ = socket.write_all(&answer(stream, status));
-                        });
-                    }
-                    Step::Unseen => socket.write_all(&goaway(before, 0))?,
-                    Step::UnseenRefused => socket.write_all(&[goaway(before, 0), reset(stream, 7)].concat())?,
-                    Step::UnseenError => {
-                        socket.write_all(&goaway(before, 2))?;
-                        return Ok(());
-                    }
-                    Step::LastError => {
-                        socket.write_all(&goaway(stream, 2))?;
-                        return Ok(());
-                    }
-                    Step::HeadError => {
-                        let head = headers(stream, false, &[(":status", "200")]);
-                        socket.write_all(&[head, goaway(stream, 2)].concat())?;
-                        return Ok(());
-                    }
-                }
+        ensure!(flags & (END_HEADERS | END_STREAM) == END_HEADERS | END_STREAM, "more than a head");
+        let step = {
+            let mut script = lock(script);
+            let step = script.steps.pop_front().unwrap_or(Step::Answer(200));
+            script.seen.push(format!("connection {connection}: {step:?}"));
+            step
+        };
+        let before = stream.saturating_sub(2);
+        match step {
+            Step::Answer(status) => host.send(&answer(stream, status))?,
+            Step::Silent => {}
+            Step::LastAnswer(status) => {
+                host.send(&[goaway(stream, 0), answer(stream, status)].concat())?;
             }
-            _ => {}
+            Step::Late(delay, status) | Step::LastLate(delay, status) => {
+                if let Step::LastLate(..) = step {
+                    host.send(&goaway(stream, 0))?;
+                }
+                let mut socket = host.0.try_clone()?;
+                thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(delay));
+                    // Nobody may wait for it any more.
+                    let _ = socket.write_all(&answer(stream, status));
+                });
+            }
+            Step::Unseen => host.send(&goaway(before, 0))?,
+            Step::UnseenRefused => host.send(&[goaway(before, 0), reset(stream, 7)].concat())?,
+            Step::UnseenError => {
+                host.send(&goaway(before, 2))?;
+                return Ok(());
+            }
+            Step::LastError => {
+                host.send(&goaway(stream, 2))?;
+                return Ok(());
+            }
+            Step::HeadError => {
+                let head = headers(stream, false, &[(":status", "200")]);
+                host.send(&[head, goaway(stream, 2)].concat())?;
+                return Ok(());
+            }
         }
     }
+    Ok(())
 }
 
 const HEDGED: &str = "timeout: 3s, hedge_policy: {hedge_on_per_try_timeout: true}, \

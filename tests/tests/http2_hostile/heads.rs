@@ -162,6 +162,8 @@ pub fn bodies() -> Vec<Case> {
         trailers("a length in trailers", &[("content-length", "5")])
             .own("stream 1: 400 end; the connection serves", "it can be said what is wrong"),
         trailers("a line feed in trailers", &[("x-t", "a\nb")]),
+        trailers("a coding in trailers", &[("transfer-encoding", "chunked")]),
+        trailers("an unknown pseudo-header in trailers", &[(":evil", "b")]),
         case(
             "trailers that do not end the stream",
             &[headers(1, false, &post(&[])), data(1, false, b"abc"), headers(1, false, &[("x-t", "1")])],

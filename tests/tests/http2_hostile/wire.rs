@@ -141,6 +141,41 @@ fn digits(coded: &[u8]) -> Option<String> {
     Some(text)
 }
 
+/// A host's side of a connection.
+pub struct Served(pub TcpStream);
+
+impl Served {
+    /// Takes the preface, and says what settings the host has.
+    pub fn begin(mut socket: TcpStream, own: &[(u16, u32)]) -> Result<Served> {
+        socket.read_exact(&mut [0; PREFACE.len()])?;
+        socket.write_all(&settings(own))?;
+        Ok(Served(socket))
+    }
+
+    /// The next frame, but for SETTINGS and PING, which are answered; `None`: the proxy has gone.
+    pub fn next(&mut self) -> Result<Option<Frame>> {
+        loop {
+            let mut head = [0; 9];
+            if self.0.read_exact(&mut head).is_err() {
+                return Ok(None);
+            }
+            let [a, b, c, kind, flags, stream @ ..] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            self.0.read_exact(&mut payload)?;
+            match kind {
+                SETTINGS if flags & ACK == 0 => self.send(&frame(SETTINGS, ACK, 0, &[]))?,
+                PING if flags & ACK == 0 => self.send(&frame(PING, ACK, 0, &payload))?,
+                _ => return Ok(Some(Frame { kind, flags, stream: u32::from_be_bytes(stream), payload })),
+            }
+        }
+    }
+
+    /// Sends.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(self.0.write_all(bytes)?)
+    }
+}
+
 /// A client's connection.
 pub struct Connection {
     stream: TcpStream,

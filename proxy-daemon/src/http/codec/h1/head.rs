@@ -1,7 +1,7 @@
 //! Message heads, from bytes. Strict: what RFC 9112 lets a recipient repair is refused here, because what this proxy reads in
 //! one way the next server may read in another.
 
-use std::sync::LazyLock;
+use std::{net::Ipv6Addr, sync::LazyLock};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{
@@ -345,6 +345,21 @@ fn is_authority(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@[]%".contains(&byte)
 }
 
+/// Whether this stands for a server in a URL: a name or an address, and perhaps a port. More may stand in `host`, as in Envoy.
+fn is_host_of_url(host: &[u8]) -> bool {
+    let Ok(host) = std::str::from_utf8(host) else { return false };
+    let (is_host, port) = match host.strip_prefix('[').and_then(|host| host.split_once(']')) {
+        Some((address, rest)) => (address.parse::<Ipv6Addr>().is_ok(), rest),
+        None => {
+            let (name, port) = host.split_at(host.find(':').unwrap_or(host.len()));
+            let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.');
+            (!name.is_empty() && name.bytes().all(is_name), port)
+        }
+    };
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    is_host && (port.is_empty() || port.strip_prefix(':').is_some_and(is_port))
+}
+
 /// The target as a path; an absolute target's host becomes the request's.
 fn uri(
     head: &Bytes,
@@ -354,7 +369,7 @@ fn uri(
     relative_only: bool,
 ) -> Result<(Uri, Target)> {
     let text = &head[target.clone()];
-    if text.iter().any(|&byte| byte == 0 || byte == 0x7f) {
+    if text.iter().any(|&byte| matches!(byte, 0 | 0x0b | 0x7f)) {
         return Err(CodecError::INVALID_CHARACTERS);
     }
     if *method == Method::CONNECT {
@@ -381,7 +396,7 @@ fn uri(
         let end = rest.iter().position(|byte| matches!(byte, b'/' | b'?' | b'#')).unwrap_or(rest.len());
         // Whoever is named before the host is no part of it.
         let host = rest[..end].rsplit(|&byte| byte == b'@').next().unwrap_or_default();
-        if host.is_empty() || !host.iter().all(|&byte| is_authority(byte)) {
+        if !is_host_of_url(host) {
             return Err(CodecError::URL);
         }
         if relative_only {

@@ -69,6 +69,8 @@ fn what_is_refused_in_requests() {
         ("GET /\0 HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::INVALID_CHARACTERS),
         ("GET ftp://a/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::SCHEME),
         ("GET http:///x HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
+        ("GET http://a:x/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
+        ("GET http://[a]/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET * HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET / HTTP/1.1\nhost: a\r\n\r\n".into(), CodecError::CODEC),
         ("GET / HTTP/1.1\r\nhost: a\nx: b\r\n\r\n".into(), CodecError::CODEC),

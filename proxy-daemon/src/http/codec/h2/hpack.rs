@@ -46,6 +46,8 @@ struct Entry {
     size: usize,
     /// It was replaced: no block that refers to it counts.
     bad: bool,
+    /// It is the status of an interim response.
+    interim: bool,
 }
 
 /// A block that is no HPACK: the connection cannot be gone on with.
@@ -59,12 +61,13 @@ pub(super) struct Table {
     max: usize,
     name: Vec<u8>,
     value: Vec<u8>,
+    interim: bool,
 }
 
 impl Default for Table {
     fn default() -> Table {
         // RFC 9113, section 6.5.2; another size is told within a block.
-        Table { entries: VecDeque::new(), size: 0, max: 4096, name: Vec::new(), value: Vec::new() }
+        Table { entries: VecDeque::new(), size: 0, max: 4096, name: Vec::new(), value: Vec::new(), interim: false }
     }
 }
 
@@ -76,6 +79,7 @@ impl Table {
     pub(super) fn check(&mut self, block: &[u8], trailers: bool) -> Result<Option<Vec<u8>>, Hopeless> {
         let mut rest = block;
         let mut replaced: Option<Vec<u8>> = None;
+        self.interim = false;
         while let Some(first) = rest.first() {
             // The crate drops pseudo-headers there without a word.
             let refuses = |kind| trailers && !matches!(kind, Kind::Field | Kind::Bad);
@@ -83,6 +87,7 @@ impl Table {
             match first {
                 0x80.. => {
                     let entry = self.look_up(integer(&mut rest, 7)?)?;
+                    self.interim |= entry.interim;
                     if (entry.bad || refuses(entry.kind)) && replaced.is_none() {
                         replaced = Some(passed.to_vec());
                     }
@@ -112,6 +117,11 @@ impl Table {
         }))
     }
 
+    /// Whether the block that was checked last is the head of an interim response.
+    pub(super) fn is_interim(&self) -> bool {
+        self.interim
+    }
+
     /// A literal at the beginning of `rest`, which goes into the table if `indexed` says how long its prefix is: what it is. `None`: it can
     /// be decoded; else what can in its place.
     fn literal(&mut self, rest: &mut &[u8], indexed: Option<u32>) -> Result<(Kind, Option<Vec<u8>>), Hopeless> {
@@ -127,11 +137,13 @@ impl Table {
         let with_name = &field[..field.len() - rest.len()];
         let value = string(rest, &mut self.value)?;
         let (good, length) = (allows(kind, value), value.len());
+        let interim = good && kind == Kind::Status && value.starts_with(b"1");
+        self.interim |= interim;
         // The name stays where it allows another value: others may refer to it.
         let keeps = good || matches!(kind, Kind::Field | Kind::Text | Kind::Path) || kind == Kind::Method && length > 0;
         if indexed.is_some() {
             let kind = if keeps { kind } else { Kind::Bad };
-            self.insert(Entry { kind, name, size: 32 + name + length, bad: !good });
+            self.insert(Entry { kind, name, size: 32 + name + length, bad: !good, interim });
         }
         if good {
             return Ok((kind, None));
@@ -162,7 +174,7 @@ impl Table {
             _ => return self.entries.get(index - FIRST_DYNAMIC).copied().ok_or(Hopeless),
         };
         // Whatever its value: the static table never changes.
-        Ok(Entry { kind, name: name.len(), size: 0, bad: false })
+        Ok(Entry { kind, name: name.len(), size: 0, bad: false, interim: false })
     }
 
     fn insert(&mut self, entry: Entry) {
@@ -334,6 +346,23 @@ mod tests {
             assert_eq!(table.check(&block, false), Ok(None));
         }
         assert_eq!(table.check(&literal(0, b"x-a", b"b"), true), Ok(None));
+    }
+
+    #[test]
+    fn interim_responses_are_known() {
+        let mut table = Table::default();
+        for (block, interim) in [
+            (&literal(0x40, b":status", b"103")[..], true),
+            (&[0xbe], true),
+            (&[0x88], false),
+            (&[0x48, 3, b'1', b'0', b'0'], true),
+            (&[0x48, 3, b'4', b'1', b'8'], false),
+            (&[0xc0], true),
+            (&[0xbe], false),
+        ] {
+            assert_eq!(table.check(block, false), Ok(None));
+            assert_eq!(table.is_interim(), interim, "{block:?}");
+        }
     }
 
     #[test]

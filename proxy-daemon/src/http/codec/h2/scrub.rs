@@ -2,7 +2,6 @@
 //! connection with all others (RFC 9113, section 8.1.1).
 
 use std::{
-    collections::HashSet,
     io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -36,12 +35,12 @@ pub(super) struct Scrubbed<T> {
 impl<T> Scrubbed<T> {
     /// For a client's connection of which nothing has been read, not even the preface. `limit`: the largest list of headers, in bytes.
     pub(super) fn client(io: T, limit: u32) -> Scrubbed<T> {
-        Scrubbed { io, scrub: Scrub { skip: PREFACE, open: Some(HashSet::new()), ..Scrub::new(limit) } }
+        Scrubbed { io, scrub: Scrub { skip: PREFACE, ..Scrub::new(limit, Whose::Client) } }
     }
 
     /// The same for a host's connection.
     pub(super) fn host(io: T, limit: u32) -> Scrubbed<T> {
-        Scrubbed { io, scrub: Scrub::new(limit) }
+        Scrubbed { io, scrub: Scrub::new(limit, Whose::Host) }
     }
 }
 
@@ -109,11 +108,44 @@ struct Scrub {
     handed_out: usize,
     /// The most that is held.
     limit: usize,
-    /// The client's streams that it has not ended: a further head on one of them are trailers. `None`: of a host, whose trailers
-    /// cannot be told so.
-    open: Option<HashSet<u32>>,
+    whose: Whose,
+    open: Open,
     /// Something was no HTTP/2, or too much: all passes, and the crate ends the connection or bears it.
     given_up: bool,
+}
+
+/// Who sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Whose {
+    #[default]
+    Client,
+    Host,
+}
+
+/// The streams whose head the other side has sent, and not their end: a further block on one of them are trailers. Few, and mostly in
+/// the order of their numbers.
+#[derive(Default)]
+struct Open(Vec<u32>);
+
+impl Open {
+    fn has(&self, stream: u32) -> bool {
+        self.0.binary_search(&stream).is_ok()
+    }
+
+    fn insert(&mut self, stream: u32) {
+        if self.0.len() == MOST_OPEN {
+            self.0.clear();
+        }
+        if let Err(at) = self.0.binary_search(&stream) {
+            self.0.insert(at, stream);
+        }
+    }
+
+    fn remove(&mut self, stream: u32) {
+        if let Ok(at) = self.0.binary_search(&stream) {
+            self.0.remove(at);
+        }
+    }
 }
 
 /// What becomes of the bytes that come next.
@@ -127,9 +159,9 @@ enum Next {
 }
 
 impl Scrub {
-    fn new(limit: u32) -> Scrub {
+    fn new(limit: u32, whose: Whose) -> Scrub {
         // Compressed it is smaller; the rest is for what frames add.
-        Scrub { limit: 2 * limit as usize + LONGEST, ..Scrub::default() }
+        Scrub { limit: 2 * limit as usize + LONGEST, whose, ..Scrub::default() }
     }
 
     fn hand_out(&mut self, buf: &mut ReadBuf<'_>) {
@@ -197,10 +229,8 @@ impl Scrub {
         }
         let Some(head) = bytes.first_chunk::<HEAD>() else { return Next::Hold };
         if head[3] != HEADERS {
-            if let Some(open) = &mut self.open
-                && (head[3] == RST_STREAM || head[3] == DATA && head[4] & END_STREAM != 0)
-            {
-                open.remove(&stream_of(head));
+            if head[3] == RST_STREAM || head[3] == DATA && head[4] & END_STREAM != 0 {
+                self.open.remove(stream_of(head));
             }
             self.skip = HEAD + length_of(head);
             return self.next(bytes);
@@ -240,16 +270,15 @@ impl Scrub {
             }
             joined
         });
-        let trailers = self.open.as_mut().is_some_and(|open| {
-            if first[4] & END_STREAM != 0 {
-                return open.remove(&stream_of(first));
-            }
-            if open.len() == MOST_OPEN {
-                open.clear();
-            }
-            !open.insert(stream_of(first))
-        });
-        Some(match self.table.check(joined.as_deref().unwrap_or(opening), trailers).ok()? {
+        let (stream, ends) = (stream_of(first), first[4] & END_STREAM != 0);
+        let trailers = self.open.has(stream);
+        let checked = self.table.check(joined.as_deref().unwrap_or(opening), trailers).ok()?;
+        if ends {
+            self.open.remove(stream);
+        } else if !trailers && !(self.whose == Whose::Host && self.table.is_interim()) {
+            self.open.insert(stream);
+        }
+        Some(match checked {
             None => Next::Pass(end),
             Some(other) => Next::Replace(end, frames(first, &other)),
         })
@@ -314,6 +343,20 @@ mod tests {
         [&[length[1], length[2], length[3], kind, flags, 0, 0, 0, 3], payload].concat()
     }
 
+    /// Each part on a stream of its own.
+    fn on_streams(parts: &[Vec<u8>]) -> Vec<u8> {
+        let numbered = |(index, part): (usize, &Vec<u8>)| {
+            let (mut part, mut at) = (part.clone(), 0);
+            while let Some(head) = part[at..].first_chunk::<HEAD>() {
+                let next = at + HEAD + length_of(head);
+                part[at + 8] = 2 * index as u8 + 1;
+                at = next;
+            }
+            part
+        };
+        parts.iter().enumerate().flat_map(numbered).collect()
+    }
+
     const GOOD: &[u8] = b"\x82\x84\0\x03x-a\x01b";
     const BAD: &[u8] = b"\x82\x84\0\x03X-A\x01b\x86";
     const MADE_GOOD: &[u8] = b"\x82\x84\0\x03xxx\x01x\x86\0\x02te\x01x";
@@ -348,7 +391,35 @@ mod tests {
             good,
         ];
         for size in SIZES {
-            assert_eq!(scrubbed(&sent.concat(), size), read.concat(), "in pieces of {size}");
+            assert_eq!(scrubbed(&on_streams(&sent), size), on_streams(&read), "in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn trailers_are_known_on_both_sides() {
+        let head = |flags, block: &[u8]| frame(HEADERS, END_HEADERS | flags, block);
+        let refused = |block: &[u8]| [block, b"\0\x02te\x01x"].concat();
+        let (status, interim) = (&b"\x88"[..], &b"\x08\x03103"[..]);
+        let cases = [
+            // A client's head ends its request, or trailers do.
+            (Whose::Client, vec![head(END_STREAM, GOOD), head(END_STREAM, GOOD)], None),
+            (Whose::Client, vec![head(0, GOOD), head(END_STREAM, GOOD)], Some(head(END_STREAM, &refused(GOOD)))),
+            (Whose::Client, vec![head(0, GOOD), frame(DATA, END_STREAM, b"x"), head(0, GOOD)], None),
+            // A host's interim responses are no heads that trailers follow.
+            (Whose::Host, vec![head(0, interim), head(0, interim), head(END_STREAM, status)], None),
+            (Whose::Host, vec![head(0, interim), head(0, status), head(END_STREAM, b"\0\x01a\x01b")], None),
+            (Whose::Host, vec![head(0, status), head(END_STREAM, status)], Some(head(END_STREAM, &refused(status)))),
+            (Whose::Host, vec![head(0, status), head(0, status)], Some(head(0, &refused(status)))),
+        ];
+        for (whose, sent, last) in cases {
+            let mut scrub = Scrub::new(1024, whose);
+            let mut read = Vec::new();
+            for bytes in &sent {
+                let passed = scrub.take(bytes);
+                read.push([&bytes[..passed], &std::mem::take(&mut scrub.ready)].concat());
+            }
+            let expected = sent.split_last().map(|(own, before)| [before, &[last.unwrap_or(own.clone())]].concat());
+            assert_eq!(Some(read), expected, "{whose:?}");
         }
     }
 
@@ -411,7 +482,7 @@ mod tests {
             let sent = [frame(HEADERS, END_HEADERS, head), between.clone(), frame(HEADERS, end, head)].concat();
             let last = if refuses { refused.clone() } else { frame(HEADERS, end, head) };
             let read = [frame(HEADERS, END_HEADERS, head), between, last].concat();
-            let mut scrub = Scrub { open: Some(HashSet::new()), ..Scrub::new(1000) };
+            let mut scrub = Scrub::new(1000, Whose::Client);
             let passed = scrub.take(&sent);
             assert_eq!([&sent[..passed], &scrub.ready].concat(), read);
         }
