@@ -72,6 +72,13 @@ pub(super) fn of_request(
     found
 }
 
+/// Of any request, by `own`.
+pub(super) fn of_own(own: &[RateLimit], stage: u32, head: &mut RequestHead, cx: &StreamCx) -> Vec<Descriptor> {
+    let mut found = Vec::new();
+    find(&mut found, own, stage, head, cx);
+    found
+}
+
 fn find(found: &mut Vec<Descriptor>, limits: &[RateLimit], stage: u32, head: &mut RequestHead, cx: &StreamCx) {
     let wanted = limits.iter().filter(|limit| limit.stage == stage);
     for limit in wanted.filter(|limit| limit.enabled.as_ref().is_none_or(|share| share.includes(fastrand::u64(..)))) {

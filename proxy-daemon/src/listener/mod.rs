@@ -7,7 +7,7 @@ mod stream;
 mod tls_inspector;
 
 use std::{
-    cell::OnceCell,
+    cell::{OnceCell, RefCell},
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -65,6 +65,8 @@ pub struct ConnectionInfo {
     listener: Arc<str>,
     /// What is known of it once its first bytes have come.
     learnt: Learnt,
+    /// What filters keep of it from one stream to the next. Empty, it costs nothing.
+    pub kept: RefCell<http::Extensions>,
 }
 
 /// Most connections are plain ones, and say nothing of this.
@@ -372,6 +374,7 @@ async fn serve(
         inbound: active.config.inbound,
         listener: Arc::clone(&active.config.name),
         learnt: Learnt::default(),
+        kept: RefCell::default(),
     });
     if let Some(chain) = find_chain(&stream, &active, &info).await {
         serve_chain(stream, &chain, &info, &active, worker).await;

@@ -253,6 +253,31 @@ fn local() -> Vec<Case> {
         case("local descriptors of another stage", LOCAL, &format!("{on}, {descriptors}, stage: 1"), &requests)
             .of_routes("", &limits),
         case(
+            "local descriptors in the shadow",
+            LOCAL,
+            &format!(
+                "{on}, request_headers_to_add_when_not_enforced: [{{header: {{key: x-over, value: \"yes\"}}}}], descriptors: [{}, {}, {}]",
+                bucket("{key: a, value: one}", 1).replace("entries", "shadow_mode: true, entries"),
+                bucket("{key: a, value: two}", 1),
+                bucket("{key: b}", 1).replace("entries", "shadow_mode: true, entries"),
+            ),
+            &["GET /\nx-a: one", "GET /\nx-a: one", "GET /\nx-a: two\nx-b: 1", "GET /\nx-a: one\nx-b: 1", "GET /\nx-a: two\nx-b: 1", "GET /\nx-a: one", "GET /\nx-b: 2"],
+        )
+        .of_routes("", "rate_limits: [{actions: [{request_headers: {header_name: x-a, descriptor_key: a}}]}, {actions: [{request_headers: {header_name: x-b, descriptor_key: b}}]}]"),
+        case(
+            "local limits of connections",
+            LOCAL,
+            &format!("{on}, {descriptors}, local_rate_limit_per_downstream_connection: true"),
+            &requests,
+        )
+        .of_routes("", &limits),
+        case(
+            "local descriptors of the filter, and answers of the proxy",
+            LOCAL,
+            &format!("{on}, {descriptors}, {limits}"),
+            &["GET /direct\nx-a: one", "GET /direct\nx-a: one", "GET /created\nx-a: one"],
+        ),
+        case(
             "local wildcards",
             LOCAL,
             &format!("{on}, descriptors: [{}, {}]", bucket("{key: a}", 1), bucket("{key: a, value: one}", 3)),

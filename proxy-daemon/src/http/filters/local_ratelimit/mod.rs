@@ -1,8 +1,10 @@
 //! `envoy.filters.http.local_ratelimit`: a token bucket that all workers share.
 
+mod buckets;
+
 use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -13,10 +15,8 @@ use envoy_types::pb::{
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 
-use super::{
-    FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig,
-    shared::{Kept, Shared},
-};
+use self::buckets::{Limit, Limiter, Limits, Rule, Shown, Taken, Wanted};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, shared::Shared};
 use crate::{
     access_log::{Headers, Record, ResponseFlags},
     config::{
@@ -30,7 +30,6 @@ use crate::{
         descriptors::{self, Descriptor, Entries},
         headers::{mutate_request, mutate_response},
         stream::{LocalReply, RequestHead, ResponseHead, StreamCx},
-        token_bucket::TokenBucket,
     },
     layered_runtime::{Fraction, RuntimeFraction},
     runtime::clock,
@@ -52,17 +51,13 @@ const RESOURCE_EXHAUSTED: u16 = 8;
 struct Configured {
     status: StatusCode,
     grpc_status: Option<u16>,
-    bucket: Option<Shared<TokenBucket>>,
-    /// By the descriptors that requests have.
-    buckets: HashMap<Entries, Shared<TokenBucket>>,
-    /// For those that have none there.
-    wildcards: Box<[Wildcard]>,
+    limits: Limits,
+    /// Of all connections; `None`: each has its own.
+    limiter: Option<Limiter>,
     /// What makes them, in the place of what routes say.
     own: Box<[RateLimit]>,
     stage: u32,
     of_host: VirtualHostRateLimits,
-    /// The bucket of all requests counts also those that have one of their own.
-    always_default: bool,
     enabled: RuntimeFraction,
     enforced: RuntimeFraction,
     when_not_enforced: HeaderMutations,
@@ -79,164 +74,50 @@ struct Stats {
     enforced: Counter,
     ok: Counter,
     rate_limited: Counter,
+    shadow_mode: Counter,
 }
+
+/// The buckets of a connection, which all filters of this name share there.
+#[derive(Clone)]
+struct OfConnection(Arc<Limiter>);
 
 #[derive(Debug)]
 struct LocalRateLimitFactory(Shared<Configured>);
-
-/// A key, and its value; `None`: any.
-type Wanted = (Box<str>, Option<Box<str>>);
-
-/// A descriptor with entries that have any value: each of those that requests have gets a bucket of its own.
-#[derive(Debug)]
-struct Wildcard {
-    entries: Box<[Wanted]>,
-    limit: Limit,
-    buckets: Mutex<Recent>,
-}
-
-/// The buckets of a wildcard that were used last. Beyond `most` of them the one that has not been used for the longest time is forgotten.
-#[derive(Debug)]
-struct Recent {
-    most: usize,
-    uses: u64,
-    buckets: HashMap<Arc<Entries>, (u64, Arc<TokenBucket>)>,
-    /// By their last uses.
-    by_use: BTreeMap<u64, Arc<Entries>>,
-}
-
-/// `TokenBucket`
-#[derive(Debug, Clone, Copy)]
-struct Limit {
-    max_tokens: u64,
-    tokens_per_fill: u64,
-    interval: Duration,
-}
-
-impl Limit {
-    fn bucket(self) -> TokenBucket {
-        TokenBucket::new(self.max_tokens, self.tokens_per_fill, self.interval)
-    }
-}
-
-impl Wildcard {
-    /// The bucket of a descriptor; `None`: it is another one.
-    fn bucket(&self, descriptor: &Entries) -> Option<Arc<TokenBucket>> {
-        let mut pairs = descriptor.iter().zip(&self.entries);
-        let all = descriptor.len() == self.entries.len()
-            && pairs.all(|((key, value), (own, wanted))| key == own && wanted.as_ref().is_none_or(|it| it == value));
-        // What is kept there is whole at any time.
-        all.then(|| self.buckets.lock().unwrap_or_else(PoisonError::into_inner).get(descriptor, self.limit))
-    }
-}
-
-impl Recent {
-    fn new(most: usize) -> Recent {
-        Recent { most, uses: 0, buckets: HashMap::new(), by_use: BTreeMap::new() }
-    }
-
-    fn get(&mut self, descriptor: &Entries, limit: Limit) -> Arc<TokenBucket> {
-        self.uses += 1;
-        if let Some((used, bucket)) = self.buckets.get_mut(descriptor) {
-            if let Some(name) = self.by_use.remove(used) {
-                self.by_use.insert(self.uses, name);
-            }
-            *used = self.uses;
-            return Arc::clone(bucket);
-        }
-        let (name, bucket) = (Arc::new(descriptor.clone()), Arc::new(limit.bucket()));
-        self.buckets.insert(Arc::clone(&name), (self.uses, Arc::clone(&bucket)));
-        self.by_use.insert(self.uses, name);
-        if self.buckets.len() > self.most
-            && let Some((_, oldest)) = self.by_use.pop_first()
-        {
-            self.buckets.remove(&oldest);
-        }
-        bucket
-    }
-}
 
 /// One stream's filter, where responses tell of the bucket. Answers to requests that an earlier filter has kept from this one do not.
 #[derive(Debug)]
 struct LocalRateLimitFilter(Shown);
 
-/// The bucket that is shown.
-#[derive(Debug)]
-enum Shown {
-    Known(Kept<TokenBucket>),
-    OfWildcard(Arc<TokenBucket>),
-}
-
-/// A bucket that counts a request.
-#[derive(Clone)]
-enum Bucket<'a> {
-    Known(&'a Shared<TokenBucket>),
-    OfWildcard(Arc<TokenBucket>),
-}
-
-impl Bucket<'_> {
-    fn get(&self) -> &TokenBucket {
-        match self {
-            Bucket::Known(bucket) => bucket,
-            Bucket::OfWildcard(bucket) => bucket,
-        }
-    }
-
-    fn keep(&self) -> Shown {
-        match self {
-            Bucket::Known(bucket) => Shown::Known(bucket.keep()),
-            Bucket::OfWildcard(bucket) => Shown::OfWildcard(Arc::clone(bucket)),
-        }
-    }
-}
-
-/// What became of a request.
-struct Taken<'a> {
-    allowed: bool,
-    /// The bucket that decided.
-    bucket: Option<Bucket<'a>>,
-}
-
 impl Configured {
-    /// Takes the tokens of a request, of all buckets that count it.
-    fn take(&self, head: &mut RequestHead, cx: &StreamCx, now: Instant) -> Taken<'_> {
-        let default = self.bucket.as_ref().map(Bucket::Known);
-        let mut buckets = Vec::new();
-        if !self.buckets.is_empty() || !self.wildcards.is_empty() {
-            let descriptors = descriptors::of_request(&self.own, self.stage, self.of_host, head, cx);
-            let counted =
-                |it: &Descriptor| Some((self.of_descriptor(&it.entries)?, it.hits.map_or(1, |(hits, _)| hits)));
-            buckets = descriptors.iter().filter_map(counted).collect();
-            // The slowest first, as in Envoy.
-            buckets.sort_by_key(|(bucket, _)| std::cmp::Reverse(bucket.get().per_token()));
+    /// The descriptors of a request, where they count.
+    fn descriptors(&self, limiter: &Limiter, head: &mut RequestHead, cx: &StreamCx) -> Vec<Descriptor> {
+        match (limiter.has_descriptors(), &*self.own) {
+            (false, _) => Vec::new(),
+            (true, []) => descriptors::of_request(&[], self.stage, self.of_host, head, cx),
+            (true, own) => descriptors::of_own(own, self.stage, head, cx),
         }
-        let counts_all = buckets.is_empty() || self.always_default;
-        for (bucket, hits) in &buckets {
-            if !bucket.get().take_all(*hits, now) {
-                return Taken { allowed: false, bucket: Some(bucket.clone()) };
-            }
-        }
-        if let Some(default) = default.as_ref().filter(|_| counts_all)
-            && !default.get().take(now)
-        {
-            return Taken { allowed: false, bucket: Some(default.clone()) };
-        }
-        Taken { allowed: true, bucket: buckets.into_iter().next().map(|(bucket, _)| bucket).or(default) }
     }
 
-    fn of_descriptor(&self, descriptor: &Entries) -> Option<Bucket<'_>> {
-        let of_wildcards = || self.wildcards.iter().find_map(|wildcard| wildcard.bucket(descriptor));
-        self.buckets.get(descriptor).map(Bucket::Known).or_else(|| of_wildcards().map(Bucket::OfWildcard))
+    /// The buckets of the stream's connection: those of the first of these filters that had a request of it, as in Envoy.
+    fn of_connection(&self, cx: &StreamCx) -> Arc<Limiter> {
+        let mut kept = cx.connection.kept.borrow_mut();
+        let OfConnection(limiter) =
+            kept.get_or_insert_with(|| OfConnection(Arc::new(Limiter::new(&self.limits, false))));
+        Arc::clone(limiter)
     }
 
     /// The answer to a request for which there is no token.
     fn decide(&self, taken: &Taken<'_>, now: Instant, head: &mut RequestHead, cx: &StreamCx) -> Flow {
         self.stats.enabled.inc();
-        if taken.allowed {
+        if taken.allowed && !taken.shadowed {
             self.stats.ok.inc();
             return Flow::Continue;
         }
         self.stats.rate_limited.inc();
+        if taken.allowed {
+            self.stats.shadow_mode.inc();
+            return Flow::Continue;
+        }
         if !self.enforced.includes(cx.random) {
             cx.format_request(head, |headers, record| mutate_request(headers, &self.when_not_enforced, record));
             return Flow::Continue;
@@ -278,7 +159,16 @@ impl HttpFilterFactory for LocalRateLimitFactory {
             return Flow::Continue;
         }
         let now = clock::now();
-        let taken = configured.take(head, cx, now);
+        let of_connection;
+        let limiter: &Limiter = match &configured.limiter {
+            Some(limiter) => limiter,
+            None => {
+                of_connection = configured.of_connection(cx);
+                &of_connection
+            }
+        };
+        let descriptors = configured.descriptors(limiter, head, cx);
+        let taken = limiter.take(&descriptors, now);
         if let Some(bucket) = taken.bucket.as_ref().filter(|_| configured.shows_bucket) {
             instances.push(Box::new(LocalRateLimitFilter(bucket.keep())));
         }
@@ -288,10 +178,7 @@ impl HttpFilterFactory for LocalRateLimitFactory {
 
 impl HttpFilter for LocalRateLimitFilter {
     fn response(&mut self, head: &mut ResponseHead, _body: &mut Body, _cx: &mut StreamCx) -> Flow {
-        let bucket: &TokenBucket = match &self.0 {
-            Shown::Known(bucket) => bucket,
-            Shown::OfWildcard(bucket) => bucket,
-        };
+        let bucket = self.0.get();
         let now = clock::now();
         let remaining = bucket.remaining(now);
         head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens()));
@@ -306,7 +193,12 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
 }
 
 pub(super) fn parse_per_route(config: &Any, path: &str) -> Result<PerRouteConfig, FieldError> {
-    Ok(Arc::new(Shared::new(configured(config, path)?)))
+    let configured = configured(config, path)?;
+    if configured.limits.of_all.is_none() {
+        let text = "local rate limit token bucket must be set for per filter configs";
+        return Err(FieldError::new(format!("{path}.token_bucket"), text));
+    }
+    Ok(Arc::new(Shared::new(configured)))
 }
 
 fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
@@ -315,28 +207,35 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     let field = |name: &str| format!("{path}.{name}");
     let bucket = config.token_bucket.as_ref().map(|bucket| limit(bucket, &field("token_bucket"))).transpose()?;
     let most = config.max_dynamic_descriptors.map_or(20, |most| most.value as usize);
-    let (mut buckets, mut wildcards) = (HashMap::new(), Vec::new());
+    let (mut of_descriptors, mut of_wildcards) = (HashMap::new(), Vec::<(Box<[Wanted]>, Rule)>::new());
     for (index, descriptor) in config.descriptors.iter().enumerate() {
         let at = format!("{path}.descriptors[{index}]");
         let bucket = descriptor.token_bucket.as_ref();
         let bucket = bucket.ok_or_else(|| FieldError::new(format!("{at}.token_bucket"), "value is required"))?;
-        let limit = limit(bucket, &format!("{at}.token_bucket"))?;
+        let rule = Rule { limit: limit(bucket, &format!("{at}.token_bucket"))?, shadow: descriptor.shadow_mode };
         let pairs = descriptor.entries.iter().map(|entry| (entry.key.as_str(), entry.value.as_str()));
         let is_known = if descriptor.entries.iter().any(|entry| entry.value.is_empty()) {
             let value = |value: &str| (!value.is_empty()).then(|| value.into());
             let entries: Box<[Wanted]> = pairs.map(|(key, text)| (key.into(), value(text))).collect();
-            let is_known = wildcards.iter().any(|wildcard: &Wildcard| wildcard.entries == entries);
-            wildcards.push(Wildcard { entries, limit, buckets: Mutex::new(Recent::new(most)) });
+            let is_known = of_wildcards.iter().any(|(known, _)| *known == entries);
+            of_wildcards.push((entries, rule));
             is_known
         } else {
             let entries: Entries = pairs.map(|(key, value)| (key.into(), value.into())).collect();
-            buckets.insert(entries, Shared::new(limit.bucket())).is_some()
+            of_descriptors.insert(entries, rule).is_some()
         };
         if is_known {
             let text = "duplicate descriptor in the local rate limit descriptor";
             return Err(FieldError::new(field("descriptors"), text));
         }
     }
+    let limits = Limits {
+        of_all: bucket,
+        of_descriptors,
+        of_wildcards,
+        always_default: config.always_consume_default_token_bucket.is_none_or(|value| value.value),
+        most,
+    };
     let never = RuntimeFraction { default: Fraction::percent(0), key: None };
     let share = |share: Option<&_>| share.map_or_else(|| never.clone(), parse::runtime_fraction);
     // As in Envoy, what is no error is no answer here.
@@ -349,6 +248,7 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
         enforced: counter("enforced"),
         ok: counter("ok"),
         rate_limited: counter("rate_limited"),
+        shadow_mode: counter("shadow_mode"),
     };
     let when_not_enforced = HeaderMutations {
         request_add: parse::headers_to_add(
@@ -365,13 +265,11 @@ fn configured(config: &Any, path: &str) -> Result<Configured, FieldError> {
     Ok(Configured {
         status,
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
-        bucket: bucket.map(|limit| Shared::new(limit.bucket())),
-        buckets,
-        wildcards: wildcards.into(),
+        limiter: (!config.local_rate_limit_per_downstream_connection).then(|| Limiter::new(&limits, true)),
+        limits,
         own: parse::rate_limits(&config.rate_limits, path, "rate_limits")?,
         stage: config.stage,
         of_host: super::ratelimit::of_host(config.vh_rate_limits),
-        always_default: config.always_consume_default_token_bucket.is_none_or(|value| value.value),
         enabled: share(config.filter_enabled.as_ref()),
         enforced: share(config.filter_enforced.as_ref()),
         when_not_enforced,
@@ -391,45 +289,4 @@ fn limit(bucket: &ProtoBucket, path: &str) -> Result<Limit, FieldError> {
     }
     let tokens = bucket.tokens_per_fill.map_or(1, |tokens| tokens.value);
     Ok(Limit { max_tokens: bucket.max_tokens.into(), tokens_per_fill: tokens.into(), interval })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const HOURLY: Limit = Limit { max_tokens: 1, tokens_per_fill: 1, interval: Duration::from_secs(3600) };
-
-    fn entries(pairs: &[(&str, &str)]) -> Entries {
-        pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
-    }
-
-    #[test]
-    fn wildcards_have_a_bucket_for_each_value() {
-        let wildcard = Wildcard {
-            entries: [("user".into(), None), ("plan".into(), Some("free".into()))].into(),
-            limit: HOURLY,
-            buckets: Mutex::new(Recent::new(20)),
-        };
-        let bucket = |pairs: &[(&str, &str)]| wildcard.bucket(&entries(pairs));
-        let (one, other) = ([("user", "1"), ("plan", "free")], [("user", "2"), ("plan", "free")]);
-        assert!(bucket(&one).unwrap().take(Instant::now()));
-        assert!(!bucket(&one).unwrap().take(Instant::now()), "it is the same bucket");
-        assert!(bucket(&other).unwrap().take(Instant::now()), "it is another one");
-        assert!(bucket(&[("user", "1"), ("plan", "paid")]).is_none());
-        assert!(bucket(&[("plan", "free"), ("user", "1")]).is_none());
-        assert!(bucket(&[("user", "1")]).is_none());
-    }
-
-    #[test]
-    fn what_was_not_used_for_long_is_forgotten() {
-        let mut recent = Recent::new(2);
-        let mut is_new = |value: &str| recent.get(&entries(&[("user", value)]), HOURLY).take(Instant::now());
-        assert!(is_new("1") && is_new("2"));
-        assert!(!is_new("1"));
-        assert!(is_new("3"), "in the place of 2");
-        assert!(!is_new("1"));
-        assert!(is_new("2"), "in the place of 3");
-        assert!(!is_new("1") && !is_new("2"));
-        assert_eq!((recent.buckets.len(), recent.by_use.len()), (2, 2));
-    }
 }
