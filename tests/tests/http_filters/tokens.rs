@@ -484,6 +484,11 @@ fn remote() -> Vec<Case> {
         jwt(name, &config, &[with(&good()), with(&token("RS256", "{\"iss\": \"i\"}")), "GET /".to_owned()])
     };
     let remote = |name, path: &str, cluster: &str| remote_with(name, path, cluster, "");
+    // One that is kept, one that takes its place, one that is too long, and one that is bad.
+    let (first, other) = (with(&token("HS256", "{\"iss\": \"i\"}")), with(&token("RS256", "{\"iss\": \"i\"}")));
+    let long = with(&token("HS256", &format!("{{\"iss\": \"i\", \"x\": \"{}\"}}", "x".repeat(2000))));
+    let bad = with(&format!("{}x", token("HS256", "{\"iss\": \"i\"}")));
+    let repeated = [&first, &first, &other, &other, &first, &long, &long, &bad, &bad, &first].map(String::as_str);
     vec![
         remote_with("async_fetch", "/keys", "keys", ", async_fetch: {}"),
         remote_with(
@@ -492,6 +497,13 @@ fn remote() -> Vec<Case> {
             "keys",
             ", async_fetch: {fast_listener: true, failed_refetch_duration: 2s}",
         ),
+        remote_with(
+            "jwt_cache_config",
+            "/keys",
+            "keys",
+            "}, jwt_cache_config: {jwt_cache_size: 1, jwt_max_token_size: 2000",
+        )
+        .with_requests(&repeated),
         remote_with("retry_policy", "/keys", "keys", ", retry_policy: {}"),
         remote_with(
             "retry_policy, and nobody there",

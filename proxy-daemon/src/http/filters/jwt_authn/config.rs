@@ -22,6 +22,7 @@ use http::{HeaderName, Uri};
 
 use super::{
     JwtFactory, Stats, Told,
+    cache::Cache,
     extract::Places,
     jwks::{KeySource, Keys, Remote, Retry, State},
 };
@@ -67,6 +68,8 @@ pub(super) struct Provider {
     pub(super) skew: u64,
     pub(super) claims: Box<[ClaimToHeader]>,
     pub(super) clear_route_cache: bool,
+    /// `jwt_cache_config`
+    pub(super) cache: Option<Cache>,
 }
 
 /// What a request must have.
@@ -267,6 +270,7 @@ fn provider(name: &str, provider: &JwtProvider, path: &str) -> Result<Provider> 
         },
         claims: claims.collect::<Result<_>>()?,
         clear_route_cache: provider.clear_route_cache,
+        cache: provider.jwt_cache_config.as_ref().map(Cache::new),
     })
 }
 
@@ -301,6 +305,9 @@ fn remote(remote: &RemoteJwks, path: &str) -> Result<Remote> {
 }
 
 fn retry(policy: &RetryPolicy, path: &str) -> Result<Retry> {
+    if !policy.retry_on.is_empty() {
+        return Err(FieldError::unsupported(format!("{path}.retry_on")));
+    }
     let path = format!("{path}.retry_back_off");
     let back_off = policy.retry_back_off.unwrap_or_default();
     let base = parse::duration(back_off.base_interval, &path, "base_interval")?.unwrap_or(DEFAULT_BASE_INTERVAL);

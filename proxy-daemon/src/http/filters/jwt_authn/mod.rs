@@ -1,12 +1,13 @@
 //! `envoy.filters.http.jwt_authn`: requests need tokens, JSON Web Tokens that providers have signed.
 //!
-//! **Cost.** A token is verified with every request (a signature of RSA with 2048 bits takes some 20 us, of ECDSA some 60 us); a
-//! request that needs none costs the look for its rule, which is a scan of the rules in their order. Keys are fetched once for all
+//! **Cost.** A token is verified with every request (a signature of RSA with 2048 bits takes some 20 us, of ECDSA some 60 us), unless
+//! `jwt_cache_config` has it remembered; a request that needs none costs the look for its rule, which is a scan of the rules in their order. Keys are fetched once for all
 //! workers, by the first request that needs them.
 //!
 //! **Limits.** A set of keys has at most 1 MiB and 1000 keys, a request 100 tokens. What tokens say becomes headers only where it
 //! is a header's value.
 
+mod cache;
 mod config;
 mod extract;
 mod jwks;
@@ -61,20 +62,20 @@ struct Stats {
     cors_preflight_bypassed: Counter,
     jwks_fetch_success: Counter,
     jwks_fetch_failed: Counter,
+    jwt_cache_hit: Counter,
     jwt_cache_miss: Counter,
     _lease: Lease,
 }
 
 impl Stats {
     fn new(scope: &Scope) -> Stats {
-        // Shown, and never counted: there is no cache of tokens.
-        scope.counter("jwt_cache_hit");
         Stats {
             allowed: scope.counter("allowed"),
             denied: scope.counter("denied"),
             cors_preflight_bypassed: scope.counter("cors_preflight_bypassed"),
             jwks_fetch_success: scope.counter("jwks_fetch_success"),
             jwks_fetch_failed: scope.counter("jwks_fetch_failed"),
+            jwt_cache_hit: scope.counter("jwt_cache_hit"),
             jwt_cache_miss: scope.counter("jwt_cache_miss"),
             _lease: scope.lease(),
         }
@@ -276,10 +277,6 @@ impl Settings {
         let mut last = Err(Status::Missing);
         // As Envoy does, from the last.
         for found in tokens.into_iter().rev() {
-            if of.is_some() {
-                // Every token misses the cache that there is not.
-                self.stats.jwt_cache_miss.inc();
-            }
             last = self.verify_one(&found, of, audiences, head, cx).await;
             if of.is_some() {
                 last?;
@@ -314,6 +311,13 @@ impl Settings {
         cx: &mut StreamCx,
         blamed: &mut Option<&'a Provider>,
     ) -> Result<(), Status> {
+        // Only where a provider is asked for are tokens kept, and every token misses the cache of one that has none.
+        let cache = of.and_then(|number| self.providers[number].cache.as_ref());
+        let is_known = cache.is_some_and(|cache| cache.has(&found.text));
+        if of.is_some() {
+            let counter = if is_known { &self.stats.jwt_cache_hit } else { &self.stats.jwt_cache_miss };
+            counter.inc();
+        }
         let token = Token::parse(&found.text)?;
         let by_issuer = |number: &&usize| {
             let issuer = &*self.providers[**number].issuer;
@@ -326,7 +330,12 @@ impl Settings {
         let provider = number.map(|number| &self.providers[number]).ok_or(Status::UnknownIssuer)?;
         *blamed = Some(provider);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        token.check_time(now.as_secs(), provider.skew)?;
+        if let Err(status) = token.check_time(now.as_secs(), provider.skew) {
+            if let Some(cache) = cache.filter(|_| is_known) {
+                cache.forget(&found.text);
+            }
+            return Err(status);
+        }
         if let Some(longest) = provider.max_lifetime {
             token.check_lifetime(now, longest)?;
         }
@@ -338,7 +347,12 @@ impl Settings {
         if !allowed.is_empty() && !allowed.iter().any(has) {
             return Err(Status::AudienceNotAllowed);
         }
-        provider.keys.verify(&token, cx, &self.stats).await?;
+        if !is_known {
+            provider.keys.verify(&token, cx, &self.stats).await?;
+            if let Some(cache) = cache {
+                cache.keep(&found.text);
+            }
+        }
         provider.tell(&token, found, head, cx);
         Ok(())
     }

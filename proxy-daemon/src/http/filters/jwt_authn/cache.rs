@@ -1,0 +1,117 @@
+//! `jwt_cache_config`: tokens whose signatures were found good, so that they need not be verified again.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::JwtCacheConfig;
+use thread_local::ThreadLocal;
+
+/// How many tokens are kept where nothing else is said.
+const DEFAULT_MOST: usize = 100;
+/// The longest token that is kept where nothing else is said, in bytes.
+const DEFAULT_LONGEST: usize = 4096;
+
+/// A provider's tokens, for each thread. Only signatures are kept in mind: what else a token has to be is looked at with each request.
+#[derive(Debug)]
+pub(super) struct Cache {
+    most: usize,
+    longest: usize,
+    // It is large.
+    of_threads: Box<ThreadLocal<RefCell<Recent>>>,
+}
+
+/// Those that were used last.
+#[derive(Debug, Default)]
+struct Recent {
+    uses: u64,
+    last_uses: HashMap<Arc<str>, u64>,
+    by_use: BTreeMap<u64, Arc<str>>,
+}
+
+impl Cache {
+    pub(super) fn new(config: &JwtCacheConfig) -> Cache {
+        let or = |value: u32, default| if value == 0 { default } else { value as usize };
+        Cache {
+            most: or(config.jwt_cache_size, DEFAULT_MOST),
+            longest: or(config.jwt_max_token_size, DEFAULT_LONGEST),
+            of_threads: Box::default(),
+        }
+    }
+
+    /// Whether the token's signature is known to be good.
+    pub(super) fn has(&self, token: &str) -> bool {
+        self.of_threads.get_or_default().borrow_mut().touch(token)
+    }
+
+    /// The token's signature is good.
+    pub(super) fn keep(&self, token: &str) {
+        if token.len() <= self.longest {
+            self.of_threads.get_or_default().borrow_mut().keep(token, self.most);
+        }
+    }
+
+    /// The token is of no use any more.
+    pub(super) fn forget(&self, token: &str) {
+        self.of_threads.get_or_default().borrow_mut().forget(token);
+    }
+}
+
+impl Recent {
+    fn touch(&mut self, token: &str) -> bool {
+        let Some(last) = self.last_uses.get_mut(token) else { return false };
+        self.uses += 1;
+        if let Some(name) = self.by_use.remove(last) {
+            self.by_use.insert(self.uses, name);
+        }
+        *last = self.uses;
+        true
+    }
+
+    fn keep(&mut self, token: &str, most: usize) {
+        if self.touch(token) {
+            return;
+        }
+        self.uses += 1;
+        let name: Arc<str> = token.into();
+        self.last_uses.insert(Arc::clone(&name), self.uses);
+        self.by_use.insert(self.uses, name);
+        if self.last_uses.len() > most
+            && let Some((_, oldest)) = self.by_use.pop_first()
+        {
+            self.last_uses.remove(&oldest);
+        }
+    }
+
+    fn forget(&mut self, token: &str) {
+        if let Some(last) = self.last_uses.remove(token) {
+            self.by_use.remove(&last);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_that_were_used_last_are_kept() {
+        let cache = Cache::new(&JwtCacheConfig { jwt_cache_size: 2, jwt_max_token_size: 5 });
+        for token in ["one", "two", "three"] {
+            assert!(!cache.has(token));
+            cache.keep(token);
+            cache.keep("one");
+        }
+        assert_eq!(["one", "two", "three"].map(|token| cache.has(token)), [true, false, true]);
+        cache.keep("longer");
+        assert!(!cache.has("longer"));
+        cache.forget("one");
+        cache.forget("none");
+        assert!(!cache.has("one") && cache.has("three"));
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert!(!cache.has("three"), "each thread has its own"));
+        });
+    }
+}
