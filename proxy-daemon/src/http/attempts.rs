@@ -18,7 +18,8 @@ use super::{
     body::Body,
     choice::{self, named_host},
     codec::{Incoming, h1::Upgrade},
-    forward::{admits, set_host},
+    failed::{Failed, connect_failed, reset, unsendable},
+    forward::{Original, admits, set_host},
     hash_policy,
     headers::names::*,
     illegal,
@@ -474,12 +475,8 @@ impl Shared<'_> {
             let suppress = self.cx.suppress_envoy_headers;
             let forwarded = self.action.append_x_forwarded_host;
             self.cx.progress.host_rewritten.set(Some(HostRewritten { forwarded, suppress }));
-            let before = HeaderValue::from_str(authority(&head)).ok().filter(|before| !before.is_empty());
-            set_host(&mut head, name, forwarded, suppress);
-            // Also where it is the same.
-            if let Some(before) = before.filter(|_| !suppress) {
-                head.headers.insert(X_ENVOY_ORIGINAL_HOST, before);
-            }
+            let original = if suppress { Original::Untold } else { Original::Told };
+            set_host(&mut head, name, forwarded, original);
         }
         if self.cx.route.as_ref().is_some_and(|route| route.virtual_host().include_request_attempt_count) {
             head.headers.insert(X_ENVOY_ATTEMPT_COUNT, HeaderValue::from(number));

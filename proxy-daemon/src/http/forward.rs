@@ -26,7 +26,6 @@ use super::{
     replay::Replay,
     request_stats::Counted,
     retry::RetryState,
-    route_match::authority,
     route_table::RouteRef,
     stream::{LocalReply, RequestHead, StreamCx},
     stream_end::{Budget, StreamEnd},
@@ -271,10 +270,11 @@ fn finish_request(
         };
         // The weighted cluster's comes first, as in Envoy, and is no rewrite that upstreams are told of.
         if let Some(host) = cx.weighted_options().and_then(|options| options.host_rewrite.clone()) {
-            set_host(head, host, false, true);
+            set_host(head, host, false, Original::Untold);
         }
         if let Some(host) = host {
-            set_host(head, host, action.append_x_forwarded_host, suppress);
+            let original = if suppress { Original::Untold } else { Original::IfOther };
+            set_host(head, host, action.append_x_forwarded_host, original);
         }
         let path = match (&head.method, &action.path_rewrite) {
             (&Method::CONNECT, _) => None,
@@ -318,14 +318,28 @@ fn mutate_request(cx: &StreamCx, head: &mut RequestHead, virtual_cluster: Option
     });
 }
 
+/// Whether `x-envoy-original-host` tells the host before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Original {
+    /// It does not.
+    Untold,
+    /// Where it was another one.
+    IfOther,
+    /// Also where it is the same.
+    Told,
+}
+
 /// Replaces the request's host; the one before it is told in further headers.
-pub(super) fn set_host(head: &mut RequestHead, host: HeaderValue, append_forwarded: bool, suppress: bool) {
-    let before = HeaderValue::from_str(authority(head)).ok().filter(|before| !before.is_empty());
-    if let Some(before) = before {
+pub(super) fn set_host(head: &mut RequestHead, host: HeaderValue, append_forwarded: bool, original: Original) {
+    let before = match head.uri.authority() {
+        Some(authority) => HeaderValue::from_str(authority.as_str()).ok(),
+        None => head.headers.get(HOST).cloned(),
+    };
+    if let Some(before) = before.filter(|before| !before.is_empty()) {
         if append_forwarded {
             headers::append(&mut head.headers, X_FORWARDED_HOST, &before, ",");
         }
-        if !suppress && before != host {
+        if original == Original::Told || original == Original::IfOther && before != host {
             head.headers.insert(X_ENVOY_ORIGINAL_HOST, before);
         }
     }

@@ -15,9 +15,11 @@ use http::Response;
 use tokio::time::Sleep;
 
 use super::{
-    attempts::{Attempts, Failed, set_aside},
+    attempts::{Attempts, set_aside},
     body::Body,
     codec::Incoming,
+    failed::Failed,
+    replay::Replay,
     retry::{Failure, Verdict},
     stream::{LocalReply, RequestHead},
     stream_end::{Notes, StreamEnd},
@@ -171,7 +173,8 @@ impl Attempts<'_> {
                             pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
                             continue;
                         }
-                        if self.leaves_tunnel(&failed, end)? {
+                        // Where another attempt has got further, there is somebody in the tunnel.
+                        if tries.is_empty() && self.can_begin_anew() && self.leaves_tunnel(&failed, end)? {
                             one.held.host.count(HostCounter::RqError, 1);
                             pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::ZERO)));
                             continue;
@@ -198,6 +201,12 @@ impl Attempts<'_> {
                 },
             }
         }
+    }
+
+    /// Whether the request can be sent once more, as far as its body goes.
+    fn can_begin_anew(&self) -> bool {
+        let body = self.retry.as_ref().and_then(|retry| retry.body.as_ref());
+        !body.is_some_and(Replay::is_abandoned)
     }
 
     /// The pause before the next attempt, which is not made with this host if that can be avoided.

@@ -19,7 +19,7 @@ use crate::{
     config::{FieldError, model::Discovery, parse},
     http::{
         body::Body,
-        forward::set_host,
+        forward::{Original, set_host},
         route_match::authority,
         stream::{LocalReply, RequestHead, StreamCx},
     },
@@ -71,7 +71,7 @@ impl HttpFilterFactory for ForwardProxyFactory {
             None => None,
         };
         if let Some(host) = rewritten {
-            set_host(head, host, false, true);
+            set_host(head, host, false, Original::Untold);
         }
         let none = ResponseFlags::default();
         if authority(head).is_empty() {

@@ -1,7 +1,7 @@
 //! `envoy.filters.http.grpc_stats`: counts gRPC calls and their messages, by cluster and method.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     pin::Pin,
     rc::Rc,
     sync::Arc,
@@ -34,8 +34,11 @@ use crate::{
 /// Which methods have counters of their own.
 #[derive(Debug)]
 enum Methods {
-    Listed(HashSet<(String, String)>),
-    All { replace_dots: bool },
+    /// By service.
+    Listed(HashMap<Box<str>, HashSet<Box<str>>>),
+    All {
+        replace_dots: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -69,7 +72,7 @@ impl HttpFilterFactory for GrpcStatsFactory {
             Methods::All { replace_dots: true } => own(&service.replace('.', "_"), method),
             Methods::All { replace_dots: false } => own(service, method),
             Methods::Listed(listed) => {
-                let is_listed = listed.contains(&(service.to_owned(), method.to_owned()));
+                let is_listed = listed.get(service).is_some_and(|methods| methods.contains(method));
                 Call::new(cx, "grpc", is_listed.then_some((service, method)))
             }
         });
@@ -182,13 +185,14 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
             Methods::All { replace_dots: replace_dots_in_grpc_service_name }
         }
         Some(PerMethodStatSpecifier::IndividualMethodStatsAllowlist(list)) => {
-            let of_service = list.services.into_iter().flat_map(|service| {
-                let name = service.name;
-                service.method_names.into_iter().map(move |method| (name.clone(), method))
-            });
-            Methods::Listed(of_service.collect())
+            let mut listed: HashMap<_, HashSet<_>> = HashMap::new();
+            for service in list.services {
+                let methods = service.method_names.into_iter().map(Box::from);
+                listed.entry(service.name.into()).or_default().extend(methods);
+            }
+            Methods::Listed(listed)
         }
-        Some(PerMethodStatSpecifier::StatsForAllMethods(_)) | None => Methods::Listed(HashSet::new()),
+        Some(PerMethodStatSpecifier::StatsForAllMethods(_)) | None => Methods::Listed(HashMap::new()),
     };
     Ok(Arc::new(GrpcStatsFactory { methods, emits: emit_filter_state }))
 }

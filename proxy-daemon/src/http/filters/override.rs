@@ -44,7 +44,7 @@ use self::{
     state::Carries,
     stream::{Outcome, OverrideStream, Tunnelled, described},
 };
-use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute};
+use super::{FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, shared::Shared};
 use crate::{
     access_log::ResponseFlags,
     config::{FieldError, model::SecretRef},
@@ -68,11 +68,11 @@ struct Configured {
 pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn HttpFilterFactory>, FieldError> {
     let config: Config = unpack(typed_config, cx.path)?;
     let settings = Settings::parse(&config, cx.path)?;
-    Ok(Arc::new(OverrideFactory(Arc::new(Configured { settings, stats: Stats::new(cx.stat_prefix) }))))
+    Ok(Arc::new(OverrideFactory(Shared::new(Configured { settings, stats: Stats::new(cx.stat_prefix) }))))
 }
 
 #[derive(Debug)]
-struct OverrideFactory(Arc<Configured>);
+struct OverrideFactory(Shared<Configured>);
 
 impl HttpFilterFactory for OverrideFactory {
     fn request(
@@ -122,7 +122,7 @@ impl HttpFilterFactory for OverrideFactory {
         let mut outcome = Outcome::default();
         if let Some(found) = found {
             match self.0.open(found, cx) {
-                Ok(overrides) => self.0.apply(&overrides, head, cx, (&mut stream, &mut outcome)),
+                Ok(overrides) => Configured::apply(&self.0, &overrides, head, cx, (&mut stream, &mut outcome)),
                 Err(refusal) => {
                     stats.refused(refusal);
                     match refusal {
@@ -205,7 +205,7 @@ impl Configured {
 
     /// Does what is asked of the service of this hop, as far as that is allowed.
     fn apply(
-        self: &Arc<Self>,
+        this: &Shared<Self>,
         overrides: &Overrides,
         head: &mut RequestHead,
         cx: &mut StreamCx,
@@ -216,15 +216,15 @@ impl Configured {
         let Some(wanted) = overrides.overrides.iter().find(|entry| names(&entry.service, &name)) else { return };
         let policy = cx.worker.with_offloaded(|table| table.policy(&name));
         let excludes = |sources: &settings::Sources| !sources.include(cx);
-        let refused = if !self.settings.opts_in(policy.as_deref()) {
+        let refused = if !this.settings.opts_in(policy.as_deref()) {
             Some(Refusal::NotOptedIn)
         } else {
             let sources = policy.as_ref().and_then(|policy| policy.sources.as_ref());
             sources.is_some_and(excludes).then_some(Refusal::ServiceSource)
         };
         if let Some(refusal) = refused {
-            self.stats.refused(refusal);
-            self.stats.rejected.inc();
+            this.stats.refused(refusal);
+            this.stats.rejected.inc();
             outcome.refused(None, refusal);
             return;
         }
@@ -234,33 +234,33 @@ impl Configured {
             if action == Action::Route && stream.fault.is_some() {
                 continue;
             }
-            let allowed = self.settings.allows(action, wanted, policy.as_deref());
-            match allowed.and_then(|()| self.act(action, wanted, head, cx, stream)) {
+            let allowed = this.settings.allows(action, wanted, policy.as_deref());
+            match allowed.and_then(|()| Self::act(this, action, wanted, head, cx, stream)) {
                 Ok(()) => {
-                    self.stats.done(action);
+                    this.stats.done(action);
                     outcome.done(wanted.in_words(action));
                 }
                 Err(refusal) => {
-                    self.stats.refused(refusal);
+                    this.stats.refused(refusal);
                     outcome.refused(Some(action), refusal);
                     rejected = true;
                 }
             }
         }
         if rejected {
-            self.stats.rejected.inc();
+            this.stats.rejected.inc();
         }
     }
 
     fn act(
-        self: &Arc<Self>,
+        this: &Shared<Self>,
         action: Action,
         wanted: &Override,
         head: &mut RequestHead,
         cx: &mut StreamCx,
         stream: &mut OverrideStream,
     ) -> Result<(), Refusal> {
-        let Settings { limits, original_dst_cluster, .. } = &self.settings;
+        let Settings { limits, original_dst_cluster, .. } = &this.settings;
         match action {
             Action::Debug => {
                 if !cx.worker.overrides.may_log(Instant::now(), limits.debug_per_second) {
@@ -291,7 +291,7 @@ impl Configured {
                         return Err(Refusal::TunnelGone);
                     }
                     cx.unless_connected = Some(Rc::clone(cluster));
-                    stream.tunnel = Some(Tunnelled { by: Arc::clone(self), what: wanted.in_words(action) });
+                    stream.tunnel = Some(Tunnelled { by: this.keep(), what: wanted.in_words(action) });
                 }
                 cx.override_dst = Some(target.address);
                 cx.cluster = Some(original_dst);

@@ -6,7 +6,7 @@ use culvert_xds_client::{api::culvert::overrides::v1::Action, overrides::OUTCOME
 use http::HeaderValue;
 
 use super::{
-    super::{Flow, HttpFilter, Waiting},
+    super::{Flow, HttpFilter, Waiting, shared::Kept},
     Configured,
     refusal::Refusal,
 };
@@ -84,7 +84,7 @@ pub(super) struct OverrideStream {
 
 /// A request that goes into a tunnel, or where it would have gone if the tunnel is gone.
 pub(super) struct Tunnelled {
-    pub(super) by: Arc<Configured>,
+    pub(super) by: Kept<Configured>,
     /// In words.
     pub(super) what: String,
 }
