@@ -2,9 +2,9 @@
 
 use http::HeaderName;
 
-use super::{Record, ResponseFlags};
+use super::{Record, ResponseFlags, format::Part, grpc};
 use crate::{
-    config::model::{AccessLogFilter, Comparison, ComparisonOp, HeaderMatcher, MatchedHeader},
+    config::model::{AccessLogFilter, Comparison, ComparisonOp, HeaderMatcher, MatchedHeader, value_at},
     http::matches_any,
 };
 
@@ -26,21 +26,36 @@ impl AccessLogFilter {
             AccessLogFilter::ResponseFlags(None) => !record.response_flags.is_empty(),
             AccessLogFilter::ResponseFlags(Some(flags)) => record.response_flags.intersects(*flags),
             AccessLogFilter::Header(matcher) => header_matches(matcher, record),
+            AccessLogFilter::GrpcStatus { statuses, exclude } => {
+                let status = grpc::status_or_unknown(record);
+                let listed = status.is_some_and(|status| status < 32 && statuses & (1 << status) != 0);
+                listed != *exclude
+            }
+            AccessLogFilter::LogType { types, exclude } => types.contains(&record.log_type) != *exclude,
+            AccessLogFilter::Metadata { matcher, by_default } => {
+                let told = matcher.as_ref().and_then(|matcher| {
+                    let namespace = record.metadata?.namespace(&matcher.filter);
+                    value_at(namespace, matcher.path.iter().map(|key| &**key)).map(|value| (matcher, value))
+                });
+                // `invert` has no effect, as in Envoy.
+                told.map_or(*by_default, |(matcher, value)| matcher.value.matches(Some(value)))
+            }
             AccessLogFilter::And(filters) => filters.iter().all(|filter| filter.admits(record)),
             AccessLogFilter::Or(filters) => filters.iter().any(|filter| filter.admits(record)),
         }
     }
 
-    /// The request headers that it looks at.
-    pub(super) fn request_headers(&self) -> Vec<&HeaderName> {
-        match self {
-            AccessLogFilter::Runtime { independent: false, .. } => vec![&X_REQUEST_ID],
-            AccessLogFilter::Header(matcher) => match &matcher.name {
+    /// The headers of a part of the messages that it looks at.
+    pub(super) fn headers(&self, part: Part) -> Vec<&HeaderName> {
+        match (self, part) {
+            (AccessLogFilter::Runtime { independent: false, .. }, Part::Request) => vec![&X_REQUEST_ID],
+            (AccessLogFilter::Header(matcher), Part::Request) => match &matcher.name {
                 MatchedHeader::Name(name) => vec![name],
                 _ => Vec::new(),
             },
-            AccessLogFilter::And(filters) | AccessLogFilter::Or(filters) => {
-                filters.iter().flat_map(AccessLogFilter::request_headers).collect()
+            (AccessLogFilter::GrpcStatus { .. }, Part::Response | Part::Trailers) => vec![grpc::header(part)],
+            (AccessLogFilter::And(filters) | AccessLogFilter::Or(filters), _) => {
+                filters.iter().flat_map(|filter| filter.headers(part)).collect()
             }
             _ => Vec::new(),
         }
@@ -139,6 +154,23 @@ mod tests {
     }
 
     #[test]
+    fn statuses_of_grpc_are_looked_for() {
+        let listed = |exclude| AccessLogFilter::GrpcStatus { statuses: 1 << 5 | 1 << 2, exclude };
+        let status = |value: &'static str| vec![("grpc-status".parse().unwrap(), value.parse().unwrap())];
+        let admits = |headers: &[(HeaderName, http::HeaderValue)], code| {
+            let headers = Some(crate::access_log::Headers::Kept(headers));
+            let record = Record { response_headers: headers, response_code: code, ..Record::default() };
+            assert_ne!(listed(true).admits(&record), listed(false).admits(&record));
+            listed(false).admits(&record)
+        };
+        assert!(admits(&status("5"), 200) && !admits(&status("7"), 200) && !admits(&status("x"), 404));
+        assert!(admits(&[], 200) && !admits(&[], 404), "by the status of HTTP");
+        assert!(admits(&[], 0), "nothing is known");
+        assert_eq!(listed(false).headers(Part::Trailers), ["grpc-status"]);
+        assert!(listed(false).headers(Part::Request).is_empty());
+    }
+
+    #[test]
     fn requests_are_sampled_by_their_id() {
         let sample = |independent| AccessLogFilter::Runtime {
             numerator: integer(10, "sampled"),
@@ -158,7 +190,7 @@ mod tests {
         let often = |filter: &AccessLogFilter, id: &str| (0..10_000).filter(|_| admits(filter, id)).count();
         assert!((500..1_500).contains(&often(&sample(true), "0000000a-1111")), "by its own number");
         assert!((500..1_500).contains(&often(&sample(false), "no number")), "nothing to go by");
-        assert_eq!(sample(true).request_headers().len(), 0);
-        assert_eq!(AccessLogFilter::Or(vec![sample(true), sample(false)]).request_headers().len(), 1);
+        assert_eq!(sample(true).headers(Part::Request).len(), 0);
+        assert_eq!(AccessLogFilter::Or(vec![sample(true), sample(false)]).headers(Part::Request).len(), 1);
     }
 }

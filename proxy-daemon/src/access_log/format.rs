@@ -59,6 +59,8 @@ pub(super) enum Op {
     StartTime,
     StartTimeAs(TimeFormat),
     Request(HeaderChoice),
+    /// `REQ_WITHOUT_QUERY`
+    RequestWithoutQuery(HeaderChoice),
     Response(HeaderChoice),
     Trailer(HeaderChoice),
     Field(Field),
@@ -190,7 +192,7 @@ impl Format {
     pub(super) fn headers(&self, part: Part) -> impl Iterator<Item = &HeaderName> {
         let ops = self.all_ops();
         let choices = ops.clone().filter_map(move |op| match (op, part) {
-            (Op::Request(choice), Part::Request)
+            (Op::Request(choice) | Op::RequestWithoutQuery(choice), Part::Request)
             | (Op::Response(choice), Part::Response)
             | (Op::Trailer(choice), Part::Trailers) => Some(choice),
             _ => None,
@@ -231,9 +233,10 @@ impl Op {
             Op::Text(text) => out.extend_from_slice(text.as_bytes()),
             Op::StartTime => time::write_default(out, record.start),
             Op::StartTimeAs(format) => format.write(out, record.start),
-            Op::Request(choice) => choice.write(out, record, record.request_headers),
-            Op::Response(choice) => choice.write(out, record, record.response_headers),
-            Op::Trailer(choice) => choice.write(out, record, record.response_trailers),
+            Op::Request(choice) => choice.write(out, record, record.request_headers, |value| value),
+            Op::RequestWithoutQuery(choice) => choice.write(out, record, record.request_headers, without_query),
+            Op::Response(choice) => choice.write(out, record, record.response_headers, |value| value),
+            Op::Trailer(choice) => choice.write(out, record, record.response_trailers, |value| value),
             Op::Field(field) => field.write(out, record),
             Op::Metadata(path) => path.write(out, record, record.metadata),
             Op::Special(special) => special.write(out, record),
@@ -282,6 +285,7 @@ impl<'a> Operator<'a> {
         }
         let max_len = self.length.unwrap_or(usize::MAX);
         match self.name {
+            "REQ_WITHOUT_QUERY" => HeaderChoice::parse("REQ", self).map(Op::RequestWithoutQuery),
             "REQ" | "REQUEST_HEADER" => HeaderChoice::parse("REQ", self).map(Op::Request),
             "RESP" | "RESPONSE_HEADER" => HeaderChoice::parse("RESP", self).map(Op::Response),
             "TRAILER" | "RESPONSE_TRAILER" => HeaderChoice::parse("TRAILER", self).map(Op::Trailer),
@@ -326,17 +330,28 @@ impl HeaderChoice {
         Ok(HeaderChoice { first, second, max_len: operator.length.unwrap_or(usize::MAX) })
     }
 
-    fn write(&self, out: &mut Vec<u8>, record: &Record<'_>, headers: Option<Headers<'_>>) {
+    fn write<'r>(
+        &self,
+        out: &mut Vec<u8>,
+        record: &Record<'r>,
+        headers: Option<Headers<'r>>,
+        part: impl FnOnce(&'r [u8]) -> &'r [u8],
+    ) {
         if let Header::Status = self.first {
             return Field::ResponseCode.write(out, record);
         }
         let value = self.first.value(record, headers);
         let value = value.or_else(|| self.second.as_ref().and_then(|second| second.value(record, headers)));
-        match value {
+        match value.map(part) {
             Some(value) => out.extend_from_slice(&value[..value.len().min(self.max_len)]),
             None => missing(out, record),
         }
     }
+}
+
+/// A path without what follows its first `?`.
+fn without_query(path: &[u8]) -> &[u8] {
+    path.split(|byte| *byte == b'?').next().unwrap_or_default()
 }
 
 impl Header {

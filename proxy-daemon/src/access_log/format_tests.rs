@@ -197,9 +197,12 @@ fn a_bad_format_is_refused_with_what_is_wrong() {
     for (format, expected) in [
         ("%BOGUS%", "%BOGUS% is not an operator"),
         (
-            "%FILTER_STATE(a:PLAIN):3%",
-            "%FILTER_STATE%: only envoy.filters.http.grpc_stats:PLAIN is supported by culvert yet",
+            "%FILTER_STATE(envoy.filters.http.grpc_stats:TYPED)%",
+            "%FILTER_STATE%: only PLAIN is supported by culvert of envoy.filters.http.grpc_stats yet",
         ),
+        ("%FILTER_STATE(a:OTHER)%", "PLAIN, TYPED or FIELD"),
+        ("%FILTER_STATE(a:FIELD)%", "PLAIN, TYPED or FIELD"),
+        ("%FILTER_STATE(:PLAIN)%", "key cannot be empty"),
         ("%DOWNSTREAM_PEER_CHAIN_SERIALS%", "%DOWNSTREAM_PEER_CHAIN_SERIALS% is not supported by culvert yet"),
         ("%REQ(x%", "position 0"),
         ("%REQ%", "needs a header's name"),

@@ -86,6 +86,16 @@ pub(super) fn header(part: Part) -> &'static HeaderName {
     }
 }
 
+/// The status of any request: that of its HTTP status where the answer tells none, UNKNOWN (2) where there is neither; `None`:
+/// something that is none.
+pub(super) fn status_or_unknown(record: &Record<'_>) -> Option<u64> {
+    let said = told(record.response_trailers).or_else(|| told(record.response_headers));
+    said.unwrap_or(Some(match record.response_code {
+        0 => 2,
+        code => grpc_status::of_http(code).into(),
+    }))
+}
+
 /// The status that is told there; `Some(None)`: something that is none.
 fn told(headers: Option<Headers<'_>>) -> Option<Option<u64>> {
     let value = headers?.get(&GRPC_STATUS).filter(|value| !value.is_empty())?;

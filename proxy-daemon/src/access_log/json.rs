@@ -6,7 +6,7 @@ use super::{
     Record,
     format::{Format, FormatError, Op},
     json_text,
-    operators::Special,
+    operators::{Special, StateForm},
 };
 
 /// No header's value and no other text has this: an operator that writes it has nothing to say.
@@ -181,6 +181,13 @@ impl Op {
         let number = match self {
             Op::Metadata(path) => return path.write_json(out, record.metadata),
             Op::Special(Special::RouteMetadata(path)) => return path.write_json(out, record.route_metadata),
+            Op::Special(Special::FilterState { key, form: StateForm::Typed, .. }) => {
+                let state = record.metadata.and_then(|metadata| metadata.state(key));
+                if let Some(state) = state {
+                    json_text::string(out, &state.text);
+                }
+                return state.is_some();
+            }
             Op::Special(Special::Coalesce(ops)) => {
                 return ops.iter().any(|op| {
                     let said = op.write_json(out, record) && &out[before..] != b"\"\"";

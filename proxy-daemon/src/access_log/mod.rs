@@ -68,11 +68,13 @@ impl AccessLog {
         Ok(AccessLog { output, filter: Arc::new(config.filter.clone()) })
     }
 
-    fn headers(&self, part: Part) -> Box<dyn Iterator<Item = &http::HeaderName> + '_> {
-        match &self.output {
+    /// Those that its lines show or its filter looks at.
+    fn headers(&self, part: Part) -> impl Iterator<Item = &http::HeaderName> {
+        let shown: Box<dyn Iterator<Item = &http::HeaderName>> = match &self.output {
             Output::Lines { format, .. } => Box::new(format.headers(part)),
             Output::Entries { parts, .. } => parts.headers(part),
-        }
+        };
+        shown.chain(self.filter.headers(part))
     }
 
     /// Whether it shows how long headers are.
@@ -85,15 +87,15 @@ impl AccessLog {
 
     /// The request headers that its lines show or its filter looks at: the only ones that have to be kept for it.
     pub fn request_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
-        self.headers(Part::Request).chain(self.filter.request_headers())
+        self.headers(Part::Request)
     }
 
-    /// The response headers that its lines show.
+    /// The response headers that its lines show or its filter looks at.
     pub fn response_headers(&self) -> impl Iterator<Item = &http::HeaderName> {
         self.headers(Part::Response)
     }
 
-    /// The trailers of responses that its lines show.
+    /// The trailers of responses that its lines show or its filter looks at.
     pub fn response_trailers(&self) -> impl Iterator<Item = &http::HeaderName> {
         self.headers(Part::Trailers)
     }

@@ -15,6 +15,7 @@ use super::{
     format::{FormatError, MetadataPath, Op, Operator, Part},
     grpc,
     json::NOTHING,
+    json_text,
     time::{self, TimeFormat},
 };
 
@@ -49,8 +50,21 @@ pub(super) enum Special {
     CommonDuration { from: TimePoint, to: TimePoint, per_second: u128 },
     /// `FILTER_STATE(envoy.filters.http.grpc_stats:PLAIN)`
     GrpcMessages { max_len: usize },
+    /// `FILTER_STATE` of another key
+    FilterState { key: Box<str>, form: StateForm, max_len: usize },
     /// `COALESCE`: the first that has something to say.
     Coalesce(Box<[Op]>),
+}
+
+/// How an object of the filter state is shown. All of them are texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum StateForm {
+    /// As it is.
+    Plain,
+    /// As JSON.
+    Typed,
+    /// A part of it: texts have none.
+    Field,
 }
 
 /// Which path.
@@ -104,8 +118,20 @@ impl Special {
                 _ => return Err(refuse("only DYNAMIC and ROUTE are supported by culvert yet")),
             },
             "FILTER_STATE" if arguments == "envoy.filters.http.grpc_stats:PLAIN" => Special::GrpcMessages { max_len },
+            "FILTER_STATE" if arguments.split(':').next() == Some("envoy.filters.http.grpc_stats") => {
+                return Err(refuse("only PLAIN is supported by culvert of envoy.filters.http.grpc_stats yet"));
+            }
             "FILTER_STATE" => {
-                return Err(refuse("only envoy.filters.http.grpc_stats:PLAIN is supported by culvert yet"));
+                let mut parts = arguments.split(':');
+                let key = parts.next().filter(|key| !key.is_empty());
+                let key = key.ok_or_else(|| refuse("Invalid filter state configuration, key cannot be empty."))?;
+                let form = match (parts.next(), parts.next()) {
+                    (None | Some("TYPED"), None) => StateForm::Typed,
+                    (Some("PLAIN"), None) => StateForm::Plain,
+                    (Some("FIELD"), Some(field)) if !field.is_empty() => StateForm::Field,
+                    _ => return Err(refuse("the second argument must be PLAIN, TYPED or FIELD with a field's name")),
+                };
+                Special::FilterState { key: key.into(), form, max_len }
             }
             "UNIQUE_ID" if operator.arguments.is_none() && operator.length.is_none() => Special::UniqueId,
             "EMIT_TIME" => {
@@ -187,6 +213,20 @@ impl Special {
             Special::GrpcMessages { max_len } => {
                 let text = record.grpc_messages.map(|(requests, responses)| format!("{requests},{responses}"));
                 cut(out, record, text.as_deref(), *max_len);
+            }
+            Special::FilterState { key, form, max_len } => {
+                let state = record.metadata.and_then(|metadata| metadata.state(key));
+                match (form, state) {
+                    (StateForm::Plain, Some(state)) => {
+                        out.extend_from_slice(&state.text[..state.text.len().min(*max_len)]);
+                    }
+                    (StateForm::Typed, Some(state)) => {
+                        let start = out.len();
+                        json_text::string(out, &state.text);
+                        out.truncate(start.saturating_add(*max_len));
+                    }
+                    (StateForm::Field, _) | (_, None) => missing(out, record),
+                }
             }
             Special::EmitTime(None) => time::write_default(out, SystemTime::now()),
             Special::EmitTime(Some(format)) => format.write(out, SystemTime::now()),

@@ -22,12 +22,13 @@ use super::{
     hash_policy::hash_of,
     headers::{self, names::*},
     illegal,
+    retry::{self, RetryState, Verdict},
     route_match::authority,
     stream::{RequestHead, ResponseHead, StreamCx},
     upstream_head,
 };
 use crate::{
-    config::model::{HashPolicy, MetadataMatch},
+    config::model::{HashPolicy, MetadataMatch, RetryPolicy},
     upstream::{Chosen, Connection, Overload, PickCx, PoolError, Reset, Resource, Source, WorkerCluster, WorkerHost},
 };
 
@@ -125,11 +126,57 @@ pub(super) async fn send_to(
     cluster: &Rc<WorkerCluster>,
     source: Option<Source>,
     metadata_match: Option<&MetadataMatch>,
-    mut head: RequestHead,
-    mut body: Body,
+    head: RequestHead,
+    body: Body,
 ) -> Result<Answer, Failure> {
+    admit(cluster, &head)?;
+    let ended = attempt(cluster, (source, metadata_match), head, body, None).await;
+    ended.map_err(|ended| ended.unwrap_or(Failure::Reset))
+}
+
+/// The same, as often as the policy has it. `body` makes a body for each attempt.
+pub(super) async fn send_by(
+    cluster: &Rc<WorkerCluster>,
+    policy: Option<&RetryPolicy>,
+    mut head: RequestHead,
+    body: impl Fn() -> Body,
+) -> Result<Answer, Failure> {
+    let limit = policy.and_then(|policy| policy.per_try_timeout);
+    let Some(mut retry) = policy.and_then(|policy| RetryState::take((Some(policy), false), &mut head, None)) else {
+        return send(cluster, None, head, body()).await;
+    };
+    admit(cluster, &head)?;
+    loop {
+        let attempt = attempt(cluster, (None, None), head.clone(), body(), Some(&mut retry));
+        let ended = match limit {
+            None => attempt.await,
+            Some(limit) => match tokio::time::timeout(limit, attempt).await {
+                Ok(ended) => ended,
+                Err(_) => {
+                    let stats = &cluster.cluster.stats;
+                    stats.upstream_rq_per_try_timeout.inc();
+                    Err(match retry.judge_failure(retry::Failure::PerTryTimeout, cluster, false) {
+                        Verdict::Retry => None,
+                        _ => {
+                            stats.charge(StatusCode::GATEWAY_TIMEOUT.as_u16(), true);
+                            Some(Failure::TimedOut)
+                        }
+                    })
+                }
+            },
+        };
+        match ended {
+            Ok(answer) => return Ok(answer),
+            Err(Some(failure)) => return Err(failure),
+            Err(None) => tokio::time::sleep(retry.pause(cluster)).await,
+        }
+    }
+}
+
+/// Whether the request may be sent to the cluster now.
+fn admit(cluster: &WorkerCluster, head: &RequestHead) -> Result<(), Failure> {
     let stats = &cluster.cluster.stats;
-    if illegal::refusal(&head).is_some() {
+    if illegal::refusal(head).is_some() {
         return Err(Failure::Reset);
     }
     if cluster.cluster.refuses_for_maintenance() {
@@ -142,12 +189,24 @@ pub(super) async fn send_to(
         stats.charge(StatusCode::SERVICE_UNAVAILABLE.as_u16(), true);
         return Err(Failure::Overflow);
     }
+    Ok(())
+}
+
+/// One attempt at a request. `Err(None)`: there is to be another.
+async fn attempt(
+    cluster: &Rc<WorkerCluster>,
+    (source, metadata_match): (Option<Source>, Option<&MetadataMatch>),
+    mut head: RequestHead,
+    mut body: Body,
+    mut retry: Option<&mut RetryState<'_>>,
+) -> Result<Answer, Option<Failure>> {
+    let stats = &cluster.cluster.stats;
     let pick =
         PickCx { headers: Some(&head.headers), host: Some(authority(&head)), metadata_match, ..PickCx::default() };
     let hash = |policies: &[HashPolicy]| hash_of(policies, Some(&head), None, &mut Vec::new());
     let Some(chosen) = cluster.choose(pick, hash) else {
         stats.upstream_cx_none_healthy.inc();
-        return Err(Failure::NoHost);
+        return Err(Some(Failure::NoHost));
     };
     // An aggregate's member, which has limits of its own.
     let (member, host) = (Rc::clone(&chosen.cluster), Rc::clone(&chosen.host));
@@ -155,7 +214,7 @@ pub(super) async fn send_to(
     if member.cluster.is_full(Resource::Requests, false) {
         member.cluster.dropped.inc();
         host.count_refused(&member, false);
-        return Err(Failure::Overflow);
+        return Err(Some(Failure::Overflow));
     }
     member.cluster.begin_request(false);
     cluster.cluster.attempt_begins(false);
@@ -168,20 +227,28 @@ pub(super) async fn send_to(
         }
         canary
     };
-    let failed = || {
+    let failed = |retry: Option<&mut RetryState<'_>>, failure| {
+        let verdict = retry.map(|retry| retry.judge_failure(failure, cluster, false));
+        if verdict == Some(Verdict::Retry) {
+            return None;
+        }
         charge(StatusCode::SERVICE_UNAVAILABLE, host.host.is_canary());
-        Failure::Reset
+        Some(Failure::Reset)
     };
     let wanted = upstream_head::protocol(&member, &head);
     let peer = upstream_head::peer_name(cluster, &head);
     loop {
-        let connection =
-            host.acquire(&member, wanted, (source, peer.as_ref(), None), false).await.map_err(|error| {
+        let connection = match host.acquire(&member, wanted, (source, peer.as_ref(), None), false).await {
+            Ok(connection) => connection,
+            Err(error) => {
                 if let PoolError::Connect(_) = error {
                     member_stats.upstream_rq_pending_failure_eject.inc();
                 }
-                failed()
-            })?;
+                let overflow = matches!(error, PoolError::Overflow);
+                let failure = if overflow { retry::Failure::Overflow } else { retry::Failure::Connect };
+                return Err(failed(retry, failure));
+            }
+        };
         member_stats.upstream_rq_total.inc();
         if connection.is_http2() {
             upstream_head::to_http2(&mut head);
@@ -194,12 +261,21 @@ pub(super) async fn send_to(
         match connection.send(Request::from_parts(head, body), interim).await {
             Ok(response) => {
                 let (head, body) = response.into_parts();
+                if let Some(retry) = &mut retry
+                    && retry.judge_response(&head, cluster, false) == Verdict::Retry
+                {
+                    stats.count_retried(head.status.as_u16());
+                    if http_body::Body::is_end_stream(&body) {
+                        connection.release();
+                    }
+                    return Err(None);
+                }
                 under_way.canary = charge(head.status, host.host.answers_as_canary(&head.headers));
                 return Ok(Answer { head, body, connection, under_way });
             }
             // It died in the pool: another one is tried, until one is new.
             Err(Reset { request: Some(unsent), .. }) if connection.reused => (head, body) = unsent.into_parts(),
-            Err(_) => return Err(failed()),
+            Err(reset) => return Err(failed(retry, retry::Failure::of_reset(reset.request.is_some(), reset.reason))),
         }
     }
 }

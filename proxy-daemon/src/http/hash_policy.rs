@@ -7,6 +7,7 @@ use http::HeaderValue;
 use twox_hash::XxHash64;
 
 use super::{
+    metadata::Metadata,
     route_match::{authority, cookie_bytes},
     stream::{RequestHead, StreamCx},
 };
@@ -19,7 +20,8 @@ pub(super) fn hash(
     cx: &StreamCx,
     made: &mut Vec<HeaderValue>,
 ) -> Option<u64> {
-    hash_of(policies, Some(head), Some((cx.remote, cx.connection.local)), made)
+    let told = cx.progress.metadata.borrow();
+    hash_by(policies, Some(head), Some((cx.remote, cx.connection.local)), told.as_deref(), made)
 }
 
 /// The same of what may be no request (`head`), or no client's (`ends`: the client, and our end).
@@ -29,6 +31,16 @@ pub(crate) fn hash_of(
     ends: Option<(SocketAddr, SocketAddr)>,
     made: &mut Vec<HeaderValue>,
 ) -> Option<u64> {
+    hash_by(policies, head, ends, None, made)
+}
+
+fn hash_by(
+    policies: &[HashPolicy],
+    head: Option<&RequestHead>,
+    ends: Option<(SocketAddr, SocketAddr)>,
+    told: Option<&Metadata>,
+    made: &mut Vec<HeaderValue>,
+) -> Option<u64> {
     let mut hash: Option<u64> = None;
     for policy in policies {
         let next = match &policy.source {
@@ -36,6 +48,10 @@ pub(crate) fn hash_of(
             HashSource::Cookie(wanted) => of_cookie(wanted, head, ends, made),
             HashSource::SourceIp => ends.map(|(remote, _)| of_bytes(remote.ip().to_canonical().to_string().as_bytes())),
             HashSource::QueryParameter(name) => head.and_then(|head| of_parameter(name, head.uri.query())),
+            HashSource::FilterState(key) => {
+                let state = told.and_then(|told| told.state(key)).filter(|state| state.hashable);
+                state.map(|state| of_bytes(&state.text))
+            }
         };
         if let Some(next) = next {
             // Equal parts do not cancel each other out.

@@ -7,8 +7,8 @@ use envoy_types::pb::{
     envoy::{
         extensions::matching::common_inputs::{
             network::v3::{
-                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, DynamicMetadataInput, ServerNameInput,
-                SourceIpInput, SourcePortInput,
+                DestinationIpInput, DestinationPortInput, DirectSourceIpInput, DynamicMetadataInput, FilterStateInput,
+                ServerNameInput, SourceIpInput, SourcePortInput,
                 dynamic_metadata_input::{PathSegment, path_segment::Segment},
             },
             ssl::v3::{DnsSanInput, SubjectInput, UriSanInput},
@@ -69,6 +69,8 @@ pub enum RequestInput {
     Certificate(fn(&PeerText) -> &String),
     /// What filters have told under this namespace, at this path.
     DynamicMetadata(Box<str>, Box<[Box<str>]>),
+    /// An object of the filter state.
+    FilterState(Box<str>),
 }
 
 impl MatchInput for RequestInput {
@@ -88,6 +90,9 @@ impl MatchInput for RequestInput {
             RequestInput::DirectSourceIp => connection.remote.ip().to_canonical().to_string().into(),
             RequestInput::ServerName => connection.requested_server_name()?.into(),
             RequestInput::Certificate(part) => part(connection.tls()?.peer()?).as_str().into(),
+            RequestInput::FilterState(key) => {
+                return told.metadata?.state(key).map(|state| state.as_text().into_owned().into());
+            }
             // It is no text.
             RequestInput::DynamicMetadata(..) => return None,
         })
@@ -124,6 +129,13 @@ pub(crate) fn request_input(config: &Any, path: &str) -> Result<Option<RequestIn
     let wanted = type_name(config);
     if wanted == HttpRequestHeaderMatchInput::full_name() {
         return Ok(Some(RequestInput::Header(parse::request_header_input(config, path)?)));
+    }
+    if wanted == FilterStateInput::full_name() {
+        let FilterStateInput { key, field } = unpack(config, path)?;
+        if !field.is_empty() {
+            return Err(FieldError::unsupported(format!("{path}.field")));
+        }
+        return Ok(Some(RequestInput::FilterState(key.into())));
     }
     Ok(inputs.into_iter().find(|(name, _)| name == wanted).map(|(_, input)| input))
 }

@@ -1,6 +1,7 @@
 //! Dynamic metadata: what filters tell about a stream, by namespace.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -42,6 +43,24 @@ pub struct Metadata {
     fields: BTreeMap<Box<str>, Struct>,
     /// Messages, which no filter tells.
     typed: BTreeMap<Box<str>, Any>,
+    /// Filter state: it is told in the same way, and is no metadata otherwise.
+    state: BTreeMap<Box<str>, State>,
+}
+
+/// A text in the filter state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// What it says; formats may make what is no UTF-8.
+    pub text: Box<[u8]>,
+    /// Hash policies take it.
+    pub hashable: bool,
+}
+
+impl State {
+    /// What it says, to be compared.
+    pub fn as_text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.text)
+    }
 }
 
 impl Metadata {
@@ -55,6 +74,16 @@ impl Metadata {
         self.fields.entry(namespace.into()).or_default()
     }
 
+    /// What the filter state has under `key`.
+    pub fn state(&self, key: &str) -> Option<&State> {
+        self.state.get(key)
+    }
+
+    /// Puts a text into the filter state.
+    pub fn set_state(&mut self, key: &str, text: Box<[u8]>, hashable: bool) {
+        self.state.insert(key.into(), State { text, hashable });
+    }
+
     /// All namespaces.
     pub fn namespaces(&self) -> impl Iterator<Item = (&str, &Struct)> {
         self.fields.iter().map(|(name, fields)| (&**name, fields))
@@ -64,7 +93,7 @@ impl Metadata {
     pub fn of_config(config: &ConfigMetadata) -> Metadata {
         let fields = config.filter_metadata.iter().map(|(name, fields)| (name.as_str().into(), fields.clone()));
         let typed = config.typed_filter_metadata.iter().map(|(name, message)| (name.as_str().into(), message.clone()));
-        Metadata { fields: fields.collect(), typed: typed.collect() }
+        Metadata { fields: fields.collect(), typed: typed.collect(), state: BTreeMap::new() }
     }
 
     /// The message that is there under `namespace`.

@@ -21,7 +21,7 @@ use crate::{
         DEFAULT_BASE_INTERVAL, LbMetadata, MatchedHeader, RateLimitedBackOff, RetryHostPredicate, RetryOn, RetryPolicy,
     },
     layered_runtime::{Key, RuntimeInteger},
-    upstream::{Chosen, TriedPriorities, WorkerCluster, WorkerHost},
+    upstream::{Chosen, ResetReason, TriedPriorities, WorkerCluster, WorkerHost},
 };
 
 /// Milliseconds, where the policy has no base of its own.
@@ -51,6 +51,17 @@ pub(super) enum Failure {
     PerTryIdleTimeout,
     /// It took longer than an attempt may, from its beginning to its end.
     MaxDuration,
+}
+
+impl Failure {
+    /// That of an attempt that was reset. `unsent`: nothing of it had been sent.
+    pub(super) fn of_reset(unsent: bool, reason: ResetReason) -> Failure {
+        match (unsent, reason) {
+            (true, _) => Failure::BeforeRequest,
+            (false, ResetReason::Refused | ResetReason::GoneAway) => Failure::Refused,
+            (false, _) => Failure::AfterRequest,
+        }
+    }
 }
 
 /// Whether one more attempt is made.

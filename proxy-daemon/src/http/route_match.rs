@@ -6,8 +6,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, request::Parts};
 
 use super::{look::Look as _, metadata::Metadata};
 use crate::config::model::{
-    CookieMatcher, HeaderMatcher, HeaderValueMatch, MatchedHeader, MetadataMatcher, PathMatch, QueryParameterMatch,
-    QueryParameterMatcher, RouteMatch,
+    CookieMatcher, FilterStateMatcher, HeaderMatcher, HeaderValueMatch, MatchedHeader, MetadataMatcher, PathMatch,
+    QueryParameterMatch, QueryParameterMatcher, RouteMatch,
 };
 
 /// What routes are chosen by, besides the request's head.
@@ -32,6 +32,15 @@ impl MatchCx<'_> {
         let told = told.as_ref().and_then(|told| told.as_deref());
         matchers.iter().all(|matcher| matcher.matches(told.and_then(|told| told.namespace(&matcher.filter))))
     }
+
+    fn state_matches(&self, matchers: &[FilterStateMatcher]) -> bool {
+        if matchers.is_empty() {
+            return true;
+        }
+        let told = self.metadata.map(RefCell::borrow);
+        let told = told.as_ref().and_then(|told| told.as_deref());
+        matchers.iter().all(|matcher| matcher.matches(told))
+    }
 }
 
 /// The host of a request: HTTP/2's `:authority`, or HTTP/1's `host`.
@@ -54,6 +63,7 @@ pub(super) fn matches(rule: &RouteMatch, path: &str, request: &Parts, cx: &Match
         && rule.certificate_presented.is_none_or(|wanted| wanted == cx.certificate_presented)
         && rule.certificate_validated.is_none_or(|wanted| wanted == cx.certificate_validated)
         && cx.metadata_matches(&rule.dynamic_metadata)
+        && cx.state_matches(&rule.filter_state)
         && rule.runtime_fraction.as_ref().is_none_or(|share| share.includes(cx.random))
         && (!rule.grpc || super::headers::is_grpc(&request.headers))
 }

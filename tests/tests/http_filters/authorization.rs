@@ -22,7 +22,24 @@ fn grpc(name: &'static str, more: &str, requests: &[String]) -> Case {
 }
 
 pub fn cases() -> Vec<Case> {
-    [verdicts(), failures(), settings(), bodies(), routes(), http(), untrusted(), overridden()].concat()
+    [verdicts(), failures(), settings(), bodies(), routes(), http(), again(), untrusted(), overridden()].concat()
+}
+
+/// Services that are asked again.
+fn again() -> Vec<Case> {
+    let requests =
+        [asked("GET /", "status 14"), asked("GET /", "status 7"), asked("GET /", "http 503"), asked("GET /", "{}")];
+    let requests: Vec<_> = requests.iter().map(String::as_str).collect();
+    let by = |name, policy: &str| {
+        let policy = format!(
+            "timeout: 10s, retry_policy: {{{policy}, retry_back_off: {{base_interval: 0.001s, max_interval: 10s}}}}"
+        );
+        case(name, EXT_AUTHZ, &GRPC.replace("timeout: 10s", &policy), &requests)
+    };
+    vec![
+        by("by gRPC, tried again", "retry_on: \"unavailable,5xx\", num_retries: 2"),
+        by("by gRPC, tried again on no grounds", "num_retries: 2"),
+    ]
 }
 
 fn header(name: &str, value: &str, action: &str) -> String {
@@ -394,7 +411,7 @@ pub fn too_much() -> Vec<Case> {
 fn http() -> Vec<Case> {
     let within = |timeout: &str, more: &str| {
         format!(
-            "transport_api_version: V3, stat_prefix: $case, allowed_headers: {{patterns: [{{exact: x-id}}, {{exact: x-do}}, {{exact: x-a}}]}}, \
+            "transport_api_version: V3, stat_prefix: $case, allowed_headers: {{patterns: [{{exact: x-id}}, {{prefix: x-do}}, {{exact: x-a}}]}}, \
              http_service: {{server_uri: {{uri: \"http://authz.test\", cluster: authz, timeout: {timeout}}}{more}}}"
         )
     };
@@ -415,6 +432,27 @@ fn http() -> Vec<Case> {
         service("by HTTP", "", &requests),
         case("by HTTP, a timeout", EXT_AUTHZ, &within("2s", ""), &["GET /\nx-do: hang"]),
         service("by HTTP, with headers", &format!(", {up}"), &requests[..5]),
+        service(
+            "by HTTP, tried again",
+            ", retry_policy: {retry_on: \"5xx,reset\", num_retries: 2, retry_back_off: {base_interval: 0.001s, max_interval: 10s}}",
+            &[
+                "POST /\nx-do-authz: 503,503,200\n\nbody",
+                "GET /\nx-do-authz: 503,reset,503,200",
+                "GET /\nx-do-authz: reset,200",
+                "GET /\nx-do-authz: 409,200",
+                "GET /\nx-do-authz: 429,200",
+            ],
+        ),
+        service(
+            "by HTTP, tried again on no grounds",
+            ", retry_policy: {num_retries: 2, retry_back_off: {base_interval: 0.001s, max_interval: 10s}}",
+            &["GET /\nx-do-authz: 503,200", "GET /\nx-do-authz: reset,200"],
+        ),
+        service(
+            "by HTTP, tried again on other grounds",
+            ", retry_policy: {retry_on: \"retriable-4xx,reset\", num_retries: 1, retry_back_off: {base_interval: 0.001s, max_interval: 10s}}",
+            &["GET /\nx-do-authz: 409,200", "GET /\nx-do-authz: 503,200", "GET /\nx-do-authz: reset,200"],
+        ),
         service("by HTTP, prefix", ", path_prefix: /check", &requests[..1]),
         service(
             "by HTTP, override",

@@ -44,6 +44,8 @@ pub struct Case {
     of_log: String,
     /// The format of its access log in the place of that: fields of the log in flow style.
     log_format: String,
+    /// The filter of its access log: a line.
+    log_filter: String,
     /// Further access logs, in flow style.
     further_logs: String,
 }
@@ -67,6 +69,7 @@ pub fn case(name: &'static str, filter: &'static str, config: &str, requests: &[
         domains: "domains: [\"*\"]",
         of_log: String::new(),
         log_format: String::new(),
+        log_filter: String::new(),
         further_logs: String::new(),
     }
 }
@@ -140,6 +143,12 @@ impl Case {
         self
     }
 
+    /// With this filter of its access log, in flow style.
+    pub fn of_log_filter(mut self, filter: &str) -> Case {
+        self.log_filter = format!("            filter: {filter}\n");
+        self
+    }
+
     /// With a log whose entries go to the gRPC server, of the fields `config`. It is shown each as soon as it is made.
     pub fn of_log_service(mut self, config: &str) -> Case {
         self.further_logs += &format!(
@@ -154,6 +163,13 @@ impl Case {
     pub fn of_tags(mut self, tags: &str) -> Case {
         self.further_logs =
             self.further_logs.replace("log_name: $case", &format!("log_name: $case, custom_tags: [{tags}]"));
+        self
+    }
+
+    /// With objects of the filter state in the entries of its log service.
+    pub fn of_state(mut self, names: &str) -> Case {
+        let fields = format!("log_name: $case, filter_state_objects_to_log: [{names}]");
+        self.further_logs = self.further_logs.replace("log_name: $case", &fields);
         self
     }
 
@@ -495,7 +511,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
           stat_prefix: case{index}
 {of_manager}          access_log:
           - name: envoy.access_loggers.file
-            typed_config:
+{log_filter}            typed_config:
               "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
               path: {log}
               {format}
@@ -517,6 +533,7 @@ fn listener(port: u16, index: usize, case: &Case, log: &Path) -> String {
             typed_config: {{"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}
 "#,
         of_manager = case.of_manager,
+        log_filter = case.log_filter,
         further_logs = case.further_logs.replace("$case", &format!("case{index}")),
         domains = case.domains,
         first = case.first,

@@ -186,10 +186,60 @@ fn sent() -> Case {
         .of_log(&format!("{} {own} ~%RESP(x-envoy-upstream-service-time)%~ date=%RESP(date):0%.", named(SENT)))
 }
 
+/// Which requests have lines.
+fn filtered() -> Vec<Case> {
+    let grpc = "content-type: application/grpc";
+    let status = |status: &str| format!("POST /\n{grpc}\nx-do: 200+grpc-status={status}\n\nbody");
+    let requests = [
+        "GET /".to_owned(),
+        "GET /\nx-a: one".to_owned(),
+        "GET /\nx-a: two".to_owned(),
+        "GET /\nx-do: 404".to_owned(),
+        "GET /direct".to_owned(),
+        "GET /\nx-do: reset".to_owned(),
+        status("0"),
+        status("5"),
+        status("77"),
+        status("x"),
+        format!("POST /\n{grpc}\nx-do: 404\n\nbody"),
+        called("application/grpc", "", ANSWER),
+        called("application/grpc", "", "status 5"),
+    ];
+    let requests: Vec<_> = requests.iter().map(String::as_str).collect();
+    let of = |name, filter: &str| {
+        let rule = "header: x-a, on_header_present: {metadata_namespace: ns, key: a}";
+        case(name, "header_to_metadata.v3.Config", &format!("request_rules: [{{{rule}}}]"), &requests)
+            .of_log_filter(filter)
+            .of_manager("access_log_options: {flush_access_log_on_new_request: true}")
+    };
+    let told = |more: &str| {
+        format!(
+            "{{metadata_filter: {{matcher: {{filter: ns, path: [{{key: a}}], value: {{string_match: {{exact: one}}}}{more}"
+        )
+    };
+    vec![
+        of("grpc_status_filter", "{grpc_status_filter: {statuses: [NOT_FOUND, UNKNOWN]}}"),
+        of("grpc_status_filter, the others", "{grpc_status_filter: {statuses: [OK, NOT_FOUND], exclude: true}}"),
+        of("metadata_filter", &format!("{}}}}}", told("}"))),
+        of("metadata_filter, inverted", &format!("{}}}}}", told(", invert: true}"))),
+        of("metadata_filter, and nothing else", &format!("{}, match_if_key_not_found: false}}}}", told("}"))),
+        of("metadata_filter of nothing", "{metadata_filter: {}}"),
+        of("log_type_filter", "{log_type_filter: {types: [DownstreamStart]}}"),
+        of(
+            "log_type_filter, the others",
+            "{log_type_filter: {types: [DownstreamStart, TcpConnectionEnd], exclude: true}}",
+        ),
+        of(
+            "filters in others",
+            "{and_filter: {filters: [{grpc_status_filter: {statuses: [NOT_FOUND]}}, {not_health_check_filter: {}}]}}",
+        ),
+    ]
+}
+
 pub fn cases() -> Vec<Case> {
     let requests = ["GET /", "POST /\nx-do: 503\n\nbody", "GET /direct", "GET /\nx-do: reset", "GET /\nhost: a,b"];
     let told = "{z: \"%RESPONSE_CODE%\", a: \"%REQ(x-none)%\", b: \"x%REQ(x-none)%\", n: {l: [1, \"%PROTOCOL%\"]}}";
-    let mut cases = rewritten();
+    let mut cases = [rewritten(), filtered()].concat();
     cases.extend([
         operators(),
         sent(),
@@ -199,6 +249,14 @@ pub fn cases() -> Vec<Case> {
         of("typed_json_format of old", "", &requests).of_log_format(&format!("typed_json_format: {told}")),
         of("text and omit_empty_values", "", &requests).of_log_format(
             "log_format: {text_format_source: {inline_string: \"%REQ(x-none)%|%RESPONSE_FLAGS%|%RESPONSE_CODE%|%ROUTE_NAME%\\n\"}, omit_empty_values: true}",
+        ),
+        of("formatters", "", &["GET /p?q=1", "GET /direct", "GET /?\nx-a: a?b"]).of_log_format(
+            "log_format: {text_format_source: {inline_string: \"%REQ_WITHOUT_QUERY(:path)% %REQ_WITHOUT_QUERY(x-none?:path):3% %REQ_WITHOUT_QUERY(x-a)% %REQ_WITHOUT_QUERY(x-none)% %METADATA(DYNAMIC:ns:k)%\\n\"}, formatters: [\
+             {name: q, typed_config: {\"@type\": type.googleapis.com/envoy.extensions.formatter.req_without_query.v3.ReqWithoutQuery}}, \
+             {name: m, typed_config: {\"@type\": type.googleapis.com/envoy.extensions.formatter.metadata.v3.Metadata}}]}",
+        ),
+        of("json_format_options", "", &["GET /"]).of_log_format(
+            "log_format: {json_format: {z: 1, a: \"%RESPONSE_CODE%\"}, json_format_options: {sort_properties: false}}",
         ),
         of("a line at the end", "", &requests),
         of("flush_access_log_on_new_request", "flush_access_log_on_new_request: true", &requests),

@@ -11,7 +11,91 @@ const SHOWN: &str = "mutations: {request_mutations: [{append: {header: {key: x-k
                      response_mutations: [{append: {header: {key: x-n, value: \"%DYNAMIC_METADATA(ns)%\"}}}]}";
 
 pub fn cases() -> Vec<Case> {
-    [set(), from_headers()].concat()
+    [set(), from_headers(), state()].concat()
+}
+
+const STATE: &str = "set_filter_state.v3.Config";
+
+/// A value of the filter state.
+fn value(key: &str, format: &str, more: &str) -> String {
+    format!(
+        "{{object_key: {key}, factory_key: envoy.string, format_string: {{text_format_source: {{inline_string: \"{format}\"}}}}{more}}}"
+    )
+}
+
+/// Filter state, and whatever reads it.
+fn state() -> Vec<Case> {
+    let shown = "%FILTER_STATE(k:PLAIN)% %FILTER_STATE(k:PLAIN):2% %FILTER_STATE(k:TYPED)% %FILTER_STATE(k:TYPED):2% \
+                 %FILTER_STATE(k)% %FILTER_STATE(k:FIELD:f)% %FILTER_STATE(l:PLAIN)% %FILTER_STATE(none:PLAIN)%";
+    let json = "log_format: {json_format: {p: \"%FILTER_STATE(k:PLAIN)%\", q: \"%FILTER_STATE(k:PLAIN):2%\", t: \"%FILTER_STATE(k:TYPED)%\", \
+                u: \"%FILTER_STATE(k:TYPED):2%\", f: \"%FILTER_STATE(k:FIELD:f)%\", n: \"%FILTER_STATE(none)%\", i: \"in %FILTER_STATE(k)% text\"}}";
+    let added = "mutations: {request_mutations: [{append: {header: {key: x-k, value: \"%FILTER_STATE(k:PLAIN)%\"}}}], \
+                 response_mutations: [{append: {header: {key: x-k, value: \"%FILTER_STATE(k:TYPED)%\"}}}]}";
+    let requests = [
+        "GET /",
+        "GET /\nx-a: one",
+        "GET /\nx-a: two \"quoted\" \\\\",
+        "GET /direct\nx-a: one",
+        "GET /many\nx-a: two",
+        "GET /chosen/x\nx-a: one",
+        "GET /chosen/x\nx-a: two",
+        "GET /plain\nx-a: one",
+    ];
+    let of = |name, values: &[String], more: &str| {
+        case(name, STATE, &format!("on_request_headers: [{}]{more}", values.join(", ")), &requests)
+            .then(MUTATION, added)
+            .of_log(shown)
+    };
+    let chosen = |value: &str| {
+        format!(
+            "{{match: {{prefix: /chosen, filter_state: [{{key: k, string_match: {{{value}}}}}]}}, route: {{cluster: a, prefix_rewrite: /{}}}}}",
+            value.len()
+        )
+    };
+    let header = "%REQ(x-a)%";
+    let hashable = value("k", header, "").replace("envoy.string", "envoy.hashable_string");
+    let matcher = |action: &str| {
+        format!(
+            "xds_matcher: {{matcher_list: {{matchers: [{{predicate: {{single_predicate: {{input: {{name: state, typed_config: \
+             {{\"@type\": type.googleapis.com/envoy.extensions.matching.common_inputs.network.v3.FilterStateInput, key: k}}}}, \
+             value_match: {{prefix: one}}}}}}, on_match: {{action: {{name: skip, typed_config: {action}}}}}}}]}}}}"
+        )
+    };
+    let skip = "{\"@type\": type.googleapis.com/envoy.extensions.filters.common.matcher.action.v3.SkipFilter}";
+    vec![
+        of("filter state", &[value("k", header, "")], ""),
+        of("filter state for a service", &[value("k", header, "")], "")
+            .of_log_service("additional_request_headers_to_log: [x-id]")
+            .of_state("k, none")
+            .with_requests(&["GET /\nx-a: one", "GET /direct"])
+            .shown(&[1, 1]),
+        of("filter state in JSON", &[value("k", header, "")], "").of_log_format(json),
+        of("filter state, twice", &[value("k", "first", ""), value("l", "%FILTER_STATE(k:PLAIN)%+%PROTOCOL%", ""), value("k", header, "")], ""),
+        of("filter state that is read only", &[value("k", "first", ", read_only: true"), value("k", header, "")], ""),
+        of("filter state without what is empty", &[value("k", "first", ""), value("k", "%REQ(x-a):0%", ", skip_if_empty: true")], ""),
+        of("filter state of what is missing", &[value("k", "first", ""), value("k", header, "").replace("}}}", "}, omit_empty_values: true}}"), value("l", "%REQ(x-none)%", "")], ""),
+        of("filter state of objects that are hashed", std::slice::from_ref(&hashable), "")
+            .of_routes("", "hash_policy: [{filter_state: {key: k}}]"),
+        of("filter state, told by levels", &[value("k", "own", "")], "")
+            .told(By::Host, STATE, &format!("on_request_headers: [{}]", value("l", "host+%FILTER_STATE(k:PLAIN)%", "")))
+            .told(By::Route, STATE, &format!("on_request_headers: [{}]", value("k", "route+%FILTER_STATE(l:PLAIN)%", ""))),
+        of("routes by filter state", &[value("k", header, "")], ", clear_route_cache: true")
+            .first(&chosen("exact: one"))
+            .first(&chosen("prefix: tw")),
+        of("routes that are not chosen anew", &[value("k", header, "")], "").first(&chosen("exact: one")),
+        of("principals by filter state", &[value("k", header, "")], "").then(
+            "rbac.v3.RBAC",
+            "rules: {policies: {p: {permissions: [{any: true}], principals: [{filter_state: {key: k, string_match: {exact: one}}}]}}}",
+        ),
+        of("matchers by filter state", &[value("k", header, "")], "").then(
+            "envoy.extensions.common.matching.v3.ExtensionWithMatcher",
+            &format!(
+                "{}, extension_config: {{name: fault, typed_config: {{\"@type\": type.googleapis.com/envoy.extensions.filters.http.fault.v3.HTTPFault, \
+                 abort: {{http_status: 418, percentage: {{numerator: 100}}}}}}}}",
+                matcher(skip)
+            ),
+        ),
+    ]
 }
 
 fn set() -> Vec<Case> {

@@ -54,6 +54,9 @@ static ORIGINAL_PATH: HeaderName = X_ENVOY_ORIGINAL_PATH;
 /// The filter state that there is.
 const GRPC_STATS: &str = "envoy.filters.http.grpc_stats";
 
+/// What a text of the filter state is in an entry.
+const STRING_VALUE: &str = "type.googleapis.com/google.protobuf.StringValue";
+
 /// Headers that entries show besides those that all show, each with the name that it is shown under.
 #[derive(Debug, Default)]
 struct ShownHeaders(Box<[(Box<str>, Header)]>);
@@ -98,6 +101,8 @@ pub struct EntryParts {
     trailers: ShownHeaders,
     /// `filter_state_objects_to_log` has what `grpc_stats` counts.
     grpc_stats: bool,
+    /// Other names in it: texts of `set_filter_state`.
+    state: Box<[Box<str>]>,
     /// `custom_tags`
     tags: Box<[Tag]>,
 }
@@ -112,7 +117,8 @@ impl EntryParts {
         filter_state: &[String],
         path: &str,
     ) -> Result<EntryParts, FieldError> {
-        if let Some(index) = filter_state.iter().position(|name| name != GRPC_STATS) {
+        // What Envoy's own parts put there is not there.
+        if let Some(index) = filter_state.iter().position(|name| name.starts_with("envoy.") && name != GRPC_STATS) {
             return Err(FieldError::unsupported(format!("{path}.common_config.filter_state_objects_to_log[{index}]")));
         }
         let field = |name: &str| format!("{path}.{name}");
@@ -120,7 +126,8 @@ impl EntryParts {
             request: ShownHeaders::parse("REQ", request, &field("additional_request_headers_to_log"))?,
             response: ShownHeaders::parse("RESP", response, &field("additional_response_headers_to_log"))?,
             trailers: ShownHeaders::parse("TRAILER", trailers, &field("additional_response_trailers_to_log"))?,
-            grpc_stats: !filter_state.is_empty(),
+            grpc_stats: filter_state.iter().any(|name| name == GRPC_STATS),
+            state: filter_state.iter().filter(|name| *name != GRPC_STATS).map(|name| name.as_str().into()).collect(),
             tags: Box::default(),
         })
     }
@@ -225,6 +232,12 @@ impl EntryParts {
             let value = prost::Message::encode_to_vec(&counted);
             (GRPC_STATS.to_owned(), Any { type_url: FilterObject::type_url(), value })
         });
+        let texts = self.state.iter().filter_map(|key| {
+            let text = record.metadata?.state(key)?.as_text().into_owned();
+            let value = prost::Message::encode_to_vec(&text);
+            Some((key.to_string(), Any { type_url: STRING_VALUE.to_owned(), value }))
+        });
+        let state = state.into_iter().chain(texts);
         AccessLogCommon {
             downstream_remote_address: record.downstream_remote_address.map(address),
             downstream_local_address: record.downstream_local_address.map(address),

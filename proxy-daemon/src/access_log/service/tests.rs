@@ -97,6 +97,7 @@ fn only_filter_state_that_there_is_can_be_logged() {
         EntryParts::parse([request, &[], &[]], state, "log").unwrap_err().to_string()
     };
     let named = ["x".to_owned(), "a b".to_owned()];
-    assert!(refused([&[], &named]).starts_with("log.common_config.filter_state_objects_to_log[0]: not supported"));
+    let state = ["x".to_owned(), "envoy.network.ip".to_owned()];
+    assert!(refused([&[], &state]).starts_with("log.common_config.filter_state_objects_to_log[1]: not supported"));
     assert!(refused([&named, &[]]).starts_with("log.additional_request_headers_to_log[1]: "));
 }

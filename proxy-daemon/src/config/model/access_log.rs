@@ -1,6 +1,6 @@
 use std::{path::PathBuf, sync::Arc};
 
-use super::HeaderMatcher;
+use super::{HeaderMatcher, MetadataMatcher};
 
 use crate::{
     access_log::{EntryParts, LogService, ResponseFlags, Substitution},
@@ -71,6 +71,27 @@ pub enum AccessLogFilter {
     ResponseFlags(Option<ResponseFlags>),
     /// `header_filter`: a header of the request.
     Header(Arc<HeaderMatcher>),
+    /// `grpc_status_filter`
+    GrpcStatus {
+        /// A bit for each.
+        statuses: u32,
+        /// All others.
+        exclude: bool,
+    },
+    /// `metadata_filter`: something that filters have told.
+    Metadata {
+        /// What it has to be.
+        matcher: Option<Arc<MetadataMatcher>>,
+        /// Where nothing is told.
+        by_default: bool,
+    },
+    /// `log_type_filter`
+    LogType {
+        /// As `%ACCESS_LOG_TYPE%` has them.
+        types: Arc<[&'static str]>,
+        /// All others.
+        exclude: bool,
+    },
     /// `and_filter`
     And(Vec<AccessLogFilter>),
     /// `or_filter`

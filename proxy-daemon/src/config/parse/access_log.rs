@@ -10,6 +10,7 @@ use envoy_types::pb::{
             },
             core::v3::{ApiVersion, SubstitutionFormatString, substitution_format_string::Format},
         },
+        data::accesslog::v3::AccessLogType,
         extensions::access_loggers::{
             file::v3::{FileAccessLog, file_access_log::AccessLogFormat as FileFormat},
             grpc::v3::{CommonGrpcAccessLogConfig, HttpGrpcAccessLogConfig, TcpGrpcAccessLogConfig},
@@ -18,13 +19,15 @@ use envoy_types::pb::{
                 stdout_access_log::AccessLogFormat as StdoutFormat,
             },
         },
+        extensions::formatter::{metadata::v3::Metadata as MetadataFormatter, req_without_query::v3::ReqWithoutQuery},
     },
     google::protobuf::Struct,
 };
+use prost::Name as _;
 
 use super::{
-    common::{Result, duration, fraction, inline_text, required},
-    matcher,
+    common::{Result, duration, fraction, inline_text, required, type_name},
+    matcher, metadata_match,
     support::join,
 };
 use crate::{
@@ -168,6 +171,24 @@ pub(super) fn filter(filter: &ProtoFilter, path: &str) -> Result<AccessLogFilter
             let header = filter.header.as_ref().ok_or_else(|| required(&path, "name"))?;
             AccessLogFilter::Header(Arc::new(matcher::header(header, &path)?))
         }
+        Some(FilterSpecifier::GrpcStatusFilter(filter)) => {
+            // What is no status is refused by the message's rules.
+            let bits = filter.statuses.iter().filter_map(|status| u32::try_from(*status).ok());
+            let statuses = bits.filter(|status| *status < 32).fold(0, |statuses, status| statuses | 1 << status);
+            AccessLogFilter::GrpcStatus { statuses, exclude: filter.exclude }
+        }
+        Some(FilterSpecifier::MetadataFilter(filter)) => {
+            let path = join(path, "metadata_filter.matcher");
+            let matcher = filter.matcher.as_ref().map(|matcher| metadata_match::metadata(matcher, &path));
+            AccessLogFilter::Metadata {
+                matcher: matcher.transpose()?.map(Arc::new),
+                by_default: filter.match_if_key_not_found.is_none_or(|value| value.value),
+            }
+        }
+        Some(FilterSpecifier::LogTypeFilter(filter)) => {
+            let types = filter.types.iter().filter_map(|log_type| AccessLogType::try_from(*log_type).ok());
+            AccessLogFilter::LogType { types: types.map(|it| it.as_str_name()).collect(), exclude: filter.exclude }
+        }
         Some(FilterSpecifier::AndFilter(filter)) => AccessLogFilter::And(all(&filter.filters, "and_filter")?),
         Some(FilterSpecifier::OrFilter(filter)) => AccessLogFilter::Or(all(&filter.filters, "or_filter")?),
         Some(_) => return Err(FieldError::unsupported(path)),
@@ -191,8 +212,16 @@ fn comparison(filter: Option<&ComparisonFilter>, path: &str) -> Result<Compariso
 }
 
 /// How a line or a body is made; `None`: nothing is said of it.
-pub(super) fn substitution(format: &SubstitutionFormatString, path: &str) -> Result<Option<Substitution>> {
+pub(crate) fn substitution(format: &SubstitutionFormatString, path: &str) -> Result<Option<Substitution>> {
     let omit = format.omit_empty_values;
+    for (index, formatter) in format.formatters.iter().enumerate() {
+        let config = formatter.typed_config.as_ref();
+        // Their operators are there in any case.
+        let known = [ReqWithoutQuery::full_name(), MetadataFormatter::full_name()];
+        if !config.is_some_and(|config| known.iter().any(|known| known == type_name(config))) {
+            return Err(FieldError::unsupported(format!("{}[{index}].typed_config", join(path, "formatters"))));
+        }
+    }
     let of_text = |text: &str, path: String| {
         let compiled = Substitution::text(text, omit);
         compiled.map(Some).map_err(|error| FieldError::new(path, error))

@@ -175,6 +175,17 @@ fn grpc_source(config: &ApiConfigSource, variant: Variant, path: &str) -> Result
 /// # Errors
 /// The field that is wrong or not honoured.
 pub fn grpc_service(service: &ProtoService, path: &str) -> Result<GrpcService> {
+    if service.retry_policy.is_some() {
+        return Err(FieldError::unsupported(join(path, "retry_policy")));
+    }
+    called_grpc_service(service, path)
+}
+
+/// One that calls are made to, whose `retry_policy` is another's matter.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub fn called_grpc_service(service: &ProtoService, path: &str) -> Result<GrpcService> {
     duration(service.timeout, path, "timeout")?;
     let initial_metadata = metadata(&service.initial_metadata, path)?;
     match &service.target_specifier {
@@ -225,6 +236,9 @@ fn google_grpc(google: &GoogleGrpc, initial_metadata: Vec<(String, String)>, pat
 fn backoff(policy: Option<&RetryPolicy>, path: &str) -> Result<Option<BackoffLimits>> {
     if policy.is_some_and(|policy| policy.num_retries.is_some()) {
         return Err(FieldError::unsupported(join(path, "num_retries")));
+    }
+    if policy.is_some_and(|policy| !policy.retry_on.is_empty()) {
+        return Err(FieldError::unsupported(join(path, "retry_on")));
     }
     let Some(back_off) = policy.and_then(|policy| policy.retry_back_off.as_ref()) else { return Ok(None) };
     let path = join(path, "retry_back_off");

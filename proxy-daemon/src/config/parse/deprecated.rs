@@ -146,6 +146,7 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.config.route.v3.VirtualHost.request_body_buffer_limit",
     ),
     replaced("envoy.config.tap.v3.TapConfig.match_config", "match", "envoy.config.tap.v3.TapConfig.match"),
+    replaced("envoy.config.core.v3.JsonFormatOptions.sort_properties", "nothing: keys are always in order", ""),
     replaced("envoy.config.route.v3.WeightedCluster.total_weight", "nothing: the sum of the weights always counts", ""),
     replaced(
         "envoy.extensions.access_loggers.file.v3.FileAccessLog.format",
@@ -206,6 +207,11 @@ pub(super) const REPLACEMENTS: &[Replacement] = &[
         "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.match_subject_alt_names",
         "match_typed_subject_alt_names",
         "envoy.extensions.transport_sockets.tls.v3.CertificateValidationContext.match_typed_subject_alt_names",
+    ),
+    replaced(
+        "envoy.extensions.filters.common.set_filter_state.v3.FilterStateValue.read_only",
+        "nothing: objects may always be replaced",
+        "",
     ),
     replaced("envoy.type.matcher.v3.RegexMatcher.google_re2", "nothing: it is the default", ""),
     replaced(

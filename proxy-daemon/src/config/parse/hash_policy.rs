@@ -37,8 +37,7 @@ pub(super) fn hash_policies(policies: &[ProtoPolicy], path: &str) -> Result<Box<
             Some(PolicySpecifier::QueryParameter(parameter)) => {
                 HashSource::QueryParameter(parameter.name.as_str().into())
             }
-            // Nothing that is honoured puts there what could be hashed.
-            Some(PolicySpecifier::FilterState(_)) => continue,
+            Some(PolicySpecifier::FilterState(state)) => HashSource::FilterState(state.key.as_str().into()),
             None => return Err(required(&path, "header")),
         };
         parsed.push(HashPolicy { source, terminal: policy.terminal });

@@ -19,7 +19,7 @@ use regex::Regex;
 
 use super::{
     common::{Result, header_name, required, runtime_fraction, type_name},
-    metadata_match::metadata,
+    metadata_match::{filter_state, metadata},
     support::join,
     uri_template,
 };
@@ -53,6 +53,8 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
     let headers = headers.map(|(index, item)| header(item, &format!("{}[{index}]", join(path, "headers"))));
     let query = rule.query_parameters.iter().enumerate();
     let query = query.map(|(index, item)| parameter(item, &format!("{}[{index}]", join(path, "query_parameters"))));
+    let state = rule.filter_state.iter().enumerate();
+    let state = state.map(|(index, item)| filter_state(item, &format!("{}[{index}]", join(path, "filter_state"))));
     let told = rule.dynamic_metadata.iter().enumerate();
     let told = told.map(|(index, item)| metadata(item, &format!("{}[{index}]", join(path, "dynamic_metadata"))));
     Ok(RouteMatch {
@@ -66,6 +68,7 @@ pub(crate) fn route_match(rule: &ProtoMatch, path: &str) -> Result<RouteMatch> {
         certificate_presented: rule.tls_context.and_then(|tls| Some(tls.presented?.value)),
         certificate_validated: rule.tls_context.and_then(|tls| Some(tls.validated?.value)),
         dynamic_metadata: told.collect::<Result<_>>()?,
+        filter_state: state.collect::<Result<_>>()?,
     })
 }
 

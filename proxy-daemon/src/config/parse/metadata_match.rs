@@ -1,8 +1,9 @@
 //! Matchers of metadata.
 
 use envoy_types::pb::envoy::r#type::matcher::v3::{
-    MetadataMatcher as ProtoMetadata, ValueMatcher, double_matcher, list_matcher,
-    metadata_matcher::path_segment::Segment, value_matcher::MatchPattern,
+    FilterStateMatcher as ProtoState, MetadataMatcher as ProtoMetadata, ValueMatcher, double_matcher,
+    filter_state_matcher::Matcher as StateKind, list_matcher, metadata_matcher::path_segment::Segment,
+    value_matcher::MatchPattern,
 };
 
 use super::{
@@ -13,7 +14,7 @@ use super::{
 use crate::{
     config::{
         FieldError,
-        model::{MetadataMatcher, ValueMatch},
+        model::{FilterStateMatcher, MetadataMatcher, ValueMatch},
     },
     http::metadata::read_from,
 };
@@ -37,6 +38,20 @@ pub(crate) fn metadata(matcher: &ProtoMetadata, path: &str) -> Result<MetadataMa
     let value = matcher.value.as_ref().ok_or_else(|| required(path, "value"))?;
     let value = self::value(value, &join(path, "value"))?;
     Ok(MetadataMatcher { filter: read_from(&matcher.filter), path: keys, value, invert: matcher.invert })
+}
+
+/// A `FilterStateMatcher`, checked.
+pub(crate) fn filter_state(matcher: &ProtoState, path: &str) -> Result<FilterStateMatcher> {
+    if matcher.key.is_empty() {
+        return Err(required(path, "key"));
+    }
+    let value = match &matcher.matcher {
+        Some(StateKind::StringMatch(text)) => string(text, &join(path, "string_match"))?,
+        // There are no addresses in the filter state.
+        Some(StateKind::AddressMatch(_)) => return Err(FieldError::unsupported(join(path, "address_match"))),
+        None => return Err(required(path, "matcher")),
+    };
+    Ok(FilterStateMatcher { key: matcher.key.as_str().into(), value })
 }
 
 /// A `ValueMatcher`, checked.

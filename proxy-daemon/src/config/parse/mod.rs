@@ -50,6 +50,7 @@ mod tls;
 mod upgrade;
 pub(super) mod uri_template;
 
+pub(crate) use access_log::substitution;
 pub use bootstrap::{Bootstrap, StaticSecret, bootstrap};
 pub use cluster::cluster;
 pub(crate) use common::type_name;
@@ -57,7 +58,7 @@ pub(crate) use common::{
     added_value, cidr, duration, fraction, headers_to_add, inline_text, runtime_flag, runtime_fraction, runtime_switch,
     status,
 };
-pub use config_source::{config_source, grpc_service};
+pub use config_source::{called_grpc_service, config_source, grpc_service};
 pub(crate) use dynamic_forward_proxy::dns_cache;
 pub use endpoint::endpoints;
 pub use health_check::{HealthCheckTarget, HealthChecks, health_check_specifier};
@@ -68,6 +69,7 @@ pub(crate) use local_reply::body_format;
 pub(crate) use match_tree::{MatchParts, match_tree};
 pub(crate) use matcher::{request_header_input, unknown_action};
 pub(crate) use rate_limit::{metadata_place, rate_limits};
+pub(crate) use retry::of_calls as retry_policy_of_calls;
 pub(crate) use route::redirect;
 pub use route::{route_config, virtual_host};
 pub use scoped_routes::scoped_route;

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use culvert_xds_client::json::unpack;
+use envoy_types::pb::envoy::config::core::v3::RetryPolicy as CallPolicy;
 use envoy_types::pb::envoy::config::route::v3::{
     HeaderMatcher as ProtoHeader, RetryPolicy as ProtoPolicy,
     retry_policy::{
@@ -32,6 +33,8 @@ use crate::{
 
 /// More picks than this find no other host either.
 const MAX_HOST_SELECTION_ATTEMPTS: u32 = 1000;
+/// The base of the pauses between calls, where nothing else is said.
+const DEFAULT_BASE_OF_CALLS: Duration = Duration::from_secs(1);
 /// The longest wait that an upstream may ask for, where nothing else is said.
 const RATE_LIMITED_MAX_INTERVAL: Duration = Duration::from_secs(300);
 
@@ -73,6 +76,31 @@ pub(super) fn retry_policy(policy: &ProtoPolicy, path: &str) -> Result<RetryPoli
         host_predicates: host_predicates(policy, path)?,
         host_selection_attempts: attempts.min(MAX_HOST_SELECTION_ATTEMPTS),
         retry_priority: retry_priority(policy, path)?,
+    })
+}
+
+/// How calls that the proxy makes itself are tried again.
+///
+/// # Errors
+/// The field that is wrong or not honoured.
+pub(crate) fn of_calls(policy: &CallPolicy, path: &str) -> Result<RetryPolicy> {
+    let back_off = policy.retry_back_off.unwrap_or_default();
+    let path_of = join(path, "retry_back_off");
+    let base = duration(back_off.base_interval, &path_of, "base_interval")?.unwrap_or(DEFAULT_BASE_OF_CALLS);
+    let max = duration(back_off.max_interval, &path_of, "max_interval")?.unwrap_or(base.saturating_mul(10));
+    if max < base {
+        let text = "max_interval must be greater than or equal to the base_interval";
+        return Err(FieldError::new(join(&path_of, "max_interval"), text));
+    }
+    Ok(RetryPolicy {
+        // Without any, nothing is tried again, as in Envoy.
+        retry_on: retry_on(&policy.retry_on, path),
+        num_retries: number(policy.num_retries, 1),
+        // As in Envoy.
+        per_try_timeout: Some(max),
+        base_interval: Some(base),
+        max_interval: Some(max),
+        ..RetryPolicy::default()
     })
 }
 

@@ -70,8 +70,8 @@ fn routes_that_cannot_be_honoured_are_named() {
     let cases = [
         ("{ match: { prefix: / }, route: { cluster: nobody } }", "@route: unknown cluster 'nobody'"),
         (
-            "{ match: { prefix: /, filter_state: [{ key: k, string_match: { exact: v } }] }, route: { cluster: up } }",
-            "@match.filter_state: not supported by culvert yet",
+            "{ match: { prefix: /, filter_state: [{ key: k, address_match: {} }] }, route: { cluster: up } }",
+            "@match.filter_state[0].address_match: not supported by culvert yet",
         ),
         (
             "{ match: { safe_regex: { regex: 'a(' } }, route: { cluster: up } }",

@@ -18,9 +18,9 @@ use http::{
 use http_body::Frame;
 use prost::Message as ProtoMessage;
 
-use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark_from, own_address, send, within};
+use super::{Answer, Failure, expect_within, grpc_stream::Prepared, mark_from, own_address, send_by, within};
 use crate::{
-    config::{FieldError, parse},
+    config::{FieldError, model::RetryPolicy, parse},
     grpc_status,
     http::{
         body::{Body, BodyError},
@@ -46,7 +46,21 @@ pub(crate) struct Service {
     timeout: Option<Duration>,
     max_message: usize,
     skip_envoy_headers: bool,
+    /// Of calls with one message.
+    retry: Option<Retry>,
 }
+
+/// How calls are tried again: equal to itself alone.
+#[derive(Debug)]
+struct Retry(Box<RetryPolicy>);
+
+impl PartialEq for Retry {
+    fn eq(&self, other: &Retry) -> bool {
+        std::ptr::eq(&*self.0, &*other.0)
+    }
+}
+
+impl Eq for Retry {}
 
 /// Why a call failed: gRPC's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,7 +83,7 @@ impl From<Failure> for Failed {
 }
 
 impl Service {
-    /// A service as it is configured; `default_timeout` where it says nothing of that.
+    /// A service of streams as it is configured; `default_timeout` where it says nothing of that.
     ///
     /// # Errors
     /// The field that is wrong or not honoured, below `path`.
@@ -78,7 +92,22 @@ impl Service {
         default_timeout: Option<Duration>,
         path: &str,
     ) -> Result<Service, FieldError> {
-        let parsed = parse::grpc_service(service, path)?;
+        if service.retry_policy.is_some() {
+            return Err(FieldError::unsupported(format!("{path}.retry_policy")));
+        }
+        Service::parse_unary(service, default_timeout, path)
+    }
+
+    /// The same of one that is asked with one message, and may be asked again.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    pub(crate) fn parse_unary(
+        service: &GrpcService,
+        default_timeout: Option<Duration>,
+        path: &str,
+    ) -> Result<Service, FieldError> {
+        let parsed = parse::called_grpc_service(service, path)?;
         let Target::Cluster(cluster) = parsed.target else {
             return Err(FieldError::unsupported(format!("{path}.google_grpc")));
         };
@@ -102,6 +131,12 @@ impl Service {
             timeout: parse::duration(service.timeout, path, "timeout")?.or(default_timeout),
             max_message: parsed.max_receive_message_length.unwrap_or(MAX_MESSAGE),
             skip_envoy_headers: envoy.skip_envoy_headers,
+            retry: (service.retry_policy.as_ref())
+                .map(|policy| {
+                    parse::retry_policy_of_calls(policy, &format!("{path}.retry_policy"))
+                        .map(|policy| Retry(Box::new(policy)))
+                })
+                .transpose()?,
         })
     }
 
@@ -156,7 +191,9 @@ impl Service {
         let cluster = cx.worker.clusters.get(&self.cluster).ok_or(UNAVAILABLE)?;
         let head = self.head(path, self.timeout, own_address(cx));
         let call = async {
-            let answer = send(&cluster, None, head, Body::Wrapped(Box::new(Message(frame(request))))).await?;
+            let framed = frame(request);
+            let body = || Body::Wrapped(Box::new(Message(framed.clone())));
+            let answer = send_by(&cluster, self.retry.as_ref().map(|Retry(policy)| &**policy), head, body).await?;
             if let Err(failed) = check_head(&answer) {
                 return Ok(Err(failed));
             }

@@ -59,8 +59,12 @@ impl HttpFilterFactory for MatchDelegate {
         instances: &mut Vec<Box<dyn HttpFilter>>,
     ) -> Flow {
         let Some(skipped) = self.skipped(route) else { return Flow::Continue };
-        let told = Told { head, connection: &cx.connection, remote: cx.remote, metadata: None };
-        match skipped.find(&told) {
+        let skips = {
+            let metadata = cx.progress.metadata.borrow();
+            let told = Told { head, connection: &cx.connection, remote: cx.remote, metadata: metadata.as_deref() };
+            skipped.find(&told)
+        };
+        match skips {
             Some(()) => Flow::Continue,
             None => self.inner.request(head, body, cx, route, instances),
         }

@@ -32,6 +32,7 @@ mod r#override;
 mod ratelimit;
 mod rbac;
 mod router;
+mod set_filter_state;
 mod set_metadata;
 mod shared;
 mod stateful_session;
@@ -456,6 +457,15 @@ pub const REGISTRY: &[Registered] = &[
         type_name: "envoy.extensions.filters.http.rbac.v3.RBAC",
         parse: rbac::parse,
         per_route: Some(("envoy.extensions.filters.http.rbac.v3.RBACPerRoute", rbac::parse_per_route)),
+    },
+    Registered {
+        name: "envoy.filters.http.set_filter_state",
+        type_name: "envoy.extensions.filters.http.set_filter_state.v3.Config",
+        parse: set_filter_state::parse,
+        per_route: Some((
+            "envoy.extensions.filters.http.set_filter_state.v3.Config",
+            set_filter_state::parse_per_route,
+        )),
     },
     Registered {
         name: "envoy.filters.http.set_metadata",

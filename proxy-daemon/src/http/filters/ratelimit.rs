@@ -298,7 +298,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         return Err(FieldError::new(field("rate_limit_service.grpc_service"), "value is required"));
     };
     let timeout = parse::duration(config.timeout, cx.path, "timeout")?.unwrap_or(DEFAULT_TIMEOUT);
-    let service = grpc::Service::parse(grpc, None, &field("rate_limit_service.grpc_service"))?.within(timeout);
+    let service = grpc::Service::parse_unary(grpc, None, &field("rate_limit_service.grpc_service"))?.within(timeout);
     let prefix = config.stat_prefix.as_str();
     let dot = if prefix.is_empty() { "" } else { "." };
     let name = |leaf: &str| format!("ratelimit.{prefix}{dot}{leaf}").into();

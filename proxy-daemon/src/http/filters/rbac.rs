@@ -26,7 +26,7 @@ use crate::{
     access_log::ResponseFlags,
     config::{
         FieldError,
-        model::{Cidr, HeaderMatcher, MatchTree, MetadataMatcher, StringMatcher},
+        model::{Cidr, FilterStateMatcher, HeaderMatcher, MatchTree, MetadataMatcher, StringMatcher},
         parse,
     },
     http::{
@@ -142,6 +142,7 @@ enum Rule {
     DynamicMetadata(Box<MetadataMatcher>),
     /// Of what the route's configuration says.
     RouteMetadata(Box<MetadataMatcher>),
+    FilterState(Box<FilterStateMatcher>),
 }
 
 impl Rule {
@@ -163,6 +164,7 @@ impl Rule {
             Rule::DirectRemoteIp(range) => range.contains(cx.connection.remote.ip()),
             Rule::RemoteIp(range) => range.contains(cx.remote.ip()),
             Rule::DynamicMetadata(matcher) => metadata_matches(matcher, cx.progress.metadata.borrow().as_deref()),
+            Rule::FilterState(matcher) => matcher.matches(cx.progress.metadata.borrow().as_deref()),
             Rule::RouteMetadata(matcher) => {
                 metadata_matches(matcher, cx.route.as_ref().and_then(|route| route.metadata.as_deref()))
             }
@@ -460,7 +462,9 @@ fn principal(principal: &Principal, path: &str) -> Result<Rule> {
         Identifier::Metadata(matcher) => {
             Rule::DynamicMetadata(Box::new(parse::metadata_match::metadata(matcher, &at("metadata"))?))
         }
-        Identifier::FilterState(_) => return Err(FieldError::unsupported(at("filter_state"))),
+        Identifier::FilterState(matcher) => {
+            Rule::FilterState(Box::new(parse::metadata_match::filter_state(matcher, &at("filter_state"))?))
+        }
         Identifier::SourcedMetadata(sourced) => sourced_metadata(sourced, &at("sourced_metadata"))?,
         Identifier::Custom(_) => return Err(FieldError::unsupported(at("custom"))),
     })

@@ -27,6 +27,8 @@ pub enum HashSource {
     SourceIp,
     /// The first value of a query parameter.
     QueryParameter(Box<str>),
+    /// An object of the filter state that can be hashed.
+    FilterState(Box<str>),
 }
 
 /// `HashPolicy.Cookie`

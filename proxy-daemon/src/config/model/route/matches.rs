@@ -1,7 +1,7 @@
 use http::HeaderName;
 use regex::Regex;
 
-use super::MetadataMatcher;
+use super::{FilterStateMatcher, MetadataMatcher};
 use crate::layered_runtime::RuntimeFraction;
 
 /// `RouteMatch`: all must hold.
@@ -27,6 +27,8 @@ pub struct RouteMatch {
     pub certificate_validated: Option<bool>,
     /// What filters have told by the time at which the route is looked for: all must match.
     pub dynamic_metadata: Vec<MetadataMatcher>,
+    /// The filter state must be so.
+    pub filter_state: Vec<FilterStateMatcher>,
 }
 
 impl RouteMatch {
@@ -43,6 +45,7 @@ impl RouteMatch {
             certificate_presented: None,
             certificate_validated: None,
             dynamic_metadata: Vec::new(),
+            filter_state: Vec::new(),
         }
     }
 }

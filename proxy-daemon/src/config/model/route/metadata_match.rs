@@ -3,6 +3,7 @@
 use envoy_types::pb::google::protobuf::{Struct, Value, value::Kind};
 
 use super::StringMatcher;
+use crate::http::metadata::Metadata;
 
 /// `MetadataMatcher`.
 #[derive(Debug)]
@@ -21,6 +22,22 @@ impl MetadataMatcher {
     /// Whether what the namespace holds is as wanted; `None`: there is no such namespace.
     pub fn matches(&self, namespace: Option<&Struct>) -> bool {
         self.value.matches(value_at(namespace, self.path.iter().map(|key| &**key))) != self.invert
+    }
+}
+
+/// `envoy.type.matcher.v3.FilterStateMatcher`.
+#[derive(Debug)]
+pub struct FilterStateMatcher {
+    /// Where the object is.
+    pub key: Box<str>,
+    /// What its text must be.
+    pub value: StringMatcher,
+}
+
+impl FilterStateMatcher {
+    /// Whether there is such an object, as wanted.
+    pub fn matches(&self, told: Option<&Metadata>) -> bool {
+        told.and_then(|told| told.state(&self.key)).is_some_and(|state| self.value.matches(&state.as_text()))
     }
 }
 

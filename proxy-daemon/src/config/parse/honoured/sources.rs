@@ -75,12 +75,12 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
         ],
     ),
     ("envoy.config.core.v3.RateLimitSettings", ALL),
-    ("envoy.config.core.v3.GrpcService", &["envoy_grpc", "google_grpc", "timeout", "initial_metadata"]),
+    ("envoy.config.core.v3.GrpcService", &["envoy_grpc", "google_grpc", "timeout", "initial_metadata", "retry_policy"]),
     (
         "envoy.config.core.v3.GrpcService.EnvoyGrpc",
         &["cluster_name", "authority", "max_receive_message_length", "retry_policy", "skip_envoy_headers"],
     ),
-    ("envoy.config.core.v3.RetryPolicy", &["retry_back_off", "num_retries"]),
+    ("envoy.config.core.v3.RetryPolicy", &["retry_back_off", "num_retries", "retry_on"]),
     ("envoy.config.core.v3.BackoffStrategy", ALL),
     ("envoy.config.core.v3.GrpcService.GoogleGrpc", &["target_uri", "stat_prefix"]),
     // Health discovery

@@ -247,8 +247,8 @@ fn filters_of_access_logs() {
     assert!(header.starts_with("Header(HeaderMatcher { name: Name(\"a\")"), "{header}");
     let path = "static_resources.listeners[0].filter_chains[0].filters[0].typed_config.access_log[0].filter";
     assert_eq!(
-        filter("{ grpc_status_filter: { statuses: [OK] } }").unwrap_err(),
-        format!("{path}.grpc_status_filter: not supported by culvert yet")
+        filter("{ traceable_filter: {} }").unwrap_err(),
+        format!("{path}.traceable_filter: not supported by culvert yet")
     );
 }
 

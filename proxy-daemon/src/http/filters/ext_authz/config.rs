@@ -206,7 +206,7 @@ fn names(names: &[String]) -> Box<[Box<str>]> {
 
 fn grpc_service(service: &GrpcService, path: &str) -> Result<Service, FieldError> {
     let limit = Some(Duration::from_millis(200));
-    Ok(Service::Grpc(grpc::Service::parse(service, limit, path)?))
+    Ok(Service::Grpc(grpc::Service::parse_unary(service, limit, path)?))
 }
 
 fn http_service(service: &ProtoHttp, path: &str) -> Result<HttpService, FieldError> {
@@ -259,6 +259,9 @@ fn http_service(service: &ProtoHttp, path: &str) -> Result<HttpService, FieldErr
         client_on_success: list(&on_success, "allowed_client_headers_on_success")?,
         client: (!client.is_empty()).then_some(client),
         metadata: list(&metadata, "dynamic_metadata_from_headers")?,
+        retry: (service.retry_policy.as_ref())
+            .map(|policy| parse::retry_policy_of_calls(policy, &format!("{path}.retry_policy")))
+            .transpose()?,
     })
 }
 

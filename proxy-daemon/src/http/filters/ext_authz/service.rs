@@ -17,7 +17,7 @@ use http::{
 
 use super::verdict::{Outcome, Verdict, removable};
 use crate::{
-    config::model::{HeaderMutations, StringMatcher},
+    config::model::{HeaderMutations, RetryPolicy, StringMatcher},
     http::{
         body::Body,
         call::{self, Failure, grpc},
@@ -58,6 +58,7 @@ pub(super) struct HttpService {
     pub(super) client: Option<Box<[StringMatcher]>>,
     /// That become dynamic metadata.
     pub(super) metadata: Box<[StringMatcher]>,
+    pub(super) retry: Option<RetryPolicy>,
 }
 
 fn any(matchers: &[StringMatcher], name: &HeaderName) -> bool {
@@ -84,7 +85,8 @@ impl HttpService {
         let cluster = cx.worker.clusters.get(&self.cluster).ok_or(Failure::NoHost)?;
         let (asking, body) = self.request(told, head, cx);
         let call = async {
-            let answer = call::send(&cluster, None, asking, body).await?;
+            let body = || if body.is_empty() { Body::Empty } else { Body::Full(body.clone()) };
+            let answer = call::send_by(&cluster, self.retry.as_ref(), asking, body).await?;
             if answer.head.status.is_server_error() {
                 answer.discard().await;
                 return Err(Failure::Broken);
@@ -99,7 +101,7 @@ impl HttpService {
         Ok(self.verdict(answer.status, answer.headers, body))
     }
 
-    fn request(&self, told: HttpRequest, head: &mut RequestHead, cx: &StreamCx) -> (RequestHead, Body) {
+    fn request(&self, told: HttpRequest, head: &mut RequestHead, cx: &StreamCx) -> (RequestHead, Bytes) {
         let (mut asking, ()) = Request::new(()).into_parts();
         let body = if told.raw_body.is_empty() { Bytes::from(told.body) } else { Bytes::from(told.raw_body) };
         let mut path = "/".to_owned();
@@ -133,7 +135,6 @@ impl HttpService {
         if let Some(limit) = self.timeout {
             call::expect_within(&mut asking, limit);
         }
-        let body = if body.is_empty() { Body::Empty } else { Body::Full(body) };
         (asking, body)
     }
 
