@@ -55,7 +55,7 @@ fn byte_by_byte() {
 #[test]
 fn what_is_refused_in_requests() {
     let te = "host: a\r\ntransfer-encoding: ";
-    let cases: [(String, CodecError); 34] = [
+    let cases: [(String, CodecError); 37] = [
         ("get / HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::CODEC),
         ("FOO / HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::CODEC),
         ("GET  / HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::CODEC),
@@ -71,6 +71,7 @@ fn what_is_refused_in_requests() {
         ("GET http:///x HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET http://a:x/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET http://[a]/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
+        ("GET http://a_b/ HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET * HTTP/1.1\r\nhost: a\r\n\r\n".into(), CodecError::URL),
         ("GET / HTTP/1.1\nhost: a\r\n\r\n".into(), CodecError::CODEC),
         ("GET / HTTP/1.1\r\nhost: a\nx: b\r\n\r\n".into(), CodecError::CODEC),
