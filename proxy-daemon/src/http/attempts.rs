@@ -18,7 +18,6 @@ use super::{
     body::Body,
     choice::{self, named_host},
     codec::{Incoming, h1::Upgrade},
-    failed::{Failed, connect_failed, reset, unsendable},
     forward::{Original, admits, set_host},
     hash_policy,
     headers::names::*,

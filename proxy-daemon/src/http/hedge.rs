@@ -15,10 +15,9 @@ use http::Response;
 use tokio::time::Sleep;
 
 use super::{
-    attempts::{Attempts, set_aside},
+    attempts::{Attempts, Failed, set_aside},
     body::Body,
     codec::Incoming,
-    failed::Failed,
     replay::Replay,
     retry::{Failure, Verdict},
     stream::{LocalReply, RequestHead},

@@ -13,7 +13,6 @@ mod cluster_choice;
 pub mod codec;
 mod conn_manager;
 mod descriptors;
-mod failed;
 pub mod filters;
 mod forward;
 pub mod fuzz;

@@ -62,11 +62,7 @@ pub(super) fn connect_failed(error: PoolError, head: RequestHead, body: Body) ->
 
 pub(super) fn reset(Reset { request, reason: cause }: Reset, reused: bool) -> Failed {
     let unsent = request.is_some();
-    let failure = match (unsent, cause) {
-        (true, _) => Failure::BeforeRequest,
-        (false, ResetReason::Refused | ResetReason::GoneAway) => Failure::Refused,
-        (false, _) => Failure::AfterRequest,
-    };
+    let failure = Failure::of_reset(unsent, cause);
     let (reason, status, flags) = match cause {
         ResetReason::Protocol => ("protocol error", StatusCode::BAD_GATEWAY, ResponseFlags::UPE),
         ResetReason::Refused | ResetReason::GoneAway => {
