@@ -162,8 +162,9 @@ pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         }
         cause = error.source();
     }
-    // A verifier's log has hundreds of lines: the last one says why, but for that of how much it did.
-    let tells = |line: &&str| !line.trim().is_empty() && !line.starts_with("processed ");
+    // A verifier's log has hundreds of lines: the last one says why, but for those of how much it did.
+    let is_sum = |line: &str| line.starts_with("processed ") || line.starts_with("stack depth ");
+    let tells = |line: &&str| !line.trim().is_empty() && !is_sum(line);
     let lines: Vec<&str> = text.lines().filter(tells).collect();
     match lines.as_slice() {
         [first, middle @ .., last] if middle.len() > 2 => format!("{first} … {last}"),
