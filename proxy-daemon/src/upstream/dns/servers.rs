@@ -29,6 +29,8 @@ const PATIENCE: u32 = 5;
 const KNOWN_AFTER: u32 = 3;
 /// A server that has failed is tried aside again after this.
 const PROBED_AFTER: Duration = Duration::from_secs(5);
+/// The log is told again of a server that does not answer after this.
+const TOLD_AFTER: Duration = Duration::from_secs(600);
 
 /// Those that are asked, one after the other.
 #[derive(Debug)]
@@ -62,6 +64,8 @@ struct Record {
     failures: u32,
     /// Of the last question without an answer.
     failed_at: Option<Instant>,
+    /// When the log was told of such a question.
+    told_at: Option<Instant>,
     answers: u32,
     /// What an answer takes.
     latency: Duration,
@@ -194,8 +198,10 @@ impl Server {
         let mut record = self.record();
         match &answer {
             Err(error) if !error.is_no_records_found() => {
-                if record.failures == 0 {
-                    tracing::warn!(server = %self.address, %name, "a name server fails: {error}");
+                let silent = matches!(error, NetError::Timeout | NetError::NoConnections | NetError::Io(_));
+                if silent && record.told_at.is_none_or(|at| at.elapsed() >= TOLD_AFTER) {
+                    record.told_at = Some(Instant::now());
+                    tracing::warn!(server = %self.address, %name, "a name server does not answer: {error}");
                 }
                 record.failed(Instant::now());
             }
