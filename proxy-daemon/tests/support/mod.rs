@@ -218,6 +218,7 @@ pub fn cluster<const N: usize>(name: &str, hosts: [SocketAddr; N], lb_policy: Lb
         happy_eyeballs: HappyEyeballs::default(),
         tls: None,
         health: HealthOptions::default(),
+        tracked: Default::default(),
         endpoints: vec![LocalityEndpoints {
             locality: Locality::default(),
             priority: 0,
