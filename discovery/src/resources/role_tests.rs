@@ -159,6 +159,24 @@ fn a_sidecar_has_a_listener_for_what_calls_its_pod() {
 }
 
 #[test]
+fn another_service_of_the_pod_does_not_open_a_port() {
+    let more = "---
+apiVersion: v1
+kind: Service
+metadata: {name: admin}
+spec: {clusterIP: 10.96.0.13, ports: [{name: http, port: 80, targetPort: 8080}]}
+";
+    let snapshot = Snapshot::build(mesh(&format!("{OBJECTS}{more}")), &Options::default());
+    let encrypts = |services: &[&str]| {
+        let view = snapshot.view(&viewer(ProxyKind::Culvert, Role::Sidecar, services), None);
+        let inbound: Listener = get(&view, type_url::LISTENER, INBOUND_LISTENER);
+        chain(&inbound, 8080).unwrap().transport_socket.is_some()
+    };
+    assert!(!encrypts(&["admin"]) && encrypts(&["users"]));
+    assert!(encrypts(&["admin", "users"]), "whose name comes first");
+}
+
+#[test]
 fn the_port_of_a_pod_that_is_named_can_come_later() {
     let before = mesh(&OBJECTS.replace("ports: [{name: http, port: 8080}, {name: raw", "ports: [{name: raw"));
     let snapshot = Snapshot::build(before, &Options::default());

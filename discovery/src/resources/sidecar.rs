@@ -36,18 +36,19 @@ fn own_cluster(key: &ObjectKey, port: u16) -> String {
     format!("inbound_{}", cluster_name(key, port))
 }
 
-/// The ports of the pod that services of these have, by the pod's numbers. Of services that share one, the first counts.
+/// The ports of the pod that services of these have, by the pod's numbers. Of services that share one, the first with mTLS counts, or the
+/// first: what one of them wants encrypted is not open by another's name.
 fn own_ports<'a>(mesh: &'a Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -> BTreeMap<u16, OwnPort<'a>> {
     let mut ports = BTreeMap::new();
     for (key, service) in own.iter().filter_map(|key| mesh.services.get_key_value(key)) {
         for (port, described) in &service.ports {
             for target in described.targets.iter().filter(|target| **target != options.inbound_port) {
-                let manifest = service.manifest.as_deref();
-                ports.entry(*target).or_insert_with(|| OwnPort {
-                    cluster: own_cluster(key, *port),
-                    described,
-                    manifest,
-                });
+                let port =
+                    OwnPort { cluster: own_cluster(key, *port), described, manifest: service.manifest.as_deref() };
+                let known: Option<&OwnPort<'_>> = ports.get(target);
+                if known.is_none_or(|known| port.has_mtls() && !known.has_mtls()) {
+                    ports.insert(*target, port);
+                }
             }
         }
     }
@@ -58,6 +59,12 @@ struct OwnPort<'a> {
     cluster: String,
     described: &'a MeshPort,
     manifest: Option<&'a ServiceManifest>,
+}
+
+impl OwnPort<'_> {
+    fn has_mtls(&self) -> bool {
+        self.manifest.is_some_and(|manifest| manifest.mtls.is_some())
+    }
 }
 
 /// The clusters that only a sidecar of pods of these services has.

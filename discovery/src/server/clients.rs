@@ -14,10 +14,11 @@ use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::csds::Held;
+use super::polled::Polled;
 use super::viewer;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
-use crate::resources::{Role, Viewer};
+use crate::resources::{ResourceSet, Role, Viewer};
 
 /// The longest rejection that is kept and logged, in characters.
 const MAX_REASON: usize = 1000;
@@ -172,6 +173,7 @@ struct Inner {
     connected: Mutex<BTreeMap<u64, Entry>>,
     /// Who was refused, by id, when last and why.
     refused: Mutex<BTreeMap<String, (Instant, String)>>,
+    polled: Polled,
     totals: Totals,
 }
 
@@ -247,6 +249,11 @@ impl Clients {
             self.inner.totals.rejections.fetch_add(1, Ordering::Relaxed);
             warn!("client {node}: rejected what it polled: {}", one_line(&reason));
         }
+    }
+
+    /// Keeps what was given over REST for the next time.
+    pub(super) fn keep_polled(&self, set: &Arc<ResourceSet>) {
+        self.inner.polled.keep(set);
     }
 
     /// Notes why a node is not served.

@@ -11,6 +11,7 @@ pub mod delta;
 mod hds;
 mod listen;
 pub mod loads;
+mod polled;
 mod response;
 mod rest;
 pub mod sotw;

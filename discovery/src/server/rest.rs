@@ -97,6 +97,7 @@ impl Xds {
         let snapshot = self.snapshots.borrow().clone();
         let secrets = Arc::new(self.authorization.secrets(identity, &node));
         let view = snapshot.view(&Viewer { secrets, ..viewer(&node) }, None);
+        self.clients.keep_polled(&view.set);
         let Some(available) = view.of_type(type_url) else { return Ok(None) };
         let (version, resources) = if resource_names.is_empty() || resource_names.iter().any(|name| name == WILDCARD) {
             (available.version.clone(), available.resources.values().cloned().collect())
