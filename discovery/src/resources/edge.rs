@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 
 use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::{Override, r#override::Edge};
+use culvert_xds_client::overrides::{CARRIERS, CONFIG, DEBUG};
 use envoy_types::pb::envoy::config::core::v3::http_protocol_options::HeadersWithUnderscoresAction;
 use envoy_types::pb::envoy::config::core::v3::{CidrRange, Http2ProtocolOptions, HttpProtocolOptions};
 use envoy_types::pb::envoy::config::listener::v3::{FilterChain, Listener};
@@ -15,6 +16,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
 };
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpConnectionManager, Rds};
 use envoy_types::pb::google::protobuf::{BoolValue, UInt32Value};
+use http::HeaderName;
 use serde::Deserialize;
 
 use super::clusters::{over_ads, socket_address};
@@ -232,26 +234,23 @@ pub(super) fn route_configuration(mesh: &Mesh, options: &Options, kind: ProxyKin
     });
     // The filter does that in culvertd, and leaves other baggage in.
     let strips = options.edge.as_ref().is_some_and(|edge| edge.overrides != EdgeOverrides::Keep);
-    let taken_out: &[&str] = if kind != ProxyKind::Culvert && strips { &OVERRIDE_HEADERS } else { &[] };
+    let mut taken_out = Vec::new();
+    if kind != ProxyKind::Culvert {
+        // What only an override may put into a request, and never its sender.
+        taken_out.extend([CONFIG, X_ENVOY_ORIGINAL_DST_HOST]);
+        if strips {
+            taken_out.extend(CARRIERS.into_iter().chain([DEBUG]));
+        }
+    }
     let routes = RouteConfiguration {
         name: EDGE_ROUTES.to_owned(),
         virtual_hosts: hosts.collect(),
-        request_headers_to_remove: taken_out.iter().map(|name| (*name).to_owned()).collect(),
+        request_headers_to_remove: taken_out.iter().map(ToString::to_string).collect(),
         ignore_port_in_host_matching: true,
         ..Default::default()
     };
     (EDGE_ROUTES.to_owned(), routes)
 }
 
-/// What overrides can come in, and what goes with them: docs/overrides.md.
-const OVERRIDE_HEADERS: [&str; 9] = [
-    "x-ot-span-context",
-    "ot-baggage-overrides",
-    "baggage",
-    "uberctx-overrides",
-    "jaeger-baggage",
-    "baggage-overrides",
-    "x-culvert-config",
-    "x-culvert-override-debug",
-    "x-envoy-original-dst-host",
-];
+/// Names a host to Envoy, past load balancing.
+const X_ENVOY_ORIGINAL_DST_HOST: HeaderName = HeaderName::from_static("x-envoy-original-dst-host");

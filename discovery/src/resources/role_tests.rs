@@ -242,7 +242,8 @@ fn an_edge_proxy_has_what_manifests_let_in() {
     let keeping = Snapshot::build(mesh(OBJECTS), &keeps);
     let view = keeping.view(&viewer(ProxyKind::Foreign, Role::Edge, &[]), None);
     let routes: RouteConfiguration = get(&view, type_url::ROUTE, EDGE_ROUTES);
-    assert!(routes.request_headers_to_remove.is_empty());
+    // Nobody outside may say what only overrides may.
+    assert_eq!(routes.request_headers_to_remove, ["x-culvert-config", "x-envoy-original-dst-host"]);
 
     // A service that is let in later is there, one that is not any more is not.
     let edge = viewer(ProxyKind::Culvert, Role::Edge, &[]);

@@ -25,7 +25,9 @@ impl TokenBucket {
         let max_tokens = max_tokens as f64;
         let per_token = interval.as_nanos() as f64 / tokens_per_fill.max(1) as f64;
         let full = -max_tokens * per_token;
-        TokenBucket { since: Instant::now(), max_tokens, per_token, empty_at: AtomicU64::new(full.to_bits()) }
+        // The clock of those who take.
+        let since = tokio::time::Instant::now().into_std();
+        TokenBucket { since, max_tokens, per_token, empty_at: AtomicU64::new(full.to_bits()) }
     }
 
     /// Takes a token, unless there is none at `now`.

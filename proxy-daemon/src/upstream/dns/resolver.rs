@@ -80,8 +80,7 @@ impl Resolvers {
             Ok(found) => found,
             Err(error) if error.is_no_records_found() => return Ok(Answer::default()),
             Err(error) => {
-                if known.are_the_systems {
-                    // They may be others by now: they are read anew.
+                if known.are_outdated() {
                     self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(&(servers.clone(), family));
                 }
                 return Err(in_envoys_words(error));

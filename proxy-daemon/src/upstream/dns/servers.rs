@@ -21,6 +21,8 @@ use hickory_resolver::{
 
 use crate::config::model::{DnsLookupFamily, DnsServers};
 
+/// Who is asked where the configuration names nobody.
+const SYSTEM: &str = "/etc/resolv.conf";
 /// Nobody is waited for for less than this, however fast it has answered until now.
 const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 /// So many times what an answer takes, a server is waited for.
@@ -41,8 +43,8 @@ pub(super) struct Servers {
     tries: u32,
     rotates: bool,
     turn: AtomicUsize,
-    /// Those of `/etc/resolv.conf`, which may be others by now.
-    pub(super) are_the_systems: bool,
+    /// What [`SYSTEM`] said, where they are those.
+    system: Option<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -74,6 +76,7 @@ struct Record {
 impl Servers {
     /// `None`: there are none, and the system's library may know better.
     pub(super) fn new(servers: &DnsServers, family: DnsLookupFamily) -> Result<Option<Servers>, NetError> {
+        let said = std::fs::read(SYSTEM).unwrap_or_default();
         let system = hickory_resolver::system_conf::read_system_conf().ok();
         let (system, mut options) = system.unwrap_or_else(|| {
             let none = ResolverConfig::from_parts(None, Vec::new(), Vec::new());
@@ -136,8 +139,13 @@ impl Servers {
             tries: servers.tries.max(1),
             rotates: servers.rotate,
             turn: AtomicUsize::default(),
-            are_the_systems,
+            system: are_the_systems.then_some(said),
         }))
+    }
+
+    /// Whether the system's servers are others by now.
+    pub(super) fn are_outdated(&self) -> bool {
+        self.system.as_ref().is_some_and(|said| *said != std::fs::read(SYSTEM).unwrap_or_default())
     }
 
     /// What the first that answers says, be it that there are no addresses.
