@@ -93,6 +93,27 @@ outbound_address: 127.0.0.1
         };
         Asking { requests, responses: responses.unwrap().into_inner() }
     }
+
+    /// The names of the secrets that a node is given that asks for these by REST; none where it is refused.
+    fn poll(&self, certificate: &str, names: &[&str]) -> Vec<String> {
+        let path = self.directory.path();
+        let asked = serde_json::json!({
+            "node": {"id": "node-1", "userAgentName": "envoy"}, "resourceNames": names, "typeUrl": SECRET
+        });
+        let url = format!("https://127.0.0.1:{}/v3/discovery:secrets", self.program.listen.port());
+        let answer = std::process::Command::new("curl")
+            .args(["-sS", "-m", "20", "--cacert", "ca.crt", "--cert", &format!("{certificate}.crt")])
+            .args(["--key", &format!("{certificate}.key"), "-d", &asked.to_string(), &url])
+            .current_dir(path)
+            .output()
+            .expect("curl runs");
+        assert!(answer.status.success(), "{answer:?}");
+        let Ok(answer) = serde_json::from_slice::<serde_json::Value>(&answer.stdout) else { return Vec::new() };
+        let given = answer["resources"].as_array().unwrap();
+        let mut given: Vec<_> = given.iter().map(|secret| secret["name"].as_str().unwrap().to_owned()).collect();
+        given.sort();
+        given
+    }
 }
 
 struct Asking {
@@ -167,6 +188,13 @@ async fn a_node_is_given_what_its_certificate_may_have_and_what_replaces_it() {
     // An identity that no rule gives secrets has none, whatever its node is called.
     let (given, missing) = stage.ask("edge", &all, false).await.next().await;
     assert_eq!((given.len(), missing.len()), (0, all.len()));
+
+    // The same by REST.
+    for (certificate, expected) in
+        [("proxy", &["default/keys", "own", "users", "users/ca"][..]), ("edge", &[]), ("operator", &[])]
+    {
+        assert_eq!(tokio::task::block_in_place(|| stage.poll(certificate, &all)), expected, "{certificate}");
+    }
 
     // Rotation: what has changed is told, and nothing else.
     let mut proxy = stage.ask("proxy", &["users", "own"], false).await;

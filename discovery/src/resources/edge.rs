@@ -15,7 +15,7 @@ use envoy_types::pb::envoy::extensions::filters::network::http_connection_manage
     InternalAddressConfig, PathWithEscapedSlashesAction, RouteSpecifier,
 };
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{HttpConnectionManager, Rds};
-use envoy_types::pb::google::protobuf::{BoolValue, UInt32Value};
+use envoy_types::pb::google::protobuf::{BoolValue, Duration, UInt32Value};
 use http::HeaderName;
 use serde::Deserialize;
 
@@ -29,6 +29,8 @@ use crate::policy::{AddressRange, Edge as Exposed};
 
 /// The streams that one connection from outside may have at a time.
 const MAX_STREAMS: u32 = 100;
+/// How long a client may take to say what it wants.
+const HEADERS_TIMEOUT: Duration = Duration { seconds: 10, nanos: 0 };
 
 /// How edge proxies are configured: `edge` of the configuration file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -147,7 +149,8 @@ fn manager(edge: &EdgeOptions, counted: bool, options: &Options, kind: ProxyKind
         cidr_ranges: edge.internal_ranges.iter().map(cidr_range).collect(),
         ..Default::default()
     });
-    // As Envoy advises for proxies at the edge: what two readers of a request could take differently does not get in.
+    // As Envoy advises for proxies at the edge: what two readers of a request could take differently does not get in, and nobody takes for
+    // ever to say what he wants.
     HttpConnectionManager {
         stat_prefix: "edge".to_owned(),
         route_specifier: Some(RouteSpecifier::Rds(Rds {
@@ -159,6 +162,7 @@ fn manager(edge: &EdgeOptions, counted: bool, options: &Options, kind: ProxyKind
         use_remote_address: yes,
         xff_num_trusted_hops: edge.trusted_hops,
         internal_address_config: internal,
+        request_headers_timeout: Some(HEADERS_TIMEOUT),
         normalize_path: yes,
         merge_slashes: true,
         path_with_escaped_slashes_action: PathWithEscapedSlashesAction::UnescapeAndRedirect.into(),

@@ -90,8 +90,8 @@ use super::{
 };
 use crate::{http::filters::OffloadedTable, on_demand::Waiter};
 
-/// An update of so many resources or more is followed by [`ConfigStore::tidy_up`], after so long.
-const LARGE: usize = 500;
+/// An update of so many bytes or more is followed by [`ConfigStore::tidy_up`], after so long.
+const LARGE: usize = 512 << 10;
 const TIDY_AFTER: Duration = Duration::from_millis(100);
 
 /// What becomes of unknown fields of xDS resources: a property of the process, as the flags are that say it.
@@ -151,6 +151,8 @@ struct Shared<A> {
     changed: Notify,
     /// A large update has been taken.
     large: Notify,
+    /// See [`ConfigStore::tidy_up`].
+    give_back: OnceLock<fn()>,
     follower: Follower,
     progress: watch::Sender<Progress>,
     subscriptions: Subscriptions,
@@ -179,6 +181,7 @@ impl<A: Apply> ConfigStore<A> {
             stats: StoreStats::new(),
             changed: Notify::new(),
             large: Notify::new(),
+            give_back: OnceLock::new(),
             progress: watch::channel(Progress::default()).0,
             subscriptions,
         }))
@@ -237,9 +240,10 @@ impl<A: Apply> ConfigStore<A> {
         }
     }
 
-    /// Has memory given back after each large update, when what it took has been freed: `give_back` is called on the thread
-    /// that took it. Runs as long as the process.
-    pub async fn tidy_up(self, give_back: impl Fn()) {
+    /// Has memory given back after each large update, when what it took has been freed: `give_back` does that for the thread on which it
+    /// is called, which is the one that took the update, and once more the control thread. Runs as long as the process.
+    pub async fn tidy_up(self, give_back: fn()) {
+        let _ = self.0.give_back.set(give_back);
         loop {
             self.0.large.notified().await;
             // Answering it takes some more, and another update may follow.
@@ -427,14 +431,11 @@ impl<A: Apply> Sink for ConfigStore<A> {
     }
 
     fn update(&self, source: &Source, update: Update, done: Done) {
-        if update.added.len() >= LARGE {
-            self.0.large.notify_one();
-        }
+        let bytes = read_ahead::bytes(&update);
         // As in Envoy, files and polls are not timed.
         let timed = matches!(source, Source::Ads | Source::Grpc(_)).then(Instant::now);
         let read = read_ahead::read(&update);
         let kind = update.type_url.clone();
-        let long = read_ahead::is_long(&update);
         let take = |state: &mut State| {
             let id = state.updates.begin(done);
             let type_url = update.type_url.clone();
@@ -457,9 +458,16 @@ impl<A: Apply> Sink for ConfigStore<A> {
             }
             state.updates.part_done(id);
         };
-        match long {
-            true => read_ahead::aside(|| self.changed(take)),
-            false => self.changed(take),
+        match bytes {
+            ..read_ahead::LONG => self.changed(take),
+            ..LARGE => read_ahead::aside(|| self.changed(take)),
+            _ => {
+                read_ahead::aside(|| {
+                    self.changed(take);
+                    self.0.give_back.get().inspect(|give_back| give_back());
+                });
+                self.0.large.notify_one();
+            }
         }
         let stats = &self.0.stats;
         match (timed, kind.as_str()) {

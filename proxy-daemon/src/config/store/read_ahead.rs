@@ -12,7 +12,7 @@ use crate::config::FieldError;
 pub(super) type Read = HashMap<String, Result<Value, FieldError>>;
 
 /// Bytes of an update that take too long for other tasks of the control thread to wait.
-const LONG: usize = 64 << 10;
+pub(super) const LONG: usize = 64 << 10;
 
 /// Reads the secrets and the large endpoints of an update.
 pub(super) fn read(update: &Update) -> Read {
@@ -28,7 +28,7 @@ pub(super) fn read(update: &Update) -> Read {
     aside(|| all.map(|it| (it.name.clone(), kind.parse(&it.name, &it.body))).collect())
 }
 
-/// Whether it takes a while to take the update.
-pub(super) fn is_long(update: &Update) -> bool {
-    update.added.iter().map(|it| it.body.value.len()).sum::<usize>() >= LONG
+/// What the update's resources are long.
+pub(super) fn bytes(update: &Update) -> usize {
+    update.added.iter().map(|it| it.body.value.len()).sum()
 }

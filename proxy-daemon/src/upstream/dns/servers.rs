@@ -29,6 +29,8 @@ const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 const PATIENCE: u32 = 5;
 /// What an answer takes is known after so many.
 const KNOWN_AFTER: u32 = 3;
+/// What comes sooner has not come from the server: it is in `/etc/hosts`, or was kept.
+const NOT_ASKED: Duration = Duration::from_micros(50);
 /// A server that has failed is tried aside again after this.
 const PROBED_AFTER: Duration = Duration::from_secs(5);
 /// The log is told again of a server that does not answer after this.
@@ -246,6 +248,9 @@ impl Record {
     }
 
     fn answered(&mut self, after: Duration) {
+        if after < NOT_ASKED {
+            return;
+        }
         (self.failures, self.failed_at) = (0, None);
         self.latency = if self.answers == 0 { after } else { (self.latency * 7 + after) / 8 };
         self.answers = self.answers.saturating_add(1);

@@ -286,7 +286,8 @@ impl Scrub {
 }
 
 fn stream_of(head: &[u8; HEAD]) -> u32 {
-    u32::from_be_bytes([head[5], head[6], head[7], head[8]])
+    // The reserved bit says nothing (RFC 9113, section 4.1).
+    u32::from_be_bytes([head[5], head[6], head[7], head[8]]) & 0x7fff_ffff
 }
 
 fn length_of(head: &[u8; HEAD]) -> usize {
@@ -400,6 +401,10 @@ mod tests {
         let head = |flags, block: &[u8]| frame(HEADERS, END_HEADERS | flags, block);
         let refused = |block: &[u8]| [block, b"\0\x02te\x01x"].concat();
         let (status, interim) = (&b"\x88"[..], &b"\x08\x03103"[..]);
+        let reserved = |mut frame: Vec<u8>| {
+            frame[5] |= 0x80;
+            frame
+        };
         let cases = [
             // A client's head ends its request, or trailers do.
             (Whose::Client, vec![head(END_STREAM, GOOD), head(END_STREAM, GOOD)], None),
@@ -410,6 +415,11 @@ mod tests {
             (Whose::Host, vec![head(0, interim), head(0, status), head(END_STREAM, b"\0\x01a\x01b")], None),
             (Whose::Host, vec![head(0, status), head(END_STREAM, status)], Some(head(END_STREAM, &refused(status)))),
             (Whose::Host, vec![head(0, status), head(0, status)], Some(head(0, &refused(status)))),
+            (
+                Whose::Client,
+                vec![head(0, GOOD), reserved(head(END_STREAM, GOOD))],
+                Some(reserved(head(END_STREAM, &refused(GOOD)))),
+            ),
         ];
         for (whose, sent, last) in cases {
             let mut scrub = Scrub::new(1024, whose);
