@@ -65,7 +65,7 @@ fn state() -> Vec<Case> {
     vec![
         of("filter state", &[value("k", header, "")], ""),
         of("filter state for a service", &[value("k", header, "")], "")
-            .of_log_service("additional_request_headers_to_log: [x-id]")
+            .of_log_service("additional_request_headers_to_log: [x-id], additional_response_headers_to_log: [x-envoy-upstream-service-time]")
             .of_state("k, none")
             .with_requests(&["GET /\nx-a: one", "GET /direct"])
             .shown(&[1, 1]),
