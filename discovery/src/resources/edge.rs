@@ -192,12 +192,15 @@ pub fn exposed(service: &MeshService) -> Option<(&Exposed, u16)> {
     Some((stated, port))
 }
 
+/// Who has the prefixes of a domain, the longest first: the service and its port.
+pub(crate) type Claims<'a> = BTreeMap<(Reverse<usize>, &'a str), (&'a ObjectKey, u16)>;
+
 /// For each domain and prefix the service that has it. Of several, the first counts; `conflict` is told of the others.
 pub(crate) fn claims<'a>(
     mesh: &'a Mesh,
     mut conflict: impl FnMut(&'a ObjectKey, &'a ObjectKey, &'a str, &'a str),
-) -> BTreeMap<&'a str, BTreeMap<(Reverse<usize>, &'a str), (&'a ObjectKey, u16)>> {
-    let mut domains: BTreeMap<&str, BTreeMap<_, (&ObjectKey, u16)>> = BTreeMap::new();
+) -> BTreeMap<&'a str, Claims<'a>> {
+    let mut domains: BTreeMap<&str, Claims<'_>> = BTreeMap::new();
     for (key, service) in &mesh.services {
         let Some((stated, port)) = exposed(service) else { continue };
         let prefix = stated.prefix.as_str();

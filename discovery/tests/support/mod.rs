@@ -58,7 +58,9 @@ impl Program {
         // The rest is read so that the program never waits for its log to be.
         let said = Arc::<Mutex<String>>::default();
         let into = Arc::clone(&said);
-        std::thread::spawn(move || lines.flatten().for_each(|line| into.lock().unwrap().push_str(&(line + "\n"))));
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).for_each(|line| into.lock().unwrap().push_str(&(line + "\n")))
+        });
         Self { child, said, listen, http }
     }
 

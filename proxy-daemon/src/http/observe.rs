@@ -51,6 +51,7 @@ impl Observer for RequestObserver {
 }
 
 /// Who settles a stream's accounts.
+#[expect(clippy::large_enum_variant, reason = "most are the large one, and a box costs each request an allocation")]
 pub(super) enum EndHolder {
     /// The observer of the response's body alone.
     Own(StreamEnd),

@@ -460,7 +460,7 @@ impl<A: Apply> Sink for ConfigStore<A> {
         };
         match bytes {
             ..read_ahead::LONG => self.changed(take),
-            ..LARGE => read_ahead::aside(|| self.changed(take)),
+            read_ahead::LONG..LARGE => read_ahead::aside(|| self.changed(take)),
             _ => {
                 read_ahead::aside(|| {
                     self.changed(take);

@@ -275,7 +275,7 @@ impl Scrub {
         let checked = self.table.check(joined.as_deref().unwrap_or(opening), trailers).ok()?;
         if ends {
             self.open.remove(stream);
-        } else if !trailers && !(self.whose == Whose::Host && self.table.is_interim()) {
+        } else if !(trailers || self.whose == Whose::Host && self.table.is_interim()) {
             self.open.insert(stream);
         }
         Some(match checked {
