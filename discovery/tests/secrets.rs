@@ -94,6 +94,18 @@ outbound_address: 127.0.0.1
         Asking { requests, responses: responses.unwrap().into_inner() }
     }
 
+    /// Waits until `/status` says what keeps a node from what it asks for.
+    fn wait_problem(&self, problem: &str) {
+        tokio::task::block_in_place(|| {
+            self.program.until("/status", problem, |status| {
+                let problems = status["client_problems"].as_array().map(Vec::as_slice).unwrap_or_default();
+                let said =
+                    |it: &serde_json::Value| it["problem"].as_str().is_some_and(|said| said.starts_with(problem));
+                problems.iter().any(said)
+            })
+        });
+    }
+
     /// The names of the secrets that a node is given that asks for these by REST; none where it is refused.
     fn poll(&self, certificate: &str, names: &[&str]) -> Vec<String> {
         let path = self.directory.path();
@@ -184,6 +196,7 @@ async fn a_node_is_given_what_its_certificate_may_have_and_what_replaces_it() {
         assert!(matches!(&given["default/keys"], Type::GenericSecret(keys) if keys.secrets.contains_key("2026-11")));
         assert!(matches!(&given["users/ca"], Type::ValidationContext(_)));
         assert_ne!(chain(&given["own"]), chain(&given["users"]));
+        stage.wait_problem("asks for secrets that there are not, or that no rule of `authorization` gives it: default/unmarked, node, orders");
     }
     // An identity that no rule gives secrets has none, whatever its node is called.
     let (given, missing) = stage.ask("edge", &all, false).await.next().await;
@@ -195,6 +208,7 @@ async fn a_node_is_given_what_its_certificate_may_have_and_what_replaces_it() {
     {
         assert_eq!(tokio::task::block_in_place(|| stage.poll(certificate, &all)), expected, "{certificate}");
     }
+    stage.wait_problem("this certificate may not be used by a node of this id");
 
     // Rotation: what has changed is told, and nothing else.
     let mut proxy = stage.ask("proxy", &["users", "own"], false).await;

@@ -17,7 +17,7 @@ use std::net::IpAddr;
 use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
 use envoy_types::pb::envoy::config::accesslog::v3::AccessLog;
 use envoy_types::pb::envoy::config::accesslog::v3::access_log::ConfigType as AccessLogConfig;
-use envoy_types::pb::envoy::config::core::v3::CidrRange;
+use envoy_types::pb::envoy::config::core::v3::{CidrRange, Http1ProtocolOptions};
 use envoy_types::pb::envoy::config::listener::v3::filter::ConfigType as FilterConfig;
 use envoy_types::pb::envoy::config::listener::v3::listener_filter::ConfigType as ListenerFilterConfig;
 use envoy_types::pb::envoy::config::listener::v3::{Filter, FilterChain, FilterChainMatch, Listener, ListenerFilter};
@@ -27,7 +27,7 @@ use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::listener::original_dst::v3::OriginalDst;
 use envoy_types::pb::envoy::extensions::filters::listener::original_src::v3::OriginalSrc;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::{
-    CodecType, RouteSpecifier,
+    CodecType, RouteSpecifier, UpgradeConfig,
 };
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_filter::ConfigType as HttpFilterConfig;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::{
@@ -134,9 +134,15 @@ pub(super) fn override_filter(configured: Override) -> HttpFilter {
     http_filter("culvert.filters.http.override", config)
 }
 
-/// A connection manager as a filter, for either version of HTTP.
+/// A connection manager as a filter, for all versions of HTTP, and for WebSockets: what works without a proxy works with one.
 pub(super) fn manager_filter(manager: HttpConnectionManager) -> Filter {
-    let manager = HttpConnectionManager { codec_type: CodecType::Auto.into(), ..manager };
+    let websocket = UpgradeConfig { upgrade_type: "websocket".to_owned(), ..Default::default() };
+    let manager = HttpConnectionManager {
+        codec_type: CodecType::Auto.into(),
+        http_protocol_options: Some(Http1ProtocolOptions { accept_http_10: true, ..Default::default() }),
+        upgrade_configs: vec![websocket],
+        ..manager
+    };
     network_filter("envoy.filters.network.http_connection_manager", pack(&manager))
 }
 

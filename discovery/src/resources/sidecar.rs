@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! port of the pod that is one of its service's   -> its protocol, limits and mTLS -> where the client wanted to go, which is the pod
-//! any other                                      -> where the client wanted to go
+//! any other                                      -> where the client wanted to go; nowhere while that may be an encrypted one
 //! ```
 //! Connections are redirected by the pod's own NAT rules, for both listeners. Whoever connects to a listener itself is turned away: the
 //! proxy would connect to itself for ever.
@@ -13,7 +13,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
-use envoy_types::pb::envoy::config::listener::v3::{AdditionalAddress, FilterChain, Listener};
+use envoy_types::pb::envoy::config::listener::v3::{AdditionalAddress, FilterChain, FilterChainMatch, Listener};
 use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, VirtualHost};
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::HttpConnectionManager;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager::RouteSpecifier;
@@ -113,10 +113,14 @@ pub(super) fn listen_at(listener: &mut Listener, addresses: &[IpAddr], port: u16
 
 /// The chain for connections to a listener itself. `addresses`: its own, unless it is at all of them.
 pub(super) fn itself(port: u16, addresses: &[IpAddr]) -> FilterChain {
+    closed("itself", matching_port(port, addresses))
+}
+
+fn closed(name: &str, filter_chain_match: Option<FilterChainMatch>) -> FilterChain {
     FilterChain {
-        name: "itself".to_owned(),
-        filter_chain_match: matching_port(port, addresses),
-        filters: vec![tcp_proxy("itself", NOWHERE, None)],
+        name: name.to_owned(),
+        filter_chain_match,
+        filters: vec![tcp_proxy(name, NOWHERE, None)],
         ..Default::default()
     }
 }
@@ -131,9 +135,17 @@ pub(super) fn inbound(mesh: &Mesh, own: &BTreeSet<ObjectKey>, options: &Options)
         address: Some(socket_address(options.outbound_address, options.inbound_port, dual_stack)),
         listener_filters: vec![original_dst_filter()],
         filter_chains: chains.chain([itself(options.inbound_port, &[])]).collect(),
-        default_filter_chain: Some(passthrough()),
+        default_filter_chain: Some(if hides_a_port(mesh, own) { closed("unknown", None) } else { passthrough() }),
         ..Default::default()
     }
+}
+
+/// Whether a service of these encrypts a port of the pod of which only the name is known yet: it may be any.
+fn hides_a_port(mesh: &Mesh, own: &BTreeSet<ObjectKey>) -> bool {
+    own.iter().filter_map(|key| mesh.services.get(key)).any(|service| {
+        let encrypts = service.manifest.as_ref().is_some_and(|manifest| manifest.mtls.is_some());
+        encrypts && service.ports.values().any(|port| port.targets.is_empty())
+    })
 }
 
 fn chain(target: u16, port: &OwnPort<'_>, options: &Options) -> FilterChain {

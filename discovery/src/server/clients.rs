@@ -18,10 +18,13 @@ use super::polled::Polled;
 use super::viewer;
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
-use crate::resources::{ResourceSet, Role, Viewer};
+use crate::resources::{ResourceSet, Role, TypeResources, Viewer};
 
 /// The longest rejection that is kept and logged, in characters.
 const MAX_REASON: usize = 1000;
+
+/// The most secrets that a client is told not to be given.
+const MOST_MISSING: usize = 10;
 
 /// What is known of one client's stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -51,6 +54,9 @@ pub struct ClientStatus {
     pub rejections: u64,
     /// Its subscriptions by type URL.
     pub types: BTreeMap<String, TypeStatus>,
+    /// Secrets that it asks for and is not given, the first of them.
+    #[serde(skip)]
+    pub missing_secrets: Vec<String>,
 }
 
 /// What a client has of one type.
@@ -131,6 +137,12 @@ impl ClientStatus {
             let status = TypeStatus { sent: version.clone(), acked: version, nack: None };
             self.types.insert(type_url.to_owned(), status);
         }
+    }
+
+    /// Notes which of the secrets that it asks for it is not given.
+    pub(super) fn asks<'a>(&mut self, names: impl Iterator<Item = &'a str>, given: Option<&Arc<TypeResources>>) {
+        let is_missing = |name: &&str| !given.is_some_and(|given| given.resources.contains_key(*name));
+        self.missing_secrets = names.filter(is_missing).take(MOST_MISSING).map(one_line).collect();
     }
 
     pub(super) fn sent(&mut self, type_url: &str, version: &str) {
@@ -274,9 +286,18 @@ impl Clients {
         let refused = self.inner.refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let refused = refused.into_iter().filter(|(_, (when, _))| when.elapsed() < TOLD);
         let mut problems: Vec<_> = refused.map(|(node, (_, why))| (node, why)).collect();
-        for entry in self.inner.connected().values().filter(|entry| entry.status.role == Role::Sidecar) {
-            let ClientStatus { node, own_services: own, .. } = &entry.status;
-            if !own.iter().any(|key| mesh.services.contains_key(key)) {
+        for entry in self.inner.connected().values() {
+            let ClientStatus { node, role, own_services: own, missing_secrets: missing, .. } = &entry.status;
+            if !missing.is_empty() {
+                problems.push((
+                    node.clone(),
+                    format!(
+                        "asks for secrets that there are not, or that no rule of `authorization` gives it: {}",
+                        missing.join(", ")
+                    ),
+                ));
+            }
+            if *role == Role::Sidecar && !own.iter().any(|key| mesh.services.contains_key(key)) {
                 let named: Vec<_> = own.iter().map(ToString::to_string).collect();
                 let named = if named.is_empty() { "none".to_owned() } else { named.join(", ") };
                 problems.push((node.clone(), format!(

@@ -333,6 +333,9 @@ impl Session for DeltaSession {
         // Twice, because what was held back may be due once the types after it turn out to have no news.
         let types = 0..self.types.0.len();
         let response = types.clone().chain(types).find_map(|index| self.poll_type(index, &view));
+        if let Some(state) = self.types.get(type_url::SECRET) {
+            self.status.asks(state.names.iter().map(|name| &**name), view.of_type(type_url::SECRET));
+        }
         self.view = Some(view);
         response
     }

@@ -179,6 +179,13 @@ impl Xds {
         }
     }
 
+    /// Has `/status` say for a while that a node may not have what it asks for.
+    fn refused(&self, node: Option<&Node>, refusal: &Status) {
+        let id = node.map_or("", |node| node.id.as_str());
+        let why = refusal.message();
+        self.clients.refused(id, why.strip_prefix(&format!("node `{id}`: ")).unwrap_or(why));
+    }
+
     /// Looks whether there is something for what a node says it is for; if not, `/status` says so for a while.
     ///
     /// # Errors
@@ -246,10 +253,11 @@ impl StreamOf {
         loop {
             loop {
                 let snapshot = snapshots.borrow_and_update().clone();
-                let known = session.status().types.len();
+                let told = |status: &ClientStatus| (status.types.len(), status.missing_secrets.clone());
+                let known = told(session.status());
                 let Some(response) = session.poll(&snapshot) else {
-                    // It may have come with what there is.
-                    if session.status().types.len() != known {
+                    // It may have come with what there is, or ask for what there is not.
+                    if told(session.status()) != known {
                         self.client.update(session.status());
                     }
                     break;
@@ -298,7 +306,8 @@ impl StreamOf {
     fn take_in<S: Session>(&mut self, session: &mut S, request: S::Request) -> Result<(), Status> {
         let node = S::node(&request);
         if node.is_some() || !self.known {
-            self.xds.authorization.check(&self.peer.identity, node)?;
+            let allowed = self.xds.authorization.check(&self.peer.identity, node);
+            allowed.inspect_err(|refusal| self.xds.refused(node, refusal))?;
             self.known = true;
             if let Some(node) = node {
                 self.xds.check_role(node).map_err(Status::invalid_argument)?;

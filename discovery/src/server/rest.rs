@@ -91,6 +91,7 @@ impl Xds {
         let node = node.unwrap_or_default();
         self.authorization
             .check(identity, Some(&node))
+            .inspect_err(|refusal| self.refused(Some(&node), refusal))
             .map_err(|status| (StatusCode::FORBIDDEN, status.message().to_owned()))?;
         self.check_role(&node).map_err(|error| wrong(&error))?;
         self.clients.polled(&node.id, error_detail.map(|error| error.message));

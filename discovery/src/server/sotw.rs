@@ -130,6 +130,9 @@ impl Session for SotwSession {
         // Twice, because what was held back may be due once the types after it turn out to have no news.
         let types = 0..self.types.0.len();
         let response = types.clone().chain(types).find_map(|index| self.poll_type(index, &view));
+        if let Some(state) = self.types.get(type_url::SECRET) {
+            self.status.asks(state.names.iter().map(String::as_str), view.of_type(type_url::SECRET));
+        }
         self.view = Some(view);
         response
     }
