@@ -315,6 +315,15 @@ fn scenario(kind: Kind) -> Result<()> {
     }
     assert_eq!(at_edge("/users", "host: SHOP.example")?.0, 200);
 
+    // What works without a proxy works with them: requests for a WebSocket, which this service does not grant, and old clients.
+    let edge_url = format!("http://{}:8080/users/1", edge.ipv4());
+    for more in [&["-H", "connection: upgrade", "-H", "upgrade: websocket"][..], &["-0"]] {
+        for (pod, host, url) in [(&front, "host: users", &vip), (&outside, "host: shop.example", &edge_url)] {
+            let (status, _) = answer(pod, &[more, &["-H", host, url]].concat())?;
+            assert_eq!(status, 200, "{more:?} {url}");
+        }
+    }
+
     // Nobody has refused anything.
     let status = stage.status()?;
     assert_eq!(status["client_problems"], serde_json::json!([]), "{status:#}");
