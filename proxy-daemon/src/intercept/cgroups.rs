@@ -131,7 +131,8 @@ impl Hooks {
     }
 
     /// Attaches to the cgroups that match now, takes away what others have, and returns the directories in which matching
-    /// cgroups may appear. Where an earlier daemon left programs, ours take their places: a cgroup never has both, or none.
+    /// cgroups may appear. Where an earlier daemon left programs, ours take their places: a cgroup is never without, and has both
+    /// only where a link cannot be given another program, for a moment.
     /// Of the errors those are returned that are news; all are [`Self::faults`] until a look goes well.
     pub(super) fn reconcile(&mut self, ebpf: &mut Ebpf) -> (Vec<PathBuf>, Vec<InterceptError>) {
         let (parents, found) = self.expand();
@@ -190,7 +191,9 @@ impl Hooks {
             match replace(ebpf, name, &pin) {
                 Ok(()) => continue,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => tracing::debug!(pin = %pin.display(), %error, "a link of an earlier daemon is dead"),
+                Err(error) => {
+                    tracing::debug!(pin = %pin.display(), %error, "a link of an earlier daemon takes no other program: a new one is made")
+                }
             }
             let link = attach(ebpf, name, &cgroup).map_err(|reason| format!("{name}: {reason}"))?;
             let fresh = self.pins.join(format!("{}-{number}-{name}-new", self.role.name()));
