@@ -31,6 +31,7 @@ mod original_src;
 mod r#override;
 mod ratelimit;
 mod rbac;
+mod recent;
 mod router;
 mod set_filter_state;
 mod set_metadata;

@@ -1,13 +1,11 @@
 //! `jwt_cache_config`: tokens whose signatures were found good, so that they need not be verified again.
 
-use std::{
-    cell::RefCell,
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::cell::RefCell;
 
 use envoy_types::pb::envoy::extensions::filters::http::jwt_authn::v3::JwtCacheConfig;
 use thread_local::ThreadLocal;
+
+use crate::http::filters::recent::Recent;
 
 /// How many tokens are kept where nothing else is said.
 const DEFAULT_MOST: usize = 100;
@@ -20,15 +18,7 @@ pub(super) struct Cache {
     most: usize,
     longest: usize,
     // It is large.
-    of_threads: Box<ThreadLocal<RefCell<Recent>>>,
-}
-
-/// Those that were used last.
-#[derive(Debug, Default)]
-struct Recent {
-    uses: u64,
-    last_uses: HashMap<Arc<str>, u64>,
-    by_use: BTreeMap<u64, Arc<str>>,
+    of_threads: Box<ThreadLocal<RefCell<Recent<str, ()>>>>,
 }
 
 impl Cache {
@@ -43,52 +33,25 @@ impl Cache {
 
     /// Whether the token's signature is known to be good.
     pub(super) fn has(&self, token: &str) -> bool {
-        self.of_threads.get_or_default().borrow_mut().touch(token)
+        self.own().borrow_mut().get(token).is_some()
     }
 
     /// The token's signature is good.
     pub(super) fn keep(&self, token: &str) {
-        if token.len() <= self.longest {
-            self.of_threads.get_or_default().borrow_mut().keep(token, self.most);
+        let mut kept = self.own().borrow_mut();
+        if token.len() <= self.longest && kept.get(token).is_none() {
+            kept.insert(token.into(), ());
         }
     }
 
     /// The token is of no use any more.
     pub(super) fn forget(&self, token: &str) {
-        self.of_threads.get_or_default().borrow_mut().forget(token);
-    }
-}
-
-impl Recent {
-    fn touch(&mut self, token: &str) -> bool {
-        let Some(last) = self.last_uses.get_mut(token) else { return false };
-        self.uses += 1;
-        if let Some(name) = self.by_use.remove(last) {
-            self.by_use.insert(self.uses, name);
-        }
-        *last = self.uses;
-        true
+        self.own().borrow_mut().forget(token);
     }
 
-    fn keep(&mut self, token: &str, most: usize) {
-        if self.touch(token) {
-            return;
-        }
-        self.uses += 1;
-        let name: Arc<str> = token.into();
-        self.last_uses.insert(Arc::clone(&name), self.uses);
-        self.by_use.insert(self.uses, name);
-        if self.last_uses.len() > most
-            && let Some((_, oldest)) = self.by_use.pop_first()
-        {
-            self.last_uses.remove(&oldest);
-        }
-    }
-
-    fn forget(&mut self, token: &str) {
-        if let Some(last) = self.last_uses.remove(token) {
-            self.by_use.remove(&last);
-        }
+    /// Those of this thread that were used last.
+    fn own(&self) -> &RefCell<Recent<str, ()>> {
+        self.of_threads.get_or(|| RefCell::new(Recent::new(self.most)))
     }
 }
 

@@ -1,14 +1,17 @@
 //! The token buckets of `envoy.filters.http.local_ratelimit`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use crate::http::{
     descriptors::{Descriptor, Entries},
-    filters::shared::{Kept, Shared},
+    filters::{
+        recent::Recent,
+        shared::{Kept, Shared},
+    },
     token_bucket::TokenBucket,
 };
 
@@ -160,17 +163,8 @@ pub(super) type Wanted = (Box<str>, Option<Box<str>>);
 struct Wildcard {
     entries: Box<[Wanted]>,
     rule: Rule,
-    buckets: Mutex<Recent>,
-}
-
-/// The buckets of a wildcard that were used last. Beyond `most` of them the one that has not been used for the longest time is forgotten.
-#[derive(Debug)]
-struct Recent {
-    most: usize,
-    uses: u64,
-    buckets: HashMap<Arc<Entries>, (u64, Arc<TokenBucket>)>,
-    /// By their last uses.
-    by_use: BTreeMap<u64, Arc<Entries>>,
+    /// Those that were used last.
+    buckets: Mutex<Recent<Entries, Arc<TokenBucket>>>,
 }
 
 /// `TokenBucket`
@@ -193,34 +187,16 @@ impl Wildcard {
         let mut pairs = descriptor.iter().zip(&self.entries);
         let all = descriptor.len() == self.entries.len()
             && pairs.all(|((key, value), (own, wanted))| key == own && wanted.as_ref().is_none_or(|it| it == value));
-        // What is kept there is whole at any time.
-        all.then(|| self.buckets.lock().unwrap_or_else(PoisonError::into_inner).get(descriptor, self.rule.limit))
-    }
-}
-
-impl Recent {
-    fn new(most: usize) -> Recent {
-        Recent { most, uses: 0, buckets: HashMap::new(), by_use: BTreeMap::new() }
-    }
-
-    fn get(&mut self, descriptor: &Entries, limit: Limit) -> Arc<TokenBucket> {
-        self.uses += 1;
-        if let Some((used, bucket)) = self.buckets.get_mut(descriptor) {
-            if let Some(name) = self.by_use.remove(used) {
-                self.by_use.insert(self.uses, name);
+        all.then(|| {
+            // What is kept there is whole at any time.
+            let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(bucket) = buckets.get(descriptor) {
+                return Arc::clone(bucket);
             }
-            *used = self.uses;
-            return Arc::clone(bucket);
-        }
-        let (name, bucket) = (Arc::new(descriptor.clone()), Arc::new(limit.bucket()));
-        self.buckets.insert(Arc::clone(&name), (self.uses, Arc::clone(&bucket)));
-        self.by_use.insert(self.uses, name);
-        if self.buckets.len() > self.most
-            && let Some((_, oldest)) = self.by_use.pop_first()
-        {
-            self.buckets.remove(&oldest);
-        }
-        bucket
+            let bucket = Arc::new(self.rule.limit.bucket());
+            buckets.insert(Arc::new(descriptor.clone()), Arc::clone(&bucket));
+            bucket
+        })
     }
 }
 
@@ -276,14 +252,18 @@ mod tests {
 
     #[test]
     fn what_was_not_used_for_long_is_forgotten() {
-        let mut recent = Recent::new(2);
-        let mut is_new = |value: &str| recent.get(&entries(&[("user", value)]), HOURLY).take(Instant::now());
+        let wildcard = Wildcard {
+            entries: [("user".into(), None)].into(),
+            rule: Rule { limit: HOURLY, shadow: false },
+            buckets: Mutex::new(Recent::new(2)),
+        };
+        let is_new = |value: &str| wildcard.bucket(&entries(&[("user", value)])).unwrap().take(Instant::now());
         assert!(is_new("1") && is_new("2"));
         assert!(!is_new("1"));
         assert!(is_new("3"), "in the place of 2");
         assert!(!is_new("1"));
         assert!(is_new("2"), "in the place of 3");
         assert!(!is_new("1") && !is_new("2"));
-        assert_eq!((recent.buckets.len(), recent.by_use.len()), (2, 2));
+        assert_eq!(wildcard.buckets.lock().unwrap().lengths(), (2, 2));
     }
 }
