@@ -101,6 +101,16 @@ async fn a_proxy_is_given_what_its_service_may_call() {
         (added.pop().as_deref(), removed.pop().as_deref()),
         (Some("payments.default:80"), Some("orders.default:80"))
     );
+    // An edge, a worker or a cron job is nobody whom others call, and has a manifest all the same.
+    let of_cron = Node { cluster: "cron".into(), ..of_users };
+    let mut cron = Delta::open(&running).await;
+    cron.send_as(type_url::CLUSTER, subscribe(of_cron.clone())).await;
+    assert_eq!(cron.next_as(&of_cron).await.0.len(), 4);
+    let manifest =
+        "{apiVersion: culvert.dev/v1alpha1, kind: ServiceManifest, metadata: {name: cron}, spec: {egress: [orders]}}";
+    fs::write(running.directory.path().join("cron.yaml"), manifest).unwrap();
+    let gone = ["payments.default:80", "users.default:80"].map(str::to_owned).to_vec();
+    assert_eq!(cron.next_as(&of_cron).await, (Vec::new(), gone));
     running.stop().await;
 }
 

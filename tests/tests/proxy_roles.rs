@@ -171,7 +171,8 @@ add table ip nat
 add chain ip nat prerouting { type nat hook prerouting priority -100; }
 add chain ip nat output { type nat hook output priority -100; }
 add rule ip nat prerouting iifname eth0 tcp dport { 8080, 9100 } redirect to :15006
-add rule ip nat output ip daddr 10.96.0.0/16 tcp dport 1-65535 redirect to :15001";
+add rule ip nat output ip daddr 10.96.0.0/16 tcp dport 1-65535 redirect to :15001
+add rule ip nat output oifname lo ip daddr != 127.0.0.0/8 meta priority != 0:6 tcp dport { 8080, 9100 } redirect to :15006";
     for rule in rules.trim().lines() {
         let ran = pod.run(&["nft", rule]).context("running nft, which `cargo xtask setup` installs")?;
         ran.success()?;
@@ -283,6 +284,14 @@ fn scenario(kind: Kind) -> Result<()> {
     assert!(clusters.contains("users.default:80::") && !clusters.contains("orders.default"), "{clusters}");
     let limits = users.run(&["curl", "-sS", &format!("http://127.0.0.1:{ADMIN}/clusters")])?.success()?;
     assert!(limits.contains("inbound_users.default:80::default_priority::max_requests::30"), "{limits}");
+
+    // A pod that calls its own service comes to itself over TLS too, and to its other ports.
+    let before = stat(&users, "cluster.inbound_users.default_80.upstream_rq_200")?;
+    let seen = reached(&users, &["-H", "host: users", &format!("http://{VIP}/self")])?;
+    assert_eq!((&seen["pod"], &seen["path"]), (&"users".into(), &"/self".into()), "{seen}");
+    assert!(stat(&users, "cluster.inbound_users.default_80.upstream_rq_200")? > before);
+    let other = reached(&users, &[&format!("http://{}:9100/", users.ipv4())])?;
+    assert_eq!(other["pod"], "users");
 
     // Without a certificate nobody is spoken to; ports that are not the service's pass through; the listener itself is no way in.
     let refused = curl(&outside, &[&format!("http://{}:8080/", users.ipv4())])?;

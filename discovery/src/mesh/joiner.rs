@@ -111,8 +111,9 @@ impl Joiner {
         if services_changed {
             self.claim_vips(registry);
         }
+        let callers = self.mesh.callers.clone();
         let changed = self.join_marked(registry);
-        if !changed.is_empty() {
+        if !changed.is_empty() || callers != self.mesh.callers {
             self.egress_warnings = unknown_egress(&self.mesh);
             self.edge_warnings = contested_at_the_edge(&self.mesh);
         }
@@ -204,7 +205,16 @@ impl Joiner {
             } else {
                 self.remarks.insert(key.clone(), remarks);
             }
-            let service = (!service.clusters.is_empty()).then_some(service);
+            let is_service = !service.clusters.is_empty();
+            let caller = service.manifest.as_ref().filter(|manifest| !is_service && manifest.egress.is_some());
+            if self.mesh.callers.get(&key) != caller {
+                let callers = &mut Arc::make_mut(&mut self.mesh).callers;
+                match caller {
+                    Some(manifest) => callers.insert(key.clone(), Arc::clone(manifest)),
+                    None => callers.remove(&key),
+                };
+            }
+            let service = is_service.then_some(service);
             if self.mesh.services.get(&key).map(|known| &**known) == service.as_ref() {
                 continue;
             }
@@ -252,8 +262,9 @@ fn clusters(registry: &Registry) -> impl Iterator<Item = (&ClusterInfo, &Objects
 
 /// What is said of services that may call others which there are not.
 fn unknown_egress(mesh: &Mesh) -> Vec<String> {
-    let stated =
-        mesh.services.iter().filter_map(|(key, service)| Some((key, service.manifest.as_ref()?.egress.as_ref()?)));
+    let of_services = mesh.services.iter().filter_map(|(key, service)| Some((key, service.manifest.as_ref()?)));
+    let stated = of_services.chain(&mesh.callers);
+    let stated = stated.filter_map(|(key, manifest)| Some((key, manifest.egress.as_ref()?)));
     let unknown = stated.flat_map(|(key, egress)| {
         let named = egress.0.iter().map(|name| name.seen_from(&key.namespace));
         let missing = named.filter(|name| !mesh.services.contains_key(name));

@@ -167,17 +167,38 @@ pub struct MeshService {
     pub manifest: Option<Arc<ServiceManifest>>,
 }
 
+impl MeshService {
+    /// Whether its pods take nothing but TLS from callers with certificates.
+    #[must_use]
+    pub fn has_mtls(&self) -> bool {
+        self.manifest.as_ref().is_some_and(|manifest| manifest.mtls.is_some())
+    }
+}
+
 /// All services.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mesh {
     /// The services by namespace and name.
     pub services: BTreeMap<ObjectKey, Arc<MeshService>>,
+    /// What is stated of whoever calls services and is none itself: an edge, a worker, a cron job. With `egress` each.
+    pub callers: BTreeMap<ObjectKey, Arc<ServiceManifest>>,
     /// Stored sets of overrides, by name.
     pub shares: Vec<Arc<Share>>,
     /// What proxies may be given of secrets, by name.
     pub secrets: Secrets,
     /// What was found to be inconsistent, for people.
     pub warnings: Vec<String>,
+}
+
+impl Mesh {
+    /// What is stated of the pods that are called so, of a service or of none.
+    #[must_use]
+    pub fn manifest(&self, key: &ObjectKey) -> Option<&Arc<ServiceManifest>> {
+        match self.services.get(key) {
+            Some(service) => service.manifest.as_ref(),
+            None => self.callers.get(key),
+        }
+    }
 }
 
 /// The name of the Envoy cluster of a service's port, for example `users.default:80`.

@@ -44,11 +44,19 @@ impl<'a> Manifests<'a> {
         first.map(|(manifest, _)| manifest)
     }
 
-    /// Gives a service its manifest.
+    /// Gives a service its manifest. Of what is no service, only what it may call means anything.
     pub fn apply(&self, key: &ObjectKey, service: &mut MeshService, warnings: &mut Vec<String>) {
         let Some(manifest) = self.of(key, warnings) else { return };
+        service.manifest = Some(Arc::clone(manifest));
         if service.clusters.is_empty() {
-            warnings.push(format!("ServiceManifest {key} is of no service: there is none of this name"));
+            if manifest.egress.is_none() {
+                warnings.push(format!("ServiceManifest {key} is of no service: there is none of this name"));
+            } else if !manifest.is_of_callers_alone() {
+                warnings.push(format!(
+                    "ServiceManifest {key} is of no service: there is none of this name, so only spec.egress and spec.onDemand of \
+                     it hold, for proxies of that name"
+                ));
+            }
             return;
         }
         for (number, port) in &mut service.ports {
@@ -78,7 +86,6 @@ impl<'a> Manifests<'a> {
         if manifest.on_demand && manifest.egress.is_none() {
             warnings.push(format!("ServiceManifest {key}: spec.onDemand means nothing without spec.egress, as its pods are given everything"));
         }
-        service.manifest = Some(Arc::clone(manifest));
     }
 }
 
@@ -104,7 +111,7 @@ pub fn egress_of(mesh: &Mesh, callers: &BTreeSet<ObjectKey>) -> Option<BTreeSet<
     }
     let mut allowed = callers.clone();
     for caller in callers {
-        let egress = mesh.services.get(caller)?.manifest.as_ref()?.egress.as_ref()?;
+        let egress = mesh.manifest(caller)?.egress.as_ref()?;
         allowed.extend(egress.0.iter().map(|name| name.seen_from(&caller.namespace)));
     }
     Some(allowed)
@@ -131,6 +138,5 @@ pub fn exposed_services(mesh: &Mesh) -> BTreeSet<ObjectKey> {
 /// Whether what pods of these services may not call ahead is given to their proxies when they ask for it: all of them state so.
 #[must_use]
 pub fn is_rest_on_demand(mesh: &Mesh, callers: &BTreeSet<ObjectKey>) -> bool {
-    let manifest = |caller| mesh.services.get(caller)?.manifest.as_ref();
-    callers.iter().all(|caller| manifest(caller).is_some_and(|manifest| manifest.on_demand))
+    callers.iter().all(|caller| mesh.manifest(caller).is_some_and(|manifest| manifest.on_demand))
 }

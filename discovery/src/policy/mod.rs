@@ -249,6 +249,13 @@ pub enum CheckedBy {
 }
 
 impl ServiceManifest {
+    /// Whether it says nothing but what its pods may call: all that can hold for pods of no service.
+    #[must_use]
+    pub fn is_of_callers_alone(&self) -> bool {
+        let Self { egress, on_demand, .. } = self;
+        *self == Self { egress: egress.clone(), on_demand: *on_demand, ..Self::default() }
+    }
+
     /// How proxies that call the service check it for themselves.
     #[must_use]
     pub fn checks_of_callers(&self) -> Option<&HealthCheck> {

@@ -163,3 +163,29 @@ spec: {egress: []}
     assert_eq!(of(&[]), None);
     assert_eq!(of(&["db", "nobody"]), None);
 }
+
+#[test]
+fn an_egress_holds_for_pods_of_no_service_too() {
+    let front = "---
+apiVersion: culvert.dev/v1alpha1
+kind: ServiceManifest
+metadata: {name: front}
+spec: {egress: [users, nobody], onDemand: true}
+";
+    let mesh = |front: &str| super::tests::mesh(&[&format!("{SERVICES}{front}")]);
+    let key = |name: &str| ObjectKey::new("default", name);
+    let callers = BTreeSet::from([key("front")]);
+    let found = mesh(front);
+    assert_eq!(egress_of(&found, &callers), Some(BTreeSet::from([key("front"), key("users"), key("nobody")])));
+    assert!(is_rest_on_demand(&found, &callers) && !found.services.contains_key(&key("front")));
+    assert!(found.warnings.len() == 1 && found.warnings[0].contains("names default/nobody"), "{:?}", found.warnings);
+    // What cannot hold is said.
+    let more = mesh(&front.replace(", onDemand: true", ", timeouts: {connect: 1s}"));
+    let of_none = "is of no service: there is none of this name, so only spec.egress and spec.onDemand";
+    assert!(more.warnings.iter().any(|warning| warning.contains(of_none)), "{:?}", more.warnings);
+    // A service of that name is what the manifest is of, and has its endpoints among those that are given.
+    let service = SERVICES.replace("name: db", "name: front");
+    let of_service = super::tests::mesh(&[&format!("{service}{front}")]);
+    assert!(of_service.callers.is_empty());
+    assert_eq!(egress_of(&of_service, &callers), egress_of(&found, &callers));
+}

@@ -73,7 +73,7 @@ pub(super) fn outbound(
     let mut listener = Listener {
         name: OUTBOUND_LISTENER.to_owned(),
         listener_filters: vec![original_dst_filter()],
-        default_filter_chain: Some(passthrough()),
+        default_filter_chain: Some(passthrough(ORIGINAL_DST_CLUSTER)),
         ..Default::default()
     };
     if role == Role::Sidecar {
@@ -96,11 +96,11 @@ pub(super) fn original_dst_filter() -> ListenerFilter {
     listener_filter("envoy.filters.listener.original_dst", pack(&OriginalDst::default()))
 }
 
-/// The chain to where the client wanted to go.
-pub(super) fn passthrough() -> FilterChain {
+/// The chain to where the client wanted to go, by this cluster.
+pub(super) fn passthrough(cluster: &str) -> FilterChain {
     FilterChain {
         name: "passthrough".to_owned(),
-        filters: vec![tcp_proxy("passthrough", ORIGINAL_DST_CLUSTER, None)],
+        filters: vec![tcp_proxy("passthrough", cluster, None)],
         ..Default::default()
     }
 }

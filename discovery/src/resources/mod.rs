@@ -300,6 +300,10 @@ impl Snapshot {
             next.renew_routes(&http_ports);
             next.renew_listeners();
         }
+        if self.mesh.callers != next.mesh.callers {
+            next.policies += 1;
+            history.push(Change { service: None, reshaped: false });
+        }
         if self.mesh.shares != next.mesh.shares {
             let shares = |mesh: &Mesh| encode(type_url::OVERRIDE_SHARE, overrides::shares(mesh));
             let gone = shares(&self.mesh).into_iter().map(|resource| (Arc::clone(&resource.name), None));

@@ -107,6 +107,7 @@ fn a_sidecar_has_a_listener_for_what_calls_its_pod() {
     let view = snapshot.view(&viewer(ProxyKind::Foreign, Role::Sidecar, &["users"]), None);
     assert_eq!(names(&view, type_url::LISTENER), [INBOUND_LISTENER, OUTBOUND_LISTENER]);
     let expected = [
+        "inbound_passthrough",
         "inbound_users.default:80",
         "inbound_users.default:81",
         "nowhere",
@@ -120,6 +121,11 @@ fn a_sidecar_has_a_listener_for_what_calls_its_pod() {
     let own: Cluster = get(&view, type_url::CLUSTER, "inbound_users.default:80");
     assert_eq!(own.circuit_breakers.unwrap().thresholds[0].max_requests.unwrap().value, 30);
     assert!(own.transport_socket.is_none() && own.health_checks.is_empty(), "it is the pod itself");
+    for cluster in ["inbound_users.default:80", "inbound_users.default:81", "inbound_passthrough"] {
+        let cluster: Cluster = get(&view, type_url::CLUSTER, cluster);
+        let options = cluster.upstream_bind_config.unwrap().socket_options;
+        assert_eq!((options.len(), options[0].level, options[0].name), (1, 1, 12), "else it comes back for ever");
+    }
 
     let inbound: Listener = get(&view, type_url::LISTENER, INBOUND_LISTENER);
     assert!(inbound.transparent.is_none());
@@ -184,7 +190,7 @@ fn the_port_of_a_pod_that_is_named_can_come_later() {
     let view = snapshot.view(&sidecar, None);
     let ports = |view: &View| {
         let inbound: Listener = get(view, type_url::LISTENER, INBOUND_LISTENER);
-        let passes = text(inbound.default_filter_chain.as_ref().unwrap()).contains("original_dst");
+        let passes = text(inbound.default_filter_chain.as_ref().unwrap()).contains("inbound_passthrough");
         ([8080, 9000].map(|port| chain(&inbound, port).is_some()), passes)
     };
     assert_eq!(ports(&view), ([false, true], false), "any port may be the one with mTLS");

@@ -6,12 +6,17 @@
 //! ```
 //! Connections are redirected by the pod's own NAT rules, for both listeners. Whoever connects to a listener itself is turned away: the
 //! proxy would connect to itself for ever.
+//!
+//! A pod that calls its own service may be led to itself: then the proxy calls itself, over the loopback device, where both ends of it
+//! look alike. So what comes from `inbound` has a priority of its own, by which the rules know it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use envoy_types::pb::envoy::config::cluster::v3::Cluster;
 use envoy_types::pb::envoy::config::cluster::v3::cluster::{ClusterDiscoveryType, DiscoveryType, LbPolicy};
+use envoy_types::pb::envoy::config::core::v3::socket_option::{SocketState, Value as SocketValue};
+use envoy_types::pb::envoy::config::core::v3::{BindConfig, SocketOption};
 use envoy_types::pb::envoy::config::endpoint::v3::ClusterLoadAssignment;
 use envoy_types::pb::envoy::config::listener::v3::{AdditionalAddress, FilterChain, FilterChainMatch, Listener};
 use envoy_types::pb::envoy::config::route::v3::{RouteConfiguration, VirtualHost};
@@ -25,11 +30,17 @@ use super::listeners::{
 use super::routes::to_own_port;
 use super::{INBOUND_LISTENER, Options, policy};
 use crate::kubernetes::ObjectKey;
-use crate::mesh::{Mesh, MeshPort, cluster_name};
+use crate::mesh::{Mesh, MeshPort, MeshService, Protocol, cluster_name};
 use crate::policy::ServiceManifest;
 
 /// The cluster without endpoints, for connections to a listener itself.
 const NOWHERE: &str = "nowhere";
+/// The cluster that leads to the pod's ports that are none of its services'.
+const TO_THE_POD: &str = "inbound_passthrough";
+/// The option of sockets that says how urgent packets are, on Linux (`SOL_SOCKET`, `SO_PRIORITY`): the same for both families.
+const SO_PRIORITY: (i64, i64) = (1, 12);
+/// The priority of what goes from `inbound` to the pod: the highest that needs no privileges.
+const PRIORITY: i64 = 6;
 
 /// The cluster that leads to the pod's own port of a service's port.
 fn own_cluster(key: &ObjectKey, port: u16) -> String {
@@ -43,10 +54,9 @@ fn own_ports<'a>(mesh: &'a Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -
     for (key, service) in own.iter().filter_map(|key| mesh.services.get_key_value(key)) {
         for (port, described) in &service.ports {
             for target in described.targets.iter().filter(|target| **target != options.inbound_port) {
-                let port =
-                    OwnPort { cluster: own_cluster(key, *port), described, manifest: service.manifest.as_deref() };
+                let port = OwnPort { cluster: own_cluster(key, *port), described, service };
                 let known: Option<&OwnPort<'_>> = ports.get(target);
-                if known.is_none_or(|known| port.has_mtls() && !known.has_mtls()) {
+                if known.is_none_or(|known| service.has_mtls() && !known.service.has_mtls()) {
                     ports.insert(*target, port);
                 }
             }
@@ -58,12 +68,12 @@ fn own_ports<'a>(mesh: &'a Mesh, own: &BTreeSet<ObjectKey>, options: &Options) -
 struct OwnPort<'a> {
     cluster: String,
     described: &'a MeshPort,
-    manifest: Option<&'a ServiceManifest>,
+    service: &'a MeshService,
 }
 
 impl OwnPort<'_> {
-    fn has_mtls(&self) -> bool {
-        self.manifest.is_some_and(|manifest| manifest.mtls.is_some())
+    fn manifest(&self) -> Option<&ServiceManifest> {
+        self.service.manifest.as_deref()
     }
 }
 
@@ -76,21 +86,38 @@ pub(super) fn clusters(mesh: &Mesh, own: &BTreeSet<ObjectKey>, options: &Options
         load_assignment: Some(ClusterLoadAssignment { cluster_name: NOWHERE.to_owned(), ..Default::default() }),
         ..Default::default()
     };
-    let mut clusters = BTreeMap::from([(NOWHERE.to_owned(), nowhere)]);
-    for OwnPort { cluster: name, described, manifest } in own_ports(mesh, own, options).into_values() {
-        let idle = manifest.and_then(|manifest| manifest.timeouts.idle);
-        let cluster = Cluster {
-            name: name.clone(),
-            cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
-            connect_timeout: Some(CONNECT_TIMEOUT),
-            lb_policy: LbPolicy::ClusterProvided.into(),
-            typed_extension_protocol_options: protocol_options(described.protocol, idle),
-            circuit_breakers: manifest.and_then(policy::circuit_breakers),
-            ..Default::default()
-        };
-        clusters.insert(name, cluster);
+    let unknown = to_the_pod(TO_THE_POD, Protocol::Tcp, None);
+    let mut clusters = BTreeMap::from([(NOWHERE.to_owned(), nowhere), (TO_THE_POD.to_owned(), unknown)]);
+    for port in own_ports(mesh, own, options).into_values() {
+        let cluster = to_the_pod(&port.cluster, port.described.protocol, port.manifest());
+        clusters.insert(port.cluster, cluster);
     }
     clusters.into_iter().collect()
+}
+
+/// A cluster that leads where the client wanted to go, which is the pod.
+fn to_the_pod(name: &str, protocol: Protocol, manifest: Option<&ServiceManifest>) -> Cluster {
+    let priority = SocketOption {
+        description: "past the rule that redirects what the proxy sends to its own pod".to_owned(),
+        level: SO_PRIORITY.0,
+        name: SO_PRIORITY.1,
+        value: Some(SocketValue::IntValue(PRIORITY)),
+        state: SocketState::StatePrebind.into(),
+        ..Default::default()
+    };
+    Cluster {
+        name: name.to_owned(),
+        cluster_discovery_type: Some(ClusterDiscoveryType::Type(DiscoveryType::OriginalDst.into())),
+        connect_timeout: Some(CONNECT_TIMEOUT),
+        lb_policy: LbPolicy::ClusterProvided.into(),
+        typed_extension_protocol_options: protocol_options(
+            protocol,
+            manifest.and_then(|manifest| manifest.timeouts.idle),
+        ),
+        circuit_breakers: manifest.and_then(policy::circuit_breakers),
+        upstream_bind_config: Some(BindConfig { socket_options: vec![priority], ..Default::default() }),
+        ..Default::default()
+    }
 }
 
 /// Where the outbound listener is: at the loopback addresses of the families that proxies have, which is where redirected connections of
@@ -135,21 +162,23 @@ pub(super) fn inbound(mesh: &Mesh, own: &BTreeSet<ObjectKey>, options: &Options)
         address: Some(socket_address(options.outbound_address, options.inbound_port, dual_stack)),
         listener_filters: vec![original_dst_filter()],
         filter_chains: chains.chain([itself(options.inbound_port, &[])]).collect(),
-        default_filter_chain: Some(if hides_a_port(mesh, own) { closed("unknown", None) } else { passthrough() }),
+        default_filter_chain: Some(match hides_a_port(mesh, own) {
+            true => closed("unknown", None),
+            false => passthrough(TO_THE_POD),
+        }),
         ..Default::default()
     }
 }
 
 /// Whether a service of these encrypts a port of the pod of which only the name is known yet: it may be any.
 fn hides_a_port(mesh: &Mesh, own: &BTreeSet<ObjectKey>) -> bool {
-    own.iter().filter_map(|key| mesh.services.get(key)).any(|service| {
-        let encrypts = service.manifest.as_ref().is_some_and(|manifest| manifest.mtls.is_some());
-        encrypts && service.ports.values().any(|port| port.targets.is_empty())
-    })
+    let mut services = own.iter().filter_map(|key| mesh.services.get(key));
+    services.any(|service| service.has_mtls() && service.ports.values().any(|port| port.targets.is_empty()))
 }
 
 fn chain(target: u16, port: &OwnPort<'_>, options: &Options) -> FilterChain {
-    let OwnPort { cluster, described, manifest } = port;
+    let OwnPort { cluster, described, .. } = port;
+    let manifest = port.manifest();
     let name = format!("inbound_{target}");
     let idle = manifest.and_then(|manifest| manifest.timeouts.idle);
     let filter =
@@ -166,7 +195,7 @@ fn chain(target: u16, port: &OwnPort<'_>, options: &Options) -> FilterChain {
 
 /// The connection manager of a port. Timeouts and retries are the callers'.
 fn http(name: &str, port: &OwnPort<'_>, options: &Options) -> envoy_types::pb::envoy::config::listener::v3::Filter {
-    let limits = port.manifest.map(policy::rate_limit).unwrap_or_default();
+    let limits = port.manifest().map(policy::rate_limit).unwrap_or_default();
     let mut http_filters = Vec::new();
     if !limits.is_empty() {
         http_filters.push(http_filter(policy::RATE_LIMIT_FILTER, policy::rate_limit_filter()));

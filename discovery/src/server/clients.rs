@@ -297,7 +297,8 @@ impl Clients {
                     ),
                 ));
             }
-            if *role == Role::Sidecar && !own.iter().any(|key| mesh.services.contains_key(key)) {
+            let is_known = |key: &ObjectKey| mesh.services.contains_key(key) || mesh.callers.contains_key(key);
+            if *role == Role::Sidecar && !own.iter().any(is_known) {
                 let named: Vec<_> = own.iter().map(ToString::to_string).collect();
                 let named = if named.is_empty() { "none".to_owned() } else { named.join(", ") };
                 problems.push((node.clone(), format!(
