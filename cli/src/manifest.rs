@@ -52,7 +52,7 @@ pub struct CheckFlags {
 /// Flags of `culvert manifest render`.
 #[derive(Debug, Args)]
 pub struct RenderFlags {
-    /// A file of manifests, YAML or JSON
+    /// A file of manifests, YAML or JSON, or a directory of them
     #[arg(value_name = "FILE")]
     file: PathBuf,
 
@@ -110,7 +110,17 @@ fn files_of(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn render(path: &Path, proxy: Role) -> anyhow::Result<Outcome> {
-    Ok(match files::render(&read(path)?, proxy) {
+    let mut texts = Vec::new();
+    for file in files_of(&[path.to_owned()])? {
+        let text = read(&file)?;
+        // So that faults have their own file's name and lines.
+        if let Err(faults) = files::check(&text) {
+            eprint!("{}", faults_of(&file, &faults));
+            return Ok(Outcome { text: String::new(), code: REFUSED });
+        }
+        texts.push(text);
+    }
+    Ok(match files::render(&texts.join("\n---\n"), proxy) {
         Ok(resources) => Outcome::from(serde_saphyr::to_string(&resources)?),
         Err(faults) => {
             // Not among what another program is to read.
@@ -204,5 +214,12 @@ spec:
         }
         let refused = file(&directory, "refused.yaml", &GOOD.replace("grpc", "quic"));
         assert_eq!(render(&refused, Role::Node).unwrap().code, REFUSED);
+        // A directory is what its files are together.
+        assert_eq!(render(directory.path(), Role::Node).unwrap().code, REFUSED);
+        let several = tempfile::tempdir().unwrap();
+        file(&several, "a.yaml", GOOD);
+        file(&several, "b.yaml", &http);
+        let Outcome { text, code } = render(several.path(), Role::Node).unwrap();
+        assert!(code == 0 && text.contains("users.default:80") && text.contains("web.default:80"), "{text}");
     }
 }

@@ -144,6 +144,8 @@ pub struct ConfigFileTunnels {
     /// `FIRST-LAST`.
     ports: String,
     max_connections: Option<usize>,
+    /// In seconds.
+    quarantine: Option<u64>,
 }
 
 impl TryFrom<ConfigFileOverrides> for overrides::Settings {
@@ -153,10 +155,11 @@ impl TryFrom<ConfigFileOverrides> for overrides::Settings {
         let ConfigFileOverrides { storage, token_file, max_shares, tunnels } = file;
         let defaults = Self::default();
         let storage = storage.map(|text| text.parse()).transpose();
-        let tunnels = tunnels.map(|ConfigFileTunnels { address, ports, max_connections }| {
+        let tunnels = tunnels.map(|ConfigFileTunnels { address, ports, max_connections, quarantine }| {
             let settings: tunnels::Settings = format!("[{address}]:{ports}").parse()?;
             let max_connections = max_connections.unwrap_or(settings.max_connections);
-            tunnels::Settings { max_connections, ..settings }.checked()
+            let quarantine = quarantine.map_or(settings.quarantine, Duration::from_secs);
+            tunnels::Settings { max_connections, quarantine, ..settings }.checked()
         });
         Ok(Self {
             storage: storage
@@ -376,7 +379,7 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     ensure!(*outbound_port != 0, "the outbound port of proxies cannot be 0");
     ensure!(*inbound_port != 0, "inbound_port: 0 is not a port");
     ensure!(outbound_port != inbound_port, "inbound_port: {inbound_port} is the outbound port of proxies, too");
-    edge.as_ref().map_or(Ok(()), EdgeOptions::check).map_err(anyhow::Error::msg)
+    edge.as_ref().map_or(Ok(()), |edge| edge.check([*outbound_port, *inbound_port])).map_err(anyhow::Error::msg)
 }
 
 #[cfg(test)]
@@ -459,6 +462,10 @@ mod tests {
             ("overrides: {tunnels: {address: '::', ports: 7-9}}", "overrides.tunnels: :: is not an address"),
             ("overrides: {tunnels: {address: '::1', ports: 9-7}}", "overrides.tunnels: 9-7 has no port"),
             ("overrides: {tunnels: {address: '::1', ports: '7', max_connections: 0}}", "0 connections"),
+            (
+                "overrides: {tunnels: {address: '::1', ports: '7', quarantine: 4000}}",
+                "overrides.tunnels: quarantine: at most",
+            ),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");

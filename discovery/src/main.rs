@@ -59,7 +59,7 @@ struct Flags {
 
     /// Let developers' machines answer for revisions of services (`culvert override connect`): an address of this host that
     /// the proxies can reach, and a port for each tunnel. Needs --developer-token-file.
-    #[arg(long, value_name = "ADDRESS:FIRST-LAST", value_parser = str::parse::<tunnels::Settings>)]
+    #[arg(long, value_name = "ADDRESS:FIRST-LAST[,quarantine=SECONDS]", value_parser = str::parse::<tunnels::Settings>)]
     tunnels: Option<tunnels::Settings>,
 
     /// A configuration file. Flags take precedence over it, clusters of both are joined.
@@ -129,7 +129,7 @@ A configuration file with every field:
     storage: redb:/var/lib/culvert/shares.redb           # or memory, or redis://HOST:PORT/DB
     token_file: /etc/culvert/developer-token
     max_shares: 1000
-    tunnels: {address: 10.0.0.5, ports: 19000-19099, max_connections: 128}
+    tunnels: {address: 10.0.0.5, ports: 19000-19099, max_connections: 128, quarantine: 35}
 
 A proxy's bootstrap needs `ads_config` with a gRPC cluster that leads to --listen, and `ads: {}` for LDS and CDS.
 docs/discovery.md describes the manifests, the names and the status page.";

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::time::Instant;
-
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
@@ -11,7 +9,7 @@ use envoy_types::pb::envoy::service::status::v3::ClientStatusRequest;
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_client::ClientStatusDiscoveryServiceClient;
 use support::certificates::{Authority, channel, host, uri};
 use support::envoy::{Asks, Envoy, free_port, get, wait_until};
-use support::{DEADLINE, Program};
+use support::{DEADLINE, Program, eventually};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -155,31 +153,24 @@ async fn no_certificate_or_a_forged_one_is_no_connection_and_files_are_read_agai
             Err(error) => Err(Status::unavailable(error.to_string())),
         };
         assert!(outcome.is_err(), "{name:?}");
-        let started = Instant::now();
-        while stage.metric("culvert_discovery_tls_failures_total ") == before {
-            assert!(started.elapsed() < DEADLINE, "not counted: {name:?}");
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
+        let is_counted = async || stage.metric("culvert_discovery_tls_failures_total ") > before;
+        eventually("the count of failures", is_counted).await;
     }
     assert!(stage.connect(Some("proxy"), "other-ca").await.is_err(), "the server is another's");
     let path = stage.directory.path();
     Authority::new(path, "newer-ca").issue(path, "server", &[host()]);
-    let started = Instant::now();
-    while stage.connect(Some("proxy"), "newer-ca").await.is_err() {
-        assert!(started.elapsed() < DEADLINE, "the newer certificate is not used");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+    let connects = async || stage.connect(Some("proxy"), "newer-ca").await.is_ok();
+    eventually("the newer certificate", connects).await;
     // A certificate without its key changes nothing.
     std::fs::write(path.join("server.key"), "nothing").unwrap();
     stage.authority.issue(path, "unused", &[host()]);
-    let started = Instant::now();
     // It looks when somebody connects.
-    while !stage.program.has_said("what was there before stays in force") {
-        assert!(stage.connect(Some("proxy"), "newer-ca").await.is_ok());
-        assert!(started.elapsed() < DEADLINE, "it was not looked at");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
-    assert!(stage.connect(Some("proxy"), "newer-ca").await.is_ok());
+    eventually("a look at the files", async || {
+        assert!(connects().await);
+        stage.program.has_said("what was there before stays in force")
+    })
+    .await;
+    assert!(connects().await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use culvert_discovery::resources::type_url;
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DiscoveryRequest};
 use envoy_types::pb::google::protobuf::value::Kind;
-use envoy_types::pb::google::protobuf::{Struct, Value};
+use envoy_types::pb::google::protobuf::{ListValue, Struct, Value};
 use in_process::{Delta, Running, Sotw, within, write_service};
 use tonic::Code;
 
@@ -145,6 +145,39 @@ async fn what_a_proxy_says_it_is_for_is_one_of_those_that_there_are() {
             })
             .await;
     }
+    // Nor is it read some other way than it was meant.
+    let of_services = |kind: Kind| {
+        let fields = [("services".to_owned(), Value { kind: Some(kind) })].into();
+        Some(Node { id: "named-1".into(), metadata: Some(Struct { fields }), ..Node::default() })
+    };
+    let text = |name: &str| Value { kind: Some(Kind::StringValue(name.to_owned())) };
+    for kind in [
+        text("users").kind.unwrap(),
+        Kind::ListValue(ListValue { values: vec![Value { kind: Some(Kind::NumberValue(1.0)) }] }),
+    ] {
+        let mut refused = Delta::open(&running).await;
+        let ask = DeltaDiscoveryRequest { node: of_services(kind), ..Default::default() };
+        refused.send_as(type_url::LISTENER, ask).await;
+        let error = within("a refusal", refused.responses.message()).await.unwrap_err();
+        assert!(error.message().starts_with("node.metadata `services`: is no list of names"), "{error}");
+    }
+    // Names that nobody has are told.
+    let list = Kind::ListValue(ListValue { values: vec![text("users"), text("usres.shop")] });
+    let mut named = Delta::open(&running).await;
+    let node = of_services(list).map(|node| Node { id: "named-2".into(), ..node });
+    let ask = DeltaDiscoveryRequest { node: node.clone(), ..Default::default() };
+    named.send_as(type_url::LISTENER, ask).await;
+    assert_eq!(named.next_as(&node.unwrap()).await.0, ["outbound"]);
+    running
+        .status_until("the name that nobody has", |status| {
+            let problems = status["client_problems"].as_array().unwrap();
+            let problem = |it: &serde_json::Value| {
+                it["node"] == "named-2" && it["problem"].as_str().unwrap().ends_with(": shop/usres")
+            };
+            problems.iter().any(problem)
+        })
+        .await;
+    drop(named);
     // State of the world is no way around it.
     let mut refused = Sotw::open(&running).await;
     let ask =

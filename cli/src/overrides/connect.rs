@@ -99,8 +99,8 @@ struct Wanted {
 /// What happened to a connection.
 #[derive(Debug)]
 enum Event {
-    /// The tunnel is open; for this service's port.
-    Open(String),
+    /// The tunnel is open; for this service's port. And for how many seconds no requests come yet.
+    Open(String, u64),
     /// It could not be opened, or is lost.
     Down(Down),
     /// A connection was carried, or could not be.
@@ -289,10 +289,15 @@ impl Connector<'_> {
         let others = states.iter().any(|(other, state)| *other != key && other.0 == index && state.open);
         let Some(state) = states.get_mut(&key) else { return };
         match event {
-            Event::Open(cluster) => {
+            Event::Open(cluster, wait) => {
                 (state.open, state.told) = (true, false);
                 let (host, revision) = (&target.host, &self.flags.revision);
                 self.terminal.line(&format!("open: {cluster}, revision {revision} -> {host} (by {address})"));
+                if *wait > 0 {
+                    self.terminal.line(&format!(
+                        "requests come in {wait} s: until then proxies may know its port as another revision's (by {address})"
+                    ));
+                }
             }
             Event::Down(down) => {
                 let was_open = std::mem::replace(&mut state.open, false);
@@ -338,11 +343,11 @@ async fn connect(key: Key, wanted: &Arc<Wanted>, events: &mpsc::Sender<(Key, Eve
         Ok(opened) => opened,
         Err(_) => Err(Down::Away("no answer".to_owned())),
     };
-    let (cluster, upgraded) = match opened {
+    let (cluster, wait, upgraded) = match opened {
         Ok(opened) => opened,
         Err(down) => return down,
     };
-    if events.send((key, Event::Open(cluster))).await.is_err() {
+    if events.send((key, Event::Open(cluster, wait))).await.is_err() {
         return Down::Lost;
     }
     let (about, told) = (Arc::clone(wanted), events.clone());
@@ -364,8 +369,8 @@ async fn connect(key: Key, wanted: &Arc<Wanted>, events: &mpsc::Sender<(Key, Eve
     Down::Lost
 }
 
-/// Asks discovery for a tunnel. Gives the service's port that it is for, and the connection.
-async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, hyper::upgrade::Upgraded), Down> {
+/// Asks discovery for a tunnel. Gives the service's port that it is for, in how many seconds requests come, and the connection.
+async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, u64, hyper::upgrade::Upgraded), Down> {
     let away = |error: &dyn std::error::Error| Down::Away(error.to_string());
     let stream = match timeout(PATIENCE, TcpStream::connect(address)).await {
         Ok(stream) => stream.map_err(|error| away(&error))?,
@@ -396,10 +401,12 @@ async fn open(address: SocketAddr, wanted: &Wanted) -> Result<(String, hyper::up
     }
     let told = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
     wanted.port.store(told(tunnels::PORT).and_then(|port| port.parse().ok()).unwrap_or_default(), Relaxed);
+    // Older replicas do not say it.
+    let wait = told(tunnels::WAIT).and_then(|wait| wait.parse().ok()).unwrap_or_default();
     let cluster = told(tunnels::CLUSTER);
     let cluster = cluster.unwrap_or(&wanted.target.service).to_owned();
     let upgraded = hyper::upgrade::on(response).await.map_err(|error| away(&error))?;
-    Ok((cluster, upgraded))
+    Ok((cluster, wait, upgraded))
 }
 
 /// Carries one connection to the program on this machine.

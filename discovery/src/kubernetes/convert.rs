@@ -83,7 +83,13 @@ kinds! {
 
 /// Everything is checked where it is read.
 fn service_manifest(raw: RawServiceManifest, _: &ObjectName) -> Result<Option<ServiceManifest>, ManifestError> {
-    Ok(Some(raw.spec))
+    let created = seconds(raw.metadata.creation_timestamp);
+    Ok(Some(ServiceManifest { created, ..raw.spec }))
+}
+
+/// A time as Kubernetes writes it, in seconds since the epoch.
+fn seconds(timestamp: Option<String>) -> Option<i64> {
+    timestamp.and_then(|text| text.parse::<jiff::Timestamp>().ok()).map(jiff::Timestamp::as_second)
 }
 
 /// Only of those that are marked. No part is quoted in errors.
@@ -162,6 +168,8 @@ pub fn key_of(text: &str) -> Option<ObjectKey> {
 /// What the library says of numbers of Rust, for people.
 fn in_words(reason: &str) -> String {
     match reason.split_once(", expected a nonzero ") {
+        Some((found, "u16")) => format!("{found}, expected a number above 0 and at most {}", u16::MAX),
+        Some((found, "u32")) => format!("{found}, expected a number above 0 and at most {}", u32::MAX),
         Some((found, _)) => format!("{found}, expected a number above 0"),
         None => reason.to_owned(),
     }
@@ -384,8 +392,7 @@ fn pod(raw: RawPod, object: &ObjectName) -> Result<Option<Pod>, ManifestError> {
     let labels = metadata.labels.unwrap_or_default();
     let uid = metadata.uid.filter(|uid| !uid.is_empty());
     // For people only: what is no time is left out.
-    let created = metadata.creation_timestamp.and_then(|text| text.parse::<jiff::Timestamp>().ok());
-    let created = created.map(jiff::Timestamp::as_second);
+    let created = seconds(metadata.creation_timestamp);
     let mut pod = Pod { uid, labels, addresses, ports, ready, leaving, ended, weight, created };
     if !pod.is_offloaded() {
         // Only of offloaded pods it matters which service they belong to.

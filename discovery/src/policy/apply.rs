@@ -33,7 +33,7 @@ impl<'a> Manifests<'a> {
                     continue;
                 }
                 let (counts, owner) = *first.get_or_insert((manifest, &cluster.info.name));
-                if counts != manifest {
+                if !counts.says_as(manifest) {
                     let other = &cluster.info.name;
                     warnings.push(format!(
                         "ServiceManifest {name} is another one in cluster {other} than in cluster {owner}, which counts"

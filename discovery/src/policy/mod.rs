@@ -56,6 +56,9 @@ pub struct ServiceManifest {
     pub overrides: Option<OverridePolicy>,
     /// Where it is found from outside the mesh; nowhere if it is not stated.
     pub edge: Option<Edge>,
+    /// When its object was made, in seconds since the epoch, if that is known.
+    #[serde(skip)]
+    pub created: Option<i64>,
 }
 
 /// How long things may take.
@@ -252,8 +255,14 @@ impl ServiceManifest {
     /// Whether it says nothing but what its pods may call: all that can hold for pods of no service.
     #[must_use]
     pub fn is_of_callers_alone(&self) -> bool {
-        let Self { egress, on_demand, .. } = self;
-        *self == Self { egress: egress.clone(), on_demand: *on_demand, ..Self::default() }
+        let Self { egress, on_demand, created, .. } = self;
+        *self == Self { egress: egress.clone(), on_demand: *on_demand, created: *created, ..Self::default() }
+    }
+
+    /// Whether another one says the same, whenever it was made.
+    #[must_use]
+    pub fn says_as(&self, other: &Self) -> bool {
+        *self == Self { created: self.created, ..other.clone() }
     }
 
     /// How proxies that call the service check it for themselves.

@@ -88,6 +88,7 @@ fn what_is_wrong_is_named_with_its_field() {
         ("{edge: {domains: [a], prefix: /a/}}", "spec.edge.prefix", "does not end with it"),
         ("{edge: {domains: [a], prefix: a}}", "spec.edge.prefix", "begins with `/`"),
         ("{edge: {domains: [a], port: 0}}", "spec.edge.port", "a number above 0"),
+        ("{edge: {domains: [a], port: 70000}}", "spec.edge.port", "a number above 0 and at most 65535"),
         ("{egress: [orders, 'a..c']}", "spec.egress[1]", "`a..c` is not a service"),
     ] {
         let error = spec(text).unwrap_err();
@@ -110,7 +111,12 @@ fn the_first_cluster_s_manifest_counts_and_what_cannot_hold_is_said() {
              is passed through",
             "ServiceManifest default/users: spec.egress names shop/payments, which is no service of the mesh: what goes there \
              is passed through",
-            "ServiceManifest default/nobody is of no service: there is none of this name",
+            "ServiceManifest default/nobody: spec.egress names default/orders, which is no service of the mesh: what goes there \
+             is passed through",
+            "ServiceManifest default/nobody: spec.egress names shop/payments, which is no service of the mesh: what goes there \
+             is passed through",
+            "ServiceManifest default/nobody is of no service: there is none of this name, so only spec.egress and spec.onDemand \
+             of it hold, for proxies of that name",
             "ServiceManifest default/users is another one in cluster west than in cluster east, which counts",
         ]
     );

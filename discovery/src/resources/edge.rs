@@ -80,17 +80,26 @@ pub enum EdgeOverrides {
 }
 
 impl EdgeOptions {
-    /// Says what cannot work.
+    /// Says what cannot work. `proxies_own`: the ports of the listeners of other proxies, into which NAT rules redirect.
     ///
     /// # Errors
     /// The field and what is wrong with it.
-    pub fn check(&self) -> Result<(), String> {
+    pub fn check(&self, proxies_own: [u16; 2]) -> Result<(), String> {
+        /// Each of them adds an address to a header, which has a limit of its own.
+        const MOST_HOPS: u32 = 100;
+        if self.trusted_hops > MOST_HOPS {
+            return Err(format!("edge.trusted_hops: at most {MOST_HOPS}"));
+        }
         if self.listeners.is_empty() {
             return Err("edge.listeners: an edge proxy needs a listener".to_owned());
         }
         for (index, listener) in self.listeners.iter().enumerate() {
             if listener.port == 0 {
                 return Err(format!("edge.listeners[{index}].port: 0 is not a port"));
+            }
+            if proxies_own.contains(&listener.port) {
+                let reason = "is the outbound or the inbound port of the mesh's proxies";
+                return Err(format!("edge.listeners[{index}].port: {} {reason}", listener.port));
             }
             if self.listeners[..index].iter().any(|before| before.port == listener.port) {
                 return Err(format!("edge.listeners[{index}].port: {} is taken by another one", listener.port));
@@ -195,14 +204,17 @@ pub fn exposed(service: &MeshService) -> Option<(&Exposed, u16)> {
 /// Who has the prefixes of a domain, the longest first: the service and its port.
 pub(crate) type Claims<'a> = BTreeMap<(Reverse<usize>, &'a str), (&'a ObjectKey, u16)>;
 
-/// For each domain and prefix the service that has it. Of several, the first counts; `conflict` is told of the others.
+/// For each domain and prefix the service that has it. Of several, the one whose manifest is the oldest counts, or the first by name: a new one
+/// takes nothing over. `conflict` is told of the others. A manifest of a file has no age, and is older than any of an API server.
 pub(crate) fn claims<'a>(
     mesh: &'a Mesh,
     mut conflict: impl FnMut(&'a ObjectKey, &'a ObjectKey, &'a str, &'a str),
 ) -> BTreeMap<&'a str, Claims<'a>> {
     let mut domains: BTreeMap<&str, Claims<'_>> = BTreeMap::new();
-    for (key, service) in &mesh.services {
-        let Some((stated, port)) = exposed(service) else { continue };
+    let all = mesh.services.iter();
+    let mut all: Vec<_> = all.filter_map(|(key, service)| Some((key, service, exposed(service)?))).collect();
+    all.sort_by_key(|(_, service, _)| service.manifest.as_ref().and_then(|manifest| manifest.created));
+    for (key, _, (stated, port)) in all {
         let prefix = stated.prefix.as_str();
         for domain in stated.domains.iter() {
             // The longest one counts.

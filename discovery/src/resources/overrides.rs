@@ -12,8 +12,8 @@ pub(super) fn offloaded_services(mesh: &Mesh) -> Vec<(String, OffloadedService)>
     for (key, service) in &mesh.services {
         let policy = service.manifest.as_ref().and_then(|manifest| manifest.overrides.as_ref());
         for (port, described) in &service.ports {
-            // What a policy says holds without offloaded endpoints too: of faults, for one.
-            if described.offloaded.is_empty() && (policy.is_none() || !described.protocol.is_http()) {
+            // Overrides are of requests. What a policy says holds without offloaded endpoints too: of faults, for one.
+            if !described.protocol.is_http() || (described.offloaded.is_empty() && policy.is_none()) {
                 continue;
             }
             let name = cluster_name(key, *port);

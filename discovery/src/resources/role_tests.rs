@@ -204,7 +204,8 @@ fn an_edge_proxy_has_what_manifests_let_in() {
     let view = snapshot.view(&viewer(ProxyKind::Culvert, Role::Edge, &[]), None);
     assert_eq!(names(&view, type_url::LISTENER), ["edge_8080", "edge_8443"]);
     let clusters = names(&view, type_url::CLUSTER);
-    assert_eq!(clusters, ["original_dst", "users.default:80", "users.default:81", "web.default:70", "web.default:80"]);
+    assert_eq!(clusters, ["original_dst", "users.default:80", "web.default:80"], "not what nothing leads to");
+    assert_eq!(names(&view, type_url::ENDPOINT), ["users.default:80", "web.default:80"]);
     assert_eq!(names(&view, type_url::ROUTE), [EDGE_ROUTES]);
     let routes: RouteConfiguration = get(&view, type_url::ROUTE, EDGE_ROUTES);
     assert!(routes.ignore_port_in_host_matching && routes.request_headers_to_remove.is_empty());
@@ -260,7 +261,7 @@ fn an_edge_proxy_has_what_manifests_let_in() {
     let keys = ["orders", "web"].map(|name| ObjectKey::new("default", name)).into();
     let view = snapshot.next(mesh(&changed), &keys).view(&edge, Some(&view));
     let clusters = names(&view, type_url::CLUSTER);
-    assert_eq!(clusters, ["orders.default:80", "original_dst", "users.default:80", "users.default:81"]);
+    assert_eq!(clusters, ["orders.default:80", "original_dst", "users.default:80"]);
 }
 
 #[test]
@@ -280,13 +281,18 @@ fn what_cannot_hold_at_the_edge_is_said() {
     }
     let read = |text: &str| {
         let options: EdgeOptions = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
-        options.check()
+        options.check([15001, 15006])
     };
     assert_eq!(read("{listeners: [{port: 80}, {port: 443, tls: a}], overrides: keep}"), Ok(()));
     for (text, expected) in [
         ("{listeners: []}", "edge.listeners: an edge proxy needs a listener"),
         ("{listeners: [{port: 0}]}", "edge.listeners[0].port: 0"),
         ("{listeners: [{port: 8}, {port: 8}]}", "edge.listeners[1].port: 8 is taken"),
+        (
+            "{listeners: [{port: 8}, {port: 15006}]}",
+            "edge.listeners[1].port: 15006 is the outbound or the inbound port",
+        ),
+        ("{listeners: [{port: 8}], trusted_hops: 101}", "edge.trusted_hops: at most 100"),
         ("{listeners: [{port: 8, tls: ''}]}", "edge.listeners[0].tls"),
         ("{listeners: [{port: 8}], overrides: strip_external}", "edge.overrides: strip_external needs"),
         ("{listeners: [{port: 8}], overrides: none}", "none"),
@@ -295,6 +301,42 @@ fn what_cannot_hold_at_the_edge_is_said() {
     ] {
         let error = read(text).unwrap_err();
         assert!(error.contains(expected), "{text}: {error}");
+    }
+}
+
+#[test]
+fn a_new_manifest_takes_no_calls_away_from_an_older_one() {
+    let manifest = |name: &str, created: &str| {
+        format!(
+            "---
+apiVersion: culvert.dev/v1alpha1
+kind: ServiceManifest
+metadata: {{name: {name}{created}}}
+spec: {{edge: {{domains: [shop.example]}}}}
+"
+        )
+    };
+    let services = OBJECTS.replace("spec: {edge: {domains: [shop.example]}}", "spec: {}");
+    let owner = |orders: &str, web: &str| {
+        let text = services.replace(
+            "---
+apiVersion: culvert.dev/v1alpha1
+kind: ServiceManifest
+metadata: {name: web}
+spec: {}
+",
+            "",
+        );
+        let mesh = mesh(&(text + &manifest("orders", orders) + &manifest("web", web)));
+        let claims = edge::claims(&mesh, |_, _, _, _| {});
+        let owner = claims["shop.example"].values().find(|(key, _)| key.name != "users").unwrap().0.name.clone();
+        (owner, mesh.warnings.iter().filter(|warning| warning.contains("which counts")).count())
+    };
+    let (old, new) = (", creationTimestamp: '2024-01-01T00:00:00Z'", ", creationTimestamp: '2025-01-01T00:00:00Z'");
+    for (orders, web, expected) in
+        [(new, old, "web"), (old, new, "orders"), (old, old, "orders"), ("", "", "orders"), (old, "", "web")]
+    {
+        assert_eq!(owner(orders, web), (expected.to_owned(), 1), "{orders} {web}");
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
     by_name, edge, encode, listeners, sidecar, type_url,
 };
 use crate::kubernetes::ObjectKey;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, cluster_name};
 use crate::policy::{egress_of, exposed_services, is_rest_on_demand};
 use crate::secrets::{self, Access};
 
@@ -208,6 +208,10 @@ impl Snapshot {
         });
         let before = before.map(|(_, set)| set.clone()).unwrap_or_default();
         let of_all = self.resources(kind);
+        let at_edge: Option<BTreeSet<String>> = (scope.role == Role::Edge).then(|| {
+            let ports = mesh.services.iter().filter_map(|(key, service)| Some((key, edge::exposed(service)?.1)));
+            ports.map(|(key, port)| cluster_name(key, port)).collect()
+        });
         let mut set = ResourceSet::default();
         for (type_url, known) in &before.types {
             let the_same_for_all = || Arc::clone(of_all.of_type(type_url).unwrap_or(known));
@@ -230,7 +234,11 @@ impl Snapshot {
                 type_url if scope.services.is_none() && type_url != type_url::CLUSTER => the_same_for_all(),
                 type_url => {
                     let made = mesh.services.keys().filter_map(|key| self.made.get(key));
-                    let of_services = made.flat_map(|made| made.of_type(type_url)).chain(super::always(type_url));
+                    let of_services = made.flat_map(|made| made.of_type(type_url));
+                    // At the edge nothing leads to other ports than those that are called from outside.
+                    let wanted =
+                        |resource: &Arc<Resource>| at_edge.as_ref().is_none_or(|it| it.contains(&*resource.name));
+                    let of_services = of_services.filter(wanted).chain(super::always(type_url));
                     let is_sidecars = type_url == type_url::CLUSTER && scope.role == Role::Sidecar;
                     let own = is_sidecars.then(|| {
                         let own = sidecar::clusters(&self.mesh, &scope.own, &self.options);

@@ -110,7 +110,10 @@ impl SecretFiles {
             }
         }
         for (name, error) in errors.iter().filter(|(name, error)| known_errors.get(*name) != Some(error)) {
-            warn!("secrets: {}: {error}; what was there before stays in force", directory.join(name).display());
+            // An error of all of them has no name.
+            let stays = if name.is_empty() { !before.is_empty() } else { before.contains_key(&**name) };
+            let stays = if stays { "; what was there before stays in force" } else { "; there is nothing of it" };
+            warn!("secrets: {}: {error}{stays}", directory.join(name).display());
         }
         let changed = *before != secrets;
         if changed {

@@ -108,6 +108,27 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// That somebody was refused: what it is told, `PERMISSION_DENIED`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The id of the node, if it has said so.
+    node: String,
+    /// The reason.
+    pub why: String,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node `{}`: {}", self.node, self.why)
+    }
+}
+
+impl From<Refused> for Status {
+    fn from(refused: Refused) -> Self {
+        Self::permission_denied(refused.to_string())
+    }
+}
+
 /// The rules, and how often they refused.
 #[derive(Debug, Default)]
 pub struct Authorization {
@@ -143,7 +164,7 @@ impl Authorization {
     ///
     /// # Errors
     /// `PERMISSION_DENIED`, which is counted.
-    pub fn check(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Status> {
+    pub fn check(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Refused> {
         self.check_by(identity, node, |_| None)
     }
 
@@ -151,7 +172,7 @@ impl Authorization {
     ///
     /// # Errors
     /// `PERMISSION_DENIED`, which is counted.
-    pub fn check_health(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Status> {
+    pub fn check_health(&self, identity: &Identity, node: Option<&Node>) -> Result<(), Refused> {
         self.check_by(identity, node, |rule| (!rule.health).then_some(Refusal::Health))
     }
 
@@ -161,7 +182,7 @@ impl Authorization {
         identity: &Identity,
         node: Option<&Node>,
         objection: impl Fn(&Rule) -> Option<Refusal>,
-    ) -> Result<(), Status> {
+    ) -> Result<(), Refused> {
         if self.rules.is_empty() {
             return Ok(());
         }
@@ -201,15 +222,15 @@ impl Authorization {
     ///
     /// # Errors
     /// `PERMISSION_DENIED`, which is counted.
-    pub fn check_status(&self, identity: &Identity) -> Result<(), Status> {
+    pub fn check_status(&self, identity: &Identity) -> Result<(), Refused> {
         let may = self.rules.is_empty() || self.rules.iter().any(|rule| rule.status && rule.is_for(identity));
         if may { Ok(()) } else { Err(self.refuse(Refusal::Status, "", identity)) }
     }
 
-    fn refuse(&self, why: Refusal, id: &str, identity: &Identity) -> Status {
+    fn refuse(&self, why: Refusal, id: &str, identity: &Identity) -> Refused {
         self.refused[why as usize].fetch_add(1, Ordering::Relaxed);
         let names = if why == Refusal::Identity { format!(": {}", names_of(identity)) } else { String::new() };
-        Status::permission_denied(format!("node `{id}`: {why}{names}"))
+        Refused { node: id.to_owned(), why: format!("{why}{names}") }
     }
 }
 
@@ -257,16 +278,16 @@ mod tests {
                 (Ok(()), None) => {}
                 (Err(status), Some("edge")) => {
                     // The last rule that is for it says why.
-                    assert!(status.message().contains("may not be used by a node of this id"), "{status}");
+                    assert!(status.to_string().contains("may not be used by a node of this id"), "{status}");
                 }
-                (Err(status), Some(text)) => assert!(status.message().contains(text), "{status}"),
+                (Err(status), Some(text)) => assert!(status.to_string().contains(text), "{status}"),
                 (outcome, _) => panic!("{identity:?} {node:?}: {outcome:?}"),
             }
         }
         let counts = Refusal::ALL.map(|why| authorization.refused(why));
         assert_eq!(counts, [1, 2, 0, 1, 0, 0]);
         let status = authorization.check_status(&host).unwrap_err();
-        assert!(status.message().contains("may not be used to ask"), "{status}");
+        assert!(status.to_string().contains("may not be used to ask"), "{status}");
         let operator = Identity { uris: vec!["spiffe://mesh/operator".into()], dns: vec![] };
         assert!(authorization.check_status(&operator).is_ok());
         assert!(authorization.check(&operator, Some(&node("node-1", "users"))).is_err());
@@ -275,7 +296,7 @@ mod tests {
         assert!(reporting.check_health(&host, Some(&node("n", ""))).is_ok());
         assert!(reporting.check(&proxy, Some(&node("n", ""))).is_ok());
         let status = reporting.check_health(&proxy, Some(&node("n", ""))).unwrap_err();
-        assert!(status.message().contains("may not be used to say which endpoints work"), "{status}");
+        assert!(status.to_string().contains("may not be used to say which endpoints work"), "{status}");
         assert_eq!(reporting.refused(Refusal::Health), 1);
         let giving = "
 - {identity: 'spiffe://mesh/*', nodes: [node-1], secrets: [users], own_secret: shop/a}

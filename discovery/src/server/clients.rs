@@ -15,7 +15,7 @@ use tracing::warn;
 
 use super::csds::Held;
 use super::polled::Polled;
-use super::viewer;
+use super::{named_services, viewer};
 use crate::kubernetes::ObjectKey;
 use crate::mesh::Mesh;
 use crate::resources::{ResourceSet, Role, TypeResources, Viewer};
@@ -44,6 +44,9 @@ pub struct ClientStatus {
     /// Of a sidecar: the services of its pod.
     #[serde(skip)]
     pub own_services: BTreeSet<ObjectKey>,
+    /// The services that its metadata names.
+    #[serde(skip)]
+    pub named_services: BTreeSet<ObjectKey>,
     /// Which version of it. Empty if it does not say.
     pub user_agent_version: String,
     /// Since when it is connected, in seconds since the epoch.
@@ -119,6 +122,7 @@ impl ClientStatus {
             let Viewer { role, services, .. } = viewer(node);
             self.role = role;
             self.own_services = if role == Role::Sidecar { services } else { BTreeSet::new() };
+            self.named_services = named_services(node);
             self.user_agent_version = match &node.user_agent_version_type {
                 Some(UserAgentVersionType::UserAgentVersion(version)) => version.clone(),
                 Some(UserAgentVersionType::UserAgentBuildVersion(build)) => {
@@ -287,7 +291,8 @@ impl Clients {
         let refused = refused.into_iter().filter(|(_, (when, _))| when.elapsed() < TOLD);
         let mut problems: Vec<_> = refused.map(|(node, (_, why))| (node, why)).collect();
         for entry in self.inner.connected().values() {
-            let ClientStatus { node, role, own_services: own, missing_secrets: missing, .. } = &entry.status;
+            let ClientStatus { node, role, own_services: own, named_services, missing_secrets: missing, .. } =
+                &entry.status;
             if !missing.is_empty() {
                 problems.push((
                     node.clone(),
@@ -298,7 +303,20 @@ impl Clients {
                 ));
             }
             let is_known = |key: &ObjectKey| mesh.services.contains_key(key) || mesh.callers.contains_key(key);
-            if *role == Role::Sidecar && !own.iter().any(is_known) {
+            let unknown: Vec<_> = named_services.iter().filter(|key| !is_known(key)).collect();
+            let lost = *role == Role::Sidecar && !own.iter().any(is_known);
+            if !unknown.is_empty() && !lost {
+                let more = if unknown.len() > MOST_MISSING { ", ..." } else { "" };
+                let shown: Vec<_> = unknown.iter().take(MOST_MISSING).map(ToString::to_string).collect();
+                problems.push((
+                    node.clone(),
+                    format!(
+                        "its metadata `services` names what is no service of the mesh and has no manifest: {}{more}",
+                        shown.join(", ")
+                    ),
+                ));
+            }
+            if lost {
                 let named: Vec<_> = own.iter().map(ToString::to_string).collect();
                 let named = if named.is_empty() { "none".to_owned() } else { named.join(", ") };
                 problems.push((node.clone(), format!(

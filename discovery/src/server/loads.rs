@@ -122,7 +122,7 @@ impl Lrs {
             };
             if std::mem::take(&mut first) {
                 if let Err(refusal) = self.authorization.check(&self.identity, node.as_ref()) {
-                    let _ = answers.send(Err(refusal)).await;
+                    let _ = answers.send(Err(refusal.into())).await;
                     return;
                 }
                 info!("node `{}` reports loads", node.unwrap_or_default().id);

@@ -19,6 +19,7 @@ pub mod sotw;
 mod test_support;
 pub mod tls;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
@@ -27,6 +28,7 @@ use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::envoy::service::health::v3::health_discovery_service_server::HealthDiscoveryServiceServer;
 use envoy_types::pb::envoy::service::load_stats::v3::load_reporting_service_server::LoadReportingServiceServer;
 use envoy_types::pb::envoy::service::status::v3::client_status_discovery_service_server::ClientStatusDiscoveryServiceServer;
+use envoy_types::pb::google::protobuf::Value;
 use envoy_types::pb::google::protobuf::value::Kind;
 use http::HeaderValue;
 use hyper::body::Incoming;
@@ -39,7 +41,7 @@ use tonic::{Status, Streaming};
 use tonic_prost::ProstCodec;
 use tracing::{debug, info};
 
-use self::authorization::{Authorization, Rule};
+use self::authorization::{Authorization, Refused, Rule};
 use self::clients::{ClientStatus, Clients, Question};
 use self::csds::{Csds, Held};
 use self::hds::Hds;
@@ -157,7 +159,7 @@ impl Xds {
             path if path.starts_with(rest::PREFIX) => self.poll(request, &peer.identity).await,
             path if path.starts_with(CSDS) => {
                 if let Err(refusal) = self.authorization.check_status(&peer.identity) {
-                    return refusal.into_http();
+                    return Status::from(refusal).into_http();
                 }
                 served(ClientStatusDiscoveryServiceServer::new(Csds(self.clients)), request).await
             }
@@ -180,23 +182,22 @@ impl Xds {
     }
 
     /// Has `/status` say for a while that a node may not have what it asks for.
-    fn refused(&self, node: Option<&Node>, refusal: &Status) {
-        let id = node.map_or("", |node| node.id.as_str());
-        let why = refusal.message();
-        self.clients.refused(id, why.strip_prefix(&format!("node `{id}`: ")).unwrap_or(why));
+    fn refused(&self, node: Option<&Node>, refusal: &Refused) {
+        self.clients.refused(node.map_or("", |node| node.id.as_str()), &refusal.why);
     }
 
-    /// Looks whether there is something for what a node says it is for; if not, `/status` says so for a while.
+    /// Looks whether there is something for what a node says it is for, and whether it says that in a way that means something; if not,
+    /// `/status` says so for a while.
     ///
     /// # Errors
     /// What is wrong.
     fn check_role(&self, node: &Node) -> Result<(), String> {
-        let checked = match Role::of(node) {
+        let checked = check_services(node).and_then(|()| match Role::of(node) {
             Ok(Role::Edge) if self.snapshots.borrow().edge().is_none() => {
                 Err(format!("node.metadata `{METADATA}`: is edge, and discovery is configured without `edge`"))
             }
             role => role.map(drop),
-        };
+        });
         checked.inspect_err(|problem| self.clients.refused(&node.id, problem))
     }
 
@@ -344,10 +345,34 @@ const SERVICES_METADATA: &str = "services";
 /// The most services of which a node can be.
 const MAX_SERVICES: usize = 1000;
 
+/// What a node's metadata says of the services that it is of.
+fn stated_services(node: &Node) -> Option<&Kind> {
+    node.metadata.as_ref().and_then(|metadata| metadata.fields.get(SERVICES_METADATA)?.kind.as_ref())
+}
+
+/// Looks whether that can be read. What is passed over could be what keeps things from a node.
+fn check_services(node: &Node) -> Result<(), String> {
+    let name = |value: &Value| matches!(&value.kind, Some(Kind::StringValue(name)) if !name.is_empty());
+    match stated_services(node) {
+        None => Ok(()),
+        Some(Kind::ListValue(list)) if list.values.len() > MAX_SERVICES => {
+            Err(format!("node.metadata `{SERVICES_METADATA}`: more than {MAX_SERVICES} services"))
+        }
+        Some(Kind::ListValue(list)) if list.values.iter().all(name) => Ok(()),
+        Some(_) => {
+            Err(format!("node.metadata `{SERVICES_METADATA}`: is no list of names, such as [users, payments.shop]"))
+        }
+    }
+}
+
+/// The services that a node's metadata names.
+pub(crate) fn named_services(node: &Node) -> BTreeSet<ObjectKey> {
+    if stated_services(node).is_some() { viewer(node).services } else { BTreeSet::new() }
+}
+
 /// What a node is given: by its kind, and by the services that its metadata or its cluster names.
 pub(crate) fn viewer(node: &Node) -> Viewer {
-    let stated = node.metadata.as_ref().and_then(|metadata| metadata.fields.get(SERVICES_METADATA));
-    let names: Vec<&str> = match stated.and_then(|value| value.kind.as_ref()) {
+    let names: Vec<&str> = match stated_services(node) {
         Some(Kind::ListValue(list)) => list
             .values
             .iter()

@@ -92,7 +92,7 @@ impl Xds {
         self.authorization
             .check(identity, Some(&node))
             .inspect_err(|refusal| self.refused(Some(&node), refusal))
-            .map_err(|status| (StatusCode::FORBIDDEN, status.message().to_owned()))?;
+            .map_err(|refusal| (StatusCode::FORBIDDEN, refusal.to_string()))?;
         self.check_role(&node).map_err(|error| wrong(&error))?;
         self.clients.polled(&node.id, error_detail.map(|error| error.message));
         let snapshot = self.snapshots.borrow().clone();

@@ -124,6 +124,15 @@ impl Program {
     }
 }
 
+/// Asks until something holds.
+pub async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let started = Instant::now();
+    while !holds().await {
+        assert!(started.elapsed() < DEADLINE, "not reached: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// A Redis server that forgets everything when it ends. Killed when dropped.
 pub struct RedisServer(Child);
 

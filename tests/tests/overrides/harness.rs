@@ -122,9 +122,9 @@ impl Discovery {
             "--developer-token-file".to_owned(),
             token_file.clone(),
         ];
-        // One, unless the test says which.
+        // One, unless the test says which. Nobody could have had it before.
         if !further.contains(&"--tunnels") {
-            flags.extend(["--tunnels".to_owned(), format!("127.0.0.1:{tunnel}")]);
+            flags.extend(["--tunnels".to_owned(), format!("127.0.0.1:{tunnel},quarantine=0")]);
         }
         flags.extend(further.iter().map(|flag| (*flag).to_owned()));
         let running = spawn(&flags)?;
@@ -151,6 +151,13 @@ impl Discovery {
     /// Kills it and starts it again at the same ports.
     pub fn restart(&mut self) -> Result<()> {
         self.kill()?;
+        self.start_again()
+    }
+
+    /// Starts it again at the same ports, with another value of a flag.
+    pub fn start_again_with(&mut self, flag: &str, value: &str) -> Result<()> {
+        let at = self.flags.iter().position(|known| known == flag).context("a flag that it has")?;
+        self.flags[at + 1] = value.to_owned();
         self.start_again()
     }
 

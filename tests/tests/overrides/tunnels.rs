@@ -151,7 +151,7 @@ fn ports(discovery: &Discovery) -> Result<BTreeMap<String, String>> {
 #[test]
 fn after_a_crash_nobody_answers_at_anothers_port() -> Result<()> {
     let first = two_ports()?;
-    let mut mesh = Mesh::start_with(&["--tunnels", &format!("127.0.0.1:{first}-{}", first + 1)])?;
+    let mut mesh = Mesh::start_with(&["--tunnels", &format!("127.0.0.1:{first}-{},quarantine=0", first + 1)])?;
     let names = ["bob", "me"];
     let connected = |name: &str| -> Result<Running> {
         let port = App { pod: name.into(), revision: name.into(), upstream: None }.start()?;
@@ -201,6 +201,43 @@ fn after_a_crash_nobody_answers_at_anothers_port() -> Result<()> {
     }
     for name in names {
         mesh.until_revision(&headers(name)?, name)?;
+    }
+    Ok(())
+}
+
+/// Developers that start anew after a crash know nothing of the ports that they had.
+#[test]
+fn after_a_crash_nobody_listens_at_ports_that_may_be_anothers() -> Result<()> {
+    let first = two_ports()?;
+    let tunnels = format!("127.0.0.1:{first}-{},quarantine=600", first + 1);
+    let mut mesh = Mesh::start_with(&["--tunnels", &tunnels.replace("=600", "=0")])?;
+    let connected = |mesh: &Mesh, name: &str| -> Result<Running> {
+        let port = App { pod: name.into(), revision: name.into(), upstream: None }.start()?;
+        let mut tunnel = connect(&mesh.discovery, &format!("users=127.0.0.1:{port}"), name)?;
+        tunnel.until_said("open: ")?;
+        Ok(tunnel)
+    };
+    let before = [connected(&mesh, "bob")?, connected(&mesh, "me")?];
+    let headers = |name: &str| header(&["--set", &format!("users={name}")]);
+    for name in ["bob", "me"] {
+        mesh.until_revision(&headers(name)?, name)?;
+    }
+    mesh.daemon.signal(Signal::SIGSTOP)?;
+    mesh.discovery.kill()?;
+    drop(before);
+    mesh.discovery.start_again_with("--tunnels", &tunnels)?;
+    let mut after = [connected(&mesh, "me")?, connected(&mesh, "bob")?];
+    for tunnel in &mut after {
+        tunnel.until_said("requests come in ")?;
+    }
+    for port in [first, first + 1] {
+        let error = std::net::TcpStream::connect(("127.0.0.1", port)).expect_err("nobody may be there");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused, "{port}");
+    }
+    assert_eq!(mesh.discovery.status()?["tunnels"], json!([]));
+    mesh.daemon.signal(Signal::SIGCONT)?;
+    for name in ["me", "bob", "me"] {
+        assert_eq!(mesh.revision(&headers(name)?)?, "main", "{name}");
     }
     Ok(())
 }

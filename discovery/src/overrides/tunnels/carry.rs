@@ -1,6 +1,5 @@
 //! One tunnel: its port at discovery, and what comes in there on its way through the connection of the developer's machine.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,42 +12,25 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::debug;
 
-use super::{
-    IDLE, Key, PATIENCE, PING, PING_TIMEOUT, Place, SEND_BUFFER, STREAM_WINDOW, Settings, TUNNEL_WINDOW, Traffic, relay,
-};
-use crate::access::Denied;
+use super::{IDLE, PATIENCE, PING, PING_TIMEOUT, Place, SEND_BUFFER, STREAM_WINDOW, TUNNEL_WINDOW, Traffic, relay};
 
-/// A free port for a tunnel: the one that its client had `before`, or else the search begins where the revision's name says. Proxies that have
-/// not heard yet that discovery was restarted, or a tunnel closed, must not find another revision at the port that they know.
-pub(super) async fn listen(settings: &Settings, key: &Key, before: Option<u16>) -> Result<TcpListener, Denied> {
-    let ports = settings.ports.clone();
-    let count = ports.len();
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    // Less than there are ports, so that nothing is lost.
-    let start = (hasher.finish() % count as u64) as usize;
-    let mut last = None;
-    let before = before.filter(|port| ports.contains(port));
-    for port in before.into_iter().chain(ports.clone().cycle().skip(start).take(count)) {
-        match TcpListener::bind((settings.address, port)).await {
-            Ok(listener) => return Ok(listener),
-            Err(error) => last = Some(error),
-        }
-    }
-    let why = last.map(|error| format!(" (the last one: {error})")).unwrap_or_default();
-    let reason = format!("no port of {}-{} is free for another tunnel{why}", ports.start(), ports.end());
-    Err((StatusCode::SERVICE_UNAVAILABLE, reason))
-}
+/// How many connections may wait to be taken.
+const BACKLOG: u32 = 1024;
 
 impl Place {
     /// Runs the tunnel to its end; says why it ended.
-    pub(super) async fn serve(&self, upgrade: OnUpgrade, listener: TcpListener, most: usize) -> &'static str {
+    pub(super) async fn serve(
+        &self,
+        upgrade: OnUpgrade,
+        (socket, from): (TcpSocket, Instant),
+        most: usize,
+    ) -> &'static str {
         let Ok(Ok(upgraded)) = timeout(PATIENCE, upgrade).await else { return "the connection was not handed over" };
         let handshake = Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -63,13 +45,21 @@ impl Place {
             return "it does not speak HTTP/2";
         };
         tokio::pin!(connection);
+        let (mut replaced, mut shutdown) = (self.replaced.clone(), self.tunnels.0.shutdown.clone());
+        tokio::select! {
+            _ = &mut connection => return "closed",
+            () = turned(&mut replaced) => return "the same client has opened it anew",
+            () = turned(&mut shutdown) => return "discovery ends",
+            () = sleep_until(from) => {}
+        }
+        let Ok(listener) = socket.listen(BACKLOG) else { return "its port is taken" };
+        self.tunnels.ports().told(self.port.number, &self.key);
         if let Some(tunnel) = self.tunnels.open().get_mut(&self.key)
             && Arc::ptr_eq(&tunnel.traffic, &self.traffic)
         {
             tunnel.listed = true;
         }
         self.tunnels.0.changes.send_modify(|count| *count += 1);
-        let (mut replaced, mut shutdown) = (self.replaced.clone(), self.tunnels.0.shutdown.clone());
         // Ended with the tunnel: dropped.
         let mut carried = JoinSet::new();
         loop {

@@ -13,6 +13,7 @@
 
 mod asked;
 mod carry;
+mod ports;
 pub mod relay;
 mod settings;
 
@@ -25,13 +26,14 @@ use std::time::Duration;
 use http::{Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use serde::Serialize;
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::info;
 
 use self::asked::{Asked, asked, find};
-use self::carry::listen;
-pub use self::settings::{MAX_CONNECTIONS, Settings};
+use self::ports::{Ports, Taken};
+pub use self::settings::{MAX_CONNECTIONS, QUARANTINE, Settings};
 use super::shares::now;
 use crate::access::Denied;
 use crate::kubernetes::ObjectKey;
@@ -52,6 +54,8 @@ pub const CLUSTER: &str = "x-culvert-cluster";
 /// The header with a port of discovery: in the answer the tunnel's, in a request that of the client's last tunnel, which it is to have again
 /// where it is free; 0: there was none.
 pub const PORT: &str = "x-culvert-tunnel-port";
+/// The header of the answer that says for how many more seconds no requests come, since proxies may know the port as another revision's.
+pub const WAIT: &str = "x-culvert-tunnel-wait";
 /// How often both sides ask whether the other one is there.
 pub const PING: Duration = Duration::from_secs(2);
 /// How long an answer to that may take.
@@ -156,6 +160,7 @@ pub struct Tunnels(Arc<Inner>);
 struct Inner {
     settings: Option<Settings>,
     open: Mutex<BTreeMap<Key, Tunnel>>,
+    ports: Mutex<Ports>,
     changes: watch::Sender<u64>,
     shutdown: watch::Receiver<bool>,
 }
@@ -166,6 +171,19 @@ struct Place {
     key: Key,
     traffic: Arc<Traffic>,
     replaced: watch::Receiver<bool>,
+    port: Port,
+}
+
+/// A tunnel's port, given back when it is dropped.
+struct Port {
+    tunnels: Tunnels,
+    number: u16,
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.tunnels.ports().give_back(self.number);
+    }
 }
 
 impl Drop for Place {
@@ -184,7 +202,13 @@ impl Tunnels {
     /// No tunnels yet. `changes` counts up with each change that proxies are to see.
     #[must_use]
     pub fn new(settings: Option<Settings>, changes: watch::Sender<u64>, shutdown: watch::Receiver<bool>) -> Self {
-        Self(Arc::new(Inner { settings, open: Mutex::default(), changes, shutdown }))
+        let ports = Mutex::new(Ports::new());
+        Self(Arc::new(Inner { settings, open: Mutex::default(), ports, changes, shutdown }))
+    }
+
+    fn ports(&self) -> MutexGuard<'_, Ports> {
+        // As below.
+        self.0.ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn open(&self) -> MutexGuard<'_, BTreeMap<Key, Tunnel>> {
@@ -264,35 +288,36 @@ impl Tunnels {
         }
         let Asked { service, revision, session, port } = asked(request.headers())?;
         let key = find(mesh, service, revision)?;
-        let (place, listener, port) = self.reserve(settings, key, (session, port), peer, mesh).await?;
+        let (place, socket, from) = self.reserve(settings, key, (session, port), peer, mesh)?;
         let name = cluster_name(&place.key.service, place.key.port);
         let response = Response::builder()
             .status(StatusCode::SWITCHING_PROTOCOLS)
             .header(header::CONNECTION, "upgrade")
             .header(header::UPGRADE, PROTOCOL)
             .header(CLUSTER, &name)
-            .header(PORT, port)
+            .header(PORT, place.port.number)
+            .header(WAIT, from.saturating_duration_since(Instant::now()).as_secs_f64().ceil() as u64)
             .body(())
             .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
         let upgrade = hyper::upgrade::on(request);
         let most = settings.max_connections;
         tokio::spawn(async move {
             info!("tunnel for revision {} of {name} from {peer}: open", place.key.revision);
-            let ended = place.serve(upgrade, listener, most).await;
+            let ended = place.serve(upgrade, (socket, from), most).await;
             info!("tunnel for revision {} of {name} from {peer}: {ended}", place.key.revision);
         });
         Ok(response)
     }
 
-    /// Takes a port and a place among the tunnels.
-    async fn reserve(
+    /// Takes a port and a place among the tunnels. From the time that is given on somebody may listen at the socket.
+    fn reserve(
         &self,
         settings: &Settings,
         key: Key,
         (session, port): (&str, Option<u16>),
         peer: SocketAddr,
         mesh: &Mesh,
-    ) -> Result<(Place, TcpListener, u16), Denied> {
+    ) -> Result<(Place, TcpSocket, Instant), Denied> {
         let offloaded = mesh.services[&key.service].ports.get(&key.port).map(|port| &port.offloaded);
         let pod = offloaded
             .into_iter()
@@ -315,9 +340,8 @@ impl Tunnels {
             None => Ok(()),
         };
         taken(&self.open())?;
-        let listener = listen(settings, &key, port).await?;
-        let address = listener.local_addr();
-        let address = address.map_err(|error| (StatusCode::SERVICE_UNAVAILABLE, error.to_string()))?;
+        let Taken { socket, address, from } = self.ports().take(settings, &key, port)?;
+        let port = Port { tunnels: self.clone(), number: address.port() };
         let traffic = Arc::<Traffic>::default();
         let (replaced, place_replaced) = watch::channel(false);
         let tunnel = Tunnel {
@@ -337,7 +361,7 @@ impl Tunnels {
             before.replaced.send_replace(true);
         }
         drop(open);
-        Ok((Place { tunnels: self.clone(), key, traffic, replaced: place_replaced }, listener, address.port()))
+        Ok((Place { tunnels: self.clone(), key, traffic, replaced: place_replaced, port }, socket, from))
     }
 }
 
