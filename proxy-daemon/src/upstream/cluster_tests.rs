@@ -230,10 +230,32 @@ fn weights_of_few_kinds_cost_little() {
 }
 
 #[test]
-fn schedules_of_many_hosts_are_by_their_weights() {
-    // Each host begins anywhere in its turn.
-    let bytes = heavy_hosts_get_their_share(LbPolicy::LeastRequest(LeastRequest::default()), 300);
-    assert!(bytes <= 24, "{bytes}");
+fn the_least_busy_of_many_hosts_are_found_by_their_weights() {
+    // Nobody has anything to do.
+    let bytes = heavy_hosts_get_their_share(LbPolicy::LeastRequest(LeastRequest::default()), 2);
+    assert!(bytes <= 9, "{bytes}");
+}
+
+#[test]
+fn of_many_hosts_those_with_more_to_do_get_less() {
+    const HOSTS: u32 = 2_000;
+    let clusters = Arc::new(Clusters::new(1));
+    let endpoints = (0..HOSTS).map(|number| endpoint(number, 1 + number % 2 * 2, HealthStatus::Healthy)).collect();
+    let groups = vec![LocalityEndpoints { endpoints, ..LocalityEndpoints::default() }];
+    let lb_policy = LbPolicy::LeastRequest(LeastRequest::default());
+    clusters.upsert(ClusterConfig { endpoints: groups, lb_policy, ..cluster("a") });
+    let mine = WorkerClusters::new(clusters, 0).get("a").unwrap();
+    // Each has one request for each of its weight, and half of them have ten.
+    let busy = |host: &Host| host.slot % 4 < 2;
+    for host in &mine.cluster.hosts().hosts {
+        let requests = if busy(host) { 10 * host.weight } else { host.weight };
+        let host = mine.host_at(host.display()).unwrap();
+        (0..requests).for_each(|_| host.begin_request());
+    }
+    let picks = (0..HOSTS).map(|_| mine.pick(&PickCx::default()).unwrap());
+    let to_busy = picks.filter(|mine| busy(&mine.host)).count();
+    // By weight alone half of them, and by the better of two a quarter.
+    assert!((400..600).contains(&to_busy), "{to_busy}");
 }
 
 /// Each second host has three times the weight of the others, and so many picks more or less than its share. Returns what a worker keeps

@@ -23,10 +23,8 @@ pub(super) struct Group {
     hosts: Box<[u32]>,
     /// Their weights differ.
     weighted: bool,
-    /// Of `LEAST_REQUEST` where weights differ and hosts are many: the weights, side by side. A schedule begins with them: to ask each of
-    /// thousands of hosts what it has to do would hold up the request that needs the schedule.
-    weights: Box<[u32]>,
-    /// Of `ROUND_ROBIN` where weights differ: hosts of the same weight, which stand together, take turns among themselves.
+    /// Of `ROUND_ROBIN` where weights differ, and of `LEAST_REQUEST` where hosts are many besides: hosts of the same weight, which stand
+    /// together, take turns among themselves.
     classes: Box<[Class]>,
     /// Where workers keep the turns of the classes: not where those of the hosts are, which take turns by themselves in a slow start.
     classes_id: u32,
@@ -76,7 +74,12 @@ impl Group {
         if matches!(making.policy, LbPolicy::PickFirst { shuffle: true }) {
             fastrand::shuffle(&mut hosts);
         }
-        if weighted && matches!(making.policy, LbPolicy::RoundRobin) {
+        let by_class = match making.policy {
+            LbPolicy::RoundRobin => weighted,
+            LbPolicy::LeastRequest(_) => weighted && hosts.len() > MANY,
+            _ => false,
+        };
+        if by_class {
             hosts.sort_by_key(weight);
             let mut first = 0;
             for same in hosts.chunk_by(|a, b| weight(a) == weight(b)) {
@@ -88,13 +91,11 @@ impl Group {
             }
         }
         let classes_id = if classes.is_empty() { id } else { making.id() };
-        let schedules = weighted && hosts.len() > MANY && matches!(making.policy, LbPolicy::LeastRequest(_));
-        let weights = hosts.iter().filter(|_| schedules).map(weight).collect();
         let slow_until = making.slow_start.and_then(|slow| {
             let newest = hosts.iter().filter_map(|host| all[*host as usize].healthy_since()).max()?;
             newest.checked_add(slow.window).filter(|until| *until > Instant::now())
         });
-        Group { id, hosts: hosts.into(), weighted, weights, classes: classes.into(), classes_id, slow_until }
+        Group { id, hosts: hosts.into(), weighted, classes: classes.into(), classes_id, slow_until }
     }
 
     /// The numbers of its hosts.
@@ -112,6 +113,7 @@ impl Group {
         let at = match policy {
             LbPolicy::Random => random as usize % len,
             LbPolicy::PickFirst { .. } => self.first(cx),
+            LbPolicy::LeastRequest(config) if !slow && !self.classes.is_empty() => self.least_by_weight(config, cx)?,
             LbPolicy::LeastRequest(config) if self.weighted || slow => self.by_deadline(Some(config), slow, cx)?,
             LbPolicy::LeastRequest(config) if config.full_scan => self.least_of_all(cx),
             LbPolicy::LeastRequest(config) => self.least_of_some(config.choice_count, cx),
@@ -161,13 +163,31 @@ impl Group {
                 None => weight,
             }
         };
-        // Of many, those that have more requests fall behind as soon as it is their turn.
-        let schedule = || match self.weights.is_empty() || now.is_some() {
-            true => Edf::new((0..self.hosts.len() as u32).map(weight)),
-            false => Edf::new(self.weights.iter().map(|weight| f64::from(*weight))),
-        };
+        let schedule = || Edf::new((0..self.hosts.len() as u32).map(weight));
         let schedule = cx.turns.schedules.entry(self.id).or_insert_with(schedule);
         Some(schedule.next(weight)? as usize)
+    }
+
+    /// Of many hosts whose weights differ: whose turn it is by weight, or of some random ones the one that has less to do for its weight.
+    /// A schedule of them all by what each has to do, as for few, would be memory of each worker for each host, and would hold up the
+    /// request that needs it first.
+    fn least_by_weight(&self, config: &LeastRequest, cx: &mut Pick<'_>) -> Option<usize> {
+        let mut best = self.by_class(cx)?;
+        // Then what they have to do does not matter.
+        if config.active_request_bias.get() <= 0.0 {
+            return Some(best);
+        }
+        let host = |at: usize| self.hosts[at];
+        let weight = |at: usize| u64::from(cx.hosts[host(at) as usize].weight);
+        let active = |at: usize| u64::from((cx.active)(host(at)));
+        for _ in 1..config.choice_count {
+            let other = fastrand::usize(..self.hosts.len());
+            // Both products fit: a weight and a number of requests have 32 bits.
+            if active(other) * weight(best) < active(best) * weight(other) {
+                best = other;
+            }
+        }
+        Some(best)
     }
 
     /// Of some random hosts the least busy one: the power of two choices.
