@@ -155,7 +155,7 @@ metadata: {name: users}
 spec:
   protocol: grpc
   timeouts: {connect: 250ms, request: 0s, idle: 2m}
-  retries: {attempts: 3, on: [unavailable, connect-failure], perTryTimeout: 500ms}
+  retries: {attempts: 3, retryOn: [unavailable, connect-failure], perTryTimeout: 500ms}
   circuitBreakers: {maxConnections: 10, maxPendingRequests: 20, maxRequests: 30, maxRetries: 4}
   outlierDetection: {consecutive5xx: 7, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}
   rateLimit: {requests: 100, per: 1s, burst: 200}

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_discovery::kubernetes::ObjectKey;
+use culvert_discovery::mesh::{self, Health, Mesh};
 use culvert_discovery::registry::{self, Cluster, ClusterInfo, Registry};
 use culvert_discovery::source::Source as _;
 use culvert_discovery::source::api_server::ApiServer;
@@ -43,6 +44,12 @@ impl Watched {
 
     async fn until(&mut self, what: &str, holds: impl Fn(&Cluster) -> bool) {
         let reached = self.registry.wait_for(|registry| holds(&registry.clusters[0]));
+        let reached = tokio::time::timeout(DEADLINE, reached).await.map(|reached| reached.is_ok());
+        assert!(reached == Ok(true), "not reached: {what}: {:#?}", self.registry.borrow().clusters[0]);
+    }
+
+    async fn until_mesh(&mut self, what: &str, holds: impl Fn(&Mesh) -> bool) {
+        let reached = self.registry.wait_for(|registry| holds(&mesh::join(registry)));
         let reached = tokio::time::timeout(DEADLINE, reached).await.map(|reached| reached.is_ok());
         assert!(reached == Ok(true), "not reached: {what}: {:#?}", self.registry.borrow().clusters[0]);
     }
@@ -107,12 +114,49 @@ async fn of_pods_only_those_are_kept_that_say_more_than_their_slices() {
     api.put(PODS, leaving);
     let pods = |cluster: &Cluster| cluster.objects.as_ref().map_or(0, |objects| objects.pods.len());
     watched.until("the pod that leaves", |cluster| pods(cluster) == 1).await;
-    let mesh = culvert_discovery::mesh::join(&watched.registry.borrow());
+    let mesh = mesh::join(&watched.registry.borrow());
     let users = &mesh.services.values().next().unwrap().ports[&80];
     let found: Vec<_> = users.endpoints.iter().map(|endpoint| format!("{:?}", endpoint.health)).collect();
     assert_eq!(found, ["Draining", "Healthy"], "the slice still says that it is ready");
     api.delete(PODS, "default", "pod-1");
     watched.until("the pod to go", |cluster| pods(cluster) == 0).await;
+}
+
+/// The controller that writes slices may be away for a while, as when its leader changes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_gone_is_out_however_long_its_slice_lists_it() {
+    let api = KubeApi::start().await;
+    api.put(SERVICES, service("users", 80));
+    let mut users = slice("users", &["10.1.0.1", "10.1.0.2", "10.1.0.3"]);
+    for number in 1..=3 {
+        let pod_of = |uid: &str| json!({"kind": "Pod", "name": format!("pod-{number}"), "uid": uid});
+        users["endpoints"][number - 1]["targetRef"] = pod_of(&format!("first-{number}"));
+        let mut pod = pod(&format!("pod-{number}"), &format!("10.1.0.{number}"));
+        pod["metadata"]["uid"] = format!("first-{number}").into();
+        api.put(PODS, pod);
+    }
+    api.put(SLICES, users.clone());
+    let mut watched = Watched::of(&api);
+    let is = |numbers: &'static [&str]| {
+        move |mesh: &Mesh| {
+            let Some(users) = mesh.services.values().next() else { return false };
+            let healthy = users.ports[&80].endpoints.iter().filter(|endpoint| endpoint.health == Health::Healthy);
+            healthy.map(|endpoint| endpoint.address.ip().to_string()).eq(numbers.iter().map(|n| format!("10.1.0.{n}")))
+        }
+    };
+    watched.until_mesh("all of them", is(&["1", "2", "3"])).await;
+    api.delete(PODS, "default", "pod-1");
+    watched.until_mesh("the first to be out", is(&["2", "3"])).await;
+    // As a StatefulSet does it: another pod of the same name.
+    api.delete(PODS, "default", "pod-2");
+    let mut second = pod("pod-2", "10.1.0.4");
+    second["metadata"]["uid"] = "second-2".into();
+    api.put(PODS, second);
+    watched.until_mesh("the second to be out", is(&["3"])).await;
+    users["endpoints"][1]["targetRef"]["uid"] = "second-2".into();
+    users["endpoints"][1]["addresses"] = json!(["10.1.0.4"]);
+    api.put(SLICES, users);
+    watched.until_mesh("the other one", is(&["3", "4"])).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -432,7 +476,7 @@ async fn service_manifests_are_custom_resources() {
     let config = KubernetesConfig { server: Some(api.url()), service_manifests: true, ..Default::default() };
     let mut watched = Watched::start(config);
     let connect = |watched: &Watched| {
-        let mesh = culvert_discovery::mesh::join(&watched.registry.borrow());
+        let mesh = mesh::join(&watched.registry.borrow());
         let users = &mesh.services[&ObjectKey::new("default", "users")];
         users.manifest.as_ref().map(|manifest| manifest.timeouts.connect.unwrap().0.as_millis())
     };

@@ -21,7 +21,7 @@ kind: ServiceManifest
 metadata: {name: users}
 spec:
   timeouts: {connect: 2s, request: 700ms, idle: 30s}
-  retries: {attempts: 2, on: [5xx]}
+  retries: {attempts: 2, retryOn: [5xx]}
   circuitBreakers: {maxConnections: 11, maxPendingRequests: 22, maxRequests: 33, maxRetries: 44}
   outlierDetection: {consecutive5xx: 100, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}
   rateLimit: {requests: 4, per: 1h}

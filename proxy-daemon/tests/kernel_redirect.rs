@@ -199,14 +199,16 @@ fn packets_that_cannot_be_read_pass_and_are_counted() {
         lab.client.run(|| send_frame("eth0", &packet));
         eventually(name, || counter(&interception, name) > before);
     }
-    let mut hop_by_hop = vec![0x60, 0, 0, 0, 0, 28, 0, 64];
-    hop_by_hop.extend("fd00:201:1::2".parse::<std::net::Ipv6Addr>().unwrap().octets());
-    hop_by_hop.extend("fd00:201:9::2".parse::<std::net::Ipv6Addr>().unwrap().octets());
-    hop_by_hop.extend([6, 0, 1, 4, 0, 0, 0, 0]);
-    hop_by_hop.extend([0; 20]);
-    let before = counter(&interception, "passed_extension_header");
-    lab.client.run(|| send_frame("eth0", &hop_by_hop));
-    eventually("passed_extension_header", || counter(&interception, "passed_extension_header") > before);
+    // A hop-by-hop header, and a fragment's; what is not TCP (here UDP) is nobody's business.
+    for (header, name) in [(0, "passed_extension_header"), (44, "passed_fragment")] {
+        let before = counter(&interception, name);
+        for protocol in [17, 6] {
+            let packet = ipv6_packet(header, protocol);
+            lab.client.run(|| send_frame("eth0", &packet));
+        }
+        eventually(name, || counter(&interception, name) > before);
+        assert_eq!(counter(&interception, name), before + 1, "{name}");
+    }
     assert_eq!(counter(&interception, "redirected"), 0, "{destination}");
     lab.node.run(|| interception.shutdown()).expect("shuts down");
 }
@@ -218,6 +220,17 @@ fn ipv4_packet(version_and_length: u8, fragment: u16, payload: &[u8]) -> Vec<u8>
     let mut packet = vec![version_and_length, 0, 0, length, 0, 1, fragment_high, fragment_low, 64, 6, 0, 0];
     packet.extend([10, 201, 1, 2, 10, 201, 9, 2]);
     packet.extend(payload);
+    packet
+}
+
+/// An IPv6 packet with an extension header of eight bytes before what it carries.
+fn ipv6_packet(header: u8, protocol: u8) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, 28, header, 64];
+    for address in ["fd00:201:1::2", "fd00:201:9::2"] {
+        packet.extend(address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+    }
+    packet.extend([protocol, 0, 1, 4, 0, 0, 0, 0]);
+    packet.extend([0; 20]);
     packet
 }
 

@@ -38,7 +38,7 @@ reasons! {
     3 PassedExcludedPort "passed_excluded_port" "New connections to an excluded port.";
     4 PassedExcludedRange "passed_excluded_range" "New connections to an excluded range.";
     5 PassedLocal "passed_local" "New connections to one of the node's own addresses.";
-    6 PassedFragment "passed_fragment" "Fragments, which carry no ports to decide by.";
+    6 PassedFragment "passed_fragment" "Fragments of TCP, which carry no ports to decide by.";
     7 PassedExtensionHeader "passed_extension_header" "IPv6 packets with an extension header before TCP.";
     8 PassedTruncated "passed_truncated" "Packets too short for the headers that they announce.";
     9 FailedOpen "failed_open" "New connections that passed untouched because no worker listens.";

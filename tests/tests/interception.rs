@@ -1,6 +1,7 @@
 //! Interception as an operator has it: `culvertd` and `culvert` on nodes of the lab, with ordinary programs in the pods.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ impl Stage {
     }
 
     /// Writes the node's bootstrap. `enrolled` are fields of the extension; connections to the virtual address go to `to`.
-    fn bootstrap(&self, enrolled: &str, to: &Pod) -> Result<String> {
+    fn bootstrap(&self, enrolled: &str, to: Ipv4Addr) -> Result<String> {
         let filters = |chains: &str| {
             format!(
                 "    transparent: true\n    listener_filters:\n    - {{name: a, typed_config: {{\"@type\": \
@@ -75,7 +76,6 @@ impl Stage {
              typed_config:\n    \"@type\": type.googleapis.com/culvert.extensions.bootstrap.interception.v1.Interception\n    \
              interfaces: [\"veth-*\"]\n    uplinks: [eth0]\n    direction: BOTH\n    shortcut_cgroup: {cgroup}\n    \
              pin_path: {pins}\n    state_path: {state}\n{enrolled}",
-            to = to.ipv4(),
             outbound = filters(&proxy_to_pod),
             inbound = filters(""),
             cgroup = self.node.cgroup().display(),
@@ -171,7 +171,7 @@ fn exactly_the_documented_capabilities_are_enough() -> Result<()> {
     /// CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF.
     const CAPABILITIES: u64 = 1 << 12 | 1 << 38 | 1 << 39;
     let stage = Stage::new("capabilities")?;
-    let bootstrap = stage.bootstrap(&stage.by_address(), &stage.far)?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
     let only = ["setpriv", "--bounding-set=-all,+net_admin,+cap_38,+cap_39", "--inh-caps=-all", "--no-new-privs"];
     let mut daemon = stage.daemon(&bootstrap, &only)?;
     stage.wait_until_ready(&mut daemon)?;
@@ -202,7 +202,7 @@ fn exactly_the_documented_capabilities_are_enough() -> Result<()> {
             "interception.balanced.connections",
         ),
     ] {
-        let mut daemon = stage.daemon(&stage.bootstrap(&format!("    {hooks}\n"), &stage.far)?, &only)?;
+        let mut daemon = stage.daemon(&stage.bootstrap(&format!("    {hooks}\n"), stage.far.ipv4())?, &only)?;
         stage.wait_until_ready(&mut daemon)?;
         // A service is known when its hosts are.
         wait_until(DEADLINE, counter, || {
@@ -224,7 +224,7 @@ fn exactly_the_documented_capabilities_are_enough() -> Result<()> {
 #[test]
 fn a_pod_that_calls_its_own_service_gets_there() -> Result<()> {
     let stage = Stage::new("own-service")?;
-    let bootstrap = stage.bootstrap(&stage.by_address(), &stage.pod)?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.pod.ipv4())?;
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut daemon)?;
     for url in [format!("http://{VIP}/"), urls(&stage.pod)[0].clone(), urls(&stage.pod)[1].clone()] {
@@ -238,6 +238,26 @@ fn a_pod_that_calls_its_own_service_gets_there() -> Result<()> {
         assert!(answer.contains("\"pod\":\"web\""), "{answer}");
     }
     assert_eq!(stage.stat("interception.redirected_inbound")?, before);
+    Ok(())
+}
+
+/// A service of a program in the node's own network, as the API server of a cluster often is: it cannot answer the pod's address by way
+/// of the daemon, and is called in the node's name.
+#[test]
+fn a_service_of_the_node_itself_is_reached() -> Result<()> {
+    let stage = Stage::new("node-service")?;
+    let server = [&binary_arg("lab-http")?, "--listen", "[::]:8080", "--pod", "node"];
+    let _server = stage.node.spawn("lab-http", &server)?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.node.ipv4())?;
+    let mut daemon = stage.daemon(&bootstrap, &[])?;
+    stage.wait_until_ready(&mut daemon)?;
+    wait_until(DEADLINE, "the node's program to listen", || {
+        call(&stage.pod, &format!("http://{}:8080/", stage.node.ipv4()))
+    })?;
+    let before = stage.stat("interception.redirected")?;
+    let answer = call(&stage.pod, &format!("http://{VIP}/"))?;
+    assert_eq!((&answer["pod"], &answer["peer"]), (&"node".into(), &stage.node.ipv4().to_string().into()), "{answer}");
+    assert_eq!(stage.stat("interception.redirected")?, before + 1);
     Ok(())
 }
 
@@ -259,7 +279,7 @@ fn pods_are_enrolled_and_the_node_says_when_one_is_not() -> Result<()> {
          {{mesh: 'on'}}}}]\n",
         stage.manifests().display()
     );
-    let bootstrap = stage.bootstrap(&enrolled, &stage.far)?;
+    let bootstrap = stage.bootstrap(&enrolled, stage.far.ipv4())?;
     let mut daemon = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut daemon)?;
     both_directions(&stage)?;
@@ -328,7 +348,7 @@ fn pods_are_enrolled_and_the_node_says_when_one_is_not() -> Result<()> {
 #[test]
 fn an_upgrade_under_load_loses_no_new_connection() -> Result<()> {
     let stage = Stage::new("upgrade")?;
-    let bootstrap = stage.bootstrap(&stage.by_address(), &stage.far)?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
     let mut old = stage.daemon(&bootstrap, &[])?;
     stage.wait_until_ready(&mut old)?;
     let (lab_load, url) = (binary_arg("lab-load")?, format!("http://{VIP}/"));

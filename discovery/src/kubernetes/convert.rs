@@ -165,6 +165,34 @@ pub fn key_of(text: &str) -> Option<ObjectKey> {
     Some(ObjectKey::new(metadata.namespace, metadata.name))
 }
 
+/// An object that an API server tells of as deleted.
+#[derive(Debug)]
+pub struct Deleted {
+    /// Its unique id.
+    pub uid: String,
+    /// Whether it says itself that it was to be deleted.
+    pub was_leaving: bool,
+}
+
+impl Deleted {
+    /// The object, however wrong it may be in other respects; `None` where it has no id.
+    pub fn read(text: &str) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Object {
+            metadata: Metadata,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Metadata {
+            uid: String,
+            deletion_timestamp: Option<serde::de::IgnoredAny>,
+        }
+        let Object { metadata } = serde_json::from_str(text).ok()?;
+        let was_leaving = metadata.deletion_timestamp.is_some();
+        Some(Self { uid: metadata.uid, was_leaving }).filter(|deleted| !deleted.uid.is_empty())
+    }
+}
+
 /// What the library says of numbers of Rust, for people.
 fn in_words(reason: &str) -> String {
     match reason.split_once(", expected a nonzero ") {
@@ -253,6 +281,10 @@ fn service(raw: RawService, object: &ObjectName) -> Result<Option<Service>, Mani
     let RawService { metadata, spec } = raw;
     if metadata.name.contains('.') || metadata.namespace.as_deref().is_some_and(|namespace| namespace.contains('.')) {
         return Err(object.error("metadata.name", "the name and namespace of a Service cannot contain `.`"));
+    }
+    // Of each cluster it is another: clients have credentials for their own API server.
+    if metadata.name == "kubernetes" && matches!(metadata.namespace.as_deref(), None | Some("default")) {
+        return Ok(None);
     }
     let external_name = match spec.kind.as_deref() {
         Some("ExternalName") => Some(object.external_name(spec.external_name)?),

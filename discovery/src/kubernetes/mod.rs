@@ -54,6 +54,8 @@ pub struct Objects {
     pub slices: Arc<BTreeMap<ObjectKey, Arc<EndpointSlice>>>,
     /// Pods. Of an API server's, only those that matter beyond their slices: [`Pod::matters`].
     pub pods: Arc<BTreeMap<ObjectKey, Arc<Pod>>>,
+    /// Pods that have been deleted, by their unique ids: a slice may list them for a while yet, as if they were well.
+    pub gone: Arc<BTreeMap<String, ObjectKey>>,
     /// Nodes, without a namespace.
     pub nodes: Arc<BTreeMap<ObjectKey, Arc<Node>>>,
     /// What is stated about services.

@@ -94,7 +94,7 @@ impl EndpointsOf<'_> {
 
     /// An endpoint as it is served, `None` if it is left out.
     fn endpoint(&self, listed: &SliceEndpoint, port: u16) -> Option<Endpoint> {
-        if self.pods.is_offloaded(listed) {
+        if self.pods.is_offloaded(listed) || self.pods.is_gone(listed) {
             return None;
         }
         let pod = self.pods.behind(listed);

@@ -142,8 +142,13 @@ impl Joiner {
                 for (port, vip) in addresses {
                     let (owner, cluster) =
                         vips.entry((*vip, port.port)).or_insert_with(|| (name.clone(), info.name.clone()));
-                    if *owner != name {
-                        contested.insert((*vip, port.port));
+                    if *owner == name {
+                        continue;
+                    }
+                    contested.insert((*vip, port.port));
+                    // Of one that is kept apart it is as it should be: each client gets to the one of its own cluster.
+                    let apart = ObjectKey::new(format!("{}.{cluster}", key.namespace), key.name.clone());
+                    if *owner != apart {
                         self.vip_warnings.push(format!(
                             "{} is the address of {owner} in cluster {cluster} and of {name} in cluster {}; what goes there \
                              is passed through, to the one of its own cluster",
@@ -323,6 +328,8 @@ impl Known {
                 pods.add(key, pod);
             }
         });
+        let newly_gone = after.gone.iter().filter(|(uid, _)| !before.gone.contains_key(*uid));
+        pods.keys.extend(newly_gone.map(|(_, key)| key));
         pods.concern(&after, &mut mark);
         let mut nodes_changed = false;
         differing(&before.nodes, &after.nodes, |_, _, _| nodes_changed = true);

@@ -217,9 +217,11 @@ pub fn join(registry: &Registry) -> Mesh {
 const MOST_NAMED: usize = 5;
 
 /// The name of a cluster's service in the mesh. One that is kept apart has the cluster's name behind its namespace: no
-/// namespace of Kubernetes has a dot, so that it cannot be taken for another.
+/// namespace of Kubernetes has a dot, so that it cannot be taken for another. Namespaces that begin with `kube-` are
+/// Kubernetes' own: what is in them serves one cluster.
 pub(crate) fn mesh_key(key: &ObjectKey, service: &Service, info: &ClusterInfo) -> ObjectKey {
-    if service.merge.unwrap_or(!info.apart) {
+    let apart = info.apart || key.namespace.starts_with("kube-");
+    if service.merge.unwrap_or(!apart) {
         key.clone()
     } else {
         ObjectKey::new(format!("{}.{}", key.namespace, info.name), key.name.clone())

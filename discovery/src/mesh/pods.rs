@@ -11,6 +11,7 @@ use crate::registry::ClusterInfo;
 pub(super) struct Pods<'a> {
     cluster: &'a str,
     all: &'a BTreeMap<ObjectKey, std::sync::Arc<Pod>>,
+    gone: &'a BTreeMap<String, ObjectKey>,
     offloaded: BTreeMap<&'a ObjectKey, &'a Pod>,
     offloaded_addresses: BTreeSet<IpAddr>,
     /// Live pods that matter, for slices that name no pod.
@@ -34,7 +35,14 @@ impl<'a> Pods<'a> {
             offloaded.values().filter(|pod| pod.ready).flat_map(|pod| pod.addresses.iter().copied()).collect();
         let live = objects.pods.values().filter(|pod| pod.matters() && !pod.ended);
         let by_address = live.flat_map(|pod| pod.addresses.iter().map(|address| (*address, &**pod))).collect();
-        Self { cluster: &info.name, all: &objects.pods, offloaded, offloaded_addresses, by_address }
+        Self {
+            cluster: &info.name,
+            all: &objects.pods,
+            gone: &objects.gone,
+            offloaded,
+            offloaded_addresses,
+            by_address,
+        }
     }
 
     /// Whether an endpoint that a slice lists is an offloaded pod.
@@ -43,6 +51,11 @@ impl<'a> Pods<'a> {
             Some(pod) if self.offloaded.contains_key(pod) => true,
             _ => self.offloaded_addresses.contains(&endpoint.address),
         }
+    }
+
+    /// Whether an endpoint that a slice lists is a pod that has been deleted.
+    pub(super) fn is_gone(&self, endpoint: &SliceEndpoint) -> bool {
+        endpoint.target_uid.as_ref().is_some_and(|uid| self.gone.contains_key(uid))
     }
 
     /// The pod behind an endpoint, if it is known. A later pod of the same name, as StatefulSets make them, is another.

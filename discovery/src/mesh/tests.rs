@@ -377,6 +377,31 @@ fn services_are_kept_apart_by_cluster_or_by_annotation() {
 }
 
 #[test]
+fn what_serves_one_cluster_is_no_service_of_all() {
+    let own = |third: u8| {
+        let dns = [SERVICE, &slice("a", &format!("[{{addresses: [10.{third}.0.1]}}]"))].concat();
+        let api = SERVICE.replace("name: users", "name: kubernetes").replace("10.96.0.1", "10.96.0.3");
+        dns.replace("metadata: {name: users", "metadata: {namespace: kube-system, name: users")
+            .replace("metadata: {name: a", "metadata: {namespace: kube-system, name: a")
+            + &api
+    };
+    let mesh1 = mesh(vec![cluster("east", &own(1)), cluster("west", &own(2))]);
+    let names: Vec<_> = mesh1.services.keys().map(|key| cluster_name(key, 80)).collect();
+    assert_eq!(names, ["users.kube-system.east:80", "users.kube-system.west:80"]);
+    for (namespace, address) in
+        [("kube-system.east", "10.1.0.1:8080 Healthy"), ("kube-system.west", "10.2.0.1:8080 Healthy")]
+    {
+        let port = &mesh1.services[&ObjectKey::new(namespace, "users")].ports[&80];
+        assert_eq!(
+            (addresses(port), &*port.vips),
+            (vec![address.to_owned()], &[][..]),
+            "both clusters have this address"
+        );
+    }
+    assert_eq!(mesh1.warnings, [""; 0], "that is as it should be");
+}
+
+#[test]
 fn a_drained_cluster_gives_up_what_others_can_take_over() {
     let only = SERVICE.replace("users", "lonely").replace("10.96.0.1", "10.96.0.2")
         + &slice("l", "[{addresses: [10.2.0.9]}]").replace("users", "lonely");

@@ -76,7 +76,7 @@ fn faults_of(document: &str) -> Vec<ManifestError> {
     faults
 }
 
-/// Takes a field out, by its path as errors have it: `spec.retries.on[1]`. Gives whether it was there.
+/// Takes a field out, by its path as errors have it: `spec.retries.retryOn[1]`. Gives whether it was there.
 fn take_out(value: &mut Value, path: &str) -> bool {
     let (parent, last) = path.rsplit_once('.').unwrap_or(("", path));
     // Of a list with a fault nothing is looked at any more.
@@ -195,7 +195,7 @@ mod tests {
         assert!(faults[1].message.contains("ServiceManifest default/users"), "{faults:?}");
         let faults = check(
             "apiVersion: culvert.dev/v1alpha1\nkind: ServiceManifest\nmetadata: {name: users}\nspec:\n  protocol: quic\n  \
-             timeouts: {connect: soon, idel: 2m}\n  rateLimit: {requests: 0, per: 1s}\n  retries: {attempts: 1, on: [5xx, what]}\n",
+             timeouts: {connect: soon, idel: 2m}\n  rateLimit: {requests: 0, per: 1s}\n  retries: {attempts: 1, retryOn: [5xx, what]}\n",
         );
         let found: Vec<_> =
             faults.unwrap_err().into_iter().map(|it| (it.position.unwrap().0, it.path, it.message)).collect();
@@ -204,7 +204,7 @@ mod tests {
             (6, "spec.timeouts.connect", "`soon` is not a time"),
             (6, "spec.timeouts.idel", "unknown field `idel`"),
             (7, "spec.rateLimit.requests", "expected a number above 0"),
-            (8, "spec.retries.on[1]", "unknown variant `what`"),
+            (8, "spec.retries.retryOn[1]", "unknown variant `what`"),
         ];
         let is = |((line, path, message), expected): (&(u64, String, String), &(u64, &str, &str))| {
             *line == expected.0 && path == expected.1 && message.contains(expected.2)

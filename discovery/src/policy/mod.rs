@@ -80,7 +80,7 @@ pub struct Retries {
     /// How often, besides the first try; 0 turns retries off.
     pub attempts: u8,
     /// What of. Without it only of what cannot have reached the service.
-    pub on: Option<BTreeSet<RetryOn>>,
+    pub retry_on: Option<BTreeSet<RetryOn>>,
     /// How long each try may take.
     pub per_try_timeout: Option<Span>,
 }

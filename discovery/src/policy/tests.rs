@@ -12,7 +12,7 @@ metadata: {name: users}
 spec:
   protocol: http2
   timeouts: {connect: 250ms, request: 1.5s, idle: 2m}
-  retries: {attempts: 3, on: [5xx, retriable-4xx, connect-failure], perTryTimeout: 500ms}
+  retries: {attempts: 3, retryOn: [5xx, retriable-4xx, connect-failure], perTryTimeout: 500ms}
   circuitBreakers: {maxConnections: 10, maxPendingRequests: 20, maxRequests: 30, maxRetries: 4}
   outlierDetection: {consecutive5xx: 7, interval: 5s, baseEjectionTime: 10s, maxEjectionPercent: 50}
   rateLimit: {requests: 100, per: 1s, burst: 200}
@@ -56,7 +56,7 @@ fn a_manifest_is_read() {
     assert_eq!(manifest.protocol, Some(Protocol::Http2));
     assert_eq!(manifest.timeouts.request, Some(SpanOrZero(Duration::from_millis(1500))));
     assert_eq!(manifest.timeouts.idle, Some(Span(Duration::from_secs(120))));
-    let on: Vec<_> = manifest.retries.as_ref().unwrap().on.as_ref().unwrap().iter().map(|on| on.name()).collect();
+    let on: Vec<_> = manifest.retries.as_ref().unwrap().retry_on.as_ref().unwrap().iter().map(|on| on.name()).collect();
     assert_eq!(on, ["5xx", "connect-failure", "retriable-4xx"]);
     let egress: Vec<_> = manifest.egress.as_ref().unwrap().0.iter().map(|name| name.seen_from("default")).collect();
     assert_eq!(egress, [ObjectKey::new("default", "orders"), ObjectKey::new("shop", "payments")]);
@@ -76,7 +76,7 @@ fn what_is_wrong_is_named_with_its_field() {
         ("{timeouts: {request: 1..5s}}", "spec.timeouts.request", "is not a time"),
         ("{timeouts: {connect: 0s}}", "spec.timeouts.connect", "a time above zero is needed"),
         ("{retries: {attempts: 300}}", "spec.retries.attempts", "300"),
-        ("{retries: {attempts: 1, on: [sometimes]}}", "spec.retries.on[0]", "unknown variant `sometimes`"),
+        ("{retries: {attempts: 1, retryOn: [sometimes]}}", "spec.retries.retryOn[0]", "unknown variant `sometimes`"),
         ("{rateLimit: {requests: 0, per: 1s}}", "spec.rateLimit.requests", "a number above 0"),
         ("{rateLimit: {requests: 1, per: 1ms}}", "spec.rateLimit.per", "at least 50ms is needed"),
         ("{rateLimit: {requests: 1}}", "spec.rateLimit", "missing field `per`"),

@@ -46,6 +46,7 @@ mod lease;
 mod manifests;
 pub(crate) mod mark;
 mod netlink;
+pub(crate) mod node_addresses;
 mod pinned;
 mod pods;
 mod probe;

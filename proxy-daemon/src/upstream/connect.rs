@@ -21,7 +21,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Host, happy_eyeballs};
 use crate::{
     config::model::{ClusterConfig, EndpointAddress, HappyEyeballs, OriginalSrc, TcpKeepalive, UpstreamBind},
-    intercept::mark,
+    intercept::{mark, node_addresses},
     tls::{AlpnFallback, ClientTls, PeerName, TlsInfo},
 };
 
@@ -240,10 +240,7 @@ pub(super) async fn secure(
 fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> Result<Socket, ConnectError> {
     let SocketSettings { source, bind, keepalive } = how;
     let socket = plain_socket(to, keepalive).map_err(ConnectError::Socket)?;
-    // A client of the other family cannot lend its address: the node's own is used. Nor can one that is itself the host,
-    // as a pod is that calls its own service: it would take what comes from its own address for forged.
-    let source =
-        source.filter(|source| source.address.is_ipv4() == to.is_ipv4() && source.address != to.ip().to_canonical());
+    let source = source.filter(|source| can_lend(source.address, to));
     if let Some(bind) = bind {
         bind_as_configured(&socket, to, bind, source.is_none())?;
     }
@@ -251,6 +248,16 @@ fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> Result<Socket, Connect
         bind_to_source(&socket, source)?;
     }
     Ok(socket)
+}
+
+/// Whether a connection to an address can be made in the client's name; where not, it is made in the node's.
+fn can_lend(client: IpAddr, to: SocketAddr) -> bool {
+    let host = to.ip().to_canonical();
+    // As a pod is that calls its own service: it would take what comes from its own address for forged.
+    let is_itself = client == host;
+    // A program of the node would answer the pod, to which its packets go straight, and not this daemon.
+    let is_of_node = node_addresses::include(host) && !node_addresses::include(client);
+    client.is_ipv4() == to.is_ipv4() && !is_itself && !is_of_node
 }
 
 fn plain_socket(to: SocketAddr, keepalive: Option<&TcpKeepalive>) -> io::Result<Socket> {

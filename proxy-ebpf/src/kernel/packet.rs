@@ -196,15 +196,26 @@ fn answer(ports: &Ports, source: Address, destination: Address, is_ipv6: bool) -
     segment(header, 0, destination, source, is_ipv6)
 }
 
+/// What is behind an extension header is no matter where that is not TCP, as far as its first byte tells: most are of other protocols.
+#[inline(always)]
+fn behind_extension(ctx: &TcContext, reason: Reason) -> NotOurs {
+    match load::<u8>(ctx, size_of::<Ipv6Header>() as u32) {
+        Ok(IPPROTO_TCP | 0 | 43 | 44 | 60) => NotOurs::Counted(reason),
+        Ok(_) => NotOurs::Other,
+        Err(truncated) => truncated,
+    }
+}
+
 #[inline(always)]
 fn parse_ipv6(ctx: &TcContext) -> Result<Segment, NotOurs> {
     let ip: Ipv6Header = load(ctx, 0)?;
     match ip.next_header {
         IPPROTO_TCP => {}
         IPPROTO_ICMPV6 => return Err(icmpv6_error(ctx)),
-        // Hop-by-hop, routing, fragment, destination options.
-        0 | 43 | 60 => return Err(NotOurs::Counted(Reason::PassedExtensionHeader)),
-        44 => return Err(NotOurs::Counted(Reason::PassedFragment)),
+        // Hop-by-hop, routing, destination options.
+        0 | 43 | 60 => return Err(behind_extension(ctx, Reason::PassedExtensionHeader)),
+        // Fragment.
+        44 => return Err(behind_extension(ctx, Reason::PassedFragment)),
         _ => return Err(NotOurs::Other),
     }
     let at = size_of::<Ipv6Header>() as u32;

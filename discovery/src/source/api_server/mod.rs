@@ -17,7 +17,7 @@ use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Wat
 
 use self::state::{Collected, News, Read, Shared};
 use super::{Source, SourceError};
-use crate::kubernetes::convert::{self, Kind};
+use crate::kubernetes::convert::{self, Deleted, Kind};
 use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service};
 use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
@@ -94,13 +94,15 @@ impl Source for ApiServer {
 }
 
 fn watch<K: Kind>(access: &Arc<Access>, shared: &Arc<Shared>, labels: String) -> Watch<Told<K>> {
-    let told = Told { shared: Arc::clone(shared), kind: PhantomData };
+    let told = Told { shared: Arc::clone(shared), selects: !labels.is_empty(), kind: PhantomData };
     Watch::new(Arc::clone(access), Arc::new(told), Selection { labels, fields: String::new() })
 }
 
 /// Tells of the objects of one kind.
 struct Told<K> {
     shared: Arc<Shared>,
+    /// Objects with certain labels only: one that loses them is told of as deleted, too.
+    selects: bool,
     kind: PhantomData<fn() -> K>,
 }
 
@@ -128,7 +130,12 @@ impl<K: Kind> Objects for Told<K> {
     }
 
     fn remove(&self, object: &Object<'_>) {
-        self.shared.remove::<K>(&key_of(object));
+        let key = key_of(object);
+        self.shared.remove::<K>(&key);
+        let deleted = (K::KIND == Pod::KIND).then(|| Deleted::read(object.text)).flatten();
+        if let Some(deleted) = deleted.filter(|deleted| deleted.was_leaving || !self.selects) {
+            self.shared.pod_gone(deleted.uid, key);
+        }
     }
 
     fn works(&self) {

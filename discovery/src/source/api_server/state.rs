@@ -1,7 +1,8 @@
 //! What is known of a cluster: what its watches write, and its registry is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -13,6 +14,9 @@ use crate::registry::{FileError, SourceHealth};
 
 /// How many objects that cannot be used are shown.
 const MOST_SHOWN: usize = 100;
+
+/// How long a deleted Pod is remembered that no slice lists: one that does may be on its way. Also how often that is looked at.
+const REMEMBERED: Duration = Duration::from_secs(60);
 
 /// Shared by the watches of a cluster.
 #[derive(Debug)]
@@ -27,6 +31,9 @@ struct State {
     objects: Objects,
     kinds: BTreeMap<&'static str, KindState>,
     objects_changed: bool,
+    /// When the Pods of `objects.gone` were deleted.
+    gone_since: BTreeMap<String, Instant>,
+    tidied: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -81,6 +88,22 @@ impl<K: Kind> Collected<K> {
     pub(super) fn remove(&mut self, key: &ObjectKey) {
         self.objects.remove(key);
         self.wrong.remove(key);
+    }
+}
+
+impl State {
+    /// Forgets deleted Pods that no slice lists any more.
+    fn tidy_up(&mut self, now: Instant) {
+        let recent = |since: Instant| now.saturating_duration_since(since) < REMEMBERED;
+        if self.gone_since.is_empty() || self.tidied.is_some_and(recent) {
+            return;
+        }
+        self.tidied = Some(now);
+        let listed = self.objects.slices.values().flat_map(|slice| &slice.endpoints);
+        let listed: HashSet<&str> = listed.filter_map(|endpoint| endpoint.target_uid.as_deref()).collect();
+        self.gone_since.retain(|uid, since| recent(*since) || listed.contains(&**uid));
+        let gone_since = &self.gone_since;
+        Arc::make_mut(&mut self.objects.gone).retain(|uid, _| gone_since.contains_key(uid));
     }
 }
 
@@ -165,6 +188,15 @@ impl Shared {
         });
     }
 
+    /// Remembers that a Pod is no more, whatever slices say of it.
+    pub(super) fn pod_gone(&self, uid: String, key: ObjectKey) {
+        self.with(|state| {
+            state.gone_since.insert(uid.clone(), Instant::now());
+            Arc::make_mut(&mut state.objects.gone).insert(uid, key);
+            state.objects_changed = true;
+        });
+    }
+
     /// Notes that objects of this kind can be read.
     pub(super) fn works<K: Kind>(&self) {
         let failing = self.with(|state| state.kinds.entry(K::KIND).or_default().failing.take());
@@ -192,6 +224,9 @@ impl Shared {
         let state = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let read = state.kinds.values().all(|kind| kind.read);
         let changed = read && std::mem::take(&mut state.objects_changed);
+        if changed {
+            state.tidy_up(Instant::now());
+        }
         let objects = changed.then(|| Arc::new(state.objects.clone()));
         let failing: Vec<_> =
             state.kinds.iter().filter_map(|(name, kind)| Some((name, kind.failing.as_ref()?))).collect();

@@ -7,7 +7,7 @@ use crate::intercept::attach::{self, Attachment, Direction, Method};
 use crate::intercept::config::{InterceptionConfig, glob_matches};
 use crate::intercept::error::InterceptError;
 use crate::intercept::netlink::Link;
-use crate::intercept::{kernel, probe};
+use crate::intercept::{kernel, node_addresses, probe};
 
 impl State {
     /// Makes marked packets be delivered to this host. A host without IPv6 goes without it.
@@ -123,6 +123,7 @@ impl State {
 
     pub(in crate::intercept) fn reconcile_addresses(&mut self) -> Result<(), InterceptError> {
         let addresses = self.netlink.addresses().map_err(|source| InterceptError::netlink("list addresses", source))?;
+        node_addresses::note(&addresses);
         kernel::set_local_addresses(&mut self.ebpf, &addresses)
     }
 }
