@@ -465,6 +465,21 @@ async fn selectors_and_nodes_are_asked_for() {
     assert_eq!(api.count(SERVICES, "labelSelector"), 0);
 }
 
+/// The addresses of Services that are not selected are not free for other clusters' services.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_services_that_are_not_selected_the_addresses_are_known() {
+    let api = with_users().await;
+    let service_selector = "mesh=yes".to_owned();
+    let config = KubernetesConfig { server: Some(api.url()), service_selector, ..Default::default() };
+    let mut watched = Watched::start(config);
+    let known = |cluster: &Cluster| cluster.objects.as_ref().map(|objects| objects.virtual_ips.len());
+    watched.until("the addresses", |cluster| known(cluster) == Some(1)).await;
+    let objects = watched.now().objects.unwrap();
+    assert!(objects.services.is_empty(), "it is not selected");
+    api.delete(SERVICES, "default", "users");
+    watched.until("their end", |cluster| known(cluster) == Some(0)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn service_manifests_are_custom_resources() {
     let api = with_users().await;

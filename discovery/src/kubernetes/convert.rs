@@ -17,7 +17,7 @@ use super::raw::{
 };
 use super::{
     EndpointSlice, LABEL_SERVICE_NAME, MAX_WEIGHT, Node, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
-    SlicePort, TargetPort, Transport,
+    SlicePort, TargetPort, Transport, VirtualIps,
 };
 use crate::policy::ServiceManifest;
 use crate::secrets::{self, Secret};
@@ -28,6 +28,8 @@ pub trait Kind: Sized + Send + Sync + PartialEq + 'static {
     type Raw: DeserializeOwned + HasMetadata;
     /// The kind's name.
     const KIND: &'static str;
+    /// What it is here, beside another one that reads the same objects.
+    const NAME: &'static str = Self::KIND;
     /// The API's group and version.
     const API_VERSION: &'static str;
     /// Where an API server has the objects of all namespaces.
@@ -79,6 +81,30 @@ kinds! {
     Node, RawNode, "v1", "/api/v1/nodes", nodes, false, node, |_| true;
     ServiceManifest, RawServiceManifest, "culvert.dev/v1alpha1", "/apis/culvert.dev/v1alpha1/servicemanifests", manifests, true, service_manifest, |_| true;
     Secret, RawSecret, "v1", "/api/v1/secrets", secrets, true, secret, |_| true;
+}
+
+impl Kind for VirtualIps {
+    type Raw = RawService;
+    const KIND: &'static str = Service::KIND;
+    const NAME: &'static str = "VirtualIP";
+    const API_VERSION: &'static str = Service::API_VERSION;
+    const PATH: &'static str = Service::PATH;
+    const NAMESPACED: bool = true;
+
+    fn matters(&self) -> bool {
+        !self.0.is_empty()
+    }
+
+    /// What is wrong with a Service is said of those that are selected.
+    fn convert(raw: RawService, object: &ObjectName) -> Result<Option<Self>, ManifestError> {
+        let Ok(Some(service)) = service(raw, object) else { return Ok(None) };
+        let ports = service.ports.iter().map(|port| port.port);
+        Ok(Some(Self(ports.flat_map(|port| service.cluster_ips.iter().map(move |ip| (*ip, port))).collect())))
+    }
+
+    fn among(objects: &mut Objects) -> &mut Arc<BTreeMap<ObjectKey, Arc<Self>>> {
+        &mut objects.virtual_ips
+    }
 }
 
 /// Everything is checked where it is read.

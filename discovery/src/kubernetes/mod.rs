@@ -62,6 +62,8 @@ pub struct Objects {
     pub manifests: Arc<BTreeMap<ObjectKey, Arc<ServiceManifest>>>,
     /// What proxies may be given of secrets.
     pub secrets: Arc<BTreeMap<ObjectKey, Arc<Secret>>>,
+    /// The virtual addresses of all Services, where not all of them are selected.
+    pub virtual_ips: Arc<BTreeMap<ObjectKey, Arc<VirtualIps>>>,
 }
 
 /// A transport protocol. Only TCP ports become Envoy clusters.
@@ -101,6 +103,10 @@ impl Service {
         !self.selector.is_empty() && self.selector.iter().all(|(key, value)| labels.get(key) == Some(value))
     }
 }
+
+/// The virtual addresses of a Service with its TCP ports: all that has to be known of one that is not selected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VirtualIps(pub Vec<(IpAddr, u16)>);
 
 /// A TCP port of a Service.
 #[derive(Debug, Clone, PartialEq, Eq)]

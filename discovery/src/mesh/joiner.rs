@@ -159,6 +159,22 @@ impl Joiner {
                 }
             }
         }
+        for (info, objects) in clusters(registry) {
+            let mut taken = 0;
+            let hidden = objects.virtual_ips.iter().filter(|(key, _)| !objects.services.contains_key(*key));
+            for address in hidden.flat_map(|(_, addresses)| &addresses.0) {
+                if vips.get(address).is_some_and(|(_, cluster)| *cluster != info.name) {
+                    taken += usize::from(contested.insert(*address));
+                }
+            }
+            if taken > 0 {
+                self.vip_warnings.push(format!(
+                    "{taken} addresses of services of other clusters are in cluster {} those of services that `service_selector` \
+                     leaves out; what goes there is passed through, to the one of its own cluster",
+                    info.name
+                ));
+            }
+        }
         // Clusters often have the same range of addresses. Where a proxy is is not known here, what the address leads to
         // where it is, is.
         vips.retain(|address, _| !contested.contains(address));
@@ -303,6 +319,7 @@ impl Known {
             services_changed = true;
             mark(key);
         });
+        differing(&before.virtual_ips, &after.virtual_ips, |_, _, _| services_changed = true);
         differing(&before.manifests, &after.manifests, |key, _, _| mark(key));
         differing(&before.slices, &after.slices, |key, old, new| {
             let service = |slice: &Arc<EndpointSlice>| {

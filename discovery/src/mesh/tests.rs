@@ -428,3 +428,20 @@ fn a_drained_cluster_gives_up_what_others_can_take_over() {
     assert_eq!(addresses(port(&mesh2, 80)), ["10.2.0.1:8080 Healthy"]);
     assert!(mesh2.warnings[0].contains("2 service ports"), "{:?}", mesh2.warnings);
 }
+
+#[test]
+fn an_address_of_a_service_that_is_not_selected_is_not_another_cluster_s() {
+    let vip = |selected: &str, hidden: &[(&str, u16)]| {
+        let mut objects = parse(selected).unwrap();
+        let addresses = hidden.iter().map(|(ip, port)| (ip.parse().unwrap(), *port)).collect();
+        let hidden = crate::kubernetes::VirtualIps(addresses);
+        objects.virtual_ips = Arc::new([(ObjectKey::new("default", "users"), Arc::new(hidden))].into());
+        let west = Cluster { objects: Some(objects.into()), ..cluster("west", "") };
+        let mesh = mesh(vec![cluster("east", SERVICE), west]);
+        (port(&mesh, 80).vips.len(), mesh.warnings.len())
+    };
+    assert_eq!(vip("", &[("10.96.0.1", 81), ("10.96.0.2", 80)]), (1, 0));
+    assert_eq!(vip("", &[("10.96.0.1", 80)]), (0, 1), "it is east's and west's: neither's");
+    // The same service, which is selected.
+    assert_eq!(vip(SERVICE, &[("10.96.0.1", 80)]), (1, 0));
+}

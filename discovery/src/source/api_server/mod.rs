@@ -18,7 +18,7 @@ use culvert_kube_api::{Access, KubernetesConfig, Object, Objects, Selection, Wat
 use self::state::{Collected, News, Read, Shared};
 use super::{Source, SourceError};
 use crate::kubernetes::convert::{self, Deleted, Kind};
-use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service};
+use crate::kubernetes::{EndpointSlice, Node, ObjectKey, Pod, Service, VirtualIps};
 use crate::policy::ServiceManifest;
 use crate::registry::{RegistryHandle, SourceUpdate};
 use crate::secrets::{self, Secret};
@@ -44,20 +44,28 @@ impl ApiServer {
 impl Source for ApiServer {
     async fn run(self, registry: RegistryHandle) -> Result<(), SourceError> {
         let Self { cluster, config } = self;
-        let mut kinds = vec![Service::KIND, EndpointSlice::KIND, Pod::KIND];
+        let mut kinds = vec![Service::NAME, EndpointSlice::NAME, Pod::NAME];
         if config.nodes {
-            kinds.push(Node::KIND);
+            kinds.push(Node::NAME);
         }
         if config.service_manifests {
-            kinds.push(ServiceManifest::KIND);
+            kinds.push(ServiceManifest::NAME);
         }
         if config.secrets {
-            kinds.push(Secret::KIND);
+            kinds.push(Secret::NAME);
+        }
+        // Of Services that are not selected only this: their addresses are not free for those of other clusters.
+        let selects = !config.service_selector.is_empty();
+        if selects {
+            kinds.push(VirtualIps::NAME);
         }
         let shared = Arc::new(Shared::new(cluster, &kinds));
         let access = Arc::new(Access::new(config.clone()));
         let mut watches = JoinSet::new();
         watches.spawn(watch::<Service>(&access, &shared, config.service_selector).run());
+        if selects {
+            watches.spawn(watch::<VirtualIps>(&access, &shared, String::new()).run());
+        }
         watches.spawn(watch::<EndpointSlice>(&access, &shared, config.endpoint_slice_selector).run());
         watches.spawn(watch::<Pod>(&access, &shared, config.pod_selector).run());
         if config.nodes {

@@ -140,7 +140,7 @@ impl Shared {
                 *known = Arc::new(objects);
                 state.objects_changed = true;
             }
-            let kind = state.kinds.entry(K::KIND).or_default();
+            let kind = state.kinds.entry(K::NAME).or_default();
             for error in wrong.iter().filter(|(key, error)| kind.wrong.get(key) != Some(error)).map(|(_, error)| error)
             {
                 warn!("cluster `{}`: {error}", self.cluster);
@@ -156,7 +156,7 @@ impl Shared {
     /// Takes in one object.
     pub(super) fn add<K: Kind>(&self, key: ObjectKey, object: Read<K>) {
         self.with(|state| {
-            let wrong = &mut state.kinds.entry(K::KIND).or_default().wrong;
+            let wrong = &mut state.kinds.entry(K::NAME).or_default().wrong;
             let known = K::among(&mut state.objects);
             match object {
                 Ok(object) => {
@@ -182,7 +182,7 @@ impl Shared {
     /// Forgets one object.
     pub(super) fn remove<K: Kind>(&self, key: &ObjectKey) {
         self.with(|state| {
-            state.kinds.entry(K::KIND).or_default().wrong.remove(key);
+            state.kinds.entry(K::NAME).or_default().wrong.remove(key);
             let known = K::among(&mut state.objects);
             state.objects_changed |= known.contains_key(key) && Arc::make_mut(known).remove(key).is_some();
         });
@@ -199,23 +199,23 @@ impl Shared {
 
     /// Notes that objects of this kind can be read.
     pub(super) fn works<K: Kind>(&self) {
-        let failing = self.with(|state| state.kinds.entry(K::KIND).or_default().failing.take());
+        let failing = self.with(|state| state.kinds.entry(K::NAME).or_default().failing.take());
         if let Some((since, _)) = failing {
-            info!("cluster `{}`: {}s can be read again, for the first time since {since:.0}", self.cluster, K::KIND);
+            info!("cluster `{}`: {}s can be read again, for the first time since {since:.0}", self.cluster, K::NAME);
         }
     }
 
     /// Notes that objects of this kind cannot be read.
     pub(super) fn fails<K: Kind>(&self, error: &str) {
         let news = self.with(|state| {
-            let failing = &mut state.kinds.entry(K::KIND).or_default().failing;
+            let failing = &mut state.kinds.entry(K::NAME).or_default().failing;
             let news = failing.as_ref().is_none_or(|(_, known)| known != error);
             let since = failing.as_ref().map_or_else(Timestamp::now, |(since, _)| *since);
             *failing = Some((since, error.to_owned()));
             news
         });
         if news {
-            warn!("cluster `{}`: {}s cannot be read: {error}", self.cluster, K::KIND);
+            warn!("cluster `{}`: {}s cannot be read: {error}", self.cluster, K::NAME);
         }
     }
 
@@ -249,6 +249,7 @@ impl Shared {
             "Pod" => state.objects.pods.contains_key(key),
             "ServiceManifest" => state.objects.manifests.contains_key(key),
             "Secret" => state.objects.secrets.contains_key(key),
+            "VirtualIP" => state.objects.virtual_ips.contains_key(key),
             _ => state.objects.nodes.contains_key(key),
         };
         for (name, kind) in &state.kinds {
