@@ -49,6 +49,10 @@ struct Args {
     /// How many services a client may call, itself among them; 0 is all.
     #[arg(long, default_value_t = 20)]
     egress: usize,
+    /// Whether the clients are sidecars, each of its own service.
+    #[arg(long)]
+    sidecars: bool,
+
     /// How many endpoints are replaced each second.
     #[arg(long, default_value_t = 500)]
     rate: u32,
@@ -262,7 +266,12 @@ async fn follow(client: usize, listen: SocketAddr, args: &Args, seen: &Seen) {
             values: vec![Value { kind: Some(Kind::StringValue(format!("{}.{}", name(service), namespace(service)))) }],
         })),
     };
-    let metadata = Struct { fields: HashMap::from([("services".to_owned(), services)]) };
+    let mut fields = HashMap::from([("services".to_owned(), services)]);
+    if args.sidecars {
+        let role = Value { kind: Some(Kind::StringValue("sidecar".to_owned())) };
+        fields.insert("culvert.proxy".to_owned(), role);
+    }
+    let metadata = Struct { fields };
     let node = Node { id: format!("node-{client}"), metadata: Some(metadata), ..Default::default() };
     let ask = |type_url: &str, names: Vec<String>| DeltaDiscoveryRequest {
         node: Some(node.clone()),
@@ -280,7 +289,7 @@ async fn follow(client: usize, listen: SocketAddr, args: &Args, seen: &Seen) {
         let ack = DeltaDiscoveryRequest { type_url: type_url.clone(), response_nonce: nonce, ..Default::default() };
         requests.send(ack).await.unwrap();
         if type_url == type_url::CLUSTER {
-            let names: Vec<_> = resources.into_iter().map(|r| r.name).filter(|name| name != "original_dst").collect();
+            let names: Vec<_> = resources.into_iter().map(|r| r.name).filter(|name| is_of_endpoints(name)).collect();
             wanted = names.len();
             requests.send(ask(type_url::ENDPOINT, names)).await.unwrap();
             requests.send(ask(type_url::LISTENER, vec!["*".to_owned()])).await.unwrap();
@@ -307,6 +316,11 @@ async fn follow(client: usize, listen: SocketAddr, args: &Args, seen: &Seen) {
         }
         seen.delays.lock().unwrap().extend(delays);
     }
+}
+
+/// Whether a cluster has endpoints that discovery tells: not those that lead where the client wanted to go, or nowhere.
+fn is_of_endpoints(cluster: &str) -> bool {
+    cluster.contains(':') && !cluster.starts_with("inbound_")
 }
 
 /// Which change brought an endpoint, if one did.

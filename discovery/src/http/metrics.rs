@@ -180,7 +180,7 @@ impl StatusPages {
             let types = snapshot.resources(kind).types();
             types.map(move |(type_url, resources)| {
                 let labels = [("kind", kind.name().to_owned()), ("type", short(type_url).to_owned())];
-                (labels, resources.resources.len())
+                (labels, resources.resources.size())
             })
         });
         to.family("culvert_discovery_resources", "gauge", "Resources by kind of proxy and type.", served);

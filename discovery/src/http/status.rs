@@ -197,7 +197,7 @@ impl StatusPages {
         let served = ProxyKind::ALL.map(|kind| {
             let types = snapshot.resources(kind).types().map(|(type_url, resources)| {
                 let status =
-                    ServedStatus { version: resources.version.to_string(), resources: resources.resources.len() };
+                    ServedStatus { version: resources.version.to_string(), resources: resources.resources.size() };
                 (type_url, status)
             });
             (kind.name(), types.collect())

@@ -14,7 +14,7 @@ mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use culvert_xds_client::api::culvert::extensions::filters::http::overrides::v1::Override;
 use envoy_types::pb::google::protobuf::Any;
@@ -22,8 +22,8 @@ use prost::Message;
 
 pub(crate) use self::clusters::socket_address;
 pub(crate) use self::policy::{duration, health_check};
+pub use self::resource::{ByName, Position, Resource, TypeResources};
 use self::resource::{Changes, History};
-pub use self::resource::{Position, Resource, TypeResources};
 pub use self::role::Role;
 use self::view::Views;
 pub use self::view::{View, Viewer};
@@ -127,11 +127,14 @@ impl ProxyKind {
 #[derive(Debug, Clone)]
 pub struct ResourceSet {
     types: BTreeMap<&'static str, Arc<TypeResources>>,
+    /// Of a sidecar that is given everything: which state of everybody's clusters its own ones were made from, and the names of those that it
+    /// has beside them.
+    beside: Option<(Position, Vec<Arc<str>>)>,
 }
 
 impl Default for ResourceSet {
     fn default() -> Self {
-        Self { types: PUSH_ORDER.into_iter().map(|type_url| (type_url, Arc::default())).collect() }
+        Self { types: PUSH_ORDER.into_iter().map(|type_url| (type_url, Arc::default())).collect(), beside: None }
     }
 }
 
@@ -165,6 +168,8 @@ pub struct Snapshot {
     /// Counts up when what may be called by whom changes.
     policies: u64,
     views: Views,
+    /// The listener for what their pods call, of sidecars that are given everything: for culvertd, and for others.
+    sidecars_outbound: Arc<[OnceLock<Arc<Resource>>; 2]>,
 }
 
 /// A service that is new, different or gone; without a name, something that every view has.
@@ -244,6 +249,7 @@ impl Snapshot {
             history: History::new(),
             policies: 0,
             views: Views::default(),
+            sidecars_outbound: Arc::default(),
         };
         let always = |type_url| always(type_url).map(|resource| (Arc::clone(&resource.name), Some(resource)));
         for type_url in OF_SERVICES {
@@ -370,6 +376,7 @@ impl Snapshot {
 
     /// Makes the proxies' listeners anew.
     fn renew_listeners(&mut self) {
+        self.sidecars_outbound = Arc::default();
         for kind in [ProxyKind::Culvert, ProxyKind::Foreign] {
             let outbound = listeners::outbound(&self.mesh, None, &self.options, (kind, Role::Node));
             let listeners = by_name(encode(type_url::LISTENER, vec![(OUTBOUND_LISTENER.to_owned(), outbound)]));

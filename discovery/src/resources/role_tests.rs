@@ -159,6 +159,25 @@ fn a_sidecar_has_a_listener_for_what_calls_its_pod() {
     for type_url in [type_url::ENDPOINT, type_url::ROUTE] {
         assert!(Arc::ptr_eq(everything.of_type(type_url).unwrap(), all.of_type(type_url).unwrap()), "{type_url}");
     }
+    // Another one shares with it what they have in common, now and after a change.
+    let orders = viewer(ProxyKind::Foreign, Role::Sidecar, &["orders"]);
+    let outbound = |view: &View| Arc::clone(&view.of_type(type_url::LISTENER).unwrap().resources[OUTBOUND_LISTENER]);
+    let other = snapshot.view(&orders, None);
+    assert!(Arc::ptr_eq(&outbound(&everything), &outbound(&other)));
+    assert_ne!(names(&everything, type_url::CLUSTER), names(&other, type_url::CLUSTER));
+    let changed =
+        OBJECTS.replace("{name: http, port: 80, targetPort: 8080}", "{name: http, port: 90, targetPort: 8080}");
+    let next = snapshot.next(mesh(&changed), &[ObjectKey::new("default", "web")].into());
+    let (web, other) = (viewer(ProxyKind::Foreign, Role::Sidecar, &["web"]), next.view(&orders, Some(&other)));
+    let everything = next.view(&web, Some(&everything));
+    assert!(Arc::ptr_eq(&outbound(&everything), &outbound(&other)));
+    for (view, viewer) in [(&everything, &web), (&other, &orders)] {
+        let anew = Snapshot::build(mesh(&changed), &Options::default()).view(viewer, None);
+        for type_url in [type_url::CLUSTER, type_url::LISTENER] {
+            assert_eq!(view.of_type(type_url).unwrap().version, anew.of_type(type_url).unwrap().version, "{type_url}");
+        }
+    }
+    assert!(names(&other, type_url::CLUSTER).contains(&"web.default:90".to_owned()));
     // gRPC's own client has no listeners of a proxy, whatever it says.
     let grpc = snapshot.view(&viewer(ProxyKind::Grpc, Role::Sidecar, &["web"]), None);
     assert!(Arc::ptr_eq(&grpc.set, snapshot.resources(ProxyKind::Grpc)));

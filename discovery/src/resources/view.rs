@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::resource::Position;
+use envoy_types::pb::envoy::config::listener::v3::Listener;
+
+use super::resource::{Changes, Position};
 use super::{
     Change, INBOUND_LISTENER, OUTBOUND_LISTENER, ProxyKind, Resource, ResourceSet, Role, Snapshot, TypeResources,
     by_name, edge, encode, listeners, sidecar, type_url,
@@ -212,7 +214,7 @@ impl Snapshot {
             let ports = mesh.services.iter().filter_map(|(key, service)| Some((key, edge::exposed(service)?.1)));
             ports.map(|(key, port)| cluster_name(key, port)).collect()
         });
-        let mut set = ResourceSet::default();
+        let mut set = ResourceSet { beside: before.beside.clone(), ..ResourceSet::default() };
         for (type_url, known) in &before.types {
             let the_same_for_all = || Arc::clone(of_all.of_type(type_url).unwrap_or(known));
             let replaced = match *type_url {
@@ -231,7 +233,12 @@ impl Snapshot {
                     known.replaced(super::routes(&mesh, &ports))
                 }
                 type_url::CLUSTER if scope.role == Role::Sidecar && !reshaped => Arc::clone(known),
-                type_url if scope.services.is_none() && type_url != type_url::CLUSTER => the_same_for_all(),
+                type_url::CLUSTER if scope.services.is_none() => {
+                    let (clusters, beside) = self.beside_all(known, &the_same_for_all(), before.beside.as_ref(), scope);
+                    set.beside = Some(beside);
+                    clusters
+                }
+                _ if scope.services.is_none() => the_same_for_all(),
                 type_url => {
                     let made = mesh.services.keys().filter_map(|key| self.made.get(key));
                     let of_services = made.flat_map(|made| made.of_type(type_url));
@@ -240,10 +247,7 @@ impl Snapshot {
                         |resource: &Arc<Resource>| at_edge.as_ref().is_none_or(|it| it.contains(&*resource.name));
                     let of_services = of_services.filter(wanted).chain(super::always(type_url));
                     let is_sidecars = type_url == type_url::CLUSTER && scope.role == Role::Sidecar;
-                    let own = is_sidecars.then(|| {
-                        let own = sidecar::clusters(&self.mesh, &scope.own, &self.options);
-                        encode(type_url::CLUSTER, own)
-                    });
+                    let own = is_sidecars.then(|| self.own_clusters(scope));
                     let resources = of_services.chain(own.into_iter().flatten());
                     known.replaced(resources.map(|resource| (Arc::clone(&resource.name), resource)).collect())
                 }
@@ -253,18 +257,63 @@ impl Snapshot {
         set
     }
 
+    /// The clusters that only a sidecar of these services has.
+    fn own_clusters(&self, scope: &Scope) -> Vec<Arc<Resource>> {
+        encode(type_url::CLUSTER, sidecar::clusters(&self.mesh, &scope.own, &self.options))
+    }
+
+    /// The clusters of a sidecar that is given everything: those of `all`, and its own ones. What it has in common with all others is shared with
+    /// them, and only what has changed is looked at.
+    fn beside_all(
+        &self,
+        known: &Arc<TypeResources>,
+        all: &Arc<TypeResources>,
+        before: Option<&(Position, Vec<Arc<str>>)>,
+        scope: &Scope,
+    ) -> (Arc<TypeResources>, (Position, Vec<Arc<str>>)) {
+        let own = by_name(self.own_clusters(scope));
+        let names = own.keys().cloned().collect();
+        let own = own.into_iter().map(|(name, resource)| (name, Some(resource)));
+        let news = before.and_then(|(position, had)| Some((all.changed_since(*position)?, had)));
+        let clusters = match news {
+            Some((changed, had)) => {
+                let of_all = |name: &Arc<str>| (Arc::clone(name), all.resources.get(name).cloned());
+                let mut changes: Changes = changed.chain(had).map(of_all).collect();
+                changes.extend(own);
+                known.with(changes)
+            }
+            None => all.fork().with(own.collect()),
+        };
+        (clusters, (all.position(), names))
+    }
+
+    /// The listener for what pods call, of sidecars that are given everything: the same for all.
+    fn outbound_of_sidecars(&self, kind: ProxyKind) -> Arc<Resource> {
+        let [culvert, foreign] = &*self.sidecars_outbound;
+        let made = if kind == ProxyKind::Culvert { culvert } else { foreign };
+        Arc::clone(made.get_or_init(|| {
+            let outbound = listeners::outbound(&self.mesh, None, &self.options, (kind, Role::Sidecar));
+            Arc::new(Resource::new(type_url::LISTENER, OUTBOUND_LISTENER, &outbound))
+        }))
+    }
+
     /// The listeners of a proxy with this scope. `mesh`: what there is in it.
     fn listeners(&self, mesh: &Mesh, kind: ProxyKind, scope: &Scope) -> BTreeMap<Arc<str>, Arc<Resource>> {
+        let one = |name: &str, listener: &Listener| Arc::new(Resource::new(type_url::LISTENER, name, listener));
         let listeners = match scope.role {
-            Role::Edge => edge::listeners(mesh, &self.options, kind),
+            Role::Edge => encode(type_url::LISTENER, edge::listeners(mesh, &self.options, kind)),
             role => {
-                let rest = scope.rest_on_demand.then_some(&*self.mesh);
-                let outbound = listeners::outbound(mesh, rest, &self.options, (kind, role));
+                let outbound = if role == Role::Sidecar && scope.services.is_none() {
+                    self.outbound_of_sidecars(kind)
+                } else {
+                    let rest = scope.rest_on_demand.then_some(&*self.mesh);
+                    one(OUTBOUND_LISTENER, &listeners::outbound(mesh, rest, &self.options, (kind, role)))
+                };
                 let inbound = (role == Role::Sidecar)
-                    .then(|| (INBOUND_LISTENER.to_owned(), sidecar::inbound(&self.mesh, &scope.own, &self.options)));
-                [(OUTBOUND_LISTENER.to_owned(), outbound)].into_iter().chain(inbound).collect()
+                    .then(|| one(INBOUND_LISTENER, &sidecar::inbound(&self.mesh, &scope.own, &self.options)));
+                [outbound].into_iter().chain(inbound).collect()
             }
         };
-        by_name(encode(type_url::LISTENER, listeners))
+        by_name(listeners)
     }
 }

@@ -219,7 +219,7 @@ fn a_reconnecting_client_gets_only_what_changed() {
     let version = Some(all.version.to_string());
     assert_eq!((&status.sent, &status.acked), (&version, &version));
     let held = session.held();
-    assert_eq!(held.len(), all.resources.len());
+    assert_eq!(held.len(), all.resources.size());
     assert!(held.iter().all(|held| held.state == HeldState::Accepted && held.resource.is_some()), "{held:?}");
     let after = snapshot(&[("users", "grpc", 80), ("new", "http", 82)]);
     assert_eq!(reconnect(&after).0, ["Cluster +new.default:82 +users.default:80 -orders.default:81"]);

@@ -8,7 +8,7 @@
 //! - Clusters are taken away only after the listeners and routes that used them (make before break), and not while the
 //!   client refuses the newest listeners or routes: it goes on with older ones.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use envoy_types::pb::envoy::config::core::v3::Node;
@@ -20,7 +20,7 @@ use super::clients::ClientStatus;
 use super::csds::{Held, HeldState};
 use super::response::{Response, Variant};
 use super::{NOTHING, Session, Types, WILDCARD, check_name_count, viewer};
-use crate::resources::{ProxyKind, Resource, Snapshot, TypeResources, View, Viewer, type_url};
+use crate::resources::{ByName, ProxyKind, Resource, Snapshot, TypeResources, View, Viewer, type_url};
 use crate::secrets::Access;
 
 /// One SotW stream.
@@ -60,13 +60,13 @@ struct TypeState {
     /// Whether a response is due even if nothing changed.
     due: bool,
     /// What the newest response held.
-    sent: BTreeMap<Arc<str>, Arc<Resource>>,
+    sent: ByName,
     /// The snapshot's version of the type that `sent` is known to agree with.
     settled_version: Option<Arc<str>>,
 }
 
 impl TypeState {
-    fn wanted(&self, available: &TypeResources) -> BTreeMap<Arc<str>, Arc<Resource>> {
+    fn wanted(&self, available: &TypeResources) -> ByName {
         if self.wildcard {
             return available.resources.clone();
         }
@@ -184,7 +184,9 @@ impl SotwSession {
         let held = hold_back && gone && state.wildcard;
         if held {
             for (name, resource) in &state.sent {
-                wanted.entry(name.clone()).or_insert_with(|| Arc::clone(resource));
+                if !wanted.contains_key(name) {
+                    wanted.insert_mut(name.clone(), Arc::clone(resource));
+                }
             }
             version = format!("{version}-before-removals").into();
         }
@@ -234,14 +236,10 @@ impl SotwSession {
 
 /// Whether a response would tell the client nothing. Only clusters and listeners can be taken away by leaving them out
 /// of a response; of other types only what is new or changed counts.
-fn is_no_news(
-    type_url: &str,
-    sent: &BTreeMap<Arc<str>, Arc<Resource>>,
-    wanted: &BTreeMap<Arc<str>, Arc<Resource>>,
-) -> bool {
+fn is_no_news(type_url: &str, sent: &ByName, wanted: &ByName) -> bool {
     let all_known = wanted.iter().all(|(name, new)| sent.get(name).is_some_and(|old| old.version == new.version));
     let full_state = ![type_url::ENDPOINT, type_url::ROUTE, type_url::SECRET].contains(&type_url);
-    all_known && (!full_state || sent.len() == wanted.len())
+    all_known && (!full_state || sent.size() == wanted.size())
 }
 
 #[cfg(test)]

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use envoy_types::pb::envoy::config::core::v3::Node;
 use envoy_types::pb::google::rpc;
 

@@ -182,7 +182,7 @@ mod tests {
         let settings = settings(19_410..=19_411);
         let mut ports = Ports::new();
         tokio::time::advance(settings.quarantine).await;
-        let mut take = |ports: &mut Ports, name: &str| {
+        let take = |ports: &mut Ports, name: &str| {
             let taken = ports.take(&settings, &key(name), None).unwrap();
             let port = taken.address.port();
             (port, taken.from.saturating_duration_since(Instant::now()))
