@@ -348,6 +348,7 @@ async fn bind_when_free(address: std::net::SocketAddr) -> TcpListener {
 
 /// Lets connections finish, for at most `--drain-time-s`, or until a second signal.
 async fn drain(flags: &Flags, plane: &DataPlane, signals: &mut Signals) {
+    plane.let_go().await;
     plane.shut().await;
     let limit = drain_time(flags);
     let finished = async {

@@ -51,9 +51,9 @@ fn routing(lab: &Lab) -> String {
     let mut found = String::new();
     for family in ["-4", "-6"] {
         let rules = lab.node.ip(&format!("{family} rule list"));
-        found.extend(rules.lines().filter(|line| line.contains("0xc17")));
+        found.extend(rules.lines().filter(|line| line.contains("0xc17")).map(|line| format!("{line}\n")));
         let routes = lab.node.ip(&format!("{family} route list table all"));
-        found.extend(routes.lines().filter(|line| line.contains("table 3095")));
+        found.extend(routes.lines().filter(|line| line.contains("table 3095")).map(|line| format!("{line}\n")));
     }
     found
 }
@@ -182,6 +182,30 @@ fn interfaces_are_followed() {
     let in_pod = || lab.client.run(|| SchedClassifier::query_tcx("pod8", TcAttachType::Ingress)).unwrap().1.len();
     eventually("detached from pod8 in the pod", || in_pod() == 0);
     lab.node.run(|| interception.shutdown()).expect("shuts down");
+}
+
+/// As network managers do with rules that are not theirs, and `culvert clean` with another pin path: redirected packets would go astray.
+#[test]
+fn rule_and_route_that_others_remove_come_back() {
+    let lab = Lab::new();
+    let (interception, worker) = start(&lab, closed(&lab));
+    let before = routing(&lab);
+    assert_eq!(before.lines().count(), 4, "{before}");
+    for removed in [
+        "-4 rule delete fwmark 0xc17 lookup 3095",
+        "-6 rule delete fwmark 0xc17 lookup 3095",
+        "-4 route flush table 3095",
+        "-6 route flush table 3095",
+    ] {
+        lab.node.ip(removed);
+        eventually("it is there again", || routing(&lab) == before);
+    }
+    for destination in ["10.96.0.10:80", "[fd00:96::10]:80"] {
+        lab.client.connect(destination).expect("connects");
+        accept(&worker);
+    }
+    stop(&lab, interception);
+    assert_eq!(routing(&lab), "");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod kernel_lab;
 
+use std::collections::HashSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
@@ -12,10 +13,18 @@ use std::path::PathBuf;
 use aya::maps::{Map, MapData, MapInfo, PerCpuHashMap};
 use aya::programs::{SchedClassifier, TcAttachType};
 use culvert_proxy_daemon::intercept::{
-    Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector, Traffic,
+    BalancedService, ConnectBalancing, Enrolment, Interception, InterceptionConfig, PodStatus, Policy, Selector,
+    Traffic,
 };
 use culvert_proxy_ebpf::{Address, LAYOUT, PodCounters};
+use kernel_lab::puppet::{self, Group, Puppet};
 use kernel_lab::*;
+
+/// Not a test of its own: what the process does whose connections are balanced.
+#[test]
+fn play_the_puppet() {
+    puppet::play();
+}
 
 /// The client opens connections, all of which are redirected, and says something by each.
 fn connect(lab: &Lab, worker: &TcpListener, times: usize) {
@@ -224,6 +233,115 @@ fn counters_of_another_layout_go_on_through_an_upgrade() {
     connect(&lab, &new, 2);
     assert_eq!(counter(&second, "redirected"), 9);
     stop(&lab, first);
+    stop(&lab, second);
+    assert!(!lab.pin_path.exists());
+}
+
+/// The old daemon's programs for services serve on, and count, after the new one's others have taken their places.
+#[test]
+fn what_balances_services_is_counted_until_it_is_replaced() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let balancing = ConnectBalancing { cgroups: vec![group.path().to_owned()], ..ConnectBalancing::default() };
+    // With interfaces, and without: then nothing is waited for.
+    for interfaces in [lab.config().interfaces, Vec::new()] {
+        let config = || InterceptionConfig {
+            balancing: Some(balancing.clone()),
+            interfaces: interfaces.clone(),
+            ..lab.config()
+        };
+        let service = BalancedService { address: "10.96.0.10:80".parse().unwrap(), udp: false, cluster: "any".into() };
+        let shares = [("10.201.2.2:8001".parse().unwrap(), 1.0)];
+        let backend = lab.server.listen("10.201.2.2:8001");
+        // On the node: a pod's connections to what the second daemon does not know as a backend yet are redirected.
+        let mut app = Puppet::new(&lab.node, &group);
+        let mut connect = |times: usize| {
+            for _ in 0..times {
+                app.connect("10.96.0.10:80").expect("connects");
+                accept(&backend);
+            }
+        };
+        let balanced = |daemon: &Interception| counter(daemon, "balanced.connections");
+        let attach = |daemon: &Interception| {
+            daemon.balance();
+            eventually("attached", || daemon.hooked_cgroups().1 == 1);
+        };
+        let (first, _old) = start(&lab, config());
+        first.set_service(&service, &shares).unwrap();
+        attach(&first);
+        connect(3);
+        move_pins(&lab, &lab.pin_path.join("maps-1")).expect("moves");
+
+        let (second, _new) = start(&lab, config());
+        assert!(!lab.pin_path.join("maps-1").exists(), "it has taken over");
+        assert_eq!(balanced(&second), 3);
+        // It knows no hosts yet: the first one's programs choose.
+        connect(4);
+        second.set_service(&service, &shares).unwrap();
+        attach(&second);
+        eventually("carried on", || balanced(&second) == 7);
+        connect(2);
+        assert_eq!(balanced(&second), 9);
+        assert_eq!(balanced(&first), 7);
+        stop(&lab, first);
+        stop(&lab, second);
+        assert!(!lab.pin_path.exists());
+    }
+}
+
+/// What workers count, and not the programs, outlives them too.
+#[test]
+fn what_workers_count_goes_on_after_a_crash() {
+    const REFUSALS: u64 = 3;
+    let mut lab = Lab::new();
+    let cgroup = lab.cgroup();
+    let config = || InterceptionConfig { shortcut_cgroup: Some(cgroup.clone()), ..lab.config() };
+    let here = || std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    let refused = |daemon: &Interception| counter(daemon, "joined.refused_client");
+    let first = lab.start(config(), 2);
+    for _ in 0..REFUSALS {
+        // From whichever worker and processor: neither is a pod's connection.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let joins = std::rc::Rc::new(first.joins().expect("are loaded").expect("something goes past TCP"));
+                assert!(joins.join(&here(), &here()).is_none());
+            });
+        });
+    }
+    assert_eq!(refused(&first), REFUSALS);
+    drop(first);
+    let second = lab.start(config(), 2);
+    assert_eq!(refused(&second), REFUSALS);
+    stop(&lab, second);
+}
+
+/// Where what is pinned for an interface is a link that takes no program of ours, ours is attached beside it, and it goes.
+#[test]
+fn a_link_that_takes_no_other_program_gives_way() {
+    let lab = Lab::new();
+    let group = Group::new(None, "pods");
+    let balancing = ConnectBalancing { cgroups: vec![group.path().to_owned()], ..ConnectBalancing::default() };
+    let (first, _worker) = start(&lab, InterceptionConfig { balancing: Some(balancing), ..lab.config() });
+    first.balance();
+    let (links, cgroups) = (lab.pin_path.join("links"), lab.pin_path.join("cgroups"));
+    let pinned = || fs::read_dir(&cgroups).expect("pins").map(|entry| entry.expect("one").path()).collect::<Vec<_>>();
+    eventually("attached", || first.hooked_cgroups().1 == 1);
+    drop(first);
+    let names = || fs::read_dir(&links).expect("links").map(|entry| entry.expect("one").file_name());
+    let before: HashSet<_> = names().collect();
+    assert_eq!(before.len(), 3, "two pods' interfaces and an uplink");
+    for (name, other) in names().collect::<Vec<_>>().iter().zip(pinned()) {
+        fs::rename(other, links.join(name)).expect("rename");
+    }
+    let (second, worker) = start(&lab, lab.config());
+    assert_eq!(names().collect::<HashSet<_>>(), before);
+    connect(&lab, &worker, 2);
+    eventually("one program an interface", || {
+        ["pod1", "pod2", "up0"].into_iter().all(|interface| {
+            let found = lab.node.run(|| SchedClassifier::query_tcx(interface, TcAttachType::Ingress));
+            found.is_ok_and(|(_, programs)| programs.len() == 1)
+        })
+    });
     stop(&lab, second);
     assert!(!lab.pin_path.exists());
 }

@@ -106,8 +106,11 @@ pub enum Acceleration {
 /// The slot of the map `SWITCHES` that says whether a program notices that its socket is registered, even if all that it
 /// reads comes by TCP: 1 where the kernel tells it that nothing is there to read (FIONREAD).
 pub const NOTICED: u32 = 0;
-/// How many slots the map `SWITCHES` has: [`NOTICED`], and how far payload of a listener's connections may go, by direction.
-pub const SWITCHES: usize = INBOUND as usize + 1;
+/// The slot of the map `SWITCHES` that says whether the daemon is about to end: 1, and new connections go their own way.
+pub const ENDING: u32 = INBOUND + 1;
+/// How many slots the map `SWITCHES` has: [`NOTICED`], [`ENDING`], and how far payload of a listener's connections may go, by
+/// direction.
+pub const SWITCHES: usize = ENDING as usize + 1;
 
 /// A direction of two connections that the daemon has joined, in the map `JOINS` by its sender's key. Written by the daemon.
 #[repr(C)]

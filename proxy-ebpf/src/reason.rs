@@ -78,6 +78,7 @@ reasons! {
     43 JoinRefusedServer "joined.refused_server" "Connections not joined because the daemon's connection to the server is not registered: not to an enrolled pod of this node, or not in a pod's name.";
     44 JoinRefusedNoMemory "joined.refused_no_memory" "Connections not joined because a map is full.";
     45 JoinGivenUp "joined.given_up" "Directions of joined connections that were left to the daemon for good because nothing went past it.";
+    46 PassedEnding "passed_ending" "New connections that passed untouched because the daemon is about to end.";
     50 HostRedirected "host.redirected" "Connections of host processes that were sent to a worker's listener.";
     51 HostPassedNamespace "host.passed_namespace" "Connections of processes of the configured cgroups that are in another network namespace than the node's.";
     52 HostPassedExcluded "host.passed_excluded" "Connections of host processes to an excluded port or range, or to the host itself.";
@@ -94,11 +95,4 @@ reasons! {
     66 BalancedNoBackend "balanced.no_backend" "Connections and datagrams refused because the service has no backend.";
     67 BalancedNotKept "balanced.not_kept" "UDP sockets connected to a service that cannot be told when their backend is gone: the map is full.";
     68 BalancedNoMemory "balanced.no_memory" "Connections and datagrams refused because the kernel had no memory to remember the service.";
-}
-
-impl Reason {
-    /// Whether the daemon's workers count it, and not the programs.
-    pub const fn is_daemons(self) -> bool {
-        matches!(self as u32, 40..=45)
-    }
 }

@@ -93,8 +93,13 @@ impl Stage {
     }
 
     fn daemon(&self, bootstrap: &str, before: &[&str]) -> Result<Process> {
+        self.daemon_that_drains(bootstrap, before, "5")
+    }
+
+    /// Likewise, with so many seconds for its connections when it ends.
+    fn daemon_that_drains(&self, bootstrap: &str, before: &[&str], seconds: &str) -> Result<Process> {
         let culvertd = binary_arg("culvertd")?;
-        let flags = [&culvertd, "-c", bootstrap, "--concurrency", "2", "--drain-time-s", "5"];
+        let flags = [&culvertd, "-c", bootstrap, "--concurrency", "2", "--drain-time-s", seconds];
         self.node.spawn("culvertd", &[before, flags.as_slice()].concat())
     }
 
@@ -387,5 +392,69 @@ fn an_upgrade_under_load_loses_no_new_connection() -> Result<()> {
     new.signal(Signal::SIGTERM)?;
     new.wait(DEADLINE)?;
     assert!(!stage.pins().exists(), "the last one removes everything");
+    Ok(())
+}
+
+/// A new daemon takes over, and is ended: the old one, which still runs, serves again.
+#[test]
+fn an_upgrade_that_is_taken_back_loses_no_new_connection() -> Result<()> {
+    let stage = Stage::new("rollback")?;
+    let bootstrap = stage.bootstrap(&stage.by_address(), stage.far.ipv4())?;
+    let mut old = stage.daemon(&bootstrap, &[])?;
+    stage.wait_until_ready(&mut old)?;
+    let (lab_load, url) = (binary_arg("lab-load")?, format!("http://{VIP}/"));
+    call(&stage.pod, &url)?;
+    // Without a daemon nobody answers at that address: a gap would be seen.
+    let load = stage.pod.spawn("lab-load", &[&lab_load, &url, "--new-connections", "-c", "4", "--seconds", "12"])?;
+    let mut new = stage.daemon(&bootstrap, &[])?;
+    wait_until(DEADLINE, "the new daemon to have taken over", || {
+        new.check_running()?;
+        ensure!(
+            new.stderr().contains("program=\"redirect_outbound\"") && !stage.pins().join("next").exists(),
+            "not yet"
+        );
+        Ok(())
+    })?;
+    new.signal(Signal::SIGTERM)?;
+    let ended = new.wait(DEADLINE)?;
+    assert!(ended.status.success() && ended.stderr.contains("another daemon has taken over"), "{}", ended.stderr);
+    assert!(old.stderr().contains("takes over again"), "{}", old.stderr());
+    both_directions(&stage)?;
+    let report: Report = serde_json::from_str(&load.wait(Duration::from_secs(60))?.success()?)?;
+    assert!(report.requests > 100 && report.failed() == 0, "{report:?}");
+    old.check_running()?;
+    old.signal(Signal::SIGTERM)?;
+    old.wait(DEADLINE)?;
+    assert!(!stage.pins().exists(), "the last one removes everything");
+    Ok(())
+}
+
+/// What is open may take its time; new connections of a pod that fails closed are not refused meanwhile.
+#[test]
+fn a_daemon_that_drains_refuses_nothing() -> Result<()> {
+    let stage = Stage::new("drains")?;
+    let enrolled = format!("{}    failure_policy: FAIL_CLOSED\n", stage.by_address());
+    let bootstrap = stage.bootstrap(&enrolled, stage.far.ipv4())?;
+    let mut daemon = stage.daemon_that_drains(&bootstrap, &[], "300")?;
+    stage.wait_until_ready(&mut daemon)?;
+    let hold = format!("exec 3<>/dev/tcp/{}/8080; exec sleep 600", stage.far.ipv4());
+    let held = stage.pod.spawn("hold", &["bash", "-c", &hold])?;
+    wait_until(DEADLINE, "a connection to be open", || {
+        ensure!(stage.stat("interception.redirected")? > 0, "not yet");
+        Ok(())
+    })?;
+    daemon.signal(Signal::SIGTERM)?;
+    wait_until(DEADLINE, "new connections to pass", || {
+        daemon.check_running()?;
+        ensure!(daemon.stderr().contains("draining; a second signal ends it"), "{}", daemon.stderr());
+        Ok(())
+    })?;
+    for url in urls(&stage.far) {
+        call(&stage.pod, &url)?;
+    }
+    daemon.check_running().context("all this was while it drained")?;
+    drop(held);
+    daemon.wait(DEADLINE)?;
+    assert!(!stage.pins().exists());
     Ok(())
 }

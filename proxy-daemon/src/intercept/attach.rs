@@ -142,10 +142,13 @@ fn attach_tcx(program: &mut SchedClassifier, link: &Link, pin: &Path) -> Result<
                 let pinned = PinnedLink::from_pin(pin).map_err(|error| chain(&error))?;
                 return Ok(Held::Pinned(pinned, pin.to_owned()));
             }
-            // The interface that the link belonged to is gone, and another has its index now.
+            // Mostly because the interface that the link belonged to is gone, and another has its index now.
             Err(reason) => {
-                tracing::debug!(interface = link.name, reason, "a link of an earlier daemon is dead");
-                fs::remove_file(pin).map_err(|error| format!("{}: {error}", pin.display()))?;
+                tracing::debug!(
+                    interface = link.name,
+                    reason,
+                    "a link of an earlier daemon takes no other program: a new one is made"
+                );
             }
         }
     }
@@ -156,7 +159,13 @@ fn attach_tcx(program: &mut SchedClassifier, link: &Link, pin: &Path) -> Result<
         .map_err(|error| chain(&error))?;
     let attached = program.take_link(id).map_err(|error| chain(&error))?;
     let attached = FdLink::try_from(attached).map_err(|error| chain(&error))?;
-    let pinned = attached.pin(pin).map_err(|error| format!("{}: {}", pin.display(), chain(&error)))?;
+    // Before what is left of an earlier one goes: an interface is never without.
+    let fresh = pin.with_file_name(format!("{}-new", link.index));
+    let _ = fs::remove_file(&fresh);
+    attached.pin(&fresh).map_err(|error| format!("{}: {}", fresh.display(), chain(&error)))?;
+    pinned::detach(pin);
+    fs::rename(&fresh, pin).map_err(|error| format!("{}: {error}", pin.display()))?;
+    let pinned = PinnedLink::from_pin(pin).map_err(|error| format!("{}: {}", pin.display(), chain(&error)))?;
     Ok(Held::Pinned(pinned, pin.to_owned()))
 }
 

@@ -169,6 +169,11 @@ impl Hooks {
         &self.faults
     }
 
+    /// Has the next look attach everywhere, in the place of what another daemon attached meanwhile.
+    pub(super) fn attach_anew(&mut self) {
+        self.attached.clear();
+    }
+
     /// What the programs are attached for.
     pub(super) fn role(&self) -> Role {
         self.role

@@ -57,7 +57,7 @@ pub(super) struct Carried {
 }
 
 /// Has the counters go on where those of a daemon with maps of another layout are now. What its programs count after this
-/// [`Carried::add_rest`] adds. To be called before any program is attached.
+/// [`Carried::add_more`] adds. To be called before any program is attached.
 pub(super) fn carry_counters_on(ebpf: &mut Ebpf, pin_path: &Path) -> Option<Carried> {
     let number = |path: &Path| path.file_name()?.to_str()?.strip_prefix("maps-")?.parse::<u32>().ok();
     // The first layout had no number.
@@ -108,9 +108,9 @@ impl Carried {
         Ok(())
     }
 
-    /// Adds what the earlier programs counted until ours took their places. (What ours count in the microseconds in which a
-    /// number is written may be lost: the kernel has no addition for us.)
-    pub(super) fn add_rest(mut self, ebpf: &mut Ebpf) {
+    /// Adds what the earlier programs counted meanwhile: the map lives as long as one of them, or this, although its pin may be
+    /// gone. (What ours count in the microseconds in which a number is written may be lost: the kernel has no addition for us.)
+    pub(super) fn add_more(&mut self, ebpf: &mut Ebpf) {
         if let Err(reason) = self.add(ebpf) {
             tracing::warn!(reason, "what the earlier programs counted since this daemon's start is lost");
         }

@@ -5,7 +5,7 @@
 //! has the kernel's part, and why no byte is lost, doubled or reordered.
 
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsFd as _, AsRawFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use culvert_proxy_ebpf::{
 };
 
 use super::error::{InterceptError, chain};
-use crate::stats::{Counter, counter};
+use super::{kernel, pinned};
 
 /// A direction in which nothing went past the daemon for this many tries is left to it.
 const PATIENCE: u32 = 64;
@@ -28,12 +28,8 @@ pub struct Joins {
     joined: RefCell<HashMap<MapData, SocketKey, JoinedCounters>>,
     pods: HashMap<MapData, Address, PodPolicy>,
     switches: Array<MapData, u32>,
-    connections: Counter,
-    refused_off: Counter,
-    refused_client: Counter,
-    refused_server: Counter,
-    refused_no_memory: Counter,
-    given_up: Counter,
+    /// A program that counts in the programs' map, which outlives daemons.
+    counting: OwnedFd,
 }
 
 /// A connection whose pods are joined. Dropped, they are not any more.
@@ -67,22 +63,23 @@ pub struct Past {
 
 impl Joins {
     /// Of the loaded programs.
-    pub(super) fn new(ebpf: &Ebpf) -> Result<Self, InterceptError> {
+    pub(super) fn new(ebpf: &mut Ebpf) -> Result<Self, InterceptError> {
         let typed = |name: &str, error: MapError| InterceptError::load(name, &error);
-        let stat = |reason: Reason| counter(reason.name());
+        let counting = kernel::counting(ebpf)?;
         Ok(Self {
             hops: SkStorage::try_from(own(ebpf, "HOPS")?).map_err(|error| typed("HOPS", error))?,
             joins: RefCell::new(HashMap::try_from(own(ebpf, "JOINS")?).map_err(|error| typed("JOINS", error))?),
             joined: RefCell::new(HashMap::try_from(own(ebpf, "JOINED")?).map_err(|error| typed("JOINED", error))?),
             pods: HashMap::try_from(own(ebpf, "PODS")?).map_err(|error| typed("PODS", error))?,
             switches: Array::try_from(own(ebpf, "SWITCHES")?).map_err(|error| typed("SWITCHES", error))?,
-            connections: stat(Reason::JoinedConnections),
-            refused_off: stat(Reason::JoinRefusedOff),
-            refused_client: stat(Reason::JoinRefusedClient),
-            refused_server: stat(Reason::JoinRefusedServer),
-            refused_no_memory: stat(Reason::JoinRefusedNoMemory),
-            given_up: stat(Reason::JoinGivenUp),
+            counting,
         })
+    }
+
+    fn count(&self, reason: Reason) {
+        if let Err(error) = pinned::run(self.counting.as_fd(), reason as u64) {
+            tracing::debug!(%error, reason = reason.name(), "is not counted");
+        }
     }
 
     /// Joins the pods at the far ends of two of the daemon's sockets, between which it would only copy bytes. `None`: they
@@ -90,29 +87,29 @@ impl Joins {
     pub fn join(self: &Rc<Self>, client: &impl AsRawFd, server: &impl AsRawFd) -> Option<Joined> {
         let refused = match self.try_join(client, server) {
             Ok(joined) => {
-                self.connections.inc();
+                self.count(Reason::JoinedConnections);
                 return Some(joined);
             }
             Err(refused) => refused,
         };
-        refused.inc();
+        self.count(refused);
         None
     }
 
-    fn try_join(self: &Rc<Self>, client: &impl AsRawFd, server: &impl AsRawFd) -> Result<Joined, Counter> {
+    fn try_join(self: &Rc<Self>, client: &impl AsRawFd, server: &impl AsRawFd) -> Result<Joined, Reason> {
         let is_daemons = |hop: &Hop| hop.own.side == Side::Node as u32 && hop.watched == Watched::No as u32;
         let of = |socket: RawFd| self.hops.get(&socket, 0).ok().filter(is_daemons);
-        let down_hop = of(client.as_raw_fd()).ok_or(self.refused_client)?;
+        let down_hop = of(client.as_raw_fd()).ok_or(Reason::JoinRefusedClient)?;
         let is_joined = |level: u32| level == Acceleration::Joined as u32;
         let pod_joins =
             |hop: &Hop| self.pods.get(&hop.own.remote, 0).is_ok_and(|policy| is_joined(policy.acceleration));
         let switched_on = self.switches.get(&down_hop.direction, 0).is_ok_and(is_joined);
         if !switched_on || !pod_joins(&down_hop) {
-            return Err(self.refused_off);
+            return Err(Reason::JoinRefusedOff);
         }
-        let up_hop = of(server.as_raw_fd()).ok_or(self.refused_server)?;
+        let up_hop = of(server.as_raw_fd()).ok_or(Reason::JoinRefusedServer)?;
         if !pod_joins(&up_hop) {
-            return Err(self.refused_off);
+            return Err(Reason::JoinRefusedOff);
         }
         let way = |sender: SocketKey, receiver: SocketKey| Way {
             sender,
@@ -131,7 +128,7 @@ impl Joins {
             let counted = self.joined.borrow_mut().insert(way.sender, JoinedCounters::default(), 0);
             counted.and_then(|()| self.tell(way)).map_err(|error| {
                 tracing::debug!(error = chain(&error), "a connection cannot be joined");
-                self.refused_no_memory
+                Reason::JoinRefusedNoMemory
             })?;
         }
         Ok(joined)
@@ -169,7 +166,7 @@ impl Joins {
             let past = self.past(way).bytes;
             way.tries.set(0);
             if way.seen.replace(past) == past {
-                self.given_up.inc();
+                self.count(Reason::JoinGivenUp);
                 self.close(way);
             }
         }

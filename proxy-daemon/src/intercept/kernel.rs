@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,8 +17,8 @@ use aya::programs::{
 };
 use aya::{Ebpf, EbpfLoader};
 use culvert_proxy_ebpf::{
-    Acceleration, Address, MAX_WORKERS, NOTICED, PodCounters, PodPolicy, Reason, SockLayout, SocketKey, listener_slot,
-    v4_mapped,
+    Acceleration, Address, ENDING, MAX_WORKERS, NOTICED, PodCounters, PodPolicy, Reason, SockLayout, SocketKey,
+    listener_slot, v4_mapped,
 };
 
 use super::acceleration::Withheld;
@@ -249,6 +249,21 @@ pub(super) fn note_daemon(ebpf: &mut Ebpf) -> Result<(), InterceptError> {
     program.test_run(RawTracePointRunOptions::default()).map(drop).map_err(|error| InterceptError::load(NAME, &error))
 }
 
+/// The program by which workers count: a handle that lives as long as it is used.
+pub(super) fn counting(ebpf: &mut Ebpf) -> Result<OwnedFd, InterceptError> {
+    const NAME: &str = "count_for_daemon";
+    let missing = || InterceptError::Load { name: NAME.to_owned(), reason: "not in the kernel object".to_owned() };
+    let program = ebpf.program_mut(NAME).ok_or_else(missing)?;
+    let program: &mut RawTracePoint =
+        program.try_into().map_err(|error: ProgramError| InterceptError::load(NAME, &error))?;
+    match program.load() {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => {}
+        Err(error) => return Err(InterceptError::load(NAME, &error)),
+    }
+    let handle = program.fd().map_err(|error| InterceptError::load(NAME, &error))?.as_fd().try_clone_to_owned();
+    handle.map_err(|error| InterceptError::load(NAME, &error))
+}
+
 /// Where the running kernel keeps what the short cut reads of sockets; or why it takes no short cut.
 pub(super) fn sock_layout(config: &InterceptionConfig) -> Result<SockLayout, Withheld> {
     let version = match &config.kernel_release {
@@ -277,6 +292,12 @@ fn read_sock_layout() -> Result<SockLayout, String> {
 pub(super) fn set_switch(ebpf: &mut Ebpf, direction: u32, level: Acceleration) -> Result<(), InterceptError> {
     let mut switches: Array<_, u32> = map(ebpf, "SWITCHES")?;
     switches.set(direction, level as u32, 0).map_err(|error| InterceptError::load("SWITCHES", &error))
+}
+
+/// Has new connections go their own way.
+pub(super) fn set_ending(ebpf: &mut Ebpf) -> Result<(), InterceptError> {
+    let mut switches: Array<_, u32> = map(ebpf, "SWITCHES")?;
+    switches.set(ENDING, 1, 0).map_err(|error| InterceptError::load("SWITCHES", &error))
 }
 
 /// Attaches the short cut to a cgroup, or says why the kernel does not take it. It lives as long as the daemon: its maps
@@ -403,7 +424,6 @@ pub(super) fn counters(ebpf: &Ebpf) -> Vec<(&'static str, u64)> {
     };
     Reason::ALL
         .iter()
-        .filter(|reason| !reason.is_daemons())
         .map(|reason| {
             let value = counters.get(&(*reason as u32), 0).map(|per_cpu| per_cpu.iter().sum()).unwrap_or(0);
             (reason.name(), value)
@@ -427,12 +447,17 @@ pub(super) fn pin_maps(ebpf: &Ebpf, directory: &Path) -> Result<(), InterceptErr
     Ok(())
 }
 
-/// Whether the maps that are pinned in a directory are these; `None`: none are, or that cannot be read. One decides that no two daemons
-/// share.
-pub(super) fn has_pinned(ebpf: &Ebpf, directory: &Path) -> Option<bool> {
-    const OWN: &str = "PODS";
-    let own = inherit::info(ebpf, OWN)?.id();
-    Some(MapInfo::from_pin(directory.join(OWN)).ok()?.id() == own)
+/// A map that no two daemons share.
+const OWN: &str = "PODS";
+
+/// The number of these maps, by which daemons know each other.
+pub(super) fn number(ebpf: &Ebpf) -> Option<u32> {
+    inherit::info(ebpf, OWN).map(|info| info.id())
+}
+
+/// The number of the maps that are pinned in a directory; `None`: none are, or that cannot be read.
+pub(super) fn pinned_number(directory: &Path) -> Option<u32> {
+    MapInfo::from_pin(directory.join(OWN)).ok().map(|info| info.id())
 }
 
 /// A map by its name, in the type that the caller asks for.

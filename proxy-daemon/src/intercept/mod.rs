@@ -165,8 +165,8 @@ impl Interception {
 
     /// By which one worker joins connections; `None`: nothing goes past TCP.
     pub fn joins(&self) -> Result<Option<Joins>, InterceptError> {
-        let state = self.lock();
-        state.accelerates().then(|| Joins::new(&state.ebpf)).transpose()
+        let mut state = self.lock();
+        state.accelerates().then(|| Joins::new(&mut state.ebpf)).transpose()
     }
 
     /// How far payload may go past TCP, and why not farther.
@@ -298,6 +298,26 @@ impl Interception {
     /// Takes out what was enrolled by command: a pod by its name, or by one of its addresses.
     pub fn unenrol(&self, name_or_address: &str) -> Result<(), InterceptError> {
         self.lock().unenrol(name_or_address)
+    }
+
+    /// To be called when this daemon is told to end, while its listeners still accept: has the daemon that it replaced, if there is one that
+    /// may still serve, take over again; [`Self::is_followed`] tells when it has. Says whether there is one.
+    pub fn hand_back(&self) -> bool {
+        self.lock().hand_back()
+    }
+
+    /// Whether another daemon's programs have taken the places of this one's.
+    pub fn is_followed(&self) -> bool {
+        self.lock().is_followed()
+    }
+
+    /// Has new connections go their own way, whatever the pods' failure policies, while those that are open are steered as before; unless
+    /// another daemon has taken over, or is about to.
+    ///
+    /// # Errors
+    /// A map cannot be written.
+    pub fn let_pass(&self) -> Result<(), InterceptError> {
+        self.lock().let_pass()
     }
 
     /// Removes all that interception made: programs, pins, rule and route. Pods' connections go their own way again,

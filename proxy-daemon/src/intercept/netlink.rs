@@ -91,8 +91,8 @@ impl Netlink {
             .collect())
     }
 
-    /// Adds `fwmark <mark> lookup <table>`. An equal rule, left by a daemon that died, is adopted.
-    pub(super) fn add_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<()> {
+    /// Adds `fwmark <mark> lookup <table>`; whether there was none. An equal rule, left by a daemon that died, is adopted.
+    pub(super) fn add_rule(&mut self, is_ipv6: bool, mark: u32, table: u32) -> io::Result<bool> {
         let message = RouteNetlinkMessage::NewRule(rule(is_ipv6, mark, table));
         accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
     }
@@ -131,8 +131,8 @@ impl Netlink {
         accept_missing(self.request(RouteNetlinkMessage::DelRule(rule(is_ipv6, mark, table)), 0))
     }
 
-    /// Adds `local default dev <loopback> table <table>`. An equal route, left by a daemon that died, is adopted.
-    pub(super) fn add_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<()> {
+    /// Adds `local default dev <loopback> table <table>`; whether there was none. An equal route, left by a daemon that died, is adopted.
+    pub(super) fn add_local_route(&mut self, is_ipv6: bool, table: u32, loopback: u32) -> io::Result<bool> {
         let message = RouteNetlinkMessage::NewRoute(local_route(is_ipv6, table, loopback));
         accept_existing(self.request(message, NLM_F_CREATE | NLM_F_EXCL))
     }
@@ -343,8 +343,11 @@ fn local_route(is_ipv6: bool, table: u32, loopback: u32) -> RouteMessage {
     message
 }
 
-fn accept_existing(result: io::Result<()>) -> io::Result<()> {
-    result.or_else(|error| if error.kind() == io::ErrorKind::AlreadyExists { Ok(()) } else { Err(error) })
+fn accept_existing(result: io::Result<()>) -> io::Result<bool> {
+    result.map(|()| true).or_else(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => Ok(false),
+        _ => Err(error),
+    })
 }
 
 /// No such rule (ENOENT), route (ESRCH) or interface (ENODEV): nothing is left to remove.

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap as Map, HashSet};
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use aya::Ebpf;
 use aya::maps::{HashMap, MapError};
@@ -10,6 +11,9 @@ use culvert_proxy_ebpf::{Connected, Endpoint, ReplyKey, Service, Slot, SlotKey, 
 use super::error::{InterceptError, chain};
 use super::inherit::CONNECTED;
 use super::kernel::{self, map};
+
+/// How often sockets that have closed are looked for among those that wait for their service.
+const LOOKS: Duration = Duration::from_secs(60);
 
 /// What was written.
 #[derive(Default)]
@@ -23,7 +27,38 @@ pub(super) struct Services {
     pub(super) refused: u64,
     /// By services that are not known yet: UDP sockets that an earlier daemon's programs connected to backends of theirs that
     /// no service has.
-    waiting: Map<Endpoint, Vec<(u64, Connected)>>,
+    waiting: Waiting,
+}
+
+/// By services that are not known yet: sockets with what is known of them.
+#[derive(Default)]
+struct Waiting {
+    sockets: Map<Endpoint, Vec<(u64, Connected)>>,
+    /// When those that had closed were last let go.
+    looked: Option<Instant>,
+}
+
+impl Waiting {
+    fn push(&mut self, service: Endpoint, socket: (u64, Connected)) {
+        self.sockets.entry(service).or_default().push(socket);
+    }
+
+    fn take(&mut self, service: Endpoint) -> Vec<(u64, Connected)> {
+        self.sockets.remove(&service).unwrap_or_default()
+    }
+
+    /// Lets go of sockets that have closed, now and then: their service may never come.
+    fn tidy(&mut self, now: Instant, is_open: impl Fn(u64, &Connected) -> bool) {
+        let looked = *self.looked.get_or_insert(now);
+        if self.sockets.is_empty() || now.saturating_duration_since(looked) < LOOKS {
+            return;
+        }
+        self.looked = Some(now);
+        self.sockets.retain(|_, sockets| {
+            sockets.retain(|(cookie, connected)| is_open(*cookie, connected));
+            !sockets.is_empty()
+        });
+    }
 }
 
 struct Table {
@@ -96,7 +131,7 @@ impl Services {
             let Ok(service) = of else { return false };
             let known = self.tables.contains_key(&service);
             if !known {
-                self.waiting.entry(service).or_default().push((*cookie, *connected));
+                self.waiting.push(service, (*cookie, *connected));
             }
             known
         });
@@ -104,8 +139,15 @@ impl Services {
     }
 
     /// Those of them that waited for this service, and are connected to a backend that no service has.
-    pub(super) fn take_stranded(&mut self, service: Endpoint) -> Vec<(u64, Connected)> {
-        let mut stranded = self.waiting.remove(&service).unwrap_or_default();
+    pub(super) fn take_stranded(&mut self, ebpf: &mut Ebpf, service: Endpoint) -> Vec<(u64, Connected)> {
+        let mut stranded = self.waiting.take(service);
+        if let Ok(connected) = map::<HashMap<_, u64, Connected>>(ebpf, CONNECTED) {
+            // A socket that connects elsewhere has another entry.
+            let is_open = |cookie: u64, known: &Connected| {
+                connected.get(&cookie, 0).is_ok_and(|now| now.backend == known.backend)
+            };
+            self.waiting.tidy(Instant::now(), is_open);
+        }
         stranded.retain(|(_, connected)| !self.backends.contains_key(&connected.backend));
         stranded
     }
@@ -246,6 +288,26 @@ mod tests {
             }
         }
         assert!(table(&[]).is_empty());
+    }
+
+    #[test]
+    fn sockets_that_closed_do_not_wait_for_services_that_never_come() {
+        let (comes, never, mut waiting) = (backend(80), backend(81), Waiting::default());
+        let connected = Connected { backend: backend(8001), process: 1, thread: 1 };
+        for (service, cookie) in [(comes, 1), (never, 2), (never, 3), (never, 4)] {
+            waiting.push(service, (cookie, connected));
+        }
+        let begin = Instant::now();
+        // Not at each change of a service.
+        for early in [begin, begin + LOOKS / 2] {
+            waiting.tidy(early, |_, _| panic!("too early"));
+        }
+        waiting.tidy(begin + LOOKS, |cookie, _| cookie != 2);
+        assert_eq!(waiting.take(comes).len(), 1);
+        assert_eq!(waiting.sockets[&never].iter().map(|(cookie, _)| *cookie).collect::<Vec<_>>(), [3, 4]);
+        waiting.tidy(begin + LOOKS * 2, |_, _| false);
+        assert!(waiting.sockets.is_empty());
+        assert!(waiting.take(never).is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod enrolment;
 mod links;
 mod removal;
+mod succession;
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::BorrowedFd;
@@ -59,7 +60,7 @@ pub(super) struct State {
     /// The services' hosts are known.
     pub(super) balances: bool,
     pub(super) services: Services,
-    /// What an earlier daemon's programs count of which maps have another layout.
+    /// What an earlier daemon's programs count of which maps have another layout, until the last of them has given way.
     carried: Option<inherit::Carried>,
     /// Some UDP sockets may have been connected to backends by an earlier daemon's programs, and were not looked at yet.
     inherits_sockets: bool,
@@ -81,6 +82,14 @@ pub(super) struct State {
     waits: Option<Instant>,
     /// The pins are ours, or were.
     took_over: bool,
+    /// That this daemon's programs are to stay in force: see [`succession`].
+    alive: Option<Lease>,
+    /// Another daemon was seen to have taken over.
+    was_followed: bool,
+    /// This daemon was told to end.
+    ends: bool,
+    /// Why the rule or the route that others removed is not there again.
+    routing_fault: Option<String>,
     /// The directions whose listeners are there.
     listening: u32,
     /// Has the thread that follows the node look at this.
@@ -143,6 +152,10 @@ impl State {
             next: None,
             waits: None,
             took_over: false,
+            alive: None,
+            was_followed: false,
+            ends: false,
+            routing_fault: None,
             listening: 0,
             wake: Arc::new(wake),
         })
@@ -223,6 +236,7 @@ impl State {
         for directory in [self.config.pin_path.join("links"), self.config.pin_path.join("cgroups"), maps.clone()] {
             self.make_directory(&directory)?;
         }
+        self.announce();
         kernel::pin_maps(&self.ebpf, &maps)?;
         self.took_over = true;
         self.reconcile_all_links()?;
@@ -230,9 +244,7 @@ impl State {
             // Tried again until it works.
             tracing::error!(%error, "a cgroup keeps the programs of an earlier daemon, or has none");
         }
-        if let Some(carried) = self.carried.take() {
-            carried.add_rest(&mut self.ebpf);
-        }
+        // Those of another layout also tell their daemon that it is followed.
         for other in map_directories(&self.config.pin_path).into_iter().filter(|other| *other != maps) {
             if let Err(error) = remove_pins(&other) {
                 tracing::warn!(path = %other.display(), %error, "maps of an earlier layout are left");
@@ -244,11 +256,22 @@ impl State {
         {
             tracing::warn!(%error, "the mark of a take-over is left");
         }
+        succession::remove_marks(&self.config.pin_path, |mark| Lease::take(mark).is_ok_and(|lease| lease.is_held()));
         self.forget_others();
         if self.attachments.is_empty() && !self.config.interfaces.is_empty() {
             tracing::warn!(patterns = ?self.config.interfaces, "no interface matches yet");
         }
         Ok(())
+    }
+
+    /// Adds what an earlier daemon's programs counted in maps of another layout, and forgets them when all have given way.
+    fn carry_on(&mut self, all_due: bool) {
+        let Some(carried) = &mut self.carried else { return };
+        carried.add_more(&mut self.ebpf);
+        let have_faults = !self.unattached.is_empty() || self.hooks.iter().any(|hooks| !hooks.faults().is_empty());
+        if all_due && !have_faults {
+            self.carried = None;
+        }
     }
 
     fn make_directory(&self, path: &Path) -> Result<(), InterceptError> {
@@ -269,7 +292,7 @@ impl State {
         kernel::set_listener(&mut self.ebpf, direction, worker, socket)?;
         self.listening |= direction;
         let waits_for = [OUTBOUND, INBOUND].into_iter().any(|it| self.config.redirects(it) && self.listening & it == 0);
-        if self.waits.is_some() && !waits_for {
+        if self.waits.is_some() && !waits_for && !self.ends {
             self.take_over()?;
         }
         Ok(())
@@ -283,6 +306,7 @@ impl State {
     /// Whether there is nothing to try again.
     pub(super) fn is_settled(&self) -> bool {
         self.waits.is_none()
+            && (!self.was_followed || self.ends)
             && !self.has_predecessor()
             && !self.pods.has_faults()
             && self.unattached.is_empty()
@@ -297,7 +321,9 @@ impl State {
         {
             tracing::debug!(%error, "the lease of the pin path cannot be had");
         }
-        if self.waits.is_some_and(|until| Instant::now() >= until) {
+        errors.extend(self.look_after_successor().err());
+        errors.extend(self.keep_routing());
+        if self.waits.is_some_and(|until| Instant::now() >= until) && !self.ends {
             tracing::error!("the listeners for redirected connections do not come: failure policies are in force");
             errors.extend(self.take_over().err());
         }
@@ -307,7 +333,7 @@ impl State {
         if self.pods.has_faults() {
             self.reconcile_pods();
         }
-        if self.hooks.iter().any(|hooks| !hooks.faults().is_empty()) {
+        if self.carried.is_some() || self.hooks.iter().any(|hooks| !hooks.faults().is_empty()) {
             errors.extend(self.reconcile_cgroups().1);
         }
         errors
@@ -364,7 +390,8 @@ impl State {
 
     pub(super) fn faults(&self) -> Vec<String> {
         let unattached = self.unattached.values().chain(self.hooks.iter().flat_map(Hooks::faults)).cloned();
-        self.source_fault.iter().cloned().chain(self.pods.faults()).chain(unattached).collect()
+        let of_node = self.source_fault.iter().chain(&self.routing_fault).cloned();
+        of_node.chain(self.pods.faults()).chain(unattached).collect()
     }
 
     /// Loads the programs for cgroups, and attaches those of host mode, unless an earlier daemon's stay for now.
@@ -407,15 +434,18 @@ impl State {
             Role::Balance => balances,
         };
         let followed = self.is_followed();
+        let mut all_due = redirects && self.took_over;
         for hooks in &mut self.hooks {
             if followed || !is_due(hooks.role()) {
                 parents.extend(hooks.parents());
+                all_due = false;
                 continue;
             }
             let (more, failed) = hooks.reconcile(&mut self.ebpf);
             parents.extend(more);
             errors.extend(failed);
         }
+        self.carry_on(all_due);
         // Now that our programs choose: whoever is told connects again at once. Before, the earlier daemon's tables count, and
         // of a daemon that is followed the successor's.
         if balances && std::mem::take(&mut self.inherits_sockets) && !followed {
@@ -439,7 +469,7 @@ impl State {
     /// Now that a service is known, tells UDP sockets that an earlier daemon's programs connected to a backend that it does not
     /// have any more.
     pub(super) fn end_stranded(&mut self, service: Endpoint) {
-        let stranded = self.services.take_stranded(service);
+        let stranded = self.services.take_stranded(&mut self.ebpf, service);
         if !stranded.is_empty() && !self.is_followed() {
             sessions::end(stranded);
         }

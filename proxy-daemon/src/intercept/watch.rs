@@ -15,6 +15,8 @@ use super::state::State;
 
 /// How often what failed is tried again, in milliseconds.
 const RETRY: u16 = 250;
+/// How often it is looked, in milliseconds, whether another daemon has taken over, and whether rule and route are there.
+const LOOK: u16 = 1000;
 
 /// The thread that follows. Dropping it stops the thread.
 pub(super) struct Watcher {
@@ -63,7 +65,7 @@ impl Drop for Watcher {
 fn follow(monitor: &Monitor, stop: &AtomicBool, wake: &EventFd, state: &Mutex<State>) -> io::Result<()> {
     loop {
         let lock = || state.lock().unwrap_or_else(PoisonError::into_inner);
-        let timeout = if lock().is_settled() { PollTimeout::NONE } else { PollTimeout::from(RETRY) };
+        let timeout = PollTimeout::from(if lock().is_settled() { LOOK } else { RETRY });
         let mut fds = [PollFd::new(monitor.as_fd(), PollFlags::POLLIN), PollFd::new(wake.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, timeout) {
             Ok(_) => {}

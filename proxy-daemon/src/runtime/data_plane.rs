@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, OnceLock, atomic::AtomicU64},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -33,6 +33,11 @@ use crate::{
         ClusterChange, ClusterMap, Clusters, dns::Names, health_check::ClusterChecks, orca, original_dst, outlier,
     },
 };
+
+/// How long a daemon that was replaced is waited for to take over again: it looks four times a second.
+const TAKEN_WITHIN: Duration = Duration::from_secs(3);
+/// How long a handshake may take that has begun when the listeners are about to close.
+const UNDER_WAY: Duration = Duration::from_millis(250);
 
 /// How the data plane is started.
 pub struct Options {
@@ -331,6 +336,20 @@ impl DataPlane {
     /// Calls a function with the kernel's part, if there is one.
     pub fn with_interception<T>(&self, function: impl FnOnce(&Interception) -> T) -> Option<T> {
         lock(&self.0.interception).as_ref().map(function)
+    }
+
+    /// Has new connections go elsewhere, while the listeners still accept those that are under way: to the daemon that this one replaced,
+    /// if that serves, or their own way. Without interception there is nothing to do.
+    pub async fn let_go(&self) {
+        let Some(handed) = self.with_interception(Interception::hand_back) else { return };
+        let until = Instant::now() + TAKEN_WITHIN;
+        while handed && Instant::now() < until && self.with_interception(Interception::is_followed) == Some(false) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if let Some(Err(error)) = self.with_interception(Interception::let_pass) {
+            tracing::error!(%error, "until this daemon has ended, new connections get what the failure policies say");
+        }
+        tokio::time::sleep(UNDER_WAY).await;
     }
 
     /// Stops the workers, writes out their logs, and takes the kernel programs down.

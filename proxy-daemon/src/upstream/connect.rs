@@ -4,6 +4,7 @@ use std::{
     cell::Cell,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
     os::fd::AsRawFd,
     pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
@@ -203,13 +204,26 @@ pub(super) async fn connect_plain(
     }
 }
 
+/// Ports of connections that keep a client's address: below those that systems give out by default. If the client has a connection
+/// of its own to the same server, past the daemon, it has another port: with the same one both would get the answers of one.
+const APART: RangeInclusive<u16> = 10_240..=29_999;
+/// How many of them are tried before the kernel chooses any.
+const TRIES: usize = 8;
+
 async fn connect_tcp(address: SocketAddr, how: SocketSettings<'_>) -> Result<UpstreamStream, ConnectError> {
-    let socket = tcp_socket(address, how)?;
-    if let Err(error) = socket.connect(&SockAddr::from(address))
-        && error.raw_os_error() != Some(libc::EINPROGRESS)
-    {
-        return Err(ConnectError::Unreachable(address, error));
-    }
+    let how = SocketSettings { source: how.source.filter(|source| can_lend(source.address, address)), ..how };
+    let mut tries = if how.source.is_some() { TRIES } else { 0 };
+    let socket = loop {
+        let port = if tries > 0 { fastrand::u16(APART) } else { 0 };
+        match begin_tcp(address, how, port) {
+            Err(ConnectError::Bind(_, error) | ConnectError::Unreachable(_, error))
+                if port != 0 && matches!(error.raw_os_error(), Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL)) =>
+            {
+                tries -= 1;
+            }
+            result => break result?,
+        }
+    };
     let stream = TcpStream::from_std(socket.into())?;
     stream.writable().await?;
     match stream.take_error()? {
@@ -237,17 +251,20 @@ pub(super) async fn secure(
     Ok(UpstreamStream::Tls(Box::new(stream)))
 }
 
-fn tcp_socket(to: SocketAddr, how: SocketSettings<'_>) -> Result<Socket, ConnectError> {
+/// A socket that connects. `port`: its own, where it keeps a client's address; 0: the kernel chooses.
+fn begin_tcp(to: SocketAddr, how: SocketSettings<'_>, port: u16) -> Result<Socket, ConnectError> {
     let SocketSettings { source, bind, keepalive } = how;
     let socket = plain_socket(to, keepalive).map_err(ConnectError::Socket)?;
-    let source = source.filter(|source| can_lend(source.address, to));
     if let Some(bind) = bind {
         bind_as_configured(&socket, to, bind, source.is_none())?;
     }
     if let Some(source) = source {
-        bind_to_source(&socket, source)?;
+        bind_to_source(&socket, source, port)?;
     }
-    Ok(socket)
+    match socket.connect(&SockAddr::from(to)) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(ConnectError::Unreachable(to, error)),
+        _ => Ok(socket),
+    }
 }
 
 /// Whether a connection to an address can be made in the client's name; where not, it is made in the node's.
@@ -317,16 +334,20 @@ fn bind_as_configured(
     Ok(())
 }
 
-/// Binds to the client's address and leaves the port to connect(), when the kernel knows the whole four-tuple: ports
-/// are then only used up per destination.
-fn bind_to_source(socket: &Socket, source: Source) -> Result<(), ConnectError> {
+/// Binds to the client's address. A port of 0 is left to connect(), when the kernel knows the whole four-tuple: ports are then only
+/// used up per destination; and so is any other, as such sockets share it.
+fn bind_to_source(socket: &Socket, source: Source, port: u16) -> Result<(), ConnectError> {
     let set = || {
         if source.address.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
         } else {
             set_int(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)?;
         }
-        set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        if port == 0 {
+            set_int(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+        } else {
+            socket.set_reuse_address(true)?;
+        }
         if source.mark != 0 {
             mark::check(source.mark)?;
             socket.set_mark(source.mark)?;
@@ -334,7 +355,7 @@ fn bind_to_source(socket: &Socket, source: Source) -> Result<(), ConnectError> {
         Ok(())
     };
     set().map_err(ConnectError::Socket)?;
-    let address = SocketAddr::new(source.address, 0);
+    let address = SocketAddr::new(source.address, port);
     socket.bind(&SockAddr::from(address)).map_err(|error| ConnectError::Bind(address, error))
 }
 

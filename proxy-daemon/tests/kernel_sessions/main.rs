@@ -294,6 +294,26 @@ fn receive_end(stream: &mut Stream) {
     assert_eq!(stream.read(&mut [0; 16]).expect("the end"), 0);
 }
 
+/// Else a connection of the pod's own to the same server, past the daemon, might have the port of one of ours, and its answers
+/// would be steered to the daemon.
+#[test]
+fn connections_in_a_pods_name_have_ports_that_the_pod_does_not_take_itself() {
+    let daemon = Daemon::start("3600s");
+    let listener = daemon.lab.server.listen("0.0.0.0:8100");
+    let range = daemon.lab.client.run(|| fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")).expect("reads");
+    let range: Vec<u16> = range.split_whitespace().map(|port| port.parse().expect("a port")).collect();
+    let connections: Vec<_> = std::iter::repeat_with(|| {
+        let client = daemon.lab.client.connect(&format!("{SERVER}:8100")).expect("connects");
+        let (served, peer) = accept(&listener);
+        assert_eq!(peer.ip().to_string(), CLIENT);
+        assert!(!(range[0]..=range[1]).contains(&peer.port()), "{peer} is in {range:?}");
+        (client, served)
+    })
+    .take(50)
+    .collect();
+    drop(connections);
+}
+
 #[test]
 fn joined_connections_keep_half_closes() {
     let daemon = Daemon::start("3600s");

@@ -20,7 +20,7 @@ use crate::connect::{
     ALLOW, detour_of, forget_detour, is_daemon, is_v4, keep_detour, named, raw, refuse, rename, socket,
 };
 use crate::hops::addresses;
-use crate::maps::{LISTENERS, count, exclusion, node_netns, workers};
+use crate::maps::{LISTENERS, count, exclusion, is_ending, node_netns, workers};
 
 const TCP_SYN_SENT: u32 = 2;
 const TCP_CLOSE: u32 = 7;
@@ -55,6 +55,10 @@ pub fn connect<const V6: bool>(ctx: &SockAddrContext) -> i32 {
     }
     if stays_on_host(&original.address) || exclusion(&original.address, original.port).is_some() {
         count(Reason::HostPassedExcluded);
+        return ALLOW;
+    }
+    if is_ending() {
+        count(Reason::PassedEnding);
         return ALLOW;
     }
     let Some(actual) = worker(is_v4(&original.address)) else {

@@ -57,6 +57,13 @@ pub fn note_daemon(_ctx: RawTracePointContext) -> i32 {
     0
 }
 
+/// Run by the daemon, and attached to nothing: counts what the daemon's workers found, under the number that they give.
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn count_for_daemon(ctx: RawTracePointContext) -> i32 {
+    maps::count_number(ctx.arg(0));
+    0
+}
+
 /// connect() of processes in host mode.
 #[cgroup_sock_addr(connect4)]
 pub fn host_connect4(ctx: SockAddrContext) -> i32 {

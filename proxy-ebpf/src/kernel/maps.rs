@@ -6,7 +6,7 @@ use aya_ebpf::btf_maps::{
 };
 use aya_ebpf::macros::btf_map;
 use culvert_proxy_ebpf::{
-    Acceleration, Address, Endpoint, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS,
+    Acceleration, Address, ENDING, Endpoint, Hop, Join, JoinedCounters, LISTENER_SLOTS, MAX_EXCLUDED_PORTS,
     MAX_EXCLUDED_RANGES, MAX_EXCLUDED_UIDS, MAX_LOCAL_ADDRESSES, MAX_PODS, MAX_SERVERS, MAX_SHORTCUT_SOCKETS, OUTBOUND,
     PodCounters, PodPolicy, Reason, SWITCHES as SWITCH_SLOTS, SockLayout, SocketKey,
 };
@@ -129,7 +129,18 @@ pub fn sock_layout() -> SockLayout {
 /// Adds to a counter of this CPU.
 #[inline(always)]
 pub fn count_by(reason: Reason, amount: u64) {
-    if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+    add(reason as u32, amount);
+}
+
+/// Adds one to the counter of a [`Reason`]'s number.
+#[inline(always)]
+pub fn count_number(number: u32) {
+    add(number, 1);
+}
+
+#[inline(always)]
+fn add(number: u32, amount: u64) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(number) {
         // SAFETY: this CPU's slot of a map that outlives the program run. Not atomic: a program interrupted between the
         // read and the write may lose a count, which statistics can bear and packets should not pay for.
         unsafe { *counter += amount }
@@ -160,6 +171,12 @@ pub fn switch(direction: u32) -> u32 {
     // SAFETY: a value of the map SWITCHES, which lives until the end of the program run; volatile because the daemon may
     // write it meanwhile.
     SWITCHES.get_ptr(direction).map_or(Acceleration::Off as u32, |level| unsafe { core::ptr::read_volatile(level) })
+}
+
+/// Whether the daemon is about to end, so that new connections are not for it any more.
+#[inline(always)]
+pub fn is_ending() -> bool {
+    switch(ENDING) != 0
 }
 
 /// How far payload of the pods with these addresses may go past TCP; an address that is not enrolled sets no limit.

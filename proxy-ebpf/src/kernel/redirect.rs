@@ -17,7 +17,7 @@ use culvert_proxy_ebpf::{
 };
 
 use crate::maps::{
-    LISTENERS, PODS, count, directions, exclusion, inbound_exclusion, is_enrolled, is_excluded_user, mark,
+    LISTENERS, PODS, count, directions, exclusion, inbound_exclusion, is_ending, is_enrolled, is_excluded_user, mark,
     pod_counters, sends_to_daemon, workers,
 };
 use crate::packet::{NotOurs, Segment, parse};
@@ -124,6 +124,10 @@ fn user_exclusion(ctx: &TcContext) -> Option<Reason> {
 /// Gives a packet that opens a connection to a worker; without any, does what the pod's policy says.
 #[inline(always)]
 fn redirect(ctx: &TcContext, segment: &Segment, policy: *const PodPolicy, direction: u32) -> i32 {
+    if is_ending() {
+        count(Reason::PassedEnding);
+        return UNTOUCHED;
+    }
     let outbound = direction == OUTBOUND;
     if offer_to_worker(ctx, segment.is_ipv6, direction) {
         count(if outbound { Reason::Redirected } else { Reason::RedirectedInbound });
@@ -284,6 +288,11 @@ fn steer(ctx: &TcContext, segment: &Segment) -> bool {
     }
     // SAFETY: not null, and held until it is released.
     let state = unsafe { (*sock).state };
+    if segment.opens && state == TCP_TIME_WAIT && is_ending() {
+        // SAFETY: found above, released once.
+        unsafe { bpf_sk_release(sock.cast()) };
+        return false;
+    }
     if segment.opens && state == TCP_TIME_WAIT {
         // Goes to its predecessor all the same: see `reopen`.
         count(Reason::Reopened);

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::lab::{Lab, Node, Pod, Process};
+use culvert_tests::stats::Stats;
 use culvert_tests::wait_until;
 use serde_json::json;
 
@@ -48,17 +49,49 @@ pub(super) struct Args {
 enum Way {
     Direct,
     Connect,
-    Culvert { http: bool, shortcut: bool },
-    Envoy { http: bool },
+    /// `past`: how far payload may go past TCP, if it may.
+    Culvert {
+        http: bool,
+        past: Option<Past>,
+    },
+    Envoy {
+        http: bool,
+    },
 }
 
-const WAYS: [(&str, Way); 8] = [
+/// How far payload goes past TCP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Past {
+    ShortCut,
+    Joined,
+}
+
+impl Past {
+    /// The level of `acceleration`.
+    const fn level(self) -> &'static str {
+        match self {
+            Self::ShortCut => "BOTH_WAYS",
+            Self::Joined => "JOINED",
+        }
+    }
+
+    /// What counts the bytes that went that way.
+    const fn counter(self) -> &'static str {
+        match self {
+            Self::ShortCut => "interception.shortcut.bytes",
+            Self::Joined => "interception.joined.bytes",
+        }
+    }
+}
+
+const WAYS: [(&str, Way); 9] = [
     ("direct", Way::Direct),
     ("connect-time balancing", Way::Connect),
-    ("Culvert L4", Way::Culvert { http: false, shortcut: false }),
-    ("Culvert L4, short cut", Way::Culvert { http: false, shortcut: true }),
-    ("Culvert L7", Way::Culvert { http: true, shortcut: false }),
-    ("Culvert L7, short cut", Way::Culvert { http: true, shortcut: true }),
+    ("Culvert L4", Way::Culvert { http: false, past: None }),
+    ("Culvert L4, short cut", Way::Culvert { http: false, past: Some(Past::ShortCut) }),
+    ("Culvert L4, joined", Way::Culvert { http: false, past: Some(Past::Joined) }),
+    ("Culvert L7", Way::Culvert { http: true, past: None }),
+    ("Culvert L7, short cut", Way::Culvert { http: true, past: Some(Past::ShortCut) }),
     ("Envoy L4", Way::Envoy { http: false }),
     ("Envoy L7", Way::Envoy { http: true }),
 ];
@@ -67,6 +100,7 @@ const WAYS: [(&str, Way); 8] = [
 const TCP: &str = "10.96.0.10";
 const HTTP: &str = "10.96.0.20";
 const BALANCED: &str = "10.96.0.30";
+const ADMIN: &str = "127.0.0.1:9901";
 const DEADLINE: Duration = Duration::from_secs(20);
 /// The file that streams fetch: 64 MiB.
 const BIG: usize = 64 << 20;
@@ -100,10 +134,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let ways: Vec<_> = ways.collect();
     ensure!(!ways.is_empty(), "no way's name contains that");
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); ways.len()];
+    let steps = rounds as usize * ways.len();
+    let mut step = 0;
     for round in 1..=rounds {
         for ((name, way), samples) in ways.iter().zip(&mut samples) {
-            eprintln!("round {round} of {rounds}: {name} ...");
-            samples.push(measure(*way, &programs, seconds).with_context(|| (*name).to_owned())?);
+            step += 1;
+            eprint!("{step:3} of {steps}, round {round}: {name} ... ");
+            let sample = measure(*way, &programs, seconds).with_context(|| (*name).to_owned())?;
+            eprintln!("{:.0} requests/s", sample.requests_per_second);
+            samples.push(sample);
         }
     }
     let rows: Vec<_> = ways.iter().zip(&samples).map(|((name, _), samples)| (*name, median(samples))).collect();
@@ -139,6 +178,7 @@ struct Stage {
     client: Pod,
     /// What the client asks.
     address: String,
+    node: Node,
     _running: Vec<Process>,
     _lab: Lab,
 }
@@ -160,6 +200,10 @@ fn measure(way: Way, programs: &Programs, seconds: u64) -> Result<Sample> {
     for (connections, gbit) in [1, 16].into_iter().zip(&mut sample.gbit_per_second) {
         let (load, bytes) = stage.wrk(connections, "/big", seconds)?;
         *gbit = bytes * 8.0 / 1e9 / load.elapsed.as_secs_f64();
+    }
+    if let Way::Culvert { past: Some(past), .. } = way {
+        let moved = stage.node.inside(|| Stats::read(ADMIN))?.get(past.counter());
+        ensure!(moved > 0, "nothing went that way ({} is 0): `culvert status --node` says why", past.counter());
     }
     Ok(sample)
 }
@@ -209,7 +253,7 @@ impl Stage {
             let said = || running.iter().map(|process| process.stderr()).collect::<String>();
             wait_until(DEADLINE, "the proxy to be ready", || ready(&node)).with_context(said)?;
         }
-        let stage = Self { client, address, _running: running, _lab: lab };
+        let stage = Self { client, address, node, _running: running, _lab: lab };
         wait_until(DEADLINE, "an answer", || {
             let url = format!("http://{}/small", stage.address);
             stage.client.run(&["curl", "-sS", "--fail", "-m", "1", &url])?.success()
@@ -235,7 +279,7 @@ fn text(path: &Path) -> String {
 }
 
 fn ready(node: &Node) -> Result<String> {
-    node.run(&["curl", "-sf", "-m", "1", "http://127.0.0.1:9901/ready"])?.success()
+    node.run(&["curl", "-sf", "-m", "1", &format!("http://{ADMIN}/ready")])?.success()
 }
 
 /// What Envoy and culvertd have in common.
@@ -285,7 +329,9 @@ fn extension(way: Way, node: &Node, pods: [&Pod; 2]) -> String {
         Way::Connect => format!(
             "balancing: {{cgroups: [\"{cgroup}\"], services: [{{address: {BALANCED}, port: 80, cluster: server}}]}}"
         ),
-        Way::Culvert { shortcut: true, .. } => format!("shortcut_cgroup: \"{cgroup}\", acceleration: BOTH_WAYS"),
+        Way::Culvert { past: Some(past), .. } => {
+            format!("shortcut_cgroup: \"{cgroup}\", acceleration: {}", past.level())
+        }
         _ => String::new(),
     };
     let pods: String = pods.map(|pod| format!("{{address: {}}}, ", pod.ipv4())).concat();
@@ -345,27 +391,31 @@ fn median(samples: &[Sample]) -> Sample {
 
 fn table(rows: &[(&str, Sample)]) -> String {
     let direct = rows.iter().find(|(name, _)| *name == WAYS[0].0).map(|(_, sample)| *sample);
-    let mut text = String::from(
-        "| way | requests/s | of direct | p50 us | p99 us | CPU us/request | of direct | Gbit/s, 1 | Gbit/s, 16 | of direct |\n\
-         |---|---|---|---|---|---|---|---|---|---|\n",
-    );
+    let cells = |cells: [String; 9]| -> String {
+        cells.iter().zip([7, 5, 6, 6, 6, 5, 5, 5, 5]).map(|(cell, width)| format!(" {cell:>width$}")).collect()
+    };
+    let titles = ["req/s", "ratio", "p50", "p99", "CPU", "ratio", "1 str", "16", "ratio"].map(str::to_owned);
+    let mut text = format!("{:<22}{}\n", "way", cells(titles));
     for (name, row) in rows {
         let ratio = |of: fn(&Sample) -> f64| direct.map_or("-".to_owned(), |it| format!("{:.2}", of(row) / of(&it)));
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "| {name} | {:.0} | {} | {:.0} | {:.0} | {:.1} | {} | {:.1} | {:.1} | {} |",
-            row.requests_per_second,
+        let row = cells([
+            format!("{:.0}", row.requests_per_second),
             ratio(|it| it.requests_per_second),
-            row.p50_us,
-            row.p99_us,
-            row.cpu_us_per_request,
+            format!("{:.0}", row.p50_us),
+            format!("{:.0}", row.p99_us),
+            format!("{:.1}", row.cpu_us_per_request),
             ratio(|it| it.cpu_us_per_request),
-            row.gbit_per_second[0],
-            row.gbit_per_second[1],
+            format!("{:.1}", row.gbit_per_second[0]),
+            format!("{:.1}", row.gbit_per_second[1]),
             ratio(|it| it.gbit_per_second[1]),
-        );
+        ]);
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<22}{row}");
     }
+    text.push_str(
+        "\nratio: to the direct way. p50, p99: us, of 32 connections that fetch 24 bytes.\n\
+         CPU: us of the whole machine per request. 1 str, 16: Gbit/s of so many streams.\n",
+    );
     text
 }
 
@@ -400,7 +450,23 @@ mod tests {
         let sample = |requests_per_second, p50_us| Sample { requests_per_second, p50_us, ..Sample::default() };
         let median = median(&[sample(1.0, 9.0), sample(3.0, 7.0), sample(2.0, 8.0)]);
         assert_eq!((median.requests_per_second, median.p50_us), (2.0, 8.0));
-        let rows = [("direct", sample(2.0, 1.0)), ("other", sample(1.0, 1.0))];
-        assert!(table(&rows).contains("| other | 1 | 0.50 |"), "{}", table(&rows));
+    }
+
+    #[test]
+    fn the_table_has_ratios_and_fits_a_terminal() {
+        let sample = |requests_per_second, gbit| Sample {
+            requests_per_second,
+            p50_us: 12_345.0,
+            p99_us: 123_456.0,
+            cpu_us_per_request: 1234.5,
+            gbit_per_second: [gbit; 2],
+        };
+        let rows =
+            WAYS.map(|(name, way)| (name, if way == Way::Direct { sample(200_000.0, 99.9) } else { sample(1e5, 9.9) }));
+        let table = table(&rows);
+        assert!(table.lines().all(|line| line.len() <= 80), "{table}");
+        let joined = table.lines().find(|line| line.starts_with("Culvert L4, joined")).unwrap();
+        let cells: Vec<_> = joined.split_whitespace().skip(3).collect();
+        assert_eq!(cells, ["100000", "0.50", "12345", "123456", "1234.5", "1.00", "9.9", "9.9", "0.10"]);
     }
 }

@@ -52,7 +52,7 @@ const DEFAULT: [Series; 2] = [Series::Of(6, 1), Series::Of(6, 12)];
 const ALL: [Series; 5] = [Series::Of(5, 10), Series::Of(6, 1), Series::Of(6, 12), Series::Of(6, 18), Series::Newest];
 
 /// Test binaries, and the first kernel that each is for.
-const BINARIES: [(&str, Version); 13] = [
+const BINARIES: [(&str, Version); 14] = [
     ("kernel_programs", (5, 10, 0)),
     // Interception needs SO_NETNS_COOKIE.
     ("kernel_redirect", (5, 14, 0)),
@@ -63,6 +63,7 @@ const BINARIES: [(&str, Version); 13] = [
     ("kernel_lifecycle", (6, 6, 0)),
     ("kernel_enrol", (6, 6, 0)),
     ("kernel_upgrade", (6, 6, 0)),
+    ("kernel_succession", (6, 6, 0)),
     ("kernel_pods_watch", (5, 14, 0)),
     ("kernel_coexistence", (5, 14, 0)),
     ("kernel_complaints", (5, 14, 0)),
@@ -86,8 +87,12 @@ const LEFT_OUT_BELOW: [(&str, Version); 2] =
     [("resets_are_well_formed", (6, 6, 0)), ("odd_packets_pass_unchanged", (6, 6, 0))];
 
 /// Test binaries, and tests, that are left out where the short cut is off.
-const NEED_SHORT_CUT: [&str; 3] =
-    ["kernel_shortcut", "kernel_sessions", "sockets_are_registered_again_after_a_restart"];
+const NEED_SHORT_CUT: [&str; 4] = [
+    "kernel_shortcut",
+    "kernel_sessions",
+    "sockets_are_registered_again_after_a_restart",
+    "what_workers_count_goes_on_after_a_crash",
+];
 
 /// Series whose sockmap had known bugs, and the first release of each without; below the last one others have them too. As in
 /// `proxy-daemon/src/intercept/probe.rs`.

@@ -12,23 +12,10 @@ use crate::intercept::{kernel, node_addresses, probe};
 impl State {
     /// Makes marked packets be delivered to this host. A host without IPv6 goes without it.
     pub(super) fn add_routing(&mut self) -> Result<(), InterceptError> {
-        let (mark, table) = (self.config.mark, self.config.route_table);
         for is_ipv6 in [false, true] {
-            let family = if is_ipv6 { "IPv6" } else { "IPv4" };
-            let added = self
-                .netlink
-                .add_local_route(is_ipv6, table, self.loopback)
-                .map_err(|error| {
-                    (format!("add the {family} route `local default dev lo table {table}` (is lo up?)"), error)
-                })
-                .and_then(|()| {
-                    self.netlink.add_rule(is_ipv6, mark, table).map_err(|error| {
-                        (format!("add the {family} routing rule `fwmark {mark:#x} lookup {table}`"), error)
-                    })
-                });
-            match added {
-                Ok(()) if self.routed.contains(&is_ipv6) => {}
-                Ok(()) => self.routed.push(is_ipv6),
+            match self.add_routing_of(is_ipv6) {
+                Ok(_) if self.routed.contains(&is_ipv6) => {}
+                Ok(_) => self.routed.push(is_ipv6),
                 Err((_, error)) if is_ipv6 && is_unsupported(&error) => {
                     tracing::warn!(%error, "this host has no IPv6: only IPv4 is redirected");
                 }
@@ -36,6 +23,44 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    /// Likewise, of one address family; says whether anything was not there. An error comes with what was tried.
+    fn add_routing_of(&mut self, is_ipv6: bool) -> Result<bool, (String, io::Error)> {
+        let (mark, table) = (self.config.mark, self.config.route_table);
+        let family = if is_ipv6 { "IPv6" } else { "IPv4" };
+        let route = self.netlink.add_local_route(is_ipv6, table, self.loopback).map_err(|error| {
+            (format!("add the {family} route `local default dev lo table {table}` (is lo up?)"), error)
+        })?;
+        let rule = self
+            .netlink
+            .add_rule(is_ipv6, mark, table)
+            .map_err(|error| (format!("add the {family} routing rule `fwmark {mark:#x} lookup {table}`"), error))?;
+        Ok(route || rule)
+    }
+
+    /// Makes the rule and the route again that others removed: without them, what is redirected goes astray. Returns what went wrong, if
+    /// that is news; until it goes well it is one of the faults.
+    pub(super) fn keep_routing(&mut self) -> Option<InterceptError> {
+        if self.waits.is_some() || self.config.interfaces.is_empty() || self.is_followed() {
+            return None;
+        }
+        let mut failed = None;
+        for is_ipv6 in self.routed.clone() {
+            match self.add_routing_of(is_ipv6) {
+                Ok(true) => tracing::warn!(
+                    family = if is_ipv6 { "IPv6" } else { "IPv4" },
+                    mark = self.config.mark,
+                    table = self.config.route_table,
+                    "somebody had removed the routing rule or the route of interception: they are there again"
+                ),
+                Ok(false) => {}
+                Err((action, error)) => failed = Some(InterceptError::netlink(action, error)),
+            }
+        }
+        let fault = failed.as_ref().map(ToString::to_string);
+        let known = std::mem::replace(&mut self.routing_fault, fault);
+        failed.filter(|_| self.routing_fault != known)
     }
 
     /// Attaches to, leaves alone, or detaches from an interface, as its name asks for.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use super::{NEXT, State};
+use super::{NEXT, State, succession};
 use crate::intercept::error::InterceptError;
 use crate::intercept::kernel;
 use crate::intercept::lease::Lease;
@@ -11,7 +11,7 @@ use crate::intercept::pinned;
 
 impl State {
     /// Whether another daemon has taken over, or is about to.
-    fn is_superseded(&self) -> bool {
+    pub(super) fn is_superseded(&self) -> bool {
         if self.waits.is_some() {
             return self.has_predecessor();
         }
@@ -29,11 +29,14 @@ impl State {
     }
 
     fn others_are_pinned(&self) -> bool {
-        let directories = map_directories(&self.config.pin_path);
-        let ours: Vec<_> =
-            directories.iter().filter_map(|directory| kernel::has_pinned(&self.ebpf, directory)).collect();
+        let pinned = self.pinned();
         // What is gone, or cannot be read, says nothing of another daemon.
-        !ours.is_empty() && !ours.contains(&true)
+        !pinned.is_empty() && kernel::number(&self.ebpf).is_some_and(|own| !pinned.contains(&own))
+    }
+
+    /// The numbers of the daemons whose maps are pinned.
+    pub(super) fn pinned(&self) -> Vec<u32> {
+        map_directories(&self.config.pin_path).iter().filter_map(|directory| kernel::pinned_number(directory)).collect()
     }
 
     /// Removes all that was made, as far as possible, unless it is another daemon's by now.
@@ -41,6 +44,7 @@ impl State {
         if self.is_superseded() {
             tracing::info!("another daemon has taken over: kernel programs and routing are left to it");
             self.attachments.drain().for_each(|(_, attachment)| attachment.leave());
+            self.remove_own_mark();
             if self.waits.is_some() {
                 self.next = None;
                 let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
@@ -58,6 +62,8 @@ impl State {
             failures.extend(remove_pins(&directory).err().map(|error| format!("{}: {error}", directory.display())));
         }
         let _ = fs::remove_dir(self.config.pin_path.join(NEXT));
+        self.alive = None;
+        succession::remove_marks(&self.config.pin_path, |_| true);
         if let Err(error) = fs::remove_dir(&self.config.pin_path)
             && error.kind() != io::ErrorKind::NotFound
         {

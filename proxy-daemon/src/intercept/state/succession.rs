@@ -1,0 +1,126 @@
+//! Whose programs are in force when several daemons run: who replaces another one tells by a lock that it lives. If the lock is
+//! free although it should be held, the one that was replaced, and still serves, takes over again: so a successor that crashes, or is
+//! told to end, leaves no node without interception.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{NEXT, State};
+use crate::intercept::cgroups::Hooks;
+use crate::intercept::error::InterceptError;
+use crate::intercept::lease::Lease;
+use crate::intercept::{inherit, kernel};
+
+/// What the names of the daemons' marks begin with; the daemon's number follows.
+const MARK: &str = "daemon-";
+
+impl State {
+    /// Marks that this daemon lives, to be called before its maps are pinned.
+    pub(super) fn announce(&mut self) {
+        let Some(mark) = self.own_mark() else { return };
+        // A second handle would not get the lock.
+        self.alive = None;
+        let made = fs::create_dir_all(&mark).and_then(|()| Lease::take(&mark));
+        match made {
+            Ok(lease) => self.alive = Some(lease),
+            Err(error) => {
+                tracing::warn!(%error, "if this daemon ends, the one that it replaces does not take over again");
+            }
+        }
+    }
+
+    fn own_mark(&self) -> Option<PathBuf> {
+        kernel::number(&self.ebpf).map(|own| self.mark_of(own))
+    }
+
+    fn mark_of(&self, number: u32) -> PathBuf {
+        self.config.pin_path.join(format!("{MARK}{number}"))
+    }
+
+    pub(super) fn remove_own_mark(&mut self) {
+        self.alive = None;
+        if let Some(mark) = self.own_mark() {
+            // Fails where there is none.
+            let _ = fs::remove_dir(mark);
+        }
+    }
+
+    /// Takes over again if the daemon that replaced this one is gone.
+    pub(super) fn look_after_successor(&mut self) -> Result<(), InterceptError> {
+        if !self.took_over || self.ends {
+            return Ok(());
+        }
+        if !self.is_left() {
+            self.was_followed |= self.is_followed();
+            return Ok(());
+        }
+        let next = self.config.pin_path.join(NEXT);
+        self.make_directory(&next)?;
+        let lease = Lease::take(&next)
+            .map_err(|source| InterceptError::PinPath { path: next.clone(), reason: source.to_string() })?;
+        // Another one is about to take over, or has just done so.
+        if !lease.is_held() || !self.is_left() {
+            return Ok(());
+        }
+        self.next = Some(lease);
+        tracing::warn!("the daemon that replaced this one is gone: this one takes over again");
+        let done = self.take_back();
+        // Tried again until it works.
+        self.took_over = true;
+        if done.is_ok() {
+            self.was_followed = false;
+        }
+        done
+    }
+
+    /// Whether another daemon took over, and is gone.
+    fn is_left(&self) -> bool {
+        let pinned = self.pinned();
+        if pinned.is_empty() {
+            // It removed everything, as it does if it does not know of us.
+            return !inherit::maps_directory(&self.config.pin_path).exists();
+        }
+        // A daemon without a mark is of a release that made none: it is taken to live.
+        let is_gone = |number: &u32| Lease::take(&self.mark_of(*number)).is_ok_and(|lease| lease.is_held());
+        kernel::number(&self.ebpf).is_some_and(|own| !pinned.contains(&own)) && pinned.iter().all(is_gone)
+    }
+
+    fn take_back(&mut self) -> Result<(), InterceptError> {
+        // The directory may be another one by now.
+        self.lease = None;
+        self.lease = Lease::take(&self.config.pin_path).ok();
+        // What is looked at now is ours again.
+        self.took_over = false;
+        self.attachments.drain().for_each(|(_, attachment)| attachment.leave());
+        self.hooks.iter_mut().for_each(Hooks::attach_anew);
+        // The other one's programs connected sockets, and it was told of pods.
+        self.inherits_sockets = true;
+        self.recall()?;
+        self.reconcile_addresses()?;
+        self.reconcile_pods();
+        self.take_over()
+    }
+
+    /// Has the daemon that this one replaced take over again, if there is one; says whether.
+    pub(in crate::intercept) fn hand_back(&mut self) -> bool {
+        self.ends = true;
+        self.alive = None;
+        self.took_over && self.has_predecessor()
+    }
+
+    /// Has new connections go their own way, unless it is another daemon that they go to.
+    pub(in crate::intercept) fn let_pass(&mut self) -> Result<(), InterceptError> {
+        self.ends = true;
+        if self.is_superseded() { Ok(()) } else { kernel::set_ending(&mut self.ebpf) }
+    }
+}
+
+/// Removes daemons' marks.
+pub(super) fn remove_marks(pin_path: &Path, is_stale: impl Fn(&Path) -> bool) {
+    let entries = fs::read_dir(pin_path).into_iter().flatten().filter_map(Result::ok);
+    let marks = entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(MARK.as_bytes()));
+    for mark in marks.map(|entry| entry.path()).filter(|mark| is_stale(mark)) {
+        // What is left is in nobody's way.
+        let _ = fs::remove_dir(mark);
+    }
+}
