@@ -419,10 +419,10 @@ fn an_upgrade_that_is_taken_back_loses_no_new_connection() -> Result<()> {
     let ended = new.wait(DEADLINE)?;
     assert!(ended.status.success() && ended.stderr.contains("another daemon has taken over"), "{}", ended.stderr);
     assert!(old.stderr().contains("takes over again"), "{}", old.stderr());
-    both_directions(&stage)?;
     let report: Report = serde_json::from_str(&load.wait(Duration::from_secs(60))?.success()?)?;
     assert!(report.requests > 100 && report.failed() == 0, "{report:?}");
     old.check_running()?;
+    both_directions(&stage)?;
     old.signal(Signal::SIGTERM)?;
     old.wait(DEADLINE)?;
     assert!(!stage.pins().exists(), "the last one removes everything");
