@@ -46,11 +46,16 @@ pub fn pseudo_headers() -> Vec<Case> {
         pseudo("a scheme that is none", ":scheme", Some("http://evil/?")),
         pseudo("an empty path", ":path", Some("")),
         pseudo("a path without a slash", ":path", Some("app")),
+        pseudo("a query without a path", ":path", Some("?a=b")),
         pseudo("an asterisk", ":path", Some("*")),
         pseudo("a URL as path", ":path", Some("http://evil/app")),
         pseudo("a fragment", ":path", Some("/app#evil"))
             .own("stream 1: reset PROTOCOL_ERROR; the connection serves", "it is no part of a request's target"),
         pseudo("OPTIONS and an asterisk", ":path", Some("*")).with_method("OPTIONS"),
+        request(
+            "OPTIONS and a path without a slash",
+            &[(":method", "OPTIONS"), (":scheme", "http"), (":path", "app"), (":authority", "a")],
+        ),
         pseudo("a blank in the path", ":path", Some("/app HTTP/1.1")),
         pseudo("a line feed in the path", ":path", Some("/app\r\nx: y")),
         pseudo("a NUL in the path", ":path", Some("/a\0b")),

@@ -43,7 +43,10 @@ pub(in crate::http::codec) fn settle(head: &mut Parts, config: &HttpConnectionMa
     } else if connects || headers.get_all(HOST).iter().count() != 1 {
         return Err(MESSAGE);
     }
-    if !connects && !uri.path().starts_with('/') && *method != Method::OPTIONS {
+    // The type calls a path without anything before its query `/`, and hosts would get what is there.
+    let path = uri.path_and_query().map(|path| path.as_str());
+    let is_path = |path: &str| path.starts_with('/') || path == "*" && *method == Method::OPTIONS;
+    if !path.map_or(connects, is_path) {
         return Err(MESSAGE);
     }
     if headers.repeats(&CONTENT_LENGTH) {
@@ -53,8 +56,7 @@ pub(in crate::http::codec) fn settle(head: &mut Parts, config: &HttpConnectionMa
         return Err(TOO_MANY);
     }
     let fields: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    let path = uri.path_and_query().map_or(0, |path| path.as_str().len());
-    if fields + path > config.max_request_headers_kb as usize * 1024 {
+    if fields + path.map_or(0, str::len) > config.max_request_headers_kb as usize * 1024 {
         return Err(TOO_LARGE);
     }
     if config.rules.underscores == Underscores::Reject && headers.keys().any(|name| name.as_str().contains('_')) {
@@ -94,4 +96,31 @@ fn join_cookies(headers: &mut HeaderMap) {
 pub(super) fn is_trailer(trailers: &HeaderMap) -> bool {
     const OF_HEADS: [HeaderName; 4] = [CONTENT_LENGTH, TRANSFER_ENCODING, HOST, TE];
     !OF_HEADS.iter().any(|name| trailers.has(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Request, Uri};
+
+    use super::*;
+
+    #[test]
+    fn what_has_no_path_before_its_query_is_malformed() {
+        for (method, path, good) in [
+            ("GET", "/a?b", true),
+            ("GET", "?b", false),
+            ("GET", "*", false),
+            ("OPTIONS", "*", true),
+            ("OPTIONS", "?b", false),
+            ("CONNECT", "/a", true),
+            ("CONNECT", "?b", false),
+        ] {
+            let uri = Uri::builder().scheme("http").authority("a").path_and_query(path).build().unwrap();
+            let (mut head, ()) = Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
+            let settled = settle(&mut head, &HttpConnectionManagerConfig::default());
+            assert_eq!(settled, if good { Ok(()) } else { Err(MESSAGE) }, "{method} {path}");
+        }
+        let (mut tunnel, ()) = Request::connect("a:80").body(()).unwrap().into_parts();
+        assert_eq!(settle(&mut tunnel, &HttpConnectionManagerConfig::default()), Ok(()));
+    }
 }

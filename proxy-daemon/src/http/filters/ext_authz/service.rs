@@ -23,6 +23,7 @@ use crate::{
         call::{self, Failure, grpc},
         changes::{Action, Change},
         headers::{mutate_request, names::*},
+        path::path_and_query,
         stream::{RequestHead, StreamCx},
     },
 };
@@ -78,12 +79,17 @@ impl Service {
     }
 }
 
+/// What is asked for. One that is too long must not become another one, which may be allowed.
+fn target(path: &str) -> Result<Uri, Failure> {
+    path_and_query(path).map(Uri::from).map_err(|_| Failure::TooLong)
+}
+
 impl HttpService {
     async fn check(&self, request: CheckRequest, head: &mut RequestHead, cx: &StreamCx) -> Result<Verdict, Failure> {
         let told = request.attributes.and_then(|attributes| attributes.request);
         let Some(Attributes { http: Some(told), .. }) = told else { return Err(Failure::Reset) };
         let cluster = cx.worker.clusters.get(&self.cluster).ok_or(Failure::NoHost)?;
-        let (asking, body) = self.request(told, head, cx);
+        let (asking, body) = self.request(told, head, cx)?;
         let call = async {
             let body = || if body.is_empty() { Body::Empty } else { Body::Full(body.clone()) };
             let answer = call::send_by(&cluster, self.retry.as_ref(), asking, body).await?;
@@ -101,7 +107,12 @@ impl HttpService {
         Ok(self.verdict(answer.status, answer.headers, body))
     }
 
-    fn request(&self, told: HttpRequest, head: &mut RequestHead, cx: &StreamCx) -> (RequestHead, Bytes) {
+    fn request(
+        &self,
+        told: HttpRequest,
+        head: &mut RequestHead,
+        cx: &StreamCx,
+    ) -> Result<(RequestHead, Bytes), Failure> {
         let (mut asking, ()) = Request::new(()).into_parts();
         let body = if told.raw_body.is_empty() { Bytes::from(told.body) } else { Bytes::from(told.raw_body) };
         let mut path = "/".to_owned();
@@ -121,12 +132,10 @@ impl HttpService {
             }
         }
         asking.headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
-        let path = if self.path_override.is_empty() {
-            format!("{}{path}", self.path_prefix)
-        } else {
-            self.path_override.to_string()
+        asking.uri = match &*self.path_override {
+            "" => target(&format!("{}{path}", self.path_prefix))?,
+            path => target(path)?,
         };
-        asking.uri = Uri::try_from(path).unwrap_or_default();
         if !self.headers_to_add.is_empty() {
             let headers = &mut asking.headers;
             cx.format_request(head, |_, record| mutate_request(headers, &self.headers_to_add, record));
@@ -135,7 +144,7 @@ impl HttpService {
         if let Some(limit) = self.timeout {
             call::expect_within(&mut asking, limit);
         }
-        (asking, body)
+        Ok((asking, body))
     }
 
     fn verdict(&self, status: StatusCode, mut headers: HeaderMap, body: Bytes) -> Verdict {
@@ -173,5 +182,17 @@ impl HttpService {
                 shown.map(|(name, value)| Change::new(name.as_str(), value.as_bytes(), Action::Add)).collect();
         }
         verdict
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_too_long_with_its_prefix_is_no_other_path() {
+        let path = |length: usize| format!("/check/{}", "x".repeat(length));
+        assert_eq!(target(&path(60_000)).ok().map(|uri| uri.to_string()), Some(path(60_000)));
+        assert!(matches!(target(&path(65_530)), Err(Failure::TooLong)));
     }
 }

@@ -281,7 +281,10 @@ fn remote(remote: &RemoteJwks, path: &str) -> Result<Remote> {
     let Some(HttpUpstreamType::Cluster(cluster)) = &http.http_upstream_type else {
         return Err(FieldError::new(format!("{path}.http_uri.cluster"), "value is required"));
     };
-    let uri = http.uri.parse::<Uri>().ok().filter(|uri| uri.authority().is_some());
+    // The type also takes a query without a path, which no server does.
+    let is_url =
+        |uri: &Uri| uri.authority().is_some() && uri.path_and_query().is_none_or(|it| it.as_str().starts_with('/'));
+    let uri = http.uri.parse::<Uri>().ok().filter(is_url);
     let uri =
         uri.ok_or_else(|| FieldError::new(format!("{path}.http_uri.uri"), format!("{:?} is no URI", http.uri)))?;
     let timeout = parse::duration(http.timeout, &format!("{path}.http_uri"), "timeout")?;
