@@ -108,6 +108,10 @@ pub fn strip(headers: &mut HeaderMap) -> bool {
     }
     for name in [BAGGAGE, JAEGER_BAGGAGE] {
         found |= rewrite(headers, &name, |value| w3c_baggage::without(value, BAGGAGE_ITEM));
+        // Lines that can be read alone may together be more than is read.
+        if item(headers, &name, usize::MAX).is_some() {
+            found |= headers.remove(&name).is_some();
+        }
     }
     found
         | rewrite(headers, &OT_SPAN_CONTEXT, |value| {
