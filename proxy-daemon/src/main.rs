@@ -50,6 +50,7 @@ use tracing_subscriber::{layer::SubscriberExt, reload, util::SubscriberInitExt};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+// SAFETY: as the C library that the crate `mimalloc` links declares it; any thread may call it at any time.
 unsafe extern "C" {
     /// Gives the kernel what the calling thread has freed, and with `force` at once: part of [`ALLOCATOR`]'s C library.
     safe fn mi_collect(force: bool);

@@ -106,7 +106,7 @@ fn load<T>(ctx: &TcContext, offset: u32) -> Result<T, NotOurs> {
     if result != 0 {
         return Err(NotOurs::Counted(Reason::PassedTruncated));
     }
-    // SAFETY: written in full above; `T` is one of the headers above, valid for any bytes.
+    // SAFETY: written in full above; `T` is one of the headers above or a byte, valid for any bytes.
     Ok(unsafe { value.assume_init() })
 }
 
