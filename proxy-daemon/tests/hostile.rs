@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use culvert_proxy_daemon::config::fuzz;
+use culvert_proxy_daemon::{config::fuzz, http};
 use culvert_xds_client::{
     Any,
     json::{self, UnknownFields},
+    overrides,
 };
 use envoy_types::pb::envoy::config::core::v3::TypedExtensionConfig;
 use prost::Message as _;
@@ -91,10 +92,18 @@ fn anys_in_each_other_are_bounded() {
     assert_eq!(error, "typed_config: more than 32 messages are in each other as Any");
 }
 
-/// What the fuzzers have stopped at: the first of all inputs, which waits for the descriptors to be read.
+/// What the fuzzers have stopped at.
 #[test]
 fn first_inputs() {
+    // The first of all inputs, which waits for the descriptors to be read.
     run("any", fuzz::any, "\n");
     run("json", fuzz::json, "\n\n1");
     run("yaml", fuzz::yaml, "\\");
+    // A query without a path, which hosts were asked for as it is.
+    run("request", http::fuzz::request, "@GET\n/\nhost:a\nx:?x");
+    run("http2_head", http::codec::fuzz::http2_head, "GET\nhttp://a?x\n");
+    // Two lines of `jaeger-baggage`, which together have more members than are read.
+    run("overrides", |bytes| overrides::fuzz(&[&b"\x82"[..], bytes].concat()), &["a=b"; 40].join(","));
+    // Sizes of the table, of which the greatest counts.
+    run("http2_blocks", http::codec::fuzz::http2_blocks, "\n ?= ?\u{e1}?= ");
 }

@@ -7,12 +7,14 @@ pub use culvert_kube_api::directory::is_manifest;
 use culvert_xds_client::json::{ConfigError, any_to_json};
 use serde_json::{Value, json};
 
-use crate::kubernetes::Objects;
+use crate::kubernetes::convert::read_json;
 use crate::kubernetes::manifest::{self, ManifestError, parse};
+use crate::kubernetes::{EndpointSlice, Node, Objects, Pod, Service};
 use crate::mesh::{NO_SERVICE, join};
 use crate::registry::{Cluster, ClusterInfo, Registry, SourceHealth};
 use crate::resources::edge::{EdgeListener, EdgeOptions};
 use crate::resources::{ORIGINAL_DST_CLUSTER, Options, ProxyKind, Role, Snapshot, Viewer, type_url};
+use crate::secrets::Secret;
 
 /// The port of a service that a file has a manifest for and nothing else.
 const EXAMPLE_PORT: u16 = 80;
@@ -176,6 +178,23 @@ fn located(error: ManifestError, document: &str, lines_before: usize) -> ConfigE
     located
 }
 
+/// What the fuzzer `manifest` feeds: a file of manifests, or an object as an API server tells of it. What has no faults can be shown.
+///
+/// # Panics
+/// What must hold does not.
+pub fn fuzz(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    match check(text) {
+        Ok(_) => Role::ALL.iter().for_each(|role| assert!(render(text, *role).is_ok(), "{role:?}")),
+        Err(faults) => assert!(faults.iter().all(|fault| !fault.to_string().is_empty()) && !faults.is_empty()),
+    }
+    let _ = read_json::<Service>(text);
+    let _ = read_json::<EndpointSlice>(text);
+    let _ = read_json::<Pod>(text);
+    let _ = read_json::<Node>(text);
+    let _ = read_json::<Secret>(text);
+}
+
 /// The name of the cluster that is in every rendering.
 pub const PASSTHROUGH: &str = ORIGINAL_DST_CLUSTER;
 
@@ -224,6 +243,28 @@ mod tests {
         assert_eq!((objects.manifests.len(), warnings.len()), (1, 1));
         assert!(warnings[0].contains("cannot hold for port 5432, which speaks tcp"), "{warnings:?}");
         assert_eq!(check(FULL).unwrap().1, [""; 0]);
+    }
+
+    #[test]
+    fn the_fuzzer_s_function_takes_what_is_good_and_what_is_not() {
+        let pod = r#"{"metadata": {"name": "a", "labels": {"b": "c"}}, "spec": {"nodeName": "n"}, "status": {"podIP": "10.0.0.1"}}"#;
+        let service =
+            "---\napiVersion: v1\nkind: Service\nmetadata: {name: users}\nspec: {ports: [{name: http, port: 80}]}\n";
+        let files = [FULL.to_owned(), format!("{FULL}{service}"), pod.to_owned()];
+        files.iter().for_each(|file| fuzz(file.as_bytes()));
+        let mut seed = fastrand::Rng::with_seed(8);
+        for round in 0..500 {
+            let mut bytes = files[round % files.len()].clone().into_bytes();
+            for _ in 0..seed.usize(1..6) {
+                let at = seed.usize(..bytes.len());
+                match seed.u8(..4) {
+                    0 => drop(bytes.drain(at..(at + seed.usize(..20)).min(bytes.len()))),
+                    1 => bytes.insert(at, b"{}[]:,'-&*"[seed.usize(..10)]),
+                    _ => bytes[at] = seed.u8(b' '..0x7f),
+                }
+            }
+            fuzz(&bytes);
+        }
     }
 
     #[test]

@@ -1,19 +1,22 @@
 //! What the fuzzers call: bytes in, and nothing may panic or take long, and what comes out must hold. `fuzz/` gives them to libFuzzer;
 //! `tests/mutations.rs` runs them on mutations of examples.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header::HOST};
 
 use super::{
-    MatchCx, RouteTable, filters, headers, normal,
+    MatchCx, RouteTable, call,
+    codec::fuzz::head_of,
+    filters, headers, internal_redirect, normal, path,
     redirect::{rewrite_path, rewrite_prefix},
+    route_match, timeouts, trust, upstream_head,
 };
 use crate::{
     access_log::{HeaderFormat, Headers, Record},
     config::{
         self,
-        model::{HttpConnectionManagerConfig, PathMatch, PathRewrite},
+        model::{Cidr, HttpConnectionManagerConfig, IpDetection, PathMatch, PathRewrite, TrustedXff},
     },
 };
 
@@ -22,9 +25,90 @@ pub fn token(bytes: &[u8]) {
     filters::fuzz_token(bytes);
 }
 
-/// The messages of a gRPC body.
+/// The messages of a gRPC body, and those that a service answers with.
 pub fn grpc_messages(bytes: &[u8]) {
     filters::fuzz_grpc_messages(bytes);
+    call::grpc::fuzz(bytes);
+}
+
+/// A body of gRPC-Web, in base64.
+pub fn grpc_web(bytes: &[u8]) {
+    filters::fuzz_grpc_web(bytes);
+}
+
+/// A body that may be compressed.
+pub fn compression(bytes: &[u8]) {
+    filters::fuzz_compression(bytes);
+}
+
+/// What a client says its session is.
+pub fn session(bytes: &[u8]) {
+    filters::fuzz_session(bytes);
+}
+
+/// A client's request, as it is made fit to be routed and to be sent on: the first byte says how that is configured, then comes a line with
+/// the method, one with the target, and one for each field.
+pub fn request(bytes: &[u8]) {
+    let Some((options, bytes)) = bytes.split_first() else { return };
+    let Some(mut head) = head_of(bytes) else { return };
+    let is_set = |bit: u8| options & 1 << bit != 0;
+    let own = Cidr::new([10, 0, 0, 0].into(), 8);
+    let trusted = TrustedXff::Ranges(own.into_iter().collect());
+    let by_header = IpDetection::Header { name: HeaderName::from_static("x-ip"), trusted: is_set(4), reject: None };
+    let detection = [by_header, IpDetection::Xff { trusted, append: is_set(5) }];
+    let config = HttpConnectionManagerConfig {
+        use_remote_address: is_set(0),
+        skip_xff_append: is_set(1),
+        preserve_external_request_id: is_set(2),
+        ip_detection: if is_set(3) && !is_set(0) { detection.into() } else { Box::default() },
+        xff_num_trusted_hops: u32::from(options >> 6),
+        internal_ranges: own.into_iter().collect(),
+        ..HttpConnectionManagerConfig::default()
+    };
+    let peer = SocketAddr::from(([10, 0, 0, 9], 4321));
+    if headers::check_request(&head, 100, None).is_err() || headers::nominates_too_much(&head.headers) {
+        return;
+    }
+    if head.method == Method::CONNECT && head.uri.authority().is_none() {
+        return;
+    }
+    let before = head.headers.clone();
+    let Ok(trusted) = trust::prepare_request(&mut head, &config, peer, peer.ip(), None) else { return };
+    for name in ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"] {
+        assert!(!head.headers.contains_key(name), "{name}");
+    }
+    assert!(head.headers.get("te").is_none_or(|te| te == "trailers"));
+    assert_eq!(before.contains_key(HOST), head.headers.contains_key(HOST));
+    if config.use_remote_address && config.xff_num_trusted_hops == 0 {
+        assert_eq!(trusted.remote, peer);
+        assert_eq!(trusted.internal, !before.contains_key("x-forwarded-for"));
+    }
+    if !trusted.internal {
+        assert!(!["x-envoy-internal", "x-envoy-retry-on"].iter().any(|name| head.headers.contains_key(*name)));
+    }
+    for value in head.headers.values() {
+        let Ok(text) = std::str::from_utf8(value.as_bytes()) else { continue };
+        if let Some(timeout) = timeouts::grpc_timeout(text) {
+            let told = timeouts::to_grpc_timeout(timeout);
+            assert!(told.to_str().ok().and_then(timeouts::grpc_timeout).is_some_and(|told| told <= timeout));
+        }
+        assert_eq!(path::decode(&path::encode(text.as_bytes(), path::is_unreserved)), text.as_bytes());
+        if let Ok(path) = path::path_and_query(text) {
+            assert!(path.as_str().starts_with('/') || path == "*", "{path}");
+        }
+        if let Some(url) = internal_redirect::absolute(value) {
+            assert!(
+                url.path().starts_with('/') && url.authority().is_some_and(|it| !it.as_str().contains('@')),
+                "{url}"
+            );
+        }
+    }
+    let _ = route_match::cookie(&head.headers, "a");
+    let called = route_match::authority(&head).to_owned();
+    let is_name = http::uri::Authority::try_from(called.as_str()).is_ok();
+    upstream_head::to_http2(&mut head);
+    upstream_head::to_http1(&mut head);
+    assert!(!is_name || route_match::authority(&head) == called, "{called:?} in {head:?}");
 }
 
 /// A path as a connection manager makes it a normal one; the first byte says how it is configured. What is normal stays as it is, and

@@ -177,7 +177,7 @@ fn stream_limit(limits: MaxStreamDuration, otherwise: Option<Duration>, headers:
 }
 
 /// At most eight digits and a unit; whole milliseconds.
-fn grpc_timeout(text: &str) -> Option<Duration> {
+pub(super) fn grpc_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
         return None;

@@ -44,6 +44,13 @@ pub struct PeerName {
     pub checked: bool,
 }
 
+/// What the fuzzer `certificate` feeds: a certificate as a peer shows it.
+pub fn fuzz_certificate(bytes: &[u8]) {
+    let certificate = rustls::pki_types::CertificateDer::from(bytes.to_vec());
+    peer::fuzz(&certificate);
+    verify::fuzz(&certificate);
+}
+
 /// The library's algorithms.
 pub fn provider() -> &'static Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();

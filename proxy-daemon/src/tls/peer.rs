@@ -385,6 +385,31 @@ pub(super) fn is_resumed(connection: &CommonState) -> bool {
     connection.handshake_kind() == Some(HandshakeKind::Resumed)
 }
 
+/// What the fuzzer `certificate` feeds: what a peer has shown. A log's line and a header stay one.
+pub(super) fn fuzz(certificate: &CertificateDer<'static>) {
+    let info = TlsInfo {
+        version: "",
+        cipher: "",
+        cipher_id: 0,
+        chain: vec![certificate.clone()],
+        local: None,
+        text: OnceCell::new(),
+        local_text: OnceCell::new(),
+        forwarded: RefCell::default(),
+        validated: false,
+    };
+    let Some(peer) = info.peer() else { return };
+    for text in [&peer.subject, &peer.issuer, &peer.serial, &peer.ip_sans, &peer.valid_from, &peer.valid_until] {
+        assert!(!text.contains(char::is_control), "{text:?}");
+    }
+    let details =
+        ClientCertDetails { subject: true, cert: true, chain: true, dns: true, uri: true, issuer: true, json: false };
+    let _ = info.forwarded(&details, false);
+    if let Some(json) = info.forwarded_json(&details) {
+        assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok(), "{json}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

@@ -448,6 +448,20 @@ impl ClientCertVerifier for PeerVerifier {
     signatures!(self => self);
 }
 
+/// What the fuzzer `certificate` feeds: what a peer has shown. What is told of it is one line.
+pub(super) fn fuzz(certificate: &CertificateDer<'_>) {
+    let _ = EndEntityCert::try_from(certificate);
+    let pins = CertificateValidationContext { verify_certificate_spki: vec![[0; 32]], ..Default::default() };
+    assert!(!pinned(&pins, certificate));
+    let Ok(names) = names(certificate) else { return };
+    let told = other_names(Some("a.example"), &names);
+    assert!(!told.contains(char::is_control), "{told:?}");
+    for (_, name) in &names {
+        assert!(covers(name, name));
+        let _ = covers(name, "a.example");
+    }
+}
+
 #[cfg(test)]
 #[path = "verify_tests.rs"]
 mod tests;

@@ -285,6 +285,25 @@ pub(super) fn take_frame(bytes: &mut BytesMut, limit: usize) -> Result<Option<By
     Ok(Some(bytes.split_to(length).freeze()))
 }
 
+/// What the fuzzer `grpc_messages` feeds besides: a service's answer. It makes no difference where it is parted.
+pub(in crate::http) fn fuzz(bytes: &[u8]) {
+    let taken = |size: usize| {
+        let (mut buffer, mut found) = (BytesMut::new(), Vec::new());
+        for piece in bytes.chunks(size) {
+            buffer.extend_from_slice(piece);
+            loop {
+                match take_frame(&mut buffer, 64) {
+                    Ok(Some(message)) => found.push(message),
+                    Ok(None) => break,
+                    Err(failed) => return (found, Some(failed)),
+                }
+            }
+        }
+        (found, None)
+    };
+    assert_eq!(taken(1), taken(bytes.len().max(1)));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,11 +6,12 @@ use bytes::BytesMut;
 use http::{
     HeaderName, HeaderValue, Method, Request, Uri,
     header::{CONTENT_LENGTH, COOKIE, HOST},
+    request::Parts,
 };
 
 use super::{
     h1::{self, Decoder, Framing, Item, Kind, Limits, Scanner},
-    h2::{head, scrub, watch},
+    h2::{self, head, scrub, watch},
 };
 use crate::config::model::Http1Options;
 use crate::config::model::HttpConnectionManagerConfig;
@@ -90,14 +91,17 @@ pub fn http2_frames(bytes: &[u8]) {
     }
 }
 
-/// A head as HTTP/2 has it: a line with the method, one with the URI, one for each field. What is taken has one host, one length and one
-/// cookie, and a path or none.
-pub fn http2_head(bytes: &[u8]) {
+/// Header blocks of HTTP/2, as the crate `h2` gets them.
+pub fn http2_blocks(bytes: &[u8]) {
+    h2::fuzz::blocks(bytes);
+}
+
+/// A head that is made of a line with the method, one with the URI, and one for each field.
+pub(in crate::http) fn head_of(bytes: &[u8]) -> Option<Parts> {
     let mut lines = bytes.split(|byte| *byte == b'\n');
-    let (Some(method), Some(uri)) = (lines.next(), lines.next()) else { return };
-    let (Ok(method), Ok(uri)) = (Method::from_bytes(method), Uri::try_from(uri)) else { return };
+    let (method, uri) = (lines.next()?, lines.next()?);
     let (mut parts, ()) = Request::new(()).into_parts();
-    (parts.method, parts.uri) = (method, uri);
+    (parts.method, parts.uri) = (Method::from_bytes(method).ok()?, Uri::try_from(uri).ok()?);
     for line in lines {
         let mut halves = line.splitn(2, |byte| *byte == b':');
         let name = halves.next().and_then(|name| HeaderName::from_bytes(name).ok());
@@ -106,12 +110,20 @@ pub fn http2_head(bytes: &[u8]) {
             parts.headers.append(name, value);
         }
     }
+    Some(parts)
+}
+
+/// A head as HTTP/2 has it. What is taken has one host, one length and one cookie, and a path or none.
+pub fn http2_head(bytes: &[u8]) {
+    let Some(mut parts) = head_of(bytes) else { return };
     if head::settle(&mut parts, &HttpConnectionManagerConfig::default()).is_err() {
         return;
     }
     let count = |name| parts.headers.get_all(name).iter().count();
     assert_eq!(count(HOST) + usize::from(parts.uri.authority().is_some()), 1);
     assert!(count(CONTENT_LENGTH) <= 1 && count(COOKIE) <= 1);
-    assert!(parts.uri.path().starts_with('/') || matches!(parts.method, Method::CONNECT | Method::OPTIONS));
+    let target = parts.uri.path_and_query().map_or("", |path| path.as_str());
+    let none = if parts.method == Method::CONNECT { "" } else { "*" };
+    assert!(target.starts_with('/') || target == none && matches!(parts.method, Method::CONNECT | Method::OPTIONS));
     head::downgrade(&mut parts);
 }

@@ -330,6 +330,29 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     Ok(Arc::new(GrpcWebFactory))
 }
 
+/// What the fuzzer `grpc_web` feeds: a body, whose first byte says how it is parted. It makes no difference where, and what is encoded is
+/// decoded again.
+pub(in crate::http) fn fuzz(bytes: &[u8]) {
+    let Some((size, body)) = bytes.split_first() else { return };
+    let (size, whole) = (usize::from(*size).max(1), body.len().max(1));
+    let decoded = |text: &[u8], size: usize| {
+        let progress = Progress::new(std::time::Instant::now(), false);
+        let mut decoding = Decoded { body: Body::Empty, held: Vec::new(), progress, ended: false };
+        let pieces: Result<Vec<Bytes>, BodyError> = text.chunks(size).map(|piece| decoding.decode(piece)).collect();
+        pieces.ok().map(|pieces| pieces.concat())
+    };
+    assert_eq!(decoded(body, size), decoded(body, whole));
+    let encoded = |size: usize| {
+        let (mut encoder, mut text) = (Encoder::default(), String::new());
+        body.chunks(size).for_each(|piece| encoder.encode(piece, &mut text));
+        (text, encoder.held)
+    };
+    let (text, held) = encoded(size);
+    let again = decoded(text.as_bytes(), size).map(|decoded| [decoded, held.clone()].concat());
+    assert_eq!(again.as_deref(), Some(body));
+    assert_eq!((text, held), encoded(whole));
+}
+
 #[cfg(test)]
 #[path = "grpc_web_tests.rs"]
 mod tests;

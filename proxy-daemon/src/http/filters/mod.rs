@@ -44,15 +44,18 @@ use std::{fmt::Debug, pin::Pin, sync::Arc};
 
 use envoy_types::pb::google::protobuf::Any;
 
+pub(super) use compression::fuzz as fuzz_compression;
 pub(crate) use cors::of_route as cors_of_route;
 pub(super) use custom_response::{Led, RedirectPolicy};
 pub use discovered::{DiscoveredFilter, Factory, FilterSource};
 pub(super) use grpc_counts::fuzz as fuzz_grpc_messages;
+pub(super) use grpc_web::fuzz as fuzz_grpc_web;
 pub use header_mutation::EarlyMutations;
 pub(super) use jwt_authn::fuzz as fuzz_token;
 pub use on_demand::ClustersOnDemand;
 pub use r#override::{Explained, OffloadedTable, OverrideState, counted_contexts, explain};
 pub use router::RouterFilter;
+pub(super) use stateful_session::fuzz as fuzz_session;
 
 use super::{
     RouteRef,

@@ -19,7 +19,10 @@ use envoy_types::pb::{
     },
     google::protobuf::Any,
 };
-use http::{HeaderName, HeaderValue, StatusCode, header::SET_COOKIE};
+use http::{
+    HeaderName, HeaderValue, StatusCode,
+    header::{COOKIE, SET_COOKIE},
+};
 use prost::{Message as _, Name as _};
 
 use super::{
@@ -348,6 +351,29 @@ fn state(config: &Any, path: &str) -> Result<State, FieldError> {
         return Err(FieldError::new(path, "has a byte that no header may have"));
     }
     Ok(State::Cookie(cookie))
+}
+
+/// What the fuzzer `session` feeds: what a client says its session is, and the address of a host, which it says when it has been told.
+pub(in crate::http) fn fuzz(bytes: &[u8]) {
+    let name = HeaderName::from_static("x-session");
+    let path = "/".to_owned();
+    let kept = Cookie { name: "s".to_owned(), ttl: Duration::ZERO, path, attributes: String::new() };
+    let states = [(State::Cookie(kept), COOKIE), (State::Header(name.clone()), name.clone())];
+    for (state, header) in states.into_iter().chain([(State::Envelope(name.clone()), name)]) {
+        let (mut request, ()) = http::Request::new(()).into_parts();
+        if let Ok(value) = HeaderValue::from_bytes(bytes) {
+            request.headers.insert(&header, value);
+            let _ = state.session(&mut request);
+        }
+        let Ok(address) = std::str::from_utf8(bytes) else { continue };
+        let (mut response, ()) = http::Response::new(()).into_parts();
+        response.headers.insert("x-session", HeaderValue::from_static("own"));
+        assert!(state.tell(&mut response, address));
+        let told = response.headers.remove(if header == COOKIE { &SET_COOKIE } else { &header });
+        request.headers.insert(&header, told.expect("it has been told"));
+        let known = (!address.is_empty()).then(|| address.to_owned());
+        assert_eq!(state.session(&mut request), Some(known), "{state:?}");
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,8 @@ const STATIC: [&str; 47] = [
     "strict-transport-security", "transfer-encoding", "user-agent", "vary", "via", "www-authenticate",
 ];
 const FIRST_DYNAMIC: usize = 62;
+/// The size of the table where nothing is settled (RFC 9113, section 6.5.2).
+pub(super) const LARGEST: usize = 4096;
 
 /// What a name allows for its value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,8 +68,8 @@ pub(super) struct Table {
 
 impl Default for Table {
     fn default() -> Table {
-        // RFC 9113, section 6.5.2; another size is told within a block.
-        Table { entries: VecDeque::new(), size: 0, max: 4096, name: Vec::new(), value: Vec::new(), interim: false }
+        // Another size is told within a block.
+        Table { entries: VecDeque::new(), size: 0, max: LARGEST, name: Vec::new(), value: Vec::new(), interim: false }
     }
 }
 
@@ -80,10 +82,12 @@ impl Table {
         let mut rest = block;
         let mut replaced: Option<Vec<u8>> = None;
         self.interim = false;
+        let mut begun = false;
         while let Some(first) = rest.first() {
             // The crate drops pseudo-headers there without a word.
             let refuses = |kind| trailers && !matches!(kind, Kind::Field | Kind::Bad);
             let (field, passed) = (rest, &block[..block.len() - rest.len()]);
+            let has_fields = std::mem::replace(&mut begun, !matches!(first, 0x20..0x40));
             match first {
                 0x80.. => {
                     let entry = self.look_up(integer(&mut rest, 7)?)?;
@@ -92,6 +96,8 @@ impl Table {
                         replaced = Some(passed.to_vec());
                     }
                 }
+                // The size of the table is told before all fields (section 4.2).
+                0x20..0x40 if has_fields => return Err(Hopeless),
                 0x20..0x40 => {
                     self.max = integer(&mut rest, 5)?;
                     self.evict();
@@ -223,7 +229,7 @@ fn allows(kind: Kind, value: &[u8]) -> bool {
 }
 
 /// A number whose first byte has `prefix` bits of it (RFC 7541, section 5.1).
-fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, Hopeless> {
+pub(super) fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, Hopeless> {
     let mask = (1_usize << prefix) - 1;
     let (first, mut following) = rest.split_first().ok_or(Hopeless)?;
     let mut value = usize::from(*first) & mask;
@@ -299,6 +305,7 @@ mod tests {
         assert_eq!(table.check(&[0xbe, 0x0f, 0x2f, 1, b'c'], false), Ok(None), "a value for the newest name");
         assert_eq!(table.check(&[0xc0], false), Err(Hopeless), "there are two entries");
         assert_eq!(table.check(&[0x20, 0x3f, 0xe1, 0x1f], false), Ok(None));
+        assert_eq!(table.check(&[0x82, 0x20], false), Err(Hopeless), "the table's size is told first");
         assert_eq!(table.check(&[0xbe], false), Err(Hopeless), "the table has been emptied");
     }
 

@@ -3,6 +3,7 @@
 
 mod body;
 mod client;
+pub(super) mod fuzz;
 mod goaways;
 pub(super) mod head;
 mod hpack;

@@ -1,10 +1,13 @@
 //! The compression libraries of `envoy.filters.http.compressor` and `envoy.filters.http.decompressor`: gzip, brotli and zstd.
 
 mod brotli;
+mod fuzz;
 mod gzip;
 mod zstd;
 
 use std::fmt::Debug;
+
+pub(in crate::http) use fuzz::fuzz;
 
 use envoy_types::pb::{envoy::config::core::v3::TypedExtensionConfig, google::protobuf::Any};
 use http::HeaderValue;

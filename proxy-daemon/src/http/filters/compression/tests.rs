@@ -1,18 +1,4 @@
-use envoy_types::pb::google::protobuf::Any;
-use prost::Message as _;
-
-use super::*;
-
-fn library(direction: &str, kind: &str) -> TypedExtensionConfig {
-    let message = match kind {
-        "gzip" => "Gzip",
-        "brotli" => "Brotli",
-        _ => "Zstd",
-    };
-    let type_url = format!("type.googleapis.com/envoy.extensions.compression.{kind}.{direction}.v3.{message}");
-    let typed_config = Some(Any { type_url, value: ().encode_to_vec() });
-    TypedExtensionConfig { name: "text".to_owned(), typed_config }
-}
+use super::{fuzz::library, *};
 
 fn compressed(kind: &str, pieces: &[&[u8]]) -> Vec<u8> {
     let library = compressors(Some(&library("compressor", kind)), "x").unwrap();

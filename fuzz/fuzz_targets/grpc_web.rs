@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| culvert_proxy_daemon::http::fuzz::grpc_web(bytes));

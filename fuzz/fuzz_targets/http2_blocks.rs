@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| culvert_proxy_daemon::http::codec::fuzz::http2_blocks(bytes));
