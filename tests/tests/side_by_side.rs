@@ -17,11 +17,10 @@ const OWN_VALUES: [&str; 3] = ["date", "x-envoy-upstream-service-time", "x-reque
 const DIFFERENT_ANSWERS: [(&str, &str); 0] = [];
 
 /// Stats of Envoy's that culvertd does not have, by the end of their names: what they count does not exist in it yet.
-const MISSING_STATS: [&str; 4] =
-    ["upstream_rq_0rtt", "upstream_rq_rx_reset_no_error", "downstream_rq_tx_reset", "upstream_rq_504"];
+const MISSING_STATS: [&str; 3] = ["upstream_rq_0rtt", "downstream_rq_tx_reset", "upstream_rq_504"];
 
 /// What is not counted here of every cluster: there is no HTTP/3, and bytes flow otherwise than in Envoy, which has watermarks.
-const MISSING_OF_CLUSTERS: [&str; 11] = [
+const MISSING_OF_CLUSTERS: [&str; 10] = [
     "upstream_cx_connect_with_0_rtt",
     "upstream_cx_http3_total",
     "upstream_cx_rx_bytes_buffered",
@@ -32,7 +31,6 @@ const MISSING_OF_CLUSTERS: [&str; 11] = [
     "upstream_flow_control_resumed_reading_total",
     "upstream_http3_broken",
     "upstream_rq_0rtt",
-    "upstream_rq_rx_reset_no_error",
 ];
 
 const ROUTES: &str = r#"

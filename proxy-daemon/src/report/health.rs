@@ -20,11 +20,13 @@ use super::load::proto_address;
 use crate::{
     config::{
         FieldError,
-        model::{EndpointAddress, Locality, UpstreamBind},
+        model::{Check, EndpointAddress, HealthCheckConfig, Locality, SocketIndex, UpstreamBind},
         parse::{self, HealthCheckTarget, HealthChecks},
     },
-    stats::Scope,
-    upstream::health_check::{self, Health, HealthCheckStats, HealthChecker},
+    upstream::{
+        ClusterStats,
+        health_check::{self, Health, HealthCheckStats, HealthChecker},
+    },
 };
 
 /// The checks that a management server has asked for. They go on when its stream is lost.
@@ -38,6 +40,8 @@ struct Cluster {
     name: String,
     bind: Option<Arc<UpstreamBind>>,
     localities: Vec<(Locality, Vec<Target>)>,
+    /// All that a cluster has, though checks alone count.
+    _stats: ClusterStats,
 }
 
 #[derive(Debug)]
@@ -92,12 +96,22 @@ impl HealthReporter {
 
 impl Cluster {
     fn new(wanted: HealthChecks, before: &mut Before) -> Cluster {
-        let stats = HealthCheckStats::new(Scope::cluster(&wanted.cluster), "");
+        let cluster = ClusterStats::of_checks(&wanted.cluster);
+        if wanted.checks.iter().any(|(_, config)| matches!(&config.check, Check::Http(http) if !http.http2)) {
+            cluster.speaks_http1();
+        }
+        let stats = |config: &HealthCheckConfig| HealthCheckStats::new(cluster.scope().clone(), &config.name);
         let target = |endpoint: HealthCheckTarget, before: &mut Before| {
             let old = before.remove(&(wanted.cluster.clone(), endpoint.address.clone()));
             let health = old.as_ref().map(|(old, _)| old.health()).unwrap_or_default();
             let same = old.filter(|(old, bind)| old.endpoint == endpoint && *bind == wanted.bind);
-            let mut old = same.map(|(old, _)| old.checkers).unwrap_or_default();
+            let mut old = match same {
+                Some((old, _)) => old.checkers,
+                None => {
+                    cluster.count_socket(SocketIndex::default());
+                    Vec::new()
+                }
+            };
             let check = endpoint.check.as_ref();
             let checker = |(message, config): &(HealthCheck, Arc<_>)| {
                 let same = old.iter().position(|(other, _)| other == message);
@@ -111,8 +125,8 @@ impl Cluster {
                         bind: wanted.bind.clone(),
                         ..health_check::Target::plain(address)
                     };
-                    let config = Arc::clone(config);
-                    (message.clone(), HealthChecker::start(config, target, health, stats.clone(), traffic))
+                    let (config, stats) = (Arc::clone(config), stats(config));
+                    (message.clone(), HealthChecker::start(config, target, health, stats, traffic))
                 })
             };
             let disabled = check.is_some_and(|check| check.disabled);
@@ -122,7 +136,8 @@ impl Cluster {
         let localities = wanted.localities.iter().map(|(locality, endpoints)| {
             (locality.clone(), endpoints.iter().map(|endpoint| target(endpoint.clone(), before)).collect())
         });
-        Cluster { localities: localities.collect(), bind: wanted.bind.clone(), name: wanted.cluster.clone() }
+        let localities = localities.collect();
+        Cluster { localities, bind: wanted.bind.clone(), name: wanted.cluster.clone(), _stats: cluster }
     }
 
     fn report(&self) -> ClusterEndpointsHealth {

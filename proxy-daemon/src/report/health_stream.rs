@@ -6,18 +6,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_xds_client::grpc::Dialer;
+use culvert_xds_client::{grpc::Dialer, json::newer};
 use envoy_types::pb::envoy::{
     config::core::v3::Node,
     service::health::v3::{
         Capability, HealthCheckRequest, HealthCheckRequestOrEndpointHealthResponse as Message, HealthCheckSpecifier,
         capability::Protocol, health_check_request_or_endpoint_health_response::RequestType,
-        health_discovery_service_client::HealthDiscoveryServiceClient,
     },
 };
 use futures_util::{TryFutureExt, TryStreamExt};
+use http::uri::PathAndQuery;
+use prost::bytes::Buf as _;
 use tokio::{sync::mpsc, time::sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Status,
+    client::Grpc,
+    codec::{Codec, DecodeBuf, Decoder},
+};
+use tonic_prost::{ProstCodec, ProstEncoder};
 
 use super::{Ended, HealthReporter};
 use crate::stats::{self, Counter};
@@ -65,13 +72,15 @@ async fn stream(
     stats: HealthStats,
     answered: &mut bool,
 ) -> Result<Infallible, Ended> {
-    let mut client = HealthDiscoveryServiceClient::new(dialer.connect().await?);
+    let mut client = Grpc::new(dialer.connect().await?);
+    client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     // A server that does not read stops the reports; it gets the newest when it does.
     let (sender, messages) = mpsc::channel(1);
     // There is room: this is the first.
     let _ = sender.try_send(first_message(node));
     stats.responses.inc();
-    let call = client.stream_health_check(dialer.request(ReceiverStream::new(messages)));
+    let method = PathAndQuery::from_static("/envoy.service.health.v3.HealthDiscoveryService/StreamHealthCheck");
+    let call = client.streaming(dialer.request(ReceiverStream::new(messages)), method, Health::default());
     let mut answers = pin!(call.map_ok(tonic::Response::into_inner).try_flatten_stream());
     let mut last: Option<HealthCheckSpecifier> = None;
     // When the next report is due, and the time between two; nothing is told before the server has said what to check.
@@ -114,6 +123,38 @@ async fn stream(
                 due = due.map(|(_, interval)| (Instant::now() + interval, interval));
             }
         }
+    }
+}
+
+/// The messages of the service; those of the server with the fields that the typed ones lack.
+#[derive(Debug, Default)]
+struct Health(ProstCodec<Message, HealthCheckSpecifier>);
+
+impl Codec for Health {
+    type Encode = Message;
+    type Decode = HealthCheckSpecifier;
+    type Encoder = ProstEncoder<Message>;
+    type Decoder = Specifiers;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        self.0.encoder()
+    }
+
+    fn decoder(&mut self) -> Specifiers {
+        Specifiers
+    }
+}
+
+#[derive(Debug)]
+struct Specifiers;
+
+impl Decoder for Specifiers {
+    type Item = HealthCheckSpecifier;
+    type Error = Status;
+
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<HealthCheckSpecifier>, Status> {
+        let bytes = from.copy_to_bytes(from.remaining());
+        newer::decode_specifier(&bytes).map(Some).map_err(|error| Status::internal(error.to_string()))
     }
 }
 

@@ -58,6 +58,21 @@ async fn statistics_go_with_their_cluster() {
 }
 
 #[tokio::test]
+async fn each_check_counts_by_its_name_in_a_cluster_that_has_all_statistics() {
+    let named = |name: &str| TCP.replace("timeout:", &format!("name: {name}, timeout:"));
+    let mut reporter = HealthReporter::default();
+    reporter.assign(&specifier(&cluster("several", &format!("[{}, {}]", named("one"), named("two"))))).unwrap();
+    let names: Vec<String> = stats::snapshot()
+        .iter()
+        .filter_map(|metric| metric.name().strip_prefix("cluster.several.").map(str::to_owned))
+        .collect();
+    let has = |name: &str| names.iter().any(|it| it == name);
+    assert!(has("health_check.name.one.attempt") && has("health_check.name.two.attempt"), "{names:?}");
+    assert!(!has("health_check.attempt"));
+    assert!(has("upstream_cx_total") && has("membership_total"));
+}
+
+#[tokio::test]
 async fn of_two_clusters_of_a_name_the_first_counts() {
     let mut reporter = HealthReporter::default();
     let twice = specifier("[{ cluster_name: a }, { cluster_name: b }, { cluster_name: a }, {}, {}]");

@@ -7,7 +7,7 @@ use culvert_xds_client::source::Usage;
 
 use super::{ConnectError, HostSet, Standing, lb::Balancer};
 use crate::{
-    config::model::{ClusterConfig, Discovery, SocketIndex},
+    config::model::{ClusterConfig, Discovery, SocketIndex, SocketMatches, TrackedStats},
     stats::{Counter, Gauge, Histogram, Lease, ResponseCodes, Scope},
 };
 
@@ -85,7 +85,11 @@ macro_rules! cluster_stats {
         impl ClusterStats {
             /// Takes the slots of a cluster; the same name gets the same slots again.
             pub fn new(config: &ClusterConfig) -> ClusterStats {
-                let scope = Scope::cluster(&config.stat_name).shared();
+                ClusterStats::of(&config.stat_name, config.tracked, &config.socket_matches)
+            }
+
+            fn of(name: &str, tracked: TrackedStats, matches: &SocketMatches) -> ClusterStats {
+                let scope = Scope::cluster(name).shared();
                 // Before the handles, so that they are of this life of the scope.
                 let lease = Arc::new(scope.lease());
                 ClusterStats {
@@ -97,8 +101,8 @@ macro_rules! cluster_stats {
                     origins: Arc::default(),
                     canary: Arc::default(),
                     http1: Arc::default(),
-                    budgets: config.tracked.timeout_budgets.then(|| Budgets::new(&scope)),
-                    socket_matches: socket_matches(config, &scope),
+                    budgets: tracked.timeout_budgets.then(|| Budgets::new(&scope)),
+                    socket_matches: socket_matches(matches, &scope),
                     scope,
                     _lease: lease,
                 }
@@ -121,6 +125,8 @@ cluster_stats! {
         upstream_rq_retry upstream_rq_retry_success upstream_rq_retry_limit_exceeded upstream_rq_retry_overflow
         upstream_rq_retry_backoff_exponential upstream_rq_retry_backoff_ratelimited upstream_rq_per_try_idle_timeout
         retry_or_shadow_abandoned upstream_rq_max_duration_reached
+        // As by Envoy a reset with NO_ERROR is counted as any other.
+        upstream_rq_rx_reset_no_error
         upstream_rq_rx_reset upstream_rq_tx_reset upstream_rq_maintenance_mode
         upstream_internal_redirect_succeeded_total upstream_internal_redirect_failed_total
         original_dst_host_invalid
@@ -172,14 +178,19 @@ impl Usage for ClusterStats {
 }
 
 /// `<name>.total_match_count` of a cluster's transport sockets, by their places. As in Envoy they are right below the cluster's name.
-pub(super) fn socket_matches(config: &ClusterConfig, scope: &Scope) -> Arc<[Counter]> {
-    let names = std::iter::once("default").chain(config.socket_matches.0.iter().map(|it| &*it.name));
+pub(super) fn socket_matches(matches: &SocketMatches, scope: &Scope) -> Arc<[Counter]> {
+    let names = std::iter::once("default").chain(matches.0.iter().map(|it| &*it.name));
     names.map(|name| scope.counter(&format!("{name}.total_match_count"))).collect()
 }
 
 impl ClusterStats {
+    /// Those of a cluster that is only checked, for a management server: as in Envoy it has them all, but for its circuit breakers, which are not looked up.
+    pub(crate) fn of_checks(name: &str) -> ClusterStats {
+        ClusterStats::of(name, TrackedStats::default(), &SocketMatches::default())
+    }
+
     /// A host's connections go by the transport socket in this place.
-    pub(super) fn count_socket(&self, index: SocketIndex) {
+    pub(crate) fn count_socket(&self, index: SocketIndex) {
         self.socket_matches.get(usize::from(index.0)).inspect(|counter| counter.inc());
     }
 
@@ -248,6 +259,11 @@ impl ClusterStats {
     /// on the side of hosts, or with the messages that pass here.
     pub fn count_http1(&self) {
         self.upstream_cx_http1_total.inc();
+        self.speaks_http1();
+    }
+
+    /// The same, of a connection that checks hosts and is not counted.
+    pub(crate) fn speaks_http1(&self) {
         self.http1.get_or_init(|| {
             for name in [
                 "dropped_headers_with_underscores",

@@ -6,7 +6,10 @@
 
 use std::borrow::Cow;
 
-use envoy_types::pb::envoy::config::core::v3::{HealthCheck, TypedExtensionConfig};
+use envoy_types::pb::envoy::{
+    config::core::v3::{HealthCheck, TypedExtensionConfig},
+    service::health::v3::HealthCheckSpecifier,
+};
 use prost::{DecodeError, Message, Name};
 use prost_reflect::{DynamicMessage, ReflectMessage as _, Value};
 
@@ -15,6 +18,8 @@ use super::pool;
 const BOOTSTRAP: &str = "envoy.config.bootstrap.v3.Bootstrap";
 const STATIC_RESOURCES: &str = "envoy.config.bootstrap.v3.Bootstrap.StaticResources";
 const CLUSTER: &str = "envoy.config.cluster.v3.Cluster";
+const SPECIFIER: &str = "envoy.service.health.v3.HealthCheckSpecifier";
+const CLUSTER_HEALTH_CHECK: &str = "envoy.service.health.v3.ClusterHealthCheck";
 const HEALTH_CHECK: &str = "envoy.config.core.v3.HealthCheck";
 
 /// Begins the name of the extension, among the `event_logger` of a health check, that carries the check's own name. It has no
@@ -68,6 +73,17 @@ pub(super) fn decode<T: Message + Name + Default>(bytes: &[u8]) -> Result<T, Dec
         return T::decode(message.encode_to_vec().as_slice());
     }
     T::decode(bytes)
+}
+
+/// What a management server wants checked, from bytes as it sends them: the same as in clusters.
+///
+/// # Errors
+/// They are no such message.
+pub fn decode_specifier(bytes: &[u8]) -> Result<HealthCheckSpecifier, DecodeError> {
+    let Some(descriptor) = pool().get_message_by_name(SPECIFIER) else { return HealthCheckSpecifier::decode(bytes) };
+    let mut message = DynamicMessage::decode(descriptor, bytes)?;
+    hide(&mut message);
+    HealthCheckSpecifier::decode(message.encode_to_vec().as_slice())
 }
 
 /// The other way round.
@@ -126,7 +142,8 @@ fn each_health_check(message: &mut DynamicMessage, change: &impl Fn(&mut Dynamic
     let next = match message.descriptor().full_name() {
         BOOTSTRAP => "static_resources",
         STATIC_RESOURCES => "clusters",
-        CLUSTER => "health_checks",
+        SPECIFIER => "cluster_health_checks",
+        CLUSTER | CLUSTER_HEALTH_CHECK => "health_checks",
         HEALTH_CHECK => return change(message),
         _ => return,
     };
@@ -192,6 +209,21 @@ mod tests {
         assert_eq!(found, ["one", "", "three"].map(|name| Value::String(name.to_owned())));
         assert_eq!(unpack::<Cluster>(&any, "").unwrap(), cluster);
         assert_eq!(super::super::any_to_json(&any)["health_checks"][2]["name"], json!("three"));
+    }
+
+    #[test]
+    fn management_servers_name_health_checks_as_well() {
+        let written =
+            format!("{{ cluster_health_checks: [{}] }}", CLUSTER_OF_THREE.replace("name: c", "cluster_name: c"));
+        let specifier: HealthCheckSpecifier = from_yaml(&written).unwrap();
+        validate(&specifier).unwrap();
+        let sent = super::super::dynamic(&specifier).unwrap().encode_to_vec();
+        assert!(memchr::memmem::find(&sent, CARRIED_NAME.as_bytes()).is_none(), "it is sent as Envoy has it");
+        let received = decode_specifier(&sent).unwrap();
+        assert_eq!(received, specifier);
+        let names: Vec<_> = received.cluster_health_checks[0].health_checks.iter().map(health_check_name).collect();
+        assert_eq!(names, ["one", "", "three"]);
+        assert!(decode_specifier(b"\xff\xff").is_err());
     }
 
     #[test]

@@ -175,7 +175,7 @@ impl ClusterChecks {
             removes_at_once: health.ignore_on_removal,
             traffic: Arc::new(move || total.value() > 0),
             matches: config.socket_matches.clone(),
-            matched: socket_matches(config, &scope),
+            matched: socket_matches(&config.socket_matches, &scope),
             bind: config.bind.clone(),
             reports,
             logical: name_of(config),
