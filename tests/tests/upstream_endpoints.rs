@@ -206,7 +206,7 @@ fn responses_of_canaries_are_counted_as_by_envoy() -> Result<()> {
 /// Whoever asks whether a daemon is ready is not kept waiting by what it is told of hosts.
 #[test]
 fn many_new_hosts_do_not_keep_the_admin_interface_waiting() -> Result<()> {
-    const HOSTS: u32 = 20_000;
+    const HOSTS: u32 = 30_000;
     let dir = scratch_dir()?;
     let path = dir.join("eds.json");
     let write = |from: u32| -> Result<()> {
@@ -252,11 +252,8 @@ fn many_new_hosts_do_not_keep_the_admin_interface_waiting() -> Result<()> {
         updated.map(|()| asked.join().unwrap_or(DEADLINE))
     })?;
     let took = began.elapsed();
-    // On a fast machine the whole update takes less.
-    ensure!(
-        worst < Duration::from_millis(500).max(took / 3),
-        "/ready took {worst:?} of the {took:?} that the update did"
-    );
+    // Whoever waits for the update waits for about all of it.
+    ensure!(worst < took / 2, "/ready took {worst:?} of the {took:?} that the update did");
     Ok(())
 }
 

@@ -2,7 +2,7 @@ mod registry;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
 use arc_swap::ArcSwap;
@@ -76,6 +76,8 @@ pub struct Cluster {
 struct Retries {
     /// Retries under way.
     active: [AtomicU32; 2],
+    /// Whether there was ever one wanted.
+    asked: [AtomicBool; 2],
     /// What `budget_interval` asks for, which all attempts write.
     recent: [Option<Recent>; 2],
 }
@@ -108,7 +110,7 @@ impl Cluster {
             stats: Arc::new(stats),
             limits,
             breakers: Arc::default(),
-            retries: Retries { active: Default::default(), recent },
+            retries: Retries { active: Default::default(), asked: Default::default(), recent },
             dropped: Dropped::new(),
             dropped_overload: Dropped::new(),
             unlisted: named.then(|| Arc::new(HostCounters::new(workers))),
@@ -153,18 +155,28 @@ impl Cluster {
         }
     }
 
-    /// There may be no further retry now.
+    /// Whether there are as many retries as may be. As by Envoy `max_retries` tells, also where a budget decides; without any there are not.
     pub(super) fn retries_are_exhausted(&self, high: bool) -> bool {
-        self.retries_left(high) == 0
+        let active = self.retries.active[usize::from(high)].load(Ordering::Relaxed);
+        active > 0 && active >= self.limits(high).max_retries()
     }
 
-    /// How many more retries there may be now.
+    /// How many more retries there may be now; with a budget 0 as by Envoy, once somebody has asked for one.
     pub(super) fn retries_left(&self, high: bool) -> u32 {
-        self.retry_limit(high).saturating_sub(self.retries.active[usize::from(high)].load(Ordering::Relaxed))
+        let has_budget = self.config.circuit_breakers[usize::from(high)].retry_budget.is_some();
+        if has_budget && self.retries.asked[usize::from(high)].load(Ordering::Relaxed) {
+            return 0;
+        }
+        let active = self.retries.active[usize::from(high)].load(Ordering::Relaxed);
+        self.limits(high).max_retries().saturating_sub(active)
     }
 
     /// Counts one more retry, if there may be one; [`end_retry`](Self::end_retry) must follow then.
     pub(crate) fn begin_retry(&self, high: bool) -> bool {
+        let asked = &self.retries.asked[usize::from(high)];
+        if !asked.load(Ordering::Relaxed) {
+            asked.store(true, Ordering::Relaxed);
+        }
         let limit = self.retry_limit(high);
         let more = |retries| (retries < limit).then_some(retries + 1);
         self.retries.active[usize::from(high)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()

@@ -4,7 +4,7 @@
 use std::{
     cell::RefCell,
     collections::HashMap,
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     rc::Rc,
     sync::{Arc, Mutex, PoisonError, Weak},
     time::{Duration, Instant},
@@ -108,6 +108,18 @@ impl NewHosts {
     pub(super) fn retire(&self) {
         self.0.borrow().values().for_each(|new| new.host.retire());
     }
+}
+
+/// The destination that a header says. An address that is only good on one link may name the interface, as Envoy takes it.
+pub(super) fn destination_of(text: &str) -> Option<SocketAddr> {
+    text.parse().ok().or_else(|| {
+        let (address, rest) = text.strip_prefix('[')?.split_once('%')?;
+        let (interface, port) = rest.split_once("]:")?;
+        let address: Ipv6Addr = address.parse().ok().filter(Ipv6Addr::is_unicast_link_local)?;
+        let port = port.parse().ok().filter(|_| port.bytes().all(|byte| byte.is_ascii_digit()))?;
+        let scope = nix::net::if_::if_nametoindex(interface).ok()?;
+        Some(SocketAddrV6::new(address, port, 0, scope).into())
+    })
 }
 
 fn made(destination: SocketAddr, cluster: &Cluster, counters: Arc<HostCounters>) -> Host {
@@ -217,6 +229,26 @@ mod tests {
     async fn listed(cluster: &Cluster, wanted: usize) {
         while cluster.hosts().hosts.len() != wanted {
             sleep(SECOND / 100).await;
+        }
+    }
+
+    #[test]
+    fn interfaces_are_named_where_an_address_needs_one() {
+        let said = |text: &str| destination_of(text).map(|destination| destination.to_string());
+        let lo = nix::net::if_::if_nametoindex("lo").unwrap();
+        assert_eq!(said("[fe80::1%lo]:80"), Some(format!("[fe80::1%{lo}]:80")));
+        assert_eq!(said("[fe80::1%7]:80"), Some("[fe80::1%7]:80".to_owned()));
+        assert_eq!(said("[::1%9]:80"), Some("[::1%9]:80".to_owned()));
+        assert_eq!(said("10.0.0.1:80"), Some("10.0.0.1:80".to_owned()));
+        for wrong in [
+            "[::1%lo]:80",
+            "[fe80::1%]:80",
+            "[fe80::1%nowhere]:80",
+            "127.0.0.1%lo:80",
+            "[fe80::1%lo]:+80",
+            "[fe80::1%lo]",
+        ] {
+            assert_eq!(said(wrong), None, "{wrong}");
         }
     }
 

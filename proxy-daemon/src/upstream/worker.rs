@@ -17,7 +17,7 @@ use super::{
     dynamic_forward_proxy::DynamicHosts,
     lb::{Pick, Target, TriedPriorities, Turns},
     mine::Mine,
-    original_dst::NewHosts,
+    original_dst::{NewHosts, destination_of},
     pool::Pool,
 };
 use crate::{
@@ -357,7 +357,7 @@ impl WorkerCluster {
             return cx.override_dst;
         }
         if let Some(value) = header.and_then(|name| cx.headers?.get(name)) {
-            match value.to_str().ok().and_then(|text| text.parse().ok()) {
+            match value.to_str().ok().and_then(destination_of) {
                 Some(destination) => return Some(destination),
                 None => self.cluster.stats.original_dst_host_invalid.inc(),
             }

@@ -1,4 +1,4 @@
-use std::{collections::HashSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashSet, fs::OpenOptions, path::PathBuf, sync::Arc, time::Duration};
 
 use culvert_xds_client::json;
 use envoy_types::pb::{
@@ -94,7 +94,7 @@ fn health_checks(cluster: &ClusterHealthCheck, path: &str) -> Result<HealthCheck
             (check.always_log_health_check_failures, "always_log_health_check_failures"),
             (check.always_log_health_check_success, "always_log_health_check_success"),
             (!check.event_log_path.is_empty(), "event_log_path"),
-            (!check.event_logger.is_empty(), "event_logger"),
+            (json::newer::event_loggers(check).next().is_some(), "event_logger"),
             // Those checks are not encrypted.
             (check.tls_options.is_some(), "tls_options"),
             (check.transport_socket_match_criteria.is_some(), "transport_socket_match_criteria"),
@@ -167,6 +167,13 @@ pub(super) fn health_checks_of(cluster: &Cluster, path: &str) -> Result<Vec<Arc<
     Ok(checks)
 }
 
+/// An event log, which is there from now on: as by Envoy it is opened when it is configured.
+fn event_log(file: &str, path: &str) -> Result<PathBuf> {
+    let opened = OpenOptions::new().append(true).create(true).open(file);
+    let refused = |error: std::io::Error| FieldError::new(path, format!("unable to open file '{file}': {error}"));
+    opened.map(|_| PathBuf::from(file)).map_err(refused)
+}
+
 /// A health check of the cluster with this name. Its fields have been checked against what is honoured.
 pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Result<HealthCheckConfig> {
     let time = |value, field| duration(value, path, field);
@@ -182,13 +189,13 @@ pub(super) fn health_check(check: &HealthCheck, cluster: &str, path: &str) -> Re
     let path_of_old = &check.event_log_path;
     let mut event_logs = Vec::new();
     if !path_of_old.is_empty() {
-        event_logs.push(PathBuf::from(path_of_old));
+        event_logs.push(event_log(path_of_old, &join(path, "event_log_path"))?);
     }
     for (index, logger) in json::newer::event_loggers(check) {
         let path = format!("{}[{index}].typed_config", join(path, "event_logger"));
         let any = logger.typed_config.as_ref().ok_or_else(|| FieldError::new(&path, "a value is required"))?;
         let sink: HealthCheckEventFileSink = json::unpack(any, &path)?;
-        event_logs.push(PathBuf::from(sink.event_log_path));
+        event_logs.push(event_log(&sink.event_log_path, &join(&path, "event_log_path"))?);
     }
     Ok(HealthCheckConfig {
         name: json::newer::health_check_name(check).to_owned(),

@@ -17,6 +17,7 @@ use hickory_resolver::{
     lookup_ip::LookupIp,
     net::{DnsError, NetError, runtime::TokioRuntimeProvider},
     proto::op::ResponseCode,
+    system_conf::parse_resolv_conf,
 };
 
 use crate::config::model::{DnsLookupFamily, DnsServers};
@@ -79,7 +80,7 @@ impl Servers {
     /// `None`: there are none, and the system's library may know better.
     pub(super) fn new(servers: &DnsServers, family: DnsLookupFamily) -> Result<Option<Servers>, NetError> {
         let said = std::fs::read(SYSTEM).unwrap_or_default();
-        let system = hickory_resolver::system_conf::read_system_conf().ok();
+        let system = parse_resolv_conf(&said).ok();
         let (system, mut options) = system.unwrap_or_else(|| {
             let none = ResolverConfig::from_parts(None, Vec::new(), Vec::new());
             (none, ResolverOpts::default())

@@ -51,6 +51,25 @@ fn limits_and_timeouts() {
 }
 
 #[test]
+fn event_logs_of_health_checks_can_be_opened() {
+    let check = "timeout: 1s, interval: 1s, unhealthy_threshold: 1, healthy_threshold: 1, tcp_health_check: {}";
+    let sink =
+        "'@type': type.googleapis.com/envoy.extensions.health_check.event_sinks.file.v3.HealthCheckEventFileSink";
+    for (field, path) in [
+        ("event_log_path: /nonexistent/log", "event_log_path"),
+        (
+            &*format!("event_logger: [{{ name: a, typed_config: {{ {sink}, event_log_path: /nonexistent/log }} }}]"),
+            "event_logger[0].typed_config.event_log_path",
+        ),
+    ] {
+        let error = one_cluster(&format!("{{ name: a, health_checks: [{{ {check}, {field} }}] }}")).unwrap_err();
+        let wanted =
+            format!("health_checks[0].{path}: unable to open file '/nonexistent/log': No such file or directory");
+        assert!(error.contains(&wanted), "{error}");
+    }
+}
+
+#[test]
 fn what_is_spoken() {
     let config = one_cluster(&with_http(
         "explicit_http_config: { http_protocol_options: {} }, common_http_protocol_options: { idle_timeout: 0s, \
