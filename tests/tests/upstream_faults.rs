@@ -295,3 +295,54 @@ fn heads_of_responses_have_their_limits() -> Result<()> {
     ensure!(different.is_empty(), "Envoy and culvertd: {different:#?}");
     Ok(())
 }
+
+const HTTP2: &str = "typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
+                     type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
+                     {http2_protocol_options: {}}}}";
+
+#[test]
+fn what_a_host_says_before_it_closes_is_heard() -> Result<()> {
+    const TRIES: u64 = 40;
+    let mut seen = Vec::new();
+    for kind in KINDS {
+        // They speak HTTP/1.1 where HTTP/2 is meant: one answers what it takes for a head, and has the rest unread when it closes; one does
+        // not even wait for a head; and one says nothing.
+        let answers = server::start(|mut stream| {
+            let (mut head, mut byte) = (Vec::new(), [0]);
+            while !head.ends_with(b"\r\n\r\n") {
+                stream.read_exact(&mut byte)?;
+                head.extend(byte);
+            }
+            Ok(stream.write_all(ANSWER)?)
+        })?;
+        let refuses = server::start(|mut stream| Ok(stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")?))?;
+        let closes = server::start(|_| Ok(()))?;
+        let web = free_port()?;
+        let hosts = [("answers", answers), ("refuses", refuses), ("closes", closes)];
+        let routes = hosts.map(|(name, _)| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}}}}}"));
+        let all = format!("- {{name: all, domains: ['*'], routes: [{}]}}", routes.join(", "));
+        let bootstrap = Bootstrap::new().http(web, &all, &[]);
+        let bootstrap =
+            hosts.iter().fold(bootstrap, |bootstrap, (name, port)| bootstrap.cluster(name, &[*port], &[HTTP2]));
+        let daemon = Daemon::start(kind, &bootstrap.yaml())?;
+        let mut outcomes = Vec::new();
+        for (name, _) in hosts {
+            let mut answers = std::collections::BTreeMap::new();
+            for _ in 0..TRIES {
+                let response = fetch(web, Request::get(&format!("/{name}")))?;
+                *answers.entry(format!("{} {}", response.status, response.text())).or_insert(0) += 1;
+            }
+            let stats = wait_until(DEADLINE, "the end of the connections", || {
+                let stats = daemon.stats()?;
+                ensure!(stats.get(&format!("cluster.{name}.upstream_cx_active")) == 0, "{kind:?}");
+                Ok(stats)
+            })?;
+            let counted = ["destroy_local", "destroy_remote", "destroy_local_with_active_rq", "protocol_error"]
+                .map(|end| format!("{end} {}", stats.get(&format!("cluster.{name}.upstream_cx_{end}"))));
+            outcomes.push(format!("{name}: {answers:?} {counted:?}"));
+        }
+        seen.push(outcomes);
+    }
+    assert_eq!(seen[1], seen[0], "Envoy's are on the right");
+    Ok(())
+}

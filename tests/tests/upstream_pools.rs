@@ -488,7 +488,7 @@ fn clients_have_connections_of_their_own_where_that_is_wanted() -> Result<()> {
             .http(port, &routes(&["own", "shared"]), &[])
             .cluster("own", &[host.port], &[own])
             .cluster("shared", &[host.port], &[]);
-        let _daemon = start_with(kind, &bootstrap, &["--concurrency", "1"], "")?;
+        let daemon = start_with(kind, &bootstrap, &["--concurrency", "1"], "")?;
         let clients = [TcpStream::connect(("127.0.0.1", port))?, TcpStream::connect(("127.0.0.1", port))?];
         let ask = |client: &TcpStream, path: &str| -> Result<String> {
             let mut client = client;
@@ -503,6 +503,16 @@ fn clients_have_connections_of_their_own_where_that_is_wanted() -> Result<()> {
         }
         // A connection for each client, and then one that they share.
         assert_eq!(seen, ["0", "1", "0", "1", "2", "2", "2", "2"], "{kind:?}");
+        let open = "cluster.own.upstream_cx_active";
+        assert_eq!(daemon.stats()?.get(open), 2, "{kind:?}");
+        drop(clients);
+        comes_to(&daemon, "http.ingress.downstream_cx_active", 0)?;
+        // Nobody else could use them. Envoy leaves them to `idle_timeout`.
+        match kind {
+            Kind::Envoy => assert_eq!(daemon.stats()?.get(open), 2),
+            Kind::Culvert => comes_to(&daemon, open, 0)?,
+        }
+        assert_eq!(daemon.stats()?.get("cluster.shared.upstream_cx_active"), 1, "{kind:?}");
     }
     Ok(())
 }

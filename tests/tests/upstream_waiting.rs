@@ -364,3 +364,87 @@ fn no_host_has_more_connections_than_it_may() -> Result<()> {
     }
     Ok(())
 }
+
+/// `max_connection_pools`: a pool is a host's in one worker, for as long as it has a connection.
+#[test]
+fn there_are_as_many_pools_as_may_be() -> Result<()> {
+    let mut seen = Vec::new();
+    for kind in KINDS {
+        let (let_go, _) = watch::channel(false);
+        let hosts = [http2_host(None, &let_go)?, http2_host(None, &let_go)?];
+        let web = free_port()?;
+        let limited = "circuit_breakers: {thresholds: [{track_remaining: true, max_connection_pools: 1}]}";
+        let retried = "- {name: all, domains: ['*'], routes: [{match: {prefix: /limited}, route: {cluster: limited, timeout: 0s}}], \
+                       retry_policy: {retry_on: '5xx,connect-failure'}}";
+        let http1 = "common_lb_config: {healthy_panic_threshold: {}}";
+        let bootstrap =
+            Bootstrap::new().http(web, retried, &[]).cluster("limited", &hosts, &[&http2_of(""), limited, http1]);
+        let daemon = Daemon::start_with(kind, &bootstrap.yaml(), &["--concurrency", "1"])?;
+        let mut answers = Vec::new();
+        for _ in 0..6 {
+            let response = fetch(web, Request::get("/limited"))?;
+            answers.push(format!("{} {}", response.status, response.text()));
+        }
+        // In which order the hosts have their turns is chance.
+        answers.sort();
+        let counted = [
+            "upstream_cx_pool_overflow",
+            "upstream_cx_total",
+            "upstream_cx_none_healthy",
+            "upstream_rq_total",
+            "upstream_rq_retry",
+            "upstream_rq_503",
+            "upstream_rq_pending_overflow",
+            "circuit_breakers.default.cx_pool_open",
+            "circuit_breakers.default.remaining_cx_pools",
+            "circuit_breakers.high.cx_pool_open",
+        ];
+        let stats = daemon.stats()?;
+        let counted = counted.map(|name| format!("{name} {}", stats.get(&format!("cluster.limited.{name}"))));
+        seen.push((answers, counted));
+    }
+    ensure!(seen[1] == seen[0], "Envoy: {:?}\nculvertd: {:?}", seen[0], seen[1]);
+    ensure!(seen[1].0.iter().any(|answer| answer == "503 no healthy upstream"), "{:?}", seen[1]);
+    Ok(())
+}
+
+/// What a retry budget leaves is not shown as such: `rq_retry_open` and `remaining_retries` go by `max_retries`.
+#[test]
+fn retry_budgets_are_shown_as_by_envoy() -> Result<()> {
+    let budgets = [
+        ("zero", "track_remaining: true, retry_budget: {budget_percent: {value: 0}, min_retry_concurrency: 0}"),
+        ("usual", "track_remaining: true, retry_budget: {}"),
+        ("none", "track_remaining: true"),
+        ("never", "track_remaining: true, max_retries: 0"),
+    ];
+    let mut seen = Vec::new();
+    for kind in KINDS {
+        let (web, nobody) = (free_port()?, free_port()?);
+        let routes = budgets.map(|(name, _)| format!("{{match: {{prefix: /{name}}}, route: {{cluster: {name}}}}}"));
+        let hosts = format!(
+            "- {{name: all, domains: ['*'], routes: [{}], retry_policy: {{retry_on: connect-failure, num_retries: 2, \
+             retry_back_off: {{base_interval: 0.01s}}}}}}",
+            routes.join(", ")
+        );
+        let bootstrap =
+            budgets.iter().fold(Bootstrap::new().http(web, &hosts, &[]), |bootstrap, (name, thresholds)| {
+                bootstrap.cluster(name, &[nobody], &[&format!("circuit_breakers: {{thresholds: [{{{thresholds}}}]}}")])
+            });
+        let daemon = start(kind, &bootstrap)?;
+        let gauges = || -> Result<Vec<String>> {
+            let stats = daemon.stats()?;
+            let shown = |name: &str| {
+                let gauge = |gauge: &str| stats.get(&format!("cluster.{name}.circuit_breakers.default.{gauge}"));
+                format!("{name}: {} {}", gauge("rq_retry_open"), gauge("remaining_retries"))
+            };
+            Ok(budgets.iter().map(|(name, _)| shown(name)).collect())
+        };
+        let before = gauges()?;
+        for (name, _) in budgets {
+            assert_eq!(status(web, &format!("/{name}"))?, 503);
+        }
+        seen.push((before, gauges()?));
+    }
+    assert_eq!(seen[1], seen[0], "Envoy's are on the right");
+    Ok(())
+}

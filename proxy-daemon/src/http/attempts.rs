@@ -35,7 +35,7 @@ use crate::{
     config::model::{ForwardAction, HostRewrite, MetadataMatch},
     tls::PeerName,
     upstream::{
-        Chosen, Connection, HostCounter, PickCx, PoolError, ResetReason, Resource, Seen, Wanted, WorkerCluster,
+        Chosen, Client, Connection, HostCounter, PickCx, PoolError, ResetReason, Resource, Seen, Wanted, WorkerCluster,
         WorkerHost,
     },
 };
@@ -170,12 +170,14 @@ impl Attempts<'_> {
                     };
                     let failure = failed.failure;
                     let verdict = self.judge(end, |retry, cluster, high| retry.judge_failure(failure, cluster, high));
+                    // It is as if it had not been sent there.
+                    let moves_on = verdict == Verdict::No && failed.gone_away && moves < MAX_MOVES && self.has_body();
+                    if failed.gone_away && !(moves_on && request.is_some()) {
+                        chosen.host.saw(Seen::ConnectFailed);
+                    }
                     let again = match request {
                         Some(again) if verdict == Verdict::Retry => again,
-                        // It is as if it had not been sent there.
-                        Some(again)
-                            if verdict == Verdict::No && failed.gone_away && moves < MAX_MOVES && self.has_body() =>
-                        {
+                        Some(again) if moves_on => {
                             moves += 1;
                             self.count -= 1;
                             end.excuse_host();
@@ -325,6 +327,12 @@ impl Attempts<'_> {
             let (text, details) = ("upstream max stream duration reached", "upstream_max_stream_duration_reached");
             return LocalReply::new(failed.status, text, failed.flags, details);
         }
+        if failed.failure == Failure::NoPool {
+            end.excuse_host();
+            end.leave_host();
+            end.charge(self.cluster, failed.status, None);
+            return LocalReply::new(failed.status, "no healthy upstream", failed.flags, "no_healthy_upstream");
+        }
         end.charge(self.cluster, failed.status, end.attempted());
         if failed.failure == Failure::Overflow {
             end.excuse_host();
@@ -340,9 +348,6 @@ impl Attempts<'_> {
         };
         if let Some(details) = details {
             return LocalReply::new(failed.status, self.timeouts.text(), failed.flags, details);
-        }
-        if failed.flags == ResponseFlags::UR {
-            member.cluster.stats.upstream_rq_rx_reset.inc();
         }
         let (retried, reason) = (self.count > 1, failed.reason);
         let reset = if retried { "retried and the latest reset reason" } else { "reset reason" };
@@ -371,19 +376,19 @@ impl Shared<'_> {
         let (source, high) = (self.cx.source, self.action.high_priority);
         let terminated = upgrade::terminated(self.action, &head.method);
         let wanted = if terminated.is_some() { Wanted::Tcp } else { protocol(cluster, &head) };
-        let connection =
-            match host.acquire(cluster, wanted, (source, self.peer, Some(self.cx.connection.id)), high).await {
-                Ok(connection) => connection,
-                Err(error) => {
-                    if let PoolError::Connect(_) = &error {
-                        cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
-                        self.note_tunnel();
-                    }
-                    let failed = connect_failed(error, head, body);
-                    notes.transport_failure.set(failed.transport.clone());
-                    return Err(failed);
+        let client = Client { id: self.cx.connection.id, pools: &self.cx.connection.pools };
+        let connection = match host.acquire(cluster, wanted, (source, self.peer, Some(client)), high).await {
+            Ok(connection) => connection,
+            Err(error) => {
+                if let PoolError::Connect(_) = &error {
+                    cluster.cluster.stats.upstream_rq_pending_failure_eject.inc();
+                    self.note_tunnel();
                 }
-            };
+                let failed = connect_failed(error, head, body);
+                notes.transport_failure.set(failed.transport.clone());
+                return Err(failed);
+            }
+        };
         notes.upstream.set(Some(Rc::clone(connection.info())));
         cluster.cluster.stats.upstream_rq_total.inc();
         notes.count(|stats| stats.upstream_rq_total.inc());

@@ -29,7 +29,10 @@ use super::{
 };
 use crate::{
     config::model::{HashPolicy, MetadataMatch, RetryPolicy},
-    upstream::{Chosen, Connection, Overload, PickCx, PoolError, Reset, Resource, Source, WorkerCluster, WorkerHost},
+    upstream::{
+        Chosen, Connection, Overload, PickCx, PoolError, Reset, ResetReason, Resource, Seen, Source, WorkerCluster,
+        WorkerHost,
+    },
 };
 
 /// Why there is no answer, or not a whole one.
@@ -244,7 +247,7 @@ async fn attempt(
                 if let PoolError::Connect(_) = error {
                     member_stats.upstream_rq_pending_failure_eject.inc();
                 }
-                let overflow = matches!(error, PoolError::Overflow);
+                let overflow = matches!(error, PoolError::Overflow | PoolError::NoPool);
                 let failure = if overflow { retry::Failure::Overflow } else { retry::Failure::Connect };
                 return Err(failed(retry, failure));
             }
@@ -275,7 +278,12 @@ async fn attempt(
             }
             // It died in the pool: another one is tried, until one is new.
             Err(Reset { request: Some(unsent), .. }) if connection.reused => (head, body) = unsent.into_parts(),
-            Err(reset) => return Err(failed(retry, retry::Failure::of_reset(reset.request.is_some(), reset.reason))),
+            Err(reset) => {
+                if reset.reason == ResetReason::GoneAway {
+                    host.saw(Seen::ConnectFailed);
+                }
+                return Err(failed(retry, retry::Failure::of_reset(reset.request.is_some(), reset.reason)));
+            }
         }
     }
 }

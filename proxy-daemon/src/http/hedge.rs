@@ -23,7 +23,7 @@ use super::{
     stream::{LocalReply, RequestHead},
     stream_end::{Notes, StreamEnd},
 };
-use crate::upstream::{Chosen, Connection, HostCounter};
+use crate::upstream::{Chosen, Connection, HostCounter, Seen};
 
 type Answered = Result<(Response<Incoming>, Connection), Failed>;
 
@@ -163,6 +163,9 @@ impl Attempts<'_> {
                     }
                     Err(failed) => {
                         let one = tries.swap_remove(at);
+                        if failed.gone_away {
+                            one.held.host.saw(Seen::ConnectFailed);
+                        }
                         if let Some(reply) = self.cx.progress.instead.take() {
                             return Err(*reply);
                         }

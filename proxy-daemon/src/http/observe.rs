@@ -152,7 +152,9 @@ impl Observer for ResponseObserver {
     }
 
     fn error(&mut self, error: &BodyError) {
-        self.connection = None;
+        if let Some(connection) = self.connection.take() {
+            connection.broke_off(error);
+        }
         self.end.with(|end| end.response_failed(error));
     }
 }

@@ -37,6 +37,8 @@ static NO_POLICY: LazyLock<RetryPolicy> = LazyLock::new(RetryPolicy::default);
 pub(super) enum Failure {
     /// A circuit breaker refused it.
     Overflow,
+    /// There are as many connection pools as may be: it is as if there were no host.
+    NoPool,
     /// No connection could be opened: nothing was sent.
     Connect,
     /// The connection broke before any of the request was sent.
@@ -57,6 +59,8 @@ impl Failure {
     /// That of an attempt that was reset. `unsent`: nothing of it had been sent.
     pub(super) fn of_reset(unsent: bool, reason: ResetReason) -> Failure {
         match (unsent, reason) {
+            // As if it had been sent: the host has spoken first, and not HTTP/2.
+            (_, ResetReason::Protocol) => Failure::AfterRequest,
             (true, _) => Failure::BeforeRequest,
             (false, ResetReason::Refused | ResetReason::GoneAway) => Failure::Refused,
             (false, _) => Failure::AfterRequest,
@@ -326,7 +330,7 @@ fn wants_grpc(statuses: u32, headers: &HeaderMap) -> bool {
 fn wants_failure(on: &RetryOn, failure: Failure, started: bool) -> bool {
     let any_reset = on.server_error || on.gateway_error || on.reset;
     match failure {
-        Failure::Overflow => false,
+        Failure::Overflow | Failure::NoPool => false,
         Failure::Connect if on.connect_failure => true,
         Failure::Refused if on.refused_stream => true,
         _ => any_reset || on.reset_before_request && !started,

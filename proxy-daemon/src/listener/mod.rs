@@ -39,7 +39,7 @@ use crate::{
     runtime::{Worker, clock},
     stats::{Counter, Gauge, Histogram, Lease, Scope},
     tls::{Secrets, ServerTls, SslStats, TlsInfo, TlsInspectorStats},
-    upstream::Source,
+    upstream::{OwnPools, Source},
 };
 
 /// What is known of a downstream connection when it is accepted.
@@ -65,6 +65,8 @@ pub struct ConnectionInfo {
     listener: Arc<str>,
     /// What is known of it once its first bytes have come.
     learnt: Learnt,
+    /// What it has to itself of upstream connections. Empty, it costs nothing.
+    pub pools: OwnPools,
     /// What filters keep of it from one stream to the next. Empty, it costs nothing.
     pub kept: RefCell<http::Extensions>,
 }
@@ -374,6 +376,7 @@ async fn serve(
         inbound: active.config.inbound,
         listener: Arc::clone(&active.config.name),
         learnt: Learnt::default(),
+        pools: OwnPools::default(),
         kept: RefCell::default(),
     });
     if let Some(chain) = find_chain(&stream, &active, &info).await {

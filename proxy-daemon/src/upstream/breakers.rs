@@ -4,7 +4,10 @@
 use std::rc::Rc;
 
 use super::{Cluster, ClusterMap, HostCounter, WorkerCluster, WorkerHost};
-use crate::stats::{HiddenGauge, Metric};
+use crate::{
+    config::model::Thresholds,
+    stats::{HiddenGauge, Metric},
+};
 
 /// What there may be only so much of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,12 +18,14 @@ pub(crate) enum Resource {
     Pending,
     /// Requests at a time.
     Requests,
+    /// Connection pools, where there is a limit.
+    Pools,
 }
 
 /// What a cluster has under way. As in Envoy each priority is counted alone, and nothing that another cluster of the same statistics, or
 /// the one that was replaced, has. Every worker counts in slots of its own.
 #[derive(Debug, Default)]
-pub(crate) struct Breakers([[HiddenGauge; 3]; 2]);
+pub(crate) struct Breakers([[HiddenGauge; 4]; 2]);
 
 impl Breakers {
     fn gauge(&self, resource: Resource, high: bool) -> &HiddenGauge {
@@ -129,6 +134,7 @@ impl Cluster {
             Resource::Connections => limits.max_connections(),
             Resource::Pending => limits.max_pending_requests(),
             Resource::Requests => limits.max_requests(),
+            Resource::Pools => limits.max_connection_pools(),
         };
         u64::from(most).saturating_sub(self.breakers.in_use(resource, high))
     }
@@ -156,8 +162,7 @@ pub fn breaker_gauges(clusters: &ClusterMap) -> Vec<Metric> {
                 gauges.push(Metric::gauge_in(scope, &format!("circuit_breakers.{priority}.{name}"), u64::from(open)));
             };
             add("cx_open", cluster.is_full(Resource::Connections, high));
-            // Pools are not limited.
-            add("cx_pool_open", false);
+            add("cx_pool_open", cluster.is_full(Resource::Pools, high));
             add("rq_pending_open", cluster.is_full(Resource::Pending, high));
             add("rq_open", cluster.is_full(Resource::Requests, high));
             add("rq_retry_open", cluster.retries_are_exhausted(high));
@@ -168,7 +173,9 @@ pub fn breaker_gauges(clusters: &ClusterMap) -> Vec<Metric> {
                 gauges.push(Metric::gauge_in(scope, &format!("circuit_breakers.{priority}.{name}"), left));
             };
             add("remaining_cx", cluster.left(Resource::Connections, high));
-            add("remaining_cx_pools", u64::MAX);
+            let pools = cluster.left(Resource::Pools, high);
+            let any = cluster.limits(high).max_connection_pools() == Thresholds::ANY_POOLS;
+            add("remaining_cx_pools", if any { u64::MAX } else { pools });
             add("remaining_pending", cluster.left(Resource::Pending, high));
             // As by Envoy, those that wait for a connection do not count yet.
             let waiting = cluster.breakers.in_use(Resource::Pending, high);

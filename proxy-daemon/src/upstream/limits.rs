@@ -14,6 +14,7 @@ const MAINTENANCE: &str = "upstream.maintenance_mode.";
 #[derive(Debug, Default)]
 pub struct Limits {
     max_connections: AtomicU32,
+    max_connection_pools: AtomicU32,
     max_pending_requests: AtomicU32,
     max_requests: AtomicU32,
     max_retries: AtomicU32,
@@ -23,6 +24,11 @@ impl Limits {
     /// Connections to all hosts.
     pub fn max_connections(&self) -> u32 {
         self.max_connections.load(Ordering::Relaxed)
+    }
+
+    /// Connection pools of all hosts and workers.
+    pub fn max_connection_pools(&self) -> u32 {
+        self.max_connection_pools.load(Ordering::Relaxed)
     }
 
     /// Requests that wait for a connection.
@@ -45,6 +51,7 @@ impl Limits {
             limit.store(value(name).unwrap_or(configured), Ordering::Relaxed);
         };
         store(&self.max_connections, "max_connections", configured.max_connections);
+        store(&self.max_connection_pools, "max_connection_pools", configured.max_connection_pools);
         store(&self.max_pending_requests, "max_pending_requests", configured.max_pending_requests);
         store(&self.max_requests, "max_requests", configured.max_requests);
         store(&self.max_retries, "max_retries", configured.max_retries);

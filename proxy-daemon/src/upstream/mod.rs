@@ -46,7 +46,7 @@ pub use lb::TriedPriorities;
 pub use orca::fuzz as fuzz_load_report;
 pub(crate) use outlier::Seen;
 pub(crate) use pool::Decrement;
-pub use pool::{Connection, PoolError, Reset, ResetReason, Wanted};
+pub use pool::{Client, Connection, OwnPools, PoolError, Reset, ResetReason, Wanted};
 pub use stats::ClusterStats;
 pub use vitals::{HealthFlag, Standing, Vitals};
 pub(crate) use worker::Issued;

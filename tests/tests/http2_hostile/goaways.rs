@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use culvert_tests::bootstrap::Bootstrap;
 use culvert_tests::daemon::{Daemon, Kind, fetch_raw, free_port};
-use culvert_tests::server;
+use culvert_tests::{server, wait_until};
 
 use super::wire::{END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, Served, frame, headers, reset};
 
@@ -245,5 +245,43 @@ pub fn side_by_side() -> Result<()> {
         }
     }
     ensure!(different.is_empty(), "{} of {}:\n{}", different.len(), envoy.len(), different.join("\n"));
+    Ok(())
+}
+
+/// Requests that are moved are not held against the host that goes away from them; those that fail are.
+pub fn moved_requests_are_not_the_hosts_fault() -> Result<()> {
+    let script = Arc::new(Mutex::new(Script::default()));
+    let shared = Arc::clone(&script);
+    let (upstream, port) = (server::start(move |socket| serve(socket, &shared))?, free_port()?);
+    let http2 = "typed_extension_protocol_options: {envoy.extensions.upstreams.http.v3.HttpProtocolOptions: {\"@type\": \
+                 type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions, explicit_http_config: \
+                 {http2_protocol_options: {}}}}";
+    // It is only looked for: a host that was ejected would be left alone.
+    let outliers = "outlier_detection: {consecutive_5xx: 3, enforcing_consecutive_5xx: 0}";
+    let hosts = "- {name: all, domains: [\"*\"], routes: [{match: {prefix: /}, route: {cluster: app}}]}";
+    let bootstrap = Bootstrap::new().http(port, hosts, &[]).cluster("app", &[upstream], &[http2, outliers]);
+    let proxy = Daemon::start_with(Kind::Culvert, &bootstrap.yaml(), &["--concurrency", "1"])?;
+    let ask = |steps: &[Step]| -> Result<u16> {
+        lock(&script).steps = steps.iter().copied().collect();
+        let answer = fetch_raw(port, b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", "GET")?;
+        Ok(answer.status)
+    };
+    let unseen = Step::UnseenRefused;
+    // The first one is lost: nobody has kept it.
+    ensure!(ask(&[unseen])? == 503 && ask(&[Step::Answer(200)])? == 200);
+    for _ in 0..5 {
+        ensure!(ask(&[unseen, unseen, unseen, Step::Answer(200)])? == 200, "it is not moved");
+    }
+    // As often as it may be moved, and once more.
+    for _ in 0..3 {
+        ensure!(ask(&[unseen; 4])? == 503, "it is moved too often");
+    }
+    let detected = "cluster.app.outlier_detection.ejections_detected_consecutive_5xx";
+    let count = wait_until(Duration::from_secs(30), "what fails is counted", || {
+        let count = proxy.stats()?.get(detected);
+        ensure!(count > 0);
+        Ok(count)
+    })?;
+    ensure!(count == 1, "{count} times in a row, and not once");
     Ok(())
 }

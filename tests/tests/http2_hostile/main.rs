@@ -7,6 +7,7 @@ mod frames;
 mod goaways;
 mod harness;
 mod heads;
+mod resets;
 mod wire;
 
 use anyhow::Result;
@@ -39,6 +40,16 @@ fn what_nobody_takes_is_reset() -> Result<()> {
 #[test]
 fn hosts_may_go_away_while_requests_are_tried_again() -> Result<()> {
     goaways::side_by_side()
+}
+
+#[test]
+fn moved_requests_are_not_the_hosts_fault() -> Result<()> {
+    goaways::moved_requests_are_not_the_hosts_fault()
+}
+
+#[test]
+fn streams_are_reset_by_whom_envoy_says() -> Result<()> {
+    resets::side_by_side()
 }
 
 #[test]

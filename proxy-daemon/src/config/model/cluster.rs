@@ -208,13 +208,15 @@ impl PeerNameOptions {
     }
 }
 
-/// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries.
+/// `CircuitBreakers.Thresholds`. Defaults: 1024 of each, 3 retries, any number of pools.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thresholds {
     /// Connections to all hosts.
     pub max_connections: u32,
     /// Connections to each host, of `per_host_thresholds`.
     pub max_connections_per_host: Option<u32>,
+    /// Connection pools of all hosts and workers.
+    pub max_connection_pools: u32,
     /// Requests that wait for a connection.
     pub max_pending_requests: u32,
     /// Requests at a time.
@@ -238,11 +240,17 @@ pub struct RetryBudget {
     pub interval: Option<Duration>,
 }
 
+impl Thresholds {
+    /// Of connection pools: without a limit.
+    pub const ANY_POOLS: u32 = u32::MAX;
+}
+
 impl Default for Thresholds {
     fn default() -> Thresholds {
         Thresholds {
             max_connections: 1024,
             max_connections_per_host: None,
+            max_connection_pools: Thresholds::ANY_POOLS,
             max_pending_requests: 1024,
             max_requests: 1024,
             max_retries: 3,

@@ -380,6 +380,7 @@ fn circuit_breakers(breakers: Option<&CircuitBreakers>, path: &str) -> Result<[T
         *limits = Some(Thresholds {
             max_connections: number(thresholds.max_connections, default.max_connections),
             max_connections_per_host: of_each_host[usize::from(high)].flatten(),
+            max_connection_pools: number(thresholds.max_connection_pools, default.max_connection_pools),
             max_pending_requests: number(thresholds.max_pending_requests, default.max_pending_requests),
             max_requests: number(thresholds.max_requests, default.max_requests),
             max_retries: number(thresholds.max_retries, default.max_retries),

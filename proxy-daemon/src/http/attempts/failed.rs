@@ -22,7 +22,7 @@ pub(in crate::http) struct Failed {
     /// A pooled connection had died unnoticed and nothing was sent: the next attempt is free.
     pub(in crate::http) stale: bool,
     /// The host has gone away, and says that it has not looked at the request.
-    pub(super) gone_away: bool,
+    pub(in crate::http) gone_away: bool,
 }
 
 impl Failed {
@@ -42,9 +42,10 @@ pub(super) fn unsendable() -> Failed {
 pub(super) fn connect_failed(error: PoolError, head: RequestHead, body: Body) -> Failed {
     let transport = match &error {
         PoolError::Connect(error) => error.transport_failure().map(Into::into),
-        PoolError::Handshake(_) | PoolError::Overflow => None,
+        PoolError::Handshake(_) | PoolError::Overflow | PoolError::NoPool => None,
     };
     let (reason, status, flags): (&'static str, _, _) = match error {
+        PoolError::NoPool => ("no connection pool", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UH),
         PoolError::Overflow => ("overflow", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UO),
         PoolError::Connect(error) if matches!(*error, ConnectError::Timeout) => {
             ("connection timeout", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UF)
@@ -56,7 +57,11 @@ pub(super) fn connect_failed(error: PoolError, head: RequestHead, body: Body) ->
         PoolError::Handshake(_) => ("connection termination", StatusCode::SERVICE_UNAVAILABLE, ResponseFlags::UC),
     };
     let request = Some(Box::new((head, body)));
-    let failure = if reason == "overflow" { Failure::Overflow } else { Failure::Connect };
+    let failure = match reason {
+        "overflow" => Failure::Overflow,
+        "no connection pool" => Failure::NoPool,
+        _ => Failure::Connect,
+    };
     Failed { failure, reason, transport, status, flags, request, stale: false, gone_away: false }
 }
 

@@ -13,8 +13,8 @@ use super::{
 use crate::{
     grpc_status,
     http::{
-        body::Body,
-        codec::{Incoming, h1::SendError, h2, is_protocol_error},
+        body::{Body, BodyError},
+        codec::{Incoming, h1::SendError, h2, h2_error, is_protocol_error},
         headers::{is_grpc, names::GRPC_STATUS},
         look::Look as _,
     },
@@ -40,6 +40,38 @@ pub struct Connection {
     pub reused: bool,
     /// The host's load is wanted, and the response's headers do not report it.
     awaits_report: Cell<bool>,
+    resets: Resets,
+}
+
+/// Streams of HTTP/2 that do not end by themselves are counted, each attempt's, as by Envoy.
+struct Resets {
+    /// By the host.
+    received: Counter,
+    /// By this side.
+    sent: Counter,
+    /// A request is under way, and its end has not been seen.
+    open: Cell<bool>,
+}
+
+impl Resets {
+    /// The stream ended in this way.
+    fn ended(&self, reason: ResetReason) {
+        self.open.set(false);
+        match reason {
+            ResetReason::Remote => self.received.inc(),
+            ResetReason::Protocol => self.sent.inc(),
+            // Those that were refused are counted by no one, and those that went with their connection with that.
+            ResetReason::Closed | ResetReason::Refused | ResetReason::GoneAway => {}
+        }
+    }
+}
+
+impl Drop for Resets {
+    fn drop(&mut self) {
+        if self.open.get() {
+            self.sent.inc();
+        }
+    }
 }
 
 /// Why a request that was sent has no response.
@@ -59,7 +91,8 @@ pub enum ResetReason {
     Protocol,
     /// The host refused the stream without looking at it.
     Refused,
-    /// The host goes away, and says that it has not looked at the stream (RFC 9113, section 6.8).
+    /// The host goes away, and says that it has not looked at the stream (RFC 9113, section 6.8). Whether that is held against it, whoever
+    /// has sent the request says: not where the request is moved.
     GoneAway,
     /// The host reset the stream.
     Remote,
@@ -170,6 +203,11 @@ impl Connection {
             reused: ready.reused,
             _demand: demand,
             awaits_report: Cell::new(false),
+            resets: Resets {
+                received: cluster.cluster.stats.upstream_rq_rx_reset,
+                sent: cluster.cluster.stats.upstream_rq_tx_reset,
+                open: Cell::new(false),
+            },
         }
     }
 
@@ -228,14 +266,19 @@ impl Connection {
                 sent
             }
             Sender::Http2(stream) => {
-                stream.connection.client.send(request, interim).await.map_err(|error| match error {
+                self.resets.open.set(true);
+                let sent = stream.connection.client.send(request, interim).await.map_err(|error| match error {
                     h2::SendError::Unsent(request, error) => {
                         Reset { request: Some(request), reason: h2_reason(&error) }
                     }
                     h2::SendError::Reset(error) => Reset { request: None, reason: h2_reason(&error) },
                     // As if the host had reset it, as in Envoy.
                     h2::SendError::TooMany => Reset { request: None, reason: ResetReason::Remote },
-                })
+                });
+                if let Err(reset) = &sent {
+                    self.resets.ended(reset.reason);
+                }
+                sent
             }
         };
         match &sent {
@@ -246,12 +289,8 @@ impl Connection {
             }
             // It died in the pool: another one is tried.
             Err(reset) if reset.request.is_some() && self.reused => {}
-            Err(reset) => {
-                if reset.reason == ResetReason::GoneAway {
-                    host.pool.set_loses();
-                }
-                host.saw(Seen::ConnectFailed);
-            }
+            Err(Reset { reason: ResetReason::GoneAway, .. }) => host.pool.set_loses(),
+            Err(_) => host.saw(Seen::ConnectFailed),
         }
         sent
     }
@@ -263,10 +302,18 @@ impl Connection {
         }
     }
 
+    /// The response's body broke off, or nobody waits for its end.
+    pub fn broke_off(self, error: &BodyError) {
+        if let Some(error) = h2_error(&**error).filter(|_| self.is_http2()) {
+            self.resets.ended(h2_reason(error));
+        }
+    }
+
     /// The response has passed whole: the connection may be used again.
     pub fn release(self) {
+        self.resets.open.set(false);
         let Sender::Http1(connection) = &self.sender else { return };
-        let Some(home) = self.home.upgrade().filter(|_| self.is_of_age()) else { return };
+        let Some(home) = self.home.upgrade().filter(|home| self.is_of_age() && !home.is_over.get()) else { return };
         let kept = connection.keeps && !connection.drains.get() && !self.wear.is_out(&connection.requests);
         if kept && connection.client.is_reusable() && connection.client.park() {
             connection.idle_since.set(Some(clock::now()));
@@ -283,8 +330,8 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         if let Sender::Http2(stream) = &self.sender
-            && !self.is_of_age()
             && let Some(home) = self.home.upgrade()
+            && (home.is_over.get() || !self.is_of_age())
         {
             home.forget_http2(&stream.connection);
         }

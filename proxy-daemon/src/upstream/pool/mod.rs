@@ -1,5 +1,7 @@
 //! A worker's connections to one host. See LIFECYCLE.md.
 
+mod clients;
+mod counted;
 mod lent;
 mod opened;
 mod shortage;
@@ -14,10 +16,12 @@ use std::{
 use hashbrown::Equivalent;
 use tokio::sync::Notify;
 
+pub use clients::{Client, OwnPools};
 pub use lent::{Connection, Reset, ResetReason};
 pub(crate) use opened::Decrement;
 
 use self::{
+    counted::Counted,
     lent::{Sender, Stream},
     opened::{Http1Connection, Http2Connection},
     waiting::Waiting,
@@ -41,6 +45,9 @@ pub enum PoolError {
     /// A circuit breaker is open.
     #[error("overflow")]
     Overflow,
+    /// There are as many pools as may be.
+    #[error("no connection pool")]
+    NoPool,
 }
 
 /// What a request may be sent with.
@@ -68,7 +75,7 @@ struct Need<'a> {
     /// What the request calls the host, where the handshake goes by that.
     peer: Option<&'a PeerName>,
     /// The client's connection, where each has pools of its own.
-    client: Option<u64>,
+    client: Option<Client<'a>>,
     high: bool,
 }
 
@@ -138,7 +145,11 @@ struct SourcePool {
     http2: RefCell<Vec<Rc<Http2Connection>>>,
     /// The host has chosen HTTP/1.1 where it had the choice.
     chose_http1: Cell<bool>,
+    /// Nothing is kept in it any more: its client has gone.
+    is_over: Cell<bool>,
     open: Cell<u32>,
+    /// Where it is one of those that there may be only so many of.
+    counted: RefCell<Option<Counted>>,
     /// For how many requests there will be room when the connects that are under way are through.
     coming: Cell<u64>,
     /// Requests that have a connection, or wait for one: counted where the cluster has connections to spare.
@@ -155,7 +166,8 @@ impl Pool {
         if need.source.is_none() && need.peer.is_none() && need.client.is_none() {
             return Rc::clone(self.direct[way].get_or_init(Rc::default));
         }
-        let (source, peer, client) = (need.source, need.peer.map(|peer| &*peer.name), need.client);
+        let (source, peer) = (need.source, need.peer.map(|peer| &*peer.name));
+        let client = need.client.map(|client| client.id);
         let mut by_key = self.by_key.borrow_mut();
         if let Some(known) = by_key.get(&KeyRef { source, peer, client, way }) {
             return Rc::clone(known);
@@ -165,6 +177,9 @@ impl Pool {
             by_key.retain(|_, pool| pool.open.get() > 0 || Rc::strong_count(pool) > 1);
         }
         let new: Rc<SourcePool> = Rc::default();
+        if let Some(client) = need.client {
+            client.pools.add(&new);
+        }
         by_key.insert(Key { source, peer: peer.map(Into::into), client, way }, Rc::clone(&new));
         new
     }
@@ -233,11 +248,7 @@ impl Pool {
     fn let_go(&self) {
         let by_key = self.by_key.borrow();
         for pool in by_key.values().chain(self.direct.iter().filter_map(OnceCell::get)) {
-            let idle = std::mem::take(&mut *pool.idle.borrow_mut());
-            drop(idle);
-            // Its streams finish: the last one lets go of it.
-            let http2 = std::mem::take(&mut *pool.http2.borrow_mut());
-            http2.iter().for_each(|connection| connection.forget());
+            pool.let_go();
         }
     }
 }
@@ -275,7 +286,7 @@ impl WorkerHost {
         self: &Rc<Self>,
         cluster: &Rc<WorkerCluster>,
         wanted: Wanted<'_>,
-        (source, peer, client): (Option<Source>, Option<&PeerName>, Option<u64>),
+        (source, peer, client): (Option<Source>, Option<&PeerName>, Option<Client<'_>>),
         high_priority: bool,
     ) -> Result<Connection, PoolError> {
         // Without TLS nobody is asked for anything.
@@ -286,7 +297,7 @@ impl WorkerHost {
             Ok(_) => self.saw(Seen::Connected),
             Err(PoolError::Connect(_) | PoolError::Handshake(_)) => self.saw(Seen::ConnectFailed),
             // It is not the host's fault.
-            Err(PoolError::Overflow) => {}
+            Err(PoolError::Overflow | PoolError::NoPool) => {}
         }
         acquired
     }
@@ -305,7 +316,8 @@ impl WorkerHost {
             }
             None => {
                 // A request without a connection is one of those that wait, while its own is opened too.
-                let _pending = wait(cluster, need.high)?;
+                self.admit(need, &pool)?;
+                let _pending = wait(cluster, need.high).inspect_err(|_| pool.settle())?;
                 Box::pin(self.handed(need, &pool)).await?
             }
         };
@@ -334,6 +346,15 @@ struct Ready {
 }
 
 impl SourcePool {
+    /// No connection that there is now is used again.
+    fn let_go(&self) {
+        let idle = std::mem::take(&mut *self.idle.borrow_mut());
+        drop(idle);
+        // Its streams finish: the last one lets go of it.
+        let http2 = std::mem::take(&mut *self.http2.borrow_mut());
+        http2.iter().for_each(|connection| connection.forget());
+    }
+
     fn take_ready(self: &Rc<Self>) -> Option<Ready> {
         if let Some(stream) = self.take_stream() {
             let reused = stream.connection.requests.get() > 1;

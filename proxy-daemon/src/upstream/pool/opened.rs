@@ -117,7 +117,7 @@ impl WorkerHost {
                 }
                 Ok(Opened::Http2(connection)) => {
                     pool.offer(&connection);
-                    if !host.pool.keeps(age) {
+                    if !host.pool.keeps(age) || pool.is_over.get() {
                         pool.forget_http2(&connection);
                     }
                 }
@@ -286,10 +286,14 @@ impl WorkerHost {
                 }
                 polled
             });
+            let mut blames = false;
             tokio::select! {
                 result = &mut driver => {
-                    // It also ends when nobody holds it any more.
-                    open.by_host.set(watched.strong_count() > 0);
+                    // It also ends when nobody holds it any more, and where the host does not speak HTTP/2.
+                    let by_us = result.as_ref().is_err_and(::h2::Error::is_library);
+                    open.by_host.set(watched.strong_count() > 0 && !by_us);
+                    // As by Envoy, whose requests have gone by then.
+                    blames = by_us;
                     log_end(result);
                 }
                 () = idle => open.stats.upstream_cx_idle_timeout.inc(),
@@ -304,7 +308,7 @@ impl WorkerHost {
             }
             if let Some(connection) = watched.upgrade() {
                 connection.client.close();
-                open.in_use.set(connection.active.get() > 0);
+                open.in_use.set(connection.active.get() > 0 && !blames);
                 home.upgrade().inspect(|home| home.forget_http2(&connection));
             }
             drop(open);
@@ -417,6 +421,7 @@ impl Drop for OpenConnection {
             if pool.waiting.count() > 0 {
                 pool.gone.notify_one();
             }
+            pool.settle();
         }
     }
 }

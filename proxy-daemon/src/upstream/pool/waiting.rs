@@ -81,6 +81,7 @@ impl Drop for Waiter {
             // A stream that is dropped leaves room for the next one.
             Ok(_) | Err(TryRecvError::Closed) => {}
         }
+        self.pool.settle();
     }
 }
 
@@ -107,7 +108,7 @@ impl SourcePool {
     pub(super) fn hand_on(&self, connection: Rc<Http1Connection>, reused: bool) {
         if let Some(hand) = self.waiting.pop() {
             let _ = hand.send(Ok(Ready { sender: Sender::Http1(connection), reused }));
-        } else if connection.keeps && connection.client.park() {
+        } else if connection.keeps && !self.is_over.get() && connection.client.park() {
             connection.idle_since.set(Some(Instant::now()));
             self.idle.borrow_mut().push(connection);
         }

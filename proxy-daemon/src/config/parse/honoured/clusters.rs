@@ -149,6 +149,7 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "max_retries",
             "retry_budget",
             "track_remaining",
+            "max_connection_pools",
         ],
     ),
     ("envoy.config.cluster.v3.CircuitBreakers.Thresholds.RetryBudget", ALL),

@@ -22,6 +22,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     body::ReceivedBody,
     keepalive::Keepalive,
+    last_words::LastWords,
     scrub::Scrubbed,
     send::{Outbox, Piece, Sending},
 };
@@ -87,8 +88,8 @@ impl ClientConnection {
         if let Some(size) = options.hpack_table_size {
             builder.header_table_size(size);
         }
-        let (sender, mut connection): (_, Connection<Scrubbed<T>, Piece>) =
-            builder.handshake(Scrubbed::host(io, list)).await?;
+        let (sender, mut connection): (_, Connection<Scrubbed<LastWords<T>>, Piece>) =
+            builder.handshake(Scrubbed::host(LastWords::new(io), list)).await?;
         let pings = options.keepalive.and_then(|_| connection.ping_pong());
         let mut keepalive = Keepalive::new(options.keepalive, pings);
         let client = Rc::new(ClientConnection {

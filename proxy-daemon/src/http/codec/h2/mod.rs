@@ -9,6 +9,7 @@ pub(super) mod head;
 mod hpack;
 mod huffman;
 mod keepalive;
+mod last_words;
 pub(super) mod scrub;
 mod send;
 mod server;
