@@ -447,14 +447,16 @@ fn pod(raw: RawPod, object: &ObjectName) -> Result<Option<Pod>, ManifestError> {
     let leaving = metadata.deletion_timestamp.is_some() || condition("DisruptionTarget", "True");
     let ready = !(condition("Ready", "False") || ended || metadata.deletion_timestamp.is_some());
     let weight = object.weight(metadata.annotations.as_ref())?;
+    let annotated_revision = metadata.annotations.and_then(|annotations| annotations.revision);
     let labels = metadata.labels.unwrap_or_default();
     let uid = metadata.uid.filter(|uid| !uid.is_empty());
     // For people only: what is no time is left out.
     let created = seconds(metadata.creation_timestamp);
-    let mut pod = Pod { uid, labels, addresses, ports, ready, leaving, ended, weight, created };
+    let mut pod = Pod { uid, labels, annotated_revision, addresses, ports, ready, leaving, ended, weight, created };
     if !pod.is_offloaded() {
         // Only of offloaded pods it matters which service they belong to.
         pod.labels.clear();
+        pod.annotated_revision = None;
         pod.ports.clear();
         pod.created = None;
     }

@@ -14,7 +14,7 @@ use crate::secrets::Secret;
 
 /// The label of a pod that is kept out of load balancing and reached only by overrides, with the value `true`.
 pub const LABEL_OFFLOADED: &str = "culvert.dev/offloaded";
-/// The label of an offloaded pod that says which revision it runs.
+/// The label, or else the annotation, of an offloaded pod that says which revision it runs.
 pub const LABEL_REVISION: &str = "culvert.dev/revision";
 /// The label of an EndpointSlice that says which service it belongs to.
 pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
@@ -178,6 +178,8 @@ pub struct Pod {
     pub uid: Option<String>,
     /// Its labels; kept of offloaded pods only.
     pub labels: BTreeMap<String, String>,
+    /// The revision that it runs, as its annotation says; kept of offloaded pods only.
+    pub annotated_revision: Option<String>,
     /// Its addresses, one a family, the primary one first.
     pub addresses: Vec<IpAddr>,
     /// Names of its containers' TCP ports; kept of offloaded pods only.
@@ -201,16 +203,18 @@ impl Pod {
         self.is_offloaded() || self.leaving || self.ended || self.weight.is_some()
     }
 
-    /// Whether the pod is kept out of load balancing.
+    /// Whether the pod is kept out of load balancing: it has the label, and that does not say the opposite. A branch that gets everybody's
+    /// requests because of `True` or `yes` would be worse than a pod that gets none.
     #[must_use]
     pub fn is_offloaded(&self) -> bool {
-        self.labels.get(LABEL_OFFLOADED).is_some_and(|value| value == "true")
+        self.labels.get(LABEL_OFFLOADED).is_some_and(|value| !value.eq_ignore_ascii_case("false"))
     }
 
     /// The revision that an offloaded pod runs.
     #[must_use]
     pub fn revision(&self) -> Option<&str> {
-        self.labels.get(LABEL_REVISION).map(String::as_str).filter(|revision| !revision.is_empty())
+        let stated = self.labels.get(LABEL_REVISION).or(self.annotated_revision.as_ref());
+        stated.map(String::as_str).filter(|revision| !revision.is_empty())
     }
 
     /// The number behind a service's target port on this pod, `None` when no container names it so.

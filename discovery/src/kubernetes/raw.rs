@@ -189,4 +189,6 @@ pub struct Annotations {
     pub weight: Option<String>,
     #[serde(rename = "culvert.dev/merge")]
     pub merge: Option<String>,
+    #[serde(rename = "culvert.dev/revision")]
+    pub revision: Option<String>,
 }

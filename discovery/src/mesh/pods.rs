@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use super::OffloadedEndpoint;
-use crate::kubernetes::{ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint};
+use crate::kubernetes::{
+    LABEL_OFFLOADED, LABEL_REVISION, ObjectKey, Objects, Pod, Service, ServicePort, SliceEndpoint,
+};
 use crate::registry::ClusterInfo;
 
 /// The pods of one cluster.
@@ -18,15 +20,33 @@ pub(super) struct Pods<'a> {
     by_address: HashMap<IpAddr, &'a Pod>,
 }
 
+/// Whether a header can name it.
+fn is_revision(text: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    (1..=63).contains(&text.len()) && text.bytes().all(known)
+}
+
 impl<'a> Pods<'a> {
     pub(super) fn find(info: &'a ClusterInfo, objects: &'a Objects, warnings: &mut Vec<String>) -> Self {
         let offloaded: BTreeMap<_, &Pod> =
             objects.pods.iter().filter(|(_, pod)| pod.is_offloaded()).map(|(key, pod)| (key, &**pod)).collect();
         for (key, pod) in &offloaded {
-            if pod.revision().is_none() {
+            let cluster = &info.name;
+            match pod.revision() {
+                None => warnings.push(format!(
+                    "Pod {key} in cluster {cluster} is offloaded but has no label or annotation {LABEL_REVISION}: no request can reach it"
+                )),
+                // An annotation may be any text.
+                Some(revision) if !is_revision(revision) => warnings.push(format!(
+                    "Pod {key} in cluster {cluster} is offloaded as revision `{}`, which no request can name: 1 to 63 of A-Z a-z 0-9 - _ .",
+                    revision.escape_debug()
+                )),
+                Some(_) => {}
+            }
+            let label = pod.labels.get(LABEL_OFFLOADED).filter(|label| *label != "true");
+            if let Some(label) = label {
                 warnings.push(format!(
-                    "Pod {key} in cluster {} is offloaded but has no label culvert.dev/revision: no request can reach it",
-                    info.name
+                    "Pod {key} in cluster {cluster} has the label {LABEL_OFFLOADED}: `{label}`, which is taken for `true`"
                 ));
             }
         }
@@ -84,7 +104,9 @@ impl<'a> Pods<'a> {
                 continue;
             }
             let preferred = pod.addresses.iter().find(|address| address.is_ipv6() == prefers_ipv6);
-            let (Some(revision), Some(address)) = (pod.revision(), preferred.or(pod.addresses.first())) else {
+            let (Some(revision), Some(address)) =
+                (pod.revision().filter(|it| is_revision(it)), preferred.or(pod.addresses.first()))
+            else {
                 continue;
             };
             let Some(number) = pod.resolve(&port.target_port) else {

@@ -124,7 +124,11 @@ fn an_offloaded_pod_that_cannot_be_reached_is_not_listed() {
     let manifests = [SERVICE, &unready, &other_app, &other_namespace, &nameless, &no_port].concat();
     let mesh = mesh(vec![cluster("east", &manifests)]);
     assert_eq!(port(&mesh, 80).offloaded, []);
-    assert!(mesh.warnings.iter().any(|w| w.contains("default/n") && w.contains("no label culvert.dev/revision")));
+    assert!(
+        mesh.warnings
+            .iter()
+            .any(|w| w.contains("default/n") && w.contains("no label or annotation culvert.dev/revision"))
+    );
     assert!(mesh.warnings.iter().any(|w| w.contains("default/p") && w.contains("no container port")));
 }
 
@@ -444,4 +448,29 @@ fn an_address_of_a_service_that_is_not_selected_is_not_another_cluster_s() {
     assert_eq!(vip("", &[("10.96.0.1", 80)]), (0, 1), "it is east's and west's: neither's");
     // The same service, which is selected.
     assert_eq!(vip(SERVICE, &[("10.96.0.1", 80)]), (1, 0));
+}
+
+#[test]
+fn a_revision_may_be_an_annotation_and_a_label_that_is_nearly_true_keeps_a_pod_out() {
+    let text = |label: &str, annotation: &str| {
+        let pod = offloaded_pod("users-x", "10.0.0.9", "gone").replace(", culvert.dev/revision: gone", "");
+        let pod = pod.replace("offloaded: 'true'", &format!("offloaded: '{label}'"));
+        let pod =
+            pod.replace("  labels:", &format!("  annotations: {{culvert.dev/revision: '{annotation}'}}\n  labels:"));
+        [SERVICE, &slice("a", "[{addresses: [10.0.0.9]}, {addresses: [10.0.0.1]}]"), &pod].concat()
+    };
+    let seen = |label: &str, annotation: &str| {
+        let mesh = mesh(vec![cluster("east", &text(label, annotation))]);
+        let port = port(&mesh, 80);
+        let revisions: Vec<_> = port.offloaded.iter().map(|endpoint| endpoint.revision.clone()).collect();
+        (port.endpoints.len(), revisions, mesh.warnings)
+    };
+    assert_eq!(seen("true", "feature-x"), (1, vec!["feature-x".to_owned()], Vec::new()));
+    let (endpoints, revisions, warnings) = seen("True", "feature-x");
+    assert_eq!((endpoints, revisions.len(), warnings.len()), (1, 1, 1));
+    assert!(warnings[0].contains("`True`, which is taken for `true`"), "{warnings:?}");
+    let (endpoints, revisions, warnings) = seen("true", "a b");
+    assert_eq!((endpoints, revisions.len(), warnings.len()), (1, 0, 1));
+    assert!(warnings[0].contains("as revision `a b`, which no request can name"), "{warnings:?}");
+    assert_eq!(seen("false", "feature-x").0, 2, "it is not offloaded");
 }
