@@ -301,7 +301,12 @@ async fn run(
     }
     state.set(ServerState::Live);
     stats::gauge("server.live").set(1);
-    if store.is_answered() {
+    if store.is_answered() && !store.is_in_force() {
+        tracing::warn!(
+            workers = flags.workers(),
+            "serving, but for what was refused: `culvert xds status` says what, and why"
+        );
+    } else if store.is_answered() {
         tracing::info!(workers = flags.workers(), "all configuration is in force: serving");
     } else if flags.mode == Mode::InitOnly {
         bail!("the control plane has not answered: is it running, and reachable from here?");

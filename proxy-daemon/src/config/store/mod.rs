@@ -223,6 +223,14 @@ impl<A: Apply> ConfigStore<A> {
         [&state.cds, &state.lds].into_iter().all(|wanted| wanted.from.is_none() || wanted.answered)
     }
 
+    /// Whether all clusters and listeners are in force as they were sent last.
+    pub fn is_in_force(&self) -> bool {
+        let state = self.lock();
+        let refused = [&state.clusters.refused, &state.listeners.refused];
+        refused.into_iter().all(|refused| refused.entries().next().is_none())
+            && state.listeners.by_name.values().all(|entry| entry.failure.is_none())
+    }
+
     /// Ends waits that have lasted for long enough. Runs as long as the process.
     pub async fn keep_time(self) {
         loop {
@@ -324,9 +332,14 @@ impl<A: Apply> ConfigStore<A> {
         }
         let overriding = state.overriding > 0;
         if std::mem::replace(&mut state.asks_for_overrides, overriding) != overriding {
-            let interest = if overriding { Interest::Wildcard } else { Interest::None };
-            for type_url in [OffloadedService::type_url(), OverrideShare::type_url()] {
-                self.0.subscriptions.set(Source::Ads, type_url, interest.clone());
+            let heard = state.sources.check(&Source::Ads, &OffloadedService::type_url());
+            if let (true, Err(why)) = (overriding, heard) {
+                tracing::warn!("overrides find no endpoints and no shares, which come by ADS alone: {why}");
+            } else {
+                let interest = if overriding { Interest::Wildcard } else { Interest::None };
+                for type_url in [OffloadedService::type_url(), OverrideShare::type_url()] {
+                    self.0.subscriptions.set(Source::Ads, type_url, interest.clone());
+                }
             }
         }
         if std::mem::take(&mut state.scopes_changed) {

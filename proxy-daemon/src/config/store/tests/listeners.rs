@@ -124,6 +124,7 @@ fn a_listener_that_cannot_be_bound_is_rejected_and_tried_again() {
     assert_eq!(calls.take(), ["routes web", "listener other"]);
     let failed = store.snapshot().of(&Listener::type_url())[0].failure.clone().unwrap();
     assert_eq!(failed.details, "cannot bind");
+    assert!(!store.store.is_in_force());
     let again = store.update(update(Listener::type_url(), vec![listener("in", "web")]));
     assert_eq!(again.rejected(), [rejection], "it is still not in force");
 
@@ -133,6 +134,7 @@ fn a_listener_that_cannot_be_bound_is_rejected_and_tried_again() {
     store.later(Duration::from_secs(4));
     assert_eq!(calls.take(), ["listener in"]);
     assert!(store.snapshot().of(&Listener::type_url())[0].failure.is_none());
+    assert!(store.store.is_in_force());
 }
 
 #[test]

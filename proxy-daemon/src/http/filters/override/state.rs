@@ -78,6 +78,14 @@ impl Contexts {
         contexts
     }
 
+    /// Of all that come after the first few hundred, which nobody is told of but the log, once.
+    fn of_others(direction: &str, what: &str) -> Contexts {
+        tracing::warn!(
+            "a worker has met {MAX_COUNTED} {what} with contexts: what others carry is counted together and not reported"
+        );
+        Contexts::new(direction, OTHER)
+    }
+
     fn carried(self) -> Carried {
         let Contexts { overrides, trace, nothing } = self;
         Carried { overrides: overrides.value(), trace_only: trace.value(), nothing: nothing.value() }
@@ -124,7 +132,7 @@ impl OverrideState {
                 if to.len() < MAX_COUNTED {
                     *to.entry(cluster.into()).or_insert_with(|| Contexts::told(Counted::To(cluster.to_owned())))
                 } else {
-                    *to.entry(OTHER.into()).or_insert_with(|| Contexts::new(TO, OTHER))
+                    *to.entry(OTHER.into()).or_insert_with(|| Contexts::of_others(TO, "services"))
                 }
             });
             counters.count(carries);
@@ -137,7 +145,7 @@ impl OverrideState {
             } else {
                 // The unspecified address stands for the rest: nobody comes from it.
                 let rest = IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED);
-                *from.entry(rest).or_insert_with(|| Contexts::new(FROM, OTHER))
+                *from.entry(rest).or_insert_with(|| Contexts::of_others(FROM, "addresses"))
             }
         });
         counters.count(carries);
