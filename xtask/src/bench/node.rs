@@ -330,7 +330,7 @@ fn extension(way: Way, node: &Node, pods: [&Pod; 2]) -> String {
             "balancing: {{cgroups: [\"{cgroup}\"], services: [{{address: {BALANCED}, port: 80, cluster: server}}]}}"
         ),
         Way::Culvert { past: Some(past), .. } => {
-            format!("shortcut_cgroup: \"{cgroup}\", acceleration: {}", past.level())
+            format!("shortcut_cgroup: \"{cgroup}\"\n    acceleration: {}", past.level())
         }
         _ => String::new(),
     };
