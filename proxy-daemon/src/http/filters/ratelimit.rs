@@ -27,7 +27,7 @@ use envoy_types::pb::{
     },
     google::protobuf::{Any, UInt64Value},
 };
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
 
 use super::{
     FilterCx, Flow, HttpFilter, HttpFilterFactory, PerRoute, PerRouteConfig, Waiting,
@@ -77,6 +77,8 @@ struct Configured {
     status_on_error: StatusCode,
     shows_state: bool,
     says_limited: bool,
+    /// `enable_retry_after_header`
+    says_when: bool,
     response_headers: HeaderMutations,
     own: Box<[RateLimit]>,
     names: Names,
@@ -237,6 +239,12 @@ impl RateLimitFilter {
         reply.grpc_status = configured.grpc_status;
         let mut headers = HeaderMap::new();
         response.iter().for_each(|change| change.apply_to_fields(&mut headers));
+        if configured.says_when
+            && !headers.contains_key(RETRY_AFTER)
+            && let Some(seconds) = until_reset(&answer.statuses)
+        {
+            headers.insert(RETRY_AFTER, seconds.into());
+        }
         cx.format_request(head, |request, record| {
             let record = Record { request_headers: Some(Headers::All(request)), ..*record };
             mutate_response(&mut headers, &configured.response_headers, &record);
@@ -244,6 +252,13 @@ impl RateLimitFilter {
         reply.headers = list(headers);
         Flow::Respond(reply)
     }
+}
+
+/// After how many seconds, at least one, all limits that are exceeded have been set back.
+fn until_reset(statuses: &[DescriptorStatus]) -> Option<u64> {
+    let exceeded = statuses.iter().take(MAX_HEADERS).filter(|status| status.code == Code::OverLimit as i32);
+    let seconds = exceeded.map(|status| status.duration_until_reset.map_or(0, |duration| duration.seconds));
+    Some(u64::try_from(seconds.max()?).unwrap_or_default().max(1))
 }
 
 /// The state of the limit that is the nearest, as `x-ratelimit-*` tell it.
@@ -309,6 +324,8 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
     let deny =
         RuntimeFraction { default: Fraction::percent(if config.failure_mode_deny { 100 } else { 0 }), key: None };
     let response_add = parse::headers_to_add(&config.response_headers_to_add, cx.path, "response_headers_to_add")?;
+    // As in Envoy, what is no error is no answer here.
+    let status = parse::status(config.rate_limited_status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS);
     Ok(Arc::new(RateLimitFactory(Shared::new(Configured {
         service,
         domain: config.domain.into(),
@@ -321,8 +338,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         deny_on_failure: config.failure_mode_deny_percent.as_ref().map_or(deny, parse::runtime_fraction),
         enabled: share(config.filter_enabled.as_ref(), "ratelimit.http_filter_enabled"),
         enforced: share(config.filter_enforced.as_ref(), "ratelimit.http_filter_enforcing"),
-        // As in Envoy, what is no error is no answer here.
-        status: parse::status(config.rate_limited_status.map(|it| it.code), 400, StatusCode::TOO_MANY_REQUESTS),
+        status,
         grpc_status: config.rate_limited_as_resource_exhausted.then_some(RESOURCE_EXHAUSTED),
         status_on_error: parse::status(
             config.status_on_error.map(|it| it.code),
@@ -331,6 +347,7 @@ pub(super) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> Result<Arc<dyn Htt
         ),
         shows_state: config.enable_x_ratelimit_headers != 0,
         says_limited: !config.disable_x_envoy_ratelimited_header,
+        says_when: config.enable_retry_after_header && status == StatusCode::TOO_MANY_REQUESTS,
         response_headers: HeaderMutations { response_add, ..HeaderMutations::default() },
         own: parse::rate_limits(&config.rate_limits, cx.path, "rate_limits")?,
         names: Names {

@@ -297,14 +297,13 @@ pub(super) const FIELDS: &[(&str, Fields)] = &[
             "filter_enforced",
             "failure_mode_deny_percent",
             "rate_limits",
+            "enable_retry_after_header",
         ],
     ),
     ("envoy.extensions.filters.http.ratelimit.v3.RateLimitPerRoute", &["vh_rate_limits", "rate_limits", "domain"]),
     ("envoy.config.ratelimit.v3.RateLimitServiceConfig", ALL),
-    (
-        "envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
-        &["providers", "rules", "bypass_cors_preflight", "requirement_map", "strip_failure_response", "stat_prefix"],
-    ),
+    ("envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication", ALL),
+    ("envoy.extensions.filters.http.jwt_authn.v3.FilterStateRule", ALL),
     (
         "envoy.extensions.filters.http.jwt_authn.v3.JwtProvider",
         &[

@@ -12,13 +12,14 @@ const DEFAULT_MOST: usize = 100;
 /// The longest token that is kept where nothing else is said, in bytes.
 const DEFAULT_LONGEST: usize = 4096;
 
-/// A provider's tokens, for each thread. Only signatures are kept in mind: what else a token has to be is looked at with each request.
+/// A provider's tokens, for each thread, each with the number of the set of keys that has verified it. Only signatures are kept in mind: what
+/// else a token has to be is looked at with each request.
 #[derive(Debug)]
 pub(super) struct Cache {
     most: usize,
     longest: usize,
     // It is large.
-    of_threads: Box<ThreadLocal<RefCell<Recent<str, ()>>>>,
+    of_threads: Box<ThreadLocal<RefCell<Recent<str, u64>>>>,
 }
 
 impl Cache {
@@ -31,16 +32,17 @@ impl Cache {
         }
     }
 
-    /// Whether the token's signature is known to be good.
-    pub(super) fn has(&self, token: &str) -> bool {
-        self.own().borrow_mut().get(token).is_some()
+    /// The set of keys by which the token's signature was found good.
+    pub(super) fn get(&self, token: &str) -> Option<u64> {
+        self.own().borrow_mut().get(token).copied()
     }
 
-    /// The token's signature is good.
-    pub(super) fn keep(&self, token: &str) {
+    /// The token's signature is good by this set of keys.
+    pub(super) fn keep(&self, token: &str, keys: u64) {
         let mut kept = self.own().borrow_mut();
-        if token.len() <= self.longest && kept.get(token).is_none() {
-            kept.insert(token.into(), ());
+        if token.len() <= self.longest {
+            kept.forget(token);
+            kept.insert(token.into(), keys);
         }
     }
 
@@ -50,7 +52,7 @@ impl Cache {
     }
 
     /// Those of this thread that were used last.
-    fn own(&self) -> &RefCell<Recent<str, ()>> {
+    fn own(&self) -> &RefCell<Recent<str, u64>> {
         self.of_threads.get_or(|| RefCell::new(Recent::new(self.most)))
     }
 }
@@ -63,18 +65,20 @@ mod tests {
     fn those_that_were_used_last_are_kept() {
         let cache = Cache::new(&JwtCacheConfig { jwt_cache_size: 2, jwt_max_token_size: 5 });
         for token in ["one", "two", "three"] {
-            assert!(!cache.has(token));
-            cache.keep(token);
-            cache.keep("one");
+            assert_eq!(cache.get(token), None);
+            cache.keep(token, 1);
+            cache.keep("one", 1);
         }
-        assert_eq!(["one", "two", "three"].map(|token| cache.has(token)), [true, false, true]);
-        cache.keep("longer");
-        assert!(!cache.has("longer"));
+        assert_eq!(["one", "two", "three"].map(|token| cache.get(token)), [Some(1), None, Some(1)]);
+        cache.keep("longer", 1);
+        assert_eq!(cache.get("longer"), None);
+        cache.keep("three", 2);
+        assert_eq!(cache.get("three"), Some(2));
         cache.forget("one");
         cache.forget("none");
-        assert!(!cache.has("one") && cache.has("three"));
+        assert_eq!((cache.get("one"), cache.get("three")), (None, Some(2)));
         std::thread::scope(|scope| {
-            scope.spawn(|| assert!(!cache.has("three"), "each thread has its own"));
+            scope.spawn(|| assert_eq!(cache.get("three"), None, "each thread has its own"));
         });
     }
 }

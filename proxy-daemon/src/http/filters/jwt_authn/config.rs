@@ -95,6 +95,8 @@ pub(super) struct Settings {
     pub(super) requirements: Vec<Requirement>,
     pub(super) rules: Vec<(RouteMatch, Option<usize>)>,
     pub(super) named: BTreeMap<Box<str>, usize>,
+    /// `filter_state_rules`: a key of the filter state, and the requirements that its values stand for where no rule fits.
+    pub(super) by_state: Option<(Box<str>, BTreeMap<Box<str>, usize>)>,
     pub(super) bypass_cors_preflight: bool,
     /// Clients are not told what is wrong with their tokens.
     pub(super) strip_failure_response: bool,
@@ -144,6 +146,17 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
         Ok((matched, requires))
     });
     let rules = rules.collect::<Result<Vec<_>>>()?;
+    let by_state = config.filter_state_rules.as_ref().map(|rule| {
+        let of_values = rule.requires.iter().map(|(value, it)| {
+            let path = field(&format!("filter_state_rules.requires[\"{value}\"]"));
+            Ok((value.as_str().into(), number(requirement(it, &names, &path)?)))
+        });
+        Ok::<(Box<str>, _), FieldError>((
+            rule.name.as_str().into(),
+            of_values.collect::<Result<BTreeMap<Box<str>, usize>>>()?,
+        ))
+    });
+    let by_state = by_state.transpose()?;
     let scope = Scope::http(cx.stat_prefix).child("jwt_authn");
     let scope = if config.stat_prefix.is_empty() { scope } else { scope.child(&config.stat_prefix) };
     Ok(Arc::new(JwtFactory(Shared::new(Settings {
@@ -151,6 +164,7 @@ pub(in crate::http::filters) fn parse(typed_config: &Any, cx: &FilterCx<'_>) -> 
         requirements,
         rules,
         named,
+        by_state,
         bypass_cors_preflight: config.bypass_cors_preflight,
         strip_failure_response: config.strip_failure_response,
         stats: Stats::new(&scope),

@@ -35,17 +35,17 @@ const MAX_LENGTH: usize = 1 << 20;
 const MAX_KEYS: usize = 1000;
 
 /// A set of public keys.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Keys(Vec<Key>);
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Key {
     id: String,
     algorithm: String,
     material: Material,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 enum Material {
     Rsa {
         modulus: Vec<u8>,
@@ -210,24 +210,46 @@ pub(super) struct State {
 #[derive(Debug)]
 struct Fetched {
     keys: Keys,
+    /// Another one for other keys.
+    number: u64,
     at: Instant,
 }
 
+/// How long after a failed fetch tokens that are known pass without another one.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// So long before keys are too old others are fetched beside requests, as in Envoy.
 const AHEAD: Duration = Duration::from_secs(5);
+
+impl Fetched {
+    fn verify(&self, token: &Token) -> Result<u64, Status> {
+        self.keys.verify(token).map(|()| self.number)
+    }
+}
 
 impl Remote {
     fn is_fresh(&self, fetched: &Fetched) -> bool {
         self.renewed.is_some() || fetched.at.elapsed() < self.cache_duration
     }
 
-    async fn verify(self: &Arc<Self>, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
+    async fn verify(self: &Arc<Self>, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<u64, Status> {
         // The usual way, which no other worker takes notice of.
         if let Some(fetched) = self.state.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
             self.renew(fetched, cx, stats);
-            return fetched.keys.verify(token);
+            return fetched.verify(token);
         }
-        self.get(cx, stats).await?.keys.verify(token)
+        self.get(cx, stats).await?.verify(token)
+    }
+
+    async fn has_still(self: &Arc<Self>, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
+        if let Some(fetched) = self.state.current.load().as_ref().filter(|fetched| self.is_fresh(fetched)) {
+            self.renew(fetched, cx, stats);
+            return fetched.number == number;
+        }
+        let failed_at = self.state.fetch.try_lock().ok().and_then(|failed_at| *failed_at);
+        if failed_at.is_some_and(|at| at.elapsed() < AFTER_FAILURE) {
+            return true;
+        }
+        self.get(cx, stats).await.map_or(true, |fetched| fetched.number == number)
     }
 
     /// Has the keys fetched again beside this request where they will be too old soon.
@@ -279,7 +301,12 @@ impl Remote {
         };
         success.inc();
         *failed_at = None;
-        let fetched = Arc::new(Fetched { keys, at: Instant::now() });
+        let number = match &*self.state.current.load() {
+            Some(known) if known.keys == keys => known.number,
+            Some(known) => known.number + 1,
+            None => 0,
+        };
+        let fetched = Arc::new(Fetched { keys, number, at: Instant::now() });
         self.state.current.store(Some(Arc::clone(&fetched)));
         Some(fetched)
     }
@@ -330,11 +357,19 @@ impl Remote {
 }
 
 impl KeySource {
-    /// Whether one of the keys has signed the token.
-    pub(super) async fn verify(&self, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<(), Status> {
+    /// The number of the set of keys of which one has signed the token.
+    pub(super) async fn verify(&self, token: &Token, cx: &StreamCx, stats: &Stats) -> Result<u64, Status> {
         match self {
-            KeySource::Local(keys) => keys.verify(token),
+            KeySource::Local(keys) => keys.verify(token).map(|()| 0),
             KeySource::Remote(remote) => remote.verify(token, cx, stats).await,
+        }
+    }
+
+    /// Whether the set of keys of that number is the one that counts. One that is too old is asked for again; where that fails it counts on.
+    pub(super) async fn has_still(&self, number: u64, cx: &StreamCx, stats: &Stats) -> bool {
+        match self {
+            KeySource::Local(_) => true,
+            KeySource::Remote(remote) => remote.has_still(number, cx, stats).await,
         }
     }
 }

@@ -11,6 +11,7 @@ mod cache;
 mod config;
 mod extract;
 mod jwks;
+mod tell;
 mod token;
 
 use std::{
@@ -18,13 +19,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
-use envoy_types::pb::google::protobuf::{ListValue, Struct, Value as ProtoValue, value::Kind};
+use envoy_types::pb::google::protobuf::{Struct, Value as ProtoValue, value::Kind};
 use http::{
     HeaderValue, Method, StatusCode, Uri,
     header::{ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, WWW_AUTHENTICATE},
 };
-use serde_json::{Map, Value};
 
 pub(super) use config::{parse, parse_per_route};
 
@@ -42,7 +41,7 @@ use crate::{
     access_log::ResponseFlags,
     http::{
         body::Body,
-        illegal, metadata,
+        metadata,
         redirect::scheme,
         route_match::{authority, matches},
         stream::{LocalReply, RequestHead, StreamCx},
@@ -129,7 +128,10 @@ impl HttpFilterFactory for JwtFactory {
             None => {
                 let (path, by) = (head.uri.path(), cx.match_cx());
                 let rule = settings.rules.iter().find(|(rule, _)| matches(rule, path, head, &by));
-                rule.and_then(|(_, requirement)| *requirement)
+                match rule {
+                    Some((_, requirement)) => *requirement,
+                    None => settings.of_state(cx),
+                }
             }
         };
         let Some(requirement) = requirement else {
@@ -204,6 +206,14 @@ fn denied(status: Status, uri: &str, strip: bool) -> LocalReply {
 type Verified<'a> = Pin<Box<dyn Future<Output = Result<(), Status>> + 'a>>;
 
 impl Settings {
+    /// What the filter state asks for.
+    fn of_state(&self, cx: &StreamCx) -> Option<usize> {
+        let (key, requirements) = self.by_state.as_ref()?;
+        let told = cx.progress.metadata.borrow();
+        let value = told.as_ref()?.state(key)?;
+        requirements.get(&*value.as_text()).copied()
+    }
+
     fn verify<'a>(
         &'a self,
         requirement: &'a Requirement,
@@ -312,8 +322,12 @@ impl Settings {
         blamed: &mut Option<&'a Provider>,
     ) -> Result<(), Status> {
         // Only where a provider is asked for are tokens kept, and every token misses the cache of one that has none.
-        let cache = of.and_then(|number| self.providers[number].cache.as_ref());
-        let is_known = cache.is_some_and(|cache| cache.has(&found.text));
+        let asked = of.map(|number| &self.providers[number]);
+        let cache = asked.and_then(|provider| provider.cache.as_ref());
+        let is_known = match asked {
+            Some(provider) => provider.knows(&found.text, cx, &self.stats).await,
+            None => false,
+        };
         if of.is_some() {
             let counter = if is_known { &self.stats.jwt_cache_hit } else { &self.stats.jwt_cache_miss };
             counter.inc();
@@ -348,9 +362,9 @@ impl Settings {
             return Err(Status::AudienceNotAllowed);
         }
         if !is_known {
-            provider.keys.verify(&token, cx, &self.stats).await?;
+            let keys = provider.keys.verify(&token, cx, &self.stats).await?;
             if let Some(cache) = cache {
-                cache.keep(&found.text);
+                cache.keep(&found.text, keys);
             }
         }
         provider.tell(&token, found, head, cx);
@@ -392,76 +406,6 @@ fn same(a: &str, b: &str) -> bool {
     plain(a) == plain(b)
 }
 
-impl Provider {
-    /// Takes away the headers that its tokens become.
-    fn clear(&self, head: &mut RequestHead) {
-        for name in self.payload_header.iter().chain(self.claims.iter().map(|(name, _)| name)) {
-            head.headers.remove(name);
-        }
-    }
-
-    /// What a good token changes.
-    fn tell(&self, token: &Token, found: &Found, head: &mut RequestHead, cx: &mut StreamCx) {
-        if let Some(name) = &self.payload_header {
-            let text = token.payload_text().trim_end_matches('=');
-            let padding = if self.pad_payload { (4 - text.len() % 4) % 4 } else { 0 };
-            let text = format!("{text}{}", "=".repeat(padding));
-            if let Ok(value) = HeaderValue::from_str(&text) {
-                // A request may have several tokens.
-                let _ = head.headers.try_append(name, value);
-            }
-        }
-        for (name, way) in &self.claims {
-            let text = claim(&token.payload, way).filter(|text| !text.is_empty());
-            if let Some(text) = text {
-                let value = HeaderValue::from_bytes(text.as_bytes()).unwrap_or_else(|_| illegal::value());
-                let _ = head.headers.try_append(name, value);
-                cx.reroute |= self.clear_route_cache;
-            }
-        }
-        cx.reroute |= self.clear_route_cache && self.payload_header.is_some();
-        if !self.forward {
-            extract::remove(&found.place, head);
-        }
-        if !self.header_in_metadata.is_empty() {
-            tell(&self.header_in_metadata, metadata::from_json(&token.header), cx);
-        }
-        if !self.payload_in_metadata.is_empty() {
-            tell(&self.payload_in_metadata, self.payload_as_told(token), cx);
-        }
-    }
-
-    /// The payload as metadata: of claims that are lists in one text (`space_delimited_claims`) the lists.
-    fn payload_as_told(&self, token: &Token) -> Struct {
-        let mut payload = metadata::from_json(&token.payload);
-        for name in &self.lists {
-            let Some(ProtoValue { kind: Some(kind) }) = payload.fields.get_mut(name) else { continue };
-            let Kind::StringValue(text) = &*kind else { continue };
-            let item = |item: &str| ProtoValue { kind: Some(Kind::StringValue(item.to_owned())) };
-            let values: Vec<_> = text.split(' ').filter(|item| !item.is_empty()).map(item).collect();
-            if !values.is_empty() {
-                *kind = Kind::ListValue(ListValue { values });
-            }
-        }
-        payload
-    }
-}
-
-/// A claim as a header has it: numbers and truth values as text, what has parts as JSON in base64.
-fn claim(payload: &Map<String, Value>, way: &[Box<str>]) -> Option<String> {
-    let (last, inner) = way.split_last()?;
-    let mut fields = payload;
-    for step in inner {
-        fields = fields.get(&**step)?.as_object()?;
-    }
-    match fields.get(&**last)? {
-        Value::Null => None,
-        Value::String(text) => Some(text.clone()),
-        Value::Bool(value) => Some(value.to_string()),
-        Value::Number(number) => Some(number.to_string()),
-        parts @ (Value::Array(_) | Value::Object(_)) => Some(STANDARD.encode(parts.to_string())),
-    }
-}
 /// What the fuzzer `token` feeds: a token, and after a line's end a set of keys.
 pub(in crate::http) fn fuzz(bytes: &[u8]) {
     let (token, keys) = bytes.split_at(bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len()));

@@ -181,9 +181,14 @@ impl HttpFilter for LocalRateLimitFilter {
         let bucket = self.0.get();
         let now = clock::now();
         let remaining = bucket.remaining(now);
-        head.headers.insert(X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens()));
-        head.headers.insert(X_RATELIMIT_REMAINING, HeaderValue::from(remaining as u64));
-        head.headers.insert(X_RATELIMIT_RESET, seconds(bucket.next(now)));
+        // As in Envoy, beside what others tell.
+        for (name, value) in [
+            (X_RATELIMIT_LIMIT, HeaderValue::from(bucket.max_tokens())),
+            (X_RATELIMIT_REMAINING, HeaderValue::from(remaining as u64)),
+            (X_RATELIMIT_RESET, seconds(bucket.next(now))),
+        ] {
+            let _ = head.headers.try_append(name, value);
+        }
         Flow::Continue
     }
 }
